@@ -122,12 +122,6 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "trainer=fsdp expansion=moe": ("mixtral has experts", "trainer=ddp"),
     "trainer=fsdp optimizer=adafactor": ("optimizer = Adafactor", "AdamW, Adam, NAdam, SGD"),
     "trainer=fsdp optimizer.carry=true": ("optimizer.carry = true", "whole weights"),
-    "trainer=fsdp optimizer.growth_scaling=mup": ("growth_scaling = mup", "whole weights"),
-    "expansion=none optimizer.growth_scaling=parts": ("growth_scaling = parts", "does not grow"),
-    "expansion=none growth=foam optimizer.growth_scaling=mup": ("= mup", "does not grow"),
-    "optimizer=sgd optimizer.growth_scaling=mup": ("the rule is that of Adam", "SGD may differ"),
-    "optimizer=adafactor optimizer.growth_scaling=mup": ("Adafactor may differ",),
-    "experts=dylora optimizer.growth_scaling=mup": ("experts freeze the model",),
     "optimizer.carry=reset_old": ("optimizer.carry = reset_old",),
     "trainer=fsdp callbacks=ema": (
         "callbacks.ema._target_",

@@ -216,14 +216,13 @@ def test_a_link_may_be_named_by_its_own_name(
 
 
 @pytest.mark.parametrize("target", [".", "..", "../../old", "folder"])
-def test_a_loop_of_links_is_refused(place: Path, target: str) -> None:
+def test_a_loop_of_links_ends(place: Path, target: str) -> None:
     (place / "old/deep").mkdir()
     (place / "old/deep/folder").symlink_to(target)
     if target == "folder":  # a link to itself is no folder
         assert found(place, "old").note("x") == "x: 1 file read; skipped 1 (broken link 1)"
         return
-    with pytest.raises(RequestError, match=r"old/deep/folder: the link is circular"):
-        found(place, "old")
+    assert names(found(place, "old"), place) == ["old/a.txt"]
 
 
 def test_many_links_to_one_folder_are_no_work(place: Path) -> None:
@@ -256,14 +255,14 @@ def test_a_folder_that_cannot_be_listed_is_refused(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (place / "old/closed").mkdir()
-    listed = Path.iterdir
+    listed = os.scandir
 
-    def iterdir(folder: Path) -> object:
-        if folder.name == "closed":
-            raise PermissionError(13, "Permission denied")
+    def scandir(folder: str) -> object:
+        if Path(folder).name == "closed":
+            raise PermissionError(13, "Permission denied", folder)
         return listed(folder)
 
-    monkeypatch.setattr(Path, "iterdir", iterdir)
+    monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(RequestError, match=r"old/closed: the folder can't be listed \(Permission"):
         found(place, "old")
 

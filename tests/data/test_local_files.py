@@ -400,17 +400,6 @@ def test_only_files_are_opened(
     assert expected in problem(path)
 
 
-def test_a_file_that_changes_meanwhile_is_told(tmp_path: Path) -> None:
-    path = packed(tmp_path / "a.jsonl", b'"a"\n' * 3)
-    reading = Reading(key="data.new", text_field="text")
-    texts = reading.texts(path)
-    next(texts)
-    with path.open("a") as file:
-        file.write('"b"\n')
-    list(texts)
-    assert reading.problems == [f"data.new: {path} changed while it was read."]
-
-
 def test_parquet(tmp_path: Path) -> None:
     arrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")

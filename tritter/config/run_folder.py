@@ -407,9 +407,7 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
         ]
     result["data"] |= identity(type(config.data))
     result["trainer"] |= effective_arguments(config)
-    scaling = ("growth_scaling", "new_multiplier", "new_warmup_ratio")
-    of_growth = {name: getattr(config.optimizer, name) for name in scaling}
-    result["optimizer"] = optimizer_record(config) | of_growth
+    result["optimizer"] = optimizer_record(config)
     if config.callbacks:
         result["callbacks"] = {one.name: one.plain() for one in config.callbacks}
     if config.metrics:

@@ -81,7 +81,6 @@ from tritter.training.optimizer import (
     OptimizerValues,
     carry_problems,
     optimizer_class,
-    scaling_problems,
 )
 from tritter.training.options import (
     PRESET_RATE,
@@ -518,6 +517,5 @@ _RULES: tuple[Rule, ...] = (
     children_problems,
     pipeline_problems,
     carry_problems,
-    scaling_problems,
     averaging_problems,
 )

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
@@ -154,24 +155,13 @@ class Chat:
         return [ids[0] | START, *ids[1:]]
 
     def turns(self) -> tuple[tuple[int, ...], ...]:
-        """Return what opens a user's message and an answer, as marked tokens.
+        """Return the tokens that open a question, and those between it and its answer, marked.
 
-        The first token of the answer's opening ends the user's message. Empty without such a token.
+        Empty if no special token ends a question.
         """
-        if self.tokenizer is None:
-            return ()
-        message = {"role": USER, "content": "the question"}
-        template = FIXED_DATE + self.tokenizer.get_chat_template()
-        try:
-            text = self.tokenizer.apply_chat_template(
-                [message], chat_template=template, tokenize=False, add_generation_prompt=True
-            )
-        # Templates come from a checkpoint and raise errors of any kind
-        except Exception:
-            return ()
-        parts = [part.strip(" ") for part in text.partition(message["content"])[::2]]
-        ids = [self.tokenizer.encode(part, add_special_tokens=False) for part in parts]
-        if not all(ids) or ids[1][0] not in self.tokenizer.added_tokens_decoder:
+        question = [{"role": USER, "content": "the question"}]
+        ids = _around(self.tokenizer, question, add_generation_prompt=True)
+        if not all(ids):
             return ()
         user, answer = ([token | CONTEXT for token in part] for part in ids)
         return (user[0] | START, *user[1:]), tuple(answer)
@@ -206,21 +196,16 @@ class Chat:
         if start + size <= limit:
             return marked[:limit]
         room = limit - size
-        opening = 0 if self.tokenizer is None else self._opening(conversation, name, marked)
+        opening = 0 if self.tokenizer is None else self._opening(conversation)
         opening = opening if opening <= room // 2 else min(opening, 1, room)
         return np.concatenate([marked[:opening], marked[start - room + opening : start + size]])
 
-    def _opening(self, conversation: Conversation, name: str, marked: np.ndarray) -> int:
+    def _opening(self, conversation: Conversation) -> int:
         """Return the number of tokens before the content of the first message, or of the user."""
-        system = [each for each in conversation.messages[:1] if each["role"] == SYSTEM]
-        blank = {**conversation.messages[len(system)], "content": ""}
-        try:
-            short = replace(conversation, messages=(*system, blank))
-            other = self._ids(short, name)["input_ids"]
-        except RequestError:  # the template refuses an empty message
-            return 1
-        pairs = zip(ids_of(marked).tolist(), other, strict=False)
-        return max(1, next((at for at, (own, its) in enumerate(pairs) if own != its), len(other)))
+        system = [dict(each) for each in conversation.messages[:1] if each["role"] == SYSTEM]
+        first = {**conversation.messages[len(system)], "content": "the question"}
+        tools = [dict(tool) for tool in conversation.tools] or None
+        return max(1, len(_around(self.tokenizer, [*system, first], tools=tools)[0]))
 
     def shows(self, conversation: Conversation, field: str) -> bool:
         """Return whether the template of a conversation reads a field of messages, or `tools`."""
@@ -303,16 +288,26 @@ def end_of_turn_ids(tokenizer: Any) -> list[int]:
     Args:
         tokenizer: a transformers tokenizer with a chat template.
     """
-    answer = "the answer"
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
+    messages = [{"role": USER, "content": "a"}, {"role": ASSISTANT, "content": "the answer"}]
+    return _around(tokenizer, messages)[1][:1]
+
+
+def _around(
+    tokenizer: Any, messages: list[dict[str, Any]], *, tools: Any = None, **options: Any
+) -> tuple[list[int], list[int]]:
+    """Return the tokens before the last message's content, and after it if they begin specially."""
     try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    # Templates come from a checkpoint and raise errors of any kind
+        template = FIXED_DATE + tokenizer.get_chat_template(tools=tools)
+        options |= {"chat_template": template, "tools": tools, "tokenize": False}
+        text = str(tokenizer.apply_chat_template(messages, **options))
+    # Templates come from a checkpoint and raise errors of any kind; or there is no tokenizer
     except Exception:
-        return []
-    ids = tokenizer.encode(text.rpartition(answer)[2].lstrip(), add_special_tokens=False)
-    added = tokenizer.added_tokens_decoder
-    return [token for token in ids[:1] if token in added and added[token].special]
+        return [], []
+    before, _, after = text.rpartition(messages[-1]["content"])
+    encode = partial(tokenizer.encode, add_special_tokens=False)
+    ids, added = encode(after.lstrip()), tokenizer.added_tokens_decoder
+    is_special = bool(ids) and ids[0] in added and added[ids[0]].special
+    return encode(before.rstrip(" ")), ids if is_special else []
 
 
 def _refused(reason: str) -> RequestError:

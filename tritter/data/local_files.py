@@ -371,11 +371,7 @@ def parquet_records(
 
 
 class _Expansion:
-    """Counter of the decoded bytes of a compressed file.
-
-    Args:
-        packed_bytes: size of the file.
-    """
+    """Counter of the decoded bytes of a file with `packed_bytes`."""
 
     def __init__(self, packed_bytes: int) -> None:
         self.limit_bytes = max(FREE_EXPANSION_BYTES, MAX_EXPANSION * packed_bytes)
@@ -418,17 +414,14 @@ class _Stream:
 
 @contextmanager
 def _open_stream(path: Path, reading: Reading) -> Iterator[_Stream]:
-    """Open a file as a stream, and check that it does not change during reading."""
+    """Open a file as a stream."""
     with open_file(path) as file:
-        before = os.fstat(file.fileno())
         if path.name.lower().endswith(_PACKED):
+            size = os.fstat(file.fileno()).st_size
             with gzip.GzipFile(fileobj=file) as unpacked:
-                yield _Stream(unpacked, reading=reading, packed_bytes=before.st_size)
+                yield _Stream(unpacked, reading=reading, packed_bytes=size)
         else:
             yield _Stream(file, reading=reading, packed_bytes=None)
-        after = os.fstat(file.fileno())
-        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-            raise WrongRecordError("changed while it was read")
 
 
 # One reader per file format

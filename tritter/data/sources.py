@@ -4,7 +4,7 @@ import logging
 import os
 import stat
 from array import array
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -32,7 +32,6 @@ from tritter.storage.reading import check_inside, kind_of
 
 logger = logging.getLogger(__name__)
 
-_Identity = tuple[int, int]  # device and inode of a folder
 _GLOB_SIGNS = set("*?[")
 MAX_RECORDED = 100_000  # limit of files and folders to search for a path from a checkpoint
 _BROKEN_LINK = "broken link"
@@ -174,42 +173,31 @@ def _below(key: str, folder: Path, limit: int | None) -> list[Path]:
     """Return the sorted files in a folder and its subfolders; each folder is visited once.
 
     Raises:
-        RequestError: a link is circular, a folder can't be listed, or there are more than
-            `limit` files and folders.
+        RequestError: a folder can't be listed, or there are more than `limit` files and folders.
     """
-    num_entries = 0
-    found: list[Path] = []
-    seen: set[_Identity] = set()
-    waiting: deque[tuple[Path, tuple[_Identity, ...]]] = deque([(folder, ())])
-    while waiting:
-        current, above = waiting.popleft()
-        try:
-            status = current.stat()
-            own = status.st_dev, status.st_ino
-            if own in above:
-                reason = "the link is circular: it leads to one of its parent folders; remove it"
-                raise refused(key, str(current), reason)
-            if own in seen:
+
+    def fail(error: OSError) -> None:
+        raise refused(key, error.filename, f"the folder can't be listed ({error.strerror})")
+
+    num_entries, found, visited = 0, list[Path](), set[str]()
+    waiting = [folder]  # then linked folders: direct paths take precedence
+    for start in waiting:
+        for root, folders, files in os.walk(start, onerror=fail):
+            num_entries += len(folders) + len(files)
+            if limit is not None and num_entries > limit:
+                raise _search_limit_error(key, folder, limit)
+            if (real := os.path.realpath(root)) in visited:
+                folders.clear()
                 continue
-            entries = sorted(current.iterdir())
-        except OSError as error:
-            reason = f"the folder can't be listed ({error.strerror})"
-            raise refused(key, str(current), reason) from error
-        seen.add(own)
-        num_entries += len(entries)
-        if limit is not None and num_entries > limit:
-            raise _search_limit_error(key, folder, limit)
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_symlink():
-                _check_link(key, folder, entry)
-            if not entry.is_dir():
-                found.append(entry)
-            elif entry.is_symlink():
-                waiting.append((entry, (*above, own)))  # last: direct paths take precedence
-            else:
-                waiting.appendleft((entry, (*above, own)))
+            visited.add(real)
+            folders[:] = sorted(name for name in folders if name[0] != ".")
+            for entry in sorted(Path(root, name) for name in (*folders, *files) if name[0] != "."):
+                if entry.is_symlink():
+                    _check_link(key, folder, entry)
+                if not entry.is_dir():
+                    found.append(entry)
+                elif entry.is_symlink():
+                    waiting.append(entry)
     return sorted(found)
 
 

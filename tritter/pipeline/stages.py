@@ -78,7 +78,6 @@ from tritter.training import (
     metrics_files,
 )
 from tritter.training.callbacks import evaluation_flops
-from tritter.training.growth_scaling import GrowthScaling, width_factors
 from tritter.training.trainer import validation_metrics
 from tritter.transform.children import router_flops
 
@@ -306,7 +305,6 @@ def _train(
     with moe.training_setup(context, branch, model) as setup:
         task = importance.task(context, branch, follow=setup.follow)
         observers, surgery_callbacks = _growth(context, branch, model, max_steps=settings.max_steps)
-        surgery_callbacks = (*_scaling(context, branch, max_steps=num_steps), *surgery_callbacks)
         trainee = experts.begin(context, branch, model, max_steps=settings.max_steps)
         _freeze(model, methods, task, max_steps=settings.max_steps)
         module = trainee.module(
@@ -362,28 +360,6 @@ def _growth(
         new=context.planned(branch).change.new_units() if branch.specs else {},
     )
     return (observer,), (changer,)
-
-
-def _scaling(context: RunContext, branch: Branch, *, max_steps: int) -> tuple[Callback, ...]:
-    """Return the callback that scales the updates of a branch's training by its growth.
-
-    Widths are compared with those of the model that the run starts from, also in later rounds and
-    tasks. New entries are those of this branch's expansion.
-    """
-    optimizer = context.config.optimizer
-    if optimizer.growth_scaling == "none" or branch.is_control:
-        return ()
-    if optimizer.growth_scaling == "mup":
-        grown = context.source(moe.start_folder(context, branch)).config
-        scaling = GrowthScaling(factors=width_factors(context.model_config, grown))
-    else:
-        scaling = GrowthScaling(
-            new=context.planned(branch).change.new_entries() if branch.specs else {},
-            multiplier=optimizer.new_multiplier,
-            warmup_steps=round(optimizer.new_warmup_ratio * max_steps),
-        )
-    context.say("", f"optimizer.growth_scaling = {optimizer.growth_scaling}: {scaling.summary}")
-    return (scaling,)
 
 
 def _announce(

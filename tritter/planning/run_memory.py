@@ -318,7 +318,6 @@ def _training_need(
         if frozen := _num_frozen(config, model_config, before):
             trained = max(0, (count if trained is None else trained) - frozen)
         copied = sum(_copies(one) for one in config.forgetting)
-        copied += config.optimizer.growth_scaling != "none"  # the weights before a step
         copies = copied * memory.parameters_bytes
         needs = [one.kind.needs(one.options) for one in config.forgetting]
         folders = {each.teacher_folder for each in needs if each.teacher}

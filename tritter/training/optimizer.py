@@ -42,18 +42,10 @@ class OptimizerValues:
             default of the class.
         carry: Whether training starts from the moments in the checkpoint. `reset_new`: only
             entries that the expansion neither adds nor copies keep theirs (arXiv 2602.02472).
-        growth_scaling: `parts` scales the updates of new entries, `mup` those of matrices by their
-            fan-in before and after the expansion (arXiv 2203.03466).
-        new_multiplier: Learning rate of new entries relative to others, for `parts`.
-        new_warmup_ratio: Fraction of the training steps with a linear warm-up of new entries, for
-            `parts`.
     """
 
     weight_decay: Annotated[float, Field(ge=0)] | None = None
     carry: bool | Literal["reset_new"] = False
-    growth_scaling: Literal["none", "parts", "mup"] = "none"
-    new_multiplier: Annotated[float, Field(gt=0)] = 2.0
-    new_warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +68,6 @@ class OptimizerSettings(OptimizerValues):
         return sum(size for size in sizes if size > 1) / _SIDE**2
 
 
-_ADAPTIVE = ("Adam", "AdEMAMix", "Lion")  # parts of names; Adafactor scales by the weights
 _ADAMS = ("Adam", "AdamW", "Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit")
 
 
@@ -388,27 +379,6 @@ def carry_problems(config: RunRequest) -> Iterator[Problem]:
         yield Problem(_MOMENTS_KEY, optimizer.carry, reason=reason)
     if config.model.model_type == "hf" and Path(config.model.path).is_dir():
         yield from moment_problems(Path(config.model.path))
-
-
-def scaling_problems(config: RunRequest) -> Iterator[Problem]:
-    """Yield the reasons why learning rates cannot depend on growth."""
-    optimizer = config.optimizer
-    rule, name = optimizer.growth_scaling, optimizer.target.rpartition(".")[2]
-    if rule == "none":
-        return
-    reasons: list[str] = []
-    is_grown = config.expansion or config.pipeline.target_params is not None
-    if config.experts is not None:
-        reasons.append("experts freeze the model that grows; remove one of the two")
-    elif not is_grown and (rule == "mup" or config.growth is None):
-        reasons.append("the model does not grow; choose an expansion, or remove it")
-    if rule == "mup" and not any(kind in name for kind in _ADAPTIVE):
-        reasons.append(
-            f"the rule is that of Adam, whose updates do not depend on the scale of gradients, and "
-            f"{name} may differ; use optimizer=adamw, or growth_scaling=parts"
-        )
-    for reason in reasons:
-        yield Problem("optimizer.growth_scaling", rule, reason=reason)
 
 
 def moment_problems(folder: Path) -> list[Problem]:

@@ -330,11 +330,6 @@ def _of_whole_weights(config: RunRequest) -> Iterator[tuple[str, object, str]]:
     if config.optimizer.carry:
         reason = "mapping moments requires whole weights; remove optimizer.carry"
         yield "optimizer.carry", True, reason
-    if config.optimizer.growth_scaling != "none":
-        reason = (
-            "new entries and widths are those of whole weights; remove optimizer.growth_scaling"
-        )
-        yield "optimizer.growth_scaling", config.optimizer.growth_scaling, reason
     for one in callbacks_of("WeightAveraging", config):
         reason = "weight averaging requires whole weights, and each process only has a shard"
         yield f"callbacks.{one.name}.{TARGET}", one.options[TARGET], reason

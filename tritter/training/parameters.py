@@ -39,13 +39,6 @@ BASE, NEW = "_base", "_new"  # suffixes of a parameter split into old and append
 WRAPPED = ".base_layer"  # PEFT's name of a linear layer with adapters
 
 
-def scaled_update(before: Tensor, after: Tensor, factor: float | Tensor) -> Tensor:
-    """Return a parameter after a step whose update is multiplied by `factor`."""
-    dtype = torch.promote_types(after.dtype, torch.float32)
-    weight = factor.to(dtype) if isinstance(factor, Tensor) else factor
-    return torch.lerp(before.to(dtype), after.to(dtype), weight).to(after.dtype)
-
-
 def live_layout(model: nn.Module) -> tuple[StoredTensor, ...]:
     """Return the layout of a live model's parameters in forward order, without adapters."""
     config, parameters = config_of(model), dict(model.named_parameters())

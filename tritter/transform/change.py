@@ -125,11 +125,6 @@ class Change:
             },
         )
 
-    def new_entries(self) -> dict[str, Tensor]:
-        """Return parameter → bool mask of its new entries, further copies included, if any."""
-        masks = ((name, ~mask) for name, mask in self.masks(with_copies=False).items())
-        return {name: mask for name, mask in masks if bool(mask.any())}
-
     def new_units(self) -> dict[str, tuple[Tensor | None, ...]]:
         """Return parameter → mask of new entries along each dimension, bool [size], if it grew.
 

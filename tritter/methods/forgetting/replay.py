@@ -32,22 +32,16 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-# Generating old data with the model itself, and filtering it.
-#
-# Each text begins as a training document does, and after an end of text the next one begins, as in
-# packed training data; with a document mask, it is a new document. A text longer than a sequence is
-# continued from its last half sequence. Each token is read once (keys and values are cached) and
-# sampled from softmax(logits / temperature), restricted to the smallest set of tokens whose
-# probabilities sum to `top_p` (arXiv 1904.09751).
-#
-# Models loop at low temperatures and produce noise at high ones. Two numbers detect both without
-# another model: the share of distinct runs of four tokens, and the perplexity of the text under
-# the model that generated it.
+# Text that the model generates begins as training documents do, and after an end of text the next
+# one begins. A text longer than a sequence is continued from its last half sequence. Models loop at
+# low temperatures and produce noise at high ones: the share of distinct runs of four tokens and the
+# perplexity under the model detect both.
 #
 # B  texts in a batch      T  tokens of a sequence      V  vocabulary
 
 RUN_TOKENS = 4
 _PER_TEXT, _AT_ONCE = 4, 64  # sequences of a text, and texts that are generated at once
+Turns = Sequence[Sequence[int]]  # what opens a user's message and an answer
 _SHORT_TEXT = 128  # tokens: few long sequences consist of several texts, to generate more at once
 
 
@@ -71,7 +65,7 @@ def write_text(
     num_sequences: int,
     sequence_length: int,
     bounds: TextBounds,
-    turns: Sequence[Sequence[int]] = (),
+    turns: Turns = (),
     temperature: float = 1.0,
     top_p: float = 1.0,
     sequences_per_text: int = 1,
@@ -82,8 +76,7 @@ def write_text(
     """Generate sequences with a causal language model.
 
     Args:
-        turns: what opens a user's message and an answer, as marked tokens (`Chat.turns`): every
-            second text then consists of conversations.
+        turns: `Chat.turns`: every second text then consists of conversations.
         sequences_per_text: number of consecutive sequences cut from one text.
         batch_size: texts that are generated at once; another value yields other texts.
         progress: called with the length of the texts, added over batches, and the total.
@@ -93,10 +86,8 @@ def write_text(
     """
     import torch
 
-    num_texts, length = (
-        -(-num_sequences // sequences_per_text),
-        sequences_per_text * sequence_length,
-    )
+    num_texts = -(-num_sequences // sequences_per_text)
+    length = sequences_per_text * sequence_length
     total = -(-num_texts // batch_size) * length
     pieces: list[Tensor] = []
     nats: list[Tensor] = []
@@ -105,7 +96,7 @@ def write_text(
         draw = _Draw(temperature=temperature, top_p=top_p, generator=generator)
         for number, first in enumerate(range(0, num_texts, batch_size)):
             count = min(batch_size, num_texts - first)
-            openings = _Openings(bounds, count, device, turns)
+            openings = _Openings(bounds, turns, count, device)
 
             def show(count: int, before: int = number * length) -> None:
                 if progress is not None:
@@ -170,23 +161,12 @@ class _Draw:
 class _Openings:
     """Opens each of a batch of texts, and the next one after an end of text.
 
-    With `turns`, every second text consists of conversations instead. The model writes the user's
-    messages too (arXiv 2406.08464); only what opens a message is given to it, and not predicted.
-
-    Args:
-        bounds: start and end of a text. Without a start, an end of text begins the next text.
-        count: number of texts.
-        device: of the tokens.
-        turns: what opens a user's message and an answer, as marked tokens.
+    Without a start of text, its end begins the next one. With `turns`, every second text consists
+    of conversations: the model writes questions and answers (arXiv 2406.08464), and what opens them
+    is given to it and not predicted.
     """
 
-    def __init__(
-        self,
-        bounds: TextBounds,
-        count: int,
-        device: torch.device,
-        turns: Sequence[Sequence[int]] = (),
-    ) -> None:
+    def __init__(self, bounds: TextBounds, turns: Turns, count: int, device: torch.device) -> None:
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
@@ -196,8 +176,7 @@ class _Openings:
         self._given = pad_sequence([as_tensor(each) for each in given], batch_first=True)
         self._lengths = as_tensor([len(each) for each in given])
         self._ends = as_tensor(bounds.ends)
-        # Per text: what opens the current part (0 a text, 1 a user's message, 2 an answer), and the
-        # number of tokens that the part has
+        # Per text: its current part (0 plain text, 1 a question, 2 an answer) and the part's tokens
         self._part = torch.arange(count, device=device)[:, None] % 2 * bool(turns)
         self._written = torch.zeros_like(self._part)
 
@@ -277,9 +256,10 @@ def _texts(
 
 @options
 class ReplayOptions:
-    """Options of replay: the exact share of each batch that comes from the old domains.
+    """Options of replay.
 
     Args:
+        fraction: exact share of all sequences that come from the old domains.
         weights: old domain → its weight among the old sequences; 1 if it is not listed.
         weighting: how sequences kept from an earlier run are drawn within their domain: `uniform`,
             or `loss`, in proportion to their loss at the end of that run.
@@ -305,14 +285,7 @@ def _fraction_problems(name: str, options: Any, run: RunRequest) -> Iterator[Pro
 
 
 class Replay(ForgettingMethod):
-    """Mix old sequences into the batches.
-
-    Args:
-        fraction: share of all sequences that are old, 0 ≤ fraction < 1.
-        weights: old domain → its weight among the old sequences; 1 if it is not listed.
-        weighting: `uniform` or `loss`, for kept sequences within their domain.
-        keep: sequences of each domain that are saved with the trained model.
-    """
+    """Mix old sequences into the batches, see `ReplayOptions`."""
 
     name = "replay"
     Options = ReplayOptions
@@ -391,7 +364,7 @@ class SelfReplay(ForgettingMethod):
             text for other methods, such as `ewc`.
         num_sequences: number of sequences to generate.
         temperature: divisor of the logits.
-        top_p: sample from the smallest set of tokens whose probabilities sum to this.
+        top_p: sample from the smallest set of tokens with this probability (arXiv 1904.09751).
         sequences_per_text: number of consecutive sequences cut from one text. None: 4, or fewer
             if more texts can be generated at once; few long sequences consist of several texts.
         min_distinct: minimum share of distinct runs of four tokens; below, a text is repetitive.
@@ -423,13 +396,10 @@ class SelfReplay(ForgettingMethod):
     def prepare(self, preparation: Preparation) -> Prepared:
         from tritter.core.models import config_of  # imports transformers, so not at the top
 
-        config, length, options = (
-            config_of(preparation.model),
-            preparation.sequence_length,
-            self.options,
-        )
+        config, options = config_of(preparation.model), self.options
+        length = preparation.sequence_length
         vocab_size = family_of(config).dimensions(config).vocab_size
-        count, per_text, parts = options.num_sequences, *_text_lengths(options, length)
+        count, (per_text, parts) = options.num_sequences, _text_lengths(options, length)
         preparation.log(f"the model generates {count} sequences of {length} tokens")
         written = write_text(
             preparation.model,
@@ -508,8 +478,7 @@ _WORDS = {
 class FilteredSequences:
     """The sequences that were kept, int32 [N, T], and the number dropped for each reason.
 
-    Args:
-        nats: mean −log p per kept token, under the model that generated it.
+    `nats` is the mean −log p per kept token, under the model that generated it.
     """
 
     kept: Tensor

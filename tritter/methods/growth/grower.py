@@ -25,7 +25,7 @@ from tritter.methods.growth.blocks import FFN, ActivationProbe, FfnBlock, ffn_bl
 from tritter.methods.growth.initialisers import Layer, NewNeurons
 from tritter.methods.growth.triggers import GrowthOptions, Timing, View, affordable, is_plateau
 from tritter.seeds import derived_seed
-from tritter.training.parameters import Entry, scaled_update
+from tritter.training.parameters import Entry
 from tritter.transform import Change
 from tritter.transform.change import declared
 
@@ -690,7 +690,8 @@ class Maturity:
             parameter = model.get_parameter(name)
             index = self._young[by_name[name]].to(parameter.device)
             moved = parameter.detach().index_select(dim, index)
-            scaled = scaled_update(before, moved, self._factor)
+            dtype = torch.promote_types(moved.dtype, torch.float32)
+            scaled = torch.lerp(before.to(dtype), moved.to(dtype), self._factor).to(moved.dtype)
             parameter.detach().index_copy_(dim, index, scaled)
         self._before = {}
         if self._measured:
