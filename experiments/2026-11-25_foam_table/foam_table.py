@@ -64,8 +64,10 @@ ARMS = {
     PEFT: FREE,
     "LoRA experts": ["experts=dylora", *FREE],
     "distill, self_replay": ["forgetting=[distill,self_replay]"],
-    # The divergence from the source only on the text that it wrote, not on the new data
-    "distill written text": ["forgetting=[distill,self_replay]", "forgetting.distill.rows=old"],
+    "distill, self_replay, half": ["forgetting=[distill,self_replay]",
+                                   "forgetting.self_replay.fraction=0.5"],
+    "distill, self_replay, new rows": ["forgetting=[distill,self_replay]",
+                                       "forgetting.distill.rows=new"],
 }  # fmt: skip
 GROWN = {
     "new blocks": LlamaPro(),

@@ -102,12 +102,7 @@ class Preparation:
     progress: Callable[[int, int], None] | None = None
 
     def sequences_text(self, count: int, domains: Sequence[str] | None = None) -> str:
-        """Return the number and origin of drawn sequences, for a line of the output.
-
-        Args:
-            count: Number of sequences.
-            domains: Domains that they were drawn from. Default: all.
-        """
+        """Return the number and origin of sequences drawn from some domains, by default all."""
         domains = domains or self.domains
         if domains == (WRITTEN,):
             return f"{count} sequences that the model generated"
@@ -202,6 +197,7 @@ class ForgettingMethod:
     Options: ClassVar[type[Any]] = NoOptions
     uses_weights: ClassVar[bool] = True  # False: it only selects training data
     freezes: ClassVar[bool] = False  # whether it freezes parts of the model
+    has_replay = False  # whether a method of the run mixes old rows into the batches
 
     def __init__(self, **arguments: Any) -> None:
         self.options = self.Options(**arguments)
@@ -349,7 +345,10 @@ class ForgettingMethod:
 
 def build_methods(chosen: Sequence[Component]) -> tuple[ForgettingMethod, ...]:
     """Build methods in the requested order."""
-    return tuple(one.kind(**one.arguments) for one in chosen)
+    built = tuple(one.kind(**one.arguments) for one in chosen)
+    for method in built:
+        method.has_replay = any(needs.mixes for needs in needs_of(chosen))
+    return built
 
 
 def needs_of(chosen: Sequence[Component]) -> tuple[Needs, ...]:

@@ -15,9 +15,10 @@ from tests.training.test_fit import SETTINGS, module_of, task
 from tests.training.test_fit import batches as batches_of
 from tritter.core.models import backbone_of, head_of
 from tritter.errors import TritterError
-from tritter.methods.forgetting import Distill, Replay
+from tritter.methods.forgetting import Distill, Replay, SelfReplay, build_methods
 from tritter.methods.forgetting.distill import Rows
-from tritter.training import BaseModule, fit
+from tritter.targets import Component
+from tritter.training import BaseModule, Task, fit
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 
 
@@ -78,6 +79,19 @@ def test_the_teacher_drops_out_nothing() -> None:
     method = begun(model, oracle.tiny_llama(attention_dropout=0.5).train())
     loss = method.extra_loss(model, batch, model(input_ids=batch["input_ids"]).logits)
     assert abs(float(loss.detach())) < 1e-6
+
+
+@pytest.mark.parametrize(("others", "kind"), [([], "new"), ([SelfReplay], "old")])
+def test_by_default_it_reads_what_another_method_replays(others: list[Any], kind: Rows) -> None:
+    chosen = [Component(name=k.name, kind=k, options=k.Options()) for k in (Distill, *others)]
+    model, batch = oracle.tiny_llama(), batch_of(num_old=2)
+    teacher = oracle.tiny_llama(hidden_size=16)
+    losses = []
+    for method in (build_methods(chosen)[0], Distill(rows=kind)):
+        method.begin_task(model, Task(seed=0, teacher=teacher))
+        logits = model(input_ids=batch["input_ids"]).logits
+        losses.append(float(method.extra_loss(model, batch, logits).detach()))
+    assert losses[0] == losses[1] > 0
 
 
 def test_without_marks_all_rows_are_new() -> None:

@@ -2,11 +2,11 @@
 
 weight · T² · KL(teacher ‖ student) at temperature T (Hinton et al. 2015, arXiv 1503.02531), added
 to the loss of the task. The teacher is the model before the expansion, or any other model with the
-same tokenizer. As in LwF the teacher sees the new data: no old data is needed.
+same tokenizer. It sees the new data, as in LwF, or the rows that another method replays.
 
-When to use: there is no old data, or in addition to replay. Cost: the teacher's weights and its
-forward pass, a third of a training step's FLOPs for a teacher as large as the student. The student
-reuses the logits of the task; the only extra tensor of their size is their gradient.
+When to use: without old data, with `self_replay`. Cost: the teacher's weights and its forward pass,
+a third of a step's FLOPs if both are as large and all rows are read. The student reuses the logits
+of the task; the only extra tensor of their size is their gradient.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class DistillOptions:
 
     weight: Annotated[float, Field(ge=0)] = 2.0
     temperature: Annotated[float, Field(gt=0)] = 2.0
-    rows: Rows = "new"
+    rows: Rows | None = None
     top_k: Count | None = None
     mask_gold: bool = False
     teacher: Text | None = None
@@ -163,10 +163,10 @@ class Distill(ForgettingMethod):
     Args:
         weight: of the divergence; the loss of the task has weight 1.
         temperature: of both models' probabilities.
-        rows: rows of a batch: `new`, `old` (replayed by another method) or `both`.
+        rows: rows of a batch: `new`, `old` (replayed by another method) or `both`. None: `old` if
+            another method replays any, else `new`.
         top_k: see `soft_target_loss`.
-        mask_gold: exclude the actual next token from both distributions, since the loss of the task
-            already covers it.
+        mask_gold: exclude the actual next token, which the task's loss covers, from both.
         teacher: a checkpoint; None: the model before the expansion.
     """
 
@@ -208,11 +208,10 @@ class Distill(ForgettingMethod):
 
         assert self._teacher is not None
         of_batch, length = batch["input_ids"], batch["input_ids"].shape[1]
-        is_old = batch.get("is_replay")
-        if is_old is None:
-            is_old = torch.zeros(len(of_batch), dtype=torch.bool)
+        is_old = batch.get("is_replay", torch.zeros(len(of_batch), dtype=torch.bool))
+        kind = self.options.rows or ("old" if self.has_replay else "new")
         chosen = {"new": ~is_old, "old": is_old, "both": torch.ones_like(is_old)}
-        rows = chosen[self.options.rows].nonzero().squeeze(-1).to(of_batch.device)  # [n]
+        rows = chosen[kind].nonzero().squeeze(-1).to(of_batch.device)  # [n]
         input_ids, reading = of_batch[rows], forward_options(batch, rows)
         mask = reading.get("attention_mask")
         lengths = lengths_read(model, input_ids, mask)
