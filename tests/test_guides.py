@@ -124,7 +124,7 @@ def leave_chats(folder: Path) -> None:
 def test_an_instruct_model_is_taught_as_printed(tmp_path: Path) -> None:
     """With fewer steps and questions: the printed run takes half an hour."""
     leave_chats(tmp_path)
-    shorter = {"max_steps=300": "max_steps=6", "task_limit=500": "task_limit=40"}
+    shorter = {"max_steps=200": "max_steps=6", "task_limit=500": "task_limit=40"}
     shorter["task_questions=100"] = "task_questions=8 evaluation.max_documents=32"
     commands = printed_commands(TEACH)
     for old, new in shorter.items():
@@ -155,7 +155,7 @@ def test_the_notebook_teaches_it_too(
     namespace = dict[str, object]()
     for cell in cells:
         if cell["cell_type"] == "code":
-            source = "".join(cell["source"]).replace("STEPS = 300", "STEPS = 6")
+            source = "".join(cell["source"]).replace("STEPS = 200", "STEPS = 6")
             shorter = '"evaluation.task_questions=8", "evaluation.max_documents=32"'
             exec(source.replace('"evaluation.task_questions=100"', shorter), namespace)
     assert set(namespace["changes"]) == {"plain", "careful"}  # type: ignore[call-overload]
