@@ -64,33 +64,6 @@ def test_the_functions_are_there_before_torch_is() -> None:
     )
 
 
-_OLD_FORM = "from tritter.expand import expand, plan_expansion; "
-_MODULE = "import tritter.expand; import tritter.expand.live as live; "
-_CHECK = (
-    "import inspect, sys, tritter, tritter.transform as now; "
-    "assert inspect.isfunction(tritter.expand) and tritter.expand.__name__ == 'expand'; "
-    "assert sys.modules['tritter.expand'] is now; "
-    "from tritter.expand import expand as folders; assert folders is now.expand; "
-    "assert 'output' in inspect.signature(tritter.expand).parameters; "
-)
-
-
-@pytest.mark.quick_cases(1)
-@pytest.mark.parametrize(
-    "source",
-    [
-        _OLD_FORM + _MODULE + "assert live.ModelExpander; " + _CHECK,
-        "import tritter; new = tritter.expand; " + _OLD_FORM + _CHECK + "assert tritter.expand is "
-        "new; assert expand is tritter.expand.expand; assert tritter.expand.plan_expansion",
-        _MODULE + _CHECK + _OLD_FORM + _CHECK,
-        "from tritter import expand as new; " + _MODULE + _CHECK + "assert new is tritter.expand",
-    ],
-    ids=["module first", "function first", "plain import", "from import"],
-)
-def test_expand_is_a_function_and_a_former_module(source: str) -> None:
-    program(source)
-
-
 def test_type_checkers_see_the_names_that_there_are() -> None:
     tree = ast.parse((ROOT / "tritter/__init__.pyi").read_text(encoding="utf-8"))
     stated = {

@@ -81,7 +81,7 @@ TORCH_ONLY_ROOMS = {"core.parameter_map", "core.stock_routers"}  # the standard 
 
 # Room → most files and lines: both may only fall, until the redesign of issue 25 ends
 RATCHET = {
-    "(top)": (13, 2_379),
+    "(top)": (13, 2_310),
     "checkpoints": (12, 3_350),
     "cli": (22, 6_359),
     "config": (19, 5_361),
@@ -89,17 +89,17 @@ RATCHET = {
     "data": (26, 9_387),
     "evaluation": (18, 4_795),
     "integrations": (2, 785),
-    "methods": (48, 12_649),
+    "methods": (48, 12_648),
     "pipeline": (26, 7_475),
     "planning": (9, 2_307),
     "report": (14, 4_309),
     "storage": (10, 2_159),
-    "training": (18, 5_220),
+    "training": (18, 5_219),
     "transform": (6, 1_960),
 }
 # What there is to know; both may only fall: names of modules without an underscore, and classes
 # that only hold values
-MAX_PUBLIC_NAMES, MAX_RECORDS = 2_456, 357
+MAX_PUBLIC_NAMES, MAX_RECORDS = 2_455, 357
 MAX_LONELY_MODULES = 25  # with a single caller, which is in their own room
 
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}

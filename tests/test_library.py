@@ -1,6 +1,5 @@
 """Expansion of live models under the names of the literature."""
 
-import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -206,21 +205,6 @@ def test_the_package_lists_what_it_hands_out_before_anything_is_imported() -> No
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
-
-
-@pytest.mark.parametrize(
-    ("former", "today"),
-    [
-        ("tritter.expand", "tritter.transform"),
-        ("tritter.expansion.width", "tritter.core.expansions.width"),
-        ("tritter.models", "tritter.core.models"),
-        ("tritter.growth.triggers", "tritter.methods.growth.triggers"),
-    ],
-)
-def test_a_former_import_path_gives_the_same_module(former: str, today: str) -> None:
-    assert importlib.import_module(former) is importlib.import_module(today)
-    with pytest.raises(ModuleNotFoundError, match="nothing"):
-        importlib.import_module(f"{former}.nothing")
 
 
 def test_a_checkpoint_by_the_specifications_names(tmp_path: Path) -> None:

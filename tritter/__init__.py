@@ -2,12 +2,6 @@
 
 import logging
 import os
-import sys
-from collections.abc import Sequence
-from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 
 from tritter.loading import lazy_names
 
@@ -79,66 +73,3 @@ def __dir__() -> list[str]:
 
 
 __getattr__ = lazy_names(__name__, _EXPORTS)
-
-
-class _Package(ModuleType):
-    """This package. A submodule does not replace a function of the same name.
-
-    `tritter.expand` is a function and a former name of `tritter.transform`. Importing the module
-    would set it as an attribute; instead the function gets the module's names.
-    """
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name in _EXPORTS and isinstance(value, ModuleType):
-            public = {key: each for key, each in vars(value).items() if not key.startswith("_")}
-            vars(getattr(self, name)).update(public)
-        else:
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
-
-
-# Former names of packages that moved to `core` and `methods`. Importing them returns the same
-# modules.
-_FORMER_NAMES = {
-    "checkpoint": "checkpoints",
-    "expand": "transform",
-    "expansion": "core.expansions",
-    "experts": "methods.experts",
-    "experts.losses": "methods.experts.gates",
-    "experts.peft_folder": "methods.experts.stored",
-    "families": "core.families",
-    "forgetting": "methods.forgetting",
-    "growth": "methods.growth",
-    "loadable": "core.models",
-    "models": "core.models",
-    "moe_routing": "methods.moe_routing",
-    "novelty": "methods.novelty",
-    "parameter_map": "core.parameter_map",
-    "stock_routers": "core.stock_routers",
-    "streamed": "core.streamed",
-}
-
-
-class _FormerNames(MetaPathFinder, Loader):
-    """Import of former names such as `tritter.expansion.width` from their current module."""
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        package, *rest = name.split(".", 2)
-        is_former = package == __name__ and bool(rest) and rest[0] in _FORMER_NAMES
-        return ModuleSpec(name, self) if is_former else None
-
-    def exec_module(self, module: ModuleType) -> None:
-        former = module.__name__.removeprefix(f"{__name__}.")
-        room, _, rest = former.partition(".")
-        moved = f"{_FORMER_NAMES[room]}.{rest}".rstrip(".")
-        today = _FORMER_NAMES.get(former, moved)
-        sys.modules[module.__name__] = found = import_module(f"{__name__}.{today}")
-        if rest and room in _EXPORTS:  # `import tritter.expand.live as live` asks the function
-            setattr(getattr(sys.modules[__name__], room), rest, found)
-
-
-sys.meta_path.insert(0, _FormerNames())  # first, else files are imported twice
