@@ -43,7 +43,11 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("it began to work")
 
-    for name in ("experts.whole.load_whole", "cli.compare.read_runs", "cli.report.read_runs"):
+    for name in (
+        "methods.experts.whole.load_whole",
+        "cli.compare.read_runs",
+        "cli.report.read_runs",
+    ):
         monkeypatch.setattr(f"tritter.{name}", fail)
 
 
