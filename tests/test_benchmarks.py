@@ -42,6 +42,7 @@ VOCABULARY = "2026-11-24_vocabulary"
 CONTEXT = "2026-11-24_context"
 CHILDREN = "2026-11-24_experts_from_children"
 GROWTH_RATES = "2026-11-24_growth_rates"
+DISTILL_ROWS = "2026-11-26_distill_rows"
 BEGINNINGS = "2026-11-25_beginnings"
 DEPTH_BY_CHOICE = "2026-11-24_depth_by_choice"
 MORE_UPCYCLING = "2026-11-24_more_upcycling"
@@ -298,12 +299,15 @@ def test_the_table_of_beginnings_is_that_of_its_results(capsys: pytest.CaptureFi
     assert len(lines) == 4 and all(line in readme for line in lines)
 
 
-def test_the_tables_of_growth_rates_are_those_of_its_results(
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.parametrize("name", [GROWTH_RATES, DISTILL_ROWS])
+def test_the_tables_are_those_of_the_results(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    importlib.import_module(f"experiments.{GROWTH_RATES}.summarise").main()
-    readme = (FOLDER.parent / GROWTH_RATES / "README.md").read_text(encoding="utf-8")
-    assert all(line in readme for line in capsys.readouterr().out.splitlines())
+    monkeypatch.setattr(sys, "argv", ["summarise.py"])
+    importlib.import_module(f"experiments.{name}.summarise").main()
+    readme = (FOLDER.parent / name / "README.md").read_text(encoding="utf-8")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 8 and all(line in readme for line in lines)
 
 
 @pytest.mark.full

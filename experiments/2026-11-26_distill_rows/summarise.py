@@ -15,6 +15,7 @@ sys.path.append(str(FOLDER.parents[1]))
 from experiments.jobs import append, rows_of, with_interval  # noqa: E402
 
 RESULTS = FOLDER / "results.csv"
+_SCORES = ("prose", "code")
 
 
 def main() -> None:
@@ -38,9 +39,6 @@ def main() -> None:
         cells += [f"{sum(row['status'] == 'kept' for row in rows)} of {len(rows)}"]
         cells += [f"{float(rows[0]['flops']) / 1e12:.2f}"]
         print(f"| {' | '.join(cells)} |")
-
-
-_SCORES = ("prose", "code")
 
 
 def row_of(folder: Path) -> dict[str, Any]:

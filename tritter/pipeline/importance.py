@@ -138,9 +138,8 @@ def _preparation(
         drawing = Task(seed=_task_seed(context, branch), old_sequences=sequences)
         return drawing.draw(count, *purpose, domains=domains)
 
-    chat = context.corpus.chat
     # Conversations can't be tokenised again for an extended vocabulary
-    has_turns = chat is not None and start.tokenizer_folder == context.tokenizer_folder
+    chat, is_same = context.corpus.chat, start.tokenizer_folder == context.tokenizer_folder
     return Preparation(
         model=model,
         domains=old,
@@ -148,7 +147,7 @@ def _preparation(
         draw=draw,
         sequence_length=context.config.data.sequence_length,
         bounds=context.bounds,
-        turns=chat.turns() if chat is not None and has_turns else (),
+        turns=chat.turns() if chat is not None and is_same else (),
         seed=lambda *purpose: context.seed(*purpose, *branch.purpose),
         state=state,
         log=partial(context.say, "importance"),

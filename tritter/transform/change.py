@@ -106,23 +106,19 @@ class Change:
             is_shared = stored.is_whole and maps[0].is_verbatim  # else both models train it
             yield stored.name, stored.pack(values.__getitem__).to(example.device, copy=is_shared)
 
-    def masks(self, old: Tensors | None = None, *, with_copies: bool = True) -> dict[str, Tensor]:
+    def masks(self, old: Tensors | None = None) -> dict[str, Tensor]:
         """Return parameter → bool mask of the entries that derive from old weights.
 
         Args:
             old: masks before the change; only entries that derive from marked ones are marked. A
                 parameter without a mask has no marked entries. None: all are marked.
-            with_copies: further copies of an entry are marked like the first.
         """
         marked = {s.name: torch.full(s.shape, old is None) for s in self.before}
         marked |= {name: mask for name, mask in (old or {}).items() if name in marked}
         by_name = unpack_all(self.before, marked)
         return pack_all(
             self.after,
-            {
-                name: carried_mask(m, by_name.__getitem__, with_copies=with_copies)
-                for name, m in self.tensors.items()
-            },
+            {name: carried_mask(m, by_name.__getitem__) for name, m in self.tensors.items()},
         )
 
     def new_units(self) -> dict[str, tuple[Tensor | None, ...]]:

@@ -140,9 +140,7 @@ def map_tensor(
     return _filled(values, has_source.to(values.device), tensor_map.fill, like=source, donor=donor)
 
 
-def carry_mask(
-    tensor_map: TensorMap, source_mask: Tensor | None, *, with_copies: bool = True
-) -> Tensor:
+def carry_mask(tensor_map: TensorMap, source_mask: Tensor | None) -> Tensor:
     """Return the mask of target entries that derive from the marked entries of the source.
 
     New coordinates, zeroed copies and tensors with fresh state are not marked, so penalties on old
@@ -151,7 +149,6 @@ def carry_mask(
     Args:
         tensor_map: the map.
         source_mask: bool, in the source's shape; None if the map has no source.
-        with_copies: further copies of an entry are marked like the first.
     """
     import torch
 
@@ -161,24 +158,18 @@ def carry_mask(
     for dimension, axis in enumerate(tensor_map.axes):
         if axis is not None:
             mask = mask.index_select(dimension, axis.index.clamp(min=0))
-    is_dropped = tensor_map.is_copy and not with_copies
-    if tensor_map.is_zeroed or tensor_map.state == "fresh" or is_dropped:
+    if tensor_map.is_zeroed or tensor_map.state == "fresh":
         return torch.zeros_like(mask)
-    if not with_copies:
-        mask = mask & ~any_mask(tensor_map.axes, lambda axis: axis.is_duplicate)
     return mask & ~any_mask(tensor_map.axes, is_new) if tensor_map.axes else mask
 
 
-def carried_mask(tensor_map: TensorMap, read: Read, *, with_copies: bool = True) -> Tensor:
+def carried_mask(tensor_map: TensorMap, read: Read) -> Tensor:
     """Return `carry_mask` for a whole chain, with masks of the first model read by logical name."""
     before = tensor_map.source
     if before is None:
         return carry_mask(tensor_map, None)
-    if isinstance(before, str):
-        mask = read(before)
-    else:
-        mask = carried_mask(before, read, with_copies=with_copies)
-    return carry_mask(tensor_map, mask, with_copies=with_copies)
+    mask = read(before) if isinstance(before, str) else carried_mask(before, read)
+    return carry_mask(tensor_map, mask)
 
 
 def new_coordinates(tensor_map: TensorMap, dimension: int) -> Tensor | None:
