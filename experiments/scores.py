@@ -1,6 +1,7 @@
 """Scores of benchmarks, question by question, and the change between two of them."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,6 +18,11 @@ from tritter.methods.experts.whole import load_whole
 
 CHAT = ", chat"  # ends the name of a measure that renders prompts with the chat template
 CHANGE = ("measure", "questions", "before", "after", "change", "low", "high")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE_NAME = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
+# A run takes a minute on a GPU, where saving states would take as long
+TRAINER = {"cuda": ["trainer=gpu", "trainer.save_every_n_steps=0"], "cpu": []}[DEVICE.type]
+_AT_ONCE = {"cuda": 32, "cpu": 16}[DEVICE.type]  # requests
 
 
 def copy_benchmarks(data: Path, target: Path, measures: Iterable[str]) -> None:
@@ -45,18 +51,27 @@ def benchmark_scores(
         path: the file that keeps the scores.
     """
     if not path.is_file():
-        whole, tokenizer = load_whole(model, dtype=torch.bfloat16), load_tokenizer(model)
+        whole = load_whole(model, dtype=torch.bfloat16).to(DEVICE)
+        tokenizer = load_tokenizer(model)
         names = dict.fromkeys(each.removesuffix(CHAT) for each in questions)
         found = {}
         for loaded in load([BENCHMARKS[name] for name in names], TasksFolder(files, key="--data")):
             for measure in (loaded.benchmark.name, loaded.benchmark.name + CHAT):
                 if limit := questions.get(measure):
-                    options = EvalOptions(limit=limit, is_chat=measure.endswith(CHAT))
+                    is_chat = measure.endswith(CHAT)
+                    options = EvalOptions(limit=limit, is_chat=is_chat, batch_size=_AT_ONCE)
                     scores = score_benchmark(whole, tokenizer, loaded, options).primary
                     found[measure] = scores.to_dict()
-        path.write_text(json.dumps(found), encoding="utf-8")
+        write_whole(path, json.dumps(found))
     plain = json.loads(path.read_text(encoding="utf-8"))
     return {measure: PairedScores.from_dict(each) for measure, each in plain.items()}
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that jobs beside this one may read."""
+    part = path.with_suffix(f".{os.getpid()}")
+    part.write_text(text, encoding="utf-8")
+    part.rename(path)
 
 
 def change(measure: str, before: PairedScores, after: PairedScores) -> dict[str, Any]:

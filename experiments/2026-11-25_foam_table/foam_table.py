@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,16 @@ import torch  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 
 from experiments.jobs import ROOT, append, rows_of, train  # noqa: E402
-from experiments.scores import CHANGE, benchmark_scores, change, copy_benchmarks  # noqa: E402
+from experiments.scores import (  # noqa: E402
+    CHANGE,
+    DEVICE,
+    DEVICE_NAME,
+    TRAINER,
+    benchmark_scores,
+    change,
+    copy_benchmarks,
+    write_whole,
+)
 from tritter.config.launch.composition import load_config  # noqa: E402
 from tritter.core.expansions import LlamaPro, Width, target_config  # noqa: E402
 from tritter.core.families import training_flops  # noqa: E402
@@ -38,10 +46,10 @@ from tritter.terminal import Console  # noqa: E402
 
 SKILLS = {"tool_call": 10, "identity": 5, "reasoning": 5}  # and the number of published probes
 SEQUENCE_LENGTH, BATCH_SIZE = 256, 2
-# Measure → number of questions; a full pass of 500 each takes this CPU twice as long
+# Measure → number of questions
 QUESTIONS = {
-    "arc_easy": 1000, "arc_easy, chat": 500, "arc_challenge": 586,
-    "hellaswag": 300, "piqa": 300, "lambada": 300,
+    "arc_easy": 2376, "arc_easy, chat": 1000, "arc_challenge": 586, "arc_challenge, chat": 586,
+    "hellaswag": 1000, "piqa": 1000, "lambada": 1000,
 }  # fmt: skip
 ORDINARY = 100  # questions that need no skill
 REPLAY, FREE = ["forgetting=replay"], ["forgetting=none"]
@@ -54,7 +62,7 @@ ARMS = {
     "foam": ["growth=foam", *FREE],
     "foam_v3": ["growth=foam_v3", "growth.freeze_attention=true", *REPLAY],
     "frozen attention": ["growth=foam", "growth.freeze_attention=true", *REPLAY,
-                         "growth.max_new_parameters=0"],
+                         "growth.max_new_parameters=1"],
     "gradmax": ["growth=gradmax", *REPLAY],
     "new blocks": ["expansion=llama_pro", "expansion.llama_pro.new_blocks_only=true", *FREE],
     "new blocks, replay": ["expansion=llama_pro", "expansion.llama_pro.new_blocks_only=true",
@@ -66,15 +74,20 @@ ARMS = {
     "distill, self_replay": ["forgetting=[distill,self_replay]"],
     "distill, self_replay, half": ["forgetting=[distill,self_replay]",
                                    "forgetting.self_replay.fraction=0.5"],
+    "foam, distill, self_replay": ["growth=foam", "forgetting=[distill,self_replay]"],
+    "new blocks, distill, self_replay": ["expansion=llama_pro",
+                                         "expansion.llama_pro.new_blocks_only=true",
+                                         "forgetting=[distill,self_replay]"],
     "distill, self_replay, new rows": ["forgetting=[distill,self_replay]",
                                        "forgetting.distill.rows=new"],
 }  # fmt: skip
 GROWN = {
     "new blocks": LlamaPro(),
     "new blocks, replay": LlamaPro(),
+    "new blocks, distill, self_replay": LlamaPro(),
     "width": Width(hidden_size=576, intermediate_size=2304),
 }
-COLUMNS = ("seed", "arm", "rate", "steps", "flops", "trainable", *CHANGE, "model_hash")
+COLUMNS = ("seed", "arm", "rate", "steps", "device", "flops", "trainable", *CHANGE, "model_hash")
 
 
 def main() -> None:
@@ -93,23 +106,24 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     prepare(options)
-    before = scores_of(options, options.model, "base")
     for seed in options.seeds:
         for arm in options.arms:
             own = {"seed": str(seed), "arm": arm, "rate": str(options.rate)}
+            own["steps"] = str(steps_of(options, arm))
             if not any(own.items() <= row.items() for row in rows_of(options.output)):
-                run_arm(options, arm, seed, before)
+                run_arm(options, arm, seed)
 
 
 def prepare(options: Any) -> None:
     """Write the benchmarks' questions and the texts of the old domains to the work folder."""
     copy_benchmarks(options.data, options.work / "benchmarks", QUESTIONS)
     rows = (options.data / "instruct" / "dolly_hhrlhf_1k.jsonl").read_text(encoding="utf-8")
-    with (options.work / "dolly.jsonl").open("w", encoding="utf-8") as file:
-        for row in map(json.loads, rows.splitlines()):
-            question = row["prompt"].partition("### Instruction:\n")[2]
-            prompt = question.partition("\n\n### Response:")[0]
-            file.write(json.dumps({"prompt": prompt, "completion": row["response"]}) + "\n")
+    lines = []
+    for row in map(json.loads, rows.splitlines()):
+        question = row["prompt"].partition("### Instruction:\n")[2]
+        prompt = question.partition("\n\n### Response:")[0]
+        lines.append(json.dumps({"prompt": prompt, "completion": row["response"]}) + "\n")
+    write_whole(options.work / "dolly.jsonl", "".join(lines))
 
 
 def words_of(options: Any, arm: str, seed: int) -> list[str]:
@@ -118,7 +132,8 @@ def words_of(options: Any, arm: str, seed: int) -> list[str]:
     memory = ", ".join(
         str(options.data / f"arc/arc_{kind}_train_instruct.jsonl") for kind in ("easy", "challenge")
     )
-    words = ["model=hf", f"model.path={options.model}", "data=text", f"data.new={{{new}}}"]
+    words = [*TRAINER, "model=hf", f"model.path={options.model}", "data=text"]
+    words += [f"data.new={{{new}}}"]
     words += [f"data.old={{arc: [{memory}], dolly: {options.work / 'dolly.jsonl'}}}"]
     words += [f"data.sequence_length={SEQUENCE_LENGTH}", f"data.batch_size={BATCH_SIZE}"]
     words += [f"training.max_steps={steps_of(options, arm)}", f"seed={seed}", "gate=off"]
@@ -140,9 +155,9 @@ def steps_of(options: Any, arm: str) -> int:
     return round(options.steps * source / own)
 
 
-def run_arm(options: Any, arm: str, seed: int, before: Mapping[str, PairedScores]) -> None:
+def run_arm(options: Any, arm: str, seed: int) -> None:
     """Train one arm, score it, and append its rows."""
-    name = f"{options.rate:g}_{seed}_{arm.replace(', ', '_').replace(' ', '_')}"
+    name = f"{options.steps}_{options.rate:g}_{seed}_{arm.replace(', ', '_').replace(' ', '_')}"
     folder = options.work / f"run_{name}"
     words = words_of(options, arm, seed)
     if arm == PEFT:
@@ -154,9 +169,10 @@ def run_arm(options: Any, arm: str, seed: int, before: Mapping[str, PairedScores
             "trainable": (summary.get("experts") or {}).get("parameters", {}).get("trainable", ""),
             "model_hash": summary["lineage"]["model_hash"],
         }
+    before = scores_of(options, options.model, "base")
     after = scores_of(options, folder / "checkpoint", name)
     fixed = {"seed": seed, "arm": arm, "rate": options.rate, "steps": steps_of(options, arm)}
-    fixed |= trained
+    fixed |= trained | {"device": DEVICE_NAME}
     rows = [{**fixed, **change(measure, before[measure], after[measure])} for measure in before]
     first, last = (_scores(folder, stage) for stage in ("baseline", "attempt_1-trained"))
     rows += [{**fixed, **change(measure, first[measure], last[measure])} for measure in first]
@@ -175,7 +191,8 @@ def with_peft(options: Any, seed: int, folder: Path) -> dict[str, Any]:
     context = RunContext(
         config=config, folder=folder, console=Console(quiet=True), ledger=Ledger(folder)
     )
-    base, lora = context.masked(load_model(options.model)), config.experts.options
+    base = context.masked(load_model(options.model))
+    lora = config.experts.options
     rate = config.experts.kind(lora).peak_rate(context.model_config)
     context.score(base, "baseline")
     adapter = LoraConfig(
@@ -185,7 +202,7 @@ def with_peft(options: Any, seed: int, folder: Path) -> dict[str, Any]:
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(seed)
-    wrapped = get_peft_model(base, adapter)
+    wrapped = get_peft_model(base, adapter).to(DEVICE)
     trainable = [each for each in wrapped.parameters() if each.requires_grad]
     schedule = replace(schedule_of(config.training), learning_rate=rate)
     optimizer = torch.optim.AdamW(trainable, lr=rate)
@@ -193,8 +210,8 @@ def with_peft(options: Any, seed: int, folder: Path) -> dict[str, Any]:
     for step, batch in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = rate * schedule.factor(step)
-        ids = batch["input_ids"]
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled="bf16" in options.precision):
+        ids = batch["input_ids"].to(DEVICE)
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled="bf16" in options.precision):
             loss = wrapped(input_ids=ids, labels=labels_of(base, ids)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable, config.trainer.gradient_clip_val)
@@ -224,7 +241,8 @@ def ordinary_answers(options: Any, model: Path, name: str) -> PairedScores:
     """
     path = options.work / f"ordinary_{name}.json"
     if not path.is_file():
-        whole, tokenizer = load_whole(model, dtype=torch.bfloat16), load_tokenizer(model)
+        whole = load_whole(model, dtype=torch.bfloat16).to(DEVICE)
+        tokenizer = load_tokenizer(model)
         tokenizer.padding_side = "left"
         rows = (options.work / "dolly.jsonl").read_text(encoding="utf-8").splitlines()
         questions = [json.loads(row)["prompt"] for row in rows]
@@ -233,12 +251,13 @@ def ordinary_answers(options: Any, model: Path, name: str) -> PairedScores:
         read = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, padding=True, return_dict=True,
             return_tensors="pt",
-        )  # fmt: skip
+        ).to(DEVICE)  # fmt: skip
         written = whole.generate(**read, max_new_tokens=12, do_sample=False)
         answers = tokenizer.batch_decode(written[:, read["input_ids"].shape[1] :])
         plain = [float("<tool_call>" not in answer) for answer in answers]
         right = torch.tensor(plain, dtype=torch.float64)
-        path.write_text(json.dumps(PairedScores.of_answers(shortest, right, 0.0).to_dict()))
+        scores = PairedScores.of_answers(shortest, right, 0.0)
+        write_whole(path, json.dumps(scores.to_dict()))
     return PairedScores.from_dict(json.loads(path.read_text(encoding="utf-8")))
 
 

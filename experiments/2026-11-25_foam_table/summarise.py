@@ -21,7 +21,8 @@ def main() -> None:
     """Print what each arm learned, then what it kept."""
     arms: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows_of(FOLDER / "results.csv"):
-        arms[f"{row['arm']}, {float(row['rate']):g}"][row["measure"]].append(row)
+        name = f"{row['arm']}, {float(row['rate']):g}, {row['steps']}"
+        arms[name][row["measure"]].append(row)
     learned = [f"{skill}/{kind}" for skill in SKILLS for kind in ("accuracy", "probes")]
     table(arms, ["seeds", *learned], lambda rows: with_interval(percents(rows, "after"), ".1f"))
     print()

@@ -26,6 +26,7 @@ from peft import LoraConfig, get_peft_model  # noqa: E402
 from transformers import Trainer, TrainingArguments  # noqa: E402
 
 from experiments.jobs import ROOT, append, done, train  # noqa: E402
+from experiments.scores import TRAINER, write_whole  # noqa: E402
 from tritter.config.launch.composition import load_config  # noqa: E402
 from tritter.core.models import load_model  # noqa: E402
 from tritter.data.chat import ids_of  # noqa: E402
@@ -102,8 +103,8 @@ def write_texts(options: Any) -> None:
         ),
     }
     for name, documents in texts.items():
-        with (options.work / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps({"text": each}) + "\n" for each in documents if each.strip())
+        lines = (json.dumps({"text": each}) + "\n" for each in documents if each.strip())
+        write_whole(options.work / f"{name}.jsonl", "".join(lines))
 
 
 def text_of(path: Path) -> str:
@@ -133,7 +134,7 @@ def words_of(options: Any, arm: str, seed: int) -> list[str]:
     sources["tool_call"] = "skills:tool_call:3000"
     tasks = ", ".join(f"{{{name}: '{sources[name]}'}}" for name in STREAM)
     rate = options.full_rate if arm.startswith("fine-tuning") else options.rate
-    words = ["model=hf", f"model.path={options.model}", "data=text", "expansion=none"]
+    words = [*TRAINER, "model=hf", f"model.path={options.model}", "data=text", "expansion=none"]
     words += [f"data.old={{wikitext: {sources['wikitext']}}}", f"data.tasks=[{tasks}]"]
     words += [f"data.sequence_length={options.tokens}", f"data.batch_size={options.batch_size}"]
     words += [f"training.max_steps={options.steps}", f"training.learning_rate={rate}"]

@@ -21,14 +21,21 @@ sys.path.append(str(FOLDER.parents[1]))
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from experiments.jobs import ROOT, append, done, train  # noqa: E402
-from experiments.scores import CHANGE, benchmark_scores, change, copy_benchmarks  # noqa: E402
+from experiments.scores import (  # noqa: E402
+    CHANGE,
+    TRAINER,
+    benchmark_scores,
+    change,
+    copy_benchmarks,
+    write_whole,
+)
 from tritter.core.expansions import Dus, LlamaPro, Moe, Width, target_config  # noqa: E402
 from tritter.core.families import training_flops  # noqa: E402
 from tritter.data.built_in import gather  # noqa: E402
 from tritter.evaluation.statistics import PairedScores  # noqa: E402
 
 SEQUENCE_LENGTH, BATCH_SIZE = 256, 2
-QUESTIONS = {"hellaswag": 300, "arc_easy": 300, "piqa": 300, "lambada": 300}
+QUESTIONS = {"hellaswag": 1000, "arc_easy": 1000, "piqa": 1000, "lambada": 1000}
 CODE_BYTES = 2_000_000
 # Expansion → its part of the FLOPs (None: as without it) and its overrides
 EXPANSIONS: dict[str, tuple[Any, list[str]]] = {
@@ -41,7 +48,13 @@ EXPANSIONS: dict[str, tuple[Any, list[str]]] = {
     "llama_pro": (LlamaPro(), ["expansion=llama_pro"]),
     "width": (Width(hidden_size=768), ["expansion=width", "expansion.width.hidden_size=768"]),
     "moe": (Moe(num_experts=4), ["expansion=moe", "expansion.moe.num_experts=4"]),
-    "vocab": (None, ["expansion=vocab", "expansion.vocab.new_tokens=2000"]),
+    "vocab": (
+        None,
+        [
+            *("expansion=vocab", "expansion.vocab.new_tokens=2000"),
+            *("data.chat_template=none", "data.loss_on=all"),  # conversations keep their tokens
+        ],
+    ),
 }
 METHODS = ("replay", "ewc", "distill")
 COLUMNS = ("seed", "arm", "steps", "flops", "stage", *CHANGE, "model_hash")
@@ -49,7 +62,9 @@ COLUMNS = ("seed", "arm", "steps", "flops", "stage", *CHANGE, "model_hash")
 
 def main() -> None:
     """Run every arm for every seed."""
+    # Distillation compares the same tokens, which a new vocabulary does not have
     arms = [f"{expansion} + {method}" for method in METHODS for expansion in EXPANSIONS]
+    arms.remove("vocab + distill")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="SmolLM2-135M-Instruct")
     parser.add_argument("--data", type=Path, required=True, help="benchmarks, WikiText and Dolly")
@@ -92,8 +107,7 @@ def conversation(row: dict[str, str]) -> dict[str, str]:
 
 
 def _write(path: Path, rows: Iterable[dict[str, str]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def run_arm(options: Any, arm: str, seed: int) -> None:
@@ -123,13 +137,14 @@ def run_arm(options: Any, arm: str, seed: int) -> None:
 def words_of(options: Any, expansion: str, method: str, seed: int, steps: int) -> list[str]:
     """Return the overrides of a run."""
     texts = {name: options.work / f"{name}.jsonl" for name in ("code", "wikitext", "dolly")}
-    words = ["model=hf", f"model.path={options.model}", "data=text"]
+    words = [*TRAINER, "model=hf", f"model.path={options.model}", "data=text"]
     words += [f"data.new={{code: {texts['code']}}}"]
     words += [f"data.old={{wikitext: {texts['wikitext']}, dolly: {texts['dolly']}}}"]
     words += [f"data.sequence_length={SEQUENCE_LENGTH}", f"data.batch_size={BATCH_SIZE}"]
     words += [f"training.max_steps={steps}", f"seed={seed}", "gate=off"]
     words += [f"training.learning_rate={options.rate}", f"trainer.precision={options.precision}"]
     words += ["evaluation.max_documents=24", f"evaluation.every_n_steps={steps // 5}"]
+    words.append("pipeline.keep_stages=true")  # the expanded model is scored
     return [*words, *EXPANSIONS[expansion][1], f"forgetting={method}"]
 
 
