@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.evaluation.programs import CHEATS, HUMANEVAL_ROWS, MBPP_ROWS, SQUARE_TESTS
+from tests.evaluation.programs import HUMANEVAL_ROWS, MBPP_ROWS
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.benchmarks.files import TasksFolder, load, questions_of
 from tritter.evaluation.benchmarks.formats import BENCHMARKS, is_passed
@@ -116,43 +116,20 @@ def test_right_programs_pass_and_wrong_ones_fail() -> None:
             assert not is_passed(NamespaceSandbox(), question, "")
 
 
-@pytest.mark.quick_cases(6)
 @held_here
-@pytest.mark.parametrize("cheat", CHEATS)
-def test_no_program_passes_without_its_tests(cheat: str) -> None:
-    outcome = QUICK.run(CHEATS[cheat], SQUARE_TESTS)
-    assert not outcome.is_passed, outcome.output
-
-
-@pytest.mark.full
-@held_here
-def test_tests_judge_what_a_right_program_returns() -> None:
-    program = (
-        "import math\nfrom collections import Counter\n"
-        "class Node:\n    def __init__(self, n): self.n, self.next = n, None\n"
-        "def square(x): return x * x\n"
-        "def sum(a, b): return a + b\n"
-        "def total(node): return node.n + (total(node.next) if node.next else 0)\n"
-        "def values(*x, **y):\n"
-        "    return [(*x, y), {*x}, Counter(x), b'z', 1j, None, float('inf'), '\\ud800']\n"
-        "def numbers(n): yield from range(n)\n"
-        "def kinds(x, kind): return [y for y in x if isinstance(y, kind)]\n"
-        "def fail(): raise KeyError('no')\n"
-    )
-    tests = (
-        "root = Node(1)\nroot.next = Node(2)\nassert total(root) == 3 and root.next.n == 2\n"
-        "assert math.isclose(square(1.5), 2.25) and square(10**5000) == 10**10000\n"
-        "assert values(1, 2, a=(3,)) == [(1, 2, {'a': (3,)}), {1, 2}, {1: 1, 2: 1}, b'z', 1j,"
-        " None, float('inf'), '\\ud800']\n"
-        "assert list(numbers(3)) == [0, 1, 2] and next(numbers(1)) == 0\n"
-        "assert kinds([1, 'a'], str) == ['a'] and root is not Node(1)\n"
-        "try: fail()\nexcept KeyError: pass\n"
-    )
-    outcome = PATIENT.run(program, tests)
-    assert outcome.is_passed, outcome.output
-    assert PATIENT.run(program, "assert sum(2, 3) == 5").is_passed
-    for wrong in ("assert square(2) == 5", "assert square(2) == 4; missing()", "fail()", "("):
-        assert not PATIENT.run(program, wrong).is_passed
+def test_a_program_passes_by_its_tests_alone() -> None:
+    right = "from __future__ import annotations\ndef square(x: Number): return x * x"
+    wrong, tests = "def square(x): return 0", "assert square(3) == 9\nassert square(0) == 0"
+    assert PATIENT.run(right, tests).is_passed
+    rereads = f"{wrong}\nimport os\nexec(os.pread(0, 10**6, 0).decode().rpartition('\\n')[2])"
+    for program in (wrong, f"{wrong}\nraise SystemExit(0)", f"{wrong}\nprint('0' * 32)", rereads):
+        assert not PATIENT.run(program, tests).is_passed
+    in_a_test = "def square(x):\n    import os\n    os._exit(0)"
+    at_the_end = f"{right}\nimport atexit, os\natexit.register(os._exit, 1)"
+    for program in (in_a_test, at_the_end, "(", "'''"):
+        assert not PATIENT.run(program, tests).is_passed
+    for failing in ("assert square(2) == 5", "missing()", "("):
+        assert not PATIENT.run(right, failing).is_passed
 
 
 @held_here
@@ -218,7 +195,6 @@ def test_an_external_command_reads_the_program() -> None:
     outer.check()
     assert outer.run("print('here')").output.startswith("here")
     assert not outer.run("raise SystemExit(0)").is_passed
-    assert not outer.run(CHEATS["announces itself and waits for the tests"], SQUARE_TESTS).is_passed
     for command, expected in (("/no/such/command", "can't be run"), ("cat", "must read a Python")):
         with pytest.raises(RequestError, match=expected):
             ExternalSandbox(command).check()

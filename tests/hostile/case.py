@@ -29,8 +29,7 @@ class Case:
 
     Args:
         story: what was made of the input, for a person who repeats it.
-        program: `tritter`, `train.py`, `train.py --dry`, whose pipeline takes notes only, or
-            `judge`, which runs a generated program with its tests.
+        program: `tritter`, `train.py`, or `train.py --dry`, whose pipeline takes notes only.
         words: its arguments.
         may_change: paths below the sandbox that a command which fails or succeeds may write to
             (its own run folder or output).

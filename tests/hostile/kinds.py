@@ -27,6 +27,5 @@ KINDS: dict[str, tuple[Generator, int]] = {
     "texts": (run_generators.texts, 140),
     "continued": (run_generators.continued, 60),
     "datasets": (run_generators.datasets, 120),
-    "programs": (run_generators.programs, 60),
 }
 """Kind → its generator, and its number of cases."""

@@ -1,14 +1,12 @@
-"""Generators of damaged runs, sweeps, data and benchmarks, and of cheating programs."""
+"""Generators of damaged runs, sweeps, data and benchmarks."""
 
 import json
 import os
 import random
 import shutil
 from pathlib import Path
-from textwrap import indent
 from typing import Any
 
-from tests.evaluation.programs import CHEATS, SQUARE_TESTS
 from tests.hostile import values
 from tests.hostile.case import Case
 from tests.hostile.generators import KEYS, damage_file
@@ -229,17 +227,6 @@ def datasets(rng: random.Random, sandbox: Sandbox) -> Case:
         sandbox.take("base")
         return Case("; ".join(stories), "tritter", tuple(words), ("inside/out.json",))
     return Case("; ".join(stories), "train.py", tuple(words), ("inside/run", "inside/cache"))
-
-
-def programs(rng: random.Random, sandbox: Sandbox) -> Case:
-    """Programs that pass their tests only by a cheat, or by several after each other."""
-    names = rng.sample(sorted(CHEATS), rng.choice((1, 2, 2, 3)))
-    parts = [CHEATS[name] for name in names]
-    if rng.random() < 0.5:  # each goes on where the one before failed
-        parts = [f"try:\n{indent(part, '    ')}\nexcept Exception: pass\n" for part in parts]
-    if rng.random() < 0.2:
-        parts[-1] = str(values.mutated_bytes(rng, parts[-1].encode()), "utf-8", "surrogateescape")
-    return Case("; ".join(names), "judge", ("".join(parts), SQUARE_TESTS))
 
 
 def _card(rng: random.Random, folder: Path, sandbox: Sandbox) -> str:

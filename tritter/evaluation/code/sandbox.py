@@ -1,7 +1,7 @@
 """Sandboxes for programs that a model wrote.
 
-HumanEval and MBPP execute generated programs. They run in separate namespaces (`warden`), and
-their tests run in another process there (`judge`). Without namespaces, no program runs.
+HumanEval and MBPP execute generated programs, followed by their tests, in separate namespaces
+(`warden`). Without namespaces, no program runs.
 """
 
 import json
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Protocol
 
 from tritter.errors import RequestError, TritterError
-from tritter.evaluation.code import judge, probe, warden
+from tritter.evaluation.code import probe, warden
 
 ADVICE = (
     "run Tritter on a system with unprivileged user namespaces (Linux 5.12 or newer; containers "
@@ -76,7 +76,7 @@ class Sandbox(Protocol):
 
         Args:
             program: the program.
-            tests: Python code that runs in another process and uses names of the program.
+            tests: Python code that runs after the program and uses its names.
         """
 
     def check(self) -> None:
@@ -182,8 +182,7 @@ class ExternalSandbox:
         if is_wrong or not is_right:
             raise RequestError(
                 f"--code-sandbox = {self.command}: it must read a Python program from standard "
-                "input, run it, print its output and return its exit code. The program starts "
-                "a second Python process."
+                "input, run it, print its output and return its exit code."
             )
 
 
@@ -200,9 +199,8 @@ def _run(
     Raises:
         TritterError: the sandbox can't be set up.
     """
-    word = [secrets.token_hex(8), secrets.token_hex(8)]
-    source = Path(judge.__file__).read_text(encoding="utf-8")
-    request = {"source": source, "program": program, "tests": tests, "word": word}
+    word = secrets.token_hex(16)  # printed after the last test; a program may exit before
+    content = f"{program}\n{tests}\n__import__('os').write(1, b'{word}')\n"
     process = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,  # the program could read or write a file again
@@ -213,7 +211,7 @@ def _run(
         start_new_session=True,
     )
     try:
-        output, reason = _exchange(process, f"{source}\njudge(**{request!a})\n".encode(), limits)
+        output, reason = _exchange(process, content.encode("utf-8", "replace"), limits)
     finally:
         if process.returncode is None:
             with suppress(ProcessLookupError):
@@ -225,10 +223,8 @@ def _run(
     text = output.decode("utf-8", errors="replace")
     if process.returncode == warden.SETUP_FAILED and not reason:
         raise TritterError(f"code: the sandbox can't be set up ({text}); {ADVICE}.")
-    # A program may end early or print anything, but only its judge knows the word
-    is_passed = not reason and process.returncode == 0 and "".join(word) in text
-    if is_passed:
-        return Outcome(True, output=text.replace("".join(word), ""))
+    if not reason and process.returncode == 0 and word in text:
+        return Outcome(True, output=text.replace(word, ""))
     return Outcome(False, reason or f"it ended early, exit code {process.returncode}", text)
 
 
