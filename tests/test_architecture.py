@@ -90,16 +90,16 @@ RATCHET = {
     "evaluation": (17, 4_494),
     "integrations": (2, 785),
     "methods": (48, 12_648),
-    "pipeline": (26, 7_474),
+    "pipeline": (26, 7_473),
     "planning": (9, 2_307),
     "report": (14, 4_309),
-    "storage": (10, 2_159),
+    "storage": (10, 2_123),
     "training": (18, 5_219),
     "transform": (6, 1_956),
 }
 # What there is to know; both may only fall: names of modules without an underscore, and classes
 # that only hold values
-MAX_PUBLIC_NAMES, MAX_RECORDS = 2_450, 357
+MAX_PUBLIC_NAMES, MAX_RECORDS = 2_449, 357
 MAX_LONELY_MODULES = 25  # with a single caller, which is in their own room
 
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}

@@ -58,6 +58,7 @@ def words_of(options: Any, arm: str, seed: int) -> list[str]:
     words = ["model=hf", f"model.path={options.model}", "data=text", "expansion=none"]
     words += [f"data.old={{code: {data / 'codealpaca/new_codealpaca_4k.jsonl.gz'}}}"]
     words += [f"data.new={{tool_call: 'skills:tool_call:1500:chat', spanish: {spanish}}}"]
+    words += ["data.weights={tool_call: 1}"]  # else 3 % of the sequences are tool calls
     words += ["data.sequence_length=256", "data.batch_size=2", f"seed={seed}", "gate=off"]
     words += [f"training.max_steps={options.steps}", f"trainer.precision={options.precision}"]
     words += ["evaluation.every_n_steps=0", "evaluation.max_documents=16"]

@@ -188,25 +188,18 @@ def test_the_page_of_a_run_may_be_in_it(run: Run, place: Path) -> None:
 
 @pytest.mark.quick_cases(1)
 @every
-@pytest.mark.parametrize("overwrite", ["", "--overwrite"])
 def test_a_file_that_comes_meanwhile_stays(
-    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch, words: str, ending: str, overwrite: str
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch, words: str, ending: str
 ) -> None:
-    """At the last moment: a file at a free name, or a file in the place of the report."""
-    file = place / f"out.{ending}"
-    if overwrite:
-        assert run(f"{words} --output {file.name}").code == 0
-    call = "_exchange" if overwrite else "_rename_new"
-    original = getattr(atomic, call)
+    """At the last moment, at a free name."""
+    file, original = place / f"out.{ending}", atomic._rename_new
 
-    def late(first: Path, second: Path) -> Any:
-        if "years" not in {path.read_text() for path in (first, second) if path.exists()}:
-            second.unlink(missing_ok=True)
-            second.write_text("years")
+    def late(first: Path, second: Path) -> bool:
+        second.write_text("years")
         return original(first, second)
 
-    monkeypatch.setattr(atomic, call, late)
-    result = run(f"{words} --output {file.name} {overwrite}")
+    monkeypatch.setattr(atomic, "_rename_new", late)
+    result = run(f"{words} --output {file.name}")
     assert result.code == 2 and f"--output = {file.name}: it " in result.err
     assert file.read_text() == "years"
     assert not [path for path in place.iterdir() if path.name.startswith(".")]

@@ -266,18 +266,6 @@ def test_methods_read_and_train_marked_sequences(
     assert summary["final"]["new"]["loss"] > 0
 
 
-def test_what_an_earlier_version_left_is_read_with_a_note(base: Path, tmp_path: Path) -> None:
-    run(base, tmp_path / "run", "forgetting=replay")
-    result = tmp_path / "run/checkpoint"
-    path = result / "tritter.json"
-    plain = path.read_text().replace('"start_of_text"', '"was_start"')
-    assert plain != path.read_text()
-    path.write_text(plain)
-    summary = run(result, tmp_path / "next", "forgetting=replay", "data.old=null")
-    (note,) = [each for each in summary["notes"] if "earlier version" in each]
-    assert "<bos>" in note
-
-
 def test_a_run_of_an_earlier_version_is_not_resumed(base: Path, tmp_path: Path) -> None:
     run(base, tmp_path / "run", "forgetting=replay")
     path = tmp_path / "run/scores/baseline.json"

@@ -96,33 +96,11 @@ def test_overwrite_puts_the_old_folder_back_when_the_rename_fails(
             raise OSError(5, "Input/output error")
         return replace(self, other)
 
-    monkeypatch.setattr(atomic, "_exchange", lambda first, second: False)
     monkeypatch.setattr(Path, "replace", second_call_fails)
     with pytest.raises(TritterError, match="Input/output"), atomic_folder(target, overwrite=True):
         pass
     assert len(calls) == 3
     assert _contents(target) == {"old.txt": "old"}
-
-
-def test_overwrite_exchanges_in_one_step_where_the_system_can(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """At no moment is the name without a folder: no rename of ours takes part."""
-    (tmp_path / "target").mkdir()
-    (tmp_path / "target" / "old.txt").write_text("old")
-    (tmp_path / "probe").mkdir()
-    if not atomic._exchange(tmp_path / "probe", tmp_path / "target"):
-        pytest.skip("this system can't exchange two folders")
-    assert atomic._exchange(tmp_path / "probe", tmp_path / "target")
-
-    def never(self: Path, other: Path) -> Path:
-        raise AssertionError("a rename took part")
-
-    monkeypatch.setattr(Path, "replace", never)
-    with atomic_folder(tmp_path / "target", overwrite=True) as folder:
-        (folder / "new.txt").write_text("new")
-    assert _contents(tmp_path / "target") == {"new.txt": "new"}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["probe", "target"]
 
 
 def _pid_of_the_dead() -> int:

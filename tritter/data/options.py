@@ -109,11 +109,13 @@ class NamedTextConfig(DataConfig):
         old: old domain → paths. None means all earlier domains of the checkpoint.
         new: new domain → paths; empty if `tasks` is set.
         tasks: sequential tasks; empty if `new` is the only task.
+        weights: new domain → sampling weight within its task; None mixes domains by size.
     """
 
     old: TextSources | None
     new: TextSources
     tasks: list[TextSources]
+    weights: dict[str, Annotated[float, Field(gt=0)]] | None
 
     @property
     def old_sources(self) -> TextSources:
@@ -161,14 +163,12 @@ class DatasetsConfig(NamedTextConfig):
         streaming: read data sets while the model trains, those of the hub without a download.
         text_column: column of data sets whose name has none.
         max_rows: row limit of data sets whose name has no range; None reads all rows.
-        weights: new domain → sampling weight within its task; None concatenates the domains.
     """
 
     source: Literal["hf"]
     streaming: bool
     text_column: Text | None
     max_rows: Count | None
-    weights: dict[str, Annotated[float, Field(gt=0)]] | None
 
 
 @options
@@ -531,7 +531,7 @@ def batch_problems(config: RunRequest) -> Iterator[Problem]:
 def weight_problems(config: RunRequest) -> Iterator[Problem]:
     """Yield problems of `data.weights`: unknown domains, and domains alone in their task."""
     data = config.data
-    if not isinstance(data, DatasetsConfig) or not data.weights:
+    if not isinstance(data, NamedTextConfig) or not data.weights:
         return
     mixed = [name for task in config.text.tasks if len(task) > 1 for name in task]
     new = [name for task in config.text.tasks for name in task]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tritter.checkpoints import Lineage, Source, lineage_of, read_lineage
 from tritter.checkpoints.location import checkpoint_config
 from tritter.checkpoints.record import LearnedDomain, recorded_tokens
-from tritter.checkpoints.run_text import DomainText, RunText, recorded_chat, recorded_data, run_text
+from tritter.checkpoints.run_text import DomainText, RunText, recorded_chat, run_text
 from tritter.config.derived import scored_counts, validation_tokens
 from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.config.validation import known_config
@@ -40,7 +40,7 @@ from tritter.data.datamodule import ValidationSubset
 from tritter.data.datasets import HEAD_ROWS, DatasetName, dataset_names
 from tritter.data.documents import Documents
 from tritter.data.local_files import TextFileError
-from tritter.data.options import DatasetsConfig
+from tritter.data.options import NamedTextConfig
 from tritter.data.packing import (
     DocumentMask,
     MarkedText,
@@ -68,7 +68,7 @@ from tritter.evaluation.tasks import MetricTask, QuestionTask, Reader, ScoredTas
 from tritter.limits import MAX_VOCABULARY
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import Ledger, StageResult
-from tritter.pipeline.notes import packing_notes, publish_notes, scored_notes
+from tritter.pipeline.notes import packing_notes, scored_notes, share_notes
 from tritter.pipeline.scoring import (
     Scores,
     Scoring,
@@ -360,29 +360,16 @@ class RunContext:
                 self.config, self.corpus, self.scored, self.streams, bounds=self.bounds
             )
         notes += scored_notes(self.config, self.corpus, self.scored)
+        notes += share_notes(self.config, self.num_sequences, self.streams)
         optimizer = self.config.optimizer.target.rpartition(".")[2]
         if optimizer.startswith("Paged") and self.device.type == "cpu":
             same = optimizer.removeprefix("Paged")
             notes.append(f"There is no paging on the CPU: {optimizer} is equivalent to {same}.")
         notes += [self.source_tokenizer.note] if self.source_tokenizer else []
-        notes += [self._start_note, self.config.rate_note]
-        notes += publish_notes(self.config)
+        notes += [self.config.rate_note]
         notes += [*memory_notes(self.config, source), *rate_notes(self.config, source)]
         notes += upcycling_notes(self.config, source, self._dense_tokens)
         return tuple(filter(None, notes))
-
-    @property
-    def _start_note(self) -> str:
-        """The note on a checkpoint of a version that began texts with the end of text."""
-        recorded = recorded_data(self.initial_checkpoint.lineage) if self.initial_checkpoint else {}
-        if not recorded or not self.bounds.start or _START in recorded:
-            return ""
-        start = self.corpus.tokenizer.decode(self.bounds.start, skip_special_tokens=False)
-        return (
-            "An earlier version trained the checkpoint on texts without the start that its "
-            f"tokenizer puts in front ({start}); now each text begins with it, kept sequences "
-            "included. Do not compare losses with those of earlier runs."
-        )
 
     @cached_property
     def published_dtype(self) -> str:
@@ -583,7 +570,7 @@ class RunContext:
         """Return endless batches of some domains in a random order."""
         seed, data = self.seed("order", purpose), self.config.data
         # New domain → its weight within the task; empty to mix domains by size
-        configured = (data.weights or {}) if isinstance(data, DatasetsConfig) else {}
+        configured = (data.weights or {}) if isinstance(data, NamedTextConfig) else {}
         weights = {name: each for name, each in configured.items() if name in domains}
         streams: dict[str, Sequences] = {
             name: self._streamed(name, seed) for name in domains if name in self.streams

@@ -124,6 +124,7 @@ def learned_domains(
             old=None,
             new={},
             tasks=[],
+            weights=None,
             vocab_size=257,
             sequence_length=2,
             batch_size=1,

@@ -1,6 +1,6 @@
 """Notes on the inputs of a run, and on the weights that it publishes."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from tritter.methods.forgetting import needs_of
 from tritter.training import FitResult, read_metrics
 from tritter.training.options import callbacks_of
 
-_MUCH_PADDING = 0.1
+_MUCH_PADDING, _SMALL_SHARE = 0.1, 0.05
 
 
 def packing_notes(
@@ -76,13 +76,24 @@ def scored_notes(
             )
 
 
-def publish_notes(config: RunConfig) -> Iterator[str]:
-    """Yield a note on the weights among which the best are selected."""
-    if config.pipeline.publish == "best":
-        yield (
-            "pipeline.publish=best selects among the saved steps; the weights before the first "
-            "step are not a candidate."
-        )
+def share_notes(
+    config: RunConfig, num_sequences: Callable[[str], int], streams: Collection[str]
+) -> Iterator[str]:
+    """Yield a note on each new domain that few of its task's training sequences come from."""
+    read = config.training.max_steps * config.trainer.accumulate_grad_batches
+    read *= config.data.batch_size
+    for task in config.text.tasks:
+        if getattr(config.data, "weights", None) or any(name in streams for name in task):
+            continue
+        sizes = {name: num_sequences(name) for name in task}
+        for name, size in sizes.items():
+            share = size / sum(sizes.values())
+            if share < _SMALL_SHARE:
+                yield (
+                    f"{name}: {share:.1%} of the new training sequences, about "
+                    f"{share * read:,.0f} of the {read:,} that its task reads; "
+                    f"data.weights={{{name}:1}} gives all domains equal shares."
+                )
 
 
 def best_weights(config: RunConfig, folder: Path, result: FitResult) -> str:

@@ -1,6 +1,5 @@
 """Atomic writes of files and folders: temporary sibling, fsync, rename."""
 
-import ctypes
 import errno
 import hashlib
 import os
@@ -11,15 +10,12 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 
 from tritter.errors import RequestError, TritterError
 from tritter.stopping import Stopped
 from tritter.storage.reading import kind_of
 
-_AT_FDCWD = -100  # from fcntl.h
-_RENAME_NEW, _RENAME_EXCHANGE = 1, 2  # RENAME_NOREPLACE and RENAME_EXCHANGE of linux/fs.h
 _NO_LINKS = {
     *(errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK),
     *(errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP),
@@ -87,8 +83,7 @@ def write_text_atomic(
     Args:
         path: File to write.
         text: Its new content.
-        check: Called with the file to replace; raises if it must not be replaced. It is called
-            again with the old file, just before that is deleted.
+        check: Called with the file to replace; raises if it must not be replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
@@ -104,8 +99,7 @@ def write_text_atomic(
             temporary.replace(path)
         elif not _rename_new(temporary, path):
             check(path)
-            if not _exchange_checked(temporary, path, check):
-                temporary.replace(path)
+            temporary.replace(path)
         _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
@@ -202,9 +196,8 @@ def _replace_folder(
 ) -> None:
     """Move `new` to `target`; a folder cannot be renamed onto a folder that is not empty.
 
-    Where the system can exchange two names atomically, a kill leaves the old folder or the new
-    one. Elsewhere the old folder is briefly in a hidden folder next to `target`; after a kill at
-    that moment, the next writer restores it.
+    The old folder is briefly in a hidden folder next to `target`; after a kill at that moment, the
+    next writer restores it.
 
     Args:
         before: Identity of the folder to replace, or None if there was none. A folder that
@@ -216,18 +209,16 @@ def _replace_folder(
             raise _exists_error(target)
     else:
         _check_old(target, target, before, check)
-        check_old = partial(_check_old, target=target, before=before, check=check)
-        if not _exchange_checked(new, target, check_old):
-            old = Path(tempfile.mkdtemp(prefix=_prefix(target) + _OLD_PREFIX, dir=target.parent))
-            target.replace(old / target.name)
-            try:
-                check_old(old / target.name)
-                new.replace(target)
-            except BaseException:
-                (old / target.name).replace(target)
-                old.rmdir()
-                raise
-            _remove(old)
+        old = Path(tempfile.mkdtemp(prefix=_prefix(target) + _OLD_PREFIX, dir=target.parent))
+        target.replace(old / target.name)
+        try:
+            _check_old(old / target.name, target, before, check)
+            new.replace(target)
+        except BaseException:
+            (old / target.name).replace(target)
+            old.rmdir()
+            raise
+        _remove(old)
     if own is not None:
         _PUBLISHED.add(own)
     _sync(target.parent)
@@ -273,48 +264,21 @@ def _remove(folder: Path) -> None:
         raise
 
 
-def _exchange(first: Path, second: Path) -> bool:
-    """Swap two names atomically; return False where the system cannot."""
-    return _renameat2(first, second, _RENAME_EXCHANGE) == 0
-
-
-def _exchange_checked(new: Path, target: Path, check: Callable[[Path], None]) -> bool:
-    """Swap two names atomically; swap them back if `check` refuses the old target."""
-    if not _exchange(new, target):
-        return False
-    try:
-        check(new)
-    except BaseException:
-        if not _exchange(new, target):
-            new.replace(target)
-        raise
-    return True
-
-
 def _rename_new(first: Path, second: Path) -> bool:
     """Rename a file or folder; return False if the new name is taken."""
-    failure = _renameat2(first, second, _RENAME_NEW)
-    if failure in (0, errno.EEXIST):
-        return failure == 0
     if os.path.lexists(second):
         return False
     try:
-        first.rename(second)
+        if first.is_dir():
+            first.rename(second)
+        else:  # a rename would replace a file that another process has just written
+            link_or_copy(first, second)
+            first.unlink()
     except OSError as error:
         if error.errno in _NAME_EXISTS:  # another process was faster
             return False
         raise
     return True
-
-
-def _renameat2(first: Path, second: Path, flag: int) -> int:
-    """Call Linux's renameat2 and return its error number, or 0 on success."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
-        return errno.ENOSYS
-    names = (os.fsencode(first.absolute()), os.fsencode(second.absolute()))
-    done = renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], flag) == 0
-    return 0 if done else ctypes.get_errno()
 
 
 def _prefix(target: Path) -> str:

@@ -1,0 +1,42 @@
+"""Domains of different sizes in one task."""
+
+import json
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+from tests.pipeline.tiny import TINY
+from tritter.config.launch.composition import load_config
+from tritter.pipeline.context import RunContext
+from tritter.pipeline.ledger import Ledger
+from tritter.pipeline.notes import share_notes
+from tritter.terminal import Console
+
+
+def test_a_small_domain_is_named_and_a_weight_gives_it_its_share(tmp_path: Path) -> None:
+    for name, count in {"large": 200, "small": 5}.items():
+        texts = (f"{name} {number}, " * 20 for number in range(count))
+        lines = [json.dumps({"text": text}) for text in texts]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    new = f"data.new={{large:{tmp_path}/large.jsonl,small:{tmp_path}/small.jsonl}}"
+    words = [*TINY, new, f"cache_dir={tmp_path / 'cache'}", "data.packing=documents"]
+
+    def notes_and_counts(*more: str) -> tuple[list[str], Counter[str]]:
+        config = load_config([*words, *more])
+        ledger = Ledger(tmp_path)
+        context = RunContext(
+            config=config, folder=tmp_path, console=Console(quiet=True), ledger=ledger
+        )
+        notes = list(share_notes(config, context.num_sequences, context.streams))
+        batches = context.batches(["large", "small"], purpose="training", max_steps=30)
+        small = {str(row.tolist()) for row in context.training_sequences(["small"])["small"]}
+        rows = [str(row.tolist()) for batch in islice(batches, 30) for row in batch["input_ids"]]
+        return notes, Counter("small" if row in small else "large" for row in rows)
+
+    notes, plain = notes_and_counts()
+    (note,) = notes
+    assert note.startswith("small: ") and "of the 24 that its task reads" in note
+    assert note.endswith("; data.weights={small:1} gives all domains equal shares.")
+    assert plain["small"] < 0.1 * plain.total()
+    notes, weighted = notes_and_counts("data.weights={small:1}")
+    assert notes == [] and weighted["small"] == weighted["large"] == 60
