@@ -87,7 +87,7 @@ RATCHET = {
     "config": (19, 5_361),
     "core": (37, 12_190),
     "data": (26, 9_387),
-    "evaluation": (17, 4_494),
+    "evaluation": (17, 4_427),
     "integrations": (2, 785),
     "methods": (48, 12_648),
     "pipeline": (26, 7_473),
@@ -99,7 +99,7 @@ RATCHET = {
 }
 # What there is to know; both may only fall: names of modules without an underscore, and classes
 # that only hold values
-MAX_PUBLIC_NAMES, MAX_RECORDS = 2_449, 357
+MAX_PUBLIC_NAMES, MAX_RECORDS = 2_446, 357
 MAX_LONELY_MODULES = 25  # with a single caller, which is in their own room
 
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}

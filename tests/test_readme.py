@@ -226,14 +226,14 @@ def _leave_recipes(words: list[str]) -> None:
 def _leave_benchmarks() -> None:
     """Put files of the benchmarks that the documents name at `benchmarks`, and text to be read."""
     Path("notes.txt").write_text("the class is one\n")
-    arc, bbh = PUBLISHED["arc_easy"]["hub"], PUBLISHED["bbh_cot_fewshot_snarks"]["hub"]
-    mmlu, truthfulqa = PUBLISHED["mmlu_anatomy"]["hub"], PUBLISHED["truthfulqa_mc1"]["hub"]
+    arc, bbh = PUBLISHED["arc_easy"], PUBLISHED["bbh_cot_fewshot_snarks"]
+    mmlu, truthfulqa = PUBLISHED["mmlu_anatomy"], PUBLISHED["truthfulqa_mc1"]
     for name in ("arc_challenge_test", "arc_easy_test", "arc_easy_train"):
         written(Path(f"benchmarks/{name}.jsonl"), arc)
-    written(Path("benchmarks/hellaswag_val.jsonl"), PUBLISHED["hellaswag"]["hub"])
+    written(Path("benchmarks/hellaswag_val.jsonl"), PUBLISHED["hellaswag"])
     written(Path("benchmarks/mmlu_test.jsonl.gz"), mmlu)
     written(Path("benchmarks/truthfulqa_mc.jsonl"), truthfulqa)
-    written(Path("benchmarks/gsm8k_test.jsonl"), PUBLISHED["gsm8k"]["hub"])
+    written(Path("benchmarks/gsm8k_test.jsonl"), PUBLISHED["gsm8k"])
     written(Path("benchmarks/bbh/snarks.jsonl"), bbh)
 
 

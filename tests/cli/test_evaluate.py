@@ -23,7 +23,7 @@ TEXT = "the model grows a layer where data asks for one\n"
 @pytest.fixture
 def tasks(place: Path) -> Path:
     """The current folder, with `base` and the files of two benchmarks below `files`."""
-    written(place / "files/arc/arc_easy_test.jsonl", PUBLISHED["arc_easy"]["foundry"])
+    written(place / "files/arc/arc_easy_test.jsonl", PUBLISHED["arc_easy"])
     written(place / "files/humaneval.jsonl", HUMANEVAL_ROWS)
     return place
 

@@ -547,7 +547,7 @@ def test_documented_commands_are_accepted(
         (grown / f"{name}.jsonl").write_text('{"text": "a"}\n')
     (grown / "chats.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     (grown / "own.jinja").write_text("{{ messages }}")
-    written(grown / "benchmarks/arc_easy_test.jsonl", PUBLISHED["arc_easy"]["hub"])
+    written(grown / "benchmarks/arc_easy_test.jsonl", PUBLISHED["arc_easy"])
     config = json.loads((grown / "base/config.json").read_text())
     (grown / "base/config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}))
     if "model.path=sparse" in command:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from tests.evaluation.programs import MBPP_ROWS
-from tests.evaluation.published import PUBLISHED
 from tests.hostile.values import parquet_bomb
 from tritter.data.benchmark_names import GROUPS, HUB_NAMES
 from tritter.errors import RequestError
@@ -22,7 +21,12 @@ from tritter.evaluation.benchmarks.harness import null_scores
 from tritter.evaluation.code.sandbox import Outcome
 
 SHARED = Path(__file__).resolve().parents[3] / "shared/data"
-CHOICE = {"query": "Question: What?", "choices": ["a", "b"], "gold": 1}
+CHOICE = {
+    "question": "What?",
+    "choices": {"text": ["a", "b"], "label": ["A", "B"]},
+    "answerKey": "B",
+}
+PIQA = {"goal": "What?", "sol1": "a", "sol2": "b", "label": 1}
 
 
 def written(path: Path, rows: list[Any]) -> Path:
@@ -41,38 +45,16 @@ def questions(folder: Path, name: str) -> dict[str, Question]:
     return loaded(folder, name)[0].questions
 
 
-def test_every_form_of_a_benchmark_asks_the_same(tmp_path: Path) -> None:
-    for form in ("hub", "foundry"):
-        for name in ("arc_easy", "openbookqa"):
-            written(tmp_path / form / f"{name}_test.jsonl", PUBLISHED[name][form])
-    for name in ("arc_easy", "openbookqa"):
-        assert questions(tmp_path / "hub", name) == questions(tmp_path / "foundry", name)
-    prefixed = {**CHOICE, "query": "Question: What grows?\n"}
-    plain = {"question": "What grows?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}}
-    written(tmp_path / "piqa_val.jsonl", [prefixed])
-    written(tmp_path / "arc_challenge_test.jsonl", [{**plain, "answerKey": "B"}])
-    (one,) = questions(tmp_path, "piqa").values()
-    (other,) = questions(tmp_path, "arc_challenge").values()
-    assert (
-        one
-        == other
-        == Question(prompt="Question: What grows?\nAnswer:", choices=("a", "b"), right=1)
-    )
-
-
-def test_forms_of_others(tmp_path: Path) -> None:
-    written(
-        tmp_path / "winogrande_val.jsonl",
-        [{"context_options": ["Sarah so Ann", "Sarah so Bea"], "continuation": "won.", "gold": 1}],
-    )
+def test_questions_of_records(tmp_path: Path) -> None:
+    written(tmp_path / "piqa_val.jsonl", [PIQA])
     written(
         tmp_path / "boolq_val.jsonl.gz",
-        [{"query": "Passage: It rains.\nQuestion: does it?", "choices": ["no", "yes"], "gold": 1}],
+        [{"passage": "It rains.", "question": "does it", "label": 1}],
     )
     written(
         tmp_path / "svamp.jsonl", [{"Body": "Two cats", "Question": "How many?", "Answer": 2.0}]
     )
-    written(tmp_path / "lambada_test.jsonl", [{"context": "A model", "continuation": "grows"}])
+    written(tmp_path / "lambada_test.jsonl", [{"text": "A model grows"}])
     written(tmp_path / "mgsm_test.jsonl", [{"lang": "fr", "question": "Un et un ?", "answer": "2"}])
     written(
         tmp_path / "truthful_qa_mc.jsonl", [{"question": "Who?", "mc1_targets": {"I": 1, "you": 0}}]
@@ -82,7 +64,7 @@ def test_forms_of_others(tmp_path: Path) -> None:
     )
     written(tmp_path / "bbh/snarks.jsonl", [{"input": "Which?", "target": "(A)"}])
     names = (
-        "winogrande",
+        "piqa",
         "boolq",
         "svamp",
         "lambada",
@@ -95,7 +77,7 @@ def test_forms_of_others(tmp_path: Path) -> None:
         each.benchmark.name: next(iter(each.questions.values()))
         for each in loaded(tmp_path, *names)
     }
-    assert found["winogrande"].prompt == "won." and found["winogrande"].choices[1] == "Sarah so Bea"
+    assert found["piqa"] == Question(prompt="Question: What?\nAnswer:", choices=("a", "b"), right=1)
     assert found["boolq"].prompt == "It rains.\nQuestion: does it?\nAnswer:"
     assert found["svamp"].prompt == "Question: Two cats. How many?\nAnswer:"
     assert (found["lambada"].prompt, found["lambada"].answer) == ("A model", "grows")
@@ -151,7 +133,7 @@ def test_examples_that_are_missing_are_named(tmp_path: Path) -> None:
 
 def test_the_test_split_is_preferred_and_training_files_are_left(tmp_path: Path) -> None:
     for name in ("arc_easy_train.jsonl", "arc_easy_val.jsonl", "arc_easy_test.jsonl"):
-        written(tmp_path / "deep/er" / name, [{**CHOICE, "query": name}])
+        written(tmp_path / "deep/er" / name, [{**CHOICE, "question": name}])
     (found,) = loaded(tmp_path, "arc_easy")
     assert found.files == ("deep/er/arc_easy_test.jsonl",)
     (tmp_path / found.files[0]).unlink()
@@ -162,8 +144,8 @@ def test_the_test_split_is_preferred_and_training_files_are_left(tmp_path: Path)
 
 
 def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
-    written(tmp_path / "piqa_val.jsonl", [CHOICE, {**CHOICE, "gold": 2}, {**CHOICE, "gold": "1"}])
-    written(tmp_path / "arc_easy_test.jsonl", [{"query": "?", "choice": [], "gold": 0}])
+    written(tmp_path / "piqa_val.jsonl", [PIQA, {**PIQA, "label": 2}, {**PIQA, "label": "1"}])
+    written(tmp_path / "arc_easy_test.jsonl", [{"question": "?", "choice": [], "gold": 0}])
     (tmp_path / "boolq_val.jsonl").write_text("{}\n{")
     (tmp_path / "lambada_test.jsonl.gz").write_bytes(b"none")
     written(tmp_path / "gsm8k_test.jsonl", [{"question": "?", "answer": "no mark"}])
@@ -171,7 +153,7 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
     svamp = {"Body": "Two cats.", "Question": "How many?"}
     written(tmp_path / "svamp.jsonl", [{**svamp, "Answer": each} for each in ("abc", "sNaN", 2)])
     written(tmp_path / "mbpp.jsonl", [{"task_id": 2, "text": "Add."}])
-    written(tmp_path / "hellaswag_val.jsonl", [CHOICE, {**CHOICE, "query": "half \ud800"}])
+    written(tmp_path / "openbookqa_test.jsonl", [{"question_stem": "half \ud800", **CHOICE}])
     options = {"option1": "he", "option2": "she", "answer": "1"}
     written(tmp_path / "winogrande_val.jsonl", [{"sentence": "It rains.", **options}])
     (tmp_path / "mmlu_test.jsonl").mkdir()
@@ -179,12 +161,12 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
         loaded(
             tmp_path,
             *("piqa", "arc_easy", "boolq", "lambada", "gsm8k", "svamp", "mmlu"),
-            *("mgsm", "mbpp", "winogrande", "hellaswag"),
+            *("mgsm", "mbpp", "winogrande", "openbookqa"),
         )
     for expected in (
         "piqa_val.jsonl, record 2: the index of the correct choice is 2, but there are 2",
-        "piqa_val.jsonl, record 3: gold = '1' must be of type int",
-        "the fields 'query', 'choice', 'gold'; required: question, choices, answerKey or query",
+        "piqa_val.jsonl, record 3: label = '1' must be of type int",
+        "the fields 'question', 'choice', 'gold'; required: question, choices, answerKey",
         "Did you mean choice?",
         "boolq_val.jsonl, line 2 is not valid JSON",
         "lambada_test.jsonl.gz cannot be read",
@@ -194,7 +176,7 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
         "svamp.jsonl, record 2: Answer is not a number",
         "mbpp.jsonl is not a file of mbpp: its records have the fields 'task_id', 'text'",
         "winogrande_val.jsonl, record 1: sentence has no _ to put an option in",
-        "hellaswag_val.jsonl, record 2: it contains an unpaired surrogate",
+        "openbookqa_test.jsonl, record 1: it contains an unpaired surrogate",
         "it has no file of mmlu",
     ):
         assert expected in str(refused.value), expected
@@ -301,7 +283,7 @@ class Refusing:
 
 
 def test_null_models(tmp_path: Path) -> None:
-    rows = [{"query": "?", "choices": ["no", "yes"], "gold": int(n > 0)} for n in range(4)]
+    rows = [{"passage": "", "question": "?", "label": int(n > 0)} for n in range(4)]
     written(tmp_path / "boolq_val.jsonl", rows)
     written(tmp_path / "bbh/one.jsonl", [{"input": "?", "target": t} for t in "aaab"])
     written(tmp_path / "bbh/two.jsonl", [{"input": "?", "target": t} for t in "ccde"])

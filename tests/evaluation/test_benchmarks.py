@@ -81,12 +81,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def asked(name: str, rows: Rows | None = None) -> Questions:
     """Return the questions of records, as from a file with that name."""
-    rows = rows or _published(name)["hub"]
+    rows = rows or _published(name)
     origin = {"xcopa": "test.it.jsonl", "mgsm": "mgsm_de.jsonl"}.get(name, name)
     return questions_of(BENCHMARKS[name], rows, origin=origin)
 
 
-def _published(name: str) -> dict[str, Rows]:
+def _published(name: str) -> Rows:
     return PUBLISHED[name if name in PUBLISHED else TASKS[name][0]]
 
 
@@ -96,7 +96,7 @@ def stock_task(name: str, rows: Rows | None = None) -> Any:
     from lm_eval.tasks import TaskManager
 
     task, folder = TASKS[name]
-    held = datasets.Dataset.from_list(rows or _published(name)["hub"])
+    held = datasets.Dataset.from_list(rows or _published(name))
     splits = dict.fromkeys(("train", "validation", "test", "dev"), held)
     manager = TaskManager(include_path=str(STOCK / folder), include_defaults=False)
     with pytest.MonkeyPatch.context() as patch:
@@ -294,8 +294,9 @@ def test_programs_go_to_the_sandbox_and_nowhere_else(
 
 def test_what_is_cut_and_limited_is_said(tokenizer: PreTrainedTokenizerFast) -> None:
     model = oracle.tiny_llama(vocab_size=300, max_position_embeddings=24)
-    rows = [*PUBLISHED["arc_easy"]["foundry"]]
-    rows.append({"query": "?", "choices": ["a", "grows " * 30], "gold": 0})
+    rows = [*PUBLISHED["arc_easy"]]
+    choices = {"text": ["a", "grows " * 30], "label": ["A", "B"]}
+    rows.append({"question": "?", "choices": choices, "answerKey": "A"})
     scores = score_benchmark(model, tokenizer, asked("arc_easy", rows), EvalOptions(limit=5))
     notes = " ".join(scores.notes)
     assert "Skipped 1 of 5 questions" in notes and "prompts on the left" in notes

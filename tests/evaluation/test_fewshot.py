@@ -59,7 +59,7 @@ def varied(rows: Rows, numbers: range) -> Rows:
 
 
 def splits_of(name: str) -> dict[str, Rows]:
-    rows = PUBLISHED[name if name in PUBLISHED else TASKS[name][0]]["hub"]
+    rows = PUBLISHED[name if name in PUBLISHED else TASKS[name][0]]
     pool = varied(rows, range(5))
     test = [*varied(rows, range(7, 9)), *pool[:3]]  # questions that are examples too
     return {"train": pool, "validation": pool, "dev": pool, "test": test}

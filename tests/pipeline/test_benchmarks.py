@@ -24,7 +24,7 @@ from tritter.pipeline.scoring import BenchmarkTask, _tokenizer, benchmark_tasks
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    written(tmp_path / "files/arc_easy_test.jsonl", PUBLISHED["arc_easy"]["foundry"] * 10)
+    written(tmp_path / "files/arc_easy_test.jsonl", PUBLISHED["arc_easy"] * 10)
     written(tmp_path / "files/humaneval.jsonl", HUMANEVAL_ROWS)
     return tmp_path / "files"
 
@@ -65,14 +65,14 @@ def test_what_a_task_is_made_of_is_its_digest(files: Path) -> None:
 
     whole, limited = digest(), digest("evaluation.task_limit=3")
     assert whole == digest() != limited
-    rows = [{**row, "gold": 0} for row in PUBLISHED["arc_easy"]["foundry"] * 10]
+    rows = [{**row, "answerKey": "A"} for row in PUBLISHED["arc_easy"] * 10]
     written(files / "arc_easy_test.jsonl", rows)
     assert digest() != whole
 
 
 def test_the_template_and_the_examples_are_part_of_it(files: Path) -> None:
     pytest.importorskip("lm_eval")
-    written(files / "arc_easy_train.jsonl", PUBLISHED["arc_easy"]["foundry"])
+    written(files / "arc_easy_train.jsonl", PUBLISHED["arc_easy"])
     basic = ["evaluation.tasks=[arc_easy]", f"evaluation.tasks_path={files}"]
 
     def task(template: str, *words: str) -> BenchmarkTask:

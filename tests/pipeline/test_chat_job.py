@@ -333,8 +333,8 @@ def test_the_recipe_for_a_consumer_gpu_trains_on_conversations(place: Path, tmp_
 @pytest.mark.full
 def test_benchmarks_of_a_run_use_its_template(run: Run, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
-    written(tmp_path / "files/arc_easy_test.jsonl", PUBLISHED["arc_easy"]["foundry"] * 3)
-    written(tmp_path / "files/arc_easy_train.jsonl", PUBLISHED["arc_easy"]["foundry"])
+    written(tmp_path / "files/arc_easy_test.jsonl", PUBLISHED["arc_easy"] * 3)
+    written(tmp_path / "files/arc_easy_train.jsonl", PUBLISHED["arc_easy"])
     words = ("evaluation.tasks=[arc_easy]", f"evaluation.tasks_path={tmp_path}/files")
     chosen = ("evaluation.chat_template=true", "evaluation.num_fewshot=1")
     summary = json.loads(run(tmp_path / "run", *words, *chosen).summary_path.read_text())

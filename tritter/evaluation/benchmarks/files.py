@@ -350,11 +350,11 @@ def _questions(
     """
     if not rows:
         raise WrongFileError([f"{path} has no records"])
-    form = next((form for form in benchmark.formats if form.fits(rows[0])), None)
-    if form is None:
-        allowed = " or ".join(", ".join(form.fields) for form in benchmark.formats)
+    form = benchmark.format
+    if not form.fits(rows[0]):
+        allowed = ", ".join(form.fields)
         names_found = list(rows[0]) if isinstance(rows[0], dict) else []
-        missing = [name for name in benchmark.formats[0].fields if name not in names_found]
+        missing = [name for name in form.fields if name not in names_found]
         near = next((n for name in missing if (n := nearest(name, names_found, cutoff=0.7))), None)
         advice = f". Did you mean {near}?" if near else ""
         fields = f"its records have the fields {', '.join(map(brief, names_found))}"

@@ -154,7 +154,7 @@ class Benchmark:
         kind: kind of its questions.
         metric: primary metric, which the gate checks.
         files: patterns of relative paths; the first pattern with a match selects the files.
-        formats: formats of its records.
+        format: format of its records, the hub's.
         hub_filter: the lm-eval filter whose scores count; empty if there is only one.
         few_shot: few-shot examples; None for a benchmark with a fixed prompt.
         until: stop strings of generated answers.
@@ -166,7 +166,7 @@ class Benchmark:
     kind: Kind
     metric: str
     files: tuple[str, ...]
-    formats: tuple[Format, ...]
+    format: Format
     hub_filter: str = ""
     few_shot: FewShot | None = None
     until: tuple[str, ...] = ()
@@ -186,21 +186,6 @@ class Benchmark:
     def metrics(self) -> tuple[str, ...]:
         """All metrics, the primary one first."""
         return (self.metric, *(name for name in METRICS[self.kind] if name != self.metric))
-
-
-def foundry_format(prompt: Callable[[str], str]) -> Format:
-    """Return the format of llm-foundry (`query`, `choices`, `gold`).
-
-    Args:
-        prompt: converts a query to a prompt.
-    """
-
-    def question(row: Row, file: str) -> Question:
-        return Question(
-            prompt=prompt(row["query"]), choices=_texts(row["choices"]), right=row["gold"]
-        )
-
-    return Format({"query": TEXT, "choices": CHOICES, "gold": NUMBER}, question)
 
 
 def ai2_format(
@@ -226,9 +211,9 @@ def ai2_format(
     return Format({field: TEXT, "choices": OBJECT, "answerKey": TEXT}, question)
 
 
-def question_prompt(query: str) -> str:
-    """Return `Question: … Answer:`; the query may already begin with `Question:`."""
-    return f"Question: {query.strip().removeprefix('Question:').strip()}\nAnswer:"
+def question_prompt(question: str) -> str:
+    """Return `Question: … Answer:`."""
+    return f"Question: {question.strip()}\nAnswer:"
 
 
 def lettered_prompt(question: str, choices: Sequence[str]) -> str:
@@ -257,11 +242,6 @@ def _winogrande(row: Row, file: str) -> Question:
     return Question(prompt=end.strip(), choices=contexts, right={"1": 0, "2": 1}[row["answer"]])
 
 
-def _winogrande_foundry(row: Row, file: str) -> Question:
-    contexts = _texts(row["context_options"])
-    return Question(prompt=row["continuation"].strip(), choices=contexts, right=row["gold"])
-
-
 def _piqa(row: Row, file: str) -> Question:
     return Question(
         prompt=question_prompt(row["goal"]),
@@ -270,17 +250,10 @@ def _piqa(row: Row, file: str) -> Question:
     )
 
 
-def _boolq(field: str) -> Callable[[Row, str], Question]:
-    def question(row: Row, file: str) -> Question:
-        prompt = f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:"
-        return Question(prompt=prompt, choices=("no", "yes"), right=int(row[field]))
-
-    return question
-
-
-def passage_prompt(query: str) -> str:
-    """Return lm-eval's prompt for a BoolQ query of llm-foundry."""
-    return query.strip().removeprefix("Passage:").strip() + "\nAnswer:"
+def _boolq(row: Row, file: str) -> Question:
+    prompt = f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:"
+    right = row["label"] if "label" in row else row["answer"]  # super_glue, google/boolq
+    return Question(prompt=prompt, choices=("no", "yes"), right=int(right))
 
 
 def _mmlu(row: Row, file: str) -> Question:
@@ -299,11 +272,9 @@ def _mmlu(row: Row, file: str) -> Question:
 
 def _truthfulqa(row: Row, file: str) -> Question:
     """Shuffle the choices: the correct one is always first, and ties select the first choice."""
-    targets = row["mc1_targets"]
-    if "choices" in targets:
-        pairs = list(zip(_texts(targets["choices"]), targets["labels"], strict=True))
-    else:
-        pairs = [(str(text), label) for text, label in targets.items()]
+    targets = row["mc1_targets"]  # of the hub, or of the authors: answer → 0 or 1
+    choices, labels = targets.get("choices", list(targets)), targets.get("labels", targets.values())
+    pairs = list(zip(_texts(choices), labels, strict=True))
     random.Random(row["question"]).shuffle(pairs)
     labels = [label for _, label in pairs]
     if labels.count(1) != 1:
@@ -335,20 +306,13 @@ def _lambada(row: Row, file: str) -> Question:
     return Question(prompt=start, answer=last)
 
 
-def _lambada_foundry(row: Row, file: str) -> Question:
-    return Question(prompt=row["context"], answer=row["continuation"].strip())
-
-
 def _texts(values: Any) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(v, str) and v for v in values):
         raise TypeError(f"{values!r} must be a list of strings")
     return tuple(values)
 
 
-ARC = (
-    ai2_format("question", lambda question, choices: question_prompt(question)),
-    foundry_format(question_prompt),
-)
+_ARC = ai2_format("question", lambda question, choices: question_prompt(question))
 
 
 def is_number_right(question: Question, text: str) -> bool:
@@ -498,18 +462,15 @@ _ALL = (
         metric="acc_norm",
         files=(r"hellaswag.*val", *_test_files("hellaswag")),  # the test split has no answers
         few_shot=FewShot(files=(r"hellaswag.*train",), drops_own=True),
-        formats=(
-            Format(
-                {
-                    "activity_label": TEXT,
-                    "ctx_a": TEXT,
-                    "ctx_b": TEXT,
-                    "endings": CHOICES,
-                    "label": (int, str),
-                },
-                _hellaswag,
-            ),
-            foundry_format(lambda query: query),
+        format=Format(
+            {
+                "activity_label": TEXT,
+                "ctx_a": TEXT,
+                "ctx_b": TEXT,
+                "endings": CHOICES,
+                "label": (int, str),
+            },
+            _hellaswag,
         ),
     ),
     Benchmark(
@@ -518,7 +479,7 @@ _ALL = (
         metric="acc_norm",
         files=_test_files("arc.?challenge"),
         few_shot=FewShot(files=(r"arc.?challenge.*train",)),
-        formats=ARC,
+        format=_ARC,
     ),
     Benchmark(
         name="arc_easy",
@@ -526,7 +487,7 @@ _ALL = (
         metric="acc_norm",
         files=_test_files("arc.?easy"),
         few_shot=FewShot(files=(r"arc.?easy.*train",)),
-        formats=ARC,
+        format=_ARC,
     ),
     Benchmark(
         name="mmlu",
@@ -534,14 +495,14 @@ _ALL = (
         metric="acc",
         files=_test_files("mmlu"),
         few_shot=FewShot(files=(r"mmlu.*dev",), is_first=True),
-        formats=(Format({"question": TEXT, "choices": CHOICES, "answer": NUMBER}, _mmlu),),
+        format=Format({"question": TEXT, "choices": CHOICES, "answer": NUMBER}, _mmlu),
     ),
     Benchmark(
         name="truthfulqa",
         kind="choice",
         metric="acc",
         files=(r"truthful.?qa.*mc", r"truthful.?qa.*(jsonl|json|parquet)"),
-        formats=(Format({"question": TEXT, "mc1_targets": OBJECT}, _truthfulqa),),
+        format=Format({"question": TEXT, "mc1_targets": OBJECT}, _truthfulqa),
     ),
     Benchmark(
         name="winogrande",
@@ -549,14 +510,8 @@ _ALL = (
         metric="acc",
         files=(r"winogrande.*val", *_test_files("winogrande")),
         few_shot=FewShot(files=(r"winogrande.*train",), drops_own=True),
-        formats=(
-            Format(
-                {"sentence": TEXT, "option1": TEXT, "option2": TEXT, "answer": TEXT}, _winogrande
-            ),
-            Format(
-                {"context_options": CHOICES, "continuation": TEXT, "gold": NUMBER},
-                _winogrande_foundry,
-            ),
+        format=Format(
+            {"sentence": TEXT, "option1": TEXT, "option2": TEXT, "answer": TEXT}, _winogrande
         ),
     ),
     Benchmark(
@@ -565,10 +520,7 @@ _ALL = (
         metric="acc_norm",
         files=(r"piqa.*val", *_test_files("piqa")),
         few_shot=FewShot(files=(r"piqa.*train",), drops_own=True),
-        formats=(
-            Format({"goal": TEXT, "sol1": TEXT, "sol2": TEXT, "label": NUMBER}, _piqa),
-            foundry_format(question_prompt),
-        ),
+        format=Format({"goal": TEXT, "sol1": TEXT, "sol2": TEXT, "label": NUMBER}, _piqa),
     ),
     Benchmark(
         name="boolq",
@@ -576,11 +528,7 @@ _ALL = (
         metric="acc",
         files=(r"boolq.*val", *_test_files("boolq")),
         few_shot=FewShot(files=(r"boolq.*train",), drops_own=True),
-        formats=(
-            Format({"passage": TEXT, "question": TEXT, "answer": bool}, _boolq("answer")),
-            Format({"passage": TEXT, "question": TEXT, "label": NUMBER}, _boolq("label")),
-            foundry_format(passage_prompt),
-        ),
+        format=Format({"passage": TEXT, "question": TEXT}, _boolq),
     ),
     Benchmark(
         name="openbookqa",
@@ -588,10 +536,7 @@ _ALL = (
         metric="acc_norm",
         files=_test_files("openbook.?qa"),
         few_shot=FewShot(files=(r"openbook.?qa.*train",)),
-        formats=(
-            ai2_format("question_stem", lambda question, choices: question),
-            foundry_format(lambda query: query),
-        ),
+        format=ai2_format("question_stem", lambda question, choices: question),
     ),
     Benchmark(
         name="commonsenseqa",
@@ -599,15 +544,12 @@ _ALL = (
         metric="acc",
         files=(r"commonsense.?qa.*val", *_test_files("commonsense.?qa")),
         few_shot=FewShot(files=(r"commonsense.?qa.*train",), drops_own=True),
-        formats=(
-            ai2_format(
-                "question",
-                lambda question, choices: lettered_prompt(
-                    f"Question: {question.strip()}", choices["text"]
-                ),
-                is_by_letter=True,
+        format=ai2_format(
+            "question",
+            lambda question, choices: lettered_prompt(
+                f"Question: {question.strip()}", choices["text"]
             ),
-            foundry_format(lambda query: query.replace("\nChoices:", "", 1)),
+            is_by_letter=True,
         ),
     ),
     Benchmark(
@@ -616,17 +558,15 @@ _ALL = (
         metric="acc",
         files=_test_files("xcopa"),
         few_shot=FewShot(files=(r"xcopa.*(val|dev)",)),
-        formats=(
-            Format(
-                {
-                    "premise": TEXT,
-                    "choice1": TEXT,
-                    "choice2": TEXT,
-                    "question": TEXT,
-                    "label": NUMBER,
-                },
-                _xcopa,
-            ),
+        format=Format(
+            {
+                "premise": TEXT,
+                "choice1": TEXT,
+                "choice2": TEXT,
+                "question": TEXT,
+                "label": NUMBER,
+            },
+            _xcopa,
         ),
     ),
     Benchmark(
@@ -635,17 +575,14 @@ _ALL = (
         metric="acc",
         files=_test_files("lambada"),
         few_shot=FewShot(),
-        formats=(
-            Format({"context": TEXT, "continuation": TEXT}, _lambada_foundry),
-            Format({"text": TEXT}, _lambada),
-        ),
+        format=Format({"text": TEXT}, _lambada),
     ),
     Benchmark(
         name="gsm8k",
         kind="answer",
         metric="exact_match",
         files=_test_files("gsm8k"),
-        formats=(Format({"question": TEXT, "answer": TEXT}, _gsm8k),),
+        format=Format({"question": TEXT, "answer": TEXT}, _gsm8k),
         hub_filter="flexible-extract",
         few_shot=FewShot(number=5, files=(r"gsm8k.*train", r"train.*gsm8k")),
         until=("Question:", "</s>", "<|im_end|>"),
@@ -656,7 +593,7 @@ _ALL = (
         kind="answer",
         metric="exact_match",
         files=_test_files("svamp"),
-        formats=(Format({"Body": TEXT, "Question": TEXT, "Answer": (int, float, str)}, _svamp),),
+        format=Format({"Body": TEXT, "Question": TEXT, "Answer": (int, float, str)}, _svamp),
         until=("Question:", "\n\n"),
         is_right=is_number_right,
     ),
@@ -666,7 +603,7 @@ _ALL = (
         metric="exact_match",
         files=_test_files("mgsm"),
         few_shot=FewShot(files=(r"mgsm.*train",), delimiter=""),
-        formats=(Format({"question": TEXT, "answer": (int, str, type(None))}, _mgsm),),
+        format=Format({"question": TEXT, "answer": (int, str, type(None))}, _mgsm),
         hub_filter="flexible-extract",
         until=(*MGSM_UNTIL, "</s>", "<|im_end|>"),
         is_right=is_number_right,
@@ -677,7 +614,7 @@ _ALL = (
         metric="exact_match",
         files=(r"math.?500", r"(hendrycks|minerva|competition).?math.*test", r"(^|/)math.*test"),
         few_shot=FewShot(files=(r"math.*train",)),
-        formats=(Format({"problem": TEXT, "solution": TEXT}, _math),),
+        format=Format({"problem": TEXT, "solution": TEXT}, _math),
         until=("Problem:",),
         is_right=is_formula_right,
     ),
@@ -686,7 +623,7 @@ _ALL = (
         kind="answer",
         metric="exact_match",
         files=(r"(bbh|big.?bench.?hard)[/_-]",),
-        formats=(Format({"input": TEXT, "target": TEXT}, _bbh),),
+        format=Format({"input": TEXT, "target": TEXT}, _bbh),
         hub_filter="get-answer",
         few_shot=FewShot(number=3, files=(r"prompts?/.*\.txt$",), is_first=True, delimiter=""),
         until=("</s>", "Q", "\n\n"),
@@ -698,10 +635,8 @@ _ALL = (
         kind="code",
         metric="pass@1",
         files=(r"human.?eval",),
-        formats=(
-            Format(
-                {"task_id": TEXT, "prompt": TEXT, "entry_point": TEXT, "test": TEXT}, _humaneval
-            ),
+        format=Format(
+            {"task_id": TEXT, "prompt": TEXT, "entry_point": TEXT, "test": TEXT}, _humaneval
         ),
         until=HUMANEVAL_UNTIL,
         max_new_tokens=1024,
@@ -711,12 +646,10 @@ _ALL = (
         kind="code",
         metric="pass@1",
         files=_test_files("mbpp"),
-        formats=(
-            Format(
-                {"task_id": NUMBER, "text": TEXT, "code": TEXT, "test_list": CHOICES},
-                _mbpp,
-                _mbpp_example,
-            ),
+        format=Format(
+            {"task_id": NUMBER, "text": TEXT, "code": TEXT, "test_list": CHOICES},
+            _mbpp,
+            _mbpp_example,
         ),
         few_shot=FewShot(number=3, is_first=True, delimiter=""),
         until=MBPP_UNTIL,
