@@ -288,7 +288,7 @@ def expand(
 
 
 def _names(file: Recipe | None, step: int | None = None) -> Names:
-    """Return the names of keys in errors: options, or the keys and lines of a recipe."""
+    """Return the names of keys in errors: options, or the keys and steps of a recipe."""
     return Names.of({**option_names(), **_NAMES}) if file is None else file.names(step)
 
 
@@ -310,7 +310,7 @@ def _settings(context: typer.Context, file: Recipe | None) -> Settings:
             Problem(
                 f"--{with_dashes(name)}",
                 value,
-                f"--recipe {file.origin.path} already sets the steps",
+                f"--recipe {file.path} already sets the steps",
             )
             for name, value in methods.items()
             if value
@@ -319,7 +319,7 @@ def _settings(context: typer.Context, file: Recipe | None) -> Settings:
             Problem(
                 f"--{with_dashes(name)}",
                 typed[name],
-                f"{file.origin.origin(name)} sets {name} = {show(value)}; remove one of the two",
+                f"{file.path} sets {name} = {show(value)}; remove one of the two",
             )
             for name, value in stated.items()
             if is_typed(context, name) and typed[name] != value

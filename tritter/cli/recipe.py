@@ -2,12 +2,8 @@
 
 A recipe can express more than the command line: two steps of one method, or the same option for
 two methods.
-
-Only mappings, lists, strings, numbers, booleans and null are read; other tags are errors. So are
-duplicate keys, which YAML would silently accept, and aliases, which can expand to a huge document.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
@@ -28,7 +24,6 @@ from tritter.errors import (
     Problem,
     RequestError,
     TritterError,
-    brief,
     nearest,
     raise_problems,
     use_names,
@@ -39,114 +34,7 @@ from tritter.storage.reading import named_path, read_text
 from tritter.storage.tensors import WEIGHT_DTYPES, TensorFolder
 from tritter.targets import TARGET
 
-KeyPath = tuple[str | int, ...]  # keys and positions from the root
-
 _MAX_BYTES = 2**20
-_MAX_DEPTH = 16
-_MAX_LINES = 4  # in a message
-_COLLECTIONS = {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq")}
-_MADE = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float")}
-_TEXTS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "timestamp", "merge", "value")}
-_POWER_OF_TEN = re.compile(
-    r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]{1,3}"
-)  # YAML 1.1 requires the dot
-
-
-@dataclass(frozen=True, slots=True)
-class LinedYaml:
-    """The content of a YAML file with line numbers.
-
-    Args:
-        path: the file.
-        value: its content.
-        lines: path of keys → first line of the value, from 1.
-    """
-
-    path: Path
-    value: Any
-    lines: Mapping[KeyPath, int]
-
-    def origin(self, *key_path: str | int) -> str:
-        """Return file and line of a value, or of its nearest parent."""
-        return self.origin_of([key_path])
-
-    def origin_of(self, key_paths: Sequence[KeyPath]) -> str:
-        """Return the file and the lines of several values, or of their nearest parents."""
-        lines: set[int] = set()
-        for key_path in key_paths:
-            ends = (key_path[:end] for end in range(len(key_path), -1, -1))
-            lines.add(next(self.lines[end] for end in ends if end in self.lines))
-        named = [str(line) for line in sorted(lines)[:_MAX_LINES]]
-        named += [f"{len(lines) - _MAX_LINES} more"] * (len(lines) > _MAX_LINES)
-        return f"{self.path}, line {' or '.join(named)}"
-
-
-def read_lined_yaml(path: Path) -> LinedYaml:
-    """Read a file.
-
-    Raises:
-        RequestError: the file can't be read, is not valid YAML, or uses unsupported YAML features.
-    """
-    try:
-        text = read_text(path, limit_bytes=_MAX_BYTES)
-    except TritterError as error:
-        raise RequestError(str(error)) from error
-    try:
-        depth = 0
-        for event in yaml.parse(text, Loader=yaml.CSafeLoader):  # before the tree is built
-            line = 1 if event.start_mark is None else event.start_mark.line + 1
-            if isinstance(event, yaml.AliasEvent):
-                raise _refusal(path, line, "aliases (*) are not supported")
-            depth += isinstance(event, yaml.CollectionStartEvent)
-            depth -= isinstance(event, yaml.CollectionEndEvent)
-            if depth > _MAX_DEPTH:
-                raise _refusal(path, line, "it is nested too deeply")
-        root = yaml.compose(text, Loader=yaml.CSafeLoader)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise _refusal(path, line, f"invalid YAML ({error.problem})") from error
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise RequestError(f"{path} is not valid YAML: {reason}") from error
-    lines: dict[KeyPath, int] = {(): 1}
-    value = None if root is None else _value(path, root, (), lines)
-    return LinedYaml(path, value, lines)
-
-
-def _value(path: Path, node: yaml.Node, key_path: KeyPath, lines: dict[KeyPath, int]) -> Any:
-    line = node.start_mark.line + 1
-    lines.setdefault(key_path, line)
-    is_scalar = isinstance(node, yaml.ScalarNode)
-    if node.tag not in ({*_TEXTS, *_MADE} if is_scalar else _COLLECTIONS):
-        raise _refusal(path, line, f"the tag {node.tag} is not supported")
-    if isinstance(node, yaml.MappingNode):
-        table: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            line = key_node.start_mark.line + 1
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise _refusal(path, line, "keys must be plain words")
-            key = str(key_node.value)
-            if key in table:
-                raise _refusal(path, line, f"the key {brief(key)} is duplicated")
-            lines[(*key_path, key)] = line
-            table[key] = _value(path, value_node, (*key_path, key), lines)
-        return table
-    if isinstance(node, yaml.SequenceNode):
-        return [_value(path, item, (*key_path, i), lines) for i, item in enumerate(node.value)]
-    assert isinstance(node, yaml.ScalarNode)
-    if node.tag in _TEXTS:
-        is_number = not node.style and _POWER_OF_TEN.fullmatch(node.value)
-        return float(node.value) if is_number else str(node.value)
-    try:
-        return yaml.SafeLoader("").construct_object(node)
-    except (ValueError, yaml.YAMLError, KeyError) as error:
-        raise _refusal(path, line, f"{brief(node.value)} is not a number") from error
-
-
-def _refusal(path: Path, line: int, reason: str) -> RequestError:
-    return RequestError(f"{path}, line {line}: {reason}.")
-
-
 _STEPS = "steps"
 _MAX_SEED = 2**64 - 1  # the 64-bit seeds that runs derive for their expansions
 _GROUP = "expansion."  # prefix of a run's keys, which a recipe's methods do not have
@@ -183,7 +71,7 @@ class Recipe:
 
     steps: tuple[ExpansionSpec, ...]
     settings: Settings
-    origin: LinedYaml
+    path: Path
 
     def stated_settings(self) -> dict[str, Any]:
         """Return the settings in the file, without the steps."""
@@ -191,7 +79,7 @@ class Recipe:
         return {name: value for name, value in values.items() if value is not None}
 
     def names(self, step: int | None = None) -> Names:
-        """Return the names of keys in errors: the recipe's keys with their lines.
+        """Return the names of keys in errors: the recipe's keys with their steps.
 
         Args:
             step: number of the step with the error; None for any step.
@@ -205,20 +93,11 @@ class Recipe:
             return f"--{key.replace('_', '-')}" if is_typed else key.removeprefix(_GROUP)
 
         def origin(key: str) -> str | None:
-            method, _, field = key.removeprefix(_GROUP).partition(".")
-            steps: list[KeyPath] = [
-                (_STEPS, number, method)
-                for number, each in enumerate(self.steps)
-                if key.startswith(_GROUP) and each.name == method and step in (None, number)
-            ]
-            if steps:  # the lines of the key if the file has it, otherwise of the step
-                keys = [
-                    (*key_path, field)
-                    for key_path in steps
-                    if (*key_path, field) in self.origin.lines
-                ]
-                return self.origin.origin_of(keys or steps)
-            return self.origin.origin(key) if key in self.stated_settings() else None
+            method = key.removeprefix(_GROUP).partition(".")[0]
+            for number, each in enumerate(self.steps):
+                if key.startswith(_GROUP) and each.name == method and step in (None, number):
+                    return _origin(self.path, number)
+            return str(self.path) if key in self.stated_settings() else None
 
         return Names(name, origin)
 
@@ -228,55 +107,69 @@ def read_recipe(path: Path) -> Recipe:
 
     Raises:
         RequestError: the file can't be read or is invalid. The message lists all problems with
-            their lines.
+            their steps.
     """
-    origin = read_lined_yaml(path)
-    raw = origin.value
+    raw = _content(path)
     if not isinstance(raw, Mapping) or not raw.get(_STEPS):
         reason = (
             f"{path}: a recipe needs {_STEPS}, a list such as [width: {{hidden_size: 96}}, dus]"
         )
         raise RequestError(f"{reason}.")
     with use_names(Names(lambda key: key.removeprefix(_GROUP))):
-        return _read(origin)
+        return _read(path, raw)
 
 
-def _read(origin: LinedYaml) -> Recipe:
+def _content(path: Path) -> Any:
+    """Return the content of a YAML file; OmegaConf refuses a repeated key, which YAML accepts."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        text = read_text(path, limit_bytes=_MAX_BYTES)
+        return OmegaConf.to_container(OmegaConf.create(text))
+    except TritterError as error:
+        raise RequestError(str(error)) from error
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise RequestError(f"{path} is not a recipe: {reason}.") from error
+
+
+def _origin(path: Path, step: int) -> str:
+    return f"{path}, step {step + 1}"
+
+
+def _read(path: Path, raw: Mapping[Any, Any]) -> Recipe:
     problems: list[Problem] = []
-    raw = origin.value
     for name in raw:
         if name not in _KEYS:
             reason = f"unknown key; must be one of {', '.join(_KEYS)}"
-            near = nearest(name, _KEYS)
             problems.append(
-                Problem(name, raw[name], reason, nearest=near, origin=origin.origin(name))
+                Problem(str(name), raw[name], reason, nearest=nearest(str(name), _KEYS))
             )
     stated = {name: value for name, value in raw.items() if name in _KEYS[1:]}
     for name, units in _COUNTS.items():
         if isinstance(stated.get(name), str):
             stated[name] = parse_count(stated[name], units) or stated[name]
-    found: list[Problem] = []
-    settings = read_options(Settings, stated, prefix="", problems=found)
+    settings = read_options(Settings, stated, prefix="", problems=problems)
     if settings is not None and settings.output is not None:
         try:
             named_path(settings.output, key="output")
         except RequestError as error:
-            found += error.problems
-    problems += [replace(each, origin=origin.origin(each.key)) for each in found]
-    steps = _steps(origin, problems)
+            problems += error.problems
+    problems = [replace(each, origin=str(path)) for each in problems]
+    steps = _steps(path, raw[_STEPS], problems)
     if settings is not None and (settings.seed or 0) + len(steps) - 1 > _MAX_SEED:
         reason = f"each step uses the next seed, and all {len(steps)} must be below 2⁶⁴"
-        problems.append(Problem("seed", settings.seed, reason, origin=origin.origin("seed")))
+        problems.append(Problem("seed", settings.seed, reason, origin=str(path)))
     raise_problems(problems)
     assert settings is not None
-    return Recipe(steps, settings, origin)
+    return Recipe(steps, settings, path)
 
 
-def _steps(origin: LinedYaml, problems: list[Problem]) -> tuple[ExpansionSpec, ...]:
-    raw = origin.value[_STEPS]
+def _steps(path: Path, raw: object, problems: list[Problem]) -> tuple[ExpansionSpec, ...]:
     if not isinstance(raw, list):
         reason = "must be a list of methods with their options: - width: {hidden_size: 96}"
-        problems.append(Problem(_STEPS, raw, reason, origin=origin.origin(_STEPS)))
+        problems.append(Problem(_STEPS, raw, reason, origin=str(path)))
         return ()
     steps: list[ExpansionSpec] = []
     methods = _Methods()
@@ -284,10 +177,7 @@ def _steps(origin: LinedYaml, problems: list[Problem]) -> tuple[ExpansionSpec, .
         found: list[Problem] = []
         step = _step(item, found, methods)
         steps += [] if step is None else [step]
-        for each in found:
-            keys = each.key.removeprefix(_GROUP).split(".")
-            where = origin.origin(_STEPS, number, *(keys if each.key != _STEPS else ()))
-            problems.append(replace(each, origin=where))
+        problems += [replace(each, origin=_origin(path, number)) for each in found]
     return tuple(steps)
 
 
@@ -317,7 +207,7 @@ def _step(item: object, problems: list[Problem], methods: _Methods) -> Expansion
         reason = "must be one method with its options, as in - width: {hidden_size: 96}"
         problems.append(Problem(_STEPS, item, reason))
         return None
-    ((name, stated),) = table.items()
+    ((name, stated),) = ((str(key), value) for key, value in table.items())
     stated = {} if stated is None else stated
     if (near := name.replace("-", "_")) in methods.names and near != name:
         problems.append(Problem(name, stated or None, "recipes use underscores", nearest=near))
@@ -333,7 +223,8 @@ def _step(item: object, problems: list[Problem], methods: _Methods) -> Expansion
         body, kind, unfit = methods.resolve(name)
         reader = Reader(methods.keys)
         classes = {} if kind is None else {f"expansion.{name}": kind}
-        read = read_methods(reader, "expansion", {name: {**body, **stated}}, classes)
+        given = {str(key): value for key, value in stated.items()}
+        read = read_methods(reader, "expansion", {name: {**body, **given}}, classes)
         problems += (*unfit, *reader.problems)
         return read[0].options if read else None
     return None
