@@ -90,7 +90,7 @@ RATCHET = {
     "evaluation": (17, 4_427),
     "integrations": (2, 785),
     "methods": (48, 12_648),
-    "pipeline": (26, 7_473),
+    "pipeline": (26, 7_470),
     "planning": (9, 2_307),
     "report": (14, 4_309),
     "storage": (10, 2_123),

@@ -483,13 +483,13 @@ class RunContext:
         Raises:
             RequestError: the domain is too small for one sequence.
         """
-        train, data = self.corpus.domains[domain].train, self.config.data
-        return num_packed(
-            train,
-            packing=self.packing,
-            sequence_length=data.sequence_length,
-            bounds=self.bounds,
-        )
+        train, length = self.corpus.domains[domain].train, self.config.data.sequence_length
+        try:
+            return num_packed(
+                train, packing=self.packing, sequence_length=length, bounds=self.bounds
+            )
+        except RequestError as error:
+            raise RequestError(f"{error} (Domain {domain}.)") from error
 
     @property
     def document_mask(self) -> DocumentMask | None:
@@ -521,10 +521,7 @@ class RunContext:
             RequestError: names the domain.
         """
         for name in self.domains:
-            try:
-                self.num_sequences(name)
-            except RequestError as error:
-                raise RequestError(f"{error} (Domain {name}.)") from error
+            self.num_sequences(name)
 
     def source_records(self, domains: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Return the records of some domains in a checkpoint's lineage: hash and paths."""
