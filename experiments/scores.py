@@ -1,7 +1,6 @@
 """Scores of benchmarks, question by question, and the change between two of them."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from tritter.evaluation.benchmarks.formats import BENCHMARKS
 from tritter.evaluation.benchmarks.harness import EvalOptions, score_benchmark
 from tritter.evaluation.statistics import PairedScores, drop_in_points, relative_forgetting
 from tritter.methods.experts.whole import load_whole
+from tritter.storage.atomic import write_text_atomic
 
 CHAT = ", chat"  # ends the name of a measure that renders prompts with the chat template
 CHANGE = ("measure", "questions", "before", "after", "change", "low", "high")
@@ -62,16 +62,9 @@ def benchmark_scores(
                     options = EvalOptions(limit=limit, is_chat=is_chat, batch_size=_AT_ONCE)
                     scores = score_benchmark(whole, tokenizer, loaded, options).primary
                     found[measure] = scores.to_dict()
-        write_whole(path, json.dumps(found))
+        write_text_atomic(path, json.dumps(found))
     plain = json.loads(path.read_text(encoding="utf-8"))
     return {measure: PairedScores.from_dict(each) for measure, each in plain.items()}
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that jobs beside this one may read."""
-    part = path.with_suffix(f".{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
-    part.rename(path)
 
 
 def change(measure: str, before: PairedScores, after: PairedScores) -> dict[str, Any]:

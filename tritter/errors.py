@@ -23,7 +23,7 @@ class Names:
     Args:
         name: returns the option that the user typed for a dotted key, or None if the key can't
             be set. Messages then omit advice on it.
-        origin: returns the file and line of its value, or None for the command line.
+        origin: returns the file of its value, with its place there, or None for the command line.
     """
 
     name: Callable[[str], str | None] = str

@@ -30,7 +30,6 @@ from experiments.scores import (  # noqa: E402
     benchmark_scores,
     change,
     copy_benchmarks,
-    write_whole,
 )
 from tritter.config.launch.composition import load_config  # noqa: E402
 from tritter.core.expansions import LlamaPro, Width, target_config  # noqa: E402
@@ -42,6 +41,7 @@ from tritter.methods.experts.whole import load_whole  # noqa: E402
 from tritter.pipeline.base import schedule_of  # noqa: E402
 from tritter.pipeline.context import RunContext  # noqa: E402
 from tritter.pipeline.ledger import Ledger  # noqa: E402
+from tritter.storage.atomic import write_text_atomic  # noqa: E402
 from tritter.terminal import Console  # noqa: E402
 
 SKILLS = {"tool_call": 10, "identity": 5, "reasoning": 5}  # and the number of published probes
@@ -123,7 +123,7 @@ def prepare(options: Any) -> None:
         question = row["prompt"].partition("### Instruction:\n")[2]
         prompt = question.partition("\n\n### Response:")[0]
         lines.append(json.dumps({"prompt": prompt, "completion": row["response"]}) + "\n")
-    write_whole(options.work / "dolly.jsonl", "".join(lines))
+    write_text_atomic(options.work / "dolly.jsonl", "".join(lines))
 
 
 def words_of(options: Any, arm: str, seed: int) -> list[str]:
@@ -257,7 +257,7 @@ def ordinary_answers(options: Any, model: Path, name: str) -> PairedScores:
         plain = [float("<tool_call>" not in answer) for answer in answers]
         right = torch.tensor(plain, dtype=torch.float64)
         scores = PairedScores.of_answers(shortest, right, 0.0)
-        write_whole(path, json.dumps(scores.to_dict()))
+        write_text_atomic(path, json.dumps(scores.to_dict()))
     return PairedScores.from_dict(json.loads(path.read_text(encoding="utf-8")))
 
 

@@ -26,12 +26,13 @@ from peft import LoraConfig, get_peft_model  # noqa: E402
 from transformers import Trainer, TrainingArguments  # noqa: E402
 
 from experiments.jobs import ROOT, append, done, train  # noqa: E402
-from experiments.scores import TRAINER, write_whole  # noqa: E402
+from experiments.scores import TRAINER  # noqa: E402
 from tritter.config.launch.composition import load_config  # noqa: E402
 from tritter.core.models import load_model  # noqa: E402
 from tritter.data.chat import ids_of  # noqa: E402
 from tritter.pipeline.context import RunContext  # noqa: E402
 from tritter.pipeline.ledger import Ledger  # noqa: E402
+from tritter.storage.atomic import write_text_atomic  # noqa: E402
 from tritter.terminal import Console  # noqa: E402
 
 STREAM = ("code", "mbpp", "sums", "code", "tool_call", "spanish", "mbpp")
@@ -104,7 +105,7 @@ def write_texts(options: Any) -> None:
     }
     for name, documents in texts.items():
         lines = (json.dumps({"text": each}) + "\n" for each in documents if each.strip())
-        write_whole(options.work / f"{name}.jsonl", "".join(lines))
+        write_text_atomic(options.work / f"{name}.jsonl", "".join(lines))
 
 
 def text_of(path: Path) -> str:

@@ -27,12 +27,12 @@ from experiments.scores import (  # noqa: E402
     benchmark_scores,
     change,
     copy_benchmarks,
-    write_whole,
 )
 from tritter.core.expansions import Dus, LlamaPro, Moe, Width, target_config  # noqa: E402
 from tritter.core.families import training_flops  # noqa: E402
 from tritter.data.built_in import gather  # noqa: E402
 from tritter.evaluation.statistics import PairedScores  # noqa: E402
+from tritter.storage.atomic import write_text_atomic  # noqa: E402
 
 SEQUENCE_LENGTH, BATCH_SIZE = 256, 2
 QUESTIONS = {"hellaswag": 1000, "arc_easy": 1000, "piqa": 1000, "lambada": 1000}
@@ -107,7 +107,7 @@ def conversation(row: dict[str, str]) -> dict[str, str]:
 
 
 def _write(path: Path, rows: Iterable[dict[str, str]]) -> None:
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def run_arm(options: Any, arm: str, seed: int) -> None:

@@ -40,3 +40,16 @@ def test_a_small_domain_is_named_and_a_weight_gives_it_its_share(tmp_path: Path)
     assert plain["small"] < 0.1 * plain.total()
     notes, weighted = notes_and_counts("data.weights={small:1}")
     assert notes == [] and weighted["small"] == weighted["large"] == 60
+
+
+def test_a_weight_in_one_task_leaves_the_notes_on_the_others(tmp_path: Path) -> None:
+    for name in "abcd":
+        (tmp_path / f"{name}.txt").write_text(name)
+    pairs = ("{a: @/a.txt, b: @/b.txt}", "{c: @/c.txt, d: @/d.txt}")
+    tasks = f"data.tasks=[{', '.join(pairs)}]".replace("@", str(tmp_path))
+    words = [*(word for word in TINY if not word.startswith("data.new")), tasks]
+    config = load_config([*words, "data.weights={a:1}"])
+    sizes = {"a": 1, "b": 99, "c": 1, "d": 99}
+    (note,) = share_notes(config, sizes.__getitem__, ())
+    assert note.startswith("c: 1.0% of the new training sequences, at most about 0 of the 24")
+    assert list(share_notes(config, sizes.__getitem__, ("d",))) == []

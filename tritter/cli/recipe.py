@@ -93,11 +93,11 @@ class Recipe:
             return f"--{key.replace('_', '-')}" if is_typed else key.removeprefix(_GROUP)
 
         def origin(key: str) -> str | None:
-            method = key.removeprefix(_GROUP).partition(".")[0]
-            for number, each in enumerate(self.steps):
-                if key.startswith(_GROUP) and each.name == method and step in (None, number):
-                    return _origin(self.path, number)
-            return str(self.path) if key in self.stated_settings() else None
+            method = key.removeprefix(_GROUP).partition(".")[0] if key.startswith(_GROUP) else ""
+            named = (n for n, each in enumerate(self.steps) if each.name == method)
+            if len(found := [n for n in named if step in (None, n)]) == 1:
+                return _origin(self.path, *found)
+            return str(self.path) if found or key in self.stated_settings() else None
 
         return Names(name, origin)
 

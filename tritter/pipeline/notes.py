@@ -82,15 +82,15 @@ def share_notes(
     """Yield a note on each new domain that few of its task's training sequences come from."""
     read = config.training.max_steps * config.trainer.accumulate_grad_batches
     read *= config.data.batch_size
+    weights = getattr(config.data, "weights", None) or {}
     for task in config.text.tasks:
-        if getattr(config.data, "weights", None) or any(name in streams for name in task):
+        if any(name in streams or name in weights for name in task):
             continue
         sizes = {name: num_sequences(name) for name in task}
         for name, size in sizes.items():
-            share = size / sum(sizes.values())
-            if share < _SMALL_SHARE:
+            if (share := size / sum(sizes.values())) < _SMALL_SHARE:
                 yield (
-                    f"{name}: {share:.1%} of the new training sequences, about "
+                    f"{name}: {share:.1%} of the new training sequences, at most about "
                     f"{share * read:,.0f} of the {read:,} that its task reads; "
                     f"data.weights={{{name}:1}} gives all domains equal shares."
                 )
