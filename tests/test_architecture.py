@@ -82,24 +82,24 @@ TORCH_ONLY_ROOMS = {"core.parameter_map", "core.stock_routers"}  # the standard 
 # Room → most files and lines: both may only fall, until the redesign of issue 25 ends
 RATCHET = {
     "(top)": (13, 2_310),
-    "checkpoints": (12, 3_350),
-    "cli": (22, 6_250),
-    "config": (19, 5_361),
-    "core": (37, 12_190),
+    "checkpoints": (12, 3_208),
+    "cli": (22, 6_221),
+    "config": (19, 5_358),
+    "core": (37, 12_189),
     "data": (26, 9_387),
     "evaluation": (17, 4_427),
     "integrations": (2, 785),
-    "methods": (48, 12_648),
-    "pipeline": (26, 7_470),
+    "methods": (48, 12_639),
+    "pipeline": (26, 7_382),
     "planning": (9, 2_307),
     "report": (14, 4_309),
     "storage": (10, 2_123),
-    "training": (18, 5_219),
-    "transform": (6, 1_956),
+    "training": (18, 5_044),
+    "transform": (6, 1_937),
 }
 # What there is to know; both may only fall: names of modules without an underscore, and classes
 # that only hold values
-MAX_PUBLIC_NAMES, MAX_RECORDS = 2_443, 356
+MAX_PUBLIC_NAMES, MAX_RECORDS = 2_426, 353
 MAX_LONELY_MODULES = 25  # with a single caller, which is in their own room
 
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}

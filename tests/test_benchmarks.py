@@ -92,7 +92,7 @@ def test_every_way_of_a_step_on_a_gpu_runs_on_the_cpu() -> None:
         accelerator="cpu",
         batch_size=2,
         models=["tritter_125m"],
-        peak_flops=1e12,
+        peak_flops=1e9,
         rounds=1,
         sequence_length=16,
         shape=shape,

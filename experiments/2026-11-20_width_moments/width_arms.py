@@ -31,7 +31,7 @@ from tritter.data.corpus import Corpus, stdlib_corpus  # noqa: E402
 from tritter.data.replay import ReplayBuffer  # noqa: E402
 from tritter.data.tokens import END_OF_TEXT, TextBounds, pack  # noqa: E402
 from tritter.seeds import derived_seed  # noqa: E402
-from tritter.training.moments import carried_moments, start_from  # noqa: E402
+from tritter.training.moments import carried_moments, put_moments  # noqa: E402
 from tritter.training.optimizer import OptimizerSettings, build_optimizer  # noqa: E402
 from tritter.transform import Change  # noqa: E402
 from tritter.transform.live import ModelExpander  # noqa: E402
@@ -233,7 +233,8 @@ def optimizer_after(
             stored_tensors=change.after,
             policy=policy.removesuffix(ZERO_SECOND),  # type: ignore[arg-type]
         )
-        start_from(optimizer, grown.model, moments)
+        for name, values in moments.items():
+            put_moments(optimizer, grown.model.get_parameter(name), values)
     if policy.endswith(ZERO_SECOND):
         # With β₁ 0.9 and β₂ 0.95 no update gets larger than 1.10 times a settled one
         for state in optimizer.state.values():

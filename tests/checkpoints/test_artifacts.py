@@ -21,7 +21,7 @@ def test_every_piece_writes_itself_as_it_was_read(tmp_path: Path) -> None:
         folder.mkdir()
     (source / "tokenizer.json").write_text("{}")
     kinds = {"fisher": TensorStream.of([("lm_head.weight", torch.arange(6.0).view(2, 3))])}
-    write_state(source, kinds, step=3, other_steps={"lm_head.weight": 2})
+    write_state(source, kinds, step=3)
     AddedExperts(experts=(4, 5)).at(1, anneal_steps=4).write(source)
     held = contents(source)
     assert len(held) == 4

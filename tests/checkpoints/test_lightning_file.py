@@ -17,42 +17,27 @@ from tests.checkpoints.test_export import tiny_experts
 from tests.oracle import logits, saved, stock, tiny_llama, tokens
 from tritter.checkpoints.export import export_model
 from tritter.checkpoints.lightning_file import read_lightning_file
-from tritter.checkpoints.state import LazyTensors, read_state
-from tritter.core.expansions import Width
-from tritter.core.models import config_of, disk_tensors
+from tritter.core.models import config_of
 from tritter.errors import RequestError, TritterError
-from tritter.training.optimizer import OptimizerSettings, build_optimizer
-from tritter.transform import expand
-
-Optimize = Callable[[nn.Module], Any]
 
 
 class Wrapped(lightning.LightningModule):
     """What people write around a Hugging Face model."""
 
-    def __init__(self, model: nn.Module, optimize: Optimize) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.optimize = optimize
 
     def training_step(self, batch: Tensor, batch_index: int) -> Tensor:
         return self.model(input_ids=batch, labels=batch).loss
 
     def configure_optimizers(self) -> Any:
-        return self.optimize(self)
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
-def adamw(module: nn.Module) -> Any:
-    return torch.optim.AdamW(module.parameters(), lr=1e-2)
-
-
-def two_groups(module: nn.Module) -> Any:
-    return build_optimizer(module.named_parameters(), OptimizerSettings(), learning_rate=1e-2)
-
-
-def trained(path: Path, model: nn.Module, optimize: Optimize = adamw) -> Wrapped:
+def trained(path: Path, model: nn.Module) -> Wrapped:
     """Train three steps and save as Lightning does."""
-    module = Wrapped(model, optimize)
+    module = Wrapped(model)
     trainer = lightning.Trainer(
         accelerator="cpu",
         max_steps=3,
@@ -68,49 +53,26 @@ def trained(path: Path, model: nn.Module, optimize: Optimize = adamw) -> Wrapped
 
 
 def convert(path: Path, model: nn.Module, destination: Path, **options: Any) -> tuple[str, ...]:
-    found = read_lightning_file(path, config_of(model), **options)
-    dtype = found.weights.widest_dtype
-    export_model(found.weights, destination, dtype=dtype, artifacts=())
-    return tuple(filter(None, (found.skipped, found.missing_moments_reason)))
+    weights, skipped = read_lightning_file(path, config_of(model), **options)
+    export_model(weights, destination, dtype=weights.widest_dtype, artifacts=())
+    return (skipped,) if skipped else ()
 
 
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("optimize", [adamw, two_groups])
-def test_the_model_and_whose_moments_are_whose(
-    tmp_path: Path, is_tied: bool, optimize: Optimize
-) -> None:
+def test_the_model_without_its_optimizer(tmp_path: Path, is_tied: bool) -> None:
     model = tiny_llama(tie_word_embeddings=is_tied)
-    module = trained(tmp_path / "run.ckpt", model, optimize)
+    trained(tmp_path / "run.ckpt", model)
     assert convert(tmp_path / "run.ckpt", model, tmp_path / "out") == ()
     assert torch.equal(logits(stock(tmp_path / "out"), tokens()), logits(model, tokens()))
-    state = read_state(tmp_path / "out")
-    assert state is not None
-    assert state.step == 3
-    optimizer = module.optimizers()
-    parameters = dict(model.named_parameters())
-    for kind in ("exp_avg", "exp_avg_sq"):
-        found = dict(LazyTensors(state.kinds[kind]))
-        assert set(found) == set(parameters)
-        for name, moment in found.items():
-            assert torch.equal(moment, optimizer.state[parameters[name]][kind]), name
-    grown = expand(tmp_path / "out", tmp_path / "grown", [Width()])
-    assert read_state(grown.folder) is not None
+    assert not (tmp_path / "out/state").exists()
 
 
 def test_experts_that_share_a_tensor_in_memory(tmp_path: Path) -> None:
     model = tiny_experts("mixtral")
-    module = trained(tmp_path / "run.ckpt", model)
+    trained(tmp_path / "run.ckpt", model)
     assert convert(tmp_path / "run.ckpt", model, tmp_path / "out") == ()
     assert torch.equal(logits(stock(tmp_path / "out"), tokens()), logits(model, tokens()))
-    state = read_state(tmp_path / "out")
-    assert state is not None
-    optimizer = module.optimizers()
-    live = {name: optimizer.state[p]["exp_avg"] for name, p in model.named_parameters()}
-    expected = disk_tensors(config_of(model), live)
-    found = dict(LazyTensors(state.kinds["exp_avg"]))
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
 @pytest.mark.quick_cases(1)
@@ -130,8 +92,7 @@ def test_names_are_found_behind_any_prefix(tmp_path: Path, rename: Callable[[str
     torch.save({"state_dict": named | {"_extra_state": {"journal": []}}}, tmp_path / "run.ckpt")
     torch.save(named, tmp_path / "weights.pt")
     for name in ("run.ckpt", "weights.pt"):
-        (note,) = convert(tmp_path / name, model, tmp_path / f"{name}-out")
-        assert note == "the optimizer state was skipped: the file contains none"
+        assert convert(tmp_path / name, model, tmp_path / f"{name}-out") == ()
         assert torch.equal(
             logits(stock(tmp_path / f"{name}-out"), tokens()), logits(model, tokens())
         )
@@ -209,71 +170,6 @@ def test_old_rotary_frequencies_are_no_leftovers(tmp_path: Path) -> None:
     torch.save({"state_dict": model.state_dict() | frequencies}, tmp_path / "run.ckpt")
     convert(tmp_path / "run.ckpt", model, tmp_path / "out")
     assert stock(tmp_path / "out")
-
-
-# Moments that are left out
-
-
-def _frozen(module: nn.Module) -> Any:
-    module.get_parameter("model.model.norm.weight").requires_grad = False
-    return torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-3)
-
-
-def _backwards(module: nn.Module) -> Any:
-    return torch.optim.AdamW(list(module.parameters())[::-1], lr=1e-3)
-
-
-@pytest.mark.quick_cases(2)
-@pytest.mark.parametrize(
-    ("optimize", "reason"),
-    [
-        (lambda module: torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9), "not Adam's"),
-        (_frozen, "its groups have 29 parameters, but the model has 30: 23 matrices"),
-        (_backwards, "its order is not the model's: model.layers.0.input_layernorm.weight of sha"),
-        (lambda module: None, "the file contains none"),
-    ],
-)
-def test_moments_without_certain_owners_are_left_out(
-    tmp_path: Path, optimize: Optimize, reason: str
-) -> None:
-    model = tiny_llama()
-    trained(tmp_path / "run.ckpt", model, optimize)
-    (note,) = convert(tmp_path / "run.ckpt", model, tmp_path / "out")
-    assert note.startswith("the optimizer state was skipped: ")
-    assert reason in note
-    assert not (tmp_path / "out" / "state").exists()
-    assert torch.equal(logits(stock(tmp_path / "out"), tokens()), logits(model, tokens()))
-
-
-STATES: dict[str, tuple[Callable[[list[Any]], object], str]] = {
-    "two": (lambda states: states.append(states[0]), "2 optimizers"),
-    "no groups": (lambda states: states[0].pop("param_groups"), "its format is not"),
-    "no positions": (lambda s: s[0]["param_groups"][0].update(params=["a"]), "its format is not"),
-    "state of text": (lambda states: states[0]["state"].update({0: "x"}), "its format is not"),
-    "a number": (lambda states: states.__setitem__(0, 3), "its format is not"),
-    "steps differ": (lambda s: s[0]["state"][0].update(step=torch.tensor(7.0)), "from 3 to 7"),
-    "no step": (lambda s: s[0]["state"][0].pop("step"), "no valid step count"),
-    "step is no number": (
-        lambda s: s[0]["state"][0].update(step=float("nan")),
-        "no valid step count",
-    ),
-    "nothing yet": (lambda states: states[0]["state"].clear(), "one step count (none)"),
-    "not finite": (lambda s: s[0]["state"][0]["exp_avg"].fill_(float("nan")), "not finite"),
-}
-
-
-@pytest.mark.quick_cases(2)
-@pytest.mark.parametrize("name", STATES)
-def test_a_damaged_state_is_left_out(tmp_path: Path, name: str) -> None:
-    change, reason = STATES[name]
-    model = tiny_llama()
-    trained(tmp_path / "run.ckpt", model)
-    content = torch.load(tmp_path / "run.ckpt", weights_only=True)
-    change(content["optimizer_states"])
-    torch.save(content, tmp_path / "run.ckpt")
-    (note,) = convert(tmp_path / "run.ckpt", model, tmp_path / "out")
-    assert reason in note
-    assert not (tmp_path / "out" / "state").exists()
 
 
 # Hostile and damaged files

@@ -107,7 +107,6 @@ REFUSED = {
     f"{ADD} --domain-data nowhere".replace("base", "owner/other"): "nowhere: there is no such file",
     f"{ADD} --domain-data data/empty": "the folder is empty",
     f"{ADD} --domain-data data/code --dtype bfloat16": "--dtype = bfloat16: not allowed with",
-    f"{ADD} --domain-data data/code --moments zero": "--moments = zero: not allowed with",
     f"{TRAIN} --old-data old --domain old": "--domain = old: the old data already has",
     f"{ADD} --expert-init best": "--expert-init = best: domain data selects the expert",
     f"{ADD} --expert-init distill --teacher base": "--expert-init = distill: new experts learn",

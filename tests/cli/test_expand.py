@@ -317,7 +317,6 @@ def test_dtype_and_shards(run: Run, place: Path) -> None:
             ["--target-params: it needs exactly one method, not width, llama_pro"],
         ),
         ("--method width --dtype int8", ["--dtype = int8", "bfloat16"]),
-        ("--method width --moments forget", ["--moments = forget", "carry, zero, reset-new"]),
     ],
 )
 def test_a_wrong_request_is_told_and_writes_nothing(

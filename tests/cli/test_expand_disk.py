@@ -21,7 +21,7 @@ from tritter.storage.writer import TensorStream
 
 @pytest.fixture
 def trained(place: Path) -> Path:
-    """The base with moments and a Fisher beside it."""
+    """The base with state beside it."""
     values = {name: torch.zeros_like(value) for name, value in stock("base").state_dict().items()}
     kinds = {kind: TensorStream.of(values.items()) for kind in ("exp_avg", "exp_avg_sq", "fisher")}
     write_state(place / "base", kinds, step=3)
@@ -38,7 +38,7 @@ def bytes_of(folder: Path) -> int:
     [
         "--method width",
         "--method width --dtype bfloat16",
-        "--method dus --moments zero",
+        "--method dus",
         "--method moe,llama-pro",
     ],
 )

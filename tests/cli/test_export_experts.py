@@ -198,7 +198,7 @@ def test_one_expert_alone_is_merged_exactly(run: Run, place: Path) -> None:
         ("--checkpoint whole --format pefd", "Did you mean peft?"),
         ("--checkpoint whole --merge --rank 3", "allowed with --format peft --merge"),
         ("--checkpoint whole --format peft --rank 3", "allowed with --format peft --merge"),
-        ("--checkpoint whole --format peft --no-state", "--no-state: allowed with --format hf"),
+        ("--checkpoint whole --format peft --prefix a.", "--prefix: allowed with --format hf"),
         ("--checkpoint root/model.safetensors --merge", "--merge: --checkpoint"),
         ("--checkpoint whole --format peft --merge --rank 0", "--rank"),
         ("--checkpoint gone --format peft", "no such folder"),

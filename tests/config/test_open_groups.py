@@ -201,13 +201,6 @@ def test_an_optimizer_by_name_and_by_target() -> None:
     assert by_name.target == "torch.optim.nadam.NAdam"
 
 
-def test_only_moments_of_adam_are_carried() -> None:
-    assert "SGD has a different state" in refusal("optimizer=sgd", "optimizer.carry=true")
-    message = refusal("optimizer.amsgrad=true", "optimizer.carry=true")
-    assert "optimizer.amsgrad = true has a third moment" in message
-    assert load("optimizer.carry=true").optimizer.carry
-
-
 def test_memory_counts_what_an_optimizer_keeps() -> None:
     kept = {"adamw": 2, "sgd": 1}
     states = {}

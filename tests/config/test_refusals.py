@@ -121,8 +121,6 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "trainer=fsdp experts=dylora": ("experts = DynamicExperts", "trainer=ddp"),
     "trainer=fsdp expansion=moe": ("mixtral has experts", "trainer=ddp"),
     "trainer=fsdp optimizer=adafactor": ("optimizer = Adafactor", "AdamW, Adam, NAdam, SGD"),
-    "trainer=fsdp optimizer.carry=true": ("optimizer.carry = true", "whole weights"),
-    "optimizer.carry=reset_old": ("optimizer.carry = reset_old",),
     "trainer=fsdp callbacks=ema": (
         "callbacks.ema._target_",
         "weight averaging requires whole weights",
@@ -194,9 +192,6 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     ),
     "forgetting=freeze forgetting.freeze.thaw=top_down": ("set forgetting.freeze.until to a step",),
     "forgetting=freeze forgetting.freeze.until=0": ("forgetting.freeze.until = 0",),
-    "forgetting=freeze forgetting.freeze.new_only=true optimizer.carry=true": (
-        "forgetting.freeze.new_only = true trains only new weights",
-    ),
     "forgetting=freeze callbacks=ema": ("forgetting=freeze freezes weights",),
     "forgetting.l2sp.l2sp_lambda=3": ("not selected", "forgetting=[replay,l2sp]"),
     "expansion.llama_pro=3": ("expansion.llama_pro = 3", "expansion=[width,llama_pro]"),

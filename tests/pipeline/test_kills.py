@@ -35,7 +35,7 @@ JOBS = {
         *("data=skills", "data.old={prose: stdlib:prose}", "data.sequence_length=32"),
         *("data.tasks=[[sorting],[json_format],[sorting]]", "data.vocab_size=280"),
     ),
-    "rounds": (*TINY, *TRAINED, "pipeline.target_params=40k", "optimizer.carry=true"),
+    "rounds": (*TINY, *TRAINED, "pipeline.target_params=40k"),
     "rolled back": (
         *(*SMALL, *TRAINED, "expansion=moe", "expansion.moe.num_experts=2", "control=true"),
         *("forgetting=none", "training.learning_rate=0.3", "gate.ladder=gentler"),

@@ -52,7 +52,7 @@ def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def words(code: Path) -> tuple[str, ...]:
     tasks = f"data.tasks=[{NEW},{code},{NEW}]"
-    return (tasks, "control=true", "optimizer.carry=true", "pipeline.keep_stages=true")
+    return (tasks, "control=true", "pipeline.keep_stages=true")
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_a_task_that_others_followed_is_held_against_what_it_was_when_it_was_lea
 
 @pytest.mark.full
 def test_each_task_starts_from_what_the_one_before_left(trained: Path) -> None:
-    """Weights and moments; the lineage has one node per task, and all learned domains."""
+    """The lineage has one node per task, and all learned domains."""
     nodes = [trained / f"attempt_1{part}/trained" for part in ("", "_task_2", "_task_3")]
     lineages = [read_lineage(node) for node in nodes]
     published = read_lineage(trained / "checkpoint")
@@ -151,8 +151,6 @@ def test_each_task_starts_from_what_the_one_before_left(trained: Path) -> None:
     assert set(published.domains) == {"old", "code", "new"}
     assert list(published.training_config["old"]) == ["old", "code"]
     assert published.expansion_history[0].continued_training_steps == 18
-    first, second = (json.loads((node / "state/state.json").read_text()) for node in nodes[:2])
-    assert second["step"] == first["step"] + 6  # of the moments
 
 
 @pytest.mark.full

@@ -15,7 +15,7 @@ from tritter.core.expansions import Dus, ExpansionSpec, Layers, LlamaPro, Width
 from tritter.core.parameter_map.carry import BUILT_IN_KINDS
 from tritter.errors import TritterError
 from tritter.storage.writer import TensorStream
-from tritter.training.moments import carried_moments, moments_by_name, start_from
+from tritter.training.moments import carried_moments, moments_by_name, put_moments
 from tritter.training.parameters import live_layout
 from tritter.transform import expand, plan_expansion
 
@@ -56,7 +56,8 @@ def transplanted(
     own = torch.optim.AdamW(new.parameters(), lr=0.0, betas=(0.9, 0.95))
     change = plan.change
     moments = carried_moments(optimizer, old, change, stored_tensors=change.after, policy=policy)  # type: ignore[arg-type]
-    start_from(own, new, moments)
+    for name, values in moments.items():
+        put_moments(own, new.get_parameter(name), values)
     return new, own
 
 

@@ -7,17 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.oracle.families import tiny
 from tests.pipeline.tiny import TINY
-from tests.training import test_moments as moments
 from tests.training.test_module_callbacks import ADAMW, killed, same_weights, train
-from tests.training.test_moments import BATCHES
 from tritter.config.launch.composition import load_config
-from tritter.errors import RequestError
 from tritter.pipeline import run_pipeline
 from tritter.training import OptimizerSettings
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
-from tritter.training.optimizer import carry_problems
 
 SMALLEST = 64  # of a tensor whose moments are in 8 bits; here few have 4,096 numbers
 
@@ -45,24 +40,6 @@ def test_moments_in_eight_bits_resume_bit_for_bit(tmp_path: Path, name: str) -> 
     assert "torch.uint8" in str({key: each.dtype for key, each in tensors(optimizer).items()})
     plain, _ = train(tmp_path / "plain", optimizer=ADAMW)
     assert not same_weights(whole, plain)
-
-
-@pytest.mark.full
-def test_moments_are_left_as_numbers_and_taken_up_as_codes(tmp_path: Path) -> None:
-    """Two short runs with carried moments end close to one long run; without them they do not."""
-    whole, parts, without = (tiny("llama", initializer_range=0.05) for _ in range(3))
-    optimizer = settings("AdamW8bit")
-    moments.train(whole, tmp_path / "whole", batches=BATCHES, optimizer=optimizer)
-    left = moments.train(parts, tmp_path / "first", batches=BATCHES[:7], optimizer=optimizer)
-    without.load_state_dict(parts.state_dict())
-    assert left.step == 7 and left.kinds.keys() == {"exp_avg", "exp_avg_sq"}
-    moments.train(parts, tmp_path / "second", batches=BATCHES[7:], state=left, optimizer=optimizer)
-    moments.train(without, tmp_path / "without", batches=BATCHES[7:], optimizer=optimizer)
-    assert moments.distance(parts, whole) < 0.2 * moments.distance(without, whole)
-    problems = list(carry_problems(load_config(["optimizer=adamw8bit", "optimizer.carry=true"])))
-    assert not problems
-    with pytest.raises(RequestError, match="only the two moments of Adam and AdamW"):
-        load_config(["optimizer=lion8bit", "optimizer.carry=true"])
 
 
 def tensors(value: object, place: str = "") -> dict[str, torch.Tensor]:

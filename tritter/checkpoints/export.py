@@ -19,7 +19,6 @@ from tritter.checkpoints.folder import Artifact, write_config
 from tritter.checkpoints.location import check_output, check_replaceable
 from tritter.checkpoints.record import Lineage
 from tritter.checkpoints.source import Source
-from tritter.checkpoints.state import write_state
 from tritter.core.families import (
     Config,
     LayoutKind,
@@ -36,19 +35,6 @@ from tritter.storage.tensors import is_finite
 from tritter.storage.writer import TensorEntry, TensorStream, padded, write_tensors
 
 
-@dataclass(frozen=True, slots=True)
-class Moments:
-    """An optimizer's state, by kind and by name on disk.
-
-    Args:
-        step: optimizer steps taken so far.
-        kinds: kind (see `tritter.core.parameter_map.carry`) → name on disk → tensor.
-    """
-
-    step: int
-    kinds: Mapping[str, Mapping[str, Tensor]]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
     """A model that is read tensor by tensor from any storage.
@@ -61,7 +47,6 @@ class Weights:
         finish: called after the last read. Returns a hash of the origin, and raises if the origin
             does not match its own lineage.
         lineage: the model's lineage, if it has one.
-        moments: optimizer state to continue training from, if the origin has any.
         source_paths: folders and files that are read, where nothing may be written.
         notes: sentences for the card.
     """
@@ -72,7 +57,6 @@ class Weights:
     dtype: Callable[[str], torch.dtype]
     finish: Callable[[], str]
     lineage: Lineage | None = None
-    moments: Moments | None = None
     source_paths: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -226,10 +210,6 @@ def export_model(
         write_config(folder, stock)
         for artifact in artifacts:
             artifact.write(folder)
-        if weights.moments is not None:
-            moments = {k: TensorStream.of(m.items()) for k, m in weights.moments.kinds.items()}
-            step = weights.moments.step
-            write_state(folder, moments, step=step, max_shard_bytes=max_shard_bytes)
         origin_hash, model_hash = weights.finish(), merkle_hash(digests)
         hashes = {"origin_hash": origin_hash, "model_hash": model_hash}
         card = export_card(

@@ -6,9 +6,8 @@ memory does not grow with the model.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
@@ -17,13 +16,11 @@ import torch
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from tritter.checkpoints.export import Moments, Weights
+from tritter.checkpoints.export import Weights
 from tritter.core.families import Config, StoredTensor, family_of, match
-from tritter.core.parameter_map.carry import MOMENTS
 from tritter.errors import RequestError, TritterError, did_you_mean
 from tritter.storage.hashing import file_digest
 from tritter.storage.reading import require_file
-from tritter.storage.tensors import is_finite
 
 # Name parts that torch.compile, FSDP and activation checkpointing insert between module names.
 _WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -31,22 +28,9 @@ _WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped
 _DERIVED = re.compile(r"rotary_emb\.(?:original_)?inv_freq$")
 
 
-@dataclass(frozen=True, slots=True)
-class LightningFile:
-    """The content of a .ckpt file.
-
-    Args:
-        weights: the model, with moments if they can be assigned to parameters.
-        skipped: note on tensors without `prefix` in their names; empty if there are none.
-        missing_moments_reason: the reason for missing moments; empty if they were found.
-    """
-
-    weights: Weights
-    skipped: str
-    missing_moments_reason: str
-
-
-def read_lightning_file(path: Path, config: Config, *, prefix: str | None = None) -> LightningFile:
+def read_lightning_file(
+    path: Path, config: Config, *, prefix: str | None = None
+) -> tuple[Weights, str]:
     """Read a Lightning .ckpt, or a saved state dict, as a model with this config.
 
     Args:
@@ -54,6 +38,10 @@ def read_lightning_file(path: Path, config: Config, *, prefix: str | None = None
         config: the model's config.
         prefix: prefix of the model's parameter names, such as `model.`; tensors without it are
             skipped. By default it is detected, and every tensor must belong to the model.
+
+    Returns:
+        The model without its optimizer state, and a note on skipped tensors; empty if there are
+        none.
 
     Raises:
         RequestError: no tensor has the prefix, or the file contains several models.
@@ -65,7 +53,7 @@ def read_lightning_file(path: Path, config: Config, *, prefix: str | None = None
     family = family_of(config)
     embedding = family.logical_tensors(config)[0].disk_name
     chosen = _prefix(path, tensors, embedding, requested=prefix)
-    skipped = missing_moments_reason = ""
+    skipped = ""
     if prefix is not None and (others := [n for n in tensors if not n.startswith(chosen)]):
         skipped = f"{len(others)} tensors outside '{prefix}' were skipped: {_shorten(others)}"
         tensors = {name: value for name, value in tensors.items() if name.startswith(chosen)}
@@ -82,21 +70,15 @@ def read_lightning_file(path: Path, config: Config, *, prefix: str | None = None
         for tensor in stored
         for part, value in tensor.unpack(tensors[chosen + tensor.name].detach())
     }
-    try:
-        moments = named_moments(content, tensors, stored=stored, prefix=chosen)
-    except UnusableMoments as reason:
-        moments = None
-        missing_moments_reason = f"the optimizer state was skipped: {reason}"
     weights = Weights(
         name=path.name,
         config=config,
         read=values.__getitem__,
         dtype=lambda name: values[name].dtype,
         finish=lambda: file_digest(path),
-        moments=moments,
         source_paths=(path,),
     )
-    return LightningFile(weights, skipped, missing_moments_reason)
+    return weights, skipped
 
 
 def _load(path: Path) -> Mapping[str, Any]:
@@ -218,91 +200,3 @@ def _match_tensors(
 def _shorten(names: list[str], limit: int = 5) -> str:
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown}, … ({len(names) - limit} more)"
-
-
-# Assigning moments to parameters: an optimizer's state has positions instead of names. Positions
-# are named only if the model's parameter order explains all of them, with a single group or with
-# one group of matrices and one of vectors, the usual split for weight decay. Every shape is
-# checked. Otherwise the moments are skipped and the reason is reported.
-
-
-class UnusableMoments(Exception):
-    """The optimizer state cannot be used; the message is the reason."""
-
-
-def named_moments(
-    content: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    *,
-    stored: Sequence[StoredTensor],
-    prefix: str,
-) -> Moments:
-    """Return Adam's moments of a Lightning checkpoint by name on disk.
-
-    Args:
-        content: the content of the file.
-        tensors: the model's tensors by name, in the file's order.
-        stored: their specifications.
-        prefix: prefix of the model's parameter names.
-
-    Raises:
-        UnusableMoments: there are no moments, they are not Adam's, or they can't be assigned to
-            parameters.
-    """
-    optimizers = content.get("optimizer_states")
-    if not isinstance(optimizers, Sequence) or optimizers in ([], [{}]):
-        raise UnusableMoments("the file contains none")
-    if len(optimizers) > 1:
-        raise UnusableMoments(f"the file contains {len(optimizers)} optimizers")
-    try:
-        groups = [[int(at) for at in group["params"]] for group in optimizers[0]["param_groups"]]
-        state = dict(optimizers[0]["state"])  # position → moments
-    except (KeyError, TypeError, ValueError) as error:
-        raise UnusableMoments("its format is not that of torch's optimizers") from error
-    if not all(isinstance(moments, Mapping) for moments in state.values()):
-        raise UnusableMoments("its format is not that of torch's optimizers")
-    owned = {prefix + tensor.name for tensor in stored}
-    names = [name for name in tensors if name in owned]  # a tied head is not a separate parameter
-    matrices = [name for name in names if tensors[name].ndim >= 2]
-    vectors = [name for name in names if tensors[name].ndim < 2]
-    sizes = [len(group) for group in groups]
-    splits = ([names], [matrices, vectors], [vectors, matrices])
-    owners = next((split for split in splits if [*map(len, split)] == sizes), None)
-    if owners is None:
-        raise UnusableMoments(
-            f"its groups have {', '.join(map(str, sizes))} parameters, but the model has "
-            f"{len(names)}: {len(matrices)} matrices and {len(vectors)} vectors"
-        )
-    by_name = {
-        name: state[position]
-        for group, names in zip(groups, owners, strict=True)
-        for position, name in zip(group, names, strict=True)
-        if position in state
-    }
-    kinds: dict[str, dict[str, Tensor]] = {kind: {} for kind in MOMENTS}
-    steps = set()
-    for tensor in stored:
-        own = by_name.get(prefix + tensor.name)
-        if own is None:
-            continue
-        for kind in MOMENTS:
-            moment = own.get(kind)
-            if not isinstance(moment, Tensor) or not moment.is_floating_point():
-                raise UnusableMoments(f"it is not Adam's; its keys are {', '.join(map(str, own))}")
-            if tuple(moment.shape) != tensor.shape:
-                raise UnusableMoments(
-                    f"its order is not the model's: {tensor.name} of shape {tensor.shape} would "
-                    f"get moments of shape {tuple(moment.shape)}"
-                )
-            if not is_finite(moment):
-                raise UnusableMoments(f"{kind} of {tensor.name} has values that are not finite")
-            for part, value in tensor.unpack(moment):
-                kinds[kind][part.disk_name] = value
-        try:
-            steps.add(int(own["step"]))
-        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-            raise UnusableMoments("it has no valid step count") from error
-    if len(steps) != 1:
-        counts = f"from {min(steps)} to {max(steps)}" if steps else "none"
-        raise UnusableMoments(f"its parameters do not share one step count ({counts})")
-    return Moments(steps.pop(), kinds)

@@ -163,7 +163,7 @@ class StateHead:
     Args:
         step: optimizer steps taken so far.
         kinds: kinds of state, each in a subfolder of the same name.
-        other_steps: name on disk → steps of parameters with a different step count.
+        other_steps: not used; earlier versions wrote it.
         rules: kind → mapping rule, for kinds not built into Tritter.
     """
 

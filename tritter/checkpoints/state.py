@@ -41,19 +41,12 @@ class State:
     Args:
         step: optimizer steps taken so far.
         kinds: kind → its tensors.
-        other_steps: name on disk → steps of parameters with a different step count, such as
-            parameters that an expansion added.
         rules: kind → mapping rule.
     """
 
     step: int
     kinds: Mapping[str, TensorFolder]
-    other_steps: Mapping[str, int] = field(default_factory=dict)
     rules: Mapping[str, StateKind] = field(default_factory=dict)
-
-    def step_of(self, name: str) -> int:
-        """Return the optimizer steps of one parameter, by name on disk."""
-        return self.other_steps.get(name, self.step)
 
     def write(self, folder: Path) -> None:
         """Copy the state unchanged to another checkpoint folder, tensor by tensor."""
@@ -65,7 +58,6 @@ def write_state(
     kinds: Mapping[str, TensorStream],
     *,
     step: int,
-    other_steps: Mapping[str, int] | None = None,
     rules: Mapping[str, StateKind] = STATE_KINDS,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
@@ -75,7 +67,6 @@ def write_state(
         folder: the checkpoint folder.
         kinds: kind → its tensors.
         step: optimizer steps taken so far.
-        other_steps: name on disk → steps of parameters with a different step count.
         rules: mapping rules of the kinds, including kinds that are not registered.
         max_shard_bytes: maximum size of a safetensors file.
     """
@@ -91,7 +82,6 @@ def write_state(
     head = StateHead(
         step=step,
         kinds=tuple(written),
-        other_steps=dict(other_steps or {}),
         rules={
             kind: StateRule(
                 quantity=rules[kind].quantity.value, new_entries=rules[kind].new_entries
@@ -128,34 +118,28 @@ def read_state(folder: Path) -> State | None:
             raise TritterError(f"{path}: the rule of {kind} differs from the registered one.")
         rules[kind] = rule
     opened = {kind: TensorFolder.open(folder / STATE_FOLDER / kind) for kind in head.kinds}
-    return State(head.step, opened, head.other_steps, rules)
+    return State(head.step, opened, rules)
 
 
-def copy_states(
-    states: Sequence[State],
-    folder: Path,
-    *,
-    is_kept: Callable[[str, str], bool] = lambda kind, name: True,
-) -> None:
+def copy_states(states: Sequence[State], folder: Path) -> None:
     """Merge states into a checkpoint folder, tensor by tensor, with the steps of the last state.
 
     Args:
         states: states with distinct tensors; nothing is written if there are none.
         folder: the checkpoint folder.
-        is_kept: returns True if a tensor, given by kind and name on disk, is copied.
     """
     if not states:
         return
     kinds = {}
     for state in states:
         for kind, tensors in state.kinds.items():
-            names = [name for name in tensors.files if is_kept(kind, name)]
+            names = list(tensors.files)
             entries = tuple(
                 TensorEntry(name, tensors.torch_dtype(name), tensors.shape(name)) for name in names
             )
             kinds[kind] = TensorStream(entries, zip(names, map(tensors.get, names), strict=True))
     last, rules = states[-1], {k: rule for state in states for k, rule in state.rules.items()}
-    write_state(folder, kinds, step=last.step, other_steps=last.other_steps, rules=rules)
+    write_state(folder, kinds, step=last.step, rules=rules)
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,7 +94,6 @@ def check_domain(
     unsupported = (
         ("dtype", settings.dtype, None),
         ("measure", is_measured, None),
-        ("moments", settings.moments, "carry"),
         ("max-shard-size", settings.max_shard_size, SHARD_BYTES),
     )
     for name, value, default in unsupported:

@@ -138,15 +138,6 @@ TargetParams = Annotated[
         parser=parameter_count,
     ),
 ]
-Moments = Annotated[
-    str,
-    option(
-        "--moments",
-        "carry|zero|reset-new",
-        "How to map the optimizer state of the source.",
-        panel=WRITING,
-    ),
-]
 Measure = Annotated[
     bool | None,
     flag(
@@ -221,7 +212,6 @@ def expand(
     old_data: OldData = None,
     steps: DomainSteps = None,
     learning_rate: LearningRate = None,
-    moments: Moments = "carry",
     seed: Seed = 0,
     dtype: DType = None,
     max_shard_size: MaxShardSize = SHARD_BYTES,
@@ -299,7 +289,6 @@ def _settings(context: typer.Context, file: Recipe | None) -> Settings:
         RequestError: the two contradict each other, or options name steps in addition to a recipe.
     """
     from tritter.cli.recipe import Settings
-    from tritter.core.parameter_map.carry import POLICIES
 
     typed, stated = context.params, {} if file is None else file.stated_settings()
     if "output" in stated:
@@ -326,7 +315,6 @@ def _settings(context: typer.Context, file: Recipe | None) -> Settings:
         ]
         raise_problems(problems)
     values = {each.name: typed[each.name] for each in fields(Settings)} | stated
-    values["moments"] = choice("--moments", values["moments"], POLICIES)
     if values["dtype"] is not None:
         values["dtype"] = choice("--dtype", values["dtype"], WEIGHT_DTYPES)
     return Settings(**values)
@@ -553,8 +541,7 @@ def _dry_run(job: _Job, *, measures: bool, overwrite: bool) -> _Result:
     from tritter.transform import check_disk_space, disk_needs, plan_by_tables
 
     plan = plan_by_tables(job.source, job.specs, seed=job.settings.seed or 0)
-    moments = job.settings.moments or "carry"
-    room = disk_needs(job.source, plan, dtype=job.dtype, moments=moments, is_checked=measures)
+    room = disk_needs(job.source, plan, dtype=job.dtype, is_checked=measures)
     obstacles = [job.obstacle(overwrite=overwrite)]
     try:
         check_disk_space(job.destination, room)
@@ -591,7 +578,6 @@ def _expand(job: _Job, *, measures: bool, overwrite: bool, is_quiet: bool) -> _R
             dtype=job.dtype,
             max_shard_bytes=settings.max_shard_size or SHARD_BYTES,
             overwrite=overwrite,
-            moments=settings.moments or "carry",
             progress=new_bar("tensors"),
             before_publish=measure_result if measures else None,
             confirms=measures,

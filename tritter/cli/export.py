@@ -132,7 +132,6 @@ MergedRank = Annotated[
         most=1024,
     ),
 ]
-NoState = Annotated[bool, flag("--no-state", "Do not export the optimizer state.", panel=_CKPT)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +155,6 @@ def export(
     max_shard_size: MaxShardSize = 5 * 10**9,
     config: ConfigOf = None,
     prefix: Prefix = None,
-    no_state: NoState = False,
     drop_new_experts: DropNewExperts = False,
     ignore_lineage: IgnoreLineage = False,
     merge: MergeExperts = False,
@@ -191,7 +189,7 @@ def export(
     check_output(output, sources=sources, overwrite=overwrite)
     with refuse_damage():
         if is_file:
-            origin = _of_file(checkpoint, config, prefix=prefix, with_state=not no_state)
+            origin = _of_file(checkpoint, config, prefix=prefix)
         else:
             origin = _of_folder(
                 checkpoint,
@@ -302,9 +300,7 @@ def _of_folder(
     return _Origin(weights, [SmallFiles(folder)], notes, merged)
 
 
-def _of_file(
-    checkpoint: str, config: str | None, *, prefix: str | None, with_state: bool
-) -> _Origin:
+def _of_file(checkpoint: str, config: str | None, *, prefix: str | None) -> _Origin:
     from tritter.checkpoints.folder import SmallFiles
     from tritter.checkpoints.lightning_file import read_lightning_file
     from tritter.core.models import read_config
@@ -320,21 +316,16 @@ def _of_file(
         raise RequestError(f"--config = {config}: must be a config.json, or a folder with one.")
     has_tokenizer = not config_path.is_file()
     folder = locate(config, key="--config") if has_tokenizer else config_path.parent
-    found = read_lightning_file(path, read_config(folder), prefix=prefix)
-    weights, notes = replace(found.weights, source_paths=(path, folder)), [found.skipped]
-    if with_state:
-        notes.append(found.missing_moments_reason)
-    else:
-        weights = replace(weights, moments=None)
+    weights, skipped = read_lightning_file(path, read_config(folder), prefix=prefix)
+    weights = replace(weights, source_paths=(path, folder))
     artifacts = [SmallFiles(folder)] if has_tokenizer else []
-    notes = [note for note in notes if note]
-    return _Origin(weights, artifacts, tuple(notes), dtype=weights.widest_dtype)
+    notes = (skipped,) if skipped else ()
+    return _Origin(weights, artifacts, notes, dtype=weights.widest_dtype)
 
 
 def _as_json(origin: _Origin, exported: Exported) -> dict[str, Any]:
     from tritter.core.families import family_of
 
-    moments = origin.weights.moments
     return {
         "destination": str(exported.folder),
         "format": "hf",
@@ -344,7 +335,6 @@ def _as_json(origin: _Origin, exported: Exported) -> dict[str, Any]:
         "files": exported.num_files,
         "source_hash": exported.origin_hash,
         "model_hash": exported.model_hash,
-        "state": {"step": moments.step, "kinds": sorted(moments.kinds)} if moments else None,
         "notes": list(origin.notes),
         "merged": None if origin.merged is None else origin.merged.to_dict(),
     }
@@ -354,7 +344,7 @@ def _print(origin: _Origin, exported: Exported) -> None:
     from tritter.core.families import family_of
 
     console = new_console()
-    family, moments = family_of(exported.config), origin.weights.moments
+    family = family_of(exported.config)
     parameters = count_text(family.count_parameters(exported.config))
     files = "1 file" if exported.num_files == 1 else f"{exported.num_files} files"
     lines = [
@@ -362,8 +352,6 @@ def _print(origin: _Origin, exported: Exported) -> None:
         ("dtype", str(exported.config["dtype"])),
         ("size", f"{si_text(exported.num_bytes)}B in {files}"),
     ]
-    if moments is not None:
-        lines.append(("state", f"{', '.join(sorted(moments.kinds))} after {moments.step} steps"))
     lines += [("note", note) for note in origin.notes]
     if origin.merged is not None:
         from tritter.cli.export_experts import merge_lines

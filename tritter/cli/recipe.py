@@ -47,7 +47,6 @@ class Settings:
     Args:
         seed: random seed.
         dtype: dtype of the result.
-        moments: mapping of optimizer moments.
         max_shard_size: maximum size of a file in bytes.
         target_params: target number of parameters for a recipe with one step.
         output: the folder to write.
@@ -55,7 +54,6 @@ class Settings:
 
     seed: Annotated[int, Field(ge=0, le=_MAX_SEED)] | None = None
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
-    moments: Literal["carry", "zero", "reset_new"] | None = None
     max_shard_size: Annotated[int, Field(ge=1, le=MAX_BYTES)] | None = None
     target_params: Annotated[int, Field(ge=1, le=MAX_PARAMETERS)] | None = None
     output: Annotated[str, Field(min_length=1)] | None = None

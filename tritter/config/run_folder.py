@@ -440,7 +440,6 @@ def optimizer_record(config: RunConfig) -> dict[str, Any]:
     return {
         "target": optimizer.target,
         "weight_decay": optimizer.weight_decay,
-        "carry": optimizer.carry,
         **optimizer.arguments,
         **identity(optimizer.target),
     }

@@ -210,7 +210,7 @@ _REPLAYED = {
     ),
     "gate": "enabled strict retention confidence ladder max_attempts",
     "pipeline": "target_params max_rounds strategy keep_stages publish dtype",
-    "optimizer": "betas eps momentum nesterov weight_decay carry",
+    "optimizer": "betas eps momentum nesterov weight_decay",
     "trainer": "accelerator devices strategy precision gradient_clip_val log_every_n_steps "
     "max_non_finite_steps save_every_n_steps progress check_memory activation_checkpointing "
     "compile accumulate_grad_batches benchmark detect_anomaly deterministic "

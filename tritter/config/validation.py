@@ -79,7 +79,6 @@ from tritter.training.forgetting_method import method_start_problems
 from tritter.training.idle import idle_problems
 from tritter.training.optimizer import (
     OptimizerValues,
-    carry_problems,
     optimizer_class,
 )
 from tritter.training.options import (
@@ -516,6 +515,5 @@ _RULES: tuple[Rule, ...] = (
     vocabulary_problems,
     children_problems,
     pipeline_problems,
-    carry_problems,
     averaging_problems,
 )

@@ -40,8 +40,6 @@ from tritter.pipeline.trained import (
     PATH,
     StateWriter,
     check_trained,
-    discard_moments,
-    moment_keepers,
 )
 from tritter.planning.run_memory import memory_problems
 from tritter.storage.atomic import write_text_atomic
@@ -50,7 +48,6 @@ from tritter.storage.reading import read_text
 from tritter.storage.writer import TensorStream
 from tritter.training import BaseModule, FitResult, Schedule, discard_saved, fit, read_metrics
 from tritter.training.metrics import MAX_METRICS_BYTES
-from tritter.training.optimizer import moment_problems
 from tritter.training.options import TrainingConfig
 from tritter.transform import plan_expansion
 
@@ -193,7 +190,7 @@ def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any])
             label="pretraining",
             console=context.console,
             loggers=loggers,
-            observers=[*recorders, *moment_keepers(context, working)],
+            observers=recorders,
             write_result=write,
         )
         if result.stopped_because is not None:
@@ -206,7 +203,6 @@ def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any])
     check_trained(context, folder)
     context.ledger.watch_disk()
     discard_saved(working)
-    discard_moments(working)
     return result.seconds
 
 
@@ -279,8 +275,6 @@ def check_source(context: RunContext) -> None:
         raise_problems([*old_data_problems(each.config, each.text, source.folder)])
         raise_problems(start_problems(each.config, source.config, folder=source.folder))
         raise_problems(memory_problems(each.config, source.config))
-    if context.config.optimizer.carry:
-        raise_problems(moment_problems(source.folder))
     for expansion in dict.fromkeys(each.config.expansion for each in attempts):
         if expansion and context.config.pipeline.target_params is None:
             # The expert to clone may be selected by data later; any expert will do for this check

@@ -117,7 +117,6 @@ def report(use: Mapping[str, Mapping[str, int]]) -> str:
 
 def write_expanded(context: RunContext, branch: Branch, folder: Path) -> Expanded:
     """Expand the initial checkpoint of a branch into a folder."""
-    carry = context.config.optimizer.carry
     # In float32 for any source dtype: rounding would break function preservation
     with context.progress_bars() as new_bar:
         return expand(
@@ -125,7 +124,6 @@ def write_expanded(context: RunContext, branch: Branch, folder: Path) -> Expande
             folder,
             context.planned(branch),
             dtype=torch.float32,
-            moments=carry if isinstance(carry, str) else "carry" if carry else "zero",
             overwrite=True,
             progress=new_bar("writing tensors of the grown model"),
         )

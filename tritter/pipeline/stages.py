@@ -30,7 +30,7 @@ from tritter.methods.experts.summary import expert_usage
 from tritter.methods.experts.whole import load_whole
 from tritter.methods.forgetting import build_methods
 from tritter.methods.moe_routing.distill import DistillationModule, only_new_experts
-from tritter.methods.moe_routing.stages import best_experts, is_router, redraw_rows
+from tritter.methods.moe_routing.stages import best_experts, redraw_rows
 from tritter.methods.moe_routing.summary import moe_usage
 from tritter.pipeline import experts, importance, moe, windows
 from tritter.pipeline.base import copy_source, last_rate, obtain_base, schedule_of
@@ -53,13 +53,9 @@ from tritter.pipeline.trained import (
     TrainedWriter,
     accept,
     branch_writer,
-    carried_moments,
     child_writer,
-    discard_moments,
     measuring_flops,
-    moment_keepers,
     round_weights,
-    untrained_moments,
     with_routing,
 )
 from tritter.storage.atomic import atomic_folder, copy_tree, write_text_atomic
@@ -194,7 +190,6 @@ def adaptation(context: RunContext, branch: Branch) -> StageResult:
     write = replace(
         child_writer(context, branch, start, location, stage="router adaptation", added=added),
         anneal_steps=moe.anneal_steps(context, branch, added),
-        moments=untrained_moments(context, start, is_trained=is_router),
     )
     context.say("adapt", f"{steps} router steps on {', '.join(context.new_domains_of(branch))}")
     with moe.router_stage_setup(context, branch, model) as setup:
@@ -253,7 +248,6 @@ def training(context: RunContext, branch: Branch, *, loggers: Sequence[Logger]) 
         flops += context.scoring_flops(forward_flops(start.config))
         shutil.rmtree(write.routing_state)
     discard_saved(folder)
-    discard_moments(folder)
     found = TrainingFound.of(result)
     for stage in (f"{branch.name}.{each}" for each in _EARLIER):
         if context.ledger.get(stage) is not None:
@@ -312,7 +306,6 @@ def _train(
             optimizer=context.config.optimizer,
             methods=methods,
             side_losses=setup.side_losses,
-            moments=carried_moments(context, start, model),
         )
         folder, text = context.folder / branch.name, context.validation_subset
         if observer is not None:
@@ -424,8 +417,7 @@ def _fit(
         console=context.console,
         task=task,
         loggers=loggers,
-        # Save moments if training started from moments; router stages have none
-        observers=[*(moment_keepers(context, folder) if module.moments else ()), *observers],
+        observers=observers,
         controls=setup.controls if setup is not None else (),
         surgery_callbacks=surgery_callbacks,
         user_callbacks=context.config.callbacks if label == "training" else (),
@@ -603,10 +595,7 @@ def distillation(context: RunContext, branch: Branch) -> StageResult:
     model = context.masked(load_model(start.folder, config=start.config))
     folder, steps = context.folder / branch.name / "distill", options.distill_steps
     location, stage = f"{branch.name}/distilled", "distillation of new experts"
-    rest = untrained_moments(context, start, is_trained=lambda each: each.expert in added.experts)
-    write = replace(
-        child_writer(context, branch, start, location, stage=stage, added=added), moments=rest
-    )
+    write = child_writer(context, branch, start, location, stage=stage, added=added)
     context.say("distill", f"{steps} steps of the new experts; teacher: {teacher}")
     with only_new_experts(model, added.experts):
         module = DistillationModule(

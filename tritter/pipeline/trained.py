@@ -1,26 +1,23 @@
-"""Writes the results of training to the run folder: checkpoint, and optimizer moments."""
+"""Writes the results of training to the run folder."""
 
 import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from lightning import Callback
 from torch import Tensor, nn
 
 from tritter.checkpoints import ExpansionRecord, Lineage, Source, lineage_of, write_checkpoint
 from tritter.checkpoints.folder import Artifact, LinkedTensors, SmallFiles
 from tritter.checkpoints.history import checkpoint_changes
-from tritter.checkpoints.state import KeptSequences, State, copy_states, read_state
-from tritter.core.families import Config, LogicalTensor
+from tritter.checkpoints.state import KeptSequences, copy_states, read_state
+from tritter.core.families import Config
 from tritter.core.models import config_of, load_model, stored_tensors, uninitialised_model
-from tritter.core.parameter_map.carry import MOMENTS
 from tritter.core.stock_routers import AddedExperts, Routing
 from tritter.data.packing import lengths_of
-from tritter.errors import RequestError, TritterError
+from tritter.errors import TritterError
 from tritter.evaluation.losses import sequence_losses
 from tritter.methods.experts.adapters import is_of_adapter
 from tritter.methods.experts.mixture import ROUTER, mixture_on
@@ -38,7 +35,6 @@ from tritter.targets import plain
 from tritter.training import FitResult
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 from tritter.training.fitting import LEFTOVERS_NAME
-from tritter.training.moments import MomentKeeper, Moments, moments_of
 from tritter.training.parameters import whole_state
 
 # (config before, config after, training result) → lineage records of changes during training
@@ -63,7 +59,7 @@ class TrainedWriter:
         earlier_steps: optimizer steps of earlier tasks since the last expansion.
         added: appended experts after the expansion; fully open experts are dropped.
         anneal_steps: steps until they are open; None if this training run does not open them.
-        moments: optimizer moments.
+        state: state of methods to write next to the model.
         routing_state: folder for the routers' biases, which a checkpoint does not store.
         kept_sequences: sequences to store with the model.
         records: functions that return lineage records: grown neurons, spawned experts.
@@ -80,7 +76,7 @@ class TrainedWriter:
     earlier_steps: int = 0
     added: AddedExperts | None = None
     anneal_steps: int | None = None
-    moments: Artifact | None = None
+    state: Artifact | None = None
     routing_state: Path | None = None
     kept_sequences: KeptSequences = field(default_factory=KeptSequences)
     records: tuple[Records, ...] = ()
@@ -130,7 +126,7 @@ class TrainedWriter:
             artifacts=(
                 SmallFiles(self.start),
                 None if is_settled else added,
-                self.moments,
+                self.state,
                 replace(self.kept_sequences, losses=losses),
                 experts,
             ),
@@ -254,7 +250,7 @@ def branch_writer(
         steps_before=moe.router_steps(context, branch),
         earlier_steps=start.own_lineage.step if branch.task else 0,
         anneal_steps=None if added is None else moe.anneal_steps(context, branch, added),
-        moments=StateWriter(folder),
+        state=StateWriter(folder),
         routing_state=folder / "routing" if has_bias else None,
         kept_sequences=kept_sequences_of(context, branch),
         records=() if branch.is_control else tuple(_records(context, branch)),
@@ -273,82 +269,17 @@ def _records(context: RunContext, branch: Branch) -> Iterator[Records]:
 
 
 PATH = "path"  # file with the path integral of pretraining
-_MOMENTS = "moments"
-
-
-def moment_keepers(context: RunContext, folder: Path) -> tuple[Callback, ...]:
-    """Return the callbacks that save optimizer moments, if requested."""
-    return (MomentKeeper(folder / _MOMENTS),) if context.config.optimizer.carry else ()
-
-
-def carried_moments(context: RunContext, start: Source, model: nn.Module) -> Mapping[str, Moments]:
-    """Return parameter name → the moments from which training starts.
-
-    Args:
-        start: checkpoint from which training starts.
-        model: model loaded from it, with untrained parameters frozen.
-
-    Raises:
-        RequestError: moments were requested, but no trained parameter has any.
-        TritterError: the moments are damaged.
-    """
-    if not context.config.optimizer.carry:
-        return {}
-    found = {} if start.state is None else moments_of(start.state, model)
-    if not found:
-        raise RequestError(
-            f"optimizer.carry = true: the trained parameters in {start.folder} have no Adam "
-            "moments; omit optimizer.carry."
-        )
-    trained = sum(parameter.requires_grad for parameter in model.parameters())
-    others = f"; {trained - len(found)} start at zero" if trained > len(found) else ""
-    context.say("", f"Adam moments carried over for {len(found)} of {trained} parameters{others}")
-    return found
 
 
 @dataclass(frozen=True, slots=True)
 class StateWriter:
-    """Writes training state (moments and others) next to the model."""
+    """Writes the state of methods next to the model."""
 
     folder: Path
 
     def write(self, folder: Path) -> None:
-        states = (read_state(self.folder / name) for name in (PATH, LEFTOVERS_NAME, _MOMENTS))
+        states = (read_state(self.folder / name) for name in (PATH, LEFTOVERS_NAME))
         copy_states([state for state in states if state is not None], folder)
-
-
-@dataclass(frozen=True, slots=True)
-class UntrainedMoments:
-    """Writes the moments of parameters that a stage did not train next to its model."""
-
-    state: State
-    trained: frozenset[str]
-
-    def write(self, folder: Path) -> None:
-        copy_states(
-            [self.state],
-            folder,
-            is_kept=lambda kind, name: kind in MOMENTS and name not in self.trained,
-        )
-
-
-def untrained_moments(
-    context: RunContext, start: Source, *, is_trained: Callable[[LogicalTensor], bool]
-) -> Artifact | None:
-    """Return a writer for the moments of parameters that a stage did not train.
-
-    Routers and new experts have their own moments in the stages before the main training run.
-    Moments of parameters trained there are dropped: they start at zero afterwards.
-    """
-    if not context.config.optimizer.carry or start.state is None:
-        return None
-    tensors = start.family.logical_tensors(start.config)
-    return UntrainedMoments(start.state, frozenset(t.disk_name for t in tensors if is_trained(t)))
-
-
-def discard_moments(folder: Path) -> None:
-    """Remove saved moments, after they were written next to the model."""
-    shutil.rmtree(folder / _MOMENTS, ignore_errors=True)
 
 
 def accept(context: RunContext, location: str) -> None:

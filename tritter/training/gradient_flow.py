@@ -170,8 +170,8 @@ class GradientFlow(Flow, Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = base_of(pl_module)
-        if module.moments or not trainer.optimizers:
-            return  # carried moments contain earlier tokens
+        if not trainer.optimizers:
+            return
         (optimizer,) = trainer.optimizers
         experts = {stored.name for stored in live_layout(module.model) if stored.is_of_experts}
         for name in experts & self._waiting.keys():

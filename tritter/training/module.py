@@ -21,7 +21,6 @@ from tritter.errors import RequestError
 from tritter.evaluation.losses import nats_per_row
 from tritter.targets import Component, instantiate
 from tritter.training.forgetting_method import ForgettingMethod
-from tritter.training.moments import Moments, start_from
 from tritter.training.optimizer import OptimizerSettings, Schedule, build_optimizer
 from tritter.training.parameters import (
     Entry,
@@ -85,7 +84,6 @@ class BaseModule(LightningModule):
         optimizer: All other settings of the optimizer.
         methods: Continual-learning methods in the requested order.
         side_losses: Losses that are added to the task loss.
-        moments: Parameter name → initial Adam moments; a resumed run loads its own instead.
 
     Attributes:
         journal: Changes of the model during training, recorded by `tritter.training.surgery`.
@@ -99,7 +97,6 @@ class BaseModule(LightningModule):
         optimizer: OptimizerSettings,
         methods: Sequence[ForgettingMethod] = (),
         side_losses: Sequence[SideLoss] = (),
-        moments: Mapping[str, Moments] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -107,7 +104,6 @@ class BaseModule(LightningModule):
         self.optimizer_settings = optimizer
         self.methods = tuple(methods)
         self.side_losses = tuple(side_losses)
-        self.moments = moments or {}
         self.journal: list[Entry] = []
         self.module_callbacks: Callable[[], list[Callback]] = list  # set during a fit
         self.compiled: CompiledModel | None = None  # set during a fit
@@ -228,7 +224,7 @@ class BaseModule(LightningModule):
         journal = [dict(entry) for entry in state["journal"]]
         if len(journal) > len(self.journal):
             replay(self.model, journal)
-            self.journal, self.moments = journal, {}
+            self.journal = journal
 
     def new_optimizer(self) -> torch.optim.Optimizer:
         """Return a new optimizer for the current trainable parameters."""
@@ -240,7 +236,6 @@ class BaseModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.new_optimizer()
-        start_from(optimizer, self.model, self.moments)
         # The scheduler's state excludes plain functions, so it contains only the step
         scheduler = LambdaLR(optimizer, lambda step: self.schedule.factor(step))
         return {

@@ -7,14 +7,12 @@ import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from tritter.checkpoints.location import state_kinds_of
-from tritter.errors import Problem, RequestError, TritterError, nearest
-from tritter.options import RunRequest, field_keys, options
+from tritter.errors import Problem, RequestError, nearest
+from tritter.options import field_keys, options
 from tritter.targets import (
     TARGET,
     argument_problems,
@@ -40,12 +38,9 @@ class OptimizerValues:
     Args:
         weight_decay: Weight decay of matrices; vectors (norm gains, biases) have none. None: the
             default of the class.
-        carry: Whether training starts from the moments in the checkpoint. `reset_new`: only
-            entries that the expansion neither adds nor copies keep theirs (arXiv 2602.02472).
     """
 
     weight_decay: Annotated[float, Field(ge=0)] | None = None
-    carry: bool | Literal["reset_new"] = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -334,63 +329,3 @@ def _after_a_step(kind: Any, arguments: Mapping[str, Any]) -> Any:
         made = kind([{"params": trial[:1]}, {"params": trial[1:]}], lr=1e-3, **arguments)
         made.step()
     return made
-
-
-_MOMENTS_KEY = "optimizer.carry"
-# Prefixes of dotted names: bitsandbytes has 8-bit and paged variants
-_WITH_MOMENTS = tuple(
-    f"{library}.optim.{name}"
-    for library in ("torch", "bitsandbytes")
-    for name in ("adam.Adam", "adamw.AdamW")
-)
-_MOMENTS = {"exp_avg", "exp_avg_sq"}
-
-
-def carry_problems(config: RunRequest) -> Iterator[Problem]:
-    """Yield the reasons why training cannot start from saved moments, as far as files are local."""
-    if not config.optimizer.carry:
-        return
-    optimizer, options = config.optimizer, config.adaptation
-    name = optimizer.target.rpartition(".")[2]
-    other = "; use optimizer=adamw, or remove optimizer.carry"
-    reasons: list[str] = []
-    if not optimizer.target.startswith(_WITH_MOMENTS):
-        reasons.append(
-            f"only the two moments of Adam and AdamW can be carried, and {name} has a different "
-            f"state{other}"
-        )
-    elif optimizer.arguments.get("amsgrad"):
-        reasons.append(
-            f"optimizer.amsgrad = true has a third moment, which cannot be carried{other}"
-        )
-    if any(spec.new_blocks_only for spec in config.expansion):
-        reasons.append(
-            "expansion.llama_pro.new_blocks_only = true only trains new blocks, which have no "
-            "moments yet; remove one of the two"
-        )
-    appends = any(getattr(spec, "is_append", False) for spec in config.expansion)
-    if appends and options.freeze_base and options.unfreeze_after is None:
-        reasons.append(
-            "adaptation.freeze_base = true only trains appended experts, which have no moments "
-            "yet; remove optimizer.carry, or set adaptation.freeze_base=false or "
-            "adaptation.unfreeze_after"
-        )
-    for reason in reasons:
-        yield Problem(_MOMENTS_KEY, optimizer.carry, reason=reason)
-    if config.model.model_type == "hf" and Path(config.model.path).is_dir():
-        yield from moment_problems(Path(config.model.path))
-
-
-def moment_problems(folder: Path) -> list[Problem]:
-    """Return the reasons why training cannot start from the moments of a checkpoint."""
-    try:
-        if state_kinds_of(folder) >= _MOMENTS:
-            return []
-    except TritterError as error:
-        return [Problem(_MOMENTS_KEY, True, reason=str(error))]
-    reason = (
-        f"{folder} has no state/ with Adam moments (exp_avg and exp_avg_sq); runs with "
-        "optimizer.carry=true save them, and tritter export reads them from a .ckpt. Remove "
-        "optimizer.carry to start without moments"
-    )
-    return [Problem(_MOMENTS_KEY, True, reason=reason)]

@@ -327,9 +327,6 @@ def _of_whole_weights(config: RunRequest) -> Iterator[tuple[str, object, str]]:
             f"allowed are {', '.join(_SHARDED_OPTIMIZERS)}"
         )
         yield "optimizer", name, reason
-    if config.optimizer.carry:
-        reason = "mapping moments requires whole weights; remove optimizer.carry"
-        yield "optimizer.carry", True, reason
     for one in callbacks_of("WeightAveraging", config):
         reason = "weight averaging requires whole weights, and each process only has a shard"
         yield f"callbacks.{one.name}.{TARGET}", one.options[TARGET], reason
@@ -470,7 +467,6 @@ def publish_problems(config: RunRequest) -> Iterator[Problem]:
     refused = (
         ("growth", config.growth is not None, "the best weights may have fewer neurons"),
         ("experts", config.experts is not None, "the best weights may have fewer experts"),
-        ("optimizer.carry", config.optimizer.carry, "the moments are those of the last step"),
         (
             "moe_routing.bias_update_rate",
             config.moe_routing.bias_update_rate,

@@ -237,7 +237,6 @@ def _follow_groups(
     matches state by position, so the order must be that of a new optimizer.
     """
     optimizer.zero_grad(set_to_none=True)
-    module.moments = {}  # the initial moments are obsolete
     new_groups = module.new_optimizer().param_groups
     if len(new_groups) != len(optimizer.param_groups):
         raise TritterError(

@@ -47,7 +47,7 @@ from tritter.core.families import (
     layout,
     padded_shapes,
 )
-from tritter.core.parameter_map.carry import Policy, StateKind, has_state, mapped_state
+from tritter.core.parameter_map.carry import StateKind, has_state, mapped_state
 from tritter.core.parameter_map.rows import WeightReader, peak_bytes
 from tritter.core.stock_routers import AddedExperts
 from tritter.errors import Problem, RequestError, TritterError
@@ -85,7 +85,7 @@ class DiskNeeds:
 
     Args:
         weights: weights of the result on disk, padding included.
-        state: mapped state on disk: moments, importances, replay sequences.
+        state: mapped state on disk: importances, anchors, replay sequences.
         others: tokenizer files, and an estimate for headers, configs and records.
         in_flight: peak memory of the tensors that are read, computed and written at once.
         process: peak memory of the process so far.
@@ -264,7 +264,6 @@ def expand(
     *,
     seed: int = 0,
     dtype: torch.dtype | None = None,
-    moments: Policy = "carry",
     expert_layout: LayoutKind = "hub",
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
@@ -276,7 +275,7 @@ def expand(
 
     Tensors are read, mapped and written one by one; the model is never instantiated. The result
     loads in stock transformers. Tokenizer files are copied. The contents of `state/` are mapped
-    like the weights: Adam's moments, Fisher and importances, anchors, averages.
+    like the weights: Fisher and importances, anchors, averages.
 
     Args:
         source: a folder, or an open one whose config the plan was made from.
@@ -285,7 +284,6 @@ def expand(
         seed: of random fills and choices.
         dtype: of the result; by default each tensor keeps its own. Maps are applied in float32
             (float64 for float64) and rounded once.
-        moments: `carry`, `zero` or `reset_new`; see `tritter.core.parameter_map.carry`.
         expert_layout: `hub` writes one tensor per matrix and expert, which every reader supports;
             `live` stacks the experts of a layer in one tensor, as transformers does in memory.
         max_shard_bytes: size limit of one file of weights.
@@ -312,7 +310,7 @@ def expand(
     if not isinstance(plan, PlannedExpansion):
         plan = plan_expansion(source, plan, seed=seed)
     opened = source if isinstance(source, Source) else Source.open(folder, plan.config)
-    check_disk_space(destination, disk_needs(opened, plan, dtype=dtype, moments=moments))
+    check_disk_space(destination, disk_needs(opened, plan, dtype=dtype))
     new_dtype = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
 
     def call_back(folder: Path, lineage: Lineage) -> Lineage:
@@ -325,7 +323,7 @@ def expand(
         final_config=lambda: {**confirmed().target_config, **new_dtype},
         tensors=_stream(opened, plan, dtype=dtype, kind=expert_layout, progress=progress),
         lineage=lambda: _child_lineage(opened, confirmed(), destination),
-        artifacts=_artifacts(opened, plan, moments=moments, max_shard_bytes=max_shard_bytes),
+        artifacts=_artifacts(opened, plan, max_shard_bytes=max_shard_bytes),
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
         check=partial(check_replaceable, sources=[folder]),
@@ -335,14 +333,14 @@ def expand(
 
 
 def _artifacts(
-    opened: Source, plan: PlannedExpansion, *, moments: Policy, max_shard_bytes: int
+    opened: Source, plan: PlannedExpansion, *, max_shard_bytes: int
 ) -> tuple[Artifact | None, ...]:
     """Return the files of the result other than its weights."""
     vocabulary, state = plan.vocabulary, opened.state
     return (
         SmallFiles(opened.folder),
         None if vocabulary is None else ExtendedTokenizerFile(vocabulary.tokenizer),
-        None if state is None else MappedState(plan, state, moments, max_shard_bytes),
+        None if state is None else MappedState(plan, state, max_shard_bytes),
         plan.added_experts,
         kept_in(opened, vocabulary),
     )
@@ -353,7 +351,6 @@ def disk_needs(
     plan: PlannedExpansion,
     *,
     dtype: torch.dtype | None = None,
-    moments: Policy = "carry",
     is_checked: bool = True,
 ) -> DiskNeeds:
     """Return the disk and memory requirements of a plan; reads no tensor.
@@ -362,14 +359,13 @@ def disk_needs(
         opened: the source.
         plan: the expansion.
         dtype: of the result; by default each tensor keeps its own.
-        moments: `carry`, `zero` or `reset_new`.
         is_checked: count the memory of the step-0 check.
 
     Raises:
         TritterError: the state of the source is damaged.
     """
     state = opened.state
-    streams = {} if state is None else state_streams(plan, state, moments=moments)
+    streams = {} if state is None else state_streams(plan, state)
     others = [entry for each in streams.values() for entry in each.entries]
     stream = _stream(opened, plan, dtype=dtype, kind="hub", progress=None)
     shapes, maps = padded_shapes(plan.target_config), plan.parameter_map.tensors
@@ -561,9 +557,7 @@ def known_digests(folder: Path) -> dict[str, str]:
     return {name: file_digest(folder / name) for name in names}
 
 
-def state_stream(
-    plan: PlannedExpansion, rule: StateKind, tensors: TensorFolder, *, moments: Policy = "carry"
-) -> TensorStream:
+def state_stream(plan: PlannedExpansion, rule: StateKind, tensors: TensorFolder) -> TensorStream:
     """Return one kind of state of the expanded model, by name on disk.
 
     Tensors whose state is reset are absent.
@@ -575,7 +569,7 @@ def state_stream(
     targets = [
         t
         for t in family.logical_tensors(plan.target_config)
-        if has_state(maps[t.name], rule, known.__contains__, policy=moments)
+        if has_state(maps[t.name], rule, known.__contains__)
     ]
     entries = tuple(
         TensorEntry(
@@ -589,18 +583,14 @@ def state_stream(
     def read(name: str) -> Tensor:
         return tensors.get(known[name])
 
-    values = (
-        (t.disk_name, mapped_state(maps[t.name], rule, read, policy=moments)) for t in targets
-    )
+    values = ((t.disk_name, mapped_state(maps[t.name], rule, read)) for t in targets)
     return TensorStream(entries, values)
 
 
-def state_streams(
-    plan: PlannedExpansion, state: State, *, moments: Policy = "carry"
-) -> dict[str, TensorStream]:
+def state_streams(plan: PlannedExpansion, state: State) -> dict[str, TensorStream]:
     """Return every kind of state of the expanded model."""
     return {
-        kind: state_stream(plan, state.rules[kind], tensors, moments=moments)
+        kind: state_stream(plan, state.rules[kind], tensors)
         for kind, tensors in state.kinds.items()
     }
 
@@ -611,22 +601,13 @@ class MappedState:
 
     plan: PlannedExpansion
     state: State
-    moments: Policy
     max_shard_bytes: int
 
     def write(self, folder: Path) -> None:
-        plan, state = self.plan, self.state
-        # Parameters whose step count differs from most, by name on disk
-        names = {t.name: t.disk_name for t in family_of(plan.config).logical_tensors(plan.config)}
-        targets = family_of(plan.target_config).logical_tensors(plan.target_config)
-        maps = plan.parameter_map.tensors
-        origins = {t.disk_name: names.get(maps[t.name].origin or "", "") for t in targets}
-        steps = {n: state.other_steps[o] for n, o in origins.items() if o in state.other_steps}
         write_state(
             folder,
-            state_streams(plan, state, moments=self.moments),
-            step=state.step,
-            other_steps=steps,
-            rules=state.rules,
+            state_streams(self.plan, self.state),
+            step=self.state.step,
+            rules=self.state.rules,
             max_shard_bytes=self.max_shard_bytes,
         )

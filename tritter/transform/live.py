@@ -399,8 +399,8 @@ class ProgressiveCheckpoint:
 
     Args:
         model_state_dict: name on disk → tensor.
-        optimizer_state_dict: kind (`exp_avg`, `exp_avg_sq`, state of continual-learning methods) →
-            name on disk → tensor; None for a checkpoint without state.
+        optimizer_state_dict: kind of state (`fisher`, `anchor`, …) → name on disk → tensor; None
+            for a checkpoint without state.
         scheduler_state_dict: `last_epoch`, the optimizer steps so far, which determine the
             learning rate; None for a checkpoint without state.
         expansion_history: its expansions, the oldest first.

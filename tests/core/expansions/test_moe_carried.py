@@ -16,7 +16,7 @@ from tritter.core.expansions import ExpansionSpec, LlamaPro, Moe, Width
 from tritter.core.models import config_of, live_tensors, load_model, named_tensors, new_model
 from tritter.core.parameter_map.carry import Policy
 from tritter.storage.writer import TensorStream
-from tritter.training.moments import carried_moments, start_from
+from tritter.training.moments import carried_moments, put_moments
 from tritter.transform import expand, plan_expansion
 
 FOUR = Moe(num_experts=4)  # of which a token takes 2
@@ -106,9 +106,9 @@ def transplanted(
     new = load_model(expand(source, folder / "result", specs).folder)
     own = torch.optim.AdamW(new.parameters(), lr=1e-3, betas=(0.9, 0.95))
     change = plan.change
-    start_from(
-        own, new, carried_moments(old, model, change, stored_tensors=change.after, policy=policy)
-    )
+    moments = carried_moments(old, model, change, stored_tensors=change.after, policy=policy)
+    for name, values in moments.items():
+        put_moments(own, new.get_parameter(name), values)
     oracle.gradients(new, oracle.tokens())
     seconds = []
     for found, optimizer in ((model, old), (new, own)):

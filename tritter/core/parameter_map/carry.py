@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Policy = Literal["carry", "zero", "reset_new"]
-POLICIES: tuple[Policy, ...] = ("carry", "zero", "reset_new")
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,59}")  # also the name of a folder
 

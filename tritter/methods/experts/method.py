@@ -62,9 +62,6 @@ class Experts(ABC):
             run.optimizer,
             doing="experts are added and removed together with the two moments of Adam",
         )
-        if run.optimizer.carry:
-            reason = "carries moments of the base, which is frozen; experts start without moments"
-            yield Problem("optimizer.carry", True, reason=reason)
 
     @classmethod
     def start_problems(cls, options: Any, run: RunRequest, start: Start) -> Iterator[Problem]:

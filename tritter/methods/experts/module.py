@@ -146,7 +146,7 @@ class ExpertModule(BaseModule):
                 setattr(router, key, torch.nn.Parameter(old.new_zeros(shape_of_rows)))
         top_k, temperature, capacity = saved["routing"]
         mixture.routing = Routing(top_k=top_k, temperature=temperature, capacity_factor=capacity)
-        self.journal, self.moments = [dict(entry) for entry in state["journal"]], {}
+        self.journal = [dict(entry) for entry in state["journal"]]
         self.young = saved["young"]
         trained = set(saved["trained"])
         for name, parameter in self.model.named_parameters():

@@ -114,12 +114,6 @@ class Freeze(ForgettingMethod):
                 f"the training run has training.max_steps = {steps}; use fewer, or null for never"
             )
             yield Problem(f"{_KEY}.until", options.until, reason=reason)
-        if options.new_only and run.optimizer.carry:
-            reason = (
-                f"{_KEY}.new_only = true trains only new weights, which have no moments yet; "
-                "remove one of the two"
-            )
-            yield Problem("optimizer.carry", True, reason=reason)
         if run.growth is None:
             return
         if options.new_only:
