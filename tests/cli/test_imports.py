@@ -101,7 +101,7 @@ def test_a_refused_expansion_waits_for_nothing(words: str) -> None:
         "growth=foam growth.trigger=x",
         "forgetting=[ewc,freeze,distill,self_replay,si] trainer.precision=x",
         "expansion=[width,moe] moe_routing.hold_old=-1 adaptation.freeze_base=x",
-        "trainer=fsdp optimizer=adafactor",
+        "trainer=fsdp growth=foam",
     ],
 )
 def test_a_refused_run_waits_for_no_torch(words: str) -> None:

@@ -5,6 +5,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -20,10 +21,19 @@ from hydra.core.override_parser.types import (
 )
 from hydra.errors import OverrideParseException
 
-from tritter.config.folders import CHOSEN_BY, LADDERS, option_files, search_path, shipped_options
-from tritter.config.schema import REPLAYED_KEYS
+from tritter.config.folders import (
+    CHOSEN_BY,
+    LADDERS,
+    body_of,
+    option_files,
+    search_path,
+    shipped_options,
+)
+from tritter.config.schema import TYPED_ONLY, RootValues
 from tritter.config.suggestions import hint_for
 from tritter.errors import Problem, RequestError, brief, nearest, raise_problems
+from tritter.options import field_keys, leaves
+from tritter.training.options import REFUSED, trainer_parameters
 
 Options = Mapping[str, Sequence[str]]
 
@@ -200,13 +210,27 @@ def no_option(group: str, name: str, options: Sequence[str]) -> Problem:
     return Problem(group, name, reason=reason, nearest=nearest(name, options))
 
 
+@cache
+def _replayed_keys() -> frozenset[str]:
+    """Return the keys of shipped options that `resume` replays: all but `TYPED_ONLY`."""
+    keys = {*field_keys(RootValues, "")}
+    keys |= {f"trainer.{name}" for name in trainer_parameters() if name not in REFUSED}
+    for group, options in shipped_options().items():
+        if group in ("experiment", LADDERS):
+            continue
+        for path in options.values():
+            keys |= {key for key, value in leaves(body_of(path), group).items() if value != {}}
+    return frozenset(key for key in keys - TYPED_ONLY if not key.endswith("._target_"))
+
+
 def unreplayed_overrides(overrides: Sequence[str]) -> list[str]:
     """Return the overrides of a run that `resume` does not replay from its folder.
 
-    Replayed are options that are part of Tritter, and plain values of `REPLAYED_KEYS`.
+    Replayed are options that are part of Tritter, and plain values of all keys but `TYPED_ONLY`.
     """
     options = {group: [*names] for group, names in shipped_options().items()}
     options[f"gate.{LADDERS}"] = ["null", *options.pop(LADDERS)]
+    keys = _replayed_keys()
 
     def is_replayed(one: str) -> bool:
         try:
@@ -217,7 +241,7 @@ def unreplayed_overrides(overrides: Sequence[str]) -> list[str]:
         if override.is_sweep_override() or override.package is not None:
             return False
         if key not in options:
-            return key in REPLAYED_KEYS and _is_plain(value) and not _names_file(key, value)
+            return key in keys and _is_plain(value) and not _names_file(key, value)
         if override.is_delete():
             return value is None
         names = value if isinstance(value, list) else ["null" if value is None else value]

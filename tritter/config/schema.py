@@ -19,7 +19,7 @@ from tritter.limits import (
     MAX_SEED,
 )
 from tritter.methods.moe_routing.options import AdaptationOptions, RoutingOptions
-from tritter.options import PARSED_COUNT, Count, RunRequest, Text, join, options
+from tritter.options import PARSED_COUNT, Count, RunRequest, Text, options
 from tritter.targets import Component
 from tritter.training.optimizer import OptimizerSettings
 from tritter.training.options import TrainerSettings, TrainerValues, TrainingConfig
@@ -162,74 +162,30 @@ ONE_OF = ("growth", "experts")  # groups with exactly one option
 # Groups with arguments of third-party classes
 OPEN_GROUPS = ("optimizer", "callbacks", "logger", "metrics", *ONE_OF)
 
-# Section → keys that `resume` replays from a run folder, which may be untrusted.
-# A listed key holds a number or a name that Tritter defines; it never names a class, program,
-# folder, server or account. Only data sources and checkpoints are paths; they are printed first.
-# Keys that are not listed are never replayed.
-_REPLAYED = {
-    "": "seed control",
-    "model": "path model_type hidden_size intermediate_size num_hidden_layers num_attention_heads "
-    "num_key_value_heads tie_word_embeddings rms_norm_eps rope_theta max_position_embeddings "
-    "initializer_range",
-    "data": "old new tasks source text_field text_column streaming max_rows weights vocab_size "
-    "sequence_length batch_size packing chat_template loss_on validation_fraction",
-    "expansion.context": "target_length method",
-    "expansion.dus": "target_layers drop_layers identity_init",
-    "expansion.interpolate": "target_layers identity_init",
-    "expansion.layers": "sources slices identity",
-    "expansion.llama_pro": "target_layers positions new_blocks_only",
-    "expansion.moe": "num_experts experts_per_token granularity layers noise reinit_fraction "
-    "target norm_topk_prob router expert_hashes",
-    "expansion.moe_add": "num_experts addition init clone_from noise",
-    "expansion.stack": "target_layers partial identity_init",
-    "expansion.vocab": "new_tokens tokens init head_init freeze_old_rows multiple_of merges",
-    "expansion.width": "hidden_size intermediate_size num_attention_heads num_key_value_heads "
-    "multiple_of head_strategy init noise shares",
-    "forgetting.distill": "weight temperature rows top_k mask_gold",
-    "forgetting.ewc": "ewc_lambda estimator num_sequences normalise at carry refresh_steps",
-    "forgetting.freeze": "layers new_only old_experts old_rows until thaw",
-    "forgetting.l2sp": "l2sp_lambda",
-    "forgetting.online_ewc": "ewc_lambda gamma estimator num_sequences normalise at carry "
-    "refresh_steps",
-    "forgetting.replay": "fraction weighting weights keep",
-    "forgetting.self_replay": "fraction num_sequences sequences_per_text temperature top_p "
-    "min_perplexity max_perplexity min_distinct",
-    "forgetting.si": "si_lambda xi num_sequences",
-    "growth": "trigger initialiser gradient_percentile pressure_decay history_checks check_every "
-    "growth_cooldown warmup_steps max_growth_per_step maturation_age maturation_factor "
-    "plateau_threshold plateau_steps max_new_parameters max_extra_flops enable_replacement "
-    "dead_quantile freeze_attention",
-    "experts": "rank alpha targets learning_rate base_bits max_experts max_trainable_parameters "
-    "when_full top_k router shared_router prior inner_prior evidence_scale evidence_window balance "
-    "entropy z capacity_factor detector min_samples in_a_row confidence cooldown moving_average "
-    "min_gain boundaries exemplars rehearsal maturity_steps temperature anneal_steps max_rank "
-    "stall_steps stall_gain freeze_converged freeze_projections distill",
-    **dict.fromkeys(
-        ("pretraining", "training"),
-        "learning_rate warmup_ratio max_steps max_tokens schedule decay_ratio minimum_ratio",
-    ),
-    "gate": "enabled strict retention confidence ladder max_attempts",
-    "pipeline": "target_params max_rounds strategy keep_stages publish dtype",
-    "optimizer": "betas eps momentum nesterov weight_decay",
-    "trainer": "accelerator devices strategy precision gradient_clip_val log_every_n_steps "
-    "max_non_finite_steps save_every_n_steps progress check_memory activation_checkpointing "
-    "compile accumulate_grad_batches benchmark detect_anomaly deterministic "
-    "enable_autolog_hparams enable_model_summary gradient_clip_algorithm limit_predict_batches "
-    "limit_test_batches limit_val_batches profiler sync_batchnorm",
-    "callbacks.device_stats": "cpu_stats",
-    "callbacks.early_stopping": "monitor mode min_delta patience strict",
-    "callbacks.ema": "decay update_every_n_steps update_starting_at_step use_buffers",
-    "callbacks.lr_monitor": "logging_interval",
-    "callbacks.model_checkpoint": "auto_insert_metric_name monitor mode save_top_k save_last "
-    "every_n_train_steps enable_version_counter",
-    "logger.wandb": "project group tags log_model",
-    "logger.mlflow": "experiment_name",
-    "evaluation": "max_tokens_per_document max_documents batch_size sample_tokens task_questions "
-    "every_n_steps tasks tasks_path task_limit chat_template num_fewshot",
-    "moe_routing": "auxiliary_loss z_loss bias_update_rate hold_old capacity_factor",
-    "adaptation": "router_update router_epochs router_max_steps router_learning_rate "
-    "encouragement anneal_steps freeze_base unfreeze_after distill_steps distill_temperature",
-}
-REPLAYED_KEYS = frozenset(
-    join(section, key) for section in _REPLAYED for key in _REPLAYED[section].split()
+# Keys that `resume` does not replay from a run folder, which may be untrusted: they name a program,
+# a class, a model, a folder, a server or an account, or start another run. Of data and checkpoints,
+# only the run's own are replayed; they are printed first.
+TYPED_ONLY = frozenset(
+    {
+        "cache_dir",
+        "callbacks.model_checkpoint.dirpath",
+        "callbacks.model_checkpoint.filename",
+        "evaluation.allow_code",
+        "evaluation.code_sandbox",
+        "evaluation.code_sandbox_command",
+        "evaluation.prompts",
+        "expansion.moe.attention_from",
+        "expansion.moe.experts_from",
+        "expansion.moe_add.teacher",
+        "expansion.vocab.tokenizer",
+        "forgetting.distill.teacher",
+        "logger.mlflow.save_dir",
+        "logger.mlflow.tracking_uri",
+        "logger.tensorboard.name",
+        "logger.tensorboard.save_dir",
+        "logger.tensorboard.version",
+        "logger.wandb.mode",
+        "optimizer.name",
+        "resume",
+    }
 )

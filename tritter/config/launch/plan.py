@@ -200,8 +200,8 @@ def _add_resumed(
 ) -> tuple[list[str], Path | None]:
     """Return the overrides with those of the resumed run, and its folder.
 
-    A run folder may be untrusted: only Tritter's own options and plain values of
-    `schema.REPLAYED_KEYS` are replayed.
+    A run folder may be untrusted: only Tritter's own options and plain values are
+    replayed, without `TYPED_ONLY`.
 
     Raises:
         RequestError: the run does not exist, or has overrides that are not replayed.
