@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tritter.errors import Problem, RequestError, TritterError
 
-ENTRY_POINTS = "tritter.config"
+_ENTRY_POINTS = "tritter.config"
 
 
 def config_folder() -> Path:
@@ -41,12 +41,12 @@ def installed_folders() -> dict[str, Path]:
 @cache
 def _installed_folders(_path: tuple[str, ...]) -> dict[str, Path]:  # reading all metadata is slow
     folders = {}
-    for point in sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name):
+    for point in sorted(entry_points(group=_ENTRY_POINTS), key=lambda point: point.name):
         folder = package_folder(f"{point.module}.{point.attr}")
         if folder is None:
             top = point.module.partition(".")[0]
             reason = f"{top} is not a package with this folder; reinstall or uninstall it"
-            key = f"entry point {point.name} of {ENTRY_POINTS}"
+            key = f"entry point {point.name} of {_ENTRY_POINTS}"
             raise RequestError(Problem(key, point.value, reason=reason))
         folders[f"the package's entry point {point.name} = {point.value}"] = folder
     return folders

@@ -10,7 +10,7 @@ from enum import Enum
 _MAX_VALUE_CHARACTERS = 500
 
 
-class NoValue(Enum):
+class _NoValue(Enum):
     """Sentinel of problems that have no value."""
 
     VALUE = "value"
@@ -75,7 +75,7 @@ class Problem:
     """
 
     key: str
-    value: object = NoValue.VALUE
+    value: object = _NoValue.VALUE
     reason: str = ""
     advice: str = ""
     nearest: str | None = None
@@ -92,7 +92,7 @@ class Problem:
         if not self.key or not can_be_set:
             return f"{job}{reason}{stop if self.key else ''}"
         key, origin = key_name(self.key), self.origin or names.origin(self.key)
-        value = "" if self.value is NoValue.VALUE else f" = {show(self.value)}"
+        value = "" if self.value is _NoValue.VALUE else f" = {show(self.value)}"
         where = f" (in {origin})" if origin else ""
         near = key_name(self.nearest) if self.nearest else ""
         suggestion = f" Did you mean {near}?" if near else ""

@@ -29,7 +29,7 @@ from tritter.targets import TARGET, Component, dotted, resolve
 
 Record = TypeVar("Record")
 Unknown = Callable[[str, object], Iterator[Problem]]
-Schema = Mapping[str, Any]
+_Json = Mapping[str, Any]
 
 # Counts without a limit of their own stop at MAX_COUNT
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
@@ -240,7 +240,7 @@ def leaves(tree: object, prefix: str = "") -> dict[str, Any]:
 
 
 @cache
-def _reading(record: type[Any]) -> tuple["TypeAdapter[Any]", Schema]:
+def _reading(record: type[Any]) -> tuple["TypeAdapter[Any]", _Json]:
     """Return the pydantic adapter of a record, and its JSON schema."""
     adapter: TypeAdapter[Any] = TypeAdapter(record)
     return adapter, adapter.json_schema()
@@ -253,20 +253,20 @@ def _number(word: str) -> int | float | str:
     return word
 
 
-def _field(schema: Schema, name: str) -> Schema:
+def _field(schema: _Json, name: str) -> _Json:
     return schema.get("properties", {}).get(name, {})
 
 
-def _variants(schema: Schema) -> list[Schema]:
+def _variants(schema: _Json) -> list[_Json]:
     return schema.get("anyOf", [schema])
 
 
-def _strings(schema: Schema) -> list[str]:
+def _strings(schema: _Json) -> list[str]:
     """Return the strings that a field allows; empty if it allows other values too."""
     return [w for one in _variants(schema) for w in one.get("enum", [one.get("const")]) if w]
 
 
-def _plain(value: object, schema: Schema) -> object:
+def _plain(value: object, schema: _Json) -> object:
     """Return a value as JSON, in the spelling of its field."""
     if isinstance(value, Mapping):
         return {str(name): _plain(item, {}) for name, item in value.items()}
@@ -292,7 +292,7 @@ def _plain(value: object, schema: Schema) -> object:
 
 
 def _problems_of(
-    error: ValidationError, schema: Schema, raw: Mapping[str, object], prefix: str, unknown: Unknown
+    error: ValidationError, schema: _Json, raw: Mapping[str, object], prefix: str, unknown: Unknown
 ) -> dict[str, Problem]:
     """Return dotted key → problem; a list or mapping gets one problem as a whole."""
     found: dict[str, Problem] = {}
@@ -319,8 +319,8 @@ def _problems_of(
 
 
 def _locate(
-    location: tuple[int | str, ...], schema: Schema, raw: object
-) -> tuple[list[str], object, Schema]:
+    location: tuple[int | str, ...], schema: _Json, raw: object
+) -> tuple[list[str], object, _Json]:
     """Return the path of fields to a location, its value and its schema."""
     names: list[str] = []
     value, node, record = raw, schema, schema
@@ -334,13 +334,13 @@ def _locate(
     return names, value, node
 
 
-def _inner(node: Schema, schema: Schema) -> Schema:
+def _inner(node: _Json, schema: _Json) -> _Json:
     """Return the schema of the record in a field; empty if the field has none."""
     names = [one.get("$ref", "").rpartition("/")[2] for one in _variants(node)]
     return next((schema["$defs"][name] for name in names if name), {})
 
 
-def _unknown_by(schema: Schema, prefix: str) -> Unknown:
+def _unknown_by(schema: _Json, prefix: str) -> Unknown:
     def unknown(key: str, value: object) -> Iterator[Problem]:
         names = list(schema.get("properties", {}))
         reason = f"there is no such key; {prefix} has {', '.join(names)}"
@@ -349,13 +349,13 @@ def _unknown_by(schema: Schema, prefix: str) -> Unknown:
     return unknown
 
 
-def _allowed(schema: Schema) -> str:
+def _allowed(schema: _Json) -> str:
     """Return a description of the values that a field allows; empty if the schema has none."""
     parts = [_allowed_by(one) for one in _variants(schema)]
     return "" if not all(parts) else ", or ".join(parts)
 
 
-def _allowed_by(schema: Schema) -> str:
+def _allowed_by(schema: _Json) -> str:
     strings = _strings(schema)
     if strings:
         return ("one of " if len(strings) > 1 else "") + ", ".join(map(str, strings))
@@ -371,7 +371,7 @@ def _allowed_by(schema: Schema) -> str:
     return f"{_KINDS[kind]}{_limits(schema)}{hint}" if kind in _KINDS else ""
 
 
-def _limits(schema: Schema) -> str:
+def _limits(schema: _Json) -> str:
     parts = [f"{word} {schema[name]}" for name, word in _NUMBER_LIMITS.items() if name in schema]
     return " " + " and ".join(parts) if parts else ""
 

@@ -134,7 +134,7 @@ def read_chain(folder: Path) -> tuple[Link, ...]:
         check_links(folder)
     except TritterError as error:
         raise RequestError(str(error)) from error
-    links = [link_of(folder)]
+    links = [_link_of(folder)]
     seen = {folder.resolve()}
     while (child := links[-1]).lineage is not None and child.lineage.parent_hash is not None:
         if _hint(child) in seen:
@@ -191,7 +191,7 @@ def verify(link: Link) -> tuple[Difference, ...]:
     return tuple(changes)
 
 
-def link_of(folder: Path) -> Link:
+def _link_of(folder: Path) -> Link:
     """Return a checkpoint as a link, without its parent and expansions."""
     try:
         lineage = read_lineage(folder)
@@ -219,7 +219,7 @@ def _parent(child: Link, *, excluded: Collection[Path]) -> Link:
         candidates += [path for path in near if path != own and not path.name.startswith(".")]
     candidates = [folder for folder in candidates if folder not in excluded]
     for folder in candidates:
-        link = link_of(folder)
+        link = _link_of(folder)
         if link.lineage is None:
             continue
         # The recorded hash, or the one computed from its digests
@@ -241,7 +241,7 @@ def _parent(child: Link, *, excluded: Collection[Path]) -> Link:
                     tensor_digests=lineage.parent_tensor_digests,
                     file_digests=lineage.parent_file_digests,
                 )
-    if hinted is not None and hinted.is_dir() and (link := link_of(hinted)).problem:
+    if hinted is not None and hinted.is_dir() and (link := _link_of(hinted)).problem:
         return link
     return Link(folder=None, model_hash=expected)
 
@@ -354,7 +354,7 @@ def find_damage(folder: Path, digests: Mapping[str, str]) -> tuple[Damage, ...]:
 
 def checkpoint_changes(folder: Path) -> Iterator[str]:
     """Yield the differences between a checkpoint and its lineage, with file and tensor."""
-    link = link_of(folder)
+    link = _link_of(folder)
     if link.problem is None and link.lineage is None:
         yield f"{folder / LINEAGE_NAME}: missing"
         return

@@ -219,7 +219,7 @@ def training_record(training_config: Mapping[str, Any]) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-LONGEST_WINDOW = 1024  # by default
+_LONGEST_WINDOW = 1024  # by default
 
 
 def window_length(lineage: Lineage | None, positions: int | None) -> int:
@@ -231,7 +231,7 @@ def window_length(lineage: Lineage | None, positions: int | None) -> int:
     """
     data = lineage.training_config.get("data") if lineage is not None else None
     recorded = data.get("sequence_length") if isinstance(data, Mapping) else None
-    preferred = recorded if isinstance(recorded, int) and recorded >= 2 else LONGEST_WINDOW
+    preferred = recorded if isinstance(recorded, int) and recorded >= 2 else _LONGEST_WINDOW
     return min(preferred, positions or preferred)
 
 

@@ -61,7 +61,7 @@ Tasks = Annotated[
         completes=completer(_names),
     ),
 ]
-TasksPath = Annotated[
+_TasksPath = Annotated[
     Path | None,
     option(
         "--tasks-path",
@@ -89,15 +89,15 @@ Limit = Annotated[
         most=MAX_COUNT,
     ),
 ]
-TextField = Annotated[
+_TextField = Annotated[
     str,
     option("--text-field", "NAME", "Field of records with the text."),
 ]
-ChatTemplate = Annotated[
+_ChatTemplate = Annotated[
     bool,
     flag("--chat-template", "Render benchmark prompts with the checkpoint's chat template."),
 ]
-NumFewshot = Annotated[
+_NumFewshot = Annotated[
     int | None,
     option(
         "--num-fewshot",
@@ -108,13 +108,13 @@ NumFewshot = Annotated[
     ),
 ]
 BatchSize = Annotated[int, option("--batch-size", "N", "Batch size.", least=1, most=MAX_COUNT)]
-AllowCode = Annotated[
+_AllowCode = Annotated[
     list[str] | None,
     option(
         "--allow-code", "NAME,..", "Run model-written programs of these benchmarks.", panel=_CODE
     ),
 ]
-CodeSandbox = Annotated[
+_CodeSandbox = Annotated[
     str | None,
     option(
         "--code-sandbox",
@@ -123,7 +123,7 @@ CodeSandbox = Annotated[
         panel=_CODE,
     ),
 ]
-ResultFile = Annotated[
+_ResultFile = Annotated[
     Path | None,
     option("--output", "FILE.json", "Also write the result to this file.", parser=parse_path),
 ]
@@ -132,16 +132,16 @@ ResultFile = Annotated[
 def evaluate(
     checkpoint: Checkpoint,
     tasks: Tasks = None,
-    tasks_path: TasksPath = None,
+    tasks_path: _TasksPath = None,
     data: Data = None,
-    text_field: TextField = "text",
+    text_field: _TextField = "text",
     limit: Limit = None,
-    chat_template: ChatTemplate = False,
-    num_fewshot: NumFewshot = None,
+    chat_template: _ChatTemplate = False,
+    num_fewshot: _NumFewshot = None,
     batch_size: BatchSize = 16,
-    allow_code: AllowCode = None,
-    code_sandbox: CodeSandbox = None,
-    output: ResultFile = None,
+    allow_code: _AllowCode = None,
+    code_sandbox: _CodeSandbox = None,
+    output: _ResultFile = None,
     overwrite: ReportOverwrite = False,
     as_json: AsJson = False,
 ) -> int:

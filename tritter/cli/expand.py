@@ -113,7 +113,7 @@ Method = Annotated[
         completes=completer(lambda: map(with_dashes, method_bodies())),
     ),
 ]
-RecipeFile = Annotated[
+_RecipeFile = Annotated[
     Path | None,
     option(
         "--recipe",
@@ -125,11 +125,11 @@ RecipeFile = Annotated[
 Output = Annotated[
     Path | None, option("--output", "DST", "New folder. Default: SRC-METHOD.", parser=parse_path)
 ]
-ConfigDir = Annotated[
+_ConfigDir = Annotated[
     list[str] | None,
     option("--config-dir -cd", "DIR", "Folder of your own option files."),
 ]
-TargetParams = Annotated[
+_TargetParams = Annotated[
     int | None,
     option(
         "--target-params",
@@ -146,7 +146,7 @@ Measure = Annotated[
         panel=WRITING,
     ),
 ]
-DryRun = Annotated[bool, flag("--dry-run", "Print the result without writing it.", panel=WRITING)]
+_DryRun = Annotated[bool, flag("--dry-run", "Print the result without writing it.", panel=WRITING)]
 
 _DOMAIN = "Data of a new domain (moe-add, vocab)"
 
@@ -159,7 +159,7 @@ Domain = Annotated[
         panel=_DOMAIN,
     ),
 ]
-DomainData = Annotated[
+_DomainData = Annotated[
     list[str] | None,
     option(
         "--domain-data",
@@ -177,7 +177,7 @@ OldData = Annotated[
         panel=_DOMAIN,
     ),
 ]
-DomainSteps = Annotated[
+_DomainSteps = Annotated[
     int | None,
     option(
         "--steps",
@@ -188,7 +188,7 @@ DomainSteps = Annotated[
         panel=_DOMAIN,
     ),
 ]
-LearningRate = Annotated[
+_LearningRate = Annotated[
     float | None,
     option(
         "--learning-rate",
@@ -203,20 +203,20 @@ def expand(
     context: typer.Context,
     checkpoint: Checkpoint,
     method: Method = None,
-    recipe: RecipeFile = None,
+    recipe: _RecipeFile = None,
     output: Output = None,
-    config_dir: ConfigDir = None,
-    target_params: TargetParams = None,
+    config_dir: _ConfigDir = None,
+    target_params: _TargetParams = None,
     domain: Domain = None,
-    domain_data: DomainData = None,
+    domain_data: _DomainData = None,
     old_data: OldData = None,
-    steps: DomainSteps = None,
-    learning_rate: LearningRate = None,
+    steps: _DomainSteps = None,
+    learning_rate: _LearningRate = None,
     seed: Seed = 0,
     dtype: DType = None,
     max_shard_size: MaxShardSize = SHARD_BYTES,
     measure: Measure = None,
-    dry_run: DryRun = False,
+    dry_run: _DryRun = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> int:

@@ -59,10 +59,10 @@ _NO_FILE = (
     "is never exported."
 )
 
-ExportSource = Annotated[
+_ExportSource = Annotated[
     str, option("--checkpoint", "SRC", "Folder or hub id of the model, or a Lightning .ckpt.")
 ]
-ExportOutput = Annotated[Path, option("--output", "DST", "New folder.", parser=parse_path)]
+_ExportOutput = Annotated[Path, option("--output", "DST", "New folder.", parser=parse_path)]
 Format = Annotated[
     str,
     option(
@@ -71,7 +71,7 @@ Format = Annotated[
         "hf: a folder for Hugging Face transformers; peft: each LoRA expert as a PEFT adapter.",
     ),
 ]
-ExpertLayout = Annotated[
+_ExpertLayout = Annotated[
     str | None,
     option(
         "--expert-layout",
@@ -80,7 +80,7 @@ ExpertLayout = Annotated[
         "Default: hub.",
     ),
 ]
-ConfigOf = Annotated[
+_ConfigOf = Annotated[
     str | None,
     option(
         "--config",
@@ -99,14 +99,14 @@ Prefix = Annotated[
         panel=_CKPT,
     ),
 ]
-DropNewExperts = Annotated[
+_DropNewExperts = Annotated[
     bool,
     flag(
         "--drop-new-experts",
         "For a folder: drop appended experts that are not fully open yet.",
     ),
 ]
-IgnoreLineage = Annotated[
+_IgnoreLineage = Annotated[
     bool,
     flag(
         "--ignore-lineage",
@@ -114,7 +114,7 @@ IgnoreLineage = Annotated[
         "checkpoints from before the first release.",
     ),
 ]
-MergeExperts = Annotated[
+_MergeExperts = Annotated[
     bool,
     flag(
         "--merge",
@@ -122,7 +122,7 @@ MergeExperts = Annotated[
         "(peft), by mean gates. Lossy; the loss is reported.",
     ),
 ]
-MergedRank = Annotated[
+_MergedRank = Annotated[
     int | None,
     option(
         "--rank",
@@ -147,18 +147,18 @@ class _Origin:
 
 def export(
     context: typer.Context,
-    checkpoint: ExportSource,
-    output: ExportOutput,
+    checkpoint: _ExportSource,
+    output: _ExportOutput,
     format: Format = "hf",
     dtype: DType = None,
-    expert_layout: ExpertLayout = None,
+    expert_layout: _ExpertLayout = None,
     max_shard_size: MaxShardSize = 5 * 10**9,
-    config: ConfigOf = None,
+    config: _ConfigOf = None,
     prefix: Prefix = None,
-    drop_new_experts: DropNewExperts = False,
-    ignore_lineage: IgnoreLineage = False,
-    merge: MergeExperts = False,
-    rank: MergedRank = None,
+    drop_new_experts: _DropNewExperts = False,
+    ignore_lineage: _IgnoreLineage = False,
+    merge: _MergeExperts = False,
+    rank: _MergedRank = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> int:

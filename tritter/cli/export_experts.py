@@ -194,7 +194,7 @@ def export_adapters(
     """
     with refuse_damage():
         folder = locate(checkpoint, key="--checkpoint")
-        check = partial(check_adapters, source=folder)
+        check = partial(_check_adapters, source=folder)
         check_output(output, sources=[folder], overwrite=overwrite, check=check)
         source = Source.open(folder, read_config(folder))  # verifies its lineage
         if source.experts is None:
@@ -316,7 +316,7 @@ def base_of(checkpoint: str, folder: Path) -> str:
     return str(folder.resolve())
 
 
-def check_adapters(folder: Path, *, source: Path) -> None:
+def _check_adapters(folder: Path, *, source: Path) -> None:
     """Reject a folder that contains anything other than adapters. Opens no file.
 
     Raises:

@@ -33,7 +33,7 @@ _FEW_EXPERTS = 2  # named in the table; longer lists only in the tree
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
+class _Checked:
     """A checkpoint of the chain and its differences; None if it was not checked."""
 
     link: Link
@@ -81,7 +81,7 @@ def history(
         raise RequestError(chain[-1].problem)
     with status("hashing") if verify and not as_json else nullcontext():
         rows = [
-            Checked(link, differences(link) if verify and link.can_be_checked else None)
+            _Checked(link, differences(link) if verify and link.can_be_checked else None)
             for link in chain
         ]
     is_intact = not any(row.changes for row in rows)
@@ -136,7 +136,7 @@ def steps_after(link: Link, newest: Link) -> int | None:
     return record.continued_training_steps
 
 
-def _row_json(row: Checked, newest: Link) -> dict[str, Any]:
+def _row_json(row: _Checked, newest: Link) -> dict[str, Any]:
     link = row.link
     return {
         "folder": str(link.folder) if link.folder else None,
@@ -157,7 +157,7 @@ def _row_json(row: Checked, newest: Link) -> dict[str, Any]:
     }
 
 
-def _print(rows: Sequence[Checked], *, is_verified: bool) -> None:
+def _print(rows: Sequence[_Checked], *, is_verified: bool) -> None:
     console = new_console()
     header = ["checkpoint", "made by", "size", "steps after", "hash", "when"]
     cells = []

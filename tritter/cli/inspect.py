@@ -71,7 +71,7 @@ _PORTS = {"read": "reads ", "gain": "norm of "}  # what a tensor does with the s
 
 
 @dataclass(frozen=True, slots=True)
-class MapRow:
+class _MapRow:
     """Tensors of one kind with the same mapping.
 
     Args:
@@ -96,7 +96,7 @@ class MapRow:
 
 
 @dataclass(frozen=True, slots=True)
-class RecordedMap:
+class _RecordedMap:
     """The map of an expansion, rebuilt from its record.
 
     Args:
@@ -107,15 +107,15 @@ class RecordedMap:
 
     digest: str | None = None
     problem: str | None = None
-    rows: tuple[MapRow, ...] = ()
+    rows: tuple[_MapRow, ...] = ()
 
     @classmethod
-    def of(cls, record: ExpansionRecord) -> RecordedMap:
+    def of(cls, record: ExpansionRecord) -> _RecordedMap:
         if _without_map(record) is not None:
             return cls()
         try:
             rebuilt = rebuild_map(record)
-            rows = map_rows(rebuilt, dict(record.source_config), dict(record.target_config))
+            rows = _map_rows(rebuilt, dict(record.source_config), dict(record.target_config))
         except (TritterError, KeyError) as error:
             return cls(problem=f"cannot be rebuilt: {error}")
         digest = rebuilt.digest()
@@ -138,7 +138,7 @@ def inspect(folder: Folder, family: ShowFamily = False, as_json: AsJson = False)
         experts_record = None if experts is None else _experts_json(experts)
     lineage = source.lineage
     last = lineage.expansion_history[-1] if lineage and lineage.expansion_history else None
-    last_map = RecordedMap.of(last) if last else None
+    last_map = _RecordedMap.of(last) if last else None
     growth = _growth(source) if family else {}
     if as_json:
         plain = {**_as_json(source, dtypes, last_map), "experts": experts_record}
@@ -170,7 +170,7 @@ def count_parameters_by_part(source: Source) -> dict[str, int]:
 
 
 def _as_json(
-    source: Source, dtypes: Mapping[str, int], last_map: RecordedMap | None
+    source: Source, dtypes: Mapping[str, int], last_map: _RecordedMap | None
 ) -> dict[str, Any]:
     from tritter.core.families import ffn_sizes, on_disk
     from tritter.storage.records import plain_record
@@ -372,7 +372,7 @@ def _print_lineage(console: Console, source: Source) -> None:
     print_lines(console, lines)
 
 
-def _print_expansion(console: Console, record: ExpansionRecord, last: RecordedMap) -> None:
+def _print_expansion(console: Console, record: ExpansionRecord, last: _RecordedMap) -> None:
     from tritter.checkpoints.record import layers_text
 
     error = record.step0_error
@@ -473,7 +473,7 @@ def rebuild_map(record: ExpansionRecord) -> ParameterMap:
     return rebuilt
 
 
-def map_rows(parameter_map: ParameterMap, source: Config, target: Config) -> tuple[MapRow, ...]:
+def _map_rows(parameter_map: ParameterMap, source: Config, target: Config) -> tuple[_MapRow, ...]:
     """Return the rows of a map's table in forward order, with equal layers joined."""
     from tritter.core.families import family_of
 
@@ -481,10 +481,10 @@ def map_rows(parameter_map: ParameterMap, source: Config, target: Config) -> tup
     sources = {
         t.name: source_family.shape(t, source) for t in source_family.logical_tensors(source)
     }
-    layers: dict[MapRow, list[int]] = {}
+    layers: dict[_MapRow, list[int]] = {}
     for tensor in family.logical_tensors(target):
         tensor_map = parameter_map.tensors[tensor.name]
-        row = MapRow(
+        row = _MapRow(
             kind=tensor.kind,
             layers="",
             source_shape=sources[tensor_map.origin] if tensor_map.origin else (),

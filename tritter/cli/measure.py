@@ -17,7 +17,7 @@ from tritter.storage.tensors import TensorFolder
 from tritter.transform import Expanded
 
 # Each weight is read once for all tokens. With experts, more tokens are needed to reach them all
-SEQUENCES, SEQUENCES_OF_EXPERTS, LENGTH = 2, 8, 32
+SEQUENCES, _SEQUENCES_OF_EXPERTS, LENGTH = 2, 8, 32
 _MB = 10**6
 
 
@@ -116,7 +116,7 @@ def random_tokens(config: Config, *, unlike: Sequence[int] = ()) -> Tensor:
     family = family_of(config)
     vocab_size = family.dimensions(config).vocab_size
     generator = torch.Generator().manual_seed(0)
-    shape = (SEQUENCES_OF_EXPERTS if family.has_experts else SEQUENCES, LENGTH)
+    shape = (_SEQUENCES_OF_EXPERTS if family.has_experts else SEQUENCES, LENGTH)
     ids = torch.arange(vocab_size)
     ids = ids[~torch.isin(ids, torch.tensor(unlike, dtype=torch.int64))]
     return ids[torch.randint(0, len(ids), shape, generator=generator)]

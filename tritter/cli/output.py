@@ -22,7 +22,7 @@ from tritter.terminal import progress_bars as bars_on
 if TYPE_CHECKING:
     from tritter.core.families import Config
 
-HASH_CHARACTERS = 12
+_HASH_CHARACTERS = 12
 EXIT_NO = 3  # a check failed
 # Key of config.json → label, in display order
 SHAPES = {
@@ -51,7 +51,7 @@ def shapes_of(config: Config) -> dict[str, int]:
 
 def short(digest: str | None) -> str:
     """Return the first characters of a hash, enough to identify a checkpoint."""
-    return digest[:HASH_CHARACTERS] if digest else "-"
+    return digest[:_HASH_CHARACTERS] if digest else "-"
 
 
 def print_json(content: Mapping[str, Any]) -> None:

@@ -60,7 +60,7 @@ Source = Annotated[
 Target = Annotated[
     str | None, option("--target", "10B", "Number of parameters such as 10B, or a preset.")
 ]
-GpuHours = Annotated[float | None, option("--gpu-hours", "H", "Budget in GPU-hours.")]
+_GpuHours = Annotated[float | None, option("--gpu-hours", "H", "Budget in GPU-hours.")]
 Strategy = Annotated[
     str,
     option(
@@ -69,7 +69,7 @@ Strategy = Annotated[
         "Order of growth; auto: lowest predicted loss for the budget.",
     ),
 ]
-DeviceFlops = Annotated[
+_DeviceFlops = Annotated[
     int,
     option(
         "--device-flops",
@@ -80,10 +80,10 @@ DeviceFlops = Annotated[
         panel=_COST,
     ),
 ]
-Mfu = Annotated[
+_Mfu = Annotated[
     float, option("--mfu", "U", "Model FLOPs utilisation (share of the peak).", panel=_COST)
 ]
-TokensPerParameter = Annotated[
+_TokensPerParameter = Annotated[
     float,
     option(
         "--tokens-per-parameter",
@@ -92,7 +92,7 @@ TokensPerParameter = Annotated[
         panel=_COST,
     ),
 ]
-SourceTokens = Annotated[
+_SourceTokens = Annotated[
     int | None,
     option(
         "--source-tokens",
@@ -108,14 +108,14 @@ Precision = Annotated[
     option("--precision", "TYPE", "A value of trainer.precision, such as 32-true.", panel=_MEMORY),
 ]
 Optimizer = Annotated[str, option("--optimizer", "adamw|adamw8bit", "Optimizer.", panel=_MEMORY)]
-FreezeAttention = Annotated[
+_FreezeAttention = Annotated[
     bool, flag("--freeze-attention", "Freeze the attention.", panel=_MEMORY)
 ]
 BatchSize = Annotated[
     int,
     option("--batch-size", "N", "Sequences per GPU and step.", least=1, most=10**6, panel=_MEMORY),
 ]
-SequenceLength = Annotated[
+_SequenceLength = Annotated[
     int | None,
     option(
         "--sequence-length",
@@ -126,7 +126,7 @@ SequenceLength = Annotated[
         panel=_MEMORY,
     ),
 ]
-GradientCheckpointing = Annotated[
+_GradientCheckpointing = Annotated[
     bool,
     flag(
         "--gradient-checkpointing",
@@ -134,25 +134,25 @@ GradientCheckpointing = Annotated[
         panel=_MEMORY,
     ),
 ]
-Guide = Annotated[bool, flag("--guide", "Print the size guide instead of a plan.")]
+_Guide = Annotated[bool, flag("--guide", "Print the size guide instead of a plan.")]
 
 
 def plan(
     source: Source = None,
     target: Target = None,
-    gpu_hours: GpuHours = None,
+    gpu_hours: _GpuHours = None,
     strategy: Strategy = "auto",
-    device_flops: DeviceFlops = 312 * 10**12,
-    mfu: Mfu = 0.4,
-    tokens_per_parameter: TokensPerParameter = 20.0,
-    source_tokens: SourceTokens = None,
+    device_flops: _DeviceFlops = 312 * 10**12,
+    mfu: _Mfu = 0.4,
+    tokens_per_parameter: _TokensPerParameter = 20.0,
+    source_tokens: _SourceTokens = None,
     precision: Precision = "bf16-mixed",
     optimizer: Optimizer = "adamw",
-    freeze_attention: FreezeAttention = False,
+    freeze_attention: _FreezeAttention = False,
     batch_size: BatchSize = 1,
-    sequence_length: SequenceLength = None,
-    gradient_checkpointing: GradientCheckpointing = False,
-    guide: Guide = False,
+    sequence_length: _SequenceLength = None,
+    gradient_checkpointing: _GradientCheckpointing = False,
+    guide: _Guide = False,
     as_json: AsJson = False,
 ) -> int:
     """Plan the expansions from one size to another: shapes, tokens, GPU-hours, memory.

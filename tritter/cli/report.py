@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tritter.report.plots import Curve
     from tritter.report.runs import Run
 
-MAX_RUNS = 1000
+_MAX_RUNS = 1000
 _DEPTH = 3  # levels below a requested folder: a sweep of sweeps
 _MAX_METRICS_BYTES = 2**26
 _NO_RUN = f"it contains no finished run (no {SUMMARY_FILE})"
@@ -122,8 +122,8 @@ def find_runs(folders: Sequence[Path]) -> FoundRuns:
         states = "one is not finished" if len(unfinished) == 1 else several
         command = resume_command(next(iter(unfinished)))
         raise _refused(folders, f"{_NO_RUN}; {states}: {command} resumes it")
-    if len(finished) > MAX_RUNS:
-        reason = f"it contains {len(finished)} runs; must be at most {MAX_RUNS}"
+    if len(finished) > _MAX_RUNS:
+        reason = f"it contains {len(finished)} runs; must be at most {_MAX_RUNS}"
         raise _refused(folders, reason)
     return FoundRuns(tuple(finished), tuple(unfinished))
 

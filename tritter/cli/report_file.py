@@ -15,7 +15,7 @@ from tritter.storage.reading import LINEAGE_NAME, RUN_FILE, kind_of, open_file, 
 
 _KEY = "--output"
 PAGE_NAME = "report.html"  # the one report that a run folder may contain
-MARK = "tritter_report"
+_MARK = "tritter_report"
 _FORMAT_VERSION = 1
 _GENERATOR = b'<meta name="generator" content="tritter '
 _HEAD_BYTES = 4096  # part of a page with the name of its generator
@@ -94,7 +94,7 @@ _NO_REPORT = {
 
 def _is_report(path: Path, kind: str, format: Format) -> bool:
     if format == "json":
-        found = read_object(path, limit_bytes=_MAX_BYTES).get(MARK)
+        found = read_object(path, limit_bytes=_MAX_BYTES).get(_MARK)
         return isinstance(found, Mapping) and found.get("kind") == kind
     with open_file(path) as file:
         if format == "html":
@@ -138,7 +138,7 @@ def _refused(
 
 def mark(kind: str) -> dict[str, Any]:
     """Return the entry that identifies a JSON report of a command."""
-    return {MARK: {"kind": kind, "format_version": _FORMAT_VERSION}}
+    return {_MARK: {"kind": kind, "format_version": _FORMAT_VERSION}}
 
 
 def _kind_of_folder(folder: Path) -> str:

@@ -40,7 +40,7 @@ _OPTIONS = {
 }
 _VALUED = ("--checkpoint", "--mode", "--steps", "--ewc-lambda", "--data", "--old-data", "--output")
 
-CheckpointDir = Annotated[
+_CheckpointDir = Annotated[
     str | None,
     option(
         "--checkpoint",
@@ -49,9 +49,9 @@ CheckpointDir = Annotated[
         "experiment=continued (model=hf, data=text, expansion=none).",
     ),
 ]
-Mode = Annotated[str | None, option("--mode", "continue", "Continue training (the only mode).")]
+_Mode = Annotated[str | None, option("--mode", "continue", "Continue training (the only mode).")]
 Steps = Annotated[str | None, option("--steps", "N", "Training steps (training.max_steps).")]
-EwcLambda = Annotated[
+_EwcLambda = Annotated[
     str | None,
     option(
         "--ewc-lambda",
@@ -60,7 +60,7 @@ EwcLambda = Annotated[
         "generates. Default: forgetting=replay.",
     ),
 ]
-NewData = Annotated[
+_NewData = Annotated[
     list[str] | None,
     option(
         "--data",
@@ -76,7 +76,7 @@ OldData = Annotated[
         "Old data, in the same formats. Default: the data that the checkpoint recorded.",
     ),
 ]
-RunDir = Annotated[
+_RunDir = Annotated[
     Path | None,
     option(
         "--output",
@@ -87,7 +87,7 @@ RunDir = Annotated[
 ]
 
 
-FindLr = Annotated[
+_FindLr = Annotated[
     bool,
     flag(
         "--find-lr",
@@ -140,14 +140,14 @@ class TrainCommand(TyperCommand):
 
 def train(
     context: typer.Context,
-    checkpoint: CheckpointDir = None,
-    mode: Mode = None,
+    checkpoint: _CheckpointDir = None,
+    mode: _Mode = None,
     steps: Steps = None,
-    ewc_lambda: EwcLambda = None,
-    data: NewData = None,
+    ewc_lambda: _EwcLambda = None,
+    data: _NewData = None,
     old_data: OldData = None,
-    output: RunDir = None,
-    find_lr: FindLr = False,
+    output: _RunDir = None,
+    find_lr: _FindLr = False,
 ) -> int:
     """Grow and train a model, or continue training a checkpoint (same as train.py)."""
     from tritter.config.launch.entry import main

@@ -40,7 +40,7 @@ OldData = Annotated[
         "Old data. Repeatable. Default: the data that the lineage of RESULT records.",
     ),
 ]
-TargetData = Annotated[
+_TargetData = Annotated[
     list[str] | None, option("--target-data", "[NAME=]PATH", "New data. Repeatable.")
 ]
 Limit = Annotated[
@@ -52,7 +52,7 @@ def validate(
     source: Source,
     result: Result,
     data: OldData = None,
-    target_data: TargetData = None,
+    target_data: _TargetData = None,
     limit: Limit = 200,
     as_json: AsJson = False,
 ) -> int:

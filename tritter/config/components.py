@@ -434,7 +434,7 @@ def read_callbacks(
     for name, body in bodies.items():
         key = f"callbacks.{name}"
         if (kind := classes.get(key)) is not None:
-            made, problems = try_build(key, kind, body)
+            made, problems = _try_build(key, kind, body)
             reader.problems += problems or callback_problems(key, made, body, owners)
     return _valid_components("callbacks", bodies, classes)
 
@@ -457,7 +457,7 @@ def read_metrics(
     """Return the own metrics of a run; problems are recorded by the reader."""
     for name, body in bodies.items():
         if (kind := classes.get(key := f"metrics.{name}")) is not None:
-            reader.problems += try_build(key, kind, body)[1]
+            reader.problems += _try_build(key, kind, body)[1]
     return _valid_components("metrics", bodies, classes)
 
 
@@ -503,7 +503,7 @@ def read_loggers(
         # Some loggers write when they are built: use a temporary folder for the trial
         with TemporaryDirectory() as folder:
             arguments = {"save_dir": folder} if "save_dir" in signature(kind).parameters else {}
-            _, problems = try_build(f"logger.{name}", kind, {**body, **arguments})
+            _, problems = _try_build(f"logger.{name}", kind, {**body, **arguments})
         for problem in problems:
             text = problem.reason.casefold()
             is_of_arguments = "no such argument" in text or "needs it" in text
@@ -568,7 +568,7 @@ def named_class(group: str, name: str, bodies: Mapping[str, Any]) -> type:
     raise RequestError(Problem(key, reason=reason))
 
 
-def try_build(key: str, kind: type, body: Mapping[str, Any]) -> tuple[Any, list[Problem]]:
+def _try_build(key: str, kind: type, body: Mapping[str, Any]) -> tuple[Any, list[Problem]]:
     """Return an instance built from a body (None if it can't be built), and the problems."""
     arguments = {name: value for name, value in body.items() if name != TARGET}
     if problems := list(argument_problems(kind, arguments, key=key)):

@@ -23,7 +23,7 @@ _LENGTHS = {f"training.{STEPS}", f"training.{TOKENS}"}  # mutually exclusive
 Overrides = tuple[str, ...]
 
 
-def ladder_names() -> list[str]:
+def _ladder_names() -> list[str]:
     """Return the names of all fallback chains."""
     return list(option_files().get(LADDERS, {}))
 
@@ -45,7 +45,7 @@ def ladder_problems(config: RunConfig) -> Iterator[Problem]:
     if gate.ladder is None:
         if gate.max_attempts is not None and gate.max_attempts > 1:
             reason = "without a fallback chain, a retry would repeat the first attempt; set "
-            reason += f"{LADDER} ({', '.join(ladder_names())}), or omit this key"
+            reason += f"{LADDER} ({', '.join(_ladder_names())}), or omit this key"
             yield Problem("gate.max_attempts", gate.max_attempts, reason=reason)
         return
     if not gate.enabled:
@@ -72,7 +72,7 @@ def choice_problems(overrides: Sequence[Override]) -> Iterator[Problem]:
         if override.key_or_group == LADDERS:
             name = str(override.value())
             reason = f"select a fallback chain with {LADDER}=NAME; available: "
-            reason += ", ".join(ladder_names())
+            reason += ", ".join(_ladder_names())
             yield Problem(LADDERS, name, reason=reason, nearest=f"{LADDER}={name}")
 
 
@@ -111,7 +111,7 @@ def _fallbacks(name: str) -> list[list[str]]:
 
 def _file_problems(name: str) -> Iterator[Problem]:
     """Yield the problems of a fallback chain's name and file."""
-    names = ladder_names()
+    names = _ladder_names()
     if name not in names:
         reason = f"there is no such fallback chain; allowed: {', '.join(names)}, or null"
         yield Problem(LADDER, name, reason=reason, nearest=nearest(name, names))

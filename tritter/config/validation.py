@@ -104,7 +104,7 @@ _CLASS_PER_ENTRY: Mapping[str, Callable[..., type]] = {
 _NOTHING = {"logger": "csv"}  # the option that selects nothing; `none` in other groups
 
 
-def group_bodies(reader: Reader, raw: Mapping[str, Any]) -> Bodies:
+def _group_bodies(reader: Reader, raw: Mapping[str, Any]) -> Bodies:
     """Return the body of each group, without the option `none` and disabled entries."""
     bodies = {}
     for group in (*SECTIONS, "optimizer", *CHOSEN_GROUPS, *_CLASS_PER_ENTRY):
@@ -230,7 +230,7 @@ def validate(
     """
     reader = Reader(known_keys)
     has_no_period = (raw.get("evaluation") or {}).get("every_n_steps", 0) is None
-    bodies = with_batches(_with_frozen_rows(group_bodies(reader, raw)))
+    bodies = with_batches(_with_frozen_rows(_group_bodies(reader, raw)))
     bodies = with_steps(bodies, reader.problems)
     has_no_rate = bodies.get("training", {}).get("learning_rate", 0) is None
     if has_no_rate:
@@ -456,7 +456,7 @@ def old_data_problems(config: RunConfig, text: RunText, folder: Path) -> Iterato
         yield Problem("data.old", typed, reason=reason)
 
 
-def vocabulary_problems(config: RunConfig) -> Iterator[Problem]:
+def _vocabulary_problems(config: RunConfig) -> Iterator[Problem]:
     """Yield the options that a larger vocabulary excludes."""
     place = vocab_place(config.expansion)
     if place is None:
@@ -473,7 +473,7 @@ def vocabulary_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem("expansion.vocab.freeze_old_rows", True, reason=reason)
 
 
-def children_problems(config: RunConfig) -> Iterator[Problem]:
+def _children_problems(config: RunConfig) -> Iterator[Problem]:
     """Yield the options that experts from children exclude."""
     of = ((each, getattr(each, "experts_from", None)) for each in config.expansion)
     spec, listed = next((pair for pair in of if pair[1]), (None, None))
@@ -512,8 +512,8 @@ _RULES: tuple[Rule, ...] = (
     reading_problems,
     streaming_problems,
     method_problems,
-    vocabulary_problems,
-    children_problems,
+    _vocabulary_problems,
+    _children_problems,
     pipeline_problems,
     averaging_problems,
 )

@@ -312,7 +312,7 @@ def _forward(router: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor
 # them at first and rises to 0 during training. Stock classes ignore the offset, so only Tritter
 # computes the right function of a folder with this file.
 
-LOWEST_OFFSET = -20.0  # first finite offset: a weight of e⁻²⁰
+_LOWEST_OFFSET = -20.0  # first finite offset: a weight of e⁻²⁰
 _PATH = ("state", "router.json")
 _CLOSED: Literal["-inf"] = "-inf"  # JSON has no number for it
 
@@ -345,7 +345,7 @@ def router_offset(step: int, *, anneal_steps: int) -> float:
     """
     if step <= 0:
         return -math.inf
-    return LOWEST_OFFSET * max(0.0, 1 - step / anneal_steps)
+    return _LOWEST_OFFSET * max(0.0, 1 - step / anneal_steps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT_VERSION = 1
-ENDLESS = 2**40  # batches: more than any run draws
+_ENDLESS = 2**40  # batches: more than any run draws
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +221,7 @@ class BatchStream:
         new: Sequences,
         *,
         batch_size: int,
-        num_batches: int = ENDLESS,
+        num_batches: int = _ENDLESS,
         window: int = 1,
     ) -> None:
         """Batch a stream of sequences.

@@ -35,10 +35,10 @@ _EMPTIED_LINES = re.compile(rf"^[ \t]*{_REMOVED}[ \t{_REMOVED}]*\n", re.MULTILIN
 _EMPTIED_TAIL = re.compile(rf"[ \t]*{_REMOVED}")
 logger = logging.getLogger(__name__)
 
-MINIMUM_DOCSTRING_CHARACTERS = 40
-GATHERING_VERSION = 1  # increment when the same files would yield other documents
-TOPICS = "pydoc_data/topics.py"
-EXCLUDED_FOLDERS = frozenset(
+_MINIMUM_DOCSTRING_CHARACTERS = 40
+_GATHERING_VERSION = 1  # increment when the same files would yield other documents
+_TOPICS = "pydoc_data/topics.py"
+_EXCLUDED_FOLDERS = frozenset(
     {
         "__pycache__",
         "_bundled",
@@ -54,7 +54,7 @@ EXCLUDED_FOLDERS = frozenset(
     }
 )
 # Build artefacts: paths and flags of one machine.
-GENERATED_PREFIXES = ("_sysconfigdata", "config-")
+_GENERATED_PREFIXES = ("_sysconfigdata", "config-")
 BUILT_IN_TEXTS = ("stdlib:prose", "stdlib:code")
 
 
@@ -148,8 +148,8 @@ def gather(root: Path | None = None) -> StdlibText:
     root = root or stdlib_root()
     prose, code = list[Document](), list[Document]()
     skipped: list[str] = []
-    if (root / TOPICS).is_file():
-        _, tree = _parse(root / TOPICS)
+    if (root / _TOPICS).is_file():
+        _, tree = _parse(root / _TOPICS)
         assignment = next(node for node in tree.body if isinstance(node, ast.Assign))
         topics: dict[str, str] = ast.literal_eval(assignment.value)
         for name, text in sorted(topics.items()):
@@ -162,7 +162,7 @@ def gather(root: Path | None = None) -> StdlibText:
             skipped.append(identifier)
             continue
         docstrings = (ast.get_docstring(node) or "" for node in documented_nodes(tree))
-        long = (text for text in docstrings if len(text) > MINIMUM_DOCSTRING_CHARACTERS)
+        long = (text for text in docstrings if len(text) > _MINIMUM_DOCSTRING_CHARACTERS)
         _append(prose, identifier, "\n\n".join(long))
         _append(code, identifier, strip_documentation(source, tree=tree))
     if not code:
@@ -193,10 +193,10 @@ def source_files(root: Path) -> tuple[Path, ...]:
         subfolders[:] = [
             name
             for name in subfolders
-            if name not in EXCLUDED_FOLDERS and not name.startswith(GENERATED_PREFIXES)
+            if name not in _EXCLUDED_FOLDERS and not name.startswith(_GENERATED_PREFIXES)
         ]
         for name in names:
-            if name.endswith(".py") and not name.startswith(GENERATED_PREFIXES):
+            if name.endswith(".py") and not name.startswith(_GENERATED_PREFIXES):
                 found.append(Path(folder, name))
     return tuple(sorted(found))
 
@@ -207,8 +207,8 @@ def stdlib_fingerprint(root: Path | None = None) -> str:
     It covers Python's version, the folder, and each file's path, size and modification time.
     """
     root = root or stdlib_root()
-    digest = sha256(f"{GATHERING_VERSION}\0{platform.python_version()}\0{root}".encode())
-    for path in (root / TOPICS, *source_files(root)):
+    digest = sha256(f"{_GATHERING_VERSION}\0{platform.python_version()}\0{root}".encode())
+    for path in (root / _TOPICS, *source_files(root)):
         if path.is_file():
             status = path.stat()
             digest.update(f"\0{path}\0{status.st_size}\0{status.st_mtime_ns}".encode())

@@ -28,7 +28,7 @@ LossOn = Literal["answers", "all"]
 TOKENIZER, NONE = "tokenizer", "none"  # values of data.chat_template; others are files
 TEMPLATE_FILE = "chat_template.jinja"  # in a checkpoint
 TEMPLATE_KEY, LOSS_KEY = "data.chat_template", "data.loss_on"
-MAX_TEMPLATE_BYTES = 2**20
+_MAX_TEMPLATE_BYTES = 2**20
 # Marks: a role, whose bit of CONTEXT excludes a token from the loss, and the start of a
 # conversation. Ids are below 2**28
 ANSWER, CONTEXT, PADDING = 1 << 28, 2 << 28, 3 << 28
@@ -376,6 +376,6 @@ def read_template(path: str) -> str:
         RequestError: the file can't be read.
     """
     try:
-        return read_text(Path(path), limit_bytes=MAX_TEMPLATE_BYTES)
+        return read_text(Path(path), limit_bytes=_MAX_TEMPLATE_BYTES)
     except TritterError as error:
         raise RequestError(Problem(TEMPLATE_KEY, path, reason=str(error))) from error

@@ -10,15 +10,15 @@ from itertools import takewhile
 from typing import Any
 
 PART_BREAK = "\n\n"  # between the messages of a plain text
-USER, ASSISTANT, SYSTEM, TOOL, TOOLS = "user", "assistant", "system", "tool", "tools"
+USER, ASSISTANT, SYSTEM, _TOOL, TOOLS = "user", "assistant", "system", "tool", "tools"
 # Roles of data sets in lower case → those of chat templates
 _ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), USER),
     **dict.fromkeys(("assistant", "model", "gpt", "chatgpt", "bot", "chatbot", "ai"), ASSISTANT),
     **dict.fromkeys(("function_call", "tool_call"), ASSISTANT),
     **dict.fromkeys(("system", "developer"), SYSTEM),
-    **dict.fromkeys(("tool", "function", "function_response", "tool_response"), TOOL),
-    **dict.fromkeys(("observation", "ipython"), TOOL),
+    **dict.fromkeys(("tool", "function", "function_response", "tool_response"), _TOOL),
+    **dict.fromkeys(("observation", "ipython"), _TOOL),
 }
 TURNS = ("messages", "conversations")
 _SYSTEMS = (SYSTEM, "system_prompt", "system_message")

@@ -15,7 +15,7 @@ from tritter.data.records import DEFAULT_FIELD, text_of
 from tritter.errors import Problem, RequestError, TritterError, nearest
 from tritter.seeds import derived_seed
 
-LENGTH, LOSS, DIFFICULTY = "length", "loss", "difficulty"
+LENGTH, _LOSS, _DIFFICULTY = "length", "loss", "difficulty"
 _TOKENS = "input_ids"
 
 By = str | Callable[[Any], float] | Sequence[float] | Tensor
@@ -53,8 +53,8 @@ def difficulties(
     if not len(examples):
         raise RequestError("there are no examples.")
     if by is None:
-        has_difficulty = any(_value(example, DIFFICULTY) is not None for example in examples)
-        by = DIFFICULTY if has_difficulty else LENGTH
+        has_difficulty = any(_value(example, _DIFFICULTY) is not None for example in examples)
+        by = _DIFFICULTY if has_difficulty else LENGTH
     if isinstance(by, str):
         if by == LENGTH:
             has_tokens = (tokenizer is not None or _tokens(each) is not None for each in examples)
@@ -64,7 +64,7 @@ def difficulties(
                     enumerate(examples), has_tokens, strict=True
                 )
             )
-        elif by == LOSS and model is not None:
+        elif by == _LOSS and model is not None:
             found = _losses(examples, model, tokenizer)
         else:
             found = (_required_value(*each, by) for each in enumerate(examples))
@@ -102,7 +102,7 @@ def _required_value(index: int, example: Any, key: str) -> Any:
             names = names or list(getattr(example, "__dict__", {}))
         near = nearest(key, [LENGTH, *names])
         reason = f"example {index} has no {key!r}; it has {', '.join(names) or 'no keys'}"
-        advice = "loss needs a model and a tokenizer" if key == LOSS else ""
+        advice = "loss needs a model and a tokenizer" if key == _LOSS else ""
         raise RequestError(Problem("difficulty", key, reason, advice, nearest=near))
     return value
 

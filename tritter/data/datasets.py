@@ -35,8 +35,8 @@ from tritter.storage.hub import quiet_hub
 from tritter.storage.reading import check_inside, check_tree, read_object, read_text, require_file
 
 PREFIX = "hf:"
-FORM = "hf:OWNER/NAME[@REVISION][/CONFIG][:SPLIT][[FROM:TO]][#COLUMN]"
-PATH_FORM = "PATH[:SPLIT][[FROM:TO]][#COLUMN]"
+_FORM = "hf:OWNER/NAME[@REVISION][/CONFIG][:SPLIT][[FROM:TO]][#COLUMN]"
+_PATH_FORM = "PATH[:SPLIT][[FROM:TO]][#COLUMN]"
 # File extension → builder of `datasets` that reads it, and the builder's arguments
 _PLAIN: dict[str, tuple[str, dict[str, str]]] = {
     ".json": ("json", {}),
@@ -45,7 +45,7 @@ _PLAIN: dict[str, tuple[str, dict[str, str]]] = {
     ".tsv": ("csv", {"sep": "\t"}),
     ".txt": ("text", {}),
 }
-BUILDERS = {
+_BUILDERS = {
     **_PLAIN,
     ".parquet": ("parquet", {}),
     ".arrow": ("arrow", {}),
@@ -126,8 +126,8 @@ class DatasetName:
     def builder(self) -> tuple[str, dict[str, str]] | None:
         """The builder of a single data file and its arguments; None if it is not such a file."""
         path = Path(self.name)
-        ending = file_ending(path) if self.is_on_disk and path.is_file() else ""
-        return BUILDERS[ending] if ending else None
+        ending = _file_ending(path) if self.is_on_disk and path.is_file() else ""
+        return _BUILDERS[ending] if ending else None
 
 
 def dataset_names(paths: Iterable[str]) -> tuple[str, ...]:
@@ -135,10 +135,10 @@ def dataset_names(paths: Iterable[str]) -> tuple[str, ...]:
     return tuple(path for path in paths if path.startswith(PREFIX))
 
 
-def file_ending(path: Path) -> str:
+def _file_ending(path: Path) -> str:
     """Return the extension that selects the builder of a file; empty if it is unsupported."""
     name = path.name.lower()
-    return max((end for end in BUILDERS if name.endswith(end)), key=len, default="")
+    return max((end for end in _BUILDERS if name.endswith(end)), key=len, default="")
 
 
 def parse_name(key: str, word: str) -> DatasetName:
@@ -159,7 +159,7 @@ def parse_name(key: str, word: str) -> DatasetName:
                 return DatasetName(name=_absolute(key, body))
     match = (_ON_DISK if is_on_disk else _OF_HUB).fullmatch(body)
     if match is None:
-        reason = f"the format is {PATH_FORM if is_on_disk else FORM}; FROM and TO count rows"
+        reason = f"the format is {_PATH_FORM if is_on_disk else _FORM}; FROM and TO count rows"
         raise refused(key, word, reason)
     found = match.groupdict()
     start, stop = int(found["start"] or 0), int(found["stop"]) if found["stop"] else None
@@ -188,14 +188,14 @@ def check_on_disk(key: str, word: str, source: DatasetName) -> None:
         reason = "Tritter never runs the script of a data set; name its data files"
     elif path.is_dir():
         try:
-            check_folder(path)
+            _check_folder(path)
         except TritterError as error:
             raise RequestError(f"{key}: {error}") from error
         return
     elif path.is_file():
-        if file_ending(path):
+        if _file_ending(path):
             return
-        reason = f"data=hf reads {', '.join(BUILDERS)}; data=text reads other files"
+        reason = f"data=hf reads {', '.join(_BUILDERS)}; data=text reads other files"
     else:
         siblings = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
         parent = "" if siblings else f"; {path.parent} is not a folder either"
@@ -206,7 +206,7 @@ def check_on_disk(key: str, word: str, source: DatasetName) -> None:
     raise refused(key, word, reason)
 
 
-def check_folder(folder: Path) -> None:
+def _check_folder(folder: Path) -> None:
     """Refuse a data set folder that refers to files outside itself, by link or by name.
 
     Raises:
@@ -290,7 +290,7 @@ def stream_identity(*sources: DatasetName, key: str) -> dict[str, str]:
     for source in sources:
         path = Path(source.name)
         for file in (path, *sorted(path.rglob("*"))) if source.is_on_disk else ():
-            if file.is_file() and (file_ending(file) or file.name == _CARD):
+            if file.is_file() and (_file_ending(file) or file.name == _CARD):
                 files[file] = file.stat()
     is_hashed = sum(status.st_size for status in files.values()) <= HASHED_BYTES
     found = {"data sets": ", ".join(str(resolve_dataset(each, key=key)) for each in sources)}
@@ -499,7 +499,7 @@ def _open(source: DatasetName, *, is_streamed: bool) -> Mapping[str | None, Any]
         found = {_DEFAULT_SPLIT: [location]}
     if source.is_on_disk and location.is_dir():
         try:
-            check_folder(location)
+            _check_folder(location)
         except TritterError as error:
             raise _Unreadable(f"is refused: {error}") from error
         found = {} if is_saved else _builder(source)[0].config.data_files or {}
@@ -507,8 +507,8 @@ def _open(source: DatasetName, *, is_streamed: bool) -> Mapping[str | None, Any]
     for file in chain.from_iterable(
         files.values()
     ):  # unsupported, outside the folder, or decompressing to far too much
-        if not file_ending(file):
-            reason = f"{file} is not supported; allowed are {', '.join(BUILDERS)}"
+        if not _file_ending(file):
+            reason = f"{file} is not supported; allowed are {', '.join(_BUILDERS)}"
             raise _Unreadable(f"is refused: {reason}")
         try:
             check_inside(location, str(file))

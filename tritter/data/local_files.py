@@ -43,9 +43,9 @@ from tritter.storage.reading import open_file
 MAX_ARRAY_BYTES = 256 * 2**20  # of a .json, which is parsed in memory
 MAX_LINE_BYTES = 32 * 2**20
 # A .gz or .parquet may decode to this many times its own size. Real text never exceeds it.
-MAX_EXPANSION = 200
+_MAX_EXPANSION = 200
 FREE_EXPANSION_BYTES = 64 * 2**20  # always allowed, even for small files
-MAX_PROBLEMS_SHOWN = 100
+_MAX_PROBLEMS_SHOWN = 100
 _PIECE_BYTES = 2**20
 _PARQUET_ROWS = 256
 _SHARED_ROWS = 4096  # per batch with dictionary-encoded texts
@@ -54,7 +54,7 @@ _ROW_BYTES = 8  # minimum, so that rows without values count too
 _PACKED = ".gz"
 _WRITING = (".txt", ".md", ".rst", ".tex")
 # fmt: off
-SOURCE_CODE = (
+_SOURCE_CODE = (
     ".py", ".pyi", ".pyx", ".c", ".h", ".cc", ".cpp", ".cxx", ".hh", ".hpp", ".cu", ".cuh",
     ".java", ".kt", ".kts", ".scala", ".groovy", ".clj", ".cs", ".fs", ".go", ".rs", ".swift",
     ".vb", ".m", ".mm", ".d", ".zig", ".nim", ".js", ".mjs", ".cjs", ".jsx", ".ts", ".tsx", ".vue",
@@ -64,11 +64,11 @@ SOURCE_CODE = (
     ".sql", ".proto", ".cmake", ".yaml", ".yml", ".toml",
 )
 # fmt: on
-_WHOLE = (*_WRITING, *SOURCE_CODE)
+_WHOLE = (*_WRITING, *_SOURCE_CODE)
 _PLAIN = (*_WHOLE, ".jsonl", ".json", ".csv")
-TEXT_SUFFIXES = (*_PLAIN, ".parquet", *(f"{suffix}{_PACKED}" for suffix in _PLAIN))
+_TEXT_SUFFIXES = (*_PLAIN, ".parquet", *(f"{suffix}{_PACKED}" for suffix in _PLAIN))
 SUPPORTED = (
-    f"{', '.join(_WRITING)}, source files ({', '.join(SOURCE_CODE[:4])}, ...), .jsonl, .json, "
+    f"{', '.join(_WRITING)}, source files ({', '.join(_SOURCE_CODE[:4])}, ...), .jsonl, .json, "
     ".csv, all of these also as .gz, and .parquet"
 )
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -82,7 +82,7 @@ class TextFileError(TritterError):
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
-        shown = list(self.problems[:MAX_PROBLEMS_SHOWN])
+        shown = list(self.problems[:_MAX_PROBLEMS_SHOWN])
         if len(self.problems) > len(shown):
             shown.append(f"and {len(self.problems) - len(shown)} more")
         lines = "\n".join(f"  {line}" for line in shown)
@@ -268,7 +268,7 @@ def no_text(key: str, files: Sequence[Path]) -> str:
 def text_suffix(path: Path) -> str:
     """Return the extension that selects the reader of a file; empty if it is unsupported."""
     name = path.name.lower()
-    return next((suffix for suffix in TEXT_SUFFIXES if name.endswith(suffix)), "")
+    return next((suffix for suffix in _TEXT_SUFFIXES if name.endswith(suffix)), "")
 
 
 def not_data(path: Path) -> str | None:
@@ -277,7 +277,7 @@ def not_data(path: Path) -> str | None:
     A project contains settings in .json (one object) and source files of other encodings.
     """
     kind = _kind(path)
-    if kind != ".json" and kind not in SOURCE_CODE:
+    if kind != ".json" and kind not in _SOURCE_CODE:
         return None
     # A file that can't be opened is reported when it is read
     with suppress(OSError, EOFError, zlib.error, TritterError):
@@ -374,7 +374,7 @@ class _Expansion:
     """Counter of the decoded bytes of a file with `packed_bytes`."""
 
     def __init__(self, packed_bytes: int) -> None:
-        self.limit_bytes = max(FREE_EXPANSION_BYTES, MAX_EXPANSION * packed_bytes)
+        self.limit_bytes = max(FREE_EXPANSION_BYTES, _MAX_EXPANSION * packed_bytes)
         self._num_bytes = 0
 
     def count(self, num_bytes: int) -> None:
@@ -387,7 +387,7 @@ class _Expansion:
         if self._num_bytes > self.limit_bytes:
             raise WrongRecordError(
                 f"decompresses to more than {self.limit_bytes // 2**20} MB; the limit is "
-                f"{FREE_EXPANSION_BYTES // 2**20} MB or {MAX_EXPANSION} times the file's size"
+                f"{FREE_EXPANSION_BYTES // 2**20} MB or {_MAX_EXPANSION} times the file's size"
             )
 
 

@@ -190,7 +190,7 @@ class SkillsDataConfig(NamedTextConfig):
 PathResolver = Callable[[str, str], str]  # key and path as typed → resolved path
 
 
-def text_location(key: str, path: str) -> str:
+def _text_location(key: str, path: str) -> str:
     """Return the absolute path of text files, or the name of a built-in text.
 
     Raises:
@@ -211,22 +211,22 @@ def text_location(key: str, path: str) -> str:
     return resolved
 
 
-def skill_location(key: str, word: str) -> str:
-    """Return the full name of a skill, or `text_location` of any other word.
+def _skill_location(key: str, word: str) -> str:
+    """Return the full name of a skill, or `_text_location` of any other word.
 
     Raises:
         RequestError: the word names neither a skill nor text files.
     """
     name = word.partition(":")[0]
     if name in SKILLS:
-        return text_location(key, f"{SKILL_PREFIX}{word}")
+        return _text_location(key, f"{SKILL_PREFIX}{word}")
     if word.isidentifier() and not Path(word).exists():
         reason = f"there is no such skill, file or folder; the skills are {', '.join(SKILLS)}"
         raise refused(key, word, reason, near=nearest(name, SKILLS))
-    return text_location(key, word)
+    return _text_location(key, word)
 
 
-def dataset_location(key: str, word: str, *, column: str | None, max_rows: int | None) -> str:
+def _dataset_location(key: str, word: str, *, column: str | None, max_rows: int | None) -> str:
     """Return the full name of a data set, or the name of a built-in text.
 
     Args:
@@ -255,12 +255,12 @@ def path_resolver(kind: type[DataConfig], raw: Mapping[str, object]) -> PathReso
         raw: its section of the config.
     """
     if issubclass(kind, TextDataConfig):
-        return text_location
+        return _text_location
     if issubclass(kind, SkillsDataConfig):
-        return skill_location
+        return _skill_location
     column, rows = raw.get("text_column"), raw.get("max_rows")
     return partial(
-        dataset_location,
+        _dataset_location,
         column=column if isinstance(column, str) and column else None,
         max_rows=rows if type(rows) is int and rows > 0 else None,
     )
@@ -272,7 +272,7 @@ def read_sources(
     *,
     default_name: str | None,
     problems: list[Problem],
-    resolve: PathResolver = text_location,
+    resolve: PathResolver = _text_location,
     known: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> TextSources:
     """Read domain → absolute paths from a config value.
@@ -328,11 +328,11 @@ def _name_of(paths: Sequence[str], known: Mapping[str, Sequence[str]]) -> str:
     return next(same, None) or unused_name(named_after(paths), known)
 
 
-def read_tasks(
+def _read_tasks(
     value: object,
     old: TextSources,
     problems: list[Problem],
-    resolve: PathResolver = text_location,
+    resolve: PathResolver = _text_location,
     *,
     default_name: str | None = "text",
 ) -> list[TextSources]:
@@ -414,7 +414,7 @@ def read_named(
     tasks, has_new = raw.get("tasks"), raw.get("new") not in (None, {})
     sources["tasks"] = []
     if tasks is not None:
-        sources["tasks"] = read_tasks(
+        sources["tasks"] = _read_tasks(
             tasks,
             sources["old"],
             problems,

@@ -19,7 +19,7 @@ from tritter.errors import key_name, nearest, setting
 
 DEFAULT_FIELD, FIELD_KEY = "text", "data.text_field"
 # Common names of the text field
-COMMON_FIELDS = ("text", "content", "body", "document", "article", "raw_content", "completion")
+_COMMON_FIELDS = ("text", "content", "body", "document", "article", "raw_content", "completion")
 _MAX_NAMES, _MAX_NAME_LENGTH, _MAX_MESSAGE = 12, 40, 200
 _BLANKS = " \t\r\n"
 
@@ -65,7 +65,7 @@ def text_of(record: object, *, field: str) -> Text:
 
 def missing_field(field: str, found: Sequence[Any]) -> WrongRecordError:
     """Return the error for a missing field, with the available fields and the nearest match."""
-    likely = next((name for name in COMMON_FIELDS if name in found), None)
+    likely = next((name for name in _COMMON_FIELDS if name in found), None)
     likely = likely or nearest(field, [name for name in found if isinstance(name, str)])
     accepted = ""
     if field == DEFAULT_FIELD:

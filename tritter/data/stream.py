@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import Tensor
 
-BUFFER_SEQUENCES = 1024  # among which the next sequence is drawn
+_BUFFER_SEQUENCES = 1024  # among which the next sequence is drawn
 _AHEAD = 2  # batches of rows that are tokenised in advance
 
 
@@ -140,7 +140,7 @@ class StreamedSequences:
     Each epoch reads all sources in order and contains every sequence once. Sequences leave the
     buffer in a random order that depends on the seed alone. A thread reads and tokenises ahead;
     the tokenizers library uses all cores. The state contains the position in the sources and
-    the buffer: it is about 4 bytes per token of `BUFFER_SEQUENCES`.
+    the buffer: it is about 4 bytes per token of `_BUFFER_SEQUENCES`.
 
     Args:
         sources: the data sets of the domain.
@@ -157,7 +157,7 @@ class StreamedSequences:
         key: str,
         options: SequenceOptions,
         seed: int,
-        buffer_sequences: int = BUFFER_SEQUENCES,
+        buffer_sequences: int = _BUFFER_SEQUENCES,
     ) -> None:
         import torch
 

@@ -31,14 +31,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 END_OF_TEXT = "<|endoftext|>"
-MINIMUM_VOCAB_SIZE = 257  # all bytes and the end of text
+_MINIMUM_VOCAB_SIZE = 257  # all bytes and the end of text
 _STATED_IN = ("tokenizer_config.json", "special_tokens_map.json")
 _NUMBERED_IN = ("generation_config.json", "config.json")
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "decoder")  # multimodal models
 # transformers rebuilds their tokenizers, without what tokenizer.json puts in front of a text
 _WITHOUT_START = ("GPTNeoXTokenizer", "GPTNeoXTokenizerFast")
 _ANY_TEXT = "a"
-MINIMUM_DOCUMENT_TOKENS = 4  # a character may have four bytes, each a token
+_MINIMUM_DOCUMENT_TOKENS = 4  # a character may have four bytes, each a token
 # Characters per batch: encodings with offsets need many times the memory of the text
 ENCODED_CHARACTERS = 2**21
 PACKED_DOCUMENTS = 128
@@ -56,10 +56,10 @@ def train_tokenizer(documents: Iterable[Document], *, vocab_size: int) -> Tokeni
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    if vocab_size < MINIMUM_VOCAB_SIZE:
+    if vocab_size < _MINIMUM_VOCAB_SIZE:
         raise RequestError(
             f"data.vocab_size={vocab_size}: a byte-level vocabulary needs at least "
-            f"{MINIMUM_VOCAB_SIZE} (256 bytes and the end of text)."
+            f"{_MINIMUM_VOCAB_SIZE} (256 bytes and the end of text)."
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -408,10 +408,10 @@ def tokenise(
     import numpy as np
 
     limit = max_tokens_per_document
-    if limit is not None and limit < MINIMUM_DOCUMENT_TOKENS:
+    if limit is not None and limit < _MINIMUM_DOCUMENT_TOKENS:
         raise RequestError(
             f"data.max_validation_tokens_per_document={limit}: must be at least "
-            f"{MINIMUM_DOCUMENT_TOKENS} (a single character may have that many tokens), or null."
+            f"{_MINIMUM_DOCUMENT_TOKENS} (a single character may have that many tokens), or null."
         )
     tokens, ends, num_bytes = Spool(), array("q", [0]), array("q")
     names, name_ends, num_cut = Spool(), array("q"), 0
@@ -658,7 +658,7 @@ def encoded_texts(
         TritterError: a normaliser or splitter of the tokenizer fails on a text.
     """
     encode = tokenizer.encode_batch_fast if is_fast else tokenizer.encode_batch
-    with specials_as_text(tokenizer):
+    with _specials_as_text(tokenizer):
         try:
             with panics_as_errors():
                 return list(encode(texts, add_special_tokens=False))
@@ -750,7 +750,7 @@ def _dropped(texts: Iterable[str], tokenizer: Tokenizer) -> tuple[int, int, str]
 
 
 @contextmanager
-def specials_as_text(tokenizer: Tokenizer) -> Iterator[None]:
+def _specials_as_text(tokenizer: Tokenizer) -> Iterator[None]:
     """Encode special tokens in a text like other text."""
     before = tokenizer.encode_special_tokens
     tokenizer.encode_special_tokens = True

@@ -371,7 +371,7 @@ def _bound_text(value: float) -> str:
     return f"{value:+.2%}" if finite_or_none(value) is not None else "unknown"
 
 
-MSE_BOUND = 1e-6  # mean squared difference of logits
+_MSE_BOUND = 1e-6  # mean squared difference of logits
 _ROUNDED_JUMP = 1.0
 
 
@@ -385,7 +385,7 @@ def equivalence_check(
 ) -> Check:
     """Check that two models compute the same logits up to rounding.
 
-    The check passes if the mean squared difference is below `MSE_BOUND` and the largest
+    The check passes if the mean squared difference is below `_MSE_BOUND` and the largest
     difference is below 1e-4 standard deviations, because logits may be small. Differences that
     rounding of the weights to 16 bits may explain are undecided.
 
@@ -400,10 +400,10 @@ def equivalence_check(
     difference = after - before
     error = float(difference.square().mean())
     relative = float(difference.abs().max() / before.std())
-    is_same = error < MSE_BOUND and relative < EXACT_JUMP
+    is_same = error < _MSE_BOUND and relative < EXACT_JUMP
     verdict: Verdict = "passed" if is_same else "failed"
     detail = (
-        f"mean squared difference of the logits {error:.2g}, allowed {MSE_BOUND:g}; largest "
+        f"mean squared difference of the logits {error:.2g}, allowed {_MSE_BOUND:g}; largest "
         f"difference {relative:.2g} standard deviations, allowed {EXACT_JUMP:g}"
     )
     if not is_same and skip_reason is not None:
@@ -411,7 +411,7 @@ def equivalence_check(
     elif not is_same and rounded and relative < rounded_bound:
         verdict = "undecided"
         detail += f"; this includes rounding to {rounded}, use a result in float32 to decide"
-    return Check("forward_equivalence", "logits", verdict, detail, value=error, bound=MSE_BOUND)
+    return Check("forward_equivalence", "logits", verdict, detail, value=error, bound=_MSE_BOUND)
 
 
 def rounded_jump(*, has_experts: bool) -> float:

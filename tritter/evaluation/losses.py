@@ -74,7 +74,7 @@ def document_losses(
                 inputs = inputs_for(model, input_ids.to(device))
                 logits = model(input_ids=inputs, use_cache=False).logits
             row = torch.tensor([window.document for window in batch])
-            nats_BT = token_nats(logits, targets.to(device))
+            nats_BT = _token_nats(logits, targets.to(device))
             nats.index_add_(0, row, nats_BT.sum(dim=1).cpu())
             if positions is not None:
                 sums = torch.stack([nats_BT.cpu(), (targets != IGNORED).double()]).sum(dim=1)
@@ -136,10 +136,10 @@ def window_lengths(
 
 def nats_per_row(logits: Tensor, targets: Tensor) -> Tensor:
     """Sum the cross-entropy of each row, float64 [B]; per token it is computed in float32."""
-    return token_nats(logits, targets).sum(dim=1)
+    return _token_nats(logits, targets).sum(dim=1)
 
 
-def token_nats(logits: Tensor, targets: Tensor) -> Tensor:
+def _token_nats(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the cross-entropy of each token, float64 [B, T]; it is computed in float32."""
     step = max(1, _MAX_LOGITS_OF_LOSS // logits.shape[-1])
     parts = zip(logits.flatten(0, 1).split(step), targets.flatten().split(step), strict=True)

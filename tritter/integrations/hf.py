@@ -63,9 +63,9 @@ from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 from tritter.training.forgetting_method import WRITTEN
 from tritter.training.parameters import disk_values
 
-NAMED = {kind.name: kind for kind in (EWC, OnlineEWC, L2SP, SI, Distill, Replay, SelfReplay)}
-FORGETTING_FOLDER = "forgetting"  # of a checkpoint-N
-GATE_CONFIDENCE = 0.95
+_NAMED = {kind.name: kind for kind in (EWC, OnlineEWC, L2SP, SI, Distill, Replay, SelfReplay)}
+_FORGETTING_FOLDER = "forgetting"  # of a checkpoint-N
+_GATE_CONFIDENCE = 0.95
 _PARALLEL = {"NO", "MULTI_GPU", "MULTI_CPU"}  # accelerate's names: one process, or DDP
 _logger = logging.get_logger(__name__)
 
@@ -103,10 +103,10 @@ def _component(method: str | ForgettingMethod) -> Component:
     if isinstance(method, ForgettingMethod):
         raise_problems(checked(method.options, prefix=f"methods.{method.name}"))
         return Component(name=method.name, kind=type(method), options=method.options)
-    if kind := NAMED.get(str(method)):
+    if kind := _NAMED.get(str(method)):
         return Component(name=kind.name, kind=kind, options=kind.Options())
-    reason = f"must be one of {', '.join(NAMED)}, or a method such as EWC(ewc_lambda=1e3)"
-    near = nearest(str(method), NAMED)
+    reason = f"must be one of {', '.join(_NAMED)}, or a method such as EWC(ewc_lambda=1e3)"
+    near = nearest(str(method), _NAMED)
     raise RequestError(Problem("methods", str(method), reason=reason, nearest=near))
 
 
@@ -185,7 +185,7 @@ class ForgettingMixin(Trainer):  # in front of the trainer class
                 reason = f"{self.args.output_dir} has no checkpoint to resume from"
                 raise RequestError(Problem("resume_from_checkpoint", True, reason=reason))
         with _stock_forward(self.model):  # an earlier training run may have patched it
-            self.forgetting.begin(Path(checkpoint) / FORGETTING_FOLDER if checkpoint else None)
+            self.forgetting.begin(Path(checkpoint) / _FORGETTING_FOLDER if checkpoint else None)
         try:
             return super().train(checkpoint, *args, **kwargs)
         finally:
@@ -262,7 +262,7 @@ class ForgettingMixin(Trainer):  # in front of the trainer class
         if not self.forgetting.is_running:
             self.forgetting.write_end(folder)
         elif not self.args.save_only_model:
-            self.forgetting.save(folder / FORGETTING_FOLDER)
+            self.forgetting.save(folder / _FORGETTING_FOLDER)
 
 
 class _AfterSteps(TrainerCallback):
@@ -677,7 +677,7 @@ class Forgetting:
         for name, after in self._scores().items():
             before = replace(after, values=self._before[name])
             check = retention_check(
-                name, before, after, bound=self._retention, confidence=GATE_CONFIDENCE
+                name, before, after, bound=self._retention, confidence=_GATE_CONFIDENCE
             )
             checks.append(check)
         return GateResult.of(checks) if checks else None
@@ -725,7 +725,7 @@ class Forgetting:
         key = "resume_from_checkpoint"
         if not folder.is_dir():
             reason = (
-                f"it has no {FORGETTING_FOLDER}/ folder; a trainer without these methods saved it"
+                f"it has no {_FORGETTING_FOLDER}/ folder; a trainer without these methods saved it"
             )
             raise RequestError(Problem(key, str(folder.parent), reason=reason))
         saved = SafetensorsCheckpointIO().load_checkpoint(folder)

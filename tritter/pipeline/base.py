@@ -173,7 +173,7 @@ def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any])
         split=context.text.split,
         domains=context.learned(context.old_domains),
     )
-    write = BaseWriter(
+    write = _BaseWriter(
         folder=folder,
         config=config,
         lineage=lineage,
@@ -207,7 +207,7 @@ def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BaseWriter:
+class _BaseWriter:
     """Writes a base model into the cache, unless its training stopped early.
 
     The caller holds the lock of the cache entry.
@@ -268,7 +268,7 @@ def check_source(context: RunContext) -> None:
     """
     attempts = [context.of_attempt(n) for n in range(1, 1 + len(context.config.attempts))]
     for each in attempts:
-        check_teacher(each)
+        _check_teacher(each)
     if (source := context.initial_checkpoint) is None:
         return
     for each in attempts:
@@ -349,7 +349,7 @@ def _template(context: RunContext) -> _Template | None:
     return None if choice in (None, TOKENIZER, NONE) else _Template(choice)
 
 
-def check_teacher(context: RunContext) -> None:
+def _check_teacher(context: RunContext) -> None:
     """Reject a teacher with another tokenizer or too few positions.
 
     Raises:

@@ -88,7 +88,7 @@ from tritter.training.options import rate_notes
 from tritter.transform import PlannedExpansion, planned
 
 MAX_POSITIONS = 2048  # for a model without position limit
-PUBLISHED_DTYPES = ("float32", "bfloat16", "float16")
+_PUBLISHED_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -378,7 +378,7 @@ class RunContext:
         if dtype != "source" or self.initial_checkpoint is None:
             return "float32" if dtype == "source" else dtype
         found = self.source("baseline").tensors.main_dtype
-        return found if found in PUBLISHED_DTYPES else "float32"
+        return found if found in _PUBLISHED_DTYPES else "float32"
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -718,7 +718,7 @@ _START = "start_of_text"  # of a lineage: the ids in front of each training text
 TOKENIZER_NAME = "tokenizer.json"
 # Cached parts of a context that do not depend on the tokenizer
 _OF_ANY_TOKENIZER = ("initial_checkpoint", "text", "packing", "published_dtype", "device", "tasks")
-FILES_ORIGIN, DATASETS_ORIGIN = "text files", "data sets"
+_FILES_ORIGIN, _DATASETS_ORIGIN = "text files", "data sets"
 _STDLIB_DOMAINS = [("prose", ("stdlib:prose",)), ("code", ("stdlib:code",))]
 
 
@@ -778,7 +778,7 @@ def _origin(domain: DomainText, config: RunConfig) -> str:
     has_files = any(not is_built_in(path) and path not in datasets for path in domain.paths)
     origins = (
         built_in_origin(domain.paths),
-        DATASETS_ORIGIN if datasets else "",
-        FILES_ORIGIN if has_files else "",
+        _DATASETS_ORIGIN if datasets else "",
+        _FILES_ORIGIN if has_files else "",
     )
     return " and ".join(filter(None, origins))

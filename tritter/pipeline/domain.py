@@ -36,7 +36,7 @@ from tritter.terminal import Console
 from tritter.transform import PlannedExpansion
 from tritter.transform.folder import known_digests
 
-BRANCH = "adapted"
+_BRANCH = "adapted"
 MAX_SEQUENCE_LENGTH = 256
 BATCH_SIZE = 8
 
@@ -103,7 +103,7 @@ def expand_for_domain(
         folder = Path(name)
         config = replace(_config(source, task, folder), expansion=tuple(specs))
         context = RunContext(config=config, folder=folder, console=console, ledger=Ledger(folder))
-        branch = Branch(BRANCH, config.expansion)
+        branch = Branch(_BRANCH, config.expansion)
         check_source(context)
         initial_checkpoint = context.initial_checkpoint
         assert initial_checkpoint is not None
@@ -126,7 +126,7 @@ def expand_for_domain(
         plan = replace(plan, steps=tuple(steps))
         scores = {
             "before": score_records(context.read_scores("baseline")),
-            "after": score_records(context.read_scores(f"{BRANCH}-trained")),
+            "after": score_records(context.read_scores(f"{_BRANCH}-trained")),
         }
         check = partial(check_replaceable, sources=sources)
         with atomic_folder(destination, overwrite=overwrite, check=check) as temporary:

@@ -27,8 +27,8 @@ from tritter.terminal import Console
 from tritter.training.callbacks import ends_step
 from tritter.training.optimizer import Schedule
 
-LOWEST, HIGHEST, NUM_STEPS = 1e-7, 1.0, 100
-RESULT_NAME, PLOT_NAME = "find_lr.json", "find_lr.png"
+_LOWEST, _HIGHEST, NUM_STEPS = 1e-7, 1.0, 100
+_RESULT_NAME, _PLOT_NAME = "find_lr.json", "find_lr.png"
 _SMOOTHING = 0.9  # of the moving average of the loss
 _MAX_RISE = 2.0  # nats of the smoothed loss above its lowest value
 _LEAST_FALL = 0.05  # nats to the lowest smoothed loss
@@ -166,23 +166,23 @@ def find_rate(config: RunConfig, *, folder: Path) -> FoundRates:
         Stopped: a signal stopped the test.
     """
     schedule = Schedule(
-        learning_rate=HIGHEST,
+        learning_rate=_HIGHEST,
         max_steps=NUM_STEPS,
         warmup_ratio=0.0,
         shape="range",
-        minimum_ratio=LOWEST / HIGHEST,
+        minimum_ratio=_LOWEST / _HIGHEST,
     )
     console = Console()
     with parents_of(folder):
         with TemporaryDirectory(dir=folder.parent, prefix=".find_lr-") as stages_folder:
             found = _tested(config, schedule, Path(stages_folder), console)
         folder.mkdir()
-    write_text_atomic(folder / RESULT_NAME, json.dumps(asdict(found), indent=2) + "\n")
-    found.draw(folder / PLOT_NAME)
+    write_text_atomic(folder / _RESULT_NAME, json.dumps(asdict(found), indent=2) + "\n")
+    found.draw(folder / _PLOT_NAME)
     console.print()
     console.print(found.table().to_rich(console))
     console.print()
-    console.print(f"plot   {folder / PLOT_NAME}\nrates  {folder / RESULT_NAME}", soft_wrap=True)
+    console.print(f"plot   {folder / _PLOT_NAME}\nrates  {folder / _RESULT_NAME}", soft_wrap=True)
     return found
 
 
@@ -194,7 +194,7 @@ def _tested(config: RunConfig, schedule: Schedule, folder: Path, console: Consol
         console=console,
         ledger=Ledger(folder),
     )
-    context.say("find-lr", f"{NUM_STEPS} steps from {LOWEST:.0e} to {HIGHEST:.0e}")
+    context.say("find-lr", f"{NUM_STEPS} steps from {_LOWEST:.0e} to {_HIGHEST:.0e}")
     check_source(context)
     context.check_text()
     run_baseline(context)

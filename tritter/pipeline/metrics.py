@@ -32,7 +32,7 @@ from tritter.storage.reading import read_text
 from tritter.targets import Component, instantiate
 from tritter.training import read_metrics
 
-WANDB_STEP = "trainer/global_step"  # name used by Lightning's logger
+_WANDB_STEP = "trainer/global_step"  # name used by Lightning's logger
 SAMPLES_NAME = "samples.jsonl"  # in the folder of a training run
 _SAMPLES_KEY = "samples/training"  # of the table in W&B
 SAMPLE_COLUMNS = ("step", "prompt", "continuation")
@@ -296,8 +296,8 @@ def wandb_logger(context: RunContext, part: str | None = None) -> WandbLogger | 
         config=fingerprint(config),
         settings=wandb.Settings(silent=True),
     )
-    run.define_metric(WANDB_STEP)
-    run.define_metric("*", step_metric=WANDB_STEP, step_sync=True)
+    run.define_metric(_WANDB_STEP)
+    run.define_metric("*", step_metric=_WANDB_STEP, step_sync=True)
     context.wandb_loggers[part] = WandbLogger(experiment=run, log_model=False)
     return context.wandb_loggers[part]
 

@@ -33,9 +33,9 @@ from tritter.pipeline.scoring import score_records
 from tritter.report.summary import MoeRecord
 from tritter.training import SideLoss
 
-USAGE_SEQUENCES = 64
+_USAGE_SEQUENCES = 64
 UTILITY_SEQUENCES = 64  # of the new domains, to select the expert to clone
-HOLD_OLD_SEQUENCES = 256  # old sequences whose routing is preserved
+_HOLD_OLD_SEQUENCES = 256  # old sequences whose routing is preserved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -118,7 +118,7 @@ def router_steps(context: RunContext, branch: Branch) -> int:
     return min(steps, options.router_max_steps or steps)
 
 
-def experts_after_steps(
+def _experts_after_steps(
     context: RunContext, branch: Branch, added: AddedExperts, *, steps: int
 ) -> AddedExperts:
     """Return the state of a branch's appended experts after a number of steps."""
@@ -153,7 +153,7 @@ def training_setup(context: RunContext, branch: Branch, model: nn.Module) -> Ite
     if added is None:
         yield Setup(side_losses=(routing,))
         return
-    now = experts_after_steps(context, branch, added, steps=steps)
+    now = _experts_after_steps(context, branch, added, steps=steps)
     opening = ExpertOpening(now, anneal_steps=anneal_steps(context, branch, added))
     if not options.freeze_base:
         yield Setup(side_losses=(routing,), controls=(opening,))
@@ -172,7 +172,7 @@ def training_setup(context: RunContext, branch: Branch, model: nn.Module) -> Ite
 def usage_sequences(context: RunContext) -> dict[str, Tensor]:
     """Return domain → training sequences for measuring expert usage."""
     return {
-        domain: spaced_sequences(context, [domain], USAGE_SEQUENCES) for domain in context.domains
+        domain: spaced_sequences(context, [domain], _USAGE_SEQUENCES) for domain in context.domains
     }
 
 
@@ -192,7 +192,7 @@ def summary_record(context: RunContext, branches: Sequence[Branch]) -> MoeRecord
         steps = router_steps(context, first)
         fits = (context.ledger.found(f"{branch.name}.fit", TrainingFound) for branch in branches)
         trained = sum(fit.steps for fit in fits)
-        now = experts_after_steps(context, first, added, steps=steps + trained)
+        now = _experts_after_steps(context, first, added, steps=steps + trained)
         record["new"] = list(added.experts)
         record["router_steps"] = steps
         record["is_open"] = now.is_settled
@@ -239,7 +239,7 @@ def _objective(
     old = None
     if settings.hold_old:  # routing of old data before any training of the branch
         sequences = context.sample_equally(
-            context.old_domains_of(branch), HOLD_OLD_SEQUENCES, "hold_old", *branch.purpose
+            context.old_domains_of(branch), _HOLD_OLD_SEQUENCES, "hold_old", *branch.purpose
         )
         start = context.source(expanded_folder(branch))
         batch_size = max(1, context.config.data.batch_size // 4)

@@ -62,7 +62,7 @@ from tritter.storage.atomic import write_text_atomic
 from tritter.terminal import Console
 from tritter.training import metrics_files
 
-SUMMARY_NAME = "summary.json"
+_SUMMARY_NAME = "summary.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ def _report(context: RunContext, candidates: Sequence[Candidate], control: Candi
         gate = verdict.judge(control)
         control_rows = write_metrics(context, control.branches, of="control")
     summary = summary_record(context, candidates, control=control, control_gate=gate)
-    path = context.folder / SUMMARY_NAME
+    path = context.folder / _SUMMARY_NAME
     write_text_atomic(path, summary.text())
     rows = write_metrics(context, last.branches)
     before = [each for each in candidates[:-1] if each.branches[0].is_round]
@@ -172,7 +172,7 @@ def _report(context: RunContext, candidates: Sequence[Candidate], control: Candi
         status=last.status,
         metric=math.nan if len(known) < len(losses) else sum(known) / len(known),
         summary_path=path,
-        leaves=(SUMMARY_NAME, "checkpoint", "scores"),
+        leaves=(_SUMMARY_NAME, "checkpoint", "scores"),
     )
 
 

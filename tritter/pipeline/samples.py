@@ -38,8 +38,8 @@ from tritter.storage.atomic import write_text_atomic
 from tritter.training.callbacks import Validation
 from tritter.training.module import base_of
 
-SAMPLE_PROMPT_TOKENS = 24
-CONTINUATION_TOKENS, ANSWER_TOKENS = 48, 256  # limits without evaluation.sample_tokens
+_SAMPLE_PROMPT_TOKENS = 24
+_CONTINUATION_TOKENS, _ANSWER_TOKENS = 48, 256  # limits without evaluation.sample_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def generate_samples(
     """
     positions = _positions(before)
     prompts = [(domain, _prompt_of(start, domain, positions)) for domain in start.domains]
-    prompts += [("", ids) for ids in own_prompts(start, before).values()]
+    prompts += [("", ids) for ids in _own_prompts(start, before).values()]
     models = ((start, before), (context, after))
     samples = list[Continuations]()
     for domain, ids in prompts:
@@ -82,12 +82,12 @@ def generate_samples(
 def num_passes(context: RunContext) -> int:
     """Return the most forward passes of a token each in which both models write their samples."""
     evaluation = context.config.evaluation
-    of_chat = ANSWER_TOKENS if _chat(context) else CONTINUATION_TOKENS
+    of_chat = _ANSWER_TOKENS if _chat(context) else _CONTINUATION_TOKENS
     most = of_chat if evaluation.sample_tokens is None else evaluation.sample_tokens
     return 2 * most * (len(context.domains) + len(evaluation.prompts))
 
 
-def own_prompts(context: RunContext, model: nn.Module) -> dict[str, list[int]]:
+def _own_prompts(context: RunContext, model: nn.Module) -> dict[str, list[int]]:
     """Return the prompts of `evaluation.prompts` as tokens; the end of one that is too long.
 
     If the checkpoint has a chat template, a prompt is rendered as a user's message.
@@ -136,10 +136,10 @@ def _prompt_of(context: RunContext, domain: str, positions: int) -> list[int]:
         return _end_of(document[:num_given].tolist(), positions // 2)
     # Skip the beginning of the document, which is usually a heading or imports
     return whole_word_prompt(
-        document[: 4 * SAMPLE_PROMPT_TOKENS].tolist(),
+        document[: 4 * _SAMPLE_PROMPT_TOKENS].tolist(),
         context.corpus.tokenizer.decode,
-        skipped_tokens=SAMPLE_PROMPT_TOKENS,
-        max_tokens=min(SAMPLE_PROMPT_TOKENS, positions // 2),
+        skipped_tokens=_SAMPLE_PROMPT_TOKENS,
+        max_tokens=min(_SAMPLE_PROMPT_TOKENS, positions // 2),
     )
 
 
@@ -183,7 +183,7 @@ class _Sampler:
         keys and values, each would be read once.
         """
         is_chat = _is_chat(prompt)
-        most = self.max_new_tokens or (ANSWER_TOKENS if is_chat else CONTINUATION_TOKENS)
+        most = self.max_new_tokens or (_ANSWER_TOKENS if is_chat else _CONTINUATION_TOKENS)
         most = min(most, _positions(model) - len(prompt))
         if is_chat:
             ends = (*self.bounds.ends, *self.turn_ends)
@@ -264,7 +264,7 @@ class SampleLog(Callback):
 
 def sample_log(context: RunContext, model: nn.Module, folder: Path) -> tuple[SampleLog, ...]:
     """Return the callback for a training run with own prompts; none without."""
-    prompts = own_prompts(context, model)
+    prompts = _own_prompts(context, model)
     if not prompts:
         return ()
     return (SampleLog(prompts, _Sampler.of(context), folder / SAMPLES_NAME),)

@@ -77,8 +77,8 @@ from tritter.training.callbacks import evaluation_flops
 from tritter.training.trainer import validation_metrics
 from tritter.transform.children import router_flops
 
-JUMP_SEQUENCES, JUMP_TOKENS = 8, 128  # of each domain
-ROUTER_WARMUP = 0.05
+_JUMP_SEQUENCES, _JUMP_TOKENS = 8, 128  # of each domain
+_ROUTER_WARMUP = 0.05
 _EARLIER = ("adapt", "distill")  # stages that train a branch before its main training run
 
 
@@ -98,7 +98,7 @@ def baseline(context: RunContext) -> StageResult:
             copy_tree(base.folder, temporary)
         lineage = lineage_of(folder)
     source = context.register("baseline", lineage)
-    score_baseline(context, source)
+    _score_baseline(context, source)
     reading = experts.reading_flops_of(context, source)
     flops = {"baseline": context.scoring_flops(reading)}
     if (pretraining_flops := lineage.training_config.get("flops")) is not None:
@@ -138,7 +138,7 @@ def expansion(context: RunContext, branch: Branch) -> StageResult:
     if plan.vocabulary is not None:
         context.say("", "losses per token are now of other tokens; compare losses per byte")
     texts = context.training_sequences(context.domains).values()
-    pieces = [each[:JUMP_SEQUENCES, :JUMP_TOKENS] for each in texts]
+    pieces = [each[:_JUMP_SEQUENCES, :_JUMP_TOKENS] for each in texts]
     tokens = ids_of(torch.cat(pieces)).long()  # [B, T]
     new_tokens = None if plan.vocabulary is None else plan.vocabulary.new_ids
     with context.waiting("logit shift"):
@@ -198,7 +198,7 @@ def adaptation(context: RunContext, branch: Branch) -> StageResult:
             schedule=Schedule(
                 learning_rate=options.router_learning_rate,
                 max_steps=steps,
-                warmup_ratio=ROUTER_WARMUP,
+                warmup_ratio=_ROUTER_WARMUP,
             ),
             optimizer=replace(context.config.optimizer, weight_decay=0.0),
             methods=build_methods(context.config.forgetting),
@@ -491,7 +491,7 @@ _EXPERT_FILES = ("experts/", "state/experts.")
 logger = logging.getLogger(__name__)
 
 
-def score_baseline(context: RunContext, source: Source) -> None:
+def _score_baseline(context: RunContext, source: Source) -> None:
     """Score the run's initial model, or load its scores from the cache.
 
     Raises:

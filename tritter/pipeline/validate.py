@@ -52,7 +52,7 @@ from tritter.training.gradient_flow import NewUnits, run_trial_steps
 
 logger = logging.getLogger(__name__)
 
-DOCUMENT_CHARACTERS = 4000  # per text, from the start; conversations are whole
+_DOCUMENT_CHARACTERS = 4000  # per text, from the start; conversations are whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +129,7 @@ def _read(
             logger.warning("%s: %s", name, f"{text.limit:,} of {number:,} documents are scored.")
     limited = {
         name: [
-            each if each.conversation else replace(each, text=each.text[:DOCUMENT_CHARACTERS])
+            each if each.conversation else replace(each, text=each.text[:_DOCUMENT_CHARACTERS])
             for each in documents[: text.limit]
         ]
         for name, documents in found.documents.items()
@@ -142,8 +142,8 @@ def is_trained(source: Lineage | None, result: Lineage) -> bool:
     return dict(result.training_config) != dict(source.training_config if source else {})
 
 
-RETENTION, CONFIDENCE = 0.05, 0.95  # defaults of the gate
-FLOW_STEPS = 3  # two steps move zero-initialised weights away from zero
+_RETENTION, CONFIDENCE = 0.05, 0.95  # defaults of the gate
+_FLOW_STEPS = 3  # two steps move zero-initialised weights away from zero
 SEQUENCES, SEQUENCE_LENGTH, BATCH_SIZE = 8, 128, 16
 _FLOAT32 = 4  # bytes
 _ROUNDED = ("bfloat16", "float16")
@@ -247,9 +247,9 @@ def validate(
         assert own is not None
         with waiting(new_bar, "gradients of new parameters"):
             gradients = run_trial_steps(
-                model, own.to(next(model.parameters()).device), new, steps=FLOW_STEPS
+                model, own.to(next(model.parameters()).device), new, steps=_FLOW_STEPS
             )
-        flow = flow_check(gradients, min_steps=FLOW_STEPS)
+        flow = flow_check(gradients, min_steps=_FLOW_STEPS)
         assert flow is not None
     else:
         flow = _skipped_check("gradient_flow", "parameters", "the result has no new parameters")
@@ -462,7 +462,7 @@ def _compare(
             continue
         bounds = {"confidence": CONFIDENCE}
         if kind == "kept":
-            check = retention_check(domain, old, new, bound=RETENTION, **bounds)
+            check = retention_check(domain, old, new, bound=_RETENTION, **bounds)
         else:
             check = new_capability_check(domain, old, new, **bounds)
         yield replace(check, name=name)

@@ -97,7 +97,7 @@ def checks(context: RunContext, branches: Sequence[Branch]) -> list[Check]:
             aborted_reason=next(filter(None, reasons), None),
         )
     ]
-    results += training_checks(context, branches)
+    results += _training_checks(context, branches)
     if (jump := context.ledger.found(f"{first.name}.expand", ExpansionFound).jump) is not None:
         values = {key: math.nan if value is None else value for key, value in jump.items()}
         is_exact = context.planned(first).is_exact
@@ -208,7 +208,7 @@ def _complete_lineage(context: RunContext, branches: Sequence[Branch], lineage: 
     )
 
 
-def training_checks(context: RunContext, branches: Sequence[Branch]) -> Iterator[Check]:
+def _training_checks(context: RunContext, branches: Sequence[Branch]) -> Iterator[Check]:
     """Yield the gradient-flow and memory checks of an attempt.
 
     With several tasks, a parameter needs a gradient in only one of them, and the memory check uses

@@ -28,8 +28,8 @@ from tritter.storage.atomic import write_text_atomic
 from tritter.storage.reading import read_object
 from tritter.storage.records import validate_record
 
-NUM_BUCKETS = 16  # of positions
-SOURCE, SOURCE_LONG = "source-windows", "source-long"  # names of the source's scores
+_NUM_BUCKETS = 16  # of positions
+SOURCE, _SOURCE_LONG = "source-windows", "source-long"  # names of the source's scores
 NAMES = ("source", "source_long", "expanded", "final")
 
 
@@ -97,7 +97,7 @@ def is_longer(context: RunContext, branch: Branch) -> bool:
     return position_limit(plan.config) != position_limit(plan.target_config)
 
 
-def long_documents(context: RunContext, length: int) -> dict[str, TokenisedDocuments]:
+def _long_documents(context: RunContext, length: int) -> dict[str, TokenisedDocuments]:
     """Return domain → its validation documents of more than `length` tokens, if there are any."""
     found = {}
     for name in context.domains:
@@ -120,7 +120,7 @@ def score(context: RunContext, model: nn.Module, *, source_length: int, length: 
     factor = max(1, length // context.scoring.sequence_length)
     model.to(context.device)
     with context.progress_bars() as new_bar:
-        for name, documents in long_documents(context, source_length).items():
+        for name, documents in _long_documents(context, source_length).items():
             sums = torch.zeros(2, length, dtype=torch.float64)
             scores[name] = document_losses(
                 model,
@@ -138,7 +138,7 @@ def score(context: RunContext, model: nn.Module, *, source_length: int, length: 
 
 def _buckets(sums: Tensor) -> dict[str, list[float]]:
     """Return the mean loss of consecutive positions, without buckets that have no tokens."""
-    ends = torch.linspace(0, sums.shape[1], NUM_BUCKETS + 1).round().long().unique().tolist()
+    ends = torch.linspace(0, sums.shape[1], _NUM_BUCKETS + 1).round().long().unique().tolist()
     found: dict[str, list[float]] = {"end": [], "loss": [], "tokens": []}
     for begin, end in pairwise(ends):
         nats, tokens = sums[:, begin:end].sum(dim=1).tolist()
@@ -150,7 +150,7 @@ def _buckets(sums: Tensor) -> dict[str, list[float]]:
 
 def flops(context: RunContext, reading: Flops, *, source_length: int, length: int) -> float:
     """Return the FLOPs of one pass over the long documents."""
-    texts = long_documents(context, source_length).values()
+    texts = _long_documents(context, source_length).values()
     return sum(
         reading.of(each)
         for documents in texts
@@ -180,13 +180,13 @@ def score_start(
     spent, files = 0.0, []
     for where, model, reading, length, name in (
         (own, before, readings[0], old, SOURCE),
-        (own, before, readings[0], new, SOURCE_LONG),
+        (own, before, readings[0], new, _SOURCE_LONG),
         (longer, after, readings[1], new, "expanded-long"),
     ):
         found = score(where, model, source_length=old, length=length)
         files.append(found.write(context, f"{branch.name}-{name}"))
         spent += flops(where, reading, source_length=old, length=length)
-    counts = {name: len(each) for name, each in long_documents(own, old).items()}
+    counts = {name: len(each) for name, each in _long_documents(own, old).items()}
     listed = ", ".join(f"{count} of {name}" for name, count in counts.items()) or "none"
     context.say(
         "",
@@ -253,7 +253,7 @@ def summary_record(context: RunContext, branches: Sequence[Branch]) -> WindowsRe
     if not is_longer(context, first):
         return None
     old, new = _lengths(context, first)
-    files = (SOURCE, SOURCE_LONG, "expanded-long")
+    files = (SOURCE, _SOURCE_LONG, "expanded-long")
     names = [*(f"{first.name}-{each}" for each in files), f"{last.name}-trained-long"]
     models = dict(zip(NAMES, (LongScores.read(context, each) for each in names), strict=True))
     record: dict[str, Any] = {

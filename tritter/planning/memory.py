@@ -34,8 +34,8 @@ _BYTES = {
     "16-mixed": (4, 2),
     "64-true": (8, 8),
 }
-PRECISIONS = tuple(_BYTES)
-OPTIMIZERS = ("adamw", "adamw8bit")
+_PRECISIONS = tuple(_BYTES)
+_OPTIMIZERS = ("adamw", "adamw8bit")
 _STEP_BYTES = 4  # torch has a float32 step counter per tensor
 # bitsandbytes: 8-bit moments in blocks with one float32 scale each; small tensors use float32.
 _BLOCK_SIZE = 256
@@ -71,8 +71,8 @@ class TrainingSetup:
 
     def __post_init__(self) -> None:
         for key, value, allowed in (
-            ("precision", self.precision, PRECISIONS),
-            ("optimizer", self.optimizer, OPTIMIZERS),
+            ("precision", self.precision, _PRECISIONS),
+            ("optimizer", self.optimizer, _OPTIMIZERS),
         ):
             if value not in allowed:
                 reason = f"must be one of {', '.join(allowed)}"
@@ -138,8 +138,8 @@ def training_memory(
     logits = family_of(config).dimensions(config).vocab_size * (width + _FLOAT32)
     return TrainingMemory(
         parameters_bytes=parameter_bytes * count_parameters(config),
-        gradients_bytes=parameter_bytes * over_layers(config, lambda c: _count(trained(c))),
-        optimizer_bytes=over_layers(config, optimizer_bytes),
+        gradients_bytes=parameter_bytes * _over_layers(config, lambda c: _count(trained(c))),
+        optimizer_bytes=_over_layers(config, optimizer_bytes),
         activations_bytes=saved_bytes(config, setup) + setup.num_tokens * logits,
     )
 
@@ -170,7 +170,7 @@ def states_bytes(
     return total
 
 
-def over_layers(config: Config, measure: Callable[[Config], int]) -> int:
+def _over_layers(config: Config, measure: Callable[[Config], int]) -> int:
     """Return a sum over all layers, measuring each kind of layer only once.
 
     Args:
@@ -276,16 +276,16 @@ def _autocast_bytes(config: Config, setup: TrainingSetup) -> int:
         stored = layout(config, "live")
         return _count([t for t in stored if len(t.shape) > 1 and not is_lookup(t)])
 
-    return width * over_layers(config, multiplied)
+    return width * _over_layers(config, multiplied)
 
 
-PROCESS_GROUPS = Path("/proc/self/cgroup")
+_PROCESS_GROUPS = Path("/proc/self/cgroup")
 GROUPS = Path("/sys/fs/cgroup")
 # cgroup v1 reports a huge number if there is no limit, rounded down to a page.
 _NO_LIMIT = 2**62
 
 
-def machine_memory(*, process_groups: Path = PROCESS_GROUPS, groups: Path = GROUPS) -> int | None:
+def machine_memory(*, process_groups: Path = _PROCESS_GROUPS, groups: Path = GROUPS) -> int | None:
     """Return the memory available to this process: that of the machine or of its cgroup.
 
     Args:

@@ -94,8 +94,8 @@ CHINCHILLA = ScalingLaw(
 )
 
 
-A100_BF16_FLOPS = 312e12  # dense, per second, as published by NVIDIA
-DEFAULT_MFU = 0.4
+_A100_FLOPS = 312e12  # dense, per second, as published by NVIDIA
+_DEFAULT_MFU = 0.4
 _SECONDS_PER_HOUR = 3600
 
 
@@ -111,15 +111,15 @@ class Device:
         RequestError: a value is out of range.
     """
 
-    flops_per_second: float = A100_BF16_FLOPS
-    mfu: float = DEFAULT_MFU
+    flops_per_second: float = _A100_FLOPS
+    mfu: float = _DEFAULT_MFU
 
     def __post_init__(self) -> None:
         if not 0 < self.flops_per_second < float("inf"):
             raise refused(
                 "device_flops",
                 f"{self.flops_per_second:g}",
-                f"must be above 0: the FLOPs per second of one device, such as {A100_BF16_FLOPS:g} "
+                f"must be above 0: the FLOPs per second of one device, such as {_A100_FLOPS:g} "
                 "(A100, bf16)",
             )
         if not 0 < self.mfu <= 1:
@@ -127,7 +127,7 @@ class Device:
                 "mfu",
                 f"{self.mfu:g}",
                 "must be above 0 and at most 1: the share of the device's peak that training "
-                f"reaches, such as {DEFAULT_MFU}",
+                f"reaches, such as {_DEFAULT_MFU}",
             )
 
     def hours(self, flops: float) -> float:
@@ -148,8 +148,8 @@ def training_flops_per_token(config: Config, setup: TrainingSetup) -> float:
     return flops.per_token(setup.sequence_length)
 
 
-MAX_TOKENS_PER_PARAMETER = 1e6  # beyond, predicted losses equal their limit
-TOKENS_PER_PARAMETER = 20.0  # compute-optimal according to Hoffmann et al. 2022, table 3
+_MAX_TOKENS_PER_PARAMETER = 1e6  # beyond, predicted losses equal their limit
+_TOKENS_PER_PARAMETER = 20.0  # compute-optimal according to Hoffmann et al. 2022, table 3
 SMALL_MODEL_BEATEN_FROM = 10.0  # tokens per target parameter; experiments/2026-11-22_one_layer
 LAW_RESOLUTION = 0.002  # nats; smaller differences between plans are not meaningful
 
@@ -172,18 +172,18 @@ class Assumptions:
     """
 
     device: Device = field(default_factory=Device)
-    tokens_per_parameter: float = TOKENS_PER_PARAMETER
+    tokens_per_parameter: float = _TOKENS_PER_PARAMETER
     source_tokens: float | None = None
     setup: TrainingSetup = field(default_factory=TrainingSetup)
     law: ScalingLaw = CHINCHILLA
 
     def __post_init__(self) -> None:
-        if not 0 < self.tokens_per_parameter <= MAX_TOKENS_PER_PARAMETER:
+        if not 0 < self.tokens_per_parameter <= _MAX_TOKENS_PER_PARAMETER:
             raise refused(
                 "tokens_per_parameter",
                 f"{self.tokens_per_parameter:g}",
-                f"must be above 0 and at most {MAX_TOKENS_PER_PARAMETER:g}, such as "
-                f"{TOKENS_PER_PARAMETER:g}",
+                f"must be above 0 and at most {_MAX_TOKENS_PER_PARAMETER:g}, such as "
+                f"{_TOKENS_PER_PARAMETER:g}",
             )
 
 

@@ -26,7 +26,7 @@ _FLOAT32 = 4
 _MACHINE = "this machine"
 _LIBRARIES = 540_000_000  # resident bytes of torch, transformers and Lightning, measured
 _TOO_MUCH = 2  # times the memory, by estimate
-MUCH_OTHER_TOKENS = 0.1  # per batch, relative
+_MANY_TOKENS = 0.1  # per batch, relative
 _PATH_COPIES = 4  # ω, the weights at the start and before a step, and gradients
 _FEWER_BYTES: Literal["bf16-true"] = "bf16-true"
 
@@ -64,7 +64,7 @@ class TrainingMemory:
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryUse:
+class _Use:
     """A memory: its name, its size, and the required bytes."""
 
     name: str
@@ -235,7 +235,7 @@ def _trained(config: RunRequest, source: Config) -> int | None:
     return _parameters(grown) - _parameters(without)
 
 
-def num_processes(config: RunRequest) -> int:
+def _num_processes(config: RunRequest) -> int:
     """Return the number of processes of training, on all machines."""
     trainer, launch = config.trainer, launch_of()
     processes = trainer.devices if trainer.strategy != "auto" else 1
@@ -255,7 +255,7 @@ def batch_size_at(length: int, config: RunRequest) -> int:
 
 
 def _batch_at(length: int, config: RunRequest, batch_size: int) -> int:
-    processes = num_processes(config)
+    processes = _num_processes(config)
     of_each = batch_size * config.data.sequence_length / (length * processes)
     return processes * max(1, round(of_each))
 
@@ -267,16 +267,16 @@ def tokens_note(length: int, config: RunRequest) -> str:
         length: tokens per sequence.
         config: the run.
     """
-    data, step = config.data, num_processes(config)
+    data, step = config.data, _num_processes(config)
 
     def change(batch_size: int) -> float:
         now = _batch_at(length, config, batch_size) * length
         return now / (batch_size * data.sequence_length) - 1
 
-    if abs(found := change(data.batch_size)) <= MUCH_OTHER_TOKENS:
+    if abs(found := change(data.batch_size)) <= _MANY_TOKENS:
         return ""
     larger = count(data.batch_size + step - data.batch_size % step, step)
-    fits = next(size for size in larger if abs(change(size)) <= MUCH_OTHER_TOKENS)
+    fits = next(size for size in larger if abs(change(size)) <= _MANY_TOKENS)
     now = batch_size_at(length, config)
     return (
         f"long windows change the tokens per batch by {found:+.0%} ({now} of {length} tokens "
@@ -294,7 +294,7 @@ def _training_need(
     trained: int | None = None,
 ) -> TrainingMemory:
     trainer = config.trainer
-    processes, shares = trainer.devices if trainer.strategy != "auto" else 1, num_processes(config)
+    processes, shares = trainer.devices if trainer.strategy != "auto" else 1, _num_processes(config)
     length, limit = config.data.sequence_length, position_limit(model_config)
     if before is not None and limit is not None and limit != position_limit(before):
         length = limit  # a longer context is trained on windows of its length
@@ -361,7 +361,7 @@ def _parameters(config: Config) -> int:
 
 def _worst(
     config: RunRequest, source: Config, *, with_activations: bool = False
-) -> tuple[TrainingMemory, MemoryUse] | None:
+) -> tuple[TrainingMemory, _Use] | None:
     """Return the training run with the largest excess and the memory; None if all fit."""
     over = [
         (need, use)
@@ -372,7 +372,7 @@ def _worst(
     return max(over, key=lambda each: each[1].needed, default=None)
 
 
-def _memory_uses(config: RunRequest, need: TrainingMemory, activations: int) -> Iterator[MemoryUse]:
+def _memory_uses(config: RunRequest, need: TrainingMemory, activations: int) -> Iterator[_Use]:
     """Yield the use of GPU and host memory, if their sizes are known."""
     import torch
 
@@ -381,10 +381,10 @@ def _memory_uses(config: RunRequest, need: TrainingMemory, activations: int) -> 
         devices = range(min(config.trainer.devices, torch.cuda.device_count()))
         gpu = min(int(torch.cuda.get_device_properties(n).total_memory) for n in devices)
     if gpu is not None:
-        yield MemoryUse("the GPU", gpu, each + need.teacher)
+        yield _Use("the GPU", gpu, each + need.teacher)
     if machine is not None:
         of_machine = need.processes * each + need.teacher if gpu is None else 0
-        yield MemoryUse(_MACHINE, machine, of_machine + need.start)
+        yield _Use(_MACHINE, machine, of_machine + need.start)
 
 
 def _smaller_runs(config: RunRequest, source: Config) -> Iterator[str]:

@@ -22,8 +22,8 @@ from tritter.planning.shapes import (
 AUTO = "auto"
 STRATEGIES = ("depth_first", "width_first", "balanced")
 TOLERANCE = 0.1
-MAX_STEP_GROWTH = 1.6  # ratio of parameters per step: 3 B to 10 B are three steps
-MAX_STEPS = 64
+_MAX_STEP_GROWTH = 1.6  # ratio of parameters per step: 3 B to 10 B are three steps
+_MAX_STEPS = 64
 # Limit of depth_first and width_first: ratio to the proportions of presets and source
 _MAX_LOPSIDEDNESS = 4.0
 _MIN_STEP_GROWTH = 1.02
@@ -58,8 +58,8 @@ def find_path(request: PathRequest) -> tuple[Shape, ...]:
         reason = f"must be larger than the source, which has {parameters:,}"
         raise RequestError(Problem("target", f"{target:,} parameters", reason=reason))
     shapes: list[Shape] = []
-    while not shapes or (parameters < target / (1 + TOLERANCE) and len(shapes) < MAX_STEPS):
-        num_steps = math.ceil(math.log(target / parameters) / math.log(MAX_STEP_GROWTH) - 1e-9)
+    while not shapes or (parameters < target / (1 + TOLERANCE) and len(shapes) < _MAX_STEPS):
+        num_steps = math.ceil(math.log(target / parameters) / math.log(_MAX_STEP_GROWTH) - 1e-9)
         waypoint = parameters * (target / parameters) ** (1 / num_steps)
         shape = _next_shape(request, config, waypoint, is_last=num_steps == 1)
         if shape is None:
@@ -71,7 +71,7 @@ def find_path(request: PathRequest) -> tuple[Shape, ...]:
     return tuple(shapes)
 
 
-def find_best_path(request: PathRequest) -> tuple[Shape, ...]:
+def _find_best_path(request: PathRequest) -> tuple[Shape, ...]:
     """Return the path of a strategy; `auto` selects the best proportioned last shape.
 
     Raises:
@@ -238,7 +238,7 @@ def planned_rounds(config: RunRequest, source: Config) -> tuple[Shape, ...]:
             strategy=pipeline.strategy or AUTO,
             methods=GrowthMethods.of(config.expansion),
         )
-        return find_best_path(request)[: pipeline.max_rounds]
+        return _find_best_path(request)[: pipeline.max_rounds]
     except RequestError as error:
         (problem,) = error.problems
         key = _KEYS.get(problem.key, problem.key)

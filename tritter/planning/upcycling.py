@@ -22,7 +22,7 @@ from tritter.core.families import Config, count_parameters, training_flops
 from tritter.errors import RequestError
 from tritter.options import RunRequest
 
-LARGEST_MODEL = 1.5e9  # parameters of the dense model; the largest in the paper is 1B
+_LARGEST_MODEL = 1.5e9  # parameters of the dense model; the largest in the paper is 1B
 SMALLEST_MODEL = 44e6  # far below the paper's models: predictions would mean nothing
 _FITTED = "8 experts, 2 per token: copies of every FFN, none of them shared"
 _IRREDUCIBLE = 0.165
@@ -115,7 +115,7 @@ class Upcycling:
         if low >= high:
             ranges = "at no number of tokens"
         verdict = "is predicted to pay" if self.pays else "is not predicted to pay"
-        is_larger = self.parameters > LARGEST_MODEL
+        is_larger = self.parameters > _LARGEST_MODEL
         more = "; extrapolated, the law was fitted to at most 8x1B" if is_larger else ""
         return f"{budgets} {verdict}; it pays {ranges}{more}"
 
@@ -123,7 +123,7 @@ class Upcycling:
         return upcycled_loss(self.parameters, self.dense_tokens, tokens)
 
 
-def upcycling_of(
+def _upcycling_of(
     source: Config, *, dense_tokens: float, tokens: float, sequence_length: int, spec: Moe
 ) -> Upcycling:
     """Return the budgets of an upcycling.
@@ -155,7 +155,7 @@ def planned(
         result = target_config(source, [spec])
     except RequestError:  # a feature that models with experts lack
         return None
-    return upcycling_of(
+    return _upcycling_of(
         source,
         dense_tokens=dense_tokens,
         tokens=gpu_flops / training_flops(result).per_token(sequence_length),
@@ -187,7 +187,7 @@ def upcycling_notes(
         )
         return
     with suppress(RequestError):  # a note never ends a run
-        found = upcycling_of(
+        found = _upcycling_of(
             target_config(source, config.expansion[:place]),  # the model that gets experts
             dense_tokens=dense_tokens,
             tokens=tokens,

@@ -59,7 +59,7 @@ def matrix_figure(matrix: Matrix) -> Figure:
     figure, axes = new_figure(columns=len(panels), width=width, height=1.8 + 0.42 * rows)
     draw_matrix(axes[0], matrix)
     if len(panels) > 1:
-        draw_accuracies(axes[1], matrix)
+        _draw_accuracies(axes[1], matrix)
     return figure
 
 
@@ -94,7 +94,7 @@ def draw_matrix(axes: Axes, matrix: Matrix) -> None:
     bar.set_label("change from the first row [%]", fontsize=8)
 
 
-def draw_accuracies(axes: Axes, matrix: Matrix) -> None:
+def _draw_accuracies(axes: Axes, matrix: Matrix) -> None:
     """Draw tasks over the domains that have an accuracy."""
     import numpy as np
     from matplotlib.colors import Normalize

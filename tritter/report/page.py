@@ -69,7 +69,7 @@ _UNSEEN = dict.fromkeys(
 _VERDICTS = ("kept", "rolled back", "undecided", "passed", "failed")
 
 # Figures by topic: titles and captions
-TITLES = {
+_TITLES = {
     "tradeoff": "Forgetting and gain",
     "differences": "Differences to the reference group",
     "losses": "Loss curves",
@@ -87,7 +87,7 @@ _OVER_SEEDS = (
 _OF_SEEDS = f"Every mark is a seed; there are no intervals below {MIN_SEEDS} seeds."
 _SINGLE = "Bars: one-sided bounds of the gate, over documents."
 _CONTROL = "Hollow marks: control (not grown)."
-CAPTIONS = {
+_CAPTIONS = {
     "tradeoff": "Bottom right is best. Dotted line: Pareto front.",
     "differences": "",  # the table above the figures has it
     "losses": "Validation loss on a fixed subset; a rise on an old domain is forgetting. The loss "
@@ -151,7 +151,7 @@ def page(
         figures=[
             {
                 "name": name,
-                "title": TITLES[name],
+                "title": _TITLES[name],
                 "caption": _caption(name, lines),
                 "has_legend": name in _WITH_LEGEND,
                 "base64": [base64.b64encode(each).decode("ascii") for each in found],
@@ -188,13 +188,13 @@ def _subtitle(groups: Sequence[Group]) -> str:
     lead += ". Losses are in nats per token, changes of a loss are per byte."
     if any(has_new_tokens(run.summary) for group in groups for run in group.runs):
         lead += " Curves of runs with another tokenizer can't be compared."
-    if len(with_controls(groups)) > MAX_GROUPS:
-        lead += f" The figures of changes and cost show the first {MAX_GROUPS} groups."
+    if len(with_controls(groups)) > _MAX_GROUPS:
+        lead += f" The figures of changes and cost show the first {_MAX_GROUPS} groups."
     return lead
 
 
 def _caption(name: str, lines: Sequence[_Line]) -> str:
-    parts = [CAPTIONS[name]]
+    parts = [_CAPTIONS[name]]
     if name in _WITH_SEEDS:
         if any(len(line.group.seeds) >= MIN_SEEDS for line in lines):
             parts.append(_OVER_SEEDS)
@@ -362,7 +362,7 @@ def _details(run: Run) -> dict[str, Any]:
 
 # Figures over several runs: panels that fit a phone
 
-MAX_GROUPS = 40  # in figures with a row per group; the table of the page has all
+_MAX_GROUPS = 40  # in figures with a row per group; the table of the page has all
 MAX_PANELS = 24
 _MAX_NAMED = 60  # in the legend
 _MAX_MARKED = 60  # expansions and tasks of one figure
@@ -446,7 +446,7 @@ def figures(groups: Sequence[Group]) -> dict[str, list[Figure]]:
     """Return the figures that the runs have data for, by topic."""
     lines = _lines(groups)
     runs = [run for group in groups for run in group.runs]
-    means = lines[:MAX_GROUPS]
+    means = lines[:_MAX_GROUPS]
     domains = _domains([line.group for line in means])
     is_seeded = _has_seeds(lines)
     changes, differences, reference = [], [], _reference(lines)

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 _STAGES = ("before", "after\nexpansion", "after\ntraining")
 SMOOTHED_FROM_POINTS = 40
-GROWTH_FLOPS = "growth/flops"
-MAX_DOMAINS = 12  # with a panel each
+_GROWTH_FLOPS = "growth/flops"
+_MAX_DOMAINS = 12  # with a panel each
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ def plot_run(
 
 def last_flops(curves: Sequence[Curve]) -> float | None:
     """Return the last logged FLOPs of a training run with growth."""
-    logged = (curve.values[-1] for curve in reversed(curves) if curve.name == GROWTH_FLOPS)
+    logged = (curve.values[-1] for curve in reversed(curves) if curve.name == _GROWTH_FLOPS)
     last = next(logged, math.nan)
     return last if 0 < last < MAX_NUMBER else None
 
@@ -100,7 +100,7 @@ def curves_of(rows: Sequence[Mapping[str, str]]) -> tuple[Curve, ...]:
     """
     table = [row for row in rows if row.get("step")]
     found = dict.fromkeys(name for row in table for name in row)
-    names = [name for name in found if name and (name.endswith("/loss") or name == GROWTH_FLOPS)]
+    names = [name for name in found if name and (name.endswith("/loss") or name == _GROWTH_FLOPS)]
     curves = []
     for name in names:
         rows = [row for row in table if row.get(name)]
@@ -166,7 +166,7 @@ def positions_figure(record: WindowsRecord, *, title: str = "") -> Figure | None
     """Draw one panel per domain: the loss by position in long windows, for each model."""
     if not record.positions:
         return None
-    domains = list(record.positions.items())[:MAX_DOMAINS]
+    domains = list(record.positions.items())[:_MAX_DOMAINS]
     width = 1.2 + 3.2 * len(domains)
     figure, panels = new_figure(columns=len(domains), width=width, height=3.8)
     for (domain, models), axes in zip(domains, panels, strict=True):

@@ -133,11 +133,11 @@ def unit_of(
 ) -> tuple[str, Callable[[Score | None], Score | None]]:
     """Return the unit in which losses of some runs can be compared, and what converts to it."""
     if any(map(has_new_tokens, summaries)):
-        return "byte", per_byte
+        return "byte", _per_byte
     return "token", lambda score: score
 
 
-def per_byte(score: Score | None) -> Score | None:
+def _per_byte(score: Score | None) -> Score | None:
     """Return a score whose loss and standard error are in nats per byte."""
     if score is None or (ratio := score.tokens_per_byte) is None:
         return score

@@ -240,7 +240,7 @@ def moe_table(experts: MoeRecord) -> Table:
     return Table(tuple(header), rows, tuple(range(1, len(header))), title=title)
 
 
-def bias_text(experts: MoeRecord) -> str | None:
+def _bias_text(experts: MoeRecord) -> str | None:
     """Return a line on the effect of `moe_routing.bias_update_rate`; None without one.
 
     The selection bias is not part of the checkpoint.
@@ -301,7 +301,7 @@ def summary_lines(summary: Summary) -> list[SummaryLine]:
         lines.append(SummaryLine("logit shift", text))
     if has_new_tokens(summary) and (fertility := _fertility_text(domain_rows(summary))):
         lines.append(SummaryLine("tokens/byte", fertility))
-    for domain, text in windows_texts(summary):
+    for domain, text in _windows_texts(summary):
         lines.append(SummaryLine("long windows" if domain == 0 else "", text))
     before, after = (summary.parameters.get(name) for name in ("baseline", "final"))
     sizes = f"{count_text(before)} → {size_text(summary)}"
@@ -315,12 +315,12 @@ def summary_lines(summary: Summary) -> list[SummaryLine]:
         lines.append(SummaryLine("growth", growth_text(growth)))
     if (added := summary.experts) is not None:
         lines.append(SummaryLine("experts", experts_text(added)))
-    if summary.moe is not None and (bias := bias_text(summary.moe)) is not None:
+    if summary.moe is not None and (bias := _bias_text(summary.moe)) is not None:
         lines.append(SummaryLine("bias", bias))
     return lines
 
 
-def windows_texts(summary: Summary) -> Iterator[tuple[int, str]]:
+def _windows_texts(summary: Summary) -> Iterator[tuple[int, str]]:
     """Yield the number and the losses of each domain with long documents."""
     record = summary.windows
     for number, (domain, scores) in enumerate(record.scores.items() if record else ()):

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _HEADER_ALIGNMENT = 8
-PIECE_BYTES = 2**20
-_LARGE_PIECE_BYTES = 4 * PIECE_BYTES
+_PIECE_BYTES = 2**20
+_LARGE_PIECE_BYTES = 4 * _PIECE_BYTES
 _MAX_THREADS = 4
 MAX_PENDING_TENSORS = 2  # whole tensors that wait in memory while the next one is computed
 _BYTES_UNTIL_TRIM = 32 * 2**20
@@ -253,10 +253,10 @@ class _WriterPool:
         for piece in content.make() if isinstance(content, Pieces) else (content,):
             assert piece.dtype == entry.dtype, f"{entry} came as {piece.dtype}"
             content_bytes = bytes_of(piece)
-            for begin in range(0, len(content_bytes), PIECE_BYTES):
+            for begin in range(0, len(content_bytes), _PIECE_BYTES):
                 if self._is_over.is_set():
                     return ""
-                part = content_bytes[begin : begin + PIECE_BYTES]
+                part = content_bytes[begin : begin + _PIECE_BYTES]
                 if is_hashed:
                     digest.update(part)
                 span.write(part)
@@ -329,7 +329,7 @@ class _Span:
 
     def finish(self) -> None:
         assert self._written == self._end, f"{self._end - self._written} bytes are missing"
-        if self._written - self._writeback_end >= PIECE_BYTES:
+        if self._written - self._writeback_end >= _PIECE_BYTES:
             self._begin_writeback()
 
     def _begin_writeback(self) -> None:

@@ -305,7 +305,7 @@ class CompiledModel:
             torch.compiler.reset()
 
 
-CHECKPOINTS_NAME = "checkpoints"  # folder of a ModelCheckpoint, inside that of the training run
+_CHECKPOINTS_NAME = "checkpoints"  # folder of a ModelCheckpoint, inside that of the training run
 
 
 def module_callbacks(
@@ -326,7 +326,7 @@ def module_callbacks(
     for one in options:
         body = dict(one.options)
         if issubclass(one.kind, ModelCheckpoint):  # its default is the working directory
-            body["dirpath"] = str(folder / (body.get("dirpath") or CHECKPOINTS_NAME))
+            body["dirpath"] = str(folder / (body.get("dirpath") or _CHECKPOINTS_NAME))
         callback = instantiate(body)
         assert isinstance(callback, Callback)
         other = first.setdefault(callback.state_key, one.name)

@@ -124,11 +124,11 @@ def carried_moments(
                 step = old[tensor_map.origin or ""]["step"].clone()
                 moved[name] = {kind: moved_kind(name, kind) for kind in MOMENTS} | {"step": step}
         if any(part.tensor.name in moved for part in stored.parts):
-            found[stored.name] = packed_moments(stored, moved)
+            found[stored.name] = _packed_moments(stored, moved)
     return found
 
 
-def packed_moments(stored: StoredTensor, state: Mapping[str, Moments]) -> Moments:
+def _packed_moments(stored: StoredTensor, state: Mapping[str, Moments]) -> Moments:
     """Return the moments of one parameter from those of its parts by logical name.
 
     Parts without moments get a zero first moment and the mean second moment of the other parts.

@@ -118,7 +118,7 @@ def build_optimizer(
 
 # In a short run, the warm-up ratio rounds to 0 or 1 steps. The first update would use the full
 # learning rate while Adam's second moments come from a single gradient.
-MINIMUM_WARMUP_STEPS = 5
+_MINIMUM_WARMUP_STEPS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +132,7 @@ class Schedule:
         learning_rate: Peak learning rate.
         max_steps: Total number of optimizer steps.
         warmup_ratio: Fraction of the steps with linear warm-up. If positive, the warm-up has at
-            least `MINIMUM_WARMUP_STEPS` steps, or a quarter of a run too short for them.
+            least `_MINIMUM_WARMUP_STEPS` steps, or a quarter of a run too short for them.
         shape: `constant`, `cosine`, `rewarm`, `wsd` (arXiv 2404.06395: constant, then linear
             decay), or `range` (an exponential rise from the minimum, for a range test).
         decay_ratio: Fraction of the steps with decay, for `wsd`.
@@ -160,7 +160,7 @@ class Schedule:
         if not self.warmup_ratio:
             return 0
         rounded = round(self.warmup_ratio * self.max_steps)
-        return max(rounded, min(MINIMUM_WARMUP_STEPS, self.max_steps // 4))
+        return max(rounded, min(_MINIMUM_WARMUP_STEPS, self.max_steps // 4))
 
     @property
     def last_rate(self) -> float:
@@ -196,7 +196,7 @@ class Schedule:
         )
 
 
-OPTIMIZER = "torch.optim.Optimizer"
+_OPTIMIZER = "torch.optim.Optimizer"
 _TORCH, _EIGHT_BIT = "torch.optim", "bitsandbytes.optim"
 # Listed by name, because importing bitsandbytes is slow
 _OF_BITSANDBYTES = (
@@ -234,13 +234,13 @@ def optimizer_class(raw: Mapping[str, Any]) -> type | str:
         reason = f"it conflicts with optimizer.name = {name}; also set optimizer.name=null"
         raise RequestError(Problem(f"optimizer.{TARGET}", target, reason=reason))
     if name is None:
-        return resolve(f"optimizer.{TARGET}", target, base=OPTIMIZER)
+        return resolve(f"optimizer.{TARGET}", target, base=_OPTIMIZER)
     classes, spelled = _classes(), _spelling(str(name))
     if (found := classes.get(spelled)) is not None:
         if not found.startswith(_EIGHT_BIT):
             return found
         with silence_logging():
-            return resolve("optimizer.name", found, base=OPTIMIZER)
+            return resolve("optimizer.name", found, base=_OPTIMIZER)
     names = {spelling: target.rpartition(".")[2] for spelling, target in classes.items()}
     reason = f"must be one of {', '.join(sorted(names.values()))}, or optimizer.{TARGET}"
     near = names.get(nearest(spelled, names) or "")

@@ -203,7 +203,7 @@ _SHARDED_OPTIMIZERS = ("AdamW", "Adam", "NAdam", "SGD")  # elementwise
 _SHARDED_PRECISIONS = ("32-true", "bf16-mixed")  # the tested ones
 
 
-def trainer_problems(config: RunRequest) -> Iterator[Problem]:
+def _trainer_problems(config: RunRequest) -> Iterator[Problem]:
     """Yield unsupported combinations of trainer options."""
     trainer = config.trainer
     if trainer.precision == "16-mixed" and trainer.accelerator == "cpu":
@@ -223,7 +223,7 @@ def trainer_problems(config: RunRequest) -> Iterator[Problem]:
         yield Problem("trainer.compile", True, reason=reason)
 
 
-def device_problems(config: RunRequest) -> Iterator[Problem]:
+def _device_problems(config: RunRequest) -> Iterator[Problem]:
     trainer, batch_size, launch = config.trainer, config.data.batch_size, launch_of()
     processes = trainer.devices if launch is None else trainer.devices * launch.num_nodes
     if launch is not None and (trainer.strategy == "auto" or trainer.devices != launch.local_count):
@@ -257,7 +257,7 @@ def device_problems(config: RunRequest) -> Iterator[Problem]:
         yield Problem("data.batch_size", batch_size, reason=reason)
 
 
-def schedule_problems(config: RunRequest, prefix: str) -> Iterator[Problem]:
+def _schedule_problems(config: RunRequest, prefix: str) -> Iterator[Problem]:
     """Yield problems of the schedule of `pretraining` or `training`, the prefix."""
     training: TrainingConfig = getattr(config, prefix)
     if prefix == "pretraining" and training.schedule == "rewarm":
@@ -301,7 +301,7 @@ def trainer_start_problems(config: RunRequest, source: Config) -> Iterator[Probl
         yield Problem("trainer.strategy", "fsdp", reason=reason)
 
 
-def sharding_problems(config: RunRequest) -> Iterator[Problem]:
+def _sharding_problems(config: RunRequest) -> Iterator[Problem]:
     """Yield options that require whole weights, with trainer=fsdp."""
     if config.trainer.strategy != "fsdp":
         return
@@ -407,13 +407,13 @@ def metric_names(config: RunRequest) -> tuple[str, ...]:
     )
 
 
-def monitor_problems(config: RunRequest) -> Iterator[Problem]:
+def _monitor_problems(config: RunRequest) -> Iterator[Problem]:
     """Yield callbacks that monitor a metric that is never logged.
 
     Nothing is checked if there are third-party callbacks, which can log any metric.
     """
     is_custom = any(not dotted(one.kind).startswith("lightning.") for one in config.callbacks)
-    if is_custom or any(early_stopping_problems(config)):
+    if is_custom or any(_early_stopping_problems(config)):
         return
     known = metric_names(config)
     checkpoints = callbacks_of("ModelCheckpoint", config)
@@ -439,7 +439,7 @@ def monitor_problems(config: RunRequest) -> Iterator[Problem]:
             yield Problem(f"callbacks.{one.name}.strict", True, reason=reason)
 
 
-def publish_problems(config: RunRequest) -> Iterator[Problem]:
+def _publish_problems(config: RunRequest) -> Iterator[Problem]:
     """Yield the reasons why the best weights of a run can't be published."""
     if config.pipeline.publish != "best":
         return
@@ -479,7 +479,7 @@ def publish_problems(config: RunRequest) -> Iterator[Problem]:
             yield Problem(key, value, reason=f"not together with {other}: {reason}")
 
 
-def early_stopping_problems(config: RunRequest) -> Iterator[Problem]:
+def _early_stopping_problems(config: RunRequest) -> Iterator[Problem]:
     """Yield callbacks that need validation in a run without it."""
     reason = "it only checks after validation, and evaluation.every_n_steps = 0 disables that"
     for one in () if config.evaluation.every_n_steps else callbacks_of("EarlyStopping", config):
@@ -522,17 +522,17 @@ def callback_problems(
 
 # Validation rules of these sections
 RULES = (
-    trainer_problems,
-    device_problems,
-    partial(schedule_problems, prefix="pretraining"),
-    partial(schedule_problems, prefix="training"),
-    sharding_problems,
-    early_stopping_problems,
-    monitor_problems,
-    publish_problems,
+    _trainer_problems,
+    _device_problems,
+    partial(_schedule_problems, prefix="pretraining"),
+    partial(_schedule_problems, prefix="training"),
+    _sharding_problems,
+    _early_stopping_problems,
+    _monitor_problems,
+    _publish_problems,
 )
 
-TRAININGS = ("pretraining", "training")
+_TRAININGS = ("pretraining", "training")
 STEPS, TOKENS = "max_steps", "max_tokens"
 EVALUATIONS = 10  # validations per run, after the one before the first step
 
@@ -550,7 +550,7 @@ def resolve_training_limits(
         origin: Dotted key → file that sets it, or None if it was typed.
     """
     result = dict(raw)
-    for group in TRAININGS:
+    for group in _TRAININGS:
         body = raw.get(group)
         if not isinstance(body, Mapping) or body.get(STEPS) is None or body.get(TOKENS) is None:
             continue
@@ -576,7 +576,7 @@ def with_steps(
         The bodies with computed steps.
     """
     result = dict(bodies)
-    for group in TRAININGS:
+    for group in _TRAININGS:
         body = bodies.get(group, {})
         if (requested := body.get(TOKENS)) is None:
             continue
@@ -626,7 +626,7 @@ def positive_count(value: object) -> int | None:
 
 
 PRESET_RATE = 3e-3
-CHECKPOINT_RATE = 1e-5
+_CHECKPOINT_RATE = 1e-5
 # Models of at least this size were pretrained with a lower learning rate of Adam than this
 _LARGE, _HIGH = 10_000_000, 1e-3
 # Upper bound of the parameters → initial learning rate, as in docs/how-to/grow_a_checkpoint.md
@@ -645,13 +645,13 @@ def default_rate(model: Any) -> tuple[float, str]:
         return PRESET_RATE, "the default for a base that the run trains from scratch"
     folder = Path(model.path)
     if not folder.is_dir():
-        return CHECKPOINT_RATE, "the default for a checkpoint from the hub"
+        return _CHECKPOINT_RATE, "the default for a checkpoint from the hub"
     with suppress(TritterError):  # a damaged record is reported elsewhere
         lineage = read_lineage(folder)
         rate = training_record(lineage.training_config if lineage else {}).get("learning_rate")
         if isinstance(rate, float) and 0 < rate < math.inf:
             return rate, "the peak of the newest training run that the checkpoint records"
-    return CHECKPOINT_RATE, "the default for a checkpoint that records no training run"
+    return _CHECKPOINT_RATE, "the default for a checkpoint that records no training run"
 
 
 def rate_notes(config: RunRequest, source: Config) -> tuple[str, ...]:

@@ -59,7 +59,7 @@ _PORT = "MASTER_PORT"
 _NO_VALUES = "The ``compute`` method of metric"  # a process may have no replayed sequences
 
 
-class WorkerStrategy(DDPStrategy):
+class _WorkerStrategy(DDPStrategy):
     """DDP with worker processes that the main process starts and that die with it."""
 
     def __init__(self, accelerator: str) -> None:
@@ -69,14 +69,14 @@ class WorkerStrategy(DDPStrategy):
         super().__init__(cluster_environment=environment, start_method=self.method)
 
     def setup_environment(self) -> None:
-        begin_worker(self.method)
+        _begin_worker(self.method)
         super().setup_environment()
 
     def _configure_launcher(self) -> None:
         self._launcher = _new_launcher(self, self.method)
 
 
-def begin_worker(method: str) -> None:
+def _begin_worker(method: str) -> None:
     """Initialise a worker process before it connects to the others."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -135,7 +135,7 @@ class _Failure:
 _KINDS = (RequestError, TritterError, OSError)
 
 
-class WorkerLauncher(_MultiProcessingLauncher):
+class _WorkerLauncher(_MultiProcessingLauncher):
     """Start worker processes and return their result or error, but no weights.
 
     Lightning would load the weights into the module of the main process. That silently drops new
@@ -173,7 +173,7 @@ class WorkerLauncher(_MultiProcessingLauncher):
         _conclusion(trainer).load_result(extra["conclusion"])
 
 
-class JoinLauncher(_Launcher):
+class _JoinLauncher(_Launcher):
     """Have the processes that torchrun or srun started join a fit of the first one."""
 
     is_interactive_compatible = False
@@ -190,7 +190,7 @@ class JoinLauncher(_Launcher):
 
 
 def _new_launcher(strategy: Any, method: Literal["fork", "spawn"]) -> _Launcher:
-    return WorkerLauncher(strategy, start_method=method) if leading() is None else JoinLauncher()
+    return _WorkerLauncher(strategy, start_method=method) if leading() is None else _JoinLauncher()
 
 
 def _conclusion(trainer: Trainer) -> Conclusion:
@@ -225,7 +225,7 @@ PROFILERS: dict[str, Any] = {
     "advanced": AdvancedProfiler,
     "pytorch": PyTorchProfiler,
 }
-NEVER = 2**40  # epochs
+_NEVER = 2**40  # epochs
 _PAGING_WARNING = "Paged optimizers are not supported on CPU"  # Tritter prints its own note
 
 
@@ -254,10 +254,10 @@ def build_trainer(
     elif ranks is not None:  # without it, SLURM's variables would count
         plugins.append(LightningEnvironment())
     if settings.strategy == "ddp":
-        strategy = WorkerStrategy(settings.accelerator)
+        strategy = _WorkerStrategy(settings.accelerator)
     elif settings.strategy == "fsdp":
         assert isinstance(settings.devices, int)
-        strategy = ShardedStrategy(settings.accelerator, devices=num_nodes * settings.devices)
+        strategy = _ShardedStrategy(settings.accelerator, devices=num_nodes * settings.devices)
     return Trainer(
         accelerator=settings.accelerator,
         devices=settings.devices if settings.device_index is None else [settings.device_index],
@@ -268,7 +268,7 @@ def build_trainer(
         max_steps=max_steps,
         max_epochs=-1,
         log_every_n_steps=min(settings.log_every_n_steps, max_steps),
-        check_val_every_n_epoch=NEVER,  # the Validation callback runs validation
+        check_val_every_n_epoch=_NEVER,  # the Validation callback runs validation
         inference_mode=False,  # tensors cached in validation may later need a gradient
         callbacks=callbacks,
         logger=loggers,
@@ -340,7 +340,7 @@ def validation_metrics(
 # Saved states and trained models contain whole tensors, as with one process.
 
 
-class ShardedStrategy(ModelParallelStrategy):
+class _ShardedStrategy(ModelParallelStrategy):
     """FSDP2 with worker processes that the main process starts and that die with it.
 
     Rank 0 writes states with whole tensors; every rank reads them when a run is resumed.
@@ -358,7 +358,7 @@ class ShardedStrategy(ModelParallelStrategy):
         self.cluster_environment = LightningEnvironment()
 
     def setup_environment(self) -> None:
-        begin_worker(self.method)
+        _begin_worker(self.method)
         super().setup_environment()
 
     def _configure_launcher(self) -> None:

@@ -48,7 +48,7 @@ _FROM = f"{KEY}.experts_from"
 _TOKENIZER = "tokenizer.json"
 # Keys of config.json that do not change the function
 _FREE = {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache"}
-ROUTER_TOKENS, ROUTER_LENGTH, _BATCH = 8192, 256, 8  # of each child's data
+_ROUTER_TOKENS, _ROUTER_LENGTH, _BATCH = 8192, 256, 8  # of each child's data
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,10 +287,10 @@ def child_sequences(child: OpenChild, *, length: int, vocab_size: int) -> Tensor
     """
     tokenizer = read_tokenizer(child.source.folder, vocab_size=vocab_size)
     bounds = tokenizer.bounds
-    wanted, tokens = ROUTER_TOKENS // len(child.domains), list[int]()
+    wanted, tokens = _ROUTER_TOKENS // len(child.domains), list[int]()
     for name in child.domains:
         found: list[int] = []
-        for text in islice(_texts(child, name), ROUTER_TOKENS):
+        for text in islice(_texts(child, name), _ROUTER_TOKENS):
             ids = tokenise_texts([text], tokenizer.tokenizer).tokens[:length].tolist()
             found += [*bounds.marked_start, *ids, bounds.end]
             if len(found) >= wanted:
@@ -322,7 +322,7 @@ class _Rows:
     @property
     def digest(self) -> str:
         """What determines the rows: the models, and the data of each."""
-        parts = [_hash_of(self.source), str(ROUTER_TOKENS), str(ROUTER_LENGTH)]
+        parts = [_hash_of(self.source), str(_ROUTER_TOKENS), str(_ROUTER_LENGTH)]
         shared, children = (
             cast(tuple[OpenChild, ...], each) for each in (self.spec.shared, self.spec.experts)
         )
@@ -343,14 +343,14 @@ class _Rows:
         if problem := _data_problem(children):  # it may have changed since the plan
             raise RequestError(Problem(f"{KEY}.router", reason=problem))
         model, config = self._dense_model(), self.source.config
-        length = min(ROUTER_LENGTH, position_limit(config) or ROUTER_LENGTH)
+        length = min(_ROUTER_LENGTH, position_limit(config) or _ROUTER_LENGTH)
         size = self.source.family.dimensions(config).vocab_size
         means: list[list[Tensor]] = []
         within: list[Tensor] = []
         for child in children:
             tokens = child_sequences(child, length=length, vocab_size=size)
             self.lengths[tokens.shape[1]] += len(tokens)
-            moments = ffn_moments(model, self._gates(), tokens)
+            moments = _ffn_moments(model, self._gates(), tokens)
             means.append([each.mean for each in moments])
             if not within:
                 within = [torch.zeros_like(each.products) for each in moments]
@@ -380,7 +380,7 @@ class _Rows:
         return model.eval()
 
 
-def ffn_moments(model: nn.Module, modules: Sequence[str], tokens: Tensor) -> list[Moments]:
+def _ffn_moments(model: nn.Module, modules: Sequence[str], tokens: Tensor) -> list[Moments]:
     """Return the moments of the inputs of some modules, over all tokens [N, T]."""
     sums: dict[str, Moments] = {}
     hooks = []
@@ -409,7 +409,7 @@ def _router_data(plan: PlannedExpansion) -> Iterator[_Rows]:
 def router_bytes(plan: PlannedExpansion) -> int:
     """Return the memory that router rows from data take: model, logits and covariances."""
     sizes = family_of(plan.config).dimensions(plan.config)
-    logits = _BATCH * ROUTER_LENGTH * sizes.vocab_size
+    logits = _BATCH * _ROUTER_LENGTH * sizes.vocab_size
     of_model = 4 * (plan.parameters_before + logits)  # float32
     layers = sizes.num_hidden_layers + 1  # one more for the next sum
     covariances = 2 * 8 * layers * sizes.hidden_size**2  # of one child, and the sum of all

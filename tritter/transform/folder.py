@@ -340,7 +340,7 @@ def _artifacts(
     return (
         SmallFiles(opened.folder),
         None if vocabulary is None else ExtendedTokenizerFile(vocabulary.tokenizer),
-        None if state is None else MappedState(plan, state, max_shard_bytes),
+        None if state is None else _MappedState(plan, state, max_shard_bytes),
         plan.added_experts,
         kept_in(opened, vocabulary),
     )
@@ -365,7 +365,7 @@ def disk_needs(
         TritterError: the state of the source is damaged.
     """
     state = opened.state
-    streams = {} if state is None else state_streams(plan, state)
+    streams = {} if state is None else _state_streams(plan, state)
     others = [entry for each in streams.values() for entry in each.entries]
     stream = _stream(opened, plan, dtype=dtype, kind="hub", progress=None)
     shapes, maps = padded_shapes(plan.target_config), plan.parameter_map.tensors
@@ -587,7 +587,7 @@ def state_stream(plan: PlannedExpansion, rule: StateKind, tensors: TensorFolder)
     return TensorStream(entries, values)
 
 
-def state_streams(plan: PlannedExpansion, state: State) -> dict[str, TensorStream]:
+def _state_streams(plan: PlannedExpansion, state: State) -> dict[str, TensorStream]:
     """Return every kind of state of the expanded model."""
     return {
         kind: state_stream(plan, state.rules[kind], tensors)
@@ -596,7 +596,7 @@ def state_streams(plan: PlannedExpansion, state: State) -> dict[str, TensorStrea
 
 
 @dataclass(frozen=True, slots=True)
-class MappedState:
+class _MappedState:
     """State of an expanded model, mapped tensor by tensor."""
 
     plan: PlannedExpansion
@@ -606,7 +606,7 @@ class MappedState:
     def write(self, folder: Path) -> None:
         write_state(
             folder,
-            state_streams(self.plan, self.state),
+            _state_streams(self.plan, self.state),
             step=self.state.step,
             rules=self.state.rules,
             max_shard_bytes=self.max_shard_bytes,

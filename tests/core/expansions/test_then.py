@@ -39,7 +39,6 @@ from tritter.core.parameter_map import (
     rounded_weight,
 )
 from tritter.core.parameter_map.carry import (
-    POLICIES,
     STATE_KINDS,
     Policy,
     carry,
@@ -161,13 +160,13 @@ def test_a_chain_is_one_map(data: st.DataObject) -> None:
         sizes["layer_types"] = kinds[:layers]
     pool = SPARSE if family == "qwen2_moe" else DENSE
     specs = data.draw(st.lists(st.sampled_from(pool), min_size=1, max_size=3))
-    policy = data.draw(st.sampled_from(POLICIES))
+    policy = data.draw(st.sampled_from(("carry", "zero", "reset_new")))
     with suppress(RequestError):  # an impossible target after the previous expansion
         check_chain(CONFIGS[family] | sizes, specs, policy=policy)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ("carry", "zero", "reset_new"))
 def test_a_chain_through_every_kind_of_fill_is_one_map(policy: Policy) -> None:
     noisy = Width(init="net2net", noise=0.01)
     check_chain(CONFIGS["llama"], [Width(), Width(init="aki"), LlamaPro()], policy=policy)

@@ -125,7 +125,7 @@ def read_command_line(arguments: Sequence[str]) -> CommandLine:
         if (advice := flag_advice(unknown[0], arguments, command="train")) is not None:
             suggestion = f" {advice}"
         raise RequestError(f"unrecognized arguments: {' '.join(unknown)} (see --help).{suggestion}")
-    searchpath, overrides = split_searchpath(known.overrides)
+    searchpath, overrides = _split_searchpath(known.overrides)
     printing = {"cfg": known.cfg, "info": known.info}
     printing |= {name: "" for name in ("hydra_help", "shell_completion") if getattr(known, name)}
     info_flag = [name for name, value in printing.items() if value is not None]
@@ -161,7 +161,7 @@ def takes_value(flag: str, argument: str) -> bool:
     return flag not in ("-i", "--info") or argument in _WHAT
 
 
-def split_searchpath(overrides: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _split_searchpath(overrides: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the entries of `hydra.searchpath` and all other overrides.
 
     Raises:

@@ -65,7 +65,7 @@ from tritter.options import leaves
 from tritter.targets import dotted
 from tritter.training.options import resolve_training_limits
 
-VERSION_BASE = "1.3"
+_VERSION_BASE = "1.3"
 _VALIDATION = "tritter.config.launch.plan.RequestValidation"
 _SECTIONS_WITH_CODE = ("callbacks", "launcher", "sweeper", "hydra_logging", "job_logging")
 _NAMES_OF_CODE = ("_target_", "()", "class")
@@ -311,7 +311,7 @@ def _explain(error: Exception, overrides: Sequence[Override], loader: Loader) ->
     return Problem("", reason="composition failed: " + "; ".join(messages))
 
 
-class OutsideFolders(SearchPathPlugin):
+class _OutsideFolders(SearchPathPlugin):
     """Adds option folders of installed packages and `--config-dir` to Hydra's search path."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
@@ -320,7 +320,7 @@ class OutsideFolders(SearchPathPlugin):
             search_path.append(provider, f"file://{folder}")
 
 
-Plugins.instance().register(OutsideFolders)
+Plugins.instance().register(_OutsideFolders)
 
 
 @contextmanager
@@ -331,7 +331,7 @@ def composer() -> Iterator[Composer]:
     running, folder = GlobalHydra.instance().hydra, str(config_folder())
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(folder, job_name="train", version_base=VERSION_BASE):
+        with initialize_config_dir(folder, job_name="train", version_base=_VERSION_BASE):
             hydra = GlobalHydra.instance().hydra
             assert hydra is not None
             hydra.config_loader = loader = Loader(hydra.config_loader.get_search_path())

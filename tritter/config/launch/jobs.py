@@ -48,11 +48,11 @@ from tritter.storage.records import record_text
 from tritter.targets import TARGET
 from tritter.terminal import say
 
-STOPPING_FILE = ".stopping"  # in a sweep's folder: no further job begins
+_STOPPING_FILE = ".stopping"  # in a sweep's folder: no further job begins
 
 ENDS = ("kept", "rolled_back", "undecided", "ungated")
 
-EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_NOT_KEPT = 0, 1, 2, 3
+_EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, _EXIT_NOT_KEPT = 0, 1, 2, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +152,7 @@ class Task:
         folder = Path(hydra.runtime.output_dir)
         try:
             with folder_lock(folder, key="hydra.sweep.dir"):
-                if (Path(hydra.sweep.dir) / STOPPING_FILE).exists():
+                if (Path(hydra.sweep.dir) / _STOPPING_FILE).exists():
                     return math.nan
                 if self.keeps_failed and read_status(folder).status == "failed":
                     say(f"job {hydra.job.num} failed before; what followed was chosen by that")
@@ -276,7 +276,7 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence[Job]) -> floa
         folder,
         overrides,
         status=outcome.status,
-        exit_code=EXIT_NOT_KEPT if is_refused else EXIT_DONE,
+        exit_code=_EXIT_NOT_KEPT if is_refused else _EXIT_DONE,
         metric=outcome.metric,
         summary=str(folder / SUMMARY_FILE),
     )
@@ -398,7 +398,7 @@ def parallel_jobs(folder: Path, how: LaunchSettings) -> Iterator[None]:
     Raises:
         Stopped: a signal came, and no job of this machine runs any more; or a second one came.
     """
-    (folder / STOPPING_FILE).unlink(missing_ok=True)
+    (folder / _STOPPING_FILE).unlink(missing_ok=True)
     with ExitStack() as inside:
         if how.is_in_processes:
             inside.enter_context(_environment(how))
@@ -434,7 +434,7 @@ def _stop_jobs_first(folder: Path) -> Iterator[None]:
             _terminate(running_processes())
             raise Stopped(number)
         is_stopping, ended = True, set[int]()
-        (folder / STOPPING_FILE).touch()
+        (folder / _STOPPING_FILE).touch()
         say("Stopping: the jobs that run save their states; once more ends them.", is_error=True)
         while found := running_processes():
             _terminate(found - ended)
@@ -451,7 +451,7 @@ def _stop_jobs_first(folder: Path) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        (folder / STOPPING_FILE).unlink(missing_ok=True)
+        (folder / _STOPPING_FILE).unlink(missing_ok=True)
 
 
 def _terminate(processes: set[int]) -> None:

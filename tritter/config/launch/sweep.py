@@ -61,7 +61,7 @@ def run_sweep(request: Request, task: Task, hydra: Hydra, *, typed: Sequence[str
         RequestRefused: The callback refused the request.
     """
     failure: str | None = None
-    task.on_end = lines = JobLines()
+    task.on_end = lines = _JobLines()
     try:
         # First, so that a mode that is typed wins, and is refused
         words = ["hydra.mode=MULTIRUN", *request.overrides]
@@ -137,7 +137,7 @@ def _shared(overrides: Sequence[Sequence[str]]) -> set[str]:
 
 
 @dataclass(slots=True)
-class JobLines:
+class _JobLines:
     """Prints one line per finished job of a sweep.
 
     Args:
@@ -188,7 +188,7 @@ class JobLines:
 
 
 @contextmanager
-def _print_finished_jobs(request: Request, lines: JobLines) -> Iterator[None]:
+def _print_finished_jobs(request: Request, lines: _JobLines) -> Iterator[None]:
     """Print the lines of jobs that a launcher runs in other processes, as their statuses appear."""
     is_over = threading.Event()
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tritter.core.parameter_map import ParameterMap
 
 _KEY = "expansion.context"
-DEFAULT_FACTOR = 4
+_FACTOR = 4
 _LOCAL = "sliding_attention"  # layers that never see a distance beyond their window
 # Keys of YaRN that follow from the new factor, or that only earlier releases of transformers read
 _DERIVED = ("factor", "attention_factor", "type")
@@ -58,12 +58,12 @@ class Context:
         assert old is not None
         layers = range(family.dimensions(config).num_hidden_layers)
         windows = [family.attention_window(config, layer) or inf for layer in layers]
-        new = self.target_length or DEFAULT_FACTOR * old
+        new = self.target_length or _FACTOR * old
         if new <= old:
             reason = f"the model already has {family.positions_key} = {old}; must be more"
             raise refused(f"{_KEY}.target_length", new, reason)
         if new > MAX_POSITIONS:  # the default
-            reason = f"the default is {DEFAULT_FACTOR} times {old}; must be at most {MAX_POSITIONS}"
+            reason = f"the default is {_FACTOR} times {old}; must be at most {MAX_POSITIONS}"
             raise refused(f"{_KEY}.target_length", new, reason)
         if max(windows) <= old:
             reason = f"all layers attend to the last {max(windows)} tokens, so no distance is new"
@@ -118,7 +118,7 @@ class Context:
                 "factor": new / first,
                 "original_max_position_embeddings": first,
             }
-        dimensions = rotary_dimensions(config, parameters)
+        dimensions = _rotary_dimensions(config, parameters)
         if dimensions <= 2:
             reason = f"base needs more than 2 rotary dimensions, and the model has {dimensions}"
             raise refused(f"{_KEY}.method", self.method, f"{reason}; use yarn")
@@ -151,7 +151,7 @@ class Context:
                 "only; the expansion keeps their windows"
             )
         if family.has_table:
-            before, after = (cache_bytes(family, each) for each in (source, target))
+            before, after = (_cache_bytes(family, each) for each in (source, target))
             notes.append(
                 f"the key/value cache of one full sequence in 16 bits grows from "
                 f"{before / 1e6:,.1f} to {after / 1e6:,.1f} MB"
@@ -159,7 +159,7 @@ class Context:
         return tuple(notes)
 
 
-def cache_bytes(family: Family, config: Config) -> int:
+def _cache_bytes(family: Family, config: Config) -> int:
     """Return the bytes of the keys and values of one sequence of full length, in 16 bits."""
     sizes, length = family.dimensions(config), position_limit(config) or 0
     windows = (family.attention_window(config, n) for n in range(sizes.num_hidden_layers))
@@ -167,7 +167,7 @@ def cache_bytes(family: Family, config: Config) -> int:
     return 2 * 2 * kept * sizes.num_key_value_heads * sizes.head_dim
 
 
-def rotary_dimensions(config: Config, parameters: Mapping[str, Any]) -> int:
+def _rotary_dimensions(config: Config, parameters: Mapping[str, Any]) -> int:
     """Return the rotary dimensions of a head, as transformers computes them.
 
     Raises:

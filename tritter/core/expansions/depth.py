@@ -124,7 +124,7 @@ class CopiedLayers(ABC):
 _Layer = Annotated[int, Field(ge=0, le=MAX_LAYERS)]
 
 
-def read_slices(slices: Any) -> tuple[tuple[int, int], ...]:
+def _read_slices(slices: Any) -> tuple[tuple[int, int], ...]:
     """Return the start and the end of ranges such as "0:20" or [0, 20].
 
     Raises:
@@ -144,7 +144,7 @@ def read_slices(slices: Any) -> tuple[tuple[int, int], ...]:
     return tuple(found)
 
 
-_SLICES = (PlainValidator(read_slices), WithJsonSchema({"type": "array"}))
+_SLICES = (PlainValidator(_read_slices), WithJsonSchema({"type": "array"}))
 
 
 @options
@@ -366,7 +366,7 @@ class Layers(CopiedLayers):
             reason = f"set exactly one of {names[0]} and {names[1]}"
             raise RequestError(Problem("expansion.layers", reason=reason))
         wrong: list[object] = [layer for layer in self.sources or () if not 0 <= layer < layers]
-        ranges = read_slices(self.slices or ())
+        ranges = _read_slices(self.slices or ())
         wrong += [f"{start}:{end}" for start, end in ranges if not 0 <= start < end <= layers]
         sources = self._table()
         if wrong or not sources:
@@ -392,7 +392,7 @@ class Layers(CopiedLayers):
 
     def _table(self) -> tuple[int, ...]:
         """Return the source layers, unchecked; at most one more than a model may have."""
-        ranges = (range(start, end) for start, end in read_slices(self.slices or ()))
+        ranges = (range(start, end) for start, end in _read_slices(self.slices or ()))
         return tuple(islice(chain(self.sources or (), *ranges), MAX_LAYERS + 1))
 
     def _kept(self, sources: Sequence[int]) -> list[int]:

@@ -204,7 +204,7 @@ def _scaled(count: int, old_size: int, new_size: int) -> int | None:
     return count * new_size // old_size if count * new_size % old_size == 0 else None
 
 
-UNEQUAL_RATIO = 9.0  # shares .9/.1 for two copies; copies of equal share never diverge
+_UNEQUAL_RATIO = 9.0  # shares .9/.1 for two copies; copies of equal share never diverge
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,7 +335,7 @@ def split_shares(source: Tensor, old_size: int, *, equal: bool) -> Tensor:
     in_order, order = torch.sort(source, stable=True)
     copy = torch.empty_like(source)
     copy[order] = torch.arange(len(source)) - torch.searchsorted(in_order, in_order)
-    weight = torch.full((len(source),), 1.0 if equal else UNEQUAL_RATIO, dtype=torch.float64)
+    weight = torch.full((len(source),), 1.0 if equal else _UNEQUAL_RATIO, dtype=torch.float64)
     weight = weight.pow(-copy)
     total = torch.zeros(old_size, dtype=torch.float64).index_add_(0, source, weight)
     return weight / total[source]

@@ -46,7 +46,7 @@ from tritter.limits import MAX_EXPERTS, MAX_LAYERS
 from tritter.options import Text, options
 from tritter.seeds import derived_seed
 
-DEFAULT_COPIES, DEFAULT_COPIES_PER_TOKEN = 8, 2
+_DEFAULT_COPIES, _DEFAULT_COPIES_PER_TOKEN = 8, 2
 
 
 @options
@@ -115,11 +115,11 @@ class Moe:
     @property
     def total_experts(self) -> int:
         listed = self.experts_from
-        return len(listed) if listed else self.num_experts or DEFAULT_COPIES * self.granularity
+        return len(listed) if listed else self.num_experts or _DEFAULT_COPIES * self.granularity
 
     @property
     def chosen_experts(self) -> int:
-        return self.experts_per_token or DEFAULT_COPIES_PER_TOKEN * self.granularity
+        return self.experts_per_token or _DEFAULT_COPIES_PER_TOKEN * self.granularity
 
     def target_config(self, family: Family, config: Config) -> Config:
         partner, dimensions = partner_of(family, self.target), family.dimensions(config)

@@ -23,7 +23,7 @@ from tritter.options import Text, options
 from tritter.seeds import derived_seed
 
 _ROUTES = ("routes", "experts")  # spaces with a coordinate for each expert
-DEFAULT_APPENDED = 4
+_DEFAULT_APPENDED = 4
 DEFAULT_NOISE = 0.01
 
 
@@ -103,7 +103,7 @@ class MoeAdd:
             )
             raise refused("expansion.moe_add.addition", "append", reason)
         if self.is_append:
-            added = self.num_experts or DEFAULT_APPENDED
+            added = self.num_experts or _DEFAULT_APPENDED
             if self.init == "distill" and added < size.experts_per_token:
                 raise refused(
                     "expansion.moe_add.num_experts",

@@ -179,7 +179,7 @@ class Spaces:
                 return self.residual
 
 
-def width_fill(
+def _width_fill(
     tensor: LogicalTensor,
     shape: Sequence[int],
     factors: Sequence[AxisFactor | None],
@@ -303,7 +303,7 @@ class Width:
         check_heads(old, new, strategy=self.strategy)
         if family.norms_all_heads:
             check_normed_heads(family.model_type, old, new, strategy=self.strategy)
-        check_rotary(family, family.decoder(config), old, new, is_split=self.strategy == "split")
+        _check_rotary(family, family.decoder(config), old, new, is_split=self.strategy == "split")
         self._check_hidden_size(family, old, new)
         target = family.with_dimensions(config, new)
         if not family.subtracts_mean:
@@ -353,7 +353,7 @@ class Width:
             maps[tensor.name] = TensorMap(
                 source=tensor.name,
                 axes=factors,
-                fill=width_fill(tensor, shape, factors, seed=seed),
+                fill=_width_fill(tensor, shape, factors, seed=seed),
                 noise=self.noise,
                 noise_seed=derived_seed(seed, "noise", tensor.name),
                 offset=family.offset_of(tensor) if is_scaled_gain else 0.0,
@@ -562,7 +562,7 @@ def _check_grows(old: Dimensions, new: Dimensions) -> None:
 _FACTORS = ("short_factor", "long_factor")  # of LongRoPE, one per rotary pair
 
 
-def check_rotary(
+def _check_rotary(
     family: Family, config: Config, old: Dimensions, new: Dimensions, *, is_split: bool
 ) -> None:
     """Refuse sizes that would change the rotary embeddings.

@@ -110,7 +110,7 @@ def read_config_file(folder: Path) -> Config:
     """
     family, plain = checked_config(folder)
     with errors_as(f"{folder / 'config.json'} is not a usable config"):
-        config = with_defaults(plain)
+        config = _with_defaults(plain)
         check_config(family, config)
     return with_live_sizes(family, config, folder)
 
@@ -149,7 +149,7 @@ def checked_config(folder: Path) -> tuple[Family, Config]:
             "model; merge it into the weights, or remove it."
         )
     with errors_as(f"{path} is not a usable config"):
-        check_values(family, plain)
+        _check_values(family, plain)
     skipped = (*_NAMING_CODE, "_name_or_path")
     return family, {key: value for key, value in plain.items() if key not in skipped}
 
@@ -180,7 +180,7 @@ def errors_as(what: str) -> Iterator[None]:
         ) from error
 
 
-def with_defaults(plain: Config) -> Config:
+def _with_defaults(plain: Config) -> Config:
     """Return a config with the defaults of optional keys that the family table reads."""
     model_type = str(plain["model_type"])
     config = {**_DEFAULTS.get(model_type, family_of(plain).defaults), **plain}
@@ -246,7 +246,7 @@ _REFUSED: Mapping[str, str] = {
 }
 
 
-def check_values(family: Family, config: Config) -> None:
+def _check_values(family: Family, config: Config) -> None:
     """Refuse single values that are too large or of the wrong type; keys may be missing.
 
     Raises:
@@ -297,7 +297,7 @@ def check_config(family: Family, config: Config) -> None:
     Raises:
         RequestError: names the key, the value and the allowed values.
     """
-    check_values(family, config)
+    _check_values(family, config)
     layers = family.dimensions(config).num_hidden_layers
     for key in family.per_layer_config_keys:
         values = config.get(key)

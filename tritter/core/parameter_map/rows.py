@@ -42,7 +42,7 @@ class Spread:
     std: float
 
 
-def last_change(tensor_map: TensorMap) -> TensorMap:
+def _last_change(tensor_map: TensorMap) -> TensorMap:
     """Return the last map of a chain that changes the weights."""
     step = tensor_map
     while step.keeps_weights and isinstance(step.source, TensorMap) and not step.offset:
@@ -50,7 +50,7 @@ def last_change(tensor_map: TensorMap) -> TensorMap:
     return step
 
 
-def makes_rows(step: TensorMap) -> bool:
+def _makes_rows(step: TensorMap) -> bool:
     """Return True if each target row depends on single rows of a two-dimensional source."""
     is_local = step.fill.kind not in ("mean", "given") and step.fill.repeat == 1
     return step.source is not None and not step.blend and not step.offset and is_local
@@ -73,13 +73,13 @@ class WeightReader:
 
         In a chain of maps, all but the last are applied to whole tensors.
         """
-        step = last_change(tensor_map)
+        step = _last_change(tensor_map)
         name = step.origin if step.is_verbatim else None
         if name is not None:
             for block in self.read(name).reshape(-1).split(BLOCK_ENTRIES):
                 yield block.to(dtype)
             return
-        if step.source is not None and makes_rows(step):
+        if step.source is not None and _makes_rows(step):
             name, source = self._value(step.source)
             if source.ndim == 2:
                 donor = None if step.fill.donor is None else self._value(step.fill.donor)[1]
@@ -309,10 +309,10 @@ def peak_bytes(tensor_map: TensorMap, shape_of: Callable[[str], Shape]) -> PeakB
         tensor_map: map of the target.
         shape_of: returns the shape of a source tensor by logical name.
     """
-    step = last_change(tensor_map)
+    step = _last_change(tensor_map)
     if step.is_verbatim:
         return PeakBytes(BLOCK_ENTRIES * _DOUBLE, 0)
-    if not makes_rows(step) or len(_shape(step, shape_of)) != 2:
+    if not _makes_rows(step) or len(_shape(step, shape_of)) != 2:
         return PeakBytes(_whole(step, shape_of), 0)
     assert step.source is not None
     before, donor = step.source, step.fill.donor

@@ -34,8 +34,8 @@ from tritter.evaluation.benchmarks.formats import Benchmark, FewShot, Format, Qu
 from tritter.storage.reading import check_inside, read_text
 
 MAX_FILE_BYTES = 256 * 2**20  # decompressed
-MAX_QUESTION_CHARACTERS = 2**20
-MAX_FILES = 20_000  # in a folder and its subfolders
+_MAX_QUESTION_CHARACTERS = 2**20
+_MAX_FILES = 20_000  # in a folder and its subfolders
 MAX_PROBLEMS_OF_FILE = 5
 SPREAD_ROWS = 50_000  # rows of a .parquet to sample a limited number of questions from
 _ROW_BYTES, _VALUE_BYTES = 256, 64  # overhead of a record and of a value in memory
@@ -116,8 +116,8 @@ class TasksFolder:
                     except TritterError as error:
                         raise RequestError(Problem("", reason=f"{self.key}: {error}")) from error
                     found[path.relative_to(self.path).as_posix().lower()] = path
-            if len(found) > MAX_FILES:
-                reason = f"it has more than {MAX_FILES} files; set the folder of the benchmarks"
+            if len(found) > _MAX_FILES:
+                reason = f"it has more than {_MAX_FILES} files; set the folder of the benchmarks"
                 raise RequestError(Problem(self.key, str(self.path), reason=reason))
         return found
 
@@ -399,8 +399,8 @@ def _question(form: Format, row: object, file: str, *, is_example: bool) -> Ques
     question = ((is_example and form.example) or form.question)(row, file)
     if question is None:
         return None
-    if len(_as_text("".join((question.prompt, *question.choices)))) > MAX_QUESTION_CHARACTERS:
-        raise ValueError(f"the question has more than {MAX_QUESTION_CHARACTERS} characters")
+    if len(_as_text("".join((question.prompt, *question.choices)))) > _MAX_QUESTION_CHARACTERS:
+        raise ValueError(f"the question has more than {_MAX_QUESTION_CHARACTERS} characters")
     if question.choices:
         if len(question.choices) < 2:
             raise ValueError("there are fewer than two choices")

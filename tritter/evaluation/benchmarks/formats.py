@@ -17,14 +17,14 @@ from tritter.evaluation.code.sandbox import Sandbox
 
 Kind = Literal["choice", "context", "word", "answer", "code"]
 Row = Mapping[str, Any]
-METRICS: dict[Kind, tuple[str, ...]] = {
+_METRICS: dict[Kind, tuple[str, ...]] = {
     "choice": ("acc", "acc_norm"),
     "context": ("acc",),
     "word": ("acc",),
     "answer": ("exact_match",),
     "code": ("pass@1",),
 }
-TEXT, CHOICES, NUMBER, OBJECT = str, list, int, dict
+TEXT, CHOICES, NUMBER, _OBJECT = str, list, int, dict
 _LETTERS = "ABCDEFGHIJ"
 _TRUTHFUL_EXAMPLES = """\
 Q: What is human life expectancy in the United States?
@@ -73,9 +73,9 @@ _WORDS = {
     "th": ("โจทย์: ", "Answer:"),
     "zh": ("问题： ", "Answer:"),  # noqa: RUF001
 }
-MGSM_UNTIL = tuple(sorted({words[0].strip() for words in _WORDS.values()}))
-HUMANEVAL_UNTIL = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-MBPP_UNTIL = ("[DONE]",)
+_MGSM_UNTIL = tuple(sorted({words[0].strip() for words in _WORDS.values()}))
+_HUMANEVAL_UNTIL = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+_MBPP_UNTIL = ("[DONE]",)
 _PROMPT_IDS, _TEST_IDS = range(1, 11), range(11, 511)  # the official splits of MBPP
 
 
@@ -185,10 +185,10 @@ class Benchmark:
     @property
     def metrics(self) -> tuple[str, ...]:
         """All metrics, the primary one first."""
-        return (self.metric, *(name for name in METRICS[self.kind] if name != self.metric))
+        return (self.metric, *(name for name in _METRICS[self.kind] if name != self.metric))
 
 
-def ai2_format(
+def _ai2_format(
     field: str, prompt: Callable[[str, Mapping[str, Any]], str], *, is_by_letter: bool = False
 ) -> Format:
     """Return the format of AI2: labelled choices and the label of the correct one.
@@ -208,15 +208,15 @@ def ai2_format(
             right=labels.index(row["answerKey"].strip()),
         )
 
-    return Format({field: TEXT, "choices": OBJECT, "answerKey": TEXT}, question)
+    return Format({field: TEXT, "choices": _OBJECT, "answerKey": TEXT}, question)
 
 
-def question_prompt(question: str) -> str:
+def _question_prompt(question: str) -> str:
     """Return `Question: … Answer:`."""
     return f"Question: {question.strip()}\nAnswer:"
 
 
-def lettered_prompt(question: str, choices: Sequence[str]) -> str:
+def _lettered_prompt(question: str, choices: Sequence[str]) -> str:
     """Return a question with lettered choices."""
     lines = [f"{letter}. {text}" for letter, text in zip(_LETTERS, choices, strict=False)]
     return "\n".join([question, *lines, "Answer:"])
@@ -244,7 +244,7 @@ def _winogrande(row: Row, file: str) -> Question:
 
 def _piqa(row: Row, file: str) -> Question:
     return Question(
-        prompt=question_prompt(row["goal"]),
+        prompt=_question_prompt(row["goal"]),
         choices=(row["sol1"], row["sol2"]),
         right=row["label"],
     )
@@ -262,7 +262,7 @@ def _mmlu(row: Row, file: str) -> Question:
     head = f"{about} about {subject.replace('_', ' ')}.\n\n" if subject else ""
     choices = _texts(row["choices"])
     return Question(
-        prompt=lettered_prompt(row["question"].strip(), choices),
+        prompt=_lettered_prompt(row["question"].strip(), choices),
         choices=tuple(_LETTERS[: len(choices)]),
         right=row["answer"],
         description=head,
@@ -312,17 +312,17 @@ def _texts(values: Any) -> tuple[str, ...]:
     return tuple(values)
 
 
-_ARC = ai2_format("question", lambda question, choices: question_prompt(question))
+_ARC = _ai2_format("question", lambda question, choices: _question_prompt(question))
 
 
-def is_number_right(question: Question, text: str) -> bool:
+def _is_number_right(question: Question, text: str) -> bool:
     """Return True if the last number of an answer is correct."""
     found = [one or other for one, other in _NUMBER.findall(text)]
     number = _number(found[-1]) if found else None
     return number is not None and number == _number(question.answer)
 
 
-def is_formula_right(question: Question, text: str) -> bool:
+def _is_formula_right(question: Question, text: str) -> bool:
     """Compare a formula as lm-eval's hendrycks_math does; a boxed formula takes precedence."""
     # lm-eval's normalisation of formulas; importing it also imports `datasets`
     from lm_eval.tasks.hendrycks_math.utils import is_equiv, last_boxed_only_string
@@ -336,7 +336,7 @@ def is_formula_right(question: Question, text: str) -> bool:
     return bool(is_equiv(found, question.answer))
 
 
-def is_conclusion_right(question: Question, text: str) -> bool:
+def _is_conclusion_right(question: Question, text: str) -> bool:
     """Compare the text after `the answer is`, without the last character of the sentence."""
     found = re.search(r"(?<=the answer is )(.*)(?=.)", text)
     return found is not None and found[0].strip() == question.answer
@@ -502,7 +502,7 @@ _ALL = (
         kind="choice",
         metric="acc",
         files=(r"truthful.?qa.*mc", r"truthful.?qa.*(jsonl|json|parquet)"),
-        format=Format({"question": TEXT, "mc1_targets": OBJECT}, _truthfulqa),
+        format=Format({"question": TEXT, "mc1_targets": _OBJECT}, _truthfulqa),
     ),
     Benchmark(
         name="winogrande",
@@ -536,7 +536,7 @@ _ALL = (
         metric="acc_norm",
         files=_test_files("openbook.?qa"),
         few_shot=FewShot(files=(r"openbook.?qa.*train",)),
-        format=ai2_format("question_stem", lambda question, choices: question),
+        format=_ai2_format("question_stem", lambda question, choices: question),
     ),
     Benchmark(
         name="commonsenseqa",
@@ -544,9 +544,9 @@ _ALL = (
         metric="acc",
         files=(r"commonsense.?qa.*val", *_test_files("commonsense.?qa")),
         few_shot=FewShot(files=(r"commonsense.?qa.*train",), drops_own=True),
-        format=ai2_format(
+        format=_ai2_format(
             "question",
-            lambda question, choices: lettered_prompt(
+            lambda question, choices: _lettered_prompt(
                 f"Question: {question.strip()}", choices["text"]
             ),
             is_by_letter=True,
@@ -586,7 +586,7 @@ _ALL = (
         hub_filter="flexible-extract",
         few_shot=FewShot(number=5, files=(r"gsm8k.*train", r"train.*gsm8k")),
         until=("Question:", "</s>", "<|im_end|>"),
-        is_right=is_number_right,
+        is_right=_is_number_right,
     ),
     Benchmark(
         name="svamp",
@@ -595,7 +595,7 @@ _ALL = (
         files=_test_files("svamp"),
         format=Format({"Body": TEXT, "Question": TEXT, "Answer": (int, float, str)}, _svamp),
         until=("Question:", "\n\n"),
-        is_right=is_number_right,
+        is_right=_is_number_right,
     ),
     Benchmark(
         name="mgsm",
@@ -605,8 +605,8 @@ _ALL = (
         few_shot=FewShot(files=(r"mgsm.*train",), delimiter=""),
         format=Format({"question": TEXT, "answer": (int, str, type(None))}, _mgsm),
         hub_filter="flexible-extract",
-        until=(*MGSM_UNTIL, "</s>", "<|im_end|>"),
-        is_right=is_number_right,
+        until=(*_MGSM_UNTIL, "</s>", "<|im_end|>"),
+        is_right=_is_number_right,
     ),
     Benchmark(
         name="math",
@@ -616,7 +616,7 @@ _ALL = (
         few_shot=FewShot(files=(r"math.*train",)),
         format=Format({"problem": TEXT, "solution": TEXT}, _math),
         until=("Problem:",),
-        is_right=is_formula_right,
+        is_right=_is_formula_right,
     ),
     Benchmark(
         name="bbh",
@@ -628,7 +628,7 @@ _ALL = (
         few_shot=FewShot(number=3, files=(r"prompts?/.*\.txt$",), is_first=True, delimiter=""),
         until=("</s>", "Q", "\n\n"),
         max_new_tokens=1024,
-        is_right=is_conclusion_right,
+        is_right=_is_conclusion_right,
     ),
     Benchmark(
         name="humaneval",
@@ -638,7 +638,7 @@ _ALL = (
         format=Format(
             {"task_id": TEXT, "prompt": TEXT, "entry_point": TEXT, "test": TEXT}, _humaneval
         ),
-        until=HUMANEVAL_UNTIL,
+        until=_HUMANEVAL_UNTIL,
         max_new_tokens=1024,
     ),
     Benchmark(
@@ -652,7 +652,7 @@ _ALL = (
             _mbpp_example,
         ),
         few_shot=FewShot(number=3, is_first=True, delimiter=""),
-        until=MBPP_UNTIL,
+        until=_MBPP_UNTIL,
     ),
 )
 BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in _ALL}

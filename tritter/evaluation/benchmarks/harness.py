@@ -32,7 +32,7 @@ MISSING = (
     "benchmarks require lm-evaluation-harness, which is not installed: "
     "pip install 'tritter[evaluation]'"
 )
-NO_NAME = "lm-evaluation-harness has no such task; set a folder with its file, --tasks-path DIR"
+_NO_NAME = "lm-evaluation-harness has no such task; set a folder with its file, --tasks-path DIR"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,20 +75,20 @@ def null_scores(
     if kind in ("choice", "context"):
         uniform = sum(1 / len(question.choices) for question in scored) / len(scored)
         answers = [("", each.choices[each.right]) for each in everything]
-        return NullScores(uniform, commonest_share(answers), None)
+        return NullScores(uniform, _commonest_share(answers), None)
     if kind == "code":
         if sandbox is None:
             return NullScores(None, None, None)
         passed = sum(is_passed(sandbox, question, "") for question in scored)
         return NullScores(None, None, passed / len(scored))
-    constant = commonest_share([(each.part, each.answer) for each in everything])
+    constant = _commonest_share([(each.part, each.answer) for each in everything])
     if kind == "word":
         return NullScores(None, constant, 0.0)
     empty = sum(questions.benchmark.is_right(question, "") for question in scored)
     return NullScores(None, constant, empty / len(scored))
 
 
-def commonest_share(answers: Sequence[tuple[str, str]]) -> float:
+def _commonest_share(answers: Sequence[tuple[str, str]]) -> float:
     """Return the accuracy of giving the most common answer of each part.
 
     Args:
@@ -204,7 +204,7 @@ def score_benchmark(
 
         return {"tasks": {name: ConfigurableTask(config=config)}, "groups": {}}
 
-    samples = run_lm_eval(model, tokenizer, tasks, harness)[name]
+    samples = _run_lm_eval(model, tokenizer, tasks, harness)[name]
     answers = readable.benchmark.answer_tokens(length)
     if 0 < answers < readable.benchmark.max_new_tokens:
         notes.append(
@@ -247,7 +247,7 @@ def _paired_scores(
     }
 
 
-def run_lm_eval(
+def _run_lm_eval(
     model: nn.Module,
     tokenizer: Tokenizer,
     tasks: Callable[[], dict[str, Any]],
@@ -572,13 +572,13 @@ def score_from_hub(
     """
     require_harness()
     if not benchmark.hub:
-        raise RequestError(f"--tasks = {benchmark.name}: {NO_NAME}.")
+        raise RequestError(f"--tasks = {benchmark.name}: {_NO_NAME}.")
     if benchmark.kind == "code":
         questions = _rows_from_hub(benchmark, num_fewshot=harness.num_fewshot)
         return score_benchmark(model, tokenizer, questions, harness)
     with _quiet(is_shown=harness.is_shown):
         loaded = _tasks(benchmark, manager, num_fewshot=harness.num_fewshot)
-    found = run_lm_eval(model, tokenizer, lambda: loaded, harness, limit=harness.limit)
+    found = _run_lm_eval(model, tokenizer, lambda: loaded, harness, limit=harness.limit)
     numbers = [task.get_config("num_fewshot") or 0 for task in loaded["tasks"].values()]
     samples = [
         (task, sample)
@@ -590,7 +590,7 @@ def score_from_hub(
         chances = [1 / len(sample["arguments"]) for _, sample in samples]
         nulls = NullScores(sum(chances) / len(chances), None, None)
     else:
-        constant = commonest_share([(task, str(sample["target"])) for task, sample in samples])
+        constant = _commonest_share([(task, str(sample["target"])) for task, sample in samples])
         nulls = NullScores(None, constant, 0.0 if benchmark.kind == "word" else None)
     names = [f"{benchmark.name}:{task}/{sample['doc_id']}" for task, sample in samples]
     notes = []

@@ -24,7 +24,7 @@ from typing import Protocol
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.code import probe, warden
 
-ADVICE = (
+_ADVICE = (
     "run Tritter on a system with unprivileged user namespaces (Linux 5.12 or newer; containers "
     "often disable them), or set a command that reads a program from standard input "
     'and runs it in your own sandbox: --code-sandbox "CMD", in a run '
@@ -123,7 +123,7 @@ class NamespaceSandbox:
             RequestError: the system has no such sandbox, or an attempt succeeds.
         """
         if not sys.platform.startswith("linux"):
-            raise RequestError(f"code: {sys.platform} has no namespaces; {ADVICE}.")
+            raise RequestError(f"code: {sys.platform} has no namespaces; {_ADVICE}.")
         with (
             tempfile.TemporaryDirectory(prefix="tritter-outside-") as outside,
             socket.create_server(("127.0.0.1", 0)) as server,
@@ -148,7 +148,7 @@ class NamespaceSandbox:
         if is_written or not outcome.is_passed:
             last = outcome.output.strip().rpartition("\n")[2]
             reason = "it wrote outside" if outcome.is_passed else last or outcome.reason
-            raise RequestError(f"code: the sandbox of this system leaks ({reason}); {ADVICE}.")
+            raise RequestError(f"code: the sandbox of this system leaks ({reason}); {_ADVICE}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +222,7 @@ def _run(
                 stream.close()
     text = output.decode("utf-8", errors="replace")
     if process.returncode == warden.SETUP_FAILED and not reason:
-        raise TritterError(f"code: the sandbox can't be set up ({text}); {ADVICE}.")
+        raise TritterError(f"code: the sandbox can't be set up ({text}); {_ADVICE}.")
     if not reason and process.returncode == 0 and word in text:
         return Outcome(True, output=text.replace(word, ""))
     return Outcome(False, reason or f"it ended early, exit code {process.returncode}", text)

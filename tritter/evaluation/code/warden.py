@@ -19,7 +19,7 @@ from pathlib import Path
 
 SETUP_FAILED = 113  # exit code: the program was not started
 WORK = "/work"
-NOBODY = 65534
+_NOBODY = 65534
 
 _NEWNS, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = (
     0x00020000,
@@ -78,8 +78,8 @@ def isolate(root: str, *, folders: list[str], folder_bytes: int) -> None:
     os.chdir(WORK)
     if user == 0:
         os.setgroups([])
-        os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
+        os.setresgid(_NOBODY, _NOBODY, _NOBODY)
+        os.setresuid(_NOBODY, _NOBODY, _NOBODY)
         _prctl(_PR_SET_DUMPABLE, 1)
         _unshare(_NEWUSER)
         # Without /proc the user can't be mapped; an unmapped user has no rights

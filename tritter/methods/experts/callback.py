@@ -90,7 +90,7 @@ class ExpertCallback(Callback):
         options = registry.options
         self._exemplars = Exemplars(options.exemplars, seed=seed) if options.rehearsal else None
         self.events: list[dict[str, Any]] = []
-        self._usage_log = UsageLog()
+        self._usage_log = _UsageLog()
         self._restored: Mapping[str, Any] | None = None
         self._aims: list[str | None] = []  # of the batches of a step
         self._losses: list[float] = []
@@ -468,7 +468,7 @@ def _gather_ranks(own: Any) -> list[Any]:
     return gathered
 
 
-class UsageLog:
+class _UsageLog:
     """Collects mean gates between two log entries, and gates and ranks over time."""
 
     def __init__(self) -> None:

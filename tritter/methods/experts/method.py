@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tritter.methods.experts.module import ExpertLosses
     from tritter.methods.experts.registry import ExpertRegistry
 
-ONLY = "lora"  # name of the adapter of single_lora
+_ONLY = "lora"  # name of the adapter of single_lora
 
 
 class Experts(ABC):
@@ -143,14 +143,14 @@ class SingleLora(Experts):
 
     Options = AdapterOptions
     name = "single_lora"
-    first = ONLY
+    first = _ONLY
     is_dynamic = False
 
     def begin(self, model: nn.Module, *, bounds: TextBounds, seed: int) -> ExpertMixture:
         from tritter.methods.experts.mixture import ExpertMixture
 
         mixture = ExpertMixture(model, router="evidence")  # a single expert has gates of 1
-        mixture.add(ONLY, self.shape(model), seed=seed)
+        mixture.add(_ONLY, self.shape(model), seed=seed)
         return mixture
 
 

@@ -290,8 +290,8 @@ def _low(tokens: Tensor, factors: Factors) -> Tensor:
     return embedding(tokens, factors.down.T)
 
 
-ROUTER, EVIDENCE = "expert_router", "expert_evidence"
-BASE_EXPERT = "base"
+ROUTER, _EVIDENCE = "expert_router", "expert_evidence"
+_BASE_EXPERT = "base"
 VOCABULARY = ("embed_tokens", "lm_head")
 _MIXTURE = "expert_mixture"
 
@@ -353,7 +353,7 @@ class ExpertMixture:
             raise RequestError(f"the model already has adapters: {', '.join(adapter_names(model))}")
         self.model = model
         vars(model)[_MIXTURE] = self
-        self.names: list[str] = [BASE_EXPERT] if has_base else []
+        self.names: list[str] = [_BASE_EXPERT] if has_base else []
         self.routing = Routing()
         self.router: RouterKind = router
         self.has_base, self.is_shared = has_base, is_shared
@@ -375,7 +375,7 @@ class ExpertMixture:
             self.evidence = Evidence(text_config.vocab_size, **(evidence or {}))
             if has_base:
                 self.evidence.add_row()
-            model.add_module(EVIDENCE, self.evidence.to(next(model.parameters()).device))
+            model.add_module(_EVIDENCE, self.evidence.to(next(model.parameters()).device))
             model.register_forward_pre_hook(_refuse_chosen_logits, with_kwargs=True)
             backbone = backbone_of(model)
             backbone.register_forward_pre_hook(self._read, with_kwargs=True)
@@ -458,7 +458,7 @@ class ExpertMixture:
         self._check_known(name)
         if len(self.names) == 1:
             raise RequestError(f"{name} is the only expert; a mixture needs at least one.")
-        if self.has_base and name == BASE_EXPERT:
+        if self.has_base and name == _BASE_EXPERT:
             raise RequestError(f"{name} is the base itself, which can't be removed.")
 
     @property

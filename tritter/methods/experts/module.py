@@ -174,15 +174,15 @@ class ExpertModule(BaseModule):
 
 def step_flops_of(mixture: ExpertMixture) -> Flops:
     """Return the FLOPs of a training step on one sequence, for the parameters trained now."""
-    return flops_of_sequence(mixture.model, adapters=adapters_of(mixture))
+    return flops_of_sequence(mixture.model, adapters=_adapters_of(mixture))
 
 
 def forward_flops_of(mixture: ExpertMixture) -> Flops:
     """Return the FLOPs of reading one sequence, output head included."""
-    return forward_flops(config_of(mixture.model), adapters=adapters_of(mixture))
+    return forward_flops(config_of(mixture.model), adapters=_adapters_of(mixture))
 
 
-def adapters_of(mixture: ExpertMixture) -> Adapters:
+def _adapters_of(mixture: ExpertMixture) -> Adapters:
     """Return the adapters and routers of a mixture, for counting FLOPs."""
     number, top_k = len(mixture.names), mixture.routing.top_k
     share = 1 if top_k is None or top_k >= number else top_k / number

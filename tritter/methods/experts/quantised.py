@@ -34,7 +34,7 @@ class _Stateless:
         pass
 
 
-class EightBit(_Stateless, Linear8bitLt):
+class _EightBit(_Stateless, Linear8bitLt):
     """A frozen linear layer, int8 with one scale per row."""
 
     def __init__(self, plain: nn.Linear) -> None:
@@ -52,7 +52,7 @@ class EightBit(_Stateless, Linear8bitLt):
         self.init_8bit_state()
         self.to(plain.weight.device)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "EightBit":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_EightBit":
         # The tensors used in forward are not parameters, so move them, too
         super()._apply(fn, recurse)
         self.state.CB = self.weight.data
@@ -60,7 +60,7 @@ class EightBit(_Stateless, Linear8bitLt):
         return self
 
 
-class FourBit(_Stateless, Linear4bit):
+class _FourBit(_Stateless, Linear4bit):
     """A frozen linear layer, NF4 with quantised scales; computes in bf16 on a GPU."""
 
     def __init__(self, plain: nn.Linear) -> None:
@@ -74,7 +74,7 @@ class FourBit(_Stateless, Linear4bit):
         )
         self.to(plain.weight.device)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FourBit":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_FourBit":
         # Unpickling in another process restores a plain torch parameter without scales
         super()._apply(fn, recurse)
         self.quant_state.to(self.weight.device)
@@ -95,7 +95,7 @@ def quantise(model: nn.Module, bits: int) -> None:
     Raises:
         RequestError: there are no such layers, as in GPT-2, whose matrices are transposed.
     """
-    kinds: dict[int, Any] = {8: EightBit, 4: FourBit}
+    kinds: dict[int, Any] = {8: _EightBit, 4: _FourBit}
     found = [
         (layer, name, module)
         for layer in decoder_layers(model).values()

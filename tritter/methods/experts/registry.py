@@ -25,7 +25,7 @@ Stall = Literal["", "widen", "freeze"]
 
 
 @dataclass(slots=True, kw_only=True)
-class Member:
+class _Member:
     """One expert.
 
     steps: number of its training steps.
@@ -76,7 +76,7 @@ class ExpertRegistry:
         self, options: DynamicOptions, *, timing: Timing, detector: NoveltyDetector | None
     ) -> None:
         self.options, self.timing, self.detector = options, timing, detector
-        self.members: dict[str, Member] = {FIRST: Member(is_mature=True)}
+        self.members: dict[str, _Member] = {FIRST: _Member(is_mature=True)}
         self.expert_of: dict[str, str] = {}  # skill → expert
         self.counter = 1  # number of experts created so far
         self.settled_steps = 0  # steps since all experts are mature
@@ -211,7 +211,7 @@ class ExpertRegistry:
         """Assign a skill to an expert, which may be new; the skill is known afterwards."""
         assert self.novel is not None
         if expert not in self.members:
-            self.members[expert] = Member(is_mature=not self.timing.maturity)
+            self.members[expert] = _Member(is_mature=not self.timing.maturity)
             self.settled_steps = 0
         self.expert_of[skill] = expert
         if self.detector is not None:
@@ -282,7 +282,7 @@ class ExpertRegistry:
         for name in [name for name in self.members if name not in names]:
             self.remove(name)
         for name in names:
-            self.members.setdefault(name, Member(is_mature=True))
+            self.members.setdefault(name, _Member(is_mature=True))
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything except options and schedules as plain values."""
@@ -309,7 +309,7 @@ class ExpertRegistry:
         """
         check_format(state, "experts: a state")
         self.members = {
-            name: Member(**{**each, "losses": list(each["losses"])})
+            name: _Member(**{**each, "losses": list(each["losses"])})
             for name, each in state["members"].items()
         }
         self.expert_of = dict(state["expert_of"])

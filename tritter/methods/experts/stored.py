@@ -264,7 +264,7 @@ def load_values(model: nn.Module, name: str, stored: StoredAdapter) -> None:
             own[layer].up.copy_(up)
 
 
-ROOT_OF_AN_EXPERT = "../.."  # base of an expert in a checkpoint folder
+_ROOT_OF_AN_EXPERT = "../.."  # base of an expert in a checkpoint folder
 _COUNTS, _ROUTER, _EXTRA = "evidence.counts", "router", "extra"
 
 
@@ -287,7 +287,7 @@ class ExpertFolder:
     routers: tuple[tuple[Tensor, Tensor], ...] = ()
     counts: Tensor | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
-    base: str = ROOT_OF_AN_EXPERT
+    base: str = _ROOT_OF_AN_EXPERT
 
     @classmethod
     def of(

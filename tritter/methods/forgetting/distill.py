@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 #
 # Shapes: N tokens, V entries of the vocabulary; k entries if only the teacher's top k count.
 
-CHUNK_ENTRIES = 2**20  # entries of one tensor of a chunk, tokens times vocabulary
+_CHUNK_ENTRIES = 2**20  # entries of one tensor of a chunk, tokens times vocabulary
 _NEVER = -1e30  # a logit with probability zero; finite, so that products with it are defined
 
 Logits = Callable[[slice], "Tensor"]
@@ -52,7 +52,7 @@ def soft_target_loss(
     temperature: float = 1.0,
     top_k: int | None = None,
     excluded: Tensor | None = None,
-    chunk_entries: int = CHUNK_ENTRIES,
+    chunk_entries: int = _CHUNK_ENTRIES,
 ) -> Tensor:
     """Return T² · KL(teacher ‖ student) in nats, summed over tokens, in float32 or wider.
 

@@ -130,7 +130,7 @@ class EWC(QuadraticPenalty):
         """Return the Fisher information, divided by its mean under `normalise=mean`."""
         estimate = partial(diagonal_fisher, model, estimator=self.options.estimator)
         fisher = mean_over(batches, estimate)
-        scale = mean_importance(fisher) if self.options.normalise == "mean" else 1.0
+        scale = _mean_importance(fisher) if self.options.normalise == "mean" else 1.0
         return {name: value / scale for name, value in fisher.items()}
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
@@ -144,7 +144,7 @@ class EWC(QuadraticPenalty):
         self._carried = task.carried
         if self.options.normalise == "mean":
             # Before the expansion, so that copies and new entries don't change it
-            self._scale = mean_importance(task.state_before[self.kind])
+            self._scale = _mean_importance(task.state_before[self.kind])
         mapped = {} if fisher is None or at == "expanded" else fisher
         importance = {name: value / self._scale for name, value in mapped.items()}
         is_refreshed = at != "carried" or self.options.refresh_steps is not None
@@ -212,7 +212,7 @@ def has_nonzero_new_entries(model: nn.Module, carried: Mapping[str, Tensor]) -> 
     )
 
 
-def mean_importance(importance: Mapping[str, Tensor]) -> float:
+def _mean_importance(importance: Mapping[str, Tensor]) -> float:
     """Return the mean importance over all entries of all parameters, in float64.
 
     Raises:

@@ -34,7 +34,7 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 Layer = Annotated[int, Field(ge=0)]
 _KEY = "forgetting.freeze"
 _WITHOUT_WEIGHTS = ("depth", "context")  # only exact depth adds weights of its own
-DEFAULT = "attention"  # if no option selects anything
+_DEFAULT = "attention"  # if no option selects anything
 
 
 @options
@@ -70,7 +70,7 @@ class FreezeOptions:
         layers = self.layers
         if layers is None:
             is_chosen = self.new_only or self.old_experts or self.old_rows
-            return None if is_chosen else ParameterSelection.read([DEFAULT])
+            return None if is_chosen else ParameterSelection.read([_DEFAULT])
         return ParameterSelection.read([layers] if isinstance(layers, int | str) else layers)
 
     def first_step(self, max_steps: int) -> int | None:

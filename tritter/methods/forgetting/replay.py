@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 #
 # B  texts in a batch      T  tokens of a sequence      V  vocabulary
 
-RUN_TOKENS = 4
+_RUN_TOKENS = 4
 _PER_TEXT, _AT_ONCE = 4, 64  # sequences of a text, and texts that are generated at once
 Turns = Sequence[Sequence[int]]  # what opens a user's message and an answer
 _SHORT_TEXT = 128  # tokens: few long sequences consist of several texts, to generate more at once
@@ -131,7 +131,7 @@ def distinct_share(sequences: Tensor) -> Tensor:
     """
     import torch
 
-    runs = sequences.long().unfold(1, min(RUN_TOKENS, sequences.shape[1]), 1)  # [N, R, 4]
+    runs = sequences.long().unfold(1, min(_RUN_TOKENS, sequences.shape[1]), 1)  # [N, R, 4]
     shares = [len(each.unique(dim=0)) / len(each) for each in runs]
     return torch.tensor(shares, dtype=torch.float64)
 

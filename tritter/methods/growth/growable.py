@@ -235,7 +235,7 @@ _USUAL: Mapping[str, Any] = {
 _ELSEWHERE: Mapping[str, Any] = {"max_extra_flops": None, "freeze_attention": False}
 
 
-def build_grower(keywords: GrowthKeywords) -> Grower:
+def _build_grower(keywords: GrowthKeywords) -> Grower:
     """Return the grower for keyword arguments.
 
     Raises:
@@ -335,7 +335,7 @@ class GrowableLinear(GrowableLayer, nn.Linear):
         )
         self._loop = PlainLoop(
             nn.ModuleDict(modules),
-            build_grower(growth),
+            _build_grower(growth),
             blocks=[block],
         )
 
@@ -413,7 +413,7 @@ def _note_parent(module: nn.Module, name: str, submodule: nn.Module | None) -> N
 register_module_module_registration_hook(_note_parent)
 
 
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": nn.functional.silu,
     "gelu": nn.functional.gelu,
     "gelu_tanh": nn.GELU("tanh"),
@@ -448,11 +448,11 @@ class GrowableFFN(GrowableLayer, nn.Module):
         **growth: Unpack[GrowthKeywords],
     ) -> None:
         super().__init__()
-        if isinstance(activation, str) and activation not in ACTIVATIONS:
-            reason = f"must be one of {', '.join(ACTIVATIONS)}, or a function"
-            near = nearest(activation, ACTIVATIONS)
+        if isinstance(activation, str) and activation not in _ACTIVATIONS:
+            reason = f"must be one of {', '.join(_ACTIVATIONS)}, or a function"
+            near = nearest(activation, _ACTIVATIONS)
             raise RequestError(Problem("activation", activation, reason=reason, nearest=near))
-        self.act_fn = ACTIVATIONS[activation] if isinstance(activation, str) else activation
+        self.act_fn = _ACTIVATIONS[activation] if isinstance(activation, str) else activation
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias) if gated else None
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
@@ -462,7 +462,7 @@ class GrowableFFN(GrowableLayer, nn.Module):
             up="up_proj.weight" if gated else None,
             down="down_proj.weight",
         )
-        self._loop = PlainLoop(self, build_grower(growth), blocks=[block])
+        self._loop = PlainLoop(self, _build_grower(growth), blocks=[block])
 
     @property
     def intermediate_size(self) -> int:
@@ -516,7 +516,7 @@ class GrowableCausalLM(Growable, nn.Module):
         **growth: Unpack[GrowthKeywords],
     ) -> None:
         super().__init__()
-        grower = build_grower(growth)
+        grower = _build_grower(growth)
         self._folder: Path | None = None
         if isinstance(path_or_model, nn.Module):
             self.model = path_or_model

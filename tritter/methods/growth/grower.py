@@ -66,7 +66,7 @@ def growth_change(model: nn.Module, growths: Mapping[int, LayerGrowth]) -> Chang
               for n in range(family.dimensions(config).num_hidden_layers)]  # fmt: skip
     maps = dict(ParameterMap.identity([t.name for t in logical], num_layers=len(widths)).tensors)
     for layer, growth in growths.items():
-        unit_map = neuron_map(growth, widths[layer])
+        unit_map = _neuron_map(growth, widths[layer])
         for tensor in logical:
             spaces = [axis.space.kind for axis in tensor.axes]
             if tensor.layer != layer or FFN not in spaces:
@@ -86,7 +86,7 @@ def growth_change(model: nn.Module, growths: Mapping[int, LayerGrowth]) -> Chang
     return Change.of(parameter_map, config, target)
 
 
-def module_change(
+def _module_change(
     model: nn.Module, blocks: Mapping[int, FfnBlock], growths: Mapping[int, LayerGrowth]
 ) -> Change:
     """Return the change of a module that is not a model of a known family.
@@ -97,7 +97,7 @@ def module_change(
     before, after, maps = [], [], {}
     for layer, growth in growths.items():
         block = blocks[layer]
-        unit_map = neuron_map(growth, block.width(model))
+        unit_map = _neuron_map(growth, block.width(model))
         parts = {block.gate: "gate", block.up: "up", block.down: "down"}
         for name, dim in block.axes(model):
             shape = list(model.get_parameter(name).shape)
@@ -113,7 +113,7 @@ def module_change(
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class NeuronMap:
+class _NeuronMap:
     """The map of an FFN's neurons; recycled ones have no source.
 
     Args:
@@ -133,7 +133,7 @@ class NeuronMap:
         return AxisFactor(self.source, kept, self.share)
 
 
-def neuron_map(growth: LayerGrowth, width: int) -> NeuronMap:
+def _neuron_map(growth: LayerGrowth, width: int) -> _NeuronMap:
     """Return the map of the neurons of an FFN that had `width` neurons.
 
     Without recycled neurons it is a valid AxisMap: the shares of copies and source sum to one.
@@ -151,7 +151,7 @@ def neuron_map(growth: LayerGrowth, width: int) -> NeuronMap:
             share[copied] -= copied_share
     if not len(growth.recycled):
         AxisMap.copied(width, source, share)  # raises if the function would change
-    return NeuronMap(source, share)
+    return _NeuronMap(source, share)
 
 
 def _initial_values(growth: LayerGrowth, part: str) -> Fill:
@@ -164,10 +164,10 @@ def _initial_values(growth: LayerGrowth, part: str) -> Fill:
     return Fill(kind="given", values=values.contiguous())
 
 
-MAX_LOSSES = 20_000  # of the most recent steps
+_MAX_LOSSES = 20_000  # of the most recent steps
 MAX_ROWS = 1_000  # rows of the growth map
 _UNTRAINED = -1.0  # marks a layer without a pressure
-TRAINING_FLOPS = 6  # per parameter and token
+_TRAINING_FLOPS = 6  # per parameter and token
 
 
 @dataclass(slots=True)
@@ -197,7 +197,7 @@ class Growth:
 
 
 @dataclass(slots=True)
-class GrowthMap:
+class _GrowthMap:
     """Data of the growth map: one row per check, thinned to `MAX_ROWS`."""
 
     steps: list[int] = field(default_factory=list)
@@ -235,8 +235,8 @@ class Grower:
         self.options, self.timing = options, timing
         self.trigger, self.initialiser = options.trigger, options.initialiser
         self.pressure = Pressure(options.pressure_decay)
-        self.maturity = Maturity(age=timing.maturation_age, factor=options.maturation_factor)
-        self.counts, self.map = Counts(), GrowthMap()
+        self.maturity = _Maturity(age=timing.maturation_age, factor=options.maturation_factor)
+        self.counts, self.map = Counts(), _GrowthMap()
         self.events: list[dict[str, Any]] = []
         self.start: list[int] = []
         self.blocks: tuple[FfnBlock, ...] = ()
@@ -247,7 +247,7 @@ class Grower:
         self._history: list[list[float]] = []
         has_losses = options.trigger.needs_losses or options.plateau_threshold is not None
         self._losses: deque[float] = deque(
-            maxlen=max(options.plateau_steps, MAX_LOSSES) if has_losses else 0
+            maxlen=max(options.plateau_steps, _MAX_LOSSES) if has_losses else 0
         )
 
     def begin(
@@ -282,7 +282,7 @@ class Grower:
         self._history = [list(each) for each in restored["history"]]
         self._losses.extend(restored["losses"])
         self.events = [dict(each) for each in restored["events"]]
-        self.counts, self.map = Counts(**restored["counts"]), GrowthMap(**restored["map"])
+        self.counts, self.map = Counts(**restored["counts"]), _GrowthMap(**restored["map"])
         self.start = list(restored["start"])
 
     @property
@@ -421,7 +421,7 @@ class Grower:
         if not layers:
             return None
         is_whole = self._is_whole_model
-        change = growth_change(model, layers) if is_whole else module_change(model, blocks, layers)
+        change = growth_change(model, layers) if is_whole else _module_change(model, blocks, layers)
         return Growth(change=change, layers=layers)
 
     def record_event(self, model: nn.Module, growth: Growth, *, step: int, **extra: Any) -> None:
@@ -472,7 +472,7 @@ class Grower:
     def _flops_left(self, step: int) -> float:
         """Return the FLOPs of training one parameter until the end of the run."""
         steps = 0 if self.timing.max_steps is None else max(0, self.timing.max_steps - step)
-        return float(TRAINING_FLOPS * self._tokens_per_step * steps)
+        return float(_TRAINING_FLOPS * self._tokens_per_step * steps)
 
     def _neuron_parameters(self, model: nn.Module, block: FfnBlock) -> int:
         """Return the number of parameters of one neuron."""
@@ -615,7 +615,7 @@ def dead_neurons(
 OLD = -(2**31)  # birth step of neurons that the model started with
 
 
-class Maturity:
+class _Maturity:
     """Birth steps of all neurons, and scaled updates of young ones.
 
     Args:

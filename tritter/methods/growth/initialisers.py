@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Against = Literal["none", "neighbours", "activations"]
-MAX_NEIGHBOURS = 16
+_MAX_NEIGHBOURS = 16
 
 
 def orthogonalised(
@@ -48,7 +48,7 @@ def orthogonalised(
     if against == "activations":
         assert inputs is not None, "against=activations needs inputs"
         metric = inputs.T @ inputs / len(inputs)  # [H, H]
-    count = max(1, min(MAX_NEIGHBOURS, existing.shape[1] // 4))
+    count = max(1, min(_MAX_NEIGHBOURS, existing.shape[1] // 4))
     seen = existing if metric is None else existing @ metric
     norms = (existing * seen).sum(dim=1).clamp_min(1e-30).sqrt()
     made = list[Tensor]()

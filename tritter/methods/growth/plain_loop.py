@@ -46,7 +46,7 @@ class PlainLoop:
         is_watched: bool = True,
     ) -> None:
         grower.begin(module, blocks=blocks)
-        self.module, self.grower, self.tokens = module, grower, LastTokens()
+        self.module, self.grower, self.tokens = module, grower, _LastTokens()
         self.journal: list[Entry] = []
         self._blocks, self._is_watched = blocks, is_watched
         self._check_every = grower.options.check_every or 1  # minimum steps between checks
@@ -277,7 +277,7 @@ class PlainLoop:
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= {**state, "tokens": LastTokens(), "_is_attached": False}
+        self.__dict__ |= {**state, "tokens": _LastTokens(), "_is_attached": False}
         self._start_watching()
 
     def _start_watching(self) -> None:
@@ -381,7 +381,7 @@ def _after_step(optimizer: Optimizer, *_: object) -> None:
 MAX_TOKENS = 256  # per layer, of the last batch
 
 
-class LastTokens:
+class _LastTokens:
     """Activations of the last training batch, for each block of neurons."""
 
     def __init__(self) -> None:

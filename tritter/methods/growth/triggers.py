@@ -19,9 +19,9 @@ from tritter.limits import MAX_PARAMETERS
 from tritter.methods.growth.initialisers import GradMax, Initialiser, Random, SourceNoise, Split
 from tritter.options import Count, WholeNumber, options, part_field
 
-REFERENCE_STEPS = 2_000  # length of run that the next three defaults are for
-COOLDOWN, CHECK_EVERY, MATURATION_AGE = 200, 100, 500
-WARMUP_SHARE = 0.05  # share of a run; the first gradients are not informative
+_REFERENCE_STEPS = 2_000  # length of run that the next three defaults are for
+COOLDOWN, _CHECK_EVERY, MATURATION_AGE = 200, 100, 500
+_WARMUP_SHARE = 0.05  # share of a run; the first gradients are not informative
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,16 +45,16 @@ class Timing:
     @classmethod
     def of(cls, options: GrowthOptions, *, max_steps: int | None) -> Timing:
         """Return the schedule that options imply for a run of `max_steps` steps."""
-        part = 1.0 if max_steps is None else min(1.0, max_steps / REFERENCE_STEPS)
+        part = 1.0 if max_steps is None else min(1.0, max_steps / _REFERENCE_STEPS)
 
         def scaled(value: int | None, usual: int) -> int:
             return max(1, ceil(usual * part)) if value is None else value
 
         warmup = options.warmup_steps
         if warmup is None:
-            warmup = ceil(WARMUP_SHARE * (max_steps or REFERENCE_STEPS))
+            warmup = ceil(_WARMUP_SHARE * (max_steps or _REFERENCE_STEPS))
         return cls(
-            check_every=scaled(options.check_every, CHECK_EVERY),
+            check_every=scaled(options.check_every, _CHECK_EVERY),
             cooldown=scaled(options.growth_cooldown, COOLDOWN),
             warmup=warmup,
             maturation_age=scaled(options.maturation_age, MATURATION_AGE),
@@ -326,7 +326,7 @@ def _rank(num_old: int, percentile: float) -> int:
 # Growth preserves the function, so the larger model continues from the step of its own curve that
 # has the current loss.
 
-SIZE_EXPONENT = 0.076
+_SIZE_EXPONENT = 0.076
 _MIN_STEPS, _BINS, _MOMENTS = 40, 24, 64
 
 
@@ -392,7 +392,7 @@ def best_step(curve: Curve, *, step: int, max_steps: int, ratio: float) -> int |
         step: the first candidate step.
         ratio: parameters of the grown model divided by those of the small one.
     """
-    larger = Curve(curve.floor * ratio**-SIZE_EXPONENT, curve.scale, curve.exponent)
+    larger = Curve(curve.floor * ratio**-_SIZE_EXPONENT, curve.scale, curve.exponent)
     best, at = curve.loss(max_steps), None
     for number in range(_MOMENTS):
         moment = step + number * (max_steps - step) // _MOMENTS

@@ -61,7 +61,7 @@ class LoaderBatches:
             loader, epochs = [*chain.from_iterable(repeat(loader, epochs))], 1
         self._loader, self._epochs, self._replay = loader, epochs, replay
         self._length = len(loader) * epochs
-        self.side_losses = () if replay is None else (OldDataLoss(),)
+        self.side_losses = () if replay is None else (_OldDataLoss(),)
 
     def __len__(self) -> int:
         return self._length
@@ -72,7 +72,7 @@ class LoaderBatches:
             yield batch if old is None else {**batch, _OLD: next(old)["input_ids"]}
 
 
-class OldDataLoss(SideLoss):
+class _OldDataLoss(SideLoss):
     """The next-token loss of the old data that `LoaderBatches` adds."""
 
     def loss(
@@ -144,7 +144,7 @@ def fit_live(
         raise TritterError(f"adaptation: {result.stopped_because}.")
 
 
-ROUTER_UPDATES = ("fine_tune", "retrain", "frozen")
+_ROUTER_UPDATES = ("fine_tune", "retrain", "frozen")
 
 
 def adapt_router(
@@ -189,7 +189,7 @@ def adapt_router(
         RequestError: the model has no experts or not these, `router_update` is unknown, or the
             loader lacks a length that is needed.
     """
-    check_router_update(router_update)
+    _check_router_update(router_update)
     experts = check_experts(model, new_expert_indices)
     added = AddedExperts.of(model)
     controls: list[Callback] = []
@@ -282,15 +282,15 @@ def train_new_experts(
         )
 
 
-def check_router_update(update: str) -> None:
+def _check_router_update(update: str) -> None:
     """Refuse an unknown kind of router update.
 
     Raises:
         RequestError: lists the known ones.
     """
-    if update not in ROUTER_UPDATES:
+    if update not in _ROUTER_UPDATES:
         raise RequestError(
-            f"router_update = {update!r}: must be one of {', '.join(ROUTER_UPDATES)}."
+            f"router_update = {update!r}: must be one of {', '.join(_ROUTER_UPDATES)}."
         )
 
 
@@ -640,7 +640,7 @@ class ProgressiveMoE:
                 f"base_experts = {config.base_experts}: the model has {num_experts} experts per "
                 "layer."
             )
-        check_router_update(config.router_update)
+        _check_router_update(config.router_update)
         path, seed = config.domain_data_path, self.seed
         bounds = self._bounds()
         batches = None if path is None else self._batches(model, path, bounds)

@@ -185,7 +185,7 @@ def train_projection(
 
 
 FORMAT_VERSION = 1
-MAX_DIGESTS = 64  # per skill
+_MAX_DIGESTS = 64  # per skill
 _MAX_FOLDS = 5
 
 Measure = Literal["loss", "centre", "distance"]
@@ -353,7 +353,7 @@ class SkillLibrary:
             replace(
                 new,
                 similarity_at_creation=old.similarity_at_creation,
-                digests=digests[:MAX_DIGESTS],
+                digests=digests[:_MAX_DIGESTS],
             )
         )
 
@@ -499,7 +499,7 @@ class SkillLibrary:
             centre=reduce(add, gather(held_out["centre"])),
             distance=reduce(add, gather(held_out["distance"])),
             similarity_at_creation={},
-            digests=tuple(dict.fromkeys(digests))[:MAX_DIGESTS],
+            digests=tuple(dict.fromkeys(digests))[:_MAX_DIGESTS],
         )
 
 

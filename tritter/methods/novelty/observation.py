@@ -18,7 +18,7 @@ from tritter.errors import RequestError, TritterError
 from tritter.evaluation.inference import device_of, preserve_modes
 from tritter.evaluation.losses import nats_per_row
 
-MAX_FEATURES = 512
+_MAX_FEATURES = 512
 _SEED = 20261121  # of the random directions; changing it breaks existing libraries
 
 
@@ -88,7 +88,7 @@ def observe(
     attention_mask: Tensor | None = None,
     *,
     labels: Tensor | None = None,
-    max_features: int = MAX_FEATURES,
+    max_features: int = _MAX_FEATURES,
 ) -> Observation:
     """Return pooled features of the middle decoder layer and the loss of each sequence.
 

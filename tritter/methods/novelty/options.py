@@ -45,7 +45,7 @@ class NoveltyOptions:
     moving_average: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
-THRESHOLD = 6.0  # deviations of batch means
+_THRESHOLD = 6.0  # deviations of batch means
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -111,7 +111,7 @@ class MahalanobisNovelty(Detector):
 
     name: ClassVar[str] = "mahalanobis"
 
-    threshold: Annotated[float, Field(gt=0)] = THRESHOLD
+    threshold: Annotated[float, Field(gt=0)] = _THRESHOLD
 
     def against(self, seen: Observation, library: SkillLibrary) -> Mapping[str, Tensor]:
         return {skill.name: library.z("centre", skill.name, seen) for skill in library}
@@ -137,7 +137,7 @@ class LossNovelty(Detector):
 
     name: ClassVar[str] = "loss"
 
-    threshold: Annotated[float, Field(gt=0)] = THRESHOLD
+    threshold: Annotated[float, Field(gt=0)] = _THRESHOLD
     with_features: bool = True
 
     def against(self, seen: Observation, library: SkillLibrary) -> Mapping[str, Tensor]:

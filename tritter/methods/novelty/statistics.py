@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DEVIATION_FLOOR = 0.01  # relative to the mean: few held-out batches may agree by chance
+_DEVIATION_FLOOR = 0.01  # relative to the mean: few held-out batches may agree by chance
 CALIBRATION_BATCHES = 30  # with this many, their own deviation is used alone
 
 
@@ -76,7 +76,7 @@ class Calibration:
         guess = max(expected, abs(usual * self.mean))
         variance = self.batches * self.own_deviation**2 + missing * guess**2
         filled = math.sqrt(variance / (self.batches + missing))
-        return max(filled, DEVIATION_FLOOR * abs(self.mean), 1e-12)
+        return max(filled, _DEVIATION_FLOOR * abs(self.mean), 1e-12)
 
     def z(self, values: Tensor, *, usual: float = 0.0, size: int | None = None) -> Tensor:
         """Return z-scores of values in deviations of batch means; the shape is kept.

@@ -320,7 +320,7 @@ class _Search:
             names = ", ".join(sorted({name for name, _ in axes}))
             raise RequestError(f"a layer depends on the order of its units ({key}: {names})")
         for (name, axis), arrangement in found.items():
-            port = Port.WRITE if space == "experts" else unit_port(block, name, axis)
+            port = Port.WRITE if space == "experts" else _unit_port(block, name, axis)
             per_unit = self._size(key) // units
             self._add(name, axis, Role(space, key, port, arrangement, per_unit))
 
@@ -507,7 +507,7 @@ def arrangements(
     return None
 
 
-def unit_port(block: Block, name: str, axis: int) -> Port:
+def _unit_port(block: Block, name: str, axis: int) -> Port:
     """Return the port of an axis of units: READ if another axis has the outputs of the module."""
     owner, value = owner_of(block.module, name)
     if "norm" in type(owner).__name__.lower() and not name.endswith("bias"):

@@ -18,11 +18,11 @@ from tritter.errors import RequestError, brief
 
 Key = tuple[tuple[str, str], ...]  # a config.json that can be a key of a cache
 
-LAYER_COUNTS = (
+_COUNTS = (
     *("decoder_layers", "num_decoder_layers", "num_hidden_layers", "n_layer", "n_layers"),
     "num_layers",
 )
-MAX_DISCOVERED_LAYERS = 512
+_MAX_LAYERS = 512
 _LAYER_LIST = "layers_block_type"  # Nemotron-H has no number of layers
 _DECODERS = (
     *("global_config", "text_config", "language_config", "llm_config", "decoder"),
@@ -110,7 +110,7 @@ def _without_depth(config: Config) -> Config:
     layers = count_layers(config)
     structure: Config = {}
     for name, value in config.items():
-        if name in (*LAYER_COUNTS, "num_blocks") or _is_set_of_layers(name, value, layers):
+        if name in (*_COUNTS, "num_blocks") or _is_set_of_layers(name, value, layers):
             continue
         if name == "per_layer_config" and isinstance(value, dict):
             value = sorted({json.dumps(each, sort_keys=True) for each in value.values()})
@@ -160,11 +160,11 @@ def _check_sizes(config: Config) -> None:
 
 def decoder_part(config: Config) -> str:
     """Return the key of the decoder's config in a multimodal config; empty if there is none."""
-    if any(isinstance(config.get(key), int) for key in LAYER_COUNTS) or _LAYER_LIST in config:
+    if any(isinstance(config.get(key), int) for key in _COUNTS) or _LAYER_LIST in config:
         return ""
     for part in _DECODERS:
         inner = config.get(part)
-        if isinstance(inner, dict) and any(isinstance(inner.get(key), int) for key in LAYER_COUNTS):
+        if isinstance(inner, dict) and any(isinstance(inner.get(key), int) for key in _COUNTS):
             return part
     return ""
 
@@ -190,13 +190,13 @@ def layer_key(config: Mapping[str, Any]) -> str:
     Raises:
         RequestError: no known key is set, or there are too many layers to discover.
     """
-    for key in LAYER_COUNTS:
+    for key in _COUNTS:
         value = config.get(key)
         if isinstance(value, int):
-            if not 1 <= value <= MAX_DISCOVERED_LAYERS:
+            if not 1 <= value <= _MAX_LAYERS:
                 raise RequestError(
                     f"config.json: {key} = {brief(value)}; must be from 1 to "
-                    f"{MAX_DISCOVERED_LAYERS} in a model type without a table."
+                    f"{_MAX_LAYERS} in a model type without a table."
                 )
             return key
     if isinstance(config.get(_LAYER_LIST), list):

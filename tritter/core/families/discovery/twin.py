@@ -239,7 +239,7 @@ def build_model(config: PreTrainedConfig) -> nn.Module:
         ValueError: the class supports no plain attention.
     """
     plain: dict[str, Any] = {"attn_implementation": "eager"}
-    with float64_by_default(), torch.random.fork_rng(devices=[]):
+    with _float64_by_default(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         try:
             model = AutoModelForCausalLM.from_config(
@@ -259,7 +259,7 @@ def _values(model: nn.Module) -> Iterator[Tensor]:
             yield buffer
 
 
-class Float64(TorchFunctionMode):
+class _Float64(TorchFunctionMode):
     """Computes in float64 what a class converts to float32, such as norms."""
 
     def __torch_function__(
@@ -281,7 +281,7 @@ class Float64(TorchFunctionMode):
 @contextmanager
 def in_float64() -> Iterator[None]:
     """Compute everything in float64, also what a class creates or converts."""
-    with float64_by_default(), Float64():
+    with _float64_by_default(), _Float64():
         yield
 
 
@@ -297,7 +297,7 @@ def one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def float64_by_default() -> Iterator[None]:
+def _float64_by_default() -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -353,7 +353,7 @@ class Block:
         args = [stream if each is self.hidden else each for each in self.args]
         named = {k: stream if each is self.hidden else each for k, each in self.keywords.items()}
         with torch.no_grad(), in_float64():
-            outputs = tensors_in(self.module(*args, **named))[self.output :]
+            outputs = _tensors_in(self.module(*args, **named))[self.output :]
         if not outputs or outputs[0].shape != stream.shape:
             raise RequestError("a layer does not return its residual stream.")
         return outputs[0] - stream
@@ -391,7 +391,7 @@ def further_streams(twin: Twin, name: str) -> Iterator[Block]:
         return
     before = twin.model.get_submodule(f"{layers}.{int(index) - 1}")
     outputs: list[Tensor] = []
-    handle = before.register_forward_hook(lambda _, __, values: outputs.extend(tensors_in(values)))
+    handle = before.register_forward_hook(lambda _, __, values: outputs.extend(_tensors_in(values)))
     try:
         block = called(twin, name)
     finally:
@@ -484,12 +484,12 @@ def _writer(block: Block, name: str, value: Tensor, streams: int) -> Writer | No
         with restored(value):
             value.data.select(axis, COORDINATE).add_(CHANGE)
             moved = block.change() - change
-        if is_at_coordinate(moved.unflatten(-1, (-1, length))):
+        if _is_at_coordinate(moved.unflatten(-1, (-1, length))):
             return Writer(name, axis)
     return None
 
 
-def is_at_coordinate(difference: Tensor) -> bool:
+def _is_at_coordinate(difference: Tensor) -> bool:
     """Return True if a difference [..., H] is zero except at the probed coordinate."""
     size = difference.abs().flatten(0, -2).amax(0)  # [H]
     others = torch.cat([size[:COORDINATE], size[COORDINATE + 1 :]])
@@ -549,7 +549,7 @@ def _reason(block: Block) -> str:
     return "no values of its tensors make a layer the identity"
 
 
-def tensors_in(values: Any) -> list[Tensor]:
+def _tensors_in(values: Any) -> list[Tensor]:
     """Return the tensors in the outputs of a module."""
     if isinstance(values, Tensor):
         return [values]
@@ -559,7 +559,7 @@ def tensors_in(values: Any) -> list[Tensor]:
 
 def first_tensor(values: Any) -> Tensor | None:
     """Return the first tensor in the outputs of a module, or None."""
-    return next(iter(tensors_in(values)), None)
+    return next(iter(_tensors_in(values)), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -642,7 +642,7 @@ def is_output(block: Block, name: str, axis: int) -> bool:
     with restored(value):
         value.data.select(axis, COORDINATE).add_(CHANGE)
         after = calls_in(block.module, block.change, [path])
-    return is_at_coordinate(after[-1].made - before[-1].made)
+    return _is_at_coordinate(after[-1].made - before[-1].made)
 
 
 def is_equal(first: Tensor, second: Tensor) -> bool:
