@@ -81,21 +81,21 @@ TORCH_ONLY_ROOMS = {"core.parameter_map", "core.stock_routers"}  # the standard 
 
 # Room → most files and lines: both may only fall, until the redesign of issue 25 ends
 RATCHET = {
-    "(top)": (13, 2_310),
-    "checkpoints": (12, 3_208),
-    "cli": (22, 6_221),
-    "config": (19, 5_338),
-    "core": (37, 12_189),
-    "data": (26, 9_387),
-    "evaluation": (17, 4_427),
-    "integrations": (2, 785),
-    "methods": (48, 12_639),
-    "pipeline": (26, 7_382),
-    "planning": (9, 2_307),
+    "(top)": (13, 2_291),
+    "checkpoints": (12, 3_204),
+    "cli": (22, 6_122),
+    "config": (19, 5_308),
+    "core": (37, 12_131),
+    "data": (26, 9_338),
+    "evaluation": (17, 4_396),
+    "integrations": (2, 776),
+    "methods": (48, 12_619),
+    "pipeline": (26, 7_337),
+    "planning": (9, 2_299),
     "report": (14, 4_309),
     "storage": (10, 2_123),
-    "training": (18, 5_044),
-    "transform": (6, 1_937),
+    "training": (18, 5_033),
+    "transform": (6, 1_929),
 }
 # What there is to know; both may only fall: names of modules without an underscore, and classes
 # that only hold values

@@ -219,11 +219,7 @@ def _method_name(method: object) -> str:
 
 
 def _expansions(methods: Sequence[object], options: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return typed options of expansions from names, dicts or option objects.
-
-    Raises:
-        RequestError: an option is invalid. The message lists all problems.
-    """
+    """Return typed options of expansions from names, dicts or option objects."""
     from tritter.core.expansions import check_specs
 
     if options and (len(methods) != 1 or not isinstance(methods[0], str)):
@@ -243,9 +239,6 @@ def _component(group: str, method: str, options: Mapping[str, Any], problems: li
     """Return a method and its options by name, with the defaults of its option file.
 
     Option files of installed packages are included.
-
-    Raises:
-        RequestError: the method is unknown.
     """
     from tritter.config.components import method_class, method_names
     from tritter.config.folders import body_of, option_files
@@ -266,11 +259,7 @@ def _component(group: str, method: str, options: Mapping[str, Any], problems: li
 
 
 def _unwrap(model: object) -> nn.Module:
-    """Return a live model without Tritter's wrapper.
-
-    Raises:
-        RequestError: the argument is not a model, is a PeftModel, or has LoRA experts.
-    """
+    """Return a live model without Tritter's wrapper."""
     from torch import nn
 
     from tritter.core.models import config_of
@@ -500,11 +489,7 @@ def _pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
 
 
 def _data_overrides(data: Mapping[str, Sources], overrides: Sequence[str]) -> list[str]:
-    """Return the overrides for `data`.
-
-    Raises:
-        RequestError: a key is unknown, or an override also sets it.
-    """
+    """Return the overrides for `data`."""
     from tritter.config.overrides import nested_value, override_key
     from tritter.data.datasets import dataset_names
 
@@ -737,11 +722,7 @@ def protect(
 
 
 def _penalty_method(method: object, options: Mapping[str, Any]) -> QuadraticPenalty:
-    """Return a method that consists only of a penalty, with its options.
-
-    Raises:
-        RequestError: the method is unknown, needs more than a penalty, or an option is invalid.
-    """
+    """Return a method that consists only of a penalty, with its options."""
     from tritter.methods.forgetting.quadratic import QuadraticPenalty
 
     name = _method_name(method)

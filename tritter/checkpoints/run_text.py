@@ -245,11 +245,7 @@ class _Domains:
         self._is_streamed = isinstance(data, DatasetsConfig) and data.streaming
 
     def resolve(self) -> tuple[tuple[DomainText, ...], tuple[tuple[str, ...], ...]]:
-        """Return old and new domains, and the domain names of each task.
-
-        Raises:
-            RequestError: learned data is unavailable, and the config names no old data.
-        """
+        """Return old and new domains, and the domain names of each task."""
         typed_new, typed_old = self._data.new_sources, self._data.old_sources
         new = self._domains_of(typed_new, is_old=False)
         final_name = {typed: domain.name for typed, domain in zip(typed_new, new, strict=True)}

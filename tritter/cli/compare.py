@@ -92,11 +92,7 @@ def _numbers(comparison: Comparison, found: FoundRuns) -> dict[str, Any]:
 
 
 def _scores(folder: Path, run: Run) -> Scores:
-    """Return the scores of a run's last model, item by item.
-
-    Raises:
-        TritterError: the file is missing or damaged, or contradicts the run's summary.
-    """
+    """Return the scores of a run's last model, item by item."""
     from tritter.evaluation.statistics import MAX_SCORE_BYTES, PairedScores, score_file
     from tritter.report.rows import score_of
 

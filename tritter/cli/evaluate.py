@@ -225,9 +225,6 @@ def _domain_paths(arguments: Iterable[str]) -> dict[str, list[str]]:
     """Return domain → paths for NAME=PATH or PATH arguments; a name may occur several times.
 
     A plain path is a domain named after it.
-
-    Raises:
-        RequestError: a name is invalid, or a path contains no text file.
     """
     from tritter.data.options import named_after, unused_name
     from tritter.data.sources import find_texts
@@ -248,11 +245,7 @@ def _domain_paths(arguments: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _read_model(folder: Path) -> nn.Module:
-    """Return a checkpoint's model on its device.
-
-    Raises:
-        RequestError: weights are not finite.
-    """
+    """Return a checkpoint's model on its device."""
     import torch
 
     from tritter.core.models import non_finite_tensors
@@ -271,12 +264,7 @@ def _split_names(words: Sequence[str] | None) -> list[str]:
 def _questions(
     chosen: Sequence[Benchmark], tasks_path: Path | None, harness: EvalOptions
 ) -> dict[str, Questions]:
-    """Return the questions of benchmarks that are read from files.
-
-    Raises:
-        RequestError: a file is missing or damaged, or no benchmark was requested.
-        TritterError: lm-eval is not installed.
-    """
+    """Return the questions of benchmarks that are read from files."""
     from tritter.evaluation.benchmarks.files import TasksFolder, load
     from tritter.evaluation.benchmarks.harness import require_harness
 
@@ -299,11 +287,7 @@ def _questions(
 def _sandbox(
     chosen: Sequence[Benchmark], allowed: Sequence[str], command: str | None
 ) -> Sandbox | None:
-    """Return a working sandbox for benchmark programs, or None if no benchmark runs any.
-
-    Raises:
-        RequestError: a benchmark is not allowed to run programs, or no sandbox is available.
-    """
+    """Return a working sandbox for benchmark programs, or None if no benchmark runs any."""
     from tritter.data.benchmark_names import code_problems
     from tritter.evaluation.code.sandbox import ExternalSandbox, NamespaceSandbox
 
@@ -317,11 +301,7 @@ def _sandbox(
 
 
 def _stock_tokenizer(folder: Path, *, needs_template: bool) -> Any:
-    """Return a checkpoint's tokenizer, of transformers.
-
-    Raises:
-        RequestError: it has no chat template although one is needed.
-    """
+    """Return a checkpoint's tokenizer, of transformers."""
     from tritter.core.models import load_tokenizer
 
     tokenizer = load_tokenizer(folder)

@@ -283,11 +283,7 @@ def _names(file: Recipe | None, step: int | None = None) -> Names:
 
 
 def _settings(context: typer.Context, file: Recipe | None) -> Settings:
-    """Return all other settings, from the command line or from the recipe.
-
-    Raises:
-        RequestError: the two contradict each other, or options name steps in addition to a recipe.
-    """
+    """Return all other settings, from the command line or from the recipe."""
     from tritter.cli.recipe import Settings
 
     typed, stated = context.params, {} if file is None else file.stated_settings()
@@ -357,11 +353,7 @@ def _resolve_job(
     settings: Settings,
     recipe: Recipe | None,
 ) -> _Job:
-    """Locate source and destination and resolve the sizes of expansions. Writes nothing.
-
-    Raises:
-        RequestError: the source is unusable, or an expansion is invalid.
-    """
+    """Locate source and destination and resolve the sizes of expansions. Writes nothing."""
     from tritter.checkpoints import Source
     from tritter.checkpoints.expert_files import refuse_experts
     from tritter.core.expansions.specification import target_config
@@ -551,11 +543,7 @@ def _dry_run(job: _Job, *, measures: bool, overwrite: bool) -> _Result:
 
 
 def _expand(job: _Job, *, measures: bool, overwrite: bool, is_quiet: bool) -> _Result:
-    """Expand the checkpoint and measure the result before it replaces the destination.
-
-    Raises:
-        TritterError: a write failed, or a tensor is damaged.
-    """
+    """Expand the checkpoint and measure the result before it replaces the destination."""
     from tritter.transform import expand, plan_by_tables
 
     settings = job.settings
@@ -586,12 +574,7 @@ def _expand(job: _Job, *, measures: bool, overwrite: bool, is_quiet: bool) -> _R
 
 
 def _expand_and_train(job: _Job, text: DomainText, *, overwrite: bool, is_quiet: bool) -> _Result:
-    """Add the experts and train them. After an error no output remains.
-
-    Raises:
-        RequestError: the checkpoint has no tokenizer, or there is not enough data.
-        TritterError: a stage failed.
-    """
+    """Add the experts and train them. After an error no output remains."""
     from tritter.cli.measure import Measurement
     from tritter.pipeline.domain import DomainTask, expand_for_domain
 

@@ -224,11 +224,7 @@ def export(
 
 
 def _check_options(context: typer.Context) -> bool:
-    """Return True if the checkpoint is a file.
-
-    Raises:
-        RequestError: an option does not apply to this checkpoint or format.
-    """
+    """Return True if the checkpoint is a file."""
     options = context.params
     checkpoint, is_merged = options["checkpoint"], options["merge"]
     is_peft = options["format"] == "peft"

@@ -317,11 +317,7 @@ def base_of(checkpoint: str, folder: Path) -> str:
 
 
 def _check_adapters(folder: Path, *, source: Path) -> None:
-    """Reject a folder that contains anything other than adapters. Opens no file.
-
-    Raises:
-        RequestError: the folder contains other files, or no adapter.
-    """
+    """Reject a folder that contains anything other than adapters. Opens no file."""
     if is_within(source, folder):
         raise RequestError(f"{folder} contains the source {source}.")
     strays = sorted(_unexpected_names(folder))

@@ -104,11 +104,7 @@ def generate(
 
 
 def _prompt_text(prompt: str | None) -> str:
-    """Return the prompt, from standard input without `--prompt`.
-
-    Raises:
-        RequestError: standard input is a terminal or no text, or the prompt is empty.
-    """
+    """Return the prompt, from standard input without `--prompt`."""
     if prompt is None and sys.stdin.isatty():
         raise RequestError("Missing --prompt TEXT: set it, pipe it, or chat with --chat.")
     if prompt in (None, _STANDARD_INPUT):
@@ -127,11 +123,7 @@ def _messages(system: str | None, text: str) -> list[dict[str, str]]:
 
 
 def _read_tokenizer(folder: Path, *, needs_template: bool) -> Any:
-    """Return a checkpoint's tokenizer.
-
-    Raises:
-        RequestError: there is none, or it has no chat template although one is needed.
-    """
+    """Return a checkpoint's tokenizer."""
     from tritter.core.models import load_tokenizer
 
     if not any((folder / name).is_file() for name in _TOKENIZERS):
@@ -148,11 +140,7 @@ def _read_tokenizer(folder: Path, *, needs_template: bool) -> Any:
 
 
 def _read_model(folder: Path, config: dict[str, Any]) -> nn.Module:
-    """Return a checkpoint's model with its experts.
-
-    Raises:
-        RequestError: weights are not finite.
-    """
+    """Return a checkpoint's model with its experts."""
     import torch
 
     from tritter.core.models import non_finite_tensors
@@ -237,11 +225,7 @@ class _Writer:
         return ids
 
     def rendered(self, messages: list[dict[str, str]]) -> Tensor:
-        """Return the tokens of a conversation with the prompt for an answer, int64 [1, T].
-
-        Raises:
-            RequestError: the template fails.
-        """
+        """Return the tokens of a conversation with the prompt for an answer, int64 [1, T]."""
         try:
             ids: Tensor = self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -262,9 +246,6 @@ class _Writer:
         Args:
             ids: the prompt, int64 [1, T].
             default: the limit without `--max-new-tokens`, if the model has that many positions.
-
-        Raises:
-            RequestError: the prompt is empty, or there are not enough positions.
         """
         num_tokens, limit = ids.shape[-1], self.max_new_tokens or 1
         if num_tokens == 0:

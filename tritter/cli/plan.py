@@ -216,11 +216,7 @@ def plan(
 
 
 def _sequence_length(requested: int | None, source: NamedShape) -> int:
-    """Return the sequence length, limited by the model's learned positions.
-
-    Raises:
-        RequestError: the requested length is above that limit.
-    """
+    """Return the sequence length, limited by the model's learned positions."""
     from tritter.core.families import family_of
     from tritter.planning import TrainingSetup
 
@@ -277,11 +273,7 @@ def _is_checkpoint(source: str) -> bool:
 
 
 def _read_source(text: str) -> NamedShape:
-    """Return the shape of `--source`.
-
-    Raises:
-        RequestError: the value is not a checkpoint, preset or count.
-    """
+    """Return the shape of `--source`."""
     from tritter.core.families import count_parameters
     from tritter.core.families.config_file import read_config_file
     from tritter.planning import NamedShape, named_shape

@@ -200,11 +200,7 @@ def _plain(value: Any) -> Any:
 
 
 def _curves(folder: Path, of: str = "") -> tuple[Curve, ...]:
-    """Return the loss curves of a run or of one of its parts; empty without a metrics file.
-
-    Raises:
-        TritterError: the file is damaged.
-    """
+    """Return the loss curves of a run or of one of its parts; empty without a metrics file."""
     from tritter.report.plots import curves_of
 
     path = folder / (f"metrics_{of}.csv" if of else "metrics.csv")

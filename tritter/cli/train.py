@@ -272,11 +272,7 @@ def _split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _named_checkpoint(plain: Sequence[str], checkpoint: str | None, typed: Sequence[str]) -> str:
-    """Return the requested checkpoint.
-
-    Raises:
-        RequestError: several checkpoints are named, or an option needs one and none is named.
-    """
+    """Return the requested checkpoint."""
     if len(plain) > 1:
         raise RequestError(
             f"{' and '.join(plain)}: tritter train takes one checkpoint; settings have the form "
@@ -296,11 +292,7 @@ def _named_checkpoint(plain: Sequence[str], checkpoint: str | None, typed: Seque
 
 
 def _check_flags(arguments: Sequence[str]) -> None:
-    """Reject `resume` and flags that can't be combined with a checkpoint.
-
-    Raises:
-        RequestError: there is one. The message names the first.
-    """
+    """Reject `resume` and flags that can't be combined with a checkpoint."""
     for argument in arguments:
         if argument.lstrip("+").startswith("resume="):
             raise RequestError(
@@ -321,11 +313,7 @@ def _check_flags(arguments: Sequence[str]) -> None:
 def _sources(
     data: Sequence[str], old_data: Sequence[str], arguments: Sequence[str]
 ) -> tuple[TextSources, TextSources, bool]:
-    """Return domain → paths of new and of old data, and True if they are hub datasets.
-
-    Raises:
-        RequestError: a path contains no data.
-    """
+    """Return domain → paths of new and of old data, and True if they are hub datasets."""
     from tritter.data.datasets import dataset_names
     from tritter.data.options import DatasetsConfig, TextDataConfig, path_resolver, read_sources
     from tritter.errors import raise_problems
@@ -353,9 +341,6 @@ def _recorded_settings(folder: Path, *, is_text: bool) -> dict[str, Any]:
     Args:
         folder: the checkpoint folder.
         is_text: True if the data are text files, whose records have a text field.
-
-    Raises:
-        RequestError: the lineage can't be read.
     """
     from tritter.checkpoints import read_lineage
 

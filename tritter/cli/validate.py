@@ -100,11 +100,7 @@ def validate(
 
 
 def _folder(name: str, option: str) -> Path:
-    """Return the folder of a checkpoint.
-
-    Raises:
-        RequestError: the checkpoint does not exist, or has experts.
-    """
+    """Return the folder of a checkpoint."""
     from tritter.checkpoints.expert_files import refuse_experts
     from tritter.core.families.config_file import missing_config
 

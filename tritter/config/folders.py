@@ -175,11 +175,7 @@ def _body(path: Path, _version: int) -> Mapping[str, object]:
 
 
 def _search_path_folder(entry: str) -> Path:
-    """Return the folder that an entry of Hydra's search path names.
-
-    Raises:
-        RequestError: no installed package has this folder.
-    """
+    """Return the folder that an entry of Hydra's search path names."""
     if not entry.startswith("pkg://"):
         return Path(entry.removeprefix("file://"))
     folder = package_folder(entry.removeprefix("pkg://").replace("/", "."))

@@ -214,11 +214,7 @@ def has_finished_stage(folder: Path) -> bool:
 
 
 def _is_complete(folder: Path, run: RunRecord) -> bool:
-    """Return True if all outputs of a finished run are complete.
-
-    Raises:
-        TritterError: an output was modified.
-    """
+    """Return True if all outputs of a finished run are complete."""
     damages = find_damage(folder, run.left)
     changed = [damage for damage in damages if not damage.is_deleted]
     if changed:

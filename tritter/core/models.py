@@ -348,11 +348,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _check_small_files(folder: Path) -> None:
-    """Refuse a folder in which transformers would open a huge file, or a link out of it.
-
-    Raises:
-        TritterError: names the file.
-    """
+    """Refuse a folder in which transformers would open a huge file, or a link out of it."""
     check_links(folder)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.suffix in _SMALL_FILES:

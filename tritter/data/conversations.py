@@ -383,9 +383,6 @@ def _is_trained(fields: Mapping[str, Any], where: str) -> dict[str, bool]:
     Args:
         fields: of the message, or of its record.
         where: precedes a field in the error.
-
-    Raises:
-        WrongRecordError: only a part of the message is trained, or with another weight.
     """
     if fields.get("train_detail"):
         raise WrongRecordError(f"{where}train_detail: only whole messages are excluded")

@@ -207,11 +207,7 @@ def check_on_disk(key: str, word: str, source: DatasetName) -> None:
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuse a data set folder that refers to files outside itself, by link or by name.
-
-    Raises:
-        TritterError: names the file and its entry.
-    """
+    """Refuse a data set folder that refers to files outside itself, by link or by name."""
     check_tree(folder)
     named: list[tuple[Path, object]] = []  # file and its data entries, as `datasets` reads them
     for path in filter(Path.is_file, (folder / _CARD, folder / _CARD_ALONE)):

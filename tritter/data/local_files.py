@@ -378,11 +378,7 @@ class _Expansion:
         self._num_bytes = 0
 
     def count(self, num_bytes: int) -> None:
-        """Count decoded bytes.
-
-        Raises:
-            WrongRecordError: the count exceeds the limit.
-        """
+        """Count decoded bytes."""
         self._num_bytes += num_bytes
         if self._num_bytes > self.limit_bytes:
             raise WrongRecordError(
@@ -582,11 +578,7 @@ def _numbered_lines(path: Path, reading: Reading) -> Iterator[tuple[int, bytes]]
 
 
 def _whole_line(line: bytes) -> bytes:
-    """Return a line if it is complete.
-
-    Raises:
-        WrongRecordError: the line was truncated.
-    """
+    """Return a line if it is complete."""
     if len(line) >= MAX_LINE_BYTES and not line.endswith(b"\n"):
         raise WrongRecordError(f"exceeds the limit of {MAX_LINE_BYTES // 2**20} MB per line")
     return line
@@ -611,11 +603,7 @@ def whole_text(path: Path, reading: Reading, *, max_bytes: int) -> str:
 
 
 def _chunks(path: Path, reading: Reading) -> Iterator[str]:
-    """Yield a file's text in chunks.
-
-    Raises:
-        WrongRecordError: the text is not UTF-8, or contains a zero byte.
-    """
+    """Yield a file's text in chunks."""
     decoder, start, num_decoded = getincrementaldecoder("utf-8")(), 0, 0
     with _open_stream(path, reading) as stream:
         while piece := stream.piece():
@@ -631,11 +619,7 @@ def _chunks(path: Path, reading: Reading) -> Iterator[str]:
 
 
 def _check_encoding(start: bytes) -> None:
-    """Refuse text whose first bytes indicate another encoding than UTF-8.
-
-    Raises:
-        WrongRecordError: names the detected encoding.
-    """
+    """Refuse text whose first bytes indicate another encoding than UTF-8."""
     found = json.detect_encoding(start[:4]).upper() if any(start[:4]) else "UTF-8"
     if not found.startswith("UTF-8"):
         name = found.replace("-LE", "LE").replace("-BE", "BE")  # iconv's name
@@ -706,9 +690,6 @@ def _batch_rows(file: BufferedReader, group: Any, leaves: Sequence[Any]) -> int:
     Returns:
         0 if single rows may be too large because their lists repeat texts. Such texts stay
         dictionary-encoded, which copies the whole dictionary for each batch.
-
-    Raises:
-        WrongRecordError: pages, value counts or values are too large for the size of the file.
     """
     expansion = _Expansion(os.fstat(file.fileno()).st_size)
     rows = _PARQUET_ROWS

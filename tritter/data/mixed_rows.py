@@ -133,11 +133,7 @@ class _MixedBatches(Sampler[list[int]]):
 
 
 class _MixedRows(Dataset[tuple[Any, bool]]):
-    """New rows, then the old ones of each domain, with the fields of the new; each with its kind.
-
-    Raises:
-        RequestError: old rows lack a field.
-    """
+    """New rows, then the old ones of each domain, with the fields of the new and their kind."""
 
     def __init__(self, new: Any, old: Mapping[str, Any]) -> None:
         self._new, sample = new, new[0]

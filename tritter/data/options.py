@@ -191,11 +191,7 @@ PathResolver = Callable[[str, str], str]  # key and path as typed → resolved p
 
 
 def _text_location(key: str, path: str) -> str:
-    """Return the absolute path of text files, or the name of a built-in text.
-
-    Raises:
-        RequestError: the path contains no text files.
-    """
+    """Return the absolute path of text files, or the name of a built-in text."""
     if path.startswith(PREFIX):
         raise refused(key, path, "data sets require data=hf")
     if is_built_in(path):
@@ -212,11 +208,7 @@ def _text_location(key: str, path: str) -> str:
 
 
 def _skill_location(key: str, word: str) -> str:
-    """Return the full name of a skill, or `_text_location` of any other word.
-
-    Raises:
-        RequestError: the word names neither a skill nor text files.
-    """
+    """Return the full name of a skill, or `_text_location` of any other word."""
     name = word.partition(":")[0]
     if name in SKILLS:
         return _text_location(key, f"{SKILL_PREFIX}{word}")
@@ -234,9 +226,6 @@ def _dataset_location(key: str, word: str, *, column: str | None, max_rows: int 
         word: the name as typed.
         column: default column.
         max_rows: default limit of rows.
-
-    Raises:
-        RequestError: the name is malformed, or the data set does not exist.
     """
     if is_built_in(word):
         return built_in_path(key, word)

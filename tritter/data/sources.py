@@ -138,11 +138,7 @@ def _known(key: str, path: str, found: Sequence[Path], *, where: str) -> FoundTe
 
 
 def _check_glob(key: str, pattern: Path, limit: int) -> None:
-    """Check that a pattern searches at most `limit` files and folders.
-
-    Raises:
-        RequestError: the pattern exceeds the limit.
-    """
+    """Check that a pattern searches at most `limit` files and folders."""
     first = next(at for at, part in enumerate(pattern.parts) if _GLOB_SIGNS & set(part))
     parts = pattern.parts[first:]
     if ".." in parts or parts.count("**") > 1:  # would visit folders repeatedly
@@ -170,11 +166,7 @@ def _search_limit_error(key: str, path: Path, limit: int) -> RequestError:
 
 
 def _below(key: str, folder: Path, limit: int | None) -> list[Path]:
-    """Return the sorted files in a folder and its subfolders; each folder is visited once.
-
-    Raises:
-        RequestError: a folder can't be listed, or there are more than `limit` files and folders.
-    """
+    """Return the sorted files in a folder and its subfolders; each folder is visited once."""
 
     def fail(error: OSError) -> None:
         raise refused(key, error.filename, f"the folder can't be listed ({error.strerror})")

@@ -155,11 +155,7 @@ class MetricTask:
 
     @property
     def _items(self) -> Mapping[str, Any]:
-        """The items, as JSON stores them.
-
-        Raises:
-            TritterError: they are not plain data.
-        """
+        """The items, as JSON stores them."""
         items = self.metric.items()
         if not isinstance(items, Mapping) or not all(isinstance(name, str) for name in items):
             raise TritterError(f"metrics.{self.name}: items() must return a mapping of strings.")

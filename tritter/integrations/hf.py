@@ -326,11 +326,7 @@ def _changes_gradients(kind: type[ForgettingMethod]) -> bool:
 
 
 def _method_batch(inputs: Mapping[str, Any], is_replay: Tensor | None) -> dict[str, Any]:
-    """Return a batch for the methods, with `is_replay` for each row.
-
-    Raises:
-        RequestError: the trainer joined several rows into one.
-    """
+    """Return a batch for the methods, with `is_replay` for each row."""
     rows = inputs["input_ids"]
     if is_replay is None:
         is_replay = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
@@ -716,12 +712,7 @@ class Forgetting:
         SafetensorsCheckpointIO().save_checkpoint(content, folder)
 
     def _read(self, folder: Path) -> dict[str, Any]:
-        """Return the state that `save` wrote.
-
-        Raises:
-            RequestError: there is no state, or it belongs to another setup.
-            TritterError: the state is damaged.
-        """
+        """Return the state that `save` wrote."""
         key = "resume_from_checkpoint"
         if not folder.is_dir():
             reason = (

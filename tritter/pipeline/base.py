@@ -246,11 +246,7 @@ class _BaseWriter:
 
 
 def _is_intact(folder: Path) -> bool:
-    """Return True if a cached base model matches its hashes; move a damaged one away.
-
-    Raises:
-        RequestError: the cache is not writable.
-    """
+    """Return True if a cached base model matches its hashes; move a damaged one away."""
     if not folder.exists():
         return False
     problem = next(checkpoint_changes(folder), None)
@@ -350,11 +346,7 @@ def _template(context: RunContext) -> _Template | None:
 
 
 def _check_teacher(context: RunContext) -> None:
-    """Reject a teacher with another tokenizer or too few positions.
-
-    Raises:
-        RequestError: the teacher does not match, or is not a valid checkpoint.
-    """
+    """Reject a teacher with another tokenizer or too few positions."""
     location = importance.teacher_folder(context)
     if location is None:
         return

@@ -99,12 +99,7 @@ def _callback(
     *,
     max_steps: int,
 ) -> ExpertCallback:
-    """Return the callback that spawns experts, with the state of a checkpoint's experts.
-
-    Raises:
-        RequestError: there is no expert on a layer to freeze, or the checkpoint's exemplars have
-            another length than this run's batches.
-    """
+    """Return the callback that spawns experts, with the state of a checkpoint's experts."""
     registry, shape = method.registry(max_steps=max_steps), method.shape(mixture.model)
     for name in method.options.freeze_projections or ():
         if name not in shape.targets:
@@ -139,11 +134,7 @@ def _callback(
 
 
 def _resume(context: RunContext, branch: Branch, mixture: ExpertMixture, method: Experts) -> None:
-    """Continue training the experts of a checkpoint, with their state.
-
-    Raises:
-        RequestError: they do not match the options.
-    """
+    """Continue training the experts of a checkpoint, with their state."""
     files = context.source(branch.start).experts
     assert files is not None
     mixture.extra = dict(ExpertFolder.of_files(files).extra)

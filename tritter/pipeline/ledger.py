@@ -244,11 +244,7 @@ class Ledger:
         return None if stage in self._again else self._stages.get(stage)
 
     def __getitem__(self, stage: str) -> StageResult:
-        """Return the result of a finished stage.
-
-        Raises:
-            KeyError: the stage is not finished.
-        """
+        """Return the result of a finished stage."""
         if (done := self.get(stage)) is None:
             raise KeyError(stage)
         return done

@@ -290,11 +290,7 @@ def run_baseline(context: RunContext) -> None:
 
 
 def _check_start(context: RunContext) -> None:
-    """Refuse a run of an earlier version of Tritter, which began texts in another way.
-
-    Raises:
-        RequestError: names the folder.
-    """
+    """Refuse a run of an earlier version of Tritter, which began texts in another way."""
     for scores in context.read_scores("baseline").values():
         if scores.unit == "nats" and scores.start != context.bounds.start:
             raise RequestError(
@@ -372,11 +368,7 @@ def _announce_costs(context: RunContext) -> None:
 
 
 def _announce(context: RunContext) -> None:
-    """Print the inputs of the run.
-
-    Raises:
-        RequestError: the data can't be used for training, or has changed since the run began.
-    """
+    """Print the inputs of the run."""
     config = context.config
     chosen = {
         "expansion": ", ".join(spec.name for spec in config.expansion) or "none",

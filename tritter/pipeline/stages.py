@@ -372,11 +372,7 @@ def _announce(
 def _freeze(
     model: nn.Module, methods: Sequence[ForgettingMethod], task: Task, *, max_steps: int
 ) -> None:
-    """Freeze the weights that each method freezes.
-
-    Raises:
-        RequestError: no trainable weights remain.
-    """
+    """Freeze the weights that each method freezes."""
     for method in methods:
         method.freeze(model, task, max_steps=max_steps)
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -492,11 +488,7 @@ logger = logging.getLogger(__name__)
 
 
 def _score_baseline(context: RunContext, source: Source) -> None:
-    """Score the run's initial model, or load its scores from the cache.
-
-    Raises:
-        RequestError: the cache is not writable.
-    """
+    """Score the run's initial model, or load its scores from the cache."""
     made_from = _made_from(context, source)
     location = context.config.cache_dir / "scores" / f"{content_key(made_from)}.json"
     target = context.folder / score_file(NAME)

@@ -79,11 +79,7 @@ class _Domains:
 
 
 def _load_recorded(kind: str, source: Lineage | None, result: Lineage | None) -> _Domains:
-    """Return the held-out documents of the domains in the result's lineage.
-
-    Raises:
-        RequestError: the documents can't be read.
-    """
+    """Return the held-out documents of the domains in the result's lineage."""
     if result is None or result.split is None or not result.domains:
         return _Domains({}, "the result's lineage records no data")
     trained = is_trained(source, result)
@@ -105,11 +101,7 @@ def _load_recorded(kind: str, source: Lineage | None, result: Lineage | None) ->
 def _read(
     kind: str, source: Lineage | None, result: Lineage | None, text: ValidationText
 ) -> _Domains:
-    """Return the documents of the `kept` or `target` domains, up to the limit.
-
-    Raises:
-        RequestError: a file can't be read.
-    """
+    """Return the documents of the `kept` or `target` domains, up to the limit."""
     named: TextSources | None = getattr(text, kind)
     option = "--data" if kind == "kept" else "--target-data"
     if named is not None:

@@ -72,11 +72,7 @@ def find_path(request: PathRequest) -> tuple[Shape, ...]:
 
 
 def _find_best_path(request: PathRequest) -> tuple[Shape, ...]:
-    """Return the path of a strategy; `auto` selects the best proportioned last shape.
-
-    Raises:
-        RequestError: the strategy is unknown or has no method, or the target can't be reached.
-    """
+    """Return the path of a strategy; `auto` selects the best proportioned last shape."""
     check_strategy(request.strategy, request.methods)
     paths: list[tuple[Shape, ...]] = []
     refusals: list[RequestError] = []

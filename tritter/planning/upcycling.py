@@ -126,11 +126,7 @@ class Upcycling:
 def _upcycling_of(
     source: Config, *, dense_tokens: float, tokens: float, sequence_length: int, spec: Moe
 ) -> Upcycling:
-    """Return the budgets of an upcycling.
-
-    Raises:
-        RequestError: the source can't become a model with experts.
-    """
+    """Return the budgets of an upcycling."""
     target = target_config(source, [spec])
     dense, sparse = (
         training_flops(config).per_token(sequence_length) for config in (source, target)

@@ -132,11 +132,7 @@ def fit(
 
 @contextmanager
 def _stoppable(stop: StopRequest, label: str) -> Iterator[None]:
-    """Handle signals inside the block; report from where a run resumes that could not be saved.
-
-    Raises:
-        Stopped: A second signal arrived, or the first one before there was a state to save.
-    """
+    """Handle signals inside the block; report from where a run resumes that could not be saved."""
     location = f"during the {label}, which resumes from its last saved state"
     try:
         with stop.handle_signals():

@@ -300,9 +300,6 @@ def _adopt_config(model: nn.Module, config: Config) -> None:
 
     Changed attributes (`out_features`, buffers) are set and missing modules are added. Hooks,
     modes and wrapper modules are unchanged.
-
-    Raises:
-        RequestError: The config requires another class for a module.
     """
     own = on_disk(config_of(model))  # the weights define the widths of the layers
     before, after = uninitialised_model(own), uninitialised_model(config)

@@ -160,11 +160,7 @@ class WriteResult(Protocol):
     """
 
     def __call__(self, model: nn.Module, result: FitResult) -> None:
-        """Write the trained model, which is on the CPU.
-
-        Raises:
-            TritterError: The write failed; an OSError is converted to a TritterError.
-        """
+        """Write the trained model, which is on the CPU."""
 
 
 _ROUTING = "RoutingCallback"  # saves the routers' offsets and biases

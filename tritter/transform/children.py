@@ -168,11 +168,7 @@ def _absolute(name: str) -> str:
 
 
 def _open(name: str, source: Source) -> OpenChild:
-    """Open a model and check that it was trained from the source.
-
-    Raises:
-        RequestError: it was not, or has other shapes or another tokenizer.
-    """
+    """Open a model and check that it was trained from the source."""
     folder = locate(name, key=_FROM)
     try:
         refuse_experts(folder, doing="an expansion", key=_FROM)

@@ -238,11 +238,7 @@ def plan_by_tables(
 
 
 def _confirm(plan: PlannedExpansion, source: Source) -> PlannedExpansion:
-    """Return the plan with the full configs of transformers.
-
-    Raises:
-        RequestError: transformers can't build the result.
-    """
+    """Return the plan with the full configs of transformers."""
     if plan.is_confirmed:
         return plan
     from tritter.core.models import read_config

@@ -162,11 +162,7 @@ def takes_value(flag: str, argument: str) -> bool:
 
 
 def _split_searchpath(overrides: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the entries of `hydra.searchpath` and all other overrides.
-
-    Raises:
-        RequestError: the value is not a list of strings.
-    """
+    """Return the entries of `hydra.searchpath` and all other overrides."""
     entries: list[str] = []
     others: list[str] = []
     for override in overrides:

@@ -288,11 +288,7 @@ def _log_file(path: Path) -> Iterator[None]:
 
 
 def _show(command: CommandLine, request: "Request", hydra: "Hydra") -> int:
-    """Print the output of --cfg or --info for a valid command line.
-
-    Raises:
-        RequestError: the requested node does not exist.
-    """
+    """Print the output of --cfg or --info for a valid command line."""
     overrides, errors = list(request.overrides), StringIO()
     name, info_value = search_path().config_name, command.info_value or "all"
     if command.info_flag == "info":

@@ -285,11 +285,7 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence[Job]) -> floa
 
 
 def _validate_proposed(cfg: DictConfig, overrides: Sequence[str]) -> RunConfig:
-    """Validate a job that a sweeper proposed.
-
-    Raises:
-        RequestError: lists the problems of the job and of its fallbacks.
-    """
+    """Validate a job that a sweeper proposed."""
     config = validate(plain_config(cfg))
     if config.gate.ladder is None:
         return config

@@ -202,9 +202,6 @@ def _add_resumed(
 
     A run folder may be untrusted: only Tritter's own options and plain values are
     replayed, without `TYPED_ONLY`.
-
-    Raises:
-        RequestError: the run does not exist, or has overrides that are not replayed.
     """
     typed = parse(overrides, loader=composing.loader)
     resumes = [o for o in typed if o.key_or_group == "resume" and not o.is_delete()]
@@ -394,9 +391,6 @@ def _plan_jobs(
     Args:
         shared: Hydra overrides of all jobs.
         is_example: the jobs are examples without a folder.
-
-    Raises:
-        RequestError: a job is invalid.
     """
     jobs: list[Job] = []
     found: dict[int, Sequence[Problem]] = dict.fromkeys(range(len(split)), ())
@@ -497,11 +491,7 @@ def _jobs(numbers: Sequence[int], overrides: Sequence[Sequence[str]]) -> str:
 
 
 def _job_folder(sweep_folder: Path, name: str) -> Path:
-    """Return a job's folder.
-
-    Raises:
-        RequestError: the folder is not inside the sweep's folder.
-    """
+    """Return a job's folder."""
     sweep_folder = Path(os.path.normpath(sweep_folder))
     folder = Path(os.path.normpath(sweep_folder / name))
     if sweep_folder not in folder.parents:

@@ -90,9 +90,6 @@ class Context:
             parameters: its rotary parameters.
             old: its context length.
             new: the new context length.
-
-        Raises:
-            RequestError: they are already scaled in another way, or to that length.
         """
         kind = parameters.get("rope_type", "default")
         if kind != "default" and (kind, self.method) != ("yarn", "yarn"):
@@ -168,11 +165,7 @@ def _cache_bytes(family: Family, config: Config) -> int:
 
 
 def _rotary_dimensions(config: Config, parameters: Mapping[str, Any]) -> int:
-    """Return the rotary dimensions of a head, as transformers computes them.
-
-    Raises:
-        RequestError: heads of different layers have different sizes.
-    """
+    """Return the rotary dimensions of a head, as transformers computes them."""
     size: Any = config.get("head_dim")
     if size is None and isinstance(config.get("num_attention_heads"), int):
         size = config["hidden_size"] // config["num_attention_heads"]  # type: ignore[operator]
@@ -184,11 +177,7 @@ def _rotary_dimensions(config: Config, parameters: Mapping[str, Any]) -> int:
 
 
 def _with_rotations(family: Family, config: Config) -> Config:
-    """Return a config with its rotary parameters, by default as its class sets them.
-
-    Raises:
-        RequestError: the model has no rotary embeddings, or its context has no limit.
-    """
+    """Return a config with its rotary parameters, by default as its class sets them."""
     if not isinstance(config.get("rope_parameters"), Mapping) and not _has_positions(family):
         from tritter.core.families.discovery.configs import complete  # imports transformers
 

@@ -125,11 +125,7 @@ _Layer = Annotated[int, Field(ge=0, le=MAX_LAYERS)]
 
 
 def _read_slices(slices: Any) -> tuple[tuple[int, int], ...]:
-    """Return the start and the end of ranges such as "0:20" or [0, 20].
-
-    Raises:
-        ValueError: a range has another form.
-    """
+    """Return the start and the end of ranges such as "0:20" or [0, 20]."""
     found = []
     for each in slices if isinstance(slices, list | tuple) else (slices,):
         typed = re.fullmatch("([0-9]{1,9}):([0-9]{1,9})", each) if isinstance(each, str) else None

@@ -403,11 +403,7 @@ class Width:
         return math.sqrt(copies * old.hidden_size / new.hidden_size)
 
     def _check_discovered(self, family: Family, old: Dimensions, new: Dimensions) -> None:
-        """Refuse what a family without a table does not support.
-
-        Raises:
-            RequestError: `aki`, a change within groups of heads, or axes that were not found.
-        """
+        """Refuse what a family without a table does not support."""
         if self.init == "aki":
             reason = f"{family.model_type} has no table; use fresh, net2net or zero_pad"
             raise refused("expansion.width.init", "aki", reason)
@@ -573,9 +569,6 @@ def _check_rotary(
         old: sizes of the source.
         new: sizes of the target.
         is_split: heads are split in two.
-
-    Raises:
-        RequestError: names the reason.
     """
     parameters = config.get("rope_parameters") or config.get("rope_scaling")
     rope: Mapping[str, object] = parameters if isinstance(parameters, Mapping) else {}

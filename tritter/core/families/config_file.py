@@ -247,11 +247,7 @@ _REFUSED: Mapping[str, str] = {
 
 
 def _check_values(family: Family, config: Config) -> None:
-    """Refuse single values that are too large or of the wrong type; keys may be missing.
-
-    Raises:
-        RequestError: names the key, the value and the allowed values.
-    """
+    """Refuse single values that are too large or of the wrong type; keys may be missing."""
     for key, value in config.items():
         is_whole = isinstance(value, int) and not isinstance(value, bool)
         allowed = ""

@@ -250,10 +250,6 @@ def _with_examples(
         folder: the folder of their files; None for records in memory.
         records_of: the records of each file.
         requested: number of examples; None is lm-eval's default.
-
-    Raises:
-        TooFewExamplesError: there are fewer examples than requested.
-        WrongFileError: the records of the examples are invalid.
     """
     few_shot, name = found.benchmark.few_shot, found.benchmark.name
     without = replace(found, examples=dict.fromkeys(found.questions, ()))
@@ -291,11 +287,7 @@ def _pool(
     folder: TasksFolder | None,
     records_of: Mapping[Path, Sequence[Row]],
 ) -> Iterator[Question]:
-    """Yield the examples of a benchmark, in order.
-
-    Raises:
-        WrongFileError: records are invalid.
-    """
+    """Yield the examples of a benchmark, in order."""
     if few_shot.files:
         patterns = [pattern + _RECORDS for pattern in few_shot.files]
         files = folder.all(*patterns) if folder is not None else []
@@ -343,11 +335,7 @@ def _questions(
     is_alone: bool,
     is_example: bool = False,
 ) -> Iterator[tuple[str, Question]]:
-    """Yield the name and the question of every record, or its few-shot example.
-
-    Raises:
-        WrongFileError: lists the invalid records.
-    """
+    """Yield the name and the question of every record, or its few-shot example."""
     if not rows:
         raise WrongFileError([f"{path} has no records"])
     form = benchmark.format
@@ -427,11 +415,7 @@ def _reason(error: Exception) -> str:
 
 
 def _records(path: Path, reading: Reading) -> Iterator[Any]:
-    """Yield the records of a file.
-
-    Raises:
-        WrongRecordError: the content does not match the file's extension.
-    """
+    """Yield the records of a file."""
     kind = text_suffix(path).removesuffix(".gz")
     if kind == ".parquet":  # limited only by its decoded size
         yield from parquet_records(path, count=reading.count)

@@ -263,9 +263,6 @@ def _run_lm_eval(
         tasks: returns lm-eval's tasks and groups.
         harness: the options.
         limit: number of first questions of each task.
-
-    Raises:
-        TritterError: a likelihood is not finite.
     """
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
@@ -417,11 +414,7 @@ def _in_batches_that_fit(
 def _drop_too_long(
     tokenizer: Tokenizer, questions: Questions, *, length: int
 ) -> tuple[Questions, list[str]]:
-    """Drop questions with a choice that exceeds the context length.
-
-    Raises:
-        RequestError: no question remains.
-    """
+    """Drop questions with a choice that exceeds the context length."""
     if questions.benchmark.kind in ("answer", "code"):
         return questions, []
     kept = [

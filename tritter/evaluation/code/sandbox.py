@@ -194,11 +194,7 @@ def _run(
     *,
     environment: dict[str, str] | None = None,
 ) -> Outcome:
-    """Run a command with a program and its tests on standard input, then kill its processes.
-
-    Raises:
-        TritterError: the sandbox can't be set up.
-    """
+    """Run a command with a program and its tests on standard input, then kill its processes."""
     word = secrets.token_hex(16)  # printed after the last test; a program may exit before
     content = f"{program}\n{tests}\n__import__('os').write(1, b'{word}')\n"
     process = subprocess.Popen(

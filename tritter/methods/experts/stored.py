@@ -487,11 +487,7 @@ def adopt(mixture: ExpertMixture, name: str, folder: Path) -> None:
 
 
 def _check_tensors(experts: ExpertFolder) -> None:
-    """Refuse tensors that are not finite or don't match each other.
-
-    Raises:
-        TritterError: names the problem.
-    """
+    """Refuse tensors that are not finite or don't match each other."""
     head, number = experts.head, len(experts.head.names)
     for name in head.adapters:  # PEFT stores adapters in these containers
         if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):

@@ -213,11 +213,7 @@ def has_nonzero_new_entries(model: nn.Module, carried: Mapping[str, Tensor]) -> 
 
 
 def _mean_importance(importance: Mapping[str, Tensor]) -> float:
-    """Return the mean importance over all entries of all parameters, in float64.
-
-    Raises:
-        TritterError: all of them are zero.
-    """
+    """Return the mean importance over all entries of all parameters, in float64."""
     import torch
 
     total, count = 0.0, 0

@@ -236,11 +236,7 @@ _ELSEWHERE: Mapping[str, Any] = {"max_extra_flops": None, "freeze_attention": Fa
 
 
 def _build_grower(keywords: GrowthKeywords) -> Grower:
-    """Return the grower for keyword arguments.
-
-    Raises:
-        RequestError: names every wrong keyword, with its nearest match.
-    """
+    """Return the grower for keyword arguments."""
     named: dict[str, Any] = dict(keywords)
     seed = named.pop("seed", 0)
     problems = [
@@ -364,11 +360,7 @@ class GrowableLinear(GrowableLayer, nn.Linear):
         self._read = None
 
     def _check_growth_is_safe(self) -> None:
-        """Refuse growth that would break the shapes of a surrounding module.
-
-        Raises:
-            RequestError: the layer is part of an adapter, or of a model with a config.
-        """
+        """Refuse growth that would break the shapes of a surrounding module."""
         for parent in _PARENTS.get(self, ()):
             if not any(child is self for child in parent.children()):
                 continue  # was replaced by another module

@@ -283,11 +283,7 @@ def train_new_experts(
 
 
 def _check_router_update(update: str) -> None:
-    """Refuse an unknown kind of router update.
-
-    Raises:
-        RequestError: lists the known ones.
-    """
+    """Refuse an unknown kind of router update."""
     if update not in _ROUTER_UPDATES:
         raise RequestError(
             f"router_update = {update!r}: must be one of {', '.join(_ROUTER_UPDATES)}."

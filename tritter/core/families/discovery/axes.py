@@ -420,11 +420,7 @@ class _Search:
         }
 
     def _following(self, keys: Iterable[str], fixed: Config | None = None) -> dict[AxisOf, Sizes]:
-        """Return the axes that grow if some keys double.
-
-        Raises:
-            RequestError: the class refuses the sizes, or other tensors appear.
-        """
+        """Return the axes that grow if some keys double."""
         fixed = fixed or {}
         return self._changed(fixed, {**fixed, **{key: 2 * self._size(key) for key in keys}})
 
@@ -445,11 +441,7 @@ class _Search:
         return {name: tuple(value.shape) for name, value in state.items()}
 
     def _stock(self, changes: Config) -> nn.Module:
-        """Return the stock model of a changed config, on the meta device.
-
-        Raises:
-            RequestError: its class refuses the config.
-        """
+        """Return the stock model of a changed config, on the meta device."""
         part = decoder_part(self._full)
         inner = {**self._config, **changes}
         full = {**self._full, part: inner} if part else inner
@@ -517,11 +509,7 @@ def _unit_port(block: Block, name: str, axis: int) -> Port:
 
 
 def _neurons_of(block: Block, roles: Mapping[str, Mapping[int, Role]]) -> Neurons:
-    """Return the neurons of a layer's FFN.
-
-    Raises:
-        RequestError: the FFN is another function, or consists of other modules.
-    """
+    """Return the neurons of a layer's FFN."""
     other = "an FFN is not down(σ(gate(x)) · up(x)) with matrices of their own"
     names = {name for name in values_of(block.module) if name in roles}
     uses = [
@@ -676,11 +664,7 @@ def _subtracts_mean(norm: nn.Module) -> bool:
 
 
 def _applied(norm: nn.Module, shift: float) -> Tensor:
-    """Return the output [3, H] of a norm for random inputs plus a constant.
-
-    Raises:
-        RequestError: it is no function of the stream alone.
-    """
+    """Return the output [3, H] of a norm for random inputs plus a constant."""
     size = next(norm.parameters()).shape[-1]
     draws = torch.Generator().manual_seed(2)
     stream = torch.randn(3, size, generator=draws, dtype=torch.float64)

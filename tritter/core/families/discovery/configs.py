@@ -145,11 +145,7 @@ def class_of(config: Config) -> type[PreTrainedConfig]:
 
 
 def _check_sizes(config: Config) -> None:
-    """Refuse numbers with which a class would build for hours, at any depth of a config.
-
-    Raises:
-        RequestError: names the key, the value and the limit.
-    """
+    """Refuse numbers with which a class would build for hours, at any depth of a config."""
     for name, value in config.items():
         if isinstance(value, dict):
             _check_sizes(value)

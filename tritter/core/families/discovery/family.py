@@ -719,11 +719,7 @@ def _with_layers(config: Config, sources: tuple[int, ...]) -> Config:
 def _check_identity(
     family: DiscoveredFamily, config: Config, sources: tuple[int, ...], identities: frozenset[int]
 ) -> None:
-    """Refuse layers whose function depends on their position.
-
-    Raises:
-        RequestError: identity copies change the logits of a twin, or plain copies do not.
-    """
+    """Refuse layers whose function depends on their position."""
     zeroed, plain = logit_changes(key_of(config), sources, identities)
     if not zeroed <= TOLERANCE:
         raise RequestError(

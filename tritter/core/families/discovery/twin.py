@@ -214,11 +214,7 @@ def _small_size(key: str) -> int | None:
 
 
 def _built(config: PreTrainedConfig) -> Twin:
-    """Build the model of a small config, with random float64 parameters.
-
-    Raises:
-        RequestError: it is not small.
-    """
+    """Build the model of a small config, with random float64 parameters."""
     with torch.device("meta"):
         size = sum(value.numel() for value in AutoModelForCausalLM.from_config(config).parameters())
     if size > _MAX_PARAMETERS:
