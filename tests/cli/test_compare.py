@@ -232,10 +232,6 @@ def test_damaged_scores_leave_the_rest(run: Run, runs: Path, damage: Any, said: 
         ("nowhere first", "it is not a folder"),
         ("first better --output page.pdf", "must be one of .html, .csv, .json"),
         ("first better --output base.csv", "it is a folder"),
-        (
-            "first better --output there.json --overwrite",
-            "it is not an earlier report of",
-        ),
         ("first better --output there.json", "it exists already"),
     ],
 )

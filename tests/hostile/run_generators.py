@@ -135,13 +135,13 @@ def reports(rng: random.Random, sandbox: Sandbox) -> Case:
 
 
 def outputs(rng: random.Random, sandbox: Sandbox) -> Case:
-    """Reports at paths of other files: of what is read, links, special files, damaged reports."""
+    """Reports at paths of other files: of what is read, links, special files, other kinds."""
     sandbox.take("base", "source")
     for number in range(2):
         sandbox.take("finished", f"sweep/{number}")
     sandbox.take("texts")
-    (sandbox.inside / "thesis.html").write_text("<html><body>years of work</body></html>")
-    words, earlier = rng.choice(_REPORTS)
+    (sandbox.inside / "thesis.txt").write_text("years of work")
+    words = rng.choice(_REPORTS)
     ending = f".{words.rpartition(' ')[2]}"
     target, free = sandbox.inside / f"out{ending}", tuple[str, ...]()
     kind = rng.choice((0, 0, 0, 1, 2, 3, 4, 5))
@@ -152,15 +152,17 @@ def outputs(rng: random.Random, sandbox: Sandbox) -> Case:
         target = rng.choice([path for path in below if path.is_dir()]) / f"new{ending}"
         free = (f"inside/{target.relative_to(sandbox.inside)}",)
     elif kind == 2:
-        special(target, rng.choice(("fifo", "zero", "sparse", "folder", "loop")))
+        what = rng.choice(("fifo", "zero", "sparse", "folder", "loop"))
+        special(target, what)
+        free = (f"inside/{target.name}",) if what == "sparse" else ()  # a file like any other
     elif kind == 3:
-        places = (sandbox.outside / "secret.txt", sandbox.inside / "thesis.html", Path("no"))
+        places = (sandbox.outside / "secret.txt", sandbox.inside / "thesis.txt", Path("no"))
         special(target, "link", target=rng.choice(places))
     elif kind == 4:
-        target.write_text(earlier)
+        target.write_text(rng.choice(("", "years", "{}")))
         free = (f"inside/{target.name}",)
     else:
-        target.write_text(rng.choice(("", "years", earlier[: len(earlier) // 2])))
+        target = sandbox.inside / "thesis.txt"
     output = str(target.relative_to(sandbox.inside))
     case = [*words.split()[:-1], "--output", output]
     case += ["--overwrite"] if rng.random() < 0.8 else []
@@ -374,16 +376,13 @@ _EVIL_GROUPS = (
     *("callbacks", "data", "expansion", "experiment", "forgetting", "growth", "logger"),
     "metrics",
 )
-# A command and its format → an earlier report of it
+# Commands, each with its format
 _REPORTS = (
-    (
-        "evaluate --checkpoint source --data a=texts/new.jsonl json",
-        '{"tritter_report": {"kind": "evaluate"}}',
-    ),
-    ("compare sweep json", '{"tritter_report": {"kind": "compare"}}'),
-    ("compare sweep csv", "run,subject,quantity,value,lower,upper\n"),
-    ("compare sweep html", '<html><meta name="generator" content="tritter 0.1"></html>'),
-    ("report sweep html", '<html><meta name="generator" content="tritter 0.1"></html>'),
+    "evaluate --checkpoint source --data a=texts/new.jsonl json",
+    "compare sweep json",
+    "compare sweep csv",
+    "compare sweep html",
+    "report sweep html",
 )
 _ENTICED = (_card, _card, _card, _linked, _saved, _bombed)
 _SKILLED = ("spawning", "spawning", "taught")

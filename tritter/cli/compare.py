@@ -54,7 +54,7 @@ def compare(
         if format is None:
             reason = f"the ending selects the format; must be one of {', '.join(FORMATS)}"
             raise RequestError(Problem("--output", str(output), reason=reason))
-        file = ReportFile(output, "compare", format, overwrite=overwrite)
+        file = ReportFile(output, format, overwrite=overwrite)
     run_folders = []
     for folder in folders:
         if (folder / LINEAGE_NAME).is_file() and not (folder / SUMMARY_FILE).exists():
@@ -85,10 +85,8 @@ def compare(
 
 
 def _numbers(comparison: Comparison, found: FoundRuns) -> dict[str, Any]:
-    from tritter.cli.report_file import mark
-
     unfinished = [str(path) for path in found.unfinished]
-    return {**mark("compare"), **comparison.to_dict(), "left_out": unfinished}
+    return {**comparison.to_dict(), "left_out": unfinished}
 
 
 def _scores(folder: Path, run: Run) -> Scores:

@@ -156,7 +156,6 @@ def evaluate(
     with loading("transformers"):
         from tritter.checkpoints import read_lineage
         from tritter.checkpoints.record import window_length
-        from tritter.cli.report_file import mark
         from tritter.core.families import family_of, position_limit
         from tritter.core.models import read_config
         from tritter.data.records import FIELD_KEY
@@ -201,7 +200,7 @@ def evaluate(
     }
     model_hash = None if lineage is None else lineage.model_hash
     of_model = {"checkpoint": str(folder), "model_hash": model_hash, "sequence_length": length}
-    record = {**mark("evaluate"), **of_model, **scored, "notes": notes}
+    record = {**of_model, **scored, "notes": notes}
     if file is not None:
         file.write(json.dumps(record, indent=2, allow_nan=False) + "\n")
     if as_json:
@@ -218,7 +217,7 @@ def _result_file(
 
     if output is None:
         return None
-    return ReportFile(output, "evaluate", "json", overwrite=overwrite, sources=inputs)
+    return ReportFile(output, "json", overwrite=overwrite, sources=inputs)
 
 
 def _domain_paths(arguments: Iterable[str]) -> dict[str, list[str]]:

@@ -225,9 +225,7 @@ Runs = Annotated[
         parser=parse_path,
     ),
 ]
-ReportOverwrite = Annotated[
-    bool, flag("--overwrite", "Replace an earlier report of the same kind at --output.")
-]
+ReportOverwrite = Annotated[bool, flag("--overwrite", "Replace the file at --output.")]
 
 
 def is_typed(context: typer.Context, name: str) -> bool:

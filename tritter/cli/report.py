@@ -56,7 +56,7 @@ def report(
 
     found = find_runs(folders)
     target = output or (folders[0] if len(folders) == 1 else Path()) / PAGE_NAME
-    file = ReportFile(target, "report", "html", overwrite=overwrite)
+    file = ReportFile(target, "html", overwrite=overwrite)
     if figures is not None:
         refuse_existing(figures, overwrite=False)
         check_report_path(figures, key="--figures")

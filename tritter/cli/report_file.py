@@ -4,22 +4,16 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tritter.checkpoints.expert_files import ADAPTER_FILES
 from tritter.checkpoints.location import is_within
 from tritter.errors import Problem, RequestError, TritterError
-from tritter.report.compared import CSV_HEADER
 from tritter.storage.atomic import write_text_atomic
-from tritter.storage.reading import LINEAGE_NAME, RUN_FILE, kind_of, open_file, read_object
+from tritter.storage.reading import LINEAGE_NAME, RUN_FILE, kind_of, read_object
 
 _KEY = "--output"
 PAGE_NAME = "report.html"  # the one report that a run folder may contain
-_MARK = "tritter_report"
-_FORMAT_VERSION = 1
-_GENERATOR = b'<meta name="generator" content="tritter '
-_HEAD_BYTES = 4096  # part of a page with the name of its generator
-_MAX_BYTES = 2**26  # size of a JSON report
 _CHECKPOINT_FILES = (LINEAGE_NAME, *ADAPTER_FILES)
 _DATASET_FILES = ("dataset_info.json", "dataset_dict.json")  # of a folder saved by `datasets`
 
@@ -29,22 +23,19 @@ FORMATS: Mapping[str, Format] = {".html": "html", ".csv": "csv", ".json": "json"
 
 @dataclass(frozen=True, slots=True)
 class ReportFile:
-    """The output file of a report. It may replace only an earlier report of the same kind.
+    """The output file of a report.
 
     Args:
         path: the file.
-        kind: the command that writes it.
         format: its format.
-        overwrite: replace an earlier report.
+        overwrite: replace a file whose ending is that of the format.
         sources: input files and folders, where nothing may be written.
 
     Raises:
-        RequestError: see `check_report_path`; or the file exists, and `overwrite` is off or it is
-            not a report of this kind.
+        RequestError: see `check_report_path`; or the file exists, and may not be replaced.
     """
 
     path: Path
-    kind: str
     format: Format
     _: KW_ONLY
     overwrite: bool
@@ -76,31 +67,9 @@ class ReportFile:
         if not self.overwrite:
             advice = "choose another file, or replace it (--overwrite)"
             raise _refused(_KEY, self.path, "it exists already", advice)
-        try:
-            is_report = _is_report(old, self.kind, self.format)
-        except TritterError:
-            is_report = False
-        if not is_report:
-            reason = f"{_NO_REPORT[self.format].format(self.kind)}, and --overwrite replaces "
-            raise _refused(_KEY, self.path, reason + "nothing else")
-
-
-_NO_REPORT = {
-    "json": "it is not an earlier report of tritter {}",
-    "csv": "it is not an earlier CSV report of Tritter",
-    "html": "it is not a page that Tritter wrote",
-}
-
-
-def _is_report(path: Path, kind: str, format: Format) -> bool:
-    if format == "json":
-        found = read_object(path, limit_bytes=_MAX_BYTES).get(_MARK)
-        return isinstance(found, Mapping) and found.get("kind") == kind
-    with open_file(path) as file:
-        if format == "html":
-            return _GENERATOR in file.read(_HEAD_BYTES).partition(b"<body")[0].lower()
-        header = f"{','.join(CSV_HEADER)}\n".encode()
-        return file.read(len(header)) == header
+        if FORMATS.get(self.path.suffix) != self.format:
+            advice = f"choose a file whose name ends in .{self.format}"
+            raise _refused(_KEY, self.path, "--overwrite replaces no other kind of file", advice)
 
 
 def check_report_path(path: Path, *, key: str, sources: Sequence[Path] = ()) -> None:
@@ -134,11 +103,6 @@ def _refused(
     key: str, path: Path, reason: str, advice: str = "choose another path"
 ) -> RequestError:
     return RequestError(Problem(key, str(path), reason=reason, advice=advice))
-
-
-def mark(kind: str) -> dict[str, Any]:
-    """Return the entry that identifies a JSON report of a command."""
-    return {_MARK: {"kind": kind, "format_version": _FORMAT_VERSION}}
 
 
 def _kind_of_folder(folder: Path) -> str:
