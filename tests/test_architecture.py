@@ -86,7 +86,7 @@ RATCHET = {
     "cli": (22, 6_081),
     "config": (19, 5_308),
     "core": (37, 12_131),
-    "data": (26, 9_338),
+    "data": (26, 9_310),
     "evaluation": (17, 4_396),
     "integrations": (2, 776),
     "methods": (48, 12_619),

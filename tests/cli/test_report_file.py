@@ -140,9 +140,7 @@ def test_what_is_no_file_is_refused_and_stays(
 
 @pytest.mark.quick_cases(1)
 @every
-def test_a_file_of_its_kind_is_replaced(
-    run: Run, place: Path, words: str, ending: str
-) -> None:
+def test_a_file_of_its_kind_is_replaced(run: Run, place: Path, words: str, ending: str) -> None:
     file = place / f"out.{ending}"
     assert run(f"{words} --output {file.name}").code == 0
     first, inode = file.read_text(), file.stat().st_ino

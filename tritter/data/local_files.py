@@ -14,7 +14,6 @@ from codecs import IncrementalDecoder, getincrementaldecoder
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
-from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,9 +46,7 @@ _MAX_EXPANSION = 200
 FREE_EXPANSION_BYTES = 64 * 2**20  # always allowed, even for small files
 _MAX_PROBLEMS_SHOWN = 100
 _PIECE_BYTES = 2**20
-_PARQUET_ROWS = 256
-_SHARED_ROWS = 4096  # per batch with dictionary-encoded texts
-_DICTIONARY_PAGE, _NEXT_INT = b"\x15\x04", b"\x15"
+_PARQUET_ROWS = 1024  # that are decoded at a time
 _ROW_BYTES = 8  # minimum, so that rows without values count too
 _PACKED = ".gz"
 _WRITING = (".txt", ".md", ".rst", ".tex")
@@ -665,67 +662,42 @@ def _parquet_batches(
     columns: Callable[[Sequence[str]], list[str]] | None,
     count: Callable[[int], None],
 ) -> Iterator[Any]:
-    """Yield record batches of bounded size; repeated texts may stay dictionary-encoded."""
+    """Yield record batches of bounded size, with texts that stay dictionary-encoded."""
     arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
     with open_file(path) as opened:
+        expansion = _Expansion(os.fstat(opened.fileno()).st_size)
         try:
             metadata = parquet.read_metadata(opened)
             leaves = [metadata.schema.column(index) for index in range(metadata.num_columns)]
-            texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
             for group in range(metadata.num_row_groups):
-                rows = _batch_rows(opened, metadata.row_group(group), leaves)
-                shared = [] if rows else texts
+                rows, shared = _batch_form(metadata.row_group(group), leaves, expansion)
                 with parquet.ParquetFile(opened, read_dictionary=shared, metadata=metadata) as file:
                     names = None if columns is None else columns(file.schema_arrow.names)
-                    for batch in file.iter_batches(rows or _SHARED_ROWS, [group], names):
+                    for batch in file.iter_batches(rows, [group], names):
                         count(_decoded_bytes(batch))
                         yield batch
         except arrow.ArrowException as error:
             raise WrongRecordError(f"is not a parquet file ({_short(error)})") from error
 
 
-def _batch_rows(file: BufferedReader, group: Any, leaves: Sequence[Any]) -> int:
-    """Return the number of rows of a row group to decode at a time.
+def _batch_form(group: Any, leaves: Sequence[Any], expansion: _Expansion) -> tuple[int, list[str]]:
+    """Return the rows of a row group to decode at a time, and its dictionary-encoded columns.
 
-    Returns:
-        0 if single rows may be too large because their lists repeat texts. Such texts stay
-        dictionary-encoded, which copies the whole dictionary for each batch.
+    Texts stay dictionary-encoded, since rows may repeat a large one. Arrow cannot do that with
+    texts that are stored as differences, so fewer rows of these are decoded at a time.
     """
-    expansion = _Expansion(os.fstat(file.fileno()).st_size)
-    rows = _PARQUET_ROWS
+    rows, shared = _PARQUET_ROWS, list[str]()
     for index, leaf in enumerate(leaves):
         chunk = group.column(index)
         expansion.count(chunk.total_uncompressed_size)
-        if leaf.physical_type not in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY"):
-            value_bytes = 8
-        elif "DELTA_BYTE_ARRAY" in chunk.encodings:  # values may repeat prefixes of earlier ones
-            value_bytes = chunk.total_uncompressed_size
-        else:
-            value_bytes = _dictionary_bytes(file, chunk)
-        rows = min(rows, max(1, FREE_EXPANSION_BYTES // max(1, value_bytes)))
         if leaf.max_repetition_level:
             expansion.count(8 * chunk.num_values)
-            if value_bytes * chunk.num_values > expansion.limit_bytes:
-                rows = 0
-    return rows
-
-
-def _dictionary_bytes(file: BufferedReader, chunk: Any) -> int:
-    """Return the decoded size of a column's dictionary, an upper bound on its values."""
-    start = chunk.data_page_offset
-    if chunk.has_dictionary_page and 0 < chunk.dictionary_page_offset < start:
-        start = chunk.dictionary_page_offset
-    file.seek(start)
-    header = file.read(16)
-    # A PageHeader in Thrift's compact protocol begins with its type and its decoded size
-    if header[:2] != _DICTIONARY_PAGE or header[2:3] != _NEXT_INT:
-        return 0
-    size = 0
-    for index, byte in enumerate(header[3:8]):
-        size |= (byte & 0x7F) << (7 * index)
-        if byte < 0x80:
-            break
-    return size >> 1  # zigzag
+        is_delta = any(encoding.startswith("DELTA") for encoding in chunk.encodings)
+        if leaf.physical_type == "BYTE_ARRAY" and not is_delta:
+            shared.append(leaf.path)
+        elif leaf.physical_type.endswith("BYTE_ARRAY"):
+            rows = min(rows, max(1, FREE_EXPANSION_BYTES // max(1, chunk.total_uncompressed_size)))
+    return rows, shared
 
 
 def _decoded_bytes(column: Any) -> int:
