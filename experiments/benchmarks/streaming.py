@@ -102,14 +102,14 @@ def write_random(
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(0)
-    tensors = LLAMA.logical_tensors(config)
+    tensors, shapes = LLAMA.logical_tensors(config), LLAMA.shapes(config)
     bounds = [len(tensors) * part // shards for part in range(shards + 1)]
     weight_map: dict[str, str] = {}
     drawn: dict[torch.Size, torch.Tensor] = {}
     for begin, end in pairwise(bounds):
         name = f"model-{begin:05d}.safetensors"
         shard = {
-            tensor.disk_name: torch.empty(LLAMA.shape(tensor, config), dtype=torch.bfloat16)
+            tensor.disk_name: torch.empty(shapes[tensor.name], dtype=torch.bfloat16)
             for tensor in tensors[begin:end]
         }
         for value in shard.values():

@@ -160,12 +160,12 @@ def inspect(folder: Folder, family: ShowFamily = False, as_json: AsJson = False)
 def count_parameters_by_part(source: Source) -> dict[str, int]:
     """Count the parameters of each part; a tied head counts with the embedding."""
     counts = dict.fromkeys(_PARTS, 0)
+    shapes = source.family.shapes(source.config)
     for tensor in source.family.logical_tensors(source.config):
-        size = prod(source.family.shape(tensor, source.config))
         part = (
             "norms" if tensor.is_of_norm else _PART_OF.get(tensor.kind.partition(".")[0], "other")
         )
-        counts[part] += size
+        counts[part] += prod(shapes[tensor.name])
     return {part: count for part, count in counts.items() if count}
 
 
@@ -312,7 +312,7 @@ def _print_family(console: Console, source: Source, growth: Mapping[str, str]) -
         if tensor.layer is not None:
             kinds.setdefault(tensor.layer, set()).add(tensor.kind)
     first = {str(sorted(kinds[layer])): layer for layer in sorted(kinds, reverse=True)}
-    shown, rows = {None, *first.values()}, []
+    shown, rows, shapes = {None, *first.values()}, [], family.shapes(config)
     for tensor in family.logical_tensors(config):
         if tensor.layer not in shown or tensor.expert:
             continue
@@ -320,7 +320,7 @@ def _print_family(console: Console, source: Source, growth: Mapping[str, str]) -
             f"{_PORTS.get(axis.port.value, '')}{axis.space.kind} {size}"
             if axis.length or family.has_table
             else str(size)
-            for axis, size in zip(tensor.axes, family.shape(tensor, config), strict=True)
+            for axis, size in zip(tensor.axes, shapes[tensor.name], strict=True)
         ]
         zero = "one" if family.zero_of(tensor) > 0 else "zero"
         zeroed = (f"{zero} in new layers",) if family.branch_output(tensor) else ()
@@ -477,10 +477,8 @@ def _map_rows(parameter_map: ParameterMap, source: Config, target: Config) -> tu
     """Return the rows of a map's table in forward order, with equal layers joined."""
     from tritter.core.families import family_of
 
-    family, source_family = family_of(target), family_of(source)
-    sources = {
-        t.name: source_family.shape(t, source) for t in source_family.logical_tensors(source)
-    }
+    family, sources = family_of(target), family_of(source).shapes(source)
+    targets = family.shapes(target)
     layers: dict[_MapRow, list[int]] = {}
     for tensor in family.logical_tensors(target):
         tensor_map = parameter_map.tensors[tensor.name]
@@ -488,7 +486,7 @@ def _map_rows(parameter_map: ParameterMap, source: Config, target: Config) -> tu
             kind=tensor.kind,
             layers="",
             source_shape=sources[tensor_map.origin] if tensor_map.origin else (),
-            target_shape=family.shape(tensor, target),
+            target_shape=targets[tensor.name],
             weight="0" if tensor_map.is_zeroed else _factors(tensor_map, "weight"),
             gradient=_factors(tensor_map, "gradient"),
             fill=_fill(tensor_map),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import combinations, islice
@@ -21,7 +21,6 @@ from tritter.checkpoints.run_text import domain_problem
 from tritter.core.expansions import BoundMoe, ExpansionSpec, Moe, children_place
 from tritter.core.expansions.moe_children import AVERAGE, KEY, SOURCE, Moments, router_rows
 from tritter.core.families import (
-    LogicalTensor,
     family_of,
     forward_flops,
     layout,
@@ -195,11 +194,7 @@ def _difference(child: Source, source: Source) -> str:
     if child.family.model_type != source.family.model_type:
         return f"it is a {child.family.model_type}, the source a {source.family.model_type}"
 
-    def shapes(of: Source) -> dict[str, tuple[int, ...]]:
-        tensors: Iterable[LogicalTensor] = of.family.logical_tensors(of.config)
-        return {tensor.name: of.family.shape(tensor, of.config) for tensor in tensors}
-
-    if shapes(child) != shapes(source):
+    if child.family.shapes(child.config) != source.family.shapes(source.config):
         return "its tensors have other shapes than those of the source"
     before, after = (read_config_file(each.folder) for each in (source, child))
     for key in sorted(before.keys() & after.keys() - _FREE):

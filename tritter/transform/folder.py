@@ -366,10 +366,7 @@ def disk_needs(
     stream = _stream(opened, plan, dtype=dtype, kind="hub", progress=None)
     shapes, maps = padded_shapes(plan.target_config), plan.parameter_map.tensors
     weights = padded(stream, shapes).entries
-
-    def shape_of(name: str) -> tuple[int, ...]:
-        stored, number = opened.stored_parts[name]
-        return opened.family.shape(stored.parts[number].tensor, opened.config)
+    shape_of = opened.family.shapes(opened.config).__getitem__
 
     # Each writer thread computes a target in blocks of rows, or whole if its rows do not derive
     # from rows. State tensors are read and mapped whole while the two before them are written.
@@ -405,11 +402,12 @@ def disk_needs(
 def _check_bytes(config: Config) -> int:
     """Return the peak memory of the step-0 check of a result (`tritter.core.streamed`)."""
     family, sizes = family_of(config), dict[object, int]()
+    shapes = family.shapes(config)
     for tensor in family.logical_tensors(config):
         # Experts are widened one by one; a model type without a table, layer by layer
         unit = tensor.name if family.has_table else tensor.layer
         if tensor.layer is not None and (tensor.expert is not None or not family.has_table):
-            sizes[unit] = sizes.get(unit, 0) + prod(family.shape(tensor, config))
+            sizes[unit] = sizes.get(unit, 0) + prod(shapes[tensor.name])
     return _BYTES_OF_CHECK + _WIDENED * _WIDE * max(sizes.values(), default=0)
 
 
@@ -561,7 +559,7 @@ def state_stream(plan: PlannedExpansion, rule: StateKind, tensors: TensorFolder)
     source_family, family = family_of(plan.config), family_of(plan.target_config)
     disk_names = {t.name: t.disk_name for t in source_family.logical_tensors(plan.config)}
     known = {name: on_disk for name, on_disk in disk_names.items() if on_disk in tensors.headers}
-    maps = plan.parameter_map.tensors
+    maps, shapes = plan.parameter_map.tensors, family.shapes(plan.target_config)
     targets = [
         t
         for t in family.logical_tensors(plan.target_config)
@@ -571,7 +569,7 @@ def state_stream(plan: PlannedExpansion, rule: StateKind, tensors: TensorFolder)
         TensorEntry(
             t.disk_name,
             tensors.torch_dtype(known[maps[t.name].origin or ""]),
-            family.shape(t, plan.target_config),
+            shapes[t.name],
         )
         for t in targets
     )

@@ -181,7 +181,8 @@ def test_moments_and_importances_are_carried(tmp_path: Path) -> None:
     source = oracle.saved(model, tmp_path / "base")
     family, config = family_of(config_of(model)), config_of(model)
     values = {
-        t.disk_name: torch.rand(family.shape(t, config)) for t in family.logical_tensors(config)
+        t.disk_name: torch.rand(family.shapes(config)[t.name])
+        for t in family.logical_tensors(config)
     }
     kinds = ("exp_avg", "exp_avg_sq", "fisher")
     write_state(source, {kind: TensorStream.of(values.items()) for kind in kinds}, step=7)

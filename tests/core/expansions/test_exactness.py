@@ -283,12 +283,12 @@ def test_unequal_clones_diverge_and_equal_ones_do_not(tmp_path: Path) -> None:
 def test_maps_in_a_row_need_no_model() -> None:
     config = LLAMA_CONFIG
     steps = build_steps(config, [Width(), LlamaPro()], seed=0)
-    shapes = {t.name: LLAMA.shape(t, config) for t in LLAMA.logical_tensors(config)}
+    shapes = LLAMA.shapes(config)
     maps = compose_maps(steps, config).tensors
     target = steps[-1].target_config
     for tensor in LLAMA.logical_tensors(target):
         value = mapped(maps[tensor.name], lambda name: torch.ones(shapes[name]))
-        assert tuple(value.shape) == LLAMA.shape(tensor, target)
+        assert tuple(value.shape) == LLAMA.shapes(target)[tensor.name]
 
 
 LLAMA_CONFIG: dict[str, object] = {

@@ -67,8 +67,8 @@ def drawn(config: Config, *, positive: bool = False, seed: int = 0) -> Values:
     """Return a value for each logical tensor."""
     generator, family = torch.Generator().manual_seed(seed), family_of(config)
     values = {
-        t.name: torch.randn(family.shape(t, config), generator=generator)
-        for t in family.logical_tensors(config)
+        name: torch.randn(shape, generator=generator)
+        for name, shape in family.shapes(config).items()
     }
     return {name: v.square() for name, v in values.items()} if positive else values
 

@@ -114,8 +114,8 @@ def _kind(name: str) -> str:
 
 def _ones(is_tied: bool) -> Iterator[tuple[str, Tensor]]:
     config = _config(is_tied=is_tied)
-    for tensor in LLAMA.logical_tensors(config):
-        yield tensor.name, torch.ones(LLAMA.shape(tensor, config), dtype=torch.float64)
+    for name, shape in LLAMA.shapes(config).items():
+        yield name, torch.ones(shape, dtype=torch.float64)
 
 
 def _spread(block: Block, shape: tuple[int, ...]) -> Tensor:
@@ -341,9 +341,10 @@ def _factors(spec: Width, config: Config) -> Iterator[tuple[str, Tensor, dict[Qu
     """Yield kind, a tensor of ones and its mapped values without offsets."""
     family = family_of(config)
     maps = build_steps(config, [spec], seed=0)[0].parameter_map.tensors
+    shapes = family.shapes(config)
     for tensor in family.logical_tensors(config):
         tensor_map = maps[tensor.name]
-        ones = torch.ones(family.shape(tensor, config), dtype=torch.float64)
+        ones = torch.ones(shapes[tensor.name], dtype=torch.float64)
         weight = map_tensor(tensor_map, ones - tensor_map.offset) + tensor_map.offset
         rest = {
             quantity: map_tensor(tensor_map, ones, quantity=quantity)

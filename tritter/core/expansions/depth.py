@@ -86,10 +86,7 @@ class CopiedLayers(ABC):
                 other = family.with_layers(source, [layers - 1])
             except RequestError:  # no config has this layer alone
                 other = family.with_layers(source, [0])
-        shapes, other_shapes = (
-            {t.name: family.shape(t, each) for t in family.logical_tensors(each)}
-            for each in (source, other)
-        )
+        shapes, other_shapes = family.shapes(source), family.shapes(other)
         tensors: dict[str, TensorMap] = {}
         for tensor in family.logical_tensors(target):
             if tensor.layer is None:

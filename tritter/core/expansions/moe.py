@@ -176,7 +176,7 @@ class Moe:
         copies = Copies(
             self,
             partner,
-            target,
+            partner.shapes(target),
             seed,
             width=family.dimensions(source).intermediate_size,
             names={tensor.disk_name: tensor.name for tensor in family.logical_tensors(source)},
@@ -260,7 +260,7 @@ class Copies:
     Args:
         spec: its options.
         partner: the family with experts.
-        target: config of the result.
+        shapes: of the result's tensors, by logical name.
         seed: of fills, noise and reinitialised neurons.
         width: of the FFN.
         names: name on disk of each tensor of the dense model → its logical name.
@@ -268,7 +268,7 @@ class Copies:
 
     spec: Moe
     partner: Family
-    target: Config
+    shapes: Mapping[str, tuple[int, ...]]
     seed: int
     width: int
     names: Mapping[str, str]
@@ -280,7 +280,7 @@ class Copies:
 
         if tensor.expert is not None:
             return self._expert(tensor, tensor.expert)
-        shape, kind = self.partner.shape(tensor, self.target), kind_of(tensor)
+        shape, kind = self.shapes[tensor.name], kind_of(tensor)
         if kind == "router":
             fill = Fill(
                 kind="random",

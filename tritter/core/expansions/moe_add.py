@@ -137,19 +137,19 @@ class MoeAdd:
         experts = chosen if len(chosen) > 1 else chosen * len(layers)
         cloned: dict[int | None, int] = dict(zip(layers, experts, strict=True))
         old, new = (family.dimensions(config).num_experts for config in (source, target))
-        tensors: dict[str, TensorMap] = {}
+        tensors, shapes = dict[str, TensorMap](), family.shapes(target)
         for tensor in family.logical_tensors(target):
             name = tensor.name
             if not self.is_append:
-                rows = family.shape(tensor, target)[0] if tensor.axes else 1
+                rows = shapes[name][0] if tensor.axes else 1
                 tensors[name] = self._replicated(tensor, rows, old, new, seed)
             elif tensor.kind == "router":
                 tensors[name] = self._router(name, cloned[tensor.layer], old, new, seed)
             elif tensor.expert is None or tensor.expert < old:
                 tensors[name] = TensorMap(source=name)
             else:
-                shape = family.shape(tensor, source)
-                tensors[name] = self._appended(tensor, cloned[tensor.layer], old, shape, seed)
+                clone = cloned[tensor.layer]
+                tensors[name] = self._appended(tensor, clone, old, shapes[name], seed)
         num_layers = family.dimensions(source).num_hidden_layers
         return ParameterMap(tensors=tensors, layer_sources=tuple(range(num_layers)))
 

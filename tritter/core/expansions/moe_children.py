@@ -119,10 +119,10 @@ class BoundMoe:
     ) -> ParameterMap:
         """Return the map in which the experts are the FFNs of the children."""
         partner = family_of(target)
-        layers = partner.dimensions(target).num_hidden_layers
+        layers, shapes = partner.dimensions(target).num_hidden_layers, partner.shapes(target)
         return ParameterMap(
             tensors={
-                tensor.name: self._tensor_map(tensor, partner.shape(tensor, target), seed)
+                tensor.name: self._tensor_map(tensor, shapes[tensor.name], seed)
                 for tensor in partner.logical_tensors(target)
             },
             layer_sources=tuple(range(layers)),
@@ -151,12 +151,12 @@ class BoundMoe:
 
     def dense_map(self, family: Family, config: Config) -> ParameterMap:
         """Return the map to the dense model in between: its FFNs are the mean of the experts."""
-        tensors = {}
+        tensors, shapes = {}, family.shapes(config)
         for tensor in family.logical_tensors(config):
             has_experts = self.options.layers is None or tensor.layer in self.options.layers
             is_mixed = has_experts and tensor.kind.startswith("ffn.")
             of = self.experts if is_mixed else self.shared
-            shape = family.shape(tensor, config)
+            shape = shapes[tensor.name]
             is_source = not of
             tensors[tensor.name] = (
                 TensorMap(source=tensor.name) if is_source else _other_map(shape, of, tensor.name)

@@ -179,10 +179,7 @@ class BoundVocab:
         rows = AxisFactor(index, kept, kept.clone())
         # The axes that follow the vocabulary differ in a model of another size
         other = target if new > old else family.with_vocabulary(source, old + 1)
-        before, after = (
-            {tensor.name: family.shape(tensor, config) for tensor in family.logical_tensors(config)}
-            for config in (source, other)
-        )
+        before, after = family.shapes(source), family.shapes(other)
         tensors = {}
         for tensor in family.logical_tensors(target):
             name = tensor.name

@@ -340,12 +340,10 @@ class Width:
             equal_shares=equal_shares,
             seed=seed,
         )
+        shapes, grown_shapes = family.shapes(source), family.shapes(target)
         maps = dict[str, TensorMap]()
         for tensor in logical:
-            shape = family.shape(tensor, target)
-            if grown:
-                shape = family.shape(grown[tensor.name], target)
-            before = family.shape(tensor, source)
+            before, shape = shapes[tensor.name], grown_shapes[tensor.name]
             factors = spaces.factors(tensor, before, shape, grown.get(tensor.name))
             is_scaled_gain = tensor.is_norm and any(
                 factor is not None and bool((factor.weight != 1).any()) for factor in factors

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import lru_cache
 from math import prod
 from typing import Literal
 
@@ -256,20 +256,9 @@ class Family:
 
     def logical_tensors(self, config: Config) -> tuple[LogicalTensor, ...]:
         """Return all tensors of a model with this config, one for each layer and expert."""
-        before, per_layer, after = self._sections
-        dimensions = self.dimensions(config)
-        tensors = list(before)
-        for layer, kind in enumerate(self.layer_kinds(config)):
-            templates = [t.for_layer(layer) for t in per_layer if t.layers in ("all", kind)]
-            per_expert = [template for template in templates if template.is_per_expert]
-            for template in templates:
-                if not template.is_per_expert:
-                    tensors.append(template)
-                elif template is per_expert[0]:  # the first template stands for all of them
-                    for expert in range(dimensions.num_experts):
-                        tensors += [each.for_expert(expert) for each in per_expert]
-        tensors += after
-        return tuple(tensor for tensor in tensors if tensor.exists(config))
+        templates = tuple(tensor for tensor in self.tensors if tensor.exists(config))
+        num_experts = self.dimensions(config).num_experts
+        return _for_layers(templates, tuple(self.layer_kinds(config)), num_experts)
 
     def with_layers(
         self,
@@ -301,8 +290,16 @@ class Family:
             deeper |= {"mlp_only_layers": dense, "decoder_sparse_step": 1}
         return deeper
 
-    def shape(self, tensor: LogicalTensor, config: Config) -> tuple[int, ...]:
-        return self._shape(tensor, self.dimensions(config, layer=tensor.layer))
+    def shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each tensor of a model, by logical name."""
+        sizes, widths = self.dimensions(config), ffn_sizes(config)
+        layers: dict[int | None, Dimensions] = {
+            layer: replace(sizes, intermediate_size=width) for layer, width in enumerate(widths)
+        }
+        return {
+            tensor.name: self._shape(tensor, layers.get(tensor.layer, sizes))
+            for tensor in self.logical_tensors(config)
+        }
 
     def _shape(self, tensor: LogicalTensor, dimensions: Dimensions) -> tuple[int, ...]:
         sizes = (axis.space.size for axis in tensor.axes)
@@ -385,13 +382,25 @@ class Family:
                     experts = same.num_experts if template.is_per_expert else 1
                     yield template, times * experts, dimensions
 
-    @cached_property
-    def _sections(self) -> tuple[list[LogicalTensor], list[LogicalTensor], list[LogicalTensor]]:
-        is_layer = [tensor.is_per_layer for tensor in self.tensors]
-        first = is_layer.index(True)
-        last = len(is_layer) - is_layer[::-1].index(True)
-        tensors = list(self.tensors)
-        return tensors[:first], tensors[first:last], tensors[last:]
+
+@lru_cache(maxsize=32)
+def _for_layers(
+    templates: tuple[LogicalTensor, ...], layers: tuple[str, ...], num_experts: int
+) -> tuple[LogicalTensor, ...]:
+    """Return the tensors of a model from its templates and the kinds of its layers."""
+    per_layer = [template for template in templates if template.is_per_layer]
+    first = templates.index(per_layer[0])
+    tensors = list(templates[:first])
+    for layer, kind in enumerate(layers):
+        filled = [t.for_layer(layer) for t in per_layer if t.layers in ("all", kind)]
+        per_expert = [tensor for tensor in filled if tensor.is_per_expert]
+        for tensor in filled:
+            if not tensor.is_per_expert:
+                tensors.append(tensor)
+            elif tensor is per_expert[0]:  # the first template stands for all of them
+                for expert in range(num_experts):
+                    tensors += [each.for_expert(expert) for each in per_expert]
+    return (*tensors, *templates[first + len(per_layer) :])
 
 
 def scaled_eps(config: Config, keys: Iterable[str], ratio: float) -> Config:

@@ -208,13 +208,9 @@ class _Walk:
         is_parallel = bool(config.get(family.parallel_residual_key, False))
         self._sizes = family.dimensions(config)
         self._experts = range(self._sizes.num_experts) if routed_to is None else routed_to
-        self._shapes: dict[str, tuple[int, ...]] = {}  # name → shape
-        self._trained: set[str] = set()
+        self._shapes = family.shapes(config)
         tensors = family.logical_tensors(config)
-        for tensor in tensors:
-            self._shapes[tensor.name] = family.shape(tensor, config)
-            if is_trained(tensor):
-                self._trained.add(tensor.name)
+        self._trained = {tensor.name for tensor in tensors if is_trained(tensor)}
         kinds = family.layer_kinds(config)
         sparse = [layer for layer, kind in enumerate(kinds) if kind == "sparse"]
         self._last_sparse = f"layers.{sparse[-1]}." if sparse else ""

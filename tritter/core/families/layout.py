@@ -119,9 +119,9 @@ class StoredTensor:
 def layout(config: Config, kind: LayoutKind) -> tuple[StoredTensor, ...]:
     """Return all stored tensors of a model, in forward order."""
     family, parts_by_name = family_of(config), dict[str, list[Part]]()
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes, logical_shapes = dict[str, tuple[int, ...]](), family.shapes(config)
     for tensor in family.logical_tensors(config):
-        shape = family.shape(tensor, config)
+        shape = logical_shapes[tensor.name]
         part, name = Part(tensor), tensor.disk_name
         if kind == "live" and (fused := tensor.fused) is not None:
             rows = slice(fused.block * shape[0], (fused.block + 1) * shape[0])

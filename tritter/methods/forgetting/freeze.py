@@ -167,10 +167,11 @@ class Freeze(ForgettingMethod):
             return 0
         family, selection, frozen = family_of(trained), options.selection, 0
         appends = any(getattr(spec, "is_append", False) for spec in run.expansion)
+        shapes = family.shapes(trained)
         for tensor, is_tied in _tensors(trained):
             is_frozen = selection is not None and selection.has(tensor, is_tied=is_tied)
             if is_frozen or (options.old_experts and tensor.is_per_expert and not appends):
-                frozen += prod(family.shape(tensor, trained))
+                frozen += prod(shapes[tensor.name])
         return max(frozen, family.count_parameters(before)) if options.new_only else frozen
 
     @classmethod

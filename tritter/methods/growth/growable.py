@@ -329,11 +329,7 @@ class GrowableLinear(GrowableLayer, nn.Linear):
             up=None,
             down=None if consumer is None else "consumer.weight",
         )
-        self._loop = PlainLoop(
-            nn.ModuleDict(modules),
-            _build_grower(growth),
-            blocks=[block],
-        )
+        self._loop = PlainLoop(nn.ModuleDict(modules), _build_grower(growth), blocks=[block])
 
     # The state has the format of nn.Linear
     get_extra_state = nn.Module.get_extra_state

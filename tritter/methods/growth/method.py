@@ -74,8 +74,8 @@ class NeuronGrowth:
         if not options.freeze_attention:
             return 0
         family = family_of(trained).widened(trained)
-        tensors = family.logical_tensors(trained)
-        sizes = (prod(family.shape(each, trained)) for each in tensors if family.ffn_part(each))
+        tensors, shapes = family.logical_tensors(trained), family.shapes(trained)
+        sizes = (prod(shapes[each.name]) for each in tensors if family.ffn_part(each))
         return family.count_parameters(trained) - sum(sizes)
 
     def inactivity_reason(self, *, max_steps: int, num_layers: int) -> str:

@@ -318,25 +318,27 @@ class DiscoveredFamily(Family):
             for name, shape in tensors.disk.items()
         )
 
-    def shape(self, tensor: LogicalTensor, config: Config) -> tuple[int, ...]:
-        return tuple(axis.length or int(axis.space.size) for axis in tensor.axes)
+    def shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
+        return {
+            tensor.name: tuple(axis.length or int(axis.space.size) for axis in tensor.axes)
+            for tensor in self.logical_tensors(config)
+        }
 
     def branch_output(self, tensor: LogicalTensor) -> bool:
         return tensor.layer is not None and tensor.kind in self.writers
 
     def count_parameters(self, config: Config) -> int:
         if ffn_sizes(config):
-            tensors = self.logical_tensors(config)
-            return sum(prod(self.shape(tensor, config)) for tensor in tensors)
+            return sum(map(prod, self.shapes(config).values()))
         return sum(map(prod, skeleton(key_of(config)).disk.values()))
 
     def count_active_parameters(self, config: Config) -> int:
         sizes = self.dimensions(config)
         share = sizes.experts_per_token / sizes.num_experts if sizes.num_experts else 1.0
+        shapes = self.shapes(config)
         return round(
             sum(
-                prod(self.shape(tensor, config))
-                * (share if tensor.kind.startswith("experts.") else 1.0)
+                prod(shapes[tensor.name]) * (share if tensor.kind.startswith("experts.") else 1.0)
                 for tensor in self.logical_tensors(config)
             )
         )
