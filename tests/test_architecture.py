@@ -83,10 +83,10 @@ TORCH_ONLY_ROOMS = {"core.parameter_map", "core.stock_routers"}  # the standard 
 RATCHET = {
     "(top)": (13, 2_291),
     "checkpoints": (12, 3_204),
-    "cli": (22, 6_079),
-    "config": (19, 5_308),
+    "cli": (22, 6_076),
+    "config": (19, 5_306),
     "core": (37, 12_130),
-    "data": (26, 9_310),
+    "data": (26, 9_306),
     "evaluation": (17, 4_396),
     "integrations": (2, 776),
     "methods": (48, 12_616),

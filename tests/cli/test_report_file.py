@@ -102,6 +102,9 @@ def test_text_that_is_evaluated_gets_no_report(run: Run, place: Path) -> None:
     for output in ("texts/new.json", "texts/deep/new.json", "texts/notes.txt"):
         result = run(f"evaluate --checkpoint base --data n=texts --output {output} --overwrite")
         assert result.code == 2 and "is in texts, which this command reads" in result.err
+    (place / "texts/a.json").write_text('[{"text": "it grows"}]')
+    words = "evaluate --checkpoint base --data n=texts/*.json --output texts/a.json --overwrite"
+    assert "which this command reads" in run(words).err
     result = run("evaluate --checkpoint base --tasks arc_easy --tasks-path set --output set/a.json")
     assert result.code == 2 and "is in set, which this command reads" in result.err
 

@@ -24,6 +24,7 @@ from tritter.data import options
 from tritter.options import leaves
 from tritter.storage.reading import LEDGER_NAME
 from tritter.storage.records import signed_text
+from tritter.training.options import REFUSED, trainer_parameters
 
 Run = Callable[..., Result]
 ROOT = config_folder().parent
@@ -340,7 +341,8 @@ NEVER_REPLAYED = {
 }
 # Words in names of keys that may hold a program, a place or an account, and those that do not
 SUSPECT = re.compile(
-    r"[._](path|dir|file|folder|command|code|uri|url|host|token|entity|teacher|from|name)$"
+    r"[._](path|dir|file|folder|command|code|uri|url|host|token|entity|teacher|from|name|server|"
+    r"endpoint|registry|plugins?|config|script)$"
 )
 PLAIN = {
     *("model.path", "evaluation.tasks_path", "logger.mlflow.experiment_name"),
@@ -350,7 +352,8 @@ PLAIN = {
 
 
 def test_every_key_but_some_is_replayed() -> None:
-    keys = {*known_keys(), *PLAIN, *NEVER_REPLAYED, "trainer.limit_val_batches", "optimizer.betas"}
+    keys = {*known_keys(), *PLAIN, *NEVER_REPLAYED, "optimizer.betas"}
+    keys |= {f"trainer.{name}" for name in trainer_parameters() if name not in REFUSED}
     for group in shipped_options().keys() - {"experiment", "ladder"}:
         for path in shipped_options()[group].values():
             keys |= {key for key, value in leaves(body_of(path), group).items() if value != {}}

@@ -302,6 +302,31 @@ def test_a_parquet_bomb_is_refused_in_little_memory(tmp_path: Path, row: dict[st
     path = tmp_path / "a.parquet"
     path.write_bytes(parquet_bomb(row))  # 20 GB
     assert path.stat().st_size < 5000
+    done = _read_in_a_process(path)
+    assert done.stdout.count("decompresses to more than 64 MB") == 2, done
+    assert int(done.stdout.split()[-1]) < 600  # MB
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", [pa.string(), pa.binary(2**20)], ids=str)
+def test_a_row_with_a_list_of_equal_values_is_refused_in_little_memory(
+    tmp_path: Path, kind: pa.DataType
+) -> None:
+    values = pa.array([b"a" * 2**20], pa.binary(2**20)).cast(kind).take(pa.array([0] * 1500))
+    lists = pa.ListArray.from_arrays(pa.array([0, 1500], pa.int32()), values)  # 1.5 GB
+    parquet.write_table(
+        pa.table({"text": ["a"], "more": lists}), tmp_path / "a.parquet", compression="zstd",
+        use_dictionary=False if kind == pa.string() else ["more.list.element"],
+        column_encoding={"more.list.element": "DELTA_BYTE_ARRAY"} if kind == pa.string() else None,
+    )  # fmt: skip
+    assert (tmp_path / "a.parquet").stat().st_size < 2**20
+    done = _read_in_a_process(tmp_path / "a.parquet")
+    assert done.stdout.count("decompresses to more than 64 MB") == 2, done
+    assert int(done.stdout.split()[-1]) < 600  # MB
+
+
+def _read_in_a_process(path: Path) -> subprocess.CompletedProcess[str]:
+    """Read a file; print its problems, and the peak of memory in MB."""
     program = (
         "import re, sys\nfrom pathlib import Path\n"
         "from tritter.data.local_files import *\n"
@@ -312,11 +337,13 @@ def test_a_parquet_bomb_is_refused_in_little_memory(tmp_path: Path, row: dict[st
         "peak = re.search(r'VmHWM:\\s+(\\d+) kB', Path('/proc/self/status').read_text())\n"
         "print(*reading.problems, int(peak[1]) // 1024)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(path)], capture_output=True, text=True, timeout=60
+    return subprocess.run(
+        [sys.executable, "-c", program, str(path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
-    assert done.stdout.count("decompresses to more than 64 MB") == 2, done
-    assert int(done.stdout.split()[-1]) < 600  # MB
 
 
 @pytest.mark.parametrize("limit", [2**20, 100])  # texts beyond it are not in the dictionary
@@ -329,6 +356,8 @@ def test_records_of_parquet_are_what_pyarrow_reads(tmp_path: Path, limit: int) -
             "large": pa.array(words, pa.large_string()),
             "same": pa.array(words).dictionary_encode(),
             "bytes": pa.array([word and word.encode() for word in words]),
+            "fixed": pa.array([b"a" * 16, None] * 390, pa.binary(16)),
+            "near": [f"{number:09}" for number in range(780)],
             "number": [None, 1] * 390,
             "list": lists,
             "deep": [{"a": [{"b": "c"}], "n": 1.5}, None] * 390,
@@ -336,7 +365,12 @@ def test_records_of_parquet_are_what_pyarrow_reads(tmp_path: Path, limit: int) -
         }
     )
     parquet.write_table(
-        table, tmp_path / "a.parquet", row_group_size=500, dictionary_pagesize_limit=limit
+        table,
+        tmp_path / "a.parquet",
+        row_group_size=500,
+        dictionary_pagesize_limit=limit,
+        use_dictionary=[name for name in table.column_names if name != "near"],
+        column_encoding={"near": "DELTA_BYTE_ARRAY"},
     )
     expected = parquet.read_table(tmp_path / "a.parquet").to_pylist()
     sizes: list[int] = []

@@ -1,6 +1,6 @@
 """The `state/` folder of a checkpoint: training state by kind and parameter.
 
-Each kind (`exp_avg`, `fisher`, …) has a subfolder of safetensors with the tensor names of the
+Each kind (`fisher`, `anchor`, …) has a subfolder of safetensors with the tensor names of the
 model files. `state.json` contains the step. A parameter that is missing from a kind has no state
 yet. For a kind that is not built into Tritter, `state.json` also records the mapping rule, so any
 command can expand it without the code that registered it.

@@ -164,8 +164,7 @@ def evaluate(
         from tritter.pipeline import evaluate as losses_of
 
     inputs = [named_path(checkpoint, key="--checkpoint"), *filter(None, [tasks_path])]
-    inputs += [named_path(word, key="--data") for words in sources.values() for word in words]
-    file = _result_file(output, inputs, overwrite=overwrite)
+    file = _result_file(output, inputs, sources, overwrite=overwrite)
     sandbox = _sandbox(chosen, _split_names(allow_code), code_sandbox)
     harness = EvalOptions(
         limit=limit, batch_size=batch_size, sandbox=sandbox, is_shown=not as_json,
@@ -211,12 +210,16 @@ def evaluate(
 
 
 def _result_file(
-    output: Path | None, inputs: Sequence[Path], *, overwrite: bool
+    output: Path | None, inputs: list[Path], data: Mapping[str, list[str]], *, overwrite: bool
 ) -> ReportFile | None:
     from tritter.cli.report_file import ReportFile
+    from tritter.data.sources import find_texts
 
     if output is None:
         return None
+    words = [word for each in data.values() for word in each]
+    inputs += [named_path(word, key="--data") for word in words]
+    inputs += find_texts("--data", words).files
     return ReportFile(output, "json", overwrite=overwrite, sources=inputs)
 
 

@@ -52,7 +52,7 @@ FORMATS = ("hf", "peft")
 _NAMES = Names.of({"dtype": "--dtype"})
 LAYOUTS: dict[str, LayoutKind] = {"hub": "hub", "fused": "live"}
 _CKPT = "For a .ckpt"
-_OF_FILE: tuple[str, ...] = ("config", "prefix", "no_state")
+_OF_FILE: tuple[str, ...] = ("config", "prefix")
 _OF_FOLDER = ("drop_new_experts", "ignore_lineage")
 _NO_FILE = (
     "--checkpoint {} is not a file; a folder has its own config and tensor names, and its state/ "
@@ -101,10 +101,7 @@ Prefix = Annotated[
 ]
 _DropNewExperts = Annotated[
     bool,
-    flag(
-        "--drop-new-experts",
-        "For a folder: drop appended experts that are not fully open yet.",
-    ),
+    flag("--drop-new-experts", "For a folder: drop appended experts that are not fully open yet."),
 ]
 _IgnoreLineage = Annotated[
     bool,

@@ -11,14 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.text import Text
 
 from tritter.cli.options import AsJson, Folder, flag, with_dashes
-from tritter.cli.output import (
-    EXIT_NO,
-    display_path,
-    new_console,
-    print_json,
-    print_table,
-    short,
-)
+from tritter.cli.output import EXIT_NO, display_path, new_console, print_json, print_table, short
 from tritter.errors import RequestError
 from tritter.report.table import Table
 from tritter.report.wording import count_text, number_text

@@ -82,7 +82,7 @@ class _MapRow:
         weight: factors of mapped weights.
         gradient: factors of mapped gradients.
         fill: value of entries without a source; for random ones the standard deviation.
-        state: mapping of optimizer moments and importances.
+        state: mapping of importances, and of optimizer moments during training.
     """
 
     kind: str
@@ -406,7 +406,7 @@ def _print_expansion(console: Console, record: ExpansionRecord, last: _RecordedM
     console.print()
     console.print(
         "weight, gradient: factors of mapped entries; fill: value of new entries (random: "
-        "standard deviation); state: mapping of optimizer moments"
+        "standard deviation); state: mapping of importances and moments"
     )
 
 

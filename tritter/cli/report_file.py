@@ -10,12 +10,15 @@ from tritter.checkpoints.expert_files import ADAPTER_FILES
 from tritter.checkpoints.location import is_within
 from tritter.errors import Problem, RequestError, TritterError
 from tritter.storage.atomic import write_text_atomic
-from tritter.storage.reading import LINEAGE_NAME, RUN_FILE, kind_of, read_object
+from tritter.storage.reading import LINEAGE_NAME, RUN_FILE, SUMMARY_FILE, kind_of, read_object
 
 _KEY = "--output"
 PAGE_NAME = "report.html"  # the one report that a run folder may contain
-_CHECKPOINT_FILES = (LINEAGE_NAME, *ADAPTER_FILES)
-_DATASET_FILES = ("dataset_info.json", "dataset_dict.json")  # of a folder saved by `datasets`
+_FILES_OF = {
+    "a checkpoint": (LINEAGE_NAME, *ADAPTER_FILES),
+    "a dataset": ("dataset_info.json", "dataset_dict.json"),  # saved by `datasets`
+    "a run": (SUMMARY_FILE,),
+}
 
 Format = Literal["json", "csv", "html"]
 FORMATS: Mapping[str, Format] = {".html": "html", ".csv": "csv", ".json": "json"}
@@ -107,11 +110,12 @@ def _refused(
 
 def _kind_of_folder(folder: Path) -> str:
     """Return the kind of a folder that may not contain reports, or an empty string."""
-    has_weights = os.path.lexists(folder / "config.json") and any(folder.glob("*.safetensors"))
-    if has_weights or any(os.path.lexists(folder / name) for name in _CHECKPOINT_FILES):
+    endings = ("*.safetensors", "*.bin") if os.path.lexists(folder / "config.json") else ()
+    if any(True for ending in endings for _ in folder.glob(ending)):
         return "a checkpoint"
-    if any(os.path.lexists(folder / name) for name in _DATASET_FILES):
-        return "a dataset"
+    for what, names in _FILES_OF.items():
+        if any(os.path.lexists(folder / name) for name in names):
+            return what
     try:
         return "a run" if "fingerprint" in read_object(folder / RUN_FILE) else ""
     except TritterError:

@@ -5,7 +5,6 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -210,7 +209,6 @@ def no_option(group: str, name: str, options: Sequence[str]) -> Problem:
     return Problem(group, name, reason=reason, nearest=nearest(name, options))
 
 
-@cache
 def _replayed_keys() -> frozenset[str]:
     """Return the keys of shipped options that `resume` replays: all but `TYPED_ONLY`."""
     keys = {*field_keys(RootValues, "")}

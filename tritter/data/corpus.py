@@ -27,12 +27,7 @@ from tritter.data.documents import (
     documents_digest,
     notes_of,
 )
-from tritter.data.split import (
-    DomainCounts,
-    Split,
-    SplitRule,
-    split_documents,
-)
+from tritter.data.split import DomainCounts, Split, SplitRule, split_documents
 from tritter.data.tokens import (
     Names,
     TokenisedDocuments,

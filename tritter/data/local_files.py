@@ -684,19 +684,24 @@ def _batch_form(group: Any, leaves: Sequence[Any], expansion: _Expansion) -> tup
     """Return the rows of a row group to decode at a time, and its dictionary-encoded columns.
 
     Texts stay dictionary-encoded, since rows may repeat a large one. Arrow cannot do that with
-    texts that are stored as differences, so fewer rows of these are decoded at a time.
+    texts that are stored as differences.
     """
     rows, shared = _PARQUET_ROWS, list[str]()
     for index, leaf in enumerate(leaves):
         chunk = group.column(index)
-        expansion.count(chunk.total_uncompressed_size)
+        num_bytes, largest = chunk.total_uncompressed_size, 8
+        expansion.count(num_bytes)
+        if leaf.physical_type == "FIXED_LEN_BYTE_ARRAY":
+            largest = leaf.length
+        elif "DELTA_BYTE_ARRAY" in chunk.encodings:  # values may repeat prefixes of earlier ones
+            largest = num_bytes
         if leaf.max_repetition_level:
-            expansion.count(8 * chunk.num_values)
+            expansion.count(largest * chunk.num_values)
+        mean = num_bytes // max(1, group.num_rows)
+        rows = min(rows, max(1, FREE_EXPANSION_BYTES // max(1, largest, mean)))
         is_delta = any(encoding.startswith("DELTA") for encoding in chunk.encodings)
         if leaf.physical_type == "BYTE_ARRAY" and not is_delta:
             shared.append(leaf.path)
-        elif leaf.physical_type.endswith("BYTE_ARRAY"):
-            rows = min(rows, max(1, FREE_EXPANSION_BYTES // max(1, chunk.total_uncompressed_size)))
     return rows, shared
 
 

@@ -9,11 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tritter.data.answers import (
-    TrainingCounts,
-    missing_answers,
-    unanswered_text,
-)
+from tritter.data.answers import TrainingCounts, missing_answers, unanswered_text
 from tritter.data.chat import Chat
 from tritter.data.conversations import Conversation
 from tritter.data.datasets import HEAD_ROWS, DatasetName, TextBatch, text_batches
