@@ -86,7 +86,7 @@ RATCHET = {
     "cli": (22, 6_076),
     "config": (19, 5_306),
     "core": (37, 12_130),
-    "data": (26, 9_306),
+    "data": (26, 9_305),
     "evaluation": (17, 4_396),
     "integrations": (2, 776),
     "methods": (48, 12_616),

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,10 @@ def test_what_tables_lack(tmp_path: Path, model_type: str) -> None:
     config: Any = load_model(folder).config
     size = config.get_text_config(decoder=True).vocab_size
     model, expected = StreamedModel(folder, oracle.tokens()), whole(folder).logits
-    assert torch.equal(model.logits(slice(0, size)), expected)
-    assert torch.equal(model.logits(slice(31, 64)), expected[..., 31:64])
+    # Not equal: on some CPUs, products of matrices round by the alignment of their memory
+    close = partial(torch.testing.assert_close, rtol=0, atol=1e-5)
+    close(model.logits(slice(0, size)), expected)
+    close(model.logits(slice(31, 64)), expected[..., 31:64])
 
 
 @pytest.mark.quick_cases(1)

@@ -318,8 +318,8 @@ def check_sizes(path: Path) -> None:
     has_lines = name.removesuffix(_PACKED).endswith((".jsonl", ".json", ".csv", ".tsv"))
     if name.endswith(".parquet"):
         expansion = _Expansion(path.stat().st_size)
-        for _ in _parquet_batches(path, columns=None, count=expansion.count):
-            pass
+        for batch in _parquet_batches(path, columns=None):
+            expansion.count(_decoded_bytes(batch))
     elif name.endswith(_PACKED) or has_lines:
         is_array = name.removesuffix(_PACKED).endswith(".json")
         limit = MAX_ARRAY_BYTES if is_array else MAX_LINE_BYTES
@@ -361,10 +361,14 @@ def parquet_records(
         WrongRecordError: this is not a parquet file, or it decodes to far more than its size.
         TritterError: the file cannot be read.
     """
-    for batch in _parquet_batches(path, columns=columns, count=count):
-        step = batch.num_rows if _decoded_bytes(batch) < FREE_EXPANSION_BYTES else 1
-        for start in range(0, batch.num_rows, max(1, step)):
-            yield from batch.slice(start, step).to_pylist()
+    for batch in _parquet_batches(path, columns=columns):
+        size = max(1, _decoded_bytes(batch))
+        is_small = size < FREE_EXPANSION_BYTES
+        step = max(1, batch.num_rows * _PIECE_BYTES // size) if is_small else 1
+        for start in range(0, batch.num_rows, step):
+            part = batch.slice(start, step)
+            count(_decoded_bytes(part))
+            yield from part.to_pylist()
 
 
 class _Expansion:
@@ -657,10 +661,7 @@ def _decode(
 
 
 def _parquet_batches(
-    path: Path,
-    *,
-    columns: Callable[[Sequence[str]], list[str]] | None,
-    count: Callable[[int], None],
+    path: Path, *, columns: Callable[[Sequence[str]], list[str]] | None
 ) -> Iterator[Any]:
     """Yield record batches of bounded size, with texts that stay dictionary-encoded."""
     arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
@@ -673,9 +674,7 @@ def _parquet_batches(
                 rows, shared = _batch_form(metadata.row_group(group), leaves, expansion)
                 with parquet.ParquetFile(opened, read_dictionary=shared, metadata=metadata) as file:
                     names = None if columns is None else columns(file.schema_arrow.names)
-                    for batch in file.iter_batches(rows, [group], names):
-                        count(_decoded_bytes(batch))
-                        yield batch
+                    yield from file.iter_batches(rows, [group], names)
         except arrow.ArrowException as error:
             raise WrongRecordError(f"is not a parquet file ({_short(error)})") from error
 
