@@ -210,7 +210,7 @@ def evaluate(
 
 
 def _result_file(
-    output: Path | None, inputs: list[Path], data: Mapping[str, list[str]], *, overwrite: bool
+    output: Path | None, inputs: Sequence[Path], data: Mapping[str, list[str]], *, overwrite: bool
 ) -> ReportFile | None:
     from tritter.cli.report_file import ReportFile
     from tritter.data.sources import find_texts
@@ -218,9 +218,9 @@ def _result_file(
     if output is None:
         return None
     words = [word for each in data.values() for word in each]
-    inputs += [named_path(word, key="--data") for word in words]
-    inputs += find_texts("--data", words).files
-    return ReportFile(output, "json", overwrite=overwrite, sources=inputs)
+    typed = (named_path(word, key="--data") for word in words)
+    sources = (*inputs, *typed, *find_texts("--data", words).files)
+    return ReportFile(output, "json", overwrite=overwrite, sources=sources)
 
 
 def _domain_paths(arguments: Iterable[str]) -> dict[str, list[str]]:

@@ -111,7 +111,7 @@ def _refused(
 def _kind_of_folder(folder: Path) -> str:
     """Return the kind of a folder that may not contain reports, or an empty string."""
     endings = ("*.safetensors", "*.bin") if os.path.lexists(folder / "config.json") else ()
-    if any(True for ending in endings for _ in folder.glob(ending)):
+    if any(any(folder.glob(ending)) for ending in endings):
         return "a checkpoint"
     for what, names in _FILES_OF.items():
         if any(os.path.lexists(folder / name) for name in names):

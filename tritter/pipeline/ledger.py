@@ -244,7 +244,7 @@ class Ledger:
         return None if stage in self._again else self._stages.get(stage)
 
     def __getitem__(self, stage: str) -> StageResult:
-        """Return the result of a finished stage."""
+        """Return the result of a finished stage; a KeyError is raised for any other."""
         if (done := self.get(stage)) is None:
             raise KeyError(stage)
         return done

@@ -160,7 +160,7 @@ class WriteResult(Protocol):
     """
 
     def __call__(self, model: nn.Module, result: FitResult) -> None:
-        """Write the trained model, which is on the CPU."""
+        """Write the trained model, which is on the CPU; a failed write is a TritterError."""
 
 
 _ROUTING = "RoutingCallback"  # saves the routers' offsets and biases
