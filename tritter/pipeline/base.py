@@ -149,7 +149,7 @@ def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any])
     context.say(
         "baseline",
         f"training a base model with {parameters:,} parameters on "
-        f"{', '.join(context.old_domains)} for {pretraining.max_steps} steps (cached)",
+        f"{', '.join(context.old_domains)} for {pretraining.max_steps} steps; the cache keeps it",
     )
     module = BaseModule(
         context.masked(new_model(config, seed=context.seed("initialisation"))),
