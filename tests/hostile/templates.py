@@ -41,7 +41,7 @@ _NEURONS = (
 )
 _EXPERTS = (
     *("expansion=none", "forgetting=none", "experts=dylora", "experts.rank=2"),
-    *("experts.min_samples=4", "experts.in_a_row=1", "experts.cooldown=0", "experts.min_gain=-9"),
+    *("experts.min_samples=4", "experts.in_a_row=1", "experts.cooldown=0"),
     *("experts.detector={name: loss, threshold: 0.1}", "experts.max_experts=3"),
 )
 RUNS = {

@@ -22,7 +22,7 @@ from tritter.pipeline import run_pipeline
 PLAIN = [w for w in TINY if not w.startswith("forgetting=")] + ["expansion=none", "forgetting=none"]
 DYLORA = (
     "experts=dylora", "experts.rank=2", "experts.min_samples=4", "experts.in_a_row=1",
-    "experts.detector={name: loss, threshold: 0.1}", "experts.cooldown=0", "experts.min_gain=-9",
+    "experts.detector={name: loss, threshold: 0.1}", "experts.cooldown=0",
     "experts.max_experts=3", "experts.confidence=0.5",
 )  # fmt: skip
 

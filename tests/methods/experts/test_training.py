@@ -52,7 +52,7 @@ def dynamic_options(**changes: Any) -> DynamicOptions:
     short = {
         "rank": 2, "alpha": 4.0, "targets": ("q_proj", "down_proj", "embed_tokens", "lm_head"),
         "min_samples": 12, "cooldown": 0, "maturity_steps": 3, "anneal_steps": 2,
-        "temperature": 0.5, "learning_rate": 1e-2, "min_gain": -100.0,
+        "temperature": 0.5, "learning_rate": 1e-2,
         "detector": {"name": "loss", "threshold": 3.0},
     }  # fmt: skip
     known = {field.name for field in fields(DynamicOptions)}
@@ -254,6 +254,13 @@ def test_the_beginnings_of_a_batch_are_one_share_among_all_experts() -> None:
     assert torch.equal(lone["input_ids"], ids)
 
 
+def test_less_than_one_rehearsed_row_per_batch_is_due_every_few_steps(tmp_path: Path) -> None:
+    module, result = train(tmp_path, dynamic_options(rehearsal=0.1), stream="aaaabbbbbbbb")
+    assert [kind for kind, _ in kinds(result)].count("spawned") == 2
+    exemplars = module.mixture.extra["exemplars"]
+    assert exemplars["turn"] > 0 and 0 <= exemplars["owed"] < 1
+
+
 @pytest.mark.full
 def test_full_with_whatever_makes_room(tmp_path: Path) -> None:
     _, stopped = train(tmp_path / "stop", dynamic_options(max_experts=2))
@@ -263,8 +270,6 @@ def test_full_with_whatever_makes_room(tmp_path: Path) -> None:
     assert module.mixture.names[0] == FIRST and len(module.mixture.names) == 2
     _, limited = train(tmp_path / "limit", dynamic_options(max_trainable_parameters=1))
     assert all(kind == "refused" for kind, _ in kinds(limited))
-    _, worthless = train(tmp_path / "gain", dynamic_options(min_gain=1e3))
-    assert set(kinds(worthless)) == {("refused", FIRST)}
 
 
 @pytest.mark.full

@@ -283,11 +283,6 @@ class ExpertCallback(Callback):
             module.model,
         )
         skill = self._skill or f"skill_{len(registry.expert_of)}_{trainer.global_step}"
-        if novel.gain < options.min_gain:
-            registry.assign(skill, FIRST)
-            why = f"gains at most {novel.gain:.3f} nats, below experts.min_gain"
-            self._record_event(trainer, "refused", FIRST, why)
-            return
         limit, first = options.max_trainable_parameters, mixture.adapters[0]
         new = _size(model, first) // shape_of(model, first).rank * self._shape.rank
 
@@ -327,7 +322,6 @@ class ExpertCallback(Callback):
                 "threshold": decision.threshold,
                 "batches": decision.num_batches,
                 "samples": decision.num_samples,
-                "gain": novel.gain,
             }
         self._record_event(trainer, "spawned", name, "new skill", **found)
 
@@ -550,7 +544,7 @@ class Exemplars:
     def sample(self, count: int, *, without: str) -> Tensor:
         """Return sequences of all other experts in turn, int64 [count, T]; empty if none exist."""
         others = [name for name in self._reservoirs if name != without]
-        if not others:
+        if not others or not count:
             return torch.empty(0, 0, dtype=torch.int64)
         turns = [others[(self._turn + number) % len(others)] for number in range(count)]
         self._turn += count

@@ -79,8 +79,6 @@ class DynamicOptions(AdapterOptions):
         prior, inner_prior, evidence_scale, evidence_window: of `Evidence`.
         detector: of novelty, see `tritter.options.read_part`.
         min_samples, in_a_row, confidence, cooldown, moving_average: of `NoveltyOptions`.
-        min_gain: a skill gets an expert only if its loss under the base exceeds that of the base's
-            own data by at least this, in nats per token.
         max_trainable_parameters: of all experts together; None: no limit.
         when_full: what happens when a limit is reached: `stop`: the nearest expert also learns the
             new skill; `evict`: the least used expert is removed; `merge`: the two most similar
@@ -116,7 +114,6 @@ class DynamicOptions(AdapterOptions):
     confidence: Annotated[float, Field(ge=0.5, lt=1)]
     cooldown: WholeNumber
     moving_average: Annotated[float, Field(ge=0, lt=1)]
-    min_gain: float
     max_trainable_parameters: Annotated[int, Field(ge=1, le=MAX_PARAMETERS)] | None
     when_full: Literal["stop", "evict", "merge"]
     boundaries: Literal["detected", "told"]

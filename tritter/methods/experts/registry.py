@@ -53,13 +53,11 @@ class Novel:
     Args:
         decision: the decision; None if the skill was given by name.
         sequences: int64 [N, T], its data so far.
-        gain: loss under the base minus that of the base's own data, in nats per token.
         batches: the batches that the decision is based on.
     """
 
     decision: Decision | None
     sequences: Tensor
-    gain: float
     batches: tuple[Observation, ...] = ()
 
 
@@ -104,14 +102,10 @@ class ExpertRegistry:
         self.score = decision.score
         expert = self.expert_of.get(decision.skill, FIRST)
         if decision.kind == "new":
-            known = [skill.loss.mean for skill in self.detector.library if skill.is_base]
-            run = self.detector.run
-            gain = float(torch.cat([each.losses for each in run]).mean()) - fmean(known)
             self.novel = Novel(
                 decision=decision,
                 sequences=torch.cat(self._sequences),
-                gain=gain,
-                batches=run,
+                batches=self.detector.run,
             )
         self.activate(None if self.detector.is_run_new else expert)
         if decision.kind != "known":
@@ -129,7 +123,7 @@ class ExpertRegistry:
         """Choose the expert of a batch whose skill is known by name; see `observe`."""
         expert = self.expert_of.get(skill)
         if expert is None:
-            self.novel = Novel(decision=None, sequences=sequences, gain=float("inf"))
+            self.novel = Novel(decision=None, sequences=sequences)
         self.batches["new" if expert is None else "known"] += 1
         self.activate(expert)
         return expert
