@@ -15,7 +15,7 @@ from tritter.config.launch.composition import load_config
 from tritter.config.schema import SECTIONS, RootValues
 from tritter.core.expansions import EXPANSIONS, Dus, Moe, MoeAdd, Stack, Width, build_steps
 from tritter.core.expansions.targets import reach_parameters
-from tritter.core.families import FAMILIES, check_config, family_of, llama_config
+from tritter.core.families import FAMILIES, Model, check_config, family_of, llama_config
 from tritter.core.models import load_model, read_config
 from tritter.data.options import DatasetsConfig, StdlibDataConfig, TextDataConfig
 from tritter.errors import Problem, RequestError, TritterError
@@ -170,17 +170,17 @@ BASE = llama_config(
 )
 def test_targets_are_refused_before_they_are_mapped(spec: Any) -> None:
     with pytest.raises(RequestError):
-        build_steps(BASE, [spec], seed=0)
+        build_steps(Model(BASE), [spec], seed=0)
 
 
 def test_what_defaults_lead_to_is_refused_too() -> None:
     deep = {**BASE, "num_hidden_layers": MAX_LAYERS}
     for spec in (Dus(), Stack()):
         with pytest.raises(RequestError, match="num_hidden_layers"):
-            build_steps(deep, [spec], seed=0)
+            build_steps(Model(deep), [spec], seed=0)
     wide = {**BASE, "hidden_size": MAX_WIDTH, "num_attention_heads": 2}
     with pytest.raises(RequestError, match="hidden_size"):
-        build_steps(wide, [Width()], seed=0)
+        build_steps(Model(wide), [Width()], seed=0)
 
 
 @pytest.mark.quick_cases(2)
@@ -269,7 +269,7 @@ def test_every_whole_number_has_an_upper_limit(record: type) -> None:
 def test_experts_that_are_added_are_counted_with_those_there_are() -> None:
     config = oracle_config("mixtral")
     with pytest.raises(RequestError, match="num_local_experts"):
-        build_steps(config, [MoeAdd(num_experts=MAX_EXPERTS)], seed=0)
+        build_steps(Model(config), [MoeAdd(num_experts=MAX_EXPERTS)], seed=0)
 
 
 @pytest.mark.parametrize(

@@ -600,7 +600,7 @@ def _check_gate(retention: object, confidence: object, kept: Documents, new: Doc
 
 def _window_length(model: Model) -> int:
     from tritter.checkpoints.record import window_length
-    from tritter.core.families import position_limit
+    from tritter.core.families import Model
     from tritter.core.models import config_of, read_config
     from tritter.storage.hub import locate
 
@@ -608,14 +608,14 @@ def _window_length(model: Model) -> int:
         config = read_config(locate(fspath(model), key="model"))
     else:
         config = config_of(model)
-    return window_length(None, position_limit(config))
+    return window_length(None, Model(config).position_limit)
 
 
 def _scores(
     model: Model, documents: Documents, tokenizer: Tokenizer, sequence_length: int, batch_size: int
 ) -> dict[str, PairedScores]:
     """Score a model on all documents. A model from a folder is released afterwards."""
-    from tritter.core.families import position_limit
+    from tritter.core.families import Model
     from tritter.core.models import config_of, refuse_peft
     from tritter.data.tokens import tokenise_texts
     from tritter.evaluation.losses import document_losses
@@ -623,7 +623,7 @@ def _scores(
     refuse_peft(model)
     live: Any = load(model) if isinstance(model, str | PathLike) else model
     wrapped = _tokenizer(tokenizer, live)
-    limit = position_limit(config_of(live)) or sequence_length
+    limit = Model(config_of(live)).position_limit or sequence_length
     return {
         name: document_losses(
             live,

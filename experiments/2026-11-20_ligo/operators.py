@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tritter.core.expansions import ExpansionSpec, ResolvedExpansion
-from tritter.core.families import Axis, Port, family_of
+from tritter.core.families import Axis, Model, Port
 from tritter.core.models import config_of, model_with_tensors, named_tensors
 from tritter.core.parameter_map import AxisFactor, map_tensor
 from tritter.transform.live import ModelExpander
@@ -43,12 +43,12 @@ class Operators:
         config = config_of(model)
         self.init = init
         self.generator = torch.Generator().manual_seed(seed)
-        steps = ModelExpander(specs, seed=seed).steps(config)
+        steps = ModelExpander(specs, seed=seed).steps(Model(config))
         by_type = {step.spec.expansion_type: step for step in steps}
         held = dict(named_tensors(model, config))
-        self.logical = {t.name: t for t in family_of(config).logical_tensors(config)}
+        self.logical = {t.name: t for t in Model(config).tensors}
         self.sources = {name: held[t.disk_name].clone() for name, t in self.logical.items()}
-        self.target_config = steps[-1].target_config
+        self.target_config = steps[-1].target.config
         self.matrices: dict[str, nn.Parameter] = {}
         self.keys: dict[str, list[str | None]] = {}
         self.factors: dict[str, float] = {}
@@ -67,12 +67,12 @@ class Operators:
         wide = {name: self._widened(name) for name in self.sources}
         return {
             tensor.disk_name: self._mixed(tensor.name, wide)
-            for tensor in family_of(self.target_config).logical_tensors(self.target_config)
+            for tensor in Model(self.target_config).tensors
         }
 
     def folded(self) -> nn.Module:
         """Return the grown model with the products as its weights."""
-        names = family_of(self.target_config).logical_tensors(self.target_config)
+        names = Model(self.target_config).tensors
         with torch.no_grad():
             held = self.weights()
             by_name = {tensor.name: held[tensor.disk_name] for tensor in names}

@@ -22,7 +22,7 @@ FOLDER = Path(__file__).resolve().parent
 sys.path.append(str(FOLDER.parents[1]))
 
 from tritter.core.expansions import Width  # noqa: E402
-from tritter.core.families import Config, family_of  # noqa: E402
+from tritter.core.families import Config, Model  # noqa: E402
 from tritter.core.models import config_of, model_with_tensors, named_tensors, new_model  # noqa: E402
 from tritter.core.parameter_map import AxisFactor, ParameterMap, map_tensor  # noqa: E402
 from tritter.core.parameter_map.apply import carry_mask  # noqa: E402
@@ -181,8 +181,8 @@ def base_of(seed: int, sizes: Sizes) -> Base:
 def grow(model: nn.Module, spec: Width, *, seed: int) -> Grown:
     expander = ModelExpander([spec], seed=seed)
     config = config_of(model)
-    steps = expander.steps(config)
-    configs = (config, *(step.target_config for step in steps))
+    steps = expander.steps(Model(config))
+    configs = (config, *(step.target.config for step in steps))
     return Grown(expander.expand(model), configs, tuple(step.parameter_map for step in steps))
 
 
@@ -203,7 +203,7 @@ def plainly_padded(model: nn.Module, grown: Grown, *, seed: int) -> nn.Module:
     drawn = new_model(unscaled, seed=derived_seed(seed, "padding"))
     held, old = dict(named_tensors(drawn, unscaled)), dict(named_tensors(model, source))
     padded: dict[str, Tensor] = {}
-    for tensor in family_of(target).logical_tensors(target):
+    for tensor in Model(target).tensors:
         tensor_map = grown.maps[0].tensors[tensor.name]
         ones = tuple(
             axis and AxisFactor(axis.index, torch.ones_like(axis.weight), axis.gradient)
@@ -253,7 +253,7 @@ def update_factors(grown: Grown, kind: str) -> dict[nn.Parameter, Tensor]:
         return {}
     parameters = dict(grown.model.named_parameters())
     factors: dict[nn.Parameter, Tensor] = {}
-    for tensor in family_of(grown.configs[-1]).logical_tensors(grown.configs[-1]):
+    for tensor in Model(grown.configs[-1]).tensors:
         parameter = parameters[tensor.disk_name]
         factor = torch.ones(())
         for axis in grown.maps[0].tensors[tensor.name].axes or (None,) * parameter.ndim:

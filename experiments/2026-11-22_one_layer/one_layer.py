@@ -29,7 +29,7 @@ from compute_arms import Seed, Size, Training  # noqa: E402
 from compute_saved import Table, read_rates  # noqa: E402
 
 from tritter.core.expansions import ExpansionSpec, LlamaPro, Stack, target_config  # noqa: E402
-from tritter.core.families import count_parameters, training_flops  # noqa: E402
+from tritter.core.families import Model, training_flops  # noqa: E402
 from tritter.seeds import derived_seed  # noqa: E402
 
 LAYERS = 8
@@ -102,7 +102,7 @@ class Arms:
     def __init__(self, data: Seed) -> None:
         self.data = data
         self.target = target_config(data.config, (PATHS["stack"],))
-        self.parameters = count_parameters(self.target)
+        self.parameters = Model(self.target).num_parameters
         per_token = [
             training_flops(config).per_token(data.validation.shape[1])
             for config in (data.config, self.target)

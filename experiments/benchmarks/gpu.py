@@ -240,7 +240,7 @@ class Measurement:
 
 def rows(options: argparse.Namespace) -> Iterator[dict[str, object]]:
     """Yield a row for each model and way."""
-    from tritter.core.families import count_parameters, training_flops
+    from tritter.core.families import Model, training_flops
 
     for name in options.models:
         measurement = Measurement(name, options)
@@ -266,7 +266,7 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, object]]:
             yield {
                 "device": shown,
                 "model": name,
-                "parameters": count_parameters(measurement.config),
+                "parameters": Model(measurement.config).num_parameters,
                 "way": way,
                 "ms": round(1e3 * step, 2),
                 "tokens_per_second": round(tokens / step) if is_step else "",

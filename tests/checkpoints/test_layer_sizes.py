@@ -21,13 +21,7 @@ from tritter.checkpoints.export import Weights, export_model
 from tritter.checkpoints.history import read_chain, verify
 from tritter.checkpoints.state import read_state, write_state
 from tritter.core.expansions import Dus, ExpansionSpec, LlamaPro, Moe, Width, build_steps
-from tritter.core.families import (
-    family_of,
-    ffn_sizes,
-    forward_flops,
-    layout,
-    on_disk,
-)
+from tritter.core.families import Model, family_of, ffn_sizes, forward_flops, on_disk
 from tritter.core.models import (
     config_of,
     load_model,
@@ -99,7 +93,7 @@ def test_shapes_counts_and_flops_are_those_of_the_live_model(family: str) -> Non
     table = family_of(config)
     widest = table.sizes["intermediate_size"]
     assert ffn_sizes(config) == SIZES and config[widest] == 40
-    assert {stored.name: stored.shape for stored in layout(config, "live")} == {
+    assert {stored.name: stored.shape for stored in Model(config).layout("live")} == {
         name: tuple(parameter.shape) for name, parameter in model.named_parameters()
     }
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -136,7 +130,7 @@ def test_models_are_built_in_their_live_widths() -> None:
     model = uneven("qwen3", SIZES).double()
     config = config_of(model)
     held = dict(named_tensors(model, config))
-    names = family_of(config).logical_tensors(config)
+    names = Model(config).tensors
     built = model_with_tensors(config, {t.name: held[t.disk_name] for t in names})
     assert torch.equal(logits(built), logits(model))
     up = built.get_submodule("model.layers.0.mlp.up_proj")
@@ -243,7 +237,7 @@ def test_an_export_is_stock_and_padded(tmp_path: Path) -> None:
 )
 def test_what_needs_layers_of_one_width_is_refused(spec: ExpansionSpec, reason: str) -> None:
     with pytest.raises(RequestError, match=reason):
-        build_steps(config_of(uneven("llama", SIZES)), [spec], seed=0)
+        build_steps(Model(config_of(uneven("llama", SIZES))), [spec], seed=0)
 
 
 def test_experts_have_one_width(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tests.config.conftest import FakePipeline, Result
 from tritter.config.launch.composition import load_config
 from tritter.config.schema import RunConfig
 from tritter.config.validation import source_config
-from tritter.core.families import family_of
+from tritter.core.families import Model, family_of
 from tritter.core.models import new_model
 from tritter.data.tokens import TextBounds
 from tritter.launched import Launch
@@ -163,7 +163,7 @@ def test_what_is_frozen_has_no_gradients_and_no_moments() -> None:
     words = ("model=tiny", "trainer=cpu", "expansion=llama_pro", "control=true")
     freeze = (*words, "forgetting=freeze")
     config = source_config(load_config([*words]))
-    layer = family_of(config).count_parameters(config) - family_of(config).count_parameters(
+    layer = Model(config).num_parameters - family_of(config).count_parameters(
         {**config, "num_hidden_layers": config["num_hidden_layers"] - 1}
     )
     found = held(*freeze, "forgetting.freeze.layers=1-2")
@@ -343,7 +343,7 @@ def test_a_checkpoint_is_looked_at_too(
     words = ("model=hf", f"model.path={place}", "expansion=none")
     result = run(*words)
     assert (result.code, result.written) == (2, [])
-    count = family_of(shapes).count_parameters(shapes)
+    count = Model(shapes).num_parameters
     assert f"training the model with {count / 1e6:.1f}M parameters" in result.err
     has(80 * GB)
     assert run(*words).code == 0

@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 from tests import oracle
 from tests.oracle.families import stock_of
 from tritter.core.expansions import ResolvedExpansion, compose_maps
-from tritter.core.families import Config, family_of, layout, pack_all, unpack_all
+from tritter.core.families import Config, Model, pack_all, unpack_all
 from tritter.core.parameter_map import Quantity, TensorMap, carry_mask, map_tensor, mapped
 from tritter.transform import Change
 
@@ -53,7 +53,7 @@ def logical_state(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return a stock model's tensors by logical name; ties once, experts one by one."""
     config = config_of(model)
     state = {name: value.detach() for name, value in model.state_dict().items()}
-    return unpack_all(layout(config, "live"), state)
+    return unpack_all(Model(config).layout("live"), state)
 
 
 def grown(model: PreTrainedModel, steps: Sequence[ResolvedExpansion]) -> PreTrainedModel:
@@ -61,10 +61,10 @@ def grown(model: PreTrainedModel, steps: Sequence[ResolvedExpansion]) -> PreTrai
     values = logical_state(model)
     for step in steps:
         values = {name: mapped(m, values.__getitem__) for name, m in maps_of(step).items()}
-    target = steps[-1].target_config
+    target = steps[-1].target.config
     result = stock_model(target, dtype=next(model.parameters()).dtype)
-    expected = {stored.name for stored in layout(target, "live")}
-    state = pack_all(layout(target, "live"), values)
+    expected = {stored.name for stored in Model(target).layout("live")}
+    state = pack_all(Model(target).layout("live"), values)
     assert state.keys() == expected
     missing, unexpected = result.load_state_dict(state, strict=False)
     tied = {"lm_head.weight"} if target.get("tie_word_embeddings") else set()
@@ -75,7 +75,8 @@ def grown(model: PreTrainedModel, steps: Sequence[ResolvedExpansion]) -> PreTrai
 
 def masks_of(config: Config, steps: Sequence[ResolvedExpansion]) -> dict[str, Tensor]:
     """Return which entries of the result carry on what was known, by name in memory."""
-    return Change.of(compose_maps(steps, config), config, steps[-1].target_config).masks()
+    source = Model(config)
+    return Change.of(compose_maps(steps, source), source, steps[-1].target).masks()
 
 
 def maps_of(step: ResolvedExpansion) -> Mapping[str, TensorMap]:
@@ -103,7 +104,7 @@ def mapped_gradients(
 
 def logical_gradients(model: PreTrainedModel, input_ids: Tensor) -> dict[str, Tensor]:
     config = config_of(model)
-    return unpack_all(layout(config, "live"), oracle.gradients(model, input_ids))
+    return unpack_all(Model(config).layout("live"), oracle.gradients(model, input_ids))
 
 
 def errors(model: PreTrainedModel, steps: Sequence[ResolvedExpansion]) -> Errors:
@@ -113,8 +114,8 @@ def errors(model: PreTrainedModel, steps: Sequence[ResolvedExpansion]) -> Errors
     with oracle.float64_casts():
         difference = (oracle.logits(model, ids) - oracle.logits(result, ids)).abs().max()
         before, after = logical_gradients(model, ids), logical_gradients(result, ids)
-    target = steps[-1].target_config
-    names = {t.name: t.disk_name for t in family_of(target).logical_tensors(target)}
+    target = steps[-1].target.config
+    names = {t.name: t.disk_name for t in Model(target).tensors}
     found, compared = {}, 0
     for name, (expected, mask) in mapped_gradients(steps, before).items():
         compared += int(mask.sum())

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from tests import oracle
 from tests.oracle import growth as oracle_growth
 from tritter.core.expansions import ExpansionSpec, ResolvedExpansion, build_steps
-from tritter.core.families import layout, unpack_all
+from tritter.core.families import Model, unpack_all
 
 PARTNERS = {
     "llama": "mixtral",
@@ -22,7 +22,7 @@ PARTNERS = {
 def steps_of(
     model: PreTrainedModel, *specs: ExpansionSpec, seed: int = 0
 ) -> tuple[ResolvedExpansion, ...]:
-    return build_steps(oracle_growth.config_of(model), specs, seed=seed)
+    return build_steps(Model(oracle_growth.config_of(model)), specs, seed=seed)
 
 
 def upcycled(
@@ -43,7 +43,7 @@ def identity_error(before: nn.Module, after: nn.Module, input_ids: Tensor) -> fl
 def by_logical_name(model: PreTrainedModel, values: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return values by logical name, experts one by one, for values by name in memory."""
     config = oracle_growth.config_of(model)
-    return unpack_all(layout(config, "live"), values)
+    return unpack_all(Model(config).layout("live"), values)
 
 
 def expert_gap(model: PreTrainedModel, *, layer: int = 0, part: str = "gate") -> float:

@@ -13,7 +13,7 @@ from tests.pipeline.tiny import FIXTURES, TINY
 from tritter.checkpoints import Source, lineage_of
 from tritter.cli import main
 from tritter.config.launch.composition import load_config
-from tritter.core.families import forward_flops, position_limit
+from tritter.core.families import Model, forward_flops
 from tritter.core.models import load_model, read_config
 from tritter.core.stock_routers import Routing
 from tritter.errors import RequestError
@@ -171,7 +171,7 @@ def test_random_rows_cost_less(place: Path, cache: Path, tmp_path: Path) -> None
     assert "router: random rows" in " ".join(random["attempts"][0]["notes"])
     with_data = mixed(place, tmp_path / "data", cache)
     base = read_config(place / "base_run" / "baseline")
-    length, flops = min(256, position_limit(base) or 256), 0.0
+    length, flops = min(256, Model(base).position_limit or 256), 0.0
     for name in ("letters", "digits"):
         folder = place / name / "checkpoint"
         lineage, source = lineage_of(folder), Source.open(folder, read_config(folder))

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from tritter.core.expansions import Dus, ExpansionSpec, Moe, Width, target_config
-from tritter.core.families import Config, count_parameters, family_of
+from tritter.core.families import Config, Model, family_of
 from tritter.core.families.presets import PRESETS
 from tritter.planning.guide import llama, size_guide
 from tritter.report.wording import count_text
@@ -31,7 +31,7 @@ def test_every_row_of_the_appendix_is_there() -> None:
 
 def billions(config: Config, spec: ExpansionSpec | None = None) -> str:
     grown = config if spec is None else target_config(config, [spec])
-    return f"{count_parameters(grown) / 1e9:.2f} B"
+    return f"{Model(grown).num_parameters / 1e9:.2f} B"
 
 
 def test_what_the_docs_say_would_give_the_figures() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import tritter
 from tests.oracle import tiny_llama
 from tritter.core.expansions import LlamaPro, Width
-from tritter.core.families import Config, count_parameters, family_of
+from tritter.core.families import Config, Model, family_of
 from tritter.core.families.presets import PRESETS, aspect_ratio_at
 from tritter.errors import RequestError
 from tritter.planning import (
@@ -98,7 +98,7 @@ def test_planning_always_ends(
         **SMALL, "num_hidden_layers": layers, "hidden_size": 8 * heads[0], "head_dim": 8,
         "num_attention_heads": heads[0], "num_key_value_heads": heads[1],
     }  # fmt: skip
-    target = int(growth * count_parameters(source))
+    target = int(growth * Model(source).num_parameters)
     try:
         plan = plan_growth(source, target, gpu_hours=1, strategy=strategy)
     except RequestError as error:
@@ -170,7 +170,7 @@ def test_growth_pays_from_where_the_curves_cross(due: float) -> None:
 
     configs = {"source": source, "grown": first.target_config}
     costs = {k: training_flops_per_token(c, assumptions.setup) for k, c in configs.items()}
-    sizes = {k: count_parameters(c) for k, c in configs.items()}
+    sizes = {k: Model(c).num_parameters for k, c in configs.items()}
 
     def loss(which: str, hours: float) -> float:
         size, law = sizes[which], assumptions.law

@@ -3,18 +3,16 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Qwen3MoeConfig
 
 from tests.oracle import tiny_llama
 from tritter.core.expansions import Dus, Layers, LlamaPro, Width, target_config
-from tritter.core.families import FAMILIES, Config, family_of
+from tritter.core.families import Config, Model
 from tritter.core.families.presets import PRESETS
 from tritter.errors import RequestError
 from tritter.planning.shapes import (
     WIDTH_GRIDS,
     GrowthMethods,
     WidthGrid,
-    count_parameters,
     depth_specs,
     nearest_shape,
     reached_shape,
@@ -24,31 +22,16 @@ from tritter.planning.shapes import (
 SMALL: Config = tiny_llama().config.to_dict()
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_counting_two_layers_counts_them_all(name: str) -> None:
-    config = PRESETS[name].config()
-    assert count_parameters(config) == family_of(config).count_parameters(config)
-
-
-def test_layers_that_are_not_alike_are_counted_one_by_one() -> None:
-    config: Config = Qwen3MoeConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=4, num_experts=4,
-        num_experts_per_tok=2, moe_intermediate_size=8, mlp_only_layers=[0],
-    ).to_dict()  # fmt: skip
-    assert count_parameters(config) == FAMILIES["qwen3_moe"].count_parameters(config)
-
-
 @pytest.mark.quick_cases(9)
 @pytest.mark.parametrize("grid", WIDTH_GRIDS)
 @pytest.mark.parametrize("name", PRESETS)
 def test_wider_shapes_are_real_ones(name: str, grid: WidthGrid) -> None:
     config = PRESETS[name].config()
-    old = family_of(config).dimensions(config)
+    old = Model(config).sizes
     shapes = [reached_shape(config, spec) for spec in width_specs(config, Width(), grid=grid)]
     assert shapes
     for shape in shapes:
-        new = family_of(shape.config).dimensions(shape.config)
+        new = Model(shape.config).sizes
         assert old.hidden_size < new.hidden_size <= 2 * old.hidden_size
         assert new.hidden_size % new.num_attention_heads == 0
         assert new.head_dim == old.head_dim
@@ -77,8 +60,8 @@ def test_depth_takes_what_the_method_takes() -> None:
 def test_the_nearest_shape_is_that_of_a_plain_search(growth: float) -> None:
     config = PRESETS["tritter_350m"].config()
     specs = width_specs(config, Width(), grid="proportional")
-    wanted = growth * count_parameters(config)
-    counts = [count_parameters(target_config(config, [spec])) for spec in specs]
+    wanted = growth * Model(config).num_parameters
+    counts = [Model(target_config(config, [spec])).num_parameters for spec in specs]
     found = nearest_shape(config, specs, wanted)
     assert found is not None
     best = min(counts, key=lambda count: max(count / wanted, wanted / count))

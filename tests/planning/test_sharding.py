@@ -12,7 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
 
 from tests.oracle import tiny_llama
-from tritter.core.families import Config, count_parameters
+from tritter.core.families import Config, Model
 from tritter.core.families.presets import PRESETS
 from tritter.core.models import stock_config_of
 from tritter.errors import RequestError
@@ -53,7 +53,7 @@ def test_every_rank_holds_what_the_plan_says(name: str, ranks: int) -> None:
     plan = sharding_plan(config, ranks=ranks)
     for rank in {0, ranks - 1}:
         assert held(config, ranks=ranks, rank=rank) == plan.parameters[rank]
-    assert sum(plan.parameters) == count_parameters(config)
+    assert sum(plan.parameters) == Model(config).num_parameters
 
 
 def test_more_ranks_than_rows_leave_some_without() -> None:
@@ -66,6 +66,6 @@ def test_more_ranks_than_rows_leave_some_without() -> None:
 
 def test_one_rank_holds_all_and_none_is_refused() -> None:
     config = CONFIGS["tritter_1b"]
-    assert sharding_plan(config, ranks=1).parameters == (count_parameters(config),)
+    assert sharding_plan(config, ranks=1).parameters == (Model(config).num_parameters,)
     with pytest.raises(RequestError, match="ranks = 0"):
         sharding_plan(config, ranks=0)

@@ -23,7 +23,7 @@ from tests.training.killed import KillAt, Killed
 from tests.training.test_fit import SETTINGS
 from tritter.checkpoints.state import LazyTensors, read_state, write_state
 from tritter.core.expansions import Dus, ExpansionSpec, LlamaPro, Moe, Width
-from tritter.core.families import family_of
+from tritter.core.families import Model
 from tritter.core.models import config_of, load_model
 from tritter.core.parameter_map import AxisFactor, AxisMap, Fill, TensorMap
 from tritter.core.parameter_map.carry import MOMENTS, Policy
@@ -293,7 +293,7 @@ def test_listeners_are_told(tmp_path: Path) -> None:
     method = Observer(model)
     train(tmp_path, Grow(), callback, model=model, methods=[method])
     (change,) = callback.changes
-    assert change.config["intermediate_size"] == 60 and not change.removed
+    assert change.model.config["intermediate_size"] == 60 and not change.removed
     assert {s.name.split(".")[-2] for s in change.altered} == {"gate_proj", "up_proj", "down_proj"}
     for name, parameter in model.named_parameters():
         kept = tuple(map(slice, before[name].shape))
@@ -373,14 +373,14 @@ class OneLayer(Grow):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]
         if trainer.global_step == self.at:
-            config = config_of(pl_module.model)
-            (step,) = ModelExpander(WIDER, seed=SEED).steps(config)
+            source = Model(config_of(pl_module.model))
+            (step,) = ModelExpander(WIDER, seed=SEED).steps(source)
             maps = {
                 name: m if name.startswith("layers.1.") else TensorMap(name)
                 for name, m in step.parameter_map.tensors.items()
             }
-            target = family_of(config).with_ffn_sizes(config, [40, 60, 40])
-            change = Change.of(replace(step.parameter_map, tensors=maps), config, target)
+            target = source.changed(source.family.with_ffn_sizes(source.config, [40, 60, 40]))
+            change = Change.of(replace(step.parameter_map, tensors=maps), source, target)
             surgery.apply(trainer, pl_module, change, reason="one layer")
 
 
@@ -436,7 +436,7 @@ class Double(Grow):
                 },
             )
         elif trainer.global_step == self.at + 2:
-            change = Change(config=config, before=(gain,), after=(), tensors={})
+            change = Change(model=Model(config), before=(gain,), after=(), tensors={})
         if change is not None:
             surgery.apply(trainer, pl_module, change, reason="rank")
             held = pl_module.model.get_submodule(RANK)
@@ -552,7 +552,7 @@ def test_modules_are_those_of_a_stock_model_of_the_new_config(family: str) -> No
     change = ModelExpander([Width(), LlamaPro()]).change(model)
     expected = ModelExpander([Width(), LlamaPro()]).expand(model)
     weights = dict(change.weights({n: p.detach() for n, p in model.named_parameters()}))
-    reshape(model, change.config, weights)
+    reshape(model, change.model.config, weights)
     tokens = oracle.tokens(batch=2, length=12)
     assert torch.equal(oracle.logits(model, tokens), oracle.logits(expected.eval(), tokens))
     assert str(model) == str(expected)
@@ -564,7 +564,7 @@ def test_modules_are_those_of_a_stock_model_of_the_new_config(family: str) -> No
             if isinstance(value, bool | int | float | str) and key != "_is_hf_initialized":
                 assert vars(module)[key] == value, (name, key)
     count = sum(p.numel() for p in model.parameters())
-    assert count == family_of(change.config).count_parameters(change.config)
+    assert count == change.model.num_parameters
 
 
 def test_private_names_of_lightning_are_those_of_this_version() -> None:

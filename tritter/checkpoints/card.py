@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from tritter.checkpoints.record import Lineage, layers_text
-from tritter.core.families import Config, family_of, ffn_sizes
+from tritter.core.families import Config, Model
 from tritter.errors import TritterError
 from tritter.storage.hub import hub_id_of
 from tritter.storage.reading import read_text, require_file
@@ -236,11 +236,11 @@ def adapter_card(base: str, *, kept: Mapping[str, Any]) -> str:
 
 
 def _introduction(config: Config, origin: str) -> list[str]:
-    family = family_of(config)
-    size, ffns = family.dimensions(config), ffn_sizes(config)
+    model = Model(config)
+    size, ffns = model.sizes, model.ffn_sizes
     ffn = f"{min(ffns)} to {max(ffns)}" if ffns else size.intermediate_size
     return [
-        f"# {family.architecture}, {family.count_parameters(config):,} parameters",
+        f"# {model.family.architecture}, {model.num_parameters:,} parameters",
         "",
         f"{size.num_hidden_layers} layers, hidden size {size.hidden_size}, FFN "
         f"{ffn}, {size.num_attention_heads} attention heads "

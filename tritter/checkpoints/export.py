@@ -19,15 +19,7 @@ from tritter.checkpoints.folder import Artifact, write_config
 from tritter.checkpoints.location import check_output, check_replaceable
 from tritter.checkpoints.record import Lineage
 from tritter.checkpoints.source import Source
-from tritter.core.families import (
-    Config,
-    LayoutKind,
-    StoredTensor,
-    family_of,
-    layout,
-    on_disk,
-    padded_shapes,
-)
+from tritter.core.families import Config, LayoutKind, Model, StoredTensor, family_of, on_disk
 from tritter.errors import Problem, RequestError, TritterError, refused
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.hashing import merkle_hash
@@ -104,7 +96,7 @@ class Weights:
         vocabulary = {tensor.disk_name.removesuffix(".weight") for tensor in (embedding, *tied)}
         if tied and vocabulary & added.keys():
             config = {**config, **{tensor.unless: False for tensor in tied}}
-        live = (stored for stored in layout(config, "live") if not stored.is_of_experts)
+        live = (stored for stored in Model(config).layout("live") if not stored.is_of_experts)
         stored_layers = {stored.name.removesuffix(".weight"): stored for stored in live}
         of_name: dict[str, Tensor] = {}
         for layer, delta in added.items():
@@ -131,14 +123,14 @@ class Weights:
     @property
     def widest_dtype(self) -> torch.dtype:
         """The dtype that represents every tensor without rounding."""
-        tensors = family_of(self.config).logical_tensors(self.config)
+        tensors = Model(self.config).tensors
         return reduce(torch.promote_types, (self.dtype(tensor.name) for tensor in tensors))
 
     @property
     def main_dtype(self) -> torch.dtype:
         """The most common dtype, weighted by tensor size."""
         counts: Counter[torch.dtype] = Counter()
-        for stored in layout(self.config, "hub"):
+        for stored in Model(self.config).layout("hub"):
             counts[self.dtype(stored.parts[0].tensor.name)] += prod(stored.shape)
         return counts.most_common(1)[0][0]
 
@@ -201,9 +193,9 @@ def export_model(
         "architectures": [family_of(weights.config).architecture],
         "dtype": str(dtype).removeprefix("torch."),
     }
-    stock, stored = on_disk(config), layout(config, expert_layout)
+    stock, stored = on_disk(config), Model(config).layout(expert_layout)
     unpadded = _stream(weights, stored, dtype=dtype, progress=progress)
-    stream = padded(unpadded, padded_shapes(config))
+    stream = padded(unpadded, Model(config).padded_shapes())
     check = partial(check_replaceable, sources=weights.source_paths)
     with atomic_folder(destination, overwrite=overwrite, check=check) as folder:
         digests = write_tensors(folder, stream, max_shard_bytes=max_shard_bytes)

@@ -18,7 +18,7 @@ from tritter.checkpoints.card import (
     model_card,
 )
 from tritter.checkpoints.record import Lineage
-from tritter.core.families import Config, ffn_sizes, on_disk, padded_shapes
+from tritter.core.families import Config, Model, ffn_sizes, on_disk
 from tritter.core.families.config_file import with_former_keys
 from tritter.storage.atomic import atomic_folder, link_or_copy, write_text_atomic
 from tritter.storage.hashing import file_digest, header_digest, merkle_hash
@@ -157,7 +157,7 @@ def write_checkpoint(
         if isinstance(tensors, LinkedTensors):
             tensor_digests = tensors.write(folder)
         else:
-            stream = padded(tensors, padded_shapes(config))
+            stream = padded(tensors, Model(config).padded_shapes())
             tensor_digests = write_tensors(folder, stream, max_shard_bytes=max_shard_bytes)
         config = config if final_config is None else final_config()
         write_config(folder, config)

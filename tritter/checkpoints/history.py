@@ -16,7 +16,7 @@ from tritter.checkpoints.folder import (
     read_lineage,
 )
 from tritter.checkpoints.record import ExpansionRecord, LedgerRecord, Lineage
-from tritter.core.families import count_parameters
+from tritter.core.families import Model
 from tritter.core.families.config_file import missing_config, read_config_file
 from tritter.errors import RequestError, TritterError
 from tritter.storage.hashing import (
@@ -84,7 +84,7 @@ class Link:
         if self.folder is None or not (is_padded or self.is_removed):
             return self.num_parameters_on_disk
         try:
-            return count_parameters(read_config_file(self.folder))
+            return Model(read_config_file(self.folder)).num_parameters
         except TritterError:
             return None
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from tritter.checkpoints.export import Weights
-from tritter.core.families import Config, StoredTensor, family_of, match
+from tritter.core.families import Config, Model, StoredTensor
 from tritter.errors import RequestError, TritterError, did_you_mean
 from tritter.storage.hashing import file_digest
 from tritter.storage.reading import require_file
@@ -50,15 +50,15 @@ def read_lightning_file(
     """
     content = _load(path)
     tensors = _state_dict(path, content)
-    family = family_of(config)
-    embedding = family.logical_tensors(config)[0].disk_name
+    model = Model(config)
+    embedding = model.tensors[0].disk_name
     chosen = _prefix(path, tensors, embedding, requested=prefix)
     skipped = ""
     if prefix is not None and (others := [n for n in tensors if not n.startswith(chosen)]):
         skipped = f"{len(others)} tensors outside '{prefix}' were skipped: {_shorten(others)}"
         tensors = {name: value for name, value in tensors.items() if name.startswith(chosen)}
     stored = _match_tensors(path, config, tensors, chosen)
-    for name in family.tied_names(config):
+    for name in model.family.tied_names(config):
         tied = tensors.get(chosen + name)
         if tied is not None and not torch.equal(tied, tensors[chosen + embedding]):
             raise TritterError(
@@ -179,7 +179,7 @@ def _match_tensors(
     elsewhere = [name for name in tensors if not name.startswith(prefix)]
     names = [name.removeprefix(prefix) for name in tensors if name not in elsewhere]
     try:
-        stored = match(config, [*names, *elsewhere])
+        stored = Model(config).match([*names, *elsewhere])
     except TritterError as error:
         hint = f" (--prefix {prefix} skips tensors without that prefix)" if elsewhere else ""
         raise TritterError(f"{path}: {error}{hint}") from error

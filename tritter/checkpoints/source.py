@@ -17,7 +17,7 @@ from tritter.checkpoints.folder import (
     small_files,
 )
 from tritter.checkpoints.record import Lineage
-from tritter.core.families import Config, Family, StoredTensor, family_of, match, padded_shapes
+from tritter.core.families import Config, Model, StoredTensor
 from tritter.errors import RequestError, TritterError
 from tritter.storage.hashing import DigestQueue, bounded_digest
 from tritter.storage.reading import check_inside
@@ -81,7 +81,7 @@ class Source:
             RequestError: the model family is unknown.
             TritterError: see `open`.
         """
-        folder, on_disk = self.folder, padded_shapes(self.config)
+        folder, on_disk = self.folder, self.model.padded_shapes()
         for tensor in self.stored:
             found = self.tensors.shape(tensor.name)
             wanted = on_disk.get(tensor.name, tensor.shape)
@@ -92,7 +92,7 @@ class Source:
         # transformers unties such a head when it loads the folder; skipping the head would silently
         # change the function
         tensors, embedding = self.tensors, self.stored[0].name
-        for name in sorted(self.family.tied_names(self.config) & set(tensors.files)):
+        for name in sorted(self.model.family.tied_names(self.config) & set(tensors.files)):
             if not tensors.get(name).equal(tensors.get(embedding)):
                 raise TritterError(
                     f"{folder}: {name} differs from {embedding}, although config.json ties "
@@ -112,9 +112,10 @@ class Source:
                 f"{folder} was changed since its lineage was written: {', '.join(changed)}."
             )
 
-    @property
-    def family(self) -> Family:
-        return family_of(self.config)
+    @cached_property
+    def model(self) -> Model:
+        """Its shapes and names."""
+        return Model(self.config)
 
     @cached_property
     def tensors(self) -> TensorFolder:
@@ -124,7 +125,7 @@ class Source:
     @cached_property
     def stored(self) -> tuple[StoredTensor, ...]:
         """Specifications of the stored tensors, the embedding first."""
-        return match(self.config, self.tensors.files)
+        return self.model.match(self.tensors.files)
 
     @cached_property
     def stored_parts(self) -> dict[str, tuple[StoredTensor, int]]:
@@ -138,7 +139,7 @@ class Source:
     @cached_property
     def live_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name on disk → shape without padding, for padded tensors."""
-        on_disk = padded_shapes(self.config)
+        on_disk = self.model.padded_shapes()
         return {tensor.name: tensor.shape for tensor in self.stored if tensor.name in on_disk}
 
     @cached_property

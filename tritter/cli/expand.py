@@ -75,7 +75,6 @@ if TYPE_CHECKING:
     from tritter.cli.measure import Measurement
     from tritter.cli.recipe import Recipe, Settings
     from tritter.core.expansions import ExpansionSpec
-    from tritter.core.families import Config
     from tritter.data.options import TextSources
     from tritter.pipeline.domain import DomainExpansion
     from tritter.transform import DiskNeeds, Expanded, PlannedExpansion
@@ -440,19 +439,22 @@ class _Result:
         """What quantisers and engines take of the source, but not of the result."""
         from tritter.planning.serving import serving_notes
 
-        return serving_notes(self.plan.target_config, self.plan.steps[0].source_config)
+        return serving_notes(self.plan.target.config, self.plan.source.config)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON output."""
         plan, lineage, destination = self.plan, self.lineage, self.job.destination
-        first, last = plan.steps[0].source_config, plan.steps[-1].target_config
+        first, last = plan.source, plan.target
         plain = {
             "source": str(self.job.source.folder),
             "destination": str(destination),
             "written": lineage is not None,
-            "shapes": {"before": shapes_of(first), "after": shapes_of(last)},
-            "parameters": {"before": plan.parameters_before, "after": plan.parameters_after},
-            "parameters_on_disk": {"before": _count_on_disk(first), "after": _count_on_disk(last)},
+            "shapes": {"before": shapes_of(first.config), "after": shapes_of(last.config)},
+            "parameters": {"before": first.num_parameters, "after": last.num_parameters},
+            "parameters_on_disk": {
+                "before": first.on_disk.num_parameters,
+                "after": last.on_disk.num_parameters,
+            },
             "dtype": self.job.settings.dtype,
             "seed": self.job.settings.seed,
             "steps": [
@@ -628,22 +630,16 @@ def _print_domain(console: Console, made: DomainExpansion) -> None:
     console.print(moe_table(made.experts).to_rich(console))
 
 
-def _count_on_disk(config: Config) -> int:
-    from tritter.core.families import family_of, on_disk
-
-    return family_of(config).count_parameters(on_disk(config))
-
-
 def _print_shapes(console: Console, plan: PlannedExpansion) -> None:
-    before = shapes_of(plan.steps[0].source_config)
-    after = shapes_of(plan.steps[-1].target_config)
+    before = shapes_of(plan.source.config)
+    after = shapes_of(plan.target.config)
     rows, styles = list[tuple[str, ...]](), list[str]()
     for name in (name for name in SHAPES if name in after):
         old, new = before.get(name), after[name]
         grown = ratio_text(new / old) if old is not None and old != new else ""
         rows.append((SHAPES[name], number_text(old), str(new), grown))
         styles.append("dim" if old == new else "bold")
-    sizes = (plan.parameters_before, plan.parameters_after)
+    sizes = (plan.source.num_parameters, plan.target.num_parameters)
     rows.append(("parameters", *map(count_text, sizes), ratio_text(sizes[1] / sizes[0])))
     header, rules = ("", "before", "after", ""), (len(rows) - 1,)
     table = Table(header, tuple(rows), numbers=(1, 2), rules=rules, styles=(*styles, "bold"))

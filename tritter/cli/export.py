@@ -317,13 +317,13 @@ def _of_file(checkpoint: str, config: str | None, *, prefix: str | None) -> _Ori
 
 
 def _as_json(origin: _Origin, exported: Exported) -> dict[str, Any]:
-    from tritter.core.families import family_of
+    from tritter.core.families import Model
 
     return {
         "destination": str(exported.folder),
         "format": "hf",
         "dtype": exported.config["dtype"],
-        "parameters": family_of(exported.config).count_parameters(exported.config),
+        "parameters": Model(exported.config).num_parameters,
         "bytes": exported.num_bytes,
         "files": exported.num_files,
         "source_hash": exported.origin_hash,
@@ -334,14 +334,14 @@ def _as_json(origin: _Origin, exported: Exported) -> dict[str, Any]:
 
 
 def _print(origin: _Origin, exported: Exported) -> None:
-    from tritter.core.families import family_of
+    from tritter.core.families import Model
 
     console = new_console()
-    family = family_of(exported.config)
-    parameters = count_text(family.count_parameters(exported.config))
+    model = Model(exported.config)
+    parameters = count_text(model.num_parameters)
     files = "1 file" if exported.num_files == 1 else f"{exported.num_files} files"
     lines = [
-        ("model", f"{family.architecture}, {parameters} parameters"),
+        ("model", f"{model.family.architecture}, {parameters} parameters"),
         ("dtype", str(exported.config["dtype"])),
         ("size", f"{si_text(exported.num_bytes)}B in {files}"),
     ]

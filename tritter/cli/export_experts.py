@@ -35,7 +35,7 @@ from tritter.cli.output import (
     print_table,
     refuse_damage,
 )
-from tritter.core.families import family_of, position_limit
+from tritter.core.families import Model
 from tritter.core.models import load_model, read_config, uninitialised_model
 from tritter.data.chat import ids_of
 from tritter.data.sources import source_documents
@@ -116,8 +116,8 @@ def merge(files: ExpertFiles, *, rank: int | None = None, max_rank: int | None =
     """
     experts = ExpertFolder.of_files(files)
     config = read_config(files.source)
-    length = min(_LENGTH, position_limit(config) or _LENGTH)
-    vocab_size = family_of(config).dimensions(config).vocab_size
+    length = min(_LENGTH, Model(config).position_limit or _LENGTH)
+    vocab_size = Model(config).sizes.vocab_size
     texts = _texts(files.source, length=length, vocab_size=vocab_size)
     mixture, stored = experts.apply(load_model(files.source)), files.mean_gates()
     if texts:
@@ -262,7 +262,7 @@ def _untied_head(source: Source, adapter: StoredAdapter) -> dict[str, Tensor]:
 
     `merge_and_unload` of PEFT adds the updates of both to the weight that they share.
     """
-    if not source.family.is_tied(source.config):
+    if not source.model.is_tied:
         return {}
     with torch.device("meta"):
         model = uninitialised_model(source.config)

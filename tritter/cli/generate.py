@@ -72,7 +72,7 @@ def generate(
         raise RequestError("--json prints one answer: set its --prompt, or pipe it.")
     text = "" if is_conversation else _prompt_text(prompt)
     with loading("transformers"):
-        from tritter.core.families import position_limit
+        from tritter.core.families import Model
         from tritter.core.models import read_config
 
     with refuse_damage():
@@ -81,7 +81,7 @@ def generate(
         writer = _Writer(
             folder,
             tokenizer,
-            positions=position_limit(config),
+            positions=Model(config).position_limit,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,

@@ -160,8 +160,8 @@ def inspect(folder: Folder, family: ShowFamily = False, as_json: AsJson = False)
 def count_parameters_by_part(source: Source) -> dict[str, int]:
     """Count the parameters of each part; a tied head counts with the embedding."""
     counts = dict.fromkeys(_PARTS, 0)
-    shapes = source.family.shapes(source.config)
-    for tensor in source.family.logical_tensors(source.config):
+    shapes = source.model.shapes
+    for tensor in source.model.tensors:
         part = (
             "norms" if tensor.is_of_norm else _PART_OF.get(tensor.kind.partition(".")[0], "other")
         )
@@ -172,7 +172,7 @@ def count_parameters_by_part(source: Source) -> dict[str, int]:
 def _as_json(
     source: Source, dtypes: Mapping[str, int], last_map: _RecordedMap | None
 ) -> dict[str, Any]:
-    from tritter.core.families import ffn_sizes, on_disk
+    from tritter.core.families import ffn_sizes
     from tritter.storage.records import plain_record
 
     lineage = None
@@ -184,18 +184,18 @@ def _as_json(
         }
     return {
         "folder": str(source.folder),
-        "family": source.family.model_type,
-        "architecture": source.family.architecture,
+        "family": source.model.model_type,
+        "architecture": source.model.family.architecture,
         "shapes": shapes_of(source.config),
         "positions": _positions(source),
         "parameters": {
-            "total": source.family.count_parameters(source.config),
+            "total": source.model.num_parameters,
             "parts": count_parameters_by_part(source),
         },
-        "parameters_on_disk": source.family.count_parameters(on_disk(source.config)),
+        "parameters_on_disk": source.model.on_disk.num_parameters,
         "ffn_sizes": list(ffn_sizes(source.config)),
         "dtypes": dict(dtypes),
-        "is_tied": source.family.is_tied(source.config),
+        "is_tied": source.model.is_tied,
         "beside": _other_files(source.folder),
         "lineage": lineage,
         "last_map": None if last_map is None else asdict(last_map),
@@ -230,18 +230,18 @@ def _positions(source: Source) -> dict[str, str]:
     bases = [each.get("rope_theta") for each in (config, rotary, *kinds)]
     numbers = [base for base in bases if isinstance(base, int | float) and base]  # else damaged
     texts = dict.fromkeys(f"{float(base):.10g}" for base in numbers)
-    found = {"context": source.family.position_limit(config), "RoPE base": ", ".join(texts)}
+    found = {"context": source.model.family.position_limit(config), "RoPE base": ", ".join(texts)}
     return {name: str(value) for name, value in found.items() if value}
 
 
 def _print_model(console: Console, source: Source, dtypes: Mapping[str, int]) -> None:
-    from tritter.core.families import ffn_sizes, on_disk
+    from tritter.core.families import ffn_sizes
 
     shapes = tuple((SHAPES[name], str(size)) for name, size in shapes_of(source.config).items())
     shapes += tuple(_positions(source).items())
     print_table(console, Table(("shape", ""), shapes, numbers=(1,)))
     console.print()
-    total = source.family.count_parameters(source.config)
+    total = source.model.num_parameters
     rows = [
         (part, count_text(count), f"{100 * count / total:.1f} %")
         for part, count in count_parameters_by_part(source).items()
@@ -253,9 +253,9 @@ def _print_model(console: Console, source: Source, dtypes: Mapping[str, int]) ->
     console.print()
     words = sorted(dtypes)
     kinds = words if len(words) == 1 else [f"{w} ({dtypes[w]} tensors)" for w in words]
-    tie = "tied to the embedding" if source.family.is_tied(source.config) else "untied"
-    lines = [("family", f"{source.family.model_type} ({source.family.architecture})")]
-    if not source.family.has_table:
+    tie = "tied to the embedding" if source.model.is_tied else "untied"
+    lines = [("family", f"{source.model.model_type} ({source.model.family.architecture})")]
+    if not source.model.family.has_table:
         lines.append(("new layers", _new_layers(source)))
     lines += [("on disk", ", ".join(kinds)), ("output head", tie)]
     names = _other_files(source.folder)
@@ -263,7 +263,7 @@ def _print_model(console: Console, source: Source, dtypes: Mapping[str, int]) ->
     if names and "tokenizer.json" not in names:
         lines.append(("", "no tokenizer.json, which training needs"))
     if sizes := ffn_sizes(source.config):
-        padded = count_text(source.family.count_parameters(on_disk(source.config)))
+        padded = count_text(source.model.on_disk.num_parameters)
         lines += [
             ("FFN of each layer", " ".join(map(str, sizes))),
             ("padded", f"on disk to the widest: {padded} parameters"),
@@ -276,14 +276,14 @@ def _growth(source: Source) -> dict[str, str]:
     from tritter.core.expansions import target_config
     from tritter.core.expansions.targets import growth_examples
 
-    depth = "any number of new layers" if source.family.has_table else _new_layers(source)
+    depth = "any number of new layers" if source.model.family.has_table else _new_layers(source)
     found = {"depth": depth}
     for size, examples in growth_examples(source.config).items():
         words = ("any larger size", "whole multiples, with init=net2net")
         if size == "heads":
             words = ("whole groups of heads", "whole multiples, with init=net2net")
         elif size == "experts":
-            is_any = source.family.has_table
+            is_any = source.model.family.has_table
             words = ("any number" if is_any else "twice as many, with addition=replicate", "")
         for word, example in zip(words, examples, strict=False):
             try:
@@ -293,7 +293,7 @@ def _growth(source: Source) -> dict[str, str]:
             else:
                 found[size] = word
                 break
-    fixed = source.family.fixed_neurons(source.config)
+    fixed = source.model.family.fixed_neurons(source.config)
     found["neurons"] = (
         f"no: {fixed}" if fixed else "of single layers, during training (growth=gradmax)"
     )
@@ -302,7 +302,7 @@ def _growth(source: Source) -> dict[str, str]:
 
 def _print_family(console: Console, source: Source, growth: Mapping[str, str]) -> None:
     """Print what can grow, and the axes of the tensors outside the layers and of each kind."""
-    family, config = source.family.widened(source.config), source.config
+    family, config = source.model.family.widened(source.config), source.config
     lines = [("family", f"{family.model_type} ({family.architecture})")]
     lines.append(("axes", "of a table" if family.has_table else "found on a tiny random model"))
     print_lines(console, [*lines, *growth.items()])
@@ -332,7 +332,7 @@ def _new_layers(source: Source) -> str:
     """Return the line about new layers of a model type without a table."""
     from tritter.core.families.discovery import DiscoveredFamily
 
-    family = source.family
+    family = source.model.family
     assert isinstance(family, DiscoveredFamily)
     if family.refusal:
         return f"copies only: {family.refusal}"
@@ -451,21 +451,21 @@ def rebuild_map(record: ExpansionRecord) -> ParameterMap:
         TritterError: this version of Tritter does not have the method or its options.
     """
     from tritter.core.expansions import EXPANSIONS
-    from tritter.core.families import check_config, family_of
+    from tritter.core.families import Model, check_config
 
     spec_type = EXPANSIONS.get(record.method)
     if spec_type is None:
         raise TritterError(f"this version of Tritter has no method '{record.method}'")
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in record.options.items()}
-    source: Config = dict(record.source_config)
-    target: Config = dict(record.target_config)
     try:
-        for config in (source, target):
-            check_config(family_of(config), config)
-        spec, family = spec_type(**options), family_of(source)
+        source, target = Model(dict(record.source_config)), Model(dict(record.target_config))
+        for model in (source, target):
+            check_config(model.family, model.config)
+        spec = spec_type(**options)
         if spec.expansion_type != "depth":
-            family = family.widened(source)
-        rebuilt: ParameterMap = spec.parameter_map(family, source, target, seed=record.seed)
+            source = source.widened
+        target = source.changed(target.config)
+        rebuilt: ParameterMap = spec.parameter_map(source, target, seed=record.seed)
     # The options and configs come from an untrusted file, so the map's arithmetic may raise any
     # exception
     except Exception as error:
@@ -475,18 +475,17 @@ def rebuild_map(record: ExpansionRecord) -> ParameterMap:
 
 def _map_rows(parameter_map: ParameterMap, source: Config, target: Config) -> tuple[_MapRow, ...]:
     """Return the rows of a map's table in forward order, with equal layers joined."""
-    from tritter.core.families import family_of
+    from tritter.core.families import Model
 
-    family, sources = family_of(target), family_of(source).shapes(source)
-    targets = family.shapes(target)
+    sources, result = Model(source).shapes, Model(target)
     layers: dict[_MapRow, list[int]] = {}
-    for tensor in family.logical_tensors(target):
+    for tensor in result.tensors:
         tensor_map = parameter_map.tensors[tensor.name]
         row = _MapRow(
             kind=tensor.kind,
             layers="",
             source_shape=sources[tensor_map.origin] if tensor_map.origin else (),
-            target_shape=targets[tensor.name],
+            target_shape=result.shapes[tensor.name],
             weight="0" if tensor_map.is_zeroed else _factors(tensor_map, "weight"),
             gradient=_factors(tensor_map, "gradient"),
             fill=_fill(tensor_map),

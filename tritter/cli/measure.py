@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tritter.checkpoints import Lineage, Source, record_step0_error
-from tritter.core.families import Config, family_of
+from tritter.core.families import Config, Model, family_of
 from tritter.core.models import read_config
 from tritter.errors import TritterError
 from tritter.evaluation.gate import EXACT_JUMP, rounded_jump
@@ -113,10 +113,10 @@ def _rounded_dtypes(source: Source, result: Expanded) -> list[str]:
 
 def random_tokens(config: Config, *, unlike: Sequence[int] = ()) -> Tensor:
     """Return fixed random tokens for comparing models, int64 [B, T], none of them in `unlike`."""
-    family = family_of(config)
-    vocab_size = family.dimensions(config).vocab_size
+    model = Model(config)
+    vocab_size = model.sizes.vocab_size
     generator = torch.Generator().manual_seed(0)
-    shape = (_SEQUENCES_OF_EXPERTS if family.has_experts else SEQUENCES, LENGTH)
+    shape = (_SEQUENCES_OF_EXPERTS if model.family.has_experts else SEQUENCES, LENGTH)
     ids = torch.arange(vocab_size)
     ids = ids[~torch.isin(ids, torch.tensor(unlike, dtype=torch.int64))]
     return ids[torch.randint(0, len(ids), shape, generator=generator)]

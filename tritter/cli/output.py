@@ -42,9 +42,9 @@ SHAPES = {
 
 def shapes_of(config: Config) -> dict[str, int]:
     """Return the sizes of a model by config.json key, without those that it does not have."""
-    from tritter.core.families import family_of
+    from tritter.core.families import Model
 
-    dimensions = family_of(config).dimensions(config)
+    dimensions = Model(config).sizes
     sizes = {name: int(getattr(dimensions, name)) for name in SHAPES}
     return {name: size for name, size in sizes.items() if size}
 

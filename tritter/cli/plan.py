@@ -217,16 +217,14 @@ def plan(
 
 def _sequence_length(requested: int | None, source: NamedShape) -> int:
     """Return the sequence length, limited by the model's learned positions."""
-    from tritter.core.families import family_of
+    from tritter.core.families import Model
     from tritter.planning import TrainingSetup
 
-    family = family_of(source.config)
-    learned = family.dimensions(source.config).max_position_embeddings
+    model = Model(source.config)
+    learned = model.sizes.max_position_embeddings
     if requested is not None and 0 < learned < requested:
-        reason = (
-            f"{source.name} has {family.positions_key} = {learned} learned positions; must be "
-            "at most that"
-        )
+        key = model.family.positions_key
+        reason = f"{source.name} has {key} = {learned} learned positions; must be at most that"
         raise RequestError(Problem("sequence_length", requested, reason))
     default = TrainingSetup().sequence_length
     return requested or min(default, learned or default)
@@ -274,7 +272,7 @@ def _is_checkpoint(source: str) -> bool:
 
 def _read_source(text: str) -> NamedShape:
     """Return the shape of `--source`."""
-    from tritter.core.families import count_parameters
+    from tritter.core.families import Model
     from tritter.core.families.config_file import read_config_file
     from tritter.planning import NamedShape, named_shape
 
@@ -282,7 +280,7 @@ def _read_source(text: str) -> NamedShape:
         with refuse_damage():
             folder = locate(text, key="--source")
             config = read_config_file(folder)
-        return NamedShape(display_path(folder), config, count_parameters(config))
+        return NamedShape(display_path(folder), config, Model(config).num_parameters)
     if (preset := _preset(text)) is not None:
         return preset
     folders = [entry.name for entry in Path.cwd().iterdir() if entry.is_dir()]

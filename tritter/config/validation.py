@@ -55,7 +55,7 @@ from tritter.config.schema import (
     start_checkpoint,
 )
 from tritter.core.expansions import target_config, vocab_place
-from tritter.core.families import Config, check_size, family_of, position_limit, positions_key
+from tritter.core.families import Config, Model, check_size, family_of
 from tritter.core.families.presets import model_problems
 from tritter.data.options import (
     NamedTextConfig,
@@ -336,11 +336,11 @@ def start_problems(
     Args:
         folder: checkpoint folder; None if it is not local, or created by the run.
     """
-    length, limit = config.data.sequence_length, position_limit(source)
+    length, limit = config.data.sequence_length, Model(source).position_limit
     if limit is not None and length > limit:
         where = "model" if isinstance(config.model, ModelConfig) else "config.json"
         reason = (
-            f"the model supports {where}.{positions_key(source)} = {limit} positions; "
+            f"the model supports {where}.{Model(source).positions_key} = {limit} positions; "
             "allowed: at most that"
         )
         return [Problem("data.sequence_length", length, reason=reason)]

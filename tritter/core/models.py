@@ -31,15 +31,13 @@ from transformers.pytorch_utils import Conv1D
 from tritter.core.families import (
     SIGMOID_ROUTERS,
     Config,
+    Model,
     StoredTensor,
     check_config,
     family_of,
     find_family,
-    layout,
-    match,
     on_disk,
     pack_all,
-    padded_shapes,
     unpack_all,
     with_live_sizes,
 )
@@ -282,7 +280,7 @@ def named_tensors(model: nn.Module, config: Config) -> Iterator[tuple[str, Tenso
 
 def stored_tensors(state: Mapping[str, Tensor], config: Config) -> Iterator[tuple[str, Tensor]]:
     """Yield (name on disk, tensor) of a live model's state dict; see `named_tensors`."""
-    for stored in match(config, state):
+    for stored in Model(config).match(state):
         whole = state[stored.name].detach()
         if stored.is_whole:
             yield stored.parts[0].tensor.disk_name, whole
@@ -294,17 +292,16 @@ def stored_tensors(state: Mapping[str, Tensor], config: Config) -> Iterator[tupl
 
 def live_tensors(config: Config, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return name in memory → tensor, for values (of a state, a mask) by their name on disk."""
-    family = family_of(config)
-    logical = family.logical_tensors(config)
-    values = {t.name: tensors[t.disk_name] for t in logical if t.disk_name in tensors}
-    return pack_all(layout(config, "live"), values)
+    model = Model(config)
+    values = {t.name: tensors[t.disk_name] for t in model.tensors if t.disk_name in tensors}
+    return pack_all(model.layout("live"), values)
 
 
 def disk_tensors(config: Config, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return name on disk → tensor, for values (of a state, a mask) by name in memory."""
-    family = family_of(config)
-    values = unpack_all(layout(config, "live"), tensors)
-    return {t.disk_name: values[t.name] for t in family.logical_tensors(config) if t.name in values}
+    model = Model(config)
+    values = unpack_all(model.layout("live"), tensors)
+    return {t.disk_name: values[t.name] for t in model.tensors if t.name in values}
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, end_of_text: str) -> None:
@@ -494,7 +491,7 @@ def stock_config_of(config: Config) -> PreTrainedConfig:
 def model_with_tensors(config: Config, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Return a model with these tensors (by logical name) in their own dtypes."""
     model = new_model(config, seed=0)
-    for stored in layout(config, "live"):
+    for stored in Model(config).layout("live"):
         value = stored.pack(tensors.__getitem__)
         set_parameter(model, stored.name, value.to(tensor_of(model, stored.name).device))
     model.tie_weights()  # type: ignore[operator]
@@ -532,8 +529,8 @@ def update_linear_sizes(module: nn.Module) -> None:
 
 def _narrower(config: Config) -> Iterator[StoredTensor]:
     """Yield the tensors that are narrower in memory than in stock classes."""
-    shapes = padded_shapes(config, "live")
-    return (stored for stored in layout(config, "live") if stored.name in shapes)
+    shapes = Model(config).padded_shapes("live")
+    return (stored for stored in Model(config).layout("live") if stored.name in shapes)
 
 
 def uninitialised_model(config: Config) -> nn.Module:
@@ -585,7 +582,7 @@ def check_loadable(config: Config, *, folder: Path) -> None:
         raise RequestError(
             f"config.json: transformers can't build this model: {_cause(config, error)}."
         ) from error
-    expected = {stored.name: stored.shape for stored in layout(shallow, "live")}
+    expected = {stored.name: stored.shape for stored in Model(shallow).layout("live")}
     tied = family.tied_names(shallow)
     wrong = sorted(
         name

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tritter.core.families import Config, StoredTensor, family_of, layout, match, on_disk
+from tritter.core.families import Config, Model, StoredTensor, family_of, on_disk
 from tritter.core.families.discovery.twin import first_tensor
 from tritter.core.models import backbone_of, layers_of, read_config, unloaded_model
 from tritter.storage.tensors import TensorFolder, TensorReader
@@ -270,10 +270,10 @@ class _Weights:
         self._reader = TensorReader(self._files)
         self._stored = {
             part.tensor.name: (stored, part)
-            for stored in match(config, self._files.files)
+            for stored in Model(config).match(self._files.files)
             for part in stored.parts
         }
-        self.live = {stored.name: stored for stored in layout(config, "live")}
+        self.live = {stored.name: stored for stored in Model(config).layout("live")}
         self._unchanged = {
             name for name, live in self.live.items() if self._on_disk(live).parts == live.parts
         }  # with the same layout on disk as in memory

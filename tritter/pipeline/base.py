@@ -22,7 +22,7 @@ from tritter.checkpoints.record import training_record
 from tritter.config.run_folder import effective_arguments, optimizer_record
 from tritter.config.schema import CheckpointModelConfig
 from tritter.config.validation import old_data_problems, source_config, start_problems
-from tritter.core.families import Config, count_parameters, family_of, position_limit
+from tritter.core.families import Config, Model
 from tritter.core.models import named_tensors, new_model, read_config, save_tokenizer
 from tritter.data.cache import entry_lock, quarantine
 from tritter.data.chat import NONE, TEMPLATE_FILE, TOKENIZER, read_template
@@ -144,7 +144,7 @@ def _made_from(context: RunContext) -> dict[str, Any]:
 def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any]) -> float:
     """Train a base model into the cache and return the training time in seconds."""
     config = base_config(context)
-    parameters = count_parameters(config)
+    parameters = Model(config).num_parameters
     pretraining = context.config.pretraining
     context.say(
         "baseline",
@@ -360,10 +360,8 @@ def _check_teacher(context: RunContext) -> None:
     try:
         config, start = read_config(folder), context.initial_checkpoint
         run_config = base_config(context) if start is None else start.config
-        own, expected = (
-            family_of(each).dimensions(each).vocab_size for each in (config, run_config)
-        )
-        length, limit = context.config.data.sequence_length, position_limit(config)
+        own, expected = (Model(each).sizes.vocab_size for each in (config, run_config))
+        length, limit = context.config.data.sequence_length, Model(config).position_limit
         if own != expected:
             reason = (
                 f"it has {own} tokens, but the initial model of the run has {expected}; use a "

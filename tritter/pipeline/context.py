@@ -21,7 +21,7 @@ from tritter.checkpoints.run_text import DomainText, RunText, recorded_chat, run
 from tritter.config.derived import scored_counts, validation_tokens
 from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.config.validation import known_config
-from tritter.core.families import Config, Flops, family_of, position_limit
+from tritter.core.families import Config, Flops, Model, family_of
 from tritter.core.models import load_tokenizer, read_config
 from tritter.data.batches import BatchStream, Sequences, SequenceStream, sample_equally
 from tritter.data.built_in import built_in_origin, is_built_in, questions_of
@@ -145,7 +145,7 @@ class RunContext:
         own = self.short or self
         own = own.original or own
         sources = [self.source(each) for each in ("baseline", location)]
-        lengths = [position_limit(each.config) for each in sources]
+        lengths = [Model(each.config).position_limit for each in sources]
         found = own._with_tokens_of(location)
         if lengths[0] == lengths[1] or lengths[1] is None:
             return found
@@ -254,9 +254,7 @@ class RunContext:
             return read_tokenizer(self.tokenizer_folder, vocab_size=MAX_VOCABULARY)
         if self.initial_checkpoint is None:
             return None
-        vocab_size = self.initial_checkpoint.family.dimensions(
-            self.initial_checkpoint.config
-        ).vocab_size
+        vocab_size = self.initial_checkpoint.model.sizes.vocab_size
         return read_tokenizer(self.initial_checkpoint.folder, vocab_size=vocab_size)
 
     @cached_property
@@ -646,7 +644,7 @@ class RunContext:
             for name, asked in questions.items()
             if asked
         )
-        length = position_limit(self.model_config) or MAX_POSITIONS
+        length = Model(self.model_config).position_limit or MAX_POSITIONS
         own = (
             MetricTask(one.name, instantiate(one.options), one.plain())
             for one in self.config.metrics

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
-from tritter.core.families import Config, count_parameters, forward_flops, training_flops
+from tritter.core.families import Config, Model, forward_flops, training_flops
 from tritter.core.models import load_model, new_model
 from tritter.data.chat import ids_of
 from tritter.data.packing import inputs_for
@@ -25,7 +25,7 @@ _LABELS = {"importance": "importance of each parameter"}
 def cost_lines(context: RunContext) -> Iterator[str]:
     """Yield a line each on parameters, memory and the tokens that are read."""
     config, source = context.config, context.model_config
-    before, after = (count_parameters(each) for each in (source, grown_config(config, source)))
+    before, after = (Model(each).num_parameters for each in (source, grown_config(config, source)))
     yield f"{before:,} parameters" + (f" → {after:,}" if after != before else "")
     yield memory_line(config, source)
     data, steps = config.data, config.training.max_steps

@@ -19,7 +19,7 @@ from tritter.config.launch.composition import load_config
 from tritter.config.overrides import quote
 from tritter.config.schema import RunConfig
 from tritter.core.expansions import ExpansionSpec, MoeAdd
-from tritter.core.families import position_limit
+from tritter.core.families import Model
 from tritter.core.models import read_config
 from tritter.data.options import TextSources
 from tritter.pipeline import moe, verdict
@@ -150,7 +150,7 @@ def expand_for_domain(
 
 def _config(source: Path, task: DomainTask, folder: Path) -> RunConfig:
     """Return the run configuration of a task; its caches are in the task's folder."""
-    limit = position_limit(read_config(source)) or MAX_SEQUENCE_LENGTH
+    limit = Model(read_config(source)).position_limit or MAX_SEQUENCE_LENGTH
     settings = {
         "model": "hf",
         "model.path": quote(str(source.resolve())),

@@ -177,7 +177,7 @@ def task(context: RunContext, branch: Branch, *, follow: Callable[[Values], Valu
 
     def through(tensors: TensorFolder, rule: StateKind) -> Values:
         values = dict(state_stream(planned, rule, tensors).whole())
-        return follow(live_tensors(planned.target_config, values))
+        return follow(live_tensors(planned.target.config, values))
 
     has_old, has_masks, has_teacher = (
         any(getattr(each, name) for each in needs) for name in ("old_text", "carried", "teacher")
@@ -282,7 +282,7 @@ def kept_text(context: RunContext, branch: Branch) -> KeptSequences:
     for problem in kept_sequences.problems(
         sequence_length=context.reading(branch.start).config.data.sequence_length,
         packing=context.packing,
-        vocab_size=start.family.dimensions(start.config).vocab_size,
+        vocab_size=start.model.sizes.vocab_size,
     ):
         raise RequestError(problem)
     return kept_sequences.mapped(lambda each, _: _as_read(context, branch, each))

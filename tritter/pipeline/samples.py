@@ -12,7 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 from tokenizers import Tokenizer
 from torch import nn
 
-from tritter.core.families import position_limit
+from tritter.core.families import Model
 from tritter.core.models import config_of
 from tritter.data.chat import (
     ANSWER,
@@ -123,7 +123,7 @@ def _end_of(conversation: list[int], most: int) -> list[int]:
 
 def _positions(model: nn.Module) -> int:
     # Learned positions are limited; the last generated token is not read
-    return position_limit(config_of(model)) or MAX_POSITIONS
+    return Model(config_of(model)).position_limit or MAX_POSITIONS
 
 
 def _prompt_of(context: RunContext, domain: str, positions: int) -> list[int]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tritter.checkpoints import Source, lineage_of, record_step0_error
 from tritter.checkpoints.record import layers_text
-from tritter.core.families import count_parameters, forward_flops, training_flops
+from tritter.core.families import Model, forward_flops, training_flops
 from tritter.core.models import load_model
 from tritter.core.stock_routers import Routing
 from tritter.data.cache import entry_lock
@@ -105,7 +105,7 @@ def baseline(context: RunContext) -> StageResult:
         flops = {"pretraining": float(pretraining_flops), **flops}
     return StageResult(
         BaselineFound(
-            parameters=count_parameters(source.config),
+            parameters=Model(source.config).num_parameters,
             model_hash=lineage.model_hash,
             corpus=context.corpus.digest,
         ),
@@ -119,7 +119,7 @@ def expansion(context: RunContext, branch: Branch) -> StageResult:
     """Expand the branch's initial model, measure the logit shift and score the result."""
     source, location = context.source(branch.start), f"{branch.name}/expanded"
     if not branch.specs:
-        return StageResult(ExpansionFound(parameters=count_parameters(source.config)))
+        return StageResult(ExpansionFound(parameters=Model(source.config).num_parameters))
     plan = context.planned(branch)
     made = write_expanded(context, branch, context.folder / location)
     grown = context.register(location, made.lineage)
@@ -130,8 +130,8 @@ def expansion(context: RunContext, branch: Branch) -> StageResult:
             notes.append(f"{step.spec.name}: layers from {layers_text(layers)}")
     context.say(
         "expand",
-        f"{' then '.join(spec.name for spec in branch.specs)}: {plan.parameters_before:,} → "
-        f"{plan.parameters_after:,} parameters",
+        f"{' then '.join(spec.name for spec in branch.specs)}: {plan.source.num_parameters:,} → "
+        f"{plan.target.num_parameters:,} parameters",
     )
     for note in notes:
         context.say("", note)
@@ -164,7 +164,7 @@ def expansion(context: RunContext, branch: Branch) -> StageResult:
         flops["expand"] += spent
     return StageResult(
         ExpansionFound(
-            parameters=plan.parameters_after,
+            parameters=plan.target.num_parameters,
             notes=tuple(notes),
             jump=jump.to_dict(),
             before=evaluated,

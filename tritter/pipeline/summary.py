@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from tritter.core.families import count_parameters, on_disk
+from tritter.core.families import Model, on_disk
 from tritter.evaluation.statistics import LearnedTask, transfer_matrix
 from tritter.methods.experts.callback import EXPERTS
 from tritter.methods.experts.summary import experts_summary
@@ -92,8 +92,8 @@ def summary_record(
         jump=attempt.jump,
         flops=context.ledger.flops(),
         seconds=context.ledger.seconds(),
-        parameters={name: count_parameters(config) for name, config in sizes.items()},
-        parameters_on_disk={name: count_parameters(on_disk(c)) for name, c in sizes.items()},
+        parameters={name: Model(config).num_parameters for name, config in sizes.items()},
+        parameters_on_disk={name: Model(on_disk(c)).num_parameters for name, c in sizes.items()},
         disk=disk.record(context),
         checkpoint="checkpoint",
         lineage=asdict(context.ledger.found("publish", PublishedFound)),

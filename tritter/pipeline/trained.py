@@ -209,7 +209,7 @@ def child_writer(
     """
     config, parent, target = context.config, start.own_lineage, context.folder / location
     sections: tuple[str, ...] = ()
-    if start.family.has_experts:
+    if start.model.family.has_experts:
         sections = ("moe_routing",) if added is None else ("moe_routing", "adaptation")
     lineage = replace(
         parent,

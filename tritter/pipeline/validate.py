@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tritter.checkpoints import Lineage, read_lineage
 from tritter.checkpoints.record import window_length
 from tritter.checkpoints.run_text import recorded_chat
-from tritter.core.families import Config, count_parameters, family_of, layout, position_limit
+from tritter.core.families import Config, Model, family_of
 from tritter.core.models import load_model, read_config
 from tritter.data.chat import ChatChoice, ids_of
 from tritter.data.documents import Document
@@ -169,7 +169,7 @@ class Side:
             TritterError: it is not a checkpoint, or damaged.
         """
         config, tokenizer = read_config(folder), None
-        vocab_size = family_of(config).dimensions(config).vocab_size
+        vocab_size = Model(config).sizes.vocab_size
         if (folder / "tokenizer.json").is_file():
             tokenizer = read_tokenizer(folder, vocab_size=vocab_size)
         dtypes = TensorFolder.open(folder).dtypes
@@ -186,12 +186,12 @@ class Side:
     @property
     def vocab_size(self) -> int:
         """Return the size of the vocabulary."""
-        return family_of(self.config).dimensions(self.config).vocab_size
+        return Model(self.config).sizes.vocab_size
 
     @property
     def longest(self) -> int:
         """Return the length of windows of its documents."""
-        return window_length(self.lineage, position_limit(self.config))
+        return window_length(self.lineage, Model(self.config).position_limit)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -245,7 +245,7 @@ def validate(
         assert flow is not None
     else:
         flow = _skipped_check("gradient_flow", "parameters", "the result has no new parameters")
-    counted = count_parameters(source.config), count_parameters(result.config)
+    counted = Model(source.config).num_parameters, Model(result.config).num_parameters
     return [
         _equivalence(source, result, before, after),
         flow,
@@ -258,7 +258,7 @@ def validate(
 def _check_memory(side: Side, *, has_trial_steps: bool, option: str) -> None:
     """Reject a model that does not fit into memory, including gradients on a CPU."""
     has_gradients = has_trial_steps and not torch.cuda.is_available()
-    needed = _FLOAT32 * count_parameters(side.config) * (2 if has_gradients else 1)
+    needed = _FLOAT32 * Model(side.config).num_parameters * (2 if has_gradients else 1)
     limit = machine_memory()
     if limit is not None and needed > limit:
         contents = "parameters and gradients" if has_gradients else "parameters"
@@ -386,7 +386,7 @@ def _unrelated_reason(source: Side, result: Side) -> str | None:
 def _inexact_reason(source: Side, result: Side) -> str | None:
     """Return the reason why logits may differ; None if they must be equal."""
     before, after = source.lineage, result.lineage
-    sizes = [family_of(each.config).dimensions(each.config) for each in (source, result)]
+    sizes = [Model(each.config).sizes for each in (source, result)]
     if after is None or (before and before.base_model_hash != after.base_model_hash):
         if sizes[0].num_hidden_layers == sizes[1].num_hidden_layers:
             return None
@@ -403,9 +403,9 @@ def _new_units(before: Config, after: Config) -> NewUnits:
 
     A new parameter has none. New tokens are skipped, because the data may not contain them.
     """
-    shapes = {stored.name: stored.shape for stored in layout(before, "live")}
+    shapes = {stored.name: stored.shape for stored in Model(before).layout("live")}
     new: dict[str, tuple[Tensor | None, ...]] = {}
-    for stored in layout(after, "live"):
+    for stored in Model(after).layout("live"):
         old = shapes.get(stored.name)
         if old == stored.shape:
             continue

@@ -56,7 +56,7 @@ def with_example(branch: Branch, source: Source) -> Branch:
     """
     if not is_learned(branch):
         return branch
-    size = source.family.dimensions(source.config).vocab_size
+    size = source.model.sizes.vocab_size
     content = require_bpe(read_tokenizer(source.folder, vocab_size=size).tokenizer)
     longest = max(content["model"]["vocab"].items(), key=lambda entry: len(entry[0]))[1]
     return with_merges(branch, (longest, longest))  # no token is twice as long
@@ -68,7 +68,7 @@ def learning(context: RunContext, branch: Branch) -> StageResult:
     assert place is not None
     spec, source = branch.specs[place], context.source(branch.start)
     assert isinstance(spec, Vocab)
-    number = spec.num_tokens(source.family, source.config)
+    number = spec.num_tokens(source.model)
     most = "" if spec.new_tokens else "up to "
     names = context.new_domains_of(branch)
     context.say("vocabulary", f"{most}{number:,} new tokens from {', '.join(names)}")

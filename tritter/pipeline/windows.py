@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tritter.core.expansions import target_config
-from tritter.core.families import Flops, position_limit
+from tritter.core.families import Flops, Model
 from tritter.data.tokens import TokenisedDocuments
 from tritter.evaluation.gate import MIN_DOCUMENTS, Check, retention_check
 from tritter.evaluation.losses import document_losses, window_lengths
@@ -72,7 +72,7 @@ def check(context: RunContext) -> None:
         if not any(spec.expansion_type == "context" for spec in config.expansion):
             continue
         lengths = [
-            position_limit(each) or 0
+            Model(each).position_limit or 0
             for each in (
                 context.model_config,
                 target_config(context.model_config, config.expansion),
@@ -94,7 +94,7 @@ def is_longer(context: RunContext, branch: Branch) -> bool:
     if not branch.specs:
         return False
     plan = context.planned(branch)
-    return position_limit(plan.config) != position_limit(plan.target_config)
+    return plan.source.position_limit != plan.target.position_limit
 
 
 def _long_documents(context: RunContext, length: int) -> dict[str, TokenisedDocuments]:
@@ -208,7 +208,7 @@ def score_trained(
         reading: FLOPs of reading a sequence.
     """
     old, new = (
-        position_limit(context.source("baseline").config),
+        Model(context.source("baseline").config).position_limit,
         context.config.data.sequence_length,
     )
     assert old is not None
@@ -219,7 +219,7 @@ def score_trained(
 
 def _lengths(context: RunContext, branch: Branch) -> tuple[int, int]:
     plan = context.planned(branch)
-    old, new = position_limit(plan.config), position_limit(plan.target_config)
+    old, new = plan.source.position_limit, plan.target.position_limit
     assert old is not None and new is not None
     return old, new
 

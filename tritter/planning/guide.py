@@ -7,7 +7,7 @@ published model; docs/reference/planning.md lists the stated figures that requir
 from dataclasses import dataclass
 
 from tritter.core.expansions import Dus, ExpansionSpec, Moe, Width, target_config
-from tritter.core.families import Config, count_parameters, llama_config
+from tritter.core.families import Config, Model, llama_config
 from tritter.core.families.presets import PRESETS, VOCABULARY
 
 
@@ -92,8 +92,8 @@ def _row(
         hidden_size=hidden_size,
         stated=stated,
         shape=shape,
-        source_parameters=count_parameters(config),
-        target_parameters=count_parameters(target_config(config, [spec])),
+        source_parameters=Model(config).num_parameters,
+        target_parameters=Model(target_config(config, [spec])).num_parameters,
         note=note,
     )
 

@@ -15,13 +15,9 @@ from pathlib import Path
 
 from tritter.core.families import (
     Config,
-    Family,
     LogicalTensor,
+    Model,
     StoredTensor,
-    count_parameters,
-    family_of,
-    ffn_sizes,
-    layout,
 )
 from tritter.errors import RequestError, nearest, refused
 
@@ -126,7 +122,7 @@ def training_memory(
 
     def trained(config: Config) -> list[StoredTensor]:
         is_frozen = setup.is_attention_frozen
-        stored = layout(config, "live")
+        stored = Model(config).layout("live")
         return [t for t in stored if not (is_frozen and is_attention(t.parts[0].tensor))]
 
     def optimizer_bytes(config: Config) -> int:
@@ -135,9 +131,9 @@ def training_memory(
         )
 
     # The peak is at the start of the backward pass and includes logits and their gradient
-    logits = family_of(config).dimensions(config).vocab_size * (width + _FLOAT32)
+    logits = Model(config).sizes.vocab_size * (width + _FLOAT32)
     return TrainingMemory(
-        parameters_bytes=parameter_bytes * count_parameters(config),
+        parameters_bytes=parameter_bytes * Model(config).num_parameters,
         gradients_bytes=parameter_bytes * _over_layers(config, lambda c: _count(trained(c))),
         optimizer_bytes=_over_layers(config, optimizer_bytes),
         activations_bytes=saved_bytes(config, setup) + setup.num_tokens * logits,
@@ -163,7 +159,7 @@ def states_bytes(
         RequestError: the model family is unknown.
     """
     parameter_bytes, _ = _BYTES[setup.precision]
-    total = parameter_bytes * count_parameters(config)
+    total = parameter_bytes * Model(config).num_parameters
     for size, count in trained:
         optimizer_bytes = _optimizer_bytes(size, setup, kept_per_parameter)
         total += count * (parameter_bytes * size + optimizer_bytes)
@@ -177,9 +173,9 @@ def _over_layers(config: Config, measure: Callable[[Config], int]) -> int:
         config: config.json of the model.
         measure: an additive function of a config; it receives configs of one or two layers.
     """
-    family = family_of(config)
-    kinds = family.layer_kinds(config)
-    layers = list(zip(kinds, ffn_sizes(config) or [0] * len(kinds), strict=True))
+    model = Model(config)
+    family, kinds = model.family, model.layer_kinds
+    layers = list(zip(kinds, model.ffn_sizes or [0] * len(kinds), strict=True))
     one = measure(family.with_layers(config, [0]))
     each = {
         kind: measure(family.with_layers(config, [0, layers.index(kind)])) - one
@@ -223,12 +219,10 @@ def saved_bytes(config: Config, setup: TrainingSetup) -> int:
 
     Dropout masks are not included.
     """
-    family = family_of(config)
-    sizes = family.dimensions(config)
+    model = Model(config)
+    family, sizes = model.family, model.sizes
     parameter_bytes, width = _BYTES[setup.precision]
-    layers = [
-        _layer_bytes(family, config, layer, setup) for layer in range(sizes.num_hidden_layers)
-    ]
+    layers = [_layer_bytes(model, layer, setup) for layer in range(sizes.num_hidden_layers)]
     kept = sum(layers)
     if setup.is_checkpointed:
         kept = sizes.num_hidden_layers * sizes.hidden_size * parameter_bytes + max(layers)
@@ -237,12 +231,13 @@ def saved_bytes(config: Config, setup: TrainingSetup) -> int:
     return setup.num_tokens * (kept + end) + _autocast_bytes(config, setup)
 
 
-def _layer_bytes(family: Family, config: Config, layer: int, setup: TrainingSetup) -> int:
+def _layer_bytes(model: Model, layer: int, setup: TrainingSetup) -> int:
     """Return the saved bytes of one layer per token."""
+    family, config = model.family, model.config
     sizes = family.dimensions(config, layer=layer)
     parameter_bytes, width = _BYTES[setup.precision]
     ffn_units = sizes.intermediate_size
-    if family.has_experts and family.layer_kinds(config)[layer] == "sparse":
+    if family.has_experts and model.layer_kinds[layer] == "sparse":
         ffn_units = sizes.experts_per_token * sizes.expert_size + sizes.shared_expert_size
     per_head = {"attention.q_norm": sizes.query_size, "attention.k_norm": sizes.key_value_size}
     norms = [t for t in family.tensors if t.is_per_layer and t.is_norm]
@@ -273,7 +268,7 @@ def _autocast_bytes(config: Config, setup: TrainingSetup) -> int:
         return stored.parts[0].tensor.name in embeddings
 
     def multiplied(config: Config) -> int:
-        stored = layout(config, "live")
+        stored = Model(config).layout("live")
         return _count([t for t in stored if len(t.shape) > 1 and not is_lookup(t)])
 
     return width * _over_layers(config, multiplied)
@@ -364,7 +359,7 @@ def sharding_plan(config: Config, *, ranks: int) -> ShardingPlan:
         raise RequestError(f"ranks = {ranks}: must be at least 1.")
     groups = Counter[int | None]()
     parts = [0] * ranks
-    for stored in layout(config, "live"):
+    for stored in Model(config).layout("live"):
         size = math.prod(stored.shape)
         groups[stored.layer] += size
         height = -(-stored.shape[0] // ranks)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from math import isinf
 
 from tritter.core.expansions import ExpansionSpec
-from tritter.core.families import Config, count_parameters, training_flops
+from tritter.core.families import Config, Model, training_flops
 from tritter.errors import RequestError, refused
 from tritter.planning.memory import TrainingMemory, TrainingSetup, is_attention, training_memory
 from tritter.planning.shapes import (
@@ -379,7 +379,7 @@ def _price_plan(
     request: PathRequest, shapes: Sequence[Shape], gpu_hours: float, assumptions: Assumptions
 ) -> GrowthPlan:
     """Return the plan of a path: costs and affordable steps."""
-    parameters = count_parameters(request.source)
+    parameters = Model(request.source).num_parameters
     due = assumptions.source_tokens or assumptions.tokens_per_parameter * parameters
     start = _Point(
         target_config=request.source,

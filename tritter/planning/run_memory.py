@@ -13,7 +13,7 @@ from typing import Literal
 
 from tritter.checkpoints.location import checkpoint_config
 from tritter.core.expansions import target_config
-from tritter.core.families import Config, family_of, position_limit
+from tritter.core.families import Config, Model, family_of
 from tritter.core.families.presets import PRESETS
 from tritter.errors import Problem, RequestError
 from tritter.launched import launch_of
@@ -226,7 +226,7 @@ def _trained(config: RunRequest, source: Config) -> int | None:
     if not any(spec.new_blocks_only for spec in specs):
         return None
     layers = [
-        family_of(grown).dimensions(grown).num_hidden_layers
+        Model(grown).sizes.num_hidden_layers
         for grown in (target_config(source, specs[:number]) for number in range(len(specs) + 1))
     ]
     new = sum(layers[n + 1] - layers[n] for n, spec in enumerate(specs) if spec.new_blocks_only)
@@ -295,8 +295,8 @@ def _training_need(
 ) -> TrainingMemory:
     trainer = config.trainer
     processes, shares = trainer.devices if trainer.strategy != "auto" else 1, _num_processes(config)
-    length, limit = config.data.sequence_length, position_limit(model_config)
-    if before is not None and limit is not None and limit != position_limit(before):
+    length, limit = config.data.sequence_length, Model(model_config).position_limit
+    if before is not None and limit is not None and limit != Model(before).position_limit:
         length = limit  # a longer context is trained on windows of its length
     setup = TrainingSetup(
         optimizer="adamw8bit" if "8bit" in config.optimizer.target else "adamw",
@@ -356,7 +356,7 @@ def _copies(one: Component) -> int:
 
 
 def _parameters(config: Config) -> int:
-    return family_of(config).count_parameters(config)
+    return Model(config).num_parameters
 
 
 def _worst(

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from tritter.core.families import Config, family_of
+from tritter.core.families import Config, Model
 
 # Block → what fails for sizes that are no multiples of it
 _BLOCKS = {
@@ -30,7 +30,7 @@ def serving_notes(config: Config, source: Config) -> tuple[str, ...]:
             notes.setdefault(subject, []).append(problem)
     lost = [str(n) for n in _NUM_DEVICES if _shares(source, n) and not _shares(config, n)]
     if lost:
-        sizes = family_of(config).dimensions(config)
+        sizes = Model(config).sizes
         heads = (
             f"{sizes.num_attention_heads} attention heads, {sizes.num_key_value_heads} key/value"
         )
@@ -40,7 +40,7 @@ def serving_notes(config: Config, source: Config) -> tuple[str, ...]:
 
 def _findings(config: Config) -> Iterator[tuple[str, int, str, str]]:
     """Yield the limits that sizes break: the size, its block, a subject and a problem."""
-    sizes = family_of(config).dimensions(config)
+    sizes = Model(config).sizes
     for key, name in _SIZES.items():
         size = getattr(sizes, key)
         for block, problem in _BLOCKS.items():
@@ -50,6 +50,6 @@ def _findings(config: Config) -> Iterator[tuple[str, int, str, str]]:
 
 def _shares(config: Config, devices: int) -> bool:
     """Return whether GPUs can share the heads evenly; each may need a copy of a key/value head."""
-    sizes = family_of(config).dimensions(config)
+    sizes = Model(config).sizes
     heads, groups = sizes.num_attention_heads, sizes.num_key_value_heads
     return heads % devices == 0 and (groups % devices == 0 or devices % groups == 0)

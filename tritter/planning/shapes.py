@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from tritter.core.expansions import Dus, ExpansionSpec, Layers, Width, target_config
 from tritter.core.expansions.specification import is_possible
-from tritter.core.families import Config, Dimensions, count_parameters, family_of
+from tritter.core.families import Config, Dimensions, Model, family_of
 from tritter.core.families.presets import PRESETS, Preset
 from tritter.errors import RequestError, refused
 from tritter.limits import MAX_LAYERS, MAX_WIDTH
@@ -112,7 +112,7 @@ class GrowthMethods:
 
 def aspect_ratio(config: Config) -> float:
     """Return the hidden size divided by the number of layers."""
-    sizes = family_of(config).dimensions(config)
+    sizes = Model(config).sizes
     return sizes.hidden_size / sizes.num_hidden_layers
 
 
@@ -126,7 +126,7 @@ def depth_specs(
         method: the depth expansion.
         min_aspect_ratio: minimum hidden size per layer.
     """
-    sizes = family_of(config).dimensions(config)
+    sizes = Model(config).sizes
     most = min(2 * sizes.num_hidden_layers, MAX_LAYERS)
     layers = _thin_out(range(sizes.num_hidden_layers + 1, most + 1))
     specs = [
@@ -134,7 +134,8 @@ def depth_specs(
         for count in layers
         if sizes.hidden_size / count >= min_aspect_ratio
     ]
-    return [spec for spec in specs if is_possible(config, spec)]
+    source = Model(config)
+    return [spec for spec in specs if is_possible(source, spec)]
 
 
 def width_specs(
@@ -152,7 +153,7 @@ def width_specs(
         grid: candidate hidden sizes.
         max_aspect_ratio: maximum hidden size per layer.
     """
-    sizes = family_of(config).dimensions(config)
+    sizes = Model(config).sizes
     hidden = sizes.hidden_size
     # As round as the source: quantisers need multiples of 32 or 64
     unit = math.lcm(_unit(sizes, grid), _rounding(hidden, hidden, most=_QUANTISED))
@@ -169,7 +170,8 @@ def width_specs(
         for size in _thin_out(range((hidden // unit + 1) * unit, most + 1, unit))
         if size / sizes.num_hidden_layers <= max_aspect_ratio
     ]
-    return [spec for spec in specs if is_possible(config, spec)]
+    source = Model(config)
+    return [spec for spec in specs if is_possible(source, spec)]
 
 
 def specs_like(config: Config, spec: ExpansionSpec, methods: GrowthMethods) -> list[ExpansionSpec]:
@@ -210,7 +212,7 @@ def reached_shape(config: Config, spec: ExpansionSpec) -> Shape:
         RequestError: the expansion is not possible.
     """
     target = target_config(config, [spec])
-    return Shape(spec, target, count_parameters(target))
+    return Shape(spec, target, Model(target).num_parameters)
 
 
 def _unit(sizes: Dimensions, grid: WidthGrid) -> int:
@@ -288,7 +290,7 @@ def named_shape(parameters: int) -> NamedShape:
 def preset_shape(preset: Preset) -> NamedShape:
     """Return a preset's shape and its number of parameters."""
     config = preset.config()
-    return NamedShape(preset.name, config, count_parameters(config))
+    return NamedShape(preset.name, config, Model(config).num_parameters)
 
 
 def _with_other_depth(preset: Preset, parameters: int) -> NamedShape:
@@ -298,7 +300,7 @@ def _with_other_depth(preset: Preset, parameters: int) -> NamedShape:
     one, two = (family.count_parameters({**config, "num_hidden_layers": n}) for n in (1, 2))
     layers = min(max(1 + round((parameters - one) / (two - one)), 1), 2 * preset.num_hidden_layers)
     other = {**config, "num_hidden_layers": layers}
-    return NamedShape(f"{preset.name} with {layers} layers", other, count_parameters(other))
+    return NamedShape(f"{preset.name} with {layers} layers", other, Model(other).num_parameters)
 
 
 def _miss(shape: NamedShape, parameters: int) -> float:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
-from tritter.core.families import Config, count_parameters
+from tritter.core.families import Config, Model
 from tritter.core.families.presets import aspect_ratio_at
 from tritter.errors import Problem, RequestError, nearest
 from tritter.options import RunRequest
@@ -53,7 +53,7 @@ def find_path(request: PathRequest) -> tuple[Shape, ...]:
             be reached; names the nearest.
     """
     config, target = request.source, request.target_parameters
-    parameters = count_parameters(config)
+    parameters = Model(config).num_parameters
     if target <= parameters:
         reason = f"must be larger than the source, which has {parameters:,}"
         raise RequestError(Problem("target", f"{target:,} parameters", reason=reason))
@@ -119,7 +119,7 @@ def _next_shape(
 ) -> Shape | None:
     """Return the next shape, larger than `config` and not beyond the target; None without any."""
     usual = (aspect_ratio_at(request.target_parameters), aspect_ratio(request.source))
-    least, most = count_parameters(config), request.target_parameters * (1 + TOLERANCE)
+    least, most = Model(config).num_parameters, request.target_parameters * (1 + TOLERANCE)
 
     def usable(shape: Shape | None) -> Shape | None:
         fits = shape is not None and least * _MIN_STEP_GROWTH < shape.parameters <= most
@@ -203,7 +203,7 @@ def _refuse(request: PathRequest, shapes: list[Shape]) -> NoReturn:
     ending = "there is no larger shape" if found is None else f"the nearest has {found:,}"
     reason = (
         f"{' and '.join(methods)} ({request.strategy}) can't reach a shape within 10 % of it from "
-        f"{count_parameters(config):,}; {ending}"
+        f"{Model(config).num_parameters:,}; {ending}"
     )
     raise RequestError(Problem("target", f"{target:,} parameters", reason=reason))
 

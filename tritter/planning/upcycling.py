@@ -18,7 +18,7 @@ from math import inf, log
 
 from tritter.core.expansions import Moe, target_config
 from tritter.core.expansions.partners import PARTNERS, SHARED
-from tritter.core.families import Config, count_parameters, training_flops
+from tritter.core.families import Config, Model, training_flops
 from tritter.errors import RequestError
 from tritter.options import RunRequest
 
@@ -132,7 +132,7 @@ def _upcycling_of(
         training_flops(config).per_token(sequence_length) for config in (source, target)
     )
     return Upcycling(
-        parameters=count_parameters(source),
+        parameters=Model(source).num_parameters,
         dense_tokens=dense_tokens,
         tokens=tokens,
         cost=sparse / dense,

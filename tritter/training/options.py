@@ -20,7 +20,7 @@ from pydantic import ConfigDict, Field, PydanticUserError, TypeAdapter, Validati
 from tritter.checkpoints import read_lineage
 from tritter.checkpoints.record import training_record
 from tritter.core.expansions import target_config
-from tritter.core.families import Config, count_parameters, family_of
+from tritter.core.families import Config, Model, family_of
 from tritter.errors import Problem, TritterError, nearest
 from tritter.launched import launch_of
 from tritter.limits import MAX_COUNT, NO_EPOCHS, parse_count
@@ -663,7 +663,7 @@ def rate_notes(config: RunRequest, source: Config) -> tuple[str, ...]:
         config: Options of the run.
         source: config.json of the model that the run starts from.
     """
-    rate, parameters = config.training.learning_rate, count_parameters(source)
+    rate, parameters = config.training.learning_rate, Model(source).num_parameters
     raised = tuple(
         f"gate.ladder = {config.gate.ladder}: fallback {number} raises training.learning_rate "
         f"from {rate:g} to {fallback.training.learning_rate:g}; set gate.max_attempts={number} "

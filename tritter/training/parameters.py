@@ -19,8 +19,8 @@ from tritter.core.families import (
     Adapters,
     Config,
     Flops,
+    Model,
     StoredTensor,
-    layout,
     on_disk,
     training_flops,
 )
@@ -43,7 +43,7 @@ def live_layout(model: nn.Module) -> tuple[StoredTensor, ...]:
     """Return the layout of a live model's parameters in forward order, without adapters."""
     config, parameters = config_of(model), dict(model.named_parameters())
     found: list[StoredTensor] = []
-    for stored in layout(config, "live"):
+    for stored in Model(config).layout("live"):
         owner, _, last = stored.name.rpartition(".")
         wrapped = f"{owner}{WRAPPED}.{last}"
         if stored.name in parameters:
@@ -250,11 +250,12 @@ def reshape(
 
 def entry_of(change: Change, *, step: int, reason: str) -> Entry:
     """Return the journal entry of a change, as plain data."""
-    known = _stock_shapes(change.config)
+    config = change.model.config if change.model else {}
+    known = _stock_shapes(config)
     return {
         "step": step,
         "reason": reason,
-        "config": dict(change.config),
+        "config": dict(config),
         "map_digest": change.digest(),
         "others": {s.name: list(s.shape) for s in change.after if s.name not in known},
         "removed": list(change.removed),
@@ -280,7 +281,7 @@ def replay(model: nn.Module, entries: Sequence[Entry]) -> None:
 
 def _stock_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Return the parameter shapes of a config's family; empty without a config."""
-    return {stored.name: stored.shape for stored in layout(config, "live")} if config else {}
+    return {stored.name: stored.shape for stored in Model(config).layout("live")} if config else {}
 
 
 def _parent_module(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
 
-from tritter.core.families import StoredTensor, count_parameters, layout
+from tritter.core.families import StoredTensor
 from tritter.core.parameter_map.carry import Policy
 from tritter.errors import RequestError, TritterError
 from tritter.storage.tensors import is_finite
@@ -221,7 +221,8 @@ def _check_shapes(model: nn.Module, change: Change) -> None:
 def _change_parameters(model: nn.Module, change: Change) -> None:
     """Apply a change to the parameters of a model."""
     weights = dict(change.weights({n: p.detach() for n, p in model.named_parameters()}))
-    reshape(model, change.config, weights, removed=change.removed)
+    config = change.model.config if change.model else {}
+    reshape(model, config, weights, removed=change.removed)
 
 
 def _follow_groups(
@@ -269,7 +270,7 @@ def _count_others(model: nn.Module, change: Change) -> int:
 
 def _stock(change: Change) -> tuple[StoredTensor, ...]:
     """Return the parameters of the family; none for a module without a config."""
-    return layout(change.config, "live") if change.config else ()
+    return change.model.layout("live") if change.model else ()
 
 
 def _check_model(
@@ -287,7 +288,7 @@ def _check_model(
     # Expected size: parameters of the family, of the change, and others
     stock = {s.name for s in _stock(change)}
     counted = num_others + sum(prod(s.shape) for s in change.after if s.name not in stock)
-    counted += count_parameters(change.config) if change.config else 0
+    counted += change.model.num_parameters if change.model else 0
     own = list(model.parameters())
     found = sum(p.numel() for p in own)
     altered = [model.get_parameter(stored.name) for stored in change.altered]

@@ -8,14 +8,7 @@ import torch
 from torch import Tensor
 
 from tritter.core.expansions import BoundVocab, ResolvedExpansion
-from tritter.core.families import (
-    Config,
-    LogicalTensor,
-    StoredTensor,
-    layout,
-    pack_all,
-    unpack_all,
-)
+from tritter.core.families import LogicalTensor, Model, StoredTensor, pack_all, unpack_all
 from tritter.core.families.layout import Part
 from tritter.core.parameter_map import (
     ParameterMap,
@@ -40,22 +33,22 @@ class Change:
     """A parameter map over the names of a live model's parameters.
 
     Args:
-        config: config.json of the changed model.
+        model: the changed model; None if the parameters belong to no family.
         before: parameters that the change reads or removes.
         after: parameters of the changed model, in forward order.
         tensors: logical tensor of the changed model → its map from the tensors before.
     """
 
-    config: Config
+    model: Model | None
     before: tuple[StoredTensor, ...]
     after: tuple[StoredTensor, ...]
     tensors: Mapping[str, TensorMap]
 
     @classmethod
-    def of(cls, parameter_map: ParameterMap, source: Config, target: Config) -> "Change":
-        """Return the change that a map applies to a model with the config `source`."""
-        before, after = (layout(c, "live") for c in (source, target))
-        return cls(config=target, before=before, after=after, tensors=parameter_map.tensors)
+    def of(cls, parameter_map: ParameterMap, source: Model, target: Model) -> "Change":
+        """Return the change that a map applies to a model of the shapes of `source`."""
+        before, after = (model.layout("live") for model in (source, target))
+        return cls(model=target, before=before, after=after, tensors=parameter_map.tensors)
 
     @property
     def removed(self) -> tuple[str, ...]:
@@ -175,22 +168,18 @@ class PlannedExpansion:
     """The plan of an expansion.
 
     Args:
-        config: config.json of the source.
+        source: the model to expand.
         steps: the expansions in order, with their maps; an empty tuple changes nothing.
         parameter_map: the composed map of all steps.
         seed: of random fills and choices.
-        parameters_before: parameters of the source; tied tensors count once.
-        parameters_after: parameters of the result.
         added_experts: new experts of the result that the router does not fully use yet, if any.
-        is_confirmed: transformers checked the configs; else `config` lacks its defaults.
+        is_confirmed: transformers checked the configs; else that of `source` lacks its defaults.
     """
 
-    config: Config
+    source: Model
     steps: tuple[ResolvedExpansion, ...]
     parameter_map: ParameterMap
     seed: int
-    parameters_before: int
-    parameters_after: int
     added_experts: AddedExperts | None = None
     is_confirmed: bool = True
 
@@ -200,8 +189,9 @@ class PlannedExpansion:
         return all(step.is_exact for step in self.steps)
 
     @property
-    def target_config(self) -> Config:
-        return self.steps[-1].target_config if self.steps else self.config
+    def target(self) -> Model:
+        """The model of the result."""
+        return self.steps[-1].target if self.steps else self.source
 
     @property
     def vocabulary(self) -> BoundVocab | None:
@@ -212,4 +202,4 @@ class PlannedExpansion:
     @property
     def change(self) -> Change:
         """The change by names of parameters in memory."""
-        return Change.of(self.parameter_map, self.config, self.target_config)
+        return Change.of(self.parameter_map, self.source, self.target)

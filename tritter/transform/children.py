@@ -20,12 +20,7 @@ from tritter.checkpoints.record import LearnedDomain
 from tritter.checkpoints.run_text import domain_problem
 from tritter.core.expansions import BoundMoe, ExpansionSpec, Moe, children_place
 from tritter.core.expansions.moe_children import AVERAGE, KEY, SOURCE, Moments, router_rows
-from tritter.core.families import (
-    family_of,
-    forward_flops,
-    layout,
-    position_limit,
-)
+from tritter.core.families import Model, forward_flops
 from tritter.core.families.config_file import read_config_file
 from tritter.core.parameter_map import rounded_weight
 from tritter.data.chat import ids_of
@@ -150,7 +145,7 @@ def _bind(spec: Moe, source: Source) -> BoundMoe:
     problem = _data_problem(children) or _same_data(children)
     if problem is None:
         rows = _Rows(source, made)
-        layers = range(source.family.dimensions(source.config).num_hidden_layers)
+        layers = range(source.model.sizes.num_hidden_layers)
         names = "; ".join(f"{child.name}: {', '.join(child.domains)}" for child in children)
         remark = f"router rows from training documents of each model ({names})"
         routers = {layer: _RowsOfLayer(rows, layer) for layer in layers}
@@ -191,10 +186,10 @@ def _hash_of(source: Source) -> str:
 
 def _difference(child: Source, source: Source) -> str:
     """Return a difference that rules out a common model of both; empty without one."""
-    if child.family.model_type != source.family.model_type:
-        return f"it is a {child.family.model_type}, the source a {source.family.model_type}"
+    if child.model.model_type != source.model.model_type:
+        return f"it is a {child.model.model_type}, the source a {source.model.model_type}"
 
-    if child.family.shapes(child.config) != source.family.shapes(source.config):
+    if child.model.shapes != source.model.shapes:
         return "its tensors have other shapes than those of the source"
     before, after = (read_config_file(each.folder) for each in (source, child))
     for key in sorted(before.keys() & after.keys() - _FREE):
@@ -334,8 +329,8 @@ class _Rows:
         if problem := _data_problem(children):  # it may have changed since the plan
             raise RequestError(Problem(f"{KEY}.router", reason=problem))
         model, config = self._dense_model(), self.source.config
-        length = min(_ROUTER_LENGTH, position_limit(config) or _ROUTER_LENGTH)
-        size = self.source.family.dimensions(config).vocab_size
+        length = min(_ROUTER_LENGTH, Model(config).position_limit or _ROUTER_LENGTH)
+        size = self.source.model.family.dimensions(config).vocab_size
         means: list[list[Tensor]] = []
         within: list[Tensor] = []
         for child in children:
@@ -352,18 +347,17 @@ class _Rows:
 
     def _gates(self) -> list[str]:
         """Return the module of each layer that reads the input of the FFN."""
-        stored = layout(self.source.config, "live")
+        stored = self.source.model.layout("live")
         gates = [each.name for each in stored if each.parts[0].tensor.kind == "ffn.gate"]
         return [name.removesuffix(".weight") for name in gates]
 
     def _dense_model(self) -> nn.Module:
         from tritter.core.models import load_model
 
-        family, config = self.source.family, self.source.config
         model = load_model(self.source.folder)
-        maps = self.spec.dense_map(family, config).tensors
+        maps = self.spec.dense_map(self.source.model).tensors
         parameters = dict(model.named_parameters())
-        for stored in layout(config, "live"):
+        for stored in self.source.model.layout("live"):
             if stored.name in parameters:
                 parameters[stored.name].copy_(
                     stored.pack(lambda n: rounded_weight(maps[n], self.source.read, torch.float32))
@@ -399,9 +393,9 @@ def _router_data(plan: PlannedExpansion) -> Iterator[_Rows]:
 
 def router_bytes(plan: PlannedExpansion) -> int:
     """Return the memory that router rows from data take: model, logits and covariances."""
-    sizes = family_of(plan.config).dimensions(plan.config)
+    sizes = plan.source.sizes
     logits = _BATCH * _ROUTER_LENGTH * sizes.vocab_size
-    of_model = 4 * (plan.parameters_before + logits)  # float32
+    of_model = 4 * (plan.source.num_parameters + logits)  # float32
     layers = sizes.num_hidden_layers + 1  # one more for the next sum
     covariances = 2 * 8 * layers * sizes.hidden_size**2  # of one child, and the sum of all
     return sum(of_model + covariances for _ in _router_data(plan))
@@ -409,7 +403,8 @@ def router_bytes(plan: PlannedExpansion) -> int:
 
 def router_flops(plan: PlannedExpansion) -> float:
     """Return the FLOPs of the router rows that were computed from data."""
-    return sum(forward_flops(plan.config).of_all(each.lengths) for each in _router_data(plan))
+    flops = forward_flops(plan.source.config)
+    return sum(flops.of_all(each.lengths) for each in _router_data(plan))
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,15 +38,7 @@ from tritter.core.expansions import (
     check_specs,
     compose_maps,
 )
-from tritter.core.families import (
-    Config,
-    LayoutKind,
-    StoredTensor,
-    count_parameters,
-    family_of,
-    layout,
-    padded_shapes,
-)
+from tritter.core.families import LayoutKind, Model, StoredTensor
 from tritter.core.parameter_map.carry import StateKind, has_state, mapped_state
 from tritter.core.parameter_map.rows import WeightReader, peak_bytes
 from tritter.core.stock_routers import AddedExperts
@@ -169,12 +161,12 @@ class Expanded:
     @property
     def parameters_before(self) -> int:
         """Parameters of the source, counted from shapes, ties once."""
-        return self.plan.parameters_before
+        return self.plan.source.num_parameters
 
     @property
     def parameters_after(self) -> int:
         """Parameters of the result, counted from shapes, ties once."""
-        return self.plan.parameters_after
+        return self.plan.target.num_parameters
 
 
 def plan_expansion(
@@ -210,7 +202,7 @@ def planned(source: Source, specs: Sequence[ExpansionSpec], *, seed: int) -> Pla
         refuse_experts(source.folder, doing="an expansion", recorded=source.recorded_files)
     plan = replace(plan_by_tables(source, specs, seed=seed), is_confirmed=True)
     if specs:
-        check_loadable(plan.target_config, folder=source.folder)
+        check_loadable(plan.target.config, folder=source.folder)
     return plan
 
 
@@ -222,16 +214,12 @@ def plan_by_tables(
     `expand` checks the plan with transformers after it has written the tensors and before it moves
     the result to the destination.
     """
-    config = source.config
-    steps = build_steps(config, with_children(bound(specs, source), source), seed=seed)
-    target = steps[-1].target_config if steps else config
+    steps = build_steps(source.model, with_children(bound(specs, source), source), seed=seed)
     return PlannedExpansion(
-        config=config,
+        source=source.model,
         steps=steps,
-        parameter_map=compose_maps(steps, config),
+        parameter_map=compose_maps(steps, source.model),
         seed=seed,
-        parameters_before=count_parameters(config),
-        parameters_after=count_parameters(target),
         added_experts=added_experts(source.added, steps),
         is_confirmed=False,
     )
@@ -305,7 +293,7 @@ def expand(
     plan = specs
     if not isinstance(plan, PlannedExpansion):
         plan = plan_expansion(source, plan, seed=seed)
-    opened = source if isinstance(source, Source) else Source.open(folder, plan.config)
+    opened = source if isinstance(source, Source) else Source.open(folder, plan.source.config)
     check_disk_space(destination, disk_needs(opened, plan, dtype=dtype))
     new_dtype = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
 
@@ -315,8 +303,8 @@ def expand(
     confirmed = cache(partial(_confirm, plan, opened) if confirms else lambda: plan)
     lineage = write_checkpoint(
         destination,
-        config=plan.target_config,
-        final_config=lambda: {**confirmed().target_config, **new_dtype},
+        config=plan.target.config,
+        final_config=lambda: {**confirmed().target.config, **new_dtype},
         tensors=_stream(opened, plan, dtype=dtype, kind=expert_layout, progress=progress),
         lineage=lambda: _child_lineage(opened, confirmed(), destination),
         artifacts=_artifacts(opened, plan, max_shard_bytes=max_shard_bytes),
@@ -364,14 +352,14 @@ def disk_needs(
     streams = {} if state is None else _state_streams(plan, state)
     others = [entry for each in streams.values() for entry in each.entries]
     stream = _stream(opened, plan, dtype=dtype, kind="hub", progress=None)
-    shapes, maps = padded_shapes(plan.target_config), plan.parameter_map.tensors
+    shapes, maps = plan.target.padded_shapes(), plan.parameter_map.tensors
     weights = padded(stream, shapes).entries
-    shape_of = opened.family.shapes(opened.config).__getitem__
+    shape_of = opened.model.shapes.__getitem__
 
     # Each writer thread computes a target in blocks of rows, or whole if its rows do not derive
     # from rows. State tensors are read and mapped whole while the two before them are written.
     usual, rare = [], 0
-    for target in layout(plan.target_config, "hub"):
+    for target in plan.target.layout("hub"):
         parts = [peak_bytes(maps[part.tensor.name], shape_of) for part in target.parts]
         origins = {maps[part.tensor.name].origin for part in target.parts}
         copied = [o for o in origins if o and opened.stored_parts[o][0].name in opened.live_shapes]
@@ -395,19 +383,18 @@ def disk_needs(
         others=files + _BYTES_OF_RECORDS + _BYTES_OF_A_NAME * (len(weights) + len(others)),
         in_flight=KEPT_BYTES + max(of_weights + router_bytes(plan), of_state),
         process=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
-        check=_check_bytes(plan.target_config) if is_checked else 0,
+        check=_check_bytes(plan.target) if is_checked else 0,
     )
 
 
-def _check_bytes(config: Config) -> int:
+def _check_bytes(model: Model) -> int:
     """Return the peak memory of the step-0 check of a result (`tritter.core.streamed`)."""
-    family, sizes = family_of(config), dict[object, int]()
-    shapes = family.shapes(config)
-    for tensor in family.logical_tensors(config):
+    has_table, sizes = model.family.has_table, dict[object, int]()
+    for tensor in model.tensors:
         # Experts are widened one by one; a model type without a table, layer by layer
-        unit = tensor.name if family.has_table else tensor.layer
-        if tensor.layer is not None and (tensor.expert is not None or not family.has_table):
-            sizes[unit] = sizes.get(unit, 0) + prod(shapes[tensor.name])
+        unit = tensor.name if has_table else tensor.layer
+        if tensor.layer is not None and (tensor.expert is not None or not has_table):
+            sizes[unit] = sizes.get(unit, 0) + prod(model.shapes[tensor.name])
     return _BYTES_OF_CHECK + _WIDENED * _WIDE * max(sizes.values(), default=0)
 
 
@@ -419,8 +406,7 @@ def _stream(
     kind: LayoutKind,
     progress: Progress | None,
 ) -> TensorStream:
-    config, maps = plan.target_config, plan.parameter_map.tensors
-    targets = layout(config, kind)
+    maps, targets = plan.parameter_map.tensors, plan.target.layout(kind)
     dtypes = {}
     for target in targets:
         # The dtype of its source, or of the embedding if it has none. Experts in one tensor get
@@ -490,10 +476,7 @@ def added_experts(
             )
             raise RequestError(Problem("expansion.moe_add", reason=reason))
         if step.spec.is_append:
-            old, new = (
-                family_of(config).dimensions(config).num_experts
-                for config in (step.source_config, step.target_config)
-            )
+            old, new = (model.sizes.num_experts for model in (step.source, step.target))
             closed = tuple(range(old, new))
     if not is_open:
         return current
@@ -534,12 +517,12 @@ def expansion_records(
             method=step.spec.name,
             options=step.options,
             seed=seed + position,
-            source_config=step.source_config,
-            target_config=step.target_config,
+            source_config=step.source.config,
+            target_config=step.target.config,
             layer_sources=step.parameter_map.layer_sources,
             map_digest=step.parameter_map.digest(),
             claims_exact=step.is_exact,
-            discovered=family_of(step.source_config).findings(step.source_config),
+            discovered=step.source.family.findings(step.source.config),
         )
         for position, step in enumerate(steps)
     )
@@ -556,15 +539,10 @@ def state_stream(plan: PlannedExpansion, rule: StateKind, tensors: TensorFolder)
 
     Tensors whose state is reset are absent.
     """
-    source_family, family = family_of(plan.config), family_of(plan.target_config)
-    disk_names = {t.name: t.disk_name for t in source_family.logical_tensors(plan.config)}
+    disk_names = {t.name: t.disk_name for t in plan.source.tensors}
     known = {name: on_disk for name, on_disk in disk_names.items() if on_disk in tensors.headers}
-    maps, shapes = plan.parameter_map.tensors, family.shapes(plan.target_config)
-    targets = [
-        t
-        for t in family.logical_tensors(plan.target_config)
-        if has_state(maps[t.name], rule, known.__contains__)
-    ]
+    maps, shapes = plan.parameter_map.tensors, plan.target.shapes
+    targets = [t for t in plan.target.tensors if has_state(maps[t.name], rule, known.__contains__)]
     entries = tuple(
         TensorEntry(
             t.disk_name,

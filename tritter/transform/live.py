@@ -36,7 +36,7 @@ from tritter.core.expansions import (
 )
 from tritter.core.expansions.heads import Strategy, copied_sources, split_shares
 from tritter.core.expansions.width import Init, Shares
-from tritter.core.families import Config, family_of, layout, match, unpack_all
+from tritter.core.families import Config, Model, family_of, unpack_all
 from tritter.core.models import config_of, model_with_tensors, named_tensors, read_config
 from tritter.core.parameter_map import AxisFactor, AxisMap, TensorMap, map_tensor, rounded_weight
 from tritter.core.stock_routers import AddedExperts
@@ -61,13 +61,13 @@ class ModelExpander:
         self.specs = check_specs(specs)
         self.seed = seed
 
-    def steps(self, config: Config) -> tuple[ResolvedExpansion, ...]:
-        """Resolve the expansions against a config.
+    def steps(self, model: Model) -> tuple[ResolvedExpansion, ...]:
+        """Resolve the expansions against the shapes of a model.
 
         Raises:
             RequestError: unknown family, or impossible targets.
         """
-        return build_steps(config, self.specs, seed=self.seed)
+        return build_steps(model, self.specs, seed=self.seed)
 
     def change(self, model: nn.Module) -> Change:
         """Return the change of a live model without applying it.
@@ -75,9 +75,9 @@ class ModelExpander:
         Raises:
             RequestError: unknown family, or impossible targets.
         """
-        config = config_of(model)
-        steps = self.steps(config)
-        return Change.of(compose_maps(steps, config), config, steps[-1].target_config)
+        source = Model(config_of(model))
+        steps = self.steps(source)
+        return Change.of(compose_maps(steps, source), source, steps[-1].target)
 
     def expand(self, model: nn.Module) -> nn.Module:
         """Return the expanded model.
@@ -85,7 +85,7 @@ class ModelExpander:
         Raises:
             RequestError: unknown family, or impossible targets.
         """
-        return self._expand(model, self.steps(config_of(model)))
+        return self._expand(model, self.steps(Model(config_of(model))))
 
     def write(self, model: nn.Module, folder: Path, *, overwrite: bool = False) -> Lineage:
         """Write the expanded model as a checkpoint folder and return its lineage.
@@ -99,7 +99,7 @@ class ModelExpander:
         sources = tuple(_origin_of(model))
         check_output(folder, sources=sources, overwrite=overwrite)
         config = config_of(model)
-        steps = self.steps(config)
+        steps = self.steps(Model(config))
         digests = {n: tensor_digest(n, t.cpu()) for n, t in named_tensors(model, config)}
         parent = merkle_hash(digests)
         added = added_experts(AddedExperts.of(model), steps)
@@ -123,18 +123,18 @@ class ModelExpander:
         )
 
     def _expand(self, model: nn.Module, steps: Sequence[ResolvedExpansion]) -> nn.Module:
-        config, state = config_of(model), model.state_dict()
-        held = unpack_all(match(config, state), state)
-        maps = compose_maps(steps, config).tensors
+        source, state = steps[0].source, model.state_dict()
+        held = unpack_all(source.match(state), state)
+        maps = compose_maps(steps, source).tensors
 
         def read(name: str) -> Tensor:
             stem = held[maps[name].origin or "embed"]
             value = rounded_weight(maps[name], held.__getitem__, stem.dtype)
             return value.to(stem, copy=maps[name].is_verbatim)  # else both models train the one
 
-        target = steps[-1].target_config
-        tensors = {t.name: read(t.name) for t in family_of(target).logical_tensors(target)}
-        grown = model_with_tensors(target, tensors).train(model.training)
+        target = steps[-1].target
+        tensors = {t.name: read(t.name) for t in target.tensors}
+        grown = model_with_tensors(target.config, tensors).train(model.training)
         added = added_experts(AddedExperts.of(model), steps)
         if added is not None:
             added.apply(grown)
@@ -280,12 +280,12 @@ def expand_attention_heads(
         RequestError: not an attention module of a supported family, or impossible head counts;
             names the nearest possible ones.
     """
-    config = config_of(attention)
-    family = family_of(config)
+    source = Model(config_of(attention))
+    family = source.family
     layer = getattr(attention, "layer_idx", None)
     if layer is None:
         raise RequestError(f"{type(attention).__name__} has no layer_idx: not an attention module.")
-    old = family.dimensions(config)
+    old = source.sizes
     kv_heads = new_num_kv_heads
     if kv_heads is None and strategy in ("fresh", "copy"):
         scaled, rest = divmod(new_num_heads * old.num_key_value_heads, old.num_attention_heads)
@@ -296,17 +296,18 @@ def expand_attention_heads(
         head_strategy=strategy,
         shares=shares,
     )
-    (step,) = build_steps(family.with_layers(config, [layer]), [spec], seed=seed)
+    one = source.changed(family.with_layers(source.config, [layer]))
+    (step,) = build_steps(one, [spec], seed=seed)
     grown = deepcopy(attention.config)
     for name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
         key = family.sizes[name]
-        setattr(grown, key, step.target_config[key])
+        setattr(grown, key, step.target.config[key])
     new = type(attention)(grown, layer).train(attention.training)
     prefix = "model.layers.0.self_attn."
     tensors = {prefix + name: value.detach() for name, value in attention.named_parameters()}
     before, after = (
-        [stored for stored in layout(each, "live") if stored.name.startswith(prefix)]
-        for each in (step.source_config, step.target_config)
+        [stored for stored in each.layout("live") if stored.name.startswith(prefix)]
+        for each in (step.source, step.target)
     )
     for stored in before:
         if stored.name not in tensors:

@@ -54,18 +54,18 @@ def learned(spec: Vocab, source: Source, texts: Iterable[str]) -> Vocab:
     Raises:
         RequestError: the source has no BPE tokenizer, or the texts have too few frequent pairs.
     """
-    size = source.family.dimensions(source.config).vocab_size
+    size = source.model.sizes.vocab_size
     merges = learn_merges(
         read_tokenizer(source.folder, vocab_size=size).tokenizer,
         texts,
-        num_tokens=spec.num_tokens(source.family, source.config),
+        num_tokens=spec.num_tokens(source.model),
         is_at_most=spec.new_tokens is None,
     )
     return replace(spec, merges=tuple(chain.from_iterable(merges)))
 
 
 def _bind(spec: Vocab, source: Source) -> BoundVocab:
-    vocab_size = source.family.dimensions(source.config).vocab_size
+    vocab_size = source.model.sizes.vocab_size
     tokenizer = read_tokenizer(source.folder, vocab_size=vocab_size).tokenizer
     stored = read_object(source.folder / TOKENIZER_NAME)
     kept = {name: stored.get(name) for name in ("truncation", "padding")}
@@ -170,7 +170,7 @@ def kept_in(source: Source, spec: BoundVocab | None) -> KeptSequences:
         return kept
     from tokenizers import Tokenizer
 
-    vocab_size = source.family.dimensions(source.config).vocab_size
+    vocab_size = source.model.sizes.vocab_size
     old = read_tokenizer(source.folder, vocab_size=vocab_size)
     return kept.mapped(
         lambda each, is_masked: retokenised(

@@ -15,7 +15,7 @@ from tests.oracle.families import generic, tiny
 from tritter.checkpoints.state import read_state, write_state
 from tritter.core.expansions import Width, build_steps
 from tritter.core.expansions.width import tensors_above
-from tritter.core.families import family_of
+from tritter.core.families import Model
 from tritter.core.parameter_map import carry_mask
 from tritter.core.parameter_map.carry import carry
 from tritter.storage.writer import TensorEntry, TensorStream
@@ -27,7 +27,7 @@ EQUAL = Width(init="aki", shares="equal")
 def _grown(family: str = "llama") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return a model's tensors before and after doubling all sizes with equal shares."""
     model = tiny(family)
-    steps = build_steps(oracle_growth.config_of(model), [EQUAL], seed=0)
+    steps = build_steps(Model(oracle_growth.config_of(model)), [EQUAL], seed=0)
     return oracle_growth.logical_state(model), oracle_growth.logical_state(
         oracle_growth.grown(model, steps)
     )
@@ -64,8 +64,8 @@ def test_new_neurons_and_directions_are_those_of_the_layer_above() -> None:
 def test_what_has_no_layer_above_grows_as_under_net2net() -> None:
     model = tiny("llama")
     config = oracle_growth.config_of(model)
-    (aki,) = build_steps(config, [EQUAL], seed=0)
-    (plain,) = build_steps(config, [Width(init="net2net", shares="equal")], seed=0)
+    (aki,) = build_steps(Model(config), [EQUAL], seed=0)
+    (plain,) = build_steps(Model(config), [Width(init="net2net", shares="equal")], seed=0)
     after = {}
     for step in (aki, plain):
         after[step] = oracle_growth.logical_state(oracle_growth.grown(model, [step]))
@@ -85,7 +85,7 @@ def test_it_changes_the_function_and_says_so(tmp_path: Path, family: str) -> Non
     after = oracle.stock(result.folder)
     assert oracle.relative_difference(model, after, oracle.tokens()) > 1e-2
     (one,) = build_steps(
-        oracle_growth.config_of(tiny(family, num_hidden_layers=1)), [EQUAL], seed=0
+        Model(oracle_growth.config_of(tiny(family, num_hidden_layers=1))), [EQUAL], seed=0
     )
     assert oracle_growth.errors(tiny(family, num_hidden_layers=1).double(), [one]).logits < 1e-10
 
@@ -94,7 +94,7 @@ def test_layers_of_the_same_kind_give_to_each_other() -> None:
     """Qwen2-MoE with a dense layer 1: layer 0 copies experts of layer 2; the FFN has no donor."""
     model = tiny("qwen2_moe")
     config = oracle_growth.config_of(model)
-    above = tensors_above(family_of(config).logical_tensors(config))
+    above = tensors_above(Model(config).tensors)
     assert above["layers.0.experts.3.gate"] == "layers.2.experts.3.gate"
     assert above["layers.0.attention.q"] == "layers.1.attention.q"
     assert "layers.1.ffn.gate" not in above
@@ -104,7 +104,7 @@ def test_layers_of_the_same_kind_give_to_each_other() -> None:
 
 def test_state_of_what_came_from_above_starts_anew() -> None:
     model = tiny("llama")
-    (step,) = build_steps(oracle_growth.config_of(model), [EQUAL], seed=0)
+    (step,) = build_steps(Model(oracle_growth.config_of(model)), [EQUAL], seed=0)
     tensor_map = step.parameter_map.tensors["layers.0.attention.q"]
     moment = torch.rand(24, 24) + 1
     first, second = (carry(tensor_map, moment, kind) for kind in ("exp_avg", "exp_avg_sq"))

@@ -27,7 +27,7 @@ from tritter.checkpoints import lineage_of
 from tritter.checkpoints.state import read_state, write_state
 from tritter.core.expansions import Context, LlamaPro, Width
 from tritter.core.expansions.on_twin import check_rotations
-from tritter.core.families import family_of
+from tritter.core.families import Model, family_of
 from tritter.core.families.discovery.twin import build_twin
 from tritter.core.models import config_of
 from tritter.errors import RequestError
@@ -129,9 +129,9 @@ def test_yarn_gets_the_size_of_a_head_where_the_config_has_none(tmp_path: Path) 
 @pytest.mark.full
 def test_a_class_that_refuses_yarn_is_one_error() -> None:
     config = build_twin(example("phimoe")).config.to_dict()
-    spec, family = Context(target_length=256), family_of(config)
+    spec = Context(target_length=256)
     with pytest.raises(RequestError, match="class of phimoe refuses the new rotary parameters"):
-        check_rotations(config, spec.target_config(family, config))
+        check_rotations(config, spec.target_config(Model(config)))
 
 
 def test_windowed_layers_keep_their_rotations(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_it_can_be_repeated_with_the_same_method(tmp_path: Path) -> None:
             [Context(target_length=n, method=method) for n in (128, 256)],
             Context(target_length=256, method=method),
         )
-        found = [plan_expansion(source, each).target_config for each in (twice, [once])]
+        found = [plan_expansion(source, each).target.config for each in (twice, [once])]
         parameters = [each["rope_parameters"] for each in found]
         assert parameters[0] == pytest.approx(parameters[1])
     expand(source, tmp_path / "yarn", [Context()])
@@ -160,7 +160,7 @@ def test_it_can_be_repeated_with_the_same_method(tmp_path: Path) -> None:
 
 def test_a_published_yarn_is_extended_from_its_first_length(tmp_path: Path) -> None:
     source = oracle.saved(oracle.tiny_llama(**yarn(4.0, LENGTH)), tmp_path / "base")
-    target = plan_expansion(source, [Context(target_length=512)]).target_config
+    target = plan_expansion(source, [Context(target_length=512)]).target.config
     assert target["rope_parameters"] == yarn(8.0, LENGTH)["rope_parameters"]
 
 
@@ -240,7 +240,7 @@ def test_damaged_rotations_are_one_error(
         damaged = damaged[name]
     damaged[path[-1]] = value
     with pytest.raises(RequestError, match="rope_parameters"):
-        Context(method=method).target_config(family_of(config), config)
+        Context(method=method).target_config(Model(config))
 
 
 def test_windows_in_all_layers_are_refused(tmp_path: Path) -> None:

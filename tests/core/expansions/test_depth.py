@@ -20,7 +20,7 @@ from tritter.core.expansions import (
     build_steps,
     target_config,
 )
-from tritter.core.families import LLAMA, Config
+from tritter.core.families import LLAMA, Config, Model
 from tritter.core.models import new_model
 from tritter.errors import RequestError
 from tritter.transform import expand
@@ -60,7 +60,7 @@ def test_dus_refuses_with_what_would_work(
     layers: int, options: dict[str, int], expected: list[str]
 ) -> None:
     with pytest.raises(RequestError) as error:
-        Dus(**options).target_config(LLAMA, _config(layers))
+        Dus(**options).target_config(Model(_config(layers)))
     assert "expansion.dus." in str(error.value)
     for phrase in expected:
         assert phrase in str(error.value)
@@ -84,7 +84,7 @@ def test_stack_and_interpolate_refuse_with_what_would_work(
     layers: int, spec: Stack | Interpolate, expected: list[str]
 ) -> None:
     with pytest.raises(RequestError) as error:
-        spec.target_config(LLAMA, _config(layers))
+        spec.target_config(Model(_config(layers)))
     assert f"expansion.{spec.name}.target_layers = {spec.target_layers}" in str(error.value)
     for phrase in expected:
         assert phrase in str(error.value)
@@ -123,7 +123,7 @@ def test_layers_afterwards(layers: int, spec: ExpansionSpec, target: int) -> Non
     ids=str,
 )
 def test_what_was_decided_is_said(layers: int, spec: ExpansionSpec, notes: tuple[str]) -> None:
-    assert build_steps(_config(layers), [spec], seed=0)[0].notes == notes
+    assert build_steps(Model(_config(layers)), [spec], seed=0)[0].notes == notes
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_what_was_decided_is_said(layers: int, spec: ExpansionSpec, notes: tuple
 )
 def test_llama_pro_refuses_with_what_would_work(options: dict[str, object], expected: str) -> None:
     with pytest.raises(RequestError) as error:
-        LlamaPro(**options).target_config(LLAMA, _config(4))  # type: ignore[arg-type]
+        LlamaPro(**options).target_config(Model(_config(4)))  # type: ignore[arg-type]
     assert "expansion.llama_pro." in str(error.value)
     assert expected in str(error.value)
 
@@ -160,7 +160,7 @@ def test_llama_pro_refuses_with_what_would_work(options: dict[str, object], expe
 def test_identity_copies_are_zeroed_where_they_write_the_residual_and_start_fresh(
     spec: ExpansionSpec, copies: set[int]
 ) -> None:
-    (step,) = build_steps(_config(4), [spec], seed=0)
+    (step,) = build_steps(Model(_config(4)), [spec], seed=0)
     assert spec.is_exact
     tensors = step.parameter_map.tensors
     writers = {"attention.o", "ffn.down"}
@@ -173,7 +173,7 @@ def test_identity_copies_are_zeroed_where_they_write_the_residual_and_start_fres
 
 def test_identity_zeroes_biases_too() -> None:
     config = {**_config(2), "attention_bias": True, "mlp_bias": True}
-    tensors = build_steps(config, [LlamaPro()], seed=0)[0].parameter_map.tensors
+    tensors = build_steps(Model(config), [LlamaPro()], seed=0)[0].parameter_map.tensors
     zeroed = {name for name, tensor in tensors.items() if tensor.is_zeroed}
     kinds = ("attention.o", "attention.o_bias", "ffn.down", "ffn.down_bias")
     assert zeroed == {f"layers.2.{kind}" for kind in kinds}
@@ -183,7 +183,7 @@ def test_identity_zeroes_biases_too() -> None:
     "spec", [Dus(), Stack(), Interpolate(), Layers(sources=(3, 1, 1))], ids=lambda spec: spec.name
 )
 def test_plain_copies_zero_nothing_and_carry_all_state(spec: ExpansionSpec) -> None:
-    tensors = build_steps(_config(4), [spec], seed=0)[0].parameter_map.tensors
+    tensors = build_steps(Model(_config(4)), [spec], seed=0)[0].parameter_map.tensors
     assert not spec.is_exact
     assert not any(tensor.is_zeroed for tensor in tensors.values())
     assert {tensor.state for tensor in tensors.values()} == {"carry"}
@@ -193,7 +193,7 @@ def test_plain_copies_zero_nothing_and_carry_all_state(spec: ExpansionSpec) -> N
     "spec", [Dus(), Stack(), Interpolate(), LlamaPro()], ids=lambda spec: spec.name
 )
 def test_embeddings_norm_and_head_are_carried(spec: ExpansionSpec) -> None:
-    tensors = build_steps(_config(4), [spec], seed=0)[0].parameter_map.tensors
+    tensors = build_steps(Model(_config(4)), [spec], seed=0)[0].parameter_map.tensors
     for name in ("embed", "final_norm", "head"):
         assert tensors[name].source == name
         assert tensors[name].axes == ()
@@ -271,12 +271,8 @@ def test_layer_sources_are_shown_in_the_card(tmp_path: Path) -> None:
 def test_lists_with_one_entry_per_layer_follow_their_source_layer() -> None:
     family = replace(LLAMA, per_layer_config_keys=("layer_types",))
     config = {**_config(3), "layer_types": ["full", "sliding", "other"]}
-    assert Dus().target_config(family, config)["layer_types"] == [
-        "full",
-        "sliding",
-        "sliding",
-        "other",
-    ]
+    grown = Dus().target_config(Model(config, family))
+    assert grown["layer_types"] == ["full", "sliding", "sliding", "other"]
 
 
 @pytest.mark.quick_cases(7)
@@ -296,6 +292,6 @@ def test_lists_with_one_entry_per_layer_follow_their_source_layer() -> None:
     ids=str,
 )
 def test_parameter_count_as_predicted(spec: ExpansionSpec, is_tied: bool) -> None:
-    target = spec.target_config(LLAMA, _config(4, is_tied=is_tied))
+    target = spec.target_config(Model(_config(4, is_tied=is_tied)))
     model = new_model(target, seed=0)
     assert sum(p.numel() for p in model.parameters()) == LLAMA.count_parameters(target)

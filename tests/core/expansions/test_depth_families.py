@@ -22,7 +22,7 @@ from tritter.core.expansions import (
     Stack,
     Width,
 )
-from tritter.core.families import family_of
+from tritter.core.families import Model
 from tritter.core.models import disk_tensors, read_config
 from tritter.transform import expand
 
@@ -114,7 +114,7 @@ def test_identity_copies_add_nothing(tmp_path: Path, family: str, spec: Expansio
     assert result.lineage.expansion_history[-1].claims_exact
     assert oracle.relative_difference(model, after, oracle.tokens()) < 1e-6
     config = read_config(result.folder)
-    expected = family_of(config).count_parameters(config)
+    expected = Model(config).num_parameters
     assert sum(p.numel() for p in after.parameters()) == expected == result.parameters_after
 
 

@@ -22,7 +22,7 @@ from tritter.core.expansions import (
     build_steps,
     compose_maps,
 )
-from tritter.core.families import LLAMA
+from tritter.core.families import LLAMA, Model
 from tritter.core.models import read_config
 from tritter.core.parameter_map import AxisMap, Quantity, TensorMap, map_tensor, mapped
 from tritter.errors import RequestError
@@ -170,7 +170,7 @@ def _mapped_gradients(
     names = {t.name: t.disk_name for t in LLAMA.logical_tensors(config)}
     values = {name: gradient[disk_name] for name, disk_name in names.items()}
     masks = {name: torch.ones_like(value) for name, value in values.items()}
-    for step in build_steps(config, specs, seed=0):
+    for step in build_steps(Model(config), specs, seed=0):
         maps = step.parameter_map.tensors
         values = {
             name: map_tensor(tensor_map, values[tensor_map.source], quantity=Quantity.GRADIENT)
@@ -184,7 +184,7 @@ def _mapped_gradients(
             )
             for name, tensor_map in maps.items()
         }
-        config = step.target_config
+        config = step.target.config
     disk = {t.name: t.disk_name for t in LLAMA.logical_tensors(config)}
     return {disk[name]: (values[name], masks[name].bool()) for name in values}
 
@@ -265,7 +265,7 @@ def test_unequal_clones_diverge_and_equal_ones_do_not(tmp_path: Path) -> None:
         source = oracle.saved(model, tmp_path / f"source-{shares}")
         spec = Width(intermediate_size=80, init="net2net", shares=shares)
         result = expand(source, tmp_path / shares, [spec])
-        index = build_steps(read_config(source), [spec], seed=0)[0].parameter_map
+        index = build_steps(Model(read_config(source)), [spec], seed=0)[0].parameter_map
         copies = index.tensors["layers.0.ffn.gate"].axes[0]
         assert copies is not None
         grown = oracle.stock(result.folder)
@@ -282,10 +282,10 @@ def test_unequal_clones_diverge_and_equal_ones_do_not(tmp_path: Path) -> None:
 
 def test_maps_in_a_row_need_no_model() -> None:
     config = LLAMA_CONFIG
-    steps = build_steps(config, [Width(), LlamaPro()], seed=0)
+    steps = build_steps(Model(config), [Width(), LlamaPro()], seed=0)
     shapes = LLAMA.shapes(config)
-    maps = compose_maps(steps, config).tensors
-    target = steps[-1].target_config
+    maps = compose_maps(steps, Model(config)).tensors
+    target = steps[-1].target.config
     for tensor in LLAMA.logical_tensors(target):
         value = mapped(maps[tensor.name], lambda name: torch.ones(shapes[name]))
         assert tuple(value.shape) == LLAMA.shapes(target)[tensor.name]

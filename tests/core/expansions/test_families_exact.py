@@ -38,7 +38,7 @@ from tritter.core.expansions import (
     build_steps,
 )
 from tritter.core.expansions.width import ffn_size
-from tritter.core.families import family_of
+from tritter.core.families import Model, family_of
 from tritter.errors import RequestError
 from tritter.transform import expand
 
@@ -108,7 +108,7 @@ def experts(draw: st.DrawFn, layers: int) -> dict[str, Any]:
 def widths(draw: st.DrawFn, model: PreTrainedModel) -> Width:
     """Targets that the family accepts: hidden size, FFN and heads, each grown or not."""
     config = oracle_growth.config_of(model)
-    old = family_of(config).dimensions(config)
+    old = Model(config).sizes
     init = draw(st.sampled_from(INITS))
     strategy = draw(st.sampled_from([None, "fresh", "copy", "gqa"]))
     is_copied = (strategy or ("fresh" if init == "fresh" else "copy")) == "copy"
@@ -160,7 +160,7 @@ def depths(layers: int) -> st.SearchStrategy[ExpansionSpec]:
 
 
 def _assert_kept(model: PreTrainedModel, specs: list[ExpansionSpec], *, seed: int) -> None:
-    steps = build_steps(oracle_growth.config_of(model), specs, seed=seed)
+    steps = build_steps(Model(oracle_growth.config_of(model)), specs, seed=seed)
     found = oracle_growth.errors(model, steps)
     assert found.logits < IDENTITY
     assert found.worst_gradient < GRADIENT, max(found.gradients, key=found.gradients.__getitem__)
@@ -285,7 +285,7 @@ def test_head_gains_keep_value_and_gradient(init: str) -> None:
     """q and k have norms per head, so width leaves their gains unchanged: W' = W, G' = G."""
     model = tiny_qwen3(rms_norm_eps=1e-3).double()
     ids = oracle.tokens()
-    steps = build_steps(oracle_growth.config_of(model), [Width(init=init)], seed=0)
+    steps = build_steps(Model(oracle_growth.config_of(model)), [Width(init=init)], seed=0)
     grown = oracle_growth.grown(model, steps)
     with oracle.float64_casts():
         before, after = oracle.gradients(model, ids), oracle.gradients(grown, ids)

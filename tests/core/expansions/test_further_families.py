@@ -23,7 +23,7 @@ from tritter.core.expansions import (
     Width,
     build_steps,
 )
-from tritter.core.families import check_config, family_of
+from tritter.core.families import Model, check_config, family_of
 from tritter.core.models import disk_tensors, live_tensors, named_tensors
 from tritter.core.parameter_map import AxisFactor, AxisMap
 from tritter.errors import RequestError
@@ -56,7 +56,7 @@ def test_the_gradient_is_the_mapped_one(family: str) -> None:
     if family in LAYER_NORM:
         width = Width(init="net2net", head_strategy="fresh", intermediate_size=61, hidden_size=48)
     specs: list[ExpansionSpec] = [LlamaPro(), width]
-    found = oracle_growth.errors(model, build_steps(model.config.to_dict(), specs, seed=0))
+    found = oracle_growth.errors(model, build_steps(Model(model.config.to_dict()), specs, seed=0))
     assert found.logits < IDENTITY
     assert found.worst_gradient < GRADIENT, max(found.gradients, key=found.gradients.__getitem__)
     assert found.compared >= sum(parameter.numel() for parameter in model.parameters())
@@ -64,26 +64,26 @@ def test_the_gradient_is_the_mapped_one(family: str) -> None:
 
 def test_layers_without_rotary_positions_stay_so_wherever_they_are_copied_to() -> None:
     model = tiny("smollm3", use_sliding_window=False).double()
-    (step,) = build_steps(model.config.to_dict(), [Stack(target_layers=6)], seed=0)
+    (step,) = build_steps(Model(model.config.to_dict()), [Stack(target_layers=6)], seed=0)
     assert model.config.no_rope_layers == [1, 0, 1]
-    assert step.target_config["no_rope_layers"] == [1, 0, 1, 1, 0, 1]  # of 6 alone: 1, 0, 1, 0, ...
-    (step,) = build_steps(model.config.to_dict(), [LlamaPro(positions=(0,))], seed=0)
-    assert step.target_config["no_rope_layers"] == [1, 1, 0, 1]
+    assert step.target.config["no_rope_layers"] == [1, 0, 1, 1, 0, 1]  # of 6 alone: 1, 0, 1, 0, ...
+    (step,) = build_steps(Model(model.config.to_dict()), [LlamaPro(positions=(0,))], seed=0)
+    assert step.target.config["no_rope_layers"] == [1, 1, 0, 1]
     assert oracle_growth.errors(model, [step]).logits < IDENTITY
-    step.target_config["no_rope_layers"] = [1, 0, 1, 0]
+    step.target.config["no_rope_layers"] = [1, 0, 1, 0]
     assert oracle_growth.errors(model, [step]).logits > 1e-3
 
 
 def test_the_constants_of_granite_stay_whatever_grows() -> None:
     model = tiny("granite").double()
     config = model.config.to_dict()
-    (step,) = build_steps(config, [Width()], seed=0)
+    (step,) = build_steps(Model(config), [Width()], seed=0)
     names = [name for name in config if name.endswith(("_multiplier", "logits_scaling"))]
     assert len(names) == 4
     for name in names:
-        assert step.target_config[name] == config[name]
-        other = {**step.target_config, name: config[name] * 2**0.5}
-        changed = replace(step, target_config=other)
+        assert step.target.config[name] == config[name]
+        other = {**step.target.config, name: config[name] * 2**0.5}
+        changed = replace(step, target=step.target.changed(other))
         assert oracle_growth.errors(model, [changed]).logits > 1e-3, name
 
 
@@ -109,7 +109,7 @@ def test_heads_that_are_copied_alike_keep_their_common_norm(case: str, eps: floa
     spec = NORMED[case]
     if case == "copied, odd size":
         spec = replace(spec, num_key_value_heads=4)
-    found = oracle_growth.errors(model, build_steps(model.config.to_dict(), [spec], seed=0))
+    found = oracle_growth.errors(model, build_steps(Model(model.config.to_dict()), [spec], seed=0))
     assert found.logits < IDENTITY
     assert found.worst_gradient < GRADIENT, max(found.gradients, key=found.gradients.__getitem__)
 
@@ -127,17 +127,17 @@ def test_heads_that_are_copied_alike_keep_their_common_norm(case: str, eps: floa
 def test_heads_that_would_change_their_common_norm_are_refused(spec: Width) -> None:
     config = tiny("olmo2").config.to_dict()
     with pytest.raises(RequestError, match="olmo2 normalises queries and keys over all heads"):
-        build_steps(config, [spec], seed=0)
+        build_steps(Model(config), [spec], seed=0)
 
 
 def test_such_heads_stay_where_they_can_not_follow() -> None:
     config = tiny("olmo2").config.to_dict()
     kept = [Width(), Width(hidden_size=36), Width(init="net2net", hidden_size=36)]
     for spec in kept:
-        (step,) = build_steps(config, [spec], seed=0)
-        assert step.target_config["num_attention_heads"] == 4
-    (step,) = build_steps(config, [Width(init="net2net")], seed=0)
-    assert step.target_config["num_attention_heads"] == 8
+        (step,) = build_steps(Model(config), [spec], seed=0)
+        assert step.target.config["num_attention_heads"] == 4
+    (step,) = build_steps(Model(config), [Width(init="net2net")], seed=0)
+    assert step.target.config["num_attention_heads"] == 8
 
 
 def test_other_heads_shares_or_a_gain_that_follows_the_stream_are_seen(
@@ -145,7 +145,7 @@ def test_other_heads_shares_or_a_gain_that_follows_the_stream_are_seen(
 ) -> None:
     model = tiny("olmo2").double()
     config = model.config.to_dict()
-    (step,) = build_steps(config, [Width(init="net2net", hidden_size=60)], seed=0)
+    (step,) = build_steps(Model(config), [Width(init="net2net", hidden_size=60)], seed=0)
     maps = dict(step.parameter_map.tensors)
     for name, size in (("layers.0.attention.q_norm", 24), ("layers.1.attention.k_norm", 12)):
         axis = AxisFactor.gain(AxisMap.padded(size, size), rms_ratio=0.9)
@@ -154,9 +154,9 @@ def test_other_heads_shares_or_a_gain_that_follows_the_stream_are_seen(
         assert oracle_growth.errors(model, [spoiled]).logits > 1e-3
     with monkeypatch.context() as patch:
         patch.setattr(type(family_of(config)), "norms_all_heads", False)
-        fresh = build_steps(config, [Width(num_attention_heads=8)], seed=0)
+        fresh = build_steps(Model(config), [Width(num_attention_heads=8)], seed=0)
         assert oracle_growth.errors(model, fresh).logits > 1e-3
-        unequal = build_steps(config, [Width(init="net2net")], seed=0)
+        unequal = build_steps(Model(config), [Width(init="net2net")], seed=0)
         found = oracle_growth.errors(model, unequal)
     assert found.logits < IDENTITY
     assert found.worst_gradient > 1e-3
@@ -196,7 +196,7 @@ def test_rows_are_those_that_the_stock_class_takes_apart(tmp_path: Path, family:
 )
 def test_rows_in_each_others_place_are_seen(family: str, one: str, other: str) -> None:
     model = tiny(family).double()
-    (step,) = build_steps(model.config.to_dict(), [Width(init="zero_pad")], seed=0)
+    (step,) = build_steps(Model(model.config.to_dict()), [Width(init="zero_pad")], seed=0)
     maps = dict(step.parameter_map.tensors)
     maps[one], maps[other] = (replace(maps[name], source=name) for name in (other, one))
     swapped = replace(step, parameter_map=replace(step.parameter_map, tensors=maps))
@@ -261,10 +261,10 @@ def test_heads_are_not_split_where_other_pairs_are_turned(
 ) -> None:
     config = tiny(family, **{"head_dim": 8, **options}).config.to_dict()
     with pytest.raises(RequestError, match=message):
-        build_steps(config, [Width(head_strategy="split")], seed=0)
+        build_steps(Model(config), [Width(head_strategy="split")], seed=0)
 
 
 @pytest.mark.parametrize("family", FURTHER)
 def test_none_has_a_partner_with_experts_that_would_compute_the_same(family: str) -> None:
     with pytest.raises(RequestError, match="has no MoE partner"):
-        build_steps(tiny(family).config.to_dict(), [Moe()], seed=0)
+        build_steps(Model(tiny(family).config.to_dict()), [Moe()], seed=0)

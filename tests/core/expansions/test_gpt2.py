@@ -30,7 +30,7 @@ from tritter.core.expansions import (
     Width,
     build_steps,
 )
-from tritter.core.families import training_flops
+from tritter.core.families import Model, training_flops
 from tritter.core.models import load_model, named_tensors, read_config
 from tritter.core.parameter_map import AxisFactor, AxisMap
 from tritter.core.parameter_map.carry import MOMENTS
@@ -158,7 +158,7 @@ def test_moments_and_importances_follow(tmp_path: Path) -> None:
 
 
 def _step(model: PreTrainedModel, spec: ExpansionSpec) -> ResolvedExpansion:
-    (step,) = build_steps(oracle_growth.config_of(model), [spec], seed=0)
+    (step,) = build_steps(Model(oracle_growth.config_of(model)), [spec], seed=0)
     return step
 
 
@@ -285,9 +285,9 @@ def test_a_plan_says_sizes_as_config_json_has_them(tmp_path: Path) -> None:
     source = as_on_the_hub(hub_model(), tmp_path / "source")
     (step,) = plan_expansion(source, [Width(init="net2net")]).steps
     assert "n_embd 24 → 48" in step.notes[0] and "n_inner 96 → 192" in step.notes[0]
-    assert step.target_config["n_inner"] == 192
+    assert step.target.config["n_inner"] == 192
     (step,) = plan_expansion(source, [LlamaPro()]).steps
-    assert step.target_config["n_layer"] == 5 and step.target_config["n_inner"] is None
+    assert step.target.config["n_layer"] == 5 and step.target.config["n_inner"] is None
 
 
 def test_positions_alone_that_are_trained_take_gradients_down_to_them() -> None:

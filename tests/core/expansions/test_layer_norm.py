@@ -28,7 +28,7 @@ from tritter.core.expansions import (
     Width,
     build_steps,
 )
-from tritter.core.families import family_of
+from tritter.core.families import Model
 from tritter.core.models import disk_tensors, live_tensors, read_config
 from tritter.core.parameter_map import AxisFactor, AxisMap, TensorMap
 from tritter.errors import RequestError, TritterError
@@ -119,7 +119,7 @@ def test_what_would_not_be_exact_says_what_is(family: str, spec: Width, message:
 def test_a_hidden_size_that_the_heads_do_not_divide_is_refused() -> None:
     config = {**tiny("gpt_neox").config.to_dict(), "hidden_size": 25}
     with pytest.raises(RequestError, match=r"hidden_size = 25 is not a multiple of .* = 4"):
-        family_of(config).dimensions(config)
+        assert Model(config).sizes
 
 
 def test_one_attention_alone_has_no_other_number_of_heads() -> None:
@@ -136,11 +136,10 @@ def test_new_directions_beside_the_old_ones_are_seen() -> None:
     """The reason for the refusal: the map for an RMSNorm fails with every eps."""
     model = tiny("gpt_neox").double()
     (right,) = _steps(model, Width(init="net2net"))
-    configs = (right.source_config, right.target_config)
-    fresh = Width().parameter_map(family_of(configs[0]), *configs, seed=0)
+    fresh = Width().parameter_map(right.source, right.target, seed=0)
     for eps in (1e-3, 0.5e-3, 2e-3):
-        target = {**right.target_config, "layer_norm_eps": eps}
-        spoiled = replace(right, parameter_map=fresh, target_config=target)
+        target = {**right.target.config, "layer_norm_eps": eps}
+        spoiled = replace(right, parameter_map=fresh, target=right.target.changed(target))
         assert oracle_growth.errors(model, [spoiled]).logits > 1e-2
 
 
@@ -171,10 +170,10 @@ def test_unequal_shares_of_the_stream_keep_the_function_and_break_the_gradient()
 def test_an_eps_that_follows_as_behind_an_rmsnorm_is_seen() -> None:
     model = tiny("gpt_neox", rms_norm_eps=1e-3).double()
     (step,) = _steps(model, Width(init="net2net"))
-    assert step.target_config["layer_norm_eps"] == 1e-3
-    assert "rms_norm_eps" not in step.target_config
-    target = {**step.target_config, "layer_norm_eps": 0.5e-3}
-    assert oracle_growth.errors(model, [replace(step, target_config=target)]).logits > SEEN
+    assert step.target.config["layer_norm_eps"] == 1e-3
+    assert "rms_norm_eps" not in step.target.config
+    target = step.target.changed({**step.target.config, "layer_norm_eps": 0.5e-3})
+    assert oracle_growth.errors(model, [replace(step, target=target)]).logits > SEEN
 
 
 def test_q_k_and_v_in_blocks_in_place_of_heads_are_seen() -> None:
@@ -354,7 +353,7 @@ def test_ffns_without_gates_grow_neurons(family: str, initialiser: str) -> None:
 
 
 def _steps(model: PreTrainedModel, *specs: ExpansionSpec) -> tuple[ResolvedExpansion, ...]:
-    return tuple(build_steps(oracle_growth.config_of(model), list(specs), seed=0))
+    return tuple(build_steps(Model(oracle_growth.config_of(model)), list(specs), seed=0))
 
 
 def _with_maps(step: ResolvedExpansion, changed: dict[str, TensorMap]) -> ResolvedExpansion:
@@ -370,8 +369,8 @@ def _with_axis(tensor_map: TensorMap, position: int, factor: AxisFactor) -> Tens
 
 def _with_stream(step: ResolvedExpansion, stream: AxisMap) -> ResolvedExpansion:
     """Replace the map of the residual stream and of the outputs of its norms."""
-    config, changed = step.source_config, {}
-    for tensor in family_of(config).logical_tensors(config):
+    config, changed = step.source.config, {}
+    for tensor in Model(config).tensors:
         tensor_map = step.parameter_map.tensors[tensor.name]
         for position, axis in enumerate(tensor.axes):
             if axis.space.size != "hidden_size":

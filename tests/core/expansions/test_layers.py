@@ -16,7 +16,7 @@ from tritter.core.expansions.depth import (
     Stack,
     repeated_layers,
 )
-from tritter.core.families import Config
+from tritter.core.families import Config, Model
 from tritter.errors import RequestError
 
 LAYERS = st.integers(1, 40)
@@ -185,12 +185,12 @@ def test_slices_are_joined_without_their_ends(slices: tuple[tuple[int, int], ...
 
 def test_every_depth_method_is_a_table() -> None:
     for spec in (Dus(), Stack(), Interpolate(), LlamaPro()):
-        (step,) = build_steps(_config(4), [spec], seed=3)
+        (step,) = build_steps(Model(_config(4)), [spec], seed=3)
         table = Layers(sources=spec.layer_sources(4), identity=spec.is_exact)
-        (same,) = build_steps(_config(4), [table], seed=3)
+        (same,) = build_steps(Model(_config(4)), [table], seed=3)
         assert same.parameter_map.digest() == step.parameter_map.digest()
         assert same.is_exact == step.is_exact
-        assert same.target_config == step.target_config
+        assert same.target.config == step.target.config
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,9 @@ def test_a_table_is_exact_if_the_layers_that_are_no_identities_are_those_of_the_
     is_exact: bool,
     notes: tuple[str, ...],
 ) -> None:
-    (step,) = build_steps(_config(layers), [Layers(sources=sources, identity=identity)], seed=0)
+    (step,) = build_steps(
+        Model(_config(layers)), [Layers(sources=sources, identity=identity)], seed=0
+    )
     assert (step.is_exact, step.notes) == (is_exact, notes)
 
 
@@ -228,7 +230,9 @@ def test_exact_tables_by_definition(layers: int, data: st.DataObject) -> None:
     """Run the table on a list: a plain layer appends its number, an identity nothing."""
     sources = data.draw(st.lists(st.integers(0, layers - 1), min_size=1, max_size=8).map(tuple))
     identity = data.draw(st.lists(st.integers(0, len(sources) - 1)).map(tuple))
-    (step,) = build_steps(_config(layers), [Layers(sources=sources, identity=identity)], seed=0)
+    (step,) = build_steps(
+        Model(_config(layers)), [Layers(sources=sources, identity=identity)], seed=0
+    )
     computed = [source for target, source in enumerate(sources) if target not in identity]
     assert step.is_exact == (computed == [*range(layers)])
 
@@ -250,7 +254,7 @@ def test_exact_tables_by_definition(layers: int, data: st.DataObject) -> None:
 )
 def test_impossible_tables_are_refused(spec: Layers, expected: str) -> None:
     with pytest.raises(RequestError) as error:
-        build_steps(_config(4), [spec], seed=0)
+        build_steps(Model(_config(4)), [spec], seed=0)
     assert expected in str(error.value)
 
 

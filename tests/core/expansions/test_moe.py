@@ -24,7 +24,7 @@ from tritter.core.expansions import (
     Width,
     target_config,
 )
-from tritter.core.families import family_of
+from tritter.core.families import Model
 from tritter.core.models import read_config
 from tritter.core.parameter_map import TensorMap
 from tritter.transform import expand
@@ -99,7 +99,7 @@ def test_any_shape_any_number_of_experts(case: tuple[PreTrainedModel, Moe], seed
     result = upcycled(model, [spec], seed=seed)
     assert identity_error(model, result, TOKENS) < IDENTITY
     config = oracle_growth.config_of(result)
-    assert family_of(config).count_parameters(config) == result.num_parameters()
+    assert Model(config).num_parameters == result.num_parameters()
 
 
 @pytest.mark.quick_cases(1)
@@ -217,7 +217,7 @@ def test_no_default_of_the_partner_is_relied_on(tmp_path: Path, family: str) -> 
 def spoiled(model: PreTrainedModel, spec: Moe, **changes: Any) -> float:
     """Return the identity error with a wrong target config."""
     step = steps_of(model, spec)[0]
-    wrong = dataclasses.replace(step, target_config={**step.target_config, **changes})
+    wrong = dataclasses.replace(step, target=step.target.changed({**step.target.config, **changes}))
     return identity_error(model, oracle_growth.grown(model, [wrong]), TOKENS)
 
 

@@ -32,7 +32,7 @@ from tritter.core.expansions import (
     target_config,
 )
 from tritter.core.expansions.targets import reach_parameters
-from tritter.core.families import family_of
+from tritter.core.families import Model, family_of
 from tritter.core.models import disk_tensors, load_model, read_config
 from tritter.core.parameter_map.carry import MOMENTS, carry, is_state_reset
 from tritter.core.stock_routers import AddedExperts, Routing
@@ -113,15 +113,15 @@ def test_gradients_of_replicas_are_the_mapped_gradients(tmp_path: Path, family: 
     spec = MoeAdd(addition="replicate", noise=0)
     result = _expanded(tmp_path, tiny_moe(family), spec)
     config = read_config(tmp_path / "source")
-    (step,) = build_steps(config, [spec], seed=0)
+    (step,) = build_steps(Model(config), [spec], seed=0)
     with oracle.float64_casts():
         old = oracle.gradients(_stock64(tmp_path / "source"), oracle.tokens())
         new = oracle.gradients(_stock64(result.folder), oracle.tokens())
-    source, target = disk_tensors(config, old), disk_tensors(step.target_config, new)
+    source, target = disk_tensors(config, old), disk_tensors(step.target.config, new)
     names = {
         t.name: t.disk_name
-        for family_config in (config, step.target_config)
-        for t in family_of(family_config).logical_tensors(family_config)
+        for family_config in (config, step.target.config)
+        for t in Model(family_config).tensors
     }
     for name, tensor_map in step.parameter_map.tensors.items():
         expected = carry(tensor_map, source[names[tensor_map.source or ""]], "exp_avg")
@@ -365,7 +365,7 @@ def test_nothing_of_new_experts_counts_as_old_knowledge(tmp_path: Path) -> None:
     source = oracle.saved(tiny_moe("mixtral"), tmp_path / "source")
     config = read_config(source)
     for spec in (MoeAdd(num_experts=2), MoeAdd(num_experts=2, init="random")):
-        steps = build_steps(config, [spec], seed=0)
+        steps = build_steps(Model(config), [spec], seed=0)
         masks = masks_of(config, steps)
         for name in ("gate.weight", "experts.gate_up_proj", "experts.down_proj"):
             mask = masks[f"model.layers.1.mlp.{name}"]
@@ -374,7 +374,7 @@ def test_nothing_of_new_experts_counts_as_old_knowledge(tmp_path: Path) -> None:
 
 def test_reset_new_gives_replicas_no_moments() -> None:
     config = tiny_moe("mixtral").config.to_dict()
-    (step,) = build_steps(config, [MoeAdd(addition="replicate", noise=0)], seed=0)
+    (step,) = build_steps(Model(config), [MoeAdd(addition="replicate", noise=0)], seed=0)
     tensors = step.parameter_map.tensors
     old, new = (tensors[f"layers.0.experts.{expert}.gate"] for expert in (1, 5))
     assert not is_state_reset(old, "exp_avg", policy="reset_new")
@@ -494,8 +494,8 @@ def test_a_number_of_parameters_is_reached(tmp_path: Path) -> None:
 
 def test_notes_say_what_stock_classes_need() -> None:
     config = tiny_moe("mixtral").config.to_dict()
-    (append,) = build_steps(config, [MoeAdd()], seed=0)
-    (replicate,) = build_steps(config, [MoeAdd(addition="replicate")], seed=0)
+    (append,) = build_steps(Model(config), [MoeAdd()], seed=0)
+    (replicate,) = build_steps(Model(config), [MoeAdd(addition="replicate")], seed=0)
     assert "experts 4 → 8, still 2 per token" in append.notes[0]
     assert "stock transformers" in append.notes[1]
     assert "experts 4 → 8, 2 → 4 per token" in replicate.notes[0]

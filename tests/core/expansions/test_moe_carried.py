@@ -53,7 +53,7 @@ def test_odd_sizes_run_where_the_default_kernel_refuses(tmp_path: Path) -> None:
     ours = load_model(result.folder)
     assert oracle.relative_difference(model, ours, oracle.tokens()) < 1e-4
     assert "eager" not in str(config_of(ours))
-    fresh = new_model(result.plan.target_config, seed=0)
+    fresh = new_model(result.plan.target.config, seed=0)
     assert oracle.logits(fresh, oracle.tokens()).isfinite().all()
 
 
@@ -183,7 +183,7 @@ def test_importances_on_files_reach_the_experts(tmp_path: Path) -> None:
     torch.testing.assert_close(found["fisher"][f"{stem}.w1.weight"], gate / 8)
     torch.testing.assert_close(found["fisher_penalty"][f"{stem}.w1.weight"], gate / 4)
     assert not any("gate.weight" in name for name in found["fisher"])
-    live = live_tensors(result.plan.target_config, found["fisher"])
+    live = live_tensors(result.plan.target.config, found["fisher"])
     assert live["model.layers.1.mlp.experts.gate_up_proj"].shape == (4, 80, 24)
 
 
@@ -194,7 +194,7 @@ def test_what_carries_the_old_knowledge(tmp_path: Path, family: str) -> None:
     spec = Moe(num_experts=4, reinit_fraction=0.5)
     plan = plan_expansion(source, [spec])
     masks = plan.change.masks()
-    new = new_model(plan.target_config, seed=0)
+    new = new_model(plan.target.config, seed=0)
     assert masks.keys() == dict(new.named_parameters()).keys()
     assert not bool(masks["model.layers.0.mlp.gate.weight"].any())
     experts = masks["model.layers.0.mlp.experts.down_proj"].double().mean()

@@ -21,7 +21,7 @@ from tritter.checkpoints.record import ExpansionRecord, LearnedDomain
 from tritter.checkpoints.state import read_state, write_state
 from tritter.core.expansions import Moe, MoeAdd, Width
 from tritter.core.expansions.moe_children import BoundMoe, Moments, router_rows
-from tritter.core.families import forward_flops, layout, position_limit
+from tritter.core.families import Model, forward_flops
 from tritter.core.models import load_model, read_config
 from tritter.core.parameter_map import rounded_weight
 from tritter.core.stock_routers import Routing
@@ -336,7 +336,7 @@ def test_dense_layers_follow_the_attention(base: Path) -> None:
     chosen = moe(attention_from="source", layers=(0,), target="qwen2_moe")
     spec = plan_expansion(source, [chosen]).steps[0].spec
     assert isinstance(spec, BoundMoe)
-    maps = spec.dense_map(source.family, source.config).tensors
+    maps = spec.dense_map(source.model).tensors
     assert maps["layers.1.ffn.up"].source == "layers.1.ffn.up"
     assert maps["layers.0.ffn.up"].source is None
 
@@ -479,13 +479,15 @@ def test_rows_of_three_children_are_those_of_their_moments(base: Path, tmp_path:
     rows = spec.routers[1].read()
     found, number = [], 0
     model = load_model(base)
-    maps = spec.dense_map(source.family, source.config).tensors
-    for stored in layout(source.config, "live"):
+    maps = spec.dense_map(source.model).tensors
+    for stored in Model(source.config).layout("live"):
         value = stored.pack(lambda n: rounded_weight(maps[n], source.read, torch.float32))
         model.get_parameter(stored.name).data.copy_(value)
     for each in spec.experts:
         assert isinstance(each, OpenChild)
-        tokens = child_sequences(each, length=position_limit(source.config) or 256, vocab_size=SIZE)
+        tokens = child_sequences(
+            each, length=Model(source.config).position_limit or 256, vocab_size=SIZE
+        )
         number += len(tokens)
         with torch.no_grad():
             inputs = ffn_inputs(model, tokens)
@@ -494,8 +496,8 @@ def test_rows_of_three_children_are_those_of_their_moments(base: Path, tmp_path:
     flops = forward_flops(source.config).of(tokens.shape[1])
     assert router_flops(with_data) == number * flops and router_flops(random) == 0
     more = disk_needs(source, with_data).in_flight - disk_needs(source, random).in_flight
-    layers = source.family.dimensions(source.config).num_hidden_layers
-    assert more > 4 * with_data.parameters_before + 2 * layers * 24 * 24 * 8
+    layers = source.model.sizes.num_hidden_layers
+    assert more > 4 * with_data.source.num_parameters + 2 * layers * 24 * 24 * 8
 
 
 def ffn_inputs(model: nn.Module, tokens: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from tests.oracle import growth as oracle_growth
 from tests.oracle.families import tiny
 from tests.oracle.moe import by_logical_name, identity_error, steps_of, upcycled
 from tritter.core.expansions import Moe, target_config
-from tritter.core.families import family_of
+from tritter.core.families import Model
 from tritter.core.stock_routers import Routing
 from tritter.errors import RequestError
 from tritter.methods.moe_routing import RoutingObjective, RoutingSettings
@@ -308,4 +308,4 @@ def test_any_shape_with_a_shared_expert(case: tuple[PreTrainedModel, Moe], seed:
     if spec.target == "glm4_moe":  # its files have a bias for each expert
         sparse = len(spec.layers or ())
         parameters += sparse * spec.total_experts
-    assert family_of(config).count_parameters(config) == parameters
+    assert Model(config).num_parameters == parameters

@@ -11,16 +11,16 @@ from tests.oracle import growth as oracle_growth
 from tests.oracle.families import tiny
 from tritter.core.expansions import Moe, build_steps, target_config
 from tritter.core.expansions.targets import reach_parameters
-from tritter.core.families import family_of
+from tritter.core.families import Model, family_of
 from tritter.errors import RequestError
 from tritter.transform import expand
 
 
 def test_what_is_said() -> None:
     config = oracle_growth.config_of(tiny("qwen3", hidden_size=22, layer_types=None))
-    (step,) = build_steps(config, [Moe(noise=0.0, granularity=2)], seed=0)
+    (step,) = build_steps(Model(config), [Moe(noise=0.0, granularity=2)], seed=0)
     words = " ".join(step.notes)
-    target = step.target_config
+    target = step.target.config
     family = family_of(target)
     assert "qwen3 → qwen3_moe: 16 experts per layer, 4 per token" in words
     assert f"{family.count_active_parameters(target):,}" in words
@@ -33,7 +33,7 @@ def test_what_is_said() -> None:
 def test_target_params_chooses_the_number_of_experts() -> None:
     config = oracle_growth.config_of(tiny("llama"))
     wanted = target_config(config, [Moe(num_experts=13)])
-    count = family_of(wanted).count_parameters(wanted)
+    count = Model(wanted).num_parameters
     (found,) = reach_parameters(config, [Moe(noise=0.0)], count + 20)
     assert found == Moe(num_experts=13, noise=0.0)
     (found,) = reach_parameters(config, [Moe(granularity=2)], count)

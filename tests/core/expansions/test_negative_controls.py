@@ -27,7 +27,7 @@ from tritter.core.expansions import (
     Width,
     build_steps,
 )
-from tritter.core.families import LogicalTensor, Port, family_of
+from tritter.core.families import LogicalTensor, Model, Port
 from tritter.core.parameter_map import AxisFactor, AxisMap, TensorMap
 
 FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
@@ -38,7 +38,7 @@ SEEN, IDENTITY, GRADIENT = 1e-4, 1e-10, 1e-9
 
 
 def _step(model: PreTrainedModel, spec: ExpansionSpec) -> ResolvedExpansion:
-    return build_steps(oracle_growth.config_of(model), [spec], seed=0)[0]
+    return build_steps(Model(oracle_growth.config_of(model)), [spec], seed=0)[0]
 
 
 def _with_maps(step: ResolvedExpansion, changed: Mapping[str, TensorMap]) -> ResolvedExpansion:
@@ -200,7 +200,7 @@ def test_original_and_copy_in_each_others_place_are_seen_by_their_gradients(fami
 def test_an_eps_that_stays_is_seen(family: str, init: str) -> None:
     model = tiny(family, rms_norm_eps=1e-3).double()
     step = _step(model, Width(hidden_size=60, init=init))
-    stays = replace(step, target_config={**step.target_config, "rms_norm_eps": 1e-3})
+    stays = replace(step, target=step.target.changed({**step.target.config, "rms_norm_eps": 1e-3}))
     assert oracle_growth.errors(model, [step]).logits < IDENTITY
     assert oracle_growth.errors(model, [stays]).logits > SEEN
 
@@ -364,9 +364,9 @@ def _rewired(
     maps: Callable[[LogicalTensor, int], AxisMap | None],
 ) -> ResolvedExpansion:
     """Rebuild the factors of every axis for which `maps` names another axis map."""
-    config = step.source_config
+    config = step.source.config
     changed = {}
-    for tensor in family_of(config).logical_tensors(config):
+    for tensor in Model(config).tensors:
         tensor_map = step.parameter_map.tensors[tensor.name]
         for position, axis in enumerate(tensor.axes):
             axis_map = maps(tensor, position)

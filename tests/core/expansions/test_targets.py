@@ -12,7 +12,7 @@ from tritter.core.expansions import (
     target_config,
 )
 from tritter.core.expansions.targets import reach_parameters
-from tritter.core.families import LLAMA, Config, family_of, llama_config
+from tritter.core.families import LLAMA, Config, Model, llama_config
 from tritter.errors import RequestError
 
 
@@ -78,7 +78,7 @@ def test_what_cannot_be_reached_is_refused_with_the_nearest() -> None:
 
 
 def test_a_target_that_is_not_above_the_model_is_refused_as_that() -> None:
-    for target in (1_000_000, family_of(config()).count_parameters(config())):
+    for target in (1_000_000, Model(config()).num_parameters):
         with pytest.raises(RequestError, match="already has"):
             reach_parameters(config(), [Width()], target)
 

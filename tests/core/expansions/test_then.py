@@ -24,7 +24,7 @@ from tritter.core.expansions import (
     build_steps,
     compose_maps,
 )
-from tritter.core.families import Config, family_of, layout, pack_all
+from tritter.core.families import Config, Model, family_of, pack_all
 from tritter.core.parameter_map import (
     AxisFactor,
     AxisMap,
@@ -115,8 +115,8 @@ def assert_same(found: Values, expected: Values) -> None:
 
 def check_chain(config: Config, specs: Sequence[ExpansionSpec], *, policy: Policy) -> None:
     """Compare the composed map with the chain, bit for bit, for all mapped quantities."""
-    steps = build_steps(config, specs, seed=3)
-    one, target = compose_maps(steps, config), steps[-1].target_config
+    steps = build_steps(Model(config), specs, seed=3)
+    one, target = compose_maps(steps, Model(config)), steps[-1].target.config
     values = drawn(config)
     read = values.__getitem__
     weights = {n: rounded_weight(m, read, torch.float32) for n, m in one.tensors.items()}
@@ -125,8 +125,8 @@ def check_chain(config: Config, specs: Sequence[ExpansionSpec], *, policy: Polic
         moved = {n: mapped(m, read, quantity=quantity) for n, m in one.tensors.items()}
         assert_same(moved, in_turn(steps, values, quantity))
     inputs = {name: v for i, (name, v) in enumerate(drawn(config, positive=True).items()) if i % 7}
-    live = pack_all(layout(config, "live"), inputs)
-    change = Change.of(one, config, target)
+    live = pack_all(Model(config).layout("live"), inputs)
+    change = Change.of(one, Model(config), Model(target))
     for kind, rule in STATE_KINDS.items():
         state = {
             n: mapped_state(m, rule, inputs.__getitem__, policy=policy)
@@ -176,7 +176,7 @@ def test_a_chain_through_every_kind_of_fill_is_one_map(policy: Policy) -> None:
 def test_then_is_associative_and_leaves_what_no_map_touches() -> None:
     config = CONFIGS["llama"]
     first, second, third = (
-        s.parameter_map for s in build_steps(config, [LlamaPro(), Width(), Stack()], seed=0)
+        s.parameter_map for s in build_steps(Model(config), [LlamaPro(), Width(), Stack()], seed=0)
     )
     left, right = first.then(second).then(third), first.then(second.then(third))
     assert left.digest() == right.digest() != first.then(second).digest()

@@ -501,4 +501,4 @@ def test_the_recorded_merges_make_the_same_model_again(llama: Path, tmp_path: Pa
         json.loads((tmp_path / f / "tokenizer.json").read_text("utf-8")) for f in ("grown", "again")
     ]
     assert files[0] == files[1]
-    assert Source.open(tmp_path / "grown", first.plan.target_config).lineage is not None
+    assert Source.open(tmp_path / "grown", first.plan.target.config).lineage is not None

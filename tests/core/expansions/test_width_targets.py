@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.oracle.families import RMS
 from tritter.core.expansions import Width, build_steps
 from tritter.core.expansions.heads import split_shares
-from tritter.core.families import FAMILIES, LLAMA, Config
+from tritter.core.families import FAMILIES, LLAMA, Config, Model
 from tritter.core.models import new_model
 from tritter.errors import RequestError
 
@@ -33,7 +33,7 @@ def _config(*, is_tied: bool = False) -> Config:
 
 
 def _sizes(spec: Width) -> list[object]:
-    target = spec.target_config(LLAMA, _config())
+    target = spec.target_config(Model(_config()))
     return [target[key] for key in KEYS]
 
 
@@ -60,18 +60,18 @@ def test_targets(spec: Width, sizes: list[int]) -> None:
 def test_query_and_key_value_heads_follow_together_or_not_at_all() -> None:
     """A factor of 1.5 works for 4 query heads but not for 1 key/value head: both stay."""
     config = {**_config(), "num_key_value_heads": 1}
-    target = Width(hidden_size=36).target_config(LLAMA, config)
+    target = Width(hidden_size=36).target_config(Model(config))
     assert (target["num_attention_heads"], target["num_key_value_heads"]) == (4, 1)
 
 
 def test_head_dim_never_changes() -> None:
     for spec in (Width(), Width(hidden_size=32), Width(num_attention_heads=8)):
-        assert spec.target_config(LLAMA, _config())["head_dim"] == 6
+        assert spec.target_config(Model(_config()))["head_dim"] == 6
 
 
 def test_nothing_else_of_the_config_changes() -> None:
     config = {**_config(), "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
-    target = Width().target_config(LLAMA, config)
+    target = Width().target_config(Model(config))
     changed = {key for key in target if target[key] != config.get(key)}
     assert changed == {*KEYS, "head_dim", "rms_norm_eps"}
 
@@ -115,7 +115,7 @@ def test_nothing_else_of_the_config_changes() -> None:
 )
 def test_refusals_name_key_value_and_what_works(spec: Width, phrases: list[str]) -> None:
     with pytest.raises(RequestError) as error:
-        spec.target_config(LLAMA, _config())
+        spec.target_config(Model(_config()))
     assert "expansion.width" in str(error.value)
     for phrase in phrases:
         assert phrase in str(error.value)
@@ -124,17 +124,18 @@ def test_refusals_name_key_value_and_what_works(spec: Width, phrases: list[str])
 @given(hidden_size=st.integers(25, 200), ffn=st.none() | st.integers(40, 60))
 def test_every_nearest_hidden_size_that_is_named_works(hidden_size: int, ffn: int | None) -> None:
     try:
-        Width(hidden_size=hidden_size, intermediate_size=ffn).target_config(LLAMA, _config())
+        Width(hidden_size=hidden_size, intermediate_size=ffn).target_config(Model(_config()))
     except RequestError as error:
         named = re.findall(r"\d+", str(error).split("nearest:")[1])
         assert named
         for size in named:
-            Width(hidden_size=int(size), intermediate_size=ffn).target_config(LLAMA, _config())
+            Width(hidden_size=int(size), intermediate_size=ffn).target_config(Model(_config()))
 
 
 def test_a_family_whose_heads_need_not_divide_takes_any_hidden_size() -> None:
     family = replace(LLAMA, heads_divide_hidden=False)
-    assert Width(hidden_size=25).target_config(family, _config())["hidden_size"] == 25
+    source = Model(_config(), family)
+    assert Width(hidden_size=25).target_config(source)["hidden_size"] == 25
 
 
 @pytest.mark.parametrize(
@@ -153,16 +154,16 @@ def test_a_family_whose_heads_need_not_divide_takes_any_hidden_size() -> None:
     ],
 )
 def test_the_note_says_what_grows_and_which_heads_stay(spec: Width, note: str) -> None:
-    assert build_steps(_config(), [spec], seed=0)[0].notes == (note,)
+    assert build_steps(Model(_config()), [spec], seed=0)[0].notes == (note,)
 
 
 def test_the_note_says_where_moments_are_a_mean() -> None:
     spread = Width(num_key_value_heads=4, head_strategy="gqa")
-    sizes, moments = build_steps(_config(), [spread], seed=0)[0].notes
+    sizes, moments = build_steps(Model(_config()), [spread], seed=0)[0].notes
     assert sizes == "num_key_value_heads 2 → 4"
     assert "moments of k and v are averaged" in moments
     whole = Width(num_attention_heads=8, head_strategy="gqa")
-    assert build_steps(_config(), [whole], seed=0)[0].notes == ("num_attention_heads 4 → 8",)
+    assert build_steps(Model(_config()), [whole], seed=0)[0].notes == ("num_attention_heads 4 → 8",)
 
 
 @pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
@@ -170,7 +171,7 @@ def test_the_note_says_where_moments_are_a_mean() -> None:
     "spec", [Width(), Width(hidden_size=32), Width(num_attention_heads=6)], ids=str
 )
 def test_parameter_count_as_predicted(spec: Width, is_tied: bool) -> None:
-    target = spec.target_config(LLAMA, _config(is_tied=is_tied))
+    target = spec.target_config(Model(_config(is_tied=is_tied)))
     model = new_model(target, seed=0)
     assert sum(p.numel() for p in model.parameters()) == LLAMA.count_parameters(target)
 
@@ -233,7 +234,7 @@ def test_experts_grow_by_their_own_keys_and_the_rest_by_ratio(
     model_type: str, spec: Width, sizes: dict[str, int]
 ) -> None:
     config = _of_family(model_type)
-    target = spec.target_config(FAMILIES[model_type], config)
+    target = spec.target_config(Model(config))
     assert {key: target[key] for key in sizes} == sizes
     for key in ("num_experts", "num_local_experts", "num_experts_per_tok"):
         assert target[key] == config[key]
@@ -242,8 +243,8 @@ def test_experts_grow_by_their_own_keys_and_the_rest_by_ratio(
 def test_an_experts_size_is_what_must_not_shrink_and_what_the_note_names() -> None:
     config = _of_family("qwen3_moe")
     with pytest.raises(RequestError, match=r"intermediate_size = 11: .* the model's 12; .* 12"):
-        Width(intermediate_size=11).target_config(FAMILIES["qwen3_moe"], config)
-    (step,) = build_steps(config, [Width(intermediate_size=24)], seed=0)
+        Width(intermediate_size=11).target_config(Model(config))
+    (step,) = build_steps(Model(config), [Width(intermediate_size=24)], seed=0)
     assert step.notes == (
         "intermediate_size 40 → 80; moe_intermediate_size 12 → 24; head counts unchanged",
     )
@@ -255,7 +256,7 @@ def test_the_size_of_a_head_is_stated_where_it_would_be_derived(
     model_type: str, stated: int | None
 ) -> None:
     config = _of_family(model_type, head_dim=stated)
-    target = Width(hidden_size=48).target_config(FAMILIES[model_type], config)
+    target = Width(hidden_size=48).target_config(Model(config))
     assert target["head_dim"] == (stated or 6)
 
 
@@ -264,15 +265,15 @@ def test_odd_hidden_sizes_are_refused_where_the_class_refuses_them(model_type: s
     config = _of_family(model_type)
     family = FAMILIES[model_type]
     if not family.heads_divide_hidden:
-        assert Width(hidden_size=25).target_config(family, config)["hidden_size"] == 25
+        assert Width(hidden_size=25).target_config(Model(config))["hidden_size"] == 25
         return
     with pytest.raises(RequestError, match=rf"{model_type} accepts only .*nearest: 28\."):
-        Width(hidden_size=25).target_config(family, config)
+        Width(hidden_size=25).target_config(Model(config))
 
 
 def test_what_gemma_scales_scores_by_stays() -> None:
     config = _of_family("gemma3_text", query_pre_attn_scalar=9)
-    target = Width().target_config(FAMILIES["gemma3_text"], config)
+    target = Width().target_config(Model(config))
     assert target["query_pre_attn_scalar"] == 9
 
 
@@ -300,14 +301,14 @@ def test_what_gemma_scales_scores_by_stays() -> None:
 def test_an_ffn_that_follows_by_ratio_is_rounded(spec: Width, ffn: int, reached: int) -> None:
     sizes = {"hidden_size": 896, "num_attention_heads": 14, "num_key_value_heads": 2}
     config = {**_config(), **sizes, "intermediate_size": ffn, "head_dim": 64}
-    assert spec.target_config(LLAMA, config)["intermediate_size"] == reached
+    assert spec.target_config(Model(config))["intermediate_size"] == reached
 
 
 def test_experts_are_rounded_each_by_its_own_size() -> None:
     sizes = {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 4}
     changes = {"intermediate_size": 2560, "moe_intermediate_size": 704}
     config = _of_family("qwen2_moe", **sizes, **changes, shared_expert_intermediate_size=1000)
-    target = Width(hidden_size=1216).target_config(FAMILIES["qwen2_moe"], config)
+    target = Width(hidden_size=1216).target_config(Model(config))
     assert target["intermediate_size"] == 3072  # 3040
     assert target["moe_intermediate_size"] == 832  # 836
     assert target["shared_expert_intermediate_size"] == round(1000 * 1216 / 1024)
@@ -335,6 +336,6 @@ def test_rounding_never_shrinks_and_stays_near(
 
 def _ffn_or_none(spec: Width, config: Config) -> int | None:
     try:
-        return int(spec.target_config(LLAMA, config)["intermediate_size"])
+        return int(spec.target_config(Model(config))["intermediate_size"])
     except RequestError:
         return None

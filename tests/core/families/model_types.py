@@ -31,7 +31,7 @@ from tritter.core import streamed
 from tritter.core.expansions import ExpansionSpec, LlamaPro, Stack
 from tritter.core.expansions.specification import is_possible
 from tritter.core.expansions.targets import growth_examples
-from tritter.core.families import Config, family_of, find_family
+from tritter.core.families import Config, Model, family_of, find_family
 from tritter.core.families.discovery import DiscoveredFamily
 from tritter.core.families.discovery.family import shallow
 from tritter.core.families.discovery.twin import build_twin
@@ -199,8 +199,10 @@ def _depth(base: Path, grown: Path) -> tuple[str, str]:
 def depth_requests(config: Config) -> Iterator[tuple[ExpansionSpec, str]]:
     """Yield requests of exact growth in depth with their notes, the simplest first."""
     yield LlamaPro(), ""
-    layers = family_of(config).dimensions(config).num_hidden_layers
-    fit = [layer for layer in range(layers) if is_possible(config, LlamaPro(positions=(layer,)))]
+    layers = Model(config).sizes.num_hidden_layers
+    fit = [
+        layer for layer in range(layers) if is_possible(Model(config), LlamaPro(positions=(layer,)))
+    ]
     if 0 < len(fit) < layers:
         others = [layer for layer in range(layers) if layer not in fit]
         note = f"from {fit}" if len(fit) < len(others) else f"without {others}"

@@ -25,9 +25,9 @@ from tritter.core.families import (
     FAMILIES,
     Config,
     Family,
+    Model,
     family_of,
     ffn_size,
-    layout,
     pack_all,
     unpack_all,
 )
@@ -72,14 +72,14 @@ def grown(
     quantity: Quantity,
 ) -> tuple[Config, dict[str, Tensor]]:
     """Return the target and its tensors in memory, with zeros for all new entries."""
-    target = request.target_config(family, config)
-    maps = request.parameter_map(family, config, target, seed=0).tensors
-    values = unpack_all(layout(config, "live"), state)
+    target = request.target_config(Model(config))
+    maps = request.parameter_map(Model(config), Model(target), seed=0).tensors
+    values = unpack_all(Model(config).layout("live"), state)
     mapped = {
         name: map_tensor(replace(each, fill=Fill()), values[str(each.origin)], quantity=quantity)
         for name, each in maps.items()
     }
-    return target, pack_all(layout(target, "live"), mapped)
+    return target, pack_all(Model(target).layout("live"), mapped)
 
 
 @pytest.mark.parametrize("quantity", [Quantity.WEIGHT, Quantity.GRADIENT])
@@ -127,7 +127,7 @@ def test_its_neurons_are_those_of_the_table(
             weights = dict(change.weights({n: p.detach() for n, p in model.named_parameters()}))
             activations = [block.activation(model)(values) for block in blocks]
             grown.append(([replace(b, activation_name="") for b in blocks], activations, weights))
-            assert change.config["ffn_sizes"] == [
+            assert list(change.model.ffn_sizes) == [
                 b.width(model) + 2 * (b.layer > 0) for b in blocks
             ]
     (blocks, activations, weights), (same, others, again) = grown
@@ -168,7 +168,7 @@ def test_gradients_obey_the_map(
     key = key_of(build_twin(shallow(example(model_type))).config.to_dict())
     grown = grown_twin(Width(init=init), key, factors)
     before, after = (gradients(model) for model in (grown.twin.model, grown.model))
-    old, new = layout(grown.source, "live"), layout(grown.target, "live")
+    old, new = grown.source.layout("live"), grown.target.layout("live")
     known, found = unpack_all(old, before), unpack_all(new, after)
     for name, each in grown.parameter_map.tensors.items():
         if name not in known:  # no token of this batch reached it

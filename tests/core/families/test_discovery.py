@@ -34,13 +34,7 @@ from tritter.cli import main, measure
 from tritter.core.expansions import LlamaPro, Width
 from tritter.core.expansions.specification import is_possible
 from tritter.core.expansions.targets import growth_examples
-from tritter.core.families import (
-    FAMILIES,
-    Config,
-    backward_flops,
-    forward_flops,
-    position_limit,
-)
+from tritter.core.families import FAMILIES, Config, Model, backward_flops, forward_flops
 from tritter.core.families.discovery import family
 from tritter.core.families.discovery.configs import deeper_configs
 from tritter.core.families.discovery.family import DiscoveredFamily, discover, shallow
@@ -539,7 +533,7 @@ def test_damaged_results_of_other_growth_are_caught(
     config = read_config(folder)
     deeper = (request for request, _ in depth_requests(config))
     requests = chain(deeper, *growth_examples(config).values())
-    request = next(each for each in requests if is_possible(config, each))
+    request = next(each for each in requests if is_possible(Model(config), each))
     assert not expanded(folder, tmp_path / "grown", request)
 
 
@@ -592,4 +586,4 @@ def test_a_terminal_shows_what_takes_seconds(tmp_path: Path) -> None:
 )
 def test_the_context_length_is_known_by_any_name(model_type: str, limit: int | None) -> None:
     """Without it, a window longer than a table of learned positions would be accepted."""
-    assert position_limit(example(model_type)) == limit
+    assert Model(example(model_type)).position_limit == limit

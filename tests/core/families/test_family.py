@@ -10,18 +10,7 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedModel
 
 from tests import oracle
 from tests.oracle.families import HEADS_DIVIDE_HIDDEN, OWN, SPARSE, final_norm_of, tiny
-from tritter.core.families import (
-    FAMILIES,
-    LLAMA,
-    Config,
-    Port,
-    family_of,
-    layout,
-    llama_config,
-    match,
-    position_limit,
-    positions_key,
-)
+from tritter.core.families import FAMILIES, LLAMA, Config, Model, Port, family_of, llama_config
 from tritter.errors import RequestError, TritterError
 
 VARIANTS = [
@@ -79,12 +68,12 @@ def test_names_in_memory_and_on_disk_are_those_of_the_stock_class(
 ) -> None:
     model, table = tiny(family, **options), FAMILIES[family]
     config = _plain(model)
-    live = {stored.name: stored.shape for stored in layout(config, "live")}
+    live = {stored.name: stored.shape for stored in Model(config).layout("live")}
     assert live == {name: tuple(p.shape) for name, p in model.named_parameters()}
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    assert saved == {stored.name: stored.shape for stored in layout(config, "hub")}
+    assert saved == {stored.name: stored.shape for stored in Model(config).layout("hub")}
     assert table.count_parameters(config) == sum(p.numel() for p in model.parameters())
 
 
@@ -109,7 +98,7 @@ def test_what_a_block_adds_to_the_stream(family: str) -> None:
     config = _plain(model)
     silent = {
         stored.name: -table.norm_offset if part.tensor.axes[0].port is Port.GAIN else 0.0
-        for stored in layout(config, "live")
+        for stored in Model(config).layout("live")
         for part in stored.parts
         if table.branch_output(part.tensor)
     }
@@ -148,7 +137,7 @@ def test_every_axis_lives_in_a_space_and_logical_names_are_unique(
 
 def test_a_tensor_knows_its_kind_its_layer_and_its_expert() -> None:
     config = _plain(tiny("qwen2_moe"))
-    known = {t.name: t for t in family_of(config).logical_tensors(config)}
+    known = {t.name: t for t in Model(config).tensors}
     keys = {name: (t.kind, t.layer, t.expert) for name, t in known.items()}
     assert len(set(keys.values())) == len(keys)
     assert keys["embed"] == ("embed", None, None)
@@ -185,29 +174,29 @@ def test_a_size_that_is_no_whole_number_is_refused(value: object) -> None:
 def test_a_checkpoint_is_matched_in_full() -> None:
     model = oracle.tiny_llama()
     config, names = _plain(model), set(dict(model.named_parameters()))
-    matched = {stored.name: stored.parts[0].tensor for stored in match(config, names)}
+    matched = {stored.name: stored.parts[0].tensor for stored in Model(config).match(names)}
     assert set(matched) == names
     assert matched["model.layers.1.mlp.up_proj.weight"].name == "layers.1.ffn.up"
     with pytest.raises(TritterError, match=r"1 tensors are missing: lm_head\.weight"):
-        match(config, names - {"lm_head.weight"})
+        Model(config).match(names - {"lm_head.weight"})
     with pytest.raises(
         TritterError, match=r"llama does not have: model\.layers\.0\.extra"
     ) as error:
-        match(config, {*names, "model.layers.0.extra"})
+        Model(config).match({*names, "model.layers.0.extra"})
     assert "missing" not in str(error.value)
 
 
 def test_many_wrong_names_are_counted_and_five_are_shown() -> None:
     config = _plain(oracle.tiny_llama())
     with pytest.raises(TritterError, match=r"30 tensors are missing: .*\(25 more\)"):
-        match(config, [])
+        Model(config).match([])
 
 
 def test_a_redundant_tied_head_is_allowed_and_not_counted() -> None:
     config = _plain(oracle.tiny_llama(tie_word_embeddings=True))
     names = {tensor.disk_name for tensor in LLAMA.logical_tensors(config)}
     assert "lm_head.weight" not in names
-    assert {s.name for s in match(config, {*names, "lm_head.weight"})} == names
+    assert {s.name for s in Model(config).match({*names, "lm_head.weight"})} == names
 
 
 @pytest.mark.parametrize("model_type", ["t5", "lama", None])
@@ -242,11 +231,11 @@ def test_llama_config_is_what_transformers_makes_of_it() -> None:
 def test_a_pattern_of_sparse_layers_that_is_none_is_refused(step: object) -> None:
     config = {**_plain(tiny("qwen3_moe")), "decoder_sparse_step": step}
     with pytest.raises(RequestError, match="decoder_sparse_step"):
-        family_of(config).count_parameters(config)
+        assert Model(config).num_parameters
 
 
 def test_the_key_of_the_context_length_is_that_of_the_config() -> None:
     found = {"gpt2": "n_positions", "gptj": "n_positions", "llama": "max_position_embeddings"}
     for name, key in found.items():
         config = AutoConfig.for_model(name).to_dict()
-        assert positions_key(config) == key and position_limit(config) == config[key]
+        assert Model(config).positions_key == key and Model(config).position_limit == config[key]

@@ -20,9 +20,9 @@ from tritter.core.families import (
     Config,
     Flops,
     LogicalTensor,
+    Model,
     backward_flops,
     forward_flops,
-    layout,
     training_flops,
 )
 from tritter.core.families.flops import num_keys
@@ -51,7 +51,7 @@ def counted(work: Callable[[], object]) -> int:
 def train_only(model: PreTrainedModel, is_trained: Callable[[LogicalTensor], bool]) -> None:
     """Set requires_grad for the parameters of trained tensors."""
     config: Config = model.config.to_dict()
-    for stored in layout(config, "live"):
+    for stored in Model(config).layout("live"):
         trained = {is_trained(part.tensor) for part in stored.parts}
         assert len(trained) == 1, f"{stored.name} is trained as a whole or not at all"
         model.get_parameter(stored.name).requires_grad_(trained.pop())

@@ -14,7 +14,7 @@ from tests.oracle import growth as oracle_growth
 from tests.oracle.families import DENSE, SPARSE, generic, tiny
 from tritter.checkpoints.source import Source
 from tritter.core.expansions import ExpansionSpec, LlamaPro, Moe, Stack
-from tritter.core.families import family_of, layout, match, pack_all, unpack_all
+from tritter.core.families import Model, family_of, pack_all, unpack_all
 from tritter.core.models import disk_tensors, live_tensors, load_model, named_tensors, read_config
 from tritter.errors import TritterError
 from tritter.transform import expand
@@ -39,8 +39,8 @@ def test_the_hub_layout_is_what_stock_saves_and_the_live_one_what_it_holds(
     model = tiny(family)
     config = oracle_growth.config_of(model)
     saved = tensors_of(oracle.saved(model, tmp_path / "source"))
-    hub = {stored.name: stored.shape for stored in layout(config, "hub")}
-    live = {stored.name: stored.shape for stored in layout(config, "live")}
+    hub = {stored.name: stored.shape for stored in Model(config).layout("hub")}
+    live = {stored.name: stored.shape for stored in Model(config).layout("live")}
     assert hub == {name: tuple(value.shape) for name, value in saved.items()}
     assert live == {name: tuple(p.shape) for name, p in model.named_parameters()}
     renamed = {"embed_out.weight", "lm_head.weight"} if family == "gpt_neox" else set()
@@ -66,12 +66,12 @@ def test_packing_is_undone_by_unpacking(family: str) -> None:
     model = tiny(family)
     config = oracle_growth.config_of(model)
     table = family_of(config)
-    values = unpack_all(layout(config, "live"), model.state_dict())
+    values = unpack_all(Model(config).layout("live"), model.state_dict())
     assert set(values) == {tensor.name for tensor in table.logical_tensors(config)}
-    again = pack_all(layout(config, "live"), values)
+    again = pack_all(Model(config).layout("live"), values)
     assert all(torch.equal(again[name], model.state_dict()[name]) for name in again)
     one = "layers.2.experts.1.down" if family == "qwen2_moe" else "layers.1.experts.1.down"
-    (alone,) = pack_all(layout(config, "live"), {one: values[one]}).values()
+    (alone,) = pack_all(Model(config).layout("live"), {one: values[one]}).values()
     assert torch.equal(alone[1], values[one])
     assert not bool(alone[0].any()) and not bool(alone[2:].any())
 
@@ -81,17 +81,17 @@ def test_a_checkpoint_of_either_layout_is_matched_in_full(tmp_path: Path, family
     model = tiny(family)
     config = oracle_growth.config_of(model)
     for kind in ("hub", "live"):
-        stored = layout(config, kind)  # type: ignore[arg-type]
+        stored = Model(config).layout(kind)  # type: ignore[arg-type]
         names = {tensor.name for tensor in stored}
-        assert match(config, names) == stored
+        assert Model(config).match(names) == stored
         missing = next(name for name in names if "experts" in name)
         with pytest.raises(TritterError, match="1 tensors are missing") as error:
-            match(config, names - {missing})
+            Model(config).match(names - {missing})
         assert missing in str(error.value)
         with pytest.raises(
             TritterError, match=r"does not have: model\.layers\.0\.mlp\.experts\.extra"
         ):
-            match(config, {*names, "model.layers.0.mlp.experts.extra"})
+            Model(config).match({*names, "model.layers.0.mlp.experts.extra"})
 
 
 SPECS: list[list[ExpansionSpec]] = [[LlamaPro()], [Stack(identity_init=True), LlamaPro()]]

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.oracle.families import DENSE, SPARSE, tiny
-from tritter.core.families import ParameterSelection, family_of
+from tritter.core.families import Model, ParameterSelection
 from tritter.core.models import config_of
 from tritter.errors import RequestError
 
@@ -15,7 +15,7 @@ def test_the_parts_of_a_model_are_all_of_it_once(family: str) -> None:
     is_tied = bool(config["tie_word_embeddings"])
     words = ("embed", "norm", "attention", "ffn", "experts", "router")
     words = words if is_tied else ("head", *words)
-    for tensor in family_of(config).logical_tensors(config):
+    for tensor in Model(config).tensors:
         found = [
             word for word in words if ParameterSelection.read([word]).has(tensor, is_tied=is_tied)
         ]
@@ -24,7 +24,7 @@ def test_the_parts_of_a_model_are_all_of_it_once(family: str) -> None:
 
 def test_words_mean_what_they_say() -> None:
     config = config_of(tiny("llama", num_hidden_layers=5, tie_word_embeddings=True))
-    tensors = family_of(config).logical_tensors(config)
+    tensors = Model(config).tensors
 
     def names(*words: str | int) -> set[str]:
         selection = ParameterSelection.read(words)

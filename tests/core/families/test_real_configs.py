@@ -6,7 +6,7 @@ import pytest
 
 from tests.core.families.model_types import example
 from tritter.core.expansions import LlamaPro, MoeAdd, Width, target_config
-from tritter.core.families import Config, count_parameters, family_of, ffn_size
+from tritter.core.families import Config, Model, family_of, ffn_size
 from tritter.errors import RequestError
 
 # Model → its type, what differs from the defaults of the class, and its billions of parameters
@@ -103,8 +103,8 @@ def config_of(model: str) -> Config:
 @pytest.mark.parametrize("model", MODELS)
 def test_a_published_model_grows_on_the_meta_device(model: str) -> None:
     config, billions = config_of(model), MODELS[model][2]
-    assert count_parameters(config) / 1e9 == pytest.approx(billions, rel=0.01)
-    sizes = family_of(config).dimensions(config)
+    assert Model(config).num_parameters / 1e9 == pytest.approx(billions, rel=0.01)
+    sizes = Model(config).sizes
     wide = family_of(config).widened(config).dimensions(config)
     requests: list[LlamaPro | Width] = [
         LlamaPro(target_layers=2 * sizes.num_hidden_layers),
@@ -121,7 +121,10 @@ def test_a_published_model_grows_on_the_meta_device(model: str) -> None:
         with pytest.raises(RequestError, match="hidden_size"):
             target_config(config, [requests.pop()])
     for request in requests:  # each is verified at the sizes of a twin
-        assert count_parameters(target_config(config, [request])) > 1.3 * count_parameters(config)
+        assert (
+            Model(target_config(config, [request])).num_parameters
+            > 1.3 * Model(config).num_parameters
+        )
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from tritter.core.expansions import (
     Width,
     build_steps,
 )
-from tritter.core.families import Config, llama_config
+from tritter.core.families import Config, Model, llama_config
 
 SCRIPT = """
 from tests.core.parameter_map.test_digest import digest
@@ -40,7 +40,7 @@ def config() -> Config:
 
 
 def digest(spec: ExpansionSpec, *, seed: int = 0) -> str:
-    return build_steps(config(), [spec], seed=seed)[0].parameter_map.digest()
+    return build_steps(Model(config()), [spec], seed=seed)[0].parameter_map.digest()
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from tritter.core.expansions import Width, build_steps
-from tritter.core.families import LLAMA, Config, family_of
+from tritter.core.families import LLAMA, Config, Model, family_of
 from tritter.core.parameter_map import ParameterMap, Quantity, map_tensor
 
 Block = list[list[float]]
@@ -105,7 +105,7 @@ def _config(*, is_tied: bool) -> Config:
 
 
 def _map(spec: Width, *, is_tied: bool) -> ParameterMap:
-    return build_steps(_config(is_tied=is_tied), [spec], seed=0)[0].parameter_map
+    return build_steps(Model(_config(is_tied=is_tied)), [spec], seed=0)[0].parameter_map
 
 
 def _kind(name: str) -> str:
@@ -208,7 +208,7 @@ def _old_entries(ones: Tensor) -> Tensor:
 
 def test_random_fills_differ_from_tensor_to_tensor_and_follow_the_seed() -> None:
     first, again = _map(Width(), is_tied=False), _map(Width(), is_tied=False)
-    other = build_steps(_config(is_tied=False), [Width()], seed=1)[0].parameter_map
+    other = build_steps(Model(_config(is_tied=False)), [Width()], seed=1)[0].parameter_map
     fills = {
         name: map_tensor(first.tensors[name], ones)
         for name, ones in _ones(is_tied=False)
@@ -255,7 +255,7 @@ def test_net2net_to_two_and_a_half_times_pads_the_remainder() -> None:
     ],
 )
 def test_eps_follows_the_mean_square(spec: Width, eps: float) -> None:
-    target = spec.target_config(LLAMA, _config(is_tied=False))
+    target = spec.target_config(Model(_config(is_tied=False)))
     assert target["rms_norm_eps"] == pytest.approx(eps, rel=1e-12)
 
 
@@ -340,7 +340,7 @@ def _of_family(model_type: str, *, is_tied: bool) -> Config:
 def _factors(spec: Width, config: Config) -> Iterator[tuple[str, Tensor, dict[Quantity, Tensor]]]:
     """Yield kind, a tensor of ones and its mapped values without offsets."""
     family = family_of(config)
-    maps = build_steps(config, [spec], seed=0)[0].parameter_map.tensors
+    maps = build_steps(Model(config), [spec], seed=0)[0].parameter_map.tensors
     shapes = family.shapes(config)
     for tensor in family.logical_tensors(config):
         tensor_map = maps[tensor.name]
@@ -405,7 +405,7 @@ def test_gemma_fresh_scales_embedding_queries_keys_and_gains(is_tied: bool) -> N
 
 def test_each_expert_has_neurons_of_its_own() -> None:
     config = _of_family("qwen2_moe", is_tied=False)
-    tensors = build_steps(config, [Width(init="net2net")], seed=0)[0].parameter_map.tensors
+    tensors = build_steps(Model(config), [Width(init="net2net")], seed=0)[0].parameter_map.tensors
     for expert in range(3):
         stem = f"layers.0.experts.{expert}."
         gate, up, down = (

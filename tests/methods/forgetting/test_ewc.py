@@ -82,7 +82,7 @@ def carried_fisher(
     plan: PlannedExpansion, fisher: dict[str, Tensor], kind: str = "fisher"
 ) -> dict[str, Tensor]:
     """Return logical name → the Fisher mapped through the plan; new parameters are absent."""
-    values = {t.name: fisher[t.disk_name] for t in LLAMA.logical_tensors(plan.config)}
+    values = {t.name: fisher[t.disk_name] for t in LLAMA.logical_tensors(plan.source.config)}
     for step in plan.steps:
         maps = step.parameter_map.tensors
         values = {
@@ -113,7 +113,7 @@ def test_what_an_expansion_adds_does_not_dilute_the_mean(tmp_path: Path) -> None
     fisher = diagonal_fisher(model, oracle.tokens(batch=4))
     plan = plan_expansion(source, specs)
     values = carried_fisher(plan, fisher)
-    named = {t.disk_name: values[t.name] for t in LLAMA.logical_tensors(plan.target_config)}
+    named = {t.disk_name: values[t.name] for t in LLAMA.logical_tensors(plan.target.config)}
     before = pulls(model, task_with(model, fisher))
     carried = plan.change.masks()
     told = replace(task_with(wide, named), state_before={"fisher": fisher})
@@ -172,7 +172,7 @@ def test_the_mapped_fisher_is_that_of_the_expanded_model(tmp_path: Path) -> None
     plan = plan_expansion(source, specs)
     values = carried_fisher(plan, fisher)
     compared = 0
-    for tensor in LLAMA.logical_tensors(plan.target_config):
+    for tensor in LLAMA.logical_tensors(plan.target.config):
         if tensor.name in values:
             theirs = own[tensor.disk_name]
             assert float((values[tensor.name] - theirs).norm() / theirs.norm()) < 1e-3, tensor.name

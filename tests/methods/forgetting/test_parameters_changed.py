@@ -56,7 +56,7 @@ def test_a_method_that_followed_pulls_as_one_begun_on_the_grown_model(
     state = {
         kind: {
             t.disk_name: value
-            for t in LLAMA.logical_tensors(plan.target_config)
+            for t in LLAMA.logical_tensors(plan.target.config)
             if (value := carried_fisher(plan, fisher, kind).get(t.name)) is not None
         }
         for kind in state

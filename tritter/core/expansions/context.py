@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from tritter.core.families import Config, Family, position_limit
+from tritter.core.families import Config, Family, Model
 from tritter.errors import Problem, RequestError, brief, refused
 from tritter.limits import MAX_POSITIONS
 from tritter.options import options
@@ -46,18 +46,18 @@ class Context:
     target_length: Annotated[int, Field(ge=2, le=MAX_POSITIONS)] | None = None
     method: Literal["base", "yarn"] = "yarn"
 
-    def target_config(self, family: Family, config: Config) -> Config:
+    def target_config(self, source: Model) -> Config:
         """Return the config with more positions.
 
         Raises:
             RequestError: the model has no rotary embeddings of a known kind, or the target is not
                 longer than its context.
         """
-        config = _with_rotations(family, config)
-        old = position_limit(config)
+        source = _with_rotations(source)
+        family, config, old = source.family, source.config, source.position_limit
         assert old is not None
-        layers = range(family.dimensions(config).num_hidden_layers)
-        windows = [family.attention_window(config, layer) or inf for layer in layers]
+        layers = range(source.sizes.num_hidden_layers)
+        windows = [source.attention_window(layer) or inf for layer in layers]
         new = self.target_length or _FACTOR * old
         if new <= old:
             reason = f"the model already has {family.positions_key} = {old}; must be more"
@@ -77,7 +77,7 @@ class Context:
             else:
                 changed["rope_parameters"] = scaled
         if self.method == "yarn" and config.get("head_dim", 0) is None:  # which yarn multiplies
-            changed["head_dim"] = family.dimensions(config).head_dim
+            changed["head_dim"] = source.sizes.head_dim
         return {**config, **changed}
 
     def _scale(
@@ -125,30 +125,28 @@ class Context:
         growth = (new / old) ** (dimensions / (dimensions - 2))
         return {**parameters, "rope_theta": parameters["rope_theta"] * growth}
 
-    def parameter_map(
-        self, family: Family, source: Config, target: Config, *, seed: int
-    ) -> ParameterMap:
+    def parameter_map(self, source: Model, target: Model, *, seed: int) -> ParameterMap:
         """Return the identity: rotary embeddings have no weights."""
         from tritter.core.parameter_map import ParameterMap
 
         return ParameterMap.identity(
-            (tensor.name for tensor in family.logical_tensors(source)),
-            num_layers=family.dimensions(source).num_hidden_layers,
+            (tensor.name for tensor in source.tensors),
+            num_layers=source.sizes.num_hidden_layers,
         )
 
-    def notes(self, family: Family, source: Config, target: Config) -> tuple[str, ...]:
-        old, new = position_limit(source), position_limit(target)
+    def notes(self, source: Model, target: Model) -> tuple[str, ...]:
+        old, new = source.position_limit, target.position_limit
         assert old is not None and new is not None
-        notes = [f"{old:,} → {new:,} positions; {_change(target, source)}"]
-        layers = range(family.dimensions(target).num_hidden_layers)
-        windows = [family.attention_window(target, layer) for layer in layers]
+        notes = [f"{old:,} → {new:,} positions; {_change(target.config, source.config)}"]
+        layers = range(target.sizes.num_hidden_layers)
+        windows = [target.attention_window(layer) for layer in layers]
         if local := [window for window in windows if window is not None and window < new]:
             notes.append(
                 f"{len(local)} of {len(layers)} layers attend to the last {max(local):,} tokens "
                 "only; the expansion keeps their windows"
             )
-        if family.has_table:
-            before, after = (_cache_bytes(family, each) for each in (source, target))
+        if source.family.has_table:
+            before, after = map(_cache_bytes, (source, target))
             notes.append(
                 f"the key/value cache of one full sequence in 16 bits grows from "
                 f"{before / 1e6:,.1f} to {after / 1e6:,.1f} MB"
@@ -156,10 +154,10 @@ class Context:
         return tuple(notes)
 
 
-def _cache_bytes(family: Family, config: Config) -> int:
+def _cache_bytes(model: Model) -> int:
     """Return the bytes of the keys and values of one sequence of full length, in 16 bits."""
-    sizes, length = family.dimensions(config), position_limit(config) or 0
-    windows = (family.attention_window(config, n) for n in range(sizes.num_hidden_layers))
+    sizes, length = model.sizes, model.position_limit or 0
+    windows = (model.attention_window(n) for n in range(sizes.num_hidden_layers))
     kept = sum(min(length, window or length) for window in windows)
     return 2 * 2 * kept * sizes.num_key_value_heads * sizes.head_dim
 
@@ -176,17 +174,20 @@ def _rotary_dimensions(config: Config, parameters: Mapping[str, Any]) -> int:
     return int(size * (1.0 if share is None else share))
 
 
-def _with_rotations(family: Family, config: Config) -> Config:
-    """Return a config with its rotary parameters, by default as its class sets them."""
+def _with_rotations(source: Model) -> Model:
+    """Return a model with its rotary parameters, by default as its class sets them."""
+    config, family = source.config, source.family
     if not isinstance(config.get("rope_parameters"), Mapping) and not _has_positions(family):
         from tritter.core.families.discovery.configs import complete  # imports transformers
 
         # Keys of earlier releases (rope_theta, rope_scaling) become rope_parameters
-        config = {**complete(config), **{k: config[k] for k in ("architectures",) if k in config}}
+        kept = {key: config[key] for key in ("architectures",) if key in config}
+        source = source.changed({**complete(config), **kept})
+        config = source.config
     reason = ""
     if not _parameters(config) or config.get("alibi"):
         reason = f"{family.model_type} has no rotary embeddings that config.json could scale"
-    elif position_limit(config) is None:
+    elif source.position_limit is None:
         reason = f"config.json of {family.model_type} does not set {family.positions_key}"
     elif damage := _damage(_scaled(_parameters(config))):
         reason = f"config.json: {damage}"
@@ -194,7 +195,7 @@ def _with_rotations(family: Family, config: Config) -> Config:
         reason = "it has rotary embeddings in layers with a window only, which need no longer ones"
     if reason:
         raise RequestError(Problem(_KEY, reason=reason))
-    return config
+    return source
 
 
 def _has_positions(family: Family) -> bool:

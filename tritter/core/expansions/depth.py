@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, PlainValidator, WithJsonSchema
 
-from tritter.core.families import Config, Family, Port, logical_name
+from tritter.core.families import Config, Model, Port, logical_name
 from tritter.core.parameter_map import AxisFactor, ParameterMap, TensorMap
 from tritter.errors import Problem, RequestError, key_name, refused, show
 from tritter.limits import MAX_LAYERS
@@ -57,38 +57,37 @@ class CopiedLayers(ABC):
         """
         return repeated_layers(sources) if self.is_exact else frozenset()
 
-    def target_config(self, family: Family, config: Config) -> Config:
+    def target_config(self, source: Model) -> Config:
         method = getattr(self, "name", "depth")
-        if family.layer_index_key and config.get(family.layer_index_key):
+        family = source.family
+        if family.layer_index_key and source.config.get(family.layer_index_key):
             reason = (
                 f"config.json has {family.layer_index_key} = true: each layer of this "
-                f"{family.model_type} divides its attention scores by its index, so a moved layer "
+                f"{source.model_type} divides its attention scores by its index, so a moved layer "
                 "would change its function; grow the width instead"
             )
             raise RequestError(Problem(f"expansion.{method}", reason=reason))
-        sources = self.layer_sources(family.dimensions(config).num_hidden_layers)
+        sources = self.layer_sources(source.sizes.num_hidden_layers)
         identities = self.identity_layers(sources)
         copied = {sources[layer] for layer in identities}
-        if copied and (reason := family.inexact_reason(config, copied)):
+        if copied and (reason := family.inexact_reason(source.config, copied)):
             raise RequestError(Problem(f"expansion.{method}", reason=reason))
-        return family.with_layers(config, sources, identities or None)
+        return family.with_layers(source.config, sources, identities or None)
 
-    def parameter_map(
-        self, family: Family, source: Config, target: Config, *, seed: int
-    ) -> ParameterMap:
+    def parameter_map(self, source: Model, target: Model, *, seed: int) -> ParameterMap:
         """Return the map from the tensors of each source layer to its target layers."""
-        layers = family.dimensions(source).num_hidden_layers
+        family, layers = source.family, source.sizes.num_hidden_layers
         sources = self.layer_sources(layers)
         identities = self.identity_layers(sources)
         other = target
         if len(sources) == layers:  # the shapes do not show what has a block per layer
             try:
-                other = family.with_layers(source, [layers - 1])
+                other = source.changed(family.with_layers(source.config, [layers - 1]))
             except RequestError:  # no config has this layer alone
-                other = family.with_layers(source, [0])
-        shapes, other_shapes = family.shapes(source), family.shapes(other)
+                other = source.changed(family.with_layers(source.config, [0]))
+        shapes, other_shapes = source.shapes, other.shapes
         tensors: dict[str, TensorMap] = {}
-        for tensor in family.logical_tensors(target):
+        for tensor in target.tensors:
             if tensor.layer is None:
                 sizes, others = shapes[tensor.name], other_shapes[tensor.name]
                 axes = _axes_of_layers(sizes, others, layers, sources, identities)
@@ -114,7 +113,7 @@ class CopiedLayers(ABC):
             )
         return ParameterMap(tensors=tensors, layer_sources=sources)
 
-    def notes(self, family: Family, source: Config, target: Config) -> tuple[str, ...]:
+    def notes(self, source: Model, target: Model) -> tuple[str, ...]:
         return ()
 
 
@@ -231,9 +230,9 @@ class Stack(CopiedLayers):
             )
         return tuple(layer % layers for layer in range(target))
 
-    def notes(self, family: Family, source: Config, target: Config) -> tuple[str, ...]:
-        layers = family.dimensions(source).num_hidden_layers
-        rest = family.dimensions(target).num_hidden_layers % layers
+    def notes(self, source: Model, target: Model) -> tuple[str, ...]:
+        layers = source.sizes.num_hidden_layers
+        rest = target.sizes.num_hidden_layers % layers
         return (f"the last copy is partial: {rest} of {layers} layers",) if rest else ()
 
 
@@ -265,11 +264,11 @@ class Interpolate(CopiedLayers):
         repeated = {(2 * copy + 1) * (layers - 1) // (2 * rest) for copy in range(rest)}
         return tuple(n for n in range(layers) for _ in range(times + (n in repeated)))
 
-    def notes(self, family: Family, source: Config, target: Config) -> tuple[str, ...]:
-        layers = family.dimensions(source).num_hidden_layers
+    def notes(self, source: Model, target: Model) -> tuple[str, ...]:
+        layers = source.sizes.num_hidden_layers
         if self.target_layers is not None or layers % 2 == 0:
             return ()
-        rounded = family.dimensions(target).num_hidden_layers
+        rounded = target.sizes.num_hidden_layers
         return (f"1.5 times {layers} layers are {1.5 * layers:g}, rounded up to {rounded}",)
 
 
@@ -373,8 +372,8 @@ class Layers(CopiedLayers):
                 raise refused("expansion.layers.identity", layer, reason)
         return sources
 
-    def notes(self, family: Family, source: Config, target: Config) -> tuple[str, ...]:
-        layers = family.dimensions(source).num_hidden_layers
+    def notes(self, source: Model, target: Model) -> tuple[str, ...]:
+        layers = source.sizes.num_hidden_layers
         sources = self.layer_sources(layers)
         dropped = sorted(set(range(layers)) - set(self._kept(sources)))
         found = {

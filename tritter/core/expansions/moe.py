@@ -36,8 +36,7 @@ from tritter.core.families import (
     Config,
     Family,
     LogicalTensor,
-    family_of,
-    ffn_sizes,
+    Model,
     logical_name,
 )
 from tritter.core.parameter_map import AxisFactor, Fill, ParameterMap, TensorMap
@@ -121,9 +120,9 @@ class Moe:
     def chosen_experts(self) -> int:
         return self.experts_per_token or _DEFAULT_COPIES_PER_TOKEN * self.granularity
 
-    def target_config(self, family: Family, config: Config) -> Config:
-        partner, dimensions = partner_of(family, self.target), family.dimensions(config)
-        if widths := ffn_sizes(config):
+    def target_config(self, source: Model) -> Config:
+        partner, dimensions = partner_of(source.family, self.target), source.sizes
+        if widths := source.ffn_sizes:
             raise RequestError(
                 Problem(
                     "expansion.moe",
@@ -156,47 +155,43 @@ class Moe:
             reason = "Tritter does not support it for glm4_moe; use true"
             if partner == "mixtral":
                 reason = "mixtral always renormalises; use true"
-            ways = {"qwen2_moe", "qwen3_moe"}.intersection(PARTNERS[family.model_type])
+            ways = {"qwen2_moe", "qwen3_moe"}.intersection(PARTNERS[source.model_type])
             reason += "".join(f", or {key_name('expansion.moe.target')}={way}" for way in ways)
             raise refused("expansion.moe.norm_topk_prob", False, reason)
         counts = {"num_experts": total, "experts_per_token": chosen, "expert_size": size}
-        changed = partner_config(family, config, partner, counts, dense_layers)
+        changed = partner_config(source, partner, counts, dense_layers)
         if partner == "mixtral":  # has no such key
             return changed
         pieces_of_shared = {"n_shared_experts": pieces} if partner == "glm4_moe" else {}
         return {**changed, "norm_topk_prob": self.norm_topk_prob, **pieces_of_shared}
 
-    def parameter_map(
-        self, family: Family, source: Config, target: Config, *, seed: int
-    ) -> ParameterMap:
+    def parameter_map(self, source: Model, target: Model, *, seed: int) -> ParameterMap:
         if self.experts_from is not None:
             reason = "it reads other checkpoints, so it needs a folder to compare them with"
             raise RequestError(Problem("expansion.moe.experts_from", reason=reason))
-        partner = family_of(target)
         copies = Copies(
             self,
-            partner,
-            partner.shapes(target),
+            target.family,
+            target.shapes,
             seed,
-            width=family.dimensions(source).intermediate_size,
-            names={tensor.disk_name: tensor.name for tensor in family.logical_tensors(source)},
+            width=source.sizes.intermediate_size,
+            names={tensor.disk_name: tensor.name for tensor in source.tensors},
         )
         return ParameterMap(
-            tensors={t.name: copies.tensor_map(t) for t in partner.logical_tensors(target)},
-            layer_sources=tuple(range(partner.dimensions(target).num_hidden_layers)),
+            tensors={t.name: copies.tensor_map(t) for t in target.tensors},
+            layer_sources=tuple(range(target.sizes.num_hidden_layers)),
         )
 
-    def notes(self, family: Family, source: Config, target: Config) -> tuple[str, ...]:
-        partner = family_of(target)
-        dimensions = partner.dimensions(target)
-        size = family.dimensions(source).intermediate_size // self.granularity
-        active, total = partner.count_active_parameters(target), partner.count_parameters(target)
+    def notes(self, source: Model, target: Model) -> tuple[str, ...]:
+        dimensions = target.sizes
+        size = source.sizes.intermediate_size // self.granularity
+        active, total = target.num_active_parameters, target.num_parameters
         notes = [
-            f"{family.model_type} → {partner.model_type}: {dimensions.num_experts} experts per "
+            f"{source.model_type} → {target.model_type}: {dimensions.num_experts} experts per "
             f"layer, {dimensions.experts_per_token} per token; {active:,} of {total:,} parameters "
             "are active per token"
         ]
-        if partner.model_type in SHARED and self.experts_from is None:
+        if target.model_type in SHARED and self.experts_from is None:
             notes.append(
                 "the shared expert replaces the FFN and the routed experts start with zero output, "
                 "so the function is preserved at step 0, with any noise"
@@ -204,7 +199,7 @@ class Moe:
         dense = self._dense_layers(dimensions.num_hidden_layers)
         if dense:
             notes.append(f"dense layers: {', '.join(map(str, dense))}")
-        if not self.norm_topk_prob and partner.model_type not in SHARED:
+        if not self.norm_topk_prob and target.model_type not in SHARED:
             notes.append(
                 f"outputs of experts are scaled by {self.output_scale:g}: an evenly routed layer "
                 "computes the FFN, a token with other routing a multiple of it"

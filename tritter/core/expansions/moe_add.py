@@ -15,7 +15,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from tritter.core.expansions.specification import ExpansionSpec
-from tritter.core.families import Config, Family, LogicalTensor, logical_name
+from tritter.core.families import Config, LogicalTensor, Model, logical_name
 from tritter.core.parameter_map import AxisFactor, AxisMap, Fill, ParameterMap, TensorMap
 from tritter.errors import Problem, RequestError, key_name, refused, setting
 from tritter.limits import MAX_EXPERTS
@@ -93,14 +93,12 @@ class MoeAdd:
             )
             yield Problem(key, self.init, reason=reason)
 
-    def target_config(self, family: Family, config: Config) -> Config:
-        layers = sparse_layers(family, config)
-        size = family.dimensions(config)
+    def target_config(self, source: Model) -> Config:
+        layers = sparse_layers(source)
+        size, family = source.sizes, source.family
         self._check_options(size.num_experts, len(layers))
         if self.is_append and not family.has_table:
-            reason = (
-                f"it needs a table of the family, and {family.model_type} has none; use replicate"
-            )
+            reason = f"it needs a table, and {source.model_type} has none; use replicate"
             raise refused("expansion.moe_add.addition", "append", reason)
         if self.is_append:
             added = self.num_experts or _DEFAULT_APPENDED
@@ -112,7 +110,8 @@ class MoeAdd:
                     f"{size.experts_per_token} of the new experts; must be at least "
                     f"{size.experts_per_token}",
                 )
-            return family.with_experts(config, size.num_experts + added, size.experts_per_token)
+            total = size.num_experts + added
+            return family.with_experts(source.config, total, size.experts_per_token)
         if self.num_experts not in (None, size.num_experts):
             addition = key_name("expansion.moe_add.addition")
             raise refused(
@@ -121,11 +120,10 @@ class MoeAdd:
                 f"{addition}=replicate doubles the {size.num_experts} experts, so it adds "
                 f"{size.num_experts}; {addition}=append adds any number",
             )
-        return family.with_experts(config, 2 * size.num_experts, 2 * size.experts_per_token)
+        chosen = 2 * size.experts_per_token
+        return family.with_experts(source.config, 2 * size.num_experts, chosen)
 
-    def parameter_map(
-        self, family: Family, source: Config, target: Config, *, seed: int
-    ) -> ParameterMap:
+    def parameter_map(self, source: Model, target: Model, *, seed: int) -> ParameterMap:
         if self.is_chosen_by_data:
             raise refused(
                 "expansion.moe_add.init",
@@ -133,12 +131,12 @@ class MoeAdd:
                 "domain data selects the expert, so it needs a run of train.py, or "
                 f"--domain-data; or use clone with {key_name('expansion.moe_add.clone_from')}",
             )
-        layers, chosen = sparse_layers(family, source), self.clone_from or (0,)
+        layers, chosen = sparse_layers(source), self.clone_from or (0,)
         experts = chosen if len(chosen) > 1 else chosen * len(layers)
         cloned: dict[int | None, int] = dict(zip(layers, experts, strict=True))
-        old, new = (family.dimensions(config).num_experts for config in (source, target))
-        tensors, shapes = dict[str, TensorMap](), family.shapes(target)
-        for tensor in family.logical_tensors(target):
+        old, new = (model.sizes.num_experts for model in (source, target))
+        tensors, shapes = dict[str, TensorMap](), target.shapes
+        for tensor in target.tensors:
             name = tensor.name
             if not self.is_append:
                 rows = shapes[name][0] if tensor.axes else 1
@@ -150,7 +148,7 @@ class MoeAdd:
             else:
                 clone = cloned[tensor.layer]
                 tensors[name] = self._appended(tensor, clone, old, shapes[name], seed)
-        num_layers = family.dimensions(source).num_hidden_layers
+        num_layers = source.sizes.num_hidden_layers
         return ParameterMap(tensors=tensors, layer_sources=tuple(range(num_layers)))
 
     def _replicated(
@@ -224,9 +222,9 @@ class MoeAdd:
                 fill = Fill("matched", seed=derived_seed(seed, "fill", name))
         return TensorMap(name, (AxisFactor.writes_nonlinear(routes), None), fill=fill)
 
-    def notes(self, family: Family, source: Config, target: Config) -> tuple[str, ...]:
-        old, new = family.dimensions(source), family.dimensions(target)
-        before, after = (family.count_active_parameters(config) for config in (source, target))
+    def notes(self, source: Model, target: Model) -> tuple[str, ...]:
+        old, new = source.sizes, target.sizes
+        before, after = (model.num_active_parameters for model in (source, target))
         grown = f"experts {old.num_experts} → {new.num_experts}"
         if self.is_append:
             return (
@@ -281,17 +279,17 @@ class MoeAdd:
             raise refused("expansion.moe_add.clone_from", list(donors), reason)
 
 
-def sparse_layers(family: Family, config: Config) -> tuple[int, ...]:
+def sparse_layers(source: Model) -> tuple[int, ...]:
     """Return the layers that have experts.
 
     Raises:
         RequestError: no layer has experts.
     """
-    kinds = family.layer_kinds(config)
+    kinds = source.layer_kinds
     sparse = tuple(layer for layer, kind in enumerate(kinds) if kind == "sparse")
     if not sparse:
-        reason = f"this {family.model_type} model has no experts"
-        if family.has_table:
+        reason = f"this {source.model_type} model has no experts"
+        if source.family.has_table:
             reason += f"; apply moe first ({setting('expansion', ['moe', 'moe_add'])})"
         raise RequestError(Problem("expansion.moe_add", reason=reason))
     return sparse

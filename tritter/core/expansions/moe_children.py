@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from tritter.core.families import Config, Family, LogicalTensor, family_of, logical_name
+from tritter.core.families import Config, LogicalTensor, Model, logical_name
 from tritter.core.parameter_map import Fill, ParameterMap, TensorMap
 from tritter.errors import Problem, RequestError, key_name
 from tritter.limits import MAX_EXPERTS
@@ -110,20 +110,17 @@ class BoundMoe:
     is_exact: ClassVar[bool] = False
     new_blocks_only: ClassVar[bool] = False
 
-    def target_config(self, family: Family, config: Config) -> Config:
-        target: Config = self.options.target_config(family, config)
+    def target_config(self, source: Model) -> Config:
+        target: Config = self.options.target_config(source)
         return target
 
-    def parameter_map(
-        self, family: Family, source: Config, target: Config, *, seed: int
-    ) -> ParameterMap:
+    def parameter_map(self, source: Model, target: Model, *, seed: int) -> ParameterMap:
         """Return the map in which the experts are the FFNs of the children."""
-        partner = family_of(target)
-        layers, shapes = partner.dimensions(target).num_hidden_layers, partner.shapes(target)
+        layers, shapes = target.sizes.num_hidden_layers, target.shapes
         return ParameterMap(
             tensors={
                 tensor.name: self._tensor_map(tensor, shapes[tensor.name], seed)
-                for tensor in partner.logical_tensors(target)
+                for tensor in target.tensors
             },
             layer_sources=tuple(range(layers)),
         )
@@ -149,10 +146,10 @@ class BoundMoe:
             return TensorMap(source=tensor.name)
         return _other_map(shape, self.shared, tensor.name)
 
-    def dense_map(self, family: Family, config: Config) -> ParameterMap:
+    def dense_map(self, source: Model) -> ParameterMap:
         """Return the map to the dense model in between: its FFNs are the mean of the experts."""
-        tensors, shapes = {}, family.shapes(config)
-        for tensor in family.logical_tensors(config):
+        tensors, shapes = {}, source.shapes
+        for tensor in source.tensors:
             has_experts = self.options.layers is None or tensor.layer in self.options.layers
             is_mixed = has_experts and tensor.kind.startswith("ffn.")
             of = self.experts if is_mixed else self.shared
@@ -161,9 +158,9 @@ class BoundMoe:
             tensors[tensor.name] = (
                 TensorMap(source=tensor.name) if is_source else _other_map(shape, of, tensor.name)
             )
-        return ParameterMap(tensors, tuple(range(family.dimensions(config).num_hidden_layers)))
+        return ParameterMap(tensors, tuple(range(source.sizes.num_hidden_layers)))
 
-    def notes(self, family: Family, source: Config, target: Config) -> tuple[str, ...]:
+    def notes(self, source: Model, target: Model) -> tuple[str, ...]:
         names = ", ".join(child.name for child in self.experts)
         if not self.shared:
             shared = "the source"
@@ -175,7 +172,7 @@ class BoundMoe:
             else "for no model in the list"
         )
         return (
-            *self.options.notes(family, source, target),
+            *self.options.notes(source, target),
             f"experts from {names}; attention, norms, embeddings and head from {shared}",
             f"the function is preserved {kept}",
             *self.remarks,

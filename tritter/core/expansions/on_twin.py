@@ -12,10 +12,8 @@ from torch import nn
 from tritter.core.families import (
     Config,
     Dimensions,
-    Family,
-    family_of,
+    Model,
     ffn_size,
-    layout,
     pack_all,
     unpack_all,
 )
@@ -34,13 +32,13 @@ from tritter.core.parameter_map import AxisFactor, Fill, ParameterMap, TensorMap
 from tritter.errors import Problem, RequestError, TritterError, key_name
 
 
-def check_on_twin(spec: Any, family: Family, config: Config, target: Config) -> None:
+def check_on_twin(spec: Any, source: Model, target: Model) -> None:
     """Refuse growth in width, or of experts, that changes the function of a twin.
 
     Raises:
         RequestError: the growth changes the logits of the twin, or the control does not.
     """
-    old, new = family.dimensions(config), family.dimensions(target)
+    old, new = source.sizes, target.sizes
     before, after = _sizes(old), _sizes(new)
     factors = tuple(
         (name, 2.0 if after[name] % size == 0 else 1.5)
@@ -48,9 +46,9 @@ def check_on_twin(spec: Any, family: Family, config: Config, target: Config) -> 
         if after[name] != size
     )
     plain = replace(spec, noise=0.0, **(dict.fromkeys(before) if factors else {}))
-    grown, control = logit_changes(plain, key_of(config), factors)
+    grown, control = logit_changes(plain, key_of(source.config), factors)
     if not grown <= TOLERANCE:
-        reason = f"the logits of a small {family.model_type} change by {grown:.1e}"
+        reason = f"the logits of a small {source.model_type} change by {grown:.1e}"
         if new.hidden_size != old.hidden_size and getattr(spec, "init", "") in (
             "fresh",
             "zero_pad",
@@ -62,7 +60,7 @@ def check_on_twin(spec: Any, family: Family, config: Config, target: Config) -> 
         raise RequestError(Problem(f"expansion.{spec.name}", reason=reason))
     if not control > TOLERANCE:
         raise RequestError(
-            f"config.json: {spec.name} could not be verified on a small {family.model_type}: no "
+            f"config.json: {spec.name} could not be verified on a small {source.model_type}: no "
             "change of the grown weights changes the logits"
         )
 
@@ -119,23 +117,23 @@ class GrownTwin:
 
     Args:
         twin: before the growth.
-        source: its config.
-        target: config of the grown model.
+        source: its shapes.
+        target: the shapes of the grown model.
         parameter_map: of the growth.
         model: stock model of the target, with the mapped weights.
     """
 
     twin: Twin
-    source: Config
-    target: Config
+    source: Model
+    target: Model
     parameter_map: ParameterMap
     model: nn.Module
 
     def load(self, maps: Mapping[str, TensorMap]) -> None:
         """Load the weights that some maps make of the twin's."""
-        values = unpack_all(layout(self.source, "live"), self.twin.model.state_dict())
+        values = unpack_all(self.source.layout("live"), self.twin.model.state_dict())
         grown = {name: mapped(each, values.__getitem__) for name, each in maps.items()}
-        self.model.load_state_dict(pack_all(layout(self.target, "live"), grown), strict=False)
+        self.model.load_state_dict(pack_all(self.target.layout("live"), grown), strict=False)
 
     def change(self) -> float:
         """Return the largest change of the logits."""
@@ -155,26 +153,25 @@ def grown_twin(spec: Any, key: Key, factors: tuple[tuple[str, float], ...]) -> G
         RequestError: its class refuses the sizes.
     """
     twin = build_twin(shallow(config_in(key)))
-    source = twin.config.to_dict()
-    family = family_of(source).widened(source)
+    source = Model(twin.config.to_dict()).widened
     small = spec
     if factors:
-        sizes = _sizes(family.dimensions(source))
+        sizes = _sizes(source.sizes)
         sizes |= {name: math.ceil(sizes[name] * factor) for name, factor in factors}
         small = replace(spec, **sizes)
-    target = small.target_config(family, source)
+    target = source.changed(small.target_config(source))
     try:
-        model = build_model(type(twin.config).from_dict(target))
+        model = build_model(type(twin.config).from_dict(target.config))
     except Exception as error:  # config and model classes may raise anything
         raise RequestError(
             f"config.json: its class refuses other sizes: {reason_of(error)}"
         ) from error
-    exact = small.parameter_map(family, source, target, seed=0)
+    exact = small.parameter_map(source, target, seed=0)
     grown = GrownTwin(twin, source, target, exact, model)
     try:
         grown.load(exact.tensors)
     except (RuntimeError, IndexError, KeyError) as error:
-        reason = f"grown weights do not fit the shapes of a small {family.model_type}"
+        reason = f"grown weights do not fit the shapes of a small {source.model_type}"
         raise RequestError(f"config.json: {reason}") from error
     return grown
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tritter.core.families import Config, Family, LogicalTensor, find_family
+from tritter.core.families import Config, Family, LogicalTensor, Model, find_family
 from tritter.errors import Problem, RequestError, key_name, refused, setting
 
 # Dense model type → those that it can become, the default first
@@ -90,8 +90,7 @@ def kind_of(tensor: LogicalTensor) -> str:
 
 
 def partner_config(
-    family: Family,
-    config: Config,
+    source: Model,
     partner: str,
     counts: Mapping[str, int],
     dense_layers: tuple[int, ...],
@@ -99,8 +98,7 @@ def partner_config(
     """Return the config of the upcycled model, without the key `norm_topk_prob`.
 
     Args:
-        family: of the dense model.
-        config: its config.json.
+        source: the dense model.
         partner: model type of the result.
         counts: `num_experts`, `experts_per_token` and `expert_size`.
         dense_layers: layers that keep their FFN.
@@ -108,6 +106,7 @@ def partner_config(
     Raises:
         RequestError: the source has a feature that its partner lacks.
     """
+    config, dimensions = source.config, source.sizes
     if config.get("rms_norm_eps") is None:
         raise RequestError(f"config.json: rms_norm_eps is missing, but {partner} needs it.")
     if config.get("rope_parameters") is None:
@@ -118,7 +117,6 @@ def partner_config(
         config = {**kept, "rope_parameters": complete(config)["rope_parameters"]}
     table = find_family(partner)
     sizes = _GLM_SIZES if table is None else table.sizes
-    dimensions = family.dimensions(config)
     dropped = _DENSE_KEYS if table else (*_DENSE_KEYS, *_WINDOW_KEYS)
     rules = {"mixtral": _mixtral, "qwen2_moe": _qwen2_moe, "qwen3_moe": _qwen3_moe}
     return {

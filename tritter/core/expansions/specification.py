@@ -6,7 +6,7 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from tritter.core.expansions.moe import Moe
-from tritter.core.families import Config, Family, check_size, family_of
+from tritter.core.families import Config, Model, check_size
 from tritter.errors import Problem, RequestError, brief, raise_problems
 from tritter.options import checked, is_options
 
@@ -35,7 +35,7 @@ class ExpansionSpec(Protocol):
         """True if training updates new tensors only."""
         ...
 
-    def target_config(self, family: Family, config: Config) -> Config:
+    def target_config(self, source: Model) -> Config:
         """Return the config after the expansion.
 
         Raises:
@@ -43,13 +43,11 @@ class ExpansionSpec(Protocol):
         """
         ...
 
-    def parameter_map(
-        self, family: Family, source: Config, target: Config, *, seed: int
-    ) -> "ParameterMap":
+    def parameter_map(self, source: Model, target: Model, *, seed: int) -> "ParameterMap":
         """Return the map from the source's tensors to the target's."""
         ...
 
-    def notes(self, family: Family, source: Config, target: Config) -> tuple[str, ...]:
+    def notes(self, source: Model, target: Model) -> tuple[str, ...]:
         """Return the decisions made by defaults, one sentence each."""
         ...
 
@@ -59,19 +57,19 @@ class ResolvedExpansion:
     """One expansion, resolved against its source model."""
 
     spec: ExpansionSpec
-    source_config: Config
-    target_config: Config
+    source: Model
+    target: Model
     parameter_map: "ParameterMap"
     notes: tuple[str, ...]
 
     @property
     def is_exact(self) -> bool:
         """True if the step preserves the function: no method does that drops a source layer."""
-        layers = family_of(self.source_config).dimensions(self.source_config).num_hidden_layers
         spec = self.spec
         if isinstance(spec, Moe):  # by default the source determines its target
-            spec = replace(spec, target=self.target_config["model_type"])  # type: ignore[arg-type]
-        return spec.is_exact and len(set(self.parameter_map.layer_sources)) == layers
+            spec = replace(spec, target=self.target.model_type)  # type: ignore[arg-type]
+        kept = set(self.parameter_map.layer_sources)
+        return spec.is_exact and len(kept) == self.source.sizes.num_hidden_layers
 
     @property
     def options(self) -> dict[str, Any]:
@@ -84,40 +82,44 @@ def target_config(source_config: Config, specs: Sequence[ExpansionSpec]) -> Conf
     Raises:
         RequestError: unknown family, or impossible targets.
     """
-    config = source_config
+    model = Model(source_config)
     for spec in specs:
-        config = _checked_target(spec, config)
-    return config
+        model = _checked_target(spec, _as_needed(spec, model))
+    return model.config
 
 
-def is_possible(source_config: Config, spec: ExpansionSpec) -> bool:
-    """Return True if a model of `source_config` can be expanded by `spec`."""
+def is_possible(source: Model, spec: ExpansionSpec) -> bool:
+    """Return True if a model can be expanded by `spec`."""
     try:
-        target_config(source_config, [spec])
+        _checked_target(spec, _as_needed(spec, source))
     except RequestError:
         return False
     return True
 
 
-def _checked_target(spec: ExpansionSpec, config: Config) -> Config:
-    """Return the config after an expansion, after checking it against the size limits."""
-    family = family_of(config)
+def _as_needed(spec: ExpansionSpec, source: Model) -> Model:
+    """Return the source with what an expansion needs to know of its axes."""
+    if spec.expansion_type in _KEEPING_AXES:
+        return source if source.family.has_table else Model(source.config)
+    if spec.name == "moe" and not source.family.has_table:
+        reason = f"{source.model_type} has no table; its depth and its width can grow"
+        raise RequestError(Problem(f"expansion.{spec.name}", reason=reason))
+    return source.widened
+
+
+def _checked_target(spec: ExpansionSpec, source: Model) -> Model:
+    """Return the model after an expansion, after checking it against the size limits."""
+    target = source.changed(spec.target_config(source))
     keeps_axes = spec.expansion_type in _KEEPING_AXES
-    if not family.has_table and not keeps_axes:
-        if spec.name == "moe":
-            reason = f"{family.model_type} has no table; its depth and its width can grow"
-            raise RequestError(Problem(f"expansion.{spec.name}", reason=reason))
-        family = family.widened(config)
-    target = spec.target_config(family, config)
-    if not family.has_table and (not keeps_axes or spec.expansion_type == "context"):
+    if not source.family.has_table and (not keeps_axes or spec.expansion_type == "context"):
         from tritter.core.expansions import on_twin  # imports transformers
 
         if keeps_axes:
-            on_twin.check_rotations(config, target)
+            on_twin.check_rotations(source.config, target.config)
         else:
-            on_twin.check_on_twin(spec, family, config, target)
+            on_twin.check_on_twin(spec, source, target)
     try:
-        check_size(family_of(target), target)
+        check_size(target.family, target.config)
     except RequestError as error:
         reason = str(error).removeprefix("config.json: ")
         raise RequestError(
@@ -150,32 +152,28 @@ def check_specs(specs: object) -> tuple[ExpansionSpec, ...]:
 
 
 def build_steps(
-    source_config: Config, specs: Sequence[ExpansionSpec], *, seed: int
+    source: Model, specs: Sequence[ExpansionSpec], *, seed: int
 ) -> tuple[ResolvedExpansion, ...]:
-    """Resolve `specs` one after the other against a model of `source_config`.
+    """Resolve `specs` one after the other against a model.
 
     Raises:
         RequestError: unknown family, or impossible targets.
     """
     steps: list[ResolvedExpansion] = []
-    source = source_config
     for position, spec in enumerate(specs):
-        family = family_of(source)  # changes after an expansion into experts
-        if spec.expansion_type not in _KEEPING_AXES:
-            family = family.widened(source)
+        source = _as_needed(spec, source)
         target = _checked_target(spec, source)
-        parameter_map = spec.parameter_map(family, source, target, seed=seed + position)
-        notes = (*spec.notes(family, source, target), *_thin_notes(family, source, target))
+        parameter_map = spec.parameter_map(source, target, seed=seed + position)
+        notes = (*spec.notes(source, target), *_thin_notes(source, target))
         steps.append(ResolvedExpansion(spec, source, target, parameter_map, notes))
         source = target
     return tuple(steps)
 
 
-def _thin_notes(family: Family, source: Config, target: Config) -> tuple[str, ...]:
+def _thin_notes(source: Model, target: Model) -> tuple[str, ...]:
     """Advise widening if depth alone makes far more layers than models of this width have."""
-    before, after = family.dimensions(source), family.dimensions(target)
-    layers, hidden = after.num_hidden_layers, after.hidden_size
-    if layers <= max(_MANY_LAYERS, 4 * before.num_hidden_layers):
+    layers, hidden = target.sizes.num_hidden_layers, target.sizes.hidden_size
+    if layers <= max(_MANY_LAYERS, 4 * source.sizes.num_hidden_layers):
         return ()
     return (
         f"{layers} layers of hidden size {hidden} are deep and thin: slow to train and to serve. "
@@ -183,14 +181,11 @@ def _thin_notes(family: Family, source: Config, target: Config) -> tuple[str, ..
     )
 
 
-def compose_maps(steps: Sequence[ResolvedExpansion], source_config: Config) -> "ParameterMap":
+def compose_maps(steps: Sequence[ResolvedExpansion], source: Model) -> "ParameterMap":
     """Return the composed map of all steps; the identity without steps."""
     from tritter.core.parameter_map import ParameterMap
 
     if steps:
         return reduce(ParameterMap.then, (step.parameter_map for step in steps))
-    family = family_of(source_config)
-    return ParameterMap.identity(
-        (tensor.name for tensor in family.logical_tensors(source_config)),
-        num_layers=family.dimensions(source_config).num_hidden_layers,
-    )
+    names, layers = (tensor.name for tensor in source.tensors), source.sizes.num_hidden_layers
+    return ParameterMap.identity(names, num_layers=layers)

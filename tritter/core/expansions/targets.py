@@ -1,6 +1,7 @@
 """From a parameter count to a shape: the nearest target of one method."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from math import lcm
 from typing import Any
@@ -9,9 +10,9 @@ from tritter.core.expansions.depth import Dus, Interpolate, Layers, LlamaPro, St
 from tritter.core.expansions.moe import Moe
 from tritter.core.expansions.moe_add import MoeAdd, sparse_layers
 from tritter.core.expansions.partners import partner_of
-from tritter.core.expansions.specification import ExpansionSpec, is_possible, target_config
+from tritter.core.expansions.specification import ExpansionSpec, target_config
 from tritter.core.expansions.width import Width
-from tritter.core.families import Config, count_parameters, family_of, ffn_size
+from tritter.core.families import Config, Model, ffn_size
 from tritter.errors import Problem, RequestError, refused
 from tritter.limits import MAX_EXPERTS, MAX_LAYERS, MAX_WIDTH
 
@@ -41,17 +42,17 @@ def reach_parameters(
         )
         raise RequestError(Problem("target_params", reason=reason))
     (spec,) = specs
-    source = count_parameters(config)
-    if target <= source:
+    source = Model(config)
+    if target <= source.num_parameters:
         raise refused(
             "target_params",
             f"{target:,}",
-            f"the model already has {source:,} parameters; set a larger target",
+            f"the model already has {source.num_parameters:,} parameters; set a larger target",
         )
-    (best, count), smallest = _nearest(config, spec, target)
+    (best, count), smallest = _nearest(source, spec, target)
     is_far = abs(count - target) > TOLERANCE * target
     if is_far and isinstance(spec, Width) and spec.multiple_of is None:
-        (best, count), smallest = _nearest(config, replace(spec, multiple_of=1), target)
+        (best, count), smallest = _nearest(source, replace(spec, multiple_of=1), target)
     if abs(count - target) > TOLERANCE * target:
         raise refused(
             "target_params",
@@ -63,13 +64,14 @@ def reach_parameters(
 
 
 def _nearest(
-    config: Config, spec: ExpansionSpec, target: int
+    source: Model, spec: ExpansionSpec, target: int
 ) -> tuple[tuple[ExpansionSpec, int], int]:
     """Return the nearest expansion and its parameters, and the parameters of the smallest one."""
     found: list[tuple[ExpansionSpec, int]] = []
-    for candidate in _candidates(config, spec):
-        if is_possible(config, candidate):
-            found.append((candidate, count_parameters(target_config(config, [candidate]))))
+    for candidate in _candidates(source, spec):
+        with suppress(RequestError):
+            grown = target_config(source.config, [candidate])
+            found.append((candidate, Model(grown).num_parameters))
             if found[-1][1] > target:  # candidates are sorted by size
                 break
     if not found:
@@ -77,8 +79,8 @@ def _nearest(
     return min(found, key=lambda pair: abs(pair[1] - target)), found[0][1]
 
 
-def _candidates(config: Config, spec: ExpansionSpec) -> Iterator[ExpansionSpec]:
-    dimensions = family_of(config).dimensions(config)
+def _candidates(source: Model, spec: ExpansionSpec) -> Iterator[ExpansionSpec]:
+    dimensions = source.sizes
     layers, hidden = dimensions.num_hidden_layers, dimensions.hidden_size
     match spec:
         case Dus(target_layers=None, drop_layers=None):
@@ -99,12 +101,12 @@ def _candidates(config: Config, spec: ExpansionSpec) -> Iterator[ExpansionSpec]:
             for size in range(first, most + 1, step):
                 yield replace(spec, hidden_size=size)
         case Moe(num_experts=None, experts_from=None):
-            partner_of(family_of(config), spec.target)
+            partner_of(source.family, spec.target)
             pieces = spec.granularity
             for count in range(2 * pieces, _max_size(pieces, MAX_EXPERTS, _MAX_COPIES) + 1, pieces):
                 yield replace(spec, num_experts=count)
         case MoeAdd(num_experts=None, addition="append"):
-            sparse_layers(family_of(config), config)
+            sparse_layers(source)
             for count in range(1, _max_size(max(dimensions.num_experts, 1), MAX_EXPERTS) + 1):
                 yield replace(spec, num_experts=count)
         case MoeAdd(num_experts=None):
@@ -138,7 +140,7 @@ def growth_examples(config: Config) -> dict[str, tuple[ExpansionSpec, ...]]:
 
     FFN and heads are scaled with the hidden size.
     """
-    sizes = family_of(config).widened(config).dimensions(config)
+    sizes = Model(config).widened.sizes
     heads, groups, hidden = sizes.num_attention_heads, sizes.num_key_value_heads, sizes.hidden_size
     ffn = ffn_size(sizes)
     kept = Width(

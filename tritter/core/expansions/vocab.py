@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from tritter.core.families import Config, Family
+from tritter.core.families import Config, Model
 from tritter.core.parameter_map import AxisFactor, Fill, ParameterMap, TensorMap
 from tritter.core.parameter_map.tensor_map import NO_SOURCE
 from tritter.errors import Problem, RequestError, key_name, refused
@@ -90,37 +90,35 @@ class Vocab:
         ids = self.merges
         return None if ids is None else tuple(zip(ids[::2], ids[1::2], strict=True))
 
-    def num_tokens(self, family: Family, config: Config) -> int:
+    def num_tokens(self, source: Model) -> int:
         """Return the number of new tokens; an estimate until they are known."""
         known = self.pairs if self.merges is not None else self.tokens
         if known is not None:
             return len(known)
-        return self.new_tokens or family.dimensions(config).vocab_size
+        return self.new_tokens or source.sizes.vocab_size
 
-    def target_config(self, family: Family, config: Config) -> Config:
-        if family.is_tied(config) and self.head_init != "same":
+    def target_config(self, source: Model) -> Config:
+        if source.is_tied and self.head_init != "same":
             reason = "the head is the embedding, so its rows can't differ; use same"
             raise refused(f"{_KEY}.head_init", self.head_init, reason)
-        size = family.dimensions(config).vocab_size  # at most, until the tokenizer is known
-        return self.with_ids(family, config, size + self.num_tokens(family, config))
+        size = source.sizes.vocab_size  # at most, until the tokenizer is known
+        return self.with_ids(source, size + self.num_tokens(source))
 
-    def with_ids(self, family: Family, config: Config, number: int) -> Config:
+    def with_ids(self, source: Model, number: int) -> Config:
         """Return the config of a model with rows for a number of ids; rows are never removed."""
         size = math.ceil(number / self.multiple_of) * self.multiple_of
-        if number <= family.dimensions(config).vocab_size:
-            return config
+        if number <= source.sizes.vocab_size:
+            return source.config
         if size > MAX_VOCABULARY:
             reason = f"the vocabulary would have {size:,} tokens; allowed: {MAX_VOCABULARY:,}"
             raise RequestError(Problem(f"{_KEY}.new_tokens", self.new_tokens, reason=reason))
-        return family.with_vocabulary(config, size)
+        return source.family.with_vocabulary(source.config, size)
 
-    def parameter_map(
-        self, family: Family, source: Config, target: Config, *, seed: int
-    ) -> ParameterMap:
+    def parameter_map(self, source: Model, target: Model, *, seed: int) -> ParameterMap:
         reason = "it extends the tokenizer too, so it needs a checkpoint folder that has one"
         raise RequestError(Problem(_KEY, reason=reason))
 
-    def notes(self, family: Family, source: Config, target: Config) -> tuple[str, ...]:
+    def notes(self, source: Model, target: Model) -> tuple[str, ...]:
         return ()
 
 
@@ -161,27 +159,27 @@ class BoundVocab:
     is_exact: ClassVar[bool] = True
     new_blocks_only: ClassVar[bool] = False
 
-    def target_config(self, family: Family, config: Config) -> Config:
-        self.options.target_config(family, config)
-        return self.options.with_ids(family, config, self.num_ids)
+    def target_config(self, source: Model) -> Config:
+        self.options.target_config(source)
+        return self.options.with_ids(source, self.num_ids)
 
-    def parameter_map(
-        self, family: Family, source: Config, target: Config, *, seed: int
-    ) -> ParameterMap:
+    def parameter_map(self, source: Model, target: Model, *, seed: int) -> ParameterMap:
         """Return the map that keeps the rows of old tokens and makes those of new ones."""
         import torch
 
-        old, new = (family.dimensions(config).vocab_size for config in (source, target))
+        old, new = (model.sizes.vocab_size for model in (source, target))
         index = torch.arange(new)
         index[old:] = NO_SOURCE
         index[torch.tensor(self.new_ids)] = NO_SOURCE
         kept = (index >= 0).double()
         rows = AxisFactor(index, kept, kept.clone())
         # The axes that follow the vocabulary differ in a model of another size
-        other = target if new > old else family.with_vocabulary(source, old + 1)
-        before, after = family.shapes(source), family.shapes(other)
+        other = target
+        if new == old:
+            other = source.changed(source.family.with_vocabulary(source.config, old + 1))
+        before, after = source.shapes, other.shapes
         tensors = {}
-        for tensor in family.logical_tensors(target):
+        for tensor in target.tensors:
             name = tensor.name
             sizes = zip(before[name], after[name], strict=True)
             axes = tuple(rows if a != b else None for a, b in sizes)
@@ -190,7 +188,7 @@ class BoundVocab:
                 continue
             fill = self._fill(tensor.kind != "embed", index, derived_seed(seed, name))
             tensors[name] = TensorMap(source=name, axes=axes, fill=fill)
-        layers = family.dimensions(source).num_hidden_layers
+        layers = source.sizes.num_hidden_layers
         return ParameterMap(tensors=tensors, layer_sources=tuple(range(layers)))
 
     def _fill(self, is_head: bool, index: Tensor, seed: int) -> Fill:
@@ -211,8 +209,8 @@ class BoundVocab:
         sources[is_token], factors[is_token] = summed, weights
         return Fill("rows", index=sources, values=factors, seed=seed)
 
-    def notes(self, family: Family, source: Config, target: Config) -> tuple[str, ...]:
-        old, new = (family.dimensions(config).vocab_size for config in (source, target))
+    def notes(self, source: Model, target: Model) -> tuple[str, ...]:
+        old, new = (model.sizes.vocab_size for model in (source, target))
         reused = sum(number < old for number in self.new_ids)
         unused = new - old - (len(self.new_ids) - reused)
         rows = f"{len(self.new_ids):,} new tokens"

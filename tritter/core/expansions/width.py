@@ -43,10 +43,10 @@ from tritter.core.families import (
     Dimensions,
     Family,
     LogicalTensor,
+    Model,
     Port,
     Space,
     ffn_size,
-    ffn_sizes,
     segments,
 )
 from tritter.core.parameter_map import AxisFactor, AxisMap, Fill, ParameterMap, TensorMap
@@ -276,8 +276,8 @@ class Width:
         implied = "fresh" if self.init == "fresh" else "copy"
         return cast(Strategy, self.head_strategy or implied)
 
-    def target_config(self, family: Family, config: Config) -> Config:
-        old, ffns = family.dimensions(config), ffn_sizes(config)
+    def target_config(self, source: Model) -> Config:
+        family, old, ffns = source.family, source.sizes, source.ffn_sizes
         new = self._target_dimensions(family, old)
         if self.noise and self.init == "fresh" and self.strategy in ("fresh", "split"):
             init = key_name("expansion.width.init")
@@ -299,28 +299,26 @@ class Width:
         if not family.has_table:
             self._check_discovered(family, old, new)
         if family.heads_fill_hidden and family.has_table:
-            check_filling_heads(family.model_type, old, new, strategy=self.strategy)
+            check_filling_heads(source.model_type, old, new, strategy=self.strategy)
         check_heads(old, new, strategy=self.strategy)
         if family.norms_all_heads:
-            check_normed_heads(family.model_type, old, new, strategy=self.strategy)
-        _check_rotary(family, family.decoder(config), old, new, is_split=self.strategy == "split")
+            check_normed_heads(source.model_type, old, new, strategy=self.strategy)
+        _check_rotary(source, new, is_split=self.strategy == "split")
         self._check_hidden_size(family, old, new)
-        target = family.with_dimensions(config, new)
+        target = family.with_dimensions(source.config, new)
         if not family.subtracts_mean:
             target = family.with_rms(target, self._rms_ratio(old, new))
         widest, grown = old.intermediate_size, new.intermediate_size
         sizes = [min(self._scaled(size, grown, widest), grown) for size in ffns]
         return family.with_ffn_sizes(target, sizes) if sizes else target
 
-    def parameter_map(
-        self, family: Family, source: Config, target: Config, *, seed: int
-    ) -> ParameterMap:
+    def parameter_map(self, source: Model, target: Model, *, seed: int) -> ParameterMap:
         import torch
 
-        old, new = family.dimensions(source), family.dimensions(target)
-        logical = family.logical_tensors(source)
+        family, old, new = source.family, source.sizes, target.sizes
+        logical = source.tensors
         is_scaled = any(a.port is Port.WRITE_SCALED for tensor in logical for a in tensor.axes)
-        grown = {} if family.has_table else {t.name: t for t in family.logical_tensors(target)}
+        grown = {} if family.has_table else {t.name: t for t in target.tensors}
         residual = AxisMap.tiled if self.init in _REPEATING else AxisMap.padded
         equal_shares = self.shares == "equal"
         spaces = Spaces(
@@ -334,13 +332,13 @@ class Width:
                 strategy=self.strategy,
                 equal_shares=equal_shares or family.norms_all_heads,
             ),
-            is_tied=family.is_tied(source),
+            is_tied=source.is_tied,
             embedding_scale=(old.hidden_size / new.hidden_size) ** 0.5 if is_scaled else 1.0,
             units_are_copied=self.init != "fresh",
             equal_shares=equal_shares,
             seed=seed,
         )
-        shapes, grown_shapes = family.shapes(source), family.shapes(target)
+        shapes, grown_shapes = source.shapes, target.shapes
         maps = dict[str, TensorMap]()
         for tensor in logical:
             before, shape = shapes[tensor.name], grown_shapes[tensor.name]
@@ -373,17 +371,17 @@ class Width:
                 maps[name] = replace(maps[name], axes=(first, *inputs), fill=fill)
         return ParameterMap(tensors=maps, layer_sources=tuple(range(old.num_hidden_layers)))
 
-    def notes(self, family: Family, source: Config, target: Config) -> tuple[str, ...]:
-        old, new = family.dimensions(source), family.dimensions(target)
+    def notes(self, source: Model, target: Model) -> tuple[str, ...]:
+        old, new, keys = source.sizes, target.sizes, source.family.sizes
         grown = {
-            family.sizes[name]: f"{family.sizes[name]} {getattr(old, name)} → {getattr(new, name)}"
+            keys[name]: f"{keys[name]} {getattr(old, name)} → {getattr(new, name)}"
             for name in GROWING
-            if name in family.sizes and getattr(old, name) != getattr(new, name)
+            if name in keys and getattr(old, name) != getattr(new, name)
         }
         counts = ("num_attention_heads", "num_key_value_heads")
         kept = all(getattr(old, name) == getattr(new, name) for name in counts)
         notes = ["head counts unchanged"] if kept else []
-        if ffn_sizes(target):
+        if target.ffn_sizes:
             notes.append("narrower FFNs are scaled by the same ratio")
         if self.strategy == "split" and new.head_dim < _LEAST_HEAD_SIZE:
             notes.append(
@@ -556,27 +554,24 @@ def _check_grows(old: Dimensions, new: Dimensions) -> None:
 _FACTORS = ("short_factor", "long_factor")  # of LongRoPE, one per rotary pair
 
 
-def _check_rotary(
-    family: Family, config: Config, old: Dimensions, new: Dimensions, *, is_split: bool
-) -> None:
+def _check_rotary(source: Model, new: Dimensions, *, is_split: bool) -> None:
     """Refuse sizes that would change the rotary embeddings.
 
     Args:
-        family: of the model.
-        config: of the source.
-        old: sizes of the source.
+        source: the model.
         new: sizes of the target.
         is_split: heads are split in two.
     """
+    old, config = source.sizes, source.family.decoder(source.config)
     parameters = config.get("rope_parameters") or config.get("rope_scaling")
     rope: Mapping[str, object] = parameters if isinstance(parameters, Mapping) else {}
     has_factors = any(rope.get(key) for key in _FACTORS)
     share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if is_split and (family.has_interleaved_rope or has_factors or share not in (None, 1)):
+    if is_split and (source.family.has_interleaved_rope or has_factors or share not in (None, 1)):
         reason = (
-            f"{family.model_type} rotates coordinates 2i and 2i + 1 together"
-            if family.has_interleaved_rope
-            else f"{family.model_type} has a factor for each pair (LongRoPE)"
+            f"{source.model_type} rotates coordinates 2i and 2i + 1 together"
+            if source.family.has_interleaved_rope
+            else f"{source.model_type} has a factor for each pair (LongRoPE)"
             if has_factors
             else f"only a fraction of {share} of each head is rotated"
         )
@@ -593,6 +588,6 @@ def _check_rotary(
         raise refused(
             "expansion.width.hidden_size",
             f"{new.hidden_size} with {heads} = {new.num_attention_heads}",
-            f"{family.model_type} derives the number of LongRoPE factors from hidden_size // "
+            f"{source.model_type} derives the number of LongRoPE factors from hidden_size // "
             f"num_attention_heads = {before}, which would become {after}; scale both in proportion",
         )

@@ -28,10 +28,7 @@ from tritter.core.families.layout import (
     LayoutKind,
     ParameterSelection,
     StoredTensor,
-    layout,
-    match,
     pack_all,
-    padded_shapes,
     unpack_all,
 )
 from tritter.core.families.logical import (
@@ -42,6 +39,7 @@ from tritter.core.families.logical import (
     logical_name,
     segments,
 )
+from tritter.core.families.model import Model
 from tritter.core.families.tables import (
     FAMILIES,
     LLAMA,
@@ -49,12 +47,9 @@ from tritter.core.families.tables import (
     QWEN2_MOE,
     QWEN3_MOE,
     SIGMOID_ROUTERS,
-    count_parameters,
     family_of,
     find_family,
     llama_config,
-    position_limit,
-    positions_key,
 )
 
 __all__ = [
@@ -76,6 +71,7 @@ __all__ = [
     "LayoutKind",
     "LogicalTensor",
     "LowRank",
+    "Model",
     "ParameterSelection",
     "Port",
     "Space",
@@ -83,21 +79,15 @@ __all__ = [
     "backward_flops",
     "check_config",
     "check_size",
-    "count_parameters",
     "family_of",
     "ffn_size",
     "ffn_sizes",
     "find_family",
     "forward_flops",
-    "layout",
     "llama_config",
     "logical_name",
-    "match",
     "on_disk",
     "pack_all",
-    "padded_shapes",
-    "position_limit",
-    "positions_key",
     "segments",
     "training_flops",
     "unpack_all",

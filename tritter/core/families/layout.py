@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from tritter.core.families.dimensions import FFN_SIZES, Config, on_disk
 from tritter.core.families.logical import Axis, LogicalTensor
-from tritter.core.families.tables import family_of
-from tritter.errors import RequestError, TritterError, did_you_mean
+from tritter.errors import RequestError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,11 +114,14 @@ class StoredTensor:
             yield part.tensor, part.of(stored)
 
 
-def layout(config: Config, kind: LayoutKind) -> tuple[StoredTensor, ...]:
-    """Return all stored tensors of a model, in forward order."""
-    family, parts_by_name = family_of(config), dict[str, list[Part]]()
-    shapes, logical_shapes = dict[str, tuple[int, ...]](), family.shapes(config)
-    for tensor in family.logical_tensors(config):
+def arranged(
+    tensors: Iterable[LogicalTensor],
+    logical_shapes: Mapping[str, tuple[int, ...]],
+    kind: LayoutKind,
+) -> tuple[StoredTensor, ...]:
+    """Return the stored tensors of a model's logical tensors, in forward order."""
+    parts_by_name, shapes = dict[str, list[Part]](), dict[str, tuple[int, ...]]()
+    for tensor in tensors:
         shape = logical_shapes[tensor.name]
         part, name = Part(tensor), tensor.disk_name
         if kind == "live" and (fused := tensor.fused) is not None:
@@ -146,47 +147,6 @@ def layout(config: Config, kind: LayoutKind) -> tuple[StoredTensor, ...]:
     return tuple(stored)
 
 
-def padded_shapes(config: Config, kind: LayoutKind = "hub") -> dict[str, tuple[int, ...]]:
-    """Return name → shape of the tensors that are padded on disk; usually empty."""
-    if FFN_SIZES not in config:
-        return {}
-    live = {tensor.name: tensor.shape for tensor in layout(config, kind)}
-    stock = layout(on_disk(config), kind)
-    return {tensor.name: tensor.shape for tensor in stock if tensor.shape != live[tensor.name]}
-
-
-def match(config: Config, names: Iterable[str]) -> tuple[StoredTensor, ...]:
-    """Return the layout of a checkpoint's tensors.
-
-    Args:
-        config: of the checkpoint.
-        names: of all tensors in the checkpoint.
-
-    Raises:
-        TritterError: the family's table lacks a name, or a tensor is missing.
-    """
-    family = family_of(config)
-    found = set(names) - family.tied_names(config)
-    expected = layout(config, "hub")
-    if found != {stored.name for stored in expected}:
-        others = [layout(config, "live")]
-        if prefix := family.omitted_prefix:
-            others.append(tuple(replace(s, name=s.name.removeprefix(prefix)) for s in expected))
-        expected = max((expected, *others), key=lambda each: len(found & {s.name for s in each}))
-    names = {stored.name for stored in expected}
-    extra, missing = sorted(found - names), sorted(names - found)
-    problems = []
-    if extra:
-        problems.append(
-            f"{len(extra)} tensors that {family.model_type} does not have: {_shorten(extra)}"
-        )
-    if missing:
-        problems.append(f"{len(missing)} tensors are missing: {_shorten(missing)}")
-    if problems:
-        raise TritterError("The checkpoint does not match its config.json: " + "; ".join(problems))
-    return expected
-
-
 def pack_all(tensors: Iterable[StoredTensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return stored name → tensor, for values by logical name.
 
@@ -210,11 +170,6 @@ def unpack_all(tensors: Iterable[StoredTensor], values: Mapping[str, Tensor]) ->
         if stored.name in values
         for tensor, value in stored.unpack(values[stored.name])
     }
-
-
-def _shorten(names: list[str], limit: int = 5) -> str:
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown}, … ({len(names) - limit} more)"
 
 
 # Keyword → kinds of logical tensors, or their prefixes; norms belong to the module they feed

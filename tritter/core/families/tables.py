@@ -760,19 +760,3 @@ def family_of(config: Config) -> Family:
         from tritter.core.families.discovery import discover  # imports transformers
 
         return discover(config)
-
-
-def position_limit(config: Config) -> int | None:
-    """Return the context length of a model in tokens, or None if the config does not set it."""
-    return family_of(config).position_limit(config)
-
-
-def positions_key(config: Config) -> str:
-    """Return the key of config.json that sets the context length."""
-    usual = family_of(config).positions_key
-    return next((key for key in (usual, "n_positions", "max_seq_len") if key in config), usual)
-
-
-def count_parameters(config: Config) -> int:
-    """Count a model's parameters from shapes; a tied head counts once."""
-    return family_of(config).count_parameters(config)

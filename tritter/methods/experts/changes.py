@@ -127,7 +127,7 @@ class _Parts:
 
     def change(self) -> Change:
         return Change(
-            config={}, before=tuple(self._before), after=tuple(self._after), tensors=self._maps
+            model=None, before=tuple(self._before), after=tuple(self._after), tensors=self._maps
         )
 
 

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tritter.checkpoints.expert_files import experts_in
-from tritter.core.families import Config, family_of
-from tritter.core.families.layout import layout
+from tritter.core.families import Config, Model, family_of
 from tritter.errors import Problem
 from tritter.methods.experts.options import FIRST, AdapterOptions, DynamicOptions, Timing
 from tritter.options import RunRequest, Start
@@ -46,7 +45,7 @@ class Experts(ABC):
 
     def peak_rate(self, base: Config) -> float:
         """Return the learning rate; by default 0.32 / hidden size of the base, at most 0.005."""
-        hidden_size = family_of(base).dimensions(base).hidden_size
+        hidden_size = Model(base).sizes.hidden_size
         return self.options.learning_rate or min(0.005, 0.32 / hidden_size)
 
     @classmethod
@@ -98,9 +97,9 @@ class Experts(ABC):
             options: the options of the group.
             config: config.json of the base.
         """
-        family, targets = family_of(config), options.targets
-        vocab_size = family.dimensions(config).vocab_size
-        named = [(each.name.removesuffix(".weight"), each) for each in layout(config, "hub")]
+        model, targets = Model(config), options.targets
+        vocab_size = model.sizes.vocab_size
+        named = [(each.name.removesuffix(".weight"), each) for each in Model(config).layout("hub")]
         sizes = [
             sum(each.shape)
             for name, each in named
@@ -108,7 +107,7 @@ class Experts(ABC):
             and (each.layer is not None or vocab_size in each.shape)
             and (targets is None or name.rpartition(".")[2] in targets)
         ]
-        if targets is None and family.is_tied(config):  # embedding and head get one each
+        if targets is None and model.is_tied:  # embedding and head get one each
             sizes += [sum(each.shape) for _, each in named if vocab_size in each.shape]
         most = getattr(options, "max_trainable_parameters", None)
         count = options.rank * sum(sizes) * getattr(options, "max_experts", 1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tritter.checkpoints import ExpansionRecord
-from tritter.core.families import Config, family_of
+from tritter.core.families import Config, Model
 from tritter.core.models import live_shape
 from tritter.evaluation.inference import eval_mode
 from tritter.methods.experts.callback import EXPERTS
@@ -47,7 +47,7 @@ def expert_records(
         seed=seed,
         source_config=after,
         target_config=after,
-        layer_sources=tuple(range(family_of(after).dimensions(after).num_hidden_layers)),
+        layer_sources=tuple(range(Model(after).sizes.num_hidden_layers)),
         map_digest=sha256(" ".join(born).encode()).hexdigest(),
         claims_exact=True,  # a new expert has zero output
         step0_error=0.0,

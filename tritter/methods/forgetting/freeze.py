@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from tritter.core.families import Config, LogicalTensor, ParameterSelection, family_of
+from tritter.core.families import Config, LogicalTensor, Model, ParameterSelection, family_of
 from tritter.errors import Problem, RequestError
 from tritter.options import Count, RunRequest, Start, Text, options
 from tritter.training import ForgettingMethod, Needs, Task
@@ -165,14 +165,13 @@ class Freeze(ForgettingMethod):
     def num_frozen(cls, options: Any, trained: Config, before: Config, run: RunRequest) -> int:
         if options.until is not None:
             return 0
-        family, selection, frozen = family_of(trained), options.selection, 0
+        selection, shapes, frozen = options.selection, Model(trained).shapes, 0
         appends = any(getattr(spec, "is_append", False) for spec in run.expansion)
-        shapes = family.shapes(trained)
         for tensor, is_tied in _tensors(trained):
             is_frozen = selection is not None and selection.has(tensor, is_tied=is_tied)
             if is_frozen or (options.old_experts and tensor.is_per_expert and not appends):
                 frozen += prod(shapes[tensor.name])
-        return max(frozen, family.count_parameters(before)) if options.new_only else frozen
+        return max(frozen, Model(before).num_parameters) if options.new_only else frozen
 
     @classmethod
     def needs(cls, options: Any) -> Needs:
@@ -265,7 +264,7 @@ class Freeze(ForgettingMethod):
 
 def _unfreezable_reason(selection: ParameterSelection, grown: tuple[Config, ...]) -> str:
     smallest = grown[0]
-    layers = family_of(smallest).dimensions(smallest).num_hidden_layers
+    layers = Model(smallest).sizes.num_hidden_layers
     if selection.last_layer >= layers:
         which = "smallest trained model" if len(grown) > 1 else "trained model"
         return f"the {which} has {layers} layers; allowed are 0 to {layers - 1}"
@@ -281,6 +280,6 @@ def _unfreezable_reason(selection: ParameterSelection, grown: tuple[Config, ...]
 
 def _tensors(config: Config) -> Iterator[tuple[LogicalTensor, bool]]:
     """Yield each tensor of a model, and whether the head is tied."""
-    tensors = family_of(config).logical_tensors(config)
+    tensors = Model(config).tensors
     is_tied = all(tensor.kind != "head" for tensor in tensors)
     yield from ((tensor, is_tied) for tensor in tensors)

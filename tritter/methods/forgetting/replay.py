@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from tritter.core.families import family_of, forward_flops
+from tritter.core.families import Model, forward_flops
 from tritter.data.batches import BatchStream
 from tritter.data.chat import ANSWER, ids_of
 from tritter.data.packing import document_mask_of, inputs_for
@@ -398,7 +398,7 @@ class SelfReplay(ForgettingMethod):
 
         config, options = config_of(preparation.model), self.options
         length = preparation.sequence_length
-        vocab_size = family_of(config).dimensions(config).vocab_size
+        vocab_size = Model(config).sizes.vocab_size
         count, (per_text, parts) = options.num_sequences, _text_lengths(options, length)
         preparation.log(f"the model generates {count} sequences of {length} tokens")
         written = write_text(

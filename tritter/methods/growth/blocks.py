@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from tritter.core.families import family_of
+from tritter.core.families import Model
 from tritter.errors import RequestError
 
 if TYPE_CHECKING:
@@ -114,13 +114,13 @@ def ffn_blocks(model: nn.Module) -> tuple[FfnBlock, ...]:
     from tritter.core.models import config_of
 
     config = config_of(model)
-    family = family_of(config)
-    if reason := family.fixed_neurons(config):
+    if reason := Model(config).family.fixed_neurons(config):
         raise RequestError(f"growth: {reason}.")
-    family = family.widened(config)
+    shapes = Model(config).widened
+    family = shapes.family
     names: dict[int, dict[str, str]] = {}
     is_transposed = False
-    for tensor in family.logical_tensors(config):
+    for tensor in shapes.tensors:
         if part := family.ffn_part(tensor):
             assert tensor.layer is not None
             names.setdefault(tensor.layer, {})[part] = tensor.live_name or tensor.disk_name

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tritter.checkpoints import ExpansionRecord
-from tritter.core.families import Config, Port, family_of
+from tritter.core.families import Config, Model, Port
 from tritter.core.models import config_of
 from tritter.core.parameter_map import AxisFactor, AxisMap, Fill, ParameterMap, TensorMap
 from tritter.core.parameter_map.tensor_map import NO_SOURCE
@@ -59,11 +59,9 @@ class LayerGrowth:
 
 def growth_change(model: nn.Module, growths: Mapping[int, LayerGrowth]) -> Change:
     """Return the change of a live model whose FFNs get new neurons."""
-    config = config_of(model)
-    family = family_of(config).widened(config)
-    logical = family.logical_tensors(config)
-    widths = [family.dimensions(config, layer=n).intermediate_size
-              for n in range(family.dimensions(config).num_hidden_layers)]  # fmt: skip
+    source = Model(config_of(model)).widened
+    family, logical, layers = source.family, source.tensors, source.sizes.num_hidden_layers
+    widths = [*(source.ffn_sizes or [source.sizes.intermediate_size] * layers)]
     maps = dict(ParameterMap.identity([t.name for t in logical], num_layers=len(widths)).tensors)
     for layer, growth in growths.items():
         unit_map = _neuron_map(growth, widths[layer])
@@ -82,8 +80,8 @@ def growth_change(model: nn.Module, growths: Mapping[int, LayerGrowth]) -> Chang
             maps[tensor.name] = TensorMap(source=tensor.name, axes=axes, fill=fill)
         widths[layer] += growth.born
     parameter_map = ParameterMap(maps, tuple(range(len(widths))))
-    target = family.with_ffn_sizes(config, widths)
-    return Change.of(parameter_map, config, target)
+    target = source.changed(family.with_ffn_sizes(source.config, widths))
+    return Change.of(parameter_map, source, target)
 
 
 def _module_change(
@@ -109,7 +107,7 @@ def _module_change(
             fill = _initial_values(growth, parts.get(name, ""))
             source = before[-1].parts[0].tensor.name
             maps[source] = TensorMap(source=source, axes=tuple(axes), fill=fill)
-    return Change(config={}, before=tuple(before), after=tuple(after), tensors=maps)
+    return Change(model=None, before=tuple(before), after=tuple(after), tensors=maps)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -766,7 +764,7 @@ def growth_record(
         seed=seed,
         source_config=before,
         target_config=after,
-        layer_sources=tuple(range(family_of(after).dimensions(after).num_hidden_layers)),
+        layer_sources=tuple(range(Model(after).sizes.num_hidden_layers)),
         map_digest=digest,
         claims_exact=is_exact,
         step0_error=function_change,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from tritter.core.families import Config, family_of
+from tritter.core.families import Config, Model
 from tritter.errors import Problem
 from tritter.methods.growth.blocks import freeze_all_but_ffns
 from tritter.methods.growth.triggers import GrowthOptions, Timing
@@ -59,11 +59,11 @@ class NeuronGrowth:
     ) -> Iterator[Problem]:
         """Yield the reasons why the trained model can't grow."""
         grown = start.trained[-1]
-        family = family_of(grown)
-        if reason := family.fixed_neurons(grown):
+        model = Model(grown)
+        if reason := model.family.fixed_neurons(grown):
             yield Problem("growth", cls.__name__, reason=f"{reason}, or growth=none")
             return
-        layers, steps = family.dimensions(grown).num_hidden_layers, run.training.max_steps
+        layers, steps = model.sizes.num_hidden_layers, run.training.max_steps
         if reason := cls(options).inactivity_reason(max_steps=steps, num_layers=layers):
             name = options.trigger.name or dotted(type(options.trigger))
             yield Problem("growth.trigger", name, reason=reason)
@@ -73,10 +73,9 @@ class NeuronGrowth:
         """Return the number of parameters that growth freezes until the end of training."""
         if not options.freeze_attention:
             return 0
-        family = family_of(trained).widened(trained)
-        tensors, shapes = family.logical_tensors(trained), family.shapes(trained)
-        sizes = (prod(shapes[each.name]) for each in tensors if family.ffn_part(each))
-        return family.count_parameters(trained) - sum(sizes)
+        model = Model(trained).widened
+        neurons = (each.name for each in model.tensors if model.family.ffn_part(each))
+        return model.num_parameters - sum(prod(model.shapes[name]) for name in neurons)
 
     def inactivity_reason(self, *, max_steps: int, num_layers: int) -> str:
         """Return the reason if nothing can grow in `max_steps` steps, else ''."""

@@ -184,7 +184,7 @@ class PlainLoop:
         self._unrelated.clear()
         for each in [o for o in self._optimizers if not self._holds(o)]:
             self._optimizers.discard(each)
-        if growth.change.config:
+        if growth.change.model is not None:
             self.journal.append(entry_of(growth.change, step=step, reason=GROWTH))
         grower.record_event(self.module, growth, step=step)
         self.tokens.clear()

@@ -1,0 +1,171 @@
+"""A model as its config describes it: sizes, tensors with shapes, names on disk and in memory."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal
+
+from tritter.core.families.dimensions import FFN_SIZES, Config, Dimensions, ffn_sizes, on_disk
+from tritter.core.families.family import Family
+from tritter.core.families.layout import LayoutKind, StoredTensor, arranged
+from tritter.core.families.logical import LogicalTensor
+from tritter.core.families.tables import family_of
+from tritter.errors import TritterError
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A model as its config describes it; each property is derived once, when it is first used.
+
+    Args:
+        config: its config.json, with `ffn_sizes` if its FFNs differ in width.
+        family: of the model. Default: that of its `model_type`.
+
+    Raises:
+        RequestError: the `model_type` is not supported; gives the reason.
+    """
+
+    config: Config
+    family: Family = field(default=None)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.family is None:
+            object.__setattr__(self, "family", family_of(self.config))
+
+    def __repr__(self) -> str:
+        return f"Model({self.model_type}, {self.num_parameters:,} parameters)"
+
+    @property
+    def model_type(self) -> str:
+        return self.family.model_type
+
+    @cached_property
+    def sizes(self) -> Dimensions:
+        """Its sizes, with the widest FFN.
+
+        Raises:
+            RequestError: a size is missing or not a positive whole number.
+        """
+        return self.family.dimensions(self.config)
+
+    @cached_property
+    def ffn_sizes(self) -> tuple[int, ...]:
+        """The FFN width of each layer; empty if all layers have the same."""
+        return ffn_sizes(self.config)
+
+    @cached_property
+    def layer_kinds(self) -> list[Literal["dense", "sparse"]]:
+        """The kind of each layer: with experts (sparse) or one FFN (dense)."""
+        return self.family.layer_kinds(self.config)
+
+    @cached_property
+    def tensors(self) -> tuple[LogicalTensor, ...]:
+        """All tensors in forward order, one for each layer and expert."""
+        return self.family.logical_tensors(self.config)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Logical name → shape of each tensor."""
+        return self.family.shapes(self.config)
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Its parameters, counted from shapes; a tied head counts once."""
+        return self.family.count_parameters(self.config)
+
+    @cached_property
+    def num_active_parameters(self) -> int:
+        """The active parameters of a token: of the experts, those it is routed to."""
+        return self.family.count_active_parameters(self.config)
+
+    @property
+    def is_tied(self) -> bool:
+        """The embedding is also the head."""
+        return self.family.is_tied(self.config)
+
+    @property
+    def position_limit(self) -> int | None:
+        """The context length in tokens, or None if the config does not set it."""
+        return self.family.position_limit(self.config)
+
+    @property
+    def positions_key(self) -> str:
+        """The key of config.json that sets the context length."""
+        usual = self.family.positions_key
+        keys = (usual, "n_positions", "max_seq_len")
+        return next((key for key in keys if key in self.config), usual)
+
+    def attention_window(self, layer: int) -> int | None:
+        """Return the sliding window of a layer in tokens, or None for full attention."""
+        return self.family.attention_window(self.config, layer)
+
+    @cached_property
+    def widened(self) -> "Model":
+        """The model with all that growth in width needs to know of its family."""
+        return Model(self.config, self.family.widened(self.config))
+
+    def changed(self, config: Config) -> "Model":
+        """Return a model with another config, of the same family if the model type is the same."""
+        is_same = config.get("model_type") == self.config.get("model_type")
+        return Model(config, self.family if is_same else family_of(config))
+
+    @cached_property
+    def on_disk(self) -> "Model":
+        """The padded model, which stock classes can build; itself if all FFNs are as wide."""
+        return self.changed(on_disk(self.config)) if FFN_SIZES in self.config else self
+
+    @cached_property
+    def _arrangements(self) -> dict[LayoutKind, tuple[StoredTensor, ...]]:
+        return {}
+
+    def layout(self, kind: LayoutKind) -> tuple[StoredTensor, ...]:
+        """Return all stored tensors in forward order, on disk (`hub`) or in memory (`live`)."""
+        if kind not in self._arrangements:
+            self._arrangements[kind] = arranged(self.tensors, self.shapes, kind)
+        return self._arrangements[kind]
+
+    def padded_shapes(self, kind: LayoutKind = "hub") -> dict[str, tuple[int, ...]]:
+        """Return name → shape of the tensors that are padded on disk; usually empty."""
+        if self.on_disk is self:
+            return {}
+        live = {tensor.name: tensor.shape for tensor in self.layout(kind)}
+        stock = self.on_disk.layout(kind)
+        return {tensor.name: tensor.shape for tensor in stock if tensor.shape != live[tensor.name]}
+
+    def match(self, names: Iterable[str]) -> tuple[StoredTensor, ...]:
+        """Return the layout of a checkpoint's tensors.
+
+        Args:
+            names: of all tensors in the checkpoint.
+
+        Raises:
+            TritterError: the family's table lacks a name, or a tensor is missing.
+        """
+        found = set(names) - self.family.tied_names(self.config)
+        expected = self.layout("hub")
+        if found != {stored.name for stored in expected}:
+            others = [self.layout("live")]
+            if prefix := self.family.omitted_prefix:
+                others.append(tuple(replace(s, name=s.name.removeprefix(prefix)) for s in expected))
+            expected = max(
+                (expected, *others), key=lambda each: len(found & {s.name for s in each})
+            )
+        names = {stored.name for stored in expected}
+        extra, missing = sorted(found - names), sorted(names - found)
+        problems = []
+        if extra:
+            problems.append(
+                f"{len(extra)} tensors that {self.model_type} does not have: {_shorten(extra)}"
+            )
+        if missing:
+            problems.append(f"{len(missing)} tensors are missing: {_shorten(missing)}")
+        if problems:
+            raise TritterError(
+                "The checkpoint does not match its config.json: " + "; ".join(problems)
+            )
+        return expected
+
+
+def _shorten(names: list[str], limit: int = 5) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown}, … ({len(names) - limit} more)"
