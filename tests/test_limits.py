@@ -15,7 +15,7 @@ from tritter.config.launch.composition import load_config
 from tritter.config.schema import SECTIONS, RootValues
 from tritter.core.expansions import EXPANSIONS, Dus, Moe, MoeAdd, Stack, Width, build_steps
 from tritter.core.expansions.targets import reach_parameters
-from tritter.core.families import FAMILIES, Model, check_config, family_of, llama_config
+from tritter.core.families import FAMILIES, Model, check_config, llama_config
 from tritter.core.models import load_model, read_config
 from tritter.data.options import DatasetsConfig, StdlibDataConfig, TextDataConfig
 from tritter.errors import Problem, RequestError, TritterError
@@ -118,13 +118,13 @@ def test_limits_themselves_are_allowed() -> None:
         {"model_type": "mixtral", "num_local_experts": MAX_EXPERTS, "num_experts_per_tok": 2},
     ):
         config = _config(**changes)
-        check_config(family_of(config), config)
+        check_config(Model(config))
 
 
 def test_every_stock_config_passes() -> None:
     for family in FAMILIES.values():
         config = oracle_config(family.model_type)
-        check_config(family, config)
+        check_config(Model(config, family))
 
 
 def oracle_config(model_type: str) -> dict[str, Any]:

@@ -460,7 +460,7 @@ def rebuild_map(record: ExpansionRecord) -> ParameterMap:
     try:
         source, target = Model(dict(record.source_config)), Model(dict(record.target_config))
         for model in (source, target):
-            check_config(model.family, model.config)
+            check_config(model)
         spec = spec_type(**options)
         if spec.expansion_type != "depth":
             source = source.widened

@@ -377,7 +377,7 @@ def cache_folder(value: str | None) -> Path:
 
 def _begin_problems(config: RunConfig) -> Iterator[Problem]:
     if (source := known_config(config)) is not None:
-        check_size(family_of(source), source)
+        check_size(Model(source))
         model = config.model
         path = Path(model.path) if isinstance(model, CheckpointModelConfig) else None
         yield from start_problems(config, source, folder=path)

@@ -131,7 +131,7 @@ def _stock_config(folder: Path) -> PreTrainedConfig:
     family, own = checked_config(folder)
     with errors_as(f"{folder / 'config.json'} is not a usable config"), quiet():
         config = CONFIG_MAPPING[family.model_type].from_dict(plain_floats(own))
-        check_config(family, config.to_dict())  # including defaults
+        check_config(Model(config.to_dict(), family))  # including defaults
         return config
 
 

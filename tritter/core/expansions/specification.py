@@ -119,7 +119,7 @@ def _checked_target(spec: ExpansionSpec, source: Model) -> Model:
         else:
             on_twin.check_on_twin(spec, source, target)
     try:
-        check_size(target.family, target.config)
+        check_size(target)
     except RequestError as error:
         reason = str(error).removeprefix("config.json: ")
         raise RequestError(

@@ -70,8 +70,8 @@ def _nearest(
     found: list[tuple[ExpansionSpec, int]] = []
     for candidate in _candidates(source, spec):
         with suppress(RequestError):
-            grown = target_config(source.config, [candidate])
-            found.append((candidate, Model(grown).num_parameters))
+            grown = Model(target_config(source.config, [candidate]))
+            found.append((candidate, grown.num_parameters))
             if found[-1][1] > target:  # candidates are sorted by size
                 break
     if not found:

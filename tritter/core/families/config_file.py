@@ -13,6 +13,7 @@ from typing import Any
 
 from tritter.core.families.dimensions import FFN_SIZES, Config, ffn_sizes, require_size
 from tritter.core.families.family import Family
+from tritter.core.families.model import Model
 from tritter.core.families.tables import family_of
 from tritter.errors import RequestError, TritterError, brief
 from tritter.limits import (
@@ -111,7 +112,7 @@ def read_config_file(folder: Path) -> Config:
     family, plain = checked_config(folder)
     with errors_as(f"{folder / 'config.json'} is not a usable config"):
         config = _with_defaults(plain)
-        check_config(family, config)
+        check_config(Model(config, family))
     return with_live_sizes(family, config, folder)
 
 
@@ -287,14 +288,15 @@ def _check_values(family: Family, config: Config) -> None:
             )
 
 
-def check_config(family: Family, config: Config) -> None:
+def check_config(model: Model) -> None:
     """Refuse a config that describes too large a model, lacks a size, or has an invalid value.
 
     Raises:
         RequestError: names the key, the value and the allowed values.
     """
+    family, config = model.family, model.config
     _check_values(family, config)
-    layers = family.dimensions(config).num_hidden_layers
+    layers = model.sizes.num_hidden_layers
     for key in family.per_layer_config_keys:
         values = config.get(key)
         if values is None:
@@ -312,17 +314,17 @@ def check_config(family: Family, config: Config) -> None:
         raise RequestError(
             f"config.json: mlp_only_layers = {brief(exempt)}; must be a list of layers."
         )
-    check_size(family, config)
+    check_size(model)
 
 
-def check_size(family: Family, config: Config) -> None:
+def check_size(model: Model) -> None:
     """Refuse a model with too many tensors or parameters, which are only counted.
 
     Raises:
         RequestError: names the size and its limit.
     """
-    family.dimensions(config)
-    tensors, parameters = family.count_tensors(config), family.count_parameters(config)
+    _ = model.sizes  # reading checks them
+    tensors, parameters = model.family.count_tensors(model.config), model.num_parameters
     if tensors > MAX_TENSORS:
         raise RequestError(
             f"config.json: layers and experts amount to {tensors:,} tensors; must be at most "

@@ -152,13 +152,8 @@ class Model:
             )
         names = {stored.name for stored in expected}
         extra, missing = sorted(found - names), sorted(names - found)
-        problems = []
-        if extra:
-            problems.append(
-                f"{len(extra)} tensors that {self.model_type} does not have: {_shorten(extra)}"
-            )
-        if missing:
-            problems.append(f"{len(missing)} tensors are missing: {_shorten(missing)}")
+        told = {f"that {self.model_type} does not have": extra, "are missing": missing}
+        problems = [f"{len(n)} tensors {what}: {_shorten(n)}" for what, n in told.items() if n]
         if problems:
             raise TritterError(
                 "The checkpoint does not match its config.json: " + "; ".join(problems)
