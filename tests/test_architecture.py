@@ -85,7 +85,7 @@ RATCHET = {
     "checkpoints": (12, 3_197),
     "cli": (22, 6_071),
     "config": (19, 5_306),
-    "core": (38, 12_199),
+    "core": (38, 12_198),
     "data": (26, 9_305),
     "evaluation": (17, 4_396),
     "integrations": (2, 776),

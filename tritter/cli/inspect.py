@@ -230,7 +230,7 @@ def _positions(source: Source) -> dict[str, str]:
     bases = [each.get("rope_theta") for each in (config, rotary, *kinds)]
     numbers = [base for base in bases if isinstance(base, int | float) and base]  # else damaged
     texts = dict.fromkeys(f"{float(base):.10g}" for base in numbers)
-    found = {"context": source.model.family.position_limit(config), "RoPE base": ", ".join(texts)}
+    found = {"context": source.model.position_limit, "RoPE base": ", ".join(texts)}
     return {name: str(value) for name, value in found.items() if value}
 
 

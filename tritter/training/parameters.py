@@ -251,7 +251,7 @@ def reshape(
 def entry_of(change: Change, *, step: int, reason: str) -> Entry:
     """Return the journal entry of a change, as plain data."""
     config = change.model.config if change.model else {}
-    known = _stock_shapes(config)
+    known = {s.name for s in change.model.layout("live")} if change.model else ()
     return {
         "step": step,
         "reason": reason,

@@ -20,7 +20,7 @@ from tritter.checkpoints.record import LearnedDomain
 from tritter.checkpoints.run_text import domain_problem
 from tritter.core.expansions import BoundMoe, ExpansionSpec, Moe, children_place
 from tritter.core.expansions.moe_children import AVERAGE, KEY, SOURCE, Moments, router_rows
-from tritter.core.families import Model, forward_flops
+from tritter.core.families import forward_flops
 from tritter.core.families.config_file import read_config_file
 from tritter.core.parameter_map import rounded_weight
 from tritter.data.chat import ids_of
@@ -328,9 +328,9 @@ class _Rows:
         children = cast(tuple[OpenChild, ...], self.spec.experts)
         if problem := _data_problem(children):  # it may have changed since the plan
             raise RequestError(Problem(f"{KEY}.router", reason=problem))
-        model, config = self._dense_model(), self.source.config
-        length = min(_ROUTER_LENGTH, Model(config).position_limit or _ROUTER_LENGTH)
-        size = self.source.model.family.dimensions(config).vocab_size
+        model, shapes = self._dense_model(), self.source.model
+        length = min(_ROUTER_LENGTH, shapes.position_limit or _ROUTER_LENGTH)
+        size = shapes.sizes.vocab_size
         means: list[list[Tensor]] = []
         within: list[Tensor] = []
         for child in children:

@@ -125,6 +125,12 @@ def test_refusals(source: str, options: dict[str, Any], spec: dict[str, Any], me
         target_config(config, [Moe(**spec)])
 
 
+def test_what_its_partner_refuses_is_told_of_the_result() -> None:
+    config = {**oracle_growth.config_of(tiny("llama")), "num_hidden_layers": 513}
+    with pytest.raises(RequestError, match=r"expansion.moe: of the result, num_hidden_layers"):
+        target_config(config, [Moe(target="glm4_moe")])
+
+
 # Weights that are not renormalised
 
 

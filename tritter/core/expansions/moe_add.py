@@ -98,7 +98,7 @@ class MoeAdd:
         size, family = source.sizes, source.family
         self._check_options(size.num_experts, len(layers))
         if self.is_append and not family.has_table:
-            reason = f"it needs a table, and {source.model_type} has none; use replicate"
+            reason = f"the family {source.model_type} has no table; use replicate"
             raise refused("expansion.moe_add.addition", "append", reason)
         if self.is_append:
             added = self.num_experts or _DEFAULT_APPENDED

@@ -99,8 +99,10 @@ def is_possible(source: Model, spec: ExpansionSpec) -> bool:
 
 def _as_needed(spec: ExpansionSpec, source: Model) -> Model:
     """Return the source with what an expansion needs to know of its axes."""
+    if not source.family.has_table:  # a step may leave out a kind of layer
+        source = Model(source.config)
     if spec.expansion_type in _KEEPING_AXES:
-        return source if source.family.has_table else Model(source.config)
+        return source
     if spec.name == "moe" and not source.family.has_table:
         reason = f"{source.model_type} has no table; its depth and its width can grow"
         raise RequestError(Problem(f"expansion.{spec.name}", reason=reason))
@@ -109,16 +111,16 @@ def _as_needed(spec: ExpansionSpec, source: Model) -> Model:
 
 def _checked_target(spec: ExpansionSpec, source: Model) -> Model:
     """Return the model after an expansion, after checking it against the size limits."""
-    target = source.changed(spec.target_config(source))
-    keeps_axes = spec.expansion_type in _KEEPING_AXES
+    config, keeps_axes = spec.target_config(source), spec.expansion_type in _KEEPING_AXES
     if not source.family.has_table and (not keeps_axes or spec.expansion_type == "context"):
         from tritter.core.expansions import on_twin  # imports transformers
 
         if keeps_axes:
-            on_twin.check_rotations(source.config, target.config)
+            on_twin.check_rotations(source.config, config)
         else:
-            on_twin.check_on_twin(spec, source, target)
+            on_twin.check_on_twin(spec, source, source.changed(config))
     try:
+        target = source.changed(config)
         check_size(target)
     except RequestError as error:
         reason = str(error).removeprefix("config.json: ")

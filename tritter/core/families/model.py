@@ -102,7 +102,8 @@ class Model:
     @cached_property
     def widened(self) -> "Model":
         """The model with all that growth in width needs to know of its family."""
-        return Model(self.config, self.family.widened(self.config))
+        wide = self.family.widened(self.config)
+        return self if wide is self.family else Model(self.config, wide)
 
     def changed(self, config: Config) -> "Model":
         """Return a model with another config, of the same family if the model type is the same."""
@@ -144,20 +145,16 @@ class Model:
         found = set(names) - self.family.tied_names(self.config)
         expected = self.layout("hub")
         if found != {stored.name for stored in expected}:
-            others = [self.layout("live")]
+            others = [expected, self.layout("live")]
             if prefix := self.family.omitted_prefix:
                 others.append(tuple(replace(s, name=s.name.removeprefix(prefix)) for s in expected))
-            expected = max(
-                (expected, *others), key=lambda each: len(found & {s.name for s in each})
-            )
+            expected = max(others, key=lambda each: len(found & {s.name for s in each}))
         names = {stored.name for stored in expected}
-        extra, missing = sorted(found - names), sorted(names - found)
-        told = {f"that {self.model_type} does not have": extra, "are missing": missing}
+        extra = f"that {self.model_type} does not have"
+        told = {extra: sorted(found - names), "are missing": sorted(names - found)}
         problems = [f"{len(n)} tensors {what}: {_shorten(n)}" for what, n in told.items() if n]
-        if problems:
-            raise TritterError(
-                "The checkpoint does not match its config.json: " + "; ".join(problems)
-            )
+        if text := "; ".join(problems):
+            raise TritterError(f"The checkpoint does not match its config.json: {text}")
         return expected
 
 

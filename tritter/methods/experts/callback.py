@@ -275,7 +275,7 @@ class ExpertCallback(Callback):
         self._restored = state_dict
 
     def _assign_expert(self, trainer: Trainer, module: ExpertModule, novel: Novel) -> None:
-        """Assign an expert to a new skill: a new expert if it is worth one and there is room."""
+        """Assign an expert to a new skill: a new expert if there is room, else the nearest."""
         registry, options, mixture, model = (
             self.registry,
             self.registry.options,

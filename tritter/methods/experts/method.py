@@ -99,7 +99,7 @@ class Experts(ABC):
         """
         model, targets = Model(config), options.targets
         vocab_size = model.sizes.vocab_size
-        named = [(each.name.removesuffix(".weight"), each) for each in Model(config).layout("hub")]
+        named = [(each.name.removesuffix(".weight"), each) for each in model.layout("hub")]
         sizes = [
             sum(each.shape)
             for name, each in named

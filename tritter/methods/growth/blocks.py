@@ -113,10 +113,10 @@ def ffn_blocks(model: nn.Module) -> tuple[FfnBlock, ...]:
 
     from tritter.core.models import config_of
 
-    config = config_of(model)
-    if reason := Model(config).family.fixed_neurons(config):
+    shapes = Model(config_of(model))
+    if reason := shapes.family.fixed_neurons(shapes.config):
         raise RequestError(f"growth: {reason}.")
-    shapes = Model(config).widened
+    shapes = shapes.widened
     family = shapes.family
     names: dict[int, dict[str, str]] = {}
     is_transposed = False
