@@ -426,7 +426,7 @@ class Double(Grow):
         change = None
         if trainer.global_step == self.at:
             change = Change(
-                config=config,
+                model=Model(config),
                 before=(declared(LOW, (2, 40)), declared(HIGH, (24, 2))),
                 after=(low, high, gain),
                 tensors={
