@@ -225,7 +225,7 @@ def optimizer_after(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
     elif policy != "zero":
-        change = Change.of(grown.maps[0], *grown.configs)
+        change = Change.of(grown.maps[0], *map(Model, grown.configs))
         moments = carried_moments(
             base.optimizer,
             base.model,

@@ -383,7 +383,7 @@ def test_a_sigmoid_model_is_trained_on(sigmoid: Path, cache: Path, tmp_path: Pat
         for folder in (sigmoid, tmp_path / "run")
     )
     assert not torch.equal(before, after)
-    with pytest.raises(RequestError, match="glm4_moe has none"):
+    with pytest.raises(RequestError, match="glm4_moe has no table"):
         run_pipeline(load_config([*words, "expansion=moe_add"]), run_folder=tmp_path / "append")
 
 
