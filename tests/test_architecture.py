@@ -83,9 +83,9 @@ TORCH_ONLY_ROOMS = {"core.parameter_map", "core.stock_routers"}  # the standard 
 RATCHET = {
     "(top)": (13, 2_291),
     "checkpoints": (12, 3_197),
-    "cli": (22, 6_071),
+    "cli": (22, 6_068),
     "config": (19, 5_306),
-    "core": (38, 12_198),
+    "core": (38, 12_197),
     "data": (26, 9_305),
     "evaluation": (17, 4_396),
     "integrations": (2, 776),

@@ -193,9 +193,9 @@ def export_model(
         "architectures": [family_of(weights.config).architecture],
         "dtype": str(dtype).removeprefix("torch."),
     }
-    stock, stored = on_disk(config), Model(config).layout(expert_layout)
-    unpadded = _stream(weights, stored, dtype=dtype, progress=progress)
-    stream = padded(unpadded, Model(config).padded_shapes())
+    model, stock = Model(config), on_disk(config)
+    unpadded = _stream(weights, model.layout(expert_layout), dtype=dtype, progress=progress)
+    stream = padded(unpadded, model.padded_shapes())
     check = partial(check_replaceable, sources=weights.source_paths)
     with atomic_folder(destination, overwrite=overwrite, check=check) as folder:
         digests = write_tensors(folder, stream, max_shard_bytes=max_shard_bytes)

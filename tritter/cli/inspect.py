@@ -172,7 +172,6 @@ def count_parameters_by_part(source: Source) -> dict[str, int]:
 def _as_json(
     source: Source, dtypes: Mapping[str, int], last_map: _RecordedMap | None
 ) -> dict[str, Any]:
-    from tritter.core.families import ffn_sizes
     from tritter.storage.records import plain_record
 
     lineage = None
@@ -193,7 +192,7 @@ def _as_json(
             "parts": count_parameters_by_part(source),
         },
         "parameters_on_disk": source.model.on_disk.num_parameters,
-        "ffn_sizes": list(ffn_sizes(source.config)),
+        "ffn_sizes": list(source.model.ffn_sizes),
         "dtypes": dict(dtypes),
         "is_tied": source.model.is_tied,
         "beside": _other_files(source.folder),
@@ -235,8 +234,6 @@ def _positions(source: Source) -> dict[str, str]:
 
 
 def _print_model(console: Console, source: Source, dtypes: Mapping[str, int]) -> None:
-    from tritter.core.families import ffn_sizes
-
     shapes = tuple((SHAPES[name], str(size)) for name, size in shapes_of(source.config).items())
     shapes += tuple(_positions(source).items())
     print_table(console, Table(("shape", ""), shapes, numbers=(1,)))
@@ -262,7 +259,7 @@ def _print_model(console: Console, source: Source, dtypes: Mapping[str, int]) ->
     lines.append(("other files", ", ".join(names) or "no tokenizer, no state"))
     if names and "tokenizer.json" not in names:
         lines.append(("", "no tokenizer.json, which training needs"))
-    if sizes := ffn_sizes(source.config):
+    if sizes := source.model.ffn_sizes:
         padded = count_text(source.model.on_disk.num_parameters)
         lines += [
             ("FFN of each layer", " ".join(map(str, sizes))),

@@ -529,8 +529,9 @@ def update_linear_sizes(module: nn.Module) -> None:
 
 def _narrower(config: Config) -> Iterator[StoredTensor]:
     """Yield the tensors that are narrower in memory than in stock classes."""
-    shapes = Model(config).padded_shapes("live")
-    return (stored for stored in Model(config).layout("live") if stored.name in shapes)
+    model = Model(config)
+    shapes = model.padded_shapes("live")
+    return (stored for stored in model.layout("live") if stored.name in shapes)
 
 
 def uninitialised_model(config: Config) -> nn.Module:

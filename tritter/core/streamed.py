@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tritter.core.families import Config, Model, StoredTensor, family_of, on_disk
+from tritter.core.families import Config, Model, StoredTensor, on_disk
 from tritter.core.families.discovery.twin import first_tensor
 from tritter.core.models import backbone_of, layers_of, read_config, unloaded_model
 from tritter.storage.tensors import TensorFolder, TensorReader
@@ -265,15 +265,16 @@ class _Weights:
     """A folder's tensors by their names in memory, in their stored dtype; memory-mapped."""
 
     def __init__(self, folder: Path, config: Config) -> None:
-        self._has_table = family_of(config).has_table
+        model = Model(config)
+        self._has_table = model.family.has_table
         self._files = TensorFolder.open(folder)
         self._reader = TensorReader(self._files)
         self._stored = {
             part.tensor.name: (stored, part)
-            for stored in Model(config).match(self._files.files)
+            for stored in model.match(self._files.files)
             for part in stored.parts
         }
-        self.live = {stored.name: stored for stored in Model(config).layout("live")}
+        self.live = {stored.name: stored for stored in model.layout("live")}
         self._unchanged = {
             name for name, live in self.live.items() if self._on_disk(live).parts == live.parts
         }  # with the same layout on disk as in memory

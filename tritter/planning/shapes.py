@@ -126,7 +126,8 @@ def depth_specs(
         method: the depth expansion.
         min_aspect_ratio: minimum hidden size per layer.
     """
-    sizes = Model(config).sizes
+    source = Model(config)
+    sizes = source.sizes
     most = min(2 * sizes.num_hidden_layers, MAX_LAYERS)
     layers = _thin_out(range(sizes.num_hidden_layers + 1, most + 1))
     specs = [
@@ -134,7 +135,6 @@ def depth_specs(
         for count in layers
         if sizes.hidden_size / count >= min_aspect_ratio
     ]
-    source = Model(config)
     return [spec for spec in specs if is_possible(source, spec)]
 
 
@@ -153,7 +153,8 @@ def width_specs(
         grid: candidate hidden sizes.
         max_aspect_ratio: maximum hidden size per layer.
     """
-    sizes = Model(config).sizes
+    source = Model(config)
+    sizes = source.sizes
     hidden = sizes.hidden_size
     # As round as the source: quantisers need multiples of 32 or 64
     unit = math.lcm(_unit(sizes, grid), _rounding(hidden, hidden, most=_QUANTISED))
@@ -170,7 +171,6 @@ def width_specs(
         for size in _thin_out(range((hidden // unit + 1) * unit, most + 1, unit))
         if size / sizes.num_hidden_layers <= max_aspect_ratio
     ]
-    source = Model(config)
     return [spec for spec in specs if is_possible(source, spec)]
 
 

@@ -27,6 +27,7 @@ class Model:
 
     config: Config
     family: Family = field(default=None)  # type: ignore[assignment]
+    _layouts: dict[LayoutKind, tuple[StoredTensor, ...]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         if self.family is None:
@@ -115,15 +116,11 @@ class Model:
         """The padded model, which stock classes can build; itself if all FFNs are as wide."""
         return self.changed(on_disk(self.config)) if FFN_SIZES in self.config else self
 
-    @cached_property
-    def _arrangements(self) -> dict[LayoutKind, tuple[StoredTensor, ...]]:
-        return {}
-
     def layout(self, kind: LayoutKind) -> tuple[StoredTensor, ...]:
         """Return all stored tensors in forward order, on disk (`hub`) or in memory (`live`)."""
-        if kind not in self._arrangements:
-            self._arrangements[kind] = arranged(self.tensors, self.shapes, kind)
-        return self._arrangements[kind]
+        if kind not in self._layouts:
+            self._layouts[kind] = arranged(self.tensors, self.shapes, kind)
+        return self._layouts[kind]
 
     def padded_shapes(self, kind: LayoutKind = "hub") -> dict[str, tuple[int, ...]]:
         """Return name → shape of the tensors that are padded on disk; usually empty."""
