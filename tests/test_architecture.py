@@ -81,21 +81,21 @@ TORCH_ONLY_ROOMS = {"core.parameter_map", "core.stock_routers"}  # the standard 
 
 # Room → most files and lines: both may only fall, until the redesign of issue 25 ends
 RATCHET = {
-    "(top)": (13, 2_291),
-    "checkpoints": (12, 3_197),
-    "cli": (22, 6_068),
-    "config": (19, 5_306),
-    "core": (38, 12_197),
+    "(top)": (13, 2_289),
+    "checkpoints": (12, 3_194),
+    "cli": (22, 6_054),
+    "config": (19, 5_305),
+    "core": (38, 12_196),
     "data": (26, 9_305),
-    "evaluation": (17, 4_396),
-    "integrations": (2, 776),
-    "methods": (48, 12_596),
-    "pipeline": (26, 7_333),
-    "planning": (9, 2_296),
+    "evaluation": (17, 4_395),
+    "integrations": (2, 775),
+    "methods": (48, 12_592),
+    "pipeline": (26, 7_326),
+    "planning": (9, 2_280),
     "report": (14, 4_309),
     "storage": (10, 2_123),
     "training": (18, 5_035),
-    "transform": (6, 1_886),
+    "transform": (6, 1_884),
 }
 # What there is to know; both may only fall: names of modules without an underscore, and classes
 # that only hold values

@@ -23,6 +23,7 @@ from tests.training import test_sharded as sharded
 from tests.training.test_ranks import run as run_program
 from tests.training.test_ranks import stopped
 from tritter.config.launch.composition import load_config
+from tritter.core.families import Model
 from tritter.core.models import new_model, save_tokenizer
 from tritter.data.documents import Document
 from tritter.data.tokens import END_OF_TEXT, train_tokenizer
@@ -186,7 +187,7 @@ def test_the_recipe_for_a_consumer_gpu_needs_the_memory_that_was_computed(
 ) -> None:
     """With random weights of the shape of Qwen2.5-1.5B, and the recipe's precision and batch."""
     torch.cuda.reset_peak_memory_stats()
-    base = new_model(QWEN, seed=0).bfloat16()
+    base = new_model(Model(QWEN), seed=0).bfloat16()
     base.save_pretrained(tmp_path / "base")
     del base
     text = [Document("a", "a text")]
@@ -204,7 +205,7 @@ def test_the_recipe_for_a_consumer_gpu_needs_the_memory_that_was_computed(
         ]
     )
     outcome = run_pipeline(config, run_folder=tmp_path)
-    (needed,) = training_needs(config, QWEN)
+    (needed,) = training_needs(config, Model(QWEN))
     assert outcome.status == "ungated"
     logged = [row.get("performance/peak_memory_bytes") for row in read_metrics(tmp_path)]
     peak = max(float(value) for value in logged if value)

@@ -16,7 +16,7 @@ from tritter.config.schema import SECTIONS, RootValues
 from tritter.core.expansions import EXPANSIONS, Dus, Moe, MoeAdd, Stack, Width, build_steps
 from tritter.core.expansions.targets import reach_parameters
 from tritter.core.families import FAMILIES, Model, check_config, llama_config
-from tritter.core.models import load_model, read_config
+from tritter.core.models import load_model, read_model
 from tritter.data.options import DatasetsConfig, StdlibDataConfig, TextDataConfig
 from tritter.errors import Problem, RequestError, TritterError
 from tritter.limits import MAX_EXPERTS, MAX_LAYERS, MAX_TENSORS, MAX_VOCABULARY, MAX_WIDTH
@@ -103,7 +103,7 @@ def _named(changes: dict[str, object]) -> set[str]:
 @pytest.mark.parametrize("changes", [*LARGE, *WRONG], ids=lambda c: "-".join(c)[:40])
 def test_a_checkpoints_config_is_refused_by_key(tmp_path: Path, changes: dict[str, object]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(_config(**changes)))
-    for read in (read_config, load_model):
+    for read in (read_model, load_model):
         with pytest.raises(TritterError) as error:
             read(tmp_path)
         assert any(name in str(error.value) for name in _named(changes))
@@ -187,7 +187,7 @@ def test_what_defaults_lead_to_is_refused_too() -> None:
 @pytest.mark.parametrize("spec", [Stack(), Width(), Moe()], ids=repr)
 def test_no_count_of_parameters_is_searched_for_without_end(spec: Any) -> None:
     with pytest.raises(RequestError):
-        reach_parameters(BASE, [spec], 10**14)
+        reach_parameters(Model(BASE), [spec], 10**14)
 
 
 COMMANDS = [
@@ -297,4 +297,4 @@ def test_other_commands(run: Run, place: Path, line: str) -> None:  # noqa: F811
 
 def test_a_sound_model_is_still_read(tmp_path: Path) -> None:
     folder = oracle.saved(oracle.tiny_llama(), tmp_path / "model")
-    assert read_config(folder)["hidden_size"] == load_model(folder).config.hidden_size
+    assert read_model(folder).config["hidden_size"] == load_model(folder).config.hidden_size

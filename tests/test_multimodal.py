@@ -11,8 +11,7 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 import tritter
 from tests.data.test_text_bounds import END, STOCK, TEXTS, written
-from tritter.core.families import Model
-from tritter.core.models import read_config
+from tritter.core.models import read_model
 from tritter.data.mixed_rows import PackedText
 from tritter.data.tokens import read_tokenizer
 
@@ -63,4 +62,4 @@ def test_a_folder_names_its_end_and_its_context(model: Any, tmp_path: Path) -> N
     path.write_text(json.dumps({**settings, "eos_token": None}))
     bounds = read_tokenizer(folder, vocab_size=300).bounds
     assert bounds.end == END and 5 in bounds.stops
-    assert Model(read_config(folder)).position_limit == 64
+    assert read_model(folder).position_limit == 64

@@ -27,7 +27,7 @@ from tritter.config.launch.command_line import CommandLine, read_command_line
 from tritter.config.launch.composition import composer
 from tritter.config.launch.help import help_text
 from tritter.config.run_folder import RUNS_FOLDER, write_run_file
-from tritter.config.validation import known_keys, source_config
+from tritter.config.validation import base_model, known_keys
 from tritter.core.expansions import Width
 from tritter.core.models import new_model, save_tokenizer
 from tritter.data.documents import Document as TextDocument
@@ -186,8 +186,8 @@ def _leave_checkpoints(words: list[str]) -> None:
     """
     # What the documents call base: that of a first run, so that their sizes fit it
     with composer() as composing:
-        config = source_config(composing.compose([]).config)
-    base = saved(new_model(config, seed=0), Path("base"))
+        model = base_model(composing.compose([]).config)
+    base = saved(new_model(model, seed=0), Path("base"))
     tokenizer = train_tokenizer([TextDocument("d", "the class is one\n")], vocab_size=300)
     save_tokenizer(tokenizer, base, end_of_text=END_OF_TEXT)
     children = (word for option, word in pairwise(words) if option == "--experts-from")
@@ -199,8 +199,8 @@ def _leave_checkpoints(words: list[str]) -> None:
             expand(base, Path(name), [Width()])
         if name == "skilled":
             shutil.copytree(base, name)
-            model = new_model(config, seed=0)
-            mixture = ExpertMixture(model)
+            live = new_model(model, seed=0)
+            mixture = ExpertMixture(live)
             mixture.add("code", AdapterShape(2, 4.0, ("q_proj",)), seed=0)
             ExpertFolder.of(mixture).write(Path(name))
         if name.endswith(".ckpt"):

@@ -22,7 +22,8 @@ from tritter import terminal
 from tritter.checkpoints import read_lineage
 from tritter.checkpoints.card import export_card, model_card
 from tritter.checkpoints.folder import write_lineage
-from tritter.core.models import read_config
+from tritter.core.families import Model
+from tritter.core.models import read_model
 from tritter.storage.records import validate_record
 from tritter.terminal import Console, harmless, say
 
@@ -105,7 +106,7 @@ def test_fields_of_a_lineage_and_the_card_made_of_them(run: Run, place: Path) ->
     folder = _grown(run)
     lineage = read_lineage(folder)
     assert lineage is not None
-    config = read_config(folder)
+    config = read_model(folder).config
     plain = json.loads(json.dumps(asdict(lineage)))
     name = f"m{CLEAR}|</td><script>x</script>\n# Title\n[a](http://b)"
     plain["expansion_history"][0].update(method=name, expansion_type=name, timestamp=name)
@@ -119,7 +120,7 @@ def test_fields_of_a_lineage_and_the_card_made_of_them(run: Run, place: Path) ->
     dtype = {"dtype": "float32"}
     for card in (
         model_card(hostile, config, kept={}),
-        export_card({**config, **dtype}, origin=name, lineage=hostile, kept={}, **hashes),
+        export_card(Model({**config, **dtype}), origin=name, lineage=hostile, kept={}, **hashes),
     ):
         assert not STEERING.search(card)
         assert "<script>" not in card and "\n# Title" not in card and "[a](" not in card

@@ -262,7 +262,7 @@ def _unwrap(model: object) -> nn.Module:
     """Return a live model without Tritter's wrapper."""
     from torch import nn
 
-    from tritter.core.models import config_of
+    from tritter.core.models import model_of
     from tritter.methods.experts.mixture import mixture_on
     from tritter.methods.growth.growable import GrowableCausalLM
 
@@ -270,7 +270,7 @@ def _unwrap(model: object) -> nn.Module:
         reason = "pass a folder, a hub id or a Hugging Face model"
         raise refused("source", brief(model), reason)
     inner = model.model if isinstance(model, GrowableCausalLM) else model
-    config_of(inner)
+    model_of(inner)
     if mixture_on(inner) is not None:
         raise RequestError("the model has LoRA experts, which can't be expanded; merge them first.")
     return inner
@@ -301,12 +301,12 @@ def load(path: StrPath, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
     with loading("transformers"):
         import torch
 
-        from tritter.core.models import read_config
+        from tritter.core.models import read_model
         from tritter.methods.experts.whole import load_whole
         from tritter.storage.tensors import TensorFolder
 
     if dtype is None:
-        read_config(folder)  # first, since its errors about the folder are more specific
+        read_model(folder)  # first, since its errors about the folder are more specific
         dtype = getattr(torch, TensorFolder.open(folder).main_dtype)
     return cast("PreTrainedModel", load_whole(folder, dtype=dtype))
 
@@ -369,12 +369,12 @@ def add_experts(model: Model, rank: int = 8, **options: Any) -> PreTrainedModel:
         raise_problems(problems)
     assert requested is not None, "there would be a problem"
     with loading("transformers"):
-        from tritter.core.models import config_of
+        from tritter.core.models import model_of
         from tritter.methods.experts.adapters import AdapterShape, adaptable
         from tritter.methods.experts.gates import Routing
         from tritter.methods.experts.mixture import ExpertMixture, mixture_on
     live = load(model) if isinstance(model, str | PathLike) else model
-    config_of(live)
+    model_of(live)
     mixture = mixture_on(live)
     if mixture is not None and requested.router not in (None, mixture.router):
         reason = f"the model's experts already use the router {mixture.router}"
@@ -600,30 +600,28 @@ def _check_gate(retention: object, confidence: object, kept: Documents, new: Doc
 
 def _window_length(model: Model) -> int:
     from tritter.checkpoints.record import window_length
-    from tritter.core.families import Model
-    from tritter.core.models import config_of, read_config
+    from tritter.core.models import model_of, read_model
     from tritter.storage.hub import locate
 
     if isinstance(model, str | PathLike):
-        config = read_config(locate(fspath(model), key="model"))
+        found = read_model(locate(fspath(model), key="model"))
     else:
-        config = config_of(model)
-    return window_length(None, Model(config).position_limit)
+        found = model_of(model)
+    return window_length(None, found.position_limit)
 
 
 def _scores(
     model: Model, documents: Documents, tokenizer: Tokenizer, sequence_length: int, batch_size: int
 ) -> dict[str, PairedScores]:
     """Score a model on all documents. A model from a folder is released afterwards."""
-    from tritter.core.families import Model
-    from tritter.core.models import config_of, refuse_peft
+    from tritter.core.models import model_of, refuse_peft
     from tritter.data.tokens import tokenise_texts
     from tritter.evaluation.losses import document_losses
 
     refuse_peft(model)
     live: Any = load(model) if isinstance(model, str | PathLike) else model
     wrapped = _tokenizer(tokenizer, live)
-    limit = Model(config_of(live)).position_limit or sequence_length
+    limit = model_of(live).position_limit or sequence_length
     return {
         name: document_losses(
             live,

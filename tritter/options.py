@@ -411,16 +411,16 @@ class RunRequest:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """The configs of the models of a run.
+    """The models of a run.
 
     Args:
-        source: config.json of the initial model.
-        trained: config.json of each trained model, the smallest first.
+        source: initial `Model`.
+        trained: trained `Model`s, the smallest first.
         folder: checkpoint of the initial model; None if it is not local, or if the run makes it.
     """
 
-    source: dict[str, Any]
-    trained: tuple[dict[str, Any], ...]
+    source: Any
+    trained: tuple[Any, ...]
     folder: Path | None = None
 
 

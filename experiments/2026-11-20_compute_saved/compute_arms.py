@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from tritter.core.expansions import Dus, ExpansionSpec, LlamaPro, Moe, Width
-from tritter.core.families import Config, family_of, training_flops
-from tritter.core.models import config_of, new_model
+from tritter.core.families import Config, Model, family_of, training_flops
+from tritter.core.models import model_of, new_model
 from tritter.data.batches import SequenceStream
 from tritter.data.corpus import Corpus, stdlib_corpus
 from tritter.data.tokens import END_OF_TEXT, TextBounds, pack
@@ -110,9 +110,9 @@ class Training:
         self.step = self.born = step
         self.flops_before = flops_before
         self.seconds = 0.0
-        config = config_of(model)
+        config = model_of(model).config
         family = family_of(config)
-        self.flops_per_token = training_flops(config).per_token(SEQUENCE_LENGTH)
+        self.flops_per_token = training_flops(Model(config)).per_token(SEQUENCE_LENGTH)
         self.routers: RoutingObjective | None = None
         if family.has_experts:
             self.routers = RoutingObjective(model, RoutingSettings())
@@ -205,7 +205,7 @@ class Seed:
     def new(self, config: Config, *, rate: float, name: str) -> Training:
         """Return a training from scratch; data come in the same order in every arm."""
         stream = SequenceStream(self.train, seed=derived_seed(self.seed, "order"))
-        model = new_model(config, seed=derived_seed(self.seed, "initialisation", name))
+        model = new_model(Model(config), seed=derived_seed(self.seed, "initialisation", name))
         return Training(model, stream, rate=rate)
 
     @torch.inference_mode()

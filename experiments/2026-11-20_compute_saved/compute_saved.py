@@ -28,7 +28,8 @@ sys.path[:0] = [str(FOLDER.parents[1]), str(FOLDER)]
 
 from compute_arms import GrowthPath, Seed, Size, Training, growth_paths  # noqa: E402
 
-from tritter.core.expansions import ExpansionSpec, target_config  # noqa: E402
+from tritter.core.expansions import ExpansionSpec, target_model  # noqa: E402
+from tritter.core.families import Model  # noqa: E402
 from tritter.seeds import derived_seed  # noqa: E402
 
 DECAY_RATIO = 0.2
@@ -175,7 +176,7 @@ def from_scratch(
 ) -> Goal:
     """Train a target from scratch, trunk and decayed branch."""
     size = data.size
-    training = data.new(target_config(data.config, specs), rate=rate, name=name)
+    training = data.new(target_model(Model(data.config), specs).config, rate=rate, name=name)
     arm = Arm(name="scratch", target=name, training=training, data=data, table=table)
     decay_steps = round(DECAY_RATIO * size.steps)
     arm.follow(size.steps - decay_steps)
@@ -220,7 +221,7 @@ def tune(data: Seed, table: Table, *, paths: Mapping[str, GrowthPath]) -> None:
     size = data.size
     configs = {"small": data.config}
     for path in paths.values():
-        configs[f"scratch_{path.target}"] = target_config(data.config, path.specs)
+        configs[f"scratch_{path.target}"] = target_model(Model(data.config), path.specs).config
     best: dict[str, float] = {}
 
     def measured(arm: str, rate: float) -> float:

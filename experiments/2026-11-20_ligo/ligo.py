@@ -37,6 +37,7 @@ from compute_saved import Table  # noqa: E402
 from operators import Init, Operators  # noqa: E402
 
 from tritter.core.expansions import ExpansionSpec, LlamaPro, Stack, Width  # noqa: E402
+from tritter.core.families import Model  # noqa: E402
 from tritter.core.models import new_model  # noqa: E402
 from tritter.seeds import derived_seed  # noqa: E402
 from tritter.training.optimizer import OptimizerSettings, build_optimizer  # noqa: E402
@@ -197,7 +198,7 @@ def train_operators(operators: Operators, batches: Iterable[Tensor], *, rate: fl
         OptimizerSettings(weight_decay=0.0),
         learning_rate=rate,
     )
-    shell = new_model(operators.target_config, seed=0).train().requires_grad_(False)
+    shell = new_model(Model(operators.target_config), seed=0).train().requires_grad_(False)
     batches, losses = list(batches), []
     for step, batch in enumerate(batches):
         factor = min(1.0, (step + 1) / OPERATOR_WARMUP_STEPS) * (1 - step / len(batches))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tritter.core.expansions import ExpansionSpec, ResolvedExpansion
 from tritter.core.families import Axis, Model, Port
-from tritter.core.models import config_of, model_with_tensors, named_tensors
+from tritter.core.models import model_of, model_with_tensors, named_tensors
 from tritter.core.parameter_map import AxisFactor, map_tensor
 from tritter.transform.live import ModelExpander
 
@@ -40,12 +40,12 @@ class Operators:
     def __init__(
         self, model: nn.Module, specs: Sequence[ExpansionSpec], *, init: Init, seed: int
     ) -> None:
-        config = config_of(model)
+        config = model_of(model).config
         self.init = init
         self.generator = torch.Generator().manual_seed(seed)
         steps = ModelExpander(specs, seed=seed).steps(Model(config))
         by_type = {step.spec.expansion_type: step for step in steps}
-        held = dict(named_tensors(model, config))
+        held = dict(named_tensors(model, Model(config)))
         self.logical = {t.name: t for t in Model(config).tensors}
         self.sources = {name: held[t.disk_name].clone() for name, t in self.logical.items()}
         self.target_config = steps[-1].target.config
@@ -76,7 +76,7 @@ class Operators:
         with torch.no_grad():
             held = self.weights()
             by_name = {tensor.name: held[tensor.disk_name] for tensor in names}
-            return model_with_tensors(self.target_config, by_name)
+            return model_with_tensors(Model(self.target_config), by_name)
 
     def flops(self) -> float:
         """Count the FLOPs of the products in one step, forward and backward."""

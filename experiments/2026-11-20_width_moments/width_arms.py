@@ -23,7 +23,7 @@ sys.path.append(str(FOLDER.parents[1]))
 
 from tritter.core.expansions import Width  # noqa: E402
 from tritter.core.families import Config, Model  # noqa: E402
-from tritter.core.models import config_of, model_with_tensors, named_tensors, new_model  # noqa: E402
+from tritter.core.models import model_of, model_with_tensors, named_tensors, new_model  # noqa: E402
 from tritter.core.parameter_map import AxisFactor, ParameterMap, map_tensor  # noqa: E402
 from tritter.core.parameter_map.apply import carry_mask  # noqa: E402
 from tritter.data.batches import BatchStream, SequenceStream  # noqa: E402
@@ -163,7 +163,7 @@ def optimizer_of(model: nn.Module, learning_rate: float) -> torch.optim.Optimize
 
 def base_of(seed: int, sizes: Sizes) -> Base:
     """Load the base of a seed, or train it: constant rate, so that its moments are in use."""
-    model = new_model(base_config(), seed=derived_seed(seed, "model"))
+    model = new_model(Model(base_config()), seed=derived_seed(seed, "model"))
     optimizer = optimizer_of(model, BASE_RATE)
     path = sizes.cache / f"base_{seed}_{sizes.base_steps}.pt"
     if not path.is_file():
@@ -180,7 +180,7 @@ def base_of(seed: int, sizes: Sizes) -> Base:
 
 def grow(model: nn.Module, spec: Width, *, seed: int) -> Grown:
     expander = ModelExpander([spec], seed=seed)
-    config = config_of(model)
+    config = model_of(model).config
     steps = expander.steps(Model(config))
     configs = (config, *(step.target.config for step in steps))
     return Grown(expander.expand(model), configs, tuple(step.parameter_map for step in steps))
@@ -189,7 +189,7 @@ def grow(model: nn.Module, spec: Width, *, seed: int) -> Grown:
 def grown_as(growth: str, model: nn.Module, *, seed: int) -> Grown:
     """Return the model grown by a key of WIDTHS, or as it is."""
     if growth == "ungrown":
-        return Grown(model, (config_of(model),), ())
+        return Grown(model, (model_of(model).config,), ())
     grown = grow(model, WIDTHS[growth], seed=seed)
     if growth == "random_padding":
         return replace(grown, model=plainly_padded(model, grown, seed=seed))
@@ -200,8 +200,11 @@ def plainly_padded(model: nn.Module, grown: Grown, *, seed: int) -> nn.Module:
     """Return a newly drawn wide model that the old weights were copied into, norms untouched."""
     source, target = grown.configs
     unscaled = {**target, "rms_norm_eps": source["rms_norm_eps"]}
-    drawn = new_model(unscaled, seed=derived_seed(seed, "padding"))
-    held, old = dict(named_tensors(drawn, unscaled)), dict(named_tensors(model, source))
+    drawn = new_model(Model(unscaled), seed=derived_seed(seed, "padding"))
+    held, old = (
+        dict(named_tensors(drawn, Model(unscaled))),
+        dict(named_tensors(model, Model(source))),
+    )
     padded: dict[str, Tensor] = {}
     for tensor in Model(target).tensors:
         tensor_map = grown.maps[0].tensors[tensor.name]
@@ -213,7 +216,7 @@ def plainly_padded(model: nn.Module, grown: Grown, *, seed: int) -> nn.Module:
         copied = map_tensor(replace(tensor_map, axes=ones), value)
         is_old = carry_mask(tensor_map, torch.ones(value.shape, dtype=torch.bool))
         padded[tensor.name] = torch.where(is_old, copied, held[tensor.disk_name])
-    return model_with_tensors(unscaled, padded)
+    return model_with_tensors(Model(unscaled), padded)
 
 
 def optimizer_after(

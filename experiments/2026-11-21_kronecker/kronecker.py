@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tritter.core.families import training_flops
-from tritter.core.models import config_of
+from tritter.core.models import model_of
 from tritter.errors import TritterError
 from tritter.evaluation.inference import device_of, preserve_modes
 from tritter.methods.forgetting.quadratic import QuadraticPenalty
@@ -140,7 +140,7 @@ class Kronecker(QuadraticPenalty):
         sizes = [(a.shape[1], g.shape[1]) for a, g in self.factors.values()]
         products = sum(2 * (i * i + o * o - i * o) for i, o in sizes)
         length -= 1  # the last token is a label only
-        return count * (training_flops(config_of(model)).of(length) + length * products)
+        return count * (training_flops(model_of(model)).of(length) + length * products)
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:

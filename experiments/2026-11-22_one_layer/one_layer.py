@@ -28,7 +28,7 @@ sys.path[:0] = [str(FOLDER.parents[1]), str(FOLDER.parent / "2026-11-20_compute_
 from compute_arms import Seed, Size, Training  # noqa: E402
 from compute_saved import Table, read_rates  # noqa: E402
 
-from tritter.core.expansions import ExpansionSpec, LlamaPro, Stack, target_config  # noqa: E402
+from tritter.core.expansions import ExpansionSpec, LlamaPro, Stack, target_model  # noqa: E402
 from tritter.core.families import Model, training_flops  # noqa: E402
 from tritter.seeds import derived_seed  # noqa: E402
 
@@ -101,10 +101,10 @@ class Arms:
 
     def __init__(self, data: Seed) -> None:
         self.data = data
-        self.target = target_config(data.config, (PATHS["stack"],))
+        self.target = target_model(Model(data.config), (PATHS["stack"],)).config
         self.parameters = Model(self.target).num_parameters
         per_token = [
-            training_flops(config).per_token(data.validation.shape[1])
+            training_flops(Model(config)).per_token(data.validation.shape[1])
             for config in (data.config, self.target)
         ]
         self.cost_ratio = per_token[1] / per_token[0]

@@ -30,8 +30,8 @@ from torch import Tensor, nn  # noqa: E402
 from experiments.jobs import append, rows_of  # noqa: E402
 from tritter.core.expansions import Interpolate, Layers, LlamaPro, Stack  # noqa: E402
 from tritter.core.expansions.depth import repeated_layers  # noqa: E402
-from tritter.core.families import training_flops  # noqa: E402
-from tritter.core.models import config_of, layers_of, new_model  # noqa: E402
+from tritter.core.families import Model, training_flops  # noqa: E402
+from tritter.core.models import layers_of, model_of, new_model  # noqa: E402
 from tritter.data.batches import SequenceStream  # noqa: E402
 from tritter.data.corpus import Corpus, stdlib_corpus  # noqa: E402
 from tritter.data.tokens import END_OF_TEXT, TextBounds, pack  # noqa: E402
@@ -144,7 +144,7 @@ def train(
 
 def base_of(seed: int) -> nn.Module:
     """Load the base of a seed, or train it on prose at a constant learning rate."""
-    model = new_model(CONFIG, seed=derived_seed(seed, "model"))
+    model = new_model(Model(CONFIG), seed=derived_seed(seed, "model"))
     path = CACHE / f"base_{seed}_{BASE_STEPS}.pt"
     if not path.is_file():
         schedule = Schedule(learning_rate=BASE_RATE, max_steps=BASE_STEPS, shape="constant")
@@ -329,9 +329,9 @@ def fitted(inputs: Tensor, outputs: Tensor, *, is_long: bool, seed: int) -> nn.M
 def follow(arm: Arm, seed: int, *, rate: float = RATE) -> list[dict[str, object]]:
     """Grow, train on both domains, and return a row for each evaluated step."""
     since, base = time.perf_counter(), base_of(seed)
-    grown_flops = training_flops({**CONFIG, "num_hidden_layers": LAYERS + ADDED}).of(LENGTH)
+    grown_flops = training_flops(Model({**CONFIG, "num_hidden_layers": LAYERS + ADDED})).of(LENGTH)
     model = grown(base, arm, seed=seed)
-    flops = training_flops(config_of(model)).of(LENGTH)
+    flops = training_flops(model_of(model)).of(LENGTH)
     steps = {round(step * grown_flops / flops): step for step in EVALUATED}
     rows: list[dict[str, object]] = []
 

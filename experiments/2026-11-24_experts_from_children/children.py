@@ -20,8 +20,8 @@ import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from experiments.jobs import ROOT, append, done, loss_rows, train  # noqa: E402
-from tritter.core.expansions import Moe, target_config  # noqa: E402
-from tritter.core.families import training_flops  # noqa: E402
+from tritter.core.expansions import Moe, target_model  # noqa: E402
+from tritter.core.families import Model, training_flops  # noqa: E402
 from tritter.data.built_in import gather  # noqa: E402
 
 SEQUENCE_LENGTH, DOMAIN_BYTES, STORY_BYTES = 128, 800_000, 1_500
@@ -106,8 +106,8 @@ def _arm(options: Any, base: Path, seed: int, arm: str, texts: dict[str, Path], 
     folder, start = options.work / f"run_{seed}_{arm.replace(' ', '_')}", base / "baseline"
     children = [options.work / f"child_{seed}_{name}" / "checkpoint" for name in DOMAINS]
     config = json.loads((start / "config.json").read_text(encoding="utf-8"))
-    mixed = target_config(config, [Moe(num_experts=1 + len(children))])
-    dense, sparse = (training_flops(each).of(SEQUENCE_LENGTH) for each in (config, mixed))
+    mixed = target_model(Model(config), [Moe(num_experts=1 + len(children))]).config
+    dense, sparse = (training_flops(Model(each)).of(SEQUENCE_LENGTH) for each in (config, mixed))
     healing = options.mixed_steps * sparse
     total = len(children) * options.child_steps * dense + healing
     steps, words = round(total / dense), ["expansion=none"]

@@ -27,8 +27,8 @@ from torch import Tensor, nn  # noqa: E402
 
 from experiments.jobs import append, done  # noqa: E402
 from tritter.core.expansions import Moe  # noqa: E402
-from tritter.core.families import training_flops  # noqa: E402
-from tritter.core.models import config_of, new_model  # noqa: E402
+from tritter.core.families import Model, training_flops  # noqa: E402
+from tritter.core.models import model_of, new_model  # noqa: E402
 from tritter.data.batches import BatchStream, SequenceStream  # noqa: E402
 from tritter.data.corpus import Corpus, stdlib_corpus  # noqa: E402
 from tritter.data.tokens import END_OF_TEXT, TextBounds, pack  # noqa: E402
@@ -175,7 +175,7 @@ def train(model: nn.Module, rows: Tensor, steps: int, *, seed: int, scores: Scor
 
 def base_of(name: str, seed: int) -> nn.Module:
     """Load the base of a seed, or train it on prose."""
-    model = new_model({**COMMON, **BASES[name]}, seed=derived_seed(seed, "model"))
+    model = new_model(Model({**COMMON, **BASES[name]}), seed=derived_seed(seed, "model"))
     path = CACHE / f"{name}_{seed}_{BASE_STEPS}.pt"
     if not path.is_file():
         train(model, sequences("prose", "train", seed), BASE_STEPS, seed=seed, scores=None)
@@ -190,13 +190,13 @@ def rows_of(arm: str, seed: int) -> list[dict[str, object]]:
     since = time.perf_counter()
     base, spec = ARMS[arm]
     model = base_of(base, seed)
-    of_step = float(training_flops(config_of(model)).of(LENGTH)) * BATCH
+    of_step = float(training_flops(model_of(model)).of(LENGTH)) * BATCH
     budget = of_step * STEPS
     if spec is not None:
         model = ModelExpander([spec], seed=seed).expand(model)
-        of_step = float(training_flops(config_of(model)).of(LENGTH)) * BATCH
+        of_step = float(training_flops(model_of(model)).of(LENGTH)) * BATCH
     if arm == "scratch":
-        model = new_model(config_of(model), seed=derived_seed(seed, "scratch"))
+        model = new_model(model_of(model), seed=derived_seed(seed, "scratch"))
     num_steps = round(budget / of_step)
     at = {max(1, round(share * num_steps)): share for share in POINTS}
     scores = Scores(model, seed, at)

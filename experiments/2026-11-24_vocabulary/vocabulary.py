@@ -13,7 +13,7 @@ FOLDER = Path(__file__).resolve().parent
 sys.path.append(str(FOLDER.parents[1]))
 
 from experiments.jobs import ROOT, append, done, loss_rows, train  # noqa: E402
-from tritter.core.families import training_flops  # noqa: E402
+from tritter.core.families import Model, training_flops  # noqa: E402
 from tritter.data.built_in import gather  # noqa: E402
 
 SEQUENCE_LENGTH = 128
@@ -78,7 +78,7 @@ def _run(options: Any, base: Path, prose: str, donor: Path, *, seed: int, arm: s
     """Train one arm and append its rows."""
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     larger = {**config, "vocab_size": config["vocab_size"] + options.tokens}
-    costs = [training_flops(each).of(SEQUENCE_LENGTH) for each in (config, larger)]
+    costs = [training_flops(Model(each)).of(SEQUENCE_LENGTH) for each in (config, larger)]
     steps = round(options.steps * costs[1] / costs[0]) if arm == "none" else options.steps
     folder = options.work / f"run_{seed}_{arm.replace(' ', '_')}"
     overrides = list(ARMS[arm])

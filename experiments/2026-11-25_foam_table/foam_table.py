@@ -32,8 +32,8 @@ from experiments.scores import (  # noqa: E402
     copy_benchmarks,
 )
 from tritter.config.launch.composition import load_config  # noqa: E402
-from tritter.core.expansions import LlamaPro, Width, target_config  # noqa: E402
-from tritter.core.families import training_flops  # noqa: E402
+from tritter.core.expansions import LlamaPro, Width, target_model  # noqa: E402
+from tritter.core.families import Model, training_flops  # noqa: E402
 from tritter.core.models import load_model, load_tokenizer  # noqa: E402
 from tritter.data.packing import labels_of  # noqa: E402
 from tritter.evaluation.statistics import PairedScores  # noqa: E402
@@ -150,8 +150,8 @@ def words_of(options: Any, arm: str, seed: int) -> list[str]:
 def steps_of(options: Any, arm: str) -> int:
     """Return the steps with as many FLOPs as `--steps` steps of the source."""
     config = json.loads((options.model / "config.json").read_text(encoding="utf-8"))
-    grown = target_config(config, [GROWN[arm]]) if arm in GROWN else config
-    source, own = (training_flops(each).of(SEQUENCE_LENGTH) for each in (config, grown))
+    grown = target_model(Model(config), [GROWN[arm]]).config if arm in GROWN else config
+    source, own = (training_flops(Model(each)).of(SEQUENCE_LENGTH) for each in (config, grown))
     return round(options.steps * source / own)
 
 
@@ -193,7 +193,7 @@ def with_peft(options: Any, seed: int, folder: Path) -> dict[str, Any]:
     )
     base = context.masked(load_model(options.model))
     lora = config.experts.options
-    rate = config.experts.kind(lora).peak_rate(context.model_config)
+    rate = config.experts.kind(lora).peak_rate(context.model)
     context.score(base, "baseline")
     adapter = LoraConfig(
         r=lora.rank,

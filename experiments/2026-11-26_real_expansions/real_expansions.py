@@ -28,8 +28,8 @@ from experiments.scores import (  # noqa: E402
     change,
     copy_benchmarks,
 )
-from tritter.core.expansions import Dus, LlamaPro, Moe, Width, target_config  # noqa: E402
-from tritter.core.families import training_flops  # noqa: E402
+from tritter.core.expansions import Dus, LlamaPro, Moe, Width, target_model  # noqa: E402
+from tritter.core.families import Model, training_flops  # noqa: E402
 from tritter.data.built_in import gather  # noqa: E402
 from tritter.evaluation.statistics import PairedScores  # noqa: E402
 from tritter.storage.atomic import write_text_atomic  # noqa: E402
@@ -152,8 +152,8 @@ def steps_of(options: Any, expansion: str) -> int:
     """Return the steps with as many FLOPs as `--steps` steps of the source."""
     part = EXPANSIONS[expansion][0]
     config = json.loads((options.model / "config.json").read_text(encoding="utf-8"))
-    grown = target_config(config, [part]) if part else config
-    source, own = (training_flops(each).of(SEQUENCE_LENGTH) for each in (config, grown))
+    grown = target_model(Model(config), [part]).config if part else config
+    source, own = (training_flops(Model(each)).of(SEQUENCE_LENGTH) for each in (config, grown))
     return round(options.steps * source / own)
 
 

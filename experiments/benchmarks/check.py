@@ -81,11 +81,13 @@ def run_expansion(source: Path, destination: Path, method: str) -> float:
 def run_check(source: Path, result: Path, contender: str) -> None:
     """Compare both in this process, after telling the parent that everything is imported."""
     from tritter.cli.measure import random_tokens
-    from tritter.core.models import load_model, read_config, uninitialised_model
+    from tritter.core.models import load_model, read_model, uninitialised_model
     from tritter.evaluation.jump import folder_jump, logit_jump
 
-    tokens = random_tokens(read_config(result))
-    uninitialised_model(read_config(source))  # transformers imports some of itself at first use
+    tokens = random_tokens(read_model(result))
+    uninitialised_model(
+        read_model(source).config
+    )  # transformers imports some of itself at first use
     print("ready", flush=True)
     sys.stdin.readline()
     started = time.perf_counter()

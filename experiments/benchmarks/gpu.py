@@ -88,9 +88,10 @@ class Measurement:
         self.steps = steps
 
     def model(self) -> PreTrainedModel:
+        from tritter.core.families import Model
         from tritter.core.models import new_model
 
-        model: PreTrainedModel = new_model(self.config, seed=0)
+        model: PreTrainedModel = new_model(Model(self.config), seed=0)
         return model.to(self.device).train()  # type: ignore[arg-type]
 
     def seconds(self, way: str) -> float:
@@ -253,7 +254,7 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, object]]:
                     peaks[way] = torch.cuda.max_memory_allocated()
         length = options.sequence_length
         tokens = options.batch_size * length
-        flops = training_flops(measurement.config).of_all({length: options.batch_size})
+        flops = training_flops(Model(measurement.config)).of_all({length: options.batch_size})
         device = torch.device(measurement.device)
         shown = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
         known = [peak for part, peak in PEAKS.items() if part in shown]

@@ -29,6 +29,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
 from experiments.benchmarks.table import tell  # noqa: E402
+from tritter.core.families import Model  # noqa: E402
 from tritter.core.families.tables import llama_config  # noqa: E402
 from tritter.core.models import new_model  # noqa: E402
 from tritter.data.built_in import built_in_documents  # noqa: E402
@@ -130,7 +131,7 @@ def trained_base(sequences: Tensor, *, vocab_size: int, steps: int, seed: int) -
         "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "max_position_embeddings": 512,
         "initializer_range": 0.02,
     }  # fmt: skip
-    model = new_model(llama_config(vocab_size=vocab_size, **sizes), seed=seed)
+    model = new_model(Model(llama_config(vocab_size=vocab_size, **sizes)), seed=seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     generator = torch.Generator().manual_seed(seed)

@@ -48,7 +48,7 @@ class Row:
 
 
 def new_llama(hidden_size: int, *, num_layers: int) -> nn.Module:
-    from tritter.core.families import llama_config
+    from tritter.core.families import Model, llama_config
     from tritter.core.models import new_model
 
     config = llama_config(
@@ -64,7 +64,7 @@ def new_llama(hidden_size: int, *, num_layers: int) -> nn.Module:
         max_position_embeddings=256,
         initializer_range=0.02,
     )
-    return new_model(config, seed=0)
+    return new_model(Model(config), seed=0)
 
 
 def step_seconds(

@@ -6,6 +6,7 @@ import torch
 
 from tritter.checkpoints import Source
 from tritter.checkpoints.state import read_state, write_state
+from tritter.core.families import Model
 from tritter.core.stock_routers import AddedExperts
 from tritter.storage.writer import TensorStream
 
@@ -25,9 +26,9 @@ def test_every_piece_writes_itself_as_it_was_read(tmp_path: Path) -> None:
     AddedExperts(experts=(4, 5)).at(1, anneal_steps=4).write(source)
     held = contents(source)
     assert len(held) == 4
-    for artifact in Source(source, {}, None).artifacts():
+    for artifact in Source(source, Model({}), None).artifacts():
         artifact.write(target)
     assert contents(target) == held
-    for artifact in Source(bare, {}, None).artifacts():
+    for artifact in Source(bare, Model({}), None).artifacts():
         artifact.write(target / "..")
     assert read_state(tmp_path) is None  # what is not there is not made up

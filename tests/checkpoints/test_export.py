@@ -27,7 +27,7 @@ from tritter.checkpoints import Source, read_lineage
 from tritter.checkpoints.export import Exported, Weights, export_model
 from tritter.checkpoints.folder import SmallFiles
 from tritter.core.expansions import LlamaPro, Width
-from tritter.core.models import read_config
+from tritter.core.models import read_model
 from tritter.errors import RequestError, TritterError
 from tritter.storage.hashing import merkle_hash, tensor_digest
 from tritter.transform import expand
@@ -36,7 +36,7 @@ MODELS = {"llama": tiny_llama, "qwen3": tiny_qwen3}
 
 
 def weights_of(folder: Path) -> Weights:
-    return Weights.of(Source.open(folder, read_config(folder)))
+    return Weights.of(Source.open(folder, read_model(folder)))
 
 
 def export(folder: Path, destination: Path, **options: Any) -> Exported:

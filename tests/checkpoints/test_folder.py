@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from tests import oracle
 from tritter.checkpoints import Lineage, read_lineage, write_checkpoint, write_lineage
 from tritter.core.expansions import Dus, LlamaPro, Width
+from tritter.core.families import Model
 from tritter.core.models import named_tensors, save_tokenizer
 from tritter.errors import RequestError, TritterError
 from tritter.storage.hashing import merkle_hash, tensor_digest
@@ -45,7 +46,7 @@ def _write(model: LlamaForCausalLM, target: Path, *, lineage: Lineage = EMPTY) -
     return write_checkpoint(
         target,
         config=config,
-        tensors=TensorStream.of(named_tensors(model, config)),
+        tensors=TensorStream.of(named_tensors(model, Model(config))),
         lineage=lambda: lineage,
         artifacts=[Words()],
     )

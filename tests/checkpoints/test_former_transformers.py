@@ -18,10 +18,10 @@ from tritter.checkpoints.folder import write_config
 from tritter.cli import main as tritter
 from tritter.core.expansions import Context, LlamaPro, Vocab
 from tritter.core.expansions.targets import growth_examples
-from tritter.core.families import Config
+from tritter.core.families import Config, Model
 from tritter.core.families.config_file import with_former_keys
 from tritter.core.families.discovery.twin import build_twin
-from tritter.core.models import read_config, save_tokenizer
+from tritter.core.models import read_model, save_tokenizer
 from tritter.data.documents import Document
 from tritter.data.tokens import END_OF_TEXT, train_tokenizer
 from tritter.errors import RequestError
@@ -101,9 +101,9 @@ def test_former_keys_stand_beside_the_new_ones(config: Config, former: Config) -
 @pytest.mark.parametrize("family", generic())
 def test_former_keys_change_nothing_for_transformers_5(tmp_path: Path, family: str) -> None:
     folder = oracle.saved(tiny(family), tmp_path)
-    config = read_config(folder)
+    config = read_model(folder).config
     write_config(folder, config)
-    again = read_config(folder)
+    again = read_model(folder).config
     assert {key: again[key] for key in config} == config
 
 
@@ -149,8 +149,8 @@ def _tiny_config(family: str) -> Config:
 
 def _grown(source: Path) -> list[Path]:
     """Return the folders of what can grow in a model."""
-    config = read_config(source)
-    sizes = growth_examples(config)
+    config = read_model(source).config
+    sizes = growth_examples(Model(config))
     specs = {name: examples[:1] for name, examples in sizes.items()}
     specs |= {"depth": [LlamaPro()], "vocab": [Vocab(tokens=("grows",))]}
     # OLMo 2 of transformers 4 refuses YaRN

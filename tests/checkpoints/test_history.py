@@ -13,7 +13,7 @@ from tests import oracle
 from tritter.checkpoints import read_lineage, write_lineage
 from tritter.checkpoints.history import Difference, Link, read_chain, verify
 from tritter.core.expansions import Dus, LlamaPro, Width
-from tritter.core.models import read_config
+from tritter.core.models import read_model
 from tritter.errors import RequestError, TritterError
 from tritter.transform import expand
 
@@ -100,7 +100,7 @@ def test_training_makes_a_link_without_expansions(place: Path) -> None:
     trained = replace(
         wide, model_hash="7" * 64, parent_hash=wide.model_hash, parent_path="../wide", step=9
     )
-    write_lineage(place / "trained", trained, read_config(place / "wide"))
+    write_lineage(place / "trained", trained, read_model(place / "wide").config)
     assert [len(link.expansion_records) for link in read_chain(place / "trained")] == [0, 2, 0]
 
 

@@ -23,11 +23,11 @@ from tritter.checkpoints.state import read_state, write_state
 from tritter.core.expansions import Dus, ExpansionSpec, LlamaPro, Moe, Width, build_steps
 from tritter.core.families import Model, family_of, ffn_sizes, forward_flops, on_disk
 from tritter.core.models import (
-    config_of,
     load_model,
+    model_of,
     model_with_tensors,
     named_tensors,
-    read_config,
+    read_model,
 )
 from tritter.core.parameter_map.carry import MOMENTS
 from tritter.errors import RequestError, TritterError
@@ -89,7 +89,7 @@ def test_stock_classes_compute_the_same_from_disk_and_the_padding_comes_off(
 @pytest.mark.parametrize("family", generic(GROWABLE))
 def test_shapes_counts_and_flops_are_those_of_the_live_model(family: str) -> None:
     model = uneven(family, SIZES)
-    config = config_of(model)
+    config = model_of(model).config
     table = family_of(config)
     widest = table.sizes["intermediate_size"]
     assert ffn_sizes(config) == SIZES and config[widest] == 40
@@ -100,10 +100,10 @@ def test_shapes_counts_and_flops_are_those_of_the_live_model(family: str) -> Non
     assert table.count_parameters(config) == count < table.count_parameters(on_disk(config))
     matrices = 3 if table.has_gate else 2  # gate, up and down, or the last two
     saved = sum(2 * matrices * 24 * (40 - size) for size in SIZES)  # a multiply-add
-    padded = forward_flops(on_disk(config)).of(1)
-    assert forward_flops(config).of(1) == padded - saved
+    padded = forward_flops(Model(on_disk(config))).of(1)
+    assert forward_flops(Model(config)).of(1) == padded - saved
     even = tiny(family)
-    assert "ffn_sizes" not in config_of(even) and config_of(even)[widest] == 40
+    assert "ffn_sizes" not in model_of(even).config and model_of(even).config[widest] == 40
 
 
 def test_the_folder_says_what_is_padding_and_config_json_does_not(tmp_path: Path) -> None:
@@ -112,14 +112,14 @@ def test_the_folder_says_what_is_padding_and_config_json_does_not(tmp_path: Path
     assert plain["intermediate_size"] == 40 and "ffn_sizes" not in plain
     lineage = read_lineage(folder)
     assert lineage is not None and lineage.ffn_sizes == SIZES
-    assert read_config(folder)["ffn_sizes"] == list(SIZES)
+    assert read_model(folder).config["ffn_sizes"] == list(SIZES)
     assert "FFN 7 to 40" in (folder / "README.md").read_text()
     gate = load_file(folder / "model.safetensors")["model.layers.2.mlp.gate_proj.weight"]
     assert gate.shape == (40, 24) and not gate[7:].any()
 
 
 def test_a_model_of_equal_widths_has_none_of_its_own() -> None:
-    config = config_of(uneven("llama", (16, 16)))
+    config = model_of(uneven("llama", (16, 16))).config
     assert "ffn_sizes" not in config and config["intermediate_size"] == 16
     again = family_of(config).with_ffn_sizes({**config, "num_hidden_layers": 3}, [9, 8, 8])
     deeper = family_of(config).with_layers(again, [1, 2, 1, 2])
@@ -128,10 +128,10 @@ def test_a_model_of_equal_widths_has_none_of_its_own() -> None:
 
 def test_models_are_built_in_their_live_widths() -> None:
     model = uneven("qwen3", SIZES).double()
-    config = config_of(model)
-    held = dict(named_tensors(model, config))
+    config = model_of(model).config
+    held = dict(named_tensors(model, Model(config)))
     names = Model(config).tensors
-    built = model_with_tensors(config, {t.name: held[t.disk_name] for t in names})
+    built = model_with_tensors(Model(config), {t.name: held[t.disk_name] for t in names})
     assert torch.equal(logits(built), logits(model))
     up = built.get_submodule("model.layers.0.mlp.up_proj")
     assert isinstance(up, nn.Linear) and (up.in_features, up.out_features) == (24, 12)
@@ -140,7 +140,7 @@ def test_models_are_built_in_their_live_widths() -> None:
 def test_live_models_grow_in_their_live_widths() -> None:
     model = uneven("qwen2", SIZES).double()
     grown = ModelExpander([LlamaPro(target_layers=5), Width(hidden_size=48)]).expand(model)
-    assert ffn_sizes(config_of(grown)) == (24, 80, 80, 14, 14)
+    assert ffn_sizes(model_of(grown).config) == (24, 80, 80, 14, 14)
     assert float((logits(grown) - logits(model)).abs().max()) < IDENTITY
 
 
@@ -158,7 +158,7 @@ def test_widths_that_would_cut_weights_off_are_refused(tmp_path: Path, sizes: li
     _edited(folder, lambda plain: plain.update(ffn_sizes=sizes))
     with pytest.raises(TritterError, match=r"is not zero outside"):
         load_model(folder)
-    source = Source.open(folder, read_config(folder))
+    source = Source.open(folder, read_model(folder))
     with pytest.raises(TritterError, match=r"mlp\.gate_proj\.weight.* is not zero outside"):
         for name in source.stored_parts:
             source.read(name)
@@ -178,7 +178,7 @@ def test_widths_of_another_model_are_refused(tmp_path: Path, sizes: list[int]) -
     folder = written(uneven("llama", SIZES), tmp_path / "model")
     _edited(folder, lambda plain: plain.update(ffn_sizes=sizes))
     with pytest.raises(TritterError, match=r"ffn_sizes = .*must be a width"):
-        read_config(folder)
+        read_model(folder)
 
 
 def test_config_json_may_not_state_widths(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_config_json_may_not_state_widths(tmp_path: Path) -> None:
     plain = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**plain, "ffn_sizes": list(SIZES)}))
     with pytest.raises(TritterError, match=r"belong in tritter\.json"):
-        read_config(folder)
+        read_model(folder)
 
 
 GROWN: list[tuple[list[ExpansionSpec], Sequence[int]]] = [
@@ -223,10 +223,12 @@ def test_expansions_on_top_keep_the_function(
 def test_an_export_is_stock_and_padded(tmp_path: Path) -> None:
     model = uneven("gemma3_text", SIZES).double()
     folder = written(model, tmp_path / "model")
-    weights = Weights.of(Source.open(folder, read_config(folder)))
+    weights = Weights.of(Source.open(folder, read_model(folder)))
     exported = export_model(weights, tmp_path / "out", dtype=torch.float64, artifacts=())
-    assert "ffn_sizes" not in exported.config and not (exported.folder / "tritter.json").exists()
-    assert "ffn_sizes" not in read_config(exported.folder)
+    assert (
+        "ffn_sizes" not in exported.model.config and not (exported.folder / "tritter.json").exists()
+    )
+    assert "ffn_sizes" not in read_model(exported.folder).config
     identity, stock = stock_errors(model, exported.folder)
     assert identity < IDENTITY and stock < STOCK
 
@@ -237,20 +239,20 @@ def test_an_export_is_stock_and_padded(tmp_path: Path) -> None:
 )
 def test_what_needs_layers_of_one_width_is_refused(spec: ExpansionSpec, reason: str) -> None:
     with pytest.raises(RequestError, match=reason):
-        build_steps(Model(config_of(uneven("llama", SIZES))), [spec], seed=0)
+        build_steps(model_of(uneven("llama", SIZES)), [spec], seed=0)
 
 
 def test_experts_have_one_width(tmp_path: Path) -> None:
     folder = written(tiny("mixtral"), tmp_path / "model")
     _edited(folder, lambda plain: plain.update(ffn_sizes=list(SIZES)))
     with pytest.raises(TritterError, match="all layers have one width"):
-        read_config(folder)
+        read_model(folder)
 
 
 def test_state_follows_in_live_widths(tmp_path: Path) -> None:
     model = uneven("llama", SIZES)
     folder = written(model, tmp_path / "model")
-    tensors = dict(named_tensors(model, config_of(model)))
+    tensors = dict(named_tensors(model, model_of(model)))
     moments = {kind: {n: t.abs() for n, t in tensors.items()} for kind in MOMENTS}
     write_state(folder, {k: TensorStream.of(t.items()) for k, t in moments.items()}, step=3)
     grown = expand(folder, tmp_path / "grown", [LlamaPro(target_layers=4), Width()])

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from tests import oracle
 from tritter.checkpoints import Source
 from tritter.core.expansions import LlamaPro
-from tritter.core.models import read_config
+from tritter.core.families import Model
+from tritter.core.models import read_model
 from tritter.errors import TritterError
 from tritter.storage.hashing import DigestQueue
 from tritter.storage.tensors import TensorFolder
@@ -30,7 +31,7 @@ def _with_head(folder: Path, *, change: float) -> Path:
 
 def test_a_redundant_head_is_left_out(tmp_path: Path) -> None:
     folder = _with_head(tmp_path / "tied", change=0.0)
-    source = Source.open(folder, read_config(folder))
+    source = Source.open(folder, read_model(folder))
     assert "head" not in source.stored_parts
 
 
@@ -54,11 +55,11 @@ def test_a_source_that_changes_behind_its_hash_gives_no_result(
     digests.begin(ahead.raw(), check=ahead.check_unchanged)
     while len(digests.results()) < len(ahead.headers):
         pass
-    config = read_config(folder)
-    source = Source.open(folder, config) if is_open else None
+    config = read_model(folder).config
+    source = Source.open(folder, Model(config)) if is_open else None
     tensors = {name: each + 1 for name, each in load_file(folder / "model.safetensors").items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    source = replace(source or Source.open(folder, config), digests=digests)
+    source = replace(source or Source.open(folder, Model(config)), digests=digests)
     with pytest.raises(TritterError, match=r"model\.safetensors has changed"):
         expand(source, tmp_path / "result", [LlamaPro()])
     assert not (tmp_path / "result").exists()

@@ -6,7 +6,7 @@ import pytest
 
 from tests.cli.conftest import Run, snapshot
 from tests.oracle.children import child
-from tritter.core.models import read_config
+from tritter.core.models import read_model
 
 EXPAND = "expand base --method moe --experts-from a,b"
 
@@ -28,7 +28,7 @@ def test_experts_from_children(run: Run, family: Path) -> None:
     assert "the function is preserved for no model in the list" in text
     assert "router: random rows, because the lineage of a records no training data" in text
     assert "exact no: moe" in text
-    assert read_config(family / "mixed")["num_local_experts"] == 2
+    assert read_model(family / "mixed").config["num_local_experts"] == 2
     assert run("history mixed --verify").code == 0
     assert snapshot(family / "base") == before
     assert run(f"{EXPAND} --output mixed --dry-run --attention-from a").code == 0

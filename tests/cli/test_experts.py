@@ -26,7 +26,8 @@ from tritter.checkpoints import (
 )
 from tritter.checkpoints.folder import SmallFiles
 from tritter.core.expansions import Dus
-from tritter.core.models import load_model, named_tensors, read_config
+from tritter.core.families import Model
+from tritter.core.models import load_model, named_tensors, read_model
 from tritter.errors import RequestError
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.methods.experts.stored import ExpertFolder
@@ -41,7 +42,7 @@ def write_with_experts(
     source: Path, target: Path, mixture: ExpertMixture | None, *, parent: str | None = None
 ) -> Lineage:
     """Write a checkpoint that is the model of `source`, with experts beside it."""
-    config = read_config(source)
+    config = read_model(source).config
     lineage = Lineage(model_hash="", base_model_hash="", tensor_digests={}, file_digests={})
     if parent is not None:
         lineage = replace(lineage, parent_hash=parent, parent_path=f"../{source.name}", step=7)
@@ -49,7 +50,7 @@ def write_with_experts(
     return write_checkpoint(
         target,
         config=config,
-        tensors=TensorStream.of(named_tensors(load_model(source), config)),
+        tensors=TensorStream.of(named_tensors(load_model(source), Model(config))),
         lineage=lambda: lineage,
         artifacts=[SmallFiles(source), experts],
     )
@@ -139,7 +140,7 @@ def test_inspect_lists_them(run: Run, mixture: ExpertMixture) -> None:
 
 
 def test_an_expansion_by_experts_has_no_map(run: Run, place: Path, mixture: ExpertMixture) -> None:
-    config, lineage = read_config(place / "whole"), lineage_of(place / "whole")
+    config, lineage = read_model(place / "whole").config, lineage_of(place / "whole")
     record = ExpansionRecord(
         timestamp="2026-11-21T18:00:00+00:00",
         expansion_type="experts",

@@ -19,7 +19,7 @@ from tests.methods.experts.mixtures import TARGETS, mixture_of
 from tests.oracle import logits, saved, stock, tiny_llama, tokens
 from tritter.checkpoints import lineage_of, write_lineage
 from tritter.checkpoints.record import LearnedDomain
-from tritter.core.models import load_model, read_config
+from tritter.core.models import load_model, read_model
 from tritter.methods.experts.adapters import adapted_layers, factors
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.methods.experts.stored import ExpertFolder
@@ -69,7 +69,7 @@ def test_every_expert_is_a_stock_adapter(run: Run, place: Path, mixture: ExpertM
 def test_what_the_base_is_called_on_the_hub(run: Run, place: Path, mixture: ExpertMixture) -> None:
     told = {"stage": "given", "path": "owner/name"}
     root = replace(lineage_of(place / "root"), training_config=told)
-    write_lineage(place / "root", root, read_config(place / "root"))
+    write_lineage(place / "root", root, read_model(place / "root").config)
     words = "export --checkpoint whole --output out --format peft"
     found = run(f"{words} --dtype float16 --json").json
     assert found["base"] == "owner/name"
@@ -77,7 +77,7 @@ def test_what_the_base_is_called_on_the_hub(run: Run, place: Path, mixture: Expe
     config = json.loads((place / "out/e0/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "owner/name"
     other = replace(root, model_hash="0" * 64)
-    write_lineage(place / "root", other, read_config(place / "root"))
+    write_lineage(place / "root", other, read_model(place / "root").config)
     assert run(f"{words} --json --overwrite").json["base"] == str(place / "whole")
 
 
@@ -165,7 +165,7 @@ def test_the_change_is_measured_on_what_was_learned(
         "gone": LearnedDomain(paths=("/nowhere/at/all.txt",)),
     }
     whole = replace(lineage_of(place / "whole"), domains=learned)
-    write_lineage(place / "whole", whole, read_config(place / "whole"))
+    write_lineage(place / "whole", whole, read_model(place / "whole").config)
     result = run("export --checkpoint whole --output out --merge --json")
     assert result.code == 0, result.err
     merged = result.json["merged"]

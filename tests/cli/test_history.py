@@ -9,7 +9,7 @@ import pytest
 from tests.cli.conftest import Run
 from tritter.checkpoints import read_lineage, write_lineage
 from tritter.cli import main
-from tritter.core.models import read_config
+from tritter.core.models import read_model
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_the_newest_checkpoint_tells_the_steps_after(run: Run, chain: Path) -> N
         expansion_history=records,
         step=40,
     )
-    write_lineage(chain / "trained", trained, read_config(chain / "deep"))
+    write_lineage(chain / "trained", trained, read_model(chain / "deep").config)
     content = run("history trained --json").json
     assert [link["made_by"] for link in content["chain"]] == [
         "plain folder",

@@ -10,7 +10,8 @@ from transformers import AutoConfig
 
 from tests.cli.conftest import Run, snapshot
 from tests.oracle.families import LAYER_NORM, generic, tiny
-from tritter.core.models import check_loadable, read_config
+from tritter.core.families import Model
+from tritter.core.models import check_loadable, read_model
 from tritter.errors import RequestError, TritterError
 
 UNBUILDABLE: dict[str, tuple[dict[str, Any], str]] = {
@@ -136,9 +137,9 @@ def test_large_models_are_looked_at_without_memory_or_time(place: Path) -> None:
         "head_dim": 128,
         "vocab_size": 500_000,
     }
-    config = {**read_config(place / "base"), **large}
+    config = {**read_model(place / "base").config, **large}
     start = time.process_time()
-    check_loadable(config, folder=place / "base")
+    check_loadable(Model(config), folder=place / "base")
     assert time.process_time() - start < 5
     with pytest.raises(RequestError, match="hidden_act = nosuch"):
-        check_loadable({**config, "hidden_act": "nosuch"}, folder=place / "base")
+        check_loadable(Model({**config, "hidden_act": "nosuch"}), folder=place / "base")

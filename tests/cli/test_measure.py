@@ -12,6 +12,7 @@ from tests.oracle import saved, stock
 from tests.oracle.families import tiny
 from tritter.checkpoints import read_lineage
 from tritter.cli import measure
+from tritter.core.families import Model
 from tritter.evaluation.jump import folder_jump
 
 
@@ -109,7 +110,9 @@ def test_nothing_is_measured_only_where_that_is_asked(
 def test_tokens_are_the_same_every_time_and_more_for_experts() -> None:
     dense = {"model_type": "llama", "vocab_size": 300, "hidden_size": 8, "num_attention_heads": 2}
     dense |= {"intermediate_size": 8, "num_hidden_layers": 1}
-    tokens = measure.random_tokens(dense)
-    assert torch.equal(tokens, measure.random_tokens(dense)) and int(tokens.max()) < 300
-    sparse = {**dense, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    model = Model(dense)
+    tokens = measure.random_tokens(model)
+    assert torch.equal(tokens, measure.random_tokens(model)) and int(tokens.max()) < 300
+    more = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    sparse = model.changed({**dense, **more})
     assert measure.random_tokens(sparse).numel() > tokens.numel()

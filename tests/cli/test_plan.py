@@ -9,6 +9,7 @@ from tests.cli.conftest import Run, snapshot
 from tests.oracle import saved
 from tests.oracle.families import tiny
 from tritter.cli import main
+from tritter.core.families import Model
 from tritter.core.families.presets import PRESETS
 from tritter.core.models import load_model
 from tritter.planning.plan import CHINCHILLA, plan_growth
@@ -218,6 +219,6 @@ def test_proposed_sizes_are_as_round_as_those_of_the_source() -> None:
     sizes = {"num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536}
     heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152}
     config = {"model_type": "llama", "tie_word_embeddings": True, "rms_norm_eps": 1e-5}
-    plan = plan_growth(config | sizes | heads, 250_000_000, gpu_hours=20)
-    widths = {step.target_config["hidden_size"] for step in plan.steps}
+    plan = plan_growth(Model(config | sizes | heads), 250_000_000, gpu_hours=20)
+    widths = {step.target.sizes.hidden_size for step in plan.steps}
     assert len(widths) > 0 and all(width % 64 == 0 for width in widths)

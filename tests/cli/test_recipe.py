@@ -138,12 +138,12 @@ def test_thousands_of_steps_are_refused_at_the_first_that_is_too_large(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch, step: str, said: str
 ) -> None:
     """Option files are found once for all of them, and no step after it is planned."""
-    scans, planned, find, plan = [], [], recipe.option_files, specification.target_config
+    scans, planned, find, plan = [], [], recipe.option_files, specification.target_model
     for module in (recipe, components):
         spy = lambda: scans.append("") or find()  # noqa: E731
         monkeypatch.setattr(module, "option_files", spy)
-    spy_of_plan = lambda config, specs: planned.append("") or plan(config, specs)  # noqa: E731
-    monkeypatch.setattr(specification, "target_config", spy_of_plan)
+    spy_of_plan = lambda source, specs: planned.append("") or plan(source, specs)  # noqa: E731
+    monkeypatch.setattr(specification, "target_model", spy_of_plan)
     command, before = written(place, "steps:\n" + f"{step}\n" * 3000), snapshot(place)
     start = time.process_time()
     result = run(f"{command} --output out")

@@ -17,8 +17,7 @@ from tests import oracle
 from tests.cli.conftest import VOCABULARY, Run, snapshot
 from tests.pipeline.tiny import FIXTURES
 from tritter.checkpoints.folder import LINEAGE_NAME
-from tritter.core.families import Model
-from tritter.core.models import read_config
+from tritter.core.models import read_model
 from tritter.data.options import read_sources
 from tritter.pipeline import validate as validation
 
@@ -249,7 +248,7 @@ def test_what_has_no_room_is_refused_before_it_is_loaded(
 ) -> None:
     """The result takes its parameters and gradients, beyond one and a half times the source's."""
     assert run("expand --checkpoint base --output wide --method width").code == 0
-    one = 4 * Model(read_config(place / "base")).num_parameters
+    one = 4 * read_model(place / "base").num_parameters
     monkeypatch.setattr(validation, "machine_memory", lambda: int(share * one))
     monkeypatch.setattr(validation, "load_model", None)
     result = run("validate --source base --result wide")

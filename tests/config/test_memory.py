@@ -13,8 +13,8 @@ import torch
 from tests.config.conftest import FakePipeline, Result
 from tritter.config.launch.composition import load_config
 from tritter.config.schema import RunConfig
-from tritter.config.validation import source_config
-from tritter.core.families import Model, family_of
+from tritter.config.validation import base_model
+from tritter.core.families import Model
 from tritter.core.models import new_model
 from tritter.data.tokens import TextBounds
 from tritter.launched import Launch
@@ -41,7 +41,7 @@ def has(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 def held(*words: str) -> dict[str, TrainingMemory]:
     config = load_config([*words])
-    return {each.model: each for each in training_needs(config, source_config(config))}
+    return {each.model: each for each in training_needs(config, base_model(config))}
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ SHORT = ("data.batch_size=4", "data.sequence_length=8")
 
 
 def problems(config: RunConfig) -> str:
-    return " ".join(map(str, memory_problems(config, source_config(config))))
+    return " ".join(map(str, memory_problems(config, base_model(config))))
 
 
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_written(
@@ -134,7 +134,7 @@ def test_a_note_says_that_activations_computed_again_would_fit(
 ) -> None:
     words = ["model=small", "data.batch_size=512", "data.sequence_length=512"]
     config = load_config(words)
-    source = source_config(config)
+    source = base_model(config)
     needed = max(each.states + each.activations for each in training_needs(config, source))
     has(needed * 3 // 4)
     (note,) = memory_notes(config, source)
@@ -162,10 +162,9 @@ def test_only_new_blocks_have_gradients_and_moments() -> None:
 def test_what_is_frozen_has_no_gradients_and_no_moments() -> None:
     words = ("model=tiny", "trainer=cpu", "expansion=llama_pro", "control=true")
     freeze = (*words, "forgetting=freeze")
-    config = source_config(load_config([*words]))
-    layer = Model(config).num_parameters - family_of(config).count_parameters(
-        {**config, "num_hidden_layers": config["num_hidden_layers"] - 1}
-    )
+    base = base_model(load_config([*words]))
+    fewer = base.with_layers([0] * (base.sizes.num_hidden_layers - 1))
+    layer = base.num_parameters - fewer.num_parameters
     found = held(*freeze, "forgetting.freeze.layers=1-2")
     for model in ("the grown model", "the control"):
         each = found[model]
@@ -185,7 +184,7 @@ def test_of_experts_only_the_adapters_have_gradients_and_moments() -> None:
         asked = (*words, f"experts={experts}", "experts.rank=3")
         asked += ("experts.max_experts=4", "experts.top_k=2") if number > 1 else ()
         config = load_config([*asked])
-        source = source_config(config)
+        source = base_model(config)
         model = new_model(source, seed=0)
         assert config.experts is not None
         begun = config.experts.kind(config.experts.options)
@@ -202,7 +201,7 @@ def test_of_experts_only_the_adapters_have_gradients_and_moments() -> None:
 def test_a_teacher_is_held_once_in_the_machines_memory(has: Callable[[int], None]) -> None:
     words = ["model=tiny", "expansion=llama_pro", "forgetting=[distill,replay]", *SHORT]
     config = load_config([*words, "trainer=ddp", "trainer.devices=4"])
-    base, grown = training_needs(config, source_config(config))
+    base, grown = training_needs(config, base_model(config))
     assert (base.teacher, grown.teacher) == (0, 4 * base.parameters)
     needed = 4 * grown.device + grown.start + grown.teacher
     has(needed)
@@ -227,7 +226,7 @@ def test_of_rounds_the_largest_counts() -> None:
 def test_each_process_holds_all(has: Callable[[int], None]) -> None:
     config = load_config(["model=tiny", "trainer=ddp", "trainer.devices=4", "expansion=none",
                           "forgetting=replay", *SHORT])  # fmt: skip
-    base, one = training_needs(config, source_config(config))
+    base, one = training_needs(config, base_model(config))
     assert (one.processes, one.start) == (4, base.start)
     needed = 4 * base.device + base.start
     has(needed)
@@ -240,7 +239,7 @@ def test_each_process_holds_all(has: Callable[[int], None]) -> None:
 def test_what_would_fit_is_tried_before_it_is_said(has: Callable[[int], None]) -> None:
     config = load_config(["model=tritter_350m", "expansion=none", "forgetting=[ewc,replay]",
                           "trainer=cpu"])  # fmt: skip
-    base, model = training_needs(config, source_config(config))
+    base, model = training_needs(config, base_model(config))
     has(model.device + model.start)
     assert not problems(config)
     has(base.device + base.start - 10**6)
@@ -250,7 +249,7 @@ def test_what_would_fit_is_tried_before_it_is_said(has: Callable[[int], None]) -
     assert "it fits with model=tritter_125m" in message
     config = load_config(["model=tritter_350m", "expansion=width", "forgetting=[ewc,replay]",
                           "trainer=cpu"])  # fmt: skip
-    grown = list(training_needs(config, source_config(config)))[1]
+    grown = list(training_needs(config, base_model(config)))[1]
     has(grown.states + grown.start)
     assert "it fits with 'forgetting=[replay]'" in problems(config)
 
@@ -261,7 +260,7 @@ def test_an_estimate_of_twice_the_memory_is_refused(
     words = ["model=tiny", "expansion=none", "forgetting=none", "trainer=cpu"]
     words += ["data.batch_size=512", "data.sequence_length=512"]
     config = load_config(words)
-    _, need = training_needs(config, source_config(config))
+    _, need = training_needs(config, base_model(config))
     needed = need.device + need.start + need.activations
     has(needed // 2 - 1000)
     result = run(*words)
@@ -275,7 +274,7 @@ def test_an_estimate_of_twice_the_memory_is_refused(
 def test_one_line_says_what_training_needs(has: Callable[[int], None]) -> None:
     has(8 * GB)
     config = load_config(["model=tiny", "expansion=none", "forgetting=ewc"])
-    line = memory_line(config, source_config(config))
+    line = memory_line(config, base_model(config))
     need = held("model=tiny", "expansion=none", "forgetting=ewc")["the model"]
     needed = (need.device + need.start + need.activations + memory._LIBRARIES) / 1e6
     assert f"about {needed:.1f} MB of the 8.0 GB of this machine" in line
@@ -285,17 +284,17 @@ def test_one_line_says_what_training_needs(has: Callable[[int], None]) -> None:
 @pytest.mark.usefixtures("no_estimates")
 def test_activations_are_a_note(has: Callable[[int], None]) -> None:
     config = load_config(["model=tiny", "expansion=none", "forgetting=none", "trainer=cpu"])
-    base, model = training_needs(config, source_config(config))
+    base, model = training_needs(config, base_model(config))
     has(base.device + base.start)
     assert not problems(config)
-    (note,) = memory_notes(config, source_config(config))
+    (note,) = memory_notes(config, base_model(config))
     assert note.startswith("memory: training the base may require ")
     assert "with activations (estimated), but this machine has " in note
     has(base.device + base.start + max(base.activations, model.activations))
-    assert memory_notes(config, source_config(config)) == ()
+    assert memory_notes(config, base_model(config)) == ()
     has(0)
     assert memory_problems(replace(config, trainer=replace(config.trainer, check_memory=False)),
-                           source_config(config)) == []  # fmt: skip
+                           base_model(config)) == []  # fmt: skip
 
 
 def test_where_the_system_does_not_tell_nothing_is_refused(
@@ -303,8 +302,8 @@ def test_where_the_system_does_not_tell_nothing_is_refused(
 ) -> None:
     monkeypatch.setattr(memory, "machine_memory", lambda: None)
     config = load_config(["model=tritter_14b"])
-    assert memory_problems(config, source_config(config)) == []
-    assert memory_notes(config, source_config(config)) == ()
+    assert memory_problems(config, base_model(config)) == []
+    assert memory_notes(config, base_model(config)) == ()
 
 
 @pytest.mark.usefixtures("no_estimates")
@@ -312,7 +311,7 @@ def test_on_a_gpu_its_memory_counts(
     monkeypatch: pytest.MonkeyPatch, has: Callable[[int], None]
 ) -> None:
     config = load_config(["model=tiny", "expansion=none", "trainer=gpu"])
-    base, _ = training_needs(config, source_config(config))
+    base, _ = training_needs(config, base_model(config))
     size = SimpleNamespace(total_memory=base.device)
     # torch built for GPUs queries them at each step once it reports one
     kept = config.optimizer.kept_per_parameter()
@@ -335,7 +334,7 @@ def test_a_checkpoint_is_looked_at_too(
 ) -> None:
     place = tmp_path.parent / f"{tmp_path.name}-base"
     place.mkdir()
-    shapes: dict[str, Any] = source_config(load_config(["model=tritter_1b"]))
+    shapes: dict[str, Any] = base_model(load_config(["model=tritter_1b"])).config
     (place / "config.json").write_text(json.dumps(shapes))
     for name in ("model.safetensors", "tokenizer.json"):
         (place / name).write_text("")

@@ -10,7 +10,7 @@ from lightning import Trainer
 
 from tritter.config.launch.composition import Composer, composer
 from tritter.config.schema import RunConfig
-from tritter.config.validation import known_config
+from tritter.config.validation import known_model
 from tritter.errors import RequestError
 from tritter.planning.run_memory import training_needs
 from tritter.training.options import REFUSED, trainer_parameters
@@ -207,7 +207,7 @@ def test_memory_counts_what_an_optimizer_keeps() -> None:
     for name, count in kept.items():
         config = load(f"optimizer={name}")
         assert config.optimizer.kept_per_parameter() == count
-        source = known_config(config)
+        source = known_model(config)
         assert source is not None
         states[name] = next(training_needs(config, source))
     parameters = states["adamw"].parameters

@@ -13,7 +13,8 @@ from tritter.conf_folder import config_folder
 from tritter.config.launch.composition import load_config
 from tritter.config.run_folder import fingerprint
 from tritter.config.schema import CheckpointModelConfig
-from tritter.config.validation import source_config
+from tritter.config.validation import base_model
+from tritter.core.families import Model
 from tritter.core.families.presets import PRESETS
 from tritter.errors import RequestError
 from tritter.training.options import rate_notes
@@ -37,7 +38,7 @@ def test_the_default_rate_on_a_large_checkpoint(
     preset: str | None, words: list[str], start: str | None
 ) -> None:
     config = load_config(words)
-    source = source_config(config) if preset is None else PRESETS[preset].config()
+    source = base_model(config) if preset is None else Model(PRESETS[preset].config())
     notes = rate_notes(replace(config, model=GIVEN), source)
     assert rate_notes(config, source) == ()  # what is pretrained here has the rate of its own
     if start is None:
@@ -128,7 +129,7 @@ def test_a_base_needs_a_rate_of_its_own() -> None:
 
 def test_a_ladder_that_raises_the_rate_is_reported() -> None:
     config = load_config(["training.learning_rate=1e-5", "gate.ladder=gentler"])
-    (note,) = rate_notes(config, source_config(config))
+    (note,) = rate_notes(config, base_model(config))
     assert "fallback 2 raises training.learning_rate from 1e-05 to 0.001" in note
     assert "gate.max_attempts=2" in note
-    assert not rate_notes(replace(config, fallbacks=config.fallbacks[:1]), source_config(config))
+    assert not rate_notes(replace(config, fallbacks=config.fallbacks[:1]), base_model(config))

@@ -12,14 +12,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests import oracle
 from tritter import GrowableCausalLM, depth_upscale, width_upscale
-from tritter.core.families import LLAMA
+from tritter.core.families import LLAMA, Model
 from tritter.core.models import (
     _warn_of_untested_version,
     load_model,
     load_tokenizer,
     named_tensors,
     new_model,
-    read_config,
+    read_model,
     save_tokenizer,
 )
 from tritter.errors import RequestError, TritterError
@@ -54,16 +54,16 @@ def _edit(path: Path, **changes: object) -> None:
 
 
 def test_a_config_round_trips(folder: Path, tmp_path: Path) -> None:
-    config = read_config(folder)
+    config = read_model(folder).config
     (tmp_path / "again").mkdir()
     (tmp_path / "again" / "config.json").write_text(json.dumps(config))
-    assert read_config(tmp_path / "again") == config
+    assert read_model(tmp_path / "again").config == config
     assert "_name_or_path" not in config
 
 
 def test_missing_keys_get_the_defaults_of_transformers(folder: Path) -> None:
     _edit(folder / "config.json", rms_norm_eps=..., hidden_act=..., tie_word_embeddings=...)
-    config = read_config(folder)
+    config = read_model(folder).config
     assert config["rms_norm_eps"] == 1e-6
     assert config["hidden_act"] == "silu"
     assert config["tie_word_embeddings"] is False
@@ -88,7 +88,7 @@ def test_an_unusable_config_is_refused(
 ) -> None:
     _edit(folder / "config.json", **changes)
     with pytest.raises(TritterError) as error:
-        read_config(folder)
+        read_model(folder)
     assert type(error.value) is kind
     assert message in str(error.value)
 
@@ -99,22 +99,22 @@ def test_an_unusable_config_is_refused(
 def test_what_is_no_json_object_is_refused(folder: Path, content: bytes) -> None:
     (folder / "config.json").write_bytes(content)
     with pytest.raises(TritterError, match=r"config\.json cannot be read"):
-        read_config(folder)
+        read_model(folder)
 
 
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TritterError, match=r"holds no config\.json"):
-        read_config(tmp_path)
+        read_model(tmp_path)
     with pytest.raises(TritterError, match=r"nowhere is not a folder"):
-        read_config(tmp_path / "nowhere")
+        read_model(tmp_path / "nowhere")
 
 
 def test_new_model_follows_its_seed_and_leaves_the_global_one_alone(folder: Path) -> None:
-    config = read_config(folder)
+    config = read_model(folder).config
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    first, again, other = (new_model(config, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (new_model(Model(config), seed=seed) for seed in (1, 1, 2))
     assert torch.equal(torch.rand(1), expected)
     weights = [model.get_input_embeddings().weight for model in (first, again, other)]
     assert torch.equal(weights[0], weights[1])
@@ -186,7 +186,7 @@ def test_a_damaged_model_is_refused(
 def test_named_tensors_come_in_the_familys_order_ties_once(tied: bool) -> None:
     model = oracle.tiny_llama(tie_word_embeddings=tied)
     config = model.config.to_dict()
-    named = dict(named_tensors(model, config))
+    named = dict(named_tensors(model, Model(config)))
     assert list(named) == [tensor.disk_name for tensor in LLAMA.logical_tensors(config)]
     assert ("lm_head.weight" in named) == (not tied)
     assert not any(tensor.requires_grad for tensor in named.values())
@@ -228,7 +228,7 @@ def test_code_in_a_folder_is_never_run(folder: Path, tmp_path: Path) -> None:
         auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
         tokenizer_class="Evil",
     )
-    read_config(folder)
+    read_model(folder)
     load_model(folder)
     try:
         load_tokenizer(folder)
@@ -245,7 +245,7 @@ def test_a_new_model_leaves_all_random_generators_as_they_are(
     seeded: list[int] = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     before = torch.get_rng_state()
-    new_model(read_config(folder), seed=3)
+    new_model(read_model(folder), seed=3)
     add_adapter(load_model(folder), "one", AdapterShape(2, 4.0, ("q_proj",)), seed=3)
     assert torch.equal(torch.get_rng_state(), before) and not seeded
 

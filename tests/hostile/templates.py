@@ -17,7 +17,8 @@ from tritter.checkpoints import read_lineage, write_checkpoint
 from tritter.checkpoints.folder import SmallFiles
 from tritter.checkpoints.state import write_state
 from tritter.core.expansions import LlamaPro, Width
-from tritter.core.models import load_model, named_tensors, read_config, save_tokenizer
+from tritter.core.families import Model
+from tritter.core.models import load_model, named_tensors, read_model, save_tokenizer
 from tritter.data.documents import Document
 from tritter.data.tokens import END_OF_TEXT, train_tokenizer
 from tritter.methods.experts.stored import ExpertFolder
@@ -82,9 +83,9 @@ def _make_texts(folder: Path) -> None:
 
 def _add_state(source: Path, target: Path) -> None:
     """Write a checkpoint again with moments and a Fisher beside it."""
-    config, lineage = read_config(source), read_lineage(source)
+    config, lineage = read_model(source).config, read_lineage(source)
     assert lineage is not None
-    tensors = dict(named_tensors(load_model(source), config))
+    tensors = dict(named_tensors(load_model(source), Model(config)))
 
     class Moments:
         def write(self, folder: Path) -> None:
@@ -103,9 +104,9 @@ def _add_state(source: Path, target: Path) -> None:
 
 def _add_experts(source: Path, target: Path) -> None:
     """Write a checkpoint again with LoRA experts beside it."""
-    config, lineage, model = read_config(source), read_lineage(source), load_model(source)
+    config, lineage, model = read_model(source).config, read_lineage(source), load_model(source)
     assert lineage is not None
-    tensors = dict(named_tensors(load_model(source), config))
+    tensors = dict(named_tensors(load_model(source), Model(config)))
     mixture = mixture_of(model, router="both", has_base=True)
     experts = ExpertFolder.of(mixture, usage={"text": {"e0": 0.5}}, extra={"a": [torch.ones(2)]})
     write_checkpoint(

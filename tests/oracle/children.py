@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from tests import oracle
 from tritter.checkpoints import Lineage, Source, write_checkpoint
 from tritter.checkpoints.folder import SmallFiles
-from tritter.core.models import read_config, save_tokenizer
+from tritter.core.models import read_model, save_tokenizer
 from tritter.data.documents import Document
 from tritter.data.tokens import END_OF_TEXT, train_tokenizer
 from tritter.storage.hashing import merkle_hash
@@ -39,7 +39,7 @@ def child(
     **lineage: Any,
 ) -> Path:
     """Write a checkpoint whose weights are those of its parent, changed at random."""
-    source = Source.open(of, read_config(of))
+    source = Source.open(of, read_model(of))
     generator = torch.Generator().manual_seed(seed)
 
     def changed(value: Tensor) -> Tensor:

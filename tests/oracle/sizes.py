@@ -10,7 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 from tests.oracle.families import layers_of, tiny
 from tritter.checkpoints import Lineage, write_checkpoint
-from tritter.core.models import config_of, named_tensors
+from tritter.core.families import Model
+from tritter.core.models import model_of, named_tensors
 from tritter.storage.writer import TensorStream
 
 SIZES = (12, 40, 7)
@@ -36,11 +37,14 @@ def uneven(family: str, sizes: Sequence[int], **changes: Any) -> PreTrainedModel
 
 def written(model: nn.Module, folder: Path) -> Path:
     """Write a live model as the start of a chain."""
-    config = {**config_of(model), "dtype": str(next(model.parameters()).dtype)[len("torch.") :]}
+    config = {
+        **model_of(model).config,
+        "dtype": str(next(model.parameters()).dtype)[len("torch.") :],
+    }
     write_checkpoint(
         folder,
         config=config,
-        tensors=TensorStream.of(named_tensors(model, config)),
+        tensors=TensorStream.of(named_tensors(model, Model(config))),
         lineage=lambda: Lineage(
             model_hash="", base_model_hash="", tensor_digests={}, file_digests={}
         ),

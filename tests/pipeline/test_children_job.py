@@ -14,7 +14,7 @@ from tritter.checkpoints import Source, lineage_of
 from tritter.cli import main
 from tritter.config.launch.composition import load_config
 from tritter.core.families import Model, forward_flops
-from tritter.core.models import load_model, read_config
+from tritter.core.models import load_model, read_model
 from tritter.core.stock_routers import Routing
 from tritter.errors import RequestError
 from tritter.pipeline import Outcome, run_pipeline, stages
@@ -86,7 +86,7 @@ def _check_routing(place: Path, expanded: Path) -> None:
     shares = []
     for name in ("letters", "digits"):
         folder = place / name / "checkpoint"
-        lineage, source = lineage_of(folder), Source.open(folder, read_config(folder))
+        lineage, source = lineage_of(folder), Source.open(folder, read_model(folder))
         domains = {name: lineage.domains[name]}
         child = OpenChild(name, source, lineage.model_hash, domains)
         tokens = child_sequences(child, length=32, vocab_size=280)
@@ -149,7 +149,7 @@ def test_documents_held_out_by_a_child_give_no_router_rows(place: Path) -> None:
     from tritter.data.split import threshold_side
 
     folder = place / "digits/checkpoint"
-    lineage, source = lineage_of(folder), Source.open(folder, read_config(folder))
+    lineage, source = lineage_of(folder), Source.open(folder, read_model(folder))
     child = OpenChild("digits", source, lineage.model_hash, lineage.domains)
     tokens = child_sequences(child, length=32, vocab_size=280)
     from tokenizers import Tokenizer
@@ -170,14 +170,14 @@ def test_random_rows_cost_less(place: Path, cache: Path, tmp_path: Path) -> None
     random = mixed(place, tmp_path / "random", cache, "expansion.moe.router=random")
     assert "router: random rows" in " ".join(random["attempts"][0]["notes"])
     with_data = mixed(place, tmp_path / "data", cache)
-    base = read_config(place / "base_run" / "baseline")
+    base = read_model(place / "base_run" / "baseline").config
     length, flops = min(256, Model(base).position_limit or 256), 0.0
     for name in ("letters", "digits"):
         folder = place / name / "checkpoint"
-        lineage, source = lineage_of(folder), Source.open(folder, read_config(folder))
+        lineage, source = lineage_of(folder), Source.open(folder, read_model(folder))
         child = OpenChild(name, source, lineage.model_hash, {name: lineage.domains[name]})
         tokens = child_sequences(child, length=length, vocab_size=280)
-        flops += len(tokens) * forward_flops(base).of(tokens.shape[1])
+        flops += len(tokens) * forward_flops(Model(base)).of(tokens.shape[1])
     more = with_data["flops"]["expand"] - random["flops"]["expand"]
     assert more == pytest.approx(flops, rel=1e-9) and flops > 0
 

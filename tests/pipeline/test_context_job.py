@@ -14,9 +14,9 @@ from tests import oracle
 from tests.pipeline.tiny import TINY
 from tritter.checkpoints.state import KeptSequences
 from tritter.config.launch.composition import load_config
-from tritter.config.validation import source_config
-from tritter.core.families import forward_flops
-from tritter.core.models import read_config
+from tritter.config.validation import base_model
+from tritter.core.families import Model, forward_flops
+from tritter.core.models import read_model
 from tritter.data.tokens import TextBounds
 from tritter.errors import RequestError
 from tritter.evaluation.statistics import PairedScores
@@ -93,8 +93,8 @@ def test_each_model_counts_its_own_flops(
     words = ("expansion=[context,width]", "forgetting=none", "pipeline.keep_stages=true")
     job(run_tiny, tmp_path / "run", *words)
     source, source_long, grown, *_ = found
-    configs = [read_config(tmp_path / "run" / f) for f in ("baseline", "attempt_1/expanded")]
-    small, large = (forward_flops(config).of(SHORT) for config in configs)
+    configs = [read_model(tmp_path / "run" / f).config for f in ("baseline", "attempt_1/expanded")]
+    small, large = (forward_flops(Model(config)).of(SHORT) for config in configs)
     assert large > 2 * small  # the control: one reading for both models would be the same
     assert source < source_long < 0.8 * grown
 
@@ -132,7 +132,7 @@ def test_memory_is_counted_for_long_windows() -> None:
     for name, length in (("context", 4096), ("none", 0)):
         words = [f"expansion.context.target_length={length}"] if length else ["expansion=none"]
         config = load_config([*TINY, *WORDS, *words])
-        *_, need = training_needs(config, source_config(config))
+        *_, need = training_needs(config, base_model(config))
         activations[name] = need.activations
     assert activations["context"] > 2 * activations["none"]
 

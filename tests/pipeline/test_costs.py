@@ -21,8 +21,8 @@ from tests.pipeline.test_own_checkpoint import FAST, texts
 from tests.pipeline.tiny import TINY
 from tritter.config.launch.composition import load_config
 from tritter.core import models
-from tritter.core.families import family_of, training_flops
-from tritter.core.models import read_config
+from tritter.core.families import Model, family_of, training_flops
+from tritter.core.models import read_model
 from tritter.evaluation import statistics
 from tritter.evaluation.statistics import studentised_errors
 from tritter.pipeline import costs, run_pipeline
@@ -153,7 +153,7 @@ def test_a_sample_reads_each_token_once(tmp_path: Path, places: tuple[str, ...])
     long, _ = run(tmp_path / "long", *words, "evaluation.sample_tokens=5")
     none, _ = run(tmp_path / "none", *words, "evaluation.sample_tokens=0")
     reported = long["flops"]["evaluate"] - none["flops"]["evaluate"]
-    config = read_config(tmp_path / "long/checkpoint")
+    config = read_model(tmp_path / "long/checkpoint").config
     forward = counting.forward_flops(config)
     # Two domains, two models; 1 + 24 + up to 4 of 5 tokens
     assert 4 * forward.of(25) <= reported <= 4 * forward.of(29)
@@ -165,12 +165,12 @@ def test_new_blocks_alone_cost_what_their_gradients_do(
 ) -> None:
     words = ("expansion=llama_pro", "expansion.llama_pro.new_blocks_only=true")
     summary, _ = run(tmp_path / "run", *QUICK, *SMALL_MODEL, *places, *words)
-    config = read_config(tmp_path / "run/attempt_1/trained")
+    config = read_model(tmp_path / "run/attempt_1/trained").config
     new = ("layers.2.", "layers.4.")
-    some = training_flops(config, is_trained=lambda t: t.name.startswith(new))
+    some = training_flops(Model(config), is_trained=lambda t: t.name.startswith(new))
     sequences = 4 * 8  # steps · batch
     assert summary["flops"]["fit"] == sequences * some.of(64)
-    assert some.of(64) < 0.8 * training_flops(config).of(64)
+    assert some.of(64) < 0.8 * training_flops(Model(config)).of(64)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +192,6 @@ def test_importance_is_timed_for_the_sequences_that_exist(
     config = load_config([*(word for word in TINY if "model." not in word), *words, *asked])
     context = RunContext(config=config, folder=tmp_path, console=Console(), ledger=Ledger(tmp_path))
     count = count or context.num_sequences("old")
-    source = context.model_config
+    source = context.model
     flops = count * training_flops(source).of(config.data.sequence_length)
     assert costs._flops(context, source)["importance"] == flops

@@ -15,8 +15,8 @@ from tritter.checkpoints import read_lineage
 from tritter.checkpoints.history import read_chain, verify
 from tritter.cli import main
 from tritter.config.launch.composition import load_config
-from tritter.core.families import ffn_sizes
-from tritter.core.models import load_model, read_config
+from tritter.core.families import Model, ffn_sizes
+from tritter.core.models import load_model, read_model
 from tritter.pipeline import run_pipeline
 
 OFTEN = (
@@ -56,7 +56,7 @@ def test_what_a_run_tells_and_leaves(tmp_path: Path) -> None:
     last = [row for row in rows(tmp_path / "run") if row["growth/born"]][-1]
     assert float(last["growth/born"]) == 12 and float(last["growth/neurons"]) == 76
     assert float(last["growth/layers/1/neurons"]) == 38 and float(last["growth/flops"]) > 0
-    control = read_config(tmp_path / "run/control/trained")
+    control = read_model(tmp_path / "run/control/trained").config
     assert control["intermediate_size"] == 32  # it stands for the base that does not grow
     fit = summary["flops"]
     assert fit["fit"] > 0 and (tmp_path / "run/plots/growth.png").is_file()
@@ -68,11 +68,11 @@ def test_flops_are_those_of_the_shapes_that_each_step_had(tmp_path: Path) -> Non
     from tritter.core.families import forward_flops, training_flops
 
     summary = run(tmp_path / "run", *OFTEN, "forgetting=none", "evaluation.every_n_steps=0")
-    config = read_config(tmp_path / "run/baseline")
+    config = read_model(tmp_path / "run/baseline").config
     shapes = [{**config, "intermediate_size": width} for width in (32, 35, 38)]
-    expected = sum(2 * 4 * training_flops(shape).of(32) for shape in shapes)
+    expected = sum(2 * 4 * training_flops(Model(shape)).of(32) for shape in shapes)
     looks = [*shapes[:2], *shapes[1:]]
-    expected += sum(2 * forward_flops(shape).of(32) for shape in looks)
+    expected += sum(2 * forward_flops(Model(shape)).of(32) for shape in looks)
     assert summary["flops"]["fit"] == pytest.approx(expected, rel=1e-12)
 
 
@@ -82,7 +82,7 @@ def test_a_grown_model_is_exported_and_grows_on(tmp_path: Path, capsys: Any) -> 
     summary = run(tmp_path / "first", *OFTEN, *words, "growth.max_new_parameters=150")
     assert "growth=within_layer+" in capsys.readouterr().out.partition("seed=")[0]
     checkpoint = tmp_path / "first/checkpoint"
-    sizes = ffn_sizes(read_config(checkpoint))
+    sizes = ffn_sizes(read_model(checkpoint).config)
     assert len(set(sizes)) == 2 and list(sizes) == summary["growth"]["neurons"]["after"]
     assert summary["parameters_on_disk"]["final"] > summary["parameters"]["final"]
     live, stock = load_model(checkpoint), oracle.stock(checkpoint)

@@ -12,7 +12,7 @@ from tritter.checkpoints import read_lineage
 from tritter.checkpoints.folder import SmallFiles
 from tritter.checkpoints.history import read_chain, verify
 from tritter.config.launch.composition import load_config
-from tritter.core.models import load_model, read_config
+from tritter.core.models import load_model, read_model
 from tritter.pipeline import run_pipeline
 
 SIZES = (9, 32)
@@ -27,7 +27,7 @@ def test_a_run_trains_the_live_widths(
     tmp_path: Path, expansion: str, sizes: tuple[int, ...]
 ) -> None:
     base = FIXTURES / "finished/baseline"
-    options = {key: read_config(base)[key] for key in ("vocab_size", "hidden_size")}
+    options = {key: read_model(base).config[key] for key in ("vocab_size", "hidden_size")}
     folder = written(uneven("llama", SIZES, **options), tmp_path / "base")
     SmallFiles(base).write(folder)
     words = [

@@ -11,7 +11,7 @@ from tests.training.test_surgery import Grow
 from tritter.checkpoints.history import read_chain, verify
 from tritter.config.launch.composition import load_config
 from tritter.core.expansions import Width
-from tritter.core.models import load_model, read_config
+from tritter.core.models import load_model, read_model
 from tritter.pipeline import run_pipeline
 
 
@@ -28,7 +28,7 @@ def test_the_checkpoint_is_the_wider_model(tmp_path: Path) -> None:
     folder.mkdir()
     config = load_config([*TINY, *words, f"cache_dir={tmp_path / 'cache'}"])
     summary = json.loads(run_pipeline(config, run_folder=folder).summary_path.read_text())
-    before, after = read_config(folder / "baseline"), read_config(folder / "checkpoint")
+    before, after = read_model(folder / "baseline").config, read_model(folder / "checkpoint").config
     differ = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
     assert differ == {"intermediate_size"} and after["intermediate_size"] == 48
     live, stock = load_model(folder / "checkpoint"), oracle.stock(folder / "checkpoint")

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from tritter.config.launch.composition import load_config
 from tritter.pipeline import run_pipeline
-from tritter.pipeline.base import base_config
+from tritter.pipeline.base import pretrained_model
 from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import Ledger
 from tritter.planning.run_memory import training_needs
@@ -81,7 +81,9 @@ def test_the_count_is_close_below_what_is_held(
     folder = tmp_path / "run"
     run_pipeline(config, run_folder=folder)
     context = RunContext(config=config, folder=folder, console=Console(), ledger=Ledger(folder))
-    counted = [held.device + held.start for held in training_needs(config, base_config(context))]
+    counted = [
+        held.device + held.start for held in training_needs(config, pretrained_model(context))
+    ]
     assert len(measured) == len(counted) == 2
     for held, count in zip(measured, counted, strict=True):
         assert count <= held <= LARGEST_FACTOR * count

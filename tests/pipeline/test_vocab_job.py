@@ -17,7 +17,7 @@ from tritter.checkpoints.state import KeptSequences
 from tritter.cli import main
 from tritter.config.launch.composition import load_config
 from tritter.core.expansions import Vocab
-from tritter.core.models import read_config, save_tokenizer
+from tritter.core.models import read_model, save_tokenizer
 from tritter.data.tokens import END_OF_TEXT
 from tritter.errors import RequestError
 from tritter.evaluation.statistics import PairedScores
@@ -238,7 +238,7 @@ def test_the_rest_is_checked_where_the_last_token_twice_is_a_token(tmp_path: Pat
     merges = [("a", "a")]
     tokenizer = Tokenizer(models.BPE(vocab={END_OF_TEXT: 0, "aa": 1, "a": 2}, merges=merges))
     save_tokenizer(tokenizer, tmp_path / "base", end_of_text=END_OF_TEXT)
-    source = Source.open(tmp_path / "base", read_config(tmp_path / "base"))
+    source = Source.open(tmp_path / "base", read_model(tmp_path / "base"))
     branch = with_example(Branch("given", (Vocab(multiple_of=1),)), source)
     plan = plan_expansion(source, branch.specs)
     assert plan.vocabulary is not None and len(plan.vocabulary.new_ids) == 1

@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from tritter.core.expansions import Dus, ExpansionSpec, Moe, Width, target_config
-from tritter.core.families import Config, Model, family_of
+from tritter.core.expansions import Dus, ExpansionSpec, Moe, Width, target_model
+from tritter.core.families import Config, Model
 from tritter.core.families.presets import PRESETS
 from tritter.planning.guide import llama, size_guide
 from tritter.report.wording import count_text
@@ -29,9 +29,13 @@ def test_every_row_of_the_appendix_is_there() -> None:
     ]
 
 
-def billions(config: Config, spec: ExpansionSpec | None = None) -> str:
-    grown = config if spec is None else target_config(config, [spec])
-    return f"{Model(grown).num_parameters / 1e9:.2f} B"
+def with_sizes(model: Model, sizes: Config) -> Model:
+    return model.changed({**model.config, **sizes})
+
+
+def billions(model: Model, spec: ExpansionSpec | None = None) -> str:
+    grown = model if spec is None else target_model(model, [spec])
+    return f"{grown.num_parameters / 1e9:.2f} B"
 
 
 def test_what_the_docs_say_would_give_the_figures() -> None:
@@ -40,13 +44,13 @@ def test_what_the_docs_say_would_give_the_figures() -> None:
     small = llama(layers=24, hidden_size=2048, intermediate_size=8192, heads=16)
     llama2 = llama(layers=32, hidden_size=4096, intermediate_size=11_008, heads=32)
     plain_mlp = llama(layers=32, hidden_size=5120, intermediate_size=4 * 5120, heads=40)
-    three, seven, large = (PRESETS[f"tritter_{n}b"].config() for n in (3, 7, 14))
-    mixture = target_config(seven, [Moe(num_experts=8, experts_per_token=2)])
-    active = family_of(mixture).count_active_parameters(mixture)
+    three, seven, large = (Model(PRESETS[f"tritter_{n}b"].config()) for n in (3, 7, 14))
+    mixture = target_model(seven, [Moe(num_experts=8, experts_per_token=2)])
+    active = mixture.num_active_parameters
     figures = (
         [
-            billions(small), billions({**small, "vocab_size": 65_536}),
-            billions({**small, "intermediate_size": 5504}), billions(three),
+            billions(small), billions(with_sizes(small, {"vocab_size": 65_536})),
+            billions(with_sizes(small, {"intermediate_size": 5504})), billions(three),
             billions(three, Dus(target_layers=56)),
         ],
         [billions(small, Width(hidden_size=3072)), billions(three, Width(hidden_size=4608))],

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from tests.oracle import tiny_llama, tokens
+from tritter.core.families import Model
 from tritter.errors import RequestError
 from tritter.planning import TrainingSetup, training_memory
 from tritter.planning.memory import saved_bytes
@@ -43,7 +44,7 @@ def test_parameters_gradients_and_adamw_to_the_byte(
     model(input_ids=tokens(), labels=tokens()).loss.backward()
     optimizer.step()
     setup = TrainingSetup(precision=precision, is_attention_frozen=is_frozen)
-    memory = training_memory(model.config.to_dict(), setup)
+    memory = training_memory(Model(model.config.to_dict()), setup)
     assert memory.parameters_bytes == peak_bytes(list(model.parameters()))
     assert memory.gradients_bytes == peak_bytes([p.grad for p in trained if p.grad is not None])
     states = [value for state in optimizer.state.values() for value in state.values()]
@@ -66,7 +67,7 @@ def test_experts_are_counted_as_they_lie_in_memory() -> None:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    memory = training_memory(model.config.to_dict(), TrainingSetup(precision="32-true"))
+    memory = training_memory(Model(model.config.to_dict()), TrainingSetup(precision="32-true"))
     states = [value for state in optimizer.state.values() for value in state.values()]
     assert memory.optimizer_bytes == peak_bytes(states)
     assert memory.parameters_bytes == peak_bytes(list(model.parameters()))
@@ -75,7 +76,7 @@ def test_experts_are_counted_as_they_lie_in_memory() -> None:
 def test_eight_bit_states_by_hand() -> None:
     """Blocks of 256 with a float32 scale each; tensors below 4096 elements use float32."""
     config = tiny_llama(vocab_size=300, hidden_size=24, intermediate_size=200).config.to_dict()
-    memory = training_memory(config, TrainingSetup(optimizer="adamw8bit"))
+    memory = training_memory(Model(config), TrainingSetup(optimizer="adamw8bit"))
     embedding = 300 * 24  # twice: the head is not tied
     ffn = 200 * 24
     attention = 2 * 24 * 24 + 2 * 12 * 24
@@ -127,7 +128,7 @@ def test_what_autograd_keeps(name: str, precision: str) -> None:
     ids = tokens(model.config.vocab_size, batch=2, length=128)
     setup = TrainingSetup(precision=precision, batch_size=2, sequence_length=128)
     kept = kept_bytes(model, ids, is_autocast=precision.endswith("mixed"))
-    assert saved_bytes(model.config.to_dict(), setup) == pytest.approx(kept, rel=0.1)
+    assert saved_bytes(Model(model.config.to_dict()), setup) == pytest.approx(kept, rel=0.1)
 
 
 def kept_bytes(model: nn.Module, ids: Tensor, *, is_autocast: bool) -> int:
@@ -152,14 +153,14 @@ def kept_bytes(model: nn.Module, ids: Tensor, *, is_autocast: bool) -> int:
 
 def test_checkpointing_and_less_text_take_less() -> None:
     config = tiny_llama().config.to_dict()
-    plain = training_memory(config, TrainingSetup())
+    plain = training_memory(Model(config), TrainingSetup())
     for cheaper in (
         TrainingSetup(is_checkpointed=True),
         TrainingSetup(sequence_length=1024),
         TrainingSetup(precision="bf16-true"),
         TrainingSetup(is_attention_frozen=True),
     ):
-        assert training_memory(config, cheaper).total_bytes < plain.total_bytes
+        assert training_memory(Model(config), cheaper).total_bytes < plain.total_bytes
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import tritter
 from tests.oracle import tiny_llama
 from tritter.core.expansions import LlamaPro, Width
-from tritter.core.families import Config, Model, family_of
+from tritter.core.families import Config, Model
 from tritter.core.families.presets import PRESETS, aspect_ratio_at
 from tritter.errors import RequestError
 from tritter.planning import (
@@ -35,7 +35,7 @@ PATHS = [(3, 7), (7, 10), (3, 10), (7, 14), (0.125, 14)]
 
 def planned(source: float, target: float, strategy: str, *, hours: float = 1e9) -> GrowthPlan:
     shape = named_shape(int(source * 1e9))
-    return plan_growth(shape.config, int(target * 1e9), gpu_hours=hours, strategy=strategy)
+    return plan_growth(shape.model, int(target * 1e9), gpu_hours=hours, strategy=strategy)
 
 
 @pytest.mark.quick_cases(2)
@@ -46,12 +46,12 @@ def test_a_plan_reaches_its_target_by_steps_that_follow(
 ) -> None:
     plan = planned(source, target, strategy)
     assert abs(plan.steps[-1].target_parameters / (target * 1e9) - 1) <= 0.1
-    assert plan.steps[0].source_config == plan.source_config
+    assert plan.steps[0].source == plan.source
     for before, after in pairwise(plan.steps):
-        assert after.source_config == before.target_config
+        assert after.source == before.target
     for step in plan.steps:
-        family = family_of(step.target_config)
-        assert step.target_parameters == family.count_parameters(step.target_config)
+        family, config = step.target.family, step.target.config
+        assert step.target_parameters == family.count_parameters(config)
         assert 1 < step.target_parameters / step.source_parameters < 2.1
     assert plan.reaches_target and plan.reached is None
     assert plan.reached_parameters == plan.steps[-1].target_parameters
@@ -77,7 +77,7 @@ def test_balanced_ends_nearer_to_the_presets_proportions(source: float, target: 
     def miss(strategy: str) -> float:
         last = planned(source, target, strategy).steps[-1]
         wanted = aspect_ratio_at(last.target_parameters)
-        return abs(math.log(aspect_ratio(last.target_config) / wanted))
+        return abs(math.log(aspect_ratio(last.target) / wanted))
 
     assert miss("balanced") <= min(miss("depth_first"), miss("width_first")) + 0.15
 
@@ -100,7 +100,7 @@ def test_planning_always_ends(
     }  # fmt: skip
     target = int(growth * Model(source).num_parameters)
     try:
-        plan = plan_growth(source, target, gpu_hours=1, strategy=strategy)
+        plan = plan_growth(Model(source), target, gpu_hours=1, strategy=strategy)
     except RequestError as error:
         assert "within 10 %" in str(error)
         return
@@ -115,7 +115,11 @@ def test_tokens_and_hours_by_hand() -> None:
     )
     source = PRESETS["tritter_7b"].config()
     plan = plan_growth(
-        source, 10_700_000_000, gpu_hours=1e6, strategy="depth_first", assumptions=assumptions
+        Model(source),
+        10_700_000_000,
+        gpu_hours=1e6,
+        strategy="depth_first",
+        assumptions=assumptions,
     )
     (step,) = plan.steps
     layers, d, f, kv, vocabulary = 48, 4096, 14336, 1024, 32_000
@@ -141,9 +145,8 @@ def test_hours_know_windows_and_what_is_frozen() -> None:
         setup = TrainingSetup(sequence_length=8192, is_attention_frozen=is_frozen)
         assumptions = Assumptions(setup=setup)
         plan = plan_growth(
-            {**source, "sliding_window": window}, 10_700_000_000,
-            gpu_hours=1e6, strategy="depth_first", assumptions=assumptions,
-        )  # fmt: skip
+            Model({**source, "sliding_window": window}), 10_700_000_000,
+            gpu_hours=1e6, strategy="depth_first", assumptions=assumptions,)  # fmt: skip
         hours[window, is_frozen] = plan.steps[0].gpu_hours
     layers, d, f, kv, vocabulary, length = 48, 4096, 14336, 1024, 32_000, 8192
     projections = layers * (2 * d * d + 2 * d * kv)
@@ -164,13 +167,17 @@ def test_growth_pays_from_where_the_curves_cross(due: float) -> None:
     assumptions = Assumptions(tokens_per_parameter=due)
     source = PRESETS["tritter_3b"].config()
     plan = plan_growth(
-        source, 3_600_000_000, gpu_hours=500.0, strategy="depth_first", assumptions=assumptions
+        Model(source),
+        3_600_000_000,
+        gpu_hours=500.0,
+        strategy="depth_first",
+        assumptions=assumptions,
     )
     (first,) = plan.steps
 
-    configs = {"source": source, "grown": first.target_config}
-    costs = {k: training_flops_per_token(c, assumptions.setup) for k, c in configs.items()}
-    sizes = {k: Model(c).num_parameters for k, c in configs.items()}
+    models = {"source": first.source, "grown": first.target}
+    costs = {k: training_flops_per_token(c, assumptions.setup) for k, c in models.items()}
+    sizes = {k: c.num_parameters for k, c in models.items()}
 
     def loss(which: str, hours: float) -> float:
         size, law = sizes[which], assumptions.law
@@ -229,7 +236,7 @@ def test_losses_fall_and_a_larger_budget_never_predicts_a_larger_one() -> None:
 def test_methods_with_options_of_their_own_keep_them() -> None:
     methods = GrowthMethods(depth=LlamaPro(), width=Width(init="net2net", shares="equal"))
     source = PRESETS["tritter_3b"].config()
-    plan = plan_growth(source, 10**10, gpu_hours=1, strategy="balanced", methods=methods)
+    plan = plan_growth(Model(source), 10**10, gpu_hours=1, strategy="balanced", methods=methods)
     assert {step.method for step in plan.steps} == {"llama_pro", "width"}
     specs = [step.spec for step in plan.steps if isinstance(step.spec, Width)]
     assert specs and all((spec.init, spec.shares) == ("net2net", "equal") for spec in specs)
@@ -281,7 +288,11 @@ def test_other_values_beyond_their_limits_are_refused() -> None:
         RequestError, match=r"strategy = balanced: requires a method that grows width"
     ):
         plan_growth(
-            SMALL, 10**6, gpu_hours=1, strategy="balanced", methods=GrowthMethods(depth=LlamaPro())
+            Model(SMALL),
+            10**6,
+            gpu_hours=1,
+            strategy="balanced",
+            methods=GrowthMethods(depth=LlamaPro()),
         )
 
 

@@ -7,8 +7,8 @@ import torch
 
 from tests.cli.conftest import Run, run
 from tests.oracle import saved, tiny_llama
-from tritter.core.families import Config, llama_config
-from tritter.core.models import read_config
+from tritter.core.families import Config, Model, llama_config
+from tritter.core.models import read_model
 from tritter.planning.serving import serving_notes
 
 __all__ = ["run"]
@@ -48,7 +48,7 @@ def config(**changes: object) -> Config:
 def test_what_is_not_taken_any_more_is_noted(
     before: dict[str, object], after: dict[str, object], notes: list[str]
 ) -> None:
-    found = serving_notes(config(**after), config(**before))
+    found = serving_notes(Model(config(**after)), Model(config(**before)))
     assert len(found) == len(notes)
     assert all(note.startswith(text) for note, text in zip(found, notes, strict=True))
 
@@ -99,4 +99,4 @@ def test_a_recipe_rounds_too(run: Run, tmp_path: Path, monkeypatch: pytest.Monke
     Path("grow.yaml").write_text("steps: [{width: {hidden_size: 96, multiple_of: 256}}]\n")
     result = run("expand base --recipe grow.yaml --output grown")
     assert result.code == 0, result.err
-    assert read_config(tmp_path / "grown")["intermediate_size"] == 512  # 384 by ratio
+    assert read_model(tmp_path / "grown").config["intermediate_size"] == 512  # 384 by ratio

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.oracle import tiny_llama
-from tritter.core.expansions import Dus, Layers, LlamaPro, Width, target_config
+from tritter.core.expansions import Dus, Layers, LlamaPro, Width, target_model
 from tritter.core.families import Config, Model
 from tritter.core.families.presets import PRESETS
 from tritter.errors import RequestError
@@ -28,10 +28,13 @@ SMALL: Config = tiny_llama().config.to_dict()
 def test_wider_shapes_are_real_ones(name: str, grid: WidthGrid) -> None:
     config = PRESETS[name].config()
     old = Model(config).sizes
-    shapes = [reached_shape(config, spec) for spec in width_specs(config, Width(), grid=grid)]
+    shapes = [
+        reached_shape(Model(config), spec)
+        for spec in width_specs(Model(config), Width(), grid=grid)
+    ]
     assert shapes
     for shape in shapes:
-        new = Model(shape.config).sizes
+        new = shape.model.sizes
         assert old.hidden_size < new.hidden_size <= 2 * old.hidden_size
         assert new.hidden_size % new.num_attention_heads == 0
         assert new.head_dim == old.head_dim
@@ -48,10 +51,10 @@ def test_wider_shapes_are_real_ones(name: str, grid: WidthGrid) -> None:
 def test_depth_takes_what_the_method_takes() -> None:
     """From 3 layers, SOLAR's rule reaches 4 and 6; identity blocks reach every count."""
     config = {**SMALL, "num_hidden_layers": 3}
-    assert [s.target_layers for s in depth_specs(config, Dus())] == [4, 6]  # type: ignore[attr-defined]
-    deeper = depth_specs(config, LlamaPro())
+    assert [s.target_layers for s in depth_specs(Model(config), Dus())] == [4, 6]  # type: ignore[attr-defined]
+    deeper = depth_specs(Model(config), LlamaPro())
     assert [s.target_layers for s in deeper] == [4, 5, 6]  # type: ignore[attr-defined]
-    slender = depth_specs(config, LlamaPro(), min_aspect_ratio=24 / 5)
+    slender = depth_specs(Model(config), LlamaPro(), min_aspect_ratio=24 / 5)
     assert [s.target_layers for s in slender] == [4, 5]  # type: ignore[attr-defined]
 
 
@@ -59,10 +62,10 @@ def test_depth_takes_what_the_method_takes() -> None:
 @given(st.floats(1.01, 2.5))
 def test_the_nearest_shape_is_that_of_a_plain_search(growth: float) -> None:
     config = PRESETS["tritter_350m"].config()
-    specs = width_specs(config, Width(), grid="proportional")
+    specs = width_specs(Model(config), Width(), grid="proportional")
     wanted = growth * Model(config).num_parameters
-    counts = [Model(target_config(config, [spec])).num_parameters for spec in specs]
-    found = nearest_shape(config, specs, wanted)
+    counts = [target_model(Model(config), [spec]).num_parameters for spec in specs]
+    found = nearest_shape(Model(config), specs, wanted)
     assert found is not None
     best = min(counts, key=lambda count: max(count / wanted, wanted / count))
     assert found.parameters == best

@@ -50,7 +50,7 @@ def held(config: Config, *, ranks: int, rank: int) -> int:
 @pytest.mark.parametrize("ranks", [2, 7])
 def test_every_rank_holds_what_the_plan_says(name: str, ranks: int) -> None:
     config = CONFIGS[name]
-    plan = sharding_plan(config, ranks=ranks)
+    plan = sharding_plan(Model(config), ranks=ranks)
     for rank in {0, ranks - 1}:
         assert held(config, ranks=ranks, rank=rank) == plan.parameters[rank]
     assert sum(plan.parameters) == Model(config).num_parameters
@@ -59,13 +59,13 @@ def test_every_rank_holds_what_the_plan_says(name: str, ranks: int) -> None:
 def test_more_ranks_than_rows_leave_some_without() -> None:
     """By hand: only the embedding has 97 rows."""
     config = CONFIGS["odd sizes"]
-    plan = sharding_plan(config, ranks=97)
+    plan = sharding_plan(Model(config), ranks=97)
     assert plan.parameters[96] == config["hidden_size"]  # a row of the embedding, and nothing else
     assert held(config, ranks=97, rank=96) == plan.parameters[96]
 
 
 def test_one_rank_holds_all_and_none_is_refused() -> None:
     config = CONFIGS["tritter_1b"]
-    assert sharding_plan(config, ranks=1).parameters == (Model(config).num_parameters,)
+    assert sharding_plan(Model(config), ranks=1).parameters == (Model(config).num_parameters,)
     with pytest.raises(RequestError, match="ranks = 0"):
-        sharding_plan(config, ranks=0)
+        sharding_plan(Model(config), ranks=0)

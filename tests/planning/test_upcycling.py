@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tritter.core.expansions import LlamaPro, Moe, Width, target_config
-from tritter.core.families import Config, llama_config
+from tritter.core.expansions import LlamaPro, Moe, Width, target_model
+from tritter.core.families import Config, Model, llama_config
 from tritter.planning import upcycling
 from tritter.planning.upcycling import (
     Upcycling,
@@ -94,13 +94,15 @@ def test_sizes_outside_the_law_are_reported() -> None:
 
 
 def test_a_plan_has_one_for_models_with_a_partner() -> None:
-    config = family_config(hidden_size=2048, layers=16)
+    source = Model(family_config(hidden_size=2048, layers=16))
     budget = {"dense_tokens": 20 * B, "gpu_flops": 1e20, "sequence_length": 1024}
-    found = upcycling.planned(config, **budget)  # type: ignore[arg-type]
+    found = upcycling.planned(source, **budget)  # type: ignore[arg-type]
     assert found is not None
     assert 1.3 < found.cost < 2  # a token uses two FFNs instead of one
-    assert upcycling.planned({**config, "model_type": "gpt2"}, **budget) is None  # type: ignore[arg-type]
-    biased = {**config, "attention_bias": True}
+    assert (
+        upcycling.planned(source.changed({**source.config, "model_type": "gpt2"}), **budget) is None
+    )  # type: ignore[arg-type]
+    biased = source.changed({**source.config, "attention_bias": True})
     assert upcycling.planned(biased, **budget) is None  # type: ignore[arg-type]
 
 
@@ -145,8 +147,7 @@ def test_units_are_chosen_after_rounding(tokens: float, text: str) -> None:
 def test_other_experts_get_their_budgets_only(
     family: str, options: dict[str, Any], is_fitted: bool
 ) -> None:
-    base: Any = family_config(hidden_size=2048, layers=16)
-    base = {**base, "model_type": family}
+    base = Model({**family_config(hidden_size=2048, layers=16), "model_type": family})
     (note,) = upcycling_notes(a_run([Moe(**options)]), base, 20 * B)
     assert note.startswith("upcycling: 410 k tokens of upcycled training after 20 B of dense")
     assert ("predicted to pay" in note) == is_fitted
@@ -163,7 +164,7 @@ def a_run(expansion: list[Any]) -> Any:
 
 
 def test_a_run_prints_one_line_with_both_budgets() -> None:
-    base: Any = family_config(hidden_size=32, layers=2)
+    base = Model(family_config(hidden_size=32, layers=2))
     (known,) = upcycling_notes(a_run([Moe()]), base, 1_000_000.0)
     assert known.startswith("upcycling: 410 k tokens of upcycled training after 1 M of dense")
     (unknown,) = upcycling_notes(a_run([Moe()]), base, None)
@@ -172,10 +173,10 @@ def test_a_run_prints_one_line_with_both_budgets() -> None:
 
 
 def test_expansions_before_it_make_the_model_that_gets_experts() -> None:
-    base: Any = family_config(hidden_size=2048, layers=16)
+    base = Model(family_config(hidden_size=2048, layers=16))
     (alone,) = upcycling_notes(a_run([Moe()]), base, 20 * B)
     (after,) = upcycling_notes(a_run([Width(hidden_size=2560), Moe()]), base, 20 * B)
-    grown = target_config(base, [Width(hidden_size=2560)])
+    grown = target_model(base, [Width(hidden_size=2560)])
     assert after != alone and [after] == list(upcycling_notes(a_run([Moe()]), grown, 20 * B))
     later = Moe(target="qwen2_moe", layers=(20,))  # a layer that only the grown model has
     assert len(list(upcycling_notes(a_run([LlamaPro(), later]), base, 20 * B))) == 1

@@ -9,7 +9,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.methods.moe_routing.test_objective import SEQUENCES, UNHELD, run
 from tests.oracle.families import SPARSE, generic, tiny
-from tritter.core.families import FAMILIES, Flops, backward_flops, forward_flops, training_flops
+from tritter.core.families import (
+    FAMILIES,
+    Flops,
+    Model,
+    backward_flops,
+    forward_flops,
+    training_flops,
+)
 from tritter.methods.moe_routing.objective import OldRouting, RoutingObjective, RoutingSettings
 from tritter.methods.moe_routing.stages import (
     Unfreezing,
@@ -45,8 +52,8 @@ def test_holding_old_routing_costs_a_second_pass_in_every_step(family: str) -> N
     with routing.routing.recording(), FlopCounterMode(display=False) as counter:
         module.training_step({"input_ids": SEQUENCES[:3].long()}, 0).backward()
     config = model.config.to_dict()
-    of_batch = training_flops(config)
-    of_routing = forward_flops(config) + backward_flops(config, loss_at="routers")
+    of_batch = training_flops(Model(config))
+    of_routing = forward_flops(Model(config)) + backward_flops(Model(config), loss_at="routers")
     assert counter.get_total_flops() == 3 * square(of_batch) + 2 * square(of_routing)
     ours = module.step_flops().of({LENGTH: 3})
     assert ours == 3 * of_batch.of(LENGTH) + 2 * of_routing.of(LENGTH)
@@ -58,13 +65,13 @@ def test_holding_old_routing_costs_a_second_pass_in_every_step(family: str) -> N
 def test_the_look_at_old_routing_and_what_is_held_are_in_the_cost_of_a_fit(tmp_path: Path) -> None:
     model = tiny("mixtral")
     config = model.config.to_dict()
-    forward = forward_flops(config)
+    forward = forward_flops(Model(config))
     old = OldRouting.of(model, SEQUENCES[:10], batch_size=2)
     assert old.flops == 10 * forward.of(LENGTH)
     held = run(model, tmp_path / "held", settings=HELD, old=old, steps=3)
     plain = run(tiny("mixtral"), tmp_path / "plain", steps=3)
     assert plain.flops == 3 * 4 * 3 * forward.of(LENGTH)
-    again = forward + backward_flops(config, loss_at="routers")
+    again = forward + backward_flops(Model(config), loss_at="routers")
     assert held.flops == plain.flops + old.flops + 3 * 2 * again.of(LENGTH)
 
 
@@ -91,8 +98,8 @@ def test_what_is_held_until_a_step_costs_nothing_until_then(tmp_path: Path) -> N
         base = [p for name, p in model.named_parameters() if not name.endswith("_new")]
         controls = [Unfreezing(base, after_steps=2)]
         result = run(model, tmp_path, steps=5, controls=controls)
-    first = training_flops(config, is_trained=lambda t: t.expert in (2, 3)).of(LENGTH)
-    rest = training_flops(config).of(LENGTH)
+    first = training_flops(Model(config), is_trained=lambda t: t.expert in (2, 3)).of(LENGTH)
+    rest = training_flops(Model(config)).of(LENGTH)
     assert first < rest
     assert result.flops == 4 * (2 * first + 3 * rest)
 

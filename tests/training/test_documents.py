@@ -18,7 +18,7 @@ from tests.training.killed import KillAt
 from tests.training.test_fit import SETTINGS, module_of
 from tests.training.written import Written
 from tritter.core.families import training_flops
-from tritter.core.models import config_of
+from tritter.core.models import model_of
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.data.packing import DocumentMask, packed, read_marks
 from tritter.data.tokens import TextBounds, TokenisedDocuments
@@ -276,7 +276,7 @@ def test_tokens_lengths_and_flops_are_those_of_documents(tmp_path: Path) -> None
         for begin, end in pairwise([0, *(at for at in range(1, 16) if row[at] == EOT), 16])
         if not (row[begin] == EOT and begin and row[begin - 1] == EOT)
     )
-    flops = training_flops(config_of(module.model))
+    flops = training_flops(model_of(module.model))
     (logged,) = [row for row in read_metrics(tmp_path) if row["step"] == "6"]
     told = module.trainer.callbacks  # type: ignore[attr-defined]
     work = next(one for one in told if type(one).__name__ == "WorkCount")

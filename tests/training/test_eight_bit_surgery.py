@@ -19,7 +19,7 @@ from tests.training.test_surgery import (
     WIDER,
     Grow,
     assert_same_end,
-    model_of,
+    small_model,
     train,
 )
 from tritter.core.expansions import Dus
@@ -220,7 +220,7 @@ def with_random_gradients(
 @pytest.mark.parametrize("is_mean", [True, False], ids=["mean", "zero"])
 def test_new_rows_do_not_leap(smallest: int, is_mean: bool) -> None:
     """After 400 steps; with second moments of zero instead, which must be seen, they do."""
-    old, names = model_of(), (UP, DOWN)
+    old, names = small_model(), (UP, DOWN)
     held = {name: old.get_parameter(name) for name in names}
     options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.0, "min_8bit_size": smallest}
     optimizer = bitsandbytes.optim.AdamW8bit(held.values(), **options)

@@ -13,7 +13,8 @@ from tests import oracle
 from tests.core.stock_routers.models import tiny_moe
 from tests.training.shipped import trainer_settings
 from tritter.core.expansions import LlamaPro, Width
-from tritter.core.models import config_of
+from tritter.core.families import Model
+from tritter.core.models import model_of
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.evaluation.gate import ENOUGH_STEPS, flow_check, memory_check
 from tritter.planning import TrainingSetup, states_bytes, training_memory
@@ -181,10 +182,10 @@ def test_bytes_are_those_of_the_plan(tmp_path: Path, target: str, kept: int) -> 
     model = oracle.tiny_llama()
     arguments: dict[str, Any] = {} if kept else {"momentum": 0.0}
     held = train(model, tmp_path, target=target, arguments=arguments).memory
-    config, setup = config_of(model), TrainingSetup(precision="32-true")
-    expected = states_bytes(config, setup, trained=held["trained"], kept_per_parameter=kept)
+    config, setup = model_of(model).config, TrainingSetup(precision="32-true")
+    expected = states_bytes(Model(config), setup, trained=held["trained"], kept_per_parameter=kept)
     if kept:
-        assert expected == training_memory(config, setup).states_bytes
+        assert expected == training_memory(Model(config), setup).states_bytes
     assert memory_check(held, expected=expected).value == 0
     doubled = {**held, "parameters": 2 * held["parameters"], "peak": 10**9}
     check = memory_check(doubled, expected=expected)

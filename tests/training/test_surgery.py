@@ -24,7 +24,7 @@ from tests.training.test_fit import SETTINGS
 from tritter.checkpoints.state import LazyTensors, read_state, write_state
 from tritter.core.expansions import Dus, ExpansionSpec, LlamaPro, Moe, Width
 from tritter.core.families import Model
-from tritter.core.models import config_of, load_model
+from tritter.core.models import load_model, model_of
 from tritter.core.parameter_map import AxisFactor, AxisMap, Fill, TensorMap
 from tritter.core.parameter_map.carry import MOMENTS, Policy
 from tritter.data.batches import BatchStream, SequenceStream
@@ -78,7 +78,7 @@ class Grow(Callback):
             surgery.apply(trainer, pl_module, change, reason="test", policy=self.policy)
 
 
-def model_of(**changes: Any) -> nn.Module:
+def small_model(**changes: Any) -> nn.Module:
     return oracle.tiny_llama(initializer_range=0.05, attention_dropout=0.2, **changes)
 
 
@@ -94,7 +94,7 @@ def train(
     """Train a model with dropout, so that the random state counts, from what was saved if any."""
     torch.manual_seed(999 if (folder / "saved").exists() else 11)
     module = BaseModule(
-        model or model_of(),
+        model or small_model(),
         schedule=Schedule(learning_rate=1e-2, max_steps=steps),
         optimizer=optimizer or OptimizerSettings(),
         methods=methods,
@@ -120,7 +120,7 @@ def expanded_on_disk(saved: Path, folder: Path, specs: Sequence[ExpansionSpec]) 
     io = SafetensorsCheckpointIO()
     content = io.load_checkpoint(saved)
     weights = {n.removeprefix("model."): v for n, v in content["state_dict"].items() if "." in n}
-    stock = model_of()
+    stock = small_model()
     stock.load_state_dict(weights)
     source = oracle.saved(stock, folder / "source")
     (optimizer,) = content["optimizer_states"]
@@ -197,7 +197,7 @@ def test_bits_are_those_of_stopping_expanding_on_disk_and_going_on(
 ) -> None:
     live = train(tmp_path / "live", Grow(specs))
     gone_on = stopped_and_expanded(tmp_path, specs, ONE, at=AT, steps=STEPS)
-    found, expected = (config_of(module.model) for module in (live, gone_on))
+    found, expected = (model_of(module.model).config for module in (live, gone_on))
     assert {k for k in expected if found.get(k) != expected[k]} <= {"architectures", "dtype"}
     assert str(live.model) == str(gone_on.model)
     assert_same_end(tmp_path / "live", tmp_path / "disk")
@@ -288,7 +288,7 @@ class ToldCallback(Callback):
 
 
 def test_listeners_are_told(tmp_path: Path) -> None:
-    model, callback = model_of(), ToldCallback()
+    model, callback = small_model(), ToldCallback()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     method = Observer(model)
     train(tmp_path, Grow(), callback, model=model, methods=[method])
@@ -350,7 +350,7 @@ def test_averages_follow_by_the_rule_of_weights_and_through_a_resume(tmp_path: P
     settings = replace(ONE, save_every_n_steps=2)
     whole = train(tmp_path / "whole", averages, NotingGrow(), settings=settings)
     before, after = averages.held
-    source = model_of()
+    source = small_model()
     source.load_state_dict(
         before | {k: v for k, v in source.state_dict().items() if k not in before}
     )
@@ -373,7 +373,7 @@ class OneLayer(Grow):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]
         if trainer.global_step == self.at:
-            source = Model(config_of(pl_module.model))
+            source = model_of(pl_module.model)
             (step,) = ModelExpander(WIDER, seed=SEED).steps(source)
             maps = {
                 name: m if name.startswith("layers.1.") else TensorMap(name)
@@ -390,7 +390,7 @@ def test_one_layer_alone_gets_wider_and_a_killed_training_goes_on_with_it(tmp_pa
     whole = train(tmp_path / "whole", OneLayer(), settings=settings)
     widths = [layer.mlp.up_proj.out_features for layer in whole.model.model.layers]
     assert widths == [40, 60, 40]
-    assert config_of(whole.model)["ffn_sizes"] == [40, 60, 40]
+    assert model_of(whole.model).config["ffn_sizes"] == [40, 60, 40]
     with pytest.raises(Killed):
         train(tmp_path / "parts", OneLayer(), KillAt(9), settings=settings)
     train(tmp_path / "parts", OneLayer(), settings=settings)
@@ -403,7 +403,7 @@ LOW, HIGH, GAIN = f"{RANK}.low", f"{RANK}.high", f"{RANK}.gain"
 
 def with_factors() -> nn.Module:
     """Return a model with a low-rank term next to one layer, which no family has."""
-    model = model_of()
+    model = small_model()
     module = model.get_submodule(RANK)
     torch.manual_seed(4)
     module.low = nn.Parameter(0.1 * torch.randn(2, 40))
@@ -421,7 +421,7 @@ class Double(Grow):
     """Double the rank of the term, and give it a gain of its own; later take the gain away."""
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]
-        rank, config = AxisMap.padded(2, 4), config_of(pl_module.model)
+        rank, config = AxisMap.padded(2, 4), model_of(pl_module.model).config
         low, high, gain = declared(LOW, (4, 40)), declared(HIGH, (24, 4)), declared(GAIN, (24,))
         change = None
         if trainer.global_step == self.at:
@@ -508,7 +508,7 @@ def test_between_two_batches_of_a_step_nothing_changes() -> None:
                 self.refused += 1
 
     module = BaseModule(
-        model_of(),
+        small_model(),
         schedule=Schedule(learning_rate=1e-2, max_steps=2),
         optimizer=OptimizerSettings(),
     )

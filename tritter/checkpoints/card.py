@@ -140,7 +140,7 @@ def model_card(
         kept: metadata of the model that this one is made from, see `kept_metadata`.
     """
     lines = [_front_matter(_metadata(kept, lineage))]
-    lines += _introduction(config, "Made with Tritter; `tritter.json` holds the lineage.")
+    lines += _introduction(Model(config), "Made with Tritter; `tritter.json` holds the lineage.")
     if experts:
         names = [_cell(name) for name in experts]
         listed = ", ".join(f"`{name}`" for name in names)
@@ -168,7 +168,7 @@ def model_card(
 
 
 def export_card(
-    config: Config,
+    model: Model,
     *,
     origin: str,
     origin_hash: str,
@@ -187,9 +187,9 @@ def export_card(
         notes: sentences that describe the conversion.
         kept: metadata of the exported model, see `kept_metadata`.
     """
-    dtype = config["dtype"]
+    dtype = model.config["dtype"]
     lines = [_front_matter(_metadata(kept, lineage))]
-    lines += _introduction(config, f"Exported with Tritter: all tensors in {dtype}.")
+    lines += _introduction(model, f"Exported with Tritter: all tensors in {dtype}.")
     for note in notes:
         lines += [" ".join(harmless(note).split()).replace("<", "&lt;"), ""]
     if lineage is not None:
@@ -235,8 +235,7 @@ def adapter_card(base: str, *, kept: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _introduction(config: Config, origin: str) -> list[str]:
-    model = Model(config)
+def _introduction(model: Model, origin: str) -> list[str]:
     size, ffns = model.sizes, model.ffn_sizes
     ffn = f"{min(ffns)} to {max(ffns)}" if ffns else size.intermediate_size
     return [

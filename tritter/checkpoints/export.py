@@ -19,7 +19,7 @@ from tritter.checkpoints.folder import Artifact, write_config
 from tritter.checkpoints.location import check_output, check_replaceable
 from tritter.checkpoints.record import Lineage
 from tritter.checkpoints.source import Source
-from tritter.core.families import Config, LayoutKind, Model, StoredTensor, family_of, on_disk
+from tritter.core.families import LayoutKind, Model, StoredTensor
 from tritter.errors import Problem, RequestError, TritterError, refused
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.hashing import merkle_hash
@@ -44,7 +44,7 @@ class Weights:
     """
 
     name: str
-    config: Config
+    model: Model
     read: Callable[[str], Tensor]
     dtype: Callable[[str], torch.dtype]
     finish: Callable[[], str]
@@ -57,7 +57,7 @@ class Weights:
         """Return the weights of an opened checkpoint folder, verified against its lineage."""
         return cls(
             name=source.folder.resolve().name,
-            config=source.config,
+            model=source.model,
             read=source.read,
             dtype=source.dtype,
             finish=lambda: merkle_hash(source.read_digests()),
@@ -67,16 +67,16 @@ class Weights:
 
     def without_experts(self, first: int) -> "Weights":
         """Return the same model with only the first `first` experts of every layer."""
-        family = family_of(self.config)
-        key = family.sizes["num_experts"]
-        routers = {t.name for t in family.logical_tensors(self.config) if t.kind == "router"}
+        key = self.model.family.sizes["num_experts"]
+        routers = {t.name for t in self.model.tensors if t.kind == "router"}
 
         def read(name: str) -> Tensor:
             value = self.read(name)
             return value[:first].contiguous() if name in routers else value
 
         lineage = self.lineage and replace(self.lineage, stock_loadable="yes")
-        return replace(self, config={**self.config, key: first}, read=read, lineage=lineage)
+        model = self.model.changed({**self.model.config, key: first})
+        return replace(self, model=model, read=read, lineage=lineage)
 
     def with_added(self, added: Mapping[str, Tensor]) -> "Weights":
         """Return the same model with a delta added to the weights of some layers.
@@ -90,13 +90,13 @@ class Weights:
         Raises:
             TritterError: the model has no such layer, or its weight has a different shape.
         """
-        family, config = family_of(self.config), self.config
+        model, family, config = self.model, self.model.family, self.model.config
         embedding = family.tensors[0]
         tied = [tensor for tensor in family.tensors if tensor.unless and not tensor.exists(config)]
         vocabulary = {tensor.disk_name.removesuffix(".weight") for tensor in (embedding, *tied)}
         if tied and vocabulary & added.keys():
-            config = {**config, **{tensor.unless: False for tensor in tied}}
-        live = (stored for stored in Model(config).layout("live") if not stored.is_of_experts)
+            model = model.changed({**config, **{tensor.unless: False for tensor in tied}})
+        live = (stored for stored in model.layout("live") if not stored.is_of_experts)
         stored_layers = {stored.name.removesuffix(".weight"): stored for stored in live}
         of_name: dict[str, Tensor] = {}
         for layer, delta in added.items():
@@ -118,19 +118,19 @@ class Weights:
             wide = torch.promote_types(value.dtype, torch.float32)
             return value.to(wide) + of_name[name].to(wide)
 
-        return replace(self, config=config, read=read, dtype=lambda name: self.dtype(origin(name)))
+        return replace(self, model=model, read=read, dtype=lambda name: self.dtype(origin(name)))
 
     @property
     def widest_dtype(self) -> torch.dtype:
         """The dtype that represents every tensor without rounding."""
-        tensors = Model(self.config).tensors
+        tensors = self.model.tensors
         return reduce(torch.promote_types, (self.dtype(tensor.name) for tensor in tensors))
 
     @property
     def main_dtype(self) -> torch.dtype:
         """The most common dtype, weighted by tensor size."""
         counts: Counter[torch.dtype] = Counter()
-        for stored in Model(self.config).layout("hub"):
+        for stored in self.model.layout("hub"):
             counts[self.dtype(stored.parts[0].tensor.name)] += prod(stored.shape)
         return counts.most_common(1)[0][0]
 
@@ -149,7 +149,7 @@ class Exported:
     """
 
     folder: Path
-    config: Config
+    model: Model
     origin_hash: str
     model_hash: str
     num_bytes: int
@@ -189,23 +189,23 @@ def export_model(
     check_output(destination, sources=weights.source_paths, overwrite=overwrite)
     dtype = dtype or weights.main_dtype
     config = {
-        **weights.config,
-        "architectures": [family_of(weights.config).architecture],
+        **weights.model.config,
+        "architectures": [weights.model.family.architecture],
         "dtype": str(dtype).removeprefix("torch."),
     }
-    model, stock = Model(config), on_disk(config)
+    model = weights.model.changed(config)
     unpadded = _stream(weights, model.layout(expert_layout), dtype=dtype, progress=progress)
     stream = padded(unpadded, model.padded_shapes())
     check = partial(check_replaceable, sources=weights.source_paths)
     with atomic_folder(destination, overwrite=overwrite, check=check) as folder:
         digests = write_tensors(folder, stream, max_shard_bytes=max_shard_bytes)
-        write_config(folder, stock)
+        write_config(folder, model.on_disk.config)
         for artifact in artifacts:
             artifact.write(folder)
         origin_hash, model_hash = weights.finish(), merkle_hash(digests)
         hashes = {"origin_hash": origin_hash, "model_hash": model_hash}
         card = export_card(
-            stock,
+            model.on_disk,
             origin=weights.name,
             lineage=weights.lineage,
             notes=weights.notes,
@@ -215,7 +215,7 @@ def export_model(
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
     return Exported(
         folder=destination,
-        config=stock,
+        model=model.on_disk,
         origin_hash=origin_hash,
         model_hash=model_hash,
         num_bytes=sum(entry.num_bytes for entry in stream.entries),

@@ -16,8 +16,7 @@ from tritter.checkpoints.folder import (
     read_lineage,
 )
 from tritter.checkpoints.record import ExpansionRecord, LedgerRecord, Lineage
-from tritter.core.families import Model
-from tritter.core.families.config_file import missing_config, read_config_file
+from tritter.core.families.config_file import missing_config, read_model_file
 from tritter.errors import RequestError, TritterError
 from tritter.storage.hashing import (
     bounded_digest,
@@ -84,7 +83,7 @@ class Link:
         if self.folder is None or not (is_padded or self.is_removed):
             return self.num_parameters_on_disk
         try:
-            return Model(read_config_file(self.folder)).num_parameters
+            return read_model_file(self.folder).num_parameters
         except TritterError:
             return None
 

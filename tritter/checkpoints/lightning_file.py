@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from tritter.checkpoints.export import Weights
-from tritter.core.families import Config, Model, StoredTensor
+from tritter.core.families import Model, StoredTensor
 from tritter.errors import RequestError, TritterError, did_you_mean
 from tritter.storage.hashing import file_digest
 from tritter.storage.reading import require_file
@@ -29,13 +29,13 @@ _DERIVED = re.compile(r"rotary_emb\.(?:original_)?inv_freq$")
 
 
 def read_lightning_file(
-    path: Path, config: Config, *, prefix: str | None = None
+    path: Path, model: Model, *, prefix: str | None = None
 ) -> tuple[Weights, str]:
-    """Read a Lightning .ckpt, or a saved state dict, as a model with this config.
+    """Read a Lightning .ckpt, or a saved state dict, as a model.
 
     Args:
         path: the .ckpt file.
-        config: the model's config.
+        model: the model that the config describes.
         prefix: prefix of the model's parameter names, such as `model.`; tensors without it are
             skipped. By default it is detected, and every tensor must belong to the model.
 
@@ -50,15 +50,14 @@ def read_lightning_file(
     """
     content = _load(path)
     tensors = _state_dict(path, content)
-    model = Model(config)
     embedding = model.tensors[0].disk_name
     chosen = _prefix(path, tensors, embedding, requested=prefix)
     skipped = ""
     if prefix is not None and (others := [n for n in tensors if not n.startswith(chosen)]):
         skipped = f"{len(others)} tensors outside '{prefix}' were skipped: {_shorten(others)}"
         tensors = {name: value for name, value in tensors.items() if name.startswith(chosen)}
-    stored = _match_tensors(path, config, tensors, chosen)
-    for name in model.family.tied_names(config):
+    stored = _match_tensors(path, model, tensors, chosen)
+    for name in model.family.tied_names(model.config):
         tied = tensors.get(chosen + name)
         if tied is not None and not torch.equal(tied, tensors[chosen + embedding]):
             raise TritterError(
@@ -72,7 +71,7 @@ def read_lightning_file(
     }
     weights = Weights(
         name=path.name,
-        config=config,
+        model=model,
         read=values.__getitem__,
         dtype=lambda name: values[name].dtype,
         finish=lambda: file_digest(path),
@@ -174,12 +173,12 @@ def _prefix(
 
 
 def _match_tensors(
-    path: Path, config: Config, tensors: Mapping[str, Tensor], prefix: str
+    path: Path, model: Model, tensors: Mapping[str, Tensor], prefix: str
 ) -> tuple[StoredTensor, ...]:
     elsewhere = [name for name in tensors if not name.startswith(prefix)]
     names = [name.removeprefix(prefix) for name in tensors if name not in elsewhere]
     try:
-        stored = Model(config).match([*names, *elsewhere])
+        stored = model.match([*names, *elsewhere])
     except TritterError as error:
         hint = f" (--prefix {prefix} skips tensors without that prefix)" if elsewhere else ""
         raise TritterError(f"{path}: {error}{hint}") from error

@@ -17,8 +17,8 @@ from tritter.checkpoints.expert_files import HEAD, TENSORS, refuse_experts
 from tritter.checkpoints.folder import HEADER_MARK, TOKENIZER_FILES, lineage_of
 from tritter.checkpoints.record import Lineage, StateHead
 from tritter.checkpoints.state import KEPT_FILE, STATE_FOLDER
-from tritter.core.families import Config
-from tritter.core.families.config_file import read_config_file
+from tritter.core.families import Model
+from tritter.core.families.config_file import read_model_file
 from tritter.core.parameter_map.carry import STATE_KINDS
 from tritter.errors import Problem, RequestError, TritterError, did_you_mean, refused
 from tritter.storage.atomic import refuse_existing
@@ -209,10 +209,10 @@ def checkpoint_location(path: str, *, key: str = "model.path") -> str:
     return path
 
 
-def checkpoint_config(
+def checkpoint_model(
     path: str, *, key: str = "model.path", with_experts: bool = False
-) -> Config | None:
-    """Return the config of a checkpoint folder to train; None for a hub id.
+) -> Model | None:
+    """Return the model of a checkpoint folder to train; None for a hub id.
 
     Args:
         path: folder or hub id.
@@ -228,7 +228,7 @@ def checkpoint_config(
         return None
 
     try:
-        config = read_config_file(folder)
+        model = read_model_file(folder)
     except TritterError as error:
         raise refused(key, path, str(error).rstrip(".")) from error
     if not any(folder.glob("*.safetensors")):
@@ -243,28 +243,29 @@ def checkpoint_config(
         raise refused(key, path, f"{reason}transformers")
     if not with_experts:
         refuse_experts(folder, doing="training", key=key)
-    return config
+    return model
 
 
-def teacher_problems(teacher: str, source: Config | None, *, key: str) -> Iterator[Problem]:
+def teacher_problems(teacher: str, source: Model | None, *, key: str) -> Iterator[Problem]:
     """Yield the problems of a teacher that its config.json shows.
 
     Args:
         teacher: folder or hub id of the teacher.
-        source: config of the student; None if its vocabulary is not known yet.
+        source: the student; None if its vocabulary is not known yet.
         key: the key that named the teacher.
     """
     try:
-        config = checkpoint_config(checkpoint_location(teacher, key=key), key=key)
+        model = checkpoint_model(checkpoint_location(teacher, key=key), key=key)
     except RequestError as error:
         yield from error.problems
         return
-    if config is None or source is None:
+    if model is None or source is None:
         return
-    if config["vocab_size"] != source["vocab_size"]:
+    own, needed = (each.sizes.vocab_size for each in (model, source))
+    if own != needed:
         reason = (
-            f"its vocabulary has {config['vocab_size']} tokens, that of the trained model "
-            f"{source['vocab_size']}; must be a teacher with the same tokenizer"
+            f"its vocabulary has {own} tokens, that of the trained model "
+            f"{needed}; must be a teacher with the same tokenizer"
         )
         yield Problem(key, teacher, reason=reason)
 

@@ -40,23 +40,23 @@ class Source:
 
     Args:
         folder: the checkpoint folder.
-        config: the model's config.
+        model: its sizes, shapes and names.
         lineage: content of tritter.json; None for a plain Hugging Face folder.
         digests: digests of the tensors, computed while they are read.
     """
 
     folder: Path
-    config: Config
+    model: Model
     lineage: Lineage | None
     digests: DigestQueue = field(default_factory=DigestQueue, repr=False, compare=False)
 
     @classmethod
-    def open(cls, folder: Path, config: Config, *, has_lineage: bool = True) -> Source:
+    def open(cls, folder: Path, model: Model, *, has_lineage: bool = True) -> Source:
         """Open a folder and check it against its config and its lineage.
 
         Args:
             folder: the checkpoint folder.
-            config: the model's config.
+            model: as its config.json describes it.
             has_lineage: False ignores tritter.json and treats the folder as a plain one.
 
         Raises:
@@ -65,14 +65,14 @@ class Source:
                 wrong shape, or other files changed since the lineage was written.
         """
         lineage = read_lineage(folder) if has_lineage else None
-        source = cls(folder, config, lineage)
+        source = cls(folder, model, lineage)
         source.check()
         return source
 
     @classmethod
-    def written(cls, folder: Path, config: Config, lineage: Lineage) -> Source:
+    def written(cls, folder: Path, model: Model, lineage: Lineage) -> Source:
         """Open a folder that this process wrote or already checked, without a check."""
-        return cls(folder, config, lineage, DigestQueue.of(lineage.tensor_digests))
+        return cls(folder, model, lineage, DigestQueue.of(lineage.tensor_digests))
 
     def check(self) -> None:
         """Check the folder's files and headers against its config and its lineage.
@@ -112,10 +112,9 @@ class Source:
                 f"{folder} was changed since its lineage was written: {', '.join(changed)}."
             )
 
-    @cached_property
-    def model(self) -> Model:
-        """Its shapes and names."""
-        return Model(self.config)
+    @property
+    def config(self) -> Config:
+        return self.model.config
 
     @cached_property
     def tensors(self) -> TensorFolder:

@@ -156,8 +156,7 @@ def evaluate(
     with loading("transformers"):
         from tritter.checkpoints import read_lineage
         from tritter.checkpoints.record import window_length
-        from tritter.core.families import Model
-        from tritter.core.models import read_config
+        from tritter.core.models import read_model
         from tritter.data.records import FIELD_KEY
         from tritter.data.tokens import read_tokenizer
         from tritter.evaluation.benchmarks.harness import EvalOptions
@@ -173,9 +172,8 @@ def evaluate(
     questions = _questions(chosen, tasks_path, harness)
     with refuse_damage(), use_names(Names.of({FIELD_KEY: "--text-field"})):
         folder = locate(checkpoint, key="--checkpoint")
-        config, lineage = read_config(folder), read_lineage(folder)
-        dimensions = Model(config).sizes
-        tokenizer = read_tokenizer(folder, vocab_size=dimensions.vocab_size)
+        whole, lineage = read_model(folder), read_lineage(folder)
+        tokenizer = read_tokenizer(folder, vocab_size=whole.sizes.vocab_size)
         stock = _stock_tokenizer(folder, needs_template=chat_template) if chosen else None
         domains = losses_of.DomainsToScore({}, ())
         if sources:
@@ -185,9 +183,7 @@ def evaluate(
         elif not chosen:
             domains = losses_of.learned_domains(folder, lineage, tokenizer)
         model = _read_model(folder)
-    domains = domains.limited(limit).noted(
-        length := window_length(lineage, Model(config).position_limit)
-    )
+    domains = domains.limited(limit).noted(length := window_length(lineage, whole.position_limit))
     with progress_bars(is_shown=not as_json) as new_bar:
         losses = losses_of.domain_losses(
             model, domains.documents, tokenizer, length=length, batch_size=batch_size,

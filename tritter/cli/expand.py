@@ -355,29 +355,29 @@ def _resolve_job(
     """Locate source and destination and resolve the sizes of expansions. Writes nothing."""
     from tritter.checkpoints import Source
     from tritter.checkpoints.expert_files import refuse_experts
-    from tritter.core.expansions.specification import target_config
+    from tritter.core.expansions.specification import target_model
     from tritter.core.expansions.targets import reach_parameters
-    from tritter.core.families.config_file import read_config_file
+    from tritter.core.families.config_file import read_model_file
 
     with refuse_damage():
         folder = locate(checkpoint, key="--checkpoint")
         try:
-            config = read_config_file(folder)
+            model = read_model_file(folder)
         except RequestError:
             raise
         except TritterError:  # it lacks keys that the family's table needs
-            from tritter.core.models import read_config
+            from tritter.core.models import read_model
 
-            config = read_config(folder)
-        source = Source.open(folder, config)
+            model = read_model(folder)
+        source = Source.open(folder, model)
         names = source.recorded_files
         refuse_experts(folder, doing="an expansion", key="--checkpoint", recorded=names)
     if settings.target_params is not None:
-        specs = reach_parameters(source.config, specs, settings.target_params)
-    config = source.config
+        specs = reach_parameters(source.model, specs, settings.target_params)
+    target = source.model
     for number, spec in enumerate(specs):
         with use_names(_names(recipe, number)):
-            config = target_config(config, [spec])
+            target = target_model(target, [spec])
     near = Path(checkpoint.rstrip("/").rpartition("/")[2])  # a hub model: the current folder
     if Path(checkpoint).is_dir():
         near = folder if folder.name not in ("", "..") else folder.resolve()
@@ -439,7 +439,7 @@ class _Result:
         """What quantisers and engines take of the source, but not of the result."""
         from tritter.planning.serving import serving_notes
 
-        return serving_notes(self.plan.target.config, self.plan.source.config)
+        return serving_notes(self.plan.target, self.plan.source)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON output."""
@@ -449,7 +449,7 @@ class _Result:
             "source": str(self.job.source.folder),
             "destination": str(destination),
             "written": lineage is not None,
-            "shapes": {"before": shapes_of(first.config), "after": shapes_of(last.config)},
+            "shapes": {"before": shapes_of(first), "after": shapes_of(last)},
             "parameters": {"before": first.num_parameters, "after": last.num_parameters},
             "parameters_on_disk": {
                 "before": first.on_disk.num_parameters,
@@ -631,8 +631,8 @@ def _print_domain(console: Console, made: DomainExpansion) -> None:
 
 
 def _print_shapes(console: Console, plan: PlannedExpansion) -> None:
-    before = shapes_of(plan.source.config)
-    after = shapes_of(plan.target.config)
+    before = shapes_of(plan.source)
+    after = shapes_of(plan.target)
     rows, styles = list[tuple[str, ...]](), list[str]()
     for name in (name for name in SHAPES if name in after):
         old, new = before.get(name), after[name]

@@ -171,7 +171,6 @@ def export(
 
         from tritter.checkpoints.export import export_model
         from tritter.checkpoints.location import check_output
-        from tritter.core.families import family_of
         from tritter.core.models import check_loadable
 
     if format == "peft":
@@ -194,11 +193,11 @@ def export(
                 is_merged=merge,
                 has_lineage=not ignore_lineage,
             )
-        model = origin.weights.config
+        model = origin.weights.model
         check_loadable(model, folder=origin.weights.source_paths[-1])
-    if expert_layout is not None and not family_of(model).has_experts:
+    if expert_layout is not None and not model.family.has_experts:
         raise RequestError(
-            f"--expert-layout = {expert_layout}: a {model['model_type']} model has no experts."
+            f"--expert-layout = {expert_layout}: a {model.model_type} model has no experts."
         )
     layout = LAYOUTS[choice("--expert-layout", expert_layout or "hub", list(LAYOUTS))]
     with note_if_written(output):
@@ -251,11 +250,11 @@ def _of_folder(
     from tritter.checkpoints.expert_files import HEAD
     from tritter.checkpoints.export import Weights
     from tritter.checkpoints.folder import SmallFiles
-    from tritter.core.models import read_config
+    from tritter.core.models import read_model
     from tritter.core.stock_routers import stock_obstacle
 
     folder = locate(checkpoint, key="--checkpoint")
-    source = Source.open(folder, read_config(folder), has_lineage=has_lineage)
+    source = Source.open(folder, read_model(folder), has_lineage=has_lineage)
     weights = Weights.of(source)
     if not named_path(checkpoint, key="--checkpoint").exists():
         weights = replace(weights, name=checkpoint)  # the folder of a download is named by commit
@@ -296,7 +295,7 @@ def _of_folder(
 def _of_file(checkpoint: str, config: str | None, *, prefix: str | None) -> _Origin:
     from tritter.checkpoints.folder import SmallFiles
     from tritter.checkpoints.lightning_file import read_lightning_file
-    from tritter.core.models import read_config
+    from tritter.core.models import read_model
 
     path = named_path(checkpoint, key="--checkpoint")
     if config is None:
@@ -309,7 +308,7 @@ def _of_file(checkpoint: str, config: str | None, *, prefix: str | None) -> _Ori
         raise RequestError(f"--config = {config}: must be a config.json, or a folder with one.")
     has_tokenizer = not config_path.is_file()
     folder = locate(config, key="--config") if has_tokenizer else config_path.parent
-    weights, skipped = read_lightning_file(path, read_config(folder), prefix=prefix)
+    weights, skipped = read_lightning_file(path, read_model(folder), prefix=prefix)
     weights = replace(weights, source_paths=(path, folder))
     artifacts = [SmallFiles(folder)] if has_tokenizer else []
     notes = (skipped,) if skipped else ()
@@ -317,13 +316,12 @@ def _of_file(checkpoint: str, config: str | None, *, prefix: str | None) -> _Ori
 
 
 def _as_json(origin: _Origin, exported: Exported) -> dict[str, Any]:
-    from tritter.core.families import Model
 
     return {
         "destination": str(exported.folder),
         "format": "hf",
-        "dtype": exported.config["dtype"],
-        "parameters": Model(exported.config).num_parameters,
+        "dtype": exported.model.config["dtype"],
+        "parameters": exported.model.num_parameters,
         "bytes": exported.num_bytes,
         "files": exported.num_files,
         "source_hash": exported.origin_hash,
@@ -334,15 +332,14 @@ def _as_json(origin: _Origin, exported: Exported) -> dict[str, Any]:
 
 
 def _print(origin: _Origin, exported: Exported) -> None:
-    from tritter.core.families import Model
 
     console = new_console()
-    model = Model(exported.config)
+    model = exported.model
     parameters = count_text(model.num_parameters)
     files = "1 file" if exported.num_files == 1 else f"{exported.num_files} files"
     lines = [
         ("model", f"{model.family.architecture}, {parameters} parameters"),
-        ("dtype", str(exported.config["dtype"])),
+        ("dtype", str(exported.model.config["dtype"])),
         ("size", f"{si_text(exported.num_bytes)}B in {files}"),
     ]
     lines += [("note", note) for note in origin.notes]

@@ -35,8 +35,7 @@ from tritter.cli.output import (
     print_table,
     refuse_damage,
 )
-from tritter.core.families import Model
-from tritter.core.models import load_model, read_config, uninitialised_model
+from tritter.core.models import load_model, read_model, uninitialised_model
 from tritter.data.chat import ids_of
 from tritter.data.sources import source_documents
 from tritter.data.tokens import num_closed_tokens, pack, read_tokenizer, tokenise
@@ -115,9 +114,9 @@ def merge(files: ExpertFiles, *, rank: int | None = None, max_rank: int | None =
         TritterError: the experts are damaged, or the model can't be loaded.
     """
     experts = ExpertFolder.of_files(files)
-    config = read_config(files.source)
-    length = min(_LENGTH, Model(config).position_limit or _LENGTH)
-    vocab_size = Model(config).sizes.vocab_size
+    model = read_model(files.source)
+    length = min(_LENGTH, model.position_limit or _LENGTH)
+    vocab_size = model.sizes.vocab_size
     texts = _texts(files.source, length=length, vocab_size=vocab_size)
     mixture, stored = experts.apply(load_model(files.source)), files.mean_gates()
     if texts:
@@ -196,7 +195,7 @@ def export_adapters(
         folder = locate(checkpoint, key="--checkpoint")
         check = partial(_check_adapters, source=folder)
         check_output(output, sources=[folder], overwrite=overwrite, check=check)
-        source = Source.open(folder, read_config(folder))  # verifies its lineage
+        source = Source.open(folder, read_model(folder))  # verifies its lineage
         if source.experts is None:
             raise RequestError(
                 f"--format = peft: {folder} has no LoRA experts; must be hf, a plain folder."

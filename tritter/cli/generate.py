@@ -20,6 +20,8 @@ from tritter.terminal import say
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from tritter.core.families import Model
+
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _NEW_TOKENS, _ANSWER_TOKENS = 50, 512  # defaults without and with --chat
 _STANDARD_INPUT = "-"
@@ -72,16 +74,15 @@ def generate(
         raise RequestError("--json prints one answer: set its --prompt, or pipe it.")
     text = "" if is_conversation else _prompt_text(prompt)
     with loading("transformers"):
-        from tritter.core.families import Model
-        from tritter.core.models import read_config
+        from tritter.core.models import read_model
 
     with refuse_damage():
         folder = locate(checkpoint, key="--checkpoint")
-        config, tokenizer = read_config(folder), _read_tokenizer(folder, needs_template=chat)
+        whole, tokenizer = read_model(folder), _read_tokenizer(folder, needs_template=chat)
         writer = _Writer(
             folder,
             tokenizer,
-            positions=Model(config).position_limit,
+            positions=whole.position_limit,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,
@@ -93,7 +94,7 @@ def generate(
             writer.room(first)
         if tokenizer.chat_template is not None and not chat:
             say(f"note: {folder} has a chat template; --chat sends a message.", is_error=True)
-        model = _read_model(folder, config)
+        model = _read_model(folder, whole)
     if first is None:
         _converse(writer, model, system)
         return 0
@@ -139,15 +140,15 @@ def _read_tokenizer(folder: Path, *, needs_template: bool) -> Any:
     return tokenizer
 
 
-def _read_model(folder: Path, config: dict[str, Any]) -> nn.Module:
+def _read_model(folder: Path, whole: Model) -> nn.Module:
     """Return a checkpoint's model with its experts."""
     import torch
 
     from tritter.core.models import non_finite_tensors
     from tritter.methods.experts.whole import load_whole
 
-    is_known = config.get("dtype") in WEIGHT_DTYPES
-    dtype = getattr(torch, str(config["dtype"])) if is_known else torch.float32
+    is_known = whole.config.get("dtype") in WEIGHT_DTYPES
+    dtype = getattr(torch, str(whole.config["dtype"])) if is_known else torch.float32
     model = load_whole(folder, dtype=dtype)
     if broken := non_finite_tensors(model):
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""

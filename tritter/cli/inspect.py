@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from tritter.checkpoints import ExpansionRecord, Source
     from tritter.checkpoints.expert_files import ExpertFiles
-    from tritter.core.families import Config
+    from tritter.core.families import Model
     from tritter.core.parameter_map import ParameterMap, TensorMap
 
 _PARTS = (
@@ -113,9 +113,12 @@ class _RecordedMap:
     def of(cls, record: ExpansionRecord) -> _RecordedMap:
         if _without_map(record) is not None:
             return cls()
+        from tritter.core.families import Model
+
         try:
             rebuilt = rebuild_map(record)
-            rows = _map_rows(rebuilt, dict(record.source_config), dict(record.target_config))
+            ends = (Model(dict(each)) for each in (record.source_config, record.target_config))
+            rows = _map_rows(rebuilt, *ends)
         except (TritterError, KeyError) as error:
             return cls(problem=f"cannot be rebuilt: {error}")
         digest = rebuilt.digest()
@@ -128,11 +131,11 @@ def inspect(folder: Folder, family: ShowFamily = False, as_json: AsJson = False)
     """Show shapes and parameters of a checkpoint, and the parameter map of its last expansion."""
     with loading("torch"):
         from tritter.checkpoints import Source
-        from tritter.core.families.config_file import read_config_file
+        from tritter.core.families.config_file import read_model_file
 
     with refuse_damage():
         located = locate(folder, key="checkpoint")
-        source = Source.open(located, read_config_file(located))
+        source = Source.open(located, read_model_file(located))
         dtypes = Counter(source.tensors.headers[t.name].dtype for t in source.stored)
         experts = source.experts
         experts_record = None if experts is None else _experts_json(experts)
@@ -185,7 +188,7 @@ def _as_json(
         "folder": str(source.folder),
         "family": source.model.model_type,
         "architecture": source.model.family.architecture,
-        "shapes": shapes_of(source.config),
+        "shapes": shapes_of(source.model),
         "positions": _positions(source),
         "parameters": {
             "total": source.model.num_parameters,
@@ -234,7 +237,7 @@ def _positions(source: Source) -> dict[str, str]:
 
 
 def _print_model(console: Console, source: Source, dtypes: Mapping[str, int]) -> None:
-    shapes = tuple((SHAPES[name], str(size)) for name, size in shapes_of(source.config).items())
+    shapes = tuple((SHAPES[name], str(size)) for name, size in shapes_of(source.model).items())
     shapes += tuple(_positions(source).items())
     print_table(console, Table(("shape", ""), shapes, numbers=(1,)))
     console.print()
@@ -270,12 +273,12 @@ def _print_model(console: Console, source: Source, dtypes: Mapping[str, int]) ->
 
 def _growth(source: Source) -> dict[str, str]:
     """Return each size that may grow → how it grows exactly, or why it can't."""
-    from tritter.core.expansions import target_config
+    from tritter.core.expansions import target_model
     from tritter.core.expansions.targets import growth_examples
 
     depth = "any number of new layers" if source.model.family.has_table else _new_layers(source)
     found = {"depth": depth}
-    for size, examples in growth_examples(source.config).items():
+    for size, examples in growth_examples(source.model).items():
         words = ("any larger size", "whole multiples, with init=net2net")
         if size == "heads":
             words = ("whole groups of heads", "whole multiples, with init=net2net")
@@ -284,7 +287,7 @@ def _growth(source: Source) -> dict[str, str]:
             words = ("any number" if is_any else "twice as many, with addition=replicate", "")
         for word, example in zip(words, examples, strict=False):
             try:
-                target_config(source.config, [example])
+                target_model(source.model, [example])
             except RequestError as error:
                 found[size] = f"no: {error.problems[0].reason or error}"
             else:
@@ -470,19 +473,16 @@ def rebuild_map(record: ExpansionRecord) -> ParameterMap:
     return rebuilt
 
 
-def _map_rows(parameter_map: ParameterMap, source: Config, target: Config) -> tuple[_MapRow, ...]:
+def _map_rows(parameter_map: ParameterMap, source: Model, target: Model) -> tuple[_MapRow, ...]:
     """Return the rows of a map's table in forward order, with equal layers joined."""
-    from tritter.core.families import Model
-
-    sources, result = Model(source).shapes, Model(target)
     layers: dict[_MapRow, list[int]] = {}
-    for tensor in result.tensors:
+    for tensor in target.tensors:
         tensor_map = parameter_map.tensors[tensor.name]
         row = _MapRow(
             kind=tensor.kind,
             layers="",
-            source_shape=sources[tensor_map.origin] if tensor_map.origin else (),
-            target_shape=result.shapes[tensor.name],
+            source_shape=source.shapes[tensor_map.origin] if tensor_map.origin else (),
+            target_shape=target.shapes[tensor.name],
             weight="0" if tensor_map.is_zeroed else _factors(tensor_map, "weight"),
             gradient=_factors(tensor_map, "gradient"),
             fill=_fill(tensor_map),

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from tritter.checkpoints import Lineage, Source, record_step0_error
-from tritter.core.families import Config, Model, family_of
-from tritter.core.models import read_config
+from tritter.core.families import Model
+from tritter.core.models import read_model
 from tritter.errors import TritterError
 from tritter.evaluation.gate import EXACT_JUMP, rounded_jump
 from tritter.evaluation.jump import folder_jump
@@ -62,11 +62,11 @@ def measure(
         if progress is not None:
             progress(done // _MB, total // _MB)
 
-    config, rounded = read_config(result.folder), _rounded_dtypes(source, result)
+    model, rounded = read_model(result.folder), _rounded_dtypes(source, result)
     try:
         added = result.plan.vocabulary
         new_tokens = None if added is None else added.new_ids
-        tokens = random_tokens(source.config, unlike=new_tokens or ())
+        tokens = random_tokens(source.model, unlike=new_tokens or ())
         found = folder_jump(
             source.folder,
             result.folder,
@@ -86,9 +86,9 @@ def measure(
     jump = found.jump
     error = jump.to_dict()["relative_to_std"]
     new = len(result.steps)
-    lineage = record_step0_error(result.folder, result.lineage, error, config, num_new=new)
+    lineage = record_step0_error(result.folder, result.lineage, error, model.config, num_new=new)
     claims_exact = result.plan.is_exact
-    bound = rounded_jump(has_experts=family_of(config).has_experts) if rounded else EXACT_JUMP
+    bound = rounded_jump(has_experts=model.family.has_experts) if rounded else EXACT_JUMP
     is_broken = claims_exact and not jump.relative_to_std < bound
     note = f", including rounding to {' and '.join(rounded)}" if rounded else ""
     text = f"logit shift at most {jump.relative_to_std:.1e} σ on random tokens{note}"
@@ -111,9 +111,8 @@ def _rounded_dtypes(source: Source, result: Expanded) -> list[str]:
     return [] if is_copied else [n for n in ("bfloat16", "float16") if n in after]
 
 
-def random_tokens(config: Config, *, unlike: Sequence[int] = ()) -> Tensor:
+def random_tokens(model: Model, *, unlike: Sequence[int] = ()) -> Tensor:
     """Return fixed random tokens for comparing models, int64 [B, T], none of them in `unlike`."""
-    model = Model(config)
     vocab_size = model.sizes.vocab_size
     generator = torch.Generator().manual_seed(0)
     shape = (_SEQUENCES_OF_EXPERTS if model.family.has_experts else SEQUENCES, LENGTH)

@@ -20,7 +20,7 @@ from tritter.terminal import Console, NewBar, say
 from tritter.terminal import progress_bars as bars_on
 
 if TYPE_CHECKING:
-    from tritter.core.families import Config
+    from tritter.core.families import Model
 
 _HASH_CHARACTERS = 12
 EXIT_NO = 3  # a check failed
@@ -40,12 +40,9 @@ SHAPES = {
 }
 
 
-def shapes_of(config: Config) -> dict[str, int]:
+def shapes_of(model: Model) -> dict[str, int]:
     """Return the sizes of a model by config.json key, without those that it does not have."""
-    from tritter.core.families import Model
-
-    dimensions = Model(config).sizes
-    sizes = {name: int(getattr(dimensions, name)) for name in SHAPES}
+    sizes = {name: int(getattr(model.sizes, name)) for name in SHAPES}
     return {name: size for name, size in sizes.items() if size}
 
 

@@ -190,7 +190,7 @@ def plan(
         )
         preset = _preset(target)
         made = plan_growth(
-            start.config,
+            start.model,
             _count("target", target) if preset is None else preset.parameters,
             gpu_hours=gpu_hours,
             strategy=strategy.replace("-", "_"),
@@ -198,10 +198,10 @@ def plan(
         )
     commands = list(_expand_commands(made, source, start))
     notes = list(_command_notes(commands))
-    found = serving_notes(made.steps[-1].target_config, made.source_config)
+    found = serving_notes(made.steps[-1].target, made.source)
     notes += [f"Shape of the result: {note}." for note in found]
     upcycling = planned(
-        start.config,
+        start.model,
         dense_tokens=float(source_tokens or tokens_per_parameter * start.parameters),
         gpu_flops=assumptions.device.flops(gpu_hours),
         sequence_length=setup.sequence_length,
@@ -217,10 +217,9 @@ def plan(
 
 def _sequence_length(requested: int | None, source: NamedShape) -> int:
     """Return the sequence length, limited by the model's learned positions."""
-    from tritter.core.families import Model
     from tritter.planning import TrainingSetup
 
-    model = Model(source.config)
+    model = source.model
     learned = model.sizes.max_position_embeddings
     if requested is not None and 0 < learned < requested:
         key = model.family.positions_key
@@ -272,15 +271,13 @@ def _is_checkpoint(source: str) -> bool:
 
 def _read_source(text: str) -> NamedShape:
     """Return the shape of `--source`."""
-    from tritter.core.families import Model
-    from tritter.core.families.config_file import read_config_file
+    from tritter.core.families.config_file import read_model_file
     from tritter.planning import NamedShape, named_shape
 
     if _is_checkpoint(text):
         with refuse_damage():
             folder = locate(text, key="--source")
-            config = read_config_file(folder)
-        return NamedShape(display_path(folder), config, Model(config).num_parameters)
+            return NamedShape(display_path(folder), read_model_file(folder))
     if (preset := _preset(text)) is not None:
         return preset
     folders = [entry.name for entry in Path.cwd().iterdir() if entry.is_dir()]
@@ -353,7 +350,7 @@ def _print(
     from tritter.planning.plan import LAW_RESOLUTION
 
     console = new_console()
-    size = f"{_size(shapes_of(plan.source_config))}, {count_text(source.parameters)} parameters"
+    size = f"{_size(shapes_of(plan.source))}, {count_text(source.parameters)} parameters"
     lines = [
         ("source", f"{source.name}: {size}"),
         ("target", f"{count_text(plan.target_parameters)} parameters"),
@@ -391,7 +388,7 @@ def _print(
 def _step_table(plan: GrowthPlan) -> Table:
     rows = []
     for position, step in enumerate(plan.steps, start=1):
-        shapes = shapes_of(step.target_config)
+        shapes = shapes_of(step.target)
         cells = (
             str(position),
             with_dashes(step.method),
@@ -448,7 +445,7 @@ def _verdict(plan: GrowthPlan, assumptions: Assumptions) -> list[tuple[str, str]
         text = f"{budget} GPU-hours reach {count_text(plan.reached_parameters)} parameters"
         text += f", not the target, which needs {needed}"
         if (reached := plan.reached) is not None:
-            shape = _size(shapes_of(reached.target_config))
+            shape = _size(shapes_of(reached.target))
             first_missing = 1 + sum(step.is_affordable for step in plan.steps)
             text += f": {with_dashes(reached.method)} to {shape} instead of step {first_missing}"
         elif plan.reached_parameters == plan.source_parameters:
@@ -514,7 +511,7 @@ def _as_json(
         "source": {
             "name": source.name,
             "parameters": source.parameters,
-            "shapes": shapes_of(source.config),
+            "shapes": shapes_of(source.model),
             "memory_bytes": _memory_json(plan.source_memory),
         },
         "target_parameters": plan.target_parameters,
@@ -550,7 +547,7 @@ def _step_json(step: ExpansionStep) -> dict[str, Any]:
         "method": step.method,
         "options": asdict(step.spec),  # type: ignore[call-overload]
         "is_exact": step.spec.is_exact,
-        "shapes": shapes_of(step.target_config),
+        "shapes": shapes_of(step.target),
         "parameters": step.target_parameters,
         "tokens": step.num_tokens,
         "gpu_hours": step.gpu_hours,

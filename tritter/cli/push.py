@@ -57,14 +57,14 @@ def push(
         from tritter.checkpoints import Source
         from tritter.checkpoints.card import kept_metadata
         from tritter.checkpoints.location import public_files
-        from tritter.core.models import read_config
+        from tritter.core.models import read_model
 
     check_repository(repository, key=_REPOSITORY)
     place = named_path(folder, key="DIR")
     if not place.is_dir():
         raise RequestError(f"DIR = {folder}: no such folder.")
     with refuse_damage():
-        source = Source.open(place, read_config(place))
+        source = Source.open(place, read_model(place))
         if source.lineage is not None and not dry_run:
             source.read_digests()  # raises if a tensor differs from the lineage
         files, left_out = public_files(place, source.lineage)

@@ -10,8 +10,7 @@ from typing import Any
 
 from tritter.checkpoints import read_lineage
 from tritter.checkpoints.record import window_length
-from tritter.core.families import Model
-from tritter.core.families.config_file import read_config_file
+from tritter.core.families.config_file import read_model_file
 from tritter.errors import TritterError
 from tritter.options import RunRequest
 from tritter.storage.reading import named_path
@@ -63,7 +62,7 @@ def _default_length(model: Mapping[str, Any]) -> int:
     with suppress(TritterError):
         folder = named_path(str(model.get("path")), key="model.path")
         if Path(folder).is_dir():
-            positions = Model(read_config_file(folder)).position_limit
+            positions = read_model_file(folder).position_limit
             lineage = read_lineage(folder)
     return window_length(lineage, positions)
 

@@ -11,7 +11,7 @@ from typing import Any, cast, get_args
 
 from tritter.checkpoints.expert_files import experts_in, refuse_experts
 from tritter.checkpoints.location import (
-    checkpoint_config,
+    checkpoint_model,
     state_kinds_of,
 )
 from tritter.checkpoints.run_text import RunText, run_text
@@ -54,8 +54,8 @@ from tritter.config.schema import (
     WandbConfig,
     start_checkpoint,
 )
-from tritter.core.expansions import target_config, vocab_place
-from tritter.core.families import Config, Model, check_size, family_of
+from tritter.core.expansions import target_model, vocab_place
+from tritter.core.families import Model, check_size
 from tritter.core.families.presets import model_problems
 from tritter.data.options import (
     NamedTextConfig,
@@ -310,49 +310,49 @@ def _read_sections(
     return read if root is None else {**asdict(root), **read}
 
 
-def source_config(config: RunConfig) -> Config:
-    """Return the base model's config.json, as written by the model family."""
+def base_model(config: RunConfig) -> Model:
+    """Return the base model that a run pretrains."""
     model = config.model
     assert isinstance(model, ModelConfig), "a checkpoint has its own config.json"
-    return model.config(vocab_size=config.data.vocab_size)
+    return Model(model.config(vocab_size=config.data.vocab_size))
 
 
-def known_config(config: RunConfig) -> Config | None:
-    """Return the config.json of the initial model; None for a checkpoint on the Hub.
+def known_model(config: RunConfig) -> Model | None:
+    """Return the initial model of a run; None for a checkpoint on the Hub.
 
     Raises:
         RequestError: the checkpoint at `model.path` can't be trained.
     """
     if isinstance(config.model, CheckpointModelConfig):
-        return checkpoint_config(config.model.path, with_experts=True)
-    return source_config(config)
+        return checkpoint_model(config.model.path, with_experts=True)
+    return base_model(config)
 
 
 def start_problems(
-    config: RunConfig, source: Config, *, folder: Path | None = None
+    config: RunConfig, source: Model, *, folder: Path | None = None
 ) -> Sequence[Problem]:
-    """Return the reasons why a run can't start from a model with this config.json.
+    """Return the reasons why a run can't start from a model.
 
     Args:
         folder: checkpoint folder; None if it is not local, or created by the run.
     """
-    length, limit = config.data.sequence_length, Model(source).position_limit
+    length, limit = config.data.sequence_length, source.position_limit
     if limit is not None and length > limit:
         where = "model" if isinstance(config.model, ModelConfig) else "config.json"
         reason = (
-            f"the model supports {where}.{Model(source).positions_key} = {limit} positions; "
+            f"the model supports {where}.{source.positions_key} = {limit} positions; "
             "allowed: at most that"
         )
         return [Problem("data.sequence_length", length, reason=reason)]
-    if config.data.packing == "documents" and not family_of(source).separates_documents(source):
-        reason = f"a token of {source['model_type']} depends on earlier documents; use stream"
+    if config.data.packing == "documents" and not source.separates_documents:
+        reason = f"a token of {source.model_type} depends on earlier documents; use stream"
         return [Problem("data.packing", "documents", reason=reason)]
     trained = [source] if config.control else []
     try:
         if config.pipeline.target_params is not None:
-            trained += (shape.config for shape in planned_rounds(config, source))
+            trained += (shape.model for shape in planned_rounds(config, source))
         else:
-            trained.append(target_config(source, config.expansion))
+            trained.append(target_model(source, config.expansion))
     except RequestError as error:
         return error.problems
     if config.experts is None and experts_in(folder, key="model.path") is not None:
@@ -376,8 +376,8 @@ def cache_folder(value: str | None) -> Path:
 
 
 def _begin_problems(config: RunConfig) -> Iterator[Problem]:
-    if (source := known_config(config)) is not None:
-        check_size(Model(source))
+    if (source := known_model(config)) is not None:
+        check_size(source)
         model = config.model
         path = Path(model.path) if isinstance(model, CheckpointModelConfig) else None
         yield from start_problems(config, source, folder=path)

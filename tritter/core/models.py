@@ -34,7 +34,6 @@ from tritter.core.families import (
     Model,
     StoredTensor,
     check_config,
-    family_of,
     find_family,
     on_disk,
     pack_all,
@@ -93,10 +92,10 @@ def last_logits_only(model: nn.Module) -> dict[str, int]:
     return {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
 
-def read_config(folder: Path, *, ffn_sizes: Sequence[int] | None = None) -> Config:
-    """Return the config.json of a folder, completed with the defaults of its class.
+def read_model(folder: Path, *, ffn_sizes: Sequence[int] | None = None) -> Model:
+    """Return the model of a folder, its config.json completed with the defaults of its class.
 
-    The config has `ffn_sizes` if the FFN widths of the layers differ.
+    Its config has `ffn_sizes` if the FFN widths of the layers differ.
 
     Args:
         folder: the checkpoint folder.
@@ -106,14 +105,13 @@ def read_config(folder: Path, *, ffn_sizes: Sequence[int] | None = None) -> Conf
         RequestError: the family has no table; lists the supported ones.
         TritterError: the file is missing, transformers rejects it, or its sizes exceed the limits.
     """
-    return _config_in(folder, _stock_config(folder), ffn_sizes)
+    return _model_in(folder, _stock_config(folder), ffn_sizes)
 
 
-def _config_in(
+def _model_in(
     folder: Path, stock: PreTrainedConfig, ffn_sizes: Sequence[int] | None = None
-) -> Config:
-    config = _plain(stock)
-    return with_live_sizes(family_of(config), config, folder, ffn_sizes=ffn_sizes)
+) -> Model:
+    return with_live_sizes(Model(_plain(stock)), folder, ffn_sizes=ffn_sizes)
 
 
 def _plain(config: PreTrainedConfig) -> Config:
@@ -135,20 +133,20 @@ def _stock_config(folder: Path) -> PreTrainedConfig:
         return config
 
 
-def new_model(config: Config, *, seed: int) -> nn.Module:
+def new_model(model: Model, *, seed: int) -> nn.Module:
     """Return a model with randomly initialised float32 weights, determined by the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # leaves the generators of GPUs unchanged
-        built = stock_config_of(config)
-        model = AutoModelForCausalLM.from_config(built, dtype=torch.float32)
-    for stored in _narrower(config):
-        value = tensor_of(model, stored.name).detach()
-        set_parameter(model, stored.name, value[tuple(map(slice, stored.shape))].clone())
-    return _configure_model(model)
+        built = stock_config_of(model.config)
+        live = AutoModelForCausalLM.from_config(built, dtype=torch.float32)
+    for stored in _narrower(model):
+        value = tensor_of(live, stored.name).detach()
+        set_parameter(live, stored.name, value[tuple(map(slice, stored.shape))].clone())
+    return _configure_model(live)
 
 
 def load_model(
-    folder: Path, *, dtype: torch.dtype = torch.float32, config: Config | None = None
+    folder: Path, *, dtype: torch.dtype = torch.float32, model: Model | None = None
 ) -> nn.Module:
     """Load a causal language model from safetensors; never runs code from the folder.
 
@@ -158,21 +156,21 @@ def load_model(
     Args:
         folder: the checkpoint folder.
         dtype: of the weights in memory.
-        config: of a folder that this process wrote or has checked; None checks the folder first.
+        model: of a folder that this process wrote or has checked; None checks the folder first.
 
     Raises:
         TritterError: transformers cannot load it, a tensor is missing or unexpected, or padding is
             not zero.
     """
-    if config is None:
+    if model is None:
         _check_small_files(folder)
         stock = _stock_config(folder)
-        config = _config_in(folder, stock)
+        model = _model_in(folder, stock)
         TensorFolder.open(folder)  # all commands accept the same files
     else:
-        stock = stock_config_of(config)
+        stock = stock_config_of(model.config)
     with errors_as(f"{folder} cannot be loaded as a model"), quiet():
-        model, report = AutoModelForCausalLM.from_pretrained(
+        live, report = AutoModelForCausalLM.from_pretrained(
             folder,
             config=stock,
             dtype=dtype,
@@ -185,15 +183,15 @@ def load_model(
     wrong = {key: value for key, value in report.items() if value}
     if wrong:
         raise TritterError(f"{folder} does not match its config.json: {wrong}")
-    for stored in _narrower(config):
-        value = tensor_of(model, stored.name).detach()
-        live = stripped(value, stored.shape, name=f"{folder}: {stored.name}")
-        set_parameter(model, stored.name, live.clone())
+    for stored in _narrower(model):
+        value = tensor_of(live, stored.name).detach()
+        value = stripped(value, stored.shape, name=f"{folder}: {stored.name}")
+        set_parameter(live, stored.name, value.clone())
     added = AddedExperts.read(folder)
     if added is not None and not added.is_settled:
         with errors_as(f"{folder} cannot be loaded as a model"):
-            added.apply(model)
-    return _configure_model(model)
+            added.apply(live)
+    return _configure_model(live)
 
 
 def non_finite_tensors(model: nn.Module) -> list[str]:
@@ -222,7 +220,7 @@ def unloaded_model(
     """
     _check_small_files(folder)
     stock = _stock_config(folder)
-    config = _config_in(folder, stock)
+    has_experts = _model_in(folder, stock).family.has_experts
     with errors_as(f"{folder} cannot be loaded as a model"), quiet():
         with torch.device("meta"), no_init_weights():
             model = AutoModelForCausalLM.from_config(stock, dtype=dtype)
@@ -236,7 +234,7 @@ def unloaded_model(
                     values = torch.tensor(torch.nan, dtype=dtype).expand(parameter.shape)
                     made = nn.Parameter(values, requires_grad=False)
                     module._parameters[key] = stand_ins.setdefault(parameter, made)
-        if family_of(config).has_experts:
+        if has_experts:
             model.set_experts_implementation("eager")
         added = AddedExperts.read(folder)
         if added is not None and not added.is_settled:
@@ -267,7 +265,7 @@ def _fill_buffers(model: PreTrainedModel, buffer_of: Callable[[str], Tensor | No
     model.initialize_weights()
 
 
-def named_tensors(model: nn.Module, config: Config) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(live: nn.Module, model: Model) -> Iterator[tuple[str, Tensor]]:
     """Yield (name on disk, tensor) of a live model in the family's order; tied tensors once.
 
     Experts that are stacked in memory only are yielded one by one, as views.
@@ -275,12 +273,12 @@ def named_tensors(model: nn.Module, config: Config) -> Iterator[tuple[str, Tenso
     Raises:
         TritterError: the model has a tensor that its family lacks, or misses one.
     """
-    yield from stored_tensors(model.state_dict(), config)
+    yield from stored_tensors(live.state_dict(), model)
 
 
-def stored_tensors(state: Mapping[str, Tensor], config: Config) -> Iterator[tuple[str, Tensor]]:
+def stored_tensors(state: Mapping[str, Tensor], model: Model) -> Iterator[tuple[str, Tensor]]:
     """Yield (name on disk, tensor) of a live model's state dict; see `named_tensors`."""
-    for stored in Model(config).match(state):
+    for stored in model.match(state):
         whole = state[stored.name].detach()
         if stored.is_whole:
             yield stored.parts[0].tensor.disk_name, whole
@@ -290,16 +288,14 @@ def stored_tensors(state: Mapping[str, Tensor], config: Config) -> Iterator[tupl
             yield stored.name, whole
 
 
-def live_tensors(config: Config, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def live_tensors(model: Model, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return name in memory → tensor, for values (of a state, a mask) by their name on disk."""
-    model = Model(config)
     values = {t.name: tensors[t.disk_name] for t in model.tensors if t.disk_name in tensors}
     return pack_all(model.layout("live"), values)
 
 
-def disk_tensors(config: Config, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def disk_tensors(model: Model, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return name on disk → tensor, for values (of a state, a mask) by name in memory."""
-    model = Model(config)
     values = unpack_all(model.layout("live"), tensors)
     return {t.disk_name: values[t.name] for t in model.tensors if t.name in values}
 
@@ -362,7 +358,7 @@ def _configure_model(model: PreTrainedModel) -> PreTrainedModel:
     model.loss_type = model.loss_type or "ForCausalLM"  # not derivable from some class names
     family = find_family(model.config.model_type)
     if family is not None and family.has_experts:
-        sizes = family.dimensions(config_of(model))
+        sizes = model_of(model).sizes
         is_aligned = sizes.hidden_size % 8 == 0 and sizes.expert_size % 8 == 0
     elif model.config.model_type in SIGMOID_ROUTERS:
         config = model.config
@@ -426,27 +422,24 @@ def head_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return logits
 
 
-def config_of(model: nn.Module) -> Config:
-    """Return the config of a live Hugging Face model, as `read_config` does for a folder.
+def model_of(live: nn.Module) -> Model:
+    """Return the `Model` of a live Hugging Face model, as `read_model` does for a folder.
 
     The FFN widths are read from the weights.
 
     Raises:
         RequestError: the model has no config, or PEFT wraps it.
     """
-    refuse_peft(model)
-    stock = getattr(model, "config", None)
+    refuse_peft(live)
+    stock = getattr(live, "config", None)
     if stock is None or not hasattr(stock, "to_diff_dict"):
-        raise RequestError(f"{type(model).__name__} has no Hugging Face config.")
+        raise RequestError(f"{type(live).__name__} has no Hugging Face config.")
     config = _plain(stock)
-    family = find_family(str(config.get("model_type")))
-    if family is None:  # the axes of a model type without a table are found when they are needed
-        if _has_even_layers(model):
-            return config
-        family = family_of(config)
-    shapes = {name: live_shape(value) for name, value in model.named_parameters()}
-    sizes = family.live_ffn_sizes(config, shapes)
-    return family.with_ffn_sizes(config, sizes) if sizes else config
+    model = Model(config)
+    # The axes of a model type without a table are found when they are needed
+    if find_family(str(config.get("model_type"))) is None and _has_even_layers(live):
+        return model
+    return model.with_widths_of({n: live_shape(value) for n, value in live.named_parameters()})
 
 
 def _has_even_layers(model: nn.Module) -> bool:
@@ -488,15 +481,15 @@ def stock_config_of(config: Config) -> PreTrainedConfig:
     return AutoConfig.for_model(str(config["model_type"]), **options)
 
 
-def model_with_tensors(config: Config, tensors: Mapping[str, Tensor]) -> nn.Module:
+def model_with_tensors(model: Model, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Return a model with these tensors (by logical name) in their own dtypes."""
-    model = new_model(config, seed=0)
-    for stored in Model(config).layout("live"):
+    live = new_model(model, seed=0)
+    for stored in model.layout("live"):
         value = stored.pack(tensors.__getitem__)
-        set_parameter(model, stored.name, value.to(tensor_of(model, stored.name).device))
-    model.tie_weights()  # type: ignore[operator]
-    assert isinstance(model, PreTrainedModel)
-    return _configure_model(model)
+        set_parameter(live, stored.name, value.to(tensor_of(live, stored.name).device))
+    live.tie_weights()  # type: ignore[operator]
+    assert isinstance(live, PreTrainedModel)
+    return _configure_model(live)
 
 
 def tensor_of(model: nn.Module, name: str) -> Tensor:
@@ -527,9 +520,8 @@ def update_linear_sizes(module: nn.Module) -> None:
         module.nx, module.nf = weight.shape
 
 
-def _narrower(config: Config) -> Iterator[StoredTensor]:
+def _narrower(model: Model) -> Iterator[StoredTensor]:
     """Yield the tensors that are narrower in memory than in stock classes."""
-    model = Model(config)
     shapes = model.padded_shapes("live")
     return (stored for stored in model.layout("live") if stored.name in shapes)
 
@@ -543,13 +535,13 @@ def uninitialised_model(config: Config) -> nn.Module:
 # Check that transformers can build the model of a config, before anything is written
 
 
-def check_loadable(config: Config, *, folder: Path) -> None:
+def check_loadable(model: Model, *, folder: Path) -> None:
     """Refuse a config from which transformers does not build the model of the family table.
 
     The check builds one layer of each kind on the meta device.
 
     Args:
-        config: config.json to check.
+        model: the model to check.
         folder: with the generation settings, which transformers loads too.
 
     Raises:
@@ -563,28 +555,29 @@ def check_loadable(config: Config, *, folder: Path) -> None:
                 GenerationConfig.from_pretrained(folder, local_files_only=True)
         except TritterError as error:
             raise RequestError(str(error)) from error
-    family, config = family_of(config), on_disk(config)
+    model = model.on_disk
+    family, config = model.family, model.config
     if not family.has_table:  # without a table, the stock class is the source of all shapes
         family.count_tensors(config)
         return
     kinds: dict[tuple[object, ...], int] = {}  # kind of layer by the config → its first layer
     lists = [config.get(key) for key in family.per_layer_config_keys]
-    for layer, kind in enumerate(family.layer_kinds(config)):
+    for layer, kind in enumerate(model.layer_kinds):
         own = [str(values[layer]) for values in lists if isinstance(values, list)]
         kinds.setdefault((kind, *own), layer)
-    shallow = family.with_layers(config, list(kinds.values()))
+    shallow = model.with_layers(list(kinds.values()))
     try:
         with torch.device("meta"), quiet():
             stock_config_of(config)
-            model = AutoModelForCausalLM.from_config(stock_config_of(shallow))
-            found = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+            live = AutoModelForCausalLM.from_config(stock_config_of(shallow.config))
+            found = {name: tuple(value.shape) for name, value in live.state_dict().items()}
     # Model classes trust their config and raise anything over invalid values
     except Exception as error:
         raise RequestError(
             f"config.json: transformers can't build this model: {_cause(config, error)}."
         ) from error
-    expected = {stored.name: stored.shape for stored in Model(shallow).layout("live")}
-    tied = family.tied_names(shallow)
+    expected = {stored.name: stored.shape for stored in shallow.layout("live")}
+    tied = family.tied_names(shallow.config)
     wrong = sorted(
         name
         for name in (found.keys() | expected.keys()) - tied

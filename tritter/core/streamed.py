@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tritter.core.families import Config, Model, StoredTensor, on_disk
+from tritter.core.families import Model, StoredTensor
 from tritter.core.families.discovery.twin import first_tensor
-from tritter.core.models import backbone_of, layers_of, read_config, unloaded_model
+from tritter.core.models import backbone_of, layers_of, read_model, unloaded_model
 from tritter.storage.tensors import TensorFolder, TensorReader
 
 BLOCK_BYTES = 32 * 2**20  # of a matrix in float32: fits in the CPU cache
@@ -48,8 +48,7 @@ class StreamedModel:
         on_read: Callable[[int], None] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        config = on_disk(read_config(folder))  # of the stock model, padding included
-        self._weights = _Weights(folder, config)
+        self._weights = _Weights(folder, read_model(folder).on_disk)  # padding included
         self._input_ids = input_ids
         self._on_read = on_read or (lambda _: None)
         self._dtype = dtype
@@ -264,8 +263,7 @@ class _Experts:
 class _Weights:
     """A folder's tensors by their names in memory, in their stored dtype; memory-mapped."""
 
-    def __init__(self, folder: Path, config: Config) -> None:
-        model = Model(config)
+    def __init__(self, folder: Path, model: Model) -> None:
         self._has_table = model.family.has_table
         self._files = TensorFolder.open(folder)
         self._reader = TensorReader(self._files)

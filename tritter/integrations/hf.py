@@ -31,8 +31,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from tritter.checkpoints.state import STATE_FOLDER, LazyTensors, read_state, write_state
-from tritter.core.families import family_of
-from tritter.core.models import backbone_of, config_of, head_of, live_tensors, load_model
+from tritter.core.models import backbone_of, head_of, live_tensors, load_model, model_of
 from tritter.data.batches import BatchStream, this_rank
 from tritter.data.mixed_rows import OldData, PackedText, check_old_data, mixed_loader
 from tritter.data.packing import marks_read
@@ -315,7 +314,7 @@ def _trainer_problems(trainer: Trainer, components: Sequence[Component]) -> Iter
         if args.use_liger_kernel:
             reason = "its kernels do not compute the per-sequence gradients that methods need"
             yield Problem("args.use_liger_kernel", True, reason=reason)
-        family_of(config_of(trainer.model))  # refuses PEFT models and unknown architectures
+        _ = model_of(trainer.model).family  # refuses PEFT models and unknown architectures
     if args.torch_compile and Distill in kinds:
         reason = "distillation reads hidden states with a hook; remove one of the two"
         yield Problem("args.torch_compile", True, reason=reason)
@@ -561,9 +560,9 @@ class Forgetting:
         if found is None:
             return {}
         model = self._trainer.model
-        config, device = config_of(model), self._trainer.args.device
+        own_model, device = model_of(model), self._trainer.args.device
         return {
-            kind: {n: v.to(device) for n, v in live_tensors(config, LazyTensors(own)).items()}
+            kind: {n: v.to(device) for n, v in live_tensors(own_model, LazyTensors(own)).items()}
             for kind, own in found.kinds.items()
             if kind in wanted
         }

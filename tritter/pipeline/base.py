@@ -17,13 +17,13 @@ from torch import nn
 from tritter.checkpoints import Lineage, write_checkpoint
 from tritter.checkpoints.folder import LinkedTensors
 from tritter.checkpoints.history import checkpoint_changes
-from tritter.checkpoints.location import checkpoint_config
+from tritter.checkpoints.location import checkpoint_model
 from tritter.checkpoints.record import training_record
 from tritter.config.run_folder import effective_arguments, optimizer_record
 from tritter.config.schema import CheckpointModelConfig
-from tritter.config.validation import old_data_problems, source_config, start_problems
-from tritter.core.families import Config, Model
-from tritter.core.models import named_tensors, new_model, read_config, save_tokenizer
+from tritter.config.validation import base_model, old_data_problems, start_problems
+from tritter.core.families import Model
+from tritter.core.models import named_tensors, new_model, read_model, save_tokenizer
 from tritter.data.cache import entry_lock, quarantine
 from tritter.data.chat import NONE, TEMPLATE_FILE, TOKENIZER, read_template
 from tritter.data.datasets import stream_identity
@@ -65,10 +65,10 @@ FORMAT_VERSION = 1
 _TRAINER_KEYS = ("accelerator", "precision", "gradient_clip_val", "devices", "compile")
 
 
-def base_config(context: RunContext) -> Config:
-    """Return the config.json of the run's base model."""
+def pretrained_model(context: RunContext) -> Model:
+    """Return the run's base model, with the size of its tokenizer."""
     vocab_size = context.corpus.tokenizer.get_vocab_size()
-    return {**source_config(context.config), "vocab_size": vocab_size}
+    return Model({**base_model(context.config).config, "vocab_size": vocab_size})
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ def _made_from(context: RunContext) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "recorded": list(RECORDED) if importance.is_recorded(context) else [],
         "torch": torch.__version__,
-        "model": base_config(context),
+        "model": pretrained_model(context).config,
         "corpus": context.corpus.digest,
         **({"streams": streams} if streams else {}),
         "domains": list(context.old_domains),
@@ -143,16 +143,15 @@ def _made_from(context: RunContext) -> dict[str, Any]:
 
 def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any]) -> float:
     """Train a base model into the cache and return the training time in seconds."""
-    config = base_config(context)
-    parameters = Model(config).num_parameters
+    model = pretrained_model(context)
     pretraining = context.config.pretraining
     context.say(
         "baseline",
-        f"training a base model with {parameters:,} parameters on "
+        f"training a base model with {model.num_parameters:,} parameters on "
         f"{', '.join(context.old_domains)} for {pretraining.max_steps} steps; the cache keeps it",
     )
     module = BaseModule(
-        context.masked(new_model(config, seed=context.seed("initialisation"))),
+        context.masked(new_model(model, seed=context.seed("initialisation"))),
         schedule=schedule_of(pretraining),
         optimizer=context.config.optimizer,
     )
@@ -175,7 +174,7 @@ def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any])
     )
     write = _BaseWriter(
         folder=folder,
-        config=config,
+        base=model,
         lineage=lineage,
         tokenizer=context.corpus.tokenizer,
         state=StateWriter(working),
@@ -221,7 +220,7 @@ class _BaseWriter:
     """
 
     folder: Path
-    config: Config
+    base: Model
     lineage: Lineage
     tokenizer: Tokenizer
     state: StateWriter
@@ -234,8 +233,8 @@ class _BaseWriter:
         if not self.folder.exists():
             write_checkpoint(
                 self.folder,
-                config=self.config,
-                tensors=TensorStream.of(named_tensors(model, self.config)),
+                config=self.base.config,
+                tensors=TensorStream.of(named_tensors(model, self.base)),
                 lineage=lambda: lineage,
                 artifacts=[self, self.state],
             )
@@ -269,8 +268,8 @@ def check_source(context: RunContext) -> None:
         return
     for each in attempts:
         raise_problems([*old_data_problems(each.config, each.text, source.folder)])
-        raise_problems(start_problems(each.config, source.config, folder=source.folder))
-        raise_problems(memory_problems(each.config, source.config))
+        raise_problems(start_problems(each.config, source.model, folder=source.folder))
+        raise_problems(memory_problems(each.config, source.model))
     for expansion in dict.fromkeys(each.config.expansion for each in attempts):
         if expansion and context.config.pipeline.target_params is None:
             # The expert to clone may be selected by data later; any expert will do for this check
@@ -356,12 +355,12 @@ def _check_teacher(context: RunContext) -> None:
         if one.kind.needs(one.options).teacher_folder == location
     }
     folder, reason = locate(location, key=key), ""
-    checkpoint_config(str(folder), key=key)
+    checkpoint_model(str(folder), key=key)
     try:
-        config, start = read_config(folder), context.initial_checkpoint
-        run_config = base_config(context) if start is None else start.config
-        own, expected = (Model(each).sizes.vocab_size for each in (config, run_config))
-        length, limit = context.config.data.sequence_length, Model(config).position_limit
+        teacher, start = read_model(folder), context.initial_checkpoint
+        student = pretrained_model(context) if start is None else start.model
+        own, expected = (each.sizes.vocab_size for each in (teacher, student))
+        length, limit = context.config.data.sequence_length, teacher.position_limit
         if own != expected:
             reason = (
                 f"it has {own} tokens, but the initial model of the run has {expected}; use a "

@@ -15,14 +15,14 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor, nn
 
 from tritter.checkpoints import Lineage, Source, lineage_of, read_lineage
-from tritter.checkpoints.location import checkpoint_config
+from tritter.checkpoints.location import checkpoint_model
 from tritter.checkpoints.record import LearnedDomain, recorded_tokens
 from tritter.checkpoints.run_text import DomainText, RunText, recorded_chat, run_text
 from tritter.config.derived import scored_counts, validation_tokens
 from tritter.config.schema import CheckpointModelConfig, RunConfig
-from tritter.config.validation import known_config
-from tritter.core.families import Config, Flops, Model, family_of
-from tritter.core.models import load_tokenizer, read_config
+from tritter.config.validation import known_model
+from tritter.core.families import Flops, Model
+from tritter.core.models import load_tokenizer, read_model
 from tritter.data.batches import BatchStream, Sequences, SequenceStream, sample_equally
 from tritter.data.built_in import built_in_origin, is_built_in, questions_of
 from tritter.data.chat import (
@@ -145,7 +145,7 @@ class RunContext:
         own = self.short or self
         own = own.original or own
         sources = [self.source(each) for each in ("baseline", location)]
-        lengths = [Model(each.config).position_limit for each in sources]
+        lengths = [each.model.position_limit for each in sources]
         found = own._with_tokens_of(location)
         if lengths[0] == lengths[1] or lengths[1] is None:
             return found
@@ -224,20 +224,20 @@ class RunContext:
         if self.ledger.get("baseline") is not None:
             return self.source("baseline")
         folder = locate(model.path, key="model.path")
-        checkpoint_config(str(folder), with_experts=True)
+        checkpoint_model(str(folder), with_experts=True)
         try:
-            return Source(folder, read_config(folder), read_lineage(folder))
+            return Source(folder, read_model(folder), read_lineage(folder))
         except TritterError as error:
             raise RequestError(f"{key_name('model.path')}: {error}") from error
 
     @property
-    def model_config(self) -> Config:
-        """The config.json of the model that the run starts from."""
+    def model(self) -> Model:
+        """The model that the run starts from."""
         if self.initial_checkpoint is not None:
-            return self.initial_checkpoint.config
-        config = known_config(self.config)
-        assert config is not None  # only that of a Hub id is unknown, which is a checkpoint
-        return config
+            return self.initial_checkpoint.model
+        model = known_model(self.config)
+        assert model is not None  # only that of a Hub id is unknown, which is a checkpoint
+        return model
 
     @cached_property
     def text(self) -> RunText:
@@ -321,9 +321,9 @@ class RunContext:
         if choice is None:
             is_kept = self.text.kept_sequences.of_documents
             choice = "documents" if has_marks or is_kept else "stream"
-        source = self.model_config
-        if choice == "documents" and not family_of(source).separates_documents(source):
-            reason = f"a token of {source['model_type']} depends on earlier documents; {plain}"
+        source = self.model
+        if choice == "documents" and not source.separates_documents:
+            reason = f"a token of {source.model_type} depends on earlier documents; {plain}"
             raise RequestError(Problem("data.packing", self.config.data.packing, reason=reason))
         return choice
 
@@ -344,7 +344,7 @@ class RunContext:
     @cached_property
     def notes(self) -> tuple[str, ...]:
         """Notes on the inputs of the run, a sentence each."""
-        source = self.model_config
+        source = self.model
         # Skipped files of each domain
         notes = [find_texts(each.key, each.paths).note(each.name) for each in self.text.domains]
         notes += [*self.text.notes, *self.corpus.notes]
@@ -438,8 +438,8 @@ class RunContext:
     def register(self, location: str, lineage: Lineage) -> Source:
         """Register a checkpoint that was just written to the run folder."""
         folder = self.folder / location
-        config = read_config(folder, ffn_sizes=list(lineage.ffn_sizes))
-        self.sources[location] = Source.written(folder, config, lineage)
+        model = read_model(folder, ffn_sizes=list(lineage.ffn_sizes))
+        self.sources[location] = Source.written(folder, model, lineage)
         return self.sources[location]
 
     def planned(self, branch: Branch) -> PlannedExpansion:
@@ -644,7 +644,7 @@ class RunContext:
             for name, asked in questions.items()
             if asked
         )
-        length = Model(self.model_config).position_limit or MAX_POSITIONS
+        length = self.model.position_limit or MAX_POSITIONS
         own = (
             MetricTask(one.name, instantiate(one.options), one.plain())
             for one in self.config.metrics

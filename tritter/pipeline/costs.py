@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
-from tritter.core.families import Config, Model, forward_flops, training_flops
+from tritter.core.families import Model, forward_flops, training_flops
 from tritter.core.models import load_model, new_model
 from tritter.data.chat import ids_of
 from tritter.data.packing import inputs_for
@@ -15,7 +15,7 @@ from tritter.evaluation.inference import eval_mode
 from tritter.methods.forgetting import SelfReplay, needs_of
 from tritter.pipeline import samples
 from tritter.pipeline.context import RunContext
-from tritter.planning.run_memory import grown_config, memory_line
+from tritter.planning.run_memory import grown_model, memory_line
 from tritter.training.callbacks import evaluation_flops
 
 _LONG = 30.0  # seconds; shorter runs have no estimate
@@ -24,8 +24,8 @@ _LABELS = {"importance": "importance of each parameter"}
 
 def cost_lines(context: RunContext) -> Iterator[str]:
     """Yield a line each on parameters, memory and the tokens that are read."""
-    config, source = context.config, context.model_config
-    before, after = (Model(each).num_parameters for each in (source, grown_config(config, source)))
+    config, source = context.config, context.model
+    before, after = source.num_parameters, grown_model(config, source).num_parameters
     yield f"{before:,} parameters" + (f" → {after:,}" if after != before else "")
     yield memory_line(config, source)
     data, steps = config.data, config.training.max_steps
@@ -45,7 +45,7 @@ def time_line(context: RunContext) -> str:
 
     Empty if they are few, or differ for each process or for a frozen base with experts.
     """
-    config, source = context.config, context.model_config
+    config, source = context.config, context.model
     if config.experts is not None or config.trainer.strategy != "auto":
         return ""
     start = context.initial_checkpoint
@@ -54,8 +54,8 @@ def time_line(context: RunContext) -> str:
             start.check()
         except TritterError:  # the first stage reports it
             return ""
-    model = new_model(source, seed=0) if start is None else load_model(start.folder, config=source)
-    model = context.masked(model).to(context.device)
+    live = new_model(source, seed=0) if start is None else load_model(start.folder, model=source)
+    model = context.masked(live).to(context.device)
     length = config.data.sequence_length
     (rows, *_) = context.training_sequences(context.new_domains).values()
     batch = rows[: config.data.batch_size]
@@ -75,9 +75,9 @@ def time_line(context: RunContext) -> str:
     return f"about {_time_text(total)}, by one timed batch: {named}"
 
 
-def _flops(context: RunContext, source: Config) -> Mapping[str, float]:
+def _flops(context: RunContext, source: Model) -> Mapping[str, float]:
     """Return stage → its FLOPs, for one attempt."""
-    config, grown = context.config, grown_config(context.config, source)
+    config, grown = context.config, grown_model(context.config, source)
     length, data, text = config.data.sequence_length, config.data, context.validation_subset
     reading = forward_flops(grown)
     old, new = (training_flops(each).of(length) for each in (source, grown))

@@ -19,8 +19,7 @@ from tritter.config.launch.composition import load_config
 from tritter.config.overrides import quote
 from tritter.config.schema import RunConfig
 from tritter.core.expansions import ExpansionSpec, MoeAdd
-from tritter.core.families import Model
-from tritter.core.models import read_config
+from tritter.core.models import read_model
 from tritter.data.options import TextSources
 from tritter.pipeline import moe, verdict
 from tritter.pipeline.base import check_source
@@ -150,7 +149,7 @@ def expand_for_domain(
 
 def _config(source: Path, task: DomainTask, folder: Path) -> RunConfig:
     """Return the run configuration of a task; its caches are in the task's folder."""
-    limit = Model(read_config(source)).position_limit or MAX_SEQUENCE_LENGTH
+    limit = read_model(source).position_limit or MAX_SEQUENCE_LENGTH
     settings = {
         "model": "hf",
         "model.path": quote(str(source.resolve())),

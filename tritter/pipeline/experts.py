@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tritter.checkpoints import Source
 from tritter.core.families import Flops, forward_flops
-from tritter.core.models import config_of, load_model
+from tritter.core.models import load_model, model_of
 from tritter.errors import RequestError, did_you_mean
 from tritter.methods.experts.adapters import is_of_adapter, shape_of
 from tritter.methods.experts.callback import BaseData, ExpertCallback
@@ -55,7 +55,7 @@ def training_of(context: RunContext, branch: Branch) -> TrainingConfig:
     method, options = method_of(context, branch), context.config.training
     if method is None:
         return options
-    return replace(options, learning_rate=method.peak_rate(context.model_config))
+    return replace(options, learning_rate=method.peak_rate(context.model))
 
 
 def load_start(context: RunContext, branch: Branch, source: Source) -> nn.Module:
@@ -63,9 +63,9 @@ def load_start(context: RunContext, branch: Branch, source: Source) -> nn.Module
     method = method_of(context, branch)
     with context.waiting("loading the model"):
         if method is None:
-            return load_model(source.folder, config=source.config)
+            return load_model(source.folder, model=source.model)
         bits = method.options.base_bits
-        return load_whole(source.folder, config=source.config, base_bits=bits)
+        return load_whole(source.folder, model=source.model, base_bits=bits)
 
 
 def begin(
@@ -188,14 +188,14 @@ def _known(context: RunContext, *, is_measured: bool) -> BaseData:
 def reading_flops(model: nn.Module) -> Flops:
     """Return the FLOPs of reading a sequence, including LoRA experts."""
     mixture = mixture_on(model)
-    return forward_flops(config_of(model)) if mixture is None else forward_flops_of(mixture)
+    return forward_flops(model_of(model)) if mixture is None else forward_flops_of(mixture)
 
 
 def reading_flops_of(context: RunContext, source: Source) -> Flops:
     """Return the FLOPs of reading a sequence with a checkpoint, as this run loads it."""
     if context.config.experts is None or source.experts is None:
-        return forward_flops(source.config)
-    return reading_flops(load_whole(source.folder, config=source.config))
+        return forward_flops(source.model)
+    return reading_flops(load_whole(source.folder, model=source.model))
 
 
 def usage_sequences(context: RunContext) -> Mapping[str, Tensor]:

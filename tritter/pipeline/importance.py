@@ -54,9 +54,9 @@ def is_recorded(context: RunContext) -> bool:
 def prepare(context: RunContext, branch: Branch) -> StageResult:
     """Prepare the forgetting methods at the initial weights of a branch, and store the results."""
     start = context.source(branch.start)
-    config, stored_state = start.config, start.state
+    stored_state = start.state
     with context.waiting("loading the model"):
-        model = context.masked(load_model(start.folder, config=config)).to(context.device)
+        model = context.masked(load_model(start.folder, model=start.model)).to(context.device)
     kinds: dict[str, TensorStream] = {}
     found: dict[str, Any] = {}
     notes: list[str] = []
@@ -67,7 +67,7 @@ def prepare(context: RunContext, branch: Branch) -> StageResult:
         if not (needs.prepares or needs.writes):
             continue
         state = {
-            kind: live_tensors(config, LazyTensors(tensors))
+            kind: live_tensors(start.model, LazyTensors(tensors))
             for kind, tensors in (stored_state.kinds if stored_state else {}).items()
             if kind in needs.state
         }
@@ -79,7 +79,7 @@ def prepare(context: RunContext, branch: Branch) -> StageResult:
             )
         for kind in needs.prepares:
             values = {name: value.cpu() for name, value in prepared.state[kind].items()}
-            kinds[kind] = TensorStream.of(disk_tensors(config, values).items())
+            kinds[kind] = TensorStream.of(disk_tensors(start.model, values).items())
         found |= prepared.found
         notes += prepared.notes
         label = branch.label("importance")
@@ -177,7 +177,7 @@ def task(context: RunContext, branch: Branch, *, follow: Callable[[Values], Valu
 
     def through(tensors: TensorFolder, rule: StateKind) -> Values:
         values = dict(state_stream(planned, rule, tensors).whole())
-        return follow(live_tensors(planned.target.config, values))
+        return follow(live_tensors(planned.target, values))
 
     has_old, has_masks, has_teacher = (
         any(getattr(each, name) for each in needs) for name in ("old_text", "carried", "teacher")
@@ -191,7 +191,7 @@ def task(context: RunContext, branch: Branch, *, follow: Callable[[Values], Valu
         folder, start = teacher_folder(context), context.source(branch.start)
         with context.waiting("loading the teacher"):
             if folder is None:
-                model = load_model(start.folder, config=start.config)
+                model = load_model(start.folder, model=start.model)
             else:
                 model = load_model(locate(folder, key="forgetting.distill.teacher"))
         teacher = context.masked(model).eval().requires_grad_(False)

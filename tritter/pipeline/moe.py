@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from lightning import Callback
 from torch import Tensor, nn
 
-from tritter.core.expansions import MoeAdd, target_config
+from tritter.core.expansions import MoeAdd, target_model
 from tritter.core.families import SIGMOID_ROUTERS
 from tritter.core.models import load_model
 from tritter.core.stock_routers import AddedExperts, Routing
@@ -213,8 +213,8 @@ def has_unsaved_bias(context: RunContext) -> bool:
     config = context.config
     if not config.moe_routing.bias_update_rate:
         return False
-    result = target_config(context.model_config, config.expansion)
-    return result["model_type"] not in SIGMOID_ROUTERS
+    result = target_model(context.model, config.expansion)
+    return result.model_type not in SIGMOID_ROUTERS
 
 
 def anneal_steps(context: RunContext, branch: Branch, added: AddedExperts) -> int:
@@ -244,6 +244,6 @@ def _objective(
         start = context.source(expanded_folder(branch))
         batch_size = max(1, context.config.data.batch_size // 4)
         with context.waiting("routing of old data"):
-            before = context.masked(load_model(start.folder, config=start.config))
+            before = context.masked(load_model(start.folder, model=start.model))
             old = OldRouting.of(before.to(context.device), sequences, batch_size=batch_size)
     return RoutingObjective(model, settings, old=old)

@@ -229,7 +229,7 @@ def planned_candidates(context: RunContext) -> list[Candidate]:
                 Candidate(context.of_attempt(number), branches, own.fallback_overrides)
             )
         return candidates
-    shapes = planned_rounds(config, context.source("baseline").config)
+    shapes = planned_rounds(config, context.source("baseline").model)
     counts = " → ".join(f"{shape.parameters:,}" for shape in shapes)
     context.say("plan", f"{len(shapes)} rounds to {counts} parameters")
     for number, shape in enumerate(shapes, start=1):

@@ -12,8 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 from tokenizers import Tokenizer
 from torch import nn
 
-from tritter.core.families import Model
-from tritter.core.models import config_of
+from tritter.core.models import model_of
 from tritter.data.chat import (
     ANSWER,
     START,
@@ -123,7 +122,7 @@ def _end_of(conversation: list[int], most: int) -> list[int]:
 
 def _positions(model: nn.Module) -> int:
     # Learned positions are limited; the last generated token is not read
-    return Model(config_of(model)).position_limit or MAX_POSITIONS
+    return model_of(model).position_limit or MAX_POSITIONS
 
 
 def _prompt_of(context: RunContext, domain: str, positions: int) -> list[int]:

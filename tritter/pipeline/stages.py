@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tritter.checkpoints import Source, lineage_of, record_step0_error
 from tritter.checkpoints.record import layers_text
-from tritter.core.families import Model, forward_flops, training_flops
+from tritter.core.families import forward_flops, training_flops
 from tritter.core.models import load_model
 from tritter.core.stock_routers import Routing
 from tritter.data.cache import entry_lock
@@ -105,7 +105,7 @@ def baseline(context: RunContext) -> StageResult:
         flops = {"pretraining": float(pretraining_flops), **flops}
     return StageResult(
         BaselineFound(
-            parameters=Model(source.config).num_parameters,
+            parameters=source.model.num_parameters,
             model_hash=lineage.model_hash,
             corpus=context.corpus.digest,
         ),
@@ -119,7 +119,7 @@ def expansion(context: RunContext, branch: Branch) -> StageResult:
     """Expand the branch's initial model, measure the logit shift and score the result."""
     source, location = context.source(branch.start), f"{branch.name}/expanded"
     if not branch.specs:
-        return StageResult(ExpansionFound(parameters=Model(source.config).num_parameters))
+        return StageResult(ExpansionFound(parameters=source.model.num_parameters))
     plan = context.planned(branch)
     made = write_expanded(context, branch, context.folder / location)
     grown = context.register(location, made.lineage)
@@ -142,7 +142,7 @@ def expansion(context: RunContext, branch: Branch) -> StageResult:
     tokens = ids_of(torch.cat(pieces)).long()  # [B, T]
     new_tokens = None if plan.vocabulary is None else plan.vocabulary.new_ids
     with context.waiting("logit shift"):
-        before, after = (load_model(each.folder, config=each.config) for each in (source, grown))
+        before, after = (load_model(each.folder, model=each.model) for each in (source, grown))
         jump = logit_jump(before, after, tokens, new_tokens=new_tokens, has_yardstick=True)
     error, num_steps = jump.to_dict()["relative_to_std"], len(branch.specs)
     lineage = record_step0_error(grown.folder, made.lineage, error, grown.config, num_new=num_steps)
@@ -152,14 +152,14 @@ def expansion(context: RunContext, branch: Branch) -> StageResult:
     if (text := context.validation_subset) is not None:
         evaluated = validation_metrics(before, text, context.config.trainer)
         flops["validation"] = evaluation_flops(experts.reading_flops(before), text)
-    flops["expand"] = context.scoring_flops(forward_flops(grown.config))
+    flops["expand"] = context.scoring_flops(forward_flops(grown.model))
     # The source is read in bfloat16 too
     read = (source, source, grown)
-    passes = [forward_flops(each.config).of(tokens.shape[1]) for each in read]
+    passes = [forward_flops(each.model).of(tokens.shape[1]) for each in read]
     flops["expand"] += len(tokens) * sum(passes) + router_flops(made.plan)
     files = list[str]()
     if windows.is_longer(context, branch):
-        readings = experts.reading_flops(before), forward_flops(grown.config)
+        readings = experts.reading_flops(before), forward_flops(grown.model)
         files, spent = windows.score_start(context, branch, before, after, readings)
         flops["expand"] += spent
     return StageResult(
@@ -183,7 +183,7 @@ def adaptation(context: RunContext, branch: Branch) -> StageResult:
     options, steps = context.config.adaptation, moe.router_steps(context, branch)
     added = moe.pending_experts(context, branch)
     assert added is not None
-    model = context.masked(load_model(start.folder, config=start.config))
+    model = context.masked(load_model(start.folder, model=start.model))
     if options.router_update == "retrain":
         redraw_rows(model, added.experts, seed=context.seed("router", *branch.purpose))
     location = f"{branch.name}/adapted"
@@ -245,7 +245,7 @@ def training(context: RunContext, branch: Branch, *, loggers: Sequence[Logger]) 
         context.say("", "scores with the selection bias, which is not saved:")
         biased = with_routing(context.source(location), write.routing_state)
         context.score(biased, f"{branch.name}-biased")
-        flops += context.scoring_flops(forward_flops(start.config))
+        flops += context.scoring_flops(forward_flops(start.model))
         shutil.rmtree(write.routing_state)
     discard_saved(folder)
     found = TrainingFound.of(result)
@@ -496,7 +496,7 @@ def _score_baseline(context: RunContext, source: Source) -> None:
         with entry_lock(location):
             if (scores := _intact_scores(location)) is None:  # a parallel job may have written it
                 load = load_model if context.config.experts is None else load_whole
-                context.score(load(source.folder, config=source.config), NAME)
+                context.score(load(source.folder, model=source.model), NAME)
                 scores = json.loads(target.read_text(encoding="utf-8"))
                 content = {
                     "format_version": FORMAT_VERSION,
@@ -568,10 +568,10 @@ def choice(context: RunContext, branch: Branch) -> StageResult:
     start = context.source(branch.start)
     sequences = moe.spaced_sequences(context, context.new_domains_of(branch), moe.UTILITY_SEQUENCES)
     with context.waiting("affected experts"):
-        model = context.masked(load_model(start.folder, config=start.config)).to(context.device)
+        model = context.masked(load_model(start.folder, model=start.model)).to(context.device)
         chosen = best_experts(model, sequences)
     context.say("choose", f"experts to clone, layer by layer: {' '.join(map(str, chosen))}")
-    flops = training_flops(start.config, is_trained=lambda tensor: tensor.is_per_expert)
+    flops = training_flops(start.model, is_trained=lambda tensor: tensor.is_per_expert)
     return StageResult(
         ChoiceFound(clone_from=tuple(chosen)),
         flops={"choose": flops.of_all(lengths_of(document_mask_of(model), sequences))},
@@ -584,7 +584,7 @@ def distillation(context: RunContext, branch: Branch) -> StageResult:
     start = context.source(moe.expanded_folder(branch))
     added = moe.pending_experts(context, branch)
     assert teacher is not None and added is not None
-    model = context.masked(load_model(start.folder, config=start.config))
+    model = context.masked(load_model(start.folder, model=start.model))
     folder, steps = context.folder / branch.name / "distill", options.distill_steps
     location, stage = f"{branch.name}/distilled", "distillation of new experts"
     write = child_writer(context, branch, start, location, stage=stage, added=added)

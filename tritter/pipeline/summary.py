@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from tritter.core.families import Model, on_disk
 from tritter.evaluation.statistics import LearnedTask, transfer_matrix
 from tritter.methods.experts.callback import EXPERTS
 from tritter.methods.experts.summary import experts_summary
@@ -62,7 +61,7 @@ def summary_record(
     records = [_attempt_record(each) for each in candidates]
     attempt = records[-1]
     locations = {"baseline": "baseline", "final": "checkpoint"}
-    sizes = {name: context.source(location).config for name, location in locations.items()}
+    models = {name: context.source(location).model for name, location in locations.items()}
     is_kept = attempt.status != "rolled_back"
     evaluated = context.ledger.found(f"{last.name}.evaluate", EvaluationFound)
     own = candidates[-1].context
@@ -92,8 +91,8 @@ def summary_record(
         jump=attempt.jump,
         flops=context.ledger.flops(),
         seconds=context.ledger.seconds(),
-        parameters={name: Model(config).num_parameters for name, config in sizes.items()},
-        parameters_on_disk={name: Model(on_disk(c)).num_parameters for name, c in sizes.items()},
+        parameters={name: model.num_parameters for name, model in models.items()},
+        parameters_on_disk={name: m.on_disk.num_parameters for name, m in models.items()},
         disk=disk.record(context),
         checkpoint="checkpoint",
         lineage=asdict(context.ledger.found("publish", PublishedFound)),
@@ -155,7 +154,7 @@ def _target(last: Candidate) -> Target:
     context, branch = last.context, last.branches[0]
     target = context.config.pipeline.target_params
     assert target is not None
-    planned = planned_rounds(context.config, context.source("baseline").config)
+    planned = planned_rounds(context.config, context.source("baseline").model)
     kept = branch.name if last.status != "rolled_back" else branch.follows
     if kept is None:
         parameters = context.ledger.found("baseline", BaselineFound).parameters

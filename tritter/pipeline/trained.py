@@ -13,8 +13,8 @@ from tritter.checkpoints import ExpansionRecord, Lineage, Source, lineage_of, wr
 from tritter.checkpoints.folder import Artifact, LinkedTensors, SmallFiles
 from tritter.checkpoints.history import checkpoint_changes
 from tritter.checkpoints.state import KeptSequences, copy_states, read_state
-from tritter.core.families import Config
-from tritter.core.models import config_of, load_model, stored_tensors, uninitialised_model
+from tritter.core.families import Config, Model
+from tritter.core.models import load_model, model_of, stored_tensors, uninitialised_model
 from tritter.core.stock_routers import AddedExperts, Routing
 from tritter.data.packing import lengths_of
 from tritter.errors import TritterError
@@ -38,7 +38,7 @@ from tritter.training.fitting import LEFTOVERS_NAME
 from tritter.training.parameters import whole_state
 
 # (config before, config after, training result) → lineage records of changes during training
-Records = Callable[[Config, Config, FitResult], list[ExpansionRecord]]
+Records = Callable[[Model, Model, FitResult], list[ExpansionRecord]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +49,7 @@ class TrainedWriter:
 
     Args:
         start: folder of the initial checkpoint.
-        start_config: its config.json.
+        start_model: its model.
         target: folder to write.
         lineage: lineage of the child without the steps; tensor checksums and FFN widths are those
             of the initial checkpoint.
@@ -67,7 +67,7 @@ class TrainedWriter:
     """
 
     start: Path
-    start_config: Config
+    start_model: Model
     target: Path
     lineage: Lineage
     dtype: str = "float32"
@@ -88,14 +88,14 @@ class TrainedWriter:
         if added is not None and self.anneal_steps is not None:
             added = added.at(added.step + steps, anneal_steps=self.anneal_steps)
         is_settled = added is None or added.is_settled
-        start = self.start_config
+        start = self.start_model
         if self.frees_start:
             _unlink_weights(self.start, model)
-        config, base = start, Source.written(self.start, start, self.lineage)
+        config, base = start.config, Source.written(self.start, start, self.lineage)
         tensors: TensorStream | LinkedTensors
         if not self.has_frozen_base:
-            config = _config_after(start, model)
-            trained = dict(stored_tensors(whole_state(model), config))
+            config = _config_after(config, model)
+            trained = dict(stored_tensors(whole_state(model), start.changed(config)))
             dtype = fitting_dtype(trained.values(), self.dtype)
             config["dtype"], tensors = dtype, TensorStream.of(trained.items()).to(_torch(dtype))
         elif base.tensors.main_dtype == self.dtype:
@@ -103,7 +103,8 @@ class TrainedWriter:
         else:
             tensors = base.stream().to(_torch(self.dtype))
             config = {**config, "dtype": self.dtype}
-        changes = (record for each in self.records for record in each(start, config, result))
+        after = start.changed(config)
+        changes = (record for each in self.records for record in each(start, after, result))
         lineage = replace(
             self.lineage,
             step=self.earlier_steps + steps,
@@ -186,7 +187,7 @@ def measuring_flops(context: RunContext, written: TrainedWriter, location: str) 
 
 def _config_after(config: Config, model: nn.Module) -> Config:
     """Return the config of the initial checkpoint, updated by changes of the live model."""
-    before, after = config_of(uninitialised_model(config)), config_of(model)
+    before, after = model_of(uninitialised_model(config)).config, model_of(model).config
     changed = {key: value for key, value in after.items() if before.get(key) != value}
     return {key: config[key] for key in config if key in after or key not in before} | changed
 
@@ -228,7 +229,7 @@ def child_writer(
         domains=context.learned((*context.old_domains_of(branch), *context.new_domains_of(branch))),
     )
     return TrainedWriter(
-        start=start.folder, start_config=start.config, target=target, lineage=lineage, added=added
+        start=start.folder, start_model=start.model, target=target, lineage=lineage, added=added
     )
 
 
@@ -307,7 +308,7 @@ def check_trained(context: RunContext, folder: Path) -> None:
 
 def with_routing(source: Source, routing_state: Path) -> nn.Module:
     """Load a trained model with the biases of its routers."""
-    model = load_model(source.folder, config=source.config)
+    model = load_model(source.folder, model=source.model)
     routing = Routing.of(model)
     assert routing is not None
     routing.load_state_dict(SafetensorsCheckpointIO().load_checkpoint(routing_state))

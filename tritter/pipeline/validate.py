@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from tritter.checkpoints import Lineage, read_lineage
 from tritter.checkpoints.record import window_length
 from tritter.checkpoints.run_text import recorded_chat
-from tritter.core.families import Config, Model, family_of
-from tritter.core.models import load_model, read_config
+from tritter.core.families import Model
+from tritter.core.models import load_model, read_model
 from tritter.data.chat import ChatChoice, ids_of
 from tritter.data.documents import Document
 from tritter.data.options import TextSources
@@ -147,14 +147,14 @@ class Side:
 
     Args:
         folder: checkpoint folder.
-        config: config.json.
+        model: the model.
         lineage: lineage, if any.
         tokenizer: tokenizer, if any.
         dtypes: names of the tensor dtypes in torch.
     """
 
     folder: Path
-    config: Config
+    model: Model
     lineage: Lineage | None
     tokenizer: PretrainedTokenizer | None
     dtypes: frozenset[str]
@@ -168,12 +168,11 @@ class Side:
         Raises:
             TritterError: it is not a checkpoint, or damaged.
         """
-        config, tokenizer = read_config(folder), None
-        vocab_size = Model(config).sizes.vocab_size
+        model, tokenizer = read_model(folder), None
         if (folder / "tokenizer.json").is_file():
-            tokenizer = read_tokenizer(folder, vocab_size=vocab_size)
+            tokenizer = read_tokenizer(folder, vocab_size=model.sizes.vocab_size)
         dtypes = TensorFolder.open(folder).dtypes
-        return cls(folder, config, read_lineage(folder), tokenizer, dtypes)
+        return cls(folder, model, read_lineage(folder), tokenizer, dtypes)
 
     def load(self) -> nn.Module:
         """Return the model in float32, on the GPU if available.
@@ -186,12 +185,12 @@ class Side:
     @property
     def vocab_size(self) -> int:
         """Return the size of the vocabulary."""
-        return Model(self.config).sizes.vocab_size
+        return self.model.sizes.vocab_size
 
     @property
     def longest(self) -> int:
         """Return the length of windows of its documents."""
-        return window_length(self.lineage, Model(self.config).position_limit)
+        return window_length(self.lineage, self.model.position_limit)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -220,7 +219,7 @@ def validate(
         RequestError: a file can't be read, or a model does not fit into memory.
         TritterError: a checkpoint is damaged.
     """
-    new = _new_units(source.config, result.config)
+    new = _new_units(source.model, result.model)
     _check_memory(source, has_trial_steps=False, option="--source")
     _check_memory(result, has_trial_steps=bool(new), option="--result")
     texts = {kind: _read(kind, source.lineage, result.lineage, text) for kind in ("kept", "target")}
@@ -245,7 +244,7 @@ def validate(
         assert flow is not None
     else:
         flow = _skipped_check("gradient_flow", "parameters", "the result has no new parameters")
-    counted = Model(source.config).num_parameters, Model(result.config).num_parameters
+    counted = source.model.num_parameters, result.model.num_parameters
     return [
         _equivalence(source, result, before, after),
         flow,
@@ -258,7 +257,7 @@ def validate(
 def _check_memory(side: Side, *, has_trial_steps: bool, option: str) -> None:
     """Reject a model that does not fit into memory, including gradients on a CPU."""
     has_gradients = has_trial_steps and not torch.cuda.is_available()
-    needed = _FLOAT32 * Model(side.config).num_parameters * (2 if has_gradients else 1)
+    needed = _FLOAT32 * side.model.num_parameters * (2 if has_gradients else 1)
     limit = machine_memory()
     if limit is not None and needed > limit:
         contents = "parameters and gradients" if has_gradients else "parameters"
@@ -340,7 +339,7 @@ def _equivalence(source: Side, result: Side, before: _Outputs, after: _Outputs) 
             after.logits[..., old],
             skip_reason=_inexact_reason(source, result),
             rounded=" and ".join(rounded),
-            rounded_bound=rounded_jump(has_experts=family_of(result.config).has_experts),
+            rounded_bound=rounded_jump(has_experts=result.model.family.has_experts),
         )
         yardstick = None if before.rounded is None else before.rounded[..., old]
         jump = jump_of_logits(before.logits[..., old], after.logits[..., old], yardstick)
@@ -386,7 +385,7 @@ def _unrelated_reason(source: Side, result: Side) -> str | None:
 def _inexact_reason(source: Side, result: Side) -> str | None:
     """Return the reason why logits may differ; None if they must be equal."""
     before, after = source.lineage, result.lineage
-    sizes = [Model(each.config).sizes for each in (source, result)]
+    sizes = [each.model.sizes for each in (source, result)]
     if after is None or (before and before.base_model_hash != after.base_model_hash):
         if sizes[0].num_hidden_layers == sizes[1].num_hidden_layers:
             return None
@@ -398,14 +397,14 @@ def _inexact_reason(source: Side, result: Side) -> str | None:
     return f"{' and '.join(lossy)} is not function-preserving" if lossy else None
 
 
-def _new_units(before: Config, after: Config) -> NewUnits:
+def _new_units(before: Model, after: Model) -> NewUnits:
     """Return new or enlarged parameter → its new coordinates per axis.
 
     A new parameter has none. New tokens are skipped, because the data may not contain them.
     """
-    shapes = {stored.name: stored.shape for stored in Model(before).layout("live")}
+    shapes = {stored.name: stored.shape for stored in before.layout("live")}
     new: dict[str, tuple[Tensor | None, ...]] = {}
-    for stored in Model(after).layout("live"):
+    for stored in after.layout("live"):
         old = shapes.get(stored.name)
         if old == stored.shape:
             continue

@@ -171,7 +171,7 @@ def publish(context: RunContext, branches: Sequence[Branch], *, keep: bool) -> S
             artifacts=source.artifacts(),
             overwrite=True,
         )
-    context.sources["checkpoint"] = Source.written(target, config, written)
+    context.sources["checkpoint"] = Source.written(target, source.model.changed(config), written)
     found = PublishedFound(
         model_hash=written.model_hash,
         parent_hash=written.parent_hash,
@@ -235,7 +235,7 @@ def _training_checks(context: RunContext, branches: Sequence[Branch]) -> Iterato
     for branch, fit in zip(branches, fits, strict=True):
         if fit.held and (context.config.experts is None or branch.is_control):
             expected = states_bytes(
-                context.source(f"{branch.name}/trained").config,
+                context.source(f"{branch.name}/trained").model,
                 setup,
                 trained=[(size, count) for size, count in fit.held["trained"]],
                 kept_per_parameter=optimizer.kept_per_parameter(),

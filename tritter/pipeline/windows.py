@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritter.core.expansions import target_config
-from tritter.core.families import Flops, Model
+from tritter.core.expansions import target_model
+from tritter.core.families import Flops
 from tritter.data.tokens import TokenisedDocuments
 from tritter.evaluation.gate import MIN_DOCUMENTS, Check, retention_check
 from tritter.evaluation.losses import document_losses, window_lengths
@@ -72,11 +72,8 @@ def check(context: RunContext) -> None:
         if not any(spec.expansion_type == "context" for spec in config.expansion):
             continue
         lengths = [
-            Model(each).position_limit or 0
-            for each in (
-                context.model_config,
-                target_config(context.model_config, config.expansion),
-            )
+            each.position_limit or 0
+            for each in (context.model, target_model(context.model, config.expansion))
         ]
         context.at_length(lengths[1]).check_text()
         if note := tokens_note(lengths[1], config):
@@ -208,7 +205,7 @@ def score_trained(
         reading: FLOPs of reading a sequence.
     """
     old, new = (
-        Model(context.source("baseline").config).position_limit,
+        context.source("baseline").model.position_limit,
         context.config.data.sequence_length,
     )
     assert old is not None

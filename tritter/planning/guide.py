@@ -6,8 +6,8 @@ published model; docs/reference/planning.md lists the stated figures that requir
 
 from dataclasses import dataclass
 
-from tritter.core.expansions import Dus, ExpansionSpec, Moe, Width, target_config
-from tritter.core.families import Config, Model, llama_config
+from tritter.core.expansions import Dus, ExpansionSpec, Moe, Width, target_model
+from tritter.core.families import Model, llama_config
 from tritter.core.families.presets import PRESETS, VOCABULARY
 
 
@@ -43,7 +43,7 @@ class GuideRow:
 def size_guide() -> tuple[GuideRow, ...]:
     """Return all rows of the guide, for a vocabulary of 32,000 and untied embeddings."""
     small = llama(layers=24, hidden_size=2048, intermediate_size=8192, heads=16)
-    medium = PRESETS["tritter_7b"].config()
+    medium = Model(PRESETS["tritter_7b"].config())
     deeper, experts = Dus(target_layers=48), Moe(num_experts=8, experts_per_token=2)
     return (
         _row(
@@ -80,7 +80,7 @@ def _row(
     hidden_size: str,
     stated: str,
     shape: str,
-    config: Config,
+    model: Model,
     spec: ExpansionSpec,
     note: str,
 ) -> GuideRow:
@@ -92,15 +92,15 @@ def _row(
         hidden_size=hidden_size,
         stated=stated,
         shape=shape,
-        source_parameters=Model(config).num_parameters,
-        target_parameters=Model(target_config(config, [spec])).num_parameters,
+        source_parameters=model.num_parameters,
+        target_parameters=target_model(model, [spec]).num_parameters,
         note=note,
     )
 
 
-def llama(*, layers: int, hidden_size: int, intermediate_size: int, heads: int) -> Config:
-    """Return a Llama config of the guide, without grouped-query attention."""
-    return llama_config(
+def llama(*, layers: int, hidden_size: int, intermediate_size: int, heads: int) -> Model:
+    """Return a Llama of the guide, without grouped-query attention."""
+    config = llama_config(
         vocab_size=VOCABULARY,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
@@ -113,3 +113,4 @@ def llama(*, layers: int, hidden_size: int, intermediate_size: int, heads: int) 
         max_position_embeddings=4096,
         initializer_range=0.02,
     )
+    return Model(config)

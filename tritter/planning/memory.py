@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tritter.core.families import (
-    Config,
     LogicalTensor,
     Model,
     StoredTensor,
@@ -105,12 +104,12 @@ class TrainingMemory:
 
 
 def training_memory(
-    config: Config, setup: TrainingSetup, *, kept_per_parameter: float = _MOMENTS
+    model: Model, setup: TrainingSetup, *, kept_per_parameter: float = _MOMENTS
 ) -> TrainingMemory:
     """Compute the memory requirements of training a model.
 
     Args:
-        config: config.json of the model.
+        model: the model.
         setup: the training options.
         kept_per_parameter: optimizer state per parameter, in numbers; 2 for Adam. Ignored for
             8-bit optimizers.
@@ -120,28 +119,28 @@ def training_memory(
     """
     parameter_bytes, width = _BYTES[setup.precision]
 
-    def trained(config: Config) -> list[StoredTensor]:
+    def trained(model: Model) -> list[StoredTensor]:
         is_frozen = setup.is_attention_frozen
-        stored = Model(config).layout("live")
+        stored = model.layout("live")
         return [t for t in stored if not (is_frozen and is_attention(t.parts[0].tensor))]
 
-    def optimizer_bytes(config: Config) -> int:
+    def optimizer_bytes(model: Model) -> int:
         return sum(
-            _optimizer_bytes(math.prod(t.shape), setup, kept_per_parameter) for t in trained(config)
+            _optimizer_bytes(math.prod(t.shape), setup, kept_per_parameter) for t in trained(model)
         )
 
     # The peak is at the start of the backward pass and includes logits and their gradient
-    logits = Model(config).sizes.vocab_size * (width + _FLOAT32)
+    logits = model.sizes.vocab_size * (width + _FLOAT32)
     return TrainingMemory(
-        parameters_bytes=parameter_bytes * Model(config).num_parameters,
-        gradients_bytes=parameter_bytes * _over_layers(config, lambda c: _count(trained(c))),
-        optimizer_bytes=_over_layers(config, optimizer_bytes),
-        activations_bytes=saved_bytes(config, setup) + setup.num_tokens * logits,
+        parameters_bytes=parameter_bytes * model.num_parameters,
+        gradients_bytes=parameter_bytes * _over_layers(model, lambda each: _count(trained(each))),
+        optimizer_bytes=_over_layers(model, optimizer_bytes),
+        activations_bytes=saved_bytes(model, setup) + setup.num_tokens * logits,
     )
 
 
 def states_bytes(
-    config: Config,
+    model: Model,
     setup: TrainingSetup,
     *,
     trained: Iterable[tuple[int, int]],
@@ -150,7 +149,7 @@ def states_bytes(
     """Return the bytes of parameters, gradients and optimizer states of a partly trained model.
 
     Args:
-        config: config.json of the model.
+        model: the model.
         setup: the training options.
         trained: size and number of the trained tensors.
         kept_per_parameter: see `training_memory`.
@@ -159,28 +158,24 @@ def states_bytes(
         RequestError: the model family is unknown.
     """
     parameter_bytes, _ = _BYTES[setup.precision]
-    total = parameter_bytes * Model(config).num_parameters
+    total = parameter_bytes * model.num_parameters
     for size, count in trained:
         optimizer_bytes = _optimizer_bytes(size, setup, kept_per_parameter)
         total += count * (parameter_bytes * size + optimizer_bytes)
     return total
 
 
-def _over_layers(config: Config, measure: Callable[[Config], int]) -> int:
+def _over_layers(model: Model, measure: Callable[[Model], int]) -> int:
     """Return a sum over all layers, measuring each kind of layer only once.
 
     Args:
-        config: config.json of the model.
-        measure: an additive function of a config; it receives configs of one or two layers.
+        model: the model.
+        measure: an additive function of a model; it receives models of one or two layers.
     """
-    model = Model(config)
-    family, kinds = model.family, model.layer_kinds
+    kinds = model.layer_kinds
     layers = list(zip(kinds, model.ffn_sizes or [0] * len(kinds), strict=True))
-    one = measure(family.with_layers(config, [0]))
-    each = {
-        kind: measure(family.with_layers(config, [0, layers.index(kind)])) - one
-        for kind in set(layers)
-    }
+    one = measure(model.with_layers([0]))
+    each = {kind: measure(model.with_layers([0, layers.index(kind)])) - one for kind in set(layers)}
     return one + sum(each[kind] for kind in layers[1:])
 
 
@@ -203,7 +198,7 @@ def _optimizer_bytes(size: int, setup: TrainingSetup, kept: float) -> int:
     return _MOMENTS * (size + _FLOAT32 * -(-size // _BLOCK_SIZE))
 
 
-def saved_bytes(config: Config, setup: TrainingSetup) -> int:
+def saved_bytes(model: Model, setup: TrainingSetup) -> int:
     """Return the bytes of saved activations, an estimate.
 
     Tensors saved for the backward pass:
@@ -219,7 +214,6 @@ def saved_bytes(config: Config, setup: TrainingSetup) -> int:
 
     Dropout masks are not included.
     """
-    model = Model(config)
     family, sizes = model.family, model.sizes
     parameter_bytes, width = _BYTES[setup.precision]
     layers = [_layer_bytes(model, layer, setup) for layer in range(sizes.num_hidden_layers)]
@@ -228,7 +222,7 @@ def saved_bytes(config: Config, setup: TrainingSetup) -> int:
         kept = sizes.num_hidden_layers * sizes.hidden_size * parameter_bytes + max(layers)
     in_float32 = 0 if family.subtracts_mean else _FLOAT32
     end = sizes.hidden_size * (in_float32 + parameter_bytes + width) + sizes.vocab_size * _FLOAT32
-    return setup.num_tokens * (kept + end) + _autocast_bytes(config, setup)
+    return setup.num_tokens * (kept + end) + _autocast_bytes(model, setup)
 
 
 def _layer_bytes(model: Model, layer: int, setup: TrainingSetup) -> int:
@@ -255,23 +249,23 @@ def _layer_bytes(model: Model, layer: int, setup: TrainingSetup) -> int:
     return norms_bytes + products * width + statistics
 
 
-def _autocast_bytes(config: Config, setup: TrainingSetup) -> int:
+def _autocast_bytes(model: Model, setup: TrainingSetup) -> int:
     """Return the bytes of autocast's 16-bit copies of matrices."""
     if not setup.precision.endswith("-mixed"):
         return 0
     _, width = _BYTES[setup.precision]
     embeddings = ["embed_positions"]  # lookup tables without a matrix product
-    if not config.get("tie_word_embeddings"):
+    if not model.is_tied:
         embeddings.append("embed")
 
     def is_lookup(stored: StoredTensor) -> bool:
         return stored.parts[0].tensor.name in embeddings
 
-    def multiplied(config: Config) -> int:
-        stored = Model(config).layout("live")
+    def multiplied(model: Model) -> int:
+        stored = model.layout("live")
         return _count([t for t in stored if len(t.shape) > 1 and not is_lookup(t)])
 
-    return width * _over_layers(config, multiplied)
+    return width * _over_layers(model, multiplied)
 
 
 _PROCESS_GROUPS = Path("/proc/self/cgroup")
@@ -345,11 +339,11 @@ class ShardingPlan:
     gathered: int
 
 
-def sharding_plan(config: Config, *, ranks: int) -> ShardingPlan:
+def sharding_plan(model: Model, *, ranks: int) -> ShardingPlan:
     """Return the FSDP2 sharding of a model.
 
     Args:
-        config: config.json of the model.
+        model: the model.
         ranks: number of ranks.
 
     Raises:
@@ -359,7 +353,7 @@ def sharding_plan(config: Config, *, ranks: int) -> ShardingPlan:
         raise RequestError(f"ranks = {ranks}: must be at least 1.")
     groups = Counter[int | None]()
     parts = [0] * ranks
-    for stored in Model(config).layout("live"):
+    for stored in model.layout("live"):
         size = math.prod(stored.shape)
         groups[stored.layer] += size
         height = -(-stored.shape[0] // ranks)

@@ -139,10 +139,10 @@ class Device:
         return hours * _SECONDS_PER_HOUR * self.flops_per_second * self.mfu
 
 
-def training_flops_per_token(config: Config, setup: TrainingSetup) -> float:
+def training_flops_per_token(model: Model, setup: TrainingSetup) -> float:
     """Return the mean training FLOPs per token: matrices, output head, attention."""
     flops = training_flops(
-        config,
+        model,
         is_trained=lambda tensor: not (setup.is_attention_frozen and is_attention(tensor)),
     )
     return flops.per_token(setup.sequence_length)
@@ -193,10 +193,8 @@ class ExpansionStep:
 
     Args:
         spec: the expansion with all sizes.
-        source_config: config.json before the expansion.
-        target_config: config.json after the expansion.
-        source_parameters: number of parameters before the expansion.
-        target_parameters: number of parameters after the expansion.
+        source: the model before the expansion.
+        target: the model after the expansion.
         num_tokens: training tokens after the expansion.
         gpu_hours: GPU-hours of this training.
         total_gpu_hours: GPU-hours of this step and all earlier ones.
@@ -206,10 +204,8 @@ class ExpansionStep:
     """
 
     spec: ExpansionSpec
-    source_config: Config
-    target_config: Config
-    source_parameters: int
-    target_parameters: int
+    source: Model
+    target: Model
     num_tokens: float
     gpu_hours: float
     total_gpu_hours: float
@@ -221,13 +217,20 @@ class ExpansionStep:
     def method(self) -> str:
         return self.spec.name
 
+    @property
+    def source_parameters(self) -> int:
+        return self.source.num_parameters
+
+    @property
+    def target_parameters(self) -> int:
+        return self.target.num_parameters
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Point:
     """The start of a plan, with the fields of later steps."""
 
-    target_config: Config
-    target_parameters: int
+    target: Model
     total_gpu_hours: float
     predicted_loss: float
     memory: TrainingMemory
@@ -239,8 +242,7 @@ class GrowthPlan:
 
     Args:
         strategy: the strategy; for `auto`, the selected one.
-        source_config: config.json of the source.
-        source_parameters: number of parameters of the source.
+        source: the model to grow.
         target_parameters: requested number of parameters.
         steps: all steps to the target, including those beyond the budget.
         gpu_hours: the budget.
@@ -259,8 +261,7 @@ class GrowthPlan:
     """
 
     strategy: str
-    source_config: Config
-    source_parameters: int
+    source: Model
     target_parameters: int
     steps: tuple[ExpansionStep, ...]
     gpu_hours: float
@@ -273,6 +274,10 @@ class GrowthPlan:
     pays_from_gpu_hours: float | None
     source_memory: TrainingMemory
     alternatives: dict[str, float]
+
+    @property
+    def source_parameters(self) -> int:
+        return self.source.num_parameters
 
     @property
     def reaches_target(self) -> bool:
@@ -292,7 +297,7 @@ class GrowthPlan:
 
 
 def plan_growth(
-    source: Config,
+    source: Model,
     target_parameters: int,
     *,
     gpu_hours: float,
@@ -303,7 +308,7 @@ def plan_growth(
     """Plan the expansions from a model to a number of parameters.
 
     Args:
-        source: config.json of the source.
+        source: the model to grow.
         target_parameters: requested size; the plan uses the nearest shape within 10 %.
         gpu_hours: the budget.
         strategy: `depth_first`, `width_first`, `balanced` or `auto`. `auto` selects the lowest
@@ -336,14 +341,14 @@ def plan_growth(
     least = min(plan.predicted_loss for plan in plans)
     level = [plan for plan in plans if plan.predicted_loss <= least + LAW_RESOLUTION]
     ends = [plan.steps[-1] for plan in level]
-    shapes = [Shape(end.spec, end.target_config, end.target_parameters) for end in ends]
+    shapes = [Shape(end.spec, end.target) for end in ends]
     best = min(range(len(level)), key=lambda number: lopsidedness(shapes[number]))
     losses = {plan.strategy: plan.predicted_loss for plan in plans}
     return replace(level[best], alternatives=losses if strategy == AUTO else {})
 
 
 def plan_expansion_path(
-    source_params: int | float | Config,
+    source_params: int | float | Model | Config,
     target_params: int | float,
     available_compute: float,
     strategy: str = AUTO,
@@ -353,7 +358,8 @@ def plan_expansion_path(
     """Return the expansions from one size to another, with their costs.
 
     Args:
-        source_params: a number of parameters, for the nearest preset shape, or a config.json.
+        source_params: a number of parameters, for the nearest preset shape, or a model or its
+            config.json.
         target_params: a number of parameters.
         available_compute: the budget in GPU-hours; steps beyond it have `is_affordable=False`.
         strategy: as in `plan_growth`.
@@ -362,9 +368,9 @@ def plan_expansion_path(
     Raises:
         RequestError: as in `plan_growth`.
     """
-    source = (
-        source_params if isinstance(source_params, dict) else named_shape(int(source_params)).config
-    )
+    if isinstance(source_params, int | float):
+        source_params = named_shape(int(source_params)).model
+    source = source_params if isinstance(source_params, Model) else Model(source_params)
     plan = plan_growth(
         source,
         int(target_params),
@@ -379,11 +385,10 @@ def _price_plan(
     request: PathRequest, shapes: Sequence[Shape], gpu_hours: float, assumptions: Assumptions
 ) -> GrowthPlan:
     """Return the plan of a path: costs and affordable steps."""
-    parameters = Model(request.source).num_parameters
+    parameters = request.source.num_parameters
     due = assumptions.source_tokens or assumptions.tokens_per_parameter * parameters
     start = _Point(
-        target_config=request.source,
-        target_parameters=parameters,
+        target=request.source,
         total_gpu_hours=0.0,
         predicted_loss=assumptions.law.loss(parameters, due),
         memory=training_memory(request.source, assumptions.setup),
@@ -396,25 +401,20 @@ def _price_plan(
     spare = gpu_hours - last.total_gpu_hours
     missing = steps[num_affordable:]
     end = steps[-1]
-    control = _loss_over_hours(
-        start.predicted_loss, start.target_config, start.target_parameters, assumptions
-    )
+    control = _loss_over_hours(start.predicted_loss, start.target, assumptions)
     from_scratch = assumptions.tokens_per_parameter * end.target_parameters
     if assumptions.source_tokens is not None:  # as many as lead to the same loss
         from_scratch = assumptions.law.tokens_for(end.target_parameters, end.predicted_loss)
     return GrowthPlan(
         strategy=request.strategy,
-        source_config=request.source,
-        source_parameters=parameters,
+        source=request.source,
         target_parameters=request.target_parameters,
         steps=tuple(steps),
         gpu_hours=gpu_hours,
         spare_gpu_hours=spare,
         reached=_reached(last, missing[0], request, gpu_hours, assumptions) if missing else None,
-        predicted_loss=_loss_over_hours(
-            last.predicted_loss, last.target_config, last.target_parameters, assumptions
-        )(spare),
-        from_scratch_gpu_hours=_hours_for(end.target_config, from_scratch, assumptions),
+        predicted_loss=_loss_over_hours(last.predicted_loss, last.target, assumptions)(spare),
+        from_scratch_gpu_hours=_hours_for(end.target, from_scratch, assumptions),
         source_gpu_hours=_hours_for(request.source, due, assumptions),
         control_loss=control(gpu_hours),
         pays_from_gpu_hours=_pays_from(start, control, steps[0], assumptions),
@@ -427,14 +427,12 @@ def _step(
     before: _Point | ExpansionStep, shape: Shape, gpu_hours: float, assumptions: Assumptions
 ) -> ExpansionStep:
     num_tokens = _due_tokens(before, shape, assumptions)
-    hours = _hours_for(shape.config, num_tokens, assumptions)
+    hours = _hours_for(shape.model, num_tokens, assumptions)
     total = before.total_gpu_hours + hours
     return ExpansionStep(
         spec=shape.spec,
-        source_config=before.target_config,
-        target_config=shape.config,
-        source_parameters=before.target_parameters,
-        target_parameters=shape.parameters,
+        source=before.target,
+        target=shape.model,
         num_tokens=num_tokens,
         gpu_hours=hours,
         total_gpu_hours=total,
@@ -442,7 +440,7 @@ def _step(
         predicted_loss=assumptions.law.loss_after_growth(
             before.predicted_loss, parameters=shape.parameters, tokens=num_tokens
         ),
-        memory=training_memory(shape.config, assumptions.setup),
+        memory=training_memory(shape.model, assumptions.setup),
     )
 
 
@@ -454,28 +452,30 @@ def _reached(
     assumptions: Assumptions,
 ) -> ExpansionStep | None:
     """Return the largest affordable step in the direction of an unaffordable one."""
-    specs = specs_like(before.target_config, missed.spec, request.methods)
+    specs = specs_like(before.target, missed.spec, request.methods)
 
     def hours(spec: ExpansionSpec) -> float:
-        shape = reached_shape(before.target_config, spec)
-        return _hours_for(shape.config, _due_tokens(before, shape, assumptions), assumptions)
+        shape = reached_shape(before.target, spec)
+        return _hours_for(shape.model, _due_tokens(before, shape, assumptions), assumptions)
 
     index = bisect_right(specs, gpu_hours - before.total_gpu_hours, key=hours)
     if not index:
         return None
-    shape = reached_shape(before.target_config, specs[index - 1])
+    shape = reached_shape(before.target, specs[index - 1])
     return _step(before, shape, gpu_hours, assumptions)
 
 
 def _loss_over_hours(
-    loss: float, config: Config, parameters: int, assumptions: Assumptions
+    loss: float, model: Model, assumptions: Assumptions
 ) -> Callable[[float], float]:
     """Return a function from GPU-hours of continued training to the predicted loss."""
-    per_token = training_flops_per_token(config, assumptions.setup)
+    per_token = training_flops_per_token(model, assumptions.setup)
 
     def predicted(hours: float) -> float:
         tokens = assumptions.device.flops(hours) / per_token
-        return assumptions.law.loss_after_growth(loss, parameters=parameters, tokens=tokens)
+        return assumptions.law.loss_after_growth(
+            loss, parameters=model.num_parameters, tokens=tokens
+        )
 
     return predicted
 
@@ -488,8 +488,7 @@ def _pays_from(
     Both start at the source's loss. The control may improve faster at first, because its tokens
     are cheaper. The grown model has a lower limit, so the curves cross at most once.
     """
-    size = (first.target_config, first.target_parameters)
-    grown = _loss_over_hours(start.predicted_loss, *size, assumptions)
+    grown = _loss_over_hours(start.predicted_loss, first.target, assumptions)
     low, high = first.gpu_hours * 1e-9, first.gpu_hours
     if grown(low) < control(low):
         return 0.0
@@ -504,9 +503,9 @@ def _pays_from(
 
 
 def _due_tokens(before: _Point | ExpansionStep, shape: Shape, assumptions: Assumptions) -> float:
-    return assumptions.tokens_per_parameter * (shape.parameters - before.target_parameters)
+    return assumptions.tokens_per_parameter * (shape.parameters - before.target.num_parameters)
 
 
-def _hours_for(config: Config, num_tokens: float, assumptions: Assumptions) -> float:
-    flops = num_tokens * training_flops_per_token(config, assumptions.setup)
+def _hours_for(model: Model, num_tokens: float, assumptions: Assumptions) -> float:
+    flops = num_tokens * training_flops_per_token(model, assumptions.setup)
     return assumptions.device.hours(flops)

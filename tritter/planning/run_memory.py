@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, count
 from typing import Literal
 
-from tritter.checkpoints.location import checkpoint_config
-from tritter.core.expansions import target_config
-from tritter.core.families import Config, Model, family_of
+from tritter.checkpoints.location import checkpoint_model
+from tritter.core.expansions import target_model
+from tritter.core.families import Model
 from tritter.core.families.presets import PRESETS
 from tritter.errors import Problem, RequestError
 from tritter.launched import launch_of
@@ -72,7 +72,7 @@ class _Use:
     needed: int
 
 
-def memory_problems(config: RunRequest, source: Config) -> list[Problem]:
+def memory_problems(config: RunRequest, source: Model) -> list[Problem]:
     """Return the problem of a run that exceeds the memory; empty if it fits or is not checked.
 
     Args:
@@ -98,7 +98,7 @@ def memory_problems(config: RunRequest, source: Config) -> list[Problem]:
     return [Problem("trainer.check_memory", True, reason, "; ".join(advice))]
 
 
-def _estimate_problems(config: RunRequest, source: Config) -> list[Problem]:
+def _estimate_problems(config: RunRequest, source: Model) -> list[Problem]:
     """Return the problem of a run that exceeds the memory twice by estimated activations."""
     worst = _worst(config, source, with_activations=True)
     if worst is None or worst[1].needed <= _TOO_MUCH * worst[1].limit:
@@ -114,7 +114,7 @@ def _estimate_problems(config: RunRequest, source: Config) -> list[Problem]:
     return [Problem("data.batch_size", data.batch_size, reason, advice)]
 
 
-def memory_line(config: RunRequest, source: Config) -> str:
+def memory_line(config: RunRequest, source: Model) -> str:
     """Return one line on the memory of the largest training run and that of the machine."""
     need = max(training_needs(config, source), key=lambda each: each.device + each.activations)
     activations, copies = need.activations, need.copies + need.teacher
@@ -133,7 +133,7 @@ def memory_line(config: RunRequest, source: Config) -> str:
     return f"training {need.model}: about {_size(needed)}{where} ({', '.join(parts)}{each})"
 
 
-def memory_notes(config: RunRequest, source: Config) -> tuple[str, ...]:
+def memory_notes(config: RunRequest, source: Model) -> tuple[str, ...]:
     """Return a note on a run that may exceed the memory with estimated activations."""
     worst = _worst(config, source, with_activations=True)
     if worst is None:
@@ -145,7 +145,7 @@ def memory_notes(config: RunRequest, source: Config) -> tuple[str, ...]:
     )
 
 
-def _smaller_batches(config: RunRequest, source: Config) -> str:
+def _smaller_batches(config: RunRequest, source: Model) -> str:
     """Return advice for a run whose activations do not fit."""
     advice = "reduce data.batch_size or data.sequence_length"
     again = config.with_sections(trainer=replace(config.trainer, activation_checkpointing=True))
@@ -155,12 +155,12 @@ def _smaller_batches(config: RunRequest, source: Config) -> str:
 
 
 def side_by_side_problems(
-    jobs: Sequence[tuple[RunRequest, Config]], *, launcher: str, num_parallel: int
+    jobs: Sequence[tuple[RunRequest, Model]], *, launcher: str, num_parallel: int
 ) -> list[Problem]:
     """Return the problem of a sweep whose largest jobs exceed the memory together; else empty.
 
     Args:
-        jobs: run and config.json of its starting model; each run fits on its own.
+        jobs: run and its starting model; each run fits on its own.
         launcher: name of the launcher, for messages.
         num_parallel: number of parallel jobs on this machine.
     """
@@ -190,49 +190,49 @@ def side_by_side_problems(
     return []
 
 
-def training_needs(config: RunRequest, source: Config) -> Iterator[TrainingMemory]:
+def training_needs(config: RunRequest, source: Model) -> Iterator[TrainingMemory]:
     """Yield the memory requirements of training the base, the grown model and the control."""
     if config.model.model_type != "hf":
-        yield _training_need(config, source, model="the base")
+        yield _training_need(config, source, name="the base")
     name = "the grown model"
     if config.pipeline.target_params is not None:
         before = source
         for shape in planned_rounds(config, source):
-            new = _parameters(shape.config) - _parameters(before)
+            new = shape.parameters - before.num_parameters
             trained = new if shape.spec.new_blocks_only else None
-            yield _training_need(config, shape.config, model=name, before=before, trained=trained)
-            before = shape.config
+            yield _training_need(config, shape.model, name=name, before=before, trained=trained)
+            before = shape.model
     elif config.expansion:
-        grown, trained = target_config(source, config.expansion), _trained(config, source)
-        yield _training_need(config, grown, model=name, before=source, trained=trained)
+        grown, trained = target_model(source, config.expansion), _trained(config, source)
+        yield _training_need(config, grown, name=name, before=source, trained=trained)
     else:
-        yield _training_need(config, source, model="the model", before=source)
+        yield _training_need(config, source, name="the model", before=source)
     if config.control:
         of_control = config.with_sections(growth=None, experts=None)
-        yield _training_need(of_control, source, model="the control", before=source)
+        yield _training_need(of_control, source, name="the control", before=source)
 
 
-def grown_config(config: RunRequest, source: Config) -> Config:
-    """Return the config.json of the model that a run ends with, unless its neurons grow."""
+def grown_model(config: RunRequest, source: Model) -> Model:
+    """Return the model that a run ends with, unless its neurons grow."""
     if config.pipeline.target_params is not None:
         *_, last = planned_rounds(config, source)
-        return last.config
-    return target_config(source, config.expansion) if config.expansion else source
+        return last.model
+    return target_model(source, config.expansion) if config.expansion else source
 
 
-def _trained(config: RunRequest, source: Config) -> int | None:
+def _trained(config: RunRequest, source: Model) -> int | None:
     """Return the number of trained parameters if only new blocks are trained; None means all."""
     specs = config.expansion
     if not any(spec.new_blocks_only for spec in specs):
         return None
     layers = [
-        Model(grown).sizes.num_hidden_layers
-        for grown in (target_config(source, specs[:number]) for number in range(len(specs) + 1))
+        grown.sizes.num_hidden_layers
+        for grown in (target_model(source, specs[:number]) for number in range(len(specs) + 1))
     ]
     new = sum(layers[n + 1] - layers[n] for n, spec in enumerate(specs) if spec.new_blocks_only)
-    grown = target_config(source, specs)
-    without = family_of(grown).with_layers(grown, tuple(range(layers[-1] - new)))
-    return _parameters(grown) - _parameters(without)
+    grown = target_model(source, specs)
+    without = grown.with_layers(range(layers[-1] - new))
+    return grown.num_parameters - without.num_parameters
 
 
 def _num_processes(config: RunRequest) -> int:
@@ -287,16 +287,16 @@ def tokens_note(length: int, config: RunRequest) -> str:
 
 def _training_need(
     config: RunRequest,
-    model_config: Config,
+    model: Model,
     *,
-    model: str,
-    before: Config | None = None,
+    name: str,
+    before: Model | None = None,
     trained: int | None = None,
 ) -> TrainingMemory:
     trainer = config.trainer
     processes, shares = trainer.devices if trainer.strategy != "auto" else 1, _num_processes(config)
-    length, limit = config.data.sequence_length, Model(model_config).position_limit
-    if before is not None and limit is not None and limit != Model(before).position_limit:
+    length, limit = config.data.sequence_length, model.position_limit
+    if before is not None and limit is not None and limit != before.position_limit:
         length = limit  # a longer context is trained on windows of its length
     setup = TrainingSetup(
         optimizer="adamw8bit" if "8bit" in config.optimizer.target else "adamw",
@@ -306,8 +306,8 @@ def _training_need(
         is_checkpointed=trainer.activation_checkpointing,
     )
     kept = config.optimizer.kept_per_parameter() if setup.optimizer == "adamw" else 2
-    memory = training_memory(model_config, setup, kept_per_parameter=kept)
-    count = _parameters(model_config)
+    memory = training_memory(model, setup, kept_per_parameter=kept)
+    count = model.num_parameters
     of_one = memory.parameters_bytes // count
     states, moments = memory.states_bytes, memory.optimizer_bytes
     teacher = 0
@@ -315,22 +315,22 @@ def _training_need(
         kinds = {kind for one in config.forgetting for kind in one.kind.needs(one.options).state}
         copies = _PATH_COPIES * memory.parameters_bytes if "path_integral" in kinds else 0
     else:
-        if frozen := _num_frozen(config, model_config, before):
+        if frozen := _num_frozen(config, model, before):
             trained = max(0, (count if trained is None else trained) - frozen)
         copied = sum(_copies(one) for one in config.forgetting)
         copies = copied * memory.parameters_bytes
         needs = [one.kind.needs(one.options) for one in config.forgetting]
         folders = {each.teacher_folder for each in needs if each.teacher}
-        teachers = (before if folder is None else checkpoint_config(folder) for folder in folders)
+        teachers = (before if folder is None else checkpoint_model(folder) for folder in folders)
         # The size of an undownloaded hub model is unknown
-        teacher = of_one * sum(_parameters(each) for each in teachers if each is not None)
+        teacher = of_one * sum(each.num_parameters for each in teachers if each is not None)
     if before is not None and config.experts is not None:  # the base is frozen
-        adapters = config.experts.kind.num_trained(config.experts.options, model_config)
+        adapters = config.experts.kind.num_trained(config.experts.options, model)
         states = memory.parameters_bytes + adapters * (2 * of_one + moments // count)
     elif trained is not None:
         states = memory.parameters_bytes + of_one * trained + moments * trained // count
     return TrainingMemory(
-        model=model,
+        model=name,
         parameters=count,
         states=-(-states // shares) if trainer.strategy == "fsdp" else states,
         copies=copies,
@@ -341,7 +341,7 @@ def _training_need(
     )
 
 
-def _num_frozen(config: RunRequest, trained: Config, before: Config) -> int:
+def _num_frozen(config: RunRequest, trained: Model, before: Model) -> int:
     """Return the number of parameters that may never enter the optimizer."""
     growth = config.growth
     if growth is not None and (frozen := growth.kind.num_frozen(growth.options, trained)):
@@ -355,12 +355,8 @@ def _copies(one: Component) -> int:
     return int(one.kind.needs(one.options).copies)
 
 
-def _parameters(config: Config) -> int:
-    return Model(config).num_parameters
-
-
 def _worst(
-    config: RunRequest, source: Config, *, with_activations: bool = False
+    config: RunRequest, source: Model, *, with_activations: bool = False
 ) -> tuple[TrainingMemory, _Use] | None:
     """Return the training run with the largest excess and the memory; None if all fit."""
     over = [
@@ -387,7 +383,7 @@ def _memory_uses(config: RunRequest, need: TrainingMemory, activations: int) -> 
         yield _Use(_MACHINE, machine, of_machine + need.start)
 
 
-def _smaller_runs(config: RunRequest, source: Config) -> Iterator[str]:
+def _smaller_runs(config: RunRequest, source: Model) -> Iterator[str]:
     """Yield single changes with which the run fits."""
     trainer = config.trainer
     others = tuple(
@@ -408,8 +404,8 @@ def _smaller_runs(config: RunRequest, source: Config) -> Iterator[str]:
     if config.model.model_type == "hf":
         return
     for preset in sorted(PRESETS.values(), key=lambda each: -each.nominal_parameters):
-        smaller = preset.config(vocab_size=config.data.vocab_size)
-        if _parameters(smaller) >= _parameters(source):
+        smaller = Model(preset.config(vocab_size=config.data.vocab_size))
+        if smaller.num_parameters >= source.num_parameters:
             continue
         with suppress(RequestError):  # this model can't reach the requested sizes
             if _worst(config, smaller) is None:

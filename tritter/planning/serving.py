@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from tritter.core.families import Config, Model
+from tritter.core.families import Model
 
 # Block → what fails for sizes that are no multiples of it
 _BLOCKS = {
@@ -14,23 +14,23 @@ _SIZES = {"hidden_size": "hidden size", "intermediate_size": "FFN", "expert_size
 _NUM_DEVICES = (2, 4, 8)
 
 
-def serving_notes(config: Config, source: Config) -> tuple[str, ...]:
+def serving_notes(model: Model, source: Model) -> tuple[str, ...]:
     """Return the limits of quantisers and engines that a model breaks and its source did not.
 
     Args:
-        config: the config.json of the model.
-        source: that of the model from which it grows.
+        model: the model.
+        source: the model from which it grows.
     """
     known = {(key, block) for key, block, _, _ in _findings(source)}
-    found = {(key, block): (subject, problem) for key, block, subject, problem in _findings(config)}
+    found = {(key, block): (subject, problem) for key, block, subject, problem in _findings(model)}
     notes: dict[str, list[str]] = {}
     for (key, block), (subject, problem) in found.items():
         is_implied = block == max(_BLOCKS) and (key, min(_BLOCKS)) in found
         if (key, block) not in known and not is_implied:
             notes.setdefault(subject, []).append(problem)
-    lost = [str(n) for n in _NUM_DEVICES if _shares(source, n) and not _shares(config, n)]
+    lost = [str(n) for n in _NUM_DEVICES if _shares(source, n) and not _shares(model, n)]
     if lost:
-        sizes = Model(config).sizes
+        sizes = model.sizes
         heads = (
             f"{sizes.num_attention_heads} attention heads, {sizes.num_key_value_heads} key/value"
         )
@@ -38,9 +38,9 @@ def serving_notes(config: Config, source: Config) -> tuple[str, ...]:
     return tuple(f"{subject}: {'; '.join(problems)}" for subject, problems in notes.items())
 
 
-def _findings(config: Config) -> Iterator[tuple[str, int, str, str]]:
+def _findings(model: Model) -> Iterator[tuple[str, int, str, str]]:
     """Yield the limits that sizes break: the size, its block, a subject and a problem."""
-    sizes = Model(config).sizes
+    sizes = model.sizes
     for key, name in _SIZES.items():
         size = getattr(sizes, key)
         for block, problem in _BLOCKS.items():
@@ -48,8 +48,8 @@ def _findings(config: Config) -> Iterator[tuple[str, int, str, str]]:
                 yield key, block, f"{name} {size}", f"not a multiple of {block} ({problem})"
 
 
-def _shares(config: Config, devices: int) -> bool:
+def _shares(model: Model, devices: int) -> bool:
     """Return whether GPUs can share the heads evenly; each may need a copy of a key/value head."""
-    sizes = Model(config).sizes
+    sizes = model.sizes
     heads, groups = sizes.num_attention_heads, sizes.num_key_value_heads
     return heads % devices == 0 and (groups % devices == 0 or devices % groups == 0)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from tritter.core.expansions import Dus, ExpansionSpec, Layers, Width, target_config
+from tritter.core.expansions import Dus, ExpansionSpec, Layers, Width, target_model
 from tritter.core.expansions.specification import is_possible
-from tritter.core.families import Config, Dimensions, Model, family_of
+from tritter.core.families import Dimensions, Model
 from tritter.core.families.presets import PRESETS, Preset
 from tritter.errors import RequestError, refused
 from tritter.limits import MAX_LAYERS, MAX_WIDTH
@@ -41,12 +41,15 @@ class Shape:
     """A model's shape and the expansion that yields it."""
 
     spec: ExpansionSpec
-    config: Config
-    parameters: int
+    model: Model
+
+    @property
+    def parameters(self) -> int:
+        return self.model.num_parameters
 
     @property
     def aspect_ratio(self) -> float:
-        return aspect_ratio(self.config)
+        return aspect_ratio(self.model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +77,9 @@ class GrowthMethods:
                     )
 
     @classmethod
-    def usual(cls, config: Config) -> "GrowthMethods":
+    def usual(cls, model: Model) -> "GrowthMethods":
         """Return `Dus`, and `Width` with the initialisation for the model's family."""
-        takes_copies = family_of(config).subtracts_mean
+        takes_copies = model.family.subtracts_mean
         return cls(depth=Dus(), width=Width(init="net2net" if takes_copies else "fresh"))
 
     @classmethod
@@ -110,23 +113,21 @@ class GrowthMethods:
         return cls(depth=found.get("depth"), width=found.get("width"))
 
 
-def aspect_ratio(config: Config) -> float:
+def aspect_ratio(model: Model) -> float:
     """Return the hidden size divided by the number of layers."""
-    sizes = Model(config).sizes
-    return sizes.hidden_size / sizes.num_hidden_layers
+    return model.sizes.hidden_size / model.sizes.num_hidden_layers
 
 
 def depth_specs(
-    config: Config, method: ExpansionSpec, *, min_aspect_ratio: float = 0.0
+    source: Model, method: ExpansionSpec, *, min_aspect_ratio: float = 0.0
 ) -> list[ExpansionSpec]:
     """Return the depth expansions to at most twice the layers, in ascending order.
 
     Args:
-        config: config.json of the source.
+        source: the model to expand.
         method: the depth expansion.
         min_aspect_ratio: minimum hidden size per layer.
     """
-    source = Model(config)
     sizes = source.sizes
     most = min(2 * sizes.num_hidden_layers, MAX_LAYERS)
     layers = _thin_out(range(sizes.num_hidden_layers + 1, most + 1))
@@ -139,7 +140,7 @@ def depth_specs(
 
 
 def width_specs(
-    config: Config,
+    source: Model,
     method: ExpansionSpec,
     *,
     grid: WidthGrid,
@@ -148,12 +149,11 @@ def width_specs(
     """Return the width expansions to at most twice the hidden size, in ascending order.
 
     Args:
-        config: config.json of the source.
+        source: the model to expand.
         method: the width expansion.
         grid: candidate hidden sizes.
         max_aspect_ratio: maximum hidden size per layer.
     """
-    source = Model(config)
     sizes = source.sizes
     hidden = sizes.hidden_size
     # As round as the source: quantisers need multiples of 32 or 64
@@ -174,13 +174,13 @@ def width_specs(
     return [spec for spec in specs if is_possible(source, spec)]
 
 
-def specs_like(config: Config, spec: ExpansionSpec, methods: GrowthMethods) -> list[ExpansionSpec]:
+def specs_like(source: Model, spec: ExpansionSpec, methods: GrowthMethods) -> list[ExpansionSpec]:
     """Return the expansions of a model in the direction of `spec`."""
     if _direction(spec) == "depth":
         assert methods.depth is not None
-        return depth_specs(config, methods.depth)
+        return depth_specs(source, methods.depth)
     assert methods.width is not None
-    return width_specs(config, methods.width, grid="fine")
+    return width_specs(source, methods.width, grid="fine")
 
 
 def _thin_out(sizes: range) -> range:
@@ -188,31 +188,28 @@ def _thin_out(sizes: range) -> range:
     return sizes[:: len(sizes) // _NUM_SIZES // 2 * 2 + 1]
 
 
-def nearest_shape(
-    config: Config, specs: Sequence[ExpansionSpec], parameters: float
-) -> Shape | None:
+def nearest_shape(source: Model, specs: Sequence[ExpansionSpec], parameters: float) -> Shape | None:
     """Return the shape with the nearest number of parameters, by ratio.
 
     Args:
-        config: config.json of the source.
+        source: the model to expand.
         specs: expansions of the source, in ascending order of parameters.
         parameters: the target size.
     """
     if not specs:
         return None
-    index = bisect_left(specs, parameters, key=lambda spec: reached_shape(config, spec).parameters)
-    around = [reached_shape(config, spec) for spec in specs[max(index - 1, 0) : index + 1]]
+    index = bisect_left(specs, parameters, key=lambda spec: reached_shape(source, spec).parameters)
+    around = [reached_shape(source, spec) for spec in specs[max(index - 1, 0) : index + 1]]
     return min(around, key=lambda shape: abs(math.log(shape.parameters / parameters)))
 
 
-def reached_shape(config: Config, spec: ExpansionSpec) -> Shape:
+def reached_shape(source: Model, spec: ExpansionSpec) -> Shape:
     """Return the shape that an expansion yields.
 
     Raises:
         RequestError: the expansion is not possible.
     """
-    target = target_config(config, [spec])
-    return Shape(spec, target, Model(target).num_parameters)
+    return Shape(spec, target_model(source, [spec]))
 
 
 def _unit(sizes: Dimensions, grid: WidthGrid) -> int:
@@ -263,8 +260,11 @@ class NamedShape:
     """A shape and its name."""
 
     name: str
-    config: Config
-    parameters: int
+    model: Model
+
+    @property
+    def parameters(self) -> int:
+        return self.model.num_parameters
 
 
 def named_shape(parameters: int) -> NamedShape:
@@ -288,19 +288,16 @@ def named_shape(parameters: int) -> NamedShape:
 
 
 def preset_shape(preset: Preset) -> NamedShape:
-    """Return a preset's shape and its number of parameters."""
-    config = preset.config()
-    return NamedShape(preset.name, config, Model(config).num_parameters)
+    """Return a preset's shape."""
+    return NamedShape(preset.name, Model(preset.config()))
 
 
 def _with_other_depth(preset: Preset, parameters: int) -> NamedShape:
     """Return a preset with the nearest number of layers, at most twice its own."""
-    config = preset.config()
-    family = family_of(config)
-    one, two = (family.count_parameters({**config, "num_hidden_layers": n}) for n in (1, 2))
+    whole = Model(preset.config())
+    one, two = (whole.with_layers([0] * n).num_parameters for n in (1, 2))
     layers = min(max(1 + round((parameters - one) / (two - one)), 1), 2 * preset.num_hidden_layers)
-    other = {**config, "num_hidden_layers": layers}
-    return NamedShape(f"{preset.name} with {layers} layers", other, Model(other).num_parameters)
+    return NamedShape(f"{preset.name} with {layers} layers", whole.with_layers([0] * layers))
 
 
 def _miss(shape: NamedShape, parameters: int) -> float:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
-from tritter.core.families import Config, Model
+from tritter.core.families import Model
 from tritter.core.families.presets import aspect_ratio_at
 from tritter.errors import Problem, RequestError, nearest
 from tritter.options import RunRequest
@@ -36,7 +36,7 @@ _WAYPOINT_SLACK, _TARGET_SLACK = 1.25, 1.05
 class PathRequest:
     """A source, a target size, a strategy and the allowed expansions."""
 
-    source: Config
+    source: Model
     target_parameters: int
     strategy: str
     methods: GrowthMethods
@@ -52,21 +52,22 @@ def find_path(request: PathRequest) -> tuple[Shape, ...]:
         RequestError: the target is not larger than the source, or no shape within 10 % of it can
             be reached; names the nearest.
     """
-    config, target = request.source, request.target_parameters
-    parameters = Model(config).num_parameters
-    if target <= parameters:
-        reason = f"must be larger than the source, which has {parameters:,}"
+    model, target = request.source, request.target_parameters
+    if target <= model.num_parameters:
+        reason = f"must be larger than the source, which has {model.num_parameters:,}"
         raise RequestError(Problem("target", f"{target:,} parameters", reason=reason))
     shapes: list[Shape] = []
-    while not shapes or (parameters < target / (1 + TOLERANCE) and len(shapes) < _MAX_STEPS):
-        num_steps = math.ceil(math.log(target / parameters) / math.log(_MAX_STEP_GROWTH) - 1e-9)
-        waypoint = parameters * (target / parameters) ** (1 / num_steps)
-        shape = _next_shape(request, config, waypoint, is_last=num_steps == 1)
+    least = target / (1 + TOLERANCE)
+    while not shapes or (model.num_parameters < least and len(shapes) < _MAX_STEPS):
+        ratio = target / model.num_parameters
+        num_steps = math.ceil(math.log(ratio) / math.log(_MAX_STEP_GROWTH) - 1e-9)
+        waypoint = model.num_parameters * ratio ** (1 / num_steps)
+        shape = _next_shape(request, model, waypoint, is_last=num_steps == 1)
         if shape is None:
             break
         shapes.append(shape)
-        config, parameters = shape.config, shape.parameters
-    if not shapes or abs(parameters / target - 1) > TOLERANCE:
+        model = shape.model
+    if not shapes or abs(model.num_parameters / target - 1) > TOLERANCE:
         _refuse(request, shapes)
     return tuple(shapes)
 
@@ -115,11 +116,11 @@ def strategies_of(strategy: str, methods: GrowthMethods) -> Sequence[str]:
 
 
 def _next_shape(
-    request: PathRequest, config: Config, waypoint: float, *, is_last: bool
+    request: PathRequest, source: Model, waypoint: float, *, is_last: bool
 ) -> Shape | None:
-    """Return the next shape, larger than `config` and not beyond the target; None without any."""
+    """Return the next shape, larger than `source` and not beyond the target; None without any."""
     usual = (aspect_ratio_at(request.target_parameters), aspect_ratio(request.source))
-    least, most = Model(config).num_parameters, request.target_parameters * (1 + TOLERANCE)
+    least, most = source.num_parameters, request.target_parameters * (1 + TOLERANCE)
 
     def usable(shape: Shape | None) -> Shape | None:
         fits = shape is not None and least * _MIN_STEP_GROWTH < shape.parameters <= most
@@ -128,10 +129,10 @@ def _next_shape(
     slack = _TARGET_SLACK if is_last else _WAYPOINT_SLACK
 
     def deeper(min_aspect_ratio: float) -> Shape | None:
-        return usable(_deeper(config, request.methods, waypoint, min_aspect_ratio))
+        return usable(_deeper(source, request.methods, waypoint, min_aspect_ratio))
 
     def wider(max_aspect_ratio: float) -> Shape | None:
-        return usable(_wider(config, request.methods, waypoint, max_aspect_ratio, slack=slack))
+        return usable(_wider(source, request.methods, waypoint, max_aspect_ratio, slack=slack))
 
     match request.strategy:
         case "depth_first":
@@ -148,16 +149,16 @@ def _next_shape(
 
 
 def _deeper(
-    config: Config, methods: GrowthMethods, waypoint: float, min_aspect_ratio: float
+    source: Model, methods: GrowthMethods, waypoint: float, min_aspect_ratio: float
 ) -> Shape | None:
     if methods.depth is None:
         return None
-    specs = depth_specs(config, methods.depth, min_aspect_ratio=min_aspect_ratio)
-    return nearest_shape(config, specs, waypoint)
+    specs = depth_specs(source, methods.depth, min_aspect_ratio=min_aspect_ratio)
+    return nearest_shape(source, specs, waypoint)
 
 
 def _wider(
-    config: Config,
+    source: Model,
     methods: GrowthMethods,
     waypoint: float,
     max_aspect_ratio: float,
@@ -169,8 +170,8 @@ def _wider(
         return None
     found: list[Shape] = []
     for grid in WIDTH_GRIDS:
-        specs = width_specs(config, methods.width, grid=grid, max_aspect_ratio=max_aspect_ratio)
-        shape = nearest_shape(config, specs, waypoint)
+        specs = width_specs(source, methods.width, grid=grid, max_aspect_ratio=max_aspect_ratio)
+        shape = nearest_shape(source, specs, waypoint)
         if shape is not None:
             found.append(shape)
             if _miss(shape, waypoint) <= math.log(slack):
@@ -190,10 +191,10 @@ def _miss(shape: Shape, parameters: float) -> float:
 def _refuse(request: PathRequest, shapes: list[Shape]) -> NoReturn:
     """Raise the error for an unreachable target; names the nearest size."""
     methods = [spec.name for spec in (request.methods.depth, request.methods.width) if spec]
-    target, config = request.target_parameters, request.source
+    target, source = request.target_parameters, request.source
     nearest = [shapes[-1].parameters] if shapes else []
-    before = shapes[-2].config if len(shapes) > 1 else config
-    for start in (before, shapes[-1].config if shapes else config):
+    before = shapes[-2].model if len(shapes) > 1 else source
+    for start in (before, shapes[-1].model if shapes else source):
         for shape in (
             _deeper(start, request.methods, target, 0.0),
             _wider(start, request.methods, target, math.inf),
@@ -203,7 +204,7 @@ def _refuse(request: PathRequest, shapes: list[Shape]) -> NoReturn:
     ending = "there is no larger shape" if found is None else f"the nearest has {found:,}"
     reason = (
         f"{' and '.join(methods)} ({request.strategy}) can't reach a shape within 10 % of it from "
-        f"{Model(config).num_parameters:,}; {ending}"
+        f"{source.num_parameters:,}; {ending}"
     )
     raise RequestError(Problem("target", f"{target:,} parameters", reason=reason))
 
@@ -211,7 +212,7 @@ def _refuse(request: PathRequest, shapes: list[Shape]) -> NoReturn:
 _KEYS = {"target": "pipeline.target_params", "strategy": "pipeline.strategy"}  # keys of a run
 
 
-def planned_rounds(config: RunRequest, source: Config) -> tuple[Shape, ...]:
+def planned_rounds(config: RunRequest, source: Model) -> tuple[Shape, ...]:
     """Return the shape after each round, for at most `pipeline.max_rounds` rounds.
 
     The allowed methods are those of `expansion`, with their options; defaults to `dus` and
@@ -219,7 +220,7 @@ def planned_rounds(config: RunRequest, source: Config) -> tuple[Shape, ...]:
 
     Args:
         config: the run.
-        source: config.json of the base.
+        source: the base.
 
     Raises:
         RequestError: a method already has sizes or has none to plan, the strategy lacks a method,

@@ -16,9 +16,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import inf, log
 
-from tritter.core.expansions import Moe, target_config
+from tritter.core.expansions import Moe, target_model
 from tritter.core.expansions.partners import PARTNERS, SHARED
-from tritter.core.families import Config, Model, training_flops
+from tritter.core.families import Model, training_flops
 from tritter.errors import RequestError
 from tritter.options import RunRequest
 
@@ -124,15 +124,13 @@ class Upcycling:
 
 
 def _upcycling_of(
-    source: Config, *, dense_tokens: float, tokens: float, sequence_length: int, spec: Moe
+    source: Model, *, dense_tokens: float, tokens: float, sequence_length: int, spec: Moe
 ) -> Upcycling:
     """Return the budgets of an upcycling."""
-    target = target_config(source, [spec])
-    dense, sparse = (
-        training_flops(config).per_token(sequence_length) for config in (source, target)
-    )
+    target = target_model(source, [spec])
+    dense, sparse = (training_flops(model).per_token(sequence_length) for model in (source, target))
     return Upcycling(
-        parameters=Model(source).num_parameters,
+        parameters=source.num_parameters,
         dense_tokens=dense_tokens,
         tokens=tokens,
         cost=sparse / dense,
@@ -141,14 +139,14 @@ def _upcycling_of(
 
 
 def planned(
-    source: Config, *, dense_tokens: float, gpu_flops: float, sequence_length: int
+    source: Model, *, dense_tokens: float, gpu_flops: float, sequence_length: int
 ) -> Upcycling | None:
     """Return the upcycling that a budget of FLOPs pays for; None if the source has no partner."""
-    if source.get("model_type") not in PARTNERS:
+    if source.model_type not in PARTNERS:
         return None
     spec = Moe()
     try:
-        result = target_config(source, [spec])
+        result = target_model(source, [spec])
     except RequestError:  # a feature that models with experts lack
         return None
     return _upcycling_of(
@@ -160,14 +158,12 @@ def planned(
     )
 
 
-def upcycling_notes(
-    config: RunRequest, source: Config, dense_tokens: float | None
-) -> Iterator[str]:
+def upcycling_notes(config: RunRequest, source: Model, dense_tokens: float | None) -> Iterator[str]:
     """Yield the budgets of an upcycling in a run.
 
     Args:
         config: the run.
-        source: config.json of the model that the run starts from.
+        source: the model that the run starts from.
         dense_tokens: of the training of this model; None if they are not known.
     """
     place = next((n for n, spec in enumerate(config.expansion) if isinstance(spec, Moe)), None)
@@ -184,7 +180,7 @@ def upcycling_notes(
         return
     with suppress(RequestError):  # a note never ends a run
         found = _upcycling_of(
-            target_config(source, config.expansion[:place]),  # the model that gets experts
+            target_model(source, config.expansion[:place]),  # the model that gets experts
             dense_tokens=dense_tokens,
             tokens=tokens,
             sequence_length=length,
@@ -193,11 +189,11 @@ def upcycling_notes(
         yield f"upcycling: {found.text}."
 
 
-def _is_fitted(spec: Moe, target: Config) -> bool:
+def _is_fitted(spec: Moe, target: Model) -> bool:
     counts = (spec.total_experts, spec.chosen_experts)
     plain = replace(Moe(), noise=spec.noise, target=spec.target)
     given = replace(spec, num_experts=None, experts_per_token=None)
-    return counts == (8, 2) and given == plain and target["model_type"] not in SHARED
+    return counts == (8, 2) and given == plain and target.model_type not in SHARED
 
 
 def _count(tokens: float) -> str:

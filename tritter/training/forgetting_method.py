@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tritter.checkpoints.location import teacher_problems
-from tritter.core.families import Config
+from tritter.core.families import Model
 from tritter.data.batches import BatchStream, sample_equally
 from tritter.errors import Problem
 from tritter.options import RunRequest, Start, options
@@ -213,15 +213,15 @@ class ForgettingMethod:
         yield from ()
 
     @classmethod
-    def num_frozen(cls, options: Any, trained: Config, before: Config, run: RunRequest) -> int:
+    def num_frozen(cls, options: Any, trained: Model, before: Model, run: RunRequest) -> int:
         """Return the maximum number of parameters that stay out of the optimizer until the end.
 
         The optimizer holds partly frozen parameters completely.
 
         Args:
             options: Options of the method.
-            trained: config.json of the trained model.
-            before: config.json of the model before the expansion.
+            trained: Trained model.
+            before: Model before the expansion.
             run: Options of the run.
         """
         return 0
@@ -356,12 +356,12 @@ def needs_of(chosen: Sequence[Component]) -> tuple[Needs, ...]:
     return tuple(one.kind.needs(one.options) for one in chosen)
 
 
-def method_start_problems(config: RunRequest, source: Config) -> Iterator[Problem]:
+def method_start_problems(config: RunRequest, source: Model) -> Iterator[Problem]:
     """Yield problems of methods with the model that the run starts from.
 
     Args:
         config: Options of the run.
-        source: config.json of the model. The vocabulary of a base that is not yet trained is
+        source: Model. The vocabulary of a base that is not yet trained is
             unknown.
     """
     is_known = config.model.model_type == "hf"

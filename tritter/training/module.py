@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import SumMetric
 
 from tritter.core.families import Flops, forward_flops
-from tritter.core.models import config_of
+from tritter.core.models import model_of
 from tritter.data.batches import this_rank
 from tritter.data.packing import IGNORED, inputs_for, labels_of
 from tritter.errors import RequestError
@@ -213,7 +213,7 @@ class BaseModule(LightningModule):
 
     def reading_flops(self) -> Flops:
         """Return the model FLOPs of a forward pass, as in validation."""
-        return forward_flops(config_of(self.model))
+        return forward_flops(model_of(self.model))
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the journal, which every checkpoint contains in addition to the weights."""

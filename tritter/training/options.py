@@ -19,8 +19,8 @@ from pydantic import ConfigDict, Field, PydanticUserError, TypeAdapter, Validati
 
 from tritter.checkpoints import read_lineage
 from tritter.checkpoints.record import training_record
-from tritter.core.expansions import target_config
-from tritter.core.families import Config, Model, family_of
+from tritter.core.expansions import target_model
+from tritter.core.families import Model
 from tritter.errors import Problem, TritterError, nearest
 from tritter.launched import launch_of
 from tritter.limits import MAX_COUNT, NO_EPOCHS, parse_count
@@ -274,28 +274,28 @@ def _schedule_problems(config: RunRequest, prefix: str) -> Iterator[Problem]:
         yield Problem(f"{prefix}.decay_ratio", training.decay_ratio, reason=reason)
 
 
-def trainer_start_problems(config: RunRequest, source: Config) -> Iterator[Problem]:
+def trainer_start_problems(config: RunRequest, source: Model) -> Iterator[Problem]:
     """Yield the reasons why the trained model cannot be compiled or sharded.
 
     Args:
         config: Options of the run.
-        source: config.json of the model that the run starts from.
+        source: Model that the run starts from.
     """
     is_sharded = config.trainer.strategy == "fsdp"
     if not (config.trainer.compile or is_sharded):
         return
-    grown = target_config(source, config.expansion)
-    if not family_of(grown).has_experts:
+    grown = target_model(source, config.expansion)
+    if not grown.family.has_experts:
         return
     if config.trainer.compile:
         reason = (
-            f"{grown['model_type']} has experts with a different number of tokens in each batch, "
+            f"{grown.model_type} has experts with a different number of tokens in each batch, "
             "which would compile again every time; use trainer.compile=false"
         )
         yield Problem("trainer.compile", True, reason=reason)
     if is_sharded:
         reason = (
-            f"{grown['model_type']} has experts, and monitoring their routers requires whole "
+            f"{grown.model_type} has experts, and monitoring their routers requires whole "
             "weights; use trainer=ddp"
         )
         yield Problem("trainer.strategy", "fsdp", reason=reason)
@@ -654,16 +654,16 @@ def default_rate(model: Any) -> tuple[float, str]:
     return _CHECKPOINT_RATE, "the default for a checkpoint that records no training run"
 
 
-def rate_notes(config: RunRequest, source: Config) -> tuple[str, ...]:
+def rate_notes(config: RunRequest, source: Model) -> tuple[str, ...]:
     """Return warnings about the learning rate.
 
     It may be too high for a large checkpoint, or a fallback may raise it.
 
     Args:
         config: Options of the run.
-        source: config.json of the model that the run starts from.
+        source: Model that the run starts from.
     """
-    rate, parameters = config.training.learning_rate, Model(source).num_parameters
+    rate, parameters = config.training.learning_rate, source.num_parameters
     raised = tuple(
         f"gate.ladder = {config.gate.ladder}: fallback {number} raises training.learning_rate "
         f"from {rate:g} to {fallback.training.learning_rate:g}; set gate.max_attempts={number} "

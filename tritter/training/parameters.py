@@ -26,8 +26,8 @@ from tritter.core.families import (
 )
 from tritter.core.families.layout import Part
 from tritter.core.models import (
-    config_of,
     layers_of,
+    model_of,
     set_parameter,
     uninitialised_model,
     update_linear_sizes,
@@ -41,9 +41,9 @@ WRAPPED = ".base_layer"  # PEFT's name of a linear layer with adapters
 
 def live_layout(model: nn.Module) -> tuple[StoredTensor, ...]:
     """Return the layout of a live model's parameters in forward order, without adapters."""
-    config, parameters = config_of(model), dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     found: list[StoredTensor] = []
-    for stored in Model(config).layout("live"):
+    for stored in model_of(model).layout("live"):
         owner, _, last = stored.name.rpartition(".")
         wrapped = f"{owner}{WRAPPED}.{last}"
         if stored.name in parameters:
@@ -119,9 +119,9 @@ def flops_of_sequence(
         routed_to: Experts that share the tokens evenly. Default: all.
         adapters: Adapters of the model.
     """
-    config, trained = config_of(model), trained_tensors(model)
+    trained = trained_tensors(model)
     return training_flops(
-        config,
+        model_of(model),
         is_trained=lambda tensor: tensor.name in trained,
         routed_to=routed_to,
         adapters=adapters,
@@ -302,7 +302,7 @@ def _adopt_config(model: nn.Module, config: Config) -> None:
     Changed attributes (`out_features`, buffers) are set and missing modules are added. Hooks,
     modes and wrapper modules are unchanged.
     """
-    own = on_disk(config_of(model))  # the weights define the widths of the layers
+    own = model_of(model).on_disk.config  # the weights define the widths of the layers
     before, after = uninitialised_model(own), uninitialised_model(config)
     live, known = dict(model.named_modules()), dict(before.named_modules())
     for name, stock in after.named_modules():

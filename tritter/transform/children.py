@@ -21,7 +21,7 @@ from tritter.checkpoints.run_text import domain_problem
 from tritter.core.expansions import BoundMoe, ExpansionSpec, Moe, children_place
 from tritter.core.expansions.moe_children import AVERAGE, KEY, SOURCE, Moments, router_rows
 from tritter.core.families import forward_flops
-from tritter.core.families.config_file import read_config_file
+from tritter.core.families.config_file import read_model_file
 from tritter.core.parameter_map import rounded_weight
 from tritter.data.chat import ids_of
 from tritter.data.sources import source_documents
@@ -166,7 +166,7 @@ def _open(name: str, source: Source) -> OpenChild:
     folder = locate(name, key=_FROM)
     try:
         refuse_experts(folder, doing="an expansion", key=_FROM)
-        child = Source.open(folder, read_config_file(folder))
+        child = Source.open(folder, read_model_file(folder))
         reason = _difference(child, source) or _lineage_problem(child, source)
     except TritterError as error:
         raise RequestError(f"{_FROM}: {error}") from error
@@ -191,7 +191,7 @@ def _difference(child: Source, source: Source) -> str:
 
     if child.model.shapes != source.model.shapes:
         return "its tensors have other shapes than those of the source"
-    before, after = (read_config_file(each.folder) for each in (source, child))
+    before, after = (read_model_file(each.folder).config for each in (source, child))
     for key in sorted(before.keys() & after.keys() - _FREE):
         if before[key] != after[key]:
             return f"its config.json has {key} = {after[key]}, the source {before[key]}"
@@ -403,7 +403,7 @@ def router_bytes(plan: PlannedExpansion) -> int:
 
 def router_flops(plan: PlannedExpansion) -> float:
     """Return the FLOPs of the router rows that were computed from data."""
-    flops = forward_flops(plan.source.config)
+    flops = forward_flops(plan.source)
     return sum(flops.of_all(each.lengths) for each in _router_data(plan))
 
 

@@ -37,6 +37,7 @@ from tritter.core.expansions import (
     build_steps,
     check_specs,
     compose_maps,
+    target_model,
 )
 from tritter.core.families import LayoutKind, Model, StoredTensor
 from tritter.core.parameter_map.carry import StateKind, has_state, mapped_state
@@ -188,9 +189,9 @@ def plan_expansion(
     specs = check_specs(specs)
     if not isinstance(source, Source):
         folder = named_path(source, key="source")
-        from tritter.core.models import read_config
+        from tritter.core.models import read_model
 
-        source = Source(folder, read_config(folder), read_lineage(folder))
+        source = Source(folder, read_model(folder), read_lineage(folder))
     return planned(source, specs, seed=seed)
 
 
@@ -202,7 +203,7 @@ def planned(source: Source, specs: Sequence[ExpansionSpec], *, seed: int) -> Pla
         refuse_experts(source.folder, doing="an expansion", recorded=source.recorded_files)
     plan = replace(plan_by_tables(source, specs, seed=seed), is_confirmed=True)
     if specs:
-        check_loadable(plan.target.config, folder=source.folder)
+        check_loadable(plan.target, folder=source.folder)
     return plan
 
 
@@ -226,19 +227,21 @@ def plan_by_tables(
 
 
 def _confirm(plan: PlannedExpansion, source: Source) -> PlannedExpansion:
-    """Return the plan with the full configs of transformers."""
-    if plan.is_confirmed:
-        return plan
-    from tritter.core.models import read_config
+    """Return the plan with the full configs of transformers; its maps depend on shapes alone."""
+    from tritter.core.models import check_loadable, read_model
 
+    steps: list[ResolvedExpansion] = []
     try:
-        source = Source(source.folder, read_config(source.folder), source.lineage)
-        found = planned(source, [step.spec for step in plan.steps], seed=plan.seed)
+        model = read_model(source.folder)
+        for step in plan.steps:
+            steps.append(replace(step, source=model, target=target_model(model, [step.spec])))
+            model = steps[-1].target
+        check_loadable(model, folder=source.folder)
     except TritterError as error:
         raise RequestError(str(error)) from error
-    digests = [[step.parameter_map.digest() for step in each.steps] for each in (plan, found)]
-    assert digests[0] == digests[1], "the family table and transformers disagree on the model"
-    return found
+    by_tables, by_classes = ([each.target.shapes for each in both] for both in (plan.steps, steps))
+    assert by_tables == by_classes, "the family table and transformers disagree on the model"
+    return replace(plan, source=steps[0].source, steps=tuple(steps), is_confirmed=True)
 
 
 def expand(
@@ -293,14 +296,15 @@ def expand(
     plan = specs
     if not isinstance(plan, PlannedExpansion):
         plan = plan_expansion(source, plan, seed=seed)
-    opened = source if isinstance(source, Source) else Source.open(folder, plan.source.config)
+    opened = source if isinstance(source, Source) else Source.open(folder, plan.source)
     check_disk_space(destination, disk_needs(opened, plan, dtype=dtype))
     new_dtype = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
 
     def call_back(folder: Path, lineage: Lineage) -> Lineage:
         return before_publish(Expanded(folder, plan, lineage)) if before_publish else lineage
 
-    confirmed = cache(partial(_confirm, plan, opened) if confirms else lambda: plan)
+    is_open = confirms and not plan.is_confirmed
+    confirmed = cache(partial(_confirm, plan, opened) if is_open else lambda: plan)
     lineage = write_checkpoint(
         destination,
         config=plan.target.config,

@@ -36,8 +36,8 @@ from tritter.core.expansions import (
 )
 from tritter.core.expansions.heads import Strategy, copied_sources, split_shares
 from tritter.core.expansions.width import Init, Shares
-from tritter.core.families import Config, Model, family_of, unpack_all
-from tritter.core.models import config_of, model_with_tensors, named_tensors, read_config
+from tritter.core.families import Config, Model, unpack_all
+from tritter.core.models import model_of, model_with_tensors, named_tensors, read_model
 from tritter.core.parameter_map import AxisFactor, AxisMap, TensorMap, map_tensor, rounded_weight
 from tritter.core.stock_routers import AddedExperts
 from tritter.errors import RequestError
@@ -62,11 +62,7 @@ class ModelExpander:
         self.seed = seed
 
     def steps(self, model: Model) -> tuple[ResolvedExpansion, ...]:
-        """Resolve the expansions against the shapes of a model.
-
-        Raises:
-            RequestError: unknown family, or impossible targets.
-        """
+        """Resolve the expansions against the shapes of a model."""
         return build_steps(model, self.specs, seed=self.seed)
 
     def change(self, model: nn.Module) -> Change:
@@ -75,7 +71,7 @@ class ModelExpander:
         Raises:
             RequestError: unknown family, or impossible targets.
         """
-        source = Model(config_of(model))
+        source = model_of(model)
         steps = self.steps(source)
         return Change.of(compose_maps(steps, source), source, steps[-1].target)
 
@@ -85,7 +81,7 @@ class ModelExpander:
         Raises:
             RequestError: unknown family, or impossible targets.
         """
-        return self._expand(model, self.steps(Model(config_of(model))))
+        return self._expand(model, self.steps(model_of(model)))
 
     def write(self, model: nn.Module, folder: Path, *, overwrite: bool = False) -> Lineage:
         """Write the expanded model as a checkpoint folder and return its lineage.
@@ -98,9 +94,9 @@ class ModelExpander:
         """
         sources = tuple(_origin_of(model))
         check_output(folder, sources=sources, overwrite=overwrite)
-        config = config_of(model)
-        steps = self.steps(Model(config))
-        digests = {n: tensor_digest(n, t.cpu()) for n, t in named_tensors(model, config)}
+        source = model_of(model)
+        steps = self.steps(source)
+        digests = {n: tensor_digest(n, t.cpu()) for n, t in named_tensors(model, source)}
         parent = merkle_hash(digests)
         added = added_experts(AddedExperts.of(model), steps)
         lineage = Lineage(
@@ -134,7 +130,7 @@ class ModelExpander:
 
         target = steps[-1].target
         tensors = {t.name: read(t.name) for t in target.tensors}
-        grown = model_with_tensors(target.config, tensors).train(model.training)
+        grown = model_with_tensors(target, tensors).train(model.training)
         added = added_experts(AddedExperts.of(model), steps)
         if added is not None:
             added.apply(grown)
@@ -171,12 +167,12 @@ def write_model(
     Raises:
         RequestError: something is at `folder` and may not be replaced.
     """
-    known = config_of(model)
+    known = model_of(model)
     tensors = [(name, tensor.cpu()) for name, tensor in named_tensors(model, known)]
     widest = reduce(torch.promote_types, (tensor.dtype for _, tensor in tensors))
     config: Config = {
-        **known,
-        "architectures": [family_of(known).architecture],
+        **known.config,
+        "architectures": [known.family.architecture],
         "dtype": str(widest).removeprefix("torch."),
     }
     return write_checkpoint(
@@ -280,8 +276,7 @@ def expand_attention_heads(
         RequestError: not an attention module of a supported family, or impossible head counts;
             names the nearest possible ones.
     """
-    source = Model(config_of(attention))
-    family = source.family
+    source = model_of(attention)
     layer = getattr(attention, "layer_idx", None)
     if layer is None:
         raise RequestError(f"{type(attention).__name__} has no layer_idx: not an attention module.")
@@ -296,11 +291,10 @@ def expand_attention_heads(
         head_strategy=strategy,
         shares=shares,
     )
-    one = source.changed(family.with_layers(source.config, [layer]))
-    (step,) = build_steps(one, [spec], seed=seed)
+    (step,) = build_steps(source.with_layers([layer]), [spec], seed=seed)
     grown = deepcopy(attention.config)
     for name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
-        key = family.sizes[name]
+        key = source.family.sizes[name]
         setattr(grown, key, step.target.config[key])
     new = type(attention)(grown, layer).train(attention.training)
     prefix = "model.layers.0.self_attn."
@@ -313,7 +307,7 @@ def expand_attention_heads(
         if stored.name not in tensors:
             raise RequestError(
                 f"{type(attention).__name__} has no {stored.name.removeprefix(prefix)}: not an "
-                f"attention module of {family.model_type}."
+                f"attention module of {source.model_type}."
             )
     values, maps = unpack_all(before, tensors), step.parameter_map.tensors
     for stored in after:
@@ -434,8 +428,8 @@ class ProgressiveCheckpoint:
             TritterError: the checkpoint is damaged, or its format is newer.
         """
         path = named_path(folder, key="folder")
-        config, lineage = read_config(path), read_lineage(path)
-        source = Source(path, config, lineage)
+        lineage = read_lineage(path)
+        source = Source(path, read_model(path), lineage)
         state = source.state
         if lineage is None:
             source.check()
@@ -449,7 +443,7 @@ class ProgressiveCheckpoint:
             scheduler_state_dict=None if state is None else {"last_epoch": state.step},
             expansion_history=lineage.expansion_history if lineage else (),
             base_model_hash=base_hash,
-            model_config=config,
+            model_config=source.config,
             training_config=(lineage.training_config or None) if lineage else None,
             step=lineage.step if lineage else 0,
             epoch=lineage.epoch if lineage else 0,

@@ -129,9 +129,9 @@ def _fitted_rows(
         donor: folder of another model.
         texts: token id of the donor → its text.
     """
-    from tritter.core.families.config_file import read_config_file
+    from tritter.core.families.config_file import read_model_file
 
-    rows = Source.open(donor, read_config_file(donor)).read("embed")
+    rows = Source.open(donor, read_model_file(donor)).read("embed")
     own = {text: number for number, text in texts_of_tokens(extended.tokenizer()).items()}
     # A tokenizer may have more tokens than its model has rows
     both = {

@@ -29,7 +29,7 @@ from tritter.core.expansions import Context, LlamaPro, Width
 from tritter.core.expansions.on_twin import check_rotations
 from tritter.core.families import Model, family_of
 from tritter.core.families.discovery.twin import build_twin
-from tritter.core.models import config_of
+from tritter.core.models import model_of
 from tritter.errors import RequestError
 from tritter.limits import MAX_POSITIONS
 from tritter.storage.writer import TensorStream
@@ -179,7 +179,7 @@ def test_it_composes(tmp_path: Path, others: list[Any]) -> None:
 def test_moments_and_importances_are_carried(tmp_path: Path) -> None:
     model = oracle.tiny_llama()
     source = oracle.saved(model, tmp_path / "base")
-    family, config = family_of(config_of(model)), config_of(model)
+    family, config = family_of(model_of(model).config), model_of(model).config
     values = {
         t.disk_name: torch.rand(family.shapes(config)[t.name])
         for t in family.logical_tensors(config)
@@ -234,7 +234,7 @@ def test_impossible_lengths_are_refused(
 def test_damaged_rotations_are_one_error(
     family: str, path: tuple[str, ...], value: Any, method: Any
 ) -> None:
-    config = config_of(tiny(family))
+    config = model_of(tiny(family)).config
     damaged = config["rope_parameters"] = json.loads(json.dumps(config["rope_parameters"]))
     for name in path[:-1]:
         damaged = damaged[name]

@@ -18,7 +18,7 @@ from tritter.core.expansions import (
     LlamaPro,
     Stack,
     build_steps,
-    target_config,
+    target_model,
 )
 from tritter.core.families import LLAMA, Config, Model
 from tritter.core.models import new_model
@@ -107,7 +107,7 @@ def test_stack_and_interpolate_refuse_with_what_would_work(
     ids=str,
 )
 def test_layers_afterwards(layers: int, spec: ExpansionSpec, target: int) -> None:
-    assert target_config(_config(layers), [spec])["num_hidden_layers"] == target
+    assert target_model(Model(_config(layers)), [spec]).config["num_hidden_layers"] == target
 
 
 @pytest.mark.parametrize(
@@ -293,5 +293,5 @@ def test_lists_with_one_entry_per_layer_follow_their_source_layer() -> None:
 )
 def test_parameter_count_as_predicted(spec: ExpansionSpec, is_tied: bool) -> None:
     target = spec.target_config(Model(_config(4, is_tied=is_tied)))
-    model = new_model(target, seed=0)
+    model = new_model(Model(target), seed=0)
     assert sum(p.numel() for p in model.parameters()) == LLAMA.count_parameters(target)

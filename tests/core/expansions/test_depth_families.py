@@ -23,7 +23,7 @@ from tritter.core.expansions import (
     Width,
 )
 from tritter.core.families import Model
-from tritter.core.models import disk_tensors, read_config
+from tritter.core.models import disk_tensors, read_model
 from tritter.transform import expand
 
 _SLIDING: dict[str, Any] = {
@@ -113,7 +113,7 @@ def test_identity_copies_add_nothing(tmp_path: Path, family: str, spec: Expansio
     after = oracle.stock(result.folder)
     assert result.lineage.expansion_history[-1].claims_exact
     assert oracle.relative_difference(model, after, oracle.tokens()) < 1e-6
-    config = read_config(result.folder)
+    config = read_model(result.folder).config
     expected = Model(config).num_parameters
     assert sum(p.numel() for p in after.parameters()) == expected == result.parameters_after
 
@@ -172,7 +172,7 @@ def test_every_parameter_of_an_identity_gets_a_gradient_within_two_steps(
         }
         optimizer.step()
     assert any(".5." in name for name in names)
-    touched = disk_tensors(read_config(result.folder), touched)
+    touched = disk_tensors(read_model(result.folder), touched)
     dead = {name: int((~mask).sum()) for name, mask in touched.items() if not bool(mask.all())}
     # Without rotary embeddings (half of the dimensions of gpt_neox), a constant added to all keys
     # changes no attention weights: the gradient is zero up to rounding

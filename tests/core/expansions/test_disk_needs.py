@@ -15,7 +15,7 @@ from experiments.benchmarks.streaming import write_source
 from tritter.checkpoints import Source
 from tritter.checkpoints.state import write_state
 from tritter.core.expansions import Dus, ExpansionSpec, Moe, Width
-from tritter.core.models import read_config
+from tritter.core.models import read_model
 from tritter.storage.tensors import TensorFolder
 from tritter.storage.writer import TensorStream
 from tritter.transform import disk_needs, expand, plan_expansion
@@ -65,7 +65,7 @@ def estimate_and_peak(
     source: Path, result: Path, specs: Sequence[ExpansionSpec]
 ) -> tuple[int, int]:
     plan = plan_expansion(source, specs)
-    estimated = disk_needs(Source.open(source, read_config(source)), plan).in_flight
+    estimated = disk_needs(Source.open(source, read_model(source)), plan).in_flight
     return estimated, peak_memory(lambda: expand(source, result, plan))
 
 

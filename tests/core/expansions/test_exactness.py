@@ -23,7 +23,7 @@ from tritter.core.expansions import (
     compose_maps,
 )
 from tritter.core.families import LLAMA, Model
-from tritter.core.models import read_config
+from tritter.core.models import read_model
 from tritter.core.parameter_map import AxisMap, Quantity, TensorMap, map_tensor, mapped
 from tritter.errors import RequestError
 from tritter.transform import expand
@@ -166,7 +166,7 @@ def _mapped_gradients(
     folder: Path, specs: list[ExpansionSpec], gradient: dict[str, torch.Tensor]
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Return disk name → (mapped gradient, mask of entries that carry a history)."""
-    config = read_config(folder)
+    config = read_model(folder).config
     names = {t.name: t.disk_name for t in LLAMA.logical_tensors(config)}
     values = {name: gradient[disk_name] for name, disk_name in names.items()}
     masks = {name: torch.ones_like(value) for name, value in values.items()}
@@ -265,7 +265,7 @@ def test_unequal_clones_diverge_and_equal_ones_do_not(tmp_path: Path) -> None:
         source = oracle.saved(model, tmp_path / f"source-{shares}")
         spec = Width(intermediate_size=80, init="net2net", shares=shares)
         result = expand(source, tmp_path / shares, [spec])
-        index = build_steps(Model(read_config(source)), [spec], seed=0)[0].parameter_map
+        index = build_steps(read_model(source), [spec], seed=0)[0].parameter_map
         copies = index.tensors["layers.0.ffn.gate"].axes[0]
         assert copies is not None
         grown = oracle.stock(result.folder)

@@ -14,7 +14,7 @@ from tests.oracle.growth import masks_of
 from tests.storage.test_tensors import file_size_limit
 from tritter.core.expansions import Dus, ExpansionSpec, LlamaPro, Width, build_steps
 from tritter.core.families import Model
-from tritter.core.models import read_config
+from tritter.core.models import read_model
 from tritter.errors import RequestError, TritterError
 from tritter.transform import expand
 
@@ -267,7 +267,7 @@ def test_the_config_written_names_no_place_on_this_machine(source: Path) -> None
 
 def test_carried_masks_mark_the_old_block_through_two_expansions(source: Path) -> None:
     """24 → 48 together with 3 → 5 layers (0 1 1 2 2): new blocks 2 and 4 have no old entries."""
-    config = read_config(source)
+    config = read_model(source).config
     steps = build_steps(Model(config), [Width(), LlamaPro()], seed=0)
     assert steps[-1].parameter_map.layer_sources == (0, 1, 1, 2, 2)
     masks = masks_of(config, steps)

@@ -172,7 +172,7 @@ def test_rows_are_those_that_the_stock_class_takes_apart(tmp_path: Path, family:
     (tmp_path / "stock").mkdir()
     model.save_pretrained(tmp_path / "stock")
     saved = load_file(tmp_path / "stock" / "model.safetensors")
-    named = dict(named_tensors(model, config))
+    named = dict(named_tensors(model, Model(config)))
     assert named.keys() == saved.keys()
     assert all(torch.equal(named[name], saved[name]) for name in saved)
     logical = oracle_growth.logical_state(model)
@@ -181,7 +181,9 @@ def test_rows_are_those_that_the_stock_class_takes_apart(tmp_path: Path, family:
     with torch.no_grad():
         by_hand = (mlp.activation_fn(x @ gate.T) * (x @ up.T)) @ down.T
         torch.testing.assert_close(mlp(x), by_hand)
-    again = disk_tensors(config, live_tensors(config, disk_tensors(config, model.state_dict())))
+    again = disk_tensors(
+        Model(config), live_tensors(Model(config), disk_tensors(Model(config), model.state_dict()))
+    )
     assert len(again) == len(logical)
 
 

@@ -31,7 +31,7 @@ from tritter.core.expansions import (
     build_steps,
 )
 from tritter.core.families import Model, training_flops
-from tritter.core.models import load_model, named_tensors, read_config
+from tritter.core.models import load_model, named_tensors, read_model
 from tritter.core.parameter_map import AxisFactor, AxisMap
 from tritter.core.parameter_map.carry import MOMENTS
 from tritter.errors import RequestError, TritterError
@@ -82,11 +82,11 @@ def test_a_folder_as_on_the_hub_is_grown_and_loads_in_stock_transformers(
     after = oracle.stock(result.folder)
     assert oracle.relative_difference(model, after, oracle.tokens()) < STOCK
     assert sum(p.numel() for p in after.parameters()) == result.parameters_after
-    config = read_config(result.folder)
+    config = read_model(result.folder).config
     sizes = [config[key] for key in ("n_embd", "n_inner", "n_layer", "n_head", "n_positions")]
     assert sizes == [48, 192, 5, 8, 64]
     names = set(load_file(result.folder / "model.safetensors"))
-    assert names == {name for name, _ in named_tensors(after, config)}
+    assert names == {name for name, _ in named_tensors(after, Model(config))}
     assert all(name.startswith("transformer.") for name in names)
 
 
@@ -114,7 +114,7 @@ def test_what_lies_transposed_is_read_in_blocks_of_any_size(
     source = oracle.saved(model, tmp_path / "source")
     specs: list[ExpansionSpec] = [Width(intermediate_size=107)] if is_padded else GROWN
     result = expand(source, tmp_path / "result", specs)
-    live = dict(named_tensors(ModelExpander(specs).expand(model), read_config(result.folder)))
+    live = dict(named_tensors(ModelExpander(specs).expand(model), read_model(result.folder)))
     written = load_file(result.folder / "model.safetensors")
     assert written.keys() == live.keys()
     assert all(torch.equal(written[name], live[name]) for name in live)
@@ -297,7 +297,9 @@ def test_positions_alone_that_are_trained_take_gradients_down_to_them() -> None:
         parameter.requires_grad_(name == "transformer.wpe.weight")
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    flops = training_flops(model.config.to_dict(), is_trained=lambda t: t.name == "embed_positions")
+    flops = training_flops(
+        Model(model.config.to_dict()), is_trained=lambda t: t.name == "embed_positions"
+    )
     whole = flops.matrices * 20 + sum(flops.attention.values()) * 20**2
     assert whole == counter.get_total_flops()
 
@@ -316,7 +318,7 @@ def test_the_loss_is_named(tmp_path: Path) -> None:
 
 def test_inspect_counts_every_tensor_as_some_part(tmp_path: Path) -> None:
     source = as_on_the_hub(hub_model(), tmp_path / "source")
-    opened = Source.open(source, read_config(source))
+    opened = Source.open(source, read_model(source))
     parts = count_parameters_by_part(opened)
     assert parts["positions"] == 64 * 24 and parts["embedding"] == 97 * 24
     assert sum(parts.values()) == sum(p.numel() for p in load_model(source).parameters())

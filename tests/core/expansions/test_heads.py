@@ -380,7 +380,7 @@ def test_every_parameter_gets_a_gradient_within_two_steps(
         optimizer.step()
     for mask in (mask for name, mask in touched.items() if name.endswith("wpe.weight")):
         mask[-1] = True  # the last token has no loss
-    touched = disk_tensors(oracle_growth.config_of(grown), touched)
+    touched = disk_tensors(Model(oracle_growth.config_of(grown)), touched)
     dead = {name: int((~mask).sum()) for name, mask in touched.items() if not bool(mask.all())}
     # Without rotary embeddings, a constant added to all keys changes no attention weights
     assert not [name for name in dead if not name.endswith("c_attn.k.bias")]

@@ -22,10 +22,10 @@ from tritter.core.expansions import (
     Moe,
     Stack,
     Width,
-    target_config,
+    target_model,
 )
 from tritter.core.families import Model
-from tritter.core.models import read_config
+from tritter.core.models import read_model
 from tritter.core.parameter_map import TensorMap
 from tritter.transform import expand
 
@@ -194,8 +194,8 @@ def test_what_the_dense_config_says_the_partner_says_too(
 @pytest.mark.parametrize("family", PARTNERS)
 def test_no_default_of_the_partner_is_relied_on(tmp_path: Path, family: str) -> None:
     """The config sets every key that the partner's class reads, with the value of the map."""
-    config = read_config(oracle.saved(tiny(family), tmp_path / "source"))
-    result = target_config(config, [Moe()])
+    config = read_model(oracle.saved(tiny(family), tmp_path / "source")).config
+    result = target_model(Model(config), [Moe()]).config
     partner = type(AutoConfig.for_model(str(result["model_type"])))
     own = {field.name for field in dataclasses.fields(partner)}
     inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}

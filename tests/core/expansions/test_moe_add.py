@@ -29,11 +29,11 @@ from tritter.core.expansions import (
     Stack,
     Width,
     build_steps,
-    target_config,
+    target_model,
 )
 from tritter.core.expansions.targets import reach_parameters
 from tritter.core.families import Model, family_of
-from tritter.core.models import disk_tensors, load_model, read_config
+from tritter.core.models import disk_tensors, load_model, read_model
 from tritter.core.parameter_map.carry import MOMENTS, carry, is_state_reset
 from tritter.core.stock_routers import AddedExperts, Routing
 from tritter.errors import RequestError, TritterError
@@ -112,12 +112,12 @@ def test_gradients_of_replicas_are_the_mapped_gradients(tmp_path: Path, family: 
     """With equal copies the routing is the same, so here it is an identity, not a policy."""
     spec = MoeAdd(addition="replicate", noise=0)
     result = _expanded(tmp_path, tiny_moe(family), spec)
-    config = read_config(tmp_path / "source")
+    config = read_model(tmp_path / "source").config
     (step,) = build_steps(Model(config), [spec], seed=0)
     with oracle.float64_casts():
         old = oracle.gradients(_stock64(tmp_path / "source"), oracle.tokens())
         new = oracle.gradients(_stock64(result.folder), oracle.tokens())
-    source, target = disk_tensors(config, old), disk_tensors(step.target.config, new)
+    source, target = disk_tensors(Model(config), old), disk_tensors(step.target, new)
     names = {
         t.name: t.disk_name
         for family_config in (config, step.target.config)
@@ -190,7 +190,7 @@ def test_an_open_offset_is_the_stock_class(tmp_path: Path) -> None:
 
 
 def _experts(folder: Path) -> dict[str, Tensor]:
-    source = Source.open(folder, read_config(folder))
+    source = Source.open(folder, read_model(folder))
     return {name: source.read(name) for name in source.stored_parts}
 
 
@@ -322,7 +322,7 @@ def test_the_model_hash_is_of_the_tensors_alone(tmp_path: Path) -> None:
 
 def test_moments_of_old_experts_are_carried_and_new_ones_start_anew(tmp_path: Path) -> None:
     source = oracle.saved(tiny_moe("mixtral"), tmp_path / "source")
-    opened = Source.open(source, read_config(source))
+    opened = Source.open(source, read_model(source))
     kinds = {
         kind: TensorStream.of(
             [(t.name, torch.rand_like(opened.tensors.get(t.name))) for t in opened.stored]
@@ -348,7 +348,7 @@ def test_moments_of_old_experts_are_carried_and_new_ones_start_anew(tmp_path: Pa
 
 def test_an_average_that_not_all_experts_have_is_no_mean_of_them(tmp_path: Path) -> None:
     source = oracle.saved(tiny_moe("mixtral"), tmp_path / "source")
-    opened = Source.open(source, read_config(source))
+    opened = Source.open(source, read_model(source))
     stem = "model.layers.0.block_sparse_moe.experts."
     found = [(t.name, opened.tensors.get(t.name)) for t in opened.stored]
     without = [(name, value) for name, value in found if name != f"{stem}2.w1.weight"]
@@ -357,13 +357,13 @@ def test_an_average_that_not_all_experts_have_is_no_mean_of_them(tmp_path: Path)
     state = read_state(result.folder)
     assert state is not None
     absent = {f"{stem}{expert}.w1.weight" for expert in (2, 4)}
-    of_layer = set(Source.open(result.folder, read_config(result.folder)).tensors.files)
+    of_layer = set(Source.open(result.folder, read_model(result.folder)).tensors.files)
     assert {name for name in of_layer if stem in name} - set(state.kinds["ema"].files) == absent
 
 
 def test_nothing_of_new_experts_counts_as_old_knowledge(tmp_path: Path) -> None:
     source = oracle.saved(tiny_moe("mixtral"), tmp_path / "source")
-    config = read_config(source)
+    config = read_model(source).config
     for spec in (MoeAdd(num_experts=2), MoeAdd(num_experts=2, init="random")):
         steps = build_steps(Model(config), [spec], seed=0)
         masks = masks_of(config, steps)
@@ -444,10 +444,10 @@ def test_targets_that_cannot_be_had(tmp_path: Path, spec: MoeAdd, words: str) ->
 def test_a_dense_model_is_sent_to_moe_first(tmp_path: Path) -> None:
     config = oracle.tiny_llama().config.to_dict()
     with pytest.raises(RequestError, match="apply moe first"):
-        target_config(config, [MoeAdd()])
+        target_model(Model(config), [MoeAdd()])
     all_dense = tiny_moe("qwen3_moe", mlp_only_layers=[0, 1, 2]).config.to_dict()
     with pytest.raises(RequestError, match="has no experts"):
-        target_config(all_dense, [MoeAdd()])
+        target_model(Model(all_dense), [MoeAdd()])
 
 
 @pytest.mark.quick_cases(2)
@@ -485,11 +485,13 @@ def test_a_folder_whose_state_speaks_of_other_experts(tmp_path: Path) -> None:
 
 def test_a_number_of_parameters_is_reached(tmp_path: Path) -> None:
     config = tiny_moe("mixtral").config.to_dict()
-    wanted = family_of(config).count_parameters(target_config(config, [MoeAdd(num_experts=5)]))
-    (spec,) = reach_parameters(config, [MoeAdd()], wanted + 50)
+    wanted = family_of(config).count_parameters(
+        target_model(Model(config), [MoeAdd(num_experts=5)]).config
+    )
+    (spec,) = reach_parameters(Model(config), [MoeAdd()], wanted + 50)
     assert isinstance(spec, MoeAdd) and spec.num_experts == 5
     with pytest.raises(RequestError, match="apply moe first"):
-        reach_parameters(oracle.tiny_llama().config.to_dict(), [MoeAdd()], wanted)
+        reach_parameters(Model(oracle.tiny_llama().config.to_dict()), [MoeAdd()], wanted)
 
 
 def test_notes_say_what_stock_classes_need() -> None:

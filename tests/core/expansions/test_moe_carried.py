@@ -13,7 +13,8 @@ from tests.oracle.moe import PARTNERS, by_logical_name
 from tritter import ModelExpander
 from tritter.checkpoints.state import LazyTensors, read_state, write_state
 from tritter.core.expansions import ExpansionSpec, LlamaPro, Moe, Width
-from tritter.core.models import config_of, live_tensors, load_model, named_tensors, new_model
+from tritter.core.families import Model
+from tritter.core.models import live_tensors, load_model, model_of, named_tensors, new_model
 from tritter.core.parameter_map.carry import Policy
 from tritter.storage.writer import TensorStream
 from tritter.training.moments import carried_moments, put_moments
@@ -35,8 +36,8 @@ def test_live_models_and_files_grow_alike(tmp_path: Path, family: str, dtype: to
     on_files = load_model(expand(source, tmp_path / "result", specs, seed=3).folder, dtype=dtype)
     live = ModelExpander(specs, seed=3).expand(model)
     assert type(live) is type(on_files)
-    expected = dict(named_tensors(on_files, config_of(on_files)))
-    found = dict(named_tensors(live, config_of(live)))
+    expected = dict(named_tensors(on_files, model_of(on_files)))
+    found = dict(named_tensors(live, model_of(live)))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in found)
     assert oracle.relative_difference(on_files, live, oracle.tokens()) < 1e-6
@@ -52,8 +53,8 @@ def test_odd_sizes_run_where_the_default_kernel_refuses(tmp_path: Path) -> None:
         oracle.logits(oracle.stock(result.folder), oracle.tokens())
     ours = load_model(result.folder)
     assert oracle.relative_difference(model, ours, oracle.tokens()) < 1e-4
-    assert "eager" not in str(config_of(ours))
-    fresh = new_model(result.plan.target.config, seed=0)
+    assert "eager" not in str(model_of(ours).config)
+    fresh = new_model(Model(result.plan.target.config), seed=0)
     assert oracle.logits(fresh, oracle.tokens()).isfinite().all()
 
 
@@ -183,7 +184,7 @@ def test_importances_on_files_reach_the_experts(tmp_path: Path) -> None:
     torch.testing.assert_close(found["fisher"][f"{stem}.w1.weight"], gate / 8)
     torch.testing.assert_close(found["fisher_penalty"][f"{stem}.w1.weight"], gate / 4)
     assert not any("gate.weight" in name for name in found["fisher"])
-    live = live_tensors(result.plan.target.config, found["fisher"])
+    live = live_tensors(Model(result.plan.target.config), found["fisher"])
     assert live["model.layers.1.mlp.experts.gate_up_proj"].shape == (4, 80, 24)
 
 
@@ -194,7 +195,7 @@ def test_what_carries_the_old_knowledge(tmp_path: Path, family: str) -> None:
     spec = Moe(num_experts=4, reinit_fraction=0.5)
     plan = plan_expansion(source, [spec])
     masks = plan.change.masks()
-    new = new_model(plan.target.config, seed=0)
+    new = new_model(plan.target, seed=0)
     assert masks.keys() == dict(new.named_parameters()).keys()
     assert not bool(masks["model.layers.0.mlp.gate.weight"].any())
     experts = masks["model.layers.0.mlp.experts.down_proj"].double().mean()

@@ -22,7 +22,7 @@ from tritter.checkpoints.state import read_state, write_state
 from tritter.core.expansions import Moe, MoeAdd, Width
 from tritter.core.expansions.moe_children import BoundMoe, Moments, router_rows
 from tritter.core.families import Model, forward_flops
-from tritter.core.models import load_model, read_config
+from tritter.core.models import load_model, read_model
 from tritter.core.parameter_map import rounded_weight
 from tritter.core.stock_routers import Routing
 from tritter.data.documents import documents_digest
@@ -178,7 +178,7 @@ def test_tensors_are_means_or_bits_of_the_files(base: Path, tmp_path: Path) -> N
 
 
 def test_state_follows_what_is_kept_of_the_source(base: Path, tmp_path: Path) -> None:
-    source = Source.open(base, read_config(base))
+    source = Source.open(base, read_model(base))
     kinds = {kind: source.stream() for kind in ("exp_avg", "fisher", "anchor")}
     write_state(base, kinds, step=3)
     for attention, is_kept in {"source": True, "average": False, "a": False}.items():
@@ -208,7 +208,7 @@ def test_the_record_names_the_children_and_a_repetition_checks_them(
 
 def test_more_experts_can_follow(base: Path, tmp_path: Path) -> None:
     expand(base, tmp_path / "more", [moe(), MoeAdd(num_experts=1)])
-    assert read_config(tmp_path / "more")["num_local_experts"] == 4
+    assert read_model(tmp_path / "more").config["num_local_experts"] == 4
 
 
 def test_the_dtype_is_that_of_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +332,7 @@ def test_with_attention_of_the_source_the_parent_is_in_the_mixture(
 
 def test_dense_layers_follow_the_attention(base: Path) -> None:
     """Also in the model whose hidden states give the router rows."""
-    source = Source.open(base, read_config(base))
+    source = Source.open(base, read_model(base))
     chosen = moe(attention_from="source", layers=(0,), target="qwen2_moe")
     spec = plan_expansion(source, [chosen]).steps[0].spec
     assert isinstance(spec, BoundMoe)
@@ -471,7 +471,7 @@ def test_rows_of_three_children_are_those_of_their_moments(base: Path, tmp_path:
     texts = {"d": "the quick brown", "e": "0123 45 6789", "f": "lazy dog jumps over"}
     for name, words in texts.items():
         learned(tmp_path, name, f"{name}.jsonl", words)
-    source = Source.open(base, read_config(base))
+    source = Source.open(base, read_model(base))
     with_data = plan_expansion(source, [moe(*texts)])
     random = plan_expansion(source, [moe(*texts, router="random")])
     spec = with_data.steps[0].spec
@@ -493,7 +493,7 @@ def test_rows_of_three_children_are_those_of_their_moments(base: Path, tmp_path:
             inputs = ffn_inputs(model, tokens)
         found.append(inputs.flatten(0, 1).double())
     assert torch.allclose(rows, rows_of(found).float(), rtol=1e-4, atol=1e-6)
-    flops = forward_flops(source.config).of(tokens.shape[1])
+    flops = forward_flops(source.model).of(tokens.shape[1])
     assert router_flops(with_data) == number * flops and router_flops(random) == 0
     more = disk_needs(source, with_data).in_flight - disk_needs(source, random).in_flight
     layers = source.model.sizes.num_hidden_layers

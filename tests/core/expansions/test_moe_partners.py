@@ -15,7 +15,7 @@ from tests import oracle
 from tests.oracle import growth as oracle_growth
 from tests.oracle.families import tiny
 from tests.oracle.moe import by_logical_name, identity_error, steps_of, upcycled
-from tritter.core.expansions import Moe, target_config
+from tritter.core.expansions import Moe, target_model
 from tritter.core.families import Model
 from tritter.core.stock_routers import Routing
 from tritter.errors import RequestError
@@ -95,11 +95,11 @@ def test_the_loss_reaches_silent_experts_and_then_the_router() -> None:
 def test_dense_layers_of_a_sigmoid_model_come_first() -> None:
     config = oracle_growth.config_of(tiny("llama"))
     spec = Moe(target="glm4_moe", layers=(1, 2))
-    assert target_config(config, [spec])["first_k_dense_replace"] == 1
+    assert target_model(Model(config), [spec]).config["first_k_dense_replace"] == 1
     model = tiny("llama").double()
     assert identity_error(model, upcycled(model, [spec]), TOKENS) == 0
     with pytest.raises(RequestError, match="only the first can be"):
-        target_config(config, [Moe(target="glm4_moe", layers=(0, 1))])
+        target_model(Model(config), [Moe(target="glm4_moe", layers=(0, 1))])
 
 
 @pytest.mark.parametrize(
@@ -122,13 +122,13 @@ def test_dense_layers_of_a_sigmoid_model_come_first() -> None:
 def test_refusals(source: str, options: dict[str, Any], spec: dict[str, Any], message: str) -> None:
     config = oracle_growth.config_of(tiny(source, **options))
     with pytest.raises(RequestError, match=message):
-        target_config(config, [Moe(**spec)])
+        target_model(Model(config), [Moe(**spec)])
 
 
 def test_what_its_partner_refuses_is_told_of_the_result() -> None:
     config = {**oracle_growth.config_of(tiny("llama")), "num_hidden_layers": 513}
     with pytest.raises(RequestError, match=r"expansion.moe: of the result, num_hidden_layers"):
-        target_config(config, [Moe(target="glm4_moe")])
+        target_model(Model(config), [Moe(target="glm4_moe")])
 
 
 # Weights that are not renormalised

@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 from tests import oracle
 from tests.oracle import growth as oracle_growth
 from tests.oracle.families import tiny
-from tritter.core.expansions import Moe, build_steps, target_config
+from tritter.core.expansions import Moe, build_steps, target_model
 from tritter.core.expansions.targets import reach_parameters
 from tritter.core.families import Model, family_of
 from tritter.errors import RequestError
@@ -23,7 +23,7 @@ def test_what_is_said() -> None:
     target = step.target.config
     family = family_of(target)
     assert "qwen3 → qwen3_moe: 16 experts per layer, 4 per token" in words
-    assert f"{family.count_active_parameters(target):,}" in words
+    assert f"{Model(target).num_active_parameters:,}" in words
     assert f"of {family.count_parameters(target):,} parameters" in words
     assert "until they differ, only a balance loss" in words
     assert "only at the start" in words
@@ -32,17 +32,17 @@ def test_what_is_said() -> None:
 
 def test_target_params_chooses_the_number_of_experts() -> None:
     config = oracle_growth.config_of(tiny("llama"))
-    wanted = target_config(config, [Moe(num_experts=13)])
+    wanted = target_model(Model(config), [Moe(num_experts=13)]).config
     count = Model(wanted).num_parameters
-    (found,) = reach_parameters(config, [Moe(noise=0.0)], count + 20)
+    (found,) = reach_parameters(Model(config), [Moe(noise=0.0)], count + 20)
     assert found == Moe(num_experts=13, noise=0.0)
-    (found,) = reach_parameters(config, [Moe(granularity=2)], count)
+    (found,) = reach_parameters(Model(config), [Moe(granularity=2)], count)
     assert isinstance(found, Moe) and found.num_experts is not None and not found.num_experts % 2
     with pytest.raises(RequestError, match="num_experts 4"):
-        reach_parameters(config, [Moe(num_experts=4)], count)
+        reach_parameters(Model(config), [Moe(num_experts=4)], count)
     gemma = oracle_growth.config_of(tiny("gemma3_text"))
     with pytest.raises(RequestError, match="has no MoE partner"):
-        reach_parameters(gemma, [Moe()], count)
+        reach_parameters(Model(gemma), [Moe()], count)
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], Moe, str]] = {
@@ -98,5 +98,5 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(
 def test_a_config_without_its_rotary_base_gets_that_of_its_class() -> None:
     config = oracle_growth.config_of(tiny("llama"))
     del config["rope_parameters"]
-    found = target_config(config, [Moe()])["rope_parameters"]
+    found = target_model(Model(config), [Moe()]).config["rope_parameters"]
     assert found == LlamaConfig().rope_parameters

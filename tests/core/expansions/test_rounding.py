@@ -11,7 +11,7 @@ from torch import nn
 from tests import oracle
 from tests.oracle.families import GEMMA, LAYER_NORM, OWN, RMS, SPARSE, generic, marks_of, tiny
 from tritter.core.expansions import Dus, ExpansionSpec, LlamaPro, Width
-from tritter.core.models import read_config
+from tritter.core.models import read_model
 from tritter.transform import expand
 
 INITS = ("fresh", "net2net", "zero_pad")
@@ -122,5 +122,5 @@ def _dtypes(folder: Path) -> set[str]:
 
 
 def _stated_dtype(folder: Path) -> str:
-    config = read_config(folder)
+    config = read_model(folder).config
     return str(config.get("dtype", config.get("torch_dtype"))).removeprefix("torch.")

@@ -9,7 +9,7 @@ from tritter.core.expansions import (
     LlamaPro,
     Stack,
     Width,
-    target_config,
+    target_model,
 )
 from tritter.core.expansions.targets import reach_parameters
 from tritter.core.families import LLAMA, Config, Model, llama_config
@@ -29,15 +29,17 @@ def config(**changes: object) -> Config:
 
 def reached(spec: ExpansionSpec, target: int, **changes: object) -> tuple[ExpansionSpec, int]:
     source = config(**changes)
-    (found,) = reach_parameters(source, [spec], target)
-    return found, LLAMA.count_parameters(target_config(source, [found]))
+    (found,) = reach_parameters(Model(source), [spec], target)
+    return found, LLAMA.count_parameters(target_model(Model(source), [found]).config)
 
 
 def test_dus_picks_the_even_layer_count_that_comes_nearest() -> None:
     found, count = reached(Dus(), 2_300_000_000)
     assert isinstance(found, Dus) and found.target_layers == 42
     for layers in (40, 44):
-        other = LLAMA.count_parameters(target_config(config(), [Dus(target_layers=layers)]))
+        other = LLAMA.count_parameters(
+            target_model(Model(config()), [Dus(target_layers=layers)]).config
+        )
         assert abs(other - 2.3e9) > abs(count - 2.3e9)
 
 
@@ -74,23 +76,23 @@ def test_interpolate_picks_any_layer_count() -> None:
 
 def test_what_cannot_be_reached_is_refused_with_the_nearest() -> None:
     with pytest.raises(RequestError, match=r"has 2,\d+,\d+,\d+ parameters \(target_layers 48\)"):
-        reach_parameters(config(), [Dus()], 7_000_000_000)
+        reach_parameters(Model(config()), [Dus()], 7_000_000_000)
 
 
 def test_a_target_that_is_not_above_the_model_is_refused_as_that() -> None:
     for target in (1_000_000, Model(config()).num_parameters):
         with pytest.raises(RequestError, match="already has"):
-            reach_parameters(config(), [Width()], target)
+            reach_parameters(Model(config()), [Width()], target)
 
 
 def test_it_must_be_open_and_clear_what_grows() -> None:
     with pytest.raises(RequestError, match="dus, width"):
-        reach_parameters(config(), [Dus(), Width()], 7_000_000_000)
+        reach_parameters(Model(config()), [Dus(), Width()], 7_000_000_000)
     for spec in (Stack(target_layers=48), Interpolate(target_layers=30)):
         with pytest.raises(RequestError, match=f"{spec.name} already has a target"):
-            reach_parameters(config(), [spec], 7_000_000_000)
+            reach_parameters(Model(config()), [spec], 7_000_000_000)
     with pytest.raises(RequestError, match="hidden_size 4096"):
-        reach_parameters(config(), [Width(hidden_size=4096)], 7_000_000_000)
+        reach_parameters(Model(config()), [Width(hidden_size=4096)], 7_000_000_000)
 
 
 def test_a_hidden_size_for_a_target_is_one_that_quantisers_take() -> None:

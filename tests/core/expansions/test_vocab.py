@@ -19,8 +19,8 @@ from tests.real import real_checkpoint
 from tritter.checkpoints import Source, lineage_of
 from tritter.checkpoints.state import KeptSequences, read_state, write_state
 from tritter.core.expansions import LlamaPro, Vocab, Width
-from tritter.core.families import family_of
-from tritter.core.models import config_of, disk_tensors, load_tokenizer, read_config, save_tokenizer
+from tritter.core.families import Model, family_of
+from tritter.core.models import disk_tensors, load_tokenizer, model_of, read_model, save_tokenizer
 from tritter.core.parameter_map import Fill, TensorMap, mapped
 from tritter.core.parameter_map.apply import new_rows
 from tritter.data.documents import Document
@@ -71,7 +71,7 @@ def test_every_family_keeps_the_logits_of_old_tokens(
     before, after = (oracle.logits(each, ids) for each in (model, grown))
     assert after.shape[-1] == SIZE + len(made.new_ids)
     assert (after[..., :SIZE] - before).abs().max() < 1e-5 * before.std()
-    family_record, config = family_of(config_of(model)), config_of(model)
+    family_record, config = family_of(model_of(model).config), model_of(model).config
     old, new = (load_file(tmp_path / f / "model.safetensors") for f in ("base", "grown"))
     for tensor in family_record.logical_tensors(config):
         name = tensor.disk_name
@@ -185,7 +185,7 @@ def test_moments_and_importances_follow(llama: Path, tmp_path: Path) -> None:
     kinds = {}
     for kind in ("exp_avg", "exp_avg_sq", "fisher", "anchor"):
         values = {n: torch.rand(p.shape, generator=draws) for n, p in model.named_parameters()}
-        kinds[kind] = TensorStream.of(disk_tensors(config_of(model), values).items())
+        kinds[kind] = TensorStream.of(disk_tensors(model_of(model), values).items())
     write_state(llama, kinds, step=3)
     expand(llama, tmp_path / "grown", [vocab()])
     old, new = (read_state(tmp_path / f) for f in ("base", "grown"))
@@ -378,7 +378,7 @@ def test_new_tokens_take_the_rows_of_padding_first(
 def test_a_real_model_gets_ids_without_holes(tmp_path: Path) -> None:
     """Qwen2.5 has 151,665 tokens in 151,936 rows, and special tokens behind its BPE."""
     source = real_checkpoint("qwen")
-    opened = Source.open(source, read_config(source))
+    opened = Source.open(source, read_model(source))
     code = (path.read_text("utf-8") for path in sorted(Path("tritter").rglob("*.py")))
     spec = learned(Vocab(new_tokens=500), opened, code)
     made = expand(source, tmp_path / "grown", [spec]).plan.vocabulary
@@ -396,7 +396,7 @@ def test_moments_of_rows_that_were_padding_are_those_of_new_rows(tmp_path: Path)
     source = written(tmp_path / "base", model, padding=20)
     values = {name: torch.rand(p.shape) for name, p in model.named_parameters()}
     kinds = {
-        kind: TensorStream.of(disk_tensors(config_of(model), values).items())
+        kind: TensorStream.of(disk_tensors(model_of(model), values).items())
         for kind in ("exp_avg", "exp_avg_sq", "fisher", "anchor")
     }
     write_state(source, kinds, step=3)
@@ -501,4 +501,4 @@ def test_the_recorded_merges_make_the_same_model_again(llama: Path, tmp_path: Pa
         json.loads((tmp_path / f / "tokenizer.json").read_text("utf-8")) for f in ("grown", "again")
     ]
     assert files[0] == files[1]
-    assert Source.open(tmp_path / "grown", first.plan.target.config).lineage is not None
+    assert Source.open(tmp_path / "grown", Model(first.plan.target.config)).lineage is not None

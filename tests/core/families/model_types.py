@@ -35,7 +35,7 @@ from tritter.core.families import Config, Model, family_of, find_family
 from tritter.core.families.discovery import DiscoveredFamily
 from tritter.core.families.discovery.family import shallow
 from tritter.core.families.discovery.twin import build_twin
-from tritter.core.models import read_config
+from tritter.core.models import read_model
 from tritter.errors import TritterError
 from tritter.methods.growth.growable import GrowableCausalLM
 
@@ -174,14 +174,14 @@ def measured(model_type: str, place: Path) -> Row:
     if depth == "refused":
         return Row(model_type, depth, nothing, note)
     few = place / "few"
-    build_twin(shallow(read_config(base))).model.float().save_pretrained(few)
+    build_twin(shallow(read_model(base).config)).model.float().save_pretrained(few)
     return Row(model_type, depth, *_widths(few, place, note))
 
 
 def _depth(base: Path, grown: Path) -> tuple[str, str]:
     """Return what happens to the depth, and the zeroed tensors or the reason."""
     try:
-        config, reason = read_config(base), ""
+        config, reason = read_model(base).config, ""
     except TritterError as error:
         return "refused", _short(error)
     for request, note in depth_requests(config):
@@ -221,9 +221,9 @@ def _copied(base: Path, grown: Path, reason: str) -> tuple[str, str]:
 
 def _widths(base: Path, place: Path, note: str) -> tuple[tuple[str, ...], str]:
     """Return what happens to each size, and the note with further reasons."""
-    sizes, notes, family = [], [note], family_of(read_config(base))
+    sizes, notes, family = [], [note], family_of(read_model(base).config)
     try:
-        requests = growth_examples(read_config(base))
+        requests = growth_examples(read_model(base))
     except TritterError as error:
         return ("refused",) * len(_SIZES), f"{note}; {_short(error)}"
     for name, examples in requests.items():
@@ -247,7 +247,7 @@ def _widths(base: Path, place: Path, note: str) -> tuple[tuple[str, ...], str]:
 
 def _with_neurons(base: Path, grown: Path) -> tuple[str, str]:
     """Return what happens to neurons in a training step that changes no weights, and the reason."""
-    config = read_config(base)
+    config = read_model(base).config
     family = family_of(config)
     if reason := family.fixed_neurons(config):
         is_none = family.has_experts or "no config key" in reason

@@ -9,10 +9,10 @@ from transformers import AutoConfig
 
 from tests import oracle
 from tests.oracle.families import OWN, key_of, tiny
-from tritter.checkpoints.location import checkpoint_config
-from tritter.core.families import Config, family_of
-from tritter.core.families.config_file import read_config_file
-from tritter.core.models import read_config
+from tritter.checkpoints.location import checkpoint_model
+from tritter.core.families import Config, Model, family_of
+from tritter.core.families.config_file import read_model_file
+from tritter.core.models import read_model
 from tritter.errors import TritterError
 
 # Keys that a config may omit without changing its sizes
@@ -40,7 +40,7 @@ def table_values(config: Config) -> dict[str, Any]:
         "dimensions": family.dimensions(config),
         "tensors": family.logical_tensors(config),
         "parameters": family.count_parameters(config),
-        "active": family.count_active_parameters(config),
+        "active": Model(config).num_active_parameters,
         "ties": family.tied_names(config),
         "kinds": family.layer_kinds(config),
         "windows": [family.attention_window(config, layer) for layer in layers],
@@ -61,14 +61,18 @@ def test_what_is_left_out_is_what_transformers_takes(
         plain["num_experts"] = plain["num_local_experts"]
     kept = {key: value for key, value in plain.items() if key not in left_out}
     (tmp_path / "config.json").write_text(json.dumps(kept))
-    assert table_values(read_config_file(tmp_path)) == table_values(read_config(tmp_path))
+    assert table_values(read_model_file(tmp_path).config) == table_values(
+        read_model(tmp_path).config
+    )
 
 
 def test_a_null_is_a_size_that_follows(tmp_path: Path) -> None:
     plain = json.loads(tiny("llama").config.to_json_string(use_diff=False))
     plain |= {"num_key_value_heads": None, "head_dim": None}
     (tmp_path / "config.json").write_text(json.dumps(plain))
-    assert table_values(read_config_file(tmp_path)) == table_values(read_config(tmp_path))
+    assert table_values(read_model_file(tmp_path).config) == table_values(
+        read_model(tmp_path).config
+    )
 
 
 @pytest.mark.parametrize(
@@ -88,7 +92,7 @@ def test_what_no_table_can_read_is_refused(
     plain = json.loads(tiny("gemma3_text").config.to_json_string(use_diff=False)) | change
     (tmp_path / "config.json").write_text(json.dumps(plain))
     with pytest.raises(TritterError, match=words):
-        read_config_file(tmp_path)
+        read_model_file(tmp_path)
 
 
 def test_a_run_is_checked_with_the_sizes_that_a_file_leaves_out(tmp_path: Path) -> None:
@@ -97,7 +101,7 @@ def test_a_run_is_checked_with_the_sizes_that_a_file_leaves_out(tmp_path: Path) 
     plain = json.loads((folder / "config.json").read_text())
     del plain["head_dim"]
     (folder / "config.json").write_text(json.dumps(plain))
-    config = checkpoint_config(str(folder))
+    model = checkpoint_model(str(folder))
     stock = AutoConfig.from_pretrained(folder)
-    assert config is not None
-    assert config["head_dim"] == stock.head_dim != stock.hidden_size // stock.num_attention_heads
+    assert model is not None
+    assert model.sizes.head_dim == stock.head_dim != stock.hidden_size // stock.num_attention_heads

@@ -39,7 +39,7 @@ from tritter.core.families.discovery import family
 from tritter.core.families.discovery.configs import deeper_configs
 from tritter.core.families.discovery.family import DiscoveredFamily, discover, shallow
 from tritter.core.families.discovery.twin import Block, build_twin, find_writers
-from tritter.core.models import read_config
+from tritter.core.models import read_model
 from tritter.errors import RequestError
 from tritter.evaluation.jump import folder_jump
 
@@ -446,9 +446,9 @@ def test_a_changed_config_is_refused_or_grown(
 @pytest.mark.parametrize("model_type", full_matrix(tuple(OWN)))
 def test_flops_are_those_of_the_table(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config, found = tables(model_type)
-    expected = forward_flops(config), backward_flops(config)
+    expected = forward_flops(Model(config)), backward_flops(Model(config))
     monkeypatch.setitem(FAMILIES, model_type, found)
-    assert (forward_flops(config), backward_flops(config)) == expected
+    assert (forward_flops(Model(config)), backward_flops(Model(config))) == expected
 
 
 @pytest.mark.parametrize("model_type", ["opt", "starcoder2", "gpt_oss", "granitemoe"])
@@ -457,7 +457,7 @@ def test_flops_are_those_that_torch_counts(model_type: str) -> None:
     config = model.config.to_dict()  # type: ignore[union-attr, operator]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=IDS, use_cache=False)
-    flops = forward_flops(config)
+    flops = forward_flops(Model(config))
     square = flops.matrices * LENGTH + sum(flops.attention.values()) * LENGTH**2
     assert square == pytest.approx(counter.get_total_flops(), rel=0.01)
 
@@ -498,7 +498,7 @@ def test_new_layers_that_are_not_quite_zero_are_caught(
 
     monkeypatch.setattr(measure, "folder_jump", damaged)
     folder = example_folder(model_type, tmp_path)
-    zeroed = discover(read_config(folder)).zeroed_names
+    zeroed = discover(read_model(folder).config).zeroed_names
     assert not expanded(folder, tmp_path / "grown", LlamaPro())
 
 
@@ -530,9 +530,9 @@ def test_damaged_results_of_other_growth_are_caught(
     monkeypatch.setattr(measure, "folder_jump", damaged)
     folder = tmp_path / "few"
     build_twin(shallow(example(model_type))).model.float().save_pretrained(folder)
-    config = read_config(folder)
+    config = read_model(folder).config
     deeper = (request for request, _ in depth_requests(config))
-    requests = chain(deeper, *growth_examples(config).values())
+    requests = chain(deeper, *growth_examples(Model(config)).values())
     request = next(each for each in requests if is_possible(Model(config), each))
     assert not expanded(folder, tmp_path / "grown", request)
 

@@ -69,8 +69,8 @@ def test_a_forward_pass_and_a_full_training_step(family: str, tied: bool) -> Non
     config = model.config.to_dict()
     with torch.no_grad():
         found = counted(lambda: model(input_ids=IDS))
-    assert square(forward_flops(config)) == found
-    assert square(training_flops(config)) == counted(lambda: step(model)) == 3 * found
+    assert square(forward_flops(Model(config))) == found
+    assert square(training_flops(Model(config))) == counted(lambda: step(model)) == 3 * found
 
 
 CHOICES: dict[str, Callable[[LogicalTensor], bool]] = {
@@ -116,13 +116,13 @@ def test_frozen_weights_have_no_gradient_and_nothing_below_the_trained_ones(
         pytest.skip("q, k and v are one tensor, which is trained as a whole or not at all")
     train_only(model, is_trained)
     trains_none = not any(parameter.requires_grad for parameter in model.parameters())
-    ours = training_flops(config, is_trained=is_trained)
+    ours = training_flops(Model(config), is_trained=is_trained)
     if trains_none:  # nothing to call backward on
         with torch.no_grad():
             assert square(ours) == counted(lambda: model(input_ids=IDS))
         return
     assert square(ours) == counted(lambda: step(model))
-    full = square(training_flops(config))
+    full = square(training_flops(Model(config)))
     assert square(ours) < full or choice in ("embedding", "vectors", "first layer")
 
 
@@ -135,7 +135,9 @@ def test_attention_beside_the_ffn_is_not_below_it(is_parallel: bool) -> None:
         model = eager("gpt_neox", use_parallel_residual=is_parallel)
         train_only(model, lambda tensor, name=name: tensor.name == name)  # type: ignore[misc]
         config = model.config.to_dict()
-        found[name] = square(training_flops(config, is_trained=lambda t, n=name: t.name == n))  # type: ignore[misc]
+        found[name] = square(
+            training_flops(Model(config), is_trained=lambda t, n=name: t.name == n)
+        )  # type: ignore[misc]
         assert found[name] == counted(lambda model=model: step(model))  # type: ignore[misc]
     assert len(set(found.values())) == 3
 
@@ -166,8 +168,8 @@ def test_a_loss_of_the_routers_does_not_pass_through_what_stands_above(
         if loss.requires_grad:
             loss.sum().backward()
 
-    backward = backward_flops(config, is_trained=is_trained, loss_at="routers")
-    assert square(forward_flops(config) + backward) == counted(work)
+    backward = backward_flops(Model(config), is_trained=is_trained, loss_at="routers")
+    assert square(forward_flops(Model(config)) + backward) == counted(work)
     assert (square(backward) == 0) == (choice == "head" or _is_dense_above(family, choice))
 
 
@@ -192,14 +194,14 @@ def test_experts_that_are_held_apart_pay_for_the_tokens_that_come_to_them(family
     routing.set_offset((0, 1), -torch.inf)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".experts." in name)
-    whole = training_flops(config, is_trained=is_trained, routed_to=new)
+    whole = training_flops(Model(config), is_trained=is_trained, routed_to=new)
     assert square(whole) == counted(lambda: step(model))
     with separate_experts(model, 2):
         assert square(whole) == counted(lambda: step(model))
     # With evenly distributed tokens the new experts get half
-    spread = training_flops(config, is_trained=is_trained)
-    every = training_flops(config, is_trained=lambda t: t.expert is not None)
-    assert forward_flops(config).matrices < spread.matrices < every.matrices
+    spread = training_flops(Model(config), is_trained=is_trained)
+    every = training_flops(Model(config), is_trained=lambda t: t.expert is not None)
+    assert forward_flops(Model(config)).matrices < spread.matrices < every.matrices
     assert whole.matrices == every.matrices
 
 
@@ -210,7 +212,7 @@ def test_shares_of_experts_by_hand() -> None:
     sparse = attention + 4 * 24 + 2 * 3 * 24 * 12 + 3 * 24 * 20 + 24
     dense = attention + 3 * 24 * 40
     by_hand = 2 * (2 * sparse + dense + 24 * 97)
-    assert forward_flops(config).matrices == by_hand
+    assert forward_flops(Model(config)).matrices == by_hand
 
 
 WINDOWED: dict[str, dict[str, object]] = {
@@ -263,7 +265,7 @@ def test_attention_is_the_sum_over_places_of_the_keys_that_the_stock_mask_leaves
             keys = min(position + 1, window or LENGTH)
             assert int((kept[0, 0, position] > 0).sum()) == keys
             by_hand += 2 * 2 * heads * head_dim * keys
-    ours = forward_flops(config)
+    ours = forward_flops(Model(config))
     assert ours.of(LENGTH) - ours.matrices * LENGTH == by_hand
     is_full = by_hand == 3 * 2 * 2 * heads * head_dim * LENGTH * (LENGTH + 1) // 2
     assert is_full != has_window
@@ -278,8 +280,8 @@ def test_keys_are_those_of_a_loop(length: int, window: int | None) -> None:
 
 def test_passes_add_up_and_a_mean_token_is_a_part_of_its_sequence() -> None:
     config = tiny("gemma3_text").config.to_dict()
-    forward, backward = forward_flops(config), backward_flops(config)
-    both = training_flops(config)
+    forward, backward = forward_flops(Model(config)), backward_flops(Model(config))
+    both = training_flops(Model(config))
     assert both == forward + backward
     assert both.of(LENGTH) == 3 * forward.of(LENGTH)
     assert both.per_token(LENGTH) * LENGTH == pytest.approx(both.of(LENGTH), rel=1e-15)

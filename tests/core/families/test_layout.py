@@ -15,7 +15,7 @@ from tests.oracle.families import DENSE, SPARSE, generic, tiny
 from tritter.checkpoints.source import Source
 from tritter.core.expansions import ExpansionSpec, LlamaPro, Moe, Stack
 from tritter.core.families import Model, family_of, pack_all, unpack_all
-from tritter.core.models import disk_tensors, live_tensors, load_model, named_tensors, read_config
+from tritter.core.models import disk_tensors, live_tensors, load_model, named_tensors, read_model
 from tritter.errors import TritterError
 from tritter.transform import expand
 
@@ -53,12 +53,12 @@ def test_parts_are_those_that_stock_unfuses(tmp_path: Path, family: str) -> None
     model = tiny(family)
     config = oracle_growth.config_of(model)
     saved = tensors_of(oracle.saved(model, tmp_path / "source"))
-    named = dict(named_tensors(model, config))
+    named = dict(named_tensors(model, Model(config)))
     assert named.keys() == saved.keys()
     assert all(torch.equal(named[name], saved[name]) for name in saved)
     state = model.state_dict()
-    assert all(torch.equal(v, state[k]) for k, v in live_tensors(config, saved).items())
-    assert all(torch.equal(v, saved[k]) for k, v in disk_tensors(config, state).items())
+    assert all(torch.equal(v, state[k]) for k, v in live_tensors(Model(config), saved).items())
+    assert all(torch.equal(v, saved[k]) for k, v in disk_tensors(Model(config), state).items())
 
 
 @pytest.mark.parametrize("family", SPARSE)
@@ -147,7 +147,7 @@ def test_upcycling_writes_either_layout(tmp_path: Path, family: str) -> None:
 def test_one_expert_is_read_out_of_its_layer(tmp_path: Path) -> None:
     model = tiny("mixtral")
     folder = fused(model, tmp_path / "source")
-    source = Source.open(folder, read_config(folder))
+    source = Source.open(folder, read_model(folder))
     experts = model.model.layers[1].mlp.experts
     up, down = source.read("layers.1.experts.2.up"), source.read("layers.1.experts.2.down")
     assert torch.equal(up, experts.gate_up_proj[2, 40:])

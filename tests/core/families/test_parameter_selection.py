@@ -4,14 +4,14 @@ import pytest
 
 from tests.oracle.families import DENSE, SPARSE, tiny
 from tritter.core.families import Model, ParameterSelection
-from tritter.core.models import config_of
+from tritter.core.models import model_of
 from tritter.errors import RequestError
 
 
 @pytest.mark.quick_cases(7)
 @pytest.mark.parametrize("family", [*DENSE, *SPARSE])
 def test_the_parts_of_a_model_are_all_of_it_once(family: str) -> None:
-    config = config_of(tiny(family))
+    config = model_of(tiny(family)).config
     is_tied = bool(config["tie_word_embeddings"])
     words = ("embed", "norm", "attention", "ffn", "experts", "router")
     words = words if is_tied else ("head", *words)
@@ -23,7 +23,7 @@ def test_the_parts_of_a_model_are_all_of_it_once(family: str) -> None:
 
 
 def test_words_mean_what_they_say() -> None:
-    config = config_of(tiny("llama", num_hidden_layers=5, tie_word_embeddings=True))
+    config = model_of(tiny("llama", num_hidden_layers=5, tie_word_embeddings=True)).config
     tensors = Model(config).tensors
 
     def names(*words: str | int) -> set[str]:

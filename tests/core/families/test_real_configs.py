@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tests.core.families.model_types import example
-from tritter.core.expansions import LlamaPro, MoeAdd, Width, target_config
+from tritter.core.expansions import LlamaPro, MoeAdd, Width, target_model
 from tritter.core.families import Config, Model, family_of, ffn_size
 from tritter.errors import RequestError
 
@@ -119,10 +119,10 @@ def test_a_published_model_grows_on_the_meta_device(model: str) -> None:
         requests[2] = Width(hidden_size=2 * sizes.hidden_size)  # √hidden_size is a factor in it
     if model == "Granite-4.0-H-Small":
         with pytest.raises(RequestError, match="hidden_size"):
-            target_config(config, [requests.pop()])
+            target_model(Model(config), [requests.pop()])
     for request in requests:  # each is verified at the sizes of a twin
         assert (
-            Model(target_config(config, [request])).num_parameters
+            target_model(Model(config), [request]).num_parameters
             > 1.3 * Model(config).num_parameters
         )
 
@@ -138,5 +138,5 @@ def test_a_published_model_grows_on_the_meta_device(model: str) -> None:
 def test_experts_double_where_copies_share_their_weight(
     model: str, key: str, expected: tuple[int, int]
 ) -> None:
-    grown = target_config(config_of(model), [MoeAdd(addition="replicate", noise=0.0)])
+    grown = target_model(Model(config_of(model)), [MoeAdd(addition="replicate", noise=0.0)]).config
     assert (grown[key], grown["num_experts_per_tok"]) == expected

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests import oracle
 from tests.oracle.families import tiny
-from tritter.core.families import Flops, forward_flops
+from tritter.core.families import Flops, Model, forward_flops
 from tritter.methods.experts.adapters import AdapterShape, is_of_adapter
 from tritter.methods.experts.gates import Routing
 from tritter.methods.experts.mixture import ROUTER, ExpertMixture, RouterKind
@@ -71,7 +71,7 @@ def check(mixture: ExpertMixture) -> None:
     assert square(forward_flops_of(mixture)) == pytest.approx(found, rel=1e-12)
     ours = square(step_flops_of(mixture))
     assert ours == pytest.approx(counted(lambda: step(mixture)), rel=1e-12)
-    base = square(forward_flops(mixture.model.config.to_dict()))
+    base = square(forward_flops(Model(mixture.model.config.to_dict())))
     assert base < found < ours < 3 * found
 
 
@@ -167,7 +167,7 @@ def test_one_expert_is_trained_and_the_others_are_frozen() -> None:
 def test_a_choice_costs_its_share_of_each_expert() -> None:
     """Experts of ranks 2 and 6 each get half of the tokens."""
     dense, one = (mixture_of(top_k=k, ranks=(2, 6)) for k in (None, 1))
-    base = forward_flops(dense.model.config.to_dict()).matrices
+    base = forward_flops(Model(dense.model.config.to_dict())).matrices
     routers = 3 * 2 * 24 * 2
     whole = forward_flops_of(dense).matrices - base - routers
     assert forward_flops_of(one).matrices - base - routers == whole / 2
@@ -182,7 +182,7 @@ def test_a_base_among_the_experts_costs_nothing() -> None:
     assert step_flops_of(beside) == step_flops_of(plain)
     check(beside)
     third = mixture_of(router="evidence", targets=WHOLE, has_base=True, top_k=1)
-    base = forward_flops(third.model.config.to_dict()).matrices
+    base = forward_flops(Model(third.model.config.to_dict())).matrices
     own, all_of_them = (forward_flops_of(m).matrices - base for m in (third, plain))
     assert own == pytest.approx(all_of_them / 4)
 
@@ -190,4 +190,4 @@ def test_a_base_among_the_experts_costs_nothing() -> None:
 def test_without_experts_it_is_the_count_of_the_model() -> None:
     mixture = mixture_of(router="evidence", has_base=True, ranks=())
     assert step_flops_of(mixture) == flops_of_sequence(mixture.model)
-    assert step_flops_of(mixture) == forward_flops(mixture.model.config.to_dict())
+    assert step_flops_of(mixture) == forward_flops(Model(mixture.model.config.to_dict()))

@@ -21,7 +21,7 @@ from tests.oracle import logits, saved, tiny_llama, tokens
 from tests.pipeline.test_experts_job import PLAIN, files, run
 from tests.training.killed import KillAt, Killed
 from tritter.checkpoints.expert_files import ExpertFiles
-from tritter.core.models import config_of, live_shape, load_model
+from tritter.core.models import live_shape, load_model, model_of
 from tritter.errors import RequestError
 from tritter.methods.experts import quantised
 from tritter.methods.experts.adapters import (
@@ -85,7 +85,7 @@ def test_another_process_gets_all_of_a_layer(bits: int) -> None:
     theirs = pickle.loads(ForkingPickler.dumps(model))
     assert torch.equal(logits(theirs, tokens()), logits(model, tokens()))
     assert base_bits(theirs) == bits
-    assert config_of(theirs) == config_of(model)
+    assert model_of(theirs).config == model_of(model).config
     layer = theirs.model.layers[0].mlp.up_proj
     theirs.to("meta")
     scales = layer.state.SCB if bits == 8 else layer.weight.quant_state.absmax
@@ -105,7 +105,7 @@ def test_what_is_quantised_and_what_is_not(tmp_path: Path, bits: int) -> None:
     }
     assert held == wanted and len(held) == 7 * 3
     assert base_bits(model) == bits and base_bits(plain) is None
-    assert config_of(model) == config_of(plain)
+    assert model_of(model).config == model_of(plain).config
     parameters, own = dict(plain.named_parameters()), dict(model.named_parameters())
     assert parameters.keys() == own.keys()
     for name, value in own.items():
@@ -222,7 +222,7 @@ def test_what_is_counted_is_as_it_was() -> None:
         mixture = ExpertMixture(model)
         mixture.add("one", AdapterShape(2, 4.0, ("q_proj",)), seed=0)
         parameters = sum(prod(live_shape(p)) for p in model.parameters())
-        counted.append((parameters, step_flops_of(mixture), config_of(model)))
+        counted.append((parameters, step_flops_of(mixture), model_of(model).config))
     assert counted[0] == counted[1] == counted[2]
 
 

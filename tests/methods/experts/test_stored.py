@@ -16,6 +16,7 @@ from tests.methods.novelty.factories import library
 from tests.oracle import logits, saved, stock, tiny_llama, tokens
 from tritter.checkpoints import Source
 from tritter.checkpoints.expert_files import ADAPTER_FILES, HEAD, TENSORS, ExpertFiles
+from tritter.core.families import Model
 from tritter.core.models import load_model
 from tritter.errors import RequestError, TritterError
 from tritter.methods.experts.adapters import AdapterShape
@@ -134,7 +135,7 @@ def test_no_experts_are_no_experts(tmp_path: Path) -> None:
 
 def test_experts_go_along_as_they_are(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "copy").mkdir()
-    for artifact in Source(folder, {}, None).artifacts():
+    for artifact in Source(folder, Model({}), None).artifacts():
         artifact.write(tmp_path / "copy")
     names = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file() and p.parent != folder]
     assert len(names) == 8

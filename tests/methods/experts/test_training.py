@@ -19,6 +19,7 @@ from tests.training.killed import KillAt, Killed
 from tests.training.test_fit import SCHEDULE, SETTINGS
 from tests.training.test_surgery import assert_same
 from tritter.config.folders import body_of, option_files
+from tritter.core.models import model_of
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.data.chat import ids_of
 from tritter.data.packing import IGNORED, DocumentMask, labels_of, read_marks
@@ -61,7 +62,7 @@ def dynamic_options(**changes: Any) -> DynamicOptions:
 
 
 def test_the_default_learning_rate_falls_with_the_hidden_size() -> None:
-    bases = [oracle.tiny_llama(hidden_size=size).config.to_dict() for size in (32, 64, 640)]
+    bases = [model_of(oracle.tiny_llama(hidden_size=size)) for size in (32, 64, 640)]
     default, own = (DynamicExperts(dynamic_options(learning_rate=each)) for each in (None, 0.1))
     assert [default.peak_rate(base) for base in bases] == [5e-3, 5e-3, 5e-4]
     assert own.peak_rate(bases[-1]) == 0.1
@@ -111,11 +112,13 @@ def train(
     skill: str | None = None,
     given: int = 0,
     mixed: str = "",
+    base: nn.Module | None = None,
 ) -> tuple[ExpertModule, FitResult]:
     """Train experts on a base; resume if there is a checkpoint."""
     torch.manual_seed(999 if (folder / "saved").exists() else 11)
     method = DynamicExperts(options or dynamic_options())
-    model = oracle.tiny_llama(tie_word_embeddings=True, attention_dropout=0.1)
+    model = base or oracle.tiny_llama(tie_word_embeddings=True, attention_dropout=0.1)
+    rate = method.peak_rate(model_of(model))
     mixture = method.begin(model, bounds=TextBounds(0), seed=1)
     for number in range(given):  # of an earlier run
         mixture.add(f"expert_{number + 1}", method.shape(model), seed=number)
@@ -132,7 +135,7 @@ def train(
     module = ExpertModule(
         mixture,
         losses=method.losses,
-        schedule=Schedule(learning_rate=method.peak_rate(model.config.to_dict()), max_steps=steps),
+        schedule=Schedule(learning_rate=rate, max_steps=steps),
         optimizer=OptimizerSettings(),
     )
     accumulated = settings.accumulate_grad_batches
@@ -195,6 +198,23 @@ def test_what_is_new_gets_an_expert_and_is_known_again(tmp_path: Path) -> None:
     state = {n.replace(".base_layer", ""): p for n, p in model.named_parameters()}
     for name, value in base.named_parameters():
         assert torch.equal(state[name], value), "the base is frozen"
+
+
+@pytest.mark.full
+def test_what_the_base_predicts_better_than_old_text_gets_an_expert_too(tmp_path: Path) -> None:
+    """Gemma predicts code, word problems and tool calls better than WikiText."""
+    base = oracle.tiny_llama(tie_word_embeddings=True)
+    optimizer = torch.optim.Adam(base.parameters(), lr=1e-2)
+    for seed in range(60):
+        rows = text("a", BATCH, seed=1000 + seed)
+        base(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    losses = {k: float(observe(base, text(k, 32, seed=1)).losses.mean()) for k in ("old", "a")}
+    assert losses["a"] < losses["old"] - 1
+    _, result = train(tmp_path, stream="aaaaoa", base=base)
+    spawned = [event for event in result.reports["experts"]["events"] if event["kind"] == "spawned"]
+    assert [(event["expert"], event["step"]) for event in spawned] == [("expert_1", 2)]
 
 
 class Moves(Callback):

@@ -13,7 +13,7 @@ from tests.methods.experts.mixtures import mixture_of
 from tests.oracle.families import tiny
 from tritter.checkpoints.export import Weights, export_model
 from tritter.checkpoints.source import Source
-from tritter.core.models import read_config
+from tritter.core.models import read_model
 from tritter.errors import RequestError
 from tritter.methods.experts.adapters import AdapterShape, adaptable
 from tritter.methods.experts.merged_mixture import deltas
@@ -68,7 +68,7 @@ def test_an_expert_is_added_to_the_weights_as_they_lie(tmp_path: Path) -> None:
     """c_proj of attention is square, so its shape does not reveal its orientation."""
     source = oracle.saved(model(), tmp_path / "source")
     mixture = mixture_of(model(), ranks=(3,), targets=[LINEAR])
-    weights = Weights.of(Source.open(source, read_config(source)))
+    weights = Weights.of(Source.open(source, read_model(source)))
     added = weights.with_added(deltas(adapter_of(mixture.model, "e0")))
     export_model(added, tmp_path / "out", dtype=torch.float32, artifacts=())
     after = oracle.stock(tmp_path / "out")

@@ -15,7 +15,7 @@ from tests.oracle.families import tiny
 from tests.training.test_fit import SCHEDULE, SETTINGS, task
 from tests.training.test_fit import batches as batches_of
 from tritter.core.families import ParameterSelection, training_flops
-from tritter.core.models import config_of
+from tritter.core.models import model_of
 from tritter.errors import RequestError
 from tritter.methods.forgetting import Freeze
 from tritter.methods.forgetting.freeze import FreezeOptions
@@ -83,7 +83,7 @@ def test_frozen_places_stay_and_hold_no_optimizer_state(tmp_path: Path) -> None:
     numbers = sum(p.numel() for name, p in before.items() if name not in frozen)
     assert watch.state_bytes == 2 * 4 * numbers
     flops = training_flops(
-        config_of(model), is_trained=lambda t: t.kind != "embed" and t.layer not in (0, 1)
+        model_of(model), is_trained=lambda t: t.kind != "embed" and t.layer not in (0, 1)
     )
     assert result.flops == SCHEDULE.max_steps * 4 * flops.of(16)
 
@@ -139,8 +139,8 @@ def test_what_thaws_together_is_trained_from_that_step_on(tmp_path: Path) -> Non
     for name in frozen:
         values = [weights[name] for weights in watch.weights]
         assert torch.equal(values[3], before[name]) and not torch.equal(values[4], values[3])
-    everything = training_flops(config_of(model))
-    some = training_flops(config_of(model), is_trained=lambda t: t.layer not in (0, 1))
+    everything = training_flops(model_of(model))
+    some = training_flops(model_of(model), is_trained=lambda t: t.layer not in (0, 1))
     assert result.flops == pytest.approx(4 * 4 * (some.of(16) + everything.of(16)))
 
 

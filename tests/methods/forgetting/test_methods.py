@@ -11,7 +11,7 @@ from tests.oracle.growth import masks_of
 from tests.training.test_fit import SCHEDULE, batches, module_of, run, task
 from tritter.core.expansions import LlamaPro, Width, build_steps
 from tritter.core.families import Model
-from tritter.core.models import read_config
+from tritter.core.models import read_model
 from tritter.methods.forgetting import L2SP, Replay, build_methods
 from tritter.targets import Component
 
@@ -68,7 +68,7 @@ def test_l2sp_holds_the_model_near_its_start(tmp_path: Path) -> None:
 
 def test_what_an_expansion_added_is_free(tmp_path: Path) -> None:
     model = oracle.tiny_llama(tie_word_embeddings=True)
-    config = read_config(oracle.saved(model, tmp_path / "source"))
+    config = read_model(oracle.saved(model, tmp_path / "source")).config
     steps = build_steps(
         Model(config), [Width(hidden_size=48, intermediate_size=60), LlamaPro()], seed=0
     )

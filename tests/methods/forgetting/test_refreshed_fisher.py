@@ -12,7 +12,7 @@ from tests import oracle
 from tests.training.test_fit import SETTINGS, batches, module_of, run, task
 from tritter.core.expansions import Dus, ExpansionSpec, LlamaPro, Moe, Width
 from tritter.core.families import training_flops
-from tritter.core.models import config_of
+from tritter.core.models import model_of
 from tritter.methods.forgetting import EWC
 from tritter.methods.forgetting.ewc import EWCOptions, has_nonzero_new_entries
 from tritter.methods.forgetting.quadratic import diagonal_fisher
@@ -71,7 +71,7 @@ def test_the_larger_of_the_two_stands_and_the_anchor_stays() -> None:
         larger += int((now[name] > first[name]).sum())
         assert torch.equal(method.anchor[name], anchor[name])
     assert larger > 100
-    per_sequence = training_flops(config_of(model)).of(sequences.shape[1])
+    per_sequence = training_flops(model_of(model)).of(sequences.shape[1])
     assert flops == len(sequences) * per_sequence
 
 

@@ -13,7 +13,7 @@ from tests import oracle
 from tests.oracle.families import tiny
 from tests.training.test_fit import batches
 from tritter.core.families import forward_flops
-from tritter.core.models import config_of
+from tritter.core.models import model_of
 from tritter.data.chat import ANSWER, CONTEXT, START, ids_of
 from tritter.data.packing import MarkedText, read_marks
 from tritter.data.tokens import TextBounds
@@ -216,7 +216,7 @@ def test_what_it_writes_is_mixed_in_exactly_and_paid_for() -> None:
             "repeat_themselves": 0, "perplexity_too_low": 0, "perplexity_too_high": 0, "kept": 7,
         }
     }  # fmt: skip
-    flops = forward_flops(config_of(model))
+    flops = forward_flops(model_of(model))
     assert prepared.flops == 4 * (flops.of(15) + 2 * flops.of(15)), "half a sequence is read again"
     mixed = iter(method.mix(batches(), Task(seed=0, written=prepared.written)))
     plain = iter(batches())
@@ -246,4 +246,4 @@ def test_few_long_sequences_are_several_texts(per_text: int | None, num_texts: i
     assert len(passes) == texts.shape[1] - 1 and passes[-1] == (num_texts, 1)
     length = texts.shape[1] - 1
     assert SelfReplay.passes(method.options, 512) == (texts.shape[1], num_texts)
-    assert prepared.flops == num_texts * forward_flops(config_of(model)).of(length)
+    assert prepared.flops == num_texts * forward_flops(model_of(model)).of(length)

@@ -50,7 +50,7 @@ def test_it_is_within_twelve_gigabytes(tmp_path: Path) -> None:
     )
     config = eight_bit(load_config([*words, "trainer.precision=bf16-true"]))
     assert config.growth is not None and config.growth.options.freeze_attention
-    (held,) = training_needs(config, QWEN)
+    (held,) = training_needs(config, Model(QWEN))
     assert held.parameters == Model(QWEN).num_parameters == 1_543_714_304
     ffns = 28 * 3 * 1536 * 8960
     # bfloat16 weights; bfloat16 gradients and two moments in 8 bits of the FFNs alone
@@ -58,5 +58,5 @@ def test_it_is_within_twelve_gigabytes(tmp_path: Path) -> None:
     assert abs(held.device - num_changed) < 0.02 * num_changed
     assert held.device + held.activations < LIMIT < held.device + 3 * held.activations
     with_attention = load_config([*words, "growth.freeze_attention=false"])
-    (more,) = training_needs(with_attention, QWEN)
+    (more,) = training_needs(with_attention, Model(QWEN))
     assert more.device > held.device + 10**9

@@ -17,7 +17,7 @@ from tritter.core.expansions import Width
 from tritter.core.families import ffn_sizes
 from tritter.core.families.discovery.family import shallow
 from tritter.core.families.discovery.twin import build_twin
-from tritter.core.models import read_config
+from tritter.core.models import read_model
 from tritter.errors import RequestError
 from tritter.methods.growth.triggers import Trigger, View
 from tritter.options import options
@@ -91,13 +91,13 @@ def test_a_model_type_without_a_table(model_type: str, initialiser: str, tmp_pat
     assert error < 1e-5 and len(set(model.neurons)) > 1
     train(model, optimizer, ids)
     model.save_pretrained(tmp_path / "grown")
-    assert ffn_sizes(read_config(tmp_path / "grown")) == tuple(model.neurons)
+    assert ffn_sizes(read_model(tmp_path / "grown").config) == tuple(model.neurons)
     assert GrowableCausalLM(tmp_path / "grown").neurons == model.neurons
     after = oracle.logits(model, ids)
     wider = Width(hidden_size=64, intermediate_size=2 * max(model.neurons), init="net2net")
     for name, request in (("deeper", "llama_pro"), ("wider", wider)):
         expand(tmp_path / "grown", request, output=tmp_path / name)
-        widths = ffn_sizes(read_config(tmp_path / name))
+        widths = ffn_sizes(read_model(tmp_path / name).config)
         expected = {2 * size if name == "wider" else size for size in model.neurons}
         assert set(widths) == expected
     for name in ("grown", "deeper", "wider"):

@@ -8,8 +8,7 @@ from tests.core.stock_routers.models import FAMILIES, tiny_moe
 from tests.methods.moe_routing.test_stages import DOMAIN, OLD, grown, moved, values
 from tritter.core.expansions import MoeAdd
 from tritter.core.expansions.specification import build_steps
-from tritter.core.families import Model
-from tritter.core.models import config_of
+from tritter.core.models import model_of
 from tritter.core.stock_routers import AddedExperts, Routing
 from tritter.errors import RequestError
 from tritter.methods.moe_routing.distill import distill_experts, soft_divergence
@@ -51,7 +50,7 @@ def test_what_data_has_to_choose_is_refused_without_data() -> None:
     with pytest.raises(RequestError, match="domain data selects"):
         ModelExpander([MoeAdd(init="best")]).expand(model)
     chosen = MoeAdd(init="best", clone_from=(3, 0, 1), noise=0.0, num_experts=1)
-    (step,) = build_steps(Model(config_of(model)), [chosen], seed=0)
+    (step,) = build_steps(model_of(model), [chosen], seed=0)
     assert step.parameter_map.tensors["layers.1.experts.4.up"].source == "layers.1.experts.0.up"
 
 

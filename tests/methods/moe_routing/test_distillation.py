@@ -13,7 +13,7 @@ from tests import oracle
 from tests.methods.moe_routing.test_stages import grown
 from tests.training.shipped import trainer_settings
 from tests.training.written import Written
-from tritter.core.families import forward_flops, training_flops
+from tritter.core.families import Model, forward_flops, training_flops
 from tritter.core.stock_routers import AddedExperts
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.methods.moe_routing.distill import DistillationModule, only_new_experts
@@ -105,8 +105,8 @@ def test_the_teacher_is_neither_saved_nor_trained_and_every_pass_is_counted(
     moved = {n for n, v in grown(noise=0.5).state_dict().items() if n not in weights}
     assert moved == {n for n in moved if n.endswith(("gate_up_proj", "down_proj"))}  # in two parts
     model, teacher = grown().config.to_dict(), oracle.tiny_llama().config.to_dict()
-    each = forward_flops(teacher) + training_flops(
-        model, is_trained=lambda t: t.expert in (4, 5), routed_to=(4, 5)
+    each = forward_flops(Model(teacher)) + training_flops(
+        Model(model), is_trained=lambda t: t.expert in (4, 5), routed_to=(4, 5)
     )
     assert result.flops == 5 * 4 * each.of(16)
     logged = list(rows(folder))

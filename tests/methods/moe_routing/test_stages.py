@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tests import oracle
 from tests.core.stock_routers.models import FAMILIES, tiny_moe
 from tritter.core.expansions import MoeAdd
-from tritter.core.models import config_of
+from tritter.core.models import model_of
 from tritter.core.stock_routers import AddedExperts, Routing
 from tritter.errors import RequestError, TritterError
 from tritter.methods.moe_routing.objective import new_expert_mass
@@ -218,4 +218,4 @@ def test_a_loss_that_is_not_finite_is_told() -> None:
         model.lm_head.weight[0, 0] = float("nan")
     with pytest.raises(TritterError, match="not finite"):
         train_new_experts(model, [4, 5], DOMAIN)
-    assert config_of(model)["num_local_experts"] == 6
+    assert model_of(model).config["num_local_experts"] == 6

@@ -49,7 +49,7 @@ from tritter.config.run_folder import (
     require_writable,
 )
 from tritter.config.schema import RunConfig
-from tritter.config.validation import known_config
+from tritter.config.validation import known_model
 from tritter.data.options import same_source_problems, text_requests
 from tritter.data.sources import check_contents
 from tritter.errors import Problem, RequestError, TritterError, brief, raise_problems
@@ -274,20 +274,20 @@ def _check_resources(plan: Plan) -> None:
     jobs = plan.jobs or plan.examples
     todo = {n: job for n, job in enumerate(jobs) if job.state is not RunState.FINISHED}
     # The shape of a Hub model is known later
-    known = {n: shape for n, job in todo.items() if (shape := known_config(job.config)) is not None}
+    known = {n: model for n, job in todo.items() if (model := known_model(job.config)) is not None}
     found: dict[int, list[Problem]] = {n: [] for n in todo}
-    for n, shape in known.items():
+    for n, model in known.items():
         config = todo[n].config
-        found[n] += memory_problems(config, shape)
+        found[n] += memory_problems(config, model)
         for number, fallback in enumerate(() if found[n] else config.fallbacks, start=1):
-            attempt_problems = memory_problems(fallback, shape)
+            attempt_problems = memory_problems(fallback, model)
             found[n] += (
                 locate_in_fallback(problem, config.gate, number) for problem in attempt_problems
             )
     _raise_job_problems(found, [job.overrides for job in jobs])
     raise_problems(
         side_by_side_problems(
-            [(todo[n].config, shape) for n, shape in known.items()],
+            [(todo[n].config, model) for n, model in known.items()],
             launcher=plan.launching.launcher,
             num_parallel=plan.launching.num_parallel,
         )

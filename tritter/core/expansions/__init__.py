@@ -13,7 +13,7 @@ from tritter.core.expansions.specification import (
     build_steps,
     check_specs,
     compose_maps,
-    target_config,
+    target_model,
 )
 from tritter.core.expansions.vocab import BoundVocab, Vocab, vocab_place
 from tritter.core.expansions.width import Width
@@ -43,6 +43,6 @@ __all__ = [
     "check_specs",
     "children_place",
     "compose_maps",
-    "target_config",
+    "target_model",
     "vocab_place",
 ]

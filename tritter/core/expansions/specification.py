@@ -76,16 +76,15 @@ class ResolvedExpansion:
         return asdict(getattr(self.spec, "options", self.spec))  # type: ignore[arg-type]
 
 
-def target_config(source_config: Config, specs: Sequence[ExpansionSpec]) -> Config:
-    """Return the config after all `specs` in order, without building any map.
+def target_model(source: Model, specs: Sequence[ExpansionSpec]) -> Model:
+    """Return the model after all `specs` in order, without building any map.
 
     Raises:
         RequestError: unknown family, or impossible targets.
     """
-    model = Model(source_config)
     for spec in specs:
-        model = _checked_target(spec, _as_needed(spec, model))
-    return model.config
+        source = _checked_target(spec, _as_needed(spec, source))
+    return source
 
 
 def is_possible(source: Model, spec: ExpansionSpec) -> bool:

@@ -10,9 +10,9 @@ from tritter.core.expansions.depth import Dus, Interpolate, Layers, LlamaPro, St
 from tritter.core.expansions.moe import Moe
 from tritter.core.expansions.moe_add import MoeAdd, sparse_layers
 from tritter.core.expansions.partners import partner_of
-from tritter.core.expansions.specification import ExpansionSpec, target_config
+from tritter.core.expansions.specification import ExpansionSpec, target_model
 from tritter.core.expansions.width import Width
-from tritter.core.families import Config, Model, ffn_size
+from tritter.core.families import Model, ffn_size
 from tritter.errors import Problem, RequestError, refused
 from tritter.limits import MAX_EXPERTS, MAX_LAYERS, MAX_WIDTH
 
@@ -23,7 +23,7 @@ _MAX_WIDTHS = 2**14  # number of hidden sizes to try; coarser beyond 10 B parame
 
 
 def reach_parameters(
-    config: Config, specs: Sequence[ExpansionSpec], target: int
+    source: Model, specs: Sequence[ExpansionSpec], target: int
 ) -> tuple[ExpansionSpec, ...]:
     """Return `specs` with the one open target set to the shape nearest to `target` parameters.
 
@@ -42,7 +42,6 @@ def reach_parameters(
         )
         raise RequestError(Problem("target_params", reason=reason))
     (spec,) = specs
-    source = Model(config)
     if target <= source.num_parameters:
         raise refused(
             "target_params",
@@ -70,8 +69,7 @@ def _nearest(
     found: list[tuple[ExpansionSpec, int]] = []
     for candidate in _candidates(source, spec):
         with suppress(RequestError):
-            grown = Model(target_config(source.config, [candidate]))
-            found.append((candidate, grown.num_parameters))
+            found.append((candidate, target_model(source, [candidate]).num_parameters))
             if found[-1][1] > target:  # candidates are sorted by size
                 break
     if not found:
@@ -135,12 +133,12 @@ def _plain(value: object) -> str:
     return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
 
 
-def growth_examples(config: Config) -> dict[str, tuple[ExpansionSpec, ...]]:
+def growth_examples(source: Model) -> dict[str, tuple[ExpansionSpec, ...]]:
     """Return size → examples of growth: to any size, then by whole copies.
 
     FFN and heads are scaled with the hidden size.
     """
-    sizes = Model(config).widened.sizes
+    sizes = source.widened.sizes
     heads, groups, hidden = sizes.num_attention_heads, sizes.num_key_value_heads, sizes.hidden_size
     ffn = ffn_size(sizes)
     kept = Width(

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tritter.core.families.dimensions import FFN_SIZES, Config, ffn_sizes, require_size
+from tritter.core.families.dimensions import FFN_SIZES, Config, require_size
 from tritter.core.families.family import Family
 from tritter.core.families.model import Model
 from tritter.core.families.tables import family_of
@@ -102,8 +102,8 @@ _DEFAULTS: Mapping[str, Config] = {
 }
 
 
-def read_config_file(folder: Path) -> Config:
-    """Return the config.json of a folder, with the defaults that its table reads.
+def read_model_file(folder: Path) -> Model:
+    """Return the model of a folder's config.json, with the defaults that its table reads.
 
     Raises:
         RequestError: the family has no table; lists those that have one.
@@ -111,9 +111,9 @@ def read_config_file(folder: Path) -> Config:
     """
     family, plain = checked_config(folder)
     with errors_as(f"{folder / 'config.json'} is not a usable config"):
-        config = _with_defaults(plain)
-        check_config(Model(config, family))
-    return with_live_sizes(family, config, folder)
+        model = Model(_with_defaults(plain, family), family)
+        check_config(model)
+    return with_live_sizes(model, folder)
 
 
 def missing_config(folder: Path) -> str:
@@ -181,15 +181,15 @@ def errors_as(what: str) -> Iterator[None]:
         ) from error
 
 
-def _with_defaults(plain: Config) -> Config:
+def _with_defaults(plain: Config, family: Family) -> Config:
     """Return a config with the defaults of optional keys that the family table reads."""
     model_type = str(plain["model_type"])
-    config = {**_DEFAULTS.get(model_type, family_of(plain).defaults), **plain}
+    config = {**_DEFAULTS.get(model_type, family.defaults), **plain}
     if model_type in ("mixtral", "qwen3_moe") and "num_experts" in config:
         config.setdefault("num_local_experts", config["num_experts"])
     if config.get("use_sliding_window", True) is False:
         config["sliding_window"] = None
-    layers = range(family_of(plain).dimensions(config).num_hidden_layers)
+    layers = range(family.dimensions(config).num_hidden_layers)
     if model_type == "smollm3" and config["no_rope_layers"] is None:
         interval: Any = config["no_rope_layer_interval"]
         config["no_rope_layers"] = [int((layer + 1) % interval != 0) for layer in layers]
@@ -306,7 +306,7 @@ def check_config(model: Model) -> None:
                 f"config.json: {key} = {brief(values)}; must be a list of num_hidden_layers = "
                 f"{layers} entries."
             )
-    _check_ffn_sizes(family, config)
+    _check_ffn_sizes(model)
     exempt = config.get("mlp_only_layers")
     exempt = () if exempt is None else exempt
     is_list = isinstance(exempt, list | tuple) and len(exempt) <= layers
@@ -337,14 +337,11 @@ def check_size(model: Model) -> None:
         )
 
 
-def with_live_sizes(
-    family: Family, config: Config, folder: Path, *, ffn_sizes: Sequence[int] | None = None
-) -> Config:
-    """Return the config of a folder with the FFN widths of its tritter.json.
+def with_live_sizes(model: Model, folder: Path, *, ffn_sizes: Sequence[int] | None = None) -> Model:
+    """Return the model of a folder with the FFN widths of its tritter.json.
 
     Args:
-        family: of the model.
-        config: of the folder's config.json.
+        model: as the folder's config.json describes it.
         folder: the checkpoint folder.
         ffn_sizes: FFN width per layer; None reads tritter.json.
 
@@ -352,37 +349,37 @@ def with_live_sizes(
         RequestError: config.json sets the widths itself.
         TritterError: tritter.json can't be read, or its widths do not match the model.
     """
-    if FFN_SIZES in config:
+    if FFN_SIZES in model.config:
         raise RequestError(
-            f"config.json: {FFN_SIZES} = {brief(config[FFN_SIZES])}; the widths of single layers "
-            f"belong in {LINEAGE_NAME}, next to a model that is padded to the widest."
+            f"config.json: {FFN_SIZES} = {brief(model.config[FFN_SIZES])}; the widths of single "
+            f"layers belong in {LINEAGE_NAME}, next to a model that is padded to the widest."
         )
     path = folder / LINEAGE_NAME
     if ffn_sizes is None and path.exists():
         ffn_sizes = read_object(path).get(FFN_SIZES)
     if not ffn_sizes:
-        return config
-    live = {**config, FFN_SIZES: ffn_sizes}
+        return model
+    live = model.changed({**model.config, FFN_SIZES: ffn_sizes})
     try:
-        _check_ffn_sizes(family, live)
+        _check_ffn_sizes(live)
     except RequestError as error:
         raise TritterError(f"{path}: {error}") from error
     return live
 
 
-def _check_ffn_sizes(family: Family, config: Config) -> None:
-    if FFN_SIZES not in config:
+def _check_ffn_sizes(model: Model) -> None:
+    if FFN_SIZES not in model.config:
         return
-    if reason := family.fixed_neurons(config):
+    if reason := model.family.fixed_neurons(model.config):
         raise RequestError(f"{FFN_SIZES}: all layers have one width: {reason}.")
-    family = family.widened(config)
-    sizes, widest = ffn_sizes(config), family.dimensions(config)
+    model = model.widened
+    sizes, widest = model.ffn_sizes, model.sizes
     layers = widest.num_hidden_layers
     are_valid = len(sizes) == layers and all(type(size) is int and size >= 1 for size in sizes)
     if not are_valid or max(sizes) != widest.intermediate_size:
         raise RequestError(
-            f"{FFN_SIZES} = {brief(config.get(FFN_SIZES))}; must be a width of at least 1 for each "
-            f"of the {layers} layers, the widest {family.sizes['intermediate_size']} = "
+            f"{FFN_SIZES} = {brief(model.config[FFN_SIZES])}; must be a width of at least 1 for "
+            f"each of the {layers} layers, the widest {model.family.sizes['intermediate_size']} = "
             f"{widest.intermediate_size}."
         )
 

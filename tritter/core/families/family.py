@@ -321,17 +321,9 @@ class Family:
 
     def count_parameters(self, config: Config) -> int:
         """Count the parameters from shapes; a tied head counts once."""
-        return sum(size for _, size in self._sizes_of_tensors(config))
-
-    def count_active_parameters(self, config: Config) -> int:
-        """Count the active parameters of a token: of the experts, those it is routed to."""
-        sizes = self.dimensions(config)
-        share = sizes.experts_per_token / sizes.num_experts if sizes.num_experts else 1.0
-        return round(
-            sum(
-                size * (share if tensor.is_per_expert else 1.0)
-                for tensor, size in self._sizes_of_tensors(config)
-            )
+        return sum(
+            times * prod(self._shape(template, dimensions))
+            for template, times, dimensions in self._multiplicities(config)
         )
 
     def attention_window(self, config: Config, layer: int) -> int | None:
@@ -354,11 +346,6 @@ class Family:
     def count_tensors(self, config: Config) -> int:
         """Count the tensors on disk, without naming them."""
         return sum(times for _, times, _ in self._multiplicities(config))
-
-    def _sizes_of_tensors(self, config: Config) -> Iterator[tuple[LogicalTensor, int]]:
-        """Yield each template, and the number of parameters of all its tensors."""
-        for template, times, dimensions in self._multiplicities(config):
-            yield template, times * prod(self._shape(template, dimensions))
 
     def _multiplicities(self, config: Config) -> Iterator[tuple[LogicalTensor, int, Dimensions]]:
         """Yield each template of a model, its number of tensors, and their sizes.

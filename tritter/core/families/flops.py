@@ -17,9 +17,8 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Literal
 
-from tritter.core.families.dimensions import Config
 from tritter.core.families.logical import LogicalTensor
-from tritter.core.families.tables import family_of
+from tritter.core.families.model import Model
 
 Loss = Literal["head", "routers"]
 IsTrained = Callable[[LogicalTensor], bool]
@@ -116,7 +115,7 @@ def everything(tensor: LogicalTensor) -> bool:
 
 
 def forward_flops(
-    config: Config,
+    model: Model,
     *,
     routed_to: Collection[int] | None = None,
     adapters: Adapters = NO_ADAPTERS,
@@ -124,15 +123,15 @@ def forward_flops(
     """Return the FLOPs of a forward pass, output head included.
 
     Args:
-        config: config.json of the model.
+        model: the model.
         routed_to: the experts that share the tokens evenly. Default: all.
         adapters: of the model.
     """
-    return _Walk(config, everything, routed_to, adapters).sum(lambda product: product.forward)
+    return _Walk(model, everything, routed_to, adapters).sum(lambda product: product.forward)
 
 
 def backward_flops(
-    config: Config,
+    model: Model,
     *,
     is_trained: IsTrained = everything,
     loss_at: Loss = "head",
@@ -142,30 +141,30 @@ def backward_flops(
     """Return the FLOPs of the backward pass of a loss.
 
     Args:
-        config: config.json of the model.
+        model: the model.
         is_trained: returns True for a trained tensor.
         loss_at: `head` for a loss of the logits, or `routers` for a loss of the router outputs,
             whose gradient skips everything above the last router.
         routed_to: see `forward_flops`.
         adapters: of the model.
     """
-    walk = _Walk(config, is_trained, routed_to, adapters)
+    walk = _Walk(model, is_trained, routed_to, adapters)
     if loss_at == "head":
         return walk.sum(lambda product: product.backward)
     return walk.sum(lambda product: product.backward * product.is_below_router)
 
 
 def training_flops(
-    config: Config,
+    model: Model,
     *,
     is_trained: IsTrained = everything,
     routed_to: Collection[int] | None = None,
     adapters: Adapters = NO_ADAPTERS,
 ) -> Flops:
     """Return the FLOPs of a forward and a backward pass; arguments as in `backward_flops`."""
-    forward = forward_flops(config, routed_to=routed_to, adapters=adapters)
+    forward = forward_flops(model, routed_to=routed_to, adapters=adapters)
     return forward + backward_flops(
-        config, is_trained=is_trained, routed_to=routed_to, adapters=adapters
+        model, is_trained=is_trained, routed_to=routed_to, adapters=adapters
     )
 
 
@@ -199,19 +198,19 @@ class _Walk:
 
     def __init__(
         self,
-        config: Config,
+        model: Model,
         is_trained: IsTrained,
         routed_to: Collection[int] | None,
         adapters: Adapters,
     ) -> None:
-        family = family_of(config)
-        is_parallel = bool(config.get(family.parallel_residual_key, False))
-        self._sizes = family.dimensions(config)
+        family = model.family
+        is_parallel = bool(model.config.get(family.parallel_residual_key, False))
+        self._sizes = model.sizes
         self._experts = range(self._sizes.num_experts) if routed_to is None else routed_to
-        self._shapes = family.shapes(config)
-        tensors = family.logical_tensors(config)
+        self._shapes = model.shapes
+        tensors = model.tensors
         self._trained = {tensor.name for tensor in tensors if is_trained(tensor)}
-        kinds = family.layer_kinds(config)
+        kinds = model.layer_kinds
         sparse = [layer for layer, kind in enumerate(kinds) if kind == "sparse"]
         self._last_sparse = f"layers.{sparse[-1]}." if sparse else ""
         self._is_below_router = bool(sparse)
@@ -223,7 +222,7 @@ class _Walk:
         stream = self._low_rank("embed", hidden, vocabulary, read=False, is_lookup=True)
         stream |= not self._trained.isdisjoint(("embed", "embed_positions"))
         for layer in range(len(kinds)):
-            window = family.attention_window(config, layer)
+            window = model.attention_window(layer)
             self._gates = self._gating(layer, hidden, stream)
             if not family.has_table:
                 own = [tensor for tensor in tensors if tensor.layer == layer]

@@ -1,8 +1,9 @@
 """A model as its config describes it: sizes, tensors with shapes, names on disk and in memory."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 from typing import Literal
 
 from tritter.core.families.dimensions import FFN_SIZES, Config, Dimensions, ffn_sizes, on_disk
@@ -13,28 +14,32 @@ from tritter.core.families.tables import family_of
 from tritter.errors import TritterError
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Model:
     """A model as its config describes it; each property is derived once, when it is first used.
 
     Args:
         config: its config.json, with `ffn_sizes` if its FFNs differ in width.
-        family: of the model. Default: that of its `model_type`.
-
-    Raises:
-        RequestError: the `model_type` is not supported; gives the reason.
+        known_family: its family, if the caller knows it.
     """
 
     config: Config
-    family: Family = field(default=None)  # type: ignore[assignment]
-    _layouts: dict[LayoutKind, tuple[StoredTensor, ...]] = field(default_factory=dict, init=False)
-
-    def __post_init__(self) -> None:
-        if self.family is None:
-            object.__setattr__(self, "family", family_of(self.config))
+    known_family: Family | None = field(default=None, repr=False, compare=False)
+    _layouts: dict[LayoutKind, tuple[StoredTensor, ...]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __repr__(self) -> str:
         return f"Model({self.model_type}, {self.num_parameters:,} parameters)"
+
+    @cached_property
+    def family(self) -> Family:
+        """The family of its `model_type`.
+
+        Raises:
+            RequestError: the `model_type` is not supported; gives the reason.
+        """
+        return self.known_family or family_of(self.config)
 
     @property
     def model_type(self) -> str:
@@ -77,7 +82,10 @@ class Model:
     @cached_property
     def num_active_parameters(self) -> int:
         """The active parameters of a token: of the experts, those it is routed to."""
-        return self.family.count_active_parameters(self.config)
+        experts = (each for each in self.tensors if each.kind.startswith("experts."))
+        routed = sum(prod(self.shapes[each.name]) for each in experts)
+        unused = 1 - self.sizes.experts_per_token / max(1, self.sizes.num_experts)
+        return round(self.num_parameters - unused * routed)
 
     @property
     def is_tied(self) -> bool:
@@ -96,6 +104,16 @@ class Model:
         keys = (usual, "n_positions", "max_seq_len")
         return next((key for key in keys if key in self.config), usual)
 
+    @property
+    def fixed_neurons(self) -> str:
+        """The reason if single layers can't get neurons; empty if they can."""
+        return self.family.fixed_neurons(self.config)
+
+    @property
+    def separates_documents(self) -> bool:
+        """Position ids that restart keep a token from reading earlier documents."""
+        return self.family.separates_documents(self.config)
+
     def attention_window(self, layer: int) -> int | None:
         """Return the sliding window of a layer in tokens, or None for full attention."""
         return self.family.attention_window(self.config, layer)
@@ -109,7 +127,28 @@ class Model:
     def changed(self, config: Config) -> "Model":
         """Return a model with another config, of the same family if the model type is the same."""
         is_same = config.get("model_type") == self.config.get("model_type")
-        return Model(config, self.family if is_same else family_of(config))
+        return Model(config, self.family if is_same else None)
+
+    def with_ffn_sizes(self, sizes: Sequence[int]) -> "Model":
+        """Return a model with the given FFN width per layer."""
+        return self.changed(self.family.with_ffn_sizes(self.config, sizes))
+
+    def with_widths_of(self, shapes: Mapping[str, tuple[int, ...]]) -> "Model":
+        """Return a model with the FFN widths of live parameters: name in memory → shape."""
+        sizes = self.family.live_ffn_sizes(self.config, shapes)
+        return self.with_ffn_sizes(sizes) if sizes else self
+
+    def with_layers(
+        self, layer_sources: Sequence[int], identities: Collection[int] | None = None
+    ) -> "Model":
+        """Return a model whose layer t is a copy of layer `layer_sources[t]`.
+
+        Args:
+            layer_sources: source layer of each target layer.
+            identities: target layers that are identities. Default: repeated layers, except the
+                first copy.
+        """
+        return self.changed(self.family.with_layers(self.config, layer_sources, identities))
 
     @cached_property
     def on_disk(self) -> "Model":

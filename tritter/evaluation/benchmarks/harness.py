@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tritter.core.families import Model
-from tritter.core.models import config_of
+from tritter.core.models import model_of
 from tritter.data.packing import reading_whole
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.benchmarks.fewshot import FEWSHOT_SEED
@@ -516,7 +515,7 @@ def max_length(model: nn.Module) -> int:
     Raises:
         RequestError: the context is too short for any question.
     """
-    length = Model(config_of(model)).position_limit or 2048
+    length = model_of(model).position_limit or 2048
     if length < 16:
         raise RequestError(
             f"the model's context length of {length} tokens is too short for any benchmark."

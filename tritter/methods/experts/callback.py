@@ -11,7 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, distributed, nn
 
 from tritter.core.families import forward_flops
-from tritter.core.models import config_of, live_shape
+from tritter.core.models import live_shape, model_of
 from tritter.data.batches import this_rank
 from tritter.data.chat import CONTEXT, ids_of
 from tritter.data.packing import IGNORED, document_mask_of, has_starts, kept_tokens, labels_of
@@ -450,7 +450,7 @@ def limit_beginnings(module: ExpertModule, batch: dict[str, Tensor]) -> None:
 
 
 def _observation_flops(module: ExpertModule, number: int, length: int) -> float:
-    return forward_flops(config_of(module.model)).of(length) * number
+    return forward_flops(model_of(module.model)).of(length) * number
 
 
 def _gather_ranks(own: Any) -> list[Any]:

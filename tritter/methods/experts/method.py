@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tritter.checkpoints.expert_files import experts_in
-from tritter.core.families import Config, Model, family_of
+from tritter.core.families import Model
 from tritter.errors import Problem
 from tritter.methods.experts.options import FIRST, AdapterOptions, DynamicOptions, Timing
 from tritter.options import RunRequest, Start
@@ -43,10 +43,9 @@ class Experts(ABC):
     def __init__(self, options: Any) -> None:
         self.options = options
 
-    def peak_rate(self, base: Config) -> float:
+    def peak_rate(self, base: Model) -> float:
         """Return the learning rate; by default 0.32 / hidden size of the base, at most 0.005."""
-        hidden_size = Model(base).sizes.hidden_size
-        return self.options.learning_rate or min(0.005, 0.32 / hidden_size)
+        return self.options.learning_rate or min(0.005, 0.32 / base.sizes.hidden_size)
 
     @classmethod
     def problems(cls, options: Any, run: RunRequest) -> Iterator[Problem]:
@@ -65,7 +64,7 @@ class Experts(ABC):
     @classmethod
     def start_problems(cls, options: Any, run: RunRequest, start: Start) -> Iterator[Problem]:
         """Yield reasons why experts can't be added to, or continued from, the starting model."""
-        family = family_of(start.source)
+        family = start.source.family
         if options.base_bits is not None and any(each.is_transposed for each in family.tensors):
             reason = f"{family.model_type} stores transposed matrices, which can't be quantised"
             yield Problem("experts.base_bits", options.base_bits, reason=reason, nearest="null")
@@ -90,14 +89,14 @@ class Experts(ABC):
             yield Problem("experts.router", router, reason=reason, nearest=files.head.router)
 
     @classmethod
-    def num_trained(cls, options: Any, config: Config) -> int:
+    def num_trained(cls, options: Any, model: Model) -> int:
         """Return the number of parameters of all adapters that a run may have, without routers.
 
         Args:
             options: the options of the group.
-            config: config.json of the base.
+            model: the base.
         """
-        model, targets = Model(config), options.targets
+        targets = options.targets
         vocab_size = model.sizes.vocab_size
         named = [(each.name.removesuffix(".weight"), each) for each in model.layout("hub")]
         sizes = [

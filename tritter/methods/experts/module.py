@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from tritter.core.families import Adapters, Flops, Gating, LowRank, forward_flops
-from tritter.core.models import config_of
+from tritter.core.models import model_of
 from tritter.data.packing import IGNORED, labels_of
 from tritter.evaluation.inference import preserve_modes
 from tritter.methods.experts.adapters import (
@@ -179,7 +179,7 @@ def step_flops_of(mixture: ExpertMixture) -> Flops:
 
 def forward_flops_of(mixture: ExpertMixture) -> Flops:
     """Return the FLOPs of reading one sequence, output head included."""
-    return forward_flops(config_of(mixture.model), adapters=_adapters_of(mixture))
+    return forward_flops(model_of(mixture.model), adapters=_adapters_of(mixture))
 
 
 def _adapters_of(mixture: ExpertMixture) -> Adapters:

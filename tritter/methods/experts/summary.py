@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tritter.checkpoints import ExpansionRecord
-from tritter.core.families import Config, Model
+from tritter.core.families import Model
 from tritter.core.models import live_shape
 from tritter.evaluation.inference import eval_mode
 from tritter.methods.experts.callback import EXPERTS
@@ -24,13 +24,13 @@ _BATCH = 8
 
 
 def expert_records(
-    before: Config, after: Config, result: FitResult, *, options: Mapping[str, Any], seed: int
+    before: Model, after: Model, result: FitResult, *, options: Mapping[str, Any], seed: int
 ) -> list[ExpansionRecord]:
     """Return the lineage record of the experts added in a training run, if there are any.
 
     Args:
-        before: config of the base at the start of the run.
-        after: config of the base at its end.
+        before: the base at the start of the run.
+        after: the base at its end.
         result: of the run.
         options: the options of `experts`, with the name.
         seed: of the run.
@@ -45,9 +45,9 @@ def expert_records(
         method=options["name"],
         options={**options, "spawned": born},
         seed=seed,
-        source_config=after,
-        target_config=after,
-        layer_sources=tuple(range(Model(after).sizes.num_hidden_layers)),
+        source_config=after.config,
+        target_config=after.config,
+        layer_sources=tuple(range(after.sizes.num_hidden_layers)),
         map_digest=sha256(" ".join(born).encode()).hexdigest(),
         claims_exact=True,  # a new expert has zero output
         step0_error=0.0,

@@ -204,7 +204,7 @@ class Distill(ForgettingMethod):
         """
         import torch
 
-        from tritter.core.models import config_of  # imports transformers, so not at the top
+        from tritter.core.models import model_of  # imports transformers, so not at the top
 
         assert self._teacher is not None
         of_batch, length = batch["input_ids"], batch["input_ids"].shape[1]
@@ -215,7 +215,7 @@ class Distill(ForgettingMethod):
         input_ids, reading = of_batch[rows], forward_options(batch, rows)
         mask = reading.get("attention_mask")
         lengths = lengths_read(model, input_ids, mask)
-        self._flops += forward_flops(config_of(self._teacher)).of_all(lengths)
+        self._flops += forward_flops(model_of(self._teacher)).of_all(lengths)
         tokens = torch.arange(length, device=rows.device)
         positions = (length * rows[:, None] + tokens).flatten()
         kept = kept_tokens(model, input_ids, mask)

@@ -196,12 +196,12 @@ class EWC(QuadraticPenalty):
 
     def _flops(self, model: nn.Module, sequences: Tensor) -> float:
         """Return the FLOPs of the gradients of a training step, without the update."""
-        from tritter.core.models import config_of  # imports transformers, so not at the top
+        from tritter.core.models import model_of  # imports transformers, so not at the top
 
-        config = config_of(model)
-        flops = training_flops(config)
+        whole = model_of(model)
+        flops = training_flops(whole)
         if self.options.estimator == "true":  # sampling labels takes another forward pass
-            flops += forward_flops(config)
+            flops += forward_flops(whole)
         return flops.of_all(lengths_of(document_mask_of(model), sequences))
 
 

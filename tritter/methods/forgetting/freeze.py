@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from tritter.core.families import Config, LogicalTensor, Model, ParameterSelection, family_of
+from tritter.core.families import LogicalTensor, Model, ParameterSelection
 from tritter.errors import Problem, RequestError
 from tritter.options import Count, RunRequest, Start, Text, options
 from tritter.training import ForgettingMethod, Needs, Task
@@ -153,7 +153,7 @@ class Freeze(ForgettingMethod):
         if options.old_rows and not any(spec.expansion_type == "vocab" for spec in specs):
             reason = "no expansion adds rows; choose expansion=vocab, or set layers to embeddings"
             yield Problem(f"{_KEY}.old_rows", True, reason=reason)
-        family = family_of(start.trained[-1])
+        family = start.trained[-1].family
         if options.old_experts and not (family.has_experts and family.has_table):
             reason = "the model is dense, or its family has no table; set layers instead"
             yield Problem(f"{_KEY}.old_experts", True, reason=reason)
@@ -162,16 +162,16 @@ class Freeze(ForgettingMethod):
             yield Problem(f"{_KEY}.layers", options.layers, reason=reason)
 
     @classmethod
-    def num_frozen(cls, options: Any, trained: Config, before: Config, run: RunRequest) -> int:
+    def num_frozen(cls, options: Any, trained: Model, before: Model, run: RunRequest) -> int:
         if options.until is not None:
             return 0
-        selection, shapes, frozen = options.selection, Model(trained).shapes, 0
+        selection, shapes, frozen = options.selection, trained.shapes, 0
         appends = any(getattr(spec, "is_append", False) for spec in run.expansion)
         for tensor, is_tied in _tensors(trained):
             is_frozen = selection is not None and selection.has(tensor, is_tied=is_tied)
             if is_frozen or (options.old_experts and tensor.is_per_expert and not appends):
                 frozen += prod(shapes[tensor.name])
-        return max(frozen, Model(before).num_parameters) if options.new_only else frozen
+        return max(frozen, before.num_parameters) if options.new_only else frozen
 
     @classmethod
     def needs(cls, options: Any) -> Needs:
@@ -262,9 +262,8 @@ class Freeze(ForgettingMethod):
             del self._partly_frozen[name], self._values[name]
 
 
-def _unfreezable_reason(selection: ParameterSelection, grown: tuple[Config, ...]) -> str:
-    smallest = grown[0]
-    layers = Model(smallest).sizes.num_hidden_layers
+def _unfreezable_reason(selection: ParameterSelection, grown: tuple[Model, ...]) -> str:
+    layers = grown[0].sizes.num_hidden_layers
     if selection.last_layer >= layers:
         which = "smallest trained model" if len(grown) > 1 else "trained model"
         return f"the {which} has {layers} layers; allowed are 0 to {layers - 1}"
@@ -278,8 +277,8 @@ def _unfreezable_reason(selection: ParameterSelection, grown: tuple[Config, ...]
     return ""
 
 
-def _tensors(config: Config) -> Iterator[tuple[LogicalTensor, bool]]:
+def _tensors(model: Model) -> Iterator[tuple[LogicalTensor, bool]]:
     """Yield each tensor of a model, and whether the head is tied."""
-    tensors = Model(config).tensors
+    tensors = model.tensors
     is_tied = all(tensor.kind != "head" for tensor in tensors)
     yield from ((tensor, is_tied) for tensor in tensors)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from tritter.core.families import Model, forward_flops
+from tritter.core.families import forward_flops
 from tritter.data.batches import BatchStream
 from tritter.data.chat import ANSWER, ids_of
 from tritter.data.packing import document_mask_of, inputs_for
@@ -394,11 +394,10 @@ class SelfReplay(ForgettingMethod):
         return -(-num_texts // _AT_ONCE) * (per_text * length // parts), min(num_texts, _AT_ONCE)
 
     def prepare(self, preparation: Preparation) -> Prepared:
-        from tritter.core.models import config_of  # imports transformers, so not at the top
+        from tritter.core.models import model_of  # imports transformers, so not at the top
 
-        config, options = config_of(preparation.model), self.options
-        length = preparation.sequence_length
-        vocab_size = Model(config).sizes.vocab_size
+        model, options = model_of(preparation.model), self.options
+        length, vocab_size = preparation.sequence_length, model.sizes.vocab_size
         count, (per_text, parts) = options.num_sequences, _text_lengths(options, length)
         preparation.log(f"the model generates {count} sequences of {length} tokens")
         written = write_text(
@@ -418,7 +417,7 @@ class SelfReplay(ForgettingMethod):
             nats=written.nats.view(count, parts).mean(dim=1),
         )
         filtered = self.filter_sequences(written, vocab_size=vocab_size)
-        flops, kept = forward_flops(config), filtered.kept
+        flops, kept = forward_flops(model), filtered.kept
         return Prepared(
             written=kept,
             flops=-(-count * parts // per_text)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from tritter.core.families import Model
 from tritter.errors import RequestError
 
 if TYPE_CHECKING:
@@ -111,9 +110,9 @@ def ffn_blocks(model: nn.Module) -> tuple[FfnBlock, ...]:
     """
     import torch
 
-    from tritter.core.models import config_of
+    from tritter.core.models import model_of
 
-    shapes = Model(config_of(model))
+    shapes = model_of(model)
     if reason := shapes.family.fixed_neurons(shapes.config):
         raise RequestError(f"growth: {reason}.")
     shapes = shapes.widened

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tritter.core.families import forward_flops
-from tritter.core.models import config_of
+from tritter.core.models import model_of
 from tritter.data.packing import lengths_read
 from tritter.evaluation.jump import logits_of
 from tritter.methods.growth.blocks import (
@@ -231,4 +231,4 @@ class NeuronGrowthCallback(Callback):
 
 def _reading_flops(model: nn.Module, input_ids: Tensor) -> float:
     """Return the FLOPs of reading sequences [B, T]."""
-    return forward_flops(config_of(model)).of_all(lengths_read(model, input_ids))
+    return forward_flops(model_of(model)).of_all(lengths_read(model, input_ids))

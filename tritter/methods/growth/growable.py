@@ -18,7 +18,7 @@ from tritter.checkpoints import ExpansionRecord, Lineage, Source
 from tritter.checkpoints.expert_files import refuse_experts
 from tritter.checkpoints.folder import SmallFiles
 from tritter.checkpoints.location import check_output
-from tritter.core.models import config_of, load_model, read_config
+from tritter.core.models import load_model, model_of, read_model
 from tritter.errors import Problem, RequestError, nearest, raise_problems
 from tritter.methods.growth.blocks import FfnBlock, freeze_all_but_ffns
 from tritter.methods.growth.grower import Grower, Growth, growth_record, map_digest
@@ -520,7 +520,7 @@ class GrowableCausalLM(Growable, nn.Module):
                 )
         self._is_enabled = enable_growth
         self._loop = PlainLoop(self.model, grower, is_watched=enable_growth)
-        self._start = config_of(self.model)
+        self._start = model_of(self.model)
         if freeze_attention:
             freeze_all_but_ffns(self.model)
         for block in grower.blocks if enable_growth else ():
@@ -548,7 +548,7 @@ class GrowableCausalLM(Growable, nn.Module):
         target, origin = named_path(folder, key="folder"), self._folder
         sources = () if origin is None else (origin,)
         check_output(target, sources=sources, overwrite=overwrite)
-        known, grower, journal = config_of(self.model), self._loop.grower, self._loop.journal
+        known, grower, journal = model_of(self.model), self._loop.grower, self._loop.journal
         records: tuple[ExpansionRecord, ...] = ()
         if journal:
             record = growth_record(
@@ -591,7 +591,7 @@ def _lineage(origin: Path | None, target: Path, records: tuple[ExpansionRecord, 
             file_digests={},
             expansion_history=records,
         )
-    source = Source.open(origin, read_config(origin))
+    source = Source.open(origin, read_model(origin))
     parent, digests = source.lineage, source.read_digests()
     parent_hash = merkle_hash(digests)
     return Lineage(

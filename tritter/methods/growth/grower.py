@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tritter.checkpoints import ExpansionRecord
-from tritter.core.families import Config, Model, Port
-from tritter.core.models import config_of
+from tritter.core.families import Model, Port
+from tritter.core.models import model_of
 from tritter.core.parameter_map import AxisFactor, AxisMap, Fill, ParameterMap, TensorMap
 from tritter.core.parameter_map.tensor_map import NO_SOURCE
 from tritter.methods.growth.blocks import FFN, ActivationProbe, FfnBlock, ffn_blocks
@@ -59,7 +59,7 @@ class LayerGrowth:
 
 def growth_change(model: nn.Module, growths: Mapping[int, LayerGrowth]) -> Change:
     """Return the change of a live model whose FFNs get new neurons."""
-    source = Model(config_of(model)).widened
+    source = model_of(model).widened
     family, logical, layers = source.family, source.tensors, source.sizes.num_hidden_layers
     widths = [*(source.ffn_sizes or [source.sizes.intermediate_size] * layers)]
     maps = dict(ParameterMap.identity([t.name for t in logical], num_layers=len(widths)).tensors)
@@ -80,7 +80,7 @@ def growth_change(model: nn.Module, growths: Mapping[int, LayerGrowth]) -> Chang
             maps[tensor.name] = TensorMap(source=tensor.name, axes=axes, fill=fill)
         widths[layer] += growth.born
     parameter_map = ParameterMap(maps, tuple(range(len(widths))))
-    target = source.changed(family.with_ffn_sizes(source.config, widths))
+    target = source.with_ffn_sizes(widths)
     return Change.of(parameter_map, source, target)
 
 
@@ -738,8 +738,8 @@ def map_digest(journal: Iterable[Entry]) -> str:
 
 
 def growth_record(
-    before: Config,
-    after: Config,
+    before: Model,
+    after: Model,
     *,
     options: Mapping[str, Any],
     seed: int,
@@ -750,8 +750,8 @@ def growth_record(
     """Return the lineage record of the growth in one training run.
 
     Args:
-        before: config at the start of the run.
-        after: config at its end.
+        before: the model at the start of the run.
+        after: the model at its end.
         digest: checksum of all maps.
         is_exact: True if every event claims to preserve the function.
         function_change: the largest measured change.
@@ -762,9 +762,9 @@ def growth_record(
         method=GROWTH,
         options=options,
         seed=seed,
-        source_config=before,
-        target_config=after,
-        layer_sources=tuple(range(Model(after).sizes.num_hidden_layers)),
+        source_config=before.config,
+        target_config=after.config,
+        layer_sources=tuple(range(after.sizes.num_hidden_layers)),
         map_digest=digest,
         claims_exact=is_exact,
         step0_error=function_change,

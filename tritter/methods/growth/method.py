@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from tritter.core.families import Config, Model
+from tritter.core.families import Model
 from tritter.errors import Problem
 from tritter.methods.growth.blocks import freeze_all_but_ffns
 from tritter.methods.growth.triggers import GrowthOptions, Timing
@@ -58,9 +58,8 @@ class NeuronGrowth:
         cls, options: GrowthOptions, run: RunRequest, start: Start
     ) -> Iterator[Problem]:
         """Yield the reasons why the trained model can't grow."""
-        grown = start.trained[-1]
-        model = Model(grown)
-        if reason := model.family.fixed_neurons(grown):
+        model = start.trained[-1]
+        if reason := model.fixed_neurons:
             yield Problem("growth", cls.__name__, reason=f"{reason}, or growth=none")
             return
         layers, steps = model.sizes.num_hidden_layers, run.training.max_steps
@@ -69,11 +68,11 @@ class NeuronGrowth:
             yield Problem("growth.trigger", name, reason=reason)
 
     @classmethod
-    def num_frozen(cls, options: GrowthOptions, trained: Config) -> int:
+    def num_frozen(cls, options: GrowthOptions, trained: Model) -> int:
         """Return the number of parameters that growth freezes until the end of training."""
         if not options.freeze_attention:
             return 0
-        model = Model(trained).widened
+        model = trained.widened
         neurons = (each.name for each in model.tensors if model.family.ffn_part(each))
         return model.num_parameters - sum(prod(model.shapes[name]) for name in neurons)
 

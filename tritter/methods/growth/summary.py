@@ -4,18 +4,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tritter.checkpoints import ExpansionRecord
-from tritter.core.families import Config
+from tritter.core.families import Model
 from tritter.methods.growth.grower import GROWTH, growth_record
 from tritter.training import FitResult
 
 
 def growth_records(
-    before: Config, after: Config, result: FitResult, *, options: Mapping[str, Any], seed: int
+    before: Model, after: Model, result: FitResult, *, options: Mapping[str, Any], seed: int
 ) -> list[ExpansionRecord]:
     """Return the lineage record of the growth in one training run, if there was any.
 
     Args:
-        before: config at the start of the run; `after`: at its end.
+        before: the model at the start of the run; `after`: at its end.
         options: the options of `growth`.
     """
     report = result.reports[GROWTH]

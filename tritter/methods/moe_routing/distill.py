@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tritter.core.families import forward_flops
-from tritter.core.models import config_of
+from tritter.core.models import model_of
 from tritter.core.stock_routers import Routing
 from tritter.data.packing import kept_tokens
 from tritter.errors import RequestError
@@ -83,7 +83,7 @@ class DistillationModule(BaseModule):
         return TaskLoss(soft_divergence(*both, temperature=self.temperature), student_logits)
 
     def step_flops(self) -> StepFlops:
-        flops = forward_flops(config_of(self._teacher[0]))
+        flops = forward_flops(model_of(self._teacher[0]))
         return StepFlops(flops + flops_of_sequence(self.model, routed_to=self.new_experts))
 
 
@@ -118,7 +118,7 @@ def distill_experts(
         RequestError: the experts don't exist or are too few, or the vocabularies differ.
     """
     experts = check_experts(model, new_expert_indices)
-    vocabularies = [config_of(each)["vocab_size"] for each in (model, teacher)]
+    vocabularies = [model_of(each).config["vocab_size"] for each in (model, teacher)]
     if vocabularies[0] != vocabularies[1]:
         raise RequestError(
             f"expansion.moe_add.teacher has a vocabulary of {vocabularies[1]} tokens, and the "

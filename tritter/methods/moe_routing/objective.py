@@ -17,7 +17,7 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from tritter.core.families import backward_flops, forward_flops
-from tritter.core.models import config_of
+from tritter.core.models import model_of
 from tritter.core.stock_routers import Record, Routing
 from tritter.data.batches import this_rank
 from tritter.data.packing import document_mask_of, lengths_of
@@ -74,8 +74,9 @@ class OldRouting:
                 model(input_ids=batch.long().to(device), use_cache=False)
                 for layer, record in zip(seen, routing.recorded(), strict=True):
                     layer.append(record.probabilities.view(*batch.shape, -1).cpu())
-        config = config_of(model)
-        flops = forward_flops(config).of_all(lengths_of(document_mask_of(model), sequences))
+        flops = forward_flops(model_of(model)).of_all(
+            lengths_of(document_mask_of(model), sequences)
+        )
         return cls(sequences, tuple(torch.cat(layer) for layer in seen), batch_size, flops)
 
     def rows(self, step: int) -> Tensor:
@@ -181,9 +182,9 @@ class RoutingObjective(SideLoss):
     def step_flops(self, model: nn.Module) -> float:
         if self._old is None:
             return 0.0
-        config, trained = config_of(model), trained_tensors(model)
-        flops = forward_flops(config) + backward_flops(
-            config, is_trained=lambda tensor: tensor.name in trained, loss_at="routers"
+        whole, trained = model_of(model), trained_tensors(model)
+        flops = forward_flops(whole) + backward_flops(
+            whole, is_trained=lambda tensor: tensor.name in trained, loss_at="routers"
         )
         # Each process reads the same old data, which is counted once; the mean over all of it
         sequences = self._old.sequences

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from tritter.checkpoints.location import teacher_problems
-from tritter.core.expansions import target_config
-from tritter.core.families import SIGMOID_ROUTERS, Config, family_of
+from tritter.core.expansions import target_model
+from tritter.core.families import SIGMOID_ROUTERS, Model
 from tritter.errors import Problem, show
 from tritter.options import Count, RunRequest, options
 from tritter.targets import values_of
@@ -54,15 +54,15 @@ _ROUTER_KEYS = ("router_epochs", "router_max_steps", "router_learning_rate", "en
 _ADDED_EXPERTS_FILE = Path("state", "router.json")
 
 
-def expert_problems(config: RunRequest, source: Config) -> Iterator[Problem]:
+def expert_problems(config: RunRequest, source: Model) -> Iterator[Problem]:
     """Yield keys of `moe_routing` and `adaptation` that would have no effect, or a wrong one.
 
     Args:
         config: the run.
-        source: config.json of the starting model.
+        source: the starting model.
     """
-    has_experts = family_of(source).has_experts
-    target = family_of(target_config(source, config.expansion))
+    has_experts = source.family.has_experts
+    target = target_model(source, config.expansion).family
     is_known = target.has_table or target.model_type in SIGMOID_ROUTERS
     if not (target.has_experts and is_known):
         reason = "the model is dense and has no routers; use expansion=moe"

@@ -22,8 +22,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from tritter.core.expansions import MoeAdd
-from tritter.core.families import LogicalTensor, Model
-from tritter.core.models import config_of
+from tritter.core.families import LogicalTensor
+from tritter.core.models import model_of
 from tritter.core.stock_routers import AddedExperts, Routing
 from tritter.data.packing import labels_of, marks_read
 from tritter.data.sources import noted_documents
@@ -513,7 +513,7 @@ def separate_experts(model: nn.Module, first_new: int) -> Iterator[SeparateExper
 
 def shared_names(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the parameters that all experts of a layer share."""
-    stored = Model(config_of(model)).layout("live")
+    stored = model_of(model).layout("live")
     return tuple(tensor.name for tensor in stored if tensor.is_of_experts)
 
 
@@ -661,7 +661,7 @@ class ProgressiveMoE:
             )
         path = str(Path(path).expanduser().resolve())
         documents = noted_documents([path], key="domain_data_path")
-        limit = Model(config_of(model)).position_limit
+        limit = model_of(model).position_limit
         sequences = pack(
             tokenise(documents, self.tokenizer),
             sequence_length=min(MAX_SEQUENCE_LENGTH, limit or MAX_SEQUENCE_LENGTH),

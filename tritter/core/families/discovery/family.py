@@ -332,17 +332,6 @@ class DiscoveredFamily(Family):
             return sum(map(prod, self.shapes(config).values()))
         return sum(map(prod, skeleton(key_of(config)).disk.values()))
 
-    def count_active_parameters(self, config: Config) -> int:
-        sizes = self.dimensions(config)
-        share = sizes.experts_per_token / sizes.num_experts if sizes.num_experts else 1.0
-        shapes = self.shapes(config)
-        return round(
-            sum(
-                prod(shapes[tensor.name]) * (share if tensor.kind.startswith("experts.") else 1.0)
-                for tensor in self.logical_tensors(config)
-            )
-        )
-
     def count_tensors(self, config: Config) -> int:
         return len(skeleton(key_of(config)).disk)
 
