@@ -98,7 +98,9 @@ def write_texts(options: Any) -> None:
             f"{row['question']}\n{row['answer']}"
             for row in rows_of(options.data / "gsm8k" / "train.jsonl.gz")
         ),
-        "spanish": passages(text_of(options.data / "text/gutenberg/don_quijote_es.txt.gz"), "\n\n"),
+        "spanish": passages(
+            text_of(options.data / "text/gutenberg/don_quijote_es.txt.gz"), "\r\n\r\n"
+        ),
         "wikitext": re.split(
             r"(?m)^(?= = [^=].*[^=] = $)", text_of(options.data / "wikitext2" / "valid.txt.gz")
         ),

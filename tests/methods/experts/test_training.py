@@ -24,6 +24,7 @@ from tritter.data.batches import BatchStream, SequenceStream
 from tritter.data.chat import ids_of
 from tritter.data.packing import IGNORED, DocumentMask, labels_of, read_marks
 from tritter.data.tokens import TextBounds
+from tritter.methods.experts import callback
 from tritter.methods.experts.callback import BaseData, ExpertCallback, limit_beginnings
 from tritter.methods.experts.method import DynamicExperts
 from tritter.methods.experts.module import ExpertModule
@@ -215,6 +216,21 @@ def test_what_the_base_predicts_better_than_old_text_gets_an_expert_too(tmp_path
     _, result = train(tmp_path, stream="aaaaoa", base=base)
     spawned = [event for event in result.reports["experts"]["events"] if event["kind"] == "spawned"]
     assert [(event["expert"], event["step"]) for event in spawned] == [("expert_1", 2)]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_batches_are_observed_in_the_precision_of_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    seen: list[bool] = []
+
+    def spy(*given: Any, **named: Any) -> Any:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return observe(*given, **named)
+
+    monkeypatch.setattr(callback, "observe", spy)
+    train(tmp_path, stream="aa", settings=replace(ONE, precision=precision))
+    assert set(seen) == {precision == "bf16-mixed"}
 
 
 class Moves(Callback):

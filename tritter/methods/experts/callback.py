@@ -164,9 +164,8 @@ class ExpertCallback(Callback):
         count = int(exemplars.owed)
         rows = exemplars.sample(count * rank.count, without=self.registry.active)
         positions = (~is_old).nonzero().flatten()
-        positions = positions[
-            len(positions) - min(count, len(positions) // 2) :
-        ]  # at least half of the new rows stay
+        most = min(count, len(positions) // 2)  # at least half of the new rows stay
+        positions = positions[len(positions) - most :]
         exemplars.owed -= count if len(rows) else 0  # equal in every process
         if len(rows) and len(positions):
             ids, is_old = ids.clone(), is_old.clone()
@@ -421,7 +420,7 @@ def _observe(module: ExpertModule, ids: Tensor) -> Observation:
     kept = kept_tokens(module.model, ids)
     mask = None if kept is None else kept.long()
     labels = labels_of(module.model, ids) if has_starts(module.model) else None
-    with module.mixture.off():
+    with module.mixture.off(), module.trainer.precision_plugin.forward_context():
         return observe(module.model, ids_of(ids), mask, labels=labels)
 
 
