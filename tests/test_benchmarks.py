@@ -30,6 +30,7 @@ from experiments.benchmarks import (
 )
 from experiments.jobs import rows_of
 from tests.methods.novelty.factories import centre_of, drawn
+from tritter.core.families import Model
 from tritter.data.corpus import Corpus, build_corpus
 from tritter.data.documents import documents_of
 from tritter.methods.moe_routing.objective import RoutingSettings
@@ -340,7 +341,7 @@ def test_depth_by_choice_runs_every_arm_and_is_summarised(
 @pytest.mark.full
 def test_importances_and_predicted_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     experiment = importlib.import_module(f"experiments.{DEPTH_BY_CHOICE}.depth_by_choice")
-    model = experiment.new_model({**experiment.CONFIG, "initializer_range": 0.1}, seed=0)
+    model = experiment.new_model(Model({**experiment.CONFIG, "initializer_range": 0.1}), seed=0)
     rows = torch.randint(3, 1000, (4, 16), generator=torch.Generator().manual_seed(0))
     for branch in (model.model.layers[2].self_attn.o_proj, model.model.layers[2].mlp.down_proj):
         branch.weight.data.zero_()
@@ -583,7 +584,7 @@ def test_ligo_starts_at_the_expansion_and_is_compared_at_equal_flops(
 def test_a_step_on_the_operators_lowers_the_loss_of_the_grown_model() -> None:
     experiment = importlib.import_module(f"experiments.{LIGO}.ligo")
     config = sys.modules["compute_arms"].small_config(experiment.Size(), vocab_size=64)
-    small = experiment.new_model(config, seed=0)
+    small = experiment.new_model(Model(config), seed=0)
     batch = torch.arange(64).view(2, 32)
     for growth in experiment.growths():
         if growth.init:
