@@ -153,8 +153,7 @@ def test_a_sample_reads_each_token_once(tmp_path: Path, places: tuple[str, ...])
     long, _ = run(tmp_path / "long", *words, "evaluation.sample_tokens=5")
     none, _ = run(tmp_path / "none", *words, "evaluation.sample_tokens=0")
     reported = long["flops"]["evaluate"] - none["flops"]["evaluate"]
-    config = read_model(tmp_path / "long/checkpoint").config
-    forward = counting.forward_flops(config)
+    forward = counting.forward_flops(read_model(tmp_path / "long/checkpoint"))
     # Two domains, two models; 1 + 24 + up to 4 of 5 tokens
     assert 4 * forward.of(25) <= reported <= 4 * forward.of(29)
 
