@@ -182,7 +182,8 @@ def test_what_is_new_gets_an_expert_and_is_known_again(tmp_path: Path) -> None:
         ("expert_2", 10),
     ]
     assert spawned[1]["similarity"].keys() == {"old", "expert_1"}
-    assert spawned[0]["score"] > spawned[0]["threshold"] == 3
+    assert spawned[0]["threshold"] == pytest.approx(3 * (BATCH / 16) ** 0.5)
+    assert spawned[0]["score"] > 3
     assert report["batches"]["idle"] == 4, "two batches of each new skill, while that is decided"
     assert [each for each in kinds(result) if each[0] == "mature"] == [
         ("mature", "expert_1"),

@@ -54,6 +54,18 @@ def test_two_in_a_row_above_six_are_new():
     assert kinds(three, [9, 9, 9]) == ["unsure", "unsure", "new"]
 
 
+@pytest.mark.parametrize(("batch", "threshold"), [(32, 6), (16, 6), (8, 18**0.5), (4, 3), (2, 3)])
+def test_means_of_small_batches_deviate_more(
+    generator: torch.Generator, batch: int, threshold: float
+) -> None:
+    """The same change of a skill is fewer deviations of the mean of fewer sequences."""
+    seen = [drawn(generator=generator, batch=batch) for _ in range(31)]
+    for detector, expected in zip(DETECTORS, (threshold, threshold, 0.5), strict=True):
+        made = NoveltyDetector(detector=detector)
+        made.add("prose", seen[:30], is_base=True)
+        assert made.observe(seen[30]).threshold == pytest.approx(expected)
+
+
 def test_a_decision_rests_on_enough_samples():
     assert kinds(by_loss(), [30] * 5, batch=8) == ["unsure"] * 3 + ["new"] + ["unsure"]
     many = by_loss(NoveltyOptions(min_samples=64))

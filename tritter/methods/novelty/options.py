@@ -45,7 +45,8 @@ class NoveltyOptions:
     moving_average: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
-_THRESHOLD = 6.0  # deviations of batch means
+_THRESHOLD = 6.0  # deviations of the means of batches of 16 sequences or more
+_FULL_BATCH, _LEAST_SHARE = 16, 0.5  # means of smaller batches deviate more for the same reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -72,6 +73,7 @@ class Detector(ABC):
     """Base class of detectors; subclass it as a record of options to add your own."""
 
     name: ClassVar[str] = ""  # key in `DETECTORS` of built-in detectors
+    is_in_deviations: ClassVar[bool] = False  # its novelty is in deviations of batch means
 
     @abstractmethod
     def against(self, seen: Observation, library: SkillLibrary) -> Mapping[str, Tensor]:
@@ -96,10 +98,11 @@ class Detector(ABC):
         by_skill = {name: float(values.mean()) for name, values in against.items()}
         nearest = min(by_skill, key=by_skill.__getitem__)
         samples = self.samples_against(seen, library)
+        share = max(_LEAST_SHARE, min(1.0, math.sqrt(len(seen) / _FULL_BATCH)))
         return Scores(
             values=against[nearest],
             samples=torch.stack(list(samples.values())).amin(dim=0),
-            threshold=self.limit(library),
+            threshold=self.limit(library) * (share if self.is_in_deviations else 1.0),
             nearest=nearest,
             by_skill=by_skill,
         )
@@ -110,6 +113,7 @@ class MahalanobisNovelty(Detector):
     """Z-score of the Mahalanobis distance of a batch's mean features from each known skill."""
 
     name: ClassVar[str] = "mahalanobis"
+    is_in_deviations: ClassVar[bool] = True
 
     threshold: Annotated[float, Field(gt=0)] = _THRESHOLD
 
@@ -136,6 +140,7 @@ class LossNovelty(Detector):
     """
 
     name: ClassVar[str] = "loss"
+    is_in_deviations: ClassVar[bool] = True
 
     threshold: Annotated[float, Field(gt=0)] = _THRESHOLD
     with_features: bool = True
