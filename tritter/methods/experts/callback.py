@@ -275,12 +275,8 @@ class ExpertCallback(Callback):
 
     def _assign_expert(self, trainer: Trainer, module: ExpertModule, novel: Novel) -> None:
         """Assign an expert to a new skill: a new expert if there is room, else the nearest."""
-        registry, options, mixture, model = (
-            self.registry,
-            self.registry.options,
-            module.mixture,
-            module.model,
-        )
+        registry, mixture, model = self.registry, module.mixture, module.model
+        options = registry.options
         skill = self._skill or f"skill_{len(registry.expert_of)}_{trainer.global_step}"
         limit, first = options.max_trainable_parameters, mixture.adapters[0]
         new = _size(model, first) // shape_of(model, first).rank * self._shape.rank

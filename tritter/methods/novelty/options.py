@@ -46,7 +46,7 @@ class NoveltyOptions:
 
 
 _THRESHOLD = 6.0  # deviations of the means of batches of 16 sequences or more
-_FULL_BATCH, _LEAST_SHARE = 16, 0.5  # means of smaller batches deviate more for the same reason
+_LEAST_SHARE = 0.5  # of the threshold, for small batches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -73,7 +73,7 @@ class Detector(ABC):
     """Base class of detectors; subclass it as a record of options to add your own."""
 
     name: ClassVar[str] = ""  # key in `DETECTORS` of built-in detectors
-    is_in_deviations: ClassVar[bool] = False  # its novelty is in deviations of batch means
+    full_batch: ClassVar[int] = 1  # sequences from which on the limit holds; 16 for z-scores
 
     @abstractmethod
     def against(self, seen: Observation, library: SkillLibrary) -> Mapping[str, Tensor]:
@@ -98,11 +98,11 @@ class Detector(ABC):
         by_skill = {name: float(values.mean()) for name, values in against.items()}
         nearest = min(by_skill, key=by_skill.__getitem__)
         samples = self.samples_against(seen, library)
-        share = max(_LEAST_SHARE, min(1.0, math.sqrt(len(seen) / _FULL_BATCH)))
+        share = max(_LEAST_SHARE, min(1.0, math.sqrt(len(seen) / self.full_batch)))
         return Scores(
             values=against[nearest],
             samples=torch.stack(list(samples.values())).amin(dim=0),
-            threshold=self.limit(library) * (share if self.is_in_deviations else 1.0),
+            threshold=share * self.limit(library),
             nearest=nearest,
             by_skill=by_skill,
         )
@@ -113,7 +113,7 @@ class MahalanobisNovelty(Detector):
     """Z-score of the Mahalanobis distance of a batch's mean features from each known skill."""
 
     name: ClassVar[str] = "mahalanobis"
-    is_in_deviations: ClassVar[bool] = True
+    full_batch: ClassVar[int] = 16  # means of fewer sequences deviate more
 
     threshold: Annotated[float, Field(gt=0)] = _THRESHOLD
 
@@ -140,7 +140,7 @@ class LossNovelty(Detector):
     """
 
     name: ClassVar[str] = "loss"
-    is_in_deviations: ClassVar[bool] = True
+    full_batch: ClassVar[int] = 16  # means of fewer sequences deviate more
 
     threshold: Annotated[float, Field(gt=0)] = _THRESHOLD
     with_features: bool = True
