@@ -219,6 +219,18 @@ def test_what_the_base_predicts_better_than_old_text_gets_an_expert_too(tmp_path
     assert [(event["expert"], event["step"]) for event in spawned] == [("expert_1", 2)]
 
 
+@pytest.mark.full
+@pytest.mark.parametrize(("steps", "batches"), [(8, 2), (14, 8), (34, 15)])
+def test_a_new_skill_is_measured_again_as_its_batches_come(
+    tmp_path: Path, steps: int, batches: int
+) -> None:
+    """Its burst has few: their deviation says little of what is usual for the skill."""
+    module, _ = train(tmp_path, stream="a" * steps)
+    library = module.mixture.extra["roster"]["detector"]["library"]
+    (found,) = (skill for skill in library["skills"] if skill["name"] == "expert_1")
+    assert found["loss"]["batches"] == batches
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_batches_are_observed_in_the_precision_of_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str

@@ -112,8 +112,8 @@ class ExpertCallback(Callback):
                 if registry.detector is not None:
                     seen = [_observe(module, ids.to(module.device).long()) for ids in batches]
                     registry.detector.add(domain, seen, is_base=True)
-                    for ids in batches:
-                        work_of(trainer).flops += _observation_flops(module, *ids.shape)
+                    spent = (_observation_flops(module, *ids.shape) for ids in batches)
+                    work_of(trainer).flops += sum(spent)
         self.registry.sync_with(_module(pl_module).mixture.adapters)
 
     def on_train_batch_start(

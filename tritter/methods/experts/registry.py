@@ -22,6 +22,7 @@ from tritter.methods.novelty.statistics import CALIBRATION_BATCHES
 _USAGE_DECAY = 0.98
 
 Stall = Literal["", "widen", "freeze"]
+_RECALIBRATED_AT = (8, 15, CALIBRATION_BATCHES)  # batches of a new skill
 
 
 @dataclass(slots=True, kw_only=True)
@@ -103,19 +104,18 @@ class ExpertRegistry:
         expert = self.expert_of.get(decision.skill, FIRST)
         if decision.kind == "new":
             self.novel = Novel(
-                decision=decision,
-                sequences=torch.cat(self._sequences),
-                batches=self.detector.run,
+                decision=decision, sequences=torch.cat(self._sequences), batches=self.detector.run
             )
         self.activate(None if self.detector.is_run_new else expert)
         if decision.kind != "known":
             return None
-        # Recalibrate a new skill once there are more samples than the burst that revealed it
+        # Recalibrate a new skill as there are more samples than the burst that revealed it
         batches = self._young.get(decision.skill)
         if batches is not None:
             batches.append(seen)
-            if len(batches) >= CALIBRATION_BATCHES:
+            if len(batches) in _RECALIBRATED_AT:
                 self.detector.recalibrate(decision.skill, batches)
+            if len(batches) >= CALIBRATION_BATCHES:
                 del self._young[decision.skill]
         return expert
 

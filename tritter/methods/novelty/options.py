@@ -46,7 +46,6 @@ class NoveltyOptions:
 
 
 _THRESHOLD = 6.0  # deviations of the means of batches of 16 sequences or more
-_LEAST_SHARE = 0.5  # of the threshold, for small batches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -98,7 +97,7 @@ class Detector(ABC):
         by_skill = {name: float(values.mean()) for name, values in against.items()}
         nearest = min(by_skill, key=by_skill.__getitem__)
         samples = self.samples_against(seen, library)
-        share = max(_LEAST_SHARE, min(1.0, math.sqrt(len(seen) / self.full_batch)))
+        share = max(0.5, min(1.0, math.sqrt(len(seen) / self.full_batch)))
         return Scores(
             values=against[nearest],
             samples=torch.stack(list(samples.values())).amin(dim=0),
