@@ -33,7 +33,7 @@ class Weights:
 
     Args:
         name: the model's name on the card.
-        config: the model's config.json.
+        model: its sizes, tensors and names.
         read: logical name → tensor.
         dtype: logical name → dtype.
         finish: called after the last read. Returns a hash of the origin, and raises if the origin
@@ -141,7 +141,7 @@ class Exported:
 
     Args:
         folder: the exported folder.
-        config: its config.json.
+        model: the exported model.
         origin_hash: hash of the exported model.
         model_hash: Merkle hash over the written tensors.
         num_bytes: size of the written tensors.

@@ -316,7 +316,6 @@ def _of_file(checkpoint: str, config: str | None, *, prefix: str | None) -> _Ori
 
 
 def _as_json(origin: _Origin, exported: Exported) -> dict[str, Any]:
-
     return {
         "destination": str(exported.folder),
         "format": "hf",
@@ -332,7 +331,6 @@ def _as_json(origin: _Origin, exported: Exported) -> dict[str, Any]:
 
 
 def _print(origin: _Origin, exported: Exported) -> None:
-
     console = new_console()
     model = exported.model
     parameters = count_text(model.num_parameters)

@@ -213,7 +213,7 @@ class _BaseWriter:
 
     Args:
         folder: cache entry.
-        config: config.json of the base model.
+        base: the base model.
         lineage: lineage without the steps and FLOPs.
         tokenizer: tokenizer of the base model.
         state: writes the training state.

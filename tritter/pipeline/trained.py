@@ -37,7 +37,7 @@ from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 from tritter.training.fitting import LEFTOVERS_NAME
 from tritter.training.parameters import whole_state
 
-# (config before, config after, training result) → lineage records of changes during training
+# (model before, model after, training result) → lineage records of changes during training
 Records = Callable[[Model, Model, FitResult], list[ExpansionRecord]]
 
 

@@ -368,9 +368,8 @@ def plan_expansion_path(
     Raises:
         RequestError: as in `plan_growth`.
     """
-    if isinstance(source_params, int | float):
-        source_params = named_shape(int(source_params)).model
-    source = source_params if isinstance(source_params, Model) else Model(source_params)
+    source = Model(source_params) if isinstance(source_params, dict) else source_params
+    source = source if isinstance(source, Model) else named_shape(int(source)).model
     plan = plan_growth(
         source,
         int(target_params),

@@ -361,8 +361,7 @@ def method_start_problems(config: RunRequest, source: Model) -> Iterator[Problem
 
     Args:
         config: Options of the run.
-        source: Model. The vocabulary of a base that is not yet trained is
-            unknown.
+        source: The model; the vocabulary of a base that is not yet trained is unknown.
     """
     is_known = config.model.model_type == "hf"
     for one in config.forgetting:

@@ -303,8 +303,8 @@ def expand(
     def call_back(folder: Path, lineage: Lineage) -> Lineage:
         return before_publish(Expanded(folder, plan, lineage)) if before_publish else lineage
 
-    is_open = confirms and not plan.is_confirmed
-    confirmed = cache(partial(_confirm, plan, opened) if is_open else lambda: plan)
+    is_due = confirms and not plan.is_confirmed
+    confirmed = cache(partial(_confirm, plan, opened) if is_due else lambda: plan)
     lineage = write_checkpoint(
         destination,
         config=plan.target.config,

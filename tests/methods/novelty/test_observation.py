@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision
 from torch.nn.functional import cross_entropy
 
 from tests.oracle import tiny_llama, tokens
 from tests.oracle.families import generic, tiny
 from tritter.errors import RequestError, TritterError
 from tritter.methods.novelty import Observation, observe
+from tritter.methods.novelty.observation import _directions as directions
 from tritter.methods.novelty.observation import concatenated, middle_layer
 
 
@@ -96,3 +98,22 @@ def test_batches_of_processes_are_joined_and_parted() -> None:
     torch.testing.assert_close(parts.features, whole.features)
     assert parts.digests == whole.digests
     assert whole.rows(torch.tensor([3])).digests == whole.digests[3:]
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_features_are_float32_in_every_precision(precision: str) -> None:
+    """Lightning's contexts change autocast, or the default type of new tensors."""
+    directions.cache_clear()
+    contexts = {
+        "bf16-mixed": MixedPrecision("bf16-mixed", "cpu"),
+        "bf16-true": HalfPrecision("bf16-true"),
+        "64-true": DoublePrecision(),
+    }
+    model, ids = tiny_llama(), tokens()
+    plain = observe(model, ids, max_features=20)
+    context = contexts[precision]
+    directions.cache_clear()
+    with context.forward_context():
+        seen = observe(context.convert_module(model), ids, max_features=20)
+    assert seen.features.dtype == torch.float32 and seen.losses.dtype == torch.float64
+    torch.testing.assert_close(seen.features, plain.features, rtol=0, atol=0.2)

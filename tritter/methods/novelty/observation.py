@@ -137,7 +137,8 @@ def observe(
     losses_B = nats_B / predicted.sum(dim=1).to(nats_B.device)
     features_BH = features_BH.cpu()
     if (width := features_BH.shape[1]) > max_features:  # norms are preserved on average
-        features_BH = features_BH @ _directions(width, max_features)
+        with torch.autocast("cpu", enabled=False):
+            features_BH = features_BH @ _directions(width, max_features)
     tokens = [row[own].numpy() for row, own in zip(ids.cpu(), is_token.bool().cpu(), strict=True)]
     return Observation(
         losses=losses_B.cpu(),
@@ -165,4 +166,4 @@ def middle_layer(model: nn.Module) -> nn.Module:
 @cache
 def _directions(width: int, size: int) -> Tensor:
     generator = torch.Generator().manual_seed(_SEED)
-    return torch.randn(width, size, generator=generator) / size**0.5
+    return torch.randn(width, size, generator=generator, dtype=torch.float32) / size**0.5
