@@ -230,7 +230,7 @@ class RunContext:
         except TritterError as error:
             raise RequestError(f"{key_name('model.path')}: {error}") from error
 
-    @property
+    @cached_property
     def model(self) -> Model:
         """The model that the run starts from."""
         if self.initial_checkpoint is not None:
