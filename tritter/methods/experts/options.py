@@ -95,7 +95,8 @@ class DynamicOptions(AdapterOptions):
         stall_steps: window of an expert's training steps, whose mean loss is compared with that of
             the window before. None: a fifth of the run.
         stall_gain: an expert stalls if its loss falls by less than this, in nats per token.
-        freeze_converged: freeze an expert that stalls at its largest rank.
+        freeze_converged: freeze an expert that stalls at its largest rank, beyond the noise of
+            its losses.
         freeze_projections: freeze only layers of these names. None: all of them.
         distill: weight of KL(mixture without it ‖ mixture) while an expert is young.
     """

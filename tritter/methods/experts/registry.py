@@ -6,7 +6,8 @@ applies the decisions.
 
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from statistics import fmean
+from math import hypot, sqrt
+from statistics import fmean, stdev
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ from tritter.methods.novelty.statistics import CALIBRATION_BATCHES
 _USAGE_DECAY = 0.98
 
 Stall = Literal["", "widen", "freeze"]
+_CERTAINTY = 1.645  # standard errors: one-sided 95 %
 _RECALIBRATED_AT = (8, 15, CALIBRATION_BATCHES)  # batches of a new skill
 
 
@@ -33,6 +35,7 @@ class _Member:
     usage: moving average of its mean gate.
     losses: of its steps in the current stall window.
     before: mean loss of the previous stall window.
+    error: standard error of this mean.
     is_mature: it was trained for `maturity_steps`.
     is_frozen: it is frozen, at least in part.
     is_whole: it is frozen as a whole.
@@ -42,6 +45,7 @@ class _Member:
     usage: float = 0.0
     losses: list[float] = field(default_factory=list)
     before: float | None = None
+    error: float = 0.0
     is_mature: bool = False
     is_frozen: bool = False
     is_whole: bool = False
@@ -168,14 +172,19 @@ class ExpertRegistry:
         member = self.members[self.active]
         if len(member.losses) < self.timing.stall:
             return ""
-        mean, before = fmean(member.losses), member.before
-        member.losses, member.before = [], mean
-        if before is None or before - mean >= self.options.stall_gain or member.is_frozen:
+        mean, error = fmean(member.losses), stdev(member.losses) / sqrt(len(member.losses))
+        before, uncertain = member.before, hypot(member.error, error)
+        member.losses, member.before, member.error = [], mean, error
+        if before is None or member.is_frozen:
             return ""
         if 2 * rank <= self.options.max_rank:
+            if before - mean >= self.options.stall_gain:
+                return ""
             member.before = None  # start a new comparison
             return "widen"
-        return "freeze" if self.options.freeze_converged else ""
+        # A frozen expert never learns again, so noise alone must not freeze it
+        is_certain = before - mean + _CERTAINTY * uncertain < self.options.stall_gain
+        return "freeze" if is_certain and self.options.freeze_converged else ""
 
     @property
     def are_mature(self) -> bool:
