@@ -69,6 +69,29 @@ def test_the_default_learning_rate_falls_with_the_hidden_size() -> None:
     assert own.peak_rate(bases[-1]) == 0.1
 
 
+@pytest.mark.parametrize(
+    ("falls", "noise", "rank", "expected"),
+    [
+        (0.0, 0.1, 4, "widen"),  # a wider expert can still learn
+        (0.0, 0.1, 8, ""),
+        (0.0, 0.001, 8, "freeze"),
+        (0.5, 0.1, 4, ""),
+        (0.5, 0.1, 8, ""),
+    ],
+)
+def test_noise_widens_an_expert_but_does_not_freeze_it(
+    falls: float, noise: float, rank: int, expected: str
+) -> None:
+    options = dynamic_options(stall_steps=8, stall_gain=0.01, max_rank=8)
+    registry = DynamicExperts(options).registry(max_steps=100)
+    registry.sync_with([FIRST, "expert_1"])
+    registry.active = "expert_1"
+    for step in range(16):
+        assert registry.stalled(rank) == ""
+        registry.record_step(2.0 + noise * (-1) ** step - falls * (step >= 8), {})
+    assert registry.stalled(rank) == expected
+
+
 def text(kind: str, count: int, *, seed: int) -> Tensor:
     """Return sequences [N, T] of one skill: a subset of the vocabulary with its own frequencies."""
     low, high = RANGES[kind]
