@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from tritter.methods.forgetting.quadratic import QuadraticPenalty
     from tritter.methods.growth.growable import GrowableCausalLM
     from tritter.methods.growth.triggers import Trigger
-    from tritter.pipeline.run import Outcome
+    from tritter.pipeline.pipeline import Outcome
     from tritter.report.summary import Summary
     from tritter.transform import Expanded, PlannedExpansion
 

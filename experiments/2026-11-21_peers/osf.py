@@ -51,15 +51,15 @@ def trained(run: Path, *, is_grown: bool, rank: float, rate: float, steps: int) 
     from tritter.core.models import load_model
     from tritter.evaluation.statistics import relative_forgetting
     from tritter.pipeline.base import schedule_of
-    from tritter.pipeline.context import RunContext
     from tritter.pipeline.ledger import Ledger
+    from tritter.pipeline.run import Run
     from tritter.storage.reading import read_object
 
     torch.set_num_threads(1)
     seed = read_object(run / "summary.json")["seed"]
     words = [f"seed={seed}", f"training.max_steps={steps}", f"training.learning_rate={rate}"]
     config = load_config([*words, "forgetting=none", "trainer.progress=off"])
-    context = RunContext(config=config, folder=run, console=Console(quiet=True), ledger=Ledger(run))
+    context = Run(config=config, folder=run, console=Console(quiet=True), ledger=Ledger(run))
     start = "attempt_1/expanded" if is_grown else "baseline"
     model = load_model(run / start)
     parameters = sum(p.numel() for p in model.parameters())
@@ -94,7 +94,9 @@ def train(model, context, schedule):  # type: ignore[no-untyped-def]
         model.named_parameters(), context.optimizer_settings, learning_rate=schedule.learning_rate
     )
     held = [p for group in optimizer.param_groups for p in group["params"]]
-    batches = context.batches(context.new_domains, purpose="training", max_steps=schedule.max_steps)
+    batches = context.data.batches(
+        context.data.new_domains, purpose="training", max_steps=schedule.max_steps
+    )
     for step, batch in zip(range(schedule.max_steps), batches, strict=False):
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate * schedule.factor(step)
@@ -110,9 +112,9 @@ def scored(context, model, domain):  # type: ignore[no-untyped-def]
 
     return document_losses(
         model,
-        context.corpus.domains[domain].validation,
-        sequence_length=context.config.data.sequence_length,
-        bounds=context.bounds,
+        context.data.corpus.domains[domain].validation,
+        sequence_length=context.data.sequence_length,
+        bounds=context.data.bounds,
         batch_size=context.config.evaluation.batch_size,
     )
 

@@ -16,8 +16,8 @@ from tritter.config.launch.composition import load_config  # noqa: E402
 from tritter.core.families import Flops, training_flops  # noqa: E402
 from tritter.core.models import load_model  # noqa: E402
 from tritter.pipeline import windows  # noqa: E402
-from tritter.pipeline.context import RunContext  # noqa: E402
 from tritter.pipeline.ledger import Ledger  # noqa: E402
+from tritter.pipeline.run import Run  # noqa: E402
 from tritter.terminal import Console  # noqa: E402
 
 # Arm → overrides of the run; `short` is the control, which keeps its context
@@ -109,10 +109,10 @@ def _run(options: Any, *, seed: int, arm: str) -> None:
 def _long_windows(options: Any, folder: Path, *, seed: int) -> dict[str, Any]:
     """Score the control in long windows, which its run does not have."""
     words = _words(options, seed=seed, arm="short", steps=1)
-    context = RunContext(
+    context = Run(
         config=load_config(words), folder=folder, console=Console(), ledger=Ledger(folder)
     )
-    longer = context.at_length(4 * options.length)
+    longer = context.data.reading(4 * options.length)
     model, lengths = load_model(folder / "checkpoint"), {"final": 4, "own": 1}  # of the source
     found = {
         name: windows.score(

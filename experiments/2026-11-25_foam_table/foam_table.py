@@ -39,8 +39,8 @@ from tritter.data.packing import labels_of  # noqa: E402
 from tritter.evaluation.statistics import PairedScores  # noqa: E402
 from tritter.methods.experts.whole import load_whole  # noqa: E402
 from tritter.pipeline.base import schedule_of  # noqa: E402
-from tritter.pipeline.context import RunContext  # noqa: E402
 from tritter.pipeline.ledger import Ledger  # noqa: E402
+from tritter.pipeline.run import Run  # noqa: E402
 from tritter.storage.atomic import write_text_atomic  # noqa: E402
 from tritter.terminal import Console  # noqa: E402
 
@@ -188,12 +188,10 @@ def with_peft(options: Any, seed: int, folder: Path) -> dict[str, Any]:
     """
     config = load_config([*words_of(options, "LoRA", seed), "trainer.progress=off"])
     folder.mkdir(exist_ok=True)
-    context = RunContext(
-        config=config, folder=folder, console=Console(quiet=True), ledger=Ledger(folder)
-    )
-    base = context.masked(load_model(options.model))
+    context = Run(config=config, folder=folder, console=Console(quiet=True), ledger=Ledger(folder))
+    base = context.data.masked(load_model(options.model))
     lora = config.experts.options
-    rate = config.experts.kind(lora).peak_rate(context.model)
+    rate = config.experts.kind(lora).peak_rate(context.data.model)
     context.score(base, "baseline")
     adapter = LoraConfig(
         r=lora.rank,
@@ -206,7 +204,9 @@ def with_peft(options: Any, seed: int, folder: Path) -> dict[str, Any]:
     trainable = [each for each in wrapped.parameters() if each.requires_grad]
     schedule = replace(schedule_of(config.training), learning_rate=rate)
     optimizer = torch.optim.AdamW(trainable, lr=rate)
-    batches = context.batches(context.new_domains, purpose="training", max_steps=schedule.max_steps)
+    batches = context.data.batches(
+        context.data.new_domains, purpose="training", max_steps=schedule.max_steps
+    )
     for step, batch in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = rate * schedule.factor(step)

@@ -29,8 +29,8 @@ from tritter.methods.experts.options import FIRST  # noqa: E402
 from tritter.methods.experts.registry import ExpertRegistry  # noqa: E402
 from tritter.methods.novelty import Observation, observe  # noqa: E402
 from tritter.methods.novelty.statistics import CALIBRATION_BATCHES  # noqa: E402
-from tritter.pipeline.context import RunContext  # noqa: E402
 from tritter.pipeline.ledger import Ledger  # noqa: E402
+from tritter.pipeline.run import Run  # noqa: E402
 from tritter.terminal import Console  # noqa: E402
 
 OLD = "wikitext"
@@ -81,14 +81,12 @@ def observations(options: Any) -> Iterator[tuple[str, Observation]]:
     write_texts(options)
     config = load_config([*words_of(options, "LoRA experts", 0), "trainer.progress=off"])
     folder, model = options.work, None
-    context = RunContext(
-        config=config, folder=folder, console=Console(quiet=True), ledger=Ledger(folder)
-    )
+    context = Run(config=config, folder=folder, console=Console(quiet=True), ledger=Ledger(folder))
     for name in (OLD, *DOMAINS):
         path = folder / f"{name}_{options.tokens}.pt"
         if not path.is_file():
-            model = model or context.masked(load_model(options.model))
-            (rows,) = context.training_sequences([name]).values()
+            model = model or context.data.masked(load_model(options.model))
+            (rows,) = context.data.training_sequences([name]).values()
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
             seen = observe_all(model, rows[order[: options.sequences]])
             torch.save(seen.state_dict(), path)

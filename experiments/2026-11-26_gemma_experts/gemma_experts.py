@@ -30,8 +30,8 @@ from experiments.scores import TRAINER  # noqa: E402
 from tritter.config.launch.composition import load_config  # noqa: E402
 from tritter.core.models import load_model  # noqa: E402
 from tritter.data.chat import ids_of  # noqa: E402
-from tritter.pipeline.context import RunContext  # noqa: E402
 from tritter.pipeline.ledger import Ledger  # noqa: E402
+from tritter.pipeline.run import Run  # noqa: E402
 from tritter.storage.atomic import write_text_atomic  # noqa: E402
 from tritter.terminal import Console  # noqa: E402
 
@@ -190,9 +190,7 @@ def with_peft(
     """Train one LoRA of PEFT with transformers' Trainer, one training run per phase."""
     config = load_config([*words_of(options, PEFT, seed), "trainer.progress=off"])
     folder.mkdir(exist_ok=True)
-    context = RunContext(
-        config=config, folder=folder, console=Console(quiet=True), ledger=Ledger(folder)
-    )
+    context = Run(config=config, folder=folder, console=Console(quiet=True), ledger=Ledger(folder))
     model = load_model(options.model)
     yield from scored(fixed, 0, "", losses_of(context, model, "baseline"))
     adapter = LoraConfig(
@@ -205,7 +203,7 @@ def with_peft(
     wrapped = get_peft_model(model, adapter)
     trainable = sum(each.numel() for each in wrapped.parameters() if each.requires_grad)
     for phase, domain in enumerate(STREAM, start=1):
-        (rows,) = context.training_sequences([domain]).values()
+        (rows,) = context.data.training_sequences([domain]).values()
         arguments = TrainingArguments(
             output_dir=str(folder / "trainer"),
             max_steps=options.steps,
@@ -231,7 +229,7 @@ def with_peft(
         yield from scored(fixed | own, phase, domain, scores)
 
 
-def losses_of(context: RunContext, model: torch.nn.Module, name: str) -> dict[str, Any]:
+def losses_of(context: Run, model: torch.nn.Module, name: str) -> dict[str, Any]:
     """Score a model on every domain, as a run of `train.py` does."""
     model.eval()
     return {domain: each.record() for domain, each in context.score(model, name).items()}

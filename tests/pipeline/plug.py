@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tritter.pipeline.branch import Branch
-from tritter.pipeline.context import RunContext
+from tritter.pipeline.run import Run
 
 
 class _Pulled(Exception):
@@ -25,7 +25,7 @@ def plug_pulled(module: ModuleType, stage: str, *, of: str) -> Iterator[None]:
     """
     original = getattr(module, stage)
 
-    def pulled(context: RunContext, branch: Branch, **options: Any) -> Any:
+    def pulled(context: Run, branch: Branch, **options: Any) -> Any:
         if branch.name == of:
             raise _Pulled
         return original(context, branch, **options)

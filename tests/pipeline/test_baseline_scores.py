@@ -9,22 +9,22 @@ from rich.console import Console
 
 from tests.pipeline.conftest import SMALL
 from tritter.config.launch.composition import load_config
-from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import Ledger
-from tritter.pipeline.run import run_baseline
+from tritter.pipeline.pipeline import run_baseline
+from tritter.pipeline.run import Run
 
 
 @pytest.fixture
 def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names under which a model was scored."""
     names: list[str] = []
-    score = RunContext.score
+    score = Run.score
 
-    def counted(self: RunContext, model: Any, name: str) -> Any:
+    def counted(self: Run, model: Any, name: str) -> Any:
         names.append(name)
         return score(self, model, name)
 
-    monkeypatch.setattr(RunContext, "score", counted)
+    monkeypatch.setattr(Run, "score", counted)
     return names
 
 
@@ -38,7 +38,7 @@ def begin(folder: Path, cache: Path, *overrides: str) -> dict[str, Any]:
     places = [f"data.{name}={path}" for name, path in texts.items()]
     quick = ["data=text", *places, "data.vocab_size=300", "pretraining.max_steps=2"]
     config = load_config([*SMALL, *quick, f"cache_dir={cache}", *overrides])
-    run_baseline(RunContext(config=config, folder=folder, console=Console(), ledger=Ledger(folder)))
+    run_baseline(Run(config=config, folder=folder, console=Console(), ledger=Ledger(folder)))
     return dict(json.loads((folder / "scores" / "baseline.json").read_text(encoding="utf-8")))
 
 

@@ -26,8 +26,8 @@ from tritter.core.models import read_model
 from tritter.evaluation import statistics
 from tritter.evaluation.statistics import studentised_errors
 from tritter.pipeline import costs, run_pipeline
-from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import Ledger
+from tritter.pipeline.run import Run
 from tritter.terminal import Console
 
 QUICK = (*FAST, "data=text", "forgetting=replay", "evaluation.batch_size=1", "gate='off'")
@@ -189,8 +189,8 @@ def test_importance_is_timed_for_the_sequences_that_exist(
         words = (*words, f"model.path={tmp_path / 'base'}")
     asked = ("forgetting.ewc.num_sequences=10000", f"cache_dir={tmp_path}/cache")
     config = load_config([*(word for word in TINY if "model." not in word), *words, *asked])
-    context = RunContext(config=config, folder=tmp_path, console=Console(), ledger=Ledger(tmp_path))
-    count = count or context.num_sequences("old")
-    source = context.model
+    context = Run(config=config, folder=tmp_path, console=Console(), ledger=Ledger(tmp_path))
+    count = count or context.data.num_sequences("old")
+    source = context.data.model
     flops = count * training_flops(source).of(config.data.sequence_length)
     assert costs._flops(context, source)["importance"] == flops

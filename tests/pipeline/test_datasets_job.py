@@ -13,7 +13,7 @@ from tritter.config.launch.composition import load_config
 from tritter.data.replay import ReplayBuffer
 from tritter.errors import RequestError
 from tritter.pipeline import run_pipeline
-from tritter.pipeline.context import RunContext
+from tritter.pipeline.run_data import RunData
 
 TEXT = "the model grows a layer where data asks for one and keeps what it knew"
 JOB = [word for word in TINY if not word.startswith(("data=", "data.old=", "data.new="))]
@@ -44,14 +44,14 @@ def test_a_run_on_data_sets_and_another_after_it(
     (tmp_path / "run").mkdir()
     config = load_config([*JOB, *words, new, "data.weights={a:3}", "forgetting=replay"])
     streams: list[object] = []
-    batches = RunContext.batches
+    batches = RunData.batches
 
-    def kept(context: RunContext, *rest: object, **options: object) -> object:
-        stream = batches(context, *rest, **options)  # type: ignore[arg-type]
+    def kept(data: RunData, *rest: object, **options: object) -> object:
+        stream = batches(data, *rest, **options)  # type: ignore[arg-type]
         streams.append(stream._new)
         return stream
 
-    monkeypatch.setattr(RunContext, "batches", kept)
+    monkeypatch.setattr(RunData, "batches", kept)
     outcome = run_pipeline(config, run_folder=tmp_path / "run")
     assert outcome.status == "ungated"
     assert [isinstance(stream, ReplayBuffer) for stream in streams] == [False, True]

@@ -30,8 +30,8 @@ from tritter.data.documents import Document
 from tritter.data.tokens import train_tokenizer
 from tritter.evaluation.gate import Check
 from tritter.pipeline import disk, run_pipeline, stages, trained, verdict
-from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import Ledger
+from tritter.pipeline.run import Run
 from tritter.storage import atomic
 from tritter.terminal import Console
 
@@ -42,7 +42,7 @@ TASKS = (f"data.tasks=[{NEW},{{again:{OLD}}}]", *WIDTH)
 ROUNDS = ("pipeline.target_params=40k",)
 LADDER = (*WIDTH, "gate=default", "gate.ladder=gentler")
 EXPERTS = ("expansion=none", "forgetting=none", *DYLORA)
-Run = Callable[..., dict[str, Any]]
+RunJob = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(cache: Path, tmp_path: Path) -> Run:
+def run(cache: Path, tmp_path: Path) -> RunJob:
     def run_words(*words: str, name: str = "run", model: Path | None = None) -> dict[str, Any]:
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
@@ -166,7 +166,7 @@ def test_the_meter_sees_a_file_that_is_written_in_place(tmp_path: Path) -> None:
     ],
 )
 def test_the_weights_of_a_run_take_twice_source_and_result(
-    run: Run, source: Path, tmp_path: Path, words: tuple[str, ...], is_given: bool, most: float
+    run: RunJob, source: Path, tmp_path: Path, words: tuple[str, ...], is_given: bool, most: float
 ) -> None:
     folder = tmp_path / "run"
     with metered(folder) as meter:
@@ -185,7 +185,7 @@ def test_the_weights_of_a_run_take_twice_source_and_result(
 
 @pytest.mark.full
 def test_a_run_that_is_rolled_back_ends_with_its_baseline_alone(
-    run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunJob, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each retry starts from the baseline."""
     original, folder = verdict.checks, tmp_path / "run"
@@ -207,7 +207,7 @@ def test_a_run_that_is_rolled_back_ends_with_its_baseline_alone(
 
 @pytest.mark.full
 def test_weights_are_linked_and_outlive_their_other_names(
-    run: Run, cache: Path, tmp_path: Path
+    run: RunJob, cache: Path, tmp_path: Path
 ) -> None:
     run("pipeline.keep_stages=true")
     folder, name = tmp_path / "run", "model.safetensors"
@@ -228,7 +228,7 @@ def test_weights_are_linked_and_outlive_their_other_names(
 
 
 @pytest.mark.full
-def test_a_source_of_another_tool_is_copied(run: Run, source: Path, tmp_path: Path) -> None:
+def test_a_source_of_another_tool_is_copied(run: RunJob, source: Path, tmp_path: Path) -> None:
     """Another tool may overwrite its files in place."""
     run(*WIDTH, model=source)
     path = source / "model.safetensors"
@@ -256,23 +256,23 @@ def test_where_links_do_not_work_weights_are_copied(
         atomic.link_or_copy(tmp_path / "a/model.safetensors", tmp_path / "c")
 
 
-def context_of(folder: Path, cache: Path, *words: str) -> RunContext:
+def context_of(folder: Path, cache: Path, *words: str) -> Run:
     config = load_config([*words, f"cache_dir={cache}"])
-    return RunContext(config=config, folder=folder, console=Console(), ledger=Ledger(folder))
+    return Run(config=config, folder=folder, console=Console(), ledger=Ledger(folder))
 
 
-def losses(context: RunContext, model: torch.nn.Module) -> dict[str, float]:
-    scores = context.scoring.score(model)
+def losses(context: Run, model: torch.nn.Module) -> dict[str, float]:
+    scores = context.data.scoring.score(model)
     return {name: each.mean() for name, each in scores.items()}
 
 
-def means(context: RunContext, name: str) -> dict[str, float]:
+def means(context: Run, name: str) -> dict[str, float]:
     return {subject: each.mean() for subject, each in context.read_scores(name).items()}
 
 
 @pytest.mark.full
 def test_published_weights_have_the_dtype_of_the_source_and_are_what_is_scored(
-    run: Run, source: Path, tmp_path: Path, cache: Path
+    run: RunJob, source: Path, tmp_path: Path, cache: Path
 ) -> None:
     start = [*OWN, "model=hf", f"model.path={source}", *WIDTH]
     run(*WIDTH, "pipeline.keep_stages=true", model=source)
@@ -292,7 +292,7 @@ def test_published_weights_have_the_dtype_of_the_source_and_are_what_is_scored(
 
 @pytest.mark.full
 def test_later_tasks_start_from_unrounded_weights_and_each_is_scored_as_rounded(
-    run: Run, source: Path, tmp_path: Path, cache: Path
+    run: RunJob, source: Path, tmp_path: Path, cache: Path
 ) -> None:
     run(*TASKS, "pipeline.keep_stages=true", model=source)
     folder = tmp_path / "run"
@@ -310,11 +310,11 @@ def test_later_tasks_start_from_unrounded_weights_and_each_is_scored_as_rounded(
 
 @pytest.mark.full
 def test_a_round_that_is_rolled_back_publishes_the_rounded_one_before(
-    run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunJob, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = verdict.checks
 
-    def checks(context: RunContext, branches: Any) -> list[Check]:
+    def checks(context: Run, branches: Any) -> list[Check]:
         answer = "failed" if branches[0].name == "round_2" else "passed"
         return [replace(check, verdict=answer) for check in original(context, branches)]
 
@@ -357,7 +357,7 @@ def end_after(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch, *, is_befo
     ],
 )
 def test_a_run_that_ends_around_a_removal_goes_on_to_the_same_files(
-    run: Run, source: Path, tmp_path: Path, owner: Any, name: str, is_before: bool
+    run: RunJob, source: Path, tmp_path: Path, owner: Any, name: str, is_before: bool
 ) -> None:
     whole = run(*WIDTH, name="whole", model=source)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
@@ -375,7 +375,7 @@ def test_a_run_that_ends_around_a_removal_goes_on_to_the_same_files(
 
 
 @pytest.mark.full
-def test_a_deleted_result_is_made_again_from_the_start(run: Run, tmp_path: Path) -> None:
+def test_a_deleted_result_is_made_again_from_the_start(run: RunJob, tmp_path: Path) -> None:
     run()
     kept = tmp_path / "run/checkpoint"
     before = digest(kept / "model.safetensors")
@@ -387,7 +387,7 @@ def test_a_deleted_result_is_made_again_from_the_start(run: Run, tmp_path: Path)
 
 @pytest.mark.full
 def test_history_reports_a_removed_parent(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: RunJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run()
     folder = tmp_path / "run"
@@ -408,7 +408,7 @@ def test_history_reports_a_removed_parent(
 
 
 @pytest.mark.full
-def test_keep_stages_keeps_them_and_may_be_changed_on_the_way(run: Run, tmp_path: Path) -> None:
+def test_keep_stages_keeps_them_and_may_be_changed_on_the_way(run: RunJob, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         end_after(trained, "_unlink_weights", patch, is_before=False)
         run()
@@ -436,7 +436,7 @@ def die_at_removal(number: int, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_removal_goes_on_to_the_same_files(
-    run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunJob, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed with SIGKILL at every removal after the expansion in turn."""
     words = (*TASKS, "evaluation.sample_tokens=0")

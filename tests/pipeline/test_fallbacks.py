@@ -16,11 +16,11 @@ from tritter.errors import TritterError
 from tritter.evaluation.gate import Check
 from tritter.pipeline import Outcome, stages, verdict
 from tritter.pipeline.branch import Branch
-from tritter.pipeline.context import RunContext
+from tritter.pipeline.run import Run
 from tritter.report.summary import Summary
 from tritter.report.tables import summary_lines
 
-Run = Callable[..., Outcome]
+RunJob = Callable[..., Outcome]
 LADDER = """\
 # One with another rate, one with other methods
 fallbacks:
@@ -50,7 +50,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
     """Roll back attempts by name."""
     names, original = set[str](), verdict.checks
 
-    def checks(context: RunContext, branches: Sequence[Branch]) -> list[Check]:
+    def checks(context: Run, branches: Sequence[Branch]) -> list[Check]:
         answer = "failed" if branches[0].name in names else "passed"
         return [replace(check, verdict=answer) for check in original(context, branches)]
 
@@ -60,13 +60,13 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
 
 @pytest.mark.full
 def test_attempts_are_what_runs_of_their_own_would_be(
-    run_tiny: Run, tmp_path: Path, failing: set[str], monkeypatch: pytest.MonkeyPatch
+    run_tiny: RunJob, tmp_path: Path, failing: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed in the last attempt and resumed; compared with plain runs of the same overrides."""
     failing |= {"attempt_1", "attempt_2"}
     evaluation, broken = stages.evaluation, ["attempt_3"]
 
-    def breaking(context: RunContext, branch: Branch) -> Any:
+    def breaking(context: Run, branch: Branch) -> Any:
         if branch.name in broken:
             raise TritterError("cut off")
         return evaluation(context, branch)
@@ -114,7 +114,7 @@ def test_attempts_are_what_runs_of_their_own_would_be(
 
 @pytest.mark.full
 def test_tasks_are_tried_again_and_what_is_left_is_the_baseline_when_nothing_helps(
-    run_tiny: Run, tmp_path: Path, failing: set[str]
+    run_tiny: RunJob, tmp_path: Path, failing: set[str]
 ) -> None:
     failing |= {"attempt_1", "attempt_2"}
     folder = tmp_path / "run"

@@ -21,8 +21,8 @@ from tritter.core.expansions import Width
 from tritter.data.documents import text_key
 from tritter.errors import RequestError
 from tritter.pipeline import run_pipeline
-from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import Ledger
+from tritter.pipeline.run import Run
 from tritter.transform import expand
 
 QUICK = [
@@ -66,13 +66,13 @@ class Fed:
         return set().union(*self.validation.values())
 
 
-def context_of(folder: Path, *words: str) -> RunContext:
+def context_of(folder: Path, *words: str) -> Run:
     config = load_config([*QUICK, f"cache_dir={folder}/cache", *words])
-    return RunContext(config, folder, Console(file=StringIO()), Ledger(folder / "none"))
+    return Run(config, folder, Console(file=StringIO()), Ledger(folder / "none"))
 
 
-def fed(context: RunContext) -> Fed:
-    corpus = context.corpus
+def fed(context: Run) -> Fed:
+    corpus = context.data.corpus
 
     def decoded(side: str) -> Iterator[tuple[str, set[str]]]:
         for name, domain in corpus.domains.items():
@@ -188,8 +188,11 @@ def test_all_that_was_learned_is_old_in_every_generation(
     # The third generation: another `new`, and text of all that came before
     write_files(tmp_path / "fourth", [*texts("fourth"), *texts("third"), *texts("and now")])
     third = context_of(tmp_path, *continued(grown.folder, f"data.new={tmp_path}/fourth"))
-    assert (third.old_domains, third.new_domains) == (("past", "notes", "new"), ("new_2",))
-    assert any("is renamed new_2" in note for note in third.text.notes)
+    assert (third.data.old_domains, third.data.new_domains) == (
+        ("past", "notes", "new"),
+        ("new_2",),
+    )
+    assert any("is renamed new_2" in note for note in third.data.text.notes)
     now = fed(third)
     learned, held_out = first.learned | second.learned, first.held_out | second.held_out
     assert not now.held_out & learned and not now.learned & held_out
@@ -201,12 +204,12 @@ def test_text_that_was_learned_is_trained_again_under_its_name(
     place, checkpoint, first = base
     shutil.copytree(place / "new", tmp_path / "elsewhere")
     again = context_of(tmp_path, *continued(checkpoint, f"data.new={tmp_path}/elsewhere"))
-    assert (again.old_domains, again.new_domains) == (("past",), ("notes",))
+    assert (again.data.old_domains, again.data.new_domains) == (("past",), ("notes",))
     assert fed(again).train["notes"] == first.train["notes"]
     both = [f"data.new={tmp_path}/elsewhere", f"data.old=[{place}/new]", "forgetting=none"]
     message = context_of(tmp_path, *continued(checkpoint, *both))
-    assert (message.old_domains, message.new_domains) == ((), ("notes",))
-    assert "notes is trained on again, so it is not old." in message.text.notes
+    assert (message.data.old_domains, message.data.new_domains) == ((), ("notes",))
+    assert "notes is trained on again, so it is not old." in message.data.text.notes
 
 
 @pytest.mark.full
@@ -249,10 +252,10 @@ def test_learned_text_that_is_not_at_hand(
         context_of(tmp_path, *words)
     write_files(tmp_path / "typed", [*texts("of old"), *texts("and now")])
     typed = context_of(tmp_path, *words, f"data.old={tmp_path}/typed")
-    assert typed.old_domains == ("old",)
+    assert typed.data.old_domains == ("old",)
     assert (
         "No forgetting mitigation covers past, notes, which the checkpoint learned."
-        in typed.text.notes
+        in typed.data.text.notes
     )
     now = fed(typed)
     assert not now.held_out & first.learned and not now.learned & first.held_out

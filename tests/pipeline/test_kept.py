@@ -21,9 +21,9 @@ from tritter.evaluation.losses import sequence_losses
 from tritter.methods.forgetting import Replay
 from tritter.pipeline import Outcome, run_pipeline
 from tritter.pipeline.branch import Branch
-from tritter.pipeline.context import RunContext
 from tritter.pipeline.importance import kept_text, task
 from tritter.pipeline.ledger import Ledger
+from tritter.pipeline.run import Run
 from tritter.terminal import Console
 from tritter.training import Task
 
@@ -56,9 +56,9 @@ def without_text(left: Path, other: Path, *more: str) -> list[str]:
     return [*plain, *given, "forgetting=replay", "forgetting.replay.weighting=loss", *more]
 
 
-def context_of(left: Path, *more: str) -> RunContext:
+def context_of(left: Path, *more: str) -> Run:
     words = [*TINY, "forgetting=replay", "forgetting.replay.keep=5", "expansion=none", *more]
-    return RunContext(
+    return Run(
         config=load_config(words), folder=left, console=Console(quiet=True), ledger=Ledger(left)
     )
 
@@ -99,13 +99,13 @@ def test_the_next_training_replays_it_where_text_is_gone(
     for name in ("old", "new"):
         assert torch.equal(after.sequences[name], before.sequences[name])
         assert torch.equal(after.losses[name], before.losses[name])
-    context = RunContext(
+    context = Run(
         config=config, folder=tmp_path, console=Console(quiet=True), ledger=Ledger(tmp_path)
     )
     reported = task(context, Branch("attempt_1", ()), follow=dict)
     assert set(reported.old_sequences) == {"old", "new"} == set(reported.old_losses)
     rows = {tuple(row.tolist()) for each in reported.old_sequences.values() for row in each}
-    new = context.batches(("third",), purpose="training", max_steps=6)
+    new = context.data.batches(("third",), purpose="training", max_steps=6)
     for batch in islice(Replay(fraction=0.5, weighting="loss").mix(new, reported), 6):
         old = batch["input_ids"][batch["is_replay"]]
         assert len(old) == 2 and {tuple(row.tolist()) for row in old} <= rows

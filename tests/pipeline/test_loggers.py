@@ -15,9 +15,9 @@ from tests.pipeline.tiny import TINY
 from tritter.config.launch.composition import load_config
 from tritter.config.run_folder import fingerprint
 from tritter.pipeline import run_pipeline
-from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.metrics import wandb_logger
+from tritter.pipeline.run import Run
 
 
 class FailOnce(Callback):
@@ -108,7 +108,7 @@ def test_what_a_killed_process_did_not_finish_is_cut_off(
     runs: list[FakeRun], tmp_path: Path
 ) -> None:
     """`wandb sync` 0.31 stops at a file without a record, and at a truncated record."""
-    context = RunContext(
+    context = Run(
         config=load_config([*TINY, "logger=wandb"]),
         folder=tmp_path,
         console=Console(quiet=True),

@@ -13,8 +13,8 @@ from rich.console import Console
 from tritter.config.launch.composition import load_config
 from tritter.pipeline import run_pipeline
 from tritter.pipeline.base import pretrained_model
-from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import Ledger
+from tritter.pipeline.run import Run
 from tritter.planning.run_memory import training_needs
 from tritter.training.callbacks import FiniteGuard
 
@@ -80,7 +80,7 @@ def test_the_count_is_close_below_what_is_held(
     ])  # fmt: skip
     folder = tmp_path / "run"
     run_pipeline(config, run_folder=folder)
-    context = RunContext(config=config, folder=folder, console=Console(), ledger=Ledger(folder))
+    context = Run(config=config, folder=folder, console=Console(), ledger=Ledger(folder))
     counted = [
         held.device + held.start for held in training_needs(config, pretrained_model(context))
     ]

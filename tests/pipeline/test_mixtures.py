@@ -7,9 +7,9 @@ from pathlib import Path
 
 from tests.pipeline.tiny import TINY
 from tritter.config.launch.composition import load_config
-from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.notes import share_notes
+from tritter.pipeline.run import Run
 from tritter.terminal import Console
 
 
@@ -24,12 +24,10 @@ def test_a_small_domain_is_named_and_a_weight_gives_it_its_share(tmp_path: Path)
     def notes_and_counts(*more: str) -> tuple[list[str], Counter[str]]:
         config = load_config([*words, *more])
         ledger = Ledger(tmp_path)
-        context = RunContext(
-            config=config, folder=tmp_path, console=Console(quiet=True), ledger=ledger
-        )
-        notes = list(share_notes(config, context.num_sequences, context.streams))
-        batches = context.batches(["large", "small"], purpose="training", max_steps=30)
-        small = {str(row.tolist()) for row in context.training_sequences(["small"])["small"]}
+        context = Run(config=config, folder=tmp_path, console=Console(quiet=True), ledger=ledger)
+        notes = list(share_notes(config, context.data.num_sequences, context.data.streams))
+        batches = context.data.batches(["large", "small"], purpose="training", max_steps=30)
+        small = {str(row.tolist()) for row in context.data.training_sequences(["small"])["small"]}
         rows = [str(row.tolist()) for batch in islice(batches, 30) for row in batch["input_ids"]]
         return notes, Counter("small" if row in small else "large" for row in rows)
 

@@ -181,18 +181,20 @@ def test_the_root_has_the_hash_that_expand_gives_it(
 def test_its_own_tokenizer_and_end_of_text_are_used(
     run: Run, library: Path, tmp_path: Path
 ) -> None:
-    from tritter.pipeline.context import RunContext
     from tritter.pipeline.ledger import Ledger
+    from tritter.pipeline.run import Run
 
     words = ["model=hf", f"model.path={library}/llama", *text_words(library)]
     config = load_config([*FAST, f"cache_dir={tmp_path}", *words])
-    context = RunContext(config, tmp_path, None, Ledger(tmp_path))  # type: ignore[arg-type]
-    assert context.bounds.end == 290
-    documents = context.corpus.domains["old"].train
+    context = Run(config, tmp_path, None, Ledger(tmp_path))  # type: ignore[arg-type]
+    assert context.data.bounds.end == 290
+    documents = context.data.corpus.domains["old"].train
     assert int(documents.offsets.diff().min()) > 7  # no truncation of the tokenizer's last use
-    sequences = context.training_sequences(["old"])["old"]
+    sequences = context.data.training_sequences(["old"])["old"]
     assert int((sequences == 290).sum()) >= len(documents) - 1
-    assert context.corpus.tokenizer.id_to_token(0) == END_OF_TEXT and not (sequences == 0).any()
+    assert (
+        context.data.corpus.tokenizer.id_to_token(0) == END_OF_TEXT and not (sequences == 0).any()
+    )
 
 
 @pytest.mark.full

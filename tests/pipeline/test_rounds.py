@@ -18,10 +18,10 @@ from tritter.errors import RequestError
 from tritter.evaluation.gate import Check
 from tritter.pipeline import Outcome, stages, verdict
 from tritter.pipeline.branch import Branch
-from tritter.pipeline.context import RunContext
+from tritter.pipeline.run import Run
 from tritter.training import read_metrics
 
-Run = Callable[..., Outcome]
+RunJob = Callable[..., Outcome]
 # Two rounds from the small job's 60,576 parameters; the gate keeps every result.
 GROW = ("pipeline.target_params=110k", "training.max_steps=10", "gate='off'")
 PROTECTED = (*GROW, "forgetting=[ewc,replay]", "forgetting.ewc.num_sequences=32")
@@ -38,14 +38,14 @@ def lineage_of(folder: Path) -> Lineage:
 
 
 @pytest.fixture(scope="module")
-def grown(run_job: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def grown(run_job: RunJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rounds") / "run"
     run_job(folder, *PROTECTED, "control=true", "evaluation.every_n_steps=1")
     return folder
 
 
 @pytest.mark.full
-def test_rounds_reach_the_target(run_tiny: Run, tmp_path: Path) -> None:
+def test_rounds_reach_the_target(run_tiny: RunJob, tmp_path: Path) -> None:
     run_tiny(tmp_path / "run", "pipeline.target_params=20k", "forgetting=replay")
     summary = summary_of(tmp_path / "run")
     rounds, target = summary["rounds"], summary["target"]
@@ -145,7 +145,7 @@ def test_rounds_see_new_data_in_an_order_of_their_own(grown: Path) -> None:
 
 
 @pytest.mark.full
-def test_a_plan_uses_the_methods_that_are_named(run_job: Run, tmp_path: Path) -> None:
+def test_a_plan_uses_the_methods_that_are_named(run_job: RunJob, tmp_path: Path) -> None:
     run_job(
         tmp_path / "run",
         "expansion=[width,llama_pro]",
@@ -159,7 +159,7 @@ def test_a_plan_uses_the_methods_that_are_named(run_job: Run, tmp_path: Path) ->
 
 
 @pytest.mark.full
-def test_max_rounds_stops_before_the_target(run_job: Run, tmp_path: Path) -> None:
+def test_max_rounds_stops_before_the_target(run_job: RunJob, tmp_path: Path) -> None:
     run_job(tmp_path / "run", *GROW, "pipeline.max_rounds=1")
     summary = summary_of(tmp_path / "run")
     assert len(summary["rounds"]) == 1 and not summary["target"]["reaches_target"]
@@ -169,7 +169,7 @@ def test_max_rounds_stops_before_the_target(run_job: Run, tmp_path: Path) -> Non
 def fail_round(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     original = verdict.checks
 
-    def checks(context: RunContext, branches: Sequence[Branch]) -> list[Check]:
+    def checks(context: Run, branches: Sequence[Branch]) -> list[Check]:
         made = original(context, branches)
         if branches[0].name != name:
             return made
@@ -182,7 +182,7 @@ def fail_round(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 @pytest.mark.full
 def test_a_round_that_is_rolled_back_stops_the_loop(
-    run_job: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_job: RunJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fail_round(monkeypatch, "round_2")
     outcome = run_job(
@@ -213,7 +213,7 @@ def test_a_round_that_is_rolled_back_stops_the_loop(
     ],
 )
 def test_a_stopped_loop_goes_on_to_the_same_weights(
-    run_job: Run,
+    run_job: RunJob,
     grown: Path,
     tmp_path: Path,
     module: ModuleType,

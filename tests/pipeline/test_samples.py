@@ -35,22 +35,25 @@ def test_no_more_is_read_than_a_model_has_learned_positions_for(positions: int) 
     )
     document = torch.arange(1, 97)
     held = SimpleNamespace(validation=SimpleNamespace(document=lambda _: document))
-    context: Any = SimpleNamespace(
-        corpus=SimpleNamespace(
-            domains={"old": held},
-            chat=None,
-            tokenizer=SimpleNamespace(
-                decode=lambda ids, **_: "".join(f" w{i}" for i in ids),
-                encode=lambda *_, **__: SimpleNamespace(ids=[*range(1, 90)]),
-            ),
+    corpus = SimpleNamespace(
+        domains={"old": held},
+        chat=None,
+        tokenizer=SimpleNamespace(
+            decode=lambda ids, **_: "".join(f" w{i}" for i in ids),
+            encode=lambda *_, **__: SimpleNamespace(ids=[*range(1, 90)]),
         ),
-        domains=("old",),
-        initial_checkpoint=None,
-        config=SimpleNamespace(evaluation=SimpleNamespace(sample_tokens=60, prompts=["long"])),
-        bounds=TextBounds(0),
-        original=None,
     )
-    found = generate_samples(context, model, context, model)
+    run: Any = SimpleNamespace(
+        data=SimpleNamespace(
+            corpus=corpus,
+            domains=("old",),
+            initial_checkpoint=None,
+            bounds=TextBounds(0),
+            has_tokens_of=lambda _: True,
+        ),
+        config=SimpleNamespace(evaluation=SimpleNamespace(sample_tokens=60, prompts=["long"])),
+    )
+    found = generate_samples(run, model, run, model)
     hook.remove()
     assert max(longest) <= positions and len(found) == 2
     assert all(each.texts["before"] and each.texts["prompt"] for each in found)

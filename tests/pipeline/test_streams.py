@@ -11,7 +11,7 @@ import pytest
 from tritter.data import datasets as module
 from tritter.data.datasets import HEAD_ROWS, parse_name
 from tritter.errors import RequestError
-from tritter.pipeline import streams
+from tritter.pipeline.run_data import STREAMS, check_streams
 
 ROWS = [f"row {number}" for number in range(HEAD_ROWS + 20)]
 
@@ -21,31 +21,28 @@ def write(path: Path, rows: list[str]) -> None:
 
 
 @pytest.fixture
-def context(tmp_path: Path) -> Any:
+def data(tmp_path: Path) -> Any:
     (tmp_path / "data").mkdir()
     (tmp_path / "run").mkdir()
     write(tmp_path / "data/first.jsonl", ROWS)
     write(tmp_path / "data/second.jsonl", ROWS[:10])
     found = SimpleNamespace(
-        folder=tmp_path / "run",
         streams={"code": (parse_name("data.new", f"hf:{tmp_path}/data"),)},
         text=SimpleNamespace(domains=[SimpleNamespace(name="code", key="data.new.code")]),
     )
-    streams.check(found)  # type: ignore[arg-type]
+    check_streams(found, tmp_path / "run")  # type: ignore[arg-type]
     return found
 
 
-def test_unchanged_files_are_accepted(context: Any, tmp_path: Path) -> None:
+def test_unchanged_files_are_accepted(data: Any, tmp_path: Path) -> None:
     """Also with another time, as after a copy; other files do not count."""
     os.utime(tmp_path / "data/first.jsonl", (1, 1))
     (tmp_path / "data/notes.log").write_text("other")
-    streams.check(context)
+    check_streams(data, tmp_path / "run")
 
 
 @pytest.mark.parametrize("change", ["same size", "cut", "added", "removed"])
-def test_a_change_after_the_first_rows_is_refused(
-    context: Any, tmp_path: Path, change: str
-) -> None:
+def test_a_change_after_the_first_rows_is_refused(data: Any, tmp_path: Path, change: str) -> None:
     rows, first = list(ROWS), tmp_path / "data/first.jsonl"
     if change == "same size":
         rows[-1] = rows[-1].replace("row", "two")
@@ -54,19 +51,19 @@ def test_a_change_after_the_first_rows_is_refused(
     if change == "removed":
         (tmp_path / "data/second.jsonl").unlink()
     with pytest.raises(RequestError, match="has changed since the run in") as raised:
-        streams.check(context)
+        check_streams(data, tmp_path / "run")
     assert raised.value.problems[0].key == "data.new.code"
     name = "second" if change == "removed" else "first"
     assert raised.value.problems[0].value == str(tmp_path / f"data/{name}.jsonl")
 
 
 def test_large_files_are_compared_by_size_and_time(
-    context: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "HASHED_BYTES", 1000)
-    (context.folder / streams.STREAMS).unlink()
-    streams.check(context)
-    streams.check(context)
+    (tmp_path / "run" / STREAMS).unlink()
+    check_streams(data, tmp_path / "run")
+    check_streams(data, tmp_path / "run")
     os.utime(tmp_path / "data/first.jsonl", (1, 1))
     with pytest.raises(RequestError, match="modified 1970"):
-        streams.check(context)
+        check_streams(data, tmp_path / "run")

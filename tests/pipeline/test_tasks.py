@@ -17,17 +17,17 @@ from tritter.config.launch.composition import load_config
 from tritter.evaluation.statistics import PairedScores, relative_forgetting
 from tritter.pipeline import Outcome, run, run_pipeline, stages
 from tritter.pipeline.branch import Branch
-from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import StageResult, TrainingFound
 from tritter.pipeline.metrics import OffsetLogger
+from tritter.pipeline.run import Run
 
 NEW = FIXTURES / "text/new.jsonl"
 JOB = [word for word in TINY if not word.startswith("data.new=")]
-Run = Callable[..., Outcome]
+RunJob = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="module")
-def run_tasks(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run_tasks(tmp_path_factory: pytest.TempPathFactory) -> RunJob:
     cache = tmp_path_factory.mktemp("cache")
 
     def run_there(folder: Path, *words: str, job: list[str] = JOB) -> Outcome:
@@ -57,7 +57,7 @@ def words(code: Path) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def trained(
-    run_tasks: Run, words: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+    run_tasks: RunJob, words: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     folder = tmp_path_factory.mktemp("tasks") / "run"
     run_tasks(folder, *words)
@@ -169,7 +169,7 @@ def test_steps_are_counted_on_in_what_is_logged(trained: Path) -> None:
 
 @pytest.mark.full
 def test_what_came_in_a_later_task_was_trained_from_there_on(
-    run_tasks: Run, words: tuple[str, ...], tmp_path: Path
+    run_tasks: RunJob, words: tuple[str, ...], tmp_path: Path
 ) -> None:
     grown = (
         "growth=gradmax",
@@ -197,7 +197,7 @@ def test_a_logger_of_a_later_task_counts_on(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_a_run_that_was_stopped_between_tasks_ends_with_the_same_weights(
-    trained: Path, run_tasks: Run, words: tuple[str, ...], tmp_path: Path
+    trained: Path, run_tasks: RunJob, words: tuple[str, ...], tmp_path: Path
 ) -> None:
     with plug_pulled(stages, "evaluation", of="attempt_1_task_2"):
         run_tasks(tmp_path / "run", *words)
@@ -215,7 +215,7 @@ def test_a_run_that_was_stopped_between_tasks_ends_with_the_same_weights(
 
 @pytest.mark.full
 def test_each_task_stops_by_a_named_domain_also_when_gone_on_with(
-    run_tasks: Run, code: Path, tmp_path: Path
+    run_tasks: RunJob, code: Path, tmp_path: Path
 ) -> None:
     """No improvement is large enough, so patience ends with the third evaluation after step 0.
 
@@ -242,11 +242,11 @@ def test_each_task_stops_by_a_named_domain_also_when_gone_on_with(
 
 @pytest.mark.full
 def test_what_is_broken_off_is_followed_by_no_task_and_rolled_back(
-    run_tasks: Run, words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_tasks: RunJob, words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = stages.training
 
-    def broken(context: RunContext, branch: Branch, **kwargs: Any) -> StageResult:
+    def broken(context: Run, branch: Branch, **kwargs: Any) -> StageResult:
         result = whole(context, branch, **kwargs)
         if branch.name != "attempt_1_task_2":
             return result
@@ -264,7 +264,9 @@ def test_what_is_broken_off_is_followed_by_no_task_and_rolled_back(
 
 
 @pytest.mark.full
-def test_an_old_domain_that_comes_again_is_kept_until_then(run_tasks: Run, tmp_path: Path) -> None:
+def test_an_old_domain_that_comes_again_is_kept_until_then(
+    run_tasks: RunJob, tmp_path: Path
+) -> None:
     """It is replayed in the tasks before its own, and compared with the start at the end."""
     old = FIXTURES / "text/old"
     outcome = run_tasks(tmp_path / "run", f"data.tasks=[{NEW},{old}]", "forgetting=replay")
@@ -281,7 +283,7 @@ def test_an_old_domain_that_comes_again_is_kept_until_then(run_tasks: Run, tmp_p
 
 @pytest.mark.full
 def test_what_a_checkpoint_learned_comes_again_as_a_later_task(
-    trained: Path, run_tasks: Run, code: Path, tmp_path: Path
+    trained: Path, run_tasks: RunJob, code: Path, tmp_path: Path
 ) -> None:
     job = [word for word in JOB if not word.startswith(("model.", "data.old", "data.vocab"))]
     words = ("model=hf", f"model.path={trained}/checkpoint", f"data.tasks=[{NEW},{code}]")

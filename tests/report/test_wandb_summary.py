@@ -14,9 +14,9 @@ from tests.pipeline.outside_method import Options, Outside
 from tests.report.spawning import experts
 from tritter.config.launch.composition import load_config
 from tritter.pipeline import metrics
-from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.metrics import log_result_to_wandb, wandb_logger, wandb_summary
+from tritter.pipeline.run import Run
 from tritter.report.summary import Summary
 from tritter.targets import Component
 
@@ -42,7 +42,7 @@ def test_lengths_of_packed_documents_and_similarities_are_tables(
     told, histogram = dict[str, Any](), {"8-15": 3, "16-31": 5}
     run = SimpleNamespace(log=told.update, summary={})
     monkeypatch.setattr(metrics, "wandb_logger", lambda _: WandbLogger(experiment=run))
-    context = RunContext(
+    context = Run(
         config=load_config([]),
         folder=tmp_path,
         console=Console(quiet=True),
@@ -82,7 +82,7 @@ def test_a_method_from_outside_is_a_tag_as_ours_are(
     monkeypatch.setattr(wandb, "init", init)
     config = load_config(["logger=wandb", "logger.wandb.tags=[mine]", "expansion=[width,dus]"])
     config = replace(config, forgetting=(OUTSIDE, *config.forgetting))
-    context = RunContext(
+    context = Run(
         config=config, folder=tmp_path, console=Console(quiet=True), ledger=Ledger(tmp_path)
     )
     wandb_logger(context)

@@ -33,9 +33,9 @@ from tritter.methods.forgetting.path_integral import PathIntegral
 from tritter.methods.forgetting.si import RECORDED
 from tritter.pipeline import importance, moe, vocabulary
 from tritter.pipeline.branch import Branch
-from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import content_key
 from tritter.pipeline.metrics import open_loggers, wandb_finished, write_rows
+from tritter.pipeline.run import Run
 from tritter.pipeline.trained import (
     PATH,
     StateWriter,
@@ -65,10 +65,10 @@ FORMAT_VERSION = 1
 _TRAINER_KEYS = ("accelerator", "precision", "gradient_clip_val", "devices", "compile")
 
 
-def pretrained_model(context: RunContext) -> Model:
+def pretrained_model(run: Run) -> Model:
     """Return the run's base model, with the size of its tokenizer."""
-    vocab_size = context.corpus.tokenizer.get_vocab_size()
-    return Model({**base_model(context.config).config, "vocab_size": vocab_size})
+    vocab_size = run.data.corpus.tokenizer.get_vocab_size()
+    return Model({**base_model(run.config).config, "vocab_size": vocab_size})
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,56 +79,56 @@ class Base:
     seconds: float
 
 
-def obtain_base(context: RunContext) -> Base:
+def obtain_base(run: Run) -> Base:
     """Load the base model from the cache, or train it; parallel jobs train it once.
 
     Raises:
         RequestError: the cache is not writable.
         TritterError: pretraining failed.
     """
-    made_from = _made_from(context)
-    folder = context.config.cache_dir / "bases" / content_key(made_from)
+    made_from = _made_from(run)
+    folder = run.config.cache_dir / "bases" / content_key(made_from)
     logged = folder.with_name(
         f"{folder.name}.metrics.csv"
     )  # next to the base model, for later runs
-    own = context.folder / "metrics_pretraining.csv"
+    own = run.folder / "metrics_pretraining.csv"
 
     def wait() -> None:
-        context.say("baseline", "another run is training this base model; waiting")
+        run.say("baseline", "another run is training this base model; waiting")
 
     if not _is_intact(folder):
         with entry_lock(folder, on_wait=wait):
             if not _is_intact(folder):
-                seconds = _train_base(context, folder, made_from)
+                seconds = _train_base(run, folder, made_from)
                 for path in (logged, own):
-                    write_rows(path, read_metrics(context.folder / "pretraining"))
+                    write_rows(path, read_metrics(run.folder / "pretraining"))
                 return Base(folder, seconds=seconds)
-    context.say("baseline", f"base model from the cache ({folder.name[:12]})")
+    run.say("baseline", f"base model from the cache ({folder.name[:12]})")
     if logged.is_file():
         write_text_atomic(own, read_text(logged, limit_bytes=MAX_METRICS_BYTES))
     return Base(folder, seconds=0.0)
 
 
-def _made_from(context: RunContext) -> dict[str, Any]:
+def _made_from(run: Run) -> dict[str, Any]:
     """Return everything that determines the weights of the base model."""
-    config, trainer = context.config, asdict(context.config.trainer)
+    config, trainer = run.config, asdict(run.config.trainer)
     text = {key: value for key, value in asdict(config.data).items() if key not in WHICH_TEXT}
-    text["packing"] = context.packing
+    text["packing"] = run.data.packing
     streams = {
         name: stream_identity(*sources, key=name)
-        for name, sources in context.streams.items()
-        if name in context.old_domains
+        for name, sources in run.data.streams.items()
+        if name in run.data.old_domains
     }
     pretraining = {k: v for k, v in asdict(config.pretraining).items() if k != "max_tokens"}
     return {
         "format": "base",
         "format_version": FORMAT_VERSION,
-        "recorded": list(RECORDED) if importance.is_recorded(context) else [],
+        "recorded": list(RECORDED) if importance.is_recorded(run) else [],
         "torch": torch.__version__,
-        "model": pretrained_model(context).config,
-        "corpus": context.corpus.digest,
+        "model": pretrained_model(run).config,
+        "corpus": run.data.corpus.digest,
         **({"streams": streams} if streams else {}),
-        "domains": list(context.old_domains),
+        "domains": list(run.data.old_domains),
         "data": text,
         "pretraining": pretraining,
         "warmup_steps": schedule_of(config.pretraining).warmup_steps,
@@ -141,53 +141,54 @@ def _made_from(context: RunContext) -> dict[str, Any]:
     }
 
 
-def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any]) -> float:
+def _train_base(run: Run, folder: Path, made_from: Mapping[str, Any]) -> float:
     """Train a base model into the cache and return the training time in seconds."""
-    model = pretrained_model(context)
-    pretraining = context.config.pretraining
-    context.say(
+    model = pretrained_model(run)
+    pretraining = run.config.pretraining
+    run.say(
         "baseline",
         f"training a base model with {model.num_parameters:,} parameters on "
-        f"{', '.join(context.old_domains)} for {pretraining.max_steps} steps; the cache keeps it",
+        f"{', '.join(run.data.old_domains)} for {pretraining.max_steps} steps; "
+        "the cache keeps it",
     )
     module = BaseModule(
-        context.masked(new_model(model, seed=context.seed("initialisation"))),
+        run.data.masked(new_model(model, seed=run.seed("initialisation"))),
         schedule=schedule_of(pretraining),
-        optimizer=context.config.optimizer,
+        optimizer=run.config.optimizer,
     )
-    batches = context.batches(
-        context.old_domains, purpose="pretraining", max_steps=pretraining.max_steps
+    batches = run.data.batches(
+        run.data.old_domains, purpose="pretraining", max_steps=pretraining.max_steps
     )
-    working = context.folder / "pretraining"
+    working = run.folder / "pretraining"
     lineage = Lineage(
         model_hash="",
         base_model_hash="",
         tensor_digests={},
         file_digests={},
         training_config={
-            "old": context.source_records(context.old_domains),
-            **context.split_record(),
+            "old": run.data.source_records(run.data.old_domains),
+            **run.data.split_record(),
             "made_from": dict(made_from),
         },
-        split=context.text.split,
-        domains=context.learned(context.old_domains),
+        split=run.data.text.split,
+        domains=run.data.learned(run.data.old_domains),
     )
     write = _BaseWriter(
         folder=folder,
         base=model,
         lineage=lineage,
-        tokenizer=context.corpus.tokenizer,
+        tokenizer=run.data.corpus.tokenizer,
         state=StateWriter(working),
     )
-    recorders = [PathIntegral(working / PATH)] if importance.is_recorded(context) else []
-    with wandb_finished(context), open_loggers(context, "pretraining") as loggers:
+    recorders = [PathIntegral(working / PATH)] if importance.is_recorded(run) else []
+    with wandb_finished(run), open_loggers(run, "pretraining") as loggers:
         result = fit(
             module,
             batches,
-            settings=context.config.trainer,
+            settings=run.config.trainer,
             folder=working,
             label="pretraining",
-            console=context.console,
+            console=run.console,
             loggers=loggers,
             observers=recorders,
             write_result=write,
@@ -198,9 +199,9 @@ def _train_base(context: RunContext, folder: Path, made_from: Mapping[str, Any])
                 f"pretraining.learning_rate ({pretraining.learning_rate})."
             )
     for note in result.notes:
-        context.say("data", note)
-    check_trained(context, folder)
-    context.ledger.watch_disk()
+        run.say("data", note)
+    check_trained(run, folder)
+    run.ledger.watch_disk()
     discard_saved(working)
     return result.seconds
 
@@ -254,30 +255,30 @@ def _is_intact(folder: Path) -> bool:
     return problem is None
 
 
-def check_source(context: RunContext) -> None:
+def check_source(run: Run) -> None:
     """Reject checkpoints that the run can't start or learn from, before using them.
 
     Raises:
         RequestError: a checkpoint is invalid, transformers rejects its config, or its shapes do
             not allow the expansion.
     """
-    attempts = [context.of_attempt(n) for n in range(1, 1 + len(context.config.attempts))]
+    attempts = [run.of_attempt(n) for n in range(1, 1 + len(run.config.attempts))]
     for each in attempts:
         _check_teacher(each)
-    if (source := context.initial_checkpoint) is None:
+    if (source := run.data.initial_checkpoint) is None:
         return
     for each in attempts:
-        raise_problems([*old_data_problems(each.config, each.text, source.folder)])
+        raise_problems([*old_data_problems(each.config, each.data.text, source.folder)])
         raise_problems(start_problems(each.config, source.model, folder=source.folder))
         raise_problems(memory_problems(each.config, source.model))
     for expansion in dict.fromkeys(each.config.expansion for each in attempts):
-        if expansion and context.config.pipeline.target_params is None:
+        if expansion and run.config.pipeline.target_params is None:
             # The expert to clone may be selected by data later; any expert will do for this check
             branch = moe.with_choice(Branch("given", expansion), [0])
             plan_expansion(source, vocabulary.with_example(branch, source).specs)
 
 
-def copy_source(context: RunContext, target: Path) -> Lineage:
+def copy_source(run: Run, target: Path) -> Lineage:
     """Write the initial checkpoint to `target` with unchanged tensors.
 
     A checkpoint with a lineage continues it; a plain Hugging Face folder starts a new lineage.
@@ -289,7 +290,7 @@ def copy_source(context: RunContext, target: Path) -> Lineage:
         RequestError: the checkpoint is damaged, does not match its config, or was modified after
             its lineage was written.
     """
-    model, source = context.config.model, context.initial_checkpoint
+    model, source = run.config.model, run.data.initial_checkpoint
     assert isinstance(model, CheckpointModelConfig) and source is not None
     lineage = source.lineage
     if lineage is None:
@@ -322,7 +323,7 @@ def copy_source(context: RunContext, target: Path) -> Lineage:
             config=source.config,
             tensors=tensors,
             lineage=checked,
-            artifacts=[*source.artifacts(), _template(context)],
+            artifacts=[*source.artifacts(), _template(run)],
             overwrite=True,
         )
     except TritterError as error:
@@ -339,28 +340,28 @@ class _Template:
         (folder / TEMPLATE_FILE).write_text(read_template(self.path), encoding="utf-8")
 
 
-def _template(context: RunContext) -> _Template | None:
-    choice = context.config.data.chat_template
+def _template(run: Run) -> _Template | None:
+    choice = run.config.data.chat_template
     return None if choice in (None, TOKENIZER, NONE) else _Template(choice)
 
 
-def _check_teacher(context: RunContext) -> None:
+def _check_teacher(run: Run) -> None:
     """Reject a teacher with another tokenizer or too few positions."""
-    location = importance.teacher_folder(context)
+    location = importance.teacher_folder(run)
     if location is None:
         return
     (key,) = {
         f"forgetting.{one.name}.teacher"
-        for one in context.config.forgetting
+        for one in run.config.forgetting
         if one.kind.needs(one.options).teacher_folder == location
     }
     folder, reason = locate(location, key=key), ""
     checkpoint_model(str(folder), key=key)
     try:
-        teacher, start = read_model(folder), context.initial_checkpoint
-        student = pretrained_model(context) if start is None else start.model
+        teacher, start = read_model(folder), run.data.initial_checkpoint
+        student = pretrained_model(run) if start is None else start.model
         own, expected = (each.sizes.vocab_size for each in (teacher, student))
-        length, limit = context.config.data.sequence_length, teacher.position_limit
+        length, limit = run.data.sequence_length, teacher.position_limit
         if own != expected:
             reason = (
                 f"it has {own} tokens, but the initial model of the run has {expected}; use a "
@@ -368,7 +369,7 @@ def _check_teacher(context: RunContext) -> None:
             )
         elif (
             read_tokenizer(folder, vocab_size=own).tokenizer.get_vocab()
-            != context.corpus.tokenizer.get_vocab()
+            != run.data.corpus.tokenizer.get_vocab()
         ):
             reason = (
                 "its tokenizer has a different vocabulary than the tokenizer of the run; use a "
@@ -399,9 +400,9 @@ def schedule_of(training: TrainingConfig, *, start_rate: float = 0.0) -> Schedul
     )
 
 
-def last_rate(context: RunContext, branch: Branch) -> float:
+def last_rate(run: Run, branch: Branch) -> float:
     """Return the final learning rate of a branch's initial model; 0 if it is not recorded."""
-    return recorded_rate(context.source(branch.start).own_lineage.training_config)
+    return recorded_rate(run.source(branch.start).own_lineage.training_config)
 
 
 def recorded_rate(config: Mapping[str, Any]) -> float:

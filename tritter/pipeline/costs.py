@@ -14,7 +14,7 @@ from tritter.errors import TritterError
 from tritter.evaluation.inference import eval_mode
 from tritter.methods.forgetting import SelfReplay, needs_of
 from tritter.pipeline import samples
-from tritter.pipeline.context import RunContext
+from tritter.pipeline.run import Run
 from tritter.planning.run_memory import grown_model, memory_line
 from tritter.training.callbacks import evaluation_flops
 
@@ -22,16 +22,16 @@ _LONG = 30.0  # seconds; shorter runs have no estimate
 _LABELS = {"importance": "importance of each parameter"}
 
 
-def cost_lines(context: RunContext) -> Iterator[str]:
+def cost_lines(run: Run) -> Iterator[str]:
     """Yield a line each on parameters, memory and the tokens that are read."""
-    config, source = context.config, context.model
+    config, source = run.config, run.data.model
     before, after = source.num_parameters, grown_model(config, source).num_parameters
     yield f"{before:,} parameters" + (f" → {after:,}" if after != before else "")
     yield memory_line(config, source)
     data, steps = config.data, config.training.max_steps
     gathered = config.trainer.accumulate_grad_batches
     of_step = f"{gathered * data.batch_size:,} x {data.sequence_length:,} tokens"
-    text = context.validation_subset
+    text = run.data.validation_subset
     validation = ""
     if text is not None:
         validation = (
@@ -40,34 +40,34 @@ def cost_lines(context: RunContext) -> Iterator[str]:
     yield f"{steps:,} steps of {of_step}{validation}"
 
 
-def time_line(context: RunContext) -> str:
+def time_line(run: Run) -> str:
     """Time one batch and return the estimated seconds of each stage.
 
     Empty if they are few, or differ for each process or for a frozen base with experts.
     """
-    config, source = context.config, context.model
+    config, source = run.config, run.data.model
     if config.experts is not None or config.trainer.strategy != "auto":
         return ""
-    start = context.initial_checkpoint
+    start = run.data.initial_checkpoint
     if start is not None:
         try:
             start.check()
         except TritterError:  # the first stage reports it
             return ""
     live = new_model(source, seed=0) if start is None else load_model(start.folder, model=source)
-    model = context.masked(live).to(context.device)
+    model = run.data.masked(live).to(run.device)
     length = config.data.sequence_length
-    (rows, *_) = context.training_sequences(context.new_domains).values()
+    (rows, *_) = run.data.training_sequences(run.data.new_domains).values()
     batch = rows[: config.data.batch_size]
     rate = len(batch) * forward_flops(source).of(length) / _seconds(model, batch)
-    seconds = {name: flops / rate for name, flops in _flops(context, source).items() if flops}
+    seconds = {name: flops / rate for name, flops in _flops(run, source).items() if flops}
     for one, needs in zip(config.forgetting, needs_of(config.forgetting), strict=True):
         if needs.writes:
             num_passes, num_texts = SelfReplay.passes(one.options, length)
             seconds[f"text of {one.name}"] = num_passes * _seconds(
                 model, rows[:1, :1].expand(num_texts, 1)
             )
-    if num_passes := samples.num_passes(context):
+    if num_passes := samples.num_passes(run):
         seconds["samples"] = num_passes * _seconds(model, rows[:1, :1])
     if (total := sum(seconds.values())) < _LONG:
         return ""
@@ -75,18 +75,18 @@ def time_line(context: RunContext) -> str:
     return f"about {_time_text(total)}, by one timed batch: {named}"
 
 
-def _flops(context: RunContext, source: Model) -> Mapping[str, float]:
+def _flops(run: Run, source: Model) -> Mapping[str, float]:
     """Return stage → its FLOPs, for one attempt."""
-    config, grown = context.config, grown_model(context.config, source)
-    length, data, text = config.data.sequence_length, config.data, context.validation_subset
+    config, grown = run.config, grown_model(run.config, source)
+    length, data, text = config.data.sequence_length, config.data, run.data.validation_subset
     reading = forward_flops(grown)
     old, new = (training_flops(each).of(length) for each in (source, grown))
     sequences = data.batch_size * config.trainer.accumulate_grad_batches
-    arms = len(context.text.tasks) + config.control
+    arms = len(run.data.text.tasks) + config.control
     steps = config.training.max_steps
-    pretraining = config.pretraining.max_steps if context.initial_checkpoint is None else 0
+    pretraining = config.pretraining.max_steps if run.data.initial_checkpoint is None else 0
     methods = tuple(zip(config.forgetting, needs_of(config.forgetting), strict=True))
-    most = sum(map(context.num_sequences, context.old_domains)) or min(
+    most = sum(map(run.data.num_sequences, run.data.old_domains)) or min(
         (one.options.num_sequences for one, needs in methods if needs.writes), default=math.inf
     )
     num_sampled = [
@@ -97,12 +97,12 @@ def _flops(context: RunContext, source: Model) -> Mapping[str, float]:
     validations = 0 if text is None else 1 + -(-steps // text.every_n_steps)
     return {
         "pretraining (unless cached)": pretraining * sequences * old,
-        "baseline": context.scoring_flops(forward_flops(source)),
+        "baseline": run.data.scoring.flops(forward_flops(source)),
         "importance": sum(num_sampled) * old,
-        "expand": context.scoring_flops(reading) if config.expansion else 0.0,
+        "expand": run.data.scoring.flops(reading) if config.expansion else 0.0,
         "training": arms * steps * sequences * new,
         "validation": 0.0 if text is None else arms * validations * evaluation_flops(reading, text),
-        "evaluate": arms * context.scoring_flops(reading),
+        "evaluate": arms * run.data.scoring.flops(reading),
     }
 
 

@@ -13,8 +13,8 @@ import torch
 
 from tritter.pipeline import moe
 from tritter.pipeline.branch import Branch
-from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import disk_bytes
+from tritter.pipeline.run import Run
 from tritter.storage.atomic import remove_folder
 from tritter.storage.reading import LINEAGE_NAME
 from tritter.transform import Expanded, expand, size_text
@@ -26,13 +26,13 @@ _BEFORE_FIT = ("expanded", "distilled", "adapted")
 _AGAIN = "expanded_again"
 
 
-def remove(context: RunContext, *locations: str) -> None:
+def remove(run: Run, *locations: str) -> None:
     """Remove stage folders that are no longer needed, unless `pipeline.keep_stages` is set."""
-    if context.config.pipeline.keep_stages:
+    if run.config.pipeline.keep_stages:
         return
     for location in locations:
-        if (folder := context.folder / location).is_dir():
-            context.ledger.mark_removed(location)
+        if (folder := run.folder / location).is_dir():
+            run.ledger.mark_removed(location)
             strip(folder)
 
 
@@ -48,60 +48,60 @@ def strip(folder: Path) -> None:
             path.rmdir()
 
 
-def remove_before_fit(context: RunContext, branch: Branch) -> None:
+def remove_before_fit(run: Run, branch: Branch) -> None:
     """Remove the initial checkpoint of a branch's training, once the trained model is verified."""
-    remove_folder(context.folder / branch.name / _AGAIN)
-    remove(context, *(f"{branch.name}/{name}" for name in _BEFORE_FIT))
+    remove_folder(run.folder / branch.name / _AGAIN)
+    remove(run, *(f"{branch.name}/{name}" for name in _BEFORE_FIT))
     if branch.task:
-        remove(context, f"{branch.follows}/trained")
+        remove(run, f"{branch.follows}/trained")
 
 
-def remove_unneeded(context: RunContext, *branches: Branch) -> None:
+def remove_unneeded(run: Run, *branches: Branch) -> None:
     """Remove the remaining folders of branches that the run no longer needs."""
     for branch in branches:
-        remove_before_fit(context, branch)
-        remove(context, f"{branch.name}/trained", f"{branch.name}/importance")
+        remove_before_fit(run, branch)
+        remove(run, f"{branch.name}/trained", f"{branch.name}/importance")
         if not branch.is_control and not branch.follows:
             prepared = (
                 "importance" if branch.prepared_by == 1 else f"importance_{branch.prepared_by}"
             )
-            remove(context, prepared)
+            remove(run, prepared)
 
 
-def may_release_start(context: RunContext, branch: Branch) -> bool:
+def may_release_start(run: Run, branch: Branch) -> bool:
     """Return True if the weights at the start of training may be removed before it ends.
 
     This holds for an expanded checkpoint: if the run is killed, the next call repeats the expansion
     from the same source and seed.
     """
     location = f"{branch.name}/expanded"
-    if moe.start_folder(context, branch) != location:
+    if moe.start_folder(run, branch) != location:
         return False
-    folder = context.folder / location
-    if context.ledger.is_incomplete(location):
-        context.say("expand", f"the weights of {folder} were removed; expanding again")
-        again = context.folder / branch.name / _AGAIN
-        write_expanded(context, branch, again)
+    folder = run.folder / location
+    if run.ledger.is_incomplete(location):
+        run.say("expand", f"the weights of {folder} were removed; expanding again")
+        again = run.folder / branch.name / _AGAIN
+        write_expanded(run, branch, again)
         for path in sorted(again.glob("*.safetensors")):
             path.replace(folder / path.name)
         remove_folder(again)
-        context.ledger.check_complete(location)
-    if context.config.pipeline.keep_stages or context.config.experts is not None:
+        run.ledger.check_complete(location)
+    if run.config.pipeline.keep_stages or run.config.experts is not None:
         return False
-    context.ledger.mark_released(location)
+    run.ledger.mark_released(location)
     return True
 
 
-def record(context: RunContext) -> dict[str, dict[str, int]]:
+def record(run: Run) -> dict[str, dict[str, int]]:
     """Return the bytes of weights and training state in the run folder, for summary.json.
 
     `peak` and `end` cover the whole folder; `source` and `result` are two checkpoints in it.
     """
-    end = disk_bytes(context.folder)
-    peak = context.ledger.peak
+    end = disk_bytes(run.folder)
+    peak = run.ledger.peak
     use = {kind: {"peak": peak(kind), "end": end[kind]} for kind in ("weights", "state")}
     for name, location in (("source", "baseline"), ("result", "checkpoint")):
-        use["weights"][name] = disk_bytes(context.folder / location)["weights"]
+        use["weights"][name] = disk_bytes(run.folder / location)["weights"]
     return use
 
 
@@ -115,14 +115,14 @@ def report(use: Mapping[str, Mapping[str, int]]) -> str:
     )
 
 
-def write_expanded(context: RunContext, branch: Branch, folder: Path) -> Expanded:
+def write_expanded(run: Run, branch: Branch, folder: Path) -> Expanded:
     """Expand the initial checkpoint of a branch into a folder."""
     # In float32 for any source dtype: rounding would break function preservation
-    with context.progress_bars() as new_bar:
+    with run.progress_bars() as new_bar:
         return expand(
-            context.source(branch.start),
+            run.source(branch.start),
             folder,
-            context.planned(branch),
+            run.planned(branch),
             dtype=torch.float32,
             overwrite=True,
             progress=new_bar("writing tensors of the grown model"),

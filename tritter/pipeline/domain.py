@@ -24,9 +24,9 @@ from tritter.data.options import TextSources
 from tritter.pipeline import moe, verdict
 from tritter.pipeline.base import check_source
 from tritter.pipeline.branch import Branch
-from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import Ledger
-from tritter.pipeline.run import run_baseline, run_branch
+from tritter.pipeline.pipeline import run_baseline, run_branch
+from tritter.pipeline.run import Run
 from tritter.pipeline.scoring import score_records
 from tritter.report.summary import MoeRecord
 from tritter.storage.atomic import atomic_folder
@@ -101,21 +101,23 @@ def expand_for_domain(
     with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=parent) as name:
         folder = Path(name)
         config = replace(_config(source, task, folder), expansion=tuple(specs))
-        context = RunContext(config=config, folder=folder, console=console, ledger=Ledger(folder))
+        run = Run(config=config, folder=folder, console=console, ledger=Ledger(folder))
         branch = Branch(_BRANCH, config.expansion)
-        check_source(context)
-        initial_checkpoint = context.initial_checkpoint
+        check_source(run)
+        initial_checkpoint = run.data.initial_checkpoint
         assert initial_checkpoint is not None
-        context.check_text()
-        for note in context.notes:
-            context.say("data", note)
-        run_baseline(context)
-        branch = run_branch(context, branch)
-        verdict.publish(context, (branch,), keep=True)
-        used = moe.summary_record(context, (branch,))
+        run.data.check_text()
+        for note in run.notes:
+            run.say("data", note)
+        run_baseline(run)
+        branch = run_branch(run, branch)
+        verdict.publish(run, (branch,), keep=True)
+        used = moe.summary_record(run, (branch,))
         assert used is not None
-        plan = context.planned(branch)
-        domains = " and ".join(context.new_domains_of(branch))  # names in the run, which may differ
+        plan = run.planned(branch)
+        domains = " and ".join(
+            run.data.new_domains_of(branch)
+        )  # names in the run, which may differ
         trained = f"on {domains}: {used.router_steps} router steps, {task.steps} steps of the "
         trained += "new experts; open to all tokens"
         steps = [  # replace the planned steps in the notes by the result
@@ -124,14 +126,14 @@ def expand_for_domain(
         ]
         plan = replace(plan, steps=tuple(steps))
         scores = {
-            "before": score_records(context.read_scores("baseline")),
-            "after": score_records(context.read_scores(f"{_BRANCH}-trained")),
+            "before": score_records(run.read_scores("baseline")),
+            "after": score_records(run.read_scores(f"{_BRANCH}-trained")),
         }
         check = partial(check_replaceable, sources=sources)
         with atomic_folder(destination, overwrite=overwrite, check=check) as temporary:
             shutil.copytree(folder / "checkpoint", temporary, dirs_exist_ok=True)
             # The parent is the source, because the stage folders are temporary
-            root, made = context.source("baseline").own_lineage, context.source("checkpoint")
+            root, made = run.source("baseline").own_lineage, run.source("checkpoint")
             adopted = replace(
                 made.own_lineage,
                 parent_hash=root.model_hash,

@@ -24,7 +24,7 @@ from tritter.data.tokens import (
 from tritter.errors import RequestError
 from tritter.evaluation.statistics import PairedScores
 from tritter.evaluation.tasks import Reader
-from tritter.pipeline.context import all_documents, corpus_chat
+from tritter.pipeline.run_data import all_documents, corpus_chat
 from tritter.pipeline.scoring import Scoring
 from tritter.terminal import NewBar, no_bar
 

@@ -21,7 +21,7 @@ from tritter.methods.experts.stored import ExpertFolder
 from tritter.methods.experts.whole import load_whole
 from tritter.methods.novelty.statistics import CALIBRATION_BATCHES
 from tritter.pipeline.branch import Branch
-from tritter.pipeline.context import RunContext
+from tritter.pipeline.run import Run
 from tritter.training import BaseModule
 from tritter.training.options import TrainingConfig
 
@@ -41,58 +41,56 @@ class TrainingTarget:
     surgery_callbacks: tuple[Callback, ...] = ()
 
 
-def method_of(context: RunContext, branch: Branch) -> Experts | None:
+def method_of(run: Run, branch: Branch) -> Experts | None:
     """Return the expert method of a branch; None if the whole model is trained."""
-    experts = context.config.experts
+    experts = run.config.experts
     if experts is None or branch.is_control:
         return None
     method: Experts = experts.kind(experts.options)
     return method
 
 
-def training_of(context: RunContext, branch: Branch) -> TrainingConfig:
+def training_of(run: Run, branch: Branch) -> TrainingConfig:
     """Return the training options of a branch; adapters have their own learning rate."""
-    method, options = method_of(context, branch), context.config.training
+    method, options = method_of(run, branch), run.config.training
     if method is None:
         return options
-    return replace(options, learning_rate=method.peak_rate(context.model))
+    return replace(options, learning_rate=method.peak_rate(run.data.model))
 
 
-def load_start(context: RunContext, branch: Branch, source: Source) -> nn.Module:
+def load_start(run: Run, branch: Branch, source: Source) -> nn.Module:
     """Load the initial model of a branch, with its experts; for the control, the base only."""
-    method = method_of(context, branch)
-    with context.waiting("loading the model"):
+    method = method_of(run, branch)
+    with run.waiting("loading the model"):
         if method is None:
             return load_model(source.folder, model=source.model)
         bits = method.options.base_bits
         return load_whole(source.folder, model=source.model, base_bits=bits)
 
 
-def begin(
-    context: RunContext, branch: Branch, model: nn.Module, *, max_steps: int
-) -> TrainingTarget:
+def begin(run: Run, branch: Branch, model: nn.Module, *, max_steps: int) -> TrainingTarget:
     """Return the trainable part of a model; adds experts if they are selected and missing.
 
     Raises:
         RequestError: the model has incompatible experts, or no layer for adapters.
     """
-    method = method_of(context, branch)
+    method = method_of(run, branch)
     if method is None:
         return TrainingTarget(partial(BaseModule, model))
     mixture = mixture_on(model)
     if mixture is None:
-        seed = context.seed("experts", *branch.purpose)
-        mixture = method.begin(model, bounds=context.bounds, seed=seed)
+        seed = run.seed("experts", *branch.purpose)
+        mixture = method.begin(model, bounds=run.data.bounds, seed=seed)
     else:
-        _resume(context, branch, mixture, method)
+        _resume(run, branch, mixture, method)
     surgery_callbacks: tuple[Callback, ...] = ()
     if isinstance(method, DynamicExperts):
-        surgery_callbacks = (_callback(context, branch, mixture, method, max_steps=max_steps),)
+        surgery_callbacks = (_callback(run, branch, mixture, method, max_steps=max_steps),)
     return TrainingTarget(partial(ExpertModule, mixture, losses=method.losses), surgery_callbacks)
 
 
 def _callback(
-    context: RunContext,
+    run: Run,
     branch: Branch,
     mixture: ExpertMixture,
     method: DynamicExperts,
@@ -109,19 +107,19 @@ def _callback(
             )
     known, stored = None, mixture.extra.get("roster")
     if stored is None:
-        known = _known(context, is_measured=registry.detector is not None)
+        known = _known(run, is_measured=registry.detector is not None)
     else:
         registry.load_state_dict(stored)
         if not branch.task:  # counters of an earlier run start again at zero
             registry.batches = dict.fromkeys(registry.batches, 0)
-    new, length = context.new_domains_of(branch), context.config.data.sequence_length
+    new, length = run.data.new_domains_of(branch), run.data.sequence_length
     callback = ExpertCallback(
         registry,
         shape=shape,
         known=known,
         skill="+".join(new) if registry.detector is None else None,
         domains=new,
-        seed=context.seed("experts", *branch.purpose),
+        seed=run.seed("experts", *branch.purpose),
     )
     callback.load_exemplars(mixture.extra)
     if callback.exemplar_length not in (0, length):
@@ -133,9 +131,9 @@ def _callback(
     return callback
 
 
-def _resume(context: RunContext, branch: Branch, mixture: ExpertMixture, method: Experts) -> None:
+def _resume(run: Run, branch: Branch, mixture: ExpertMixture, method: Experts) -> None:
     """Continue training the experts of a checkpoint, with their state."""
-    files = context.source(branch.start).experts
+    files = run.source(branch.start).experts
     assert files is not None
     mixture.extra = dict(ExpertFolder.of_files(files).extra)
     frozen = set(mixture.extra.get("frozen", ()))
@@ -169,14 +167,14 @@ def _resume(context: RunContext, branch: Branch, mixture: ExpertMixture, method:
         )
 
 
-def _known(context: RunContext, *, is_measured: bool) -> BaseData:
+def _known(run: Run, *, is_measured: bool) -> BaseData:
     """Return data of the old domains, for statistics of the novelty detector; never trained on."""
-    sequences = context.training_sequences(context.old_domains)
-    size = context.config.data.batch_size
+    sequences = run.data.training_sequences(run.data.old_domains)
+    size = run.data.batch_size
     batches: dict[str, Sequence[Tensor]] = dict.fromkeys(sequences, ())
     for domain, each in sequences.items() if is_measured else ():
         # Enough batches for calibration, with as few repetitions as possible
-        generator = torch.Generator().manual_seed(context.seed("known", domain))
+        generator = torch.Generator().manual_seed(run.seed("known", domain))
         count, order = CALIBRATION_BATCHES * size, torch.empty(0, dtype=torch.int64)
         while len(order) < count:
             order = torch.cat([order, torch.randperm(len(each), generator=generator)])
@@ -191,16 +189,16 @@ def reading_flops(model: nn.Module) -> Flops:
     return forward_flops(model_of(model)) if mixture is None else forward_flops_of(mixture)
 
 
-def reading_flops_of(context: RunContext, source: Source) -> Flops:
+def reading_flops_of(run: Run, source: Source) -> Flops:
     """Return the FLOPs of reading a sequence with a checkpoint, as this run loads it."""
-    if context.config.experts is None or source.experts is None:
+    if run.config.experts is None or source.experts is None:
         return forward_flops(source.model)
     return reading_flops(load_whole(source.folder, model=source.model))
 
 
-def usage_sequences(context: RunContext) -> Mapping[str, Tensor]:
+def usage_sequences(run: Run) -> Mapping[str, Tensor]:
     """Return domain → the sequences for measuring its gates, int64 [N, T]."""
     return {
-        domain: context.sample_equally([domain], _USAGE_SEQUENCES, "usage").long()
-        for domain in context.domains
+        domain: run.data.sample_equally([domain], _USAGE_SEQUENCES, "usage").long()
+        for domain in run.data.domains
     }

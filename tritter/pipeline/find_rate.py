@@ -16,9 +16,9 @@ from tritter.config.schema import RunConfig
 from tritter.errors import TritterError
 from tritter.pipeline import experts, importance, moe, stages
 from tritter.pipeline.base import check_source
-from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import Ledger
-from tritter.pipeline.run import planned_candidates, prepare_branch, run_baseline
+from tritter.pipeline.pipeline import planned_candidates, prepare_branch, run_baseline
+from tritter.pipeline.run import Run
 from tritter.report.drawing import BLUE, GREY, ORANGE, new_figure
 from tritter.report.table import Table
 from tritter.storage.atomic import parents_of, write_text_atomic
@@ -188,23 +188,23 @@ def find_rate(config: RunConfig, *, folder: Path) -> FoundRates:
 
 def _tested(config: RunConfig, schedule: Schedule, folder: Path, console: Console) -> FoundRates:
     """Run the stages up to the training, and the test, in a folder for what they write."""
-    context = RunContext(
+    run = Run(
         config=replace(config, logger=replace(config.logger, wandb=None, others=())),
         folder=folder,
         console=console,
         ledger=Ledger(folder),
     )
-    context.say("find-lr", f"{NUM_STEPS} steps from {_LOWEST:.0e} to {_HIGHEST:.0e}")
-    check_source(context)
-    context.check_text()
-    run_baseline(context)
-    candidate = planned_candidates(context)[0]
-    context, branch = candidate.context, candidate.branches[0]
-    if importance.is_needed(context):
-        prepare = partial(importance.prepare, context, branch)
-        context.stage(importance.key(branch), prepare, label="importance")
-    branch, points = prepare_branch(context, branch), folder / "points.json"
-    context = context.reading(moe.expanded_folder(branch))
-    stages.rate_test(context, branch, schedule, RateTest(schedule, points))
-    configured = experts.training_of(context, branch).learning_rate
+    run.say("find-lr", f"{NUM_STEPS} steps from {_LOWEST:.0e} to {_HIGHEST:.0e}")
+    check_source(run)
+    run.data.check_text()
+    run_baseline(run)
+    candidate = planned_candidates(run)[0]
+    run, branch = candidate.run, candidate.branches[0]
+    if importance.is_needed(run):
+        prepare = partial(importance.prepare, run, branch)
+        run.stage(importance.key(branch), prepare, label="importance")
+    branch, points = prepare_branch(run, branch), folder / "points.json"
+    run = run.reading(moe.expanded_folder(branch))
+    stages.rate_test(run, branch, schedule, RateTest(schedule, points))
+    configured = experts.training_of(run, branch).learning_rate
     return FoundRates.of(json.loads(read_text(points)), configured=configured)

@@ -22,8 +22,8 @@ from tritter.checkpoints.location import public_files
 from tritter.config.run_folder import fingerprint
 from tritter.evaluation.statistics import finite_or_none
 from tritter.pipeline.branch import Branch
-from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import ExpansionFound, TrainingFound
+from tritter.pipeline.run import Run
 from tritter.report.rows import domain_rows
 from tritter.report.summary import Summary
 from tritter.report.wording import ACCURACY
@@ -39,12 +39,12 @@ SAMPLE_COLUMNS = ("step", "prompt", "continuation")
 BEFORE = -1  # step of the model before its expansion
 
 
-def score_metrics(context: RunContext, branch_name: str) -> dict[str, float]:
+def score_metrics(run: Run, branch_name: str) -> dict[str, float]:
     """Return `score/<domain>/loss` and `score/<task>/accuracy` of a trained branch.
 
     Scores cover all validation documents.
     """
-    scores = context.read_scores(f"{branch_name}-trained")
+    scores = run.read_scores(f"{branch_name}-trained")
     means = {subject: finite_or_none(score.mean()) or 0.0 for subject, score in scores.items()}
     accuracies = [subject for subject, score in scores.items() if score.unit == "accuracy"]
     return {
@@ -53,38 +53,38 @@ def score_metrics(context: RunContext, branch_name: str) -> dict[str, float]:
     }
 
 
-def num_steps(context: RunContext, branch_name: str) -> int:
+def num_steps(run: Run, branch_name: str) -> int:
     """Return the number of steps for which a branch was trained."""
-    return context.ledger.found(f"{branch_name}.fit", TrainingFound).steps
+    return run.ledger.found(f"{branch_name}.fit", TrainingFound).steps
 
 
-def before_metrics(context: RunContext, branch_name: str) -> dict[str, float]:
+def before_metrics(run: Run, branch_name: str) -> dict[str, float]:
     """Return `eval/<domain>/…` before a branch's expansion; empty if it did not expand."""
     stage = f"{branch_name}.expand"
-    if context.ledger.get(stage) is None:
+    if run.ledger.get(stage) is None:
         return {}
-    return dict(context.ledger.found(stage, ExpansionFound).before)
+    return dict(run.ledger.found(stage, ExpansionFound).before)
 
 
-def first_step(context: RunContext, branches: Sequence[Branch], branch: Branch) -> int:
+def first_step(run: Run, branches: Sequence[Branch], branch: Branch) -> int:
     """Return the number of steps before a branch in a sequence of branches."""
     before = takewhile(lambda each: each.name != branch.name, branches)
-    return sum(num_steps(context, each.name) for each in before)
+    return sum(num_steps(run, each.name) for each in before)
 
 
-def join_rows(context: RunContext, branches: Sequence[Branch]) -> list[dict[str, str]]:
+def join_rows(run: Run, branches: Sequence[Branch]) -> list[dict[str, str]]:
     """Return the logged rows of consecutive branches with continuous steps and final scores.
 
     Rows before the first step of a later task are omitted: they repeat the previous task's end.
     """
     rows: list[dict[str, str]] = []
     for branch in branches:
-        first = first_step(context, branches, branch)
-        logged = read_metrics(context.folder / branch.name)
-        if before := before_metrics(context, branch.name):
+        first = first_step(run, branches, branch)
+        logged = read_metrics(run.folder / branch.name)
+        if before := before_metrics(run, branch.name):
             logged.insert(0, {"step": str(BEFORE)} | {k: str(v) for k, v in before.items()})
-        last: dict[str, object] = {"step": num_steps(context, branch.name)}
-        logged.append({k: str(v) for k, v in (last | score_metrics(context, branch.name)).items()})
+        last: dict[str, object] = {"step": num_steps(run, branch.name)}
+        logged.append({k: str(v) for k, v in (last | score_metrics(run, branch.name)).items()})
         rows += [
             row | {"step": str(int(row["step"]) + first)}
             for row in logged
@@ -93,9 +93,7 @@ def join_rows(context: RunContext, branches: Sequence[Branch]) -> list[dict[str,
     return rows
 
 
-def write_metrics(
-    context: RunContext, branches: Sequence[Branch], *, of: str = ""
-) -> list[dict[str, str]]:
+def write_metrics(run: Run, branches: Sequence[Branch], *, of: str = "") -> list[dict[str, str]]:
     """Write the logged rows of consecutive branches, with their scores.
 
     Args:
@@ -104,8 +102,8 @@ def write_metrics(
     Returns:
         The rows.
     """
-    rows = join_rows(context, branches)
-    write_rows(context.folder / (f"metrics_{of}.csv" if of else "metrics.csv"), rows)
+    rows = join_rows(run, branches)
+    write_rows(run.folder / (f"metrics_{of}.csv" if of else "metrics.csv"), rows)
     return rows
 
 
@@ -157,15 +155,13 @@ def wandb_summary(summary: Summary) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def log_result_to_wandb(
-    context: RunContext, summary: Summary, plots: Sequence[Path], *, step: int
-) -> None:
+def log_result_to_wandb(run: Run, summary: Summary, plots: Sequence[Path], *, step: int) -> None:
     """Log the summary, samples and plots of a finished run to its W&B run, if any.
 
     Args:
         step: last step of the run.
     """
-    logger = wandb_logger(context)
+    logger = wandb_logger(run)
     if logger is None:
         return
     import wandb
@@ -193,13 +189,13 @@ def log_result_to_wandb(
     if samples:
         rows = [list(sample.values()) for sample in samples]
         media["samples"] = wandb.Table(columns=list(samples[0]), data=rows)
-    if context.config.trainer.has_workers and (rows := _training_samples(context.folder)):
+    if run.config.trainer.has_workers and (rows := _training_samples(run.folder)):
         media[_SAMPLES_KEY] = _samples_table(rows)
     logger.log_metrics(media, step=step)
     logger.experiment.summary.update(wandb_summary(summary))
-    settings = context.config.logger.wandb
+    settings = run.config.logger.wandb
     if settings is not None and settings.log_model and summary.status != "rolled_back":
-        _log_model(logger, context.folder / "checkpoint", summary)
+        _log_model(logger, run.folder / "checkpoint", summary)
 
 
 def log_samples(loggers: Sequence[Logger], rows: Sequence[Sequence[Any]], *, step: int) -> None:
@@ -246,9 +242,9 @@ def _log_model(logger: WandbLogger, folder: Path, summary: Summary) -> None:
     logger.experiment.log_artifact(artifact)
 
 
-def run_name(context: RunContext, part: str | None = None) -> str:
+def run_name(run: Run, part: str | None = None) -> str:
     """Return the name of a run in loggers, or of a separate part of it."""
-    config, seed = context.config, f"seed {context.config.seed}"
+    config, seed = run.config, f"seed {run.config.seed}"
     if part == "pretraining":
         return f"{part} {seed}"
     grown = "+".join(_names(config.expansion))
@@ -257,29 +253,29 @@ def run_name(context: RunContext, part: str | None = None) -> str:
     return f"{grown} {'+'.join(_names(config.forgetting))} {seed}"
 
 
-def wandb_logger(context: RunContext, part: str | None = None) -> WandbLogger | None:
+def wandb_logger(run: Run, part: str | None = None) -> WandbLogger | None:
     """Return the logger of a W&B run, open until `wandb_finished` ends; None if W&B is off.
 
     Args:
         part: control, pretraining or a retry, which are separate W&B runs; None for the run
             itself.
     """
-    if (settings := context.config.logger.wandb) is None:
+    if (settings := run.config.logger.wandb) is None:
         return None
-    if part in context.wandb_loggers:
-        return context.wandb_loggers[part]
+    if part in run.wandb_loggers:
+        return run.wandb_loggers[part]
     import wandb
 
-    config = context.config
-    id_file = context.folder / ("wandb_id" if part is None else f"wandb_id.{part}")
+    config = run.config
+    id_file = run.folder / ("wandb_id" if part is None else f"wandb_id.{part}")
     if not id_file.exists():
         write_text_atomic(id_file, uuid4().hex[:8])
     run_id = id_file.read_text(encoding="utf-8")  # unchanged when the run resumes
-    _truncate_killed_wandb(context.folder / "wandb", run_id)
+    _truncate_killed_wandb(run.folder / "wandb", run_id)
     # Lightning would pass an option that W&B warns about; so the step metric is set here
-    run = wandb.init(
+    opened = wandb.init(
         project=settings.project,
-        name=run_name(context, part),
+        name=run_name(run, part),
         job_type=part or "run",
         group=settings.group,
         tags=[
@@ -288,7 +284,7 @@ def wandb_logger(context: RunContext, part: str | None = None) -> WandbLogger | 
             *(f"forgetting:{name}" for name in _names(config.forgetting)),
             f"seed:{config.seed}",
         ],
-        dir=context.folder,
+        dir=run.folder,
         id=run_id,
         resume="allow",
         reinit="create_new",  # the control trains while the run is open
@@ -296,22 +292,22 @@ def wandb_logger(context: RunContext, part: str | None = None) -> WandbLogger | 
         config=fingerprint(config),
         settings=wandb.Settings(silent=True),
     )
-    run.define_metric(_WANDB_STEP)
-    run.define_metric("*", step_metric=_WANDB_STEP, step_sync=True)
-    context.wandb_loggers[part] = WandbLogger(experiment=run, log_model=False)
-    return context.wandb_loggers[part]
+    opened.define_metric(_WANDB_STEP)
+    opened.define_metric("*", step_metric=_WANDB_STEP, step_sync=True)
+    run.wandb_loggers[part] = WandbLogger(experiment=opened, log_model=False)
+    return run.wandb_loggers[part]
 
 
 @contextmanager
-def wandb_finished(context: RunContext) -> Iterator[None]:
+def wandb_finished(run: Run) -> Iterator[None]:
     """Finish the W&B runs opened inside; each process writes one folder per run."""
     exit_code = 1
     try:
         yield
         exit_code = 0
     finally:
-        while context.wandb_loggers:
-            context.wandb_loggers.popitem()[1].experiment.finish(exit_code=exit_code)
+        while run.wandb_loggers:
+            run.wandb_loggers.popitem()[1].experiment.finish(exit_code=exit_code)
 
 
 def _truncate_killed_wandb(folder: Path, run_id: str) -> None:
@@ -410,7 +406,7 @@ class OffsetLogger(Logger):
 
 @contextmanager
 def open_loggers(
-    context: RunContext, part: str | None = None, *, first_step: int = 0
+    run: Run, part: str | None = None, *, first_step: int = 0
 ) -> Iterator[list[Logger]]:
     """Yield the W&B logger, if selected, and then the other loggers in order.
 
@@ -423,13 +419,13 @@ def open_loggers(
     """
     loggers: list[Logger] = []
     with ExitStack() as opened:
-        if (wandb := wandb_logger(context, part)) is not None:
+        if (wandb := wandb_logger(run, part)) is not None:
             loggers.append(wandb)
-        for named in context.config.logger.others:
-            loggers.append(logger := _build_logger(named, context, part))
+        for named in run.config.logger.others:
+            loggers.append(logger := _build_logger(named, run, part))
             opened.push(partial(_close, logger))
             if not first_step:
-                logger.log_hyperparams(fingerprint(context.config))
+                logger.log_hyperparams(fingerprint(run.config))
         yield [OffsetLogger(logger, first_step) if first_step else logger for logger in loggers]
 
 
@@ -437,7 +433,7 @@ def _close(logger: Logger, error: type[BaseException] | None, *_: object) -> Non
     logger.finalize("success" if error is None else "failed")
 
 
-def _build_logger(named: Component, context: RunContext, part: str | None) -> Logger:
+def _build_logger(named: Component, run: Run, part: str | None) -> Logger:
     """Build a logger that writes into the run folder, unless its options set another folder.
 
     A logger with run names gets the name of the part; others get a folder per part.
@@ -446,13 +442,13 @@ def _build_logger(named: Component, context: RunContext, part: str | None) -> Lo
     parameters = inspect.signature(named.kind).parameters
     has_names = "run_name" in parameters
     if "save_dir" in parameters:
-        folder = context.folder / str(body.get("save_dir") or named.name)
+        folder = run.folder / str(body.get("save_dir") or named.name)
         body["save_dir"] = str(folder if part is None or has_names else folder / part)
     if has_names:
-        body["run_name"] = body.get("run_name") or run_name(context, part)
+        body["run_name"] = body.get("run_name") or run_name(run, part)
     if issubclass(named.kind, MLFlowLogger) and body.get("run_id") is None:
         id_name = f"{named.name}_id" if part is None else f"{named.name}_id.{part}"
-        return _same_mlflow_run(body, context.folder / id_name)
+        return _same_mlflow_run(body, run.folder / id_name)
     logger = instantiate(body)
     assert isinstance(logger, Logger)
     return logger

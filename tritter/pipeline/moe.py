@@ -27,8 +27,8 @@ from tritter.methods.moe_routing.stages import (
     separate_experts,
 )
 from tritter.pipeline.branch import Branch
-from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import EvaluationFound, TrainingFound
+from tritter.pipeline.run import Run
 from tritter.pipeline.scoring import score_records
 from tritter.report.summary import MoeRecord
 from tritter.training import SideLoss
@@ -62,9 +62,9 @@ def expanded_folder(branch: Branch) -> str:
     return f"{branch.name}/expanded" if branch.specs else branch.start
 
 
-def start_folder(context: RunContext, branch: Branch) -> str:
+def start_folder(run: Run, branch: Branch) -> str:
     """Return the folder of the checkpoint from which a branch's training starts."""
-    return f"{branch.name}/adapted" if router_steps(context, branch) else before_routers(branch)
+    return f"{branch.name}/adapted" if router_steps(run, branch) else before_routers(branch)
 
 
 def before_routers(branch: Branch) -> str:
@@ -94,67 +94,67 @@ def with_choice(branch: Branch, clone_from: Sequence[int]) -> Branch:
     return replace(branch, specs=specs)
 
 
-def spaced_sequences(context: RunContext, domains: Sequence[str], count: int) -> Tensor:
+def spaced_sequences(run: Run, domains: Sequence[str], count: int) -> Tensor:
     """Return up to `count` training sequences [N, T], evenly spaced over some domains."""
-    sequences = concatenate(list(context.training_sequences(domains).values()))
+    sequences = concatenate(list(run.data.training_sequences(domains).values()))
     return sequences[:: max(1, len(sequences) // count)][:count]
 
 
-def pending_experts(context: RunContext, branch: Branch) -> AddedExperts | None:
+def pending_experts(run: Run, branch: Branch) -> AddedExperts | None:
     """Return the appended experts that a branch still has to open; None if there are none."""
-    added = context.source(expanded_folder(branch)).added
+    added = run.source(expanded_folder(branch)).added
     return None if added is None or added.is_settled else added
 
 
-def router_steps(context: RunContext, branch: Branch) -> int:
+def router_steps(run: Run, branch: Branch) -> int:
     """Return the number of steps of the router stage; 0 without one."""
-    added, options = pending_experts(context, branch), context.config.adaptation
+    added, options = pending_experts(run, branch), run.config.adaptation
     if added is None or added.step or options.router_update == "frozen":
         return 0
     sequences = options.router_epochs * sum(
-        map(context.num_sequences, context.new_domains_of(branch))
+        map(run.data.num_sequences, run.data.new_domains_of(branch))
     )
-    steps = math.ceil(sequences / context.config.data.batch_size)
+    steps = math.ceil(sequences / run.data.batch_size)
     return min(steps, options.router_max_steps or steps)
 
 
 def _experts_after_steps(
-    context: RunContext, branch: Branch, added: AddedExperts, *, steps: int
+    run: Run, branch: Branch, added: AddedExperts, *, steps: int
 ) -> AddedExperts:
     """Return the state of a branch's appended experts after a number of steps."""
-    return added.at(added.step + steps, anneal_steps=anneal_steps(context, branch, added))
+    return added.at(added.step + steps, anneal_steps=anneal_steps(run, branch, added))
 
 
 @contextmanager
-def router_stage_setup(context: RunContext, branch: Branch, model: nn.Module) -> Iterator[Setup]:
+def router_stage_setup(run: Run, branch: Branch, model: nn.Module) -> Iterator[Setup]:
     """Prepare a model for the router stage: train only routers, and encourage new experts."""
-    added = pending_experts(context, branch)
+    added = pending_experts(run, branch)
     assert added is not None
     routing = _objective(
-        context,
+        run,
         branch,
         model,
-        encouragement=context.config.adaptation.encouragement,
+        encouragement=run.config.adaptation.encouragement,
         new_experts=added.experts,
     )
-    opening = ExpertOpening(added, anneal_steps=anneal_steps(context, branch, added))
+    opening = ExpertOpening(added, anneal_steps=anneal_steps(run, branch, added))
     with only_trainable(model, is_router):
         yield Setup(side_losses=(routing,), controls=(opening,))
 
 
 @contextmanager
-def training_setup(context: RunContext, branch: Branch, model: nn.Module) -> Iterator[Setup]:
+def training_setup(run: Run, branch: Branch, model: nn.Module) -> Iterator[Setup]:
     """Prepare a model for a branch's training, with a frozen base if requested."""
     if Routing.of(model) is None:
         yield Setup()
         return
-    routing, options = _objective(context, branch, model), context.config.adaptation
-    added, steps = pending_experts(context, branch), router_steps(context, branch)
+    routing, options = _objective(run, branch, model), run.config.adaptation
+    added, steps = pending_experts(run, branch), router_steps(run, branch)
     if added is None:
         yield Setup(side_losses=(routing,))
         return
-    now = _experts_after_steps(context, branch, added, steps=steps)
-    opening = ExpertOpening(now, anneal_steps=anneal_steps(context, branch, added))
+    now = _experts_after_steps(run, branch, added, steps=steps)
+    opening = ExpertOpening(now, anneal_steps=anneal_steps(run, branch, added))
     if not options.freeze_base:
         yield Setup(side_losses=(routing,), controls=(opening,))
         return
@@ -169,81 +169,80 @@ def training_setup(context: RunContext, branch: Branch, model: nn.Module) -> Ite
         yield Setup(side_losses=(routing,), controls=controls, parts=parts)
 
 
-def usage_sequences(context: RunContext) -> dict[str, Tensor]:
+def usage_sequences(run: Run) -> dict[str, Tensor]:
     """Return domain → training sequences for measuring expert usage."""
     return {
-        domain: spaced_sequences(context, [domain], _USAGE_SEQUENCES) for domain in context.domains
+        domain: spaced_sequences(run, [domain], _USAGE_SEQUENCES) for domain in run.data.domains
     }
 
 
-def summary_record(context: RunContext, branches: Sequence[Branch]) -> MoeRecord | None:
+def summary_record(run: Run, branches: Sequence[Branch]) -> MoeRecord | None:
     """Return `moe` of summary.json for evaluated branches; None for a dense model.
 
     Args:
         branches: branches of an attempt in the order of tasks.
     """
     first, last = branches[0], branches[-1]
-    found = context.ledger.found(f"{last.name}.evaluate", EvaluationFound)
+    found = run.ledger.found(f"{last.name}.evaluate", EvaluationFound)
     if found.moe is None:
         return None
     record = dict(found.moe)
-    added = pending_experts(context, first)
+    added = pending_experts(run, first)
     if added is not None:
-        steps = router_steps(context, first)
-        fits = (context.ledger.found(f"{branch.name}.fit", TrainingFound) for branch in branches)
+        steps = router_steps(run, first)
+        fits = (run.ledger.found(f"{branch.name}.fit", TrainingFound) for branch in branches)
         trained = sum(fit.steps for fit in fits)
-        now = _experts_after_steps(context, first, added, steps=steps + trained)
+        now = _experts_after_steps(run, first, added, steps=steps + trained)
         record["new"] = list(added.experts)
         record["router_steps"] = steps
         record["is_open"] = now.is_settled
-    if has_unsaved_bias(context):
+    if has_unsaved_bias(run):
         biased, stock = (
-            score_records(context.read_scores(f"{last.name}-{kind}"))
-            for kind in ("biased", "trained")
+            score_records(run.read_scores(f"{last.name}-{kind}")) for kind in ("biased", "trained")
         )
         record["selection_bias"] = {
             domain: {"with": biased[domain]["loss"], "without": stock[domain]["loss"]}
-            for domain in context.domains
+            for domain in run.data.domains
         }
     return MoeRecord.model_construct(**record)
 
 
-def has_unsaved_bias(context: RunContext) -> bool:
+def has_unsaved_bias(run: Run) -> bool:
     """Return True if training moves a selection bias that checkpoints lack."""
-    config = context.config
+    config = run.config
     if not config.moe_routing.bias_update_rate:
         return False
-    result = target_model(context.model, config.expansion)
+    result = target_model(run.data.model, config.expansion)
     return result.model_type not in SIGMOID_ROUTERS
 
 
-def anneal_steps(context: RunContext, branch: Branch, added: AddedExperts) -> int:
+def anneal_steps(run: Run, branch: Branch, added: AddedExperts) -> int:
     """Return the number of steps until the router offset of appended experts reaches 0."""
-    saved, configured = added.anneal_steps, context.config.adaptation.anneal_steps
-    steps = router_steps(context, branch) or max(1, context.config.training.max_steps // 2)
+    saved, configured = added.anneal_steps, run.config.adaptation.anneal_steps
+    steps = router_steps(run, branch) or max(1, run.config.training.max_steps // 2)
     return configured or saved or steps
 
 
 def _objective(
-    context: RunContext,
+    run: Run,
     branch: Branch,
     model: nn.Module,
     *,
     encouragement: float = 0.0,
     new_experts: Sequence[int] = (),
 ) -> RoutingObjective:
-    values = asdict(context.config.moe_routing)
+    values = asdict(run.config.moe_routing)
     settings = RoutingSettings(
         **values, encouragement=encouragement, new_experts=tuple(new_experts)
     )
     old = None
     if settings.hold_old:  # routing of old data before any training of the branch
-        sequences = context.sample_equally(
-            context.old_domains_of(branch), _HOLD_OLD_SEQUENCES, "hold_old", *branch.purpose
+        sequences = run.data.sample_equally(
+            run.data.old_domains_of(branch), _HOLD_OLD_SEQUENCES, "hold_old", *branch.purpose
         )
-        start = context.source(expanded_folder(branch))
-        batch_size = max(1, context.config.data.batch_size // 4)
-        with context.waiting("routing of old data"):
-            before = context.masked(load_model(start.folder, model=start.model))
-            old = OldRouting.of(before.to(context.device), sequences, batch_size=batch_size)
+        start = run.source(expanded_folder(branch))
+        batch_size = max(1, run.data.batch_size // 4)
+        with run.waiting("routing of old data"):
+            before = run.data.masked(load_model(start.folder, model=start.model))
+            old = OldRouting.of(before.to(run.device), sequences, batch_size=batch_size)
     return RoutingObjective(model, settings, old=old)

@@ -1,47 +1,31 @@
 """Notes on the inputs of a run, and on the weights that it publishes."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from tritter.config.schema import RunConfig
 from tritter.data.answers import TrainingCounts, scoring_note
-from tritter.data.corpus import Corpus
 from tritter.data.packing import padding_fraction
-from tritter.data.tokens import TextBounds, TokenisedDocuments
 from tritter.methods.forgetting import needs_of
+from tritter.pipeline.run_data import RunData
 from tritter.training import FitResult, read_metrics
 from tritter.training.options import callbacks_of
 
 _MUCH_PADDING, _SMALL_SHARE = 0.1, 0.05
 
 
-def packing_notes(
-    config: RunConfig,
-    corpus: Corpus,
-    scored: Mapping[str, TokenisedDocuments],
-    streams: Collection[str],
-    *,
-    bounds: TextBounds,
-) -> Iterator[str]:
-    """Yield notes on whole documents in sequences: what is cut, unscored or padding.
-
-    Args:
-        config: the run.
-        corpus: its tokenised domains.
-        scored: domain → its held-out documents that are scored.
-        streams: domains of which the corpus has only the head.
-        bounds: start and end of a text.
-    """
-    length, limit = config.data.sequence_length, config.evaluation.max_tokens_per_document
-    text: dict[str, Any] = {"sequence_length": length, "bounds": bounds}
-    for name, domain in corpus.domains.items():
+def packing_notes(data: RunData) -> Iterator[str]:
+    """Yield notes on whole documents in sequences: what is cut, unscored or padding."""
+    length, limit = data.sequence_length, data.config.evaluation.max_tokens_per_document
+    text: dict[str, Any] = {"sequence_length": length, "bounds": data.bounds}
+    for name, domain in data.corpus.domains.items():
         counts = TrainingCounts.of(domain.train, **text)
-        rows = "of the first rows" if name in streams else ""
-        is_read = _is_read(config, name)
+        rows = "of the first rows" if name in data.streams else ""
+        is_read = _is_read(data.config, name)
         if is_read:
             yield counts.note(name, sequence_length=length, rows=rows)
-        yield scoring_note(name, scored[name], sequence_length=length, max_tokens=limit)
+        yield scoring_note(name, data.scored[name], sequence_length=length, max_tokens=limit)
         if not is_read or not domain.train.num_tokens:
             continue
         share = padding_fraction(domain.train, **text)
@@ -61,14 +45,12 @@ def _is_read(config: RunConfig, domain: str) -> bool:
     return not is_old or needs_old or bool(config.experts) or config.model.model_type != "hf"
 
 
-def scored_notes(
-    config: RunConfig, corpus: Corpus, scored: Mapping[str, TokenisedDocuments]
-) -> Iterator[str]:
+def scored_notes(data: RunData) -> Iterator[str]:
     """Yield a note on each domain of which not all held-out documents are scored."""
-    is_default = config.evaluation.max_documents is None
+    is_default = data.config.evaluation.max_documents is None
     why = ", in proportion to the training" if is_default else ""
-    for name, documents in scored.items():
-        total = len(corpus.domains[name].validation)
+    for name, documents in data.scored.items():
+        total = len(data.corpus.domains[name].validation)
         if len(documents) < total:
             yield (
                 f"{name}: scores read {len(documents):,} of {total:,} held-out documents{why}; "

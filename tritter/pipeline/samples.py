@@ -30,8 +30,9 @@ from tritter.evaluation.inference import (
     whole_word_prompt,
 )
 from tritter.pipeline import experts
-from tritter.pipeline.context import MAX_POSITIONS, RunContext
 from tritter.pipeline.metrics import SAMPLE_COLUMNS, SAMPLES_NAME, log_samples
+from tritter.pipeline.run import Run
+from tritter.pipeline.run_data import MAX_POSITIONS
 from tritter.pipeline.scoring import stock_tokenizer
 from tritter.storage.atomic import write_text_atomic
 from tritter.training.callbacks import Validation
@@ -50,9 +51,9 @@ class Continuations:
 
 
 def generate_samples(
-    start: RunContext,
+    start: Run,
     before: nn.Module,
-    context: RunContext,
+    run: Run,
     after: nn.Module,
     *,
     progress: Callable[[int, int], None] | None = None,
@@ -60,16 +61,16 @@ def generate_samples(
     """Return the continuations of both models: of a prompt of each domain, then of own prompts.
 
     Args:
-        start: context in which the data has the tokens of `before`.
+        start: the run with the data in the tokens of `before`.
         before: the model before training.
-        context: context in which the data has the tokens of `after`.
+        run: the same with the tokens of `after`.
         after: the trained model.
         progress: called with the number of prompts that are finished, and the total.
     """
     positions = _positions(before)
-    prompts = [(domain, _prompt_of(start, domain, positions)) for domain in start.domains]
+    prompts = [(domain, _prompt_of(start, domain, positions)) for domain in start.data.domains]
     prompts += [("", ids) for ids in _own_prompts(start, before).values()]
-    models = ((start, before), (context, after))
+    models = ((start, before), (run, after))
     samples = list[Continuations]()
     for domain, ids in prompts:
         if progress is not None:
@@ -78,33 +79,33 @@ def generate_samples(
     return samples
 
 
-def num_passes(context: RunContext) -> int:
+def num_passes(run: Run) -> int:
     """Return the most forward passes of a token each in which both models write their samples."""
-    evaluation = context.config.evaluation
-    of_chat = _ANSWER_TOKENS if _chat(context) else _CONTINUATION_TOKENS
+    evaluation = run.config.evaluation
+    of_chat = _ANSWER_TOKENS if _chat(run) else _CONTINUATION_TOKENS
     most = of_chat if evaluation.sample_tokens is None else evaluation.sample_tokens
-    return 2 * most * (len(context.domains) + len(evaluation.prompts))
+    return 2 * most * (len(run.data.domains) + len(evaluation.prompts))
 
 
-def _own_prompts(context: RunContext, model: nn.Module) -> dict[str, list[int]]:
+def _own_prompts(run: Run, model: nn.Module) -> dict[str, list[int]]:
     """Return the prompts of `evaluation.prompts` as tokens; the end of one that is too long.
 
     If the checkpoint has a chat template, a prompt is rendered as a user's message.
     """
-    texts = context.config.evaluation.prompts
-    most, chat = _positions(model) // 2, _chat(context)
-    encode = context.corpus.tokenizer.encode
+    texts = run.config.evaluation.prompts
+    most, chat = _positions(model) // 2, _chat(run)
+    encode = run.data.corpus.tokenizer.encode
     if chat is not None:
         return {text: _end_of(chat.prompt(text), most) for text in texts}
     return {text: encode(text, add_special_tokens=False).ids[-most:] for text in texts}
 
 
-def _chat(context: RunContext) -> Chat | None:
+def _chat(run: Run) -> Chat | None:
     """Return the chat template and options of a run; None if it has no chat template."""
-    chat = context.corpus.chat
-    if chat is None and context.config.evaluation.prompts:
-        start = context.initial_checkpoint
-        chat = None if start is None else _template(start.folder, context.chat_choice)
+    chat = run.data.corpus.chat
+    if chat is None and run.config.evaluation.prompts:
+        start = run.data.initial_checkpoint
+        chat = None if start is None else _template(start.folder, run.data.chat_choice)
     return None if chat is None or chat.tokenizer is None else chat
 
 
@@ -125,9 +126,9 @@ def _positions(model: nn.Module) -> int:
     return model_of(model).position_limit or MAX_POSITIONS
 
 
-def _prompt_of(context: RunContext, domain: str, positions: int) -> list[int]:
+def _prompt_of(run: Run, domain: str, positions: int) -> list[int]:
     """Return a prompt from the first validation document of a domain."""
-    document = context.corpus.domains[domain].validation.document(0)
+    document = run.data.corpus.domains[domain].validation.document(0)
     first = int(document[0]) if len(document) else 0
     if first >= ANSWER:  # a conversation up to its first answer, or half of it
         num_given = int(is_unpredicted(document).long().cumprod(0).sum())
@@ -136,7 +137,7 @@ def _prompt_of(context: RunContext, domain: str, positions: int) -> list[int]:
     # Skip the beginning of the document, which is usually a heading or imports
     return whole_word_prompt(
         document[: 4 * _SAMPLE_PROMPT_TOKENS].tolist(),
-        context.corpus.tokenizer.decode,
+        run.data.corpus.tokenizer.decode,
         skipped_tokens=_SAMPLE_PROMPT_TOKENS,
         max_tokens=min(_SAMPLE_PROMPT_TOKENS, positions // 2),
     )
@@ -159,12 +160,12 @@ class _Sampler:
     turn_ends: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, context: RunContext) -> "_Sampler":
+    def of(cls, run: Run) -> "_Sampler":
         """Return the sampler of a run."""
-        chat = _chat(context)
+        chat = _chat(run)
         ends = () if chat is None else tuple(end_of_turn_ids(chat.tokenizer))
-        most = context.config.evaluation.sample_tokens
-        return cls(context.corpus.tokenizer, most, context.bounds, ends)
+        most = run.config.evaluation.sample_tokens
+        return cls(run.data.corpus.tokenizer, most, run.data.bounds, ends)
 
     def shown(self, prompt: list[int]) -> str:
         """Return a prompt as text, a conversation with the special tokens that mark its roles."""
@@ -209,13 +210,13 @@ def _is_chat(prompt: list[int]) -> bool:
 
 
 def _continued(
-    models: Sequence[tuple[RunContext, nn.Module]], domain: str, prompt: list[int]
+    models: Sequence[tuple[Run, nn.Module]], domain: str, prompt: list[int]
 ) -> Continuations:
     """Return the continuations of a prompt, given in the tokens of the first model."""
     texts, flops, shown = dict[str, str](), 0.0, _Sampler.of(models[0][0]).shown(prompt)
-    for name, (context, model) in zip(("before", "after"), models, strict=True):
-        sampler, own = _Sampler.of(context), prompt
-        if context.original is not models[0][0].original:  # another tokenizer
+    for name, (run, model) in zip(("before", "after"), models, strict=True):
+        sampler, own = _Sampler.of(run), prompt
+        if not run.data.has_tokens_of(models[0][0].data):  # another tokenizer
             own = sampler.encoded(shown, is_chat=_is_chat(prompt)) if prompt else []
         texts[name], num_read = sampler.continued(model, own)
         flops += experts.reading_flops(model).of(num_read)
@@ -261,9 +262,9 @@ class SampleLog(Callback):
         self._rows = [list(row) for row in state_dict["rows"]]
 
 
-def sample_log(context: RunContext, model: nn.Module, folder: Path) -> tuple[SampleLog, ...]:
+def sample_log(run: Run, model: nn.Module, folder: Path) -> tuple[SampleLog, ...]:
     """Return the callback for a training run with own prompts; none without."""
-    prompts = _own_prompts(context, model)
+    prompts = _own_prompts(run, model)
     if not prompts:
         return ()
-    return (SampleLog(prompts, _Sampler.of(context), folder / SAMPLES_NAME),)
+    return (SampleLog(prompts, _Sampler.of(run), folder / SAMPLES_NAME),)

@@ -35,7 +35,6 @@ from tritter.methods.moe_routing.summary import moe_usage
 from tritter.pipeline import experts, importance, moe, windows
 from tritter.pipeline.base import copy_source, last_rate, obtain_base, schedule_of
 from tritter.pipeline.branch import Branch
-from tritter.pipeline.context import RunContext
 from tritter.pipeline.disk import may_release_start, write_expanded
 from tritter.pipeline.ledger import (
     BaselineFound,
@@ -47,6 +46,7 @@ from tritter.pipeline.ledger import (
     content_key,
 )
 from tritter.pipeline.notes import best_weights
+from tritter.pipeline.run import Run
 from tritter.pipeline.samples import generate_samples, sample_log
 from tritter.pipeline.scoring import scores_text
 from tritter.pipeline.trained import (
@@ -82,32 +82,32 @@ _ROUTER_WARMUP = 0.05
 _EARLIER = ("adapt", "distill")  # stages that train a branch before its main training run
 
 
-def baseline(context: RunContext) -> StageResult:
+def baseline(run: Run) -> StageResult:
     """Write the initial model to the run folder and score it."""
-    folder = context.folder / "baseline"
+    folder = run.folder / "baseline"
     seconds = {}
-    if context.initial_checkpoint is not None:
-        location = context.initial_checkpoint.folder
-        context.say("baseline", f"checkpoint {location}; no pretraining")
-        with context.waiting("copying and hashing the checkpoint"):
-            lineage = copy_source(context, folder)
+    if run.data.initial_checkpoint is not None:
+        location = run.data.initial_checkpoint.folder
+        run.say("baseline", f"checkpoint {location}; no pretraining")
+        with run.waiting("copying and hashing the checkpoint"):
+            lineage = copy_source(run, folder)
     else:
-        base = obtain_base(context)
+        base = obtain_base(run)
         seconds["pretraining"] = base.seconds
         with atomic_folder(folder, overwrite=True) as temporary:
             copy_tree(base.folder, temporary)
         lineage = lineage_of(folder)
-    source = context.register("baseline", lineage)
-    _score_baseline(context, source)
-    reading = experts.reading_flops_of(context, source)
-    flops = {"baseline": context.scoring_flops(reading)}
+    source = run.register("baseline", lineage)
+    _score_baseline(run, source)
+    reading = experts.reading_flops_of(run, source)
+    flops = {"baseline": run.data.scoring.flops(reading)}
     if (pretraining_flops := lineage.training_config.get("flops")) is not None:
         flops = {"pretraining": float(pretraining_flops), **flops}
     return StageResult(
         BaselineFound(
             parameters=source.model.num_parameters,
             model_hash=lineage.model_hash,
-            corpus=context.corpus.digest,
+            corpus=run.data.corpus.digest,
         ),
         flops=flops,
         seconds=seconds,
@@ -115,52 +115,52 @@ def baseline(context: RunContext) -> StageResult:
     )
 
 
-def expansion(context: RunContext, branch: Branch) -> StageResult:
+def expansion(run: Run, branch: Branch) -> StageResult:
     """Expand the branch's initial model, measure the logit shift and score the result."""
-    source, location = context.source(branch.start), f"{branch.name}/expanded"
+    source, location = run.source(branch.start), f"{branch.name}/expanded"
     if not branch.specs:
         return StageResult(ExpansionFound(parameters=source.model.num_parameters))
-    plan = context.planned(branch)
-    made = write_expanded(context, branch, context.folder / location)
-    grown = context.register(location, made.lineage)
+    plan = run.planned(branch)
+    made = write_expanded(run, branch, run.folder / location)
+    grown = run.register(location, made.lineage)
     notes = [f"{step.spec.name}: {note}" for step in plan.steps for note in step.notes]
     for step in plan.steps:
         layers = step.parameter_map.layer_sources
         if layers != tuple(range(len(layers))):
             notes.append(f"{step.spec.name}: layers from {layers_text(layers)}")
-    context.say(
+    run.say(
         "expand",
         f"{' then '.join(spec.name for spec in branch.specs)}: {plan.source.num_parameters:,} → "
         f"{plan.target.num_parameters:,} parameters",
     )
     for note in notes:
-        context.say("", note)
+        run.say("", note)
     if plan.vocabulary is not None:
-        context.say("", "losses per token are now of other tokens; compare losses per byte")
-    texts = context.training_sequences(context.domains).values()
+        run.say("", "losses per token are now of other tokens; compare losses per byte")
+    texts = run.data.training_sequences(run.data.domains).values()
     pieces = [each[:_JUMP_SEQUENCES, :_JUMP_TOKENS] for each in texts]
     tokens = ids_of(torch.cat(pieces)).long()  # [B, T]
     new_tokens = None if plan.vocabulary is None else plan.vocabulary.new_ids
-    with context.waiting("logit shift"):
+    with run.waiting("logit shift"):
         before, after = (load_model(each.folder, model=each.model) for each in (source, grown))
         jump = logit_jump(before, after, tokens, new_tokens=new_tokens, has_yardstick=True)
     error, num_steps = jump.to_dict()["relative_to_std"], len(branch.specs)
     lineage = record_step0_error(grown.folder, made.lineage, error, grown.config, num_new=num_steps)
-    context.sources[location] = replace(grown, lineage=lineage)
-    context.reading(location).score(after, f"{branch.name}-expanded")
+    run.sources[location] = replace(grown, lineage=lineage)
+    run.reading(location).score(after, f"{branch.name}-expanded")
     evaluated, flops = dict[str, float](), dict[str, float]()
-    if (text := context.validation_subset) is not None:
-        evaluated = validation_metrics(before, text, context.config.trainer)
+    if (text := run.data.validation_subset) is not None:
+        evaluated = validation_metrics(before, text, run.config.trainer)
         flops["validation"] = evaluation_flops(experts.reading_flops(before), text)
-    flops["expand"] = context.scoring_flops(forward_flops(grown.model))
+    flops["expand"] = run.data.scoring.flops(forward_flops(grown.model))
     # The source is read in bfloat16 too
     read = (source, source, grown)
     passes = [forward_flops(each.model).of(tokens.shape[1]) for each in read]
     flops["expand"] += len(tokens) * sum(passes) + router_flops(made.plan)
     files = list[str]()
-    if windows.is_longer(context, branch):
+    if windows.is_longer(run, branch):
         readings = experts.reading_flops(before), forward_flops(grown.model)
-        files, spent = windows.score_start(context, branch, before, after, readings)
+        files, spent = windows.score_start(run, branch, before, after, readings)
         flops["expand"] += spent
     return StageResult(
         ExpansionFound(
@@ -174,25 +174,25 @@ def expansion(context: RunContext, branch: Branch) -> StageResult:
     )
 
 
-def adaptation(context: RunContext, branch: Branch) -> StageResult:
+def adaptation(run: Run, branch: Branch) -> StageResult:
     """Train only the routers, so that they send new domains to the appended experts."""
     start, folder = (
-        context.source(moe.before_routers(branch)),
-        context.folder / branch.name / "router",
+        run.source(moe.before_routers(branch)),
+        run.folder / branch.name / "router",
     )
-    options, steps = context.config.adaptation, moe.router_steps(context, branch)
-    added = moe.pending_experts(context, branch)
+    options, steps = run.config.adaptation, moe.router_steps(run, branch)
+    added = moe.pending_experts(run, branch)
     assert added is not None
-    model = context.masked(load_model(start.folder, model=start.model))
+    model = run.data.masked(load_model(start.folder, model=start.model))
     if options.router_update == "retrain":
-        redraw_rows(model, added.experts, seed=context.seed("router", *branch.purpose))
+        redraw_rows(model, added.experts, seed=run.seed("router", *branch.purpose))
     location = f"{branch.name}/adapted"
     write = replace(
-        child_writer(context, branch, start, location, stage="router adaptation", added=added),
-        anneal_steps=moe.anneal_steps(context, branch, added),
+        child_writer(run, branch, start, location, stage="router adaptation", added=added),
+        anneal_steps=moe.anneal_steps(run, branch, added),
     )
-    context.say("adapt", f"{steps} router steps on {', '.join(context.new_domains_of(branch))}")
-    with moe.router_stage_setup(context, branch, model) as setup:
+    run.say("adapt", f"{steps} router steps on {', '.join(run.data.new_domains_of(branch))}")
+    with moe.router_stage_setup(run, branch, model) as setup:
         module = BaseModule(
             model,
             schedule=Schedule(
@@ -200,13 +200,13 @@ def adaptation(context: RunContext, branch: Branch) -> StageResult:
                 max_steps=steps,
                 warmup_ratio=_ROUTER_WARMUP,
             ),
-            optimizer=replace(context.config.optimizer, weight_decay=0.0),
-            methods=build_methods(context.config.forgetting),
+            optimizer=replace(run.config.optimizer, weight_decay=0.0),
+            methods=build_methods(run.config.forgetting),
             side_losses=setup.side_losses,
         )
-        task = importance.task(context, branch, follow=setup.follow)
+        task = importance.task(run, branch, follow=setup.follow)
         result = _fit(
-            context,
+            run,
             branch,
             module,
             setup=setup,
@@ -215,43 +215,43 @@ def adaptation(context: RunContext, branch: Branch) -> StageResult:
             label="router",
             write_result=write,
         )
-    return _accept(context, location, result, folder=folder, label=branch.label("adapt"))
+    return _accept(run, location, result, folder=folder, label=branch.label("adapt"))
 
 
-def rate_test(context: RunContext, branch: Branch, schedule: Schedule, observer: Callback) -> None:
+def rate_test(run: Run, branch: Branch, schedule: Schedule, observer: Callback) -> None:
     """Train a branch with another schedule and without a result."""
-    start = context.source(moe.start_folder(context, branch))
-    _train(context, branch, start, schedule=schedule, observer=observer)
+    start = run.source(moe.start_folder(run, branch))
+    _train(run, branch, start, schedule=schedule, observer=observer)
 
 
-def training(context: RunContext, branch: Branch, *, loggers: Sequence[Logger]) -> StageResult:
+def training(run: Run, branch: Branch, *, loggers: Sequence[Logger]) -> StageResult:
     """Continue training on the new domains with the selected forgetting mitigation."""
-    start, text = context.source(moe.start_folder(context, branch)), context.validation_subset
-    folder = context.folder / branch.name
-    result, write = _train(context, branch, start, loggers=loggers)
+    start, text = run.source(moe.start_folder(run, branch)), run.data.validation_subset
+    folder = run.folder / branch.name
+    result, write = _train(run, branch, start, loggers=loggers)
     location = f"{branch.name}/trained"
-    accept(context, location)
-    context.ledger.watch_disk()
-    flops = result.flops + measuring_flops(context, write, location)
+    accept(run, location)
+    run.ledger.watch_disk()
+    flops = result.flops + measuring_flops(run, write, location)
     if result.stopped_because is not None:
-        context.say("", f"training stopped: {result.stopped_because}")
+        run.say("", f"training stopped: {result.stopped_because}")
     for note in result.notes:
-        context.say("data", note)
+        run.say("data", note)
     if result.ended_early is not None:
-        context.say("", f"training ended early, at step {result.steps}: {result.ended_early}")
+        run.say("", f"training ended early, at step {result.steps}: {result.ended_early}")
     if result.best_step is not None:
-        context.say("", best_weights(context.config, folder, result))
+        run.say("", best_weights(run.config, folder, result))
     if write.routing_state is not None:
-        context.say("", "scores with the selection bias, which is not saved:")
-        biased = with_routing(context.source(location), write.routing_state)
-        context.score(biased, f"{branch.name}-biased")
-        flops += context.scoring_flops(forward_flops(start.model))
+        run.say("", "scores with the selection bias, which is not saved:")
+        biased = with_routing(run.source(location), write.routing_state)
+        run.score(biased, f"{branch.name}-biased")
+        flops += run.data.scoring.flops(forward_flops(start.model))
         shutil.rmtree(write.routing_state)
     discard_saved(folder)
     found = TrainingFound.of(result)
     for stage in (f"{branch.name}.{each}" for each in _EARLIER):
-        if context.ledger.get(stage) is not None:
-            earlier = context.ledger.found(stage, TrainingFound)
+        if run.ledger.get(stage) is not None:
+            earlier = run.ledger.found(stage, TrainingFound)
             found = replace(
                 found,
                 refused_steps=found.refused_steps + earlier.refused_steps,
@@ -260,7 +260,7 @@ def training(context: RunContext, branch: Branch, *, loggers: Sequence[Logger]) 
     spent, eval_mode = {branch.label("fit"): flops}, branch.label("validation")
     if result.evaluation_flops:  # the control has a single entry
         spent[eval_mode] = spent.get(eval_mode, 0.0) + result.evaluation_flops
-    metrics = [path.relative_to(context.folder).as_posix() for path in metrics_files(folder)]
+    metrics = [path.relative_to(run.folder).as_posix() for path in metrics_files(folder)]
     return StageResult(
         found,
         flops=spent,
@@ -270,7 +270,7 @@ def training(context: RunContext, branch: Branch, *, loggers: Sequence[Logger]) 
 
 
 def _train(
-    context: RunContext,
+    run: Run,
     branch: Branch,
     start: Source,
     *,
@@ -285,37 +285,37 @@ def _train(
         observer: callback of a test.
     """
     is_test = schedule is not None
-    frees_start = may_release_start(context, branch)
-    options = experts.training_of(context, branch)
+    frees_start = may_release_start(run, branch)
+    options = experts.training_of(run, branch)
     settings = replace(options, max_steps=options.max_steps * branch.num_trainings)
-    model = context.masked(experts.load_start(context, branch, start))
+    model = run.data.masked(experts.load_start(run, branch, start))
     if any(spec.new_blocks_only for spec in branch.specs):
-        mapped = context.planned(branch).change.masks()
+        mapped = run.planned(branch).change.masks()
         for name, parameter in model.named_parameters():
             parameter.requires_grad &= not bool(mapped[name].any())
-    methods = build_methods(context.config.forgetting)
+    methods = build_methods(run.config.forgetting)
     num_steps = settings.max_steps if schedule is None else schedule.max_steps
-    _announce(context, branch, methods, max_steps=num_steps)
-    with moe.training_setup(context, branch, model) as setup:
-        task = importance.task(context, branch, follow=setup.follow)
-        observers, surgery_callbacks = _growth(context, branch, model, max_steps=settings.max_steps)
-        trainee = experts.begin(context, branch, model, max_steps=settings.max_steps)
+    _announce(run, branch, methods, max_steps=num_steps)
+    with moe.training_setup(run, branch, model) as setup:
+        task = importance.task(run, branch, follow=setup.follow)
+        observers, surgery_callbacks = _growth(run, branch, model, max_steps=settings.max_steps)
+        trainee = experts.begin(run, branch, model, max_steps=settings.max_steps)
         _freeze(model, methods, task, max_steps=settings.max_steps)
         module = trainee.module(
-            schedule=schedule or schedule_of(settings, start_rate=last_rate(context, branch)),
-            optimizer=context.config.optimizer,
+            schedule=schedule or schedule_of(settings, start_rate=last_rate(run, branch)),
+            optimizer=run.config.optimizer,
             methods=methods,
             side_losses=setup.side_losses,
         )
-        folder, text = context.folder / branch.name, context.validation_subset
+        folder, text = run.folder / branch.name, run.data.validation_subset
         if observer is not None:
             observers = (*observers, observer)
         elif text is not None:
-            observers = (*observers, *sample_log(context, model, folder))
+            observers = (*observers, *sample_log(run, model, folder))
         is_routed = bool(setup.side_losses)
-        write = branch_writer(context, branch, is_routed=is_routed, frees_start=frees_start)
+        write = branch_writer(run, branch, is_routed=is_routed, frees_start=frees_start)
         result = _fit(
-            context,
+            run,
             branch,
             module,
             setup=setup,
@@ -332,41 +332,41 @@ def _train(
 
 
 def _growth(
-    context: RunContext, branch: Branch, model: nn.Module, *, max_steps: int
+    run: Run, branch: Branch, model: nn.Module, *, max_steps: int
 ) -> tuple[Sequence[Callback], Sequence[Callback]]:
     """Return the callbacks that observe gradients and that grow neurons in a branch's training.
 
     The control does not grow. Weights that growth does not train are frozen here, before the
     forgetting methods, which unfreeze only weights that they froze themselves.
     """
-    growth = context.config.growth
+    growth = run.config.growth
     if growth is None or branch.is_control:
         return (), ()
     method = growth.kind(growth.options)
     method.freeze(model)
-    data, trainer = context.config.data, context.config.trainer
+    data, trainer = run.config.data, run.config.trainer
     tokens = data.batch_size * data.sequence_length * trainer.accumulate_grad_batches
     observer, changer = method.callbacks(
         max_steps=max_steps,
         tokens_per_step=tokens,
-        seed=context.seed("growth", *branch.purpose),
-        new=context.planned(branch).change.new_units() if branch.specs else {},
+        seed=run.seed("growth", *branch.purpose),
+        new=run.planned(branch).change.new_units() if branch.specs else {},
     )
     return (observer,), (changer,)
 
 
 def _announce(
-    context: RunContext, branch: Branch, methods: Sequence[ForgettingMethod], *, max_steps: int
+    run: Run, branch: Branch, methods: Sequence[ForgettingMethod], *, max_steps: int
 ) -> None:
     names = [method.name for method in methods]
-    if experts.method_of(context, branch) is not None:
-        rate = experts.training_of(context, branch).learning_rate
+    if experts.method_of(run, branch) is not None:
+        rate = experts.training_of(run, branch).learning_rate
         names.insert(0, f"frozen base (learning rate {rate:.2g})")
     mitigation = " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) or "none"
-    domains, tasks = ", ".join(context.new_domains_of(branch)), len(context.text.tasks)
+    domains, tasks = ", ".join(run.data.new_domains_of(branch)), len(run.data.text.tasks)
     which = f" (task {branch.task + 1} of {tasks})" if tasks > 1 else ""
     text = f"{max_steps} steps on {domains}{which}; forgetting mitigation: {mitigation}"
-    context.say("train", text)
+    run.say("train", text)
 
 
 def _freeze(
@@ -384,7 +384,7 @@ def _freeze(
 
 
 def _fit(
-    context: RunContext,
+    run: Run,
     branch: Branch,
     module: BaseModule,
     *,
@@ -402,75 +402,73 @@ def _fit(
     max_steps = module.schedule.max_steps
     return fit(
         module,
-        context.batches(
-            context.new_domains_of(branch),
+        run.data.batches(
+            run.data.new_domains_of(branch),
             purpose="-".join((label, *branch.purpose)),
             max_steps=max_steps,
         ),
-        settings=context.config.trainer,
+        settings=run.config.trainer,
         folder=folder,
         label=label,
-        console=context.console,
+        console=run.console,
         task=task,
         loggers=loggers,
         observers=observers,
         controls=setup.controls if setup is not None else (),
         surgery_callbacks=surgery_callbacks,
-        user_callbacks=context.config.callbacks if label == "training" else (),
+        user_callbacks=run.config.callbacks if label == "training" else (),
         write_result=write_result,
         evaluation=evaluation,
-        publishes_best=label == "training" and context.config.pipeline.publish == "best",
+        publishes_best=label == "training" and run.config.pipeline.publish == "best",
     )
 
 
-def _accept(
-    context: RunContext, location: str, result: FitResult, *, folder: Path, label: str
-) -> StageResult:
+def _accept(run: Run, location: str, result: FitResult, *, folder: Path, label: str) -> StageResult:
     """Accept the result of a training stage that precedes the main training run."""
-    accept(context, location)
-    context.ledger.watch_disk()
+    accept(run, location)
+    run.ledger.watch_disk()
     discard_saved(folder)
     return StageResult(TrainingFound.of(result), flops={label: result.flops}, leaves=(location,))
 
 
-def evaluation(context: RunContext, branch: Branch) -> StageResult:
+def evaluation(run: Run, branch: Branch) -> StageResult:
     """Score the trained model and generate samples from both models."""
-    source = context.source(f"{branch.name}/trained")
-    trained = context.masked(experts.load_start(context, branch, source))
+    source = run.source(f"{branch.name}/trained")
+    trained = run.data.masked(experts.load_start(run, branch, source))
     if not branch.is_final:
-        round_weights(trained, context.published_dtype)
+        round_weights(trained, run.published_dtype)
     subject = "control" if branch.is_control else "trained model"
-    context.say("evaluate", f"{subject} on {', '.join(context.domains)}")
-    context.score(trained, f"{branch.name}-trained")
+    run.say("evaluate", f"{subject} on {', '.join(run.data.domains)}")
+    run.score(trained, f"{branch.name}-trained")
     reading = experts.reading_flops(trained)
-    samples, flops, files = [], context.scoring_flops(reading), list[str]()
-    if context.short is not None:
-        files, spent = windows.score_trained(context, branch, trained, reading)
+    samples, flops, files = [], run.data.scoring.flops(reading), list[str]()
+    if run.data.short is not None:
+        files, spent = windows.score_trained(run, branch, trained, reading)
         flops += spent
-    is_last = branch.task == len(context.text.tasks) - 1
-    if is_last and not branch.is_control and context.config.evaluation.sample_tokens != 0:
+    is_last = branch.task == len(run.data.text.tasks) - 1
+    if is_last and not branch.is_control and run.config.evaluation.sample_tokens != 0:
         start = "baseline" if branch.task else branch.start
-        before = experts.load_start(context, branch, context.source(start))
-        with context.progress_bars() as new_bar:
+        before = experts.load_start(run, branch, run.source(start))
+        with run.progress_bars() as new_bar:
             samples = generate_samples(
-                context.reading(start),
+                run.reading(start),
                 before,
-                context,
+                run,
                 trained,
                 progress=new_bar("writing samples"),
             )
         flops += sum(sample.flops for sample in samples)
     read, used, lora_used = list[Tensor](), None, None
     if Routing.of(trained) is not None:
-        of_routers = moe.usage_sequences(context)
-        used = moe_usage(trained.to(context.device), of_routers)
+        of_routers = moe.usage_sequences(run)
+        used = moe_usage(trained.to(run.device), of_routers)
         read += of_routers.values()
     if mixture_on(trained) is not None:
-        of_experts = experts.usage_sequences(context)
-        lora_used = expert_usage(trained.to(context.device), of_experts)
+        of_experts = experts.usage_sequences(run)
+        lora_used = expert_usage(trained.to(run.device), of_experts)
         read += of_experts.values()
     trained.to("cpu")
-    flops += sum(reading.of_all(lengths_of(context.document_mask, each)) for each in read)
+    flops += sum(reading.of_all(lengths_of(run.data.document_mask, each)) for each in read)
     return StageResult(
         EvaluationFound(
             samples=tuple(sample.texts for sample in samples), moe=used, experts=lora_used
@@ -487,16 +485,16 @@ _EXPERT_FILES = ("experts/", "state/experts.")
 logger = logging.getLogger(__name__)
 
 
-def _score_baseline(context: RunContext, source: Source) -> None:
+def _score_baseline(run: Run, source: Source) -> None:
     """Score the run's initial model, or load its scores from the cache."""
-    made_from = _made_from(context, source)
-    location = context.config.cache_dir / "scores" / f"{content_key(made_from)}.json"
-    target = context.folder / score_file(NAME)
+    made_from = _made_from(run, source)
+    location = run.config.cache_dir / "scores" / f"{content_key(made_from)}.json"
+    target = run.folder / score_file(NAME)
     if (scores := _intact_scores(location)) is None:
         with entry_lock(location):
             if (scores := _intact_scores(location)) is None:  # a parallel job may have written it
-                load = load_model if context.config.experts is None else load_whole
-                context.score(load(source.folder, model=source.model), NAME)
+                load = load_model if run.config.experts is None else load_whole
+                run.score(load(source.folder, model=source.model), NAME)
                 scores = json.loads(target.read_text(encoding="utf-8"))
                 content = {
                     "format_version": FORMAT_VERSION,
@@ -508,14 +506,14 @@ def _score_baseline(context: RunContext, source: Source) -> None:
                 return
     write_text_atomic(target, json.dumps(scores))
     known = {name: PairedScores.from_dict(record) for name, record in scores.items()}
-    context.say("", f"{scores_text(known)} (cached)")
+    run.say("", f"{scores_text(known)} (cached)")
 
 
-def _made_from(context: RunContext, source: Source) -> dict[str, Any]:
+def _made_from(run: Run, source: Source) -> dict[str, Any]:
     """Return everything that determines the scores bit by bit."""
-    is_gpu, text = context.device.type == "cuda", {}
-    for name in context.domains:  # the tokenised documents in their order
-        validation = context.scored[name]
+    is_gpu, text = run.device.type == "cuda", {}
+    for name in run.data.domains:  # the tokenised documents in their order
+        validation = run.data.scored[name]
         parts = {
             "tokens": validation.tokens,
             "offsets": validation.offsets,
@@ -532,17 +530,17 @@ def _made_from(context: RunContext, source: Source) -> dict[str, Any]:
         "model": source.own_lineage.model_hash,
         "config": dict(source.config),
         "text": text,
-        "tasks": {task.name: task.digest for task in context.tasks},
-        "end_of_text": context.bounds.end,
-        **({"start_of_text": list(start)} if (start := context.bounds.start) else {}),
-        "sequence_length": context.config.data.sequence_length,
-        "batch_size": context.config.evaluation.batch_size,
-        "device": torch.cuda.get_device_name(context.device) if is_gpu else "cpu",
+        "tasks": {task.name: task.digest for task in run.data.tasks},
+        "end_of_text": run.data.bounds.end,
+        **({"start_of_text": list(start)} if (start := run.data.bounds.start) else {}),
+        "sequence_length": run.data.sequence_length,
+        "batch_size": run.config.evaluation.batch_size,
+        "device": torch.cuda.get_device_name(run.device) if is_gpu else "cpu",
         "threads": None if is_gpu else torch.get_num_threads(),
     }
     files = source.own_lineage.file_digests
     of_experts = {n: d for n, d in files.items() if n.startswith(_EXPERT_FILES)}
-    if of_experts and context.config.experts is not None:
+    if of_experts and run.config.experts is not None:
         made_from["experts"] = of_experts
     return made_from
 
@@ -563,14 +561,14 @@ def _intact_scores(location: Path) -> dict[str, Any] | None:
     return scores
 
 
-def choice(context: RunContext, branch: Branch) -> StageResult:
+def choice(run: Run, branch: Branch) -> StageResult:
     """Select the expert of each layer that the new domains' data affects most."""
-    start = context.source(branch.start)
-    sequences = moe.spaced_sequences(context, context.new_domains_of(branch), moe.UTILITY_SEQUENCES)
-    with context.waiting("affected experts"):
-        model = context.masked(load_model(start.folder, model=start.model)).to(context.device)
+    start = run.source(branch.start)
+    sequences = moe.spaced_sequences(run, run.data.new_domains_of(branch), moe.UTILITY_SEQUENCES)
+    with run.waiting("affected experts"):
+        model = run.data.masked(load_model(start.folder, model=start.model)).to(run.device)
         chosen = best_experts(model, sequences)
-    context.say("choose", f"experts to clone, layer by layer: {' '.join(map(str, chosen))}")
+    run.say("choose", f"experts to clone, layer by layer: {' '.join(map(str, chosen))}")
     flops = training_flops(start.model, is_trained=lambda tensor: tensor.is_per_expert)
     return StageResult(
         ChoiceFound(clone_from=tuple(chosen)),
@@ -578,26 +576,26 @@ def choice(context: RunContext, branch: Branch) -> StageResult:
     )
 
 
-def distillation(context: RunContext, branch: Branch) -> StageResult:
+def distillation(run: Run, branch: Branch) -> StageResult:
     """Distill the new experts from the teacher on the new domains, before routers use them."""
-    options, teacher = context.config.adaptation, moe.teacher_of(branch)
-    start = context.source(moe.expanded_folder(branch))
-    added = moe.pending_experts(context, branch)
+    options, teacher = run.config.adaptation, moe.teacher_of(branch)
+    start = run.source(moe.expanded_folder(branch))
+    added = moe.pending_experts(run, branch)
     assert teacher is not None and added is not None
-    model = context.masked(load_model(start.folder, model=start.model))
-    folder, steps = context.folder / branch.name / "distill", options.distill_steps
+    model = run.data.masked(load_model(start.folder, model=start.model))
+    folder, steps = run.folder / branch.name / "distill", options.distill_steps
     location, stage = f"{branch.name}/distilled", "distillation of new experts"
-    write = child_writer(context, branch, start, location, stage=stage, added=added)
-    context.say("distill", f"{steps} steps of the new experts; teacher: {teacher}")
+    write = child_writer(run, branch, start, location, stage=stage, added=added)
+    run.say("distill", f"{steps} steps of the new experts; teacher: {teacher}")
     with only_new_experts(model, added.experts):
         module = DistillationModule(
             model,
-            context.masked(load_model(locate(teacher, key="expansion.moe_add.teacher"))),
+            run.data.masked(load_model(locate(teacher, key="expansion.moe_add.teacher"))),
             new_experts=added.experts,
             temperature=options.distill_temperature,
-            auxiliary_loss=context.config.moe_routing.auxiliary_loss,
-            schedule=Schedule.constant(context.config.training.learning_rate, max_steps=steps),
-            optimizer=context.config.optimizer,
+            auxiliary_loss=run.config.moe_routing.auxiliary_loss,
+            schedule=Schedule.constant(run.config.training.learning_rate, max_steps=steps),
+            optimizer=run.config.optimizer,
         )
-        result = _fit(context, branch, module, folder=folder, label="distill", write_result=write)
-    return _accept(context, location, result, folder=folder, label=branch.label("distill"))
+        result = _fit(run, branch, module, folder=folder, label="distill", write_result=write)
+    return _accept(run, location, result, folder=folder, label=branch.label("distill"))

@@ -11,7 +11,6 @@ from tritter.methods.growth.grower import GROWTH
 from tritter.methods.growth.summary import growth_summary
 from tritter.pipeline import disk, importance, moe, windows
 from tritter.pipeline.branch import Branch
-from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import (
     BaselineFound,
     EvaluationFound,
@@ -20,6 +19,7 @@ from tritter.pipeline.ledger import (
     PublishedFound,
     TrainingFound,
 )
+from tritter.pipeline.run import Run
 from tritter.pipeline.scoring import score_records
 from tritter.pipeline.verdict import Candidate
 from tritter.planning.strategy import TOLERANCE, planned_rounds
@@ -43,7 +43,7 @@ from tritter.storage.records import validate_record
 
 
 def summary_record(
-    context: RunContext,
+    run: Run,
     candidates: Sequence[Candidate],
     *,
     control: Candidate,
@@ -61,43 +61,43 @@ def summary_record(
     records = [_attempt_record(each) for each in candidates]
     attempt = records[-1]
     locations = {"baseline": "baseline", "final": "checkpoint"}
-    models = {name: context.source(location).model for name, location in locations.items()}
+    models = {name: run.source(location).model for name, location in locations.items()}
     is_kept = attempt.status != "rolled_back"
-    evaluated = context.ledger.found(f"{last.name}.evaluate", EvaluationFound)
-    own = candidates[-1].context
+    evaluated = run.ledger.found(f"{last.name}.evaluate", EvaluationFound)
+    own = candidates[-1].run
     later = (
         note
         for each in candidates
         for branch in each.branches
         for note in (
-            *importance.notes_of(each.context, branch),
-            *each.context.ledger.found(f"{branch.name}.fit", TrainingFound).notes,
+            *importance.notes_of(each.run, branch),
+            *each.run.ledger.found(f"{branch.name}.fit", TrainingFound).notes,
         )
     )
     return Summary(
         format_version=1,
         status=candidates[-1].status,
-        domains=Domains(old=list(context.old_domains), new=list(context.new_domains)),
-        data={name: asdict(counts) for name, counts in context.corpus.counts.items()},
+        domains=Domains(old=list(run.data.old_domains), new=list(run.data.new_domains)),
+        data={name: asdict(counts) for name, counts in run.data.corpus.counts.items()},
         expansion=[n for each in (records if last.is_round else [attempt]) for n in each.expansion],
         forgetting=attempt.forgetting,
-        seed=context.config.seed,
-        baseline=_scores(context, "baseline"),
+        seed=run.config.seed,
+        baseline=_scores(run, "baseline"),
         expanded=attempt.expanded,
-        final=attempt.final if is_kept else _scores(context, first.start_scores),
+        final=attempt.final if is_kept else _scores(run, first.start_scores),
         gate=attempt.gate,
         attempts=[attempt] if last.is_round else records,
         tasks=attempt.tasks,
         jump=attempt.jump,
-        flops=context.ledger.flops(),
-        seconds=context.ledger.seconds(),
+        flops=run.ledger.flops(),
+        seconds=run.ledger.seconds(),
         parameters={name: model.num_parameters for name, model in models.items()},
         parameters_on_disk={name: m.on_disk.num_parameters for name, m in models.items()},
-        disk=disk.record(context),
+        disk=disk.record(run),
         checkpoint="checkpoint",
-        lineage=asdict(context.ledger.found("publish", PublishedFound)),
+        lineage=asdict(run.ledger.found("publish", PublishedFound)),
         samples=[Sample(**each) for each in evaluated.samples],
-        notes=[*context.notes, *dict.fromkeys(later)],
+        notes=[*run.notes, *dict.fromkeys(later)],
         **_known(
             matrix=attempt.matrix,
             moe=moe.summary_record(own, branches),
@@ -108,7 +108,7 @@ def summary_record(
             target=_target(candidates[-1]) if last.is_round else None,
             control=None
             if control_gate is None
-            else Attempt(**_branch_record(control.context, control.branches, control_gate)),
+            else Attempt(**_branch_record(control.run, control.branches, control_gate)),
         ),
     )
 
@@ -118,48 +118,48 @@ def _known(**parts: Any) -> dict[str, Any]:
     return {name: part for name, part in parts.items() if part is not None}
 
 
-def _growth(context: RunContext, branches: Sequence[Branch]) -> GrowthRecord | None:
+def _growth(run: Run, branches: Sequence[Branch]) -> GrowthRecord | None:
     """Return the growth record of an attempt, over all tasks."""
-    if (growth := context.config.growth) is None:
+    if (growth := run.config.growth) is None:
         return None
     record = growth_summary(
-        [(fit.steps, fit.reports[GROWTH]) for fit in _fits(context, branches)],
+        [(fit.steps, fit.reports[GROWTH]) for fit in _fits(run, branches)],
         options=growth.plain(),
         advice=growth.options.trigger.advice,
     )
     return validate_record(record, GrowthRecord, what="summary.json: growth")
 
 
-def _experts(context: RunContext, branches: Sequence[Branch]) -> ExpertsRecord | None:
+def _experts(run: Run, branches: Sequence[Branch]) -> ExpertsRecord | None:
     """Return the LoRA-expert record of an attempt, over all tasks."""
-    if (experts := context.config.experts) is None:
+    if (experts := run.config.experts) is None:
         return None
     evaluated = [
-        context.ledger.found(f"{branch.name}.evaluate", EvaluationFound) for branch in branches
+        run.ledger.found(f"{branch.name}.evaluate", EvaluationFound) for branch in branches
     ]
     record = experts_summary(
-        [(fit.steps, fit.reports.get(EXPERTS, {})) for fit in _fits(context, branches)],
+        [(fit.steps, fit.reports.get(EXPERTS, {})) for fit in _fits(run, branches)],
         [each.experts or {} for each in evaluated],
         options={"name": experts.name, **experts.plain()},
     )
     return validate_record(record, ExpertsRecord, what="summary.json: experts")
 
 
-def _fits(context: RunContext, branches: Sequence[Branch]) -> list[TrainingFound]:
-    return [context.ledger.found(f"{branch.name}.fit", TrainingFound) for branch in branches]
+def _fits(run: Run, branches: Sequence[Branch]) -> list[TrainingFound]:
+    return [run.ledger.found(f"{branch.name}.fit", TrainingFound) for branch in branches]
 
 
 def _target(last: Candidate) -> Target:
     """Return the size after the last round of a run that grows to a target."""
-    context, branch = last.context, last.branches[0]
-    target = context.config.pipeline.target_params
+    run, branch = last.run, last.branches[0]
+    target = run.config.pipeline.target_params
     assert target is not None
-    planned = planned_rounds(context.config, context.source("baseline").model)
+    planned = planned_rounds(run.config, run.source("baseline").model)
     kept = branch.name if last.status != "rolled_back" else branch.follows
     if kept is None:
-        parameters = context.ledger.found("baseline", BaselineFound).parameters
+        parameters = run.ledger.found("baseline", BaselineFound).parameters
     else:
-        parameters = context.ledger.found(f"{kept}.expand", ExpansionFound).parameters
+        parameters = run.ledger.found(f"{kept}.expand", ExpansionFound).parameters
     return Target(
         target_params=target,
         planned=[shape.parameters for shape in planned],
@@ -168,35 +168,33 @@ def _target(last: Candidate) -> Target:
 
 
 def _attempt_record(candidate: Candidate) -> Attempt:
-    context, branches = candidate.context, candidate.branches
+    run, branches = candidate.run, candidate.branches
     first = branches[0]
-    jump = context.ledger.found(f"{first.name}.expand", ExpansionFound).jump
-    gate = context.ledger.found(first.key("gate"), GateFound)
+    jump = run.ledger.found(f"{first.name}.expand", ExpansionFound).jump
+    gate = run.ledger.found(first.key("gate"), GateFound)
     expanded = f"{first.name}-expanded" if first.specs else first.start_scores
     return Attempt(
-        **_branch_record(context, branches, gate),
-        expanded=_scores(context, expanded),
+        **_branch_record(run, branches, gate),
+        expanded=_scores(run, expanded),
         jump=None if jump is None else Jump.model_construct(**dict[str, Any](jump)),
-        forgetting=[options.name for options in context.config.forgetting],
+        forgetting=[options.name for options in run.config.forgetting],
         overrides=list(candidate.overrides),
-        **_known(baseline=_scores(context, first.start_scores) if first.follows else None),
+        **_known(baseline=_scores(run, first.start_scores) if first.follows else None),
     )
 
 
-def _branch_record(
-    context: RunContext, branches: Sequence[Branch], gate: GateFound
-) -> dict[str, Any]:
+def _branch_record(run: Run, branches: Sequence[Branch], gate: GateFound) -> dict[str, Any]:
     """Return the fields shared by attempts and the control."""
     first, last = branches[0], branches[-1]
     grown, ended = (
-        context.ledger.found(f"{branch.name}.expand", ExpansionFound) for branch in (first, last)
+        run.ledger.found(f"{branch.name}.expand", ExpansionFound) for branch in (first, last)
     )
-    tasks = [_task_record(context, branch) for branch in branches]
+    tasks = [_task_record(run, branch) for branch in branches]
     parts: dict[str, Any] = {}
     if len(tasks) > 1:
         learned = [LearnedTask(task.domains, _plain(task.final)) for task in tasks]
-        start = _plain(_scores(context, first.start_scores))
-        made = transfer_matrix(start, learned, learned_before=context.old_domains)
+        start = _plain(_scores(run, first.start_scores))
+        made = transfer_matrix(start, learned, learned_before=run.data.old_domains)
         parts["matrix"] = Matrix.model_construct(**made)
     return {
         "expansion": [spec.name for spec in first.specs],
@@ -217,13 +215,13 @@ def _branch_record(
     }
 
 
-def _task_record(context: RunContext, branch: Branch) -> TaskRecord:
+def _task_record(run: Run, branch: Branch) -> TaskRecord:
     """Return the record of one task's training, with the scores of every domain after it."""
-    fitted = context.ledger[f"{branch.name}.fit"]
-    found = context.ledger.found(f"{branch.name}.fit", TrainingFound)
+    fitted = run.ledger[f"{branch.name}.fit"]
+    found = run.ledger.found(f"{branch.name}.fit", TrainingFound)
     return TaskRecord(
-        domains=list(context.new_domains_of(branch)),
-        final=_scores(context, f"{branch.name}-trained"),
+        domains=list(run.data.new_domains_of(branch)),
+        final=_scores(run, f"{branch.name}-trained"),
         steps=found.steps,
         ended_early=found.ended_early,
         best_step=found.best_step,
@@ -235,8 +233,8 @@ def _task_record(context: RunContext, branch: Branch) -> TaskRecord:
     )
 
 
-def _scores(context: RunContext, name: str) -> Scores:
-    records = score_records(context.read_scores(name), context.tasks)
+def _scores(run: Run, name: str) -> Scores:
+    records = score_records(run.read_scores(name), run.data.tasks)
     return {subject: Score.model_construct(**record) for subject, record in records.items()}
 
 

@@ -26,9 +26,9 @@ from tritter.methods.experts.summary import expert_records
 from tritter.methods.growth.summary import growth_records
 from tritter.pipeline import moe
 from tritter.pipeline.branch import Branch
-from tritter.pipeline.context import RunContext
 from tritter.pipeline.experts import reading_flops_of
 from tritter.pipeline.importance import kept_sequences_of
+from tritter.pipeline.run import Run
 from tritter.storage.tensors import is_finite
 from tritter.storage.writer import TensorStream
 from tritter.targets import plain
@@ -175,14 +175,14 @@ def _unlink_weights(folder: Path, model: nn.Module) -> None:
         path.unlink()
 
 
-def measuring_flops(context: RunContext, written: TrainedWriter, location: str) -> float:
+def measuring_flops(run: Run, written: TrainedWriter, location: str) -> float:
     """Return the FLOPs of measuring the losses of a writer's kept sequences."""
     kept = written.kept_sequences
     measured = [rows for name, rows in kept.sequences.items() if name not in kept.losses]
     if not measured:
         return 0.0
-    flops = reading_flops_of(context, context.source(location))
-    return sum(flops.of_all(lengths_of(context.document_mask, rows)) for rows in measured)
+    flops = reading_flops_of(run, run.source(location))
+    return sum(flops.of_all(lengths_of(run.data.document_mask, rows)) for rows in measured)
 
 
 def _config_after(config: Config, model: nn.Module) -> Config:
@@ -193,7 +193,7 @@ def _config_after(config: Config, model: nn.Module) -> Config:
 
 
 def child_writer(
-    context: RunContext,
+    run: Run,
     branch: Branch,
     start: Source,
     location: str,
@@ -208,7 +208,7 @@ def child_writer(
         stage: name of the training run in the lineage.
         added: appended experts, which open during training.
     """
-    config, parent, target = context.config, start.own_lineage, context.folder / location
+    config, parent, target = run.config, start.own_lineage, run.folder / location
     sections: tuple[str, ...] = ()
     if start.model.family.has_experts:
         sections = ("moe_routing",) if added is None else ("moe_routing", "adaptation")
@@ -221,51 +221,51 @@ def child_writer(
             "training": asdict(config.training),
             **{name: asdict(getattr(config, name)) for name in sections},
             "forgetting": [{"name": one.name, **plain(one.arguments)} for one in config.forgetting],
-            "old": context.source_records(context.old_domains_of(branch)),
-            "new": context.source_records(context.new_domains_of(branch)),
-            **context.split_record(),
+            "old": run.data.source_records(run.data.old_domains_of(branch)),
+            "new": run.data.source_records(run.data.new_domains_of(branch)),
+            **run.data.split_record(),
         },
-        split=context.text.split,
-        domains=context.learned((*context.old_domains_of(branch), *context.new_domains_of(branch))),
+        split=run.data.text.split,
+        domains=run.data.learned(
+            (*run.data.old_domains_of(branch), *run.data.new_domains_of(branch))
+        ),
     )
     return TrainedWriter(
         start=start.folder, start_model=start.model, target=target, lineage=lineage, added=added
     )
 
 
-def branch_writer(
-    context: RunContext, branch: Branch, *, is_routed: bool, frees_start: bool
-) -> TrainedWriter:
+def branch_writer(run: Run, branch: Branch, *, is_routed: bool, frees_start: bool) -> TrainedWriter:
     """Return the writer for the trained model of a branch."""
-    start, folder = context.source(moe.start_folder(context, branch)), context.folder / branch.name
-    location, added = f"{branch.name}/trained", moe.pending_experts(context, branch)
-    has_bias = is_routed and moe.has_unsaved_bias(context)
-    has_frozen_base = context.config.experts is not None and not branch.is_control
-    dtype = context.published_dtype
+    start, folder = run.source(moe.start_folder(run, branch)), run.folder / branch.name
+    location, added = f"{branch.name}/trained", moe.pending_experts(run, branch)
+    has_bias = is_routed and moe.has_unsaved_bias(run)
+    has_frozen_base = run.config.experts is not None and not branch.is_control
+    dtype = run.published_dtype
     if not branch.is_final:  # later training runs start from float32
         dtype = start.tensors.main_dtype if has_frozen_base else "float32"
     return replace(
-        child_writer(context, branch, start, location, stage="continued training", added=added),
+        child_writer(run, branch, start, location, stage="continued training", added=added),
         dtype=dtype,
         frees_start=frees_start,
-        steps_before=moe.router_steps(context, branch),
+        steps_before=moe.router_steps(run, branch),
         earlier_steps=start.own_lineage.step if branch.task else 0,
-        anneal_steps=None if added is None else moe.anneal_steps(context, branch, added),
+        anneal_steps=None if added is None else moe.anneal_steps(run, branch, added),
         state=StateWriter(folder),
         routing_state=folder / "routing" if has_bias else None,
-        kept_sequences=kept_sequences_of(context, branch),
-        records=() if branch.is_control else tuple(_records(context, branch)),
+        kept_sequences=kept_sequences_of(run, branch),
+        records=() if branch.is_control else tuple(_records(run, branch)),
         has_frozen_base=has_frozen_base,
     )
 
 
-def _records(context: RunContext, branch: Branch) -> Iterator[Records]:
-    growth, experts = context.config.growth, context.config.experts
+def _records(run: Run, branch: Branch) -> Iterator[Records]:
+    growth, experts = run.config.growth, run.config.experts
     if growth is not None:
-        seed = context.seed("growth", *branch.purpose)
+        seed = run.seed("growth", *branch.purpose)
         yield partial(growth_records, options=growth.plain(), seed=seed)
     if experts is not None:
-        seed = context.seed("experts", *branch.purpose)
+        seed = run.seed("experts", *branch.purpose)
         yield partial(expert_records, options={"name": experts.name, **experts.plain()}, seed=seed)
 
 
@@ -283,23 +283,23 @@ class StateWriter:
         copy_states([state for state in states if state is not None], folder)
 
 
-def accept(context: RunContext, location: str) -> None:
+def accept(run: Run, location: str) -> None:
     """Verify and register the checkpoint that a training run wrote.
 
     Raises:
         TritterError: several processes wrote it, and its checksums differ from its lineage.
     """
-    check_trained(context, context.folder / location)
-    context.register(location, lineage_of(context.folder / location))
+    check_trained(run, run.folder / location)
+    run.register(location, lineage_of(run.folder / location))
 
 
-def check_trained(context: RunContext, folder: Path) -> None:
+def check_trained(run: Run, folder: Path) -> None:
     """Verify the checksums of a checkpoint written by several processes.
 
     Raises:
         TritterError: the checksums differ from its lineage.
     """
-    if context.config.trainer.devices == 1:
+    if run.config.trainer.devices == 1:
         return
     problem = next(checkpoint_changes(folder), None)
     if problem is not None:

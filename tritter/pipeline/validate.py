@@ -42,7 +42,7 @@ from tritter.evaluation.gate import (
 from tritter.evaluation.jump import jump_of_logits, logits_of, rounded_logits_of
 from tritter.evaluation.losses import document_losses
 from tritter.evaluation.statistics import PairedScores
-from tritter.pipeline.context import corpus_chat
+from tritter.pipeline.run_data import corpus_chat
 from tritter.planning.memory import machine_memory
 from tritter.report.wording import mean_shift_text
 from tritter.storage.hashing import merkle_hash, tensor_digest

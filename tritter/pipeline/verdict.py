@@ -27,7 +27,6 @@ from tritter.evaluation.jump import Jump
 from tritter.evaluation.statistics import PairedScores, performance_delta
 from tritter.pipeline import moe, windows
 from tritter.pipeline.branch import Branch
-from tritter.pipeline.context import RunContext
 from tritter.pipeline.ledger import (
     ExpansionFound,
     GateFound,
@@ -36,6 +35,7 @@ from tritter.pipeline.ledger import (
     StageResult,
     TrainingFound,
 )
+from tritter.pipeline.run import Run
 from tritter.pipeline.trained import fitting_dtype
 from tritter.planning import TrainingSetup, states_bytes
 from tritter.storage.atomic import atomic_folder, copy_tree
@@ -46,12 +46,12 @@ class Candidate:
     """A round or an attempt that the gate evaluates.
 
     Args:
-        context: the context of the attempt.
+        run: the attempt.
         branches: trained branches in the order of tasks.
         overrides: overrides of a retry.
     """
 
-    context: RunContext
+    run: Run
     branches: tuple[Branch, ...]
     overrides: tuple[str, ...] = ()
 
@@ -62,13 +62,13 @@ class Candidate:
         Raises:
             KeyError: the gate has not run yet.
         """
-        return self.context.ledger.found(self.branches[0].key("gate"), GateFound).status
+        return self.run.ledger.found(self.branches[0].key("gate"), GateFound).status
 
 
 def judge(candidate: Candidate) -> GateFound:
     """Return the gate's verdict and checks for a round or attempt."""
-    results = checks(candidate.context, candidate.branches)
-    status = decide(results) if candidate.context.config.gate.enabled else "ungated"
+    results = checks(candidate.run, candidate.branches)
+    status = decide(results) if candidate.run.config.gate.enabled else "ungated"
     return GateFound(status=status, checks=tuple(check.to_dict() for check in results))
 
 
@@ -77,7 +77,7 @@ def gate(candidate: Candidate) -> StageResult:
     return StageResult(judge(candidate))
 
 
-def checks(context: RunContext, branches: Sequence[Branch]) -> list[Check]:
+def checks(run: Run, branches: Sequence[Branch]) -> list[Check]:
     """Return the checks of the gate for an attempt.
 
     Old domains are compared with the start of the attempt, domains of earlier tasks with their
@@ -86,10 +86,10 @@ def checks(context: RunContext, branches: Sequence[Branch]) -> list[Check]:
     Args:
         branches: trained branches in the order of tasks.
     """
-    gate, first = context.config.gate, branches[0]
-    before = context.read_scores(first.start_scores)
-    after = context.read_scores(f"{branches[-1].name}-trained")
-    fits = [context.ledger.found(f"{branch.name}.fit", TrainingFound) for branch in branches]
+    gate, first = run.config.gate, branches[0]
+    before = run.read_scores(first.start_scores)
+    after = run.read_scores(f"{branches[-1].name}-trained")
+    fits = [run.ledger.found(f"{branch.name}.fit", TrainingFound) for branch in branches]
     reasons = (fit.stopped_because for fit in fits)
     results = [
         training_check(
@@ -97,47 +97,45 @@ def checks(context: RunContext, branches: Sequence[Branch]) -> list[Check]:
             aborted_reason=next(filter(None, reasons), None),
         )
     ]
-    results += _training_checks(context, branches)
-    if (jump := context.ledger.found(f"{first.name}.expand", ExpansionFound).jump) is not None:
+    results += _training_checks(run, branches)
+    if (jump := run.ledger.found(f"{first.name}.expand", ExpansionFound).jump) is not None:
         values = {key: math.nan if value is None else value for key, value in jump.items()}
-        is_exact = context.planned(first).is_exact
+        is_exact = run.planned(first).is_exact
         results.append(preservation_check(Jump(**values), claims_exact=is_exact))
     bounds = {"bound": gate.retention, "confidence": gate.confidence}
-    for subject in context.subjects_of([*context.old_domains, None]):
+    for subject in run.data.subjects_of([*run.data.old_domains, None]):
         results.append(retention_check(subject, before[subject], after[subject], **bounds))
     learned: dict[str, PairedScores] = {}  # scores of each task's domains right after it
     for branch in branches:
-        scores = context.read_scores(f"{branch.name}-trained")
+        scores = run.read_scores(f"{branch.name}-trained")
         learned |= {
-            name: scores[name] for name in context.subjects_of(context.new_domains_of(branch))
+            name: scores[name] for name in run.data.subjects_of(run.data.new_domains_of(branch))
         }
     # Old domains have a check above; domains of the last task are new
-    checked = context.subjects_of((*context.old_domains, *context.new_domains_of(branches[-1])))
+    checked = run.data.subjects_of((*run.data.old_domains, *run.data.new_domains_of(branches[-1])))
     for subject in (name for name in learned if name not in checked):
         results.append(retention_check(subject, learned[subject], after[subject], **bounds))
-    for subject in context.subjects_of(context.new_domains):
+    for subject in run.data.subjects_of(run.data.new_domains):
         check = new_capability_check if before[subject].unit == "nats" else new_task_check
         results.append(check(subject, before[subject], after[subject], confidence=gate.confidence))
-    scored = {n: scored_text(each) for n, each in context.scored.items()}
+    scored = {n: scored_text(each) for n, each in run.data.scored.items()}
     results = [replace(each, scored=scored.get(each.subject) or None) for each in results]
-    results += windows.checks(context, branches)
+    results += windows.checks(run, branches)
     return results if gate.enabled else [report_only(each) for each in results]
 
 
-def complete(context: RunContext, branch: Branch) -> StageResult:
+def complete(run: Run, branch: Branch) -> StageResult:
     """Add the training result to the lineage of a kept round, from which the next round starts."""
     location = f"{branch.name}/trained"
-    trained = context.source(location)
+    trained = run.source(location)
     lineage = trained.own_lineage
-    completed = replace(
-        _complete_lineage(context, (branch,), lineage), parent_path=lineage.parent_path
-    )
+    completed = replace(_complete_lineage(run, (branch,), lineage), parent_path=lineage.parent_path)
     completed = write_lineage(trained.folder, completed, trained.config)
-    context.sources[location] = replace(trained, lineage=completed)
+    run.sources[location] = replace(trained, lineage=completed)
     return StageResult(KeptFound(model_hash=completed.model_hash))
 
 
-def publish(context: RunContext, branches: Sequence[Branch], *, keep: bool) -> StageResult:
+def publish(run: Run, branches: Sequence[Branch], *, keep: bool) -> StageResult:
     """Write `checkpoint/`: the trained model, or after a rollback the initial model.
 
     Weights that already have the run's dtype are hard-linked; others are converted.
@@ -147,14 +145,14 @@ def publish(context: RunContext, branches: Sequence[Branch], *, keep: bool) -> S
         keep: publish the trained model.
     """
     first, last = branches[0], branches[-1]
-    source = context.source(f"{last.name}/trained" if keep else first.start)
-    target = context.folder / "checkpoint"
+    source = run.source(f"{last.name}/trained" if keep else first.start)
+    target = run.folder / "checkpoint"
     lineage = source.own_lineage
     if keep:
-        lineage = _complete_lineage(context, branches, lineage)
+        lineage = _complete_lineage(run, branches, lineage)
     elif first.follows:
         lineage = replace(lineage, parent_path=f"../{first.follows}/expanded")
-    config, dtype = source.config, context.published_dtype
+    config, dtype = source.config, run.published_dtype
     is_ready = last.is_final if keep else first.follows is None
     if is_ready or source.tensors.main_dtype == dtype:
         with atomic_folder(target, overwrite=True) as temporary:
@@ -171,7 +169,7 @@ def publish(context: RunContext, branches: Sequence[Branch], *, keep: bool) -> S
             artifacts=source.artifacts(),
             overwrite=True,
         )
-    context.sources["checkpoint"] = Source.written(target, source.model.changed(config), written)
+    run.sources["checkpoint"] = Source.written(target, source.model.changed(config), written)
     found = PublishedFound(
         model_hash=written.model_hash,
         parent_hash=written.parent_hash,
@@ -181,16 +179,16 @@ def publish(context: RunContext, branches: Sequence[Branch], *, keep: bool) -> S
     return StageResult(found, leaves=("checkpoint",))
 
 
-def _complete_lineage(context: RunContext, branches: Sequence[Branch], lineage: Lineage) -> Lineage:
+def _complete_lineage(run: Run, branches: Sequence[Branch], lineage: Lineage) -> Lineage:
     """Return a lineage whose newest expansion records contain the results of training."""
     first, last = branches[0], branches[-1]
-    before = context.read_scores(first.start_scores)
-    after = context.read_scores(f"{last.name}-trained")
-    delta = {d: performance_delta(before[d], after[d]) for d in context.domains}
+    before = run.read_scores(first.start_scores)
+    after = run.read_scores(f"{last.name}-trained")
+    delta = {d: performance_delta(before[d], after[d]) for d in run.data.domains}
     history = list(lineage.expansion_history)
-    start, steps_before = len(context.source(first.start).own_lineage.expansion_history), 0
+    start, steps_before = len(run.source(first.start).own_lineage.expansion_history), 0
     for branch in branches:  # each may have added experts or neurons
-        trained = context.source(f"{branch.name}/trained").own_lineage
+        trained = run.source(f"{branch.name}/trained").own_lineage
         for position in range(start, len(trained.expansion_history)):
             history[position] = replace(
                 history[position],
@@ -203,19 +201,19 @@ def _complete_lineage(context: RunContext, branches: Sequence[Branch], lineage: 
         lineage,
         expansion_history=tuple(history),
         benchmark_scores=means,
-        best_loss=fmean(means[domain] for domain in context.new_domains_of(last)),
-        parent_path=f"../{moe.start_folder(context, last)}",
+        best_loss=fmean(means[domain] for domain in run.data.new_domains_of(last)),
+        parent_path=f"../{moe.start_folder(run, last)}",
     )
 
 
-def _training_checks(context: RunContext, branches: Sequence[Branch]) -> Iterator[Check]:
+def _training_checks(run: Run, branches: Sequence[Branch]) -> Iterator[Check]:
     """Yield the gradient-flow and memory checks of an attempt.
 
     With several tasks, a parameter needs a gradient in only one of them, and the memory check uses
     the task with the largest deviation from the estimate.
     """
-    fits = [context.ledger.found(f"{branch.name}.fit", TrainingFound) for branch in branches]
-    added = moe.pending_experts(context, branches[0])
+    fits = [run.ledger.found(f"{branch.name}.fit", TrainingFound) for branch in branches]
+    added = moe.pending_experts(run, branches[0])
     watched = [fit.flow for fit in fits if fit.flow]
     flow: dict[str, Any] = {}  # parameters without gradient in all training runs
     if watched:
@@ -224,18 +222,18 @@ def _training_checks(context: RunContext, branches: Sequence[Branch]) -> Iterato
             first, *others = (each[kind] for each in watched)
             flow[kind] = [name for name in first if all(name in other for other in others)]
     check = flow_check(flow, new_experts=() if added is None else added.experts)
-    if check is not None and (context.config.experts is None or branches[0].is_control):
+    if check is not None and (run.config.experts is None or branches[0].is_control):
         yield check  # not meaningful for experts, which alternate
-    optimizer, trainer = context.config.optimizer, context.config.trainer
+    optimizer, trainer = run.config.optimizer, run.config.trainer
     setup = TrainingSetup(
         precision=trainer.precision,
         optimizer="adamw8bit" if "8bit" in optimizer.target else "adamw",
     )
     results = []
     for branch, fit in zip(branches, fits, strict=True):
-        if fit.held and (context.config.experts is None or branch.is_control):
+        if fit.held and (run.config.experts is None or branch.is_control):
             expected = states_bytes(
-                context.source(f"{branch.name}/trained").model,
+                run.source(f"{branch.name}/trained").model,
                 setup,
                 trained=[(size, count) for size, count in fit.held["trained"]],
                 kept_per_parameter=optimizer.kept_per_parameter(),

@@ -10,24 +10,25 @@ from tritter.data.tokens import read_tokenizer
 from tritter.data.vocabulary import require_bpe
 from tritter.errors import Problem, RequestError
 from tritter.pipeline.branch import Branch
-from tritter.pipeline.context import RunContext, all_documents
 from tritter.pipeline.ledger import StageResult, VocabularyFound
+from tritter.pipeline.run import Run
+from tritter.pipeline.run_data import all_documents
 from tritter.terminal import ShowProgress
 from tritter.transform.vocabulary import learned
 
 _KEY = "expansion.vocab"
 
 
-def check(context: RunContext) -> None:
+def check(run: Run) -> None:
     """Reject data that a larger vocabulary can't have.
 
     Raises:
         RequestError: the data has conversations, whose answers are marked by token.
     """
-    specs = (spec for config in context.config.attempts for spec in config.expansion)
+    specs = (spec for config in run.config.attempts for spec in config.expansion)
     if not any(isinstance(spec, Vocab) for spec in specs):
         return
-    domains = context.corpus.domains.values()
+    domains = run.data.corpus.domains.values()
     if any(side.has_marks for each in domains for side in (each.train, each.validation)):
         reason = "conversations keep their tokens; train on their plain text with "
         reason += "data.chat_template=none data.loss_on=all"
@@ -62,20 +63,20 @@ def with_example(branch: Branch, source: Source) -> Branch:
     return with_merges(branch, (longest, longest))  # no token is twice as long
 
 
-def learning(context: RunContext, branch: Branch) -> StageResult:
+def learning(run: Run, branch: Branch) -> StageResult:
     """Learn new tokens from the training documents of a branch's new domains."""
     place = vocab_place(branch.specs)
     assert place is not None
-    spec, source = branch.specs[place], context.source(branch.start)
+    spec, source = branch.specs[place], run.source(branch.start)
     assert isinstance(spec, Vocab)
     number = spec.num_tokens(source.model)
     most = "" if spec.new_tokens else "up to "
-    names = context.new_domains_of(branch)
-    context.say("vocabulary", f"{most}{number:,} new tokens from {', '.join(names)}")
-    documents, rule = all_documents(context.text.domains), context.text.split
+    names = run.data.new_domains_of(branch)
+    run.say("vocabulary", f"{most}{number:,} new tokens from {', '.join(names)}")
+    documents, rule = all_documents(run.data.text.domains), run.data.text.split
     texts = training_texts(documents, rule=rule, names=names)
-    with context.progress_bars() as new_bar:
-        total = sum(context.corpus.counts[name].train for name in names)
+    with run.progress_bars() as new_bar:
+        total = sum(run.data.corpus.counts[name].train for name in names)
         merges = learned(spec, source, _shown(texts, new_bar("vocabulary"), total)).merges
     assert merges is not None
     return StageResult(VocabularyFound(merges=merges))

@@ -21,7 +21,8 @@ from tritter.evaluation.gate import MIN_DOCUMENTS, Check, retention_check
 from tritter.evaluation.losses import document_losses, window_lengths
 from tritter.evaluation.statistics import MAX_SCORE_BYTES, PairedScores, score_file
 from tritter.pipeline.branch import Branch
-from tritter.pipeline.context import RunContext
+from tritter.pipeline.run import Run
+from tritter.pipeline.run_data import RunData
 from tritter.planning.run_memory import tokens_note
 from tritter.report.summary import WindowsRecord
 from tritter.storage.atomic import write_text_atomic
@@ -45,60 +46,60 @@ class LongScores:
     scores: Mapping[str, PairedScores]
     positions: Mapping[str, Mapping[str, list[float]]]
 
-    def write(self, context: RunContext, name: str) -> str:
+    def write(self, run: Run, name: str) -> str:
         """Write the scores and return their file, relative to the run folder."""
         plain = {
             "scores": {domain: each.to_dict() for domain, each in self.scores.items()},
             "positions": self.positions,
         }
-        write_text_atomic(context.folder / score_file(name), dumps(plain))
+        write_text_atomic(run.folder / score_file(name), dumps(plain))
         return score_file(name)
 
     @classmethod
-    def read(cls, context: RunContext, name: str) -> "LongScores":
+    def read(cls, run: Run, name: str) -> "LongScores":
         """Return scores that were written under a name."""
-        plain = read_object(context.folder / score_file(name), limit_bytes=MAX_SCORE_BYTES)
+        plain = read_object(run.folder / score_file(name), limit_bytes=MAX_SCORE_BYTES)
         scores = {name: PairedScores.from_dict(each) for name, each in plain["scores"].items()}
         return cls(scores, plain["positions"])
 
 
-def check(context: RunContext) -> None:
+def check(run: Run) -> None:
     """Reject data that is too small for the windows after an expansion, before any training.
 
     Raises:
         RequestError: names the domain.
     """
-    for config in context.config.attempts:
+    for config in run.config.attempts:
         if not any(spec.expansion_type == "context" for spec in config.expansion):
             continue
         lengths = [
             each.position_limit or 0
-            for each in (context.model, target_model(context.model, config.expansion))
+            for each in (run.data.model, target_model(run.data.model, config.expansion))
         ]
-        context.at_length(lengths[1]).check_text()
+        run.data.reading(lengths[1]).check_text()
         if note := tokens_note(lengths[1], config):
-            context.say("", note)
-        if context.initial_checkpoint is None and config.data.sequence_length < lengths[0]:
-            context.say(
+            run.say("", note)
+        if run.data.initial_checkpoint is None and config.data.sequence_length < lengths[0]:
+            run.say(
                 "",
                 f"the base trains on {config.data.sequence_length} tokens, but its context counts "
                 f"as {lengths[0]} (model.max_position_embeddings); set both to the same length",
             )
 
 
-def is_longer(context: RunContext, branch: Branch) -> bool:
+def is_longer(run: Run, branch: Branch) -> bool:
     """Return True if the expansion of a branch gives its model a longer context."""
     if not branch.specs:
         return False
-    plan = context.planned(branch)
+    plan = run.planned(branch)
     return plan.source.position_limit != plan.target.position_limit
 
 
-def _long_documents(context: RunContext, length: int) -> dict[str, TokenisedDocuments]:
+def _long_documents(data: RunData, length: int) -> dict[str, TokenisedDocuments]:
     """Return domain → its validation documents of more than `length` tokens, if there are any."""
     found = {}
-    for name in context.domains:
-        documents = context.corpus.domains[name].validation
+    for name in data.domains:
+        documents = data.corpus.domains[name].validation
         sizes = documents.offsets.diff()
         chosen = (sizes > length).nonzero().flatten().tolist()
         if chosen:
@@ -111,13 +112,15 @@ def _long_documents(context: RunContext, length: int) -> dict[str, TokenisedDocu
     return found
 
 
-def score(context: RunContext, model: nn.Module, *, source_length: int, length: int) -> LongScores:
+def score(
+    run: Run, data: RunData, model: nn.Module, *, source_length: int, length: int
+) -> LongScores:
     """Score a model on the long documents, in windows of `length`, and move it to the CPU."""
-    scores, positions, reader = {}, {}, context.scoring.reader
-    factor = max(1, length // context.scoring.sequence_length)
-    model.to(context.device)
-    with context.progress_bars() as new_bar:
-        for name, documents in _long_documents(context, source_length).items():
+    scores, positions, reader = {}, {}, data.scoring.reader
+    factor = max(1, length // data.scoring.sequence_length)
+    model.to(run.device)
+    with run.progress_bars() as new_bar:
+        for name, documents in _long_documents(data, source_length).items():
             sums = torch.zeros(2, length, dtype=torch.float64)
             scores[name] = document_losses(
                 model,
@@ -145,18 +148,18 @@ def _buckets(sums: Tensor) -> dict[str, list[float]]:
     return found
 
 
-def flops(context: RunContext, reading: Flops, *, source_length: int, length: int) -> float:
+def flops(data: RunData, reading: Flops, *, source_length: int, length: int) -> float:
     """Return the FLOPs of one pass over the long documents."""
-    texts = _long_documents(context, source_length).values()
+    texts = _long_documents(data, source_length).values()
     return sum(
         reading.of(each)
         for documents in texts
-        for each in window_lengths(documents, sequence_length=length, bounds=context.bounds)
+        for each in window_lengths(documents, sequence_length=length, bounds=data.bounds)
     )
 
 
 def score_start(
-    context: RunContext,
+    run: Run,
     branch: Branch,
     before: nn.Module,
     after: nn.Module,
@@ -165,73 +168,72 @@ def score_start(
     """Score source and result of an expansion; return the files and the FLOPs.
 
     Args:
-        context: the context of the source.
+        run: with the data as the source reads it.
         branch: the branch.
         before: the source.
         after: the result.
         readings: FLOPs of reading a sequence, of both models.
     """
-    longer = context.reading(f"{branch.name}/expanded")
-    old, new = _lengths(context, branch)
-    own = context.at_length(new)  # the same documents in the tokens of the source
+    longer = run.reading(f"{branch.name}/expanded").data
+    old, new = _lengths(run, branch)
+    own = run.data.reading(
+        new, tokenizer=run.data.tokenizer
+    )  # the same documents in the tokens of the source
     spent, files = 0.0, []
     for where, model, reading, length, name in (
         (own, before, readings[0], old, SOURCE),
         (own, before, readings[0], new, _SOURCE_LONG),
         (longer, after, readings[1], new, "expanded-long"),
     ):
-        found = score(where, model, source_length=old, length=length)
-        files.append(found.write(context, f"{branch.name}-{name}"))
+        found = score(run, where, model, source_length=old, length=length)
+        files.append(found.write(run, f"{branch.name}-{name}"))
         spent += flops(where, reading, source_length=old, length=length)
     counts = {name: len(each) for name, each in _long_documents(own, old).items()}
     listed = ", ".join(f"{count} of {name}" for name, count in counts.items()) or "none"
-    context.say(
+    run.say(
         "",
-        f"training windows of {new:,} tokens, {longer.config.data.batch_size} per batch; "
+        f"training windows of {new:,} tokens, {longer.batch_size} per batch; "
         f"validation documents of more than {old:,} tokens: {listed}",
     )
     return files, spent
 
 
 def score_trained(
-    context: RunContext, branch: Branch, model: nn.Module, reading: Flops
+    run: Run, branch: Branch, model: nn.Module, reading: Flops
 ) -> tuple[list[str], float]:
     """Score a trained model on the long documents; return the files and the FLOPs.
 
     Args:
-        context: the context of the trained model.
+        run: with the data as the trained model reads it.
         branch: its branch.
         model: the model.
         reading: FLOPs of reading a sequence.
     """
-    old, new = (
-        context.source("baseline").model.position_limit,
-        context.config.data.sequence_length,
-    )
+    old, new = run.source("baseline").model.position_limit, run.data.sequence_length
     assert old is not None
-    found = score(context, model, source_length=old, length=new)
-    spent = flops(context, reading, source_length=old, length=new)
-    return [found.write(context, f"{branch.name}-trained-long")], spent
+    found = score(run, run.data, model, source_length=old, length=new)
+    spent = flops(run.data, reading, source_length=old, length=new)
+    return [found.write(run, f"{branch.name}-trained-long")], spent
 
 
-def _lengths(context: RunContext, branch: Branch) -> tuple[int, int]:
-    plan = context.planned(branch)
+def _lengths(run: Run, branch: Branch) -> tuple[int, int]:
+    plan = run.planned(branch)
     old, new = plan.source.position_limit, plan.target.position_limit
     assert old is not None and new is not None
     return old, new
 
 
-def checks(context: RunContext, branches: Sequence[Branch]) -> Iterator[Check]:
+def checks(run: Run, branches: Sequence[Branch]) -> Iterator[Check]:
     """Yield the checks of the long windows of an attempt, one per domain with long documents.
 
     The trained model in long windows is compared with the source in windows of its own length.
     With few long documents the numbers are only reported, so that they do not decide on the run.
     """
-    if not is_longer(context, branches[0]):
+    if not is_longer(run, branches[0]):
         return
-    gate = context.config.gate
-    before = LongScores.read(context, f"{branches[0].name}-{SOURCE}").scores
-    after = LongScores.read(context, f"{branches[-1].name}-trained-long").scores
+    gate = run.config.gate
+    before = LongScores.read(run, f"{branches[0].name}-{SOURCE}").scores
+    after = LongScores.read(run, f"{branches[-1].name}-trained-long").scores
     for name in before:
         check = retention_check(
             name, before[name], after[name], bound=gate.retention, confidence=gate.confidence
@@ -244,15 +246,15 @@ def checks(context: RunContext, branches: Sequence[Branch]) -> Iterator[Check]:
         yield replace(check, name="long_windows")
 
 
-def summary_record(context: RunContext, branches: Sequence[Branch]) -> WindowsRecord | None:
+def summary_record(run: Run, branches: Sequence[Branch]) -> WindowsRecord | None:
     """Return the part of the summary, or None if no expansion made the context longer."""
     first, last = branches[0], branches[-1]
-    if not is_longer(context, first):
+    if not is_longer(run, first):
         return None
-    old, new = _lengths(context, first)
+    old, new = _lengths(run, first)
     files = (SOURCE, _SOURCE_LONG, "expanded-long")
     names = [*(f"{first.name}-{each}" for each in files), f"{last.name}-trained-long"]
-    models = dict(zip(NAMES, (LongScores.read(context, each) for each in names), strict=True))
+    models = dict(zip(NAMES, (LongScores.read(run, each) for each in names), strict=True))
     record: dict[str, Any] = {
         "source_length": old,
         "length": new,

@@ -298,9 +298,8 @@ class ExpertCallback(Callback):
             self._thaw(trainer, module, successor)
             registry.assign(skill, successor)
             self._add_sequences(module, successor, novel.sequences)
-            self._record_event(
-                trainer, "refused", successor, f"{why}; it also learns the new skill"
-            )
+            why = f"{why}; it also learns the new skill"
+            self._record_event(trainer, "refused", successor, why)
             return
         name = registry.next_name()
         mixture.open(name, self._shape, seed=derived_seed(self._seed, name))

@@ -157,19 +157,14 @@ class ExpertRegistry:
 
     def matured(self) -> list[str]:
         """Return the experts that have just become mature."""
-        found = []
-        for name, member in self.members.items():
-            if not member.is_mature and member.steps >= self.timing.maturity:
-                member.is_mature = True
-                found.append(name)
-        return found
+        young = {name: each for name, each in self.members.items() if not each.is_mature}
+        for each in young.values():
+            each.is_mature = each.steps >= self.timing.maturity
+        return [name for name, each in young.items() if each.is_mature]
 
     def stalled(self, rank: int) -> Stall:
         """Return the action for the active expert if it stalls: `widen`, `freeze` or none."""
-        if self.active in (None, FIRST):
-            return ""
-        assert self.active is not None
-        member = self.members[self.active]
+        member = self.members[self.active or FIRST]  # which never stalls
         if len(member.losses) < self.timing.stall:
             return ""
         mean, error = fmean(member.losses), stdev(member.losses) / sqrt(len(member.losses))
@@ -177,14 +172,14 @@ class ExpertRegistry:
         member.losses, member.before, member.error = [], mean, error
         if before is None or member.is_frozen:
             return ""
-        if 2 * rank <= self.options.max_rank:
-            if before - mean >= self.options.stall_gain:
-                return ""
-            member.before = None  # start a new comparison
-            return "widen"
+        is_widest, gain = 2 * rank > self.options.max_rank, self.options.stall_gain
         # A frozen expert never learns again, so noise alone must not freeze it
-        is_certain = before - mean + _CERTAINTY * uncertain < self.options.stall_gain
-        return "freeze" if is_certain and self.options.freeze_converged else ""
+        if before - mean + _CERTAINTY * uncertain * is_widest >= gain:
+            return ""
+        if is_widest:
+            return "freeze" if self.options.freeze_converged else ""
+        member.before = None  # start a new comparison
+        return "widen"
 
     @property
     def are_mature(self) -> bool:

@@ -223,12 +223,7 @@ class Grower:
     """
 
     def __init__(
-        self,
-        options: GrowthOptions,
-        *,
-        timing: Timing,
-        seed: int,
-        tokens_per_step: int = 0,
+        self, options: GrowthOptions, *, timing: Timing, seed: int, tokens_per_step: int = 0
     ) -> None:
         self.options, self.timing = options, timing
         self.trigger, self.initialiser = options.trigger, options.initialiser

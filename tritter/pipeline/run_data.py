@@ -1,28 +1,23 @@
-"""The shared context of all stages: config, run folder, data and console."""
+"""The data of a run: its domains, their tokens, training sequences and scored documents."""
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from functools import cached_property
 from itertools import chain
 from json import dumps
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor, nn
 
-from tritter.checkpoints import Lineage, Source, lineage_of, read_lineage
-from tritter.checkpoints.location import checkpoint_model
-from tritter.checkpoints.record import LearnedDomain, recorded_tokens
+from tritter.checkpoints import Source
+from tritter.checkpoints.record import LearnedDomain
 from tritter.checkpoints.run_text import DomainText, RunText, recorded_chat, run_text
 from tritter.config.derived import scored_counts, validation_tokens
-from tritter.config.schema import CheckpointModelConfig, RunConfig
+from tritter.config.schema import RunConfig
 from tritter.config.validation import known_model
-from tritter.core.families import Flops, Model
-from tritter.core.models import load_tokenizer, read_model
+from tritter.core.families import Model
+from tritter.core.models import load_tokenizer
 from tritter.data.batches import BatchStream, Sequences, SequenceStream, sample_equally
 from tritter.data.built_in import built_in_origin, is_built_in, questions_of
 from tritter.data.chat import (
@@ -37,20 +32,13 @@ from tritter.data.chat import (
 from tritter.data.conversations import NO_ANSWERS
 from tritter.data.corpus import Corpus, build_corpus, stdlib_corpus
 from tritter.data.datamodule import ValidationSubset
-from tritter.data.datasets import HEAD_ROWS, DatasetName, dataset_names
+from tritter.data.datasets import DatasetName, dataset_names, stream_identity
 from tritter.data.documents import Documents
 from tritter.data.local_files import TextFileError
 from tritter.data.options import NamedTextConfig
-from tritter.data.packing import (
-    DocumentMask,
-    MarkedText,
-    Packing,
-    num_packed,
-    packed,
-    read_marks,
-)
+from tritter.data.packing import DocumentMask, MarkedText, Packing, num_packed, packed, read_marks
 from tritter.data.replay import ReplayBuffer
-from tritter.data.sources import find_texts, source_documents
+from tritter.data.sources import source_documents
 from tritter.data.stream import SequenceOptions, StreamedSequences
 from tritter.data.tokens import (
     END_OF_TEXT,
@@ -61,174 +49,85 @@ from tritter.data.tokens import (
     copy_backend,
     read_tokenizer,
 )
-from tritter.errors import Problem, RequestError, TritterError, key_name
+from tritter.errors import Problem, RequestError
 from tritter.evaluation.losses import batch_that_fits
-from tritter.evaluation.statistics import score_file
 from tritter.evaluation.tasks import MetricTask, QuestionTask, Reader, ScoredTask, subject_of
 from tritter.limits import MAX_VOCABULARY
 from tritter.pipeline.branch import Branch
-from tritter.pipeline.ledger import Ledger, StageResult
-from tritter.pipeline.notes import packing_notes, scored_notes, share_notes
-from tritter.pipeline.scoring import (
-    Scores,
-    Scoring,
-    benchmark_tasks,
-    scores_text,
-    stock_tokenizer,
-)
-from tritter.planning.run_memory import batch_size_at, memory_notes
-from tritter.planning.upcycling import upcycling_notes
+from tritter.pipeline.scoring import Scoring, benchmark_tasks, stock_tokenizer
+from tritter.planning.run_memory import batch_size_at
 from tritter.seeds import derived_seed
-from tritter.stopping import Stopped
 from tritter.storage.atomic import write_text_atomic
-from tritter.storage.hub import locate
+from tritter.storage.reading import read_object
 from tritter.targets import dotted, instantiate
-from tritter.terminal import Console, NewBar, progress_bars, waiting
-from tritter.training.options import rate_notes
-from tritter.transform import PlannedExpansion, planned
+from tritter.transform.vocabulary import TOKENIZER_NAME
 
 MAX_POSITIONS = 2048  # for a model without position limit
-_PUBLISHED_DTYPES = ("float32", "bfloat16", "float16")
+_START = "start_of_text"  # of a lineage: the ids in front of each training text
+STREAMS = "streams.json"  # domain → file → its contents when the run began
+_FILES_ORIGIN, _DATASETS_ORIGIN = "text files", "data sets"
+_STDLIB_DOMAINS = [("prose", ("stdlib:prose",)), ("code", ("stdlib:code",))]
 
 
-@dataclass(frozen=True)
-class RunContext:
-    """The context of a run with configuration `config` in `folder`.
+class RunData:
+    """The data of a run as a model reads it: the tokens of a tokenizer, in windows of a length.
 
     Args:
-        config: validated configuration.
-        folder: run folder.
-        console: console for output.
-        ledger: results of finished stages.
-        wandb_loggers: part → logger of its open W&B run, shared by all attempts.
-        sources: folder, relative to the run folder → opened checkpoint.
-        original: of a context for another tokenizer: the context of the run's own.
-        tokenizer_folder: checkpoint with that tokenizer.
-        short: of a context for a longer model: the context with the sequences of its source, in
-            which models are scored.
-        first: of a context for another attempt: the context of the first one.
+        config: configuration of the run; for other windows, with their length and batch size.
+        initial_checkpoint: the initial checkpoint of the run; None if it pretrains a base model.
+        tokenizer: checkpoint with another tokenizer than the run's own.
+        own: of another reading: the run's own.
     """
 
-    config: RunConfig
-    folder: Path
-    console: Console
-    ledger: Ledger
-    wandb_loggers: dict[str | None, WandbLogger] = field(default_factory=dict, repr=False)
-    sources: dict[str, Source] = field(default_factory=dict, repr=False, compare=False)
-    original: "RunContext | None" = field(default=None, repr=False, compare=False)
-    tokenizer_folder: Path | None = None
-    short: "RunContext | None" = field(default=None, repr=False, compare=False)
-    first: "RunContext | None" = field(default=None, repr=False, compare=False)
-    _readings: dict[str, "RunContext"] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
-    _planned: dict[Branch, PlannedExpansion] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
-    _packed: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    def __init__(
+        self,
+        config: RunConfig,
+        initial_checkpoint: Source | None,
+        tokenizer: Source | None = None,
+        own: "RunData | None" = None,
+    ) -> None:
+        self.config, self.initial_checkpoint = config, initial_checkpoint
+        self.tokenizer, self.own = tokenizer, own
+        # Digest of another tokenizer and length of the windows → reading
+        self._readings: dict[tuple[str | None, int], RunData] = {}
+        self._packed: dict[str, Tensor] = {}
 
-    def of_attempt(self, number: int) -> "RunContext":
-        """Return the context of an attempt, numbered from 1, with its configuration."""
-        if number == 1:
-            return self
-        other = replace(self, config=self.config.attempts[number - 1], first=self)
-        known = {name: value for name, value in vars(self).items() if name not in vars(other)}
-        vars(other).update(known)  # cached data, shared by all attempts
-        return other
+    def reading(self, length: int | None = None, *, tokenizer: Source | None = None) -> "RunData":
+        """Return the run's data in other tokens or windows.
 
-    def reading(self, location: str) -> "RunContext":
-        """Return the context in which a checkpoint of the run reads the data.
+        Validation documents keep their bytes, so that scores per byte are paired. Batches of longer
+        windows have about as many tokens, and validation documents are cut at that length at least.
 
-        It is this context, unless an expansion changed the tokenizer or the context length.
-        Validation documents keep their bytes, so that scores per byte are paired.
+        Args:
+            length: of the windows. None: as in the run.
+            tokenizer: checkpoint with the tokenizer. None: the run's own.
         """
-        own = self.short or self
-        own = own.original or own
-        sources = [self.source(each) for each in ("baseline", location)]
-        lengths = [each.model.position_limit for each in sources]
-        found = own._with_tokens_of(location)
-        if lengths[0] == lengths[1] or lengths[1] is None:
-            return found
-        return found.at_length(lengths[1])
-
-    def at_length(self, length: int) -> "RunContext":
-        """Return the context for training on longer sequences, with about as many tokens per batch.
-
-        Validation documents are cut at that length at least.
-        """
-        key = f"length {length}"
-        if key not in self._readings:
-            config, factor = self.config, length / self.config.data.sequence_length
-            data = replace(
-                config.data,
-                sequence_length=length,
-                batch_size=batch_size_at(length, config),
-            )
-            evaluation = replace(
-                config.evaluation,
-                batch_size=max(1, round(config.evaluation.batch_size / factor)),
-                max_tokens_per_document=max(length, config.evaluation.max_tokens_per_document),
-            )
-            config = replace(config, data=data, evaluation=evaluation)
-            other = replace(self, config=config, short=self)
-            known = {name: vars(self)[name] for name in _OF_ANY_TOKENIZER if name in vars(self)}
-            vars(other).update(known, _planned=self._planned)
-            self._readings[key] = other
-        return self._readings[key]
-
-    def _with_tokens_of(self, location: str) -> "RunContext":
-        """Return this context with the tokenizer of a checkpoint."""
-        own = self
-        digests = [
-            self.source(each).own_lineage.file_digests[TOKENIZER_NAME]
-            for each in ("baseline", location)
-        ]
-        if digests[0] == digests[1]:
+        own = self.own or self
+        key = (_digest(tokenizer), length or own.sequence_length)
+        if key == (None, own.sequence_length):
             return own
-        if digests[1] not in own._readings:
-            other = replace(own, original=own, tokenizer_folder=self.source(location).folder)
-            known = {name: vars(own)[name] for name in _OF_ANY_TOKENIZER if name in vars(own)}
-            vars(other).update(known, _planned=own._planned)
-            own._readings[digests[1]] = other
-        return own._readings[digests[1]]
+        if key not in own._readings:
+            config = _in_windows(own.config, key[1])
+            own._readings[key] = RunData(config, own.initial_checkpoint, tokenizer, own)
+        return own._readings[key]
+
+    def has_tokens_of(self, other: "RunData") -> bool:
+        return _digest(self.tokenizer) == _digest(other.tokenizer)
 
     @property
-    def old_domains(self) -> tuple[str, ...]:
-        return self.text.old
+    def sequence_length(self) -> int:
+        return self.config.data.sequence_length
 
     @property
-    def new_domains(self) -> tuple[str, ...]:
-        return self.text.new
+    def batch_size(self) -> int:
+        return self.config.data.batch_size
 
-    def new_domains_of(self, branch: Branch) -> tuple[str, ...]:
-        """Return the domains of a branch's task."""
-        return self.text.tasks[branch.task]
-
-    def old_domains_of(self, branch: Branch) -> tuple[str, ...]:
-        """Return the domains to retain: the old domains, and those of earlier tasks."""
-        earlier = [*self.old_domains, *chain.from_iterable(self.text.tasks[: branch.task])]
-        return tuple(
-            dict.fromkeys(name for name in earlier if name not in self.new_domains_of(branch))
-        )
-
-    @cached_property
-    def initial_checkpoint(self) -> Source | None:
-        """The initial checkpoint of the run; None if it pretrains a base model.
-
-        Raises:
-            RequestError: the checkpoint can't be opened.
-        """
-        model = self.config.model
-        if not isinstance(model, CheckpointModelConfig):
+    @property
+    def short(self) -> "RunData | None":
+        """Of longer windows: these tokens in the run's own windows, in which models are scored."""
+        if self.own is None or self.sequence_length == self.own.sequence_length:
             return None
-        if self.ledger.get("baseline") is not None:
-            return self.source("baseline")
-        folder = locate(model.path, key="model.path")
-        checkpoint_model(str(folder), with_experts=True)
-        try:
-            return Source(folder, read_model(folder), read_lineage(folder))
-        except TritterError as error:
-            raise RequestError(f"{key_name('model.path')}: {error}") from error
+        return self.own.reading(tokenizer=self.tokenizer)
 
     @cached_property
     def model(self) -> Model:
@@ -242,20 +141,55 @@ class RunContext:
     @cached_property
     def text(self) -> RunText:
         """The run's domains; those of a Hub checkpoint are known once it is downloaded."""
+        if self.own is not None:
+            return self.own.text
         config = self.config
         if self.initial_checkpoint is None or Path(config.model.path).is_dir():  # type: ignore[union-attr]
             return config.text
         return run_text(str(self.initial_checkpoint.folder), config.data, seed=config.seed)
 
+    @property
+    def old_domains(self) -> tuple[str, ...]:
+        return self.text.old
+
+    @property
+    def new_domains(self) -> tuple[str, ...]:
+        return self.text.new
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Old and new domains."""
+        return (*self.old_domains, *self.new_domains)
+
+    def new_domains_of(self, branch: Branch) -> tuple[str, ...]:
+        """Return the domains of a branch's task."""
+        return self.text.tasks[branch.task]
+
+    def old_domains_of(self, branch: Branch) -> tuple[str, ...]:
+        """Return the domains to retain: the old domains, and those of earlier tasks."""
+        earlier = [*self.old_domains, *chain.from_iterable(self.text.tasks[: branch.task])]
+        return tuple(
+            dict.fromkeys(name for name in earlier if name not in self.new_domains_of(branch))
+        )
+
     @cached_property
     def source_tokenizer(self) -> PretrainedTokenizer | None:
         """The tokenizer of the initial checkpoint, if any, or after an expansion."""
-        if self.tokenizer_folder is not None:
-            return read_tokenizer(self.tokenizer_folder, vocab_size=MAX_VOCABULARY)
+        if self.tokenizer is not None:
+            return read_tokenizer(self.tokenizer.folder, vocab_size=MAX_VOCABULARY)
         if self.initial_checkpoint is None:
             return None
         vocab_size = self.initial_checkpoint.model.sizes.vocab_size
         return read_tokenizer(self.initial_checkpoint.folder, vocab_size=vocab_size)
+
+    @property
+    def bounds(self) -> TextBounds:
+        """The start and the end of a text."""
+        if self.source_tokenizer is not None:
+            return self.source_tokenizer.bounds
+        end = self.corpus.tokenizer.token_to_id(END_OF_TEXT)
+        assert end is not None
+        return TextBounds(end)
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -274,9 +208,8 @@ class RunContext:
             "cache_dir": config.cache_dir,
             "tokenizer": tokenizer.tokenizer if tokenizer else None,
         }
-        if self.original is not None:
-            original, length = self.original, config.data.sequence_length
-            before = (original.at_length(length) if self.short else original).corpus.domains.items()
+        if self.tokenizer is not None:
+            before = self.reading(self.sequence_length).corpus.domains.items()
             settings["validation_bytes"] = {n: each.validation.num_bytes for n, each in before}
         domains = self.text.domains
         # Only the embedded corpus has an index in the cache
@@ -312,6 +245,8 @@ class RunContext:
         Raises:
             RequestError: conversations need `documents`, which the model or the user rules out.
         """
+        if self.own is not None:
+            return self.own.packing
         domains, choice = self.corpus.domains.values(), self.config.data.packing
         has_marks = any(side.has_marks for d in domains for side in (d.train, d.validation))
         plain = "conversations are plain text with data.chat_template=none data.loss_on=all"
@@ -326,142 +261,6 @@ class RunContext:
             reason = f"a token of {source.model_type} depends on earlier documents; {plain}"
             raise RequestError(Problem("data.packing", self.config.data.packing, reason=reason))
         return choice
-
-    @property
-    def _dense_tokens(self) -> float | None:
-        """The training tokens of the model that the run starts from, if they are known."""
-        config = self.config
-        if config.model.model_type == "hf":
-            start = self.initial_checkpoint
-            return None if start is None else recorded_tokens(start.lineage)
-        return float(
-            config.pretraining.max_steps
-            * config.trainer.accumulate_grad_batches
-            * config.data.batch_size
-            * config.data.sequence_length
-        )
-
-    @cached_property
-    def notes(self) -> tuple[str, ...]:
-        """Notes on the inputs of the run, a sentence each."""
-        source = self.model
-        # Skipped files of each domain
-        notes = [find_texts(each.key, each.paths).note(each.name) for each in self.text.domains]
-        notes += [*self.text.notes, *self.corpus.notes]
-        notes += [
-            f"{name} is streamed: training reads all of it, everything else its first "
-            f"{HEAD_ROWS:,} rows."
-            for name in self.streams
-        ]
-        if self.packing == "documents":
-            notes += packing_notes(
-                self.config, self.corpus, self.scored, self.streams, bounds=self.bounds
-            )
-        notes += scored_notes(self.config, self.corpus, self.scored)
-        notes += share_notes(self.config, self.num_sequences, self.streams)
-        optimizer = self.config.optimizer.target.rpartition(".")[2]
-        if optimizer.startswith("Paged") and self.device.type == "cpu":
-            same = optimizer.removeprefix("Paged")
-            notes.append(f"There is no paging on the CPU: {optimizer} is equivalent to {same}.")
-        notes += [self.source_tokenizer.note] if self.source_tokenizer else []
-        notes += [self.config.rate_note]
-        notes += [*memory_notes(self.config, source), *rate_notes(self.config, source)]
-        notes += upcycling_notes(self.config, source, self._dense_tokens)
-        return tuple(filter(None, notes))
-
-    @cached_property
-    def published_dtype(self) -> str:
-        """The dtype of the published weights; requires the baseline stage."""
-        dtype = self.config.pipeline.dtype
-        if dtype != "source" or self.initial_checkpoint is None:
-            return "float32" if dtype == "source" else dtype
-        found = self.source("baseline").tensors.main_dtype
-        return found if found in _PUBLISHED_DTYPES else "float32"
-
-    @property
-    def domains(self) -> tuple[str, ...]:
-        """Old and new domains."""
-        return (*self.old_domains, *self.new_domains)
-
-    @property
-    def bounds(self) -> TextBounds:
-        """The start and the end of a text."""
-        if self.source_tokenizer is not None:
-            return self.source_tokenizer.bounds
-        end = self.corpus.tokenizer.token_to_id(END_OF_TEXT)
-        assert end is not None
-        return TextBounds(end)
-
-    @cached_property
-    def device(self) -> torch.device:
-        """The device for evaluation."""
-        wants_gpu = self.config.trainer.accelerator in ("gpu", "auto")
-        return torch.device("cuda" if wants_gpu and torch.cuda.is_available() else "cpu")
-
-    def seed(self, *purpose: str) -> int:
-        """Return the seed for one purpose, such as data order, growth or replay."""
-        return derived_seed(self.config.seed, *purpose)
-
-    def stage(self, key: str, work: Callable[[], StageResult], *, label: str) -> StageResult:
-        """Run a stage, or return its result from the ledger.
-
-        Args:
-            key: name in the ledger.
-            work: runs the stage.
-            label: name in reports, to which remaining time is assigned.
-        """
-        done = self.ledger.get(key)
-        if done is not None:
-            self.say(label, "already finished")
-            return done
-        since = time.perf_counter()
-        try:
-            result = work()
-        except Stopped as stopped:
-            stopped.location = stopped.location or f"during {key}, which will restart"
-            raise
-        elapsed = time.perf_counter() - since - sum(result.seconds.values())
-        seconds = {**result.seconds, label: elapsed + result.seconds.get(label, 0.0)}
-        result = replace(result, seconds=seconds)
-        lineages = {
-            location: s.lineage for location, s in self.sources.items() if s.lineage is not None
-        }
-        self.ledger.record(key, result, lineages=lineages)
-        return result
-
-    def source(self, location: str) -> Source:
-        """Return a verified checkpoint of the run folder."""
-        if location not in self.sources:
-            self.register(location, lineage_of(self.folder / location))
-        return self.sources[location]
-
-    def register(self, location: str, lineage: Lineage) -> Source:
-        """Register a checkpoint that was just written to the run folder."""
-        folder = self.folder / location
-        model = read_model(folder, ffn_sizes=list(lineage.ffn_sizes))
-        self.sources[location] = Source.written(folder, model, lineage)
-        return self.sources[location]
-
-    def planned(self, branch: Branch) -> PlannedExpansion:
-        """Return the planned expansions of a branch; parameter maps are built once."""
-        if branch not in self._planned:
-            seed = self.seed("expansion", *branch.purpose)
-            self._planned[branch] = planned(self.source(branch.start), branch.specs, seed=seed)
-        return self._planned[branch]
-
-    def say(self, label: str, text: str) -> None:
-        """Print one line of progress."""
-        self.console.print(f"{label:<11}{text}", highlight=False, markup=False, soft_wrap=True)
-
-    def progress_bars(self) -> AbstractContextManager[NewBar]:
-        """Return progress bars, shown under the same conditions as those of training."""
-        return progress_bars(self.console, mode=self.config.trainer.progress)
-
-    @contextmanager
-    def waiting(self, label: str) -> Iterator[None]:
-        """Show a bar without a count while the block lasts."""
-        with self.progress_bars() as new_bar, waiting(new_bar, label):
-            yield
 
     def training_sequences(self, domains: Sequence[str]) -> dict[str, Tensor]:
         """Return domain → packed training sequences [N, T]."""
@@ -510,7 +309,9 @@ class RunContext:
         Domains with fewer sequences contribute all of them.
         """
         sequences = self.training_sequences(domains)
-        return sample_equally(sequences, count, seed=lambda name: self.seed(*purpose, name))
+        return sample_equally(
+            sequences, count, seed=lambda name: derived_seed(self.config.seed, *purpose, name)
+        )
 
     def check_text(self) -> None:
         """Reject a domain that is too small, before any training.
@@ -563,7 +364,7 @@ class RunContext:
 
     def batches(self, domains: Sequence[str], *, purpose: str, max_steps: int) -> BatchStream:
         """Return endless batches of some domains in a random order."""
-        seed, data = self.seed("order", purpose), self.config.data
+        seed, data = derived_seed(self.config.seed, "order", purpose), self.config.data
         # New domain → its weight within the task; empty to mix domains by size
         configured = (data.weights or {}) if isinstance(data, NamedTextConfig) else {}
         weights = {name: each for name, each in configured.items() if name in domains}
@@ -636,6 +437,8 @@ class RunContext:
     @cached_property
     def tasks(self) -> tuple[ScoredTask, ...]:
         """The tasks on which every model is scored, in addition to the losses."""
+        if self.own is not None:
+            return self.own.tasks
         options = self.config.evaluation
         number = options.task_questions
         questions = {d.name: questions_of(d.paths, number) for d in self.text.domains}
@@ -657,10 +460,8 @@ class RunContext:
 
     @cached_property
     def scored(self) -> dict[str, TokenisedDocuments]:
-        """Domain → its scored held-out documents, the same in all readings and attempts."""
-        origin = self.short or self
-        origin = origin.original or origin
-        origin = origin.first or origin
+        """Domain → its scored held-out documents, the same in all readings."""
+        origin = self.own or self
         held_out = {name: origin.corpus.domains[name].validation for name in self.domains}
         sizes = {name: each.offsets.diff().tolist() for name, each in held_out.items()}
         counts = scored_counts(origin.config, sizes)
@@ -693,31 +494,56 @@ class RunContext:
             )
         ]
 
-    def score(self, model: nn.Module, name: str) -> Scores:
-        """Score a model, move it to the CPU, and store the result in a file."""
-        with self.progress_bars() as new_bar:
-            scores = self.scoring.score(model.to(self.device), new_bar=new_bar)
-        model.to("cpu")
-        content = dumps({subject: each.to_dict() for subject, each in scores.items()})
-        write_text_atomic(self.folder / score_file(name), content)
-        self.say("", scores_text(scores))
-        return scores
 
-    def read_scores(self, name: str) -> Scores:
-        """Return the scores that `score` stored under a name."""
-        return self.scoring.read(self.folder / score_file(name))
+def check_streams(data: RunData, folder: Path) -> None:
+    """Record the streamed files of a run that begins; compare them with the record if it resumes.
 
-    def scoring_flops(self, reading: Flops) -> float:
-        """Return the FLOPs of one scoring pass, given those of reading a sequence."""
-        return self.scoring.flops(reading)
+    Args:
+        data: of the run.
+        folder: of the run.
+
+    Raises:
+        RequestError: a file has changed, wherever in it.
+    """
+    path = folder / STREAMS
+    current = {name: stream_identity(*sources, key=name) for name, sources in data.streams.items()}
+    if not current:
+        return
+    if not path.exists():
+        write_text_atomic(path, dumps(current, indent=1) + "\n")
+        return
+    keys = {domain.name: domain.key for domain in data.text.domains}
+    for name, recorded in read_object(path).items():
+        contents = current.get(name, {})
+        changed = sorted(
+            file for file in recorded | contents if recorded.get(file) != contents.get(file)
+        )
+        if changed:
+            file = changed[0]
+            before, now = recorded.get(file, "not there"), contents.get(file, "not there")
+            reason = (
+                f"the streamed data has changed since the run in {folder} began "
+                f"(then {before}; now {now}); restore it, or start another run"
+            )
+            raise RequestError(Problem(keys.get(name, name), file, reason=reason))
 
 
-_START = "start_of_text"  # of a lineage: the ids in front of each training text
-TOKENIZER_NAME = "tokenizer.json"
-# Cached parts of a context that do not depend on the tokenizer
-_OF_ANY_TOKENIZER = ("initial_checkpoint", "text", "packing", "published_dtype", "device", "tasks")
-_FILES_ORIGIN, _DATASETS_ORIGIN = "text files", "data sets"
-_STDLIB_DOMAINS = [("prose", ("stdlib:prose",)), ("code", ("stdlib:code",))]
+def _digest(tokenizer: Source | None) -> str | None:
+    return None if tokenizer is None else tokenizer.own_lineage.file_digests[TOKENIZER_NAME]
+
+
+def _in_windows(config: RunConfig, length: int) -> RunConfig:
+    """Return a configuration with sequences of another length."""
+    if length == config.data.sequence_length:
+        return config
+    factor, evaluation = length / config.data.sequence_length, config.evaluation
+    data = replace(config.data, sequence_length=length, batch_size=batch_size_at(length, config))
+    evaluation = replace(
+        evaluation,
+        batch_size=max(1, round(evaluation.batch_size / factor)),
+        max_tokens_per_document=max(length, evaluation.max_tokens_per_document),
+    )
+    return replace(config, data=data, evaluation=evaluation)
 
 
 def all_documents(domains: Iterable[DomainText]) -> dict[str, Documents]:

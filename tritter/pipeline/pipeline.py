@@ -1,0 +1,533 @@
+"""Runs a pipeline from its config to a summary, a table and a published checkpoint."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from lightning.pytorch.loggers import Logger
+
+from tritter.checkpoints.run_text import DEFAULT_FRACTION
+from tritter.config.fallbacks import RETRYING, with_fallback
+from tritter.config.overrides import command, tool_command, tritter_command
+from tritter.config.run_folder import read_status
+from tritter.config.schema import CheckpointModelConfig, RunConfig
+from tritter.core.expansions import EXPANSIONS, vocab_place
+from tritter.data.chat import TEMPLATE_FILE
+from tritter.errors import RequestError
+from tritter.evaluation.gate import Status
+from tritter.pipeline import (
+    costs,
+    disk,
+    importance,
+    moe,
+    stages,
+    verdict,
+    vocabulary,
+    windows,
+)
+from tritter.pipeline.base import check_source
+from tritter.pipeline.branch import Branch, tasks_of
+from tritter.pipeline.ledger import (
+    BaselineFound,
+    ChoiceFound,
+    Ledger,
+    TrainingFound,
+    VocabularyFound,
+)
+from tritter.pipeline.metrics import (
+    BEFORE,
+    before_metrics,
+    first_step,
+    join_rows,
+    log_result_to_wandb,
+    num_steps,
+    open_loggers,
+    score_metrics,
+    wandb_finished,
+    write_metrics,
+)
+from tritter.pipeline.run import Run
+from tritter.pipeline.run_data import check_streams
+from tritter.pipeline.scoring import BenchmarkTask
+from tritter.pipeline.summary import summary_record
+from tritter.pipeline.verdict import Candidate
+from tritter.planning.strategy import planned_rounds
+from tritter.report.plots import curves_of, plot_run
+from tritter.report.summary import Summary
+from tritter.report.tables import print_summary
+from tritter.storage.atomic import write_text_atomic
+from tritter.terminal import Console
+from tritter.training import metrics_files
+
+_SUMMARY_NAME = "summary.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Result of a run.
+
+    Args:
+        status: kept, rolled_back, undecided or ungated (`gate=off`).
+        metric: mean loss over old and new domains of the last trained model, kept or not, in nats
+            per byte; a sweeper minimises it. NaN if training diverged.
+        summary_path: path of summary.json.
+        leaves: outputs that identify the run as finished, relative to its folder.
+    """
+
+    status: Status
+    metric: float
+    summary_path: Path
+    leaves: tuple[str, ...]
+
+
+def run_pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
+    """Run all stages that are not in the ledger, and write the files of a run.
+
+    Raises:
+        RequestError: the request is invalid (for example, the cache is not writable).
+        TritterError: a stage failed; the ledger keeps finished stages.
+    """
+    run = Run(config=config, folder=run_folder, console=Console(), ledger=Ledger(run_folder))
+    with wandb_finished(run):
+        for message in run.ledger.verify_outputs():
+            run.say("run", message)
+        check_source(run)
+        _announce(run)
+        run_baseline(run)
+        candidates = _run_candidates(run)
+        last, status = candidates[-1], candidates[-1].status
+        control = _run_control(last, num_rounds=len(candidates) if last.branches[0].is_round else 1)
+        is_kept = status != "rolled_back"
+        with run.waiting("writing the published model"):
+            run.stage(
+                "publish",
+                lambda: verdict.publish(last.run, last.branches, keep=is_kept),
+                label="publish",
+            )
+        disk.remove_unneeded(
+            run, *(branch for each in (*candidates, control) for branch in each.branches)
+        )
+        return _report(run, candidates, control)
+
+
+def _report(run: Run, candidates: Sequence[Candidate], control: Candidate) -> Outcome:
+    """Write the summary, metrics and plots of a run, and print its table and next commands."""
+    last = candidates[-1]
+    gate, control_rows = None, []
+    if control.branches:
+        gate = verdict.judge(control)
+        control_rows = write_metrics(run, control.branches, of="control")
+    summary = summary_record(run, candidates, control=control, control_gate=gate)
+    path = run.folder / _SUMMARY_NAME
+    write_text_atomic(path, summary.text())
+    rows = write_metrics(run, last.branches)
+    before = [each for each in candidates[:-1] if each.branches[0].is_round]
+    if before:
+        write_metrics(run, [branch for each in candidates for branch in each.branches], of="rounds")
+    plots = plot_run(
+        summary,
+        curves_of(rows),
+        run.folder / "plots",
+        earlier=[curves_of(join_rows(run, each.branches)) for each in before],
+        control=curves_of(control_rows),
+    )
+    own = [
+        branch.name
+        for candidate in candidates
+        for branch in candidate.branches
+        if branch.part is None
+    ]
+    step = sum(num_steps(run, name) for name in own)
+    log_result_to_wandb(run, summary, plots, step=step)
+    print_summary(summary, console=run.console, folder=run.folder)
+    run.say("disk", disk.report(summary.disk))
+    run.console.print()
+    for plot in plots:
+        run.say("plot", str(plot))
+    run.say("summary", str(path))
+    overrides = read_status(run.folder).overrides
+    if retried := summary.last_attempt.overrides:
+        overrides = [
+            override
+            for override in with_fallback(overrides, retried)
+            if not override.lstrip("+").startswith(RETRYING)
+        ]
+    run.console.print("\nNext:", highlight=False)
+    for line in next_commands(last.run.config, summary, overrides=overrides, folder=run.folder):
+        run.console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
+    # Of the trained model: after a rollback, the published model is the initial one
+    final = summary.last_attempt.final
+    losses = [final[name].loss_per_byte for name in (*summary.domains.old, *summary.domains.new)]
+    known = [loss for loss in losses if loss is not None]
+    return Outcome(
+        status=last.status,
+        metric=math.nan if len(known) < len(losses) else sum(known) / len(known),
+        summary_path=path,
+        leaves=(_SUMMARY_NAME, "checkpoint", "scores"),
+    )
+
+
+def _run_candidates(run: Run) -> list[Candidate]:
+    """Run rounds until one is rolled back, or attempts until one is not rolled back.
+
+    Returns:
+        The rounds or attempts that ran.
+    """
+    planned = planned_candidates(run)
+    tried: list[Candidate] = []
+    for number, each in enumerate(planned, start=1):
+        first, is_last = each.branches[0], number == len(planned)
+        if first.attempt > 1:
+            overrides = " ".join(each.overrides)
+            run.say("attempt", f"{number} of {len(planned)}, from the baseline: {overrides}")
+        so_far = (
+            [branch for candidate in tried for branch in candidate.branches]
+            if first.is_round
+            else []
+        )
+        candidate = replace(each, branches=_run_tasks(each.run, each.branches, so_far=so_far))
+        tried.append(candidate)
+        candidate.run.stage(first.key("gate"), partial(verdict.gate, candidate), label="gate")
+        if len(planned) > 1:
+            run.say("gate", f"{first.name}: {candidate.status}")
+        if (candidate.status == "rolled_back") == first.is_round:
+            break
+        if first.is_round and not is_last:
+            kept = partial(verdict.complete, run, first)
+            run.stage(first.key("keep"), kept, label="publish")
+            if first.follows:
+                disk.remove(run, f"{first.follows}/trained")
+        elif not is_last:
+            disk.remove(run, f"{candidate.branches[-1].name}/trained")
+    return tried
+
+
+def planned_candidates(run: Run) -> list[Candidate]:
+    """Return the attempts of the run (each is the next fallback), or its rounds.
+
+    The baseline stage must be finished.
+
+    Raises:
+        RequestError: the target size can't be reached from the baseline's shape.
+    """
+    config, candidates = run.config, []
+    if config.pipeline.target_params is None:
+        for number, own in enumerate(config.attempts, start=1):
+            has_same_methods = [one.forgetting == own.forgetting for one in config.attempts]
+            prepared_by = 1 + has_same_methods.index(True)
+            name = f"attempt_{number}"
+            first = Branch(name, own.expansion, attempt=number, prepared_by=prepared_by)
+            branches = tasks_of(first, len(run.data.text.tasks))
+            candidates.append(Candidate(run.of_attempt(number), branches, own.fallback_overrides))
+        return candidates
+    shapes = planned_rounds(config, run.source("baseline").model)
+    counts = " → ".join(f"{shape.parameters:,}" for shape in shapes)
+    run.say("plan", f"{len(shapes)} rounds to {counts} parameters")
+    for number, shape in enumerate(shapes, start=1):
+        branch = Branch(
+            f"round_{number}",
+            (shape.spec,),
+            follows=f"round_{number - 1}" if number > 1 else None,
+            is_round=True,
+            is_final=number == len(shapes),
+        )
+        candidates.append(Candidate(run, (branch,)))
+    return candidates
+
+
+def _run_tasks(
+    run: Run, branches: Sequence[Branch], *, so_far: Sequence[Branch] = ()
+) -> tuple[Branch, ...]:
+    """Train consecutive branches until one stops early, and return the trained ones.
+
+    Args:
+        so_far: branches of earlier rounds, whose steps precede in loggers.
+    """
+    row, trained = [*so_far, *branches], list[Branch]()
+    for branch in branches:
+        # The control starts like the attempt, whose preparation it uses
+        is_prepared = branch.is_control and not branch.follows
+        if importance.is_needed(run) and not is_prepared:
+            prepare = partial(importance.prepare, run.reading(branch.start), branch)
+            run.stage(importance.key(branch), prepare, label=branch.label("importance"))
+        step = first_step(run, row, branch)
+        trained.append(run_branch(run, branch, first_step=step))
+        if run.ledger.found(f"{branch.name}.fit", TrainingFound).stopped_because is not None:
+            break
+    return tuple(trained)
+
+
+def _run_control(last: Candidate, *, num_rounds: int) -> Candidate:
+    """Train the control like the last attempt, if requested; otherwise it has no branches."""
+    run = last.run
+    if not run.config.control:
+        return replace(last, branches=())
+    run.say("control", "control (not grown), trained in the same way")
+    prepared_by = last.branches[0].prepared_by
+    first = Branch(
+        "control", (), is_control=True, num_trainings=num_rounds, prepared_by=prepared_by
+    )
+    branches = _run_tasks(run, tasks_of(first, len(run.data.text.tasks)))
+    disk.remove(run, f"{branches[-1].name}/trained")
+    return replace(last, branches=branches)
+
+
+def run_baseline(run: Run) -> None:
+    """Create the initial model of the run."""
+    is_finished = run.ledger.get("baseline") is not None
+    run.stage("baseline", lambda: stages.baseline(run), label="baseline")
+    if is_finished:
+        _check_start(run)
+
+
+def _check_start(run: Run) -> None:
+    """Refuse a run of an earlier version of Tritter, which began texts in another way."""
+    for scores in run.read_scores("baseline").values():
+        if scores.unit == "nats" and scores.start != run.data.bounds.start:
+            raise RequestError(
+                f"resume = {run.folder}: an earlier version scored texts that begin with the "
+                "end of text; this one begins them as the tokenizer does. Start in another folder."
+            )
+
+
+def run_branch(run: Run, branch: Branch, *, first_step: int = 0) -> Branch:
+    """Expand, train and score a branch; return it with the experts selected by its data.
+
+    Args:
+        first_step: number of earlier steps in loggers.
+    """
+    branch = prepare_branch(run, branch)
+    run = run.reading(moe.expanded_folder(branch))
+    key, label = branch.name, branch.label
+    opened: AbstractContextManager[list[Logger]] = nullcontext([])
+    if run.ledger.get(f"{key}.evaluate") is None:
+        opened = open_loggers(run, branch.part, first_step=first_step)
+    with opened as loggers:
+        if before := before_metrics(run, key):
+            for logger in loggers if not metrics_files(run.folder / key) else ():
+                logger.log_metrics(before, step=BEFORE)
+        run.stage(
+            f"{key}.fit",
+            lambda: stages.training(run, branch, loggers=loggers),
+            label=label("fit"),
+        )
+        disk.remove_before_fit(run, branch)
+        run.stage(
+            f"{key}.evaluate", lambda: stages.evaluation(run, branch), label=label("evaluate")
+        )
+        for logger in loggers:
+            logger.log_metrics(score_metrics(run, key), step=num_steps(run, key))
+    return branch
+
+
+def prepare_branch(run: Run, branch: Branch) -> Branch:
+    """Expand a branch up to its training; return it with the experts selected by its data."""
+    key, label = branch.name, branch.label
+    run = run.reading(branch.start)
+    if vocabulary.is_learned(branch):
+        stage = f"{key}.vocabulary"
+        run.stage(stage, partial(vocabulary.learning, run, branch), label="vocabulary")
+        branch = vocabulary.with_merges(branch, run.ledger.found(stage, VocabularyFound).merges)
+    if moe.selects_experts_by_data(branch):
+        stage = f"{key}.choose"
+        run.stage(stage, partial(stages.choice, run, branch), label="choose")
+        branch = moe.with_choice(branch, run.ledger.found(stage, ChoiceFound).clone_from)
+    expand = partial(stages.expansion, run, branch)
+    run.stage(f"{key}.expand", expand, label=label("expand"))
+    run = run.reading(moe.expanded_folder(branch))
+    if moe.teacher_of(branch) is not None:
+        run.stage(f"{key}.distill", lambda: stages.distillation(run, branch), label="distill")
+    if moe.router_steps(run, branch):
+        run.stage(f"{key}.adapt", lambda: stages.adaptation(run, branch), label=label("adapt"))
+    return branch
+
+
+def _announce_costs(run: Run) -> None:
+    """Print what the run will cost, before its first stage."""
+    first, *others = costs.cost_lines(run)
+    run.say("cost", first)
+    for line in others:
+        run.say("", line)
+    with run.waiting("timing a batch"):
+        line = costs.time_line(run)
+    if line:
+        run.say("", line)
+
+
+def _announce(run: Run) -> None:
+    """Print the inputs of the run."""
+    config = run.config
+    chosen = {
+        "expansion": ", ".join(spec.name for spec in config.expansion) or "none",
+        "forgetting": ", ".join(options.name for options in config.forgetting) or "none",
+    }
+    if config.growth is not None:
+        chosen["growth"] = config.growth.name
+    if config.experts is not None:
+        chosen["experts"] = config.experts.name
+    choices = "  ".join(f"{key}={value}" for key, value in chosen.items())
+    run.say("tritter", f"{choices}  seed={config.seed}")
+    parts = [
+        f"{source.name} ({source.num_documents:,} documents, {source.num_bytes / 1e6:.2g} MB)"
+        for source in run.data.corpus.sources.values()
+    ]
+    origins = dict.fromkeys(source.origin for source in run.data.corpus.sources.values())
+    run.say("data", f"{', '.join(parts)}; {', '.join(origins)}")
+    for note in run.notes:
+        run.say("", note)
+    if len(tasks := run.data.text.tasks) > 1:
+        named = (" and ".join(domains) for domains in tasks)
+        run.say("tasks", f"{', then '.join(named)}; {config.training.max_steps} steps each")
+    if not run.data.old_domains:
+        kept = ", ".join(task.name for task in run.data.tasks if task.domain is None)
+        what = f"measured on {kept} only" if kept else "neither measured nor gated"
+        run.say("", f"no old data (data.old): forgetting is {what}")
+    run.data.check_text()
+    vocabulary.check(run)
+    windows.check(run)
+    if run.data.tasks:
+        names = (t.label if isinstance(t, BenchmarkTask) else t.name for t in run.data.tasks)
+        run.say("answers", f"accuracy is measured on {', '.join(names)}")
+    check_streams(run.data, run.folder)
+    if run.ledger.get("baseline") is None:
+        _announce_costs(run)
+        return
+    if run.ledger.found("baseline", BaselineFound).corpus != run.data.corpus.digest:
+        raise RequestError(
+            f"data: the data has changed since the run in {run.folder} began; restore it, "
+            "or start another run."
+        )
+
+
+_WITH_BODY = ("expansion", "experts")
+_MAX_FRACTION = 0.5  # of replayed or validation data; more would starve the rest
+
+
+def next_commands(
+    config: RunConfig, summary: Summary, *, overrides: Sequence[str], folder: Path
+) -> list[str]:
+    """Return commands that suit the verdict, each with a comment.
+
+    Args:
+        overrides: overrides of the run, in Hydra's syntax.
+        folder: run folder.
+    """
+    advice = {"rolled_back": _after_rollback, "undecided": _after_undecided}
+    changes = advice.get(summary.status, _after_kept)(config, summary)
+    typed = [
+        override for override in overrides if override.partition("=")[0].lstrip("+") != "resume"
+    ]
+    lines = []
+    for change, why in changes:
+        # Options of a replaced method are removed with it
+        bodies = tuple(f"{key}." for key in change if key in _WITH_BODY)
+        kept = [
+            override
+            for override in typed
+            if override.lstrip("+~").partition("=")[0] not in change
+            and not override.lstrip("+~").startswith(bodies)
+        ]
+        changed = command([*kept, *(f"{key}={value}" for key, value in change.items())])
+        lines.append(f"{changed}   # {why}")
+    checkpoint = str(folder / "checkpoint")
+    trained = folder / f"attempt_{len(summary.attempts)}" / "trained"
+    if summary.status != "rolled_back":
+        chat = ["--chat"] if Path(checkpoint, TEMPLATE_FILE).is_file() else []
+        asking = ["generate", "--checkpoint", checkpoint, *chat, "--prompt", "TEXT"]
+        lines.append(tritter_command(asking))
+    elif any(trained.glob("*.safetensors")):
+        inspection = tritter_command(["inspect", str(trained)])
+        lines.append(f"{inspection}   # the trained model, which was not kept")
+    lines.append(tritter_command(["history", checkpoint, "--verify"]))
+    wandb = config.logger.wandb
+    if wandb is not None and wandb.mode == "offline":
+        runs = tool_command("wandb", ["sync", str(folder / "wandb")])
+        lines.append(
+            f"{runs}/offline-run-*   # upload to W&B"
+        )  # unquoted, so that the shell expands it
+    return lines
+
+
+Advice = Iterator[tuple[dict[str, str], str]]
+
+
+def _after_kept(config: RunConfig, summary: Summary) -> Advice:
+    if not config.control and config.expansion:
+        yield {"control": "true"}, "compare with the control (not grown)"
+    if not isinstance(config.model, CheckpointModelConfig):
+        yield {"seed": str(config.seed + 1)}, "check with another seed"
+    is_dynamic = config.experts is not None and config.experts.kind.is_dynamic
+    if is_dynamic and not isinstance(config.model, CheckpointModelConfig):
+        yield {"experts": "single_lora"}, "compare with a single adapter"
+    elif not isinstance(config.model, CheckpointModelConfig) and config.experts is None:
+        used = {spec.name for spec in config.expansion}
+        used |= {"layers", "moe_add"}  # they need a table, or a model with experts
+        other = next(name for name in [*EXPANSIONS, "none"] if name not in used)
+        yield {"expansion": other}, "another expansion"
+
+
+def _after_rollback(config: RunConfig, summary: Summary) -> Advice:
+    failed = {check.check for check in summary.gate if check.verdict == "failed"}
+    names = [options.name for options in config.forgetting]
+    if failed & {"retention", "long_windows"}:
+        replay = next((one for one in config.forgetting if one.kind.needs(one.options).mixes), None)
+        if replay is None:
+            yield {"forgetting": _override_value([*names, "replay"])}, "mix in old data"
+        elif (fraction := getattr(replay.options, "fraction", 1.0)) < _MAX_FRACTION:
+            more = min(_MAX_FRACTION, 2 * fraction)
+            yield {f"forgetting.{replay.name}.fraction": f"{more:g}"}, "mix in more old data"
+        # Best combination with replay: experiments/2026-11-21_forgetting_methods
+        has_tokens = vocab_place(config.expansion) is not None  # which no teacher knows
+        if "distill" not in names and config.experts is None and not has_tokens:
+            methods = ["distill", *names] if names else ["distill", "replay"]
+            yield {"forgetting": _override_value(methods)}, "also distill from the old model"
+    if "new_capability" in failed:
+        yield _twice_as_long(config), "more steps"
+    if failed & {"retention", "long_windows", "training"}:
+        options = config.training if config.experts is None else config.experts.options
+        group = "training" if config.experts is None else "experts"
+        yield {f"{group}.learning_rate": f"{options.learning_rate / 2:g}"}, "lower learning rate"
+
+
+def _twice_as_long(config: RunConfig) -> dict[str, str]:
+    """Return the override that doubles the length of training."""
+    training = config.training
+    if training.max_tokens is not None:
+        return {"training.max_tokens": str(2 * training.max_tokens)}
+    return {"training.max_steps": str(2 * training.max_steps)}
+
+
+def _after_undecided(config: RunConfig, summary: Summary) -> Advice:
+    undecided = [check for check in summary.gate if check.verdict == "undecided"]
+    for check in undecided:
+        upper = check.bounds[1]
+        # If the whole interval is below the bound, only documents are missing
+        is_below = upper is not None and check.bound is not None and upper < check.bound
+        if check.check == "new_capability" and not is_below:
+            yield _twice_as_long(config), "more steps"
+            break
+    needs = [
+        (check.documents_needed / check.n, check)
+        for check in undecided
+        if check.documents_needed and check.n
+    ]
+    if not needs:
+        return
+    factor, check = max(needs, key=lambda need: need[0])
+    fraction = factor * (config.data.validation_fraction or DEFAULT_FRACTION)
+    advice = f"{check.documents_needed} validation documents of {check.subject} are needed"
+    held_out = summary.data.get(check.subject, {}).get("validation", 0)
+    if factor > 1 and check.n < held_out:
+        needed = min(check.documents_needed or held_out, held_out)
+        yield {"evaluation.max_documents": str(needed)}, advice
+    elif isinstance(config.model, CheckpointModelConfig):
+        return  # it keeps the split of its lineage
+    elif factor > 1 and fraction <= _MAX_FRACTION:
+        yield {"data.validation_fraction": f"{fraction + 0.005:.2f}"}, advice
+
+
+def _override_value(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"[{','.join(names)}]"
