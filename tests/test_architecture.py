@@ -89,8 +89,8 @@ RATCHET = {
     "data": (26, 9_305),
     "evaluation": (17, 4_395),
     "integrations": (2, 775),
-    "methods": (48, 12_591),
-    "pipeline": (26, 7_319),
+    "methods": (48, 12_587),
+    "pipeline": (26, 7_312),
     "planning": (9, 2_279),
     "report": (14, 4_309),
     "storage": (10, 2_123),
@@ -99,7 +99,7 @@ RATCHET = {
 }
 # What there is to know; both may only fall: names of modules without an underscore, and classes
 # that only hold values
-MAX_PUBLIC_NAMES, MAX_RECORDS = 2_169, 354
+MAX_PUBLIC_NAMES, MAX_RECORDS = 2_168, 353
 MAX_LONELY_MODULES = 25  # with a single caller, which is in their own room
 
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}

@@ -91,7 +91,7 @@ def train(model, context, schedule):  # type: ignore[no-untyped-def]
     from tritter.training.optimizer import build_optimizer
 
     optimizer = build_optimizer(
-        model.named_parameters(), context.optimizer_settings, learning_rate=schedule.learning_rate
+        model.named_parameters(), context.config.optimizer, learning_rate=schedule.learning_rate
     )
     held = [p for group in optimizer.param_groups for p in group["params"]]
     batches = context.data.batches(

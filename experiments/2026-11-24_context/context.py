@@ -116,7 +116,7 @@ def _long_windows(options: Any, folder: Path, *, seed: int) -> dict[str, Any]:
     model, lengths = load_model(folder / "checkpoint"), {"final": 4, "own": 1}  # of the source
     found = {
         name: windows.score(
-            longer, model, source_length=options.length, length=factor * options.length
+            context, longer, model, source_length=options.length, length=factor * options.length
         )
         for name, factor in lengths.items()
     }

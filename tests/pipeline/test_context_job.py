@@ -262,15 +262,20 @@ def test_it_composes(run_tiny: Callable[..., Outcome], tmp_path: Path, words: li
 
 @pytest.mark.full
 def test_a_later_run_continues_at_the_new_length(done: Path, cache: Path, tmp_path: Path) -> None:
-    """Stored sequences have the new length, and can be joined to longer ones again."""
+    """Stored sequences have the new length, and can be joined to longer ones again.
+
+    A later task starts with those of the task before, which have that length already.
+    """
     folder = tmp_path / "run"
     folder.mkdir()
-    third = tmp_path / "third.jsonl"
-    lines = [json.dumps({"text": f"the third text has line {n} of many " * 40}) for n in range(60)]
-    third.write_text("\n".join(lines), encoding="utf-8")
+    paths = {name: tmp_path / f"{name}.jsonl" for name in ("third", "fourth")}
+    for name, path in paths.items():
+        texts = (f"the {name} text has line {n} of many " * 40 for n in range(60))
+        path.write_text("\n".join(json.dumps({"text": each}) for each in texts), encoding="utf-8")
     words = [word for word in TINY if not word.startswith(("model.", "data.vocab", "data.new"))]
     words = [word for word in words if not word.startswith(("data.old", "data.sequence"))]
-    words += ["model=hf", f"model.path={done / 'checkpoint'}", f"data.new={{third: {third}}}"]
+    tasks = ", ".join(f"{{{name}: {path}}}" for name, path in paths.items())
+    words += ["model=hf", f"model.path={done / 'checkpoint'}", f"data.tasks=[{tasks}]"]
     words += [f"data.sequence_length={LONG}", "data.old={}", "expansion=context"]
     words += ["forgetting=replay", f"cache_dir={cache}"]
     run_pipeline(load_config(words), run_folder=folder)

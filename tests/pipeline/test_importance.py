@@ -14,7 +14,7 @@ from tests.pipeline.tiny import FIXTURES, TINY
 from tritter.checkpoints.state import LazyTensors, read_state
 from tritter.config.launch.composition import load_config
 from tritter.methods.forgetting import EWC, ewc, quadratic
-from tritter.pipeline import Outcome, run, run_pipeline
+from tritter.pipeline import Outcome, pipeline, run_pipeline
 from tritter.terminal import Console
 from tritter.training import Task
 
@@ -55,7 +55,7 @@ def test_scoring_and_importances_show_progress_on_a_terminal(
 ) -> None:
     file = io.StringIO()
     console = Console(file=file, force_terminal=is_terminal, color_system=None, width=100)
-    monkeypatch.setattr(run, "Console", lambda: console)
+    monkeypatch.setattr(pipeline, "Console", lambda: console)
     run_tiny(tmp_path, "forgetting=[ewc,l2sp]", "trainer.progress=auto", "training.max_steps=2")
     for label in ("scoring old", "scoring new", "ewc: importance of each parameter"):
         shown = re.search(rf"{label} .*? \d+/\d+ \d:\d\d:\d\d", file.getvalue())

@@ -14,7 +14,7 @@ from tritter.checkpoints import read_lineage
 from tritter.config.launch.composition import load_config
 from tritter.data.skills import SKILLS
 from tritter.evaluation.statistics import PairedScores
-from tritter.pipeline import Outcome, run, run_pipeline, stages
+from tritter.pipeline import Outcome, pipeline, run_pipeline, stages
 
 JOB = (
     *(word for word in TINY if not word.startswith(("data=", "data.old=", "data.new="))),
@@ -36,7 +36,7 @@ def run_skills(tmp_path_factory: pytest.TempPathFactory) -> Job:
         folder.mkdir(exist_ok=True)
         config = load_config([*job, f"cache_dir={cache}", *words])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run, "plot_run", lambda *_, **__: [])
+            patch.setattr(pipeline, "plot_run", lambda *_, **__: [])
             return run_pipeline(config, run_folder=folder)
 
     return run_there

@@ -15,7 +15,7 @@ from tests.pipeline.tiny import FIXTURES, TINY
 from tritter.checkpoints import read_lineage
 from tritter.config.launch.composition import load_config
 from tritter.evaluation.statistics import PairedScores, relative_forgetting
-from tritter.pipeline import Outcome, run, run_pipeline, stages
+from tritter.pipeline import Outcome, pipeline, run_pipeline, stages
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import StageResult, TrainingFound
 from tritter.pipeline.metrics import OffsetLogger
@@ -35,7 +35,7 @@ def run_tasks(tmp_path_factory: pytest.TempPathFactory) -> RunJob:
         config = load_config([*job, f"cache_dir={cache}", "evaluation.every_n_steps=3", *words])
         with pytest.MonkeyPatch.context() as patch:
             if not config.control:  # one run draws what there is to draw
-                patch.setattr(run, "plot_run", lambda *_, **__: [])
+                patch.setattr(pipeline, "plot_run", lambda *_, **__: [])
             return run_pipeline(config, run_folder=folder)
 
     return run_there

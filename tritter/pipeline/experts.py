@@ -1,11 +1,10 @@
 """LoRA experts in a run: which training runs use them, and which weights are trained."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
-from lightning import Callback
 from torch import Tensor, nn
 
 from tritter.checkpoints import Source
@@ -20,25 +19,11 @@ from tritter.methods.experts.module import ExpertModule, forward_flops_of
 from tritter.methods.experts.stored import ExpertFolder
 from tritter.methods.experts.whole import load_whole
 from tritter.methods.novelty.statistics import CALIBRATION_BATCHES
-from tritter.pipeline.branch import Branch
+from tritter.pipeline.branch import Branch, Trainee
 from tritter.pipeline.run import Run
-from tritter.training import BaseModule
 from tritter.training.options import TrainingConfig
 
 _USAGE_SEQUENCES = 16  # per domain, to measure the gates
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingTarget:
-    """The trainable part of a branch: a model, or the experts on it.
-
-    Args:
-        module: builds the Lightning module, given the options of `BaseModule`.
-        surgery_callbacks: callbacks that change the model.
-    """
-
-    module: Callable[..., BaseModule]
-    surgery_callbacks: tuple[Callback, ...] = ()
 
 
 def method_of(run: Run, branch: Branch) -> Experts | None:
@@ -68,25 +53,24 @@ def load_start(run: Run, branch: Branch, source: Source) -> nn.Module:
         return load_whole(source.folder, model=source.model, base_bits=bits)
 
 
-def begin(run: Run, branch: Branch, model: nn.Module, *, max_steps: int) -> TrainingTarget:
-    """Return the trainable part of a model; adds experts if they are selected and missing.
+def add_to(run: Run, branch: Branch, trainee: Trainee, *, max_steps: int) -> None:
+    """Train experts on a model instead of the model, if they are selected; add missing ones.
 
     Raises:
         RequestError: the model has incompatible experts, or no layer for adapters.
     """
     method = method_of(run, branch)
     if method is None:
-        return TrainingTarget(partial(BaseModule, model))
-    mixture = mixture_on(model)
+        return
+    mixture = mixture_on(trainee.model)
     if mixture is None:
         seed = run.seed("experts", *branch.purpose)
-        mixture = method.begin(model, bounds=run.data.bounds, seed=seed)
+        mixture = method.begin(trainee.model, bounds=run.data.bounds, seed=seed)
     else:
         _resume(run, branch, mixture, method)
-    surgery_callbacks: tuple[Callback, ...] = ()
+    trainee.make_module = partial(ExpertModule, mixture, losses=method.losses)
     if isinstance(method, DynamicExperts):
-        surgery_callbacks = (_callback(run, branch, mixture, method, max_steps=max_steps),)
-    return TrainingTarget(partial(ExpertModule, mixture, losses=method.losses), surgery_callbacks)
+        trainee.surgery_callbacks += (_callback(run, branch, mixture, method, max_steps=max_steps),)
 
 
 def _callback(

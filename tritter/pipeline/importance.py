@@ -278,7 +278,7 @@ def kept_text(run: Run, branch: Branch) -> KeptSequences:
         (*run.data.old_domains_of(branch), *run.data.new_domains_of(branch))
     )
     for problem in kept_sequences.problems(
-        sequence_length=run.reading(branch.start).config.data.sequence_length,
+        sequence_length=run.reading(branch.start).data.sequence_length,
         packing=run.data.packing,
         vocab_size=start.model.sizes.vocab_size,
     ):

@@ -1,11 +1,10 @@
 """MoE experts in a run: router losses, opening of new experts, and expert usage."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
-from lightning import Callback
 from torch import Tensor, nn
 
 from tritter.core.expansions import MoeAdd, target_model
@@ -20,41 +19,20 @@ from tritter.methods.moe_routing.objective import (
 )
 from tritter.methods.moe_routing.stages import (
     ExpertOpening,
-    SeparateExperts,
     Unfreezing,
     is_router,
     only_trainable,
     separate_experts,
 )
-from tritter.pipeline.branch import Branch
+from tritter.pipeline.branch import Branch, Trainee
 from tritter.pipeline.ledger import EvaluationFound, TrainingFound
 from tritter.pipeline.run import Run
 from tritter.pipeline.scoring import score_records
 from tritter.report.summary import MoeRecord
-from tritter.training import SideLoss
 
 _USAGE_SEQUENCES = 64
 UTILITY_SEQUENCES = 64  # of the new domains, to select the expert to clone
 _HOLD_OLD_SEQUENCES = 256  # old sequences whose routing is preserved
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Setup:
-    """Additions to the training run of a model with experts.
-
-    Args:
-        side_losses: loss terms of the routers; empty for a dense model.
-        controls: callbacks that open new experts and freeze others.
-        parts: experts stored as separate parameters, if any.
-    """
-
-    side_losses: tuple[SideLoss, ...] = ()
-    controls: tuple[Callback, ...] = ()
-    parts: SeparateExperts | None = None
-
-    def follow(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return values under the parameter names used during training."""
-        return values if self.parts is None else self.parts.follow(values)
 
 
 def expanded_folder(branch: Branch) -> str:
@@ -126,7 +104,7 @@ def _experts_after_steps(
 
 
 @contextmanager
-def router_stage_setup(run: Run, branch: Branch, model: nn.Module) -> Iterator[Setup]:
+def router_trainee(run: Run, branch: Branch, model: nn.Module) -> Iterator[Trainee]:
     """Prepare a model for the router stage: train only routers, and encourage new experts."""
     added = pending_experts(run, branch)
     assert added is not None
@@ -139,34 +117,35 @@ def router_stage_setup(run: Run, branch: Branch, model: nn.Module) -> Iterator[S
     )
     opening = ExpertOpening(added, anneal_steps=anneal_steps(run, branch, added))
     with only_trainable(model, is_router):
-        yield Setup(side_losses=(routing,), controls=(opening,))
+        yield Trainee(model, side_losses=(routing,), controls=(opening,))
 
 
 @contextmanager
-def training_setup(run: Run, branch: Branch, model: nn.Module) -> Iterator[Setup]:
-    """Prepare a model for a branch's training, with a frozen base if requested."""
+def training_of_routers(run: Run, branch: Branch, trainee: Trainee) -> Iterator[None]:
+    """Train the routers of a model and open new experts, with a frozen base if requested."""
+    model = trainee.model
     if Routing.of(model) is None:
-        yield Setup()
+        yield
         return
-    routing, options = _objective(run, branch, model), run.config.adaptation
+    trainee.side_losses, options = (_objective(run, branch, model),), run.config.adaptation
     added, steps = pending_experts(run, branch), router_steps(run, branch)
     if added is None:
-        yield Setup(side_losses=(routing,))
+        yield
         return
     now = _experts_after_steps(run, branch, added, steps=steps)
-    opening = ExpertOpening(now, anneal_steps=anneal_steps(run, branch, added))
+    trainee.controls = (ExpertOpening(now, anneal_steps=anneal_steps(run, branch, added)),)
     if not options.freeze_base:
-        yield Setup(side_losses=(routing,), controls=(opening,))
+        yield
         return
     with (
         separate_experts(model, added.experts[0]) as parts,
         only_trainable(model, lambda tensor: tensor.expert in added.experts),
     ):
-        base = [p for p in model.parameters() if not p.requires_grad]
-        controls: tuple[Callback, ...] = (opening,)
+        trainee.follow = parts.follow
         if options.unfreeze_after is not None:
-            controls += (Unfreezing(base, after_steps=options.unfreeze_after),)
-        yield Setup(side_losses=(routing,), controls=controls, parts=parts)
+            base = [p for p in model.parameters() if not p.requires_grad]
+            trainee.controls += (Unfreezing(base, after_steps=options.unfreeze_after),)
+        yield
 
 
 def usage_sequences(run: Run) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ from tritter.methods.moe_routing.stages import best_experts, redraw_rows
 from tritter.methods.moe_routing.summary import moe_usage
 from tritter.pipeline import experts, importance, moe, windows
 from tritter.pipeline.base import copy_source, last_rate, obtain_base, schedule_of
-from tritter.pipeline.branch import Branch
+from tritter.pipeline.branch import Branch, Trainee
 from tritter.pipeline.disk import may_release_start, write_expanded
 from tritter.pipeline.ledger import (
     BaselineFound,
@@ -192,9 +192,8 @@ def adaptation(run: Run, branch: Branch) -> StageResult:
         anneal_steps=moe.anneal_steps(run, branch, added),
     )
     run.say("adapt", f"{steps} router steps on {', '.join(run.data.new_domains_of(branch))}")
-    with moe.router_stage_setup(run, branch, model) as setup:
-        module = BaseModule(
-            model,
+    with moe.router_trainee(run, branch, model) as trainee:
+        module = trainee.module(
             schedule=Schedule(
                 learning_rate=options.router_learning_rate,
                 max_steps=steps,
@@ -202,14 +201,13 @@ def adaptation(run: Run, branch: Branch) -> StageResult:
             ),
             optimizer=replace(run.config.optimizer, weight_decay=0.0),
             methods=build_methods(run.config.forgetting),
-            side_losses=setup.side_losses,
         )
-        task = importance.task(run, branch, follow=setup.follow)
+        task = importance.task(run, branch, follow=trainee.follow)
         result = _fit(
             run,
             branch,
             module,
-            setup=setup,
+            trainee=trainee,
             task=task,
             folder=folder,
             label="router",
@@ -288,7 +286,8 @@ def _train(
     frees_start = may_release_start(run, branch)
     options = experts.training_of(run, branch)
     settings = replace(options, max_steps=options.max_steps * branch.num_trainings)
-    model = run.data.masked(experts.load_start(run, branch, start))
+    trainee = Trainee(run.data.masked(experts.load_start(run, branch, start)))
+    model = trainee.model
     if any(spec.new_blocks_only for spec in branch.specs):
         mapped = run.planned(branch).change.masks()
         for name, parameter in model.named_parameters():
@@ -296,63 +295,59 @@ def _train(
     methods = build_methods(run.config.forgetting)
     num_steps = settings.max_steps if schedule is None else schedule.max_steps
     _announce(run, branch, methods, max_steps=num_steps)
-    with moe.training_setup(run, branch, model) as setup:
-        task = importance.task(run, branch, follow=setup.follow)
-        observers, surgery_callbacks = _growth(run, branch, model, max_steps=settings.max_steps)
-        trainee = experts.begin(run, branch, model, max_steps=settings.max_steps)
+    with moe.training_of_routers(run, branch, trainee):
+        task = importance.task(run, branch, follow=trainee.follow)
+        _add_growth(run, branch, trainee, max_steps=settings.max_steps)
+        experts.add_to(run, branch, trainee, max_steps=settings.max_steps)
         _freeze(model, methods, task, max_steps=settings.max_steps)
         module = trainee.module(
             schedule=schedule or schedule_of(settings, start_rate=last_rate(run, branch)),
             optimizer=run.config.optimizer,
             methods=methods,
-            side_losses=setup.side_losses,
         )
         folder, text = run.folder / branch.name, run.data.validation_subset
         if observer is not None:
-            observers = (*observers, observer)
+            trainee.observers += (observer,)
         elif text is not None:
-            observers = (*observers, *sample_log(run, model, folder))
-        is_routed = bool(setup.side_losses)
+            trainee.observers += tuple(sample_log(run, model, folder))
+        is_routed = bool(trainee.side_losses)
         write = branch_writer(run, branch, is_routed=is_routed, frees_start=frees_start)
         result = _fit(
             run,
             branch,
             module,
-            setup=setup,
+            trainee=trainee,
             task=task,
             folder=folder,
             label="range test" if is_test else "training",
             loggers=loggers,
             write_result=None if is_test else write,
             evaluation=None if is_test else text,
-            observers=observers,
-            surgery_callbacks=(*surgery_callbacks, *trainee.surgery_callbacks),
         )
     return result, write
 
 
-def _growth(
-    run: Run, branch: Branch, model: nn.Module, *, max_steps: int
-) -> tuple[Sequence[Callback], Sequence[Callback]]:
-    """Return the callbacks that observe gradients and that grow neurons in a branch's training.
+def _add_growth(run: Run, branch: Branch, trainee: Trainee, *, max_steps: int) -> None:
+    """Add the callbacks that observe gradients and that grow neurons in a branch's training.
 
     The control does not grow. Weights that growth does not train are frozen here, before the
     forgetting methods, which unfreeze only weights that they froze themselves.
     """
     growth = run.config.growth
     if growth is None or branch.is_control:
-        return (), ()
+        return
     method = growth.kind(growth.options)
-    method.freeze(model)
-    data, trainer = run.config.data, run.config.trainer
-    tokens = data.batch_size * data.sequence_length * trainer.accumulate_grad_batches
+    method.freeze(trainee.model)
+    gathered = run.config.trainer.accumulate_grad_batches
+    tokens = run.data.batch_size * run.data.sequence_length * gathered
     observer, changer = method.callbacks(
         max_steps=max_steps,
         tokens_per_step=tokens,
         seed=run.seed("growth", *branch.purpose),
         new=run.planned(branch).change.new_units() if branch.specs else {},
     )
-    return (observer,), (changer,)
+    trainee.observers += (observer,)
+    trainee.surgery_callbacks += (changer,)
 
 
 def _announce(
@@ -391,15 +386,13 @@ def _fit(
     folder: Path,
     label: str,
     write_result: WriteResult | None,
-    setup: moe.Setup | None = None,
+    trainee: Trainee | None = None,
     task: Task | None = None,
     evaluation: ValidationSubset | None = None,
     loggers: Sequence[Logger] = (),
-    observers: Sequence[Callback] = (),
-    surgery_callbacks: Sequence[Callback] = (),
 ) -> FitResult:
     """Train a branch's module on the new domains."""
-    max_steps = module.schedule.max_steps
+    max_steps, trainee = module.schedule.max_steps, trainee or Trainee(module.model)
     return fit(
         module,
         run.data.batches(
@@ -413,9 +406,9 @@ def _fit(
         console=run.console,
         task=task,
         loggers=loggers,
-        observers=observers,
-        controls=setup.controls if setup is not None else (),
-        surgery_callbacks=surgery_callbacks,
+        observers=trainee.observers,
+        controls=trainee.controls,
+        surgery_callbacks=trainee.surgery_callbacks,
         user_callbacks=run.config.callbacks if label == "training" else (),
         write_result=write_result,
         evaluation=evaluation,

@@ -5,9 +5,8 @@ applies the decisions.
 """
 
 from collections.abc import Collection, Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
-from math import hypot, sqrt
-from statistics import fmean, stdev
 from typing import Any, Literal
 
 import torch
@@ -18,12 +17,11 @@ from tritter.methods.experts.options import FIRST, DynamicOptions, Timing
 from tritter.methods.novelty import NoveltyDetector, Observation
 from tritter.methods.novelty.detectors import Decision
 from tritter.methods.novelty.library import FORMAT_VERSION, check_format
-from tritter.methods.novelty.statistics import CALIBRATION_BATCHES
+from tritter.methods.novelty.statistics import CALIBRATION_BATCHES, t_interval
 
 _USAGE_DECAY = 0.98
 
 Stall = Literal["", "widen", "freeze"]
-_CERTAINTY = 1.645  # standard errors: one-sided 95 %
 _RECALIBRATED_AT = (8, 15, CALIBRATION_BATCHES)  # batches of a new skill
 
 
@@ -34,8 +32,7 @@ class _Member:
     steps: number of its training steps.
     usage: moving average of its mean gate.
     losses: of its steps in the current stall window.
-    before: mean loss of the previous stall window.
-    error: standard error of this mean.
+    before: those of the previous stall window.
     is_mature: it was trained for `maturity_steps`.
     is_frozen: it is frozen, at least in part.
     is_whole: it is frozen as a whole.
@@ -44,8 +41,7 @@ class _Member:
     steps: int = 0
     usage: float = 0.0
     losses: list[float] = field(default_factory=list)
-    before: float | None = None
-    error: float = 0.0
+    before: list[float] = field(default_factory=list)
     is_mature: bool = False
     is_frozen: bool = False
     is_whole: bool = False
@@ -167,18 +163,17 @@ class ExpertRegistry:
         member = self.members[self.active or FIRST]  # which never stalls
         if len(member.losses) < self.timing.stall:
             return ""
-        mean, error = fmean(member.losses), stdev(member.losses) / sqrt(len(member.losses))
-        before, uncertain = member.before, hypot(member.error, error)
-        member.losses, member.before, member.error = [], mean, error
-        if before is None or member.is_frozen:
+        before, member.before, member.losses = member.before, member.losses, []
+        if len(before) != len(member.before) or member.is_frozen:
             return ""
-        is_widest, gain = 2 * rank > self.options.max_rank, self.options.stall_gain
-        # A frozen expert never learns again, so noise alone must not freeze it
-        if before - mean + _CERTAINTY * uncertain * is_widest >= gain:
+        falls = torch.tensor(before) - torch.tensor(member.before)
+        is_widest, fall = 2 * rank > self.options.max_rank, t_interval(falls, confidence=0.95)
+        # A frozen expert never learns again, so noise alone should not freeze it
+        if (fall.upper if is_widest else fall.value) >= self.options.stall_gain:
             return ""
         if is_widest:
             return "freeze" if self.options.freeze_converged else ""
-        member.before = None  # start a new comparison
+        member.before = []  # start a new comparison
         return "widen"
 
     @property
@@ -273,7 +268,7 @@ class ExpertRegistry:
         """Unfreeze an expert, and reset its stall window."""
         member = self.members[name]
         member.is_frozen = member.is_whole = False
-        member.losses, member.before = [], None
+        member.losses, member.before = [], []
 
     def sync_with(self, names: Collection[str]) -> None:
         """Remove experts that a mixture does not have, and add those that it has."""
@@ -307,8 +302,9 @@ class ExpertRegistry:
         """
         check_format(state, "experts: a state")
         self.members = {
-            name: _Member(**{**each, "losses": list(each["losses"])})
-            for name, each in state["members"].items()
+            # Earlier versions kept the mean of the window before
+            name: _Member(**each if isinstance(each["before"], list) else {**each, "before": []})
+            for name, each in deepcopy(state["members"]).items()
         }
         self.expert_of = dict(state["expert_of"])
         self.counter = int(state["counter"])
