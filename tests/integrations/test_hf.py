@@ -25,9 +25,11 @@ from transformers import (
 )
 
 from tests import oracle
+from tests.oracle import chat
 from tests.training.shipped import trainer_settings
 from tritter.core.models import wrapped_tokenizer
 from tritter.data.batches import BatchStream, SequenceStream
+from tritter.data.chat import ids_of, is_unpredicted
 from tritter.data.documents import Document
 from tritter.data.tokens import END_OF_TEXT, train_tokenizer
 from tritter.errors import RequestError
@@ -254,6 +256,32 @@ def test_distillation_counts_once_however_the_trainer_scales(tmp_path: Path, var
     assert rows[0]["forgetting/distill/loss"] > 0
     for key in ("loss", "forgetting/distill/loss"):
         assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-3)
+
+
+@pytest.mark.parametrize("template", [chat.CHATML, None])
+def test_an_instruct_model_also_writes_conversations(tmp_path: Path, template: str | None) -> None:
+    torch.manual_seed(0)
+    own = chat.tokenizer(template)
+    model = oracle.tiny_llama(
+        vocab_size=len(own), eos_token_id=own.eos_token_id, bos_token_id=own.bos_token_id
+    )
+    rows = rows_of(torch.randint(4, len(own), (16, 40)))
+    options = {"num_sequences": 8, "max_perplexity": 1e6, "min_distinct": 0.0, "fraction": 0.5}
+    trainer = with_forgetting(Trainer, [SelfReplay(**options)])(
+        model, arguments(tmp_path), train_dataset=rows, processing_class=own
+    )
+    trainer.train()
+    written = trainer.forgetting._task.written
+    opened = own.encode("<|im_start|>user\n", add_special_tokens=False)
+    begins = written[:, : len(opened)]
+    is_chat = (ids_of(begins) == torch.tensor(opened)).all(dim=1)
+    assert is_chat.tolist() == [bool(template) and bool(n % 2) for n in range(8)]
+    assert bool(is_unpredicted(begins[is_chat]).all())
+    trainer.forgetting.is_running = True
+    batch = next(iter(trainer.get_train_dataloader()))
+    is_old = batch["is_replay"]
+    assert bool(is_old.any()) and not bool((batch["labels"][~is_old] == -100).any())
+    assert bool((batch["labels"][is_old] == -100).any()) == bool(template)
 
 
 RESUMED: dict[str, tuple[Methods, int]] = {

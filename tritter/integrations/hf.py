@@ -33,6 +33,7 @@ from transformers.utils import logging
 from tritter.checkpoints.state import STATE_FOLDER, LazyTensors, read_state, write_state
 from tritter.core.models import backbone_of, head_of, live_tensors, load_model, model_of
 from tritter.data.batches import BatchStream, this_rank
+from tritter.data.chat import Chat
 from tritter.data.mixed_rows import OldData, PackedText, check_old_data, mixed_loader
 from tritter.data.packing import marks_read
 from tritter.errors import Problem, RequestError, nearest, raise_problems
@@ -538,6 +539,7 @@ class Forgetting:
                     draw=drawing.draw,
                     sequence_length=self._packing.sequence_length,
                     bounds=self._packing.bounds,
+                    turns=Chat(self._trainer.processing_class).turns() if needs.writes else (),
                     seed=partial(derived_seed, self._seed()),
                     state=state,
                     log=_logger.info,
@@ -668,13 +670,11 @@ class Forgetting:
 
     def run_gate(self) -> GateResult | None:
         """Score the gate's documents again and compare."""
-        checks = []
-        for name, after in self._scores().items():
-            before = replace(after, values=self._before[name])
-            check = retention_check(
-                name, before, after, bound=self._retention, confidence=_GATE_CONFIDENCE
-            )
-            checks.append(check)
+        limits = {"bound": self._retention, "confidence": _GATE_CONFIDENCE}
+        checks = [
+            retention_check(name, replace(after, values=self._before[name]), after, **limits)
+            for name, after in self._scores().items()
+        ]
         return GateResult.of(checks) if checks else None
 
     def _scores(self) -> dict[str, PairedScores]:
