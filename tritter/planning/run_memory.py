@@ -317,16 +317,16 @@ def _training_need(
     else:
         if frozen := _num_frozen(config, model, before):
             trained = max(0, (count if trained is None else trained) - frozen)
-        copied = sum(_copies(one) for one in config.forgetting)
-        copies = copied * memory.parameters_bytes
+        copies = sum(map(_copies, config.forgetting)) * memory.parameters_bytes
         needs = [one.kind.needs(one.options) for one in config.forgetting]
         folders = {each.teacher_folder for each in needs if each.teacher}
         teachers = (before if folder is None else checkpoint_model(folder) for folder in folders)
         # The size of an undownloaded hub model is unknown
         teacher = of_one * sum(each.num_parameters for each in teachers if each is not None)
     if before is not None and config.experts is not None:  # the base is frozen
-        adapters = config.experts.kind.num_trained(config.experts.options, model)
-        states = memory.parameters_bytes + adapters * (2 * of_one + moments // count)
+        kind, options = config.experts.kind, config.experts.options
+        states = memory.parameters_bytes - kind.saved_bytes(options, model, of_one=of_one)
+        states += kind.num_trained(options, model) * (2 * of_one + moments // count)
     elif trained is not None:
         states = memory.parameters_bytes + of_one * trained + moments * trained // count
     return TrainingMemory(

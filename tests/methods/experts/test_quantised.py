@@ -21,6 +21,7 @@ from tests.oracle import logits, saved, tiny_llama, tokens
 from tests.pipeline.test_experts_job import PLAIN, files, run
 from tests.training.killed import KillAt, Killed
 from tritter.checkpoints.expert_files import ExpertFiles
+from tritter.config.launch.composition import load_config
 from tritter.core.models import live_shape, load_model, model_of
 from tritter.errors import RequestError
 from tritter.methods.experts import quantised
@@ -34,6 +35,7 @@ from tritter.methods.experts.mixture import ExpertMixture
 from tritter.methods.experts.module import step_flops_of
 from tritter.methods.experts.stored import ExpertFolder
 from tritter.methods.experts.whole import load_whole
+from tritter.planning.run_memory import training_needs
 
 BITS = pytest.mark.parametrize("bits", [8, 4])
 STREAM = "aaaaaabbbb"
@@ -76,6 +78,25 @@ def test_a_layer_computes_with_what_it_holds(bits: int, sizes: tuple[int, int]) 
     held.to(torch.device("cpu"), torch.float32)
     assert torch.equal(held.weight.data, kept)
     assert not held.state_dict() and not held.load_state_dict({}).unexpected_keys
+
+
+@BITS
+def test_the_estimate_of_memory_counts_what_layers_hold(bits: int) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 600}
+    model = tiny_llama(num_hidden_layers=2, **sizes)
+    before = sum(each.nbytes for each in model.parameters())
+    words = [*PLAIN, "experts=single_lora", "trainer.precision=32-true"]
+    plain, asked = (
+        [each.states for each in training_needs(load_config([*words, *more]), model_of(model))]
+        for more in ((), (f"experts.base_bits={bits}",))
+    )
+    assert plain[0] == asked[0], "the base is trained before"
+    quantised.quantise(model, bits)
+    held = sum(each.data.nbytes for each in model.parameters())
+    if bits == 4:  # scales of 64 weights in one byte, and theirs of 256 in four
+        states = [p.quant_state for p in model.parameters() if hasattr(p, "quant_state")]
+        held += sum(each.absmax.nbytes + each.state2.absmax.nbytes for each in states)
+    assert plain[1] - asked[1] == pytest.approx(before - held, rel=1e-3)
 
 
 @BITS

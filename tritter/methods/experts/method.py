@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tritter.checkpoints.expert_files import experts_in
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from tritter.methods.experts.registry import ExpertRegistry
 
 _ONLY = "lora"  # name of the adapter of single_lora
+_BITS = {8: 8.0, 4: 4.127}  # of a quantised weight; NF4 with quantised scales (QLoRA, section 3)
 
 
 class Experts(ABC):
@@ -56,10 +58,8 @@ class Experts(ABC):
         if run.growth is not None:
             reason = "neurons grow in a trained base, and experts freeze the base; use experts=none"
             yield Problem("growth", run.growth.kind.__name__, reason=reason)
-        yield from adam_problems(
-            run.optimizer,
-            doing="experts are added and removed together with the two moments of Adam",
-        )
+        doing = "experts are added and removed together with the two moments of Adam"
+        yield from adam_problems(run.optimizer, doing=doing)
 
     @classmethod
     def start_problems(cls, options: Any, run: RunRequest, start: Start) -> Iterator[Problem]:
@@ -96,8 +96,7 @@ class Experts(ABC):
             options: the options of the group.
             model: the base.
         """
-        targets = options.targets
-        vocab_size = model.sizes.vocab_size
+        targets, vocab_size = options.targets, model.sizes.vocab_size
         named = [(each.name.removesuffix(".weight"), each) for each in model.layout("hub")]
         sizes = [
             sum(each.shape)
@@ -111,6 +110,21 @@ class Experts(ABC):
         most = getattr(options, "max_trainable_parameters", None)
         count = options.rank * sum(sizes) * getattr(options, "max_experts", 1)
         return int(count if most is None else min(count, most))
+
+    @classmethod
+    def saved_bytes(cls, options: Any, model: Model, *, of_one: int) -> int:
+        """Return the bytes that a quantised base saves.
+
+        Args:
+            options: the options of the group.
+            model: the base.
+            of_one: bytes of a number that is not quantised.
+        """
+        if options.base_bits is None:
+            return 0
+        linear = [t for t in model.layout("live") if t.layer is not None and len(t.shape) == 2]
+        each = of_one - _BITS[options.base_bits] / 8
+        return round(each * sum(prod(t.shape) for t in linear))
 
     @abstractmethod
     def begin(self, model: nn.Module, *, bounds: TextBounds, seed: int) -> ExpertMixture:
@@ -170,21 +184,16 @@ class DynamicExperts(Experts):
             reason = "experts.router=evidence has no learned router; use learned or both"
             yield Problem("experts.shared_router", True, reason=reason)
         if options.boundaries == "detected":
-            batch, steps, least = run.data.batch_size, run.training.max_steps, 2
-            if batch < least:
-                reason = (
-                    f"detecting novelty needs the variance within a batch; use at least {least}"
-                )
+            batch, steps = run.data.batch_size, run.training.max_steps
+            if batch == 1:
+                reason = "detecting novelty needs the variance within a batch; use at least 2"
                 yield Problem("data.batch_size", batch, reason=reason)
             seen = steps * run.trainer.accumulate_grad_batches * batch
             if options.min_samples > seen:
-                reason = f"a run of {steps} steps sees only {seen:,} sequences, too few for a "
-                reason += "decision"
+                reason = f"a run of {steps} steps sees only {seen:,} sequences, too few to decide"
                 yield Problem("experts.min_samples", options.min_samples, reason=reason)
         elif options.when_full == "merge":
-            reason = (
-                "merging needs the similarities of detected skills; use experts.when_full=evict"
-            )
+            reason = "merging needs similarities of detected skills; use experts.when_full=evict"
             yield Problem("experts.when_full", "merge", reason=reason)
 
     @classmethod

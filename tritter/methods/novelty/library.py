@@ -13,12 +13,7 @@ from torch.nn.functional import cross_entropy, layer_norm, normalize
 
 from tritter.errors import RequestError, TritterError, did_you_mean
 from tritter.methods.novelty.observation import Observation
-from tritter.methods.novelty.statistics import (
-    CALIBRATION_BATCHES,
-    Calibration,
-    Gaussian,
-    Moments,
-)
+from tritter.methods.novelty.statistics import CALIBRATION_BATCHES, Calibration, Gaussian, Moments
 from tritter.options import Count, WholeNumber, options
 
 # Cosines are computed on layer-normed features, or on embeddings of a small head.

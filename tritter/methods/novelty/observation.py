@@ -60,11 +60,7 @@ class Observation:
         return Observation(losses=self.losses[index], features=self.features[index], digests=kept)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "losses": self.losses,
-            "features": self.features,
-            "digests": list(self.digests),
-        }
+        return {"losses": self.losses, "features": self.features, "digests": list(self.digests)}
 
     @classmethod
     def of_state(cls, state: dict[str, Any]) -> "Observation":
