@@ -85,26 +85,24 @@ class Run:
 
     @cached_property
     def data(self) -> RunData:
-        """The data of the run."""
-        return self.other_data or RunData(self.config, self._start())
-
-    def _start(self) -> Source | None:
-        """The initial checkpoint of the run; None if it pretrains a base model.
+        """The data of the run.
 
         Raises:
-            RequestError: the checkpoint can't be opened.
+            RequestError: the initial checkpoint can't be opened.
         """
-        model = self.config.model
-        if not isinstance(model, CheckpointModelConfig):
-            return None
-        if self.ledger.get("baseline") is not None:
-            return self.source("baseline")
-        folder = locate(model.path, key="model.path")
-        checkpoint_model(str(folder), with_experts=True)
-        try:
-            return Source(folder, read_model(folder), read_lineage(folder))
-        except TritterError as error:
-            raise RequestError(f"{key_name('model.path')}: {error}") from error
+        model, start = self.config.model, None
+        if self.other_data is not None:
+            return self.other_data
+        if self.ledger.get("baseline") is not None and isinstance(model, CheckpointModelConfig):
+            start = self.source("baseline")
+        elif isinstance(model, CheckpointModelConfig):
+            folder = locate(model.path, key="model.path")
+            checkpoint_model(str(folder), with_experts=True)
+            try:
+                start = Source(folder, read_model(folder), read_lineage(folder))
+            except TritterError as error:
+                raise RequestError(f"{key_name('model.path')}: {error}") from error
+        return RunData(self.config, start)
 
     @property
     def _dense_tokens(self) -> float | None:

@@ -77,6 +77,9 @@ class RunData:
         initial_checkpoint: the initial checkpoint of the run; None if it pretrains a base model.
         tokenizer: checkpoint with another tokenizer than the run's own.
         own: of another reading: the run's own.
+
+    Attributes:
+        short: of longer windows: these tokens in the run's own windows, in which models are scored.
     """
 
     def __init__(
@@ -87,7 +90,15 @@ class RunData:
         own: "RunData | None" = None,
     ) -> None:
         self.config, self.initial_checkpoint = config, initial_checkpoint
+        self.sequence_length = config.data.sequence_length
+        self.batch_size = config.data.batch_size
         self.tokenizer, self.own = tokenizer, own
+        self._digest: str | None = None
+        if tokenizer is not None:
+            self._digest = tokenizer.own_lineage.file_digests[TOKENIZER_NAME]
+        self.short: RunData | None = None
+        if own is not None and own.sequence_length != self.sequence_length:
+            self.short = own.reading(tokenizer=tokenizer)
         # Digest of another tokenizer and length of the windows → reading
         self._readings: dict[tuple[str | None, int], RunData] = {}
         self._packed: dict[str, Tensor] = {}
@@ -102,8 +113,10 @@ class RunData:
             length: of the windows. None: as in the run.
             tokenizer: checkpoint with the tokenizer. None: the run's own.
         """
-        own = self.own or self
-        key = (_digest(tokenizer), length or own.sequence_length)
+        own, digest = self.own or self, None
+        if tokenizer is not None:
+            digest = tokenizer.own_lineage.file_digests[TOKENIZER_NAME]
+        key = (digest, length or own.sequence_length)
         if key == (None, own.sequence_length):
             return own
         if key not in own._readings:
@@ -112,22 +125,7 @@ class RunData:
         return own._readings[key]
 
     def has_tokens_of(self, other: "RunData") -> bool:
-        return _digest(self.tokenizer) == _digest(other.tokenizer)
-
-    @property
-    def sequence_length(self) -> int:
-        return self.config.data.sequence_length
-
-    @property
-    def batch_size(self) -> int:
-        return self.config.data.batch_size
-
-    @property
-    def short(self) -> "RunData | None":
-        """Of longer windows: these tokens in the run's own windows, in which models are scored."""
-        if self.own is None or self.sequence_length == self.own.sequence_length:
-            return None
-        return self.own.reading(tokenizer=self.tokenizer)
+        return self._digest == other._digest
 
     @cached_property
     def model(self) -> Model:
@@ -526,10 +524,6 @@ def check_streams(data: RunData, folder: Path) -> None:
                 f"(then {before}; now {now}); restore it, or start another run"
             )
             raise RequestError(Problem(keys.get(name, name), file, reason=reason))
-
-
-def _digest(tokenizer: Source | None) -> str | None:
-    return None if tokenizer is None else tokenizer.own_lineage.file_digests[TOKENIZER_NAME]
 
 
 def _in_windows(config: RunConfig, length: int) -> RunConfig:

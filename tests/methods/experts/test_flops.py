@@ -11,10 +11,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests import oracle
 from tests.oracle.families import tiny
 from tritter.core.families import Flops, Model, forward_flops
+from tritter.core.models import model_of
 from tritter.methods.experts.adapters import AdapterShape, is_of_adapter
+from tritter.methods.experts.callback import _observation_flops as observation_flops
 from tritter.methods.experts.gates import Routing
 from tritter.methods.experts.mixture import ROUTER, ExpertMixture, RouterKind
 from tritter.methods.experts.module import forward_flops_of, step_flops_of
+from tritter.methods.novelty import observe
 from tritter.training.parameters import flops_of_sequence
 
 LENGTH = 12
@@ -62,6 +65,15 @@ def mixture_of(
 
 def step(mixture: ExpertMixture) -> None:
     mixture.model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+
+
+@pytest.mark.parametrize("with_losses", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
+def test_an_observation_counts_what_it_reads(family: str, with_losses: bool) -> None:
+    model = tiny(family, attn_implementation="eager")
+    ours = square(observation_flops(model_of(model), with_losses=with_losses))
+    found = counted(lambda: observe(model, IDS, with_losses=with_losses))
+    assert ours == pytest.approx(found, rel=1e-12)
 
 
 def check(mixture: ExpertMixture) -> None:

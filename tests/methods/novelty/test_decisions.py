@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -281,6 +282,27 @@ def test_decisions_do_not_depend_on_how_samples_lie_in_a_batch(generator: torch.
     one = novelty.detector.score(concatenated(parts), novelty.library)
     other = novelty.detector.score(concatenated(parts[::-1]), novelty.library)
     assert float(one.values.mean()) == pytest.approx(float(other.values.mean()))
+
+
+def test_detectors_without_losses_decide_the_same_without_them(generator: torch.Generator) -> None:
+    def without(seen: Observation) -> Observation:
+        return replace(seen, losses=None)
+
+    base = [drawn(generator=generator) for _ in range(40)]
+    stream = [drawn(centre_of(4), generator=generator) for _ in range(3)] + base[:2]
+    whole, half = (NoveltyDetector(detector="mahalanobis") for _ in range(2))
+    whole.add("prose", base, is_base=True)
+    half.add("prose", [without(each) for each in base], is_base=True)
+    again = NoveltyDetector(detector="mahalanobis")
+    again.load_state_dict(half.state_dict())
+    for seen in stream:
+        decision = whole.observe(seen)
+        assert half.observe(without(seen)) == again.observe(without(seen)) == decision
+    by_losses = NoveltyDetector(half.library, detector="loss")
+    for seen in (stream[0], without(stream[0])):
+        with pytest.raises(RequestError, match="'prose' was measured without losses"):
+            by_losses.observe(seen)
+    assert not half.detector.reads_losses and by_losses.detector.reads_losses
 
 
 def test_wrong_uses_are_refused(generator: torch.Generator) -> None:

@@ -7,6 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from tests.oracle import tiny_llama, tokens
 from tests.oracle.families import generic, tiny
+from tritter.core.models import layers_of
 from tritter.errors import RequestError, TritterError
 from tritter.methods.novelty import Observation, observe
 from tritter.methods.novelty.observation import _directions as directions
@@ -26,6 +27,20 @@ def test_features_and_losses_are_stock_ones(family: str) -> None:
     for row, loss in enumerate(seen.losses):
         expected = cross_entropy(output.logits[row, :-1], ids[row, 1:])
         assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", generic())
+def test_without_losses_the_forward_pass_ends_at_the_middle_layer(family: str) -> None:
+    model, ids = tiny(family).train(), tokens()
+    whole, passed = observe(model, ids), list[bool]()
+    after = list(layers_of(model))[-1].register_forward_hook(lambda *_: passed.append(True))
+    seen = observe(model, ids, with_losses=False)
+    assert model.training and not passed and seen.losses is None
+    assert torch.equal(seen.features, whole.features) and seen.digests == whole.digests
+    assert len(seen) == 3 and seen.rows(torch.tensor([1])).losses is None
+    assert concatenated([seen, whole]).losses is None
+    after.remove()
+    torch.testing.assert_close(observe(model, ids).losses, whole.losses)
 
 
 @pytest.mark.parametrize(("layers", "middle"), [(1, 1), (2, 1), (4, 2), (5, 3)])

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, distributed, nn
 
-from tritter.core.families import forward_flops
+from tritter.core.families import Flops, Model, forward_flops
 from tritter.core.models import live_shape, model_of
 from tritter.data.batches import this_rank
 from tritter.data.chat import CONTEXT, ids_of
@@ -96,6 +96,9 @@ class ExpertCallback(Callback):
         self._losses: list[float] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if (novelty := self.registry.detector) is not None:
+            self._reads_losses, model = novelty.detector.reads_losses, _module(pl_module).model
+            self._reading = _observation_flops(model_of(model), with_losses=self._reads_losses)
         if self._restored is not None:
             state, self._restored = self._restored, None
             self.registry.load_state_dict(state["roster"])
@@ -110,10 +113,10 @@ class ExpertCallback(Callback):
             for domain, batches in known.batches.items():
                 registry.expert_of[domain] = FIRST
                 if registry.detector is not None:
-                    seen = [_observe(module, ids.to(module.device).long()) for ids in batches]
+                    on_device = [ids.to(module.device).long() for ids in batches]
+                    seen = [self._observe(module, ids) for ids in on_device]
                     registry.detector.add(domain, seen, is_base=True)
-                    spent = (_observation_flops(module, *ids.shape) for ids in batches)
-                    work_of(trainer).flops += sum(spent)
+                    work_of(trainer).flops += sum(map(self._flops_of, batches))
         self.registry.sync_with(_module(pl_module).mixture.adapters)
 
     def on_train_batch_start(
@@ -127,11 +130,10 @@ class ExpertCallback(Callback):
         if len(everywhere) and self._skill is not None:
             expert = self.registry.observe_named(self._skill, everywhere)
         elif len(everywhere):
-            seen = _gather_ranks(_observe(module, own) if len(own) else None)
-            expert = self.registry.observe(
-                concatenated([each for each in seen if each]), everywhere
-            )
-            work_of(trainer).flops += _observation_flops(module, *everywhere.shape)
+            local = self._observe(module, own) if len(own) else None
+            seen = concatenated([each for each in _gather_ranks(local) if each])
+            expert = self.registry.observe(seen, everywhere)
+            work_of(trainer).flops += self._flops_of(everywhere)
         if expert is not None:
             self._add_sequences(module, expert, everywhere)
         active = self.registry.active
@@ -145,6 +147,18 @@ class ExpertCallback(Callback):
             self._rehearse(batch, is_old)
         if active is not None:
             limit_beginnings(module, batch)
+
+    def _observe(self, module: ExpertModule, ids: Tensor) -> Observation:
+        """Return features, and losses if needed, of sequences [B, T] under the frozen base."""
+        kept, reads_losses = kept_tokens(module.model, ids), self._reads_losses
+        mask = None if kept is None else kept.long()
+        labels = labels_of(module.model, ids) if has_starts(module.model) else None
+        with module.mixture.off(), module.trainer.precision_plugin.forward_context():
+            return observe(module.model, ids_of(ids), mask, labels=labels, with_losses=reads_losses)
+
+    def _flops_of(self, ids: Tensor) -> float:
+        """Return the FLOPs of observing sequences [B, T]."""
+        return self._reading.of(ids.shape[1]) * len(ids)
 
     def _add_sequences(self, module: ExpertModule, expert: str, sequences: Tensor) -> None:
         """Count sequences [N, T] as evidence for an expert, and keep some as exemplars."""
@@ -410,15 +424,6 @@ def _module(module: LightningModule) -> ExpertModule:
     return module
 
 
-def _observe(module: ExpertModule, ids: Tensor) -> Observation:
-    """Return losses and features of sequences [B, T] under the frozen base."""
-    kept = kept_tokens(module.model, ids)
-    mask = None if kept is None else kept.long()
-    labels = labels_of(module.model, ids) if has_starts(module.model) else None
-    with module.mixture.off(), module.trainer.precision_plugin.forward_context():
-        return observe(module.model, ids_of(ids), mask, labels=labels)
-
-
 def limit_beginnings(module: ExpertModule, batch: dict[str, Tensor]) -> None:
     """Predict the first token of only some new documents: 1/n of all beginnings, for n experts.
 
@@ -443,8 +448,12 @@ def limit_beginnings(module: ExpertModule, batch: dict[str, Tensor]) -> None:
         batch["input_ids"][rows, columns] |= CONTEXT
 
 
-def _observation_flops(module: ExpertModule, number: int, length: int) -> float:
-    return forward_flops(model_of(module.model)).of(length) * number
+def _observation_flops(model: Model, *, with_losses: bool) -> Flops:
+    if with_losses:
+        return forward_flops(model)
+    layers, head = model.sizes.num_hidden_layers, model.sizes.hidden_size * model.sizes.vocab_size
+    half = forward_flops(model.with_layers(range(-(-layers // 2))))
+    return replace(half, matrices=half.matrices - 2 * head)
 
 
 def _gather_ranks(own: Any) -> list[Any]:

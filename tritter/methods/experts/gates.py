@@ -49,11 +49,7 @@ class Gates:
 
 
 def gates_of(
-    logits: Tensor,
-    routing: Routing,
-    *,
-    is_training: bool = False,
-    is_dense: Tensor | None = None,
+    logits: Tensor, routing: Routing, *, is_training: bool = False, is_dense: Tensor | None = None
 ) -> Gates:
     """Return the gates for router logits.
 

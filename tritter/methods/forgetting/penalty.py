@@ -119,10 +119,7 @@ def _sequences(
 
 
 def _packed(
-    texts: Iterable[str],
-    tokenizer: PretrainedTokenizer | None,
-    sequence_length: int,
-    count: int,
+    texts: Iterable[str], tokenizer: PretrainedTokenizer | None, sequence_length: int, count: int
 ) -> Tensor:
     """Return documents packed into sequences [N, T], at most `count` of them, drawn at random."""
     if tokenizer is None:

@@ -262,7 +262,7 @@ class NoveltyDetector:
 
     Args:
         library: the known skills; an empty library by default.
-        detector: a name (loss, mahalanobis, cosine), `name` and options, or a `Detector`.
+        detector: a name (mahalanobis, loss, cosine), `name` and options, or a `Detector`.
         options: options of the decision.
     """
 
@@ -270,7 +270,7 @@ class NoveltyDetector:
         self,
         library: SkillLibrary | None = None,
         *,
-        detector: str | Mapping[str, Any] | Detector = "loss",
+        detector: str | Mapping[str, Any] | Detector = "mahalanobis",
         options: NoveltyOptions | None = None,
     ) -> None:
         self.library = SkillLibrary() if library is None else library

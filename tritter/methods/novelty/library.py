@@ -197,7 +197,7 @@ class Skill:
         is_base: True if the base itself knows the skill; otherwise it has an expert.
         moments: of the features.
         embedding: float64 [E], sum of the embeddings.
-        loss: of the losses.
+        loss: of the losses; None if the detector needs none.
         centre: of the distances of batch means, cross-validated.
         distance: of the distances of samples, cross-validated.
         similarity_at_creation: earlier skill → cosine of the two mean embeddings.
@@ -208,7 +208,7 @@ class Skill:
     is_base: bool
     moments: Moments
     embedding: Tensor
-    loss: Calibration
+    loss: Calibration | None
     centre: Calibration
     distance: Calibration
     similarity_at_creation: Mapping[str, float]
@@ -229,7 +229,7 @@ class Skill:
             "is_base": self.is_base,
             "moments": self.moments.state_dict(),
             "embedding": self.embedding,
-            "loss": asdict(self.loss),
+            "loss": None if self.loss is None else asdict(self.loss),
             "centre": asdict(self.centre),
             "distance": asdict(self.distance),
             "similarity_at_creation": dict(self.similarity_at_creation),
@@ -242,7 +242,7 @@ class Skill:
             **{
                 **state,
                 "moments": Moments(**state["moments"]),
-                "loss": Calibration(**state["loss"]),
+                "loss": None if state["loss"] is None else Calibration(**state["loss"]),
                 "centre": Calibration(**state["centre"]),
                 "distance": Calibration(**state["distance"]),
                 "digests": tuple(state["digests"]),
@@ -393,12 +393,18 @@ class SkillLibrary:
 
         They are in deviations of batch means, so their mean is the z-score of the batch.
         """
-        skill = self[name]
-        calibration: Calibration = getattr(skill, measure)
+        calibration: Calibration | None = getattr(self[name], measure)
+        losses = seen.losses
+        if calibration is None or (measure == "loss" and losses is None):
+            raise RequestError(
+                f"novelty: '{name}' was measured without losses, by a detector that needs none; "
+                "use mahalanobis or cosine."
+            )
         known: list[Calibration] = [getattr(each, measure) for each in self if each.is_base]
         usual = max((c.own_deviation / abs(c.mean) for c in known if c.mean), default=0.0)
         if measure == "loss":
-            return calibration.z(seen.losses, usual=usual, size=len(seen))
+            assert losses is not None
+            return calibration.z(losses, usual=usual, size=len(seen))
         return calibration.z(_measure(self.gaussian(name), measure, seen), usual=usual)
 
     def train_projection(
@@ -476,10 +482,13 @@ class SkillLibrary:
             for measure in ("centre", "distance")
         }
         embedding = embed(torch.cat([b.features for b in batches]), self.projection).sum(dim=0)
-        loss = reduce(add, gather(Calibration.of(b.losses for part in parts for b in part)))
-        if is_base and loss.batches < CALIBRATION_BATCHES:
+        losses, loss = [b.losses for part in parts for b in part if b.losses is not None], None
+        if len(losses) == sum(map(len, parts)):
+            loss = reduce(add, gather(Calibration.of(losses)))
+        centre = reduce(add, gather(held_out["centre"]))
+        if is_base and centre.batches < CALIBRATION_BATCHES:
             raise RequestError(
-                f"novelty: '{name}' has {loss.batches} batches; a skill of the base needs at "
+                f"novelty: '{name}' has {centre.batches} batches; a skill of the base needs at "
                 f"least {CALIBRATION_BATCHES}."
             )
         digests = [
@@ -491,7 +500,7 @@ class SkillLibrary:
             moments=moments,
             embedding=torch.stack(list(gather(embedding))).sum(dim=0),
             loss=loss,
-            centre=reduce(add, gather(held_out["centre"])),
+            centre=centre,
             distance=reduce(add, gather(held_out["distance"])),
             similarity_at_creation={},
             digests=tuple(dict.fromkeys(digests))[:_MAX_DIGESTS],

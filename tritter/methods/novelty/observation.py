@@ -4,6 +4,7 @@ B sequences · T positions · H hidden size
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -27,7 +28,7 @@ class Observation:
     """Losses and features of a batch under the frozen base.
 
     Args:
-        losses: float64 [B], mean cross-entropy of each sequence, nats per token.
+        losses: float64 [B], mean cross-entropy of each sequence, nats per token, or None.
         features: float32 [B, H], mean over each sequence of the middle layer's hidden states.
         digests: checksums of the sequences' tokens, B of them or none.
 
@@ -35,29 +36,30 @@ class Observation:
         TritterError: sizes disagree, the batch is empty, or a number is not finite.
     """
 
-    losses: Tensor
+    losses: Tensor | None
     features: Tensor
     digests: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        batch = len(self.losses) if self.losses.ndim == 1 else 0
-        is_whole = self.features.ndim == 2 and len(self.features) == batch
+        losses, batch = self.losses, len(self.features) if self.features.ndim == 2 else 0
+        is_whole = losses is None or losses.shape == (batch,)
         if not batch or not is_whole or len(self.digests) not in (0, batch):
             raise TritterError(
-                f"novelty: losses {tuple(self.losses.shape)}, features "
+                f"novelty: losses {() if losses is None else tuple(losses.shape)}, features "
                 f"{tuple(self.features.shape)} and {len(self.digests)} digests don't match; "
                 "[B], [B, H] and B (or no) digests are required"
             )
-        if not (self.losses.isfinite().all() and self.features.isfinite().all()):
+        if not all(each.isfinite().all() for each in (losses, self.features) if each is not None):
             raise TritterError("novelty: losses or features of the base are not finite")
 
     def __len__(self) -> int:
-        return len(self.losses)
+        return len(self.features)
 
     def rows(self, index: Tensor) -> "Observation":
         """Return the sequences with these indices."""
         kept = tuple(self.digests[row] for row in index.tolist()) if self.digests else ()
-        return Observation(losses=self.losses[index], features=self.features[index], digests=kept)
+        losses = None if self.losses is None else self.losses[index]
+        return Observation(losses=losses, features=self.features[index], digests=kept)
 
     def state_dict(self) -> dict[str, Any]:
         return {"losses": self.losses, "features": self.features, "digests": list(self.digests)}
@@ -70,11 +72,16 @@ class Observation:
 def concatenated(observations: Sequence[Observation]) -> Observation:
     """Return several batches as one; digests are kept only if all batches have them."""
     has_digests = all(each.digests for each in observations)
+    losses = [each.losses for each in observations if each.losses is not None]
     return Observation(
-        losses=torch.cat([each.losses for each in observations]),
+        losses=torch.cat(losses) if len(losses) == len(observations) else None,
         features=torch.cat([each.features for each in observations]),
         digests=tuple(d for each in observations for d in each.digests) if has_digests else (),
     )
+
+
+class _AllSeen(Exception):
+    """Ends a forward pass whose rest is not needed."""
 
 
 @torch.no_grad()
@@ -85,6 +92,7 @@ def observe(
     *,
     labels: Tensor | None = None,
     max_features: int = _MAX_FEATURES,
+    with_losses: bool = True,
 ) -> Observation:
     """Return pooled features of the middle decoder layer and the loss of each sequence.
 
@@ -98,6 +106,7 @@ def observe(
         labels: int [B, T], −100 for tokens that are not predicted; default: all are predicted.
         max_features: wider features are projected to this many fixed random directions, because a
             library stores a matrix of this size squared for each skill.
+        with_losses: False: stop after the middle layer, without losses.
 
     Raises:
         RequestError: the model has no decoder layers.
@@ -114,13 +123,15 @@ def observe(
         rows = (~predicted.any(dim=1)).nonzero().flatten().tolist()
         raise TritterError(f"novelty: sequences {rows} of the batch have no token to predict")
     seen: list[Tensor] = []
-    hook = middle_layer(model).register_forward_hook(
-        lambda _layer, _inputs, output: seen.append(
-            output[0] if isinstance(output, tuple) else output
-        )
-    )
+
+    def keep(_layer: nn.Module, _inputs: Any, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+        if not with_losses:
+            raise _AllSeen
+
+    hook, logits_BTV = middle_layer(model).register_forward_hook(keep), None
     try:
-        with preserve_modes(model):
+        with preserve_modes(model), suppress(_AllSeen):
             model.eval()
             logits_BTV = model(input_ids=ids, attention_mask=is_token, use_cache=False).logits
     finally:
@@ -128,16 +139,18 @@ def observe(
     hidden_BTH = seen[0].float()
     weight_BT1 = is_counted.unsqueeze(-1)
     features_BH = (hidden_BTH * weight_BT1).sum(dim=1) / weight_BT1.sum(dim=1)
-    targets_BT = torch.where(predicted, ids[:, 1:], IGNORED)
-    nats_B = nats_per_row(logits_BTV[:, :-1], targets_BT)
-    losses_B = nats_B / predicted.sum(dim=1).to(nats_B.device)
+    losses_B = None
+    if logits_BTV is not None:
+        targets_BT = torch.where(predicted, ids[:, 1:], IGNORED)
+        nats_B = nats_per_row(logits_BTV[:, :-1], targets_BT)
+        losses_B = (nats_B / predicted.sum(dim=1).to(nats_B.device)).cpu()
     features_BH = features_BH.cpu()
     if (width := features_BH.shape[1]) > max_features:  # norms are preserved on average
         with torch.autocast("cpu", enabled=False):
             features_BH = features_BH @ _directions(width, max_features)
     tokens = [row[own].numpy() for row, own in zip(ids.cpu(), is_token.bool().cpu(), strict=True)]
     return Observation(
-        losses=losses_B.cpu(),
+        losses=losses_B,
         features=features_BH,
         digests=tuple(sha256(each.astype("<i8").tobytes()).hexdigest() for each in tokens),
     )

@@ -73,6 +73,7 @@ class Detector(ABC):
 
     name: ClassVar[str] = ""  # key in `DETECTORS` of built-in detectors
     full_batch: ClassVar[int] = 1  # sequences from which on the limit holds; 16 for z-scores
+    reads_losses: ClassVar[bool] = True  # False: half of a forward pass suffices
 
     @abstractmethod
     def against(self, seen: Observation, library: SkillLibrary) -> Mapping[str, Tensor]:
@@ -113,6 +114,7 @@ class MahalanobisNovelty(Detector):
 
     name: ClassVar[str] = "mahalanobis"
     full_batch: ClassVar[int] = 16  # means of fewer sequences deviate more
+    reads_losses: ClassVar[bool] = False
 
     threshold: Annotated[float, Field(gt=0)] = _THRESHOLD
 
@@ -191,6 +193,7 @@ class CosineNovelty(Detector):
     """
 
     name: ClassVar[str] = "cosine"
+    reads_losses: ClassVar[bool] = False
 
     threshold: _Similarity = 0.75
     decay: Annotated[float, Field(ge=0)] = 0.0
