@@ -262,7 +262,7 @@ def bursts(seen: Seen, *, steps: int, seed: int) -> Row:
     parts = [order[:size], order[size : 2 * size], order[2 * size :]]
     known, held = ([seen.prose.rows(r) for r in part.view(-1, BATCH)] for part in parts[:2])
     rest = seen.prose.rows(parts[2])
-    detector = NoveltyDetector()
+    detector = NoveltyDetector(detector="loss")
     detector.add(PROSE, known, is_base=True)
 
     def gatherer() -> NovelSamples:
@@ -383,7 +383,7 @@ def simulated(kind: str, *, steps: int) -> Row:
             losses = 4 + 0.06 * value + ((noise.exp() - 1.65) if s else 0.2 * noise)
             return Observation(losses=losses, features=torch.randn(BATCH, 2, generator=g))
 
-        detector = NoveltyDetector(options=NoveltyOptions(cooldown=0))
+        detector = NoveltyDetector(detector="loss", options=NoveltyOptions(cooldown=0))
         detector.add(PROSE, [seen(float(v)) for v in level[rows]], is_base=True)
         for value in level[3000:].tolist():
             count += detector.observe(seen(value)).kind == "new"

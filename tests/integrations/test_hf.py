@@ -267,7 +267,8 @@ def test_an_instruct_model_also_writes_conversations(tmp_path: Path, template: s
     )
     rows = rows_of(torch.randint(4, len(own), (16, 40)))
     options = {"num_sequences": 8, "max_perplexity": 1e6, "min_distinct": 0.0, "fraction": 0.5}
-    trainer = with_forgetting(Trainer, [SelfReplay(**options)])(
+    methods = [SelfReplay(**options), EWC(refresh_steps=1, num_sequences=4)]  # which reads it
+    trainer = with_forgetting(Trainer, methods)(
         model, arguments(tmp_path), train_dataset=rows, processing_class=own
     )
     trainer.train()

@@ -503,7 +503,7 @@ def read_marks(model: nn.Module, reading: MarkedText) -> nn.Module:
 @contextmanager
 def marks_read(model: nn.Module, bounds: TextBounds) -> Iterator[None]:
     """Let a model of somebody else read marked tokens inside the block."""
-    if not bounds.start or _reading_of(model) is not None:
+    if _reading_of(model) is not None:
         yield
         return
     handle = _backbone(model).register_forward_pre_hook(MarkedText(bounds), with_kwargs=True)

@@ -524,7 +524,7 @@ class Forgetting:
 
     def _prepare_methods(self) -> tuple[dict[str, Values], Tensor | None]:
         """Return the initial state of the methods, and the text that the model generated."""
-        model = self._trainer.model
+        model, outer = self._trainer.model, self._trainer.processing_class
         state, written = self._earlier_state(), None
         methods = zip(build_methods(self._components), self._needs, strict=True)
         for method, needs in sorted(methods, key=lambda each: not each[1].writes):
@@ -539,7 +539,7 @@ class Forgetting:
                     draw=drawing.draw,
                     sequence_length=self._packing.sequence_length,
                     bounds=self._packing.bounds,
-                    turns=Chat(self._trainer.processing_class).turns() if needs.writes else (),
+                    turns=Chat(getattr(outer, "tokenizer", outer)).turns() if needs.writes else (),
                     seed=partial(derived_seed, self._seed()),
                     state=state,
                     log=_logger.info,
@@ -638,7 +638,7 @@ class Forgetting:
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """Let methods see the model after an optimizer step; step 0 is before the first."""
-        with _stock_forward(model):
+        with _stock_forward(model), marks_read(model, self._packing.bounds):
             for method in self.methods:
                 method.observe_step(model, step)
 

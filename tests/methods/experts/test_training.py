@@ -95,6 +95,9 @@ def test_noise_widens_an_expert_but_hardly_ever_freezes_it(
         resumed = DynamicExperts(options).registry(max_steps=100)
         resumed.load_state_dict(registry.state_dict())
         resumed.active = registry.active
+        former = registry.state_dict()  # of an earlier version
+        former["members"]["expert_1"] |= {"before": 2.0, "error": 0.1}
+        DynamicExperts(options).registry(max_steps=100).load_state_dict(former)
         found.append(registry.stalled(rank))
         assert resumed.stalled(rank) == found[-1]
     assert found.count(expected) >= share

@@ -140,7 +140,7 @@ def test_false_alarms_on_stationary_losses_are_fewer_than_one_in_a_thousand(kind
     count = 0
     for seed in range(2):
         stream = _stationary(kind, seed, STEPS // 2)
-        detector = NoveltyDetector(options=NoveltyOptions(cooldown=0))
+        detector = NoveltyDetector(detector="loss", options=NoveltyOptions(cooldown=0))
         held = [next(stream) for _ in range(CALIBRATION_BATCHES)]
         detector.add("prose", held, is_base=True)
         count += sum(detector.observe(seen).kind == "new" for seen in stream)
@@ -299,9 +299,12 @@ def test_detectors_without_losses_decide_the_same_without_them(generator: torch.
         decision = whole.observe(seen)
         assert half.observe(without(seen)) == again.observe(without(seen)) == decision
     by_losses = NoveltyDetector(half.library, detector="loss")
-    for seen in (stream[0], without(stream[0])):
-        with pytest.raises(RequestError, match="'prose' was measured without losses"):
-            by_losses.observe(seen)
+    with pytest.raises(RequestError, match="'prose' was measured without losses"):
+        by_losses.observe(stream[0])
+    with pytest.raises(RequestError, match="'prose' was measured without losses"):
+        NoveltyDetector(detector="loss").load_state_dict(half.state_dict())
+    with pytest.raises(RequestError, match="observed with with_losses=False"):
+        NoveltyDetector(whole.library, detector="loss").observe(without(stream[0]))
     assert not half.detector.reads_losses and by_losses.detector.reads_losses
 
 

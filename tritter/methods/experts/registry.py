@@ -302,10 +302,11 @@ class ExpertRegistry:
         """
         check_format(state, "experts: a state")
         self.members = {
-            # Earlier versions kept the mean of the window before
-            name: _Member(**each if isinstance(each["before"], list) else {**each, "before": []})
+            name: _Member(**{key: each[key] for key in _Member.__slots__})
             for name, each in deepcopy(state["members"]).items()
         }
+        for member in self.members.values():  # earlier versions kept the mean of that window
+            member.before = member.before if isinstance(member.before, list) else []
         self.expert_of = dict(state["expert_of"])
         self.counter = int(state["counter"])
         self.settled_steps = int(state["settled_steps"])

@@ -398,6 +398,8 @@ class NoveltyDetector:
         """
         check_format(state, "novelty: a state")
         self.library.load_state_dict(state["library"])
+        if self.detector.reads_losses:
+            self.library.check_losses()
         self._run = state["run"]
         self._seen = [Observation.of_state(each) for each in state["seen"]]
         self._values = list(state["values"])

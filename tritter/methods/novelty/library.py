@@ -393,19 +393,23 @@ class SkillLibrary:
 
         They are in deviations of batch means, so their mean is the z-score of the batch.
         """
-        calibration: Calibration | None = getattr(self[name], measure)
-        losses = seen.losses
-        if calibration is None or (measure == "loss" and losses is None):
-            raise RequestError(
-                f"novelty: '{name}' was measured without losses, by a detector that needs none; "
-                "use mahalanobis or cosine."
-            )
+        calibration: Calibration = getattr(self[name], measure)
+        if measure == "loss":
+            self.check_losses()
         known: list[Calibration] = [getattr(each, measure) for each in self if each.is_base]
         usual = max((c.own_deviation / abs(c.mean) for c in known if c.mean), default=0.0)
-        if measure == "loss":
-            assert losses is not None
-            return calibration.z(losses, usual=usual, size=len(seen))
-        return calibration.z(_measure(self.gaussian(name), measure, seen), usual=usual)
+        if measure != "loss":
+            return calibration.z(_measure(self.gaussian(name), measure, seen), usual=usual)
+        if seen.losses is None:
+            raise RequestError("novelty: the batch was observed with with_losses=False.")
+        return calibration.z(seen.losses, usual=usual, size=len(seen))
+
+    def check_losses(self) -> None:
+        """Raise a RequestError if a skill was measured without losses, which `loss` reads."""
+        for skill in self:
+            if skill.loss is None:
+                reason = "was measured without losses; use the detector mahalanobis or cosine"
+                raise RequestError(f"novelty: '{skill.name}' {reason} (experts.detector).")
 
     def train_projection(
         self, features: Mapping[str, Tensor], mix: Tensor, options: ProjectionOptions
