@@ -89,7 +89,7 @@ RATCHET = {
     "data": (26, 9_305),
     "evaluation": (17, 4_395),
     "integrations": (2, 775),
-    "methods": (48, 12_621),
+    "methods": (48, 12_554),
     "pipeline": (26, 7_304),
     "planning": (9, 2_279),
     "report": (14, 4_309),
@@ -99,7 +99,7 @@ RATCHET = {
 }
 # What there is to know; both may only fall: names of modules without an underscore, and classes
 # that only hold values
-MAX_PUBLIC_NAMES, MAX_RECORDS = 2_168, 353
+MAX_PUBLIC_NAMES, MAX_RECORDS = 2_165, 352
 MAX_LONELY_MODULES = 25  # with a single caller, which is in their own room
 
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}

@@ -323,7 +323,7 @@ def grow(
         trigger: `percentile`, `plateau`, `schedule`, `within_layer`, the name of an installed
             extension, or a `Trigger`.
         options: `enable_growth`, `freeze_attention`, `dtype`, and those of
-            `tritter.methods.growth.growable.GrowthKeywords`.
+            `tritter.methods.growth.triggers.GrowthOptions`.
 
     Raises:
         RequestError: a keyword or value is invalid, the FFNs of this model family can't grow, or

@@ -1,31 +1,39 @@
 """What a mixture of LoRA experts costs a training step, beside PEFT's single LoRA of one's rank.
 
     python experiments/benchmarks/experts.py > experiments/benchmarks/experts.csv
+    python experiments/benchmarks/experts.py --model GEMMA --experts 6
 
-A plain loop over a stock Llama of 11.9 M parameters and AdamW; the base is frozen in both. Steps of
-the mixture and of PEFT alternate, so that whatever else the machine does falls on both.
+A plain loop over a stock Llama of 11.9 M parameters, or over a checkpoint in bf16 autocast, and
+AdamW; the base is frozen in both. Steps of the mixture and of PEFT alternate, so that whatever else
+the machine does falls on both. `observed` adds the novelty detector's look at each batch.
 """
 
+import argparse
+import contextlib
 import csv
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tritter.core.models import load_model
 from tritter.methods.experts.adapters import AdapterShape
 from tritter.methods.experts.gates import Routing, balance_loss, z_loss
 from tritter.methods.experts.mixture import ExpertMixture, RouterKind
+from tritter.methods.novelty import observe
 
-ROUNDS, EXPERTS, RANK = 12, 8, 8
-BATCH, LENGTH = 8, 128
+RANK = 8
+ALL = "all linear layers"
 TARGETS = {
     "q and v": ("q_proj", "v_proj"),
-    "all linear layers": (
+    ALL: (
         *("q_proj", "k_proj", "v_proj", "o_proj"),
         *("gate_proj", "up_proj", "down_proj"),
     ),
@@ -39,11 +47,15 @@ MODES: dict[str, tuple[RouterKind, Routing]] = {
     "evidence, top-2": ("evidence", Routing(top_k=2)),
     "evidence, top-1": ("evidence", Routing(top_k=1)),
 }
+OBSERVED = ", observed"
 FIELDS = ("layers", "routing", "ratio", "smallest", "largest")
 
 
-def base() -> LlamaForCausalLM:
+def base(options: Any) -> nn.Module:
+    """Return the checkpoint that was asked for, or a small Llama with random weights."""
     torch.manual_seed(0)
+    if options.model is not None:
+        return load_model(options.model)
     config = LlamaConfig(
         vocab_size=1024, hidden_size=384, intermediate_size=1152, num_hidden_layers=6,
         num_attention_heads=6, num_key_value_heads=6, tie_word_embeddings=True,
@@ -51,30 +63,39 @@ def base() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def stepping(model: nn.Module, extra: Callable[[], torch.Tensor | float]) -> Callable[[], object]:
+def stepping(
+    options: Any, model: nn.Module, extra: Callable[[Tensor], Tensor | float]
+) -> Callable[[], object]:
+    """Return a training step of what is not frozen; `extra` of its ids [B, T] joins the loss."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    ids = torch.randint(0, 1024, (BATCH, LENGTH))
+    ids = torch.randint(0, 1024, (options.batch_size, options.tokens))
 
     def step() -> None:
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        (loss + extra()).backward()
+        with autocast(options):
+            more = extra(ids)
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        (loss + more).backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
 
 
-def peft_step(targets: tuple[str, ...]) -> Callable[[], object]:
+def autocast(options: Any) -> contextlib.AbstractContextManager[object]:
+    return torch.autocast("cpu", torch.bfloat16, enabled=options.model is not None)
+
+
+def peft_step(options: Any, targets: tuple[str, ...]) -> Callable[[], object]:
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(targets))
-    return stepping(get_peft_model(base(), config), lambda: 0.0)  # type: ignore[arg-type]
+    wrapped = get_peft_model(base(options), config)  # type: ignore[arg-type]
+    return stepping(options, wrapped, lambda _: 0.0)
 
 
-def mixture_step(
-    targets: tuple[str, ...], router_kind: RouterKind, routing: Routing
-) -> Callable[[], object]:
-    mixture = ExpertMixture(base(), router=router_kind)
-    for number in range(EXPERTS):
+def mixture_step(options: Any, targets: tuple[str, ...], mode: str) -> Callable[[], object]:
+    router_kind, routing = MODES[mode.removesuffix(OBSERVED)]
+    mixture = ExpertMixture(base(options), router=router_kind)
+    for number in range(options.experts):
         mixture.add(f"e{number}", AdapterShape(RANK, 2 * RANK, targets), seed=number)
     with torch.no_grad():
         for router in mixture.routers():
@@ -84,13 +105,16 @@ def mixture_step(
     mixture.routing = routing
     mixture.model.train()
 
-    def losses() -> torch.Tensor:
+    def losses(ids: Tensor) -> Tensor:
+        if mode.endswith(OBSERVED):
+            with mixture.off():
+                observe(mixture.model, ids, with_losses=False)
         if router_kind == "evidence":
             return torch.zeros(())  # there is nothing to learn
         found = [0.01 * balance_loss(g) + 1e-3 * z_loss(g) for g in mixture.gates()]
         return torch.stack(found).mean()
 
-    return stepping(mixture.model, losses)
+    return stepping(options, mixture.model, losses)
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -99,15 +123,19 @@ def seconds(function: Callable[[], object]) -> float:
     return time.process_time() - since
 
 
-def rows() -> Iterator[dict[str, object]]:
-    for layers, targets in TARGETS.items():
-        steps = {"peft": peft_step(targets)}
-        steps |= {name: mixture_step(targets, *mode) for name, mode in MODES.items()}
+def rows(options: Any) -> Iterator[dict[str, object]]:
+    targets = TARGETS if options.model is None else {ALL: TARGETS[ALL]}
+    modes = list(MODES)
+    if options.model is not None:  # what `experts=dylora` trains with
+        modes = [mode + OBSERVED for mode in ("evidence, dense", "evidence, top-2")]
+    for layers, names in targets.items():
+        steps = {"peft": peft_step(options, names)}
+        steps |= {mode: mixture_step(options, names, mode) for mode in modes}
         taken: dict[str, list[float]] = {name: [] for name in steps}
-        for _ in range(ROUNDS):
+        for _ in range(options.rounds):
             for name, step in steps.items():
                 taken[name].append(seconds(step))
-        for name in MODES:
+        for name in modes:
             ratios = [a / b for a, b in zip(taken[name][2:], taken["peft"][2:], strict=True)]
             values = (statistics.median(ratios), min(ratios), max(ratios))
             yield dict(zip(FIELDS, (layers, name, *(f"{v:.2f}" for v in values)), strict=True))
@@ -115,10 +143,17 @@ def rows() -> Iterator[dict[str, object]]:
 
 def main() -> None:
     """Print a row for each mode: median of the ratios of neighbouring steps, their extremes."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", type=Path, help="a checkpoint, in place of a small Llama")
+    parser.add_argument("--experts", type=int, default=8, help="the base's own among them")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=128, help="of a sequence")
+    parser.add_argument("--rounds", type=int, default=12, help="the first two are not counted")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     table = csv.DictWriter(sys.stdout, FIELDS)
     table.writeheader()
-    table.writerows(rows())
+    table.writerows(rows(options))
 
 
 if __name__ == "__main__":

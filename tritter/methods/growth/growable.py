@@ -3,10 +3,10 @@
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -25,9 +25,7 @@ from tritter.methods.growth.grower import Grower, Growth, growth_record, map_dig
 from tritter.methods.growth.initialisers import GradMax, Initialiser
 from tritter.methods.growth.plain_loop import PlainLoop
 from tritter.methods.growth.triggers import (
-    COOLDOWN,
     INITIALISERS,
-    MATURATION_AGE,
     TRIGGERS,
     GrowthOptions,
     Percentile,
@@ -170,100 +168,32 @@ def num_changed(growth: Growth | None) -> Counts:
     }
 
 
-class GrowthKeywords(TypedDict, total=False):
-    """Keyword arguments of all growable modules, with their defaults.
-
-    Args:
-        gradient_percentile: a layer grows if its pressure exceeds this percentile of the pressures
-            at earlier checks: 90.
-        max_growth_per_step: maximum neurons per layer and event: 10.
-        growth_cooldown: steps before the first event and between events: 200.
-        maturation_age: steps until a neuron is mature: 500.
-        maturation_factor: multiplies the updates of young neurons: 2.
-        enable_replacement: reinitialise dead neurons before adding others: False.
-        dead_quantile: a mature neuron is dead if its Wanda score is below this quantile: 0.01.
-        trigger: percentile | plateau | schedule | within_layer, or a `Trigger`.
-        initialiser: gradmax | split | random | source_noise, or an `Initialiser`.
-        check_every: minimum number of steps between checks; earlier calls do nothing: 1.
-        warmup_steps: steps before the first check: 0.
-        pressure_decay: decay of the moving average of each neuron's gradient norm: 0.9.
-        history_checks: number of earlier checks that pressures are compared with: 100.
-        plateau_threshold: growth waits until the relative change of the loss is smaller: None.
-        plateau_steps: window of steps for that change: 100.
-        max_new_parameters: limit on the parameters that growth adds in total: None.
-        seed: seed of the random numbers for new neurons: 0.
-    """
-
-    gradient_percentile: float
-    max_growth_per_step: int
-    growth_cooldown: int
-    maturation_age: int
-    maturation_factor: float
-    enable_replacement: bool
-    dead_quantile: float
-    trigger: str | Trigger
-    initialiser: str | Initialiser
-    check_every: int
-    warmup_steps: int
-    pressure_decay: float
-    history_checks: int
-    plateau_threshold: float | None
-    plateau_steps: int
-    max_new_parameters: int | None
-    seed: int
-
-
-_USUAL: Mapping[str, Any] = {
-    "gradient_percentile": 90.0,
-    "max_growth_per_step": 10,
-    "growth_cooldown": COOLDOWN,
-    "maturation_age": MATURATION_AGE,
-    "maturation_factor": 2.0,
-    "enable_replacement": False,
-    "dead_quantile": 0.01,
-    "trigger": "percentile",
-    "initialiser": "gradmax",
-    "check_every": 1,
-    "warmup_steps": 0,
-    "pressure_decay": 0.9,
-    "history_checks": 100,
-    "plateau_threshold": None,
-    "plateau_steps": 100,
-    "max_new_parameters": None,
-}
 # Options that need a known end of training, or that have an argument elsewhere
-_ELSEWHERE: Mapping[str, Any] = {"max_extra_flops": None, "freeze_attention": False}
+_OF_RUNS = ("max_extra_flops", "freeze_attention")
 
 
-def _build_grower(keywords: GrowthKeywords) -> Grower:
-    """Return the grower for keyword arguments."""
-    named: dict[str, Any] = dict(keywords)
-    seed = named.pop("seed", 0)
+def _build_grower(keywords: Mapping[str, Any]) -> Grower:
+    """Return the grower for keyword arguments: a seed, and fields of `GrowthOptions`."""
+    usual = {"trigger": Percentile.name, "initialiser": GradMax.name}
+    values = {**usual, "check_every": 1, "warmup_steps": 0, **keywords}
+    seed, known = values.pop("seed", 0), {each.name for each in fields(GrowthOptions)} - {*_OF_RUNS}
     problems = [
-        Problem(key, value, reason="unknown keyword", nearest=nearest(key, _USUAL))
-        for key, value in named.items()
-        if key not in _USUAL
+        Problem(key, value, reason="unknown keyword", nearest=nearest(key, known))
+        for key, value in values.items()
+        if key not in known
     ]
     raise_problems(problems)
-    values = {**_USUAL, **named}
     if (kind := TRIGGERS.get(str(values["trigger"]))) is not None and kind.needs_end:
         reason = "this trigger needs the number of steps, unknown in your own loop; use one of "
         reason += f"{', '.join(_TRIGGERS)}, or a Trigger"
         raise RequestError(Problem("trigger", kind.name, reason=reason))
     trigger = read_part("trigger", values["trigger"], _TRIGGERS, base=Trigger)
     initialiser = read_part("initialiser", values["initialiser"], INITIALISERS, base=Initialiser)
-    values |= {"trigger": Percentile.name, "initialiser": GradMax.name, **_ELSEWHERE}
-    options = read_options(GrowthOptions, values, prefix="", problems=problems)
+    options = read_options(GrowthOptions, values | usual, prefix="", problems=problems)
     raise_problems(problems)
     assert options is not None, "problems were raised above"
-    timing = Timing(
-        # The caller decides when to check; the loop enforces the minimum interval
-        check_every=1,
-        cooldown=values["growth_cooldown"],
-        warmup=values["warmup_steps"],
-        maturation_age=values["maturation_age"],
-        max_steps=None,
-    )
+    # The caller decides when to check; the loop enforces the minimum interval
+    timing = replace(Timing.of(options, max_steps=None), check_every=1)
     return Grower(
         replace(options, trigger=trigger, initialiser=initialiser), timing=timing, seed=seed
     )
@@ -283,7 +213,7 @@ class GrowableLinear(GrowableLayer, nn.Linear):
     Args:
         consumer: a linear layer that reads all outputs and nothing else, directly or through an
             elementwise function.
-        growth: see `tritter.methods.growth.growable.GrowthKeywords`.
+        growth: a seed, and fields of `tritter.methods.growth.triggers.GrowthOptions`.
 
     Raises:
         RequestError: a keyword or value is invalid, or the consumer can't be widened.
@@ -298,7 +228,7 @@ class GrowableLinear(GrowableLayer, nn.Linear):
         dtype: torch.dtype | None = None,
         *,
         consumer: nn.Linear | None = None,
-        **growth: Unpack[GrowthKeywords],
+        **growth: Any,
     ) -> None:
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self._has_warned = False
@@ -419,7 +349,7 @@ class GrowableFFN(GrowableLayer, nn.Module):
         activation: σ, a name or an elementwise function.
         gated: whether neurons have a gate.
         bias: whether the projections have biases.
-        growth: see `tritter.methods.growth.growable.GrowthKeywords`.
+        growth: a seed, and fields of `tritter.methods.growth.triggers.GrowthOptions`.
 
     Raises:
         RequestError: a keyword or value is invalid.
@@ -433,7 +363,7 @@ class GrowableFFN(GrowableLayer, nn.Module):
         *,
         gated: bool = True,
         bias: bool = False,
-        **growth: Unpack[GrowthKeywords],
+        **growth: Any,
     ) -> None:
         super().__init__()
         if isinstance(activation, str) and activation not in _ACTIVATIONS:
@@ -485,7 +415,7 @@ class GrowableCausalLM(Growable, nn.Module):
         enable_growth: whether `check_and_grow` may change the model.
         freeze_attention: train only the FFNs.
         dtype: data type that the weights of a folder are loaded in.
-        growth: see `tritter.methods.growth.growable.GrowthKeywords`.
+        growth: a seed, and fields of `tritter.methods.growth.triggers.GrowthOptions`.
 
     Raises:
         RequestError: the folder or hub id does not exist; the model has experts, LoRA experts or
@@ -501,7 +431,7 @@ class GrowableCausalLM(Growable, nn.Module):
         enable_growth: bool = True,
         freeze_attention: bool = False,
         dtype: torch.dtype = torch.float32,
-        **growth: Unpack[GrowthKeywords],
+        **growth: Any,
     ) -> None:
         super().__init__()
         grower = _build_grower(growth)

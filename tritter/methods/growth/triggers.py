@@ -20,7 +20,7 @@ from tritter.methods.growth.initialisers import GradMax, Initialiser, Random, So
 from tritter.options import Count, WholeNumber, options, part_field
 
 _REFERENCE_STEPS = 2_000  # length of run that the next three defaults are for
-COOLDOWN, _CHECK_EVERY, MATURATION_AGE = 200, 100, 500
+_COOLDOWN, _CHECK_EVERY, _MATURATION_AGE = 200, 100, 500
 _WARMUP_SHARE = 0.05  # share of a run; the first gradients are not informative
 
 
@@ -55,9 +55,9 @@ class Timing:
             warmup = ceil(_WARMUP_SHARE * (max_steps or _REFERENCE_STEPS))
         return cls(
             check_every=scaled(options.check_every, _CHECK_EVERY),
-            cooldown=scaled(options.growth_cooldown, COOLDOWN),
+            cooldown=scaled(options.growth_cooldown, _COOLDOWN),
             warmup=warmup,
-            maturation_age=scaled(options.maturation_age, MATURATION_AGE),
+            maturation_age=scaled(options.maturation_age, _MATURATION_AGE),
             max_steps=max_steps,
         )
 
@@ -450,7 +450,10 @@ _Share = Annotated[float, Field(gt=0, lt=1)]
 
 @options
 class GrowthOptions:
-    """The options of `growth`.
+    """The options of `growth`, and keyword arguments of growable modules.
+
+    A growable module has no `max_extra_flops`; its `check_every` is 1 and its `warmup_steps` 0
+    unless given.
 
     Args:
         trigger: a name or component, see `tritter.options.read_part`.
@@ -481,22 +484,22 @@ class GrowthOptions:
     initialiser: Annotated[
         Initialiser, *part_field("growth.initialiser", INITIALISERS, base=Initialiser)
     ]
-    gradient_percentile: _Percent
-    pressure_decay: Annotated[float, Field(ge=0, lt=1)]
-    history_checks: Count
-    check_every: Count | None
-    growth_cooldown: Count | None
-    warmup_steps: WholeNumber | None
-    max_growth_per_step: Count
-    maturation_age: WholeNumber | None
-    maturation_factor: Annotated[float, Field(gt=0)]
-    plateau_threshold: Annotated[float, Field(gt=0)] | None
-    plateau_steps: Annotated[int, Field(ge=2, le=100_000)]
-    max_new_parameters: Annotated[int, Field(ge=1, le=MAX_PARAMETERS)] | None
-    max_extra_flops: Annotated[float, Field(gt=0)] | None
-    enable_replacement: bool
-    dead_quantile: _Share
-    freeze_attention: bool
+    gradient_percentile: _Percent = 90.0
+    pressure_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    history_checks: Count = 100
+    check_every: Count | None = None
+    growth_cooldown: Count | None = None
+    warmup_steps: WholeNumber | None = None
+    max_growth_per_step: Count = 10
+    maturation_age: WholeNumber | None = None
+    maturation_factor: Annotated[float, Field(gt=0)] = 2.0
+    plateau_threshold: Annotated[float, Field(gt=0)] | None = None
+    plateau_steps: Annotated[int, Field(ge=2, le=100_000)] = 100
+    max_new_parameters: Annotated[int, Field(ge=1, le=MAX_PARAMETERS)] | None = None
+    max_extra_flops: Annotated[float, Field(gt=0)] | None = None
+    enable_replacement: bool = False
+    dead_quantile: _Share = 0.01
+    freeze_attention: bool = False
 
     @property
     def name(self) -> str:
