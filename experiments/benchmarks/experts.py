@@ -1,6 +1,6 @@
 """What a mixture of LoRA experts costs a training step, beside PEFT's single LoRA of one's rank.
 
-    python experiments/benchmarks/experts.py > experiments/benchmarks/experts.csv
+    python experiments/benchmarks/experts.py --experts 8 > experiments/benchmarks/experts.csv
     python experiments/benchmarks/experts.py --model GEMMA --experts 6
 
 A plain loop over a stock Llama of 11.9 M parameters, or over a checkpoint in bf16 autocast, and
