@@ -65,7 +65,7 @@ def options(record: type[Record]) -> type[Record]:
     Use it as a decorator instead of `dataclass`.
     """
     record.__pydantic_config__ = _CONFIG  # type: ignore[attr-defined]
-    return dataclasses.dataclass(frozen=True, slots=True, kw_only=True)(record)
+    return dataclasses.dataclass(frozen=True, kw_only=True)(record)  # slots would break super()
 
 
 def is_options(record: object) -> bool:

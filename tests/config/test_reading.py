@@ -178,3 +178,12 @@ def test_a_part_is_a_name_or_a_class_with_options(
 def test_a_part_that_there_is_not_is_refused(typed: object, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         read_part("growth.trigger", typed, TRIGGERS, base=Trigger)
+
+
+def test_methods_of_records_may_call_those_of_their_base() -> None:
+    @options
+    class Patient(Own):
+        def decide(self, view: object) -> dict[int, int]:
+            return super().decide(view)
+
+    assert Patient().decide(None) == {}

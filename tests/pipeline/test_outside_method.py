@@ -19,6 +19,7 @@ from tritter.config.validation import method_problems
 from tritter.core.models import load_model
 from tritter.pipeline import importance, run_pipeline
 from tritter.targets import Component
+from tritter.training import Needs
 from tritter.training.trainer import start_method
 from tritter.transform import Change
 
@@ -116,6 +117,15 @@ def test_two_methods_that_prepare_one_kind_are_refused(cache: Path) -> None:
     config = replace(config, forgetting=(OUTSIDE,) * 2)
     reported = " ".join(map(str, method_problems(config)))
     assert "forgetting = " in reported and "several of them prepare omega" in reported
+
+
+def test_a_kind_that_nobody_registered_is_refused_before_training(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Outside, "needs", classmethod(lambda *_: Needs(leaves=("unheard_of",))))
+    config = replace(load_config([*TINY, f"cache_dir={cache}"]), forgetting=(OUTSIDE,))
+    (problem,) = method_problems(config)
+    assert (problem.key, "unheard_of" in problem.reason) == ("forgetting", True)
 
 
 @pytest.mark.full

@@ -173,10 +173,8 @@ def check_run_folder(folder: Path, config: RunConfig) -> RunState:
     is_run = os.path.lexists(folder / RUN_FILE)
     entries = folder.iterdir() if folder.exists() else ()
     if not is_run and any(path.name not in _BEFORE_RUN_FILE for path in entries):
-        reason = (
-            f"output exists and is not a Tritter run (it has no {RUN_FILE}); nothing was changed. "
-            "Use a new or empty folder, or the folder of an earlier run of the same configuration"
-        )
+        reason = f"output exists and is not a Tritter run (it has no {RUN_FILE}); nothing was "
+        reason += "changed. Use a new or empty folder, or that of a run of the same configuration"
         raise refused("hydra.run.dir", folder, reason)
     try:
         # No link may lead out of the folder
@@ -200,7 +198,7 @@ def check_run_folder(folder: Path, config: RunConfig) -> RunState:
             f"{key} = {folder}: the folder contains a run of another configuration "
             "(recorded → requested):\n"
             + "\n".join(f"  {key}: {show(a)} → {show(b)}" for key, (a, b) in changes.items())
-            + f"\nTo resume that run, omit these overrides: {run.resume_command(folder)}\n"
+            + f"\nTo resume that run, undo these changes: {run.resume_command(folder)}\n"
             f"To start a new run, set {key} to another folder."
         )
     if run.status != "finished":

@@ -57,6 +57,7 @@ from tritter.config.schema import (
 from tritter.core.expansions import target_model, vocab_place
 from tritter.core.families import Model, check_size
 from tritter.core.families.presets import model_problems
+from tritter.core.parameter_map.carry import STATE_KINDS
 from tritter.data.options import (
     NamedTextConfig,
     batch_problems,
@@ -386,11 +387,15 @@ def _begin_problems(config: RunConfig) -> Iterator[Problem]:
 def method_problems(config: RunConfig) -> Iterator[Problem]:
     """Yield problems of methods that conflict with each other or require trainable weights."""
     needs = [one.kind.needs(one.options) for one in config.forgetting]
+    names = [one.name for one in config.forgetting]
     for what, verb in (("prepares", "prepare"), ("leaves", "save")):
         counts = Counter(kind for each in needs for kind in getattr(each, what))
+        if unknown := sorted(counts.keys() - STATE_KINDS.keys()):
+            reason = f"no call of `register` declares {', '.join(unknown)}"
+            yield Problem("forgetting", names, reason=reason)
         if twice := [kind for kind, count in counts.items() if count > 1]:
             reason = f"several of them {verb} {', '.join(twice)}; leave one out"
-            yield Problem("forgetting", [one.name for one in config.forgetting], reason=reason)
+            yield Problem("forgetting", names, reason=reason)
     weighty = [one.name for one in config.forgetting if one.kind.uses_weights]
     allowed = ", ".join(["none", *weightless_methods()])
     if config.trainer.strategy == "fsdp" and weighty:
@@ -462,8 +467,7 @@ def _vocabulary_problems(config: RunConfig) -> Iterator[Problem]:
     if place is None:
         return
     reason = "it compares probabilities of the same tokens, and expansion=vocab changes the tokens"
-    needs = ((one.name, one.kind.needs(one.options)) for one in config.forgetting)
-    if taught := [name for name, each in needs if each.teacher]:
+    if taught := [one.name for one in config.forgetting if one.kind.needs(one.options).teacher]:
         yield Problem("forgetting", taught, reason=f"{reason}; use replay or self_replay")
     for spec in config.expansion:
         if getattr(spec, "teacher", None) is not None:
@@ -490,10 +494,8 @@ def _children_problems(config: RunConfig) -> Iterator[Problem]:
         and (each.state or bool(each.prepares) != each.carried)
     ]
     if without_weights and getattr(spec, "attention_from", None) != "source":
-        reason = "it protects weights of the source, and expansion.moe.experts_from replaces all of"
-        reason += (
-            " them; use replay, self_replay or distill, or expansion.moe.attention_from=source"
-        )
+        reason = "it protects weights of the source, and expansion.moe.experts_from replaces them "
+        reason += "all; use replay, self_replay or distill, or expansion.moe.attention_from=source"
         yield Problem("forgetting", without_weights, reason=reason)
 
 

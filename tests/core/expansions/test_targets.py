@@ -1,5 +1,7 @@
 """From a parameter count to the nearest real shape."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from tritter.core.expansions import (
@@ -91,6 +93,9 @@ def test_it_must_be_open_and_clear_what_grows() -> None:
     for spec in (Stack(target_layers=48), Interpolate(target_layers=30)):
         with pytest.raises(RequestError, match=f"{spec.name} already has a target"):
             reach_parameters(Model(config()), [spec], 7_000_000_000)
+    with pytest.raises(RequestError, match="interpolated has no size"):
+        own = SimpleNamespace(name="interpolated", expansion_type="depth")
+        reach_parameters(Model(config()), [own], 7_000_000_000)  # type: ignore[list-item]
     with pytest.raises(RequestError, match="hidden_size 4096"):
         reach_parameters(Model(config()), [Width(hidden_size=4096)], 7_000_000_000)
 

@@ -61,6 +61,7 @@ def test_the_readmes_does_not_and_says_so() -> None:
     before = oracle.logits(model, ids)
     grow(model, SourceNoise(), ids)
     assert float((oracle.logits(model, ids) - before).abs().max()) > 1e-3
+    assert not Initialiser.is_exact  # an own one says so itself
     assert not SourceNoise.is_exact and GradMax.is_exact and Split.is_exact and Random.is_exact
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from math import lcm
 from typing import Any
 
-from tritter.core.expansions.depth import Dus, Interpolate, Layers, LlamaPro, Stack
+from tritter.core.expansions.depth import Dus, Interpolate, LlamaPro, Stack
 from tritter.core.expansions.moe import Moe
 from tritter.core.expansions.moe_add import MoeAdd, sparse_layers
 from tritter.core.expansions.partners import partner_of
@@ -109,11 +109,10 @@ def _candidates(source: Model, spec: ExpansionSpec) -> Iterator[ExpansionSpec]:
                 yield replace(spec, num_experts=count)
         case MoeAdd(num_experts=None):
             yield spec
-        case Layers():
-            reason = "the table of layers already sets the size; remove this setting"
-            raise RequestError(Problem("target_params", reason=reason))
         case _:
-            reason = f"{spec.name} already has a target ({_describe(spec)}); set only one of them"
+            reason = f"{spec.name} has no size that a target can set; remove this setting"
+            if described := _describe(spec):
+                reason = f"{spec.name} already has a target ({described}); set only one of them"
             raise RequestError(Problem("target_params", reason=reason))
 
 

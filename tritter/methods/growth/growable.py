@@ -168,15 +168,12 @@ def num_changed(growth: Growth | None) -> Counts:
     }
 
 
-# Options that need a known end of training, or that have an argument elsewhere
-_OF_RUNS = ("max_extra_flops", "freeze_attention")
-
-
 def _build_grower(keywords: Mapping[str, Any]) -> Grower:
     """Return the grower for keyword arguments: a seed, and fields of `GrowthOptions`."""
     usual = {"trigger": Percentile.name, "initialiser": GradMax.name}
     values = {**usual, "check_every": 1, "warmup_steps": 0, **keywords}
-    seed, known = values.pop("seed", 0), {each.name for each in fields(GrowthOptions)} - {*_OF_RUNS}
+    seed, known = values.pop("seed", 0), {each.name for each in fields(GrowthOptions)}
+    known -= {"max_extra_flops", "freeze_attention"}  # unknown end; an argument elsewhere
     problems = [
         Problem(key, value, reason="unknown keyword", nearest=nearest(key, known))
         for key, value in values.items()

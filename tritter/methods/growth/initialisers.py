@@ -150,7 +150,7 @@ class Initialiser(ABC):
     """
 
     name: ClassVar[str] = ""  # key in `INITIALISERS` of built-in initialisers
-    is_exact: ClassVar[bool] = True  # True if the function is preserved
+    is_exact: ClassVar[bool] = False  # True if the function is preserved
 
     orthogonalise: Against = "none"
 
@@ -175,6 +175,7 @@ class GradMax(Initialiser):
     """
 
     name: ClassVar[str] = "gradmax"
+    is_exact: ClassVar[bool] = True
 
     def neurons(self, layer: Layer) -> NewNeurons:
         import torch
@@ -253,6 +254,7 @@ class Split(Initialiser):
     """
 
     name: ClassVar[str] = "split"
+    is_exact: ClassVar[bool] = True
 
     share: Annotated[float, Field(gt=0, lt=1)] = 0.3
 
@@ -277,8 +279,6 @@ class SourceNoise(Initialiser):
 
     name: ClassVar[str] = "source_noise"
 
-    is_exact: ClassVar[bool] = False
-
     orthogonalise: Against = "neighbours"
     noise: Annotated[float, Field(ge=0)] = 0.1
 
@@ -298,6 +298,7 @@ class Random(Initialiser):
     """Random directions scaled like existing ones, with zero output weights."""
 
     name: ClassVar[str] = "random"
+    is_exact: ClassVar[bool] = True
 
     def neurons(self, layer: Layer) -> NewNeurons:
         from torch import Tensor
