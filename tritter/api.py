@@ -322,7 +322,7 @@ def grow(
         model: a checkpoint folder, a hub id, or a live model, which is grown in place.
         trigger: `percentile`, `plateau`, `schedule`, `within_layer`, the name of an installed
             extension, or a `Trigger`.
-        options: `enable_growth`, `freeze_attention`, `dtype`, and those of
+        options: `enable_growth`, `freeze_attention`, `dtype`, `seed`, and those of
             `tritter.methods.growth.triggers.GrowthOptions`.
 
     Raises:

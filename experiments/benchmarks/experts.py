@@ -64,18 +64,29 @@ def base(options: Any) -> nn.Module:
 
 
 def stepping(
-    options: Any, model: nn.Module, extra: Callable[[Tensor], Tensor | float]
+    options: Any,
+    model: nn.Module,
+    extra: Callable[[], Tensor | float],
+    observed: Callable[[Tensor], object] = id,
 ) -> Callable[[], object]:
-    """Return a training step of what is not frozen; `extra` of its ids [B, T] joins the loss."""
+    """Return a training step of what is not frozen.
+
+    Args:
+        options: of the command.
+        model: the model.
+        extra: a further loss, after the forward pass.
+        observed: called with the ids [B, T] before it.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     ids = torch.randint(0, 1024, (options.batch_size, options.tokens))
 
     def step() -> None:
         with autocast(options):
-            more = extra(ids)
+            observed(ids)
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        (loss + more).backward()
+            loss = loss + extra()
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -88,8 +99,8 @@ def autocast(options: Any) -> contextlib.AbstractContextManager[object]:
 
 def peft_step(options: Any, targets: tuple[str, ...]) -> Callable[[], object]:
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(targets))
-    wrapped = get_peft_model(base(options), config)  # type: ignore[arg-type]
-    return stepping(options, wrapped, lambda _: 0.0)
+    wrapped = get_peft_model(base(options), config)
+    return stepping(options, wrapped, lambda: 0.0)
 
 
 def mixture_step(options: Any, targets: tuple[str, ...], mode: str) -> Callable[[], object]:
@@ -105,16 +116,17 @@ def mixture_step(options: Any, targets: tuple[str, ...], mode: str) -> Callable[
     mixture.routing = routing
     mixture.model.train()
 
-    def losses(ids: Tensor) -> Tensor:
-        if mode.endswith(OBSERVED):
-            with mixture.off():
-                observe(mixture.model, ids, with_losses=False)
+    def look(ids: Tensor) -> None:
+        with mixture.off():
+            observe(mixture.model, ids, with_losses=False)
+
+    def losses() -> Tensor:
         if router_kind == "evidence":
             return torch.zeros(())  # there is nothing to learn
         found = [0.01 * balance_loss(g) + 1e-3 * z_loss(g) for g in mixture.gates()]
         return torch.stack(found).mean()
 
-    return stepping(options, mixture.model, losses)
+    return stepping(options, mixture.model, losses, look if mode.endswith(OBSERVED) else id)
 
 
 def seconds(function: Callable[[], object]) -> float:

@@ -387,15 +387,15 @@ def _begin_problems(config: RunConfig) -> Iterator[Problem]:
 def method_problems(config: RunConfig) -> Iterator[Problem]:
     """Yield problems of methods that conflict with each other or require trainable weights."""
     needs = [one.kind.needs(one.options) for one in config.forgetting]
-    names = [one.name for one in config.forgetting]
+    for one, each in zip(config.forgetting, needs, strict=True):
+        if unknown := {*each.prepares, *each.leaves, *each.state} - STATE_KINDS.keys():
+            reason = f"no call of `register` declares its state {', '.join(sorted(unknown))}"
+            yield Problem("forgetting", one.name, reason=reason)
     for what, verb in (("prepares", "prepare"), ("leaves", "save")):
         counts = Counter(kind for each in needs for kind in getattr(each, what))
-        if unknown := sorted(counts.keys() - STATE_KINDS.keys()):
-            reason = f"no call of `register` declares {', '.join(unknown)}"
-            yield Problem("forgetting", names, reason=reason)
         if twice := [kind for kind, count in counts.items() if count > 1]:
             reason = f"several of them {verb} {', '.join(twice)}; leave one out"
-            yield Problem("forgetting", names, reason=reason)
+            yield Problem("forgetting", [one.name for one in config.forgetting], reason=reason)
     weighty = [one.name for one in config.forgetting if one.kind.uses_weights]
     allowed = ", ".join(["none", *weightless_methods()])
     if config.trainer.strategy == "fsdp" and weighty:

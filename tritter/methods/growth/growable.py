@@ -191,9 +191,9 @@ def _build_grower(keywords: Mapping[str, Any]) -> Grower:
     assert options is not None, "problems were raised above"
     # The caller decides when to check; the loop enforces the minimum interval
     timing = replace(Timing.of(options, max_steps=None), check_every=1)
-    return Grower(
-        replace(options, trigger=trigger, initialiser=initialiser), timing=timing, seed=seed
-    )
+    used = {"growth_cooldown": timing.cooldown, "maturation_age": timing.maturation_age}
+    options = replace(options, trigger=trigger, initialiser=initialiser, **used)  # type: ignore[arg-type]
+    return Grower(options, timing=timing, seed=seed)
 
 
 # Other triggers need to know the number of steps

@@ -452,8 +452,8 @@ _Share = Annotated[float, Field(gt=0, lt=1)]
 class GrowthOptions:
     """The options of `growth`, and keyword arguments of growable modules.
 
-    A growable module has no `max_extra_flops`; its `check_every` is 1 and its `warmup_steps` 0
-    unless given.
+    A growable module has no `max_extra_flops`, and only a language model `freeze_attention`. Its
+    `check_every` is 1 and its `warmup_steps` 0 unless given.
 
     Args:
         trigger: a name or component, see `tritter.options.read_part`.
