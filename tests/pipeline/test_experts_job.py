@@ -133,7 +133,7 @@ def test_tasks_and_a_checkpoint_that_is_gone_on_with(
     assert any("the model generated 8 sequences" in note for note in again["notes"])
     mixture = mixture_on(load_whole(tmp_path / "again/checkpoint"))
     assert mixture is not None and mixture.evidence is not None
-    assert (mixture.evidence.prior, mixture.evidence.inner_prior) == (1.0, -2.0)
+    assert (mixture.evidence.prior, mixture.evidence.inner_prior) == (0.1, -2.0)
     assert again["experts"]["names"][: summary["experts"]["number"]] == summary["experts"]["names"]
 
 
