@@ -85,7 +85,7 @@ RATCHET = {
     "checkpoints": (12, 3_194),
     "cli": (22, 6_052),
     "config": (19, 5_305),
-    "core": (38, 12_195),
+    "core": (38, 12_194),
     "data": (26, 9_305),
     "evaluation": (17, 4_395),
     "integrations": (2, 775),

@@ -19,6 +19,7 @@ from experiments.benchmarks import (
     corpus_memory,
     every,
     expand_speed,
+    experts,
     fisher,
     gpu,
     large,
@@ -117,6 +118,13 @@ def test_without_a_gpu_nothing_is_measured(
 
 
 @pytest.mark.full
+def test_a_step_of_experts_takes_its_losses_after_the_forward_pass() -> None:
+    """Of a learned router, whose losses need gates, and of one that is observed first."""
+    options = Namespace(model=None, experts=2, batch_size=1, tokens=8)
+    for mode in ("top-2", f"evidence, dense{experts.OBSERVED}"):
+        experts.mixture_step(options, experts.TARGETS["q and v"], mode)()
+
+
 def test_novelty_runs_and_writes_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On made-up observations: a base takes a minute
     (tests/methods/novelty/test_trained_base.py)."""

@@ -67,7 +67,7 @@ def stepping(
     options: Any,
     model: nn.Module,
     extra: Callable[[], Tensor | float],
-    observed: Callable[[Tensor], object] = id,
+    before: Callable[[Tensor], object] | None = None,
 ) -> Callable[[], object]:
     """Return a training step of what is not frozen.
 
@@ -75,7 +75,7 @@ def stepping(
         options: of the command.
         model: the model.
         extra: a further loss, after the forward pass.
-        observed: called with the ids [B, T] before it.
+        before: called with the ids [B, T] before the forward pass.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
@@ -83,7 +83,8 @@ def stepping(
 
     def step() -> None:
         with autocast(options):
-            observed(ids)
+            if before is not None:
+                before(ids)
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
             loss = loss + extra()
         loss.backward()
@@ -126,7 +127,7 @@ def mixture_step(options: Any, targets: tuple[str, ...], mode: str) -> Callable[
         found = [0.01 * balance_loss(g) + 1e-3 * z_loss(g) for g in mixture.gates()]
         return torch.stack(found).mean()
 
-    return stepping(options, mixture.model, losses, look if mode.endswith(OBSERVED) else id)
+    return stepping(options, mixture.model, losses, look if mode.endswith(OBSERVED) else None)
 
 
 def seconds(function: Callable[[], object]) -> float:

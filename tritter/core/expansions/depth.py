@@ -27,7 +27,6 @@ _ZEROED_ROW_NOISE = 0.01
 class CopiedLayers(ABC):
     """Base of depth methods: a rule for layer sources, and whether copies are identities."""
 
-    __slots__ = ()
     expansion_type: ClassVar[str] = "depth"
     new_blocks_only: bool = False
 
