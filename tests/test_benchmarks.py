@@ -117,7 +117,6 @@ def test_without_a_gpu_nothing_is_measured(
     assert "no GPU" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
-@pytest.mark.full
 def test_a_step_of_experts_takes_its_losses_after_the_forward_pass() -> None:
     """Of a learned router, whose losses need gates, and of one that is observed first."""
     options = Namespace(model=None, experts=2, batch_size=1, tokens=8)
@@ -125,6 +124,7 @@ def test_a_step_of_experts_takes_its_losses_after_the_forward_pass() -> None:
         experts.mixture_step(options, experts.TARGETS["q and v"], mode)()
 
 
+@pytest.mark.full
 def test_novelty_runs_and_writes_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On made-up observations: a base takes a minute
     (tests/methods/novelty/test_trained_base.py)."""
