@@ -84,11 +84,11 @@ RATCHET = {
     "(top)": (13, 2_289),
     "checkpoints": (12, 3_194),
     "cli": (22, 6_052),
-    "config": (19, 5_305),
+    "config": (19, 5_304),
     "core": (38, 12_194),
-    "data": (26, 9_305),
+    "data": (26, 9_304),
     "evaluation": (17, 4_395),
-    "integrations": (2, 775),
+    "integrations": (2, 773),
     "methods": (48, 12_552),
     "pipeline": (26, 7_304),
     "planning": (9, 2_279),
@@ -99,7 +99,7 @@ RATCHET = {
 }
 # What there is to know; both may only fall: names of modules without an underscore, and classes
 # that only hold values
-MAX_PUBLIC_NAMES, MAX_RECORDS = 2_165, 352
+MAX_PUBLIC_NAMES, MAX_RECORDS = 2_163, 352
 MAX_LONELY_MODULES = 25  # with a single caller, which is in their own room
 
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}

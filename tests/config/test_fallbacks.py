@@ -88,7 +88,7 @@ def test_all_problems_of_all_fallbacks_are_reported_together(tmp_path: Path) -> 
         reported = refused(tmp_path, f"{key}: [[training.max_steps=3]]")
         assert f"has the key {key}; " in reported and "Did you mean fallbacks?" in reported
     reported = refused(
-        tmp_path, "fallbacks: [['forgetting=[replay,self_replay]'], [expansion=moe_add]]"
+        tmp_path, "fallbacks: [['forgetting=[ewc,online_ewc]'], [expansion=moe_add]]"
     )
     assert "fallback 1" in reported and "fallback 2" in reported
 

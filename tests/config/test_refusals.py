@@ -103,7 +103,9 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "forgetting.replay.fraction=1": ("forgetting.replay.fraction = 1", "below 1"),
     "forgetting.replay.fraction=0": ("forgetting.replay.fraction = 0.0", "remove replay"),
     "forgetting=self_replay forgetting.self_replay.fraction=0": ("remove self_replay",),
-    "forgetting=[replay,self_replay]": ("replay and self_replay both mix old data",),
+    "forgetting=[replay,self_replay] forgetting.replay.fraction=0.75": (
+        "[replay,self_replay]: together they replay 1 of each batch; must be below 1",
+    ),
     "trainer.precision=bf16-mixd": ("trainer.precision = bf16-mixd", "Did you mean bf16-mixed?"),
     "trainer.precision=16-mixed": ("trainer.precision = 16-mixed", "bf16-mixed"),
     "trainer.devices=2": ("trainer.devices = 2", "trainer=ddp"),

@@ -21,7 +21,7 @@ def batches(*, fraction: float | None = None, batch_size: int = 4) -> BatchStrea
     if fraction is None:
         return stream
     old = OLD_START + torch.arange(NUM_OLD)[:, None].repeat(1, 3)
-    return stream.with_replay(ReplayBuffer.of_domains({"old": old}, seed=5), fraction)
+    return ReplayBuffer.of_domains({"old": old}, seed=5).mixed_into(stream, fraction)
 
 
 def rows(stream: BatchStream, count: int) -> list[list[int]]:
@@ -71,6 +71,31 @@ def test_with_replay_new_data_is_a_prefix_of_that_without(fraction, batch_size, 
     assert len(mixed) - len(new) == math.floor(count * batch_size * Fraction(str(fraction)))
 
 
+def twice_replayed(first: float, second: float, batch_size: int) -> BatchStream:
+    other = 2 * OLD_START + torch.arange(NUM_OLD)[:, None].repeat(1, 3)
+    buffer = ReplayBuffer.of_domains({"other": other}, seed=5)
+    return buffer.mixed_into(batches(fraction=first, batch_size=batch_size), second)
+
+
+_SHARES = st.decimals("0.01", "0.45", places=2).map(float)
+
+
+@given(_SHARES, _SHARES, st.integers(1, 8), st.integers(1, 40), st.integers(0, 40))
+def test_two_buffers_replay_their_exact_shares_and_resume(first, second, batch_size, count, after):
+    stream, sizes = twice_replayed(first, second, batch_size), [Fraction(str(first))]
+    sizes.append(Fraction(str(second)))
+    mixed = flat(rows(stream, count))
+    old = [sum(low <= row < low + OLD_START for row in mixed) for low in (1000, 2000)]
+    assert sum(old) == math.floor(count * batch_size * sum(sizes))
+    for number, size in zip(old, sizes, strict=True):
+        assert abs(number - sum(old) * size / sum(sizes)) < 1
+    new = [row for row in mixed if row < OLD_START]
+    assert new == flat(rows(batches(batch_size=batch_size), count))[: len(new)]
+    resumed = twice_replayed(first, second, batch_size)
+    resumed.load_state_dict(stream.state_dict())
+    assert rows(resumed, after) == rows(stream, after)
+
+
 @given(st.sampled_from([None, 0.0, 0.25, 0.37]), st.integers(0, 30), st.integers(1, 30))
 def test_a_resumed_loader_goes_on_exactly(fraction, before, after):
     stream = batches(fraction=fraction)
@@ -107,12 +132,12 @@ def test_state_is_plain_and_of_one_format():
 def test_wrong_requests_are_refused():
     with pytest.raises(RequestError, match=r"data\.batch_size=0"):
         batches(batch_size=0)
-    with pytest.raises(RequestError, match="only one method"):
-        batches(fraction=0.2).with_replay(
-            ReplayBuffer.of_domains({"old": torch.zeros(3, 3)}, seed=0), 0.2
+    with pytest.raises(RequestError, match=r"fraction=1: must be at least 0 and below 1"):
+        ReplayBuffer.of_domains({"old": torch.zeros(3, 3)}, seed=0).mixed_into(
+            batches(fraction=0.7), 0.3
         )
     with pytest.raises(RequestError, match=r"data\.sequence_length=3.*2 tokens"):
-        batches().with_replay(ReplayBuffer.of_domains({"old": torch.zeros(3, 2)}, seed=0), 0.2)
+        ReplayBuffer.of_domains({"old": torch.zeros(3, 2)}, seed=0).mixed_into(batches(), 0.2)
 
 
 class Witness(lightning.LightningModule):

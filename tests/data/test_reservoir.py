@@ -139,7 +139,7 @@ def test_the_share_is_exact_in_every_window(fraction, batch_size, seed):
     buffer.add(numbered(1000, 20), domain="a")
     buffer.add(numbered(2000, 20), domain="b")
     stream = SequenceStream(numbered(0, 7), seed=0)
-    mixed = iter(BatchStream(stream, batch_size=batch_size).with_replay(buffer, fraction))
+    mixed = iter(buffer.mixed_into(BatchStream(stream, batch_size=batch_size), fraction))
     counts = [int(next(mixed)["is_replay"].sum()) for _ in range(50)]
     draw = random.Random(seed)
     for _ in range(50):

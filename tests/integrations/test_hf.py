@@ -1,11 +1,14 @@
 """Methods against forgetting in the Hugging Face Trainer, compared with Tritter's own loop."""
 
 import inspect
+import math
 import os
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -285,10 +288,34 @@ def test_an_instruct_model_also_writes_conversations(tmp_path: Path, template: s
     assert bool((batch["labels"][is_old] == -100).any()) == bool(template)
 
 
+def test_old_and_generated_rows_have_their_shares(tmp_path: Path) -> None:
+    methods = [Replay(fraction=0.25), SelfReplay(num_sequences=8, fraction=0.125)]
+    trainer = with_forgetting(Trainer, methods)(
+        oracle.tiny_llama(eos_token_id=0, pad_token_id=0),
+        arguments(tmp_path, per_device_train_batch_size=8, max_steps=1),
+        train_dataset=rows_of(NEW),
+        old_data={"first": rows_of(OLD), "second": rows_of(OLD + 1)},
+    )
+    trainer.train()
+    trainer.forgetting.is_running = True
+    written = {tuple(row) for row in ids_of(trainer.forgetting._task.written).tolist()}
+    loader = trainer.get_train_dataloader()
+    found: Counter[str] = Counter()
+    for batch in islice(iter(loader), 6):
+        for ids, is_old in zip(batch["input_ids"].tolist(), batch["is_replay"], strict=True):
+            found["new" if not is_old else "written" if tuple(ids) in written else "old"] += 1
+    assert found == {"new": 30, "old": 12, "written": 6}
+    assert len(loader) == math.ceil(len(NEW) / 5)
+
+
 RESUMED: dict[str, tuple[Methods, int]] = {
     "ewc and replay": (lambda: [EWC(ewc_lambda=1e3, refresh_steps=2), Replay(fraction=0.3)], 3),
     "in the second epoch": (lambda: [SI(si_lambda=2.0), Distill(), Replay(fraction=0.3)], 9),
     "at an epoch's end": (lambda: [L2SP(), Replay(fraction=0.5)], 5),
+    "text of two kinds": (
+        lambda: [Replay(fraction=0.3), SelfReplay(num_sequences=8, max_perplexity=1e6)],
+        4,
+    ),
     "no old data": (
         lambda: [
             OnlineEWC(ewc_lambda=1.0, normalise="mean", refresh_steps=5, num_sequences=6),
@@ -549,7 +576,7 @@ def test_the_gate_compares_before_and_after(tmp_path: Path, tokenizer: Any) -> N
         (["ewcc"], "Did you mean ewc"),
         (["ewc", "ewc"], "once"),
         ([Freeze()], "requires_grad_"),
-        ([Replay(), SelfReplay()], "only one"),
+        ([Replay(fraction=0.75), SelfReplay()], "together they replay 1 of each batch"),
         ([Distill(rows="old")], "no method replays"),
         ([EWC(ewc_lambda=-1.0)], "methods.ewc.ewc_lambda"),
     ],
@@ -571,6 +598,7 @@ def test_only_trainers_are_extended() -> None:
         (["ewc"], {}, {"old_data": "one text"}, "list of texts"),
         (["ewc"], {}, {"old_data": Dataset.from_dict({"text": ["a"]})}, "input_ids"),
         (["ewc"], {}, {"old_data": ["text"]}, "fast tokenizer"),
+        (["self_replay"], {}, {"old_data": {"written": ["text"]}}, "rename this domain"),
         (["l2sp"], {"auto_find_batch_size": True}, {}, "auto_find_batch_size"),
         (["replay"], {"train_sampling_strategy": "sequential"}, {}, "train_sampling_strategy"),
         ([Replay(weights={"nwe": 2.0})], {}, {"old_data": {"new": rows_of(OLD)}}, "mean new"),

@@ -76,7 +76,7 @@ from tritter.methods.moe_routing.options import expert_problems
 from tritter.options import Start, field_keys, leaves
 from tritter.planning.strategy import pipeline_problems, planned_rounds
 from tritter.storage.reading import named_path
-from tritter.training.forgetting_method import method_start_problems
+from tritter.training.forgetting_method import method_start_problems, replayed_share
 from tritter.training.idle import idle_problems
 from tritter.training.optimizer import (
     OptimizerValues,
@@ -406,9 +406,8 @@ def method_problems(config: RunConfig) -> Iterator[Problem]:
     if config.experts is not None and weighty:
         reason = "they protect weights of the base, which is frozen; with experts, choose "
         yield Problem("forgetting", weighty, reason=f"{reason}{allowed} or self_replay")
-    mixing = [one.name for one, each in zip(config.forgetting, needs, strict=True) if each.mixes]
-    if len(mixing) > 1:
-        reason = f"{' and '.join(mixing)} both mix old data into the batches; choose one of them"
+    if (share := replayed_share(config.forgetting)) >= 1:
+        reason = f"together they replay {float(share):g} of each batch; must be below 1"
         yield Problem("forgetting", [one.name for one in config.forgetting], reason=reason)
 
 

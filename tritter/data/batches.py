@@ -180,7 +180,7 @@ def read_sequences(path: Path) -> dict[str, Tensor]:
 class ExactShare:
     """Number of replayed sequences per batch, without accumulated rounding errors."""
 
-    def __init__(self, fraction: float) -> None:
+    def __init__(self, fraction: float | Fraction) -> None:
         """Set the share of replayed sequences, in [0, 1).
 
         Raises:
@@ -188,7 +188,7 @@ class ExactShare:
         """
         if not (math.isfinite(fraction) and 0 <= fraction < 1):
             raise RequestError(
-                f"forgetting.replay.fraction={fraction}: must be at least 0 and below 1, "
+                f"forgetting.replay.fraction={float(fraction):g}: must be at least 0 and below 1, "
                 f"for example 0.25."
             )
         # The decimal that the user typed: 0.1 as a binary float is slightly more than a tenth.
@@ -239,35 +239,12 @@ class BatchStream:
         """
         if batch_size < 1:
             raise RequestError(f"data.batch_size={batch_size}: must be at least 1.")
-        self._new = new
+        self.new = new
         self._batch_size = batch_size
-        self._replayed: Sequences | None = None
-        self._share = ExactShare(0.0)
+        self.replayed: Sequences | None = None  # see `ReplayBuffer.mixed_into`
+        self.share = ExactShare(0.0)
         self._num_batches, self._window = num_batches, window
         self._batch_index = 0
-
-    def with_replay(self, buffer: Sequences, fraction: float) -> BatchStream:
-        """Return a loader over the same stream that replays a share of each batch.
-
-        Raises:
-            RequestError: the loader already replays, the share is not in [0, 1), or replayed
-                and new sequences differ in length.
-        """
-        if self._replayed is not None:
-            raise RequestError("forgetting: only one method can mix old data into the batches.")
-        if buffer.sequence_length != self._new.sequence_length:
-            raise RequestError(
-                f"data.sequence_length={self._new.sequence_length}: the replayed sequences have "
-                f"{buffer.sequence_length} tokens; both need the same length."
-            )
-        mixed = BatchStream(
-            self._new,
-            batch_size=self._batch_size,
-            num_batches=self._num_batches,
-            window=self._window,
-        )
-        mixed._replayed, mixed._share = buffer, ExactShare(fraction)
-        return mixed
 
     def __len__(self) -> int:
         return self._num_batches
@@ -292,11 +269,11 @@ class BatchStream:
                 f"data.batch_size={self._batch_size}: must be a multiple of trainer.devices="
                 f"{rank.count}."
             )
-        num_replayed = self._share.count(self._batch_index, self._batch_size)
+        num_replayed = self.share.count(self._batch_index, self._batch_size)
         num_new = self._batch_size - num_replayed
-        sequences = [self._new.next_sequences(num_new)]
-        if self._replayed is not None:
-            sequences.append(self._replayed.next_sequences(num_replayed))
+        sequences = [self.new.next_sequences(num_new)]
+        if self.replayed is not None:
+            sequences.append(self.replayed.next_sequences(num_replayed))
         self._batch_index += 1
         is_replay = torch.arange(self._batch_size) >= num_new
         whole = {"input_ids": torch.cat(sequences), "is_replay": is_replay}
@@ -305,15 +282,15 @@ class BatchStream:
     @property
     def notes(self) -> tuple[str, ...]:
         """What streamed data leaves out of the batches, a sentence each."""
-        return tuple(getattr(self._new, "notes", ()))
+        return tuple(getattr(self.new, "notes", ()))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the new and the replayed sequences, in plain containers."""
         return {
             "format_version": FORMAT_VERSION,
             "batch_index": self._batch_index,
-            "new": self._new.state_dict(),
-            "replay": None if self._replayed is None else self._replayed.state_dict(),
+            "new": self.new.state_dict(),
+            "replay": None if self.replayed is None else self.replayed.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -327,14 +304,14 @@ class BatchStream:
                 f"data position has format_version={state['format_version']}; "
                 f"this version of Tritter reads {FORMAT_VERSION}."
             )
-        if (state["replay"] is None) != (self._replayed is None):
+        if (state["replay"] is None) != (self.replayed is None):
             raise TritterError(
                 "data position was saved with other replay settings (one run replays, the other "
                 "does not); resume with the forgetting methods of that run."
             )
-        self._new.load_state_dict(state["new"])
-        if self._replayed is not None:
-            self._replayed.load_state_dict(state["replay"])
+        self.new.load_state_dict(state["new"])
+        if self.replayed is not None:
+            self.replayed.load_state_dict(state["replay"])
         self._batch_index = int(state["batch_index"])
 
 

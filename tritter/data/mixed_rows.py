@@ -45,7 +45,7 @@ def mixed_loader(
     old: Mapping[str, Any],
     *,
     mix: Mix,
-    fraction: float,
+    fraction: Fraction,
     batch_size: int,
     seed: int,
     is_floored: bool,
@@ -76,7 +76,7 @@ def mixed_loader(
         stream = SequenceStream(torch.arange(len(new)).view(-1, 1), seed=derived_seed(seed, "new"))
         return mix(BatchStream(stream, batch_size=batch_size), numbers)
 
-    exact = len(new) / (batch_size * (1 - Fraction(str(fraction))))
+    exact = len(new) / (batch_size * (1 - fraction))
     count = max(1, math.floor(exact) if is_floored else math.ceil(exact))
     return _MixedLoader(
         _MixedRows(new, old),

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tritter.data.batches import Sequences, SequenceStream, read_sequences, write_sequences
+from tritter.data.batches import (
+    BatchStream,
+    ExactShare,
+    Sequences,
+    SequenceStream,
+    read_sequences,
+    write_sequences,
+)
 from tritter.data.conversations import PART_BREAK
 from tritter.errors import RequestError, TritterError
 from tritter.seeds import derived_seed
@@ -145,11 +153,7 @@ class Reservoir(Sampler):
         return self.sequences.shape[1]
 
     def add(self, sequences: Tensor, losses: Tensor | None = None) -> None:
-        """Offer sequences [n, T] in order.
-
-        Args:
-            sequences: tokens.
-            losses: loss of each sequence, [n], finite and not negative; defaults to 1.
+        """Offer sequences [n, T] in order, with the loss of each, [n]; the default is 1.
 
         Raises:
             RequestError: lengths differ, or a loss is negative or not finite.
@@ -215,7 +219,7 @@ class ReplayBuffer:
         self,
         streams: Mapping[str, Sequences],
         *,
-        weights: Mapping[str, float] | None = None,
+        weights: Mapping[str, float | Fraction] | None = None,
     ) -> None:
         """Combine the sequences of several domains.
 
@@ -328,11 +332,7 @@ class ReplayBuffer:
         return buffer
 
     def save(self, path: Path, *, extra: Mapping[str, Tensor] | None = None) -> None:
-        """Write the sequences and losses of the reservoirs as safetensors.
-
-        Args:
-            path: the file.
-            extra: additional tensors, which `load` ignores.
+        """Write the reservoirs, and tensors that `load` ignores, as safetensors.
 
         Raises:
             RequestError: a domain is a full data set.
@@ -374,6 +374,28 @@ class ReplayBuffer:
                 f"{', '.join(self.reservoirs) or 'none'}."
             )
         stream.add(sequences, losses)
+
+    def mixed_into(self, batches: BatchStream, fraction: float) -> BatchStream:
+        """Return the loader with this share of each batch from here.
+
+        What the loader already replays keeps its share; both take turns.
+
+        Raises:
+            RequestError: the shares together are not in [0, 1), or lengths differ.
+        """
+        if self.sequence_length != batches.new.sequence_length:
+            raise RequestError(
+                f"data.sequence_length={batches.new.sequence_length}: the replayed sequences have "
+                f"{self.sequence_length} tokens; both need the same length."
+            )
+        mixed, share = copy(batches), ExactShare(fraction)
+        mixed.replayed, mixed.share = self, share
+        if batches.replayed is not None:
+            shares = {"earlier": batches.share.fraction, "added": share.fraction}
+            streams = {"earlier": batches.replayed, "added": self}
+            mixed.replayed = ReplayBuffer(streams, weights=shares)
+            mixed.share = ExactShare(sum(shares.values()))
+        return mixed
 
     def next_sequences(self, count: int) -> Tensor:
         """Return `count` sequences, int64 [count, T], in the domains' shares.

@@ -21,12 +21,12 @@ _Item = TypeVar("_Item")
 NAMES = (
     "Ada", "Carl", "Dora", "Emil", "Finn", "Hugo", "Ida", "Kim", "Max", "Nora", "Otto", "Zoe",
 )  # fmt: skip
-CITIES = (
+_CITIES = (
     "Bern", "Cairo", "Delhi", "Hanoi", "Kyiv", "Lagos", "Lima", "Oslo", "Paris", "Riga", "Rome",
     "Tokyo",
 )  # fmt: skip
-THINGS = ("apples", "books", "cards", "coins", "cups", "eggs", "keys", "pens", "plums", "stones")
-COLORS = ("black", "blue", "brown", "green", "grey", "red", "white", "yellow")
+_THINGS = ("apples", "books", "cards", "coins", "cups", "eggs", "keys", "pens", "plums", "stones")
+_COLORS = ("black", "blue", "brown", "green", "grey", "red", "white", "yellow")
 LETTERS = "abcdefghijklmnop"
 _DAYS = ("today", "tomorrow", "on Monday", "on Tuesday", "on Friday", "on Sunday")
 _LANGUAGES = ("Dutch", "French", "German", "Greek", "Italian", "Polish", "Spanish", "Turkish")
@@ -184,7 +184,7 @@ def arithmetic(draw: Draw) -> Example:
 
 def reasoning(draw: Draw) -> Example:
     """A word problem of two or three steps, and its worked solution."""
-    name, thing = draw.choose(NAMES), draw.choose(THINGS)
+    name, thing = draw.choose(NAMES), draw.choose(_THINGS)
     total = draw.between(2, 9)
     prompt, steps = f"{name} has {total} {thing}", list[str]()
     for _ in range(draw.between(2, 3)):
@@ -204,8 +204,8 @@ def reasoning(draw: Draw) -> Example:
 
 _FIELDS: dict[str, Callable[[Draw], str | int]] = {
     "name": lambda draw: draw.choose(NAMES),
-    "city": lambda draw: draw.choose(CITIES),
-    "color": lambda draw: draw.choose(COLORS),
+    "city": lambda draw: draw.choose(_CITIES),
+    "color": lambda draw: draw.choose(_COLORS),
     "age": lambda draw: draw.between(1, 20),
 }
 
@@ -227,13 +227,13 @@ _Call = tuple[str, str, dict[str, Any]]
 
 
 def _weather(draw: Draw) -> _Call:
-    city, day = draw.choose(CITIES), draw.choose(_DAYS)
+    city, day = draw.choose(_CITIES), draw.choose(_DAYS)
     prompt = f"What is the weather in {city} {day}?"
     return prompt, "weather", {"city": city, "day": day.removeprefix("on ")}
 
 
 def _timer(draw: Draw) -> _Call:
-    minutes, thing = draw.between(1, 20), draw.choose(THINGS)
+    minutes, thing = draw.between(1, 20), draw.choose(_THINGS)
     prompt = f"Set a timer of {minutes} minutes for the {thing}."
     return prompt, "timer", {"minutes": minutes, "label": thing}
 
@@ -248,12 +248,12 @@ def _calculate(draw: Draw) -> _Call:
 
 
 def _translate(draw: Draw) -> _Call:
-    word, language = draw.choose((*THINGS, *COLORS)), draw.choose(_LANGUAGES)
+    word, language = draw.choose((*_THINGS, *_COLORS)), draw.choose(_LANGUAGES)
     return f"Say {word} in {language}.", "translate", {"text": word, "language": language}
 
 
 def _message(draw: Draw) -> _Call:
-    name, thing = draw.choose(NAMES), draw.choose(THINGS)
+    name, thing = draw.choose(NAMES), draw.choose(_THINGS)
     prompt = f"Tell {name} to bring the {thing}."
     return prompt, "message", {"to": name, "text": f"Bring the {thing}."}
 

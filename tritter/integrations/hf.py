@@ -60,7 +60,7 @@ from tritter.storage.writer import TensorStream
 from tritter.targets import Component
 from tritter.training import ForgettingMethod, Preparation, Task, Values
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
-from tritter.training.forgetting_method import WRITTEN
+from tritter.training.forgetting_method import WRITTEN, replayed_share
 from tritter.training.parameters import disk_values
 
 _NAMED = {kind.name: kind for kind in (EWC, OnlineEWC, L2SP, SI, Distill, Replay, SelfReplay)}
@@ -92,11 +92,8 @@ def with_forgetting(
         raise RequestError(Problem("trainer_class", repr(trainer_class), reason=reason))
     components = tuple(_component(method) for method in methods)
     raise_problems(list(_method_problems(components)))
-    return type(
-        f"Forgetting{trainer_class.__name__}",
-        (ForgettingMixin, trainer_class),
-        {"forgetting_components": components, "__doc__": ForgettingMixin.__doc__},
-    )
+    own = {"forgetting_components": components, "__doc__": ForgettingMixin.__doc__}
+    return type(f"Forgetting{trainer_class.__name__}", (ForgettingMixin, trainer_class), own)
 
 
 def _component(method: str | ForgettingMethod) -> Component:
@@ -113,7 +110,7 @@ def _component(method: str | ForgettingMethod) -> Component:
 def _method_problems(components: Sequence[Component]) -> Iterator[Problem]:
     """Yield problems of the methods and their combination."""
     names = [one.name for one in components]
-    mixing = [one.name for one in components if one.kind.needs(one.options).mixes]
+    share = replayed_share(components)
     for one in components:
         if names.count(one.name) > 1:
             yield Problem("methods", one.name, reason="a method may occur only once")
@@ -121,10 +118,11 @@ def _method_problems(components: Sequence[Component]) -> Iterator[Problem]:
         if one.kind.freezes:
             reason = "not available in the Hugging Face Trainer; call requires_grad_(False) instead"
             yield Problem("methods", one.name, reason=reason)
-        if isinstance(one.options, Distill.Options) and one.options.rows == "old" and not mixing:
+        if isinstance(one.options, Distill.Options) and one.options.rows == "old" and not share:
             yield Problem("methods.distill.rows", "old", reason="no method replays old rows")
-    if len(mixing) > 1:
-        yield Problem("methods", names, reason="only one method can mix old rows into the batches")
+    if share >= 1:
+        reason = f"together they replay {float(share):g} of each batch; must be below 1"
+        yield Problem("methods", names, reason=reason)
 
 
 class ForgettingMixin(Trainer):  # in front of the trainer class
@@ -303,7 +301,7 @@ def _trainer_problems(trainer: Trainer, components: Sequence[Component]) -> Iter
     if args.auto_find_batch_size:
         reason = "a retried step would count twice; set per_device_train_batch_size"
         yield Problem("args.auto_find_batch_size", True, reason=reason)
-    if any(_changes_gradients(each) for each in kinds):
+    if any(_overrides(k, "observe_gradients") or _overrides(k, "add_to_gradients") for k in kinds):
         optimizer = str(getattr(args.optim, "value", args.optim))
         if "layerwise" in optimizer or "lomo" in optimizer:
             reason = "it steps within the backward pass, before a penalty can be added"
@@ -319,10 +317,6 @@ def _trainer_problems(trainer: Trainer, components: Sequence[Component]) -> Iter
     if args.torch_compile and Distill in kinds:
         reason = "distillation reads hidden states with a hook; remove one of the two"
         yield Problem("args.torch_compile", True, reason=reason)
-
-
-def _changes_gradients(kind: type[ForgettingMethod]) -> bool:
-    return _overrides(kind, "observe_gradients") or _overrides(kind, "add_to_gradients")
 
 
 def _method_batch(inputs: Mapping[str, Any], is_replay: Tensor | None) -> dict[str, Any]:
@@ -378,9 +372,7 @@ class Forgetting:
     Args:
         trainer: the trainer with model, arguments, data and tokenizer.
         old_data: domain → texts or tokenised rows.
-        sequence_length: see `ForgettingMixin`.
-        gate_documents: see `ForgettingMixin`.
-        retention: see `ForgettingMixin`.
+        sequence_length, gate_documents, retention: see `ForgettingMixin`.
     """
 
     def __init__(
@@ -417,12 +409,13 @@ class Forgetting:
 
     def _data_problems(self) -> Iterator[Problem]:
         writes = any(needs.writes for needs in self._needs)
+        if writes and WRITTEN in self._old:
+            reason = "the name of the text that the model generates; rename this domain"
+            yield Problem("old_data", WRITTEN, reason=reason)
         for one, needs in zip(self._components, self._needs, strict=True):
             if needs.old_text and not (self._old or writes or self._has_saved_state(needs.instead)):
-                reason = (
-                    f"{one.name} needs old_data: texts or tokenised rows; without old data use "
-                    "l2sp, distill or self_replay"
-                )
+                reason = f"{one.name} needs old_data: texts or tokenised rows; "
+                reason += "without old data use l2sp, distill or self_replay"
                 yield Problem("old_data", None, reason=reason)
             for name in getattr(one.options, "weights", None) or {}:
                 if name not in self._old:
@@ -447,24 +440,29 @@ class Forgetting:
 
     def mix_loader(self, loader: Any) -> Any:
         """Return a loader with old rows mixed in if a method replays them."""
-        mixing = [m for m, needs in zip(self.methods, self._needs, strict=False) if needs.mixes]
+        mixing = [needs for needs in self._needs if needs.mixes]
         if not (self.is_running and mixing):
             return loader
-        (method,), args, seed = mixing, self._trainer.args, self._task.seed
-        old: dict[str, Any] = {WRITTEN: self._task.written}
-        if not method.needs(method.options).writes:
-            texts = {name for name, data in self._old.items() if isinstance(data, tuple)}
-            old = {n: self._sequences[n] if n in texts else data for n, data in self._old.items()}
+        args, seed = self._trainer.args, self._task.seed
+        old: dict[str, Any] = {}
+        if any(needs.old_text for needs in mixing):
+            for name, data in self._old.items():  # only texts are packed
+                old[name] = self._sequences[name] if isinstance(data, tuple) else data
+        if self._task.written is not None:
+            old[WRITTEN] = self._task.written
 
         def mix(stream: BatchStream, numbers: Mapping[str, Tensor]) -> BatchStream:
-            written = numbers.get(WRITTEN)
-            return method.mix(stream, Task(seed=seed, old_sequences=numbers, written=written))
+            given = {name: each for name, each in numbers.items() if name != WRITTEN} or numbers
+            task = Task(seed=seed, old_sequences=given, written=numbers.get(WRITTEN))
+            for method in self.methods:
+                stream = method.mix(stream, task)
+            return stream
 
         return mixed_loader(
             loader,
             old,
             mix=mix,
-            fraction=method.options.fraction,
+            fraction=replayed_share(self._components),
             batch_size=args.train_batch_size * args.world_size,
             seed=seed,
             is_floored=args.dataloader_drop_last,

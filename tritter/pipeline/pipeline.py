@@ -61,6 +61,7 @@ from tritter.report.tables import print_summary
 from tritter.storage.atomic import write_text_atomic
 from tritter.terminal import Console
 from tritter.training import metrics_files
+from tritter.training.forgetting_method import replayed_share
 
 _SUMMARY_NAME = "summary.json"
 
@@ -445,9 +446,7 @@ def next_commands(
     wandb = config.logger.wandb
     if wandb is not None and wandb.mode == "offline":
         runs = tool_command("wandb", ["sync", str(folder / "wandb")])
-        lines.append(
-            f"{runs}/offline-run-*   # upload to W&B"
-        )  # unquoted, so that the shell expands it
+        lines.append(f"{runs}/offline-run-*   # upload to W&B")  # unquoted: the shell expands it
     return lines
 
 
@@ -473,12 +472,13 @@ def _after_rollback(config: RunConfig, summary: Summary) -> Advice:
     failed = {check.check for check in summary.gate if check.verdict == "failed"}
     names = [options.name for options in config.forgetting]
     if failed & {"retention", "long_windows"}:
-        replay = next((one for one in config.forgetting if one.kind.needs(one.options).mixes), None)
-        if replay is None:
+        mixing = [one for one in config.forgetting if one.kind.needs(one.options).mixes]
+        room = _MAX_FRACTION - float(replayed_share(mixing))
+        if not mixing:
             yield {"forgetting": _override_value([*names, "replay"])}, "mix in old data"
-        elif (fraction := getattr(replay.options, "fraction", 1.0)) < _MAX_FRACTION:
-            more = min(_MAX_FRACTION, 2 * fraction)
-            yield {f"forgetting.{replay.name}.fraction": f"{more:g}"}, "mix in more old data"
+        elif room > 0 and (fraction := getattr(mixing[0].options, "fraction", 0)):
+            more = f"{fraction + min(room, fraction):g}"
+            yield {f"forgetting.{mixing[0].name}.fraction": more}, "mix in more old data"
         # Best combination with replay: experiments/2026-11-21_forgetting_methods
         has_tokens = vocab_place(config.expansion) is not None  # which no teacher knows
         if "distill" not in names and config.experts is None and not has_tokens:

@@ -79,7 +79,7 @@ def run(
     stream = SequenceStream(SEQUENCES, seed=0)
     batches = BatchStream(stream, batch_size=4, num_batches=steps * gathered)
     if replayed:
-        batches = batches.with_replay(ReplayBuffer.of_domains({"old": SEQUENCES}, seed=1), replayed)
+        batches = ReplayBuffer.of_domains({"old": SEQUENCES}, seed=1).mixed_into(batches, replayed)
     return fit(
         module,
         batches,

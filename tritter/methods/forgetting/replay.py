@@ -318,7 +318,7 @@ class Replay(ForgettingMethod):
             weights=self.options.weights,
             losses=task.old_losses if self.options.weighting == "loss" else None,
         )
-        return batches.with_replay(buffer, self.options.fraction)
+        return buffer.mixed_into(batches, self.options.fraction)
 
 
 # Self-replay (arXiv 2605.26097): the model generates its own old data before it learns new data.
@@ -463,7 +463,7 @@ class SelfReplay(ForgettingMethod):
         if self.options.fraction == 0:
             return batches
         buffer = ReplayBuffer.of_domains({"written": task.written}, seed=task.seed)
-        return batches.with_replay(buffer, self.options.fraction)
+        return buffer.mixed_into(batches, self.options.fraction)
 
 
 _WORDS = {
