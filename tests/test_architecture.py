@@ -89,7 +89,7 @@ RATCHET = {
     "data": (26, 9_304),
     "evaluation": (17, 4_395),
     "integrations": (2, 773),
-    "methods": (48, 12_552),
+    "methods": (48, 12_551),
     "pipeline": (26, 7_304),
     "planning": (9, 2_279),
     "report": (14, 4_309),

@@ -194,14 +194,12 @@ class Dispatch:
 
     Args:
         weights: [N, n], gates.
-        tokens: int64 [P], flat token index of each choice, sorted by expert and then token; None:
-            every expert processes every token.
-        choices: for each expert, the slice of its choices in `tokens`.
+        tokens: for each expert, the flat indices of its tokens, int64; None: every expert
+            processes every token.
     """
 
     weights: Tensor
-    tokens: Tensor | None
-    choices: tuple[slice, ...] = ()
+    tokens: tuple[Tensor, ...] | None
 
     @classmethod
     def of(cls, gates: Gates) -> "Dispatch":
@@ -211,9 +209,7 @@ class Dispatch:
             return cls(weights, None)
         experts, tokens = gates.chosen.flatten(0, -2).T.nonzero(as_tuple=True)
         counts = experts.bincount(minlength=weights.shape[1]).tolist()
-        ends = torch.tensor([0, *counts]).cumsum(0).tolist()
-        slices = tuple(slice(*ends[number : number + 2]) for number in range(len(counts)))
-        return cls(weights, tokens, slices)
+        return cls(weights, tokens.split(counts))
 
     def last(self, batch: int, length: int) -> "Dispatch":
         """Return the dispatch of the last tokens of each sequence, as needed by the head.
@@ -226,13 +222,11 @@ class Dispatch:
         weights = self.weights.unflatten(0, (batch, own))[:, own - length :].flatten(0, 1)
         if self.tokens is None:
             return Dispatch(weights, None)
-        kept, choices, end = [], [], 0
-        for choice in self.choices:
-            tokens = self.tokens[choice]
+        kept = []
+        for tokens in self.tokens:
             sequence, position = tokens // own, tokens % own - (own - length)
             kept.append((sequence * length + position)[position >= 0])
-            choices.append(slice(end, end := end + len(kept[-1])))
-        return Dispatch(weights, torch.cat(kept), tuple(choices))
+        return Dispatch(weights, tuple(kept))
 
 
 def mixture_output(inputs: Tensor, factors: Mapping[int, Factors], dispatch: Dispatch) -> Tensor:
@@ -267,20 +261,28 @@ def mixture_output(inputs: Tensor, factors: Mapping[int, Factors], dispatch: Dis
         else:  # separate look-ups, so that no [R, V] copy is made
             low = torch.cat([_low(tokens, each) for each in factors.values()], dim=1)
         added = linear(low * torch.cat(gates, dim=1), up)
-    else:  # each expert for its own tokens, with one gather and one scatter
-        assigned = [dispatch.tokens[dispatch.choices[number]] for number in factors]
-        is_everywhere = len(factors) == len(dispatch.choices)
-        where = dispatch.tokens if is_everywhere else torch.cat(assigned)
-        gathered = tokens.index_select(0, where).split([len(own) for own in assigned])
-        parts = []
-        for own, chosen, (number, each) in zip(assigned, gathered, factors.items(), strict=True):
-            gate = (weights[own, number] * each.scaling).unsqueeze(-1)  # [n_e, 1]
-            parts.append(linear(_low(chosen, each) * gate, each.up))  # [n_e, out]
-        summed = torch.cat(parts)
-        added = summed.new_zeros(len(tokens), summed.shape[1]).index_add(0, where, summed)
+    else:
+        added = _chosen_output(tokens, factors, weights, dispatch)
     if example.gain is not None:  # the gain belongs to the layer
         added = added * example.gain.to(added.dtype)
     return added.unflatten(0, shape)
+
+
+def _chosen_output(
+    tokens: Tensor, factors: Mapping[int, Factors], weights: Tensor, dispatch: Dispatch
+) -> Tensor:
+    """Return the sum over the experts of each token, [N, out]; each computes its own tokens."""
+    assert dispatch.tokens is not None
+    assigned = [dispatch.tokens[number] for number in factors]
+    gathered = tokens.index_select(0, torch.cat(assigned)).split([len(own) for own in assigned])
+    added: Tensor | None = None  # in the dtype of the products, which autocast may choose
+    for own, inner, (number, each) in zip(assigned, gathered, factors.items(), strict=True):
+        gate = (weights[own, number] * each.scaling).unsqueeze(-1)  # [n_e, 1]
+        part = linear(_low(inner, each) * gate, each.up)  # [n_e, out]
+        added = part.new_zeros(len(tokens), part.shape[1]) if added is None else added
+        added.index_add_(0, own, part)  # one by one: k rows per token of a head are large
+    assert added is not None
+    return added
 
 
 def _low(tokens: Tensor, factors: Factors) -> Tensor:
@@ -536,7 +538,7 @@ class ExpertMixture:
             raise RequestError("experts.router=evidence needs token ids (input_ids).")
         ids = ids_of(ids)
         if self._only_expert is not None:
-            self._whole.dispatch = self._only(ids)
+            self._whole.dispatch = self._only(ids, self._only_expert)
             return
         seen, mask, cache = ids, kwargs.get("attention_mask"), cache_in(kwargs)
         if mask is not None and mask.ndim == 2:
@@ -581,7 +583,7 @@ class ExpertMixture:
             return
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         if self._only_expert is not None:
-            mix.dispatch = self._only(hidden[..., 0])
+            mix.dispatch = self._only(hidden[..., 0], self._only_expert)
             return
         assert mix.router is not None
         logits = mix.router(hidden)
@@ -598,16 +600,13 @@ class ExpertMixture:
             logits = logits.masked_fill(is_excluded, -torch.inf)
         return gates_of(logits, self.routing, is_training=is_training, is_dense=is_dense)
 
-    def _only(self, tokens: Tensor) -> Dispatch:
+    def _only(self, tokens: Tensor, expert: str) -> Dispatch:
         """Return the dispatch if one expert processes every token of [B, T]."""
-        assert self._only_expert is not None
-        number = self.names.index(self._only_expert)
-        all_tokens = torch.arange(tokens.numel(), device=tokens.device)
-        weights = torch.zeros(len(all_tokens), len(self.names), device=tokens.device)
-        weights[:, number] = 1.0
-        choices = [slice(0, 0)] * len(self.names)
-        choices[number] = slice(0, len(all_tokens))
-        return Dispatch(weights, all_tokens, tuple(choices))
+        every = torch.arange(tokens.numel(), device=tokens.device)
+        weights = torch.zeros(len(every), len(self.names), device=tokens.device)
+        weights[:, self.names.index(expert)] = 1.0
+        own = (every if name == expert else every[:0] for name in self.names)
+        return Dispatch(weights, tuple(own))
 
     def _add(self, mix: _Mix, layer: LoraLinear, args: Sequence[Any], output: Tensor) -> Tensor:
         dispatch = mix.dispatch
