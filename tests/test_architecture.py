@@ -90,7 +90,7 @@ RATCHET = {
     "evaluation": (17, 4_395),
     "integrations": (2, 773),
     "methods": (48, 12_551),
-    "pipeline": (26, 7_304),
+    "pipeline": (26, 7_301),
     "planning": (9, 2_279),
     "report": (14, 4_309),
     "storage": (10, 2_123),

@@ -49,8 +49,7 @@ def load_start(run: Run, branch: Branch, source: Source) -> nn.Module:
     with run.waiting("loading the model"):
         if method is None:
             return load_model(source.folder, model=source.model)
-        bits = method.options.base_bits
-        return load_whole(source.folder, model=source.model, base_bits=bits)
+        return load_whole(source.folder, model=source.model, base_bits=method.options.base_bits)
 
 
 def add_to(run: Run, branch: Branch, trainee: Trainee, *, max_steps: int) -> None:
@@ -140,11 +139,13 @@ def _resume(run: Run, branch: Branch, mixture: ExpertMixture, method: Experts) -
             f"{'one router' if mixture.is_shared else 'a router for each layer'}."
         )
     if mixture.evidence is not None:
-        evidence = mixture.evidence
-        evidence.prior, evidence.inner_prior = options.prior, options.inner_prior
-        evidence.scale, evidence.window = options.evidence_scale, options.evidence_window
-    recorded = mixture.extra.get("boundaries")
-    if recorded is not None and recorded != options.boundaries:
+        given = {"prior": options.prior, "inner_prior": options.inner_prior}
+        given |= {"scale": options.evidence_scale, "window": options.evidence_window}
+        for name, value in given.items():
+            if (stored := getattr(mixture.evidence, name)) != value:
+                run.say("experts", f"router: {name} {value} instead of the checkpoint's {stored}")
+            setattr(mixture.evidence, name, value)
+    if (recorded := mixture.extra.get("boundaries") or options.boundaries) != options.boundaries:
         raise RequestError(
             f"experts.boundaries = {options.boundaries}: the checkpoint was trained with "
             f"{recorded}; use experts.boundaries={recorded}."

@@ -184,11 +184,7 @@ def _run_candidates(run: Run) -> list[Candidate]:
         if first.attempt > 1:
             overrides = " ".join(each.overrides)
             run.say("attempt", f"{number} of {len(planned)}, from the baseline: {overrides}")
-        so_far = (
-            [branch for candidate in tried for branch in candidate.branches]
-            if first.is_round
-            else []
-        )
+        so_far = [branch for before in tried if first.is_round for branch in before.branches]
         candidate = replace(each, branches=_run_tasks(each.run, each.branches, so_far=so_far))
         tried.append(candidate)
         candidate.run.stage(first.key("gate"), partial(verdict.gate, candidate), label="gate")
