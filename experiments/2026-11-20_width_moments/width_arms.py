@@ -153,7 +153,7 @@ def batches_of(arm: Arm, base: Base, sizes: Sizes) -> BatchStream:
     prose = sequences("prose", "train", seed=arm.seed, sizes=sizes)
     order = SequenceStream(code, seed=derived_seed(arm.seed, "code"))
     replayed = ReplayBuffer.of_domains({"old": prose}, seed=arm.seed)
-    return BatchStream(order, batch_size=sizes.batch_size).with_replay(replayed, 0.25)
+    return replayed.mixed_into(BatchStream(order, batch_size=sizes.batch_size), 0.25)
 
 
 def optimizer_of(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:

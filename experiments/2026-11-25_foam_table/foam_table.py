@@ -55,6 +55,7 @@ ORDINARY = 100  # questions that need no skill
 REPLAY, FREE = ["forgetting=replay"], ["forgetting=none"]
 NARROW = "expansion.width.intermediate_size=2304"  # 1.5 times that of the source
 PEFT = "LoRA of PEFT"  # on the batches and at the rate and rank of `LoRA`
+WEB = "distill, self_replay, web"  # and a quarter of each batch is web text
 # Arm → overrides
 ARMS = {
     "fine-tuning": FREE,
@@ -74,6 +75,8 @@ ARMS = {
     "distill, self_replay": ["forgetting=[distill,self_replay]"],
     "distill, self_replay, half": ["forgetting=[distill,self_replay]",
                                    "forgetting.self_replay.fraction=0.5"],
+    WEB: ["forgetting=[distill,self_replay,replay]", "forgetting.replay.fraction=0.25",
+          "forgetting.replay.weights={arc: 0, dolly: 0}"],
     "foam, distill, self_replay": ["growth=foam", "forgetting=[distill,self_replay]"],
     "new blocks, distill, self_replay": ["expansion=llama_pro",
                                          "expansion.llama_pro.new_blocks_only=true",
@@ -134,7 +137,8 @@ def words_of(options: Any, arm: str, seed: int) -> list[str]:
     )
     words = [*TRAINER, "model=hf", f"model.path={options.model}", "data=text"]
     words += [f"data.new={{{new}}}"]
-    words += [f"data.old={{arc: [{memory}], dolly: {options.work / 'dolly.jsonl'}}}"]
+    web = f", web: {options.data / 'text/c4_demo_300.jsonl'}" if arm == WEB else ""
+    words += [f"data.old={{arc: [{memory}], dolly: {options.work / 'dolly.jsonl'}{web}}}"]
     words += [f"data.sequence_length={SEQUENCE_LENGTH}", f"data.batch_size={BATCH_SIZE}"]
     words += [f"training.max_steps={steps_of(options, arm)}", f"seed={seed}", "gate=off"]
     words += [f"training.learning_rate={options.rate}", "evaluation.every_n_steps=0"]

@@ -265,6 +265,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
         "required by ewc", "let the model generate it (forgetting=[self_replay,l2sp,ewc])"
     ),
     f"{HF} data=text data.new=@new forgetting=replay": ("(forgetting=self_replay)",),
+    f"{HF} data=text data.new=@new forgetting=[replay,self_replay]": ("required by replay",),
     f"{HF} data=text data.new=@new forgetting=[ewc,si]": ("required by ewc and si",),
 }  # fmt: skip
 

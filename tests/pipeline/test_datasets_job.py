@@ -48,7 +48,7 @@ def test_a_run_on_data_sets_and_another_after_it(
 
     def kept(data: RunData, *rest: object, **options: object) -> object:
         stream = batches(data, *rest, **options)  # type: ignore[arg-type]
-        streams.append(stream._new)
+        streams.append(stream.new)
         return stream
 
     monkeypatch.setattr(RunData, "batches", kept)

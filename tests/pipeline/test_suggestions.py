@@ -93,6 +93,11 @@ def test_rolled_back(commands: Callable[..., list[str]]) -> None:
     assert "forgetting=replay" in commands("rolled_back", failed, words=("forgetting=none",))[0]
     own = commands("rolled_back", failed, words=("forgetting=self_replay",))
     assert "forgetting.self_replay.fraction=0.5" in own[0]
+    both = ("forgetting=[self_replay,replay]", "forgetting.replay.fraction=0.1")
+    assert "forgetting.replay.fraction=0.2" in commands("rolled_back", failed, words=both)[0]
+    only_text = ("forgetting=[ewc,self_replay]", "forgetting.self_replay.fraction=0")
+    first = commands("rolled_back", failed, words=only_text)[0]
+    assert "'forgetting=[ewc,self_replay,replay]'" in first
     by_tokens = commands("rolled_back", check("new_capability", "failed"),
                          words=("training.max_tokens=80k",))  # fmt: skip
     assert "training.max_tokens=160000" in by_tokens[0]

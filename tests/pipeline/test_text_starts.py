@@ -247,6 +247,8 @@ def test_a_run_and_the_next_one(base: Path, tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     "words",
     [
+        ["forgetting=self_replay", "forgetting.self_replay.num_sequences=16",
+         "forgetting.self_replay.min_distinct=0"],
         ["forgetting=[replay,self_replay]", "forgetting.self_replay.num_sequences=16",
          "forgetting.self_replay.min_distinct=0"],
         ["forgetting=[distill,si]", "data.packing=documents"],

@@ -407,8 +407,9 @@ def method_problems(config: RunConfig) -> Iterator[Problem]:
         reason = "they protect weights of the base, which is frozen; with experts, choose "
         yield Problem("forgetting", weighty, reason=f"{reason}{allowed} or self_replay")
     if (share := replayed_share(config.forgetting)) >= 1:
-        reason = f"together they replay {float(share):g} of each batch; must be below 1"
-        yield Problem("forgetting", [one.name for one in config.forgetting], reason=reason)
+        mixing = [one for one in config.forgetting if one.kind.needs(one.options).mixes]
+        keys = [f"forgetting.{one.name}.fraction" for one in mixing]
+        yield Problem(" + ".join(keys), float(share), reason="the sum must be below 1")
 
 
 def _data_problems(config: RunConfig) -> Iterator[Problem]:
@@ -448,15 +449,14 @@ def old_data_problems(config: RunConfig, text: RunText, folder: Path) -> Iterato
         if needs.old_text
         and not text.kept_sequences.sequences
         and not (needs.instead and state_kinds_of(folder) >= set(needs.instead))
+        and not any(needs.can_read_text_of(other) for other in needs_of.values())
     ]
-    if needing and not any(needs.writes for needs in needs_of.values()):
+    if needing:
         others = [name for name, needs in needs_of.items() if not needs.mixes]
         # self_replay needs no old data and replaces other replay methods
         writing = f"[{','.join(['self_replay', *others])}]" if others else "self_replay"
-        reason = (
-            f"it is required by {' and '.join(needing)}; set it, let the model generate it "
-            f"(forgetting={writing}), or choose forgetting=none"
-        )
+        reason = f"it is required by {' and '.join(needing)}; set it, let the model generate it "
+        reason += f"(forgetting={writing}), or choose forgetting=none"
         yield Problem("data.old", typed, reason=reason)
 
 

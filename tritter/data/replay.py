@@ -376,9 +376,9 @@ class ReplayBuffer:
         stream.add(sequences, losses)
 
     def mixed_into(self, batches: BatchStream, fraction: float) -> BatchStream:
-        """Return the loader with this share of each batch from here.
+        """Return a loader that draws `fraction` of each batch from this buffer.
 
-        What the loader already replays keeps its share; both take turns.
+        An earlier buffer of the loader keeps its share; the two take turns.
 
         Raises:
             RequestError: the shares together are not in [0, 1), or lengths differ.
@@ -391,8 +391,8 @@ class ReplayBuffer:
         mixed, share = copy(batches), ExactShare(fraction)
         mixed.replayed, mixed.share = self, share
         if batches.replayed is not None:
-            shares = {"earlier": batches.share.fraction, "added": share.fraction}
-            streams = {"earlier": batches.replayed, "added": self}
+            shares = {"first method": batches.share.fraction, "second method": share.fraction}
+            streams = {"first method": batches.replayed, "second method": self}
             mixed.replayed = ReplayBuffer(streams, weights=shares)
             mixed.share = ExactShare(sum(shares.values()))
         return mixed

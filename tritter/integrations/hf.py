@@ -110,7 +110,7 @@ def _component(method: str | ForgettingMethod) -> Component:
 def _method_problems(components: Sequence[Component]) -> Iterator[Problem]:
     """Yield problems of the methods and their combination."""
     names = [one.name for one in components]
-    share = replayed_share(components)
+    mixing = [one for one in components if one.kind.needs(one.options).mixes]
     for one in components:
         if names.count(one.name) > 1:
             yield Problem("methods", one.name, reason="a method may occur only once")
@@ -118,11 +118,11 @@ def _method_problems(components: Sequence[Component]) -> Iterator[Problem]:
         if one.kind.freezes:
             reason = "not available in the Hugging Face Trainer; call requires_grad_(False) instead"
             yield Problem("methods", one.name, reason=reason)
-        if isinstance(one.options, Distill.Options) and one.options.rows == "old" and not share:
+        if isinstance(one.options, Distill.Options) and one.options.rows == "old" and not mixing:
             yield Problem("methods.distill.rows", "old", reason="no method replays old rows")
-    if share >= 1:
-        reason = f"together they replay {float(share):g} of each batch; must be below 1"
-        yield Problem("methods", names, reason=reason)
+    if (share := replayed_share(mixing)) >= 1:
+        keys = [f"methods.{one.name}.fraction" for one in mixing]
+        yield Problem(" + ".join(keys), float(share), reason="the sum must be below 1")
 
 
 class ForgettingMixin(Trainer):  # in front of the trainer class
@@ -408,12 +408,12 @@ class Forgetting:
         raise_problems(list(self._data_problems()))
 
     def _data_problems(self) -> Iterator[Problem]:
-        writes = any(needs.writes for needs in self._needs)
-        if writes and WRITTEN in self._old:
+        if WRITTEN in self._old and any(needs.writes for needs in self._needs):
             reason = "the name of the text that the model generates; rename this domain"
             yield Problem("old_data", WRITTEN, reason=reason)
         for one, needs in zip(self._components, self._needs, strict=True):
-            if needs.old_text and not (self._old or writes or self._has_saved_state(needs.instead)):
+            is_known = self._old or self._has_saved_state(needs.instead)
+            if needs.old_text and not (is_known or any(map(needs.can_read_text_of, self._needs))):
                 reason = f"{one.name} needs old_data: texts or tokenised rows; "
                 reason += "without old data use l2sp, distill or self_replay"
                 yield Problem("old_data", None, reason=reason)
@@ -452,9 +452,9 @@ class Forgetting:
             old[WRITTEN] = self._task.written
 
         def mix(stream: BatchStream, numbers: Mapping[str, Tensor]) -> BatchStream:
-            given = {name: each for name, each in numbers.items() if name != WRITTEN} or numbers
-            task = Task(seed=seed, old_sequences=given, written=numbers.get(WRITTEN))
-            for method in self.methods:
+            rows = {name: each for name, each in numbers.items() if name != WRITTEN} or numbers
+            task = Task(seed=seed, old_sequences=rows, written=numbers.get(WRITTEN))
+            for method in sorted(self.methods, key=lambda method: method.name):
                 stream = method.mix(stream, task)
             return stream
 

@@ -139,11 +139,11 @@ def _resume(run: Run, branch: Branch, mixture: ExpertMixture, method: Experts) -
             f"{'one router' if mixture.is_shared else 'a router for each layer'}."
         )
     if mixture.evidence is not None:
-        given = {"prior": options.prior, "inner_prior": options.inner_prior}
-        given |= {"scale": options.evidence_scale, "window": options.evidence_window}
-        for name, value in given.items():
+        for key in ("prior", "inner_prior", "evidence_scale", "evidence_window"):
+            name, value = key.removeprefix("evidence_"), getattr(options, key)
             if (stored := getattr(mixture.evidence, name)) != value:
-                run.say("experts", f"router: {name} {value} instead of the checkpoint's {stored}")
+                change = f"experts.{key} = {value} (in the checkpoint: {stored})"
+                run.say("experts", change.replace("None", "null"))
             setattr(mixture.evidence, name, value)
     if (recorded := mixture.extra.get("boundaries") or options.boundaries) != options.boundaries:
         raise RequestError(

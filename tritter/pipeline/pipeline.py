@@ -414,9 +414,7 @@ def next_commands(
     """
     advice = {"rolled_back": _after_rollback, "undecided": _after_undecided}
     changes = advice.get(summary.status, _after_kept)(config, summary)
-    typed = [
-        override for override in overrides if override.partition("=")[0].lstrip("+") != "resume"
-    ]
+    typed = [each for each in overrides if each.partition("=")[0].lstrip("+") != "resume"]
     lines = []
     for change, why in changes:
         # Options of a replaced method are removed with it
@@ -472,9 +470,11 @@ def _after_rollback(config: RunConfig, summary: Summary) -> Advice:
         room = _MAX_FRACTION - float(replayed_share(mixing))
         if not mixing:
             yield {"forgetting": _override_value([*names, "replay"])}, "mix in old data"
-        elif room > 0 and (fraction := getattr(mixing[0].options, "fraction", 0)):
+        elif room > 0:
+            replay = max(mixing, key=lambda one: one.kind.needs(one.options).old_text)  # real data
+            fraction = getattr(replay.options, "fraction", 0.0)
             more = f"{fraction + min(room, fraction):g}"
-            yield {f"forgetting.{mixing[0].name}.fraction": more}, "mix in more old data"
+            yield {f"forgetting.{replay.name}.fraction": more}, "mix in more old data"
         # Best combination with replay: experiments/2026-11-21_forgetting_methods
         has_tokens = vocab_place(config.expansion) is not None  # which no teacher knows
         if "distill" not in names and config.experts is None and not has_tokens:

@@ -1,19 +1,27 @@
 """A mixture on stock models: matches PEFT, per token and causal, chosen experts only."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.methods.experts.mixtures import TARGETS, mixture_of
 from tests.oracle import tiny_llama, tokens
 from tests.oracle.families import tiny
 from tritter.errors import RequestError
-from tritter.methods.experts.adapters import AdapterShape, adapted_layers, base_name, parameters_of
-from tritter.methods.experts.gates import Routing
-from tritter.methods.experts.mixture import Dispatch, ExpertMixture
+from tritter.methods.experts.adapters import (
+    AdapterShape,
+    Factors,
+    adapted_layers,
+    base_name,
+    parameters_of,
+)
+from tritter.methods.experts.gates import Routing, gates_of
+from tritter.methods.experts.mixture import Dispatch, ExpertMixture, mixture_output
 
 MODES = [Routing(), Routing(top_k=2), Routing(top_k=1), Routing(top_k=2, temperature=0.5)]
 
@@ -124,8 +132,35 @@ def test_choices_are_each_computed_once() -> None:
         dispatch = Dispatch.of(gates)
         assert dispatch.tokens is not None and gates.chosen is not None
         chosen = gates.chosen.flatten(0, -2)
+        assert len(dispatch.tokens) == chosen.shape[1]
         for number, own in enumerate(dispatch.tokens):
             assert own.tolist() == chosen[:, number].nonzero()[:, 0].tolist()
+
+
+class LargestOutput(TorchDispatchMode):
+    """Records the largest number of rows of a tensor with `width` columns."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.rows = width, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.shape[-1:] == (self.width,):
+            self.rows = max(self.rows, result.numel() // self.width)
+        return result
+
+
+def test_chosen_experts_never_have_a_row_of_the_output_for_each_choice() -> None:
+    """Two of three experts per token: a head of 1,000 tokens would have 2 · 40 rows."""
+    parts = {n: Factors(torch.randn(2, 6), torch.randn(1000, 2), 1.0) for n in range(3)}
+    inputs = torch.randn(1, 40, 6)
+    gates = gates_of(torch.randn(1, 40, 3), Routing(top_k=2))
+    with LargestOutput(1000) as largest:
+        found = mixture_output(inputs, parts, Dispatch.of(gates))
+    assert largest.rows == 40
+    expected = sum(gates.weights[..., [n]] * (inputs @ parts[n].delta().T) for n in parts)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.quick_cases(1)

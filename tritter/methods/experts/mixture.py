@@ -280,7 +280,7 @@ def _chosen_output(
         gate = (weights[own, number] * each.scaling).unsqueeze(-1)  # [n_e, 1]
         part = linear(_low(inner, each) * gate, each.up)  # [n_e, out]
         added = part.new_zeros(len(tokens), part.shape[1]) if added is None else added
-        added.index_add_(0, own, part)  # one by one: k rows per token of a head are large
+        added.index_add_(0, own, part)  # joined, k rows per token of a head are large
     assert added is not None
     return added
 

@@ -377,7 +377,7 @@ class SelfReplay(ForgettingMethod):
 
     @classmethod
     def needs(cls, options: Any) -> Needs:
-        return Needs(writes=True, mixes=True)
+        return Needs(writes=True, mixes=options.fraction > 0)
 
     @classmethod
     def problems(cls, options: Any, run: RunRequest) -> Iterator[Problem]:
