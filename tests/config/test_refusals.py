@@ -104,7 +104,8 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "forgetting.replay.fraction=0": ("forgetting.replay.fraction = 0.0", "remove replay"),
     "forgetting=self_replay forgetting.self_replay.fraction=0": ("remove self_replay",),
     "forgetting=[replay,self_replay] forgetting.replay.fraction=0.75": (
-        "forgetting.replay.fraction + forgetting.self_replay.fraction = 1.0: the sum must be below 1",
+        "forgetting.replay.fraction + forgetting.self_replay.fraction = 1.0",
+        "the sum must be below 1",
     ),
     "trainer.precision=bf16-mixd": ("trainer.precision = bf16-mixd", "Did you mean bf16-mixed?"),
     "trainer.precision=16-mixed": ("trainer.precision = 16-mixed", "bf16-mixed"),
