@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,16 +96,7 @@ COLUMNS = ("seed", "arm", "rate", "steps", "device", "flops", "trainable", *CHAN
 
 def main() -> None:
     """Run every arm for every seed."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True, help="SmolLM2-135M-Instruct")
-    parser.add_argument("--data", type=Path, required=True, help="benchmarks and instructions")
-    parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "foam_table")
-    parser.add_argument("--output", type=Path, default=FOLDER / "results.csv")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--steps", type=int, default=300, help="of an arm without growth")
-    parser.add_argument("--rate", type=float, default=1e-4)
-    parser.add_argument("--precision", default="bf16-mixed", help="of training")
+    parser = parser_of(ARMS, FOLDER / "results.csv", description=__doc__)
     parser.add_argument("--limit", type=int, help="questions of each benchmark, for a trial")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -115,6 +107,23 @@ def main() -> None:
             own["steps"] = str(steps_of(options, arm))
             if not any(own.items() <= row.items() for row in rows_of(options.output)):
                 run_arm(options, arm, seed)
+
+
+def parser_of(
+    arms: Iterable[str], output: Path, *, description: str | None
+) -> argparse.ArgumentParser:
+    """Return the options of an experiment with these arms."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--model", type=Path, required=True, help="SmolLM2-135M-Instruct")
+    parser.add_argument("--data", type=Path, required=True, help="benchmarks and instructions")
+    parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "foam_table")
+    parser.add_argument("--output", type=Path, default=output)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=list(arms), default=list(arms))
+    parser.add_argument("--steps", type=int, default=300, help="of an arm without growth")
+    parser.add_argument("--rate", type=float, default=1e-4)
+    parser.add_argument("--precision", default="bf16-mixed", help="of training")
+    return parser
 
 
 def prepare(options: Any) -> None:
