@@ -6,7 +6,6 @@ The accuracy on 1,000 passages is uncertain by 1.7 points. The log-probability o
 shows smaller changes. Runs that are already in the file are skipped.
 """
 
-import argparse
 import gzip
 import json
 import shutil
@@ -17,7 +16,7 @@ import foam_table  # the arms; it also makes the repository importable
 import torch
 from torch import Tensor
 
-from experiments.jobs import ROOT, append, rows_of, train
+from experiments.jobs import append, rows_of, train
 from experiments.scores import DEVICE, DEVICE_NAME
 from tritter.core.models import load_model, load_tokenizer
 
@@ -32,31 +31,14 @@ ARMS: dict[str, tuple[str, list[str]]] = {
     f"{HALF}, top_p 0.9": (HALF, ["forgetting.self_replay.top_p=0.9"]),
 }
 COLUMNS = (
-    "seed",
-    "arm",
-    "rate",
-    "steps",
-    "device",
-    "measure",
-    "before",
-    "after",
-    "change",
-    "plus_minus",
-)
+    "seed", "arm", "rate", "steps", "device", "measure", "before", "after", "change", "plus_minus",
+)  # fmt: skip
 
 
 def main() -> None:
     """Train each arm, and compare the last words with those of the initial model."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True, help="SmolLM2-135M-Instruct")
-    parser.add_argument("--data", type=Path, required=True, help="benchmarks and instructions")
-    parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "foam_table")
-    parser.add_argument("--output", type=Path, default=FOLDER / "last_words.csv")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[2])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--rate", type=float, default=2e-4)
-    parser.add_argument("--precision", default="bf16-mixed", help="of training")
+    parser = foam_table.parser_of(ARMS, FOLDER / "last_words.csv", description=__doc__)
+    parser.set_defaults(seeds=[2], steps=150, rate=2e-4)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     foam_table.prepare(options)
@@ -105,10 +87,8 @@ def scores_of(model: Path, data: Path) -> dict[str, Tensor]:
     passages = []
     for number, text in enumerate(texts):
         start, _, word = text.rpartition(" ")
-        parts = (
-            tokenizer(part, add_special_tokens=False).input_ids for part in (start, f" {word}")
-        )
-        passages.append((number, *parts))
+        start_ids, word_ids = tokenizer([start, f" {word}"], add_special_tokens=False).input_ids
+        passages.append((number, start_ids, word_ids))
     passages.sort(key=lambda passage: -len(passage[1]))
     for first in range(0, len(passages), BATCH_SIZE):
         batch = passages[first : first + BATCH_SIZE]
@@ -117,7 +97,7 @@ def scores_of(model: Path, data: Path) -> dict[str, Tensor]:
         with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
             logits = loaded(input_ids=ids).logits[
                 :, :-1
-            ]  # causal: padding at the end changes nothing
+            ]  # causal: padding at the end has no effect
         chosen = logits.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0].cpu()
         is_best = (logits.argmax(-1) == ids[:, 1:]).cpu()
         for row, (number, start, word) in enumerate(batch):
