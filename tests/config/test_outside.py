@@ -368,8 +368,9 @@ def test_commands_that_are_printed_find_the_same_options(
     with use_search_path(search_path_of([str(conf)], name)):
         plain = {"status": "kept", "domains": {}, "baseline": {}, "attempts": []}
         summary = Summary.of(plain)
+        folder = conf.parent / "one"
         lines = next_commands(
-            pipeline.configs[0], summary, overrides=words, folder=conf.parent / "one"
+            pipeline.configs[0], summary, overrides=words, folder=folder, rate=1e-3
         )
     assert "control=true" in lines[0]
     pasted = run(*printed_words(lines[0].partition("   #")[0]), "hydra.run.dir=two")

@@ -30,10 +30,12 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     monkeypatch.setattr(sys, "argv", ["train.py"])
     monkeypatch.setenv("PATH", "/nowhere")
 
-    def suggested(status: str, *checks: dict[str, Any], words: tuple[str, ...] = ()) -> list[str]:
+    def suggested(
+        status: str, *checks: dict[str, Any], words: tuple[str, ...] = (), rate: float = 3e-3
+    ) -> list[str]:
         config = load_config(words)
         summary = summary_of(status, *checks)
-        lines = next_commands(config, summary, overrides=words, folder=FOLDER)
+        lines = next_commands(config, summary, overrides=words, folder=FOLDER, rate=rate)
         for line in lines:
             program, _, rest = line.partition("train.py ")
             if rest:
@@ -107,6 +109,12 @@ def test_rolled_back(commands: Callable[..., list[str]]) -> None:
     assert "training.max_steps=500" in slow[0]
 
 
+def test_the_rate_of_experts_is_their_own(commands: Callable[..., list[str]]) -> None:
+    words = ("experts=dylora", "expansion=none", "forgetting=none")  # by default it is null
+    lines = commands("rolled_back", check("training", "failed"), words=words, rate=5e-3)
+    assert "experts=dylora" in lines[0] and "experts.learning_rate=0.0025" in lines[0]
+
+
 def test_undecided(commands: Callable[..., list[str]]) -> None:
     few = check("retention", "undecided", n=50, documents_needed=100)
     assert "data.validation_fraction=0.4" in commands("undecided", few)[0]
@@ -121,10 +129,10 @@ def test_what_was_not_kept_is_found(tmp_path: Path) -> None:
     (tmp_path / "attempt_2" / "trained").mkdir(parents=True)
     (tmp_path / "attempt_2" / "trained" / "model.safetensors").touch()
     two, one = (summary_of("rolled_back", attempts=number) for number in (2, 1))
-    reported = next_commands(load_config(()), two, overrides=(), folder=tmp_path)
+    reported = next_commands(load_config(()), two, overrides=(), folder=tmp_path, rate=1e-3)
     assert (
         f"inspect {tmp_path}/attempt_2/trained   # the trained model, which was not kept"
         in reported[-3]
     )
-    gone = next_commands(load_config(()), one, overrides=(), folder=tmp_path)
+    gone = next_commands(load_config(()), one, overrides=(), folder=tmp_path, rate=1e-3)
     assert not any("trained" in line for line in gone)

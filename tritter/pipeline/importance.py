@@ -288,11 +288,7 @@ def kept_text(run: Run, branch: Branch) -> KeptSequences:
 
 def _as_read(run: Run, branch: Branch, sequences: Tensor) -> Tensor:
     """Return sequences of a branch's start as the run reads them now: its tokens, its length."""
-    start, own, length = (
-        run.reading(branch.start).data,
-        run.data,
-        run.data.sequence_length,
-    )
+    start, own, length = run.reading(branch.start).data, run.data, run.data.sequence_length
     if start is not own and sequences.shape[1] != length:
         sequences = lengthened(sequences, length)
     if start.has_tokens_of(own):

@@ -30,6 +30,7 @@ from tritter.pipeline import (
 )
 from tritter.pipeline.base import check_source
 from tritter.pipeline.branch import Branch, tasks_of
+from tritter.pipeline.experts import training_of
 from tritter.pipeline.ledger import (
     BaselineFound,
     ChoiceFound,
@@ -157,7 +158,10 @@ def _report(run: Run, candidates: Sequence[Candidate], control: Candidate) -> Ou
             if not override.lstrip("+").startswith(RETRYING)
         ]
     run.console.print("\nNext:", highlight=False)
-    for line in next_commands(last.run.config, summary, overrides=overrides, folder=run.folder):
+    rate = training_of(last.run, last.branches[-1]).learning_rate
+    for line in next_commands(
+        last.run.config, summary, overrides=overrides, folder=run.folder, rate=rate
+    ):
         run.console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
     # Of the trained model: after a rollback, the published model is the initial one
     final = summary.last_attempt.final
@@ -404,16 +408,20 @@ _MAX_FRACTION = 0.5  # of replayed or validation data; more would starve the res
 
 
 def next_commands(
-    config: RunConfig, summary: Summary, *, overrides: Sequence[str], folder: Path
+    config: RunConfig, summary: Summary, *, overrides: Sequence[str], folder: Path, rate: float
 ) -> list[str]:
     """Return commands that suit the verdict, each with a comment.
 
     Args:
         overrides: overrides of the run, in Hydra's syntax.
         folder: run folder.
+        rate: learning rate of the run, which is that of experts if it trained them.
     """
-    advice = {"rolled_back": _after_rollback, "undecided": _after_undecided}
-    changes = advice.get(summary.status, _after_kept)(config, summary)
+    if summary.status == "rolled_back":
+        changes = _after_rollback(config, summary, rate=rate)
+    else:
+        is_open = summary.status == "undecided"
+        changes = (_after_undecided if is_open else _after_kept)(config, summary)
     typed = [each for each in overrides if each.partition("=")[0].lstrip("+") != "resume"]
     lines = []
     for change, why in changes:
@@ -462,7 +470,7 @@ def _after_kept(config: RunConfig, summary: Summary) -> Advice:
         yield {"expansion": other}, "another expansion"
 
 
-def _after_rollback(config: RunConfig, summary: Summary) -> Advice:
+def _after_rollback(config: RunConfig, summary: Summary, *, rate: float) -> Advice:
     failed = {check.check for check in summary.gate if check.verdict == "failed"}
     names = [options.name for options in config.forgetting]
     if failed & {"retention", "long_windows"}:
@@ -483,9 +491,8 @@ def _after_rollback(config: RunConfig, summary: Summary) -> Advice:
     if "new_capability" in failed:
         yield _twice_as_long(config), "more steps"
     if failed & {"retention", "long_windows", "training"}:
-        options = config.training if config.experts is None else config.experts.options
         group = "training" if config.experts is None else "experts"
-        yield {f"{group}.learning_rate": f"{options.learning_rate / 2:g}"}, "lower learning rate"
+        yield {f"{group}.learning_rate": f"{rate / 2:g}"}, "lower learning rate"
 
 
 def _twice_as_long(config: RunConfig) -> dict[str, str]:

@@ -176,10 +176,7 @@ def expansion(run: Run, branch: Branch) -> StageResult:
 
 def adaptation(run: Run, branch: Branch) -> StageResult:
     """Train only the routers, so that they send new domains to the appended experts."""
-    start, folder = (
-        run.source(moe.before_routers(branch)),
-        run.folder / branch.name / "router",
-    )
+    start, folder = run.source(moe.before_routers(branch)), run.folder / branch.name / "router"
     options, steps = run.config.adaptation, moe.router_steps(run, branch)
     added = moe.pending_experts(run, branch)
     assert added is not None
