@@ -17,9 +17,8 @@ ALLOWED = {
     "tritter/cli/inspect.py": {"beside"},  # key of `inspect --json`
     "tritter/data/skills.py": {"say", "tell"},  # exercises
     "tritter/methods/experts/callback.py": {"roster"},  # key of a checkpoint
-    "tritter/methods/experts/method.py": {"told"},
+    "tritter/methods/experts/method.py": {"roster", "told"},
     "tritter/methods/experts/options.py": {"told"},
-    "tritter/pipeline/experts.py": {"roster"},
 }
 
 

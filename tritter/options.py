@@ -409,6 +409,14 @@ class RunRequest:
         return dataclasses.replace(self, **sections)  # type: ignore[type-var] # of a dataclass
 
 
+def methods_of(run: RunRequest) -> Iterator[tuple[str, Component]]:
+    """Yield group and component of everything that acts in the training of a run."""
+    for group in ("growth", "experts", "forgetting"):
+        chosen = getattr(run, group)
+        of_group = chosen if isinstance(chosen, tuple) else (chosen,)
+        yield from ((group, one) for one in of_group if one is not None)
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
     """The models of a run.

@@ -31,6 +31,7 @@ from tritter.methods.novelty import Observation, observe  # noqa: E402
 from tritter.methods.novelty.statistics import CALIBRATION_BATCHES  # noqa: E402
 from tritter.pipeline.ledger import Ledger  # noqa: E402
 from tritter.pipeline.run import Run  # noqa: E402
+from tritter.targets import values_of  # noqa: E402
 from tritter.terminal import Console  # noqa: E402
 
 OLD = "wikitext"
@@ -131,7 +132,7 @@ def detected(
     batches = {name: Shuffled(each, batch_size, generator) for name, each in observed.items()}
     chosen = DETECTORS[detector] or {"name": "loss", "threshold": UNSCALED[batch_size]}
     dynamic = replace(load_options(), detector=chosen, max_experts=100)
-    registry = DynamicExperts(dynamic).registry(max_steps=options.steps)
+    registry = DynamicExperts(**values_of(dynamic)).registry(max_steps=options.steps)
     assert registry.detector is not None
     known = [batches[OLD].draw() for _ in range(CALIBRATION_BATCHES)]
     registry.detector.add(OLD, known, is_base=True)

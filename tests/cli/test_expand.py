@@ -311,7 +311,7 @@ def test_dtype_and_shards(run: Run, place: Path) -> None:
         ("--method layers --sources 0,3", ["--sources = 3: list source layers from 0 to 2"]),
         ("--method layers --sources 0,x", ["--sources = [0,x]: must be a list"]),
         ("--method layers --sources 0 --identity yes", ["--identity = [yes]: must be true or"]),
-        ("--method layers --layers 0:3 --target-params 1M", ["--target-params: the table"]),
+        ("--method layers --layers 0:3 --target-params 1M", ["--target-params: layers has no"]),
         (
             "--method width,llama-pro --target-params 40k",
             ["--target-params: it needs exactly one method, not width, llama_pro"],

@@ -187,7 +187,7 @@ def test_of_experts_only_the_adapters_have_gradients_and_moments() -> None:
         source = base_model(config)
         model = new_model(source, seed=0)
         assert config.experts is not None
-        begun = config.experts.kind(config.experts.options)
+        begun = config.experts.kind(**config.experts.arguments)
         begun.begin(model, bounds=TextBounds(0), seed=0)
         of_one = (p.numel() for n, p in model.named_parameters() if is_of_adapter(n))
         adapters = number * sum(of_one)

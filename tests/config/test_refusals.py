@@ -121,6 +121,10 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "trainer=fsdp trainer.devices=1": ("trainer=fsdp requires at least 2",),
     "trainer=fsdp forgetting=[ewc,replay]": ("whole weights", "choose one of none, replay"),
     "trainer=fsdp growth=foam": ("growth = NeuronGrowth", "expansion=width", "trainer=ddp"),
+    "trainer=fsdp growth=foam forgetting=ewc forgetting.ewc.ewc_lambda=-1": (
+        "forgetting.ewc.ewc_lambda = -1",
+        "growth = NeuronGrowth",
+    ),
     "trainer=fsdp experts=dylora": ("experts = DynamicExperts", "trainer=ddp"),
     "trainer=fsdp expansion=moe": ("mixtral has experts", "trainer=ddp"),
     "trainer=fsdp optimizer=adafactor": ("optimizer = Adafactor", "AdamW, Adam, NAdam, SGD"),

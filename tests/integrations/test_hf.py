@@ -29,6 +29,7 @@ from transformers import (
 
 from tests import oracle
 from tests.oracle import chat
+from tests.pipeline.outside_method import Widening
 from tests.training.shipped import trainer_settings
 from tritter.core.models import wrapped_tokenizer
 from tritter.data.batches import BatchStream, SequenceStream
@@ -576,6 +577,7 @@ def test_the_gate_compares_before_and_after(tmp_path: Path, tokenizer: Any) -> N
         (["ewcc"], "Did you mean ewc"),
         (["ewc", "ewc"], "once"),
         ([Freeze()], "requires_grad_"),
+        ([Widening()], "its hook attach needs train.py"),
         ([Replay(fraction=0.75), SelfReplay()], "the sum must be below 1"),
         ([Distill(rows="old")], "no method replays"),
         ([EWC(ewc_lambda=-1.0)], "methods.ewc.ewc_lambda"),

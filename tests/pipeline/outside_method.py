@@ -1,15 +1,30 @@
 """A third-party forgetting method that uses every input a method can request."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from lightning import Callback
 from torch import Tensor, nn
 
+from tritter.checkpoints import ExpansionRecord
+from tritter.core.expansions import Width
+from tritter.core.families import Model
 from tritter.core.parameter_map import Quantity
 from tritter.core.parameter_map.carry import StateKind, register
-from tritter.training import ForgettingMethod, Needs, Preparation, Prepared, Task
+from tritter.training import (
+    ForgettingMethod,
+    Needs,
+    Preparation,
+    Prepared,
+    Setting,
+    SideLoss,
+    Task,
+    Trainee,
+    surgery,
+)
+from tritter.transform.live import ModelExpander
 
 register("omega", StateKind(Quantity.SQUARED_GRADIENT, "zero"))
 
@@ -93,3 +108,78 @@ class Outside(ForgettingMethod):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.anchor, self.steps = dict(state["anchor"]), state["steps"]
+
+
+class Widen(Callback):
+    """Adds neurons to the model that is trained, after its third step."""
+
+    report_name = "widened"
+
+    def __init__(self) -> None:
+        self.grown: dict[str, Any] = {}
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step == 3:
+            before = pl_module.model.num_parameters()
+            change = ModelExpander([Width(intermediate_size=80)], seed=1).change(pl_module.model)
+            surgery.apply(trainer, pl_module, change, reason=self.report_name)
+            added = pl_module.model.num_parameters() - before
+            self.grown = {"step": 3, "added": added, "map": change.digest()}
+
+    def report(self) -> dict[str, Any]:
+        return self.grown
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.grown)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.grown = state_dict
+
+
+class SmallLogits(SideLoss):
+    """The mean square of the logits, as a third-party term of the loss."""
+
+    dies_at: ClassVar[int | None] = None  # number of finished steps
+
+    def loss(self, model: Any, batch: Any, *, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        if step == self.dies_at:
+            raise Killed
+        ids = batch["input_ids"].long()
+        term = model(input_ids=ids, use_cache=False).logits.square().mean()
+        return 1e-3 * term, {"widening/logits": term.detach()}
+
+
+class Widening(ForgettingMethod):
+    """What neuron growth can do: freeze, add a loss, change the model, and record it."""
+
+    name = "widening"
+    whole_weights = "each process has a shard"
+    last_weights = "the best weights may be narrow"
+
+    def attach(self, trainee: Trainee, setting: Setting) -> None:
+        assert setting.max_steps > 3 and set(setting.base_sequences()) == {"old"}
+        trainee.model.get_input_embeddings().requires_grad_(False)
+        trainee.side_losses += (SmallLogits(),)
+        trainee.surgery_callbacks += (Widen(),)
+
+    def lineage_records(
+        self, before: Model, after: Model, reports: Mapping[str, Any]
+    ) -> list[ExpansionRecord]:
+        return [
+            ExpansionRecord(
+                timestamp="2026-11-27T00:00:00+00:00",
+                expansion_type="width",
+                method=self.name,
+                options=self.plain(),
+                seed=1,
+                source_config=before.config,
+                target_config=after.config,
+                layer_sources=tuple(range(after.sizes.num_hidden_layers)),
+                map_digest=reports["widened"]["map"],
+                claims_exact=True,
+                step0_error=None,
+            )
+        ]
+
+    def summary(self, fits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return {"added": [fit["reports"]["widened"]["added"] for fit in fits]}

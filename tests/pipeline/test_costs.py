@@ -5,10 +5,12 @@ they compute; batches of one leave no padding. Then the two have to agree to the
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
@@ -194,3 +196,23 @@ def test_importance_is_timed_for_the_sequences_that_exist(
     source = context.data.model
     flops = count * training_flops(source).of(config.data.sequence_length)
     assert costs._flops(context, source)["importance"] == flops
+
+
+@pytest.mark.full
+def test_training_is_timed_in_its_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bfloat16 takes several times as long on a CPU without its instructions; scoring does not."""
+    monkeypatch.setattr(
+        costs, "_seconds", lambda *_: 0.008 if torch.is_autocast_enabled("cpu") else 0.002
+    )
+    monkeypatch.setattr(costs, "_LONG", 0.0)
+    lines = []
+    for precision in ("32-true", "bf16-mixed"):
+        words = ("training.max_steps=1000", f"trainer.precision={precision}")
+        config = load_config([*TINY, *words, f"cache_dir={tmp_path}/cache"])
+        run = Run(config=config, folder=tmp_path, console=Console(), ledger=Ledger(tmp_path))
+        lines.append(costs.time_line(run))
+    times = [dict(re.findall(r"(training|evaluate) (\d+) s", line)) for line in lines]
+    assert int(times[1]["training"]) == pytest.approx(4 * int(times[0]["training"]), rel=0.05)
+    assert times[1]["evaluate"] == times[0]["evaluate"]

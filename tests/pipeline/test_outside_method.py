@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests import oracle
-from tests.pipeline.outside_method import Options, Outside
+from tests.pipeline.outside_method import Options, Outside, SmallLogits, Widening
 from tests.pipeline.tiny import TINY
 from tritter.checkpoints import read_lineage
 from tritter.checkpoints.history import read_chain, verify
@@ -20,6 +20,7 @@ from tritter.core.models import load_model
 from tritter.pipeline import importance, run_pipeline
 from tritter.targets import Component
 from tritter.training import Needs
+from tritter.training.options import RULES
 from tritter.training.trainer import start_method
 from tritter.transform import Change
 
@@ -38,13 +39,19 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def run(folder: Path, cache: Path, *words: str, given: Path | None = None) -> dict[str, Any]:
+def run(
+    folder: Path,
+    cache: Path,
+    *words: str,
+    given: Path | None = None,
+    method: Component = OUTSIDE,
+) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
     base = [word for word in TINY if given is None or not word.startswith("model.")]
     start = [] if given is None else ["model=hf", f"model.path={given}"]
     own = ["forgetting=none", "evaluation.sample_tokens=0", f"cache_dir={cache}"]
     config = load_config([*base, *start, *own, *words])
-    config = replace(config, forgetting=(OUTSIDE,))
+    config = replace(config, forgetting=(method,))
     return json.loads(run_pipeline(config, run_folder=folder).summary_path.read_text())
 
 
@@ -151,3 +158,63 @@ def test_what_it_does_not_need_is_not_made(
     run(tmp_path / "asking", cache, "expansion=none")
     plain, asking = (tmp_path / name / "baseline" for name in ("plain", "asking"))
     assert hash_of(plain) == hash_of(asking) and read_state(asking) is not None
+
+
+WIDENING = Component(name=Widening.name, kind=Widening, options=Widening.Options())
+
+
+def test_it_changes_the_model_during_training_and_records_it(tmp_path: Path, cache: Path) -> None:
+    summary = run(tmp_path, cache, "expansion=none", method=WIDENING)
+    (added,) = summary["methods"]["widening"]["added"]
+    before, after = (summary["parameters"][name] for name in ("baseline", "final"))
+    assert added > 0 and after == before + added
+    trained, base = (oracle.stock(tmp_path / name) for name in ("checkpoint", "baseline"))
+    assert trained.config.intermediate_size == 80
+    embedding = "model.embed_tokens.weight"
+    assert torch.equal(trained.state_dict()[embedding], base.state_dict()[embedding])
+    assert "widening/logits" in (tmp_path / "attempt_1/metrics.csv").read_text()
+    lineage = read_lineage(tmp_path / "checkpoint")
+    assert lineage is not None
+    (record,) = lineage.expansion_history
+    assert (record.method, record.target_config["intermediate_size"]) == ("widening", 80)
+    assert not any(verify(link) for link in read_chain(tmp_path / "checkpoint"))
+
+
+@pytest.mark.full
+def test_killed_after_it_changed_the_model(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("expansion=none", "control=true")
+    whole = run(tmp_path / "whole", cache, *words, method=WIDENING)
+    with monkeypatch.context() as patch:
+        patch.setattr(SmallLogits, "dies_at", 5)  # saved after four steps, widened after three
+        with pytest.raises(Exception, match=r"Killed|^$"):
+            run(tmp_path / "parts", cache, *words, method=WIDENING)
+    assert (tmp_path / "parts/attempt_1/saved").exists()
+    parts = run(tmp_path / "parts", cache, *words, method=WIDENING)
+    assert hash_of(tmp_path / "whole/checkpoint") == hash_of(tmp_path / "parts/checkpoint")
+    assert parts["methods"] == whole["methods"]
+    assert parts["control"]["final"] == whole["control"]["final"]  # mitigation acts there too
+
+
+def test_a_summary_that_fails_is_reported(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All work is done by then, and the run can't be repeated with another class."""
+    monkeypatch.setattr(Widening, "summary", lambda *_: {"added": torch.ones(1)})
+    summary = run(tmp_path, cache, "expansion=none", method=WIDENING)
+    assert "Tensor is not JSON serializable" in summary["methods"]["widening"]["error"]
+
+
+def test_the_weights_that_it_needs_are_refused_elsewhere() -> None:
+    words = ("forgetting=none", "callbacks=model_checkpoint", "training.max_steps=100")
+    config = load_config([*TINY, *words])
+    config = replace(
+        config,
+        forgetting=(WIDENING,),
+        trainer=replace(config.trainer, strategy="fsdp"),
+        pipeline=replace(config.pipeline, publish="best"),
+    )
+    reported = " ".join(str(problem) for rule in RULES for problem in rule(config))
+    assert "forgetting = Widening: each process has a shard" in reported
+    assert "not together with forgetting: the best weights may be narrow" in reported

@@ -73,7 +73,7 @@ from tritter.evaluation.options import (
     prompt_problems,
 )
 from tritter.methods.moe_routing.options import expert_problems
-from tritter.options import Start, field_keys, leaves
+from tritter.options import Start, field_keys, leaves, methods_of
 from tritter.planning.strategy import pipeline_problems, planned_rounds
 from tritter.storage.reading import named_path
 from tritter.training.forgetting_method import method_start_problems, replayed_share
@@ -360,13 +360,11 @@ def start_problems(
         assert folder is not None
         refuse_experts(folder, doing="training with experts=none", key="model.path")
     start = Start(source=source, trained=tuple(trained), folder=folder)
-    chosen = (*config.forgetting, config.growth, config.experts)
-    features = [one for one in chosen if one is not None]
     return [
         *expert_problems(config, source),
         *method_start_problems(config, source),
         *trainer_start_problems(config, source),
-        *chain(*(one.kind.start_problems(one.options, config, start) for one in features)),
+        *chain(*(m.kind.start_problems(m.options, config, start) for _, m in methods_of(config))),
     ]
 
 

@@ -109,15 +109,16 @@ def _component(method: str | ForgettingMethod) -> Component:
 
 def _method_problems(components: Sequence[Component]) -> Iterator[Problem]:
     """Yield problems of the methods and their combination."""
-    names = [one.name for one in components]
     mixing = [one for one in components if one.kind.needs(one.options).mixes]
     for one in components:
-        if names.count(one.name) > 1:
+        if [each.name for each in components].count(one.name) > 1:
             yield Problem("methods", one.name, reason="a method may occur only once")
             return
+        reason = "not available in the Hugging Face Trainer; "
         if one.kind.freezes:
-            reason = "not available in the Hugging Face Trainer; call requires_grad_(False) instead"
-            yield Problem("methods", one.name, reason=reason)
+            yield Problem("methods", one.name, reason=f"{reason}call requires_grad_(False) instead")
+        if one.kind.attach is not ForgettingMethod.attach:
+            yield Problem("methods", one.name, reason=f"{reason}its hook attach needs train.py")
         if isinstance(one.options, Distill.Options) and one.options.rows == "old" and not mixing:
             yield Problem("methods.distill.rows", "old", reason="no method replays old rows")
     if (share := replayed_share(mixing)) >= 1:

@@ -36,11 +36,7 @@ from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import content_key
 from tritter.pipeline.metrics import open_loggers, wandb_finished, write_rows
 from tritter.pipeline.run import Run
-from tritter.pipeline.trained import (
-    PATH,
-    StateWriter,
-    check_trained,
-)
+from tritter.pipeline.trained import PATH, check_trained, write_states
 from tritter.planning.run_memory import memory_problems
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.hub import locate
@@ -178,7 +174,7 @@ def _train_base(run: Run, folder: Path, made_from: Mapping[str, Any]) -> float:
         base=model,
         lineage=lineage,
         tokenizer=run.data.corpus.tokenizer,
-        state=StateWriter(working),
+        work=working,
     )
     recorders = [PathIntegral(working / PATH)] if importance.is_recorded(run) else []
     with wandb_finished(run), open_loggers(run, "pretraining") as loggers:
@@ -217,14 +213,14 @@ class _BaseWriter:
         base: the base model.
         lineage: lineage without the steps and FLOPs.
         tokenizer: tokenizer of the base model.
-        state: writes the training state.
+        work: folder of the training run, which leaves state of methods.
     """
 
     folder: Path
     base: Model
     lineage: Lineage
     tokenizer: Tokenizer
-    state: StateWriter
+    work: Path
 
     def __call__(self, model: nn.Module, result: FitResult) -> None:
         if result.stopped_because is not None:
@@ -237,12 +233,13 @@ class _BaseWriter:
                 config=self.base.config,
                 tensors=TensorStream.of(named_tensors(model, self.base)),
                 lineage=lambda: lineage,
-                artifacts=[self, self.state],
+                artifacts=[self],
             )
 
     def write(self, folder: Path) -> None:
-        """Write the tokenizer next to the model."""
+        """Write the tokenizer and the state of methods next to the model."""
         save_tokenizer(self.tokenizer, folder, end_of_text=END_OF_TEXT)
+        write_states(self.work, folder)
 
 
 def _is_intact(folder: Path) -> bool:

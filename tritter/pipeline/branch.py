@@ -1,15 +1,8 @@
 """A branch of a run: one way to continue from the baseline or from a kept round."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any
-
-from lightning import Callback
-from torch import nn
+from dataclasses import dataclass, replace
 
 from tritter.core.expansions import ExpansionSpec
-from tritter.training import BaseModule, SideLoss, Values
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,33 +73,3 @@ def tasks_of(first: Branch, count: int) -> tuple[Branch, ...]:
         later = replace(first, name=name, specs=(), follows=follows, task=number - 1)
         branches.append(replace(later, is_final=first.is_final and number == count))
     return tuple(branches)
-
-
-@dataclass(slots=True, eq=False)
-class Trainee:
-    """The model of a branch in training, with what acts on it next to forgetting methods.
-
-    Routers, neuron growth and LoRA experts each add their part before the module is built.
-
-    Args:
-        model: the model.
-        make_module: builds the module, given the options of `BaseModule`; None: a `BaseModule`.
-        side_losses: further terms of the loss.
-        observers: callbacks that read the task gradients before any method changes them.
-        controls: callbacks that configure the model for a batch, depending on the step only.
-        surgery_callbacks: callbacks that change the model between two steps.
-        follow: maps values by parameter name to the names used during training.
-    """
-
-    model: nn.Module
-    make_module: Callable[..., BaseModule] | None = None
-    side_losses: tuple[SideLoss, ...] = ()
-    observers: tuple[Callback, ...] = ()
-    controls: tuple[Callback, ...] = ()
-    surgery_callbacks: tuple[Callback, ...] = ()
-    follow: Callable[[Values], Values] = field(default=lambda values: values)
-
-    def module(self, **options: Any) -> BaseModule:
-        """Return the module to train, with the side losses and other options of `BaseModule`."""
-        make = self.make_module or partial(BaseModule, self.model)
-        return make(side_losses=self.side_losses, **options)

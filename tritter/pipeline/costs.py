@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from tritter.core.families import Model, forward_flops, training_flops
@@ -19,6 +20,8 @@ from tritter.planning.run_memory import grown_model, memory_line
 from tritter.training.callbacks import evaluation_flops
 
 _LONG = 30.0  # seconds; shorter runs have no estimate
+_MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+_IN_FIT = ("pretraining (unless cached)", "training", "validation")  # in the Trainer's precision
 _LABELS = {"importance": "importance of each parameter"}
 
 
@@ -59,8 +62,17 @@ def time_line(run: Run) -> str:
     length = config.data.sequence_length
     (rows, *_) = run.data.training_sequences(run.data.new_domains).values()
     batch = rows[: config.data.batch_size]
-    rate = len(batch) * forward_flops(source).of(length) / _seconds(model, batch)
-    seconds = {name: flops / rate for name, flops in _flops(run, source).items() if flops}
+    work = len(batch) * forward_flops(source).of(length)
+    dtype = _MIXED.get(config.trainer.precision)
+    rate = trained = work / _seconds(model, batch)
+    if dtype is not None:  # many times slower on a CPU without bfloat16
+        with torch.autocast(run.device.type, dtype):
+            trained = work / _seconds(model, batch)
+    seconds = {
+        name: flops / (trained if name in _IN_FIT else rate)
+        for name, flops in _flops(run, source).items()
+        if flops
+    }
     for one, needs in zip(config.forgetting, needs_of(config.forgetting), strict=True):
         if needs.writes:
             num_passes, num_texts = SelfReplay.passes(one.options, length)

@@ -24,11 +24,12 @@ from tritter.methods.moe_routing.stages import (
     only_trainable,
     separate_experts,
 )
-from tritter.pipeline.branch import Branch, Trainee
+from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import EvaluationFound, TrainingFound
 from tritter.pipeline.run import Run
 from tritter.pipeline.scoring import score_records
 from tritter.report.summary import MoeRecord
+from tritter.training import Trainee
 
 _USAGE_SEQUENCES = 64
 UTILITY_SEQUENCES = 64  # of the new domains, to select the expert to clone

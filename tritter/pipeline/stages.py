@@ -34,7 +34,7 @@ from tritter.methods.moe_routing.stages import best_experts, redraw_rows
 from tritter.methods.moe_routing.summary import moe_usage
 from tritter.pipeline import experts, importance, moe, windows
 from tritter.pipeline.base import copy_source, last_rate, obtain_base, schedule_of
-from tritter.pipeline.branch import Branch, Trainee
+from tritter.pipeline.branch import Branch
 from tritter.pipeline.disk import may_release_start, write_expanded
 from tritter.pipeline.ledger import (
     BaselineFound,
@@ -66,8 +66,11 @@ from tritter.training import (
     BaseModule,
     FitResult,
     ForgettingMethod,
+    Method,
     Schedule,
+    Setting,
     Task,
+    Trainee,
     WriteResult,
     discard_saved,
     fit,
@@ -190,7 +193,8 @@ def adaptation(run: Run, branch: Branch) -> StageResult:
     )
     run.say("adapt", f"{steps} router steps on {', '.join(run.data.new_domains_of(branch))}")
     with moe.router_trainee(run, branch, model) as trainee:
-        module = trainee.module(
+        module = BaseModule.of(
+            trainee,
             schedule=Schedule(
                 learning_rate=options.router_learning_rate,
                 max_steps=steps,
@@ -289,15 +293,16 @@ def _train(
         mapped = run.planned(branch).change.masks()
         for name, parameter in model.named_parameters():
             parameter.requires_grad &= not bool(mapped[name].any())
-    methods = build_methods(run.config.forgetting)
     num_steps = settings.max_steps if schedule is None else schedule.max_steps
-    _announce(run, branch, methods, max_steps=num_steps)
+    _announce(run, branch, max_steps=num_steps)
     with moe.training_of_routers(run, branch, trainee):
+        is_routed = bool(trainee.side_losses)
         task = importance.task(run, branch, follow=trainee.follow)
-        _add_growth(run, branch, trainee, max_steps=settings.max_steps)
-        experts.add_to(run, branch, trainee, max_steps=settings.max_steps)
+        acting = _attach(run, branch, start, trainee, max_steps=settings.max_steps)
+        methods = [method for method in acting if isinstance(method, ForgettingMethod)]
         _freeze(model, methods, task, max_steps=settings.max_steps)
-        module = trainee.module(
+        module = BaseModule.of(
+            trainee,
             schedule=schedule or schedule_of(settings, start_rate=last_rate(run, branch)),
             optimizer=run.config.optimizer,
             methods=methods,
@@ -307,8 +312,9 @@ def _train(
             trainee.observers += (observer,)
         elif text is not None:
             trainee.observers += tuple(sample_log(run, model, folder))
-        is_routed = bool(trainee.side_losses)
-        write = branch_writer(run, branch, is_routed=is_routed, frees_start=frees_start)
+        write = branch_writer(
+            run, branch, is_routed=is_routed, frees_start=frees_start, methods=acting
+        )
         result = _fit(
             run,
             branch,
@@ -324,33 +330,39 @@ def _train(
     return result, write
 
 
-def _add_growth(run: Run, branch: Branch, trainee: Trainee, *, max_steps: int) -> None:
-    """Add the callbacks that observe gradients and that grow neurons in a branch's training.
+def _attach(
+    run: Run, branch: Branch, start: Source, trainee: Trainee, *, max_steps: int
+) -> tuple[Method, ...]:
+    """Build the methods of a branch's training, and attach them.
 
-    The control does not grow. Weights that growth does not train are frozen here, before the
-    forgetting methods, which unfreeze only weights that they froze themselves.
+    The control has neither growth nor experts. These come first: forgetting methods unfreeze only
+    weights that they froze.
     """
-    growth = run.config.growth
-    if growth is None or branch.is_control:
-        return
-    method = growth.kind(growth.options)
-    method.freeze(trainee.model)
-    gathered = run.config.trainer.accumulate_grad_batches
-    tokens = run.data.batch_size * run.data.sequence_length * gathered
-    observer, changer = method.callbacks(
+    groups = () if branch.is_control else (run.config.growth, run.config.experts)
+    others = [one.kind(**one.arguments) for one in groups if one is not None]
+    methods = (*others, *build_methods(run.config.forgetting))
+    data, gathered = run.data, run.config.trainer.accumulate_grad_batches
+    setting = Setting(
+        start=start,
+        task=branch.task,
+        domains=data.new_domains_of(branch),
+        base_sequences=lambda: data.training_sequences(data.old_domains),
+        bounds=data.bounds,
+        sequence_length=data.sequence_length,
+        batch_size=data.batch_size,
+        tokens_per_step=data.batch_size * data.sequence_length * gathered,
         max_steps=max_steps,
-        tokens_per_step=tokens,
-        seed=run.seed("growth", *branch.purpose),
-        new=run.planned(branch).change.new_units() if branch.specs else {},
+        new_units=run.planned(branch).change.new_units() if branch.specs else {},
+        seed=lambda *labels: run.seed(*labels, *branch.purpose),
+        log=run.say,
     )
-    trainee.observers += (observer,)
-    trainee.surgery_callbacks += (changer,)
+    for method in methods:
+        method.attach(trainee, setting)
+    return methods
 
 
-def _announce(
-    run: Run, branch: Branch, methods: Sequence[ForgettingMethod], *, max_steps: int
-) -> None:
-    names = [method.name for method in methods]
+def _announce(run: Run, branch: Branch, *, max_steps: int) -> None:
+    names = [one.name for one in run.config.forgetting]
     if experts.method_of(run, branch) is not None:
         rate = experts.training_of(run, branch).learning_rate
         names.insert(0, f"frozen base (learning rate {rate:.2g})")

@@ -2,13 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from json import dumps, loads
 from typing import Any
 
 from tritter.evaluation.statistics import LearnedTask, transfer_matrix
-from tritter.methods.experts.callback import EXPERTS
-from tritter.methods.experts.summary import experts_summary
-from tritter.methods.growth.grower import GROWTH
-from tritter.methods.growth.summary import growth_summary
+from tritter.options import methods_of
 from tritter.pipeline import disk, importance, moe, windows
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import (
@@ -102,8 +100,7 @@ def summary_record(
             matrix=attempt.matrix,
             moe=moe.summary_record(own, branches),
             windows=windows.summary_record(own, branches),
-            growth=_growth(own, branches),
-            experts=_experts(own, branches),
+            **_of_methods(own, branches),
             rounds=records if last.is_round else None,
             target=_target(candidates[-1]) if last.is_round else None,
             control=None
@@ -118,35 +115,30 @@ def _known(**parts: Any) -> dict[str, Any]:
     return {name: part for name, part in parts.items() if part is not None}
 
 
-def _growth(run: Run, branches: Sequence[Branch]) -> GrowthRecord | None:
-    """Return the growth record of an attempt, over all tasks."""
-    if (growth := run.config.growth) is None:
-        return None
-    record = growth_summary(
-        [(fit.steps, fit.reports[GROWTH]) for fit in _fits(run, branches)],
-        options=growth.plain(),
-        advice=growth.options.trigger.advice,
-    )
-    return validate_record(record, GrowthRecord, what="summary.json: growth")
+_SECTIONS: dict[str, Any] = {"growth": GrowthRecord, "experts": ExpertsRecord}
 
 
-def _experts(run: Run, branches: Sequence[Branch]) -> ExpertsRecord | None:
-    """Return the LoRA-expert record of an attempt, over all tasks."""
-    if (experts := run.config.experts) is None:
-        return None
-    evaluated = [
-        run.ledger.found(f"{branch.name}.evaluate", EvaluationFound) for branch in branches
-    ]
-    record = experts_summary(
-        [(fit.steps, fit.reports.get(EXPERTS, {})) for fit in _fits(run, branches)],
-        [each.experts or {} for each in evaluated],
-        options={"name": experts.name, **experts.plain()},
-    )
-    return validate_record(record, ExpertsRecord, what="summary.json: experts")
-
-
-def _fits(run: Run, branches: Sequence[Branch]) -> list[TrainingFound]:
-    return [run.ledger.found(f"{branch.name}.fit", TrainingFound) for branch in branches]
+def _of_methods(run: Run, branches: Sequence[Branch]) -> dict[str, Any]:
+    """Return the sections of growth and experts, and `methods` of all else that acted."""
+    fits = []
+    for branch in branches:
+        fit = run.ledger.found(f"{branch.name}.fit", TrainingFound)
+        evaluated = run.ledger.found(f"{branch.name}.evaluate", EvaluationFound)
+        usage = evaluated.experts or {}
+        fits.append({"steps": fit.steps, "reports": fit.reports, "usage": usage})
+    sections, others = dict[str, Any](), dict[str, Any]()
+    for group, one in methods_of(run.config):
+        method = one.kind(**one.arguments)
+        if group in _SECTIONS:
+            what = f"summary.json: {group}"
+            sections[group] = validate_record(method.summary(fits), _SECTIONS[group], what=what)
+            continue
+        try:
+            part = loads(dumps(method.summary(fits), allow_nan=False))
+        except Exception as error:  # of third-party code, after all training
+            part = {"error": f"{type(error).__name__}: {error}"}
+        others |= {one.name: part} if part else {}
+    return {**sections, "methods": others or None}
 
 
 def _target(last: Candidate) -> Target:

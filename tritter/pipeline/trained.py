@@ -1,16 +1,16 @@
 """Writes the results of training to the run folder."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from tritter.checkpoints import ExpansionRecord, Lineage, Source, lineage_of, write_checkpoint
-from tritter.checkpoints.folder import Artifact, LinkedTensors, SmallFiles
+from tritter.checkpoints import Lineage, Source, lineage_of, write_checkpoint
+from tritter.checkpoints.folder import LinkedTensors, SmallFiles
 from tritter.checkpoints.history import checkpoint_changes
 from tritter.checkpoints.state import KeptSequences, copy_states, read_state
 from tritter.core.families import Config, Model
@@ -22,8 +22,6 @@ from tritter.evaluation.losses import sequence_losses
 from tritter.methods.experts.adapters import is_of_adapter
 from tritter.methods.experts.mixture import ROUTER, mixture_on
 from tritter.methods.experts.stored import ExpertFolder
-from tritter.methods.experts.summary import expert_records
-from tritter.methods.growth.summary import growth_records
 from tritter.pipeline import moe
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.experts import reading_flops_of
@@ -32,13 +30,10 @@ from tritter.pipeline.run import Run
 from tritter.storage.tensors import is_finite
 from tritter.storage.writer import TensorStream
 from tritter.targets import plain
-from tritter.training import FitResult
+from tritter.training import FitResult, Method
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 from tritter.training.fitting import LEFTOVERS_NAME
 from tritter.training.parameters import whole_state
-
-# (model before, model after, training result) → lineage records of changes during training
-Records = Callable[[Model, Model, FitResult], list[ExpansionRecord]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,10 +54,10 @@ class TrainedWriter:
         earlier_steps: optimizer steps of earlier tasks since the last expansion.
         added: appended experts after the expansion; fully open experts are dropped.
         anneal_steps: steps until they are open; None if this training run does not open them.
-        state: state of methods to write next to the model.
+        work: folder of the training run, if it leaves state of methods.
         routing_state: folder for the routers' biases, which a checkpoint does not store.
         kept_sequences: sequences to store with the model.
-        records: functions that return lineage records: grown neurons, spawned experts.
+        methods: what acted in the training run, for the lineage.
         has_frozen_base: only LoRA experts were trained, so the base is written unchanged.
     """
 
@@ -76,10 +71,10 @@ class TrainedWriter:
     earlier_steps: int = 0
     added: AddedExperts | None = None
     anneal_steps: int | None = None
-    state: Artifact | None = None
+    work: Path | None = None
     routing_state: Path | None = None
     kept_sequences: KeptSequences = field(default_factory=KeptSequences)
-    records: tuple[Records, ...] = ()
+    methods: tuple[Method, ...] = ()
     has_frozen_base: bool = False
 
     def __call__(self, model: nn.Module, result: FitResult) -> None:
@@ -104,12 +99,12 @@ class TrainedWriter:
             tensors = base.stream().to(_torch(self.dtype))
             config = {**config, "dtype": self.dtype}
         after = start.changed(config)
-        changes = (record for each in self.records for record in each(start, after, result))
+        records = (each.lineage_records(start, after, result.reports) for each in self.methods)
         lineage = replace(
             self.lineage,
             step=self.earlier_steps + steps,
             stock_loadable="yes" if is_settled else "after adaptation",
-            expansion_history=(*self.lineage.expansion_history, *changes),
+            expansion_history=(*self.lineage.expansion_history, *chain(*records)),
             training_config={**self.lineage.training_config, "last_rate": result.last_rate},
         )
         losses, experts = dict(self.kept_sequences.losses), None
@@ -127,7 +122,7 @@ class TrainedWriter:
             artifacts=(
                 SmallFiles(self.start),
                 None if is_settled else added,
-                self.state,
+                None if self.work is None else self,
                 replace(self.kept_sequences, losses=losses),
                 experts,
             ),
@@ -137,6 +132,11 @@ class TrainedWriter:
             state = Routing.attached(model)
             assert state is not None
             SafetensorsCheckpointIO().save_checkpoint(state.state_dict(), self.routing_state)
+
+    def write(self, folder: Path) -> None:
+        """Write the state of methods next to the model."""
+        assert self.work is not None
+        write_states(self.work, folder)
 
 
 def _torch(name: str) -> torch.dtype:
@@ -235,7 +235,9 @@ def child_writer(
     )
 
 
-def branch_writer(run: Run, branch: Branch, *, is_routed: bool, frees_start: bool) -> TrainedWriter:
+def branch_writer(
+    run: Run, branch: Branch, *, is_routed: bool, frees_start: bool, methods: tuple[Method, ...]
+) -> TrainedWriter:
     """Return the writer for the trained model of a branch."""
     start, folder = run.source(moe.start_folder(run, branch)), run.folder / branch.name
     location, added = f"{branch.name}/trained", moe.pending_experts(run, branch)
@@ -251,36 +253,21 @@ def branch_writer(run: Run, branch: Branch, *, is_routed: bool, frees_start: boo
         steps_before=moe.router_steps(run, branch),
         earlier_steps=start.own_lineage.step if branch.task else 0,
         anneal_steps=None if added is None else moe.anneal_steps(run, branch, added),
-        state=StateWriter(folder),
+        work=folder,
         routing_state=folder / "routing" if has_bias else None,
         kept_sequences=kept_sequences_of(run, branch),
-        records=() if branch.is_control else tuple(_records(run, branch)),
+        methods=methods,
         has_frozen_base=has_frozen_base,
     )
-
-
-def _records(run: Run, branch: Branch) -> Iterator[Records]:
-    growth, experts = run.config.growth, run.config.experts
-    if growth is not None:
-        seed = run.seed("growth", *branch.purpose)
-        yield partial(growth_records, options=growth.plain(), seed=seed)
-    if experts is not None:
-        seed = run.seed("experts", *branch.purpose)
-        yield partial(expert_records, options={"name": experts.name, **experts.plain()}, seed=seed)
 
 
 PATH = "path"  # file with the path integral of pretraining
 
 
-@dataclass(frozen=True, slots=True)
-class StateWriter:
-    """Writes the state of methods next to the model."""
-
-    folder: Path
-
-    def write(self, folder: Path) -> None:
-        states = (read_state(self.folder / name) for name in (PATH, LEFTOVERS_NAME))
-        copy_states([state for state in states if state is not None], folder)
+def write_states(work: Path, folder: Path) -> None:
+    """Write the state of methods that a training run left in its folder next to its model."""
+    states = (read_state(work / name) for name in (PATH, LEFTOVERS_NAME))
+    copy_states([state for state in states if state is not None], folder)
 
 
 def accept(run: Run, location: str) -> None:

@@ -17,7 +17,7 @@ from tritter.core.families import Model
 from tritter.core.families.presets import PRESETS
 from tritter.errors import Problem, RequestError
 from tritter.launched import launch_of
-from tritter.options import RunRequest
+from tritter.options import RunRequest, methods_of
 from tritter.planning.memory import TrainingSetup, machine_memory, training_memory
 from tritter.planning.strategy import planned_rounds
 from tritter.targets import Component
@@ -343,10 +343,8 @@ def _training_need(
 
 def _num_frozen(config: RunRequest, trained: Model, before: Model) -> int:
     """Return the number of parameters that may never enter the optimizer."""
-    growth = config.growth
-    if growth is not None and (frozen := growth.kind.num_frozen(growth.options, trained)):
-        return int(frozen)
-    each = (one.kind.num_frozen(one.options, trained, before, config) for one in config.forgetting)
+    chosen = (one for _, one in methods_of(config))
+    each = (one.kind.num_frozen(one.options, trained, before, config) for one in chosen)
     return max(each, default=0)
 
 

@@ -648,6 +648,7 @@ class Summary(Part):
         data: Domain → counts of its documents.
         disk: Kind → bytes in the run folder.
         lineage: Lineage of the checkpoint.
+        methods: Forgetting mitigation method → what it reported.
     """
 
     format_version: int = 1
@@ -681,6 +682,7 @@ class Summary(Part):
     windows: WindowsRecord | None = None
     growth: GrowthRecord | None = None
     experts: ExpertsRecord | None = None
+    methods: dict[str, Any] = {}
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Self:

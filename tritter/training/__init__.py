@@ -10,19 +10,18 @@ from tritter.loading import lazy_names
 from tritter.training.forgetting_method import (
     ForgettingMethod,
     Needs,
-    NoOptions,
     Preparation,
     Prepared,
     Task,
-    Values,
 )
+from tritter.training.method import Method, NoOptions, Setting, SideLoss, Trainee, Values
 from tritter.training.metrics import metrics_files, read_metrics
 from tritter.training.optimizer import OptimizerSettings, Schedule
 from tritter.training.options import TrainerSettings
 
 if TYPE_CHECKING:
     from tritter.training.fitting import discard_saved, fit
-    from tritter.training.module import BaseModule, SideLoss
+    from tritter.training.module import BaseModule
     from tritter.training.result import FitResult, WriteResult
 
 __getattr__ = lazy_names(
@@ -30,7 +29,6 @@ __getattr__ = lazy_names(
     {
         "BaseModule": "tritter.training.module",
         "FitResult": "tritter.training.result",
-        "SideLoss": "tritter.training.module",
         "WriteResult": "tritter.training.result",
         "discard_saved": "tritter.training.fitting",
         "fit": "tritter.training.fitting",
@@ -40,14 +38,17 @@ __all__ = [
     "BaseModule",
     "FitResult",
     "ForgettingMethod",
+    "Method",
     "Needs",
     "NoOptions",
     "OptimizerSettings",
     "Preparation",
     "Prepared",
     "Schedule",
+    "Setting",
     "SideLoss",
     "Task",
+    "Trainee",
     "TrainerSettings",
     "Values",
     "WriteResult",

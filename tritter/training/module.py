@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tritter.errors import RequestError
 from tritter.evaluation.losses import nats_per_row
 from tritter.targets import Component, instantiate
 from tritter.training.forgetting_method import ForgettingMethod
+from tritter.training.method import SideLoss, Trainee
 from tritter.training.optimizer import OptimizerSettings, Schedule, build_optimizer
 from tritter.training.parameters import (
     Entry,
@@ -33,38 +35,6 @@ from tritter.training.parameters import (
 )
 
 _SUMMED = ("nats", "right", "tokens")  # per domain, over the windows of a validation
-
-
-class SideLoss:
-    """Base class of losses that are added to the task loss.
-
-    Attributes:
-        forward_options: Additional arguments of the model in the task's forward pass.
-        flops: Model FLOPs before the first step.
-    """
-
-    forward_options: Mapping[str, bool] = {}
-    flops = 0.0
-
-    def loss(
-        self, model: nn.Module, batch: Mapping[str, Tensor], *, step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss to add, and its terms by metric name.
-
-        Args:
-            model: Model in training.
-            batch: Batch of the task's forward pass, which has just run.
-            step: Number of finished optimizer steps of this training run.
-        """
-        raise NotImplementedError
-
-    def step_flops(self, model: nn.Module) -> float:
-        """Return the FLOPs of a step in addition to those of the task, over all processes."""
-        return 0.0
-
-    def callbacks(self) -> tuple[Callback, ...]:
-        """Return the callbacks that drive the loss."""
-        return ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,6 +77,12 @@ class BaseModule(LightningModule):
         self.journal: list[Entry] = []
         self.module_callbacks: Callable[[], list[Callback]] = list  # set during a fit
         self.compiled: CompiledModel | None = None  # set during a fit
+
+    @classmethod
+    def of(cls, trainee: Trainee, **options: Any) -> "BaseModule":
+        """Return the module that trains a trainee, given the other options."""
+        make: Callable[..., BaseModule] = trainee.make_module or partial(cls, trainee.model)
+        return make(side_losses=trainee.side_losses, **options)
 
     def configure_model(self) -> None:
         """Shard the weights if several processes share them."""

@@ -24,7 +24,15 @@ from tritter.core.families import Model
 from tritter.errors import Problem, TritterError, nearest
 from tritter.launched import launch_of
 from tritter.limits import MAX_COUNT, NO_EPOCHS, parse_count
-from tritter.options import PARSED_COUNT, Count, RunRequest, WholeNumber, nearest_multiples, options
+from tritter.options import (
+    PARSED_COUNT,
+    Count,
+    RunRequest,
+    WholeNumber,
+    methods_of,
+    nearest_multiples,
+    options,
+)
 from tritter.targets import (
     TARGET,
     Component,
@@ -305,21 +313,18 @@ def _sharding_problems(config: RunRequest) -> Iterator[Problem]:
     """Yield options that require whole weights, with trainer=fsdp."""
     if config.trainer.strategy != "fsdp":
         return
-    for key, value, reason in _of_whole_weights(config):
-        yield Problem(key, value, reason=f"{reason}; use trainer=ddp, which replicates the weights")
     if config.trainer.precision not in _SHARDED_PRECISIONS:
         reason = f"with trainer=fsdp allowed are {' and '.join(_SHARDED_PRECISIONS)}"
         yield Problem("trainer.precision", config.trainer.precision, reason=reason)
     if config.trainer.compile:
         reason = "gathering a layer breaks the graph; remove trainer.compile or use trainer=ddp"
         yield Problem("trainer.compile", True, reason=reason)
+    for key, value, reason in _of_whole_weights(config):
+        yield Problem(key, value, reason=f"{reason}; use trainer=ddp, which replicates the weights")
 
 
 def _of_whole_weights(config: RunRequest) -> Iterator[tuple[str, object, str]]:
     """Yield key, value and reason of options that require whole weights."""
-    for group, chosen in (("growth", config.growth), ("experts", config.experts)):
-        if chosen is not None:
-            yield group, chosen.kind.__name__, chosen.kind.whole_weights
     name = config.optimizer.target.rpartition(".")[2]
     if config.optimizer.target.partition(".")[0] != "torch" or name not in _SHARDED_OPTIMIZERS:
         reason = (
@@ -330,6 +335,9 @@ def _of_whole_weights(config: RunRequest) -> Iterator[tuple[str, object, str]]:
     for one in callbacks_of("WeightAveraging", config):
         reason = "weight averaging requires whole weights, and each process only has a shard"
         yield f"callbacks.{one.name}.{TARGET}", one.options[TARGET], reason
+    for group, one in methods_of(config):
+        if one.kind.whole_weights:
+            yield group, one.kind.__name__, one.kind.whole_weights
 
 
 def callbacks_of(name: str, config: RunRequest) -> list[Component]:
@@ -465,8 +473,6 @@ def _publish_problems(config: RunRequest) -> Iterator[Problem]:
         reason = f"{monitor} is measured every {interval} steps; must be a multiple of it"
         yield Problem(f"{name}.every_n_train_steps", every, reason=reason)
     refused = (
-        ("growth", config.growth is not None, "the best weights may have fewer neurons"),
-        ("experts", config.experts is not None, "the best weights may have fewer experts"),
         (
             "moe_routing.bias_update_rate",
             config.moe_routing.bias_update_rate,
@@ -477,6 +483,9 @@ def _publish_problems(config: RunRequest) -> Iterator[Problem]:
     for other, is_set, reason in refused:
         if is_set:
             yield Problem(key, value, reason=f"not together with {other}: {reason}")
+    for group, one in methods_of(config):
+        if reason := one.kind.last_weights:
+            yield Problem(key, value, reason=f"not together with {group}: {reason}")
 
 
 def _early_stopping_problems(config: RunRequest) -> Iterator[Problem]:

@@ -31,6 +31,7 @@ from tritter.methods.experts.module import ExpertModule
 from tritter.methods.experts.options import FIRST, DynamicOptions
 from tritter.methods.experts.registry import ExpertRegistry
 from tritter.methods.novelty import observe
+from tritter.targets import values_of
 from tritter.training import FitResult, OptimizerSettings, Schedule, TrainerSettings, fit
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 from tritter.training.trainer import start_method
@@ -64,7 +65,9 @@ def dynamic_options(**changes: Any) -> DynamicOptions:
 
 def test_the_default_learning_rate_falls_with_the_hidden_size() -> None:
     bases = [model_of(oracle.tiny_llama(hidden_size=size)) for size in (32, 64, 640)]
-    default, own = (DynamicExperts(dynamic_options(learning_rate=each)) for each in (None, 0.1))
+    default, own = (
+        DynamicExperts(**values_of(dynamic_options(learning_rate=each))) for each in (None, 0.1)
+    )
     assert [default.peak_rate(base) for base in bases] == [5e-3, 5e-3, 5e-4]
     assert own.peak_rate(bases[-1]) == 0.1
 
@@ -86,18 +89,18 @@ def test_noise_widens_an_expert_but_hardly_ever_freezes_it(
     noises = noise * torch.randn(100, 16, generator=torch.Generator().manual_seed(0))
     found = list[str]()
     for row in noises.tolist():
-        registry = DynamicExperts(options).registry(max_steps=100)
+        registry = DynamicExperts(**values_of(options)).registry(max_steps=100)
         registry.sync_with([FIRST, "expert_1"])
         registry.active = "expert_1"
         for step, each in enumerate(row):
             assert registry.stalled(rank) == ""
             registry.record_step(2.0 + each - falls * (step >= 8), {})
-        resumed = DynamicExperts(options).registry(max_steps=100)
+        resumed = DynamicExperts(**values_of(options)).registry(max_steps=100)
         resumed.load_state_dict(registry.state_dict())
         resumed.active = registry.active
         former = registry.state_dict()  # of an earlier version
         former["members"]["expert_1"] |= {"before": 2.0, "error": 0.1}
-        DynamicExperts(options).registry(max_steps=100).load_state_dict(former)
+        DynamicExperts(**values_of(options)).registry(max_steps=100).load_state_dict(former)
         found.append(registry.stalled(rank))
         assert resumed.stalled(rank) == found[-1]
     assert found.count(expected) >= share
@@ -151,7 +154,7 @@ def train(
 ) -> tuple[ExpertModule, FitResult]:
     """Train experts on a base; resume if there is a checkpoint."""
     torch.manual_seed(999 if (folder / "saved").exists() else 11)
-    method = DynamicExperts(options or dynamic_options())
+    method = DynamicExperts(**values_of(options or dynamic_options()))
     model = base or oracle.tiny_llama(tie_word_embeddings=True, attention_dropout=0.1)
     rate = method.peak_rate(model_of(model))
     mixture = method.begin(model, bounds=TextBounds(0), seed=1)

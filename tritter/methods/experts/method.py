@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tritter.checkpoints.expert_files import experts_in
 from tritter.core.families import Model
-from tritter.errors import Problem
+from tritter.errors import Problem, RequestError, did_you_mean
 from tritter.methods.experts.options import FIRST, AdapterOptions, DynamicOptions, Timing
 from tritter.options import RunRequest, Start
+from tritter.training.method import Method, Setting, Trainee
 from tritter.training.optimizer import adam_problems
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
+    from tritter.checkpoints import ExpansionRecord
     from tritter.data.tokens import TextBounds
     from tritter.methods.experts.adapters import AdapterShape
+    from tritter.methods.experts.callback import BaseData, ExpertCallback
     from tritter.methods.experts.mixture import ExpertMixture
     from tritter.methods.experts.module import ExpertLosses
     from tritter.methods.experts.registry import ExpertRegistry
@@ -27,23 +32,14 @@ _ONLY = "lora"  # name of the adapter of single_lora
 _BITS = {8: 8.0, 4: 4.127}  # of a quantised weight; NF4 with quantised scales (QLoRA, section 3)
 
 
-class Experts(ABC):
-    """The component that a config selects by `_target_` in the group `experts`.
+class Experts(Method, ABC):
+    """The component that a config selects by `_target_` in the group `experts`."""
 
-    Args:
-        options: the options of the group.
-    """
-
-    Options: ClassVar[type[AdapterOptions]]
-    name: ClassVar[str]
     first: ClassVar[str]  # name of its first expert
     is_dynamic: ClassVar[bool]
-    whole_weights: ClassVar[str] = (  # the reason to refuse trainer=fsdp
-        "adapters are added to whole weights, and each process holds only a shard"
-    )
-
-    def __init__(self, options: Any) -> None:
-        self.options = options
+    whole_weights = "adapters are added to whole weights, and each process holds only a shard"
+    last_weights = "the best weights may have fewer experts"
+    seed = 0  # of new experts
 
     def peak_rate(self, base: Model) -> float:
         """Return the learning rate; by default 0.32 / hidden size of the base, at most 0.005."""
@@ -126,6 +122,38 @@ class Experts(ABC):
         each = of_one - _BITS[options.base_bits] / 8
         return round(each * sum(prod(t.shape) for t in linear))
 
+    def attach(self, trainee: Trainee, setting: Setting) -> None:
+        """Train experts on a model instead of the model; add them if it has none.
+
+        Raises:
+            RequestError: the model has incompatible experts, or no layer for adapters.
+        """
+        from tritter.methods.experts.mixture import mixture_on
+        from tritter.methods.experts.module import ExpertModule
+
+        self.seed = setting.seed("experts")
+        mixture = mixture_on(trainee.model)
+        if mixture is None:
+            mixture = self.begin(trainee.model, bounds=setting.bounds, seed=self.seed)
+        else:
+            self._resume(mixture, setting)
+        trainee.make_module = partial(ExpertModule, mixture, losses=self.losses)
+
+    def lineage_records(
+        self, before: Model, after: Model, reports: Mapping[str, Any]
+    ) -> list[ExpansionRecord]:
+        from tritter.methods.experts.summary import expert_records
+
+        return expert_records(after, reports, options=self.plain(), seed=self.seed)
+
+    def plain(self) -> dict[str, Any]:
+        return {"name": self.name, **super().plain()}
+
+    def summary(self, fits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        from tritter.methods.experts.summary import experts_summary
+
+        return experts_summary(fits, options=self.plain())
+
     @abstractmethod
     def begin(self, model: nn.Module, *, bounds: TextBounds, seed: int) -> ExpertMixture:
         """Add a mixture to a model without experts; its function does not change at first.
@@ -133,6 +161,20 @@ class Experts(ABC):
         Raises:
             RequestError: the model has no layer of a name in `experts.targets`.
         """
+
+    def _resume(self, mixture: ExpertMixture, setting: Setting) -> None:
+        """Continue training the experts of a checkpoint, with their state."""
+        from tritter.methods.experts.adapters import is_of_adapter
+        from tritter.methods.experts.mixture import ROUTER
+        from tritter.methods.experts.stored import ExpertFolder
+
+        files = setting.start.experts
+        assert files is not None
+        mixture.extra = dict(ExpertFolder.of_files(files).extra)
+        frozen = set(mixture.extra.get("frozen", ()))
+        for name, parameter in mixture.model.named_parameters():
+            is_trained = is_of_adapter(name) or ROUTER in name
+            parameter.requires_grad_(is_trained and name not in frozen)
 
     @property
     def losses(self) -> ExpertLosses:
@@ -164,6 +206,17 @@ class SingleLora(Experts):
         mixture = ExpertMixture(model, router="evidence")  # a single expert has gates of 1
         mixture.add(_ONLY, self.shape(model), seed=seed)
         return mixture
+
+    def _resume(self, mixture: ExpertMixture, setting: Setting) -> None:
+        from tritter.methods.experts.adapters import shape_of
+
+        super()._resume(mixture, setting)
+        own, expected = shape_of(mixture.model, mixture.names[0]), self.shape(mixture.model)
+        if own != replace(expected, targets=tuple(sorted(expected.targets))):
+            raise RequestError(
+                f"experts.rank, .alpha or .targets: the checkpoint's adapter has rank {own.rank}, "
+                f"alpha {own.alpha:g}, on {', '.join(own.targets)}."
+            )
 
 
 class DynamicExperts(Experts):
@@ -227,6 +280,70 @@ class DynamicExperts(Experts):
         mixture.add(FIRST, self.shape(model), seed=seed)
         return mixture
 
+    def attach(self, trainee: Trainee, setting: Setting) -> None:
+        from tritter.methods.experts.mixture import mixture_on
+
+        super().attach(trainee, setting)
+        mixture = mixture_on(trainee.model)
+        assert mixture is not None
+        trainee.surgery_callbacks += (self._callback(mixture, setting),)
+
+    def _callback(self, mixture: ExpertMixture, setting: Setting) -> ExpertCallback:
+        """Return the callback that spawns experts, with the state of a checkpoint's experts."""
+        from tritter.methods.experts.callback import ExpertCallback
+
+        registry = self.registry(max_steps=setting.max_steps)
+        shape, stored = self.shape(mixture.model), mixture.extra.get("roster")
+        for name in self.options.freeze_projections or ():
+            if name not in shape.targets:
+                raise RequestError(
+                    f"experts.freeze_projections = {name}: experts are on "
+                    f"{', '.join(shape.targets)}.{did_you_mean(name, shape.targets)}"
+                )
+        if stored is not None:
+            registry.load_state_dict(stored)
+            if not setting.task:  # counters of an earlier run start again at zero
+                registry.batches = dict.fromkeys(registry.batches, 0)
+        is_measured = registry.detector is not None
+        callback = ExpertCallback(
+            registry,
+            shape=shape,
+            known=_base_data(setting, is_measured=is_measured) if stored is None else None,
+            skill=None if is_measured else "+".join(setting.domains),
+            domains=setting.domains,
+            seed=self.seed,
+        )
+        callback.load_exemplars(mixture.extra)
+        if callback.exemplar_length not in (0, setting.sequence_length):
+            raise RequestError(
+                f"data.sequence_length = {setting.sequence_length}: the exemplars stored in the "
+                f"checkpoint have {callback.exemplar_length} tokens; use that length, or "
+                "experts.rehearsal=0."
+            )
+        return callback
+
+    def _resume(self, mixture: ExpertMixture, setting: Setting) -> None:
+        super()._resume(mixture, setting)
+        options: DynamicOptions = self.options
+        if mixture.router != "evidence" and mixture.is_shared != options.shared_router:
+            raise RequestError(
+                f"experts.shared_router = {options.shared_router}: the checkpoint has "
+                f"{'one router' if mixture.is_shared else 'a router for each layer'}."
+            )
+        if mixture.evidence is not None:
+            for key in ("prior", "inner_prior", "evidence_scale", "evidence_window"):
+                name, value = key.removeprefix("evidence_"), getattr(options, key)
+                if (stored := getattr(mixture.evidence, name)) != value:
+                    change = f"experts.{key} = {value} (in the checkpoint: {stored})"
+                    setting.log("experts", change.replace("None", "null"))
+                setattr(mixture.evidence, name, value)
+        recorded = mixture.extra.get("boundaries") or options.boundaries
+        if recorded != options.boundaries:
+            raise RequestError(
+                f"experts.boundaries = {options.boundaries}: the checkpoint was trained with "
+                f"{recorded}; use experts.boundaries={recorded}."
+            )
+
     @property
     def losses(self) -> ExpertLosses:
         from tritter.methods.experts.module import ExpertLosses
@@ -256,3 +373,23 @@ class DynamicExperts(Experts):
             return ExpertRegistry(options, timing=timing, detector=None)
         detector = NoveltyDetector(detector=options.detector, options=options.novelty)
         return ExpertRegistry(options, timing=timing, detector=detector)
+
+
+def _base_data(setting: Setting, *, is_measured: bool) -> BaseData:
+    """Return data of the old domains, for statistics of the novelty detector; never trained on."""
+    import torch
+
+    from tritter.methods.experts.callback import BaseData
+    from tritter.methods.novelty.statistics import CALIBRATION_BATCHES
+
+    sequences, size = setting.base_sequences(), setting.batch_size
+    batches: dict[str, Sequence[Tensor]] = dict.fromkeys(sequences, ())
+    for domain, each in sequences.items() if is_measured else ():
+        # Enough batches for calibration, with as few repetitions as possible
+        generator = torch.Generator().manual_seed(setting.seed("known", domain))
+        count, order = CALIBRATION_BATCHES * size, torch.empty(0, dtype=torch.int64)
+        while len(order) < count:
+            order = torch.cat([order, torch.randperm(len(each), generator=generator)])
+        batches[domain] = each[order[:count]].long().split(size)
+    tokens = (each.flatten().long() for each in sequences.values())
+    return BaseData(batches=batches, tokens=torch.cat([torch.empty(0, dtype=torch.int64), *tokens]))

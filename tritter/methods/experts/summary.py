@@ -18,24 +18,22 @@ from tritter.methods.experts.callback import EXPERTS
 from tritter.methods.experts.gates import usage as mean_gates
 from tritter.methods.experts.mixture import mixture_on
 from tritter.methods.experts.stored import ExpertFolder
-from tritter.training import FitResult
 
 _BATCH = 8
 
 
 def expert_records(
-    before: Model, after: Model, result: FitResult, *, options: Mapping[str, Any], seed: int
+    after: Model, reports: Mapping[str, Any], *, options: Mapping[str, Any], seed: int
 ) -> list[ExpansionRecord]:
     """Return the lineage record of the experts added in a training run, if there are any.
 
     Args:
-        before: the base at the start of the run.
         after: the base at its end.
-        result: of the run.
+        reports: of the run's callbacks.
         options: the options of `experts`, with the name.
         seed: of the run.
     """
-    events = result.reports.get(EXPERTS, {}).get("events", [])
+    events = reports.get(EXPERTS, {}).get("events", [])
     born = [event["expert"] for event in events if event["kind"] == "spawned"]
     if not born:
         return []
@@ -99,28 +97,24 @@ def expert_usage(model: nn.Module, sequences: Mapping[str, Tensor]) -> dict[str,
 
 
 def experts_summary(
-    fits: Sequence[tuple[int, Mapping[str, Any]]],
-    usages: Sequence[Mapping[str, Any]],
-    *,
-    options: Mapping[str, Any],
+    fits: Sequence[Mapping[str, Any]], *, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return `experts` of summary.json: one record for all training runs of a branch.
 
     Args:
-        fits: steps and report of each run, in order; runs without changes have no report.
-        usages: results of `expert_usage` after each run.
+        fits: see `Method.summary`; runs without changes have no report.
         options: the options of `experts`, with the name.
     """
     record = {
         "kind": options["name"],
         "options": options,
-        **usages[-1],
-        "phases": [each["usage"] for each in usages],
+        **fits[-1]["usage"],
+        "phases": [fit["usage"]["usage"] for fit in fits],
     }
-    reports = [report for _, report in fits if report]
+    reports = [fit["reports"][EXPERTS] for fit in fits if fit["reports"].get(EXPERTS)]
     if len(reports) < len(fits):
         return record
-    before = list(accumulate((steps for steps, _ in fits), initial=0))
+    before = list(accumulate((fit["steps"] for fit in fits), initial=0))
     events = [
         {**event, "task": number, "step": event["step"] + before[number]}
         for number, report in enumerate(reports)

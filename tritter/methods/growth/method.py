@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from tritter.core.families import Model
 from tritter.errors import Problem
@@ -12,27 +12,23 @@ from tritter.methods.growth.blocks import freeze_all_but_ffns
 from tritter.methods.growth.triggers import GrowthOptions, Timing
 from tritter.options import RunRequest, Start
 from tritter.targets import dotted
+from tritter.training.method import Method, Setting, Trainee
 from tritter.training.optimizer import adam_problems
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from tritter.checkpoints import ExpansionRecord
 
 
-class NeuronGrowth:
-    """The component that a config selects by `_target_` in the group `growth`.
+class NeuronGrowth(Method):
+    """The component that a config selects by `_target_` in the group `growth`."""
 
-    Args:
-        options: the options of the group.
-    """
-
-    Options: ClassVar[type[GrowthOptions]] = GrowthOptions
-    whole_weights: ClassVar[str] = (  # the reason to refuse trainer=fsdp
+    Options = GrowthOptions
+    whole_weights = (
         "growth needs whole weights, and each process holds only a shard; expand between "
         "training runs (growth=none expansion=width)"
     )
-
-    def __init__(self, options: GrowthOptions) -> None:
-        self.options = options
+    last_weights = "the best weights may have fewer neurons"
+    seed = 0  # of the random numbers for new neurons
 
     @classmethod
     def problems(cls, options: GrowthOptions, run: RunRequest) -> Iterator[Problem]:
@@ -63,62 +59,109 @@ class NeuronGrowth:
             yield Problem("growth", cls.__name__, reason=f"{reason}, or growth=none")
             return
         layers, steps = model.sizes.num_hidden_layers, run.training.max_steps
-        if reason := cls(options).inactivity_reason(max_steps=steps, num_layers=layers):
+        if reason := inactivity_reason(options, max_steps=steps, num_layers=layers):
             name = options.trigger.name or dotted(type(options.trigger))
             yield Problem("growth.trigger", name, reason=reason)
 
     @classmethod
-    def num_frozen(cls, options: GrowthOptions, trained: Model) -> int:
-        """Return the number of parameters that growth freezes until the end of training."""
+    def num_frozen(
+        cls, options: GrowthOptions, trained: Model, before: Model, run: RunRequest
+    ) -> int:
         if not options.freeze_attention:
             return 0
         model = trained.widened
         neurons = (each.name for each in model.tensors if model.family.ffn_part(each))
         return model.num_parameters - sum(prod(model.shapes[name]) for name in neurons)
 
-    def inactivity_reason(self, *, max_steps: int, num_layers: int) -> str:
-        """Return the reason if nothing can grow in `max_steps` steps, else ''."""
-        options, timing = self.options, Timing.of(self.options, max_steps=max_steps)
-        due = [n for n in range(1, max_steps) if options.trigger.is_due(n, timing)]
-        cool = [n for n in due if n >= timing.cooldown or not options.trigger.has_cooldown()]
-        if not cool:
-            return (
-                f"with training.max_steps = {max_steps} nothing could grow: checks run every "
-                f"{timing.check_every} steps after step {timing.warmup}, and growth is excluded in "
-                f"the first {timing.cooldown} steps (growth.check_every, .warmup_steps, "
-                ".growth_cooldown) and after the last"
-            )
-        return options.trigger.inactivity_reason(
-            options, num_checks=len(due), num_layers=num_layers
-        )
-
-    def freeze(self, model: nn.Module) -> None:
-        """Freeze everything except the FFNs, if `freeze_attention` is set."""
-        if self.options.freeze_attention:
-            freeze_all_but_ffns(model)
-
-    def callbacks(
-        self,
-        *,
-        max_steps: int,
-        tokens_per_step: int,
-        seed: int,
-        new: Mapping[str, tuple[Tensor | None, ...]],
-    ) -> tuple[Any, Any]:
-        """Return the callback that reads gradients and the callback that grows the model.
-
-        Args:
-            tokens_per_step: tokens of all processes.
-            seed: seed of the random numbers for new neurons.
-            new: parameter name → by dimension, the coordinates that an expansion added.
-        """
+    def attach(self, trainee: Trainee, setting: Setting) -> None:
+        """Freeze what does not grow, and add the callbacks that read gradients and grow neurons."""
         from tritter.methods.growth.callback import GradientPressure, NeuronGrowthCallback
         from tritter.methods.growth.grower import Grower
 
+        if self.options.freeze_attention:
+            freeze_all_but_ffns(trainee.model)
+        self.seed = setting.seed("growth")
         grower = Grower(
             self.options,
-            timing=Timing.of(self.options, max_steps=max_steps),
-            seed=seed,
-            tokens_per_step=tokens_per_step,
+            timing=Timing.of(self.options, max_steps=setting.max_steps),
+            seed=self.seed,
+            tokens_per_step=setting.tokens_per_step,
         )
-        return GradientPressure(grower), NeuronGrowthCallback(grower, new=new)
+        trainee.observers += (GradientPressure(grower),)
+        trainee.surgery_callbacks += (NeuronGrowthCallback(grower, new=setting.new_units),)
+
+    def lineage_records(
+        self, before: Model, after: Model, reports: Mapping[str, Any]
+    ) -> list[ExpansionRecord]:
+        from tritter.methods.growth.grower import GROWTH, growth_record
+
+        report = reports[GROWTH]
+        if not report["events"]:
+            return []
+        record = growth_record(
+            before,
+            after,
+            options=self.plain(),
+            seed=self.seed,
+            digest=report["map_digest"],
+            is_exact=report["is_exact"],
+            function_change=report["function_change"],
+        )
+        return [record]
+
+    def summary(self, fits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return `growth` of summary.json; steps and FLOPs are cumulative."""
+        from tritter.methods.growth.grower import GROWTH
+
+        reports = [fit["reports"][GROWTH] for fit in fits]
+        first, last, steps_before, flops_before = reports[0], reports[-1], 0, 0.0
+        events, steps = [], []
+        for number, (fit, report) in enumerate(zip(fits, reports, strict=True)):
+            for event in report["events"]:
+                cumulative = {
+                    "step": event["step"] + steps_before,
+                    "flops": event["flops"] + flops_before,
+                }
+                task = {"task": number} if len(fits) > 1 else {}
+                events.append({**event, **task, **cumulative})
+            steps += [step + steps_before for step in report["map"]["steps"]]
+            steps_before += fit["steps"]
+            flops_before += report["flops"]
+        return {
+            "options": {**self.plain(), **first["timing"]},
+            "advice": self.options.trigger.advice,
+            "events": events,
+            **{
+                name: sum(report[name] for report in reports)
+                for name in ("born", "replaced", "died", "checks", "extra_flops")
+            },
+            **{
+                name: {"before": first[name]["before"], "after": last[name]["after"]}
+                for name in ("neurons", "parameters")
+            },
+            "young": last["young"],
+            "map": {
+                "steps": steps,
+                **{
+                    name: [row for report in reports for row in report["map"][name]]
+                    for name in ("neurons", "pressure")
+                },
+            },
+            "function_change": max(report["function_change"] for report in reports),
+            "update_norms": last["update_norms"],
+        }
+
+
+def inactivity_reason(options: GrowthOptions, *, max_steps: int, num_layers: int) -> str:
+    """Return the reason if nothing can grow in `max_steps` steps, else ''."""
+    timing = Timing.of(options, max_steps=max_steps)
+    due = [n for n in range(1, max_steps) if options.trigger.is_due(n, timing)]
+    cool = [n for n in due if n >= timing.cooldown or not options.trigger.has_cooldown()]
+    if not cool:
+        return (
+            f"with training.max_steps = {max_steps} nothing could grow: checks run every "
+            f"{timing.check_every} steps after step {timing.warmup}, and growth is excluded in "
+            f"the first {timing.cooldown} steps (growth.check_every, .warmup_steps, "
+            ".growth_cooldown) and after the last"
+        )
+    return options.trigger.inactivity_reason(options, num_checks=len(due), num_layers=num_layers)
