@@ -413,8 +413,9 @@ def methods_of(run: RunRequest) -> Iterator[tuple[str, Component]]:
     """Yield group and component of everything that acts in the training of a run."""
     for group in ("growth", "experts", "forgetting"):
         chosen = getattr(run, group)
-        of_group = chosen if isinstance(chosen, tuple) else (chosen,)
-        yield from ((group, one) for one in of_group if one is not None)
+        for one in chosen if isinstance(chosen, tuple) else (chosen,):
+            if one is not None:
+                yield group, one
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -218,3 +218,11 @@ def test_the_weights_that_it_needs_are_refused_elsewhere() -> None:
     reported = " ".join(str(problem) for rule in RULES for problem in rule(config))
     assert "forgetting = Widening: each process has a shard" in reported
     assert "not together with forgetting: the best weights may be narrow" in reported
+
+
+def test_a_method_that_mixes_states_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Widening, "needs", lambda *_: Needs(mixes=True))
+    config = replace(load_config([*TINY, "forgetting=none"]), forgetting=(WIDENING,))
+    (problem,) = method_problems(config)
+    assert (problem.key, problem.value) == ("forgetting", "widening")
+    assert "no option `fraction`" in problem.reason

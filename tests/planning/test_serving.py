@@ -63,8 +63,8 @@ def test_nf4_takes_exactly_multiples_of_64(size: int) -> None:
             layer(torch.randn(1, 4, size))
         except (RuntimeError, AssertionError):
             assert size % 64
-        else:
-            assert size % 64 == 0
+        else:  # CPUs without these instructions use another kernel
+            assert size % 64 == 0 or not bitsandbytes.functional.has_avx512bf16()
 
 
 def test_expand_and_plan_print_them(

@@ -389,6 +389,8 @@ def method_problems(config: RunConfig) -> Iterator[Problem]:
         if unknown := {*each.prepares, *each.leaves, *each.state} - STATE_KINDS.keys():
             reason = f"no call of `register` declares its state {', '.join(sorted(unknown))}"
             yield Problem("forgetting", one.name, reason=reason)
+        if each.mixes and not hasattr(one.options, "fraction"):
+            yield Problem("forgetting", one.name, reason="it mixes, but has no option `fraction`")
     for what, verb in (("prepares", "prepare"), ("leaves", "save")):
         counts = Counter(kind for each in needs for kind in getattr(each, what))
         if twice := [kind for kind, count in counts.items() if count > 1]:

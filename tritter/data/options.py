@@ -187,7 +187,7 @@ class SkillsDataConfig(NamedTextConfig):
     text_field: Text
 
 
-PathResolver = Callable[[str, str], str]  # key and path as typed → resolved path
+_PathResolver = Callable[[str, str], str]  # key and path as typed → resolved path
 
 
 def _text_location(key: str, path: str) -> str:
@@ -236,7 +236,7 @@ def _dataset_location(key: str, word: str, *, column: str | None, max_rows: int 
     return str(replace(source, rows=rows, column=source.column or column))
 
 
-def path_resolver(kind: type[DataConfig], raw: Mapping[str, object]) -> PathResolver:
+def path_resolver(kind: type[DataConfig], raw: Mapping[str, object]) -> _PathResolver:
     """Return the function that resolves the paths of an option of `data`.
 
     Args:
@@ -261,7 +261,7 @@ def read_sources(
     *,
     default_name: str | None,
     problems: list[Problem],
-    resolve: PathResolver = _text_location,
+    resolve: _PathResolver = _text_location,
     known: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> TextSources:
     """Read domain → absolute paths from a config value.
@@ -321,7 +321,7 @@ def _read_tasks(
     value: object,
     old: TextSources,
     problems: list[Problem],
-    resolve: PathResolver = _text_location,
+    resolve: _PathResolver = _text_location,
     *,
     default_name: str | None = "text",
 ) -> list[TextSources]:

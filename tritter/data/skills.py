@@ -53,11 +53,11 @@ _WORDINGS = (
 _OPENINGS = ("", "Hello, ", "Tritter, ", "Please, ", "Now ", "Say, ", "Dear assistant, ", "So ")
 PREFIX = "skills:"
 CHAT = "chat"  # last part of a name: the exercises are conversations
-SKILL_VERSION = 1  # increment when a name, seed and index would yield another exercise
-DEFAULT_COUNT = 10_000
+_SKILL_VERSION = 1  # increment when a name, seed and index would yield another exercise
+_DEFAULT_COUNT = 10_000
 MAX_COUNT = 10_000_000
 SEED = 0  # of all texts and questions; a lineage records it
-ORIGIN = f"generated skills, version {SKILL_VERSION}, seed {SEED}"  # recorded in a lineage
+ORIGIN = f"generated skills, version {_SKILL_VERSION}, seed {SEED}"  # recorded in a lineage
 _HELD_OUT = 1 / 8  # share of exercises reserved for evaluation
 _MAX_REPEATS = 2_000  # consecutive draws of known questions, after which a skill is exhausted
 
@@ -342,7 +342,7 @@ class SkillText:
     """
 
     skill: Skill
-    count: int = DEFAULT_COUNT
+    count: int = _DEFAULT_COUNT
     is_chat: bool = False
 
     def __str__(self) -> str:

@@ -298,8 +298,7 @@ def _train(
     with moe.training_of_routers(run, branch, trainee):
         is_routed = bool(trainee.side_losses)
         task = importance.task(run, branch, follow=trainee.follow)
-        acting = _attach(run, branch, start, trainee, max_steps=settings.max_steps)
-        methods = [method for method in acting if isinstance(method, ForgettingMethod)]
+        others, methods = _attach(run, branch, start, trainee, task, max_steps=settings.max_steps)
         _freeze(model, methods, task, max_steps=settings.max_steps)
         module = BaseModule.of(
             trainee,
@@ -313,7 +312,7 @@ def _train(
         elif text is not None:
             trainee.observers += tuple(sample_log(run, model, folder))
         write = branch_writer(
-            run, branch, is_routed=is_routed, frees_start=frees_start, methods=acting
+            run, branch, is_routed=is_routed, frees_start=frees_start, methods=(*others, *methods)
         )
         result = _fit(
             run,
@@ -331,16 +330,15 @@ def _train(
 
 
 def _attach(
-    run: Run, branch: Branch, start: Source, trainee: Trainee, *, max_steps: int
-) -> tuple[Method, ...]:
-    """Build the methods of a branch's training, and attach them.
+    run: Run, branch: Branch, start: Source, trainee: Trainee, task: Task, *, max_steps: int
+) -> tuple[tuple[Method, ...], tuple[ForgettingMethod, ...]]:
+    """Build and attach what acts in a branch's training: growth or experts, and forgetting methods.
 
-    The control has neither growth nor experts. These come first: forgetting methods unfreeze only
-    weights that they froze.
+    The control only has the latter, which come last: they unfreeze only weights that they froze.
     """
-    groups = () if branch.is_control else (run.config.growth, run.config.experts)
-    others = [one.kind(**one.arguments) for one in groups if one is not None]
-    methods = (*others, *build_methods(run.config.forgetting))
+    one = None if branch.is_control else run.config.growth or run.config.experts
+    others = () if one is None else (one.kind(**one.arguments),)
+    methods = build_methods(run.config.forgetting)
     data, gathered = run.data, run.config.trainer.accumulate_grad_batches
     setting = Setting(
         start=start,
@@ -352,13 +350,13 @@ def _attach(
         batch_size=data.batch_size,
         tokens_per_step=data.batch_size * data.sequence_length * gathered,
         max_steps=max_steps,
-        new_units=run.planned(branch).change.new_units() if branch.specs else {},
+        new_units=task.new_units if branch.specs else {},
         seed=lambda *labels: run.seed(*labels, *branch.purpose),
         log=run.say,
     )
-    for method in methods:
+    for method in (*others, *methods):
         method.attach(trainee, setting)
-    return methods
+    return others, methods
 
 
 def _announce(run: Run, branch: Branch, *, max_steps: int) -> None:

@@ -343,9 +343,10 @@ def _training_need(
 
 def _num_frozen(config: RunRequest, trained: Model, before: Model) -> int:
     """Return the number of parameters that may never enter the optimizer."""
-    chosen = (one for _, one in methods_of(config))
-    each = (one.kind.num_frozen(one.options, trained, before, config) for one in chosen)
-    return max(each, default=0)
+    most = 0
+    for _, one in methods_of(config):
+        most = max(most, one.kind.num_frozen(one.options, trained, before, config))
+    return most
 
 
 def _copies(one: Component) -> int:

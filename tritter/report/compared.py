@@ -37,7 +37,7 @@ _MEAN_OR_SEEDS = (
     f"mean with Student's {CONFIDENCE:.0%} interval, below {MIN_SEEDS} seeds each seed's value"
 )
 Scores = Mapping[str, PairedScores]
-CSV_HEADER = ("run", "subject", "quantity", "value", "lower", "upper")
+_CSV_HEADER = ("run", "subject", "quantity", "value", "lower", "upper")
 _CELL_CHARACTERS = 60
 _FEW_RUNS = 6  # that are columns of a table; more are rows
 _FEW_SETTINGS = 5  # that are columns of a table with many runs
@@ -196,7 +196,7 @@ class Comparison:
 
     def rows(self) -> list[tuple[str, ...]]:
         """Return all numbers as rows of a CSV file, its header first."""
-        found: list[tuple[str, ...]] = [CSV_HEADER]
+        found: list[tuple[str, ...]] = [_CSV_HEADER]
         for each in self.runs:
             found += [(each.name, "", "status", each.run.summary.status, "", "")]
             found += [(each.name, "", k, _number(v), "", "") for k, v in each.costs().items()]

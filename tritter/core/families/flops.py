@@ -21,7 +21,7 @@ from tritter.core.families.logical import LogicalTensor
 from tritter.core.families.model import Model
 
 Loss = Literal["head", "routers"]
-IsTrained = Callable[[LogicalTensor], bool]
+_IsTrained = Callable[[LogicalTensor], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,7 @@ def forward_flops(
 def backward_flops(
     model: Model,
     *,
-    is_trained: IsTrained = everything,
+    is_trained: _IsTrained = everything,
     loss_at: Loss = "head",
     routed_to: Collection[int] | None = None,
     adapters: Adapters = NO_ADAPTERS,
@@ -157,7 +157,7 @@ def backward_flops(
 def training_flops(
     model: Model,
     *,
-    is_trained: IsTrained = everything,
+    is_trained: _IsTrained = everything,
     routed_to: Collection[int] | None = None,
     adapters: Adapters = NO_ADAPTERS,
 ) -> Flops:
@@ -199,7 +199,7 @@ class _Walk:
     def __init__(
         self,
         model: Model,
-        is_trained: IsTrained,
+        is_trained: _IsTrained,
         routed_to: Collection[int] | None,
         adapters: Adapters,
     ) -> None:

@@ -18,18 +18,18 @@ from tritter.terminal import status
 
 _LAYER = "model.layers.{layer}."
 VOCABULARY = Space("vocab", "vocab_size", "model")
-RESIDUAL = Axis(Space("residual", "hidden_size", "model"), Port.WRITE)
-ATTENTION_INPUT = Space("attention_input", "hidden_size")
+_RESIDUAL = Axis(Space("residual", "hidden_size", "model"), Port.WRITE)
+_ATTENTION_INPUT = Space("attention_input", "hidden_size")
 _ATTENTION_OUTPUT = Space("attention_output", "hidden_size")
-FFN_INPUT, _FFN_OUTPUT = Space("ffn_input", "hidden_size"), Space("ffn_output", "hidden_size")
-HEAD_INPUT = Space("head_input", "hidden_size", "model")
+_FFN_INPUT, _FFN_OUTPUT = Space("ffn_input", "hidden_size"), Space("ffn_output", "hidden_size")
+_HEAD_INPUT = Space("head_input", "hidden_size", "model")
 _HEAD_DIM = Space("head_dim", "head_dim", "model")
-QUERY, KEY_VALUE = Space("query", "query_size"), Space("key_value", "key_value_size")
+_QUERY, _KEY_VALUE = Space("query", "query_size"), Space("key_value", "key_value_size")
 FFN, _EXPERT_FFN = Space("ffn", "intermediate_size"), Space("ffn", "expert_size", "expert")
 _SHARED_FFN = Space("shared_ffn", "shared_expert_size")
 _ROUTES, _SHARED_GATE = Space("routes", "num_experts"), Space("shared_gate", "single")
 
-EXPERT_SIZES = {
+_EXPERT_SIZES = {
     **DENSE_SIZES,
     "experts_per_token": "num_experts_per_tok",
     "expert_size": "moe_intermediate_size",
@@ -51,7 +51,7 @@ def decoder_tensors(
         embedding("model.embed_tokens", embedding_port),
         *layer,
         LogicalTensor(
-            kind="final_norm", disk_name="model.norm.weight", axes=(Axis(HEAD_INPUT, Port.GAIN),)
+            kind="final_norm", disk_name="model.norm.weight", axes=(Axis(_HEAD_INPUT, Port.GAIN),)
         ),
         head("lm_head"),
     )
@@ -77,36 +77,36 @@ def attention(
         within: name of the layer that stacks q, k and v; empty if they are separate.
     """
     port = Port.WRITE_NONLINEAR if query_norm == "none" else Port.ABSORBED
-    read = Axis(ATTENTION_INPUT, Port.READ)
-    output = Axis(_ATTENTION_OUTPUT, Port.WRITE) if output_norm else RESIDUAL
-    before = [_norm("attention_norm", "input_layernorm", ATTENTION_INPUT)]
+    read = Axis(_ATTENTION_INPUT, Port.READ)
+    output = Axis(_ATTENTION_OUTPUT, Port.WRITE) if output_norm else _RESIDUAL
+    before = [_norm("attention_norm", "input_layernorm", _ATTENTION_INPUT)]
     tensors = [
         *(before if has_input_norm else ()),
-        *_dense("attention.q", "self_attn.q_proj", Axis(QUERY, port), read, biases, bias_key,
+        *_dense("attention.q", "self_attn.q_proj", Axis(_QUERY, port), read, biases, bias_key,
                  within=within),
-        *_dense("attention.k", "self_attn.k_proj", Axis(KEY_VALUE, port), read, biases, bias_key,
+        *_dense("attention.k", "self_attn.k_proj", Axis(_KEY_VALUE, port), read, biases, bias_key,
                  within=within),
-        *_dense("attention.v", "self_attn.v_proj", Axis(KEY_VALUE, Port.WRITE), read, biases,
+        *_dense("attention.v", "self_attn.v_proj", Axis(_KEY_VALUE, Port.WRITE), read, biases,
                  bias_key, within=within),
     ]  # fmt: skip
     if query_norm != "none":
         is_of_all = query_norm == "all heads"
         tensors += [
-            _norm("attention.q_norm", "self_attn.q_norm", QUERY if is_of_all else _HEAD_DIM),
-            _norm("attention.k_norm", "self_attn.k_norm", KEY_VALUE if is_of_all else _HEAD_DIM),
+            _norm("attention.q_norm", "self_attn.q_norm", _QUERY if is_of_all else _HEAD_DIM),
+            _norm("attention.k_norm", "self_attn.k_norm", _KEY_VALUE if is_of_all else _HEAD_DIM),
         ]
     of_output: Biases = "qkvo" if biases == "qkvo" else "none"
     tensors += _dense(
-        "attention.o", "self_attn.o_proj", output, Axis(QUERY, Port.READ), of_output, bias_key
+        "attention.o", "self_attn.o_proj", output, Axis(_QUERY, Port.READ), of_output, bias_key
     )
     if output_norm:
-        tensors.append(_norm("attention_output_norm", output_norm, RESIDUAL.space))
+        tensors.append(_norm("attention_output_norm", output_norm, _RESIDUAL.space))
     return tuple(tensors)
 
 
 def ffn_norm(disk_name: str = "post_attention_layernorm") -> LogicalTensor:
     """Return the norm before the FFN, or before router and experts."""
-    return _norm("ffn_norm", disk_name, FFN_INPUT)
+    return _norm("ffn_norm", disk_name, _FFN_INPUT)
 
 
 def dense_ffn(
@@ -125,8 +125,8 @@ def dense_ffn(
         within: name of the layer that stacks gate and up; empty if they are separate.
     """
     biases: Biases = "qkvo" if bias_key else "none"
-    output = Axis(_FFN_OUTPUT, Port.WRITE) if output_norm else RESIDUAL
-    read = Axis(FFN_INPUT, Port.READ)
+    output = Axis(_FFN_OUTPUT, Port.WRITE) if output_norm else _RESIDUAL
+    read = Axis(_FFN_INPUT, Port.READ)
     gate, up = Axis(FFN, Port.WRITE_NONLINEAR), Axis(FFN, Port.WRITE)
     tensors = (
         *_dense("ffn.gate", "mlp.gate_proj", gate, read, biases, bias_key, layers, within),
@@ -136,7 +136,7 @@ def dense_ffn(
     )  # fmt: skip
     if not output_norm:
         return tensors
-    return (*tensors, _norm("ffn_output_norm", output_norm, RESIDUAL.space))
+    return (*tensors, _norm("ffn_output_norm", output_norm, _RESIDUAL.space))
 
 
 def experts(
@@ -151,7 +151,7 @@ def experts(
         down: name on disk of an expert's down projection.
         layers: `sparse` if other layers have one FFN instead.
     """
-    read = Axis(FFN_INPUT, Port.READ)
+    read = Axis(_FFN_INPUT, Port.READ)
     live, stem = _LAYER + "mlp.", _LAYER + module + "."
 
     def matrix(kind: str, disk_name: str, axes: tuple[Axis, Axis], fused: Fused) -> LogicalTensor:
@@ -170,21 +170,21 @@ def experts(
         matrix("experts.gate", gate, (Axis(_EXPERT_FFN, Port.WRITE_NONLINEAR), read),
                Fused(gate_up, 0, 2)),
         matrix("experts.up", up, (Axis(_EXPERT_FFN, Port.WRITE), read), Fused(gate_up, 1, 2)),
-        matrix("experts.down", down, (RESIDUAL, Axis(_EXPERT_FFN, Port.READ)),
+        matrix("experts.down", down, (_RESIDUAL, Axis(_EXPERT_FFN, Port.READ)),
                Fused(live + "experts.down_proj")),
     )  # fmt: skip
 
 
 def shared_expert() -> tuple[LogicalTensor, ...]:
     """Return the shared expert of all tokens, and the gate that scales it by a sigmoid."""
-    read = Axis(FFN_INPUT, Port.READ)
+    read = Axis(_FFN_INPUT, Port.READ)
     gate, up = Axis(_SHARED_FFN, Port.WRITE_NONLINEAR), Axis(_SHARED_FFN, Port.WRITE)
     down = Axis(_SHARED_FFN, Port.READ)
     name = "mlp.shared_expert."
     return (
         *_dense("shared_expert.gate", name + "gate_proj", gate, read, layers="sparse"),
         *_dense("shared_expert.up", name + "up_proj", up, read, layers="sparse"),
-        *_dense("shared_expert.down", name + "down_proj", RESIDUAL, down, layers="sparse"),
+        *_dense("shared_expert.down", name + "down_proj", _RESIDUAL, down, layers="sparse"),
         *_dense("shared_expert_gate", "mlp.shared_expert_gate",
                  Axis(_SHARED_GATE, Port.WRITE_NONLINEAR), read, layers="sparse"),
     )  # fmt: skip
@@ -220,23 +220,23 @@ def _norm(kind: str, disk_name: str, space: Space) -> LogicalTensor:
 # Whole copies of the stream change neither of them, nor the effect of eps.
 
 # q, k and v of each head; heads are copied unscaled, so one port suffices for all three
-QKV = Space("qkv", "qkv_size")
+_QKV = Space("qkv", "qkv_size")
 _POSITIONS = Space("positions", "max_position_embeddings", "model")
 
 
 def embedding(name: str, port: Port = Port.WRITE) -> LogicalTensor:
     """Return the token embedding with this name on disk and this port to the residual stream."""
-    axes = (Axis(VOCABULARY, Port.READ), Axis(RESIDUAL.space, port))
+    axes = (Axis(VOCABULARY, Port.READ), Axis(_RESIDUAL.space, port))
     return LogicalTensor(kind="embed", disk_name=f"{name}.weight", axes=axes)
 
 
-def learned_positions(name: str) -> LogicalTensor:
+def _learned_positions(name: str) -> LogicalTensor:
     """Return the learned position embedding with this name on disk."""
-    axes = (Axis(_POSITIONS, Port.READ), RESIDUAL)
+    axes = (Axis(_POSITIONS, Port.READ), _RESIDUAL)
     return LogicalTensor(kind="embed_positions", disk_name=f"{name}.weight", axes=axes)
 
 
-def layer_norm_attention(
+def _layer_norm_attention(
     *,
     norm: str,
     qkv: str,
@@ -255,11 +255,11 @@ def layer_norm_attention(
         has_qkv_blocks: the tensor of q, k and v stores all of q, then k, then v, not head by head.
         is_transposed: matrices are stored with inputs first.
     """
-    read, interleaved = Axis(ATTENTION_INPUT, Port.READ), Axis(QKV, Port.WRITE_NONLINEAR)
+    read, interleaved = Axis(_ATTENTION_INPUT, Port.READ), Axis(_QKV, Port.WRITE_NONLINEAR)
     written = {
-        "q": Axis(QUERY, Port.WRITE_NONLINEAR),
-        "k": Axis(KEY_VALUE, Port.WRITE_NONLINEAR),
-        "v": Axis(KEY_VALUE, Port.WRITE),
+        "q": Axis(_QUERY, Port.WRITE_NONLINEAR),
+        "k": Axis(_KEY_VALUE, Port.WRITE_NONLINEAR),
+        "v": Axis(_KEY_VALUE, Port.WRITE),
     }
     projections = (
         [
@@ -272,22 +272,22 @@ def layer_norm_attention(
         else _linear("attention.qkv", qkv, interleaved, read, bias_key, is_transposed=is_transposed)
     )  # fmt: skip
     return (
-        *layer_norm("attention_norm", norm, ATTENTION_INPUT),
+        *layer_norm("attention_norm", norm, _ATTENTION_INPUT),
         *projections,
-        *_linear("attention.o", output, RESIDUAL, Axis(QUERY, Port.READ), bias_key,
+        *_linear("attention.o", output, _RESIDUAL, Axis(_QUERY, Port.READ), bias_key,
                  is_transposed=is_transposed),
     )  # fmt: skip
 
 
-def plain_ffn(
+def _plain_ffn(
     *, norm: str, up: str, down: str, is_transposed: bool = False
 ) -> tuple[LogicalTensor, ...]:
     """Return the norm before an ungated FFN and its projections, with these names on disk."""
-    read, written = Axis(FFN_INPUT, Port.READ), Axis(FFN, Port.WRITE_NONLINEAR)
+    read, written = Axis(_FFN_INPUT, Port.READ), Axis(FFN, Port.WRITE_NONLINEAR)
     return (
-        *layer_norm("ffn_norm", norm, FFN_INPUT),
+        *layer_norm("ffn_norm", norm, _FFN_INPUT),
         *_linear("ffn.up", up, written, read, is_transposed=is_transposed),
-        *_linear("ffn.down", down, RESIDUAL, Axis(FFN, Port.READ), is_transposed=is_transposed),
+        *_linear("ffn.down", down, _RESIDUAL, Axis(FFN, Port.READ), is_transposed=is_transposed),
     )
 
 
@@ -301,7 +301,7 @@ def head(disk_name: str, live_name: str = "") -> LogicalTensor:
     return LogicalTensor(
         kind="head",
         disk_name=f"{disk_name}.weight",
-        axes=(Axis(VOCABULARY, Port.WRITE), Axis(HEAD_INPUT, Port.READ)),
+        axes=(Axis(VOCABULARY, Port.WRITE), Axis(_HEAD_INPUT, Port.READ)),
         unless="tie_word_embeddings",
         live_name=f"{live_name}.weight" if live_name else "",
     )
@@ -349,7 +349,7 @@ def _linear(
     return weight, bias
 
 
-SMOLLM3 = Family(
+_SMOLLM3 = Family(
     model_type="smollm3",
     architecture="SmolLM3ForCausalLM",
     tensors=decoder_tensors(
@@ -362,7 +362,7 @@ SMOLLM3 = Family(
 )
 
 
-QWEN3 = Family(
+_QWEN3 = Family(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
     tensors=decoder_tensors(
@@ -383,14 +383,14 @@ QWEN3_MOE = Family(
         *dense_ffn(layers="dense"),
         *experts(module="mlp", gate="gate_proj", up="up_proj", down="down_proj", layers="sparse"),
     ),
-    sizes={**EXPERT_SIZES, "num_experts": "num_local_experts"},
+    sizes={**_EXPERT_SIZES, "num_experts": "num_local_experts"},
     per_layer_config_keys=("layer_types",),
     windows="all",
     sparse_layers="pattern",
 )
 
 
-QWEN2 = Family(
+_QWEN2 = Family(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
     tensors=decoder_tensors(*attention(biases="qkv"), ffn_norm(), *dense_ffn()),
@@ -409,7 +409,7 @@ QWEN2_MOE = Family(
         *shared_expert(),
     ),
     sizes={
-        **EXPERT_SIZES,
+        **_EXPERT_SIZES,
         "num_experts": "num_experts",
         "shared_expert_size": "shared_expert_intermediate_size",
     },
@@ -424,7 +424,7 @@ QWEN2_MOE = Family(
 # Heads never change their size, so the rotated fraction (three quarters in Phi-4-mini) and
 # LongRoPE's factor per rotated pair stay valid.
 
-PHI3 = Family(
+_PHI3 = Family(
     model_type="phi3",
     architecture="Phi3ForCausalLM",
     tensors=decoder_tensors(
@@ -441,7 +441,7 @@ PHI3 = Family(
 # The norms of queries and keys take the mean square over all heads. Copying every head preserves
 # it; additional heads would change the output of the old ones.
 
-OLMO2 = Family(
+_OLMO2 = Family(
     model_type="olmo2",
     architecture="Olmo2ForCausalLM",
     tensors=decoder_tensors(
@@ -457,7 +457,7 @@ OLMO2 = Family(
 )
 
 
-MISTRAL = Family(
+_MISTRAL = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
     tensors=decoder_tensors(*attention(), ffn_norm(), *dense_ffn()),
@@ -473,7 +473,7 @@ MIXTRAL = Family(
         *experts(module="block_sparse_moe", gate="w1", up="w3", down="w2", layers="all"),
     ),
     sizes={
-        **EXPERT_SIZES,
+        **_EXPERT_SIZES,
         "num_experts": "num_local_experts",
         "expert_size": "intermediate_size",
     },
@@ -541,7 +541,7 @@ def llama_config(
 # depend on a size, so they stay: a map that preserves the values they scale preserves the
 # function. (Under μP another width would need other multipliers and change the function.)
 
-GRANITE = Family(
+_GRANITE = Family(
     model_type="granite",
     architecture="GraniteForCausalLM",
     tensors=decoder_tensors(
@@ -560,24 +560,24 @@ GRANITE = Family(
 _NEOX_LAYER = "gpt_neox.layers.{layer}."
 _OF_HEADS = ("num_key_value_heads", "head_dim")  # one of each per query head; hidden size by heads
 
-GPT_NEOX = Family(
+_GPT_NEOX = Family(
     model_type="gpt_neox",
     architecture="GPTNeoXForCausalLM",
     heads_divide_hidden=True,
     tensors=(
         embedding("gpt_neox.embed_in"),
-        *layer_norm_attention(
+        *_layer_norm_attention(
             norm=_NEOX_LAYER + "input_layernorm",
             qkv=_NEOX_LAYER + "attention.query_key_value",
             output=_NEOX_LAYER + "attention.dense",
             bias_key="attention_bias",
         ),
-        *plain_ffn(
+        *_plain_ffn(
             norm=_NEOX_LAYER + "post_attention_layernorm",
             up=_NEOX_LAYER + "mlp.dense_h_to_4h",
             down=_NEOX_LAYER + "mlp.dense_4h_to_h",
         ),
-        *layer_norm("final_norm", "gpt_neox.final_layer_norm", HEAD_INPUT, layers="none"),
+        *layer_norm("final_norm", "gpt_neox.final_layer_norm", _HEAD_INPUT, layers="none"),
         head("embed_out", "lm_head"),
     ),
     sizes={name: key for name, key in DENSE_SIZES.items() if name not in _OF_HEADS},
@@ -600,21 +600,21 @@ GPT2 = Family(
     heads_divide_hidden=True,
     tensors=(
         embedding(_MODEL + "wte"),
-        learned_positions(_MODEL + "wpe"),
-        *layer_norm_attention(
+        _learned_positions(_MODEL + "wpe"),
+        *_layer_norm_attention(
             norm=_GPT2_LAYER + "ln_1",
             qkv=_GPT2_LAYER + "attn.c_attn",
             output=_GPT2_LAYER + "attn.c_proj",
             has_qkv_blocks=True,
             is_transposed=True,
         ),
-        *plain_ffn(
+        *_plain_ffn(
             norm=_GPT2_LAYER + "ln_2",
             up=_GPT2_LAYER + "mlp.c_fc",
             down=_GPT2_LAYER + "mlp.c_proj",
             is_transposed=True,
         ),
-        *layer_norm("final_norm", _MODEL + "ln_f", HEAD_INPUT, layers="none"),
+        *layer_norm("final_norm", _MODEL + "ln_f", _HEAD_INPUT, layers="none"),
         head("lm_head"),
     ),
     sizes={
@@ -632,7 +632,7 @@ GPT2 = Family(
 )
 
 
-GLM4 = Family(
+_GLM4 = Family(
     model_type="glm4",
     architecture="Glm4ForCausalLM",
     tensors=decoder_tensors(
@@ -644,7 +644,7 @@ GLM4 = Family(
 )
 
 
-GEMMA3_TEXT = Family(
+_GEMMA3_TEXT = Family(
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
     heads_divide_hidden=True,
@@ -670,7 +670,7 @@ GEMMA3_TEXT = Family(
 # The caps and `query_pre_attn_scalar` are constants. So kept and copied attention heads have the
 # same scores, and an output head that reads the same stream has the same logits.
 
-GEMMA2 = Family(
+_GEMMA2 = Family(
     model_type="gemma2",
     architecture="Gemma2ForCausalLM",
     heads_divide_hidden=True,
@@ -692,17 +692,17 @@ FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         LLAMA,
-        MISTRAL,
-        QWEN2,
-        QWEN3,
-        SMOLLM3,
-        GRANITE,
-        OLMO2,
-        PHI3,
-        GLM4,
-        GEMMA2,
-        GEMMA3_TEXT,
-        GPT_NEOX,
+        _MISTRAL,
+        _QWEN2,
+        _QWEN3,
+        _SMOLLM3,
+        _GRANITE,
+        _OLMO2,
+        _PHI3,
+        _GLM4,
+        _GEMMA2,
+        _GEMMA3_TEXT,
+        _GPT_NEOX,
         GPT2,
         MIXTRAL,
         QWEN2_MOE,

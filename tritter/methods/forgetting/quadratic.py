@@ -125,7 +125,7 @@ def move_to_device_of(
 # estimators). `empirical` uses the tokens of the data as labels; `true` samples the labels from
 # the model itself, which gives the Fisher in the strict sense.
 
-Estimator = Literal["empirical", "true"]
+_Estimator = Literal["empirical", "true"]
 Parameters = Mapping[str, "Tensor"]
 _MAX_GRADIENT_VALUES = (
     2**19
@@ -138,7 +138,7 @@ def diagonal_fisher(
     sequences: Tensor,
     *,
     batch_size: int | None = None,
-    estimator: Estimator = "empirical",
+    estimator: _Estimator = "empirical",
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Tensor]:
@@ -206,7 +206,7 @@ def mean_over(
 
 
 def shared_fisher(
-    model: nn.Module, sequences: Tensor, *, estimator: Estimator = "empirical", seed: int = 0
+    model: nn.Module, sequences: Tensor, *, estimator: _Estimator = "empirical", seed: int = 0
 ) -> dict[str, Tensor]:
     """Return `diagonal_fisher` of all sequences, computed in shares by all processes of a run."""
     import torch

@@ -172,7 +172,7 @@ class LossNovelty(Detector):
 #
 # B samples of a batch · K skills · E size of an embedding
 
-Reduction = Literal["max", "mean", "median"]
+_Reduction = Literal["max", "mean", "median"]
 _Similarity = Annotated[float, Field(ge=-1, le=1)]
 
 
@@ -199,7 +199,7 @@ class CosineNovelty(Detector):
     decay: Annotated[float, Field(ge=0)] = 0.0
     lowest: _Similarity = 0.0
     highest: _Similarity = 0.99
-    reduction: Reduction = "max"
+    reduction: _Reduction = "max"
 
     def tau(self, num_skills: int) -> float:
         """Return the threshold τ_k for k known skills."""
