@@ -86,7 +86,7 @@ def half_interval(values: Sequence[float]) -> float:
 def with_interval(values: Iterable[float], form: str = ".3f", *, sign: str = "") -> str:
     """Return a mean with its 95 % interval, as in `-0.12 ± 0.03`, with a true minus sign."""
     values = list(values)
-    text = f"{fmean(values):{sign}{form}}"
+    text = f"{fmean(values):{sign}z{form}}"  # z: no negative zero
     if len(values) > 1:
         text += f" ± {half_interval(values):{form}}"
     return text.replace("-", "\N{MINUS SIGN}")
