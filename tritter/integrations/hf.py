@@ -109,9 +109,10 @@ def _component(method: str | ForgettingMethod) -> Component:
 
 def _method_problems(components: Sequence[Component]) -> Iterator[Problem]:
     """Yield problems of the methods and their combination."""
+    names = [one.name for one in components]
     mixing = [one for one in components if one.kind.needs(one.options).mixes]
     for one in components:
-        if [each.name for each in components].count(one.name) > 1:
+        if names.count(one.name) > 1:
             yield Problem("methods", one.name, reason="a method may occur only once")
             return
         reason = "not available in the Hugging Face Trainer; "

@@ -18,6 +18,7 @@ from tritter.training.method import Method, Setting, Trainee
 from tritter.training.optimizer import adam_problems
 
 if TYPE_CHECKING:
+    from lightning import Callback
     from torch import Tensor, nn
 
     from tritter.checkpoints import ExpansionRecord
@@ -138,6 +139,11 @@ class Experts(Method, ABC):
         else:
             self._resume(mixture, setting)
         trainee.make_module = partial(ExpertModule, mixture, losses=self.losses)
+        trainee.surgery_callbacks += self._callbacks(mixture, setting)
+
+    def _callbacks(self, mixture: ExpertMixture, setting: Setting) -> tuple[Callback, ...]:
+        """Return the callbacks that change the experts during training."""
+        return ()
 
     def lineage_records(
         self, before: Model, after: Model, reports: Mapping[str, Any]
@@ -280,15 +286,7 @@ class DynamicExperts(Experts):
         mixture.add(FIRST, self.shape(model), seed=seed)
         return mixture
 
-    def attach(self, trainee: Trainee, setting: Setting) -> None:
-        from tritter.methods.experts.mixture import mixture_on
-
-        super().attach(trainee, setting)
-        mixture = mixture_on(trainee.model)
-        assert mixture is not None
-        trainee.surgery_callbacks += (self._callback(mixture, setting),)
-
-    def _callback(self, mixture: ExpertMixture, setting: Setting) -> ExpertCallback:
+    def _callbacks(self, mixture: ExpertMixture, setting: Setting) -> tuple[ExpertCallback]:
         """Return the callback that spawns experts, with the state of a checkpoint's experts."""
         from tritter.methods.experts.callback import ExpertCallback
 
@@ -320,7 +318,7 @@ class DynamicExperts(Experts):
                 f"checkpoint have {callback.exemplar_length} tokens; use that length, or "
                 "experts.rehearsal=0."
             )
-        return callback
+        return (callback,)
 
     def _resume(self, mixture: ExpertMixture, setting: Setting) -> None:
         super()._resume(mixture, setting)
