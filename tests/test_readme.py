@@ -45,7 +45,8 @@ FOLDERS = (".", "experiments", "outputs")
 DOCUMENTS = [path for folder in FOLDERS for path in (ROOT / folder).glob("*.md")]
 DOCUMENTS = sorted([*DOCUMENTS, *(ROOT / "docs").rglob("*.md")])
 # Their examples are run by tests/config/test_outside.py
-OUTSIDE = ("docs/how-to/write_an_extension.md", "docs/how-to/write_an_expansion.md")
+_OUTSIDE = ("write_an_extension", "write_an_expansion", "write_a_stage")
+OUTSIDE = tuple(f"docs/how-to/{name}.md" for name in _OUTSIDE)
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _CODE = re.compile(r"`([^`\n]+)`")

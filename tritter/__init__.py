@@ -41,7 +41,7 @@ _EXPORTS = {
     "LlamaPro": "tritter.core.expansions",
     "Moe": "tritter.core.expansions",
     "MoeAdd": "tritter.core.expansions",
-    "MoEExpansionConfig": "tritter.methods.moe_routing.stages",
+    "MoEExpansionConfig": "tritter.methods.moe_routing.live",
     "MemoryReplayBuffer": "tritter.data.replay",
     "ModelExpander": "tritter.transform.live",
     "NoveltyDetector": "tritter.methods.novelty",
@@ -49,27 +49,25 @@ _EXPORTS = {
     "Percentile": "tritter.methods.growth.triggers",
     "Plateau": "tritter.methods.growth.triggers",
     "ProgressiveCheckpoint": "tritter.transform.live",
-    "ProgressiveMoE": "tritter.methods.moe_routing.stages",
+    "ProgressiveMoE": "tritter.methods.moe_routing.live",
     "Routing": "tritter.methods.experts.gates",
     "SI": "tritter.methods.forgetting",
     "Scheduled": "tritter.methods.growth.triggers",
     "SkillLibrary": "tritter.methods.novelty",
     "Stack": "tritter.core.expansions",
     "Width": "tritter.core.expansions",
-    "adapt_router": "tritter.methods.moe_routing.stages",
+    "adapt_router": "tritter.methods.moe_routing.live",
     "depth_upscale": "tritter.transform.live",
     "expand_attention_heads": "tritter.transform.live",
     "expand_linear": "tritter.transform.live",
     "plan_expansion_path": "tritter.planning",
-    "train_new_experts": "tritter.methods.moe_routing.stages",
+    "train_new_experts": "tritter.methods.moe_routing.live",
     "width_upscale": "tritter.transform.live",
 }
 __all__ = sorted(_EXPORTS)
+__getattr__ = lazy_names(__name__, _EXPORTS)
 
 
 def __dir__() -> list[str]:
     """List the lazy exports as well."""
     return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])
-
-
-__getattr__ = lazy_names(__name__, _EXPORTS)

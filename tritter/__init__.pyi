@@ -37,10 +37,10 @@ from tritter.methods.growth.growable import GrowableQwen as GrowableQwen
 from tritter.methods.growth.triggers import Percentile as Percentile
 from tritter.methods.growth.triggers import Plateau as Plateau
 from tritter.methods.growth.triggers import Scheduled as Scheduled
-from tritter.methods.moe_routing.stages import MoEExpansionConfig as MoEExpansionConfig
-from tritter.methods.moe_routing.stages import ProgressiveMoE as ProgressiveMoE
-from tritter.methods.moe_routing.stages import adapt_router as adapt_router
-from tritter.methods.moe_routing.stages import train_new_experts as train_new_experts
+from tritter.methods.moe_routing.live import MoEExpansionConfig as MoEExpansionConfig
+from tritter.methods.moe_routing.live import ProgressiveMoE as ProgressiveMoE
+from tritter.methods.moe_routing.live import adapt_router as adapt_router
+from tritter.methods.moe_routing.live import train_new_experts as train_new_experts
 from tritter.methods.novelty import NoveltyDetector as NoveltyDetector
 from tritter.methods.novelty import SkillLibrary as SkillLibrary
 from tritter.planning import ExpansionStep as ExpansionStep

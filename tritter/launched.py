@@ -7,6 +7,9 @@ from typing import Literal
 
 from tritter.errors import RequestError
 
+_OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_OF_STEP = ("SLURM_NODEID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES")
+
 
 @dataclass(frozen=True, slots=True)
 class Launch:
@@ -30,10 +33,6 @@ class Launch:
     def num_nodes(self) -> int:
         """Number of machines."""
         return self.count // self.local_count
-
-
-_OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-_OF_STEP = ("SLURM_NODEID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES")
 
 
 def launch_of(environ: Mapping[str, str] = os.environ) -> Launch | None:

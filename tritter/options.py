@@ -54,6 +54,7 @@ _KINDS = {
     "null": "null",
 }
 _PLURALS = {"integer": "whole numbers", "number": "numbers", "boolean": "booleans"}
+Part = TypeVar("Part")
 
 
 @dataclass_transform(
@@ -149,9 +150,6 @@ def read_component(
     if found is None:
         return None
     return Component(name=str(getattr(kind, "name", None) or found.name), kind=kind, options=found)
-
-
-Part = TypeVar("Part")
 
 
 def read_part(key: str, value: object, named: Mapping[str, type[Part]], *, base: type[Any]) -> Part:

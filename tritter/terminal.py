@@ -21,6 +21,7 @@ from rich.segment import Segment
 from tritter.stopping import Stopped
 
 _LAYOUT = "\n\t"
+_WITHOUT_LAYOUT = str.maketrans("", "", _LAYOUT)
 _FIRST_LINE_SECONDS = 5.0
 _ASCII = str.maketrans({"→": "->", "σ": "std"})
 ShowProgress = Callable[[int, int], None]  # done, of how many
@@ -36,7 +37,7 @@ def harmless(text: str) -> str:
 
     Line breaks and tabs stay.
     """
-    if text.isprintable():
+    if text.translate(_WITHOUT_LAYOUT).isprintable():
         return text
     return "".join(char if char in _LAYOUT else _visible(char) for char in text)
 
@@ -81,7 +82,8 @@ class Console(RichConsole):
 
     def printable(self, text: str) -> str:
         """Return text for one line, with escapes for characters that the terminal can't show."""
-        return _encodable("".join(map(_visible, text)), self.encoding)
+        shown = text if text.isprintable() else "".join(map(_visible, text))
+        return _encodable(shown, self.encoding)
 
     def shortened(self, text: str, num_characters: int) -> str:
         """Return printable text, truncated with two dots: Rich's ellipsis is not ASCII."""

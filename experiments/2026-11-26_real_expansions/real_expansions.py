@@ -16,6 +16,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 FOLDER = Path(__file__).resolve().parent
 sys.path.append(str(FOLDER.parents[1]))
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -35,7 +37,7 @@ from tritter.evaluation.statistics import PairedScores  # noqa: E402
 from tritter.storage.atomic import write_text_atomic  # noqa: E402
 
 SEQUENCE_LENGTH, BATCH_SIZE = 256, 2
-QUESTIONS = {"hellaswag": 1000, "arc_easy": 1000, "piqa": 1000, "lambada": 1000}
+BENCHMARKS = ("hellaswag", "arc_easy", "piqa", "lambada")
 CODE_BYTES = 2_000_000
 # Expansion → its part of the FLOPs (None: as without it) and its overrides
 EXPANSIONS: dict[str, tuple[Any, list[str]]] = {
@@ -75,9 +77,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150, help="of an arm without expansion")
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--precision", default="bf16-mixed", help="of training")
+    parser.add_argument("--questions", type=int, default=1000, help="of each benchmark")
+    parser.add_argument("--scoring", choices=("bfloat16", "float32"), default="bfloat16")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    copy_benchmarks(options.data, options.work / "benchmarks", QUESTIONS)
+    copy_benchmarks(options.data, options.work / "benchmarks", BENCHMARKS)
     write_texts(options)
     for seed in options.seeds:
         for arm in options.arms:
@@ -159,8 +163,10 @@ def steps_of(options: Any, expansion: str) -> int:
 
 def scores_of(options: Any, model: Path, name: str) -> dict[str, PairedScores]:
     """Return benchmark → score per question, computed once and kept in the work folder."""
-    path = options.work / f"scores_{name}.json"
-    return benchmark_scores(model, options.work / "benchmarks", QUESTIONS, path)
+    path = options.work / f"scores_{name}_{options.questions}_{options.scoring}.json"
+    questions = dict.fromkeys(BENCHMARKS, options.questions)
+    dtype = getattr(torch, options.scoring)
+    return benchmark_scores(model, options.work / "benchmarks", questions, path, dtype=dtype)
 
 
 def own_scores(folder: Path, stage: str) -> dict[str, PairedScores]:

@@ -14,7 +14,7 @@ from tritter.core.models import load_model, save_tokenizer
 from tritter.core.stock_routers import stock_obstacle
 from tritter.data.documents import Document
 from tritter.data.tokens import END_OF_TEXT, train_tokenizer
-from tritter.methods.moe_routing.stages import shared_names
+from tritter.methods.moe_routing.separate import shared_names
 
 ADD = "expand --checkpoint base --method moe-add --num-experts 2"
 TRAIN = f"{ADD} --domain code --domain-data data/code --steps 3 --learning-rate 1e-3"

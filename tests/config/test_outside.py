@@ -1,4 +1,4 @@
-"""A third-party package: the examples of docs/how-to/write_an_*.md, found in both ways."""
+"""A third-party package: the examples of docs/how-to/write_a*.md, found in both ways."""
 
 import io
 import os
@@ -37,7 +37,7 @@ SMALL = [
 
 def write_examples(folder: Path, *, conf: Path) -> None:
     """Write the files shown on the docs page."""
-    pages = sorted((ROOT / "docs/how-to").glob("write_an_*.md"))
+    pages = sorted((ROOT / "docs/how-to").glob("write_a*.md"))
     text = "".join(page.read_text() for page in pages)
     for name, body in re.findall(r"```\w+ file=(\S+)\n(.*?)```", text, re.DOTALL):
         inner = Path(name)
@@ -228,6 +228,19 @@ def test_its_options_are_judged_like_ours(
     for part in parts:
         assert part in result.err
     assert not (folder.parent / "outputs").exists()
+
+
+@pytest.mark.full
+def test_stages_from_outside_run_as_their_page_says(outside: tuple[Path, list[str]]) -> None:
+    page, run = (ROOT / "docs/how-to/write_a_stage.md").read_text(), outside[0].parent / "run"
+    (words,) = re.findall(r"^PYTHONPATH=. python train.py --config-dir conf (.*)$", page, re.M)
+    done = train(outside, *words.split(), *SMALL, *TEXTS, f"hydra.run.dir={run}")
+    assert done.returncode == 0, done.stderr
+    results = read_object(run / "summary.json")["stages"]
+    assert results["shrink"] == {"share": 0.8} and len(results["drift"]["largest"]) == 3
+    stages = read_object(run / "run.json")["fingerprint"]["stages"]
+    assert len(stages["shrink"]["sha256"]) == 64 and stages["drift"]["top"] == 3
+    assert stages["order"] == ["shrink", "drift"] and "sha256" not in stages["drift"]
 
 
 @pytest.mark.full

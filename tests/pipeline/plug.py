@@ -2,13 +2,28 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+from tritter.pipeline import pipeline, verdict
 from tritter.pipeline.branch import Branch
-from tritter.pipeline.run import Run
+from tritter.pipeline.stages.appended import Adapt
+from tritter.pipeline.stages.evaluate import Evaluate
+from tritter.pipeline.stages.expand import Expand
+from tritter.pipeline.stages.fit import Fit
+
+# Stage → where its work is, for `monkeypatch.setattr`
+WORK: dict[str, tuple[Any, str]] = {
+    "baseline": (pipeline, "baseline"),
+    "expand": (Expand, "work"),
+    "adapt": (Adapt, "work"),
+    "fit": (Fit, "work"),
+    "evaluate": (Evaluate, "work"),
+    "gate": (verdict, "checks"),
+    "keep": (verdict, "complete"),
+    "publish": (verdict, "publish"),
+}
 
 
 class _Pulled(Exception):
@@ -16,20 +31,20 @@ class _Pulled(Exception):
 
 
 @contextmanager
-def plug_pulled(module: ModuleType, stage: str, *, of: str) -> Iterator[None]:
+def plug_pulled(stage: str, *, of: str) -> Iterator[None]:
     """Kill the run inside this context when it reaches a stage of a branch.
 
     Args:
-        module: that holds the stage.
         of: name of the branch.
     """
-    original = getattr(module, stage)
+    owner, name = WORK[stage]
+    original = getattr(owner, name)
 
-    def pulled(context: Run, branch: Branch, **options: Any) -> Any:
-        if branch.name == of:
+    def pulled(*arguments: Any) -> Any:
+        if any(isinstance(each, Branch) and each.name == of for each in arguments):
             raise _Pulled
-        return original(context, branch, **options)
+        return original(*arguments)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(_Pulled):
-        patch.setattr(module, stage, pulled)
+        patch.setattr(owner, name, pulled)
         yield

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.pipeline.plug import WORK
 from tests.pipeline.tiny import FIXTURES, TINY
 from tritter.checkpoints import Source, lineage_of
 from tritter.cli import main
@@ -17,7 +18,7 @@ from tritter.core.families import Model, forward_flops
 from tritter.core.models import load_model, read_model
 from tritter.core.stock_routers import Routing
 from tritter.errors import RequestError
-from tritter.pipeline import Outcome, run_pipeline, stages
+from tritter.pipeline import Outcome, run_pipeline
 from tritter.transform.children import OpenChild, child_sequences
 
 OLD, NEW = FIXTURES / "text/old", FIXTURES / "text/new.jsonl"
@@ -102,7 +103,7 @@ class Killed(Exception):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("stage", ["expansion", "training", "evaluation"])
+@pytest.mark.parametrize("stage", ["expand", "fit", "evaluate"])
 def test_a_kill_between_stages_is_resumed(
     place: Path, cache: Path, tmp_path: Path, stage: str
 ) -> None:
@@ -112,7 +113,7 @@ def test_a_kill_between_stages_is_resumed(
         raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, stage, die)
+        patch.setattr(*WORK[stage], die)
         with pytest.raises(Killed):
             mixed(place, tmp_path / "parts", cache)
     parts = mixed(place, tmp_path / "parts", cache)

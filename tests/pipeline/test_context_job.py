@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests import oracle
+from tests.pipeline.plug import WORK
 from tests.pipeline.tiny import TINY
 from tritter.checkpoints.state import KeptSequences
 from tritter.config.launch.composition import load_config
@@ -20,7 +21,7 @@ from tritter.core.models import read_model
 from tritter.data.tokens import TextBounds
 from tritter.errors import RequestError
 from tritter.evaluation.statistics import PairedScores
-from tritter.pipeline import Outcome, run_pipeline, stages, windows
+from tritter.pipeline import Outcome, run_pipeline, windows
 from tritter.planning.run_memory import batch_size_at, tokens_note, training_needs
 from tritter.training.trainer import start_method
 
@@ -223,7 +224,7 @@ class Killed(Exception):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("stage", ["evaluation", "expansion", "training"])
+@pytest.mark.parametrize("stage", ["evaluate", "expand", "fit"])
 def test_a_kill_between_stages_is_resumed(
     run_tiny: Callable[..., Outcome], tmp_path: Path, stage: str
 ) -> None:
@@ -234,7 +235,7 @@ def test_a_kill_between_stages_is_resumed(
         raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, stage, die)
+        patch.setattr(*WORK[stage], die)
         with pytest.raises(Killed):
             job(run_tiny, tmp_path / "parts", *words)
     parts = job(run_tiny, tmp_path / "parts", *words)

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import oracle
+from tests.pipeline.plug import WORK
 from tests.pipeline.test_experts_job import DYLORA
 from tests.pipeline.tiny import FIXTURES, TINY
 from tests.test_kill_safety import run_child
@@ -29,7 +30,7 @@ from tritter.core.models import load_model, save_tokenizer
 from tritter.data.documents import Document
 from tritter.data.tokens import train_tokenizer
 from tritter.evaluation.gate import Check
-from tritter.pipeline import disk, run_pipeline, stages, trained, verdict
+from tritter.pipeline import disk, run_pipeline, trained, verdict
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.run import Run
 from tritter.storage import atomic
@@ -363,7 +364,7 @@ def test_a_run_that_ends_around_a_removal_goes_on_to_the_same_files(
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         end_after(owner, name, patch, is_before=is_before)
         if name == "accept":
-            patch.setattr("tritter.pipeline.stages.accept", trained.accept)
+            patch.setattr("tritter.pipeline.stages.fit.accept", trained.accept)
         run(*WIDTH, model=source)
     summary = run(*WIDTH, model=source)
     assert summary["final"] == whole["final"]
@@ -443,7 +444,7 @@ def test_a_run_killed_at_any_removal_goes_on_to_the_same_files(
     run(*words, name="whole", model=source)
     expected = digest(tmp_path / "whole/checkpoint/model.safetensors")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        end_after(stages, "training", patch, is_before=True)
+        end_after(*WORK["fit"], patch, is_before=True)
         run(*words, name="expanded", model=source)
     for number in range(100):
         folder = tmp_path / "run"

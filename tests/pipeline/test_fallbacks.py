@@ -14,9 +14,10 @@ from tritter.checkpoints import lineage_of
 from tritter.config.folders import search_path_of, use_search_path
 from tritter.errors import TritterError
 from tritter.evaluation.gate import Check
-from tritter.pipeline import Outcome, stages, verdict
+from tritter.pipeline import Outcome, verdict
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.run import Run
+from tritter.pipeline.stages.evaluate import Evaluate
 from tritter.report.summary import Summary
 from tritter.report.tables import summary_lines
 
@@ -64,14 +65,14 @@ def test_attempts_are_what_runs_of_their_own_would_be(
 ) -> None:
     """Killed in the last attempt and resumed; compared with plain runs of the same overrides."""
     failing |= {"attempt_1", "attempt_2"}
-    evaluation, broken = stages.evaluation, ["attempt_3"]
+    evaluation, broken = Evaluate.work, ["attempt_3"]
 
-    def breaking(context: Run, branch: Branch) -> Any:
+    def breaking(stage: Evaluate, context: Run, branch: Branch) -> Any:
         if branch.name in broken:
             raise TritterError("cut off")
-        return evaluation(context, branch)
+        return evaluation(stage, context, branch)
 
-    monkeypatch.setattr(stages, "evaluation", breaking)
+    monkeypatch.setattr(Evaluate, "work", breaking)
     folder = tmp_path / "run"
     with pytest.raises(TritterError, match="cut off"):
         run_tiny(folder, *ASKED, "control=true")

@@ -21,9 +21,9 @@ from tritter.evaluation.losses import sequence_losses
 from tritter.methods.forgetting import Replay
 from tritter.pipeline import Outcome, run_pipeline
 from tritter.pipeline.branch import Branch
-from tritter.pipeline.importance import kept_text, task
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.run import Run
+from tritter.pipeline.stages.importance import kept_text, task
 from tritter.terminal import Console
 from tritter.training import Task
 

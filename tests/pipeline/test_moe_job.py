@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests import oracle
 from tests.pipeline.conftest import SMALL
+from tests.pipeline.plug import WORK
 from tests.pipeline.tiny import is_within
 from tritter.checkpoints import read_lineage
 from tritter.config.launch.composition import load_config
@@ -18,8 +19,8 @@ from tritter.core.models import load_model
 from tritter.core.stock_routers import AddedExperts, Routing, stock_obstacle
 from tritter.errors import RequestError
 from tritter.methods.moe_routing.distill import DistillationModule
-from tritter.methods.moe_routing.stages import shared_names
-from tritter.pipeline import Outcome, run_pipeline, stages
+from tritter.methods.moe_routing.separate import shared_names
+from tritter.pipeline import Outcome, run_pipeline
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 from tritter.training.module import TaskLoss
 from tritter.training.result import BestWeights
@@ -171,7 +172,7 @@ class Stopped(Exception):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("before", ["adaptation", "training", "evaluation"])
+@pytest.mark.parametrize("before", ["adapt", "fit", "evaluate"])
 def test_a_run_stopped_between_stages_goes_on_to_the_same_weights(
     add: Run, cloned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
 ) -> None:
@@ -179,7 +180,7 @@ def test_a_run_stopped_between_stages_goes_on_to_the_same_weights(
         raise Stopped
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(stages, before, stop)
+        patch.setattr(*WORK[before], stop)
         add(tmp_path / "parts")
     add(tmp_path / "parts")
     whole, parts = (read_lineage(p / "checkpoint") for p in (cloned, tmp_path / "parts"))
@@ -208,7 +209,7 @@ def test_a_run_killed_while_a_teacher_teaches_goes_on_amid_the_stage(
     def stop(*arguments: Any, **options: Any) -> None:
         raise Stopped
 
-    monkeypatch.setattr(stages, "adaptation", stop)  # what comes after it is no matter here
+    monkeypatch.setattr(*WORK["adapt"], stop)  # what comes after it is no matter here
     for folder, kill_at in (("whole", None), ("parts", 3), ("parts", None)):
         monkeypatch.setattr(DistillationModule, "task_loss", until(kill_at))
         with pytest.raises(Stopped):

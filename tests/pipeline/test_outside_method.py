@@ -17,7 +17,8 @@ from tritter.checkpoints.state import LazyTensors, read_state
 from tritter.config.launch.composition import load_config
 from tritter.config.validation import method_problems
 from tritter.core.models import load_model
-from tritter.pipeline import importance, run_pipeline
+from tritter.pipeline import run_pipeline
+from tritter.pipeline.stages import importance
 from tritter.targets import Component
 from tritter.training import Needs
 from tritter.training.options import RULES

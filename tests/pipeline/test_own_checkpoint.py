@@ -15,6 +15,7 @@ from tests import oracle
 from tests.core.families.model_types import example
 from tests.oracle.qwen3 import tiny_qwen3
 from tests.pipeline.conftest import SMALL
+from tests.pipeline.plug import WORK
 from tritter.checkpoints import Lineage, read_lineage
 from tritter.checkpoints.history import read_chain, verify
 from tritter.config.launch.composition import load_config
@@ -302,14 +303,12 @@ def test_text_that_fills_no_sequence_is_refused_before_anything_is_trained(
 def test_a_run_goes_on_without_its_source_but_not_with_other_text(
     run: Run, library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tritter.pipeline import stages
-
     shutil.copytree(library / "llama", tmp_path / "base")
     shutil.copyfile(library / "new.jsonl", tmp_path / "new.jsonl")
     words = ["model=hf", f"model.path={tmp_path}/base", "data=text", f"data.old={library}/old"]
     words += [f"data.new={tmp_path}/new.jsonl", "data.text_field=body"]
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr(stages, "training", _interrupted)
+        patch.setattr(*WORK["fit"], _interrupted)
         run(*words)
     with (tmp_path / "new.jsonl").open("a") as file:
         file.write('{"body": "more"}\n')

@@ -14,10 +14,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import oracle
+from tests.pipeline.plug import WORK
 from tritter.checkpoints import read_lineage
 from tritter.cli.report import metric_rows
 from tritter.errors import RequestError, TritterError
-from tritter.pipeline import Outcome, stages, verdict
+from tritter.pipeline import Outcome
 from tritter.pipeline.metrics import wandb_summary
 from tritter.report.plots import curves_of
 from tritter.report.summary import Summary
@@ -253,7 +254,7 @@ class Stopped(Exception):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("before", ["expansion", "training", "evaluation", "checks", "publish"])
+@pytest.mark.parametrize("before", ["expand", "fit", "evaluate", "gate", "publish"])
 def test_a_run_stopped_between_stages_goes_on_to_the_same_weights(
     run_tiny: Run,
     default_run: Path,
@@ -267,7 +268,7 @@ def test_a_run_stopped_between_stages_goes_on_to_the_same_weights(
         raise Stopped
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(stages if hasattr(stages, before) else verdict, before, stop)
+        patch.setattr(*WORK[before], stop)
         run_tiny(tmp_path / "parts", *GATED)
     done = json.loads((tmp_path / "parts/ledger.json").read_text())["stages"]
     assert "baseline" in done and "publish" not in done

@@ -14,7 +14,7 @@ from tritter.checkpoints import read_lineage
 from tritter.config.launch.composition import load_config
 from tritter.data.skills import SKILLS
 from tritter.evaluation.statistics import PairedScores
-from tritter.pipeline import Outcome, pipeline, run_pipeline, stages
+from tritter.pipeline import Outcome, pipeline, run_pipeline
 
 JOB = (
     *(word for word in TINY if not word.startswith(("data=", "data.old=", "data.new="))),
@@ -111,7 +111,7 @@ def test_accuracies_are_logged_and_shown(
 def test_a_run_that_was_stopped_between_tasks_ends_alike(
     trained: Path, run_skills: Job, tmp_path: Path
 ) -> None:
-    with plug_pulled(stages, "evaluation", of="attempt_1_task_2"):
+    with plug_pulled("evaluate", of="attempt_1_task_2"):
         run_skills(tmp_path / "run", *WORDS)
     run_skills(tmp_path / "run", *WORDS)
     again, uninterrupted = summary_of(tmp_path / "run"), summary_of(trained)

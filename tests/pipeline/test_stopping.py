@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 from lightning import Callback
 
+from tests.pipeline.plug import WORK
 from tests.pipeline.test_trust import Ended, result
 from tests.pipeline.tiny import TINY
 from tritter.config.launch.entry import main
-from tritter.pipeline import Outcome, run_pipeline, stages
+from tritter.pipeline import Outcome, run_pipeline
 from tritter.training import fitting
 from tritter.training.trainer import start_method
 
@@ -163,16 +164,16 @@ def test_a_second_signal_ends_it_at_once(
 
 @pytest.mark.full
 @BOTH
-@pytest.mark.parametrize("stage", ["baseline", "expansion", "evaluation"])
+@pytest.mark.parametrize("stage", ["baseline", "expand", "evaluate"])
 def test_any_other_stage_says_that_it_starts_again(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int, stage: str
 ) -> None:
     def stop(*arguments: object, **options: object) -> None:
         os.kill(os.getpid(), number)
 
-    key = {"expansion": "attempt_1.expand", "evaluation": "attempt_1.evaluate"}.get(stage, stage)
+    key = stage if stage == "baseline" else f"attempt_1.{stage}"
     with monkeypatch.context() as patch:
-        patch.setattr(stages, stage, stop)
+        patch.setattr(*WORK[stage], stop)
         ended = run(f"hydra.run.dir={tmp_path / 'run'}")
     assert ended.code == code and f"Stopped during {key}, which will restart." in ended.err
     assert run(*printed_words(ended), is_alone=True).code == 0

@@ -15,11 +15,12 @@ from tests.pipeline.tiny import FIXTURES, TINY
 from tritter.checkpoints import read_lineage
 from tritter.config.launch.composition import load_config
 from tritter.evaluation.statistics import PairedScores, relative_forgetting
-from tritter.pipeline import Outcome, pipeline, run_pipeline, stages
+from tritter.pipeline import Outcome, pipeline, run_pipeline
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import StageResult, TrainingFound
 from tritter.pipeline.metrics import OffsetLogger
 from tritter.pipeline.run import Run
+from tritter.pipeline.stages.fit import Fit
 
 NEW = FIXTURES / "text/new.jsonl"
 JOB = [word for word in TINY if not word.startswith("data.new=")]
@@ -199,7 +200,7 @@ def test_a_logger_of_a_later_task_counts_on(tmp_path: Path) -> None:
 def test_a_run_that_was_stopped_between_tasks_ends_with_the_same_weights(
     trained: Path, run_tasks: RunJob, words: tuple[str, ...], tmp_path: Path
 ) -> None:
-    with plug_pulled(stages, "evaluation", of="attempt_1_task_2"):
+    with plug_pulled("evaluate", of="attempt_1_task_2"):
         run_tasks(tmp_path / "run", *words)
     run_tasks(tmp_path / "run", *words)
     again, uninterrupted = (
@@ -244,16 +245,16 @@ def test_each_task_stops_by_a_named_domain_also_when_gone_on_with(
 def test_what_is_broken_off_is_followed_by_no_task_and_rolled_back(
     run_tasks: RunJob, words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = stages.training
+    whole = Fit.work
 
-    def broken(context: Run, branch: Branch, **kwargs: Any) -> StageResult:
-        result = whole(context, branch, **kwargs)
+    def broken(stage: Fit, context: Run, branch: Branch) -> StageResult:
+        result = whole(stage, context, branch)
         if branch.name != "attempt_1_task_2":
             return result
         assert isinstance(result.found, TrainingFound)
         return replace(result, found=replace(result.found, stopped_because="not finite"))
 
-    monkeypatch.setattr(stages, "training", broken)
+    monkeypatch.setattr(Fit, "work", broken)
     run_tasks(tmp_path / "run", words[0], "gate=default")
     summary = summary_of(tmp_path / "run")
     assert summary["status"] == "rolled_back" and len(summary["tasks"]) == 2

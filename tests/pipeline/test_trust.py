@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
+from tests.pipeline.plug import WORK
 from tests.pipeline.tiny import TINY
 from tritter.checkpoints import read_lineage
 from tritter.config.launch.entry import main
-from tritter.pipeline import Outcome, run_pipeline, stages
+from tritter.pipeline import Outcome, run_pipeline
 from tritter.pipeline.trained import TrainedWriter
 from tritter.storage import hashing, reading, records
 
@@ -67,9 +68,9 @@ def left(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     def kill(*arguments: object, **options: object) -> None:
         raise Killed
 
-    for name, owner, stage in (
-        ("unfinished", TrainedWriter, "__call__"),
-        ("trained", stages, "evaluation"),
+    for name, (owner, stage) in (
+        ("unfinished", (TrainedWriter, "__call__")),
+        ("trained", WORK["evaluate"]),
     ):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
             patch.setattr(owner, stage, kill)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 
 from tests import oracle
+from tests.pipeline.plug import WORK
 from tests.pipeline.tiny import FIXTURES, TINY
 from tritter.checkpoints import Source
 from tritter.checkpoints.state import KeptSequences
@@ -21,9 +22,10 @@ from tritter.core.models import read_model, save_tokenizer
 from tritter.data.tokens import END_OF_TEXT
 from tritter.errors import RequestError
 from tritter.evaluation.statistics import PairedScores
-from tritter.pipeline import Outcome, run_pipeline, stages
+from tritter.pipeline import Outcome, run_pipeline
 from tritter.pipeline.branch import Branch
-from tritter.pipeline.vocabulary import with_example
+from tritter.pipeline.stages.fit import Fit
+from tritter.pipeline.stages.vocabulary import with_example
 from tritter.transform.folder import plan_expansion
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -154,7 +156,7 @@ class Killed(Exception):
 
 @pytest.mark.full
 @pytest.mark.parametrize("words", [[], ["control=true"]])
-@pytest.mark.parametrize("stage", ["evaluation", "expansion", "training"])
+@pytest.mark.parametrize("stage", ["evaluate", "expand", "fit"])
 def test_a_kill_between_stages_is_resumed(
     run_tiny: Callable[..., Outcome], tmp_path: Path, stage: str, words: list[str]
 ) -> None:
@@ -165,7 +167,7 @@ def test_a_kill_between_stages_is_resumed(
         raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, stage, die)
+        patch.setattr(*WORK[stage], die)
         with pytest.raises(Killed):
             job(run_tiny, tmp_path / "parts", *words)
     parts = job(run_tiny, tmp_path / "parts", *words)
@@ -183,7 +185,7 @@ def test_tasks_in_sequence_learn_tokens_of_the_first_and_resume(
     new = FIXTURES / "text/new.jsonl"
     words = ["expansion.vocab.new_tokens=40", "forgetting=replay", "data.new=null"]
     words += [f"data.tasks=[{{new: {new}}},{{third: {third}}}]"]
-    train, runs = stages.training, []
+    train, runs = Fit.work, []
 
     def die_in_the_second(*arguments: Any, **options: Any) -> Any:
         runs.append(arguments)
@@ -192,7 +194,7 @@ def test_tasks_in_sequence_learn_tokens_of_the_first_and_resume(
         return train(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "training", die_in_the_second)
+        patch.setattr(Fit, "work", die_in_the_second)
         with pytest.raises(Killed):
             job(run_tiny, tmp_path / "run", *words)
     summary = job(run_tiny, tmp_path / "run", *words)

@@ -18,12 +18,8 @@ from tritter.core.families import (
     training_flops,
 )
 from tritter.methods.moe_routing.objective import OldRouting, RoutingObjective, RoutingSettings
-from tritter.methods.moe_routing.stages import (
-    Unfreezing,
-    is_router,
-    only_trainable,
-    separate_experts,
-)
+from tritter.methods.moe_routing.opening import Unfreezing
+from tritter.methods.moe_routing.separate import is_router, only_trainable, separate_experts
 from tritter.training import BaseModule, OptimizerSettings, Schedule
 from tritter.training.parameters import trained_tensors
 

@@ -25,7 +25,7 @@ from tritter.storage.tensors import TensorFolder
 HEAD, TENSORS = "state/experts.json", "state/experts.safetensors"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 BASE = "base"  # the expert without an adapter; always the first
-MAX_EXPERTS = 256
+_MAX_EXPERTS = 256
 RouterKind = Literal["learned", "evidence", "both"]
 _MAX_RANK = 1024
 # Keys of PEFT's LoRA config that affect neither the function nor the loading of an adapter
@@ -292,8 +292,8 @@ def check_names(names: Sequence[str]) -> None:
     Raises:
         TritterError: a name is invalid or occurs twice. The message names the first.
     """
-    if not 1 <= len(names) <= MAX_EXPERTS:
-        allowed = f"a list of 1 to {MAX_EXPERTS} names"
+    if not 1 <= len(names) <= _MAX_EXPERTS:
+        allowed = f"a list of 1 to {_MAX_EXPERTS} names"
         raise TritterError(f"names = {brief(names)}; must be {allowed}.")
     for name in names:
         if _NAME.fullmatch(name) is None:

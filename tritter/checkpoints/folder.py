@@ -41,6 +41,13 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+HEADER_MARK = "#header"
+EXPERTS_FOLDER = "experts"
+_ADVICE = (
+    "To use its weights, export them as a plain Hugging Face folder: tritter export --checkpoint "
+    "FOLDER --output NEW --format hf --ignore-lineage"
+)
+_EXPERT = re.compile(rf"{EXPERTS_FOLDER}/(?P<name>[A-Za-z0-9][A-Za-z0-9_-]*)/adapter_config\.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +83,6 @@ def small_files(source: Path) -> list[Path]:
 
 
 # Checkpoint folders
-
-HEADER_MARK = "#header"
-EXPERTS_FOLDER = "experts"
-_ADVICE = (
-    "To use its weights, export them as a plain Hugging Face folder: tritter export --checkpoint "
-    "FOLDER --output NEW --format hf --ignore-lineage"
-)
-_EXPERT = re.compile(rf"{EXPERTS_FOLDER}/(?P<name>[A-Za-z0-9][A-Za-z0-9_-]*)/adapter_config\.json")
 
 
 class Artifact(Protocol):

@@ -20,6 +20,7 @@ _Plain = Annotated[Mapping[str, Any], _MAX_ENTRIES]
 _TensorDigests = Annotated[Mapping[str, Sha256], _MAX_ENTRIES]
 _FileDigests = Annotated[Mapping[InnerName, Sha256], _MAX_ENTRIES]
 _Layer = Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
+_LONGEST_WINDOW = 1024  # by default
 
 
 def layers_text(sources: Sequence[int]) -> str:
@@ -217,9 +218,6 @@ def training_record(training_config: Mapping[str, Any]) -> Mapping[str, Any]:
     base = made_from.get("pretraining") if isinstance(made_from, Mapping) else None
     found = training_config.get("training", base)
     return found if isinstance(found, Mapping) else {}
-
-
-_LONGEST_WINDOW = 1024  # by default
 
 
 def window_length(lineage: Lineage | None, positions: int | None) -> int:

@@ -44,23 +44,6 @@ if TYPE_CHECKING:
     from tritter.evaluation.statistics import PairedScores
 
 _CODE = "Programs that the model writes (humaneval, mbpp)"
-
-
-def _names() -> Iterable[str]:
-    from tritter.data.benchmark_names import GROUPS, HUB_NAMES
-
-    return dict.fromkeys([*GROUPS, *HUB_NAMES])
-
-
-Tasks = Annotated[
-    list[str] | None,
-    option(
-        "--tasks",
-        "NAME,..",
-        "Benchmarks, or groups: base_capabilities, code, math, reasoning.",
-        completes=completer(_names),
-    ),
-]
 _TasksPath = Annotated[
     Path | None,
     option(
@@ -79,7 +62,7 @@ Data = Annotated[
         "--tasks: the validation data that the checkpoint recorded.",
     ),
 ]
-Limit = Annotated[
+_Limit = Annotated[
     int | None,
     option(
         "--limit",
@@ -107,7 +90,7 @@ _NumFewshot = Annotated[
         most=MAX_COUNT,
     ),
 ]
-BatchSize = Annotated[int, option("--batch-size", "N", "Batch size.", least=1, most=MAX_COUNT)]
+_BatchSize = Annotated[int, option("--batch-size", "N", "Batch size.", least=1, most=MAX_COUNT)]
 _AllowCode = Annotated[
     list[str] | None,
     option(
@@ -129,16 +112,33 @@ _ResultFile = Annotated[
 ]
 
 
+def _names() -> Iterable[str]:
+    from tritter.data.benchmark_names import GROUPS, HUB_NAMES
+
+    return dict.fromkeys([*GROUPS, *HUB_NAMES])
+
+
+Tasks = Annotated[
+    list[str] | None,
+    option(
+        "--tasks",
+        "NAME,..",
+        "Benchmarks, or groups: base_capabilities, code, math, reasoning.",
+        completes=completer(_names),
+    ),
+]
+
+
 def evaluate(
     checkpoint: Checkpoint,
     tasks: Tasks = None,
     tasks_path: _TasksPath = None,
     data: Data = None,
     text_field: _TextField = "text",
-    limit: Limit = None,
+    limit: _Limit = None,
     chat_template: _ChatTemplate = False,
     num_fewshot: _NumFewshot = None,
-    batch_size: BatchSize = 16,
+    batch_size: _BatchSize = 16,
     allow_code: _AllowCode = None,
     code_sandbox: _CodeSandbox = None,
     output: _ResultFile = None,

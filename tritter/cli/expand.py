@@ -167,7 +167,7 @@ _DomainData = Annotated[
         panel=_DOMAIN,
     ),
 ]
-OldData = Annotated[
+_OldData = Annotated[
     list[str] | None,
     option(
         "--old-data",
@@ -208,7 +208,7 @@ def expand(
     target_params: _TargetParams = None,
     domain: Domain = None,
     domain_data: _DomainData = None,
-    old_data: OldData = None,
+    old_data: _OldData = None,
     steps: _DomainSteps = None,
     learning_rate: _LearningRate = None,
     seed: Seed = 0,

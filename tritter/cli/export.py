@@ -48,9 +48,9 @@ if TYPE_CHECKING:
     from tritter.cli.export_experts import Merge
     from tritter.core.families import LayoutKind
 
-FORMATS = ("hf", "peft")
+_FORMATS = ("hf", "peft")
 _NAMES = Names.of({"dtype": "--dtype"})
-LAYOUTS: dict[str, LayoutKind] = {"hub": "hub", "fused": "live"}
+_LAYOUTS: dict[str, LayoutKind] = {"hub": "hub", "fused": "live"}
 _CKPT = "For a .ckpt"
 _OF_FILE: tuple[str, ...] = ("config", "prefix")
 _OF_FOLDER = ("drop_new_experts", "ignore_lineage")
@@ -63,7 +63,7 @@ _ExportSource = Annotated[
     str, option("--checkpoint", "SRC", "Folder or hub id of the model, or a Lightning .ckpt.")
 ]
 _ExportOutput = Annotated[Path, option("--output", "DST", "New folder.", parser=parse_path)]
-Format = Annotated[
+_Format = Annotated[
     str,
     option(
         "--format",
@@ -89,7 +89,7 @@ _ConfigOf = Annotated[
         panel=_CKPT,
     ),
 ]
-Prefix = Annotated[
+_Prefix = Annotated[
     str | None,
     option(
         "--prefix",
@@ -146,12 +146,12 @@ def export(
     context: typer.Context,
     checkpoint: _ExportSource,
     output: _ExportOutput,
-    format: Format = "hf",
+    format: _Format = "hf",
     dtype: DType = None,
     expert_layout: _ExpertLayout = None,
     max_shard_size: MaxShardSize = 5 * 10**9,
     config: _ConfigOf = None,
-    prefix: Prefix = None,
+    prefix: _Prefix = None,
     drop_new_experts: _DropNewExperts = False,
     ignore_lineage: _IgnoreLineage = False,
     merge: _MergeExperts = False,
@@ -163,7 +163,7 @@ def export(
 
     tritter export grown --output grown-hf
     """
-    choice("--format", format, FORMATS)
+    choice("--format", format, _FORMATS)
     dtype = None if dtype is None else choice("--dtype", dtype, WEIGHT_DTYPES)
     is_file = _check_options(context)
     with loading("transformers"):
@@ -199,7 +199,7 @@ def export(
         raise RequestError(
             f"--expert-layout = {expert_layout}: a {model.model_type} model has no experts."
         )
-    layout = LAYOUTS[choice("--expert-layout", expert_layout or "hub", list(LAYOUTS))]
+    layout = _LAYOUTS[choice("--expert-layout", expert_layout or "hub", list(_LAYOUTS))]
     with note_if_written(output):
         with progress_bars(is_shown=not as_json) as new_bar, use_names(_NAMES):
             exported = export_model(

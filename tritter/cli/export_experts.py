@@ -58,7 +58,7 @@ from tritter.storage.hub import locate
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _OF_ADAPTER = {*ADAPTER_FILES, CARD_NAME}
 _SEQUENCES, _LENGTH, _DOCUMENTS = 8, 128, 16  # per domain, to measure a merge
-MAX_RANK = 1024  # of a readable adapter
+_MAX_RANK = 1024  # of a readable adapter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,11 +200,11 @@ def export_adapters(
             raise RequestError(
                 f"--format = peft: {folder} has no LoRA experts; must be hf, a plain folder."
             )
-        merged = merge(source.experts, rank=rank, max_rank=MAX_RANK) if is_merged else None
+        merged = merge(source.experts, rank=rank, max_rank=_MAX_RANK) if is_merged else None
     experts = ExpertFolder.of_files(source.experts)
     if not experts.adapters:
         raise RequestError(f"{folder} has no adapter to export: its only expert is the base.")
-    base = base_of(checkpoint, folder)
+    base = _base_of(checkpoint, folder)
     adapters = dict(experts.adapters) if merged is None else {"": merged.made.adapter}
     if dtype is not None:
         to = getattr(torch, dtype)
@@ -301,7 +301,7 @@ def merge_lines(merged: Merge) -> list[tuple[str, str]]:
     return [("gates", f"{shares} ({merged.gates_from})"), ("merged", merged.sentence)]
 
 
-def base_of(checkpoint: str, folder: Path) -> str:
+def _base_of(checkpoint: str, folder: Path) -> str:
     """Return the base of a folder's adapters: its hub id if known, otherwise its path."""
     if not Path(checkpoint).expanduser().exists():
         return checkpoint  # downloaded, with the base at its root

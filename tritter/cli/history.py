@@ -21,7 +21,7 @@ from tritter.terminal import say, status
 if TYPE_CHECKING:
     from tritter.checkpoints.history import Difference, Link
 
-MISSING = "missing: not checked"
+_MISSING = "missing: not checked"
 _FEW_EXPERTS = 2  # named in the table; longer lists only in the tree
 
 
@@ -103,7 +103,7 @@ def describe_origin(link: Link, *, max_experts: int | None = None) -> str:
     if link.problem:
         return "its tritter.json cannot be read"
     if lineage is None:
-        return "plain folder" if link.folder else MISSING
+        return "plain folder" if link.folder else _MISSING
     experts = f"LoRA experts {', '.join(link.experts)}" if link.experts else ""
     if max_experts is not None and len(link.experts) > max_experts:
         experts = f"{len(link.experts)} LoRA experts"

@@ -56,6 +56,8 @@ _WITHOUT_MAP = {
     "growth": "none: neurons were added during training",
     "vocab": "rows of old tokens are kept",
 }
+_MAX_FACTORS = 3
+_PORTS = {"read": "reads ", "gain": "norm of "}  # what a tensor does with the space of an axis
 
 
 def _without_map(record: ExpansionRecord) -> str | None:
@@ -64,10 +66,6 @@ def _without_map(record: ExpansionRecord) -> str | None:
         is_list = isinstance(listed, list | tuple) and all(isinstance(one, str) for one in listed)
         return f"experts are the FFNs of {', '.join(listed) if is_list else 'other models'}"
     return _WITHOUT_MAP.get(record.expansion_type)
-
-
-_MAX_FACTORS = 3
-_PORTS = {"read": "reads ", "gain": "norm of "}  # what a tensor does with the space of an axis
 
 
 @dataclass(frozen=True, slots=True)

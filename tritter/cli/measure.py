@@ -17,7 +17,7 @@ from tritter.storage.tensors import TensorFolder
 from tritter.transform import Expanded
 
 # Each weight is read once for all tokens. With experts, more tokens are needed to reach them all
-SEQUENCES, _SEQUENCES_OF_EXPERTS, LENGTH = 2, 8, 32
+_SEQUENCES, _SEQUENCES_OF_EXPERTS, _LENGTH = 2, 8, 32
 _MB = 10**6
 
 
@@ -115,7 +115,7 @@ def random_tokens(model: Model, *, unlike: Sequence[int] = ()) -> Tensor:
     """Return fixed random tokens for comparing models, int64 [B, T], none of them in `unlike`."""
     vocab_size = model.sizes.vocab_size
     generator = torch.Generator().manual_seed(0)
-    shape = (_SEQUENCES_OF_EXPERTS if model.family.has_experts else SEQUENCES, LENGTH)
+    shape = (_SEQUENCES_OF_EXPERTS if model.family.has_experts else _SEQUENCES, _LENGTH)
     ids = torch.arange(vocab_size)
     ids = ids[~torch.isin(ids, torch.tensor(unlike, dtype=torch.int64))]
     return ids[torch.randint(0, len(ids), shape, generator=generator)]

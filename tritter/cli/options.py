@@ -15,6 +15,9 @@ from tritter.storage.reading import named_path
 _CHECKPOINTS = ("checkpoint", "source", "result")
 _MAX_FLOPS = 10**24  # per second and device
 Name = TypeVar("Name", bound=str)
+WRITING = "Writing"
+Folder = Annotated[str, typer.Argument(help="Folder or hub id of the checkpoint.", metavar="DIR")]
+RUNS_ARGUMENT = "RUN_OR_SWEEP"
 
 
 class CheckpointCommand(TyperCommand):
@@ -186,14 +189,11 @@ def _parse_scaled(text: str, units: dict[str, int], *, example: str, limit: int)
     return value
 
 
-WRITING = "Writing"
-
 AsJson = Annotated[bool, flag("--json", "Print one JSON object only.")]
 ShowFamily = Annotated[
     bool, flag("--family", "Show what can grow exactly, and the axes of the tensors.")
 ]
 Checkpoint = Annotated[str, option("--checkpoint", "SRC", "Folder or hub id of the model.")]
-Folder = Annotated[str, typer.Argument(help="Folder or hub id of the checkpoint.", metavar="DIR")]
 Seed = Annotated[int, option("--seed", "N", "Random seed.", least=0, most=MAX_SEED)]
 MaxShardSize = Annotated[
     int,
@@ -216,7 +216,6 @@ DType = Annotated[
     ),
 ]
 Overwrite = Annotated[bool, flag("--overwrite", "Replace the checkpoint at DST.", panel=WRITING)]
-RUNS_ARGUMENT = "RUN_OR_SWEEP"
 Runs = Annotated[
     list[Path],
     typer.Argument(

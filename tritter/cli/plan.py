@@ -57,11 +57,11 @@ Source = Annotated[
         "Number of parameters such as 3B (the nearest preset), preset, folder or hub id.",
     ),
 ]
-Target = Annotated[
+_Target = Annotated[
     str | None, option("--target", "10B", "Number of parameters such as 10B, or a preset.")
 ]
 _GpuHours = Annotated[float | None, option("--gpu-hours", "H", "Budget in GPU-hours.")]
-Strategy = Annotated[
+_Strategy = Annotated[
     str,
     option(
         "--strategy",
@@ -111,7 +111,7 @@ Optimizer = Annotated[str, option("--optimizer", "adamw|adamw8bit", "Optimizer."
 _FreezeAttention = Annotated[
     bool, flag("--freeze-attention", "Freeze the attention.", panel=_MEMORY)
 ]
-BatchSize = Annotated[
+_BatchSize = Annotated[
     int,
     option("--batch-size", "N", "Sequences per GPU and step.", least=1, most=10**6, panel=_MEMORY),
 ]
@@ -139,9 +139,9 @@ _Guide = Annotated[bool, flag("--guide", "Print the size guide instead of a plan
 
 def plan(
     source: Source = None,
-    target: Target = None,
+    target: _Target = None,
     gpu_hours: _GpuHours = None,
-    strategy: Strategy = "auto",
+    strategy: _Strategy = "auto",
     device_flops: _DeviceFlops = 312 * 10**12,
     mfu: _Mfu = 0.4,
     tokens_per_parameter: _TokensPerParameter = 20.0,
@@ -149,7 +149,7 @@ def plan(
     precision: Precision = "bf16-mixed",
     optimizer: Optimizer = "adamw",
     freeze_attention: _FreezeAttention = False,
-    batch_size: BatchSize = 1,
+    batch_size: _BatchSize = 1,
     sequence_length: _SequenceLength = None,
     gradient_checkpointing: _GradientCheckpointing = False,
     guide: _Guide = False,

@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 
 _REPOSITORY = "OWNER/NAME"
 
-Folder = Annotated[str, typer.Argument(help="Folder of the checkpoint.", metavar="DIR")]
-Repository = Annotated[
+_Folder = Annotated[str, typer.Argument(help="Folder of the checkpoint.", metavar="DIR")]
+_Repository = Annotated[
     str, typer.Argument(help="Repository on the hub; created if needed.", metavar=_REPOSITORY)
 ]
 
 
 def push(
-    folder: Folder,
-    repository: Repository,
+    folder: _Folder,
+    repository: _Repository,
     public: Annotated[
         bool, flag("--public", "Make the repository public. Default: private.")
     ] = False,

@@ -38,6 +38,7 @@ _MAX_BYTES = 2**20
 _STEPS = "steps"
 _MAX_SEED = 2**64 - 1  # the 64-bit seeds that runs derive for their expansions
 _GROUP = "expansion."  # prefix of a run's keys, which a recipe's methods do not have
+_COUNTS = {"max_shard_size": BYTE_UNITS, "target_params": COUNT_UNITS}
 
 
 @options
@@ -59,7 +60,6 @@ class Settings:
     output: Annotated[str, Field(min_length=1)] | None = None
 
 
-_COUNTS = {"max_shard_size": BYTE_UNITS, "target_params": COUNT_UNITS}
 _KEYS = (_STEPS, *(field.name for field in fields(Settings)))
 
 

@@ -20,8 +20,8 @@ _FILES_OF = {
     "a run": (SUMMARY_FILE,),
 }
 
-Format = Literal["json", "csv", "html"]
-FORMATS: Mapping[str, Format] = {".html": "html", ".csv": "csv", ".json": "json"}
+_Format = Literal["json", "csv", "html"]
+FORMATS: Mapping[str, _Format] = {".html": "html", ".csv": "csv", ".json": "json"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class ReportFile:
     """
 
     path: Path
-    format: Format
+    format: _Format
     _: KW_ONLY
     overwrite: bool
     sources: Sequence[Path] = ()

@@ -68,7 +68,7 @@ _NewData = Annotated[
         "New data: a file, folder or glob of .txt, .jsonl and so on. Repeatable.",
     ),
 ]
-OldData = Annotated[
+_OldData = Annotated[
     list[str] | None,
     option(
         "--old-data",
@@ -145,7 +145,7 @@ def train(
     steps: Steps = None,
     ewc_lambda: _EwcLambda = None,
     data: _NewData = None,
-    old_data: OldData = None,
+    old_data: _OldData = None,
     output: _RunDir = None,
     find_lr: _FindLr = False,
 ) -> int:

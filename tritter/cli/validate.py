@@ -32,7 +32,7 @@ Source = Annotated[
     str, option("--source", "SOURCE", "Folder or hub id of the model before its expansion.")
 ]
 Result = Annotated[str, option("--result", "RESULT", "Folder or hub id of the expanded model.")]
-OldData = Annotated[
+_OldData = Annotated[
     list[str] | None,
     option(
         "--data",
@@ -43,7 +43,7 @@ OldData = Annotated[
 _TargetData = Annotated[
     list[str] | None, option("--target-data", "[NAME=]PATH", "New data. Repeatable.")
 ]
-Limit = Annotated[
+_Limit = Annotated[
     int, option("--limit", "N", "Maximum number of documents per domain.", least=30, most=10**6)
 ]
 
@@ -51,9 +51,9 @@ Limit = Annotated[
 def validate(
     source: Source,
     result: Result,
-    data: OldData = None,
+    data: _OldData = None,
     target_data: _TargetData = None,
-    limit: Limit = 200,
+    limit: _Limit = 200,
     as_json: AsJson = False,
 ) -> int:
     """Compare an expanded checkpoint with its source in five tests; exit code 3 if one fails.

@@ -62,6 +62,34 @@ from tritter.training.options import (
 Origin = Callable[[str], str | None]
 Result = TypeVar("Result")
 _KEYLESS_GROUPS = ("experiment",)  # their options set keys of other groups
+# Group → required base class, by name: it is imported only when an option is selected.
+METHOD_GROUPS: Mapping[str, str | None] = {
+    "expansion": None,
+    "forgetting": "tritter.training.forgetting_method.ForgettingMethod",
+}
+# Groups with one option → required base class, and the meaning of their option `none`
+CHOSEN_GROUPS = {
+    "growth": ("tritter.methods.growth.method.NeuronGrowth", "nothing grows"),
+    "experts": ("tritter.methods.experts.method.Experts", "there are no adapters"),
+}
+# Attributes of an expansion, which is a record of options without a required base class
+_EXPANSION = (
+    *("name", "expansion_type", "is_exact", "new_blocks_only"),
+    *("target_config", "parameter_map", "notes"),
+)
+_MODELS = {name: kind for kind in get_args(Model) for name in choices(kind, "model_type")}
+_EXTRAS = ("tensorboard", "mlflow")  # extras of Tritter, named after the packages they install
+_MLFLOW = {
+    "MLFLOW_ALLOW_FILE_STORE": "true",  # recent versions refuse to write files without it
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # a run sends no telemetry
+}
+# Group → required base class
+BASES = {
+    "callbacks": "lightning.pytorch.Callback",
+    "logger": "lightning.pytorch.loggers.Logger",
+    "metrics": "tritter.evaluation.tasks.Metric",
+    "stages": "tritter.pipeline.stage.Stage",
+}
 
 
 class Reader:
@@ -121,23 +149,6 @@ class Reader:
             yield Problem(key, value, reason=hint.reason or reason, nearest=hint.advice or None)
             return
         yield Problem(key, value, reason=reason, nearest=near or nearest_key(key, known))
-
-
-# Group → required base class, by name: it is imported only when an option is selected.
-METHOD_GROUPS: Mapping[str, str | None] = {
-    "expansion": None,
-    "forgetting": "tritter.training.forgetting_method.ForgettingMethod",
-}
-# Groups with one option → required base class, and the meaning of their option `none`
-CHOSEN_GROUPS = {
-    "growth": ("tritter.methods.growth.method.NeuronGrowth", "nothing grows"),
-    "experts": ("tritter.methods.experts.method.Experts", "there are no adapters"),
-}
-# Attributes of an expansion, which is a record of options without a required base class
-_EXPANSION = (
-    *("name", "expansion_type", "is_exact", "new_blocks_only"),
-    *("target_config", "parameter_map", "notes"),
-)
 
 
 def method_names(group: str) -> list[str]:
@@ -261,9 +272,6 @@ def nesting_problems() -> list[Problem]:
         for name, path in files.get(group, {}).items()
         if list(body_of(path)) != [name]
     ]
-
-
-_MODELS = {name: kind for kind in get_args(Model) for name in choices(kind, "model_type")}
 
 
 def model_class(raw: Mapping[str, Any]) -> type[Model]:
@@ -451,14 +459,15 @@ def _valid_components(
     )
 
 
-def read_metrics(
-    reader: Reader, bodies: Mapping[str, Any], classes: Mapping[str, Any]
+def read_parts(
+    reader: Reader, bodies: Mapping[str, Any], classes: Mapping[str, Any], *, group: str
 ) -> tuple[Component, ...]:
-    """Return the own metrics of a run; problems are recorded by the reader."""
+    """Return the own metrics or stages of a run; problems are recorded by the reader."""
     for name, body in bodies.items():
-        if (kind := classes.get(key := f"metrics.{name}")) is not None:
-            reader.problems += _try_build(key, kind, body)[1]
-    return _valid_components("metrics", bodies, classes)
+        if (kind := classes.get(key := f"{group}.{name}")) is not None:
+            made, problems = _try_build(key, kind, body)
+            reader.problems += problems or (made.problems(key) if group == "stages" else ())
+    return _valid_components(group, bodies, classes)
 
 
 def averaging_problems(config: RunConfig) -> Iterator[Problem]:
@@ -476,13 +485,6 @@ def averaging_problems(config: RunConfig) -> Iterator[Problem]:
         cause, reason = "experts", "averaging misses experts added during training; leave it out"
     for one in callbacks_of("WeightAveraging", config) if cause else ():
         yield Problem(f"callbacks.{one.name}.{TARGET}", one.options[TARGET], reason=reason)
-
-
-_EXTRAS = ("tensorboard", "mlflow")  # extras of Tritter, named after the packages they install
-_MLFLOW = {
-    "MLFLOW_ALLOW_FILE_STORE": "true",  # recent versions refuse to write files without it
-    "MLFLOW_DISABLE_TELEMETRY": "true",  # a run sends no telemetry
-}
 
 
 def read_loggers(
@@ -517,14 +519,6 @@ def read_loggers(
         wandb=None if wandb is None or wandb.mode == "off" else wandb,
         others=_valid_components("logger", others, classes),
     )
-
-
-# Group → required base class
-BASES = {
-    "callbacks": "lightning.pytorch.Callback",
-    "logger": "lightning.pytorch.loggers.Logger",
-    "metrics": "tritter.evaluation.tasks.Metric",
-}
 
 
 def conflict_problems(group: str, selected: Sequence[str]) -> Iterator[Problem]:

@@ -16,7 +16,7 @@ from tritter.options import RunRequest
 from tritter.storage.reading import named_path
 from tritter.training.options import EVALUATIONS, STEPS, positive_count
 
-Bodies = Mapping[str, Mapping[str, Any]]  # group → its body
+_Bodies = Mapping[str, Mapping[str, Any]]  # group → its body
 
 _LENGTH, _BATCH = "sequence_length", "batch_size"
 _SMALL_LENGTH, _MOST = 128, 16  # of a base that the run trains
@@ -30,7 +30,7 @@ _FEWEST, _FEWEST_TOKENS = 8, 2048  # sequences, or fewer if they have as many to
 _UNMIXED_SHARE = 0.1  # of generated text that only other methods read
 
 
-def with_batches(bodies: Bodies) -> dict[str, Mapping[str, Any]]:
+def with_batches(bodies: _Bodies) -> dict[str, Mapping[str, Any]]:
     """Return the bodies with `data.sequence_length` and `data.batch_size`.
 
     A base that the run trains reads 16 sequences of 128 tokens. A checkpoint reads windows as in
@@ -67,7 +67,7 @@ def _default_length(model: Mapping[str, Any]) -> int:
     return window_length(lineage, positions)
 
 
-def with_samples(bodies: Bodies, classes: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def with_samples(bodies: _Bodies, classes: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Return the bodies with `num_sequences` of forgetting methods.
 
     It is the default of the method, but not more than the sequences that training reads, or of

@@ -14,8 +14,8 @@ from tritter.evaluation.options import GateConfig
 from tritter.training.options import STEPS, TOKENS
 
 FALLBACK_GROUPS = ("training", "forgetting", "expansion")  # groups that a retry may override
-LADDER = "gate.ladder"
-RETRYING = (f"{LADDER}=", "gate.max_attempts=")  # prefixes of overrides that request retries
+_LADDER = "gate.ladder"
+RETRYING = (f"{_LADDER}=", "gate.max_attempts=")  # prefixes of overrides that request retries
 _BODY = "fallbacks"
 _ORDERED = ("forgetting", "expansion")
 _LENGTHS = {f"training.{STEPS}", f"training.{TOKENS}"}  # mutually exclusive
@@ -45,12 +45,12 @@ def ladder_problems(config: RunConfig) -> Iterator[Problem]:
     if gate.ladder is None:
         if gate.max_attempts is not None and gate.max_attempts > 1:
             reason = "without a fallback chain, a retry would repeat the first attempt; set "
-            reason += f"{LADDER} ({', '.join(_ladder_names())}), or omit this key"
+            reason += f"{_LADDER} ({', '.join(_ladder_names())}), or omit this key"
             yield Problem("gate.max_attempts", gate.max_attempts, reason=reason)
         return
     if not gate.enabled:
         reason = "with gate.enabled = false there is no rollback, so no fallback is tried"
-        yield Problem(LADDER, gate.ladder, reason=reason)
+        yield Problem(_LADDER, gate.ladder, reason=reason)
     problems = list(_file_problems(gate.ladder))
     yield from problems
     if not problems and gate.max_attempts is not None:
@@ -63,7 +63,7 @@ def ladder_problems(config: RunConfig) -> Iterator[Problem]:
     if config.pipeline.target_params is not None:
         reason = "a run that grows to a size ends with the round that is rolled back; omit "
         reason += "pipeline.target_params, or continue from its checkpoint in a new run"
-        yield Problem(LADDER, gate.ladder, reason=reason)
+        yield Problem(_LADDER, gate.ladder, reason=reason)
 
 
 def choice_problems(overrides: Sequence[Override]) -> Iterator[Problem]:
@@ -71,9 +71,9 @@ def choice_problems(overrides: Sequence[Override]) -> Iterator[Problem]:
     for override in overrides:
         if override.key_or_group == LADDERS:
             name = str(override.value())
-            reason = f"select a fallback chain with {LADDER}=NAME; available: "
+            reason = f"select a fallback chain with {_LADDER}=NAME; available: "
             reason += ", ".join(_ladder_names())
-            yield Problem(LADDERS, name, reason=reason, nearest=f"{LADDER}={name}")
+            yield Problem(LADDERS, name, reason=reason, nearest=f"{_LADDER}={name}")
 
 
 def with_fallback(overrides: Sequence[str], fallback: Sequence[str]) -> list[str]:
@@ -114,7 +114,7 @@ def _file_problems(name: str) -> Iterator[Problem]:
     names = _ladder_names()
     if name not in names:
         reason = f"there is no such fallback chain; allowed: {', '.join(names)}, or null"
-        yield Problem(LADDER, name, reason=reason, nearest=nearest(name, names))
+        yield Problem(_LADDER, name, reason=reason, nearest=nearest(name, names))
         return
     path = option_files()[LADDERS][name]
     body = body_of(path)
@@ -122,18 +122,18 @@ def _file_problems(name: str) -> Iterator[Problem]:
     unknown = next((str(key) for key in body if key != _BODY), None)
     if unknown is not None:
         reason = f"{path} has the key {unknown}; the only key allowed is {_BODY}"
-        yield Problem(LADDER, name, reason=reason, nearest=_BODY)
+        yield Problem(_LADDER, name, reason=reason, nearest=_BODY)
         return
     if not isinstance(fallbacks, list) or not fallbacks:
         reason = f"{path} requires {_BODY}, a list with the overrides of each fallback"
-        yield Problem(LADDER, name, reason=reason)
+        yield Problem(_LADDER, name, reason=reason)
         return
     for number, fallback in enumerate(fallbacks, start=1):
         where = f"{LADDERS}/{name}.yaml, fallback {number}"
         if not isinstance(fallback, list) or not fallback:
             reason = "a fallback is a list of overrides, such as "
             reason += f"[{FALLBACK_GROUPS[0]}.learning_rate=1e-3]"
-            yield Problem(LADDER, brief(fallback), reason=reason, origin=where)
+            yield Problem(_LADDER, brief(fallback), reason=reason, origin=where)
             continue
         for override in fallback:
             if not isinstance(override, str) or "=" not in override:

@@ -58,6 +58,23 @@ OUTPUT_FILE = "output.txt"  # output of a job of a sweep
 _BEFORE_RUN_FILE = {".hydra", "train.log", LOCK_NAME, OUTPUT_FILE}
 _NO_TEXT = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # categories of Unicode
 _LOGGER_FOLDERS = {"wandb"}  # W&B links to logs in its own cache
+# Settings that may change when a run resumes: hardware, logging and monitoring
+_WITHOUT_EFFECT = {
+    # max_steps, derived from it, is part of the fingerprint
+    "pretraining": ("max_tokens",),
+    "training": ("max_tokens",),
+    "pipeline": ("keep_stages",),
+    "trainer": (
+        *("devices", "strategy", "progress", "save_every_n_steps", "check_memory"),
+        "activation_checkpointing",  # bit-identical results
+        *("device_index", "seed", "arguments"),  # the seed is a root key
+    ),
+}
+_BENCHMARK_KEYS = {
+    *("tasks", "tasks_path", "task_limit", "chat_template", "num_fewshot"),
+    *("allow_code", "code_sandbox", "code_sandbox_command"),
+}
+_ABSENT = "(absent)"
 
 
 class RunState(Enum):
@@ -348,32 +365,13 @@ def _check_path(folder: Path, config: RunConfig) -> None:
         raise refused("hydra.run.dir", folder, f"{parent} is not writable")
 
 
-# Settings that may change when a run resumes: hardware, logging and monitoring
-_WITHOUT_EFFECT = {
-    # max_steps, derived from it, is part of the fingerprint
-    "pretraining": ("max_tokens",),
-    "training": ("max_tokens",),
-    "pipeline": ("keep_stages",),
-    "trainer": (
-        *("devices", "strategy", "progress", "save_every_n_steps", "check_memory"),
-        "activation_checkpointing",  # bit-identical results
-        *("device_index", "seed", "arguments"),  # the seed is a root key
-    ),
-}
-_BENCHMARK_KEYS = {
-    *("tasks", "tasks_path", "task_limit", "chat_template", "num_fewshot"),
-    *("allow_code", "code_sandbox", "code_sandbox_command"),
-}
-_ABSENT = "(absent)"
-
-
 def fingerprint(config: RunConfig) -> dict[str, Any]:
     """Return all settings that determine the result of a run, as plain JSON values.
 
     Omitted are `resume`, `cache_dir`, `logger`, Trainer arguments without effect on the weights,
     and these keys of `trainer`: `devices`, `strategy`, `progress`, `save_every_n_steps`,
     `check_memory`, `activation_checkpointing`. An ordered group lists its methods and
-    their options. For third-party classes (sources, methods, callbacks, optimizers) the
+    their options. For third-party classes (sources, methods, callbacks, stages, optimizers) the
     fingerprint includes the dotted name and the SHA-256 of the file. Tritter's own classes are
     identified by its version, so that an edited comment does not prevent resuming.
     """
@@ -406,11 +404,22 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
         result["callbacks"] = {one.name: one.plain() for one in config.callbacks}
     if config.metrics:
         result["metrics"] = {one.name: one.plain() for one in config.metrics}
+    if config.stages:
+        result["stages"] = _stages(config)
     if config.growth is not None:
         result["growth"] = config.growth.plain()
     if config.experts is not None:
         result["experts"] = {"name": config.experts.name, **config.experts.plain()}
     return result | _methods(config)
+
+
+def _stages(config: RunConfig) -> dict[str, Any]:
+    """Return the stages in order; one that only measures may be mended before it is finished."""
+    bodies = {one.name: one.plain() for one in config.stages}
+    for one in config.stages:
+        if not one.kind.writes:
+            bodies[one.name].pop("sha256", None)
+    return {"order": [*bodies], **bodies}
 
 
 def _methods(config: RunConfig) -> dict[str, Any]:

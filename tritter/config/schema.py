@@ -27,6 +27,37 @@ from tritter.training.options import TrainerSettings, TrainerValues, TrainingCon
 if TYPE_CHECKING:
     from tritter.core.expansions import ExpansionSpec
 
+ONE_OF = ("growth", "experts")  # groups with exactly one option
+# Groups with arguments of third-party classes
+OPEN_GROUPS = ("optimizer", "callbacks", "logger", "metrics", "stages", *ONE_OF)
+# Keys that `resume` does not replay from a run folder, which may be untrusted: they name a program,
+# a class, a model, a folder, a server or an account, or start another run. Of data and checkpoints,
+# only the run's own are replayed; they are printed first.
+TYPED_ONLY = frozenset(
+    {
+        "cache_dir",
+        "callbacks.model_checkpoint.dirpath",
+        "callbacks.model_checkpoint.filename",
+        "evaluation.allow_code",
+        "evaluation.code_sandbox",
+        "evaluation.code_sandbox_command",
+        "evaluation.prompts",
+        "expansion.moe.attention_from",
+        "expansion.moe.experts_from",
+        "expansion.moe_add.teacher",
+        "expansion.vocab.tokenizer",
+        "forgetting.distill.teacher",
+        "logger.mlflow.save_dir",
+        "logger.mlflow.tracking_uri",
+        "logger.tensorboard.name",
+        "logger.tensorboard.save_dir",
+        "logger.tensorboard.version",
+        "logger.wandb.mode",
+        "optimizer.name",
+        "resume",
+    }
+)
+
 
 @options
 class CheckpointModelConfig:
@@ -132,6 +163,7 @@ class RunConfig(RootValues, RunRequest):
     logger: LoggerConfig
     evaluation: EvaluationConfig
     metrics: tuple[Component, ...]
+    stages: tuple[Component, ...]
     moe_routing: RoutingOptions
     adaptation: AdaptationOptions
     growth: Component | None = None
@@ -158,34 +190,3 @@ SECTIONS: dict[str, type | UnionType] = {
     "moe_routing": RoutingOptions,
     "adaptation": AdaptationOptions,
 }
-ONE_OF = ("growth", "experts")  # groups with exactly one option
-# Groups with arguments of third-party classes
-OPEN_GROUPS = ("optimizer", "callbacks", "logger", "metrics", *ONE_OF)
-
-# Keys that `resume` does not replay from a run folder, which may be untrusted: they name a program,
-# a class, a model, a folder, a server or an account, or start another run. Of data and checkpoints,
-# only the run's own are replayed; they are printed first.
-TYPED_ONLY = frozenset(
-    {
-        "cache_dir",
-        "callbacks.model_checkpoint.dirpath",
-        "callbacks.model_checkpoint.filename",
-        "evaluation.allow_code",
-        "evaluation.code_sandbox",
-        "evaluation.code_sandbox_command",
-        "evaluation.prompts",
-        "expansion.moe.attention_from",
-        "expansion.moe.experts_from",
-        "expansion.moe_add.teacher",
-        "expansion.vocab.tokenizer",
-        "forgetting.distill.teacher",
-        "logger.mlflow.save_dir",
-        "logger.mlflow.tracking_uri",
-        "logger.tensorboard.name",
-        "logger.tensorboard.save_dir",
-        "logger.tensorboard.version",
-        "logger.wandb.mode",
-        "optimizer.name",
-        "resume",
-    }
-)

@@ -12,6 +12,22 @@ from tritter.limits import NO_EPOCHS
 
 _OPTIONAL_GROUPS = ("experts", "growth")  # offered last: most runs do not use them
 _PRESET = re.compile(r"tiny|small|tritter_\w+")
+_MODEL = (
+    r"--(model|model[-_]path|model[-_]name[-_]or[-_]path|base[-_]model|ckpt|from[-_]pretrained)"
+)
+# Words of other tools → commands of `tritter`
+COMMAND_SYNONYMS = {
+    **dict.fromkeys(("finetune", "fine-tune", "pretrain", "continue", "fit", "run"), "train"),
+    **dict.fromkeys(("grow", "merge", "upcycle", "stack", "widen", "deepen"), "expand"),
+    **dict.fromkeys(("chat", "sample", "infer", "inference", "predict"), "generate"),
+    **dict.fromkeys(("eval", "test", "benchmark", "score"), "evaluate"),
+    **dict.fromkeys(("show", "info", "describe"), "inspect"),
+    **dict.fromkeys(("convert", "save"), "export"),
+    **dict.fromkeys(("upload", "publish"), "push"),
+    **dict.fromkeys(("lineage", "log"), "history"),
+    **dict.fromkeys(("diff",), "compare"),
+    **dict.fromkeys(("check", "verify"), "validate"),
+}
 
 
 def _is_path_or_hub_id(value: str) -> bool:
@@ -39,11 +55,6 @@ class Hint:
     applies_to: Callable[[str], bool] = lambda value: True
 
 
-_MODEL = (
-    r"--(model|model[-_]path|model[-_]name[-_]or[-_]path|base[-_]model|ckpt|from[-_]pretrained)"
-)
-
-
 def _is_file(value: str) -> bool:
     """Return whether a value looks like a data file or folder."""
     return "." in value or "/" in value or Path(value).exists()
@@ -54,19 +65,6 @@ def _is_no_preset(value: str) -> bool:
     return _is_path_or_hub_id(value) or not get_close_matches(value, ("tiny", "small", "tritter"))
 
 
-# Words of other tools → commands of `tritter`
-COMMAND_SYNONYMS = {
-    **dict.fromkeys(("finetune", "fine-tune", "pretrain", "continue", "fit", "run"), "train"),
-    **dict.fromkeys(("grow", "merge", "upcycle", "stack", "widen", "deepen"), "expand"),
-    **dict.fromkeys(("chat", "sample", "infer", "inference", "predict"), "generate"),
-    **dict.fromkeys(("eval", "test", "benchmark", "score"), "evaluate"),
-    **dict.fromkeys(("show", "info", "describe"), "inspect"),
-    **dict.fromkeys(("convert", "save"), "export"),
-    **dict.fromkeys(("upload", "publish"), "push"),
-    **dict.fromkeys(("lineage", "log"), "history"),
-    **dict.fromkeys(("diff",), "compare"),
-    **dict.fromkeys(("check", "verify"), "validate"),
-}
 # The first match wins
 HINTS = (
     Hint("--model", "model=NAME", command="train", applies_to=lambda v: bool(_PRESET.fullmatch(v))),
@@ -133,7 +131,7 @@ HINTS = (
     Hint("--(num[-_])?gpus", "trainer=gpu trainer.devices=N", command="train"),
     Hint(
         "--(?P<key>data|expansion|forgetting|growth|experts|moe_routing|adaptation|pretraining"
-        "|training|optimizer|trainer|gate|pipeline|evaluation|metrics|callbacks|logger|experiment"
+        "|training|optimizer|trainer|gate|pipeline|evaluation|metrics|stages|callbacks|logger|experiment"
         r"|seed|resume|[a-z_]+(\.[a-z_-]+)+)",
         "{key}=VALUE",
         command="train",

@@ -34,9 +34,9 @@ from tritter.config.components import (
     read_evaluation,
     read_loggers,
     read_methods,
-    read_metrics,
     read_model,
     read_optimizer,
+    read_parts,
     read_trainer,
     resolve_registered_parts,
     weightless_methods,
@@ -90,7 +90,7 @@ from tritter.training.options import (
     with_steps,
 )
 
-Bodies = Mapping[str, Mapping[str, Any]]  # group → its body
+_Bodies = Mapping[str, Mapping[str, Any]]  # group → its body
 
 _SINGLE_CLASS: Mapping[str, Callable[..., object]] = {
     "model": model_class,
@@ -103,9 +103,22 @@ _CLASS_PER_ENTRY: Mapping[str, Callable[..., type]] = {
     **dict.fromkeys(BASES, named_class),
 }
 _NOTHING = {"logger": "csv"}  # the option that selects nothing; `none` in other groups
+Rule = Callable[[RunConfig], Iterable[Problem]]
+_GROUPS = (*SECTIONS, *METHOD_GROUPS, *OPEN_GROUPS)
+_READERS: Mapping[str, Callable[[Reader, Mapping[str, Any], Mapping[str, Any]], object]] = {
+    "model": read_model,
+    "data": read_data,
+    "evaluation": read_evaluation,
+    "optimizer": read_optimizer,
+    "trainer": read_trainer,
+    "callbacks": read_callbacks,
+    "logger": read_loggers,
+    "metrics": partial(read_parts, group="metrics"),
+    "stages": partial(read_parts, group="stages"),
+}
 
 
-def _group_bodies(reader: Reader, raw: Mapping[str, Any]) -> Bodies:
+def _group_bodies(reader: Reader, raw: Mapping[str, Any]) -> _Bodies:
     """Return the body of each group, without the option `none` and disabled entries."""
     bodies = {}
     for group in (*SECTIONS, "optimizer", *CHOSEN_GROUPS, *_CLASS_PER_ENTRY):
@@ -134,7 +147,7 @@ def _group_bodies(reader: Reader, raw: Mapping[str, Any]) -> Bodies:
     return bodies
 
 
-def _with_frozen_rows(bodies: Bodies) -> Bodies:
+def _with_frozen_rows(bodies: _Bodies) -> _Bodies:
     """Return the bodies, with `forgetting=freeze` if `expansion.vocab.freeze_old_rows` is set."""
     vocab = bodies.get("expansion", {}).get("vocab")
     if not isinstance(vocab, Mapping) or vocab.get("freeze_old_rows") is not True:
@@ -151,7 +164,7 @@ def _with_frozen_rows(bodies: Bodies) -> Bodies:
     return {**bodies, "forgetting": forgetting}
 
 
-def find_classes(reader: Reader, bodies: Bodies) -> dict[str, Any]:
+def find_classes(reader: Reader, bodies: _Bodies) -> dict[str, Any]:
     """Return key → class for all classes that exist; problems are recorded by the reader.
 
     A key is the name of a group, or GROUP.NAME for an entry of a group with several options.
@@ -175,20 +188,6 @@ def known_keys() -> tuple[str, ...]:
     keys += {f"data.{key}" for own in data_keys().values() for key in own} - {*keys}
     keys += [*field_keys(OptimizerValues, "optimizer"), *field_keys(WandbConfig, "logger.wandb")]
     return tuple(sorted([*keys, *method_keys()]))
-
-
-Rule = Callable[[RunConfig], Iterable[Problem]]
-_GROUPS = (*SECTIONS, *METHOD_GROUPS, *OPEN_GROUPS)
-_READERS: Mapping[str, Callable[[Reader, Mapping[str, Any], Mapping[str, Any]], object]] = {
-    "model": read_model,
-    "data": read_data,
-    "evaluation": read_evaluation,
-    "optimizer": read_optimizer,
-    "trainer": read_trainer,
-    "callbacks": read_callbacks,
-    "logger": read_loggers,
-    "metrics": read_metrics,
-}
 
 
 class _InvalidSection(Exception):
@@ -285,7 +284,7 @@ def _problems_of(rule: Rule, config: RunConfig) -> Sequence[Problem]:
 
 
 def _read_sections(
-    reader: Reader, raw: Mapping[str, Any], bodies: Bodies, classes: Mapping[str, Any]
+    reader: Reader, raw: Mapping[str, Any], bodies: _Bodies, classes: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the values of a RunConfig without `text`; problems are recorded by the reader."""
     values: dict[str, Any] = {}

@@ -140,7 +140,7 @@ def new_model(model: Model, *, seed: int) -> nn.Module:
         built = stock_config_of(model.config)
         live = AutoModelForCausalLM.from_config(built, dtype=torch.float32)
     for stored in _narrower(model):
-        value = tensor_of(live, stored.name).detach()
+        value = _tensor_of(live, stored.name).detach()
         set_parameter(live, stored.name, value[tuple(map(slice, stored.shape))].clone())
     return _configure_model(live)
 
@@ -184,7 +184,7 @@ def load_model(
     if wrong:
         raise TritterError(f"{folder} does not match its config.json: {wrong}")
     for stored in _narrower(model):
-        value = tensor_of(live, stored.name).detach()
+        value = _tensor_of(live, stored.name).detach()
         value = stripped(value, stored.shape, name=f"{folder}: {stored.name}")
         set_parameter(live, stored.name, value.clone())
     added = AddedExperts.read(folder)
@@ -486,13 +486,13 @@ def model_with_tensors(model: Model, tensors: Mapping[str, Tensor]) -> nn.Module
     live = new_model(model, seed=0)
     for stored in model.layout("live"):
         value = stored.pack(tensors.__getitem__)
-        set_parameter(live, stored.name, value.to(tensor_of(live, stored.name).device))
+        set_parameter(live, stored.name, value.to(_tensor_of(live, stored.name).device))
     live.tie_weights()  # type: ignore[operator]
     assert isinstance(live, PreTrainedModel)
     return _configure_model(live)
 
 
-def tensor_of(model: nn.Module, name: str) -> Tensor:
+def _tensor_of(model: nn.Module, name: str) -> Tensor:
     """Return a parameter of a model, or a buffer that its files have."""
     found = attrgetter(name)(model)
     assert isinstance(found, Tensor)
@@ -503,7 +503,7 @@ def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
     """Replace a parameter by a value of any shape, and update the sizes of its linear layer."""
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
-    before = tensor_of(model, name)
+    before = _tensor_of(model, name)
     is_parameter = isinstance(before, nn.Parameter)
     new = nn.Parameter(value, requires_grad=before.requires_grad) if is_parameter else value
     setattr(module, attribute, new)

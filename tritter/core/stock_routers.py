@@ -35,6 +35,9 @@ _ROUTERS = {"MixtralTopKRouter", "Qwen2MoeTopKRouter", "Qwen3MoeTopKRouter"} | _
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp\.gate$")
 _OFFSET, _BIAS, _RECORDER = "routing_offset", "routing_selection_bias", "routing_recorder"
 _OWN_BIAS = "e_score_correction_bias"
+_LOWEST_OFFSET = -20.0  # first finite offset: a weight of e⁻²⁰
+_PATH = ("state", "router.json")
+_CLOSED: Literal["-inf"] = "-inf"  # JSON has no number for it
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -311,10 +314,6 @@ def _forward(router: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor
 # Appended experts that are not fully enabled yet: `state/router.json`. A router offset disables
 # them at first and rises to 0 during training. Stock classes ignore the offset, so only Tritter
 # computes the right function of a folder with this file.
-
-_LOWEST_OFFSET = -20.0  # first finite offset: a weight of e⁻²⁰
-_PATH = ("state", "router.json")
-_CLOSED: Literal["-inf"] = "-inf"  # JSON has no number for it
 
 
 @record

@@ -16,7 +16,7 @@ from tritter.storage.reading import require_file
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT_VERSION = 1
+_FORMAT_VERSION = 1
 _ENDLESS = 2**40  # batches: more than any run draws
 
 
@@ -287,7 +287,7 @@ class BatchStream:
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the new and the replayed sequences, in plain containers."""
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": _FORMAT_VERSION,
             "batch_index": self._batch_index,
             "new": self.new.state_dict(),
             "replay": None if self.replayed is None else self.replayed.state_dict(),
@@ -299,10 +299,10 @@ class BatchStream:
         Raises:
             TritterError: it was saved in another format, with other data or other replay settings.
         """
-        if state["format_version"] != FORMAT_VERSION:
+        if state["format_version"] != _FORMAT_VERSION:
             raise TritterError(
                 f"data position has format_version={state['format_version']}; "
-                f"this version of Tritter reads {FORMAT_VERSION}."
+                f"this version of Tritter reads {_FORMAT_VERSION}."
             )
         if (state["replay"] is None) != (self.replayed is None):
             raise TritterError(

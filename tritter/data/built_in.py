@@ -19,7 +19,7 @@ from tritter.data.documents import Document, Documents, cut, documents_of
 from tritter.data.skills import ORIGIN, PREFIX, Question, SkillText
 from tritter.errors import RequestError, nearest, refused
 
-Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 _REMOVED = "\0"  # cannot occur in a source that was parsed
 # Strings come first: a number sign inside a string does not start a comment.
@@ -65,9 +65,9 @@ class _Cut:
     replacement: str
 
 
-def documented_nodes(node: ast.AST) -> Iterator[Documented]:
+def documented_nodes(node: ast.AST) -> Iterator[_Documented]:
     """Yield a module and its classes and functions that have a docstring, in order."""
-    if isinstance(node, Documented) and _docstring_of(node):
+    if isinstance(node, _Documented) and _docstring_of(node):
         yield node
     # Statements only: expressions hold no definitions, and are most of the tree.
     for field in ("body", "orelse", "handlers", "finalbody", "cases"):
@@ -117,7 +117,7 @@ def strip_documentation(source: str, *, tree: ast.Module) -> str:
     return stripped.strip("\n") + "\n" if stripped.strip() else ""
 
 
-def _docstring_of(node: Documented) -> ast.Expr | None:
+def _docstring_of(node: _Documented) -> ast.Expr | None:
     first = node.body[0] if node.body else None
     if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
         return first if isinstance(first.value.value, str) else None

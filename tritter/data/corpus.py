@@ -41,7 +41,7 @@ from tritter.storage.hashing import file_digest
 from tritter.storage.reading import open_file
 from tritter.storage.spool import is_large, mapped, tensor_of
 
-FORMAT_VERSION = 2  # 1 dropped blanks around documents
+_FORMAT_VERSION = 2  # 1 dropped blanks around documents
 _LAYOUT = "1"  # of the cache; folders with other names predate the release
 _SIDES = ("train", "validation")
 _PARTS = ("tokens", "offsets", "num_bytes")
@@ -253,7 +253,7 @@ def stdlib_corpus(
         RequestError: as `build_corpus`, or the library has no sources.
     """
     requested = {
-        "format_version": FORMAT_VERSION,
+        "format_version": _FORMAT_VERSION,
         "library": built_in.stdlib_fingerprint(),
         "vocab_size": vocab_size,
         "validation_fraction": validation_fraction,
@@ -312,7 +312,7 @@ def _choose_domains(
 
 
 def _digest(made_from: Mapping[str, Any]) -> str:
-    versions = {"format_version": FORMAT_VERSION, "tokenizers": tokenizers.__version__}
+    versions = {"format_version": _FORMAT_VERSION, "tokenizers": tokenizers.__version__}
     return sha256(json.dumps({**versions, **made_from}, sort_keys=True).encode()).hexdigest()
 
 
@@ -376,7 +376,7 @@ def _load(cache_dir: Path, digest: str) -> Corpus | None:
                 raise TritterError(f"{name} does not match its checksum")
         tensors, domains = _tensors(folder / _TENSORS), {}
         metadata = json.loads((folder / _METADATA).read_text(encoding="utf-8"))
-        if metadata.get("digest") != digest or metadata.get("format_version") != FORMAT_VERSION:
+        if metadata.get("digest") != digest or metadata.get("format_version") != _FORMAT_VERSION:
             raise TritterError("its corpus does not match its name")
         for name in metadata["counts"]:
             sides, cut = {}, metadata.get("cut", {}).get(name, 0)
@@ -432,7 +432,7 @@ def _save(corpus: Corpus, folder: Path) -> None:
             assert isinstance(names, Names)  # set by `tokenise`
             tensors |= {f"{name}.{side}.names": names.text, f"{name}.{side}.name_ends": names.ends}
     metadata = {
-        "format_version": FORMAT_VERSION,
+        "format_version": _FORMAT_VERSION,
         "digest": corpus.digest,
         "sources": {name: asdict(source) for name, source in corpus.sources.items()},
         "counts": {name: asdict(counts) for name, counts in corpus.counts.items()},

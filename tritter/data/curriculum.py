@@ -15,13 +15,13 @@ from tritter.data.records import DEFAULT_FIELD, text_of
 from tritter.errors import Problem, RequestError, TritterError, nearest
 from tritter.seeds import derived_seed
 
-LENGTH, _LOSS, _DIFFICULTY = "length", "loss", "difficulty"
+_LENGTH, _LOSS, _DIFFICULTY = "length", "loss", "difficulty"
 _TOKENS = "input_ids"
 
 By = str | Callable[[Any], float] | Sequence[float] | Tensor
 Model = Callable[..., Any]
-Tokenizer = Callable[[str], Any]
-FORMAT_VERSION = 1
+_Tokenizer = Callable[[str], Any]
+_FORMAT_VERSION = 1
 
 
 def difficulties(
@@ -29,7 +29,7 @@ def difficulties(
     by: By | None = None,
     *,
     model: Model | None = None,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: _Tokenizer | None = None,
 ) -> list[float]:
     """Return the difficulty of each example; larger is harder.
 
@@ -54,9 +54,9 @@ def difficulties(
         raise RequestError("there are no examples.")
     if by is None:
         has_difficulty = any(_value(example, _DIFFICULTY) is not None for example in examples)
-        by = _DIFFICULTY if has_difficulty else LENGTH
+        by = _DIFFICULTY if has_difficulty else _LENGTH
     if isinstance(by, str):
-        if by == LENGTH:
+        if by == _LENGTH:
             has_tokens = (tokenizer is not None or _tokens(each) is not None for each in examples)
             found: Iterable[Any] = (
                 len(_ids(index, example, tokenizer) if is_counted else _text(index, example))
@@ -100,14 +100,14 @@ def _required_value(index: int, example: Any, key: str) -> Any:
         else:
             names = [f.name for f in fields(example)] if is_dataclass(example) else []
             names = names or list(getattr(example, "__dict__", {}))
-        near = nearest(key, [LENGTH, *names])
+        near = nearest(key, [_LENGTH, *names])
         reason = f"example {index} has no {key!r}; it has {', '.join(names) or 'no keys'}"
         advice = "loss needs a model and a tokenizer" if key == _LOSS else ""
         raise RequestError(Problem("difficulty", key, reason, advice, nearest=near))
     return value
 
 
-def _losses(examples: Sequence[Any], model: Model, tokenizer: Tokenizer | None) -> list[float]:
+def _losses(examples: Sequence[Any], model: Model, tokenizer: _Tokenizer | None) -> list[float]:
     """Return the mean loss per token of each example, computed one by one in eval mode."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
@@ -128,7 +128,7 @@ def _tokens(example: Any) -> Any:
     return example.get(_TOKENS) if isinstance(example, Mapping) else None
 
 
-def _ids(index: int, example: Any, tokenizer: Tokenizer | None) -> Tensor:
+def _ids(index: int, example: Any, tokenizer: _Tokenizer | None) -> Tensor:
     """Return the tokens of an example, int64 [T]."""
     tokens = _tokens(example)
     if tokens is None:
@@ -150,7 +150,7 @@ def _text(index: int, example: Any) -> str:
     except WrongRecordError as error:
         advice = "set difficulty to a key of the examples, a function or a number per example"
         reason = f"example {index} {error}"
-        raise RequestError(Problem("difficulty", LENGTH, reason, advice)) from error
+        raise RequestError(Problem("difficulty", _LENGTH, reason, advice)) from error
 
 
 class Phases(NamedTuple):
@@ -180,7 +180,7 @@ class CurriculumLearning:
         difficulty: By | None = None,
         *,
         model: Model | None = None,
-        tokenizer: Tokenizer | None = None,
+        tokenizer: _Tokenizer | None = None,
         fractions: Sequence[float] = (1 / 3, 1 / 3, 1 / 3),
     ) -> None:
         is_whole = isclose(sum(fractions), 1.0, abs_tol=1e-6)
@@ -316,7 +316,7 @@ class CurriculumSampler(Sampler[int]):
     def state_dict(self) -> dict[str, Any]:
         """Return the position, the order of difficulty and the stages."""
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": _FORMAT_VERSION,
             "position": self._position,
             "order": self._order,
             "starts": list(self._starts),
@@ -330,10 +330,10 @@ class CurriculumSampler(Sampler[int]):
             TritterError: it was saved with other examples or stages, or in a newer format.
         """
         course = (list(state["starts"]), list(state["sizes"]))
-        if state["format_version"] > FORMAT_VERSION:
+        if state["format_version"] > _FORMAT_VERSION:
             raise TritterError(
                 f"the saved curriculum has format {state['format_version']}; this version of "
-                f"Tritter reads {FORMAT_VERSION}."
+                f"Tritter reads {_FORMAT_VERSION}."
             )
         if course != (self._starts, self._sizes) or len(state["order"]) != len(self._order):
             raise TritterError(

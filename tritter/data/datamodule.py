@@ -13,7 +13,7 @@ from tritter.data.packing import IGNORED, Window, window_batches, window_tensors
 from tritter.data.tokens import TextBounds, TokenisedDocuments
 from tritter.seeds import derived_seed
 
-Batch = dict[str, Any]
+_Batch = dict[str, Any]
 Batches = Iterable[Mapping[str, Tensor]]  # with a length
 
 
@@ -33,7 +33,7 @@ class ValidationSubset:
 
     every_n_steps: int
     domains: tuple[str, ...]
-    batches: tuple[Batch, ...]
+    batches: tuple[_Batch, ...]
     lengths: tuple[int, ...]
 
     @classmethod
@@ -59,7 +59,7 @@ class ValidationSubset:
             batch_size: windows per batch.
             seed: seed of the sample; the sample of a domain does not depend on other domains.
         """
-        batches: list[Batch] = []
+        batches: list[_Batch] = []
         lengths: list[int] = []
         for domain, each in documents.items():
             windows = windows_of(each, sequence_length=sequence_length, bounds=bounds)
@@ -84,7 +84,7 @@ class ValidationSubset:
     def __len__(self) -> int:
         return -(-len(self.batches) // this_rank().count)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[_Batch]:
         rank = this_rank()
         for first in range(0, len(self.batches), rank.count):
             if first + rank.index < len(self.batches):

@@ -38,6 +38,14 @@ from tritter.seeds import derived_seed
 OldData = Sequence[str] | Any  # texts, or a tokenised datasets.Dataset
 _ROWS_MEASURED = 256  # whose longest gives the default sequence length
 Mix = Callable[[BatchStream, Mapping[str, Tensor]], BatchStream]
+# Fields of a row, made of the tokens of a sequence
+_FIELDS: dict[str, Callable[[Tensor], list[int]]] = {
+    "input_ids": lambda tokens: ids_of(tokens).tolist(),
+    "labels": lambda tokens: ids_of(tokens).masked_fill(is_unpredicted(tokens), IGNORED).tolist(),
+    "attention_mask": lambda tokens: [1] * len(tokens),
+    "position_ids": lambda tokens: list(range(len(tokens))),
+    "seq_lengths": lambda tokens: [len(tokens)],  # TRL's, of packed rows
+}
 
 
 def mixed_loader(
@@ -177,16 +185,6 @@ class _OldRows(Dataset[dict[str, Any]]):
         }
 
 
-# Fields of a row, made of the tokens of a sequence
-_FIELDS: dict[str, Callable[[Tensor], list[int]]] = {
-    "input_ids": lambda tokens: ids_of(tokens).tolist(),
-    "labels": lambda tokens: ids_of(tokens).masked_fill(is_unpredicted(tokens), IGNORED).tolist(),
-    "attention_mask": lambda tokens: [1] * len(tokens),
-    "position_ids": lambda tokens: list(range(len(tokens))),
-    "seq_lengths": lambda tokens: [len(tokens)],  # TRL's, of packed rows
-}
-
-
 @dataclass(frozen=True, slots=True)
 class _Marked:
     """A collator that also marks the replayed rows of a batch, as bool [B] `is_replay`."""
@@ -269,7 +267,7 @@ class PackedText:
         """
         length = self.sequence_length
         is_text = isinstance(data, tuple)
-        documents = self.tokenise_texts(data) if is_text else join_rows(data, self.bounds)
+        documents = self.tokenise_texts(data) if is_text else _join_rows(data, self.bounds)
         if not is_text and bool((documents.offsets.diff() == length).all()):
             return documents.tokens.view(-1, length)
         if (count := num_closed_tokens(documents, self.bounds)) < length:
@@ -278,7 +276,7 @@ class PackedText:
         return pack(documents, sequence_length=length, bounds=self.bounds)
 
 
-def join_rows(rows: Any, bounds: TextBounds) -> TokenisedDocuments:
+def _join_rows(rows: Any, bounds: TextBounds) -> TokenisedDocuments:
     """Return the tokens of tokenised rows, without padding; the start of a text is marked."""
     has_mask, number = "attention_mask" in rows.column_names, len(bounds.start)
     kept = []

@@ -26,6 +26,7 @@ from tritter.options import Count, RunRequest, Text, options
 # Domain → absolute paths (files, folders, globs) and built-in texts, in plain containers for the
 # JSON fingerprint
 TextSources = dict[str, list[str]]
+_PathResolver = Callable[[str, str], str]  # key and path as typed → resolved path
 
 
 @options
@@ -185,9 +186,6 @@ class SkillsDataConfig(NamedTextConfig):
     new_domain: ClassVar[str] = "arithmetic"
     source: Literal["skills"]
     text_field: Text
-
-
-_PathResolver = Callable[[str, str], str]  # key and path as typed → resolved path
 
 
 def _text_location(key: str, path: str) -> str:

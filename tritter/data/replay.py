@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Weighting = Literal["uniform", "loss"]
-SEEN = "seen"  # default domain of added sequences
-FORMAT_VERSION = 1
+_SEEN = "seen"  # default domain of added sequences
+_FORMAT_VERSION = 1
 _PROMPTS = ("prompt", "instruction", "question")
 _ANSWERS = ("answer", "completion", "response", "output")
 _BETWEEN = ("input", "context")  # parts of an instruction that may be empty
@@ -292,7 +292,7 @@ class ReplayBuffer:
         Raises:
             RequestError: a capacity is below 1, or no weight is above 0.
         """
-        by_domain = {SEEN: capacities} if isinstance(capacities, int) else capacities
+        by_domain = {_SEEN: capacities} if isinstance(capacities, int) else capacities
         streams = {
             name: Reservoir(each, seed=derived_seed(seed, "replay", name), weighting=weighting)
             for name, each in by_domain.items()
@@ -361,7 +361,7 @@ class ReplayBuffer:
         """Tokens of one sequence."""
         return max(stream.sequence_length for stream in self._streams.values())
 
-    def add(self, sequences: Tensor, losses: Tensor | None = None, *, domain: str = SEEN) -> None:
+    def add(self, sequences: Tensor, losses: Tensor | None = None, *, domain: str = _SEEN) -> None:
         """Offer sequences [n, T] to a domain's reservoir, with the loss of each, [n].
 
         Raises:
@@ -565,7 +565,7 @@ class MemoryReplayBuffer:
     def state_dict(self) -> dict[str, Any]:
         """Return the complete state, in plain containers and tensors."""
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": _FORMAT_VERSION,
             "prompts": [example.prompt for example in self._examples],
             "answers": [example.answer for example in self._examples],
             "losses": [example.loss for example in self._examples],
@@ -579,10 +579,10 @@ class MemoryReplayBuffer:
         Raises:
             TritterError: the saved buffer exceeds `max_size`, or has a newer format.
         """
-        if state["format_version"] > FORMAT_VERSION:
+        if state["format_version"] > _FORMAT_VERSION:
             raise TritterError(
                 f"the saved buffer has format {state['format_version']}; this version of Tritter "
-                f"reads {FORMAT_VERSION}."
+                f"reads {_FORMAT_VERSION}."
             )
         if len(state["prompts"]) > self.max_size:
             raise TritterError(

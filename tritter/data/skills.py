@@ -18,7 +18,7 @@ from tritter.data.records import Text
 from tritter.errors import nearest, refused
 
 _Item = TypeVar("_Item")
-NAMES = (
+_NAMES = (
     "Ada", "Carl", "Dora", "Emil", "Finn", "Hugo", "Ida", "Kim", "Max", "Nora", "Otto", "Zoe",
 )  # fmt: skip
 _CITIES = (
@@ -27,7 +27,7 @@ _CITIES = (
 )  # fmt: skip
 _THINGS = ("apples", "books", "cards", "coins", "cups", "eggs", "keys", "pens", "plums", "stones")
 _COLORS = ("black", "blue", "brown", "green", "grey", "red", "white", "yellow")
-LETTERS = "abcdefghijklmnop"
+_LETTERS = "abcdefghijklmnop"
 _DAYS = ("today", "tomorrow", "on Monday", "on Tuesday", "on Friday", "on Sunday")
 _LANGUAGES = ("Dutch", "French", "German", "Greek", "Italian", "Polish", "Spanish", "Turkish")
 _FACTS = {
@@ -52,14 +52,15 @@ _WORDINGS = (
 )  # fmt: skip
 _OPENINGS = ("", "Hello, ", "Tritter, ", "Please, ", "Now ", "Say, ", "Dear assistant, ", "So ")
 PREFIX = "skills:"
-CHAT = "chat"  # last part of a name: the exercises are conversations
+_CHAT = "chat"  # last part of a name: the exercises are conversations
 _SKILL_VERSION = 1  # increment when a name, seed and index would yield another exercise
 _DEFAULT_COUNT = 10_000
-MAX_COUNT = 10_000_000
-SEED = 0  # of all texts and questions; a lineage records it
-ORIGIN = f"generated skills, version {_SKILL_VERSION}, seed {SEED}"  # recorded in a lineage
+_MAX_COUNT = 10_000_000
+_SEED = 0  # of all texts and questions; a lineage records it
+ORIGIN = f"generated skills, version {_SKILL_VERSION}, seed {_SEED}"  # recorded in a lineage
 _HELD_OUT = 1 / 8  # share of exercises reserved for evaluation
 _MAX_REPEATS = 2_000  # consecutive draws of known questions, after which a skill is exhausted
+_Call = tuple[str, str, dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,24 +147,24 @@ def question_and_answer(prompt: str, answer: str) -> Conversation:
     return Conversation(messages, has_roles=False)
 
 
-Exercise = Callable[[Draw], Example]
+_Exercise = Callable[[Draw], Example]
 
 
 def sorting(draw: Draw) -> Example:
     """`Sort d a c:` → `a c d`, of three or four of the first twelve letters."""
-    letters = draw.sample(LETTERS[:12], draw.between(3, 4))
+    letters = draw.sample(_LETTERS[:12], draw.between(3, 4))
     return Example(f"Sort {' '.join(letters)}:", f" {' '.join(sorted(letters))}")
 
 
 def reversing(draw: Draw) -> Example:
     """`Reverse d a c:` → `c a d`, of three or four of the first twelve letters."""
-    letters = draw.sample(LETTERS[:12], draw.between(3, 4))
+    letters = draw.sample(_LETTERS[:12], draw.between(3, 4))
     return Example(f"Reverse {' '.join(letters)}:", f" {' '.join(reversed(letters))}")
 
 
 def key_value(draw: Draw) -> Example:
     """`a 4 b 7 c 2 d 9: c` → `2`."""
-    table = {key: draw.below(10) for key in LETTERS[:4]}
+    table = {key: draw.below(10) for key in _LETTERS[:4]}
     pairs = " ".join(f"{key} {value}" for key, value in table.items())
     query = draw.choose(tuple(table))
     return Example(f"{pairs}: {query}", f" {table[query]}")
@@ -171,7 +172,7 @@ def key_value(draw: Draw) -> Example:
 
 def multiple_choice(draw: Draw) -> Example:
     """`Last of d, a, p, c:` → `p`; all four are the choices."""
-    letters = draw.sample(LETTERS, 4)
+    letters = draw.sample(_LETTERS, 4)
     choices = tuple(f" {letter}" for letter in letters)
     return Example(f"Last of {', '.join(letters)}:", max(choices), choices=choices)
 
@@ -184,7 +185,7 @@ def arithmetic(draw: Draw) -> Example:
 
 def reasoning(draw: Draw) -> Example:
     """A word problem of two or three steps, and its worked solution."""
-    name, thing = draw.choose(NAMES), draw.choose(_THINGS)
+    name, thing = draw.choose(_NAMES), draw.choose(_THINGS)
     total = draw.between(2, 9)
     prompt, steps = f"{name} has {total} {thing}", list[str]()
     for _ in range(draw.between(2, 3)):
@@ -203,7 +204,7 @@ def reasoning(draw: Draw) -> Example:
 
 
 _FIELDS: dict[str, Callable[[Draw], str | int]] = {
-    "name": lambda draw: draw.choose(NAMES),
+    "name": lambda draw: draw.choose(_NAMES),
     "city": lambda draw: draw.choose(_CITIES),
     "color": lambda draw: draw.choose(_COLORS),
     "age": lambda draw: draw.between(1, 20),
@@ -221,9 +222,6 @@ def tool_call(draw: Draw) -> Example:
     prompt, name, arguments = draw.choose(_TOOLS)(draw)
     call = json.dumps({"name": name, "arguments": arguments})
     return Example(prompt, f" <tool_call>{call}</tool_call>")
-
-
-_Call = tuple[str, str, dict[str, Any]]
 
 
 def _weather(draw: Draw) -> _Call:
@@ -253,7 +251,7 @@ def _translate(draw: Draw) -> _Call:
 
 
 def _message(draw: Draw) -> _Call:
-    name, thing = draw.choose(NAMES), draw.choose(_THINGS)
+    name, thing = draw.choose(_NAMES), draw.choose(_THINGS)
     prompt = f"Tell {name} to bring the {thing}."
     return prompt, "message", {"to": name, "text": f"Bring the {thing}."}
 
@@ -283,7 +281,7 @@ class Skill:
     """
 
     name: str
-    exercise: Exercise
+    exercise: _Exercise
 
     def texts(self, number: int, *, is_chat: bool = False) -> Iterator[Text]:
         """Yield `number` exercises with answers; a small skill repeats some."""
@@ -308,7 +306,7 @@ class Skill:
 
     def example(self, side: str, index: int) -> Example:
         """Return an exercise of one side of the split, `text` or `question`."""
-        drawn = (self.exercise(Draw(self.name, SEED, side, index, attempt)) for attempt in count())
+        drawn = (self.exercise(Draw(self.name, _SEED, side, index, attempt)) for attempt in count())
         return next(each for each in drawn if self.is_held_out(each) == (side == "question"))
 
     def is_held_out(self, example: Example) -> bool:
@@ -317,7 +315,7 @@ class Skill:
         return int.from_bytes(digest[:8], "big") < _HELD_OUT * 2**64
 
 
-_EXERCISES: tuple[Exercise, ...] = (
+_EXERCISES: tuple[_Exercise, ...] = (
     arithmetic,
     sorting,
     reversing,
@@ -347,7 +345,7 @@ class SkillText:
 
     def __str__(self) -> str:
         name = f"{PREFIX}{self.skill.name}:{self.count}"
-        return f"{name}:{CHAT}" if self.is_chat else name
+        return f"{name}:{_CHAT}" if self.is_chat else name
 
     @classmethod
     def named(cls, key: str, path: str) -> "SkillText":
@@ -365,16 +363,16 @@ class SkillText:
             near = nearest(name, SKILLS)
             reason = f"the skills are {', '.join(SKILLS)}"
             raise refused(key, path, reason, near=near and f"{PREFIX}{near}")
-        is_chat = parts[-1:] == [CHAT]
+        is_chat = parts[-1:] == [_CHAT]
         numbers = parts[:-1] if is_chat else parts
         if not numbers:
             return cls(SKILLS[name], is_chat=is_chat)
         number = ":".join(numbers)
-        is_count = number.isascii() and number.isdigit() and len(number) <= len(str(MAX_COUNT))
-        if not is_count or not 1 <= int(number) <= MAX_COUNT:
+        is_count = number.isascii() and number.isdigit() and len(number) <= len(str(_MAX_COUNT))
+        if not is_count or not 1 <= int(number) <= _MAX_COUNT:
             reason = (
-                f"COUNT in {PREFIX}NAME:COUNT must be from 1 to {MAX_COUNT:,} examples; only "
-                f":{CHAT} may follow"
+                f"COUNT in {PREFIX}NAME:COUNT must be from 1 to {_MAX_COUNT:,} examples; only "
+                f":{_CHAT} may follow"
             )
             raise refused(key, path, reason)
         return cls(SKILLS[name], int(number), is_chat)

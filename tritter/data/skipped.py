@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-MAX_PROBLEMS_OF_FILE = 10
+_MAX_PROBLEMS_OF_FILE = 10
 _MAX_REASONS = 8  # in a note
 _NUMBERS = re.compile(r"\d+")  # of a message, line or byte
 
@@ -27,7 +27,7 @@ class SkippedRecords:
         """Count a record by the kind of its problem, which follows its location."""
         self.count += 1
         line = f"{where} {problem}"
-        if len(self.first_lines) < MAX_PROBLEMS_OF_FILE:
+        if len(self.first_lines) < _MAX_PROBLEMS_OF_FILE:
             self.first_lines.append(line)
         kind = _NUMBERS.sub("", problem)
         if kind in self.reasons or len(self.reasons) < _MAX_REASONS:

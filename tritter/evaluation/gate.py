@@ -40,6 +40,8 @@ EXACT_JUMP = 1e-4
 # Steps after which a missing gradient is final: zeros of an expansion block gradients for two steps
 ENOUGH_STEPS = 4
 MEMORY_BOUND = 0.1  # relative to the bytes computed from shapes
+_MSE_BOUND = 1e-6  # mean squared difference of logits
+_ROUNDED_JUMP = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,10 +371,6 @@ def _forgetting_check(
 
 def _bound_text(value: float) -> str:
     return f"{value:+.2%}" if finite_or_none(value) is not None else "unknown"
-
-
-_MSE_BOUND = 1e-6  # mean squared difference of logits
-_ROUNDED_JUMP = 1.0
 
 
 def equivalence_check(

@@ -16,6 +16,11 @@ from tritter.evaluation.inference import eval_mode
 from tritter.evaluation.statistics import finite_or_none
 
 logger = logging.getLogger(__name__)
+_CONSTANT = 1e-5  # of their size: logits that vary less are equal but for rounding in float32
+_ROWS = 8192  # of the vocabulary that are compared at once, in float64
+_OLD, _NEW, _UNUSED = range(3)  # kinds of rows; rows of no token that were there are old
+_ROUNDING = 1e-4  # relative to the largest hidden state, far above float32 rounding
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +56,6 @@ class Jump:
         """Return the record for summary.json; non-finite values become None."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         return {n: finite_or_none(value) for n, value in values.items() if value is not None}
-
-
-_CONSTANT = 1e-5  # of their size: logits that vary less are equal but for rounding in float32
 
 
 class _Shift:
@@ -172,10 +174,6 @@ def jump_of_logits(
     return shift.jump(mass, yardstick)
 
 
-_ROWS = 8192  # of the vocabulary that are compared at once, in float64
-_OLD, _NEW, _UNUSED = range(3)  # kinds of rows; rows of no token that were there are old
-
-
 def _kinds_of_rows(before: int, after: int, new_tokens: Sequence[int] | None) -> Tensor:
     """Return the kind of each row of the vocabulary after the expansion, int64 [after]."""
     if after < before:
@@ -217,10 +215,6 @@ def logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
 # compared in blocks of the vocabulary.
 #
 # Shapes: B sequences, T tokens, V tokens of a vocabulary block, H hidden size.
-
-_ROUNDING = 1e-4  # relative to the largest hidden state, far above float32 rounding
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,16 @@ from tritter.errors import TritterError
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT_VERSION = 1
+_FORMAT_VERSION = 1
 MAX_SCORE_BYTES = 2**30  # per score file
-Unit = Literal["nats", "accuracy"]
+_Unit = Literal["nats", "accuracy"]
+NUM_RESAMPLES = 1999
+# A fixed seed: the same scores have the same bounds in every run
+_SEED = 20261120
+_MAX_DRAWS_AT_ONCE = 2_000_000
+# A variance below this fraction of its terms is a rounding error of zero
+_ROUNDING = 1e-12
+_ScoreRecords = Mapping[str, Mapping[str, Any]]  # domain or task → record, as in summary.json
 
 
 def score_file(name: str) -> str:
@@ -40,7 +47,7 @@ class PairedScores:
     identifiers: tuple[str, ...]
     values: Tensor
     weights: Mapping[str, Tensor]
-    unit: Unit
+    unit: _Unit
     chance: float = 0.0
     start: tuple[int, ...] = ()
 
@@ -85,7 +92,7 @@ class PairedScores:
     def to_dict(self) -> dict[str, Any]:
         """Return a record that is serialisable as JSON."""
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": _FORMAT_VERSION,
             "identifiers": list(self.identifiers),
             "values": self.values.tolist(),
             "weights": {name: weight.tolist() for name, weight in self.weights.items()},
@@ -106,13 +113,13 @@ class PairedScores:
         if not isinstance(record, dict):
             raise TritterError("scores are not a JSON object. Score the model again.")
         version = record.get("format_version")
-        if version != FORMAT_VERSION:
+        if version != _FORMAT_VERSION:
             raise TritterError(
                 f"scores have format_version={version!r}; this version of Tritter reads "
-                f"{FORMAT_VERSION}. Score the model again."
+                f"{_FORMAT_VERSION}. Score the model again."
             )
         try:
-            if record["unit"] not in get_args(Unit):
+            if record["unit"] not in get_args(_Unit):
                 raise ValueError(f"unit {record['unit']!r}")
             names = ("tokens", "bytes") if record["unit"] == "nats" else ("answers",)
             read = cls(
@@ -411,13 +418,6 @@ def _check_paired(before: PairedScores, after: PairedScores) -> None:
 #
 # R: resamples · n: documents
 
-NUM_RESAMPLES = 1999
-# A fixed seed: the same scores have the same bounds in every run
-_SEED = 20261120
-_MAX_DRAWS_AT_ONCE = 2_000_000
-# A variance below this fraction of its terms is a rounding error of zero
-_ROUNDING = 1e-12
-
 
 def studentised_errors(numerators: Tensor, denominators: Tensor) -> Tensor:
     """Return (ratio of a resample − ratio) / standard error of the resample, sorted.
@@ -480,8 +480,6 @@ def studentised_errors(numerators: Tensor, denominators: Tensor) -> Tensor:
 # R[0] is the base model. Domains learned before the run have row 0 as their own row and count in
 # backward transfer.
 
-ScoreRecords = Mapping[str, Mapping[str, Any]]  # domain or task → record, as in summary.json
-
 
 @dataclass(frozen=True, slots=True)
 class LearnedTask:
@@ -493,11 +491,11 @@ class LearnedTask:
     """
 
     domains: Sequence[str]
-    scores: ScoreRecords
+    scores: _ScoreRecords
 
 
 def transfer_matrix(
-    baseline: ScoreRecords, tasks: Sequence[LearnedTask], *, learned_before: Sequence[str] = ()
+    baseline: _ScoreRecords, tasks: Sequence[LearnedTask], *, learned_before: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Return the transfer matrix and the transfers for summary.json.
 

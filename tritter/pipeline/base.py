@@ -31,11 +31,12 @@ from tritter.data.tokens import END_OF_TEXT, read_tokenizer
 from tritter.errors import Problem, RequestError, TritterError, key_name, raise_problems
 from tritter.methods.forgetting.path_integral import PathIntegral
 from tritter.methods.forgetting.si import RECORDED
-from tritter.pipeline import importance, moe, vocabulary
+from tritter.pipeline import moe
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import content_key
 from tritter.pipeline.metrics import open_loggers, wandb_finished, write_rows
 from tritter.pipeline.run import Run
+from tritter.pipeline.stages import importance, vocabulary
 from tritter.pipeline.trained import PATH, check_trained, write_states
 from tritter.planning.run_memory import memory_problems
 from tritter.storage.atomic import write_text_atomic
@@ -57,7 +58,7 @@ WHICH_TEXT |= {
     "chat_template",
     "loss_on",
 }  # `weights` applies to new domains only
-FORMAT_VERSION = 1
+_FORMAT_VERSION = 1
 _TRAINER_KEYS = ("accelerator", "precision", "gradient_clip_val", "devices", "compile")
 
 
@@ -118,7 +119,7 @@ def _made_from(run: Run) -> dict[str, Any]:
     pretraining = {k: v for k, v in asdict(config.pretraining).items() if k != "max_tokens"}
     return {
         "format": "base",
-        "format_version": FORMAT_VERSION,
+        "format_version": _FORMAT_VERSION,
         "recorded": list(RECORDED) if importance.is_recorded(run) else [],
         "torch": torch.__version__,
         "model": pretrained_model(run).config,

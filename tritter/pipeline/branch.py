@@ -21,6 +21,8 @@ class Branch:
         task: number of the task, from 0. Each task has its own branch, which follows the previous
             one.
         is_final: True if no later round or task starts from its result.
+        reached: folder of the checkpoint that its last stage before the training wrote, relative to
+            the run folder; empty if there is none.
     """
 
     name: str
@@ -33,11 +35,27 @@ class Branch:
     prepared_by: int = 1
     task: int = 0
     is_final: bool = True
+    reached: str = ""
 
     @property
     def start(self) -> str:
         """The folder of its initial checkpoint, relative to the run folder."""
         return f"{self.follows}/trained" if self.follows else "baseline"
+
+    @property
+    def expanded(self) -> str:
+        """The folder of its checkpoint after the expansion and before any training."""
+        return f"{self.name}/expanded" if self.specs else self.start
+
+    @property
+    def location(self) -> str:
+        """The folder of the checkpoint from which its next stage, or its training, starts."""
+        return self.reached or self.start
+
+    @property
+    def trained(self) -> str:
+        """The folder of its trained model."""
+        return f"{self.name}/trained"
 
     @property
     def start_scores(self) -> str:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from tritter.pipeline import moe
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import disk_bytes
 from tritter.pipeline.run import Run
@@ -48,10 +47,16 @@ def strip(folder: Path) -> None:
             path.rmdir()
 
 
+def keeps_start(run: Run) -> bool:
+    """Return True if stages from outside may read the start of a training after it."""
+    return any(one.kind.after in ("fit", "evaluate") for one in run.config.stages)
+
+
 def remove_before_fit(run: Run, branch: Branch) -> None:
     """Remove the initial checkpoint of a branch's training, once the trained model is verified."""
     remove_folder(run.folder / branch.name / _AGAIN)
-    remove(run, *(f"{branch.name}/{name}" for name in _BEFORE_FIT))
+    own = (one.name for one in run.config.stages if one.kind.writes)
+    remove(run, *(f"{branch.name}/{name}" for name in (*_BEFORE_FIT, *own)))
     if branch.task:
         remove(run, f"{branch.follows}/trained")
 
@@ -60,7 +65,7 @@ def remove_unneeded(run: Run, *branches: Branch) -> None:
     """Remove the remaining folders of branches that the run no longer needs."""
     for branch in branches:
         remove_before_fit(run, branch)
-        remove(run, f"{branch.name}/trained", f"{branch.name}/importance")
+        remove(run, branch.trained, f"{branch.name}/importance")
         if not branch.is_control and not branch.follows:
             prepared = (
                 "importance" if branch.prepared_by == 1 else f"importance_{branch.prepared_by}"
@@ -74,8 +79,8 @@ def may_release_start(run: Run, branch: Branch) -> bool:
     This holds for an expanded checkpoint: if the run is killed, the next call repeats the expansion
     from the same source and seed.
     """
-    location = f"{branch.name}/expanded"
-    if moe.start_folder(run, branch) != location:
+    location = branch.expanded
+    if not branch.specs or branch.location != location:
         return False
     folder = run.folder / location
     if run.ledger.is_incomplete(location):
@@ -86,7 +91,7 @@ def may_release_start(run: Run, branch: Branch) -> bool:
             path.replace(folder / path.name)
         remove_folder(again)
         run.ledger.check_complete(location)
-    if run.config.pipeline.keep_stages or run.config.experts is not None:
+    if run.config.pipeline.keep_stages or run.config.experts is not None or keeps_start(run):
         return False
     run.ledger.mark_released(location)
     return True

@@ -21,13 +21,14 @@ from tritter.config.schema import RunConfig
 from tritter.core.expansions import ExpansionSpec, MoeAdd
 from tritter.core.models import read_model
 from tritter.data.options import TextSources
-from tritter.pipeline import moe, verdict
+from tritter.pipeline import verdict
 from tritter.pipeline.base import check_source
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.pipeline import run_baseline, run_branch
 from tritter.pipeline.run import Run
 from tritter.pipeline.scoring import score_records
+from tritter.pipeline.summary import moe_record
 from tritter.report.summary import MoeRecord
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.reading import named_path
@@ -36,8 +37,8 @@ from tritter.transform import PlannedExpansion
 from tritter.transform.folder import known_digests
 
 _BRANCH = "adapted"
-MAX_SEQUENCE_LENGTH = 256
-BATCH_SIZE = 8
+_MAX_SEQUENCE_LENGTH = 256
+_BATCH_SIZE = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +113,7 @@ def expand_for_domain(
         run_baseline(run)
         branch = run_branch(run, branch)
         verdict.publish(run, (branch,), keep=True)
-        used = moe.summary_record(run, (branch,))
+        used = moe_record(run, (branch,))
         assert used is not None
         plan = run.planned(branch)
         domains = " and ".join(
@@ -151,7 +152,7 @@ def expand_for_domain(
 
 def _config(source: Path, task: DomainTask, folder: Path) -> RunConfig:
     """Return the run configuration of a task; its caches are in the task's folder."""
-    limit = read_model(source).position_limit or MAX_SEQUENCE_LENGTH
+    limit = read_model(source).position_limit or _MAX_SEQUENCE_LENGTH
     settings = {
         "model": "hf",
         "model.path": quote(str(source.resolve())),
@@ -159,8 +160,8 @@ def _config(source: Path, task: DomainTask, folder: Path) -> RunConfig:
         "data": "text",
         "data.new": _value(task.new),
         "data.old": _value(task.old) if task.old else "null",
-        "data.sequence_length": min(limit, MAX_SEQUENCE_LENGTH),
-        "data.batch_size": BATCH_SIZE,
+        "data.sequence_length": min(limit, _MAX_SEQUENCE_LENGTH),
+        "data.batch_size": _BATCH_SIZE,
         "forgetting": "none",
         "gate": "'off'",
         "logger": "csv",

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
@@ -14,11 +13,12 @@ from lightning import Callback, LightningModule, Trainer
 
 from tritter.config.schema import RunConfig
 from tritter.errors import TritterError
-from tritter.pipeline import experts, importance, moe, stages
+from tritter.pipeline import experts
 from tritter.pipeline.base import check_source
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.pipeline import planned_candidates, prepare_branch, run_baseline
 from tritter.pipeline.run import Run
+from tritter.pipeline.stages.fit import rate_test
 from tritter.report.drawing import BLUE, GREY, ORANGE, new_figure
 from tritter.report.table import Table
 from tritter.storage.atomic import parents_of, write_text_atomic
@@ -200,11 +200,8 @@ def _tested(config: RunConfig, schedule: Schedule, folder: Path, console: Consol
     run_baseline(run)
     candidate = planned_candidates(run)[0]
     run, branch = candidate.run, candidate.branches[0]
-    if importance.is_needed(run):
-        prepare = partial(importance.prepare, run, branch)
-        run.stage(importance.key(branch), prepare, label="importance")
     branch, points = prepare_branch(run, branch), folder / "points.json"
-    run = run.reading(moe.expanded_folder(branch))
-    stages.rate_test(run, branch, schedule, RateTest(schedule, points))
+    run = run.reading(branch.location)
+    rate_test(run, branch, schedule, RateTest(schedule, points))
     configured = experts.training_of(run, branch).learning_rate
     return FoundRates.of(json.loads(read_text(points)), configured=configured)

@@ -12,55 +12,14 @@ from tritter.checkpoints.folder import EXPERTS_FOLDER
 from tritter.checkpoints.history import digests_of, find_damage
 from tritter.checkpoints.record import LedgerRecord, Lineage, StageRecord
 from tritter.errors import TritterError, brief
-from tritter.evaluation.gate import Status
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.reading import LEDGER_NAME
 from tritter.storage.records import read_record, record, record_text, validate_record
 from tritter.training import FitResult
 
+F = TypeVar("F")
+_UNCHANGED = "The run was not changed; start in another folder."
 _LOG = ".csv"  # logs contain times and may be missing
-
-
-@record
-class BaselineFound:
-    """Result of the baseline stage.
-
-    Args:
-        parameters: number of parameters of the initial model.
-        model_hash: hash of the initial model.
-        corpus: checksum of the run's data.
-    """
-
-    parameters: int
-    model_hash: str
-    corpus: str
-
-
-@record
-class ChoiceFound:
-    """For each layer, the expert from which new experts are cloned."""
-
-    clone_from: tuple[int, ...]
-
-
-@record
-class VocabularyFound:
-    """The ids of the two parts of each new token, one pair after the other."""
-
-    merges: tuple[int, ...]
-
-
-@record
-class ImportanceFound:
-    """Results of preparing the forgetting methods.
-
-    Args:
-        notes: lines for the report.
-        methods: method → its results as plain data.
-    """
-
-    notes: tuple[str, ...] = ()
-    methods: Mapping[str, Any] = field(default_factory=dict)
 
 
 @record
@@ -103,89 +62,13 @@ class TrainingFound:
         return cls(**{key: getattr(result, name) for key, name in names.items()})
 
 
-@record
-class EvaluationFound:
-    """Results of an evaluation, without the scores.
-
-    Args:
-        samples: for each domain, a prompt and its continuations.
-        moe: usage of MoE experts; None for a dense model.
-        experts: usage of LoRA experts; None without them.
-    """
-
-    samples: tuple[Mapping[str, str], ...]
-    moe: Mapping[str, Any] | None = None
-    experts: Mapping[str, Any] | None = None
-
-
-@record
-class GateFound:
-    """Verdict and checks of the gate."""
-
-    status: Status
-    checks: tuple[Mapping[str, Any], ...]
-
-
-@record
-class KeptFound:
-    """The model that a round keeps."""
-
-    model_hash: str
-
-
-@record
-class PublishedFound:
-    """The model that a run keeps.
-
-    Args:
-        model_hash: hash of the published model.
-        parent_hash: hash of its parent.
-        base_model_hash: hash of the first model of its lineage.
-        expansions: applied methods, oldest first.
-    """
-
-    model_hash: str
-    parent_hash: str | None
-    base_model_hash: str
-    expansions: tuple[str, ...]
-
-
-Found = (
-    BaselineFound
-    | ChoiceFound
-    | VocabularyFound
-    | ImportanceFound
-    | ExpansionFound
-    | TrainingFound
-    | EvaluationFound
-    | GateFound
-    | KeptFound
-    | PublishedFound
-)
-F = TypeVar("F", bound=Found)
-# Last part of a stage's name, without its number → type of its result
-_FOUND: dict[str, type[Found]] = {
-    "baseline": BaselineFound,
-    "choose": ChoiceFound,
-    "vocabulary": VocabularyFound,
-    "importance": ImportanceFound,
-    "expand": ExpansionFound,
-    "distill": TrainingFound,
-    "adapt": TrainingFound,
-    "fit": TrainingFound,
-    "evaluate": EvaluationFound,
-    "gate": GateFound,
-    "keep": KeptFound,
-    "publish": PublishedFound,
-}
-
-
 @dataclass(frozen=True, slots=True)
 class StageResult:
     """Result of a stage.
 
     Args:
-        found: results for later stages; larger results are stored in files.
+        found: the result itself, for later stages: a record, or a dict of plain values; larger
+            results are stored in files.
         flops: report label of the stage → floating-point operations.
         seconds: report label of the stage → wall time.
         leaves: outputs for later stages: checkpoints, folders and files, relative to the run
@@ -194,12 +77,16 @@ class StageResult:
         disk: kind → peak number of bytes in the run folder during the stage; set by the ledger.
     """
 
-    found: Found
+    found: Any
     flops: Mapping[str, float] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     leaves: tuple[str, ...] = ()
     left: Mapping[str, str] = field(default_factory=dict)
     disk: Mapping[str, int] = field(default_factory=dict)
+
+    def plain(self) -> Mapping[str, Any]:
+        """Return its result as plain values."""
+        return self.found if isinstance(self.found, Mapping) else asdict(self.found)
 
 
 class Ledger:
@@ -224,20 +111,30 @@ class Ledger:
         try:
             content = read_record(self._path, LedgerRecord)
             for stage, each in content.stages.items():
-                kind = _FOUND.get(stage.rpartition(".")[2].partition("_")[0])
-                wrong = f"{self._path} is not a ledger"
-                if kind is None:
-                    raise TritterError(f"{wrong}: there is no stage {brief(stage)}.")
-                found = validate_record(each.found, kind, what=f"{wrong}: {stage}")
                 self._stages[stage] = StageResult(
-                    found, each.flops, each.seconds, tuple(each.left), each.left, each.disk
+                    each.found, each.flops, each.seconds, tuple(each.left), each.left, each.disk
                 )
         except TritterError as error:
-            raise TritterError(
-                f"{error} The run was not changed; start in another folder."
-            ) from error
+            raise TritterError(f"{error} {_UNCHANGED}") from error
         self._removed |= set(content.removed)
         self._released |= set(content.released)
+
+    def check(self, kinds: Mapping[str, type]) -> None:
+        """Validate the results of all finished stages.
+
+        Args:
+            kinds: last part of a stage's name, without its number → record of its result.
+
+        Raises:
+            TritterError: a stage is unknown, or its result is invalid.
+        """
+        for stage in self._stages:
+            name = stage.rpartition(".")[2]
+            kind = kinds.get(name) or kinds.get(name.partition("_")[0])
+            if kind is None:
+                reason = f"is not a ledger: there is no stage {brief(stage)}."
+                raise TritterError(f"{self._path} {reason} {_UNCHANGED}")
+            self.found(stage, kind)
 
     def get(self, stage: str) -> StageResult | None:
         """Return the result of a stage, or None if it has to run."""
@@ -254,10 +151,18 @@ class Ledger:
 
         Raises:
             KeyError: the stage is not finished.
+            TritterError: the ledger on disk has another result.
         """
-        found = self[stage].found
-        assert isinstance(found, kind), f"{stage} found {type(found).__name__}"
-        return found
+        done = self[stage]
+        if isinstance(done.found, Mapping) and kind is not dict:
+            what = f"{self._path} is not a ledger: {stage}"
+            try:
+                found = validate_record(done.found, kind, what=what)
+            except TritterError as error:
+                raise TritterError(f"{error} {_UNCHANGED}") from error
+            self._stages[stage] = done = replace(done, found=found)
+        assert isinstance(done.found, kind), f"{stage} found {type(done.found).__name__}"
+        return done.found
 
     def record(
         self, stage: str, result: StageResult, *, lineages: Mapping[str, Lineage] | None = None
@@ -275,6 +180,7 @@ class Ledger:
         result = replace(result, left=checksums, disk=dict(self._watched))
         if stage in self._again:
             self._again.remove(stage)
+            self.found(stage, type(result.found))
             if _outcome(self._stages[stage]) != _outcome(result):
                 names = list(self._stages)
                 for name in names[names.index(stage) + 1 :]:
@@ -330,7 +236,7 @@ class Ledger:
     def _write(self) -> None:
         stages = {
             name: StageRecord(
-                found=asdict(result.found),
+                found=result.plain(),
                 flops=result.flops,
                 seconds=result.seconds,
                 left=result.left,
@@ -405,7 +311,7 @@ def _outcome(result: StageResult) -> str:
     kept = {
         location: digest for location, digest in result.left.items() if not location.endswith(_LOG)
     }
-    return json.dumps([asdict(result.found), kept], sort_keys=True)
+    return json.dumps([result.plain(), kept], sort_keys=True)
 
 
 def _with_total(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:

@@ -17,48 +17,14 @@ from tritter.methods.moe_routing.objective import (
     RoutingObjective,
     RoutingSettings,
 )
-from tritter.methods.moe_routing.stages import (
-    ExpertOpening,
-    Unfreezing,
-    is_router,
-    only_trainable,
-    separate_experts,
-)
+from tritter.methods.moe_routing.opening import ExpertOpening, Unfreezing
+from tritter.methods.moe_routing.separate import is_router, only_trainable, separate_experts
 from tritter.pipeline.branch import Branch
-from tritter.pipeline.ledger import EvaluationFound, TrainingFound
 from tritter.pipeline.run import Run
-from tritter.pipeline.scoring import score_records
-from tritter.report.summary import MoeRecord
 from tritter.training import Trainee
 
 _USAGE_SEQUENCES = 64
-UTILITY_SEQUENCES = 64  # of the new domains, to select the expert to clone
 _HOLD_OLD_SEQUENCES = 256  # old sequences whose routing is preserved
-
-
-def expanded_folder(branch: Branch) -> str:
-    """Return the folder of a branch's checkpoint before any training."""
-    return f"{branch.name}/expanded" if branch.specs else branch.start
-
-
-def start_folder(run: Run, branch: Branch) -> str:
-    """Return the folder of the checkpoint from which a branch's training starts."""
-    return f"{branch.name}/adapted" if router_steps(run, branch) else before_routers(branch)
-
-
-def before_routers(branch: Branch) -> str:
-    """Return the folder of the checkpoint from which a branch's router stage starts."""
-    return expanded_folder(branch) if teacher_of(branch) is None else f"{branch.name}/distilled"
-
-
-def teacher_of(branch: Branch) -> str | None:
-    """Return the teacher of a branch's new experts, if any."""
-    return next((spec.teacher for spec in branch.specs if isinstance(spec, MoeAdd)), None)
-
-
-def selects_experts_by_data(branch: Branch) -> bool:
-    """Return True if the experts that a branch clones are selected by data."""
-    return any(isinstance(spec, MoeAdd) and spec.is_chosen_by_data for spec in branch.specs)
 
 
 def with_choice(branch: Branch, clone_from: Sequence[int]) -> Branch:
@@ -81,7 +47,7 @@ def spaced_sequences(run: Run, domains: Sequence[str], count: int) -> Tensor:
 
 def pending_experts(run: Run, branch: Branch) -> AddedExperts | None:
     """Return the appended experts that a branch still has to open; None if there are none."""
-    added = run.source(expanded_folder(branch)).added
+    added = run.source(branch.expanded).added
     return None if added is None or added.is_settled else added
 
 
@@ -95,13 +61,6 @@ def router_steps(run: Run, branch: Branch) -> int:
     )
     steps = math.ceil(sequences / run.data.batch_size)
     return min(steps, options.router_max_steps or steps)
-
-
-def _experts_after_steps(
-    run: Run, branch: Branch, added: AddedExperts, *, steps: int
-) -> AddedExperts:
-    """Return the state of a branch's appended experts after a number of steps."""
-    return added.at(added.step + steps, anneal_steps=anneal_steps(run, branch, added))
 
 
 @contextmanager
@@ -133,8 +92,9 @@ def training_of_routers(run: Run, branch: Branch, trainee: Trainee) -> Iterator[
     if added is None:
         yield
         return
-    now = _experts_after_steps(run, branch, added, steps=steps)
-    trainee.controls = (ExpertOpening(now, anneal_steps=anneal_steps(run, branch, added)),)
+    opened_in = anneal_steps(run, branch, added)
+    now = added.at(added.step + steps, anneal_steps=opened_in)
+    trainee.controls = (ExpertOpening(now, anneal_steps=opened_in),)
     if not options.freeze_base:
         yield
         return
@@ -154,37 +114,6 @@ def usage_sequences(run: Run) -> dict[str, Tensor]:
     return {
         domain: spaced_sequences(run, [domain], _USAGE_SEQUENCES) for domain in run.data.domains
     }
-
-
-def summary_record(run: Run, branches: Sequence[Branch]) -> MoeRecord | None:
-    """Return `moe` of summary.json for evaluated branches; None for a dense model.
-
-    Args:
-        branches: branches of an attempt in the order of tasks.
-    """
-    first, last = branches[0], branches[-1]
-    found = run.ledger.found(f"{last.name}.evaluate", EvaluationFound)
-    if found.moe is None:
-        return None
-    record = dict(found.moe)
-    added = pending_experts(run, first)
-    if added is not None:
-        steps = router_steps(run, first)
-        fits = (run.ledger.found(f"{branch.name}.fit", TrainingFound) for branch in branches)
-        trained = sum(fit.steps for fit in fits)
-        now = _experts_after_steps(run, first, added, steps=steps + trained)
-        record["new"] = list(added.experts)
-        record["router_steps"] = steps
-        record["is_open"] = now.is_settled
-    if has_unsaved_bias(run):
-        biased, stock = (
-            score_records(run.read_scores(f"{last.name}-{kind}")) for kind in ("biased", "trained")
-        )
-        record["selection_bias"] = {
-            domain: {"with": biased[domain]["loss"], "without": stock[domain]["loss"]}
-            for domain in run.data.domains
-        }
-    return MoeRecord.model_construct(**record)
 
 
 def has_unsaved_bias(run: Run) -> bool:
@@ -220,7 +149,7 @@ def _objective(
         sequences = run.data.sample_equally(
             run.data.old_domains_of(branch), _HOLD_OLD_SEQUENCES, "hold_old", *branch.purpose
         )
-        start = run.source(expanded_folder(branch))
+        start = run.source(branch.expanded)
         batch_size = max(1, run.data.batch_size // 4)
         with run.waiting("routing of old data"):
             before = run.data.masked(load_model(start.folder, model=start.model))

@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import dropwhile, takewhile
 from pathlib import Path
-
-from lightning.pytorch.loggers import Logger
 
 from tritter.checkpoints.run_text import DEFAULT_FRACTION
 from tritter.config.fallbacks import RETRYING, with_fallback
@@ -18,26 +17,11 @@ from tritter.core.expansions import EXPANSIONS, vocab_place
 from tritter.data.chat import TEMPLATE_FILE
 from tritter.errors import RequestError
 from tritter.evaluation.gate import Status
-from tritter.pipeline import (
-    costs,
-    disk,
-    importance,
-    moe,
-    stages,
-    verdict,
-    vocabulary,
-    windows,
-)
+from tritter.pipeline import costs, disk, verdict, windows
 from tritter.pipeline.base import check_source
 from tritter.pipeline.branch import Branch, tasks_of
 from tritter.pipeline.experts import training_of
-from tritter.pipeline.ledger import (
-    BaselineFound,
-    ChoiceFound,
-    Ledger,
-    TrainingFound,
-    VocabularyFound,
-)
+from tritter.pipeline.ledger import Ledger, TrainingFound
 from tritter.pipeline.metrics import (
     BEFORE,
     before_metrics,
@@ -46,25 +30,47 @@ from tritter.pipeline.metrics import (
     log_result_to_wandb,
     num_steps,
     open_loggers,
-    score_metrics,
     wandb_finished,
     write_metrics,
 )
 from tritter.pipeline.run import Run
 from tritter.pipeline.run_data import check_streams
 from tritter.pipeline.scoring import BenchmarkTask
+from tritter.pipeline.stage import Stage
+from tritter.pipeline.stages import vocabulary
+from tritter.pipeline.stages.appended import Adapt, Choose, Distill
+from tritter.pipeline.stages.baseline import BaselineFound, baseline
+from tritter.pipeline.stages.evaluate import Evaluate
+from tritter.pipeline.stages.expand import Expand
+from tritter.pipeline.stages.fit import Fit
+from tritter.pipeline.stages.importance import Importance
+from tritter.pipeline.stages.vocabulary import LearnTokens
 from tritter.pipeline.summary import summary_record
-from tritter.pipeline.verdict import Candidate
+from tritter.pipeline.verdict import Candidate, GateFound, KeptFound, PublishedFound
 from tritter.planning.strategy import planned_rounds
 from tritter.report.plots import curves_of, plot_run
 from tritter.report.summary import Summary
 from tritter.report.tables import print_summary
 from tritter.storage.atomic import write_text_atomic
+from tritter.targets import instantiate
 from tritter.terminal import Console
 from tritter.training import metrics_files
 from tritter.training.forgetting_method import replayed_share
 
 _SUMMARY_NAME = "summary.json"
+_STAGES: tuple[Stage, ...] = (
+    Importance(),
+    LearnTokens(),
+    Choose(),
+    Expand(),
+    Distill(),
+    Adapt(),
+    Fit(),
+    Evaluate(),
+)
+_WITH_BODY = ("expansion", "experts")
+_MAX_FRACTION = 0.5  # of replayed or validation data; more would starve the rest
+_Advice = Iterator[tuple[dict[str, str], str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +99,7 @@ def run_pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
         TritterError: a stage failed; the ledger keeps finished stages.
     """
     run = Run(config=config, folder=run_folder, console=Console(), ledger=Ledger(run_folder))
+    run.ledger.check(_found(config))
     with wandb_finished(run):
         for message in run.ledger.verify_outputs():
             run.say("run", message)
@@ -249,11 +256,6 @@ def _run_tasks(
     """
     row, trained = [*so_far, *branches], list[Branch]()
     for branch in branches:
-        # The control starts like the attempt, whose preparation it uses
-        is_prepared = branch.is_control and not branch.follows
-        if importance.is_needed(run) and not is_prepared:
-            prepare = partial(importance.prepare, run.reading(branch.start), branch)
-            run.stage(importance.key(branch), prepare, label=branch.label("importance"))
         step = first_step(run, row, branch)
         trained.append(run_branch(run, branch, first_step=step))
         if run.ledger.found(f"{branch.name}.fit", TrainingFound).stopped_because is not None:
@@ -279,7 +281,7 @@ def _run_control(last: Candidate, *, num_rounds: int) -> Candidate:
 def run_baseline(run: Run) -> None:
     """Create the initial model of the run."""
     is_finished = run.ledger.get("baseline") is not None
-    run.stage("baseline", lambda: stages.baseline(run), label="baseline")
+    run.stage("baseline", lambda: baseline(run), label="baseline")
     if is_finished:
         _check_start(run)
 
@@ -294,56 +296,60 @@ def _check_start(run: Run) -> None:
             )
 
 
+def stages_of(config: RunConfig) -> Iterator[Stage]:
+    """Yield the stages of a branch in order, each with those of `stages` that follow it."""
+    own = list[Stage]()
+    for one in config.stages:
+        stage: Stage = instantiate(one.options)
+        stage.name = one.name
+        own.append(stage)
+    for shipped in _STAGES:
+        yield shipped
+        yield from (stage for stage in own if type(stage).after == shipped.name)
+
+
+def _found(config: RunConfig) -> dict[str, type]:
+    """Return stage → record of its result."""
+    kinds = {stage.name: stage.found for stage in stages_of(config)}
+    others = {"baseline": BaselineFound, "gate": GateFound, "keep": KeptFound}
+    return {**kinds, **others, "publish": PublishedFound}
+
+
+def prepare_branch(run: Run, branch: Branch) -> Branch:
+    """Run the stages of a branch before its training."""
+    for stage in takewhile(lambda each: not isinstance(each, Fit), stages_of(run.config)):
+        branch = stage(run, branch)
+    return branch
+
+
 def run_branch(run: Run, branch: Branch, *, first_step: int = 0) -> Branch:
-    """Expand, train and score a branch; return it with the experts selected by its data.
+    """Run all stages of a branch; return it with what its data selected.
 
     Args:
         first_step: number of earlier steps in loggers.
     """
     branch = prepare_branch(run, branch)
-    run = run.reading(moe.expanded_folder(branch))
-    key, label = branch.name, branch.label
-    opened: AbstractContextManager[list[Logger]] = nullcontext([])
-    if run.ledger.get(f"{key}.evaluate") is None:
-        opened = open_loggers(run, branch.part, first_step=first_step)
-    with opened as loggers:
-        if before := before_metrics(run, key):
-            for logger in loggers if not metrics_files(run.folder / key) else ():
+    with _logged(run, branch, first_step=first_step):
+        for stage in dropwhile(lambda each: not isinstance(each, Fit), stages_of(run.config)):
+            branch = stage(run, branch)
+    disk.remove_before_fit(run, branch)
+    return branch
+
+
+@contextmanager
+def _logged(run: Run, branch: Branch, *, first_step: int) -> Iterator[None]:
+    """Open the loggers of a branch's training, and log its metrics before the expansion."""
+    if run.ledger.get(f"{branch.name}.evaluate") is not None:
+        yield
+        return
+    with open_loggers(run.reading(branch.location), branch.part, first_step=first_step) as loggers:
+        before = before_metrics(run, branch.name)
+        if before and not metrics_files(run.folder / branch.name):
+            for logger in loggers:
                 logger.log_metrics(before, step=BEFORE)
-        run.stage(
-            f"{key}.fit",
-            lambda: stages.training(run, branch, loggers=loggers),
-            label=label("fit"),
-        )
-        disk.remove_before_fit(run, branch)
-        run.stage(
-            f"{key}.evaluate", lambda: stages.evaluation(run, branch), label=label("evaluate")
-        )
-        for logger in loggers:
-            logger.log_metrics(score_metrics(run, key), step=num_steps(run, key))
-    return branch
-
-
-def prepare_branch(run: Run, branch: Branch) -> Branch:
-    """Expand a branch up to its training; return it with the experts selected by its data."""
-    key, label = branch.name, branch.label
-    run = run.reading(branch.start)
-    if vocabulary.is_learned(branch):
-        stage = f"{key}.vocabulary"
-        run.stage(stage, partial(vocabulary.learning, run, branch), label="vocabulary")
-        branch = vocabulary.with_merges(branch, run.ledger.found(stage, VocabularyFound).merges)
-    if moe.selects_experts_by_data(branch):
-        stage = f"{key}.choose"
-        run.stage(stage, partial(stages.choice, run, branch), label="choose")
-        branch = moe.with_choice(branch, run.ledger.found(stage, ChoiceFound).clone_from)
-    expand = partial(stages.expansion, run, branch)
-    run.stage(f"{key}.expand", expand, label=label("expand"))
-    run = run.reading(moe.expanded_folder(branch))
-    if moe.teacher_of(branch) is not None:
-        run.stage(f"{key}.distill", lambda: stages.distillation(run, branch), label="distill")
-    if moe.router_steps(run, branch):
-        run.stage(f"{key}.adapt", lambda: stages.adaptation(run, branch), label=label("adapt"))
-    return branch
+        run.loggers[:] = loggers
+        yield
+        run.loggers.clear()
 
 
 def _announce_costs(run: Run) -> None:
@@ -403,10 +409,6 @@ def _announce(run: Run) -> None:
         )
 
 
-_WITH_BODY = ("expansion", "experts")
-_MAX_FRACTION = 0.5  # of replayed or validation data; more would starve the rest
-
-
 def next_commands(
     config: RunConfig, summary: Summary, *, overrides: Sequence[str], folder: Path, rate: float
 ) -> list[str]:
@@ -452,10 +454,7 @@ def next_commands(
     return lines
 
 
-Advice = Iterator[tuple[dict[str, str], str]]
-
-
-def _after_kept(config: RunConfig, summary: Summary) -> Advice:
+def _after_kept(config: RunConfig, summary: Summary) -> _Advice:
     if not config.control and config.expansion:
         yield {"control": "true"}, "compare with the control (not grown)"
     if not isinstance(config.model, CheckpointModelConfig):
@@ -470,7 +469,7 @@ def _after_kept(config: RunConfig, summary: Summary) -> Advice:
         yield {"expansion": other}, "another expansion"
 
 
-def _after_rollback(config: RunConfig, summary: Summary, *, rate: float) -> Advice:
+def _after_rollback(config: RunConfig, summary: Summary, *, rate: float) -> _Advice:
     failed = {check.check for check in summary.gate if check.verdict == "failed"}
     names = [options.name for options in config.forgetting]
     if failed & {"retention", "long_windows"}:
@@ -503,7 +502,7 @@ def _twice_as_long(config: RunConfig) -> dict[str, str]:
     return {"training.max_steps": str(2 * training.max_steps)}
 
 
-def _after_undecided(config: RunConfig, summary: Summary) -> Advice:
+def _after_undecided(config: RunConfig, summary: Summary) -> _Advice:
     undecided = [check for check in summary.gate if check.verdict == "undecided"]
     for check in undecided:
         upper = check.bounds[1]

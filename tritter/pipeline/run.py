@@ -9,7 +9,7 @@ from json import dumps
 from pathlib import Path
 
 import torch
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from torch import nn
 
 from tritter.checkpoints import Lineage, Source, lineage_of, read_lineage
@@ -50,6 +50,7 @@ class Run:
         console: console for output.
         ledger: results of finished stages.
         wandb_loggers: part → logger of its open W&B run, shared by all attempts.
+        loggers: loggers of the branch that is training.
         sources: folder, relative to the run folder → opened checkpoint.
         other_data: the data if it is not that of `config`, as in another attempt.
     """
@@ -59,9 +60,10 @@ class Run:
     console: Console
     ledger: Ledger
     wandb_loggers: dict[str | None, WandbLogger] = field(default_factory=dict, repr=False)
+    loggers: list[Logger] = field(default_factory=list, repr=False, compare=False)
     sources: dict[str, Source] = field(default_factory=dict, repr=False, compare=False)
     other_data: RunData | None = field(default=None, repr=False, compare=False)
-    _planned: dict[Branch, PlannedExpansion] = field(
+    _planned: dict[tuple[object, ...], PlannedExpansion] = field(
         default_factory=dict, repr=False, compare=False
     )
 
@@ -163,18 +165,17 @@ class Run:
         """Return the seed for one purpose, such as data order, growth or replay."""
         return derived_seed(self.config.seed, *purpose)
 
-    def stage(self, key: str, work: Callable[[], StageResult], *, label: str) -> StageResult:
-        """Run a stage, or return its result from the ledger.
+    def stage(self, key: str, work: Callable[[], StageResult], *, label: str) -> None:
+        """Run a stage and record its result, unless the ledger has it.
 
         Args:
             key: name in the ledger.
             work: runs the stage.
             label: name in reports, to which remaining time is assigned.
         """
-        done = self.ledger.get(key)
-        if done is not None:
+        if self.ledger.get(key) is not None:
             self.say(label, "already finished")
-            return done
+            return
         since = time.perf_counter()
         try:
             result = work()
@@ -188,7 +189,6 @@ class Run:
             location: s.lineage for location, s in self.sources.items() if s.lineage is not None
         }
         self.ledger.record(key, result, lineages=lineages)
-        return result
 
     def source(self, location: str) -> Source:
         """Return a verified checkpoint of the run folder."""
@@ -205,10 +205,11 @@ class Run:
 
     def planned(self, branch: Branch) -> PlannedExpansion:
         """Return the planned expansions of a branch; parameter maps are built once."""
-        if branch not in self._planned:
+        key = (branch.start, branch.specs, branch.purpose)
+        if key not in self._planned:
             seed = self.seed("expansion", *branch.purpose)
-            self._planned[branch] = planned(self.source(branch.start), branch.specs, seed=seed)
-        return self._planned[branch]
+            self._planned[key] = planned(self.source(branch.start), branch.specs, seed=seed)
+        return self._planned[key]
 
     def say(self, label: str, text: str) -> None:
         """Print one line of progress."""

@@ -7,19 +7,15 @@ from typing import Any
 
 from tritter.evaluation.statistics import LearnedTask, transfer_matrix
 from tritter.options import methods_of
-from tritter.pipeline import disk, importance, moe, windows
+from tritter.pipeline import disk, moe, windows
 from tritter.pipeline.branch import Branch
-from tritter.pipeline.ledger import (
-    BaselineFound,
-    EvaluationFound,
-    ExpansionFound,
-    GateFound,
-    PublishedFound,
-    TrainingFound,
-)
+from tritter.pipeline.ledger import ExpansionFound, TrainingFound
 from tritter.pipeline.run import Run
 from tritter.pipeline.scoring import score_records
-from tritter.pipeline.verdict import Candidate
+from tritter.pipeline.stages import importance
+from tritter.pipeline.stages.baseline import BaselineFound
+from tritter.pipeline.stages.evaluate import EvaluationFound
+from tritter.pipeline.verdict import Candidate, GateFound, PublishedFound
 from tritter.planning.strategy import TOLERANCE, planned_rounds
 from tritter.report.summary import (
     Attempt,
@@ -29,6 +25,7 @@ from tritter.report.summary import (
     GrowthRecord,
     Jump,
     Matrix,
+    MoeRecord,
     Packing,
     Sample,
     Score,
@@ -38,6 +35,8 @@ from tritter.report.summary import (
     TaskRecord,
 )
 from tritter.storage.records import validate_record
+
+_SECTIONS: dict[str, Any] = {"growth": GrowthRecord, "experts": ExpertsRecord}
 
 
 def summary_record(
@@ -98,9 +97,10 @@ def summary_record(
         notes=[*run.notes, *dict.fromkeys(later)],
         **_known(
             matrix=attempt.matrix,
-            moe=moe.summary_record(own, branches),
+            moe=moe_record(own, branches),
             windows=windows.summary_record(own, branches),
             **_of_methods(own, branches),
+            stages=_of_stages(own, branches),
             rounds=records if last.is_round else None,
             target=_target(candidates[-1]) if last.is_round else None,
             control=None
@@ -115,11 +115,8 @@ def _known(**parts: Any) -> dict[str, Any]:
     return {name: part for name, part in parts.items() if part is not None}
 
 
-_SECTIONS: dict[str, Any] = {"growth": GrowthRecord, "experts": ExpertsRecord}
-
-
 def _of_methods(run: Run, branches: Sequence[Branch]) -> dict[str, Any]:
-    """Return the sections of growth and experts, and `methods` of all else that acted."""
+    """Return the sections of growth and experts, and `methods`: results of all other methods."""
     fits = []
     for branch in branches:
         fit = run.ledger.found(f"{branch.name}.fit", TrainingFound)
@@ -139,6 +136,49 @@ def _of_methods(run: Run, branches: Sequence[Branch]) -> dict[str, Any]:
             part = {"error": f"{type(error).__name__}: {error}"}
         others |= {one.name: part} if part else {}
     return {**sections, "methods": others or None}
+
+
+def _of_stages(run: Run, branches: Sequence[Branch]) -> dict[str, Any] | None:
+    """Return the result of each stage from outside, of the last branch that has it."""
+    results = {
+        stage.name: done.plain()
+        for stage in run.config.stages
+        for branch in branches
+        if (done := run.ledger.get(f"{branch.name}.{stage.name}")) is not None
+    }
+    return results or None
+
+
+def moe_record(run: Run, branches: Sequence[Branch]) -> MoeRecord | None:
+    """Return `moe` of summary.json for evaluated branches; None for a dense model.
+
+    Args:
+        branches: branches of an attempt in the order of tasks.
+    """
+    first, last = branches[0], branches[-1]
+    found = run.ledger.found(f"{last.name}.evaluate", EvaluationFound)
+    if found.moe is None:
+        return None
+    record = dict(found.moe)
+    added = moe.pending_experts(run, first)
+    if added is not None:
+        steps = moe.router_steps(run, first)
+        fits = (run.ledger.found(f"{branch.name}.fit", TrainingFound) for branch in branches)
+        trained = sum(fit.steps for fit in fits)
+        opened_in = moe.anneal_steps(run, first, added)
+        now = added.at(added.step + steps + trained, anneal_steps=opened_in)
+        record["new"] = list(added.experts)
+        record["router_steps"] = steps
+        record["is_open"] = now.is_settled
+    if moe.has_unsaved_bias(run):
+        biased, stock = (
+            score_records(run.read_scores(f"{last.name}-{kind}")) for kind in ("biased", "trained")
+        )
+        record["selection_bias"] = {
+            domain: {"with": biased[domain]["loss"], "without": stock[domain]["loss"]}
+            for domain in run.data.domains
+        }
+    return MoeRecord.model_construct(**record)
 
 
 def _target(last: Candidate) -> Target:

@@ -25,8 +25,8 @@ from tritter.methods.experts.stored import ExpertFolder
 from tritter.pipeline import moe
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.experts import reading_flops_of
-from tritter.pipeline.importance import kept_sequences_of
 from tritter.pipeline.run import Run
+from tritter.pipeline.stages.importance import kept_sequences_of
 from tritter.storage.tensors import is_finite
 from tritter.storage.writer import TensorStream
 from tritter.targets import plain
@@ -34,6 +34,8 @@ from tritter.training import FitResult, Method
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 from tritter.training.fitting import LEFTOVERS_NAME
 from tritter.training.parameters import whole_state
+
+PATH = "path"  # file with the path integral of pretraining
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,8 +241,8 @@ def branch_writer(
     run: Run, branch: Branch, *, is_routed: bool, frees_start: bool, methods: tuple[Method, ...]
 ) -> TrainedWriter:
     """Return the writer for the trained model of a branch."""
-    start, folder = run.source(moe.start_folder(run, branch)), run.folder / branch.name
-    location, added = f"{branch.name}/trained", moe.pending_experts(run, branch)
+    start, folder = run.source(branch.location), run.folder / branch.name
+    location, added = branch.trained, moe.pending_experts(run, branch)
     has_bias = is_routed and moe.has_unsaved_bias(run)
     has_frozen_base = run.config.experts is not None and not branch.is_control
     dtype = run.published_dtype
@@ -259,9 +261,6 @@ def branch_writer(
         methods=methods,
         has_frozen_base=has_frozen_base,
     )
-
-
-PATH = "path"  # file with the path integral of pretraining
 
 
 def write_states(work: Path, folder: Path) -> None:

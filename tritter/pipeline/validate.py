@@ -53,6 +53,12 @@ from tritter.training.gradient_flow import NewUnits, run_trial_steps
 logger = logging.getLogger(__name__)
 
 _DOCUMENT_CHARACTERS = 4000  # per text, from the start; conversations are whole
+_RETENTION, _CONFIDENCE = 0.05, 0.95  # defaults of the gate
+_FLOW_STEPS = 3  # two steps move zero-initialised weights away from zero
+SEQUENCE_LENGTH = 128
+_SEQUENCES, _BATCH_SIZE = 8, 16
+_FLOAT32 = 4  # bytes
+_ROUNDED = ("bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +88,7 @@ def _load_recorded(kind: str, source: Lineage | None, result: Lineage | None) ->
     """Return the held-out documents of the domains in the result's lineage."""
     if result is None or result.split is None or not result.domains:
         return _Domains({}, "the result's lineage records no data")
-    trained = is_trained(source, result)
+    trained = _is_trained(source, result)
     if kind == "target" and not trained:
         return _Domains({}, "the result was not trained after the source")
     new = set(result.training_config.get("new") or ()) if trained else set()
@@ -129,16 +135,9 @@ def _read(
     return replace(found, documents=limited)
 
 
-def is_trained(source: Lineage | None, result: Lineage) -> bool:
+def _is_trained(source: Lineage | None, result: Lineage) -> bool:
     """Return True if the result was trained after the source; expansions do not count."""
     return dict(result.training_config) != dict(source.training_config if source else {})
-
-
-_RETENTION, CONFIDENCE = 0.05, 0.95  # defaults of the gate
-_FLOW_STEPS = 3  # two steps move zero-initialised weights away from zero
-SEQUENCES, SEQUENCE_LENGTH, BATCH_SIZE = 8, 128, 16
-_FLOAT32 = 4  # bytes
-_ROUNDED = ("bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -306,7 +305,7 @@ def _evaluate_side(
                 ),
                 sequence_length=min(side.longest, other.longest),
                 bounds=tokenizer.bounds,
-                batch_size=BATCH_SIZE,
+                batch_size=_BATCH_SIZE,
                 progress=new_bar(f"scoring {domain}"),
             )
     return _Outputs(logits, rounded, num_bytes, scores)
@@ -390,7 +389,7 @@ def _inexact_reason(source: Side, result: Side) -> str | None:
         if sizes[0].num_hidden_layers == sizes[1].num_hidden_layers:
             return None
         return "there is no lineage, so the added layers may not be function-preserving"
-    if is_trained(before, after):
+    if _is_trained(before, after):
         return "the result was trained after the source"
     made = after.expansion_history[len(before.expansion_history) if before else 0 :]
     lossy = [record.method for record in made if not record.claims_exact]
@@ -433,10 +432,10 @@ def _sequences(source: Side, result: Side, documents: Sequence[Document]) -> Ten
         tokens = tokenise(documents, tokenizer.tokenizer)
         if num_closed_tokens(tokens, tokenizer.bounds) >= length:
             packed = pack(tokens, sequence_length=length, bounds=tokenizer.bounds)
-            return ids_of(packed[:: max(1, len(packed) // SEQUENCES)][:SEQUENCES]).long()
+            return ids_of(packed[:: max(1, len(packed) // _SEQUENCES)][:_SEQUENCES]).long()
     generator = torch.Generator().manual_seed(0)
     ids = _old_ids(source, result)
-    return ids[torch.randint(len(ids), (SEQUENCES, length), generator=generator)]
+    return ids[torch.randint(len(ids), (_SEQUENCES, length), generator=generator)]
 
 
 def _compare(
@@ -451,7 +450,7 @@ def _compare(
         if old is None or new is None:
             yield _skipped_check(name, domain, "a checkpoint has no matching tokenizer")
             continue
-        bounds = {"confidence": CONFIDENCE}
+        bounds = {"confidence": _CONFIDENCE}
         if kind == "kept":
             check = retention_check(domain, old, new, bound=_RETENTION, **bounds)
         else:

@@ -1,7 +1,8 @@
 """The end of a run: the checks of the gate, and the published checkpoint."""
 
 import math
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -27,18 +28,44 @@ from tritter.evaluation.jump import Jump
 from tritter.evaluation.statistics import PairedScores, performance_delta
 from tritter.pipeline import moe, windows
 from tritter.pipeline.branch import Branch
-from tritter.pipeline.ledger import (
-    ExpansionFound,
-    GateFound,
-    KeptFound,
-    PublishedFound,
-    StageResult,
-    TrainingFound,
-)
+from tritter.pipeline.ledger import ExpansionFound, StageResult, TrainingFound
 from tritter.pipeline.run import Run
 from tritter.pipeline.trained import fitting_dtype
 from tritter.planning import TrainingSetup, states_bytes
 from tritter.storage.atomic import atomic_folder, copy_tree
+from tritter.storage.records import record
+
+
+@record
+class GateFound:
+    """Verdict and checks of the gate."""
+
+    status: Status
+    checks: tuple[Mapping[str, Any], ...]
+
+
+@record
+class KeptFound:
+    """The model that a round keeps."""
+
+    model_hash: str
+
+
+@record
+class PublishedFound:
+    """The model that a run keeps.
+
+    Args:
+        model_hash: hash of the published model.
+        parent_hash: hash of its parent.
+        base_model_hash: hash of the first model of its lineage.
+        expansions: applied methods, oldest first.
+    """
+
+    model_hash: str
+    parent_hash: str | None
+    base_model_hash: str
+    expansions: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +153,7 @@ def checks(run: Run, branches: Sequence[Branch]) -> list[Check]:
 
 def complete(run: Run, branch: Branch) -> StageResult:
     """Add the training result to the lineage of a kept round, from which the next round starts."""
-    location = f"{branch.name}/trained"
+    location = branch.trained
     trained = run.source(location)
     lineage = trained.own_lineage
     completed = replace(_complete_lineage(run, (branch,), lineage), parent_path=lineage.parent_path)
@@ -145,13 +172,14 @@ def publish(run: Run, branches: Sequence[Branch], *, keep: bool) -> StageResult:
         keep: publish the trained model.
     """
     first, last = branches[0], branches[-1]
-    source = run.source(f"{last.name}/trained" if keep else first.start)
+    source = run.source(last.trained if keep else first.start)
     target = run.folder / "checkpoint"
     lineage = source.own_lineage
     if keep:
         lineage = _complete_lineage(run, branches, lineage)
     elif first.follows:
-        lineage = replace(lineage, parent_path=f"../{first.follows}/expanded")
+        parent = os.path.normpath(f"{first.start}/{lineage.parent_path}")
+        lineage = replace(lineage, parent_path=f"../{parent}")
     config, dtype = source.config, run.published_dtype
     is_ready = last.is_final if keep else first.follows is None
     if is_ready or source.tensors.main_dtype == dtype:
@@ -188,7 +216,7 @@ def _complete_lineage(run: Run, branches: Sequence[Branch], lineage: Lineage) ->
     history = list(lineage.expansion_history)
     start, steps_before = len(run.source(first.start).own_lineage.expansion_history), 0
     for branch in branches:  # each may have added experts or neurons
-        trained = run.source(f"{branch.name}/trained").own_lineage
+        trained = run.source(branch.trained).own_lineage
         for position in range(start, len(trained.expansion_history)):
             history[position] = replace(
                 history[position],
@@ -202,7 +230,7 @@ def _complete_lineage(run: Run, branches: Sequence[Branch], lineage: Lineage) ->
         expansion_history=tuple(history),
         benchmark_scores=means,
         best_loss=fmean(means[domain] for domain in run.data.new_domains_of(last)),
-        parent_path=f"../{moe.start_folder(run, last)}",
+        parent_path=f"../{last.location}",
     )
 
 
@@ -233,7 +261,7 @@ def _training_checks(run: Run, branches: Sequence[Branch]) -> Iterator[Check]:
     for branch, fit in zip(branches, fits, strict=True):
         if fit.held and (run.config.experts is None or branch.is_control):
             expected = states_bytes(
-                run.source(f"{branch.name}/trained").model,
+                run.source(branch.trained).model,
                 setup,
                 trained=[(size, count) for size, count in fit.held["trained"]],
                 kept_per_parameter=optimizer.kept_per_parameter(),

@@ -31,7 +31,7 @@ from tritter.storage.records import validate_record
 
 _NUM_BUCKETS = 16  # of positions
 SOURCE, _SOURCE_LONG = "source-windows", "source-long"  # names of the source's scores
-NAMES = ("source", "source_long", "expanded", "final")
+_NAMES = ("source", "source_long", "expanded", "final")
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,21 +254,21 @@ def summary_record(run: Run, branches: Sequence[Branch]) -> WindowsRecord | None
     old, new = _lengths(run, first)
     files = (SOURCE, _SOURCE_LONG, "expanded-long")
     names = [*(f"{first.name}-{each}" for each in files), f"{last.name}-trained-long"]
-    models = dict(zip(NAMES, (LongScores.read(run, each) for each in names), strict=True))
+    models = dict(zip(_NAMES, (LongScores.read(run, each) for each in names), strict=True))
     record: dict[str, Any] = {
         "source_length": old,
         "length": new,
         "scores": {
             domain: {name: each.scores[domain].record() for name, each in models.items()}
-            for domain in models[NAMES[0]].scores
+            for domain in models[_NAMES[0]].scores
         },
         "positions": {
             domain: {
                 name: dict(each.positions[domain])
                 for name, each in models.items()
-                if name != NAMES[0]
+                if name != _NAMES[0]
             }
-            for domain in models[NAMES[0]].scores
+            for domain in models[_NAMES[0]].scores
         },
     }
     return validate_record(record, WindowsRecord, what="summary.json: windows")

@@ -39,6 +39,10 @@ _MOMENTS = 2
 _FLOAT32 = 4
 _ACTIVATION = "activation_function"  # GPT-2's config key
 _STEPS = {"gelu_new": 3}  # intermediate tensors saved in addition to input and output
+_PROCESS_GROUPS = Path("/proc/self/cgroup")
+_GROUPS = Path("/sys/fs/cgroup")
+# cgroup v1 reports a huge number if there is no limit, rounded down to a page.
+_NO_LIMIT = 2**62
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,13 +272,7 @@ def _autocast_bytes(model: Model, setup: TrainingSetup) -> int:
     return width * _over_layers(model, multiplied)
 
 
-_PROCESS_GROUPS = Path("/proc/self/cgroup")
-GROUPS = Path("/sys/fs/cgroup")
-# cgroup v1 reports a huge number if there is no limit, rounded down to a page.
-_NO_LIMIT = 2**62
-
-
-def machine_memory(*, process_groups: Path = _PROCESS_GROUPS, groups: Path = GROUPS) -> int | None:
+def machine_memory(*, process_groups: Path = _PROCESS_GROUPS, groups: Path = _GROUPS) -> int | None:
     """Return the memory available to this process: that of the machine or of its cgroup.
 
     Args:

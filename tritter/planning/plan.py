@@ -32,6 +32,15 @@ from tritter.planning.strategy import (
 # 2404.10102). The constants are specific to that study's data and tokenizer, so differences
 # between plans are more reliable than absolute values. The law ignores a model's shape.
 
+SMALLEST_MODEL = 44_000_000  # parameters; below, the law extrapolates beyond its data
+_A100_FLOPS = 312e12  # dense, per second, as published by NVIDIA
+_DEFAULT_MFU = 0.4
+_SECONDS_PER_HOUR = 3600
+_MAX_TOKENS_PER_PARAMETER = 1e6  # beyond, predicted losses equal their limit
+_TOKENS_PER_PARAMETER = 20.0  # compute-optimal according to Hoffmann et al. 2022, table 3
+SMALL_MODEL_BEATEN_FROM = 10.0  # tokens per target parameter; experiments/2026-11-22_one_layer
+LAW_RESOLUTION = 0.002  # nats; smaller differences between plans are not meaningful
+
 
 @dataclass(frozen=True, slots=True)
 class ScalingLaw:
@@ -84,7 +93,6 @@ class ScalingLaw:
         return self.irreducible + self.parameter_scale / parameters**self.parameter_exponent
 
 
-SMALLEST_MODEL = 44_000_000  # parameters; below, the law extrapolates beyond its data
 CHINCHILLA = ScalingLaw(
     irreducible=1.8172,
     parameter_scale=482.01,
@@ -92,11 +100,6 @@ CHINCHILLA = ScalingLaw(
     parameter_exponent=0.3478,
     token_exponent=0.3658,
 )
-
-
-_A100_FLOPS = 312e12  # dense, per second, as published by NVIDIA
-_DEFAULT_MFU = 0.4
-_SECONDS_PER_HOUR = 3600
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,12 +149,6 @@ def training_flops_per_token(model: Model, setup: TrainingSetup) -> float:
         is_trained=lambda tensor: not (setup.is_attention_frozen and is_attention(tensor)),
     )
     return flops.per_token(setup.sequence_length)
-
-
-_MAX_TOKENS_PER_PARAMETER = 1e6  # beyond, predicted losses equal their limit
-_TOKENS_PER_PARAMETER = 20.0  # compute-optimal according to Hoffmann et al. 2022, table 3
-SMALL_MODEL_BEATEN_FROM = 10.0  # tokens per target parameter; experiments/2026-11-22_one_layer
-LAW_RESOLUTION = 0.002  # nats; smaller differences between plans are not meaningful
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,6 +34,7 @@ _SIZES = (
 # proportion; `round`: only the rounder ones; `fine`: steps of a sixteenth with constant heads.
 WidthGrid = Literal["round", "proportional", "fine"]
 WIDTH_GRIDS: tuple[WidthGrid, ...] = ("round", "proportional", "fine")
+_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,9 +253,6 @@ def _rounding(old: int, exact: float, *, most: int) -> int:
     return multiple
 
 
-TOLERANCE = 0.1
-
-
 @dataclass(frozen=True, slots=True)
 class NamedShape:
     """A shape and its name."""
@@ -274,10 +272,10 @@ def named_shape(parameters: int) -> NamedShape:
         RequestError: no shape is within 10 %; names the nearest.
     """
     whole = [preset_shape(preset) for preset in PRESETS.values()]
-    near = [shape for shape in whole if _miss(shape, parameters) <= TOLERANCE]
+    near = [shape for shape in whole if _miss(shape, parameters) <= _TOLERANCE]
     shapes = near or [_with_other_depth(preset, parameters) for preset in PRESETS.values()]
     best = min(shapes, key=lambda shape: _miss(shape, parameters))
-    if _miss(best, parameters) > TOLERANCE:
+    if _miss(best, parameters) > _TOLERANCE:
         raise refused(
             "source",
             f"{parameters:,} parameters",

@@ -20,7 +20,7 @@ from tritter.planning.shapes import (
 )
 
 AUTO = "auto"
-STRATEGIES = ("depth_first", "width_first", "balanced")
+_STRATEGIES = ("depth_first", "width_first", "balanced")
 TOLERANCE = 0.1
 _MAX_STEP_GROWTH = 1.6  # ratio of parameters per step: 3 B to 10 B are three steps
 _MAX_STEPS = 64
@@ -30,6 +30,7 @@ _MIN_STEP_GROWTH = 1.02
 # Shapes within this factor of a waypoint, or of the target, are equivalent; the rounder and
 # better proportioned ones are preferred.
 _WAYPOINT_SLACK, _TARGET_SLACK = 1.25, 1.05
+_KEYS = {"target": "pipeline.target_params", "strategy": "pipeline.strategy"}  # keys of a run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +94,7 @@ def check_strategy(strategy: str, methods: GrowthMethods) -> None:
     Raises:
         RequestError: the strategy is unknown or lacks a method.
     """
-    allowed = (AUTO, *STRATEGIES)
+    allowed = (AUTO, *_STRATEGIES)
     if strategy not in allowed:
         reason = f"must be one of {', '.join(allowed)}"
         near = nearest(strategy, allowed)
@@ -207,9 +208,6 @@ def _refuse(request: PathRequest, shapes: list[Shape]) -> NoReturn:
         f"{source.num_parameters:,}; {ending}"
     )
     raise RequestError(Problem("target", f"{target:,} parameters", reason=reason))
-
-
-_KEYS = {"target": "pipeline.target_params", "strategy": "pipeline.strategy"}  # keys of a run
 
 
 def planned_rounds(config: RunRequest, source: Model) -> tuple[Shape, ...]:

@@ -23,7 +23,7 @@ from tritter.errors import RequestError
 from tritter.options import RunRequest
 
 _LARGEST_MODEL = 1.5e9  # parameters of the dense model; the largest in the paper is 1B
-SMALLEST_MODEL = 44e6  # far below the paper's models: predictions would mean nothing
+_SMALLEST_MODEL = 44e6  # far below the paper's models: predictions would mean nothing
 _FITTED = "8 experts, 2 per token: copies of every FFN, none of them shared"
 _IRREDUCIBLE = 0.165
 _GRID = [10 ** (exponent / 50) for exponent in range(5 * 50, 16 * 50)]  # 0.1 M tokens to 10^16
@@ -105,7 +105,7 @@ class Upcycling:
             f"{_count(self.tokens)} tokens of upcycled training after "
             f"{_count(self.dense_tokens)} of dense training"
         )
-        if self.parameters < SMALLEST_MODEL:
+        if self.parameters < _SMALLEST_MODEL:
             return f"{budgets}; the scaling law of upcycling was not fitted to models this small"
         if not self.is_fitted:
             return f"{budgets}; the scaling law was fitted to {_FITTED}"

@@ -26,14 +26,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MAX_ROWS = 16
-MAX_COLUMNS = 6  # experts side by side on a terminal
+_MAX_ROWS = 16
+_MAX_COLUMNS = 6  # experts side by side on a terminal
 _NAME_CHARACTERS = 12
 _KIND_CHARACTERS = 40
 _MAX_ROWS_ON_PAGE = 100  # rows and columns on the page; summary.json has all
+_DRAWN = 24  # experts and domains of a picture
+_MAX_MARKED = 60  # spawns, and points of a curve that are marked
+_LABEL_CHARACTERS = 24
+_STYLES = ("-", "--", ":", "-.")
 
 
-def experts_table(experts: ExpertsRecord, *, most: int = MAX_ROWS) -> Table:
+def experts_table(experts: ExpertsRecord, *, most: int = _MAX_ROWS) -> Table:
     """Return a row per expert: its spawn, its rank and its usage."""
     header = ("expert", "domain", "step", "batches", "novelty", "limit", "rank", "usage %", "state")
     lines = ["spawned on a domain at a step, after so many batches above the novelty limit; "]
@@ -65,7 +69,7 @@ def experts_table(experts: ExpertsRecord, *, most: int = MAX_ROWS) -> Table:
 
 
 def usage_table(
-    experts: ExpertsRecord, *, most: int = MAX_ROWS, max_columns: int = MAX_COLUMNS
+    experts: ExpertsRecord, *, most: int = _MAX_ROWS, max_columns: int = _MAX_COLUMNS
 ) -> Table:
     """Return a row per domain: the mean gates on its held-out data, of the most used experts."""
     used = set(experts.by_usage[:max_columns])
@@ -137,12 +141,6 @@ def page_tables(experts: ExpertsRecord) -> list[Table]:
 
 def _percent(share: float | None) -> str:
     return number_text(share, ".0%").removesuffix("%")
-
-
-_DRAWN = 24  # experts and domains of a picture
-_MAX_MARKED = 60  # spawns, and points of a curve that are marked
-_LABEL_CHARACTERS = 24
-_STYLES = ("-", "--", ":", "-.")
 
 
 def experts_figure(experts: ExpertsRecord, *, end: int, borders: Sequence[int] = ()) -> Figure:

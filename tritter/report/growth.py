@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 16
 _MAX_STEPS = 4  # named of a layer's events
+_MAX_POINTS = 60  # that are marked
+_MAX_LINES = 20  # of the height of the panel; if there are more, they are short
+_LOGARITHMIC_FROM = 20.0  # largest pressure over the smallest
 
 
 def growth_table(growth: GrowthRecord, *, most: int = MAX_ROWS) -> Table:
@@ -120,11 +123,6 @@ def _steps_text(steps: Sequence[int]) -> str:
     if len(steps) <= _MAX_STEPS:
         return ", ".join(map(str, steps))
     return f"{', '.join(map(str, steps[: _MAX_STEPS - 1]))} .. {steps[-1]} ({len(steps)})"
-
-
-_MAX_POINTS = 60  # that are marked
-_MAX_LINES = 20  # of the height of the panel; if there are more, they are short
-_LOGARITHMIC_FROM = 20.0  # largest pressure over the smallest
 
 
 def growth_figure(growth: GrowthRecord, *, end: int, end_flops: float | None = None) -> Figure:

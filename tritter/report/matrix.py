@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 24
 _DOMAIN_CHARACTERS = 20
+_DRAWN = 40  # rows and domains
+_SATURATED_PERCENT = 50.0  # larger changes have the same colour
 
 
 def transfer_table(matrix: Matrix, *, most: int = MAX_ROWS) -> Table:
@@ -44,10 +46,6 @@ def transfer_table(matrix: Matrix, *, most: int = MAX_ROWS) -> Table:
         names={0: _DOMAIN_CHARACTERS, 1: _DOMAIN_CHARACTERS},
         rules=rules,
     )
-
-
-_DRAWN = 40  # rows and domains
-_SATURATED_PERCENT = 50.0  # larger changes have the same colour
 
 
 def matrix_figure(matrix: Matrix) -> Figure:

@@ -110,6 +110,14 @@ _CAPTIONS = {
     "positions": "Validation loss of long documents in long windows.",
 }
 _WITH_SEEDS = ("tradeoff", "differences", "changes", "cost")  # whose marks are groups
+_MAX_GROUPS = 40  # in figures with a row per group; the table of the page has all
+MAX_PANELS = 24
+_MAX_NAMED = 60  # in the legend
+_MAX_MARKED = 60  # expansions and tasks of one figure
+_MARKERS = "osD^vPX*<>"
+_STYLES = ("-", ":", "-.")  # of the first 12 groups, the next 12, and so on
+_DASHES = {"-": "none", "--": "4 3", ":": "1.5 2", "-.": "5 2 1 2"}  # in SVG
+_WITH_LEGEND = ("tradeoff", "losses", "growth")
 
 
 def page(
@@ -361,15 +369,6 @@ def _details(run: Run) -> dict[str, Any]:
 
 
 # Figures over several runs: panels that fit a phone
-
-_MAX_GROUPS = 40  # in figures with a row per group; the table of the page has all
-MAX_PANELS = 24
-_MAX_NAMED = 60  # in the legend
-_MAX_MARKED = 60  # expansions and tasks of one figure
-_MARKERS = "osD^vPX*<>"
-_STYLES = ("-", ":", "-.")  # of the first 12 groups, the next 12, and so on
-_DASHES = {"-": "none", "--": "4 3", ":": "1.5 2", "-.": "5 2 1 2"}  # in SVG
-_WITH_LEGEND = ("tradeoff", "losses", "growth")
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ _STAGES = ("before", "after\nexpansion", "after\ntraining")
 SMOOTHED_FROM_POINTS = 40
 _GROWTH_FLOPS = "growth/flops"
 _MAX_DOMAINS = 12  # with a panel each
+_MODELS = {"source_long": "source", "expanded": "after expansion", "final": "after training"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +158,6 @@ def _draw_stages(axes: Axes, scores: Sequence[Score | None], *, label: str, colo
         capsize=3,
         label=label,
     )
-
-
-_MODELS = {"source_long": "source", "expanded": "after expansion", "final": "after training"}
 
 
 def positions_figure(record: WindowsRecord, *, title: str = "") -> Figure | None:

@@ -24,12 +24,30 @@ from tritter.storage.records import validate_record
 
 MAX_NUMBER = 1e30  # sums and squares of such numbers, and axes over them, are finite
 Number = Annotated[float, Field(ge=-MAX_NUMBER, le=MAX_NUMBER, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=0, le=10**15)]
+_Count = Annotated[int, Field(ge=0, le=10**15)]
 
 BASE = "base"  # the gate of a base without an adapter
 _MAX_ITEMS = 1000  # experts, and domains
 _MAX_EVENTS = 100_000
 _MAX_LAYERS = 1024
+_Width = Annotated[int, Field(ge=1, le=10**9)]
+_Widths = Annotated[tuple[_Width, ...], Field(min_length=1, max_length=_MAX_LAYERS)]
+_ENDS = ("evicted", "merged")
+# Kind of an event → state of the expert afterwards
+_STATES = {"spawned": "young", "mature": "mature", "frozen": "frozen"} | {e: e for e in _ENDS}
+_Shares = dict[str, Number]
+_Rows = Annotated[
+    Mapping[str, Annotated[tuple[Number | None, ...], Field(max_length=_MAX_EVENTS)]],
+    Field(max_length=_MAX_ITEMS),
+]
+_MAX_EXPERTS = Field(max_length=_MAX_EVENTS)
+_Transfer = dict[str, Number | None]
+_Row = Annotated[list[Number | None], Field(max_length=_MAX_ITEMS)]
+_Names = Annotated[list[str], Field(min_length=1, max_length=_MAX_ITEMS)]
+_OfOne = Annotated[float, Field(ge=0, le=1)]
+_Costs = Mapping[str, Number | None]
+Status = Literal["kept", "rolled_back", "undecided", "ungated"]
+_Column = Annotated[list[Number], Field(max_length=_MAX_EVENTS)]
 
 
 class Part(BaseModel):
@@ -48,9 +66,6 @@ class Part(BaseModel):
 
 # Growth
 
-_Width = Annotated[int, Field(ge=1, le=10**9)]
-_Widths = Annotated[tuple[_Width, ...], Field(min_length=1, max_length=_MAX_LAYERS)]
-
 
 class GrowthEvent(Part):
     """One layer that grew after a step.
@@ -64,15 +79,15 @@ class GrowthEvent(Part):
         flops: Training FLOPs so far.
     """
 
-    step: Count
-    layer: Count
+    step: _Count
+    layer: _Count
     neurons: _Width
-    born: Count
-    replaced: Count = 0
-    died: Count = 0
+    born: _Count
+    replaced: _Count = 0
+    died: _Count = 0
     pressure: Number | None = None
     function_change: Number | None = None
-    parameters: Count | None = None
+    parameters: _Count | None = None
     flops: Number | None = None
 
 
@@ -96,8 +111,8 @@ class _Neurons(Part):
 
 
 class _Sizes(Part):
-    before: Count | None = None
-    after: Count | None = None
+    before: _Count | None = None
+    after: _Count | None = None
 
 
 class _Norms(Part):
@@ -106,7 +121,7 @@ class _Norms(Part):
 
 
 class _GrowthMap(Part):
-    steps: tuple[Count, ...] = ()
+    steps: tuple[_Count, ...] = ()
     neurons: tuple[tuple[_Width, ...], ...] = ()
     pressure: tuple[tuple[Number | None, ...], ...] = ()
 
@@ -126,15 +141,15 @@ class GrowthRecord(Part):
     """
 
     events: Annotated[tuple[GrowthEvent, ...], Field(max_length=_MAX_EVENTS)]
-    born: Count
+    born: _Count
     neurons: _Neurons
     options: Mapping[str, Any] = {}
     advice: str = ""
-    replaced: Count = 0
-    died: Count = 0
-    checks: Count = 0
+    replaced: _Count = 0
+    died: _Count = 0
+    checks: _Count = 0
     parameters: _Sizes = _Sizes()
-    young: Count | None = None
+    young: _Count | None = None
     map: _GrowthMap = _GrowthMap()
     function_change: Number | None = None
     update_norms: _Norms | None = None
@@ -196,17 +211,6 @@ class GrowthRecord(Part):
 
 # LoRA experts: any part may be missing or null
 
-_ENDS = ("evicted", "merged")
-# Kind of an event → state of the expert afterwards
-_STATES = {"spawned": "young", "mature": "mature", "frozen": "frozen"} | {e: e for e in _ENDS}
-
-
-_Shares = dict[str, Number]
-_Rows = Annotated[
-    Mapping[str, Annotated[tuple[Number | None, ...], Field(max_length=_MAX_EVENTS)]],
-    Field(max_length=_MAX_ITEMS),
-]
-
 
 class Spawn(Part):
     """An expert that was spawned.
@@ -221,13 +225,13 @@ class Spawn(Part):
     """
 
     expert: str = "?"
-    step: Count | None = None
+    step: _Count | None = None
     domain: str | None = None
     similarity: _Shares = {}
     score: Number | None = None
     threshold: Number | None = None
-    batches: Count | None = None
-    samples: Count | None = None
+    batches: _Count | None = None
+    samples: _Count | None = None
 
 
 class ExpertEvent(Part):
@@ -237,7 +241,7 @@ class ExpertEvent(Part):
         gone: The expert that was merged into this one.
     """
 
-    step: Count | None = None
+    step: _Count | None = None
     kind: str = "?"
     expert: str = "?"
     why: str = ""
@@ -247,7 +251,7 @@ class ExpertEvent(Part):
 class ExpertHistory(Part):
     """A number of each expert over the steps; None before it exists, or if unknown."""
 
-    steps: Annotated[tuple[Count, ...], Field(max_length=_MAX_EVENTS)] = ()
+    steps: Annotated[tuple[_Count, ...], Field(max_length=_MAX_EVENTS)] = ()
     gates: _Rows = {}
     ranks: _Rows = {}
 
@@ -258,13 +262,13 @@ class ExpertHistory(Part):
 
 
 class _Parameters(Part):
-    base: Count | None = None
-    trainable: Count | None = None
+    base: _Count | None = None
+    trainable: _Count | None = None
     share: Number | None = None
 
 
 class _Routing(Part):
-    top_k: Count | None = None
+    top_k: _Count | None = None
     temperature: Number | None = None
 
 
@@ -284,9 +288,6 @@ class ExpertRow:
     state: str
 
 
-_MAX_EXPERTS = Field(max_length=_MAX_EVENTS)
-
-
 class ExpertsRecord(Part):
     """A run's LoRA experts.
 
@@ -300,16 +301,16 @@ class ExpertsRecord(Part):
     """
 
     kind: str = "?"
-    number: Count | None = None
+    number: _Count | None = None
     names: Annotated[tuple[str, ...], Field(max_length=_MAX_ITEMS)] = ()
     spawned: Annotated[tuple[Spawn, ...], _MAX_EXPERTS] = ()
     events: Annotated[tuple[ExpertEvent, ...], _MAX_EXPERTS] = ()
     usage: Annotated[dict[str, _Shares], Field(max_length=_MAX_ITEMS)] = {}
     usage_over_time: ExpertHistory = ExpertHistory()
-    ranks: dict[str, Count] = {}
+    ranks: dict[str, _Count] = {}
     ranks_over_time: ExpertHistory = ExpertHistory()
     parameters: _Parameters = _Parameters()
-    batches: dict[str, Count] = {}
+    batches: dict[str, _Count] = {}
     routing: _Routing = _Routing()
 
     @model_validator(mode="after")
@@ -380,10 +381,6 @@ def _without_nulls(plain: object) -> object:
 
 # Sequential tasks
 
-_Transfer = dict[str, Number | None]
-_Row = Annotated[list[Number | None], Field(max_length=_MAX_ITEMS)]
-_Names = Annotated[list[str], Field(min_length=1, max_length=_MAX_ITEMS)]
-
 
 class Matrix(Part):
     """Every domain after every task.
@@ -401,7 +398,7 @@ class Matrix(Part):
     loss_per_byte: list[_Row]
     trained: list[list[str]] = []
     accuracy: dict[str, _Row] = {}
-    own: dict[str, Count] = {}
+    own: dict[str, _Count] = {}
     backward_transfer: _Transfer = {}
     forward_transfer: _Transfer = {}
     mean_backward_transfer: Number | None = None
@@ -425,8 +422,6 @@ class Matrix(Part):
 
 # Mixtures of experts
 
-_OfOne = Annotated[float, Field(ge=0, le=1)]
-
 
 class MoeRecord(Part):
     """Routing of the tokens of each domain.
@@ -440,11 +435,11 @@ class MoeRecord(Part):
     """
 
     number: Annotated[int, Field(ge=1, le=_MAX_EVENTS)]
-    experts_per_token: Count
+    experts_per_token: _Count
     usage: dict[str, Annotated[list[list[_OfOne]], Field(min_length=1)]]
-    layers: list[Count] = []
-    new: list[Count] = []
-    router_steps: Count | None = None
+    layers: list[_Count] = []
+    new: list[_Count] = []
+    router_steps: _Count | None = None
     is_open: bool | None = None
     selection_bias: dict[str, dict[Literal["with", "without"], Number | None]] = {}
 
@@ -459,9 +454,6 @@ class MoeRecord(Part):
 
 
 # The summary
-
-_Costs = Mapping[str, Number | None]
-Status = Literal["kept", "rolled_back", "undecided", "ungated"]
 
 
 class Score(Part):
@@ -487,9 +479,6 @@ class Score(Part):
 Scores = dict[str, Score]
 
 
-_Column = Annotated[list[Number], Field(max_length=_MAX_EVENTS)]
-
-
 class PositionLosses(Part):
     """Mean losses of consecutive positions in long windows.
 
@@ -499,9 +488,9 @@ class PositionLosses(Part):
         tokens: Number of scored tokens.
     """
 
-    end: list[Count]
+    end: list[_Count]
     loss: _Column
-    tokens: list[Count]
+    tokens: list[_Count]
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
@@ -521,8 +510,8 @@ class WindowsRecord(Part):
         positions: Domain → model in long windows → its losses by position.
     """
 
-    source_length: Count
-    length: Count
+    source_length: _Count
+    length: _Count
     scores: dict[str, Scores] = {}
     positions: dict[str, dict[str, PositionLosses]] = {}
 
@@ -538,8 +527,8 @@ class Check(Part):
     bound: Number | None = None
     interval: tuple[Number | None, Number | None] | None = None
     confidence: Number | None = None
-    n: Count | None = None
-    documents_needed: Count | None = None
+    n: _Count | None = None
+    documents_needed: _Count | None = None
     scored: str | None = None
 
     @property
@@ -551,7 +540,7 @@ class Check(Part):
 class Packing(Part):
     """Packing of a task's documents: range of lengths (`8-15`) → number of documents."""
 
-    packed_sequence_length_histogram: dict[str, Count] = {}
+    packed_sequence_length_histogram: dict[str, _Count] = {}
 
 
 class TaskRecord(Part):
@@ -559,10 +548,10 @@ class TaskRecord(Part):
 
     domains: list[str]
     final: Scores
-    steps: Count
+    steps: _Count
     ended_early: str | None = None
-    best_step: Count | None = None
-    refused_steps: Count = 0
+    best_step: _Count | None = None
+    refused_steps: _Count = 0
     update_norms: dict[str, Any] = {}
     flops: Number | None = None
     seconds: Number | None = None
@@ -603,12 +592,12 @@ class Attempt(Part):
     baseline: Scores = {}
     gate: list[Check] = []
     jump: Jump | None = None
-    steps: Count = 0
+    steps: _Count = 0
     ended_early: str | None = None
-    best_step: Count | None = None
-    refused_steps: Count = 0
+    best_step: _Count | None = None
+    refused_steps: _Count = 0
     update_norms: dict[str, Any] = {}
-    parameters: Count | None = None
+    parameters: _Count | None = None
     notes: list[str] = []
     tasks: list[TaskRecord] = []
     matrix: Matrix | None = None
@@ -635,8 +624,8 @@ class Domains(Part):
 class Target(Part):
     """Progress towards `pipeline.target_params`."""
 
-    target_params: Count
-    planned: list[Count]
+    target_params: _Count
+    planned: list[_Count]
     reaches_target: bool
 
 
@@ -649,6 +638,7 @@ class Summary(Part):
         disk: Kind → bytes in the run folder.
         lineage: Lineage of the checkpoint.
         methods: Forgetting mitigation method → what it reported.
+        stages: Stage from outside → its result.
     """
 
     format_version: int = 1
@@ -671,9 +661,9 @@ class Summary(Part):
     jump: Jump | None = None
     flops: _Costs = {}
     seconds: _Costs = {}
-    parameters: dict[str, Count] = {}
-    parameters_on_disk: dict[str, Count] = {}
-    disk: dict[str, dict[str, Count]] = {}
+    parameters: dict[str, _Count] = {}
+    parameters_on_disk: dict[str, _Count] = {}
+    disk: dict[str, dict[str, _Count]] = {}
     checkpoint: str = ""
     lineage: Any = None
     samples: list[Sample] = []
@@ -683,6 +673,7 @@ class Summary(Part):
     growth: GrowthRecord | None = None
     experts: ExpertsRecord | None = None
     methods: dict[str, Any] = {}
+    stages: dict[str, Any] = {}
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Self:

@@ -21,6 +21,7 @@ STYLES = {
     "not_asked": "dim",
 }
 _JUDGED = ("verdict", "status")  # columns whose cells are coloured
+_ACCURACY = " accuracy"  # after the name of a domain
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +93,6 @@ class Table:
             return _printable(text, console)
         stem = text.removesuffix(_ACCURACY)
         return console.shortened(stem, self.names[at]) + text[len(stem) :]
-
-
-_ACCURACY = " accuracy"  # after the name of a domain
 
 
 def label(subject: str) -> str:

@@ -41,6 +41,7 @@ _STATUS_WORDS = {
 _SAMPLE_CHARACTERS = 400
 _DOMAIN_CHARACTERS = 11
 _MAX_EXPERTS = 12  # columns
+_STAGES = {"importance": "importance of parameters"}  # clearer names, where the key is too short
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +51,6 @@ class SummaryLine:
     label: str
     text: str
     style: str = ""
-
-
-_STAGES = {"importance": "importance of parameters"}  # clearer names, where the key is too short
 
 
 def print_summary(summary: Summary, *, console: Console, folder: Path | None = None) -> None:

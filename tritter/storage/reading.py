@@ -57,6 +57,9 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+_MAX_NAME_BYTES, _MAX_PATH_BYTES = 255, 4095  # the limits of Linux
+# Subfolders of a checkpoint that Tritter or transformers reads.
+_INNER_FOLDERS = ("state", "experts", "additional_chat_templates")
 
 
 def kind_of(mode: int) -> str:
@@ -191,9 +194,6 @@ def _reason(error: OSError | ValueError) -> str:
     return str(error)
 
 
-_MAX_NAME_BYTES, _MAX_PATH_BYTES = 255, 4095  # the limits of Linux
-
-
 def named_path(name: str | os.PathLike[str], *, key: str) -> Path:
     """Return a path that the user typed.
 
@@ -233,9 +233,6 @@ def _name_problem(name: object) -> str | None:
 
 
 # Links within a folder
-
-# Subfolders of a checkpoint that Tritter or transformers reads.
-_INNER_FOLDERS = ("state", "experts", "additional_chat_templates")
 
 
 def check_links(folder: Path) -> None:

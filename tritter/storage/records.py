@@ -37,6 +37,13 @@ _MAX_KEY = 200
 
 Kind = TypeVar("Kind")
 R = TypeVar("R", bound="Record")
+# Field types, limited to the values that the commands can handle
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Text = Annotated[str, Field(max_length=_MAX_TEXT, pattern=r"^[^\x00]*$")]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+WholeNumber = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Seed = Annotated[int, Field(ge=0, lt=2**64)]  # derived seeds have 64 bits
+Finite = Annotated[float, Field(ge=-1e300, le=1e300, allow_inf_nan=False)]
 
 
 def _is_inner_name(name: str) -> str:
@@ -46,13 +53,6 @@ def _is_inner_name(name: str) -> str:
     return name
 
 
-# Field types, limited to the values that the commands can handle
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Text = Annotated[str, Field(max_length=_MAX_TEXT, pattern=r"^[^\x00]*$")]
-Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
-WholeNumber = Annotated[int, Field(ge=0, le=MAX_COUNT)]
-Seed = Annotated[int, Field(ge=0, lt=2**64)]  # derived seeds have 64 bits
-Finite = Annotated[float, Field(ge=-1e300, le=1e300, allow_inf_nan=False)]
 InnerName = Annotated[str, AfterValidator(_is_inner_name)]
 
 

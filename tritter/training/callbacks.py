@@ -41,6 +41,10 @@ from tritter.training.module import BaseModule, base_of
 from tritter.training.parameters import StepFlops, disk_values, full_tensor
 from tritter.transform import Change
 
+_LINE_SECONDS = 10.0  # until the first line of a slow training run
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SECONDS_TO_DIE = 10.0
+
 
 def ends_step(trainer: Trainer, batch_idx: int) -> bool:
     """Return True for the last batch of an accumulated optimizer step."""
@@ -378,9 +382,6 @@ class RandomState(Callback):
         self._restored = states[rank.index]
 
 
-_LINE_SECONDS = 10.0  # until the first line of a slow training run
-
-
 class StepProgress(Callback):
     """Progress bar with loss, speed and remaining time; without a terminal, occasional lines.
 
@@ -470,10 +471,6 @@ def rate_text(rate: float) -> str:
 def _is_logged(trainer: Trainer) -> bool:
     """Return True if the upcoming step is logged."""
     return (trainer.global_step + 1) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_SECONDS_TO_DIE = 10.0
 
 
 class StopRequest:

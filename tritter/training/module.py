@@ -35,6 +35,8 @@ from tritter.training.parameters import (
 )
 
 _SUMMED = ("nats", "right", "tokens")  # per domain, over the windows of a validation
+BACKEND = "inductor"
+_CHECKPOINTS_NAME = "checkpoints"  # folder of a ModelCheckpoint, inside that of the training run
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -242,9 +244,6 @@ def base_of(module: LightningModule) -> BaseModule:
     return module
 
 
-BACKEND = "inductor"
-
-
 class CompiledModel:
     """A torch.compile wrapper that keeps the modules, parameters and names of the model.
 
@@ -279,9 +278,6 @@ class CompiledModel:
         if self._compiled is not None:
             self._compiled = None
             torch.compiler.reset()
-
-
-_CHECKPOINTS_NAME = "checkpoints"  # folder of a ModelCheckpoint, inside that of the training run
 
 
 def module_callbacks(

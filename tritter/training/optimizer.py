@@ -29,6 +29,28 @@ if TYPE_CHECKING:
     from torch import nn
 
 _SIDE = 16  # size of the matrix for trial steps
+_ADAMS = ("Adam", "AdamW", "Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit")
+# In a short run, the warm-up ratio rounds to 0 or 1 steps. The first update would use the full
+# learning rate while Adam's second moments come from a single gradient.
+_MINIMUM_WARMUP_STEPS = 5
+_OPTIMIZER = "torch.optim.Optimizer"
+_TORCH, _EIGHT_BIT = "torch.optim", "bitsandbytes.optim"
+# Listed by name, because importing bitsandbytes is slow
+_OF_BITSANDBYTES = (
+    "Adam8bit",
+    "AdamW8bit",
+    "PagedAdam8bit",
+    "PagedAdamW",
+    "PagedAdamW8bit",
+    "Lion",
+    "Lion8bit",
+    "PagedLion8bit",
+    "SGD8bit",
+    "RMSprop8bit",
+    "AdEMAMix",
+    "AdEMAMix8bit",
+)
+_OWN = ("params", "lr")  # set by Tritter
 
 
 @options
@@ -61,9 +83,6 @@ class OptimizerSettings(OptimizerValues):
         state = optimizer.state[optimizer.param_groups[0]["params"][0]].values()
         sizes = [value.numel() for value in state if hasattr(value, "numel")]
         return sum(size for size in sizes if size > 1) / _SIDE**2
-
-
-_ADAMS = ("Adam", "AdamW", "Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit")
 
 
 def adam_problems(optimizer: Any, *, doing: str) -> Iterator[Problem]:
@@ -114,11 +133,6 @@ def build_optimizer(
         for name, value in settings.arguments.items()
     }
     return kind(groups, lr=learning_rate, **arguments)
-
-
-# In a short run, the warm-up ratio rounds to 0 or 1 steps. The first update would use the full
-# learning rate while Adam's second moments come from a single gradient.
-_MINIMUM_WARMUP_STEPS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,26 +208,6 @@ class Schedule:
         raise ValueError(
             f"training.schedule = '{self.shape}'; allowed are constant, cosine, wsd and rewarm."
         )
-
-
-_OPTIMIZER = "torch.optim.Optimizer"
-_TORCH, _EIGHT_BIT = "torch.optim", "bitsandbytes.optim"
-# Listed by name, because importing bitsandbytes is slow
-_OF_BITSANDBYTES = (
-    "Adam8bit",
-    "AdamW8bit",
-    "PagedAdam8bit",
-    "PagedAdamW",
-    "PagedAdamW8bit",
-    "Lion",
-    "Lion8bit",
-    "PagedLion8bit",
-    "SGD8bit",
-    "RMSprop8bit",
-    "AdEMAMix",
-    "AdEMAMix8bit",
-)
-_OWN = ("params", "lr")  # set by Tritter
 
 
 def optimizer_class(raw: Mapping[str, Any]) -> type | str:

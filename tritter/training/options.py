@@ -42,6 +42,90 @@ from tritter.targets import (
     parameters_of,
 )
 
+_TRAINER = "lightning.pytorch.Trainer"
+_PROFILERS = ("simple", "advanced", "pytorch")
+# Options that do not affect the weights, so that a resumed run may change them
+WITHOUT_EFFECT = ("profiler", "enable_model_summary", "detect_anomaly", "enable_autolog_hparams")
+_ENDS = "set training.max_steps and pretraining.max_steps"
+_STOPS = "a run that is stopped by a signal or a callback always finishes its step"
+_DATA = "Tritter distributes the batches and saves its position in the data"
+_EVALUATION = "Tritter runs the validation, always on the same data"
+_FOLDER = "all files are in the run folder; set hydra.run.dir"
+_SHARDED_OPTIMIZERS = ("AdamW", "Adam", "NAdam", "SGD")  # elementwise
+_SHARDED_PRECISIONS = ("32-true", "bf16-mixed")  # the tested ones
+_REFUSED_CALLBACKS = {
+    "Timer": "it depends on wall time, which a resumed run could not reproduce; set "
+    "training.max_steps",
+    "GradientAccumulationScheduler": "it depends on epochs, which are not supported; set "
+    "trainer.accumulate_grad_batches",
+    "StochasticWeightAveraging": "it depends on epochs, which are not supported; use callbacks=ema",
+    "BatchSizeFinder": "it runs trial steps, which a resumed run could not reproduce; set "
+    "data.batch_size",
+    "LearningRateFinder": "it runs trial steps, which a resumed run could not reproduce; set "
+    "training.learning_rate",
+}
+_METRICS = (
+    "train/loss",
+    "train/learning_rate",
+    "train/gradient_norm",
+    "performance/tokens_per_second",
+    "performance/steps_per_second",
+    "performance/step_seconds",
+    "performance/flops",
+    "performance/peak_memory_bytes",
+)
+_EVALUATED = ("loss", "perplexity", "accuracy")
+_OF_ROUTERS = (
+    "routing/auxiliary_loss",
+    "routing/z_loss",
+    "routing/entropy",
+    "routing/max_load",
+    "routing/dropped_fraction",
+)
+_OF_EXPERTS = (
+    "experts/number",
+    "experts/trainable_share",
+    "experts/routing_entropy",
+    "experts/dropped",
+    "experts/novelty",
+)
+_TRAININGS = ("pretraining", "training")
+STEPS, TOKENS = "max_steps", "max_tokens"
+EVALUATIONS = 10  # validations per run, after the one before the first step
+PRESET_RATE = 3e-3
+_CHECKPOINT_RATE = 1e-5
+# Models of at least this size were pretrained with a lower learning rate of Adam than this
+_LARGE, _HIGH = 10_000_000, 1e-3
+# Upper bound of the parameters → initial learning rate, as in docs/how-to/grow_a_checkpoint.md
+_STARTS = ((1_000_000_000, "1e-4"), (None, "2e-5"))
+_SAVED = "the state to resume from is always saved; set trainer.save_every_n_steps, and use "
+_SAVED += "callbacks=model_checkpoint for further checkpoints"
+REFUSED = {
+    "max_epochs": NO_EPOCHS,
+    "min_epochs": NO_EPOCHS,
+    "max_time": f"a resumed run could not reproduce it; {_ENDS}",
+    "max_steps": f"each training run has its own; {_ENDS}",
+    "min_steps": _STOPS,
+    "fast_dev_run": f"it saves nothing and disables callbacks; {_ENDS}",
+    "overfit_batches": f"{_DATA}; use a smaller dataset in data.new",
+    "limit_train_batches": f"{_DATA}; {_ENDS}",
+    "plugins": "Tritter writes checkpoints with its own plugin, without pickle",
+    "num_nodes": "torchrun and srun set it; without them, a run is on one machine",
+    "callbacks": "callbacks are a config group; use callbacks=NAME",
+    "logger": "loggers are a config group; use logger=NAME",
+    "enable_checkpointing": _SAVED,
+    "default_root_dir": _FOLDER,
+    "enable_progress_bar": "Tritter has its own progress bar; set trainer.progress",
+    "use_distributed_sampler": _DATA,
+    "reload_dataloaders_every_n_epochs": _DATA,
+    "num_sanity_val_steps": _EVALUATION,
+    "inference_mode": "tensors that a model caches in validation may later need a gradient",
+    "val_check_interval": _EVALUATION,
+    "check_val_every_n_epoch": _EVALUATION,
+    "barebones": "it disables callbacks, metrics and saved states",
+    "model_registry": "runs do not upload models",
+}
+
 
 @options
 class TrainingConfig:
@@ -125,45 +209,6 @@ class TrainerSettings(TrainerValues):
         return int(self.arguments.get("accumulate_grad_batches", 1))
 
 
-TRAINER = "lightning.pytorch.Trainer"
-PROFILERS = ("simple", "advanced", "pytorch")
-# Options that do not affect the weights, so that a resumed run may change them
-WITHOUT_EFFECT = ("profiler", "enable_model_summary", "detect_anomaly", "enable_autolog_hparams")
-
-_ENDS = "set training.max_steps and pretraining.max_steps"
-_STOPS = "a run that is stopped by a signal or a callback always finishes its step"
-_DATA = "Tritter distributes the batches and saves its position in the data"
-_EVALUATION = "Tritter runs the validation, always on the same data"
-_FOLDER = "all files are in the run folder; set hydra.run.dir"
-_SAVED = "the state to resume from is always saved; set trainer.save_every_n_steps, and use "
-_SAVED += "callbacks=model_checkpoint for further checkpoints"
-REFUSED = {
-    "max_epochs": NO_EPOCHS,
-    "min_epochs": NO_EPOCHS,
-    "max_time": f"a resumed run could not reproduce it; {_ENDS}",
-    "max_steps": f"each training run has its own; {_ENDS}",
-    "min_steps": _STOPS,
-    "fast_dev_run": f"it saves nothing and disables callbacks; {_ENDS}",
-    "overfit_batches": f"{_DATA}; use a smaller dataset in data.new",
-    "limit_train_batches": f"{_DATA}; {_ENDS}",
-    "plugins": "Tritter writes checkpoints with its own plugin, without pickle",
-    "num_nodes": "torchrun and srun set it; without them, a run is on one machine",
-    "callbacks": "callbacks are a config group; use callbacks=NAME",
-    "logger": "loggers are a config group; use logger=NAME",
-    "enable_checkpointing": _SAVED,
-    "default_root_dir": _FOLDER,
-    "enable_progress_bar": "Tritter has its own progress bar; set trainer.progress",
-    "use_distributed_sampler": _DATA,
-    "reload_dataloaders_every_n_epochs": _DATA,
-    "num_sanity_val_steps": _EVALUATION,
-    "inference_mode": "tensors that a model caches in validation may later need a gradient",
-    "val_check_interval": _EVALUATION,
-    "check_val_every_n_epoch": _EVALUATION,
-    "barebones": "it disables callbacks, metrics and saved states",
-    "model_registry": "runs do not upload models",
-}
-
-
 def trainer_parameters() -> tuple[str, ...]:
     """Return the arguments of Lightning's Trainer, read from its source without importing it."""
     return tuple(parameters_of("lightning.pytorch.trainer.trainer.Trainer"))
@@ -175,14 +220,14 @@ def trainer_argument_problems(name: str, value: object) -> Iterator[Problem]:
     if name in REFUSED:
         yield Problem(key, value, reason=REFUSED[name])
         return
-    if name == "profiler" and value is not None and value not in PROFILERS:
-        reason = f"must be one of {', '.join(PROFILERS)}, or null"
-        yield Problem(key, value, reason=reason, nearest=nearest(str(value), PROFILERS))
+    if name == "profiler" and value is not None and value not in _PROFILERS:
+        reason = f"must be one of {', '.join(_PROFILERS)}, or null"
+        yield Problem(key, value, reason=reason, nearest=nearest(str(value), _PROFILERS))
         return
     if name == "accumulate_grad_batches" and not (type(value) is int and value >= 1):
         yield Problem(key, value, reason="allowed are integers of at least 1")
         return
-    trainer = import_object(TRAINER)
+    trainer = import_object(_TRAINER)
     hint = get_type_hints(trainer.__init__)[name]
     try:
         adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
@@ -205,10 +250,6 @@ def trainer_argument_problems(name: str, value: object) -> Iterator[Problem]:
     made = building_problem(trainer, dry, key="trainer")
     if isinstance(made, Problem):
         yield Problem(key, value, reason=made.reason)
-
-
-_SHARDED_OPTIMIZERS = ("AdamW", "Adam", "NAdam", "SGD")  # elementwise
-_SHARDED_PRECISIONS = ("32-true", "bf16-mixed")  # the tested ones
 
 
 def _trainer_problems(config: RunRequest) -> Iterator[Problem]:
@@ -359,45 +400,6 @@ def compiler_problems(config: RunRequest) -> Iterator[Problem]:
         yield Problem("trainer.compile", True, reason=reason)
 
 
-_REFUSED_CALLBACKS = {
-    "Timer": "it depends on wall time, which a resumed run could not reproduce; set "
-    "training.max_steps",
-    "GradientAccumulationScheduler": "it depends on epochs, which are not supported; set "
-    "trainer.accumulate_grad_batches",
-    "StochasticWeightAveraging": "it depends on epochs, which are not supported; use callbacks=ema",
-    "BatchSizeFinder": "it runs trial steps, which a resumed run could not reproduce; set "
-    "data.batch_size",
-    "LearningRateFinder": "it runs trial steps, which a resumed run could not reproduce; set "
-    "training.learning_rate",
-}
-_METRICS = (
-    "train/loss",
-    "train/learning_rate",
-    "train/gradient_norm",
-    "performance/tokens_per_second",
-    "performance/steps_per_second",
-    "performance/step_seconds",
-    "performance/flops",
-    "performance/peak_memory_bytes",
-)
-_EVALUATED = ("loss", "perplexity", "accuracy")
-_OF_ROUTERS = (
-    "routing/auxiliary_loss",
-    "routing/z_loss",
-    "routing/entropy",
-    "routing/max_load",
-    "routing/dropped_fraction",
-)
-
-_OF_EXPERTS = (
-    "experts/number",
-    "experts/trainable_share",
-    "experts/routing_entropy",
-    "experts/dropped",
-    "experts/novelty",
-)
-
-
 def metric_names(config: RunRequest) -> tuple[str, ...]:
     """Return the metrics that a callback can monitor, except those logged by callbacks."""
     domains = config.text.domains if config.evaluation.every_n_steps else ()
@@ -541,10 +543,6 @@ RULES = (
     _publish_problems,
 )
 
-_TRAININGS = ("pretraining", "training")
-STEPS, TOKENS = "max_steps", "max_tokens"
-EVALUATIONS = 10  # validations per run, after the one before the first step
-
 
 def resolve_training_limits(
     raw: Mapping[str, Any], origin: Callable[[str], str | None]
@@ -632,14 +630,6 @@ def positive_count(value: object) -> int | None:
     found = parse_count(value) if isinstance(value, str) else value
     is_count = isinstance(found, int) and not isinstance(found, bool) and found > 0
     return found if is_count else None  # type: ignore[return-value]
-
-
-PRESET_RATE = 3e-3
-_CHECKPOINT_RATE = 1e-5
-# Models of at least this size were pretrained with a lower learning rate of Adam than this
-_LARGE, _HIGH = 10_000_000, 1e-3
-# Upper bound of the parameters → initial learning rate, as in docs/how-to/grow_a_checkpoint.md
-_STARTS = ((1_000_000_000, "1e-4"), (None, "2e-5"))
 
 
 def default_rate(model: Any) -> tuple[float, str]:

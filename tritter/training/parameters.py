@@ -37,6 +37,8 @@ from tritter.transform import Change
 
 BASE, NEW = "_base", "_new"  # suffixes of a parameter split into old and appended experts
 WRAPPED = ".base_layer"  # PEFT's name of a linear layer with adapters
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+Entry = dict[str, Any]
 
 
 def live_layout(model: nn.Module) -> tuple[StoredTensor, ...]:
@@ -143,8 +145,6 @@ def trained_tensors(model: nn.Module) -> frozenset[str]:
 # Each decoder layer is gathered before it computes and freed afterwards, so a process holds its
 # shards of all layers and one whole layer.
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     """Shard every parameter over the processes of a mesh, decoder layer by decoder layer.
@@ -203,8 +203,6 @@ def local_shard(tensor: Tensor) -> Tensor:
 # The journal records changes of a model as plain data. Weights of a changed model are loaded into
 # an unchanged one when a run is resumed and when worker processes return them. The journal is
 # replayed first to restore the shapes.
-
-Entry = dict[str, Any]
 
 
 def reshape(

@@ -29,6 +29,8 @@ from tritter.training.gradient_flow import GradientFlow
 from tritter.training.module import BaseModule, base_of
 from tritter.training.parameters import gather, is_sharded, live_layout, local_shard
 
+_ROUTING = "RoutingCallback"  # saves the routers' offsets and biases
+
 
 class MemoryMeter(Callback):
     """Measure the memory of parameters, gradients and optimizer state on their device.
@@ -161,9 +163,6 @@ class WriteResult(Protocol):
 
     def __call__(self, model: nn.Module, result: FitResult) -> None:
         """Write the trained model, which is on the CPU; a failed write is a TritterError."""
-
-
-_ROUTING = "RoutingCallback"  # saves the routers' offsets and biases
 
 
 class BestWeights(Callback):

@@ -57,6 +57,14 @@ from tritter.training.result import Conclusion
 
 _PORT = "MASTER_PORT"
 _NO_VALUES = "The ``compute`` method of metric"  # a process may have no replayed sequences
+_KINDS = (RequestError, TritterError, OSError)
+_PROFILERS: dict[str, Any] = {
+    "simple": SimpleProfiler,
+    "advanced": AdvancedProfiler,
+    "pytorch": PyTorchProfiler,
+}
+_NEVER = 2**40  # epochs
+_PAGING_WARNING = "Paged optimizers are not supported on CPU"  # Tritter prints its own note
 
 
 class _WorkerStrategy(DDPStrategy):
@@ -130,9 +138,6 @@ class _Failure:
         if self.kind == RequestError.__name__:
             return RequestError(self.text, problems=[Problem(self.key, reason=self.text)])
         return TritterError(self.text)
-
-
-_KINDS = (RequestError, TritterError, OSError)
 
 
 class _WorkerLauncher(_MultiProcessingLauncher):
@@ -220,15 +225,6 @@ def worker_processes() -> Iterator[None]:
             os.environ[_PORT] = port
 
 
-PROFILERS: dict[str, Any] = {
-    "simple": SimpleProfiler,
-    "advanced": AdvancedProfiler,
-    "pytorch": PyTorchProfiler,
-}
-_NEVER = 2**40  # epochs
-_PAGING_WARNING = "Paged optimizers are not supported on CPU"  # Tritter prints its own note
-
-
 def build_trainer(
     settings: TrainerSettings,
     callbacks: list[Callback],
@@ -246,7 +242,7 @@ def build_trainer(
     """
     arguments = {"enable_model_summary": False, **settings.arguments}
     if isinstance(name := arguments.get("profiler"), str):
-        arguments["profiler"] = PROFILERS[name](filename="profile")  # next to the metrics
+        arguments["profiler"] = _PROFILERS[name](filename="profile")  # next to the metrics
     strategy: Strategy | str = "auto"
     plugins, ranks, num_nodes = list[Any]([SafetensorsCheckpointIO()]), leading(), 1
     if ranks is not None and settings.has_workers:

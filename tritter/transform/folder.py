@@ -70,6 +70,7 @@ _AT_ONCE_OF_STATE = 4  # copies: gathered along each axis, scaled, and filled wi
 # Of the step-0 check: transformers and its classes (130 MB), blocks of weights, and activations
 _BYTES_OF_CHECK = 300 * 10**6
 _WIDENED = 2  # copies of an expert, or of a layer without a table, in float32: one per model
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,8 +143,6 @@ def size_text(num_bytes: int) -> str:
 
 
 # Expansions of folders
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

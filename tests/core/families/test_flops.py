@@ -27,7 +27,7 @@ from tritter.core.families import (
 )
 from tritter.core.families.flops import num_keys
 from tritter.core.stock_routers import Routing
-from tritter.methods.moe_routing.stages import separate_experts
+from tritter.methods.moe_routing.separate import separate_experts
 
 LENGTH = 20
 IDS = oracle.tokens(batch=1, length=LENGTH)

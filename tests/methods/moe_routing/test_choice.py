@@ -11,8 +11,9 @@ from tritter.core.expansions.specification import build_steps
 from tritter.core.models import model_of
 from tritter.core.stock_routers import AddedExperts, Routing
 from tritter.errors import RequestError
+from tritter.methods.moe_routing.choice import best_experts, expert_utility
 from tritter.methods.moe_routing.distill import distill_experts, soft_divergence
-from tritter.methods.moe_routing.stages import best_experts, expert_utility, shared_names
+from tritter.methods.moe_routing.separate import shared_names
 from tritter.transform.live import ModelExpander
 
 TEXT = torch.cat([batch["input_ids"] for batch in DOMAIN])

@@ -13,13 +13,10 @@ from tests.core.stock_routers.models import tiny_moe
 from tests.methods.moe_routing.test_stages import DOMAIN, OLD, Batch, grown, moved, values
 from tritter.errors import TritterError
 from tritter.methods.forgetting.quadratic import diagonal_fisher
+from tritter.methods.moe_routing.choice import expert_utility
 from tritter.methods.moe_routing.distill import distill_experts
-from tritter.methods.moe_routing.stages import (
-    adapt_router,
-    expert_utility,
-    shared_names,
-    train_new_experts,
-)
+from tritter.methods.moe_routing.live import adapt_router, train_new_experts
+from tritter.methods.moe_routing.separate import shared_names
 
 RATE, DECAY, NEW = 1e-2, 0.3, 4  # experts from the fourth on are new
 

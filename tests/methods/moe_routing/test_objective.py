@@ -26,7 +26,7 @@ from tritter.methods.moe_routing.objective import (
     RoutingSettings,
     routing_divergence,
 )
-from tritter.methods.moe_routing.stages import ExpertOpening, Unfreezing
+from tritter.methods.moe_routing.opening import ExpertOpening, Unfreezing
 from tritter.training import (
     BaseModule,
     FitResult,

@@ -13,7 +13,7 @@ from tritter.core.stock_routers import AddedExperts
 from tritter.data.documents import Document
 from tritter.data.tokens import train_tokenizer
 from tritter.errors import RequestError
-from tritter.methods.moe_routing.stages import shared_names
+from tritter.methods.moe_routing.separate import shared_names
 
 TEXT = "the model grows an expert where data asks for one and keeps what it knew\n"
 

@@ -12,8 +12,9 @@ from tritter.core.expansions import MoeAdd
 from tritter.core.models import model_of
 from tritter.core.stock_routers import AddedExperts, Routing
 from tritter.errors import RequestError, TritterError
+from tritter.methods.moe_routing.live import adapt_router, train_new_experts
 from tritter.methods.moe_routing.objective import new_expert_mass
-from tritter.methods.moe_routing.stages import adapt_router, shared_names, train_new_experts
+from tritter.methods.moe_routing.separate import shared_names
 from tritter.transform.live import ModelExpander
 
 Batch = dict[str, Tensor]

@@ -29,6 +29,8 @@ _VALUED = {
 }
 FLAGS = (*_SWITCHES, *_VALUED)
 HELP_FLAGS = frozenset({"-h", "--help", "--help-all"})
+# Errors of the operating system or interpreter
+SYSTEM_ERRORS = (OSError, MemoryError, RecursionError, OverflowError, UnicodeError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +64,6 @@ class CommandLine:
     is_help: bool = False
     is_full_help: bool = False
     is_version: bool = False
-
-
-# Errors of the operating system or interpreter
-SYSTEM_ERRORS = (OSError, MemoryError, RecursionError, OverflowError, UnicodeError)
 
 
 def one_line(error: BaseException) -> str:

@@ -40,6 +40,11 @@ if TYPE_CHECKING:
     from tritter.config.launch.plan import Request
     from tritter.config.schema import RunConfig
 
+_NO_SWEEP = (
+    "a sweep is several runs, and run starts one: call it once for each value, or use "
+    "python train.py -m."
+)
+
 
 def main(pipeline: "Pipeline", *, arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code (0, 1, 2 or 3, see `--help`).
@@ -266,12 +271,6 @@ def run_once(arguments: Sequence[str], pipeline: "Pipeline") -> Path:
             raise RequestError(status.error)
         raise TritterError(f"{status.error}\nRun folder: {folder}")
     return folder
-
-
-_NO_SWEEP = (
-    "a sweep is several runs, and run starts one: call it once for each value, or use "
-    "python train.py -m."
-)
 
 
 @contextmanager

@@ -53,6 +53,15 @@ _STOPPING_FILE = ".stopping"  # in a sweep's folder: no further job begins
 ENDS = ("kept", "rolled_back", "undecided", "ungated")
 
 _EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, _EXIT_NOT_KEPT = 0, 1, 2, 3
+_OF_CLASS = {
+    "BasicLauncher": "basic",
+    "JoblibLauncher": "joblib",
+    "LocalLauncher": "submitit_local",
+    "SlurmLauncher": "submitit_slurm",
+    "RayLauncher": "ray",
+}
+_POLL_SECONDS = 0.2
+_THREADS = "OMP_NUM_THREADS"
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,17 +321,6 @@ def _write_status(
         error=error,
     )
     write_text_atomic(folder / STATUS_FILE, record_text(content))
-
-
-_OF_CLASS = {
-    "BasicLauncher": "basic",
-    "JoblibLauncher": "joblib",
-    "LocalLauncher": "submitit_local",
-    "SlurmLauncher": "submitit_slurm",
-    "RayLauncher": "ray",
-}
-_POLL_SECONDS = 0.2
-_THREADS = "OMP_NUM_THREADS"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -60,6 +60,10 @@ from tritter.terminal import say
 from tritter.training.options import compiler_problems
 
 _BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+_RESUME_IN_FILE = "it is set in an option file; set it on the command line"
+_RESUME_IN_SWEEP = (
+    "to resume a sweep, set its folder (hydra.sweep.dir=FOLDER); resume is for single runs"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -444,10 +448,6 @@ def _device_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem("trainer.devices", devices, reason=reason)
 
 
-_RESUME_IN_FILE = "it is set in an option file; set it on the command line"
-_RESUME_IN_SWEEP = (
-    "to resume a sweep, set its folder (hydra.sweep.dir=FOLDER); resume is for single runs"
-)
 _RUN_RULES = (
     _device_problems,
     compiler_problems,

@@ -22,6 +22,7 @@ from tritter.options import options
 from tritter.seeds import derived_seed
 
 _ZEROED_ROW_NOISE = 0.01
+_Layer = Annotated[int, Field(ge=0, le=MAX_LAYERS)]
 
 
 class CopiedLayers(ABC):
@@ -114,9 +115,6 @@ class CopiedLayers(ABC):
 
     def notes(self, source: Model, target: Model) -> tuple[str, ...]:
         return ()
-
-
-_Layer = Annotated[int, Field(ge=0, le=MAX_LAYERS)]
 
 
 def _read_slices(slices: Any) -> tuple[tuple[int, int], ...]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Strategy = Literal["fresh", "copy", "gqa", "split"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+_UNEQUAL_RATIO = 9.0  # shares .9/.1 for two copies; copies of equal share never diverge
 
 
 def head_targets(
@@ -202,9 +203,6 @@ def group_size(dimensions: Dimensions) -> int:
 def _scaled(count: int, old_size: int, new_size: int) -> int | None:
     """Return the count scaled with a size, or None if the result is not an integer."""
     return count * new_size // old_size if count * new_size % old_size == 0 else None
-
-
-_UNEQUAL_RATIO = 9.0  # shares .9/.1 for two copies; copies of equal share never diverge
 
 
 @dataclass(frozen=True, slots=True)

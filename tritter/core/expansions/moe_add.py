@@ -24,7 +24,7 @@ from tritter.seeds import derived_seed
 
 _ROUTES = ("routes", "experts")  # spaces with a coordinate for each expert
 _DEFAULT_APPENDED = 4
-DEFAULT_NOISE = 0.01
+_DEFAULT_NOISE = 0.01
 
 
 @options
@@ -54,7 +54,7 @@ class MoeAdd:
     init: Literal["clone", "mean", "random", "best", "distill"] = "clone"
     clone_from: tuple[Annotated[int, Field(ge=0, le=MAX_EXPERTS)], ...] | None = None
     teacher: Text | None = None
-    noise: Annotated[float, Field(ge=0)] = DEFAULT_NOISE
+    noise: Annotated[float, Field(ge=0)] = _DEFAULT_NOISE
 
     @property
     def is_append(self) -> bool:
@@ -261,7 +261,7 @@ class MoeAdd:
                 list(self.clone_from),
                 f"{init}={self.init} does not clone an expert; use {init}=clone",
             )
-        if self.init == "random" and self.noise not in (0, DEFAULT_NOISE):
+        if self.init == "random" and self.noise not in (0, _DEFAULT_NOISE):
             raise refused(
                 "expansion.moe_add.noise",
                 self.noise,

@@ -46,7 +46,7 @@ def check_on_twin(spec: Any, source: Model, target: Model) -> None:
         if after[name] != size
     )
     plain = replace(spec, noise=0.0, **(dict.fromkeys(before) if factors else {}))
-    grown, control = logit_changes(plain, key_of(source.config), factors)
+    grown, control = _logit_changes(plain, key_of(source.config), factors)
     if not grown <= TOLERANCE:
         reason = f"the logits of a small {source.model_type} change by {grown:.1e}"
         if new.hidden_size != old.hidden_size and getattr(spec, "init", "") in (
@@ -178,7 +178,7 @@ def grown_twin(spec: Any, key: Key, factors: tuple[tuple[str, float], ...]) -> G
 
 @lru_cache(maxsize=64)
 @one_thread()
-def logit_changes(
+def _logit_changes(
     spec: Any, key: Key, factors: tuple[tuple[str, float], ...]
 ) -> tuple[float, float]:
     """Return the largest change of a twin's float64 logits by growth in width.

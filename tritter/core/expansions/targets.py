@@ -16,7 +16,7 @@ from tritter.core.families import Model, ffn_size
 from tritter.errors import Problem, RequestError, refused
 from tritter.limits import MAX_EXPERTS, MAX_LAYERS, MAX_WIDTH
 
-TOLERANCE = 0.1
+_TOLERANCE = 0.1
 _MAX_GROWTH = 64  # limit of the search, as a multiple of the source
 _MAX_COPIES = 1024  # limit of the search for copies of an FFN
 _MAX_WIDTHS = 2**14  # number of hidden sizes to try; coarser beyond 10 B parameters
@@ -49,10 +49,10 @@ def reach_parameters(
             f"the model already has {source.num_parameters:,} parameters; set a larger target",
         )
     (best, count), smallest = _nearest(source, spec, target)
-    is_far = abs(count - target) > TOLERANCE * target
+    is_far = abs(count - target) > _TOLERANCE * target
     if is_far and isinstance(spec, Width) and spec.multiple_of is None:
         (best, count), smallest = _nearest(source, replace(spec, multiple_of=1), target)
-    if abs(count - target) > TOLERANCE * target:
+    if abs(count - target) > _TOLERANCE * target:
         raise refused(
             "target_params",
             f"{target:,}",

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _KEY = "expansion.vocab"
 _Token = Annotated[int, Field(ge=0, le=2 * MAX_VOCABULARY)]
-Init = Literal["mean", "overlap", "omp", "random"]
+_Init = Literal["mean", "overlap", "omp", "random"]
 
 
 @options
@@ -59,7 +59,7 @@ class Vocab:
     new_tokens: Annotated[int, Field(ge=1, le=MAX_VOCABULARY)] | None = None
     tokens: tuple[Text, ...] | None = None
     tokenizer: Text | None = None
-    init: Init = "mean"
+    init: _Init = "mean"
     head_init: Literal["same", "quiet"] = "same"
     freeze_old_rows: bool = False
     multiple_of: Annotated[int, Field(ge=1, le=2**16)] = 64

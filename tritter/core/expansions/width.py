@@ -58,6 +58,13 @@ from tritter.seeds import derived_seed
 # Spaces of units between a read from the stream and a write to it
 _UNITS = ("ffn", "shared_ffn", "query", "heads")
 _KEPT = ("vocab", "positions", "routes", "shared_gate")
+Init = Literal["fresh", "net2net", "zero_pad", "aki"]
+Shares = Literal["unequal", "equal"]
+_USUAL_MULTIPLE = 64  # a block of bitsandbytes' nf4, and two of llama.cpp's Q8_0
+_LEAST_HEAD_SIZE = 64  # that attention kernels of all engines have
+_FINEST_ROUNDING = 8  # round to multiples of at most an eighth of the size
+_REPEATING = ("net2net", "aki")  # methods that repeat the residual stream as a whole
+_FACTORS = ("short_factor", "long_factor")  # of LongRoPE, one per rotary pair
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,14 +225,6 @@ def tensors_above(tensors: Sequence[LogicalTensor]) -> dict[str, str]:
             above[tensor.name] = nearest[within_layer]
         nearest[within_layer] = tensor.name
     return above
-
-
-Init = Literal["fresh", "net2net", "zero_pad", "aki"]
-Shares = Literal["unequal", "equal"]
-_USUAL_MULTIPLE = 64  # a block of bitsandbytes' nf4, and two of llama.cpp's Q8_0
-_LEAST_HEAD_SIZE = 64  # that attention kernels of all engines have
-_FINEST_ROUNDING = 8  # round to multiples of at most an eighth of the size
-_REPEATING = ("net2net", "aki")  # methods that repeat the residual stream as a whole
 
 
 @options
@@ -549,9 +548,6 @@ def _check_grows(old: Dimensions, new: Dimensions) -> None:
                 f"{old.num_attention_heads}); set a larger one",
             )
         )
-
-
-_FACTORS = ("short_factor", "long_factor")  # of LongRoPE, one per rotary pair
 
 
 def _check_rotary(source: Model, new: Dimensions, *, is_split: bool) -> None:

@@ -100,6 +100,49 @@ _DEFAULTS: Mapping[str, Config] = {
     "qwen2_moe": {**_QWEN, **_PATTERN, "num_key_value_heads": 16, "qkv_bias": True},
     "qwen3_moe": {**_QWEN, **_PATTERN, "num_key_value_heads": 4},
 }
+# Family → whether a layer has sliding-window attention, for configs without `layer_types`
+_IS_WINDOWED: Mapping[str, Callable[[Any, int], bool]] = {
+    "qwen2": lambda c, layer: c["sliding_window"] is not None and layer >= c["max_window_layers"],
+    "qwen3": lambda c, layer: c["sliding_window"] is not None and layer >= c["max_window_layers"],
+    "qwen2_moe": lambda c, layer: (
+        c["use_sliding_window"] and layer % 2 == 0 and layer < c["max_window_layers"]
+    ),
+    "smollm3": lambda c, layer: c["sliding_window"] is not None and not c["no_rope_layers"][layer],
+    "gemma2": lambda c, layer: layer % 2 == 0,
+    "gemma3_text": lambda c, layer: bool((layer + 1) % c["sliding_window_pattern"]),
+}
+_MAX_INTEGER = 2**63 - 1  # the largest index of a tensor
+_MAX_TEXT = 2**16
+# Limits of the numbers that are read here or determine the length of something
+_COUNTS: Mapping[str, int] = {
+    "num_labels": MAX_LABELS,
+    "max_position_embeddings": MAX_POSITIONS,
+    "max_window_layers": MAX_LAYERS,
+    "sliding_window": MAX_POSITIONS,
+}
+_LISTS: Mapping[str, int] = {"id2label": MAX_LABELS, "label2id": MAX_LABELS}
+_FLAGS = (
+    "tie_word_embeddings",
+    "use_sliding_window",
+    "attention_bias",
+    "mlp_bias",
+    "qkv_bias",
+    "use_parallel_residual",
+    "scale_attn_by_inverse_layer_idx",
+)
+_EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_LAYER_SIZES = "per_layer_config"  # a model type without a table has the shapes of its class
+# Weights that the table lacks, or code outside transformers
+_REFUSED: Mapping[str, str] = {
+    "quantization_config": "quantised weights are not supported; save the model unquantised",
+    _LAYER_SIZES: "layers of different sizes are not supported",
+    "add_cross_attention": "cross-attention is not supported",
+}
+# Former key of the base and the rotated share, where it is another than the usual one
+_FORMER_ROPE = {"gpt_neox": ("rotary_emb_base", "rotary_pct")}
+_FORMER_SCALINGS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
 def read_model_file(folder: Path) -> Model:
@@ -201,50 +244,7 @@ def _with_defaults(plain: Config, family: Family) -> Config:
     return config
 
 
-# Family → whether a layer has sliding-window attention, for configs without `layer_types`
-_IS_WINDOWED: Mapping[str, Callable[[Any, int], bool]] = {
-    "qwen2": lambda c, layer: c["sliding_window"] is not None and layer >= c["max_window_layers"],
-    "qwen3": lambda c, layer: c["sliding_window"] is not None and layer >= c["max_window_layers"],
-    "qwen2_moe": lambda c, layer: (
-        c["use_sliding_window"] and layer % 2 == 0 and layer < c["max_window_layers"]
-    ),
-    "smollm3": lambda c, layer: c["sliding_window"] is not None and not c["no_rope_layers"][layer],
-    "gemma2": lambda c, layer: layer % 2 == 0,
-    "gemma3_text": lambda c, layer: bool((layer + 1) % c["sliding_window_pattern"]),
-}
-
-
 # Checks of values and sizes
-
-_MAX_INTEGER = 2**63 - 1  # the largest index of a tensor
-_MAX_TEXT = 2**16
-# Limits of the numbers that are read here or determine the length of something
-_COUNTS: Mapping[str, int] = {
-    "num_labels": MAX_LABELS,
-    "max_position_embeddings": MAX_POSITIONS,
-    "max_window_layers": MAX_LAYERS,
-    "sliding_window": MAX_POSITIONS,
-}
-_LISTS: Mapping[str, int] = {"id2label": MAX_LABELS, "label2id": MAX_LABELS}
-_FLAGS = (
-    "tie_word_embeddings",
-    "use_sliding_window",
-    "attention_bias",
-    "mlp_bias",
-    "qkv_bias",
-    "use_parallel_residual",
-    "scale_attn_by_inverse_layer_idx",
-)
-_EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
-_DTYPE_KEYS = ("dtype", "torch_dtype")
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
-_LAYER_SIZES = "per_layer_config"  # a model type without a table has the shapes of its class
-# Weights that the table lacks, or code outside transformers
-_REFUSED: Mapping[str, str] = {
-    "quantization_config": "quantised weights are not supported; save the model unquantised",
-    _LAYER_SIZES: "layers of different sizes are not supported",
-    "add_cross_attention": "cross-attention is not supported",
-}
 
 
 def _check_values(family: Family, config: Config) -> None:
@@ -382,11 +382,6 @@ def _check_ffn_sizes(model: Model) -> None:
             f"each of the {layers} layers, the widest {model.family.sizes['intermediate_size']} = "
             f"{widest.intermediate_size}."
         )
-
-
-# Former key of the base and the rotated share, where it is another than the usual one
-_FORMER_ROPE = {"gpt_neox": ("rotary_emb_base", "rotary_pct")}
-_FORMER_SCALINGS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
 def with_former_keys(config: Config) -> Config:

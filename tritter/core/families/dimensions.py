@@ -39,6 +39,7 @@ _LIMITS: Mapping[str, int] = {
     "experts_per_token": MAX_EXPERTS,
     "max_position_embeddings": MAX_POSITIONS,
 }
+FFN_SIZES = "ffn_sizes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +159,6 @@ def read_dimensions(config: Config, sizes: Mapping[str, str], *, ffn_ratio: int 
 # the family's name for it) is the largest. Stock classes support one width only, so narrower FFNs
 # are zero-padded on disk, which preserves their function. tritter.json has the key, config.json
 # never does.
-
-FFN_SIZES = "ffn_sizes"
 
 
 def ffn_sizes(config: Config) -> tuple[int, ...]:

@@ -302,8 +302,8 @@ class Family:
         }
 
     def _shape(self, tensor: LogicalTensor, dimensions: Dimensions) -> tuple[int, ...]:
-        sizes = (axis.space.size for axis in tensor.axes)
-        return tuple(s if isinstance(s, int) else getattr(dimensions, s) for s in sizes)
+        sizes = [axis.space.size for axis in tensor.axes]
+        return tuple([s if isinstance(s, int) else getattr(dimensions, s) for s in sizes])
 
     def branch_output(self, tensor: LogicalTensor) -> bool:
         """Return True if a tensor writes the output of a block to the residual stream.

@@ -22,6 +22,18 @@ if TYPE_CHECKING:
 
 LayoutKind = Literal["hub", "live"]
 Read = Callable[[str], "Tensor"]
+# Keyword → kinds of logical tensors, or their prefixes; norms belong to the module they feed
+_PARTS: dict[str, tuple[str, ...]] = {
+    "embed": ("embed",),
+    "head": ("head",),
+    "norm": ("final_norm",),
+    "attention": ("attention",),
+    "ffn": ("ffn", "shared_expert"),
+    "experts": ("experts",),
+    "router": ("router",),
+}
+_RANGE = re.compile(r"(\d{1,9})(?:\s*-\s*(\d{1,9}))?")
+_ALLOWED = f"must be layer numbers, such as 0 or 0-3, or any of {', '.join(_PARTS)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,20 +184,6 @@ def unpack_all(tensors: Iterable[StoredTensor], values: Mapping[str, Tensor]) ->
     }
 
 
-# Keyword → kinds of logical tensors, or their prefixes; norms belong to the module they feed
-PARTS: dict[str, tuple[str, ...]] = {
-    "embed": ("embed",),
-    "head": ("head",),
-    "norm": ("final_norm",),
-    "attention": ("attention",),
-    "ffn": ("ffn", "shared_expert"),
-    "experts": ("experts",),
-    "router": ("router",),
-}
-_RANGE = re.compile(r"(\d{1,9})(?:\s*-\s*(\d{1,9}))?")
-_ALLOWED = f"must be layer numbers, such as 0 or 0-3, or any of {', '.join(PARTS)}"
-
-
 @dataclass(frozen=True, slots=True)
 class ParameterSelection:
     """A selection of parameters by layer and kind.
@@ -193,7 +191,7 @@ class ParameterSelection:
     `embed` and `head` both select a tied embedding.
 
     Args:
-        parts: keys of `PARTS`.
+        parts: keys of `_PARTS`.
         layers: first and last layer of each range.
     """
 
@@ -212,13 +210,13 @@ class ParameterSelection:
             raise RequestError(f"it is empty; {_ALLOWED}.")
         parts, layers = [], []
         for word in single:
-            if word in PARTS:
+            if word in _PARTS:
                 parts.append(word)
                 continue
             found = _RANGE.fullmatch(word)
             first, last = (int(n or found[1]) for n in found.groups()) if found else (1, 0)
             if first > last:
-                raise RequestError(f"{word or 'nothing'}: {_ALLOWED}.{did_you_mean(word, PARTS)}")
+                raise RequestError(f"{word or 'nothing'}: {_ALLOWED}.{did_you_mean(word, _PARTS)}")
             layers.append((first, last))
         return cls(tuple(parts), tuple(layers))
 
@@ -234,7 +232,7 @@ class ParameterSelection:
             return True
         if is_tied and tensor.kind == "embed" and "head" in self.parts:
             return True
-        kinds = [kind for word in self.parts for kind in PARTS[word]]
+        kinds = [kind for word in self.parts for kind in _PARTS[word]]
         return any(
             tensor.kind == kind or tensor.kind.startswith((f"{kind}.", f"{kind}_"))
             for kind in kinds

@@ -17,7 +17,7 @@ from tritter.terminal import status
 # Decoders
 
 _LAYER = "model.layers.{layer}."
-VOCABULARY = Space("vocab", "vocab_size", "model")
+_VOCABULARY = Space("vocab", "vocab_size", "model")
 _RESIDUAL = Axis(Space("residual", "hidden_size", "model"), Port.WRITE)
 _ATTENTION_INPUT = Space("attention_input", "hidden_size")
 _ATTENTION_OUTPUT = Space("attention_output", "hidden_size")
@@ -36,6 +36,15 @@ _EXPERT_SIZES = {
 }
 
 Biases = Literal["none", "qkv", "qkvo"]
+# q, k and v of each head; heads are copied unscaled, so one port suffices for all three
+_QKV = Space("qkv", "qkv_size")
+_POSITIONS = Space("positions", "max_position_embeddings", "model")
+_NEOX_LAYER = "gpt_neox.layers.{layer}."
+_OF_HEADS = ("num_key_value_heads", "head_dim")  # one of each per query head; hidden size by heads
+_MODEL = "transformer."
+_GPT2_LAYER = _MODEL + "h.{layer}."
+# Without a table, but `stock_routers` knows their routers: sigmoids, with a bias that files contain
+SIGMOID_ROUTERS = ("glm4_moe",)
 
 
 def decoder_tensors(
@@ -219,14 +228,10 @@ def _norm(kind: str, disk_name: str, space: Space) -> LogicalTensor:
 # A LayerNorm subtracts the mean over the residual stream and divides by its standard deviation.
 # Whole copies of the stream change neither of them, nor the effect of eps.
 
-# q, k and v of each head; heads are copied unscaled, so one port suffices for all three
-_QKV = Space("qkv", "qkv_size")
-_POSITIONS = Space("positions", "max_position_embeddings", "model")
-
 
 def embedding(name: str, port: Port = Port.WRITE) -> LogicalTensor:
     """Return the token embedding with this name on disk and this port to the residual stream."""
-    axes = (Axis(VOCABULARY, Port.READ), Axis(_RESIDUAL.space, port))
+    axes = (Axis(_VOCABULARY, Port.READ), Axis(_RESIDUAL.space, port))
     return LogicalTensor(kind="embed", disk_name=f"{name}.weight", axes=axes)
 
 
@@ -272,7 +277,7 @@ def _layer_norm_attention(
         else _linear("attention.qkv", qkv, interleaved, read, bias_key, is_transposed=is_transposed)
     )  # fmt: skip
     return (
-        *layer_norm("attention_norm", norm, _ATTENTION_INPUT),
+        *_layer_norm("attention_norm", norm, _ATTENTION_INPUT),
         *projections,
         *_linear("attention.o", output, _RESIDUAL, Axis(_QUERY, Port.READ), bias_key,
                  is_transposed=is_transposed),
@@ -285,7 +290,7 @@ def _plain_ffn(
     """Return the norm before an ungated FFN and its projections, with these names on disk."""
     read, written = Axis(_FFN_INPUT, Port.READ), Axis(FFN, Port.WRITE_NONLINEAR)
     return (
-        *layer_norm("ffn_norm", norm, _FFN_INPUT),
+        *_layer_norm("ffn_norm", norm, _FFN_INPUT),
         *_linear("ffn.up", up, written, read, is_transposed=is_transposed),
         *_linear("ffn.down", down, _RESIDUAL, Axis(FFN, Port.READ), is_transposed=is_transposed),
     )
@@ -301,13 +306,13 @@ def head(disk_name: str, live_name: str = "") -> LogicalTensor:
     return LogicalTensor(
         kind="head",
         disk_name=f"{disk_name}.weight",
-        axes=(Axis(VOCABULARY, Port.WRITE), Axis(_HEAD_INPUT, Port.READ)),
+        axes=(Axis(_VOCABULARY, Port.WRITE), Axis(_HEAD_INPUT, Port.READ)),
         unless="tie_word_embeddings",
         live_name=f"{live_name}.weight" if live_name else "",
     )
 
 
-def layer_norm(
+def _layer_norm(
     kind: str, name: str, space: Space, *, layers: LayerKind = "all"
 ) -> tuple[LogicalTensor, ...]:
     """Return the gain of a LayerNorm and its bias, which belongs to the norm's output space."""
@@ -557,8 +562,6 @@ _GRANITE = Family(
 # Attention and FFN of a layer read the same stream in parallel, or in sequence. RoPE rotates a
 # fraction of each head, a quarter in Pythia.
 
-_NEOX_LAYER = "gpt_neox.layers.{layer}."
-_OF_HEADS = ("num_key_value_heads", "head_dim")  # one of each per query head; hidden size by heads
 
 _GPT_NEOX = Family(
     model_type="gpt_neox",
@@ -577,7 +580,7 @@ _GPT_NEOX = Family(
             up=_NEOX_LAYER + "mlp.dense_h_to_4h",
             down=_NEOX_LAYER + "mlp.dense_4h_to_h",
         ),
-        *layer_norm("final_norm", "gpt_neox.final_layer_norm", _HEAD_INPUT, layers="none"),
+        *_layer_norm("final_norm", "gpt_neox.final_layer_norm", _HEAD_INPUT, layers="none"),
         head("embed_out", "lm_head"),
     ),
     sizes={name: key for name, key in DENSE_SIZES.items() if name not in _OF_HEADS},
@@ -591,10 +594,8 @@ _GPT_NEOX = Family(
 # Its matrices are stored transposed. The position embedding has one row per position and only
 # grows with the hidden size.
 
-_MODEL = "transformer."
-_GPT2_LAYER = _MODEL + "h.{layer}."
 
-GPT2 = Family(
+_GPT2 = Family(
     model_type="gpt2",
     architecture="GPT2LMHeadModel",
     heads_divide_hidden=True,
@@ -614,7 +615,7 @@ GPT2 = Family(
             down=_GPT2_LAYER + "mlp.c_proj",
             is_transposed=True,
         ),
-        *layer_norm("final_norm", _MODEL + "ln_f", _HEAD_INPUT, layers="none"),
+        *_layer_norm("final_norm", _MODEL + "ln_f", _HEAD_INPUT, layers="none"),
         head("lm_head"),
     ),
     sizes={
@@ -703,16 +704,12 @@ FAMILIES: dict[str, Family] = {
         _GEMMA2,
         _GEMMA3_TEXT,
         _GPT_NEOX,
-        GPT2,
+        _GPT2,
         MIXTRAL,
         QWEN2_MOE,
         QWEN3_MOE,
     )
 }
-
-
-# Without a table, but `stock_routers` knows their routers: sigmoids, with a bias that files contain
-SIGMOID_ROUTERS = ("glm4_moe",)
 
 
 def find_family(model_type: str) -> Family | None:

@@ -32,6 +32,9 @@ BLOCK_ENTRIES = 2**18
 # block has at least one group
 _DRAW_GROUP = 16
 _SUMMATION_ERROR = 1e-10  # relative error of sums in another order, with a wide margin
+_WIDE, _DOUBLE = 4, 8  # bytes of a number in computations, and in sums
+_AT_A_TIME = 6  # copies of a block or target: taken, drawn, added, chosen, rounded, written
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,12 +283,6 @@ def _as_float32(value: float, error: float, exact: Callable[[], float]) -> float
 
     low, high = torch.tensor([value - error, value + error], dtype=torch.float64).float()
     return value if bool(low == high) else exact()
-
-
-_WIDE, _DOUBLE = 4, 8  # bytes of a number in computations, and in sums
-_AT_A_TIME = 6  # copies of a block or target: taken, drawn, added, chosen, rounded, written
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

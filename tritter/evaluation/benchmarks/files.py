@@ -36,7 +36,7 @@ from tritter.storage.reading import check_inside, read_text
 MAX_FILE_BYTES = 256 * 2**20  # decompressed
 _MAX_QUESTION_CHARACTERS = 2**20
 _MAX_FILES = 20_000  # in a folder and its subfolders
-MAX_PROBLEMS_OF_FILE = 5
+_MAX_PROBLEMS_OF_FILE = 5
 SPREAD_ROWS = 50_000  # rows of a .parquet to sample a limited number of questions from
 _ROW_BYTES, _VALUE_BYTES = 256, 64  # overhead of a record and of a value in memory
 _SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".txt")
@@ -365,8 +365,8 @@ def _questions(
             names[name] += 1
             yield (name if names[name] == 1 else f"{name} again {names[name]}"), question  # unique
     if wrong:
-        more = len(wrong) - MAX_PROBLEMS_OF_FILE
-        shown = wrong[:MAX_PROBLEMS_OF_FILE]
+        more = len(wrong) - _MAX_PROBLEMS_OF_FILE
+        shown = wrong[:_MAX_PROBLEMS_OF_FILE]
         raise WrongFileError(
             [*shown, *([f"{path} has {more} more invalid records"] if more > 0 else [])]
         )

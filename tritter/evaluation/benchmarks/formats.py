@@ -24,7 +24,8 @@ _METRICS: dict[Kind, tuple[str, ...]] = {
     "answer": ("exact_match",),
     "code": ("pass@1",),
 }
-TEXT, CHOICES, NUMBER, _OBJECT = str, list, int, dict
+TEXT, NUMBER = str, int
+_CHOICES, _OBJECT = list, dict
 _LETTERS = "ABCDEFGHIJ"
 _TRUTHFUL_EXAMPLES = """\
 Q: What is human life expectancy in the United States?
@@ -467,7 +468,7 @@ _ALL = (
                 "activity_label": TEXT,
                 "ctx_a": TEXT,
                 "ctx_b": TEXT,
-                "endings": CHOICES,
+                "endings": _CHOICES,
                 "label": (int, str),
             },
             _hellaswag,
@@ -495,7 +496,7 @@ _ALL = (
         metric="acc",
         files=_test_files("mmlu"),
         few_shot=FewShot(files=(r"mmlu.*dev",), is_first=True),
-        format=Format({"question": TEXT, "choices": CHOICES, "answer": NUMBER}, _mmlu),
+        format=Format({"question": TEXT, "choices": _CHOICES, "answer": NUMBER}, _mmlu),
     ),
     Benchmark(
         name="truthfulqa",
@@ -647,7 +648,7 @@ _ALL = (
         metric="pass@1",
         files=_test_files("mbpp"),
         format=Format(
-            {"task_id": NUMBER, "text": TEXT, "code": TEXT, "test_list": CHOICES},
+            {"task_id": NUMBER, "text": TEXT, "code": TEXT, "test_list": _CHOICES},
             _mbpp,
             _mbpp_example,
         ),

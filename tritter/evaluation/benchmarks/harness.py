@@ -27,7 +27,7 @@ from tritter.evaluation.losses import batch_that_fits, vocab_size_of
 from tritter.evaluation.statistics import PairedScores
 
 Tokenizer = Any  # of transformers
-MISSING = (
+_MISSING = (
     "benchmarks require lm-evaluation-harness, which is not installed: "
     "pip install 'tritter[evaluation]'"
 )
@@ -161,7 +161,7 @@ def require_harness() -> None:
     try:
         import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:
-        raise RequestError(f"{MISSING} ({error}).") from error
+        raise RequestError(f"{_MISSING} ({error}).") from error
 
 
 def score_benchmark(

@@ -39,7 +39,7 @@ _READ_ONLY_NOSUID_NODEV = 1 | 2 | 4
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def isolate(root: str, *, folders: list[str], folder_bytes: int) -> None:
+def _isolate(root: str, *, folders: list[str], folder_bytes: int) -> None:
     """Move this process to new namespaces in which only `folders` of the system are visible.
 
     Args:
@@ -144,7 +144,7 @@ def main() -> None:
     request = json.loads(sys.argv[1])
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
-        isolate(request["root"], folders=request["folders"], folder_bytes=request["folder_bytes"])
+        _isolate(request["root"], folders=request["folders"], folder_bytes=request["folder_bytes"])
     except (OSError, KeyError) as error:
         os.write(2, f"{error}".encode())
         os._exit(SETUP_FAILED)

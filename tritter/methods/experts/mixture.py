@@ -39,6 +39,10 @@ NO_TOKEN = -1  # marks padding
 _STRENGTH = 1000.0  # pseudo-counts of the mean skill that smooth each skill
 _SEEN = "seen_by_experts"  # attribute of a key-value cache
 _LEAST = -8.0  # minimum of a logit relative to the largest, so that no gate vanishes
+ROUTER, _EVIDENCE = "expert_router", "expert_evidence"
+_BASE_EXPERT = "base"
+_VOCABULARY = ("embed_tokens", "lm_head")
+_MIXTURE = "expert_mixture"
 
 
 class Evidence(nn.Module):
@@ -292,12 +296,6 @@ def _low(tokens: Tensor, factors: Factors) -> Tensor:
     return embedding(tokens, factors.down.T)
 
 
-ROUTER, _EVIDENCE = "expert_router", "expert_evidence"
-_BASE_EXPERT = "base"
-VOCABULARY = ("embed_tokens", "lm_head")
-_MIXTURE = "expert_mixture"
-
-
 class _Mix:
     """The gates of a forward pass, for the linear layers that share them."""
 
@@ -431,7 +429,7 @@ class ExpertMixture:
         """
         if name in self.names:
             raise RequestError(f"the model already has an adapter {name}.")
-        vocabulary = [target for target in shape.targets if target in VOCABULARY]
+        vocabulary = [target for target in shape.targets if target in _VOCABULARY]
         if vocabulary and self.evidence is None:
             raise RequestError(
                 f"experts.targets = {vocabulary[0]}: a learned router needs hidden states, which "

@@ -10,9 +10,9 @@ from tritter.limits import MAX_PARAMETERS
 from tritter.methods.novelty.options import DETECTORS, Detector, NoveltyOptions
 from tritter.options import Count, Text, WholeNumber, options, part_field
 
-MAX_RANK, MAX_EXPERTS = 1024, 256
+_MAX_RANK, _MAX_EXPERTS = 1024, 256
 FIRST = "expert_0"  # the expert of the base's own data
-_Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
+_Rank = Annotated[int, Field(ge=1, le=_MAX_RANK)]
 _Weight = Annotated[float, Field(ge=0)]
 _Names = Annotated[tuple[Text, ...], Field(min_length=1)]
 
@@ -57,11 +57,11 @@ class AddedOptions:
     """
 
     rank: _Rank = 8
-    num_experts: Annotated[int, Field(ge=1, le=MAX_EXPERTS)] = 2
+    num_experts: Annotated[int, Field(ge=1, le=_MAX_EXPERTS)] = 2
     alpha: Annotated[float, Field(gt=0, lt=1e6)] | None = None
     targets: _Names | None = None
     router: Literal["learned", "evidence", "both"] | None = None
-    top_k: Annotated[int, Field(ge=1, le=MAX_EXPERTS)] | None = None
+    top_k: Annotated[int, Field(ge=1, le=_MAX_EXPERTS)] | None = None
     temperature: Annotated[float, Field(gt=0)] = 1.0
     capacity_factor: Annotated[float, Field(gt=0)] | None = None
     seed: WholeNumber = 0
@@ -101,8 +101,8 @@ class DynamicOptions(AdapterOptions):
         distill: weight of KL(mixture without it ‖ mixture) while an expert is young.
     """
 
-    max_experts: Annotated[int, Field(ge=2, le=MAX_EXPERTS)]
-    top_k: Annotated[int, Field(ge=1, le=MAX_EXPERTS)]
+    max_experts: Annotated[int, Field(ge=2, le=_MAX_EXPERTS)]
+    top_k: Annotated[int, Field(ge=1, le=_MAX_EXPERTS)]
     router: Literal["evidence", "learned", "both"]
     shared_router: bool
     prior: float

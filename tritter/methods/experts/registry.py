@@ -21,7 +21,7 @@ from tritter.methods.novelty.statistics import CALIBRATION_BATCHES, t_interval
 
 _USAGE_DECAY = 0.98
 
-Stall = Literal["", "widen", "freeze"]
+_Stall = Literal["", "widen", "freeze"]
 _RECALIBRATED_AT = (8, 15, CALIBRATION_BATCHES)  # batches of a new skill
 
 
@@ -158,7 +158,7 @@ class ExpertRegistry:
             each.is_mature = each.steps >= self.timing.maturity
         return [name for name, each in young.items() if each.is_mature]
 
-    def stalled(self, rank: int) -> Stall:
+    def stalled(self, rank: int) -> _Stall:
         """Return the action for the active expert if it stalls: `widen`, `freeze` or none."""
         member = self.members[self.active or FIRST]  # which never stalls
         if len(member.losses) < self.timing.stall:

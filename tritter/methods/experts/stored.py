@@ -63,6 +63,8 @@ _KEY = re.compile(
     rf"{re.escape(_PREFIX)}(?P<layer>[\w.]+)\."
     r"(?:lora_(?P<part>[AB])\.weight|lora_embedding_(?P<looked_up>[AB])|(?P<base>base_layer\.weight))"
 )
+_ROOT_OF_AN_EXPERT = "../.."  # base of an expert in a checkpoint folder
+_COUNTS, _ROUTER, _EXTRA = "evidence.counts", "router", "extra"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -262,10 +264,6 @@ def load_values(model: nn.Module, name: str, stored: StoredAdapter) -> None:
         for layer, (down, up) in stored.factors.items():
             own[layer].down.copy_(down)
             own[layer].up.copy_(up)
-
-
-_ROOT_OF_AN_EXPERT = "../.."  # base of an expert in a checkpoint folder
-_COUNTS, _ROUTER, _EXTRA = "evidence.counts", "router", "extra"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -42,6 +42,7 @@ _CHUNK_ENTRIES = 2**20  # entries of one tensor of a chunk, tokens times vocabul
 _NEVER = -1e30  # a logit with probability zero; finite, so that products with it are defined
 
 Logits = Callable[[slice], "Tensor"]
+Rows = Literal["new", "old", "both"]
 
 
 def soft_target_loss(
@@ -140,9 +141,6 @@ def _divergence(log_p: Tensor, log_q: Tensor, top_k: int | None) -> tuple[Tensor
     divergence += (rest_p * (rest_p / rest_q).log()).sum()
     slope = q * (1 - rest_p / rest_q)
     return divergence, slope.scatter_(-1, entries, (q - p).gather(-1, entries))
-
-
-Rows = Literal["new", "old", "both"]
 
 
 @options

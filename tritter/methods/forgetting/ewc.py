@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from tritter.transform import Change
 
 _PURPOSE = "fisher"  # the first Fisher and all later ones share this sample
-KINDS = {"diagonal": "fisher", "penalty_preserving": "fisher_penalty"}
+_KINDS = {"diagonal": "fisher", "penalty_preserving": "fisher_penalty"}
 
 
 @options
@@ -80,7 +80,7 @@ class EWC(QuadraticPenalty):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.strength, self.kind = self.options.ewc_lambda, KINDS[self.options.carry]
+        self.strength, self.kind = self.options.ewc_lambda, _KINDS[self.options.carry]
         self._carried: Mapping[str, Tensor] = {}
         self._scale = 1.0
         self._sequences: Tensor | None = None  # None without old data: nothing is refreshed
@@ -88,7 +88,7 @@ class EWC(QuadraticPenalty):
     @classmethod
     def needs(cls, options: Any) -> Needs:
         is_carried = options.at != "expanded" or options.normalise == "mean"
-        kinds = (KINDS[options.carry],) if is_carried else ()
+        kinds = (_KINDS[options.carry],) if is_carried else ()
         return Needs(
             old_text=True,
             instead=() if options.at == "expanded" else kinds,
@@ -297,7 +297,7 @@ class OnlineEWC(EWC):
 
     @classmethod
     def needs(cls, options: Any) -> Needs:
-        needs, kind = super().needs(options), saved_kind(KINDS[options.carry], options.normalise)
+        needs, kind = super().needs(options), saved_kind(_KINDS[options.carry], options.normalise)
         return replace(needs, instead=(), state=(kind,), leaves=(kind,), copies=needs.copies + 1)
 
     def begin_task(self, model: nn.Module, task: Task) -> None:

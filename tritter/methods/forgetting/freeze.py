@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from tritter.transform import Change
 
 Order = Literal["together", "top_down"]
-Share = Annotated[float, Field(gt=0, lt=1)]
+_Share = Annotated[float, Field(gt=0, lt=1)]
 Layer = Annotated[int, Field(ge=0)]
 _KEY = "forgetting.freeze"
 _WITHOUT_WEIGHTS = ("depth", "context")  # only exact depth adds weights of its own
@@ -45,7 +45,7 @@ class FreezeOptions:
     new_only: bool = False
     old_experts: bool = False
     old_rows: bool = False
-    until: Count | Share | None = None
+    until: Count | _Share | None = None
     thaw: Order = "together"
 
     def __post_init__(self) -> None:

@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 
     from tritter.transform import Change
 
+_Estimator = Literal["empirical", "true"]
+Parameters = Mapping[str, "Tensor"]
+_MAX_GRADIENT_VALUES = (
+    2**19
+)  # gradient values per batch: more are bound by memory, fewer by call overhead
+_TOKENS = 128  # per sequence
+
 
 class QuadraticPenalty(ForgettingMethod):
     """Pull every parameter towards its anchor, weighted by its importance.
@@ -124,13 +131,6 @@ def move_to_device_of(
 # batch mean instead gives about F / B for a batch of B (arXiv 2502.11756 compares common
 # estimators). `empirical` uses the tokens of the data as labels; `true` samples the labels from
 # the model itself, which gives the Fisher in the strict sense.
-
-_Estimator = Literal["empirical", "true"]
-Parameters = Mapping[str, "Tensor"]
-_MAX_GRADIENT_VALUES = (
-    2**19
-)  # gradient values per batch: more are bound by memory, fewer by call overhead
-_TOKENS = 128  # per sequence
 
 
 def diagonal_fisher(

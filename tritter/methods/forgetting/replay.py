@@ -41,8 +41,13 @@ if TYPE_CHECKING:
 
 _RUN_TOKENS = 4
 _PER_TEXT, _AT_ONCE = 4, 64  # sequences of a text, and texts that are generated at once
-Turns = Sequence[Sequence[int]]  # what opens a user's message and an answer
+_Turns = Sequence[Sequence[int]]  # what opens a user's message and an answer
 _SHORT_TEXT = 128  # tokens: few long sequences consist of several texts, to generate more at once
+_WORDS = {
+    "repeat_themselves": "repetitive",
+    "perplexity_too_low": "with too low a perplexity",
+    "perplexity_too_high": "with too high a perplexity",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -65,7 +70,7 @@ def write_text(
     num_sequences: int,
     sequence_length: int,
     bounds: TextBounds,
-    turns: Turns = (),
+    turns: _Turns = (),
     temperature: float = 1.0,
     top_p: float = 1.0,
     sequences_per_text: int = 1,
@@ -166,7 +171,7 @@ class _Openings:
     is given to it and not predicted.
     """
 
-    def __init__(self, bounds: TextBounds, turns: Turns, count: int, device: torch.device) -> None:
+    def __init__(self, bounds: TextBounds, turns: _Turns, count: int, device: torch.device) -> None:
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
@@ -464,13 +469,6 @@ class SelfReplay(ForgettingMethod):
             return batches
         buffer = ReplayBuffer.of_domains({"written": task.written}, seed=task.seed)
         return buffer.mixed_into(batches, self.options.fraction)
-
-
-_WORDS = {
-    "repeat_themselves": "repetitive",
-    "perplexity_too_low": "with too low a perplexity",
-    "perplexity_too_high": "with too high a perplexity",
-}
 
 
 @dataclass(frozen=True, slots=True)

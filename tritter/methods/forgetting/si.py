@@ -43,6 +43,13 @@ if TYPE_CHECKING:
 
     from tritter.transform import Change
 
+# The path of the weights during training, and the contribution of each to the fall of the loss.
+#
+# ω = Σ −g·Δθ over the steps of a training run (Zenke et al. 2017, arXiv 1703.04200, eq. 3), where g
+# is the gradient at the start of a step.
+PATH_INTEGRAL, DISPLACEMENT = "path_integral", "displacement"
+RECORDED = (PATH_INTEGRAL, DISPLACEMENT)  # kinds of state: ω and Δ
+
 
 @options
 class SIOptions:
@@ -229,14 +236,6 @@ def estimated_importance(fisher: Values, *, length: int) -> Values:
         length: T.
     """
     return {name: value * (0.5 * (length - 1)) for name, value in fisher.items()}
-
-
-# The path of the weights during training, and the contribution of each to the fall of the loss.
-#
-# ω = Σ −g·Δθ over the steps of a training run (Zenke et al. 2017, arXiv 1703.04200, eq. 3), where g
-# is the gradient at the start of a step.
-PATH_INTEGRAL, DISPLACEMENT = "path_integral", "displacement"
-RECORDED = (PATH_INTEGRAL, DISPLACEMENT)  # kinds of state: ω and Δ
 
 
 class WeightPath:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
 FFN = "ffn"  # kind of the growing space
+MAX_TOKENS = 1024  # per step, over all processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +158,6 @@ def freeze_all_but_ffns(model: nn.Module) -> None:
     names = {name for block in blocks for name, _ in block.axes(model)}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name in names)
-
-
-MAX_TOKENS = 1024  # per step, over all processes
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -41,6 +41,16 @@ from tritter.transform.folder import known_digests
 from tritter.transform.live import write_model
 
 Counts = dict[str, int]
+# Other triggers need to know the number of steps
+_TRIGGERS = {name: kind for name, kind in TRIGGERS.items() if not kind.needs_end}
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": nn.functional.silu,
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": nn.GELU("tanh"),
+    "relu": nn.functional.relu,
+    "tanh": torch.tanh,
+}
+QWEN = "Qwen/Qwen2.5-1.5B-Instruct"
 
 
 class Growable:
@@ -85,14 +95,14 @@ class Growable:
             RequestError: growth is due, and the optimizer is not known.
         """
         if not self._is_enabled:
-            return num_changed(None)
+            return _num_changed(None)
         if optimizer is not None:
             self.attach(optimizer)
         decided = self._loop.decide()
         if not decided:
-            return num_changed(None)
+            return _num_changed(None)
         self._check_growth_is_safe()
-        return num_changed(self._loop.grow(decided))
+        return _num_changed(self._loop.grow(decided))
 
     @property
     def growth_events(self) -> list[dict[str, Any]]:
@@ -137,7 +147,7 @@ class GrowableLayer(Growable):
         (block,), module = self._loop.grower.blocks, self._loop.module
         width = block.width(module)
         if not sources:
-            return {**num_changed(None), "indices": []}
+            return {**_num_changed(None), "indices": []}
         if wrong := [index for index in sources if not 0 <= index < width]:
             reason = f"indices must be between 0 and {width - 1}"
             raise RequestError(Problem("source_indices", wrong, reason=reason))
@@ -155,10 +165,10 @@ class GrowableLayer(Growable):
                 "a training step first."
             )
         indices = growth.layers[block.layer].new_indices(width)
-        return {**num_changed(growth), "indices": indices.tolist()}
+        return {**_num_changed(growth), "indices": indices.tolist()}
 
 
-def num_changed(growth: Growth | None) -> Counts:
+def _num_changed(growth: Growth | None) -> Counts:
     """Return the numbers of neurons that were born, replaced, and died."""
     layers = () if growth is None else growth.layers.values()
     return {
@@ -194,10 +204,6 @@ def _build_grower(keywords: Mapping[str, Any]) -> Grower:
     used = {"growth_cooldown": timing.cooldown, "maturation_age": timing.maturation_age}
     options = replace(options, trigger=trigger, initialiser=initialiser, **used)  # type: ignore[arg-type]
     return Grower(options, timing=timing, seed=seed)
-
-
-# Other triggers need to know the number of steps
-_TRIGGERS = {name: kind for name, kind in TRIGGERS.items() if not kind.needs_end}
 
 
 class GrowableLinear(GrowableLayer, nn.Linear):
@@ -328,15 +334,6 @@ def _note_parent(module: nn.Module, name: str, submodule: nn.Module | None) -> N
 register_module_module_registration_hook(_note_parent)
 
 
-_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "silu": nn.functional.silu,
-    "gelu": nn.functional.gelu,
-    "gelu_tanh": nn.GELU("tanh"),
-    "relu": nn.functional.relu,
-    "tanh": torch.tanh,
-}
-
-
 class GrowableFFN(GrowableLayer, nn.Module):
     """y = down(σ(gate(x)) · up(x)), or down(σ(up(x))), with neurons that grow during training.
 
@@ -396,9 +393,6 @@ class GrowableFFN(GrowableLayer, nn.Module):
 
     def extra_repr(self) -> str:
         return f"intermediate_size={self.intermediate_size}"
-
-
-QWEN = "Qwen/Qwen2.5-1.5B-Instruct"
 
 
 class GrowableCausalLM(Growable, nn.Module):

@@ -30,6 +30,11 @@ from tritter.transform import Change
 from tritter.transform.change import declared
 
 GROWTH = "growth"  # type and method in the lineage, reason in a run's journal
+_MAX_LOSSES = 20_000  # of the most recent steps
+_MAX_ROWS = 1_000  # rows of the growth map
+_UNTRAINED = -1.0  # marks a layer without a pressure
+_TRAINING_FLOPS = 6  # per parameter and token
+OLD = -(2**31)  # birth step of neurons that the model started with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -162,12 +167,6 @@ def _initial_values(growth: LayerGrowth, part: str) -> Fill:
     return Fill(kind="given", values=values.contiguous())
 
 
-_MAX_LOSSES = 20_000  # of the most recent steps
-MAX_ROWS = 1_000  # rows of the growth map
-_UNTRAINED = -1.0  # marks a layer without a pressure
-_TRAINING_FLOPS = 6  # per parameter and token
-
-
 @dataclass(slots=True)
 class Counts:
     """Totals of growth so far."""
@@ -196,7 +195,7 @@ class Growth:
 
 @dataclass(slots=True)
 class _GrowthMap:
-    """Data of the growth map: one row per check, thinned to `MAX_ROWS`."""
+    """Data of the growth map: one row per check, thinned to `_MAX_ROWS`."""
 
     steps: list[int] = field(default_factory=list)
     neurons: list[list[int]] = field(default_factory=list)
@@ -204,7 +203,7 @@ class _GrowthMap:
 
     def add(self, step: int, neurons: list[int], pressure: list[float]) -> None:
         """Add the row of a check."""
-        if len(self.steps) == MAX_ROWS:
+        if len(self.steps) == _MAX_ROWS:
             for rows in (self.steps, self.neurons, self.pressure):
                 del rows[1::2]
         self.steps.append(step)
@@ -604,8 +603,6 @@ def dead_neurons(
 # The age of neurons, and larger updates for young ones.
 #
 # The update is scaled, not the gradient: Adam is invariant to the scale of the gradient.
-
-OLD = -(2**31)  # birth step of neurons that the model started with
 
 
 class _Maturity:

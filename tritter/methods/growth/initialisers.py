@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Against = Literal["none", "neighbours", "activations"]
 _MAX_NEIGHBOURS = 16
+_POWER_STEPS, _SUBSPACE = 12, 6
+_LONGEST = 10.0  # maximum norm of a new row or column, relative to the median of the old ones
 
 
 def orthogonalised(
@@ -66,10 +68,6 @@ def orthogonalised(
             row = remainder * (torch.linalg.vector_norm(row) / length)
         made.append(row)
     return torch.stack(made) if made else rows
-
-
-_POWER_STEPS, _SUBSPACE = 12, 6
-_LONGEST = 10.0  # maximum norm of a new row or column, relative to the median of the old ones
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -25,7 +25,8 @@ from tritter.methods.growth.grower import GROWTH, Grower, Growth
 from tritter.training.parameters import Entry, entry_of, replay, reshape
 from tritter.training.surgery import apply_plain
 
-FORMAT_VERSION = 1
+_FORMAT_VERSION = 1
+_MAX_TOKENS = 256  # per layer, of the last batch
 
 
 class PlainLoop:
@@ -199,7 +200,7 @@ class PlainLoop:
     def state_dict(self) -> dict[str, Any]:
         """Return the state that another loop needs to resume, in plain containers and tensors."""
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": _FORMAT_VERSION,
             "journal": [dict(entry) for entry in self.journal],
             "shapes": {name: list(shape) for name, shape in self._shapes().items()},
             "growth": self.grower.state_dict(),
@@ -212,10 +213,10 @@ class PlainLoop:
         Raises:
             RequestError: shapes would change while an optimizer refers to the parameters.
         """
-        if state["format_version"] > FORMAT_VERSION:
+        if state["format_version"] > _FORMAT_VERSION:
             raise RequestError(
                 f"this state of a growable module has format {state['format_version']}; this "
-                f"version of Tritter reads formats up to {FORMAT_VERSION}."
+                f"version of Tritter reads formats up to {_FORMAT_VERSION}."
             )
         self.reshape({name: tuple(shape) for name, shape in state["shapes"].items()},
                      state["journal"])  # fmt: skip
@@ -378,9 +379,6 @@ def _after_step(optimizer: Optimizer, *_: object) -> None:
         loop.after_step(optimizer)
 
 
-MAX_TOKENS = 256  # per layer, of the last batch
-
-
 class _LastTokens:
     """Activations of the last training batch, for each block of neurons."""
 
@@ -398,8 +396,8 @@ class _LastTokens:
             computed: [..., F], activations of the neurons.
         """
         if torch.is_grad_enabled() and output.requires_grad:
-            own = None if computed is None else sample_rows(computed, MAX_TOKENS)
-            output.register_hook(partial(self._keep, layer, sample_rows(inputs, MAX_TOKENS), own))
+            own = None if computed is None else sample_rows(computed, _MAX_TOKENS)
+            output.register_hook(partial(self._keep, layer, sample_rows(inputs, _MAX_TOKENS), own))
 
     def probes(self, model: nn.Module, blocks: Iterable[FfnBlock]) -> dict[int, ActivationProbe]:
         """Return layer → its probe, unless shapes of the layer have changed since."""
@@ -422,4 +420,4 @@ class _LastTokens:
         self._last.clear()
 
     def _keep(self, layer: int, inputs: Tensor, computed: Tensor | None, gradient: Tensor) -> None:
-        self._last[layer] = (inputs, computed, sample_rows(gradient, MAX_TOKENS))
+        self._last[layer] = (inputs, computed, sample_rows(gradient, _MAX_TOKENS))

@@ -22,6 +22,13 @@ from tritter.options import Count, WholeNumber, options, part_field
 _REFERENCE_STEPS = 2_000  # length of run that the next three defaults are for
 _COOLDOWN, _CHECK_EVERY, _MATURATION_AGE = 200, 100, 500
 _WARMUP_SHARE = 0.05  # share of a run; the first gradients are not informative
+_SIZE_EXPONENT = 0.076
+_MIN_STEPS, _BINS, _MOMENTS = 40, 24, 64
+INITIALISERS: Mapping[str, type[Initialiser]] = {
+    kind.name: kind for kind in (GradMax, Split, SourceNoise, Random)
+}
+_Percent = Annotated[float, Field(gt=0, lt=100)]
+_Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -326,9 +333,6 @@ def _rank(num_old: int, percentile: float) -> int:
 # Growth preserves the function, so the larger model continues from the step of its own curve that
 # has the current loss.
 
-_SIZE_EXPONENT = 0.076
-_MIN_STEPS, _BINS, _MOMENTS = 40, 24, 64
-
 
 @dataclass(frozen=True, slots=True)
 class Curve:
@@ -440,12 +444,6 @@ class ScalingLaw(Trigger):
 TRIGGERS: Mapping[str, type[Trigger]] = {
     kind.name: kind for kind in (Percentile, Plateau, Scheduled, Budget, ScalingLaw, WithinLayer)
 }
-INITIALISERS: Mapping[str, type[Initialiser]] = {
-    kind.name: kind for kind in (GradMax, Split, SourceNoise, Random)
-}
-
-_Percent = Annotated[float, Field(gt=0, lt=100)]
-_Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 @options

@@ -5,10 +5,17 @@ from typing import TYPE_CHECKING
 from tritter.loading import lazy_names
 
 if TYPE_CHECKING:
+    from tritter.methods.moe_routing.choice import best_experts, expert_utility
     from tritter.methods.moe_routing.distill import (
         DistillationModule,
         distill_experts,
         only_new_experts,
+    )
+    from tritter.methods.moe_routing.live import (
+        MoEExpansionConfig,
+        ProgressiveMoE,
+        adapt_router,
+        train_new_experts,
     )
     from tritter.methods.moe_routing.objective import (
         OldRouting,
@@ -23,20 +30,12 @@ if TYPE_CHECKING:
         router_z_loss,
         routing_divergence,
     )
-    from tritter.methods.moe_routing.stages import (
-        ExpertOpening,
-        MoEExpansionConfig,
-        ProgressiveMoE,
+    from tritter.methods.moe_routing.opening import ExpertOpening, Unfreezing, redraw_rows
+    from tritter.methods.moe_routing.separate import (
         SeparateExperts,
-        Unfreezing,
-        adapt_router,
-        best_experts,
-        expert_utility,
         is_router,
         only_trainable,
-        redraw_rows,
         separate_experts,
-        train_new_experts,
     )
 
 _HERE = "tritter.methods.moe_routing"
@@ -44,32 +43,32 @@ __getattr__ = lazy_names(
     _HERE,
     {
         "DistillationModule": f"{_HERE}.distill",
-        "ExpertOpening": f"{_HERE}.stages",
-        "MoEExpansionConfig": f"{_HERE}.stages",
+        "ExpertOpening": f"{_HERE}.opening",
+        "MoEExpansionConfig": f"{_HERE}.live",
         "OldRouting": f"{_HERE}.objective",
-        "ProgressiveMoE": f"{_HERE}.stages",
+        "ProgressiveMoE": f"{_HERE}.live",
         "RoutingObjective": f"{_HERE}.objective",
         "RoutingSettings": f"{_HERE}.objective",
-        "SeparateExperts": f"{_HERE}.stages",
-        "Unfreezing": f"{_HERE}.stages",
-        "adapt_router": f"{_HERE}.stages",
-        "best_experts": f"{_HERE}.stages",
+        "SeparateExperts": f"{_HERE}.separate",
+        "Unfreezing": f"{_HERE}.opening",
+        "adapt_router": f"{_HERE}.live",
+        "best_experts": f"{_HERE}.choice",
         "bias_update": f"{_HERE}.objective",
         "distill_experts": f"{_HERE}.distill",
         "dropped_fraction": f"{_HERE}.objective",
         "expert_counts": f"{_HERE}.objective",
-        "expert_utility": f"{_HERE}.stages",
-        "is_router": f"{_HERE}.stages",
+        "expert_utility": f"{_HERE}.choice",
+        "is_router": f"{_HERE}.separate",
         "layer_statistics": f"{_HERE}.objective",
         "load_balancing_loss": f"{_HERE}.objective",
         "new_expert_mass": f"{_HERE}.objective",
         "only_new_experts": f"{_HERE}.distill",
-        "only_trainable": f"{_HERE}.stages",
-        "redraw_rows": f"{_HERE}.stages",
+        "only_trainable": f"{_HERE}.separate",
+        "redraw_rows": f"{_HERE}.opening",
         "router_z_loss": f"{_HERE}.objective",
         "routing_divergence": f"{_HERE}.objective",
-        "separate_experts": f"{_HERE}.stages",
-        "train_new_experts": f"{_HERE}.stages",
+        "separate_experts": f"{_HERE}.separate",
+        "train_new_experts": f"{_HERE}.live",
     },
 )
 __all__ = [

@@ -18,15 +18,9 @@ from tritter.core.stock_routers import Routing
 from tritter.data.packing import kept_tokens
 from tritter.errors import RequestError
 from tritter.evaluation.inference import preserve_modes
+from tritter.methods.moe_routing.live import Batch, LoaderBatches, check_experts, fit_live
 from tritter.methods.moe_routing.objective import RoutingObjective, RoutingSettings
-from tritter.methods.moe_routing.stages import (
-    Batch,
-    LoaderBatches,
-    check_experts,
-    fit_live,
-    only_trainable,
-    separate_experts,
-)
+from tritter.methods.moe_routing.separate import only_trainable, separate_experts
 from tritter.training import BaseModule, OptimizerSettings, Schedule
 from tritter.training.module import TaskLoss
 from tritter.training.parameters import StepFlops, flops_of_sequence

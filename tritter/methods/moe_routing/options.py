@@ -13,6 +13,9 @@ from tritter.errors import Problem, show
 from tritter.options import Count, RunRequest, options
 from tritter.targets import values_of
 
+_ROUTER_KEYS = ("router_epochs", "router_max_steps", "router_learning_rate", "encouragement")
+_ADDED_EXPERTS_FILE = Path("state", "router.json")
+
 
 @options
 class RoutingOptions:
@@ -48,10 +51,6 @@ class AdaptationOptions:
     unfreeze_after: Count | None = None
     distill_steps: Count = 100
     distill_temperature: Annotated[float, Field(gt=0)] = 2.0
-
-
-_ROUTER_KEYS = ("router_epochs", "router_max_steps", "router_learning_rate", "encouragement")
-_ADDED_EXPERTS_FILE = Path("state", "router.json")
 
 
 def expert_problems(config: RunRequest, source: Model) -> Iterator[Problem]:

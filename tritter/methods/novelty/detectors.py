@@ -26,6 +26,9 @@ from tritter.methods.novelty.options import DETECTORS, Confidence, Detector, Nov
 from tritter.methods.novelty.statistics import share_bound, t_interval
 from tritter.options import Count, checked, options, read_part
 
+_NEW = ""  # label of batches that match no skill
+Kind = Literal["known", "new", "unsure"]
+
 
 @options
 class BurstOptions:
@@ -216,11 +219,6 @@ class NovelSamples:
             group.rows.append(rows[index].detach().clone())
             group.directions.append(direction)
             group.at.append(at + index)
-
-
-_NEW = ""  # label of batches that match no skill
-
-Kind = Literal["known", "new", "unsure"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

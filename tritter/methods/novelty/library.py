@@ -21,6 +21,12 @@ from tritter.options import Count, WholeNumber, options
 # n samples · H hidden size · E size of the embedding
 
 _TRAINED = ("first", "first_bias", "second", "second_bias")
+FORMAT_VERSION = 1
+_MAX_DIGESTS = 64  # per skill
+_MAX_FOLDS = 5
+Measure = Literal["loss", "centre", "distance"]
+Part = TypeVar("Part")
+Gather = Callable[[Any], Sequence[Any]]
 
 
 @options
@@ -177,15 +183,6 @@ def train_projection(
             weight.grad = gradient
         optimizer.step()
     return Projection(initial.centre, initial.scale, *(weight.detach() for weight in weights))
-
-
-FORMAT_VERSION = 1
-_MAX_DIGESTS = 64  # per skill
-_MAX_FOLDS = 5
-
-Measure = Literal["loss", "centre", "distance"]
-Part = TypeVar("Part")
-Gather = Callable[[Any], Sequence[Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from tritter.methods.novelty.observation import Observation
 
 Confidence = Annotated[float, Field(ge=0.5, lt=1)]
+_THRESHOLD = 6.0  # deviations of the means of batches of 16 sequences or more
+_Reduction = Literal["max", "mean", "median"]
+_Similarity = Annotated[float, Field(ge=-1, le=1)]
 
 
 @options
@@ -43,9 +46,6 @@ class NoveltyOptions:
     confidence: Confidence = 0.99
     cooldown: WholeNumber = 30
     moving_average: Annotated[float, Field(ge=0, lt=1)] = 0.0
-
-
-_THRESHOLD = 6.0  # deviations of the means of batches of 16 sequences or more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -171,9 +171,6 @@ class LossNovelty(Detector):
 # Cosine of mean embeddings against a decreasing threshold.
 #
 # B samples of a batch · K skills · E size of an embedding
-
-_Reduction = Literal["max", "mean", "median"]
-_Similarity = Annotated[float, Field(ge=-1, le=1)]
 
 
 @options

@@ -65,7 +65,7 @@ _ARRANGEMENTS: tuple[Arrangement, ...] = ("whole", "halves", "thirds", "qkv")
 _WITH_HIDDEN = "the size of a head follows from the hidden size"
 _MAX_TRIES = 600
 
-AxisOf = tuple[str, int]  # name of a tensor within a layer or outside, and one of its axes
+_AxisOf = tuple[str, int]  # name of a tensor within a layer or outside, and one of its axes
 Sizes = tuple[int, int]  # of an axis, before and after the change of a key
 Option = TypeVar("Option")
 
@@ -305,14 +305,16 @@ class _Search:
             for name in _normed(block, self._eps_users(layer)):
                 self._absorb(name)
 
-    def _add_units(self, space: str, key: str, following: Mapping[AxisOf, Sizes]) -> None:
+    def _add_units(self, space: str, key: str, following: Mapping[_AxisOf, Sizes]) -> None:
         for axis in following:
             if self._layer_of(axis) is None:
                 raise RequestError(f"{axis[0]}, outside the layers, depends on {key}")
         for layer, block in self._blocks.items():
             self._add_within(block, space, key, self._within(following, layer))
 
-    def _add_within(self, block: Block, space: str, key: str, axes: Mapping[AxisOf, Sizes]) -> None:
+    def _add_within(
+        self, block: Block, space: str, key: str, axes: Mapping[_AxisOf, Sizes]
+    ) -> None:
         changes = [new - old for old, new in axes.values()]
         units = math.gcd(self._size(key), *changes)
         found = arrangements(block, axes, units, self._head_dim) if axes else {}
@@ -362,7 +364,7 @@ class _Search:
         self.subtracts_mean |= _subtracts_mean(owner)
         return Role(space, key, Port.GAIN, offset=_offset_of(owner, name))
 
-    def _add_outside(self, key: str, axes: Iterable[AxisOf]) -> None:
+    def _add_outside(self, key: str, axes: Iterable[_AxisOf]) -> None:
         """Add the roles of embeddings, the last norm and the head."""
         model = self._twin.model
         head = model.get_output_embeddings()  # type: ignore[operator]
@@ -407,11 +409,11 @@ class _Search:
         derived = self._size(hidden) // self._size(heads) if hidden and heads else 1
         return self._size("head_dim") or derived
 
-    def _layer_of(self, axis: AxisOf) -> int | None:
+    def _layer_of(self, axis: _AxisOf) -> int | None:
         split = in_layer(axis[0], self._prefix)
         return None if split is None else split[0]
 
-    def _within(self, following: Mapping[AxisOf, Sizes], layer: int) -> dict[AxisOf, Sizes]:
+    def _within(self, following: Mapping[_AxisOf, Sizes], layer: int) -> dict[_AxisOf, Sizes]:
         split = {axis: in_layer(axis[0], self._prefix) for axis in following}
         return {
             (place[1], axis[1]): following[axis]
@@ -419,12 +421,12 @@ class _Search:
             if place is not None and place[0] == layer
         }
 
-    def _following(self, keys: Iterable[str], fixed: Config | None = None) -> dict[AxisOf, Sizes]:
+    def _following(self, keys: Iterable[str], fixed: Config | None = None) -> dict[_AxisOf, Sizes]:
         """Return the axes that grow if some keys double."""
         fixed = fixed or {}
         return self._changed(fixed, {**fixed, **{key: 2 * self._size(key) for key in keys}})
 
-    def _changed(self, first: Config, second: Config) -> dict[AxisOf, Sizes]:
+    def _changed(self, first: Config, second: Config) -> dict[_AxisOf, Sizes]:
         """Return the axes that differ between two changes of the config; raises as `_following`."""
         before, after = self._shapes(first), self._shapes(second)
         if before.keys() != after.keys():
@@ -457,8 +459,8 @@ class _Search:
 
 
 def arrangements(
-    block: Block, axes: Mapping[AxisOf, Sizes], units: int, head_dim: int
-) -> dict[AxisOf, Arrangement] | None:
+    block: Block, axes: Mapping[_AxisOf, Sizes], units: int, head_dim: int
+) -> dict[_AxisOf, Arrangement] | None:
     """Return the arrangement of units along axes, or None if none is a symmetry of the layer.
 
     Args:
@@ -469,7 +471,7 @@ def arrangements(
     """
     values = values_of(block.module)
     # Weights and biases of a module have the same arrangement
-    groups: dict[tuple[str, int, int], list[AxisOf]] = {}
+    groups: dict[tuple[str, int, int], list[_AxisOf]] = {}
     for axis, (old, new) in axes.items():
         entries = (new - old) // units
         if axis[0] not in values or (new - old) % units or entries < 1 or old < entries * units:
@@ -577,8 +579,8 @@ def _is_elementwise(module: nn.Module, values: Tensor) -> bool:
 
 
 def residual_axes(
-    block: Block, axes: Mapping[AxisOf, Sizes], writers: frozenset[str]
-) -> set[AxisOf]:
+    block: Block, axes: Mapping[_AxisOf, Sizes], writers: frozenset[str]
+) -> set[_AxisOf]:
     """Return the axes of the residual stream among those that follow its size.
 
     Args:
@@ -754,7 +756,7 @@ def _along(order: Tensor, widths: Sequence[int], rest: int) -> Tensor:
 
 
 @contextmanager
-def _permuted(values: Mapping[str, Tensor], orders: Mapping[AxisOf, Tensor]) -> Iterator[None]:
+def _permuted(values: Mapping[str, Tensor], orders: Mapping[_AxisOf, Tensor]) -> Iterator[None]:
     """Permute tensors along axes, and restore them."""
     with restored(*(values[name] for name in {name for name, _ in orders})):
         for (name, axis), order in orders.items():

@@ -41,6 +41,7 @@ _NO_STRUCTURE = (
 _FIRST_LAYERS = re.compile(r"first_k.*|num_dense_layers|.*layer_start_index|num_hash_layers")
 _PATTERNS = re.compile(r".*(block_types?|layer_types?|_pattern)")
 _LAYER_SETS = re.compile(r".*(layers|layer_idx|idxs|layer_ids)$")
+_POSITIONS = ("max_position_embeddings", "max_seq_len", "max_target_positions")
 
 
 def key_of(config: Config) -> Key:
@@ -76,9 +77,6 @@ def _complete(key: Key) -> Config:
             f"config.json: transformers refuses this {name}: {reason_of(error)}."
         ) from error
     return {**full, "model_type": config["model_type"]}
-
-
-_POSITIONS = ("max_position_embeddings", "max_seq_len", "max_target_positions")
 
 
 def position_limit(config: Config) -> int | None:

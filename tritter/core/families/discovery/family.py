@@ -425,7 +425,7 @@ class DiscoveredFamily(Family):
         layer = None if split is None else split[0]
         mark = template(name, tensors.layers)
         place = self.places.get(mark, Place(mark))
-        kind = self.outside.get(place.name, name) if split is None else kind_of(split[1])
+        kind = self.outside.get(place.name, name) if split is None else _kind_of(split[1])
         live = place.name.replace("{layer}", str(layer)).replace("{expert}", str(expert))
         roles = self._roles(place)
         if widths and layer is not None and self.axes is not None:
@@ -500,7 +500,7 @@ def _axis(role: Role | None, length: int, counts: Mapping[str, int], own: Space)
     return Axis(space, role.port, length, role.arrangement, role.offset)
 
 
-def kind_of(name: str) -> str:
+def _kind_of(name: str) -> str:
     """Return the logical kind of a tensor by its name within a layer, without its expert."""
     name = re.sub(r"\bexperts\.\d+\.", "experts.", name, count=1)
     part = next((part for pattern, part in _PARTS if pattern.match(name)), "other")
@@ -616,7 +616,7 @@ def _on_disk(twin: Twin, layers: str, live: Mapping[str, float]) -> dict[str, fl
                 continue
             if not bool(value.all()):
                 raise RequestError(f"{name} has more than what writes the residual stream.")
-            found[kind_of(split[1])] = zero
+            found[_kind_of(split[1])] = zero
     return found
 
 
@@ -711,7 +711,7 @@ def _check_identity(
     family: DiscoveredFamily, config: Config, sources: tuple[int, ...], identities: frozenset[int]
 ) -> None:
     """Refuse layers whose function depends on their position."""
-    zeroed, plain = logit_changes(key_of(config), sources, identities)
+    zeroed, plain = _logit_changes(key_of(config), sources, identities)
     if not zeroed <= TOLERANCE:
         raise RequestError(
             f"config.json: identity copies change the logits of a small {family.model_type} by "
@@ -727,7 +727,7 @@ def _check_identity(
 
 @lru_cache(maxsize=64)
 @one_thread()
-def logit_changes(
+def _logit_changes(
     key: Key, sources: tuple[int, ...], identities: frozenset[int]
 ) -> tuple[float, float]:
     """Return the largest change of a twin's float64 logits by copies of its layers.

@@ -7,17 +7,15 @@ batches, forgetting mitigation and saved state.
 
 import logging
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain, cycle, repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -25,24 +23,28 @@ from tritter.core.expansions import MoeAdd
 from tritter.core.families import LogicalTensor
 from tritter.core.models import model_of
 from tritter.core.stock_routers import AddedExperts, Routing
-from tritter.data.packing import labels_of, marks_read
+from tritter.data.packing import marks_read
 from tritter.data.sources import noted_documents
 from tritter.data.tokens import TextBounds, bounds_of, copy_backend, pack, tokenise
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.inference import device_of, preserve_modes
 from tritter.methods.moe_routing.objective import RoutingObjective, RoutingSettings
+from tritter.methods.moe_routing.opening import ExpertOpening, Unfreezing, redraw_rows
+from tritter.methods.moe_routing.separate import is_router, only_trainable, separate_experts
 from tritter.seeds import derived_seed
 from tritter.stopping import Stopped
 from tritter.terminal import Console
 from tritter.training import BaseModule, OptimizerSettings, Schedule, SideLoss, TrainerSettings, fit
 from tritter.training.checkpoint_io import random_state, restore_random_state
-from tritter.training.module import base_of
-from tritter.training.parameters import BASE, NEW, live_layout
-from tritter.transform import declared
 from tritter.transform.live import ModelExpander
+
+logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, Tensor]
 _OLD = "old_input_ids"
+_ROUTER_UPDATES = ("fine_tune", "retrain", "frozen")
+_MAX_SEQUENCE_LENGTH = 256
+_BATCH_SIZE = 8
 
 
 class LoaderBatches:
@@ -142,9 +144,6 @@ def fit_live(
                 parameter.grad = None
     if result.stopped_because is not None:
         raise TritterError(f"adaptation: {result.stopped_because}.")
-
-
-_ROUTER_UPDATES = ("fine_tune", "retrain", "frozen")
 
 
 def adapt_router(
@@ -309,19 +308,6 @@ def check_experts(model: nn.Module, indices: Sequence[int]) -> tuple[int, ...]:
     return experts
 
 
-def redraw_rows(model: nn.Module, experts: Sequence[int], *, seed: int) -> None:
-    """Draw random router rows for new experts, with the deviation of the other rows."""
-    routing = Routing.of(model)
-    assert routing is not None
-    for layer in routing.layers:
-        generator = torch.Generator().manual_seed(derived_seed(seed, "router", layer))
-        weight = routing.router(layer).weight
-        assert isinstance(weight, nn.Parameter)
-        with torch.no_grad():
-            rows = torch.randn(len(experts), weight.shape[1], generator=generator)
-            weight[list(experts)] = (rows * weight[: experts[0]].std().cpu()).to(weight)
-
-
 def _train(
     model: nn.Module,
     batches: LoaderBatches,
@@ -340,244 +326,6 @@ def _train(
         side_losses=[RoutingObjective(model, settings), *batches.side_losses],
     )
     fit_live(module, batches, seed=seed, controls=controls)
-
-
-class ExpertOpening(Callback):
-    """Raise the router offset of appended experts before each training step.
-
-    Args:
-        added: the appended experts at the start of training.
-        anneal_steps: steps since they were appended after which the offset is 0.
-    """
-
-    def __init__(self, added: AddedExperts, *, anneal_steps: int) -> None:
-        self._added = added
-        self._anneal_steps = anneal_steps
-
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self._at(trainer.global_step).apply(base_of(pl_module).model)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._at(trainer.global_step).apply(base_of(pl_module).model)
-
-    def _at(self, step: int) -> AddedExperts:
-        return self._added.at(self._added.step + step, anneal_steps=self._anneal_steps)
-
-
-class Unfreezing(Callback):
-    """Freeze parameters until a step, then train them.
-
-    They need gradients when the optimizer is created, so that it includes them. In a step without
-    their gradient, the optimizer skips them: no weight decay and no state. Only for a single
-    process, because DDP waits for the gradients of all its parameters.
-
-    Args:
-        parameters: the frozen parameters.
-        after_steps: number of steps of this run.
-    """
-
-    def __init__(self, parameters: Iterable[nn.Parameter], *, after_steps: int) -> None:
-        self._parameters = tuple(parameters)
-        self._after_steps = after_steps
-        for parameter in self._parameters:
-            parameter.requires_grad_(True)
-
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        for parameter in self._parameters:
-            parameter.requires_grad_(trainer.global_step >= self._after_steps)
-
-
-def is_router(tensor: LogicalTensor) -> bool:
-    """Return True if a tensor belongs to a router."""
-    return tensor.kind == "router"
-
-
-@contextmanager
-def only_trainable(model: nn.Module, is_trained: Callable[[LogicalTensor], bool]) -> Iterator[None]:
-    """Context manager in which only some tensors of a live model need gradients.
-
-    Args:
-        model: the model.
-        is_trained: returns True for a trained tensor; a parameter that stores several needs a
-            gradient only if all of them do.
-    """
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    known = {stored.name: stored for stored in live_layout(model)}
-    try:
-        for name, parameter in model.named_parameters():
-            stored = known.get(name) or declared(name, tuple(parameter.shape))
-            parameter.requires_grad_(all(is_trained(part.tensor) for part in stored.parts))
-        yield
-    finally:
-        for parameter, needed in before:
-            parameter.requires_grad_(needed)
-
-
-# The experts of a layer split into two parameters, so that one part can be frozen.
-#
-# A stock model stores all experts of a layer in one parameter. Zeroing the gradient of its old part
-# is not enough: weight decay and momentum would still move it. Here the parameter is split into
-# that of the base's experts, which needs no gradient and is not in the optimizer, and that of the
-# new ones; each forward pass concatenates them. Cost: a copy of the experts' weights per forward.
-
-_HANDLES = "separate_experts_handles"
-
-
-class SeparateExperts:
-    """The experts of a model, split at one index.
-
-    Args:
-        model: a stock model with experts, which is changed.
-        first_new: index of the first new expert.
-
-    Raises:
-        RequestError: the model has no experts, or none on one of the sides.
-    """
-
-    def __init__(self, model: nn.Module, first_new: int) -> None:
-        routing = Routing.of(model)
-        if routing is None:
-            raise RequestError("adaptation: the model has no experts.")
-        if not 0 < first_new < routing.num_experts:
-            raise RequestError(
-                f"adaptation: the first new expert is {first_new}; with {routing.num_experts} "
-                f"experts it must be between 1 and {routing.num_experts - 1}."
-            )
-        self.first_new = first_new
-        self.names = shared_names(model)
-        self._attributes: dict[nn.Module, list[str]] = {}
-        for name in self.names:
-            module, _, attribute = name.rpartition(".")
-            self._attributes.setdefault(model.get_submodule(module), []).append(attribute)
-
-    def split_shared(self) -> None:
-        """Split each shared parameter in two; the base's part needs no gradient."""
-        for module, attributes in self._attributes.items():
-            for attribute in attributes:
-                whole = module.get_parameter(attribute)
-                delattr(module, attribute)
-                base, new = (part.clone() for part in whole.detach().tensor_split([self.first_new]))
-                module.register_parameter(attribute + BASE, nn.Parameter(base, requires_grad=False))
-                needs_grad = whole.requires_grad
-                module.register_parameter(attribute + NEW, nn.Parameter(new, needs_grad))
-            # During the forward pass the module has the whole tensor under its old name
-            before = partial(_concatenate_parts, tuple(attributes))
-            after = partial(_drop_whole, tuple(attributes))
-            module.__dict__[_HANDLES] = [
-                module.register_forward_pre_hook(before),
-                module.register_forward_hook(after, always_call=True),
-            ]
-
-    def join(self) -> None:
-        """Concatenate the parts again; the base's values are unchanged, bit for bit."""
-        for module, attributes in self._attributes.items():
-            for handle in module.__dict__.pop(_HANDLES):
-                handle.remove()
-            for attribute in attributes:
-                parts = [module.get_parameter(attribute + ending) for ending in (BASE, NEW)]
-                for ending in (BASE, NEW):
-                    delattr(module, attribute + ending)
-                whole = torch.cat([part.detach() for part in parts])
-                needs_grad = any(part.requires_grad for part in parts)
-                module.register_parameter(attribute, nn.Parameter(whole, needs_grad))
-
-    def follow(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return values by parameter name, split like the parameters."""
-        followed = dict(values)
-        for name in self.names:
-            if name in followed:
-                whole = followed.pop(name)
-                followed[name + BASE] = whole[: self.first_new]
-                followed[name + NEW] = whole[self.first_new :]
-        return followed
-
-
-@contextmanager
-def separate_experts(model: nn.Module, first_new: int) -> Iterator[SeparateExperts]:
-    """Context manager that splits the experts of a model, and joins them on exit.
-
-    Raises:
-        RequestError: the model has no experts, or none on one of the sides.
-    """
-    parts = SeparateExperts(model, first_new)
-    parts.split_shared()
-    try:
-        yield parts
-    finally:
-        parts.join()
-
-
-def shared_names(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the parameters that all experts of a layer share."""
-    stored = model_of(model).layout("live")
-    return tuple(tensor.name for tensor in stored if tensor.is_of_experts)
-
-
-def _concatenate_parts(attributes: Sequence[str], module: nn.Module, arguments: Any) -> None:
-    for attribute in attributes:
-        # In a functional call these are tensors, not parameters
-        parts = (getattr(module, attribute + ending) for ending in (BASE, NEW))
-        setattr(module, attribute, torch.cat(tuple(parts)))
-
-
-def _drop_whole(attributes: Sequence[str], module: nn.Module, arguments: Any, output: Any) -> None:
-    for attribute in attributes:
-        module.__dict__.pop(attribute, None)
-
-
-# The best expert to clone for a domain.
-#
-# Utility of an expert = mean over batches of Σ |∂L/∂w · w| over its weights: the first-order change
-# of the loss if they were removed (Molchanov et al. 2019, arXiv 1906.10771, without the square).
-# Choosing the source by gradients follows Expert Upcycling (arXiv 2604.19835); here the most useful
-# expert of each layer is the source of all its new experts.
-
-
-def expert_utility(model: nn.Module, sequences: Tensor, *, batch_size: int = 8) -> Tensor:
-    """Return the utility of every expert, [number of layers with experts, E].
-
-    Args:
-        model: a model with experts.
-        sequences: integers [N, T], of the domain.
-        batch_size: sequences per batch.
-
-    Raises:
-        RequestError: the model has no experts, or there are no sequences.
-    """
-    routing = Routing.of(model)
-    if routing is None or not len(sequences):
-        raise RequestError("expert utility needs a model with experts, and sequences.")
-    shared = [stored for stored in live_layout(model) if stored.is_of_experts]
-    weights = [model.get_parameter(stored.name) for stored in shared]
-    rows: dict[int | None, int] = {layer: row for row, layer in enumerate(routing.layers)}
-    utility = torch.zeros(len(rows), routing.num_experts)
-    device, batches = weights[0].device, sequences.split(batch_size)
-    with preserve_modes(model):
-        model.eval()
-        for batch in batches:
-            ids = batch.long().to(device)
-            loss = model(input_ids=ids, labels=labels_of(model, ids), use_cache=False).loss
-            for stored, weight, gradient in zip(
-                shared, weights, torch.autograd.grad(loss, weights), strict=True
-            ):
-                change = (gradient * weight).detach().abs().flatten(1).sum(dim=1)
-                utility[rows[stored.layer]] += change.float().cpu() / len(batches)
-    return utility
-
-
-def best_experts(model: nn.Module, sequences: Tensor, *, batch_size: int = 8) -> tuple[int, ...]:
-    """Return the expert of the highest utility for each layer with experts."""
-    return tuple(expert_utility(model, sequences, batch_size=batch_size).argmax(dim=1).tolist())
-
-
-logger = logging.getLogger(__name__)
-
-MAX_SEQUENCE_LENGTH = 256
-BATCH_SIZE = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -664,8 +412,8 @@ class ProgressiveMoE:
         limit = model_of(model).position_limit
         sequences = pack(
             tokenise(documents, self.tokenizer),
-            sequence_length=min(MAX_SEQUENCE_LENGTH, limit or MAX_SEQUENCE_LENGTH),
+            sequence_length=min(_MAX_SEQUENCE_LENGTH, limit or _MAX_SEQUENCE_LENGTH),
             bounds=bounds,
         )
         order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(self.seed))
-        return [{"input_ids": part.long()} for part in sequences[order].split(BATCH_SIZE)]
+        return [{"input_ids": part.long()} for part in sequences[order].split(_BATCH_SIZE)]

@@ -1,0 +1,173 @@
+"""Stages of appended experts: which are cloned, distillation, and training of their routers."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from tritter.core.expansions import MoeAdd
+from tritter.core.families import training_flops
+from tritter.core.models import load_model
+from tritter.data.packing import document_mask_of, lengths_of
+from tritter.methods.forgetting import build_methods
+from tritter.methods.moe_routing.choice import best_experts
+from tritter.methods.moe_routing.distill import DistillationModule, only_new_experts
+from tritter.methods.moe_routing.opening import redraw_rows
+from tritter.pipeline import moe
+from tritter.pipeline.branch import Branch
+from tritter.pipeline.ledger import StageResult, TrainingFound
+from tritter.pipeline.run import Run
+from tritter.pipeline.stage import Stage
+from tritter.pipeline.stages import importance
+from tritter.pipeline.stages.fit import fit_branch
+from tritter.pipeline.trained import accept, child_writer
+from tritter.storage.hub import locate
+from tritter.storage.records import record
+from tritter.training import BaseModule, FitResult, Schedule, discard_saved
+
+_ROUTER_WARMUP = 0.05
+_UTILITY_SEQUENCES = 64  # of the new domains, to select the expert to clone
+
+
+@record
+class ChoiceFound:
+    """For each layer, the expert from which new experts are cloned."""
+
+    clone_from: tuple[int, ...]
+
+
+class Choose(Stage):
+    """Select the expert of each layer that the new domains' data affects most."""
+
+    name = "choose"
+    found = ChoiceFound
+
+    def is_needed(self, run: Run, branch: Branch) -> bool:
+        """Return True if data selects the experts that the branch clones."""
+        return any(isinstance(spec, MoeAdd) and spec.is_chosen_by_data for spec in branch.specs)
+
+    def finish(self, run: Run, branch: Branch) -> Branch:
+        """Return the branch with the selected experts to clone."""
+        return moe.with_choice(branch, run.ledger.found(self.key(branch), ChoiceFound).clone_from)
+
+    def work(self, run: Run, branch: Branch) -> StageResult:
+        """Measure the gradients of the experts on the new domains."""
+        start = run.source(branch.start)
+        new = run.data.new_domains_of(branch)
+        sequences = moe.spaced_sequences(run, new, _UTILITY_SEQUENCES)
+        with run.waiting("affected experts"):
+            model = run.data.masked(load_model(start.folder, model=start.model)).to(run.device)
+            chosen = best_experts(model, sequences)
+        run.say("choose", f"experts to clone, layer by layer: {' '.join(map(str, chosen))}")
+        flops = training_flops(start.model, is_trained=lambda tensor: tensor.is_per_expert)
+        return StageResult(
+            ChoiceFound(clone_from=tuple(chosen)),
+            flops={"choose": flops.of_all(lengths_of(document_mask_of(model), sequences))},
+        )
+
+
+class Distill(Stage):
+    """Distill the new experts from the teacher on the new domains, before routers use them."""
+
+    name = "distill"
+    found = TrainingFound
+    writes = True
+
+    def folder(self, branch: Branch) -> str:
+        """Return the folder of the model with distilled experts."""
+        return f"{branch.name}/distilled"
+
+    def is_needed(self, run: Run, branch: Branch) -> bool:
+        """Return True if the new experts have a teacher."""
+        return _teacher_of(branch) is not None
+
+    def work(self, run: Run, branch: Branch) -> StageResult:
+        """Train the new experts alone."""
+        options, teacher = run.config.adaptation, _teacher_of(branch)
+        start = run.source(branch.location)
+        added = moe.pending_experts(run, branch)
+        assert teacher is not None and added is not None
+        model = run.data.masked(load_model(start.folder, model=start.model))
+        folder, steps = run.folder / branch.name / "distill", options.distill_steps
+        location, stage = self.folder(branch), "distillation of new experts"
+        write = child_writer(run, branch, start, location, stage=stage, added=added)
+        run.say("distill", f"{steps} steps of the new experts; teacher: {teacher}")
+        with only_new_experts(model, added.experts):
+            module = DistillationModule(
+                model,
+                run.data.masked(load_model(locate(teacher, key="expansion.moe_add.teacher"))),
+                new_experts=added.experts,
+                temperature=options.distill_temperature,
+                auxiliary_loss=run.config.moe_routing.auxiliary_loss,
+                schedule=Schedule.constant(run.config.training.learning_rate, max_steps=steps),
+                optimizer=run.config.optimizer,
+            )
+            result = fit_branch(
+                run, branch, module, folder=folder, label="distill", write_result=write
+            )
+        return _accept(run, location, result, folder=folder, label=branch.label("distill"))
+
+
+def _teacher_of(branch: Branch) -> str | None:
+    return next((spec.teacher for spec in branch.specs if isinstance(spec, MoeAdd)), None)
+
+
+class Adapt(Stage):
+    """Train only the routers, so that they send new domains to the appended experts."""
+
+    name = "adapt"
+    found = TrainingFound
+    writes = True
+
+    def folder(self, branch: Branch) -> str:
+        """Return the folder of the model with adapted routers."""
+        return f"{branch.name}/adapted"
+
+    def is_needed(self, run: Run, branch: Branch) -> bool:
+        """Return True if routers are trained before the other weights."""
+        return bool(moe.router_steps(run, branch))
+
+    def work(self, run: Run, branch: Branch) -> StageResult:
+        """Train the routers, which the options encourage to use the new experts."""
+        start, folder = run.source(branch.location), run.folder / branch.name / "router"
+        options, steps = run.config.adaptation, moe.router_steps(run, branch)
+        added = moe.pending_experts(run, branch)
+        assert added is not None
+        model = run.data.masked(load_model(start.folder, model=start.model))
+        if options.router_update == "retrain":
+            redraw_rows(model, added.experts, seed=run.seed("router", *branch.purpose))
+        location = self.folder(branch)
+        write = replace(
+            child_writer(run, branch, start, location, stage="router adaptation", added=added),
+            anneal_steps=moe.anneal_steps(run, branch, added),
+        )
+        run.say("adapt", f"{steps} router steps on {', '.join(run.data.new_domains_of(branch))}")
+        with moe.router_trainee(run, branch, model) as trainee:
+            module = BaseModule.of(
+                trainee,
+                schedule=Schedule(
+                    learning_rate=options.router_learning_rate,
+                    max_steps=steps,
+                    warmup_ratio=_ROUTER_WARMUP,
+                ),
+                optimizer=replace(run.config.optimizer, weight_decay=0.0),
+                methods=build_methods(run.config.forgetting),
+            )
+            task = importance.task(run, branch, follow=trainee.follow)
+            result = fit_branch(
+                run,
+                branch,
+                module,
+                trainee=trainee,
+                task=task,
+                folder=folder,
+                label="router",
+                write_result=write,
+            )
+        return _accept(run, location, result, folder=folder, label=branch.label("adapt"))
+
+
+def _accept(run: Run, location: str, result: FitResult, *, folder: Path, label: str) -> StageResult:
+    """Accept the result of a training stage that precedes the main training run."""
+    accept(run, location)
+    run.ledger.watch_disk()
+    discard_saved(folder)
+    return StageResult(TrainingFound.of(result), flops={label: result.flops}, leaves=(location,))

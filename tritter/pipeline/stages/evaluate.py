@@ -1,0 +1,96 @@
+"""Scores and samples of the trained model of a branch."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from tritter.core.stock_routers import Routing
+from tritter.data.packing import lengths_of
+from tritter.evaluation.statistics import score_file
+from tritter.methods.experts.mixture import mixture_on
+from tritter.methods.experts.summary import expert_usage
+from tritter.methods.moe_routing.summary import moe_usage
+from tritter.pipeline import experts, moe, windows
+from tritter.pipeline.branch import Branch
+from tritter.pipeline.ledger import StageResult
+from tritter.pipeline.metrics import num_steps, score_metrics
+from tritter.pipeline.run import Run
+from tritter.pipeline.samples import generate_samples
+from tritter.pipeline.stage import Stage
+from tritter.pipeline.trained import round_weights
+from tritter.storage.records import record
+
+
+@record
+class EvaluationFound:
+    """Results of an evaluation, without the scores.
+
+    Args:
+        samples: for each domain, a prompt and its continuations.
+        moe: usage of MoE experts; None for a dense model.
+        experts: usage of LoRA experts; None without them.
+    """
+
+    samples: tuple[Mapping[str, str], ...]
+    moe: Mapping[str, Any] | None = None
+    experts: Mapping[str, Any] | None = None
+
+
+class Evaluate(Stage):
+    """Score the trained model and generate samples from both models."""
+
+    name = "evaluate"
+    found = EvaluationFound
+
+    def finish(self, run: Run, branch: Branch) -> Branch:
+        """Log the scores, if loggers are open."""
+        for logger in run.loggers:
+            logger.log_metrics(score_metrics(run, branch.name), step=num_steps(run, branch.name))
+        return branch
+
+    def work(self, run: Run, branch: Branch) -> StageResult:
+        """Score the trained model, write its samples, and measure the usage of its experts."""
+        source = run.source(branch.trained)
+        trained = run.data.masked(experts.load_start(run, branch, source))
+        if not branch.is_final:
+            round_weights(trained, run.published_dtype)
+        subject = "control" if branch.is_control else "trained model"
+        run.say("evaluate", f"{subject} on {', '.join(run.data.domains)}")
+        run.score(trained, f"{branch.name}-trained")
+        reading = experts.reading_flops(trained)
+        samples, flops, files = [], run.data.scoring.flops(reading), list[str]()
+        if run.data.short is not None:
+            files, spent = windows.score_trained(run, branch, trained, reading)
+            flops += spent
+        is_last = branch.task == len(run.data.text.tasks) - 1
+        if is_last and not branch.is_control and run.config.evaluation.sample_tokens != 0:
+            start = "baseline" if branch.task else branch.start
+            before = experts.load_start(run, branch, run.source(start))
+            with run.progress_bars() as new_bar:
+                samples = generate_samples(
+                    run.reading(start),
+                    before,
+                    run,
+                    trained,
+                    progress=new_bar("writing samples"),
+                )
+            flops += sum(sample.flops for sample in samples)
+        read, used, lora_used = list[Tensor](), None, None
+        if Routing.of(trained) is not None:
+            of_routers = moe.usage_sequences(run)
+            used = moe_usage(trained.to(run.device), of_routers)
+            read += of_routers.values()
+        if mixture_on(trained) is not None:
+            of_experts = experts.usage_sequences(run)
+            lora_used = expert_usage(trained.to(run.device), of_experts)
+            read += of_experts.values()
+        trained.to("cpu")
+        flops += sum(reading.of_all(lengths_of(run.data.document_mask, each)) for each in read)
+        return StageResult(
+            EvaluationFound(
+                samples=tuple(sample.texts for sample in samples), moe=used, experts=lora_used
+            ),
+            flops={branch.label("evaluate"): flops},
+            leaves=(score_file(f"{branch.name}-trained"), *files),
+        )

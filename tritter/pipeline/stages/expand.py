@@ -1,0 +1,102 @@
+"""The expansion of a branch."""
+
+from dataclasses import replace
+
+import torch
+
+from tritter.checkpoints import record_step0_error
+from tritter.checkpoints.record import layers_text
+from tritter.core.families import forward_flops
+from tritter.core.models import load_model
+from tritter.data.chat import ids_of
+from tritter.evaluation.jump import logit_jump
+from tritter.evaluation.statistics import score_file
+from tritter.pipeline import experts, windows
+from tritter.pipeline.branch import Branch
+from tritter.pipeline.disk import write_expanded
+from tritter.pipeline.ledger import ExpansionFound, StageResult
+from tritter.pipeline.run import Run
+from tritter.pipeline.stage import Stage
+from tritter.training.callbacks import evaluation_flops
+from tritter.training.trainer import validation_metrics
+from tritter.transform import PlannedExpansion
+from tritter.transform.children import router_flops
+
+_JUMP_SEQUENCES, _JUMP_TOKENS = 8, 128  # of each domain
+
+
+class Expand(Stage):
+    """Expand the branch's initial model, measure the logit shift and score the result."""
+
+    name = "expand"
+    found = ExpansionFound
+
+    def work(self, run: Run, branch: Branch) -> StageResult:
+        """Write the expanded model, compare it with its source, and score it."""
+        source, location = run.source(branch.start), branch.expanded
+        if not branch.specs:
+            return StageResult(ExpansionFound(parameters=source.model.num_parameters))
+        plan = run.planned(branch)
+        made = write_expanded(run, branch, run.folder / location)
+        grown = run.register(location, made.lineage)
+        notes = _announce(run, plan)
+        texts = run.data.training_sequences(run.data.domains).values()
+        pieces = [each[:_JUMP_SEQUENCES, :_JUMP_TOKENS] for each in texts]
+        tokens = ids_of(torch.cat(pieces)).long()  # [B, T]
+        new_tokens = None if plan.vocabulary is None else plan.vocabulary.new_ids
+        with run.waiting("logit shift"):
+            before, after = (load_model(each.folder, model=each.model) for each in (source, grown))
+            jump = logit_jump(before, after, tokens, new_tokens=new_tokens, has_yardstick=True)
+        error, num_steps = jump.to_dict()["relative_to_std"], len(branch.specs)
+        lineage = record_step0_error(
+            grown.folder, made.lineage, error, grown.config, num_new=num_steps
+        )
+        run.sources[location] = replace(grown, lineage=lineage)
+        run.reading(location).score(after, f"{branch.name}-expanded")
+        evaluated, flops = dict[str, float](), dict[str, float]()
+        if (text := run.data.validation_subset) is not None:
+            evaluated = validation_metrics(before, text, run.config.trainer)
+            flops["validation"] = evaluation_flops(experts.reading_flops(before), text)
+        flops["expand"] = run.data.scoring.flops(forward_flops(grown.model))
+        # The source is read in bfloat16 too
+        read = (source, source, grown)
+        passes = [forward_flops(each.model).of(tokens.shape[1]) for each in read]
+        flops["expand"] += len(tokens) * sum(passes) + router_flops(made.plan)
+        files = list[str]()
+        if windows.is_longer(run, branch):
+            readings = experts.reading_flops(before), forward_flops(grown.model)
+            files, spent = windows.score_start(run, branch, before, after, readings)
+            flops["expand"] += spent
+        return StageResult(
+            ExpansionFound(
+                parameters=plan.target.num_parameters,
+                notes=notes,
+                jump=jump.to_dict(),
+                before=evaluated,
+            ),
+            flops=flops,
+            leaves=(location, score_file(f"{branch.name}-expanded"), *files),
+        )
+
+    def finish(self, run: Run, branch: Branch) -> Branch:
+        """Return the branch with the expanded model, if it has expansions."""
+        return replace(branch, reached=branch.expanded)
+
+
+def _announce(run: Run, plan: PlannedExpansion) -> tuple[str, ...]:
+    """Print what an expansion did, and return its notes."""
+    notes = [f"{step.spec.name}: {note}" for step in plan.steps for note in step.notes]
+    for step in plan.steps:
+        layers = step.parameter_map.layer_sources
+        if layers != tuple(range(len(layers))):
+            notes.append(f"{step.spec.name}: layers from {layers_text(layers)}")
+    run.say(
+        "expand",
+        f"{' then '.join(step.spec.name for step in plan.steps)}: "
+        f"{plan.source.num_parameters:,} → {plan.target.num_parameters:,} parameters",
+    )
+    for note in notes:
+        run.say("", note)
+    if plan.vocabulary is not None:
+        run.say("", "losses per token are now of other tokens; compare losses per byte")
+    return tuple(notes)

@@ -1,0 +1,279 @@
+"""The training of a branch."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lightning import Callback
+from torch import nn
+
+from tritter.checkpoints import Source
+from tritter.core.families import forward_flops
+from tritter.data.datamodule import ValidationSubset
+from tritter.errors import RequestError
+from tritter.methods.forgetting import build_methods
+from tritter.pipeline import disk, experts, moe
+from tritter.pipeline.base import last_rate, schedule_of
+from tritter.pipeline.branch import Branch
+from tritter.pipeline.ledger import StageResult, TrainingFound
+from tritter.pipeline.notes import best_weights
+from tritter.pipeline.run import Run
+from tritter.pipeline.samples import sample_log
+from tritter.pipeline.stage import Stage
+from tritter.pipeline.stages import importance
+from tritter.pipeline.trained import (
+    TrainedWriter,
+    accept,
+    branch_writer,
+    measuring_flops,
+    with_routing,
+)
+from tritter.training import (
+    BaseModule,
+    FitResult,
+    ForgettingMethod,
+    Method,
+    Schedule,
+    Setting,
+    Task,
+    Trainee,
+    WriteResult,
+    discard_saved,
+    fit,
+    metrics_files,
+)
+
+_EARLIER = ("adapt", "distill")  # stages that train a branch before its main training run
+
+
+class Fit(Stage):
+    """Continue training on the new domains with the selected forgetting mitigation."""
+
+    name = "fit"
+    found = TrainingFound
+
+    def work(self, run: Run, branch: Branch) -> StageResult:
+        """Train the model, write it to `branch.trained`, and report what happened."""
+        start, text = run.source(branch.location), run.data.validation_subset
+        folder, location = run.folder / branch.name, branch.trained
+        result, write = _train(run, branch, start)
+        accept(run, location)
+        run.ledger.watch_disk()
+        flops = result.flops + measuring_flops(run, write, location)
+        _report(run, branch, result)
+        if write.routing_state is not None:
+            run.say("", "scores with the selection bias, which is not saved:")
+            biased = with_routing(run.source(location), write.routing_state)
+            run.score(biased, f"{branch.name}-biased")
+            flops += run.data.scoring.flops(forward_flops(start.model))
+            shutil.rmtree(write.routing_state)
+        discard_saved(folder)
+        spent, eval_mode = {branch.label("fit"): flops}, branch.label("validation")
+        if result.evaluation_flops:  # the control has a single entry
+            spent[eval_mode] = spent.get(eval_mode, 0.0) + result.evaluation_flops
+        metrics = [path.relative_to(run.folder).as_posix() for path in metrics_files(folder)]
+        return StageResult(
+            _with_earlier(run, branch, TrainingFound.of(result)),
+            flops=spent,
+            seconds={eval_mode: result.evaluation_seconds} if text else {},
+            leaves=(location, *metrics),
+        )
+
+    def finish(self, run: Run, branch: Branch) -> Branch:
+        """Remove the checkpoints before the training, unless a later stage may read them."""
+        if not disk.keeps_start(run):
+            disk.remove_before_fit(run, branch)
+        return branch
+
+
+def _report(run: Run, branch: Branch, result: FitResult) -> None:
+    """Print how a training run ended."""
+    if result.stopped_because is not None:
+        run.say("", f"training stopped: {result.stopped_because}")
+    for note in result.notes:
+        run.say("data", note)
+    if result.ended_early is not None:
+        run.say("", f"training ended early, at step {result.steps}: {result.ended_early}")
+    if result.best_step is not None:
+        run.say("", best_weights(run.config, run.folder / branch.name, result))
+
+
+def _with_earlier(run: Run, branch: Branch, found: TrainingFound) -> TrainingFound:
+    """Add the refused steps and the early end of earlier training stages of a branch."""
+    for stage in (f"{branch.name}.{each}" for each in _EARLIER):
+        if run.ledger.get(stage) is not None:
+            earlier = run.ledger.found(stage, TrainingFound)
+            found = replace(
+                found,
+                refused_steps=found.refused_steps + earlier.refused_steps,
+                stopped_because=earlier.stopped_because or found.stopped_because,
+            )
+    return found
+
+
+def rate_test(run: Run, branch: Branch, schedule: Schedule, observer: Callback) -> None:
+    """Train a branch with another schedule and without a result."""
+    start = run.source(branch.location)
+    _train(run, branch, start, schedule=schedule, observer=observer)
+
+
+def _train(
+    run: Run,
+    branch: Branch,
+    start: Source,
+    *,
+    schedule: Schedule | None = None,
+    observer: Callback | None = None,
+) -> tuple[FitResult, TrainedWriter]:
+    """Train a branch; return the result and what wrote it.
+
+    Args:
+        schedule: of a test: nothing is validated or written, and callbacks of the user do not run.
+        observer: callback of a test.
+    """
+    is_test = schedule is not None
+    frees_start = disk.may_release_start(run, branch)
+    options = experts.training_of(run, branch)
+    settings = replace(options, max_steps=options.max_steps * branch.num_trainings)
+    trainee = Trainee(run.data.masked(experts.load_start(run, branch, start)))
+    model = trainee.model
+    if any(spec.new_blocks_only for spec in branch.specs):
+        mapped = run.planned(branch).change.masks()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad &= not bool(mapped[name].any())
+    num_steps = settings.max_steps if schedule is None else schedule.max_steps
+    _announce(run, branch, max_steps=num_steps)
+    with moe.training_of_routers(run, branch, trainee):
+        is_routed = bool(trainee.side_losses)
+        task = importance.task(run, branch, follow=trainee.follow)
+        others, methods = _attach(run, branch, start, trainee, task, max_steps=settings.max_steps)
+        _freeze(model, methods, task, max_steps=settings.max_steps)
+        module = BaseModule.of(
+            trainee,
+            schedule=schedule or schedule_of(settings, start_rate=last_rate(run, branch)),
+            optimizer=run.config.optimizer,
+            methods=methods,
+        )
+        folder, text = run.folder / branch.name, run.data.validation_subset
+        if observer is not None:
+            trainee.observers += (observer,)
+        elif text is not None:
+            trainee.observers += tuple(sample_log(run, model, folder))
+        write = branch_writer(
+            run, branch, is_routed=is_routed, frees_start=frees_start, methods=(*others, *methods)
+        )
+        result = fit_branch(
+            run,
+            branch,
+            module,
+            trainee=trainee,
+            task=task,
+            folder=folder,
+            label="range test" if is_test else "training",
+            write_result=None if is_test else write,
+            evaluation=None if is_test else text,
+        )
+    return result, write
+
+
+def _attach(
+    run: Run, branch: Branch, start: Source, trainee: Trainee, task: Task, *, max_steps: int
+) -> tuple[tuple[Method, ...], tuple[ForgettingMethod, ...]]:
+    """Build and attach what acts in a branch's training: growth or experts, and forgetting methods.
+
+    The control only has the latter, which come last: they unfreeze only weights that they froze.
+    """
+    one = None if branch.is_control else run.config.growth or run.config.experts
+    others = () if one is None else (one.kind(**one.arguments),)
+    methods = build_methods(run.config.forgetting)
+    data, gathered = run.data, run.config.trainer.accumulate_grad_batches
+    setting = Setting(
+        start=start,
+        task=branch.task,
+        domains=data.new_domains_of(branch),
+        base_sequences=lambda: data.training_sequences(data.old_domains),
+        bounds=data.bounds,
+        sequence_length=data.sequence_length,
+        batch_size=data.batch_size,
+        tokens_per_step=data.batch_size * data.sequence_length * gathered,
+        max_steps=max_steps,
+        new_units=task.new_units if branch.specs else {},
+        seed=lambda *labels: run.seed(*labels, *branch.purpose),
+        log=run.say,
+    )
+    for method in (*others, *methods):
+        method.attach(trainee, setting)
+    return others, methods
+
+
+def _announce(run: Run, branch: Branch, *, max_steps: int) -> None:
+    names = [one.name for one in run.config.forgetting]
+    if experts.method_of(run, branch) is not None:
+        rate = experts.training_of(run, branch).learning_rate
+        names.insert(0, f"frozen base (learning rate {rate:.2g})")
+    mitigation = " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) or "none"
+    domains, tasks = ", ".join(run.data.new_domains_of(branch)), len(run.data.text.tasks)
+    which = f" (task {branch.task + 1} of {tasks})" if tasks > 1 else ""
+    text = f"{max_steps} steps on {domains}{which}; forgetting mitigation: {mitigation}"
+    run.say("train", text)
+
+
+def _freeze(
+    model: nn.Module, methods: Sequence[ForgettingMethod], task: Task, *, max_steps: int
+) -> None:
+    """Freeze the weights that each method freezes."""
+    for method in methods:
+        method.freeze(model, task, max_steps=max_steps)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        names = " and ".join(method.name for method in methods)
+        raise RequestError(
+            f"forgetting = {names}: the whole model is frozen, so there is nothing to train; "
+            "the expansion only copies layers and adds no new weights."
+        )
+
+
+def fit_branch(
+    run: Run,
+    branch: Branch,
+    module: BaseModule,
+    *,
+    folder: Path,
+    label: str,
+    write_result: WriteResult | None,
+    trainee: Trainee | None = None,
+    task: Task | None = None,
+    evaluation: ValidationSubset | None = None,
+) -> FitResult:
+    """Train a branch's module on the new domains.
+
+    Args:
+        folder: working folder.
+        label: name of the training run: of its bar, and of its random order of data.
+        write_result: writes the result; None for a test.
+        trainee: the model, with what else acts on it.
+        task: inputs of the forgetting methods.
+        evaluation: text for the validation during training.
+    """
+    max_steps, trainee = module.schedule.max_steps, trainee or Trainee(module.model)
+    return fit(
+        module,
+        run.data.batches(
+            run.data.new_domains_of(branch),
+            purpose="-".join((label, *branch.purpose)),
+            max_steps=max_steps,
+        ),
+        settings=run.config.trainer,
+        folder=folder,
+        label=label,
+        console=run.console,
+        task=task,
+        loggers=run.loggers if label == "training" else (),
+        observers=trainee.observers,
+        controls=trainee.controls,
+        surgery_callbacks=trainee.surgery_callbacks,
+        user_callbacks=run.config.callbacks if label == "training" else (),
+        write_result=write_result,
+        evaluation=evaluation,
+        publishes_best=label == "training" and run.config.pipeline.publish == "best",
+    )
