@@ -15,7 +15,7 @@ from tritter.checkpoints.folder import (
     lineage_of,
     read_lineage,
 )
-from tritter.checkpoints.record import ExpansionRecord, LedgerRecord, Lineage
+from tritter.checkpoints.record import OWN_STAGE, ExpansionRecord, LedgerRecord, Lineage
 from tritter.core.families.config_file import missing_config, read_model_file
 from tritter.errors import RequestError, TritterError
 from tritter.storage.hashing import (
@@ -70,6 +70,12 @@ class Link:
         except TritterError:
             return False
         return folder.relative_to(run).as_posix() in (*ledger.removed, *ledger.released)
+
+    @property
+    def own_stage(self) -> str:
+        """The name of the stage from outside that wrote it, if any."""
+        config = {} if self.lineage is None else self.lineage.training_config
+        return str(config.get("name")) if config.get("stage") == OWN_STAGE else ""
 
     @property
     def experts(self) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ _TensorDigests = Annotated[Mapping[str, Sha256], _MAX_ENTRIES]
 _FileDigests = Annotated[Mapping[InnerName, Sha256], _MAX_ENTRIES]
 _Layer = Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
 _LONGEST_WINDOW = 1024  # by default
+OWN_STAGE = "own stage"  # `stage` in the training config of what a stage from outside wrote
 
 
 def layers_text(sources: Sequence[int]) -> str:

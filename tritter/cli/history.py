@@ -114,6 +114,8 @@ def describe_origin(link: Link, *, max_experts: int | None = None) -> str:
     steps = f" of {lineage.step} steps" if lineage.step else ""
     if lineage.parent_hash is None:
         origin = f"pretraining{steps}" if steps else "start"
+    elif link.own_stage:
+        origin = f"stage {link.own_stage}"
     else:
         origin = f"training{steps}"
     return ", ".join(filter(None, [origin, experts, removed]))

@@ -8,6 +8,7 @@ from json import dumps
 from typing import ClassVar
 
 from tritter.checkpoints import write_checkpoint
+from tritter.checkpoints.record import OWN_STAGE
 from tritter.errors import Problem, TritterError
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import StageResult
@@ -92,7 +93,7 @@ class Stage(ABC):
             parent,
             parent_hash=parent.model_hash,
             parent_path=os.path.relpath(source.folder, folder),
-            training_config={**parent.training_config, "stage": self.name},
+            training_config={**parent.training_config, "stage": OWN_STAGE, "name": self.name},
         )
         written = write_checkpoint(
             folder,
