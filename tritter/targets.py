@@ -268,10 +268,10 @@ def _module(key: str, target: str, name: str, *, is_optional: bool = False) -> A
 
 
 def _import_path_hint(name: str) -> str:
-    """Return a hint if the module is in the working directory but not on the import path."""
+    """Return a hint on where the module could be found."""
     here = Path.cwd()
     if not (here / f"{name}.py").is_file() and not (here / name).is_dir():
-        return ""
+        return "; install its package, or set PYTHONPATH to the folder that contains it"
     if str(here) in sys.path:
         return ""
     return f"; the working directory has one but is not on sys.path: set PYTHONPATH={here}"

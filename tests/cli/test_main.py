@@ -19,7 +19,7 @@ from tritter.cli import main
 from tritter.cli.methods import method_options
 from tritter.cli.options import with_dashes
 from tritter.core.expansions import EXPANSIONS
-from tritter.core.expansions.heads import STRATEGIES
+from tritter.core.expansions.heads import Strategy
 from tritter.core.expansions.width import Init, Shares
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,7 +122,11 @@ def test_help_describes_the_options_of_the_methods_that_are_typed(run: Run) -> N
         ("expand --checkpoint base --method dus --target-params 7X", "such as 7B, 350M"),
         ("expand --checkpoint base --method dus --max-shard-size 0", "such as 5GB, 500MB"),
         ("history", "Missing argument 'DIR'"),
-        ("inspect a b", "unexpected extra argument"),
+        ("inspect a b", "unexpected extra argument(s) (b)\n"),
+        ("expand base base-2 --method dus", "(base-2). Did you mean: --output base-2?"),
+        ("expand base --method width dus", "(dus)\n"),
+        ("expand base out --output=x --method dus", "(out)\n"),
+        ("evaluate a b --data x.txt", "(b)\n"),
         ("generate --checkpoint base --prompt x --temperature -1", "'--temperature'"),
     ],
 )
@@ -179,7 +183,7 @@ def test_help_names_every_method_and_choice(run: Run, monkeypatch: pytest.Monkey
     text = run("expand --help-all").out
     for method in EXPANSIONS:
         assert with_dashes(method) in text
-    for word in (*get_args(Init), *get_args(Shares), *STRATEGIES):
+    for word in (*get_args(Init), *get_args(Shares), *get_args(Strategy)):
         assert word in text
     for option in method_options():
         assert f"--{with_dashes(option)} " in text

@@ -23,7 +23,7 @@ from tritter.conf_folder import config_folder
 from tritter.config.folders import search_path_of, use_search_path
 from tritter.config.launch.entry import completions
 from tritter.config.overrides import unreplayed_overrides
-from tritter.pipeline.pipeline import next_commands
+from tritter.pipeline.next_commands import next_commands
 from tritter.report.summary import Summary
 from tritter.storage.reading import read_object
 
@@ -171,6 +171,45 @@ def test_an_expansion_from_outside_is_a_method_of_the_command(
     assert config["num_hidden_layers"] == tiny_llama().config.num_hidden_layers + 2
 
 
+def test_an_expansion_with_a_list_among_its_options_is_refused(
+    tmp_path: Path, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_examples(folder := tmp_path / "site", conf=tmp_path / "conf")
+    for path, old, new in (
+        (
+            folder / "mine/expansion.py",
+            "times: Annotated[int, Field(ge=1, le=8)] = 1",
+            "times: list[int]",
+        ),
+        (tmp_path / "conf/expansion/one_more.yaml", "times: 1", "times: [1]"),
+    ):
+        path.write_text(path.read_text().replace(old, new))
+    import_from(folder, monkeypatch)
+    result = run("--config-dir", str(tmp_path / "conf"), "expansion=one_more")
+    assert result.code == 2 and "annotate a list as tuple" in result.err, result.err
+
+
+@pytest.mark.full
+def test_an_expansion_that_claims_too_much_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_examples(folder := tmp_path / "site", conf=tmp_path / "conf")
+    path = folder / "mine/neurons.py"
+    path.write_text(path.read_text().replace('fill if reads else Fill("zero")', "fill"))
+    saved(tiny_llama(), tmp_path / "base")
+    import_from(folder, monkeypatch)
+    words = [
+        "expand",
+        "--config-dir",
+        str(tmp_path / "conf"),
+        "--checkpoint",
+        str(tmp_path / "base"),
+    ]
+    code = tritter([*words, "--method", "more-neurons", "--output", str(tmp_path / "grown")])
+    assert code == 3 and (tmp_path / "grown").is_dir()
+    assert "the parameter map of more_neurons is wrong. The result" in capsys.readouterr().err
+
+
 @pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("words", "parts"),
@@ -206,7 +245,7 @@ def test_an_expansion_from_outside_is_a_method_of_the_command(
             ["callbacks=loss_log", "callbacks.loss_log.pth=x"],
             ["Did you mean callbacks.loss_log.path?"],
         ),
-        (["callbacks=loss_log", "callbacks.loss_log.every_n_steps=0"], ["every_n_steps is at"]),
+        (["callbacks=loss_log", "callbacks.loss_log.every_n_steps=0"], ["every_n_steps must be"]),
         (["callbacks.loss_log.path=x"], ["select it with callbacks=[loss_log]"]),
         (
             ["callbacks=loss_log", "callbacks.loss_log._target_=mine.callbacks.LossLug"],

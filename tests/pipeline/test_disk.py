@@ -376,6 +376,23 @@ def test_a_run_that_ends_around_a_removal_goes_on_to_the_same_files(
 
 
 @pytest.mark.full
+def test_a_run_that_ends_amid_the_removal_of_its_saved_state_goes_on(
+    run: RunJob, source: Path, tmp_path: Path
+) -> None:
+    whole = run(*WIDTH, name="whole", model=source)
+
+    def torn(folder: Path) -> None:
+        (folder / "saved/checkpoint.json").unlink()
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("tritter.pipeline.stages.fit.discard_saved", torn)
+        run(*WIDTH, model=source)
+    assert run(*WIDTH, model=source)["final"] == whole["final"]
+    assert not (tmp_path / "run/attempt_1/saved").exists()
+
+
+@pytest.mark.full
 def test_a_deleted_result_is_made_again_from_the_start(run: RunJob, tmp_path: Path) -> None:
     run()
     kept = tmp_path / "run/checkpoint"

@@ -17,10 +17,11 @@ from tritter.checkpoints.state import LazyTensors, read_state
 from tritter.config.launch.composition import load_config
 from tritter.config.validation import method_problems
 from tritter.core.models import load_model
+from tritter.errors import RequestError
 from tritter.pipeline import run_pipeline
 from tritter.pipeline.stages import importance
 from tritter.targets import Component
-from tritter.training import Needs
+from tritter.training import BaseModule, ForgettingMethod, Needs, Setting, Trainee
 from tritter.training.options import RULES
 from tritter.training.trainer import start_method
 from tritter.transform import Change
@@ -179,6 +180,20 @@ def test_it_changes_the_model_during_training_and_records_it(tmp_path: Path, cac
     (record,) = lineage.expansion_history
     assert (record.method, record.target_config["intermediate_size"]) == ("widening", 80)
     assert not any(verify(link) for link in read_chain(tmp_path / "checkpoint"))
+
+
+@pytest.mark.full
+def test_a_second_module_is_refused(tmp_path: Path, cache: Path) -> None:
+    class Wrapping(ForgettingMethod):
+        name = "wrapping"
+        uses_weights = False
+
+        def attach(self, trainee: Trainee, setting: Setting) -> None:
+            trainee.make_module = BaseModule
+
+    wrapping = Component(name="wrapping", kind=Wrapping, options=Wrapping.Options())
+    with pytest.raises(RequestError, match=r"forgetting\.wrapping: only one method"):
+        run(tmp_path, cache, "expansion=none", "experts=single_lora", method=wrapping)
 
 
 @pytest.mark.full

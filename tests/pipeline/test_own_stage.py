@@ -103,6 +103,7 @@ def test_what_stages_found_is_in_the_ledger_and_in_the_summary(whole: Path) -> N
     names = [name.partition(".")[2] for name in stages if name.startswith("attempt_1.")]
     assert names == ["expand", "shrink", "fit", "drift", "evaluate"]
     assert "control.drift" not in stages and "control.shrink" in stages
+    assert summary["control"]["stages"] == {"shrink": {"share": 0.5}}
     assert summary["stages"]["shrink"] == {"share": 0.5}
     moved = json.loads((whole / "attempt_1/drift.json").read_text())
     assert len(summary["stages"]["drift"]["largest"]) == 2
@@ -224,7 +225,7 @@ def test_a_stage_after_the_scores_can_be_mended(
         (
             "stages.x={_target_:mine.shrink.Shrink,share:2}",
             "stages.x.share",
-            "above 0 and at most 1",
+            "must be above 0",
         ),
         ("stages.x={_target_:pathlib.Path}", "stages.x._target_", "not a subclass of"),
         ("stages=drift", "stages", "drift"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tritter.config.launch.composition import load_config
-from tritter.pipeline.pipeline import next_commands
+from tritter.pipeline.next_commands import next_commands
 from tritter.report.summary import Summary
 
 FOLDER = Path("outputs/runs/a b")

@@ -66,6 +66,7 @@ from tritter.report.wording import count_text, number_text, ratio_text
 from tritter.storage.hub import locate
 from tritter.storage.reading import named_path
 from tritter.storage.tensors import WEIGHT_DTYPES
+from tritter.targets import dotted
 from tritter.terminal import Console, say
 
 if TYPE_CHECKING:
@@ -267,10 +268,13 @@ def expand(
                     result.print()
     if result.measured is None or not result.measured.is_broken:
         return 0
+    own = [spec.name for spec in specs if not dotted(type(spec)).startswith("tritter.")]
+    advice = "please report this with the output of `tritter inspect`"
+    if own:
+        advice = f"`is_exact` or the parameter map of {' and '.join(own)} is wrong"
     say(
         "error: the method is function-preserving, but the result differs from the source at "
-        f"{result.measured.first_difference}; please report this with the output of "
-        "`tritter inspect`.",
+        f"{result.measured.first_difference}; {advice}. The result stays.",
         is_error=True,
     )
     return EXIT_NO

@@ -3,6 +3,8 @@
 Nothing here imports torch, so `tritter --help` and rejected requests return immediately.
 """
 
+import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -137,14 +139,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _setting_advice(context: Any, message: str, words: Sequence[str]) -> str | None:
-    """Return the option for the first `key=value` that an error calls an extra argument."""
+    """Return the option for an extra argument: a `key=value`, or a second folder, the output."""
     _, is_extra, extra = message.partition("extra argument")
-    settings = [word for word in words if "=" in word and word[:1] != "-" and word in extra]
-    if not (is_extra and settings):
-        return None
+    listed = re.findall(r"\((\S.*)\)", extra.removeprefix("(s)"))
+    extras = listed[0].split() if is_extra and listed else []
+    settings = [word for word in extras if "=" in word]
     options = [each for each in context.command.get_params(context) if each.opts[0][:2] == "--"]
     flags = {each.opts[0]: bool(getattr(each, "is_flag", False)) for each in options}
+    if not settings:
+        return _output_advice(extras, words) if context.info_name in ("expand", "export") else None
     return setting_advice(settings[0], flags, command=context.info_name)
+
+
+def _output_advice(extras: Sequence[str], words: Sequence[str]) -> str | None:
+    """Return the option for a second folder, which other tools take as the output."""
+    if len(extras) != 1 or any(word.startswith("--output") for word in words):
+        return None
+    before = words[max(0, words.index(extras[0]) - 2)] if extras[0] in words else ""
+    if before.startswith("--"):  # a second value of an option
+        return None
+    return f"Did you mean: --output {shlex.quote(extras[0])}?"
 
 
 def _print_version(is_requested: bool) -> None:

@@ -256,7 +256,14 @@ def read_methods(
     """Return the valid methods of an ordered group."""
     keys = {f"{group}.{name}": body for name, body in bodies.items()}
     read = [reader.component(key, classes.get(key), body) for key, body in keys.items()]
-    return tuple(each for each in read if each is not None)
+    found = [each for each in read if each is not None]
+    for each in found if group == "expansion" else ():  # runs look expansions up
+        try:
+            hash(each.options)
+        except TypeError as error:
+            reason = f"{dotted(each.kind)}: {error}; annotate a list as tuple[…, ...]"
+            reader.problems.append(Problem(f"{group}.{each.name}", reason=reason))
+    return tuple(found)
 
 
 def nesting_problems() -> list[Problem]:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from tritter.core.expansions import MoeAdd, target_model
 from tritter.core.families import SIGMOID_ROUTERS
-from tritter.core.models import load_model
 from tritter.core.stock_routers import AddedExperts, Routing
 from tritter.data.tokens import concatenate
 from tritter.methods.moe_routing.objective import (
@@ -149,9 +148,8 @@ def _objective(
         sequences = run.data.sample_equally(
             run.data.old_domains_of(branch), _HOLD_OLD_SEQUENCES, "hold_old", *branch.purpose
         )
-        start = run.source(branch.expanded)
         batch_size = max(1, run.data.batch_size // 4)
         with run.waiting("routing of old data"):
-            before = run.data.masked(load_model(start.folder, model=start.model))
+            before = run.load(branch.expanded)
             old = OldRouting.of(before.to(run.device), sequences, batch_size=batch_size)
     return RoutingObjective(model, settings, old=old)

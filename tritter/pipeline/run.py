@@ -16,11 +16,12 @@ from tritter.checkpoints import Lineage, Source, lineage_of, read_lineage
 from tritter.checkpoints.location import checkpoint_model
 from tritter.checkpoints.record import recorded_tokens
 from tritter.config.schema import CheckpointModelConfig, RunConfig
-from tritter.core.models import read_model
+from tritter.core.models import load_model, read_model
 from tritter.data.datasets import HEAD_ROWS
 from tritter.data.sources import find_texts
 from tritter.errors import RequestError, TritterError, key_name
 from tritter.evaluation.statistics import score_file
+from tritter.methods.experts.whole import load_whole
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import Ledger, StageResult
 from tritter.pipeline.notes import packing_notes, scored_notes, share_notes
@@ -203,6 +204,20 @@ class Run:
         self.sources[location] = Source.written(folder, model, lineage)
         return self.sources[location]
 
+    def load(self, location: str, *, with_experts: bool = False) -> nn.Module:
+        """Load a checkpoint of the run folder in float32 on the CPU.
+
+        Its attention separates documents if the data of the run is packed so.
+
+        Args:
+            location: folder, relative to the run folder.
+            with_experts: with its LoRA experts, if it has any, on a base that is quantised as in
+                their training.
+        """
+        source = self.source(location)
+        load = load_whole if with_experts else load_model
+        return self.data.masked(load(source.folder, model=source.model))
+
     def planned(self, branch: Branch) -> PlannedExpansion:
         """Return the planned expansions of a branch; parameter maps are built once."""
         key = (branch.start, branch.specs, branch.purpose)
@@ -213,7 +228,7 @@ class Run:
 
     def say(self, label: str, text: str) -> None:
         """Print one line of progress."""
-        self.console.print(f"{label:<11}{text}", highlight=False, markup=False, soft_wrap=True)
+        self.console.print(f"{label:<10} {text}", highlight=False, markup=False, soft_wrap=True)
 
     def progress_bars(self) -> AbstractContextManager[NewBar]:
         """Return progress bars, shown under the same conditions as those of training."""

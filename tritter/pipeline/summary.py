@@ -100,7 +100,7 @@ def summary_record(
             moe=moe_record(own, branches),
             windows=windows.summary_record(own, branches),
             **_of_methods(own, branches),
-            stages=_of_stages(own, branches),
+            stages=attempt.stages or None,
             rounds=records if last.is_round else None,
             target=_target(candidates[-1]) if last.is_round else None,
             control=None
@@ -243,6 +243,7 @@ def _branch_record(run: Run, branches: Sequence[Branch], gate: GateFound) -> dic
         "flops": sum(task.flops or 0.0 for task in tasks),
         "seconds": sum(task.seconds or 0.0 for task in tasks),
         "tasks": tasks,
+        **_known(stages=_of_stages(run, branches)),
         **parts,
     }
 

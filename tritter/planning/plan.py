@@ -25,13 +25,6 @@ from tritter.planning.strategy import (
     strategies_of,
 )
 
-# A published scaling law for the loss of a model with N parameters after D tokens.
-#
-# Chinchilla's parametric law L(N, D) = E + A/N^α + B/D^β (Hoffmann et al. 2022, arXiv 2203.15556,
-# equation 2) with the constants of the corrected fit to its data (Besiroglu et al. 2024, arXiv
-# 2404.10102). The constants are specific to that study's data and tokenizer, so differences
-# between plans are more reliable than absolute values. The law ignores a model's shape.
-
 SMALLEST_MODEL = 44_000_000  # parameters; below, the law extrapolates beyond its data
 _A100_FLOPS = 312e12  # dense, per second, as published by NVIDIA
 _DEFAULT_MFU = 0.4
@@ -40,6 +33,14 @@ _MAX_TOKENS_PER_PARAMETER = 1e6  # beyond, predicted losses equal their limit
 _TOKENS_PER_PARAMETER = 20.0  # compute-optimal according to Hoffmann et al. 2022, table 3
 SMALL_MODEL_BEATEN_FROM = 10.0  # tokens per target parameter; experiments/2026-11-22_one_layer
 LAW_RESOLUTION = 0.002  # nats; smaller differences between plans are not meaningful
+
+
+# A published scaling law for the loss of a model with N parameters after D tokens.
+#
+# Chinchilla's parametric law L(N, D) = E + A/N^α + B/D^β (Hoffmann et al. 2022, arXiv 2203.15556,
+# equation 2) with the constants of the corrected fit to its data (Besiroglu et al. 2024, arXiv
+# 2404.10102). The constants are specific to that study's data and tokenizer, so differences
+# between plans are more reliable than absolute values. The law ignores a model's shape.
 
 
 @dataclass(frozen=True, slots=True)

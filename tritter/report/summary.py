@@ -580,6 +580,7 @@ class Attempt(Part):
 
     Args:
         overrides: The overrides that distinguish it from the first attempt.
+        stages: Stage from outside → its result.
         baseline: The scores before a round that follows another.
     """
 
@@ -601,6 +602,7 @@ class Attempt(Part):
     notes: list[str] = []
     tasks: list[TaskRecord] = []
     matrix: Matrix | None = None
+    stages: dict[str, Any] = {}
     flops: Number | _Costs | None = None
     seconds: Number | _Costs | None = None
 

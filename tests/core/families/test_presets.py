@@ -14,9 +14,7 @@ from tritter.core.families.presets import (
     PRESETS,
     Preset,
     aspect_ratio_at,
-    find_preset,
 )
-from tritter.errors import RequestError
 
 ALL = list(PRESETS.values())
 
@@ -58,14 +56,6 @@ def test_an_option_file_states_its_count(preset: Preset) -> None:
     size = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.0f} M"
     assert f"({size} parameters" in path.read_text().splitlines()[0]
     assert yaml.safe_load(path.read_text())["num_hidden_layers"] == preset.num_hidden_layers
-
-
-def test_a_name_is_found_in_any_spelling() -> None:
-    assert find_preset("Tritter-7B") is PRESETS["tritter_7b"]
-    with pytest.raises(
-        RequestError, match=r"'tritter_8b' is not a preset.*tritter_14b.*Did you mean"
-    ):
-        find_preset("tritter_8b")
 
 
 def test_aspect_ratios_pass_through_the_presets_and_lie_between_them() -> None:

@@ -31,6 +31,7 @@ from tritter.methods.experts.module import ExpertModule
 from tritter.methods.experts.options import FIRST, DynamicOptions
 from tritter.methods.experts.registry import ExpertRegistry
 from tritter.methods.novelty import observe
+from tritter.methods.novelty.observation import Observation
 from tritter.targets import values_of
 from tritter.training import FitResult, OptimizerSettings, Schedule, TrainerSettings, fit
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
@@ -104,6 +105,17 @@ def test_noise_widens_an_expert_but_hardly_ever_freezes_it(
         found.append(registry.stalled(rank))
         assert resumed.stalled(rank) == found[-1]
     assert found.count(expected) >= share
+
+
+def test_a_resumed_run_knows_the_sequences_of_a_young_skill() -> None:
+    """Its skill is measured again later, with their checksums."""
+    registry, resumed = (
+        DynamicExperts(**values_of(dynamic_options())).registry(max_steps=100) for _ in range(2)
+    )
+    seen = Observation(losses=torch.ones(2), features=torch.ones(2, 3), digests=("a", "b"))
+    registry._young = {"skill": [seen]}
+    resumed.load_state_dict(registry.state_dict())
+    assert resumed._young["skill"][0].digests == ("a", "b")
 
 
 def text(kind: str, count: int, *, seed: int) -> Tensor:

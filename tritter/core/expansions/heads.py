@@ -9,7 +9,7 @@ size.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 from tritter.core.families import Dimensions
 from tritter.core.parameter_map import AxisFactor, AxisMap
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Strategy = Literal["fresh", "copy", "gqa", "split"]
-STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 _UNEQUAL_RATIO = 9.0  # shares .9/.1 for two copies; copies of equal share never diverge
 
 

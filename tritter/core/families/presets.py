@@ -15,7 +15,7 @@ from pydantic import Field
 from tritter.conf_folder import config_folder
 from tritter.core.families.dimensions import Config
 from tritter.core.families.tables import llama_config
-from tritter.errors import Problem, RequestError, did_you_mean
+from tritter.errors import Problem
 from tritter.limits import MAX_LAYERS, MAX_POSITIONS, MAX_WIDTH
 from tritter.options import RunRequest, nearest_multiples, options
 
@@ -81,21 +81,6 @@ def _read_all() -> dict[str, Preset]:
 
 
 PRESETS = _read_all()
-
-
-def find_preset(name: str) -> Preset:
-    """Return a preset by its name, spelled with - or _.
-
-    Raises:
-        RequestError: the preset does not exist; lists all of them and the nearest.
-    """
-    spelled = name.lower().replace("-", "_")
-    if spelled in PRESETS:
-        return PRESETS[spelled]
-    raise RequestError(
-        f"'{name}' is not a preset; presets are {', '.join(PRESETS)}."
-        f"{did_you_mean(spelled, PRESETS)}"
-    )
 
 
 def aspect_ratio_at(parameters: float) -> float:

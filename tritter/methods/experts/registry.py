@@ -6,7 +6,7 @@ applies the decisions.
 
 from collections.abc import Collection, Mapping
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -288,7 +288,7 @@ class ExpertRegistry:
             "batches": dict(self.batches),
             "sequences": list(self._sequences),
             "young": {
-                skill: [replace(each, digests=()).state_dict() for each in batches]
+                skill: [each.state_dict() for each in batches]
                 for skill, batches in self._young.items()
             },
             "detector": None if self.detector is None else self.detector.state_dict(),

@@ -1,7 +1,6 @@
 """Stages of appended experts: which are cloned, distillation, and training of their routers."""
 
 from dataclasses import replace
-from pathlib import Path
 
 from tritter.core.expansions import MoeAdd
 from tritter.core.families import training_flops
@@ -54,7 +53,7 @@ class Choose(Stage):
         new = run.data.new_domains_of(branch)
         sequences = moe.spaced_sequences(run, new, _UTILITY_SEQUENCES)
         with run.waiting("affected experts"):
-            model = run.data.masked(load_model(start.folder, model=start.model)).to(run.device)
+            model = run.load(branch.start).to(run.device)
             chosen = best_experts(model, sequences)
         run.say("choose", f"experts to clone, layer by layer: {' '.join(map(str, chosen))}")
         flops = training_flops(start.model, is_trained=lambda tensor: tensor.is_per_expert)
@@ -85,7 +84,7 @@ class Distill(Stage):
         start = run.source(branch.location)
         added = moe.pending_experts(run, branch)
         assert teacher is not None and added is not None
-        model = run.data.masked(load_model(start.folder, model=start.model))
+        model = run.load(branch.location)
         folder, steps = run.folder / branch.name / "distill", options.distill_steps
         location, stage = self.folder(branch), "distillation of new experts"
         write = child_writer(run, branch, start, location, stage=stage, added=added)
@@ -103,7 +102,12 @@ class Distill(Stage):
             result = fit_branch(
                 run, branch, module, folder=folder, label="distill", write_result=write
             )
-        return _accept(run, location, result, folder=folder, label=branch.label("distill"))
+        return _accept(run, location, result, label=branch.label("distill"))
+
+    def finish(self, run: Run, branch: Branch) -> Branch:
+        """Remove the saved state, and return the branch with the distilled experts."""
+        discard_saved(run.folder / branch.name / "distill")
+        return super().finish(run, branch)
 
 
 def _teacher_of(branch: Branch) -> str | None:
@@ -131,7 +135,7 @@ class Adapt(Stage):
         options, steps = run.config.adaptation, moe.router_steps(run, branch)
         added = moe.pending_experts(run, branch)
         assert added is not None
-        model = run.data.masked(load_model(start.folder, model=start.model))
+        model = run.load(branch.location)
         if options.router_update == "retrain":
             redraw_rows(model, added.experts, seed=run.seed("router", *branch.purpose))
         location = self.folder(branch)
@@ -162,12 +166,16 @@ class Adapt(Stage):
                 label="router",
                 write_result=write,
             )
-        return _accept(run, location, result, folder=folder, label=branch.label("adapt"))
+        return _accept(run, location, result, label=branch.label("adapt"))
+
+    def finish(self, run: Run, branch: Branch) -> Branch:
+        """Remove the saved state, and return the branch with the adapted routers."""
+        discard_saved(run.folder / branch.name / "router")
+        return super().finish(run, branch)
 
 
-def _accept(run: Run, location: str, result: FitResult, *, folder: Path, label: str) -> StageResult:
+def _accept(run: Run, location: str, result: FitResult, *, label: str) -> StageResult:
     """Accept the result of a training stage that precedes the main training run."""
     accept(run, location)
     run.ledger.watch_disk()
-    discard_saved(folder)
     return StageResult(TrainingFound.of(result), flops={label: result.flops}, leaves=(location,))

@@ -68,7 +68,6 @@ class Fit(Stage):
             run.score(biased, f"{branch.name}-biased")
             flops += run.data.scoring.flops(forward_flops(start.model))
             shutil.rmtree(write.routing_state)
-        discard_saved(folder)
         spent, eval_mode = {branch.label("fit"): flops}, branch.label("validation")
         if result.evaluation_flops:  # the control has a single entry
             spent[eval_mode] = spent.get(eval_mode, 0.0) + result.evaluation_flops
@@ -81,7 +80,8 @@ class Fit(Stage):
         )
 
     def finish(self, run: Run, branch: Branch) -> Branch:
-        """Remove the checkpoints before the training, unless a later stage may read them."""
+        """Remove the saved state, and checkpoints before the training that no stage reads."""
+        discard_saved(run.folder / branch.name)  # only now: the ledger has the result
         if not disk.keeps_start(run):
             disk.remove_before_fit(run, branch)
         return branch
@@ -203,7 +203,11 @@ def _attach(
         log=run.say,
     )
     for method in (*others, *methods):
+        made = trainee.make_module
         method.attach(trainee, setting)
+        if made not in (None, trainee.make_module):
+            reason = "only one method of a run can bring its own module; leave one out"
+            raise RequestError(f"forgetting.{method.name}: {reason}.")
     return others, methods
 
 

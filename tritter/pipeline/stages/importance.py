@@ -71,7 +71,7 @@ class Importance(Stage):
         start = run.source(branch.start)
         stored_state = start.state
         with run.waiting("loading the model"):
-            model = run.data.masked(load_model(start.folder, model=start.model)).to(run.device)
+            model = run.load(branch.start).to(run.device)
         kinds: dict[str, TensorStream] = {}
         found: dict[str, Any] = {}
         notes: list[str] = []
@@ -95,7 +95,7 @@ class Importance(Stage):
             for kind in needs.prepares:
                 values = {name: value.cpu() for name, value in prepared.state[kind].items()}
                 kinds[kind] = TensorStream.of(disk_tensors(start.model, values).items())
-            found |= prepared.found
+            found |= {method.name: prepared.found} if prepared.found else {}
             notes += prepared.notes
             label = branch.label("importance")
             if needs.writes:
