@@ -90,7 +90,7 @@ RATCHET = {
     "evaluation": (17, 4_386),
     "integrations": (2, 775),
     "methods": (50, 12_628),
-    "pipeline": (33, 7_477),
+    "pipeline": (33, 7_475),
     "planning": (9, 2_270),
     "report": (14, 4_291),
     "storage": (10, 2_120),

@@ -20,6 +20,8 @@ from tritter.config.run_folder import changes_between, fingerprint
 from tritter.core.models import load_model
 from tritter.errors import RequestError, TritterError
 from tritter.pipeline import Branch, Outcome, Run, Stage, StageResult, verdict
+from tritter.pipeline.pipeline import stages_of
+from tritter.pipeline.stage import ORDER
 
 Job = Callable[..., Outcome]
 SHRINK = "stages.shrink={_target_:mine.shrink.Shrink,share:0.5}"
@@ -109,6 +111,10 @@ def test_what_stages_found_is_in_the_ledger_and_in_the_summary(whole: Path) -> N
     assert len(summary["stages"]["drift"]["largest"]) == 2
     assert summary["stages"]["drift"]["largest"][0] == max(moved, key=moved.__getitem__)
     assert summary["seconds"]["shrink"] > 0 and "shrink" not in summary["flops"]
+
+
+def test_every_place_of_a_stage_exists() -> None:
+    assert tuple(stage.name for stage in stages_of(load_config(()))) == ORDER
 
 
 @pytest.mark.full

@@ -58,6 +58,13 @@ class Branch:
         return f"{self.name}/trained"
 
     @property
+    def preparation(self) -> str:
+        """The folder of what its forgetting methods prepare at its start; attempts share it."""
+        if self.follows:
+            return f"{self.follows}/importance"
+        return "importance" if self.prepared_by == 1 else f"importance_{self.prepared_by}"
+
+    @property
     def start_scores(self) -> str:
         """The name of the initial checkpoint's scores."""
         return f"{self.follows}-trained" if self.follows else "baseline"

@@ -58,19 +58,14 @@ def remove_before_fit(run: Run, branch: Branch) -> None:
     own = (one.name for one in run.config.stages if one.kind.writes)
     remove(run, *(f"{branch.name}/{name}" for name in (*_BEFORE_FIT, *own)))
     if branch.task:
-        remove(run, f"{branch.follows}/trained")
+        remove(run, branch.start)
 
 
 def remove_unneeded(run: Run, *branches: Branch) -> None:
     """Remove the remaining folders of branches that the run no longer needs."""
     for branch in branches:
         remove_before_fit(run, branch)
-        remove(run, branch.trained, f"{branch.name}/importance")
-        if not branch.is_control and not branch.follows:
-            prepared = (
-                "importance" if branch.prepared_by == 1 else f"importance_{branch.prepared_by}"
-            )
-            remove(run, prepared)
+        remove(run, branch.trained, branch.preparation)
 
 
 def may_release_start(run: Run, branch: Branch) -> bool:

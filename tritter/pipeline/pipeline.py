@@ -199,9 +199,9 @@ def _run_candidates(run: Run) -> list[Candidate]:
             kept = partial(verdict.complete, run, first)
             run.stage(first.key("keep"), kept, label="publish")
             if first.follows:
-                disk.remove(run, f"{first.follows}/trained")
+                disk.remove(run, first.start)
         elif not is_last:
-            disk.remove(run, f"{candidate.branches[-1].name}/trained")
+            disk.remove(run, candidate.branches[-1].trained)
     return tried
 
 
@@ -266,7 +266,7 @@ def _run_control(last: Candidate, *, num_rounds: int) -> Candidate:
         "control", (), is_control=True, num_trainings=num_rounds, prepared_by=prepared_by
     )
     branches = _run_tasks(run, tasks_of(first, len(run.data.text.tasks)))
-    disk.remove(run, f"{branches[-1].name}/trained")
+    disk.remove(run, branches[-1].trained)
     return replace(last, branches=branches)
 
 

@@ -1,6 +1,7 @@
 """Stages of appended experts: which are cloned, distillation, and training of their routers."""
 
 from dataclasses import replace
+from typing import ClassVar
 
 from tritter.core.expansions import MoeAdd
 from tritter.core.families import training_flops
@@ -63,12 +64,31 @@ class Choose(Stage):
         )
 
 
-class Distill(Stage):
-    """Distill the new experts from the teacher on the new domains, before routers use them."""
+class _Training(Stage):
+    """A training run before the main one, with its own saved state."""
 
-    name = "distill"
     found = TrainingFound
     writes = True
+    working: ClassVar[str]  # its folder, below that of the branch
+
+    def accepted(self, run: Run, branch: Branch, result: FitResult) -> StageResult:
+        """Verify what the training run wrote, and return its result."""
+        location, label = self.folder(branch), branch.label(self.name)
+        accept(run, location)
+        run.ledger.watch_disk()
+        found = TrainingFound.of(result)
+        return StageResult(found, flops={label: result.flops}, leaves=(location,))
+
+    def finish(self, run: Run, branch: Branch) -> Branch:
+        """Remove the saved state, and return the branch with the trained model."""
+        discard_saved(run.folder / branch.name / self.working)
+        return super().finish(run, branch)
+
+
+class Distill(_Training):
+    """Distill the new experts from the teacher on the new domains, before routers use them."""
+
+    name = working = "distill"
 
     def folder(self, branch: Branch) -> str:
         """Return the folder of the model with distilled experts."""
@@ -85,7 +105,7 @@ class Distill(Stage):
         added = moe.pending_experts(run, branch)
         assert teacher is not None and added is not None
         model = run.load(branch.location)
-        folder, steps = run.folder / branch.name / "distill", options.distill_steps
+        folder, steps = run.folder / branch.name / self.working, options.distill_steps
         location, stage = self.folder(branch), "distillation of new experts"
         write = child_writer(run, branch, start, location, stage=stage, added=added)
         run.say("distill", f"{steps} steps of the new experts; teacher: {teacher}")
@@ -102,24 +122,17 @@ class Distill(Stage):
             result = fit_branch(
                 run, branch, module, folder=folder, label="distill", write_result=write
             )
-        return _accept(run, location, result, label=branch.label("distill"))
-
-    def finish(self, run: Run, branch: Branch) -> Branch:
-        """Remove the saved state, and return the branch with the distilled experts."""
-        discard_saved(run.folder / branch.name / "distill")
-        return super().finish(run, branch)
+        return self.accepted(run, branch, result)
 
 
 def _teacher_of(branch: Branch) -> str | None:
     return next((spec.teacher for spec in branch.specs if isinstance(spec, MoeAdd)), None)
 
 
-class Adapt(Stage):
+class Adapt(_Training):
     """Train only the routers, so that they send new domains to the appended experts."""
 
-    name = "adapt"
-    found = TrainingFound
-    writes = True
+    name, working = "adapt", "router"
 
     def folder(self, branch: Branch) -> str:
         """Return the folder of the model with adapted routers."""
@@ -131,7 +144,7 @@ class Adapt(Stage):
 
     def work(self, run: Run, branch: Branch) -> StageResult:
         """Train the routers, which the options encourage to use the new experts."""
-        start, folder = run.source(branch.location), run.folder / branch.name / "router"
+        start, folder = run.source(branch.location), run.folder / branch.name / self.working
         options, steps = run.config.adaptation, moe.router_steps(run, branch)
         added = moe.pending_experts(run, branch)
         assert added is not None
@@ -166,16 +179,4 @@ class Adapt(Stage):
                 label="router",
                 write_result=write,
             )
-        return _accept(run, location, result, label=branch.label("adapt"))
-
-    def finish(self, run: Run, branch: Branch) -> Branch:
-        """Remove the saved state, and return the branch with the adapted routers."""
-        discard_saved(run.folder / branch.name / "router")
-        return super().finish(run, branch)
-
-
-def _accept(run: Run, location: str, result: FitResult, *, label: str) -> StageResult:
-    """Accept the result of a training stage that precedes the main training run."""
-    accept(run, location)
-    run.ledger.watch_disk()
-    return StageResult(TrainingFound.of(result), flops={label: result.flops}, leaves=(location,))
+        return self.accepted(run, branch, result)

@@ -57,7 +57,7 @@ class Fit(Stage):
         """Train the model, write it to `branch.trained`, and report what happened."""
         start, text = run.source(branch.location), run.data.validation_subset
         folder, location = run.folder / branch.name, branch.trained
-        result, write = _train(run, branch, start)
+        result, write = _train(run, branch)
         accept(run, location)
         run.ledger.watch_disk()
         flops = result.flops + measuring_flops(run, write, location)
@@ -114,14 +114,12 @@ def _with_earlier(run: Run, branch: Branch, found: TrainingFound) -> TrainingFou
 
 def rate_test(run: Run, branch: Branch, schedule: Schedule, observer: Callback) -> None:
     """Train a branch with another schedule and without a result."""
-    start = run.source(branch.location)
-    _train(run, branch, start, schedule=schedule, observer=observer)
+    _train(run, branch, schedule=schedule, observer=observer)
 
 
 def _train(
     run: Run,
     branch: Branch,
-    start: Source,
     *,
     schedule: Schedule | None = None,
     observer: Callback | None = None,
@@ -132,7 +130,7 @@ def _train(
         schedule: of a test: nothing is validated or written, and callbacks of the user do not run.
         observer: callback of a test.
     """
-    is_test = schedule is not None
+    is_test, start = schedule is not None, run.source(branch.location)
     frees_start = disk.may_release_start(run, branch)
     options = experts.training_of(run, branch)
     settings = replace(options, max_steps=options.max_steps * branch.num_trainings)

@@ -64,7 +64,7 @@ class Importance(Stage):
 
     def key(self, branch: Branch) -> str:
         """Return its name in the ledger; attempts share what the same methods prepare."""
-        return f"{branch.follows}.importance" if branch.follows else _folder(branch)
+        return f"{branch.follows}.importance" if branch.follows else branch.preparation
 
     def work(self, run: Run, branch: Branch) -> StageResult:
         """Prepare each method that needs it, and store the results."""
@@ -125,7 +125,7 @@ class Importance(Stage):
             ImportanceFound(notes=tuple(notes), methods=found),
             flops=flops,
             seconds=seconds,
-            leaves=(_folder(branch),),
+            leaves=(branch.preparation,),
         )
 
 
@@ -271,14 +271,8 @@ def _latest(run: Run, branch: Branch) -> tuple[str, ...]:
     return tuple(name for name in old if name in known) or old
 
 
-def _folder(branch: Branch) -> str:
-    if branch.follows:
-        return f"{branch.follows}/importance"
-    return "importance" if branch.prepared_by == 1 else f"importance_{branch.prepared_by}"
-
-
 def _path(run: Run, branch: Branch) -> Path:
-    return run.folder / _folder(branch)
+    return run.folder / branch.preparation
 
 
 def kept_text(run: Run, branch: Branch) -> KeptSequences:
