@@ -239,6 +239,16 @@ def test_gate_off_keeps_any_result_and_reports_its_checks(
     assert (reported["status"], reported["prose/verdict"]) == ("ungated", "reported")
 
 
+def test_gate_off_keeps_a_model_without_finite_losses(run_tiny: Run, tmp_path: Path) -> None:
+    """Its lineage has no scores."""
+    words = ("training.learning_rate=1e18", "trainer.gradient_clip_val=null")
+    assert run_tiny(tmp_path / "run", "gate='off'", *words).status == "ungated"
+    assert summary_of(tmp_path / "run")["final"]["old"]["loss"] is None
+    lineage = read_lineage(tmp_path / "run/checkpoint")
+    assert lineage is not None and lineage.best_loss is None and not lineage.benchmark_scores
+    assert lineage.expansion_history and not lineage.expansion_history[0].performance_delta
+
+
 def test_a_base_that_explodes_is_not_cached(run_tiny: Run, tmp_path: Path) -> None:
     with pytest.raises(TritterError, match=r"pretraining stopped.*learning_rate"):
         run_tiny(

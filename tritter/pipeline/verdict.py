@@ -25,7 +25,7 @@ from tritter.evaluation.gate import (
     training_check,
 )
 from tritter.evaluation.jump import Jump
-from tritter.evaluation.statistics import PairedScores, performance_delta
+from tritter.evaluation.statistics import PairedScores, finite_or_none, performance_delta
 from tritter.pipeline import moe, windows
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import ExpansionFound, StageResult, TrainingFound
@@ -212,7 +212,10 @@ def _complete_lineage(run: Run, branches: Sequence[Branch], lineage: Lineage) ->
     first, last = branches[0], branches[-1]
     before = run.read_scores(first.start_scores)
     after = run.read_scores(f"{last.name}-trained")
-    delta = {d: performance_delta(before[d], after[d]) for d in run.data.domains}
+    # Without a gate, a model whose losses are not finite is kept too: it has no scores
+    means = {name: mean for name, scores in after.items() if math.isfinite(mean := scores.mean())}
+    scored = [d for d in run.data.domains if d in means and math.isfinite(before[d].mean())]
+    delta = {d: performance_delta(before[d], after[d]) for d in scored}
     history = list(lineage.expansion_history)
     start, steps_before = len(run.source(first.start).own_lineage.expansion_history), 0
     for branch in branches:  # each may have added experts or neurons
@@ -224,12 +227,12 @@ def _complete_lineage(run: Run, branches: Sequence[Branch], lineage: Lineage) ->
                 performance_delta=delta,
             )
         start, steps_before = len(trained.expansion_history), trained.step
-    means = {name: scores.mean() for name, scores in after.items()}
+    losses = [means.get(domain, math.nan) for domain in run.data.new_domains_of(last)]
     return replace(
         lineage,
         expansion_history=tuple(history),
         benchmark_scores=means,
-        best_loss=fmean(means[domain] for domain in run.data.new_domains_of(last)),
+        best_loss=finite_or_none(fmean(losses)),
         parent_path=f"../{last.location}",
     )
 
