@@ -20,7 +20,7 @@ from tritter.cli.report import metric_rows
 from tritter.errors import RequestError, TritterError
 from tritter.pipeline import Outcome
 from tritter.pipeline.metrics import wandb_summary
-from tritter.report.plots import curves_of
+from tritter.report.runs import curves_of
 from tritter.report.summary import Summary
 from tritter.training import BaseModule
 from tritter.training.module import TaskLoss

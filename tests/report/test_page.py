@@ -17,9 +17,9 @@ from tests.report.growing import growth
 from tests.report.test_runs import SETTINGS
 from tests.report.test_tables import ungated
 from tritter.report.drawing import DPI, label_rows, panel
-from tritter.report.page import MAX_PANELS, _lines, figures, page
-from tritter.report.plots import Curve
-from tritter.report.runs import Run, group_runs
+from tritter.report.figures import MAX_PANELS, Comparison
+from tritter.report.page import page
+from tritter.report.runs import Curve, Run, group_runs
 from tritter.report.summary import Summary
 from tritter.report.tables import size_text
 
@@ -118,12 +118,12 @@ def _lab(color: str) -> np.ndarray:
 def test_eleven_groups_have_eleven_distinguishable_colours(summary: dict[str, Any]) -> None:
     made = Summary.of(summary)
     eleven = [Run(str(n), made, SETTINGS | {"training.learning_rate": n}) for n in range(11)]
-    colours = [line.color for line in _lines(group_runs(eleven))]
+    colours = [line.color for line in Comparison(group_runs(eleven)).lines]
     assert len(set(colours)) == 11
     for one, other in combinations(colours, 2):
         assert np.linalg.norm(_lab(one) - _lab(other)) > 25, (one, other)  # CIE76; 2.3 is visible
     many = [Run(str(n), made, SETTINGS | {"training.learning_rate": n}) for n in range(60)]
-    styles = [(line.color, line.marker) for line in _lines(group_runs(many))]
+    styles = [(line.color, line.marker) for line in Comparison(group_runs(many)).lines]
     assert len(set(styles)) == 60
 
 
@@ -136,7 +136,7 @@ def test_labels_are_whole(summary: dict[str, Any]) -> None:
     for group in groups:
         assert all(f"{key.removeprefix('training.')}=" in group.name for key in keys)
         assert group.name in text
-        (figure, *_) = figures(groups)["changes"]
+        (figure, *_) = Comparison(groups).figures()["changes"]
         labels = [each.get_text().replace("\n", " ") for each in figure.axes[0].texts]
         assert group.name in labels
 
@@ -211,6 +211,24 @@ def test_tasks_have_a_table(summary: dict[str, Any]) -> None:
     assert "Loss after each task [nats/token]" in text and "2: prose" in text
 
 
+def test_a_run_alone_has_a_mark_for_each_pair_of_domains(summary: dict[str, Any]) -> None:
+    """Their mean would hide the loss of one domain behind the gain of another."""
+    scores = {name: dict(each) for name, each in summary["baseline"].items()}
+    for number, name in enumerate(("poems", "law")):
+        scores[name] = scores["prose"] | {"loss_per_byte": 1.0}
+        trained = scores["prose"] | {"loss_per_byte": 1.1 + number}
+        summary["attempts"][0]["final"][name] = trained
+    del scores["prose"]
+    domains = {"old": ["poems", "law"], "new": ["code"]}
+    runs = [run_of(summary | {"baseline": scores, "domains": domains}, str(n), n) for n in (0, 1)]
+    (alone,), (both,) = (
+        Comparison(group_runs(each)).figures()["tradeoff"] for each in (runs[:1], runs)
+    )
+    notes = {text.get_text(): text.xy[1] for text in alone.axes[0].texts}
+    assert notes == {"poems": pytest.approx(10), "law": pytest.approx(110)}
+    assert not any(text.get_text() for text in both.axes[0].texts)
+
+
 @pytest.mark.full
 def test_hostile_names_and_numbers_have_figures(summary_with_control: dict[str, Any]) -> None:
     """Formulas, breaks, and losses that no axis holds: each has a place or is a gap."""
@@ -230,13 +248,14 @@ def test_hostile_names_and_numbers_have_figures(summary_with_control: dict[str, 
 def test_as_much_is_drawn_as_a_picture_can_hold(summary: dict[str, Any]) -> None:
     made = Summary.of(summary)
     many = [Run(str(n), made, SETTINGS | {"training.learning_rate": n}) for n in range(50)]
-    changes = figures(group_runs(many))["changes"]
+    changes = Comparison(group_runs(many)).figures()["changes"]
     assert all(max(each.get_size_inches()) * DPI < 2**12 for each in changes)
     assert "the first 40 groups" in page(many, title="many")[0]
     scores = {f"d{number}": summary["baseline"]["prose"] for number in range(60)}
     domains = {"old": list(scores), "new": []}
     wide = summary | {"baseline": scores, "domains": domains, "attempts": [{"final": scores}]}
-    assert len(figures(group_runs([Run("a", Summary.of(wide), SETTINGS)]))["changes"]) == MAX_PANELS
+    drawn = Comparison(group_runs([Run("a", Summary.of(wide), SETTINGS)])).figures()
+    assert len(drawn["changes"]) == MAX_PANELS
 
 
 @pytest.mark.full

@@ -6,13 +6,9 @@ import pytest
 
 from tests.report.growing import growth
 from tritter.report import plots
-from tritter.report.plots import (
-    _forgetting_figure,
-    _round_curves,
-    curves_of,
-    last_flops,
-)
-from tritter.report.rows import domain_rows
+from tritter.report.drawing import new_figure
+from tritter.report.figures import Line, draw_losses
+from tritter.report.runs import Group, Run, curves_of
 from tritter.report.summary import Summary
 
 HEADER = "epoch,eval/code/loss,forgetting/l2sp/loss,step,train/loss\n"
@@ -51,7 +47,7 @@ def test_draws_plots_with_something_in_them(summary_with_control, metrics_csv, t
         pixels = pixels_of(path)
         assert pixels.shape[0] > 400 and pixels.shape[1] > 600
         is_coloured = (pixels.max(axis=-1) - pixels.min(axis=-1)) > 0.3
-        assert 200 < is_coloured.sum() < 0.2 * is_coloured.size
+        assert 100 < is_coloured.sum() < 0.2 * is_coloured.size
 
 
 @pytest.mark.full
@@ -76,36 +72,55 @@ def test_each_domain_has_its_curve_where_it_was_evaluated_on_the_way(summary, tm
 
 
 @pytest.mark.full
-def test_what_was_before_and_beside_a_training_is_in_its_picture(summary, tmp_path):
-    """The base's level, the rounds before the last one, the control: each changes the picture."""
+def test_what_was_before_and_beside_a_training_is_in_its_picture(summary_with_control, tmp_path):
+    """The base's level and the control: each changes the picture."""
     path, pictures = tmp_path / "metrics.csv", []
     rows = [{"step": str(step), "eval/code/loss": str(3.4 - step / 99)} for step in (0, 50)]
     before = {"step": "-1", "eval/code/loss": "3.2"}
-    beside = {"earlier": [curves_of([before, *rows])], "control": curves_of(rows)}
     for name, first, options in (
         ("plain", [], {}),
         ("before", [before], {}),
-        ("rounds", [before], {"earlier": beside["earlier"]}),
-        ("control", [before], {"control": beside["control"]}),
+        ("control", [before], {"control": curves_of(rows)}),
     ):
         with path.open("w") as file:
             writer = csv.DictWriter(file, before)
             writer.writeheader()
             writer.writerows([*first, *rows])
-        plot_run(summary, path, tmp_path / name, **options)
+        plot_run(summary_with_control, path, tmp_path / name, **options)
         pictures.append((tmp_path / name / "forgetting.png").read_bytes())
     assert len(set(pictures)) == len(pictures)
 
 
-def test_rounds_are_counted_on_from_one_another(summary):
-    (row,) = (row for row in domain_rows(Summary.of(summary)) if row.domain == "code")
-    rows = [{"step": str(step), "eval/code/loss": str(step)} for step in (-1, 0, 30, 50)]
-    curves = curves_of(rows)
-    courses = _round_curves(row, [curves, (), curves_of(rows[:3]), curves_of(rows[1:])])
-    assert [course.steps for course in courses] == [(0, 30, 50), (50, 80), (80, 110, 130)]
-    assert [course.before for course in courses] == [-1.0, -1.0, None]
-    assert courses[0].values == (0.0, 30.0, 50.0)
-    assert _round_curves(row, [curves_of(rows[:1])]) == []  # it was never trained
+def drawn(summary, curves, **rounds):
+    """Draw one loss of a run; return its panel."""
+    run = Run("", Summary.of(summary | rounds), {}, curves)
+    _, (axes,) = new_figure(width=4, height=4)
+    assert draw_losses(axes, [Line(Group("grown", (run,)), "blue", "o", "-")], "eval/code/loss")
+    return axes
+
+
+def rounds_of(summary):
+    """Two rounds of 50 steps, and their losses at the places of metrics_rounds.csv."""
+    final = summary["final"]
+    rounds = [{"expansion": ["dus"], "status": "kept", "final": final, "steps": 50}] * 2
+    losses = {-1: 3.2, 0: 3.4, 50: 3.0}, {50: 3.1, 100: 2.9}
+    rows = [{"step": str(k), "eval/code/loss": str(v)} for each in losses for k, v in each.items()]
+    parts = {"rounds": rounds, "attempts": [rounds[-1] | {"gate": []}], "expansion": ["dus", "dus"]}
+    return curves_of(rows), parts
+
+
+def test_the_loss_before_each_expansion_is_left_of_it(summary):
+    """A line marks each expansion; the loss jumps at it."""
+    curves, rounds = rounds_of(summary)
+    axes = drawn(summary, curves, **rounds)
+    losses, level, *marks = axes.lines
+    before, *steps = losses.get_xdata()
+    assert before < 0 and list(steps) == [0, 50, 50, 100]
+    assert list(losses.get_ydata()) == [3.2, 3.4, 3.0, 3.1, 2.9]
+    assert set(level.get_ydata()) == {3.2}
+    first, second = (mark.get_xdata()[0] for mark in marks)
+    assert before < first < 0 and second == 50
+    assert min(axes.get_xticks()) >= 0, "the loss before the first step has no tick"
 
 
 def test_curves_are_read_between_the_blanks(metrics_csv):
@@ -164,19 +179,18 @@ def test_growth_has_its_picture_and_is_marked_in_that_of_forgetting(summary, tmp
     assert len(set(pictures)) == 5
     assert pixels_of(tmp_path / "0" / "growth.png").shape == (930, 1440, 3)
     path.write_text(f"{header}0,3.4,1e9\n50,3.0,inf\n")
-    assert last_flops(read_curves(path)) is None
+    assert Run("", Summary.of(summary), {}, read_curves(path)).last_flops is None
     plot_run(summary | {"growth": growth(grows_every=0)}, path, tmp_path / "nothing")
 
 
 def test_growth_of_a_last_round_is_marked_behind_the_rounds_before(summary):
-    rows = [{"step": str(step), "eval/code/loss": "3.0"} for step in (0, 50)]
-    rounds = [curves_of(rows), curves_of(rows)]
-    row = [row for row in domain_rows(Summary.of(summary)) if row.domain == "code"]
-    figure = _forgetting_figure(row, rounds, (), borders=(), born=(12, 36), is_grown=True)
+    curves, rounds = rounds_of(summary)
+    made = growth(checks=4)
+    axes = drawn(summary, curves, **rounds, growth=made)
     marked = [
         segment[0][0]
-        for lines in figure.axes[0].collections
+        for lines in axes.collections
         for segment in lines.get_segments()
         if lines.get_label() == "neurons grew"
     ]
-    assert marked == [62, 86]
+    assert marked == [50 + step for step in dict.fromkeys(e["step"] for e in made["events"])]

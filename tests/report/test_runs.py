@@ -11,7 +11,7 @@ from scipy import stats
 
 from tests.report.growing import growth
 from tritter.errors import TritterError
-from tritter.report.page import _search_path
+from tritter.report.figures import _search_path
 from tritter.report.runs import Interval, Run, differing_keys, group_runs, with_controls
 from tritter.report.summary import Summary
 

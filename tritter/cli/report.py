@@ -23,8 +23,7 @@ from tritter.storage.atomic import atomic_folder, refuse_existing
 from tritter.storage.reading import RUN_FILE, SUMMARY_FILE, read_object, read_text
 
 if TYPE_CHECKING:
-    from tritter.report.plots import Curve
-    from tritter.report.runs import Run
+    from tritter.report.runs import Curve, Run
 
 _MAX_RUNS = 1000
 _DEPTH = 3  # levels below a requested folder: a sweep of sweeps
@@ -201,7 +200,7 @@ def _plain(value: Any) -> Any:
 
 def _curves(folder: Path, of: str = "") -> tuple[Curve, ...]:
     """Return the loss curves of a run or of one of its parts; empty without a metrics file."""
-    from tritter.report.plots import curves_of
+    from tritter.report.runs import curves_of
 
     path = folder / (f"metrics_{of}.csv" if of else "metrics.csv")
     try:

@@ -72,10 +72,11 @@ def first_step(run: Run, branches: Sequence[Branch], branch: Branch) -> int:
     return sum(num_steps(run, each.name) for each in before)
 
 
-def join_rows(run: Run, branches: Sequence[Branch]) -> list[dict[str, str]]:
+def _join_rows(run: Run, branches: Sequence[Branch]) -> list[dict[str, str]]:
     """Return the logged rows of consecutive branches with continuous steps and final scores.
 
     Rows before the first step of a later task are omitted: they repeat the previous task's end.
+    A later round begins with a row at the step of the previous end: the score after its expansion.
     """
     rows: list[dict[str, str]] = []
     for branch in branches:
@@ -85,10 +86,11 @@ def join_rows(run: Run, branches: Sequence[Branch]) -> list[dict[str, str]]:
             logged.insert(0, {"step": str(BEFORE)} | {k: str(v) for k, v in before.items()})
         last: dict[str, object] = {"step": num_steps(run, branch.name)}
         logged.append({k: str(v) for k, v in (last | score_metrics(run, branch.name)).items()})
+        earliest = 0 if branch.is_round and not branch.task else 1  # of a later branch
         rows += [
             row | {"step": str(int(row["step"]) + first)}
             for row in logged
-            if not first or int(row["step"]) > 0
+            if not first or int(row["step"]) >= earliest
         ]
     return rows
 
@@ -102,7 +104,7 @@ def write_metrics(run: Run, branches: Sequence[Branch], *, of: str = "") -> list
     Returns:
         The rows.
     """
-    rows = join_rows(run, branches)
+    rows = _join_rows(run, branches)
     write_rows(run.folder / (f"metrics_{of}.csv" if of else "metrics.csv"), rows)
     return rows
 

@@ -22,7 +22,6 @@ from tritter.pipeline.metrics import (
     BEFORE,
     before_metrics,
     first_step,
-    join_rows,
     log_result_to_wandb,
     num_steps,
     open_loggers,
@@ -45,7 +44,8 @@ from tritter.pipeline.stages.vocabulary import LearnTokens
 from tritter.pipeline.summary import summary_record
 from tritter.pipeline.verdict import Candidate, GateFound, KeptFound, PublishedFound
 from tritter.planning.strategy import planned_rounds
-from tritter.report.plots import curves_of, plot_run
+from tritter.report.plots import plot_run
+from tritter.report.runs import curves_of
 from tritter.report.tables import print_summary
 from tritter.storage.atomic import write_text_atomic
 from tritter.targets import instantiate
@@ -125,15 +125,11 @@ def _report(run: Run, candidates: Sequence[Candidate], control: Candidate) -> Ou
     path = run.folder / _SUMMARY_NAME
     write_text_atomic(path, summary.text())
     rows = write_metrics(run, last.branches)
-    before = [each for each in candidates[:-1] if each.branches[0].is_round]
-    if before:
-        write_metrics(run, [branch for each in candidates for branch in each.branches], of="rounds")
+    if last.branches[0].is_round and len(candidates) > 1:
+        every = [branch for each in candidates for branch in each.branches]
+        rows = write_metrics(run, every, of="rounds")
     plots = plot_run(
-        summary,
-        curves_of(rows),
-        run.folder / "plots",
-        earlier=[curves_of(join_rows(run, each.branches)) for each in before],
-        control=curves_of(control_rows),
+        summary, curves_of(rows), run.folder / "plots", control=curves_of(control_rows)
     )
     own = [
         branch.name

@@ -13,9 +13,8 @@ from statistics import fmean, stdev
 from typing import Any, Literal, TypeGuard
 
 from tritter.report.drawing import truncate
-from tritter.report.plots import Curve
 from tritter.report.rows import DomainRow, domain_rows
-from tritter.report.summary import Attempt, Summary, ends_of
+from tritter.report.summary import MAX_NUMBER, Attempt, Summary, ends_of
 from tritter.report.wording import MISSING
 
 _SEED = "seed"
@@ -34,6 +33,33 @@ _NOT_OF_CONTROLS: dict[str, Any] = {
     "seconds": {},
 }
 _MAX_COUNT = 10**9  # largest plausible batch size or sequence length
+_GROWTH_FLOPS = "growth/flops"
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One metric over the steps at which it was logged."""
+
+    name: str
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+def curves_of(rows: Sequence[Mapping[str, str]]) -> tuple[Curve, ...]:
+    """Return every loss in rows of a metrics.csv, and the FLOPs of a training run with growth.
+
+    Step -1 is the model before its expansion.
+    """
+    table = [row for row in rows if row.get("step")]
+    found = dict.fromkeys(name for row in table for name in row)
+    names = [name for name in found if name and (name.endswith("/loss") or name == _GROWTH_FLOPS)]
+    curves = []
+    for name in names:
+        rows = [row for row in table if row.get(name)]
+        steps = tuple(int(float(row["step"])) for row in rows)
+        if steps:
+            curves.append(Curve(name, steps, tuple(float(row[name]) for row in rows)))
+    return tuple(curves)
 
 
 @dataclass(frozen=True)
@@ -123,6 +149,13 @@ class Run:
     def last_steps(self) -> int:
         """Steps of its last round, or of its last attempt."""
         return self._parts[-1].steps
+
+    @property
+    def last_flops(self) -> float | None:
+        """The last logged FLOPs of a training run with growth."""
+        logged = (each.values[-1] for each in reversed(self.curves) if each.name == _GROWTH_FLOPS)
+        last = next(logged, math.nan)
+        return last if 0 < last < MAX_NUMBER else None
 
     def cost(self, of: Literal["flops", "seconds"]) -> float | None:
         """Return the FLOPs or seconds of its training and of the preparation of its methods.

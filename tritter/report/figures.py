@@ -1,0 +1,576 @@
+"""Figures of several runs for the page, and the panels that the plots of one run share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import accumulate, product
+from operator import methodcaller
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from tritter.report.drawing import (
+    BLUE,
+    CYCLE,
+    GREY,
+    ORANGE,
+    PURPLE,
+    label_rows,
+    new_figure,
+    panel,
+    wrap_text,
+)
+from tritter.report.experts import experts_panels
+from tritter.report.growth import (
+    draw_neurons,
+    draw_parameters,
+    draw_pressure,
+    label_flops,
+    mark_growth,
+    parameters_over_flops,
+)
+from tritter.report.matrix import matrix_figure
+from tritter.report.rows import Role
+from tritter.report.runs import Curve, Group, Interval, Run, with_controls
+from tritter.report.summary import MAX_NUMBER, WindowsRecord
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MAX_PANELS = 24
+_MAX_DOMAINS = 12  # of one figure, with a panel each
+_MAX_MARKED = 60  # expansions and tasks of one figure
+_MARKERS = "osD^vPX*<>"
+_STYLES = ("-", ":", "-.")  # of the first 12 groups, the next 12, and so on
+_SMOOTHED_FROM_POINTS = 40
+_GAP = 0.06  # between the first step and the loss before it, as a share of all steps
+_MODELS = {"source_long": "source", "expanded": "after expansion", "final": "after training"}
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A group and its style; the pair of colour and marker is unique for 60 groups."""
+
+    group: Group
+    color: str
+    marker: str
+    style: str
+
+    @property
+    def filling(self) -> str:
+        return "white" if self.group.is_control else self.color
+
+    @property
+    def label(self) -> str:
+        number = len(self.group.seeds)
+        return self.group.name if number < 2 else f"{self.group.name} ({number} seeds)"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Groups of runs and their controls, each with a style; a control has that of its group."""
+
+    MAX_GROUPS: ClassVar[int] = 40  # in figures with a row per group; the table has all
+
+    groups: Sequence[Group]
+
+    @cached_property
+    def lines(self) -> tuple[Line, ...]:
+        lines: list[Line] = []
+        number = -1
+        for group in with_controls(self.groups):
+            number += not group.is_control
+            color, marker = CYCLE[number % len(CYCLE)], _MARKERS[number % len(_MARKERS)]
+            style = "--" if group.is_control else _STYLES[number // len(CYCLE) % len(_STYLES)]
+            lines.append(Line(group, color, marker, style))
+        return tuple(lines)
+
+    @property
+    def reference(self) -> Group:
+        """The group that all others are compared with: the first control, else the first."""
+        controls = (line.group for line in self.lines if line.group.is_control)
+        return next(controls, self.lines[0].group)
+
+    @property
+    def is_seeded(self) -> bool:
+        """Whether a group has several runs, so that intervals are over seeds."""
+        return _is_seeded(self.lines)
+
+    @property
+    def domains(self) -> list[tuple[str, Role]]:
+        """Domains that have losses, each with its role."""
+        return _domains([line.group for line in self.lines])
+
+    def figures(self) -> dict[str, list[Figure]]:
+        """Return the figures that the runs have data for, by topic."""
+        lines, reference = self.lines, self.reference
+        runs = [run for group in self.groups for run in group.runs]
+        means = lines[: self.MAX_GROUPS]
+        changes, differences = [], []
+        for domain, role in _domains([line.group for line in means]):
+            found = [(line, line.group.change(domain)) for line in means]
+            title = f"{domain} ({role}): change of the loss per byte [%]"
+            changes.append(_bars_of(found, title=title, scale=100, has_bounds=not self.is_seeded))
+            others = [line for line in means if line.group is not reference]
+            found = [(line, line.group.difference(reference, domain)) for line in others]
+            title = f"{domain} ({role}): loss per byte relative to {reference.name} [%]"
+            if self.is_seeded:
+                differences.append(_bars_of(found, title=title, scale=100))
+        made: dict[str, Sequence[Figure | None]] = {
+            "tradeoff": _tradeoff(lines),
+            "differences": differences,
+            "changes": changes,
+            "losses": _losses(lines),
+            "cost": _costs(means),
+            "growth": _growth(lines),
+            "experts": _experts(runs),
+            "matrix": _matrices(runs),
+            "positions": _positions(runs),
+        }
+        drawn = {name: [each for each in found if each is not None] for name, found in made.items()}
+        return {name: found for name, found in drawn.items() if found}
+
+
+def _is_alone(lines: Sequence[Line]) -> bool:
+    """Return True if there is one run next to its control."""
+    return sum(len(line.group.runs) for line in lines if not line.group.is_control) == 1
+
+
+def _is_seeded(lines: Sequence[Line]) -> bool:
+    return any(len(line.group.runs) > 1 for line in lines)
+
+
+def _domains(groups: Sequence[Group], role: str | None = None) -> list[tuple[str, Role]]:
+    """Return domains that have losses, each with its role."""
+    rows = (row for group in groups for run in group.runs for row in run.losses)
+    found = dict.fromkeys((row.domain, row.role) for row in rows if role in (None, row.role))
+    return list(found)[:MAX_PANELS]
+
+
+def _experts(runs: Sequence[Run]) -> list[Figure]:
+    skilled = [(run, run.summary.experts) for run in runs if run.summary.experts is not None]
+    return [
+        figure
+        for run, record in skilled[:MAX_PANELS]
+        for figure in experts_panels(
+            record,
+            name=run.name,
+            end=run.last_steps,
+            borders=run.summary.borders,
+            is_alone=len(skilled) == 1,
+        )
+    ]
+
+
+def _matrices(runs: Sequence[Run]) -> list[Figure]:
+    made = []
+    learned = [(run.name, run.summary.matrix) for run in runs if run.summary.matrix]
+    for name, matrix in learned[:MAX_PANELS]:
+        figure = matrix_figure(matrix)
+        figure.axes[0].set_title(wrap_text(name), fontsize=9)
+        made.append(figure)
+    return made
+
+
+def _positions(runs: Sequence[Run]) -> list[Figure | None]:
+    longer = [(run.name, run.summary.windows) for run in runs if run.summary.windows]
+    return [positions_figure(record, title=name) for name, record in longer[:MAX_PANELS]]
+
+
+def positions_figure(record: WindowsRecord, *, title: str = "") -> Figure | None:
+    """Draw one panel per domain: the loss by position in long windows, for each model."""
+    if not record.positions:
+        return None
+    domains = list(record.positions.items())[:_MAX_DOMAINS]
+    width = 1.2 + 3.2 * len(domains)
+    figure, panels = new_figure(columns=len(domains), width=width, height=3.8)
+    for (domain, models), axes in zip(domains, panels, strict=True):
+        colors = zip(_MODELS.items(), (GREY, PURPLE, BLUE), strict=True)
+        for (name, label), color in colors:
+            if (found := models.get(name)) is not None:
+                begins = [0, *found.end[:-1]]
+                middles = [(a + b) / 2 for a, b in zip(begins, found.end, strict=True)]
+                axes.plot(middles, found.loss, "o-", color=color, markersize=3, label=label)
+        axes.axvline(record.source_length, color=ORANGE, linestyle=":", label="context of source")
+        axes.set_title(wrap_text(f"{title} {domain}".strip(), 40), fontsize=10)
+        axes.set_xlabel("position in the window [tokens]")
+    panels[0].set_ylabel("validation loss [nats/token]")
+    lines = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
+    place = "outside upper center"
+    figure.legend(lines.values(), lines, loc=place, ncols=4, frameon=False, fontsize=8)
+    return figure
+
+
+def _tradeoff(lines: Sequence[Line]) -> list[Figure]:
+    figure, axes = panel(height=3.8)
+    return [figure] if draw_tradeoff(axes, lines) else []
+
+
+def draw_tradeoff(axes: Axes, lines: Sequence[Line]) -> bool:
+    """Draw forgetting against gain, each as the mean over the domains of its role.
+
+    A run that is alone with its control has a mark for each pair of domains.
+
+    Returns:
+        False if no line has both; nothing is drawn then.
+    """
+    is_alone, is_seeded = _is_alone(lines), _is_seeded(lines)
+    points = [each for line in lines for each in _points(line, is_alone=is_alone)]
+    if not points:
+        return False
+    for line, note, gain, forgetting in points:
+        pairs = list(zip(gain.values, forgetting.values, strict=False))
+        if len(gain.values) > 1:
+            mark = partial(axes.plot, marker=line.marker, color=line.color, linestyle="none")
+            alpha = 1.0 if gain.is_of_seeds else 0.4
+            for x, y in pairs:
+                mark(-100 * x, 100 * y, markerfacecolor=line.filling, alpha=alpha, markersize=4)
+        if gain.is_of_seeds:
+            continue
+        is_bounded = len(gain.values) > 1 or not is_seeded
+        below, above = _bars(gain) if is_bounded else (0.0, 0.0)
+        axes.errorbar(
+            -100 * gain.value,
+            100 * forgetting.value,
+            xerr=[[100 * above], [100 * below]],  # the gain is the fall
+            yerr=[[100 * side] for side in (_bars(forgetting) if is_bounded else (0.0, 0.0))],
+            color=line.color,
+            marker=line.marker,
+            markerfacecolor=line.filling,
+            linestyle="none",
+            label=wrap_text(line.label),
+            elinewidth=0.9,
+            capsize=2.5,
+        )
+        place = (-100 * gain.value, 100 * forgetting.value)
+        axes.annotate(wrap_text(note, 30), place, (5, 4), textcoords="offset points", fontsize=8)
+    means = [(-gain.value, lost.value) for *_, gain, lost in points if not gain.is_of_seeds]
+    if (front := _search_path(means)) and not is_alone:
+        xs, ys = zip(*((100 * x, 100 * y) for x, y in front), strict=True)
+        axes.plot(xs, ys, color=GREY, linestyle=":", linewidth=1)
+    rows = (row for line in lines for run in line.group.runs for row in run.losses)
+    bounds = {row.bound for row in rows if row.role == "old" and row.bound is not None}
+    if len(bounds) == 1:
+        _mark_bound(axes, 100 * bounds.pop())
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    axes.margins(0.2)
+    axes.set_xlabel("gain: decrease of the loss on new domains [% per byte]")
+    axes.set_ylabel("forgetting: increase of the loss\non old domains [% per byte]")
+    return True
+
+
+def _points(line: Line, *, is_alone: bool) -> Iterator[tuple[Line, str, Interval, Interval]]:
+    """Yield the marks of a group: line, note, change on new domains and on old ones."""
+    group, gain = line.group, _mean_change(line.group, "new")
+    forgetting = _mean_change(group, "old")
+    old, new = (_domains([group], role) for role in ("old", "new"))
+    if is_alone and len(old) * len(new) > 1:
+        for (kept, _), (learned, _) in product(old, new):
+            gain, forgetting = group.change(learned), group.change(kept)
+            if gain is not None and forgetting is not None:
+                yield line, kept if len(new) == 1 else f"{kept}, {learned}", gain, forgetting
+    elif gain is not None and forgetting is not None:
+        yield line, "", gain, forgetting
+
+
+def _mark_bound(axes: Axes, bound: float) -> None:
+    axes.axhline(bound, color=GREY, linestyle="--", linewidth=1)
+    axes.annotate(
+        f"bound of the gate {bound:+.3g} %",
+        xy=(0.99, bound),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8,
+        color=GREY,
+    )
+
+
+def _search_path(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the Pareto front of points (gain, forgetting), by gain."""
+    best: list[tuple[float, float]] = []
+    for gain, forgetting in sorted(points, key=lambda point: (-point[0], point[1])):
+        if not best or forgetting < best[-1][1]:
+            best.append((gain, forgetting))
+    return best
+
+
+def _mean_change(group: Group, role: str) -> Interval | None:
+    """Return the mean change over the domains of a role: of each run, then over the seeds."""
+    domains = _domains([group], role)
+    if len(domains) == 1:
+        return group.change(domains[0][0])
+
+    def of(run: Run) -> float | None:
+        values = [row.change.value for row in run.losses if row.role == role]
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known) if known and len(known) == len(values) else None
+
+    return group.mean(of)
+
+
+def _losses(lines: Sequence[Line]) -> list[Figure]:
+    """Draw a panel per domain, one of the training loss and one of the base's pretraining."""
+    named = {
+        f"eval/{domain}/loss": f"{domain} ({role}): validation loss"
+        for domain, role in _domains([line.group for line in lines])
+    }
+    named["train/loss"] = "training loss"
+    runs = [run for line in lines for run in line.group.runs]
+    is_in_tokens = all(run.tokens_per_step for run in runs)
+    made = []
+    for name, title in named.items():
+        figure, axes = panel(height=2.9)
+        if draw_losses(axes, lines, name, is_in_tokens=is_in_tokens):
+            _label_course(axes, title, is_in_tokens=is_in_tokens)
+            made.append(figure)
+    bases: dict[tuple[Curve, float], None] = {}  # each once: runs of a sweep share them
+    for run in runs:
+        scale = _scale(run, is_in_tokens=is_in_tokens)
+        bases |= {(each, scale): None for each in run.pretraining if each.name == "train/loss"}
+    if bases:
+        figure, axes = panel(height=2.7)
+        for curve, scale in bases:
+            draw_curve(axes, curve, Line(Group("base", ()), GREY, "o", "-"), scale=scale)
+        number = "the base" if len(bases) == 1 else f"{len(bases)} bases"
+        title = f"pretraining loss of {number}"
+        _label_course(axes, title, is_in_tokens=is_in_tokens)
+        made.append(figure)
+    return made
+
+
+def draw_losses(
+    axes: Axes, lines: Sequence[Line], name: str, *, is_in_tokens: bool = False
+) -> bool:
+    """Draw one loss of all runs, and mark expansions, growth and the start of tasks.
+
+    The loss before the expansion is left of the first step. Of a run that is alone with its
+    control, the first loss is also a dotted level.
+
+    Returns:
+        False if no run has this loss; nothing is drawn then.
+    """
+    runs = [(line, run) for line in lines for run in line.group.runs]
+    last = [
+        _scale(run, is_in_tokens=is_in_tokens) * curve.steps[-1]
+        for _, run in runs
+        for curve in run.curves
+        if curve.name == name
+    ]
+    if not last:
+        return False
+    gap, has_start = _GAP * max(*last, 1), False
+    is_alone = _is_alone(lines)
+    marked: dict[tuple[float, str], None] = {}
+    for line in lines:
+        drawn: list[_Curve] = []
+        for run in line.group.runs:
+            scale = _scale(run, is_in_tokens=is_in_tokens)
+            for curve in (each for each in run.curves if each.name == name):
+                is_pale, has_before = len(line.group.runs) > 1, curve.steps[0] < 0
+                drawn.append(draw_curve(axes, curve, line, scale=scale, gap=gap, is_pale=is_pale))
+                has_start |= has_before
+                starts = [scale * step or -gap / 2 * has_before for step in run.expansions]
+                marked |= dict.fromkeys((place, "expansion") for place in starts)
+                marked |= dict.fromkeys((scale * step, "next task") for step in run.summary.borders)
+                births = [scale * step for step in run.births]
+                mark_growth(axes, births, color=line.color, is_alone=is_alone)
+                if is_alone and not line.group.is_control:
+                    axes.axhline(curve.values[0], color=GREY, linestyle=":", linewidth=1)
+        _draw_mean(axes, drawn, line)
+    for place, kind in list(marked)[:_MAX_MARKED]:
+        color, style = ("black", "--") if kind == "expansion" else (GREY, "-.")
+        axes.axvline(place, color=color, linestyle=style, linewidth=0.8, label=kind)
+    if has_start:  # the loss before the first step has no tick
+        end = axes.get_xlim()[1]
+        axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= end])
+    return True
+
+
+def _scale(run: Run, *, is_in_tokens: bool) -> float:
+    return (run.tokens_per_step or 1) / 1000 if is_in_tokens else 1.0
+
+
+def _label_course(axes: Axes, title: str, *, is_in_tokens: bool) -> None:
+    axes.set_title(wrap_text(title), fontsize=9)
+    axes.set_xlabel("training tokens [thousand]" if is_in_tokens else "training step")
+    axes.set_ylabel("loss [nats/token]")
+
+
+@dataclass(frozen=True, slots=True)
+class _Curve:
+    """A curve to draw: a running mean if it has many points."""
+
+    positions: tuple[float, ...]
+    values: tuple[float, ...]
+
+
+def draw_curve(
+    axes: Axes,
+    curve: Curve,
+    line: Line,
+    *,
+    scale: float = 1.0,
+    gap: float = 1.0,
+    is_pale: bool = False,
+) -> _Curve:
+    """Draw a curve; below a running mean its points are pale.
+
+    Args:
+        axes: The panel.
+        curve: A loss over the steps; step -1 is the model before its expansion.
+        line: The style.
+        scale: Step → position.
+        gap: Distance of the model before its expansion from the first step.
+        is_pale: The curve is one of several seeds.
+    """
+    positions = [scale * step if step >= 0 else -gap for step in curve.steps]
+    values = [value if abs(value) < MAX_NUMBER else float("nan") for value in curve.values]
+    plot = partial(axes.plot, color=line.color, linestyle=line.style)
+    alpha, width = (0.35, 0.8) if is_pale else (1.0, 1.3)
+    if len(values) < _SMOOTHED_FROM_POINTS:
+        marks: dict[str, Any] = {
+            "marker": line.marker,
+            "markerfacecolor": line.filling,
+            "markersize": 3,
+        }
+        label = "" if is_pale else line.label
+        marks = {} if is_pale else marks
+        plot(positions, values, alpha=alpha, linewidth=width, label=label, **marks)
+        return _Curve(tuple(positions), tuple(values))
+    window = len(values) // 20
+    mean = _running_mean(values, window)
+    centres = positions[window // 2 : window // 2 + len(mean)]
+    if not is_pale:
+        plot(positions, values, alpha=0.2)
+    label = "" if is_pale else f"{line.label} (mean of {window} points)"
+    plot(centres, mean, alpha=alpha, linewidth=width, label=label)
+    return _Curve(tuple(centres), tuple(mean))
+
+
+def _running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Return the means of `window` consecutive values; shorter than `values` by `window` - 1."""
+    import numpy as np
+
+    windows = np.lib.stride_tricks.sliding_window_view(np.asarray(values), window)
+    return [float(mean) for mean in windows.mean(axis=1)]
+
+
+def _draw_mean(axes: Axes, courses: Sequence[_Curve], line: Line) -> None:
+    """Draw the mean of several seeds' curves over the positions that all of them have."""
+    if len(courses) < 2:
+        return
+    first, *others = (dict(zip(each.positions, each.values, strict=True)) for each in courses)
+    shared = [x for x in first if all(x in other for other in others)]
+    means = [fmean([first[x], *(other[x] for other in others)]) for x in shared]
+    marker = line.marker if len(shared) < _SMOOTHED_FROM_POINTS else ""
+    axes.plot(shared, means, color=line.color, linestyle=line.style, linewidth=1.6, marker=marker,
+              markerfacecolor=line.filling, markersize=4)  # fmt: skip
+
+
+def _costs(lines: Sequence[Line]) -> list[Figure]:
+    """Draw FLOPs and seconds of the training, group by group."""
+    from matplotlib.ticker import EngFormatter
+
+    parts: tuple[tuple[Literal["flops", "seconds"], str], ...] = (
+        ("flops", "FLOPs"),
+        ("seconds", "seconds"),
+    )
+    made = []
+    for of, unit in parts:
+        means = [(line, line.group.mean(methodcaller("cost", of))) for line in lines]
+        figure = _bars_of(means, title=f"training cost [{unit}]", scale=1)
+        if figure is not None:
+            figure.axes[0].set_xlim(left=0)
+            if of == "flops":
+                figure.axes[0].xaxis.set_major_formatter(EngFormatter(sep=" "))
+            made.append(figure)
+    return made
+
+
+def _growth(lines: Sequence[Line]) -> list[Figure]:
+    """Draw the neurons of each run with growth, the pressure of a single one, and the cost."""
+    found = [
+        (line, run, run.summary.growth)
+        for line in lines
+        for run in line.group.runs
+        if run.summary.growth is not None
+    ]
+    made = []
+    for _, run, growth in found[:MAX_PANELS]:
+        drawn = [draw_neurons] if len(found) > 1 else [draw_neurons, draw_pressure]
+        for draw in drawn:
+            figure, axes = panel(height=2.9)
+            draw(axes, growth, end=run.last_steps)
+            what = axes.get_title()
+            axes.set_title(wrap_text(f"{run.name}: {what}"), fontsize=9)
+            if draw is draw_neurons and growth.events:
+                figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=7.5)
+            made.append(figure)
+    if not found:
+        return made
+    figure, axes = panel(height=2.9)
+    is_empty = True
+    for line, run, growth in found:
+        course = parameters_over_flops(growth, end_flops=run.last_flops)
+        if course[0]:
+            draw_parameters(axes, *course, color=line.color, marker=line.marker)
+            is_empty = False
+    if not is_empty:
+        label_flops(axes)
+        axes.set_title("parameters over the training FLOPs", fontsize=9)
+        made.append(figure)
+    return made
+
+
+def _bars_of(
+    found: Sequence[tuple[Line, Interval | None]],
+    *,
+    title: str,
+    scale: float,
+    has_bounds: bool = True,
+) -> Figure | None:
+    """Draw a row per group, its name above its seeds and interval.
+
+    Args:
+        found: Groups and their numbers.
+        title: Title of the panel, with the unit.
+        scale: Factor of the numbers.
+        has_bounds: Draw the bounds of groups with one run, which are over documents.
+    """
+    rows = [(line, interval) for line, interval in found if interval is not None]
+    if not rows:
+        return None
+    labels = [wrap_text(line.label) for line, _ in rows]
+    heights = [0.27 + 0.15 * (1 + label.count("\n")) for label in labels]  # inches
+    figure, axes = panel(height=0.8 + sum(heights))
+    bottoms = [*accumulate(heights)]
+    for bottom, (line, interval) in zip(bottoms, rows, strict=True):
+        style: dict[str, Any] = {"color": line.color, "marker": line.marker}
+        style["markerfacecolor"] = line.filling
+        values = [scale * value for value in interval.values]
+        if interval.is_of_seeds:
+            axes.plot(values, [bottom] * len(values), ls="none", **style)
+        elif len(values) > 1:  # below the bar
+            axes.plot(values, [bottom + 0.09] * len(values), ".", color=line.color, alpha=0.5, ms=5)
+        if not interval.is_of_seeds:
+            is_bounded = has_bounds or len(values) > 1
+            sides = _bars(interval) if is_bounded else (0.0, 0.0)
+            bars = [[scale * side] for side in sides]
+            axes.errorbar(scale * interval.value, bottom, xerr=bars, **style, capsize=3)
+    axes.set_ylim(bottoms[-1] + 0.2, 0)
+    axes.axvline(0, color=GREY, linewidth=0.8)
+    axes.grid(axis="x", alpha=0.25)
+    label_rows(axes, bottoms, labels)
+    axes.set_title(wrap_text(title), fontsize=9)
+    return figure
+
+
+def _bars(interval: Interval) -> tuple[float, float]:
+    """Return the distances of the bounds from the value; 0 for an unknown one."""
+    below = 0.0 if interval.lower is None else max(0.0, interval.value - interval.lower)
+    above = 0.0 if interval.upper is None else max(0.0, interval.upper - interval.value)
+    return below, above
