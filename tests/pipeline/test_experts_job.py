@@ -127,12 +127,12 @@ def test_tasks_and_a_checkpoint_that_is_gone_on_with(
         words = [*DYLORA, "experts.router=learned"]
         run(tmp_path / "router", tmp_path / "cache", [*on, *words])
     on = [word for word in on if word != "forgetting=none"]
-    again = run(
-        tmp_path / "again", tmp_path / "cache", [*on, *DYLORA, *WRITTEN, "experts.inner_prior=-2"]
-    )
+    own = [*DYLORA, *WRITTEN, "experts.inner_prior=-2", "experts.capacity_factor=2"]
+    again = run(tmp_path / "again", tmp_path / "cache", [*on, *own])
     assert any("the model generated 8 sequences" in note for note in again["notes"])
     output = capsys.readouterr().out
-    assert output.count("(in the checkpoint: ") == 1
+    assert output.count("(in the checkpoint: ") == 2
+    assert "experts.capacity_factor = 2.0 (in the checkpoint: null)" in output
     assert "experts.inner_prior = -2.0 (in the checkpoint: null)" in output
     mixture = mixture_on(load_whole(tmp_path / "again/checkpoint"))
     assert mixture is not None and mixture.evidence is not None

@@ -328,13 +328,20 @@ class DynamicExperts(Experts):
                 f"experts.shared_router = {options.shared_router}: the checkpoint has "
                 f"{'one router' if mixture.is_shared else 'a router for each layer'}."
             )
+        routing = mixture.routing  # dense until its experts are mature
+        stored = {
+            "top_k": routing.top_k or options.top_k,
+            "capacity_factor": routing.capacity_factor,
+        }
         if mixture.evidence is not None:
             for key in ("prior", "inner_prior", "evidence_scale", "evidence_window"):
-                name, value = key.removeprefix("evidence_"), getattr(options, key)
-                if (stored := getattr(mixture.evidence, name)) != value:
-                    change = f"experts.{key} = {value} (in the checkpoint: {stored})"
-                    setting.log("experts", change.replace("None", "null"))
-                setattr(mixture.evidence, name, value)
+                name = key.removeprefix("evidence_")
+                stored[key] = getattr(mixture.evidence, name)
+                setattr(mixture.evidence, name, getattr(options, key))
+        for key, value in stored.items():
+            if (now := getattr(options, key)) != value:
+                change = f"experts.{key} = {now} (in the checkpoint: {value})"
+                setting.log("experts", change.replace("None", "null"))
         recorded = mixture.extra.get("boundaries") or options.boundaries
         if recorded != options.boundaries:
             raise RequestError(

@@ -184,9 +184,7 @@ def read_adapter(folder: Path) -> StoredAdapter:
     tensors = TensorFolder.open_file(folder, TENSORS_NAME)
     path = folder / TENSORS_NAME
     layers: dict[str, dict[str, str]] = {}  # layer → A, B and base → name of the tensor
-    embeddings: dict[
-        str, set[bool]
-    ] = {}  # layer → {True} for an embedding, {False} for a linear layer
+    embeddings: dict[str, set[bool]] = {}  # layer → {True} for an embedding, else {False}
     for name in tensors.headers:
         match = _KEY.fullmatch(name)
         if match is None:
@@ -435,19 +433,14 @@ class ExpertFolder:
         for name, adapter in self.adapters.items():
             mixture.open(name, adapter.shape, seed=0)
             load_values(model, name, adapter)
-        live = list(mixture.routers())
-        if len(live) != len(self.routers):
+        live, device = list(mixture.routers()), next(model.parameters()).device
+        sizes = [weight.shape[1] for weight, _ in self.routers]
+        if (needed := [own.weight.shape[1] for own in live]) != sizes:
             raise TritterError(
-                f"the experts don't fit the model: they have {len(self.routers)} routers, and it "
-                f"needs {len(live)}."
+                f"the experts don't fit the model: their routers have input sizes {sizes}, and it "
+                f"needs {needed}."
             )
-        device = next(model.parameters()).device
         for own, (weight, bias) in zip(live, self.routers, strict=True):
-            if weight.shape[1] != own.weight.shape[1]:
-                raise TritterError(
-                    f"the experts don't fit the model: their routers have input size "
-                    f"{weight.shape[1]}, and its hidden size is {own.weight.shape[1]}."
-                )
             own.weight = nn.Parameter(weight.to(device, copy=True))
             own.bias = nn.Parameter(bias.to(device, copy=True))
         if mixture.evidence is not None and self.counts is not None:
