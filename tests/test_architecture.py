@@ -90,7 +90,7 @@ RATCHET = {
     "evaluation": (17, 4_386),
     "integrations": (2, 775),
     "methods": (50, 12_628),
-    "pipeline": (33, 7_471),
+    "pipeline": (33, 7_470),
     "planning": (9, 2_270),
     "report": (15, 4_288),
     "storage": (10, 2_120),

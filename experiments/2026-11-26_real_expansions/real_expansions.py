@@ -33,6 +33,7 @@ from experiments.scores import (  # noqa: E402
 from tritter.core.expansions import Dus, LlamaPro, Moe, Width, target_model  # noqa: E402
 from tritter.core.families import Model, training_flops  # noqa: E402
 from tritter.data.built_in import gather  # noqa: E402
+from tritter.evaluation.gate import EXACT_JUMP  # noqa: E402
 from tritter.evaluation.statistics import PairedScores  # noqa: E402
 from tritter.storage.atomic import write_text_atomic  # noqa: E402
 
@@ -125,10 +126,11 @@ def run_arm(options: Any, arm: str, seed: int) -> None:
     before = scores_of(options, options.model, "base")
     stages = {"trained": scores_of(options, folder / "checkpoint", folder.name)}
     if expansion != "none":
-        grown = folder / "attempt_1" / "expanded"
-        stages["expanded"] = scores_of(options, grown, f"expanded_{seed}_{expansion}")
+        grown, name = folder / "attempt_1" / "expanded", f"expanded_{seed}_{expansion}"
+        is_exact = summary["jump"]["relative_to_std"] < EXACT_JUMP  # it answers as the source does
+        stages["expanded"] = {} if is_exact else scores_of(options, grown, name)
     for stage, after in stages.items():
-        rows = [change(measure, before[measure], after[measure]) for measure in before]
+        rows = [change(measure, before[measure], after[measure]) for measure in after]
         first = own_scores(folder, "baseline")
         last = own_scores(folder, f"attempt_1-{stage}")
         rows += [change(measure, first[measure], last[measure]) for measure in first]

@@ -244,6 +244,8 @@ def test_gate_off_keeps_a_model_without_finite_losses(run_tiny: Run, tmp_path: P
     words = ("training.learning_rate=1e18", "trainer.gradient_clip_val=null")
     assert run_tiny(tmp_path / "run", "gate='off'", *words).status == "ungated"
     assert summary_of(tmp_path / "run")["final"]["old"]["loss"] is None
+    rows = metric_rows(tmp_path / "run/metrics.csv")
+    assert not any(row.get("score/old/loss") for row in rows), "0 would be a perfect loss"
     lineage = read_lineage(tmp_path / "run/checkpoint")
     assert lineage is not None and lineage.best_loss is None and not lineage.benchmark_scores
     assert lineage.expansion_history and not lineage.expansion_history[0].performance_delta

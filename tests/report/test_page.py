@@ -220,12 +220,14 @@ def test_a_run_alone_has_a_mark_for_each_pair_of_domains(summary: dict[str, Any]
         summary["attempts"][0]["final"][name] = trained
     del scores["prose"]
     domains = {"old": ["poems", "law"], "new": ["code"]}
-    runs = [run_of(summary | {"baseline": scores, "domains": domains}, str(n), n) for n in (0, 1)]
+    run = run_of(summary | {"baseline": scores, "domains": domains}, "one", 0)
+    other = replace(run, name="other", settings=run.settings | {"training.learning_rate": 2})
     (alone,), (both,) = (
-        Comparison(group_runs(each)).figures()["tradeoff"] for each in (runs[:1], runs)
+        Comparison(group_runs(each)).figures()["tradeoff"] for each in ([run], [run, other])
     )
     notes = {text.get_text(): text.xy[1] for text in alone.axes[0].texts}
     assert notes == {"poems": pytest.approx(10), "law": pytest.approx(110)}
+    assert len(alone.axes[0].containers) == len(both.axes[0].containers) == 2
     assert not any(text.get_text() for text in both.axes[0].texts)
 
 
@@ -239,6 +241,7 @@ def test_hostile_names_and_numbers_have_figures(summary_with_control: dict[str, 
     curve = Curve(f"eval/{domain}/loss", (0, 1, 2, 3, 10**14), values)
     settings = SETTINGS | {f"key{name}": name}
     run = Run(name, Summary.of(json.loads(text)), settings, (curve,), (curve,), (curve,))
+    assert page([replace(run, curves=(replace(curve, values=(1.7e308, *values[1:])),))], title=name)
     found, pictures = page([run, Run("b", run.summary, SETTINGS, (curve,))], title=name)
     assert not {"\x1b", "\u202e", "\udc80"} & set(found) and len(pictures) == 7
     assert all(len(picture) > 2000 for picture in pictures.values())

@@ -1,5 +1,6 @@
 import csv
 import math
+from dataclasses import replace
 
 import matplotlib.image
 import pytest
@@ -91,11 +92,12 @@ def test_what_was_before_and_beside_a_training_is_in_its_picture(summary_with_co
     assert len(set(pictures)) == len(pictures)
 
 
-def drawn(summary, curves, **rounds):
-    """Draw one loss of a run; return its panel."""
+def drawn(summary, curves, *, seeds=1, **rounds):
+    """Draw one loss of runs that differ in the seed; return its panel."""
     run = Run("", Summary.of(summary | rounds), {}, curves)
     _, (axes,) = new_figure(width=4, height=4)
-    assert draw_losses(axes, [Line(Group("grown", (run,)), "blue", "o", "-")], "eval/code/loss")
+    line = Line(Group("grown", (run,) * seeds), "blue", "o", "-")
+    assert draw_losses(axes, [line], "eval/code/loss")
     return axes
 
 
@@ -121,6 +123,36 @@ def test_the_loss_before_each_expansion_is_left_of_it(summary):
     first, second = (mark.get_xdata()[0] for mark in marks)
     assert before < first < 0 and second == 50
     assert min(axes.get_xticks()) >= 0, "the loss before the first step has no tick"
+    *_, mean = [
+        line
+        for line in drawn(summary, curves, seeds=3, **rounds).lines
+        if len(line.get_xdata()) > 2
+    ]
+    assert list(mean.get_ydata()) == pytest.approx(list(losses.get_ydata())), "of equal seeds"
+
+
+def test_the_loss_before_an_expansion_is_not_averaged_with_those_after_it(summary):
+    losses = [3.2, *[4.0] * 44]
+    rows = [{"step": str(n - 1), "eval/code/loss": str(loss)} for n, loss in enumerate(losses)]
+    axes = drawn(summary, curves_of(rows), expansion=["dus"])
+    assert list(axes.lines[0].get_ydata()) == losses
+
+
+@pytest.mark.full
+def test_rounds_are_in_one_picture_without_the_bound_of_each(summary_with_control, tmp_path):
+    curves, rounds = rounds_of(summary_with_control)
+    made = Summary.of(summary_with_control | rounds)
+    whole = plots.plot_run(made, curves, tmp_path / "all", control=curves)
+    last = plots.plot_run(
+        made,
+        [replace(each, steps=each.steps[3:], values=each.values[3:]) for each in curves],
+        tmp_path / "last",
+        control=curves,
+    )
+    names = [path.name for path in whole]
+    assert names == [path.name for path in last] and "forgetting.png" in names
+    one, other = (each[names.index("forgetting.png")].read_bytes() for each in (whole, last))
+    assert one != other
 
 
 def test_curves_are_read_between_the_blanks(metrics_csv):

@@ -42,15 +42,14 @@ BEFORE = -1  # step of the model before its expansion
 def score_metrics(run: Run, branch_name: str) -> dict[str, float]:
     """Return `score/<domain>/loss` and `score/<task>/accuracy` of a trained branch.
 
-    Scores cover all validation documents.
+    Scores cover all validation documents; one that is not finite is left out.
     """
-    scores = run.read_scores(f"{branch_name}-trained")
-    means = {subject: finite_or_none(score.mean()) or 0.0 for subject, score in scores.items()}
-    accuracies = [subject for subject, score in scores.items() if score.unit == "accuracy"]
-    return {
-        **{f"score/{name}/loss": mean for name, mean in means.items() if name not in accuracies},
-        **{f"score/{n.removesuffix(ACCURACY)}/accuracy": means[n] for n in accuracies},
-    }
+    found = {}
+    for subject, scores in run.read_scores(f"{branch_name}-trained").items():
+        if (mean := finite_or_none(scores.mean())) is not None:
+            unit = "accuracy" if scores.unit == "accuracy" else "loss"
+            found[f"score/{subject.removesuffix(ACCURACY)}/{unit}"] = mean
+    return found
 
 
 def num_steps(run: Run, branch_name: str) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate, product
@@ -250,11 +251,12 @@ def draw_tradeoff(axes: Axes, lines: Sequence[Line]) -> bool:
     if (front := _search_path(means)) and not is_alone:
         xs, ys = zip(*((100 * x, 100 * y) for x, y in front), strict=True)
         axes.plot(xs, ys, color=GREY, linestyle=":", linewidth=1)
-    rows = (row for line in lines for run in line.group.runs for row in run.losses)
-    bounds = {row.bound for row in rows if row.role == "old" and row.bound is not None}
-    if len(bounds) == 1:
-        _mark_bound(axes, 100 * bounds.pop())
+    runs = (run for line in lines if not line.group.is_control for run in line.group.runs)
+    rows = (row for run in runs for row in run.losses if row.role == "old")
+    for bound in sorted({row.bound for row in rows if row.bound is not None}):
+        _mark_bound(axes, 100 * bound)
     axes.axhline(0, color=GREY, linewidth=0.8)
+    axes.axvline(0, color=GREY, linewidth=0.8)
     axes.margins(0.2)
     axes.set_xlabel("gain: decrease of the loss on new domains [% per byte]")
     axes.set_ylabel("forgetting: increase of the loss\non old domains [% per byte]")
@@ -266,7 +268,7 @@ def _points(line: Line, *, is_alone: bool) -> Iterator[tuple[Line, str, Interval
     group, gain = line.group, _mean_change(line.group, "new")
     forgetting = _mean_change(group, "old")
     old, new = (_domains([group], role) for role in ("old", "new"))
-    if is_alone and len(old) * len(new) > 1:
+    if is_alone:
         for (kept, _), (learned, _) in product(old, new):
             gain, forgetting = group.change(learned), group.change(kept)
             if gain is not None and forgetting is not None:
@@ -277,16 +279,8 @@ def _points(line: Line, *, is_alone: bool) -> Iterator[tuple[Line, str, Interval
 
 def _mark_bound(axes: Axes, bound: float) -> None:
     axes.axhline(bound, color=GREY, linestyle="--", linewidth=1)
-    axes.annotate(
-        f"bound of the gate {bound:+.3g} %",
-        xy=(0.99, bound),
-        xycoords=("axes fraction", "data"),
-        xytext=(0, 3),
-        textcoords="offset points",
-        ha="right",
-        fontsize=8,
-        color=GREY,
-    )
+    text, place = f"bound of the gate {bound:+.3g} %", axes.get_yaxis_transform()
+    axes.text(0.99, bound, text, transform=place, ha="right", va="bottom", fontsize=8, color=GREY)
 
 
 def _search_path(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -366,20 +360,20 @@ def draw_losses(
     is_alone = _is_alone(lines)
     marked: dict[tuple[float, str], None] = {}
     for line in lines:
-        drawn: list[_Curve] = []
+        drawn = []
         for run in line.group.runs:
             scale = _scale(run, is_in_tokens=is_in_tokens)
             for curve in (each for each in run.curves if each.name == name):
                 is_pale, has_before = len(line.group.runs) > 1, curve.steps[0] < 0
                 drawn.append(draw_curve(axes, curve, line, scale=scale, gap=gap, is_pale=is_pale))
+                if is_alone and not line.group.is_control:
+                    axes.axhline(next(iter(drawn[-1].values())), color=GREY, ls=":", lw=1)
                 has_start |= has_before
                 starts = [scale * step or -gap / 2 * has_before for step in run.expansions]
                 marked |= dict.fromkeys((place, "expansion") for place in starts)
                 marked |= dict.fromkeys((scale * step, "next task") for step in run.summary.borders)
                 births = [scale * step for step in run.births]
                 mark_growth(axes, births, color=line.color, is_alone=is_alone)
-                if is_alone and not line.group.is_control:
-                    axes.axhline(curve.values[0], color=GREY, linestyle=":", linewidth=1)
         _draw_mean(axes, drawn, line)
     for place, kind in list(marked)[:_MAX_MARKED]:
         color, style = ("black", "--") if kind == "expansion" else (GREY, "-.")
@@ -400,14 +394,6 @@ def _label_course(axes: Axes, title: str, *, is_in_tokens: bool) -> None:
     axes.set_ylabel("loss [nats/token]")
 
 
-@dataclass(frozen=True, slots=True)
-class _Curve:
-    """A curve to draw: a running mean if it has many points."""
-
-    positions: tuple[float, ...]
-    values: tuple[float, ...]
-
-
 def draw_curve(
     axes: Axes,
     curve: Curve,
@@ -416,8 +402,8 @@ def draw_curve(
     scale: float = 1.0,
     gap: float = 1.0,
     is_pale: bool = False,
-) -> _Curve:
-    """Draw a curve; below a running mean its points are pale.
+) -> dict[tuple[float, int], float]:
+    """Draw a curve; below a running mean of training losses, its points are pale.
 
     Args:
         axes: The panel.
@@ -426,12 +412,15 @@ def draw_curve(
         scale: Step → position.
         gap: Distance of the model before its expansion from the first step.
         is_pale: The curve is one of several seeds.
+
+    Returns:
+        What was drawn: position and its occurrence → value. A round ends where the next begins.
     """
     positions = [scale * step if step >= 0 else -gap for step in curve.steps]
     values = [value if abs(value) < MAX_NUMBER else float("nan") for value in curve.values]
     plot = partial(axes.plot, color=line.color, linestyle=line.style)
     alpha, width = (0.35, 0.8) if is_pale else (1.0, 1.3)
-    if len(values) < _SMOOTHED_FROM_POINTS:
+    if len(values) < _SMOOTHED_FROM_POINTS or curve.name.startswith("eval/"):
         marks: dict[str, Any] = {
             "marker": line.marker,
             "markerfacecolor": line.filling,
@@ -440,7 +429,7 @@ def draw_curve(
         label = "" if is_pale else line.label
         marks = {} if is_pale else marks
         plot(positions, values, alpha=alpha, linewidth=width, label=label, **marks)
-        return _Curve(tuple(positions), tuple(values))
+        return _numbered(positions, values)
     window = len(values) // 20
     mean = _running_mean(values, window)
     centres = positions[window // 2 : window // 2 + len(mean)]
@@ -448,7 +437,18 @@ def draw_curve(
         plot(positions, values, alpha=0.2)
     label = "" if is_pale else f"{line.label} (mean of {window} points)"
     plot(centres, mean, alpha=alpha, linewidth=width, label=label)
-    return _Curve(tuple(centres), tuple(mean))
+    return _numbered(centres, mean)
+
+
+def _numbered(
+    positions: Sequence[float], values: Sequence[float]
+) -> dict[tuple[float, int], float]:
+    seen = Counter[float]()
+    points = {}
+    for position, value in zip(positions, values, strict=True):
+        points[position, seen[position]] = value
+        seen[position] += 1
+    return points
 
 
 def _running_mean(values: Sequence[float], window: int) -> list[float]:
@@ -459,16 +459,24 @@ def _running_mean(values: Sequence[float], window: int) -> list[float]:
     return [float(mean) for mean in windows.mean(axis=1)]
 
 
-def _draw_mean(axes: Axes, courses: Sequence[_Curve], line: Line) -> None:
+def _draw_mean(axes: Axes, drawn: Sequence[Mapping[tuple[float, int], float]], line: Line) -> None:
     """Draw the mean of several seeds' curves over the positions that all of them have."""
-    if len(courses) < 2:
+    if len(drawn) < 2:
         return
-    first, *others = (dict(zip(each.positions, each.values, strict=True)) for each in courses)
-    shared = [x for x in first if all(x in other for other in others)]
-    means = [fmean([first[x], *(other[x] for other in others)]) for x in shared]
+    first, *others = drawn
+    shared = [point for point in first if all(point in other for other in others)]
+    means = [fmean([first[point], *(other[point] for other in others)]) for point in shared]
     marker = line.marker if len(shared) < _SMOOTHED_FROM_POINTS else ""
-    axes.plot(shared, means, color=line.color, linestyle=line.style, linewidth=1.6, marker=marker,
-              markerfacecolor=line.filling, markersize=4)  # fmt: skip
+    axes.plot(
+        [position for position, _ in shared],
+        means,
+        color=line.color,
+        linestyle=line.style,
+        linewidth=1.6,
+        marker=marker,
+        markerfacecolor=line.filling,
+        markersize=4,
+    )
 
 
 def _costs(lines: Sequence[Line]) -> list[Figure]:

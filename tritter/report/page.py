@@ -29,13 +29,7 @@ from tritter.report.runs import (
     with_controls,
 )
 from tritter.report.table import Table
-from tritter.report.tables import (
-    attempts_table,
-    result_table,
-    size_text,
-    stage_table,
-    task_table,
-)
+from tritter.report.tables import attempts_table, result_table, size_text, stage_table, task_table
 from tritter.report.wording import MISSING, count_text, number_text, si_text
 
 if TYPE_CHECKING:
@@ -70,7 +64,9 @@ _OF_SEEDS = f"Every mark is a seed; there are no intervals below {MIN_SEEDS} see
 _SINGLE = "Bars: one-sided bounds of the gate, over documents."
 _CONTROL = "Hollow marks: control (not grown)."
 _CAPTIONS = {
-    "tradeoff": "Bottom right is best. Dotted line: Pareto front. Dashed line: bound of the gate.",
+    "tradeoff": "Bottom right is best. A single run has a mark for each pair of an old and a new "
+    "domain, others for their means. Dotted line: Pareto front. Dashed line, if any: bound of the "
+    "gate.",
     "differences": "",  # the table above the figures has it
     "losses": "Validation loss on a fixed subset; a rise on an old domain is forgetting. The loss "
     "left of a dashed vertical line is that before the expansion. Dotted horizontal line: the "

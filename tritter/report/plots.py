@@ -8,13 +8,7 @@ from typing import TYPE_CHECKING
 
 from tritter.report.drawing import BLUE, CYCLE, GREY, ORANGE, new_figure, wrap_text
 from tritter.report.experts import experts_figure
-from tritter.report.figures import (
-    Line,
-    draw_curve,
-    draw_losses,
-    draw_tradeoff,
-    positions_figure,
-)
+from tritter.report.figures import Line, draw_curve, draw_losses, draw_tradeoff, positions_figure
 from tritter.report.growth import growth_figure
 from tritter.report.matrix import matrix_figure
 from tritter.report.rows import DomainRow, change_text, domain_rows, unit_of
@@ -141,8 +135,10 @@ def _forgetting_figure(lines: Sequence[Line]) -> Figure | None:
         axes.margins(y=0.15)
     panels[0].set_ylabel("validation loss [nats/token]")
     _add_legend(figure)
-    note = "loss on a fixed validation subset; dotted: the first loss; left of the dashed line: "
-    figure.supxlabel(f"{note}before the expansion", fontsize=7, color=GREY)
+    note = "loss on a fixed validation subset; dotted: the first loss"
+    if any(curve.steps[0] < 0 for curve in run.curves):
+        note += "; left of the dashed line: before the expansion"
+    figure.supxlabel(note, fontsize=7, color=GREY)
     return figure
 
 
