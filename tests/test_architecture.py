@@ -92,7 +92,7 @@ RATCHET = {
     "methods": (50, 12_628),
     "pipeline": (33, 7_470),
     "planning": (9, 2_270),
-    "report": (15, 4_288),
+    "report": (15, 4_277),
     "storage": (10, 2_120),
     "training": (19, 5_148),
     "transform": (6, 1_883),

@@ -17,7 +17,7 @@ from tests.report.growing import growth
 from tests.report.test_runs import SETTINGS
 from tests.report.test_tables import ungated
 from tritter.report.drawing import DPI, label_rows, panel
-from tritter.report.figures import MAX_PANELS, Comparison
+from tritter.report.figures import _MAX_PANELS, Comparison
 from tritter.report.page import page
 from tritter.report.runs import Curve, Run, group_runs
 from tritter.report.summary import Summary
@@ -258,7 +258,7 @@ def test_as_much_is_drawn_as_a_picture_can_hold(summary: dict[str, Any]) -> None
     domains = {"old": list(scores), "new": []}
     wide = summary | {"baseline": scores, "domains": domains, "attempts": [{"final": scores}]}
     drawn = Comparison(group_runs([Run("a", Summary.of(wide), SETTINGS)])).figures()
-    assert len(drawn["changes"]) == MAX_PANELS
+    assert len(drawn["changes"]) == _MAX_PANELS
 
 
 @pytest.mark.full

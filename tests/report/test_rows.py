@@ -14,8 +14,8 @@ def test_a_row_joins_the_stages_and_the_check_of_its_domain(summary):
     assert (prose.domain, prose.role, code.domain, code.role) == ("prose", "old", "code", "new")
     assert (prose.before.loss, prose.expanded.loss, prose.trained.loss) == (3.59, 3.5901, 3.627)
     assert prose.change.value == 0.0102
-    assert prose.change.below == pytest.approx(0.0024)
-    assert prose.change.above == pytest.approx(0.0034)
+    assert prose.change.value - prose.change.lower == pytest.approx(0.0024)
+    assert prose.change.upper - prose.change.value == pytest.approx(0.0034)
     assert (prose.bound, prose.verdict, code.bound) == (0.05, "passed", 0.0)
 
 
@@ -37,7 +37,7 @@ def test_without_checks_the_change_is_the_ratio_per_byte(summary):
     summary["attempts"][0]["gate"] = []
     prose, _ = domain_rows(summary)
     assert prose.change.value == pytest.approx(1.22 / 1.208 - 1)
-    assert prose.change.below is None and prose.change.above is None and prose.verdict is None
+    assert prose.change.lower is None and prose.change.upper is None and prose.verdict is None
 
 
 def test_an_attempt_that_broke_off_has_rows_without_scores(summary):
@@ -50,7 +50,8 @@ def test_an_attempt_that_broke_off_has_rows_without_scores(summary):
 def test_a_bound_that_is_not_known_leaves_the_other(summary):
     summary["attempts"][0]["gate"][0]["interval"] = [0.0, None]
     prose, _ = domain_rows(summary)
-    assert prose.change.below == pytest.approx(0.0102) and prose.change.above is None
+    assert prose.change.value - prose.change.lower == pytest.approx(0.0102)
+    assert prose.change.upper is None
 
 
 def test_an_accuracy_changes_in_points(summary):

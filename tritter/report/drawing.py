@@ -99,6 +99,13 @@ def label_rows(axes: Axes, bottoms: Sequence[float], labels: Sequence[str]) -> N
         )
 
 
+def add_legend(figure: Figure) -> None:
+    """Add the legend of the first panel above all panels, each label once."""
+    lines = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
+    place = "outside upper center"
+    figure.legend(lines.values(), lines, loc=place, ncols=4, frameon=False, fontsize=8)
+
+
 def write_note(axes: Axes, text: str) -> None:
     """Print in an empty panel why it is empty."""
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", color=GREY)

@@ -17,6 +17,7 @@ from tritter.report.drawing import (
     GREY,
     ORANGE,
     PURPLE,
+    add_legend,
     label_rows,
     new_figure,
     panel,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MAX_PANELS = 24
+_MAX_PANELS = 24
 _MAX_DOMAINS = 12  # of one figure, with a panel each
 _MAX_MARKED = 60  # expansions and tasks of one figure
 _MARKERS = "osD^vPX*<>"
@@ -147,14 +148,14 @@ def _domains(groups: Sequence[Group], role: str | None = None) -> list[tuple[str
     """Return domains that have losses, each with its role."""
     rows = (row for group in groups for run in group.runs for row in run.losses)
     found = dict.fromkeys((row.domain, row.role) for row in rows if role in (None, row.role))
-    return list(found)[:MAX_PANELS]
+    return list(found)[:_MAX_PANELS]
 
 
 def _experts(runs: Sequence[Run]) -> list[Figure]:
     skilled = [(run, run.summary.experts) for run in runs if run.summary.experts is not None]
     return [
         figure
-        for run, record in skilled[:MAX_PANELS]
+        for run, record in skilled[:_MAX_PANELS]
         for figure in experts_panels(
             record,
             name=run.name,
@@ -168,7 +169,7 @@ def _experts(runs: Sequence[Run]) -> list[Figure]:
 def _matrices(runs: Sequence[Run]) -> list[Figure]:
     made = []
     learned = [(run.name, run.summary.matrix) for run in runs if run.summary.matrix]
-    for name, matrix in learned[:MAX_PANELS]:
+    for name, matrix in learned[:_MAX_PANELS]:
         figure = matrix_figure(matrix)
         figure.axes[0].set_title(wrap_text(name), fontsize=9)
         made.append(figure)
@@ -177,7 +178,7 @@ def _matrices(runs: Sequence[Run]) -> list[Figure]:
 
 def _positions(runs: Sequence[Run]) -> list[Figure | None]:
     longer = [(run.name, run.summary.windows) for run in runs if run.summary.windows]
-    return [positions_figure(record, title=name) for name, record in longer[:MAX_PANELS]]
+    return [positions_figure(record, title=name) for name, record in longer[:_MAX_PANELS]]
 
 
 def positions_figure(record: WindowsRecord, *, title: str = "") -> Figure | None:
@@ -198,9 +199,7 @@ def positions_figure(record: WindowsRecord, *, title: str = "") -> Figure | None
         axes.set_title(wrap_text(f"{title} {domain}".strip(), 40), fontsize=10)
         axes.set_xlabel("position in the window [tokens]")
     panels[0].set_ylabel("validation loss [nats/token]")
-    lines = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
-    place = "outside upper center"
-    figure.legend(lines.values(), lines, loc=place, ncols=4, frameon=False, fontsize=8)
+    add_legend(figure)
     return figure
 
 
@@ -508,7 +507,7 @@ def _growth(lines: Sequence[Line]) -> list[Figure]:
         if run.summary.growth is not None
     ]
     made = []
-    for _, run, growth in found[:MAX_PANELS]:
+    for _, run, growth in found[:_MAX_PANELS]:
         drawn = [draw_neurons] if len(found) > 1 else [draw_neurons, draw_pressure]
         for draw in drawn:
             figure, axes = panel(height=2.9)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tritter.report.drawing import BLUE, CYCLE, GREY, ORANGE, new_figure, wrap_text
+from tritter.report.drawing import BLUE, CYCLE, GREY, ORANGE, add_legend, new_figure, wrap_text
 from tritter.report.experts import experts_figure
 from tritter.report.figures import Line, draw_curve, draw_losses, draw_tradeoff, positions_figure
 from tritter.report.growth import growth_figure
@@ -134,7 +134,7 @@ def _forgetting_figure(lines: Sequence[Line]) -> Figure | None:
         axes.set_xlabel("training step")
         axes.margins(y=0.15)
     panels[0].set_ylabel("validation loss [nats/token]")
-    _add_legend(figure)
+    add_legend(figure)
     note = "loss on a fixed validation subset; dotted: the first loss"
     if any(curve.steps[0] < 0 for curve in run.curves):
         note += "; left of the dashed line: before the expansion"
@@ -165,12 +165,5 @@ def _tradeoff_figure(lines: Sequence[Line]) -> Figure | None:
     figure, (axes,) = new_figure(width=5.6, height=4.2)
     if not draw_tradeoff(axes, lines):
         return None
-    _add_legend(figure)
+    add_legend(figure)
     return figure
-
-
-def _add_legend(figure: Figure) -> None:
-    """Add the legend of the first panel above all panels, each label once."""
-    lines = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
-    place = "outside upper center"
-    figure.legend(lines.values(), lines, loc=place, ncols=4, frameon=False, fontsize=8)

@@ -24,16 +24,6 @@ class ScoreChange:
     upper: float | None
     in_points: bool = False
 
-    @property
-    def below(self) -> float | None:
-        """The distance of the lower bound from the value."""
-        return None if self.value is None or self.lower is None else self.value - self.lower
-
-    @property
-    def above(self) -> float | None:
-        """The distance of the upper bound from the value; the interval is not symmetric."""
-        return None if self.value is None or self.upper is None else self.upper - self.value
-
 
 @dataclass(frozen=True, slots=True)
 class DomainRow:
