@@ -46,9 +46,10 @@ def score_metrics(run: Run, branch_name: str) -> dict[str, float]:
     """
     found = {}
     for subject, scores in run.read_scores(f"{branch_name}-trained").items():
+        name, is_accuracy = subject.removesuffix(ACCURACY), scores.unit == "accuracy"
+        key = f"score/{name}/accuracy" if is_accuracy else f"score/{name}/loss"
         if (mean := finite_or_none(scores.mean())) is not None:
-            unit = "accuracy" if scores.unit == "accuracy" else "loss"
-            found[f"score/{subject.removesuffix(ACCURACY)}/{unit}"] = mean
+            found[key] = mean
     return found
 
 
@@ -60,9 +61,8 @@ def num_steps(run: Run, branch_name: str) -> int:
 def before_metrics(run: Run, branch_name: str) -> dict[str, float]:
     """Return `eval/<domain>/…` before a branch's expansion; empty if it did not expand."""
     stage = f"{branch_name}.expand"
-    if run.ledger.get(stage) is None:
-        return {}
-    return dict(run.ledger.found(stage, ExpansionFound).before)
+    did_expand = run.ledger.get(stage) is not None
+    return dict(run.ledger.found(stage, ExpansionFound).before) if did_expand else {}
 
 
 def first_step(run: Run, branches: Sequence[Branch], branch: Branch) -> int:
