@@ -99,7 +99,7 @@ RATCHET = {
 }
 # What there is to know; both may only fall: names of modules without an underscore, and classes
 # that only hold values
-MAX_PUBLIC_NAMES, MAX_RECORDS = 2_032, 352
+MAX_PUBLIC_NAMES, MAX_RECORDS = 1_896, 352
 MAX_LONELY_MODULES = 25  # with a single caller, which is in their own room
 
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}

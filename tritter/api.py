@@ -51,8 +51,8 @@ if TYPE_CHECKING:
     Sources: TypeAlias = StrPath | Sequence[StrPath] | Mapping[str, StrPath | Sequence[StrPath]]
     Documents: TypeAlias = Mapping[str, Sequence[str]]
 
-P = ParamSpec("P")
-R = TypeVar("R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 # Options that only Tritter's own training loop supports
 _RUN_ONLY_OPTIONS = ("at", "carry", "refresh_steps", "xi")
 _IN_A_RUN = "use tritter.run('forgetting={}', ...) or tritter.integrations.hf.with_forgetting"
@@ -65,7 +65,7 @@ _NO_PENALTY = {
 }
 
 
-def suggest_names(function: Callable[P, R]) -> Callable[P, R]:
+def suggest_names(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Reject unknown keywords of a function with the nearest known one."""
     names = [
         name
@@ -74,7 +74,7 @@ def suggest_names(function: Callable[P, R]) -> Callable[P, R]:
     ]
 
     @wraps(function)
-    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+    def called(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         reason = f"unknown keyword of {function.__name__}; allowed are {', '.join(names)}"
         raise_problems(
             [

@@ -27,8 +27,8 @@ from tritter.errors import Problem, RequestError, nearest, raise_problems
 from tritter.limits import MAX_COUNT, parse_count
 from tritter.targets import TARGET, Component, dotted, resolve
 
-Record = TypeVar("Record")
-Unknown = Callable[[str, object], Iterator[Problem]]
+_Record = TypeVar("_Record")
+_Unknown = Callable[[str, object], Iterator[Problem]]
 _Json = Mapping[str, Any]
 
 # Counts without a limit of their own stop at MAX_COUNT
@@ -54,13 +54,13 @@ _KINDS = {
     "null": "null",
 }
 _PLURALS = {"integer": "whole numbers", "number": "numbers", "boolean": "booleans"}
-Part = TypeVar("Part")
+_T = TypeVar("_T")
 
 
 @dataclass_transform(
     frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,)
 )
-def options(record: type[Record]) -> type[Record]:
+def options(record: type[_Record]) -> type[_Record]:
     """Make a class a record of options: frozen, keyword-only, without unknown fields.
 
     Use it as a decorator instead of `dataclass`.
@@ -77,13 +77,13 @@ def is_options(record: object) -> bool:
 
 
 def read_options(
-    record: type[Record],
+    record: type[_Record],
     raw: Mapping[str, object],
     *,
     prefix: str,
     problems: list[Problem],
-    unknown: Unknown | None = None,
-) -> Record | None:
+    unknown: _Unknown | None = None,
+) -> _Record | None:
     """Return the record of plain values, or None if there are problems.
 
     Args:
@@ -133,7 +133,7 @@ def read_component(
     body: Mapping[str, object],
     *,
     problems: list[Problem],
-    unknown: Unknown | None = None,
+    unknown: _Unknown | None = None,
 ) -> Component | None:
     """Return a component of a known class, or None if there are problems.
 
@@ -152,7 +152,7 @@ def read_component(
     return Component(name=str(getattr(kind, "name", None) or found.name), kind=kind, options=found)
 
 
-def read_part(key: str, value: object, named: Mapping[str, type[Part]], *, base: type[Any]) -> Part:
+def read_part(key: str, value: object, named: Mapping[str, type[_T]], *, base: type[Any]) -> _T:
     """Return the nested record of an option: a trigger, an initialiser, a detector.
 
     Args:
@@ -168,7 +168,7 @@ def read_part(key: str, value: object, named: Mapping[str, type[Part]], *, base:
     problems: list[Problem] = []
     if isinstance(value, base):
         raise_problems(checked(value, prefix=key))
-        record: Part = value
+        record: _T = value
         return record
     body = dict(value) if isinstance(value, Mapping) else {"name": value}
     if TARGET in body:
@@ -290,7 +290,7 @@ def _plain(value: object, schema: _Json) -> object:
 
 
 def _problems_of(
-    error: ValidationError, schema: _Json, raw: Mapping[str, object], prefix: str, unknown: Unknown
+    error: ValidationError, schema: _Json, raw: Mapping[str, object], prefix: str, unknown: _Unknown
 ) -> dict[str, Problem]:
     """Return dotted key → problem; a list or mapping gets one problem as a whole."""
     found: dict[str, Problem] = {}
@@ -338,7 +338,7 @@ def _inner(node: _Json, schema: _Json) -> _Json:
     return next((schema["$defs"][name] for name in names if name), {})
 
 
-def _unknown_by(schema: _Json, prefix: str) -> Unknown:
+def _unknown_by(schema: _Json, prefix: str) -> _Unknown:
     def unknown(key: str, value: object) -> Iterator[Problem]:
         names = list(schema.get("properties", {}))
         reason = f"there is no such key; {prefix} has {', '.join(names)}"

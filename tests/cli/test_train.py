@@ -476,7 +476,7 @@ def test_a_lineage_that_names_the_disk_is_not_followed_there(
 
     edit_record(texts / "grown", name_the_disk)
     (texts / "base").rename(texts / "gone")
-    monkeypatch.setattr(sources, "MAX_RECORDED", 300)
+    monkeypatch.setattr(sources, "_MAX_RECORDED", 300)
     listed: list[str] = []
     for name in ("scandir", "listdir"):
         original = getattr(os, name)
@@ -571,7 +571,7 @@ def test_evaluate_takes_the_losses_of_what_was_held_out(
     run: Run, grown: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITTER_CACHE", str(trained / "cache"))
-    monkeypatch.setattr("tritter.pipeline.evaluate.MAX_TOKENS_PER_DOCUMENT", 48)  # as in QUICK
+    monkeypatch.setattr("tritter.pipeline.evaluate._MAX_TOKENS_PER_DOCUMENT", 48)  # as in QUICK
     result = run("evaluate --checkpoint grown --json --batch-size 32")
     assert result.code == 0, result.err
     final = json.loads((trained / "run/summary.json").read_text())["final"]

@@ -67,7 +67,7 @@ def test_jobs_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
         found = read_launch_settings(hydra, num_jobs=num_jobs)
         return found.num_parallel, found.threads
 
-    monkeypatch.setattr(jobs, "num_cores", lambda: 8)
+    monkeypatch.setattr(jobs, "_num_cores", lambda: 8)
     assert how("JoblibLauncher", 24, n_jobs=-1) == (8, 1)
     assert how("JoblibLauncher", 24, n_jobs=-3) == (6, 1)
     assert how("JoblibLauncher", 24, n_jobs=3) == (3, 2)

@@ -306,7 +306,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return call
 
-    monkeypatch.setattr(sources, "MAX_RECORDED", 40)
+    monkeypatch.setattr(sources, "_MAX_RECORDED", 40)
     monkeypatch.setattr(os, "scandir", spy(scandir))
     monkeypatch.setattr(os, "listdir", spy(listdir))
     return listed

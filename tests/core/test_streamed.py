@@ -146,7 +146,7 @@ def test_large_matrices_are_multiplied_by_in_blocks(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = oracle.saved(tiny(family), tmp_path)
-    monkeypatch.setattr(streamed, "BLOCK_BYTES", 4 * 24 * 7)
+    monkeypatch.setattr(streamed, "_BLOCK_BYTES", 4 * 24 * 7)
     cut, sizes = streamed.blocks, set[int]()
 
     def watched(rows: slice, step: int) -> Iterator[slice]:

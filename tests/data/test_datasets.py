@@ -304,7 +304,7 @@ def test_a_saved_data_set_names_nothing_outside(place: Path, name: str) -> None:
 def test_files_that_decode_to_far_too_much_are_refused(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local_files, "FREE_EXPANSION_BYTES", 2**20)
+    monkeypatch.setattr(local_files, "_FREE_EXPANSION_BYTES", 2**20)
     (place / "data").mkdir()
     for name, content in (
         ("a.parquet", parquet_bomb({"text": ""}, size=2**14)),
@@ -416,7 +416,7 @@ def test_a_line_beyond_the_limit_is_refused_before_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The library would need 20 times its size."""
-    monkeypatch.setattr("tritter.data.local_files.MAX_LINE_BYTES", 2**21)
+    monkeypatch.setattr("tritter.data.local_files._MAX_LINE_BYTES", 2**21)
     rows = [json.dumps({"text": text}) for text in ("a", "word " * 2**19, "b")]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     (tmp_path / "rows.csv").write_text("text\na\n")

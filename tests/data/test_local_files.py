@@ -291,7 +291,7 @@ def bomb(size: int) -> bytes:
 def test_what_unpacks_to_too_much_is_refused_on_the_way(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local_files, "FREE_EXPANSION_BYTES", 2**20)
+    monkeypatch.setattr(local_files, "_FREE_EXPANSION_BYTES", 2**20)
     (tmp_path / name).write_bytes(bomb(8 * 2**20))
     assert "decompresses to more than 1 MB; the limit is 1 MB or 200" in problem(tmp_path / name)
 
@@ -384,8 +384,8 @@ def test_free_expansion_is_not_refused(tmp_path: Path) -> None:
 
 
 def test_sizes_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_files, "MAX_LINE_BYTES", 1000)
-    monkeypatch.setattr(local_files, "MAX_ARRAY_BYTES", 5000)
+    monkeypatch.setattr(local_files, "_MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(local_files, "_MAX_ARRAY_BYTES", 5000)
     long = json.dumps("a" * 6000)
     path = packed(tmp_path / "a.jsonl", f'"one"\n{long}\n"three"\n'.encode())
     found, (note,) = skipping(path)
@@ -480,7 +480,7 @@ def test_a_table(tmp_path: Path, ending: str) -> None:
 def test_a_wrong_row_is_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: bytes, expected: str
 ) -> None:
-    monkeypatch.setattr(local_files, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(local_files, "_MAX_LINE_BYTES", 1000)
     path = packed(tmp_path / "a.csv", b"id,text\n0,one\n" + row + b"\n2,three\n")
     found, (note,) = skipping(path)
     assert found == ["one", "three"] and expected in note

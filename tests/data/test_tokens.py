@@ -30,8 +30,8 @@ def test_documents_are_the_same_whatever_is_tokenised_at_a_time(
     several = [*documents, Document("empty", "")]
     whole = tokenise(several, tokenizer, max_tokens_per_document=limit)
     packed = pack(whole, sequence_length=7, bounds=TextBounds(0))
-    monkeypatch.setattr(tokens, "ENCODED_CHARACTERS", 500)
-    monkeypatch.setattr(tokens, "PACKED_DOCUMENTS", 3)
+    monkeypatch.setattr(tokens, "_ENCODED_CHARACTERS", 500)
+    monkeypatch.setattr(tokens, "_PACKED_DOCUMENTS", 3)
     parts = tokenise(several, tokenizer, max_tokens_per_document=limit)
     for name in ("tokens", "offsets", "num_bytes"):
         assert torch.equal(getattr(parts, name), getattr(whole, name))

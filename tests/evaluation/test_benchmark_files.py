@@ -252,7 +252,7 @@ def test_a_parquet_bomb_is_refused_in_little_memory(
 def test_a_limit_ends_the_reading_of_a_large_parquet(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "MAX_FILE_BYTES", 10 * 2**20)
+    monkeypatch.setattr(files, "_MAX_FILE_BYTES", 10 * 2**20)
     row = {"question": "", "answer": True, "passage": ""}
     (tmp_path / "boolq.parquet").write_bytes(parquet_bomb(row, size=2**14))
     folder = TasksFolder(tmp_path, key="--tasks-path")
@@ -260,7 +260,7 @@ def test_a_limit_ends_the_reading_of_a_large_parquet(
     assert len(found.limited(3).questions) == 3 and found.total < 1000
     with pytest.raises(RequestError, match=r"parquet is larger than 10 MiB when decompressed"):
         load([BENCHMARKS["boolq"]], folder)
-    monkeypatch.setattr(files, "SPREAD_ROWS", 20)
+    monkeypatch.setattr(files, "_SPREAD_ROWS", 20)
     assert load([BENCHMARKS["boolq"]], folder, limit=3)[0].total == 20
     (tmp_path / "boolq.parquet").write_bytes(parquet_bomb(row, size=2**21, rows=1))
     with pytest.raises(RequestError, match=r"record 1: the question has more than 1048576 char"):

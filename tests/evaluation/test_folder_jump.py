@@ -62,7 +62,7 @@ def test_figures_are_those_of_loaded_models(
     expected = logit_jump(load_model(source), load_model(result.folder), TOKENS, has_yardstick=True)
     assert expected.relative_to_std > 1e-3
     for block_bytes in (2**20, 4 * 24 * 5):
-        monkeypatch.setattr(streamed, "BLOCK_BYTES", block_bytes)
+        monkeypatch.setattr(streamed, "_BLOCK_BYTES", block_bytes)
         jump = folder_jump(source, result.folder, TOKENS, has_yardstick=True).jump
         for name in ("rms_to_std", "divergence", "bfloat16_rms_to_std", "bfloat16_divergence"):
             assert getattr(jump, name) == pytest.approx(getattr(expected, name), rel=1e-2), name

@@ -60,7 +60,7 @@ def test_a_change_after_the_first_rows_is_refused(data: Any, tmp_path: Path, cha
 def test_large_files_are_compared_by_size_and_time(
     data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "HASHED_BYTES", 1000)
+    monkeypatch.setattr(module, "_HASHED_BYTES", 1000)
     (tmp_path / "run" / STREAMS).unlink()
     check_streams(data, tmp_path / "run")
     check_streams(data, tmp_path / "run")

@@ -47,7 +47,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         made.append(len(inputs))
         return graph.forward
 
-    monkeypatch.setattr(training_module, "BACKEND", backend)
+    monkeypatch.setattr(training_module, "_BACKEND", backend)
     torch.compiler.reset()
     yield made
     torch.compiler.reset()

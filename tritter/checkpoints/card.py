@@ -15,7 +15,7 @@ from tritter.storage.hub import hub_id_of
 from tritter.storage.reading import read_text, require_file
 from tritter.terminal import harmless
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 CARD_NAME = "README.md"
 _MAX_CELL_CHARACTERS = 200
@@ -73,7 +73,7 @@ def kept_metadata(folder: Path) -> dict[str, Any]:
         # All scalars as text: `no` is a language
         stated = yaml.load(text, yaml.BaseLoader)
     except (TritterError, yaml.YAMLError, RecursionError, ValueError) as error:
-        logger.warning("%s: its metadata, such as the licence, is not kept: %s", path, error)
+        _logger.warning("%s: its metadata, such as the licence, is not kept: %s", path, error)
         return {}
     stated = stated if isinstance(stated, dict) else {}
     kept = {key: value for key in _KEPT if (value := _texts(stated.get(key)))}

@@ -24,7 +24,7 @@ from tritter.storage.tensors import TensorFolder
 
 HEAD, TENSORS = "state/experts.json", "state/experts.safetensors"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-BASE = "base"  # the expert without an adapter; always the first
+_BASE = "base"  # the expert without an adapter; always the first
 _MAX_EXPERTS = 256
 RouterKind = Literal["learned", "evidence", "both"]
 _MAX_RANK = 1024
@@ -97,8 +97,8 @@ class ExpertsHead:
 
     def __post_init__(self) -> None:
         check_names(self.names)
-        if self.has_base and self.names[0] != BASE:
-            raise TritterError(f"names = {brief(self.names)}: the first must be {BASE}.")
+        if self.has_base and self.names[0] != _BASE:
+            raise TritterError(f"names = {brief(self.names)}: the first must be {_BASE}.")
         if (self.evidence is None) != (self.router == "learned"):
             found, allowed = "null", "an object"
             if self.router == "learned":

@@ -38,7 +38,7 @@ from tritter.data.split import SplitRule, split_problem
 from tritter.errors import Problem, RequestError, TritterError, key_name
 
 DEFAULT_FRACTION = 0.2  # for a new split; a lineage keeps its own
-Texts = Callable[[], Iterable[str]] | None
+_Texts = Callable[[], Iterable[str]] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -291,7 +291,7 @@ class _Domains:
         return list(typed.values())
 
     def _learned_name(
-        self, name: str, paths: tuple[str, ...], texts: Texts, *, is_old: bool
+        self, name: str, paths: tuple[str, ...], texts: _Texts, *, is_old: bool
     ) -> str | None:
         """Return the name of the learned domain with the same text, or else with the same paths."""
         if not self._learned:
@@ -382,7 +382,7 @@ def _digest(
     paths: tuple[str, ...],
     text_field: str,
     *,
-    texts: Texts = None,
+    texts: _Texts = None,
     is_streamed: bool = False,
     is_head: bool = False,
     is_recorded: bool = False,

@@ -53,7 +53,7 @@ _TasksPath = Annotated[
         parser=parse_path,
     ),
 ]
-Data = Annotated[
+_Data = Annotated[
     list[str] | None,
     option(
         "--data",
@@ -118,7 +118,7 @@ def _names() -> Iterable[str]:
     return dict.fromkeys([*GROUPS, *HUB_NAMES])
 
 
-Tasks = Annotated[
+_Tasks = Annotated[
     list[str] | None,
     option(
         "--tasks",
@@ -131,9 +131,9 @@ Tasks = Annotated[
 
 def evaluate(
     checkpoint: Checkpoint,
-    tasks: Tasks = None,
+    tasks: _Tasks = None,
     tasks_path: _TasksPath = None,
-    data: Data = None,
+    data: _Data = None,
     text_field: _TextField = "text",
     limit: _Limit = None,
     chat_template: _ChatTemplate = False,

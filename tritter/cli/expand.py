@@ -103,7 +103,7 @@ _NAMES = {
 }
 _NO_METHOD = "--method is missing: name a method (--method width) or steps (--recipe grow.yaml)."
 
-Method = Annotated[
+_Method = Annotated[
     list[str] | None,
     option(
         "--method",
@@ -122,7 +122,7 @@ _RecipeFile = Annotated[
         parser=parse_path,
     ),
 ]
-Output = Annotated[
+_Output = Annotated[
     Path | None, option("--output", "DST", "New folder. Default: SRC-METHOD.", parser=parse_path)
 ]
 _ConfigDir = Annotated[
@@ -138,7 +138,7 @@ _TargetParams = Annotated[
         parser=parameter_count,
     ),
 ]
-Measure = Annotated[
+_Measure = Annotated[
     bool | None,
     flag(
         "--measure/--no-measure",
@@ -150,7 +150,7 @@ _DryRun = Annotated[bool, flag("--dry-run", "Print the result without writing it
 
 _DOMAIN = "Data of a new domain (moe-add, vocab)"
 
-Domain = Annotated[
+_Domain = Annotated[
     str | None,
     option(
         "--domain",
@@ -202,12 +202,12 @@ _LearningRate = Annotated[
 def expand(
     context: typer.Context,
     checkpoint: Checkpoint,
-    method: Method = None,
+    method: _Method = None,
     recipe: _RecipeFile = None,
-    output: Output = None,
+    output: _Output = None,
     config_dir: _ConfigDir = None,
     target_params: _TargetParams = None,
-    domain: Domain = None,
+    domain: _Domain = None,
     domain_data: _DomainData = None,
     old_data: _OldData = None,
     steps: _DomainSteps = None,
@@ -215,7 +215,7 @@ def expand(
     seed: Seed = 0,
     dtype: DType = None,
     max_shard_size: MaxShardSize = SHARD_BYTES,
-    measure: Measure = None,
+    measure: _Measure = None,
     dry_run: _DryRun = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,

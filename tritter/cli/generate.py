@@ -295,7 +295,7 @@ class _Writer:
         if is_shown:
             say("" if is_chat else start, end="")
         with errors_as(f"transformers can't generate from {self.folder}"):
-            new = continuation(
+            new = _continuation(
                 model,
                 ids,
                 max_new_tokens=limit,
@@ -347,7 +347,7 @@ class _Shown:
         """Do nothing: the line is ended by the caller."""
 
 
-def continuation(
+def _continuation(
     model: Any,
     input_ids: Tensor,
     *,

@@ -55,7 +55,7 @@ _COMMANDS: tuple[tuple[Callable[..., int], type[TyperCommand]], ...] = (
 _HELP_ALL = "--help-all"
 
 
-class Commands(TyperGroup):
+class _Commands(TyperGroup):
     """All commands. Flags get a default: without one, Typer imports pydantic, which is slow."""
 
     def get_params(self, ctx: Any) -> list[Any]:
@@ -73,7 +73,7 @@ class Commands(TyperGroup):
 
 app = typer.Typer(
     name="tritter",
-    cls=Commands,
+    cls=_Commands,
     help="Grow language models: function-preserving expansion of Hugging Face checkpoints.",
     epilog="Exit codes: 0 done, 1 failed, 2 invalid request (nothing was written), 3 a check "
     "failed, 130 and 143 stopped by Ctrl-C or SIGTERM, 141 broken pipe. Options may be spelled "
@@ -168,7 +168,7 @@ def _print_version(is_requested: bool) -> None:
 
 
 @app.callback()
-def everything(
+def _everything(
     version: Annotated[
         bool,
         typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True),

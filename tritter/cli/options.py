@@ -14,7 +14,7 @@ from tritter.storage.reading import named_path
 # Options that name a checkpoint, in the order of the positional arguments
 _CHECKPOINTS = ("checkpoint", "source", "result")
 _MAX_FLOPS = 10**24  # per second and device
-Name = TypeVar("Name", bound=str)
+_Name = TypeVar("_Name", bound=str)
 WRITING = "Writing"
 Folder = Annotated[str, typer.Argument(help="Folder or hub id of the checkpoint.", metavar="DIR")]
 RUNS_ARGUMENT = "RUN_OR_SWEEP"
@@ -122,7 +122,7 @@ def with_dashes(name: str) -> str:
     return name.replace("_", "-")
 
 
-def choice(option: str, word: str, allowed: Sequence[Name]) -> Name:
+def choice(option: str, word: str, allowed: Sequence[_Name]) -> _Name:
     """Return the allowed value that matches the typed one, spelled with - or _.
 
     Raises:

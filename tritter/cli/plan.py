@@ -49,7 +49,7 @@ _NAMES = Names.of(
 _COST = "Cost"
 _MEMORY = "Memory"
 
-Source = Annotated[
+_Source = Annotated[
     str | None,
     option(
         "--source",
@@ -103,11 +103,11 @@ _SourceTokens = Annotated[
         panel=_COST,
     ),
 ]
-Precision = Annotated[
+_Precision = Annotated[
     str,
     option("--precision", "TYPE", "A value of trainer.precision, such as 32-true.", panel=_MEMORY),
 ]
-Optimizer = Annotated[str, option("--optimizer", "adamw|adamw8bit", "Optimizer.", panel=_MEMORY)]
+_Optimizer = Annotated[str, option("--optimizer", "adamw|adamw8bit", "Optimizer.", panel=_MEMORY)]
 _FreezeAttention = Annotated[
     bool, flag("--freeze-attention", "Freeze the attention.", panel=_MEMORY)
 ]
@@ -138,7 +138,7 @@ _Guide = Annotated[bool, flag("--guide", "Print the size guide instead of a plan
 
 
 def plan(
-    source: Source = None,
+    source: _Source = None,
     target: _Target = None,
     gpu_hours: _GpuHours = None,
     strategy: _Strategy = "auto",
@@ -146,8 +146,8 @@ def plan(
     mfu: _Mfu = 0.4,
     tokens_per_parameter: _TokensPerParameter = 20.0,
     source_tokens: _SourceTokens = None,
-    precision: Precision = "bf16-mixed",
-    optimizer: Optimizer = "adamw",
+    precision: _Precision = "bf16-mixed",
+    optimizer: _Optimizer = "adamw",
     freeze_attention: _FreezeAttention = False,
     batch_size: _BatchSize = 1,
     sequence_length: _SequenceLength = None,

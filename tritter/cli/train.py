@@ -50,7 +50,7 @@ _CheckpointDir = Annotated[
     ),
 ]
 _Mode = Annotated[str | None, option("--mode", "continue", "Continue training (the only mode).")]
-Steps = Annotated[str | None, option("--steps", "N", "Training steps (training.max_steps).")]
+_Steps = Annotated[str | None, option("--steps", "N", "Training steps (training.max_steps).")]
 _EwcLambda = Annotated[
     str | None,
     option(
@@ -142,7 +142,7 @@ def train(
     context: typer.Context,
     checkpoint: _CheckpointDir = None,
     mode: _Mode = None,
-    steps: Steps = None,
+    steps: _Steps = None,
     ewc_lambda: _EwcLambda = None,
     data: _NewData = None,
     old_data: _OldData = None,

@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from tritter.data.options import TextSources
     from tritter.evaluation.gate import Check
 
-Source = Annotated[
+_Source = Annotated[
     str, option("--source", "SOURCE", "Folder or hub id of the model before its expansion.")
 ]
-Result = Annotated[str, option("--result", "RESULT", "Folder or hub id of the expanded model.")]
+_Result = Annotated[str, option("--result", "RESULT", "Folder or hub id of the expanded model.")]
 _OldData = Annotated[
     list[str] | None,
     option(
@@ -49,8 +49,8 @@ _Limit = Annotated[
 
 
 def validate(
-    source: Source,
-    result: Result,
+    source: _Source,
+    result: _Result,
     data: _OldData = None,
     target_data: _TargetData = None,
     limit: _Limit = 200,

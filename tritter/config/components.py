@@ -60,7 +60,7 @@ from tritter.training.options import (
 )
 
 Origin = Callable[[str], str | None]
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 _KEYLESS_GROUPS = ("experiment",)  # their options set keys of other groups
 # Group → required base class, by name: it is imported only when an option is selected.
 METHOD_GROUPS: Mapping[str, str | None] = {
@@ -106,7 +106,7 @@ class Reader:
     def report(self, key: str, value: object, *, reason: str) -> None:
         self.problems.append(Problem(key, value, reason=reason))
 
-    def call(self, function: Callable[..., Result], *arguments: Any) -> Result | None:
+    def call(self, function: Callable[..., _Result], *arguments: Any) -> _Result | None:
         """Return the result of a function, or None if it raises RequestError (then recorded)."""
         try:
             return function(*arguments)

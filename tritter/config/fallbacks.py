@@ -20,7 +20,7 @@ _BODY = "fallbacks"
 _ORDERED = ("forgetting", "expansion")
 _LENGTHS = {f"training.{STEPS}", f"training.{TOKENS}"}  # mutually exclusive
 
-Overrides = tuple[str, ...]
+_Overrides = tuple[str, ...]
 
 
 def _ladder_names() -> list[str]:
@@ -28,7 +28,7 @@ def _ladder_names() -> list[str]:
     return list(option_files().get(LADDERS, {}))
 
 
-def fallbacks_of(gate: GateConfig) -> tuple[Overrides, ...]:
+def fallbacks_of(gate: GateConfig) -> tuple[_Overrides, ...]:
     """Return the overrides of each retry, limited by `gate.max_attempts`.
 
     An invalid chain has no retries; `ladder_problems` reports it.

@@ -34,7 +34,7 @@ from tritter.errors import Problem, RequestError, brief, nearest, raise_problems
 from tritter.options import field_keys, leaves
 from tritter.training.options import REFUSED, trainer_parameters
 
-Options = Mapping[str, Sequence[str]]
+_Options = Mapping[str, Sequence[str]]
 
 # A dataset name with #COLUMN or [FROM:TO], which Hydra accepts only in quotes
 _DATASET = re.compile(r"(?<![\w'\"/.-])hf:[^\s,{}\[\]'\"#]+(?:\[[^\]\s]*\](?:#[\w.-]+)?|#[\w.-]+)")
@@ -50,7 +50,7 @@ _EXTRAS = {
 }
 
 
-def normalise(override: str, options: Options) -> str:
+def normalise(override: str, options: _Options) -> str:
     """Return an override with underscores in place of dashes, as in the config.
 
     Args:
@@ -149,7 +149,7 @@ def _parse_problem(override: str, message: str) -> Problem:
     return Problem(key, value, reason=f"the value can't be read ({reason}); {advice}")
 
 
-def check_command_line(overrides: Sequence[Override], options: Options) -> None:
+def check_command_line(overrides: Sequence[Override], options: _Options) -> None:
     """Reject overrides that Hydra would accept with an unintended meaning.
 
     Raises:
@@ -186,7 +186,7 @@ def check_command_line(overrides: Sequence[Override], options: Options) -> None:
     raise_problems(problems)
 
 
-def option_problems(overrides: Sequence[Override], options: Options) -> Iterator[Problem]:
+def option_problems(overrides: Sequence[Override], options: _Options) -> Iterator[Problem]:
     """Yield a problem for each selected option that its group does not have."""
     for override in overrides:
         known = options.get(override.key_or_group)
@@ -295,7 +295,7 @@ def first_value(override: Override) -> str:
     return f"{key}={interval.start}"
 
 
-def force_override(override: Override, options: Options) -> str:
+def force_override(override: Override, options: _Options) -> str:
     """Return the override in a form that lets Hydra set any key; Tritter's schema validates it."""
     line = override.input_line or ""
     is_ours = not override.is_hydra_override() and override.key_or_group not in options

@@ -23,7 +23,7 @@ from tritter.core.families.discovery.twin import first_tensor
 from tritter.core.models import backbone_of, layers_of, read_model, unloaded_model
 from tritter.storage.tensors import TensorFolder, TensorReader
 
-BLOCK_BYTES = 32 * 2**20  # of a matrix in float32: fits in the CPU cache
+_BLOCK_BYTES = 32 * 2**20  # of a matrix in float32: fits in the CPU cache
 KEPT_POSITIONS = 8  # the last positions of a sequence, which attend to all earlier ones
 
 
@@ -324,4 +324,4 @@ def blocks(rows: slice, step: int) -> Iterator[slice]:
 
 
 def _rows_per_block(shape: torch.Size) -> int:
-    return max(1, BLOCK_BYTES // (4 * shape[1]))
+    return max(1, _BLOCK_BYTES // (4 * shape[1]))

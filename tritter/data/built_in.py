@@ -33,7 +33,7 @@ _STRING_OR_COMMENT = re.compile(
 )
 _EMPTIED_LINES = re.compile(rf"^[ \t]*{_REMOVED}[ \t{_REMOVED}]*\n", re.MULTILINE)
 _EMPTIED_TAIL = re.compile(rf"[ \t]*{_REMOVED}")
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 _MINIMUM_DOCSTRING_CHARACTERS = 40
 _GATHERING_VERSION = 1  # increment when the same files would yield other documents
@@ -172,7 +172,7 @@ def gather(root: Path | None = None) -> StdlibText:
             f"(python.org, uv, pyenv, conda, or the distribution's complete python3 package)."
         )
     if skipped:
-        logger.warning("%d library files could not be read: %s", len(skipped), ", ".join(skipped))
+        _logger.warning("%d library files could not be read: %s", len(skipped), ", ".join(skipped))
     return StdlibText(prose=tuple(prose), code=tuple(code), skipped=tuple(skipped))
 
 

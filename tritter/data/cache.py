@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 
 from tritter.errors import RequestError, TritterError
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def quarantine(path: Path, *, reason: str) -> None:
         RequestError: the cache is not writable.
     """
     aside = path.with_name(f"{path.name}.broken-{uuid4().hex[:8]}")
-    logger.warning(
+    _logger.warning(
         "cache entry %s is damaged (%s); moving it to %s and rebuilding", path, reason, aside.name
     )
     # Another process may have moved the same entry already.

@@ -52,7 +52,7 @@ _DTYPES = {"I32": "<i4", "I64": "<i8", "U8": "u1"}  # of cached tensors
 
 
 @dataclass(frozen=True, slots=True)
-class SourceSummary:
+class _SourceSummary:
     """Origin and size of a domain's documents.
 
     Args:
@@ -89,7 +89,7 @@ class Corpus:
     tokenizer: Tokenizer
     domains: Mapping[str, Domain]
     digest: str
-    sources: Mapping[str, SourceSummary]
+    sources: Mapping[str, _SourceSummary]
     counts: Mapping[str, DomainCounts]
     notes: tuple[str, ...] = ()
     chat: Chat | None = None
@@ -148,7 +148,7 @@ def build_corpus(
         tokenizer_domains=_choose_domains(tokenizer_domains, domains),
     )
     sources = {
-        name: SourceSummary(
+        name: _SourceSummary(
             name=name,
             origin=origins[name],
             num_documents=len(documents),
@@ -219,7 +219,7 @@ def _with_notes(
 
 def _inputs(
     options: _Options,
-    sources: Mapping[str, SourceSummary],
+    sources: Mapping[str, _SourceSummary],
     parted: Mapping[str, Split],
     chat: Chat | None,
 ) -> dict[str, Any]:
@@ -320,7 +320,7 @@ def _make(
     splits: Mapping[str, Split],
     *,
     options: _Options,
-    sources: Mapping[str, SourceSummary],
+    sources: Mapping[str, _SourceSummary],
     digest: str,
     tokenizer: Tokenizer | None,
     chat: Chat | None,
@@ -391,7 +391,7 @@ def _load(cache_dir: Path, digest: str) -> Corpus | None:
             tokenizer=Tokenizer.from_file(str(folder / _TOKENIZER)),
             domains=domains,
             digest=digest,
-            sources={n: SourceSummary(**source) for n, source in metadata["sources"].items()},
+            sources={n: _SourceSummary(**source) for n, source in metadata["sources"].items()},
             counts={n: DomainCounts(**counts) for n, counts in metadata["counts"].items()},
         )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:

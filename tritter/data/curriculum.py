@@ -18,17 +18,17 @@ from tritter.seeds import derived_seed
 _LENGTH, _LOSS, _DIFFICULTY = "length", "loss", "difficulty"
 _TOKENS = "input_ids"
 
-By = str | Callable[[Any], float] | Sequence[float] | Tensor
-Model = Callable[..., Any]
+_By = str | Callable[[Any], float] | Sequence[float] | Tensor
+_Model = Callable[..., Any]
 _Tokenizer = Callable[[str], Any]
 _FORMAT_VERSION = 1
 
 
 def difficulties(
     examples: Sequence[Any],
-    by: By | None = None,
+    by: _By | None = None,
     *,
-    model: Model | None = None,
+    model: _Model | None = None,
     tokenizer: _Tokenizer | None = None,
 ) -> list[float]:
     """Return the difficulty of each example; larger is harder.
@@ -107,7 +107,7 @@ def _required_value(index: int, example: Any, key: str) -> Any:
     return value
 
 
-def _losses(examples: Sequence[Any], model: Model, tokenizer: _Tokenizer | None) -> list[float]:
+def _losses(examples: Sequence[Any], model: _Model, tokenizer: _Tokenizer | None) -> list[float]:
     """Return the mean loss per token of each example, computed one by one in eval mode."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
@@ -153,7 +153,7 @@ def _text(index: int, example: Any) -> str:
         raise RequestError(Problem("difficulty", _LENGTH, reason, advice)) from error
 
 
-class Phases(NamedTuple):
+class _Phases(NamedTuple):
     """Examples in three phases of difficulty, each list from easy to hard."""
 
     easy: list[Any]
@@ -177,9 +177,9 @@ class CurriculumLearning:
 
     def __init__(
         self,
-        difficulty: By | None = None,
+        difficulty: _By | None = None,
         *,
-        model: Model | None = None,
+        model: _Model | None = None,
         tokenizer: _Tokenizer | None = None,
         fractions: Sequence[float] = (1 / 3, 1 / 3, 1 / 3),
     ) -> None:
@@ -211,7 +211,7 @@ class CurriculumLearning:
         """
         return [examples[index] for index in self.order(examples)]
 
-    def get_phases(self, examples: Sequence[Any]) -> Phases:
+    def get_phases(self, examples: Sequence[Any]) -> _Phases:
         """Return easy, medium and hard examples; each share is exact to within one example.
 
         Raises:
@@ -219,7 +219,7 @@ class CurriculumLearning:
         """
         ordered = self.sort_by_difficulty(examples)
         first, second = self.bounds(len(ordered))
-        return Phases(ordered[:first], ordered[first:second], ordered[second:])
+        return _Phases(ordered[:first], ordered[first:second], ordered[second:])
 
     def bounds(self, count: int) -> tuple[int, int]:
         """Return the number of easy examples, and the number of easy and medium examples."""
@@ -234,7 +234,7 @@ class CurriculumLearning:
         batch_size: int = 1,
         opens: Sequence[float] = (1 / 3, 2 / 3),
         seed: int = 0,
-    ) -> "CurriculumSampler":
+    ) -> "_CurriculumSampler":
         """Return a sampler that draws easy examples first, then adds medium and hard ones.
 
         Args:
@@ -259,7 +259,7 @@ class CurriculumLearning:
         # A phase without examples is skipped: there is nothing to draw
         bounds = (*self.bounds(len(order)), len(order))
         starts = (0, *(round(share * num_steps) * batch_size for share in opens))
-        return CurriculumSampler(
+        return _CurriculumSampler(
             torch.tensor(order),
             sizes={start: size for start, size in zip(starts, bounds, strict=True) if size},
             num_draws=num_steps * batch_size,
@@ -267,7 +267,7 @@ class CurriculumLearning:
         )
 
 
-class CurriculumSampler(Sampler[int]):
+class _CurriculumSampler(Sampler[int]):
     """Draws indices of examples; each stage adds harder ones.
 
     `CurriculumLearning.sampler` creates it.

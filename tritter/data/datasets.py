@@ -66,7 +66,7 @@ _HUB_NAME = (
 _OF_HUB, _ON_DISK = re.compile(_HUB_NAME + _TAIL), re.compile(r"(?P<name>.+?)" + _TAIL)
 _BATCH_ROWS = 256
 _BATCH_CHARACTERS = 2**21  # of a batch that is read while a model trains
-HASHED_BYTES = 4 * 2**30  # of streamed files, which takes seconds
+_HASHED_BYTES = 4 * 2**30  # of streamed files, which takes seconds
 HEAD_ROWS = 10_000  # of a streamed data set, for validation and statistics
 _PROBED_ROWS = 100  # to infer the types of columns where the data set does not declare them
 _MAX_NAMES, _MAX_MESSAGE = 20, 300
@@ -277,7 +277,7 @@ def resolve_dataset(source: DatasetName, *, key: str) -> DatasetName:
 def stream_identity(*sources: DatasetName, key: str) -> dict[str, str]:
     """Return the data sets by their resolved names, and file → its contents.
 
-    Contents are size and SHA-256; of more than `HASHED_BYTES`, size and time of the last change.
+    Contents are size and SHA-256; of more than `_HASHED_BYTES`, size and time of the last change.
 
     Raises:
         TextFileError: as `resolve_dataset`.
@@ -288,7 +288,7 @@ def stream_identity(*sources: DatasetName, key: str) -> dict[str, str]:
         for file in (path, *sorted(path.rglob("*"))) if source.is_on_disk else ():
             if file.is_file() and (_file_ending(file) or file.name == _CARD):
                 files[file] = file.stat()
-    is_hashed = sum(status.st_size for status in files.values()) <= HASHED_BYTES
+    is_hashed = sum(status.st_size for status in files.values()) <= _HASHED_BYTES
     found = {"data sets": ", ".join(str(resolve_dataset(each, key=key)) for each in sources)}
     for file, status in files.items():
         changed = datetime.fromtimestamp(status.st_mtime, tz=UTC).isoformat()

@@ -39,11 +39,11 @@ from tritter.data.skipped import SkippedRecords
 from tritter.errors import TritterError, key_name
 from tritter.storage.reading import open_file
 
-MAX_ARRAY_BYTES = 256 * 2**20  # of a .json, which is parsed in memory
-MAX_LINE_BYTES = 32 * 2**20
+_MAX_ARRAY_BYTES = 256 * 2**20  # of a .json, which is parsed in memory
+_MAX_LINE_BYTES = 32 * 2**20
 # A .gz or .parquet may decode to this many times its own size. Real text never exceeds it.
 _MAX_EXPANSION = 200
-FREE_EXPANSION_BYTES = 64 * 2**20  # always allowed, even for small files
+_FREE_EXPANSION_BYTES = 64 * 2**20  # always allowed, even for small files
 _MAX_PROBLEMS_SHOWN = 100
 _PIECE_BYTES = 2**20
 _PARQUET_ROWS = 1024  # that are decoded at a time
@@ -70,7 +70,7 @@ SUPPORTED = (
 )
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
-Columns = Callable[[Sequence[str]], list[str]]
+_Columns = Callable[[Sequence[str]], list[str]]
 _Item = TypeVar("_Item")
 
 
@@ -322,7 +322,7 @@ def check_sizes(path: Path) -> None:
             expansion.count(_decoded_bytes(batch))
     elif name.endswith(_PACKED) or has_lines:
         is_array = name.removesuffix(_PACKED).endswith(".json")
-        limit = MAX_ARRAY_BYTES if is_array else MAX_LINE_BYTES
+        limit = _MAX_ARRAY_BYTES if is_array else _MAX_LINE_BYTES
         try:
             _check_lines(path, limit if has_lines else None)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -363,7 +363,7 @@ def parquet_records(
     """
     for batch in _parquet_batches(path, columns=columns):
         size = max(1, _decoded_bytes(batch))
-        is_small = size < FREE_EXPANSION_BYTES
+        is_small = size < _FREE_EXPANSION_BYTES
         step = max(1, batch.num_rows * _PIECE_BYTES // size) if is_small else 1
         for start in range(0, batch.num_rows, step):
             part = batch.slice(start, step)
@@ -375,7 +375,7 @@ class _Expansion:
     """Counter of the decoded bytes of a file with `packed_bytes`."""
 
     def __init__(self, packed_bytes: int) -> None:
-        self.limit_bytes = max(FREE_EXPANSION_BYTES, _MAX_EXPANSION * packed_bytes)
+        self.limit_bytes = max(_FREE_EXPANSION_BYTES, _MAX_EXPANSION * packed_bytes)
         self._num_bytes = 0
 
     def count(self, num_bytes: int) -> None:
@@ -384,7 +384,7 @@ class _Expansion:
         if self._num_bytes > self.limit_bytes:
             raise WrongRecordError(
                 f"decompresses to more than {self.limit_bytes // 2**20} MB; the limit is "
-                f"{FREE_EXPANSION_BYTES // 2**20} MB or {_MAX_EXPANSION} times the file's size"
+                f"{_FREE_EXPANSION_BYTES // 2**20} MB or {_MAX_EXPANSION} times the file's size"
             )
 
 
@@ -425,7 +425,7 @@ def _open_stream(path: Path, reading: Reading) -> Iterator[_Stream]:
 
 
 def records(
-    path: Path, reading: Reading, *, columns: Columns | None = None
+    path: Path, reading: Reading, *, columns: _Columns | None = None
 ) -> Iterator[tuple[str, Any]]:
     """Yield location and content of each record of a file; invalid records are skipped.
 
@@ -460,13 +460,13 @@ def _texts(path: Path, reading: Reading) -> Iterator[Text]:
         yield text
 
 
-def _array(path: Path, reading: Reading, columns: Columns) -> Iterator[tuple[str, Any]]:
-    text = whole_text(path, reading, max_bytes=MAX_ARRAY_BYTES)
+def _array(path: Path, reading: Reading, columns: _Columns) -> Iterator[tuple[str, Any]]:
+    text = whole_text(path, reading, max_bytes=_MAX_ARRAY_BYTES)
     for number, record in enumerate(array_elements(text), start=1):
         yield f"{path}, record {number}", record
 
 
-def _lines(path: Path, reading: Reading, columns: Columns) -> Iterator[tuple[str, Any]]:
+def _lines(path: Path, reading: Reading, columns: _Columns) -> Iterator[tuple[str, Any]]:
     for number, line in _numbered_lines(path, reading):
         where = f"{path}, line {number}"
         try:
@@ -479,8 +479,8 @@ def _lines(path: Path, reading: Reading, columns: Columns) -> Iterator[tuple[str
             yield where, record
 
 
-def _table(path: Path, reading: Reading, columns: Columns) -> Iterator[tuple[str, Any]]:
-    csv.field_size_limit(MAX_LINE_BYTES)
+def _table(path: Path, reading: Reading, columns: _Columns) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(_MAX_LINE_BYTES)
     # Not a generator: it would end at the first line that is too long
     lines = map(_table_line, _numbered_lines(path, reading))
     rows = csv.DictReader(lines, strict=True)
@@ -526,7 +526,7 @@ def _table_line(numbered: tuple[int, bytes]) -> str:
     return _whole_line(numbered[1]).decode("utf-8", errors="surrogateescape")
 
 
-def _rows(path: Path, reading: Reading, columns: Columns) -> Iterator[tuple[str, Any]]:
+def _rows(path: Path, reading: Reading, columns: _Columns) -> Iterator[tuple[str, Any]]:
     expansion = _Expansion(path.stat().st_size)
 
     def count(num_bytes: int) -> None:
@@ -538,7 +538,7 @@ def _rows(path: Path, reading: Reading, columns: Columns) -> Iterator[tuple[str,
 
 
 # File extension → reader of its records. Add new formats here.
-_RECORDS: dict[str, Callable[[Path, Reading, Columns], Iterator[tuple[str, Any]]]] = {
+_RECORDS: dict[str, Callable[[Path, Reading, _Columns], Iterator[tuple[str, Any]]]] = {
     ".jsonl": _lines,
     ".json": _array,
     ".csv": _table,
@@ -564,24 +564,24 @@ def _columns(names: Sequence[str], field: str) -> list[str]:
 
 
 def _numbered_lines(path: Path, reading: Reading) -> Iterator[tuple[int, bytes]]:
-    """Yield number and bytes of each line, truncated at `MAX_LINE_BYTES`."""
+    """Yield number and bytes of each line, truncated at `_MAX_LINE_BYTES`."""
     with _open_stream(path, reading) as stream:
         number = 0
-        while line := stream.line(MAX_LINE_BYTES):
+        while line := stream.line(_MAX_LINE_BYTES):
             number += 1
             if number == 1:
                 _check_encoding(line)
                 line = line.removeprefix(_BYTE_ORDER_MARK)
             yield number, line
-            rest = line if len(line) >= MAX_LINE_BYTES else b"\n"
+            rest = line if len(line) >= _MAX_LINE_BYTES else b"\n"
             while rest and not rest.endswith(b"\n"):
                 rest = stream.line(_PIECE_BYTES)
 
 
 def _whole_line(line: bytes) -> bytes:
     """Return a line if it is complete."""
-    if len(line) >= MAX_LINE_BYTES and not line.endswith(b"\n"):
-        raise WrongRecordError(f"exceeds the limit of {MAX_LINE_BYTES // 2**20} MB per line")
+    if len(line) >= _MAX_LINE_BYTES and not line.endswith(b"\n"):
+        raise WrongRecordError(f"exceeds the limit of {_MAX_LINE_BYTES // 2**20} MB per line")
     return line
 
 
@@ -697,7 +697,7 @@ def _batch_form(group: Any, leaves: Sequence[Any], expansion: _Expansion) -> tup
         if leaf.max_repetition_level:
             expansion.count(largest * chunk.num_values)
         mean = num_bytes // max(1, group.num_rows)
-        rows = min(rows, max(1, FREE_EXPANSION_BYTES // max(1, largest, mean)))
+        rows = min(rows, max(1, _FREE_EXPANSION_BYTES // max(1, largest, mean)))
         is_delta = any(encoding.startswith("DELTA") for encoding in chunk.encodings)
         if leaf.physical_type == "BYTE_ARRAY" and not is_delta:
             shared.append(leaf.path)

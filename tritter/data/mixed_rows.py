@@ -37,7 +37,7 @@ from tritter.seeds import derived_seed
 
 OldData = Sequence[str] | Any  # texts, or a tokenised datasets.Dataset
 _ROWS_MEASURED = 256  # whose longest gives the default sequence length
-Mix = Callable[[BatchStream, Mapping[str, Tensor]], BatchStream]
+_Mix = Callable[[BatchStream, Mapping[str, Tensor]], BatchStream]
 # Fields of a row, made of the tokens of a sequence
 _FIELDS: dict[str, Callable[[Tensor], list[int]]] = {
     "input_ids": lambda tokens: ids_of(tokens).tolist(),
@@ -52,7 +52,7 @@ def mixed_loader(
     loader: Any,
     old: Mapping[str, Any],
     *,
-    mix: Mix,
+    mix: _Mix,
     fraction: Fraction,
     batch_size: int,
     seed: int,

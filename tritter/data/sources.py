@@ -30,10 +30,10 @@ from tritter.data.skills import SkillText
 from tritter.errors import RequestError, TritterError, did_you_mean, refused
 from tritter.storage.reading import check_inside, kind_of
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 _GLOB_SIGNS = set("*?[")
-MAX_RECORDED = 100_000  # limit of files and folders to search for a path from a checkpoint
+_MAX_RECORDED = 100_000  # limit of files and folders to search for a path from a checkpoint
 _BROKEN_LINK = "broken link"
 _MAX_SHOWN = 5
 # Decompressed bytes of all files to check up front; the rest is checked when the run reads it.
@@ -79,7 +79,7 @@ def find_texts(key: str, paths: Iterable[str], *, is_recorded: bool = False) -> 
     Raises:
         RequestError: a path contains no text file, or a link leaves its folder.
     """
-    limit = MAX_RECORDED if is_recorded else None
+    limit = _MAX_RECORDED if is_recorded else None
     files: dict[Path, None] = {}
     skipped: Counter[str] = Counter()
     for path in paths:
@@ -269,7 +269,7 @@ def noted_documents(paths: Sequence[str], *, key: str) -> Documents:
     """Return the `source_documents` of paths, and log which files and records are left out."""
     documents = source_documents(paths, key=key, text_field=DEFAULT_FIELD)
     for note in filter(None, (find_texts(key, paths).note(key), *documents.notes)):
-        logger.warning(note)
+        _logger.warning(note)
     return documents
 
 

@@ -20,7 +20,7 @@ from tritter.data.records import Text
 from tritter.errors import RequestError
 from tritter.storage.records import Seed, record
 
-Side = Literal["train", "validation"]
+_Side = Literal["train", "validation"]
 
 
 @record
@@ -62,7 +62,7 @@ class Split:
     counts: DomainCounts
 
 
-def threshold_side(key: str, rule: SplitRule) -> Side:
+def threshold_side(key: str, rule: SplitRule) -> _Side:
     """Return the side of a text from its `text_key`."""
     number = int.from_bytes(sha256(f"{rule.seed}\0{key}".encode()).digest(), "big")
     return "validation" if number / 2**256 < rule.validation_fraction else "train"
@@ -134,8 +134,8 @@ def split_problem(
         rule: the rule of the lineage.
         needs_answers: whether conversations without an answer are not used.
     """
-    keys: dict[Side, set[str]] = {"train": set(), "validation": set()}
-    used: set[Side] = set()
+    keys: dict[_Side, set[str]] = {"train": set(), "validation": set()}
+    used: set[_Side] = set()
     for text in texts:
         key = text_key(str(text))
         side = threshold_side(key, rule)

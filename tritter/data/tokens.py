@@ -40,8 +40,8 @@ _WITHOUT_START = ("GPTNeoXTokenizer", "GPTNeoXTokenizerFast")
 _ANY_TEXT = "a"
 _MINIMUM_DOCUMENT_TOKENS = 4  # a character may have four bytes, each a token
 # Characters per batch: encodings with offsets need many times the memory of the text
-ENCODED_CHARACTERS = 2**21
-PACKED_DOCUMENTS = 128
+_ENCODED_CHARACTERS = 2**21
+_PACKED_DOCUMENTS = 128
 _SHOWN_CHARACTERS = 80  # of a text in a message
 
 
@@ -537,8 +537,8 @@ def pack(documents: TokenisedDocuments, *, sequence_length: int, bounds: TextBou
     """
     check_packs(documents, sequence_length=sequence_length, bounds=bounds)
     stream, tail = Spool(), documents.tokens[:0]
-    for first in range(0, len(documents), PACKED_DOCUMENTS):
-        piece = closed_tokens(documents, bounds, first=first, count=PACKED_DOCUMENTS)
+    for first in range(0, len(documents), _PACKED_DOCUMENTS):
+        piece = closed_tokens(documents, bounds, first=first, count=_PACKED_DOCUMENTS)
         rows, tail = cut_rows(tail, piece, sequence_length=sequence_length, bounds=bounds)
         stream.append(rows.contiguous().view(-1).numpy().data.cast("B"))
     return stream.tensor("i4").view(-1, sequence_length)
@@ -631,12 +631,12 @@ def _int64(numbers: array) -> Tensor:
 
 
 def _batches(documents: Sequence[Document]) -> Iterator[list[Document]]:
-    """Yield batches of documents of about `ENCODED_CHARACTERS` each."""
+    """Yield batches of documents of about `_ENCODED_CHARACTERS` each."""
     batch, size = list[Document](), 0
     for document in documents:
         batch.append(document)
         size += len(document.text)
-        if size >= ENCODED_CHARACTERS:
+        if size >= _ENCODED_CHARACTERS:
             yield batch
             batch, size = [], 0
     if batch:

@@ -15,12 +15,12 @@ from tritter.errors import TritterError
 from tritter.evaluation.inference import eval_mode
 from tritter.evaluation.statistics import finite_or_none
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 _CONSTANT = 1e-5  # of their size: logits that vary less are equal but for rounding in float32
 _ROWS = 8192  # of the vocabulary that are compared at once, in float64
 _OLD, _NEW, _UNUSED = range(3)  # kinds of rows; rows of no token that were there are old
 _ROUNDING = 1e-4  # relative to the largest hidden state, far above float32 rounding
-Progress = Callable[[int, int], None]
+_Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +199,7 @@ def _tried(logits: Callable[[], Tensor]) -> Tensor | None:
     try:
         return logits().float()
     except Exception as error:  # stock classes may raise any
-        logger.debug("no yardstick: the source does not compute in bfloat16: %r", error)
+        _logger.debug("no yardstick: the source does not compute in bfloat16: %r", error)
         return None
 
 
@@ -259,7 +259,7 @@ def folder_jump(
     *,
     new_tokens: Sequence[int] | None = None,
     has_yardstick: bool = False,
-    progress: Progress | None = None,
+    progress: _Progress | None = None,
 ) -> FolderJump:
     """Compare the models of two folders on the same tokens, in float32.
 

@@ -69,14 +69,14 @@ def pretrained_model(run: Run) -> Model:
 
 
 @dataclass(frozen=True, slots=True)
-class Base:
+class _Base:
     """A base model in the cache, and the seconds that this run spent training it."""
 
     folder: Path
     seconds: float
 
 
-def obtain_base(run: Run) -> Base:
+def obtain_base(run: Run) -> _Base:
     """Load the base model from the cache, or train it; parallel jobs train it once.
 
     Raises:
@@ -99,11 +99,11 @@ def obtain_base(run: Run) -> Base:
                 seconds = _train_base(run, folder, made_from)
                 for path in (logged, own):
                     write_rows(path, read_metrics(run.folder / "pretraining"))
-                return Base(folder, seconds=seconds)
+                return _Base(folder, seconds=seconds)
     run.say("baseline", f"base model from the cache ({folder.name[:12]})")
     if logged.is_file():
         write_text_atomic(own, read_text(logged, limit_bytes=MAX_METRICS_BYTES))
-    return Base(folder, seconds=0.0)
+    return _Base(folder, seconds=0.0)
 
 
 def _made_from(run: Run) -> dict[str, Any]:

@@ -32,10 +32,10 @@ def remove(run: Run, *locations: str) -> None:
     for location in locations:
         if (folder := run.folder / location).is_dir():
             run.ledger.mark_removed(location)
-            strip(folder)
+            _strip(folder)
 
 
-def strip(folder: Path) -> None:
+def _strip(folder: Path) -> None:
     """Remove everything except a checkpoint's records; remove other folders completely."""
     if not (folder / LINEAGE_NAME).is_file():
         shutil.rmtree(folder)

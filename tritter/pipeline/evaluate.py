@@ -28,7 +28,7 @@ from tritter.pipeline.run_data import all_documents, corpus_chat
 from tritter.pipeline.scoring import Scoring
 from tritter.terminal import NewBar, no_bar
 
-MAX_TOKENS_PER_DOCUMENT = 1024  # as in conf/evaluation/default.yaml
+_MAX_TOKENS_PER_DOCUMENT = 1024  # as in conf/evaluation/default.yaml
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,7 +45,7 @@ class DomainsToScore:
 
     def noted(self, length: int) -> "DomainsToScore":
         """Return the domains with notes on what is scored of conversations in windows."""
-        limits = {"sequence_length": length, "max_tokens": MAX_TOKENS_PER_DOCUMENT}
+        limits = {"sequence_length": length, "max_tokens": _MAX_TOKENS_PER_DOCUMENT}
         notes = (scoring_note(name, each, **limits) for name, each in self.documents.items())
         return replace(self, notes=(*self.notes, *filter(None, notes)))
 
@@ -85,7 +85,7 @@ def named_domains(
         name: tokenise(
             domain_documents,
             tokenizer.tokenizer,
-            max_tokens_per_document=MAX_TOKENS_PER_DOCUMENT,
+            max_tokens_per_document=_MAX_TOKENS_PER_DOCUMENT,
             chat=chat,
         )
         for name, domain_documents in found.items()
@@ -151,7 +151,7 @@ def learned_domains(
         origin="the domains in the lineage",
         vocab_size=tokenizer.tokenizer.get_vocab_size(),
         validation_fraction=text.split.validation_fraction,
-        max_validation_tokens_per_document=MAX_TOKENS_PER_DOCUMENT,
+        max_validation_tokens_per_document=_MAX_TOKENS_PER_DOCUMENT,
         seed=text.split.seed,
         cache_dir=cache_folder(None),
         tokenizer=tokenizer.tokenizer,

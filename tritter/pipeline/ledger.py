@@ -17,7 +17,7 @@ from tritter.storage.reading import LEDGER_NAME
 from tritter.storage.records import read_record, record, record_text, validate_record
 from tritter.training import FitResult
 
-F = TypeVar("F")
+_F = TypeVar("_F")
 _UNCHANGED = "The run was not changed; start in another folder."
 _LOG = ".csv"  # logs contain times and may be missing
 
@@ -146,7 +146,7 @@ class Ledger:
             raise KeyError(stage)
         return done
 
-    def found(self, stage: str, kind: type[F]) -> F:
+    def found(self, stage: str, kind: type[_F]) -> _F:
         """Return the typed result of a finished stage.
 
         Raises:

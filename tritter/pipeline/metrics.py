@@ -243,7 +243,7 @@ def _log_model(logger: WandbLogger, folder: Path, summary: Summary) -> None:
     logger.experiment.log_artifact(artifact)
 
 
-def run_name(run: Run, part: str | None = None) -> str:
+def _run_name(run: Run, part: str | None = None) -> str:
     """Return the name of a run in loggers, or of a separate part of it."""
     config, seed = run.config, f"seed {run.config.seed}"
     if part == "pretraining":
@@ -276,7 +276,7 @@ def wandb_logger(run: Run, part: str | None = None) -> WandbLogger | None:
     # Lightning would pass an option that W&B warns about; so the step metric is set here
     opened = wandb.init(
         project=settings.project,
-        name=run_name(run, part),
+        name=_run_name(run, part),
         job_type=part or "run",
         group=settings.group,
         tags=[
@@ -446,7 +446,7 @@ def _build_logger(named: Component, run: Run, part: str | None) -> Logger:
         folder = run.folder / str(body.get("save_dir") or named.name)
         body["save_dir"] = str(folder if part is None or has_names else folder / part)
     if has_names:
-        body["run_name"] = body.get("run_name") or run_name(run, part)
+        body["run_name"] = body.get("run_name") or _run_name(run, part)
     if issubclass(named.kind, MLFlowLogger) and body.get("run_id") is None:
         id_name = f"{named.name}_id" if part is None else f"{named.name}_id.{part}"
         return _same_mlflow_run(body, run.folder / id_name)

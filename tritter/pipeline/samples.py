@@ -43,7 +43,7 @@ _CONTINUATION_TOKENS, _ANSWER_TOKENS = 48, 256  # limits without evaluation.samp
 
 
 @dataclass(frozen=True, slots=True)
-class Continuations:
+class _Continuations:
     """Continuations of a prompt by two models, as in summary.json, and their FLOPs."""
 
     texts: dict[str, str]
@@ -57,7 +57,7 @@ def generate_samples(
     after: nn.Module,
     *,
     progress: Callable[[int, int], None] | None = None,
-) -> list[Continuations]:
+) -> list[_Continuations]:
     """Return the continuations of both models: of a prompt of each domain, then of own prompts.
 
     Args:
@@ -71,7 +71,7 @@ def generate_samples(
     prompts = [(domain, _prompt_of(start, domain, positions)) for domain in start.data.domains]
     prompts += [("", ids) for ids in _own_prompts(start, before).values()]
     models = ((start, before), (run, after))
-    samples = list[Continuations]()
+    samples = list[_Continuations]()
     for domain, ids in prompts:
         if progress is not None:
             progress(len(samples), len(prompts))
@@ -211,7 +211,7 @@ def _is_chat(prompt: list[int]) -> bool:
 
 def _continued(
     models: Sequence[tuple[Run, nn.Module]], domain: str, prompt: list[int]
-) -> Continuations:
+) -> _Continuations:
     """Return the continuations of a prompt, given in the tokens of the first model."""
     texts, flops, shown = dict[str, str](), 0.0, _Sampler.of(models[0][0]).shown(prompt)
     for name, (run, model) in zip(("before", "after"), models, strict=True):
@@ -220,10 +220,10 @@ def _continued(
             own = sampler.encoded(shown, is_chat=_is_chat(prompt)) if prompt else []
         texts[name], num_read = sampler.continued(model, own)
         flops += experts.reading_flops(model).of(num_read)
-    return Continuations({"domain": domain, "prompt": shown, **texts}, flops)
+    return _Continuations({"domain": domain, "prompt": shown, **texts}, flops)
 
 
-class SampleLog(Callback):
+class _SampleLog(Callback):
     """Continue own prompts at every evaluation during training.
 
     The continuations are written to `samples.jsonl`, and to W&B as a table if its logger is open
@@ -262,9 +262,9 @@ class SampleLog(Callback):
         self._rows = [list(row) for row in state_dict["rows"]]
 
 
-def sample_log(run: Run, model: nn.Module, folder: Path) -> tuple[SampleLog, ...]:
+def sample_log(run: Run, model: nn.Module, folder: Path) -> tuple[_SampleLog, ...]:
     """Return the callback for a training run with own prompts; none without."""
     prompts = _own_prompts(run, model)
     if not prompts:
         return ()
-    return (SampleLog(prompts, _Sampler.of(run), folder / SAMPLES_NAME),)
+    return (_SampleLog(prompts, _Sampler.of(run), folder / SAMPLES_NAME),)

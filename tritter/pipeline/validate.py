@@ -50,12 +50,12 @@ from tritter.storage.tensors import TensorFolder
 from tritter.terminal import NewBar, no_bar, waiting
 from tritter.training.gradient_flow import NewUnits, run_trial_steps
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 _DOCUMENT_CHARACTERS = 4000  # per text, from the start; conversations are whole
 _RETENTION, _CONFIDENCE = 0.05, 0.95  # defaults of the gate
 _FLOW_STEPS = 3  # two steps move zero-initialised weights away from zero
-SEQUENCE_LENGTH = 128
+_SEQUENCE_LENGTH = 128
 _SEQUENCES, _BATCH_SIZE = 8, 16
 _FLOAT32 = 4  # bytes
 _ROUNDED = ("bfloat16", "float16")
@@ -124,7 +124,7 @@ def _read(
             found = replace(found, missing_reason=f"{found.missing_reason}; pass {option}")
     for name, documents in found.documents.items():
         if (number := len(documents)) > text.limit:
-            logger.warning("%s: %s", name, f"{text.limit:,} of {number:,} documents are scored.")
+            _logger.warning("%s: %s", name, f"{text.limit:,} of {number:,} documents are scored.")
     limited = {
         name: [
             each if each.conversation else replace(each, text=each.text[:_DOCUMENT_CHARACTERS])
@@ -427,7 +427,7 @@ def _sequences(source: Side, result: Side, documents: Sequence[Document]) -> Ten
         if source.vocab_size > result.vocab_size or "vocab" not in [r.method for r in history]:
             return None
         tokenizer = source.tokenizer
-    length = min(SEQUENCE_LENGTH, source.longest, result.longest)
+    length = min(_SEQUENCE_LENGTH, source.longest, result.longest)
     if tokenizer is not None and documents:
         tokens = tokenise(documents, tokenizer.tokenizer)
         if num_closed_tokens(tokens, tokenizer.bounds) >= length:

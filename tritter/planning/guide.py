@@ -12,7 +12,7 @@ from tritter.core.families.presets import PRESETS, VOCABULARY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GuideRow:
+class _GuideRow:
     """One row of the guide.
 
     Args:
@@ -40,7 +40,7 @@ class GuideRow:
     note: str
 
 
-def size_guide() -> tuple[GuideRow, ...]:
+def size_guide() -> tuple[_GuideRow, ...]:
     """Return all rows of the guide, for a vocabulary of 32,000 and untied embeddings."""
     small = llama(layers=24, hidden_size=2048, intermediate_size=8192, heads=16)
     medium = Model(PRESETS["tritter_7b"].config())
@@ -83,8 +83,8 @@ def _row(
     model: Model,
     spec: ExpansionSpec,
     note: str,
-) -> GuideRow:
-    return GuideRow(
+) -> _GuideRow:
+    return _GuideRow(
         source=source,
         target=target,
         method=method,

@@ -48,7 +48,7 @@ def new_figure(
     return figure, panels
 
 
-def plain(text: str) -> str:
+def _plain(text: str) -> str:
     """Return text without formulas, line breaks and control characters, for matplotlib."""
     return "".join(sign if sign.isprintable() else " " for sign in text).replace("$", r"\$")
 
@@ -60,7 +60,7 @@ def truncate(text: str, most: int = _LINE_CHARACTERS) -> str:
 
 def wrap_text(text: str, width: int = _LINE_CHARACTERS) -> str:
     """Return plain text broken into lines of `width` characters; only very long text is cut."""
-    text = plain(truncate(text, width * _MAX_LINES))
+    text = _plain(truncate(text, width * _MAX_LINES))
     return "\n".join(textwrap.wrap(text, width, max_lines=_MAX_LINES, placeholder=" .."))
 
 

@@ -59,7 +59,7 @@ def domain_rows(summary: Summary) -> tuple[DomainRow, ...]:
 
 def _rows(summary: Summary, trained: Attempt, *, expanded: Scores | None) -> tuple[DomainRow, ...]:
     rows = []
-    for domain, role in subjects(summary):
+    for domain, role in _subjects(summary):
         # A later round states its own baseline
         before = score_of(trained.baseline or summary.baseline, domain)
         after = score_of(trained.final, domain)
@@ -87,7 +87,7 @@ def _rows(summary: Summary, trained: Attempt, *, expanded: Scores | None) -> tup
     return tuple(rows)
 
 
-def subjects(summary: Summary) -> tuple[tuple[str, Role], ...]:
+def _subjects(summary: Summary) -> tuple[tuple[str, Role], ...]:
     """Return the scored subjects with their roles: domains, their accuracies, other tasks."""
     domains: dict[Role, list[str]] = {"old": summary.domains.old, "new": summary.domains.new}
     found: list[tuple[str, Role]] = []

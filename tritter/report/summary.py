@@ -23,7 +23,7 @@ from tritter.storage.reading import read_object
 from tritter.storage.records import validate_record
 
 MAX_NUMBER = 1e30  # sums and squares of such numbers, and axes over them, are finite
-Number = Annotated[float, Field(ge=-MAX_NUMBER, le=MAX_NUMBER, allow_inf_nan=False)]
+_Number = Annotated[float, Field(ge=-MAX_NUMBER, le=MAX_NUMBER, allow_inf_nan=False)]
 _Count = Annotated[int, Field(ge=0, le=10**15)]
 
 BASE = "base"  # the gate of a base without an adapter
@@ -35,19 +35,19 @@ _Widths = Annotated[tuple[_Width, ...], Field(min_length=1, max_length=_MAX_LAYE
 _ENDS = ("evicted", "merged")
 # Kind of an event → state of the expert afterwards
 _STATES = {"spawned": "young", "mature": "mature", "frozen": "frozen"} | {e: e for e in _ENDS}
-_Shares = dict[str, Number]
+_Shares = dict[str, _Number]
 _Rows = Annotated[
-    Mapping[str, Annotated[tuple[Number | None, ...], Field(max_length=_MAX_EVENTS)]],
+    Mapping[str, Annotated[tuple[_Number | None, ...], Field(max_length=_MAX_EVENTS)]],
     Field(max_length=_MAX_ITEMS),
 ]
 _MAX_EXPERTS = Field(max_length=_MAX_EVENTS)
-_Transfer = dict[str, Number | None]
-_Row = Annotated[list[Number | None], Field(max_length=_MAX_ITEMS)]
+_Transfer = dict[str, _Number | None]
+_Row = Annotated[list[_Number | None], Field(max_length=_MAX_ITEMS)]
 _Names = Annotated[list[str], Field(min_length=1, max_length=_MAX_ITEMS)]
 _OfOne = Annotated[float, Field(ge=0, le=1)]
-_Costs = Mapping[str, Number | None]
-Status = Literal["kept", "rolled_back", "undecided", "ungated"]
-_Column = Annotated[list[Number], Field(max_length=_MAX_EVENTS)]
+_Costs = Mapping[str, _Number | None]
+_Status = Literal["kept", "rolled_back", "undecided", "ungated"]
+_Column = Annotated[list[_Number], Field(max_length=_MAX_EVENTS)]
 
 
 class Part(BaseModel):
@@ -85,10 +85,10 @@ class GrowthEvent(Part):
     born: _Count
     replaced: _Count = 0
     died: _Count = 0
-    pressure: Number | None = None
-    function_change: Number | None = None
+    pressure: _Number | None = None
+    function_change: _Number | None = None
     parameters: _Count | None = None
-    flops: Number | None = None
+    flops: _Number | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,14 +116,14 @@ class _Sizes(Part):
 
 
 class _Norms(Part):
-    young: Number | None = None
-    old: Number | None = None
+    young: _Number | None = None
+    old: _Number | None = None
 
 
 class _GrowthMap(Part):
     steps: tuple[_Count, ...] = ()
     neurons: tuple[tuple[_Width, ...], ...] = ()
-    pressure: tuple[tuple[Number | None, ...], ...] = ()
+    pressure: tuple[tuple[_Number | None, ...], ...] = ()
 
 
 class GrowthRecord(Part):
@@ -151,7 +151,7 @@ class GrowthRecord(Part):
     parameters: _Sizes = _Sizes()
     young: _Count | None = None
     map: _GrowthMap = _GrowthMap()
-    function_change: Number | None = None
+    function_change: _Number | None = None
     update_norms: _Norms | None = None
 
     @model_validator(mode="after")
@@ -228,8 +228,8 @@ class Spawn(Part):
     step: _Count | None = None
     domain: str | None = None
     similarity: _Shares = {}
-    score: Number | None = None
-    threshold: Number | None = None
+    score: _Number | None = None
+    threshold: _Number | None = None
     batches: _Count | None = None
     samples: _Count | None = None
 
@@ -264,12 +264,12 @@ class ExpertHistory(Part):
 class _Parameters(Part):
     base: _Count | None = None
     trainable: _Count | None = None
-    share: Number | None = None
+    share: _Number | None = None
 
 
 class _Routing(Part):
     top_k: _Count | None = None
-    temperature: Number | None = None
+    temperature: _Number | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -401,8 +401,8 @@ class Matrix(Part):
     own: dict[str, _Count] = {}
     backward_transfer: _Transfer = {}
     forward_transfer: _Transfer = {}
-    mean_backward_transfer: Number | None = None
-    mean_forward_transfer: Number | None = None
+    mean_backward_transfer: _Number | None = None
+    mean_forward_transfer: _Number | None = None
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
@@ -441,7 +441,7 @@ class MoeRecord(Part):
     new: list[_Count] = []
     router_steps: _Count | None = None
     is_open: bool | None = None
-    selection_bias: dict[str, dict[Literal["with", "without"], Number | None]] = {}
+    selection_bias: dict[str, dict[Literal["with", "without"], _Number | None]] = {}
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
@@ -459,11 +459,11 @@ class MoeRecord(Part):
 class Score(Part):
     """A domain's loss in nats per token and per byte, its accuracy, or both; None if unknown."""
 
-    loss: Number | None = None
-    loss_per_byte: Number | None = None
-    standard_error: Number | None = None
-    accuracy: Number | None = None
-    accuracy_standard_error: Number | None = None
+    loss: _Number | None = None
+    loss_per_byte: _Number | None = None
+    standard_error: _Number | None = None
+    accuracy: _Number | None = None
+    accuracy_standard_error: _Number | None = None
 
     @property
     def tokens_per_byte(self) -> float | None:
@@ -523,10 +523,10 @@ class Check(Part):
     verdict: str
     subject: str = ""
     detail: str = ""
-    value: Number | None = None
-    bound: Number | None = None
-    interval: tuple[Number | None, Number | None] | None = None
-    confidence: Number | None = None
+    value: _Number | None = None
+    bound: _Number | None = None
+    interval: tuple[_Number | None, _Number | None] | None = None
+    confidence: _Number | None = None
     n: _Count | None = None
     documents_needed: _Count | None = None
     scored: str | None = None
@@ -553,8 +553,8 @@ class TaskRecord(Part):
     best_step: _Count | None = None
     refused_steps: _Count = 0
     update_norms: dict[str, Any] = {}
-    flops: Number | None = None
-    seconds: Number | None = None
+    flops: _Number | None = None
+    seconds: _Number | None = None
     packing: Packing = Packing()
 
 
@@ -566,13 +566,13 @@ class Jump(Part):
         bfloat16_divergence: the same.
     """
 
-    max_absolute: Number | None = None
-    relative_to_std: Number | None = None
-    new_token_mass: Number | None = None
-    rms_to_std: Number | None = None
-    divergence: Number | None = None
-    bfloat16_rms_to_std: Number | None = None
-    bfloat16_divergence: Number | None = None
+    max_absolute: _Number | None = None
+    relative_to_std: _Number | None = None
+    new_token_mass: _Number | None = None
+    rms_to_std: _Number | None = None
+    divergence: _Number | None = None
+    bfloat16_rms_to_std: _Number | None = None
+    bfloat16_divergence: _Number | None = None
 
 
 class Attempt(Part):
@@ -603,8 +603,8 @@ class Attempt(Part):
     tasks: list[TaskRecord] = []
     matrix: Matrix | None = None
     stages: dict[str, Any] = {}
-    flops: Number | _Costs | None = None
-    seconds: Number | _Costs | None = None
+    flops: _Number | _Costs | None = None
+    seconds: _Number | _Costs | None = None
 
 
 class Sample(Part):
@@ -644,7 +644,7 @@ class Summary(Part):
     """
 
     format_version: int = 1
-    status: Status
+    status: _Status
     domains: Domains
     baseline: Scores
     attempts: list[Attempt]

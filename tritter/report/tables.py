@@ -45,7 +45,7 @@ _STAGES = {"importance": "importance of parameters"}  # clearer names, where the
 
 
 @dataclass(frozen=True, slots=True)
-class SummaryLine:
+class _SummaryLine:
     """A label and its text."""
 
     label: str
@@ -92,7 +92,7 @@ def print_summary(summary: Summary, *, console: Console, folder: Path | None = N
             if name == "prompt" and len(text) > _SAMPLE_CHARACTERS:  # its end is what is answered
                 text = f"..{text[2 - _SAMPLE_CHARACTERS :]}"
             text = console.shortened(text, _SAMPLE_CHARACTERS)
-            lines.append(SummaryLine(name, text or MISSING))
+            lines.append(_SummaryLine(name, text or MISSING))
         console.print(_grid(lines, console))
 
 
@@ -263,13 +263,13 @@ def _fertility_text(rows: Sequence[DomainRow]) -> str:
     return ", ".join(texts)
 
 
-def summary_lines(summary: Summary) -> list[SummaryLine]:
+def summary_lines(summary: Summary) -> list[_SummaryLine]:
     """Return the lines below the tables: status and reasons, logit shift, parameters."""
     attempt, status = summary.last_attempt, summary.status
     words = _STATUS_WORDS[status]
     if status == "rolled_back" and len(summary.rounds) > 1:
         words = "rolled back: the checkpoint is that of the previous round"
-    lines = [SummaryLine("status", words, style=STYLES.get(status, ""))]
+    lines = [_SummaryLine("status", words, style=STYLES.get(status, ""))]
     if summary.target is not None:
         rounds, target = summary.rounds, summary.target
         done = ", ".join(
@@ -280,27 +280,27 @@ def summary_lines(summary: Summary) -> list[SummaryLine]:
             f"{len(rounds)} of {len(target.planned)} planned: {done}; target "
             f"{count_text(target.target_params)} {reached}; the table shows the last"
         )
-        lines.append(SummaryLine("rounds", progress))
+        lines.append(_SummaryLine("rounds", progress))
     lines += _attempt_lines(summary.attempts)
     for check in attempt.gate:
         is_broken_off = check.check == "training" and bool(check.value)
         is_notable = check.verdict == "reported" and is_broken_off
         if is_notable or check.verdict in ("failed", "undecided"):
             what = f"{check.check} of {check.subject}: {check.detail}"
-            lines.append(SummaryLine(check.verdict, what, style=STYLES[check.verdict]))
+            lines.append(_SummaryLine(check.verdict, what, style=STYLES[check.verdict]))
     scored = {check.subject: check.scored for check in attempt.gate if check.scored}
-    lines += [SummaryLine("scored", f"{name}: {text}") for name, text in scored.items()]
+    lines += [_SummaryLine("scored", f"{name}: {text}") for name, text in scored.items()]
     jump = summary.jump or Jump()
     if jump.max_absolute is not None and jump.relative_to_std is not None:
         text = f"at expansion: max {jump.max_absolute:.1e} ({jump.relative_to_std:.1e} σ)"
         text += mean_shift_text(jump)
         if jump.new_token_mass is not None:
             text += f"; new tokens get {jump.new_token_mass:.1%} of the probability"
-        lines.append(SummaryLine("logit shift", text))
+        lines.append(_SummaryLine("logit shift", text))
     if has_new_tokens(summary) and (fertility := _fertility_text(domain_rows(summary))):
-        lines.append(SummaryLine("tokens/byte", fertility))
+        lines.append(_SummaryLine("tokens/byte", fertility))
     for domain, text in _windows_texts(summary):
-        lines.append(SummaryLine("long windows" if domain == 0 else "", text))
+        lines.append(_SummaryLine("long windows" if domain == 0 else "", text))
     before, after = (summary.parameters.get(name) for name in ("baseline", "final"))
     sizes = f"{count_text(before)} → {size_text(summary)}"
     if summary.experts is not None:  # next to a frozen base
@@ -308,13 +308,13 @@ def summary_lines(summary: Summary) -> list[SummaryLine]:
         sizes = f"{count_text(before)} + {count_text(trained)} experts"
     elif before and after and before != after and "(" not in sizes:
         sizes += f" ({ratio_text(after / before)})"
-    lines.append(SummaryLine("parameters", sizes))
+    lines.append(_SummaryLine("parameters", sizes))
     if (growth := summary.growth) is not None:
-        lines.append(SummaryLine("growth", growth_text(growth)))
+        lines.append(_SummaryLine("growth", growth_text(growth)))
     if (added := summary.experts) is not None:
-        lines.append(SummaryLine("experts", experts_text(added)))
+        lines.append(_SummaryLine("experts", experts_text(added)))
     if summary.moe is not None and (bias := _bias_text(summary.moe)) is not None:
-        lines.append(SummaryLine("bias", bias))
+        lines.append(_SummaryLine("bias", bias))
     return lines
 
 
@@ -332,11 +332,11 @@ def _windows_texts(summary: Summary) -> Iterator[tuple[int, str]]:
         )
 
 
-def _attempt_lines(attempts: Sequence[Attempt]) -> list[SummaryLine]:
+def _attempt_lines(attempts: Sequence[Attempt]) -> list[_SummaryLine]:
     """Return a line per attempt if there are several: its overrides and status."""
     if len(attempts) < 2:
         return []
-    lines = [SummaryLine("attempts", f"{len(attempts)}; the table shows the last")]
+    lines = [_SummaryLine("attempts", f"{len(attempts)}; the table shows the last")]
     for number, attempt in enumerate(attempts, start=1):
         status = str(attempt.status)
         did = " ".join(attempt.overrides or ["as requested"])
@@ -346,11 +346,11 @@ def _attempt_lines(attempts: Sequence[Attempt]) -> list[SummaryLine]:
             if check.check in ("retention", "new_capability") and check.value is not None
         )
         text = f"{number}: {did}: {changes}; {status.replace('_', ' ')}"
-        lines.append(SummaryLine("", text, style=STYLES.get(status, "")))
+        lines.append(_SummaryLine("", text, style=STYLES.get(status, "")))
     return lines
 
 
-def _grid(lines: Iterable[SummaryLine], console: Console) -> RichTable:
+def _grid(lines: Iterable[_SummaryLine], console: Console) -> RichTable:
     """Return labels next to their texts, which wrap within their column."""
     grid = RichTable.grid(padding=(0, 1, 0, 0))
     grid.add_column(width=11, overflow="fold")

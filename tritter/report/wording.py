@@ -38,7 +38,7 @@ def ratio_text(ratio: float) -> str:
     return f"{100 * (ratio - 1):+.2g} %"
 
 
-class MeanShift(Protocol):
+class _MeanShift(Protocol):
     """The mean figures of a logit shift."""
 
     @property
@@ -51,7 +51,7 @@ class MeanShift(Protocol):
     def bfloat16_divergence(self) -> float | None: ...
 
 
-def mean_shift_text(jump: MeanShift) -> str:
+def mean_shift_text(jump: _MeanShift) -> str:
     """Return the mean figures of a logit shift, to follow the largest; empty if there is none."""
     if not jump.rms_to_std or jump.divergence is None:
         return ""

@@ -26,8 +26,8 @@ _NAME_EXISTS = (
     errno.ENOTEMPTY,
     errno.ENOTDIR,
 )  # errors of a rename onto an existing name
-Identity = tuple[int, int]  # device and inode of a file or folder
-_PUBLISHED: set[Identity] = set()  # folders that this process has published
+_Identity = tuple[int, int]  # device and inode of a file or folder
+_PUBLISHED: set[_Identity] = set()  # folders that this process has published
 
 
 @contextmanager
@@ -192,7 +192,7 @@ def _refuse(target: Path, *, overwrite: bool, check: Callable[[Path], None]) -> 
 
 
 def _replace_folder(
-    new: Path, target: Path, *, before: Identity | None, check: Callable[[Path], None]
+    new: Path, target: Path, *, before: _Identity | None, check: Callable[[Path], None]
 ) -> None:
     """Move `new` to `target`; a folder cannot be renamed onto a folder that is not empty.
 
@@ -231,7 +231,7 @@ def _exists_error(target: Path) -> RequestError:
     )
 
 
-def identity_of(path: Path) -> Identity | None:
+def identity_of(path: Path) -> _Identity | None:
     """Return the device and inode of a file or folder, or None if it does not exist."""
     try:
         found = path.lstat()
@@ -245,7 +245,7 @@ def is_published_here(target: Path) -> bool:
     return identity_of(target) in _PUBLISHED
 
 
-def _check_old(old: Path, target: Path, before: Identity, check: Callable[[Path], None]) -> None:
+def _check_old(old: Path, target: Path, before: _Identity, check: Callable[[Path], None]) -> None:
     """Check the old folder of `target`, which is about to be deleted."""
     if identity_of(old) != before:
         raise _exists_error(target)

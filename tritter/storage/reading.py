@@ -67,7 +67,7 @@ def kind_of(mode: int) -> str:
     return _KINDS.get(stat.S_IFMT(mode), "something else")
 
 
-def max_bytes(path: Path) -> int:
+def _max_bytes(path: Path) -> int:
     """Return the maximum size of a file with this name that is read into memory."""
     return _MAX_BYTES.get(path.name, _MAX_BYTES_OF_OTHERS)
 
@@ -106,8 +106,8 @@ def require_file(path: Path, *, is_read_whole: bool = True) -> None:
     """
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
-    if is_read_whole and size > max_bytes(path):
-        raise _too_large(path, max_bytes(path))
+    if is_read_whole and size > _max_bytes(path):
+        raise _too_large(path, _max_bytes(path))
 
 
 def read_text(path: Path, *, limit_bytes: int | None = None) -> str:
@@ -120,7 +120,7 @@ def read_text(path: Path, *, limit_bytes: int | None = None) -> str:
     Raises:
         TritterError: As `open_file`, or the file is too large or not UTF-8.
     """
-    limit = max_bytes(path) if limit_bytes is None else limit_bytes
+    limit = _max_bytes(path) if limit_bytes is None else limit_bytes
     with open_file(path) as file:
         content = file.read(limit + 1)
     if len(content) > limit:

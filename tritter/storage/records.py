@@ -35,8 +35,8 @@ _CONFIG = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
 _MAX_TEXT = 4096
 _MAX_KEY = 200
 
-Kind = TypeVar("Kind")
-R = TypeVar("R", bound="Record")
+_Kind = TypeVar("_Kind")
+_R = TypeVar("_R", bound="Record")
 # Field types, limited to the values that the commands can handle
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Text = Annotated[str, Field(max_length=_MAX_TEXT, pattern=r"^[^\x00]*$")]
@@ -59,7 +59,7 @@ InnerName = Annotated[str, AfterValidator(_is_inner_name)]
 @dataclass_transform(
     frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,)
 )
-def record(kind: type[Kind]) -> type[Kind]:
+def record(kind: type[_Kind]) -> type[_Kind]:
     """Turn a class into a record: frozen, keyword-only, without unknown keys.
 
     Use it as a decorator instead of `dataclass`. A record with its own file has a `FORMAT`.
@@ -89,7 +89,7 @@ def signed_text(plain: Mapping[str, Any]) -> str:
     return json.dumps({**rest, _DIGEST: digest}, indent=1) + "\n"
 
 
-def read_record(path: Path, kind: type[R], *, advice: str = "", is_signed: bool = True) -> R:
+def read_record(path: Path, kind: type[_R], *, advice: str = "", is_signed: bool = True) -> _R:
     """Read and validate an untrusted record file.
 
     Args:
@@ -136,7 +136,7 @@ def is_unchanged(path: Path) -> bool:
     return text == signed_text(parse_object(text, path=path))
 
 
-def validate_record(plain: object, kind: type[Kind], *, what: str) -> Kind:
+def validate_record(plain: object, kind: type[_Kind], *, what: str) -> _Kind:
     """Validate plain values against a type.
 
     Args:
@@ -151,7 +151,7 @@ def validate_record(plain: object, kind: type[Kind], *, what: str) -> Kind:
         TritterError: A field is invalid; the message names the first one.
     """
     try:
-        read: Kind = _adapter(kind).validate_json(json.dumps(plain), strict=True)  # type: ignore[arg-type]
+        read: _Kind = _adapter(kind).validate_json(json.dumps(plain), strict=True)  # type: ignore[arg-type]
         return read
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]

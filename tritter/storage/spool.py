@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-IN_MEMORY_BYTES = 64 * 2**20  # of one spool
+_IN_MEMORY_BYTES = 64 * 2**20  # of one spool
 
 
 def is_large(num_bytes: int) -> bool:
     """Return True if a spool of this size is on disk."""
-    return num_bytes > IN_MEMORY_BYTES
+    return num_bytes > _IN_MEMORY_BYTES
 
 
 def mapped(file: IO[bytes]) -> mmap.mmap:

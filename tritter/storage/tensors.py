@@ -55,7 +55,7 @@ _RANK_FILE = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors
 
 
 @dataclass(frozen=True, slots=True)
-class Header:
+class _Header:
     """The header of one tensor in a safetensors file.
 
     Args:
@@ -81,7 +81,7 @@ class TensorFolder:
     """
 
     folder: Path
-    headers: Mapping[str, Header]
+    headers: Mapping[str, _Header]
 
     @classmethod
     def open(cls, folder: Path) -> TensorFolder:
@@ -122,7 +122,7 @@ class TensorFolder:
         for file in files.values():
             if not isinstance(file, str) or Path(file).name != file:
                 raise TritterError(f"{index} points outside its folder: '{file}'.")
-        headers: dict[str, Header] = {}
+        headers: dict[str, _Header] = {}
         for file in sorted(set(files.values())):
             for name, header in _headers_in(folder, file).items():
                 if name in headers:
@@ -260,7 +260,7 @@ def is_finite(tensor: Tensor) -> bool:
     return isfinite(low) and isfinite(high)
 
 
-def _headers_in(folder: Path, file_name: str) -> dict[str, Header]:
+def _headers_in(folder: Path, file_name: str) -> dict[str, _Header]:
     from safetensors import SafetensorError, safe_open
 
     path = folder / file_name
@@ -279,7 +279,7 @@ def _headers_in(folder: Path, file_name: str) -> dict[str, Header]:
                         f"{path}: {name} has dtype {written}; allowed for weights are {allowed}."
                     )
                 shape = tuple(part.get_shape())
-                headers[name] = Header(file_name, _READ_DTYPES[written], shape, stamp)
+                headers[name] = _Header(file_name, _READ_DTYPES[written], shape, stamp)
     except (SafetensorError, OSError, MemoryError) as error:
         raise TritterError(f"{path} cannot be read ({error}).") from error
     return headers

@@ -166,7 +166,7 @@ class Performance(Callback):
                 "performance/steps_per_second": self._steps / seconds,
                 "performance/step_seconds": seconds / self._steps,
                 "performance/flops": (self._work.flops - self._flops) / seconds,
-                "performance/peak_memory_bytes": float(peak_memory_bytes()),
+                "performance/peak_memory_bytes": float(_peak_memory_bytes()),
             }
         )
         if self._work.lengths:
@@ -180,7 +180,7 @@ class Performance(Callback):
         self._steps, self._since = 0, time.perf_counter()
 
 
-def peak_memory_bytes() -> int:
+def _peak_memory_bytes() -> int:
     """Return the peak memory of this process: GPU memory with CUDA, else resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()

@@ -51,7 +51,7 @@ class _Waiting:
         self.is_done &= bool(self.dims) or bool(found.any())
 
 
-class Flow:
+class _Flow:
     """Record of parameters, experts and new coordinates of a model without a gradient so far.
 
     Args:
@@ -157,7 +157,7 @@ class Flow:
             self._waiting[stored.name] = entered
 
 
-class GradientFlow(Flow, Callback):
+class GradientFlow(_Flow, Callback):
     """Check the gradients of a training run; must precede callbacks that change them."""
 
     def on_before_optimizer_step(
@@ -185,7 +185,7 @@ class GradientFlow(Flow, Callback):
 def run_trial_steps(
     model: nn.Module, input_ids: Tensor, new: NewUnits, *, steps: int
 ) -> dict[str, Any]:
-    """Train a model for a few trial steps and return the result of `Flow.report`.
+    """Train a model for a few trial steps and return the result of `_Flow.report`.
 
     A step moves each parameter against the sign of its gradient, like Adam's first step, but
     without storing moments.
@@ -197,7 +197,7 @@ def run_trial_steps(
         steps: Number of steps.
     """
     parameters = list(model.parameters())
-    flow = Flow(new)
+    flow = _Flow(new)
     model.train()
     with torch.random.fork_rng():
         torch.manual_seed(0)  # the same dropout in each call

@@ -35,7 +35,7 @@ from tritter.training.parameters import (
 )
 
 _SUMMED = ("nats", "right", "tokens")  # per domain, over the windows of a validation
-BACKEND = "inductor"
+_BACKEND = "inductor"
 _CHECKPOINTS_NAME = "checkpoints"  # folder of a ModelCheckpoint, inside that of the training run
 
 
@@ -267,7 +267,7 @@ class CompiledModel:
         if self.is_watched:
             return self._model(**inputs)
         if self._compiled is None:
-            self._compiled = torch.compile(self._model, backend=BACKEND)
+            self._compiled = torch.compile(self._model, backend=_BACKEND)
         return self._compiled(**inputs)
 
     def forget(self) -> None:

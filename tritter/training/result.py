@@ -146,7 +146,7 @@ class FitResult:
 
 
 @runtime_checkable
-class Reports(Protocol):
+class _Reports(Protocol):
     """A callback that reports its work at the end of a training run."""
 
     report_name: str
@@ -307,7 +307,7 @@ class Conclusion(Callback):
             flow=self._flow.report(module.model),
             memory=self._memory_meter.memory,
             packing=self._work.packing(),
-            reports={c.report_name: c.report() for c in callbacks if isinstance(c, Reports)},
+            reports={c.report_name: c.report() for c in callbacks if isinstance(c, _Reports)},
             notes=tuple(getattr(trainer.train_dataloader, "notes", ())),
         )
 

@@ -20,7 +20,7 @@ from tritter.core.parameter_map import (
 from tritter.core.parameter_map.carry import STATE_KINDS, Policy, has_state, mapped_state
 from tritter.core.stock_routers import AddedExperts
 
-Tensors = Mapping[str, Tensor]
+_Tensors = Mapping[str, Tensor]
 
 
 def declared(name: str, shape: tuple[int, ...]) -> StoredTensor:
@@ -81,7 +81,7 @@ class Change:
         origins = {s.name: self.tensors[s.parts[0].tensor.name].origin for s in self.after}
         return {name: owners[origin] for name, origin in origins.items() if origin is not None}
 
-    def weights(self, old: Tensors) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, old: _Tensors) -> Iterator[tuple[str, Tensor]]:
         """Yield name and value of each altered parameter.
 
         Args:
@@ -99,7 +99,7 @@ class Change:
             is_shared = stored.is_whole and maps[0].is_verbatim  # else both models train it
             yield stored.name, stored.pack(values.__getitem__).to(example.device, copy=is_shared)
 
-    def masks(self, old: Tensors | None = None) -> dict[str, Tensor]:
+    def masks(self, old: _Tensors | None = None) -> dict[str, Tensor]:
         """Return parameter → bool mask of the entries that derive from old weights.
 
         Args:
@@ -139,7 +139,7 @@ class Change:
                 grown[stored.name] = flags[::-1] if stored.is_transposed else flags
         return grown
 
-    def state(self, kind: str, old: Tensors, *, policy: Policy = "carry") -> dict[str, Tensor]:
+    def state(self, kind: str, old: _Tensors, *, policy: Policy = "carry") -> dict[str, Tensor]:
         """Return one kind of state of the changed model, by the rule of that kind.
 
         A parameter is absent if none of its parts has state; parts without state are zero.

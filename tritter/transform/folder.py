@@ -70,7 +70,7 @@ _AT_ONCE_OF_STATE = 4  # copies: gathered along each axis, scaled, and filled wi
 # Of the step-0 check: transformers and its classes (130 MB), blocks of weights, and activations
 _BYTES_OF_CHECK = 300 * 10**6
 _WIDENED = 2  # copies of an expert, or of a layer without a table, in float32: one per model
-Progress = Callable[[int, int], None]
+_Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,7 +253,7 @@ def expand(
     expert_layout: LayoutKind = "hub",
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: _Progress | None = None,
     before_publish: Callable[["Expanded"], Lineage] | None = None,
     confirms: bool = True,
 ) -> Expanded:
@@ -407,7 +407,7 @@ def _stream(
     *,
     dtype: torch.dtype | None,
     kind: LayoutKind,
-    progress: Progress | None,
+    progress: _Progress | None,
 ) -> TensorStream:
     maps, targets = plan.parameter_map.tensors, plan.target.layout(kind)
     dtypes = {}

@@ -298,7 +298,7 @@ def test_a_model_type_without_a_table_is_verified_on_its_twin(
     assert oracle.logits(stock, oracle.tokens(97, length=200)).isfinite().all()
     from tritter.core.expansions import on_twin
 
-    monkeypatch.setattr(on_twin, "rotation_change", lambda *_: 0.0)
+    monkeypatch.setattr(on_twin, "_rotation_change", lambda *_: 0.0)
     with pytest.raises(RequestError, match="computes the same with other rotary parameters"):
         plan_expansion(source, [Context()])
 

@@ -109,7 +109,7 @@ def test_what_lies_transposed_is_read_in_blocks_of_any_size(
     tmp_path: Path, is_padded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Short rows in bf16: equal bit for bit to maps on whole tensors."""
-    monkeypatch.setattr("tritter.core.parameter_map.rows.BLOCK_ENTRIES", 100)
+    monkeypatch.setattr("tritter.core.parameter_map.rows._BLOCK_ENTRIES", 100)
     model = hub_model().bfloat16()
     source = oracle.saved(model, tmp_path / "source")
     specs: list[ExpansionSpec] = [Width(intermediate_size=107)] if is_padded else GROWN

@@ -282,7 +282,7 @@ def expanded(base: Path, grown: Path, request: ExpansionSpec) -> bool:
         TritterError: it was refused, or failed.
     """
     words = ["expand", "--checkpoint", str(base), *method_words(request), "--output", str(grown)]
-    blocks = patch.object(streamed, "BLOCK_BYTES", _BLOCK_BYTES)
+    blocks = patch.object(streamed, "_BLOCK_BYTES", _BLOCK_BYTES)
     with blocks, redirect_stdout(StringIO()), redirect_stderr(StringIO()) as said:
         code = tritter([*words, "--overwrite"])
     if code not in (0, EXIT_NO):

@@ -45,7 +45,7 @@ MAPS = {
 
 @pytest.fixture(autouse=True, params=[16, 2**17], ids=["small blocks", "one block"])
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(rows, "BLOCK_ENTRIES", request.param)
+    monkeypatch.setattr(rows, "_BLOCK_ENTRIES", request.param)
     yield
 
 
@@ -71,7 +71,7 @@ def test_rows_make_the_whole(name: str, dtype: torch.dtype) -> None:
 
 
 def test_large_tensors_come_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "BLOCK_ENTRIES", 16)
+    monkeypatch.setattr(rows, "_BLOCK_ENTRIES", 16)
     tensors = _tensors(torch.bfloat16)
     reader = WeightReader(tensors.__getitem__)
     counts = {name: len(list(reader.blocks(MAPS[name], torch.bfloat16))) for name in MAPS}

@@ -355,7 +355,7 @@ def read_launch_settings(hydra: DictConfig, *, num_jobs: int) -> LaunchSettings:
     """
     plain = OmegaConf.to_container(hydra.launcher)
     settings: Mapping[Any, Any] = plain if isinstance(plain, dict) else {}
-    kind, cores = str(settings.get(TARGET)).rpartition(".")[2], num_cores()
+    kind, cores = str(settings.get(TARGET)).rpartition(".")[2], _num_cores()
     name = _OF_CLASS.get(kind, kind)
     if name == "joblib":
         requested = settings.get("n_jobs") or 1
@@ -375,7 +375,7 @@ def read_launch_settings(hydra: DictConfig, *, num_jobs: int) -> LaunchSettings:
     )
 
 
-def num_cores() -> int:
+def _num_cores() -> int:
     """Return the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

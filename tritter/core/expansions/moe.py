@@ -169,7 +169,7 @@ class Moe:
         if self.experts_from is not None:
             reason = "it reads other checkpoints, so it needs a folder to compare them with"
             raise RequestError(Problem("expansion.moe.experts_from", reason=reason))
-        copies = Copies(
+        copies = _Copies(
             self,
             target.family,
             target.shapes,
@@ -249,7 +249,7 @@ def _check_count(name: str, value: int, *, at_least: int, multiple_of: int) -> N
 
 
 @dataclass(frozen=True, slots=True)
-class Copies:
+class _Copies:
     """The tensor maps of one upcycling.
 
     Args:

@@ -30,7 +30,7 @@ _SAME_ROWS = 1e-6  # distance of two rows, as a share of the longest, with that 
 _NEEDS_CHILDREN = ("attention_from", "router", "expert_hashes")
 
 
-class Child(Protocol):
+class _Child(Protocol):
     """A model with the shapes of the source."""
 
     @property
@@ -100,9 +100,9 @@ class BoundMoe:
     """
 
     options: Any
-    experts: tuple[Child, ...]
-    shared: tuple[Child, ...]
-    kept: Child | None
+    experts: tuple[_Child, ...]
+    shared: tuple[_Child, ...]
+    kept: _Child | None
     routers: Mapping[int, OtherTensor] | None
     remarks: tuple[str, ...]
     name: ClassVar[str] = "moe"
@@ -179,7 +179,7 @@ class BoundMoe:
         )
 
 
-def _other_map(shape: tuple[int, ...], children: tuple[Child, ...], name: str) -> TensorMap:
+def _other_map(shape: tuple[int, ...], children: tuple[_Child, ...], name: str) -> TensorMap:
     """Return the map of a tensor that is the mean of the same tensor of some models."""
     others = tuple(child.tensor(name) for child in children)
     return TensorMap.created(shape, Fill("others", others=others))

@@ -72,11 +72,11 @@ def check_rotations(config: Config, target: Config) -> None:
         RequestError: the logits of a twin do not follow them, or not without windows.
     """
     new, kinds, reason = key_of({"new": target["rope_parameters"]}), config.get("layer_types"), ""
-    if not rotation_change(key_of(config), new) > TOLERANCE:
+    if not _rotation_change(key_of(config), new) > TOLERANCE:
         reason = f"{config['model_type']} computes the same with other rotary parameters"
     elif isinstance(kinds, list) and "sliding_attention" in kinds:
         whole = {**config, "layer_types": ["full_attention"] * len(kinds)}
-        if not rotation_change(key_of(whole), new) > TOLERANCE:
+        if not _rotation_change(key_of(whole), new) > TOLERANCE:
             reason = "it has rotary embeddings in layers with a window only"
     if reason:
         raise RequestError(Problem("expansion.context", reason=reason))
@@ -84,7 +84,7 @@ def check_rotations(config: Config, target: Config) -> None:
 
 @lru_cache(maxsize=64)
 @one_thread()
-def rotation_change(key: Key, new: Key) -> float:
+def _rotation_change(key: Key, new: Key) -> float:
     """Return the largest change of a twin's float64 logits by other rotary parameters.
 
     Args:
@@ -112,7 +112,7 @@ def _sizes(sizes: Dimensions) -> dict[str, int]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class GrownTwin:
+class _GrownTwin:
     """A twin and the model that growth in width makes of it.
 
     Args:
@@ -141,7 +141,7 @@ class GrownTwin:
         return float((after - self.twin.logits()).abs().max())
 
 
-def grown_twin(spec: Any, key: Key, factors: tuple[tuple[str, float], ...]) -> GrownTwin:
+def grown_twin(spec: Any, key: Key, factors: tuple[tuple[str, float], ...]) -> _GrownTwin:
     """Return a twin that grows in width.
 
     Args:
@@ -167,7 +167,7 @@ def grown_twin(spec: Any, key: Key, factors: tuple[tuple[str, float], ...]) -> G
             f"config.json: its class refuses other sizes: {reason_of(error)}"
         ) from error
     exact = small.parameter_map(source, target, seed=0)
-    grown = GrownTwin(twin, source, target, exact, model)
+    grown = _GrownTwin(twin, source, target, exact, model)
     try:
         grown.load(exact.tensors)
     except (RuntimeError, IndexError, KeyError) as error:

@@ -68,7 +68,7 @@ _FACTORS = ("short_factor", "long_factor")  # of LongRoPE, one per rotary pair
 
 
 @dataclass(frozen=True, slots=True)
-class Spaces:
+class _Spaces:
     """The maps of all spaces under one width expansion.
 
     Args:
@@ -320,7 +320,7 @@ class Width:
         grown = {} if family.has_table else {t.name: t for t in target.tensors}
         residual = AxisMap.tiled if self.init in _REPEATING else AxisMap.padded
         equal_shares = self.shares == "equal"
-        spaces = Spaces(
+        spaces = _Spaces(
             residual=residual(old.hidden_size, new.hidden_size),
             rms_ratio=self._rms_ratio(old, new),
             # A norm over all heads mixes their gradients: with unequal shares the moments could

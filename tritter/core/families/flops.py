@@ -20,7 +20,7 @@ from typing import Literal
 from tritter.core.families.logical import LogicalTensor
 from tritter.core.families.model import Model
 
-Loss = Literal["head", "routers"]
+_Loss = Literal["head", "routers"]
 _IsTrained = Callable[[LogicalTensor], bool]
 
 
@@ -109,7 +109,7 @@ def num_keys(length: int, window: int | None = None) -> int:
     return full * (full + 1) // 2 + (length - full) * full
 
 
-def everything(tensor: LogicalTensor) -> bool:
+def _everything(tensor: LogicalTensor) -> bool:
     """Return True: every tensor is trained."""
     return True
 
@@ -127,14 +127,14 @@ def forward_flops(
         routed_to: the experts that share the tokens evenly. Default: all.
         adapters: of the model.
     """
-    return _Walk(model, everything, routed_to, adapters).sum(lambda product: product.forward)
+    return _Walk(model, _everything, routed_to, adapters).sum(lambda product: product.forward)
 
 
 def backward_flops(
     model: Model,
     *,
-    is_trained: _IsTrained = everything,
-    loss_at: Loss = "head",
+    is_trained: _IsTrained = _everything,
+    loss_at: _Loss = "head",
     routed_to: Collection[int] | None = None,
     adapters: Adapters = NO_ADAPTERS,
 ) -> Flops:
@@ -157,7 +157,7 @@ def backward_flops(
 def training_flops(
     model: Model,
     *,
-    is_trained: _IsTrained = everything,
+    is_trained: _IsTrained = _everything,
     routed_to: Collection[int] | None = None,
     adapters: Adapters = NO_ADAPTERS,
 ) -> Flops:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LayoutKind = Literal["hub", "live"]
-Read = Callable[[str], "Tensor"]
+_Read = Callable[[str], "Tensor"]
 # Keyword → kinds of logical tensors, or their prefixes; norms belong to the module they feed
 _PARTS: dict[str, tuple[str, ...]] = {
     "embed": ("embed",),
@@ -105,7 +105,7 @@ class StoredTensor:
         axes = self.parts[0].tensor.axes
         return axes[::-1] if self.is_transposed else axes
 
-    def pack(self, read: Read) -> Tensor:
+    def pack(self, read: _Read) -> Tensor:
         """Return the stored tensor, with its parts read by logical name."""
         if self.is_whole:
             (part,) = self.parts

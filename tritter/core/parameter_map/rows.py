@@ -27,18 +27,18 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-BLOCK_ENTRIES = 2**18
+_BLOCK_ENTRIES = 2**18
 # torch draws normal numbers in groups of 16. Blocks of whole groups equal a single draw if the last
 # block has at least one group
 _DRAW_GROUP = 16
 _SUMMATION_ERROR = 1e-10  # relative error of sums in another order, with a wide margin
 _WIDE, _DOUBLE = 4, 8  # bytes of a number in computations, and in sums
 _AT_A_TIME = 6  # copies of a block or target: taken, drawn, added, chosen, rounded, written
-Shape = tuple[int, ...]
+_Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
+class _Spread:
     """Mean and standard deviation of a source, up to the error of another order of summation."""
 
     mean: float
@@ -69,7 +69,7 @@ class WeightReader:
     """
 
     read: Read
-    spreads: dict[str, Spread] = field(default_factory=dict)
+    spreads: dict[str, _Spread] = field(default_factory=dict)
 
     def blocks(self, tensor_map: TensorMap, dtype: torch.dtype) -> Iterator[Tensor]:
         """Yield the weights of a target in order, computed wide and rounded once, at the end.
@@ -79,7 +79,7 @@ class WeightReader:
         step = _last_change(tensor_map)
         name = step.origin if step.is_verbatim else None
         if name is not None:
-            for block in self.read(name).reshape(-1).split(BLOCK_ENTRIES):
+            for block in self.read(name).reshape(-1).split(_BLOCK_ENTRIES):
                 yield block.to(dtype)
             return
         if step.source is not None and _makes_rows(step):
@@ -105,22 +105,22 @@ class WeightReader:
         assert name is not None
         return name, self.read(name)
 
-    def _spread(self, name: str, source: Tensor) -> Spread:
+    def _spread(self, name: str, source: Tensor) -> _Spread:
         """Sum in blocks; small tensors and sums with cancellation are computed exactly."""
         if name in self.spreads:
             return self.spreads[name]
         count, total, squares = source.numel(), 0.0, 0.0
-        if count > BLOCK_ENTRIES:
-            for block in source.reshape(-1).split(BLOCK_ENTRIES):
+        if count > _BLOCK_ENTRIES:
+            for block in source.reshape(-1).split(_BLOCK_ENTRIES):
                 wide = block.double()
                 total += float(wide.sum())
                 squares += float(wide.dot(wide))
         mean = total / max(count, 1)
-        if count <= BLOCK_ENTRIES or count * mean**2 > 0.5 * squares:
+        if count <= _BLOCK_ENTRIES or count * mean**2 > 0.5 * squares:
             wide = source.double()
-            found = Spread(float(wide.mean()), float(wide.std()))
+            found = _Spread(float(wide.mean()), float(wide.std()))
         else:
-            found = Spread(mean, ((squares - count * mean**2) / (count - 1)) ** 0.5)
+            found = _Spread(mean, ((squares - count * mean**2) / (count - 1)) ** 0.5)
         if name:
             self.spreads[name] = found
         return found
@@ -130,7 +130,7 @@ class _Rows:
     """Computes the weights of a two-dimensional target from its source."""
 
     def __init__(
-        self, step: TensorMap, source: Tensor, donor: Tensor | None, spread: Callable[[], Spread]
+        self, step: TensorMap, source: Tensor, donor: Tensor | None, spread: Callable[[], _Spread]
     ) -> None:
         self._step, self._source, self._donor, self._spread = step, source, donor, spread
         self._axes = step.axes or (None, None)
@@ -145,7 +145,7 @@ class _Rows:
         import torch
 
         rows, columns = self._shape
-        height = max(BLOCK_ENTRIES // max(columns, 1) // _DRAW_GROUP, 1) * _DRAW_GROUP
+        height = max(_BLOCK_ENTRIES // max(columns, 1) // _DRAW_GROUP, 1) * _DRAW_GROUP
         if columns < _DRAW_GROUP:
             height = max(rows, 1)
         row_factor, column_factor = (
@@ -286,7 +286,7 @@ def _as_float32(value: float, error: float, exact: Callable[[], float]) -> float
 
 
 @dataclass(frozen=True, slots=True)
-class PeakBytes:
+class _PeakBytes:
     """Peak memory of computing one target, in bytes; memory-mapped files do not count.
 
     Args:
@@ -299,7 +299,7 @@ class PeakBytes:
     rare: int
 
 
-def peak_bytes(tensor_map: TensorMap, shape_of: Callable[[str], Shape]) -> PeakBytes:
+def peak_bytes(tensor_map: TensorMap, shape_of: Callable[[str], _Shape]) -> _PeakBytes:
     """Return the peak memory of `WeightReader.blocks`.
 
     Args:
@@ -308,23 +308,23 @@ def peak_bytes(tensor_map: TensorMap, shape_of: Callable[[str], Shape]) -> PeakB
     """
     step = _last_change(tensor_map)
     if step.is_verbatim:
-        return PeakBytes(BLOCK_ENTRIES * _DOUBLE, 0)
+        return _PeakBytes(_BLOCK_ENTRIES * _DOUBLE, 0)
     if not _makes_rows(step) or len(_shape(step, shape_of)) != 2:
-        return PeakBytes(_whole(step, shape_of), 0)
+        return _PeakBytes(_whole(step, shape_of), 0)
     assert step.source is not None
     before, donor = step.source, step.fill.donor
     entries = prod(_source_shape(step, shape_of))
-    usual = _AT_A_TIME * _WIDE * max(BLOCK_ENTRIES, 16 * _shape(step, shape_of)[1])
+    usual = _AT_A_TIME * _WIDE * max(_BLOCK_ENTRIES, 16 * _shape(step, shape_of)[1])
     usual += 0 if donor is None or donor.is_verbatim else _whole(donor, shape_of)
     if isinstance(before, TensorMap) and not before.is_verbatim:
         usual += _whole(before, shape_of)
     if step.fill.kind in ("row_mean", "rows", "quiet"):
         usual += _DOUBLE * entries
     needs_spread = bool(step.noise) or step.fill.kind == "matched"
-    return PeakBytes(usual, 2 * _DOUBLE * entries if needs_spread else 0)
+    return _PeakBytes(usual, 2 * _DOUBLE * entries if needs_spread else 0)
 
 
-def _whole(step: TensorMap, shape_of: Callable[[str], Shape]) -> int:
+def _whole(step: TensorMap, shape_of: Callable[[str], _Shape]) -> int:
     """Return the memory of a map over whole tensors, its sources included, in bytes."""
     sources = [source for source in (step.source, *step.blend, step.fill.donor) if source]
     num_bytes = sum(
@@ -342,14 +342,14 @@ def _whole(step: TensorMap, shape_of: Callable[[str], Shape]) -> int:
     return num_bytes + _AT_A_TIME * _WIDE * prod(_shape(step, shape_of))
 
 
-def _source_shape(step: TensorMap, shape_of: Callable[[str], Shape]) -> Shape:
+def _source_shape(step: TensorMap, shape_of: Callable[[str], _Shape]) -> _Shape:
     source = step.source
     if isinstance(source, TensorMap):
         return _shape(source, shape_of)
     return step.shape if source is None else shape_of(source)
 
 
-def _shape(step: TensorMap, shape_of: Callable[[str], Shape]) -> Shape:
+def _shape(step: TensorMap, shape_of: Callable[[str], _Shape]) -> _Shape:
     before = _source_shape(step, shape_of)
     axes = step.axes or (None,) * len(before)
     return tuple(

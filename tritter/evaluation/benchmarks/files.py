@@ -33,11 +33,11 @@ from tritter.evaluation.benchmarks.fewshot import (
 from tritter.evaluation.benchmarks.formats import Benchmark, FewShot, Format, Question, Row
 from tritter.storage.reading import check_inside, read_text
 
-MAX_FILE_BYTES = 256 * 2**20  # decompressed
+_MAX_FILE_BYTES = 256 * 2**20  # decompressed
 _MAX_QUESTION_CHARACTERS = 2**20
 _MAX_FILES = 20_000  # in a folder and its subfolders
 _MAX_PROBLEMS_OF_FILE = 5
-SPREAD_ROWS = 50_000  # rows of a .parquet to sample a limited number of questions from
+_SPREAD_ROWS = 50_000  # rows of a .parquet to sample a limited number of questions from
 _ROW_BYTES, _VALUE_BYTES = 256, 64  # overhead of a record and of a value in memory
 _SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".txt")
 _ROWS_BELOW = "examples"  # key of the records in BBH's files
@@ -139,9 +139,9 @@ class TasksFolder:
         Raises:
             TextFileError: the file is invalid or too large.
         """
-        reading = Reading(key=self.key, max_bytes=MAX_FILE_BYTES, is_strict=True)
+        reading = Reading(key=self.key, max_bytes=_MAX_FILE_BYTES, is_strict=True)
         is_parquet = path.suffix.lower() == ".parquet"
-        enough = max(limit, SPREAD_ROWS) if is_parquet and limit is not None else None
+        enough = max(limit, _SPREAD_ROWS) if is_parquet and limit is not None else None
         found: list[Row] = []
         try:
             for row in islice(reading.counted(str(path), _records(path, reading)), enough):
@@ -150,7 +150,7 @@ class TasksFolder:
                     reading.count(_ROW_BYTES + _VALUE_BYTES * len(row))
         except ByteLimitError as error:
             if limit is None or len(found) < limit:
-                size = f"{MAX_FILE_BYTES // 2**20} MiB"
+                size = f"{_MAX_FILE_BYTES // 2**20} MiB"
                 line = f"{self.key}: {path} is larger than {size} when decompressed."
                 raise TextFileError([line]) from error
         if reading.problems:
@@ -423,7 +423,7 @@ def _records(path: Path, reading: Reading) -> Iterator[Any]:
     if kind == ".jsonl":
         yield from (row for _, row in records(path, reading))
         return
-    whole = parse(whole_text(path, reading, max_bytes=MAX_FILE_BYTES))
+    whole = parse(whole_text(path, reading, max_bytes=_MAX_FILE_BYTES))
     if isinstance(whole, dict) and isinstance(whole.get(_ROWS_BELOW), list):
         whole = whole[_ROWS_BELOW]
     if not isinstance(whole, list):

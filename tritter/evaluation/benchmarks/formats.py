@@ -15,9 +15,9 @@ from typing import Any, Literal
 from tritter.data.benchmark_names import HUB_NAMES, benchmark_names
 from tritter.evaluation.code.sandbox import Sandbox
 
-Kind = Literal["choice", "context", "word", "answer", "code"]
+_Kind = Literal["choice", "context", "word", "answer", "code"]
 Row = Mapping[str, Any]
-_METRICS: dict[Kind, tuple[str, ...]] = {
+_METRICS: dict[_Kind, tuple[str, ...]] = {
     "choice": ("acc", "acc_norm"),
     "context": ("acc",),
     "word": ("acc",),
@@ -164,7 +164,7 @@ class Benchmark:
     """
 
     name: str
-    kind: Kind
+    kind: _Kind
     metric: str
     files: tuple[str, ...]
     format: Format

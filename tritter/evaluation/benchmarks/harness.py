@@ -35,7 +35,7 @@ _NO_NAME = "lm-evaluation-harness has no such task; set a folder with its file, 
 
 
 @dataclass(frozen=True, slots=True)
-class NullScores:
+class _NullScores:
     """Accuracies of null models.
 
     Args:
@@ -57,7 +57,7 @@ class NullScores:
 
 def null_scores(
     questions: Questions, *, of: Questions | None = None, sandbox: Sandbox | None
-) -> NullScores:
+) -> _NullScores:
     """Score the null models on some questions.
 
     Args:
@@ -74,17 +74,17 @@ def null_scores(
     if kind in ("choice", "context"):
         uniform = sum(1 / len(question.choices) for question in scored) / len(scored)
         answers = [("", each.choices[each.right]) for each in everything]
-        return NullScores(uniform, _commonest_share(answers), None)
+        return _NullScores(uniform, _commonest_share(answers), None)
     if kind == "code":
         if sandbox is None:
-            return NullScores(None, None, None)
+            return _NullScores(None, None, None)
         passed = sum(is_passed(sandbox, question, "") for question in scored)
-        return NullScores(None, None, passed / len(scored))
+        return _NullScores(None, None, passed / len(scored))
     constant = _commonest_share([(each.part, each.answer) for each in everything])
     if kind == "word":
-        return NullScores(None, constant, 0.0)
+        return _NullScores(None, constant, 0.0)
     empty = sum(questions.benchmark.is_right(question, "") for question in scored)
-    return NullScores(None, constant, empty / len(scored))
+    return _NullScores(None, constant, empty / len(scored))
 
 
 def _commonest_share(answers: Sequence[tuple[str, str]]) -> float:
@@ -141,7 +141,7 @@ class BenchmarkScores:
     name: str
     metric: str
     scores: dict[str, PairedScores]
-    nulls: NullScores
+    nulls: _NullScores
     num_fewshot: int
     is_chat: bool
     notes: tuple[str, ...]
@@ -183,7 +183,7 @@ def score_benchmark(
         TritterError: logits are not finite, or the sandbox can't be set up.
     """
     require_harness()
-    length = max_length(model)
+    length = _max_length(model)
     limited = questions.limited(harness.limit)
     readable, notes = _drop_too_long(tokenizer, limited, length=length)
     notes = [*questions.notes, *notes]
@@ -266,7 +266,7 @@ def _run_lm_eval(
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    length = max_length(model)
+    length = _max_length(model)
     # lm-eval uses tensors outside its no_grad block, which inference mode does not allow
     with eval_mode(model), reading_whole(model), torch.inference_mode(False), torch.no_grad():
         # With NaN logits, all choices would tie
@@ -509,7 +509,7 @@ def _num_tokens(tokenizer: Tokenizer, text: str) -> int:
     return len(tokenizer.encode(text, add_special_tokens=not is_begun))
 
 
-def max_length(model: nn.Module) -> int:
+def _max_length(model: nn.Module) -> int:
     """Return a model's context length.
 
     Raises:
@@ -580,10 +580,10 @@ def score_from_hub(
     ]
     if benchmark.kind in ("choice", "context"):
         chances = [1 / len(sample["arguments"]) for _, sample in samples]
-        nulls = NullScores(sum(chances) / len(chances), None, None)
+        nulls = _NullScores(sum(chances) / len(chances), None, None)
     else:
         constant = _commonest_share([(task, str(sample["target"])) for task, sample in samples])
-        nulls = NullScores(None, constant, 0.0 if benchmark.kind == "word" else None)
+        nulls = _NullScores(None, constant, 0.0 if benchmark.kind == "word" else None)
     names = [f"{benchmark.name}:{task}/{sample['doc_id']}" for task, sample in samples]
     notes = []
     if harness.limit:
@@ -591,7 +591,7 @@ def score_from_hub(
     if harness.num_fewshot and not max(numbers):
         notes.append("lm-eval fixes its number of few-shot examples at 0.")
     of_question = [each for _, each in samples]
-    notes += _notes(tokenizer, of_question, length=max_length(model))
+    notes += _notes(tokenizer, of_question, length=_max_length(model))
     return BenchmarkScores(
         name=benchmark.name,
         metric=benchmark.metric,

@@ -86,7 +86,7 @@ def _isolate(root: str, *, folders: list[str], folder_bytes: int) -> None:
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
-def limit(limits: dict[str, int]) -> None:
+def _limit(limits: dict[str, int]) -> None:
     """Set resource limits: name in `resource` without RLIMIT_ → value."""
     for name, value in limits.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
@@ -155,7 +155,7 @@ def main() -> None:
         program = os.fork()
         if program == 0:
             _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            limit(request["limits"])
+            _limit(request["limits"])
             command = [request["interpreter"], "-I", "-S", "-B", "-X", "utf8", "-"]
             os.execve(request["interpreter"], command, {})
         while True:

@@ -88,7 +88,7 @@ class ExpertCallback(Callback):
         self._shape, self._known, self._skill = shape, known or BaseData(), skill
         self._domains, self._seed = tuple(domains), seed
         options = registry.options
-        self._exemplars = Exemplars(options.exemplars, seed=seed) if options.rehearsal else None
+        self._exemplars = _Exemplars(options.exemplars, seed=seed) if options.rehearsal else None
         self.events: list[dict[str, Any]] = []
         self._usage_log = _UsageLog()
         self._restored: Mapping[str, Any] | None = None
@@ -523,7 +523,7 @@ class _UsageLog:
 # expert there would change the output on data of the others; a few exemplars prevent it.
 
 
-class Exemplars:
+class _Exemplars:
     """A reservoir sample of sequences for each expert.
 
     Args:

@@ -14,7 +14,7 @@ from tritter.methods.experts.gates import usage
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.methods.experts.stored import ExpertFolder, StoredAdapter, load_values
 
-NAME = "merged"
+_NAME = "merged"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -116,8 +116,8 @@ def logit_change(mixture: ExpertMixture, adapter: StoredAdapter, input_ids: Tens
         input_ids: int64 [B, T].
     """
     model = mixture.model
-    numbered = (f"{NAME}_{number}" for number in range(300))
-    name = next(each for each in (NAME, *numbered) if each not in mixture.names)
+    numbered = (f"{_NAME}_{number}" for number in range(300))
+    name = next(each for each in (_NAME, *numbered) if each not in mixture.names)
     with eval_mode(model) as device:
         ids = input_ids.to(device)
         before = model(input_ids=ids, use_cache=False).logits.double()

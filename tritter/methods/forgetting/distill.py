@@ -41,13 +41,13 @@ if TYPE_CHECKING:
 _CHUNK_ENTRIES = 2**20  # entries of one tensor of a chunk, tokens times vocabulary
 _NEVER = -1e30  # a logit with probability zero; finite, so that products with it are defined
 
-Logits = Callable[[slice], "Tensor"]
+_Logits = Callable[[slice], "Tensor"]
 Rows = Literal["new", "old", "both"]
 
 
 def soft_target_loss(
     student: Tensor,
-    teacher: Logits,
+    teacher: _Logits,
     tokens: Tensor,
     *,
     temperature: float = 1.0,
@@ -85,7 +85,7 @@ def _autograd_function() -> type[torch.autograd.Function]:
     class SoftTargetLoss(torch.autograd.Function):
         @staticmethod
         def forward(
-            ctx: Any, student: Tensor, teacher: Logits, tokens: Tensor, options: Any
+            ctx: Any, student: Tensor, teacher: _Logits, tokens: Tensor, options: Any
         ) -> Tensor:
             temperature, top_k, excluded, chunk_entries = options
             flat = student.view(-1, student.shape[-1])
@@ -245,7 +245,7 @@ class Distill(ForgettingMethod):
 
     def _teacher_logits(
         self, input_ids: Tensor, reading: Mapping[str, Tensor], kept: Tensor | None
-    ) -> Logits:
+    ) -> _Logits:
         """Run the teacher on rows [n, T] and return a function from a slice to its logits.
 
         Args:

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
     from tritter.transform import Change
 
-Order = Literal["together", "top_down"]
+_Order = Literal["together", "top_down"]
 _Share = Annotated[float, Field(gt=0, lt=1)]
-Layer = Annotated[int, Field(ge=0)]
+_Layer = Annotated[int, Field(ge=0)]
 _KEY = "forgetting.freeze"
 _WITHOUT_WEIGHTS = ("depth", "context")  # only exact depth adds weights of its own
 _DEFAULT = "attention"  # if no option selects anything
@@ -41,12 +41,12 @@ _DEFAULT = "attention"  # if no option selects anything
 class FreezeOptions:
     """Which parameters are frozen, and until which step."""
 
-    layers: tuple[Layer | Text, ...] | Layer | Text | None = None
+    layers: tuple[_Layer | Text, ...] | _Layer | Text | None = None
     new_only: bool = False
     old_experts: bool = False
     old_rows: bool = False
     until: Count | _Share | None = None
-    thaw: Order = "together"
+    thaw: _Order = "together"
 
     def __post_init__(self) -> None:
         if self.thaw != "together" and self.until is None:

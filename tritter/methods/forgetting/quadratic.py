@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tritter.transform import Change
 
 _Estimator = Literal["empirical", "true"]
-Parameters = Mapping[str, "Tensor"]
+_Parameters = Mapping[str, "Tensor"]
 _MAX_GRADIENT_VALUES = (
     2**19
 )  # gradient values per batch: more are bound by memory, fewer by call overhead
@@ -51,7 +51,7 @@ class QuadraticPenalty(ForgettingMethod):
                 self.anchor[name] = parameter.detach().clone()
                 self.importance[name] = importance[name].to(parameter)
 
-    def importance_on(self, model: nn.Module, batches: Iterable[Tensor]) -> Parameters:
+    def importance_on(self, model: nn.Module, batches: Iterable[Tensor]) -> _Parameters:
         """Estimate the importance of every parameter on old data, at the present weights.
 
         Args:
@@ -191,7 +191,7 @@ def diagonal_fisher(
 
 
 def mean_over(
-    batches: Iterable[Tensor], estimate: Callable[[Tensor], Parameters]
+    batches: Iterable[Tensor], estimate: Callable[[Tensor], _Parameters]
 ) -> dict[str, Tensor]:
     """Return the mean of estimates on batches [N, T], each weighted by its N; empty of no batch."""
     import torch
@@ -234,7 +234,7 @@ def has_experts(model: nn.Module) -> bool:
 
 
 def _squares(
-    model: nn.Module, parameters: Parameters, input_ids: Tensor, labels: Tensor
+    model: nn.Module, parameters: _Parameters, input_ids: Tensor, labels: Tensor
 ) -> dict[str, Tensor]:
     """Return the sum of the squared per-sequence gradients."""
     import torch
@@ -262,7 +262,7 @@ def _squares(
 
 
 def _sequence_loss(
-    model: nn.Module, parameters: Parameters, input_ids: Tensor, labels: Tensor
+    model: nn.Module, parameters: _Parameters, input_ids: Tensor, labels: Tensor
 ) -> Tensor:
     """Return the mean next-token loss of one sequence; input_ids [T], labels [T - 1] or IGNORED."""
     from torch import nn

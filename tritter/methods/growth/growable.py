@@ -40,7 +40,7 @@ from tritter.targets import plain, values_of
 from tritter.transform.folder import known_digests
 from tritter.transform.live import write_model
 
-Counts = dict[str, int]
+_Counts = dict[str, int]
 # Other triggers need to know the number of steps
 _TRIGGERS = {name: kind for name, kind in TRIGGERS.items() if not kind.needs_end}
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -50,7 +50,7 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": nn.functional.relu,
     "tanh": torch.tanh,
 }
-QWEN = "Qwen/Qwen2.5-1.5B-Instruct"
+_QWEN = "Qwen/Qwen2.5-1.5B-Instruct"
 
 
 class Growable:
@@ -81,7 +81,7 @@ class Growable:
         """Record the loss of a step; triggers that detect a plateau need it."""
         self._loop.note_loss(float(loss.detach() if isinstance(loss, Tensor) else loss))
 
-    def check_and_grow(self, *, optimizer: Optimizer | None = None) -> Counts:
+    def check_and_grow(self, *, optimizer: Optimizer | None = None) -> _Counts:
         """Grow if the trigger fires.
 
         Args:
@@ -168,7 +168,7 @@ class GrowableLayer(Growable):
         return {**_num_changed(growth), "indices": indices.tolist()}
 
 
-def _num_changed(growth: Growth | None) -> Counts:
+def _num_changed(growth: Growth | None) -> _Counts:
     """Return the numbers of neurons that were born, replaced, and died."""
     layers = () if growth is None else growth.layers.values()
     return {
@@ -417,7 +417,7 @@ class GrowableCausalLM(Growable, nn.Module):
 
     def __init__(
         self,
-        path_or_model: str | PathLike[str] | nn.Module = QWEN,
+        path_or_model: str | PathLike[str] | nn.Module = _QWEN,
         *,
         enable_growth: bool = True,
         freeze_attention: bool = False,

@@ -34,7 +34,7 @@ _MAX_LOSSES = 20_000  # of the most recent steps
 _MAX_ROWS = 1_000  # rows of the growth map
 _UNTRAINED = -1.0  # marks a layer without a pressure
 _TRAINING_FLOPS = 6  # per parameter and token
-OLD = -(2**31)  # birth step of neurons that the model started with
+_OLD = -(2**31)  # birth step of neurons that the model started with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -168,7 +168,7 @@ def _initial_values(growth: LayerGrowth, part: str) -> Fill:
 
 
 @dataclass(slots=True)
-class Counts:
+class _Counts:
     """Totals of growth so far."""
 
     born: int = 0
@@ -226,9 +226,9 @@ class Grower:
     ) -> None:
         self.options, self.timing = options, timing
         self.trigger, self.initialiser = options.trigger, options.initialiser
-        self.pressure = Pressure(options.pressure_decay)
+        self.pressure = _Pressure(options.pressure_decay)
         self.maturity = _Maturity(age=timing.maturation_age, factor=options.maturation_factor)
-        self.counts, self.map = Counts(), _GrowthMap()
+        self.counts, self.map = _Counts(), _GrowthMap()
         self.events: list[dict[str, Any]] = []
         self.start: list[int] = []
         self.blocks: tuple[FfnBlock, ...] = ()
@@ -274,7 +274,7 @@ class Grower:
         self._history = [list(each) for each in restored["history"]]
         self._losses.extend(restored["losses"])
         self.events = [dict(each) for each in restored["events"]]
-        self.counts, self.map = Counts(**restored["counts"]), _GrowthMap(**restored["map"])
+        self.counts, self.map = _Counts(**restored["counts"]), _GrowthMap(**restored["map"])
         self.start = list(restored["start"])
 
     @property
@@ -484,7 +484,7 @@ class Grower:
         return sources.cpu()
 
 
-class Pressure:
+class _Pressure:
     """Moving averages of the gradient norm of every neuron, and of the whole gradient.
 
     ema ← decay · ema + (1 − decay) · |∇w|, for a neuron over its rows of gate and up. Steps with a
@@ -616,7 +616,7 @@ class _Maturity:
     def __init__(self, *, age: int, factor: float) -> None:
         self._age = age
         self._factor = factor
-        self._latest = OLD  # step of the last birth
+        self._latest = _OLD  # step of the last birth
         self._born: dict[int, Tensor] = {}  # layer → int64 [F], birth step
         self._before: dict[tuple[str, int], Tensor] = {}
         self._young: dict[int, Tensor] = {}
@@ -627,7 +627,7 @@ class _Maturity:
 
     def begin(self, widths: Mapping[int, int]) -> None:
         """Mark all neurons of a model as mature."""
-        self._born = {n: torch.full((w,), OLD, dtype=torch.int64) for n, w in widths.items()}
+        self._born = {n: torch.full((w,), _OLD, dtype=torch.int64) for n, w in widths.items()}
 
     def grow(self, layer: int, indices: Tensor, width: int, *, step: int) -> None:
         """Add newborn neurons."""

@@ -20,14 +20,14 @@ from tritter.options import options
 if TYPE_CHECKING:
     from torch import Tensor
 
-Against = Literal["none", "neighbours", "activations"]
+_Against = Literal["none", "neighbours", "activations"]
 _MAX_NEIGHBOURS = 16
 _POWER_STEPS, _SUBSPACE = 12, 6
 _LONGEST = 10.0  # maximum norm of a new row or column, relative to the median of the old ones
 
 
 def orthogonalised(
-    rows: Tensor, existing: Tensor, *, against: Against, inputs: Tensor | None = None
+    rows: Tensor, existing: Tensor, *, against: _Against, inputs: Tensor | None = None
 ) -> Tensor:
     """Return rows made orthogonal to their nearest existing rows, with their original norm.
 
@@ -150,7 +150,7 @@ class Initialiser(ABC):
     name: ClassVar[str] = ""  # key in `INITIALISERS` of built-in initialisers
     is_exact: ClassVar[bool] = False  # True if the function is preserved
 
-    orthogonalise: Against = "none"
+    orthogonalise: _Against = "none"
 
     @abstractmethod
     def neurons(self, layer: Layer) -> NewNeurons:
@@ -277,7 +277,7 @@ class SourceNoise(Initialiser):
 
     name: ClassVar[str] = "source_noise"
 
-    orthogonalise: Against = "neighbours"
+    orthogonalise: _Against = "neighbours"
     noise: Annotated[float, Field(ge=0)] = 0.1
 
     def neurons(self, layer: Layer) -> NewNeurons:

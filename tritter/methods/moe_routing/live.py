@@ -38,7 +38,7 @@ from tritter.training import BaseModule, OptimizerSettings, Schedule, SideLoss, 
 from tritter.training.checkpoint_io import random_state, restore_random_state
 from tritter.transform.live import ModelExpander
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, Tensor]
 _OLD = "old_input_ids"

@@ -192,7 +192,7 @@ class RoutingObjective(SideLoss):
         return len(self._old.rows(0)) * mean
 
     def callbacks(self) -> tuple[Callback, ...]:
-        return (RoutingCallback(self),)
+        return (_RoutingCallback(self),)
 
     def divergence(self, model: nn.Module, step: int) -> Tensor | None:
         """Return the divergence of old data from its old routing in nats per token, if enabled.
@@ -231,7 +231,7 @@ class RoutingObjective(SideLoss):
         )
 
 
-class RoutingCallback(Callback):
+class _RoutingCallback(Callback):
     """Record the routing, log load statistics, and update the selection bias.
 
     Args:
@@ -371,7 +371,7 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LayerStatistics:
+class _LayerStatistics:
     """The use of one layer's experts over some tokens.
 
     Args:
@@ -385,7 +385,7 @@ class LayerStatistics:
     dropped_fraction: float
 
 
-def layer_statistics(record: Record, *, capacity_factor: float) -> LayerStatistics:
+def layer_statistics(record: Record, *, capacity_factor: float) -> _LayerStatistics:
     """Return the statistics of one layer over the tokens of a forward pass.
 
     Args:
@@ -398,7 +398,7 @@ def layer_statistics(record: Record, *, capacity_factor: float) -> LayerStatisti
     counts = expert_counts(record.selected, num_experts)
     load = counts.double() / counts.sum()
     entropy = -torch.xlogy(probabilities, probabilities).sum(dim=-1).mean()
-    return LayerStatistics(
+    return _LayerStatistics(
         max_load=float(load.max() * num_experts),
         entropy=float(entropy),
         dropped_fraction=dropped_fraction(counts, capacity_factor=capacity_factor),

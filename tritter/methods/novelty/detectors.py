@@ -27,7 +27,7 @@ from tritter.methods.novelty.statistics import share_bound, t_interval
 from tritter.options import Count, checked, options, read_part
 
 _NEW = ""  # label of batches that match no skill
-Kind = Literal["known", "new", "unsure"]
+_Kind = Literal["known", "new", "unsure"]
 
 
 @options
@@ -238,7 +238,7 @@ class Decision:
         reason: reason for `unsure`.
     """
 
-    kind: Kind
+    kind: _Kind
     skill: str
     score: float
     lower: float
@@ -307,7 +307,7 @@ class NoveltyDetector:
             del self._seen[0], self._values[0]
         num_batches, gathered = len(self._values), torch.cat(self._values)
         found = t_interval(gathered, confidence=options.confidence)
-        kind: Kind = "unsure"
+        kind: _Kind = "unsure"
         reason = ""
         if len(gathered) < options.min_samples:
             reason = f"{len(gathered)} of {options.min_samples} samples"

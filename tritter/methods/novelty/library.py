@@ -24,8 +24,8 @@ _TRAINED = ("first", "first_bias", "second", "second_bias")
 FORMAT_VERSION = 1
 _MAX_DIGESTS = 64  # per skill
 _MAX_FOLDS = 5
-Measure = Literal["loss", "centre", "distance"]
-Part = TypeVar("Part")
+_Measure = Literal["loss", "centre", "distance"]
+_Part = TypeVar("_Part")
 Gather = Callable[[Any], Sequence[Any]]
 
 
@@ -263,7 +263,7 @@ def check_format(state: Mapping[str, Any], what: str) -> None:
         )
 
 
-def single_process(own: Part) -> Sequence[Part]:
+def single_process(own: _Part) -> Sequence[_Part]:
     """Gather from a single process."""
     return [own]
 
@@ -385,7 +385,7 @@ class SkillLibrary:
             self._gaussians[name] = _gaussian_of(skill.moments, prior)
         return self._gaussians[name]
 
-    def z(self, measure: Measure, name: str, seen: Observation) -> Tensor:
+    def z(self, measure: _Measure, name: str, seen: Observation) -> Tensor:
         """Return z-scores of samples relative to a skill, float64 [B].
 
         They are in deviations of batch means, so their mean is the z-score of the batch.

@@ -49,7 +49,7 @@ class NoveltyOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Scores:
+class _Scores:
     """The novelty of a batch.
 
     Args:
@@ -90,7 +90,7 @@ class Detector(ABC):
         """Return skill → novelty of each sample, independent of the rest of its batch."""
         return self.against(seen, library)
 
-    def score(self, seen: Observation, library: SkillLibrary) -> Scores:
+    def score(self, seen: Observation, library: SkillLibrary) -> _Scores:
         """Return the novelty of a batch relative to the most similar skill."""
         import torch
 
@@ -99,7 +99,7 @@ class Detector(ABC):
         nearest = min(by_skill, key=by_skill.__getitem__)
         samples = self.samples_against(seen, library)
         share = max(0.5, min(1.0, math.sqrt(len(seen) / self.full_batch)))
-        return Scores(
+        return _Scores(
             values=against[nearest],
             samples=torch.stack(list(samples.values())).amin(dim=0),
             threshold=share * self.limit(library),
@@ -215,7 +215,7 @@ class CosineNovelty(Detector):
         values_KB = mean_cosines(embed(seen.features, library.projection), skills)
         return {skill.name: 1 - each for skill, each in zip(library, values_KB, strict=True)}
 
-    def score(self, seen: Observation, library: SkillLibrary) -> Scores:
+    def score(self, seen: Observation, library: SkillLibrary) -> _Scores:
         import torch
 
         from tritter.methods.novelty.library import embed
@@ -233,7 +233,7 @@ class CosineNovelty(Detector):
             "median": order[(count - 1) // 2 : count // 2 + 1],
         }[self.reduction]
         reduced = {"max": samples_KB.amin(0), "mean": samples_KB.mean(0)}
-        return Scores(
+        return _Scores(
             values=values_KB[chosen].mean(dim=0),
             samples=reduced.get(self.reduction, samples_KB.quantile(0.5, dim=0)),
             threshold=self.limit(library),

@@ -183,7 +183,7 @@ class Gaussian:
 
 
 @dataclass(frozen=True, slots=True)
-class Interval:
+class _Interval:
     """A mean with one-sided bounds, each at the given confidence."""
 
     value: float
@@ -191,7 +191,7 @@ class Interval:
     upper: float
 
 
-def t_interval(values: Tensor, *, confidence: float) -> Interval:
+def t_interval(values: Tensor, *, confidence: float) -> _Interval:
     """Return the mean of independent samples [n] with Student bounds; infinite for one sample.
 
     For losses, which have a long upper tail, the lower bound is conservative: an outlier raises the
@@ -201,10 +201,10 @@ def t_interval(values: Tensor, *, confidence: float) -> Interval:
 
     n, value = len(values), float(values.double().mean())
     if n < 2:
-        return Interval(value, -math.inf, math.inf)
+        return _Interval(value, -math.inf, math.inf)
     error = float(values.double().std()) / math.sqrt(n)
     margin = float(stdtrit(n - 1, confidence)) * error
-    return Interval(value, value - margin, value + margin)
+    return _Interval(value, value - margin, value + margin)
 
 
 def share_bound(count: int, n: int, *, confidence: float, is_lower: bool) -> float:

@@ -26,7 +26,7 @@ from tritter.storage.records import record
 _FORMAT_VERSION = 1
 _EXPERT_FILES = ("experts/", "state/experts.")
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 @record
@@ -144,10 +144,10 @@ def _intact_scores(location: Path) -> dict[str, Any] | None:
     try:
         content = read_object(location, limit_bytes=MAX_SCORE_BYTES)
     except TritterError as error:
-        logger.warning("scoring again, because the cached file is damaged: %s: %s", location, error)
+        _logger.warning("scoring again: the cached file is damaged: %s: %s", location, error)
         return None
     scores = content.get("scores")
     if not isinstance(scores, dict) or content.get("sha256") != content_key(scores):
-        logger.warning("scoring again, because the checksum of %s differs", location)
+        _logger.warning("scoring again, because the checksum of %s differs", location)
         return None
     return scores

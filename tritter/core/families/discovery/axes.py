@@ -66,8 +66,8 @@ _WITH_HIDDEN = "the size of a head follows from the hidden size"
 _MAX_TRIES = 600
 
 _AxisOf = tuple[str, int]  # name of a tensor within a layer or outside, and one of its axes
-Sizes = tuple[int, int]  # of an axis, before and after the change of a key
-Option = TypeVar("Option")
+_Sizes = tuple[int, int]  # of an axis, before and after the change of a key
+_Option = TypeVar("_Option")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class Role:
 
 
 @dataclass(frozen=True, slots=True)
-class Neurons:
+class _Neurons:
     """The matrices of a dense FFN whose neurons can grow in single layers.
 
     Args:
@@ -129,7 +129,7 @@ class Axes:
     has_head_dim: bool = True
     heads_fill_hidden: bool = False
     subtracts_mean: bool = False
-    neurons: Neurons = Neurons()
+    neurons: _Neurons = _Neurons()
     refused: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -194,7 +194,7 @@ class _Search:
         self.ffn_keys: tuple[str, ...] = ()
         self.hidden_keys: tuple[str, ...] = ()
         self.has_head_dim = self.subtracts_mean = self.fills_hidden = False
-        self.neurons = Neurons()
+        self.neurons = _Neurons()
 
     def add_ffns(self) -> None:
         """Find the axes of neurons, of FFNs and of experts."""
@@ -305,7 +305,7 @@ class _Search:
             for name in _normed(block, self._eps_users(layer)):
                 self._absorb(name)
 
-    def _add_units(self, space: str, key: str, following: Mapping[_AxisOf, Sizes]) -> None:
+    def _add_units(self, space: str, key: str, following: Mapping[_AxisOf, _Sizes]) -> None:
         for axis in following:
             if self._layer_of(axis) is None:
                 raise RequestError(f"{axis[0]}, outside the layers, depends on {key}")
@@ -313,7 +313,7 @@ class _Search:
             self._add_within(block, space, key, self._within(following, layer))
 
     def _add_within(
-        self, block: Block, space: str, key: str, axes: Mapping[_AxisOf, Sizes]
+        self, block: Block, space: str, key: str, axes: Mapping[_AxisOf, _Sizes]
     ) -> None:
         changes = [new - old for old, new in axes.values()]
         units = math.gcd(self._size(key), *changes)
@@ -413,7 +413,7 @@ class _Search:
         split = in_layer(axis[0], self._prefix)
         return None if split is None else split[0]
 
-    def _within(self, following: Mapping[_AxisOf, Sizes], layer: int) -> dict[_AxisOf, Sizes]:
+    def _within(self, following: Mapping[_AxisOf, _Sizes], layer: int) -> dict[_AxisOf, _Sizes]:
         split = {axis: in_layer(axis[0], self._prefix) for axis in following}
         return {
             (place[1], axis[1]): following[axis]
@@ -421,12 +421,12 @@ class _Search:
             if place is not None and place[0] == layer
         }
 
-    def _following(self, keys: Iterable[str], fixed: Config | None = None) -> dict[_AxisOf, Sizes]:
+    def _following(self, keys: Iterable[str], fixed: Config | None = None) -> dict[_AxisOf, _Sizes]:
         """Return the axes that grow if some keys double."""
         fixed = fixed or {}
         return self._changed(fixed, {**fixed, **{key: 2 * self._size(key) for key in keys}})
 
-    def _changed(self, first: Config, second: Config) -> dict[_AxisOf, Sizes]:
+    def _changed(self, first: Config, second: Config) -> dict[_AxisOf, _Sizes]:
         """Return the axes that differ between two changes of the config; raises as `_following`."""
         before, after = self._shapes(first), self._shapes(second)
         if before.keys() != after.keys():
@@ -459,7 +459,7 @@ class _Search:
 
 
 def arrangements(
-    block: Block, axes: Mapping[_AxisOf, Sizes], units: int, head_dim: int
+    block: Block, axes: Mapping[_AxisOf, _Sizes], units: int, head_dim: int
 ) -> dict[_AxisOf, Arrangement] | None:
     """Return the arrangement of units along axes, or None if none is a symmetry of the layer.
 
@@ -510,7 +510,7 @@ def _unit_port(block: Block, name: str, axis: int) -> Port:
     return Port.READ if any(is_output(block, name, other) for other in others) else Port.WRITE
 
 
-def _neurons_of(block: Block, roles: Mapping[str, Mapping[int, Role]]) -> Neurons:
+def _neurons_of(block: Block, roles: Mapping[str, Mapping[int, Role]]) -> _Neurons:
     """Return the neurons of a layer's FFN."""
     other = "an FFN is not down(σ(gate(x)) · up(x)) with matrices of their own"
     names = {name for name in values_of(block.module) if name in roles}
@@ -539,7 +539,7 @@ def _neurons_of(block: Block, roles: Mapping[str, Mapping[int, Role]]) -> Neuron
         up = next((name for name in rows if name != gate), "")
         if activation := _activation(block, gate, up, columns[0]):
             parts = {"gate": gate, "up": up} if up else {"up": gate}
-            return Neurons({**parts, "down": columns[0]}, activation, keys.pop())
+            return _Neurons({**parts, "down": columns[0]}, activation, keys.pop())
     raise RequestError(other)
 
 
@@ -579,7 +579,7 @@ def _is_elementwise(module: nn.Module, values: Tensor) -> bool:
 
 
 def residual_axes(
-    block: Block, axes: Mapping[_AxisOf, Sizes], writers: frozenset[str]
+    block: Block, axes: Mapping[_AxisOf, _Sizes], writers: frozenset[str]
 ) -> set[_AxisOf]:
     """Return the axes of the residual stream among those that follow its size.
 
@@ -764,7 +764,7 @@ def _permuted(values: Mapping[str, Tensor], orders: Mapping[_AxisOf, Tensor]) ->
         yield
 
 
-def _from_the_first(options: Sequence[Sequence[Option]]) -> Iterator[tuple[Option, ...]]:
+def _from_the_first(options: Sequence[Sequence[_Option]]) -> Iterator[tuple[_Option, ...]]:
     """Yield choices of one option each: the first ones, then with up to three others."""
     first = [each[0] for each in options]
     for others in range(min(len(options), 3) + 1):

@@ -306,7 +306,7 @@ def _float64_by_default() -> Iterator[None]:
 
 
 @dataclass(frozen=True, slots=True)
-class Writer:
+class _Writer:
     """A tensor of a block that writes the residual stream.
 
     Args:
@@ -398,7 +398,7 @@ def further_streams(twin: Twin, name: str) -> Iterator[Block]:
             yield replace(block, hidden=value, output=number)
 
 
-def find_writers(block: Block) -> tuple[Writer, ...]:
+def find_writers(block: Block) -> tuple[_Writer, ...]:
     """Return the smallest set of tensors with which a block is the identity, at their zeros.
 
     Raises:
@@ -409,7 +409,7 @@ def find_writers(block: Block) -> tuple[Writer, ...]:
     values = {**dict(block.module.named_parameters()), **buffers}
     values = {name: value for name, value in values.items() if value.is_floating_point()}
     before = {name: value.detach().clone() for name, value in values.items()}
-    found: list[Writer] = []
+    found: list[_Writer] = []
     with restored(*values.values()):
         reason = _zero_writers(block, values, found)
         if not reason:
@@ -422,7 +422,7 @@ def find_writers(block: Block) -> tuple[Writer, ...]:
 
 
 def _zero_writers(
-    block: Block, values: Mapping[str, Tensor], found: list[Writer], *, streams: int = 1
+    block: Block, values: Mapping[str, Tensor], found: list[_Writer], *, streams: int = 1
 ) -> str:
     """Zero writers until the block is the identity, and add them to those found.
 
@@ -449,7 +449,7 @@ def _zero_writers(
     return ""
 
 
-def _set_factors(block: Block, values: Mapping[str, Tensor]) -> list[Writer]:
+def _set_factors(block: Block, values: Mapping[str, Tensor]) -> list[_Writer]:
     """Set the factors of the stream itself to one, and return them.
 
     In a large stream they matter, and branches that begin with a norm do not.
@@ -463,14 +463,14 @@ def _set_factors(block: Block, values: Mapping[str, Tensor]) -> list[Writer]:
         value.data.fill_(1.0)
         changed = block.change(large).abs().sum()
         if changed < size * (1 - _NORMED):
-            found.append(Writer(name, 0))
+            found.append(_Writer(name, 0))
             size = changed
         else:
             value.data.copy_(before)
     return found
 
 
-def _writer(block: Block, name: str, value: Tensor, streams: int) -> Writer | None:
+def _writer(block: Block, name: str, value: Tensor, streams: int) -> _Writer | None:
     """Return the tensor as a writer of the residual stream, or None."""
     size = block.hidden.shape[-1]
     change = block.change()
@@ -481,7 +481,7 @@ def _writer(block: Block, name: str, value: Tensor, streams: int) -> Writer | No
             value.data.select(axis, COORDINATE).add_(CHANGE)
             moved = block.change() - change
         if _is_at_coordinate(moved.unflatten(-1, (-1, length))):
-            return Writer(name, axis)
+            return _Writer(name, axis)
     return None
 
 
@@ -512,10 +512,10 @@ def _is_zeroed(block: Block, value: Tensor, *, always: bool) -> bool:
 
 def _needed(
     block: Block,
-    found: list[Writer],
+    found: list[_Writer],
     values: Mapping[str, Tensor],
     before: Mapping[str, Tensor],
-) -> list[Writer]:
+) -> list[_Writer]:
     """Restore each writer that the identity does not need; return the others, with their zeros.
 
     A gain after a projection and the projection are both writers. Without the gain at zero the
@@ -530,7 +530,7 @@ def _needed(
         else:
             values[writer.name].data.copy_(zeroed)
     return [
-        Writer(writer.name, writer.axis, float(values[writer.name].detach().flatten()[0]))
+        _Writer(writer.name, writer.axis, float(values[writer.name].detach().flatten()[0]))
         for writer in needed
     ]
 
@@ -559,7 +559,7 @@ def first_tensor(values: Any) -> Tensor | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class _Call:
     """A call of a module.
 
     Args:
@@ -575,7 +575,7 @@ class Call:
 
 def calls_in(
     module: nn.Module, run: Callable[[], object], names: Collection[str] | None = None
-) -> list[Call]:
+) -> list[_Call]:
     """Return the calls of modules within a module, in the order in which they end.
 
     Args:
@@ -583,14 +583,14 @@ def calls_in(
         run: calls it.
         names: of the modules. Default: all.
     """
-    calls: list[Call] = []
+    calls: list[_Call] = []
 
     def record(
         name: str, _: nn.Module, args: tuple[Any, ...], keywords: Mapping[str, Any], output: Any
     ) -> None:
         given, made = first_tensor((*args, *keywords.values())), first_tensor(output)
         if given is not None and made is not None:  # whose caller may add to it in place
-            calls.append(Call(name, given.detach(), made.detach().clone()))
+            calls.append(_Call(name, given.detach(), made.detach().clone()))
 
     handles = [
         each.register_forward_hook(partial(record, name), with_kwargs=True)
