@@ -40,6 +40,7 @@ from tritter.data.tokens import (  # noqa: E402
     TextBounds,
     TokenisedDocuments,
     pack,
+    train_tokenizer,
 )
 from tritter.methods.novelty import (  # noqa: E402
     NoveltyDetector,
@@ -161,7 +162,7 @@ def seen_by_a_base(
         max_validation_tokens_per_document=20_000,
         seed=seed,
         cache_dir=cache,
-        tokenizer_domains=[PROSE],
+        tokenizer=train_tokenizer(built_in_documents("stdlib:prose"), vocab_size=1024),
     )
     end = corpus.tokenizer.token_to_id(END_OF_TEXT)
 

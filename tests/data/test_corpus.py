@@ -96,18 +96,14 @@ def test_what_a_corpus_holds(tmp_path):
         assert source.num_bytes == sum(len(text.encode()) for text in texts.values())
 
 
-def test_the_tokenizer_never_sees_validation_or_other_domains(tmp_path):
-    corpus = build(tmp_path, tokenizer_domains=["prose"])
+def test_the_tokenizer_never_sees_validation(tmp_path):
+    corpus = build(tmp_path)
     held_out = set(corpus.domains["prose"].validation.identifiers)
     rule = SplitRule(seed=0, validation_fraction=0.2)
     others = (f"zzzz {number}" * 50 for number in range(99))
     other = (text for text in others if threshold_side(text_key(text), rule) == "validation")
     altered = (next(other) if each.identifier in held_out else each.text for each in OLD)
-    domains = {
-        "prose": documents_of(altered),
-        "code": documents_of(each.text[::-1] for each in NEW),
-    }
-    other = build(tmp_path, domains=domains, tokenizer_domains=["prose"])
+    other = build(tmp_path, domains={"prose": documents_of(altered), "code": NEW})
     assert other.digest != corpus.digest
     assert other.tokenizer.to_str() == corpus.tokenizer.to_str()
 
@@ -129,7 +125,6 @@ def test_the_second_time_it_is_loaded_and_the_same(tmp_path, making):
         {"validation_fraction": 0.3},
         {"max_validation_tokens_per_document": 51},
         {"origin": "elsewhere"},
-        {"tokenizer_domains": ["code"]},
         {"domains": {"prose": OLD[:-1], "code": NEW}},
     ],
 )
@@ -218,10 +213,6 @@ def test_a_cache_that_cannot_be_written_is_refused_before_any_work(tmp_path, mak
 
 
 def test_wrong_requests_are_refused(tmp_path):
-    with pytest.raises(RequestError, match=r"no domain 'cod'.*Did you mean 'code'"):
-        build(tmp_path, tokenizer_domains=["cod"])
-    with pytest.raises(RequestError, match="at least one domain"):
-        build(tmp_path, domains={})
     with pytest.raises(RequestError, match=r"data\.vocab_size"):
         build(tmp_path, vocab_size=10)
     assert not list((tmp_path / "corpora" / "1").glob("*"))

@@ -11,10 +11,8 @@ from tritter.data import documents as documents_module
 from tritter.data.documents import (
     PIECE_CHARACTERS,
     Document,
-    cut,
     documents_digest,
     documents_of,
-    notes_of,
     pieces,
     pieces_of_chunks,
     text_key,
@@ -63,7 +61,9 @@ def test_a_long_text_is_cut_at_blank_lines_by_its_own_size_alone():
 
 @pytest.mark.parametrize("text", ["a\n" * 500, "a " * 500, "a" * 1000, "", "é" * 1000])
 def test_pieces_are_the_text_whatever_it_is_made_of(text):
-    found = list(cut(text, size=20))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents_module, "PIECE_CHARACTERS", 20)
+        found = list(map(str, pieces(text)))
     assert "".join(found) == text
     assert all(20 <= len(piece) <= 40 for piece in found[:-1])
 
@@ -73,7 +73,6 @@ def test_a_text_in_chunks_has_the_pieces_of_the_whole(chunks):
     text = "".join(chunks)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents_module, "PIECE_CHARACTERS", 20)
-        patch.setitem(cut.__kwdefaults__, "size", 20)
         assert list(pieces_of_chunks(chunks)) == list(pieces(text))
         assert "".join(map(str, pieces(text))) == text
 
@@ -102,7 +101,7 @@ def test_empty_documents_and_duplicates_are_counted(tmp_path):
     rows = ['{"text": "a row"}'] * 3 + ['{"text": ""}', '"another"', '"a  row\\n"']
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     found = source_documents([str(tmp_path)], key="data.new", text_field="text")
-    assert notes_of(found) == ("data.new: dropped of 8 documents: 3 empty and 3 duplicate.",)
+    assert found.notes == ("data.new: dropped of 8 documents: 3 empty and 3 duplicate.",)
     assert [document.text for document in found] == ["a  row\n", "another"]
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.evaluation.programs import MBPP_ROWS
 from tests.hostile.values import parquet_bomb
-from tritter.data.benchmark_names import GROUPS, HUB_NAMES
+from tritter.data.benchmark_names import HUB_NAMES, PROGRESSIVE_BENCHMARKS
 from tritter.errors import RequestError
 from tritter.evaluation.benchmarks import files
 from tritter.evaluation.benchmarks.files import Questions, TasksFolder, load
@@ -194,7 +194,8 @@ def test_names_of_groups_benchmarks_and_lm_eval() -> None:
         "bbh",
         "arc_challenge",
     ]
-    assert [b.name for b in benchmarks_of(["math"], key="--tasks")] == GROUPS["math"]
+    found = [b.name for b in benchmarks_of(["math"], key="--tasks")]
+    assert found == PROGRESSIVE_BENCHMARKS["math"]
     assert [b.name for b in benchmarks_of(["hendrycks_math", "truthfulqa_mc1"], key="--tasks")] == [
         "math",
         "truthfulqa",

@@ -66,7 +66,12 @@ def test_the_tables_have_each_expert_and_each_domain(summary: dict[str, Any]) ->
     assert "batches: 120 known, 6 new, 2 unsure, 0 idle; 1 refused, last: the cooldown;" in said
     assert "routed top-2 at temperature 0.5" in said
     assert "parameters 170 k + 12.4 k experts" in said
-    alone = {"kind": "single_lora", "names": ["expert_0"], "usage": {"prose": {"expert_0": 1.0}}}
+    alone = {
+        "kind": "single_lora",
+        "number": 1,
+        "names": ["expert_0"],
+        "usage": {"prose": {"expert_0": 1.0}},
+    }
     text = printed(summary | {"experts": alone})
     assert "LoRA experts (single_lora)" in text and "Routing" not in text
     assert line_of(text, "experts") == ["experts", "1", "at", "the", "end,", "0", "spawned"]
@@ -80,7 +85,7 @@ def test_what_is_merged_is_gone_and_what_it_went_into_stays() -> None:
     made = experts()
     event = {"step": 70, "kind": "merged", "expert": "expert_1", "gone": "expert_2", "why": ""}
     made["events"] = [made["events"][1], event]
-    states = {row.name: row.state for row in record_of(made).rows}
+    states = {row[0]: row[-1] for row in experts_table(record_of(made)).rows}
     assert states == {"base": "", "expert_1": "mature", "expert_3": "young", "expert_2": "merged"}
 
 
@@ -129,7 +134,8 @@ def test_courses_have_gaps_where_an_expert_was_not() -> None:
     lines = {line.get_label(): (line.get_xdata(), line.get_ydata()) for line in axes.lines}
     assert list(lines["expert_1"][0]) == [12, 35, 64, END]
     assert lines["expert_3"][1] == pytest.approx([np.nan, np.nan, 8, 8], nan_ok=True)
-    made = experts() | {"ranks_over_time": None}
+    made = experts()
+    del made["ranks_over_time"]
     axes = axes_of(draw_ranks, made, end=END, mark=marked.append)
     assert [list(line.get_ydata()) for line in axes.lines] == [[16, 16], [8, 8]]
 
@@ -255,5 +261,5 @@ def test_whatever_is_not_refused_is_shown(summary: dict[str, Any]) -> None:
                 FigureCanvasAgg(experts_figure(found, end=0)).draw()
             shown += 1
     assert shown > 100 and refused > 300
-    for end in ({"kind": "dylora"}, {"names": []}, {"ranks": {"a": None}}):
+    for end in ({"kind": "dylora"}, {"names": []}):
         FigureCanvasAgg(experts_figure(record_of(end), end=0)).draw()

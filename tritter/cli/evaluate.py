@@ -113,9 +113,9 @@ _ResultFile = Annotated[
 
 
 def _names() -> Iterable[str]:
-    from tritter.data.benchmark_names import GROUPS, HUB_NAMES
+    from tritter.data.benchmark_names import HUB_NAMES, PROGRESSIVE_BENCHMARKS
 
-    return dict.fromkeys([*GROUPS, *HUB_NAMES])
+    return dict.fromkeys([*PROGRESSIVE_BENCHMARKS, *HUB_NAMES])
 
 
 _Tasks = Annotated[

@@ -4,14 +4,13 @@ from collections.abc import Sequence
 
 from tritter.errors import Problem, nearest, raise_problems
 
-# `PROGRESSIVE_BENCHMARKS` of the library
-GROUPS: dict[str, list[str]] = {
+# Group → benchmarks
+PROGRESSIVE_BENCHMARKS: dict[str, list[str]] = {
     "base_capabilities": ["hellaswag", "arc_challenge", "mmlu", "truthfulqa"],
     "code": ["humaneval", "mbpp"],
     "math": ["gsm8k", "math"],
     "reasoning": ["bbh", "arc_challenge"],
 }
-PROGRESSIVE_BENCHMARKS = GROUPS
 # Name → lm-eval task; for benchmarks that run code: data set and splits; empty if there is none
 HUB_NAMES = {
     "hellaswag": "hellaswag",
@@ -34,7 +33,7 @@ HUB_NAMES = {
     "humaneval": "openai/openai_humaneval test",
     "mbpp": "google-research-datasets/mbpp prompt+test",
 }
-CODE = tuple(GROUPS["code"])  # answers are programs that are run
+CODE = tuple(PROGRESSIVE_BENCHMARKS["code"])  # answers are programs that are run
 _OURS = {hub: name for name, hub in HUB_NAMES.items() if hub and name not in CODE}
 
 
@@ -53,13 +52,14 @@ def benchmark_names(requested: Sequence[str], *, key: str) -> tuple[str, ...]:
     known: dict[str, None] = {}
     problems = []
     for word in requested:
-        if word in GROUPS:
-            known.update(dict.fromkeys(GROUPS[word]))
+        if word in PROGRESSIVE_BENCHMARKS:
+            known.update(dict.fromkeys(PROGRESSIVE_BENCHMARKS[word]))
         elif (name := _OURS.get(word, word)) in HUB_NAMES:
             known[name] = None
         else:
-            reason = f"allowed are the groups {', '.join(GROUPS)} and {', '.join(HUB_NAMES)}"
-            near = nearest(word, [*GROUPS, *HUB_NAMES])
+            groups = ", ".join(PROGRESSIVE_BENCHMARKS)
+            reason = f"allowed are the groups {groups} and {', '.join(HUB_NAMES)}"
+            near = nearest(word, [*PROGRESSIVE_BENCHMARKS, *HUB_NAMES])
             problems.append(Problem(key, word, reason=reason, nearest=near))
     raise_problems(problems)
     return tuple(known)

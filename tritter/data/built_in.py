@@ -15,7 +15,7 @@ from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
 
-from tritter.data.documents import Document, Documents, cut, documents_of
+from tritter.data.documents import Document, Documents, documents_of, pieces_of_chunks
 from tritter.data.skills import ORIGIN, PREFIX, Question, SkillText
 from tritter.errors import RequestError, nearest, refused
 
@@ -58,13 +58,6 @@ _GENERATED_PREFIXES = ("_sysconfigdata", "config-")
 BUILT_IN_TEXTS = ("stdlib:prose", "stdlib:code")
 
 
-@dataclass(frozen=True, slots=True)
-class _Cut:
-    start: int
-    end: int
-    replacement: str
-
-
 def documented_nodes(node: ast.AST) -> Iterator[_Documented]:
     """Yield a module and its classes and functions that have a docstring, in order."""
     if isinstance(node, _Documented) and _docstring_of(node):
@@ -87,8 +80,8 @@ def strip_documentation(source: str, *, tree: ast.Module) -> str:
         source: the code of a module.
         tree: `ast.parse(source)`.
     """
-    cuts = [
-        _Cut(match.start(), match.end(), _REMOVED)
+    cuts = [  # start, end, replacement
+        (match.start(), match.end(), _REMOVED)
         for match in _STRING_OR_COMMENT.finditer(source)
         if match.group("comment")
     ]
@@ -107,11 +100,11 @@ def strip_documentation(source: str, *, tree: ast.Module) -> str:
         start = position_of(statement.lineno, statement.col_offset)
         end = position_of(statement.end_lineno, statement.end_col_offset)
         shares_line = source[end : end + 9].lstrip(" \t").startswith(";")
-        cuts.append(_Cut(start, end, "pass" if is_whole_body or shares_line else _REMOVED))
+        cuts.append((start, end, "pass" if is_whole_body or shares_line else _REMOVED))
     pieces, position = [], 0
-    for removal in sorted(cuts, key=lambda each: each.start):
-        pieces += [source[position : removal.start], removal.replacement]
-        position = removal.end
+    for start, end, replacement in sorted(cuts):
+        pieces += [source[position:start], replacement]
+        position = end
     marked = "".join([*pieces, source[position:]])
     stripped = _EMPTIED_TAIL.sub("", _EMPTIED_LINES.sub("", marked))
     return stripped.strip("\n") + "\n" if stripped.strip() else ""
@@ -270,7 +263,9 @@ def distinct(documents: Iterable[Document]) -> Documents:
 
     Without the blanks, results of earlier versions stay comparable.
     """
-    return documents_of(part.strip() for each in documents for part in cut(each.text.strip()))
+    return documents_of(
+        part.strip() for each in documents for part in pieces_of_chunks([each.text.strip()])
+    )
 
 
 def built_in_origin(paths: Iterable[str]) -> str:

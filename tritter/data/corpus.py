@@ -25,7 +25,6 @@ from tritter.data.documents import (
     Documents,
     conversations_digest,
     documents_digest,
-    notes_of,
 )
 from tritter.data.split import DomainCounts, Split, SplitRule, split_documents
 from tritter.data.tokens import (
@@ -35,7 +34,7 @@ from tritter.data.tokens import (
     train_tokenizer,
     unencoded_note,
 )
-from tritter.errors import RequestError, TritterError, did_you_mean
+from tritter.errors import TritterError
 from tritter.storage.atomic import atomic_folder, write_text_atomic
 from tritter.storage.hashing import file_digest
 from tritter.storage.reading import open_file
@@ -95,14 +94,6 @@ class Corpus:
     chat: Chat | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Options:
-    origin: str
-    vocab_size: int
-    max_validation_tokens_per_document: int
-    tokenizer_domains: tuple[str, ...]
-
-
 def build_corpus(
     domains: Mapping[str, Documents],
     *,
@@ -112,7 +103,6 @@ def build_corpus(
     max_validation_tokens_per_document: int,
     seed: int,
     cache_dir: Path,
-    tokenizer_domains: Sequence[str] | None = None,
     tokenizer: Tokenizer | None = None,
     chat: Chat | None = None,
     validation_bytes: Mapping[str, Tensor] | None = None,
@@ -130,7 +120,6 @@ def build_corpus(
         max_validation_tokens_per_document: longer validation documents are truncated.
         seed: seed of the split.
         cache_dir: root folder of all caches.
-        tokenizer_domains: domains to train the tokenizer on; defaults to all.
         tokenizer: an existing tokenizer; then none is trained and `vocab_size` is ignored.
         chat: how to tokenise conversations, if there are any; None tokenises their plain text.
         validation_bytes: domain → int64 [n], bytes to keep of each validation document instead of
@@ -141,12 +130,12 @@ def build_corpus(
             is not writable.
     """
     origins = dict.fromkeys(domains, origin) if isinstance(origin, str) else origin
-    options = _Options(
-        origin="; ".join(dict.fromkeys(origins[name] for name in domains)),
-        vocab_size=vocab_size if tokenizer is None else tokenizer.get_vocab_size(),
-        max_validation_tokens_per_document=max_validation_tokens_per_document,
-        tokenizer_domains=_choose_domains(tokenizer_domains, domains),
-    )
+    options = {
+        "origin": "; ".join(dict.fromkeys(origins[name] for name in domains)),
+        "vocab_size": vocab_size if tokenizer is None else tokenizer.get_vocab_size(),
+        "max_validation_tokens_per_document": max_validation_tokens_per_document,
+        "tokenizer_domains": list(domains),
+    }
     sources = {
         name: _SourceSummary(
             name=name,
@@ -163,7 +152,7 @@ def build_corpus(
     if validation_bytes is not None:
         made_from["validation_bytes"] = _digest_of(validation_bytes)
     digest = _digest(made_from)
-    notes = tuple(note for domain in domains.values() for note in notes_of(domain))
+    notes = tuple(note for domain in domains.values() for note in domain.notes)
     notes += tuple(_shared_notes(domains, parted))
     if (cached := _load(cache_dir, digest)) is not None:
         return _with_notes(cached, notes, domains, chat)
@@ -171,7 +160,8 @@ def build_corpus(
     cache.require_writable(folder.parent)
     corpus = _make(
         parted,
-        options=options,
+        vocab_size=vocab_size,
+        max_tokens=None if validation_bytes else max_validation_tokens_per_document,
         sources=sources,
         digest=digest,
         tokenizer=tokenizer,
@@ -218,7 +208,7 @@ def _with_notes(
 
 
 def _inputs(
-    options: _Options,
+    options: Mapping[str, Any],
     sources: Mapping[str, _SourceSummary],
     parted: Mapping[str, Split],
     chat: Chat | None,
@@ -231,7 +221,7 @@ def _inputs(
             if chat is not None:
                 sides.update(f"{chat.digest}\0{conversations_digest(side)}".encode())
     plain = {name: asdict(source) for name, source in sources.items()}
-    return {"options": asdict(options), "sources": plain, "sides": sides.hexdigest()}
+    return {"options": options, "sources": plain, "sides": sides.hexdigest()}
 
 
 def stdlib_corpus(
@@ -294,23 +284,6 @@ def _corpora(cache_dir: Path) -> Path:
     return Path(cache_dir) / "corpora" / _LAYOUT
 
 
-def _choose_domains(
-    requested: Sequence[str] | None, available: Mapping[str, Any]
-) -> tuple[str, ...]:
-    if not available:
-        raise RequestError("data: a corpus needs at least one domain.")
-    chosen = tuple(available) if requested is None else tuple(requested)
-    for name in chosen:
-        if name not in available:
-            raise RequestError(
-                f"data.tokenizer_domains: no domain '{name}'; there are "
-                f"{', '.join(available)}.{did_you_mean(name, available)}"
-            )
-    if not chosen:
-        raise RequestError("data.tokenizer_domains: the tokenizer needs at least one domain.")
-    return chosen
-
-
 def _digest(made_from: Mapping[str, Any]) -> str:
     versions = {"format_version": _FORMAT_VERSION, "tokenizers": tokenizers.__version__}
     return sha256(json.dumps({**versions, **made_from}, sort_keys=True).encode()).hexdigest()
@@ -319,7 +292,8 @@ def _digest(made_from: Mapping[str, Any]) -> str:
 def _make(
     splits: Mapping[str, Split],
     *,
-    options: _Options,
+    vocab_size: int,
+    max_tokens: int | None,
     sources: Mapping[str, _SourceSummary],
     digest: str,
     tokenizer: Tokenizer | None,
@@ -327,9 +301,8 @@ def _make(
     validation_bytes: Mapping[str, Tensor] | None,
 ) -> Corpus:
     if tokenizer is None:
-        training = (each for name in options.tokenizer_domains for each in splits[name].train)
-        tokenizer = train_tokenizer(training, vocab_size=options.vocab_size)
-    limit = None if validation_bytes else options.max_validation_tokens_per_document
+        training = (each for split in splits.values() for each in split.train)
+        tokenizer = train_tokenizer(training, vocab_size=vocab_size)
     kept: dict[str, Sequence[Document]] = {n: split.validation for n, split in splits.items()}
     for name, sizes in (validation_bytes or {}).items():
         kept[name] = [
@@ -340,7 +313,9 @@ def _make(
         name: Domain(
             name=name,
             train=tokenise(split.train, tokenizer, chat=chat),
-            validation=tokenise(kept[name], tokenizer, max_tokens_per_document=limit, chat=chat),
+            validation=tokenise(
+                kept[name], tokenizer, max_tokens_per_document=max_tokens, chat=chat
+            ),
         )
         for name, split in splits.items()
     }

@@ -165,22 +165,18 @@ def documents_of(texts: Iterable[Text]) -> Documents:
     return Documents.of(piece for text in texts for piece in pieces(text))
 
 
-def notes_of(documents: Sequence[Document]) -> tuple[str, ...]:
-    """Return the notes on skipped and dropped records, one sentence each."""
-    return documents.notes if isinstance(documents, Documents) else ()
-
-
 def is_blank(text: Text) -> bool:
     """Return whether a text has no words."""
     return not str(text).strip()
 
 
 def pieces(text: Text) -> Iterator[Text]:
-    """Yield a text, cut into pieces if it is long; joined, they are the text.
+    """Yield a text, cut at blank lines into pieces if it is long; joined, they are the text.
 
-    A conversation is never cut, because its chat template needs all messages.
+    Without a blank line within two sizes of a piece, it is cut at the end of a line, else at a
+    space. A conversation is never cut, because its chat template needs all messages.
     """
-    yield from (text,) if isinstance(text, Conversation) else cut(text)
+    yield from (text,) if isinstance(text, Conversation) else pieces_of_chunks([text])
 
 
 def pieces_of_chunks(chunks: Iterable[str]) -> Iterator[str]:
@@ -193,20 +189,7 @@ def pieces_of_chunks(chunks: Iterable[str]) -> Iterator[str]:
             yield text[start:end]
             start = end
         text = text[start:]
-    yield from cut(text)
-
-
-def cut(text: str, *, size: int = PIECE_CHARACTERS) -> Iterator[str]:
-    """Cut a text at blank lines into pieces of about `size` characters; joined, they are the text.
-
-    Without a blank line within two sizes, cut at the end of a line, else at a space.
-    """
-    start = 0
-    while len(text) - start > 2 * size:
-        end = _cut_position(text, start + size, start + 2 * size)
-        yield text[start:end]
-        start = end
-    yield text[start:]
+    yield text
 
 
 def documents_digest(documents: Sequence[Document], *, is_exact: bool = True) -> str:

@@ -11,7 +11,6 @@ from tritter.checkpoints.run_text import recorded_chat, run_text
 from tritter.config.validation import cache_folder
 from tritter.data.answers import scoring_note, unanswered_note
 from tritter.data.corpus import build_corpus
-from tritter.data.documents import notes_of
 from tritter.data.options import TextDataConfig
 from tritter.data.records import DEFAULT_FIELD
 from tritter.data.sources import find_texts, source_documents
@@ -92,7 +91,7 @@ def named_domains(
     }
     files = (find_texts(f"--data {n}", paths).note(n) for n, paths in sources.items())
     notes = list(filter(None, files))
-    notes += [note for domain_documents in found.values() for note in notes_of(domain_documents)]
+    notes += [note for documents in found.values() for note in documents.notes]
     notes += filter(
         None,
         (

@@ -7,7 +7,7 @@ from math import isinf
 
 from tritter.core.expansions import ExpansionSpec
 from tritter.core.families import Config, Model, training_flops
-from tritter.errors import RequestError, refused
+from tritter.errors import refused
 from tritter.planning.memory import TrainingMemory, TrainingSetup, is_attention, training_memory
 from tritter.planning.shapes import (
     GrowthMethods,
@@ -16,14 +16,7 @@ from tritter.planning.shapes import (
     reached_shape,
     specs_like,
 )
-from tritter.planning.strategy import (
-    AUTO,
-    PathRequest,
-    check_strategy,
-    find_path,
-    lopsidedness,
-    strategies_of,
-)
+from tritter.planning.strategy import AUTO, PathRequest, find_paths, lopsidedness
 
 SMALLEST_MODEL = 44_000_000  # parameters; below, the law extrapolates beyond its data
 _A100_FLOPS = 312e12  # dense, per second, as published by NVIDIA
@@ -321,21 +314,15 @@ def plan_growth(
     """
     methods = methods or GrowthMethods.usual(source)
     assumptions = assumptions or Assumptions()
-    check_strategy(strategy, methods)
     if not 0 < gpu_hours < float("inf"):
         raise refused("gpu_hours", f"{gpu_hours:g}", "must be above 0")
-    plans: list[GrowthPlan] = []
-    refusals: list[RequestError] = []
-    for name in strategies_of(strategy, methods):
-        request = PathRequest(
-            source=source, target_parameters=target_parameters, strategy=name, methods=methods
-        )
-        try:
-            plans.append(_price_plan(request, find_path(request), gpu_hours, assumptions))
-        except RequestError as error:
-            refusals.append(error)
-    if not plans:
-        raise refusals[0]
+    request = PathRequest(
+        source=source, target_parameters=target_parameters, strategy=strategy, methods=methods
+    )
+    plans = [
+        _price_plan(replace(request, strategy=name), path, gpu_hours, assumptions)
+        for name, path in find_paths(request).items()
+    ]
     least = min(plan.predicted_loss for plan in plans)
     level = [plan for plan in plans if plan.predicted_loss <= least + LAW_RESOLUTION]
     ends = [plan.steps[-1] for plan in level]

@@ -43,16 +43,30 @@ class PathRequest:
     methods: GrowthMethods
 
 
-def find_path(request: PathRequest) -> tuple[Shape, ...]:
-    """Return the shapes after the source up to the target.
+def find_paths(request: PathRequest) -> dict[str, tuple[Shape, ...]]:
+    """Return strategy → the shapes after the source up to the target, for each that has a path.
 
-    Each step grows the parameters by about the same factor, at most 1.6 if the methods have such
-    shapes.
+    `auto` has up to three strategies, the better proportioned first. Each step grows the parameters
+    by about the same factor, at most 1.6 if the methods have such shapes.
 
     Raises:
-        RequestError: the target is not larger than the source, or no shape within 10 % of it can
-            be reached; names the nearest.
+        RequestError: the strategy is unknown or lacks a method, the target is not larger than the
+            source, or no shape within 10 % of it can be reached; names the nearest.
     """
+    _check_strategy(request.strategy, request.methods)
+    paths: dict[str, tuple[Shape, ...]] = {}
+    refusals: list[RequestError] = []
+    for name in _strategies_of(request.strategy, request.methods):
+        try:
+            paths[name] = _find_path(replace(request, strategy=name))
+        except RequestError as error:
+            refusals.append(error)
+    if not paths:
+        raise refusals[0]
+    return paths
+
+
+def _find_path(request: PathRequest) -> tuple[Shape, ...]:
     model, target = request.source, request.target_parameters
     if target <= model.num_parameters:
         reason = f"must be larger than the source, which has {model.num_parameters:,}"
@@ -73,27 +87,8 @@ def find_path(request: PathRequest) -> tuple[Shape, ...]:
     return tuple(shapes)
 
 
-def _find_best_path(request: PathRequest) -> tuple[Shape, ...]:
-    """Return the path of a strategy; `auto` selects the best proportioned last shape."""
-    check_strategy(request.strategy, request.methods)
-    paths: list[tuple[Shape, ...]] = []
-    refusals: list[RequestError] = []
-    for name in strategies_of(request.strategy, request.methods):
-        try:
-            paths.append(find_path(replace(request, strategy=name)))
-        except RequestError as error:
-            refusals.append(error)
-    if not paths:
-        raise refusals[0]
-    return min(paths, key=lambda shapes: lopsidedness(shapes[-1]))
-
-
-def check_strategy(strategy: str, methods: GrowthMethods) -> None:
-    """Check that a strategy exists and has the methods that it needs.
-
-    Raises:
-        RequestError: the strategy is unknown or lacks a method.
-    """
+def _check_strategy(strategy: str, methods: GrowthMethods) -> None:
+    """Check that a strategy exists and has the methods that it needs."""
     allowed = (AUTO, *_STRATEGIES)
     if strategy not in allowed:
         reason = f"must be one of {', '.join(allowed)}"
@@ -107,8 +102,7 @@ def check_strategy(strategy: str, methods: GrowthMethods) -> None:
             raise RequestError(Problem("strategy", strategy, reason=reason))
 
 
-def strategies_of(strategy: str, methods: GrowthMethods) -> Sequence[str]:
-    """Return the strategies to try for a name, the better proportioned first."""
+def _strategies_of(strategy: str, methods: GrowthMethods) -> Sequence[str]:
     if strategy != AUTO:
         return (strategy,)
     if methods.depth is None:
@@ -233,7 +227,8 @@ def planned_rounds(config: RunRequest, source: Model) -> tuple[Shape, ...]:
             strategy=pipeline.strategy or AUTO,
             methods=GrowthMethods.of(config.expansion),
         )
-        return _find_best_path(request)[: pipeline.max_rounds]
+        best = min(find_paths(request).values(), key=lambda shapes: lopsidedness(shapes[-1]))
+        return best[: pipeline.max_rounds]
     except RequestError as error:
         (problem,) = error.problems
         key = _KEYS.get(problem.key, problem.key)

@@ -8,7 +8,7 @@ from itertools import accumulate, groupby
 from typing import TYPE_CHECKING
 
 from tritter.report.drawing import BLUE, GREEN, ORANGE, new_figure, subsample, write_note
-from tritter.report.summary import GrowthRecord
+from tritter.report.summary import GrowthEvent, GrowthRecord
 from tritter.report.table import Table, omitted_note
 from tritter.report.wording import count_text, number_text, si_text
 
@@ -28,35 +28,41 @@ _LOGARITHMIC_FROM = 20.0  # largest pressure over the smallest
 
 def growth_table(growth: GrowthRecord, *, most: int = MAX_ROWS) -> Table:
     """Return a row per layer that grew; of many layers, those that grew most."""
-    layers = growth.layers
-    has_dead = any(layer.died for layer in layers)
+    layers: dict[int, list[GrowthEvent]] = {}
+    for event in growth.events:
+        layers.setdefault(event.layer, []).append(event)
+    has_dead = any(event.died for event in growth.events)
     counts = ["born", "replaced", *(["left dead"] if has_dead else [])]
     header = ("layer", "neurons", *counts, "shift [σ]", "after steps")
-    grown = sorted(layers, key=lambda layer: -(layer.born + layer.replaced))[:most]
-    rows = tuple(
-        (
-            str(layer.layer),
-            f"{layer.before} → {layer.after}",
-            *map(str, (layer.born, layer.replaced, *([layer.died] if has_dead else []))),
-            number_text(layer.function_change, ".1e"),
-            _steps_text(layer.steps),
+    grown = sorted(sorted(layers), key=lambda n: -sum(e.born + e.replaced for e in layers[n]))
+    rows = []
+    for layer in sorted(grown[:most]):
+        events = layers[layer]
+        number = [sum(e.born for e in events), sum(e.replaced for e in events)]
+        number += [sum(e.died for e in events)] if has_dead else []
+        shifts = [e.function_change for e in events if e.function_change is not None]
+        cells = (
+            str(layer),
+            f"{growth.neurons.before[layer]} → {growth.neurons.after[layer]}",
+            *map(str, number),
+            number_text(max(shifts, default=None), ".1e"),
+            _steps_text([event.step for event in events]),
         )
-        for layer in sorted(grown, key=lambda layer: layer.layer)
-    )
+        rows.append(cells)
     lines = ["shift: largest logit shift at an event, in standard deviations of the logits"]
     if has_dead:
         lines.append("left dead: found dead at an event, not reused")
-    number = len(growth.neurons.before)
+    num_layers = len(growth.neurons.before)
     if len(layers) > most:
-        lines.append(f"{len(layers)} of {number} layers grew; shown: the {most} that grew most")
-    elif len(layers) < number:
-        lines.append(f"{len(layers)} of {number} layers grew")
+        lines.append(f"{len(layers)} of {num_layers} layers grew; shown: the {most} that grew most")
+    elif len(layers) < num_layers:
+        lines.append(f"{len(layers)} of {num_layers} layers grew")
     title = f"Growth: {growth.born} born"
     if growth.replaced:
         title += f", {growth.replaced} replaced"
-    events = f"{len(growth.events)} {'event' if len(growth.events) == 1 else 'events'}"
-    title += f" in {events}, {growth.checks} checks"
-    return Table(header, rows, tuple(range(len(header) - 1)), "\n".join(lines), title=title)
+    title += f" in {len(growth.events)} {'event' if len(growth.events) == 1 else 'events'}"
+    title += f", {growth.checks} checks"
+    return Table(header, tuple(rows), tuple(range(len(header) - 1)), "\n".join(lines), title=title)
 
 
 def events_table(growth: GrowthRecord, *, most: int) -> Table:

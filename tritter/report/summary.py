@@ -6,8 +6,7 @@ Numbers are bounded so that sums and axes stay finite. Only fields that were set
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, chain, groupby, pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import (
@@ -32,9 +31,6 @@ _MAX_EVENTS = 100_000
 _MAX_LAYERS = 1024
 _Width = Annotated[int, Field(ge=1, le=10**9)]
 _Widths = Annotated[tuple[_Width, ...], Field(min_length=1, max_length=_MAX_LAYERS)]
-_ENDS = ("evicted", "merged")
-# Kind of an event → state of the expert afterwards
-_STATES = {"spawned": "young", "mature": "mature", "frozen": "frozen"} | {e: e for e in _ENDS}
 _Shares = dict[str, _Number]
 _Rows = Annotated[
     Mapping[str, Annotated[tuple[_Number | None, ...], Field(max_length=_MAX_EVENTS)]],
@@ -89,20 +85,6 @@ class GrowthEvent(Part):
     function_change: _Number | None = None
     parameters: _Count | None = None
     flops: _Number | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class GrownLayer:
-    """The result of all events of one layer; `function_change` is the largest."""
-
-    layer: int
-    before: int
-    after: int
-    born: int
-    replaced: int
-    died: int
-    function_change: float | None
-    steps: tuple[int, ...]
 
 
 class _Neurons(Part):
@@ -187,29 +169,8 @@ class GrowthRecord(Part):
         """Steps after which it grew, each once."""
         return tuple(dict.fromkeys(event.step for event in self.events))
 
-    @property
-    def layers(self) -> tuple[GrownLayer, ...]:
-        """The layers that grew, from the first one on."""
-        by_layer = sorted(self.events, key=lambda event: event.layer)
-        layers = []
-        for layer, events in groupby(by_layer, key=lambda event: event.layer):
-            own = list(events)
-            changes = (e.function_change for e in own if e.function_change is not None)
-            grown = GrownLayer(
-                layer=layer,
-                before=self.neurons.before[layer],
-                after=self.neurons.after[layer],
-                born=sum(event.born for event in own),
-                replaced=sum(event.replaced for event in own),
-                died=sum(event.died for event in own),
-                function_change=max(changes, default=None),
-                steps=tuple(event.step for event in own),
-            )
-            layers.append(grown)
-        return tuple(layers)
 
-
-# LoRA experts: any part may be missing or null
+# LoRA experts: any part may be missing
 
 
 class Spawn(Part):
@@ -272,22 +233,6 @@ class _Routing(Part):
     temperature: _Number | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertRow:
-    """One expert: its spawn and its state.
-
-    Args:
-        usage: Its mean gate over all domains.
-        state: young, mature, frozen, evicted or merged; empty if unknown.
-    """
-
-    name: str
-    spawn: Spawn | None
-    rank: int | None
-    usage: float | None
-    state: str
-
-
 class ExpertsRecord(Part):
     """A run's LoRA experts.
 
@@ -327,29 +272,6 @@ class ExpertsRecord(Part):
                 raise ValueError(f"{name}: {number} numbers are required, one per step")
         return self
 
-    def completed(self) -> Self:
-        """Return the record with names and number, which older versions did not write."""
-        names = self.names or tuple(dict.fromkeys(chain(*self.usage.values(), self.ranks)))
-        number = len(names) - (BASE in names) if self.number is None else self.number
-        return self.model_copy(update={"names": names, "number": number})
-
-    @property
-    def rows(self) -> tuple[ExpertRow, ...]:
-        """The present experts, then those that were evicted or merged."""
-        rows = []
-        for name in dict.fromkeys((*self.names, *(spawn.expert for spawn in self.spawned))):
-            # A name may be reused after an eviction: the last spawn counts
-            spawn = next((each for each in reversed(self.spawned) if each.expert == name), None)
-            state = "" if spawn is None else "young"
-            for event in self.events:
-                if name == (event.gone or event.expert):
-                    state = _STATES.get(event.kind, state)
-            if name in self.names and state in _ENDS:
-                state = ""
-            row = ExpertRow(name, spawn, self.ranks.get(name), self.mean_usage(name), state)
-            rows.append(row)
-        return tuple(rows)
-
     def mean_usage(self, name: str) -> float | None:
         """Return the mean gate of an expert over the domains that have it."""
         gates = [shares.get(name) for shares in self.usage.values()]
@@ -370,13 +292,6 @@ class ExpertsRecord(Part):
     def refused(self) -> tuple[ExpertEvent, ...]:
         """Spawns that were refused."""
         return tuple(event for event in self.events if event.kind == "refused")
-
-
-def _without_nulls(plain: object) -> object:
-    """Return plain values without the keys whose value is null."""
-    if isinstance(plain, Mapping):
-        return {key: _without_nulls(value) for key, value in plain.items() if value is not None}
-    return [_without_nulls(item) for item in plain] if isinstance(plain, list | tuple) else plain
 
 
 # Sequential tasks
@@ -684,12 +599,7 @@ class Summary(Part):
         Raises:
             TritterError: They are not a valid summary; names the field.
         """
-        experts = _without_nulls(plain.get("experts"))
-        values = {**plain, "experts": None if experts == {} else experts}
-        read = validate_record(values, cls, what="not a valid run summary")
-        if read.experts is None:
-            return read
-        return read.model_copy(update={"experts": read.experts.completed()})
+        return validate_record(plain, cls, what="not a valid run summary")
 
     @classmethod
     def read(cls, path: Path) -> Self:
