@@ -43,7 +43,6 @@ from tritter.errors import RequestError, TritterError
 from tritter.evaluation.gate import EXACT_JUMP
 from tritter.methods.experts.merged_mixture import (
     LogitChange,
-    MergedAdapter,
     deltas,
     logit_change,
     mean_gates,
@@ -68,21 +67,24 @@ class Merge:
     Args:
         gates: expert → its fixed gate.
         gates_from: description of the gates' origin.
-        made: the merged adapter.
+        adapter: the merged adapter.
+        lost: share of the update that its rank drops, maximum over layers.
         change: difference between the logits of the merged adapter and of the mixture.
         text: description of the data for this measurement.
     """
 
     gates: Mapping[str, float]
     gates_from: str
-    made: MergedAdapter
+    adapter: StoredAdapter
+    lost: float
     change: LogitChange
     text: str
 
     @property
     def sentence(self) -> str:
-        change, lost = self.change, self.made.lost
-        cut = f"; the limited rank drops up to {lost:.1%} of a layer's update" if lost else ""
+        change = self.change
+        cut = f"; the limited rank drops up to {self.lost:.1%} of a layer's update"
+        cut = cut if self.lost else ""
         kind = "lossy" if change.largest > EXACT_JUMP else "exact up to rounding"
         return (
             f"{kind}: logit shift up to {change.largest:.2g} σ, RMS {change.mean:.2g} σ; greedy "
@@ -94,8 +96,8 @@ class Merge:
         return {
             "gates": dict(self.gates),
             "gates_from": self.gates_from,
-            "rank": self.made.adapter.shape.rank,
-            "lost_share": self.made.lost,
+            "rank": self.adapter.shape.rank,
+            "lost_share": self.lost,
             "logit_change": asdict(self.change),
             "measured_on": self.text,
         }
@@ -129,11 +131,17 @@ def merge(files: ExpertFiles, *, rank: int | None = None, max_rank: int | None =
         gates_from = "equal: neither data nor recorded usage is available"
         if stored is not None:
             gates_from = f"recorded means on {', '.join(files.head.usage)}"
-    made = merged_adapter(experts, gates, rank=rank)
-    if max_rank is not None and made.adapter.shape.rank > max_rank:
-        made = merged_adapter(experts, gates, rank=max_rank)
-    change = logit_change(mixture, made.adapter, input_ids)
-    return Merge(gates=gates, gates_from=gates_from, made=made, change=change, text=named)
+    adapter, lost = merged_adapter(experts, gates, rank=rank)
+    if max_rank is not None and adapter.shape.rank > max_rank:
+        adapter, lost = merged_adapter(experts, gates, rank=max_rank)
+    return Merge(
+        gates=gates,
+        gates_from=gates_from,
+        adapter=adapter,
+        lost=lost,
+        change=logit_change(mixture, adapter, input_ids),
+        text=named,
+    )
 
 
 def _texts(folder: Path, *, length: int, vocab_size: int) -> dict[str, Tensor]:
@@ -162,7 +170,7 @@ def with_merged(weights: Weights, merged: Merge) -> Weights:
     """Return the base's weights with the merged experts added."""
     shares = ", ".join(f"{name} {gate:.3g}" for name, gate in merged.gates.items())
     note = f"LoRA experts are merged into these weights with gates {shares} ({merged.gates_from})"
-    added = weights.with_added(deltas(merged.made.adapter))
+    added = weights.with_added(deltas(merged.adapter))
     return replace(added, notes=(f"{note}; {merged.sentence}.",))
 
 
@@ -205,7 +213,7 @@ def export_adapters(
     if not experts.adapters:
         raise RequestError(f"{folder} has no adapter to export: its only expert is the base.")
     base = _base_of(checkpoint, folder)
-    adapters = dict(experts.adapters) if merged is None else {"": merged.made.adapter}
+    adapters = dict(experts.adapters) if merged is None else {"": merged.adapter}
     if dtype is not None:
         to = getattr(torch, dtype)
         for name, adapter in adapters.items():

@@ -38,7 +38,7 @@ from tritter.training import surgery
 from tritter.training.checkpoint_io import random_state, restore_random_state
 from tritter.training.forgetting_method import ForgettingMethod, Task
 from tritter.training.module import BaseModule, base_of
-from tritter.training.parameters import StepFlops, disk_values, full_tensor
+from tritter.training.parameters import disk_values, full_tensor
 from tritter.transform import Change
 
 _LINE_SECONDS = 10.0  # until the first line of a slow training run
@@ -70,7 +70,8 @@ class WorkCount(Callback):
         self.tokens, self.padding = 0, 0
         self.lengths = Counter[int]()
         self.flops = 0.0
-        self._step: tuple[object, StepFlops | None] = (None, None)  # trainable flags, FLOPs
+        self._flags: object = None  # which parameters are trained
+        self._flops, self._side_flops = Flops(), 0.0  # of a sequence; of the side losses of a step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -85,11 +86,10 @@ class WorkCount(Callback):
         self.tokens += tokens
         self.padding += input_ids.numel() * trainer.world_size - tokens
         flags = tuple(parameter.requires_grad for parameter in module.model.parameters())
-        known, flops = self._step
-        if flops is None or known != flags:
-            flops = module.step_flops()
-            self._step = (flags, flops)
-        self.flops += flops.of(lengths)
+        if self._flags != flags:
+            self._flags, self._flops = flags, module.step_flops()
+            self._side_flops = sum(side.step_flops(module.model) for side in module.side_losses)
+        self.flops += self._flops.of_all(lengths) + self._side_flops
 
     def parameters_changed(self, change: Change) -> None:
         """Recompute the FLOPs of a step after a change of the model."""
@@ -97,7 +97,7 @@ class WorkCount(Callback):
 
     def reset_step_flops(self) -> None:
         """Recompute the FLOPs of a step, after any change of how the model computes."""
-        self._step = (None, None)
+        self._flags = None
 
     def packing(self) -> dict[str, Any]:
         """Return padding fraction and length histogram of packed documents; empty for a stream.

@@ -26,7 +26,6 @@ from tritter.training.method import SideLoss, Trainee
 from tritter.training.optimizer import OptimizerSettings, Schedule, build_optimizer
 from tritter.training.parameters import (
     Entry,
-    StepFlops,
     flops_of_sequence,
     is_sharded,
     replay,
@@ -184,10 +183,12 @@ class BaseModule(LightningModule):
         """
         self.log("step", float(self.global_step))
 
-    def step_flops(self) -> StepFlops:
-        """Return the model FLOPs of a step with the current trainable parameters."""
-        additional = sum(side.step_flops(self.model) for side in self.side_losses)
-        return StepFlops(flops_of_sequence(self.model), additional)
+    def step_flops(self) -> Flops:
+        """Return the model FLOPs of a sequence in a step, without those of side losses.
+
+        The current trainable parameters count.
+        """
+        return flops_of_sequence(self.model)
 
     def reading_flops(self) -> Flops:
         """Return the model FLOPs of a forward pass, as in validation."""

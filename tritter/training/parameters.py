@@ -4,7 +4,7 @@ Separate parameters for appended experts are included in the layout of the model
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -85,27 +85,6 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
     for name in [name.removesuffix(BASE) for name in state if name.endswith(BASE)]:
         state[name] = torch.cat([state.pop(name + BASE), state.pop(name + NEW)])
     return state
-
-
-@dataclass(frozen=True, slots=True)
-class StepFlops:
-    """FLOPs of a step as a function of its sequence lengths.
-
-    Args:
-        sequence: FLOPs per sequence, or per document if documents are masked from each other.
-        additional: Further FLOPs of the step, over all processes.
-    """
-
-    sequence: Flops
-    additional: float = 0.0
-
-    def of(self, lengths: Mapping[int, int]) -> float:
-        """Return the FLOPs of a step.
-
-        Args:
-            lengths: Length → number of sequences over all processes.
-        """
-        return self.sequence.of_all(lengths) + self.additional
 
 
 def flops_of_sequence(

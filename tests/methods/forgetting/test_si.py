@@ -184,8 +184,8 @@ def test_omega_depends_on_the_new_data_only(tmp_path: Path, extra: str) -> None:
         step = parameter.detach() - before[name]
         assert torch.equal(moved[name], step) and bool(step.any())
         torch.testing.assert_close(omega[name], -gradients[name] * step, rtol=1e-3, atol=1e-9)
-    plain = 12 * module.step_flops().of({16: 1})
-    own = 0 if extra == "nothing" else len(rows) * module.step_flops().of({16: 1})
+    plain = 12 * module.step_flops().of(16)
+    own = 0 if extra == "nothing" else len(rows) * module.step_flops().of(16)
     assert result.flops == pytest.approx(plain + own)
 
 

@@ -23,7 +23,6 @@ def drawn(
     return Observation(
         losses=losses,
         features=centre + noise,
-        digests=tuple(f"{float(each):.12f}" for each in losses),
     )
 
 

@@ -36,7 +36,7 @@ def test_without_losses_the_forward_pass_ends_at_the_middle_layer(family: str) -
     after = list(layers_of(model))[-1].register_forward_hook(lambda *_: passed.append(True))
     seen = observe(model, ids, with_losses=False)
     assert model.training and not passed and seen.losses is None
-    assert torch.equal(seen.features, whole.features) and seen.digests == whole.digests
+    assert torch.equal(seen.features, whole.features)
     assert len(seen) == 3 and seen.rows(torch.tensor([1])).losses is None
     assert concatenated([seen, whole]).losses is None
     after.remove()
@@ -62,7 +62,6 @@ def test_padding_says_nothing(side: str) -> None:
     )
     torch.testing.assert_close(padded.features, plain.features, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(padded.losses, plain.losses, rtol=1e-5, atol=1e-6)
-    assert padded.digests == plain.digests and len(set(plain.digests)) == 3
 
 
 def test_a_wider_model_is_looked_at_along_the_same_directions() -> None:
@@ -98,7 +97,6 @@ def test_what_is_no_batch_is_refused() -> None:
         {"losses": losses[:2], "features": features},
         {"losses": losses.unsqueeze(1), "features": features},
         {"losses": losses, "features": features[0]},
-        {"losses": losses, "features": features, "digests": ("a",)},
         {"losses": losses / 0, "features": features},
         {"losses": losses[:0], "features": features[:0]},
     ):
@@ -111,8 +109,7 @@ def test_batches_of_processes_are_joined_and_parted() -> None:
     whole = observe(model, ids)
     parts = concatenated([observe(model, ids[:2]), observe(model, ids[2:])])
     torch.testing.assert_close(parts.features, whole.features)
-    assert parts.digests == whole.digests
-    assert whole.rows(torch.tensor([3])).digests == whole.digests[3:]
+    assert torch.equal(whole.rows(torch.tensor([3])).features, whole.features[3:])
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])

@@ -17,19 +17,6 @@ from tritter.methods.experts.stored import ExpertFolder, StoredAdapter, load_val
 _NAME = "merged"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class MergedAdapter:
-    """Several adapters merged into one.
-
-    Args:
-        adapter: nearest to the sum of all adapters times their gates.
-        lost: ‖sum − adapter‖ / ‖sum‖, maximum over layers; 0 if the rank suffices.
-    """
-
-    adapter: StoredAdapter
-    lost: float
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogitChange:
     """Difference of a merged adapter from the mixture, on some tokens.
@@ -49,13 +36,17 @@ class LogitChange:
 
 def merged_adapter(
     experts: ExpertFolder, gates: Mapping[str, float], *, rank: int | None = None
-) -> MergedAdapter:
+) -> tuple[StoredAdapter, float]:
     """Merge experts into one adapter, each weighted by its gate.
 
     Args:
         experts: the experts of a checkpoint.
         gates: expert → gate; the gates of adapters plus the base's share sum to 1.
         rank: rank of the adapter. None: the smallest that loses nothing.
+
+    Returns:
+        The adapter nearest to the sum of all adapters times their gates, and the lost share
+        ‖sum − adapter‖ / ‖sum‖, maximum over layers; 0 if the rank suffices.
 
     Raises:
         RequestError: there is no expert to merge.
@@ -80,7 +71,7 @@ def merged_adapter(
             lost = max(lost, lost_share(factors, weights, one))
     targets = tuple(sorted({layer.rpartition(".")[2] for layer in layers}))
     shape = AdapterShape(size, float(size), targets)
-    return MergedAdapter(StoredAdapter(shape, found, frozenset(embeddings)), lost)
+    return StoredAdapter(shape, found, frozenset(embeddings)), lost
 
 
 def deltas(adapter: StoredAdapter) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from tritter.checkpoints.expert_files import experts_in
 from tritter.core.families import Model
 from tritter.errors import Problem, RequestError, did_you_mean
-from tritter.methods.experts.options import FIRST, AdapterOptions, DynamicOptions, Timing
+from tritter.methods.experts.options import FIRST, AdapterOptions, DynamicOptions
 from tritter.options import RunRequest, Start
 from tritter.training.method import Method, Setting, Trainee
 from tritter.training.optimizer import adam_problems
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from tritter.methods.experts.adapters import AdapterShape
     from tritter.methods.experts.callback import BaseData, ExpertCallback
     from tritter.methods.experts.mixture import ExpertMixture
-    from tritter.methods.experts.module import ExpertLosses
     from tritter.methods.experts.registry import ExpertRegistry
 
 _ONLY = "lora"  # name of the adapter of single_lora
@@ -183,11 +182,9 @@ class Experts(Method, ABC):
             parameter.requires_grad_(is_trained and name not in frozen)
 
     @property
-    def losses(self) -> ExpertLosses:
+    def losses(self) -> dict[str, float]:
         """Weights of the additional losses."""
-        from tritter.methods.experts.module import ExpertLosses
-
-        return ExpertLosses()
+        return {}
 
     def shape(self, model: nn.Module) -> AdapterShape:
         """Return the initial size of an adapter on a model."""
@@ -350,13 +347,9 @@ class DynamicExperts(Experts):
             )
 
     @property
-    def losses(self) -> ExpertLosses:
-        from tritter.methods.experts.module import ExpertLosses
-
-        options: DynamicOptions = self.options
-        return ExpertLosses(
-            balance=options.balance, entropy=options.entropy, z=options.z, distill=options.distill
-        )
+    def losses(self) -> dict[str, float]:
+        names = ("balance", "entropy", "z", "distill")
+        return {name: getattr(self.options, name) for name in names}
 
     def shape(self, model: nn.Module) -> AdapterShape:
         from tritter.methods.experts.adapters import AdapterShape, adaptable
@@ -373,11 +366,10 @@ class DynamicExperts(Experts):
         from tritter.methods.novelty import NoveltyDetector
 
         options: DynamicOptions = self.options
-        timing = Timing.of(options, max_steps=max_steps)
-        if options.boundaries == "told":
-            return ExpertRegistry(options, timing=timing, detector=None)
-        detector = NoveltyDetector(detector=options.detector, options=options.novelty)
-        return ExpertRegistry(options, timing=timing, detector=detector)
+        detector = None
+        if options.boundaries != "told":
+            detector = NoveltyDetector(detector=options.detector, options=options.novelty)
+        return ExpertRegistry(options, max_steps=max_steps, detector=detector)
 
 
 def _base_data(setting: Setting, *, is_measured: bool) -> BaseData:

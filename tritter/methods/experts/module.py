@@ -1,7 +1,7 @@
 """The LightningModule of a mixture of LoRA experts: its losses and its saved state."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,24 +25,7 @@ from tritter.methods.experts.gates import Gates, Routing, balance_loss, entropy_
 from tritter.methods.experts.mixture import ROUTER, ExpertMixture
 from tritter.training import BaseModule
 from tritter.training.module import TaskLoss
-from tritter.training.parameters import WRAPPED, StepFlops, flops_of_sequence, live_layout
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertLosses:
-    """Weights of the additional losses; 0: the loss is not computed.
-
-    Args:
-        balance: of the load balancing loss, see `tritter.methods.experts.gates`.
-        entropy: of the entropy loss, see `tritter.methods.experts.gates`.
-        z: of the z-loss, see `tritter.methods.experts.gates`.
-        distill: of KL(mixture without the young expert ‖ mixture), nats per token.
-    """
-
-    balance: float = 0.0
-    entropy: float = 0.0
-    z: float = 0.0
-    distill: float = 0.0
+from tritter.training.parameters import WRAPPED, flops_of_sequence, live_layout
 
 
 class ExpertModule(BaseModule):
@@ -50,7 +33,9 @@ class ExpertModule(BaseModule):
 
     Args:
         mixture: the experts on the trained model.
-        losses: weights of the additional losses.
+        losses: additional loss → its weight: `balance`, `entropy` and `z`, see
+            `tritter.methods.experts.gates`, and `distill`, of KL(mixture without the young expert ‖
+            mixture), nats per token. One without a weight is not computed.
         options: arguments of `BaseModule`.
 
     Attributes:
@@ -59,11 +44,11 @@ class ExpertModule(BaseModule):
     """
 
     def __init__(
-        self, mixture: ExpertMixture, *, losses: ExpertLosses | None = None, **options: Any
+        self, mixture: ExpertMixture, *, losses: Mapping[str, float] | None = None, **options: Any
     ) -> None:
         super().__init__(mixture.model, **options)
         self.mixture = mixture
-        self.losses = losses or ExpertLosses()
+        self.losses = {name: weight for name, weight in (losses or {}).items() if weight}
         self.young: str | None = None
         self.gates: list[Gates] = []
         self._task: TaskLoss | None = None
@@ -77,32 +62,29 @@ class ExpertModule(BaseModule):
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
         """Return the loss of the task plus the additional losses, each of which is logged."""
         loss = super().training_step(batch, batch_index)
-        weights, found = self.losses, {}
+        found = {}
         gates = self.gates if next(self.mixture.routers(), None) is not None else []
         for name, measure in (("balance", balance_loss), ("entropy", entropy_loss), ("z", z_loss)):
-            weight = getattr(weights, name)
-            if weight and gates:
-                found[name] = (weight, torch.stack([measure(each) for each in gates]).mean())
-        if weights.distill and self.young is not None:
-            found["distill"] = (weights.distill, self._distance(self.young, batch))
-        for name, (weight, value) in found.items():
+            if name in self.losses and gates:
+                found[name] = torch.stack([measure(each) for each in gates]).mean()
+        if "distill" in self.losses and self.young is not None:
+            found["distill"] = self._distance(self.young, batch)
+        for name, value in found.items():
             self.log(f"experts/{name}_loss", value.detach().float(), sync_dist=True)
-            loss = loss + weight * value.to(loss.dtype)
+            loss = loss + self.losses[name] * value.to(loss.dtype)
         self._task = None
         return loss
 
     @property
     def is_task_alone(self) -> bool:
-        weights = self.losses
-        return super().is_task_alone and not (weights.balance or weights.entropy or weights.z)
+        return super().is_task_alone and not self.losses.keys() - {"distill"}
 
-    def step_flops(self) -> StepFlops:
-        """Return the model FLOPs of a step, given the parameters that currently need gradients."""
-        besides = sum(side.step_flops(self.model) for side in self.side_losses)
+    def step_flops(self) -> Flops:
+        """Return the model FLOPs of a sequence, given the parameters that now need gradients."""
         sequence = step_flops_of(self.mixture)
-        if self.losses.distill and self.young is not None:
+        if "distill" in self.losses and self.young is not None:
             sequence = sequence + forward_flops_of(self.mixture)
-        return StepFlops(sequence, besides)
+        return sequence
 
     def reading_flops(self) -> Flops:
         """Return the model FLOPs of reading a sequence with the experts."""

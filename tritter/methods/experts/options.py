@@ -1,7 +1,5 @@
 """Options of experts, and their schedules in steps."""
 
-from dataclasses import dataclass
-from math import ceil
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -90,7 +88,7 @@ class DynamicOptions(AdapterOptions):
         temperature: final temperature of the gates, which starts at 1.
         anneal_steps: steps to reach it once all experts are mature. None: a tenth of the run.
         capacity_factor: see `Routing`.
-        balance, entropy, z: weights of losses of learned routers, see `ExpertLosses`.
+        balance, entropy, z: weights of losses of learned routers, see `gates`.
         max_rank: the rank of a stalled expert doubles up to this.
         stall_steps: window of an expert's training steps, whose mean loss is compared with that of
             the window before. None: a fifth of the run.
@@ -143,23 +141,4 @@ class DynamicOptions(AdapterOptions):
             confidence=self.confidence,
             cooldown=self.cooldown,
             moving_average=self.moving_average,
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Timing:
-    """The schedules of experts, in steps of one training run."""
-
-    maturity: int
-    anneal: int
-    stall: int
-
-    @classmethod
-    def of(cls, options: DynamicOptions, *, max_steps: int) -> "Timing":
-        """Return the schedules that options imply for a run of `max_steps` steps."""
-        tenth, fifth = ceil(max_steps / 10), max(2, ceil(max_steps / 5))
-        return cls(
-            maturity=tenth if options.maturity_steps is None else options.maturity_steps,
-            anneal=tenth if options.anneal_steps is None else options.anneal_steps,
-            stall=fifth if options.stall_steps is None else options.stall_steps,
         )

@@ -7,13 +7,14 @@ applies the decisions.
 from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from math import ceil
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from tritter.methods.experts.gates import Routing
-from tritter.methods.experts.options import FIRST, DynamicOptions, Timing
+from tritter.methods.experts.options import FIRST, DynamicOptions
 from tritter.methods.novelty import NoveltyDetector, Observation
 from tritter.methods.novelty.detectors import Decision
 from tritter.methods.novelty.library import FORMAT_VERSION, check_format
@@ -67,14 +68,18 @@ class ExpertRegistry:
 
     Args:
         options: the options of experts.
-        timing: the schedules.
+        max_steps: of the training run; schedules without a setting are shares of it.
         detector: with the skills known so far; None: boundaries are given.
     """
 
     def __init__(
-        self, options: DynamicOptions, *, timing: Timing, detector: NoveltyDetector | None
+        self, options: DynamicOptions, *, max_steps: int, detector: NoveltyDetector | None
     ) -> None:
-        self.options, self.timing, self.detector = options, timing, detector
+        self.options, self.detector = options, detector
+        tenth, fifth = ceil(max_steps / 10), max(2, ceil(max_steps / 5))
+        self._maturity = tenth if options.maturity_steps is None else options.maturity_steps
+        self._anneal = tenth if options.anneal_steps is None else options.anneal_steps
+        self._stall = fifth if options.stall_steps is None else options.stall_steps
         self.members: dict[str, _Member] = {FIRST: _Member(is_mature=True)}
         self.expert_of: dict[str, str] = {}  # skill → expert
         self.counter = 1  # number of experts created so far
@@ -155,13 +160,13 @@ class ExpertRegistry:
         """Return the experts that have just become mature."""
         young = {name: each for name, each in self.members.items() if not each.is_mature}
         for each in young.values():
-            each.is_mature = each.steps >= self.timing.maturity
+            each.is_mature = each.steps >= self._maturity
         return [name for name, each in young.items() if each.is_mature]
 
     def stalled(self, rank: int) -> _Stall:
         """Return the action for the active expert if it stalls: `widen`, `freeze` or none."""
         member = self.members[self.active or FIRST]  # which never stalls
-        if len(member.losses) < self.timing.stall:
+        if len(member.losses) < self._stall:
             return ""
         before, member.before, member.losses = member.before, member.losses, []
         if len(before) != len(member.before) or member.is_frozen:
@@ -183,7 +188,7 @@ class ExpertRegistry:
     @property
     def routing(self) -> Routing:
         """Routing of the next step: dense, then top-2, then `top_k`, at falling temperature."""
-        options, anneal = self.options, self.timing.anneal
+        options, anneal = self.options, self._anneal
         if not self.are_mature:
             return Routing(capacity_factor=options.capacity_factor)
         share = min(1.0, self.settled_steps / anneal) if anneal else 1.0
@@ -204,7 +209,7 @@ class ExpertRegistry:
         """Assign a skill to an expert, which may be new; the skill is known afterwards."""
         assert self.novel is not None
         if expert not in self.members:
-            self.members[expert] = _Member(is_mature=not self.timing.maturity)
+            self.members[expert] = _Member(is_mature=not self._maturity)
             self.settled_steps = 0
         self.expert_of[skill] = expert
         if self.detector is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tritter.core.families import forward_flops
+from tritter.core.families import Flops, forward_flops
 from tritter.core.models import model_of
 from tritter.core.stock_routers import Routing
 from tritter.data.packing import kept_tokens
@@ -23,7 +23,7 @@ from tritter.methods.moe_routing.objective import RoutingObjective, RoutingSetti
 from tritter.methods.moe_routing.separate import only_trainable, separate_experts
 from tritter.training import BaseModule, OptimizerSettings, Schedule
 from tritter.training.module import TaskLoss
-from tritter.training.parameters import StepFlops, flops_of_sequence
+from tritter.training.parameters import flops_of_sequence
 
 
 class DistillationModule(BaseModule):
@@ -76,9 +76,9 @@ class DistillationModule(BaseModule):
         )
         return TaskLoss(soft_divergence(*both, temperature=self.temperature), student_logits)
 
-    def step_flops(self) -> StepFlops:
+    def step_flops(self) -> Flops:
         flops = forward_flops(model_of(self._teacher[0]))
-        return StepFlops(flops + flops_of_sequence(self.model, routed_to=self.new_experts))
+        return flops + flops_of_sequence(self.model, routed_to=self.new_experts)
 
 
 def distill_experts(

@@ -15,11 +15,9 @@ from torch.nn.functional import normalize
 from tritter.errors import RequestError, raise_problems
 from tritter.methods.novelty.library import (
     FORMAT_VERSION,
-    Gather,
     Skill,
     SkillLibrary,
     check_format,
-    single_process,
 )
 from tritter.methods.novelty.observation import Observation, concatenated
 from tritter.methods.novelty.options import DETECTORS, Confidence, Detector, NoveltyOptions
@@ -351,7 +349,6 @@ class NoveltyDetector:
         batches: Sequence[Observation] | None = None,
         *,
         is_base: bool = False,
-        gather: Gather = single_process,
     ) -> Skill:
         """Add a skill to the library, by default from the batches just called new.
 
@@ -364,15 +361,13 @@ class NoveltyDetector:
                     f"novelty: there are no new batches to name '{name}'; pass batches."
                 )
             batches = self.run
-        skill = self.library.add(name, batches, is_base=is_base, gather=gather)
+        skill = self.library.add(name, batches, is_base=is_base)
         self._restart()
         return skill
 
-    def recalibrate(
-        self, name: str, batches: Sequence[Observation], *, gather: Gather = single_process
-    ) -> Skill:
+    def recalibrate(self, name: str, batches: Sequence[Observation]) -> Skill:
         """Replace the statistics of a skill; see `SkillLibrary.recalibrate`."""
-        skill = self.library.recalibrate(name, batches, gather=gather)
+        skill = self.library.recalibrate(name, batches)
         self._restart()
         return skill
 

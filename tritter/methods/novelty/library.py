@@ -1,10 +1,10 @@
 """The library of known skills: statistics of the frozen base's features, without any data."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from operator import add
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -22,11 +22,8 @@ from tritter.options import Count, WholeNumber, options
 
 _TRAINED = ("first", "first_bias", "second", "second_bias")
 FORMAT_VERSION = 1
-_MAX_DIGESTS = 64  # per skill
 _MAX_FOLDS = 5
 _Measure = Literal["loss", "centre", "distance"]
-_Part = TypeVar("_Part")
-Gather = Callable[[Any], Sequence[Any]]
 
 
 @options
@@ -198,7 +195,6 @@ class Skill:
         centre: of the distances of batch means, cross-validated.
         distance: of the distances of samples, cross-validated.
         similarity_at_creation: earlier skill → cosine of the two mean embeddings.
-        digests: checksums of exemplars.
     """
 
     name: str
@@ -209,7 +205,6 @@ class Skill:
     centre: Calibration
     distance: Calibration
     similarity_at_creation: Mapping[str, float]
-    digests: tuple[str, ...]
 
     @property
     def n(self) -> int:
@@ -230,7 +225,6 @@ class Skill:
             "centre": asdict(self.centre),
             "distance": asdict(self.distance),
             "similarity_at_creation": dict(self.similarity_at_creation),
-            "digests": list(self.digests),
         }
 
     @classmethod
@@ -242,7 +236,6 @@ class Skill:
                 "loss": None if state["loss"] is None else Calibration(**state["loss"]),
                 "centre": Calibration(**state["centre"]),
                 "distance": Calibration(**state["distance"]),
-                "digests": tuple(state["digests"]),
             }
         )
 
@@ -261,11 +254,6 @@ def check_format(state: Mapping[str, Any], what: str) -> None:
         raise TritterError(
             f"{what} has format {version}; this version of Tritter reads format {FORMAT_VERSION}"
         )
-
-
-def single_process(own: _Part) -> Sequence[_Part]:
-    """Gather from a single process."""
-    return [own]
 
 
 class SkillLibrary:
@@ -302,16 +290,14 @@ class SkillLibrary:
         batches: Sequence[Observation],
         *,
         is_base: bool = False,
-        gather: Gather = single_process,
     ) -> Skill:
         """Add a skill.
 
         Args:
             name: its name.
-            batches: batches of this process, in the size and order of later decisions; for a skill
+            batches: batches of all processes, in the size and order of later decisions; for a skill
                 of the base at least 30, held out from its training.
             is_base: True if the base knows the skill, as it must for the first one.
-            gather: returns the values of all processes in rank order, from the local value.
 
         Raises:
             RequestError: the name is empty or exists, the first skill is not the base's, or there
@@ -324,14 +310,12 @@ class SkillLibrary:
                 f"novelty: '{name}' can't be the first skill; first add data that the base was "
                 "trained on (is_base=True)."
             )
-        skill = self._measure_skill(name, batches, is_base=is_base, gather=gather)
+        skill = self._measure_skill(name, batches, is_base=is_base)
         mean = skill.embedding / skill.embedding.norm()
         similar = {old.name: float(mean @ old.embedding / old.embedding.norm()) for old in self}
         return self._store(replace(skill, similarity_at_creation=similar))
 
-    def recalibrate(
-        self, name: str, batches: Sequence[Observation], *, gather: Gather = single_process
-    ) -> Skill:
+    def recalibrate(self, name: str, batches: Sequence[Observation]) -> Skill:
         """Replace a skill's statistics by those of other batches; arguments as for `add`.
 
         Training an expert does not change them, because they are those of the frozen base. But
@@ -339,15 +323,8 @@ class SkillLibrary:
         first skill first.
         """
         old = self[name]
-        new = self._measure_skill(name, batches, is_base=old.is_base, gather=gather)
-        digests = (*old.digests, *(d for d in new.digests if d not in old.digests))
-        return self._store(
-            replace(
-                new,
-                similarity_at_creation=old.similarity_at_creation,
-                digests=digests[:_MAX_DIGESTS],
-            )
-        )
+        new = self._measure_skill(name, batches, is_base=old.is_base)
+        return self._store(replace(new, similarity_at_creation=old.similarity_at_creation))
 
     def remove(self, name: str) -> None:
         """Remove a skill, for example when its expert is evicted.
@@ -451,9 +428,7 @@ class SkillLibrary:
         self._gaussians.pop(skill.name, None)
         return skill
 
-    def _measure_skill(
-        self, name: str, batches: Sequence[Observation], *, is_base: bool, gather: Gather
-    ) -> Skill:
+    def _measure_skill(self, name: str, batches: Sequence[Observation], *, is_base: bool) -> Skill:
         if sum(map(len, batches)) < 4:
             raise RequestError(f"novelty: '{name}' needs at least four samples.")
         whole = list(batches)
@@ -462,8 +437,7 @@ class SkillLibrary:
             whole = [whole[0].rows(half) for half in halves]
         number = _MAX_FOLDS if len(whole) >= 2 * _MAX_FOLDS else 2
         parts = [whole[fold::number] for fold in range(number)]
-        own = [Moments.of(torch.cat([b.features for b in part])) for part in parts]
-        folds = [reduce(add, each) for each in zip(*gather(own), strict=True)]
+        folds = [Moments.of(torch.cat([b.features for b in part])) for part in parts]
         moments = reduce(add, folds)
         size = len(self.reference.mean) if self._skills else len(moments.mean)
         if len(moments.mean) != size:
@@ -485,26 +459,22 @@ class SkillLibrary:
         embedding = embed(torch.cat([b.features for b in batches]), self.projection).sum(dim=0)
         losses, loss = [b.losses for part in parts for b in part if b.losses is not None], None
         if len(losses) == sum(map(len, parts)):
-            loss = reduce(add, gather(Calibration.of(losses)))
-        centre = reduce(add, gather(held_out["centre"]))
+            loss = Calibration.of(losses)
+        centre = held_out["centre"]
         if is_base and centre.batches < CALIBRATION_BATCHES:
             raise RequestError(
                 f"novelty: '{name}' has {centre.batches} batches; a skill of the base needs at "
                 f"least {CALIBRATION_BATCHES}."
             )
-        digests = [
-            d for digests in gather([d for b in batches for d in b.digests]) for d in digests
-        ]
         return Skill(
             name=name,
             is_base=is_base,
             moments=moments,
-            embedding=torch.stack(list(gather(embedding))).sum(dim=0),
+            embedding=embedding,
             loss=loss,
             centre=centre,
-            distance=reduce(add, gather(held_out["distance"])),
+            distance=held_out["distance"],
             similarity_at_creation={},
-            digests=tuple(dict.fromkeys(digests))[:_MAX_DIGESTS],
         )
 
 

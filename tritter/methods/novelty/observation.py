@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from hashlib import sha256
 from typing import Any
 
 import torch
@@ -30,7 +29,6 @@ class Observation:
     Args:
         losses: float64 [B], mean cross-entropy of each sequence, nats per token, or None.
         features: float32 [B, H], mean over each sequence of the middle layer's hidden states.
-        digests: checksums of the sequences' tokens, B of them or none.
 
     Raises:
         TritterError: sizes disagree, the batch is empty, or a number is not finite.
@@ -38,16 +36,14 @@ class Observation:
 
     losses: Tensor | None
     features: Tensor
-    digests: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         losses, batch = self.losses, len(self.features) if self.features.ndim == 2 else 0
         is_whole = losses is None or losses.shape == (batch,)
-        if not batch or not is_whole or len(self.digests) not in (0, batch):
+        if not batch or not is_whole:
             raise TritterError(
-                f"novelty: losses {() if losses is None else tuple(losses.shape)}, features "
-                f"{tuple(self.features.shape)} and {len(self.digests)} digests don't match; "
-                "[B], [B, H] and B (or no) digests are required"
+                f"novelty: losses {() if losses is None else tuple(losses.shape)} and features "
+                f"{tuple(self.features.shape)} don't match; [B] and [B, H] are required"
             )
         if not all(each.isfinite().all() for each in (losses, self.features) if each is not None):
             raise TritterError("novelty: losses or features of the base are not finite")
@@ -57,26 +53,23 @@ class Observation:
 
     def rows(self, index: Tensor) -> "Observation":
         """Return the sequences with these indices."""
-        kept = tuple(self.digests[row] for row in index.tolist()) if self.digests else ()
         losses = None if self.losses is None else self.losses[index]
-        return Observation(losses=losses, features=self.features[index], digests=kept)
+        return Observation(losses=losses, features=self.features[index])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"losses": self.losses, "features": self.features, "digests": list(self.digests)}
+        return {"losses": self.losses, "features": self.features}
 
     @classmethod
     def of_state(cls, state: dict[str, Any]) -> "Observation":
-        return cls(**{**state, "digests": tuple(state["digests"])})
+        return cls(**state)
 
 
 def concatenated(observations: Sequence[Observation]) -> Observation:
-    """Return several batches as one; digests are kept only if all batches have them."""
-    has_digests = all(each.digests for each in observations)
+    """Return several batches as one."""
     losses = [each.losses for each in observations if each.losses is not None]
     return Observation(
         losses=torch.cat(losses) if len(losses) == len(observations) else None,
         features=torch.cat([each.features for each in observations]),
-        digests=tuple(d for each in observations for d in each.digests) if has_digests else (),
     )
 
 
@@ -148,12 +141,7 @@ def observe(
     if (width := features_BH.shape[1]) > max_features:  # norms are preserved on average
         with torch.autocast("cpu", enabled=False):
             features_BH = features_BH @ _directions(width, max_features)
-    tokens = [row[own].numpy() for row, own in zip(ids.cpu(), is_token.bool().cpu(), strict=True)]
-    return Observation(
-        losses=losses_B,
-        features=features_BH,
-        digests=tuple(sha256(each.astype("<i8").tobytes()).hexdigest() for each in tokens),
-    )
+    return Observation(losses=losses_B, features=features_BH)
 
 
 def middle_layer(model: nn.Module) -> nn.Module:

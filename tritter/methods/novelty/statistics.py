@@ -5,7 +5,7 @@ n samples · H hidden size
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,10 +49,6 @@ class Calibration:
             sample_total=float(samples.sum()),
             sample_squares=float(samples.square().sum()),
         )
-
-    def __add__(self, other: "Calibration") -> "Calibration":
-        one, two = asdict(self), asdict(other)
-        return Calibration(**{name: one[name] + two[name] for name in one})
 
     @property
     def mean(self) -> float:
