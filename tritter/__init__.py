@@ -29,7 +29,7 @@ _EXPORTS = {
     "EWC": "tritter.methods.forgetting",
     "ElasticWeightConsolidation": "tritter.methods.forgetting.ewc",
     "ExpansionRecord": "tritter.checkpoints",
-    "ExpansionStep": "tritter.planning",
+    "ExpansionStep": "tritter.planning.plan",
     "ExpertMixture": "tritter.methods.experts.mixture",
     "GrowableCausalLM": "tritter.methods.growth.growable",
     "GrowableFFN": "tritter.methods.growth.growable",
@@ -60,7 +60,7 @@ _EXPORTS = {
     "depth_upscale": "tritter.transform.live",
     "expand_attention_heads": "tritter.transform.live",
     "expand_linear": "tritter.transform.live",
-    "plan_expansion_path": "tritter.planning",
+    "plan_expansion_path": "tritter.planning.plan",
     "train_new_experts": "tritter.methods.moe_routing.live",
     "width_upscale": "tritter.transform.live",
 }

@@ -43,8 +43,8 @@ from tritter.methods.moe_routing.live import adapt_router as adapt_router
 from tritter.methods.moe_routing.live import train_new_experts as train_new_experts
 from tritter.methods.novelty import NoveltyDetector as NoveltyDetector
 from tritter.methods.novelty import SkillLibrary as SkillLibrary
-from tritter.planning import ExpansionStep as ExpansionStep
-from tritter.planning import plan_expansion_path as plan_expansion_path
+from tritter.planning.plan import ExpansionStep as ExpansionStep
+from tritter.planning.plan import plan_expansion_path as plan_expansion_path
 from tritter.transform.live import ModelExpander as ModelExpander
 from tritter.transform.live import ProgressiveCheckpoint as ProgressiveCheckpoint
 from tritter.transform.live import depth_upscale as depth_upscale

@@ -32,7 +32,7 @@ from tritter.core.models import model_of, new_model  # noqa: E402
 from tritter.data.batches import BatchStream, SequenceStream  # noqa: E402
 from tritter.data.corpus import Corpus, stdlib_corpus  # noqa: E402
 from tritter.data.tokens import END_OF_TEXT, TextBounds, pack  # noqa: E402
-from tritter.methods.moe_routing import RoutingObjective, RoutingSettings  # noqa: E402
+from tritter.methods.moe_routing.objective import RoutingObjective, RoutingSettings  # noqa: E402
 from tritter.seeds import derived_seed  # noqa: E402
 from tritter.terminal import Console  # noqa: E402
 from tritter.training import (  # noqa: E402

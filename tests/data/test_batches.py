@@ -130,8 +130,6 @@ def test_state_is_plain_and_of_one_format():
 
 
 def test_wrong_requests_are_refused():
-    with pytest.raises(RequestError, match=r"data\.batch_size=0"):
-        batches(batch_size=0)
     with pytest.raises(RequestError, match=r"fraction=1: must be at least 0 and below 1"):
         ReplayBuffer.of_domains({"old": torch.zeros(3, 3)}, seed=0).mixed_into(
             batches(fraction=0.7), 0.3

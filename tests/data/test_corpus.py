@@ -212,12 +212,6 @@ def test_a_cache_that_cannot_be_written_is_refused_before_any_work(tmp_path, mak
     assert not making
 
 
-def test_wrong_requests_are_refused(tmp_path):
-    with pytest.raises(RequestError, match=r"data\.vocab_size"):
-        build(tmp_path, vocab_size=10)
-    assert not list((tmp_path / "corpora" / "1").glob("*"))
-
-
 def from_stdlib(cache_dir, **changes):
     options = {"vocab_size": 280, "validation_fraction": 0.2, "seed": 0}
     options |= {"max_validation_tokens_per_document": 50, "cache_dir": cache_dir}

@@ -77,10 +77,3 @@ def test_an_empty_side_is_refused(count, fraction):
     rule = SplitRule(seed=0, validation_fraction=fraction)
     with pytest.raises(RequestError, match=r"domain few: .*each side.*data\.validation_fraction"):
         parted({"few": named(count)}, rule=rule)
-
-
-@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
-def test_a_fraction_out_of_range_is_refused(fraction):
-    rule = SplitRule(seed=0, validation_fraction=fraction)
-    with pytest.raises(RequestError, match=r"data\.validation_fraction"):
-        parted({"a": named(9)}, rule=rule)

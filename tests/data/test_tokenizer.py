@@ -1,9 +1,7 @@
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tritter.data.tokens import END_OF_TEXT, train_tokenizer
-from tritter.errors import RequestError
 
 
 @given(st.text())
@@ -18,8 +16,3 @@ def test_training_is_deterministic_and_holds_its_size(documents):
     assert one.get_vocab_size() == 300
     assert one.token_to_id(END_OF_TEXT) == 0
     assert one.to_str() != train_tokenizer(documents[:5], vocab_size=300).to_str()
-
-
-def test_too_small_a_vocabulary_is_refused(documents):
-    with pytest.raises(RequestError, match=r"data\.vocab_size=256.*257"):
-        train_tokenizer(documents, vocab_size=256)

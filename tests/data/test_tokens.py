@@ -76,11 +76,6 @@ def test_a_text_cannot_forge_the_end_of_a_text(tokenizer):
     assert 0 in tokenizer.encode(forged.text).ids  # the tokenizer is unchanged
 
 
-def test_too_small_a_limit_is_refused(documents, tokenizer):
-    with pytest.raises(RequestError, match="max_validation_tokens_per_document=3"):
-        tokenise(documents, tokenizer, max_tokens_per_document=3)
-
-
 @pytest.mark.parametrize("sequence_length", [2, 7, 64])
 def test_packing_against_a_loop(documents, tokenizer, sequence_length):
     tokenised = tokenise([*documents[:5], Document("empty", ""), *documents[5:]], tokenizer)

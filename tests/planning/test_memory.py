@@ -19,8 +19,7 @@ from transformers import (
 from tests.oracle import tiny_llama, tokens
 from tritter.core.families import Model
 from tritter.errors import RequestError
-from tritter.planning import TrainingSetup, training_memory
-from tritter.planning.memory import saved_bytes
+from tritter.planning.memory import TrainingSetup, saved_bytes, training_memory
 
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "64-true": torch.float64}
 

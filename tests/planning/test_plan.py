@@ -13,19 +13,17 @@ from tritter.core.expansions import LlamaPro, Width
 from tritter.core.families import Config, Model
 from tritter.core.families.presets import PRESETS, aspect_ratio_at
 from tritter.errors import RequestError
-from tritter.planning import (
+from tritter.planning.memory import TrainingSetup
+from tritter.planning.plan import (
     CHINCHILLA,
     Assumptions,
     Device,
-    GrowthMethods,
     GrowthPlan,
-    TrainingSetup,
-    named_shape,
     plan_expansion_path,
     plan_growth,
+    training_flops_per_token,
 )
-from tritter.planning.plan import training_flops_per_token
-from tritter.planning.shapes import aspect_ratio
+from tritter.planning.shapes import GrowthMethods, aspect_ratio, named_shape
 
 SMALL: Config = tiny_llama().config.to_dict()
 STRATEGIES = ("depth_first", "width_first", "balanced", "auto")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tritter.planning import CHINCHILLA, ScalingLaw
+from tritter.planning.plan import CHINCHILLA, ScalingLaw
 
 SIMPLE = ScalingLaw(
     irreducible=1.0,

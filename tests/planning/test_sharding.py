@@ -16,7 +16,7 @@ from tritter.core.families import Config, Model
 from tritter.core.families.presets import PRESETS
 from tritter.core.models import stock_config_of
 from tritter.errors import RequestError
-from tritter.planning import sharding_plan
+from tritter.planning.memory import sharding_plan
 from tritter.training.parameters import shard
 
 CONFIGS = {

@@ -17,7 +17,7 @@ from tritter.core.families import Model
 from tritter.core.models import model_of
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.evaluation.gate import ENOUGH_STEPS, flow_check, memory_check
-from tritter.planning import TrainingSetup, states_bytes, training_memory
+from tritter.planning.memory import TrainingSetup, states_bytes, training_memory
 from tritter.stopping import Stopped
 from tritter.terminal import Console
 from tritter.training import (

@@ -16,7 +16,6 @@ from torch import nn
 from tests import oracle
 from tests.training.test_fit import SETTINGS
 from tritter.data.batches import BatchStream, SequenceStream
-from tritter.errors import RequestError
 from tritter.targets import Component, import_object
 from tritter.training import BaseModule, FitResult, OptimizerSettings, Schedule, fit, read_metrics
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
@@ -230,14 +229,6 @@ def test_their_state_goes_on_and_they_stand_behind_ours(tmp_path: Path) -> None:
     names = json.loads((tmp_path / "order.json").read_text())
     assert names[0] == "EndOfTraining"
     assert names[-4:] == ["StopAt", "Order", "ModelCheckpoint", "SaveState"]
-
-
-def test_two_whose_states_nothing_tells_apart_are_refused(tmp_path: Path) -> None:
-    one, other = (asked(name, f"{HERE}.StopAt", batch=-1) for name in ("one", "other"))
-    with pytest.raises(RequestError, match=r"callbacks\.other and callbacks\.one are both"):
-        train(tmp_path, one, other)
-    named = asked("other", f"{HERE}.StopAt", batch=-1, name="second")
-    assert train(tmp_path, one, named)[1].steps == STEPS
 
 
 @pytest.mark.full

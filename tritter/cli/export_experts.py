@@ -60,7 +60,7 @@ _SEQUENCES, _LENGTH, _DOCUMENTS = 8, 128, 16  # per domain, to measure a merge
 _MAX_RANK = 1024  # of a readable adapter
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Merge:
     """The result of merging experts.
 
@@ -82,9 +82,8 @@ class Merge:
 
     @property
     def sentence(self) -> str:
-        change = self.change
-        cut = f"; the limited rank drops up to {self.lost:.1%} of a layer's update"
-        cut = cut if self.lost else ""
+        change, lost = self.change, self.lost
+        cut = f"; the limited rank drops up to {lost:.1%} of a layer's update" if lost else ""
         kind = "lossy" if change.largest > EXACT_JUMP else "exact up to rounding"
         return (
             f"{kind}: logit shift up to {change.largest:.2g} σ, RMS {change.mean:.2g} σ; greedy "
@@ -134,14 +133,8 @@ def merge(files: ExpertFiles, *, rank: int | None = None, max_rank: int | None =
     adapter, lost = merged_adapter(experts, gates, rank=rank)
     if max_rank is not None and adapter.shape.rank > max_rank:
         adapter, lost = merged_adapter(experts, gates, rank=max_rank)
-    return Merge(
-        gates=gates,
-        gates_from=gates_from,
-        adapter=adapter,
-        lost=lost,
-        change=logit_change(mixture, adapter, input_ids),
-        text=named,
-    )
+    change = logit_change(mixture, adapter, input_ids)
+    return Merge(gates, gates_from, adapter, lost, change, named)
 
 
 def _texts(folder: Path, *, length: int, vocab_size: int) -> dict[str, Tensor]:

@@ -28,13 +28,9 @@ from tritter.report.wording import count_text, si_text
 from tritter.storage.hub import locate
 
 if TYPE_CHECKING:
-    from tritter.planning import (
-        Assumptions,
-        ExpansionStep,
-        GrowthPlan,
-        NamedShape,
-        TrainingMemory,
-    )
+    from tritter.planning.memory import TrainingMemory
+    from tritter.planning.plan import Assumptions, ExpansionStep, GrowthPlan
+    from tritter.planning.shapes import NamedShape
 
 _MEASURED = "measured below 0.3 M parameters, three seeds"
 _NAMES = Names.of(
@@ -168,7 +164,8 @@ def plan(
             f"{' and '.join(missing)}: a plan needs --source, --target and --gpu-hours; "
             "`tritter plan --guide` needs nothing."
         )
-    from tritter.planning import Assumptions, Device, TrainingSetup, plan_growth
+    from tritter.planning.memory import TrainingSetup
+    from tritter.planning.plan import Assumptions, Device, plan_growth
     from tritter.planning.serving import serving_notes
     from tritter.planning.upcycling import planned
 
@@ -217,7 +214,7 @@ def plan(
 
 def _sequence_length(requested: int | None, source: NamedShape) -> int:
     """Return the sequence length, limited by the model's learned positions."""
-    from tritter.planning import TrainingSetup
+    from tritter.planning.memory import TrainingSetup
 
     model = source.model
     learned = model.sizes.max_position_embeddings
@@ -272,7 +269,7 @@ def _is_checkpoint(source: str) -> bool:
 def _read_source(text: str) -> NamedShape:
     """Return the shape of `--source`."""
     from tritter.core.families.config_file import read_model_file
-    from tritter.planning import NamedShape, named_shape
+    from tritter.planning.shapes import NamedShape, named_shape
 
     if _is_checkpoint(text):
         with refuse_damage():
@@ -286,7 +283,7 @@ def _read_source(text: str) -> NamedShape:
 
 def _preset(text: str) -> NamedShape | None:
     from tritter.core.families.presets import PRESETS
-    from tritter.planning import preset_shape
+    from tritter.planning.shapes import preset_shape
 
     name = text.lower().replace("-", "_")
     return preset_shape(PRESETS[name]) if name in PRESETS else None

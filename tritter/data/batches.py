@@ -91,8 +91,6 @@ class SequenceStream:
         """Return the next `count` sequences, int64 [count, T], across epochs where needed."""
         import torch
 
-        if count < 0:
-            raise ValueError(f"count={count}: must not be negative")
         picked: list[Tensor] = [self._order[:0]]
         while count:
             piece = self._order[self._position : self._position + count]
@@ -237,8 +235,6 @@ class BatchStream:
         Raises:
             RequestError: the batch is empty.
         """
-        if batch_size < 1:
-            raise RequestError(f"data.batch_size={batch_size}: must be at least 1.")
         self.new = new
         self._batch_size = batch_size
         self.replayed: Sequences | None = None  # see `ReplayBuffer.mixed_into`

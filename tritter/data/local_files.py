@@ -131,7 +131,7 @@ class Reading:
         """Yield the texts of a file of records; invalid records are skipped.
 
         Raises:
-            SpentError: `max_bytes` were read.
+            ByteLimitError: `max_bytes` were read.
         """
         yield from self.counted(str(path), _texts(path, self))
 
@@ -139,7 +139,7 @@ class Reading:
         """Yield the `pieces` of a file's texts; plain text files are streamed.
 
         Raises:
-            SpentError: `max_bytes` were read.
+            ByteLimitError: `max_bytes` were read.
         """
         if _kind(path) in _WHOLE:
             found: Iterator[Text] = pieces_of_chunks(_chunks(path, self))
@@ -159,7 +159,7 @@ class Reading:
         """Yield the items of one source, and record its skipped records and problems.
 
         Raises:
-            SpentError: `max_bytes` were read.
+            ByteLimitError: `max_bytes` were read.
             TextFileError: a data set can't be read.
         """
         num_read, problem, self.skipped = 0, None, SkippedRecords()
@@ -226,7 +226,7 @@ class Reading:
         """Count bytes read.
 
         Raises:
-            SpentError: the count exceeds the limit.
+            ByteLimitError: the count exceeds the limit.
         """
         self.num_bytes += num_bytes
         if self._max_bytes is not None and self.num_bytes > self._max_bytes:
@@ -242,7 +242,7 @@ def text_pieces(files: Sequence[Path], reading: Reading) -> Iterator[Text]:
     Raises:
         TextFileError: files can't be read, decoded or parsed, no record has the field, or all
             texts are blank. Raised at the end, with file and line of each problem.
-        SpentError: the reading's `max_bytes` were read.
+        ByteLimitError: the reading's `max_bytes` were read.
     """
     is_blank = True
     for path in files:

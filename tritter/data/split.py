@@ -5,7 +5,6 @@ A document is used for validation if the hash of the lineage's seed and its text
 every training run of the lineage: runs never train on each other's validation documents.
 """
 
-import math
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -76,13 +75,8 @@ def split_documents(domains: Mapping[str, Documents], *, rule: SplitRule) -> dic
         rule: the rule of the lineage.
 
     Raises:
-        RequestError: the fraction is out of range, or a domain has an empty side.
+        RequestError: a domain has an empty side.
     """
-    if not (math.isfinite(rule.validation_fraction) and 0 < rule.validation_fraction < 1):
-        raise RequestError(
-            f"data.validation_fraction={rule.validation_fraction}: must be above 0 and below 1, "
-            f"for example 0.1."
-        )
     import numpy as np
 
     held_out: set[str] = set()

@@ -31,14 +31,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 END_OF_TEXT = "<|endoftext|>"
-_MINIMUM_VOCAB_SIZE = 257  # all bytes and the end of text
 _STATED_IN = ("tokenizer_config.json", "special_tokens_map.json")
 _NUMBERED_IN = ("generation_config.json", "config.json")
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "decoder")  # multimodal models
 # transformers rebuilds their tokenizers, without what tokenizer.json puts in front of a text
 _WITHOUT_START = ("GPTNeoXTokenizer", "GPTNeoXTokenizerFast")
 _ANY_TEXT = "a"
-_MINIMUM_DOCUMENT_TOKENS = 4  # a character may have four bytes, each a token
 # Characters per batch: encodings with offsets need many times the memory of the text
 _ENCODED_CHARACTERS = 2**21
 _PACKED_DOCUMENTS = 128
@@ -50,17 +48,9 @@ def train_tokenizer(documents: Iterable[Document], *, vocab_size: int) -> Tokeni
 
     `END_OF_TEXT` is token 0. The vocabulary is smaller than `vocab_size` if the documents have
     too few pairs to merge.
-
-    Raises:
-        RequestError: `vocab_size` is too small for all bytes and the end of text.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    if vocab_size < _MINIMUM_VOCAB_SIZE:
-        raise RequestError(
-            f"data.vocab_size={vocab_size}: a byte-level vocabulary needs at least "
-            f"{_MINIMUM_VOCAB_SIZE} (256 bytes and the end of text)."
-        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -398,21 +388,16 @@ def tokenise(
     Args:
         documents: the documents.
         tokenizer: the tokenizer.
-        max_tokens_per_document: limit of tokens; None keeps whole documents.
+        max_tokens_per_document: limit of tokens, at least 4 (a character may have four bytes, each
+            a token); None keeps whole documents.
         chat: how to tokenise conversations; None tokenises their plain text.
 
     Raises:
-        RequestError: `max_tokens_per_document` is too small for one character, or a chat template
-            fails.
+        RequestError: a chat template fails.
     """
     import numpy as np
 
     limit = max_tokens_per_document
-    if limit is not None and limit < _MINIMUM_DOCUMENT_TOKENS:
-        raise RequestError(
-            f"data.max_validation_tokens_per_document={limit}: must be at least "
-            f"{_MINIMUM_DOCUMENT_TOKENS} (a single character may have that many tokens), or null."
-        )
     tokens, ends, num_bytes = Spool(), array("q", [0]), array("q")
     names, name_ends, num_cut = Spool(), array("q"), 0
     for batch in _batches(documents):

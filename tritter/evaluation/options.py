@@ -40,7 +40,7 @@ class EvaluationConfig:
         code_sandbox_command: command that reads a program from standard input.
     """
 
-    max_tokens_per_document: Annotated[int, Field(ge=2, le=MAX_COUNT)]
+    max_tokens_per_document: Annotated[int, Field(ge=4, le=MAX_COUNT)]
     max_documents: Count | None
     batch_size: Count
     sample_tokens: WholeNumber | None

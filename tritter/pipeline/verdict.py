@@ -31,7 +31,7 @@ from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import ExpansionFound, StageResult, TrainingFound
 from tritter.pipeline.run import Run
 from tritter.pipeline.trained import fitting_dtype
-from tritter.planning import TrainingSetup, states_bytes
+from tritter.planning.memory import TrainingSetup, states_bytes
 from tritter.storage.atomic import atomic_folder, copy_tree
 from tritter.storage.records import record
 

@@ -231,10 +231,9 @@ def saved_bytes(model: Model, setup: TrainingSetup) -> int:
 
 def _layer_bytes(model: Model, layer: int, setup: TrainingSetup) -> int:
     """Return the saved bytes of one layer per token."""
-    family, config = model.family, model.config
-    sizes = family.dimensions(config, layer=layer)
+    family, config, sizes = model.family, model.config, model.sizes
     parameter_bytes, width = _BYTES[setup.precision]
-    ffn_units = sizes.intermediate_size
+    ffn_units = model.ffn_sizes[layer] if model.ffn_sizes else sizes.intermediate_size
     if family.has_experts and model.layer_kinds[layer] == "sparse":
         ffn_units = sizes.experts_per_token * sizes.expert_size + sizes.shared_expert_size
     per_head = {"attention.q_norm": sizes.query_size, "attention.k_norm": sizes.key_value_size}

@@ -18,7 +18,6 @@ from tritter.core.families import Flops, forward_flops
 from tritter.core.models import model_of
 from tritter.data.batches import this_rank
 from tritter.data.packing import IGNORED, inputs_for, labels_of
-from tritter.errors import RequestError
 from tritter.evaluation.losses import nats_per_row
 from tritter.targets import Component, instantiate
 from tritter.training.forgetting_method import ForgettingMethod
@@ -290,23 +289,13 @@ def module_callbacks(
         options: Callbacks in the requested order.
         folder: Folder of the training run.
         last: Callback to append after all others, including those that write checkpoints.
-
-    Raises:
-        RequestError: Two callbacks save their state under the same key.
     """
     callbacks: list[Callback] = []
-    first: dict[str, str] = {}  # state → name of the callback that saves it
     for one in options:
         body = dict(one.options)
         if issubclass(one.kind, ModelCheckpoint):  # its default is the working directory
             body["dirpath"] = str(folder / (body.get("dirpath") or _CHECKPOINTS_NAME))
         callback = instantiate(body)
         assert isinstance(callback, Callback)
-        other = first.setdefault(callback.state_key, one.name)
-        if other != one.name and type(callback).state_dict is not Callback.state_dict:
-            raise RequestError(
-                f"callbacks.{one.name} and callbacks.{other} are both {callback.state_key}, so "
-                "their saved states would collide. Set different `monitor` values or remove one."
-            )
         callbacks.append(callback)
     return [*callbacks, last]

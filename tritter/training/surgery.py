@@ -201,10 +201,6 @@ def _check_moment(trainer: Trainer, module: LightningModule) -> None:
             f"trainer.strategy = {type(trainer.strategy).__name__}: a model can only change during "
             "training on one device or with ddp; otherwise expand between two training runs."
         )
-    if len(trainer.optimizers) != 1:
-        raise RequestError(
-            f"the module has {len(trainer.optimizers)} optimizers; model changes require one."
-        )
 
 
 def _check_shapes(model: nn.Module, change: Change) -> None:
@@ -239,11 +235,6 @@ def _follow_groups(
     """
     optimizer.zero_grad(set_to_none=True)
     new_groups = module.new_optimizer().param_groups
-    if len(new_groups) != len(optimizer.param_groups):
-        raise TritterError(
-            f"the optimizer has {len(optimizer.param_groups)} groups; a new one has "
-            f"{len(new_groups)}."
-        )
     new = dict(module.model.named_parameters())
     for name, parameter in old.items():
         if new.get(name) is not parameter:

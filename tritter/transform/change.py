@@ -99,16 +99,9 @@ class Change:
             is_shared = stored.is_whole and maps[0].is_verbatim  # else both models train it
             yield stored.name, stored.pack(values.__getitem__).to(example.device, copy=is_shared)
 
-    def masks(self, old: _Tensors | None = None) -> dict[str, Tensor]:
-        """Return parameter → bool mask of the entries that derive from old weights.
-
-        Args:
-            old: masks before the change; only entries that derive from marked ones are marked. A
-                parameter without a mask has no marked entries. None: all are marked.
-        """
-        marked = {s.name: torch.full(s.shape, old is None) for s in self.before}
-        marked |= {name: mask for name, mask in (old or {}).items() if name in marked}
-        by_name = unpack_all(self.before, marked)
+    def masks(self) -> dict[str, Tensor]:
+        """Return parameter → bool mask of the entries that derive from old weights."""
+        by_name = unpack_all(self.before, {s.name: torch.full(s.shape, True) for s in self.before})
         return pack_all(
             self.after,
             {name: carried_mask(m, by_name.__getitem__) for name, m in self.tensors.items()},

@@ -358,14 +358,13 @@ def expand_linear(
     return new
 
 
-def copied_axis(old_size: int, new_size: int, *, seed: int, equal: bool = False) -> AxisMap:
+def copied_axis(old_size: int, new_size: int, *, seed: int) -> AxisMap:
     """Return a map that copies coordinates in random rounds and splits their shares.
 
     Args:
         old_size: size of the axis.
         new_size: size after the expansion.
         seed: of the choice of copied coordinates.
-        equal: split shares equally among the copies.
 
     Raises:
         RequestError: the axis would shrink.
@@ -373,7 +372,7 @@ def copied_axis(old_size: int, new_size: int, *, seed: int, equal: bool = False)
     if new_size < old_size:
         raise RequestError(f"{new_size} features are fewer than the layer's {old_size}.")
     source = copied_sources(old_size, new_size, seed=seed)
-    return AxisMap.copied(old_size, source, split_shares(source, old_size, equal=equal))
+    return AxisMap.copied(old_size, source, split_shares(source, old_size, equal=False))
 
 
 def _map_parameter(tensor: Tensor, *axes: AxisFactor) -> Tensor:

@@ -37,7 +37,6 @@ from tritter.core.expansions import (
     Width,
     build_steps,
 )
-from tritter.core.expansions.width import ffn_size
 from tritter.core.families import Model, family_of
 from tritter.errors import RequestError
 from tritter.transform import expand
@@ -133,7 +132,7 @@ def widths(draw: st.DrawFn, model: PreTrainedModel) -> Width:
         hidden_size = -(-hidden_size // heads) * heads
     return Width(
         hidden_size=hidden_size,
-        intermediate_size=ffn_size(old) + draw(st.integers(0, 60)),
+        intermediate_size=old.ffn_size + draw(st.integers(0, 60)),
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_strategy=strategy,

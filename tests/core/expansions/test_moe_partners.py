@@ -19,7 +19,7 @@ from tritter.core.expansions import Moe, target_model
 from tritter.core.families import Model
 from tritter.core.stock_routers import Routing
 from tritter.errors import RequestError
-from tritter.methods.moe_routing import RoutingObjective, RoutingSettings
+from tritter.methods.moe_routing.objective import RoutingObjective, RoutingSettings
 from tritter.transform import expand
 
 TOKENS = oracle.tokens()

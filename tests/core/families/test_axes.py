@@ -27,7 +27,6 @@ from tritter.core.families import (
     Family,
     Model,
     family_of,
-    ffn_size,
     pack_all,
     unpack_all,
 )
@@ -49,7 +48,7 @@ def requests(family: Family, config: Config) -> list[Width | MoeAdd]:
     """Return growth of FFN, heads, hidden size and experts that the table supports."""
     sizes = family.dimensions(config)
     heads, groups = sizes.num_attention_heads, sizes.num_key_value_heads
-    hidden, ffn = sizes.hidden_size, ffn_size(sizes)
+    hidden, ffn = sizes.hidden_size, sizes.ffn_size
     found: list[Width | MoeAdd] = [
         Width(intermediate_size=ffn + 16, hidden_size=hidden),
         Width(hidden_size=2 * hidden, intermediate_size=ffn, init="net2net"),

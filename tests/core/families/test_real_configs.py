@@ -6,7 +6,7 @@ import pytest
 
 from tests.core.families.model_types import example
 from tritter.core.expansions import LlamaPro, MoeAdd, Width, target_model
-from tritter.core.families import Config, Model, family_of, ffn_size
+from tritter.core.families import Config, Model, family_of
 from tritter.errors import RequestError
 
 # Model → its type, what differs from the defaults of the class, and its billions of parameters
@@ -108,7 +108,7 @@ def test_a_published_model_grows_on_the_meta_device(model: str) -> None:
     wide = family_of(config).widened(config).dimensions(config)
     requests: list[LlamaPro | Width] = [
         LlamaPro(target_layers=2 * sizes.num_hidden_layers),
-        Width(hidden_size=sizes.hidden_size, intermediate_size=2 * ffn_size(wide)),
+        Width(hidden_size=sizes.hidden_size, intermediate_size=2 * wide.ffn_size),
         Width(hidden_size=2 * sizes.hidden_size, init="net2net"),
     ]
     if model == "Gemma-4-E4B":  # the last layers read the keys and values of layers 22 and 23

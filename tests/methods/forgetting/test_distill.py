@@ -14,7 +14,6 @@ from tests.oracle.families import OWN, tiny
 from tests.training.test_fit import SETTINGS, module_of, task
 from tests.training.test_fit import batches as batches_of
 from tritter.core.models import backbone_of, head_of
-from tritter.errors import TritterError
 from tritter.methods.forgetting import Distill, Replay, SelfReplay, build_methods
 from tritter.methods.forgetting.distill import Rows
 from tritter.targets import Component
@@ -125,12 +124,6 @@ def test_the_softcap_of_logits_is_the_teachers_own() -> None:
         said = head_of(model)(backbone_of(model)(input_ids=ids).last_hidden_state)
     torch.testing.assert_close(said, oracle.logits(model, ids))
     assert float(said.abs().max()) <= 0.5
-
-
-def test_without_a_teacher_there_is_no_distillation() -> None:
-    model = oracle.tiny_llama()
-    with pytest.raises(TritterError, match="no teacher"):
-        Distill(weight=1.0).begin_task(model, task(model))
 
 
 def trained(folder: Path, teacher: nn.Module, *methods: Any) -> BaseModule:

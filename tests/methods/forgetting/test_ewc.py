@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tests import oracle
-from tests.training.test_fit import module_of, run, task
+from tests.training.test_fit import module_of, task
 from tritter.core.expansions import Dus, LlamaPro, Width
 from tritter.core.families import LLAMA
 from tritter.core.parameter_map.carry import carry
@@ -64,11 +64,6 @@ def test_without_old_data_the_fisher_is_never_refreshed() -> None:
     method.begin_task(model, given)
     assert method.observe_step(model, 0) == method.observe_step(model, 1) == 0
     torch.testing.assert_close(dict(method.importance), fisher)
-
-
-def test_without_fisher_it_refuses(tmp_path: Path) -> None:
-    with pytest.raises(TritterError, match="no Fisher"):
-        run(module_of(EWC(ewc_lambda=1.0)), tmp_path)
 
 
 def test_a_fisher_of_zeros_cannot_be_normalised() -> None:

@@ -100,22 +100,22 @@ def check_heads(old: Dimensions, new: Dimensions, *, strategy: Strategy) -> None
             f"it is not a multiple of {kv_key} = {kv_heads}; nearest: "
             f"{' or '.join(map(str, possible))}",
         )
-    if strategy == "copy" and group_size(new) != group_size(old):
+    if strategy == "copy" and new.group_size != old.group_size:
         raise refused(
             "expansion.width.num_attention_heads",
             f"{heads} with {kv_key} = {kv_heads}",
-            f"{strategy_key}=copy clones whole groups of {group_size(old)} query heads, so it must "
-            f"be {group_size(old) * kv_heads} (or use {strategy_key}=gqa, which copies within a "
+            f"{strategy_key}=copy clones whole groups of {old.group_size} query heads, so it must "
+            f"be {old.group_size * kv_heads} (or use {strategy_key}=gqa, which copies within a "
             "group, or fresh)",
         )
     copies = kv_heads // old.num_key_value_heads if strategy == "gqa" else 1
-    least = -(-group_size(old) // copies)
-    if group_size(new) < least:
+    least = -(-old.group_size // copies)
+    if new.group_size < least:
         raise refused(
             "expansion.width.num_key_value_heads",
             f"{kv_heads} with {heads_key} = {heads}",
-            f"it leaves {group_size(new)} query heads per group, and the model has "
-            f"{group_size(old)}; {heads_key} must be at least {least * kv_heads}",
+            f"it leaves {new.group_size} query heads per group, and the model has "
+            f"{old.group_size}; {heads_key} must be at least {least * kv_heads}",
         )
 
 
@@ -179,12 +179,12 @@ def have_equal_copies(old: Dimensions, new: Dimensions, *, strategy: Strategy) -
         return False
     if strategy == "fresh" or new.num_key_value_heads % old.num_key_value_heads:
         return False
-    return spreads_groups(old, new) or group_size(new) % group_size(old) == 0
+    return spreads_groups(old, new) or new.group_size % old.group_size == 0
 
 
 def spreads_groups(old: Dimensions, new: Dimensions) -> bool:
     """Return True if groups become smaller, so that no new group has all heads of its source."""
-    return group_size(new) < group_size(old)
+    return new.group_size < old.group_size
 
 
 def _keys() -> tuple[str, str, str]:
@@ -192,11 +192,6 @@ def _keys() -> tuple[str, str, str]:
     names = ("num_attention_heads", "num_key_value_heads", "head_strategy")
     heads, kv_heads, strategy = (key_name(f"expansion.width.{name}") for name in names)
     return heads, kv_heads, strategy
-
-
-def group_size(dimensions: Dimensions) -> int:
-    """Return the number of query heads per key/value head."""
-    return dimensions.num_attention_heads // dimensions.num_key_value_heads
 
 
 def _scaled(count: int, old_size: int, new_size: int) -> int | None:
@@ -236,7 +231,7 @@ def head_maps(
     if strategy != "fresh":
         return copy_heads(old, new, equal_shares=equal_shares)
     # Each old head keeps its position in its key/value group; the other heads are new
-    old_group, new_group = group_size(old), group_size(new)
+    old_group, new_group = old.group_size, new.group_size
     query = torch.full((new.num_attention_heads,), -1)
     for head in range(old.num_key_value_heads):
         start = head * new_group
@@ -255,7 +250,7 @@ def copy_heads(old: Dimensions, new: Dimensions, *, equal_shares: bool) -> HeadM
     """
     import torch
 
-    old_group, new_group = group_size(old), group_size(new)
+    old_group, new_group = old.group_size, new.group_size
     key_value = torch.arange(new.num_key_value_heads) % old.num_key_value_heads
     slot = torch.arange(new_group)
     if not spreads_groups(old, new):

@@ -13,7 +13,6 @@ from tritter.core.families import (
     Config,
     Dimensions,
     Model,
-    ffn_size,
     pack_all,
     unpack_all,
 )
@@ -108,7 +107,7 @@ def _rotation_change(key: Key, new: Key) -> float:
 def _sizes(sizes: Dimensions) -> dict[str, int]:
     """Return option of `Width` → its size in a model."""
     names = ("hidden_size", "num_attention_heads", "num_key_value_heads")
-    return {"intermediate_size": ffn_size(sizes), **{name: getattr(sizes, name) for name in names}}
+    return {"intermediate_size": sizes.ffn_size, **{name: getattr(sizes, name) for name in names}}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

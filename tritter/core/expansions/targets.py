@@ -12,7 +12,7 @@ from tritter.core.expansions.moe_add import MoeAdd, sparse_layers
 from tritter.core.expansions.partners import partner_of
 from tritter.core.expansions.specification import ExpansionSpec, target_model
 from tritter.core.expansions.width import Width
-from tritter.core.families import Model, ffn_size
+from tritter.core.families import Model
 from tritter.errors import Problem, RequestError, refused
 from tritter.limits import MAX_EXPERTS, MAX_LAYERS, MAX_WIDTH
 
@@ -139,7 +139,7 @@ def growth_examples(source: Model) -> dict[str, tuple[ExpansionSpec, ...]]:
     """
     sizes = source.widened.sizes
     heads, groups, hidden = sizes.num_attention_heads, sizes.num_key_value_heads, sizes.hidden_size
-    ffn = ffn_size(sizes)
+    ffn = sizes.ffn_size
     kept = Width(
         hidden_size=hidden,
         intermediate_size=ffn,

@@ -29,7 +29,6 @@ from tritter.core.expansions.heads import (
     check_heads,
     check_normed_heads,
     copied_sources,
-    group_size,
     have_equal_copies,
     head_maps,
     head_targets,
@@ -46,7 +45,6 @@ from tritter.core.families import (
     Model,
     Port,
     Space,
-    ffn_size,
     segments,
 )
 from tritter.core.parameter_map import AxisFactor, AxisMap, Fill, ParameterMap, TensorMap
@@ -406,11 +404,11 @@ class Width:
             reason = f"{family.model_type} has no table; use fresh or copy"
             raise refused("expansion.width.head_strategy", self.strategy, reason)
         family.check_growth(old, new)
-        if group_size(new) != group_size(old):
+        if new.group_size != old.group_size:
             reason = (
-                f"the heads of {family.model_type} grow by whole groups of {group_size(old)}; with "
+                f"the heads of {family.model_type} grow by whole groups of {old.group_size}; with "
                 f"{key_name('expansion.width.num_key_value_heads')} = {new.num_key_value_heads} "
-                f"it must be {group_size(old) * new.num_key_value_heads}"
+                f"it must be {old.group_size * new.num_key_value_heads}"
             )
             raise refused("expansion.width.num_attention_heads", new.num_attention_heads, reason)
         heads, hidden_size = new.num_attention_heads, old.hidden_size
@@ -485,7 +483,7 @@ class Width:
         hidden_size = 2 * old.hidden_size if is_default else self.hidden_size or old.hidden_size
         grown, base = hidden_size, old.hidden_size
         if self.intermediate_size is not None:
-            grown, base = self.intermediate_size, ffn_size(old)
+            grown, base = self.intermediate_size, old.ffn_size
         with_heads = head_targets(
             old,
             hidden_size=hidden_size,
@@ -529,7 +527,7 @@ def _check_grows(old: Dimensions, new: Dimensions) -> None:
     """Refuse a size that shrinks, and targets that change nothing."""
     for name, before, after in (
         ("hidden_size", old.hidden_size, new.hidden_size),
-        ("intermediate_size", ffn_size(old), ffn_size(new)),
+        ("intermediate_size", old.ffn_size, new.ffn_size),
         ("num_attention_heads", old.num_attention_heads, new.num_attention_heads),
         ("num_key_value_heads", old.num_key_value_heads, new.num_key_value_heads),
     ):
@@ -544,7 +542,7 @@ def _check_grows(old: Dimensions, new: Dimensions) -> None:
             Problem(
                 "expansion.width",
                 reason="every target equals the current size (hidden_size "
-                f"{old.hidden_size}, intermediate_size {ffn_size(old)}, num_attention_heads "
+                f"{old.hidden_size}, intermediate_size {old.ffn_size}, num_attention_heads "
                 f"{old.num_attention_heads}); set a larger one",
             )
         )

@@ -9,7 +9,6 @@ from tritter.core.families.dimensions import (
     GROWING,
     Config,
     Dimensions,
-    ffn_size,
     ffn_sizes,
     on_disk,
 )
@@ -80,7 +79,6 @@ __all__ = [
     "check_config",
     "check_size",
     "family_of",
-    "ffn_size",
     "ffn_sizes",
     "find_family",
     "forward_flops",

@@ -86,10 +86,15 @@ class Dimensions:
         """The size of a space of one coordinate, such as the shared expert's gate."""
         return 1
 
+    @property
+    def ffn_size(self) -> int:
+        """The size that `intermediate_size` sets: of an expert, or of the FFN."""
+        return self.expert_size or self.intermediate_size
 
-def ffn_size(dimensions: Dimensions) -> int:
-    """Return the size that `intermediate_size` sets: of an expert, or of the FFN."""
-    return dimensions.expert_size or dimensions.intermediate_size
+    @property
+    def group_size(self) -> int:
+        """Number of query heads per key/value head."""
+        return self.num_attention_heads // self.num_key_value_heads
 
 
 def require_size(name: str, key: str, value: object) -> int:

@@ -175,21 +175,15 @@ class Family:
         """Return the config of a model in which all FFNs have a width."""
         return {**config, self.sizes["intermediate_size"]: size}
 
-    def dimensions(self, config: Config, *, layer: int | None = None) -> Dimensions:
+    def dimensions(self, config: Config) -> Dimensions:
         """Read the sizes from a config, with the defaults that transformers would derive.
 
-        Args:
-            config: the config.json.
-            layer: sets `intermediate_size` to the FFN width of this layer. Default: the widest.
+        `intermediate_size` is that of the widest FFN.
 
         Raises:
             RequestError: a size is missing or not a positive whole number.
         """
-        sizes = read_dimensions(config, self.sizes, ffn_ratio=self.ffn_ratio)
-        widths = config.get(FFN_SIZES)
-        if layer is None or not isinstance(widths, list | tuple):
-            return sizes
-        return replace(sizes, intermediate_size=widths[layer])
+        return read_dimensions(config, self.sizes, ffn_ratio=self.ffn_ratio)
 
     def findings(self, config: Config) -> Config:
         """Return the findings about a model type without a table, for people."""

@@ -1,6 +1,6 @@
 """A model as its config describes it: sizes, tensors with shapes, names on disk and in memory."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -138,17 +138,9 @@ class Model:
         sizes = self.family.live_ffn_sizes(self.config, shapes)
         return self.with_ffn_sizes(sizes) if sizes else self
 
-    def with_layers(
-        self, layer_sources: Sequence[int], identities: Collection[int] | None = None
-    ) -> "Model":
-        """Return a model whose layer t is a copy of layer `layer_sources[t]`.
-
-        Args:
-            layer_sources: source layer of each target layer.
-            identities: target layers that are identities. Default: repeated layers, except the
-                first copy.
-        """
-        return self.changed(self.family.with_layers(self.config, layer_sources, identities))
+    def with_layers(self, layer_sources: Sequence[int]) -> "Model":
+        """Return a model whose layer t is a copy of layer `layer_sources[t]`."""
+        return self.changed(self.family.with_layers(self.config, layer_sources))
 
     @cached_property
     def on_disk(self) -> "Model":

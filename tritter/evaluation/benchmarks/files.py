@@ -226,15 +226,15 @@ def questions_of(
     """Return the questions of records in memory.
 
     Raises:
-        RequestError: the records do not have a format of the benchmark.
+        RequestError: the records do not have a format of the benchmark, or are too few.
     """
     path = Path(origin)
     try:
         questions = dict(_questions(benchmark, path, rows, is_alone=True))
         found = Questions(benchmark, questions, {}, (origin,), len(questions))
         return _with_examples(found, None, {path: rows}, num_fewshot)
-    except WrongFileError as error:
-        raise RequestError(str(error)) from error
+    except (TooFewExamplesError, WrongFileError) as error:
+        raise RequestError(f"{benchmark.name}: {error}") from error
 
 
 def _with_examples(

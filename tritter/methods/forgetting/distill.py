@@ -21,7 +21,7 @@ from tritter.core.families import forward_flops
 from tritter.data.batches import this_rank
 from tritter.data.chat import ids_of
 from tritter.data.packing import forward_options, kept_tokens, lengths_read
-from tritter.errors import Problem, TritterError
+from tritter.errors import Problem
 from tritter.options import Count, RunRequest, Text, options
 from tritter.training import ForgettingMethod, Needs, Task
 
@@ -191,8 +191,7 @@ class Distill(ForgettingMethod):
             yield Problem("forgetting.distill.rows", options.rows, reason=reason)
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
-        if task.teacher is None:
-            raise TritterError("forgetting=distill has no teacher.")
+        assert task.teacher is not None, "`needs` asks for a teacher"
         self._teacher = task.teacher.to(next(model.parameters()).dtype).eval()
 
     def extra_loss(self, model: nn.Module, batch: Mapping[str, Tensor], logits: Tensor) -> Tensor:

@@ -137,10 +137,7 @@ class EWC(QuadraticPenalty):
         import torch
 
         at, fisher = self.options.at, task.state.get(self.kind)
-        if fisher is None and at != "expanded":
-            raise TritterError(
-                f"forgetting={self.name} has no Fisher information of the old domains."
-            )
+        assert fisher is not None or at == "expanded", "`needs` asks for the Fisher information"
         self._carried = task.carried
         if self.options.normalise == "mean":
             # Before the expansion, so that copies and new entries don't change it

@@ -33,7 +33,7 @@ from tritter.data.packing import (
     lengths_of,
     lengths_read,
 )
-from tritter.errors import RequestError, TritterError
+from tritter.errors import RequestError
 from tritter.methods.forgetting.quadratic import QuadraticPenalty, diagonal_fisher, mean_over
 from tritter.options import Count, options
 from tritter.training import Needs, Preparation, Prepared, Task, Values
@@ -136,8 +136,7 @@ class SI(QuadraticPenalty):
         importance = dict(task.state.get(self.kind, {}))
         for name, latest in recorded_importance(omega, moved, xi=self.options.xi).items():
             importance[name] = importance.get(name, 0) + latest
-        if not importance:
-            raise TritterError("forgetting=si received no path of an earlier training run.")
+        assert importance, "`needs` asks for the path of an earlier training run"
         self.anchor_weights(model, importance)
         self.path = WeightPath(start=self.anchor)
 

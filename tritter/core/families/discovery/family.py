@@ -20,7 +20,6 @@ from transformers.core_model_loading import revert_weight_conversion
 from tritter.core.families.dimensions import (
     Config,
     Dimensions,
-    ffn_size,
     ffn_sizes,
     require_size,
 )
@@ -222,11 +221,11 @@ class DiscoveredFamily(Family):
     def check_growth(self, old: Dimensions, new: Dimensions) -> None:
         refused = {} if self.axes is None else self.axes.refused
         is_wider = new.hidden_size != old.hidden_size
-        keeps_ratio = ffn_size(new) * old.hidden_size == ffn_size(old) * new.hidden_size
+        keeps_ratio = new.ffn_size * old.hidden_size == old.ffn_size * new.hidden_size
         for part, name, is_changed in (
             ("hidden", "hidden_size", is_wider),
             ("heads", "num_attention_heads", new.num_attention_heads != old.num_attention_heads),
-            ("ffn", "intermediate_size", not keeps_ratio and ffn_size(new) != ffn_size(old)),
+            ("ffn", "intermediate_size", not keeps_ratio and new.ffn_size != old.ffn_size),
         ):
             if not is_changed or part not in refused:
                 continue
@@ -239,7 +238,7 @@ class DiscoveredFamily(Family):
     def with_dimensions(self, config: Config, sizes: Dimensions) -> Config:
         old, inner = self.dimensions(config), decoder_config(complete(config))
         changes: Config = {}
-        grown, base = ffn_size(sizes), ffn_size(old)
+        grown, base = sizes.ffn_size, old.ffn_size
         for key in self.axes.ffn_keys if self.axes else ():
             changes[key] = round(_default_size(inner.get(key), old) * grown / base)
         for key in self.axes.hidden_keys if self.axes else ():
@@ -281,7 +280,7 @@ class DiscoveredFamily(Family):
     def offset_of(self, tensor: LogicalTensor) -> float:
         return tensor.axes[0].offset if self.axes and tensor.axes else self.norm_offset
 
-    def dimensions(self, config: Config, *, layer: int | None = None) -> Dimensions:
+    def dimensions(self, config: Config) -> Dimensions:
         full = complete(config)
         inner = decoder_config(full)
         known = {name: inner.get(key) for name, key in self.sizes.items()}
@@ -296,8 +295,6 @@ class DiscoveredFamily(Family):
         sizes.setdefault("num_key_value_heads", heads)
         sizes.setdefault("head_dim", max(1, sizes["hidden_size"] // heads))
         sizes.setdefault("intermediate_size", 4 * sizes["hidden_size"])
-        if layer is not None and (widths := ffn_sizes(config)):
-            sizes["intermediate_size"] = widths[layer]
         return Dimensions(**sizes)
 
     def position_limit(self, config: Config) -> int | None:
