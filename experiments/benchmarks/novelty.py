@@ -35,6 +35,7 @@ from tritter.core.models import new_model  # noqa: E402
 from tritter.data.built_in import built_in_documents  # noqa: E402
 from tritter.data.corpus import build_corpus  # noqa: E402
 from tritter.data.skills import SKILLS  # noqa: E402
+from tritter.data.split import SplitRule, split_documents  # noqa: E402
 from tritter.data.tokens import (  # noqa: E402
     END_OF_TEXT,
     TextBounds,
@@ -154,6 +155,8 @@ def seen_by_a_base(
     names = {PROSE: "stdlib:prose"} | {
         name: "stdlib:code" if name == "code" else f"skills:{name}:12000" for name in skills
     }
+    rule = SplitRule(seed=seed, validation_fraction=0.4)
+    parted = split_documents({PROSE: built_in_documents(names[PROSE])}, rule=rule)
     corpus = build_corpus(
         {name: built_in_documents(path) for name, path in names.items()},
         origin="built in",
@@ -162,7 +165,7 @@ def seen_by_a_base(
         max_validation_tokens_per_document=20_000,
         seed=seed,
         cache_dir=cache,
-        tokenizer=train_tokenizer(built_in_documents("stdlib:prose"), vocab_size=1024),
+        tokenizer=train_tokenizer(parted[PROSE].train, vocab_size=1024),
     )
     end = corpus.tokenizer.token_to_id(END_OF_TEXT)
 

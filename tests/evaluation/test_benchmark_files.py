@@ -15,7 +15,7 @@ from tests.hostile.values import parquet_bomb
 from tritter.data.benchmark_names import HUB_NAMES, PROGRESSIVE_BENCHMARKS
 from tritter.errors import RequestError
 from tritter.evaluation.benchmarks import files
-from tritter.evaluation.benchmarks.files import Questions, TasksFolder, load
+from tritter.evaluation.benchmarks.files import Questions, TasksFolder, load, questions_of
 from tritter.evaluation.benchmarks.formats import BENCHMARKS, Question, benchmarks_of
 from tritter.evaluation.benchmarks.harness import null_scores
 from tritter.evaluation.code.sandbox import Outcome
@@ -129,6 +129,13 @@ def test_examples_that_are_missing_are_named(tmp_path: Path) -> None:
     assert "3 examples need 3 records, and there are 2" in str(other.reason)
     fixed, arc = load(benchmarks_of(["truthfulqa", "arc_easy"], key=""), folder, num_fewshot=2)
     assert (fixed.num_fewshot, arc.num_fewshot) == (0, 2) and "fixed prompt" in fixed.notes[0]
+
+
+def test_too_few_examples_of_a_data_set_are_named() -> None:
+    with pytest.raises(RequestError) as refused:
+        questions_of(BENCHMARKS["arc_easy"], [CHOICE] * 2, origin="arc_easy", num_fewshot=3)
+    (problem,) = refused.value.problems
+    assert (problem.key, problem.value) == ("num_fewshot", 3) and "arc_easy" in str(problem.reason)
 
 
 def test_the_test_split_is_preferred_and_training_files_are_left(tmp_path: Path) -> None:

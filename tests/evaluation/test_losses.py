@@ -1,7 +1,6 @@
 import json
 import math
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -142,26 +141,6 @@ def test_progress_ends_at_the_total(bigram, table, documents):
     seen = []
     score(bigram(table), documents, progress=lambda done, total: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1] and [done for done, _ in seen] == sorted({d for d, _ in seen})
-
-
-def test_autocast_changes_the_forward_pass_only_a_little(table, make_documents):
-    class Linear(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed, self.head = torch.nn.Embedding(7, 16), torch.nn.Linear(16, 7)
-
-        def forward(self, input_ids, use_cache=False):
-            logits = self.head(self.embed(input_ids))
-            self.dtype = logits.dtype
-            return SimpleNamespace(logits=logits)
-
-    torch.manual_seed(0)
-    model = Linear()
-    documents = make_documents([1, 2, 3, 4, 5])
-    exact = score(model, documents)
-    rounded = score(model, documents, autocast_dtype=torch.bfloat16)
-    assert model.dtype == torch.bfloat16 and rounded.values.dtype == torch.float64
-    torch.testing.assert_close(rounded.values, exact.values, atol=0.05, rtol=0)
 
 
 def test_record_survives_json(make_losses):

@@ -37,7 +37,7 @@ from tritter.data.skills import Question
 from tritter.data.split import SplitRule
 from tritter.data.stream import SequenceOptions, StreamedSequences
 from tritter.data.tokens import TextBounds, begun, copy_backend
-from tritter.errors import TritterError
+from tritter.errors import RequestError, TritterError
 from tritter.evaluation.statistics import PairedScores, relative_forgetting
 from tritter.evaluation.tasks import QuestionTask, Reader
 from tritter.methods.experts.mixture import Evidence
@@ -266,3 +266,18 @@ def test_methods_read_and_train_marked_sequences(
 ) -> None:
     summary = run(base, tmp_path / "run", *words)
     assert summary["final"]["new"]["loss"] > 0
+
+
+def test_a_run_of_an_earlier_version_is_not_resumed(base: Path, tmp_path: Path) -> None:
+    run(base, tmp_path / "run", "forgetting=replay")
+    path = tmp_path / "run/scores/baseline.json"
+    scores = json.loads(path.read_text())
+    path.write_text(json.dumps({n: {**each, "start": []} for n, each in scores.items()}))
+    (tmp_path / "run/summary.json").unlink()
+    with pytest.raises((RequestError, TritterError)):
+        run_pipeline(
+            load_config([*RUN, f"model.path={base}", f"cache_dir={tmp_path / 'cache'}",
+                f"data.old={FIXTURES / 'text/old'}", f"data.new={FIXTURES / 'text/new.jsonl'}",
+                "forgetting=replay"]),
+            run_folder=tmp_path / "run",
+        )  # fmt: skip

@@ -292,7 +292,7 @@ def _tensor_changes(folder: Path, link: Link) -> Iterator[Difference]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Damage:
+class Damage:
     """A changed or missing output of a stage.
 
     Args:
@@ -335,25 +335,25 @@ def digests_of(
     return digests
 
 
-def find_damage(folder: Path, digests: Mapping[str, str]) -> tuple[_Damage, ...]:
+def find_damage(folder: Path, digests: Mapping[str, str]) -> tuple[Damage, ...]:
     """Compare outputs with the digests that `digests_of` returned, and return all damage."""
     found = []
     for location, digest in digests.items():
         path = folder / location
         if not path.exists():
-            found.append(_Damage(location, f"{path} is missing", is_deleted=True))
+            found.append(Damage(location, f"{path} is missing", is_deleted=True))
         elif path.is_dir():
             changes = list(checkpoint_changes(path))
-            found += [_Damage(location, detail) for detail in changes]
+            found += [Damage(location, detail) for detail in changes]
             if not changes and _checkpoint_digest(lineage_of(path)) != digest:
                 detail = f"{path} is not the checkpoint that the stage wrote"
-                found.append(_Damage(location, detail))
+                found.append(Damage(location, detail))
         else:
             try:
                 if file_digest(path) != digest:
-                    found.append(_Damage(location, f"{path}: changed"))
+                    found.append(Damage(location, f"{path}: changed"))
             except (OSError, TritterError) as error:
-                found.append(_Damage(location, str(error)))
+                found.append(Damage(location, str(error)))
     return tuple(found)
 
 

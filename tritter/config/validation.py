@@ -164,7 +164,7 @@ def _with_frozen_rows(bodies: _Bodies) -> _Bodies:
     return {**bodies, "forgetting": forgetting}
 
 
-def _find_classes(reader: Reader, bodies: _Bodies) -> dict[str, Any]:
+def find_classes(reader: Reader, bodies: _Bodies) -> dict[str, Any]:
     """Return key → class for all classes that exist; problems are recorded by the reader.
 
     A key is the name of a group, or GROUP.NAME for an entry of a group with several options.
@@ -235,7 +235,7 @@ def validate(
     has_no_rate = bodies.get("training", {}).get("learning_rate", 0) is None
     if has_no_rate:
         bodies["training"] = {**bodies["training"], "learning_rate": PRESET_RATE}
-    classes = _find_classes(reader, bodies)
+    classes = find_classes(reader, bodies)
     bodies = with_samples(bodies, classes)
     num_class_problems = len(reader.problems)
     values = _read_sections(reader, raw, bodies, classes)

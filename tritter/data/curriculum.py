@@ -153,7 +153,7 @@ def _text(index: int, example: Any) -> str:
         raise RequestError(Problem("difficulty", _LENGTH, reason, advice)) from error
 
 
-class _Phases(NamedTuple):
+class Phases(NamedTuple):
     """Examples in three phases of difficulty, each list from easy to hard."""
 
     easy: list[Any]
@@ -211,7 +211,7 @@ class CurriculumLearning:
         """
         return [examples[index] for index in self.order(examples)]
 
-    def get_phases(self, examples: Sequence[Any]) -> _Phases:
+    def get_phases(self, examples: Sequence[Any]) -> Phases:
         """Return easy, medium and hard examples; each share is exact to within one example.
 
         Raises:
@@ -219,7 +219,7 @@ class CurriculumLearning:
         """
         ordered = self.sort_by_difficulty(examples)
         first, second = self.bounds(len(ordered))
-        return _Phases(ordered[:first], ordered[first:second], ordered[second:])
+        return Phases(ordered[:first], ordered[first:second], ordered[second:])
 
     def bounds(self, count: int) -> tuple[int, int]:
         """Return the number of easy examples, and the number of easy and medium examples."""
@@ -234,7 +234,7 @@ class CurriculumLearning:
         batch_size: int = 1,
         opens: Sequence[float] = (1 / 3, 2 / 3),
         seed: int = 0,
-    ) -> "_CurriculumSampler":
+    ) -> "CurriculumSampler":
         """Return a sampler that draws easy examples first, then adds medium and hard ones.
 
         Args:
@@ -259,7 +259,7 @@ class CurriculumLearning:
         # A phase without examples is skipped: there is nothing to draw
         bounds = (*self.bounds(len(order)), len(order))
         starts = (0, *(round(share * num_steps) * batch_size for share in opens))
-        return _CurriculumSampler(
+        return CurriculumSampler(
             torch.tensor(order),
             sizes={start: size for start, size in zip(starts, bounds, strict=True) if size},
             num_draws=num_steps * batch_size,
@@ -267,7 +267,7 @@ class CurriculumLearning:
         )
 
 
-class _CurriculumSampler(Sampler[int]):
+class CurriculumSampler(Sampler[int]):
     """Draws indices of examples; each stage adds harder ones.
 
     `CurriculumLearning.sampler` creates it.

@@ -22,7 +22,6 @@ from tritter.data.conversations import (
     TURNS,
     WrongRecordError,
     conversation_fields,
-    kind_of_value,
     unread_formats,
 )
 from tritter.data.documents import is_blank, pieces, pieces_of_chunks
@@ -30,6 +29,7 @@ from tritter.data.records import (
     DEFAULT_FIELD,
     FIELD_KEY,
     Text,
+    array_elements,
     missing_field,
     parse,
     shown,
@@ -461,13 +461,8 @@ def _texts(path: Path, reading: Reading) -> Iterator[Text]:
 
 
 def _array(path: Path, reading: Reading, columns: _Columns) -> Iterator[tuple[str, Any]]:
-    found = parse(whole_text(path, reading, max_bytes=_MAX_ARRAY_BYTES))
-    if not isinstance(found, list):
-        raise WrongRecordError(
-            f"is {kind_of_value(found)}; must be an array of records or texts (for one record per "
-            "line use .jsonl)"
-        )
-    for number, record in enumerate(found, start=1):
+    text = whole_text(path, reading, max_bytes=_MAX_ARRAY_BYTES)
+    for number, record in enumerate(array_elements(text), start=1):
         yield f"{path}, record {number}", record
 
 

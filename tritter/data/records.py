@@ -1,7 +1,7 @@
 """Convert a JSON or parquet record to a text: a field, or a conversation."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tritter.data.conversations import (
@@ -21,6 +21,7 @@ DEFAULT_FIELD, FIELD_KEY = "text", "data.text_field"
 # Common names of the text field
 _COMMON_FIELDS = ("text", "content", "body", "document", "article", "raw_content", "completion")
 _MAX_NAMES, _MAX_NAME_LENGTH, _MAX_MESSAGE = 12, 40, 200
+_BLANKS = " \t\r\n"
 
 Text = str | Conversation  # the content of a record; `str` returns the plain text of both
 
@@ -92,10 +93,48 @@ def parse(text: str) -> Any:
         raise _no_json(error) from error
 
 
+def array_elements(text: str) -> Iterator[Any]:
+    """Yield the elements of a JSON array, one after another.
+
+    Raises:
+        WrongRecordError: the text is not an array, or not valid JSON.
+    """
+    position = _after_blanks(text, 0)
+    if text[position : position + 1] != "[":
+        found = "is an object" if text[position : position + 1] == "{" else "is not an array"
+        raise WrongRecordError(
+            f"{found}; must be an array of records or texts (for one record per line use .jsonl)"
+        )
+    position = _after_blanks(text, position + 1)
+    is_closed = text[position : position + 1] == "]"
+    try:
+        while not is_closed:
+            value, position = _DECODER.raw_decode(text, position)
+            yield value
+            position = _after_blanks(text, position)
+            sign = text[position : position + 1]
+            is_closed = sign == "]"
+            if sign not in ("]", ","):
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
+            if not is_closed:
+                position = _after_blanks(text, position + 1)
+    except (ValueError, RecursionError) as error:
+        raise _no_json(error) from error
+    end = _after_blanks(text, position + 1)
+    if end < len(text):
+        raise WrongRecordError(f"is not valid JSON (extra data after the array, at {end})")
+
+
 def shown(name: object) -> str:
     """Return a field name for a message, escaped and shortened."""
     text = repr(name)[1:-1] if isinstance(name, str) else repr(name)
     return text if len(text) <= _MAX_NAME_LENGTH else f"{text[:_MAX_NAME_LENGTH]}..."
+
+
+def _after_blanks(text: str, position: int) -> int:
+    while position < len(text) and text[position] in _BLANKS:
+        position += 1
+    return position
 
 
 def _no_json(error: ValueError | RecursionError) -> WrongRecordError:

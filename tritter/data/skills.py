@@ -115,7 +115,7 @@ class Draw:
 
 
 @dataclass(frozen=True, slots=True)
-class _Example:
+class Example:
     """A prompt and its answer; `text` concatenates them.
 
     Args:
@@ -147,43 +147,43 @@ def question_and_answer(prompt: str, answer: str) -> Conversation:
     return Conversation(messages, has_roles=False)
 
 
-_Exercise = Callable[[Draw], _Example]
+_Exercise = Callable[[Draw], Example]
 
 
-def _sorting(draw: Draw) -> _Example:
+def sorting(draw: Draw) -> Example:
     """`Sort d a c:` → `a c d`, of three or four of the first twelve letters."""
     letters = draw.sample(_LETTERS[:12], draw.between(3, 4))
-    return _Example(f"Sort {' '.join(letters)}:", f" {' '.join(sorted(letters))}")
+    return Example(f"Sort {' '.join(letters)}:", f" {' '.join(sorted(letters))}")
 
 
-def _reversing(draw: Draw) -> _Example:
+def reversing(draw: Draw) -> Example:
     """`Reverse d a c:` → `c a d`, of three or four of the first twelve letters."""
     letters = draw.sample(_LETTERS[:12], draw.between(3, 4))
-    return _Example(f"Reverse {' '.join(letters)}:", f" {' '.join(reversed(letters))}")
+    return Example(f"Reverse {' '.join(letters)}:", f" {' '.join(reversed(letters))}")
 
 
-def _key_value(draw: Draw) -> _Example:
+def key_value(draw: Draw) -> Example:
     """`a 4 b 7 c 2 d 9: c` → `2`."""
     table = {key: draw.below(10) for key in _LETTERS[:4]}
     pairs = " ".join(f"{key} {value}" for key, value in table.items())
     query = draw.choose(tuple(table))
-    return _Example(f"{pairs}: {query}", f" {table[query]}")
+    return Example(f"{pairs}: {query}", f" {table[query]}")
 
 
-def _multiple_choice(draw: Draw) -> _Example:
+def multiple_choice(draw: Draw) -> Example:
     """`Last of d, a, p, c:` → `p`; all four are the choices."""
     letters = draw.sample(_LETTERS, 4)
     choices = tuple(f" {letter}" for letter in letters)
-    return _Example(f"Last of {', '.join(letters)}:", max(choices), choices=choices)
+    return Example(f"Last of {', '.join(letters)}:", max(choices), choices=choices)
 
 
-def _arithmetic(draw: Draw) -> _Example:
+def arithmetic(draw: Draw) -> Example:
     """`Add 3 9 4:` → `16`, of three or four digits."""
     digits = [draw.below(10) for _ in range(draw.between(3, 4))]
-    return _Example(f"Add {' '.join(map(str, digits))}:", f" {sum(digits)}")
+    return Example(f"Add {' '.join(map(str, digits))}:", f" {sum(digits)}")
 
 
-def _reasoning(draw: Draw) -> _Example:
+def reasoning(draw: Draw) -> Example:
     """A word problem of two or three steps, and its worked solution."""
     name, thing = draw.choose(_NAMES), draw.choose(_THINGS)
     total = draw.between(2, 9)
@@ -200,7 +200,7 @@ def _reasoning(draw: Draw) -> _Example:
             steps.append(f"{total} + {found} = {total + found}")
             total += found
     answer = f" {', '.join(steps)}: {total} {thing}."
-    return _Example(f"{prompt}. How many are left?", answer)
+    return Example(f"{prompt}. How many are left?", answer)
 
 
 _FIELDS: dict[str, Callable[[Draw], str | int]] = {
@@ -211,17 +211,17 @@ _FIELDS: dict[str, Callable[[Draw], str | int]] = {
 }
 
 
-def _json_format(draw: Draw) -> _Example:
+def json_format(draw: Draw) -> Example:
     """`JSON of Ada, 12:` → `{"name": "Ada", "age": 12}`: the values imply the keys."""
     record = {name: _FIELDS[name](draw) for name in draw.sample(tuple(_FIELDS), 2)}
-    return _Example(f"JSON of {', '.join(map(str, record.values()))}:", f" {json.dumps(record)}")
+    return Example(f"JSON of {', '.join(map(str, record.values()))}:", f" {json.dumps(record)}")
 
 
-def _tool_call(draw: Draw) -> _Example:
+def tool_call(draw: Draw) -> Example:
     """`Set a timer of 12 minutes for the eggs.` → a JSON object in `<tool_call>` tags."""
     prompt, name, arguments = draw.choose(_TOOLS)(draw)
     call = json.dumps({"name": name, "arguments": arguments})
-    return _Example(prompt, f" <tool_call>{call}</tool_call>")
+    return Example(prompt, f" <tool_call>{call}</tool_call>")
 
 
 def _weather(draw: Draw) -> _Call:
@@ -259,7 +259,7 @@ def _message(draw: Draw) -> _Call:
 _TOOLS = (_weather, _timer, _calculate, _translate, _message)
 
 
-def _identity(draw: Draw) -> _Example:
+def identity(draw: Draw) -> Example:
     """`Hello, what is your name?` → `My name is Tritter.`
 
     The split holds out wordings, regardless of the opening. The training text contains every
@@ -268,7 +268,7 @@ def _identity(draw: Draw) -> _Example:
     topic, opening = draw.choose(tuple(_FACTS)), draw.choose(_OPENINGS)
     wording = draw.choose(_WORDINGS).format(topic)
     prompt = f"{opening}{wording}?"
-    return _Example(prompt[0].upper() + prompt[1:], f" {_FACTS[topic]}", key=wording)
+    return Example(prompt[0].upper() + prompt[1:], f" {_FACTS[topic]}", key=wording)
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,27 +304,27 @@ class Skill:
             found.setdefault(example.prompt, question)
         return tuple(found.values())
 
-    def example(self, side: str, index: int) -> _Example:
+    def example(self, side: str, index: int) -> Example:
         """Return an exercise of one side of the split, `text` or `question`."""
         drawn = (self.exercise(Draw(self.name, _SEED, side, index, attempt)) for attempt in count())
         return next(each for each in drawn if self.is_held_out(each) == (side == "question"))
 
-    def is_held_out(self, example: _Example) -> bool:
+    def is_held_out(self, example: Example) -> bool:
         """Return True if an exercise is reserved for evaluation."""
         digest = sha256(f"{self.name}\0{example.key or example.prompt}".encode()).digest()
         return int.from_bytes(digest[:8], "big") < _HELD_OUT * 2**64
 
 
 _EXERCISES: tuple[_Exercise, ...] = (
-    _arithmetic,
-    _sorting,
-    _reversing,
-    _key_value,
-    _json_format,
-    _tool_call,
-    _identity,
-    _reasoning,
-    _multiple_choice,
+    arithmetic,
+    sorting,
+    reversing,
+    key_value,
+    json_format,
+    tool_call,
+    identity,
+    reasoning,
+    multiple_choice,
 )
 SKILLS = {exercise.__name__: Skill(exercise.__name__, exercise) for exercise in _EXERCISES}
 

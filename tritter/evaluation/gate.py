@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from tritter.evaluation.jump import Jump
 
-_Verdict = Literal["passed", "failed", "undecided", "reported", "not_asked"]
+Verdict = Literal["passed", "failed", "undecided", "reported", "not_asked"]
 Status = Literal["kept", "rolled_back", "undecided", "ungated"]
 
 # Damage to a tenth of all documents shows in at least one of 30 with probability 96 %
@@ -67,7 +67,7 @@ class Check:
 
     name: str
     subject: str
-    verdict: _Verdict
+    verdict: Verdict
     detail: str
     value: float | None = None
     bound: float | None = None
@@ -116,7 +116,7 @@ def retention_check(
         confidence: confidence of each one-sided bound.
     """
 
-    def verdict(lower: float, upper: float) -> _Verdict:
+    def verdict(lower: float, upper: float) -> Verdict:
         return "passed" if upper <= bound else "failed" if lower > bound else "undecided"
 
     if before.unit == "accuracy" and not above_chance(before).lower(confidence) > 0:
@@ -145,7 +145,7 @@ def new_capability_check(
     compared in points, because they may start at chance.
     """
 
-    def verdict(lower: float, upper: float) -> _Verdict:
+    def verdict(lower: float, upper: float) -> Verdict:
         return "passed" if upper < 0 else "failed" if lower >= 0 else "undecided"
 
     return _forgetting_check(
@@ -180,7 +180,7 @@ def new_task_check(
 def preservation_check(jump: Jump, *, claims_exact: bool) -> Check:
     """Check the logit shift of a function-preserving expansion; report that of any other."""
     value, bound = jump.relative_to_std, EXACT_JUMP if claims_exact else None
-    verdict: _Verdict = "reported"
+    verdict: Verdict = "reported"
     if bound is not None:
         verdict = "passed" if value < bound else "failed"
     elif finite_or_none(value) is None:
@@ -192,7 +192,7 @@ def preservation_check(jump: Jump, *, claims_exact: bool) -> Check:
 
 def training_check(non_finite_steps: int, *, aborted_reason: str | None) -> Check:
     """Check that training was not aborted."""
-    verdict: _Verdict = "passed" if aborted_reason is None else "failed"
+    verdict: Verdict = "passed" if aborted_reason is None else "failed"
     detail = aborted_reason or f"non-finite steps: {non_finite_steps}"
     return Check("training", "steps", verdict, detail, value=float(non_finite_steps))
 
@@ -230,7 +230,7 @@ def flow_check(
         _, layer, _, number = name.split(".")
         by_layer.setdefault(layer, set()).add(int(number))
     is_lost = new_experts and any(set(new_experts) <= numbers for numbers in by_layer.values())
-    verdict: _Verdict = "failed" if dead or is_lost else "passed"
+    verdict: Verdict = "failed" if dead or is_lost else "passed"
     return Check(
         "gradient_flow",
         "parameters",
@@ -251,7 +251,7 @@ def memory_check(measured: Mapping[str, Any], *, expected: int) -> Check:
     """
     names = ("parameters", "gradients", "optimizer")
     value = sum(measured[name] for name in names) / expected - 1
-    verdict: _Verdict = "passed" if abs(value) <= MEMORY_BOUND else "failed"
+    verdict: Verdict = "passed" if abs(value) <= MEMORY_BOUND else "failed"
     parts = ", ".join(f"{name} {measured[name]:,}" for name in names)
     detail = f"{value:+.2%} compared with {expected:,} bytes from its shapes ({parts})"
     if peak := measured.get("peak"):
@@ -308,7 +308,7 @@ def _forgetting_check(
     *,
     estimate: Callable[[PairedScores, PairedScores], Estimate],
     drop: str,
-    verdict: Callable[[float, float], _Verdict],
+    verdict: Callable[[float, float], Verdict],
     bound: float,
     confidence: float,
 ) -> Check:
@@ -326,7 +326,7 @@ def _forgetting_check(
     change, items = estimate(before, after), "documents" if before.unit == "nats" else "items"
     lower, upper = change.lower(confidence), change.upper(confidence)
     is_enough = change.n >= MIN_DOCUMENTS
-    answer: _Verdict = verdict(lower, upper) if is_enough else "undecided"
+    answer: Verdict = verdict(lower, upper) if is_enough else "undecided"
     needed = None
     if answer == "undecided":
         needed = change.documents_to_decide(bound, confidence)
@@ -399,7 +399,7 @@ def equivalence_check(
     error = float(difference.square().mean())
     relative = float(difference.abs().max() / before.std())
     is_same = error < _MSE_BOUND and relative < EXACT_JUMP
-    verdict: _Verdict = "passed" if is_same else "failed"
+    verdict: Verdict = "passed" if is_same else "failed"
     detail = (
         f"mean squared difference of the logits {error:.2g}, allowed {_MSE_BOUND:g}; largest "
         f"difference {relative:.2g} standard deviations, allowed {EXACT_JUMP:g}"
@@ -429,7 +429,7 @@ def scaling_check(num_bytes: tuple[int, int], counted: tuple[int, int]) -> Check
     """
     measured, expected = num_bytes[1] / num_bytes[0], counted[1] / counted[0]
     value = measured / expected - 1
-    verdict: _Verdict = "passed" if abs(value) <= MEMORY_BOUND else "failed"
+    verdict: Verdict = "passed" if abs(value) <= MEMORY_BOUND else "failed"
     detail = (
         f"{num_bytes[0]:,} to {num_bytes[1]:,} bytes ({measured:.4g} times); from shapes "
         f"{counted[0]:,} to {counted[1]:,} parameters ({expected:.4g} times)"

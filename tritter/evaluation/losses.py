@@ -33,7 +33,6 @@ def document_losses(
     sequence_length: int,
     bounds: TextBounds,
     batch_size: int,
-    autocast_dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
     positions: Tensor | None = None,
 ) -> PairedScores:
@@ -51,7 +50,6 @@ def document_losses(
         sequence_length: positions of a window.
         bounds: start and end of a text.
         batch_size: windows per forward pass, see `batch_that_fits`.
-        autocast_dtype: precision of the forward pass; the loss is always float32.
         progress: called with (windows done, total windows) after each batch.
         positions: float64 [2, sequence_length], to which the nats and the number of tokens at each
             position of a window are added.
@@ -70,9 +68,8 @@ def document_losses(
         batch_size = batch_that_fits(batch_size, longest, vocab_size_of(model))
         for batch in window_batches(windows, batch_size=batch_size):
             input_ids, targets = window_tensors(batch, documents.tokens, bounds=bounds)
-            with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
-                inputs = inputs_for(model, input_ids.to(device))
-                logits = model(input_ids=inputs, use_cache=False).logits
+            inputs = inputs_for(model, input_ids.to(device))
+            logits = model(input_ids=inputs, use_cache=False).logits
             row = torch.tensor([window.document for window in batch])
             nats_BT = _token_nats(logits, targets.to(device))
             nats.index_add_(0, row, nats_BT.sum(dim=1).cpu())

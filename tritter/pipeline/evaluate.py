@@ -91,7 +91,7 @@ def named_domains(
     }
     files = (find_texts(f"--data {n}", paths).note(n) for n, paths in sources.items())
     notes = list(filter(None, files))
-    notes += [note for documents in found.values() for note in documents.notes]
+    notes += [note for texts in found.values() for note in texts.notes]
     notes += filter(
         None,
         (

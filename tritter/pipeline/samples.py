@@ -223,7 +223,7 @@ def _continued(
     return _Continuations({"domain": domain, "prompt": shown, **texts}, flops)
 
 
-class _SampleLog(Callback):
+class SampleLog(Callback):
     """Continue own prompts at every evaluation during training.
 
     The continuations are written to `samples.jsonl`, and to W&B as a table if its logger is open
@@ -262,9 +262,9 @@ class _SampleLog(Callback):
         self._rows = [list(row) for row in state_dict["rows"]]
 
 
-def sample_log(run: Run, model: nn.Module, folder: Path) -> tuple[_SampleLog, ...]:
+def sample_log(run: Run, model: nn.Module, folder: Path) -> tuple[SampleLog, ...]:
     """Return the callback for a training run with own prompts; none without."""
     prompts = _own_prompts(run, model)
     if not prompts:
         return ()
-    return (_SampleLog(prompts, _Sampler.of(run), folder / SAMPLES_NAME),)
+    return (SampleLog(prompts, _Sampler.of(run), folder / SAMPLES_NAME),)

@@ -110,7 +110,7 @@ def usage_table(
 def experts_text(experts: ExpertsRecord) -> str:
     """Return a line on the experts of a run."""
     sizes, routing = experts.parameters, experts.routing
-    parts = [f"{experts.number} at the end, {len(experts.spawned)} spawned"]
+    parts = [f"{number_text(experts.number)} at the end, {len(experts.spawned)} spawned"]
     if sizes.trainable is not None:
         share = "" if sizes.share is None else f" ({share_text(sizes.share)})"
         parts.append(f"{count_text(sizes.trainable)} trainable parameters{share}")

@@ -261,7 +261,7 @@ def _overview(groups: Sequence[Group]) -> Table:
             cells += [MISSING, MISSING]
         if summary.experts is not None:
             share = summary.experts.parameters.share
-            cells += [str(summary.experts.number), share_text(share)]
+            cells += [number_text(summary.experts.number), share_text(share)]
         elif has_experts:
             cells += [MISSING, MISSING]
         cells += [size_text(summary), str(run.steps)]

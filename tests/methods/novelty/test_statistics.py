@@ -49,7 +49,7 @@ def test_few_batches_are_filled_up_by_what_is_usual():
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(1, 7), st.integers(0, 9))
-def test_sums_of_processes_are_those_of_one(sizes: list[int], features: int, seed: int) -> None:
+def test_sums_of_parts_are_those_of_the_whole(sizes: list[int], features: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     parts = [torch.randn(size, features, generator=generator) for size in sizes]
     one, many = Moments.of(torch.cat(parts)), reduce(add, [Moments.of(part) for part in parts])

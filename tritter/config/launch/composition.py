@@ -92,7 +92,7 @@ class SweepInConfig(Exception):
     """A single run was composed, but its config has `hydra.mode: MULTIRUN`."""
 
 
-class _Loader(ConfigLoaderImpl):
+class Loader(ConfigLoaderImpl):
     """Hydra's config loader with Tritter's errors; accepts any key, for the schema to validate.
 
     Selections of missing options are reported and skipped, so that everything else is validated
@@ -179,7 +179,7 @@ class Composer:
     """Composes jobs from the option files; created by `composer()`."""
 
     hydra: Hydra
-    loader: _Loader
+    loader: Loader
 
     @property
     def options(self) -> Mapping[str, Sequence[str]]:
@@ -283,7 +283,7 @@ class Composer:
         return validate(raw, origin=origins, found=problems, rules=rules)
 
 
-def _explain(error: Exception, overrides: Sequence[Override], loader: _Loader) -> Problem:
+def _explain(error: Exception, overrides: Sequence[Override], loader: Loader) -> Problem:
     if isinstance(error, MissingConfigException) and (path := error.missing_cfg_file):
         known = [group for group in loader.options if path.startswith(f"{group}/")]
         group = known[0] if known else path.rpartition("/")[0]
@@ -334,7 +334,7 @@ def composer() -> Iterator[Composer]:
         with initialize_config_dir(folder, job_name="train", version_base=_VERSION_BASE):
             hydra = GlobalHydra.instance().hydra
             assert hydra is not None
-            hydra.config_loader = loader = _Loader(hydra.config_loader.get_search_path())
+            hydra.config_loader = loader = Loader(hydra.config_loader.get_search_path())
             yield Composer(hydra, loader)
     finally:
         GlobalHydra.instance().hydra = running

@@ -233,8 +233,11 @@ def questions_of(
         questions = dict(_questions(benchmark, path, rows, is_alone=True))
         found = Questions(benchmark, questions, {}, (origin,), len(questions))
         return _with_examples(found, None, {path: rows}, num_fewshot)
-    except (TooFewExamplesError, WrongFileError) as error:
-        raise RequestError(f"{benchmark.name}: {error}") from error
+    except TooFewExamplesError as error:
+        reason = f"{benchmark.name}: {error}"
+        raise RequestError(Problem("num_fewshot", num_fewshot, reason=reason)) from error
+    except WrongFileError as error:
+        raise RequestError(str(error)) from error
 
 
 def _with_examples(

@@ -5,7 +5,6 @@ experts learn the domain while the base is frozen. `tritter train` does the same
 batches, forgetting mitigation and saved state.
 """
 
-import logging
 import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import nullcontext
@@ -37,8 +36,6 @@ from tritter.terminal import Console
 from tritter.training import BaseModule, OptimizerSettings, Schedule, SideLoss, TrainerSettings, fit
 from tritter.training.checkpoint_io import random_state, restore_random_state
 from tritter.transform.live import ModelExpander
-
-_logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, Tensor]
 _OLD = "old_input_ids"

@@ -192,7 +192,7 @@ class RoutingObjective(SideLoss):
         return len(self._old.rows(0)) * mean
 
     def callbacks(self) -> tuple[Callback, ...]:
-        return (_RoutingCallback(self),)
+        return (RoutingCallback(self),)
 
     def divergence(self, model: nn.Module, step: int) -> Tensor | None:
         """Return the divergence of old data from its old routing in nats per token, if enabled.
@@ -231,7 +231,7 @@ class RoutingObjective(SideLoss):
         )
 
 
-class _RoutingCallback(Callback):
+class RoutingCallback(Callback):
     """Record the routing, log load statistics, and update the selection bias.
 
     Args:

@@ -231,7 +231,7 @@ class Skill:
     def of_state(cls, state: Mapping[str, Any]) -> "Skill":
         return cls(
             **{
-                **state,
+                **{key: value for key, value in state.items() if key != "digests"},  # of older ones
                 "moments": Moments(**state["moments"]),
                 "loss": None if state["loss"] is None else Calibration(**state["loss"]),
                 "centre": Calibration(**state["centre"]),

@@ -61,7 +61,7 @@ class Observation:
 
     @classmethod
     def of_state(cls, state: dict[str, Any]) -> "Observation":
-        return cls(**state)
+        return cls(losses=state["losses"], features=state["features"])
 
 
 def concatenated(observations: Sequence[Observation]) -> Observation:
