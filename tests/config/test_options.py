@@ -6,6 +6,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from tritter.conf_folder import config_folder
 from tritter.config.components import METHOD_GROUPS
@@ -18,6 +19,7 @@ from tritter.config.validation import known_keys
 from tritter.core.expansions import EXPANSIONS
 from tritter.methods.forgetting.replay import Replay, ReplayOptions
 from tritter.methods.moe_routing.options import AdaptationOptions, RoutingOptions
+from tritter.options import leaves
 
 OPTION_FILES = sorted(config_folder().glob("*/*.yaml"))
 NAMES = [f"{path.parent.name}={path.stem}" for path in OPTION_FILES]
@@ -36,6 +38,15 @@ NEEDED = {
 }
 # Options that require an earlier one for any base model: a dense model has no experts.
 FIRST = {"expansion=moe_add": "moe"}
+
+
+MAX_LISTED_KEYS = 104  # of the default job; it may only fall
+_WITH_ROUTERS = {
+    "expansion=moe": ("moe_routing",),
+    "expansion=moe_add": ("moe_routing", "adaptation"),
+    "expansion=[dus,moe,moe_add]": ("moe_routing", "adaptation"),
+    "expansion=dus moe_routing.z_loss=0": ("moe_routing",),
+}
 
 
 def words_for(name: str) -> list[str]:
@@ -98,8 +109,17 @@ def test_option_files_state_the_defaults_of_the_records(composing: Composer, gro
 
 
 def test_sections_of_one_option_state_the_defaults_of_the_records(composing: Composer) -> None:
-    config = composing.compose([]).config
+    config = composing.compose(["moe_routing=default", "adaptation=default"]).config
     assert (config.moe_routing, config.adaptation) == (RoutingOptions(), AdaptationOptions())
+
+
+def test_only_models_with_experts_list_the_keys_of_routers(composing: Composer) -> None:
+    listed = {words: composing.composed(words.split()) for words in ("", *_WITH_ROUTERS)}
+    default = OmegaConf.masked_copy(listed[""], [str(key) for key in listed[""] if key != "hydra"])
+    assert len(leaves(OmegaConf.to_container(default))) <= MAX_LISTED_KEYS
+    for words, sections in {"": (), **_WITH_ROUTERS}.items():
+        present = [key for key in ("moe_routing", "adaptation") if key in listed[words]]
+        assert present == list(sections), words
 
 
 def test_the_default_job(composing: Composer) -> None:

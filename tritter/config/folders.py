@@ -152,7 +152,7 @@ def _options_in(folders: Iterable[Path]) -> Options:
 
 
 def body_of(path: Path) -> Mapping[str, object]:
-    """Return the content of an option file, cached until the file changes.
+    """Return the keys of an option file without its defaults list, cached until it changes.
 
     Raises:
         RequestError: the file is not valid YAML, or not a mapping.
@@ -171,7 +171,7 @@ def _body(path: Path, _version: int) -> Mapping[str, object]:
         raise RequestError(f"{path} is not valid YAML: {message}") from error
     if not isinstance(body, Mapping):
         raise RequestError(f"{path} has no keys.")
-    return body
+    return {key: value for key, value in body.items() if key != "defaults"}
 
 
 def _search_path_folder(entry: str) -> Path:

@@ -103,6 +103,7 @@ _CLASS_PER_ENTRY: Mapping[str, Callable[..., type]] = {
     **dict.fromkeys(BASES, named_class),
 }
 _NOTHING = {"logger": "csv"}  # the option that selects nothing; `none` in other groups
+_OF_EXPERTS = ("moe_routing", "adaptation")  # not in the config unless an expansion selects them
 Rule = Callable[[RunConfig], Iterable[Problem]]
 _GROUPS = (*SECTIONS, *METHOD_GROUPS, *OPEN_GROUPS)
 _READERS: Mapping[str, Callable[[Reader, Mapping[str, Any], Mapping[str, Any]], object]] = {
@@ -123,7 +124,7 @@ def _group_bodies(reader: Reader, raw: Mapping[str, Any]) -> _Bodies:
     bodies = {}
     for group in (*SECTIONS, "optimizer", *CHOSEN_GROUPS, *_CLASS_PER_ENTRY):
         body = raw.get(group)
-        if body is None and group in (*_CLASS_PER_ENTRY, *CHOSEN_GROUPS):
+        if body is None and group in (*_CLASS_PER_ENTRY, *CHOSEN_GROUPS, *_OF_EXPERTS):
             body = {}
         if not isinstance(body, Mapping):
             reader.report(group, body, reason="it must be a mapping; choose an option")

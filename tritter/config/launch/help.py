@@ -81,9 +81,10 @@ def help_text(arguments: Sequence[str] = (), *, is_full: bool = False) -> str:
         return "\n\n".join(_of_group(group, names, files) for group, names in selected)
     text = (config_folder() / "config.yaml").read_text(encoding="utf-8")
     entries = [line.strip() for line in text.splitlines() if line.startswith("  - ")]
-    pairs = [entry[2:].partition(": ") for entry in entries if ": " in entry]
+    pairs = [entry[2:].partition(" #")[0].partition(": ") for entry in entries if ": " in entry]
     defaults = {group: option for group, _, option in pairs}  # in the order of the defaults list
     groups = [g for g in dict.fromkeys([*defaults, *files]) if g != FAMILIES]
+    groups.sort(key=lambda group: defaults.get(group) == "null")  # what few runs need comes last
     if not is_full:
         width = max(map(len, groups))
         lines = [_fold_group(group, files[group], defaults.get(group), width) for group in groups]
