@@ -217,3 +217,8 @@ def test_exercises_as_conversations(skill: Skill) -> None:
 def test_wrong_numbers_are_refused(parts: str) -> None:
     with pytest.raises(RequestError, match="COUNT in skills:NAME:COUNT must be from 1"):
         SkillText.named("data.new", f"skills:sorting:{parts}")
+
+
+def test_names_are_those_that_lineages_and_commands_contain() -> None:
+    names = "arithmetic identity json_format key_value multiple_choice reasoning reversing sorting"
+    assert {*SKILLS} == {*names.split(), "tool_call"}

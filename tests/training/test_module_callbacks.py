@@ -1,6 +1,8 @@
 """Arguments and callbacks that a run asks for: gradients gathered, killed, in two processes."""
 
+import importlib
 import json
+import pkgutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import tritter
 from tests import oracle
 from tests.training.test_fit import SETTINGS
 from tritter.data.batches import BatchStream, SequenceStream
@@ -291,3 +294,37 @@ def test_what_lightning_sets_for_the_process_is_set_back(tmp_path: Path) -> None
 def test_a_profile_lies_beside_the_metrics(tmp_path: Path) -> None:
     train(tmp_path, profiler="simple", steps=2)
     assert "run_training_batch" in (tmp_path / "fit-profile.txt").read_text()
+
+
+SAVED_UNDER = {
+    "ExpertCallback",
+    "FiniteGuard",
+    "ForgettingCallback",
+    "GradientFlow",
+    "MemoryMeter",
+    "NeuronGrowthCallback",
+    "PathIntegral",
+    "RandomState",
+    "RoutingCallback",
+    "SampleLog",
+    "SaveState",
+    "Validation",
+    "WorkCount",
+}
+
+
+def test_class_names_that_saved_runs_contain_stay() -> None:
+    """Lightning saves a callback's state under its class name: a new name loses the state."""
+    shipped = {
+        kind
+        for module in pkgutil.walk_packages(tritter.__path__, "tritter.")
+        if not module.name.endswith("__main__")
+        for kind in vars(importlib.import_module(module.name)).values()
+        if isinstance(kind, type)
+        and issubclass(kind, Callback)
+        and kind.__module__.startswith("tritter.")
+    }
+    with_state = {
+        kind.__qualname__ for kind in shipped if kind.state_dict is not Callback.state_dict
+    }
+    assert with_state == SAVED_UNDER
