@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
@@ -100,6 +100,25 @@ RATCHET = {
 # What there is to know; both may only fall: names of modules without an underscore, and classes
 # that only hold values
 MAX_PUBLIC_NAMES, MAX_RECORDS = 1_899, 343
+# Capability → its modules, and most other modules that import them; the figures may only fall
+CAPABILITIES: dict[str, tuple[int, tuple[str, ...]]] = {
+    "LoRA experts": (27, (
+        "methods.experts", "checkpoints.expert_files", "cli.export_experts", "pipeline.experts",
+        "report.experts",
+    )),
+    "mixture of experts": (23, (
+        "methods.moe_routing", "core.expansions.moe", "core.expansions.moe_add",
+        "core.expansions.moe_children", "core.expansions.partners", "core.stock_routers",
+        "pipeline.moe", "pipeline.stages.appended", "planning.upcycling", "transform.children",
+    )),
+    "growth": (5, ("methods.growth", "report.growth")),
+    "vocabulary": (8, (
+        "core.expansions.vocab", "data.vocabulary", "pipeline.stages.vocabulary",
+        "transform.vocabulary",
+    )),
+    "discovery": (7, ("core.expansions.on_twin", "core.families.discovery")),
+    "context": (6, ("core.expansions.context", "pipeline.windows")),
+}  # fmt: skip
 MAX_LONELY_MODULES = 25  # with a single caller, which is in their own room
 
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}
@@ -374,6 +393,33 @@ def test_names_and_records_are_counted():
     source = "A: int = 1\n_b = 2\nc, d = 3, 4\n@dataclass(frozen=True)\nclass E:\n    f = 1\n"
     module = Module("tritter.data.a", source + "class G(NamedTuple):\n    x: int\n")
     assert public_names(module) == {"A", "c", "d", "E", "G"} and records(module) == ["E", "G"]
+
+
+def modules_that_import(capability: Iterable[str], house: Iterable[Module]) -> list[str]:
+    """Return the modules that import those of a capability, without its own."""
+    own = tuple(f"{PACKAGE}.{name}." for name in capability)
+    return [
+        module.name
+        for module in house
+        if not f"{module.name}.".startswith(own)
+        and any(f"{entry.module}.".startswith(own) for entry in module.imports)
+    ]
+
+
+@pytest.mark.parametrize("name", CAPABILITIES)
+def test_few_modules_know_a_capability(name):
+    most, modules = CAPABILITIES[name]
+    for module in modules:  # one that has moved would count as nothing
+        assert any(f"{each.name}.".startswith(f"{PACKAGE}.{module}.") for each in HOUSE), module
+    assert len(modules_that_import(modules, HOUSE)) <= most
+
+
+def test_modules_that_import_a_capability_are_found():
+    inside = Module("tritter.data.a.b", "from tritter.data.a import c")
+    outside = Module("tritter.core.d", "def f():\n    from tritter.data.a.b import c")
+    namesake = Module("tritter.core.e", "from tritter.data.ab import c")
+    house = [inside, outside, namesake]
+    assert modules_that_import(["data.a"], house) == ["tritter.core.d"]
 
 
 def late_constants(module: Module) -> list[str]:

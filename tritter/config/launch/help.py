@@ -80,18 +80,16 @@ def help_text(arguments: Sequence[str] = (), *, is_full: bool = False) -> str:
     if selected:
         return "\n\n".join(_of_group(group, names, files) for group, names in selected)
     text = (config_folder() / "config.yaml").read_text(encoding="utf-8")
-    entries = [line.strip() for line in text.splitlines() if line.startswith("  - ")]
-    pairs = [entry[2:].partition(" #")[0].partition(": ") for entry in entries if ": " in entry]
-    defaults = {group: option for group, _, option in pairs}  # in the order of the defaults list
+    lines = [line.partition(" #")[0] for line in text.splitlines() if line.startswith("  - ")]
+    # In the order of the defaults list
+    defaults = dict(line.strip("- ").split(": ") for line in lines if ": " in line)
     groups = [g for g in dict.fromkeys([*defaults, *files]) if g != FAMILIES]
     groups.sort(key=lambda group: defaults.get(group) == "null")  # what few runs need comes last
     if not is_full:
         width = max(map(len, groups))
         lines = [_fold_group(group, files[group], defaults.get(group), width) for group in groups]
         return "\n\n".join([_HEAD.format(groups="\n".join([_FOLDED, *lines])), _TAIL])
-    first, *blocks = [
-        _describe_options(group, files[group], defaults.get(group)) for group in groups
-    ]
+    first, *blocks = [_describe_options(g, files[g], defaults.get(g)) for g in groups]
     return "\n\n".join([_HEAD.format(groups=f"{_UNFOLDED}\n{first}"), *blocks, _TAIL])
 
 
