@@ -27,8 +27,8 @@ def test_every_piece_writes_itself_as_it_was_read(tmp_path: Path) -> None:
     held = contents(source)
     assert len(held) == 4
     for artifact in Source(source, Model({}), None).artifacts():
-        artifact.write(target)
+        artifact(target)
     assert contents(target) == held
     for artifact in Source(bare, Model({}), None).artifacts():
-        artifact.write(target / "..")
+        artifact(target / "..")
     assert read_state(tmp_path) is None  # what is not there is not made up

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,13 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from tests.checkpoints.test_folder import Words
+from tests.checkpoints.test_folder import write_words
 from tests.oracle import logits, relative_difference, saved, stock, tiny_llama, tokens
 from tests.oracle.qwen3 import tiny_qwen3
 from tests.storage.test_tensors import file_size_limit
 from tritter.checkpoints import Source, read_lineage
 from tritter.checkpoints.export import Exported, Weights, export_model
-from tritter.checkpoints.folder import SmallFiles
+from tritter.checkpoints.folder import copy_small_files
 from tritter.core.expansions import LlamaPro, Width
 from tritter.core.models import read_model
 from tritter.errors import RequestError, TritterError
@@ -43,7 +44,7 @@ def export(folder: Path, destination: Path, **options: Any) -> Exported:
     return export_model(
         weights_of(folder),
         destination,
-        artifacts=[SmallFiles(folder)],
+        artifacts=[partial(copy_small_files, folder)],
         **options,
     )
 
@@ -87,7 +88,7 @@ def test_the_default_is_the_dtype_of_most_values_and_every_tensor_has_it(tmp_pat
 
 def test_of_a_grown_checkpoint_only_the_card_tells(tmp_path: Path) -> None:
     base = saved(tiny_llama(), tmp_path / "base")
-    Words().write(base)
+    write_words(base)
     (base / "generation_config.json").write_text('{"eos_token_id": 0}')
     grown = expand(base, tmp_path / "grown", [Width(), LlamaPro()]).folder
     (grown / "state").mkdir()

@@ -28,12 +28,11 @@ from tritter.transform import expand
 EMPTY = Lineage(model_hash="", base_model_hash="", tensor_digests={}, file_digests={})
 
 
-class Words:
-    def write(self, folder: Path) -> None:
-        words = {"<|endoftext|>": 0, "a": 1, "b": 2}
-        tokenizer = Tokenizer(models.WordLevel(words, unk_token="<|endoftext|>"))
-        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        save_tokenizer(tokenizer, folder, end_of_text="<|endoftext|>")
+def write_words(folder: Path) -> None:
+    words = {"<|endoftext|>": 0, "a": 1, "b": 2}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<|endoftext|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    save_tokenizer(tokenizer, folder, end_of_text="<|endoftext|>")
 
 
 @pytest.fixture
@@ -48,7 +47,7 @@ def _write(model: LlamaForCausalLM, target: Path, *, lineage: Lineage = EMPTY) -
         config=config,
         tensors=TensorStream.of(named_tensors(model, Model(config))),
         lineage=lambda: lineage,
-        artifacts=[Words()],
+        artifacts=[write_words],
     )
 
 
@@ -117,7 +116,7 @@ def test_a_failing_tensor_stream_leaves_nothing(model: LlamaForCausalLM, tmp_pat
             config=model.config.to_dict(),
             tensors=TensorStream(entries, stream()),
             lineage=lambda: EMPTY,
-            artifacts=[Words()],
+            artifacts=[write_words],
         )
     assert list(tmp_path.iterdir()) == []
 

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from tritter.checkpoints import (
     write_checkpoint,
     write_lineage,
 )
-from tritter.checkpoints.folder import SmallFiles
+from tritter.checkpoints.folder import copy_small_files
 from tritter.core.expansions import Dus
 from tritter.core.families import Model
 from tritter.core.models import load_model, named_tensors, read_model
@@ -46,13 +47,13 @@ def write_with_experts(
     lineage = Lineage(model_hash="", base_model_hash="", tensor_digests={}, file_digests={})
     if parent is not None:
         lineage = replace(lineage, parent_hash=parent, parent_path=f"../{source.name}", step=7)
-    experts = None if mixture is None else ExpertFolder.of(mixture, usage=USAGE)
+    experts = None if mixture is None else ExpertFolder.of(mixture, usage=USAGE).write
     return write_checkpoint(
         target,
         config=config,
         tensors=TensorStream.of(named_tensors(load_model(source), Model(config))),
         lineage=lambda: lineage,
-        artifacts=[SmallFiles(source), experts],
+        artifacts=[partial(copy_small_files, source), experts],
     )
 
 

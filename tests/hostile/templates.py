@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from tests import oracle
 from tests.methods.experts.mixtures import mixture_of
 from tests.oracle.families import tiny
 from tritter.checkpoints import read_lineage, write_checkpoint
-from tritter.checkpoints.folder import SmallFiles
+from tritter.checkpoints.folder import copy_small_files
 from tritter.checkpoints.state import write_state
 from tritter.core.expansions import LlamaPro, Width
 from tritter.core.families import Model
@@ -87,18 +88,17 @@ def _add_state(source: Path, target: Path) -> None:
     assert lineage is not None
     tensors = dict(named_tensors(load_model(source), Model(config)))
 
-    class Moments:
-        def write(self, folder: Path) -> None:
-            values = {name: torch.full_like(value, 1e-3) for name, value in tensors.items()}
-            kinds = {kind: TensorStream.of(values.items()) for kind in ("exp_avg", "exp_avg_sq")}
-            write_state(folder, {**kinds, "fisher": TensorStream.of(values.items())}, step=3)
+    def write_moments(folder: Path) -> None:
+        values = {name: torch.full_like(value, 1e-3) for name, value in tensors.items()}
+        kinds = {kind: TensorStream.of(values.items()) for kind in ("exp_avg", "exp_avg_sq")}
+        write_state(folder, {**kinds, "fisher": TensorStream.of(values.items())}, step=3)
 
     write_checkpoint(
         target,
         config=config,
         tensors=TensorStream.of(tensors.items()),
         lineage=lambda: lineage,
-        artifacts=[SmallFiles(source), Moments()],
+        artifacts=[partial(copy_small_files, source), write_moments],
     )
 
 
@@ -114,7 +114,7 @@ def _add_experts(source: Path, target: Path) -> None:
         config=config,
         tensors=TensorStream.of(tensors.items()),
         lineage=lambda: lineage,
-        artifacts=[SmallFiles(source), experts],
+        artifacts=[partial(copy_small_files, source), experts.write],
     )
 
 

@@ -1,6 +1,7 @@
 """Checkpoints as if trained from one parent: perturbed copies with a lineage."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 
 from tests import oracle
 from tritter.checkpoints import Lineage, Source, write_checkpoint
-from tritter.checkpoints.folder import SmallFiles
+from tritter.checkpoints.folder import copy_small_files
 from tritter.core.models import read_model, save_tokenizer
 from tritter.data.documents import Document
 from tritter.data.tokens import END_OF_TEXT, train_tokenizer
@@ -65,6 +66,6 @@ def child(
         config={**source.config, **(config or {})},
         tensors=TensorStream(stream.entries, tensors),
         lineage=lambda: Lineage(**record),
-        artifacts=(SmallFiles(of),),
+        artifacts=(partial(copy_small_files, of),),
     )
     return folder

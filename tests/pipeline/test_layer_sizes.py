@@ -9,7 +9,7 @@ from tests import oracle
 from tests.oracle.sizes import uneven, written
 from tests.pipeline.tiny import FIXTURES, TINY
 from tritter.checkpoints import read_lineage
-from tritter.checkpoints.folder import SmallFiles
+from tritter.checkpoints.folder import copy_small_files
 from tritter.checkpoints.history import read_chain, verify
 from tritter.config.launch.composition import load_config
 from tritter.core.models import load_model, read_model
@@ -29,7 +29,7 @@ def test_a_run_trains_the_live_widths(
     base = FIXTURES / "finished/baseline"
     options = {key: read_model(base).config[key] for key in ("vocab_size", "hidden_size")}
     folder = written(uneven("llama", SIZES, **options), tmp_path / "base")
-    SmallFiles(base).write(folder)
+    copy_small_files(base, folder)
     words = [
         f"expansion={expansion}",
         "model=hf",

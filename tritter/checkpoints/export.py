@@ -201,7 +201,7 @@ def export_model(
         digests = write_tensors(folder, stream, max_shard_bytes=max_shard_bytes)
         write_config(folder, model.on_disk.config)
         for artifact in artifacts:
-            artifact.write(folder)
+            artifact(folder)
         origin_hash, model_hash = weights.finish(), merkle_hash(digests)
         hashes = {"origin_hash": origin_hash, "model_hash": model_hash}
         card = export_card(

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
 
 from tritter.checkpoints.card import (
     CARD_NAME,
@@ -26,6 +25,10 @@ from tritter.storage.reading import LINEAGE_NAME, check_links, read_object, requ
 from tritter.storage.records import read_record, record_text
 from tritter.storage.tensors import INDEX_NAME, TensorFolder
 from tritter.storage.writer import TensorStream, padded, write_tensors
+
+# Writes files next to a model into a checkpoint folder that is still being created: tokenizer
+# files, training state, appended experts
+Artifact = Callable[[Path], None]
 
 # Tokenizer, generation and licence files
 
@@ -50,21 +53,15 @@ _ADVICE = (
 _EXPERT = re.compile(rf"{EXPERTS_FOLDER}/(?P<name>[A-Za-z0-9][A-Za-z0-9_-]*)/adapter_config\.json")
 
 
-@dataclass(frozen=True, slots=True)
-class SmallFiles:
-    """Tokenizer, generation and licence files, and card, of the checkpoint folder `source`."""
+def copy_small_files(source: Path, folder: Path) -> None:
+    """Copy tokenizer, generation and licence files, and of the card what `kept_metadata` returns.
 
-    source: Path
-
-    def write(self, folder: Path) -> None:
-        """Copy the files, and of the card the metadata that `kept_metadata` returns.
-
-        Raises:
-            TritterError: see `small_files`.
-        """
-        for path in small_files(self.source):
-            shutil.copyfile(path, folder / path.name)
-        carry_metadata(self.source, folder)
+    Raises:
+        TritterError: see `small_files`.
+    """
+    for path in small_files(source):
+        shutil.copyfile(path, folder / path.name)
+    carry_metadata(source, folder)
 
 
 def small_files(source: Path) -> list[Path]:
@@ -83,13 +80,6 @@ def small_files(source: Path) -> list[Path]:
 
 
 # Checkpoint folders
-
-
-class Artifact(Protocol):
-    """Files next to a model, such as tokenizer files, training state or appended experts."""
-
-    def write(self, folder: Path) -> None:
-        """Write the files into a checkpoint folder that is still being created."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +151,7 @@ def write_checkpoint(
         config = config if final_config is None else final_config()
         write_config(folder, config)
         for artifact in filter(None, artifacts):
-            artifact.write(folder)
+            artifact(folder)
         model_hash = merkle_hash(tensor_digests)
         stated = lineage()
         complete = replace(

@@ -12,7 +12,7 @@ from tritter.checkpoints.card import CARD_NAME
 from tritter.checkpoints.expert_files import ExpertFiles
 from tritter.checkpoints.folder import (
     Artifact,
-    SmallFiles,
+    copy_small_files,
     read_lineage,
     small_files,
 )
@@ -184,9 +184,9 @@ class Source:
         Raises:
             TritterError: an artifact is damaged, or has another format.
         """
-        tokenizer = SmallFiles(self.folder)
-        found = (tokenizer, self.state, self.added, self.kept_sequences, self.experts)
-        return tuple(each for each in found if each is not None)
+        found = (self.state, self.added, self.kept_sequences, self.experts)
+        written = (each.write for each in found if each is not None)
+        return (partial(copy_small_files, self.folder), *written)
 
     def read(self, name: str) -> Tensor:
         """Read one tensor by its logical name; for stacked experts, only that expert's part."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -249,7 +250,7 @@ def _of_folder(
     from tritter.checkpoints import Source
     from tritter.checkpoints.expert_files import HEAD
     from tritter.checkpoints.export import Weights
-    from tritter.checkpoints.folder import SmallFiles
+    from tritter.checkpoints.folder import copy_small_files
     from tritter.core.models import read_model
     from tritter.core.stock_routers import stock_obstacle
 
@@ -289,11 +290,11 @@ def _of_folder(
 
         merged = merge(experts)
         weights = with_merged(weights, merged)
-    return _Origin(weights, [SmallFiles(folder)], notes, merged)
+    return _Origin(weights, [partial(copy_small_files, folder)], notes, merged)
 
 
 def _of_file(checkpoint: str, config: str | None, *, prefix: str | None) -> _Origin:
-    from tritter.checkpoints.folder import SmallFiles
+    from tritter.checkpoints.folder import copy_small_files
     from tritter.checkpoints.lightning_file import read_lightning_file
     from tritter.core.models import read_model
 
@@ -310,7 +311,7 @@ def _of_file(checkpoint: str, config: str | None, *, prefix: str | None) -> _Ori
     folder = locate(config, key="--config") if has_tokenizer else config_path.parent
     weights, skipped = read_lightning_file(path, read_model(folder), prefix=prefix)
     weights = replace(weights, source_paths=(path, folder))
-    artifacts = [SmallFiles(folder)] if has_tokenizer else []
+    artifacts = [partial(copy_small_files, folder)] if has_tokenizer else []
     notes = (skipped,) if skipped else ()
     return _Origin(weights, artifacts, notes, dtype=weights.widest_dtype)
 

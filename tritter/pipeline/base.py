@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,16 +69,11 @@ def pretrained_model(run: Run) -> Model:
     return Model({**base_model(run.config).config, "vocab_size": vocab_size})
 
 
-@dataclass(frozen=True, slots=True)
-class _Base:
-    """A base model in the cache, and the seconds that this run spent training it."""
+def obtain_base(run: Run) -> tuple[Path, float]:
+    """Find the base model in the cache, or train it; parallel jobs train it once.
 
-    folder: Path
-    seconds: float
-
-
-def obtain_base(run: Run) -> _Base:
-    """Load the base model from the cache, or train it; parallel jobs train it once.
+    Returns:
+        Its folder in the cache, and the seconds that this run spent training it.
 
     Raises:
         RequestError: the cache is not writable.
@@ -99,11 +95,11 @@ def obtain_base(run: Run) -> _Base:
                 seconds = _train_base(run, folder, made_from)
                 for path in (logged, own):
                     write_rows(path, read_metrics(run.folder / "pretraining"))
-                return _Base(folder, seconds=seconds)
+                return folder, seconds
     run.say("baseline", f"base model from the cache ({folder.name[:12]})")
     if logged.is_file():
         write_text_atomic(own, read_text(logged, limit_bytes=MAX_METRICS_BYTES))
-    return _Base(folder, seconds=0.0)
+    return folder, 0.0
 
 
 def _made_from(run: Run) -> dict[str, Any]:
@@ -234,13 +230,11 @@ class _BaseWriter:
                 config=self.base.config,
                 tensors=TensorStream.of(named_tensors(model, self.base)),
                 lineage=lambda: lineage,
-                artifacts=[self],
+                artifacts=[
+                    partial(save_tokenizer, self.tokenizer, end_of_text=END_OF_TEXT),
+                    partial(write_states, self.work),
+                ],
             )
-
-    def write(self, folder: Path) -> None:
-        """Write the tokenizer and the state of methods next to the model."""
-        save_tokenizer(self.tokenizer, folder, end_of_text=END_OF_TEXT)
-        write_states(self.work, folder)
 
 
 def _is_intact(folder: Path) -> bool:
@@ -321,26 +315,17 @@ def copy_source(run: Run, target: Path) -> Lineage:
             config=source.config,
             tensors=tensors,
             lineage=checked,
-            artifacts=[*source.artifacts(), _template(run)],
+            artifacts=[*source.artifacts(), partial(_write_template, run)],
             overwrite=True,
         )
     except TritterError as error:
         raise RequestError(f"{key_name('model.path')}: {error}") from error
 
 
-@dataclass(frozen=True, slots=True)
-class _Template:
-    """The chat template file of a run, which replaces that of the tokenizer."""
-
-    path: str
-
-    def write(self, folder: Path) -> None:
-        (folder / TEMPLATE_FILE).write_text(read_template(self.path), encoding="utf-8")
-
-
-def _template(run: Run) -> _Template | None:
-    choice = run.config.data.chat_template
-    return None if choice in (None, TOKENIZER, NONE) else _Template(choice)
+def _write_template(run: Run, folder: Path) -> None:
+    """Write the chat template of a run, which replaces that of the tokenizer, if it has one."""
+    if (choice := run.config.data.chat_template) not in (None, TOKENIZER, NONE):
+        (folder / TEMPLATE_FILE).write_text(read_template(choice), encoding="utf-8")
 
 
 def _check_teacher(run: Run) -> None:

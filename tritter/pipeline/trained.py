@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tritter.checkpoints import Lineage, Source, lineage_of, write_checkpoint
-from tritter.checkpoints.folder import LinkedTensors, SmallFiles
+from tritter.checkpoints.folder import LinkedTensors, copy_small_files
 from tritter.checkpoints.history import checkpoint_changes
 from tritter.checkpoints.state import KeptSequences, copy_states, read_state
 from tritter.core.families import Config, Model
@@ -122,11 +123,11 @@ class TrainedWriter:
             tensors=tensors,
             lineage=lambda: lineage,
             artifacts=(
-                SmallFiles(self.start),
-                None if is_settled else added,
-                None if self.work is None else self,
-                replace(self.kept_sequences, losses=losses),
-                experts,
+                partial(copy_small_files, self.start),
+                None if is_settled or added is None else added.write,
+                None if self.work is None else partial(write_states, self.work),
+                replace(self.kept_sequences, losses=losses).write,
+                None if experts is None else experts.write,
             ),
             overwrite=True,
         )
@@ -134,11 +135,6 @@ class TrainedWriter:
             state = Routing.attached(model)
             assert state is not None
             SafetensorsCheckpointIO().save_checkpoint(state.state_dict(), self.routing_state)
-
-    def write(self, folder: Path) -> None:
-        """Write the state of methods next to the model."""
-        assert self.work is not None
-        write_states(self.work, folder)
 
 
 def _torch(name: str) -> torch.dtype:

@@ -25,7 +25,7 @@ from tritter.checkpoints.expert_files import refuse_experts
 from tritter.checkpoints.folder import (
     TOKENIZER_FILES,
     Artifact,
-    SmallFiles,
+    copy_small_files,
     small_files,
 )
 from tritter.checkpoints.location import check_output, check_replaceable
@@ -58,7 +58,7 @@ from tritter.storage.writer import (
 )
 from tritter.transform.change import PlannedExpansion
 from tritter.transform.children import check_unchanged, router_bytes, with_children
-from tritter.transform.vocabulary import ExtendedTokenizerFile, bound, kept_in
+from tritter.transform.vocabulary import bound, kept_in, write_tokenizer_file
 
 # Disk and memory requirements
 
@@ -323,13 +323,13 @@ def _artifacts(
     opened: Source, plan: PlannedExpansion, *, max_shard_bytes: int
 ) -> tuple[Artifact | None, ...]:
     """Return the files of the result other than its weights."""
-    vocabulary, state = plan.vocabulary, opened.state
+    vocabulary, added, state = plan.vocabulary, plan.added_experts, opened.state
     return (
-        SmallFiles(opened.folder),
-        None if vocabulary is None else ExtendedTokenizerFile(vocabulary.tokenizer),
-        None if state is None else _MappedState(plan, state, max_shard_bytes),
-        plan.added_experts,
-        kept_in(opened, vocabulary),
+        partial(copy_small_files, opened.folder),
+        None if vocabulary is None else partial(write_tokenizer_file, vocabulary.tokenizer),
+        None if state is None else partial(_write_mapped, plan, state, max_shard_bytes),
+        None if added is None else added.write,
+        kept_in(opened, vocabulary).write,
     )
 
 
@@ -570,19 +570,12 @@ def _state_streams(plan: PlannedExpansion, state: State) -> dict[str, TensorStre
     }
 
 
-@dataclass(frozen=True, slots=True)
-class _MappedState:
-    """State of an expanded model, mapped tensor by tensor."""
-
-    plan: PlannedExpansion
-    state: State
-    max_shard_bytes: int
-
-    def write(self, folder: Path) -> None:
-        write_state(
-            folder,
-            _state_streams(self.plan, self.state),
-            step=self.state.step,
-            rules=self.state.rules,
-            max_shard_bytes=self.max_shard_bytes,
-        )
+def _write_mapped(plan: PlannedExpansion, state: State, max_shard_bytes: int, folder: Path) -> None:
+    """Write the state of an expanded model, mapped tensor by tensor."""
+    write_state(
+        folder,
+        _state_streams(plan, state),
+        step=state.step,
+        rules=state.rules,
+        max_shard_bytes=max_shard_bytes,
+    )

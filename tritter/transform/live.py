@@ -22,7 +22,7 @@ from tritter.checkpoints import (
     read_lineage,
     write_checkpoint,
 )
-from tritter.checkpoints.folder import Artifact, SmallFiles
+from tritter.checkpoints.folder import Artifact, copy_small_files
 from tritter.checkpoints.location import check_output, check_replaceable
 from tritter.checkpoints.state import LazyTensors
 from tritter.core.expansions import (
@@ -109,11 +109,12 @@ class ModelExpander:
             expansion_history=expansion_records(steps, seed=self.seed),
             stock_loadable="yes" if added is None else "after adaptation",
         )
+        others = [partial(copy_small_files, source) for source in sources]
         return write_model(
             self._expand(model, steps),
             folder,
             lineage=lambda: lineage,
-            artifacts=(*map(SmallFiles, sources), added),
+            artifacts=[*others, None if added is None else added.write],
             sources=sources,
             overwrite=overwrite,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -147,17 +147,11 @@ def _fitted_rows(
     return {both[number]: row for number, row in zip(new, fitted, strict=True)}
 
 
-@dataclass(frozen=True, slots=True)
-class ExtendedTokenizerFile:
-    """The tokenizer.json with the new tokens; other forms of the old tokenizer are removed."""
-
-    text: str
-
-    def write(self, folder: Path) -> None:
-        """Write the file into a checkpoint folder that is still being created."""
-        for name in _OTHER_FORMS:
-            (folder / name).unlink(missing_ok=True)
-        (folder / TOKENIZER_NAME).write_text(self.text, encoding="utf-8")
+def write_tokenizer_file(text: str, folder: Path) -> None:
+    """Write a tokenizer.json with new tokens and remove other forms of the old tokenizer."""
+    for name in _OTHER_FORMS:
+        (folder / name).unlink(missing_ok=True)
+    (folder / TOKENIZER_NAME).write_text(text, encoding="utf-8")
 
 
 def kept_in(source: Source, spec: BoundVocab | None) -> KeptSequences:

@@ -136,7 +136,7 @@ def test_no_experts_are_no_experts(tmp_path: Path) -> None:
 def test_experts_go_along_as_they_are(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "copy").mkdir()
     for artifact in Source(folder, Model({}), None).artifacts():
-        artifact.write(tmp_path / "copy")
+        artifact(tmp_path / "copy")
     names = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file() and p.parent != folder]
     assert len(names) == 8
     assert all((tmp_path / "copy" / n).read_bytes() == (folder / n).read_bytes() for n in names)

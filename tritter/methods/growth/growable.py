@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 
 from tritter.checkpoints import ExpansionRecord, Lineage, Source
 from tritter.checkpoints.expert_files import refuse_experts
-from tritter.checkpoints.folder import SmallFiles
+from tritter.checkpoints.folder import copy_small_files
 from tritter.checkpoints.location import check_output
 from tritter.core.models import load_model, model_of, read_model
 from tritter.errors import Problem, RequestError, nearest, raise_problems
@@ -485,7 +486,7 @@ class GrowableCausalLM(Growable, nn.Module):
             self.model,
             target,
             lineage=lambda: _lineage(origin, target, records),
-            artifacts=[None if origin is None else SmallFiles(origin)],
+            artifacts=[partial(copy_small_files, source) for source in sources],
             sources=sources,
             overwrite=overwrite,
         )

@@ -54,10 +54,9 @@ def baseline(run: Run) -> StageResult:
         with run.waiting("copying and hashing the checkpoint"):
             lineage = copy_source(run, folder)
     else:
-        base = obtain_base(run)
-        seconds["pretraining"] = base.seconds
+        base, seconds["pretraining"] = obtain_base(run)
         with atomic_folder(folder, overwrite=True) as temporary:
-            copy_tree(base.folder, temporary)
+            copy_tree(base, temporary)
         lineage = lineage_of(folder)
     source = run.register("baseline", lineage)
     _score_baseline(run, source)
