@@ -34,7 +34,7 @@ from tests.methods.novelty.factories import centre_of, drawn
 from tritter.core.families import Model
 from tritter.data.corpus import Corpus, build_corpus
 from tritter.data.documents import documents_of
-from tritter.methods.moe_routing.objective import RoutingSettings
+from tritter.methods.moe_routing.options import RoutingOptions
 
 FOLDER = Path(streaming.__file__).parent
 COMPUTE_SAVED = "2026-11-20_compute_saved"
@@ -445,8 +445,8 @@ def test_routers_of_an_arm_are_balanced_in_it_and_in_its_branches(
     specs = arms.growth_paths(data.size)["moe"].specs
 
     def router(*, auxiliary_loss: float, z_loss: float) -> torch.Tensor:
-        chosen = RoutingSettings(auxiliary_loss=auxiliary_loss, z_loss=z_loss)
-        monkeypatch.setattr(arms, "RoutingSettings", lambda: chosen)
+        chosen = RoutingOptions(auxiliary_loss=auxiliary_loss, z_loss=z_loss)
+        monkeypatch.setattr(arms, "RoutingOptions", lambda: chosen)
         branch = small.grown(specs, rate=1e-3, seed=0).decayed(2, batch_size=2)
         assert len(branch.routers.records) == 1
         names = dict(branch.model.named_parameters())

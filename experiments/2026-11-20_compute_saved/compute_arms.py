@@ -20,7 +20,8 @@ from tritter.core.models import model_of, new_model
 from tritter.data.batches import SequenceStream
 from tritter.data.corpus import Corpus, stdlib_corpus
 from tritter.data.tokens import END_OF_TEXT, TextBounds, pack
-from tritter.methods.moe_routing.objective import RoutingObjective, RoutingSettings
+from tritter.methods.moe_routing.objective import RoutingObjective
+from tritter.methods.moe_routing.options import RoutingOptions
 from tritter.seeds import derived_seed
 from tritter.training.optimizer import OptimizerSettings, Schedule, build_optimizer
 from tritter.transform.live import ModelExpander
@@ -115,7 +116,7 @@ class Training:
         self.flops_per_token = training_flops(Model(config)).per_token(SEQUENCE_LENGTH)
         self.routers: RoutingObjective | None = None
         if family.has_experts:
-            self.routers = RoutingObjective(model, RoutingSettings())
+            self.routers = RoutingObjective(model, RoutingOptions())
             self.routers.routing.start_recording()
         self.own_flops = 0.0
         self.optimizer = build_optimizer(

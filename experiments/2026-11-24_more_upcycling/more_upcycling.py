@@ -32,7 +32,8 @@ from tritter.core.models import model_of, new_model  # noqa: E402
 from tritter.data.batches import BatchStream, SequenceStream  # noqa: E402
 from tritter.data.corpus import Corpus, stdlib_corpus  # noqa: E402
 from tritter.data.tokens import END_OF_TEXT, TextBounds, pack  # noqa: E402
-from tritter.methods.moe_routing.objective import RoutingObjective, RoutingSettings  # noqa: E402
+from tritter.methods.moe_routing.objective import RoutingObjective  # noqa: E402
+from tritter.methods.moe_routing.options import RoutingOptions  # noqa: E402
 from tritter.seeds import derived_seed  # noqa: E402
 from tritter.terminal import Console  # noqa: E402
 from tritter.training import (  # noqa: E402
@@ -140,7 +141,7 @@ class Scores(Callback):
 def train(model: nn.Module, rows: Tensor, steps: int, *, seed: int, scores: Scores | None) -> None:
     order = SequenceStream(rows, seed=derived_seed(seed, "base" if scores is None else "order"))
     has_experts = bool(getattr(model.config, "num_experts_per_tok", None))
-    sides = [RoutingObjective(model, RoutingSettings())] if has_experts else []
+    sides = [RoutingObjective(model, RoutingOptions())] if has_experts else []
     schedule = Schedule(learning_rate=RATE, max_steps=steps, shape="constant", warmup_ratio=0.02)
     module = BaseModule(
         model,

@@ -17,14 +17,15 @@ from tritter.core.families import (
     forward_flops,
     training_flops,
 )
-from tritter.methods.moe_routing.objective import OldRouting, RoutingObjective, RoutingSettings
+from tritter.methods.moe_routing.objective import OldRouting, RoutingObjective
 from tritter.methods.moe_routing.opening import Unfreezing
+from tritter.methods.moe_routing.options import RoutingOptions
 from tritter.methods.moe_routing.separate import is_router, only_trainable, separate_experts
 from tritter.training import BaseModule, OptimizerSettings, Schedule
 from tritter.training.parameters import trained_tensors
 
 LENGTH = 16
-HELD = RoutingSettings(auxiliary_loss=0.01, z_loss=1e-3, hold_old=1.0)
+HELD = RoutingOptions(auxiliary_loss=0.01, z_loss=1e-3, hold_old=1.0)
 
 
 def square(flops: Flops) -> float:

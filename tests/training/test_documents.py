@@ -26,7 +26,8 @@ from tritter.evaluation.losses import sequence_losses
 from tritter.methods.forgetting import SI, Distill, Replay
 from tritter.methods.forgetting.quadratic import diagonal_fisher
 from tritter.methods.forgetting.replay import _Draw, _Openings, _texts
-from tritter.methods.moe_routing.objective import OldRouting, RoutingObjective, RoutingSettings
+from tritter.methods.moe_routing.objective import OldRouting, RoutingObjective
+from tritter.methods.moe_routing.options import RoutingOptions
 from tritter.training import (
     BaseModule,
     FitResult,
@@ -178,14 +179,14 @@ def test_what_a_model_writes_begins_anew_at_each_end_of_text() -> None:
 
 def test_routers_answer_for_tokens_alone() -> None:
     model = document_mask(tiny("qwen3_moe"))
-    settings = RoutingSettings(encouragement=1.0, new_experts=(2, 3), hold_old=1.0)
+    options = RoutingOptions(hold_old=1.0)
     rows = torch.tensor([[0, 5, 9, 3, 0, 7, 6, 5, 4, 0], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]])
     wide = torch.cat([rows, torch.zeros(2, 6, dtype=torch.int64)], dim=1)
     wide[1, 10:12] = torch.tensor([10, 11])  # so that both rows end in padding
     found = []
     for ids in (wide[:1], rows[:1], wide):
         old = OldRouting.of(tiny("qwen3_moe", initializer_range=0.2), ids, batch_size=len(ids))
-        objective = RoutingObjective(model, settings, old=old)
+        objective = RoutingObjective(model, options, encouragement=1.0, new_experts=(2, 3), old=old)
         with objective.routing.recording():
             model(input_ids=ids, use_cache=False)
             terms = objective.terms(batch_of(ids))

@@ -19,7 +19,7 @@ from tests.training.killed import KillAt, Killed
 from tests.training.test_fit import SETTINGS, batches
 from tritter.core.models import checkpoint_activations
 from tritter.methods.growth.blocks import ActivationRecorder
-from tritter.methods.moe_routing.objective import RoutingSettings
+from tritter.methods.moe_routing.options import RoutingOptions
 from tritter.terminal import Console
 from tritter.training import (
     BaseModule,
@@ -146,7 +146,7 @@ def test_routers_compute_their_activations_again(tmp_path: Path) -> None:
         routing.run(
             models[-1],
             tmp_path / name,
-            settings=RoutingSettings(auxiliary_loss=0.1, z_loss=0.01, bias_update_rate=0.02),
+            settings=RoutingOptions(auxiliary_loss=0.1, z_loss=0.01, bias_update_rate=0.02),
             steps=6,
             trainer=replace(SETTINGS, **options),
         )

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -14,7 +14,6 @@ from tritter.data.tokens import concatenate
 from tritter.methods.moe_routing.objective import (
     OldRouting,
     RoutingObjective,
-    RoutingSettings,
 )
 from tritter.methods.moe_routing.opening import ExpertOpening, Unfreezing
 from tritter.methods.moe_routing.separate import is_router, only_trainable, separate_experts
@@ -139,12 +138,8 @@ def _objective(
     encouragement: float = 0.0,
     new_experts: Sequence[int] = (),
 ) -> RoutingObjective:
-    values = asdict(run.config.moe_routing)
-    settings = RoutingSettings(
-        **values, encouragement=encouragement, new_experts=tuple(new_experts)
-    )
-    old = None
-    if settings.hold_old:  # routing of old data before any training of the branch
+    options, old = run.config.moe_routing, None
+    if options.hold_old:  # routing of old data before any training of the branch
         sequences = run.data.sample_equally(
             run.data.old_domains_of(branch), _HOLD_OLD_SEQUENCES, "hold_old", *branch.purpose
         )
@@ -152,4 +147,6 @@ def _objective(
         with run.waiting("routing of old data"):
             before = run.load(branch.expanded)
             old = OldRouting.of(before.to(run.device), sequences, batch_size=batch_size)
-    return RoutingObjective(model, settings, old=old)
+    return RoutingObjective(
+        model, options, encouragement=encouragement, new_experts=new_experts, old=old
+    )

@@ -19,7 +19,8 @@ from tritter.core.expansions import Moe, target_model
 from tritter.core.families import Model
 from tritter.core.stock_routers import Routing
 from tritter.errors import RequestError
-from tritter.methods.moe_routing.objective import RoutingObjective, RoutingSettings
+from tritter.methods.moe_routing.objective import RoutingObjective
+from tritter.methods.moe_routing.options import RoutingOptions
 from tritter.transform import expand
 
 TOKENS = oracle.tokens()
@@ -235,7 +236,7 @@ def test_control_of_sigmoid_routers_changes_nothing() -> None:
 def test_the_balance_loss_of_scores_by_hand() -> None:
     """E · Σ f·P with the scores divided by their sum."""
     model = sigmoid_model()
-    objective = RoutingObjective(model, RoutingSettings(auxiliary_loss=1.0, z_loss=0.0))
+    objective = RoutingObjective(model, RoutingOptions(auxiliary_loss=1.0, z_loss=0.0))
     objective.routing.start_recording()
     model(input_ids=TOKENS, use_cache=False)
     loss = objective.terms({"input_ids": TOKENS})["auxiliary_loss"]

@@ -1,7 +1,7 @@
 """Library calls on live models match a manual training loop, and change nothing else."""
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from math import nan
 
 import pytest
@@ -12,11 +12,18 @@ from tests import oracle
 from tests.core.stock_routers.models import tiny_moe
 from tests.methods.moe_routing.test_stages import DOMAIN, OLD, Batch, grown, moved, values
 from tritter.errors import TritterError
+from tritter.evaluation.inference import preserve_modes
 from tritter.methods.forgetting.quadratic import diagonal_fisher
 from tritter.methods.moe_routing.choice import expert_utility
-from tritter.methods.moe_routing.distill import distill_experts
-from tritter.methods.moe_routing.live import adapt_router, train_new_experts
+from tritter.methods.moe_routing.distill import DistillationModule, only_new_experts
+from tritter.methods.moe_routing.live import (
+    LoaderBatches,
+    adapt_router,
+    fit_live,
+    train_new_experts,
+)
 from tritter.methods.moe_routing.separate import shared_names
+from tritter.training import OptimizerSettings, Schedule
 
 RATE, DECAY, NEW = 1e-2, 0.3, 4  # experts from the fourth on are new
 
@@ -117,6 +124,31 @@ def test_new_experts_are_trained_as_by_hand() -> None:
     alike(model, other)
 
 
+def teach(
+    model: nn.Module,
+    teacher: nn.Module,
+    experts: Sequence[int],
+    *,
+    epochs: int = 1,
+    auxiliary_loss: float = 0.01,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+) -> None:
+    """Distil a teacher into new experts, as the stage `distill` of a run."""
+    batches = LoaderBatches(DOMAIN, epochs)
+    with only_new_experts(model, experts), preserve_modes(teacher):
+        module = DistillationModule(
+            model,
+            teacher,
+            new_experts=experts,
+            temperature=2.0,
+            auxiliary_loss=auxiliary_loss,
+            schedule=Schedule.constant(learning_rate, max_steps=len(batches)),
+            optimizer=OptimizerSettings(weight_decay=DECAY),
+        )
+        fit_live(module, batches, seed=seed)
+
+
 def test_new_experts_are_taught_as_by_hand() -> None:
     model, other, teacher = grown(noise=0.5), grown(noise=0.5), oracle.tiny_llama()
 
@@ -128,9 +160,7 @@ def test_new_experts_are_taught_as_by_hand() -> None:
         return 4 * (wanted * ratio).sum(-1).mean() + 0.5 * balance(said.router_logits)
 
     by_hand(other, list(shared_names(other)), loss_of, decay=DECAY, epochs=1, is_part=True)
-    distill_experts(
-        model, teacher, [4, 5], DOMAIN, auxiliary_loss=0.5, learning_rate=RATE, weight_decay=DECAY
-    )
+    teach(model, teacher, [4, 5], auxiliary_loss=0.5, learning_rate=RATE)
     alike(model, other)
 
 
@@ -210,7 +240,7 @@ def test_each_module_gets_its_own_mode_back() -> None:
     calls: dict[str, Callable[[], object]] = {
         "adapt_router": lambda: adapt_router(model, range(NEW, 6), DOMAIN, epochs=1),
         "train_new_experts": lambda: train_new_experts(model, range(NEW, 6), DOMAIN),
-        "distill_experts": lambda: distill_experts(model, teacher, range(NEW, 6), DOMAIN),
+        "distillation": lambda: teach(model, teacher, range(NEW, 6)),
         "expert_utility": lambda: expert_utility(model, sequences),
         "diagonal_fisher": lambda: diagonal_fisher(model, sequences),
     }
@@ -223,9 +253,7 @@ def test_each_module_gets_its_own_mode_back() -> None:
 STAGES: dict[str, Callable[[nn.Module, nn.Module, int], None]] = {
     "routers": lambda model, _, seed: adapt_router(model, [3], DOMAIN, 1, seed=seed),
     "experts": lambda model, _, seed: train_new_experts(model, [3], DOMAIN, seed=seed),
-    "distilled": lambda model, teacher, seed: distill_experts(
-        model, teacher, [2, 3], DOMAIN, seed=seed
-    ),
+    "distilled": lambda model, teacher, seed: teach(model, teacher, [2, 3], seed=seed),
 }
 
 

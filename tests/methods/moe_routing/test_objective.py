@@ -23,10 +23,10 @@ from tritter.errors import TritterError
 from tritter.methods.moe_routing.objective import (
     OldRouting,
     RoutingObjective,
-    RoutingSettings,
     routing_divergence,
 )
 from tritter.methods.moe_routing.opening import ExpertOpening, Unfreezing
+from tritter.methods.moe_routing.options import RoutingOptions
 from tritter.training import (
     BaseModule,
     FitResult,
@@ -40,7 +40,7 @@ from tritter.training import (
 from tritter.training.trainer import start_method
 
 SEQUENCES = oracle.tokens(vocab_size=97, batch=40, length=16, seed=5).int()
-UNHELD = RoutingSettings(auxiliary_loss=0.0, z_loss=0.0)
+UNHELD = RoutingOptions(auxiliary_loss=0.0, z_loss=0.0)
 
 
 def collapsed() -> nn.Module:
@@ -59,7 +59,9 @@ def run(
     model: nn.Module,
     folder: Path,
     *,
-    settings: RoutingSettings = UNHELD,
+    settings: RoutingOptions = UNHELD,
+    encouragement: float = 0.0,
+    new_experts: Sequence[int] = (),
     old: OldRouting | None = None,
     steps: int = 20,
     learning_rate: float = 1e-2,
@@ -73,7 +75,11 @@ def run(
         model,
         schedule=Schedule(learning_rate=learning_rate, max_steps=steps, shape="constant"),
         optimizer=OptimizerSettings(),
-        side_losses=[RoutingObjective(model, settings, old=old)],
+        side_losses=[
+            RoutingObjective(
+                model, settings, encouragement=encouragement, new_experts=new_experts, old=old
+            )
+        ],
     )
     gathered = trainer.arguments.get("accumulate_grad_batches", 1)
     stream = SequenceStream(SEQUENCES, seed=0)
@@ -106,7 +112,7 @@ def max_load(model: nn.Module) -> float:
     "settings", [replace(UNHELD, auxiliary_loss=0.1), replace(UNHELD, bias_update_rate=0.02)],
     ids=["auxiliary loss", "selection bias"],
 )  # fmt: skip
-def test_balancing_lowers_the_largest_load(tmp_path: Path, settings: RoutingSettings) -> None:
+def test_balancing_lowers_the_largest_load(tmp_path: Path, settings: RoutingOptions) -> None:
     free, balanced = collapsed(), collapsed()
     assert max_load(free) > 1.7
     run(free, tmp_path / "free", steps=60, learning_rate=2e-3)
@@ -125,9 +131,15 @@ def test_the_selection_bias_is_no_part_of_what_is_saved(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_terms_and_statistics_are_logged(tmp_path: Path) -> None:
-    settings = RoutingSettings(hold_old=0.1, encouragement=0.1, new_experts=(3,))
     model = tiny_moe("qwen3_moe")
-    run(model, tmp_path, settings=settings, old=OldRouting.of(model, SEQUENCES, batch_size=2))
+    run(
+        model,
+        tmp_path,
+        settings=RoutingOptions(hold_old=0.1),
+        encouragement=0.1,
+        new_experts=(3,),
+        old=OldRouting.of(model, SEQUENCES, batch_size=2),
+    )
     row = next(csv.DictReader((tmp_path / "metrics.csv").open()))
     logged = {name.removeprefix("routing/") for name in row if name.startswith("routing/")}
     assert logged == {
@@ -166,10 +178,8 @@ def test_the_selection_bias_moves_once_a_step_by_the_load_of_all_its_batches(
 
 def test_the_loss_is_that_of_the_task_plus_the_weighted_terms() -> None:
     model = tiny_moe("mixtral")
-    settings = RoutingSettings(
-        auxiliary_loss=0.5, z_loss=0.25, encouragement=2.0, new_experts=(2, 3)
-    )
-    objective = RoutingObjective(model, settings)
+    options = RoutingOptions(auxiliary_loss=0.5, z_loss=0.25)
+    objective = RoutingObjective(model, options, encouragement=2.0, new_experts=(2, 3))
     batch = {"input_ids": SEQUENCES[:3].long(), "is_replay": torch.tensor([False, False, True])}
     with objective.routing.recording():
         model(input_ids=batch["input_ids"])
@@ -184,8 +194,7 @@ def test_the_loss_is_that_of_the_task_plus_the_weighted_terms() -> None:
 
 def test_a_batch_that_is_all_replayed_encourages_nothing() -> None:
     model = tiny_moe("mixtral")
-    settings = RoutingSettings(encouragement=2.0, new_experts=(2, 3))
-    objective = RoutingObjective(model, settings)
+    objective = RoutingObjective(model, RoutingOptions(), encouragement=2.0, new_experts=(2, 3))
     batch = {"input_ids": SEQUENCES[:1].long(), "is_replay": torch.tensor([True])}
     with objective.routing.recording():
         model(input_ids=batch["input_ids"])
@@ -266,7 +275,7 @@ def test_bitwise_as_if_never_killed(
 
     def train(folder: Path, kill_at: int | None = None) -> nn.Module:
         model = tiny_moe("mixtral", initializer_range=0.05)
-        settings = RoutingSettings(bias_update_rate=0.01, hold_old=0.1)
+        settings = RoutingOptions(bias_update_rate=0.01, hold_old=0.1)
         parameter = model.get_parameter("model.layers.0.self_attn.q_proj.weight")
         controls = (
             ExpertOpening(AddedExperts(experts=(2, 3)), anneal_steps=9),
@@ -315,7 +324,6 @@ def _kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(start_method("cpu") != "fork", reason="spawning takes seconds")
 def test_two_processes_give_the_weights_and_the_routing_of_one(tmp_path: Path) -> None:
     """The balance is that of the whole batch, and opened experts stay open after a resume."""
-    settings = RoutingSettings(bias_update_rate=0.01, encouragement=0.1, new_experts=(3,))
     models = {}
     for strategy, devices in (("auto", 1), ("ddp", 2)):
         model = tiny_moe("mixtral", initializer_range=0.05)
@@ -323,7 +331,9 @@ def test_two_processes_give_the_weights_and_the_routing_of_one(tmp_path: Path) -
         run(
             model,
             tmp_path / strategy,
-            settings=settings,
+            settings=RoutingOptions(bias_update_rate=0.01),
+            encouragement=0.1,
+            new_experts=(3,),
             steps=6,
             learning_rate=1e-3,
             replayed=0.75,  # so that the second process has no new rows

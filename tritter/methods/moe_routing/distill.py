@@ -5,7 +5,7 @@ experts are trained. Afterwards the router offsets are restored: closed experts 
 function of the model is unchanged.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,9 +17,8 @@ from tritter.core.models import model_of
 from tritter.core.stock_routers import Routing
 from tritter.data.packing import kept_tokens
 from tritter.errors import RequestError
-from tritter.evaluation.inference import preserve_modes
-from tritter.methods.moe_routing.live import Batch, LoaderBatches, check_experts, fit_live
-from tritter.methods.moe_routing.objective import RoutingObjective, RoutingSettings
+from tritter.methods.moe_routing.objective import RoutingObjective
+from tritter.methods.moe_routing.options import RoutingOptions
 from tritter.methods.moe_routing.separate import only_trainable, separate_experts
 from tritter.training import BaseModule, OptimizerSettings, Schedule
 from tritter.training.module import TaskLoss
@@ -50,12 +49,12 @@ class DistillationModule(BaseModule):
         schedule: Schedule,
         optimizer: OptimizerSettings,
     ) -> None:
-        settings = RoutingSettings(auxiliary_loss=auxiliary_loss, z_loss=0.0)
+        options = RoutingOptions(auxiliary_loss=auxiliary_loss, z_loss=0.0)
         super().__init__(
             model,
             schedule=schedule,
             optimizer=optimizer,
-            side_losses=[RoutingObjective(model, settings)],
+            side_losses=[RoutingObjective(model, options)],
         )
         self.new_experts = tuple(new_experts)
         self.temperature = temperature
@@ -79,57 +78,6 @@ class DistillationModule(BaseModule):
     def step_flops(self) -> Flops:
         flops = forward_flops(model_of(self._teacher[0]))
         return flops + flops_of_sequence(self.model, routed_to=self.new_experts)
-
-
-def distill_experts(
-    model: nn.Module,
-    teacher: nn.Module,
-    new_expert_indices: Sequence[int],
-    domain_dataloader: Iterable[Batch],
-    epochs: int = 1,
-    *,
-    temperature: float = 2.0,
-    auxiliary_loss: float = 0.01,
-    learning_rate: float = 1e-3,
-    weight_decay: float = 0.01,
-    seed: int = 0,
-) -> None:
-    """Train new experts to match a teacher while every token is routed to them.
-
-    Args:
-        model: a stock model with experts.
-        teacher: a causal language model with the same vocabulary.
-        new_expert_indices: the last experts of each layer, at least as many as experts per token.
-        domain_dataloader: yields `{"input_ids": integers [B, T]}`.
-        epochs: number of passes over it.
-        temperature: of both models' probabilities.
-        auxiliary_loss: weight of the load balancing loss among the new experts.
-        learning_rate: constant learning rate.
-        weight_decay: of AdamW.
-        seed: seed of random layers in training, such as dropout.
-
-    Raises:
-        RequestError: the experts don't exist or are too few, or the vocabularies differ.
-    """
-    experts = check_experts(model, new_expert_indices)
-    vocabularies = [model_of(each).config["vocab_size"] for each in (model, teacher)]
-    if vocabularies[0] != vocabularies[1]:
-        raise RequestError(
-            f"expansion.moe_add.teacher has a vocabulary of {vocabularies[1]} tokens, and the "
-            f"model one of {vocabularies[0]}; use a teacher with the same tokenizer."
-        )
-    batches = LoaderBatches(domain_dataloader, epochs)
-    with only_new_experts(model, experts), preserve_modes(teacher):
-        module = DistillationModule(
-            model,
-            teacher,
-            new_experts=experts,
-            temperature=temperature,
-            auxiliary_loss=auxiliary_loss,
-            schedule=Schedule.constant(learning_rate, max_steps=len(batches)),
-            optimizer=OptimizerSettings(weight_decay=weight_decay),
-        )
-        fit_live(module, batches, seed=seed)
 
 
 def soft_divergence(

@@ -8,7 +8,7 @@ batches, forgetting mitigation and saved state.
 import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, cycle, repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,8 +27,9 @@ from tritter.data.sources import noted_documents
 from tritter.data.tokens import TextBounds, bounds_of, copy_backend, pack, tokenise
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.inference import device_of, preserve_modes
-from tritter.methods.moe_routing.objective import RoutingObjective, RoutingSettings
+from tritter.methods.moe_routing.objective import RoutingObjective
 from tritter.methods.moe_routing.opening import ExpertOpening, Unfreezing, redraw_rows
+from tritter.methods.moe_routing.options import RoutingOptions
 from tritter.methods.moe_routing.separate import is_router, only_trainable, separate_experts
 from tritter.seeds import derived_seed
 from tritter.stopping import Stopped
@@ -203,13 +204,17 @@ def adapt_router(
     if router_update == "retrain":
         redraw_rows(model, experts, seed=seed)
     if router_update != "frozen":
-        balance = RoutingSettings(auxiliary_loss=auxiliary_loss, z_loss=z_loss)
-        settings = replace(balance, encouragement=encouragement, new_experts=experts)
+        objective = RoutingObjective(
+            model,
+            RoutingOptions(auxiliary_loss=auxiliary_loss, z_loss=z_loss),
+            encouragement=encouragement,
+            new_experts=experts,
+        )
         batches = LoaderBatches(domain_dataloader, epochs, replay=replay)
         own = derived_seed(seed, "routers")
         with only_trainable(model, is_router):
             _train(
-                model, batches, settings, learning_rate=learning_rate, controls=controls, seed=own
+                model, batches, objective, learning_rate=learning_rate, controls=controls, seed=own
             )
     if added is not None:
         added.at(steps, anneal_steps=steps).apply(model)
@@ -267,10 +272,11 @@ def train_new_experts(
         if unfreeze_after is not None:
             frozen = [p for p in model.parameters() if not p.requires_grad]
             controls.append(Unfreezing(frozen, after_steps=unfreeze_after))
+        options = RoutingOptions(auxiliary_loss=auxiliary_loss, z_loss=z_loss)
         _train(
             model,
             batches,
-            RoutingSettings(auxiliary_loss=auxiliary_loss, z_loss=z_loss),
+            RoutingObjective(model, options),
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             controls=controls,
@@ -308,7 +314,7 @@ def check_experts(model: nn.Module, indices: Sequence[int]) -> tuple[int, ...]:
 def _train(
     model: nn.Module,
     batches: LoaderBatches,
-    settings: RoutingSettings,
+    objective: RoutingObjective,
     *,
     learning_rate: float,
     weight_decay: float = 0.0,
@@ -320,7 +326,7 @@ def _train(
         model,
         schedule=Schedule.constant(learning_rate, max_steps=len(batches)),
         optimizer=OptimizerSettings(weight_decay=weight_decay),
-        side_losses=[RoutingObjective(model, settings), *batches.side_losses],
+        side_losses=[objective, *batches.side_losses],
     )
     fit_live(module, batches, seed=seed, controls=controls)
 

@@ -29,19 +29,6 @@ from tritter.training.callbacks import ends_step
 from tritter.training.parameters import trained_tensors
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RoutingSettings(RoutingOptions):
-    """Weights of the terms, including the probability of new experts.
-
-    Args:
-        encouragement: weight of the probability of `new_experts`, subtracted from the loss.
-        new_experts: indices of the new experts.
-    """
-
-    encouragement: float = 0.0
-    new_experts: tuple[int, ...] = ()
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class OldRouting:
     """The routing of old data before training.
@@ -92,7 +79,9 @@ class RoutingObjective(SideLoss):
     Args:
         model: a model with experts; attaches to its routers, see
             `tritter.core.stock_routers.Routing`.
-        settings: weights of the terms.
+        options: weights of the terms.
+        encouragement: weight of the probability of `new_experts`, subtracted from the loss.
+        new_experts: indices of the new experts.
         old: reference for `hold_old`.
 
     Raises:
@@ -103,17 +92,24 @@ class RoutingObjective(SideLoss):
     forward_options: Mapping[str, bool] = {"output_router_logits": False}
 
     def __init__(
-        self, model: nn.Module, settings: RoutingSettings, *, old: OldRouting | None = None
+        self,
+        model: nn.Module,
+        options: RoutingOptions,
+        *,
+        encouragement: float = 0.0,
+        new_experts: Sequence[int] = (),
+        old: OldRouting | None = None,
     ) -> None:
         routing = Routing.of(model)
         if routing is None:
             raise TritterError("routing: the model has no experts.")
         self.routing = routing
-        self.settings = settings
+        self.options = options
         self.records: tuple[Record, ...] = ()
         self.counts: tuple[Tensor, ...] = ()  # [E] of each layer, of all processes together
         self.flops = 0.0 if old is None else old.flops  # of computing the old routing
-        self._old = old if settings.hold_old else None
+        self._encouragement, self._new_experts = encouragement, tuple(new_experts)
+        self._old = old if options.hold_old else None
         self._document_mask = document_mask_of(model)
 
     def terms(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -141,7 +137,7 @@ class RoutingObjective(SideLoss):
             ),
             "z_loss": _mean([router_z_loss(r.logits) for r in records]),
         }
-        if self.settings.new_experts:
+        if self._new_experts:
             # Average over new rows of all processes: a process may have none of them, and a small
             # batch none at all
             input_ids, is_replay = batch["input_ids"], batch.get("is_replay")
@@ -154,18 +150,18 @@ class RoutingObjective(SideLoss):
             )
             weights = weights if kept is None else weights[kept]
             weights = weights / (_sum_ranks(weights.sum()) / this_rank().count).clamp(min=1e-6)
-            experts = self.settings.new_experts
-            masses = [new_expert_mass(r.logits, experts, weights=weights) for r in records]
+            masses = [
+                new_expert_mass(r.logits, self._new_experts, weights=weights) for r in records
+            ]
             terms["new_expert_mass"] = _mean(masses)
         return terms
 
     def weighted(self, terms: Mapping[str, Tensor]) -> Tensor:
         """Return the weighted sum of the terms, without `hold_old`."""
-        settings = self.settings
-        loss = settings.auxiliary_loss * terms["auxiliary_loss"]
-        loss = loss + settings.z_loss * terms["z_loss"]
+        loss = self.options.auxiliary_loss * terms["auxiliary_loss"]
+        loss = loss + self.options.z_loss * terms["z_loss"]
         if "new_expert_mass" in terms:
-            loss = loss - settings.encouragement * terms["new_expert_mass"]
+            loss = loss - self._encouragement * terms["new_expert_mass"]
         return loss
 
     def loss(
@@ -176,7 +172,7 @@ class RoutingObjective(SideLoss):
         divergence = self.divergence(model, step)
         if divergence is not None:
             terms["old_divergence"] = divergence
-            loss = loss + self.settings.hold_old * divergence
+            loss = loss + self.options.hold_old * divergence
         return loss, {f"routing/{name}": value for name, value in terms.items()}
 
     def step_flops(self, model: nn.Module) -> float:
@@ -252,7 +248,7 @@ class RoutingCallback(Callback):
         if not ends_step(trainer, batch_idx):
             return
         objective = self._objective
-        if rate := objective.settings.bias_update_rate:
+        if rate := objective.options.bias_update_rate:
             loads = [sum(counts) for counts in zip(*self._counts, strict=True)]
             for record, load in zip(objective.records, loads, strict=True):
                 bias = objective.routing.selection_bias(record.layer)
@@ -261,7 +257,7 @@ class RoutingCallback(Callback):
         self._counts.clear()
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             # Means over the layers, for this process's share of the batch
-            factor = objective.settings.capacity_factor
+            factor = objective.options.capacity_factor
             layers = [layer_statistics(r, capacity_factor=factor) for r in objective.records]
             for name in ("entropy", "max_load", "dropped_fraction"):
                 mean = sum(getattr(layer, name) for layer in layers) / len(layers)
