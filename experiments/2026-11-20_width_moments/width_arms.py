@@ -31,8 +31,8 @@ from tritter.data.corpus import Corpus, stdlib_corpus  # noqa: E402
 from tritter.data.replay import ReplayBuffer  # noqa: E402
 from tritter.data.tokens import END_OF_TEXT, TextBounds, pack  # noqa: E402
 from tritter.seeds import derived_seed  # noqa: E402
-from tritter.training.moments import carried_moments, put_moments  # noqa: E402
 from tritter.training.optimizer import OptimizerSettings, build_optimizer  # noqa: E402
+from tritter.training.surgery import carried_moments, put_moments  # noqa: E402
 from tritter.transform import Change  # noqa: E402
 from tritter.transform.live import ModelExpander  # noqa: E402
 

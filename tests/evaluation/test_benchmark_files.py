@@ -12,11 +12,11 @@ import pytest
 
 from tests.evaluation.programs import MBPP_ROWS
 from tests.hostile.values import parquet_bomb
-from tritter.data.benchmark_names import HUB_NAMES, PROGRESSIVE_BENCHMARKS
+from tritter.data.benchmark_names import HUB_NAMES, PROGRESSIVE_BENCHMARKS, benchmark_names
 from tritter.errors import RequestError
 from tritter.evaluation.benchmarks import files
 from tritter.evaluation.benchmarks.files import Questions, TasksFolder, load, questions_of
-from tritter.evaluation.benchmarks.formats import BENCHMARKS, Question, benchmarks_of
+from tritter.evaluation.benchmarks.formats import BENCHMARKS, Question
 from tritter.evaluation.benchmarks.harness import null_scores
 from tritter.evaluation.code.sandbox import Outcome
 
@@ -38,7 +38,8 @@ def written(path: Path, rows: list[Any]) -> Path:
 
 
 def loaded(folder: Path, *names: str) -> list[Questions]:
-    return load(benchmarks_of(names, key="--tasks"), TasksFolder(folder, key="--tasks-path"))
+    chosen = [BENCHMARKS[name] for name in benchmark_names(names, key="--tasks")]
+    return load(chosen, TasksFolder(folder, key="--tasks-path"))
 
 
 def questions(folder: Path, name: str) -> dict[str, Question]:
@@ -109,7 +110,7 @@ def test_each_question_has_its_examples(tmp_path: Path) -> None:
     assert list(mbpp.questions) == ["MBPP/12"]  # the others are prompts, or of the training split
     (one,) = mbpp.examples["MBPP/12"]
     assert "[BEGIN]" in one.prompt and one.worked.endswith("\n[DONE]")
-    (few,) = load(benchmarks_of(["gsm8k"], key=""), TasksFolder(tmp_path, key=""), num_fewshot=2)
+    (few,) = load([BENCHMARKS["gsm8k"]], TasksFolder(tmp_path, key=""), num_fewshot=2)
     assert few.num_fewshot == 2
 
 
@@ -119,15 +120,15 @@ def test_examples_that_are_missing_are_named(tmp_path: Path) -> None:
     written(tmp_path / "arc_easy_train.jsonl", [CHOICE] * 2)
     written(tmp_path / "truthful_qa_mc.jsonl", [{"question": "?", "mc1_targets": {"I": 1, "u": 0}}])
     folder = TasksFolder(tmp_path, key="--tasks-path")
-    (found,) = load(benchmarks_of(["gsm8k"], key=""), folder)
+    (found,) = load([BENCHMARKS["gsm8k"]], folder)
     assert found.num_fewshot == 0 and "lm-eval has 5" in found.notes[0]
     names = ["gsm8k", "arc_easy", "truthfulqa"]
     with pytest.raises(RequestError) as refused:
-        load(benchmarks_of(names, key=""), folder, num_fewshot=3)
+        load([BENCHMARKS[name] for name in names], folder, num_fewshot=3)
     one, other = refused.value.problems
     assert one.key == other.key == "--num-fewshot" and "gsm8k...train" in str(one.reason)
     assert "3 examples need 3 records, and there are 2" in str(other.reason)
-    fixed, arc = load(benchmarks_of(["truthfulqa", "arc_easy"], key=""), folder, num_fewshot=2)
+    fixed, arc = load([BENCHMARKS["truthfulqa"], BENCHMARKS["arc_easy"]], folder, num_fewshot=2)
     assert (fixed.num_fewshot, arc.num_fewshot) == (0, 2) and "fixed prompt" in fixed.notes[0]
 
 
@@ -197,18 +198,17 @@ def test_records_to_show_that_are_something_else_are_refused(tmp_path: Path) -> 
 
 
 def test_names_of_groups_benchmarks_and_lm_eval() -> None:
-    assert [b.name for b in benchmarks_of(["reasoning", "arc_challenge"], key="--tasks")] == [
+    assert list(benchmark_names(["reasoning", "arc_challenge"], key="--tasks")) == [
         "bbh",
         "arc_challenge",
     ]
-    found = [b.name for b in benchmarks_of(["math"], key="--tasks")]
-    assert found == PROGRESSIVE_BENCHMARKS["math"]
-    assert [b.name for b in benchmarks_of(["hendrycks_math", "truthfulqa_mc1"], key="--tasks")] == [
+    assert list(benchmark_names(["math"], key="--tasks")) == PROGRESSIVE_BENCHMARKS["math"]
+    assert list(benchmark_names(["hendrycks_math", "truthfulqa_mc1"], key="--tasks")) == [
         "math",
         "truthfulqa",
     ]
     with pytest.raises(RequestError, match=r"--tasks = arc_eazy.*Did you mean arc_easy") as refused:
-        benchmarks_of(["arc_eazy", "cod"], key="--tasks")
+        benchmark_names(["arc_eazy", "cod"], key="--tasks")
     assert "--tasks = cod: " in str(refused.value)
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from tests.pipeline.tiny import TINY
 from tritter.config.launch.composition import load_config
 from tritter.pipeline.ledger import Ledger
-from tritter.pipeline.notes import share_notes
-from tritter.pipeline.run import Run
+from tritter.pipeline.run import Run, share_notes
 from tritter.terminal import Console
 
 

@@ -21,7 +21,7 @@ from tritter.checkpoints.state import read_state
 from tritter.config.launch.composition import load_config
 from tritter.errors import RequestError
 from tritter.pipeline import Outcome
-from tritter.pipeline.notes import best_weights
+from tritter.pipeline.stages.fit import best_weights
 from tritter.training.callbacks import FiniteGuard, SaveState, StopRequest
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 

@@ -15,8 +15,8 @@ from tritter.core.expansions import Dus, ExpansionSpec, Layers, LlamaPro, Width
 from tritter.core.parameter_map.carry import BUILT_IN_KINDS
 from tritter.errors import TritterError
 from tritter.storage.writer import TensorStream
-from tritter.training.moments import carried_moments, moments_by_name, put_moments
 from tritter.training.parameters import live_layout
+from tritter.training.surgery import carried_moments, moments_by_name, put_moments
 from tritter.transform import expand, plan_expansion
 
 SPECS: dict[str, list[ExpansionSpec]] = {

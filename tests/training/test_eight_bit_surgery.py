@@ -25,8 +25,8 @@ from tests.training.test_surgery import (
 from tritter.core.expansions import Dus
 from tritter.errors import TritterError
 from tritter.training import OptimizerSettings, eight_bit
-from tritter.training.moments import carried_moments, moments_by_name, put_moments
 from tritter.training.parameters import live_layout
+from tritter.training.surgery import carried_moments, moments_by_name, put_moments
 from tritter.transform.live import ModelExpander
 
 # FFN matrices have 960 numbers before and 1,440 after: coded in both, in neither, in the second

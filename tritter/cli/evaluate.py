@@ -149,10 +149,11 @@ def evaluate(
 
     tritter evaluate base --tasks reasoning --tasks-path benchmarks
     """
-    from tritter.evaluation.benchmarks.formats import benchmarks_of
+    from tritter.data.benchmark_names import benchmark_names
+    from tritter.evaluation.benchmarks.formats import BENCHMARKS
 
     sources = _domain_paths(data or ())
-    chosen = benchmarks_of(_split_names(tasks), key="--tasks")
+    chosen = [BENCHMARKS[name] for name in benchmark_names(_split_names(tasks), key="--tasks")]
     with loading("transformers"):
         from tritter.checkpoints import read_lineage
         from tritter.checkpoints.record import window_length

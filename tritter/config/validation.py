@@ -77,7 +77,6 @@ from tritter.options import Start, field_keys, leaves, methods_of
 from tritter.planning.strategy import pipeline_problems, planned_rounds
 from tritter.storage.reading import named_path
 from tritter.training.forgetting_method import method_start_problems, replayed_share
-from tritter.training.idle import idle_problems
 from tritter.training.optimizer import (
     OptimizerValues,
     optimizer_class,
@@ -508,7 +507,6 @@ _RULES: tuple[Rule, ...] = (
     prompt_problems,
     ladder_problems,
     *RULES,
-    idle_problems,
     weight_problems,
     reading_problems,
     streaming_problems,

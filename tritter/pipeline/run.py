@@ -1,12 +1,13 @@
 """The run that every stage gets: config, run folder, checkpoints, data and console."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from json import dumps
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.loggers import Logger, WandbLogger
@@ -17,14 +18,16 @@ from tritter.checkpoints.location import checkpoint_model
 from tritter.checkpoints.record import recorded_tokens
 from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.core.models import load_model, read_model
+from tritter.data.answers import TrainingCounts, scoring_note
 from tritter.data.datasets import HEAD_ROWS
+from tritter.data.packing import padding_fraction
 from tritter.data.sources import find_texts
 from tritter.errors import RequestError, TritterError, key_name
 from tritter.evaluation.statistics import score_file
 from tritter.methods.experts.whole import load_whole
+from tritter.methods.forgetting import needs_of
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import Ledger, StageResult
-from tritter.pipeline.notes import packing_notes, scored_notes, share_notes
 from tritter.pipeline.run_data import RunData
 from tritter.pipeline.scoring import Scores, scores_text
 from tritter.planning.run_memory import memory_notes
@@ -39,6 +42,7 @@ from tritter.transform import PlannedExpansion, planned
 from tritter.transform.vocabulary import TOKENIZER_NAME
 
 _PUBLISHED_DTYPES = ("float32", "bfloat16", "float16")
+_MUCH_PADDING, _SMALL_SHARE = 0.1, 0.05
 
 
 @dataclass(frozen=True)
@@ -134,8 +138,8 @@ class Run:
             for name in data.streams
         ]
         if data.packing == "documents":
-            notes += packing_notes(data)
-        notes += scored_notes(data)
+            notes += _packing_notes(data)
+        notes += _scored_notes(data)
         notes += share_notes(self.config, data.num_sequences, data.streams)
         optimizer = self.config.optimizer.target.rpartition(".")[2]
         if optimizer.startswith("Paged") and self.device.type == "cpu":
@@ -253,3 +257,66 @@ class Run:
     def read_scores(self, name: str) -> Scores:
         """Return the scores that `score` stored under a name."""
         return self.data.scoring.read(self.folder / score_file(name))
+
+
+def _packing_notes(data: RunData) -> Iterator[str]:
+    """Yield notes on whole documents in sequences: what is cut, unscored or padding."""
+    length, limit = data.sequence_length, data.config.evaluation.max_tokens_per_document
+    text: dict[str, Any] = {"sequence_length": length, "bounds": data.bounds}
+    for name, domain in data.corpus.domains.items():
+        counts = TrainingCounts.of(domain.train, **text)
+        rows = "of the first rows" if name in data.streams else ""
+        is_read = _is_read(data.config, name)
+        if is_read:
+            yield counts.note(name, sequence_length=length, rows=rows)
+        yield scoring_note(name, data.scored[name], sequence_length=length, max_tokens=limit)
+        if not is_read or not domain.train.num_tokens:
+            continue
+        share = padding_fraction(domain.train, **text)
+        longer = padding_fraction(domain.train, **{**text, "sequence_length": 2 * length})
+        if share > _MUCH_PADDING:
+            yield (
+                f"{name}: {share:.0%} of the training sequences is padding, because its "
+                f"documents are shorter than {length} tokens; "
+                f"data.sequence_length={2 * length} gives {longer:.0%}."
+            )
+
+
+def _is_read(config: RunConfig, domain: str) -> bool:
+    """Return whether a run reads training documents of a domain; some old ones are only scored."""
+    needs_old = any(needs.old_text for needs in needs_of(config.forgetting))
+    is_old = domain in config.text.old and domain not in config.text.new
+    return not is_old or needs_old or bool(config.experts) or config.model.model_type != "hf"
+
+
+def _scored_notes(data: RunData) -> Iterator[str]:
+    """Yield a note on each domain of which not all held-out documents are scored."""
+    is_default = data.config.evaluation.max_documents is None
+    why = ", in proportion to the training" if is_default else ""
+    for name, documents in data.scored.items():
+        total = len(data.corpus.domains[name].validation)
+        if len(documents) < total:
+            yield (
+                f"{name}: scores read {len(documents):,} of {total:,} held-out documents{why}; "
+                f"evaluation.max_documents={total} reads all."
+            )
+
+
+def share_notes(
+    config: RunConfig, num_sequences: Callable[[str], int], streams: Collection[str]
+) -> Iterator[str]:
+    """Yield a note on each new domain that few of its task's training sequences come from."""
+    read = config.training.max_steps * config.trainer.accumulate_grad_batches
+    read *= config.data.batch_size
+    weights = getattr(config.data, "weights", None) or {}
+    for task in config.text.tasks:
+        if any(name in streams or name in weights for name in task):
+            continue
+        sizes = {name: num_sequences(name) for name in task}
+        for name, size in sizes.items():
+            if (share := size / sum(sizes.values())) < _SMALL_SHARE:
+                yield (
+                    f"{name}: {share:.1%} of the new training sequences, at most about "
+                    f"{share * read:,.0f} of the {read:,} that its task reads; "
+                    f"data.weights={{{name}:1}} gives all domains equal shares."
+                )

@@ -6,6 +6,7 @@ Requests are validated without importing torch or Lightning, as far as possible.
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +30,7 @@ from tritter.options import (
     Count,
     RunRequest,
     WholeNumber,
+    leaves,
     methods_of,
     nearest_multiples,
     options,
@@ -53,6 +55,9 @@ _EVALUATION = "Tritter runs the validation, always on the same data"
 _FOLDER = "all files are in the run folder; set hydra.run.dir"
 _SHARDED_OPTIMIZERS = ("AdamW", "Adam", "NAdam", "SGD")  # elementwise
 _SHARDED_PRECISIONS = ("32-true", "bf16-mixed")  # the tested ones
+# Options of callbacks and methods, by the names that Tritter, Lightning and most callbacks use
+_IS_PERIOD = re.compile(r"(every|refresh|interval|period).*step|steps?_(between|per)")
+_IS_START = re.compile(r"(start|begin|after|delay|from).*step|step.*(start|begin)")
 _REFUSED_CALLBACKS = {
     "Timer": "it depends on wall time, which a resumed run could not reproduce; set "
     "training.max_steps",
@@ -531,6 +536,54 @@ def callback_problems(
         yield Problem(key, body[TARGET], reason=reason)
 
 
+def _idle_problems(config: RunRequest) -> Iterator[Problem]:
+    """Yield options of callbacks and forgetting methods that name a step that is never reached.
+
+    Callbacks and methods from elsewhere are covered by the names of their options.
+    """
+    steps = config.training.max_steps
+    for group, components in (("callbacks", config.callbacks), ("forgetting", config.forgetting)):
+        for one in components:
+            for key, value in leaves(_chosen(one), f"{group}.{one.name}").items():
+                if not isinstance(value, int) or isinstance(value, bool):
+                    continue
+                name = key.rpartition(".")[2]
+                if _IS_PERIOD.search(name) and value > steps:
+                    reason = f"its period is longer than the run, training.max_steps = {steps}"
+                elif _IS_START.search(name) and value >= steps:
+                    reason = f"it begins after the last step, training.max_steps = {steps}"
+                else:
+                    continue
+                yield Problem(key, value, reason=f"{reason}; use fewer, or remove {one.name}")
+    yield from _patience_problems(config)
+
+
+def _chosen(one: Component) -> Mapping[str, Any]:
+    """Return the options of a component, without defaults of a method: they suit any run."""
+    if isinstance(one.options, Mapping):
+        return one.options
+    default = {
+        name: field.default for name, field in type(one.options).__dataclass_fields__.items()
+    }
+    return {key: value for key, value in one.plain().items() if value != default.get(key)}
+
+
+def _patience_problems(config: RunRequest) -> Iterator[Problem]:
+    """Yield callbacks whose patience is longer than the run has validations."""
+    if not (period := config.evaluation.every_n_steps):
+        return
+    steps = config.training.max_steps
+    count = -(-steps // period)
+    for one in callbacks_of("EarlyStopping", config):
+        patience = one.options.get("patience", 3)
+        if isinstance(patience, int) and patience >= count:
+            reason = (
+                f"the run is validated {count} times after its start, so it can't stop early; "
+                f"use fewer, or a smaller evaluation.every_n_steps than {period}"
+            )
+            yield Problem(f"callbacks.{one.name}.patience", patience, reason=reason)
+
+
 # Validation rules of these sections
 RULES = (
     _trainer_problems,
@@ -541,6 +594,7 @@ RULES = (
     _early_stopping_problems,
     _monitor_problems,
     _publish_problems,
+    _idle_problems,
 )
 
 

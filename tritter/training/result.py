@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -143,16 +143,6 @@ class FitResult:
     def weights_step(self) -> int:
         """The number of optimizer steps of the weights of the result."""
         return self.steps if self.best_step is None else self.best_step
-
-
-@runtime_checkable
-class _Reports(Protocol):
-    """A callback that reports its work at the end of a training run."""
-
-    report_name: str
-
-    def report(self) -> dict[str, Any]:
-        """Return plain data for summary.json."""
 
 
 class WriteResult(Protocol):
@@ -307,7 +297,7 @@ class Conclusion(Callback):
             flow=self._flow.report(module.model),
             memory=self._memory_meter.memory,
             packing=self._work.packing(),
-            reports={c.report_name: c.report() for c in callbacks if isinstance(c, _Reports)},
+            reports={c.report_name: c.report() for c in callbacks if hasattr(c, "report_name")},
             notes=tuple(getattr(trainer.train_dataloader, "notes", ())),
         )
 

@@ -5,24 +5,25 @@ is wrapped for DDP again, and callbacks and methods with parameter state are not
 contain a journal of the changes, which a resumed run replays.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import prod
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from torch import nn
+from torch import Tensor, nn
 
 from tritter.core.families import StoredTensor
-from tritter.core.parameter_map.carry import Policy
+from tritter.core.parameter_map.carry import MOMENTS, STATE_KINDS, Policy, has_state, mapped_state
 from tritter.errors import RequestError, TritterError
 from tritter.storage.tensors import is_finite
-from tritter.training.eight_bit import State
+from tritter.training import eight_bit
 from tritter.training.module import BaseModule
-from tritter.training.moments import Moments, carried_moments, put_moments
 from tritter.training.parameters import entry_of, reshape
 from tritter.transform import Change
+
+Moments = dict[str, Tensor]  # of one parameter, by kind, and its step count
 
 
 def apply(
@@ -98,7 +99,6 @@ def apply_plain(
     change: Change,
     *,
     optimizer: torch.optim.Optimizer | None = None,
-    policy: Policy = "carry",
 ) -> None:
     """Change a model in a plain training loop, between a step and the next forward pass.
 
@@ -109,7 +109,6 @@ def apply_plain(
         change: Change of the model.
         optimizer: Optimizer of the model, whose moments are mapped. If None, the caller must
             create a new optimizer from `model.parameters()`.
-        policy: Policy for Adam's moments, as in `tritter.core.parameter_map.carry`.
 
     Raises:
         RequestError: The change does not match the model, or adds or removes parameters.
@@ -122,9 +121,7 @@ def apply_plain(
         raise RequestError("in a plain training loop, a change cannot add or remove parameters.")
     moments = {}
     if optimizer is not None:
-        moments = carried_moments(
-            optimizer, model, change, stored_tensors=change.altered, policy=policy
-        )
+        moments = carried_moments(optimizer, model, change, stored_tensors=change.altered)
     _change_parameters(model, change)
     new = dict(model.named_parameters())
     if optimizer is not None:  # each new parameter, with its state, replaces the old one
@@ -226,7 +223,7 @@ def _follow_groups(
     module: BaseModule,
     old: Mapping[str, nn.Parameter],
     moments: Mapping[str, Moments],
-    before: Mapping[str, State | None],
+    before: Mapping[str, eight_bit.State | None],
 ) -> None:
     """Update groups and state of the optimizer to those of a new one.
 
@@ -295,3 +292,136 @@ def _check_model(
     if any(problems.values()):
         reasons = "; ".join(reason for reason, is_so in problems.items() if is_so)
         raise TritterError(f"the model change is inconsistent: {reasons}.")
+
+
+# Moments of Adam. Only these functions distinguish the optimizers of torch and bitsandbytes;
+# elsewhere moments are tensors with the shape of the parameter.
+
+
+def put_moments(
+    optimizer: torch.optim.Optimizer,
+    parameter: nn.Parameter,
+    moments: Moments,
+    *,
+    before: eight_bit.State | None = None,
+) -> None:
+    """Set an Adam's moments of a parameter in its groups.
+
+    Args:
+        optimizer: An Adam of torch or bitsandbytes.
+        parameter: Parameter in one of its groups.
+        moments: Moments and step count.
+        before: Optimizer state of the parameter that this one replaces, if known. An 8-bit
+            optimizer uses it to keep the exact codes of unchanged blocks.
+    """
+    if eight_bit.is_of_bitsandbytes(optimizer):
+        eight_bit.write(optimizer, parameter, moments, before=before)
+        return
+    # A copy: the optimizer changes it in place
+    optimizer.state[parameter] = {
+        **{kind: moments[kind].to(parameter, copy=True) for kind in MOMENTS},
+        "step": moments["step"].to(torch.float32, copy=True),
+    }
+
+
+def moments_by_name(
+    optimizer: torch.optim.Optimizer, model: nn.Module, stored_tensors: Iterable[StoredTensor]
+) -> dict[str, Moments]:
+    """Return an Adam's moments by logical name.
+
+    Args:
+        optimizer: An Adam of torch or bitsandbytes.
+        model: Live model that it trains.
+        stored_tensors: Parameters to read.
+
+    Returns:
+        Logical name → moments; tensors without moments are absent.
+
+    Raises:
+        TritterError: The optimizer state is not that of Adam.
+    """
+    found: dict[str, Moments] = {}
+    for stored in stored_tensors:
+        parameter = model.get_parameter(stored.name)
+        state = optimizer.state.get(parameter)
+        if not state:
+            continue
+        if eight_bit.is_of_bitsandbytes(optimizer):
+            state = eight_bit.read(state, parameter.device)
+        missing = {*MOMENTS, "step"} - set(state)
+        if missing:
+            raise TritterError(
+                f"{type(optimizer).__name__} has no {', '.join(sorted(missing))} for "
+                f"{stored.name}. Tritter can carry the moments of Adam and AdamW, including their "
+                "8-bit variants."
+            )
+        for part in stored.parts:
+            own = {kind: part.of(state[kind]) for kind in MOMENTS}
+            found[part.tensor.name] = own | {"step": state["step"]}
+    return found
+
+
+def carried_moments(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    change: Change,
+    *,
+    stored_tensors: Sequence[StoredTensor],
+    policy: Policy = "carry",
+) -> dict[str, Moments]:
+    """Return an Adam's moments after a change, by the names of the new parameters.
+
+    A parameter whose state is reset has no moments: the optimizer creates them at its first step,
+    with a new step count.
+
+    Args:
+        optimizer: Optimizer of `model`.
+        model: Live model before the change.
+        change: Change of the model.
+        stored_tensors: Parameters after the change to return moments for.
+        policy: Policy for the moments, as in `tritter.core.parameter_map.carry`.
+
+    Raises:
+        TritterError: The optimizer state is not that of Adam.
+    """
+    origins = {change.tensors[part.tensor.name].origin for s in stored_tensors for part in s.parts}
+    # Only these: reading 8-bit moments needs eight bytes per parameter
+    read = [s for s in change.before if any(part.tensor.name in origins for part in s.parts)]
+    old = moments_by_name(optimizer, model, read)
+    moved: dict[str, Moments] = {}
+
+    def moved_kind(name: str, kind: str) -> Tensor:
+        return mapped_state(
+            change.tensors[name], STATE_KINDS[kind], lambda n: old[n][kind], policy=policy
+        )
+
+    found = {}
+    for stored in stored_tensors:
+        for name in (part.tensor.name for part in stored.parts):
+            tensor_map = change.tensors[name]
+            rule = STATE_KINDS[MOMENTS[0]]
+            if has_state(tensor_map, rule, old.__contains__, policy=policy):
+                step = old[tensor_map.origin or ""]["step"].clone()
+                moved[name] = {kind: moved_kind(name, kind) for kind in MOMENTS} | {"step": step}
+        if any(part.tensor.name in moved for part in stored.parts):
+            found[stored.name] = _packed_moments(stored, moved)
+    return found
+
+
+def _packed_moments(stored: StoredTensor, state: Mapping[str, Moments]) -> Moments:
+    """Return the moments of one parameter from those of its parts by logical name.
+
+    Parts without moments get a zero first moment and the mean second moment of the other parts.
+    The step count is the maximum over the parts.
+    """
+    first, second = MOMENTS
+    names = [part.tensor.name for part in stored.parts if part.tensor.name in state]
+    example = state[names[0]]
+    mean = torch.stack([state[name][second].double().mean() for name in names]).mean()
+    absent = {first: torch.zeros((), dtype=example[first].dtype), second: mean.to(example[second])}
+
+    def moment(kind: str) -> Tensor:
+        return stored.pack(lambda name: state[name][kind] if name in state else absent[kind])
+
+    step = torch.stack([state[name]["step"] for name in names]).max()
+    return {first: moment(first), second: moment(second), "step": step}

@@ -36,8 +36,8 @@ from tritter.core.parameter_map import AxisFactor, AxisMap
 from tritter.core.parameter_map.carry import MOMENTS
 from tritter.errors import RequestError, TritterError
 from tritter.storage.writer import TensorEntry, TensorStream
-from tritter.training.moments import moments_by_name
 from tritter.training.parameters import live_layout
+from tritter.training.surgery import moments_by_name
 from tritter.transform import expand, plan_expansion
 from tritter.transform.live import ModelExpander
 

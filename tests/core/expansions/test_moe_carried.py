@@ -17,7 +17,7 @@ from tritter.core.families import Model
 from tritter.core.models import live_tensors, load_model, model_of, named_tensors, new_model
 from tritter.core.parameter_map.carry import Policy
 from tritter.storage.writer import TensorStream
-from tritter.training.moments import carried_moments, put_moments
+from tritter.training.surgery import carried_moments, put_moments
 from tritter.transform import expand, plan_expansion
 
 FOUR = Moe(num_experts=4)  # of which a token takes 2

@@ -12,7 +12,7 @@ from decimal import Decimal, InvalidOperation
 from itertools import accumulate
 from typing import Any, Literal
 
-from tritter.data.benchmark_names import HUB_NAMES, benchmark_names
+from tritter.data.benchmark_names import HUB_NAMES
 from tritter.evaluation.code.sandbox import Sandbox
 
 _Kind = Literal["choice", "context", "word", "answer", "code"]
@@ -657,12 +657,3 @@ _ALL = (
     ),
 )
 BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in _ALL}
-
-
-def benchmarks_of(words: Sequence[str], *, key: str) -> tuple[Benchmark, ...]:
-    """Resolve names to benchmarks; see `benchmark_names`.
-
-    Raises:
-        RequestError: lists all unknown names.
-    """
-    return tuple(BENCHMARKS[name] for name in benchmark_names(words, key=key))

@@ -9,6 +9,7 @@ from lightning import Callback
 from torch import nn
 
 from tritter.checkpoints import Source
+from tritter.config.schema import RunConfig
 from tritter.core.families import forward_flops
 from tritter.data.datamodule import ValidationSubset
 from tritter.errors import RequestError
@@ -17,7 +18,6 @@ from tritter.pipeline import disk, experts, moe
 from tritter.pipeline.base import last_rate, schedule_of
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import StageResult, TrainingFound
-from tritter.pipeline.notes import best_weights
 from tritter.pipeline.run import Run
 from tritter.pipeline.samples import sample_log
 from tritter.pipeline.stage import Stage
@@ -42,7 +42,9 @@ from tritter.training import (
     discard_saved,
     fit,
     metrics_files,
+    read_metrics,
 )
+from tritter.training.options import callbacks_of
 
 _EARLIER = ("adapt", "distill")  # stages that train a branch before its main training run
 
@@ -279,3 +281,15 @@ def fit_branch(
         evaluation=evaluation,
         publishes_best=label == "training" and run.config.pipeline.publish == "best",
     )
+
+
+def best_weights(config: RunConfig, folder: Path, result: FitResult) -> str:
+    """Return which weights of a training are the best, and the start's value if it is better."""
+    line = f"the best weights are those of step {result.best_step} of {result.steps}"
+    (saver,) = callbacks_of("ModelCheckpoint", config)
+    metric, sign = str(saver.options["monitor"]), -1 if saver.options.get("mode") == "max" else 1
+    values = {int(row["step"]): row[metric] for row in read_metrics(folder) if row.get(metric)}
+    start, best = (float(values.get(step, "nan")) for step in (0, result.best_step or 0))
+    if sign * start < sign * best:  # not for a metric that the start does not have
+        line += f"; {metric} was better before the first step: {start:.4g}, now {best:.4g}"
+    return line
