@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Protocol
 
 from tritter.errors import RequestError, TritterError
-from tritter.evaluation.code import probe, warden
+from tritter.evaluation.code import warden
 
 _ADVICE = (
     "run Tritter on a system with unprivileged user namespaces (Linux 5.12 or newer; containers "
@@ -30,6 +30,36 @@ _ADVICE = (
     'and runs it in your own sandbox: --code-sandbox "CMD", in a run '
     "evaluation.code_sandbox=external evaluation.code_sandbox_command=CMD"
 )
+# A program that tries to escape, for a sandbox that has to block all attempts; it lists the others
+_ESCAPE = """
+import os, socket, sys
+
+def fork(number):
+    ended, started = os.pipe()
+    for _ in range(number):
+        if os.fork() == 0:
+            os.close(started)
+            os.read(ended, 1)  # blocks until the parent ends
+            os._exit(0)
+
+possible = []
+for escape, attempt in {{
+    "it reads files outside": lambda: open({secret!r}),
+    "it writes files outside": lambda: open({secret!r} + ".new", "w"),
+    "it writes the libraries": lambda: open(os.__file__ + ".new", "w"),
+    "it reaches the network": lambda: socket.create_connection(("127.0.0.1", {port}), timeout=2),
+    "it inherits an environment": lambda: os.environ[({{*os.environ}} - {{"LC_CTYPE"}}).pop()],
+    "it exceeds the memory limit": lambda: bytearray({memory_bytes}),
+    "it exceeds the process limit": lambda: fork({processes}),
+}}.items():
+    try:
+        attempt()
+        possible.append(escape)
+    except (OSError, MemoryError, KeyError):
+        pass
+if possible:
+    sys.exit(", ".join(possible))
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,14 +162,12 @@ class NamespaceSandbox:
             secret = Path(outside, "secret")
             secret.write_text("secret")
             secret.chmod(0o666)
-            attempts = {
-                "folder": outside,
-                "port": server.getsockname()[1],
-                "memory_bytes": 2 * self.limits.memory_bytes,
-                "processes": 4 * self.limits.processes,
-            }
-            source = Path(probe.__file__).read_text(encoding="utf-8")
-            program = f"{source}\ntry_all({json.dumps(attempts)})\n"
+            program = _ESCAPE.format(
+                secret=str(secret),
+                port=server.getsockname()[1],
+                memory_bytes=2 * self.limits.memory_bytes,
+                processes=4 * self.limits.processes,
+            )
             try:
                 outcome = replace(self, limits=replace(self.limits, seconds=60)).run(program)
             except TritterError as error:
