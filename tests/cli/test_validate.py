@@ -266,7 +266,6 @@ def test_each_part_has_a_progress_bar(run: Run, place: Path, text: Path) -> None
     sides = [validation.Side.open(place / name) for name in ("base", "wide")]
     kept = read_sources("--data", {"kept": [str(text)]}, default_name="text", problems=[])
     labels: list[str] = []
-    documents = validation.ValidationText(kept=kept, target=None, limit=30)
-    validation.validate(*sides, documents, new_bar=labels.append)
+    validation.validate(*sides, kept=kept, target=None, limit=30, new_bar=labels.append)
     loading = ["loading the source", "scoring kept", "loading the result", "scoring kept"]
     assert labels == [*loading, "gradients of new parameters"]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tritter.evaluation.statistics import LearnedTask, transfer_matrix
+from tritter.evaluation.statistics import transfer_matrix
 
 
 def scores(*losses: float | None, accuracy: float | None = None) -> dict[str, dict[str, object]]:
@@ -17,9 +17,9 @@ def scores(*losses: float | None, accuracy: float | None = None) -> dict[str, di
 def test_repeats_are_held_against_the_first_time() -> None:
     """`a` was learned before; `b` in tasks 1 and 3, `c` in 2."""
     tasks = [
-        LearnedTask(["b"], scores(1.1, 0.5, 3.5, accuracy=0.2)),
-        LearnedTask(["c"], scores(1.3, 0.9, 1.0, accuracy=0.4)),
-        LearnedTask(["b"], scores(1.4, 0.4, 1.6, accuracy=0.3)),
+        (["b"], scores(1.1, 0.5, 3.5, accuracy=0.2)),
+        (["c"], scores(1.3, 0.9, 1.0, accuracy=0.4)),
+        (["b"], scores(1.4, 0.4, 1.6, accuracy=0.3)),
     ]
     matrix = transfer_matrix(scores(1.0, 2.0, 4.0, accuracy=0.1), tasks, learned_before=["a"])
     assert matrix["rows"] == ["baseline", "task 1", "task 2", "task 3"]
@@ -37,7 +37,7 @@ def test_of_tasks_of_one_domain_each_it_is_the_papers() -> None:
     """BWT and FWT of section 2, with negative losses as accuracies."""
     size, generator = 4, np.random.default_rng(0)
     matrix, first = -generator.random((size, size)), -generator.random(size)
-    tasks = [LearnedTask(["abcd"[n]], scores(*-matrix[n])) for n in range(size)]
+    tasks = [(["abcd"[n]], scores(*-matrix[n])) for n in range(size)]
     found = transfer_matrix(scores(*-first), tasks)
     backward = [matrix[-1, i] - matrix[i, i] for i in range(size - 1)]
     forward = [matrix[i - 1, i] - first[i] for i in range(1, size)]
@@ -47,7 +47,7 @@ def test_of_tasks_of_one_domain_each_it_is_the_papers() -> None:
 
 
 def test_what_is_not_known_stays_unknown() -> None:
-    tasks = [LearnedTask(["b"], scores(1.1, 0.5)), LearnedTask(["a"], scores(1.3, None))]
+    tasks = [(["b"], scores(1.1, 0.5)), (["a"], scores(1.3, None))]
     matrix = transfer_matrix(scores(1.0, 2.0), tasks)
     assert matrix["backward_transfer"] == {"b": None} and matrix["mean_backward_transfer"] is None
     assert matrix["forward_transfer"] == pytest.approx({"a": 0.1})

@@ -53,10 +53,10 @@ def test_no_more_is_read_than_a_model_has_learned_positions_for(positions: int) 
         ),
         config=SimpleNamespace(evaluation=SimpleNamespace(sample_tokens=60, prompts=["long"])),
     )
-    found = generate_samples(run, model, run, model)
+    found, _ = generate_samples(run, model, run, model)
     hook.remove()
     assert max(longest) <= positions and len(found) == 2
-    assert all(each.texts["before"] and each.texts["prompt"] for each in found)
+    assert all(each["before"] and each["prompt"] for each in found)
 
 
 def test_own_prompts_are_continued_before_during_and_after_training(

@@ -61,20 +61,17 @@ def validate(
     tritter validate base grown
     """
     with loading("transformers"):
-        from tritter.pipeline.validate import Side, ValidationText, validate
+        from tritter.pipeline.validate import Side, validate
 
     problems: list[Problem] = []
-    text = ValidationText(
-        kept=_sources("--data", data, problems),
-        target=_sources("--target-data", target_data, problems),
-        limit=limit,
-    )
+    kept = _sources("--data", data, problems)
+    target = _sources("--target-data", target_data, problems)
     raise_problems(problems)
     folders = [_folder(source, "--source"), _folder(result, "--result")]
     with refuse_damage():
         before, after = map(Side.open, folders)
         with progress_bars(is_shown=not as_json) as new_bar:
-            checks = validate(before, after, text, new_bar=new_bar)
+            checks = validate(before, after, kept=kept, target=target, limit=limit, new_bar=new_bar)
     is_failed = any(check.verdict == "failed" for check in checks)
     if as_json:
         records = [check.to_dict() for check in checks]

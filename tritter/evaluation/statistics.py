@@ -481,21 +481,11 @@ def studentised_errors(numerators: Tensor, denominators: Tensor) -> Tensor:
 # backward transfer.
 
 
-@dataclass(frozen=True, slots=True)
-class LearnedTask:
-    """A completed task.
-
-    Args:
-        domains: domains of the task.
-        scores: scores of all domains after the task.
-    """
-
-    domains: Sequence[str]
-    scores: _ScoreRecords
-
-
 def transfer_matrix(
-    baseline: _ScoreRecords, tasks: Sequence[LearnedTask], *, learned_before: Sequence[str] = ()
+    baseline: _ScoreRecords,
+    tasks: Sequence[tuple[Sequence[str], _ScoreRecords]],
+    *,
+    learned_before: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the transfer matrix and the transfers for summary.json.
 
@@ -505,15 +495,15 @@ def transfer_matrix(
 
     Args:
         baseline: scores before the first task.
-        tasks: the tasks in order.
+        tasks: of each task in order, its domains, and the scores of all domains after it.
         learned_before: domains that the model learned before the run.
     """
-    rows = [baseline, *(task.scores for task in tasks)]
+    rows = [baseline, *(scores for _, scores in tasks)]
     domains = [name for name, record in baseline.items() if "loss" in record]
     losses = {name: [row[name].get("loss_per_byte") for row in rows] for name in domains}
     own = {name: 0 for name in learned_before if name in losses}
-    for number, task in enumerate(tasks, start=1):
-        for name in task.domains:
+    for number, (trained, _) in enumerate(tasks, start=1):
+        for name in trained:
             own.setdefault(name, number)
     last = len(tasks)
     learned = [(name, own[name], losses[name]) for name in domains if name in own]
@@ -521,7 +511,7 @@ def transfer_matrix(
     forward = {name: _difference(each[k - 1], each[0]) for name, k, each in learned if k > 1}
     return {
         "rows": ["baseline", *(f"task {number}" for number in range(1, last + 1))],
-        "trained": [[], *(list(task.domains) for task in tasks)],
+        "trained": [[], *(list(trained) for trained, _ in tasks)],
         "domains": domains,
         "loss_per_byte": [list(row) for row in zip(*losses.values(), strict=True)],
         "accuracy": {

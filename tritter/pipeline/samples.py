@@ -42,14 +42,6 @@ _SAMPLE_PROMPT_TOKENS = 24
 _CONTINUATION_TOKENS, _ANSWER_TOKENS = 48, 256  # limits without evaluation.sample_tokens
 
 
-@dataclass(frozen=True, slots=True)
-class _Continuations:
-    """Continuations of a prompt by two models, as in summary.json, and their FLOPs."""
-
-    texts: dict[str, str]
-    flops: float
-
-
 def generate_samples(
     start: Run,
     before: nn.Module,
@@ -57,8 +49,10 @@ def generate_samples(
     after: nn.Module,
     *,
     progress: Callable[[int, int], None] | None = None,
-) -> list[_Continuations]:
-    """Return the continuations of both models: of a prompt of each domain, then of own prompts.
+) -> tuple[list[dict[str, str]], float]:
+    """Return the continuations of both models, as in summary.json, and their FLOPs.
+
+    Those of a prompt of each domain come first, then those of own prompts.
 
     Args:
         start: the run with the data in the tokens of `before`.
@@ -71,12 +65,14 @@ def generate_samples(
     prompts = [(domain, _prompt_of(start, domain, positions)) for domain in start.data.domains]
     prompts += [("", ids) for ids in _own_prompts(start, before).values()]
     models = ((start, before), (run, after))
-    samples = list[_Continuations]()
+    samples, flops = list[dict[str, str]](), 0.0
     for domain, ids in prompts:
         if progress is not None:
             progress(len(samples), len(prompts))
-        samples.append(_continued(models, domain, ids))
-    return samples
+        texts, spent = _continued(models, domain, ids)
+        samples.append(texts)
+        flops += spent
+    return samples, flops
 
 
 def num_passes(run: Run) -> int:
@@ -211,8 +207,8 @@ def _is_chat(prompt: list[int]) -> bool:
 
 def _continued(
     models: Sequence[tuple[Run, nn.Module]], domain: str, prompt: list[int]
-) -> _Continuations:
-    """Return the continuations of a prompt, given in the tokens of the first model."""
+) -> tuple[dict[str, str], float]:
+    """Return the continuations of a prompt in the tokens of the first model, and their FLOPs."""
     texts, flops, shown = dict[str, str](), 0.0, _Sampler.of(models[0][0]).shown(prompt)
     for name, (run, model) in zip(("before", "after"), models, strict=True):
         sampler, own = _Sampler.of(run), prompt
@@ -220,7 +216,7 @@ def _continued(
             own = sampler.encoded(shown, is_chat=_is_chat(prompt)) if prompt else []
         texts[name], num_read = sampler.continued(model, own)
         flops += experts.reading_flops(model).of(num_read)
-    return _Continuations({"domain": domain, "prompt": shown, **texts}, flops)
+    return {"domain": domain, "prompt": shown, **texts}, flops
 
 
 class SampleLog(Callback):

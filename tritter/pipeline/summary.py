@@ -5,7 +5,7 @@ from dataclasses import asdict
 from json import dumps, loads
 from typing import Any
 
-from tritter.evaluation.statistics import LearnedTask, transfer_matrix
+from tritter.evaluation.statistics import transfer_matrix
 from tritter.options import methods_of
 from tritter.pipeline import disk, moe, windows
 from tritter.pipeline.branch import Branch
@@ -224,7 +224,7 @@ def _branch_record(run: Run, branches: Sequence[Branch], gate: GateFound) -> dic
     tasks = [_task_record(run, branch) for branch in branches]
     parts: dict[str, Any] = {}
     if len(tasks) > 1:
-        learned = [LearnedTask(task.domains, _plain(task.final)) for task in tasks]
+        learned = [(task.domains, _plain(task.final)) for task in tasks]
         start = _plain(_scores(run, first.start_scores))
         made = transfer_matrix(start, learned, learned_before=run.data.old_domains)
         parts["matrix"] = Matrix.model_construct(**made)

@@ -61,21 +61,6 @@ _FLOAT32 = 4  # bytes
 _ROUNDED = ("bfloat16", "float16")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ValidationText:
-    """The documents for a validation.
-
-    Args:
-        kept: domain → paths of documents to retain; None uses the domains in the lineage.
-        target: domain → paths of documents to learn; None uses the domains in the lineage.
-        limit: maximum number of documents per domain.
-    """
-
-    kept: TextSources | None
-    target: TextSources | None
-    limit: int
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Domains:
     """Domain → its documents, with the reason if there are none."""
@@ -105,10 +90,14 @@ def _load_recorded(kind: str, source: Lineage | None, result: Lineage | None) ->
 
 
 def _read(
-    kind: str, source: Lineage | None, result: Lineage | None, text: ValidationText
+    kind: str,
+    source: Lineage | None,
+    result: Lineage | None,
+    *,
+    named: TextSources | None,
+    limit: int,
 ) -> _Domains:
     """Return the documents of the `kept` or `target` domains, up to the limit."""
-    named: TextSources | None = getattr(text, kind)
     option = "--data" if kind == "kept" else "--target-data"
     if named is not None:
         whole = {
@@ -123,12 +112,12 @@ def _read(
         if not found.documents:
             found = replace(found, missing_reason=f"{found.missing_reason}; pass {option}")
     for name, documents in found.documents.items():
-        if (number := len(documents)) > text.limit:
-            _logger.warning("%s: %s", name, f"{text.limit:,} of {number:,} documents are scored.")
+        if (number := len(documents)) > limit:
+            _logger.warning("%s: %s", name, f"{limit:,} of {number:,} documents are scored.")
     limited = {
         name: [
             each if each.conversation else replace(each, text=each.text[:_DOCUMENT_CHARACTERS])
-            for each in documents[: text.limit]
+            for each in documents[:limit]
         ]
         for name, documents in found.documents.items()
     }
@@ -210,9 +199,23 @@ class _Outputs:
 
 
 def validate(
-    source: Side, result: Side, text: ValidationText, *, new_bar: NewBar = no_bar
+    source: Side,
+    result: Side,
+    *,
+    kept: TextSources | None,
+    target: TextSources | None,
+    limit: int,
+    new_bar: NewBar = no_bar,
 ) -> list[Check]:
-    """Return the checks of all five tests; `new_bar` makes the progress bars.
+    """Return the checks of all five tests.
+
+    Args:
+        source: the checkpoint before the expansion.
+        result: the checkpoint after it.
+        kept: domain → paths of documents to retain; None uses the domains in the lineage.
+        target: domain → paths of documents to learn; None uses the domains in the lineage.
+        limit: maximum number of documents per domain.
+        new_bar: makes the progress bars.
 
     Raises:
         RequestError: a file can't be read, or a model does not fit into memory.
@@ -221,7 +224,10 @@ def validate(
     new = _new_units(source.model, result.model)
     _check_memory(source, has_trial_steps=False, option="--source")
     _check_memory(result, has_trial_steps=bool(new), option="--result")
-    texts = {kind: _read(kind, source.lineage, result.lineage, text) for kind in ("kept", "target")}
+    texts = {
+        kind: _read(kind, source.lineage, result.lineage, named=named, limit=limit)
+        for kind, named in (("kept", kept), ("target", target))
+    }
     documents = [one for kind in texts.values() for each in kind.documents.values() for one in each]
     ids = _sequences(source, result, documents)
     data = recorded_chat(result.lineage)

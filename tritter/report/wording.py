@@ -1,6 +1,12 @@
 """Numbers as text."""
 
-from typing import Protocol
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tritter.evaluation import jump as measured
+    from tritter.report import summary
 
 ACCURACY = "/accuracy"  # after the name of a domain or task
 MISSING = "-"
@@ -38,20 +44,7 @@ def ratio_text(ratio: float) -> str:
     return f"{100 * (ratio - 1):+.2g} %"
 
 
-class _MeanShift(Protocol):
-    """The mean figures of a logit shift."""
-
-    @property
-    def rms_to_std(self) -> float | None: ...
-    @property
-    def divergence(self) -> float | None: ...
-    @property
-    def bfloat16_rms_to_std(self) -> float | None: ...
-    @property
-    def bfloat16_divergence(self) -> float | None: ...
-
-
-def mean_shift_text(jump: _MeanShift) -> str:
+def mean_shift_text(jump: measured.Jump | summary.Jump) -> str:
     """Return the mean figures of a logit shift, to follow the largest; empty if there is none."""
     if not jump.rms_to_std or jump.divergence is None:
         return ""

@@ -59,7 +59,8 @@ class Evaluate(Stage):
         run.say("evaluate", f"{subject} on {', '.join(run.data.domains)}")
         run.score(trained, f"{branch.name}-trained")
         reading = experts.reading_flops(trained)
-        samples, flops, files = [], run.data.scoring.flops(reading), list[str]()
+        samples, files = list[dict[str, str]](), list[str]()
+        flops = run.data.scoring.flops(reading)
         if run.data.short is not None:
             files, spent = windows.score_trained(run, branch, trained, reading)
             flops += spent
@@ -68,14 +69,14 @@ class Evaluate(Stage):
             start = "baseline" if branch.task else branch.start
             before = experts.load_start(run, branch, run.source(start))
             with run.progress_bars() as new_bar:
-                samples = generate_samples(
+                samples, spent = generate_samples(
                     run.reading(start),
                     before,
                     run,
                     trained,
                     progress=new_bar("writing samples"),
                 )
-            flops += sum(sample.flops for sample in samples)
+            flops += spent
         read, used, lora_used = list[Tensor](), None, None
         if Routing.of(trained) is not None:
             of_routers = moe.usage_sequences(run)
@@ -88,9 +89,7 @@ class Evaluate(Stage):
         trained.to("cpu")
         flops += sum(reading.of_all(lengths_of(run.data.document_mask, each)) for each in read)
         return StageResult(
-            EvaluationFound(
-                samples=tuple(sample.texts for sample in samples), moe=used, experts=lora_used
-            ),
+            EvaluationFound(samples=tuple(samples), moe=used, experts=lora_used),
             flops={branch.label("evaluate"): flops},
             leaves=(score_file(f"{branch.name}-trained"), *files),
         )
