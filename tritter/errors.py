@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import Enum
 
-_MAX_VALUE_CHARACTERS = 500
+_MAX_VALUE_CHARACTERS, _BRIEF_CHARACTERS = 500, 120
 
 
 class _NoValue(Enum):
@@ -165,13 +165,13 @@ def show(value: object) -> str:
     return text if text else "(empty)"
 
 
-def brief(value: object, *, num_characters: int = 120) -> str:
+def brief(value: object) -> str:
     """Return the repr of a value, truncated: an invalid value may be a megabyte long."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # Python refuses to print huge integers
         return f"a {type(value).__name__} too large to show"
-    return text if len(text) <= num_characters else f"{text[:num_characters]}…"
+    return text if len(text) <= _BRIEF_CHARACTERS else f"{text[:_BRIEF_CHARACTERS]}…"
 
 
 def nearest(value: str, allowed: Iterable[str], *, cutoff: float = 0.5) -> str | None:

@@ -17,7 +17,6 @@ from tritter.planning.memory import TrainingSetup
 from tritter.planning.plan import (
     CHINCHILLA,
     Assumptions,
-    Device,
     GrowthPlan,
     plan_expansion_path,
     plan_growth,
@@ -107,9 +106,11 @@ def test_planning_always_ends(
 
 
 def test_tokens_and_hours_by_hand() -> None:
-    device = Device(flops_per_second=1e15, mfu=0.5)
     assumptions = Assumptions(
-        device=device, tokens_per_parameter=10, setup=TrainingSetup(sequence_length=1024)
+        device_flops=1e15,
+        mfu=0.5,
+        tokens_per_parameter=10,
+        setup=TrainingSetup(sequence_length=1024),
     )
     source = PRESETS["tritter_7b"].config()
     plan = plan_growth(
@@ -179,7 +180,7 @@ def test_growth_pays_from_where_the_curves_cross(due: float) -> None:
 
     def loss(which: str, hours: float) -> float:
         size, law = sizes[which], assumptions.law
-        tokens = hours * 3600 * assumptions.device.flops_per_second * 0.4 / costs[which]
+        tokens = hours * 3600 * assumptions.device_flops * 0.4 / costs[which]
         seen = law.tokens_for(size, law.loss(plan.source_parameters, due * plan.source_parameters))
         return law.loss(size, seen + tokens)
 
@@ -274,12 +275,12 @@ def test_what_cannot_be_planned_is_refused_by_name(
 @pytest.mark.parametrize("mfu", [0, -0.1, 1.01, math.nan])
 def test_a_utilisation_beyond_its_limits_is_refused(mfu: float) -> None:
     with pytest.raises(RequestError, match="mfu = "):
-        Device(mfu=mfu)
+        Assumptions(mfu=mfu)
 
 
 def test_other_values_beyond_their_limits_are_refused() -> None:
     with pytest.raises(RequestError, match="device_flops = 0"):
-        Device(flops_per_second=0)
+        Assumptions(device_flops=0)
     with pytest.raises(RequestError, match="tokens_per_parameter = -1"):
         Assumptions(tokens_per_parameter=-1)
     with pytest.raises(

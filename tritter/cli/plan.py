@@ -165,7 +165,7 @@ def plan(
             "`tritter plan --guide` needs nothing."
         )
     from tritter.planning.memory import TrainingSetup
-    from tritter.planning.plan import Assumptions, Device, plan_growth
+    from tritter.planning.plan import Assumptions, plan_growth
     from tritter.planning.serving import serving_notes
     from tritter.planning.upcycling import planned
 
@@ -180,7 +180,8 @@ def plan(
             is_checkpointed=gradient_checkpointing,
         )
         assumptions = Assumptions(
-            device=Device(flops_per_second=device_flops, mfu=mfu),
+            device_flops=device_flops,
+            mfu=mfu,
             tokens_per_parameter=tokens_per_parameter,
             source_tokens=source_tokens,
             setup=setup,
@@ -200,7 +201,7 @@ def plan(
     upcycling = planned(
         start.model,
         dense_tokens=float(source_tokens or tokens_per_parameter * start.parameters),
-        gpu_flops=assumptions.device.flops(gpu_hours),
+        gpu_flops=assumptions.flops(gpu_hours),
         sequence_length=setup.sequence_length,
     )
     if upcycling is not None:
@@ -433,7 +434,6 @@ def _verdict(plan: GrowthPlan, assumptions: Assumptions) -> list[tuple[str, str]
     """Return lines on the budget, the alternatives to the plan and its assumptions."""
     from tritter.planning.plan import LAW_RESOLUTION, SMALLEST_MODEL
 
-    device, method = assumptions.device, with_dashes(plan.steps[0].method)
     budget, needed = _hours(plan.gpu_hours), _hours(plan.needed_gpu_hours)
     if plan.reaches_target:
         text = f"{budget} GPU-hours reach the target, which needs {needed}; "
@@ -470,12 +470,13 @@ def _verdict(plan: GrowthPlan, assumptions: Assumptions) -> list[tuple[str, str]
         (
             "alone",
             f"continued training of the source for the whole budget: loss "
-            f"{plan.control_loss:.3f}, {difference}; {method} {start}",
+            f"{plan.control_loss:.3f}, {difference}; {with_dashes(plan.steps[0].method)} {start}",
         ),
         ("advice", _advice(assumptions.tokens_per_parameter)),
         (
             "assumed",
-            f"{device.flops_per_second:.3g} FLOPs per second at {device.mfu:.0%} utilisation; "
+            f"{assumptions.device_flops:.3g} FLOPs per second at {assumptions.mfu:.0%} "
+            "utilisation; "
             f"{of_source}{assumptions.tokens_per_parameter:g} tokens for each parameter "
             f"{'of the source and each parameter ' if not of_source else ''}that a step adds. "
             f"Losses are predictions of a published scaling law, not measured{extrapolated}",
@@ -530,8 +531,8 @@ def _as_json(
         "reached_instead": None if plan.reached is None else _step_json(plan.reached),
         "predicted_loss": plan.predicted_loss,
         "assumptions": {
-            "device_flops": assumptions.device.flops_per_second,
-            "mfu": assumptions.device.mfu,
+            "device_flops": assumptions.device_flops,
+            "mfu": assumptions.mfu,
             "tokens_per_parameter": assumptions.tokens_per_parameter,
             "training": asdict(assumptions.setup),
             "scaling_law": asdict(assumptions.law),

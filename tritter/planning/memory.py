@@ -7,7 +7,6 @@ included.
 
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from tritter.core.families import (
     Model,
     StoredTensor,
 )
-from tritter.errors import RequestError, nearest, refused
+from tritter.errors import nearest, refused
 
 # Lightning's precision → bytes of a parameter (also of its gradient and each unquantised moment),
 # and bytes of an activation. Autocast keeps float32 parameters and computes with 16-bit copies.
@@ -314,47 +313,3 @@ def _group_limits(process_groups: Path, groups: Path) -> Iterator[int]:
                     yield limit
             if folder == mount:
                 break
-
-
-# FSDP2 sharding, computed from shapes.
-#
-# Every parameter is sharded along its first dimension; the last shards may be smaller. During its
-# computation, a layer is gathered on every rank.
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardingPlan:
-    """Parameters per rank under FSDP2.
-
-    Args:
-        parameters: sharded parameters of each rank.
-        gathered: parameters of the largest gathered group: a layer, or all parameters outside
-            layers (embeddings, the last norm, the head).
-    """
-
-    parameters: tuple[int, ...]
-    gathered: int
-
-
-def sharding_plan(model: Model, *, ranks: int) -> ShardingPlan:
-    """Return the FSDP2 sharding of a model.
-
-    Args:
-        model: the model.
-        ranks: number of ranks.
-
-    Raises:
-        RequestError: the model family is unknown, or `ranks` is below 1.
-    """
-    if ranks < 1:
-        raise RequestError(f"ranks = {ranks}: must be at least 1.")
-    groups = Counter[int | None]()
-    parts = [0] * ranks
-    for stored in model.layout("live"):
-        size = math.prod(stored.shape)
-        groups[stored.layer] += size
-        height = -(-stored.shape[0] // ranks)
-        for rank in range(ranks):  # the last shards may be empty
-            rows = max(0, min(height, stored.shape[0] - rank * height))
-            parts[rank] += rows * size // stored.shape[0]
-    return ShardingPlan(parameters=tuple(parts), gathered=max(groups.values()))

@@ -96,46 +96,6 @@ CHINCHILLA = ScalingLaw(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Device:
-    """The hardware that GPU-hours refer to.
-
-    Args:
-        flops_per_second: peak of one device in the training precision.
-        mfu: model FLOPs utilisation: the share of the peak that training reaches.
-
-    Raises:
-        RequestError: a value is out of range.
-    """
-
-    flops_per_second: float = _A100_FLOPS
-    mfu: float = _DEFAULT_MFU
-
-    def __post_init__(self) -> None:
-        if not 0 < self.flops_per_second < float("inf"):
-            raise refused(
-                "device_flops",
-                f"{self.flops_per_second:g}",
-                f"must be above 0: the FLOPs per second of one device, such as {_A100_FLOPS:g} "
-                "(A100, bf16)",
-            )
-        if not 0 < self.mfu <= 1:
-            raise refused(
-                "mfu",
-                f"{self.mfu:g}",
-                "must be above 0 and at most 1: the share of the device's peak that training "
-                f"reaches, such as {_DEFAULT_MFU}",
-            )
-
-    def hours(self, flops: float) -> float:
-        """Return the GPU-hours for a number of FLOPs."""
-        return flops / (self.flops_per_second * self.mfu) / _SECONDS_PER_HOUR
-
-    def flops(self, hours: float) -> float:
-        """Return the FLOPs of a number of GPU-hours."""
-        return hours * _SECONDS_PER_HOUR * self.flops_per_second * self.mfu
-
-
 def training_flops_per_token(model: Model, setup: TrainingSetup) -> float:
     """Return the mean training FLOPs per token: matrices, output head, attention."""
     flops = training_flops(
@@ -150,7 +110,9 @@ class Assumptions:
     """Assumptions of a plan.
 
     Args:
-        device: the hardware that GPU-hours refer to.
+        device_flops: peak FLOPs per second, in the training precision, of one of the devices that
+            GPU-hours refer to.
+        mfu: model FLOPs utilisation: the share of the peak that training reaches.
         tokens_per_parameter: training tokens per parameter; each step trains for this number of
             tokens per added parameter.
         source_tokens: tokens that the source was trained on; None: `tokens_per_parameter` for each
@@ -162,13 +124,28 @@ class Assumptions:
         RequestError: a value is out of range.
     """
 
-    device: Device = field(default_factory=Device)
+    device_flops: float = _A100_FLOPS
+    mfu: float = _DEFAULT_MFU
     tokens_per_parameter: float = _TOKENS_PER_PARAMETER
     source_tokens: float | None = None
     setup: TrainingSetup = field(default_factory=TrainingSetup)
     law: ScalingLaw = CHINCHILLA
 
     def __post_init__(self) -> None:
+        if not 0 < self.device_flops < float("inf"):
+            raise refused(
+                "device_flops",
+                f"{self.device_flops:g}",
+                f"must be above 0: the FLOPs per second of one device, such as {_A100_FLOPS:g} "
+                "(A100, bf16)",
+            )
+        if not 0 < self.mfu <= 1:
+            raise refused(
+                "mfu",
+                f"{self.mfu:g}",
+                "must be above 0 and at most 1: the share of the device's peak that training "
+                f"reaches, such as {_DEFAULT_MFU}",
+            )
         if not 0 < self.tokens_per_parameter <= _MAX_TOKENS_PER_PARAMETER:
             raise refused(
                 "tokens_per_parameter",
@@ -176,6 +153,14 @@ class Assumptions:
                 f"must be above 0 and at most {_MAX_TOKENS_PER_PARAMETER:g}, such as "
                 f"{_TOKENS_PER_PARAMETER:g}",
             )
+
+    def hours(self, flops: float) -> float:
+        """Return the GPU-hours for a number of FLOPs."""
+        return flops / (self.device_flops * self.mfu) / _SECONDS_PER_HOUR
+
+    def flops(self, hours: float) -> float:
+        """Return the FLOPs of a number of GPU-hours."""
+        return hours * _SECONDS_PER_HOUR * self.device_flops * self.mfu
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -456,7 +441,7 @@ def _loss_over_hours(
     per_token = training_flops_per_token(model, assumptions.setup)
 
     def predicted(hours: float) -> float:
-        tokens = assumptions.device.flops(hours) / per_token
+        tokens = assumptions.flops(hours) / per_token
         return assumptions.law.loss_after_growth(
             loss, parameters=model.num_parameters, tokens=tokens
         )
@@ -492,4 +477,4 @@ def _due_tokens(before: _Point | ExpansionStep, shape: Shape, assumptions: Assum
 
 def _hours_for(model: Model, num_tokens: float, assumptions: Assumptions) -> float:
     flops = num_tokens * training_flops_per_token(model, assumptions.setup)
-    return assumptions.device.hours(flops)
+    return assumptions.hours(flops)
