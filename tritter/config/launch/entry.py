@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tritter import __version__
-from tritter.config.folders import search_path, search_path_of, use_search_path
+from tritter.config.folders import search_path, use_search_path
 from tritter.config.launch.command_line import (
     FLAGS,
     SYSTEM_ERRORS,
@@ -101,10 +101,7 @@ def _run(typed: list[str], pipeline: "Pipeline") -> int:
     if command.is_version:
         say(f"tritter {__version__}")
         return 0
-    path = search_path_of(
-        command.config_folders, command.config_name, searchpath=command.searchpath
-    )
-    with use_search_path(path):
+    with use_search_path(command.search_path):
         if command.is_help:
             from tritter.config.launch.help import help_text
 
@@ -203,8 +200,7 @@ def config_of_run(arguments: Sequence[str], *, purpose: str) -> "RunConfig":
         raise RequestError(f"{refused[0]}: not with {purpose}; name its folder with --output.")
     if launch_of() is not None:
         raise RequestError(f"{purpose} starts its own processes: omit torchrun or srun.")
-    typed = (command.config_folders, command.config_name)
-    with use_search_path(search_path_of(*typed, searchpath=command.searchpath)):
+    with use_search_path(command.search_path):
         from tritter.config.launch.composition import composer
 
         with composer() as composing:
@@ -234,10 +230,7 @@ def run_once(arguments: Sequence[str], pipeline: "Pipeline") -> Path:
         raise RequestError(_NO_SWEEP)
     if command.info_flag is not None or command.is_help or command.is_version:
         raise RequestError("run takes overrides; use python train.py for help and --cfg.")
-    typed_search_path = search_path_of(
-        command.config_folders, command.config_name, searchpath=command.searchpath
-    )
-    with use_search_path(typed_search_path):
+    with use_search_path(command.search_path):
         from tritter.config.launch.composition import SweepInConfig, composer
         from tritter.config.launch.jobs import Task
         from tritter.config.launch.plan import handle_request, read_request
@@ -354,10 +347,7 @@ def completions(arguments: Sequence[str]) -> list[str]:
 
     try:
         command = read_command_line(before)
-        path = search_path_of(
-            command.config_folders, command.config_name, searchpath=command.searchpath
-        )
-        with use_search_path(path), composer() as composing:
+        with use_search_path(command.search_path), composer() as composing:
             line = " ".join([*command.overrides, incomplete])
             plugin = DefaultCompletionPlugin(composing.loader)
             found: list[str] = plugin._query(search_path().config_name, line)
