@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.code import warden
@@ -98,8 +97,11 @@ class Outcome:
     output: str = ""
 
 
-class Sandbox(Protocol):
-    """Runs programs."""
+@dataclass(frozen=True, slots=True)
+class NamespaceSandbox:
+    """Tritter's sandbox: Linux namespaces, a separate root and resource limits."""
+
+    limits: Limits = Limits()
 
     def run(self, program: str, tests: str = "") -> Outcome:
         """Run a Python program and its tests within the limits.
@@ -108,22 +110,6 @@ class Sandbox(Protocol):
             program: the program.
             tests: Python code that runs after the program and uses its names.
         """
-
-    def check(self) -> None:
-        """Check that the sandbox works.
-
-        Raises:
-            RequestError: the sandbox does not work.
-        """
-
-
-@dataclass(frozen=True, slots=True)
-class NamespaceSandbox:
-    """Tritter's sandbox: Linux namespaces, a separate root and resource limits."""
-
-    limits: Limits = Limits()
-
-    def run(self, program: str, tests: str = "") -> Outcome:
         interpreter = Path(sys.executable).resolve()
         # The interpreter needs its own folder and the system's libraries
         own, system = str(interpreter.parents[1]), ["/usr", "/lib", "/lib64", "/nix/store"]
@@ -192,6 +178,7 @@ class ExternalSandbox:
     limits: Limits = Limits()
 
     def run(self, program: str, tests: str = "") -> Outcome:
+        """Run a program and its tests, as `NamespaceSandbox.run`."""
         command = shlex.split(self.command)
         return _run(command, program, tests, self.limits, environment=dict(os.environ))
 
@@ -212,6 +199,9 @@ class ExternalSandbox:
                 f"--code-sandbox = {self.command}: it must read a Python program from standard "
                 "input, run it, print its output and return its exit code."
             )
+
+
+Sandbox = NamespaceSandbox | ExternalSandbox
 
 
 def _run(
