@@ -23,7 +23,7 @@ def state(folder, name, **content):
 
 def test_it_is_read(folder, tokenizer):
     found = read_tokenizer(folder, vocab_size=300)
-    assert found.end_of_text == END_OF_TEXT
+    assert found.tokenizer.id_to_token(found.bounds.end) == END_OF_TEXT
     assert found.tokenizer.to_str() == tokenizer.to_str()
 
 
@@ -59,7 +59,8 @@ def test_truncation_and_padding_are_left_out(folder, tokenizer):
 def test_where_the_end_of_text_is_stated(folder, name, content):
     state(folder, "tokenizer_config.json")
     state(folder, name, **content)
-    assert read_tokenizer(folder, vocab_size=300).end_of_text == END_OF_TEXT
+    found = read_tokenizer(folder, vocab_size=300)
+    assert found.tokenizer.id_to_token(found.bounds.end) == END_OF_TEXT
 
 
 @pytest.mark.parametrize(

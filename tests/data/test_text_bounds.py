@@ -268,7 +268,7 @@ def test_the_model_says_the_end_if_the_tokenizer_does_not() -> None:
     further = replace(BOUNDS, stops=(3,))
     for ends, bounds in (([END], BOUNDS), ([END, 3], further), ([10**6, END], BOUNDS)):
         known = wrap_tokenizer(silent, ends=ends)
-        assert known.bounds == bounds and known.end_of_text == EOS
+        assert known.bounds == bounds and known.tokenizer.id_to_token(bounds.end) == EOS
     assert wrap_tokenizer(STOCK, ends=[3, END]).bounds == further
     unknown = PreTrainedTokenizerFast(tokenizer_object=tokenizer_of(), eos_token=EOS)
     unknown._special_tokens_map["eos_token"] = "no token"  # as after a vocabulary was cut

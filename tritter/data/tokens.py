@@ -114,10 +114,9 @@ def bounds_of(tokenizer: Tokenizer, end: int, *, stops: Iterable[int] = ()) -> T
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PretrainedTokenizer:
-    """A tokenizer, its end-of-text token, how it begins and ends a text, and a note on it."""
+    """A tokenizer, how it begins and ends a text, and a note on it."""
 
     tokenizer: Tokenizer
-    end_of_text: str
     bounds: TextBounds
     note: str = ""
 
@@ -156,14 +155,14 @@ def read_tokenizer(
         for name in (*_declared_ends(folder, tokenizer), *_names_of(ends, tokenizer))
         if (token := tokenizer.token_to_id(name)) is not None
     }
-    for name, end in declared.items():
+    for end in declared.values():
         if end < vocab_size:
             bounds = bounds_of(tokenizer, end, stops=declared.values())
             stated = _json(folder / _STATED_IN[0])
             if stated.get("tokenizer_class") in _WITHOUT_START:
                 bounds = replace(bounds, start=())
             note = "" if bounds.start else _start_note(stated, tokenizer, end)
-            return PretrainedTokenizer(tokenizer, name, bounds, note)
+            return PretrainedTokenizer(tokenizer, bounds, note)
     raise RequestError(
         f"{folder} has no valid end-of-text token: set eos_token in {_STATED_IN[0]} to a token "
         f"of its tokenizer."
@@ -220,8 +219,8 @@ def wrap_tokenizer(tokenizer: Any, *, ends: Iterable[object] = ()) -> Pretrained
     if backend is None or not tokens:
         reason = "pass a fast Hugging Face tokenizer with an eos_token, or a folder that holds one"
         raise refused("tokenizer", type(tokenizer).__name__, reason)
-    copied, (name, end) = copy_backend(backend), next(iter(tokens.items()))
-    return PretrainedTokenizer(copied, name, bounds_of(copied, end, stops=tokens.values()))
+    copied, end = copy_backend(backend), next(iter(tokens.values()))
+    return PretrainedTokenizer(copied, bounds_of(copied, end, stops=tokens.values()))
 
 
 def copy_backend(tokenizer: Tokenizer) -> Tokenizer:
