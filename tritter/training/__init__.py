@@ -14,7 +14,7 @@ from tritter.training.forgetting_method import (
     Prepared,
     Task,
 )
-from tritter.training.method import Method, NoOptions, Setting, SideLoss, Trainee, Values
+from tritter.training.method import Method, Setting, SideLoss, Trainee, Values
 from tritter.training.metrics import metrics_files, read_metrics
 from tritter.training.optimizer import OptimizerSettings, Schedule
 from tritter.training.options import TrainerSettings
@@ -40,7 +40,6 @@ __all__ = [
     "ForgettingMethod",
     "Method",
     "Needs",
-    "NoOptions",
     "OptimizerSettings",
     "Preparation",
     "Prepared",

@@ -379,7 +379,7 @@ _QWEN3 = Family(
     windows="layer_types",
 )
 
-QWEN3_MOE = Family(
+_QWEN3_MOE = Family(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
     tensors=decoder_tensors(
@@ -403,7 +403,7 @@ _QWEN2 = Family(
     windows="layer_types",
 )
 
-QWEN2_MOE = Family(
+_QWEN2_MOE = Family(
     model_type="qwen2_moe",
     architecture="Qwen2MoeForCausalLM",
     tensors=decoder_tensors(
@@ -469,7 +469,7 @@ _MISTRAL = Family(
     windows="all",
 )
 
-MIXTRAL = Family(
+_MIXTRAL = Family(
     model_type="mixtral",
     architecture="MixtralForCausalLM",
     tensors=decoder_tensors(
@@ -705,9 +705,9 @@ FAMILIES: dict[str, Family] = {
         _GEMMA3_TEXT,
         _GPT_NEOX,
         _GPT2,
-        MIXTRAL,
-        QWEN2_MOE,
-        QWEN3_MOE,
+        _MIXTRAL,
+        _QWEN2_MOE,
+        _QWEN3_MOE,
     )
 }
 
