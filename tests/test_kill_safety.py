@@ -74,7 +74,7 @@ def complete_hash(folder: Path) -> str:
     lineage = read_lineage(folder)
     assert lineage is not None
     tensors = TensorFolder.open(folder)
-    digests = {name: tensor_digest(name, tensors.get(name)) for name in tensors.files}
+    digests = {name: tensor_digest(name, each) for name, each in tensors.items()}
     assert digests == dict(lineage.tensor_digests)
     assert file_digests(folder) == dict(lineage.file_digests)
     assert merkle_hash(digests) == lineage.model_hash

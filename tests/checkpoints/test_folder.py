@@ -85,7 +85,7 @@ def test_digests_cover_every_file(model: LlamaForCausalLM, tmp_path: Path) -> No
         content = (tmp_path / "out" / name).read_bytes()
         assert digest == hashlib.sha256(content).hexdigest()
     folder = TensorFolder.open(tmp_path / "out")
-    assert written.tensor_digests == {n: tensor_digest(n, folder.get(n)) for n in folder.files}
+    assert written.tensor_digests == {n: tensor_digest(n, each) for n, each in folder.items()}
     assert written.model_hash == merkle_hash(written.tensor_digests)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from tests import oracle
 from tritter.checkpoints.location import check_replaceable
-from tritter.checkpoints.state import LazyTensors, copy_states, read_state, write_state
+from tritter.checkpoints.state import copy_states, read_state, write_state
 from tritter.core.expansions import LlamaPro, Width
 from tritter.core.parameter_map import Quantity
 from tritter.core.parameter_map.carry import STATE_KINDS, StateKind, register
@@ -48,7 +48,7 @@ def test_a_kind_follows_expansions_and_copies_without_who_left_it(
     result = expand(source, tmp_path / "grown", specs)
     state = read_state(result.folder)
     assert state is not None and state.rules["sigma"] == RULE
-    sigma, fisher = (dict(LazyTensors(state.kinds[kind])) for kind in ("sigma", "fisher"))
+    sigma, fisher = (dict(state.kinds[kind]) for kind in ("sigma", "fisher"))
     assert sigma.keys() == fisher.keys()
     assert all(torch.equal(sigma[name], fisher[name]) for name in sigma)
     stated = {"quantity": "squared_gradient", "new_entries": "zero"}

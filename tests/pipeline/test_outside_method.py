@@ -13,7 +13,7 @@ from tests.pipeline.outside_method import Options, Outside, SmallLogits, Widenin
 from tests.pipeline.tiny import TINY
 from tritter.checkpoints import read_lineage
 from tritter.checkpoints.history import read_chain, verify
-from tritter.checkpoints.state import LazyTensors, read_state
+from tritter.checkpoints.state import read_state
 from tritter.config.launch.composition import load_config
 from tritter.config.validation import method_problems
 from tritter.core.models import load_model
@@ -60,7 +60,7 @@ def run(
 def state_of(folder: Path, kind: str) -> dict[str, torch.Tensor]:
     state = read_state(folder)
     assert state is not None
-    return dict(LazyTensors(state.kinds[kind]))
+    return dict(state.kinds[kind])
 
 
 def hash_of(folder: Path) -> str:

@@ -215,7 +215,7 @@ def test_two_processes_give_the_weights_of_one(tmp_path: Path, methods: str) -> 
         for kind, tensors in alone.kinds.items():
             other = together.kinds[kind]
             for name in tensors.headers:
-                torch.testing.assert_close(other.get(name), tensors.get(name), rtol=1e-3, atol=1e-6)
+                torch.testing.assert_close(other[name], tensors[name], rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.full

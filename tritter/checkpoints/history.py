@@ -268,7 +268,7 @@ def _tensor_changes(folder: Path, link: Link) -> Iterator[Difference]:
     found: dict[str, str] = {}
     for name, file in tensors.files.items():
         try:
-            found[name] = tensor_digest(name, tensors.get(name))
+            found[name] = tensor_digest(name, tensors[name])
         except TritterError as error:
             yield Difference(file, name, str(error))
             found[name] = ""

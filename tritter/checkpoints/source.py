@@ -21,7 +21,7 @@ from tritter.core.families import Config, Model, StoredTensor
 from tritter.errors import RequestError, TritterError
 from tritter.storage.hashing import DigestQueue, bounded_digest
 from tritter.storage.reading import check_inside
-from tritter.storage.tensors import TensorFolder
+from tritter.storage.tensors import TensorFolder, TensorReader
 from tritter.storage.writer import Pieces, TensorEntry, TensorStream, stripped
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class Source:
         # change the function
         tensors, embedding = self.tensors, self.stored[0].name
         for name in sorted(self.model.family.tied_names(self.config) & set(tensors.files)):
-            if not tensors.get(name).equal(tensors.get(embedding)):
+            if not tensors[name].equal(tensors[embedding]):
                 raise TritterError(
                     f"{folder}: {name} differs from {embedding}, although config.json ties "
                     "them. To keep both, set tie_word_embeddings to false in config.json. To tie "
@@ -194,7 +194,7 @@ class Source:
         part = stored.parts[number]
         if stored.is_whole:
             return part.transposed(self.read_stored(stored.name))
-        return part.transposed(self.tensors.get(stored.name, index=part.index))
+        return part.transposed(TensorReader(self.tensors).get(stored.name, index=part.index))
 
     def read_stored(self, name: str) -> Tensor:
         """Read one tensor by its name on disk and remove the padding.
@@ -202,7 +202,7 @@ class Source:
         Raises:
             TritterError: the file is damaged, or its padding is not zero.
         """
-        tensor = self.tensors.get(name)
+        tensor = self.tensors[name]
         self.digests.add(name, tensor)
         if name in self.live_shapes:
             tensor = stripped(tensor, self.live_shapes[name], name=f"{self.folder}: {name}")
@@ -254,13 +254,11 @@ class Source:
 
         Raises:
             RequestError: tensors changed since the lineage was written; the message lists them.
-            TritterError: a file changed since the folder was opened.
         """
         known = self.digests.results()
         for tensor in self.stored:
             if tensor.name not in known:
                 self.read_stored(tensor.name)
-        self.tensors.check_unchanged()
         known = self.digests.results()
         digests = {tensor.name: known[tensor.name] for tensor in self.stored}
         recorded = digests if self.lineage is None else self.lineage.tensor_digests

@@ -133,32 +133,13 @@ def copy_states(states: Sequence[State], folder: Path) -> None:
     kinds = {}
     for state in states:
         for kind, tensors in state.kinds.items():
-            names = list(tensors.files)
             entries = tuple(
-                TensorEntry(name, tensors.torch_dtype(name), tensors.shape(name)) for name in names
+                TensorEntry(name, tensors.torch_dtype(name), tensors.shape(name))
+                for name in tensors
             )
-            kinds[kind] = TensorStream(entries, zip(names, map(tensors.get, names), strict=True))
+            kinds[kind] = TensorStream(entries, iter(tensors.items()))
     last, rules = states[-1], {k: rule for state in states for k, rule in state.rules.items()}
     write_state(folder, kinds, step=last.step, rules=rules)
-
-
-@dataclass(frozen=True, slots=True)
-class LazyTensors(Mapping[str, "Tensor"]):
-    """The tensors of one kind by name on disk, read on access."""
-
-    folder: TensorFolder
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.folder.get(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.folder.headers
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.folder.headers)
-
-    def __len__(self) -> int:
-        return len(self.folder.headers)
 
 
 # Training sequences for later training runs: `state/replay.safetensors`. With

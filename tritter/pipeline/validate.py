@@ -374,7 +374,7 @@ def _unrelated_reason(source: Side, result: Side) -> str | None:
         return "the result has no lineage that links it to the source"
     if before is None:
         tensors = TensorFolder.open(source.folder)
-        found = merkle_hash({n: tensor_digest(n, tensors.get(n)) for n in tensors.files})
+        found = merkle_hash({n: tensor_digest(n, each) for n, each in tensors.items()})
         is_root = found == after.base_model_hash
         return None if is_root else "unrelated checkpoints: the result starts from another model"
     if before.base_model_hash != after.base_model_hash:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +121,6 @@ class DigestQueue:
         self._lock = Lock()
         self._room = BoundedSemaphore(_MAX_WAITING)
         self._are_added, self._is_over = Event(), Event()
-        self._check: Callable[[], None] = lambda: None
 
     @classmethod
     def of(cls, digests: Mapping[str, str]) -> DigestQueue:
@@ -131,18 +130,14 @@ class DigestQueue:
             queue._digests[name] = _completed_future(digest)
         return queue
 
-    def begin(
-        self, tensors: Iterable[RawTensor], *, check: Callable[[], None] = lambda: None
-    ) -> None:
+    def begin(self, tensors: Iterable[RawTensor]) -> None:
         """Hash tensors one by one until the first `add` or `close`.
 
         Errors are ignored here; reading the same tensors for `add` raises them again.
 
         Args:
             tensors: Tensors that will be added later.
-            check: Raises if these tensors have changed in the meantime.
         """
-        self._check = check
         self._worker.submit(self._hash_ahead, tensors)
 
     def close(self) -> None:
@@ -166,12 +161,7 @@ class DigestQueue:
         return self._digests[name].result()
 
     def results(self) -> dict[str, str]:
-        """Wait for all added tensors and return their checksums by name.
-
-        Raises:
-            TritterError: A file that was hashed ahead has changed since.
-        """
-        self._check()
+        """Wait for all added tensors and return their checksums by name."""
         return {name: digest.result() for name, digest in dict(self._digests).items()}
 
     def _hash_ahead(self, tensors: Iterable[RawTensor]) -> None:

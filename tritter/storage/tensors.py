@@ -15,12 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tritter.errors import TritterError
 from tritter.storage.hashing import RawTensor
-from tritter.storage.reading import (
-    MAX_HEADER_BYTES,
-    check_links,
-    open_file,
-    read_object,
-)
+from tritter.storage.reading import check_links, open_file, read_object, require_file
 
 if TYPE_CHECKING:
     import torch
@@ -62,18 +57,16 @@ class _Header:
         file: Name of the file in its folder.
         dtype: Name of the torch dtype without "torch.".
         shape: Shape of the tensor.
-        stamp: Size and modification time of the file.
     """
 
     file: str
     dtype: str
     shape: tuple[int, ...]
-    stamp: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class TensorFolder:
-    """The tensors of a Hugging Face folder, read lazily: the ones that transformers would load.
+class TensorFolder(Mapping[str, "Tensor"]):
+    """The tensors of a Hugging Face folder, read on access: the ones that transformers would load.
 
     Args:
         folder: Folder of the files.
@@ -153,48 +146,31 @@ class TensorFolder:
         """Tensor name → file name."""
         return {name: header.file for name, header in self.headers.items()}
 
-    def get(self, name: str, *, index: tuple[int | slice, ...] = ()) -> Tensor:
-        """Read one tensor, or the part that `index` selects.
+    def __getitem__(self, name: str) -> Tensor:
+        return TensorReader(self).get(name)
 
-        Raises:
-            TritterError: The file is damaged.
-        """
-        return TensorReader(self).get(name, index=index)
+    def __contains__(self, name: object) -> bool:
+        return name in self.headers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.headers)
+
+    def __len__(self) -> int:
+        return len(self.headers)
 
     def raw(self) -> Iterator[RawTensor]:
-        """Yield the memory-mapped bytes of every tensor, without importing torch.
-
-        Raises:
-            TritterError: A file has changed since its header was read.
-        """
+        """Yield the memory-mapped bytes of every tensor, without importing torch."""
         for file_name in sorted(set(self.files.values())):
-            path = self.folder / file_name
-            try:
-                with open_file(path) as file:
-                    start = 8 + int.from_bytes(file.read(8), "little")
-                    entries = json.loads(file.read(min(start, MAX_HEADER_BYTES) - 8))
-                    content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-                names = (name for name, header in self.headers.items() if header.file == file_name)
-                spans = {name: entries[name]["data_offsets"] for name in names}
-                for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
-                    if start + end > len(content):
-                        raise EOFError("it was truncated")
-                    header = self.headers[name]
-                    values = content[start + begin : start + end]
-                    yield RawTensor(name, header.dtype, header.shape, values)
-            except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
-                raise TritterError(f"{path} changed while it was being read ({error}).") from error
-
-    def check_unchanged(self) -> None:
-        """Check that no file has changed since its header was read.
-
-        Raises:
-            TritterError: A file has changed; the message names it.
-        """
-        for file_name, stamp in {(header.file, header.stamp) for header in self.headers.values()}:
-            path = self.folder / file_name
-            if _stamp(path) != stamp:
-                raise TritterError(f"{path} has changed since its header was read.")
+            with open_file(self.folder / file_name) as file:
+                start = 8 + int.from_bytes(file.read(8), "little")
+                entries = json.loads(file.read(start - 8))
+                content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            names = (name for name, header in self.headers.items() if header.file == file_name)
+            spans = {name: entries[name]["data_offsets"] for name in names}
+            for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
+                header = self.headers[name]
+                values = content[start + begin : start + end]
+                yield RawTensor(name, header.dtype, header.shape, values)
 
     def torch_dtype(self, name: str) -> torch.dtype:
         import torch  # reading headers does not need it
@@ -264,7 +240,8 @@ def _headers_in(folder: Path, file_name: str) -> dict[str, _Header]:
     from safetensors import SafetensorError, safe_open
 
     path = folder / file_name
-    headers, stamp = {}, _stamp(path)
+    headers = {}
+    require_file(path, is_read_whole=False)
     try:
         with safe_open(path, framework="np") as file:
             names = file.keys()
@@ -279,13 +256,7 @@ def _headers_in(folder: Path, file_name: str) -> dict[str, _Header]:
                         f"{path}: {name} has dtype {written}; allowed for weights are {allowed}."
                     )
                 shape = tuple(part.get_shape())
-                headers[name] = _Header(file_name, _READ_DTYPES[written], shape, stamp)
+                headers[name] = _Header(file_name, _READ_DTYPES[written], shape)
     except (SafetensorError, OSError, MemoryError) as error:
         raise TritterError(f"{path} cannot be read ({error}).") from error
     return headers
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    with open_file(path) as file:
-        found = os.fstat(file.fileno())
-    return found.st_size, found.st_mtime_ns

@@ -556,7 +556,7 @@ def state_stream(plan: PlannedExpansion, rule: StateKind, tensors: TensorFolder)
     )
 
     def read(name: str) -> Tensor:
-        return tensors.get(known[name])
+        return tensors[known[name]]
 
     values = ((t.disk_name, mapped_state(maps[t.name], rule, read)) for t in targets)
     return TensorStream(entries, values)

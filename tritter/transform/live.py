@@ -24,7 +24,6 @@ from tritter.checkpoints import (
 )
 from tritter.checkpoints.folder import Artifact, copy_small_files
 from tritter.checkpoints.location import check_output, check_replaceable
-from tritter.checkpoints.state import LazyTensors
 from tritter.core.expansions import (
     Dus,
     ExpansionSpec,
@@ -436,10 +435,9 @@ class ProgressiveCheckpoint:
             base_hash = merkle_hash(source.read_digests())
         else:
             base_hash = lineage.base_model_hash
-        kinds = None if state is None else {k: LazyTensors(v) for k, v in state.kinds.items()}
         return cls(
-            model_state_dict=LazyTensors(source.tensors),
-            optimizer_state_dict=kinds,
+            model_state_dict=source.tensors,
+            optimizer_state_dict=None if state is None else state.kinds,
             scheduler_state_dict=None if state is None else {"last_epoch": state.step},
             expansion_history=lineage.expansion_history if lineage else (),
             base_model_hash=base_hash,

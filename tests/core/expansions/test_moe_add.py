@@ -34,7 +34,7 @@ from tritter.core.expansions import (
 from tritter.core.expansions.targets import reach_parameters
 from tritter.core.families import Model, family_of
 from tritter.core.models import disk_tensors, load_model, read_model
-from tritter.core.parameter_map.carry import MOMENTS, carry, is_state_reset
+from tritter.core.parameter_map.carry import MOMENTS, STATE_KINDS, has_state, mapped_state
 from tritter.core.stock_routers import AddedExperts, Routing
 from tritter.errors import RequestError, TritterError
 from tritter.storage.writer import TensorStream
@@ -118,13 +118,14 @@ def test_gradients_of_replicas_are_the_mapped_gradients(tmp_path: Path, family: 
         old = oracle.gradients(_stock64(tmp_path / "source"), oracle.tokens())
         new = oracle.gradients(_stock64(result.folder), oracle.tokens())
     source, target = disk_tensors(Model(config), old), disk_tensors(step.target, new)
+    rule = STATE_KINDS["exp_avg"]
     names = {
         t.name: t.disk_name
         for family_config in (config, step.target.config)
         for t in Model(family_config).tensors
     }
     for name, tensor_map in step.parameter_map.tensors.items():
-        expected = carry(tensor_map, source[names[tensor_map.source or ""]], "exp_avg")
+        expected = mapped_state(tensor_map, rule, lambda name: source[names[name]])
         difference = (target[names[name]] - expected).abs().max()
         assert difference < 1e-10 * max(1, float(expected.abs().max())), name
 
@@ -325,7 +326,7 @@ def test_moments_of_old_experts_are_carried_and_new_ones_start_anew(tmp_path: Pa
     opened = Source.open(source, read_model(source))
     kinds = {
         kind: TensorStream.of(
-            [(t.name, torch.rand_like(opened.tensors.get(t.name))) for t in opened.stored]
+            [(t.name, torch.rand_like(opened.tensors[t.name])) for t in opened.stored]
         )
         for kind in MOMENTS
     }
@@ -350,7 +351,7 @@ def test_an_average_that_not_all_experts_have_is_no_mean_of_them(tmp_path: Path)
     source = oracle.saved(tiny_moe("mixtral"), tmp_path / "source")
     opened = Source.open(source, read_model(source))
     stem = "model.layers.0.block_sparse_moe.experts."
-    found = [(t.name, opened.tensors.get(t.name)) for t in opened.stored]
+    found = [(t.name, opened.tensors[t.name]) for t in opened.stored]
     without = [(name, value) for name, value in found if name != f"{stem}2.w1.weight"]
     write_state(source, {"ema": TensorStream.of(without)}, step=7)
     result = expand(source, tmp_path / "result", [MoeAdd(num_experts=1, init="mean"), LlamaPro()])
@@ -377,9 +378,10 @@ def test_reset_new_gives_replicas_no_moments() -> None:
     (step,) = build_steps(Model(config), [MoeAdd(addition="replicate", noise=0)], seed=0)
     tensors = step.parameter_map.tensors
     old, new = (tensors[f"layers.0.experts.{expert}.gate"] for expert in (1, 5))
-    assert not is_state_reset(old, "exp_avg", policy="reset_new")
-    assert is_state_reset(new, "exp_avg", policy="reset_new")
-    assert not is_state_reset(new, "exp_avg", policy="carry")
+    rule = STATE_KINDS["exp_avg"]
+    assert has_state(old, rule, lambda _: True, policy="reset_new")
+    assert not has_state(new, rule, lambda _: True, policy="reset_new")
+    assert has_state(new, rule, lambda _: True, policy="carry")
 
 
 def test_from_dense_in_one_go(tmp_path: Path) -> None:

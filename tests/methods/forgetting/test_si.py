@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from tests import oracle
 from tests.training.test_fit import SCHEDULE, SETTINGS, batches, module_of, task
-from tritter.checkpoints.state import LazyTensors, read_state
+from tritter.checkpoints.state import read_state
 from tritter.core.expansions import Dus, Width
-from tritter.core.parameter_map.carry import carry
+from tritter.core.parameter_map.carry import STATE_KINDS, mapped_state
 from tritter.data.tokens import TextBounds
 from tritter.errors import RequestError
 from tritter.methods.forgetting import SI, Replay
@@ -179,7 +179,7 @@ def test_omega_depends_on_the_new_data_only(tmp_path: Path, extra: str) -> None:
     )
     state = read_state(tmp_path / "left")
     assert state is not None and set(state.kinds) == {*told.state}
-    omega, moved = (dict(LazyTensors(state.kinds[k])) for k in ("path_integral", "displacement"))
+    omega, moved = (dict(state.kinds[k]) for k in ("path_integral", "displacement"))
     for name, parameter in model.named_parameters():
         step = parameter.detach() - before[name]
         assert torch.equal(moved[name], step) and bool(step.any())
@@ -202,7 +202,7 @@ def test_the_same_move_of_the_function_costs_the_same_after_an_expansion(shares:
     moved = moved.sign() * (moved.abs() + 0.5)
     one = recorded_importance({name: omega}, {name: moved}, xi=1e-12)[name]
     mapped = {
-        kind: carry(tensor_map, value, kind)
+        kind: mapped_state(tensor_map, STATE_KINDS[kind], lambda _, value=value: value)
         for kind, value in (
             ("path_integral", omega), ("displacement", moved), ("si_importance", earlier + one)
         )
@@ -210,7 +210,7 @@ def test_the_same_move_of_the_function_costs_the_same_after_an_expansion(shares:
     paths = {name: mapped["path_integral"]}, {name: mapped["displacement"]}
     again = recorded_importance(*paths, xi=1e-12)[name]
     step = torch.randn(24, 40)
-    wide_step = carry(tensor_map, step, "displacement")
+    wide_step = mapped_state(tensor_map, STATE_KINDS["displacement"], lambda _: step)
     assert torch.equal(wide_step, step[:, axis.index] * axis.weight.float())
     price = float((one * step**2).sum())
     assert float((again * wide_step**2).sum()) == pytest.approx(price, rel=1e-4)

@@ -211,7 +211,7 @@ def read_adapter(folder: Path) -> StoredAdapter:
                 f"{path}: {layer} has factors of shapes {[list(down), list(up)]}; its config has "
                 f"r = {config.rank}."
             )
-        found[layer] = tensors.get(own["A"]), tensors.get(own["B"])
+        found[layer] = tensors[own["A"]], tensors[own["B"]]
         if not all(map(is_finite, found[layer])):
             raise TritterError(f"{path}: {layer} has values that are not finite.")
     targets = tuple(sorted({layer.rpartition(".")[2] for layer in found}))
@@ -219,7 +219,7 @@ def read_adapter(folder: Path) -> StoredAdapter:
         AdapterShape(config.rank, config.alpha, targets),
         found,
         frozenset(layer for layer, kinds in embeddings.items() if True in kinds),
-        {layer: tensors.get(own["base"]) for layer, own in layers.items() if "base" in own},
+        {layer: tensors[own["base"]] for layer, own in layers.items() if "base" in own},
     )
 
 
@@ -401,7 +401,7 @@ class ExpertFolder:
             head=files.head,
             adapters={n: read_adapter(folder / EXPERTS_FOLDER / n) for n in files.head.adapters},
             routers=tuple((weight, bias) for weight, bias in routers),
-            counts=tensors.get(_COUNTS),
+            counts=tensors[_COUNTS],
             extra=extra,
         )
         try:

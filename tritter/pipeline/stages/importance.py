@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tritter.checkpoints.state import KeptSequences, LazyTensors, read_state, write_state
+from tritter.checkpoints.state import KeptSequences, read_state, write_state
 from tritter.core.models import disk_tensors, live_tensors, load_model
 from tritter.core.parameter_map.carry import StateKind
 from tritter.data.batches import lengthened, read_sequences, sample_equally, write_sequences
@@ -81,7 +81,7 @@ class Importance(Stage):
             if not (needs.prepares or needs.writes):
                 continue
             state = {
-                kind: live_tensors(start.model, LazyTensors(tensors))
+                kind: live_tensors(start.model, tensors)
                 for kind, tensors in (stored_state.kinds if stored_state else {}).items()
                 if kind in needs.state
             }
@@ -227,7 +227,7 @@ def task(run: Run, branch: Branch, *, follow: Callable[[Values], Values]) -> Tas
         carried=follow(planned.change.masks()) if has_masks else {},
         new_units=planned.change.new_units(),
         state={kind: through(*ruled) for kind, ruled in states.items()},
-        state_before={kind: LazyTensors(tensors) for kind, (tensors, _) in states.items()},
+        state_before={kind: tensors for kind, (tensors, _) in states.items()},
         teacher=teacher,
     )
 
