@@ -15,7 +15,7 @@ from tests import oracle
 from tests.oracle.families import stock_of
 from tritter.core.expansions import ResolvedExpansion, compose_maps
 from tritter.core.families import Config, Model, pack_all, unpack_all
-from tritter.core.parameter_map import Quantity, TensorMap, carry_mask, map_tensor, mapped
+from tritter.core.parameter_map import Quantity, TensorMap, carried_mask, map_tensor, mapped
 from tritter.transform import Change
 
 
@@ -96,8 +96,7 @@ def mapped_gradients(
             for name, tensor_map in maps.items()
         }
         masks = {
-            name: carry_mask(tensor_map, masks[tensor_map.source])
-            for name, tensor_map in maps.items()
+            name: carried_mask(tensor_map, masks.__getitem__) for name, tensor_map in maps.items()
         }
     return {name: (values[name], masks[name]) for name in values}
 

@@ -16,8 +16,8 @@ from tritter.checkpoints.state import read_state, write_state
 from tritter.core.expansions import Width, build_steps
 from tritter.core.expansions.width import tensors_above
 from tritter.core.families import Model
-from tritter.core.parameter_map import carry_mask
-from tritter.core.parameter_map.carry import carry
+from tritter.core.parameter_map import carried_mask
+from tritter.core.parameter_map.carry import STATE_KINDS, mapped_state
 from tritter.storage.writer import TensorEntry, TensorStream
 from tritter.transform import expand
 
@@ -107,11 +107,14 @@ def test_state_of_what_came_from_above_starts_anew() -> None:
     (step,) = build_steps(Model(oracle_growth.config_of(model)), [EQUAL], seed=0)
     tensor_map = step.parameter_map.tensors["layers.0.attention.q"]
     moment = torch.rand(24, 24) + 1
-    first, second = (carry(tensor_map, moment, kind) for kind in ("exp_avg", "exp_avg_sq"))
+    first, second = (
+        mapped_state(tensor_map, STATE_KINDS[kind], lambda _: moment)
+        for kind in ("exp_avg", "exp_avg_sq")
+    )
     assert not first[24:].any()
     torch.testing.assert_close(first[:24], torch.cat([moment, moment], dim=1) / 2)
     torch.testing.assert_close(second[24:], second[:24].mean().expand(24, 48))
-    mask = carry_mask(tensor_map, torch.ones(24, 24, dtype=torch.bool))
+    mask = carried_mask(tensor_map, lambda _: torch.ones(24, 24, dtype=torch.bool))
     assert bool(mask[:24].all()) and not bool(mask[24:].any())
 
 

@@ -1,6 +1,6 @@
 """Composed maps, compared with the steps applied one by one, over all methods."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -33,7 +33,6 @@ from tritter.core.parameter_map import (
     Quantity,
     TensorMap,
     carried_mask,
-    carry_mask,
     map_tensor,
     mapped,
     rounded_weight,
@@ -41,9 +40,8 @@ from tritter.core.parameter_map import (
 from tritter.core.parameter_map.carry import (
     STATE_KINDS,
     Policy,
-    carry,
+    StateKind,
     has_state,
-    is_state_reset,
     mapped_state,
 )
 from tritter.errors import RequestError
@@ -82,27 +80,15 @@ def in_turn(
     return values
 
 
-def read_by(tensor_map: TensorMap) -> Iterator[str]:
-    """Yield the sources of the weights of a single map, donors included."""
-    yield from (source for source in (tensor_map.source, *tensor_map.blend) if source)
-    if tensor_map.fill.donor is not None:
-        yield from read_by(tensor_map.fill.donor)
-
-
 def state_in_turn(
-    steps: Sequence[ResolvedExpansion], state: Values, kind: str, policy: Policy
+    steps: Sequence[ResolvedExpansion], state: Values, rule: StateKind, policy: Policy
 ) -> Values:
     """Map one kind of state step by step; reset state is absent."""
     for step in steps:
         after: Values = {}
         for name, tensor_map in step.parameter_map.tensors.items():
-            if tensor_map.source is None or is_state_reset(tensor_map, kind, policy=policy):
-                continue
-            if STATE_KINDS[kind].new_entries == "as_weights":
-                if all(source in state for source in read_by(tensor_map)):
-                    after[name] = mapped(tensor_map, state.__getitem__)
-            elif tensor_map.source in state:
-                after[name] = carry(tensor_map, state[tensor_map.source], kind, policy=policy)
+            if has_state(tensor_map, rule, state.__contains__, policy=policy):
+                after[name] = mapped_state(tensor_map, rule, state.__getitem__, policy=policy)
         state = after
     return state
 
@@ -133,7 +119,7 @@ def check_chain(config: Config, specs: Sequence[ExpansionSpec], *, policy: Polic
             for n, m in one.tensors.items()
             if has_state(m, rule, inputs.__contains__, policy=policy)
         }
-        assert_same(state, state_in_turn(steps, inputs, kind, policy))
+        assert_same(state, state_in_turn(steps, inputs, rule, policy))
         if len(live) == len(inputs):  # nothing is fused, so the same state is absent
             seen = change.state(kind, live, policy=policy)
             assert_same(seen, pack_all(change.after, state))
@@ -141,10 +127,7 @@ def check_chain(config: Config, specs: Sequence[ExpansionSpec], *, policy: Polic
     marked = dict(masks)
     for step in steps:
         maps = step.parameter_map.tensors
-        marked = {
-            n: carry_mask(m, None if m.source is None else marked[m.source])
-            for n, m in maps.items()
-        }
+        marked = {n: carried_mask(m, marked.__getitem__) for n, m in maps.items()}
     assert_same({n: carried_mask(m, masks.__getitem__) for n, m in one.tensors.items()}, marked)
 
 

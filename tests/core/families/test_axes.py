@@ -35,7 +35,7 @@ from tritter.core.families.discovery.axes import arrangements, residual_axes
 from tritter.core.families.discovery.configs import key_of
 from tritter.core.families.discovery.family import shallow
 from tritter.core.families.discovery.twin import Block, build_twin, in_float64
-from tritter.core.parameter_map import Fill, Quantity, carry_mask, map_tensor
+from tritter.core.parameter_map import Fill, Quantity, carried_mask, map_tensor
 from tritter.errors import RequestError
 from tritter.methods.growth.blocks import FfnBlock, ffn_blocks
 from tritter.methods.growth.grower import LayerGrowth, growth_change
@@ -173,7 +173,7 @@ def test_gradients_obey_the_map(
         if name not in known:  # no token of this batch reached it
             continue
         expected = map_tensor(each, known[name], quantity=Quantity.GRADIENT)
-        kept = carry_mask(each, torch.ones_like(known[name], dtype=torch.bool))
+        kept = carried_mask(each, lambda source: torch.ones_like(known[source], dtype=torch.bool))
         difference = ((found[name] - expected) * kept).abs().max()
         assert difference <= 1e-9 * (1 + expected.abs().max()), name
 

@@ -12,7 +12,7 @@ from tritter.core.parameter_map import (
     Fill,
     Quantity,
     TensorMap,
-    carry_mask,
+    carried_mask,
     map_tensor,
 )
 
@@ -167,22 +167,26 @@ def test_noise_falls_on_second_copies_alone() -> None:
 
 def test_carried_marks_what_has_a_history() -> None:
     everything = torch.ones(2, 2, dtype=torch.bool)
-    assert carry_mask(UP, everything).all()
-    assert carry_mask(_padded(Fill()), everything).tolist() == [
+
+    def marked(tensor_map: TensorMap) -> Tensor:
+        return carried_mask(tensor_map, lambda _: everything)
+
+    assert marked(UP).all()
+    assert marked(_padded(Fill())).tolist() == [
         [True, True],
         [True, True],
         [False, False],
         [False, False],
     ]
-    assert not carry_mask(replace(UP, is_zeroed=True), everything).any()
-    assert not carry_mask(replace(UP, state="fresh"), everything).any()
-    assert carry_mask(TensorMap("x"), everything).all()
+    assert not marked(replace(UP, is_zeroed=True)).any()
+    assert not marked(replace(UP, state="fresh")).any()
+    assert marked(TensorMap("x")).all()
 
 
 def test_carried_through_two_maps_in_a_row() -> None:
     """New rows of the first map are copied by the second: copies of the new stay new."""
     first = TensorMap("w", (AxisFactor.reads(AxisMap.padded(2, 3)), None))
-    second = TensorMap("w", (AxisFactor.writes(AxisMap.tiled(3, 7)), None))
-    mask = carry_mask(second, carry_mask(first, torch.ones(2, 2, dtype=torch.bool)))
+    second = TensorMap(first, (AxisFactor.writes(AxisMap.tiled(3, 7)), None))
+    mask = carried_mask(second, lambda _: torch.ones(2, 2, dtype=torch.bool))
     assert mask.all(dim=1).tolist() == [True, True, False, True, True, False, False]
     assert torch.equal(mask.all(dim=1), mask.any(dim=1))

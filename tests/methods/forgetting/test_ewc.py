@@ -11,7 +11,7 @@ from tests import oracle
 from tests.training.test_fit import module_of, task
 from tritter.core.expansions import Dus, LlamaPro, Width
 from tritter.core.families import LLAMA
-from tritter.core.parameter_map.carry import carry
+from tritter.core.parameter_map.carry import STATE_KINDS, mapped_state
 from tritter.errors import TritterError
 from tritter.methods.forgetting import EWC
 from tritter.methods.forgetting.ewc import ElasticWeightConsolidation
@@ -81,7 +81,7 @@ def carried_fisher(
     for step in plan.steps:
         maps = step.parameter_map.tensors
         values = {
-            n: carry(m, values[m.source], kind) for n, m in maps.items()
+            n: mapped_state(m, STATE_KINDS[kind], values.__getitem__) for n, m in maps.items()
             if m.source in values and m.state == "carry"
         }  # fmt: skip
     return values
@@ -132,7 +132,10 @@ def doubled_ffn(folder: Path, shares: str) -> tuple[nn.Module, nn.Module, list[T
     axis = tensor_map.axes[1]
     assert axis is not None
     fisher = diagonal_fisher(model, oracle.tokens(batch=4))["model.layers.1.mlp.down_proj.weight"]
-    mapped = [carry(tensor_map, fisher, kind) for kind in ("fisher", "fisher_penalty")]
+    mapped = [
+        mapped_state(tensor_map, STATE_KINDS[kind], lambda _: fisher)
+        for kind in ("fisher", "fisher_penalty")
+    ]
     return model, oracle.stock(result.folder), [fisher, *mapped], axis.index
 
 
@@ -178,14 +181,16 @@ def test_the_mapped_fisher_is_that_of_the_expanded_model(tmp_path: Path) -> None
 def test_new_parameters_are_free_and_copies_are_held(tmp_path: Path) -> None:
     source = oracle.saved(oracle.tiny_llama(), tmp_path / "source")
     (step,) = plan_expansion(source, [Width(hidden_size=36, intermediate_size=50)]).steps
-    fisher = carry(step.parameter_map.tensors["layers.0.ffn.gate"], torch.ones(40, 24), "fisher")
+    rule, ones = STATE_KINDS["fisher"], torch.ones(40, 24)
+    gate = step.parameter_map.tensors["layers.0.ffn.gate"]
+    fisher = mapped_state(gate, rule, lambda _: ones)
     assert bool((fisher[:40, :24] > 0).all())
     assert not bool(fisher[40:].any()) and not bool(fisher[:, 24:].any())
     (step,) = plan_expansion(source, [Dus()]).steps
     tensors = step.parameter_map.tensors
     assert step.parameter_map.layer_sources == (0, 1, 1, 2)
     for layer in range(4):
-        kept = carry(tensors[f"layers.{layer}.ffn.gate"], torch.ones(40, 24), "fisher")
+        kept = mapped_state(tensors[f"layers.{layer}.ffn.gate"], rule, lambda _: ones)
         assert bool((kept == 1).all())
 
 

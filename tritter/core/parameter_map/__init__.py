@@ -7,7 +7,6 @@ All values on parameters (weights, gradients, moments, importances) go through t
 from tritter.core.parameter_map.apply import (
     Quantity,
     carried_mask,
-    carry_mask,
     map_tensor,
     mapped,
     new_coordinates,
@@ -23,7 +22,6 @@ __all__ = [
     "Quantity",
     "TensorMap",
     "carried_mask",
-    "carry_mask",
     "map_tensor",
     "mapped",
     "new_coordinates",

@@ -140,36 +140,28 @@ def map_tensor(
     return _filled(values, has_source.to(values.device), tensor_map.fill, like=source, donor=donor)
 
 
-def carry_mask(tensor_map: TensorMap, source_mask: Tensor | None) -> Tensor:
-    """Return the mask of target entries that derive from the marked entries of the source.
+def carried_mask(tensor_map: TensorMap, read: Read) -> Tensor:
+    """Return the mask of target entries that derive from the marked entries of the first model.
 
     New coordinates, zeroed copies and tensors with fresh state are not marked, so penalties on old
-    weights leave them free. For a chain of maps, apply this function repeatedly.
+    weights leave them free.
 
     Args:
         tensor_map: the map.
-        source_mask: bool, in the source's shape; None if the map has no source.
+        read: returns the mask of a tensor of the first model by logical name.
     """
     import torch
 
-    if source_mask is None:
+    before = tensor_map.source
+    if before is None:
         return torch.zeros(tensor_map.shape, dtype=torch.bool)
-    mask = source_mask
+    mask = read(before) if isinstance(before, str) else carried_mask(before, read)
     for dimension, axis in enumerate(tensor_map.axes):
         if axis is not None:
             mask = mask.index_select(dimension, axis.index.clamp(min=0))
     if tensor_map.is_zeroed or tensor_map.state == "fresh":
         return torch.zeros_like(mask)
     return mask & ~any_mask(tensor_map.axes, is_new) if tensor_map.axes else mask
-
-
-def carried_mask(tensor_map: TensorMap, read: Read) -> Tensor:
-    """Return `carry_mask` for a whole chain, with masks of the first model read by logical name."""
-    before = tensor_map.source
-    if before is None:
-        return carry_mask(tensor_map, None)
-    mask = read(before) if isinstance(before, str) else carried_mask(before, read)
-    return carry_mask(tensor_map, mask)
 
 
 def new_coordinates(tensor_map: TensorMap, dimension: int) -> Tensor | None:

@@ -86,52 +86,6 @@ MOMENTS = tuple(kind for kind, rule in STATE_KINDS.items() if rule.is_moment)
 BUILT_IN_KINDS = frozenset(STATE_KINDS)  # known to every installation of Tritter
 
 
-def is_state_reset(
-    tensor_map: TensorMap, kind: str | StateKind, *, policy: Policy = "carry"
-) -> bool:
-    """Return True if the target has no state of this kind; it is absent then, not zero."""
-    rule = _rule(kind)
-    if rule.is_as_weights:
-        return False
-    is_reset = policy == "zero" or (policy == "reset_new" and tensor_map.is_copy)
-    return tensor_map.state == "fresh" or (rule.is_moment and is_reset)
-
-
-def carry(
-    tensor_map: TensorMap, source: Tensor, kind: str | StateKind, *, policy: Policy = "carry"
-) -> Tensor:
-    """Return the target's state for the source's state, unless it is reset.
-
-    Args:
-        tensor_map: the map.
-        source: state of the source tensor.
-        kind: a registered kind, or a rule.
-        policy: of Adam's moments; other kinds are always mapped. `carry` maps all entries, copies
-            included; `zero` resets all; `reset_new` maps the first copy of each coordinate and
-            resets further copies (asymmetric, as in arXiv 2602.02472).
-    """
-    import torch
-
-    rule = _rule(kind)
-    state = map_tensor(tensor_map, source, quantity=rule.quantity)
-    if rule.is_as_weights:
-        return state
-    is_fresh = any_mask(tensor_map.axes, is_new)
-    if rule.is_moment and policy == "reset_new":
-        is_fresh = is_fresh | any_mask(tensor_map.axes, lambda axis: axis.is_duplicate)
-    if not bool(is_fresh.any()):
-        return state
-    is_fresh = is_fresh.to(state.device)
-    value = torch.zeros((), dtype=state.dtype, device=state.device)
-    if rule.new_entries == "mean" and not bool(is_fresh.all()):
-        value = state[~is_fresh.expand(state.shape)].double().mean().to(state.dtype)
-    return torch.where(is_fresh, value, state)
-
-
-def _rule(kind: str | StateKind) -> StateKind:
-    return kind if isinstance(kind, StateKind) else STATE_KINDS[kind]
-
-
 def has_state(
     tensor_map: TensorMap,
     rule: StateKind,
@@ -139,16 +93,18 @@ def has_state(
     *,
     policy: Policy = "carry",
 ) -> bool:
-    """Return True if the target has state of a kind, which is not reset.
+    """Return True if the target has state of a kind. State that is reset is absent, not zero.
 
     Args:
         tensor_map: the map.
         rule: of the kind of state.
         exists: returns True if a logical tensor of the first model has state.
-        policy: of Adam's moments.
+        policy: of Adam's moments; see `mapped_state`.
     """
     before, donor = tensor_map.source, tensor_map.fill.donor
-    if before is None or is_state_reset(tensor_map, rule, policy=policy):
+    is_reset = policy == "zero" or (policy == "reset_new" and tensor_map.is_copy)
+    is_fresh = tensor_map.state == "fresh" or (rule.is_moment and is_reset)
+    if before is None or (is_fresh and not rule.is_as_weights):
         return False
     needed: list[str | TensorMap] = [before]
     if rule.is_as_weights:
@@ -162,11 +118,34 @@ def has_state(
 def mapped_state(
     tensor_map: TensorMap, rule: StateKind, read: Read, *, policy: Policy = "carry"
 ) -> Tensor:
-    """Return the state of a target, with that of the first model read by logical name."""
+    """Return the state of a target that has state.
+
+    Args:
+        tensor_map: the map.
+        rule: of the kind of state.
+        read: returns the state of the first model by logical name.
+        policy: of Adam's moments; other kinds are always mapped. `carry` maps all entries, copies
+            included; `zero` resets all; `reset_new` maps the first copy of each coordinate and
+            resets further copies (asymmetric, as in arXiv 2602.02472).
+    """
+    import torch
+
     if rule.is_as_weights:
         return mapped(tensor_map, read)
     before = tensor_map.source
     assert before is not None, "state without a source is reset"
     if isinstance(before, str):
-        return carry(tensor_map, read(before), rule, policy=policy)
-    return carry(tensor_map, mapped_state(before, rule, read, policy=policy), rule, policy=policy)
+        source = read(before)
+    else:
+        source = mapped_state(before, rule, read, policy=policy)
+    state = map_tensor(tensor_map, source, quantity=rule.quantity)
+    is_fresh = any_mask(tensor_map.axes, is_new)
+    if rule.is_moment and policy == "reset_new":
+        is_fresh = is_fresh | any_mask(tensor_map.axes, lambda axis: axis.is_duplicate)
+    if not bool(is_fresh.any()):
+        return state
+    is_fresh = is_fresh.to(state.device)
+    value = torch.zeros((), dtype=state.dtype, device=state.device)
+    if rule.new_entries == "mean" and not bool(is_fresh.all()):
+        value = state[~is_fresh.expand(state.shape)].double().mean().to(state.dtype)
+    return torch.where(is_fresh, value, state)
