@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from math import inf, log
 
 from tritter.core.expansions import Moe, target_model
-from tritter.core.expansions.partners import PARTNERS, SHARED
+from tritter.core.expansions.moe import PARTNERS, SHARED
 from tritter.core.families import Model, training_flops
 from tritter.errors import RequestError
 from tritter.options import RunRequest

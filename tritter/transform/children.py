@@ -19,7 +19,8 @@ from tritter.checkpoints.history import read_chain
 from tritter.checkpoints.record import LearnedDomain
 from tritter.checkpoints.run_text import domain_problem
 from tritter.core.expansions import BoundMoe, ExpansionSpec, Moe, children_place
-from tritter.core.expansions.moe_children import AVERAGE, KEY, SOURCE, Moments, router_rows
+from tritter.core.expansions.moe import AVERAGE, SOURCE
+from tritter.core.expansions.moe_children import HiddenMoments, router_rows
 from tritter.core.families import forward_flops
 from tritter.core.families.config_file import read_model_file
 from tritter.core.parameter_map import rounded_weight
@@ -27,7 +28,7 @@ from tritter.data.chat import ids_of
 from tritter.data.sources import source_documents
 from tritter.data.split import training_texts
 from tritter.data.tokens import begun, read_tokenizer, tokenise_texts
-from tritter.errors import Problem, RequestError, TritterError
+from tritter.errors import Problem, RequestError, TritterError, refused
 from tritter.storage.hashing import file_digest, merkle_hash
 from tritter.storage.hub import locate
 from tritter.storage.reading import named_path
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from tritter.core.parameter_map.tensor_map import OtherTensor
     from tritter.transform.change import PlannedExpansion
 
-_FROM = f"{KEY}.experts_from"
+_FROM = "expansion.moe.experts_from"
 _TOKENIZER = "tokenizer.json"
 # Keys of config.json that do not change the function
 _FREE = {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache"}
@@ -117,7 +118,7 @@ def _bind(spec: Moe, source: Source) -> BoundMoe:
             raise RequestError(Problem(_FROM, list(spec.experts_from), reason=reason))
     if spec.expert_hashes not in (None, hashes):
         reason = f"the models in {_FROM} have other hashes: {', '.join(hashes)}"
-        raise RequestError(Problem(f"{KEY}.expert_hashes", list(spec.expert_hashes), reason=reason))
+        raise refused("expansion.moe.expert_hashes", list(spec.expert_hashes), reason)
     if spec.attention_from == SOURCE:
         shared: tuple[OpenChild, ...] = ()
     elif spec.attention_from in (None, AVERAGE):
@@ -151,7 +152,7 @@ def _bind(spec: Moe, source: Source) -> BoundMoe:
         routers = {layer: _RowsOfLayer(rows, layer) for layer in layers}
         return replace(made, routers=routers, remarks=(remark,))
     if spec.router == "data":
-        raise RequestError(Problem(f"{KEY}.router", "data", reason=f"{problem}; use random"))
+        raise RequestError(Problem("expansion.moe.router", "data", reason=f"{problem}; use random"))
     return replace(made, remarks=(f"router: random rows, because {problem}",))
 
 
@@ -327,7 +328,7 @@ class _Rows:
     def _computed(self) -> tuple[Tensor, ...]:
         children = cast(tuple[OpenChild, ...], self.spec.experts)
         if problem := _data_problem(children):  # it may have changed since the plan
-            raise RequestError(Problem(f"{KEY}.router", reason=problem))
+            raise RequestError(Problem("expansion.moe.router", reason=problem))
         model, shapes = self._dense_model(), self.source.model
         length = min(_ROUTER_LENGTH, shapes.position_limit or _ROUTER_LENGTH)
         size = shapes.sizes.vocab_size
@@ -365,14 +366,14 @@ class _Rows:
         return model.eval()
 
 
-def _ffn_moments(model: nn.Module, modules: Sequence[str], tokens: Tensor) -> list[Moments]:
+def _ffn_moments(model: nn.Module, modules: Sequence[str], tokens: Tensor) -> list[HiddenMoments]:
     """Return the moments of the inputs of some modules, over all tokens [N, T]."""
-    sums: dict[str, Moments] = {}
+    sums: dict[str, HiddenMoments] = {}
     hooks = []
     for name in modules:
 
         def add(_module: object, inputs: tuple[Tensor, ...], name: str = name) -> None:
-            moments = Moments.of(inputs[0].flatten(0, -2))
+            moments = HiddenMoments.of(inputs[0].flatten(0, -2))
             sums[name] = sums[name] + moments if name in sums else moments
 
         hooks.append(model.get_submodule(name).register_forward_pre_hook(add))

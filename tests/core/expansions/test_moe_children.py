@@ -20,7 +20,7 @@ from tritter.checkpoints import Source, lineage_of
 from tritter.checkpoints.record import ExpansionRecord, LearnedDomain
 from tritter.checkpoints.state import read_state, write_state
 from tritter.core.expansions import Moe, MoeAdd, Width
-from tritter.core.expansions.moe_children import BoundMoe, Moments, router_rows
+from tritter.core.expansions.moe_children import BoundMoe, HiddenMoments, router_rows
 from tritter.core.families import Model, forward_flops
 from tritter.core.models import load_model, read_model
 from tritter.core.parameter_map import rounded_weight
@@ -397,7 +397,7 @@ def test_the_place_among_expansions_and_a_live_model(base: Path) -> None:
 
 
 def rows_of(samples: list[Tensor]) -> Tensor:
-    moments = [Moments.of(each) for each in samples]
+    moments = [HiddenMoments.of(each) for each in samples]
     within = torch.stack([each.covariance for each in moments]).mean(dim=0)
     return router_rows(torch.stack([each.mean for each in moments]), within)
 
@@ -429,7 +429,10 @@ def test_rows_are_a_linear_discriminant() -> None:
 
 def test_moments_add_up() -> None:
     hidden = torch.randn(10, 4)
-    whole, parts = Moments.of(hidden), Moments.of(hidden[:3]) + Moments.of(hidden[3:])
+    whole, parts = (
+        HiddenMoments.of(hidden),
+        HiddenMoments.of(hidden[:3]) + HiddenMoments.of(hidden[3:]),
+    )
     assert whole.count == parts.count == 10
     assert torch.allclose(whole.products, parts.products)
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
+from tritter.core.expansions.moe import Moe
 from tritter.core.families import Config, LogicalTensor, Model, logical_name
 from tritter.core.parameter_map import Fill, ParameterMap, TensorMap
-from tritter.errors import Problem, RequestError, key_name
-from tritter.limits import MAX_EXPERTS
+from tritter.errors import Problem, RequestError
 from tritter.seeds import derived_seed
 
 if TYPE_CHECKING:
@@ -22,12 +22,8 @@ if TYPE_CHECKING:
 
     from tritter.core.parameter_map.tensor_map import OtherTensor
 
-KEY = "expansion.moe"
-AVERAGE, SOURCE = "average", "source"
-DEFAULT_NOISE = 0.01  # of copies
 _SHRINKAGE = 0.1  # of the covariance within the data of a child, towards a multiple of one
 _SAME_ROWS = 1e-6  # distance of two rows, as a share of the longest, with that of the mean state
-_NEEDS_CHILDREN = ("attention_from", "router", "expert_hashes")
 
 
 class _Child(Protocol):
@@ -43,49 +39,6 @@ class _Child(Protocol):
         ...
 
 
-def check_children(spec: Any) -> None:
-    """Check the options of experts from children against each other.
-
-    Raises:
-        RequestError: two of them contradict each other.
-    """
-    listed = spec.experts_from
-    if listed is None:
-        for key in (key for key in _NEEDS_CHILDREN if getattr(spec, key) is not None):
-            reason = f"it is an option of {key_name(f'{KEY}.experts_from')}, which is not set"
-            raise RequestError(Problem(f"{KEY}.{key}", getattr(spec, key), reason=reason))
-        return
-    names = (AVERAGE, SOURCE, *listed)
-    problems = {
-        "experts_from": (
-            not 2 <= len(listed) <= MAX_EXPERTS or len(set(listed)) < len(listed),
-            f"list 2 to {MAX_EXPERTS} different models",
-        ),
-        "num_experts": (
-            spec.num_experts not in (None, len(listed)),
-            f"{key_name(f'{KEY}.experts_from')} lists {len(listed)}; remove one of the two",
-        ),
-        "attention_from": (
-            spec.attention_from not in (None, *names),
-            f"must be one of {', '.join(names)}",
-        ),
-        "granularity": (spec.granularity != 1, "experts from other models are not split; use 1"),
-        "reinit_fraction": (spec.reinit_fraction != 0, "it redraws neurons of copies; use 0"),
-        "norm_topk_prob": (not spec.norm_topk_prob, "experts from other models are not scaled up"),
-        "target": (
-            spec.target == "glm4_moe",
-            "its experts can't come from other models; use null, or another type",
-        ),
-        "noise": (
-            spec.noise not in (0, DEFAULT_NOISE),
-            "it is added to copies, and experts from different models are none; use 0",
-        ),
-    }
-    for key, (is_wrong, reason) in problems.items():
-        if is_wrong:
-            raise RequestError(Problem(f"{KEY}.{key}", getattr(spec, key), reason=reason))
-
-
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class BoundMoe:
     """`moe` with its opened children.
@@ -99,7 +52,7 @@ class BoundMoe:
         remarks: notes for people.
     """
 
-    options: Any
+    options: Moe
     experts: tuple[_Child, ...]
     shared: tuple[_Child, ...]
     kept: _Child | None
@@ -111,8 +64,7 @@ class BoundMoe:
     new_blocks_only: ClassVar[bool] = False
 
     def target_config(self, source: Model) -> Config:
-        target: Config = self.options.target_config(source)
-        return target
+        return self.options.target_config(source)
 
     def parameter_map(self, source: Model, target: Model, *, seed: int) -> ParameterMap:
         """Return the map in which the experts are the FFNs of the children."""
@@ -195,12 +147,12 @@ def children_place(specs: Sequence[object]) -> int | None:
     place = next((n for n, each in enumerate(listed) if each is not None), None)
     if place:
         reason = "the models have the shapes of the source, so moe must be the first expansion"
-        raise RequestError(Problem(f"{KEY}.experts_from", listed[place], reason=reason))
+        raise RequestError(Problem("expansion.moe.experts_from", listed[place], reason=reason))
     return place
 
 
 @dataclass(slots=True)
-class Moments:
+class HiddenMoments:
     """Sums over the hidden states of one child's data.
 
     Args:
@@ -214,7 +166,7 @@ class Moments:
     products: Tensor
 
     @classmethod
-    def of(cls, hidden_ND: Tensor) -> Moments:
+    def of(cls, hidden_ND: Tensor) -> HiddenMoments:
         wide = hidden_ND.double()
         return cls(len(wide), wide.sum(dim=0), wide.T @ wide)
 
@@ -228,8 +180,8 @@ class Moments:
         """float64 [H, H]."""
         return self.products / self.count - self.mean.outer(self.mean)
 
-    def __add__(self, other: Moments) -> Moments:
-        return Moments(
+    def __add__(self, other: HiddenMoments) -> HiddenMoments:
+        return HiddenMoments(
             self.count + other.count, self.total + other.total, self.products + other.products
         )
 
@@ -260,5 +212,5 @@ def router_rows(means: Tensor, within: Tensor) -> Tensor:
     rows = rows - (rows @ centre / length)[:, None] * direction
     if torch.pdist(rows).min() <= _SAME_ROWS * solved.norm(dim=1).max():
         reason = "the hidden states on the data of two models are the same; use random"
-        raise RequestError(Problem(f"{KEY}.router", reason=reason))
+        raise RequestError(Problem("expansion.moe.router", reason=reason))
     return rows

@@ -7,9 +7,8 @@ from math import lcm
 from typing import Any
 
 from tritter.core.expansions.depth import Dus, Interpolate, LlamaPro, Stack
-from tritter.core.expansions.moe import Moe
+from tritter.core.expansions.moe import Moe, partner_of
 from tritter.core.expansions.moe_add import MoeAdd, sparse_layers
-from tritter.core.expansions.partners import partner_of
 from tritter.core.expansions.specification import ExpansionSpec, target_model
 from tritter.core.expansions.width import Width
 from tritter.core.families import Model
