@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from tritter.data.conversations import WrongRecordError
@@ -25,11 +26,6 @@ from tritter.data.local_files import (
 )
 from tritter.data.records import parse
 from tritter.errors import Problem, RequestError, TritterError, brief, nearest, raise_problems
-from tritter.evaluation.benchmarks.fewshot import (
-    TooFewExamplesError,
-    select_examples,
-    worked_prompt,
-)
 from tritter.evaluation.benchmarks.formats import Benchmark, FewShot, Format, Question, Row
 from tritter.storage.reading import check_inside, read_text
 
@@ -41,6 +37,8 @@ _SPREAD_ROWS = 50_000  # rows of a .parquet to sample a limited number of questi
 _ROW_BYTES, _VALUE_BYTES = 256, 64  # overhead of a record and of a value in memory
 _SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".txt")
 _ROWS_BELOW = "examples"  # key of the records in BBH's files
+FEWSHOT_SEED = 1234  # lm-eval's default
+_THOUGHT = "\nA: Let's think step by step.\n"  # between question and answer in BBH's prompts
 _RECORDS = r".*\.(jsonl|json|parquet)"
 
 
@@ -210,7 +208,7 @@ def load(
         if not of_benchmark:
             try:
                 loaded.append(_with_examples(found, folder, records_of, num_fewshot))
-            except TooFewExamplesError as error:
+            except _TooFewExamplesError as error:
                 reason = f"{benchmark.name}: {error}"
                 of_benchmark.append(Problem(fewshot_key, num_fewshot, reason=reason))
             except (TextFileError, WrongFileError, TritterError) as error:
@@ -233,7 +231,7 @@ def questions_of(
         questions = dict(_questions(benchmark, path, rows, is_alone=True))
         found = Questions(benchmark, questions, {}, (origin,), len(questions))
         return _with_examples(found, None, {path: rows}, num_fewshot)
-    except TooFewExamplesError as error:
+    except _TooFewExamplesError as error:
         reason = f"{benchmark.name}: {error}"
         raise RequestError(Problem("num_fewshot", num_fewshot, reason=reason)) from error
     except WrongFileError as error:
@@ -274,8 +272,8 @@ def _with_examples(
         notes = (f"{note} {_readable(few_shot)}.",) if number and folder is not None else ()
         return replace(without, questions=questions, notes=notes)
     if not pool:
-        raise TooFewExamplesError(f"there is no file with examples, like {_readable(few_shot)}")
-    examples = select_examples(few_shot, questions, pool, number, is_default=requested is None)
+        raise _TooFewExamplesError(f"there is no file with examples, like {_readable(few_shot)}")
+    examples = _select_examples(few_shot, questions, pool, number, is_default=requested is None)
     return replace(found, questions=questions, examples=examples)
 
 
@@ -309,9 +307,78 @@ def _worked_prompts(
         return descriptions, pool
     for path in folder.all(*few_shot.files):
         part = path.name.partition(".")[0]
-        descriptions[part], examples = worked_prompt(_as_text(folder.text(path)), part)
+        descriptions[part], examples = _worked_prompt(_as_text(folder.text(path)), part)
         pool += examples
     return descriptions, pool
+
+
+def _select_examples(
+    few_shot: FewShot,
+    questions: Mapping[str, Question],
+    pool: Sequence[Question],
+    number: int,
+    *,
+    is_default: bool,
+) -> dict[str, tuple[Question, ...]]:
+    """Return the examples of each question, selected as lm-evaluation-harness 0.4.13 does.
+
+    lm-eval has a task with its own random numbers for each part. They are drawn for one question
+    after the other, so that the examples of a question depend on its position, but not on a limit.
+
+    Args:
+        few_shot: how to select them.
+        questions: name → question, all of the benchmark, in order.
+        pool: all examples, in order.
+        number: number of examples for each question.
+        is_default: less than `number` will do.
+
+    Raises:
+        _TooFewExamplesError: a part has too few examples.
+    """
+    of_part: dict[str, list[Question]] = {}
+    for example in pool:
+        of_part.setdefault(example.part, []).append(example)
+    drawing: dict[str, Random] = {}
+    examples = {}
+    for name, question in questions.items():
+        available = of_part.get(question.part, [])
+        required = number + (few_shot.drops_own and not few_shot.is_first)
+        if len(available) < required and not is_default:
+            where = f" of {question.part}" if question.part else ""
+            raise _TooFewExamplesError(
+                f"{number} examples need {required} records{where}, and there are {len(available)}"
+            )
+        if few_shot.is_first:
+            drawn = available[:number]
+        else:
+            random = drawing.setdefault(question.part, Random(FEWSHOT_SEED))
+            drawn = random.sample(available, min(required, len(available)))
+            if few_shot.drops_own:
+                drawn = [each for each in drawn if each != question][:number]
+            if len(drawn) < number and not is_default:  # the question is among them repeatedly
+                drawn = random.sample([each for each in available if each != question], number)
+        examples[name] = tuple(drawn)
+    return examples
+
+
+def _worked_prompt(text: str, part: str) -> tuple[str, list[Question]]:
+    """Return the description and the examples of one of BBH's prompt files.
+
+    Args:
+        text: the content of the file.
+        part: its subtask.
+    """
+    body = text.partition("\n-----\n")[2] or text
+    description, *parts = re.split(r"(?:^|\n\n)Q: ", body.strip())
+    examples = []
+    for each in parts:
+        question, _, answer = each.partition(_THOUGHT)
+        examples.append(Question(prompt=f"Q: {question}{_THOUGHT}", worked=answer, part=part))
+    return f"{description}\n\n" if description else "", examples
+
+
+class _TooFewExamplesError(Exception):
+    """There are fewer examples than requested; the message has no subject."""
 
 
 class WrongFileError(Exception):

@@ -18,8 +18,7 @@ from torch import nn
 from tritter.core.models import model_of
 from tritter.data.packing import reading_whole
 from tritter.errors import RequestError, TritterError
-from tritter.evaluation.benchmarks.fewshot import FEWSHOT_SEED
-from tritter.evaluation.benchmarks.files import Questions, questions_of
+from tritter.evaluation.benchmarks.files import FEWSHOT_SEED, Questions, questions_of
 from tritter.evaluation.benchmarks.formats import Benchmark, Question, is_passed
 from tritter.evaluation.code.sandbox import Sandbox
 from tritter.evaluation.inference import eval_mode
