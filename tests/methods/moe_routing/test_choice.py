@@ -12,8 +12,8 @@ from tritter.core.expansions.specification import build_steps
 from tritter.core.models import model_of
 from tritter.core.stock_routers import AddedExperts, Routing
 from tritter.errors import RequestError
-from tritter.methods.moe_routing.choice import best_experts, expert_utility
 from tritter.methods.moe_routing.distill import soft_divergence
+from tritter.methods.moe_routing.opening import best_experts, expert_utility
 from tritter.methods.moe_routing.separate import shared_names
 from tritter.transform.live import ModelExpander
 

@@ -14,7 +14,6 @@ from tests.methods.moe_routing.test_stages import DOMAIN, OLD, Batch, grown, mov
 from tritter.errors import TritterError
 from tritter.evaluation.inference import preserve_modes
 from tritter.methods.forgetting.quadratic import diagonal_fisher
-from tritter.methods.moe_routing.choice import expert_utility
 from tritter.methods.moe_routing.distill import DistillationModule, only_new_experts
 from tritter.methods.moe_routing.live import (
     LoaderBatches,
@@ -22,6 +21,7 @@ from tritter.methods.moe_routing.live import (
     fit_live,
     train_new_experts,
 )
+from tritter.methods.moe_routing.opening import expert_utility
 from tritter.methods.moe_routing.separate import shared_names
 from tritter.training import OptimizerSettings, Schedule
 

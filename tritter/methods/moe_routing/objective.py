@@ -20,7 +20,7 @@ from tritter.core.families import backward_flops, forward_flops
 from tritter.core.models import model_of
 from tritter.core.stock_routers import Record, Routing
 from tritter.data.batches import this_rank
-from tritter.data.packing import document_mask_of, lengths_of
+from tritter.data.packing import document_mask_of, kept_tokens, lengths_of
 from tritter.errors import TritterError
 from tritter.evaluation.inference import device_of, eval_mode
 from tritter.methods.moe_routing.options import RoutingOptions
@@ -259,8 +259,8 @@ class RoutingCallback(Callback):
             # Means over the layers, for this process's share of the batch
             factor = objective.options.capacity_factor
             layers = [layer_statistics(r, capacity_factor=factor) for r in objective.records]
-            for name in ("entropy", "max_load", "dropped_fraction"):
-                mean = sum(getattr(layer, name) for layer in layers) / len(layers)
+            for name in layers[0]:
+                mean = sum(layer[name] for layer in layers) / len(layers)
                 pl_module.log(f"routing/{name}", mean)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -366,23 +366,12 @@ def _wide(logits: Tensor) -> Tensor:
 # Shapes: N tokens, E experts, k experts per token.
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _LayerStatistics:
-    """The use of one layer's experts over some tokens.
+def layer_statistics(record: Record, *, capacity_factor: float) -> dict[str, float]:
+    """Return the use of one layer's experts over the tokens of a forward pass.
 
-    Args:
-        max_load: largest load divided by the mean load; 1 is even, E/k is all to the same experts.
-        entropy: mean entropy of the router's probabilities per token, nats; 0 is certain.
-        dropped_fraction: share of assignments that a limited capacity would drop.
-    """
-
-    max_load: float
-    entropy: float
-    dropped_fraction: float
-
-
-def layer_statistics(record: Record, *, capacity_factor: float) -> _LayerStatistics:
-    """Return the statistics of one layer over the tokens of a forward pass.
+    `entropy` is the mean entropy of the router's probabilities per token, in nats; 0 is certain.
+    `max_load` is the largest load divided by the mean load; 1 is even, E/k is all to the same
+    experts. `dropped_fraction` is the share of assignments that a limited capacity would drop.
 
     Args:
         record: routing of the layer.
@@ -394,11 +383,11 @@ def layer_statistics(record: Record, *, capacity_factor: float) -> _LayerStatist
     counts = expert_counts(record.selected, num_experts)
     load = counts.double() / counts.sum()
     entropy = -torch.xlogy(probabilities, probabilities).sum(dim=-1).mean()
-    return _LayerStatistics(
-        max_load=float(load.max() * num_experts),
-        entropy=float(entropy),
-        dropped_fraction=dropped_fraction(counts, capacity_factor=capacity_factor),
-    )
+    return {
+        "entropy": float(entropy),
+        "max_load": float(load.max() * num_experts),
+        "dropped_fraction": dropped_fraction(counts, capacity_factor=capacity_factor),
+    }
 
 
 def expert_counts(selected: Tensor, num_experts: int) -> Tensor:
@@ -433,3 +422,31 @@ def bias_update(selection_bias: Tensor, load: Tensor, *, rate: float) -> Tensor:
     """
     load = load.to(selection_bias.dtype)
     return selection_bias + rate * (load.mean() - load).sign()
+
+
+def moe_usage(model: nn.Module, sequences: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the use of a MoE model's experts on the data of each domain.
+
+    `usage` is [layer][expert] by domain: each expert's share of the assignments in a layer, without
+    padding.
+    """
+    routing = Routing.of(model)
+    assert routing is not None
+    shares = {}
+    with eval_mode(model) as device, routing.recording():
+        for domain, of_domain in sequences.items():
+            counts = torch.zeros(len(routing.layers), routing.num_experts)
+            for batch in of_domain.split(8):
+                input_ids = batch.long().to(device)
+                model(input_ids=input_ids, use_cache=False)
+                kept = kept_tokens(model, input_ids)
+                for row, record in zip(counts, routing.recorded(), strict=True):
+                    chosen = record.selected if kept is None else record.selected[kept.flatten()]
+                    row += expert_counts(chosen, routing.num_experts).cpu()
+            shares[domain] = (counts / counts.sum(dim=1, keepdim=True)).tolist()
+    return {
+        "number": routing.num_experts,
+        "experts_per_token": routing.top_k,
+        "layers": list(routing.layers),
+        "usage": shares,
+    }

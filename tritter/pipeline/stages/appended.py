@@ -8,9 +8,8 @@ from tritter.core.families import training_flops
 from tritter.core.models import load_model
 from tritter.data.packing import document_mask_of, lengths_of
 from tritter.methods.forgetting import build_methods
-from tritter.methods.moe_routing.choice import best_experts
 from tritter.methods.moe_routing.distill import DistillationModule, only_new_experts
-from tritter.methods.moe_routing.opening import redraw_rows
+from tritter.methods.moe_routing.opening import best_experts, redraw_rows
 from tritter.pipeline import moe
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import StageResult, TrainingFound

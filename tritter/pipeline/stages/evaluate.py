@@ -10,7 +10,7 @@ from tritter.data.packing import lengths_of
 from tritter.evaluation.statistics import score_file
 from tritter.methods.experts.mixture import mixture_on
 from tritter.methods.experts.summary import expert_usage
-from tritter.methods.moe_routing.summary import moe_usage
+from tritter.methods.moe_routing.objective import moe_usage
 from tritter.pipeline import experts, moe, windows
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import StageResult
