@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 
 from tritter.checkpoints import lineage_of
@@ -207,7 +206,7 @@ def log_samples(loggers: Sequence[Logger], rows: Sequence[Sequence[Any]], *, ste
         step: step of the training run.
     """
     for logger in loggers:
-        if isinstance(getattr(logger, "wrapped", logger), WandbLogger):
+        if isinstance(logger, WandbLogger):
             logger.log_metrics({_SAMPLES_KEY: _samples_table(rows)}, step=step)
 
 
@@ -340,69 +339,19 @@ def _names(options: Sequence[Any]) -> list[str]:
     return [one.name for one in options] or ["none"]
 
 
-class OffsetLogger(Logger):
-    """A logger that adds an offset to all steps.
+@contextmanager
+def steps_after(first_step: int, logger: Logger) -> Iterator[None]:
+    """Let a logger add an offset to all steps until the block ends."""
+    log = logger.log_metrics
 
-    Args:
-        logger: the wrapped logger.
-        first_step: offset of the steps.
-    """
+    def log_later(metrics: dict[str, float], step: int | None = None) -> None:
+        log(metrics, None if step is None else first_step + step)
 
-    def __init__(self, logger: Logger, first_step: int) -> None:
-        self._logger = logger
-        self._first_step = first_step
-
-    @property
-    def wrapped(self) -> Logger:
-        """The wrapped logger."""
-        return self._logger
-
-    @property
-    def name(self) -> str | None:
-        return self._logger.name
-
-    @property
-    def version(self) -> int | str | None:
-        return self._logger.version
-
-    @property
-    def save_dir(self) -> str | None:
-        return self._logger.save_dir
-
-    @property
-    def root_dir(self) -> str | None:
-        return self._logger.root_dir
-
-    @property
-    def log_dir(self) -> str | None:
-        return self._logger.log_dir
-
-    @property
-    def group_separator(self) -> str:
-        return self._logger.group_separator
-
-    @property
-    def experiment(self) -> Any:
-        """The experiment object of the wrapped logger."""
-        return self._logger.experiment  # type: ignore[attr-defined]
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self._logger.log_metrics(metrics, None if step is None else self._first_step + step)
-
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        self._logger.log_hyperparams(params, *args, **kwargs)
-
-    def log_graph(self, model: Any, input_array: Any = None) -> None:
-        self._logger.log_graph(model, input_array)
-
-    def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
-        self._logger.after_save_checkpoint(checkpoint_callback)
-
-    def save(self) -> None:
-        self._logger.save()
-
-    def finalize(self, status: str) -> None:
-        self._logger.finalize(status)
+    logger.log_metrics = log_later  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del logger.log_metrics  # that of the class again; the logger of W&B stays open
 
 
 @contextmanager
@@ -427,7 +376,9 @@ def open_loggers(
             opened.push(partial(_close, logger))
             if not first_step:
                 logger.log_hyperparams(fingerprint(run.config))
-        yield [OffsetLogger(logger, first_step) if first_step else logger for logger in loggers]
+        for logger in loggers if first_step else ():
+            opened.enter_context(steps_after(first_step, logger))
+        yield loggers
 
 
 def _close(logger: Logger, error: type[BaseException] | None, *_: object) -> None:
