@@ -141,9 +141,9 @@ def test_a_position_continues_with_the_next_rows(place: Path) -> None:
     source = parse_name("data.new", str(place / "rest"))
     reading = Reading(key="data.new")
     whole = list(text_batches(source, reading, is_streamed=True))
-    for at, batch in enumerate(whole):
-        later = text_batches(source, reading, is_streamed=True, position=batch.position)
-        assert [each.texts for each in later] == [each.texts for each in whole[at + 1 :]]
+    for at, (_, position) in enumerate(whole):
+        later = text_batches(source, reading, is_streamed=True, position=position)
+        assert [texts for texts, _ in later] == [texts for texts, _ in whole[at + 1 :]]
 
 
 def test_data_without_a_sequence_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -242,4 +242,4 @@ def test_long_rows_are_read_a_few_at_a_time(tmp_path: Path) -> None:
     (tmp_path / "long.jsonl").write_text("\n".join(rows))
     source = parse_name("data.new", str(tmp_path / "long.jsonl"))
     batches = list(text_batches(source, Reading(key="data.new"), is_streamed=True))
-    assert [len(batch.texts) for batch in batches] == [10] * 6
+    assert [len(texts) for texts, _ in batches] == [10] * 6

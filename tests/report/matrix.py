@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tritter.evaluation.statistics import LearnedTask, transfer_matrix
+from tritter.evaluation.statistics import transfer_matrix
 
 
 def matrix(*stream: str, old: str = "prose") -> dict[str, Any]:
@@ -13,5 +13,5 @@ def matrix(*stream: str, old: str = "prose") -> dict[str, Any]:
         losses = {name: v * (0.5 if name == domain else 1.1) for name, v in losses.items()}
         rows.append(losses)
     records = [{n: {"loss": 3 * v, "loss_per_byte": v} for n, v in row.items()} for row in rows]
-    tasks = [LearnedTask([n], row) for n, row in zip(stream, records[1:], strict=True)]
+    tasks = [([n], row) for n, row in zip(stream, records[1:], strict=True)]
     return transfer_matrix(records[0], tasks, learned_before=[old])

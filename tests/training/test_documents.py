@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from tritter.data.tokens import TextBounds, TokenisedDocuments
 from tritter.evaluation.losses import sequence_losses
 from tritter.methods.forgetting import SI, Distill, Replay
 from tritter.methods.forgetting.quadratic import diagonal_fisher
-from tritter.methods.forgetting.replay import _Draw, _Openings, _texts
+from tritter.methods.forgetting.replay import _draw, _Openings, _texts
 from tritter.methods.moe_routing.objective import OldRouting, RoutingObjective
 from tritter.methods.moe_routing.options import RoutingOptions
 from tritter.training import (
@@ -155,7 +156,7 @@ def test_si_sees_the_gradient_of_the_loss_that_is_trained() -> None:
 
 def test_what_a_model_writes_begins_anew_at_each_end_of_text() -> None:
     model, alone = document_mask(tiny("gemma3_text").double()), tiny("gemma3_text").double()
-    draw = _Draw(temperature=3.0, top_p=1.0, generator=torch.Generator().manual_seed(1))
+    draw = partial(_draw, temperature=3.0, top_p=1.0, generator=torch.Generator().manual_seed(1))
     begin = _Openings(TextBounds(EOT), (), 40, torch.device("cpu"))
     with torch.no_grad():
         texts, costs = _texts(model, begin, 60, 40, draw, show=lambda _: None)

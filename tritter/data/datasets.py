@@ -310,22 +310,16 @@ def dataset_texts(source: DatasetName, reading: Reading, *, is_streamed: bool) -
         TextFileError: as `resolve_dataset`.
     """
     batches = text_batches(source, reading, is_streamed=is_streamed)
-    texts = chain.from_iterable(batch.texts for batch in batches)
+    texts = chain.from_iterable(texts for texts, _ in batches)
     yield from reading.counted(str(source), texts)
-
-
-@dataclass(frozen=True, slots=True)
-class TextBatch:
-    """Texts of consecutive rows, and the position after them as JSON; empty for a whole table."""
-
-    texts: list[Text]
-    position: str
 
 
 def text_batches(
     source: DatasetName, reading: Reading, *, is_streamed: bool, position: str = ""
-) -> Iterator[TextBatch]:
+) -> Iterator[tuple[list[Text], str]]:
     """Yield the texts of a data set in batches, from a position that an earlier batch had.
+
+    Each has the position after it as JSON, which is empty for a whole table.
 
     Raises:
         TextFileError: as `resolve_dataset`.
@@ -368,7 +362,7 @@ def text_batches(
                 texts.append(text_of(dict(zip(columns, values, strict=True)), field=field))
             except WrongRecordError as error:
                 reading.skipped.add(f"{source}, row {number - 1}", str(error))
-        yield TextBatch(texts, after)
+        yield texts, after
 
 
 def _rows_of_batch(rows: Any) -> int:

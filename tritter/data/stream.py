@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tritter.data.answers import TrainingCounts, missing_answers, unanswered_text
 from tritter.data.chat import Chat
 from tritter.data.conversations import Conversation
-from tritter.data.datasets import HEAD_ROWS, DatasetName, TextBatch, text_batches
+from tritter.data.datasets import HEAD_ROWS, DatasetName, text_batches
 from tritter.data.documents import NAME_CHARACTERS, Document, is_blank, pieces, text_key
 from tritter.data.local_files import Reading, TextFileError
 from tritter.data.packing import Packing, packed
@@ -61,7 +61,7 @@ class _Chunk:
         tail: tokens of the sequence that is not complete yet.
         epoch: number of the pass over all sources.
         source: index of the source.
-        position: position in it, see `TextBatch`.
+        position: position in it, see `text_batches`.
         left_out: what the stream left out up to there, see `_LeftOut.to_plain`.
     """
 
@@ -267,10 +267,10 @@ def _chunks(
         for number in range(start, len(sources)):
             if not position:
                 counted.num_of_source = 0
-            for batch in _batches(sources[number], position, counted):
-                rows, tail = _sequences(batch.texts, tail, options, counted)
+            for texts, after in _batches(sources[number], position, counted):
+                rows, tail = _sequences(texts, tail, options, counted)
                 num_rows += len(rows)
-                yield _Chunk(rows, tail, epoch, number, batch.position, left_out.to_plain())
+                yield _Chunk(rows, tail, epoch, number, after, left_out.to_plain())
             position = ""
         if is_whole and not num_rows:
             names = ", ".join(map(str, sources))
@@ -279,15 +279,17 @@ def _chunks(
         epoch, start = epoch + 1, 0
 
 
-def _batches(source: DatasetName, position: str, counted: _LeftOut) -> Iterator[TextBatch]:
-    """Yield the batches of a source after a position, and count their rows."""
+def _batches(
+    source: DatasetName, position: str, counted: _LeftOut
+) -> Iterator[tuple[list[Text], str]]:
+    """Yield the batches of a source as `text_batches` does, and count their rows."""
     reading = counted.reading
     batches = text_batches(source, reading, is_streamed=True, position=position)
     while True:
         before = reading.num_blank + reading.skipped.count
         if (batch := next(batches, None)) is None:
             return
-        num_rows = len(batch.texts) + reading.num_blank + reading.skipped.count - before
+        num_rows = len(batch[0]) + reading.num_blank + reading.skipped.count - before
         counted.num_rows += num_rows
         counted.num_of_source += num_rows
         counted.exceeds_head |= counted.num_of_source > HEAD_ROWS

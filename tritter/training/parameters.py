@@ -15,7 +15,6 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from tritter.core.families import (
-    NO_ADAPTERS,
     Adapters,
     Config,
     Flops,
@@ -91,7 +90,7 @@ def flops_of_sequence(
     model: nn.Module,
     *,
     routed_to: Collection[int] | None = None,
-    adapters: Adapters = NO_ADAPTERS,
+    adapters: Adapters | None = None,
 ) -> Flops:
     """Return the FLOPs of a step on one sequence with the current trainable parameters.
 

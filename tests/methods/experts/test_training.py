@@ -25,7 +25,7 @@ from tritter.data.chat import ids_of
 from tritter.data.packing import IGNORED, DocumentMask, labels_of, read_marks
 from tritter.data.tokens import TextBounds
 from tritter.methods.experts import callback
-from tritter.methods.experts.callback import BaseData, ExpertCallback, limit_beginnings
+from tritter.methods.experts.callback import ExpertCallback, limit_beginnings
 from tritter.methods.experts.method import DynamicExperts
 from tritter.methods.experts.module import ExpertModule
 from tritter.methods.experts.options import FIRST, DynamicOptions
@@ -178,9 +178,14 @@ def train(
         assert registry.detector is not None
         _know(registry, model, given)
     old = [text("old", BATCH, seed=n) for n in range(30)]
-    known = BaseData(batches={"old": old if skill is None else ()}, tokens=torch.cat(old).flatten())
     callback = ExpertCallback(
-        registry, shape=method.shape(model), known=known, skill=skill, domains=["new"], seed=3
+        registry,
+        shape=method.shape(model),
+        known={"old": old if skill is None else ()},
+        known_tokens=torch.cat(old).flatten(),
+        skill=skill,
+        domains=["new"],
+        seed=3,
     )
     module = ExpertModule(
         mixture,

@@ -3,6 +3,7 @@
 import math
 import re
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from tritter.errors import RequestError, TritterError
 from tritter.methods.forgetting import SelfReplay
 from tritter.methods.forgetting.replay import (
     GeneratedSequences,
-    _Draw,
+    _draw,
     distinct_share,
     lengths_read,
     write_text,
@@ -142,7 +143,7 @@ def test_seeded_and_left_as_it_was() -> None:
 )
 def test_tokens_are_drawn_as_said(temperature: float, top_p: float, expected: list[float]) -> None:
     generator = torch.Generator().manual_seed(0)
-    draw = _Draw(temperature=temperature, top_p=top_p, generator=generator)
+    draw = partial(_draw, temperature=temperature, top_p=top_p, generator=generator)
     logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log().expand(20_000, 4)
     counts = Counter(draw(logits).flatten().tolist())
     shares = [counts[token] / 20_000 for token in (1, 3, 0, 2)]

@@ -14,10 +14,8 @@ from tritter.core.families.dimensions import (
 )
 from tritter.core.families.family import Family
 from tritter.core.families.flops import (
-    NO_ADAPTERS,
     Adapters,
     Flops,
-    Gating,
     LowRank,
     backward_flops,
     forward_flops,
@@ -52,7 +50,6 @@ __all__ = [
     "FAMILIES",
     "GROWING",
     "LLAMA",
-    "NO_ADAPTERS",
     "SIGMOID_ROUTERS",
     "Adapters",
     "Axis",
@@ -60,7 +57,6 @@ __all__ = [
     "Dimensions",
     "Family",
     "Flops",
-    "Gating",
     "LayoutKind",
     "LogicalTensor",
     "LowRank",

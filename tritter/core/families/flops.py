@@ -77,27 +77,17 @@ class LowRank:
 
 
 @dataclass(frozen=True, slots=True)
-class Gating:
-    """The gate of the adapters in a decoder layer: a matrix [size, hidden]."""
-
-    size: int
-    is_trained: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Adapters:
     """Adapters added to a model's own tensors.
 
     Args:
         low_rank: logical name of a matrix, `embed` or `head` (tied or not) → its adapters.
-        gating: decoder layer → its learned gate.
+        gating: decoder layer → number of rows of its gate, a matrix [rows, hidden], and whether the
+            gate is trained.
     """
 
     low_rank: Mapping[str, Sequence[LowRank]] = field(default_factory=dict)
-    gating: Mapping[int, Gating] = field(default_factory=dict)
-
-
-NO_ADAPTERS = Adapters()
+    gating: Mapping[int, tuple[int, bool]] = field(default_factory=dict)
 
 
 def num_keys(length: int, window: int | None = None) -> int:
@@ -118,7 +108,7 @@ def forward_flops(
     model: Model,
     *,
     routed_to: Collection[int] | None = None,
-    adapters: Adapters = NO_ADAPTERS,
+    adapters: Adapters | None = None,
 ) -> Flops:
     """Return the FLOPs of a forward pass, output head included.
 
@@ -136,7 +126,7 @@ def backward_flops(
     is_trained: _IsTrained = _everything,
     loss_at: _Loss = "head",
     routed_to: Collection[int] | None = None,
-    adapters: Adapters = NO_ADAPTERS,
+    adapters: Adapters | None = None,
 ) -> Flops:
     """Return the FLOPs of the backward pass of a loss.
 
@@ -159,7 +149,7 @@ def training_flops(
     *,
     is_trained: _IsTrained = _everything,
     routed_to: Collection[int] | None = None,
-    adapters: Adapters = NO_ADAPTERS,
+    adapters: Adapters | None = None,
 ) -> Flops:
     """Return the FLOPs of a forward and a backward pass; arguments as in `backward_flops`."""
     forward = forward_flops(model, routed_to=routed_to, adapters=adapters)
@@ -201,7 +191,7 @@ class _Walk:
         model: Model,
         is_trained: _IsTrained,
         routed_to: Collection[int] | None,
-        adapters: Adapters,
+        adapters: Adapters | None,
     ) -> None:
         family = model.family
         is_parallel = bool(model.config.get(family.parallel_residual_key, False))
@@ -215,7 +205,7 @@ class _Walk:
         self._last_sparse = f"layers.{sparse[-1]}." if sparse else ""
         self._is_below_router = bool(sparse)
         self._products: list[_Product] = []
-        self._adapters = adapters
+        self._adapters = adapters or Adapters()
         self._gates = False  # whether the gates of adapters need a gradient
         vocabulary, hidden = self._shapes["embed"]
         # Whether the residual stream needs a gradient
@@ -354,11 +344,11 @@ class _Walk:
 
     def _gating(self, layer: int, hidden: int, stream: bool) -> bool:
         """Add the product of a layer's gate; return True if the gate needs a gradient."""
-        own = self._adapters.gating.get(layer)
-        if own is None:
+        if layer not in self._adapters.gating:
             return False
-        self._add(own.size * hidden, stream + own.is_trained)
-        return stream or own.is_trained
+        rows, is_trained = self._adapters.gating[layer]
+        self._add(rows * hidden, stream + is_trained)
+        return stream or is_trained
 
     def _low_rank(
         self, name: str, rows: int, columns: int, read: bool, *, is_lookup: bool = False

@@ -88,18 +88,20 @@ class Axis:
 
 
 @dataclass(frozen=True, slots=True)
-class Fused:
-    """Location of an expert's matrix in the stacked tensor of transformers.
+class Place:
+    """Location in memory of a tensor on disk.
 
     Args:
-        name: of the stacked tensor, whose first dimension is the experts.
-        block: index of its block of rows within the expert's slice.
-        num_blocks: number of blocks of equal size in the slice.
+        name: of the tensor in memory, or a template of it.
+        block: index of its block of rows, among blocks of equal size.
+        num_blocks: number of blocks; of one expert if the tensor in memory stacks experts.
+        is_stacked: the first dimension of the tensor in memory is the experts.
     """
 
     name: str
     block: int = 0
     num_blocks: int = 1
+    is_stacked: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +135,7 @@ class LogicalTensor:
     live_name: str = ""
     is_transposed: bool = False
     within: str = ""
-    fused: Fused | None = None
+    fused: Place | None = None
     layer: int | None = None
     expert: int | None = None
 

@@ -9,7 +9,7 @@ from typing import Literal
 from tritter.conf_folder import installed_folders
 from tritter.core.families.dimensions import DENSE_SIZES, Config
 from tritter.core.families.family import Family
-from tritter.core.families.logical import Axis, Fused, LayerKind, LogicalTensor, Port, Space
+from tritter.core.families.logical import Axis, LayerKind, LogicalTensor, Place, Port, Space
 from tritter.errors import Problem, RequestError
 from tritter.targets import TARGET, resolve
 from tritter.terminal import status
@@ -163,7 +163,7 @@ def experts(
     read = Axis(_FFN_INPUT, Port.READ)
     live, stem = _LAYER + "mlp.", _LAYER + module + "."
 
-    def matrix(kind: str, disk_name: str, axes: tuple[Axis, Axis], fused: Fused) -> LogicalTensor:
+    def matrix(kind: str, disk_name: str, axes: tuple[Axis, Axis], fused: Place) -> LogicalTensor:
         name = f"{stem}experts.{{expert}}.{disk_name}.weight"
         return LogicalTensor(kind=kind, disk_name=name, axes=axes, layers=layers, fused=fused)
 
@@ -177,10 +177,11 @@ def experts(
             live_name=live + "gate.weight",
         ),
         matrix("experts.gate", gate, (Axis(_EXPERT_FFN, Port.WRITE_NONLINEAR), read),
-               Fused(gate_up, 0, 2)),
-        matrix("experts.up", up, (Axis(_EXPERT_FFN, Port.WRITE), read), Fused(gate_up, 1, 2)),
+               Place(gate_up, 0, 2, is_stacked=True)),
+        matrix("experts.up", up, (Axis(_EXPERT_FFN, Port.WRITE), read),
+               Place(gate_up, 1, 2, is_stacked=True)),
         matrix("experts.down", down, (_RESIDUAL, Axis(_EXPERT_FFN, Port.READ)),
-               Fused(live + "experts.down_proj")),
+               Place(live + "experts.down_proj", is_stacked=True)),
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -45,19 +45,6 @@ from tritter.training.callbacks import ends_step, work_of
 EXPERTS = "experts"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class BaseData:
-    """Data that the base knows already, for the first run with experts.
-
-    Args:
-        batches: domain → batches [B, T], in the size of later decisions.
-        tokens: int64, all tokens that are counted as evidence.
-    """
-
-    batches: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
-    tokens: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-
-
 class ExpertCallback(Callback):
     """Inspect every batch, choose its expert, and change the mixture between steps.
 
@@ -66,7 +53,9 @@ class ExpertCallback(Callback):
     Args:
         registry: the expert registry.
         shape: size of new adapters.
-        known: data of the base; used before the first step if no skill is known yet.
+        known: domain that the base knows → batches [B, T], in the size of later decisions; measured
+            before the first step if no skill is known yet.
+        known_tokens: int64, tokens of these domains that are counted as evidence then.
         skill: the skill of all batches, if it is given; None: skills are detected.
         domains: names of the data, for the records.
         seed: seed of new adapters.
@@ -79,13 +68,15 @@ class ExpertCallback(Callback):
         registry: ExpertRegistry,
         *,
         shape: AdapterShape,
-        known: BaseData | None = None,
+        known: Mapping[str, Sequence[Tensor]] | None = None,
+        known_tokens: Tensor | None = None,
         skill: str | None = None,
         domains: Sequence[str] = (),
         seed: int = 0,
     ) -> None:
         self.registry = registry
-        self._shape, self._known, self._skill = shape, known or BaseData(), skill
+        self._shape, self._known, self._skill = shape, known or {}, skill
+        self._known_tokens = known_tokens
         self._domains, self._seed = tuple(domains), seed
         options = registry.options
         self._exemplars = _Exemplars(options.exemplars, seed=seed) if options.rehearsal else None
@@ -106,11 +97,11 @@ class ExpertCallback(Callback):
             self._usage_log.load_state_dict(state["figures"])
             self.load_exemplars(state)
         elif not self.registry.expert_of:  # measure the base's data and count its tokens
-            registry, known, module = self.registry, self._known, _module(pl_module)
-            if module.mixture.evidence is not None:
+            registry, tokens, module = self.registry, self._known_tokens, _module(pl_module)
+            if module.mixture.evidence is not None and tokens is not None:
                 number = module.mixture.names.index(FIRST)
-                module.mixture.evidence.count(number, known.tokens.to(module.device))
-            for domain, batches in known.batches.items():
+                module.mixture.evidence.count(number, tokens.to(module.device))
+            for domain, batches in self._known.items():
                 registry.expert_of[domain] = FIRST
                 if registry.detector is not None:
                     on_device = [ids.to(module.device).long() for ids in batches]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tritter.checkpoints import ExpansionRecord
     from tritter.data.tokens import TextBounds
     from tritter.methods.experts.adapters import AdapterShape
-    from tritter.methods.experts.callback import BaseData, ExpertCallback
+    from tritter.methods.experts.callback import ExpertCallback
     from tritter.methods.experts.mixture import ExpertMixture
     from tritter.methods.experts.registry import ExpertRegistry
 
@@ -300,10 +300,14 @@ class DynamicExperts(Experts):
             if not setting.task:  # counters of an earlier run start again at zero
                 registry.batches = dict.fromkeys(registry.batches, 0)
         is_measured = registry.detector is not None
+        known, known_tokens = None, None
+        if stored is None:
+            known, known_tokens = _base_data(setting, is_measured=is_measured)
         callback = ExpertCallback(
             registry,
             shape=shape,
-            known=_base_data(setting, is_measured=is_measured) if stored is None else None,
+            known=known,
+            known_tokens=known_tokens,
             skill=None if is_measured else "+".join(setting.domains),
             domains=setting.domains,
             seed=self.seed,
@@ -372,11 +376,15 @@ class DynamicExperts(Experts):
         return ExpertRegistry(options, max_steps=max_steps, detector=detector)
 
 
-def _base_data(setting: Setting, *, is_measured: bool) -> BaseData:
-    """Return data of the old domains, for statistics of the novelty detector; never trained on."""
+def _base_data(
+    setting: Setting, *, is_measured: bool
+) -> tuple[dict[str, Sequence[Tensor]], Tensor]:
+    """Return data of the old domains, for statistics of the novelty detector; never trained on.
+
+    They are domain → batches [B, T], in the size of later decisions, and all tokens, int64.
+    """
     import torch
 
-    from tritter.methods.experts.callback import BaseData
     from tritter.methods.novelty.statistics import CALIBRATION_BATCHES
 
     sequences, size = setting.base_sequences(), setting.batch_size
@@ -389,4 +397,4 @@ def _base_data(setting: Setting, *, is_measured: bool) -> BaseData:
             order = torch.cat([order, torch.randperm(len(each), generator=generator)])
         batches[domain] = each[order[:count]].long().split(size)
     tokens = (each.flatten().long() for each in sequences.values())
-    return BaseData(batches=batches, tokens=torch.cat([torch.empty(0, dtype=torch.int64), *tokens]))
+    return batches, torch.cat([torch.empty(0, dtype=torch.int64), *tokens])

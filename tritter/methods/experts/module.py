@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from tritter.core.families import Adapters, Flops, Gating, LowRank, forward_flops
+from tritter.core.families import Adapters, Flops, LowRank, forward_flops
 from tritter.core.models import model_of
 from tritter.data.packing import IGNORED, labels_of
 from tritter.evaluation.inference import preserve_modes
@@ -197,5 +197,5 @@ def _adapters_of(mixture: ExpertMixture) -> Adapters:
     for n, decoder_layer in decoder_layers(model).items():
         router = getattr(decoder_layer, ROUTER, None) or getattr(model, ROUTER, None)
         if router is not None:
-            gating[n] = Gating(number, router.weight.requires_grad)
+            gating[n] = number, router.weight.requires_grad
     return Adapters(low_rank, gating)

@@ -98,7 +98,7 @@ def write_text(
     nats: list[Tensor] = []
     with eval_mode(model) as device:
         generator = torch.Generator(device).manual_seed(seed)
-        draw = _Draw(temperature=temperature, top_p=top_p, generator=generator)
+        draw = partial(_draw, temperature=temperature, top_p=top_p, generator=generator)
         for number, first in enumerate(range(0, num_texts, batch_size)):
             count = min(batch_size, num_texts - first)
             openings = _Openings(bounds, turns, count, device)
@@ -141,26 +141,20 @@ def distinct_share(sequences: Tensor) -> Tensor:
     return torch.tensor(shares, dtype=torch.float64)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Draw:
-    """Sampling of the next token."""
+def _draw(
+    logits_BV: Tensor, *, temperature: float, top_p: float, generator: torch.Generator
+) -> Tensor:
+    """Return sampled token ids, int64 [B, 1]."""
+    import torch
 
-    temperature: float
-    top_p: float
-    generator: torch.Generator
-
-    def __call__(self, logits_BV: Tensor) -> Tensor:
-        """Return sampled token ids, int64 [B, 1]."""
-        import torch
-
-        probabilities = (logits_BV / self.temperature).softmax(dim=-1)
-        if self.top_p < 1:
-            ordered, entries = probabilities.sort(dim=-1, descending=True)
-            before = ordered.cumsum(dim=-1) - ordered
-            probabilities = torch.zeros_like(probabilities).scatter(
-                -1, entries, torch.where(before < self.top_p, ordered, 0.0)
-            )
-        return torch.multinomial(probabilities, 1, generator=self.generator)
+    probabilities = (logits_BV / temperature).softmax(dim=-1)
+    if top_p < 1:
+        ordered, entries = probabilities.sort(dim=-1, descending=True)
+        before = ordered.cumsum(dim=-1) - ordered
+        probabilities = torch.zeros_like(probabilities).scatter(
+            -1, entries, torch.where(before < top_p, ordered, 0.0)
+        )
+    return torch.multinomial(probabilities, 1, generator=generator)
 
 
 class _Openings:
@@ -216,7 +210,7 @@ def _texts(
     openings: _Openings,
     length: int,
     window: int,
-    draw: _Draw,
+    draw: Callable[[Tensor], Tensor],
     *,
     show: Callable[[int], None],
 ) -> tuple[Tensor, Tensor]:

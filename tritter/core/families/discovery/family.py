@@ -48,7 +48,6 @@ from tritter.core.families.discovery.configs import (
     with_decoder,
 )
 from tritter.core.families.discovery.skeleton import (
-    Place,
     Skeleton,
     expert_of,
     in_layer,
@@ -72,7 +71,7 @@ from tritter.core.families.discovery.twin import (
     small_sizes,
 )
 from tritter.core.families.family import Family, scaled_eps
-from tritter.core.families.logical import Axis, Fused, LogicalTensor, Port, Space
+from tritter.core.families.logical import Axis, LogicalTensor, Place, Port, Space
 from tritter.errors import Problem, RequestError
 from tritter.terminal import status
 
@@ -443,7 +442,7 @@ class DiscoveredFamily(Family):
             axes=axes,
             layers="none" if layer is None else "all",
             live_name="" if is_block else live,
-            fused=Fused(live, place.block, place.num_blocks) if is_block else None,
+            fused=replace(place, name=live) if is_block else None,
             layer=layer,
             expert=expert,
         )

@@ -24,6 +24,7 @@ from tritter.core.families.discovery.configs import (
     quiet,
     reason_of,
 )
+from tritter.core.families.logical import Place
 from tritter.errors import RequestError
 from tritter.storage.tensors import is_computed
 
@@ -54,23 +55,6 @@ class Skeleton:
             if (split := in_layer(name, self.layers)) is not None:
                 found.setdefault(split[0], set()).add((split[1], shape))
         return tuple(frozenset(found[layer]) for layer in sorted(found))
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Location in memory of a tensor on disk.
-
-    Args:
-        name: template of its name in memory.
-        block: index of its block of rows, among blocks of equal size.
-        num_blocks: number of blocks; of one expert if the tensor in memory stacks experts.
-        is_stacked: the tensor in memory stacks experts.
-    """
-
-    name: str
-    block: int = 0
-    num_blocks: int = 1
-    is_stacked: bool = False
 
 
 def in_layer(name: str, layers: str) -> tuple[int, str] | None:
