@@ -82,24 +82,24 @@ TORCH_ONLY_ROOMS = {"core.parameter_map", "core.stock_routers"}  # the standard 
 # Room → most files and lines: both may only fall, until the redesign of issue 25 ends
 RATCHET = {
     "(top)": (13, 2_293),
-    "checkpoints": (12, 3_198),
+    "checkpoints": (12, 3_167),
     "cli": (22, 6_066),
-    "config": (19, 5_307),
-    "core": (38, 12_135),
-    "data": (26, 9_226),
-    "evaluation": (17, 4_386),
+    "config": (19, 5_302),
+    "core": (37, 12_053),
+    "data": (26, 9_221),
+    "evaluation": (15, 4_317),
     "integrations": (2, 775),
-    "methods": (50, 12_417),
-    "pipeline": (33, 7_469),
-    "planning": (9, 2_209),
-    "report": (15, 4_208),
-    "storage": (10, 2_120),
-    "training": (19, 5_108),
-    "transform": (6, 1_875),
+    "methods": (48, 12_332),
+    "pipeline": (32, 7_388),
+    "planning": (9, 2_149),
+    "report": (15, 4_201),
+    "storage": (10, 2_101),
+    "training": (17, 5_071),
+    "transform": (6, 1_862),
 }
 # What there is to know; both may only fall: names of modules without an underscore, and classes
 # that only hold values
-MAX_PUBLIC_NAMES, MAX_RECORDS = 1_899, 343
+MAX_PUBLIC_NAMES, MAX_RECORDS = 1_867, 325
 # Capability → its modules, and most other modules that import them; the figures may only fall
 CAPABILITIES: dict[str, tuple[int, tuple[str, ...]]] = {
     "LoRA experts": (27, (
@@ -108,7 +108,7 @@ CAPABILITIES: dict[str, tuple[int, tuple[str, ...]]] = {
     )),
     "mixture of experts": (23, (
         "methods.moe_routing", "core.expansions.moe", "core.expansions.moe_add",
-        "core.expansions.moe_children", "core.expansions.partners", "core.stock_routers",
+        "core.expansions.moe_children", "core.stock_routers",
         "pipeline.moe", "pipeline.stages.appended", "planning.upcycling", "transform.children",
     )),
     "growth": (5, ("methods.growth", "report.growth")),
@@ -119,7 +119,7 @@ CAPABILITIES: dict[str, tuple[int, tuple[str, ...]]] = {
     "discovery": (7, ("core.expansions.on_twin", "core.families.discovery")),
     "context": (6, ("core.expansions.context", "pipeline.windows")),
 }  # fmt: skip
-MAX_LONELY_MODULES = 25  # with a single caller, which is in their own room
+MAX_LONELY_MODULES = 23  # with a single caller, which is in their own room
 
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}
 MAX_FILE_LINES = 800

@@ -1,5 +1,6 @@
 """A folder opened for reading: ties that its files cut."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,11 @@ from safetensors.torch import load_file, save_file
 from tests import oracle
 from tritter.checkpoints import Source
 from tritter.core.expansions import LlamaPro
+from tritter.core.families import Model
 from tritter.core.models import read_model
 from tritter.errors import TritterError
+from tritter.storage.hashing import DigestQueue
+from tritter.storage.tensors import TensorFolder
 from tritter.transform import expand
 
 
@@ -39,3 +43,23 @@ def test_a_head_that_the_files_untie_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TritterError, match=r"lm_head\.weight differs .* tie_word_embeddings"):
         expand(folder, tmp_path / "grown", [LlamaPro()])
     assert not (tmp_path / "grown").exists()
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+def test_a_source_that_changes_behind_its_hash_gives_no_result(
+    tmp_path: Path, is_open: bool
+) -> None:
+    """Bytes are hashed ahead of being read: the record would name another source."""
+    folder = oracle.saved(oracle.tiny_llama(), tmp_path / "source")
+    ahead, digests = TensorFolder.open(folder), DigestQueue()
+    digests.begin(ahead.raw(), files=[folder / "model.safetensors"])
+    while len(digests.results()) < len(ahead):
+        pass
+    config = read_model(folder).config
+    source = Source.open(folder, Model(config)) if is_open else None
+    tensors = {name: each + 1 for name, each in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    source = replace(source or Source.open(folder, Model(config)), digests=digests)
+    with pytest.raises(TritterError, match=r"model\.safetensors has changed"):
+        expand(source, tmp_path / "result", [LlamaPro()])
+    assert not (tmp_path / "result").exists()

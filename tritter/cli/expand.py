@@ -250,7 +250,7 @@ def expand(
             raise RequestError(job.obstacle(overwrite=overwrite))
         with closing(job.source.digests) as digests:
             if not (dry_run or is_trained):
-                digests.begin(job.source.tensors.raw())
+                digests.begin(job.source.tensors.raw(), files=job.source.tensors.paths)
             with loading("torch"):
                 import tritter.transform  # noqa: F401 # while digests are computed
             with note_if_written(job.destination):

@@ -169,9 +169,10 @@ def _body(path: Path, _version: int) -> Mapping[str, object]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         message = " ".join(str(error).split())
         raise RequestError(f"{path} is not valid YAML: {message}") from error
-    if not isinstance(body, Mapping):
+    if not isinstance(body, dict):
         raise RequestError(f"{path} has no keys.")
-    return {key: value for key, value in body.items() if key != "defaults"}
+    body.pop("defaults", None)
+    return body
 
 
 def _search_path_folder(entry: str) -> Path:

@@ -109,6 +109,11 @@ def _completed_future(digest: str) -> Future[str]:
     return found
 
 
+def _stamp(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
 class DigestQueue:
     """Checksums of tensors, computed in a worker thread while the caller continues.
 
@@ -121,6 +126,7 @@ class DigestQueue:
         self._lock = Lock()
         self._room = BoundedSemaphore(_MAX_WAITING)
         self._are_added, self._is_over = Event(), Event()
+        self._stamps: dict[Path, tuple[int, int]] = {}
 
     @classmethod
     def of(cls, digests: Mapping[str, str]) -> DigestQueue:
@@ -130,14 +136,16 @@ class DigestQueue:
             queue._digests[name] = _completed_future(digest)
         return queue
 
-    def begin(self, tensors: Iterable[RawTensor]) -> None:
+    def begin(self, tensors: Iterable[RawTensor], *, files: Iterable[Path]) -> None:
         """Hash tensors one by one until the first `add` or `close`.
 
         Errors are ignored here; reading the same tensors for `add` raises them again.
 
         Args:
             tensors: Tensors that will be added later.
+            files: That contain them, and must be the same when they are added.
         """
+        self._stamps = {path: _stamp(path) for path in files}
         self._worker.submit(self._hash_ahead, tensors)
 
     def close(self) -> None:
@@ -161,7 +169,14 @@ class DigestQueue:
         return self._digests[name].result()
 
     def results(self) -> dict[str, str]:
-        """Wait for all added tensors and return their checksums by name."""
+        """Wait for all added tensors and return their checksums by name.
+
+        Raises:
+            TritterError: A file has changed since it was hashed ahead.
+        """
+        for path, stamp in self._stamps.items():
+            if _stamp(path) != stamp:
+                raise TritterError(f"{path} has changed since it was hashed.")
         return {name: digest.result() for name, digest in dict(self._digests).items()}
 
     def _hash_ahead(self, tensors: Iterable[RawTensor]) -> None:

@@ -146,6 +146,11 @@ class TensorFolder(Mapping[str, "Tensor"]):
         """Tensor name → file name."""
         return {name: header.file for name, header in self.headers.items()}
 
+    @property
+    def paths(self) -> set[Path]:
+        """The files that contain the tensors."""
+        return {self.folder / header.file for header in self.headers.values()}
+
     def __getitem__(self, name: str) -> Tensor:
         return TensorReader(self).get(name)
 

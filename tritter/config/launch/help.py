@@ -134,7 +134,8 @@ def _of_group(group: str, names: str, files: Options) -> str:
                 f"{group} = {name}: no such option; available: {', '.join(files[group])}.{near}"
             )
         lines = path.read_text(encoding="utf-8").splitlines()
-        body = [line for line in lines if not line.startswith("#") and "_target_:" not in line]
+        unread = ("#",) if group == "experiment" else ("#", "defaults:", "  - override /")
+        body = [line for line in lines if not line.startswith(unread) and "_target_:" not in line]
         blocks.append(f"{group}={path.stem}: {description(path)}\n" + "\n".join(body))
     return "\n\n".join(blocks)
 

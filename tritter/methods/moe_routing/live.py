@@ -204,13 +204,13 @@ def adapt_router(
     if router_update == "retrain":
         redraw_rows(model, experts, seed=seed)
     if router_update != "frozen":
+        batches = LoaderBatches(domain_dataloader, epochs, replay=replay)
         objective = RoutingObjective(
             model,
             RoutingOptions(auxiliary_loss=auxiliary_loss, z_loss=z_loss),
             encouragement=encouragement,
             new_experts=experts,
         )
-        batches = LoaderBatches(domain_dataloader, epochs, replay=replay)
         own = derived_seed(seed, "routers")
         with only_trainable(model, is_router):
             _train(
