@@ -21,7 +21,7 @@ from tritter.launched import Launch
 from tritter.methods.experts.adapters import is_of_adapter
 from tritter.planning import run_memory as memory
 from tritter.planning.run_memory import (
-    TrainingMemory,
+    RunMemory,
     memory_line,
     memory_notes,
     memory_problems,
@@ -39,7 +39,7 @@ def has(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return lambda size: monkeypatch.setattr(memory, "machine_memory", lambda: size)
 
 
-def held(*words: str) -> dict[str, TrainingMemory]:
+def held(*words: str) -> dict[str, RunMemory]:
     config = load_config([*words])
     return {each.model: each for each in training_needs(config, base_model(config))}
 

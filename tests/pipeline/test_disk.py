@@ -353,8 +353,8 @@ def end_after(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch, *, is_befo
     [
         pytest.param(trained, "_unlink_weights", False, id="start removed, result not written"),
         pytest.param(trained, "accept", True, id="result written, not verified"),
-        pytest.param(disk, "strip", True, id="marked, not removed"),
-        pytest.param(disk, "strip", False, id="one removed"),
+        pytest.param(disk, "_strip", True, id="marked, not removed"),
+        pytest.param(disk, "_strip", False, id="one removed"),
     ],
 )
 def test_a_run_that_ends_around_a_removal_goes_on_to_the_same_files(

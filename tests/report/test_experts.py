@@ -26,7 +26,7 @@ from tritter.report.experts import (
     page_tables,
     usage_table,
 )
-from tritter.report.figures import Comparison
+from tritter.report.figures import GroupFigures
 from tritter.report.page import page
 from tritter.report.plots import plot_run
 from tritter.report.runs import group_runs, with_controls
@@ -174,7 +174,7 @@ def test_page_and_plots_have_them_where_there_are_some(summary: dict[str, Any], 
     assert "60 evicted expert_2 least used" in words
     assert "experts trainable share parameters" in words and "2 3.1 % 532 k" in words
     plain = run_of(summary, "plain", 1)
-    found = Comparison(group_runs([one, plain, run_of(made, "again", 2)])).figures()["experts"]
+    found = GroupFigures(group_runs([one, plain, run_of(made, "again", 2)])).figures()["experts"]
     assert [figure.axes[0].get_title() for figure in found] == [
         f"{name}: routing by domain: mean gate [%]" for name in ("one", "again")
     ]

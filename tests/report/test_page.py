@@ -17,7 +17,7 @@ from tests.report.growing import growth
 from tests.report.test_runs import SETTINGS
 from tests.report.test_tables import ungated
 from tritter.report.drawing import DPI, label_rows, panel
-from tritter.report.figures import _MAX_PANELS, Comparison
+from tritter.report.figures import _MAX_PANELS, GroupFigures
 from tritter.report.page import page
 from tritter.report.runs import Curve, Run, group_runs
 from tritter.report.summary import Summary
@@ -118,12 +118,12 @@ def _lab(color: str) -> np.ndarray:
 def test_eleven_groups_have_eleven_distinguishable_colours(summary: dict[str, Any]) -> None:
     made = Summary.of(summary)
     eleven = [Run(str(n), made, SETTINGS | {"training.learning_rate": n}) for n in range(11)]
-    colours = [line.color for line in Comparison(group_runs(eleven)).lines]
+    colours = [line.color for line in GroupFigures(group_runs(eleven)).lines]
     assert len(set(colours)) == 11
     for one, other in combinations(colours, 2):
         assert np.linalg.norm(_lab(one) - _lab(other)) > 25, (one, other)  # CIE76; 2.3 is visible
     many = [Run(str(n), made, SETTINGS | {"training.learning_rate": n}) for n in range(60)]
-    styles = [(line.color, line.marker) for line in Comparison(group_runs(many)).lines]
+    styles = [(line.color, line.marker) for line in GroupFigures(group_runs(many)).lines]
     assert len(set(styles)) == 60
 
 
@@ -136,7 +136,7 @@ def test_labels_are_whole(summary: dict[str, Any]) -> None:
     for group in groups:
         assert all(f"{key.removeprefix('training.')}=" in group.name for key in keys)
         assert group.name in text
-        (figure, *_) = Comparison(groups).figures()["changes"]
+        (figure, *_) = GroupFigures(groups).figures()["changes"]
         labels = [each.get_text().replace("\n", " ") for each in figure.axes[0].texts]
         assert group.name in labels
 
@@ -223,7 +223,7 @@ def test_a_run_alone_has_a_mark_for_each_pair_of_domains(summary: dict[str, Any]
     run = run_of(summary | {"baseline": scores, "domains": domains}, "one", 0)
     other = replace(run, name="other", settings=run.settings | {"training.learning_rate": 2})
     (alone,), (both,) = (
-        Comparison(group_runs(each)).figures()["tradeoff"] for each in ([run], [run, other])
+        GroupFigures(group_runs(each)).figures()["tradeoff"] for each in ([run], [run, other])
     )
     notes = {text.get_text(): text.xy[1] for text in alone.axes[0].texts}
     assert notes == {"poems": pytest.approx(10), "law": pytest.approx(110)}
@@ -251,13 +251,13 @@ def test_hostile_names_and_numbers_have_figures(summary_with_control: dict[str, 
 def test_as_much_is_drawn_as_a_picture_can_hold(summary: dict[str, Any]) -> None:
     made = Summary.of(summary)
     many = [Run(str(n), made, SETTINGS | {"training.learning_rate": n}) for n in range(50)]
-    changes = Comparison(group_runs(many)).figures()["changes"]
+    changes = GroupFigures(group_runs(many)).figures()["changes"]
     assert all(max(each.get_size_inches()) * DPI < 2**12 for each in changes)
     assert "the first 40 groups" in page(many, title="many")[0]
     scores = {f"d{number}": summary["baseline"]["prose"] for number in range(60)}
     domains = {"old": list(scores), "new": []}
     wide = summary | {"baseline": scores, "domains": domains, "attempts": [{"final": scores}]}
-    drawn = Comparison(group_runs([Run("a", Summary.of(wide), SETTINGS)])).figures()
+    drawn = GroupFigures(group_runs([Run("a", Summary.of(wide), SETTINGS)])).figures()
     assert len(drawn["changes"]) == _MAX_PANELS
 
 

@@ -21,7 +21,7 @@ _DEFAULT_DOMAIN = "new"
 
 
 @dataclass(frozen=True, slots=True)
-class DomainText:
+class DomainRun:
     """New and old data (domain → absolute paths) and settings of the training run."""
 
     new: TextSources
@@ -36,7 +36,7 @@ def domain_text(
     old_data: Sequence[str] | None,
     steps: int | None,
     learning_rate: float | None,
-) -> DomainText:
+) -> DomainRun:
     """Return the data that the options name.
 
     Raises:
@@ -59,13 +59,13 @@ def domain_text(
     if name in old:
         raise RequestError(f"--domain = {name}: the old data already has this name.")
     rate = _DEFAULT_LEARNING_RATE if learning_rate is None else learning_rate
-    return DomainText(new, old, steps or _DEFAULT_STEPS, rate)
+    return DomainRun(new, old, steps or _DEFAULT_STEPS, rate)
 
 
 def check_domain(
     specs: Sequence[ExpansionSpec],
     settings: Settings,
-    text: DomainText | None,
+    text: DomainRun | None,
     *,
     is_measured: bool | None,
 ) -> None:

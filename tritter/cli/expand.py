@@ -12,7 +12,7 @@ import typer
 
 from tritter.cli.domain_data import (
     SHARD_BYTES,
-    DomainText,
+    DomainRun,
     check_domain,
     domain_text,
     token_sources,
@@ -579,7 +579,7 @@ def _expand(job: _Job, *, measures: bool, overwrite: bool, is_quiet: bool) -> _R
     return _Result(job=job, plan=plan, lineage=made.lineage, measured=next(iter(measured), None))
 
 
-def _expand_and_train(job: _Job, text: DomainText, *, overwrite: bool, is_quiet: bool) -> _Result:
+def _expand_and_train(job: _Job, text: DomainRun, *, overwrite: bool, is_quiet: bool) -> _Result:
     """Add the experts and train them. After an error no output remains."""
     from tritter.cli.measure import Measurement
     from tritter.pipeline.domain import DomainTask, expand_for_domain

@@ -32,7 +32,7 @@ _FEWER_BYTES: Literal["bf16-true"] = "bf16-true"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingMemory:
+class RunMemory:
     """Memory requirements of one training run, in bytes.
 
     Args:
@@ -190,7 +190,7 @@ def side_by_side_problems(
     return []
 
 
-def training_needs(config: RunRequest, source: Model) -> Iterator[TrainingMemory]:
+def training_needs(config: RunRequest, source: Model) -> Iterator[RunMemory]:
     """Yield the memory requirements of training the base, the grown model and the control."""
     if config.model.model_type != "hf":
         yield _training_need(config, source, name="the base")
@@ -292,7 +292,7 @@ def _training_need(
     name: str,
     before: Model | None = None,
     trained: int | None = None,
-) -> TrainingMemory:
+) -> RunMemory:
     trainer = config.trainer
     processes, shares = trainer.devices if trainer.strategy != "auto" else 1, _num_processes(config)
     length, limit = config.data.sequence_length, model.position_limit
@@ -329,7 +329,7 @@ def _training_need(
         states += kind.num_trained(options, model) * (2 * of_one + moments // count)
     elif trained is not None:
         states = memory.parameters_bytes + of_one * trained + moments * trained // count
-    return TrainingMemory(
+    return RunMemory(
         model=name,
         parameters=count,
         states=-(-states // shares) if trainer.strategy == "fsdp" else states,
@@ -356,7 +356,7 @@ def _copies(one: Component) -> int:
 
 def _worst(
     config: RunRequest, source: Model, *, with_activations: bool = False
-) -> tuple[TrainingMemory, _Use] | None:
+) -> tuple[RunMemory, _Use] | None:
     """Return the training run with the largest excess and the memory; None if all fit."""
     over = [
         (need, use)
@@ -367,7 +367,7 @@ def _worst(
     return max(over, key=lambda each: each[1].needed, default=None)
 
 
-def _memory_uses(config: RunRequest, need: TrainingMemory, activations: int) -> Iterator[_Use]:
+def _memory_uses(config: RunRequest, need: RunMemory, activations: int) -> Iterator[_Use]:
     """Yield the use of GPU and host memory, if their sizes are known."""
     import torch
 

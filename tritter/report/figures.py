@@ -71,7 +71,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class GroupFigures:
     """Groups of runs and their controls, each with a style; a control has that of its group."""
 
     MAX_GROUPS: ClassVar[int] = 40  # in figures with a row per group; the table has all

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from tritter import __version__
 from tritter.report.drawing import DPI, new_figure, wrap_text
 from tritter.report.experts import experts_text, page_tables, share_text
-from tritter.report.figures import Comparison, Line
+from tritter.report.figures import GroupFigures, Line
 from tritter.report.growth import events_table, growth_table, growth_text
 from tritter.report.matrix import transfer_table
 from tritter.report.rows import change_text, has_new_tokens
@@ -109,7 +109,7 @@ def page(
         tables: Title → table, shown after the table of all runs.
     """
     groups = group_runs(runs)
-    compared = Comparison(groups)
+    compared = GroupFigures(groups)
     lines, drawn = compared.lines, compared.figures()
     pictures = {name: [_png(figure) for figure in found] for name, found in drawn.items()}
     environment = Environment(
@@ -170,12 +170,12 @@ def _subtitle(groups: Sequence[Group]) -> str:
     lead += ". Losses are in nats per token, changes of a loss are per byte."
     if any(has_new_tokens(run.summary) for group in groups for run in group.runs):
         lead += " Curves of runs with another tokenizer can't be compared."
-    if len(with_controls(groups)) > Comparison.MAX_GROUPS:
-        lead += f" The figures of changes and cost show the first {Comparison.MAX_GROUPS} groups."
+    if len(with_controls(groups)) > GroupFigures.MAX_GROUPS:
+        lead += f" The figures of changes and cost show the first {GroupFigures.MAX_GROUPS} groups."
     return lead
 
 
-def _caption(name: str, compared: Comparison) -> str:
+def _caption(name: str, compared: GroupFigures) -> str:
     parts = [_CAPTIONS[name]]
     if name in _WITH_SEEDS:
         if any(len(line.group.seeds) >= MIN_SEEDS for line in compared.lines):
@@ -189,7 +189,7 @@ def _caption(name: str, compared: Comparison) -> str:
     return " ".join(filter(None, parts))
 
 
-def _group_table(compared: Comparison) -> Table:
+def _group_table(compared: GroupFigures) -> Table:
     """Return a row per group: seeds, verdicts, each domain's change, cost."""
     changes = (f"{domain} ({role}) [%]" for domain, role in compared.domains)
     header = ("group", "seeds", "status", *changes, "FLOPs", "seconds")
@@ -216,7 +216,7 @@ def _statuses(group: Group) -> str:
     return ", ".join(f"{number} {status}" for status, number in counts.items())
 
 
-def _difference_table(compared: Comparison) -> Table:
+def _difference_table(compared: GroupFigures) -> Table:
     """Return a row per group: the differences to the reference, paired by seed."""
     reference, domains = compared.reference, compared.domains
     others = [line.group for line in compared.lines if line.group is not reference]

@@ -136,14 +136,14 @@ class DigestQueue:
             queue._digests[name] = _completed_future(digest)
         return queue
 
-    def begin(self, tensors: Iterable[RawTensor], *, files: Iterable[Path]) -> None:
+    def begin(self, tensors: Iterable[RawTensor], *, files: Iterable[Path] = ()) -> None:
         """Hash tensors one by one until the first `add` or `close`.
 
         Errors are ignored here; reading the same tensors for `add` raises them again.
 
         Args:
             tensors: Tensors that will be added later.
-            files: That contain them, and must be the same when they are added.
+            files: That contain them, and must not change before they are added. Default: none.
         """
         self._stamps = {path: _stamp(path) for path in files}
         self._worker.submit(self._hash_ahead, tensors)

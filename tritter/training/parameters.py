@@ -145,7 +145,7 @@ def reshard_layers(model: nn.Module) -> None:
         model.reshard()
 
 
-def gather(model: nn.Module, *, is_kept: bool) -> None:
+def gather_shards(model: nn.Module, *, is_kept: bool) -> None:
     """Gather the whole weights of a sharded model on the CPU, after training.
 
     All processes must call it.

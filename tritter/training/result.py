@@ -27,7 +27,7 @@ from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 from tritter.training.forgetting_method import ForgettingMethod
 from tritter.training.gradient_flow import GradientFlow
 from tritter.training.module import BaseModule, base_of
-from tritter.training.parameters import gather, is_sharded, live_layout, local_shard
+from tritter.training.parameters import gather_shards, is_sharded, live_layout, local_shard
 
 _ROUTING = "RoutingCallback"  # saves the routers' offsets and biases
 
@@ -252,7 +252,7 @@ class Conclusion(Callback):
         error: TritterError | None = None
         module = base_of(pl_module)
         if is_sharded(module.model):
-            gather(module.model, is_kept=trainer.is_global_zero)
+            gather_shards(module.model, is_kept=trainer.is_global_zero)
         elif trainer.is_global_zero:
             module.model.to("cpu")
         if trainer.is_global_zero:

@@ -401,7 +401,7 @@ class ExpertFolder:
             head=files.head,
             adapters={n: read_adapter(folder / EXPERTS_FOLDER / n) for n in files.head.adapters},
             routers=tuple((weight, bias) for weight, bias in routers),
-            counts=tensors[_COUNTS],
+            counts=tensors.get(_COUNTS),
             extra=extra,
         )
         try:
