@@ -165,12 +165,12 @@ class TensorFolder(Mapping[str, "Tensor"]):
 
     def raw(self) -> Iterator[RawTensor]:
         """Yield the memory-mapped bytes of every tensor, without importing torch."""
-        for file_name in sorted(set(self.files.values())):
-            with open_file(self.folder / file_name) as file:
+        for path in sorted(self.paths):
+            with open_file(path) as file:
                 start = 8 + int.from_bytes(file.read(8), "little")
                 entries = json.loads(file.read(start - 8))
                 content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            names = (name for name, header in self.headers.items() if header.file == file_name)
+            names = (name for name, header in self.headers.items() if header.file == path.name)
             spans = {name: entries[name]["data_offsets"] for name in names}
             for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
                 header = self.headers[name]
