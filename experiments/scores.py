@@ -13,7 +13,7 @@ from tritter.evaluation.benchmarks.files import TasksFolder, load
 from tritter.evaluation.benchmarks.formats import BENCHMARKS
 from tritter.evaluation.benchmarks.harness import EvalOptions, score_benchmark
 from tritter.evaluation.statistics import PairedScores, drop_in_points, relative_forgetting
-from tritter.methods.experts.whole import load_whole
+from tritter.methods.whole import load_whole
 from tritter.storage.atomic import write_text_atomic
 
 CHAT = ", chat"  # ends the name of a measure that renders prompts with the chat template

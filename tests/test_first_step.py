@@ -1,4 +1,4 @@
-"""How much of Tritter a run passes before its first training step: what a reader has to follow."""
+"""How much of Tritter a run passes before its first training step, and `tritter expand` at all."""
 
 import json
 import subprocess
@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests import oracle
 
 ROOT = Path(__file__).parents[1]
 WORDS = (
@@ -38,7 +40,27 @@ sys.setprofile(note)
 runpy.run_path(program, run_name="__main__")
 """
 # Most functions and files: both may only fall (issue 42 raised them by `Model` and `Stage`)
-AT_MOST = {"nothing in the cache": (1_079, 107), "base from the cache": (1_641, 137)}
+AT_MOST = {"nothing in the cache": (1_075, 106), "base from the cache": (1_640, 137)}
+
+# Runs `tritter` with the given words; prints the number of its functions and of their calls
+COUNTED = """
+import collections, json, sys
+root, calls = sys.argv.pop(1), collections.Counter()
+
+def note(frame, event, _):
+    code = frame.f_code
+    if event == "call" and code.co_flags & 1 and code.co_filename.startswith(root):
+        calls[code] += 1
+
+from tritter.cli.main import app
+sys.setprofile(note)
+try:
+    app()
+finally:
+    sys.setprofile(None)
+    print(json.dumps((len(calls), calls.total())))
+"""
+EXPAND_AT_MOST = 676, 11_600  # functions and calls, for a Llama of three layers; may only fall
 
 
 @pytest.mark.full
@@ -56,3 +78,17 @@ def test_few_functions_lead_to_the_first_training_step(tmp_path, capsys):
         with capsys.disabled():
             print(f"\n{name}: {functions} functions in {files} files")
         assert functions <= AT_MOST[name][0] and files <= AT_MOST[name][1]
+
+
+@pytest.mark.full
+def test_few_calls_expand_a_small_model(tmp_path, capsys):
+    source = oracle.saved(oracle.tiny_llama(num_hidden_layers=3), tmp_path / "source")
+    words = ("expand", str(source), "--output", str(tmp_path / "out"))
+    own = ("--method", "width", "--hidden-size", "36", "--num-heads", "6")
+    code = [sys.executable, "-c", COUNTED, f"{ROOT}/tritter/"]
+    done = subprocess.run([*code, *words, *own], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    functions, calls = json.loads(done.stdout.splitlines()[-1])
+    with capsys.disabled():
+        print(f"\ntritter expand: {functions} functions, {calls} calls")
+    assert functions <= EXPAND_AT_MOST[0] and calls <= EXPAND_AT_MOST[1]

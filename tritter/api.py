@@ -198,7 +198,7 @@ def _expand_checkpoint(
     seed: int,
     overwrite: bool,
 ) -> PreTrainedModel | Path:
-    from tritter.checkpoints.expert_files import refuse_experts
+    from tritter.checkpoints.location import require_plain
     from tritter.storage.hub import locate
 
     folder = locate(fspath(source), key="source")
@@ -206,7 +206,7 @@ def _expand_checkpoint(
         return _expand_folder(folder, output, specs, seed, overwrite, {}).folder
     with loading("transformers"):
         from tritter.transform.live import ModelExpander
-    refuse_experts(folder, doing="an expansion", key="source")
+    require_plain(folder, doing="an expansion", key="source")
     return cast("PreTrainedModel", ModelExpander(specs, seed=seed).expand(load(folder)))
 
 
@@ -312,7 +312,7 @@ def load(path: StrPath, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
         import torch
 
         from tritter.core.models import read_model
-        from tritter.methods.experts.whole import load_whole
+        from tritter.methods.whole import load_whole
         from tritter.storage.tensors import TensorFolder
 
     if dtype is None:

@@ -38,7 +38,7 @@ from tritter.core.families import Model, training_flops  # noqa: E402
 from tritter.core.models import load_model, load_tokenizer  # noqa: E402
 from tritter.data.packing import labels_of  # noqa: E402
 from tritter.evaluation.statistics import PairedScores  # noqa: E402
-from tritter.methods.experts.whole import load_whole  # noqa: E402
+from tritter.methods.whole import load_whole  # noqa: E402
 from tritter.pipeline.base import schedule_of  # noqa: E402
 from tritter.pipeline.ledger import Ledger  # noqa: E402
 from tritter.pipeline.run import Run  # noqa: E402
@@ -204,7 +204,8 @@ def with_peft(options: Any, seed: int, folder: Path) -> dict[str, Any]:
     context = Run(config=config, folder=folder, console=Console(quiet=True), ledger=Ledger(folder))
     base = context.data.masked(load_model(options.model))
     lora = config.experts.options
-    rate = config.experts.kind(lora).peak_rate(context.data.model)
+    method = config.experts.kind(**config.experts.arguments)
+    rate = method.peak_rate(config.training.learning_rate, context.data.model)
     context.score(base, "baseline")
     adapter = LoraConfig(
         r=lora.rank,

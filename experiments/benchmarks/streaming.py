@@ -65,7 +65,7 @@ def write_source(
     Args:
         is_repeated: tensors of one shape hold the same numbers, which are drawn once.
     """
-    from tritter.core.families import LLAMA, Config, llama_config
+    from tritter.core.families import Config, Model, llama_config
 
     def config_of(layers: int) -> Config:
         return llama_config(
@@ -82,7 +82,7 @@ def write_source(
             initializer_range=0.02,
         )
 
-    one, two = (2 * LLAMA.count_parameters(config_of(layers)) for layers in (1, 2))
+    one, two = (2 * Model(config_of(layers)).num_parameters for layers in (1, 2))
     layers = max(2, (megabytes * MEGABYTE - one) // (two - one) + 1)
     write_random(
         folder, config_of(layers), shards=max(2, megabytes // 250), is_repeated=is_repeated
@@ -96,13 +96,14 @@ def write_random(
     import torch
     from safetensors.torch import save_file
 
-    from tritter.core.families import LLAMA
+    from tritter.core.families import Model
 
     config = {**config, "dtype": "bfloat16"}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(0)
-    tensors, shapes = LLAMA.logical_tensors(config), LLAMA.shapes(config)
+    model = Model(config)
+    tensors, shapes = model.tensors, model.shapes
     bounds = [len(tensors) * part // shards for part in range(shards + 1)]
     weight_map: dict[str, str] = {}
     drawn: dict[torch.Size, torch.Tensor] = {}

@@ -43,7 +43,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("it began to work")
 
     for name in (
-        "methods.experts.whole.load_whole",
+        "methods.whole.load_whole",
         "cli.compare.read_runs",
         "cli.report.read_runs",
     ):

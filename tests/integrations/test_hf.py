@@ -577,6 +577,8 @@ def test_the_gate_compares_before_and_after(tmp_path: Path, tokenizer: Any) -> N
         (["ewcc"], "Did you mean ewc"),
         (["ewc", "ewc"], "once"),
         ([Freeze()], "requires_grad_"),
+        ([Widening()], "its hook peak_rate needs train.py"),
+        ([Widening()], "its hook load needs train.py"),
         ([Widening()], "its hook attach needs train.py"),
         ([Replay(fraction=0.75), SelfReplay()], "the sum must be below 1"),
         ([Distill(rows="old")], "no method replays"),

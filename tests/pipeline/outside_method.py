@@ -8,7 +8,7 @@ import torch
 from lightning import Callback
 from torch import Tensor, nn
 
-from tritter.checkpoints import ExpansionRecord
+from tritter.checkpoints import ExpansionRecord, Source
 from tritter.core.expansions import Width
 from tritter.core.families import Model
 from tritter.core.parameter_map import Quantity
@@ -156,7 +156,19 @@ class Widening(ForgettingMethod):
     whole_weights = "each process has a shard"
     last_weights = "the best weights may be narrow"
 
+    loaded: ClassVar[list[str]] = []  # folders of checkpoints
+
+    def peak_rate(self, configured: float, base: Model) -> float:
+        return 0.5 * configured
+
+    def load(self, source: Source) -> nn.Module:
+        self.loaded.append(source.folder.name)
+        model = super().load(source)
+        model.register_buffer("loaded_by_widening", torch.ones(()), persistent=False)
+        return model
+
     def attach(self, trainee: Trainee, setting: Setting) -> None:
+        assert hasattr(trainee.model, "loaded_by_widening")
         assert setting.max_steps > 3 and set(setting.base_sequences()) == {"old"}
         trainee.model.get_input_embeddings().requires_grad_(False)
         trainee.side_losses += (SmallLogits(),)

@@ -16,7 +16,7 @@ from tritter.checkpoints import read_lineage
 from tritter.errors import RequestError
 from tritter.methods.experts.mixture import mixture_on
 from tritter.methods.experts.module import ExpertModule
-from tritter.methods.experts.whole import load_whole
+from tritter.methods.whole import load_whole
 from tritter.pipeline import run_pipeline
 
 PLAIN = [w for w in TINY if not w.startswith("forgetting=")] + ["expansion=none", "forgetting=none"]
@@ -110,7 +110,7 @@ def test_tasks_and_a_checkpoint_that_is_gone_on_with(
     summary = run(tmp_path / "run", tmp_path / "cache", [*kept, *tasks, *DYLORA])
     message = capsys.readouterr().out
     assert "experts=dylora  seed=" in message
-    assert "mitigation: frozen base (learning rate 0.005)" in message
+    assert "learning rate 0.005; forgetting mitigation: none" in message
     events = summary["experts"]["events"]
     assert summary["experts"]["spawned"][0]["task"] == 0
     assert [event["step"] for event in events] == sorted(event["step"] for event in events)

@@ -21,7 +21,15 @@ from tritter.errors import RequestError
 from tritter.pipeline import run_pipeline
 from tritter.pipeline.stages import importance
 from tritter.targets import Component
-from tritter.training import BaseModule, ForgettingMethod, Needs, Setting, Trainee
+from tritter.training import (
+    BaseModule,
+    ForgettingMethod,
+    Needs,
+    Schedule,
+    Setting,
+    Trainee,
+    read_metrics,
+)
 from tritter.training.options import RULES
 from tritter.training.trainer import start_method
 from tritter.transform import Change
@@ -165,8 +173,12 @@ def test_what_it_does_not_need_is_not_made(
 WIDENING = Component(name=Widening.name, kind=Widening, options=Widening.Options())
 
 
-def test_it_changes_the_model_during_training_and_records_it(tmp_path: Path, cache: Path) -> None:
+def test_it_changes_the_model_during_training_and_records_it(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Widening, "loaded", [])
     summary = run(tmp_path, cache, "expansion=none", method=WIDENING)
+    assert Widening.loaded == ["baseline", "trained"]  # trained, and scored
     (added,) = summary["methods"]["widening"]["added"]
     before, after = (summary["parameters"][name] for name in ("baseline", "final"))
     assert added > 0 and after == before + added
@@ -179,6 +191,10 @@ def test_it_changes_the_model_during_training_and_records_it(tmp_path: Path, cac
     assert lineage is not None
     (record,) = lineage.expansion_history
     assert (record.method, record.target_config["intermediate_size"]) == ("widening", 80)
+    rates = [row.get("train/learning_rate") for row in read_metrics(tmp_path / "attempt_1")]
+    schedule = Schedule(learning_rate=0.0015, max_steps=6, warmup_ratio=0.05, shape="cosine")
+    expected = schedule.learning_rate * schedule.factor(5)  # half of 3e-3, at the last step
+    assert float(next(filter(None, rates))) == pytest.approx(expected)
     assert not any(verify(link) for link in read_chain(tmp_path / "checkpoint"))
 
 
@@ -194,6 +210,13 @@ def test_a_second_module_is_refused(tmp_path: Path, cache: Path) -> None:
     wrapping = Component(name="wrapping", kind=Wrapping, options=Wrapping.Options())
     with pytest.raises(RequestError, match=r"forgetting\.wrapping: only one method"):
         run(tmp_path, cache, "expansion=none", "experts=single_lora", method=wrapping)
+
+
+def test_a_second_way_of_loading_is_refused(cache: Path) -> None:
+    words = ("forgetting=none", "expansion=none", "experts=single_lora")
+    config = replace(load_config([*TINY, *words, f"cache_dir={cache}"]), forgetting=(WIDENING,))
+    reasons = {(each.key, str(each.value)): each.reason for each in method_problems(config)}
+    assert "only one method of a run can load" in reasons["forgetting", "widening"]
 
 
 @pytest.mark.full

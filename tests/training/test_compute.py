@@ -10,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.methods.moe_routing.test_objective import SEQUENCES, UNHELD, run
 from tests.oracle.families import SPARSE, generic, tiny
 from tritter.core.families import (
-    FAMILIES,
     Flops,
     Model,
     backward_flops,
@@ -74,7 +73,7 @@ def test_the_look_at_old_routing_and_what_is_held_are_in_the_cost_of_a_fit(tmp_p
 def test_trained_tensors_are_told_by_their_parameters(family: str) -> None:
     model = tiny(family)
     config = model.config.to_dict()
-    held = {tensor.name: tensor for tensor in FAMILIES[family].logical_tensors(config)}
+    held = {tensor.name: tensor for tensor in Model(config).tensors}
     assert trained_tensors(model) == set(held)
     with only_trainable(model, lambda tensor: tensor.layer == 1):
         assert trained_tensors(model) == {name for name in held if name.startswith("layers.1.")}

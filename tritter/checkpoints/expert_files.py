@@ -5,9 +5,8 @@ This module opens no tensors, so checkpoints can be copied, listed and checked w
 """
 
 import re
-import shlex
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from tritter.checkpoints.folder import EXPERTS_FOLDER, read_lineage
-from tritter.errors import Problem, RequestError, TritterError, brief, refused, show
+from tritter.errors import TritterError, brief, refused, show
 from tritter.limits import MAX_COUNT
 from tritter.storage.reading import check_links, read_object, require_file
 from tritter.storage.records import Count, WholeNumber, read_record, record
@@ -171,12 +170,8 @@ class ExpertFiles:
     num_parameters: Mapping[str, int]
 
     @classmethod
-    def read(cls, folder: Path, *, recorded: Collection[str] | None = None) -> "ExpertFiles | None":
-        """Return the experts of a folder, or None if there are none. Opens no tensor.
-
-        Args:
-            folder: the checkpoint folder.
-            recorded: files that the folder's lineage names; None if it was not read yet.
+    def read(cls, folder: Path) -> "ExpertFiles | None":
+        """Return the experts of a checkpoint folder, or None if there are none. Opens no tensor.
 
         Raises:
             TritterError: a file is missing, damaged, too large or of a newer format, or a link
@@ -185,7 +180,8 @@ class ExpertFiles:
         check_links(folder)
         path = folder / HEAD
         if not path.exists():
-            if HEAD in (_recorded(folder) if recorded is None else recorded):
+            lineage = read_lineage(folder)
+            if lineage is not None and HEAD in lineage.file_digests:
                 raise TritterError(f"{path} is missing; the experts in {folder} can't be read.")
             patterns = (*(f"{EXPERTS_FOLDER}/*/{file}" for file in ADAPTER_FILES), TENSORS)
             unlisted = [path for pattern in patterns for path in folder.glob(pattern)]
@@ -229,61 +225,22 @@ def _paths(head: ExpertsHead) -> Iterator[str]:
     yield from (HEAD, TENSORS)
 
 
-def _recorded(folder: Path) -> Collection[str]:
-    """Return the files that a folder's lineage names."""
-    lineage = read_lineage(folder)
-    return () if lineage is None else lineage.file_digests
-
-
-def experts_in(
-    folder: Path | None, *, key: str, recorded: Collection[str] | None = None
-) -> ExpertFiles | None:
+def experts_in(folder: Path | None, *, key: str) -> ExpertFiles | None:
     """Return the experts of a checkpoint, or None without experts or without a local folder.
 
     Args:
         folder: the checkpoint folder; None for a hub id.
         key: the key that named the folder.
-        recorded: see `ExpertFiles.read`.
 
     Raises:
-        RequestError: the expert files are damaged.
+        RequestError: the expert files or the lineage are damaged.
     """
     if folder is None or not folder.is_dir():
         return None
     try:
-        return ExpertFiles.read(folder, recorded=recorded)
+        return ExpertFiles.read(folder)
     except TritterError as error:
         raise refused(key, folder, str(error).rstrip(".")) from error
-
-
-def refuse_experts(
-    folder: Path, *, doing: str, key: str = "checkpoint", recorded: Collection[str] | None = None
-) -> None:
-    """Reject a checkpoint with experts for an operation that would drop or break them.
-
-    Args:
-        folder: the checkpoint folder.
-        doing: the operation, for example `an expansion`.
-        key: the key that named the folder.
-        recorded: see `ExpertFiles.read`.
-
-    Raises:
-        RequestError: the checkpoint has experts, or they are damaged. The message suggests an
-            alternative.
-        TritterError: the lineage is damaged, or has a newer format.
-    """
-    if recorded is None:
-        recorded = _recorded(folder)  # here, so that its errors are not blamed on the experts
-    if (files := experts_in(folder, key=key, recorded=recorded)) is not None:
-        reason = (
-            f"it contains experts ({', '.join(files.head.names)}) that require its unchanged base; "
-            f"{doing} would drop them"
-        )
-        advice = (
-            "merge them into a plain model first: tritter export --checkpoint "
-            f"{shlex.quote(str(folder))} --output MERGED --format hf --merge"
-        )
-        raise RequestError(Problem(key, folder, reason=reason, advice=advice))
 
 
 def check_names(names: Sequence[str]) -> None:

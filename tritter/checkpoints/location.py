@@ -6,6 +6,7 @@ reads much, moves or deletes anything.
 
 import os
 import re
+import shlex
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from tritter.checkpoints.card import CARD_NAME, LICENCE_FILES
-from tritter.checkpoints.expert_files import HEAD, TENSORS, refuse_experts
+from tritter.checkpoints.expert_files import HEAD, TENSORS, experts_in
 from tritter.checkpoints.folder import HEADER_MARK, TOKENIZER_FILES, lineage_of
 from tritter.checkpoints.record import Lineage, StateHead
 from tritter.checkpoints.state import KEPT_FILE, STATE_FOLDER
@@ -242,8 +243,32 @@ def checkpoint_model(
         reason = "it contains no tokenizer.json; save its tokenizer there with save_pretrained of "
         raise refused(key, path, f"{reason}transformers")
     if not with_experts:
-        refuse_experts(folder, doing="training", key=key)
+        require_plain(folder, doing="training", key=key)
     return model
+
+
+def require_plain(folder: Path, *, doing: str, key: str = "checkpoint") -> None:
+    """Refuse a checkpoint with LoRA experts for an operation that would drop or break them.
+
+    Args:
+        folder: the checkpoint folder.
+        doing: the operation, for example `an expansion`.
+        key: the key that named the folder.
+
+    Raises:
+        RequestError: the checkpoint has experts, or they or the lineage are damaged. The message
+            suggests an alternative.
+    """
+    if (files := experts_in(folder, key=key)) is not None:
+        reason = (
+            f"it contains experts ({', '.join(files.head.names)}) that require its unchanged base; "
+            f"{doing} would drop them"
+        )
+        advice = (
+            "merge them into a plain model first: tritter export --checkpoint "
+            f"{shlex.quote(str(folder))} --output MERGED --format hf --merge"
+        )
+        raise RequestError(Problem(key, folder, reason=reason, advice=advice))
 
 
 def teacher_problems(teacher: str, source: Model | None, *, key: str) -> Iterator[Problem]:

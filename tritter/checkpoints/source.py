@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -151,18 +151,13 @@ class Source:
     @cached_property
     def experts(self) -> ExpertFiles | None:
         """The LoRA experts of the checkpoint, or None."""
-        return ExpertFiles.read(self.folder, recorded=self.recorded_files)
+        return ExpertFiles.read(self.folder)
 
     @property
     def own_lineage(self) -> Lineage:
         """The lineage of a folder written by Tritter."""
         assert self.lineage is not None, f"{self.folder} has no lineage"
         return self.lineage
-
-    @property
-    def recorded_files(self) -> Collection[str]:
-        """Names of the files with a digest in the lineage."""
-        return () if self.lineage is None else self.lineage.file_digests
 
     @cached_property
     def state(self) -> State | None:

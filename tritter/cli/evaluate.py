@@ -250,7 +250,7 @@ def _read_model(folder: Path) -> nn.Module:
     import torch
 
     from tritter.core.models import non_finite_tensors
-    from tritter.methods.experts.whole import load_whole
+    from tritter.methods.whole import load_whole
 
     model = load_whole(folder)
     if broken := non_finite_tensors(model):

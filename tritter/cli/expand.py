@@ -358,7 +358,7 @@ def _resolve_job(
 ) -> _Job:
     """Locate source and destination and resolve the sizes of expansions. Writes nothing."""
     from tritter.checkpoints import Source
-    from tritter.checkpoints.expert_files import refuse_experts
+    from tritter.checkpoints.location import require_plain
     from tritter.core.expansions.specification import target_model
     from tritter.core.expansions.targets import reach_parameters
     from tritter.core.families.config_file import read_model_file
@@ -374,8 +374,7 @@ def _resolve_job(
 
             model = read_model(folder)
         source = Source.open(folder, model)
-        names = source.recorded_files
-        refuse_experts(folder, doing="an expansion", key="--checkpoint", recorded=names)
+        require_plain(folder, doing="an expansion", key="--checkpoint")
     if settings.target_params is not None:
         specs = reach_parameters(source.model, specs, settings.target_params)
     target = source.model

@@ -145,7 +145,7 @@ def _read_model(folder: Path, whole: Model) -> nn.Module:
     import torch
 
     from tritter.core.models import non_finite_tensors
-    from tritter.methods.experts.whole import load_whole
+    from tritter.methods.whole import load_whole
 
     is_known = whole.config.get("dtype") in WEIGHT_DTYPES
     dtype = getattr(torch, str(whole.config["dtype"])) if is_known else torch.float32

@@ -300,25 +300,26 @@ def _growth(source: Source) -> dict[str, str]:
 
 def _print_family(console: Console, source: Source, growth: Mapping[str, str]) -> None:
     """Print what can grow, and the axes of the tensors outside the layers and of each kind."""
-    family, config = source.model.family.widened(source.config), source.config
+    model = source.model.widened
+    family = model.family
     lines = [("family", f"{family.model_type} ({family.architecture})")]
     lines.append(("axes", "of a table" if family.has_table else "found on a tiny random model"))
     print_lines(console, [*lines, *growth.items()])
     console.print()
     kinds: dict[int, set[str]] = {}
-    for tensor in family.logical_tensors(config):
+    for tensor in model.tensors:
         if tensor.layer is not None:
             kinds.setdefault(tensor.layer, set()).add(tensor.kind)
     first = {str(sorted(kinds[layer])): layer for layer in sorted(kinds, reverse=True)}
-    shown, rows, shapes = {None, *first.values()}, [], family.shapes(config)
-    for tensor in family.logical_tensors(config):
+    shown, rows = {None, *first.values()}, []
+    for tensor in model.tensors:
         if tensor.layer not in shown or tensor.expert:
             continue
         axes = [
             f"{_PORTS.get(axis.port.value, '')}{axis.space.kind} {size}"
             if axis.length or family.has_table
             else str(size)
-            for axis, size in zip(tensor.axes, shapes[tensor.name], strict=True)
+            for axis, size in zip(tensor.axes, model.shapes[tensor.name], strict=True)
         ]
         zero = "one" if family.zero_of(tensor) > 0 else "zero"
         zeroed = (f"{zero} in new layers",) if family.branch_output(tensor) else ()

@@ -98,7 +98,7 @@ def validate(
 
 def _folder(name: str, option: str) -> Path:
     """Return the folder of a checkpoint."""
-    from tritter.checkpoints.expert_files import refuse_experts
+    from tritter.checkpoints.location import require_plain
     from tritter.core.families.config_file import missing_config
 
     with refuse_damage():
@@ -107,7 +107,7 @@ def _folder(name: str, option: str) -> Path:
         content = f"the folder has {missing_config(folder)}"
         reason = content if folder.is_dir() else "there is no such folder"
         raise RequestError(Problem(option, name, reason=reason))
-    refuse_experts(folder, doing="validation", key=option)
+    require_plain(folder, doing="validation", key=option)
     return folder
 
 

@@ -9,9 +9,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from tritter.checkpoints.expert_files import experts_in, refuse_experts
 from tritter.checkpoints.location import (
     checkpoint_model,
+    require_plain,
     state_kinds_of,
 )
 from tritter.checkpoints.run_text import RunText, run_text
@@ -77,6 +77,7 @@ from tritter.options import Start, field_keys, leaves, methods_of
 from tritter.planning.strategy import pipeline_problems, planned_rounds
 from tritter.storage.reading import named_path
 from tritter.training.forgetting_method import method_start_problems, replayed_share
+from tritter.training.method import Method
 from tritter.training.optimizer import (
     OptimizerValues,
     optimizer_class,
@@ -355,9 +356,8 @@ def start_problems(
             trained.append(target_model(source, config.expansion))
     except RequestError as error:
         return error.problems
-    if config.experts is None and experts_in(folder, key="model.path") is not None:
-        assert folder is not None
-        refuse_experts(folder, doing="training with experts=none", key="model.path")
+    if config.experts is None and folder is not None:
+        require_plain(folder, doing="training with experts=none", key="model.path")
     start = Start(source=source, trained=tuple(trained), folder=folder)
     return [
         *expert_problems(config, source),
@@ -405,6 +405,11 @@ def method_problems(config: RunConfig) -> Iterator[Problem]:
     if config.experts is not None and weighty:
         reason = "they protect weights of the base, which is frozen; with experts, choose "
         yield Problem("forgetting", weighty, reason=f"{reason}{allowed} or self_replay")
+    loading = [each for each in methods_of(config) if each[1].kind.load is not Method.load]
+    if len(loading) > 1:
+        group, last = loading[-1]
+        reason = "only one method of a run can load the model; leave one out"
+        yield Problem(group, last.name, reason=reason)
     if (share := replayed_share(config.forgetting)) >= 1:
         mixing = [one for one in config.forgetting if one.kind.needs(one.options).mixes]
         keys = [f"forgetting.{one.name}.fraction" for one in mixing]

@@ -137,7 +137,7 @@ def new_model(model: Model, *, seed: int) -> nn.Module:
     """Return a model with randomly initialised float32 weights, determined by the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # leaves the generators of GPUs unchanged
-        built = stock_config_of(model.config)
+        built = _stock_of(model.config)
         live = AutoModelForCausalLM.from_config(built, dtype=torch.float32)
     for stored in _narrower(model):
         value = _tensor_of(live, stored.name).detach()
@@ -168,7 +168,7 @@ def load_model(
         model = _model_in(folder, stock)
         TensorFolder.open(folder)  # all commands accept the same files
     else:
-        stock = stock_config_of(model.config)
+        stock = _stock_of(model.config)
     with errors_as(f"{folder} cannot be loaded as a model"), quiet():
         live, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -201,6 +201,7 @@ def non_finite_tensors(model: nn.Module) -> list[str]:
 
 def unloaded_model(
     folder: Path,
+    description: Model,
     buffer_of: Callable[[str], Tensor | None],
     *,
     dtype: torch.dtype = torch.float32,
@@ -212,6 +213,7 @@ def unloaded_model(
 
     Args:
         folder: the checkpoint folder.
+        description: what `read_model` gives for it.
         buffer_of: returns the value of a buffer in the files; None if they lack it.
         dtype: of the parameters.
 
@@ -219,9 +221,8 @@ def unloaded_model(
         TritterError: transformers cannot build it.
     """
     _check_small_files(folder)
-    stock = _stock_config(folder)
-    has_experts = _model_in(folder, stock).family.has_experts
     with errors_as(f"{folder} cannot be loaded as a model"), quiet():
+        stock = _stock_of(description.config)
         with torch.device("meta"), no_init_weights():
             model = AutoModelForCausalLM.from_config(stock, dtype=dtype)
         assert isinstance(model, PreTrainedModel)
@@ -234,7 +235,7 @@ def unloaded_model(
                     values = torch.tensor(torch.nan, dtype=dtype).expand(parameter.shape)
                     made = nn.Parameter(values, requires_grad=False)
                     module._parameters[key] = stand_ins.setdefault(parameter, made)
-        if has_experts:
+        if description.family.has_experts:
             model.set_experts_implementation("eager")
         added = AddedExperts.read(folder)
         if added is not None and not added.is_settled:
@@ -474,7 +475,7 @@ def live_shape(parameter: Tensor) -> tuple[int, ...]:
     return tuple(parameter.shape if packed is None else packed.shape)
 
 
-def stock_config_of(config: Config) -> PreTrainedConfig:
+def _stock_of(config: Config) -> PreTrainedConfig:
     """Return the transformers config object of a config."""
     plain = plain_floats(on_disk(config))
     options = {key: value for key, value in plain.items() if key != "model_type"}
@@ -529,7 +530,7 @@ def _narrower(model: Model) -> Iterator[StoredTensor]:
 def uninitialised_model(config: Config) -> nn.Module:
     """Return the stock model of a config with uninitialised weights, to inspect its modules."""
     with torch.random.fork_rng(devices=[]), no_init_weights():
-        return AutoModelForCausalLM.from_config(stock_config_of(config), dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(_stock_of(config), dtype=torch.float32)
 
 
 # Check that transformers can build the model of a config, before anything is written
@@ -558,7 +559,7 @@ def check_loadable(model: Model, *, folder: Path) -> None:
     model = model.on_disk
     family, config = model.family, model.config
     if not family.has_table:  # without a table, the stock class is the source of all shapes
-        family.count_tensors(config)
+        _ = model.num_tensors
         return
     kinds: dict[tuple[object, ...], int] = {}  # kind of layer by the config → its first layer
     lists = [config.get(key) for key in family.per_layer_config_keys]
@@ -568,8 +569,8 @@ def check_loadable(model: Model, *, folder: Path) -> None:
     shallow = model.with_layers(list(kinds.values()))
     try:
         with torch.device("meta"), quiet():
-            stock_config_of(config)
-            live = AutoModelForCausalLM.from_config(stock_config_of(shallow.config))
+            _stock_of(config)
+            live = AutoModelForCausalLM.from_config(_stock_of(shallow.config))
             found = {name: tuple(value.shape) for name, value in live.state_dict().items()}
     # Model classes trust their config and raise anything over invalid values
     except Exception as error:

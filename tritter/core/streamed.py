@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tritter.core.families import Model, StoredTensor
+from tritter.core.families import Model
 from tritter.core.families.discovery.twin import first_tensor
 from tritter.core.models import backbone_of, layers_of, read_model, unloaded_model
 from tritter.storage.tensors import TensorFolder, TensorReader
@@ -48,11 +48,12 @@ class StreamedModel:
         on_read: Callable[[int], None] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self._weights = _Weights(folder, read_model(folder).on_disk)  # padding included
+        description = read_model(folder).on_disk  # padding included
+        self._weights = _Weights(folder, description)
         self._input_ids = input_ids
         self._on_read = on_read or (lambda _: None)
         self._dtype = dtype
-        self._model = unloaded_model(folder, self._weights.buffer, dtype=dtype)
+        self._model = unloaded_model(folder, description, self._weights.buffer, dtype=dtype)
         self._head: nn.Module = self._model.get_output_embeddings()  # type: ignore[operator]
         self._head_shape: torch.Size = self._head.weight.shape
         self._rows = slice(0, 1)  # of the head
@@ -95,8 +96,8 @@ class StreamedModel:
         names = {id(value): name for name, value in named.items() if name in self._weights.live}
         embedding = self._model.get_input_embeddings()  # type: ignore[operator]
         for module in self._model.modules():
-            stand_ins = {key: each for key, each in module._parameters.items() if each is not None}
-            owned = {key: names[id(each)] for key, each in stand_ins.items()}
+            own = module._parameters.items()
+            owned = {key: names[id(each)] for key, each in own if each is not None}
             if not owned:
                 continue
             read = partial(self._parameter, owned)
@@ -273,24 +274,25 @@ class _Weights:
             for part in stored.parts
         }
         self.live = {stored.name: stored for stored in model.layout("live")}
+        self._on_disk = {  # name in memory → tensor on disk that contains its first part
+            name: self._stored[live.parts[0].tensor.name][0] for name, live in self.live.items()
+        }
         self._unchanged = {
-            name for name, live in self.live.items() if self._on_disk(live).parts == live.parts
+            name for name, live in self.live.items() if self._on_disk[name].parts == live.parts
         }  # with the same layout on disk as in memory
 
     def bytes_of(self, name: str) -> int:
-        live = self.live[name]
-        itemsize = self._files.torch_dtype(self._on_disk(live).name).itemsize
-        return itemsize * torch.Size(live.shape).numel()
+        itemsize = self._files.torch_dtype(self._on_disk[name].name).itemsize
+        return itemsize * torch.Size(self.live[name].shape).numel()
 
     def has_experts(self, name: str) -> bool:
         """Return True if a tensor stacks experts, and its class is known to index them."""
         return self._has_table and self.live[name].is_of_experts
 
     def whole(self, name: str) -> Tensor:
-        live = self.live[name]
         if name in self._unchanged:
-            return self._reader.get(self._on_disk(live).name)
-        return live.pack(self._read)
+            return self._reader.get(self._on_disk[name].name)
+        return self.live[name].pack(self._read)
 
     def buffer(self, name: str) -> Tensor | None:
         """Return a tensor, or None if the files lack it."""
@@ -300,17 +302,13 @@ class _Weights:
         """Return the matrix of one expert from a tensor that stacks experts."""
         live = self.live[name]
         if name in self._unchanged:
-            return self._reader.get(self._on_disk(live).name, index=(expert,))
+            return self._reader.get(self._on_disk[name].name, index=(expert,))
         parts = [part for part in live.parts if part.index[0] == expert]
         values = [self._read(part.tensor.name) for part in parts]
         matrix = values[0].new_empty(live.shape[1:])
         for part, value in zip(parts, values, strict=True):
             matrix[part.index[1:]] = value
         return matrix
-
-    def _on_disk(self, live: StoredTensor) -> StoredTensor:
-        """Return the tensor on disk that contains the first part of one in memory."""
-        return self._stored[live.parts[0].tensor.name][0]
 
     def _read(self, name: str) -> Tensor:
         stored, part = self._stored[name]

@@ -118,8 +118,9 @@ def _method_problems(components: Sequence[Component]) -> Iterator[Problem]:
         reason = "not available in the Hugging Face Trainer; "
         if one.kind.freezes:
             yield Problem("methods", one.name, reason=f"{reason}call requires_grad_(False) instead")
-        if one.kind.attach is not ForgettingMethod.attach:
-            yield Problem("methods", one.name, reason=f"{reason}its hook attach needs train.py")
+        for hook in ("peak_rate", "load", "attach"):
+            if getattr(one.kind, hook) is not getattr(ForgettingMethod, hook):
+                yield Problem("methods", one.name, reason=f"{reason}its hook {hook} needs train.py")
         if isinstance(one.options, Distill.Options) and one.options.rows == "old" and not mixing:
             yield Problem("methods.distill.rows", "old", reason="no method replays old rows")
     if (share := replayed_share(mixing)) >= 1:

@@ -13,12 +13,11 @@ from lightning import Callback, LightningModule, Trainer
 
 from tritter.config.schema import RunConfig
 from tritter.errors import TritterError
-from tritter.pipeline import experts
 from tritter.pipeline.base import check_source
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.pipeline import planned_candidates, prepare_branch, run_baseline
 from tritter.pipeline.run import Run
-from tritter.pipeline.stages.fit import rate_test
+from tritter.pipeline.stages.fit import peak_rate, rate_test
 from tritter.report.drawing import BLUE, GREY, ORANGE, new_figure
 from tritter.report.table import Table
 from tritter.storage.atomic import parents_of, write_text_atomic
@@ -203,5 +202,5 @@ def _tested(config: RunConfig, schedule: Schedule, folder: Path, console: Consol
     branch, points = prepare_branch(run, branch), folder / "points.json"
     run = run.reading(branch.location)
     rate_test(run, branch, schedule, RateTest(schedule, points))
-    configured = experts.training_of(run, branch).learning_rate
+    configured = peak_rate(run, branch)
     return FoundRates.of(json.loads(read_text(points)), configured=configured)

@@ -24,7 +24,7 @@ def next_commands(
     Args:
         overrides: overrides of the run, in Hydra's syntax.
         folder: run folder.
-        rate: learning rate of the run, which is that of experts if it trained them.
+        rate: peak learning rate of the run.
     """
     if summary.status == "rolled_back":
         changes = _after_rollback(config, summary, rate=rate)

@@ -16,7 +16,6 @@ from tritter.evaluation.gate import Status
 from tritter.pipeline import costs, disk, verdict, windows
 from tritter.pipeline.base import check_source
 from tritter.pipeline.branch import Branch, tasks_of
-from tritter.pipeline.experts import training_of
 from tritter.pipeline.ledger import Ledger, TrainingFound
 from tritter.pipeline.metrics import (
     BEFORE,
@@ -38,7 +37,7 @@ from tritter.pipeline.stages.appended import Adapt, Choose, Distill
 from tritter.pipeline.stages.baseline import BaselineFound, baseline
 from tritter.pipeline.stages.evaluate import Evaluate
 from tritter.pipeline.stages.expand import Expand
-from tritter.pipeline.stages.fit import Fit
+from tritter.pipeline.stages.fit import Fit, peak_rate
 from tritter.pipeline.stages.importance import Importance
 from tritter.pipeline.stages.vocabulary import LearnTokens
 from tritter.pipeline.summary import summary_record
@@ -153,7 +152,7 @@ def _report(run: Run, candidates: Sequence[Candidate], control: Candidate) -> Ou
             if not override.lstrip("+").startswith(RETRYING)
         ]
     run.console.print("\nNext:", highlight=False)
-    rate = training_of(last.run, last.branches[-1]).learning_rate
+    rate = peak_rate(last.run, last.branches[-1])
     for line in next_commands(
         last.run.config, summary, overrides=overrides, folder=run.folder, rate=rate
     ):

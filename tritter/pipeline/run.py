@@ -24,8 +24,8 @@ from tritter.data.packing import padding_fraction
 from tritter.data.sources import find_texts
 from tritter.errors import RequestError, TritterError, key_name
 from tritter.evaluation.statistics import score_file
-from tritter.methods.experts.whole import load_whole
 from tritter.methods.forgetting import needs_of
+from tritter.methods.whole import load_whole
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import Ledger, StageResult
 from tritter.pipeline.run_data import RunData

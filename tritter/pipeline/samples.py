@@ -29,7 +29,7 @@ from tritter.evaluation.inference import (
     sample_text,
     whole_word_prompt,
 )
-from tritter.pipeline import experts
+from tritter.methods.whole import reading_flops
 from tritter.pipeline.metrics import SAMPLE_COLUMNS, SAMPLES_NAME, log_samples
 from tritter.pipeline.run import Run
 from tritter.pipeline.run_data import MAX_POSITIONS
@@ -215,7 +215,7 @@ def _continued(
         if not run.data.has_tokens_of(models[0][0].data):  # another tokenizer
             own = sampler.encoded(shown, is_chat=_is_chat(prompt)) if prompt else []
         texts[name], num_read = sampler.continued(model, own)
-        flops += experts.reading_flops(model).of(num_read)
+        flops += reading_flops(model).of(num_read)
     return {"domain": domain, "prompt": shown, **texts}, flops
 
 

@@ -23,9 +23,9 @@ from tritter.evaluation.losses import sequence_losses
 from tritter.methods.experts.adapters import is_of_adapter
 from tritter.methods.experts.mixture import ROUTER, mixture_on
 from tritter.methods.experts.stored import ExpertFolder
+from tritter.methods.whole import reading_flops_of
 from tritter.pipeline import moe
 from tritter.pipeline.branch import Branch
-from tritter.pipeline.experts import reading_flops_of
 from tritter.pipeline.run import Run
 from tritter.pipeline.stages.importance import kept_sequences_of
 from tritter.storage.tensors import is_finite
@@ -179,7 +179,7 @@ def measuring_flops(run: Run, written: TrainedWriter, location: str) -> float:
     measured = [rows for name, rows in kept.sequences.items() if name not in kept.losses]
     if not measured:
         return 0.0
-    flops = reading_flops_of(run, run.source(location))
+    flops = reading_flops_of(run.source(location))
     return sum(flops.of_all(lengths_of(run.data.document_mask, rows)) for rows in measured)
 
 

@@ -160,6 +160,24 @@ class Method:
         """Return the options as the lineage and summary.json record them."""
         return Component(name=self.name, kind=type(self), options=self.options).plain()
 
+    def peak_rate(self, configured: float, base: Model) -> float:
+        """Return the peak learning rate of the training.
+
+        Args:
+            configured: That of `training`.
+            base: Initial model of the run.
+        """
+        return configured
+
+    def load(self, source: Source) -> nn.Module:
+        """Load a checkpoint in float32 on the CPU: the start of the training, and its result.
+
+        Training writes the weights of the loaded model under their names.
+        """
+        from tritter.core.models import load_model
+
+        return load_model(source.folder, model=source.model)
+
     def attach(self, trainee: Trainee, setting: Setting) -> None:
         """Add loss terms and callbacks to a model, freeze weights, or wrap it in another module.
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from tritter.checkpoints import Source
-from tritter.checkpoints.expert_files import refuse_experts
 from tritter.checkpoints.history import read_chain
+from tritter.checkpoints.location import require_plain
 from tritter.checkpoints.record import LearnedDomain
 from tritter.checkpoints.run_text import domain_problem
 from tritter.core.expansions import BoundMoe, ExpansionSpec, Moe, children_place
@@ -166,7 +166,7 @@ def _open(name: str, source: Source) -> OpenChild:
     """Open a model and check that it was trained from the source."""
     folder = locate(name, key=_FROM)
     try:
-        refuse_experts(folder, doing="an expansion", key=_FROM)
+        require_plain(folder, doing="an expansion", key=_FROM)
         child = Source.open(folder, read_model_file(folder))
         reason = _difference(child, source) or _lineage_problem(child, source)
     except TritterError as error:

@@ -21,14 +21,13 @@ from tritter.checkpoints import (
     read_lineage,
     write_checkpoint,
 )
-from tritter.checkpoints.expert_files import refuse_experts
 from tritter.checkpoints.folder import (
     TOKENIZER_FILES,
     Artifact,
     copy_small_files,
     small_files,
 )
-from tritter.checkpoints.location import check_output, check_replaceable
+from tritter.checkpoints.location import check_output, check_replaceable, require_plain
 from tritter.checkpoints.state import KEPT_FILE, STATE_FOLDER, State, write_state
 from tritter.core.expansions import (
     ExpansionSpec,
@@ -199,7 +198,7 @@ def planned(source: Source, specs: Sequence[ExpansionSpec], *, seed: int) -> Pla
     from tritter.core.models import check_loadable
 
     if specs:
-        refuse_experts(source.folder, doing="an expansion", recorded=source.recorded_files)
+        require_plain(source.folder, doing="an expansion")
     plan = replace(plan_by_tables(source, specs, seed=seed), is_confirmed=True)
     if specs:
         check_loadable(plan.target, folder=source.folder)

@@ -27,7 +27,7 @@ from tritter.checkpoints import lineage_of
 from tritter.checkpoints.state import read_state, write_state
 from tritter.core.expansions import Context, LlamaPro, Width
 from tritter.core.expansions.on_twin import check_rotations
-from tritter.core.families import Model, family_of
+from tritter.core.families import Model
 from tritter.core.families.discovery.twin import build_twin
 from tritter.core.models import model_of
 from tritter.errors import RequestError
@@ -179,11 +179,8 @@ def test_it_composes(tmp_path: Path, others: list[Any]) -> None:
 def test_moments_and_importances_are_carried(tmp_path: Path) -> None:
     model = oracle.tiny_llama()
     source = oracle.saved(model, tmp_path / "base")
-    family, config = family_of(model_of(model).config), model_of(model).config
-    values = {
-        t.disk_name: torch.rand(family.shapes(config)[t.name])
-        for t in family.logical_tensors(config)
-    }
+    described = model_of(model)
+    values = {t.disk_name: torch.rand(described.shapes[t.name]) for t in described.tensors}
     kinds = ("exp_avg", "exp_avg_sq", "fisher")
     write_state(source, {kind: TensorStream.of(values.items()) for kind in kinds}, step=7)
     expand(source, tmp_path / "grown", [Context()])

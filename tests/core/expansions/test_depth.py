@@ -294,4 +294,4 @@ def test_lists_with_one_entry_per_layer_follow_their_source_layer() -> None:
 def test_parameter_count_as_predicted(spec: ExpansionSpec, is_tied: bool) -> None:
     target = spec.target_config(Model(_config(4, is_tied=is_tied)))
     model = new_model(Model(target), seed=0)
-    assert sum(p.numel() for p in model.parameters()) == LLAMA.count_parameters(target)
+    assert sum(p.numel() for p in model.parameters()) == Model(target).num_parameters

@@ -22,7 +22,7 @@ from tritter.core.expansions import (
     build_steps,
     compose_maps,
 )
-from tritter.core.families import LLAMA, Model
+from tritter.core.families import Model
 from tritter.core.models import read_model
 from tritter.core.parameter_map import AxisMap, Quantity, TensorMap, map_tensor, mapped
 from tritter.errors import RequestError
@@ -167,7 +167,7 @@ def _mapped_gradients(
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Return disk name → (mapped gradient, mask of entries that carry a history)."""
     config = read_model(folder).config
-    names = {t.name: t.disk_name for t in LLAMA.logical_tensors(config)}
+    names = {t.name: t.disk_name for t in Model(config).tensors}
     values = {name: gradient[disk_name] for name, disk_name in names.items()}
     masks = {name: torch.ones_like(value) for name, value in values.items()}
     for step in build_steps(Model(config), specs, seed=0):
@@ -185,7 +185,7 @@ def _mapped_gradients(
             for name, tensor_map in maps.items()
         }
         config = step.target.config
-    disk = {t.name: t.disk_name for t in LLAMA.logical_tensors(config)}
+    disk = {t.name: t.disk_name for t in Model(config).tensors}
     return {disk[name]: (values[name], masks[name].bool()) for name in values}
 
 
@@ -283,12 +283,12 @@ def test_unequal_clones_diverge_and_equal_ones_do_not(tmp_path: Path) -> None:
 def test_maps_in_a_row_need_no_model() -> None:
     config = LLAMA_CONFIG
     steps = build_steps(Model(config), [Width(), LlamaPro()], seed=0)
-    shapes = LLAMA.shapes(config)
+    shapes = Model(config).shapes
     maps = compose_maps(steps, Model(config)).tensors
     target = steps[-1].target.config
-    for tensor in LLAMA.logical_tensors(target):
+    for tensor in Model(target).tensors:
         value = mapped(maps[tensor.name], lambda name: torch.ones(shapes[name]))
-        assert tuple(value.shape) == LLAMA.shapes(target)[tensor.name]
+        assert tuple(value.shape) == Model(target).shapes[tensor.name]
 
 
 LLAMA_CONFIG: dict[str, object] = {

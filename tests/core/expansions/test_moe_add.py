@@ -32,7 +32,7 @@ from tritter.core.expansions import (
     target_model,
 )
 from tritter.core.expansions.targets import reach_parameters
-from tritter.core.families import Model, family_of
+from tritter.core.families import Model
 from tritter.core.models import disk_tensors, load_model, read_model
 from tritter.core.parameter_map.carry import MOMENTS, STATE_KINDS, has_state, mapped_state
 from tritter.core.stock_routers import AddedExperts, Routing
@@ -487,9 +487,7 @@ def test_a_folder_whose_state_speaks_of_other_experts(tmp_path: Path) -> None:
 
 def test_a_number_of_parameters_is_reached(tmp_path: Path) -> None:
     config = tiny_moe("mixtral").config.to_dict()
-    wanted = family_of(config).count_parameters(
-        target_model(Model(config), [MoeAdd(num_experts=5)]).config
-    )
+    wanted = target_model(Model(config), [MoeAdd(num_experts=5)]).num_parameters
     (spec,) = reach_parameters(Model(config), [MoeAdd()], wanted + 50)
     assert isinstance(spec, MoeAdd) and spec.num_experts == 5
     with pytest.raises(RequestError, match="apply moe first"):

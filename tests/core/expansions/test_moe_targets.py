@@ -11,7 +11,7 @@ from tests.oracle import growth as oracle_growth
 from tests.oracle.families import tiny
 from tritter.core.expansions import Moe, build_steps, target_model
 from tritter.core.expansions.targets import reach_parameters
-from tritter.core.families import Model, family_of
+from tritter.core.families import Model
 from tritter.errors import RequestError
 from tritter.transform import expand
 
@@ -20,11 +20,10 @@ def test_what_is_said() -> None:
     config = oracle_growth.config_of(tiny("qwen3", hidden_size=22, layer_types=None))
     (step,) = build_steps(Model(config), [Moe(noise=0.0, granularity=2)], seed=0)
     words = " ".join(step.notes)
-    target = step.target.config
-    family = family_of(target)
+    target = step.target
     assert "qwen3 → qwen3_moe: 16 experts per layer, 4 per token" in words
-    assert f"{Model(target).num_active_parameters:,}" in words
-    assert f"of {family.count_parameters(target):,} parameters" in words
+    assert f"{target.num_active_parameters:,}" in words
+    assert f"of {target.num_parameters:,} parameters" in words
     assert "until they differ, only a balance loss" in words
     assert "only at the start" in words
     assert 'experts_implementation="eager"' in words

@@ -24,7 +24,7 @@ from tritter.core.expansions import (
     build_steps,
     compose_maps,
 )
-from tritter.core.families import Config, Model, family_of, pack_all
+from tritter.core.families import Config, Model, pack_all
 from tritter.core.parameter_map import (
     AxisFactor,
     AxisMap,
@@ -63,10 +63,10 @@ CONFIGS = {f: tiny(f, tie_word_embeddings=is_tied).config.to_dict() for f, is_ti
 
 def drawn(config: Config, *, positive: bool = False, seed: int = 0) -> Values:
     """Return a value for each logical tensor."""
-    generator, family = torch.Generator().manual_seed(seed), family_of(config)
+    generator = torch.Generator().manual_seed(seed)
     values = {
         name: torch.randn(shape, generator=generator)
-        for name, shape in family.shapes(config).items()
+        for name, shape in Model(config).shapes.items()
     }
     return {name: v.square() for name, v in values.items()} if positive else values
 

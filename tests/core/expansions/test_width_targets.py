@@ -173,7 +173,7 @@ def test_the_note_says_where_moments_are_a_mean() -> None:
 def test_parameter_count_as_predicted(spec: Width, is_tied: bool) -> None:
     target = spec.target_config(Model(_config(is_tied=is_tied)))
     model = new_model(Model(target), seed=0)
-    assert sum(p.numel() for p in model.parameters()) == LLAMA.count_parameters(target)
+    assert sum(p.numel() for p in model.parameters()) == Model(target).num_parameters
 
 
 def test_shares_by_hand() -> None:

@@ -46,7 +46,7 @@ from tritter.methods.growth.initialisers import NewNeurons
 
 def requests(family: Family, config: Config) -> list[Width | MoeAdd]:
     """Return growth of FFN, heads, hidden size and experts that the table supports."""
-    sizes = family.dimensions(config)
+    sizes = Model(config, family).sizes
     heads, groups = sizes.num_attention_heads, sizes.num_key_value_heads
     hidden, ffn = sizes.hidden_size, sizes.ffn_size
     found: list[Width | MoeAdd] = [

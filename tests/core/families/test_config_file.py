@@ -34,15 +34,15 @@ SILENT = (
 def table_values(config: Config) -> dict[str, Any]:
     """Return all values that a table derives from a config."""
     family = family_of(config)
-    layers = range(family.dimensions(config).num_hidden_layers)
+    layers = range(Model(config).sizes.num_hidden_layers)
     return {
         "epsilon": config.get("rms_norm_eps"),
-        "dimensions": family.dimensions(config),
-        "tensors": family.logical_tensors(config),
-        "parameters": family.count_parameters(config),
+        "dimensions": Model(config).sizes,
+        "tensors": Model(config).tensors,
+        "parameters": Model(config).num_parameters,
         "active": Model(config).num_active_parameters,
         "ties": family.tied_names(config),
-        "kinds": family.layer_kinds(config),
+        "kinds": Model(config).layer_kinds,
         "windows": [family.attention_window(config, layer) for layer in layers],
     }
 

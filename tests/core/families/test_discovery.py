@@ -80,8 +80,8 @@ def tables(model_type: str) -> tuple[Config, DiscoveredFamily]:
 def test_it_zeroes_what_the_table_zeroes(model_type: str) -> None:
     config, found = tables(model_type)
     table = FAMILIES[model_type]
-    expected = {t.disk_name for t in table.logical_tensors(config) if table.branch_output(t)}
-    names = {t.disk_name for t in found.logical_tensors(config) if found.branch_output(t)}
+    expected = {t.disk_name for t in Model(config, table).tensors if table.branch_output(t)}
+    names = {t.disk_name for t in Model(config, found).tensors if found.branch_output(t)}
     assert names == expected
     assert found.norm_offset == table.norm_offset or not any(found.writers.values())
 
@@ -90,11 +90,11 @@ def test_it_zeroes_what_the_table_zeroes(model_type: str) -> None:
 def test_names_shapes_and_counts_are_those_of_the_table(model_type: str) -> None:
     config, found = tables(model_type)
     table = FAMILIES[model_type]
-    expected = {t.within or t.disk_name for t in table.logical_tensors(config)}
-    assert {t.disk_name for t in found.logical_tensors(config)} == expected
-    assert found.count_parameters(config) == table.count_parameters(config)
-    assert found.layer_kinds(config) == table.layer_kinds(config)
-    sizes, known = found.dimensions(config), table.dimensions(config)
+    expected = {t.within or t.disk_name for t in Model(config, table).tensors}
+    assert {t.disk_name for t in Model(config, found).tensors} == expected
+    assert Model(config, found).num_parameters == Model(config, table).num_parameters
+    assert Model(config, found).layer_kinds == Model(config, table).layer_kinds
+    sizes, known = Model(config, found).sizes, Model(config, table).sizes
     for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"):
         assert getattr(sizes, name) == getattr(known, name)
 
@@ -150,7 +150,7 @@ def test_keys_that_a_file_omits_or_spells_otherwise_are_known() -> None:
     full = example("bloom", n_layer=2)
     plain = {key: value for key, value in full.items() if key not in ("n_head", "hidden_size")}
     for config in ({**plain, "num_attention_heads": 8, "n_embed": 64}, full):
-        sizes = discover(config).dimensions(config)
+        sizes = Model(config, discover(config)).sizes
         assert (sizes.hidden_size, sizes.num_attention_heads) == (64, 8)
 
 

@@ -27,11 +27,11 @@ def _plain(model: PreTrainedModel) -> Config:
 def test_names_shapes_and_counts_are_those_of_the_stock_model(variant: dict[str, bool]) -> None:
     model = oracle.tiny_llama(**variant)
     config = _plain(model)
-    found = LLAMA.shapes(config)
-    shapes = {t.disk_name: found[t.name] for t in LLAMA.logical_tensors(config)}
+    found = Model(config).shapes
+    shapes = {t.disk_name: found[t.name] for t in Model(config).tensors}
     # named_parameters has a tied head once, as the files do.
     assert shapes == {name: tuple(p.shape) for name, p in model.named_parameters()}
-    assert LLAMA.count_parameters(config) == sum(p.numel() for p in model.parameters())
+    assert Model(config).num_parameters == sum(p.numel() for p in model.parameters())
 
 
 # Family → config keys that add or remove tensors, except the tie
@@ -74,7 +74,7 @@ def test_names_in_memory_and_on_disk_are_those_of_the_stock_class(
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     assert saved == {stored.name: stored.shape for stored in Model(config).layout("hub")}
-    assert table.count_parameters(config) == sum(p.numel() for p in model.parameters())
+    assert Model(config, table).num_parameters == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.quick_cases(11)
@@ -114,9 +114,9 @@ def test_what_a_block_adds_to_the_stream(family: str) -> None:
 def test_head_dim_need_not_be_hidden_size_over_heads() -> None:
     model = oracle.tiny_llama(head_dim=10)
     config = _plain(model)
-    assert LLAMA.dimensions(config).query_size == 40
-    assert LLAMA.dimensions(config).key_value_size == 20
-    assert LLAMA.count_parameters(config) == sum(p.numel() for p in model.parameters())
+    assert Model(config).sizes.query_size == 40
+    assert Model(config).sizes.key_value_size == 20
+    assert Model(config).num_parameters == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("variant", VARIANTS[:1] + VARIANTS[-1:], ids=str)
@@ -124,7 +124,7 @@ def test_every_axis_lives_in_a_space_and_logical_names_are_unique(
     variant: dict[str, bool],
 ) -> None:
     config = _plain(oracle.tiny_llama(**variant))
-    tensors = LLAMA.logical_tensors(config)
+    tensors = Model(config).tensors
     assert len({tensor.name for tensor in tensors}) == len(tensors)
     for tensor in tensors:
         assert "{layer}" not in tensor.name + tensor.disk_name
@@ -168,7 +168,7 @@ def test_missing_sizes_get_the_defaults_of_transformers() -> None:
 def test_a_size_that_is_no_whole_number_is_refused(value: object) -> None:
     config = {**_plain(oracle.tiny_llama()), "hidden_size": value}
     with pytest.raises(RequestError, match="hidden_size = "):
-        LLAMA.dimensions(config)
+        _ = Model(config).sizes
 
 
 def test_a_checkpoint_is_matched_in_full() -> None:
@@ -194,7 +194,7 @@ def test_many_wrong_names_are_counted_and_five_are_shown() -> None:
 
 def test_a_redundant_tied_head_is_allowed_and_not_counted() -> None:
     config = _plain(oracle.tiny_llama(tie_word_embeddings=True))
-    names = {tensor.disk_name for tensor in LLAMA.logical_tensors(config)}
+    names = {tensor.disk_name for tensor in Model(config).tensors}
     assert "lm_head.weight" not in names
     assert {s.name for s in Model(config).match({*names, "lm_head.weight"})} == names
 

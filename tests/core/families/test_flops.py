@@ -143,7 +143,7 @@ def test_attention_beside_the_ffn_is_not_below_it(is_parallel: bool) -> None:
 
 
 def test_every_choice_above_trains_something_somewhere() -> None:
-    tensors = [t for f in OWN for t in FAMILIES[f].logical_tensors(tiny(f).config.to_dict())]
+    tensors = [t for f in OWN for t in Model(tiny(f).config.to_dict(), FAMILIES[f]).tensors]
     empty = {name for name, choice in CHOICES.items() if not any(map(choice, tensors))}
     assert empty == {"nothing"}
 
@@ -174,7 +174,7 @@ def test_a_loss_of_the_routers_does_not_pass_through_what_stands_above(
 
 
 def _is_dense_above(family: str, choice: str) -> bool:
-    kinds = FAMILIES[family].layer_kinds(tiny(family).config.to_dict())
+    kinds = Model(tiny(family).config.to_dict(), FAMILIES[family]).layer_kinds
     return choice == "last layer" and kinds[2] == "dense"
 
 

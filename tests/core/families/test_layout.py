@@ -14,7 +14,7 @@ from tests.oracle import growth as oracle_growth
 from tests.oracle.families import DENSE, SPARSE, generic, tiny
 from tritter.checkpoints.source import Source
 from tritter.core.expansions import ExpansionSpec, LlamaPro, Moe, Stack
-from tritter.core.families import Model, family_of, pack_all, unpack_all
+from tritter.core.families import Model, pack_all, unpack_all
 from tritter.core.models import disk_tensors, live_tensors, load_model, named_tensors, read_model
 from tritter.errors import TritterError
 from tritter.transform import expand
@@ -65,9 +65,8 @@ def test_parts_are_those_that_stock_unfuses(tmp_path: Path, family: str) -> None
 def test_packing_is_undone_by_unpacking(family: str) -> None:
     model = tiny(family)
     config = oracle_growth.config_of(model)
-    table = family_of(config)
     values = unpack_all(Model(config).layout("live"), model.state_dict())
-    assert set(values) == {tensor.name for tensor in table.logical_tensors(config)}
+    assert set(values) == {tensor.name for tensor in Model(config).tensors}
     again = pack_all(Model(config).layout("live"), values)
     assert all(torch.equal(again[name], model.state_dict()[name]) for name in again)
     one = "layers.2.experts.1.down" if family == "qwen2_moe" else "layers.1.experts.1.down"
@@ -157,10 +156,9 @@ def test_one_expert_is_read_out_of_its_layer(tmp_path: Path) -> None:
 
 def test_a_layer_that_stays_dense_has_the_dense_tensors() -> None:
     config = oracle_growth.config_of(tiny("qwen3_moe"))
-    table = family_of(config)
-    assert table.layer_kinds(config)[:3] == ["dense", "sparse", "dense"]
-    names = {tensor.name for tensor in table.logical_tensors(config)}
+    assert Model(config).layer_kinds[:3] == ["dense", "sparse", "dense"]
+    names = {tensor.name for tensor in Model(config).tensors}
     assert {"layers.0.ffn.gate", "layers.1.experts.3.gate", "layers.1.router"} <= names
     assert not {"layers.1.ffn.gate", "layers.0.router"} & names
-    none = dataclasses.replace(table, sparse_layers="none")
+    none = dataclasses.replace(Model(config).family, sparse_layers="none")
     assert not none.has_experts

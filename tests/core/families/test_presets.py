@@ -9,7 +9,7 @@ import yaml
 from tritter.conf_folder import config_folder
 from tritter.config.launch.composition import load_config
 from tritter.config.validation import base_model
-from tritter.core.families import LLAMA
+from tritter.core.families import Model
 from tritter.core.families.presets import (
     PRESETS,
     Preset,
@@ -24,7 +24,7 @@ def test_a_name_fits_its_count(preset: Preset) -> None:
     unit = {"m": 1e6, "b": 1e9}[preset.name[-1]]
     named = float(preset.name.removeprefix("tritter_")[:-1]) * unit
     assert preset.nominal_parameters == named
-    assert LLAMA.count_parameters(preset.config()) == pytest.approx(named, rel=0.1)
+    assert Model(preset.config()).num_parameters == pytest.approx(named, rel=0.1)
 
 
 @pytest.mark.parametrize("preset", ALL, ids=list(PRESETS))
@@ -33,13 +33,13 @@ def test_a_count_is_that_of_the_shapes_by_hand(preset: Preset) -> None:
     kv = d // preset.num_attention_heads * preset.num_key_value_heads
     embeddings = 32_000 * d * (1 if preset.tie_word_embeddings else 2)
     by_hand = embeddings + d + layers * (2 * d * d + 2 * d * kv + 3 * d * f + 2 * d)
-    assert LLAMA.count_parameters(preset.config()) == by_hand
+    assert Model(preset.config()).num_parameters == by_hand
 
 
 def test_published_shapes_have_their_published_counts() -> None:
     """Mistral 7B and SOLAR 10.7B have this vocabulary size."""
-    assert LLAMA.count_parameters(PRESETS["tritter_7b"].config()) == 7_241_732_096
-    assert LLAMA.count_parameters(PRESETS["tritter_10b"].config()) == 10_731_524_096
+    assert Model(PRESETS["tritter_7b"].config()).num_parameters == 7_241_732_096
+    assert Model(PRESETS["tritter_10b"].config()).num_parameters == 10_731_524_096
 
 
 @pytest.mark.quick_cases(2)
@@ -52,7 +52,7 @@ def test_an_option_file_composes_to_its_preset(preset: Preset, tmp_path: Path) -
 @pytest.mark.parametrize("preset", ALL, ids=list(PRESETS))
 def test_an_option_file_states_its_count(preset: Preset) -> None:
     path = config_folder() / "model" / f"{preset.name}.yaml"
-    count = LLAMA.count_parameters(preset.config())
+    count = Model(preset.config()).num_parameters
     size = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.0f} M"
     assert f"({size} parameters" in path.read_text().splitlines()[0]
     assert yaml.safe_load(path.read_text())["num_hidden_layers"] == preset.num_hidden_layers

@@ -6,7 +6,7 @@ import pytest
 
 from tests.core.families.model_types import example
 from tritter.core.expansions import LlamaPro, MoeAdd, Width, target_model
-from tritter.core.families import Config, Model, family_of
+from tritter.core.families import Config, Model
 from tritter.errors import RequestError
 
 # Model → its type, what differs from the defaults of the class, and its billions of parameters
@@ -105,7 +105,7 @@ def test_a_published_model_grows_on_the_meta_device(model: str) -> None:
     config, billions = config_of(model), MODELS[model][2]
     assert Model(config).num_parameters / 1e9 == pytest.approx(billions, rel=0.01)
     sizes = Model(config).sizes
-    wide = family_of(config).widened(config).dimensions(config)
+    wide = Model(config).widened.sizes
     requests: list[LlamaPro | Width] = [
         LlamaPro(target_layers=2 * sizes.num_hidden_layers),
         Width(hidden_size=sizes.hidden_size, intermediate_size=2 * wide.ffn_size),

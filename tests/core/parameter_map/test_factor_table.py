@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from tritter.core.expansions import Width, build_steps
-from tritter.core.families import LLAMA, Config, Model, family_of
+from tritter.core.families import Config, Model
 from tritter.core.parameter_map import ParameterMap, Quantity, map_tensor
 
 Block = list[list[float]]
@@ -114,7 +114,7 @@ def _kind(name: str) -> str:
 
 def _ones(is_tied: bool) -> Iterator[tuple[str, Tensor]]:
     config = _config(is_tied=is_tied)
-    for name, shape in LLAMA.shapes(config).items():
+    for name, shape in Model(config).shapes.items():
         yield name, torch.ones(shape, dtype=torch.float64)
 
 
@@ -269,7 +269,7 @@ def test_one_index_map_for_gate_up_and_down_and_for_every_reader_of_the_residual
         assert sorted(sources[0][40:]) == list(range(40))
     assert _index(tensors, "layers.0.ffn.up", 0) != _index(tensors, "layers.1.ffn.up", 0)
     residual = [*range(24), *range(24)]
-    for tensor in LLAMA.logical_tensors(_config(is_tied=False)):
+    for tensor in Model(_config(is_tied=False)).tensors:
         for position, axis in enumerate(tensor.axes):
             if axis.space.size == "hidden_size":
                 assert _index(tensors, tensor.name, position) == residual, tensor.name
@@ -339,10 +339,9 @@ def _of_family(model_type: str, *, is_tied: bool) -> Config:
 
 def _factors(spec: Width, config: Config) -> Iterator[tuple[str, Tensor, dict[Quantity, Tensor]]]:
     """Yield kind, a tensor of ones and its mapped values without offsets."""
-    family = family_of(config)
     maps = build_steps(Model(config), [spec], seed=0)[0].parameter_map.tensors
-    shapes = family.shapes(config)
-    for tensor in family.logical_tensors(config):
+    shapes = Model(config).shapes
+    for tensor in Model(config).tensors:
         tensor_map = maps[tensor.name]
         ones = torch.ones(shapes[tensor.name], dtype=torch.float64)
         weight = map_tensor(tensor_map, ones - tensor_map.offset) + tensor_map.offset

@@ -33,8 +33,8 @@ from tritter.methods.experts.adapters import (
 )
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.methods.experts.module import step_flops_of
-from tritter.methods.experts.stored import ExpertFolder
-from tritter.methods.experts.whole import load_whole
+from tritter.methods.experts.stored import ExpertFolder, load_with_experts
+from tritter.methods.whole import load_whole
 from tritter.planning.run_memory import training_needs
 
 BITS = pytest.mark.parametrize("bits", [8, 4])
@@ -116,7 +116,7 @@ def test_another_process_gets_all_of_a_layer(bits: int) -> None:
 @BITS
 def test_what_is_quantised_and_what_is_not(tmp_path: Path, bits: int) -> None:
     folder = base_in(tmp_path / "base")
-    model, plain = load_whole(folder, base_bits=bits), load_model(folder)
+    model, plain = load_with_experts(folder, base_bits=bits), load_model(folder)
     held = {n for n, m in model.named_modules() if type(m).__module__ == quantised.__name__}
     wanted = {
         f"model.layers.{number}.{name}"
@@ -138,7 +138,8 @@ def test_what_is_quantised_and_what_is_not(tmp_path: Path, bits: int) -> None:
 def test_an_expert_alone_is_what_pefts_qlora_computes(tmp_path: Path, bits: int) -> None:
     """Stock transformers quantises the folder, stock PEFT puts the adapter on it."""
     folder = base_in(tmp_path / "base")
-    mixture = mixture_of(load_whole(folder, base_bits=bits), router="evidence", has_base=True)
+    live = load_with_experts(folder, base_bits=bits)
+    mixture = mixture_of(live, router="evidence", has_base=True)
     ExpertFolder.of(mixture).write(folder)
     files = ExpertFiles.read(folder)
     assert files is not None and files.head.base_bits == bits

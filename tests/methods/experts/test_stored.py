@@ -23,8 +23,8 @@ from tritter.methods.experts.adapters import AdapterShape
 from tritter.methods.experts.gates import Routing
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.methods.experts.stored import ExpertFolder, adopt, write_adapter
-from tritter.methods.experts.whole import load_whole
 from tritter.methods.novelty import NoveltyDetector
+from tritter.methods.whole import load_whole
 from tritter.storage.hashing import file_digest
 from tritter.storage.records import signed_text
 

@@ -69,8 +69,9 @@ def test_the_default_learning_rate_falls_with_the_hidden_size() -> None:
     default, own = (
         DynamicExperts(**values_of(dynamic_options(learning_rate=each))) for each in (None, 0.1)
     )
-    assert [default.peak_rate(base) for base in bases] == [5e-3, 5e-3, 5e-4]
-    assert own.peak_rate(bases[-1]) == 0.1
+    rates = [default.peak_rate(1.0, base) for base in bases]
+    assert rates == [5e-3, 5e-3, 5e-4]
+    assert own.peak_rate(1.0, bases[-1]) == 0.1
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,7 @@ def train(
     torch.manual_seed(999 if (folder / "saved").exists() else 11)
     method = DynamicExperts(**values_of(options or dynamic_options()))
     model = base or oracle.tiny_llama(tie_word_embeddings=True, attention_dropout=0.1)
-    rate = method.peak_rate(model_of(model))
+    rate = method.peak_rate(1.0, model_of(model))
     mixture = method.begin(model, bounds=TextBounds(0), seed=1)
     for number in range(given):  # of an earlier run
         mixture.add(f"expert_{number + 1}", method.shape(model), seed=number)

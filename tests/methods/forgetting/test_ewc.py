@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tests import oracle
 from tests.training.test_fit import module_of, task
 from tritter.core.expansions import Dus, LlamaPro, Width
-from tritter.core.families import LLAMA
+from tritter.core.families import Model
 from tritter.core.parameter_map.carry import STATE_KINDS, mapped_state
 from tritter.errors import TritterError
 from tritter.methods.forgetting import EWC
@@ -77,7 +77,7 @@ def carried_fisher(
     plan: PlannedExpansion, fisher: dict[str, Tensor], kind: str = "fisher"
 ) -> dict[str, Tensor]:
     """Return logical name → the Fisher mapped through the plan; new parameters are absent."""
-    values = {t.name: fisher[t.disk_name] for t in LLAMA.logical_tensors(plan.source.config)}
+    values = {t.name: fisher[t.disk_name] for t in Model(plan.source.config).tensors}
     for step in plan.steps:
         maps = step.parameter_map.tensors
         values = {
@@ -108,7 +108,7 @@ def test_what_an_expansion_adds_does_not_dilute_the_mean(tmp_path: Path) -> None
     fisher = diagonal_fisher(model, oracle.tokens(batch=4))
     plan = plan_expansion(source, specs)
     values = carried_fisher(plan, fisher)
-    named = {t.disk_name: values[t.name] for t in LLAMA.logical_tensors(plan.target.config)}
+    named = {t.disk_name: values[t.name] for t in Model(plan.target.config).tensors}
     before = pulls(model, task_with(model, fisher))
     carried = plan.change.masks()
     told = replace(task_with(wide, named), state_before={"fisher": fisher})
@@ -170,7 +170,7 @@ def test_the_mapped_fisher_is_that_of_the_expanded_model(tmp_path: Path) -> None
     plan = plan_expansion(source, specs)
     values = carried_fisher(plan, fisher)
     compared = 0
-    for tensor in LLAMA.logical_tensors(plan.target.config):
+    for tensor in Model(plan.target.config).tensors:
         if tensor.name in values:
             theirs = own[tensor.disk_name]
             assert float((values[tensor.name] - theirs).norm() / theirs.norm()) < 1e-3, tensor.name

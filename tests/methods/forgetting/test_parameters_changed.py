@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tests import oracle
 from tests.methods.forgetting.test_ewc import carried_fisher, task_with
 from tritter.core.expansions import LlamaPro, Width
-from tritter.core.families import LLAMA
+from tritter.core.families import Model
 from tritter.methods.forgetting import EWC, L2SP, SI, OnlineEWC
 from tritter.methods.forgetting.quadratic import QuadraticPenalty, diagonal_fisher
 from tritter.transform import expand, plan_expansion
@@ -56,7 +56,7 @@ def test_a_method_that_followed_pulls_as_one_begun_on_the_grown_model(
     state = {
         kind: {
             t.disk_name: value
-            for t in LLAMA.logical_tensors(plan.target.config)
+            for t in Model(plan.target.config).tensors
             if (value := carried_fisher(plan, fisher, kind).get(t.name)) is not None
         }
         for kind in state

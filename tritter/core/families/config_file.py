@@ -324,7 +324,7 @@ def check_size(model: Model) -> None:
         RequestError: names the size and its limit.
     """
     _ = model.sizes  # reading checks them
-    tensors, parameters = model.family.count_tensors(model.config), model.num_parameters
+    tensors, parameters = model.num_tensors, model.num_parameters
     if tensors > MAX_TENSORS:
         raise RequestError(
             f"config.json: layers and experts amount to {tensors:,} tensors; must be at most "

@@ -184,7 +184,8 @@ def plain_floats(config: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict):
             if value.keys() == {"__float__"}:
                 return float(value["__float__"])
-            return {name: plain(each) for name, each in value.items()}
+            return plain_floats(value)
         return [plain(each) for each in value] if isinstance(value, list) else value
 
-    return {name: plain(value) for name, value in config.items()}
+    nested = dict | list
+    return {n: plain(value) if isinstance(value, nested) else value for n, value in config.items()}

@@ -1,7 +1,7 @@
 """A family's table, expanded for a config: tensors, their shapes and their number."""
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
@@ -146,26 +146,6 @@ class Family:
         """
         return ""
 
-    def live_ffn_sizes(self, config: Config, shapes: Mapping[str, tuple[int, ...]]) -> list[int]:
-        """Return the FFN width of each layer; empty if all have one, or they are not known.
-
-        Args:
-            config: of a model.
-            shapes: name in memory → shape of its parameters.
-        """
-        if self.fixed_neurons(config):
-            return []
-        family, sizes = self.widened(config), []
-        for tensor in family.logical_tensors(config):
-            if family.ffn_part(tensor) == "up":
-                shape = shapes.get(tensor.live_name or tensor.disk_name)
-                if shape is None:  # a part of a model
-                    return []
-                sizes.append(
-                    shape[:: -1 if tensor.is_transposed else 1][family.neuron_axis(tensor)]
-                )
-        return sizes
-
     def with_ffn_sizes(self, config: Config, sizes: Sequence[int]) -> Config:
         """Return the config of a model with the given FFN width per layer."""
         same = self.with_widest_ffn(on_disk(config), max(sizes))
@@ -230,13 +210,13 @@ class Family:
         """Return the offset between the weight of a norm and its gain."""
         return self.norm_offset
 
-    def layer_kinds(self, config: Config) -> list[Literal["dense", "sparse"]]:
+    def layer_kinds(self, config: Config, num_layers: int) -> list[Literal["dense", "sparse"]]:
         """Return the kind of each layer: with experts (sparse) or one FFN (dense).
 
         Raises:
             RequestError: the config's pattern of sparse layers is invalid.
         """
-        layers = range(self.dimensions(config).num_hidden_layers)
+        layers = range(num_layers)
         if self.sparse_layers != "pattern":
             return ["sparse" if self.has_experts else "dense" for _ in layers]
         exempt, step = config.get("mlp_only_layers"), config.get("decoder_sparse_step", 1)
@@ -248,11 +228,11 @@ class Family:
         dense = {layer for layer in listed if isinstance(layer, int)}
         return ["dense" if layer in dense or (layer + 1) % step else "sparse" for layer in layers]
 
-    def logical_tensors(self, config: Config) -> tuple[LogicalTensor, ...]:
+    def logical_tensors(self, config: Config, sizes: Dimensions) -> tuple[LogicalTensor, ...]:
         """Return all tensors of a model with this config, one for each layer and expert."""
         templates = tuple(tensor for tensor in self.tensors if tensor.exists(config))
-        num_experts = self.dimensions(config).num_experts
-        return _for_layers(templates, tuple(self.layer_kinds(config)), num_experts)
+        kinds = self.layer_kinds(config, sizes.num_hidden_layers)
+        return _for_layers(templates, tuple(kinds), sizes.num_experts)
 
     def with_layers(
         self,
@@ -279,25 +259,24 @@ class Family:
             chosen = [sizes[source] for source in layer_sources]
             deeper = self.with_ffn_sizes(deeper, chosen)
         if self.sparse_layers == "pattern":
-            kinds = self.layer_kinds(config)
+            kinds = self.layer_kinds(config, self.dimensions(config).num_hidden_layers)
             dense = [t for t, s in enumerate(layer_sources) if kinds[s] == "dense"]
             deeper |= {"mlp_only_layers": dense, "decoder_sparse_step": 1}
         return deeper
 
-    def shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each tensor of a model, by logical name."""
-        sizes, widths = self.dimensions(config), ffn_sizes(config)
-        layers: dict[int | None, Dimensions] = {
-            layer: replace(sizes, intermediate_size=width) for layer, width in enumerate(widths)
-        }
-        return {
-            tensor.name: self._shape(tensor, layers.get(tensor.layer, sizes))
-            for tensor in self.logical_tensors(config)
-        }
+    def shape(self, tensor: LogicalTensor, sizes: Dimensions) -> tuple[int, ...]:
+        """Return the shape of a tensor, or of all tensors of a template.
 
-    def _shape(self, tensor: LogicalTensor, dimensions: Dimensions) -> tuple[int, ...]:
-        sizes = [axis.space.size for axis in tensor.axes]
-        return tuple([s if isinstance(s, int) else getattr(dimensions, s) for s in sizes])
+        Args:
+            tensor: of this family.
+            sizes: of the model, with the FFN width of the tensor's layer.
+        """
+        return tuple(
+            [
+                size if isinstance(size := axis.space.size, int) else getattr(sizes, size)
+                for axis in tensor.axes
+            ]
+        )
 
     def branch_output(self, tensor: LogicalTensor) -> bool:
         """Return True if a tensor writes the output of a block to the residual stream.
@@ -313,12 +292,25 @@ class Family:
         """Return the value of a branch output in an identity block."""
         return -self.norm_offset if tensor.is_norm else 0.0
 
-    def count_parameters(self, config: Config) -> int:
-        """Count the parameters from shapes; a tied head counts once."""
-        return sum(
-            times * prod(self._shape(template, dimensions))
-            for template, times, dimensions in self._multiplicities(config)
-        )
+    def count(self, config: Config, sizes: Dimensions) -> tuple[int, int]:
+        """Count the tensors on disk and the parameters, without naming tensors.
+
+        A tied head counts once. A template is repeated for each FFN width among its layers.
+        """
+        kinds = self.layer_kinds(config, sizes.num_hidden_layers)
+        widths = ffn_sizes(config) or [sizes.intermediate_size] * len(kinds)
+        layers = [
+            (kind, times, replace(sizes, intermediate_size=width))
+            for (kind, width), times in Counter(zip(kinds, widths, strict=True)).items()
+        ]
+        tensors = parameters = 0
+        for template in (each for each in self.tensors if each.exists(config)):
+            for kind, times, own in layers if template.is_per_layer else [("none", 1, sizes)]:
+                if template.layers in ("all", kind):
+                    number = times * (sizes.num_experts if template.is_per_expert else 1)
+                    tensors += number
+                    parameters += number * prod(self.shape(template, own))
+        return tensors, parameters
 
     def attention_window(self, config: Config, layer: int) -> int | None:
         """Return the sliding window of a layer in tokens, or None for full attention."""
@@ -336,32 +328,6 @@ class Family:
         """Return the names of tied tensors, which a file may hold redundantly."""
         tied = (t for t in self.tensors if t.unless and not t.exists(config))
         return {name for t in tied for name in (t.disk_name, t.live_name or t.disk_name)}
-
-    def count_tensors(self, config: Config) -> int:
-        """Count the tensors on disk, without naming them."""
-        return sum(times for _, times, _ in self._multiplicities(config))
-
-    def _multiplicities(self, config: Config) -> Iterator[tuple[LogicalTensor, int, Dimensions]]:
-        """Yield each template of a model, its number of tensors, and their sizes.
-
-        A template is repeated for each FFN width among its layers.
-        """
-        same = self.dimensions(config)
-        kinds = self.layer_kinds(config)
-        widths = ffn_sizes(config) or [same.intermediate_size] * len(kinds)
-        layers = [
-            (kind, times, replace(same, intermediate_size=width))
-            for (kind, width), times in Counter(zip(kinds, widths, strict=True)).items()
-        ]
-        for template in self.tensors:
-            if not template.exists(config):
-                continue
-            if not template.is_per_layer:
-                yield template, 1, same
-            for kind, times, dimensions in layers:
-                if template.layers in ("all", kind):
-                    experts = same.num_experts if template.is_per_expert else 1
-                    yield template, times * experts, dimensions
 
 
 @lru_cache(maxsize=8)  # of 37,000 tensors for Qwen3-MoE 94 x 128

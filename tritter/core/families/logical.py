@@ -6,7 +6,7 @@ port of each axis determines how an expansion may scale it. Kind, layer and expe
 names need no parsing. A table entry is a template of many tensors and has no layer or expert yet.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import lru_cache
 from typing import Literal
@@ -124,6 +124,9 @@ class LogicalTensor:
         fused: its location in memory if the experts of a layer are stacked in one tensor.
         layer: index of its layer; None in a template.
         expert: index of its expert; None in a template.
+
+    Attributes:
+        name: its logical name, the same in every family.
     """
 
     kind: str
@@ -138,11 +141,11 @@ class LogicalTensor:
     fused: Place | None = None
     layer: int | None = None
     expert: int | None = None
+    name: str = field(init=False, compare=False)
 
-    @property
-    def name(self) -> str:
-        """Its logical name, the same in every family."""
-        return logical_name(self.kind, layer=self.layer, expert=self.expert)
+    def __post_init__(self) -> None:
+        name = logical_name(self.kind, layer=self.layer, expert=self.expert)
+        object.__setattr__(self, "name", name)
 
     @property
     def is_per_layer(self) -> bool:

@@ -62,22 +62,38 @@ class Model:
     @cached_property
     def layer_kinds(self) -> list[Literal["dense", "sparse"]]:
         """The kind of each layer: with experts (sparse) or one FFN (dense)."""
-        return self.family.layer_kinds(self.config)
+        return self.family.layer_kinds(self.config, self.sizes.num_hidden_layers)
 
     @cached_property
     def tensors(self) -> tuple[LogicalTensor, ...]:
         """All tensors in forward order, one for each layer and expert."""
-        return self.family.logical_tensors(self.config)
+        return self.family.logical_tensors(self.config, self.sizes)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Logical name → shape of each tensor."""
-        return self.family.shapes(self.config)
+        layers: dict[int | None, Dimensions] = {
+            layer: replace(self.sizes, intermediate_size=width)
+            for layer, width in enumerate(self.ffn_sizes)
+        }
+        return {
+            tensor.name: self.family.shape(tensor, layers.get(tensor.layer, self.sizes))
+            for tensor in self.tensors
+        }
 
     @cached_property
+    def _counts(self) -> tuple[int, int]:
+        return self.family.count(self.config, self.sizes)
+
+    @property
+    def num_tensors(self) -> int:
+        """Its tensors on disk, counted without naming them."""
+        return self._counts[0]
+
+    @property
     def num_parameters(self) -> int:
         """Its parameters, counted from shapes; a tied head counts once."""
-        return self.family.count_parameters(self.config)
+        return self._counts[1]
 
     @cached_property
     def num_active_parameters(self) -> int:
@@ -135,7 +151,16 @@ class Model:
 
     def with_widths_of(self, shapes: Mapping[str, tuple[int, ...]]) -> "Model":
         """Return a model with the FFN widths of live parameters: name in memory → shape."""
-        sizes = self.family.live_ffn_sizes(self.config, shapes)
+        if self.fixed_neurons:
+            return self
+        family, sizes = self.widened.family, []
+        for tensor in self.widened.tensors:
+            if family.ffn_part(tensor) == "up":
+                shape = shapes.get(tensor.live_name or tensor.disk_name)
+                if shape is None:  # a part of a model
+                    return self
+                stored = shape[:: -1 if tensor.is_transposed else 1]
+                sizes.append(stored[family.neuron_axis(tensor)])
         return self.with_ffn_sizes(sizes) if sizes else self
 
     def with_layers(self, layer_sources: Sequence[int]) -> "Model":

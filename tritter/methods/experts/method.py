@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lightning import Callback
     from torch import Tensor, nn
 
-    from tritter.checkpoints import ExpansionRecord
+    from tritter.checkpoints import ExpansionRecord, Source
     from tritter.data.tokens import TextBounds
     from tritter.methods.experts.adapters import AdapterShape
     from tritter.methods.experts.callback import ExpertCallback
@@ -41,9 +41,16 @@ class Experts(Method, ABC):
     last_weights = "the best weights may have fewer experts"
     seed = 0  # of new experts
 
-    def peak_rate(self, base: Model) -> float:
-        """Return the learning rate; by default 0.32 / hidden size of the base, at most 0.005."""
+    def peak_rate(self, configured: float, base: Model) -> float:
+        """Return the rate of adapters; by default 0.32 / hidden size of the base, at most 0.005."""
         return self.options.learning_rate or min(0.005, 0.32 / base.sizes.hidden_size)
+
+    def load(self, source: Source) -> nn.Module:
+        """Load the base with the experts that it has; new ones may want it quantised."""
+        from tritter.methods.experts.stored import load_with_experts
+
+        bits = self.options.base_bits
+        return load_with_experts(source.folder, model=source.model, base_bits=bits)
 
     @classmethod
     def problems(cls, options: Any, run: RunRequest) -> Iterator[Problem]:

@@ -24,8 +24,8 @@ class AdapterOptions:
         alpha: α; the output of an adapter is scaled by α / r.
         targets: last names of the layers that get adapters. None: every linear layer of the decoder
             layers, the embedding and the head.
-        learning_rate: of adapters and routers, instead of `training.learning_rate`. None: see
-            `Experts.peak_rate`.
+        learning_rate: of adapters and routers, instead of `training.learning_rate`. None: 0.32
+            / hidden size of the base, at most 0.005.
         base_bits: quantise the linear layers of the frozen base's decoder layers to this many bits
             with bitsandbytes. None: no quantisation.
     """

@@ -30,6 +30,8 @@ from tritter.checkpoints.expert_files import (
     is_plain_setting,
 )
 from tritter.checkpoints.folder import EXPERTS_FOLDER
+from tritter.core.families import Model
+from tritter.core.models import load_model
 from tritter.errors import RequestError, TritterError
 from tritter.methods.experts.adapters import (
     AdapterShape,
@@ -450,6 +452,37 @@ class ExpertFolder:
         )
         model.eval()
         return mixture
+
+
+def load_with_experts(
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    base_bits: int | None = None,
+    model: Model | None = None,
+) -> nn.Module:
+    """Load a checkpoint's model with its experts, or for its first ones.
+
+    Args:
+        folder: the checkpoint.
+        dtype: data type of the weights.
+        base_bits: 8 or 4, to quantise the base for new experts. Existing experts run on a base
+            quantised as during their training.
+        model: as `load_model`.
+
+    Raises:
+        TritterError: as `load_model` and `ExpertFolder.read`.
+    """
+    stored = ExpertFolder.read(folder)
+    bits = base_bits if stored is None else stored.head.base_bits
+    live = load_model(folder, dtype=dtype, model=model)
+    if bits is not None:
+        from tritter.methods.experts.quantised import quantise  # slow to import
+
+        quantise(live, bits)
+    if stored is not None:
+        stored.apply(live)
+    return live
 
 
 def adopt(mixture: ExpertMixture, name: str, folder: Path) -> None:

@@ -16,9 +16,8 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.optim import Optimizer
 
 from tritter.checkpoints import ExpansionRecord, Lineage, Source
-from tritter.checkpoints.expert_files import refuse_experts
 from tritter.checkpoints.folder import copy_small_files
-from tritter.checkpoints.location import check_output
+from tritter.checkpoints.location import check_output, require_plain
 from tritter.core.models import load_model, model_of, read_model
 from tritter.errors import Problem, RequestError, nearest, raise_problems
 from tritter.methods.growth.blocks import FfnBlock, freeze_all_but_ffns
@@ -432,7 +431,7 @@ class GrowableCausalLM(Growable, nn.Module):
             self.model = path_or_model
         else:
             self._folder = locate(fspath(path_or_model), key="path_or_model")
-            refuse_experts(self._folder, doing="growth", key="path_or_model")
+            require_plain(self._folder, doing="growth", key="path_or_model")
             self.model = load_model(self._folder, dtype=dtype).train()
         for name, module in self.model.named_modules():
             if isinstance(module, GrowableLinear):

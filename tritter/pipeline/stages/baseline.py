@@ -8,12 +8,10 @@ from typing import Any
 import torch
 
 from tritter.checkpoints import Source, lineage_of
-from tritter.core.models import load_model
 from tritter.data.cache import entry_lock
 from tritter.errors import TritterError
 from tritter.evaluation.statistics import MAX_SCORE_BYTES, PairedScores, score_file
-from tritter.methods.experts.whole import load_whole
-from tritter.pipeline import experts
+from tritter.methods.whole import load_whole, reading_flops_of
 from tritter.pipeline.base import copy_source, obtain_base
 from tritter.pipeline.ledger import StageResult, content_key
 from tritter.pipeline.run import Run
@@ -60,7 +58,7 @@ def baseline(run: Run) -> StageResult:
         lineage = lineage_of(folder)
     source = run.register("baseline", lineage)
     _score_baseline(run, source)
-    reading = experts.reading_flops_of(run, source)
+    reading = reading_flops_of(source)
     flops = {"baseline": run.data.scoring.flops(reading)}
     if (pretraining_flops := lineage.training_config.get("flops")) is not None:
         flops = {"pretraining": float(pretraining_flops), **flops}
@@ -84,8 +82,7 @@ def _score_baseline(run: Run, source: Source) -> None:
     if (scores := _intact_scores(location)) is None:
         with entry_lock(location):
             if (scores := _intact_scores(location)) is None:  # a parallel job may have written it
-                load = load_model if run.config.experts is None else load_whole
-                run.score(load(source.folder, model=source.model), "baseline")
+                run.score(load_whole(source.folder, model=source.model), "baseline")
                 scores = json.loads(target.read_text(encoding="utf-8"))
                 content = {
                     "format_version": _FORMAT_VERSION,
@@ -131,7 +128,7 @@ def _made_from(run: Run, source: Source) -> dict[str, Any]:
     }
     files = source.own_lineage.file_digests
     of_experts = {n: d for n, d in files.items() if n.startswith(_EXPERT_FILES)}
-    if of_experts and run.config.experts is not None:
+    if of_experts:
         made_from["experts"] = of_experts
     return made_from
 

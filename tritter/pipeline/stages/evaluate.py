@@ -11,15 +11,19 @@ from tritter.evaluation.statistics import score_file
 from tritter.methods.experts.mixture import mixture_on
 from tritter.methods.experts.summary import expert_usage
 from tritter.methods.moe_routing.objective import moe_usage
-from tritter.pipeline import experts, moe, windows
+from tritter.methods.whole import reading_flops
+from tritter.pipeline import moe, windows
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import StageResult
 from tritter.pipeline.metrics import num_steps, score_metrics
 from tritter.pipeline.run import Run
 from tritter.pipeline.samples import generate_samples
 from tritter.pipeline.stage import Stage
+from tritter.pipeline.stages.fit import load_trained
 from tritter.pipeline.trained import round_weights
 from tritter.storage.records import record
+
+_USAGE_SEQUENCES = 16  # per domain, to measure the gates of LoRA experts
 
 
 @record
@@ -52,13 +56,13 @@ class Evaluate(Stage):
     def work(self, run: Run, branch: Branch) -> StageResult:
         """Score the trained model, write its samples, and measure the usage of its experts."""
         source = run.source(branch.trained)
-        trained = run.data.masked(experts.load_start(run, branch, source))
+        trained = load_trained(run, branch, source)
         if not branch.is_final:
             round_weights(trained, run.published_dtype)
         subject = "control" if branch.is_control else "trained model"
         run.say("evaluate", f"{subject} on {', '.join(run.data.domains)}")
         run.score(trained, f"{branch.name}-trained")
-        reading = experts.reading_flops(trained)
+        reading = reading_flops(trained)
         samples, files = list[dict[str, str]](), list[str]()
         flops = run.data.scoring.flops(reading)
         if run.data.short is not None:
@@ -67,7 +71,7 @@ class Evaluate(Stage):
         is_last = branch.task == len(run.data.text.tasks) - 1
         if is_last and not branch.is_control and run.config.evaluation.sample_tokens != 0:
             start = "baseline" if branch.task else branch.start
-            before = experts.load_start(run, branch, run.source(start))
+            before = load_trained(run, branch, run.source(start))
             with run.progress_bars() as new_bar:
                 samples, spent = generate_samples(
                     run.reading(start),
@@ -83,7 +87,10 @@ class Evaluate(Stage):
             used = moe_usage(trained.to(run.device), of_routers)
             read += of_routers.values()
         if mixture_on(trained) is not None:
-            of_experts = experts.usage_sequences(run)
+            of_experts = {
+                domain: run.data.sample_equally([domain], _USAGE_SEQUENCES, "usage").long()
+                for domain in run.data.domains
+            }
             lora_used = expert_usage(trained.to(run.device), of_experts)
             read += of_experts.values()
         trained.to("cpu")

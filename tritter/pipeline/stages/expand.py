@@ -11,7 +11,8 @@ from tritter.core.models import load_model
 from tritter.data.chat import ids_of
 from tritter.evaluation.jump import logit_jump
 from tritter.evaluation.statistics import score_file
-from tritter.pipeline import experts, windows
+from tritter.methods.whole import reading_flops
+from tritter.pipeline import windows
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.disk import write_expanded
 from tritter.pipeline.ledger import ExpansionFound, StageResult
@@ -56,7 +57,7 @@ class Expand(Stage):
         evaluated, flops = dict[str, float](), dict[str, float]()
         if (text := run.data.validation_subset) is not None:
             evaluated = validation_metrics(before, text, run.config.trainer)
-            flops["validation"] = evaluation_flops(experts.reading_flops(before), text)
+            flops["validation"] = evaluation_flops(reading_flops(before), text)
         flops["expand"] = run.data.scoring.flops(forward_flops(grown.model))
         # The source is read in bfloat16 too
         read = (source, source, grown)
@@ -64,7 +65,7 @@ class Expand(Stage):
         flops["expand"] += len(tokens) * sum(passes) + router_flops(made.plan)
         files = list[str]()
         if windows.is_longer(run, branch):
-            readings = experts.reading_flops(before), forward_flops(grown.model)
+            readings = reading_flops(before), forward_flops(grown.model)
             files, spent = windows.score_start(run, branch, before, after, readings)
             flops["expand"] += spent
         return StageResult(

@@ -1,8 +1,9 @@
 """The training of a branch."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from lightning import Callback
@@ -14,7 +15,7 @@ from tritter.core.families import forward_flops
 from tritter.data.datamodule import ValidationSubset
 from tritter.errors import RequestError
 from tritter.methods.forgetting import build_methods
-from tritter.pipeline import disk, experts, moe
+from tritter.pipeline import disk, moe
 from tritter.pipeline.base import last_rate, schedule_of
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import StageResult, TrainingFound
@@ -89,6 +90,37 @@ class Fit(Stage):
         return branch
 
 
+def _methods_of(
+    run: Run, branch: Branch
+) -> tuple[tuple[Method, ...], tuple[ForgettingMethod, ...]]:
+    """Build what acts in a branch's training: growth or experts, and forgetting methods.
+
+    The control only has the latter. They come last: they unfreeze only weights that they froze.
+    """
+    one = None if branch.is_control else run.config.growth or run.config.experts
+    others = () if one is None else (one.kind(**one.arguments),)
+    return others, build_methods(run.config.forgetting)
+
+
+def peak_rate(run: Run, branch: Branch) -> float:
+    """Return the peak learning rate of a branch, which its methods may change."""
+    rate = run.config.training.learning_rate
+    for method in chain(*_methods_of(run, branch)):
+        rate = method.peak_rate(rate, run.data.model)
+    return rate
+
+
+def load_trained(run: Run, branch: Branch, source: Source) -> nn.Module:
+    """Load a checkpoint of a branch as its methods load what they train."""
+    return _loaded(run, source, _methods_of(run, branch))
+
+
+def _loaded(run: Run, source: Source, methods: Iterable[Sequence[Method]]) -> nn.Module:
+    loading = (m for m in chain(*methods) if type(m).load is not Method.load)
+    with run.waiting("loading the model"):
+        return run.data.masked(next(loading, Method()).load(source))
+
+
 def _report(run: Run, branch: Branch, result: FitResult) -> None:
     """Print how a training run ended."""
     if result.stopped_because is not None:
@@ -134,20 +166,21 @@ def _train(
     """
     is_test, start = schedule is not None, run.source(branch.location)
     frees_start = disk.may_release_start(run, branch)
-    options = experts.training_of(run, branch)
-    settings = replace(options, max_steps=options.max_steps * branch.num_trainings)
-    trainee = Trainee(run.data.masked(experts.load_start(run, branch, start)))
+    options, rate = run.config.training, peak_rate(run, branch)
+    max_steps = options.max_steps * branch.num_trainings
+    settings = replace(options, max_steps=max_steps, learning_rate=rate)
+    others, methods = _methods_of(run, branch)
+    trainee = Trainee(_loaded(run, start, (others, methods)))
     model = trainee.model
     if any(spec.new_blocks_only for spec in branch.specs):
         mapped = run.planned(branch).change.masks()
         for name, parameter in model.named_parameters():
             parameter.requires_grad &= not bool(mapped[name].any())
-    num_steps = settings.max_steps if schedule is None else schedule.max_steps
-    _announce(run, branch, max_steps=num_steps)
+    _announce(run, branch, max_steps=max_steps if schedule is None else schedule.max_steps)
     with moe.training_of_routers(run, branch, trainee):
         is_routed = bool(trainee.side_losses)
         task = importance.task(run, branch, follow=trainee.follow)
-        others, methods = _attach(run, branch, start, trainee, task, max_steps=settings.max_steps)
+        _attach(run, branch, start, trainee, task, (*others, *methods), max_steps=max_steps)
         _freeze(model, methods, task, max_steps=settings.max_steps)
         module = BaseModule.of(
             trainee,
@@ -178,15 +211,16 @@ def _train(
 
 
 def _attach(
-    run: Run, branch: Branch, start: Source, trainee: Trainee, task: Task, *, max_steps: int
-) -> tuple[tuple[Method, ...], tuple[ForgettingMethod, ...]]:
-    """Build and attach what acts in a branch's training: growth or experts, and forgetting methods.
-
-    The control only has the latter, which come last: they unfreeze only weights that they froze.
-    """
-    one = None if branch.is_control else run.config.growth or run.config.experts
-    others = () if one is None else (one.kind(**one.arguments),)
-    methods = build_methods(run.config.forgetting)
+    run: Run,
+    branch: Branch,
+    start: Source,
+    trainee: Trainee,
+    task: Task,
+    methods: Sequence[Method],
+    *,
+    max_steps: int,
+) -> None:
+    """Attach the methods of a branch to the model that is going to be trained."""
     data, gathered = run.data, run.config.trainer.accumulate_grad_batches
     setting = Setting(
         start=start,
@@ -202,25 +236,21 @@ def _attach(
         seed=lambda *labels: run.seed(*labels, *branch.purpose),
         log=run.say,
     )
-    for method in (*others, *methods):
+    for method in methods:
         made = trainee.make_module
         method.attach(trainee, setting)
         if made not in (None, trainee.make_module):
             reason = "only one method of a run can bring its own module; leave one out"
             raise RequestError(f"forgetting.{method.name}: {reason}.")
-    return others, methods
 
 
 def _announce(run: Run, branch: Branch, *, max_steps: int) -> None:
     names = [one.name for one in run.config.forgetting]
-    if experts.method_of(run, branch) is not None:
-        rate = experts.training_of(run, branch).learning_rate
-        names.insert(0, f"frozen base (learning rate {rate:.2g})")
     mitigation = " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) or "none"
     domains, tasks = ", ".join(run.data.new_domains_of(branch)), len(run.data.text.tasks)
     which = f" (task {branch.task + 1} of {tasks})" if tasks > 1 else ""
-    text = f"{max_steps} steps on {domains}{which}; forgetting mitigation: {mitigation}"
-    run.say("train", text)
+    steps, rate = f"{max_steps} steps on {domains}{which}", peak_rate(run, branch)
+    run.say("train", f"{steps}; learning rate {rate:.2g}; forgetting mitigation: {mitigation}")
 
 
 def _freeze(

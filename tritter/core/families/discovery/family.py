@@ -274,7 +274,8 @@ class DiscoveredFamily(Family):
         return decoder_config(config)
 
     def is_tied(self, config: Config) -> bool:
-        return not any(tensor.kind == "head" for tensor in self.logical_tensors(config))
+        tensors = self.logical_tensors(config, self.dimensions(config))
+        return not any(tensor.kind == "head" for tensor in tensors)
 
     def offset_of(self, tensor: LogicalTensor) -> float:
         return tensor.axes[0].offset if self.axes and tensor.axes else self.norm_offset
@@ -299,37 +300,33 @@ class DiscoveredFamily(Family):
     def position_limit(self, config: Config) -> int | None:
         return position_limit(config)
 
-    def layer_kinds(self, config: Config) -> list[Literal["dense", "sparse"]]:
+    def layer_kinds(self, config: Config, num_layers: int) -> list[Literal["dense", "sparse"]]:
         return [
             "sparse" if any(_ROUTED.search(name) for name, _ in signature) else "dense"
             for signature in skeleton(key_of(config)).signatures
         ]
 
-    def logical_tensors(self, config: Config) -> tuple[LogicalTensor, ...]:
-        tensors, counts, widths = skeleton(key_of(config)), self._counts(config), ffn_sizes(config)
+    def logical_tensors(self, config: Config, sizes: Dimensions) -> tuple[LogicalTensor, ...]:
+        tensors, widths = skeleton(key_of(config)), ffn_sizes(config)
         if widths and self.axes is None:
-            return self.widened(config).logical_tensors(config)
+            return self.widened(config).logical_tensors(config, sizes)
+        counts = self._counts(config, sizes)
         return tuple(
             self._logical(name, shape, tensors, counts, widths)
             for name, shape in tensors.disk.items()
         )
 
-    def shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
-        return {
-            tensor.name: tuple(axis.length or int(axis.space.size) for axis in tensor.axes)
-            for tensor in self.logical_tensors(config)
-        }
+    def shape(self, tensor: LogicalTensor, sizes: Dimensions) -> tuple[int, ...]:
+        return tuple(axis.length or int(axis.space.size) for axis in tensor.axes)
 
     def branch_output(self, tensor: LogicalTensor) -> bool:
         return tensor.layer is not None and tensor.kind in self.writers
 
-    def count_parameters(self, config: Config) -> int:
+    def count(self, config: Config, sizes: Dimensions) -> tuple[int, int]:
+        shapes = list(skeleton(key_of(config)).disk.values())
         if ffn_sizes(config):
-            return sum(map(prod, self.shapes(config).values()))
-        return sum(map(prod, skeleton(key_of(config)).disk.values()))
-
-    def count_tensors(self, config: Config) -> int:
-        return len(skeleton(key_of(config)).disk)
+            shapes = [self.shape(each, sizes) for each in self.logical_tensors(config, sizes)]
+        return len(shapes), sum(map(prod, shapes))
 
     def tied_names(self, config: Config) -> set[str]:
         return set(skeleton(key_of(config)).tied)
@@ -400,13 +397,12 @@ class DiscoveredFamily(Family):
             found[0] = replace(found[0], arrangement="whole")
         return found
 
-    def _counts(self, config: Config) -> Mapping[str, int]:
+    def _counts(self, config: Config, sizes: Dimensions) -> Mapping[str, int]:
         """Return config key → number of units, for the keys that axes follow."""
         if self.axes is None:
             return {}
         keys = {role.key for role in self.axes.all_roles if role.key}
         inner = decoder_config(complete(config))
-        sizes = self.dimensions(config)
         return {key: _default_size(inner.get(key), sizes) for key in keys}
 
     def _logical(
