@@ -115,6 +115,16 @@ def test_a_checkpoint_is_trained_at_the_rate_that_it_records(
     assert (typed.training.learning_rate, typed.rate_note) == (0.5, "")
 
 
+def test_a_damaged_lineage_is_one_problem_of_the_key_that_named_it(tmp_path: Path) -> None:
+    place = checkpoint(tmp_path / "base", None)
+    (place / "tritter.json").write_text('{"format": "lineage", "format_version": 99}')
+    with pytest.raises(RequestError) as caught:
+        load_config([*DATA, f"model.path={place}", "data.new={x: stdlib:code}"])
+    (problem,) = caught.value.problems
+    assert (problem.key, problem.value) == ("model.path", place)
+    assert "format_version 99" in problem.reason
+
+
 def test_the_record_of_a_hub_id_is_not_read() -> None:
     config = load_config([*DATA, "model.path=owner/name", "forgetting=none"])
     assert config.training.learning_rate == 1e-5 and "from the hub" in config.rate_note

@@ -35,7 +35,7 @@ from tritter.data.sources import (
     source_documents,
 )
 from tritter.data.split import SplitRule, split_problem
-from tritter.errors import Problem, RequestError, TritterError, key_name
+from tritter.errors import Problem, RequestError, TritterError, refused
 
 DEFAULT_FRACTION = 0.2  # for a new split; a lineage keeps its own
 _Texts = Callable[[], Iterable[str]] | None
@@ -209,7 +209,7 @@ def _learned(checkpoint: str | None) -> tuple[Lineage | None, KeptSequences]:
     try:
         return read_lineage(folder) if folder.is_dir() else None, KeptSequences.read(folder)
     except TritterError as error:
-        raise RequestError(f"{key_name('model.path')}: {error}") from error
+        raise refused("model.path", folder, str(error).rstrip(".")) from error
 
 
 def _split(lineage: Lineage | None, data: DataConfig, *, seed: int, notes: list[str]) -> SplitRule:

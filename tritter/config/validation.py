@@ -265,8 +265,8 @@ def validate(
     ]
     for stage in ((read_text,), (*_RULES, *feature_rules, *rules), (_begin_problems,)):
         unread |= {problem.key.partition(".")[0] for problem in problems}
-        found_here = [problem for rule in stage for problem in _problems_of(rule, sound)]
-        problems += [replace(problem, found_by=3) for problem in found_here]
+        found_here = (replace(p, found_by=3) for rule in stage for p in _problems_of(rule, sound))
+        problems += [problem for problem in found_here if problem not in problems]
     raise_problems(problems)
     return RunConfig(**values)
 
