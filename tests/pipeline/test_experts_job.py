@@ -110,7 +110,7 @@ def test_tasks_and_a_checkpoint_that_is_gone_on_with(
     summary = run(tmp_path / "run", tmp_path / "cache", [*kept, *tasks, *DYLORA])
     message = capsys.readouterr().out
     assert "experts=dylora  seed=" in message
-    assert "learning rate 0.005; forgetting mitigation: none" in message
+    assert "learning rate 0.005; forgetting mitigation: frozen base" in message
     events = summary["experts"]["events"]
     assert summary["experts"]["spawned"][0]["task"] == 0
     assert [event["step"] for event in events] == sorted(event["step"] for event in events)

@@ -405,7 +405,7 @@ class TensorMap:
     def keeps_weights(self) -> bool:
         """The weights equal those of `source`."""
         is_computed = self.noise or self.blend or self.is_zeroed or self.source is None
-        return not is_computed and self.axes == (None,) * len(self.axes)
+        return not is_computed and not any(self.axes)
 
     @property
     def _is_identity(self) -> bool:

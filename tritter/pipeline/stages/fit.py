@@ -164,10 +164,9 @@ def _train(
         schedule: of a test: nothing is validated or written, and callbacks of the user do not run.
         observer: callback of a test.
     """
-    is_test, start = schedule is not None, run.source(branch.location)
+    is_test, start, options = schedule is not None, run.source(branch.location), run.config.training
     frees_start = disk.may_release_start(run, branch)
-    options, rate = run.config.training, peak_rate(run, branch)
-    max_steps = options.max_steps * branch.num_trainings
+    max_steps, rate = options.max_steps * branch.num_trainings, peak_rate(run, branch)
     settings = replace(options, max_steps=max_steps, learning_rate=rate)
     others, methods = _methods_of(run, branch)
     trainee = Trainee(_loaded(run, start, (others, methods)))
@@ -176,7 +175,7 @@ def _train(
         mapped = run.planned(branch).change.masks()
         for name, parameter in model.named_parameters():
             parameter.requires_grad &= not bool(mapped[name].any())
-    _announce(run, branch, max_steps=max_steps if schedule is None else schedule.max_steps)
+    _announce(run, branch, schedule.max_steps if schedule else max_steps, rate)
     with moe.training_of_routers(run, branch, trainee):
         is_routed = bool(trainee.side_losses)
         task = importance.task(run, branch, follow=trainee.follow)
@@ -244,13 +243,14 @@ def _attach(
             raise RequestError(f"forgetting.{method.name}: {reason}.")
 
 
-def _announce(run: Run, branch: Branch, *, max_steps: int) -> None:
-    names = [one.name for one in run.config.forgetting]
+def _announce(run: Run, branch: Branch, max_steps: int, rate: float) -> None:
+    frozen = ["frozen base"] if run.config.experts and not branch.is_control else []
+    names = [*frozen, *(one.name for one in run.config.forgetting)]
     mitigation = " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) or "none"
     domains, tasks = ", ".join(run.data.new_domains_of(branch)), len(run.data.text.tasks)
     which = f" (task {branch.task + 1} of {tasks})" if tasks > 1 else ""
-    steps, rate = f"{max_steps} steps on {domains}{which}", peak_rate(run, branch)
-    run.say("train", f"{steps}; learning rate {rate:.2g}; forgetting mitigation: {mitigation}")
+    text = f"{max_steps} steps on {domains}{which}; learning rate {rate:.2g}; "
+    run.say("train", f"{text}forgetting mitigation: {mitigation}")
 
 
 def _freeze(
