@@ -15,7 +15,7 @@ from tritter.errors import RequestError
 from tritter.transform import expand
 from tritter.transform.live import (
     ModelExpander,
-    copied_axis,
+    _copied_axis,
     depth_upscale,
     expand_attention_heads,
     expand_linear,
@@ -161,8 +161,8 @@ def test_what_is_no_attention_is_refused() -> None:
 
 def test_two_chained_linears_compute_the_same() -> None:
     first, second = nn.Linear(6, 10).double(), nn.Linear(10, 4).double()
-    hidden = copied_axis(10, 25, seed=3)
-    same_in, same_out = copied_axis(6, 6, seed=0), copied_axis(4, 4, seed=0)
+    hidden = _copied_axis(10, 25, seed=3)
+    same_in, same_out = _copied_axis(6, 6, seed=0), _copied_axis(4, 4, seed=0)
     wide_first = expand_linear(first, 6, 25, input_map=same_in, output_map=hidden)
     wide_second = expand_linear(second, 25, 4, input_map=hidden, output_map=same_out)
     x = torch.randn(7, 6, dtype=torch.float64)
@@ -172,7 +172,7 @@ def test_two_chained_linears_compute_the_same() -> None:
 
 def test_one_linear_maps_copies_to_copies() -> None:
     linear = nn.Linear(5, 3)
-    inputs, outputs = copied_axis(5, 8, seed=1), copied_axis(3, 7, seed=2)
+    inputs, outputs = _copied_axis(5, 8, seed=1), _copied_axis(3, 7, seed=2)
     wide = expand_linear(linear, 8, 7, input_map=inputs, output_map=outputs)
     x = torch.randn(4, 5)
     torch.testing.assert_close(wide(x[:, inputs.source]), linear(x)[:, outputs.source])
@@ -183,7 +183,7 @@ def test_a_linear_does_not_shrink_and_maps_must_fit() -> None:
     with pytest.raises(RequestError, match="fewer"):
         expand_linear(nn.Linear(5, 3), 4, 3)
     with pytest.raises(ValueError, match="from 9 to 9"):
-        expand_linear(nn.Linear(5, 3), 5, 3, input_map=copied_axis(9, 9, seed=0))
+        expand_linear(nn.Linear(5, 3), 5, 3, input_map=_copied_axis(9, 9, seed=0))
 
 
 def test_the_package_hands_out_the_names_of_the_literature() -> None:

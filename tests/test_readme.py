@@ -26,7 +26,7 @@ from tritter.cli import main
 from tritter.config.launch.command_line import CommandLine, read_command_line
 from tritter.config.launch.composition import composer
 from tritter.config.launch.help import help_text
-from tritter.config.run_folder import RUNS_FOLDER, write_run_file
+from tritter.config.run_folder import _RUNS, write_run_file
 from tritter.config.validation import base_model, known_keys
 from tritter.core.expansions import Width
 from tritter.core.models import new_model, save_tokenizer
@@ -151,7 +151,7 @@ def _leave_unfinished_run(command: CommandLine) -> None:
     with composer() as composing:
         config = composing.compose(rest).config
     write_run_file(
-        RUNS_FOLDER / "earlier" if value == "latest" else Path(value), config, status="running"
+        _RUNS / "earlier" if value == "latest" else Path(value), config, status="running"
     )
 
 

@@ -65,7 +65,7 @@ _NO_PENALTY = {
 }
 
 
-def suggest_names(function: Callable[_P, _R]) -> Callable[_P, _R]:
+def _suggest_names(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Reject unknown keywords of a function with the nearest known one."""
     names = [
         name
@@ -286,7 +286,7 @@ def _unwrap(model: object) -> nn.Module:
     return inner
 
 
-@suggest_names
+@_suggest_names
 def load(path: StrPath, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Load a Tritter or Hugging Face checkpoint as a model in eval mode.
 
@@ -450,7 +450,7 @@ class RunResult:
         return load(self.folder / self.summary.checkpoint, dtype=dtype)
 
 
-@suggest_names
+@_suggest_names
 def run(
     *overrides: str, data: Mapping[str, Sources] | None = None, output: StrPath | None = None
 ) -> RunResult:
@@ -525,7 +525,7 @@ def _data_overrides(data: Mapping[str, Sources], overrides: Sequence[str]) -> li
 # The gate
 
 
-@suggest_names
+@_suggest_names
 def gate(
     before: Model,
     after: Model,

@@ -14,7 +14,7 @@ from tests.cli.conftest import Run
 from tests.report.conftest import SUMMARY
 from tests.report.test_runs import SETTINGS
 from tritter.evaluation.gate import MIN_DOCUMENTS
-from tritter.evaluation.statistics import NUM_RESAMPLES, PairedScores, relative_forgetting
+from tritter.evaluation.statistics import _NUM_RESAMPLES, PairedScores, relative_forgetting
 
 DOCUMENTS = 60
 
@@ -69,7 +69,7 @@ def test_differences_are_those_of_the_paired_bootstrap(run: Run, runs: Path) -> 
         assert each["value"] == harm.value and each["n"] == DOCUMENTS
         assert each["lower"] == harm.lower(0.975) < harm.value < each["upper"]
         assert each["upper"] == harm.upper(0.975)
-    assert NUM_RESAMPLES > 1000
+    assert _NUM_RESAMPLES > 1000
     assert found["prose", "better"]["lower"] > 0 > found["code", "better"]["upper"]
     # The same numbers on other documents say nothing in pairs
     assert found["prose", "other"]["why_not"] == "not paired: different documents"

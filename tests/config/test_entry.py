@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.config.conftest import FakeOutcome, FakePipeline, Result
-from tritter.config.launch.sweep import print_sweep, sweep_rows
+from tritter.config.launch.sweep import _print_sweep, _sweep_rows
 from tritter.config.run_folder import read_status, write_run_file
 from tritter.config.schema import RunConfig
 from tritter.storage.reading import LEDGER_NAME
@@ -263,12 +263,12 @@ def test_the_table_of_a_sweep_has_experts_where_some_job_has_them(
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "summary.json").write_text(json.dumps(summary))
         (tmp_path / str(number) / "status.json").write_text("{}")
-    rows = sweep_rows((), tmp_path)
+    rows = _sweep_rows((), tmp_path)
     assert [row.experts for row in rows] == [(3, 0.0312), None, None, None]
-    print_sweep(rows, tmp_path)
+    _print_sweep(rows, tmp_path)
     message = capsys.readouterr().out
     assert "experts" in message and "3.12%" in message
-    print_sweep(rows[1:], tmp_path)
+    _print_sweep(rows[1:], tmp_path)
     assert "experts" not in capsys.readouterr().out
 
 

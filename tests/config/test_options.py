@@ -13,7 +13,7 @@ from tritter.config.components import METHOD_GROUPS
 from tritter.config.folders import LADDERS
 from tritter.config.launch.composition import Composer
 from tritter.config.launch.help import description, help_text
-from tritter.config.run_folder import RUNS_FOLDER
+from tritter.config.run_folder import _RUNS
 from tritter.config.schema import OPEN_GROUPS, SECTIONS
 from tritter.config.validation import known_keys
 from tritter.core.expansions import EXPANSIONS
@@ -133,7 +133,7 @@ def test_the_default_job(composing: Composer) -> None:
 
 def test_hydras_folders_are_those_that_resume_looks_in(composing: Composer) -> None:
     hydra = composing.compose([]).hydra
-    assert Path(hydra.run.dir).parent == RUNS_FOLDER
+    assert Path(hydra.run.dir).parent == _RUNS
     assert hydra.job.chdir is False
 
 

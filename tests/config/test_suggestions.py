@@ -10,7 +10,7 @@ from tests.config.test_text_and_checkpoints import write_checkpoint
 from tritter.cli.main import _COMMANDS
 from tritter.cli.main import main as cli_main
 from tritter.conf_folder import config_folder
-from tritter.config.suggestions import COMMAND_SYNONYMS, HINTS, hint_for
+from tritter.config.suggestions import _HINTS, COMMAND_SYNONYMS, hint_for
 from tritter.config.validation import known_keys
 
 # words of train.py → what the message has to contain
@@ -75,7 +75,7 @@ def test_every_group_may_be_typed_as_an_option() -> None:
 def test_what_is_advised_exists() -> None:
     further = {"seed", "resume", "hydra.run.dir", "trainer.accumulate_grad_batches"}
     known = {*known_keys(), *further}
-    for hint in HINTS:
+    for hint in _HINTS:
         for word in hint.advice.replace(",", "").split():
             key = word.partition("=")[0]
             assert "." not in key or key in known, hint

@@ -10,7 +10,7 @@ from tritter import ContinuedPretrainingConfig
 from tritter.config.launch.composition import load_config
 from tritter.config.run_folder import fingerprint
 from tritter.errors import RequestError
-from tritter.pipeline.base import recorded_rate
+from tritter.pipeline.base import _recorded_rate
 
 
 @pytest.mark.quick_cases(1)
@@ -99,14 +99,14 @@ def test_the_last_rate_is_that_of_the_record() -> None:
         "learning_rate": 2e-3, "warmup_ratio": 0.0, "max_steps": 10, "schedule": "constant",
         "decay_ratio": 0.2, "minimum_ratio": 0.0,
     }  # fmt: skip
-    assert recorded_rate({"made_from": {"pretraining": training}}) == 2e-3
+    assert _recorded_rate({"made_from": {"pretraining": training}}) == 2e-3
     ended = {**training, "schedule": "wsd", "minimum_ratio": 0.5}
-    assert recorded_rate({"training": ended}) == pytest.approx(2e-3 * 0.75)
-    assert recorded_rate({"training": ended, "last_rate": 1e-3}) == 1e-3  # it ended early
+    assert _recorded_rate({"training": ended}) == pytest.approx(2e-3 * 0.75)
+    assert _recorded_rate({"training": ended, "last_rate": 1e-3}) == 1e-3  # it ended early
     for damaged in (-1.0, float("nan"), float("inf"), "1e-3", None):
-        assert recorded_rate({"training": training, "last_rate": damaged}) == 2e-3
+        assert _recorded_rate({"training": training, "last_rate": damaged}) == 2e-3
     for elsewhere in ({}, {"stage": "given", "path": "x"}, {"training": 3}, {"made_from": {}}):
-        assert recorded_rate(elsewhere) == 0.0
+        assert _recorded_rate(elsewhere) == 0.0
 
 
 def test_the_specifications_record_yields_a_run() -> None:

@@ -20,7 +20,7 @@ from tritter.core.expansions import LlamaPro, Moe, MoeAdd
 from tritter.core.families import LayoutKind
 from tritter.core.families.discovery.twin import build_twin
 from tritter.core.models import load_model
-from tritter.core.streamed import KEPT_POSITIONS, StreamedModel
+from tritter.core.streamed import _KEPT_POSITIONS, StreamedModel
 from tritter.errors import TritterError
 from tritter.transform import expand
 
@@ -54,7 +54,7 @@ def assert_the_same(folder: Path) -> StreamedModel:
     assert torch.equal(model.logits(slice(31, 64)), expected.logits[..., 31:64])
     # transformers returns the last state after the final norm
     for ours, theirs in zip(model.states[:-1], expected.hidden_states[:-1], strict=True):
-        assert torch.equal(ours, theirs[:, -KEPT_POSITIONS:])
+        assert torch.equal(ours, theirs[:, -_KEPT_POSITIONS:])
     return model
 
 

@@ -17,8 +17,8 @@ from tests.oracle import chat as fixtures
 from tests.oracle.chat import CHATML, FORGETFUL, INSTRUCT, MARKED, messages, tokenizer
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.data.chat import (
+    _FIXED_DATE,
     CONTEXT,
-    FIXED_DATE,
     START,
     Chat,
     ChatChoice,
@@ -362,7 +362,7 @@ def test_tokens_and_masks_are_those_of_trl(
     trl = pytest.importorskip("trl")
     folder = Path(trl.__file__).parent / "chat_templates"
     template = getattr(fixtures, name, None) or (folder / f"{name}.jinja").read_text()
-    template = FIXED_DATE + template  # TRL renders today's
+    template = _FIXED_DATE + template  # TRL renders today's
     is_prompted = "generation %}" not in template
     turns = [messages(n, turns=1 + n % 2, system=name == "CHATML" and n % 3 == 0) for n in range(9)]
     rows = [

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tritter.data import documents as documents_module
 from tritter.data.documents import (
-    PIECE_CHARACTERS,
+    _PIECE_CHARACTERS,
     Document,
     documents_digest,
     documents_of,
@@ -51,7 +51,7 @@ def test_a_long_text_is_cut_at_blank_lines_by_its_own_size_alone():
     text = long_text(600_000)
     alone = documents_of([text])
     assert len(alone) > 10
-    assert all(PIECE_CHARACTERS / 2 < len(each.text) <= 2 * PIECE_CHARACTERS for each in alone)
+    assert all(_PIECE_CHARACTERS / 2 < len(each.text) <= 2 * _PIECE_CHARACTERS for each in alone)
     beside = documents_of([f"short {number}" for number in range(50)] + [text])
     assert set(alone) < set(beside)
     # A piece is a document of its own: it is not cut again
@@ -62,7 +62,7 @@ def test_a_long_text_is_cut_at_blank_lines_by_its_own_size_alone():
 @pytest.mark.parametrize("text", ["a\n" * 500, "a " * 500, "a" * 1000, "", "é" * 1000])
 def test_pieces_are_the_text_whatever_it_is_made_of(text):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents_module, "PIECE_CHARACTERS", 20)
+        patch.setattr(documents_module, "_PIECE_CHARACTERS", 20)
         found = list(map(str, pieces(text)))
     assert "".join(found) == text
     assert all(20 <= len(piece) <= 40 for piece in found[:-1])
@@ -72,7 +72,7 @@ def test_pieces_are_the_text_whatever_it_is_made_of(text):
 def test_a_text_in_chunks_has_the_pieces_of_the_whole(chunks):
     text = "".join(chunks)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents_module, "PIECE_CHARACTERS", 20)
+        patch.setattr(documents_module, "_PIECE_CHARACTERS", 20)
         assert list(pieces_of_chunks(chunks)) == list(pieces(text))
         assert "".join(map(str, pieces(text))) == text
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tritter.data.packing import PACKED_TOKENS, best_fit, num_packed, packed, padding_fraction
+from tritter.data.packing import _PACKED_TOKENS, _best_fit, num_packed, packed, padding_fraction
 from tritter.data.tokens import TextBounds, TokenisedDocuments, pack
 from tritter.errors import RequestError
 
@@ -77,7 +77,7 @@ def test_lengths_of_real_texts_leave_little_padding() -> None:
 
 
 def test_best_fit_chooses_the_fullest_bin_that_has_room() -> None:
-    bins, before = best_fit(np.array([5, 3, 6, 3, 2, 4]), 10)
+    bins, before = _best_fit(np.array([5, 3, 6, 3, 2, 4]), 10)
     # 6 | 5 | 4 next to 6 | 3 next to 5 | 3 in a new one, 2 fills 5 and 3
     assert bins.tolist() == [1, 1, 0, 2, 1, 0]
     assert before.tolist() == [0, 5, 0, 0, 8, 6]
@@ -86,8 +86,8 @@ def test_best_fit_chooses_the_fullest_bin_that_has_room() -> None:
 def test_many_parts_are_laid_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     documents = of_lengths([3, 50, 20, 7, 1, 1, 30, 11])
     whole = rows_of(documents, 16)
-    assert whole.numel() < PACKED_TOKENS
-    monkeypatch.setattr("tritter.data.packing.PACKED_TOKENS", 1)
+    assert whole.numel() < _PACKED_TOKENS
+    monkeypatch.setattr("tritter.data.packing._PACKED_TOKENS", 1)
     assert torch.equal(rows_of(documents, 16), whole)
 
 

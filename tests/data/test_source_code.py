@@ -3,12 +3,12 @@ from textwrap import dedent
 
 import pytest
 
-from tritter.data.built_in import documented_nodes, strip_documentation
+from tritter.data.built_in import _documented_nodes, _strip_documentation
 
 
 def stripped(source: str) -> str:
     source = dedent(source)
-    return strip_documentation(source, tree=ast.parse(source))
+    return _strip_documentation(source, tree=ast.parse(source))
 
 
 def test_docstrings_and_comments_go_and_the_layout_stays():
@@ -90,5 +90,5 @@ def test_definitions_are_found_in_every_kind_of_block():
             case 1:
                 class Six: "6"
         """)
-    found = list(documented_nodes(ast.parse(source)))
+    found = list(_documented_nodes(ast.parse(source)))
     assert [ast.get_docstring(node) for node in found] == list("123456")

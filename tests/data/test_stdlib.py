@@ -4,7 +4,7 @@ import logging
 import pytest
 
 from tritter.data import built_in
-from tritter.data.built_in import documented_nodes
+from tritter.data.built_in import _documented_nodes
 from tritter.errors import RequestError
 
 LONG = "A docstring of more than forty characters, é included."
@@ -74,14 +74,14 @@ def test_the_real_library():
         names = [each.identifier for each in side]
         assert len(set(names)) == len(names)
         assert not any(name.startswith(("/", "test/")) or "/test/" in name for name in names)
-    root = built_in.stdlib_root()
+    root = built_in._stdlib_root()
     code = {each.identifier: each.text for each in text.code}
     with_docstrings = 0
     for name in sorted(code)[::5]:
         # What is left parses, and has neither docstrings nor the text of the old ones.
-        assert not list(documented_nodes(ast.parse(code[name]))), name
+        assert not list(_documented_nodes(ast.parse(code[name]))), name
         tree = ast.parse((root / name).read_bytes())
-        for node in documented_nodes(tree):
+        for node in _documented_nodes(tree):
             raw = ast.get_docstring(node, clean=False)
             # One that is used twice (`__doc__` by hand, help strings) may stay as code.
             if raw and len(raw) > 200:

@@ -17,7 +17,7 @@ from tritter.errors import RequestError
 from tritter.evaluation.benchmarks import files
 from tritter.evaluation.benchmarks.files import Questions, TasksFolder, load, questions_of
 from tritter.evaluation.benchmarks.formats import BENCHMARKS, Question
-from tritter.evaluation.benchmarks.harness import null_scores
+from tritter.evaluation.benchmarks.harness import _null_scores
 from tritter.evaluation.code.sandbox import Outcome
 
 SHARED = Path(__file__).resolve().parents[3] / "shared/data"
@@ -297,12 +297,12 @@ def test_null_models(tmp_path: Path) -> None:
     written(tmp_path / "bbh/two.jsonl", [{"input": "?", "target": t} for t in "ccde"])
     written(tmp_path / "mbpp.jsonl", MBPP_ROWS)
     boolq, bbh, mbpp = loaded(tmp_path, "boolq", "bbh", "mbpp")
-    nulls = null_scores(boolq, sandbox=None)
+    nulls = _null_scores(boolq, sandbox=None)
     assert (nulls.uniform, nulls.constant, nulls.empty, nulls.chance) == (0.5, 0.75, None, 0.75)
-    nulls = null_scores(bbh.limited(2), of=bbh, sandbox=None)
+    nulls = _null_scores(bbh.limited(2), of=bbh, sandbox=None)
     assert (nulls.uniform, nulls.constant, nulls.empty) == (None, 5 / 8, 0.0)
     assert nulls.chance == 5 / 8
-    assert null_scores(mbpp, sandbox=Refusing()).empty == 0.0
+    assert _null_scores(mbpp, sandbox=Refusing()).empty == 0.0
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="requires the published files next to the project")

@@ -25,9 +25,9 @@ from tritter.evaluation.benchmarks.formats import BENCHMARKS, Benchmark
 from tritter.evaluation.benchmarks.harness import (
     BenchmarkScores,
     EvalOptions,
+    _task_config,
     score_benchmark,
     score_from_hub,
-    task_config,
 )
 from tritter.evaluation.code.sandbox import Outcome
 
@@ -222,7 +222,7 @@ def test_answers_are_read_as_lm_evals_own_task_reads_them(name: str) -> None:
     from lm_eval.evaluator import evaluate
 
     questions = asked(name)
-    config = task_config(questions, length=512, sandbox=None)
+    config = _task_config(questions, length=512, sandbox=None)
     scores, prompts = [], []
     for task in (ConfigurableTask(config=config), stock_task(name)):
         lm = spoken(SAID[name])

@@ -22,7 +22,7 @@ from tritter.evaluation.benchmarks.files import Questions, TasksFolder, load
 from tritter.evaluation.benchmarks.formats import BENCHMARKS
 from tritter.evaluation.benchmarks.harness import (
     EvalOptions,
-    rendered_requests,
+    _rendered_requests,
     score_benchmark,
     score_from_hub,
 )
@@ -108,7 +108,7 @@ def test_prompts_are_those_of_lm_evals_own_tasks(
     tokenizer = chat.tokenizer(template)
     expected = requests(theirs, tokenizer, is_chat=template is not None)
     is_chat = template is not None
-    assert rendered_requests(tokenizer, found, length=512, is_chat=is_chat) == expected
+    assert _rendered_requests(tokenizer, found, length=512, is_chat=is_chat) == expected
     assert len(set(map(tuple, expected))) > 2
 
 
@@ -147,7 +147,7 @@ def test_bbh_shows_the_examples_of_its_prompt_files(tmp_path: Path) -> None:
         tokenizer = chat.tokenizer(template)
         is_chat = template is not None
         expected = requests(theirs, tokenizer, is_chat=is_chat)
-        assert rendered_requests(tokenizer, found, length=4096, is_chat=is_chat) == expected
+        assert _rendered_requests(tokenizer, found, length=4096, is_chat=is_chat) == expected
 
 
 def scored(model: Any, tokenizer: Any, task: Any, *, is_chat: bool) -> Iterator[dict[str, Any]]:
@@ -173,7 +173,7 @@ def assert_agrees(
 ) -> None:
     """Assert that our prompts, and our scores of each question, are those of lm-eval."""
     prompts = requests(task, tokenizer, is_chat=is_chat)
-    assert rendered_requests(tokenizer, found, length=4096, is_chat=is_chat) == prompts
+    assert _rendered_requests(tokenizer, found, length=4096, is_chat=is_chat) == prompts
     task.set_fewshot_seed(seed=1234)
     options = EvalOptions(batch_size=16, is_chat=is_chat)
     scores = score_benchmark(model, tokenizer, found, options)

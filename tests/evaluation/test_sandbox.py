@@ -15,7 +15,7 @@ from tritter.evaluation.benchmarks.files import TasksFolder, load, questions_of
 from tritter.evaluation.benchmarks.formats import BENCHMARKS, is_passed
 from tritter.evaluation.code import sandbox as code
 from tritter.evaluation.code.sandbox import ExternalSandbox, Limits, NamespaceSandbox, Outcome
-from tritter.evaluation.code.warden import WORK
+from tritter.evaluation.code.warden import _WORK
 
 QUICK = NamespaceSandbox(Limits(seconds=3, cpu_seconds=1))
 # What ends by itself gets the time, however busy the machine: only the limit it is about ends it
@@ -52,7 +52,7 @@ def test_what_does_not_end(attempt: str) -> None:
         ("'''", "unterminated"),
         ("(", "never closed"),
         ("import socket; socket.create_connection(('127.0.0.1', 22), timeout=1)", "unreachable"),
-        (f"open('{WORK}/large', 'wb').write(b'0' * 10**8)", "File too large"),
+        (f"open('{_WORK}/large', 'wb').write(b'0' * 10**8)", "File too large"),
         ("for i in range(99): open(f'{i}', 'wb').write(b'0' * 10**6)", "No space left"),
         ("open('/usr/lib/x', 'w')", "Read-only file system"),
         ("import os; open(os.__file__, 'a')", "Error"),
@@ -81,7 +81,7 @@ def test_neither_the_home_nor_the_environment_is_there(monkeypatch: pytest.Monke
         "assert 'A_SECRET' not in os.environ and 'HOME' not in os.environ\n"
         f"assert not os.path.isfile({str(home / '.bashrc')!r})\n"
         f"assert not os.path.exists({str(Path(__file__))!r})\n"
-        f"assert os.listdir('.') == [] and os.getcwd() == {WORK!r}\n"
+        f"assert os.listdir('.') == [] and os.getcwd() == {_WORK!r}\n"
         "assert not [d for d in range(3, 64) if os.path.exists(f'/dev/fd/{d}')]\n"
         "import stat\n"
         "for descriptor in range(64):\n"

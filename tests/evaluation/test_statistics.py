@@ -9,7 +9,7 @@ from torch import Tensor
 from tritter.errors import TritterError
 from tritter.evaluation.statistics import (
     Estimate,
-    bounded_ratio,
+    _bounded_ratio,
     dominant_items,
     ratio_of_sums,
     relative_forgetting,
@@ -95,14 +95,14 @@ def test_promised_number_of_documents_decides_as_often_as_promised():
     needed = estimate.documents_to_decide(0.05, 0.95)
     ones = torch.ones(needed, dtype=torch.float64)
     samples = 0.04 + 0.05 * normal(200, needed)
-    decided = sum(bounded_ratio(changes, ones).upper(0.95) <= 0.05 for changes in samples)
+    decided = sum(_bounded_ratio(changes, ones).upper(0.95) <= 0.05 for changes in samples)
     assert decided / 200 == pytest.approx(0.8, abs=0.09)
 
 
 @pytest.mark.parametrize("n", [60, 1000])
 def test_for_normal_data_the_bounds_are_those_of_students_t(n):
     before = torch.ones(n, dtype=torch.float64)
-    estimate = bounded_ratio(before * (1.02 + 0.05 * normal(n, seed=n)), before)
+    estimate = _bounded_ratio(before * (1.02 + 0.05 * normal(n, seed=n)), before)
     margin = stdtrit(n - 1, 0.95) * estimate.standard_error
     assert estimate.upper(0.95) - estimate.value == pytest.approx(margin, rel=0.12)
     assert estimate.value - estimate.lower(0.95) == pytest.approx(margin, rel=0.12)
@@ -112,7 +112,7 @@ def test_bootstrap_is_that_of_resamples_one_after_the_other():
     """Compare with a loop over resamples that uses the jackknife and other draws."""
     before = torch.exp(0.5 * normal(40, seed=1))
     after = before * (1 + torch.exp(normal(40, seed=2)))
-    estimate = bounded_ratio(after, before)
+    estimate = _bounded_ratio(after, before)
     generator = torch.Generator().manual_seed(5)
     errors = []
     for _ in range(4000):
@@ -130,12 +130,12 @@ def test_bootstrap_is_that_of_resamples_one_after_the_other():
 def test_bounds_depend_neither_on_units_nor_on_the_order_of_documents():
     before, after = torch.exp(normal(50, seed=1)), torch.exp(normal(50, seed=1) + 0.1)
     after *= 1 + 0.1 * normal(50, seed=3)
-    first = bounded_ratio(after, before)
+    first = _bounded_ratio(after, before)
     order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
     for other in (
-        bounded_ratio(after[order], before[order]),
-        bounded_ratio(after / math.log(2), before / math.log(2)),
-        bounded_ratio(after, before),
+        _bounded_ratio(after[order], before[order]),
+        _bounded_ratio(after / math.log(2), before / math.log(2)),
+        _bounded_ratio(after, before),
     ):
         for confidence in (0.6, 0.95, 0.999):
             assert other.upper(confidence) == pytest.approx(first.upper(confidence), rel=1e-9)
@@ -144,7 +144,7 @@ def test_bounds_depend_neither_on_units_nor_on_the_order_of_documents():
 
 def test_more_confidence_is_never_a_closer_bound():
     before = torch.exp(normal(35, seed=1))
-    estimate = bounded_ratio(before * torch.exp(normal(35, seed=2)), before)
+    estimate = _bounded_ratio(before * torch.exp(normal(35, seed=2)), before)
     confidences = [0.501, 0.6, 0.8, 0.9, 0.95, 0.99, 0.999]
     upper = [estimate.upper(confidence) for confidence in confidences]
     lower = [estimate.lower(confidence) for confidence in confidences]
@@ -180,7 +180,7 @@ def test_upper_bound_covers_and_errors_per_token_do_not():
     after = before * (truth + 0.03 * normal(num_corpora, n, seed=3))
     covered = covered_per_token = 0
     for index in range(num_corpora):
-        estimate = bounded_ratio(after[index], before[index])
+        estimate = _bounded_ratio(after[index], before[index])
         covered += estimate.upper(0.95) >= truth
         residuals = (after[index] - estimate.value * before[index]) / before[index].sum()
         # As if the tokens of a document were that many independent observations.

@@ -49,7 +49,7 @@ from tritter.methods.forgetting import (
     SelfReplay,
 )
 from tritter.methods.forgetting.quadratic import diagonal_fisher
-from tritter.methods.forgetting.si import estimated_importance
+from tritter.methods.forgetting.si import _estimated_importance
 from tritter.seeds import derived_seed
 from tritter.training import (
     BaseModule,
@@ -136,7 +136,7 @@ def in_our_loop(folder: Path, methods: Sequence[ForgettingMethod], count: int) -
         old_sequences={"old": OLD.int()},
         latest=("old",),
         carried={n: torch.ones_like(p, dtype=torch.bool) for n, p in model.named_parameters()},
-        state={"fisher": fisher, "si_importance": estimated_importance(fisher, length=LENGTH)},
+        state={"fisher": fisher, "si_importance": _estimated_importance(fisher, length=LENGTH)},
         state_before={"fisher": fisher},
         teacher=model_of(),
     )

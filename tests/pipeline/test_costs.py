@@ -67,7 +67,7 @@ def as_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(costs, "time_line", lambda _: "")
     monkeypatch.setattr(models, "_configure_model", eager)
     monkeypatch.setattr(statistics, "studentised_errors", uncounted)
-    monkeypatch.setattr(counting, "num_keys", lambda length, window=None: length**2)
+    monkeypatch.setattr(counting, "_num_keys", lambda length, window=None: length**2)
 
 
 def run(folder: Path, *words: str) -> tuple[dict[str, Any], int]:

@@ -19,7 +19,7 @@ from tritter.pipeline.branch import Branch
 from tritter.pipeline.run import Run
 from tritter.pipeline.stages.evaluate import Evaluate
 from tritter.report.summary import Summary
-from tritter.report.tables import summary_lines
+from tritter.report.tables import _summary_lines
 
 RunJob = Callable[..., Outcome]
 LADDER = """\
@@ -99,7 +99,7 @@ def test_attempts_are_what_runs_of_their_own_would_be(
     assert summary["control"]["steps"] == 4  # trained as the last attempt was
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
     assert rows[-1]["step"] == "4"
-    lines = [line.text for line in summary_lines(Summary.of(summary))]
+    lines = [line.text for line in _summary_lines(Summary.of(summary))]
     assert any("2: training.learning_rate=1e-3: " in line for line in lines)
 
     kept = lineage_of(folder / "checkpoint")

@@ -14,12 +14,12 @@ from tests.pipeline.tiny import TINY
 from tritter.config.launch.composition import load_config
 from tritter.errors import TritterError
 from tritter.pipeline import run_pipeline
-from tritter.pipeline.find_rate import NUM_STEPS, FoundRates, RateTest, find_rate, smoothed
+from tritter.pipeline.find_rate import _NUM_STEPS, FoundRates, RateTest, find_rate, smoothed
 from tritter.stopping import Stopped, stopping
 from tritter.training.optimizer import Schedule
 
 __all__ = ["run"]
-RATES = [1e-7 * 10 ** (7 * step / (NUM_STEPS - 1)) for step in range(NUM_STEPS)]
+RATES = [1e-7 * 10 ** (7 * step / (_NUM_STEPS - 1)) for step in range(_NUM_STEPS)]
 
 
 def found(losses: list[float]) -> FoundRates:
@@ -28,14 +28,14 @@ def found(losses: list[float]) -> FoundRates:
 
 def test_the_rates_rise_exponentially() -> None:
     schedule = Schedule(
-        learning_rate=1.0, max_steps=NUM_STEPS, warmup_ratio=0.0, shape="range", minimum_ratio=1e-7
+        learning_rate=1.0, max_steps=_NUM_STEPS, warmup_ratio=0.0, shape="range", minimum_ratio=1e-7
     )
-    assert [schedule.rate(step) for step in range(NUM_STEPS)] == pytest.approx(RATES)
+    assert [schedule.rate(step) for step in range(_NUM_STEPS)] == pytest.approx(RATES)
 
 
 def test_the_steepest_fall_is_found_despite_noise() -> None:
     """A loss that falls around 1e-3, with noise from batch to batch that is larger at the start."""
-    noise = [0.3 * math.sin(7 * step) for step in range(NUM_STEPS)]
+    noise = [0.3 * math.sin(7 * step) for step in range(_NUM_STEPS)]
     curve = [
         6 - 3 / (1 + (1e-3 / rate) ** 2) + each for rate, each in zip(RATES, noise, strict=True)
     ]
@@ -62,7 +62,7 @@ def test_it_leaves_the_plot_and_the_rates_and_changes_no_run(tmp_path: Path) -> 
     left = sorted(str(path.relative_to(tmp_path)) for path in (tmp_path / "tests").rglob("*.*"))
     assert left == ["tests/first/find_lr.json", "tests/first/find_lr.png"]
     rates = json.loads((tmp_path / "tests/first/find_lr.json").read_text())
-    assert 10 < len(rates["losses"]) == len(rates["rates"]) <= NUM_STEPS
+    assert 10 < len(rates["losses"]) == len(rates["rates"]) <= _NUM_STEPS
     assert rates["rates"] == pytest.approx(RATES[: len(rates["rates"])])
     assert rates["configured"] == config.training.learning_rate
     after = run_pipeline(config, run_folder=tmp_path / "after")

@@ -23,7 +23,7 @@ from tritter.pipeline import Outcome, run_pipeline
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.run import Run
-from tritter.pipeline.stages.importance import kept_text, task
+from tritter.pipeline.stages.importance import _kept_text, task
 from tritter.terminal import Console
 from tritter.training import Task
 
@@ -112,7 +112,7 @@ def test_the_next_training_replays_it_where_text_is_gone(
 
 
 def test_a_text_at_hand_stands_for_itself(left: Path) -> None:
-    assert not kept_text(context_of(left), Branch("attempt_1", ())).sequences
+    assert not _kept_text(context_of(left), Branch("attempt_1", ())).sequences
 
 
 @pytest.mark.quick_cases(1)
@@ -140,7 +140,7 @@ def test_other_lengths_are_refused_where_they_would_be_taken(
     words = [word for word in without_text(left, other) if "forgetting" not in word]
     plain = [*words, "data.sequence_length=16", "forgetting=none", f"cache_dir={cache}"]
     context = replace(context_of(left), config=load_config(plain))
-    assert not kept_text(context, Branch("attempt_1", ())).sequences
+    assert not _kept_text(context, Branch("attempt_1", ())).sequences
     with pytest.raises(RequestError, match=r"data\.sequence_length = 16: the sequences of old"):
         load_config(without_text(left, other, "data.sequence_length=16"))
 

@@ -16,7 +16,7 @@ from tritter.config.launch.composition import load_config
 from tritter.config.run_folder import fingerprint
 from tritter.pipeline import run_pipeline
 from tritter.pipeline.ledger import Ledger
-from tritter.pipeline.metrics import wandb_logger
+from tritter.pipeline.metrics import _wandb_logger
 from tritter.pipeline.run import Run
 
 
@@ -127,7 +127,7 @@ def test_what_a_killed_process_did_not_finish_is_cut_off(
     (tmp_path / "outside").write_bytes(whole[:-1])
     (tmp_path / "wandb/offline-run-7").mkdir()
     (tmp_path / "wandb/offline-run-7/run-mine.wandb").symlink_to(tmp_path / "outside")
-    wandb_logger(context)
+    _wandb_logger(context)
     left = {p.parent.name[12:]: p.read_bytes() for p in tmp_path.glob("wandb/*/run-*.wandb")}
     cut = log_of([b"a" * 40_000, b"b" * 25_480])
     assert left == {

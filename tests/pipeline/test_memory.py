@@ -12,7 +12,7 @@ from rich.console import Console
 
 from tritter.config.launch.composition import load_config
 from tritter.pipeline import run_pipeline
-from tritter.pipeline.base import pretrained_model
+from tritter.pipeline.base import _pretrained_model
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.run import Run
 from tritter.planning.run_memory import training_needs
@@ -82,7 +82,7 @@ def test_the_count_is_close_below_what_is_held(
     run_pipeline(config, run_folder=folder)
     context = Run(config=config, folder=folder, console=Console(), ledger=Ledger(folder))
     counted = [
-        held.device + held.start for held in training_needs(config, pretrained_model(context))
+        held.device + held.start for held in training_needs(config, _pretrained_model(context))
     ]
     assert len(measured) == len(counted) == 2
     for held, count in zip(measured, counted, strict=True):

@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.pipeline.tiny import TINY
 from tritter.config.launch.composition import load_config
 from tritter.pipeline.ledger import Ledger
-from tritter.pipeline.run import Run, share_notes
+from tritter.pipeline.run import Run, _share_notes
 from tritter.terminal import Console
 
 
@@ -24,7 +24,7 @@ def test_a_small_domain_is_named_and_a_weight_gives_it_its_share(tmp_path: Path)
         config = load_config([*words, *more])
         ledger = Ledger(tmp_path)
         context = Run(config=config, folder=tmp_path, console=Console(quiet=True), ledger=ledger)
-        notes = list(share_notes(config, context.data.num_sequences, context.data.streams))
+        notes = list(_share_notes(config, context.data.num_sequences, context.data.streams))
         batches = context.data.batches(["large", "small"], purpose="training", max_steps=30)
         small = {str(row.tolist()) for row in context.data.training_sequences(["small"])["small"]}
         rows = [str(row.tolist()) for batch in islice(batches, 30) for row in batch["input_ids"]]
@@ -47,6 +47,6 @@ def test_a_weight_in_one_task_leaves_the_notes_on_the_others(tmp_path: Path) -> 
     words = [*(word for word in TINY if not word.startswith("data.new")), tasks]
     config = load_config([*words, "data.weights={a:1}"])
     sizes = {"a": 1, "b": 99, "c": 1, "d": 99}
-    (note,) = share_notes(config, sizes.__getitem__, ())
+    (note,) = _share_notes(config, sizes.__getitem__, ())
     assert note.startswith("c: 1.0% of the new training sequences, at most about 0 of the 24")
-    assert list(share_notes(config, sizes.__getitem__, ("d",))) == []
+    assert list(_share_notes(config, sizes.__getitem__, ("d",))) == []

@@ -11,8 +11,8 @@ from tests.pipeline.tiny import TINY
 from tritter.checkpoints import read_lineage
 from tritter.config.launch.composition import load_config
 from tritter.pipeline import Outcome, run_pipeline
-from tritter.pipeline.base import recorded_rate, schedule_of
-from tritter.training.options import metric_names
+from tritter.pipeline.base import _recorded_rate, schedule_of
+from tritter.training.options import _metric_names
 
 
 @pytest.mark.full
@@ -43,7 +43,7 @@ def test_a_job_with_all_of_them(run_job: Callable[..., Outcome], tmp_path: Path)
     lineage = read_lineage(tmp_path / "run/attempt_1/trained")
     assert lineage is not None
     schedule = schedule_of(load_config(["training.max_steps=30", "optimizer=sgd"]).training)
-    assert recorded_rate(lineage.training_config) == schedule.rate(20) > 2 * schedule.last_rate
+    assert _recorded_rate(lineage.training_config) == schedule.rate(20) > 2 * schedule.last_rate
 
 
 class Logged(Callback):
@@ -74,4 +74,4 @@ def test_what_can_be_monitored_is_what_is_logged(tmp_path: Path, expansion: str)
     config = load_config([*TINY, *words])
     (tmp_path / "run").mkdir()
     run_pipeline(config, run_folder=tmp_path / "run")
-    assert set(json.loads(path.read_text())) - {"step"} == set(metric_names(config))
+    assert set(json.loads(path.read_text())) - {"step"} == set(_metric_names(config))

@@ -15,7 +15,7 @@ from tritter.checkpoints import read_lineage
 from tritter.checkpoints.history import read_chain, verify
 from tritter.checkpoints.state import read_state
 from tritter.config.launch.composition import load_config
-from tritter.config.validation import method_problems
+from tritter.config.validation import _method_problems
 from tritter.core.models import load_model
 from tritter.errors import RequestError
 from tritter.pipeline import run_pipeline
@@ -132,7 +132,7 @@ def test_killed_in_mid_step_it_ends_with_the_same_bits(
 def test_two_methods_that_prepare_one_kind_are_refused(cache: Path) -> None:
     config = load_config([*TINY, "forgetting=none", f"cache_dir={cache}"])
     config = replace(config, forgetting=(OUTSIDE,) * 2)
-    reported = " ".join(map(str, method_problems(config)))
+    reported = " ".join(map(str, _method_problems(config)))
     assert "forgetting = " in reported and "several of them prepare omega" in reported
 
 
@@ -141,7 +141,7 @@ def test_a_kind_that_nobody_registered_is_refused_before_training(
 ) -> None:
     monkeypatch.setattr(Outside, "needs", classmethod(lambda *_: Needs(leaves=("unheard_of",))))
     config = replace(load_config([*TINY, f"cache_dir={cache}"]), forgetting=(OUTSIDE,))
-    (problem,) = method_problems(config)
+    (problem,) = _method_problems(config)
     assert (problem.key, "unheard_of" in problem.reason) == ("forgetting", True)
 
 
@@ -215,7 +215,7 @@ def test_a_second_module_is_refused(tmp_path: Path, cache: Path) -> None:
 def test_a_second_way_of_loading_is_refused(cache: Path) -> None:
     words = ("forgetting=none", "expansion=none", "experts=single_lora")
     config = replace(load_config([*TINY, *words, f"cache_dir={cache}"]), forgetting=(WIDENING,))
-    reasons = {(each.key, str(each.value)): each.reason for each in method_problems(config)}
+    reasons = {(each.key, str(each.value)): each.reason for each in _method_problems(config)}
     assert "only one method of a run can load" in reasons["forgetting", "widening"]
 
 
@@ -262,6 +262,6 @@ def test_the_weights_that_it_needs_are_refused_elsewhere() -> None:
 def test_a_method_that_mixes_states_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Widening, "needs", lambda *_: Needs(mixes=True))
     config = replace(load_config([*TINY, "forgetting=none"]), forgetting=(WIDENING,))
-    (problem,) = method_problems(config)
+    (problem,) = _method_problems(config)
     assert (problem.key, problem.value) == ("forgetting", "widening")
     assert "no option `fraction`" in problem.reason

@@ -225,8 +225,8 @@ def test_with_the_installations_text(
     run: Run, library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only a part, because this tokenizer makes the data long."""
-    whole = built_in.source_files
-    monkeypatch.setattr(built_in, "source_files", lambda root: whole(root)[::8])
+    whole = built_in._source_files
+    monkeypatch.setattr(built_in, "_source_files", lambda root: whole(root)[::8])
     summary = run("model=hf", f"model.path={library}/llama", "evaluation.sample_tokens=0")
     assert summary["domains"] == {"old": ["prose"], "new": ["code"]}
 

@@ -21,7 +21,7 @@ from tritter.checkpoints.state import read_state
 from tritter.config.launch.composition import load_config
 from tritter.errors import RequestError
 from tritter.pipeline import Outcome
-from tritter.pipeline.stages.fit import best_weights
+from tritter.pipeline.stages.fit import _best_weights
 from tritter.training.callbacks import FiniteGuard, SaveState, StopRequest
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 
@@ -203,6 +203,6 @@ def test_a_start_that_was_better_than_the_best_step_is_stated(
     own = f"callbacks.model_checkpoint.monitor=eval/old/{metric}"
     config = load_config([*TINY, *BEST, own, f"callbacks.model_checkpoint.mode={mode}"])
     (tmp_path / "metrics.csv").write_text(f"step,eval/old/{metric}\n0,{start}\n2,5.0\n")
-    line = best_weights(config, tmp_path, SimpleNamespace(best_step=2, steps=4))  # type: ignore[arg-type]
+    line = _best_weights(config, tmp_path, SimpleNamespace(best_step=2, steps=4))  # type: ignore[arg-type]
     assert line.startswith("the best weights are those of step 2 of 4")
     assert (f"better before the first step: {start:.4g}, now 5" in line) == is_said

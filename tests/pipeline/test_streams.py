@@ -11,7 +11,7 @@ import pytest
 from tritter.data import datasets as module
 from tritter.data.datasets import HEAD_ROWS, parse_name
 from tritter.errors import RequestError
-from tritter.pipeline.run_data import STREAMS, check_streams
+from tritter.pipeline.run_data import _STREAMS, check_streams
 
 ROWS = [f"row {number}" for number in range(HEAD_ROWS + 20)]
 
@@ -61,7 +61,7 @@ def test_large_files_are_compared_by_size_and_time(
     data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_HASHED_BYTES", 1000)
-    (tmp_path / "run" / STREAMS).unlink()
+    (tmp_path / "run" / _STREAMS).unlink()
     check_streams(data, tmp_path / "run")
     check_streams(data, tmp_path / "run")
     os.utime(tmp_path / "data/first.jsonl", (1, 1))

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tritter.evaluation.gate import EXACT_JUMP, MEMORY_BOUND
+from tritter.evaluation.gate import _MEMORY_BOUND, EXACT_JUMP
 
 FIXTURES = Path(__file__).parents[1] / "fixtures/tiny_run"
 TINY = (
@@ -32,7 +32,7 @@ TINY = (
 )
 
 
-_BOUNDS = {"gradient_flow": 0.0, "memory": MEMORY_BOUND, "preservation": EXACT_JUMP}
+_BOUNDS = {"gradient_flow": 0.0, "memory": _MEMORY_BOUND, "preservation": EXACT_JUMP}
 
 
 def is_within(summary: Mapping[str, Any]) -> dict[str, bool]:

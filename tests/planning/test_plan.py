@@ -18,9 +18,9 @@ from tritter.planning.plan import (
     CHINCHILLA,
     Assumptions,
     GrowthPlan,
+    _training_flops_per_token,
     plan_expansion_path,
     plan_growth,
-    training_flops_per_token,
 )
 from tritter.planning.shapes import GrowthMethods, aspect_ratio, named_shape
 
@@ -174,7 +174,7 @@ def test_growth_pays_from_where_the_curves_cross(due: float) -> None:
     (first,) = plan.steps
 
     models = {"source": first.source, "grown": first.target}
-    costs = {k: training_flops_per_token(c, assumptions.setup) for k, c in models.items()}
+    costs = {k: _training_flops_per_token(c, assumptions.setup) for k, c in models.items()}
     sizes = {k: c.num_parameters for k, c in models.items()}
 
     def loss(which: str, hours: float) -> float:

@@ -12,7 +12,7 @@ from tritter.errors import RequestError
 from tritter.planning.shapes import (
     WIDTH_GRIDS,
     GrowthMethods,
-    WidthGrid,
+    _WidthGrid,
     depth_specs,
     nearest_shape,
     reached_shape,
@@ -25,7 +25,7 @@ SMALL: Config = tiny_llama().config.to_dict()
 @pytest.mark.quick_cases(9)
 @pytest.mark.parametrize("grid", WIDTH_GRIDS)
 @pytest.mark.parametrize("name", PRESETS)
-def test_wider_shapes_are_real_ones(name: str, grid: WidthGrid) -> None:
+def test_wider_shapes_are_real_ones(name: str, grid: _WidthGrid) -> None:
     config = PRESETS[name].config()
     old = Model(config).sizes
     shapes = [

@@ -11,9 +11,9 @@ from tritter.core.families import Config, Model, llama_config
 from tritter.planning import upcycling
 from tritter.planning.upcycling import (
     Upcycling,
-    dense_loss,
+    _dense_loss,
+    _upcycled_loss,
     scratch_loss,
-    upcycled_loss,
     upcycling_notes,
 )
 
@@ -31,14 +31,14 @@ def family_config(*, hidden_size: int, layers: int) -> Config:
 
 def test_losses_by_hand() -> None:
     """1B after 74B tokens: ln N = 20.723, ln D1 = 25.027; 37B tokens more: ln D2 = 24.334."""
-    assert dense_loss(B, 74 * B) == pytest.approx(
+    assert _dense_loss(B, 74 * B) == pytest.approx(
         8.83 * math.exp(-0.088 * 25.027) + 12.3 * math.exp(-0.116 * 20.723) + 0.165, abs=1e-3
     )
     assert scratch_loss(B, 37 * B) == pytest.approx(
         32 * math.exp(-0.161 * 24.334) + 7.05 * math.exp(-0.08 * 20.723) + 0.165, abs=1e-3
     )
     exponent = -0.085 + 7.98e-4 * 25.027
-    assert upcycled_loss(B, 74 * B, 37 * B) == pytest.approx(
+    assert _upcycled_loss(B, 74 * B, 37 * B) == pytest.approx(
         16.3 * math.exp(-0.043 * 25.027) * math.exp(exponent * 24.334)
         + 8.53 * math.exp(-0.112 * 20.723)
         + 0.165,
@@ -48,7 +48,7 @@ def test_losses_by_hand() -> None:
 
 def test_the_papers_upcycled_model_is_better_than_its_dense_one() -> None:
     """Table 7: 8x1B after 37B tokens beats the 1B model after 74B, by what 2.5 times N would."""
-    gain = dense_loss(B, 74 * B) - upcycled_loss(B, 74 * B, 37 * B)
+    gain = _dense_loss(B, 74 * B) - _upcycled_loss(B, 74 * B, 37 * B)
     assert 0.05 < gain < 0.15
 
 
@@ -56,8 +56,8 @@ def test_the_interaction_makes_long_dense_training_a_worse_start() -> None:
     """The gain per e-fold of D2 shrinks with D1."""
     slopes = [
         math.log(
-            (upcycled_loss(B, dense, 10 * B) - 0.165 - 8.53 / B**0.112)
-            / (upcycled_loss(B, dense, 100 * B) - 0.165 - 8.53 / B**0.112)
+            (_upcycled_loss(B, dense, 10 * B) - 0.165 - 8.53 / B**0.112)
+            / (_upcycled_loss(B, dense, 100 * B) - 0.165 - 8.53 / B**0.112)
         )
         for dense in (10 * B, 100 * B, 1000 * B)
     ]
@@ -72,9 +72,9 @@ def test_budgets_that_pay_lie_between_both_controls() -> None:
     found = of(20 * B)
     low, high = found.pays_from, found.pays_until
     assert 1e9 < low < 20 * B < high < 100 * B
-    dense = dense_loss(B, 74 * B + 1.5 * low)
-    assert upcycled_loss(B, 74 * B, low) == pytest.approx(dense, abs=2e-3)
-    assert upcycled_loss(B, 74 * B, high) == pytest.approx(scratch_loss(B, high), abs=2e-3)
+    dense = _dense_loss(B, 74 * B + 1.5 * low)
+    assert _upcycled_loss(B, 74 * B, low) == pytest.approx(dense, abs=2e-3)
+    assert _upcycled_loss(B, 74 * B, high) == pytest.approx(scratch_loss(B, high), abs=2e-3)
     assert found.pays
     assert "20 B tokens of upcycled training after 74 B" in found.text
     assert "is predicted to pay" in found.text

@@ -16,10 +16,10 @@ from tritter.errors import TritterError
 from tritter.pipeline.metrics import wandb_summary
 from tritter.report.drawing import new_figure
 from tritter.report.experts import (
-    draw_ranks,
-    draw_routing,
-    draw_similarity,
-    draw_usage,
+    _draw_ranks,
+    _draw_routing,
+    _draw_similarity,
+    _draw_usage,
     experts_figure,
     experts_table,
     experts_text,
@@ -110,12 +110,12 @@ def axes_of(draw: Any, made: dict[str, Any], **options: Any) -> Any:
 
 
 def test_routing_and_similarity_are_drawn_cell_by_cell() -> None:
-    axes = axes_of(draw_routing, experts())
+    axes = axes_of(_draw_routing, experts())
     assert np.asarray(axes.images[0].get_array()) == pytest.approx(
         np.array([[0.98, 0.02, 0.0], [0.1, 0.85, 0.05]])
     )
     assert [t.get_text() for t in axes.texts] == ["98", "2", "0", "10", "85", "5"]
-    axes = axes_of(draw_similarity, experts())
+    axes = axes_of(_draw_similarity, experts())
     cells = np.ma.asarray(axes.images[0].get_array())
     assert np.ma.filled(cells, -1) == pytest.approx(
         np.array([[0.41, -1, -1], [0.52, 0.113, -1], [0.3, 0.25, 0.9]])
@@ -126,17 +126,17 @@ def test_routing_and_similarity_are_drawn_cell_by_cell() -> None:
 
 def test_courses_have_gaps_where_an_expert_was_not() -> None:
     marked: list[Any] = []
-    axes = axes_of(draw_usage, experts(), mark=marked.append)
+    axes = axes_of(_draw_usage, experts(), mark=marked.append)
     lines = {line.get_label(): line.get_ydata() for line in axes.lines}
     assert list(lines) == ["base", "expert_1", "expert_3", "expert_2"] and marked == [axes]
     assert lines["expert_2"] == pytest.approx([np.nan, np.nan, 20, np.nan], nan_ok=True)
-    axes = axes_of(draw_ranks, experts(), end=END, mark=marked.append)
+    axes = axes_of(_draw_ranks, experts(), end=END, mark=marked.append)
     lines = {line.get_label(): (line.get_xdata(), line.get_ydata()) for line in axes.lines}
     assert list(lines["expert_1"][0]) == [12, 35, 64, END]
     assert lines["expert_3"][1] == pytest.approx([np.nan, np.nan, 8, 8], nan_ok=True)
     made = experts()
     del made["ranks_over_time"]
-    axes = axes_of(draw_ranks, made, end=END, mark=marked.append)
+    axes = axes_of(_draw_ranks, made, end=END, mark=marked.append)
     assert [list(line.get_ydata()) for line in axes.lines] == [[16, 16], [8, 8]]
 
 

@@ -14,18 +14,18 @@ from tests.report.places import GONE, places, replaced
 from tests.report.test_tables import line_of, printed
 from tritter.errors import TritterError
 from tritter.pipeline.metrics import wandb_summary
-from tritter.report.drawing import MAX_COLUMNS, new_figure
+from tritter.report.drawing import _MAX_COLUMNS, new_figure
 from tritter.report.growth import (
     MAX_ROWS,
+    _no_growth_reason,
+    _parameters_over_steps,
     draw_neurons,
     draw_pressure,
     growth_figure,
     growth_table,
     growth_text,
     mark_growth,
-    no_growth_reason,
     parameters_over_flops,
-    parameters_over_steps,
 )
 from tritter.report.summary import GrowthRecord, Summary
 from tritter.terminal import Console
@@ -89,12 +89,14 @@ def test_nothing_grown_is_one_line_with_what_to_try(summary: dict[str, Any]) -> 
     assert "a smaller growth.growth_cooldown (25) or growth.check_every, or more" in text
     assert "Growth:" not in text
     made |= {"advice": ""}  # of a trigger from outside
-    assert no_growth_reason(record_of(made)).startswith("nothing grew in 17 checks; try a smaller")
+    assert _no_growth_reason(record_of(made)).startswith("nothing grew in 17 checks; try a smaller")
     made["options"] |= {"check_every": 1}
-    assert "check_every" not in no_growth_reason(record_of(made))  # nothing is shorter
+    assert "check_every" not in _no_growth_reason(record_of(made))  # nothing is shorter
     made["options"] |= {"growth_cooldown": 1}
-    assert no_growth_reason(record_of(made)) == "nothing grew in 17 checks; try more training steps"
-    assert "before the first check" in no_growth_reason(record_of(growth(checks=0)))
+    assert (
+        _no_growth_reason(record_of(made)) == "nothing grew in 17 checks; try more training steps"
+    )
+    assert "before the first check" in _no_growth_reason(record_of(growth(checks=0)))
     assert "growth" not in printed(summary).lower()
 
 
@@ -132,14 +134,14 @@ def test_of_very_many_events_as_many_are_drawn_as_can_be_seen() -> None:
     end = EVERY * 5001
     for draw in (draw_neurons, draw_pressure):
         mesh = mesh_of(draw, made, end=end)
-        assert np.asarray(mesh.get_array()).size <= 3 * (MAX_COLUMNS + 1)
+        assert np.asarray(mesh.get_array()).size <= 3 * (_MAX_COLUMNS + 1)
     cells = np.asarray(mesh_of(draw_neurons, made, end=end).get_array()).reshape(3, -1)
     assert cells[:, -1] == pytest.approx([100 * (n / 192 - 1) for n in made["neurons"]["after"]])
 
 
 def test_parameters_are_drawn_over_steps_and_over_flops() -> None:
     made = growth(checks=7)
-    steps, values = parameters_over_steps(record_of(made), end=END)
+    steps, values = _parameters_over_steps(record_of(made), end=END)
     assert steps == [0, 36, 72, END]
     assert values == [169_000, 170_920, 172_840, 172_840]
     spent, over_flops = parameters_over_flops(record_of(made), end_flops=2.2e11)

@@ -18,7 +18,7 @@ from tritter.pipeline.metrics import wandb_summary
 from tritter.report.drawing import new_figure
 from tritter.report.matrix import (
     MAX_ROWS,
-    draw_matrix,
+    _draw_matrix,
     matrix_figure,
     transfer_table,
 )
@@ -63,7 +63,7 @@ def test_the_picture_has_each_change_and_frames_what_was_trained() -> None:
     made = matrix("code", "sums", "code")
     made["loss_per_byte"][2][2] = None
     _, (axes,) = new_figure(width=4, height=3)
-    draw_matrix(axes, Matrix(**made))
+    _draw_matrix(axes, Matrix(**made))
     cells = np.ma.asarray(axes.images[0].get_array())
     assert cells[0].tolist() == [0, 0, 0]
     assert cells[1].tolist() == pytest.approx([10, -50, 10])

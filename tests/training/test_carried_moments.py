@@ -16,7 +16,7 @@ from tritter.core.parameter_map.carry import BUILT_IN_KINDS
 from tritter.errors import TritterError
 from tritter.storage.writer import TensorStream
 from tritter.training.parameters import live_layout
-from tritter.training.surgery import carried_moments, moments_by_name, put_moments
+from tritter.training.surgery import _moments_by_name, carried_moments, put_moments
 from tritter.transform import expand, plan_expansion
 
 SPECS: dict[str, list[ExpansionSpec]] = {
@@ -148,7 +148,7 @@ def test_another_optimizer_is_refused() -> None:
     oracle.gradients(model, oracle.tokens())
     sgd.step()
     with pytest.raises(TritterError, match="moments of Adam"):
-        moments_by_name(sgd, model, live_layout(model))
+        _moments_by_name(sgd, model, live_layout(model))
 
 
 @pytest.mark.full

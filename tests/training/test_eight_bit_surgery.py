@@ -26,7 +26,7 @@ from tritter.core.expansions import Dus
 from tritter.errors import TritterError
 from tritter.training import OptimizerSettings, eight_bit
 from tritter.training.parameters import live_layout
-from tritter.training.surgery import carried_moments, moments_by_name, put_moments
+from tritter.training.surgery import _moments_by_name, carried_moments, put_moments
 from tritter.transform.live import ModelExpander
 
 # FFN matrices have 960 numbers before and 1,440 after: coded in both, in neither, in the second
@@ -251,7 +251,7 @@ def test_others_of_bitsandbytes_are_refused(name: str) -> None:
     oracle.gradients(model, oracle.tokens())
     optimizer.step()
     with pytest.raises(TritterError, match=f"{name} has no exp_avg, exp_avg_sq"):
-        moments_by_name(optimizer, model, live_layout(model))
+        _moments_by_name(optimizer, model, live_layout(model))
 
 
 def test_what_is_not_finite_gets_no_code(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from tritter.training import (
     fitting,
     read_metrics,
 )
-from tritter.training.callbacks import StepProgress, rate_text
+from tritter.training.callbacks import StepProgress, _rate_text
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO, decode, encode
 
 STEPS = 25  # of 4 sequences out of 40: epochs of the data end at steps 10 and 20
@@ -247,4 +247,4 @@ def test_a_training_that_goes_on_says_from_which_step(mode: str, is_told: bool) 
     [(0.42, "0.42"), (3.4, "3"), (37.2, "37"), (999.4, "999"), (999.6, "1.0k"), (15_320, "15.3k")],
 )
 def test_slow_trainings_have_a_speed_too(rate: float, text: str) -> None:
-    assert rate_text(rate) == text
+    assert _rate_text(rate) == text

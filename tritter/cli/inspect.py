@@ -114,7 +114,7 @@ class _RecordedMap:
         from tritter.core.families import Model
 
         try:
-            rebuilt = rebuild_map(record)
+            rebuilt = _rebuild_map(record)
             ends = (Model(dict(each)) for each in (record.source_config, record.target_config))
             rows = _map_rows(rebuilt, *ends)
         except (TritterError, KeyError) as error:
@@ -158,7 +158,7 @@ def inspect(folder: Folder, family: ShowFamily = False, as_json: AsJson = False)
     return 0
 
 
-def count_parameters_by_part(source: Source) -> dict[str, int]:
+def _count_parameters_by_part(source: Source) -> dict[str, int]:
     """Count the parameters of each part; a tied head counts with the embedding."""
     counts = dict.fromkeys(_PARTS, 0)
     shapes = source.model.shapes
@@ -190,7 +190,7 @@ def _as_json(
         "positions": _positions(source),
         "parameters": {
             "total": source.model.num_parameters,
-            "parts": count_parameters_by_part(source),
+            "parts": _count_parameters_by_part(source),
         },
         "parameters_on_disk": source.model.on_disk.num_parameters,
         "ffn_sizes": list(source.model.ffn_sizes),
@@ -242,7 +242,7 @@ def _print_model(console: Console, source: Source, dtypes: Mapping[str, int]) ->
     total = source.model.num_parameters
     rows = [
         (part, count_text(count), f"{100 * count / total:.1f} %")
-        for part, count in count_parameters_by_part(source).items()
+        for part, count in _count_parameters_by_part(source).items()
     ]
     rules = (len(rows),)
     rows.append(("all", count_text(total), f"{total:,}"))
@@ -443,7 +443,7 @@ def _print_experts(console: Console, files: ExpertFiles) -> None:
 # The map of a recorded expansion
 
 
-def rebuild_map(record: ExpansionRecord) -> ParameterMap:
+def _rebuild_map(record: ExpansionRecord) -> ParameterMap:
     """Return the parameter map that a record describes.
 
     Raises:

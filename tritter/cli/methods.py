@@ -64,7 +64,7 @@ class MethodCommand(CheckpointCommand):
         values = ctx.meta[_METHODS]
         if values is None:  # --help-all
             return super().format_help(ctx, formatter)
-        takers = method_options()
+        takers = _method_options()
         chosen = {name.strip().replace("-", "_") for word in values for name in word.split(",")}
         ctx.meta[_SHOWN] = {option for option in takers if chosen & takers[option].keys()}
         lines = ["Options of the methods (--method METHOD --help or --help-all describes them):"]
@@ -88,7 +88,7 @@ class MethodCommand(CheckpointCommand):
             ctx.meta[_METHODS] = None
         ctx.with_resource(use_search_path(search_path_of(folders, None)))
         rest = super().parse_args(ctx, args)
-        values = {name: ctx.params.pop(name) for name in method_options()}
+        values = {name: ctx.params.pop(name) for name in _method_options()}
         ctx.obj = {name: value for name, value in values.items() if value is not None}
         return rest
 
@@ -105,7 +105,7 @@ def _bodies(_of: SearchPath) -> dict[str, dict[str, Any]]:
     return {name: body for name, body in bodies.items() if isinstance(body, dict)}
 
 
-def method_options() -> dict[str, dict[str, str]]:
+def _method_options() -> dict[str, dict[str, str]]:
     """Return option → method that has it → its key in that method."""
     options: dict[str, dict[str, str]] = {}
     for method, body in method_bodies().items():
@@ -118,7 +118,7 @@ def method_options() -> dict[str, dict[str, str]]:
 
 def method_words(spec: ExpansionSpec) -> list[str]:
     """Return the words of a command line that request an expansion."""
-    options = {keys[spec.name]: o for o, keys in method_options().items() if spec.name in keys}
+    options = {keys[spec.name]: o for o, keys in _method_options().items() if spec.name in keys}
     words = ["--method", with_dashes(spec.name)]
     for field in fields(spec):  # type: ignore[arg-type] # each is a dataclass
         value = getattr(spec, field.name)
@@ -138,7 +138,7 @@ def _parameters(_of: SearchPath) -> list[Any]:
 
     bodies, parameters = method_bodies(), []
     notes = {method: comments(option_files()["expansion"][method]) for method in bodies}
-    for option, takers in method_options().items():
+    for option, takers in _method_options().items():
         helps: dict[str, list[str]] = {}
         for method, key in takers.items():
             comment, default = notes[method].get(key, ""), bodies[method][key]
@@ -176,7 +176,7 @@ def option_names() -> dict[str, str | None]:
     names: dict[str, str | None] = {"expansion": "--method"}
     for method in method_bodies():
         names[f"expansion.{method}"] = f"--method {with_dashes(method)}"
-    for option, takers in method_options().items():
+    for option, takers in _method_options().items():
         names |= {f"expansion.{m}.{key}": f"--{with_dashes(option)}" for m, key in takers.items()}
     return names
 
@@ -214,7 +214,7 @@ def specs_of(methods: Sequence[str], typed: Mapping[str, Any]) -> tuple[Expansio
     problems = []
     fields: dict[str, dict[str, Any]] = {name: {} for name in methods}
     for option, value in typed.items():
-        takers = method_options()[option]
+        takers = _method_options()[option]
         taking = [name for name in methods if name in takers]
         if len(taking) == 1:
             fields[taking[0]][takers[taking[0]]] = value

@@ -158,7 +158,7 @@ def flops_rate(text: str) -> int:
     return _parse_scaled(str(text), COUNT_UNITS, example=example, limit=_MAX_FLOPS)
 
 
-def byte_count(text: str) -> int:
+def _byte_count(text: str) -> int:
     """Parse a size such as 5GB, 500MB (powers of 1000) or 4GiB (powers of 1024).
 
     Raises:
@@ -201,7 +201,7 @@ MaxShardSize = Annotated[
         "--max-shard-size",
         "SIZE",
         "Maximum size of a file, such as 500MB or 4GiB. Default: 5GB.",
-        parser=byte_count,
+        parser=_byte_count,
         shows_default=False,
         panel=WRITING,
     ),

@@ -49,7 +49,7 @@ from tritter.storage.records import InnerName, read_record, record, record_text
 from tritter.targets import Component, identity
 from tritter.training.options import WITHOUT_EFFECT as NO_EFFECT
 
-RUNS_FOLDER = Path("outputs/runs")  # hydra.run.dir of conf/config.yaml, without the timestamp
+_RUNS = Path("outputs/runs")  # hydra.run.dir of conf/config.yaml, without the timestamp
 
 STATUS_FILE = "status.json"
 OUTPUT_FILE = "output.txt"  # output of a job of a sweep
@@ -301,7 +301,7 @@ def find_run(resume: str) -> tuple[Path, tuple[str, ...]]:
     Raises:
         RequestError: there is no such run; lists the available ones.
     """
-    found = RUNS_FOLDER.glob(f"*/{RUN_FILE}")
+    found = _RUNS.glob(f"*/{RUN_FILE}")
     runs = sorted(found, key=lambda path: (path.lstat().st_mtime_ns, str(path)), reverse=True)
     folders = [path.parent.absolute() for path in runs]
     if resume == "latest":
@@ -312,7 +312,7 @@ def find_run(resume: str) -> tuple[Path, tuple[str, ...]]:
                 return folder, tuple(skipped)
             except RequestError as error:
                 skipped.append(f"resume     skipped {folder}: {error}")
-        none = f"resume = latest: there is no run in {RUNS_FOLDER.absolute()}; set the folder of a "
+        none = f"resume = latest: there is no run in {_RUNS.absolute()}; set the folder of a "
         none += "run, or omit resume to start a new one."
         raise RequestError("\n".join([none, *skipped]))
     folder = named_path(resume, key="resume").absolute()

@@ -66,7 +66,7 @@ def _is_no_preset(value: str) -> bool:
 
 
 # The first match wins
-HINTS = (
+_HINTS = (
     Hint("--model", "model=NAME", command="train", applies_to=lambda v: bool(_PRESET.fullmatch(v))),
     Hint(
         f"{_MODEL}|--checkpoint",
@@ -163,7 +163,7 @@ def hint_for(typed: str, value: object = None, *, command: str = "train") -> Hin
         command: the subcommand that rejects it.
     """
     text = "" if value is None else show(value)
-    for hint in HINTS:
+    for hint in _HINTS:
         found = re.fullmatch(hint.typed, typed)
         if found is None or hint.command not in ("", command) or not hint.applies_to(text):
             continue

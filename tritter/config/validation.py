@@ -381,7 +381,7 @@ def _begin_problems(config: RunConfig) -> Iterator[Problem]:
         yield from start_problems(config, source, folder=path)
 
 
-def method_problems(config: RunConfig) -> Iterator[Problem]:
+def _method_problems(config: RunConfig) -> Iterator[Problem]:
     """Yield problems of methods that conflict with each other or require trainable weights."""
     needs = [one.kind.needs(one.options) for one in config.forgetting]
     for one, each in zip(config.forgetting, needs, strict=True):
@@ -515,7 +515,7 @@ _RULES: tuple[Rule, ...] = (
     weight_problems,
     reading_problems,
     streaming_problems,
-    method_problems,
+    _method_problems,
     _vocabulary_problems,
     _children_problems,
     pipeline_problems,

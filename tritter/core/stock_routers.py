@@ -335,7 +335,7 @@ class _RouterHead:
             raise ValueError(f"offset = {self.offset}; must be at most 0")
 
 
-def router_offset(step: int, *, anneal_steps: int) -> float:
+def _router_offset(step: int, *, anneal_steps: int) -> float:
     """Return the offset of new experts after some steps: −∞, then linear from −20 to 0.
 
     Args:
@@ -375,7 +375,7 @@ class AddedExperts:
 
     def at(self, step: int, *, anneal_steps: int) -> "AddedExperts":
         """Return the same experts after some steps."""
-        offset = router_offset(step, anneal_steps=anneal_steps)
+        offset = _router_offset(step, anneal_steps=anneal_steps)
         return replace(self, offset=offset, step=step, anneal_steps=anneal_steps)
 
     @classmethod

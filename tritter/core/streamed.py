@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tritter.core.families import Model
-from tritter.core.families.discovery.twin import first_tensor
 from tritter.core.models import backbone_of, layers_of, read_model, unloaded_model
 from tritter.storage.tensors import TensorFolder, TensorReader
 
 _BLOCK_BYTES = 32 * 2**20  # of a matrix in float32: fits in the CPU cache
-KEPT_POSITIONS = 8  # the last positions of a sequence, which attend to all earlier ones
+_KEPT_POSITIONS = 8  # the last positions of a sequence, which attend to all earlier ones
 
 
 class StreamedModel:
@@ -80,7 +79,7 @@ class StreamedModel:
         """Return the logits [B, T, rows] of a part of the vocabulary, equal to the stock class.
 
         The first call runs the layers and stores in `states` the hidden states before the first
-        layer and after each layer, [B, the last `KEPT_POSITIONS`, H].
+        layer and after each layer, [B, the last `_KEPT_POSITIONS`, H].
         """
         self._rows = rows
         # Not in inference mode, which hides whether a module changes its weights
@@ -165,10 +164,9 @@ class StreamedModel:
         backbone.forward = once
 
     def _keep(self, values: Any) -> None:
-        """Keep the last positions of the first tensor, the hidden states [B, T, H]."""
-        hidden_BTH = first_tensor(values)
-        assert hidden_BTH is not None
-        self.states.append(hidden_BTH[:, -KEPT_POSITIONS:].clone())
+        """Keep the last positions of the hidden states [B, T, H], the first of several outputs."""
+        hidden_BTH: Tensor = values if isinstance(values, Tensor) else values[0]
+        self.states.append(hidden_BTH[:, -_KEPT_POSITIONS:].clone())
 
     def _linear(self, module: nn.Linear, names: Mapping[str, str], hidden: Tensor) -> Tensor:
         weight = self._stored(names["weight"])

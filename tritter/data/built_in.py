@@ -58,7 +58,7 @@ _GENERATED_PREFIXES = ("_sysconfigdata", "config-")
 BUILT_IN_TEXTS = ("stdlib:prose", "stdlib:code")
 
 
-def documented_nodes(node: ast.AST) -> Iterator[_Documented]:
+def _documented_nodes(node: ast.AST) -> Iterator[_Documented]:
     """Yield a module and its classes and functions that have a docstring, in order."""
     if isinstance(node, _Documented) and _docstring_of(node):
         yield node
@@ -66,10 +66,10 @@ def documented_nodes(node: ast.AST) -> Iterator[_Documented]:
     for field in ("body", "orelse", "handlers", "finalbody", "cases"):
         children = getattr(node, field, None)
         for child in children if isinstance(children, list) else ():
-            yield from documented_nodes(child)
+            yield from _documented_nodes(child)
 
 
-def strip_documentation(source: str, *, tree: ast.Module) -> str:
+def _strip_documentation(source: str, *, tree: ast.Module) -> str:
     """Return `source` without docstrings, comments and the lines that become empty.
 
     A docstring that is a whole body, or shares its line, becomes `pass`, so the result still
@@ -93,7 +93,7 @@ def strip_documentation(source: str, *, tree: ast.Module) -> str:
         before = lines[line_number - 1].encode()[:num_bytes].decode()
         return line_starts[line_number - 1] + len(before)
 
-    for node in documented_nodes(tree):
+    for node in _documented_nodes(tree):
         statement = _docstring_of(node)
         assert statement is not None and statement.end_lineno and statement.end_col_offset
         is_whole_body = len(node.body) == 1 and not isinstance(node, ast.Module)
@@ -138,7 +138,7 @@ def gather(root: Path | None = None) -> StdlibText:
     Raises:
         RequestError: the library has no sources.
     """
-    root = root or stdlib_root()
+    root = root or _stdlib_root()
     prose, code = list[Document](), list[Document]()
     skipped: list[str] = []
     if (root / _TOPICS).is_file():
@@ -147,17 +147,17 @@ def gather(root: Path | None = None) -> StdlibText:
         topics: dict[str, str] = ast.literal_eval(assignment.value)
         for name, text in sorted(topics.items()):
             _append(prose, f"pydoc_data/topics/{name}", text)
-    for path in source_files(root):
+    for path in _source_files(root):
         identifier = path.relative_to(root).as_posix()
         try:
             source, tree = _parse(path)
         except (OSError, SyntaxError, ValueError):
             skipped.append(identifier)
             continue
-        docstrings = (ast.get_docstring(node) or "" for node in documented_nodes(tree))
+        docstrings = (ast.get_docstring(node) or "" for node in _documented_nodes(tree))
         long = (text for text in docstrings if len(text) > _MINIMUM_DOCSTRING_CHARACTERS)
         _append(prose, identifier, "\n\n".join(long))
-        _append(code, identifier, strip_documentation(source, tree=tree))
+        _append(code, identifier, _strip_documentation(source, tree=tree))
     if not code:
         raise RequestError(
             f"data: no Python sources in {root}. This Python ships its library zipped or "
@@ -169,7 +169,7 @@ def gather(root: Path | None = None) -> StdlibText:
     return StdlibText(prose=tuple(prose), code=tuple(code), skipped=tuple(skipped))
 
 
-def stdlib_root() -> Path:
+def _stdlib_root() -> Path:
     """Return the folder of the running Python's standard library."""
     return Path(sysconfig.get_path("stdlib")).resolve()
 
@@ -179,7 +179,7 @@ def stdlib_origin() -> str:
     return f"python {platform.python_version()} standard library"
 
 
-def source_files(root: Path) -> tuple[Path, ...]:
+def _source_files(root: Path) -> tuple[Path, ...]:
     """Return the library's sorted source files, without tests, data and installed packages."""
     found = []
     for folder, subfolders, names in os.walk(root):
@@ -199,9 +199,9 @@ def stdlib_fingerprint(root: Path | None = None) -> str:
 
     It covers Python's version, the folder, and each file's path, size and modification time.
     """
-    root = root or stdlib_root()
+    root = root or _stdlib_root()
     digest = sha256(f"{_GATHERING_VERSION}\0{platform.python_version()}\0{root}".encode())
-    for path in (root / _TOPICS, *source_files(root)):
+    for path in (root / _TOPICS, *_source_files(root)):
         if path.is_file():
             status = path.stat()
             digest.update(f"\0{path}\0{status.st_size}\0{status.st_mtime_ns}".encode())

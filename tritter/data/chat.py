@@ -35,7 +35,7 @@ ANSWER, CONTEXT, PADDING = 1 << 28, 2 << 28, 3 << 28
 START = 1 << 30
 _ID_BITS = (1 << 28) - 1
 # Some templates contain today's date, which would change the data from one day to the next
-FIXED_DATE = (
+_FIXED_DATE = (
     "{% macro strftime_now(format) %}"
     "{{ {'%d %b %Y': '26 Jul 2024'}.get(format, '2024-07-26') }}{% endmacro %}"
 )
@@ -252,7 +252,7 @@ class Chat:
             found: Mapping[str, Any] = self.tokenizer.apply_chat_template(
                 [dict(message) for message in conversation.messages[:messages]],
                 tools=tools,
-                chat_template=FIXED_DATE + template,
+                chat_template=_FIXED_DATE + template,
                 return_assistant_tokens_mask=has_mask and bool(_GENERATION.search(template)),
                 tokenizer_kwargs={"verbose": False},
                 **options,
@@ -297,7 +297,7 @@ def _around(
 ) -> tuple[list[int], list[int]]:
     """Return the tokens before the last message's content, and after it if they begin specially."""
     try:
-        template = FIXED_DATE + tokenizer.get_chat_template(tools=tools)
+        template = _FIXED_DATE + tokenizer.get_chat_template(tools=tools)
         options |= {"chat_template": template, "tools": tools, "tokenize": False}
         text = str(tokenizer.apply_chat_template(messages, **options))
     # Templates come from a checkpoint and raise errors of any kind; or there is no tokenizer

@@ -15,7 +15,7 @@ from tritter.storage.spool import Spool
 if TYPE_CHECKING:
     import numpy as np
 
-PIECE_CHARACTERS = 20_000
+_PIECE_CHARACTERS = 20_000
 NAME_CHARACTERS = 40
 _TEXT, _CONVERSATION = b"t", b"c"  # kinds of documents
 _BLANK_LINES = re.compile(r"(?<=\n)[ \t\r]*\n(?:[ \t\r]*\n)*")
@@ -184,8 +184,8 @@ def pieces_of_chunks(chunks: Iterable[str]) -> Iterator[str]:
     text = ""
     for chunk in chunks:
         text, start = text + chunk, 0
-        while len(text) - start > 2 * PIECE_CHARACTERS:
-            end = _cut_position(text, start + PIECE_CHARACTERS, start + 2 * PIECE_CHARACTERS)
+        while len(text) - start > 2 * _PIECE_CHARACTERS:
+            end = _cut_position(text, start + _PIECE_CHARACTERS, start + 2 * _PIECE_CHARACTERS)
             yield text[start:end]
             start = end
         text = text[start:]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # target excluded from the loss
 Packing = Literal["stream", "documents"]
-PACKED_TOKENS = 2**20  # at a time
+_PACKED_TOKENS = 2**20  # at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +184,7 @@ def packed(
 
     pieces = _pack_pieces(documents, sequence_length, bounds)
     tokens, spool, start = documents.tokens.numpy(), Spool(), bounds.marked_start
-    num_rows = max(1, PACKED_TOKENS // sequence_length)
+    num_rows = max(1, _PACKED_TOKENS // sequence_length)
     for first in range(0, pieces.num_sequences, num_rows):
         count = min(num_rows, pieces.num_sequences - first)
         flat = np.full(count * sequence_length, bounds.end, dtype=np.int32)
@@ -309,7 +309,7 @@ def _pack_pieces(
         begins = offsets[partial_pieces] + (num_full * rooms)[partial_pieces]
         is_useful = until[begins + rest[partial_pieces]] > until[begins + is_chat[partial_pieces]]
         partial_pieces = partial_pieces[is_useful]
-    bins, before = best_fit(rest[partial_pieces] + leads[partial_pieces] + 1, capacity)
+    bins, before = _best_fit(rest[partial_pieces] + leads[partial_pieces] + 1, capacity)
     order = np.lexsort((before, bins))
     tails = partial_pieces[order]
     of_piece = np.concatenate([of_full, tails])
@@ -348,7 +348,7 @@ def kept_lengths(
     return np.where(is_conversation, np.minimum(lengths, rooms), lengths)
 
 
-def best_fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+def _best_fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
     """Pack items into bins with the best-fit decreasing heuristic.
 
     Args:

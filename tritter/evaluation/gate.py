@@ -39,7 +39,7 @@ _MAX_NAMES = 3
 EXACT_JUMP = 1e-4
 # Steps after which a missing gradient is final: zeros of an expansion block gradients for two steps
 ENOUGH_STEPS = 4
-MEMORY_BOUND = 0.1  # relative to the bytes computed from shapes
+_MEMORY_BOUND = 0.1  # relative to the bytes computed from shapes
 _MSE_BOUND = 1e-6  # mean squared difference of logits
 _ROUNDED_JUMP = 1.0
 
@@ -251,12 +251,12 @@ def memory_check(measured: Mapping[str, Any], *, expected: int) -> Check:
     """
     names = ("parameters", "gradients", "optimizer")
     value = sum(measured[name] for name in names) / expected - 1
-    verdict: Verdict = "passed" if abs(value) <= MEMORY_BOUND else "failed"
+    verdict: Verdict = "passed" if abs(value) <= _MEMORY_BOUND else "failed"
     parts = ", ".join(f"{name} {measured[name]:,}" for name in names)
     detail = f"{value:+.2%} compared with {expected:,} bytes from its shapes ({parts})"
     if peak := measured.get("peak"):
         detail += f"; GPU peak including activations: {peak:,} bytes"
-    return Check("memory", "states", verdict, detail, value=value, bound=MEMORY_BOUND)
+    return Check("memory", "states", verdict, detail, value=value, bound=_MEMORY_BOUND)
 
 
 def decide(checks: Iterable[Check]) -> Status:
@@ -429,12 +429,12 @@ def scaling_check(num_bytes: tuple[int, int], counted: tuple[int, int]) -> Check
     """
     measured, expected = num_bytes[1] / num_bytes[0], counted[1] / counted[0]
     value = measured / expected - 1
-    verdict: Verdict = "passed" if abs(value) <= MEMORY_BOUND else "failed"
+    verdict: Verdict = "passed" if abs(value) <= _MEMORY_BOUND else "failed"
     detail = (
         f"{num_bytes[0]:,} to {num_bytes[1]:,} bytes ({measured:.4g} times); from shapes "
         f"{counted[0]:,} to {counted[1]:,} parameters ({expected:.4g} times)"
     )
-    bound = MEMORY_BOUND
+    bound = _MEMORY_BOUND
     return Check("memory_scaling", "parameters", verdict, detail, value=value, bound=bound)
 
 

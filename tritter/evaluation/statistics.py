@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _FORMAT_VERSION = 1
 MAX_SCORE_BYTES = 2**30  # per score file
 _Unit = Literal["nats", "accuracy"]
-NUM_RESAMPLES = 1999
+_NUM_RESAMPLES = 1999
 # A fixed seed: the same scores have the same bounds in every run
 _SEED = 20261120
 _MAX_DRAWS_AT_ONCE = 2_000_000
@@ -242,7 +242,7 @@ def ratio_of_sums(numerators: Tensor, denominators: Tensor) -> Estimate:
     return Estimate(float(value), float(torch.sqrt(variance)), n=n)
 
 
-def bounded_ratio(numerators: Tensor, denominators: Tensor) -> Estimate:
+def _bounded_ratio(numerators: Tensor, denominators: Tensor) -> Estimate:
     """Return `ratio_of_sums` with studentised errors of resampled documents.
 
     Args:
@@ -278,7 +278,7 @@ def relative_forgetting(before: PairedScores, after: PairedScores) -> Estimate:
     value = _relative_value(before, after)
     if before.unit == "accuracy":
         return _drop(before, after, out_of=before.above_chance)
-    return replace(bounded_ratio(after.values, before.values), value=value)
+    return replace(_bounded_ratio(after.values, before.values), value=value)
 
 
 def drop_in_points(before: PairedScores, after: PairedScores) -> Estimate:
@@ -370,7 +370,7 @@ def _student_errors(n: int) -> Tensor | None:
 
     if n < 2:
         return None
-    probabilities = torch.arange(1, NUM_RESAMPLES + 1, dtype=torch.float64) / (NUM_RESAMPLES + 1)
+    probabilities = torch.arange(1, _NUM_RESAMPLES + 1, dtype=torch.float64) / (_NUM_RESAMPLES + 1)
     return torch.from_numpy(stdtrit(n - 1, probabilities.numpy()))
 
 
@@ -430,7 +430,7 @@ def studentised_errors(numerators: Tensor, denominators: Tensor) -> Tensor:
         denominators: float64 [..., n], positive.
 
     Returns:
-        float64 [..., NUM_RESAMPLES]. Infinite for a resample that differs from the ratio although
+        float64 [..., _NUM_RESAMPLES]. Infinite for a resample that differs from the ratio although
         its documents agree with each other.
     """
     import torch
@@ -455,8 +455,8 @@ def studentised_errors(numerators: Tensor, denominators: Tensor) -> Tensor:
     n = shares.shape[-1]
     generator, sums = torch.Generator().manual_seed(_SEED), []
     at_once = max(1, _MAX_DRAWS_AT_ONCE // n)
-    for start in range(0, NUM_RESAMPLES, at_once):
-        rows = min(at_once, NUM_RESAMPLES - start)
+    for start in range(0, _NUM_RESAMPLES, at_once):
+        rows = min(at_once, _NUM_RESAMPLES - start)
         drawn = torch.randint(n, (rows, n), generator=generator)
         drawn += n * torch.arange(rows).unsqueeze(1)
         # Number of times that each resample contains each document

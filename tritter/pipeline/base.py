@@ -50,8 +50,8 @@ from tritter.training.options import TrainingConfig
 from tritter.transform import plan_expansion
 
 # Options of `data` that select the data; the corpus checksum covers them
-WHICH_TEXT = {"old", "new", "text_field", "validation_fraction"}
-WHICH_TEXT |= {
+_WHICH_TEXT = {"old", "new", "text_field", "validation_fraction"}
+_WHICH_TEXT |= {
     "text_column",
     "max_rows",
     "streaming",
@@ -63,7 +63,7 @@ _FORMAT_VERSION = 1
 _TRAINER_KEYS = ("accelerator", "precision", "gradient_clip_val", "devices", "compile")
 
 
-def pretrained_model(run: Run) -> Model:
+def _pretrained_model(run: Run) -> Model:
     """Return the run's base model, with the size of its tokenizer."""
     vocab_size = run.data.corpus.tokenizer.get_vocab_size()
     return Model({**base_model(run.config).config, "vocab_size": vocab_size})
@@ -105,7 +105,7 @@ def obtain_base(run: Run) -> tuple[Path, float]:
 def _made_from(run: Run) -> dict[str, Any]:
     """Return everything that determines the weights of the base model."""
     config, trainer = run.config, asdict(run.config.trainer)
-    text = {key: value for key, value in asdict(config.data).items() if key not in WHICH_TEXT}
+    text = {key: value for key, value in asdict(config.data).items() if key not in _WHICH_TEXT}
     text["packing"] = run.data.packing
     streams = {
         name: stream_identity(*sources, key=name)
@@ -118,7 +118,7 @@ def _made_from(run: Run) -> dict[str, Any]:
         "format_version": _FORMAT_VERSION,
         "recorded": list(RECORDED) if importance.is_recorded(run) else [],
         "torch": torch.__version__,
-        "model": pretrained_model(run).config,
+        "model": _pretrained_model(run).config,
         "corpus": run.data.corpus.digest,
         **({"streams": streams} if streams else {}),
         "domains": list(run.data.old_domains),
@@ -136,7 +136,7 @@ def _made_from(run: Run) -> dict[str, Any]:
 
 def _train_base(run: Run, folder: Path, made_from: Mapping[str, Any]) -> float:
     """Train a base model into the cache and return the training time in seconds."""
-    model = pretrained_model(run)
+    model = _pretrained_model(run)
     pretraining = run.config.pretraining
     run.say(
         "baseline",
@@ -342,7 +342,7 @@ def _check_teacher(run: Run) -> None:
     checkpoint_model(str(folder), key=key)
     try:
         teacher, start = read_model(folder), run.data.initial_checkpoint
-        student = pretrained_model(run) if start is None else start.model
+        student = _pretrained_model(run) if start is None else start.model
         own, expected = (each.sizes.vocab_size for each in (teacher, student))
         length, limit = run.data.sequence_length, teacher.position_limit
         if own != expected:
@@ -385,10 +385,10 @@ def schedule_of(training: TrainingConfig, *, start_rate: float = 0.0) -> Schedul
 
 def last_rate(run: Run, branch: Branch) -> float:
     """Return the final learning rate of a branch's initial model; 0 if it is not recorded."""
-    return recorded_rate(run.source(branch.start).own_lineage.training_config)
+    return _recorded_rate(run.source(branch.start).own_lineage.training_config)
 
 
-def recorded_rate(config: Mapping[str, Any]) -> float:
+def _recorded_rate(config: Mapping[str, Any]) -> float:
     """Return the final learning rate recorded in a lineage.
 
     Older records lack it; then it is computed from the recorded schedule.

@@ -26,7 +26,7 @@ from tritter.terminal import Console
 from tritter.training.callbacks import ends_step
 from tritter.training.optimizer import Schedule
 
-_LOWEST, _HIGHEST, NUM_STEPS = 1e-7, 1.0, 100
+_LOWEST, _HIGHEST, _NUM_STEPS = 1e-7, 1.0, 100
 _RESULT_NAME, _PLOT_NAME = "find_lr.json", "find_lr.png"
 _SMOOTHING = 0.9  # of the moving average of the loss
 _MAX_RISE = 2.0  # nats of the smoothed loss above its lowest value
@@ -106,7 +106,7 @@ class FoundRates:
             configured=configured,
             steepest=rates[steep + _WINDOW // 2] if fall >= _LEAST_FALL and span else None,
             lowest=rates[low],
-            diverged=points[-1][0] if len(points) < NUM_STEPS else None,
+            diverged=points[-1][0] if len(points) < _NUM_STEPS else None,
             rates=tuple(rates),
             losses=tuple(losses),
         )
@@ -166,7 +166,7 @@ def find_rate(config: RunConfig, *, folder: Path) -> FoundRates:
     """
     schedule = Schedule(
         learning_rate=_HIGHEST,
-        max_steps=NUM_STEPS,
+        max_steps=_NUM_STEPS,
         warmup_ratio=0.0,
         shape="range",
         minimum_ratio=_LOWEST / _HIGHEST,
@@ -193,7 +193,7 @@ def _tested(config: RunConfig, schedule: Schedule, folder: Path, console: Consol
         console=console,
         ledger=Ledger(folder),
     )
-    run.say("find-lr", f"{NUM_STEPS} steps from {_LOWEST:.0e} to {_HIGHEST:.0e}")
+    run.say("find-lr", f"{_NUM_STEPS} steps from {_LOWEST:.0e} to {_HIGHEST:.0e}")
     check_source(run)
     run.data.check_text()
     run_baseline(run)

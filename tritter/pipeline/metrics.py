@@ -161,7 +161,7 @@ def log_result_to_wandb(run: Run, summary: Summary, plots: Sequence[Path], *, st
     Args:
         step: last step of the run.
     """
-    logger = wandb_logger(run)
+    logger = _wandb_logger(run)
     if logger is None:
         return
     import wandb
@@ -253,7 +253,7 @@ def _run_name(run: Run, part: str | None = None) -> str:
     return f"{grown} {'+'.join(_names(config.forgetting))} {seed}"
 
 
-def wandb_logger(run: Run, part: str | None = None) -> WandbLogger | None:
+def _wandb_logger(run: Run, part: str | None = None) -> WandbLogger | None:
     """Return the logger of a W&B run, open until `wandb_finished` ends; None if W&B is off.
 
     Args:
@@ -369,7 +369,7 @@ def open_loggers(
     """
     loggers: list[Logger] = []
     with ExitStack() as opened:
-        if (wandb := wandb_logger(run, part)) is not None:
+        if (wandb := _wandb_logger(run, part)) is not None:
             loggers.append(wandb)
         for named in run.config.logger.others:
             loggers.append(logger := _build_logger(named, run, part))

@@ -36,10 +36,10 @@ from tritter.seeds import derived_seed
 from tritter.stopping import Stopped
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.hub import locate
+from tritter.storage.reading import TOKENIZER_NAME
 from tritter.terminal import Console, NewBar, progress_bars, waiting
 from tritter.training.options import rate_notes
 from tritter.transform import PlannedExpansion, planned
-from tritter.transform.vocabulary import TOKENIZER_NAME
 
 _PUBLISHED_DTYPES = ("float32", "bfloat16", "float16")
 _MUCH_PADDING, _SMALL_SHARE = 0.1, 0.05
@@ -140,7 +140,7 @@ class Run:
         if data.packing == "documents":
             notes += _packing_notes(data)
         notes += _scored_notes(data)
-        notes += share_notes(self.config, data.num_sequences, data.streams)
+        notes += _share_notes(self.config, data.num_sequences, data.streams)
         optimizer = self.config.optimizer.target.rpartition(".")[2]
         if optimizer.startswith("Paged") and self.device.type == "cpu":
             same = optimizer.removeprefix("Paged")
@@ -302,7 +302,7 @@ def _scored_notes(data: RunData) -> Iterator[str]:
             )
 
 
-def share_notes(
+def _share_notes(
     config: RunConfig, num_sequences: Callable[[str], int], streams: Collection[str]
 ) -> Iterator[str]:
     """Yield a note on each new domain that few of its task's training sequences come from."""

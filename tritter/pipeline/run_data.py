@@ -58,13 +58,12 @@ from tritter.pipeline.scoring import Scoring, benchmark_tasks, stock_tokenizer
 from tritter.planning.run_memory import batch_size_at
 from tritter.seeds import derived_seed
 from tritter.storage.atomic import write_text_atomic
-from tritter.storage.reading import read_object
+from tritter.storage.reading import TOKENIZER_NAME, read_object
 from tritter.targets import dotted, instantiate
-from tritter.transform.vocabulary import TOKENIZER_NAME
 
 MAX_POSITIONS = 2048  # for a model without position limit
 _START = "start_of_text"  # of a lineage: the ids in front of each training text
-STREAMS = "streams.json"  # domain → file → its contents when the run began
+_STREAMS = "streams.json"  # domain → file → its contents when the run began
 _FILES_ORIGIN, _DATASETS_ORIGIN = "text files", "data sets"
 _STDLIB_DOMAINS = [("prose", ("stdlib:prose",)), ("code", ("stdlib:code",))]
 
@@ -503,7 +502,7 @@ def check_streams(data: RunData, folder: Path) -> None:
     Raises:
         RequestError: a file has changed, wherever in it.
     """
-    path = folder / STREAMS
+    path = folder / _STREAMS
     current = {name: stream_identity(*sources, key=name) for name, sources in data.streams.items()}
     if not current:
         return

@@ -96,7 +96,7 @@ CHINCHILLA = ScalingLaw(
 )
 
 
-def training_flops_per_token(model: Model, setup: TrainingSetup) -> float:
+def _training_flops_per_token(model: Model, setup: TrainingSetup) -> float:
     """Return the mean training FLOPs per token: matrices, output head, attention."""
     flops = training_flops(
         model,
@@ -438,7 +438,7 @@ def _loss_over_hours(
     loss: float, model: Model, assumptions: Assumptions
 ) -> Callable[[float], float]:
     """Return a function from GPU-hours of continued training to the predicted loss."""
-    per_token = training_flops_per_token(model, assumptions.setup)
+    per_token = _training_flops_per_token(model, assumptions.setup)
 
     def predicted(hours: float) -> float:
         tokens = assumptions.flops(hours) / per_token
@@ -476,5 +476,5 @@ def _due_tokens(before: _Point | ExpansionStep, shape: Shape, assumptions: Assum
 
 
 def _hours_for(model: Model, num_tokens: float, assumptions: Assumptions) -> float:
-    flops = num_tokens * training_flops_per_token(model, assumptions.setup)
+    flops = num_tokens * _training_flops_per_token(model, assumptions.setup)
     return assumptions.hours(flops)

@@ -32,8 +32,8 @@ _SIZES = (
 
 # Candidate hidden sizes. `proportional`: all sizes at which query and key/value heads grow in
 # proportion; `round`: only the rounder ones; `fine`: steps of a sixteenth with constant heads.
-WidthGrid = Literal["round", "proportional", "fine"]
-WIDTH_GRIDS: tuple[WidthGrid, ...] = ("round", "proportional", "fine")
+_WidthGrid = Literal["round", "proportional", "fine"]
+WIDTH_GRIDS: tuple[_WidthGrid, ...] = ("round", "proportional", "fine")
 _TOLERANCE = 0.1
 
 
@@ -144,7 +144,7 @@ def width_specs(
     source: Model,
     method: ExpansionSpec,
     *,
-    grid: WidthGrid,
+    grid: _WidthGrid,
     max_aspect_ratio: float = math.inf,
 ) -> list[ExpansionSpec]:
     """Return the width expansions to at most twice the hidden size, in ascending order.
@@ -213,7 +213,7 @@ def reached_shape(source: Model, spec: ExpansionSpec) -> Shape:
     return Shape(spec, target_model(source, [spec]))
 
 
-def _unit(sizes: Dimensions, grid: WidthGrid) -> int:
+def _unit(sizes: Dimensions, grid: _WidthGrid) -> int:
     """Return the step between the hidden sizes of a grid."""
     hidden, heads = sizes.hidden_size, sizes.num_attention_heads
     if grid == "fine":

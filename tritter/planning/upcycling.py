@@ -29,7 +29,7 @@ _IRREDUCIBLE = 0.165
 _GRID = [10 ** (exponent / 50) for exponent in range(5 * 50, 16 * 50)]  # 0.1 M tokens to 10^16
 
 
-def dense_loss(parameters: float, tokens: float) -> float:
+def _dense_loss(parameters: float, tokens: float) -> float:
     """Return the predicted loss of a dense model in nats per token."""
     return 8.83 / tokens**0.088 + 12.3 / parameters**0.116 + _IRREDUCIBLE
 
@@ -44,7 +44,7 @@ def scratch_loss(parameters: float, tokens: float) -> float:
     return 32.0 / tokens**0.161 + 7.05 / parameters**0.080 + _IRREDUCIBLE
 
 
-def upcycled_loss(parameters: float, dense_tokens: float, tokens: float) -> float:
+def _upcycled_loss(parameters: float, dense_tokens: float, tokens: float) -> float:
     """Return the predicted loss of an upcycled model.
 
     Args:
@@ -80,7 +80,7 @@ class Upcycling:
         """Tokens from which it beats the dense model, trained on for as many FLOPs."""
 
         def gap(tokens: float) -> float:
-            dense = dense_loss(self.parameters, self.dense_tokens + self.cost * tokens)
+            dense = _dense_loss(self.parameters, self.dense_tokens + self.cost * tokens)
             return dense - self._upcycled(tokens)
 
         return next((tokens for tokens in _GRID if gap(tokens) > 0), inf)
@@ -120,7 +120,7 @@ class Upcycling:
         return f"{budgets} {verdict}; it pays {ranges}{more}"
 
     def _upcycled(self, tokens: float) -> float:
-        return upcycled_loss(self.parameters, self.dense_tokens, tokens)
+        return _upcycled_loss(self.parameters, self.dense_tokens, tokens)
 
 
 def _upcycling_of(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 DPI = 150
-MAX_COLUMNS = 800  # of a map, or points of a curve; a picture has hardly more pixels
+_MAX_COLUMNS = 800  # of a map, or points of a curve; a picture has hardly more pixels
 _LINE_CHARACTERS = 66
 _MAX_LINES = 6  # of one label
 _WIDEST_LABEL = 72  # characters that fill the width of a panel
@@ -159,10 +159,10 @@ def numbers(rows: Iterable[Iterable[float | None]]) -> NDArray[np.float64]:
 
 
 def subsample(values: Sequence[_T]) -> Sequence[_T]:
-    """Return all values, or `MAX_COLUMNS` of them, evenly spaced and with the last one."""
+    """Return all values, or `_MAX_COLUMNS` of them, evenly spaced and with the last one."""
     import numpy as np
 
-    if len(values) <= MAX_COLUMNS:
+    if len(values) <= _MAX_COLUMNS:
         return values
-    chosen = np.linspace(0, len(values) - 1, MAX_COLUMNS).astype(int)
+    chosen = np.linspace(0, len(values) - 1, _MAX_COLUMNS).astype(int)
     return [values[int(place)] for place in chosen]

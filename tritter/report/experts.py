@@ -211,14 +211,14 @@ def _panels(
         axes.set_xlim(0, max(end, *spawned, 1))
 
     return [
-        partial(draw_routing, experts=experts),
-        partial(draw_similarity, experts=experts),
-        partial(draw_ranks, experts=experts, end=end, mark=mark),
-        partial(draw_usage, experts=experts, mark=mark),
+        partial(_draw_routing, experts=experts),
+        partial(_draw_similarity, experts=experts),
+        partial(_draw_ranks, experts=experts, end=end, mark=mark),
+        partial(_draw_usage, experts=experts, mark=mark),
     ]
 
 
-def draw_routing(axes: Axes, experts: ExpertsRecord) -> None:
+def _draw_routing(axes: Axes, experts: ExpertsRecord) -> None:
     """Draw the mean gates on each domain's held-out data: domains over experts, in per cent."""
     axes.set_title("routing by domain: mean gate [%]", fontsize=10)
     most = set(experts.by_usage[:_DRAWN])
@@ -231,7 +231,7 @@ def draw_routing(axes: Axes, experts: ExpertsRecord) -> None:
     _draw_cells(axes, domains, names, shares, scale=100, colours="Blues")
 
 
-def draw_similarity(axes: Axes, experts: ExpertsRecord) -> None:
+def _draw_similarity(axes: Axes, experts: ExpertsRecord) -> None:
     """Draw the similarity of each expert's first batches to the known skills."""
     axes.set_title("similarity to known skills at spawn", fontsize=10)
     found = experts.similarities[:_DRAWN]
@@ -243,7 +243,7 @@ def draw_similarity(axes: Axes, experts: ExpertsRecord) -> None:
     _draw_cells(axes, [expert for expert, _ in found], known, values, scale=1, colours="Purples")
 
 
-def draw_ranks(
+def _draw_ranks(
     axes: Axes, experts: ExpertsRecord, *, end: int, mark: Callable[[Axes], None]
 ) -> None:
     """Draw each adapter's rank over the steps, or only the final one if that is all there is."""
@@ -267,7 +267,7 @@ def draw_ranks(
     mark(axes)
 
 
-def draw_usage(axes: Axes, experts: ExpertsRecord, *, mark: Callable[[Axes], None]) -> None:
+def _draw_usage(axes: Axes, experts: ExpertsRecord, *, mark: Callable[[Axes], None]) -> None:
     """Draw each expert's mean gate over the steps."""
     axes.set_title("usage during training", fontsize=10)
     if not experts.usage_over_time.steps or not experts.usage_over_time.values:

@@ -87,7 +87,7 @@ def events_table(growth: GrowthRecord, *, most: int) -> Table:
 def growth_text(growth: GrowthRecord) -> str:
     """Return a line on the result of growth, or on what to try if nothing grew."""
     if not growth.events:
-        return no_growth_reason(growth)
+        return _no_growth_reason(growth)
     before, after = sum(growth.neurons.before), sum(growth.neurons.after)
     parts = []
     if growth.parameters.before is not None and growth.parameters.after is not None:
@@ -103,7 +103,7 @@ def growth_text(growth: GrowthRecord) -> str:
     return "; ".join(parts)
 
 
-def no_growth_reason(growth: GrowthRecord) -> str:
+def _no_growth_reason(growth: GrowthRecord) -> str:
     """Return a line on a run without growth: how many checks it had, and what to try."""
     if not growth.checks:
         return (
@@ -142,7 +142,7 @@ def growth_figure(growth: GrowthRecord, *, end: int, end_flops: float | None = N
     figure, panels = new_figure(rows=2, columns=2, width=9.6, height=6.2)
     draw_neurons(panels[0], growth, end=end)
     draw_pressure(panels[1], growth, end=end)
-    draw_parameters(panels[2], *parameters_over_steps(growth, end=end))
+    draw_parameters(panels[2], *_parameters_over_steps(growth, end=end))
     panels[2].set_xlabel("training step")
     panels[2].sharex(panels[0])
     draw_parameters(panels[3], *parameters_over_flops(growth, end_flops=end_flops))
@@ -225,7 +225,7 @@ def draw_pressure(axes: Axes, growth: GrowthRecord, *, end: int) -> None:
     axes.set_xlim(0, max(end, edges[-1]))
 
 
-def parameters_over_steps(
+def _parameters_over_steps(
     growth: GrowthRecord, *, end: int
 ) -> tuple[Sequence[float], Sequence[float]]:
     """Return steps, and the parameters from each step on; nothing if unknown."""

@@ -55,13 +55,13 @@ def matrix_figure(matrix: Matrix) -> Figure:
     rows = min(len(matrix.rows), _DRAWN)
     width = 1.2 + sum(1.4 + 0.75 * len(each) for each in panels)
     figure, axes = new_figure(columns=len(panels), width=width, height=1.8 + 0.42 * rows)
-    draw_matrix(axes[0], matrix)
+    _draw_matrix(axes[0], matrix)
     if len(panels) > 1:
         _draw_accuracies(axes[1], matrix)
     return figure
 
 
-def draw_matrix(axes: Axes, matrix: Matrix) -> None:
+def _draw_matrix(axes: Axes, matrix: Matrix) -> None:
     """Draw tasks over domains: colours are changes from the first row, numbers nats per byte.
 
     The domains of a task are framed.

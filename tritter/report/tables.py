@@ -78,7 +78,7 @@ def print_summary(summary: Summary, *, console: Console, folder: Path | None = N
         console.print()
         console.print(table.to_rich(console))
     console.print()
-    console.print(_grid(summary_lines(summary), console))
+    console.print(_grid(_summary_lines(summary), console))
     if checkpoint := summary.checkpoint:
         path = str(checkpoint if folder is None else folder / checkpoint)
         # Never wrapped, so that it can be copied
@@ -263,7 +263,7 @@ def _fertility_text(rows: Sequence[DomainRow]) -> str:
     return ", ".join(texts)
 
 
-def summary_lines(summary: Summary) -> list[_SummaryLine]:
+def _summary_lines(summary: Summary) -> list[_SummaryLine]:
     """Return the lines below the tables: status and reasons, logit shift, parameters."""
     attempt, status = summary.last_attempt, summary.status
     words = _STATUS_WORDS[status]

@@ -23,6 +23,7 @@ from tritter.errors import RequestError, TritterError, brief, key_name
 LINEAGE_NAME = "tritter.json"
 RUN_FILE, SUMMARY_FILE = "run.json", "summary.json"  # of a run folder
 LEDGER_NAME = "ledger.json"  # of a run folder: the results of its stages
+TOKENIZER_NAME = "tokenizer.json"
 SAVED_NAME = "saved"  # of a training folder: state from which a killed training run resumes
 
 # File name → maximum size; the largest real files have a tenth of it.
@@ -38,10 +39,8 @@ _MAX_BYTES = {
     "written.safetensors": 2**30,
     "ledger.json": 64 * 2**20,
     "checkpoint.json": 256 * 2**20,
-    "tokenizer.json": 256 * 2**20,
-    "vocab.json": 64 * 2**20,
-    "merges.txt": 64 * 2**20,
-    "tokenizer.model": 64 * 2**20,
+    TOKENIZER_NAME: 256 * 2**20,
+    **dict.fromkeys(("vocab.json", "merges.txt", "tokenizer.model"), 64 * 2**20),
 }
 _MAX_BYTES_OF_OTHERS = 16 * 2**20
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library

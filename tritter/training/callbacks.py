@@ -448,7 +448,7 @@ class StepProgress(Callback):
         tokens = batches * batch["input_ids"].numel() * trainer.world_size
         rate = tokens / elapsed
         loss = trainer.callback_metrics.get("train/loss", torch.tensor(float("nan")))
-        note = f"loss {float(loss):.3f}  {rate_text(rate)} tokens/s"
+        note = f"loss {float(loss):.3f}  {_rate_text(rate)} tokens/s"
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step, note=note)
         else:
@@ -463,7 +463,7 @@ class StepProgress(Callback):
             self._bar.stop()
 
 
-def rate_text(rate: float) -> str:
+def _rate_text(rate: float) -> str:
     """Return a number per second in short form: 1.5k, 37, 0.42."""
     return f"{rate / 1000:.1f}k" if rate >= 999.5 else f"{rate:.2g}" if rate < 1 else f"{rate:.0f}"
 

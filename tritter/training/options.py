@@ -405,7 +405,7 @@ def compiler_problems(config: RunRequest) -> Iterator[Problem]:
         yield Problem("trainer.compile", True, reason=reason)
 
 
-def metric_names(config: RunRequest) -> tuple[str, ...]:
+def _metric_names(config: RunRequest) -> tuple[str, ...]:
     """Return the metrics that a callback can monitor, except those logged by callbacks."""
     domains = config.text.domains if config.evaluation.every_n_steps else ()
     is_dense = config.model.model_type != "hf" and not any(
@@ -430,7 +430,7 @@ def _monitor_problems(config: RunRequest) -> Iterator[Problem]:
     is_custom = any(not dotted(one.kind).startswith("lightning.") for one in config.callbacks)
     if is_custom or any(_early_stopping_problems(config)):
         return
-    known = metric_names(config)
+    known = _metric_names(config)
     checkpoints = callbacks_of("ModelCheckpoint", config)
     for one in (*callbacks_of("EarlyStopping", config), *checkpoints):
         monitor = one.options.get("monitor")

@@ -324,7 +324,7 @@ def put_moments(
     }
 
 
-def moments_by_name(
+def _moments_by_name(
     optimizer: torch.optim.Optimizer, model: nn.Module, stored_tensors: Iterable[StoredTensor]
 ) -> dict[str, Moments]:
     """Return an Adam's moments by logical name.
@@ -387,7 +387,7 @@ def carried_moments(
     origins = {change.tensors[part.tensor.name].origin for s in stored_tensors for part in s.parts}
     # Only these: reading 8-bit moments needs eight bytes per parameter
     read = [s for s in change.before if any(part.tensor.name in origins for part in s.parts)]
-    old = moments_by_name(optimizer, model, read)
+    old = _moments_by_name(optimizer, model, read)
     moved: dict[str, Moments] = {}
 
     def moved_kind(name: str, kind: str) -> Tensor:

@@ -31,7 +31,7 @@ from tritter.data.tokens import begun, read_tokenizer, tokenise_texts
 from tritter.errors import Problem, RequestError, TritterError, refused
 from tritter.storage.hashing import file_digest, merkle_hash
 from tritter.storage.hub import locate
-from tritter.storage.reading import named_path
+from tritter.storage.reading import TOKENIZER_NAME, named_path
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from tritter.transform.change import PlannedExpansion
 
 _FROM = "expansion.moe.experts_from"
-_TOKENIZER = "tokenizer.json"
 # Keys of config.json that do not change the function
 _FREE = {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache"}
 _ROUTER_TOKENS, _ROUTER_LENGTH, _BATCH = 8192, 256, 8  # of each child's data
@@ -196,10 +195,10 @@ def _difference(child: Source, source: Source) -> str:
     for key in sorted(before.keys() & after.keys() - _FREE):
         if before[key] != after[key]:
             return f"its config.json has {key} = {after[key]}, the source {before[key]}"
-    files = [each.folder / _TOKENIZER for each in (source, child)]
+    files = [each.folder / TOKENIZER_NAME for each in (source, child)]
     tokenizers = [file_digest(file) if file.is_file() else None for file in files]
     if tokenizers[0] != tokenizers[1]:
-        return f"its {_TOKENIZER} is not that of the source, so its tokens differ"
+        return f"its {TOKENIZER_NAME} is not that of the source, so its tokens differ"
     return ""
 
 
@@ -267,7 +266,7 @@ def _texts(child: OpenChild, name: str) -> Iterator[str]:
     return training_texts({name: documents}, rule=lineage.split, names=[name])
 
 
-def child_sequences(child: OpenChild, *, length: int, vocab_size: int) -> Tensor:
+def _child_sequences(child: OpenChild, *, length: int, vocab_size: int) -> Tensor:
     """Return training tokens of a child's own domains, equally many of each, int64 [N, length].
 
     Documents are cut, so that many of them are read.
@@ -335,7 +334,7 @@ class _Rows:
         means: list[list[Tensor]] = []
         within: list[Tensor] = []
         for child in children:
-            tokens = child_sequences(child, length=length, vocab_size=size)
+            tokens = _child_sequences(child, length=length, vocab_size=size)
             self.lengths[tokens.shape[1]] += len(tokens)
             moments = _ffn_moments(model, self._gates(), tokens)
             means.append([each.mean for each in moments])

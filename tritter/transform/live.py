@@ -344,8 +344,8 @@ def expand_linear(
         RequestError: a size shrinks.
         ValueError: a map does not match the layer.
     """
-    inputs = input_map or copied_axis(linear.in_features, new_in_features, seed=seed)
-    outputs = output_map or copied_axis(linear.out_features, new_out_features, seed=seed + 1)
+    inputs = input_map or _copied_axis(linear.in_features, new_in_features, seed=seed)
+    outputs = output_map or _copied_axis(linear.out_features, new_out_features, seed=seed + 1)
     _check_fit(inputs, linear.in_features, new_in_features)
     _check_fit(outputs, linear.out_features, new_out_features)
     write, read = AxisFactor.writes(outputs), AxisFactor.reads(inputs)
@@ -358,7 +358,7 @@ def expand_linear(
     return new
 
 
-def copied_axis(old_size: int, new_size: int, *, seed: int) -> AxisMap:
+def _copied_axis(old_size: int, new_size: int, *, seed: int) -> AxisMap:
     """Return a map that copies coordinates in random rounds and splits their shares.
 
     Args:

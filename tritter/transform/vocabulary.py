@@ -26,10 +26,9 @@ from tritter.data.vocabulary import (
 )
 from tritter.errors import Problem, RequestError
 from tritter.storage.hub import locate
-from tritter.storage.reading import read_object
+from tritter.storage.reading import TOKENIZER_NAME, read_object
 
 _KEY = "expansion.vocab"
-TOKENIZER_NAME = "tokenizer.json"
 _OTHER_FORMS = ("vocab.json", "merges.txt", "tokenizer.model")  # without the new tokens
 
 

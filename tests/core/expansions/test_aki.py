@@ -14,7 +14,7 @@ from tests.oracle import growth as oracle_growth
 from tests.oracle.families import generic, tiny
 from tritter.checkpoints.state import read_state, write_state
 from tritter.core.expansions import Width, build_steps
-from tritter.core.expansions.width import tensors_above
+from tritter.core.expansions.width import _tensors_above
 from tritter.core.families import Model
 from tritter.core.parameter_map import carried_mask
 from tritter.core.parameter_map.carry import STATE_KINDS, mapped_state
@@ -94,7 +94,7 @@ def test_layers_of_the_same_kind_give_to_each_other() -> None:
     """Qwen2-MoE with a dense layer 1: layer 0 copies experts of layer 2; the FFN has no donor."""
     model = tiny("qwen2_moe")
     config = oracle_growth.config_of(model)
-    above = tensors_above(Model(config).tensors)
+    above = _tensors_above(Model(config).tensors)
     assert above["layers.0.experts.3.gate"] == "layers.2.experts.3.gate"
     assert above["layers.0.attention.q"] == "layers.1.attention.q"
     assert "layers.1.ffn.gate" not in above

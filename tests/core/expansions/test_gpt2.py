@@ -18,7 +18,7 @@ from tests.oracle import growth as oracle_growth
 from tests.oracle.families import tiny
 from tritter.checkpoints import Source
 from tritter.checkpoints.state import read_state, write_state
-from tritter.cli.inspect import count_parameters_by_part
+from tritter.cli.inspect import _count_parameters_by_part
 from tritter.core.expansions import (
     Dus,
     ExpansionSpec,
@@ -37,7 +37,7 @@ from tritter.core.parameter_map.carry import MOMENTS
 from tritter.errors import RequestError, TritterError
 from tritter.storage.writer import TensorEntry, TensorStream
 from tritter.training.parameters import live_layout
-from tritter.training.surgery import moments_by_name
+from tritter.training.surgery import _moments_by_name
 from tritter.transform import expand, plan_expansion
 from tritter.transform.live import ModelExpander
 
@@ -128,7 +128,7 @@ def test_moments_and_importances_follow(tmp_path: Path) -> None:
     oracle.gradients(model, oracle.tokens())
     optimizer.step()
     source = oracle.saved(model, tmp_path / "source")
-    by_name = moments_by_name(optimizer, model, live_layout(model))
+    by_name = _moments_by_name(optimizer, model, live_layout(model))
     tensors = {part.tensor.name: part.tensor for s in live_layout(model) for part in s.parts}
     kinds = {}
     for kind in MOMENTS:
@@ -319,6 +319,6 @@ def test_the_loss_is_named(tmp_path: Path) -> None:
 def test_inspect_counts_every_tensor_as_some_part(tmp_path: Path) -> None:
     source = as_on_the_hub(hub_model(), tmp_path / "source")
     opened = Source.open(source, read_model(source))
-    parts = count_parameters_by_part(opened)
+    parts = _count_parameters_by_part(opened)
     assert parts["positions"] == 64 * 24 and parts["embedding"] == 97 * 24
     assert sum(parts.values()) == sum(p.numel() for p in load_model(source).parameters())

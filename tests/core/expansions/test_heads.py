@@ -10,7 +10,7 @@ from tests import oracle
 from tests.oracle import growth as oracle_growth
 from tests.oracle.families import DENSE, LAYER_NORM, OWN, RMS, STACKED, generic, tiny
 from tritter.core.expansions import ExpansionSpec, LlamaPro, Width, build_steps
-from tritter.core.expansions.heads import check_heads, copy_heads, head_maps, split_heads
+from tritter.core.expansions.heads import _copy_heads, _split_heads, check_heads, head_maps
 from tritter.core.families import Config, Dimensions, Model
 from tritter.core.models import disk_tensors
 from tritter.core.parameter_map import Quantity, map_tensor
@@ -40,7 +40,7 @@ def _heads(coordinates: Tensor, size: int = 2) -> list[int]:
 
 def test_gqa_copies_query_heads_within_their_group() -> None:
     """4 heads in 2 groups become 10 in 2: of each group the first head 3 times, the other twice."""
-    maps = copy_heads(_dimensions(4, 2), _dimensions(10, 2), equal_shares=False)
+    maps = _copy_heads(_dimensions(4, 2), _dimensions(10, 2), equal_shares=False)
     assert _heads(maps.query.source) == [0, 1, 0, 1, 0, 2, 3, 2, 3, 2]
     assert maps.key_value.is_identity
     group = [81 / 91, 0.9, 9 / 91, 0.1, 1 / 91]
@@ -49,7 +49,7 @@ def test_gqa_copies_query_heads_within_their_group() -> None:
 
 
 def test_gqa_with_more_groups_multiplies_the_shares() -> None:
-    maps = copy_heads(_dimensions(2, 1), _dimensions(8, 2), equal_shares=False)
+    maps = _copy_heads(_dimensions(2, 1), _dimensions(8, 2), equal_shares=False)
     assert _heads(maps.query.source) == [0, 1, 0, 1, 0, 1, 0, 1]
     assert _heads(maps.key_value.source) == [0, 0]
     expected = torch.tensor([0.81, 0.81, 0.09, 0.09, 0.09, 0.09, 0.01, 0.01])
@@ -59,7 +59,7 @@ def test_gqa_with_more_groups_multiplies_the_shares() -> None:
 
 def test_gqa_spreads_the_queries_of_a_group_over_copies_of_its_key_value_head() -> None:
     """4 heads in 2 groups become 4 in 4: only keys and values are copied."""
-    maps = copy_heads(_dimensions(4, 2), _dimensions(4, 4), equal_shares=False)
+    maps = _copy_heads(_dimensions(4, 2), _dimensions(4, 4), equal_shares=False)
     assert _heads(maps.query.source) == [0, 2, 1, 3]
     assert _heads(maps.key_value.source) == [0, 1, 0, 1]
     assert maps.query.share.tolist() == [1.0] * 8
@@ -68,7 +68,7 @@ def test_gqa_spreads_the_queries_of_a_group_over_copies_of_its_key_value_head() 
 
 def test_split_keeps_rotary_pairs_together_and_every_other_frequency() -> None:
     """In 8 coordinates i and i + 4 rotate by θ^(−2i/8); in 4, i and i + 2 by θ^(−2i/4)."""
-    maps = split_heads(_dimensions(2, 1, head_dim=8))
+    maps = _split_heads(_dimensions(2, 1, head_dim=8))
     even, odd = [0, 2, 4, 6], [1, 3, 5, 7]
     assert maps.key_value.source.tolist() == even + odd
     assert maps.query.source.tolist() == [
@@ -95,7 +95,7 @@ def test_every_query_meets_a_copy_of_its_key_value_head(data: st.DataObject) -> 
     except RequestError:
         assert new_group * (new_kv // kv_heads) < group
         return
-    maps = copy_heads(old, new, equal_shares=data.draw(st.booleans()))
+    maps = _copy_heads(old, new, equal_shares=data.draw(st.booleans()))
     query, key_value = torch.tensor(_heads(maps.query.source)), _heads(maps.key_value.source)
     assert (query // group).view(new_kv, new_group).T.tolist() == [key_value] * new_group
     assert set(query.tolist()) == set(range(kv_heads * group))

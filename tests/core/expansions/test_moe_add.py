@@ -19,7 +19,7 @@ from tests.oracle.growth import masks_of
 from tritter.checkpoints import Source, read_lineage
 from tritter.checkpoints.history import read_chain, verify
 from tritter.checkpoints.state import read_state, write_state
-from tritter.cli.inspect import rebuild_map
+from tritter.cli.inspect import _rebuild_map
 from tritter.core.expansions import (
     EXPANSIONS,
     ExpansionSpec,
@@ -305,7 +305,7 @@ def test_lineage_and_state_verify_and_the_map_can_be_rebuilt(tmp_path: Path) -> 
     result = _expanded(tmp_path, tiny_moe("mixtral"), spec)
     record = result.lineage.expansion_history[-1]
     assert (record.method, record.expansion_type) == ("moe_add", "moe")
-    assert rebuild_map(record).digest() == record.map_digest
+    assert _rebuild_map(record).digest() == record.map_digest
     chain = read_chain(result.folder)
     assert [verify(link) for link in chain] == [(), ()]
     assert "state/router.json" in result.lineage.file_digests

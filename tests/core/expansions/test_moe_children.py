@@ -30,7 +30,7 @@ from tritter.data.sources import source_documents
 from tritter.data.split import SplitRule
 from tritter.errors import RequestError
 from tritter.transform import disk_needs, expand, plan_expansion
-from tritter.transform.children import OpenChild, child_sequences, router_flops
+from tritter.transform.children import OpenChild, _child_sequences, router_flops
 
 SIZE, NAMES = 300, ("a", "b", "c")
 TOKENS = oracle.tokens(SIZE)
@@ -488,7 +488,7 @@ def test_rows_of_three_children_are_those_of_their_moments(base: Path, tmp_path:
         model.get_parameter(stored.name).data.copy_(value)
     for each in spec.experts:
         assert isinstance(each, OpenChild)
-        tokens = child_sequences(
+        tokens = _child_sequences(
             each, length=Model(source.config).position_limit or 256, vocab_size=SIZE
         )
         number += len(tokens)

@@ -20,7 +20,7 @@ from tests.core.families.test_discovery import (
 )
 from tests.oracle.families import OWN, tiny
 from tritter.core.expansions import MoeAdd, Width
-from tritter.core.expansions.on_twin import grown_twin
+from tritter.core.expansions.on_twin import _grown_twin
 from tritter.core.families import (
     FAMILIES,
     Config,
@@ -31,14 +31,14 @@ from tritter.core.families import (
     unpack_all,
 )
 from tritter.core.families.discovery import discover
-from tritter.core.families.discovery.axes import arrangements, residual_axes
+from tritter.core.families.discovery.axes import _arrangements, _residual_axes
 from tritter.core.families.discovery.configs import key_of
 from tritter.core.families.discovery.family import shallow
 from tritter.core.families.discovery.twin import Block, build_twin, in_float64
 from tritter.core.parameter_map import Fill, Quantity, carried_mask, map_tensor
 from tritter.errors import RequestError
 from tritter.methods.growth.blocks import FfnBlock, ffn_blocks
-from tritter.methods.growth.grower import LayerGrowth, growth_change
+from tritter.methods.growth.grower import LayerGrowth, _growth_change
 from tritter.methods.growth.initialisers import NewNeurons
 
 # Against the tables
@@ -122,7 +122,7 @@ def test_its_neurons_are_those_of_the_table(
             patch.setitem(FAMILIES, model_type, family)
             blocks = ffn_blocks(model)
             growths = {block.layer: layer_growth(model, block) for block in blocks[1:]}
-            change = growth_change(model, growths)
+            change = _growth_change(model, growths)
             weights = dict(change.weights({n: p.detach() for n, p in model.named_parameters()}))
             activations = [block.activation(model)(values) for block in blocks]
             grown.append(([replace(b, activation_name="") for b in blocks], activations, weights))
@@ -165,7 +165,7 @@ def test_gradients_obey_the_map(
     model_type: str, init: Literal["fresh", "net2net"], factors: tuple[tuple[str, float], ...]
 ) -> None:
     key = key_of(build_twin(shallow(example(model_type))).config.to_dict())
-    grown = grown_twin(Width(init=init), key, factors)
+    grown = _grown_twin(Width(init=init), key, factors)
     before, after = (gradients(model) for model in (grown.twin.model, grown.model))
     old, new = grown.source.layout("live"), grown.target.layout("live")
     known, found = unpack_all(old, before), unpack_all(new, after)
@@ -265,7 +265,7 @@ def block(module: nn.Module) -> Block:
 @pytest.mark.parametrize(("is_interleaved", "expected"), [(False, "halves"), (True, "whole")])
 def test_the_order_of_gate_and_up_is_found(is_interleaved: bool, expected: str) -> None:
     axes = {("up.weight", 0): (12, 24), ("up.bias", 0): (12, 24), ("down.weight", 1): (6, 12)}
-    found = arrangements(block(Gated(is_interleaved=is_interleaved)), axes, 6, 1)
+    found = _arrangements(block(Gated(is_interleaved=is_interleaved)), axes, 6, 1)
     assert found == {
         ("up.weight", 0): expected, ("up.bias", 0): expected, ("down.weight", 1): "whole"
     }  # fmt: skip
@@ -275,10 +275,10 @@ STREAM = {("up.weight", 1): (8, 16), ("down.weight", 0): (8, 16), ("down.bias", 
 
 
 def test_the_axes_of_the_stream_are_found() -> None:
-    assert residual_axes(block(Gated(is_interleaved=True)), STREAM, frozenset()) == set(STREAM)
+    assert _residual_axes(block(Gated(is_interleaved=True)), STREAM, frozenset()) == set(STREAM)
 
 
 def test_a_stream_whose_coordinates_differ_is_refused() -> None:
     layer = block(Gated(is_interleaved=True, has_positions=True))
     with pytest.raises(RequestError, match="order of its residual stream"):
-        residual_axes(layer, STREAM, frozenset())
+        _residual_axes(layer, STREAM, frozenset())

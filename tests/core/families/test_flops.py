@@ -25,7 +25,7 @@ from tritter.core.families import (
     forward_flops,
     training_flops,
 )
-from tritter.core.families.flops import num_keys
+from tritter.core.families.flops import _num_keys
 from tritter.core.stock_routers import Routing
 from tritter.methods.moe_routing.separate import separate_experts
 
@@ -275,7 +275,7 @@ def test_attention_is_the_sum_over_places_of_the_keys_that_the_stock_mask_leaves
 @pytest.mark.parametrize("window", [None, 1, 2, 5, 16, 17, 18])
 def test_keys_are_those_of_a_loop(length: int, window: int | None) -> None:
     looped = sum(min(position + 1, window or length) for position in range(length))
-    assert num_keys(length, window) == looped
+    assert _num_keys(length, window) == looped
 
 
 def test_passes_add_up_and_a_mean_token_is_a_part_of_its_sequence() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from tests import oracle
 from tests.core.stock_routers.models import tiny_moe
-from tritter.core.stock_routers import AddedExperts, Routing, router_offset
+from tritter.core.stock_routers import AddedExperts, Routing, _router_offset
 from tritter.errors import TritterError
 from tritter.storage.records import signed_text
 
@@ -17,9 +17,9 @@ ADDED = AddedExperts(experts=(4, 5))
 
 
 def test_the_offset_rises_from_closed_to_open() -> None:
-    offsets = [router_offset(step, anneal_steps=4) for step in range(6)]
+    offsets = [_router_offset(step, anneal_steps=4) for step in range(6)]
     assert offsets == [-math.inf, -15, -10, -5, 0, 0]
-    assert router_offset(1, anneal_steps=10**6) == pytest.approx(-20, abs=1e-3)
+    assert _router_offset(1, anneal_steps=10**6) == pytest.approx(-20, abs=1e-3)
 
 
 @pytest.mark.parametrize("added", [ADDED, ADDED.at(3, anneal_steps=8), ADDED.at(8, anneal_steps=8)])

@@ -14,7 +14,7 @@ from tritter.core.families import Model
 from tritter.core.models import named_tensors
 from tritter.core.stock_routers import Routing
 from tritter.errors import RequestError
-from tritter.methods.moe_routing.objective import bias_update, expert_counts
+from tritter.methods.moe_routing.objective import _bias_update, _expert_counts
 
 
 def _routed(model: nn.Module) -> Routing:
@@ -154,11 +154,11 @@ def test_the_sign_rule_evens_the_load() -> None:
 
     def counts() -> Tensor:
         with torch.no_grad():
-            return expert_counts(gate(hidden)[2], 4)
+            return _expert_counts(gate(hidden)[2], 4)
 
     before = counts()
     for _ in range(300):
-        bias = bias_update(routing.selection_bias(0), counts(), rate=0.01)
+        bias = _bias_update(routing.selection_bias(0), counts(), rate=0.01)
         routing.set_selection_bias(0, bias)
     assert before.max() / before.float().mean() > 1.5
     assert counts().max() / counts().float().mean() < 1.15

@@ -18,7 +18,7 @@ from tritter.data.tokens import TextBounds
 from tritter.errors import RequestError
 from tritter.methods.experts.adapters import AdapterShape, parameters_of
 from tritter.methods.experts.gates import Routing
-from tritter.methods.experts.mixture import NO_TOKEN, Evidence, ExpertMixture, RouterKind
+from tritter.methods.experts.mixture import _NO_TOKEN, Evidence, ExpertMixture, RouterKind
 
 END, SIZE = 0, 16
 
@@ -70,7 +70,7 @@ def by_hand(made: Evidence, ids: list[int]) -> list[list[float]]:
         own: list[int] = []
         prior = made.inner_prior
         for token in reversed(ids[max(0, place - made.window + 1) : place + 1]):
-            if token in (END, NO_TOKEN):
+            if token in (END, _NO_TOKEN):
                 prior = made.prior if token == END else prior
                 break
             own.append(token)
@@ -90,7 +90,7 @@ def tokens(*shape: int, seed: int = 0, high: int = SIZE) -> Tensor:
 
 def test_logits_are_those_of_the_definition() -> None:
     made, ids = evidence(), tokens(2, 40)
-    ids[0, :5] = NO_TOKEN
+    ids[0, :5] = _NO_TOKEN
     found = made(ids)
     for row in range(2):
         expected = torch.tensor(by_hand(made, ids[row].tolist()), dtype=torch.float64)

@@ -16,12 +16,12 @@ from tritter.errors import RequestError
 from tritter.methods.experts.adapters import (
     AdapterShape,
     Factors,
+    _base_name,
     adapted_layers,
-    base_name,
     parameters_of,
 )
 from tritter.methods.experts.gates import Routing, gates_of
-from tritter.methods.experts.mixture import Dispatch, ExpertMixture, mixture_output
+from tritter.methods.experts.mixture import Dispatch, ExpertMixture, _mixture_output
 
 MODES = [Routing(), Routing(top_k=2), Routing(top_k=1), Routing(top_k=2, temperature=0.5)]
 
@@ -157,7 +157,7 @@ def test_chosen_experts_never_have_a_row_of_the_output_for_each_choice() -> None
     inputs = torch.randn(1, 40, 6)
     gates = gates_of(torch.randn(1, 40, 3), Routing(top_k=2))
     with LargestOutput(1000) as largest:
-        found = mixture_output(inputs, parts, Dispatch.of(gates))
+        found = _mixture_output(inputs, parts, Dispatch.of(gates))
     assert largest.rows == 40
     expected = sum(gates.weights[..., [n]] * (inputs @ parts[n].delta().T) for n in parts)
     torch.testing.assert_close(found, expected)
@@ -228,7 +228,7 @@ def test_an_expert_goes_with_its_rows() -> None:
 def test_the_base_keeps_its_names_and_weights() -> None:
     expected = {name: value.clone() for name, value in tiny_llama().state_dict().items()}
     mixture = mixture_of()
-    own = {base_name(name): value for name, value in mixture.model.state_dict().items()}
+    own = {_base_name(name): value for name, value in mixture.model.state_dict().items()}
     assert all(torch.equal(own[name], value) for name, value in expected.items())
     assert all("lora_" in name or "expert_router" in name for name in own.keys() - expected.keys())
 

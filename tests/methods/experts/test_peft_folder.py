@@ -16,10 +16,10 @@ from tritter.errors import RequestError, TritterError
 from tritter.methods.experts.adapters import AdapterShape
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.methods.experts.stored import (
+    _TENSORS_NAME,
     CONFIG_NAME,
-    TENSORS_NAME,
+    _read_adapter,
     load_values,
-    read_adapter,
     write_adapter,
 )
 
@@ -57,7 +57,7 @@ def test_every_expert_is_a_stock_adapter(tmp_path: Path) -> None:
 
 
 def test_an_adapter_of_theirs_is_an_expert(theirs: Path) -> None:
-    stored = read_adapter(theirs)
+    stored = _read_adapter(theirs)
     assert stored.shape == AdapterShape(3, 5.0, ("q_proj",))
     mixture = ExpertMixture(tiny_llama())
     mixture.add("theirs", stored.shape, seed=0)
@@ -95,7 +95,7 @@ def test_what_a_config_may_not_ask_for(theirs: Path, key: str, value: object, me
     path = theirs / CONFIG_NAME
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(TritterError, match="adapter") as caught:
-        read_adapter(theirs)
+        _read_adapter(theirs)
     assert message in str(caught.value)
 
 
@@ -106,7 +106,7 @@ def test_the_defaults_of_peft_are_plain() -> None:
 
 
 def test_damaged_and_foreign_tensors(theirs: Path, tmp_path: Path) -> None:
-    path = theirs / TENSORS_NAME
+    path = theirs / _TENSORS_NAME
     own = load_file(path)
     name = next(iter(own))
     for change, message in [
@@ -116,14 +116,14 @@ def test_damaged_and_foreign_tensors(theirs: Path, tmp_path: Path) -> None:
     ]:
         save_file(own | change, path)
         with pytest.raises(TritterError, match=message):
-            read_adapter(theirs)
+            _read_adapter(theirs)
     save_file({key: value for key, value in own.items() if key != name}, path)
     with pytest.raises(TritterError, match=r"lacks its [AB]"):
-        read_adapter(theirs)
+        _read_adapter(theirs)
     path.write_bytes(b"nothing")
     with pytest.raises(TritterError, match="cannot be read"):
-        read_adapter(theirs)
+        _read_adapter(theirs)
     path.unlink()
     path.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(TritterError):
-        read_adapter(theirs)
+        _read_adapter(theirs)

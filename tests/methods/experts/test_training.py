@@ -25,7 +25,7 @@ from tritter.data.chat import ids_of
 from tritter.data.packing import IGNORED, DocumentMask, labels_of, read_marks
 from tritter.data.tokens import TextBounds
 from tritter.methods.experts import callback
-from tritter.methods.experts.callback import ExpertCallback, limit_beginnings
+from tritter.methods.experts.callback import ExpertCallback, _limit_beginnings
 from tritter.methods.experts.method import DynamicExperts
 from tritter.methods.experts.module import ExpertModule
 from tritter.methods.experts.options import FIRST, DynamicOptions
@@ -341,10 +341,10 @@ def test_the_beginnings_of_a_batch_are_one_share_among_all_experts() -> None:
     ids = torch.tensor([[0, 5, 6, 0, 7, 8, 0, 9, 5, 0, 7, 0]] * 8)
     is_old = torch.arange(8) >= 5
     batch = {"input_ids": ids.clone(), "is_replay": is_old}
-    limit_beginnings(module, batch)
+    _limit_beginnings(module, batch)
     assert torch.equal(batch["input_ids"], ids), "a stream shows what came before"
     read_marks(mixture.model, DocumentMask(TextBounds(0)))
-    limit_beginnings(module, batch)
+    _limit_beginnings(module, batch)
     is_predicted = labels_of(mixture.model, batch["input_ids"]) != IGNORED
     is_first = torch.zeros_like(ids, dtype=torch.bool)
     is_first[:, [1, 4, 7, 10]] = True
@@ -354,7 +354,7 @@ def test_the_beginnings_of_a_batch_are_one_share_among_all_experts() -> None:
     assert own.sum() == 4, "1/4 of 16 beginnings: 12 are old"
     assert (own.sum(1) <= 1).all(), "spread over the rows"
     lone = {"input_ids": ids.clone(), "is_replay": torch.zeros(8, dtype=torch.bool)}
-    limit_beginnings(module, lone)
+    _limit_beginnings(module, lone)
     assert torch.equal(lone["input_ids"], ids)
 
 

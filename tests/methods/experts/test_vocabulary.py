@@ -37,8 +37,8 @@ from tritter.methods.experts.changes import (
     widen_change,
 )
 from tritter.methods.experts.gates import Routing, gates_of
-from tritter.methods.experts.mixture import Dispatch, ExpertMixture, mixture_output
-from tritter.methods.experts.stored import TENSORS_NAME, load_values, read_adapter, write_adapter
+from tritter.methods.experts.mixture import Dispatch, ExpertMixture, _mixture_output
+from tritter.methods.experts.stored import _TENSORS_NAME, _read_adapter, load_values, write_adapter
 from tritter.training import surgery
 from tritter.training.parameters import disk_values, replay
 
@@ -154,7 +154,7 @@ def test_a_lookup_is_the_product_with_a_one_hot_vector(
     target = random(2, 7, 5)
     found = []
     for inputs in (ids, nn.functional.one_hot(ids, 11).double()):
-        out = mixture_output(inputs, experts, dispatch)
+        out = _mixture_output(inputs, experts, dispatch)
         found.append((out, torch.autograd.grad((out * target).sum(), leaves)))
     (one, gradients), (other, expected) = found
     assert one.shape == (2, 7, 5)
@@ -174,8 +174,8 @@ def test_embeddings_merged_are_the_sum_of_what_they_add() -> None:
     ids = torch.arange(9)[None]
     whole = Dispatch(torch.ones(9, 1), None)
     gates = torch.tensor([[0.3, 0.7]], dtype=torch.float64).expand(9, 2)
-    summed = mixture_output(ids, dict(enumerate(parts)), Dispatch(gates, None))
-    assert (mixture_output(ids, {0: one}, whole) - summed).abs().max() < 1e-12 < summed.abs().max()
+    summed = _mixture_output(ids, dict(enumerate(parts)), Dispatch(gates, None))
+    assert (_mixture_output(ids, {0: one}, whole) - summed).abs().max() < 1e-12 < summed.abs().max()
 
 
 class Life(Callback):
@@ -283,7 +283,7 @@ def test_stock_peft_loads_our_folder_and_we_load_theirs(
     model = adapted(family, tied=tied)
     drawn(model)
     write_adapter(model, "own", tmp_path / "ours", base="somebody/base")
-    names = set(load_file(tmp_path / "ours" / TENSORS_NAME))
+    names = set(load_file(tmp_path / "ours" / _TENSORS_NAME))
     assert "base_model.model.model.embed_tokens.lora_embedding_A" in names and len(names) == 10
     expected = oracle.logits(activated(model, "own"), ids)
     stock = PeftModel.from_pretrained(tiny(family, tie_word_embeddings=tied), tmp_path / "ours")
@@ -291,7 +291,7 @@ def test_stock_peft_loads_our_folder_and_we_load_theirs(
     assert (expected - oracle.logits(base, ids)).abs().max() > 0.1
 
     expected = oracle.logits(theirs(tmp_path / "theirs", family, tied=tied), ids)
-    stored = read_adapter(tmp_path / "theirs")
+    stored = _read_adapter(tmp_path / "theirs")
     assert stored.shape == AdapterShape(3, 5.0, tuple(sorted(TARGETS)))
     assert stored.embeddings == {"model.embed_tokens"}
     assert stored.base.keys() == {"model.embed_tokens", "lm_head"}
@@ -303,13 +303,13 @@ def test_stock_peft_loads_our_folder_and_we_load_theirs(
 
 def test_a_folder_of_another_base_is_refused(tmp_path: Path) -> None:
     theirs(tmp_path / "theirs", "llama", tied=False)
-    path = tmp_path / "theirs" / TENSORS_NAME
+    path = tmp_path / "theirs" / _TENSORS_NAME
     held = load_file(path)
     key = "base_model.model.lm_head.base_layer.weight"
     held[key][3, 4] += 0.01
     save_file(held, path)
     model = tiny("llama")
-    stored = read_adapter(tmp_path / "theirs")
+    stored = _read_adapter(tmp_path / "theirs")
     add_adapter(model, "theirs", stored.shape, seed=0)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(TritterError, match="other base weights of lm_head"):
@@ -318,12 +318,12 @@ def test_a_folder_of_another_base_is_refused(tmp_path: Path) -> None:
     held[key] = load_file(path)[key][:90]
     save_file(held, path)
     with pytest.raises(TritterError, match="other base weights of lm_head"):
-        load_values(model, "theirs", read_adapter(tmp_path / "theirs"))
+        load_values(model, "theirs", _read_adapter(tmp_path / "theirs"))
 
 
 def test_damaged_factors_of_a_vocabulary(tmp_path: Path) -> None:
     theirs(tmp_path / "theirs", "llama", tied=False)
-    path = tmp_path / "theirs" / TENSORS_NAME
+    path = tmp_path / "theirs" / _TENSORS_NAME
     own = load_file(path)
     table, head = "base_model.model.model.embed_tokens", "base_model.model.lm_head"
     down, up = f"{table}.lora_embedding_A", f"{table}.lora_embedding_B"
@@ -337,15 +337,15 @@ def test_damaged_factors_of_a_vocabulary(tmp_path: Path) -> None:
     ]:
         save_file(own | change, path)
         with pytest.raises(TritterError, match=said):
-            read_adapter(path.parent)
+            _read_adapter(path.parent)
     save_file({key: value for key, value in own.items() if key != down}, path)
     with pytest.raises(TritterError, match="embed_tokens lacks its A"):
-        read_adapter(path.parent)
+        _read_adapter(path.parent)
     looked_up = {
         f"{head}.lora_embedding_{part}": own.pop(f"{head}.lora_{part}.weight") for part in "AB"
     }
     save_file(own | looked_up, path)
-    stored = read_adapter(path.parent)
+    stored = _read_adapter(path.parent)
     model = tiny("llama")
     add_adapter(model, "theirs", stored.shape, seed=0)
     with pytest.raises(TritterError, match="lm_head is an embedding only in the folder"):

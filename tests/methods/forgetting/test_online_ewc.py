@@ -11,7 +11,7 @@ from tests import oracle
 from tests.training.test_fit import task
 from tritter.data.tokens import TextBounds
 from tritter.methods.forgetting import EWC, OnlineEWC
-from tritter.methods.forgetting.ewc import OnlineEWCOptions, saved_kind
+from tritter.methods.forgetting.ewc import OnlineEWCOptions, _saved_kind
 from tritter.methods.forgetting.quadratic import diagonal_fisher
 from tritter.training import Preparation, Task
 
@@ -93,7 +93,7 @@ def test_three_tasks_are_those_of_a_slow_loop(normalise: str) -> None:
         )
         state = {"fisher": diagonal_fisher(model, rows)}
         if kept:
-            state[saved_kind("fisher", normalise)] = dict(kept)
+            state[_saved_kind("fisher", normalise)] = dict(kept)
         method.begin_task(model, told(model, state, "b"))
         with torch.no_grad():
             for parameter in model.parameters():

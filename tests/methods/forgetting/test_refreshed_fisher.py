@@ -14,7 +14,7 @@ from tritter.core.expansions import Dus, ExpansionSpec, LlamaPro, Moe, Width
 from tritter.core.families import training_flops
 from tritter.core.models import model_of
 from tritter.methods.forgetting import EWC
-from tritter.methods.forgetting.ewc import EWCOptions, has_nonzero_new_entries
+from tritter.methods.forgetting.ewc import EWCOptions, _has_nonzero_new_entries
 from tritter.methods.forgetting.quadratic import diagonal_fisher
 from tritter.training import ForgettingMethod, Task, fit
 from tritter.transform.live import ModelExpander
@@ -92,7 +92,7 @@ def test_new_entries_that_are_not_zero_are_seen(spec: ExpansionSpec, expected: b
     model = oracle.tiny_llama(num_hidden_layers=4)
     expander = ModelExpander([spec])
     masks = expander.change(model).masks()
-    assert has_nonzero_new_entries(expander.expand(model), masks) is expected
+    assert _has_nonzero_new_entries(expander.expand(model), masks) is expected
 
 
 @pytest.mark.quick_cases(1)

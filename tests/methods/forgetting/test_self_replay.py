@@ -22,8 +22,8 @@ from tritter.errors import RequestError, TritterError
 from tritter.methods.forgetting import SelfReplay
 from tritter.methods.forgetting.replay import (
     GeneratedSequences,
+    _distinct_share,
     _draw,
-    distinct_share,
     lengths_read,
     write_text,
 )
@@ -155,9 +155,9 @@ def test_distinct_runs() -> None:
     loop = [7] * 8
     pair = [1, 2] * 4
     all_differ = list(range(8))
-    shares = distinct_share(torch.tensor([loop, pair, all_differ]))
+    shares = _distinct_share(torch.tensor([loop, pair, all_differ]))
     assert shares.tolist() == pytest.approx([1 / 5, 2 / 5, 1.0])
-    assert distinct_share(torch.tensor([[1, 1]])).tolist() == [1.0]
+    assert _distinct_share(torch.tensor([[1, 1]])).tolist() == [1.0]
 
 
 def test_a_model_that_is_broken_writes_nothing() -> None:

@@ -18,7 +18,7 @@ from tritter.data.tokens import TextBounds
 from tritter.errors import RequestError
 from tritter.methods.forgetting import SI, Replay
 from tritter.methods.forgetting.quadratic import diagonal_fisher
-from tritter.methods.forgetting.si import recorded_importance
+from tritter.methods.forgetting.si import _recorded_importance
 from tritter.training import ForgettingMethod, Preparation, SideLoss, Task, fit
 from tritter.transform.live import ModelExpander
 
@@ -200,7 +200,7 @@ def test_the_same_move_of_the_function_costs_the_same_after_an_expansion(shares:
     name = "model.layers.1.mlp.down_proj.weight"
     omega, moved, earlier = (values[name] for values in recorded(model).values())
     moved = moved.sign() * (moved.abs() + 0.5)
-    one = recorded_importance({name: omega}, {name: moved}, xi=1e-12)[name]
+    one = _recorded_importance({name: omega}, {name: moved}, xi=1e-12)[name]
     mapped = {
         kind: mapped_state(tensor_map, STATE_KINDS[kind], lambda _, value=value: value)
         for kind, value in (
@@ -208,7 +208,7 @@ def test_the_same_move_of_the_function_costs_the_same_after_an_expansion(shares:
         )
     }  # fmt: skip
     paths = {name: mapped["path_integral"]}, {name: mapped["displacement"]}
-    again = recorded_importance(*paths, xi=1e-12)[name]
+    again = _recorded_importance(*paths, xi=1e-12)[name]
     step = torch.randn(24, 40)
     wide_step = mapped_state(tensor_map, STATE_KINDS["displacement"], lambda _: step)
     assert torch.equal(wide_step, step[:, axis.index] * axis.weight.float())
@@ -280,7 +280,7 @@ def test_the_estimate_is_the_recorded_importance_of_a_quadratic() -> None:
         model.weight.data = model.weight.detach() - 2e-3 * model.weight.grad
         method.observe_step(model, step)
     left = method.end_task(model)
-    found = recorded_importance(left["path_integral"], left["displacement"], xi=1e-9)["weight"]
+    found = _recorded_importance(left["path_integral"], left["displacement"], xi=1e-9)["weight"]
     torch.testing.assert_close(found, curvature / 2, rtol=0.02, atol=0)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tritter.methods.forgetting.distill import soft_target_loss
+from tritter.methods.forgetting.distill import _soft_target_loss
 
 B, T, V = 3, 5, 11
 
@@ -47,7 +47,7 @@ def test_value_and_gradient_are_those_of_the_formula(
     said, wanted = drawn(B, T, V, seed=0).requires_grad_(), drawn(B * T, V, seed=1)
     places = torch.tensor([0, 3, 4, 7, 12, 14])
     gold = torch.tensor([0, -1, 10, 5, 5, -1]) if has_gold else None
-    loss = soft_target_loss(
+    loss = _soft_target_loss(
         said,
         lambda part: wanted[places[part]],
         places,
@@ -70,7 +70,7 @@ def test_the_gradient_is_that_of_finite_differences() -> None:
     said, wanted = drawn(1, 4, V, seed=2), drawn(4, V, seed=3)
 
     def value(logits: Tensor) -> Tensor:
-        return soft_target_loss(
+        return _soft_target_loss(
             logits,
             lambda part: wanted[part],
             torch.arange(4),
@@ -92,7 +92,7 @@ def test_the_gradient_is_that_of_finite_differences() -> None:
 def test_one_who_says_the_same_loses_nothing_whatever_is_left_out() -> None:
     said = drawn(B, T, V, seed=4).requires_grad_()
     for top_k in (None, 2):
-        loss = soft_target_loss(
+        loss = _soft_target_loss(
             said,
             lambda part: said.detach().view(-1, V)[part],
             torch.arange(B * T),
@@ -107,7 +107,7 @@ def test_extreme_and_half_precision_logits_stay_finite() -> None:
     said = torch.tensor([[[80.0, -80.0, 0.0]]], dtype=torch.bfloat16, requires_grad=True)
     wanted = torch.tensor([[-90.0, 90.0, 0.0]], dtype=torch.bfloat16)
     for top_k in (None, 1):
-        loss = soft_target_loss(said, lambda part: wanted[part], torch.arange(1), top_k=top_k)
+        loss = _soft_target_loss(said, lambda part: wanted[part], torch.arange(1), top_k=top_k)
         assert loss.dtype == torch.float32
         (gradient,) = torch.autograd.grad(loss, said)
         assert gradient.dtype == torch.bfloat16
@@ -162,7 +162,7 @@ def test_of_the_size_of_the_logits_only_their_gradient_is_held() -> None:
     size, chunk = said.numel() * 4, 4 * vocab
 
     def chunked(leaf: Tensor) -> Tensor:
-        return soft_target_loss(
+        return _soft_target_loss(
             leaf,
             lambda part: hidden[part] @ head.T,
             torch.arange(tokens),

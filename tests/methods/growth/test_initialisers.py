@@ -10,7 +10,7 @@ from tests import oracle
 from tests.methods.growth.factories import layer_of, probes_of
 from tests.oracle.families import GROWABLE, generic, key_of, tiny
 from tritter.methods.growth.blocks import ffn_blocks
-from tritter.methods.growth.grower import LayerGrowth, growth_change
+from tritter.methods.growth.grower import LayerGrowth, _growth_change
 from tritter.methods.growth.initialisers import (
     GradMax,
     Initialiser,
@@ -34,7 +34,7 @@ def grow(
     probe = probes_of(model, ids)[block.layer]
     neurons = initialiser.neurons(layer_of(model, block, probe, count=count))
     apply_plain(
-        model, growth_change(model, {block.layer: LayerGrowth(neurons=neurons, recycled=NONE)})
+        model, _growth_change(model, {block.layer: LayerGrowth(neurons=neurons, recycled=NONE)})
     )
     return neurons
 

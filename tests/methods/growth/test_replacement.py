@@ -8,7 +8,7 @@ from tests import oracle
 from tests.methods.growth.factories import grower, growth_options, probes_of
 from tests.oracle.families import tiny
 from tritter.methods.growth.blocks import ffn_blocks
-from tritter.methods.growth.grower import Grower, dead_neurons, wanda_scores
+from tritter.methods.growth.grower import Grower, _dead_neurons, _wanda_scores
 from tritter.training.surgery import apply_plain
 
 DEAD = (3, 7)
@@ -78,10 +78,10 @@ def test_the_young_are_never_used_again() -> None:
     with torch.no_grad():
         model.get_parameter(block.down)[:, list(DEAD)] = 0.0  # dead by score, but young
     probes = probes_of(model, oracle.tokens(batch=8, length=24, seed=3))
-    scores = {1: wanda_scores(model, block, probes[1])}
+    scores = {1: _wanda_scores(model, block, probes[1])}
     assert float(scores[1][list(DEAD)].max()) == 0.0
     found = {
-        step: dead_neurons(scores, {1: engine.maturity.young(1, step)}, quantile=0.2)[1].tolist()
+        step: _dead_neurons(scores, {1: engine.maturity.young(1, step)}, quantile=0.2)[1].tolist()
         for step in (149, 150)
     }
     assert not set(DEAD) & set(found[149]) and found[150][:2] == list(DEAD)
@@ -112,7 +112,7 @@ def test_what_neurons_compute_is_what_their_readers_are_given(
     assert weight is not None
     strength = given[0].flatten(0, 1).square().mean(dim=0).sqrt()
     expected = strength * torch.linalg.vector_norm(weight, dim=0)
-    assert torch.allclose(wanda_scores(model, block, probes[1]), expected, rtol=1e-4)
+    assert torch.allclose(_wanda_scores(model, block, probes[1]), expected, rtol=1e-4)
 
 
 def test_grow_only_counts_who_is_dead_and_leaves_them() -> None:

@@ -5,7 +5,7 @@ import torch
 
 from tests import oracle
 from tests.methods.growth.factories import grower, growth_options
-from tritter.methods.growth.triggers import Curve, best_step, fit_curve
+from tritter.methods.growth.triggers import Curve, _fit_curve, best_step
 
 
 def drawn(curve: Curve, *, first: int, last: int, noise: float, seed: int = 0) -> list[float]:
@@ -17,7 +17,7 @@ def drawn(curve: Curve, *, first: int, last: int, noise: float, seed: int = 0) -
 
 @pytest.mark.parametrize("curve", [Curve(3.2, 12.0, 0.6), Curve(2.0, 6.0, 0.35)])
 def test_a_curve_is_found_again(curve: Curve) -> None:
-    found = fit_curve(drawn(curve, first=20, last=800, noise=0.05), first_step=20)
+    found = _fit_curve(drawn(curve, first=20, last=800, noise=0.05), first_step=20)
     assert found is not None
     for step in (100, 800, 1600):  # twice the observed range
         assert found.loss(step) == pytest.approx(curve.loss(step), abs=0.06)
@@ -25,7 +25,7 @@ def test_a_curve_is_found_again(curve: Curve) -> None:
 
 
 def test_few_losses_tell_nothing() -> None:
-    assert fit_curve([3.0] * 39, first_step=1) is None
+    assert _fit_curve([3.0] * 39, first_step=1) is None
 
 
 def simulated(curve: Curve, at: int, *, max_steps: int, ratio: float) -> float:

@@ -12,8 +12,8 @@ from tritter.core.expansions.specification import build_steps
 from tritter.core.models import model_of
 from tritter.core.stock_routers import AddedExperts, Routing
 from tritter.errors import RequestError
-from tritter.methods.moe_routing.distill import soft_divergence
-from tritter.methods.moe_routing.opening import best_experts, expert_utility
+from tritter.methods.moe_routing.distill import _soft_divergence
+from tritter.methods.moe_routing.opening import _expert_utility, best_experts
 from tritter.methods.moe_routing.separate import shared_names
 from tritter.transform.live import ModelExpander
 
@@ -32,7 +32,7 @@ def test_utility_is_the_sum_of_gradient_times_weight(family: str) -> None:
             p = model.get_parameter(f"model.layers.{layer}.mlp.experts.{part}")
             for expert in range(4):
                 expected[row, expert] += (p.grad[expert] * p[expert]).abs().sum().detach()
-    utility = expert_utility(model, TEXT, batch_size=len(TEXT))
+    utility = _expert_utility(model, TEXT, batch_size=len(TEXT))
     torch.testing.assert_close(utility, expected, rtol=1e-4, atol=1e-6)
     assert best_experts(model, TEXT, batch_size=len(TEXT)) == tuple(expected.argmax(1).tolist())
 
@@ -42,7 +42,7 @@ def test_an_expert_that_no_token_meets_is_of_no_use() -> None:
     routing = Routing.of(model)
     assert routing is not None
     routing.set_offset([1, 3], -torch.inf)
-    utility = expert_utility(model, TEXT)
+    utility = _expert_utility(model, TEXT)
     assert (utility[:, [1, 3]] == 0).all() and (utility[:, [0, 2]] > 0).all()
     assert set(best_experts(model, TEXT)) <= {0, 2}
 
@@ -59,10 +59,10 @@ def test_what_data_has_to_choose_is_refused_without_data() -> None:
 def test_soft_divergence_by_hand() -> None:
     wanted, said = torch.tensor([[[0.0, 2.0]]]), torch.tensor([[[2.0, 0.0]]])
     p = torch.softmax(torch.tensor([0.0, 1.0]), dim=0)
-    assert float(soft_divergence(wanted, said, temperature=2.0)) == pytest.approx(
+    assert float(_soft_divergence(wanted, said, temperature=2.0)) == pytest.approx(
         4 * float((p * (p / p.flip(0)).log()).sum())
     )
-    assert float(soft_divergence(said, said, temperature=3.0)) == pytest.approx(0, abs=1e-7)
+    assert float(_soft_divergence(said, said, temperature=3.0)) == pytest.approx(0, abs=1e-7)
 
 
 @pytest.mark.full
@@ -90,7 +90,7 @@ def taught_gap(model: torch.nn.Module, teacher: torch.nn.Module) -> float:
     routing.set_offset([4, 5], 0.0)
     routing.set_offset(range(4), -torch.inf)
     with torch.no_grad():
-        gap = soft_divergence(
+        gap = _soft_divergence(
             teacher(input_ids=TEXT).logits, model(input_ids=TEXT).logits, temperature=2.0
         )
     routing.load_state_dict(state)

@@ -17,11 +17,11 @@ from tritter.methods.forgetting.quadratic import diagonal_fisher
 from tritter.methods.moe_routing.distill import DistillationModule, only_new_experts
 from tritter.methods.moe_routing.live import (
     LoaderBatches,
+    _fit_live,
     adapt_router,
-    fit_live,
     train_new_experts,
 )
-from tritter.methods.moe_routing.opening import expert_utility
+from tritter.methods.moe_routing.opening import _expert_utility
 from tritter.methods.moe_routing.separate import shared_names
 from tritter.training import OptimizerSettings, Schedule
 
@@ -146,7 +146,7 @@ def teach(
             schedule=Schedule.constant(learning_rate, max_steps=len(batches)),
             optimizer=OptimizerSettings(weight_decay=DECAY),
         )
-        fit_live(module, batches, seed=seed)
+        _fit_live(module, batches, seed=seed)
 
 
 def test_new_experts_are_taught_as_by_hand() -> None:
@@ -241,7 +241,7 @@ def test_each_module_gets_its_own_mode_back() -> None:
         "adapt_router": lambda: adapt_router(model, range(NEW, 6), DOMAIN, epochs=1),
         "train_new_experts": lambda: train_new_experts(model, range(NEW, 6), DOMAIN),
         "distillation": lambda: teach(model, teacher, range(NEW, 6)),
-        "expert_utility": lambda: expert_utility(model, sequences),
+        "expert_utility": lambda: _expert_utility(model, sequences),
         "diagonal_fisher": lambda: diagonal_fisher(model, sequences),
     }
     for name, call in calls.items():

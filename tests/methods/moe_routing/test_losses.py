@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from tritter.methods.moe_routing.objective import (
-    expert_counts,
+    _expert_counts,
+    _router_z_loss,
+    _routing_divergence,
     load_balancing_loss,
     new_expert_mass,
-    router_z_loss,
-    routing_divergence,
 )
 
 TOKENS, EXPERTS, TOP_K = 11, 5, 2
@@ -53,15 +53,15 @@ def test_a_softmax_of_a_softmax_would_not_see_the_imbalance() -> None:
 def test_z_loss_by_hand() -> None:
     logits = torch.tensor([[0.0, 0.0], [math.log(3), 0.0]])
     expected = (math.log(2) ** 2 + math.log(4) ** 2) / 2
-    assert router_z_loss(logits) == pytest.approx(expected)
+    assert _router_z_loss(logits) == pytest.approx(expected)
 
 
 def test_divergence_by_hand_and_zero_where_nothing_moved() -> None:
     old = torch.tensor([[0.5, 0.5]], dtype=torch.float64)
     new = torch.tensor([[0.25, 0.5, 0.25]], dtype=torch.float64).log()
-    assert routing_divergence(old, new) == pytest.approx(0.5 * math.log(2))
+    assert _routing_divergence(old, new) == pytest.approx(0.5 * math.log(2))
     logits = _logits()
-    assert abs(float(routing_divergence(logits.softmax(-1), logits))) < 1e-12
+    assert abs(float(_routing_divergence(logits.softmax(-1), logits))) < 1e-12
 
 
 def test_closed_experts_leave_losses_finite() -> None:
@@ -71,9 +71,9 @@ def test_closed_experts_leave_losses_finite() -> None:
     logits = own + closed
     old = _logits(seed=1)[:, :3].softmax(-1)
     total = (
-        routing_divergence(old, logits)
-        + routing_divergence(logits.detach().softmax(-1), logits)
-        + router_z_loss(logits)
+        _routing_divergence(old, logits)
+        + _routing_divergence(logits.detach().softmax(-1), logits)
+        + _router_z_loss(logits)
         + load_balancing_loss(logits, _selected(logits))
     )
     total.backward()
@@ -91,9 +91,9 @@ def test_mass_is_bounded_and_counts_the_named_experts() -> None:
     "loss",
     [
         lambda logits: load_balancing_loss(logits, _selected(_logits())),
-        router_z_loss,
-        lambda logits: routing_divergence(_logits(seed=1)[:, :3].softmax(-1), logits),
-        lambda logits: routing_divergence(
+        _router_z_loss,
+        lambda logits: _routing_divergence(_logits(seed=1)[:, :3].softmax(-1), logits),
+        lambda logits: _routing_divergence(
             torch.tensor([[1.0, 0, 0]], dtype=torch.float64).expand(TOKENS, 3), logits
         ),
         lambda logits: new_expert_mass(logits, [1, 4]),
@@ -109,8 +109,8 @@ def test_bfloat16_logits_are_computed_in_float32() -> None:
     logits = _logits(dtype=torch.bfloat16)
     for value in (
         load_balancing_loss(logits, _selected(logits)),
-        router_z_loss(logits),
-        routing_divergence(logits.softmax(-1), logits),
+        _router_z_loss(logits),
+        _routing_divergence(logits.softmax(-1), logits),
         new_expert_mass(logits, [0]),
     ):
         assert value.dtype == torch.float32
@@ -119,7 +119,7 @@ def test_bfloat16_logits_are_computed_in_float32() -> None:
 def test_the_mean_over_processes_is_the_balance_of_the_whole_batch() -> None:
     logits = _logits()[:10]
     selected = _selected(logits)
-    whole, counts = load_balancing_loss(logits, selected), expert_counts(selected, EXPERTS)
+    whole, counts = load_balancing_loss(logits, selected), _expert_counts(selected, EXPERTS)
     halves = list(zip(logits.chunk(2), selected.chunk(2), strict=True))
     own = sum(load_balancing_loss(*half) for half in halves) / 2
     shared = sum(load_balancing_loss(*half, counts=counts) for half in halves) / 2

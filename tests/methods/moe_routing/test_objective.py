@@ -23,7 +23,7 @@ from tritter.errors import TritterError
 from tritter.methods.moe_routing.objective import (
     OldRouting,
     RoutingObjective,
-    routing_divergence,
+    _routing_divergence,
 )
 from tritter.methods.moe_routing.opening import ExpertOpening, Unfreezing
 from tritter.methods.moe_routing.options import RoutingOptions
@@ -208,7 +208,9 @@ def divergence(model: nn.Module, old: OldRouting) -> Tensor:
     with routing.recording(), torch.no_grad():
         model(input_ids=old.sequences.long())
         pairs = zip(old.probabilities, routing.recorded(), strict=True)
-        return torch.stack([routing_divergence(p.flatten(0, 1), r.logits) for p, r in pairs]).mean()
+        return torch.stack(
+            [_routing_divergence(p.flatten(0, 1), r.logits) for p, r in pairs]
+        ).mean()
 
 
 @pytest.mark.full

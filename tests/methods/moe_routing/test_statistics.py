@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from tritter.core.stock_routers import Record
 from tritter.methods.moe_routing.objective import (
-    bias_update,
+    _bias_update,
+    _expert_counts,
+    _layer_statistics,
     dropped_fraction,
-    expert_counts,
-    layer_statistics,
 )
 
 
@@ -23,7 +23,7 @@ def _record(logits: torch.Tensor, top_k: int) -> Record:
 
 def test_by_hand() -> None:
     logits = torch.tensor([[4.0, 0, 0, 0], [4.0, 0, 0, 0], [0, 4.0, 0, 0], [0, 0, 4.0, 0]])
-    found = layer_statistics(_record(logits, 1), capacity_factor=1.0)
+    found = _layer_statistics(_record(logits, 1), capacity_factor=1.0)
     assert found["max_load"] == 2
     assert found["dropped_fraction"] == 0.25  # capacity 1 each: the second token of expert 0
     p = math.exp(4) / (math.exp(4) + 3)
@@ -39,14 +39,16 @@ def test_capacity_counts_in_whole_tokens() -> None:
 
 def test_a_closed_expert_does_not_spoil_the_entropy() -> None:
     logits = torch.tensor([[0.0, 0.0, -math.inf]])
-    found = layer_statistics(_record(logits, 1), capacity_factor=1.0)
+    found = _layer_statistics(_record(logits, 1), capacity_factor=1.0)
     assert found["entropy"] == pytest.approx(math.log(2))
 
 
 def test_the_sign_rule() -> None:
     bias = torch.tensor([0.0, 0.1, 0.0])
     load = torch.tensor([6, 3, 0])
-    torch.testing.assert_close(bias_update(bias, load, rate=0.01), torch.tensor([-0.01, 0.1, 0.01]))
+    torch.testing.assert_close(
+        _bias_update(bias, load, rate=0.01), torch.tensor([-0.01, 0.1, 0.01])
+    )
 
 
 @given(
@@ -59,9 +61,9 @@ def test_limits(tokens: int, experts: int, data: st.DataObject, seed: int) -> No
     top_k = data.draw(st.integers(1, experts))
     generator = torch.Generator().manual_seed(seed)
     record = _record(torch.randn(tokens, experts, generator=generator), top_k)
-    found = layer_statistics(record, capacity_factor=1.0)
+    found = _layer_statistics(record, capacity_factor=1.0)
     assert 1 - 1e-9 <= found["max_load"] <= experts / top_k + 1e-9
     assert 0 <= found["entropy"] <= math.log(experts) + 1e-6
     assert 0 <= found["dropped_fraction"] < 1
-    counts = expert_counts(record.selected, experts)
+    counts = _expert_counts(record.selected, experts)
     assert int(counts.sum()) == tokens * top_k

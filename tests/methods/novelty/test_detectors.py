@@ -15,7 +15,7 @@ from tritter.methods.novelty import NoveltyDetector, Observation, SkillLibrary
 from tritter.methods.novelty.library import (
     Projection,
     ProjectionOptions,
-    contrast,
+    _contrast,
     embed,
     train_projection,
 )
@@ -25,7 +25,7 @@ from tritter.methods.novelty.options import (
     Detector,
     LossNovelty,
     MahalanobisNovelty,
-    mean_cosines,
+    _mean_cosines,
 )
 from tritter.methods.novelty.statistics import Moments
 from tritter.options import options, read_part
@@ -109,7 +109,7 @@ def test_values_of_a_cosine_average_to_it_and_spread_as_jackknifed_ones(
 ) -> None:
     samples = embed(drawn(1.0, generator=generator, batch=40).features, None)
     skills = torch.randn(3, SIZE, generator=generator, dtype=torch.float64)
-    values = mean_cosines(samples, skills)
+    values = _mean_cosines(samples, skills)
     assert values.shape == (3, 40)
 
     def cosine(rows: np.ndarray, skill: np.ndarray) -> float:
@@ -198,7 +198,7 @@ def test_nt_xent_by_loops(generator: torch.Generator) -> None:
         others = [j for j in range(10) if both[j] != both[i]]
         weight = {j: math.exp(float(views[i] @ views[j]) / 0.3) for j in [partner, *others]}
         losses.append(-math.log(weight[partner] / sum(weight.values())))
-    assert float(contrast(one, two, groups, temperature=0.3)) == pytest.approx(np.mean(losses))
+    assert float(_contrast(one, two, groups, temperature=0.3)) == pytest.approx(np.mean(losses))
 
 
 @pytest.mark.full

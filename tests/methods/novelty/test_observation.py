@@ -11,7 +11,7 @@ from tritter.core.models import layers_of
 from tritter.errors import RequestError, TritterError
 from tritter.methods.novelty import Observation, observe
 from tritter.methods.novelty.observation import _directions as directions
-from tritter.methods.novelty.observation import concatenated, middle_layer
+from tritter.methods.novelty.observation import _middle_layer, concatenated
 
 
 @pytest.mark.parametrize("family", generic())
@@ -47,7 +47,7 @@ def test_without_losses_the_forward_pass_ends_at_the_middle_layer(family: str) -
 def test_the_middle_layer_ends_the_first_half(layers: int, middle: int) -> None:
     model = tiny_llama(num_hidden_layers=layers)
     expected = model.model.layers[middle - 1]
-    assert middle_layer(model) is expected
+    assert _middle_layer(model) is expected
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

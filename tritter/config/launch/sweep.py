@@ -71,7 +71,7 @@ def run_sweep(request: Request, task: Task, hydra: Hydra, *, typed: Sequence[str
         if (plan := request.plan) is not None and plan.sweep_folder is not None:
             stop.advice = (_resume_advice(request, typed),)
             if stop.signal_number != signal.SIGPIPE:
-                print_sweep(sweep_rows(plan.jobs, plan.sweep_folder), plan.sweep_folder)
+                _print_sweep(_sweep_rows(plan.jobs, plan.sweep_folder), plan.sweep_folder)
         raise
     except Exception as error:  # the launcher and the sweeper may raise anything
         if request.plan is None:
@@ -82,8 +82,8 @@ def run_sweep(request: Request, task: Task, hydra: Hydra, *, typed: Sequence[str
             failure = str(error)
     plan = request.plan
     assert plan is not None and plan.sweep_folder is not None, "Hydra called the callback"
-    rows = sweep_rows(plan.jobs, plan.sweep_folder)
-    print_sweep(rows, plan.sweep_folder)
+    rows = _sweep_rows(plan.jobs, plan.sweep_folder)
+    _print_sweep(rows, plan.sweep_folder)
     known = [row for row in rows if row.metric is not None]
     if plan.is_adaptive and known:
         say(f"Lowest metric: job {min(known, key=lambda row: row.metric or 0.0).name}")
@@ -104,7 +104,7 @@ def _resume_advice(request: Request, typed: Sequence[str]) -> str:
     return f"Resume the sweep with:\n  {command([*own, f'hydra.sweep.dir={folder}'])}"
 
 
-def sweep_rows(jobs: Sequence[Job], folder: Path) -> tuple[SweepRow, ...]:
+def _sweep_rows(jobs: Sequence[Job], folder: Path) -> tuple[SweepRow, ...]:
     """Read the result of every planned job, or of all jobs below `folder` if none is planned."""
     folders = [job.folder for job in jobs] or sorted(
         (path.parent for path in folder.rglob(STATUS_FILE)),
@@ -212,7 +212,7 @@ def _print_finished_jobs(request: Request, lines: _JobLines) -> Iterator[None]:
         print_new()
 
 
-def print_sweep(rows: Sequence[SweepRow], folder: Path) -> None:
+def _print_sweep(rows: Sequence[SweepRow], folder: Path) -> None:
     """Print the table of all jobs; its title has the overrides that they share."""
     shared = _shared([row.overrides for row in rows])
     table = Table(title=Text(" ".join(sorted(shared))) if shared else None)  # [A,B] is no markup

@@ -227,9 +227,9 @@ def head_maps(
     import torch
 
     if strategy == "split":
-        return split_heads(old)
+        return _split_heads(old)
     if strategy != "fresh":
-        return copy_heads(old, new, equal_shares=equal_shares)
+        return _copy_heads(old, new, equal_shares=equal_shares)
     # Each old head keeps its position in its key/value group; the other heads are new
     old_group, new_group = old.group_size, new.group_size
     query = torch.full((new.num_attention_heads,), -1)
@@ -241,7 +241,7 @@ def head_maps(
     return _of_heads(query_map, key_value, head_dim=old.head_dim)
 
 
-def copy_heads(old: Dimensions, new: Dimensions, *, equal_shares: bool) -> HeadMaps:
+def _copy_heads(old: Dimensions, new: Dimensions, *, equal_shares: bool) -> HeadMaps:
     """Copy query heads into groups whose key/value head is a copy of their own.
 
     If a new group contains all query heads of its source, they have equal total shares, and the
@@ -271,7 +271,7 @@ def copy_heads(old: Dimensions, new: Dimensions, *, equal_shares: bool) -> HeadM
     return _of_heads(query_map, kv_map, head_dim=old.head_dim)
 
 
-def split_heads(old: Dimensions) -> HeadMaps:
+def _split_heads(old: Dimensions) -> HeadMaps:
     """Split each head into two, with alternating rotary pairs; gains come from the first.
 
     RoPE rotates coordinates i and i + head_dim/2 together, with a frequency that falls with i. In

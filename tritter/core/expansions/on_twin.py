@@ -140,7 +140,7 @@ class _GrownTwin:
         return float((after - self.twin.logits()).abs().max())
 
 
-def grown_twin(spec: Any, key: Key, factors: tuple[tuple[str, float], ...]) -> _GrownTwin:
+def _grown_twin(spec: Any, key: Key, factors: tuple[tuple[str, float], ...]) -> _GrownTwin:
     """Return a twin that grows in width.
 
     Args:
@@ -185,7 +185,7 @@ def _logit_changes(
     Returns:
         The change by the growth, and by the growth without shares and zeros (the control).
     """
-    grown = grown_twin(spec, key, factors)
+    grown = _grown_twin(spec, key, factors)
     try:
         change = grown.change()
     except RuntimeError as error:

@@ -213,7 +213,7 @@ def _width_fill(
     return Fill(kind="random", std=std, seed=derived_seed(seed, "fill", tensor.name))
 
 
-def tensors_above(tensors: Sequence[LogicalTensor]) -> dict[str, str]:
+def _tensors_above(tensors: Sequence[LogicalTensor]) -> dict[str, str]:
     """Return tensor → tensor of the same kind in the next layer above that has it."""
     above: dict[str, str] = {}
     nearest: dict[tuple[str, int | None], str] = {}
@@ -353,7 +353,7 @@ class Width:
             )
         if self.init == "aki":
             # Norms connect the stream with readers of the same layer, so they are not replaced
-            above = tensors_above([tensor for tensor in logical if not tensor.is_of_norm])
+            above = _tensors_above([tensor for tensor in logical if not tensor.is_of_norm])
             for name, donor in above.items():
                 # Further copies take their weights from the layer above, with fresh state
                 output, *inputs = maps[name].axes

@@ -38,7 +38,7 @@ class Flops:
 
     def of(self, length: int) -> float:
         """Return the FLOPs of one sequence of `length` tokens."""
-        keys = sum(flops * num_keys(length, window) for window, flops in self.attention.items())
+        keys = sum(flops * _num_keys(length, window) for window, flops in self.attention.items())
         return length * self.matrices + keys
 
     def of_all(self, lengths: Mapping[int, int]) -> float:
@@ -90,7 +90,7 @@ class Adapters:
     gating: Mapping[int, tuple[int, bool]] = field(default_factory=dict)
 
 
-def num_keys(length: int, window: int | None = None) -> int:
+def _num_keys(length: int, window: int | None = None) -> int:
     """Return the total number of keys that the tokens of a sequence attend to.
 
     The token at position t (from 0) attends to t + 1 keys, at most `window`.

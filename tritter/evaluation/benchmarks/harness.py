@@ -54,7 +54,7 @@ class _NullScores:
         return max(self.uniform or 0.0, self.constant or 0.0)
 
 
-def null_scores(
+def _null_scores(
     questions: Questions, *, of: Questions | None = None, sandbox: Sandbox | None
 ) -> _NullScores:
     """Score the null models on some questions.
@@ -193,8 +193,8 @@ def score_benchmark(
     if harness.is_chat and readable.benchmark.kind == "code":
         notes.append("An answer in Markdown is no program; chat models often write some.")
     sandbox = harness.sandbox if harness.is_null_run else None
-    nulls = null_scores(readable, of=questions, sandbox=sandbox)
-    config = task_config(readable, length=length, sandbox=harness.sandbox)
+    nulls = _null_scores(readable, of=questions, sandbox=sandbox)
+    config = _task_config(readable, length=length, sandbox=harness.sandbox)
     name = readable.benchmark.name
 
     def tasks() -> dict[str, Any]:
@@ -313,7 +313,7 @@ def _tied(model: nn.Module) -> Iterator[None]:
         del vars(model)["tie_weights"]
 
 
-def task_config(questions: Questions, *, length: int, sandbox: Sandbox | None) -> dict[str, Any]:
+def _task_config(questions: Questions, *, length: int, sandbox: Sandbox | None) -> dict[str, Any]:
     """Return lm-eval's configuration of questions in memory.
 
     Args:
@@ -450,12 +450,12 @@ def sequence_lengths(
     answer_tokens = questions.benchmark.answer_tokens(length)
     return [
         min(length, _num_tokens(tokenizer, text) + answer_tokens)
-        for texts in rendered_requests(tokenizer, questions, length=length, is_chat=is_chat)
+        for texts in _rendered_requests(tokenizer, questions, length=length, is_chat=is_chat)
         for text in texts
     ]
 
 
-def rendered_requests(
+def _rendered_requests(
     tokenizer: Tokenizer, questions: Questions, *, length: int, is_chat: bool
 ) -> list[list[str]]:
     """Return the texts that a model reads for each question: prompts, with choices if any."""
@@ -464,7 +464,7 @@ def rendered_requests(
 
     of_template: Any = SimpleNamespace(tokenizer=tokenizer, chat_template_args={})
     with _quiet(is_shown=False):
-        task = ConfigurableTask(config=task_config(questions, length=length, sandbox=None))
+        task = ConfigurableTask(config=_task_config(questions, length=length, sandbox=None))
         task.build_all_requests(
             apply_chat_template=is_chat,
             fewshot_as_multiturn=is_chat,

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 SETUP_FAILED = 113  # exit code: the program was not started
-WORK = "/work"
+_WORK = "/work"
 _NOBODY = 65534
 
 _NEWNS, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = (
@@ -69,13 +69,13 @@ def _isolate(root: str, *, folders: list[str], folder_bytes: int) -> None:
     _mount("tmpfs", root, "tmpfs", _MS_NOSUID | _MS_NODEV, options)
     for folder in folders:
         _bind(folder, root)
-    work = Path(root + WORK)
+    work = Path(root + _WORK)
     work.mkdir()
     work.chmod(0o777)
     os.chdir(root)
     _check_result(_libc.syscall(_PIVOT_ROOT[platform.machine()], b".", b"."), "pivot_root")
     _check_result(_libc.umount2(b".", _MNT_DETACH), "umount")
-    os.chdir(WORK)
+    os.chdir(_WORK)
     if user == 0:
         os.setgroups([])
         os.setresgid(_NOBODY, _NOBODY, _NOBODY)

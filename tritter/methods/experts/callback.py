@@ -137,7 +137,7 @@ class ExpertCallback(Callback):
         if active is not None and self._exemplars is not None:
             self._rehearse(batch, is_old)
         if active is not None:
-            limit_beginnings(module, batch)
+            _limit_beginnings(module, batch)
 
     def _observe(self, module: ExpertModule, ids: Tensor) -> Observation:
         """Return features, and losses if needed, of sequences [B, T] under the frozen base."""
@@ -415,7 +415,7 @@ def _module(module: LightningModule) -> ExpertModule:
     return module
 
 
-def limit_beginnings(module: ExpertModule, batch: dict[str, Tensor]) -> None:
+def _limit_beginnings(module: ExpertModule, batch: dict[str, Tensor]) -> None:
     """Predict the first token of only some new documents: 1/n of all beginnings, for n experts.
 
     Only there, the tokens do not identify an expert, so all experts share one prediction. With

@@ -35,7 +35,7 @@ from tritter.methods.experts.gates import Gates, Routing, gates_of
 #
 # B sequences · T tokens · n experts · V vocabulary
 
-NO_TOKEN = -1  # marks padding
+_NO_TOKEN = -1  # marks padding
 _STRENGTH = 1000.0  # pseudo-counts of the mean skill that smooth each skill
 _SEEN = "seen_by_experts"  # attribute of a key-value cache
 _LEAST = -8.0  # minimum of a logit relative to the largest, so that no gate vanishes
@@ -92,10 +92,10 @@ class Evidence(nn.Module):
         """Return logits [B, T, n] in float64; the maximum of each token is 0.
 
         Args:
-            ids: int64 [B, T]; NO_TOKEN for padding.
+            ids: int64 [B, T]; _NO_TOKEN for padding.
         """
         number, (_, length) = len(self.counts), ids.shape
-        is_start = (ids == NO_TOKEN) | self.is_between(ids)  # the same for all skills
+        is_start = (ids == _NO_TOKEN) | self.is_between(ids)  # the same for all skills
         version = (self.counts._version, self.counts.device)
         if self._table is None or self._table[0] != version:  # log p(token | expert), [n, V]
             counts = self.counts.double()
@@ -136,8 +136,8 @@ class Evidence(nn.Module):
 
     def count(self, number: int, ids: Tensor) -> None:
         """Count tokens, int64 of any shape, for an expert; those between texts are ignored."""
-        ids = torch.where(ids == NO_TOKEN, ids, ids_of(ids))
-        found = ids[(ids != NO_TOKEN) & ~self.is_between(ids)]
+        ids = torch.where(ids == _NO_TOKEN, ids, ids_of(ids))
+        found = ids[(ids != _NO_TOKEN) & ~self.is_between(ids)]
         self.counts[number] += torch.bincount(found, minlength=self.counts.shape[1]).to(self.counts)
 
 
@@ -233,7 +233,7 @@ class Dispatch:
         return Dispatch(weights, tuple(kept))
 
 
-def mixture_output(inputs: Tensor, factors: Mapping[int, Factors], dispatch: Dispatch) -> Tensor:
+def _mixture_output(inputs: Tensor, factors: Mapping[int, Factors], dispatch: Dispatch) -> Tensor:
     """Return Σₑ gₑ · (α/r)ₑ · Bₑ Aₑ x for every token, times the gain of the layer.
 
     Args:
@@ -540,7 +540,7 @@ class ExpertMixture:
             return
         seen, mask, cache = ids, kwargs.get("attention_mask"), cache_in(kwargs)
         if mask is not None and mask.ndim == 2:
-            seen = ids.masked_fill(mask[:, -ids.shape[1] :] == 0, NO_TOKEN)
+            seen = ids.masked_fill(mask[:, -ids.shape[1] :] == 0, _NO_TOKEN)
         if cache is not None and (number := cache.get_seq_length()):
             earlier: _Seen | None = getattr(cache, _SEEN, None)
             if earlier is None or earlier.number != number or len(earlier.tail) != len(ids):
@@ -613,7 +613,7 @@ class ExpertMixture:
         found = {n: each for n, name in enumerate(self.names) if (each := factors(layer, name))}
         if not found:
             return output
-        return output + mixture_output(args[0], found, dispatch).to(output.dtype)
+        return output + _mixture_output(args[0], found, dispatch).to(output.dtype)
 
 
 def mixture_on(model: nn.Module) -> ExpertMixture | None:

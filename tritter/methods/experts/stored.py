@@ -59,7 +59,7 @@ from tritter.training.checkpoint_io import decode, encode
 # replace those of the model on loading. Here they are never written. If they are read, they must
 # equal those of the model; otherwise the adapter belongs to another base.
 
-CONFIG_NAME, TENSORS_NAME = ADAPTER_FILES
+CONFIG_NAME, _TENSORS_NAME = ADAPTER_FILES
 _PREFIX = "base_model.model."
 _KEY = re.compile(
     rf"{re.escape(_PREFIX)}(?P<layer>[\w.]+)\."
@@ -102,10 +102,10 @@ def write_adapter(
         RequestError: there is no adapter of this name, or `folder` exists.
         TritterError: a weight is not finite, or writing fails.
     """
-    write_stored(adapter_of(model, name), folder, base=base, overwrite=overwrite)
+    write_stored(_adapter_of(model, name), folder, base=base, overwrite=overwrite)
 
 
-def adapter_of(model: nn.Module, name: str) -> StoredAdapter:
+def _adapter_of(model: nn.Module, name: str) -> StoredAdapter:
     """Return a copy of a live model's adapter on the CPU.
 
     Raises:
@@ -166,8 +166,8 @@ def write_stored(
         inference_mode=True,
     )
     with atomic_folder(folder, overwrite=overwrite) as temporary:
-        save_file(tensors, temporary / TENSORS_NAME, metadata={"format": "pt"})
-        (temporary / TENSORS_NAME).chmod(0o644)  # save_file restricts it to the owner
+        save_file(tensors, temporary / _TENSORS_NAME, metadata={"format": "pt"})
+        (temporary / _TENSORS_NAME).chmod(0o644)  # save_file restricts it to the owner
         # Options of newer PEFT versions have their defaults and need no entry
         settings = {k: v for k, v in config.to_dict().items() if is_plain_setting(k, v)}
         settings |= {"modules_to_save": sorted(whole)} if whole else {}
@@ -175,7 +175,7 @@ def write_stored(
         (temporary / CONFIG_NAME).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n")
 
 
-def read_adapter(folder: Path) -> StoredAdapter:
+def _read_adapter(folder: Path) -> StoredAdapter:
     """Read an adapter folder written by Tritter or stock PEFT.
 
     Raises:
@@ -183,8 +183,8 @@ def read_adapter(folder: Path) -> StoredAdapter:
             match its config; names the key or the tensor.
     """
     config = AdapterConfig.read(folder)
-    tensors = TensorFolder.open_file(folder, TENSORS_NAME)
-    path = folder / TENSORS_NAME
+    tensors = TensorFolder.open_file(folder, _TENSORS_NAME)
+    path = folder / _TENSORS_NAME
     layers: dict[str, dict[str, str]] = {}  # layer → A, B and base → name of the tensor
     embeddings: dict[str, set[bool]] = {}  # layer → {True} for an embedding, else {False}
     for name in tensors.headers:
@@ -332,7 +332,7 @@ class ExpertFolder:
         plain = encode(extra or {}, tensors, key_path=_EXTRA)
         made = cls(
             head=head,
-            adapters={name: adapter_of(mixture.model, name) for name in head.adapters},
+            adapters={name: _adapter_of(mixture.model, name) for name in head.adapters},
             routers=tuple(
                 (router.weight.detach().cpu().clone(), router.bias.detach().cpu().clone())
                 for router in mixture.routers()
@@ -401,7 +401,7 @@ class ExpertFolder:
             raise TritterError(f"{folder / TENSORS} is damaged: {error} is missing.") from error
         made = cls(
             head=files.head,
-            adapters={n: read_adapter(folder / EXPERTS_FOLDER / n) for n in files.head.adapters},
+            adapters={n: _read_adapter(folder / EXPERTS_FOLDER / n) for n in files.head.adapters},
             routers=tuple((weight, bias) for weight, bias in routers),
             counts=tensors.get(_COUNTS),
             extra=extra,
@@ -500,7 +500,7 @@ def adopt(mixture: ExpertMixture, name: str, folder: Path) -> None:
         check_names([name])
     except TritterError as error:
         raise RequestError(str(error)) from error
-    stored = read_adapter(folder)
+    stored = _read_adapter(folder)
     mixture.open(name, stored.shape, seed=0)
     try:
         load_values(mixture.model, name, stored)

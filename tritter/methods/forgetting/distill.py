@@ -45,7 +45,7 @@ _Logits = Callable[[slice], "Tensor"]
 Rows = Literal["new", "old", "both"]
 
 
-def soft_target_loss(
+def _soft_target_loss(
     student: Tensor,
     teacher: _Logits,
     tokens: Tensor,
@@ -163,7 +163,7 @@ class Distill(ForgettingMethod):
         temperature: of both models' probabilities.
         rows: rows of a batch: `new`, `old` (replayed by another method) or `both`. None: `old` if
             another method replays any, else `new`.
-        top_k: see `soft_target_loss`.
+        top_k: the teacher's most probable entries that count individually; None: all.
         mask_gold: exclude the actual next token, which the task's loss covers, from both.
         teacher: a checkpoint; None: the model before the expansion.
     """
@@ -223,7 +223,7 @@ class Distill(ForgettingMethod):
         if kept is not None:
             kept = kept.flatten()
             positions, excluded = positions[kept], None if excluded is None else excluded[kept]
-        total = soft_target_loss(
+        total = _soft_target_loss(
             logits,
             self._teacher_logits(input_ids, reading, kept),
             positions,

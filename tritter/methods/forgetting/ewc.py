@@ -164,7 +164,7 @@ class EWC(QuadraticPenalty):
         if step == 0:  # only the expansion has changed the model
             at = self.options.at
             is_due = at == "expanded" or (
-                at == "auto" and has_nonzero_new_entries(model, self._carried)
+                at == "auto" and _has_nonzero_new_entries(model, self._carried)
             )
         else:
             times, rest = divmod(step, self.options.refresh_steps or step + 1)
@@ -202,7 +202,7 @@ class EWC(QuadraticPenalty):
         return flops.of_all(lengths_of(document_mask_of(model), sequences))
 
 
-def has_nonzero_new_entries(model: nn.Module, carried: Mapping[str, Tensor]) -> bool:
+def _has_nonzero_new_entries(model: nn.Module, carried: Mapping[str, Tensor]) -> bool:
     """Return True if new entries are nonzero, so that their outputs may matter."""
     return any(
         bool(p.detach()[~carried[n].to(p.device)].any()) for n, p in model.named_parameters()
@@ -289,12 +289,12 @@ class OnlineEWC(EWC):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.saved_kind = saved_kind(self.kind, self.options.normalise)
+        self.saved_kind = _saved_kind(self.kind, self.options.normalise)
         self._earlier: dict[str, Tensor] = {}  # γ F_earlier
 
     @classmethod
     def needs(cls, options: Any) -> Needs:
-        needs, kind = super().needs(options), saved_kind(_KINDS[options.carry], options.normalise)
+        needs, kind = super().needs(options), _saved_kind(_KINDS[options.carry], options.normalise)
         return replace(needs, instead=(), state=(kind,), leaves=(kind,), copies=needs.copies + 1)
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
@@ -336,6 +336,6 @@ class OnlineEWC(EWC):
         self._earlier = move_to_device_of(self._earlier or self.anchor, state["earlier"])
 
 
-def saved_kind(kind: str, normalise: str) -> str:
+def _saved_kind(kind: str, normalise: str) -> str:
     """Return the kind of state that is saved between tasks, one for each unit and rule."""
     return f"online_{kind}_mean" if normalise == "mean" else f"online_{kind}"

@@ -128,7 +128,7 @@ def lengths_read(num_sequences: int, sequence_length: int) -> tuple[int, ...]:
     return tuple(lengths)
 
 
-def distinct_share(sequences: Tensor) -> Tensor:
+def _distinct_share(sequences: Tensor) -> Tensor:
     """Return the share of distinct runs of four tokens in each sequence [N, T], as [N].
 
     1 if no run occurs twice; 1 / (T − 3) if one token is repeated throughout; 1 for a sequence
@@ -436,7 +436,7 @@ class SelfReplay(ForgettingMethod):
         import torch
 
         highest = self.options.max_perplexity or float(vocab_size)
-        repeats = distinct_share(written.sequences) < self.options.min_distinct
+        repeats = _distinct_share(written.sequences) < self.options.min_distinct
         too_low = ~repeats & (written.nats < math.log(self.options.min_perplexity))
         too_high = ~repeats & (written.nats > math.log(highest))
         kept = ~(repeats | too_low | too_high)

@@ -112,7 +112,7 @@ class SI(QuadraticPenalty):
             preparation.model, chosen, seed=preparation.seed("si"), progress=preparation.progress
         )
         return Prepared(
-            state={self.kind: estimated_importance(fisher, length=chosen.shape[1])},
+            state={self.kind: _estimated_importance(fisher, length=chosen.shape[1])},
             flops=flops_of_sequence(preparation.model).of_all(
                 lengths_of(document_mask_of(preparation.model), chosen)
             ),
@@ -127,14 +127,14 @@ class SI(QuadraticPenalty):
 
         def estimate(sequences: Tensor) -> Values:
             fisher = diagonal_fisher(model, sequences)
-            return estimated_importance(fisher, length=sequences.shape[1])
+            return _estimated_importance(fisher, length=sequences.shape[1])
 
         return mean_over(batches, estimate)
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
         omega, moved = (task.state.get(kind, {}) for kind in RECORDED)
         importance = dict(task.state.get(self.kind, {}))
-        for name, latest in recorded_importance(omega, moved, xi=self.options.xi).items():
+        for name, latest in _recorded_importance(omega, moved, xi=self.options.xi).items():
             importance[name] = importance.get(name, 0) + latest
         assert importance, "`needs` asks for the path of an earlier training run"
         self.anchor_weights(model, importance)
@@ -217,7 +217,7 @@ class SI(QuadraticPenalty):
         self.path = WeightPath(start=self.anchor, path_integral=state[PATH_INTEGRAL])
 
 
-def recorded_importance(path_integral: Values, displacement: Values, *, xi: float) -> Values:
+def _recorded_importance(path_integral: Values, displacement: Values, *, xi: float) -> Values:
     """Return max(ω, 0) / (Δ² + ξ) of one task, for the parameters that both have."""
     return {
         name: omega.clamp(min=0) / (displacement[name].square() + xi)
@@ -226,7 +226,7 @@ def recorded_importance(path_integral: Values, displacement: Values, *, xi: floa
     }
 
 
-def estimated_importance(fisher: Values, *, length: int) -> Values:
+def _estimated_importance(fisher: Values, *, length: int) -> Values:
     """Return half of the Hessian's diagonal, approximated by the Fisher of single sequences.
 
     Args:

@@ -62,7 +62,7 @@ class LayerGrowth:
         return torch.cat([self.recycled, torch.arange(width, width + self.born)])
 
 
-def growth_change(model: nn.Module, growths: Mapping[int, LayerGrowth]) -> Change:
+def _growth_change(model: nn.Module, growths: Mapping[int, LayerGrowth]) -> Change:
     """Return the change of a live model whose FFNs get new neurons."""
     source = model_of(model).widened
     family, logical, layers = source.family, source.tensors, source.sizes.num_hidden_layers
@@ -377,7 +377,7 @@ class Grower:
         dead: dict[int, Tensor] = {}
         if self.options.enable_replacement:
             scores = {
-                block.layer: wanda_scores(model, block, probes[block.layer])
+                block.layer: _wanda_scores(model, block, probes[block.layer])
                 for block in self.blocks
                 if block.layer in probes
             }
@@ -385,7 +385,7 @@ class Grower:
             if step < self.timing.maturation_age:  # neurons of an expansion are not mature either
                 for layer in young.keys() & self._new.keys():
                     young[layer] = torch.cat([young[layer], self._new[layer]]).unique()
-            dead = dead_neurons(scores, young, quantile=self.options.dead_quantile)
+            dead = _dead_neurons(scores, young, quantile=self.options.dead_quantile)
         layers = {}
         for layer, block in blocks.items():
             if layer not in probes:
@@ -412,9 +412,9 @@ class Grower:
             layers[layer] = LayerGrowth(neurons=neurons, recycled=recycled, died=died)
         if not layers:
             return None
-        is_whole = self._is_whole_model
-        change = growth_change(model, layers) if is_whole else _module_change(model, blocks, layers)
-        return Growth(change=change, layers=layers)
+        if self._is_whole_model:
+            return Growth(change=_growth_change(model, layers), layers=layers)
+        return Growth(change=_module_change(model, blocks, layers), layers=layers)
 
     def record_event(self, model: nn.Module, growth: Growth, *, step: int, **extra: Any) -> None:
         """Record an event after the model has changed.
@@ -558,7 +558,7 @@ class _Pressure:
         return torch.where(is_finite, torch.lerp(now, before, self._decay), before)
 
 
-def wanda_scores(model: nn.Module, block: FfnBlock, probe: ActivationProbe) -> Tensor:
+def _wanda_scores(model: nn.Module, block: FfnBlock, probe: ActivationProbe) -> Tensor:
     """Return |w|·‖x‖ of every neuron, float32 [F]: Sun et al. 2023, arXiv 2306.11695.
 
     x is the activation of a neuron over the tokens, as a root mean square. w is its column of down,
@@ -575,7 +575,7 @@ def wanda_scores(model: nn.Module, block: FfnBlock, probe: ActivationProbe) -> T
     return strength if down is None else strength * torch.linalg.vector_norm(down, dim=0)
 
 
-def dead_neurons(
+def _dead_neurons(
     scores: Mapping[int, Tensor], young: Mapping[int, Tensor], *, quantile: float
 ) -> dict[int, Tensor]:
     """Return {layer: int64 [d]}, the dead neurons of each layer, lowest score first.

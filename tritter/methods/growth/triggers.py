@@ -350,7 +350,7 @@ class Curve:
         return ((loss - self.floor) / self.scale) ** (-1 / self.exponent)
 
 
-def fit_curve(losses: Sequence[float], *, first_step: int) -> Curve | None:
+def _fit_curve(losses: Sequence[float], *, first_step: int) -> Curve | None:
     """Return the curve fitted to the losses of consecutive steps; None if no fit is possible.
 
     Least squares over bin means. Bins widen with the step, so that the many late steps do not
@@ -430,7 +430,7 @@ class ScalingLaw(Trigger):
             return {}
         since = view.step - len(view.losses) + 1
         settled = max(timing.warmup, since) - since
-        curve = fit_curve(view.losses[settled:], first_step=since + settled)
+        curve = _fit_curve(view.losses[settled:], first_step=since + settled)
         added = count * sum(view.neuron_parameters)
         ratio = (view.parameters + added) / view.parameters
         if curve is None:

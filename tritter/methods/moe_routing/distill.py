@@ -73,14 +73,14 @@ class DistillationModule(BaseModule):
         both = (
             each if kept is None else each[kept][None] for each in (teacher_logits, student_logits)
         )
-        return TaskLoss(soft_divergence(*both, temperature=self.temperature), student_logits)
+        return TaskLoss(_soft_divergence(*both, temperature=self.temperature), student_logits)
 
     def step_flops(self) -> Flops:
         flops = forward_flops(model_of(self._teacher[0]))
         return flops + flops_of_sequence(self.model, routed_to=self.new_experts)
 
 
-def soft_divergence(
+def _soft_divergence(
     teacher_logits: Tensor, student_logits: Tensor, *, temperature: float
 ) -> Tensor:
     """Return T² · KL(teacher ‖ student) at temperature T, nats per token; logits [B, T, V]."""

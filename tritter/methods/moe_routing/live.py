@@ -83,7 +83,7 @@ class _OldDataLoss(SideLoss):
         return loss, {"train/old_loss": loss}
 
 
-def fit_live(
+def _fit_live(
     module: BaseModule, batches: LoaderBatches, *, seed: int, controls: Sequence[Callback] = ()
 ) -> None:
     """Train a live model in place; its device and its training mode are restored.
@@ -187,7 +187,7 @@ def adapt_router(
             loader lacks a length that is needed.
     """
     _check_router_update(router_update)
-    experts = check_experts(model, new_expert_indices)
+    experts = _check_experts(model, new_expert_indices)
     added = AddedExperts.of(model)
     controls: list[Callback] = []
     if added is not None:
@@ -257,7 +257,7 @@ def train_new_experts(
         RequestError: the model has no experts or not these, or `unfreeze_after` is set without a
             frozen base.
     """
-    experts = check_experts(model, new_expert_indices)
+    experts = _check_experts(model, new_expert_indices)
     if unfreeze_after is not None and not freeze_base:
         raise RequestError("unfreeze_after: has no effect with freeze_base=False.")
     batches = LoaderBatches(domain_dataloader, epochs, replay=replay)
@@ -292,7 +292,7 @@ def _check_router_update(update: str) -> None:
         )
 
 
-def check_experts(model: nn.Module, indices: Sequence[int]) -> tuple[int, ...]:
+def _check_experts(model: nn.Module, indices: Sequence[int]) -> tuple[int, ...]:
     """Return the sorted indices of new experts.
 
     Raises:
@@ -328,7 +328,7 @@ def _train(
         optimizer=OptimizerSettings(weight_decay=weight_decay),
         side_losses=[objective, *batches.side_losses],
     )
-    fit_live(module, batches, seed=seed, controls=controls)
+    _fit_live(module, batches, seed=seed, controls=controls)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

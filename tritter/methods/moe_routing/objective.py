@@ -126,7 +126,7 @@ class RoutingObjective(SideLoss):
         self.records = tuple(
             replace(r, **{name: getattr(r, name).detach() for name in decided}) for r in records
         )
-        counts = [expert_counts(r.selected, self.routing.num_experts) for r in records]
+        counts = [_expert_counts(r.selected, self.routing.num_experts) for r in records]
         self.counts = tuple(_sum_ranks(torch.stack(counts)))
         terms = {
             "auxiliary_loss": _mean(
@@ -135,7 +135,7 @@ class RoutingObjective(SideLoss):
                     for r, counts in zip(records, self.counts, strict=True)
                 ]
             ),
-            "z_loss": _mean([router_z_loss(r.logits) for r in records]),
+            "z_loss": _mean([_router_z_loss(r.logits) for r in records]),
         }
         if self._new_experts:
             # Average over new rows of all processes: a process may have none of them, and a small
@@ -205,7 +205,7 @@ class RoutingObjective(SideLoss):
             self._old.probabilities, self._record_routing(input_ids), strict=True
         ):
             old = probabilities[rows].flatten(0, 1).to(input_ids.device)
-            terms.append(routing_divergence(old if kept is None else old[kept], record.logits))
+            terms.append(_routing_divergence(old if kept is None else old[kept], record.logits))
         return _mean(terms)
 
     def _select_tokens(self, input_ids: Tensor) -> Tensor | None:
@@ -252,13 +252,13 @@ class RoutingCallback(Callback):
             loads = [sum(counts) for counts in zip(*self._counts, strict=True)]
             for record, load in zip(objective.records, loads, strict=True):
                 bias = objective.routing.selection_bias(record.layer)
-                moved = bias_update(bias, load, rate=rate)
+                moved = _bias_update(bias, load, rate=rate)
                 objective.routing.set_selection_bias(record.layer, moved)
         self._counts.clear()
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             # Means over the layers, for this process's share of the batch
             factor = objective.options.capacity_factor
-            layers = [layer_statistics(r, capacity_factor=factor) for r in objective.records]
+            layers = [_layer_statistics(r, capacity_factor=factor) for r in objective.records]
             for name in layers[0]:
                 mean = sum(layer[name] for layer in layers) / len(layers)
                 pl_module.log(f"routing/{name}", mean)
@@ -318,7 +318,7 @@ def load_balancing_loss(
     return num_experts * (load * probabilities.mean(dim=0)).sum()
 
 
-def router_z_loss(logits: Tensor) -> Tensor:
+def _router_z_loss(logits: Tensor) -> Tensor:
     """Return the mean of (log Σ exp logits)², which keeps logits small (arXiv 2202.08906, eq. 5).
 
     Args:
@@ -327,7 +327,7 @@ def router_z_loss(logits: Tensor) -> Tensor:
     return _wide(logits).logsumexp(dim=-1).square().mean()
 
 
-def routing_divergence(old_probabilities: Tensor, logits: Tensor) -> Tensor:
+def _routing_divergence(old_probabilities: Tensor, logits: Tensor) -> Tensor:
     """Return KL(old ‖ new) in nats per token, the shift of a router.
 
     Experts that were added since have no old probability, so all of theirs counts as shift.
@@ -366,7 +366,7 @@ def _wide(logits: Tensor) -> Tensor:
 # Shapes: N tokens, E experts, k experts per token.
 
 
-def layer_statistics(record: Record, *, capacity_factor: float) -> dict[str, float]:
+def _layer_statistics(record: Record, *, capacity_factor: float) -> dict[str, float]:
     """Return the use of one layer's experts over the tokens of a forward pass.
 
     `entropy` is the mean entropy of the router's probabilities per token, in nats; 0 is certain.
@@ -380,7 +380,7 @@ def layer_statistics(record: Record, *, capacity_factor: float) -> dict[str, flo
     """
     probabilities = record.probabilities.detach()
     num_experts = probabilities.shape[-1]
-    counts = expert_counts(record.selected, num_experts)
+    counts = _expert_counts(record.selected, num_experts)
     load = counts.double() / counts.sum()
     entropy = -torch.xlogy(probabilities, probabilities).sum(dim=-1).mean()
     return {
@@ -390,7 +390,7 @@ def layer_statistics(record: Record, *, capacity_factor: float) -> dict[str, flo
     }
 
 
-def expert_counts(selected: Tensor, num_experts: int) -> Tensor:
+def _expert_counts(selected: Tensor, num_experts: int) -> Tensor:
     """Return the number of tokens sent to each expert, int64 [E]; counts of batches add up.
 
     Args:
@@ -412,7 +412,7 @@ def dropped_fraction(counts: Tensor, *, capacity_factor: float) -> float:
     return int((counts - capacity).clamp(min=0).sum()) / total
 
 
-def bias_update(selection_bias: Tensor, load: Tensor, *, rate: float) -> Tensor:
+def _bias_update(selection_bias: Tensor, load: Tensor, *, rate: float) -> Tensor:
     """Return the next selection bias: b + rate · sign(mean load − load) (arXiv 2408.15664, alg. 1).
 
     Args:
@@ -442,7 +442,7 @@ def moe_usage(model: nn.Module, sequences: Mapping[str, Tensor]) -> dict[str, An
                 kept = kept_tokens(model, input_ids)
                 for row, record in zip(counts, routing.recorded(), strict=True):
                     chosen = record.selected if kept is None else record.selected[kept.flatten()]
-                    row += expert_counts(chosen, routing.num_experts).cpu()
+                    row += _expert_counts(chosen, routing.num_experts).cpu()
             shares[domain] = (counts / counts.sum(dim=1, keepdim=True)).tolist()
     return {
         "number": routing.num_experts,

@@ -84,7 +84,7 @@ class Unfreezing(Callback):
             parameter.requires_grad_(trainer.global_step >= self._after_steps)
 
 
-def expert_utility(model: nn.Module, sequences: Tensor, *, batch_size: int = 8) -> Tensor:
+def _expert_utility(model: nn.Module, sequences: Tensor, *, batch_size: int = 8) -> Tensor:
     """Return the utility of every expert, [number of layers with experts, E].
 
     Args:
@@ -118,4 +118,4 @@ def expert_utility(model: nn.Module, sequences: Tensor, *, batch_size: int = 8) 
 
 def best_experts(model: nn.Module, sequences: Tensor, *, batch_size: int = 8) -> tuple[int, ...]:
     """Return the expert of the highest utility for each layer with experts."""
-    return tuple(expert_utility(model, sequences, batch_size=batch_size).argmax(dim=1).tolist())
+    return tuple(_expert_utility(model, sequences, batch_size=batch_size).argmax(dim=1).tolist())

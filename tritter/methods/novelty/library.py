@@ -110,7 +110,7 @@ def embed(features: Tensor, projection: Projection | None) -> Tensor:
     return normalize((normed if projection is None else projection(normed)).double(), dim=-1)
 
 
-def contrast(one_nE: Tensor, two_nE: Tensor, groups: Tensor, *, temperature: float) -> Tensor:
+def _contrast(one_nE: Tensor, two_nE: Tensor, groups: Tensor, *, temperature: float) -> Tensor:
     """Return the NT-Xent loss of n pairs (SimCLR, Chen et al. 2020, equation 1).
 
     Unlike there, other samples of the same skill do not count as negatives.
@@ -175,7 +175,7 @@ def train_projection(
             kept = torch.rand(samples.shape, generator=generator) >= options.view_dropout
             viewed = head.of_standardised(samples * kept / (1 - options.view_dropout))
             views.append(normalize(viewed, dim=-1))
-        loss = contrast(views[0], views[1], groups, temperature=options.temperature)
+        loss = _contrast(views[0], views[1], groups, temperature=options.temperature)
         for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
             weight.grad = gradient
         optimizer.step()

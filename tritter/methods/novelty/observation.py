@@ -122,7 +122,7 @@ def observe(
         if not with_losses:
             raise _AllSeen
 
-    hook, logits_BTV = middle_layer(model).register_forward_hook(keep), None
+    hook, logits_BTV = _middle_layer(model).register_forward_hook(keep), None
     try:
         with preserve_modes(model), suppress(_AllSeen):
             model.eval()
@@ -144,7 +144,7 @@ def observe(
     return Observation(losses=losses_B, features=features_BH)
 
 
-def middle_layer(model: nn.Module) -> nn.Module:
+def _middle_layer(model: nn.Module) -> nn.Module:
     """Return decoder layer number ⌈L/2⌉ of a stock model with L layers.
 
     Raises:

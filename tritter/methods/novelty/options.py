@@ -212,7 +212,7 @@ class CosineNovelty(Detector):
         from tritter.methods.novelty.library import embed
 
         skills = torch.stack([skill.embedding for skill in library])
-        values_KB = mean_cosines(embed(seen.features, library.projection), skills)
+        values_KB = _mean_cosines(embed(seen.features, library.projection), skills)
         return {skill.name: 1 - each for skill, each in zip(library, values_KB, strict=True)}
 
     def score(self, seen: Observation, library: SkillLibrary) -> _Scores:
@@ -242,7 +242,7 @@ class CosineNovelty(Detector):
         )
 
 
-def mean_cosines(samples_BE: Tensor, skills_KE: Tensor) -> Tensor:
+def _mean_cosines(samples_BE: Tensor, skills_KE: Tensor) -> Tensor:
     """Return the cosine of a batch's mean with each skill, as values [K, B] of its samples.
 
     The mean of a row is exactly the cosine. The difference of a sample's value from it is the

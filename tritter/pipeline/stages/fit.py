@@ -130,7 +130,7 @@ def _report(run: Run, branch: Branch, result: FitResult) -> None:
     if result.ended_early is not None:
         run.say("", f"training ended early, at step {result.steps}: {result.ended_early}")
     if result.best_step is not None:
-        run.say("", best_weights(run.config, run.folder / branch.name, result))
+        run.say("", _best_weights(run.config, run.folder / branch.name, result))
 
 
 def _with_earlier(run: Run, branch: Branch, found: TrainingFound) -> TrainingFound:
@@ -313,7 +313,7 @@ def fit_branch(
     )
 
 
-def best_weights(config: RunConfig, folder: Path, result: FitResult) -> str:
+def _best_weights(config: RunConfig, folder: Path, result: FitResult) -> str:
     """Return which weights of a training are the best, and the start's value if it is better."""
     line = f"the best weights are those of step {result.best_step} of {result.steps}"
     (saver,) = callbacks_of("ModelCheckpoint", config)

@@ -295,7 +295,7 @@ class _Search:
         self._add_outside(key, [axis for axis in following if self._layer_of(axis) is None])
         for layer, block in self._blocks.items():
             axes = self._within(following, layer)
-            stream = residual_axes(block, axes, self._writers)
+            stream = _residual_axes(block, axes, self._writers)
             for name, axis in stream:
                 self._add(name, axis, self._stream_role(block, name, axis, key))
             rest = {axis: axes[axis] for axis in axes.keys() - stream}
@@ -317,7 +317,7 @@ class _Search:
     ) -> None:
         changes = [new - old for old, new in axes.values()]
         units = math.gcd(self._size(key), *changes)
-        found = arrangements(block, axes, units, self._head_dim) if axes else {}
+        found = _arrangements(block, axes, units, self._head_dim) if axes else {}
         if found is None:
             names = ", ".join(sorted({name for name, _ in axes}))
             raise RequestError(f"a layer depends on the order of its units ({key}: {names})")
@@ -458,7 +458,7 @@ class _Search:
 # Units
 
 
-def arrangements(
+def _arrangements(
     block: Block, axes: Mapping[_AxisOf, _Sizes], units: int, head_dim: int
 ) -> dict[_AxisOf, Arrangement] | None:
     """Return the arrangement of units along axes, or None if none is a symmetry of the layer.
@@ -578,7 +578,7 @@ def _is_elementwise(module: nn.Module, values: Tensor) -> bool:
 # The residual stream
 
 
-def residual_axes(
+def _residual_axes(
     block: Block, axes: Mapping[_AxisOf, _Sizes], writers: frozenset[str]
 ) -> set[_AxisOf]:
     """Return the axes of the residual stream among those that follow its size.
