@@ -33,7 +33,7 @@ from tritter.data.tokens import END_OF_TEXT, train_tokenizer
 from tritter.errors import RequestError, TritterError
 from tritter.stopping import Stopped
 from tritter.storage.reading import read_object
-from tritter.transform import Expanded
+from tritter.transform import Expanded, PlannedExpansion
 
 ROOT = Path(__file__).parents[1]
 WORDS = [f"def name_{n}(): return {n} + {n % 7}\nname_{n}()" * 3 for n in range(40)]
@@ -120,6 +120,17 @@ def test_a_live_model_is_written_with_its_lineage_and_tokenizer(tmp_path: Path) 
     with pytest.raises(RequestError, match="exists"):
         tritter.expand(model, "width", output=grown)
     assert tritter.expand(model, "width", output=grown, overwrite=True) == grown
+
+
+def test_a_false_claim_of_exactness_is_an_error_and_what_it_wrote_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    oracle.saved(oracle.tiny_llama(), tmp_path / "base")
+    monkeypatch.setattr(PlannedExpansion, "is_exact", True)
+    with pytest.raises(TritterError, match="the result differs from the source at layer"):
+        tritter.expand(tmp_path / "base", "dus", output=tmp_path / "deep")
+    error = read_lineage(tmp_path / "deep").expansion_history[-1].step0_error
+    assert error is not None and error > 0.01
 
 
 def test_the_former_call_writes_folder_to_folder(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from tritter.errors import (
     Names,
     Problem,
     RequestError,
+    TritterError,
     brief,
     nearest,
     raise_problems,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from tritter.checkpoints import Lineage
     from tritter.config.schema import RunConfig
     from tritter.core.expansions import ExpansionSpec
     from tritter.data.tokens import PretrainedTokenizer
@@ -203,7 +205,22 @@ def _expand_checkpoint(
 
     folder = locate(fspath(source), key="source")
     if output is not None:
-        return _expand_folder(folder, output, specs, seed, overwrite, {}).folder
+        with loading("torch"):
+            from tritter.checkpoints import Source
+            from tritter.core.models import read_model
+            from tritter.evaluation.measure import Measurement, measure
+
+        found = list[Measurement]()
+
+        def measured(made: Expanded) -> Lineage:
+            found.append(measure(Source.open(folder, read_model(folder)), made))
+            return found[0].lineage
+
+        options = {"before_publish": measured}
+        written = _expand_folder(folder, output, specs, seed, overwrite, options).folder
+        if found[0].fault:
+            raise TritterError(f"{found[0].fault}. The result stays.")
+        return written
     with loading("transformers"):
         from tritter.transform.live import ModelExpander
     require_plain(folder, doing="an expansion", key="source")

@@ -80,9 +80,9 @@ def run_expansion(source: Path, destination: Path, method: str) -> float:
 
 def run_check(source: Path, result: Path, contender: str) -> None:
     """Compare both in this process, after telling the parent that everything is imported."""
-    from tritter.cli.measure import random_tokens
     from tritter.core.models import load_model, read_model, uninitialised_model
     from tritter.evaluation.jump import folder_jump, logit_jump
+    from tritter.evaluation.measure import random_tokens
 
     tokens = random_tokens(read_model(result))
     uninitialised_model(

@@ -11,8 +11,8 @@ from tests.cli.conftest import Run
 from tests.oracle import saved, stock
 from tests.oracle.families import tiny
 from tritter.checkpoints import read_lineage
-from tritter.cli import measure
 from tritter.core.families import Model
+from tritter.evaluation import measure
 from tritter.evaluation.jump import folder_jump
 
 

@@ -199,6 +199,27 @@ def test_importance_is_timed_for_the_sequences_that_exist(
 
 
 @pytest.mark.full
+def test_importances_that_are_estimated_again_are_told_and_bounded(
+    tmp_path: Path, places: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a real model, each of six estimates took as long as all 109 steps, and nothing said so."""
+    words = [*QUICK, *SMALL_MODEL, *places, "expansion=width", "forgetting=ewc"]
+    words += ["training.max_steps=40", "evaluation.every_n_steps=0"]
+    summary, _ = run(tmp_path / "run", *words)
+    config = load_config([*words, f"cache_dir={tmp_path}/run/cache"])
+    count = config.forgetting[0].options.num_sequences
+    grown = training_flops(read_model(tmp_path / "run/attempt_1/trained"))
+    steps, estimates = 40 * config.data.batch_size, 4 * count  # before step 1, after 10, 20, 40
+    assert (estimates + count) <= steps < (estimates + count + 5)
+    assert summary["flops"]["fit"] == pytest.approx((steps + estimates) * grown.of(64), rel=0.02)
+    context = Run(config=config, folder=tmp_path, console=Console(), ledger=Ledger(tmp_path))
+    estimated = costs._flops(context, context.data.model)["training"]
+    assert estimated == pytest.approx(summary["flops"]["fit"], rel=0.02)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"ewc estimates the importances again up to 4 times, at most {count} sequences" in said
+
+
+@pytest.mark.full
 def test_training_is_timed_in_its_precision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,9 @@
 """A third-party method through a run, a kill during a step, and a following run."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from tests import oracle
-from tests.pipeline.outside_method import Options, Outside, SmallLogits, Widening
+from tests.pipeline.outside_method import Killed, Options, Outside, SmallLogits, Widening
 from tests.pipeline.tiny import TINY
 from tritter.checkpoints import read_lineage
 from tritter.checkpoints.history import read_chain, verify
@@ -34,6 +36,7 @@ from tritter.training.options import RULES
 from tritter.training.trainer import start_method
 from tritter.transform import Change
 
+ROOT = Path(__file__).parents[2]
 OUTSIDE = Component(name=Outside.name, kind=Outside, options=Options())
 
 CASES = {
@@ -237,12 +240,50 @@ def test_killed_after_it_changed_the_model(
 
 
 def test_a_summary_that_fails_is_reported(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """All work is done by then, and the run can't be repeated with another class."""
     monkeypatch.setattr(Widening, "summary", lambda *_: {"added": torch.ones(1)})
     summary = run(tmp_path, cache, "expansion=none", method=WIDENING)
     assert "Tensor is not JSON serializable" in summary["methods"]["widening"]["error"]
+    assert "Tensor is not JSON serializable" in capsys.readouterr().out
+
+
+@pytest.mark.full
+def test_the_example_of_the_page_follows_growth_and_resumes(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs/how-to/write_a_method.md").read_text()
+    (tmp_path / "cautious_example.py").write_text(page.split("```python\n")[1].split("```")[0])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    kind = import_module("cautious_example").Cautious
+    method = Component(name=kind.name, kind=kind, options=kind.Options())
+    words = ("expansion=none", "growth=foam", "growth.trigger=schedule", "growth.check_every=1")
+    words += ("growth.growth_cooldown=2", "growth.warmup_steps=0")
+    whole = run(tmp_path / "whole", cache, *words, method=method)
+    assert whole["growth"]["born"] > 0
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "observe_step", die_at(5))  # saved after four steps
+        with pytest.raises(Exception, match=r"Killed|^$"):
+            run(tmp_path / "parts", cache, *words, method=method)
+    assert (tmp_path / "parts/attempt_1/saved").exists()
+    parts = run(tmp_path / "parts", cache, *words, method=method)
+    assert parts["growth"]["born"] == whole["growth"]["born"]
+    assert hash_of(tmp_path / "whole/checkpoint") == hash_of(tmp_path / "parts/checkpoint")
+
+
+def die_at(last: int) -> Callable[..., float]:
+    """Return a hook that ends the process's work at a step."""
+
+    def observe_step(method: ForgettingMethod, model: torch.nn.Module, step: int) -> float:
+        if step == last:
+            raise Killed
+        return 0.0
+
+    return observe_step
 
 
 def test_the_weights_that_it_needs_are_refused_elsewhere() -> None:

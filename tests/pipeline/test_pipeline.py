@@ -24,6 +24,7 @@ from tritter.report.runs import curves_of
 from tritter.report.summary import Summary
 from tritter.training import BaseModule
 from tritter.training.module import TaskLoss
+from tritter.transform import PlannedExpansion
 
 Run = Callable[..., Outcome]
 # Of the tiny job; the built-in texts are those of test_readme.py and of the full tests below
@@ -143,6 +144,20 @@ def test_a_list_of_expansions_is_carried_out_in_order(
         kept = oracle.stock(tmp_path / "run/checkpoint")
         ids = oracle.tokens(trained.config.vocab_size)
         assert torch.equal(oracle.logits(kept, ids), oracle.logits(trained, ids))
+
+
+@pytest.mark.full
+def test_a_false_claim_of_exactness_is_told_before_the_training(
+    run_job: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(PlannedExpansion, "is_exact", True)
+    outcome = run_job(tmp_path / "run", "expansion=dus", "training.max_steps=2")
+    said = capsys.readouterr().out
+    told = said.index("`is_exact` or the parameter map of dus is wrong")
+    assert outcome.status == "rolled_back" and told < said.index("2 steps on")
 
 
 @pytest.mark.full

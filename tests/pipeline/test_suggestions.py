@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tritter.config.launch.composition import load_config
+from tritter.config.overrides import program_command
 from tritter.pipeline.next_commands import next_commands
 from tritter.report.summary import Summary
 
@@ -136,3 +137,23 @@ def test_what_was_not_kept_is_found(tmp_path: Path) -> None:
     )
     gone = next_commands(load_config(()), one, overrides=(), folder=tmp_path, rate=1e-3)
     assert not any("trained" in line for line in gone)
+
+
+@pytest.mark.parametrize(
+    ("called", "has_script", "said"),
+    [
+        ("elsewhere/train.py", False, "elsewhere/train.py"),
+        ("notebook.py", True, "train.py"),
+        ("notebook.py", False, "-m tritter train"),  # it is not on the path
+        ("/bin/tritter", False, "tritter train"),
+    ],
+)
+def test_the_program_is_one_that_works_in_this_folder(
+    called: str, has_script: bool, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [called])
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.chdir(tmp_path)
+    if has_script:
+        Path("train.py").touch()
+    assert " ".join(program_command()).removeprefix(sys.executable).strip() == said

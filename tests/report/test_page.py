@@ -204,6 +204,13 @@ def test_a_run_that_broke_down_has_a_page(rolled_back: dict[str, Any]) -> None:
 
 
 @pytest.mark.full
+def test_what_an_own_stage_found_is_on_the_page(summary: dict[str, Any]) -> None:
+    summary["stages"] = {"drift": {"largest": "layers.0 <b>"}}
+    text, _ = page([run_of(summary, "own", 0)], title="One")
+    assert "largest" in text and "layers.0 &lt;b&gt;" in text
+
+
+@pytest.mark.full
 def test_tasks_have_a_table(summary: dict[str, Any]) -> None:
     final = summary["final"]
     tasks = [{"domains": [name], "final": final, "steps": 5} for name in ("code", "prose")]

@@ -3,7 +3,7 @@ import io
 import pytest
 
 from tritter.report.summary import Summary
-from tritter.report.tables import print_summary, stage_table
+from tritter.report.tables import outside_table, print_summary, stage_table
 from tritter.report.wording import count_text, ratio_text, si_text
 from tritter.terminal import Console
 
@@ -185,6 +185,22 @@ def test_each_stage_has_seconds_and_flops(summary) -> None:
 def test_stages_keep_their_order_and_end_with_the_total(summary) -> None:
     summary |= {"seconds": {"a": 1.0, "total": 3.0}, "flops": {"a": 1.0, "b": 2.0, "total": 3.0}}
     assert [row[0] for row in stage_table(Summary.of(summary)).rows] == ["a", "b", "total"]
+
+
+def test_what_own_methods_and_stages_report_is_a_table(summary) -> None:
+    pulls = [[0, 0.0], [10, 0.15417]]
+    summary["methods"] = {"tether": {"fits": [{"steps": 30, "norms": [0.5] * 30, "pulls": pulls}]}}
+    summary["stages"] = {"drift": {"largest": ["a", "b"], "shares": {str(n): n for n in range(30)}}}
+    table = outside_table(Summary.of(summary))
+    assert table.rows[0] == ("drift", "largest", "a, b")
+    assert table.rows[-4:] == (
+        ("tether", "fits.0.steps", "30"),
+        ("tether", "fits.0.norms", "30 values"),
+        ("tether", "fits.0.pulls.0", "0, 0"),
+        ("tether", "fits.0.pulls.1", "10, 0.1542"),
+    )
+    assert len(table.rows) == 24 and table.caption == "11 values of drift more are in summary.json"
+    assert line_of(printed(summary), "tether", "fits.0.steps")[2:] == ["30"]
 
 
 def test_control_characters_of_a_sample_never_reach_the_terminal():

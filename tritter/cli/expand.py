@@ -66,17 +66,16 @@ from tritter.report.wording import count_text, number_text, ratio_text
 from tritter.storage.hub import locate
 from tritter.storage.reading import named_path
 from tritter.storage.tensors import WEIGHT_DTYPES
-from tritter.targets import dotted
 from tritter.terminal import Console, say
 
 if TYPE_CHECKING:
     import torch
 
     from tritter.checkpoints import Lineage, Source
-    from tritter.cli.measure import Measurement
     from tritter.cli.recipe import Recipe, Settings
     from tritter.core.expansions import ExpansionSpec
     from tritter.data.options import TextSources
+    from tritter.evaluation.measure import Measurement
     from tritter.pipeline.domain import DomainExpansion
     from tritter.transform import DiskNeeds, Expanded, PlannedExpansion
 
@@ -266,17 +265,9 @@ def expand(
                     print_json(result.to_dict())
                 else:
                     result.print()
-    if result.measured is None or not result.measured.is_broken:
+    if result.measured is None or not result.measured.fault:
         return 0
-    own = [spec.name for spec in specs if not dotted(type(spec)).startswith("tritter.")]
-    advice = "please report this with the output of `tritter inspect`"
-    if own:
-        advice = f"`is_exact` or the parameter map of {' and '.join(own)} is wrong"
-    say(
-        "error: the method is function-preserving, but the result differs from the source at "
-        f"{result.measured.first_difference}; {advice}. The result stays.",
-        is_error=True,
-    )
+    say(f"error: {result.measured.fault}. The result stays.", is_error=True)
     return EXIT_NO
 
 
@@ -557,11 +548,13 @@ def _expand(job: _Job, *, measures: bool, overwrite: bool, is_quiet: bool) -> _R
     with progress_bars(is_shown=not is_quiet) as new_bar:
 
         def measure_result(made: Expanded) -> Lineage:
-            from tritter.cli.measure import measure
+            from tritter.evaluation.measure import measure
+            from tritter.report.wording import mean_shift_text
 
             with refuse_damage():
                 found = measure(job.source, made, progress=new_bar("MB checked"))
-            measured.append(found)
+            assert found.jump is not None
+            measured.append(replace(found, text=found.text + mean_shift_text(found.jump)))
             return found.lineage
 
         made = expand(
@@ -580,7 +573,7 @@ def _expand(job: _Job, *, measures: bool, overwrite: bool, is_quiet: bool) -> _R
 
 def _expand_and_train(job: _Job, text: DomainRun, *, overwrite: bool, is_quiet: bool) -> _Result:
     """Add the experts and train them. After an error no output remains."""
-    from tritter.cli.measure import Measurement
+    from tritter.evaluation.measure import Measurement
     from tritter.pipeline.domain import DomainTask, expand_for_domain
 
     task = DomainTask(
@@ -600,7 +593,7 @@ def _expand_and_train(job: _Job, text: DomainRun, *, overwrite: bool, is_quiet: 
     )
     error = made.lineage.expansion_history[-1].step0_error
     text_of_error = "not finite" if error is None else f"logit shift {error:.1e} σ on its data"
-    measured = Measurement(made.lineage, error, False, text_of_error)
+    measured = Measurement(made.lineage, error, text_of_error)
     return _Result(job=job, plan=made.plan, lineage=made.lineage, measured=measured, training=made)
 
 

@@ -14,6 +14,7 @@ from tritter.core.families.config_file import read_model_file
 from tritter.errors import TritterError
 from tritter.options import RunRequest
 from tritter.storage.reading import named_path
+from tritter.targets import TARGET
 from tritter.training.options import EVALUATIONS, STEPS, positive_count
 
 _Bodies = Mapping[str, Mapping[str, Any]]  # group → its body
@@ -70,9 +71,9 @@ def _default_length(model: Mapping[str, Any]) -> int:
 def with_samples(bodies: _Bodies, classes: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Return the bodies with `num_sequences` of forgetting methods.
 
-    It is the default of the method, but not more than the sequences that training reads, or of
-    which a share is the sequences that it replays. The fewest are 8, or 2,048 tokens if these are
-    fewer sequences, but at least 2. Generated text that only other methods read has a tenth of the
+    It is the default of the method. But a method reads no more in all than the sequences of
+    training, or the share that it replays. The fewest are 8, or 2,048 tokens if these are fewer
+    sequences, but at least 2. Generated text that only other methods read has a tenth of the
     sequences that training reads, and at least 8 if it reads so many.
     """
     data, trainer = bodies.get("data", {}), bodies.get("trainer", {})
@@ -84,6 +85,7 @@ def with_samples(bodies: _Bodies, classes: Mapping[str, Any]) -> dict[str, Mappi
     length = positive_count(data.get(_LENGTH)) or _SMALL_LENGTH
     fewest = min(_FEWEST, max(2, _FEWEST_TOKENS // length))
     num_read = math.prod(positive_count(factor) or 1 for factor in factors)
+    steps = positive_count(factors[0]) or 1
     methods = dict(bodies.get("forgetting", {}))
     for name, body in methods.items():
         kind = classes.get(f"forgetting.{name}")
@@ -92,8 +94,12 @@ def with_samples(bodies: _Bodies, classes: Mapping[str, Any]) -> dict[str, Mappi
         most, share = getattr(kind.Options(), _SAMPLES), body.get("fraction", 1)
         if not isinstance(share, int | float) or not 0 <= share <= 1:
             share = 1  # reported elsewhere
+        times = 1
+        with suppress(TypeError, ValueError):  # reported elsewhere
+            asked = {key: value for key, value in body.items() if key != TARGET}
+            times += kind.refreshes(kind.Options(**asked), steps)
         least = fewest if share else max(fewest, min(_FEWEST, num_read))
-        count = min(most, max(least, math.ceil(num_read * (share or _UNMIXED_SHARE))))
+        count = min(most, max(least, math.ceil(num_read / times * (share or _UNMIXED_SHARE))))
         methods[name] = {**body, _SAMPLES: count}
     return {**bodies, "forgetting": methods} if "forgetting" in bodies else dict(bodies)
 

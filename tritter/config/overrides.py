@@ -319,14 +319,16 @@ def split_sweep(overrides: Sequence[Override]) -> list[list[str]]:
 
 
 def program_command() -> tuple[str, ...]:
-    """Return the command that started this program; it works again in the same folder."""
+    """Return the command that started this program, or one like it; it works in the same folder."""
     called = sys.argv[0] if sys.argv else ""
     name = Path(called).name
-    if name == "tritter":
+    if name == "train.py":
+        return (_python(), called)
+    if name != "tritter" and Path("train.py").is_file():
+        return (_python(), "train.py")
+    if name == "tritter" or _is_in_environment("tritter"):
         return ("tritter", "train")
-    if name == "__main__.py" and Path(called).parent.name == "tritter":
-        return (_python(), "-m", "tritter", "train")
-    return (_python(), called if name == "train.py" else "train.py")
+    return (_python(), "-m", "tritter", "train")
 
 
 def command(arguments: Sequence[str]) -> str:

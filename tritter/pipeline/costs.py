@@ -101,18 +101,18 @@ def _flops(run: Run, source: Model) -> Mapping[str, float]:
     most = sum(map(run.data.num_sequences, run.data.old_domains)) or min(
         (one.options.num_sequences for one, needs in methods if needs.writes), default=math.inf
     )
-    num_sampled = [
-        min(most, getattr(one.options, "num_sequences", 0))
-        for one, needs in methods
-        if needs.prepares
-    ]
+    num_sampled = num_refreshed = 0.0
+    for one, needs in methods:
+        of_estimate = min(most, getattr(one.options, "num_sequences", 0))
+        num_sampled += of_estimate if needs.prepares else 0
+        num_refreshed += one.kind.refreshes(one.options, steps) * of_estimate
     validations = 0 if text is None else 1 + -(-steps // text.every_n_steps)
     return {
         "pretraining (unless cached)": pretraining * sequences * old,
         "baseline": run.data.scoring.flops(forward_flops(source)),
-        "importance": sum(num_sampled) * old,
+        "importance": num_sampled * old,
         "expand": run.data.scoring.flops(reading) if config.expansion else 0.0,
-        "training": arms * steps * sequences * new,
+        "training": arms * (steps * sequences + num_refreshed) * new,
         "validation": 0.0 if text is None else arms * validations * evaluation_flops(reading, text),
         "evaluate": arms * run.data.scoring.flops(reading),
     }

@@ -29,7 +29,14 @@ from tritter.report.runs import (
     with_controls,
 )
 from tritter.report.table import Table
-from tritter.report.tables import attempts_table, result_table, size_text, stage_table, task_table
+from tritter.report.tables import (
+    attempts_table,
+    outside_table,
+    result_table,
+    size_text,
+    stage_table,
+    task_table,
+)
 from tritter.report.wording import MISSING, count_text, number_text, si_text
 
 if TYPE_CHECKING:
@@ -319,7 +326,8 @@ def _details(run: Run) -> dict[str, Any]:
         (each.check, each.subject or MISSING, each.verdict, each.detail or MISSING)
         for each in summary.last_attempt.gate
     )
-    tables += [Table(("check", "subject", "verdict", "reason"), checks), stage_table(summary)]
+    tables += [Table(("check", "subject", "verdict", "reason"), checks), outside_table(summary)]
+    tables.append(stage_table(summary))
     notes = list(summary.notes)
     if growth is not None:
         methods += f", growth={growth.name}"

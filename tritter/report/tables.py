@@ -1,8 +1,9 @@
 """The table at the end of a run, from summary.json alone."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -20,7 +21,7 @@ from tritter.report.rows import (
     unit_of,
 )
 from tritter.report.summary import Attempt, Jump, MoeRecord, Summary
-from tritter.report.table import STYLES, Table, label
+from tritter.report.table import STYLES, Table, label, omitted_note
 from tritter.report.wording import (
     MISSING,
     count_text,
@@ -41,6 +42,7 @@ _STATUS_WORDS = {
 _SAMPLE_CHARACTERS = 400
 _DOMAIN_CHARACTERS = 11
 _MAX_EXPERTS = 12  # columns
+_MAX_VALUES = 20  # rows of a method or stage from outside
 _STAGES = {"importance": "importance of parameters"}  # clearer names, where the key is too short
 
 
@@ -74,6 +76,8 @@ def print_summary(summary: Summary, *, console: Console, folder: Path | None = N
         tables.append(experts_table(added))
         if added.usage and len(added.names) > 1:
             tables.append(usage_table(added))
+    if summary.methods or summary.stages:
+        tables.append(outside_table(summary))
     for table in (*tables, stage_table(summary)):
         console.print()
         console.print(table.to_rich(console))
@@ -208,6 +212,34 @@ def stage_table(summary: Summary) -> Table:
     )
     rules = (len(rows) - 1,) if "total" in names else ()
     return Table(("stage", "seconds", "FLOPs"), rows, (1, 2), title="Cost", rules=rules)
+
+
+def outside_table(summary: Summary) -> Table:
+    """Return a row per value that methods and stages from outside reported."""
+    parts = [*summary.stages.items(), *summary.methods.items()]
+    rows, captions, rules = list[tuple[str, str, str]](), list[str](), list[int]()
+    for name, part in parts:
+        values = list(_values(part))
+        rules.append(len(rows))
+        rows += [(name, key, text) for key, text in values[:_MAX_VALUES]]
+        captions.append(omitted_note(len(values), _MAX_VALUES, of=f"values of {name} "))
+    caption = "\n".join(filter(None, captions))
+    return Table(("part", "entry", "value"), tuple(rows), caption=caption, rules=tuple(rules[1:]))
+
+
+def _values(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the path and the text of each value in plain data; of many numbers, their number."""
+    if isinstance(value, Mapping):
+        for name, each in value.items():
+            yield from _values(each, f"{key}.{name}" if key else str(name))
+    elif not isinstance(value, list):
+        yield key, format(value, ".4g") if isinstance(value, float) else str(value)
+    elif any(isinstance(each, list | Mapping) for each in value):
+        yield from _values(dict(enumerate(value)), key)
+    elif len(value) > _MAX_EXPERTS:
+        yield key, f"{len(value):,} values"
+    else:
+        yield key, ", ".join(text for each in value for _, text in _values(each))
 
 
 def moe_table(experts: MoeRecord) -> Table:

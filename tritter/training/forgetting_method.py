@@ -200,6 +200,15 @@ class ForgettingMethod(Method):
         return Needs()
 
     @classmethod
+    def refreshes(cls, options: Any, max_steps: int) -> int:
+        """Return the most times that `observe_step` reads `options.num_sequences` sequences.
+
+        Args:
+            max_steps: Optimizer steps of the training run.
+        """
+        return 0
+
+    @classmethod
     def is_logged(cls) -> bool:
         """Return True if the method logs `forgetting/<name>/loss` in either of its hooks."""
         own, none = (cls.extra_loss, cls.logged_loss), ForgettingMethod

@@ -11,6 +11,7 @@ import torch
 from lightning import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import SumMetric
 
@@ -28,7 +29,6 @@ from tritter.training.parameters import (
     flops_of_sequence,
     is_sharded,
     replay,
-    reshard_layers,
     shard,
 )
 
@@ -164,7 +164,8 @@ class BaseModule(LightningModule):
 
         These are means over the tokens of all processes, synchronised by torchmetrics.
         """
-        reshard_layers(self.model)
+        if isinstance(self.model, FSDPModule):  # frees what passes without a backward gathered
+            self.model.reshard()
         for domain, sums in self._sums.items():
             nats, right, tokens = (float(sums[name].compute()) for name in _SUMMED)
             self.log(f"eval/{domain}/loss", nats / tokens)

@@ -139,12 +139,6 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def reshard_layers(model: nn.Module) -> None:
-    """Free gathered layers after forward passes without a backward pass."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
-
-
 def gather_shards(model: nn.Module, *, is_kept: bool) -> None:
     """Gather the whole weights of a sharded model on the CPU, after training.
 

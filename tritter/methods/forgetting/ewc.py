@@ -98,6 +98,12 @@ class EWC(QuadraticPenalty):
             copies=2,
         )
 
+    @classmethod
+    def refreshes(cls, options: Any, max_steps: int) -> int:
+        period = options.refresh_steps
+        before_training = options.at != "carried"
+        return before_training + (0 if period is None else (max_steps // period).bit_length())
+
     def prepare(self, preparation: Preparation) -> Prepared:
         """Compute the Fisher at the weights before the expansion.
 

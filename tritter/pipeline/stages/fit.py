@@ -251,6 +251,10 @@ def _announce(run: Run, branch: Branch, max_steps: int, rate: float) -> None:
     which = f" (task {branch.task + 1} of {tasks})" if tasks > 1 else ""
     text = f"{max_steps} steps on {domains}{which}; learning rate {rate:.2g}; "
     run.say("train", f"{text}forgetting mitigation: {mitigation}")
+    for one in run.config.forgetting:
+        if times := one.kind.refreshes(one.options, max_steps):
+            much = f"{times} times, at most {one.options.num_sequences:,} sequences each"
+            run.say("", f"{one.name} estimates the importances again up to {much}")
 
 
 def _freeze(

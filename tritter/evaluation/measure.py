@@ -11,9 +11,9 @@ from tritter.core.families import Model
 from tritter.core.models import read_model
 from tritter.errors import TritterError
 from tritter.evaluation.gate import EXACT_JUMP, rounded_jump
-from tritter.evaluation.jump import folder_jump
-from tritter.report.wording import mean_shift_text
+from tritter.evaluation.jump import Jump, folder_jump
 from tritter.storage.tensors import TensorFolder
+from tritter.targets import dotted
 from tritter.transform import Expanded
 
 # Each weight is read once for all tokens. With experts, more tokens are needed to reach them all
@@ -28,17 +28,17 @@ class Measurement:
     Args:
         lineage: lineage of the result, with the error.
         error: max |Δ logits| / std(logits) on random tokens; None if not finite.
-        is_broken: True if a function-preserving method differs by more than rounding. For a 16-bit
-            result the bound is that of 16-bit rounding.
         text: readable description.
-        first_difference: first layer at which a broken result differs from the source.
+        jump: all figures of the difference, if there are more.
+        fault: what is wrong if a function-preserving method differs by more than rounding, else
+            empty. For a 16-bit result the bound is that of 16-bit rounding.
     """
 
     lineage: Lineage
     error: float | None
-    is_broken: bool
     text: str
-    first_difference: str = ""
+    jump: Jump | None = None
+    fault: str = ""
 
 
 def measure(
@@ -81,24 +81,29 @@ def measure(
     except Exception as raised:
         raise TritterError(
             f"{source.folder} cannot be measured: its model fails on tokens ({raised!r}); "
-            "--no-measure expands it without measuring."
+            "--no-measure, or three positional arguments in Python, expand it without measuring."
         ) from raised
     jump = found.jump
     error = jump.to_dict()["relative_to_std"]
     new = len(result.steps)
     lineage = record_step0_error(result.folder, result.lineage, error, model.config, num_new=new)
-    claims_exact = result.plan.is_exact
     bound = rounded_jump(has_experts=model.family.has_experts) if rounded else EXACT_JUMP
-    is_broken = claims_exact and not jump.relative_to_std < bound
     note = f", including rounding to {' and '.join(rounded)}" if rounded else ""
     text = f"logit shift at most {jump.relative_to_std:.1e} σ on random tokens{note}"
-    text += mean_shift_text(jump)
     if jump.new_token_mass is not None:
         text += f"; new tokens get {jump.new_token_mass:.1%} of the probability"
-    first_difference = (
-        found.first_difference(result.plan.parameter_map.layer_sources) if is_broken else ""
-    )
-    return Measurement(lineage, error, is_broken, text, first_difference)
+    fault = ""
+    if result.plan.is_exact and not jump.relative_to_std < bound:
+        own = [s.spec.name for s in result.steps if not dotted(type(s.spec)).startswith("tritter.")]
+        place = found.first_difference(result.plan.parameter_map.layer_sources)
+        fault = "the method is function-preserving, but the result differs from the source at "
+        fault += f"{place}; "
+        fault += (
+            f"`is_exact` or the parameter map of {' and '.join(own)} is wrong"
+            if own
+            else ("please report this with the output of `tritter inspect`")
+        )
+    return Measurement(lineage, error, text, jump, fault)
 
 
 def _rounded_dtypes(source: Source, result: Expanded) -> list[str]:
