@@ -3,6 +3,7 @@
 import gc
 import logging
 import signal
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -34,6 +35,14 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 20, 100)  # a composition alone makes many small objects
+
+
+@pytest.fixture(scope="session", autouse=True)
+def started_by_the_script() -> Iterator[None]:
+    """Commands that a run prints are those of train.py, not of pytest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *sys.argv[1:]])
+        yield
 
 
 @pytest.fixture(autouse=True)

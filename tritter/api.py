@@ -156,6 +156,8 @@ def expand(
     Raises:
         RequestError: the method, an option or the model family is unknown, the target is
             impossible, the model is a PeftModel, or `output` may not be written.
+        TritterError: a function-preserving method changed the function, which stays on disk; or
+            the result can't be measured.
     """
     if specs is not None:
         return _expand_folder(source, method, specs, seed, overwrite, options)

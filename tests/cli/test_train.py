@@ -131,7 +131,7 @@ def test_what_the_options_mean(run: Run, texts: Path, configs: list[RunConfig]) 
     assert config.model == CheckpointModelConfig(model_type="hf", path=str(texts / "base"))
     assert (config.expansion, config.training.max_steps) == ((), 7)
     assert [one.options for one in config.forgetting] == [
-        EWCOptions(ewc_lambda=1000, num_sequences=112)
+        EWCOptions(ewc_lambda=1000, num_sequences=56)
     ]
     assert data_of(config).new == {"new": [f"{texts}/data/pretraining", f"{texts}/old/0.txt"]}
     assert data_of(config).old == {"old": [f"{texts}/old"]}
@@ -203,7 +203,7 @@ def test_typed_keys_win(run: Run, texts: Path, configs: list[RunConfig]) -> None
     assert result.code == 0, result.err
     (config,) = configs
     assert [options.name for options in config.forgetting] == ["replay", "ewc"]
-    assert config.forgetting[1].options == EWCOptions(ewc_lambda=5, num_sequences=48)
+    assert config.forgetting[1].options == EWCOptions(ewc_lambda=5, num_sequences=24)
     assert [spec.name for spec in config.expansion] == ["width"]
     assert data_of(config).new == {"x": [f"{texts}/data"]}
     assert config.training.max_steps == 3

@@ -156,7 +156,7 @@ def test_a_false_claim_of_exactness_is_told_before_the_training(
     monkeypatch.setattr(PlannedExpansion, "is_exact", True)
     outcome = run_job(tmp_path / "run", "expansion=dus", "training.max_steps=2")
     said = capsys.readouterr().out
-    told = said.index("`is_exact` or the parameter map of dus is wrong")
+    told = said.index("standard deviations, although it is exact; please report this")
     assert outcome.status == "rolled_back" and told < said.index("2 steps on")
 
 

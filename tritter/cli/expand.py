@@ -554,7 +554,10 @@ def _expand(job: _Job, *, measures: bool, overwrite: bool, is_quiet: bool) -> _R
             with refuse_damage():
                 found = measure(job.source, made, progress=new_bar("MB checked"))
             assert found.jump is not None
-            measured.append(replace(found, text=found.text + mean_shift_text(found.jump)))
+            text = found.text + mean_shift_text(found.jump)
+            if (mass := found.jump.new_token_mass) is not None:
+                text += f"; new tokens get {mass:.1%} of the probability"
+            measured.append(replace(found, text=text))
             return found.lineage
 
         made = expand(

@@ -12,7 +12,7 @@ from tritter.checkpoints import read_lineage
 from tritter.checkpoints.record import window_length
 from tritter.core.families.config_file import read_model_file
 from tritter.errors import TritterError
-from tritter.options import RunRequest
+from tritter.options import RunRequest, read_options
 from tritter.storage.reading import named_path
 from tritter.targets import TARGET
 from tritter.training.options import EVALUATIONS, STEPS, positive_count
@@ -94,12 +94,13 @@ def with_samples(bodies: _Bodies, classes: Mapping[str, Any]) -> dict[str, Mappi
         most, share = getattr(kind.Options(), _SAMPLES), body.get("fraction", 1)
         if not isinstance(share, int | float) or not 0 <= share <= 1:
             share = 1  # reported elsewhere
-        times = 1
-        with suppress(TypeError, ValueError):  # reported elsewhere
-            asked = {key: value for key, value in body.items() if key != TARGET}
-            times += kind.refreshes(kind.Options(**asked), steps)
+        asked = {key: value for key, value in body.items() if key not in (TARGET, _SAMPLES)}
+        options = read_options(kind.Options, asked, prefix="", problems=[])  # reported elsewhere
+        times = 0 if options is None else bool(kind.needs(options).prepares)
+        times += 0 if options is None else kind.refreshes(options, steps)
         least = fewest if share else max(fewest, min(_FEWEST, num_read))
-        count = min(most, max(least, math.ceil(num_read / times * (share or _UNMIXED_SHARE))))
+        at_once = -(-num_read // max(1, times))
+        count = min(most, max(least, math.ceil(at_once * (share or _UNMIXED_SHARE))))
         methods[name] = {**body, _SAMPLES: count}
     return {**bodies, "forgetting": methods} if "forgetting" in bodies else dict(bodies)
 

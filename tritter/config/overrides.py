@@ -320,13 +320,10 @@ def split_sweep(overrides: Sequence[Override]) -> list[list[str]]:
 
 def program_command() -> tuple[str, ...]:
     """Return the command that started this program, or one like it; it works in the same folder."""
-    called = sys.argv[0] if sys.argv else ""
-    name = Path(called).name
-    if name == "train.py":
-        return (_python(), called)
-    if name != "tritter" and Path("train.py").is_file():
-        return (_python(), "train.py")
-    if name == "tritter" or _is_in_environment("tritter"):
+    called = Path(sys.argv[0] if sys.argv else "")
+    if called.name == "train.py":
+        return (_python(), str(called))
+    if called.name == "tritter" or _is_in_environment("tritter"):
         return ("tritter", "train")
     return (_python(), "-m", "tritter", "train")
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tritter.checkpoints import Lineage, Source, record_step0_error
+from tritter.core.expansions import ExpansionSpec
 from tritter.core.families import Model
 from tritter.core.models import read_model
 from tritter.errors import TritterError
@@ -90,20 +91,20 @@ def measure(
     bound = rounded_jump(has_experts=model.family.has_experts) if rounded else EXACT_JUMP
     note = f", including rounding to {' and '.join(rounded)}" if rounded else ""
     text = f"logit shift at most {jump.relative_to_std:.1e} σ on random tokens{note}"
-    if jump.new_token_mass is not None:
-        text += f"; new tokens get {jump.new_token_mass:.1%} of the probability"
     fault = ""
     if result.plan.is_exact and not jump.relative_to_std < bound:
-        own = [s.spec.name for s in result.steps if not dotted(type(s.spec)).startswith("tritter.")]
         place = found.first_difference(result.plan.parameter_map.layer_sources)
         fault = "the method is function-preserving, but the result differs from the source at "
-        fault += f"{place}; "
-        fault += (
-            f"`is_exact` or the parameter map of {' and '.join(own)} is wrong"
-            if own
-            else ("please report this with the output of `tritter inspect`")
-        )
+        fault += f"{place}; {wrong_part([step.spec for step in result.steps])}"
     return Measurement(lineage, error, text, jump, fault)
+
+
+def wrong_part(specs: Sequence[ExpansionSpec]) -> str:
+    """Return the reason for a changed function after expansions that claim to preserve it."""
+    own = [spec.name for spec in specs if not dotted(type(spec)).startswith("tritter.")]
+    if not own:
+        return "please report this with the output of `tritter inspect`"
+    return f"`is_exact` or the parameter map of {' and '.join(own)} is wrong"
 
 
 def _rounded_dtypes(source: Source, result: Expanded) -> list[str]:

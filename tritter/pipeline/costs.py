@@ -1,6 +1,5 @@
 """What a run will cost, before its first stage: parameters, memory, and seconds of each stage."""
 
-import math
 import time
 from collections.abc import Iterator, Mapping
 
@@ -94,12 +93,15 @@ def _flops(run: Run, source: Model) -> Mapping[str, float]:
     reading = forward_flops(grown)
     old, new = (training_flops(each).of(length) for each in (source, grown))
     sequences = data.batch_size * config.trainer.accumulate_grad_batches
-    arms = len(run.data.text.tasks) + config.control
+    tasks = len(run.data.text.tasks)
+    arms = tasks * (1 + config.control)
     steps = config.training.max_steps
     pretraining = config.pretraining.max_steps if run.data.initial_checkpoint is None else 0
     methods = tuple(zip(config.forgetting, needs_of(config.forgetting), strict=True))
-    most = sum(map(run.data.num_sequences, run.data.old_domains)) or min(
-        (one.options.num_sequences for one, needs in methods if needs.writes), default=math.inf
+    # Without old text, a method keeps the importances of the checkpoint
+    kept = sum(map(len, run.data.text.kept_sequences.sequences.values()))
+    most = sum(map(run.data.num_sequences, run.data.old_domains), kept) or min(
+        (one.options.num_sequences for one, needs in methods if needs.writes), default=0
     )
     num_sampled = num_refreshed = 0.0
     for one, needs in methods:
@@ -110,7 +112,7 @@ def _flops(run: Run, source: Model) -> Mapping[str, float]:
     return {
         "pretraining (unless cached)": pretraining * sequences * old,
         "baseline": run.data.scoring.flops(forward_flops(source)),
-        "importance": num_sampled * old,
+        "importance": num_sampled * (old + (arms - 1 - config.control) * new),
         "expand": run.data.scoring.flops(reading) if config.expansion else 0.0,
         "training": arms * (steps * sequences + num_refreshed) * new,
         "validation": 0.0 if text is None else arms * validations * evaluation_flops(reading, text),

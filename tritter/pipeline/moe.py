@@ -21,7 +21,6 @@ from tritter.pipeline.branch import Branch
 from tritter.pipeline.run import Run
 from tritter.training import Trainee
 
-_USAGE_SEQUENCES = 64
 _HOLD_OLD_SEQUENCES = 256  # old sequences whose routing is preserved
 
 
@@ -105,13 +104,6 @@ def training_of_routers(run: Run, branch: Branch, trainee: Trainee) -> Iterator[
             base = [p for p in model.parameters() if not p.requires_grad]
             trainee.controls += (Unfreezing(base, after_steps=options.unfreeze_after),)
         yield
-
-
-def usage_sequences(run: Run) -> dict[str, Tensor]:
-    """Return domain → training sequences for measuring expert usage."""
-    return {
-        domain: spaced_sequences(run, [domain], _USAGE_SEQUENCES) for domain in run.data.domains
-    }
 
 
 def has_unsaved_bias(run: Run) -> bool:

@@ -76,8 +76,8 @@ def print_summary(summary: Summary, *, console: Console, folder: Path | None = N
         tables.append(experts_table(added))
         if added.usage and len(added.names) > 1:
             tables.append(usage_table(added))
-    if summary.methods or summary.stages:
-        tables.append(outside_table(summary))
+    if (outside := outside_table(summary)).rows:
+        tables.append(outside)
     for table in (*tables, stage_table(summary)):
         console.print()
         console.print(table.to_rich(console))
@@ -233,7 +233,10 @@ def _values(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
         for name, each in value.items():
             yield from _values(each, f"{key}.{name}" if key else str(name))
     elif not isinstance(value, list):
-        yield key, format(value, ".4g") if isinstance(value, float) else str(value)
+        text = format(value, ".4g") if isinstance(value, float) else str(value)
+        is_long = len(text) > _SAMPLE_CHARACTERS
+        text = f"{text[: _SAMPLE_CHARACTERS - 2]}.." if is_long else text
+        yield key, MISSING if value is None else text
     elif any(isinstance(each, list | Mapping) for each in value):
         yield from _values(dict(enumerate(value)), key)
     elif len(value) > _MAX_EXPERTS:

@@ -23,6 +23,7 @@ from tritter.pipeline.stages.fit import load_trained
 from tritter.pipeline.trained import round_weights
 from tritter.storage.records import record
 
+_USAGE_OF_ROUTERS = 64  # sequences per domain, to measure the usage of experts
 _USAGE_SEQUENCES = 16  # per domain, to measure the gates of LoRA experts
 
 
@@ -83,7 +84,10 @@ class Evaluate(Stage):
             flops += spent
         read, used, lora_used = list[Tensor](), None, None
         if Routing.of(trained) is not None:
-            of_routers = moe.usage_sequences(run)
+            of_routers = {
+                name: moe.spaced_sequences(run, [name], _USAGE_OF_ROUTERS)
+                for name in run.data.domains
+            }
             used = moe_usage(trained.to(run.device), of_routers)
             read += of_routers.values()
         if mixture_on(trained) is not None:

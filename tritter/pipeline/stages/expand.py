@@ -11,6 +11,7 @@ from tritter.core.models import load_model
 from tritter.data.chat import ids_of
 from tritter.evaluation.gate import EXACT_JUMP
 from tritter.evaluation.jump import logit_jump
+from tritter.evaluation.measure import wrong_part
 from tritter.evaluation.statistics import score_file
 from tritter.methods.whole import reading_flops
 from tritter.pipeline import windows
@@ -50,9 +51,8 @@ class Expand(Stage):
             before, after = (load_model(each.folder, model=each.model) for each in (source, grown))
             jump = logit_jump(before, after, tokens, new_tokens=new_tokens, has_yardstick=True)
         if plan.is_exact and not jump.relative_to_std < EXACT_JUMP:
-            names = " and ".join(spec.name for spec in branch.specs)
             shift = f"the result differs by {jump.relative_to_std:.2g} standard deviations"
-            run.say("", f"{shift}: `is_exact` or the parameter map of {names} is wrong")
+            run.say("", f"{shift}, although it is exact; {wrong_part(branch.specs)}")
         error, num_steps = jump.to_dict()["relative_to_std"], len(branch.specs)
         lineage = record_step0_error(
             grown.folder, made.lineage, error, grown.config, num_new=num_steps

@@ -179,6 +179,10 @@ def _train(
     with moe.training_of_routers(run, branch, trainee):
         is_routed = bool(trainee.side_losses)
         task = importance.task(run, branch, follow=trainee.follow)
+        for one in methods if task.old_sequences else ():
+            if times := one.refreshes(one.options, max_steps):
+                much = f"{times} times, each from at most {one.options.num_sequences:,} sequences"
+                run.say("", f"{one.name} estimates the importances again up to {much}")
         _attach(run, branch, start, trainee, task, (*others, *methods), max_steps=max_steps)
         _freeze(model, methods, task, max_steps=settings.max_steps)
         module = BaseModule.of(
@@ -251,10 +255,6 @@ def _announce(run: Run, branch: Branch, max_steps: int, rate: float) -> None:
     which = f" (task {branch.task + 1} of {tasks})" if tasks > 1 else ""
     text = f"{max_steps} steps on {domains}{which}; learning rate {rate:.2g}; "
     run.say("train", f"{text}forgetting mitigation: {mitigation}")
-    for one in run.config.forgetting:
-        if times := one.kind.refreshes(one.options, max_steps):
-            much = f"{times} times, at most {one.options.num_sequences:,} sequences each"
-            run.say("", f"{one.name} estimates the importances again up to {much}")
 
 
 def _freeze(
