@@ -30,7 +30,7 @@ from tests.core.families.model_types import (
 )
 from tests.oracle.families import OWN, tiny
 from tritter.checkpoints import read_lineage
-from tritter.cli import main, measure
+from tritter.cli import main
 from tritter.core.expansions import LlamaPro, Width
 from tritter.core.expansions.specification import is_possible
 from tritter.core.expansions.targets import growth_examples
@@ -41,6 +41,7 @@ from tritter.core.families.discovery.family import DiscoveredFamily, discover, s
 from tritter.core.families.discovery.twin import Block, build_twin, find_writers
 from tritter.core.models import read_model
 from tritter.errors import RequestError
+from tritter.evaluation import measure
 from tritter.evaluation.jump import folder_jump
 
 QUICK = ("llama", "gemma2", "gpt2", "qwen3_moe")
