@@ -216,7 +216,10 @@ def test_importances_that_are_estimated_again_are_told_and_bounded(
     estimated = costs._flops(context, context.data.model)["training"]
     assert estimated == pytest.approx(summary["flops"]["fit"], rel=0.02)
     said = " ".join(capsys.readouterr().out.split())
-    assert f"ewc estimates the importances again up to 4 times, at most {count} sequences" in said
+    expected = (
+        f"ewc estimates the importances again up to 4 times, each from at most {count} sequences"
+    )
+    assert expected in said
 
 
 @pytest.mark.full

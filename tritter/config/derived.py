@@ -84,7 +84,7 @@ def with_samples(bodies: _Bodies, classes: Mapping[str, Any]) -> dict[str, Mappi
     )
     length = positive_count(data.get(_LENGTH)) or _SMALL_LENGTH
     fewest = min(_FEWEST, max(2, _FEWEST_TOKENS // length))
-    num_read = math.prod(positive_count(factor) or 1 for factor in factors)
+    num_read = math.prod(filter(None, map(positive_count, factors)))
     steps = positive_count(factors[0]) or 1
     methods = dict(bodies.get("forgetting", {}))
     for name, body in methods.items():
@@ -94,7 +94,9 @@ def with_samples(bodies: _Bodies, classes: Mapping[str, Any]) -> dict[str, Mappi
         most, share = getattr(kind.Options(), _SAMPLES), body.get("fraction", 1)
         if not isinstance(share, int | float) or not 0 <= share <= 1:
             share = 1  # reported elsewhere
-        asked = {key: value for key, value in body.items() if key not in (TARGET, _SAMPLES)}
+        asked = dict(body)
+        for known in (TARGET, _SAMPLES):
+            asked.pop(known, None)
         options = read_options(kind.Options, asked, prefix="", problems=[])  # reported elsewhere
         times = 0 if options is None else bool(kind.needs(options).prepares)
         times += 0 if options is None else kind.refreshes(options, steps)

@@ -98,10 +98,11 @@ def _flops(run: Run, source: Model) -> Mapping[str, float]:
     steps = config.training.max_steps
     pretraining = config.pretraining.max_steps if run.data.initial_checkpoint is None else 0
     methods = tuple(zip(config.forgetting, needs_of(config.forgetting), strict=True))
-    # Without old text, a method keeps the importances of the checkpoint
-    kept = sum(map(len, run.data.text.kept_sequences.sequences.values()))
-    most = sum(map(run.data.num_sequences, run.data.old_domains), kept) or min(
-        (one.options.num_sequences for one, needs in methods if needs.writes), default=0
+    # Without any text, a method keeps the importances of the checkpoint
+    most = (
+        sum(map(run.data.num_sequences, run.data.old_domains))
+        or sum(map(len, run.data.text.kept_sequences.sequences.values()))
+        or min((one.options.num_sequences for one, each in methods if each.writes), default=0)
     )
     num_sampled = num_refreshed = 0.0
     for one, needs in methods:

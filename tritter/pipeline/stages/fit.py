@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 
 from lightning import Callback
@@ -249,7 +250,7 @@ def _attach(
 
 def _announce(run: Run, branch: Branch, max_steps: int, rate: float) -> None:
     frozen = ["frozen base"] if run.config.experts and not branch.is_control else []
-    names = [*frozen, *(one.name for one in run.config.forgetting)]
+    names = [*frozen, *map(attrgetter("name"), run.config.forgetting)]
     mitigation = " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) or "none"
     domains, tasks = ", ".join(run.data.new_domains_of(branch)), len(run.data.text.tasks)
     which = f" (task {branch.task + 1} of {tasks})" if tasks > 1 else ""
