@@ -94,12 +94,12 @@ def with_samples(bodies: _Bodies, classes: Mapping[str, Any]) -> dict[str, Mappi
         most, share = getattr(kind.Options(), _SAMPLES), body.get("fraction", 1)
         if not isinstance(share, int | float) or not 0 <= share <= 1:
             share = 1  # reported elsewhere
-        asked = dict(body)
-        for known in (TARGET, _SAMPLES):
-            asked.pop(known, None)
+        asked = {**body, _SAMPLES: most}
+        asked.pop(TARGET, None)
         options = read_options(kind.Options, asked, prefix="", problems=[])  # reported elsewhere
-        times = 0 if options is None else bool(kind.needs(options).prepares)
-        times += 0 if options is None else kind.refreshes(options, steps)
+        times = 1
+        if options is not None:
+            times = bool(kind.needs(options).prepares) + kind.refreshes(options, steps)
         least = fewest if share else max(fewest, min(_FEWEST, num_read))
         at_once = -(-num_read // max(1, times))
         count = min(most, max(least, math.ceil(at_once * (share or _UNMIXED_SHARE))))
