@@ -42,7 +42,7 @@ _STATUS_WORDS = {
 _SAMPLE_CHARACTERS = 400
 _DOMAIN_CHARACTERS = 11
 _MAX_EXPERTS = 12  # columns
-_MAX_VALUES = 20  # rows of a method or stage from outside
+_MAX_VALUES, _MAX_LISTED = 20, 12  # rows of a part from outside, and values in a cell
 _STAGES = {"importance": "importance of parameters"}  # clearer names, where the key is too short
 
 
@@ -239,7 +239,7 @@ def _values(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield key, MISSING if value is None else text
     elif any(isinstance(each, list | Mapping) for each in value):
         yield from _values(dict(enumerate(value)), key)
-    elif len(value) > _MAX_EXPERTS:
+    elif len(value) > _MAX_LISTED:
         yield key, f"{len(value):,} values"
     else:
         yield key, ", ".join(text for each in value for _, text in _values(each))
