@@ -18,7 +18,7 @@ from tritter.evaluation.benchmarks import files
 from tritter.evaluation.benchmarks.files import Questions, TasksFolder, load, questions_of
 from tritter.evaluation.benchmarks.formats import BENCHMARKS, Question
 from tritter.evaluation.benchmarks.harness import _null_scores
-from tritter.evaluation.code.sandbox import Outcome
+from tritter.evaluation.code.sandbox import ProgramResult
 
 SHARED = Path(__file__).resolve().parents[3] / "shared/data"
 CHOICE = {
@@ -284,8 +284,8 @@ def test_a_link_out_of_the_folder_is_not_read(tmp_path: Path) -> None:
 
 
 class Refusing:
-    def run(self, program: str, tests: str = "") -> Outcome:
-        return Outcome("return" in program)
+    def run(self, program: str, tests: str = "") -> ProgramResult:
+        return ProgramResult("return" in program)
 
     def check(self) -> None: ...
 

@@ -29,7 +29,7 @@ from tritter.evaluation.benchmarks.harness import (
     score_benchmark,
     score_from_hub,
 )
-from tritter.evaluation.code.sandbox import Outcome
+from tritter.evaluation.code.sandbox import ProgramResult
 
 lm_eval = pytest.importorskip("lm_eval")
 SHARED = Path(__file__).resolve().parents[3] / "shared/data"
@@ -273,9 +273,9 @@ class Knowing:
     def __init__(self, word: str) -> None:
         self.word, self.programs = word, []  # type: ignore[var-annotated]
 
-    def run(self, program: str, tests: str = "") -> Outcome:
+    def run(self, program: str, tests: str = "") -> ProgramResult:
         self.programs.append(program + tests)
-        return Outcome(self.word in program + tests)
+        return ProgramResult(self.word in program + tests)
 
     def check(self) -> None: ...
 

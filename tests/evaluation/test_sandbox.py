@@ -14,7 +14,7 @@ from tritter.errors import RequestError, TritterError
 from tritter.evaluation.benchmarks.files import TasksFolder, load, questions_of
 from tritter.evaluation.benchmarks.formats import BENCHMARKS, is_passed
 from tritter.evaluation.code import sandbox as code
-from tritter.evaluation.code.sandbox import ExternalSandbox, Limits, NamespaceSandbox, Outcome
+from tritter.evaluation.code.sandbox import ExternalSandbox, Limits, NamespaceSandbox, ProgramResult
 from tritter.evaluation.code.warden import _WORK
 
 QUICK = NamespaceSandbox(Limits(seconds=3, cpu_seconds=1))
@@ -169,7 +169,7 @@ def test_all_canonical_solutions_pass(name: str, field: str, key: str) -> None:
 class Open(NamespaceSandbox):
     """A sandbox without isolation: the negative control of the check."""
 
-    def run(self, program: str, tests: str = "") -> Outcome:
+    def run(self, program: str, tests: str = "") -> ProgramResult:
         command = [sys.executable, "-I", "-"]
         return code._run(command, program, tests, self.limits, environment={"A": "b"})
 

@@ -16,7 +16,7 @@ from tritter.cli import main
 from tritter.config.launch.composition import load_config
 from tritter.core.families import Model, forward_flops
 from tritter.core.models import load_model, read_model
-from tritter.core.stock_routers import Routing
+from tritter.core.stock_routers import RouterControl
 from tritter.errors import RequestError
 from tritter.pipeline import Outcome, run_pipeline
 from tritter.transform.children import OpenChild, _child_sequences
@@ -82,7 +82,7 @@ def test_children_become_one_model(place: Path, cache: Path, tmp_path: Path) -> 
 def _check_routing(place: Path, expanded: Path) -> None:
     """Tokens of a child's data mostly go to its expert."""
     model = load_model(expanded)
-    routing = Routing.of(model)
+    routing = RouterControl.of(model)
     assert routing is not None
     shares = []
     for name in ("letters", "digits"):

@@ -16,7 +16,7 @@ from tests.pipeline.tiny import is_within
 from tritter.checkpoints import read_lineage
 from tritter.config.launch.composition import load_config
 from tritter.core.models import load_model
-from tritter.core.stock_routers import AddedExperts, Routing, stock_obstacle
+from tritter.core.stock_routers import AddedExperts, RouterControl, stock_obstacle
 from tritter.errors import RequestError
 from tritter.methods.moe_routing.distill import DistillationModule
 from tritter.methods.moe_routing.separate import shared_names
@@ -232,7 +232,7 @@ def test_the_best_weights_are_judged_with_their_own_offsets(
 
     def watched(best: BestWeights, trainer: Any, module: Any) -> None:
         load(best, trainer, module)
-        routing = Routing.attached(module.model)
+        routing = RouterControl.attached(module.model)
         assert routing is not None
         judged.append(routing.state_dict()["offset"])
 
@@ -398,18 +398,18 @@ def test_a_killed_run_ends_with_the_same_bias(
         "gate='off'", "moe_routing.bias_update_rate=0.01", "training.max_steps=6",
         "trainer.save_every_n_steps=2",
     )  # fmt: skip
-    update = Routing.set_selection_bias
+    update = RouterControl.set_selection_bias
     states = []
     for folder, kill_at in (("whole", None), ("parts", 10), ("parts", None)):
         calls = iter(range(1_000))
 
-        def killing(self: Routing, layer: int, values: Tensor, kill_at: int | None = kill_at,
+        def killing(self: RouterControl, layer: int, values: Tensor, kill_at: int | None = kill_at,
                     calls: Any = calls) -> None:  # fmt: skip
             if next(calls) == kill_at:
                 raise Stopped
             update(self, layer, values)
 
-        monkeypatch.setattr(Routing, "set_selection_bias", killing)
+        monkeypatch.setattr(RouterControl, "set_selection_bias", killing)
         if kill_at is not None:
             with pytest.raises(Stopped):
                 run_job(tmp_path / folder, *words)

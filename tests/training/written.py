@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from tritter.core.stock_routers import Routing
+from tritter.core.stock_routers import RouterControl
 from tritter.training import FitResult
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 
@@ -18,7 +18,7 @@ class Written:
     path: Path
 
     def __call__(self, model: nn.Module, result: FitResult) -> None:
-        routing = Routing.attached(model)
+        routing = RouterControl.attached(model)
         content = {
             "model": dict(model.state_dict()),
             "routing": None if routing is None else routing.state_dict(),
@@ -33,6 +33,6 @@ class Written:
         content = self.read()
         model.load_state_dict(content["model"])
         if content["routing"] is not None:
-            routing = Routing.of(model)
+            routing = RouterControl.of(model)
             assert routing is not None
             routing.load_state_dict(content["routing"])

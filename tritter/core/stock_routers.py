@@ -60,7 +60,7 @@ class Record:
     selected: Tensor
 
 
-class Routing:
+class RouterControl:
     """All routers of one model; attaching again returns the same control.
 
     Settings are stored on the routers, so they move and are copied with the model.
@@ -70,7 +70,7 @@ class Routing:
         self._routers = dict(routers)
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Routing | None":
+    def of(cls, model: nn.Module) -> "RouterControl | None":
         """Attach to a model's routers; None if it has none.
 
         Args:
@@ -92,7 +92,7 @@ class Routing:
         return cls(routers) if routers else None
 
     @classmethod
-    def attached(cls, model: nn.Module) -> "Routing | None":
+    def attached(cls, model: nn.Module) -> "RouterControl | None":
         """Return the control that is already attached to a model, or None."""
         routers = {n: router for n, router in _routers(model) if hasattr(router, _RECORDER)}
         return cls(routers) if routers else None
@@ -189,7 +189,7 @@ class Routing:
             recorder.is_on, recorder.record = False, None
 
     @contextmanager
-    def recording(self) -> Iterator["Routing"]:
+    def recording(self) -> Iterator["RouterControl"]:
         """Record inside the block, then restore the previous setting."""
         was_on = self.is_recording
         self.start_recording()
@@ -381,20 +381,20 @@ class AddedExperts:
     @classmethod
     def of(cls, model: nn.Module) -> "AddedExperts | None":
         """Return the experts of a live model with a router offset, or None."""
-        routing = Routing.attached(model)
+        routing = RouterControl.attached(model)
         if routing is None:
             return None
         offsets = routing.offset(routing.layers[0]).tolist()
         added = tuple(expert for expert, offset in enumerate(offsets) if offset != 0)
         return cls(experts=added, offset=offsets[added[0]]) if added else None
 
-    def apply(self, model: nn.Module) -> Routing:
+    def apply(self, model: nn.Module) -> RouterControl:
         """Set the offset in a live model.
 
         Raises:
             TritterError: the model lacks these experts.
         """
-        routing = Routing.of(model)
+        routing = RouterControl.of(model)
         if routing is None:
             raise TritterError(f"{'/'.join(_PATH)} lists experts, but the model has none.")
         try:

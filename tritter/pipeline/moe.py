@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tritter.core.expansions import MoeAdd, target_model
 from tritter.core.families import SIGMOID_ROUTERS
-from tritter.core.stock_routers import AddedExperts, Routing
+from tritter.core.stock_routers import AddedExperts, RouterControl
 from tritter.data.tokens import concatenate
 from tritter.methods.moe_routing.objective import (
     OldRouting,
@@ -81,7 +81,7 @@ def router_trainee(run: Run, branch: Branch, model: nn.Module) -> Iterator[Train
 def training_of_routers(run: Run, branch: Branch, trainee: Trainee) -> Iterator[None]:
     """Train the routers of a model and open new experts, with a frozen base if requested."""
     model = trainee.model
-    if Routing.of(model) is None:
+    if RouterControl.of(model) is None:
         yield
         return
     trainee.side_losses, options = (_objective(run, branch, model),), run.config.adaptation

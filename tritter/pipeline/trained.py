@@ -16,7 +16,7 @@ from tritter.checkpoints.history import checkpoint_changes
 from tritter.checkpoints.state import KeptSequences, copy_states, read_state
 from tritter.core.families import Config, Model
 from tritter.core.models import load_model, model_of, stored_tensors, uninitialised_model
-from tritter.core.stock_routers import AddedExperts, Routing
+from tritter.core.stock_routers import AddedExperts, RouterControl
 from tritter.data.packing import lengths_of
 from tritter.errors import TritterError
 from tritter.evaluation.losses import sequence_losses
@@ -132,7 +132,7 @@ class TrainedWriter:
             overwrite=True,
         )
         if self.routing_state is not None:
-            state = Routing.attached(model)
+            state = RouterControl.attached(model)
             assert state is not None
             SafetensorsCheckpointIO().save_checkpoint(state.state_dict(), self.routing_state)
 
@@ -291,7 +291,7 @@ def check_trained(run: Run, folder: Path) -> None:
 def with_routing(source: Source, routing_state: Path) -> nn.Module:
     """Load a trained model with the biases of its routers."""
     model = load_model(source.folder, model=source.model)
-    routing = Routing.of(model)
+    routing = RouterControl.of(model)
     assert routing is not None
     routing.load_state_dict(SafetensorsCheckpointIO().load_checkpoint(routing_state))
     return model

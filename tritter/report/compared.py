@@ -23,7 +23,7 @@ from tritter.report.runs import (
     MIN_SEEDS,
     Group,
     Interval,
-    Run,
+    RunRecord,
     differing_keys,
     differs_between,
     group_runs,
@@ -55,7 +55,7 @@ class Compared:
         peak_memory: Peak memory of its process or device in bytes; None if not recorded.
     """
 
-    run: Run
+    run: RunRecord
     scores: Scores | None = None
     missing_reason: str = ""
     peak_memory: float | None = None
@@ -366,7 +366,7 @@ def letter(number: int) -> str:
     return (letter(rest - 1) if rest else "") + chr(ord("A") + last)
 
 
-def _independent_keys(keys: Sequence[str], runs: Sequence[Run]) -> tuple[str, ...]:
+def _independent_keys(keys: Sequence[str], runs: Sequence[RunRecord]) -> tuple[str, ...]:
     """Return the keys without those that follow from a choice in another column."""
     found: dict[str, tuple[str, tuple[bool, ...]]] = {}
     for key in keys:

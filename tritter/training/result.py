@@ -12,7 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from tritter.core.stock_routers import Routing
+from tritter.core.stock_routers import RouterControl
 from tritter.errors import TritterError
 from tritter.training.callbacks import (
     FiniteGuard,
@@ -190,7 +190,7 @@ class BestWeights(Callback):
         states = saved["callbacks"].get(ForgettingCallback.__qualname__, {})
         for method in self._methods:
             method.load_state_dict(states[method.name])
-        routing = Routing.attached(base_of(pl_module).model)
+        routing = RouterControl.attached(base_of(pl_module).model)
         if routing is not None and (state := saved["callbacks"].get(_ROUTING)):
             routing.load_state_dict(state["routing"])  # offsets are not among the weights
         self.step = int(saved["global_step"])

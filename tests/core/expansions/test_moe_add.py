@@ -35,7 +35,7 @@ from tritter.core.expansions.targets import reach_parameters
 from tritter.core.families import Model
 from tritter.core.models import disk_tensors, load_model, read_model
 from tritter.core.parameter_map.carry import MOMENTS, STATE_KINDS, has_state, mapped_state
-from tritter.core.stock_routers import AddedExperts, Routing
+from tritter.core.stock_routers import AddedExperts, RouterControl
 from tritter.errors import RequestError, TritterError
 from tritter.storage.writer import TensorStream
 from tritter.transform import Expanded, expand, plan_expansion
@@ -175,7 +175,7 @@ def test_the_state_says_which_experts_are_closed(tmp_path: Path) -> None:
         "anneal_steps": None,
         "step": 0,
     }
-    routing = Routing.of(load_model(result.folder))
+    routing = RouterControl.of(load_model(result.folder))
     assert routing is not None
     assert routing.offset(1).tolist() == [0, 0, 0, 0, -math.inf, -math.inf]
 
@@ -517,6 +517,6 @@ def test_a_live_model_keeps_its_function_and_its_closed_experts(family: str) -> 
         after.set_experts_implementation("eager")
         assert oracle.relative_difference(model, after, oracle.tokens()) < 1e-5
         assert AddedExperts.of(after) == AddedExperts(experts=(4, 5))
-    assert AddedExperts.of(model) is None and Routing.attached(model) is None
+    assert AddedExperts.of(model) is None and RouterControl.attached(model) is None
     with pytest.raises(RequestError, match="experts 4 to 5"):
         ModelExpander([MoeAdd()]).expand(grown)

@@ -24,7 +24,7 @@ from tritter.core.expansions.moe_children import BoundMoe, HiddenMoments, router
 from tritter.core.families import Model, forward_flops
 from tritter.core.models import load_model, read_model
 from tritter.core.parameter_map import rounded_weight
-from tritter.core.stock_routers import Routing
+from tritter.core.stock_routers import RouterControl
 from tritter.data.documents import documents_digest
 from tritter.data.sources import source_documents
 from tritter.data.split import SplitRule
@@ -74,7 +74,7 @@ def stock(folder: Path) -> nn.Module:
 
 def routed_to(model: nn.Module, expert: int) -> nn.Module:
     """Send every token to one expert."""
-    routing = Routing.of(model)
+    routing = RouterControl.of(model)
     assert routing is not None
     routing.set_offset(range(routing.num_experts), 0.0)
     others = [other for other in range(routing.num_experts) if other != expert]

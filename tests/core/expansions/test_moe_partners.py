@@ -17,7 +17,7 @@ from tests.oracle.families import tiny
 from tests.oracle.moe import by_logical_name, identity_error, steps_of, upcycled
 from tritter.core.expansions import Moe, target_model
 from tritter.core.families import Model
-from tritter.core.stock_routers import Routing
+from tritter.core.stock_routers import RouterControl
 from tritter.errors import RequestError
 from tritter.methods.moe_routing.objective import RoutingObjective
 from tritter.methods.moe_routing.options import RoutingOptions
@@ -219,7 +219,7 @@ def sigmoid_model() -> PreTrainedModel:
 def test_control_of_sigmoid_routers_changes_nothing() -> None:
     model = sigmoid_model()
     before = oracle.logits(model, TOKENS)
-    routing = Routing.of(model)
+    routing = RouterControl.of(model)
     assert routing is not None
     with routing.recording():
         assert torch.equal(oracle.logits(model, TOKENS), before)
@@ -253,7 +253,7 @@ def test_the_balance_loss_of_scores_by_hand() -> None:
 
 def test_the_selection_bias_of_a_sigmoid_router_is_in_its_files(tmp_path: Path) -> None:
     model = sigmoid_model()
-    routing = Routing.of(model)
+    routing = RouterControl.of(model)
     assert routing is not None
     bias = torch.tensor([0.0, 9.0, 0.0, 9.0])
     for layer in routing.layers:

@@ -26,7 +26,7 @@ from tritter.core.families import (
     training_flops,
 )
 from tritter.core.families.flops import _num_keys
-from tritter.core.stock_routers import Routing
+from tritter.core.stock_routers import RouterControl
 from tritter.methods.moe_routing.separate import separate_experts
 
 LENGTH = 20
@@ -158,7 +158,7 @@ def test_a_loss_of_the_routers_does_not_pass_through_what_stands_above(
     is_trained = CHOICES.get(choice, lambda tensor: True)
     config = model.config.to_dict()
     train_only(model, is_trained)
-    routing = Routing.of(model)
+    routing = RouterControl.of(model)
     assert routing is not None
 
     def work() -> None:
@@ -189,7 +189,7 @@ def test_experts_that_are_held_apart_pay_for_the_tokens_that_come_to_them(family
     def is_trained(tensor: LogicalTensor) -> bool:
         return tensor.expert in new
 
-    routing = Routing.of(model)
+    routing = RouterControl.of(model)
     assert routing is not None
     routing.set_offset((0, 1), -torch.inf)
     for name, parameter in model.named_parameters():

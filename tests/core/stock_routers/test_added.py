@@ -9,7 +9,7 @@ import pytest
 
 from tests import oracle
 from tests.core.stock_routers.models import tiny_moe
-from tritter.core.stock_routers import AddedExperts, Routing, _router_offset
+from tritter.core.stock_routers import AddedExperts, RouterControl, _router_offset
 from tritter.errors import TritterError
 from tritter.storage.records import signed_text
 
@@ -44,7 +44,7 @@ def test_no_file_no_experts(tmp_path: Path) -> None:
 def test_it_is_set_in_a_live_model() -> None:
     model = tiny_moe("mixtral", num_local_experts=6)
     ADDED.at(1, anneal_steps=2).apply(model)
-    routing = Routing.of(model)
+    routing = RouterControl.of(model)
     assert routing is not None and routing.offset(2).tolist() == [0, 0, 0, 0, -10, -10]
 
 

@@ -12,13 +12,13 @@ from tests import oracle
 from tests.core.stock_routers.models import FAMILIES, tiny_moe
 from tritter.core.families import Model
 from tritter.core.models import named_tensors
-from tritter.core.stock_routers import Routing
+from tritter.core.stock_routers import RouterControl
 from tritter.errors import RequestError
 from tritter.methods.moe_routing.objective import _bias_update, _expert_counts
 
 
-def _routed(model: nn.Module) -> Routing:
-    routing = Routing.of(model)
+def _routed(model: nn.Module) -> RouterControl:
+    routing = RouterControl.of(model)
     assert routing is not None
     return routing
 
@@ -63,7 +63,7 @@ def test_layers_and_sizes(family: str) -> None:
 
 
 def test_a_dense_model_has_no_routing() -> None:
-    assert Routing.of(oracle.tiny_llama()) is None
+    assert RouterControl.of(oracle.tiny_llama()) is None
 
 
 def test_attaching_again_keeps_what_was_set_and_the_state_dict_is_the_stock_one() -> None:

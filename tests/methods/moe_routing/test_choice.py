@@ -10,7 +10,7 @@ from tests.methods.moe_routing.test_stages import DOMAIN, OLD, grown, moved, val
 from tritter.core.expansions import MoeAdd
 from tritter.core.expansions.specification import build_steps
 from tritter.core.models import model_of
-from tritter.core.stock_routers import AddedExperts, Routing
+from tritter.core.stock_routers import AddedExperts, RouterControl
 from tritter.errors import RequestError
 from tritter.methods.moe_routing.distill import _soft_divergence
 from tritter.methods.moe_routing.opening import _expert_utility, best_experts
@@ -39,7 +39,7 @@ def test_utility_is_the_sum_of_gradient_times_weight(family: str) -> None:
 
 def test_an_expert_that_no_token_meets_is_of_no_use() -> None:
     model = tiny_moe("mixtral")
-    routing = Routing.of(model)
+    routing = RouterControl.of(model)
     assert routing is not None
     routing.set_offset([1, 3], -torch.inf)
     utility = _expert_utility(model, TEXT)
@@ -84,7 +84,7 @@ def test_new_experts_come_nearer_to_the_teacher_and_stay_closed(family: str) -> 
 
 def taught_gap(model: torch.nn.Module, teacher: torch.nn.Module) -> float:
     """Return the divergence when every token is routed to the new experts."""
-    routing = Routing.of(model)
+    routing = RouterControl.of(model)
     assert routing is not None
     state = routing.state_dict()
     routing.set_offset([4, 5], 0.0)

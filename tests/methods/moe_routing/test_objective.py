@@ -16,7 +16,7 @@ from tests.core.stock_routers.models import tiny_moe
 from tests.training.killed import KillAt, Killed
 from tests.training.test_fit import SETTINGS
 from tests.training.written import Written
-from tritter.core.stock_routers import AddedExperts, Routing
+from tritter.core.stock_routers import AddedExperts, RouterControl
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.data.replay import ReplayBuffer
 from tritter.errors import TritterError
@@ -46,7 +46,7 @@ UNHELD = RoutingOptions(auxiliary_loss=0.0, z_loss=0.0)
 def collapsed() -> nn.Module:
     """Return a model that routes most tokens to the first experts of each layer."""
     model = tiny_moe("mixtral", initializer_range=0.05)
-    routing = Routing.of(model)
+    routing = RouterControl.of(model)
     assert routing is not None
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 0] += 0.2  # a component shared by all tokens
@@ -99,7 +99,7 @@ def run(
 
 
 def max_load(model: nn.Module) -> float:
-    routing = Routing.of(model)
+    routing = RouterControl.of(model)
     assert routing is not None
     with routing.recording(), torch.no_grad():
         model(input_ids=SEQUENCES.long())
@@ -124,7 +124,7 @@ def test_balancing_lowers_the_largest_load(tmp_path: Path, settings: RoutingOpti
 def test_the_selection_bias_is_no_part_of_what_is_saved(tmp_path: Path) -> None:
     model = collapsed()
     run(model, tmp_path, settings=replace(UNHELD, bias_update_rate=0.02), steps=5)
-    routing = Routing.of(model)
+    routing = RouterControl.of(model)
     assert routing is not None and bool(routing.selection_bias(0).any())
     assert not any("bias" in name for name in model.state_dict())
 
@@ -147,7 +147,7 @@ def test_terms_and_statistics_are_logged(tmp_path: Path) -> None:
         "dropped_fraction",
     }  # fmt: skip
     assert 1.9 < float(row["routing/auxiliary_loss"]) < 4 and float(row["routing/max_load"]) >= 1
-    routing = Routing.of(model)
+    routing = RouterControl.of(model)
     assert routing is not None and not routing.is_recording
 
 
@@ -160,7 +160,7 @@ def test_the_selection_bias_moves_once_a_step_by_the_load_of_all_its_batches(
         """Adds up the choices of the last layer's router, batch by batch."""
 
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]
-            routing = Routing.of(pl_module.model)
+            routing = RouterControl.of(pl_module.model)
             assert routing is not None
             selected = routing.recorded()[-1].selected.flatten()
             counts.append(torch.bincount(selected, minlength=routing.num_experts))
@@ -170,7 +170,7 @@ def test_the_selection_bias_moves_once_a_step_by_the_load_of_all_its_batches(
     run(model, tmp_path, settings=settings, steps=1, controls=[Counting()], trainer=trainer)
     assert len(counts) == 3
     load = torch.stack(counts).sum(dim=0).double()
-    routing = Routing.of(model)
+    routing = RouterControl.of(model)
     assert routing is not None
     moved = routing.selection_bias(routing.layers[-1])
     torch.testing.assert_close(moved.double(), 0.01 * (load.mean() - load).sign())
@@ -203,7 +203,7 @@ def test_a_batch_that_is_all_replayed_encourages_nothing() -> None:
 
 
 def divergence(model: nn.Module, old: OldRouting) -> Tensor:
-    routing = Routing.of(model)
+    routing = RouterControl.of(model)
     assert routing is not None
     with routing.recording(), torch.no_grad():
         model(input_ids=old.sequences.long())
@@ -244,7 +244,7 @@ class Watch(Callback):
     """Record the actions of opening and freezing before each step."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.routing = Routing.of(model)
+        self.routing = RouterControl.of(model)
         self.parameter = model.get_parameter("model.layers.0.self_attn.q_proj.weight")
         self.offsets: list[float] = []
         self.moved: list[bool] = []
@@ -306,7 +306,7 @@ def test_bitwise_as_if_never_killed(
     parts = train(tmp_path / "parts")
     for name, parameter in whole.named_parameters():
         assert torch.equal(parameter, parts.get_parameter(name)), name
-    first, second = Routing.of(whole), Routing.of(parts)
+    first, second = RouterControl.of(whole), RouterControl.of(parts)
     assert first is not None and second is not None
     for layer in first.layers:
         assert torch.equal(first.selection_bias(layer), second.selection_bias(layer))
@@ -348,7 +348,7 @@ def test_two_processes_give_the_weights_and_the_routing_of_one(tmp_path: Path) -
     one, two = models.values()
     for name, parameter in one.named_parameters():
         assert (two.get_parameter(name) - parameter).abs().max() < 1e-5, name
-    first, second = Routing.of(one), Routing.of(two)
+    first, second = RouterControl.of(one), RouterControl.of(two)
     assert first is not None and second is not None
     assert float(second.offset(0)[3]) == -10
     for layer in first.layers:

@@ -10,7 +10,7 @@ from tests import oracle
 from tests.core.stock_routers.models import FAMILIES, tiny_moe
 from tritter.core.expansions import MoeAdd
 from tritter.core.models import model_of
-from tritter.core.stock_routers import AddedExperts, Routing
+from tritter.core.stock_routers import AddedExperts, RouterControl
 from tritter.errors import RequestError, TritterError
 from tritter.methods.moe_routing.live import adapt_router, train_new_experts
 from tritter.methods.moe_routing.objective import new_expert_mass
@@ -45,7 +45,7 @@ def moved(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
 
 
 def mass(model: nn.Module, batches: list[Batch]) -> float:
-    routing = Routing.of(model)
+    routing = RouterControl.of(model)
     assert routing is not None
     with routing.recording(), torch.no_grad():
         model(input_ids=batches[0]["input_ids"])
@@ -142,7 +142,7 @@ def test_an_error_leaves_gradients_needed_as_before() -> None:
             work(model, [4, 5], failing(), **options)  # type: ignore[operator]
         needing = {name for name, p in model.named_parameters() if p.requires_grad}
         assert needing == {n for n, _ in model.named_parameters()} - {"lm_head.weight"}
-        routing = Routing.of(model)
+        routing = RouterControl.of(model)
         assert routing is not None and not routing.is_recording
         assert set(shared_names(model)) <= {name for name, _ in model.named_parameters()}
 

@@ -83,7 +83,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class ProgramResult:
     """The result of running a program.
 
     Args:
@@ -103,7 +103,7 @@ class NamespaceSandbox:
 
     limits: Limits = Limits()
 
-    def run(self, program: str, tests: str = "") -> Outcome:
+    def run(self, program: str, tests: str = "") -> ProgramResult:
         """Run a Python program and its tests within the limits.
 
         Args:
@@ -177,7 +177,7 @@ class ExternalSandbox:
     command: str
     limits: Limits = Limits()
 
-    def run(self, program: str, tests: str = "") -> Outcome:
+    def run(self, program: str, tests: str = "") -> ProgramResult:
         """Run a program and its tests, as `NamespaceSandbox.run`."""
         command = shlex.split(self.command)
         return _run(command, program, tests, self.limits, environment=dict(os.environ))
@@ -211,7 +211,7 @@ def _run(
     limits: Limits,
     *,
     environment: dict[str, str] | None = None,
-) -> Outcome:
+) -> ProgramResult:
     """Run a command with a program and its tests on standard input, then kill its processes."""
     word = secrets.token_hex(16)  # printed after the last test; a program may exit before
     content = f"{program}\n{tests}\n__import__('os').write(1, b'{word}')\n"
@@ -238,8 +238,8 @@ def _run(
     if process.returncode == warden.SETUP_FAILED and not reason:
         raise TritterError(f"code: the sandbox can't be set up ({text}); {_ADVICE}.")
     if not reason and process.returncode == 0 and word in text:
-        return Outcome(True, output=text.replace(word, ""))
-    return Outcome(False, reason or f"it ended early, exit code {process.returncode}", text)
+        return ProgramResult(True, output=text.replace(word, ""))
+    return ProgramResult(False, reason or f"it ended early, exit code {process.returncode}", text)
 
 
 def _exchange(

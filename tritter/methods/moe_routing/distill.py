@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from tritter.core.families import Flops, forward_flops
 from tritter.core.models import model_of
-from tritter.core.stock_routers import Routing
+from tritter.core.stock_routers import RouterControl
 from tritter.data.packing import kept_tokens
 from tritter.errors import RequestError
 from tritter.methods.moe_routing.objective import RoutingObjective
@@ -98,7 +98,7 @@ def only_new_experts(model: nn.Module, experts: Sequence[int]) -> Iterator[None]
     Raises:
         RequestError: they are fewer than the experts per token.
     """
-    routing = Routing.of(model)
+    routing = RouterControl.of(model)
     assert routing is not None
     if len(experts) < routing.top_k:
         raise RequestError(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tritter.core.expansions import MoeAdd
 from tritter.core.families import LogicalTensor
 from tritter.core.models import model_of
-from tritter.core.stock_routers import AddedExperts, Routing
+from tritter.core.stock_routers import AddedExperts, RouterControl
 from tritter.data.packing import marks_read
 from tritter.data.sources import noted_documents
 from tritter.data.tokens import TextBounds, bounds_of, copy_backend, pack, tokenise
@@ -298,7 +298,7 @@ def _check_experts(model: nn.Module, indices: Sequence[int]) -> tuple[int, ...]:
     Raises:
         RequestError: the model has no experts, or these are not its last ones.
     """
-    routing = Routing.of(model)
+    routing = RouterControl.of(model)
     if routing is None:
         raise RequestError("adaptation: the model has no experts; expand it with moe first.")
     experts = tuple(sorted(set(indices)))
@@ -380,7 +380,7 @@ class ProgressiveMoE:
             RequestError: the number of experts differs from `base_experts`, `router_update` is
                 unknown, or the data can't be read, or there is no tokenizer.
         """
-        routing = Routing.of(model)
+        routing = RouterControl.of(model)
         num_experts = 0 if routing is None else routing.num_experts
         if num_experts != config.base_experts:
             raise RequestError(

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from tritter.core.families import backward_flops, forward_flops
 from tritter.core.models import model_of
-from tritter.core.stock_routers import Record, Routing
+from tritter.core.stock_routers import Record, RouterControl
 from tritter.data.batches import this_rank
 from tritter.data.packing import document_mask_of, kept_tokens, lengths_of
 from tritter.errors import TritterError
@@ -52,7 +52,7 @@ class OldRouting:
         Raises:
             TritterError: the model has no experts, or there are no sequences.
         """
-        routing = Routing.of(model)
+        routing = RouterControl.of(model)
         if routing is None or not len(sequences):
             raise TritterError("moe_routing.hold_old needs a model with experts, and old data.")
         seen: list[list[Tensor]] = [[] for _ in routing.layers]
@@ -78,7 +78,7 @@ class RoutingObjective(SideLoss):
 
     Args:
         model: a model with experts; attaches to its routers, see
-            `tritter.core.stock_routers.Routing`.
+            `tritter.core.stock_routers.RouterControl`.
         options: weights of the terms.
         encouragement: weight of the probability of `new_experts`, subtracted from the loss.
         new_experts: indices of the new experts.
@@ -100,7 +100,7 @@ class RoutingObjective(SideLoss):
         new_experts: Sequence[int] = (),
         old: OldRouting | None = None,
     ) -> None:
-        routing = Routing.of(model)
+        routing = RouterControl.of(model)
         if routing is None:
             raise TritterError("routing: the model has no experts.")
         self.routing = routing
@@ -430,7 +430,7 @@ def moe_usage(model: nn.Module, sequences: Mapping[str, Tensor]) -> dict[str, An
     `usage` is [layer][expert] by domain: each expert's share of the assignments in a layer, without
     padding.
     """
-    routing = Routing.of(model)
+    routing = RouterControl.of(model)
     assert routing is not None
     shares = {}
     with eval_mode(model) as device, routing.recording():

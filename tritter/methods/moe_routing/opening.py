@@ -13,7 +13,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from tritter.core.stock_routers import AddedExperts, Routing
+from tritter.core.stock_routers import AddedExperts, RouterControl
 from tritter.data.packing import labels_of
 from tritter.errors import RequestError
 from tritter.evaluation.inference import preserve_modes
@@ -24,7 +24,7 @@ from tritter.training.parameters import live_layout
 
 def redraw_rows(model: nn.Module, experts: Sequence[int], *, seed: int) -> None:
     """Draw random router rows for new experts, with the deviation of the other rows."""
-    routing = Routing.of(model)
+    routing = RouterControl.of(model)
     assert routing is not None
     for layer in routing.layers:
         generator = torch.Generator().manual_seed(derived_seed(seed, "router", layer))
@@ -95,7 +95,7 @@ def _expert_utility(model: nn.Module, sequences: Tensor, *, batch_size: int = 8)
     Raises:
         RequestError: the model has no experts, or there are no sequences.
     """
-    routing = Routing.of(model)
+    routing = RouterControl.of(model)
     if routing is None or not len(sequences):
         raise RequestError("expert utility needs a model with experts, and sequences.")
     shared = [stored for stored in live_layout(model) if stored.is_of_experts]

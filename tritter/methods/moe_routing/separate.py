@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tritter.core.families import LogicalTensor
 from tritter.core.models import model_of
-from tritter.core.stock_routers import Routing
+from tritter.core.stock_routers import RouterControl
 from tritter.errors import RequestError
 from tritter.training.parameters import BASE, NEW, live_layout
 from tritter.transform import declared
@@ -64,7 +64,7 @@ class SeparateExperts:
     """
 
     def __init__(self, model: nn.Module, first_new: int) -> None:
-        routing = Routing.of(model)
+        routing = RouterControl.of(model)
         if routing is None:
             raise RequestError("adaptation: the model has no experts.")
         if not 0 < first_new < routing.num_experts:

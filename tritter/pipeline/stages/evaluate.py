@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tritter.core.stock_routers import Routing
+from tritter.core.stock_routers import RouterControl
 from tritter.data.packing import lengths_of
 from tritter.evaluation.statistics import score_file
 from tritter.methods.experts.mixture import mixture_on
@@ -83,7 +83,7 @@ class Evaluate(Stage):
                 )
             flops += spent
         read, used, lora_used = list[Tensor](), None, None
-        if Routing.of(trained) is not None:
+        if RouterControl.of(trained) is not None:
             of_routers = {
                 name: moe.spaced_sequences(run, [name], _USAGE_OF_ROUTERS)
                 for name in run.data.domains
