@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from tritter.config.schema import TYPED_ONLY
 from tritter.config.validation import known_keys
 from tritter.data import options
 from tritter.options import leaves
+from tritter.storage import atomic
 from tritter.storage.reading import LEDGER_NAME
 from tritter.storage.records import signed_text
 from tritter.training.options import REFUSED, trainer_parameters
@@ -116,6 +118,22 @@ def test_a_corrected_key_resumes_until_a_stage_has_finished(
     record = read_run(Path("one"))
     assert record.fingerprint["seed"] == 5 and "seed=5" in record.overrides
     assert run(*words, "seed=6").code == 2  # it is finished
+
+
+def test_a_run_that_was_killed_while_it_wrote_its_first_record_starts_again(
+    run: Run,
+) -> None:
+    with subprocess.Popen(["true"]) as dead:
+        dead.wait()
+    folder = Path("one")
+    folder.mkdir()
+    (folder / f".run.json.{atomic._host()}-{dead.pid}.abc").write_text("half")
+    assert run(*JOB[1:], "hydra.run.dir=one").code == 0
+    assert list(folder.glob(".run*")) == []
+    Path("two").mkdir()
+    Path("two/.run.json.notes").write_text("mine")
+    refused = run(*JOB[1:], "hydra.run.dir=two")
+    assert refused.code == 2 and "is not a Tritter run" in refused.err
 
 
 @pytest.mark.quick_cases(1)

@@ -19,7 +19,7 @@ from tritter.checkpoints import read_lineage
 from tritter.cli.report import metric_rows
 from tritter.errors import RequestError, TritterError
 from tritter.pipeline import Outcome
-from tritter.pipeline.metrics import wandb_summary
+from tritter.pipeline.metrics import _wandb_summary
 from tritter.report.runs import curves_of
 from tritter.report.summary import Summary
 from tritter.training import BaseModule
@@ -250,7 +250,7 @@ def test_gate_off_keeps_any_result_and_reports_its_checks(
     assert summary["final"] == summary["attempts"][0]["final"] != summary["baseline"]
     assert read_lineage(tmp_path / "run/checkpoint").expansion_history  # type: ignore[union-attr]
     assert re.search(r"^status +ungated: gate=off keeps any result *$", printed, re.MULTILINE)
-    reported = wandb_summary(Summary.of(summary))
+    reported = _wandb_summary(Summary.of(summary))
     assert (reported["status"], reported["prose/verdict"]) == ("ungated", "reported")
 
 

@@ -13,7 +13,7 @@ from tests.report.spawning import experts
 from tests.report.test_page import HOSTILE, run_of, seen
 from tests.report.test_tables import line_of, printed
 from tritter.errors import TritterError
-from tritter.pipeline.metrics import wandb_summary
+from tritter.pipeline.metrics import _wandb_summary
 from tritter.report.drawing import new_figure
 from tritter.report.experts import (
     _draw_ranks,
@@ -195,10 +195,10 @@ def test_groups_are_named_by_them(summary_with_control: dict[str, Any]) -> None:
 
 
 def test_wandb_has_their_sums(summary: dict[str, Any]) -> None:
-    told = wandb_summary(Summary.of(summary | {"experts": experts()}))
+    told = _wandb_summary(Summary.of(summary | {"experts": experts()}))
     assert told["experts/number"] == 2 and told["experts/spawned"] == 3
     assert told["experts/trainable_share"] == 0.031 and told["experts/trainable"] == 12_400
-    assert not any("experts" in name for name in wandb_summary(Summary.of(summary)))
+    assert not any("experts" in name for name in _wandb_summary(Summary.of(summary)))
 
 
 @pytest.mark.full

@@ -13,7 +13,7 @@ from tests.report.growing import EVERY, growth
 from tests.report.places import GONE, places, replaced
 from tests.report.test_tables import line_of, printed
 from tritter.errors import TritterError
-from tritter.pipeline.metrics import wandb_summary
+from tritter.pipeline.metrics import _wandb_summary
 from tritter.report.drawing import _MAX_COLUMNS, new_figure
 from tritter.report.growth import (
     MAX_ROWS,
@@ -167,11 +167,11 @@ def test_steps_are_marked_as_lines_or_at_the_foot() -> None:
 
 
 def test_wandb_has_its_sums(summary: dict[str, Any]) -> None:
-    told = wandb_summary(Summary.of(summary | {"growth": growth(replaces=True)}))
+    told = _wandb_summary(Summary.of(summary | {"growth": growth(replaces=True)}))
     names = ("born", "replaced", "died", "parameters")
     parameters = 169_000 + 42 * 192
     assert [told[f"growth/{name}"] for name in names] == [42, 8, 2, parameters]
-    assert not any("growth" in name for name in wandb_summary(Summary.of(summary)))
+    assert not any("growth" in name for name in _wandb_summary(Summary.of(summary)))
 
 
 @pytest.mark.parametrize(

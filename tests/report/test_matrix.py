@@ -14,7 +14,7 @@ from tests.report.places import GONE, places, replaced
 from tests.report.test_page import run_of, seen
 from tests.report.test_tables import line_of, printed
 from tritter.errors import TritterError
-from tritter.pipeline.metrics import wandb_summary
+from tritter.pipeline.metrics import _wandb_summary
 from tritter.report.drawing import new_figure
 from tritter.report.matrix import (
     MAX_ROWS,
@@ -96,10 +96,10 @@ def test_page_and_plots_have_it_where_there_are_tasks(summary: dict[str, Any], t
 
 
 def test_wandb_has_the_means(summary: dict[str, Any]) -> None:
-    told = wandb_summary(Summary.of(summary | {"matrix": matrix("code", "sums")}))
+    told = _wandb_summary(Summary.of(summary | {"matrix": matrix("code", "sums")}))
     assert told["transfer/backward"] == pytest.approx(0.155)
     assert told["transfer/forward"] == pytest.approx(0.2)
-    assert not any(name.startswith("transfer") for name in wandb_summary(Summary.of(summary)))
+    assert not any(name.startswith("transfer") for name in _wandb_summary(Summary.of(summary)))
 
 
 @pytest.mark.parametrize(

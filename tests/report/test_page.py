@@ -19,7 +19,7 @@ from tests.report.test_tables import ungated
 from tritter.report.drawing import DPI, label_rows, panel
 from tritter.report.figures import _MAX_PANELS, GroupFigures
 from tritter.report.page import page
-from tritter.report.runs import Curve, RunRecord, group_runs
+from tritter.report.runs import Curve, EndedRun, group_runs
 from tritter.report.summary import Summary
 from tritter.report.tables import size_text
 
@@ -47,12 +47,12 @@ def seen(text: str) -> Seen:
     return parser
 
 
-def run_of(summary: dict[str, Any], name: str, seed: int) -> RunRecord:
+def run_of(summary: dict[str, Any], name: str, seed: int) -> EndedRun:
     curves = (
         Curve("eval/prose/loss", (-1, 0, 10), (3.0, 3.1, 3.2)),
         Curve("train/loss", (5, 10), (4.0, 3.9)),
     )
-    return RunRecord(
+    return EndedRun(
         name=name,
         summary=Summary.of(summary | {"seed": seed, "expansion": ["width"], "forgetting": ["ewc"]}),
         settings=SETTINGS | {"seed": seed},
@@ -117,20 +117,20 @@ def _lab(color: str) -> np.ndarray:
 
 def test_eleven_groups_have_eleven_distinguishable_colours(summary: dict[str, Any]) -> None:
     made = Summary.of(summary)
-    eleven = [RunRecord(str(n), made, SETTINGS | {"training.learning_rate": n}) for n in range(11)]
+    eleven = [EndedRun(str(n), made, SETTINGS | {"training.learning_rate": n}) for n in range(11)]
     colours = [line.color for line in GroupFigures(group_runs(eleven)).lines]
     assert len(set(colours)) == 11
     for one, other in combinations(colours, 2):
         assert np.linalg.norm(_lab(one) - _lab(other)) > 25, (one, other)  # CIE76; 2.3 is visible
-    many = [RunRecord(str(n), made, SETTINGS | {"training.learning_rate": n}) for n in range(60)]
+    many = [EndedRun(str(n), made, SETTINGS | {"training.learning_rate": n}) for n in range(60)]
     styles = [(line.color, line.marker) for line in GroupFigures(group_runs(many)).lines]
     assert len(set(styles)) == 60
 
 
 def test_labels_are_whole(summary: dict[str, Any]) -> None:
     keys = {f"training.a_rather_long_name_{key}": 0 for key in range(6)}
-    runs = [RunRecord("a", Summary.of(summary), SETTINGS | keys)]
-    runs.append(RunRecord("b", Summary.of(summary), SETTINGS | dict.fromkeys(keys, 1)))
+    runs = [EndedRun("a", Summary.of(summary), SETTINGS | keys)]
+    runs.append(EndedRun("b", Summary.of(summary), SETTINGS | dict.fromkeys(keys, 1)))
     groups = group_runs(runs)
     text, _ = page(runs, title="Long")
     for group in groups:
@@ -247,9 +247,9 @@ def test_hostile_names_and_numbers_have_figures(summary_with_control: dict[str, 
     values = (math.inf, math.nan, 1e308, -1e308, 3.0)
     curve = Curve(f"eval/{domain}/loss", (0, 1, 2, 3, 10**14), values)
     settings = SETTINGS | {f"key{name}": name}
-    run = RunRecord(name, Summary.of(json.loads(text)), settings, (curve,), (curve,), (curve,))
+    run = EndedRun(name, Summary.of(json.loads(text)), settings, (curve,), (curve,), (curve,))
     assert page([replace(run, curves=(replace(curve, values=(1.7e308, *values[1:])),))], title=name)
-    found, pictures = page([run, RunRecord("b", run.summary, SETTINGS, (curve,))], title=name)
+    found, pictures = page([run, EndedRun("b", run.summary, SETTINGS, (curve,))], title=name)
     assert not {"\x1b", "\u202e", "\udc80"} & set(found) and len(pictures) == 7
     assert all(len(picture) > 2000 for picture in pictures.values())
 
@@ -257,14 +257,14 @@ def test_hostile_names_and_numbers_have_figures(summary_with_control: dict[str, 
 @pytest.mark.full
 def test_as_much_is_drawn_as_a_picture_can_hold(summary: dict[str, Any]) -> None:
     made = Summary.of(summary)
-    many = [RunRecord(str(n), made, SETTINGS | {"training.learning_rate": n}) for n in range(50)]
+    many = [EndedRun(str(n), made, SETTINGS | {"training.learning_rate": n}) for n in range(50)]
     changes = GroupFigures(group_runs(many)).figures()["changes"]
     assert all(max(each.get_size_inches()) * DPI < 2**12 for each in changes)
     assert "the first 40 groups" in page(many, title="many")[0]
     scores = {f"d{number}": summary["baseline"]["prose"] for number in range(60)}
     domains = {"old": list(scores), "new": []}
     wide = summary | {"baseline": scores, "domains": domains, "attempts": [{"final": scores}]}
-    drawn = GroupFigures(group_runs([RunRecord("a", Summary.of(wide), SETTINGS)])).figures()
+    drawn = GroupFigures(group_runs([EndedRun("a", Summary.of(wide), SETTINGS)])).figures()
     assert len(drawn["changes"]) == _MAX_PANELS
 
 
@@ -278,7 +278,7 @@ def test_rounds_are_compared_from_the_base_to_their_end(summary: dict[str, Any])
     rounds[1]["baseline"] = middle
     attempts = [rounds[1] | {"gate": summary["gate"]}]
     grown = {"rounds": rounds, "attempts": attempts, "expansion": ["width", "width"], "flops": {}}
-    run = RunRecord("grown", Summary.of(summary | grown), SETTINGS)
+    run = EndedRun("grown", Summary.of(summary | grown), SETTINGS)
     assert run.expansions == (0, 5) and run.steps == 12 and run.cost("flops") == 3.0
     prose = next(row for row in run.rows if row.domain == "prose")
     assert prose.before == next(row for row in run_of(summary, "a", 0).rows).before

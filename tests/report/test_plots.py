@@ -9,7 +9,7 @@ from tests.report.growing import growth
 from tritter.report import plots
 from tritter.report.drawing import new_figure
 from tritter.report.figures import Line, draw_losses
-from tritter.report.runs import Group, RunRecord, curves_of
+from tritter.report.runs import EndedRun, Group, curves_of
 from tritter.report.summary import Summary
 
 HEADER = "epoch,eval/code/loss,forgetting/l2sp/loss,step,train/loss\n"
@@ -94,7 +94,7 @@ def test_what_was_before_and_beside_a_training_is_in_its_picture(summary_with_co
 
 def drawn(summary, curves, *, seeds=1, **rounds):
     """Draw one loss of runs that differ in the seed; return its panel."""
-    run = RunRecord("", Summary.of(summary | rounds), {}, curves)
+    run = EndedRun("", Summary.of(summary | rounds), {}, curves)
     _, (axes,) = new_figure(width=4, height=4)
     line = Line(Group("grown", (run,) * seeds), "blue", "o", "-")
     assert draw_losses(axes, [line], "eval/code/loss")
@@ -211,7 +211,7 @@ def test_growth_has_its_picture_and_is_marked_in_that_of_forgetting(summary, tmp
     assert len(set(pictures)) == 5
     assert pixels_of(tmp_path / "0" / "growth.png").shape == (930, 1440, 3)
     path.write_text(f"{header}0,3.4,1e9\n50,3.0,inf\n")
-    assert RunRecord("", Summary.of(summary), {}, read_curves(path)).last_flops is None
+    assert EndedRun("", Summary.of(summary), {}, read_curves(path)).last_flops is None
     plot_run(summary | {"growth": growth(grows_every=0)}, path, tmp_path / "nothing")
 
 

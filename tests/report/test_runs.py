@@ -12,7 +12,7 @@ from scipy import stats
 from tests.report.growing import growth
 from tritter.errors import TritterError
 from tritter.report.figures import _search_path
-from tritter.report.runs import Interval, RunRecord, differing_keys, group_runs, with_controls
+from tritter.report.runs import EndedRun, Interval, differing_keys, group_runs, with_controls
 from tritter.report.summary import Summary
 
 SETTINGS = {
@@ -24,13 +24,13 @@ SETTINGS = {
 }
 
 
-def run_of(summary: dict[str, Any], name: str, change: float, **settings: Any) -> RunRecord:
+def run_of(summary: dict[str, Any], name: str, change: float, **settings: Any) -> EndedRun:
     summary = copy.deepcopy(summary) | {"expansion": ["width"], "forgetting": ["ewc"]}
     for check in summary["attempts"][-1]["gate"]:
         if check["check"] == "retention":
             check["value"] = change
     values = SETTINGS | {key.replace("__", "."): value for key, value in settings.items()}
-    return RunRecord(name=name, summary=Summary.of(summary), settings=values)
+    return EndedRun(name=name, summary=Summary.of(summary), settings=values)
 
 
 def test_seeds_are_one_group_and_other_settings_are_another(summary: dict[str, Any]) -> None:
@@ -122,7 +122,7 @@ def test_tokens_of_a_step_and_borders_of_tasks(summary: dict[str, Any]) -> None:
     run = run_of(summary, "a", 0.0, trainer__accumulate_grad_batches=3)
     assert run.tokens_per_step == 4 * 8 * 3
     tasks = [{"domains": ["x"], "final": {}, "steps": steps} for steps in (5, 7, 9)]
-    several = RunRecord(name="a", summary=Summary.of(summary | {"tasks": tasks}), settings={})
+    several = EndedRun(name="a", summary=Summary.of(summary | {"tasks": tasks}), settings={})
     assert several.summary.borders == (5, 12) and several.tokens_per_step is None
 
 
@@ -157,7 +157,7 @@ def test_what_is_no_summary_is_refused(
 def test_what_an_older_version_left_out_is_a_gap(summary: dict[str, Any]) -> None:
     least = {key: summary[key] for key in ("status", "domains", "baseline")}
     least["attempts"] = [{"final": summary["final"]}]
-    run = RunRecord("old", Summary.of(least), {})
+    run = EndedRun("old", Summary.of(least), {})
     assert (run.steps, run.expansions, run.cost("flops"), run.seed) == (0, (), None, None)
     assert run.rows[0].verdict is None and run.rows[0].change.lower is None
 
@@ -168,7 +168,7 @@ def test_what_methods_prepare_is_a_cost_of_their_training(summary: dict[str, Any
     kinds: tuple[Literal["flops", "seconds"], ...] = ("flops", "seconds")
     for of in kinds:
         stages = {**summary[of], **prepared}
-        run = RunRecord(
+        run = EndedRun(
             "a", Summary.of(summary | {of: stages, "attempts": [{**attempt, of: 1000.0}]}), {}
         )
         assert run.cost(of) == 1031.0
@@ -177,7 +177,7 @@ def test_what_methods_prepare_is_a_cost_of_their_training(summary: dict[str, Any
 def test_a_control_stands_beside_its_group_once(summary_with_control: dict[str, Any]) -> None:
     """That of a sweep over expansions is the same training each time."""
     runs = [
-        RunRecord(name, Summary.of(summary_with_control | {"expansion": [method]}), settings)
+        EndedRun(name, Summary.of(summary_with_control | {"expansion": [method]}), settings)
         for name, method, settings in (
             ("a", "width", SETTINGS),
             ("b", "dus", SETTINGS | {"expansion.methods": 1}),
@@ -223,7 +223,7 @@ def test_neurons_of_a_last_round_are_born_after_the_rounds_before(summary: dict[
     made = growth(checks=7)
     single = summary | {"growth": made}
     single["attempts"][0]["steps"] = 90
-    assert RunRecord("a", Summary.of(single), {}).births == (36, 72)
+    assert EndedRun("a", Summary.of(single), {}).births == (36, 72)
     rounds = [{"final": summary["final"], "steps": steps} for steps in (50, 90)]
-    several = RunRecord("a", Summary.of(summary | {"growth": made, "rounds": rounds}), {})
+    several = EndedRun("a", Summary.of(summary | {"growth": made, "rounds": rounds}), {})
     assert several.births == (86, 122) and several.last_steps == 90

@@ -15,7 +15,7 @@ from tests.report.spawning import experts
 from tritter.config.launch.composition import load_config
 from tritter.pipeline import metrics
 from tritter.pipeline.ledger import Ledger
-from tritter.pipeline.metrics import _wandb_logger, log_result_to_wandb, wandb_summary
+from tritter.pipeline.metrics import _wandb_logger, _wandb_summary, log_result_to_wandb
 from tritter.pipeline.run import Run
 from tritter.report.summary import Summary
 from tritter.targets import Component
@@ -24,7 +24,7 @@ OUTSIDE = Component(name=Outside.name, kind=Outside, options=Options())
 
 
 def test_the_verdict_of_each_domain_is_there(summary_with_control):
-    told = wandb_summary(Summary.of(summary_with_control))
+    told = _wandb_summary(Summary.of(summary_with_control))
     last = summary_with_control["attempts"][-1]
     assert told["status"] == summary_with_control["status"]
     assert told["flops"] == summary_with_control["flops"]["total"]

@@ -22,7 +22,7 @@ from tritter.storage.reading import LINEAGE_NAME, SUMMARY_FILE, read_object
 
 if TYPE_CHECKING:
     from tritter.report.compared import Comparison, Scores
-    from tritter.report.runs import RunRecord
+    from tritter.report.runs import EndedRun
 
 _MAX_DEPTH = 2  # levels between a run and its checkpoint: attempt_1/trained
 _WHOLE = ("role", "run", "status", "verdict")  # columns never wrapped on a narrow terminal
@@ -89,7 +89,7 @@ def _numbers(comparison: Comparison, found: FoundRuns) -> dict[str, Any]:
     return {**comparison.to_dict(), "left_out": unfinished}
 
 
-def _scores(folder: Path, run: RunRecord) -> Scores:
+def _scores(folder: Path, run: EndedRun) -> Scores:
     """Return the scores of a run's last model, item by item."""
     from tritter.evaluation.statistics import MAX_SCORE_BYTES, PairedScores, score_file
     from tritter.report.rows import score_of

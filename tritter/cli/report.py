@@ -23,7 +23,7 @@ from tritter.storage.atomic import atomic_folder, refuse_existing
 from tritter.storage.reading import RUN_FILE, SUMMARY_FILE, read_object, read_text
 
 if TYPE_CHECKING:
-    from tritter.report.runs import Curve, RunRecord
+    from tritter.report.runs import Curve, EndedRun
 
 _MAX_RUNS = 1000
 _DEPTH = 3  # levels below a requested folder: a sweep of sweeps
@@ -148,7 +148,7 @@ def _run_folders(folder: Path, *, depth: int) -> Iterator[Path]:
         yield from _run_folders(each, depth=depth - 1)
 
 
-def read_runs(folders: Sequence[Path], *, are_drawn: bool = True) -> list[RunRecord]:
+def read_runs(folders: Sequence[Path], *, are_drawn: bool = True) -> list[EndedRun]:
     """Read runs and give them distinct names.
 
     Args:
@@ -159,12 +159,12 @@ def read_runs(folders: Sequence[Path], *, are_drawn: bool = True) -> list[RunRec
         RequestError: runs can't be read. The message lists them with the reasons.
     """
     from tritter.options import leaves
-    from tritter.report.runs import RunRecord
+    from tritter.report.runs import EndedRun
     from tritter.report.summary import Summary
 
     resolved = [folder.resolve() for folder in folders]
     above = Path(os.path.commonpath([folder.parent for folder in resolved]))
-    runs: list[RunRecord] = []
+    runs: list[EndedRun] = []
     problems = []
     for folder in resolved:
         try:
@@ -173,7 +173,7 @@ def read_runs(folders: Sequence[Path], *, are_drawn: bool = True) -> list[RunRec
             settings: dict[str, Any] = {"seed": summary.seed}
             if isinstance(fingerprint := record.get("fingerprint"), dict):
                 settings = {key: _plain(value) for key, value in leaves(fingerprint).items()}
-            run = RunRecord(str(folder.relative_to(above)), summary, settings)
+            run = EndedRun(str(folder.relative_to(above)), summary, settings)
             if are_drawn:
                 run = replace(
                     run,

@@ -117,7 +117,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     write_text_atomic(path, text.getvalue())
 
 
-def wandb_summary(summary: Summary) -> dict[str, Any]:
+def _wandb_summary(summary: Summary) -> dict[str, Any]:
     """Return the summary values of a run in W&B's tables."""
     values: dict[str, Any] = {
         "status": summary.status,
@@ -192,7 +192,7 @@ def log_result_to_wandb(run: Run, summary: Summary, plots: Sequence[Path], *, st
     if run.config.trainer.has_workers and (rows := _training_samples(run.folder)):
         media[_SAMPLES_KEY] = _samples_table(rows)
     logger.log_metrics(media, step=step)
-    logger.experiment.summary.update(wandb_summary(summary))
+    logger.experiment.summary.update(_wandb_summary(summary))
     settings = run.config.logger.wandb
     if settings is not None and settings.log_model and summary.status != "rolled_back":
         _log_model(logger, run.folder / "checkpoint", summary)

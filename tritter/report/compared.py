@@ -21,9 +21,9 @@ from tritter.report.rows import ScoreChange, change_text, score_text, unit_of
 from tritter.report.runs import (
     CONFIDENCE,
     MIN_SEEDS,
+    EndedRun,
     Group,
     Interval,
-    RunRecord,
     differing_keys,
     differs_between,
     group_runs,
@@ -55,7 +55,7 @@ class Compared:
         peak_memory: Peak memory of its process or device in bytes; None if not recorded.
     """
 
-    run: RunRecord
+    run: EndedRun
     scores: Scores | None = None
     missing_reason: str = ""
     peak_memory: float | None = None
@@ -366,7 +366,7 @@ def letter(number: int) -> str:
     return (letter(rest - 1) if rest else "") + chr(ord("A") + last)
 
 
-def _independent_keys(keys: Sequence[str], runs: Sequence[RunRecord]) -> tuple[str, ...]:
+def _independent_keys(keys: Sequence[str], runs: Sequence[EndedRun]) -> tuple[str, ...]:
     """Return the keys without those that follow from a choice in another column."""
     found: dict[str, tuple[str, tuple[bool, ...]]] = {}
     for key in keys:

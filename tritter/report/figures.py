@@ -34,7 +34,7 @@ from tritter.report.growth import (
 )
 from tritter.report.matrix import matrix_figure
 from tritter.report.rows import Role
-from tritter.report.runs import Curve, Group, Interval, RunRecord, with_controls
+from tritter.report.runs import Curve, EndedRun, Group, Interval, with_controls
 from tritter.report.summary import MAX_NUMBER, WindowsRecord
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def _domains(groups: Sequence[Group], role: str | None = None) -> list[tuple[str
     return list(found)[:_MAX_PANELS]
 
 
-def _experts(runs: Sequence[RunRecord]) -> list[Figure]:
+def _experts(runs: Sequence[EndedRun]) -> list[Figure]:
     skilled = [(run, run.summary.experts) for run in runs if run.summary.experts is not None]
     return [
         figure
@@ -166,7 +166,7 @@ def _experts(runs: Sequence[RunRecord]) -> list[Figure]:
     ]
 
 
-def _matrices(runs: Sequence[RunRecord]) -> list[Figure]:
+def _matrices(runs: Sequence[EndedRun]) -> list[Figure]:
     made = []
     learned = [(run.name, run.summary.matrix) for run in runs if run.summary.matrix]
     for name, matrix in learned[:_MAX_PANELS]:
@@ -176,7 +176,7 @@ def _matrices(runs: Sequence[RunRecord]) -> list[Figure]:
     return made
 
 
-def _positions(runs: Sequence[RunRecord]) -> list[Figure | None]:
+def _positions(runs: Sequence[EndedRun]) -> list[Figure | None]:
     longer = [(run.name, run.summary.windows) for run in runs if run.summary.windows]
     return [positions_figure(record, title=name) for name, record in longer[:_MAX_PANELS]]
 
@@ -297,7 +297,7 @@ def _mean_change(group: Group, role: str) -> Interval | None:
     if len(domains) == 1:
         return group.change(domains[0][0])
 
-    def of(run: RunRecord) -> float | None:
+    def of(run: EndedRun) -> float | None:
         values = [row.change.value for row in run.losses if row.role == role]
         known = [value for value in values if value is not None]
         return sum(known) / len(known) if known and len(known) == len(values) else None
@@ -383,7 +383,7 @@ def draw_losses(
     return True
 
 
-def _scale(run: RunRecord, *, is_in_tokens: bool) -> float:
+def _scale(run: EndedRun, *, is_in_tokens: bool) -> float:
     return (run.tokens_per_step or 1) / 1000 if is_in_tokens else 1.0
 
 

@@ -22,8 +22,8 @@ from tritter.report.rows import change_text, has_new_tokens
 from tritter.report.runs import (
     CONFIDENCE,
     MIN_SEEDS,
+    EndedRun,
     Group,
-    RunRecord,
     differing_keys,
     group_runs,
     with_controls,
@@ -101,7 +101,7 @@ _WITH_LEGEND = ("tradeoff", "losses", "growth")
 
 
 def page(
-    runs: Sequence[RunRecord],
+    runs: Sequence[EndedRun],
     *,
     title: str,
     notes: Sequence[str] = (),
@@ -286,7 +286,7 @@ def _status_text(status: object) -> str:
     return str(status).replace("_", " ")
 
 
-def _settings_table(runs: Sequence[RunRecord]) -> Table:
+def _settings_table(runs: Sequence[EndedRun]) -> Table:
     """Return the settings that differ; the longer of settings and runs becomes the rows."""
     keys = differing_keys(runs)
     if len(runs) > len(keys):
@@ -298,7 +298,7 @@ def _settings_table(runs: Sequence[RunRecord]) -> Table:
     return Table(("setting", *(run.name for run in runs)), tuple(rows))
 
 
-def _tree(runs: Sequence[RunRecord]) -> list[str]:
+def _tree(runs: Sequence[EndedRun]) -> list[str]:
     """Return the lineages of all checkpoints as one tree, a line each; runs are at the ends."""
     ends: dict[tuple[str, ...], list[str]] = {}
     for run in runs:
@@ -312,7 +312,7 @@ def _tree(runs: Sequence[RunRecord]) -> list[str]:
     ]
 
 
-def _details(run: RunRecord) -> dict[str, Any]:
+def _details(run: EndedRun) -> dict[str, Any]:
     summary = run.summary
     growth, experts = summary.growth, summary.experts
     chosen = {"expansion": summary.expansion, "forgetting": summary.forgetting}

@@ -12,7 +12,7 @@ from tritter.report.figures import Line, draw_curve, draw_losses, draw_tradeoff,
 from tritter.report.growth import growth_figure
 from tritter.report.matrix import matrix_figure
 from tritter.report.rows import DomainRow, change_text, domain_rows, unit_of
-from tritter.report.runs import Curve, Group, RunRecord, with_controls
+from tritter.report.runs import Curve, EndedRun, Group, with_controls
 from tritter.report.summary import Score, Summary
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def plot_run(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     folder.mkdir(parents=True, exist_ok=True)
-    run = RunRecord("", summary, {}, tuple(curves), tuple(control))
+    run = EndedRun("", summary, {}, tuple(curves), tuple(control))
     growth, experts, matrix, end = summary.growth, summary.experts, summary.matrix, run.last_steps
     name = "grown" if summary.last_attempt.expansion else "trained"
     styles = ((BLUE, "o", "-"), (ORANGE, "s", "--"))

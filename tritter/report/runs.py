@@ -63,7 +63,7 @@ def curves_of(rows: Sequence[Mapping[str, str]]) -> tuple[Curve, ...]:
 
 
 @dataclass(frozen=True)
-class RunRecord:
+class EndedRun:
     """One finished run.
 
     Args:
@@ -185,7 +185,7 @@ class Group:
     """
 
     name: str
-    runs: tuple[RunRecord, ...]
+    runs: tuple[EndedRun, ...]
     is_control: bool = False
 
     def change(self, domain: str) -> Interval | None:
@@ -206,11 +206,11 @@ class Group:
         """The different seeds of the runs."""
         return tuple(dict.fromkeys(repr(run.seed) for run in self.runs))
 
-    def mean(self, of: Callable[[RunRecord], float | None]) -> Interval | None:
+    def mean(self, of: Callable[[EndedRun], float | None]) -> Interval | None:
         """Return the mean of a number over the seeds."""
         return Interval.of([*self.by_seed(of).values()])
 
-    def by_seed(self, of: Callable[[RunRecord], float | None]) -> dict[str, float]:
+    def by_seed(self, of: Callable[[EndedRun], float | None]) -> dict[str, float]:
         """Return seed → number; the mean where several runs have the same seed."""
         found: dict[str, list[float]] = {}
         for run in self.runs:
@@ -231,11 +231,11 @@ class Group:
         return Interval.of([own[seed] / other[seed] - 1 for seed in seeds if other[seed]])
 
 
-def _at(run: RunRecord, domain: str, of: Callable[[DomainRow], float | None]) -> float | None:
+def _at(run: EndedRun, domain: str, of: Callable[[DomainRow], float | None]) -> float | None:
     return next((of(row) for row in run.rows if row.domain == domain), None)
 
 
-def _trained(run: RunRecord, domain: str) -> float | None:
+def _trained(run: EndedRun, domain: str) -> float | None:
     def score(row: DomainRow) -> float | None:
         trained = row.trained
         return trained.accuracy if row.change.in_points else trained.loss_per_byte
@@ -243,7 +243,7 @@ def _trained(run: RunRecord, domain: str) -> float | None:
     return _at(run, domain, score)
 
 
-def _is_accuracy(run: RunRecord, domain: str) -> bool:
+def _is_accuracy(run: EndedRun, domain: str) -> bool:
     return any(row.domain == domain and row.change.in_points for row in run.rows)
 
 
@@ -291,9 +291,9 @@ class Interval:
         return f"{scale * self.value:+.2f} [{lower}, {upper}]"
 
 
-def group_runs(runs: Iterable[RunRecord]) -> tuple[Group, ...]:
+def group_runs(runs: Iterable[EndedRun]) -> tuple[Group, ...]:
     """Return groups of runs that differ only in the seed, named by the settings that differ."""
-    by_settings: dict[str, list[RunRecord]] = {}
+    by_settings: dict[str, list[EndedRun]] = {}
     for run in runs:
         key = repr(sorted((k, repr(v)) for k, v in run.settings.items() if k != _SEED))
         by_settings.setdefault(key, []).append(run)
@@ -325,20 +325,20 @@ def with_controls(groups: Iterable[Group]) -> tuple[Group, ...]:
                 if run.control_rows and (control := run.summary.control) is not None:
                     own = {"attempts": [control], "tasks": control.tasks}
                     summary = run.summary.model_copy(update={**_NOT_OF_CONTROLS, **own})
-                    runs.append(RunRecord(run.name, summary, run.settings, run.control))
+                    runs.append(EndedRun(run.name, summary, run.settings, run.control))
             words = group.name.split(" ")[1:]
             rest = " ".join(word for word in words if not word.startswith(("growth=", "experts=")))
             found.append(Group(f"control (not grown) {rest}", tuple(runs), is_control=True))
     return tuple(found)
 
 
-def differing_keys(runs: Sequence[RunRecord]) -> tuple[str, ...]:
+def differing_keys(runs: Sequence[EndedRun]) -> tuple[str, ...]:
     """Return the settings in which some runs differ, in their order."""
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     return tuple(k for k in keys if len({repr(run.settings.get(k)) for run in runs}) > 1)
 
 
-def _name(run: RunRecord, keys: Sequence[str], *, ways: Collection[str]) -> str:
+def _name(run: EndedRun, keys: Sequence[str], *, ways: Collection[str]) -> str:
     """Return the name of a group: its methods and the other settings that differ.
 
     Args:
@@ -361,7 +361,7 @@ def _name(run: RunRecord, keys: Sequence[str], *, ways: Collection[str]) -> str:
     return truncate(name, _NAME_CHARACTERS)
 
 
-def differs_between(key: str, runs: Sequence[RunRecord]) -> bool:
+def differs_between(key: str, runs: Sequence[EndedRun]) -> bool:
     """Return whether a setting differs between the runs that have it, methods excluded."""
     values = {repr(run.settings[key]) for run in runs if key in run.settings}
     return len(values) > 1 and not key.endswith(".methods")

@@ -21,11 +21,7 @@ _NO_LINKS = {
     *(errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP),
 }
 _OLD_PREFIX = "old-"  # mkdtemp never generates a hyphen
-_NAME_EXISTS = (
-    errno.EEXIST,
-    errno.ENOTEMPTY,
-    errno.ENOTDIR,
-)  # errors of a rename onto an existing name
+_NAME_EXISTS = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)  # of a rename onto a name in use
 _Identity = tuple[int, int]  # device and inode of a file or folder
 _PUBLISHED: set[_Identity] = set()  # folders that this process has published
 
@@ -295,10 +291,9 @@ def _remove_leftovers(target: Path) -> None:
 
     A folder that was moved aside and not yet replaced is restored first.
     """
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.{_host()}-(\d+)\.({_OLD_PREFIX})?")
     for path in sorted(target.parent.iterdir()):
-        match = pattern.match(path.name)
-        if match is None or path.is_symlink() or _is_alive(int(match[1])):
+        match = leftover(path, re.escape(target.name))
+        if match is None:
             continue
         if path.is_file():
             path.unlink(missing_ok=True)
@@ -308,13 +303,18 @@ def _remove_leftovers(target: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def leftover(path: Path, target: str = ".+") -> re.Match[str] | None:
+    """Match what a killed process left that wrote a file or folder named `target` (a pattern)."""
+    match = re.match(rf"\.{target}\.{_host()}-(\d{{1,9}})\.({_OLD_PREFIX})?", path.name)
+    is_left = match and not path.is_symlink() and not _is_alive(int(match[1]))
+    return match if is_left else None
+
+
 def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
+    except OSError as error:
+        return error.errno != errno.ESRCH
     return True
 
 
