@@ -32,6 +32,7 @@ def resumptions(rng: random.Random, sandbox: Sandbox) -> Case:
     """Run folders that come from elsewhere: their record names code, folders and servers."""
     name = rng.choice(("outputs/runs/one", "run"))
     folder = sandbox.take(rng.choice(("finished", "unfinished")), name)
+    sandbox.take("texts")
     conf = sandbox.inside / rng.choice((f"{name}/conf", f"{name}-conf", "conf"))
     command = f"touch {sandbox.root / EXECUTED}"
     _write_evil_options(conf, command, has_shadow=rng.random() < 0.3)
