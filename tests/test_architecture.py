@@ -94,7 +94,7 @@ RATCHET = {
     "pipeline": (31, 7_363),
     "planning": (9, 2_149),
     "report": (15, 4_244),
-    "storage": (10, 2_100),
+    "storage": (10, 2_114),
     "training": (17, 5_093),
     "transform": (6, 1_859),
 }

@@ -2,10 +2,7 @@
 
 import hashlib
 import json
-import os
-import re
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -19,12 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from tests import oracle
 from tritter.checkpoints import Lineage, read_lineage, write_checkpoint, write_lineage
-from tritter.checkpoints.location import check_replaceable
 from tritter.core.expansions import Dus, LlamaPro, Width
 from tritter.core.families import Model
 from tritter.core.models import named_tensors, save_tokenizer
 from tritter.errors import RequestError, TritterError
-from tritter.storage import atomic
 from tritter.storage.hashing import merkle_hash, tensor_digest
 from tritter.storage.tensors import TensorFolder
 from tritter.storage.writer import TensorEntry, TensorStream
@@ -152,23 +147,6 @@ def test_write_lineage_replaces_record_and_card_alone(
     assert read.step == 10
     card = (folder / "README.md").read_bytes()
     assert read.file_digests["README.md"] == hashlib.sha256(card).hexdigest()
-
-
-def test_a_checkpoint_is_replaced_with_what_a_killed_writer_left_in_it(
-    model: LlamaForCausalLM, tmp_path: Path
-) -> None:
-    """A run was killed while it wrote the scores into the card, and expands again."""
-    folder = tmp_path / "out"
-    _write(model, folder)
-    with subprocess.Popen(["true"]) as dead:
-        dead.wait()
-    left = folder / f".README.md.{atomic._host()}-{dead.pid}.abc"
-    living = folder / f".README.md.{atomic._host()}-{os.getppid()}.abc"
-    left.write_text("half")
-    check_replaceable(folder)
-    living.write_text("half")
-    with pytest.raises(RequestError, match=f"other files: {re.escape(living.name)}"):
-        check_replaceable(folder)
 
 
 def test_the_card_tells_what_the_model_is_and_how_it_grew(

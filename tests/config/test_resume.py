@@ -131,7 +131,7 @@ def test_a_run_that_was_killed_while_it_wrote_its_first_record_starts_again(
     assert run(*JOB[1:], "hydra.run.dir=one").code == 0
     assert list(folder.glob(".run*")) == []
     Path("two").mkdir()
-    Path("two/.run.json.notes").write_text("mine")
+    Path("two/run.json.notes").write_text("mine")
     refused = run(*JOB[1:], "hydra.run.dir=two")
     assert refused.code == 2 and "is not a Tritter run" in refused.err
 

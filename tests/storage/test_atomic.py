@@ -8,7 +8,7 @@ import pytest
 
 from tritter.errors import RequestError, TritterError
 from tritter.storage import atomic
-from tritter.storage.atomic import atomic_folder, remove_folder, write_text_atomic
+from tritter.storage.atomic import atomic_folder, clear_leftovers, remove_folder, write_text_atomic
 
 
 def _contents(folder: Path) -> dict[str, str]:
@@ -121,6 +121,22 @@ def test_leftovers_of_a_killed_process_go_and_those_of_a_living_one_stay(tmp_pat
     living = f".target.{atomic._host()}-{os.getppid()}.abc"
     other_host = f".target.elsewhere-{dead}.abc"
     assert names == sorted(["target", ".target.notes", living, other_host])
+
+
+def test_a_locked_run_folder_is_cleared_of_what_killed_writers_left(tmp_path: Path) -> None:
+    """Also of those whose process id is in use now, and of those on another machine."""
+    here, run = atomic._host(), tmp_path / "run"
+    (run / "deep").mkdir(parents=True)
+    (run / f"deep/.README.md.{here}-{os.getpid()}.abc").write_text("half")
+    (run / ".saved.0123abcd-1.old-abc/saved").mkdir(parents=True)
+    (run / ".saved.0123abcd-1.old-abc/saved/tensors").write_text("whole")
+    (run / ".saved.0123abcd-1.def").mkdir()
+    (run / ".notes.0123abcd").write_text("mine")
+    (run / ".page.html.0123abcd-1.abc").symlink_to(tmp_path)
+    clear_leftovers(run)
+    found = {path.relative_to(run).as_posix() for path in run.rglob("*")}
+    names = {"deep", "saved", "saved/tensors", ".notes.0123abcd", ".page.html.0123abcd-1.abc"}
+    assert found == names
 
 
 def test_a_folder_goes_with_what_its_killed_writers_left(tmp_path: Path) -> None:

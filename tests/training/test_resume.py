@@ -33,6 +33,7 @@ from tritter.training import (
 )
 from tritter.training.callbacks import StepProgress, _rate_text
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO, decode, encode
+from tritter.training.metrics import rotate_metrics
 
 STEPS = 25  # of 4 sequences out of 40: epochs of the data end at steps 10 and 20
 Methods = Callable[[], Sequence[ForgettingMethod]]
@@ -226,6 +227,14 @@ def test_a_part_without_rows_takes_none_away(tmp_path: Path) -> None:
     (tmp_path / "metrics.0.csv").write_text(rows)
     (tmp_path / "metrics.csv").write_text("step,train/loss\n")
     assert [row["step"] for row in read_metrics(tmp_path)] == ["1", "3"]
+
+
+def test_a_part_takes_no_place_of_another_after_one_was_deleted(tmp_path: Path) -> None:
+    for name, step in (("metrics.1.csv", 1), ("metrics.csv", 2)):
+        (tmp_path / name).write_text(f"step,train/loss,train/learning_rate\n{step},3.0,0.1\n")
+    rotate_metrics(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.1.csv", "metrics.2.csv"}
+    assert [row["step"] for row in read_metrics(tmp_path)] == ["1", "2"]
 
 
 @pytest.mark.parametrize(("mode", "is_told"), [("on", True), ("auto", True), ("off", False)])

@@ -22,7 +22,7 @@ from tritter.core.families import Model
 from tritter.core.families.config_file import read_model_file
 from tritter.core.parameter_map.carry import STATE_KINDS
 from tritter.errors import Problem, RequestError, TritterError, did_you_mean, refused
-from tritter.storage.atomic import leftover, refuse_existing
+from tritter.storage.atomic import refuse_existing
 from tritter.storage.reading import LINEAGE_NAME, check_links, named_path
 from tritter.storage.records import read_record, record_text
 from tritter.storage.tensors import INDEX_NAME, SINGLE_NAME, TensorFolder
@@ -72,7 +72,7 @@ def check_output(
 def check_replaceable(folder: Path, *, sources: Sequence[Path] = ()) -> None:
     """Reject a folder that contains anything other than one checkpoint.
 
-    Reads only tritter.json and follows no links. What killed writers left is no obstacle.
+    Reads only tritter.json and follows no links.
 
     Raises:
         RequestError: the folder contains other files, or no checkpoint.
@@ -147,7 +147,7 @@ def _unexpected_names(folder: Path, listed: set[str] | None, above: str = "") ->
             else:
                 is_of_model = is_shard or LICENCE_FILES.fullmatch(entry.name) is not None
                 is_expected = name in _PLAIN_NAMES or (is_of_model and not above)
-            if not is_expected and name not in _STATE_FILES and not leftover(Path(entry.path)):
+            if not is_expected and name not in _STATE_FILES:
                 yield name
         elif stat.S_ISDIR(mode) and (
             name in {STATE_FOLDER, *states}

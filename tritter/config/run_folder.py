@@ -35,7 +35,7 @@ from tritter.errors import (
     show,
 )
 from tritter.options import leaves
-from tritter.storage.atomic import leftover, remove_folder, write_text_atomic
+from tritter.storage.atomic import remove_folder, write_text_atomic
 from tritter.storage.lock import LOCK_NAME
 from tritter.storage.reading import (
     LEDGER_NAME,
@@ -188,8 +188,8 @@ def check_run_folder(folder: Path, config: RunConfig) -> RunState:
     """
     _check_path(folder, config)
     is_run = os.path.lexists(folder / RUN_FILE)
-    entries = folder.iterdir() if folder.exists() else ()
-    if not is_run and any(p.name not in _BEFORE_RUN_FILE and not leftover(p) for p in entries):
+    strays = {path.name for path in folder.glob("*")} - _BEFORE_RUN_FILE
+    if not is_run and not all(name.startswith(f".{RUN_FILE}.") for name in strays):  # half written
         reason = f"output exists and is not a Tritter run (it has no {RUN_FILE}); nothing was "
         reason += "changed. Use a new or empty folder, or that of a run of the same configuration"
         raise refused("hydra.run.dir", folder, reason)

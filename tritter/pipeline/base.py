@@ -84,7 +84,7 @@ def obtain_base(run: Run) -> tuple[Path, float]:
     logged = folder.with_name(
         f"{folder.name}.metrics.csv"
     )  # next to the base model, for later runs
-    own = run.folder / "metrics_pretraining.csv"
+    own, working = run.folder / "metrics_pretraining.csv", run.folder / "pretraining"
 
     def wait() -> None:
         run.say("baseline", "another run is training this base model; waiting")
@@ -94,9 +94,12 @@ def obtain_base(run: Run) -> tuple[Path, float]:
             if not _is_intact(folder):
                 seconds = _train_base(run, folder, made_from)
                 for path in (logged, own):
-                    write_rows(path, read_metrics(run.folder / "pretraining"))
+                    write_rows(path, read_metrics(working))
                 return folder, seconds
     run.say("baseline", f"base model from the cache ({folder.name[:12]})")
+    if not logged.is_file() and (rows := read_metrics(working)):
+        write_rows(logged, rows)  # this run was killed after it had cached the model
+    discard_saved(working)
     if logged.is_file():
         write_text_atomic(own, read_text(logged, limit_bytes=MAX_METRICS_BYTES))
     return folder, 0.0

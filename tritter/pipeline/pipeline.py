@@ -46,7 +46,7 @@ from tritter.planning.strategy import planned_rounds
 from tritter.report.plots import plot_run
 from tritter.report.runs import curves_of
 from tritter.report.tables import print_summary
-from tritter.storage.atomic import write_text_atomic
+from tritter.storage.atomic import clear_leftovers, write_text_atomic
 from tritter.targets import instantiate
 from tritter.terminal import Console
 from tritter.training import metrics_files
@@ -89,6 +89,7 @@ def run_pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
         RequestError: the request is invalid (for example, the cache is not writable).
         TritterError: a stage failed; the ledger keeps finished stages.
     """
+    clear_leftovers(run_folder)
     run = Run(config=config, folder=run_folder, console=Console(), ledger=Ledger(run_folder))
     run.ledger.check(_found(config))
     with wandb_finished(run):

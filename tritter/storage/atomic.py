@@ -22,6 +22,9 @@ _NO_LINKS = {
 }
 _OLD_PREFIX = "old-"  # mkdtemp never generates a hyphen
 _NAME_EXISTS = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)  # of a rename onto a name in use
+_TEMPORARY = re.compile(
+    rf"\.(?P<target>.+)\.(?P<host>[0-9a-f]{{8}})-(?P<process>\d{{1,9}})\.(?P<old>{_OLD_PREFIX})?.*"
+)
 _Identity = tuple[int, int]  # device and inode of a file or folder
 _PUBLISHED: set[_Identity] = set()  # folders that this process has published
 
@@ -286,28 +289,39 @@ def _host() -> str:
     return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
-def _remove_leftovers(target: Path) -> None:
+def clear_leftovers(folder: Path) -> None:
+    """Remove what killed writers left below a run folder that this process has locked.
+
+    They may have run on another machine, or in a container or before a restart that gave them the
+    id of a process that runs now. A folder that was moved aside is restored.
+    """
+    for above, names, files in os.walk(folder):
+        for match in filter(None, map(_TEMPORARY.fullmatch, (*names, *files))):
+            _remove_leftovers(Path(above) / match["target"], is_locked=True)
+
+
+def _remove_leftovers(target: Path, *, is_locked: bool = False) -> None:
     """Remove temporary folders and files of processes that were killed while writing `target`.
 
     A folder that was moved aside and not yet replaced is restored first.
+
+    Args:
+        target: Path that they wrote.
+        is_locked: Whether no other process may write it now, on any machine.
     """
     for path in sorted(target.parent.iterdir()):
-        match = leftover(path, re.escape(target.name))
-        if match is None:
+        match = _TEMPORARY.fullmatch(path.name)
+        if match is None or match["target"] != target.name or path.is_symlink():
+            continue
+        is_here = match["host"] == _host()
+        if not is_locked and (not is_here or _is_alive(int(match["process"]))):
             continue
         if path.is_file():
             path.unlink(missing_ok=True)
         elif path.is_dir():
-            if match[2] and (path / target.name).exists() and not os.path.lexists(target):
+            if match["old"] and (path / target.name).exists() and not os.path.lexists(target):
                 (path / target.name).replace(target)
             shutil.rmtree(path, ignore_errors=True)
-
-
-def leftover(path: Path, target: str = ".+") -> re.Match[str] | None:
-    """Match what a killed process left that wrote a file or folder named `target` (a pattern)."""
-    match = re.match(rf"\.{target}\.{_host()}-(\d{{1,9}})\.({_OLD_PREFIX})?", path.name)
-    is_left = match and not path.is_symlink() and not _is_alive(int(match[1]))
-    return match if is_left else None
 
 
 def _is_alive(process: int) -> bool:

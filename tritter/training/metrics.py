@@ -21,8 +21,8 @@ def rotate_metrics(folder: Path) -> None:
     read_metrics(folder)
     current = folder / METRICS_NAME
     if current.exists():
-        number = len(list(folder.glob("metrics.*.csv")))
-        current.rename(folder / f"metrics.{number}.csv")
+        numbers = [int(path.name.split(".")[1]) for path in metrics_files(folder)[:-1]]
+        current.rename(folder / f"metrics.{max(numbers, default=-1) + 1}.csv")
 
 
 def metrics_files(folder: Path) -> tuple[Path, ...]:

@@ -135,6 +135,19 @@ def test_a_look_is_compared_with_the_latest_fisher_and_earlier_ones_stay_added(a
         torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-9)
 
 
+def test_a_run_that_has_grown_loads_its_own_state() -> None:
+    """Until then the kept Fisher has the shapes before the growth."""
+    grown = oracle.tiny_llama(intermediate_size=64)
+    kept = {n: torch.ones_like(p) for n, p in oracle.tiny_llama().named_parameters()}
+    method = OnlineEWC(at="expanded", refresh_steps=1)
+    given = told(grown, {"online_fisher": kept}, "b")
+    method.begin_task(grown, replace(given, old_sequences={"b": TEXT["b"]}))
+    state = {n: torch.ones_like(p) for n, p in grown.named_parameters()}
+    method.load_state_dict({"anchor": state, "fisher": state, "earlier": state})
+    assert method.observe_step(grown, 1) > 0
+    assert all(value.shape == state[name].shape for name, value in method.importance.items())
+
+
 def test_what_it_keeps_is_of_one_unit_and_one_rule() -> None:
     def kinds(**options: str) -> tuple[str, ...]:
         needs = OnlineEWC.needs(OnlineEWCOptions(**options))  # type: ignore[arg-type]

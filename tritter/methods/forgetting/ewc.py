@@ -304,20 +304,18 @@ class OnlineEWC(EWC):
         return replace(needs, instead=(), state=(kind,), leaves=(kind,), copies=needs.copies + 1)
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
-        import torch
-
         kept = task.state.get(self.saved_kind, {})
         parameters = dict(model.named_parameters())
         gamma = self.options.gamma
         self._earlier = {n: (gamma * value).to(parameters[n]) for n, value in kept.items()}
         super().begin_task(model, task)
-        self.anchor_weights(
-            model,
-            {
-                name: value + self.importance.get(name, torch.zeros_like(value))
-                for name, value in self._earlier.items()
-            },
-        )
+        total = dict(self._earlier)
+        for name, value in total.items():
+            latest = self.importance.get(name)
+            # A run that has grown and resumes loads its own state after this, of other shapes
+            if latest is not None and latest.shape == value.shape:
+                total[name] = value + latest
+        self.anchor_weights(model, total)
 
     def _fisher_domains(self, of: Preparation | Task, domains: tuple[str, ...]) -> tuple[str, ...]:
         """Return the domains of the latest task; all if no earlier run saved a Fisher."""

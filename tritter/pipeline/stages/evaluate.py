@@ -48,14 +48,8 @@ class Evaluate(Stage):
     name = "evaluate"
     found = EvaluationFound
 
-    def finish(self, run: Run, branch: Branch) -> Branch:
-        """Log the scores, if loggers are open."""
-        for logger in run.loggers:
-            logger.log_metrics(score_metrics(run, branch.name), step=num_steps(run, branch.name))
-        return branch
-
     def work(self, run: Run, branch: Branch) -> StageResult:
-        """Score the trained model, write its samples, and measure the usage of its experts."""
+        """Score the trained model, log it, write samples, and measure the usage of experts."""
         source = run.source(branch.trained)
         trained = load_trained(run, branch, source)
         if not branch.is_final:
@@ -98,6 +92,8 @@ class Evaluate(Stage):
             lora_used = expert_usage(trained.to(run.device), of_experts)
             read += of_experts.values()
         trained.to("cpu")
+        for logger in run.loggers:  # before the stage is recorded: a resumed run skips it then
+            logger.log_metrics(score_metrics(run, branch.name), step=num_steps(run, branch.name))
         flops += sum(reading.of_all(lengths_of(run.data.document_mask, each)) for each in read)
         return StageResult(
             EvaluationFound(samples=tuple(samples), moe=used, experts=lora_used),
