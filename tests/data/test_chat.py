@@ -327,6 +327,32 @@ def test_a_template_has_the_same_date_on_all_days() -> None:
     assert tokenizer().decode(ids_of(marked)).startswith("2024-07-26 26 Jul 2024<|im_start|>")
 
 
+def test_an_answer_may_begin_with_what_merges_with_its_header() -> None:
+    own = tokenizer().train_new_from_iterator(["assistant\n    return\n\n"] * 9, 330)
+    for content in ("    return x", "\n\nreturn"):
+        found = conversation_of({"prompt": "Write it.", "completion": content})
+        assert found is not None
+        header = own.encode("assistant\n")
+        assert own.encode(f"assistant\n{content}")[: len(header)] != header
+        marked = Chat(own).render(found, "x")
+        predicted = own.decode(ids_of(marked[~is_unpredicted(marked)]))
+        assert predicted == f"\n{content}<|im_end|>\n"  # the token of the newline is both
+        assert not is_unpredicted(marked).all()
+
+
+def test_bytes_of_reasoning_count_where_a_template_shows_it() -> None:
+    turns = messages(1, turns=2)
+    turns[1] |= {"reasoning_content": "because 猫"}
+    found = conversation_of({"messages": turns})
+    assert found is not None
+    thought = "<think>{{ message['reasoning_content'] }}</think>{{ message['content'] }}"
+    shown = CHATML.replace("{{ message['content'] }}", thought)
+    plain, thoughtful = (Chat(tokenizer(each)).answer_bytes(found) for each in (CHATML, shown))
+    assert plain == sum(len(each["content"].encode()) for each in turns[1::2])
+    assert thoughtful == plain + len("because 猫".encode())
+    assert Chat(None).answer_bytes(found) == plain
+
+
 def test_templates_that_hide_answers_or_fail_are_refused() -> None:
     once, twice = conversation(1), conversation(1, turns=2)
     chat = Chat(tokenizer(FORGETFUL))
@@ -416,7 +442,8 @@ def test_long_conversations_keep_an_answer_and_the_end_of_its_prompt(limit: int)
         whole = tokenise(each, inner, chat=chat)
         cut = tokenise(each, inner, chat=chat, max_tokens_per_document=limit)
         assert cut.num_tokens == min(limit, whole.num_tokens)
-        assert cut.num_cut == (cut.num_tokens < whole.num_tokens)
+        assert not cut.first(0).cut and cut.first(1).cut == cut.cut
+        assert len(cut.cut) == (cut.num_tokens < whole.num_tokens)
         assert 0 < cut.num_bytes <= whole.num_bytes
         answers = (~is_unpredicted(whole.tokens)).tolist()
         first = answers.index(True)

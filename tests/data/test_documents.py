@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tritter.data import documents as documents_module
+from tritter.data.conversations import Conversation
 from tritter.data.documents import (
     _PIECE_CHARACTERS,
     Document,
@@ -137,6 +138,21 @@ def test_digest_covers_identifiers_texts_and_order():
     assert documents_digest([a, b]) == documents_digest([a, b])
     texts = [str(random.Random(3).random()), "x", "y"]
     assert documents_digest(documents_of(texts)) == documents_digest(documents_of(texts[::-1]))
+
+
+def test_conversations_that_differ_in_more_than_their_text_all_stay() -> None:
+    """Several traces of one question are not duplicates; the split has them on one side."""
+
+    def trace(thought: str) -> Conversation:
+        answer = {"role": "assistant", "content": "42", "reasoning_content": thought}
+        return Conversation(({"role": "user", "content": "What is 6*7?"}, answer))
+
+    texts = [trace("40+2"), trace("6*7"), trace("40+2"), "a text"]
+    held = documents_of(texts)
+    assert held == documents_of(texts[::-1])
+    assert len(held) == 3 and held.num_duplicates == 1
+    assert len({each.identifier for each in held}) == 3 and len({*held.keys()}) == 2
+    assert held.num_shared(documents_of(texts[:1])) == 1
 
 
 def test_shared_documents_are_counted_by_their_words() -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,25 @@ def test_questions_of_records(tmp_path: Path) -> None:
     assert found["mgsm"].prompt == "Question : Un et un ?\nRéponse :"
     assert found["truthfulqa"].choices[found["truthfulqa"].right] == "I"
     assert found["math"].answer == "\\frac{1}{2}"
+
+
+def test_the_examples_of_mbpp_are_those_of_lm_eval(tmp_path: Path) -> None:
+    """Its list is fixed; importing it would download a metric."""
+    rows = [{**MBPP_ROWS[0], "task_id": number, "text": f"{number}."} for number in range(1, 12)]
+    written(tmp_path / "mbpp.jsonl", rows)
+    (mbpp,) = loaded(tmp_path, "mbpp")
+    shown = [re.findall(r"task: (\d+)\.", each.prompt) for each in mbpp.examples["MBPP/11"]]
+    assert shown == [["2"], ["3"], ["4"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "is_right"),
+    [("It is $18.", True), ("1,0 or 18", True), ("$18.00", False), ("18.5", False), ("", False)],
+)
+def test_numbers_are_compared_as_lm_eval_does(text: str, is_right: bool) -> None:
+    for name in ("gsm8k", "mgsm"):
+        compare = BENCHMARKS[name].is_right
+        assert compare is not None and compare(Question(prompt="", answer="18"), text) == is_right
 
 
 def test_each_question_has_its_examples(tmp_path: Path) -> None:

@@ -17,10 +17,13 @@ from tests.pipeline.tiny import TINY
 from tritter.config.launch.composition import load_config
 from tritter.core.models import load_tokenizer
 from tritter.data.chat import START, Chat, ids_of
-from tritter.data.tokens import TextBounds
+from tritter.data.conversations import Conversation
+from tritter.data.documents import documents_of
+from tritter.data.tokens import TextBounds, tokenise
 from tritter.errors import RequestError
+from tritter.evaluation.inference import answer_tokens
 from tritter.pipeline import Outcome
-from tritter.pipeline.samples import generate_samples
+from tritter.pipeline.samples import _prompt_of, generate_samples
 
 Run = Callable[..., Outcome]
 PROMPTS = "evaluation.prompts=['the old house','one']"
@@ -121,6 +124,27 @@ def test_processes_log_them_at_the_end(run_tiny: Run, tmp_path: Path) -> None:
     (logged,) = (each for each in offline_runs(tmp_path / "run") if each.job_type == "run")
     steps = [row["trainer/global_step"] for row in logged.rows if "samples/training.path" in row]
     assert steps == [6]
+
+
+def test_greedy_answers_ignore_penalties_of_a_generation_config() -> None:
+    model: Any = oracle.tiny_llama()
+    expected = answer_tokens(model, [1, 2, 1, 2], max_new_tokens=40, end_ids=[0])
+    model.generation_config.update(repetition_penalty=9.0, no_repeat_ngram_size=2)
+    assert answer_tokens(model, [1, 2, 1, 2], max_new_tokens=40, end_ids=[0]) == expected
+
+
+@pytest.mark.parametrize("has_template", [True, False])
+def test_only_a_rendered_conversation_brings_its_own_start(has_template: bool) -> None:
+    """Without a template, the start of a text precedes it, as in training."""
+    own = chat_tokenizer()
+    turns = {"role": "user", "content": "the class"}, {"role": "assistant", "content": "it"}
+    found = Conversation(turns)
+    chat = Chat(own if has_template else None, loss_on="answers")
+    tokens = tokenise(documents_of([found]), own.backend_tokenizer, chat=chat)
+    domain = SimpleNamespace(validation=tokens)
+    run: Any = SimpleNamespace(data=SimpleNamespace(corpus=SimpleNamespace(domains={"a": domain})))
+    prompt = _prompt_of(run, "a", 64)
+    assert (prompt[0] >= START) == has_template and len(prompt) > 1
 
 
 def test_a_prompt_is_a_message_of_the_user_if_there_is_a_template() -> None:

@@ -382,6 +382,8 @@ def _continuation(
             pad_token_id=end_ids[0] if end_ids else None,
             top_k=None,
             top_p=None,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
             streamer=streamer,
             **sampling,
         )

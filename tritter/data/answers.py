@@ -208,7 +208,7 @@ def scoring_note(
     if not documents.has_marks:
         return ""
     found = _Answers.of(documents)
-    num_long = max(documents.num_cut, int((found.targets > sequence_length).sum()))
+    num_long = max(len(documents.cut), int((found.targets > sequence_length).sum()))
     note = f"{name}: scores count {scored_text(documents)}."
     if num_long:
         note += (

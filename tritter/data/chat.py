@@ -14,7 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
-from tritter.data.conversations import ASSISTANT, SYSTEM, USER, Conversation
+from tritter.data.conversations import ASSISTANT, REASONING, SYSTEM, USER, Conversation
 from tritter.errors import Problem, RequestError, TritterError, nearest
 from tritter.storage.reading import named_path, read_text
 
@@ -169,12 +169,19 @@ class Chat:
     def answer_bytes(self, conversation: Conversation) -> int:
         """Return the UTF-8 bytes of the predicted parts of the plain text.
 
-        They do not depend on the template, so losses per byte are comparable between models.
+        They do not depend on the template, so losses per byte are comparable between models; only
+        the reasoning in an answer counts where a template shows it, because it is predicted then.
         """
-        text = str(conversation)
-        if self.loss_on == "all":
-            return len(text.encode())
-        return sum(len(text[start:end].encode()) for start, end in conversation.answer_spans)
+        text, is_all = str(conversation), self.loss_on == "all"
+        spans = [(0, len(text))] if is_all else conversation.answer_spans
+        parts = [text[start:end] for start, end in spans]
+        answers = conversation.assistant if is_all else conversation.answers
+        fields = [conversation.messages[at].get(field) for at in answers for field in REASONING]
+        if any(fields) and self.tokenizer is not None:
+            # Templates may show the reasoning of the last answer alone
+            rendered: Any = self._ids(conversation, text[:40], tokenize=False)
+            parts += [each for each in fields if isinstance(each, str) and each.strip() in rendered]
+        return sum(len(part.encode()) for part in parts)
 
     def fitted(
         self, marked: np.ndarray, limit: int, conversation: Conversation, name: str
@@ -217,21 +224,34 @@ class Chat:
         """Yield start and end of the tokens of some messages, from rendered prefixes."""
         for at in positions:
             is_prompted = conversation.messages[at]["role"] == ASSISTANT
-            before: Sequence[int] = []
-            if at:
-                before = self._ids(
-                    conversation, name, messages=at, add_generation_prompt=is_prompted
-                )["input_ids"]
-            after = self._ids(conversation, name, messages=at + 1)["input_ids"]
-            for prefix in (before, after):
-                if ids[: len(prefix)] != prefix:
-                    reason = (
-                        f"message {at + 1} of {name!r} can't be located: the tokens of the "
-                        "conversation do not begin with those of the messages up to it; add "
-                        "{% generation %} blocks to a copy of the template"
-                    )
-                    raise _refused(reason)
-            yield len(before), len(after)
+            before = {"messages": at, "add_generation_prompt": is_prompted}
+            ends = [
+                self._num_tokens(conversation, name, ids, options) if options["messages"] else 0
+                for options in (before, {"messages": at + 1})
+            ]
+            if None in ends:
+                reason = (
+                    f"message {at + 1} of {name!r} can't be located: the conversation does not "
+                    "begin with the messages up to it; add {% generation %} blocks to a copy of "
+                    "the template"
+                )
+                raise _refused(reason)
+            yield ends[0] or 0, ends[1] or 0
+
+    def _num_tokens(
+        self, conversation: Conversation, name: str, ids: Sequence[int], options: dict[str, Any]
+    ) -> int | None:
+        """Return how many of the tokens are those of a rendered prefix; None if it is no prefix."""
+        prefix = self._ids(conversation, name, **options)["input_ids"]
+        if ids[: len(prefix)] == prefix:
+            return len(prefix)
+        # A token may reach over the end, such as a newline with the spaces that begin an answer
+        part: Any = self._ids(conversation, name, tokenize=False, **options)
+        whole: Any = self._ids(conversation, name, tokenize=False)
+        found = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+        if not whole.startswith(part) or list(found["input_ids"]) != list(ids):
+            return None
+        return sum(end <= len(part) for _, end in found["offset_mapping"])
 
     def _ids(
         self,

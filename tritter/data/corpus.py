@@ -354,13 +354,13 @@ def _load(cache_dir: Path, digest: str) -> Corpus | None:
         if metadata.get("digest") != digest or metadata.get("format_version") != _FORMAT_VERSION:
             raise TritterError("its corpus does not match its name")
         for name in metadata["counts"]:
-            sides, cut = {}, metadata.get("cut", {}).get(name, 0)
+            sides, cut = {}, tuple(metadata.get("cut_documents", {}).get(name, ()))
             for side in _SIDES:
                 parts = (*_PARTS, "names", "name_ends")
                 own = {part: tensors[f"{name}.{side}.{part}"] for part in parts}
                 identifiers = Names(own.pop("names"), own.pop("name_ends"))
-                num_cut = cut if side == "validation" else 0
-                sides[side] = TokenisedDocuments(**own, identifiers=identifiers, num_cut=num_cut)
+                own_cut = cut if side == "validation" else ()
+                sides[side] = TokenisedDocuments(**own, identifiers=identifiers, cut=own_cut)
             domains[name] = Domain(name=name, **sides)
         return Corpus(
             tokenizer=Tokenizer.from_file(str(folder / _TOKENIZER)),
@@ -411,7 +411,7 @@ def _save(corpus: Corpus, folder: Path) -> None:
         "digest": corpus.digest,
         "sources": {name: asdict(source) for name, source in corpus.sources.items()},
         "counts": {name: asdict(counts) for name, counts in corpus.counts.items()},
-        "cut": {name: domain.validation.num_cut for name, domain in corpus.domains.items()},
+        "cut_documents": {name: domain.validation.cut for name, domain in corpus.domains.items()},
     }
     try:
         with atomic_folder(folder) as temporary:

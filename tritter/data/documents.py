@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, overload
 
-from tritter.data.conversations import Conversation
+from tritter.data.conversations import REASONING, Conversation
 from tritter.data.records import Text
 from tritter.storage.spool import Spool
 
@@ -83,9 +84,10 @@ class Documents(Sequence[Document]):
         kind, text = content[:1], content[1:].decode()
         conversation = Conversation.from_json(text) if kind == _CONVERSATION else None
         text = text if conversation is None else str(conversation)
-        # The key is unique; the beginning of the text helps people find it
+        # The hash is unique; the beginning of the text helps people find it
         begin = text.lstrip()[: 2 * NAME_CHARACTERS].replace("\r\n", "\n")[:NAME_CHARACTERS]
-        name = f"{self._key(position)[:16]} {' '.join(begin.split())}"
+        key = text_key(more) if (more := _unseen(content)) else self._key(position)
+        name = f"{key[:16]} {' '.join(begin.split())}"
         return Document(name, text, conversation)
 
     def __eq__(self, other: object) -> bool:
@@ -110,7 +112,7 @@ class Documents(Sequence[Document]):
 
         # The first eight bytes of a key distinguish documents, in a quarter of the memory
         own, others = (each._keys[each._order].view("<i8")[::4] for each in (self, other))
-        return len(np.intersect1d(own, others, assume_unique=True))
+        return len(np.intersect1d(own, others))
 
     def num_conversations(self) -> int:
         """Return the number of conversations."""
@@ -126,7 +128,8 @@ class Documents(Sequence[Document]):
         """Collect texts in the order of their keys; of texts with equal keys keep the smallest.
 
         Texts without words are left out. The key of a conversation is that of its plain text: a
-        chat template does not change it.
+        chat template does not change it. Conversations of one key that differ in reasoning, tools
+        or trained turns all stay; the split has them on one side.
         """
         import numpy as np
 
@@ -145,16 +148,32 @@ class Documents(Sequence[Document]):
         in_order = found._keys[order]
         is_first = np.ones(len(order), dtype=bool)
         is_first[1:] = in_order[1:] != in_order[:-1]
+        kept = is_first.copy()
         first = np.flatnonzero(is_first)
         for group in np.flatnonzero(np.diff(first, append=len(order)) > 1):
             begin = first[group]
             end = first[group + 1] if group + 1 < len(first) else len(order)
             # UTF-8 bytes sort like the characters of the text
-            same = range(begin, end)
-            first[group] = min(same, key=lambda at: found._content(np.int64(order[at])))
-        found._order = order[first]
-        found.num_duplicates = len(order) - len(first)
+            same = sorted((found._content(position), position) for position in order[begin:end])
+            distinct = {_unseen(content): position for content, position in reversed(same)}
+            kept_ones = set(distinct.values())
+            chosen = [position for _, position in same if position in kept_ones]
+            kept[begin:end] = np.arange(end - begin) < len(chosen)
+            order[begin : begin + len(chosen)] = chosen
+        found._order = order[kept]
+        found.num_duplicates = len(order) - len(found._order)
         return found
+
+
+def _unseen(content: bytes) -> str:
+    """Return what the plain text of a stored conversation omits, as JSON; empty if nothing."""
+    if content[:1] != _CONVERSATION:
+        return ""
+    conversation, fields = Conversation.from_json(content[1:].decode()), (*REASONING, "train")
+    more = [{k: each[k] for k in fields if k in each} for each in conversation.messages]
+    if not any(more) and not conversation.tools:
+        return ""
+    return json.dumps([more, conversation.tools, str(conversation)], sort_keys=True)
 
 
 def documents_of(texts: Iterable[Text]) -> Documents:

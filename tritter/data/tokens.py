@@ -325,14 +325,14 @@ class TokenisedDocuments:
         offsets: int64 [n + 1]; document i is `tokens[offsets[i]:offsets[i + 1]]`.
         num_bytes: int64 [n], UTF-8 bytes of each tokenised text, of a marked one of its answers.
         identifiers: identifiers of the documents.
-        num_cut: conversations that exceed `max_tokens_per_document` of `tokenise`.
+        cut: indices of conversations that exceed `max_tokens_per_document` of `tokenise`.
     """
 
     tokens: Tensor
     offsets: Tensor
     num_bytes: Tensor
     identifiers: Sequence[str]
-    num_cut: int = 0
+    cut: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.identifiers)
@@ -367,6 +367,7 @@ class TokenisedDocuments:
             offsets=self.offsets[: count + 1],
             num_bytes=self.num_bytes[:count],
             identifiers=self.identifiers[:count],
+            cut=tuple(index for index in self.cut if index < count),
         )
 
 
@@ -398,14 +399,14 @@ def tokenise(
 
     limit = max_tokens_per_document
     tokens, ends, num_bytes = Spool(), array("q", [0]), array("q")
-    names, name_ends, num_cut = Spool(), array("q"), 0
+    names, name_ends, cut = Spool(), array("q"), list[int]()
     for batch in _batches(documents):
         encoded = _encoded(batch, tokenizer, limit, chat)
         for document, each in zip(batch, encoded, strict=True):
             tokens.append(np.asarray(each.ids, dtype=np.int32).data.cast("B"))
             ends.append(ends[-1] + len(each.ids))
             num_bytes.append(each.num_bytes)
-            num_cut += each.is_cut
+            cut += [len(name_ends)] if each.is_cut else []
             names.append(document.identifier.encode())
             name_ends.append(len(names))
     return TokenisedDocuments(
@@ -413,7 +414,7 @@ def tokenise(
         offsets=_int64(ends),
         num_bytes=_int64(num_bytes),
         identifiers=Names(names.tensor("u1"), _int64(name_ends)),
-        num_cut=num_cut,
+        cut=tuple(cut),
     )
 
 

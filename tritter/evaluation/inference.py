@@ -147,6 +147,8 @@ def answer_tokens(
             temperature=None,
             top_k=None,
             top_p=None,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
             eos_token_id=list(end_ids),
             pad_token_id=end_ids[0],
         )

@@ -129,7 +129,9 @@ def _prompt_of(run: Run, domain: str, positions: int) -> list[int]:
     if first >= ANSWER:  # a conversation up to its first answer, or half of it
         num_given = int(is_unpredicted(document).long().cumprod(0).sum())
         num_given = num_given if num_given > 1 else len(document) // 2
-        return _end_of(document[:num_given].tolist(), positions // 2)
+        given = document[:num_given].tolist()
+        # The start of a text precedes one without a template, as in training
+        return _end_of(given, positions // 2) if first >= START else given[-(positions // 2) :]
     # Skip the beginning of the document, which is usually a heading or imports
     return whole_word_prompt(
         document[: 4 * _SAMPLE_PROMPT_TOKENS].tolist(),

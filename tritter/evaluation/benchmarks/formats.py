@@ -77,7 +77,8 @@ _WORDS = {
 _MGSM_UNTIL = tuple(sorted({words[0].strip() for words in _WORDS.values()}))
 _HUMANEVAL_UNTIL = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 _MBPP_UNTIL = ("[DONE]",)
-_PROMPT_IDS, _TEST_IDS = range(1, 11), range(11, 511)  # the official splits of MBPP
+# The official splits of MBPP, 1 to 10 and 11 to 510; lm-eval's examples are 2, 3 and 4
+_PROMPT_IDS, _TEST_IDS = range(2, 11), range(11, 511)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -318,9 +319,19 @@ _ARC = _ai2_format("question", lambda question, choices: _question_prompt(questi
 
 def _is_number_right(question: Question, text: str) -> bool:
     """Return True if the last number of an answer is correct."""
-    found = [one or other for one, other in _NUMBER.findall(text)]
-    number = _number(found[-1]) if found else None
+    number = _number(_last_number(text))
     return number is not None and number == _number(question.answer)
+
+
+def _is_written_right(question: Question, text: str) -> bool:
+    """Compare the last number as text, as lm-eval's flexible-extract does: 18.00 is not 18."""
+    given, right = (_bare(each) for each in (_last_number(text), question.answer))
+    return given == right
+
+
+def _last_number(text: str) -> str:
+    found = [one or other for one, other in _NUMBER.findall(text)]
+    return found[-1] if found else ""
 
 
 def _is_formula_right(question: Question, text: str) -> bool:
@@ -395,9 +406,13 @@ def _bbh(row: Row, file: str) -> Question:
     return Question(prompt=prompt, answer=row["target"], part=part)
 
 
+def _bare(number: str) -> str:
+    return number.strip().replace(",", "").replace("$", "").removesuffix(".")
+
+
 def _number(text: str) -> Decimal | None:
     try:
-        number = Decimal(text.strip().replace(",", "").replace("$", "").rstrip("."))
+        number = Decimal(_bare(text))
     except InvalidOperation:
         return None
     return number if number.is_finite() else None
@@ -587,7 +602,7 @@ _ALL = (
         hub_filter="flexible-extract",
         few_shot=FewShot(number=5, files=(r"gsm8k.*train", r"train.*gsm8k")),
         until=("Question:", "</s>", "<|im_end|>"),
-        is_right=_is_number_right,
+        is_right=_is_written_right,
     ),
     Benchmark(
         name="svamp",
@@ -607,7 +622,7 @@ _ALL = (
         format=Format({"question": TEXT, "answer": (int, str, type(None))}, _mgsm),
         hub_filter="flexible-extract",
         until=(*_MGSM_UNTIL, "</s>", "<|im_end|>"),
-        is_right=_is_number_right,
+        is_right=_is_written_right,
     ),
     Benchmark(
         name="math",
