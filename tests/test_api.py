@@ -225,6 +225,26 @@ def test_experts_change_nothing_until_they_are_trained() -> None:
     assert any(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
+def test_more_experts_leave_the_routing_as_it_is() -> None:
+    model = tritter.add_experts(oracle.tiny_llama(), rank=2, top_k=1, temperature=0.5)
+    mixture = tritter.add_experts(model, rank=2, num_experts=1).expert_mixture
+    assert (mixture.routing.top_k, mixture.routing.temperature) == (1, 0.5)
+    tritter.add_experts(model, rank=2, num_experts=1, top_k=2)
+    assert (mixture.routing.top_k, mixture.routing.temperature) == (2, 0.5)
+
+
+def test_end_tokens_of_a_generation_config_stay(tmp_path: Path) -> None:
+    model = oracle.tiny_llama()
+    model.generation_config.eos_token_id = [2, 7]
+    oracle.saved(model, tmp_path / "base")
+    for source in (model, tmp_path / "base"):
+        assert tritter.expand(source, "stack").generation_config.eos_token_id == [2, 7]
+    live = tritter.load(tmp_path / "base")
+    live.name_or_path = live.config.name_or_path = ""  # of a folder that is gone
+    tritter.expand(live, "stack", output=tmp_path / "grown")
+    assert oracle.stock(tmp_path / "grown").generation_config.eos_token_id == [2, 7]
+
+
 # protect
 
 
@@ -285,6 +305,8 @@ def test_padding_and_sequences_of_all_lengths_count_as_themselves() -> None:
 def test_l2sp_and_si_and_their_state() -> None:
     model, ids = oracle.tiny_llama(), oracle.tokens()
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(RequestError, match=r"with adapters \(LoRA experts\).*use l2sp or replay"):
+        tritter.protect(tritter.add_experts(oracle.tiny_llama(), rank=2), "ewc", [oracle.tokens()])
     l2sp = tritter.protect(model, L2SP(l2sp_lambda=0.5))
     si = tritter.protect(model, "si", ids, si_lambda=2.0)
     fisher = fisher_by_hand(model, list(ids))

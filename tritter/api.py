@@ -6,7 +6,7 @@ Importing this module imports neither torch nor transformers. Each function impo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from inspect import Parameter, signature
 from os import PathLike, fspath
@@ -400,7 +400,6 @@ def add_experts(model: Model, rank: int = 8, **options: Any) -> PreTrainedModel:
     with loading("transformers"):
         from tritter.core.models import model_of
         from tritter.methods.experts.adapters import AdapterShape, adaptable
-        from tritter.methods.experts.gates import Routing
         from tritter.methods.experts.mixture import ExpertMixture, mixture_on
     live = load(model) if isinstance(model, str | PathLike) else model
     model_of(live)
@@ -421,11 +420,9 @@ def add_experts(model: Model, rank: int = 8, **options: Any) -> PreTrainedModel:
     free = [name for name in names if name not in mixture.names]
     for number, name in enumerate(free[: requested.num_experts]):
         mixture.add(name, shape, seed=requested.seed + number)
-    mixture.routing = Routing(
-        top_k=requested.top_k,
-        temperature=requested.temperature,
-        capacity_factor=requested.capacity_factor,
-    )
+    given = {"top_k", "temperature", "capacity_factor"} & options.keys()
+    chosen = {name: getattr(requested, name) for name in given}
+    mixture.routing = replace(mixture.routing, **chosen)  # the rest as the model has it
     return live
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import tritter
 from tests import oracle
 from tests.training.killed import KillAt, Killed
 from tests.training.test_surgery import (
@@ -251,6 +252,34 @@ def test_others_of_bitsandbytes_are_refused(name: str) -> None:
     oracle.gradients(model, oracle.tokens())
     optimizer.step()
     with pytest.raises(TritterError, match=f"{name} has no exp_avg, exp_avg_sq"):
+        _moments_by_name(optimizer, model, live_layout(model))
+
+
+def test_a_plain_loop_with_eight_bits_continues_after_growth() -> None:
+    ids, model = oracle.tokens(), oracle.tiny_llama()
+    grown = tritter.grow(model, "schedule", growth_cooldown=2, max_growth_per_step=4)
+    optimizer = bitsandbytes.optim.AdamW8bit(grown.parameters(), lr=1e-4, min_8bit_size=16)
+    born = 0
+    for _ in range(5):
+        loss = grown(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        grown.update_loss(loss)
+        born += grown.check_and_grow()["born"]
+        optimizer.zero_grad()
+    assert born and all(p.isfinite().all() for p in grown.parameters())
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "name"),
+    [(torch.optim.AdamW, {"amsgrad": True}, "max_exp_avg_sq"), (torch.optim.NAdam, {}, "mu_prod")],
+)
+def test_adams_with_more_state_are_refused(kind: Any, more: Any, name: str) -> None:
+    model = oracle.tiny_llama()
+    optimizer = kind(model.parameters(), lr=0.0, **more)
+    oracle.gradients(model, oracle.tokens())
+    optimizer.step()
+    with pytest.raises(TritterError, match=f"{kind.__name__} has also {name}"):
         _moments_by_name(optimizer, model, live_layout(model))
 
 

@@ -29,14 +29,18 @@ RouterKind = Literal["learned", "evidence", "both"]
 _MAX_RANK = 1024
 # Keys of PEFT's LoRA config that affect neither the function nor the loading of an adapter
 _HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "peft_type",
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type",
     "peft_version", "r", "lora_alpha", "lora_dropout", "revision", "target_modules", "task_type",
     "ephemeral_gpu_offload", "runtime_config", "eva_config", "corda_config", "loftq_config",
     "lora_ga_config", "qalora_group_size",
     "fan_in_fan_out",  # PEFT derives it from the layer: true if the matrix is stored transposed
 }  # fmt: skip
-# Other keys with a PEFT default that is not null, false or empty
-_DEFAULTS = {"bias": "none", "megatron_core": "megatron.core"}
+# Other keys: values that plain LoRA has in addition to null, false and empty ones. Others than
+# these initialisations change the base, too (pissa, olora, corda, loftq, lora_ga)
+_PLAIN: dict[str, tuple[object, ...]] = {
+    "bias": ("none",), "megatron_core": ("megatron.core",),
+    "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
+}  # fmt: skip
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _Positive = Annotated[float, Field(gt=0, le=MAX_COUNT)]
 _Share = Annotated[float, Field(ge=0, le=1)]
@@ -150,7 +154,7 @@ class AdapterConfig:
 
 def is_plain_setting(key: str, value: object) -> bool:
     """Return True if plain LoRA allows this setting in an adapter's config."""
-    return key in _HARMLESS or value in (_DEFAULTS.get(key), None, False, {}, [])
+    return key in _HARMLESS or value in (*_PLAIN.get(key, ()), None, False, {}, [])
 
 
 @dataclass(frozen=True, slots=True)

@@ -241,7 +241,7 @@ class Chat:
     def _num_tokens(
         self, conversation: Conversation, name: str, ids: Sequence[int], options: dict[str, Any]
     ) -> int | None:
-        """Return how many of the tokens are those of a rendered prefix; None if it is no prefix."""
+        """Return the number of tokens of a rendered prefix; None if it is no prefix."""
         prefix = self._ids(conversation, name, **options)["input_ids"]
         if ids[: len(prefix)] == prefix:
             return len(prefix)

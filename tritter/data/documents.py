@@ -166,7 +166,7 @@ class Documents(Sequence[Document]):
 
 
 def _unseen(content: bytes) -> str:
-    """Return what the plain text of a stored conversation omits, as JSON; empty if nothing."""
+    """Return the fields that the plain text of a stored conversation omits, as JSON; or nothing."""
     if content[:1] != _CONVERSATION:
         return ""
     conversation, fields = Conversation.from_json(content[1:].decode()), (*REASONING, "train")

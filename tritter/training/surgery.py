@@ -119,9 +119,10 @@ def apply_plain(
     old = dict(model.named_parameters())
     if change.removed or any(stored.name not in old for stored in change.after):
         raise RequestError("in a plain training loop, a change cannot add or remove parameters.")
-    moments = {}
+    moments, before = {}, {}
     if optimizer is not None:
         moments = carried_moments(optimizer, model, change, stored_tensors=change.altered)
+        before = {name: optimizer.state.get(old[stem]) for name, stem in change.stems.items()}
     _change_parameters(model, change)
     new = dict(model.named_parameters())
     if optimizer is not None:  # each new parameter, with its state, replaces the old one
@@ -132,7 +133,7 @@ def apply_plain(
             if new[name] is not old[name]:
                 optimizer.state.pop(old[name], None)
         for name, state in moments.items():
-            optimizer.state[new[name]] = state
+            put_moments(optimizer, new[name], state, before=before.get(name))
     for name in new:
         new[name].grad = None  # old gradients have the old shapes
     _check_model(optimizer, model, change, ties=ties, num_others=others)
@@ -348,12 +349,13 @@ def _moments_by_name(
             continue
         if eight_bit.is_of_bitsandbytes(optimizer):
             state = eight_bit.read(state, parameter.device)
-        missing = {*MOMENTS, "step"} - set(state)
-        if missing:
+        known, has = {*MOMENTS, "step"}, set(state)
+        if has != known:  # amsgrad and NAdam have more
+            which = sorted(known - has or has - known)
             raise TritterError(
-                f"{type(optimizer).__name__} has no {', '.join(sorted(missing))} for "
-                f"{stored.name}. Tritter can carry the moments of Adam and AdamW, including their "
-                "8-bit variants."
+                f"{type(optimizer).__name__} has {'no' if known - has else 'also'} "
+                f"{', '.join(which)} for {stored.name}. Tritter can carry the moments of Adam and "
+                "AdamW, including their 8-bit variants."
             )
         for part in stored.parts:
             own = {kind: part.of(state[kind]) for kind in MOMENTS}

@@ -131,6 +131,8 @@ class ModelExpander:
         target = steps[-1].target
         tensors = {t.name: read(t.name) for t in target.tensors}
         grown = model_with_tensors(target, tensors).train(model.training)
+        if hasattr(model, "generation_config"):  # its end tokens, for example
+            grown.generation_config = deepcopy(model.generation_config)
         added = added_experts(AddedExperts.of(model), steps)
         if added is not None:
             added.apply(grown)
@@ -180,10 +182,20 @@ def write_model(
         config=config,
         tensors=TensorStream.of(tensors),
         lineage=lineage,
-        artifacts=artifacts,
+        artifacts=[*artifacts, partial(_write_generation_config, model)],
         overwrite=overwrite,
         check=partial(check_replaceable, sources=sources),
     )
+
+
+def _write_generation_config(model: nn.Module, folder: Path) -> None:
+    """Write generation settings that a model's config lacks, unless a source's were copied."""
+    settings: Any = getattr(model, "generation_config", None)
+    if settings is None or (folder / "generation_config.json").exists():
+        return
+    of_config = type(settings).from_model_config(model.config)
+    if settings.to_diff_dict() != of_config.to_diff_dict():
+        settings.save_pretrained(folder)
 
 
 def depth_upscale(

@@ -233,6 +233,39 @@ def test_the_base_keeps_its_names_and_weights() -> None:
     assert all("lora_" in name or "expert_router" in name for name in own.keys() - expected.keys())
 
 
+@pytest.mark.parametrize("router", ["learned", "evidence", "both"])
+def test_a_checkpointed_pass_keeps_its_gates_while_others_follow(router: Any) -> None:
+    """Two losses of one step, and a pass between a loss and its gradient."""
+    found = []
+    for is_on in (False, True):
+        mixture = mixture_of(router=router)
+        model: Any = mixture.model.train()
+        if is_on:
+            model.gradient_checkpointing_enable()
+        losses = [
+            model(input_ids=ids, labels=ids, use_cache=False).loss
+            for ids in (tokens(), tokens().flip(1), tokens()[:1, :5])
+        ]
+        with torch.no_grad():
+            model(input_ids=tokens()[:, :3], use_cache=False)
+        sum(losses).backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+        copy.deepcopy(model)
+    assert len(found[0]) == len(found[1]) > 0
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found, strict=True))
+
+
+def test_a_model_with_several_stacks_of_layers_is_refused() -> None:
+    model = tiny_llama()
+    model.add_module("vision", torch.nn.Module())
+    model.get_submodule("vision").layers = torch.nn.ModuleList(
+        [torch.nn.Sequential(torch.nn.Linear(2, 2))]
+    )
+    with pytest.raises(RequestError, match=r"the model has 2: model\.layers, vision\.layers"):
+        ExpertMixture(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_refusals() -> None:
     mixture = mixture_of()
     with pytest.raises(RequestError, match="already has an adapter e0"):

@@ -84,6 +84,8 @@ def test_an_adapter_of_theirs_is_an_expert(theirs: Path) -> None:
         ("bias", "all", "bias = 'all'"),
         ("modules_to_save", ["lm_head"], "modules_to_save"),
         ("something_new", 3, "something_new"),
+        ("init_lora_weights", "pissa", "init_lora_weights = 'pissa' is not supported"),
+        ("init_lora_weights", "olora", "init_lora_weights"),
         ("r", 4, "config has r = 4"),
         ("r", True, "r = True; must be"),
         ("r", 10**9, "must be 1 to 1024"),

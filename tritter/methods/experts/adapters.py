@@ -224,9 +224,19 @@ def layer_number(name: str) -> int | None:
 
 
 def decoder_layers(model: nn.Module) -> dict[int, nn.Module]:
-    """Return the decoder layers of a model by index."""
+    """Return the decoder layers of a model by index.
+
+    Raises:
+        RequestError: the model has several stacks of layers, such as an encoder of images.
+    """
     named = dict(model.named_modules())
     paths = {int(m[1]): m[0] for name in named if (m := _LAYER.match(name)) is not None}
+    stacks = {m[0].removesuffix(m[1]) for name in named if (m := _LAYER.match(name)) is not None}
+    if len(stacks) > 1:
+        raise RequestError(
+            f"LoRA experts need one stack of layers, and the model has {len(stacks)}: "
+            f"{', '.join(sorted(each.strip('.') for each in stacks))}. Use a text model."
+        )
     return {number: named[path] for number, path in sorted(paths.items())}
 
 

@@ -315,6 +315,33 @@ class _Mix:
         self.gates, self.dispatch = gates, Dispatch.of(gates)
 
 
+def _keep_gates(mix: _Mix, layer: nn.Module, args: Sequence[Any]) -> None:
+    """Let activation checkpointing recompute a layer with the gates of the pass that it repeats.
+
+    Stock layers are recomputed without their hooks, perhaps after further passes.
+    """
+    checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
+    is_ours = isinstance(checkpoint, partial) and checkpoint.func is _checkpointed
+    if checkpoint is not None and not is_ours:
+        layer._gradient_checkpointing_func = partial(_checkpointed, mix, checkpoint)  # type: ignore[assignment]
+
+
+def _checkpointed(
+    mix: _Mix, checkpoint: Callable[..., Any], run: Callable[..., Any], *args: Any
+) -> Any:
+    own = mix.gates, mix.dispatch
+
+    def run_again(*inputs: Any) -> Any:
+        latest = mix.gates, mix.dispatch
+        mix.gates, mix.dispatch = own
+        try:
+            return run(*inputs)
+        finally:
+            mix.gates, mix.dispatch = latest
+
+    return checkpoint(run_again, *args)
+
+
 class ExpertMixture:
     """LoRA experts on a model, mixed per token in one forward pass.
 
@@ -391,6 +418,8 @@ class ExpertMixture:
             mix = _Mix(owner.get_submodule(ROUTER))  # type: ignore[arg-type]
             self._mixes[number] = mix
             layer.register_forward_pre_hook(partial(self._route, mix), with_kwargs=True)
+        for number, layer in layers.items():
+            layer.register_forward_pre_hook(partial(_keep_gates, self._mixes[number]))
 
     def add(self, name: str, shape: AdapterShape, *, seed: int) -> None:
         """Add an expert with zero output (B = 0) and router rows of zeros.

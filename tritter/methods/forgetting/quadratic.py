@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tritter.core.families import find_family
 from tritter.data.batches import this_rank
 from tritter.data.packing import IGNORED, document_mask_of, labels_of
+from tritter.errors import RequestError
 from tritter.evaluation.inference import preserve_modes
 from tritter.seeds import derived_seed
 from tritter.training import ForgettingMethod
@@ -265,6 +266,11 @@ def _sequence_loss(
     model: nn.Module, parameters: _Parameters, input_ids: Tensor, labels: Tensor
 ) -> Tensor:
     """Return the mean next-token loss of one sequence; input_ids [T], labels [T - 1] or IGNORED."""
+    if hasattr(model, "peft_config"):
+        raise RequestError(
+            "the importance of weights can't be estimated with adapters (LoRA experts) on the "
+            "model; use l2sp or replay, or merge them first."
+        )
     from torch import nn
     from torch.func import functional_call
 
