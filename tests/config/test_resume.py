@@ -127,7 +127,7 @@ def test_a_run_that_was_killed_while_it_wrote_its_first_record_starts_again(
         dead.wait()
     folder = Path("one")
     folder.mkdir()
-    (folder / f".run.json.{atomic._host()}-{dead.pid}.abc").write_text("half")
+    (folder / f".run.json.{atomic._host()}-{dead.pid}.abcdefgh").write_text("half")
     assert run(*JOB[1:], "hydra.run.dir=one").code == 0
     assert list(folder.glob(".run*")) == []
     Path("two").mkdir()

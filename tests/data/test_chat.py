@@ -342,7 +342,8 @@ def test_an_answer_may_begin_with_what_merges_with_its_header() -> None:
 
 def test_bytes_of_reasoning_count_where_a_template_shows_it() -> None:
     turns = messages(1, turns=2)
-    turns[1] |= {"reasoning_content": "because 猫"}
+    turns[1] |= {"reasoning_content": "because 猫", "thinking": "because 猫"}
+    turns[3] |= {"reasoning_content": "\n\n"}
     found = conversation_of({"messages": turns})
     assert found is not None
     thought = "<think>{{ message['reasoning_content'] }}</think>{{ message['content'] }}"

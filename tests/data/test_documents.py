@@ -147,7 +147,7 @@ def test_conversations_that_differ_in_more_than_their_text_all_stay() -> None:
         answer = {"role": "assistant", "content": "42", "reasoning_content": thought}
         return Conversation(({"role": "user", "content": "What is 6*7?"}, answer))
 
-    texts = [trace("40+2"), trace("6*7"), trace("40+2"), "a text"]
+    texts = [trace("40+2"), trace("6*7"), trace(" 40+2\n"), "a text"]
     held = documents_of(texts)
     assert held == documents_of(texts[::-1])
     assert len(held) == 3 and held.num_duplicates == 1

@@ -35,7 +35,7 @@ def test_what_a_killed_writer_left_in_a_checkpoint_is_no_obstacle(
     end_at_record(monkeypatch, "attempt_1.expand", is_recorded=False)
     with pytest.raises(KeyError, match="killed"):
         run_tiny(tmp_path, "expansion=width")
-    left = tmp_path / "attempt_1/expanded/.README.md.0123abcd-77.abc"
+    left = tmp_path / "attempt_1/expanded/.README.md.0123abcd-77.abcdefgh"
     left.write_text("half")
     run_tiny(tmp_path, "expansion=width")
     assert read_lineage(tmp_path / "checkpoint") is not None and not left.exists()

@@ -111,15 +111,15 @@ def _pid_of_the_dead() -> int:
 
 def test_leftovers_of_a_killed_process_go_and_those_of_a_living_one_stay(tmp_path: Path) -> None:
     dead = _pid_of_the_dead()
-    (tmp_path / f".target.{atomic._host()}-{dead}.abc").mkdir()
-    (tmp_path / f".target.{atomic._host()}-{os.getppid()}.abc").mkdir()
+    (tmp_path / f".target.{atomic._host()}-{dead}.abcdefgh").mkdir()
+    (tmp_path / f".target.{atomic._host()}-{os.getppid()}.abcdefgh").mkdir()
     (tmp_path / ".target.notes").mkdir()
-    (tmp_path / f".target.elsewhere-{dead}.abc").mkdir()
+    (tmp_path / f".target.elsewhere-{dead}.abcdefgh").mkdir()
     with atomic_folder(tmp_path / "target"):
         pass
     names = sorted(path.name for path in tmp_path.iterdir())
-    living = f".target.{atomic._host()}-{os.getppid()}.abc"
-    other_host = f".target.elsewhere-{dead}.abc"
+    living = f".target.{atomic._host()}-{os.getppid()}.abcdefgh"
+    other_host = f".target.elsewhere-{dead}.abcdefgh"
     assert names == sorted(["target", ".target.notes", living, other_host])
 
 
@@ -127,20 +127,24 @@ def test_a_locked_run_folder_is_cleared_of_what_killed_writers_left(tmp_path: Pa
     """Also of those whose process id is in use now, and of those on another machine."""
     here, run = atomic._host(), tmp_path / "run"
     (run / "deep").mkdir(parents=True)
-    (run / f"deep/.README.md.{here}-{os.getpid()}.abc").write_text("half")
-    (run / ".saved.0123abcd-1.old-abc/saved").mkdir(parents=True)
-    (run / ".saved.0123abcd-1.old-abc/saved/tensors").write_text("whole")
-    (run / ".saved.0123abcd-1.def").mkdir()
-    (run / ".notes.0123abcd").write_text("mine")
-    (run / ".page.html.0123abcd-1.abc").symlink_to(tmp_path)
+    (run / f"deep/.README.md.{here}-{os.getpid()}.abcdefgh").write_text("half")
+    (run / ".saved.0123abcd-1.old-abcdefgh/saved").mkdir(parents=True)
+    (run / ".saved.0123abcd-1.old-abcdefgh/saved/tensors").write_text("whole")
+    (run / ".saved.0123abcd-1.defdefgh").mkdir()
+    names = {".notes.0123abcd", ".notes.20240101-12.md", "...0123abcd-1.abcdefgh"}
+    for name in names:
+        (run / name).write_text("mine")
+    outside = tmp_path / ".run.0123abcd-1.abcdefgh"
+    outside.mkdir()
+    (run / ".page.html.0123abcd-1.abcdefgh").symlink_to(tmp_path)
     clear_leftovers(run)
     found = {path.relative_to(run).as_posix() for path in run.rglob("*")}
-    names = {"deep", "saved", "saved/tensors", ".notes.0123abcd", ".page.html.0123abcd-1.abc"}
-    assert found == names
+    names |= {"deep", "saved", "saved/tensors", ".page.html.0123abcd-1.abcdefgh"}
+    assert found == names and outside.is_dir()
 
 
 def test_a_folder_goes_with_what_its_killed_writers_left(tmp_path: Path) -> None:
-    left = tmp_path / f".saved.{atomic._host()}-{_pid_of_the_dead()}.abc"
+    left = tmp_path / f".saved.{atomic._host()}-{_pid_of_the_dead()}.abcdefgh"
     for folder in (tmp_path / "saved", left, tmp_path / "saved_too"):
         folder.mkdir()
         (folder / "tensors").write_text("half")
@@ -162,7 +166,7 @@ def test_a_place_below_a_file_is_refused(tmp_path: Path) -> None:
 def test_text_is_replaced_whole(tmp_path: Path) -> None:
     path = tmp_path / "new" / "note.txt"
     write_text_atomic(path, "eins\n")
-    half = f".note.txt.{atomic._host()}-{_pid_of_the_dead()}.abc"  # a killed writer's
+    half = f".note.txt.{atomic._host()}-{_pid_of_the_dead()}.abcdefgh"  # a killed writer's
     path.with_name(half).write_text("ha")
     write_text_atomic(path, "zwei ±\n")
     assert path.read_text(encoding="utf-8") == "zwei ±\n"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -176,11 +176,17 @@ class Chat:
         spans = [(0, len(text))] if is_all else conversation.answer_spans
         parts = [text[start:end] for start, end in spans]
         answers = conversation.assistant if is_all else conversation.answers
-        fields = [conversation.messages[at].get(field) for at in answers for field in REASONING]
-        if any(fields) and self.tokenizer is not None:
+        messages, marks = [dict(each) for each in conversation.messages], dict[str, str]()
+        for at, field in ((at, field) for at in answers for field in REASONING):
+            thought = str(messages[at].get(field) or "").strip()
+            if thought:
+                messages[at][field] = mark = f"<{field} of message {at}>"
+                marks[mark] = thought
+        if marks and self.tokenizer is not None:
             # Templates may show the reasoning of the last answer alone
-            rendered: Any = self._ids(conversation, text[:40], tokenize=False)
-            parts += [each for each in fields if isinstance(each, str) and each.strip() in rendered]
+            marked = replace(conversation, messages=tuple(messages))
+            rendered: Any = self._ids(marked, text[:40], tokenize=False)
+            parts += [thought for mark, thought in marks.items() if mark in rendered]
         return sum(len(part.encode()) for part in parts)
 
     def fitted(

@@ -354,7 +354,9 @@ def _load(cache_dir: Path, digest: str) -> Corpus | None:
         if metadata.get("digest") != digest or metadata.get("format_version") != _FORMAT_VERSION:
             raise TritterError("its corpus does not match its name")
         for name in metadata["counts"]:
-            sides, cut = {}, tuple(metadata.get("cut_documents", {}).get(name, ()))
+            # Former entries have only the number
+            former = range(metadata.get("cut", {}).get(name, 0))
+            sides, cut = {}, tuple(metadata.get("cut_documents", {}).get(name, former))
             for side in _SIDES:
                 parts = (*_PARTS, "names", "name_ends")
                 own = {part: tensors[f"{name}.{side}.{part}"] for part in parts}

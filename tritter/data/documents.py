@@ -86,7 +86,8 @@ class Documents(Sequence[Document]):
         text = text if conversation is None else str(conversation)
         # The hash is unique; the beginning of the text helps people find it
         begin = text.lstrip()[: 2 * NAME_CHARACTERS].replace("\r\n", "\n")[:NAME_CHARACTERS]
-        key = text_key(more) if (more := _unseen(content)) else self._key(position)
+        key = self._key(position)
+        key = text_key(key + unseen) if (unseen := _unseen(content)) else key
         name = f"{key[:16]} {' '.join(begin.split())}"
         return Document(name, text, conversation)
 
@@ -129,7 +130,7 @@ class Documents(Sequence[Document]):
 
         Texts without words are left out. The key of a conversation is that of its plain text: a
         chat template does not change it. Conversations of one key that differ in reasoning, tools
-        or trained turns all stay; the split has them on one side.
+        or the flags that exclude turns all stay; the split has them on one side.
         """
         import numpy as np
 
@@ -154,10 +155,13 @@ class Documents(Sequence[Document]):
             begin = first[group]
             end = first[group + 1] if group + 1 < len(first) else len(order)
             # UTF-8 bytes sort like the characters of the text
-            same = sorted((found._content(position), position) for position in order[begin:end])
-            distinct = {_unseen(content): position for content, position in reversed(same)}
-            kept_ones = set(distinct.values())
-            chosen = [position for _, position in same if position in kept_ones]
+            best: dict[str, tuple[bytes, int]] = {}
+            for position in order[begin:end]:
+                content = found._content(position)
+                unseen = _unseen(content)
+                if unseen not in best or content < best[unseen][0]:
+                    best[unseen] = content, position
+            chosen = [position for _, position in sorted(best.values())]
             kept[begin:end] = np.arange(end - begin) < len(chosen)
             order[begin : begin + len(chosen)] = chosen
         found._order = order[kept]
@@ -170,10 +174,12 @@ def _unseen(content: bytes) -> str:
     if content[:1] != _CONVERSATION:
         return ""
     conversation, fields = Conversation.from_json(content[1:].decode()), (*REASONING, "train")
-    more = [{k: each[k] for k in fields if k in each} for each in conversation.messages]
-    if not any(more) and not conversation.tools:
-        return ""
-    return json.dumps([more, conversation.tools, str(conversation)], sort_keys=True)
+    more = [
+        {field: " ".join(str(each[field]).split()) for field in fields if field in each}
+        for each in conversation.messages
+    ]
+    is_plain = not any(more) and not conversation.tools
+    return "" if is_plain else json.dumps([more, conversation.tools], sort_keys=True)
 
 
 def documents_of(texts: Iterable[Text]) -> Documents:

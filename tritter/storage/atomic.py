@@ -22,8 +22,9 @@ _NO_LINKS = {
 }
 _OLD_PREFIX = "old-"  # mkdtemp never generates a hyphen
 _NAME_EXISTS = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)  # of a rename onto a name in use
-_TEMPORARY = re.compile(
-    rf"\.(?P<target>.+)\.(?P<host>[0-9a-f]{{8}})-(?P<process>\d{{1,9}})\.(?P<old>{_OLD_PREFIX})?.*"
+_TEMPORARY = re.compile(  # see `_prefix`; mkdtemp adds eight characters
+    rf"\.(?P<target>.+)\.(?P<host>[0-9a-f]{{8}})-(?P<process>\d{{1,9}})\.(?P<old>{_OLD_PREFIX})?"
+    r"[a-z0-9_]{8}"
 )
 _Identity = tuple[int, int]  # device and inode of a file or folder
 _PUBLISHED: set[_Identity] = set()  # folders that this process has published
@@ -296,32 +297,34 @@ def clear_leftovers(folder: Path) -> None:
     id of a process that runs now. A folder that was moved aside is restored.
     """
     for above, names, files in os.walk(folder):
-        for match in filter(None, map(_TEMPORARY.fullmatch, (*names, *files))):
-            _remove_leftovers(Path(above) / match["target"], is_locked=True)
+        for name in (*names, *files):
+            if (match := _TEMPORARY.fullmatch(name)) is not None:
+                _remove_leftover(Path(above, name), match)
 
 
-def _remove_leftovers(target: Path, *, is_locked: bool = False) -> None:
+def _remove_leftovers(target: Path) -> None:
     """Remove temporary folders and files of processes that were killed while writing `target`.
 
     A folder that was moved aside and not yet replaced is restored first.
-
-    Args:
-        target: Path that they wrote.
-        is_locked: Whether no other process may write it now, on any machine.
     """
     for path in sorted(target.parent.iterdir()):
         match = _TEMPORARY.fullmatch(path.name)
-        if match is None or match["target"] != target.name or path.is_symlink():
+        if match is None or match["target"] != target.name or match["host"] != _host():
             continue
-        is_here = match["host"] == _host()
-        if not is_locked and (not is_here or _is_alive(int(match["process"]))):
-            continue
-        if path.is_file():
-            path.unlink(missing_ok=True)
-        elif path.is_dir():
-            if match["old"] and (path / target.name).exists() and not os.path.lexists(target):
-                (path / target.name).replace(target)
-            shutil.rmtree(path, ignore_errors=True)
+        if not _is_alive(int(match["process"])):
+            _remove_leftover(path, match)
+
+
+def _remove_leftover(path: Path, match: re.Match[str]) -> None:
+    name = match["target"]
+    if path.is_symlink() or name in (".", ".."):
+        return
+    if path.is_file():
+        path.unlink(missing_ok=True)
+    elif path.is_dir():
+        if match["old"] and (path / name).exists() and not os.path.lexists(path.with_name(name)):
+            (path / name).replace(path.with_name(name))
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_alive(process: int) -> bool:

@@ -195,7 +195,8 @@ def _write_generation_config(model: nn.Module, folder: Path) -> None:
         return
     of_config = type(settings).from_model_config(model.config)
     if settings.to_diff_dict() != of_config.to_diff_dict():
-        settings.save_pretrained(folder)
+        # Not `save_pretrained`, which refuses what loading had accepted
+        settings.to_json_file(folder / "generation_config.json", use_diff=True)
 
 
 def depth_upscale(

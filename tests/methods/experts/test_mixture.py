@@ -21,7 +21,7 @@ from tritter.methods.experts.adapters import (
     parameters_of,
 )
 from tritter.methods.experts.gates import Routing, gates_of
-from tritter.methods.experts.mixture import Dispatch, ExpertMixture, _mixture_output
+from tritter.methods.experts.mixture import Dispatch, ExpertMixture, _mixture_output, mixture_on
 
 MODES = [Routing(), Routing(top_k=2), Routing(top_k=1), Routing(top_k=2, temperature=0.5)]
 
@@ -264,6 +264,7 @@ def test_a_model_with_several_stacks_of_layers_is_refused() -> None:
     with pytest.raises(RequestError, match=r"the model has 2: model\.layers, vision\.layers"):
         ExpertMixture(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
+    assert mixture_on(model) is None
 
 
 def test_refusals() -> None:

@@ -324,7 +324,7 @@ def _is_number_right(question: Question, text: str) -> bool:
 
 
 def _is_written_right(question: Question, text: str) -> bool:
-    """Compare the last number as text, as lm-eval's flexible-extract does: 18.00 is not 18."""
+    """Compare the last number as text, as lm-eval's gsm8k does: 18.00 is not 18."""
     given, right = (_bare(each) for each in (_last_number(text), question.answer))
     return given == right
 
@@ -412,7 +412,7 @@ def _bare(number: str) -> str:
 
 def _number(text: str) -> Decimal | None:
     try:
-        number = Decimal(_bare(text))
+        number = Decimal(_bare(text).rstrip("."))
     except InvalidOperation:
         return None
     return number if number.is_finite() else None
@@ -622,7 +622,7 @@ _ALL = (
         format=Format({"question": TEXT, "answer": (int, str, type(None))}, _mgsm),
         hub_filter="flexible-extract",
         until=(*_MGSM_UNTIL, "</s>", "<|im_end|>"),
-        is_right=_is_written_right,
+        is_right=_is_number_right,
     ),
     Benchmark(
         name="math",

@@ -378,6 +378,9 @@ class ExpertMixture:
     ) -> None:
         if adapter_names(model):
             raise RequestError(f"the model already has adapters: {', '.join(adapter_names(model))}")
+        layers = decoder_layers(model)
+        if not layers:
+            raise RequestError("the model has no decoder layers named layers.N for experts.")
         self.model = model
         vars(model)[_MIXTURE] = self
         self.names: list[str] = [_BASE_EXPERT] if has_base else []
@@ -391,9 +394,6 @@ class ExpertMixture:
         self._is_off = False
         self._seen: Tensor | None = None  # token ids [B, ≥ T] of the forward pass
         self._hooked: set[str] = set()
-        layers = decoder_layers(model)
-        if not layers:
-            raise RequestError("the model has no decoder layers named layers.N for experts.")
         model.requires_grad_(False)
         self._whole = _Mix()  # for modules outside the layers, or shared by all
         text_config: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
