@@ -180,8 +180,8 @@ def _train(
     with moe.training_of_routers(run, branch, trainee):
         is_routed = bool(trainee.side_losses)
         task = importance.task(run, branch, follow=trainee.follow)
-        for one in methods if task.old_sequences else ():
-            if times := one.refreshes(one.options, max_steps):
+        for one in run.config.forgetting if task.old_sequences else ():
+            if times := one.kind.refreshes(one.options, max_steps):
                 much = f"{times} times, each from at most {one.options.num_sequences:,} sequences"
                 run.say("", f"{one.name} estimates the importances again up to {much}")
         _attach(run, branch, start, trainee, task, (*others, *methods), max_steps=max_steps)
