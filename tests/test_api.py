@@ -427,6 +427,10 @@ def _model() -> Any:
             lambda m: tritter.gate(m, m, {"a": "text"}, retention=-1),
             ["2 things", "documents['a'] = 'text'", "retention = -1"],
         ),
+        (
+            lambda m: tritter.gate(m, m, {"a": ["x"]}, confidence=0.9999),
+            ["number from 0.5 to 0.999"],
+        ),
         (lambda m: tritter.gate(m, m, {"a": ["text"]}), ["tokenizer: live models need one"]),
         (lambda m: tritter.gate(m, m, {"a": ["x"]}, retnetion=1), ["Did you mean retention?"]),
         (lambda m: tritter.run(data={"odl": "x"}), ["data['odl']", "Did you mean old?"]),

@@ -565,7 +565,7 @@ def gate(
         after: the model to evaluate, in the same forms.
         documents: domain → documents that must not be forgotten.
         retention: maximum relative increase of the loss.
-        confidence: confidence of each one-sided bound.
+        confidence: confidence of each one-sided bound, at most 0.999.
         new_documents: domain → documents on which the loss must decrease.
         tokenizer: a Hugging Face tokenizer, or a folder with one. Required for live models.
             Default: that of the checkpoint folder.
@@ -604,11 +604,11 @@ def _check_gate(retention: object, confidence: object, kept: Documents, new: Doc
     problems = []
     for key, value, low, high in (
         ("retention", retention, 0, 1e6),
-        ("confidence", confidence, 0.5, 1),
+        ("confidence", confidence, 0.5, 0.999),  # 1,999 resamples give no quantile beyond
     ):
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not low <= cast(float, value) < high:
-            reason = f"must be a number from {low} to below {high:g}"
+        if not is_number or not low <= cast(float, value) <= high:
+            reason = f"must be a number from {low} to {high:g}"
             problems.append(Problem(key, value, reason=reason))
     if not kept and not new:
         problems.append(Problem("documents", reason="name a domain and its documents"))

@@ -104,9 +104,8 @@ def test_the_examples_of_mbpp_are_those_of_lm_eval(tmp_path: Path) -> None:
 def test_numbers_are_compared_as_lm_eval_does(text: str, is_right: bool) -> None:
     compare = BENCHMARKS["gsm8k"].is_right
     assert compare is not None and compare(Question(prompt="", answer="18"), text) == is_right
-    for name in ("svamp", "mgsm"):
-        compare = BENCHMARKS[name].is_right
-        assert compare is not None and compare(Question(prompt="", answer="18.0"), "It is 18...")
+    compare = BENCHMARKS["svamp"].is_right
+    assert compare is not None and compare(Question(prompt="", answer="18.0"), "It is 18...")
 
 
 def test_each_question_has_its_examples(tmp_path: Path) -> None:

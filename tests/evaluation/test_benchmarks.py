@@ -21,7 +21,7 @@ from tritter.data.tokens import END_OF_TEXT, train_tokenizer
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.benchmarks import harness
 from tritter.evaluation.benchmarks.files import Questions, questions_of
-from tritter.evaluation.benchmarks.formats import BENCHMARKS, Benchmark
+from tritter.evaluation.benchmarks.formats import BENCHMARKS, Benchmark, Question
 from tritter.evaluation.benchmarks.harness import (
     BenchmarkScores,
     EvalOptions,
@@ -237,6 +237,23 @@ def test_answers_are_read_as_lm_evals_own_task_reads_them(name: str) -> None:
     if name == "bbh":  # whose file of examples begins with what the subtask is about
         prompts[1] = [prompt[prompt.index("Q: ") :] for prompt in prompts[1]]
     assert prompts[0] == prompts[1]
+
+
+@pytest.mark.parametrize("said", ["It is -18", "10-18", "1.8", "18.00", "$18.", "18 or 1,8", "8"])
+def test_numbers_of_mgsm_are_those_of_lm_eval(said: str) -> None:
+    from lm_eval.api.metrics import exact_match_fn
+    from lm_eval.filters.extraction import RegexFilter
+
+    config = stock_task("mgsm").config
+    (extract,) = (each for each in config.filter_list if each["name"] == "flexible-extract")
+    options = {k: v for k, v in extract["filter"][0].items() if k != "function"}
+    predictions = RegexFilter(**options).apply([[said]], [{}])[0]
+    (metric,) = config.metric_list
+    rules = {k: v for k, v in metric.items() if k.startswith("ignore")}
+    theirs = exact_match_fn(predictions=predictions, references=["18"], **rules)["exact_match"]
+    compare = BENCHMARKS["mgsm"].is_right
+    assert compare is not None
+    assert compare(Question(prompt="", answer="18"), said) == bool(theirs)
 
 
 def test_a_benchmark_of_the_hub_is_lm_evals_own(

@@ -122,6 +122,8 @@ def test_a_program_passes_by_its_tests_alone() -> None:
     right = "from __future__ import annotations\ndef square(x: Number): return x * x"
     wrong, tests = "def square(x): return 0", "assert square(3) == 9\nassert square(0) == 0"
     assert PATIENT.run(right, tests).is_passed
+    for main in ("print(square(int(input())))", "import unittest\n    unittest.main()"):
+        assert PATIENT.run(f"{right}\nif __name__ == '__main__':\n    {main}", tests).is_passed
     rereads = f"{wrong}\nimport os\nexec(os.pread(0, 10**6, 0).decode().rpartition('\\n')[2])"
     for program in (wrong, f"{wrong}\nraise SystemExit(0)", f"{wrong}\nprint('0' * 32)", rereads):
         assert not PATIENT.run(program, tests).is_passed

@@ -45,7 +45,7 @@ from tritter.core.families.dimensions import plain_floats
 from tritter.core.families.discovery.configs import quiet
 from tritter.core.families.discovery.skeleton import is_tower
 from tritter.core.stock_routers import AddedExperts
-from tritter.errors import RequestError, TritterError
+from tritter.errors import RequestError, TritterError, brief
 from tritter.storage.reading import check_links, read_object, require_file
 from tritter.storage.tensors import TensorFolder, is_computed
 from tritter.storage.writer import stripped
@@ -182,7 +182,8 @@ def load_model(
     report["unexpected_keys"] = [n for n in report["unexpected_keys"] if not is_computed(n)]
     wrong = {key: value for key, value in report.items() if value}
     if wrong:
-        raise TritterError(f"{folder} does not match its config.json: {wrong}")
+        advice = "; it was saved with adapters on the model" if ".base_layer." in str(wrong) else ""
+        raise TritterError(f"{folder} does not match its config.json: {brief(wrong)}{advice}")
     for stored in _narrower(model):
         value = _tensor_of(live, stored.name).detach()
         value = stripped(value, stored.shape, name=f"{folder}: {stored.name}")

@@ -16,7 +16,6 @@ from tritter.errors import RequestError
 from tritter.methods.experts.adapters import (
     AdapterShape,
     Factors,
-    _base_name,
     adapted_layers,
     parameters_of,
 )
@@ -228,9 +227,19 @@ def test_an_expert_goes_with_its_rows() -> None:
 def test_the_base_keeps_its_names_and_weights() -> None:
     expected = {name: value.clone() for name, value in tiny_llama().state_dict().items()}
     mixture = mixture_of()
-    own = {_base_name(name): value for name, value in mixture.model.state_dict().items()}
+    own = mixture.base_state_dict()
+    assert own.keys() == expected.keys()
     assert all(torch.equal(own[name], value) for name, value in expected.items())
-    assert all("lora_" in name or "expert_router" in name for name in own.keys() - expected.keys())
+
+
+def test_frozen_routers_stay_frozen() -> None:
+    mixture = mixture_of()
+    for router in mixture.routers():
+        router.requires_grad_(False)
+    mixture.add("e3", AdapterShape(2, 4.0, TARGETS), seed=0)
+    mixture.remove("e0")
+    assert not any(p.requires_grad for router in mixture.routers() for p in router.parameters())
+    assert not any(row[-1].any() for router in mixture.routers() for row in router.parameters())
 
 
 @pytest.mark.parametrize("router", ["learned", "evidence", "both"])

@@ -100,6 +100,29 @@ def test_stock_classes_read_the_base_and_every_expert(tmp_path: Path, kind: str)
         assert difference(theirs, stock(place, torch.float64)) > 0.1
 
 
+@pytest.mark.quick_cases(1)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_live_mixture_is_saved_again_and_again(tmp_path: Path, kind: str) -> None:
+    mixture, place = made(base_in(tmp_path / "base"), kind), tmp_path / "whole"
+    for removed in ("e1", "e2"):
+        mixture.model.save_pretrained(place, state_dict=mixture.base_state_dict())
+        ExpertFolder.of(mixture).write(place)
+        assert difference(load_whole(place, dtype=torch.float64), mixture.model) == 0
+        with mixture.off():
+            assert difference(stock(place, torch.float64), mixture.model) == 0
+        assert {each.name for each in (place / "experts").iterdir()} == set(mixture.adapters)
+        mixture.remove(removed)
+
+
+def test_a_folder_that_is_not_ours_is_kept(tmp_path: Path) -> None:
+    place = base_in(tmp_path / "whole")
+    (place / "experts").mkdir()
+    (place / "experts/notes.txt").write_text("mine")
+    with pytest.raises(RequestError, match="experts already exists"):
+        ExpertFolder.of(made(place)).write(place)
+    assert (place / "experts/notes.txt").read_text() == "mine"
+
+
 def test_what_a_training_leaves_comes_back_as_it_was(tmp_path: Path) -> None:
     detector = NoveltyDetector(library(torch.Generator().manual_seed(0)))
     extra = {

@@ -21,8 +21,8 @@ from tests.training.test_surgery import assert_same
 from tritter.config.folders import body_of, option_files
 from tritter.core.models import model_of
 from tritter.data.batches import BatchStream, SequenceStream
-from tritter.data.chat import ids_of
-from tritter.data.packing import IGNORED, DocumentMask, labels_of, read_marks
+from tritter.data.chat import CONTEXT, ids_of
+from tritter.data.packing import IGNORED, DocumentMask, MarkedText, labels_of, read_marks
 from tritter.data.tokens import TextBounds
 from tritter.methods.experts import callback
 from tritter.methods.experts.callback import ExpertCallback, _limit_beginnings
@@ -30,6 +30,7 @@ from tritter.methods.experts.method import DynamicExperts
 from tritter.methods.experts.module import ExpertModule
 from tritter.methods.experts.options import FIRST, DynamicOptions
 from tritter.methods.experts.registry import ExpertRegistry
+from tritter.methods.experts.summary import expert_usage
 from tritter.methods.novelty import observe
 from tritter.methods.novelty.observation import Observation
 from tritter.targets import values_of
@@ -518,6 +519,41 @@ def test_who_teaches_a_young_expert_drops_out_nothing() -> None:
         found.append(float(module._distance("e1", {"input_ids": ids})))
         assert module.model.training == is_training
     assert found[0] == found[1] > 0
+
+
+def test_distance_is_that_of_the_predictions_of_answers() -> None:
+    mixture = mixture_of()
+    read_marks(mixture.model, MarkedText(TextBounds(0)))
+    module = ExpertModule(mixture, schedule=SCHEDULE, optimizer=OptimizerSettings()).eval()
+    ids, answer = oracle.tokens(batch=2, length=9), slice(4, 7)
+    marked = ids | CONTEXT
+    marked[:, answer] = ids[:, answer]
+    module.task_loss({"input_ids": marked})
+    found = float(module._distance("e1", {"input_ids": marked}))
+    with torch.no_grad():
+        own = mixture.model(input_ids=ids, use_cache=False).logits.double().log_softmax(-1)
+        with mixture.without("e1"):
+            theirs = mixture.model(input_ids=ids, use_cache=False).logits.double().log_softmax(-1)
+    distances = (theirs.exp() * (theirs - own)).sum(-1)  # [B, T]
+    assert found == pytest.approx(float(distances[:, 3:6].mean()), rel=1e-4)
+
+
+def test_padding_has_no_gates() -> None:
+    mixture = mixture_of(router="evidence")
+    document_mask = DocumentMask(TextBounds(0))
+    read_marks(mixture.model, document_mask)
+    ids = oracle.tokens(batch=10, length=12).clamp_min(1)
+    for row, length in enumerate(range(2, 12)):
+        ids[row, length:] = 0
+    kept = ~document_mask.padding(ids)
+    module = ExpertModule(mixture, schedule=SCHEDULE, optimizer=OptimizerSettings()).eval()
+    module.task_loss({"input_ids": ids})
+    (gates,), (whole,) = module.gates, mixture.gates()
+    wanted = whole.weights[kept].double().mean(0)
+    assert len(gates.weights) == int(kept.sum()) < kept.numel()
+    found = expert_usage(mixture.model, {"code": ids})["usage"]["code"]  # in two batches
+    assert list(found.values()) == pytest.approx(wanted.tolist(), abs=1e-6)
+    assert (whole.weights.double().mean((0, 1)) - wanted).abs().max() > 0.01
 
 
 @pytest.mark.full

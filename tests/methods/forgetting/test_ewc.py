@@ -242,8 +242,34 @@ def test_the_class_for_loops_of_ones_own() -> None:
     weight = model.get_parameter("model.layers.0.mlp.up_proj.weight")
     expected = 20.0 * ewc.fisher["model.layers.0.mlp.up_proj.weight"] * 0.1
     torch.testing.assert_close(weight.grad, expected, rtol=1e-3, atol=1e-8)
-    with pytest.raises(TritterError, match="no sequence"):
-        ElasticWeightConsolidation(model, [])
+    for empty in ([], [{"input_ids": sequences[:, :1]}]):
+        with pytest.raises(TritterError, match="no sequence"):
+            ElasticWeightConsolidation(model, empty)
+
+
+def test_padding_has_no_importance() -> None:
+    model, ids = oracle.tiny_llama(), oracle.tokens(batch=3, length=10)
+    mask = torch.ones_like(ids)
+    mask[0, 6:] = 0
+    mask[1] = 0  # nothing but padding
+    ewc = ElasticWeightConsolidation(model, [{"input_ids": ids, "attention_mask": mask}])
+    short, whole = diagonal_fisher(model, ids[:1, :6]), diagonal_fisher(model, ids[2:])
+    for name, value in ewc.fisher.items():
+        torch.testing.assert_close(value, (short[name] + whole[name]) / 2)
+
+
+def test_float16_keeps_small_importances() -> None:
+    model = oracle.tiny_llama().half()
+    fisher = {n: torch.full_like(p, 1e-9, dtype=torch.float32) for n, p in model.named_parameters()}
+    method = EWC(ewc_lambda=1e8)
+    method.begin_task(model, task_with(model, fisher))
+    for parameter in model.parameters():
+        parameter.data.add_(0.5)
+        parameter.grad = torch.zeros_like(parameter)
+    method.add_to_gradients(model)
+    moved = model.get_parameter("model.norm.weight")
+    assert moved.grad is not None and moved.grad.dtype == torch.float16
+    torch.testing.assert_close(moved.grad.float(), torch.full(moved.shape, 0.05), rtol=1e-2, atol=0)
 
 
 def test_a_change_that_draws_on_what_has_no_importance_is_followed() -> None:

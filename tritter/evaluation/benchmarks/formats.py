@@ -6,6 +6,7 @@ Prompts equal those of lm-evaluation-harness 0.4.13 for all benchmarks that it h
 import ast
 import random
 import re
+import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
@@ -329,6 +330,15 @@ def _is_written_right(question: Question, text: str) -> bool:
     return given == right
 
 
+def _is_spelled_right(question: Question, text: str) -> bool:
+    """Compare the last number without punctuation, as lm-eval's mgsm does: -1.8 is 18."""
+    given, right = (
+        each.translate(str.maketrans("", "", string.punctuation))
+        for each in (_last_number(text), question.answer)
+    )
+    return given == right
+
+
 def _last_number(text: str) -> str:
     found = [one or other for one, other in _NUMBER.findall(text)]
     return found[-1] if found else ""
@@ -622,7 +632,7 @@ _ALL = (
         format=Format({"question": TEXT, "answer": (int, str, type(None))}, _mgsm),
         hub_filter="flexible-extract",
         until=(*_MGSM_UNTIL, "</s>", "<|im_end|>"),
-        is_right=_is_number_right,
+        is_right=_is_spelled_right,
     ),
     Benchmark(
         name="math",

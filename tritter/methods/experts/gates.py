@@ -47,6 +47,12 @@ class Gates:
     logits: Tensor
     dropped: float = 0.0
 
+    def of(self, kept: Tensor) -> "Gates":
+        """Return the gates of some tokens, [N, n]; kept is bool [B, T]."""
+        chosen = None if self.chosen is None else self.chosen[kept]
+        parts = self.weights[kept], chosen, self.probabilities[kept], self.logits[kept]
+        return Gates(*parts, self.dropped)
+
 
 def gates_of(
     logits: Tensor, routing: Routing, *, is_training: bool = False, is_dense: Tensor | None = None

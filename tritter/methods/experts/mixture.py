@@ -23,10 +23,12 @@ from tritter.methods.experts.adapters import (
     add_adapter,
     decoder_layers,
     factors,
+    is_of_adapter,
     layer_number,
     remove_adapter,
 )
 from tritter.methods.experts.gates import Gates, Routing, gates_of
+from tritter.training.parameters import WRAPPED
 
 # Evidence: naive Bayes on the counts of tokens so far, as router logits.
 #
@@ -433,8 +435,9 @@ class ExpertMixture:
     def add_router_rows(self) -> None:
         """Add zero rows to the learned routers, for an expert that was opened."""
         for router in self.routers():
-            router.weight = nn.Parameter(pad(router.weight.detach(), (0, 0, 0, 1)))
-            router.bias = nn.Parameter(pad(router.bias.detach(), (0, 1)))
+            for key, old in list(router.named_parameters()):
+                rows = torch.cat([old.detach(), old.new_zeros(1, *old.shape[1:])])
+                setattr(router, key, nn.Parameter(rows, requires_grad=old.requires_grad))
 
     def remove(self, name: str) -> None:
         """Remove an expert with its router rows.
@@ -446,8 +449,9 @@ class ExpertMixture:
         kept = [number for number, each in enumerate(self.names) if each != name]
         self.close(name)
         for router in self.routers():
-            router.weight = nn.Parameter(router.weight.detach()[kept].clone())
-            router.bias = nn.Parameter(router.bias.detach()[kept].clone())
+            for key, old in list(router.named_parameters()):
+                rows = old.detach()[kept].clone()
+                setattr(router, key, nn.Parameter(rows, requires_grad=old.requires_grad))
 
     def open(self, name: str, shape: AdapterShape, *, seed: int) -> None:
         """Add an expert's adapter; the caller adds its router rows.
@@ -495,18 +499,29 @@ class ExpertMixture:
         """The experts with an adapter: all except the base."""
         return tuple(self.names[1:] if self.has_base else self.names)
 
+    def base_state_dict(self) -> dict[str, Tensor]:
+        """Return the weights of the base, by the names that the stock class reads."""
+        return {
+            name.replace(f"{WRAPPED}.", "."): value
+            for name, value in self.model.state_dict().items()
+            if not (is_of_adapter(name) or ROUTER in name or _EVIDENCE in name)
+        }
+
     def routers(self) -> Iterator[ExpertRouter]:
         """Yield the learned routers; a shared one only once."""
         found = dict.fromkeys(mix.router for mix in self._mixes.values())
         yield from (router for router in found if router is not None)
 
-    def gates(self) -> list[Gates]:
+    def gates(self, kept: Tensor | None = None) -> list[Gates]:
         """Return the gates of the last forward pass per layer; gates shared by layers only once.
 
         Empty without routers.
+
+        Args:
+            kept: bool [B, T], the tokens whose gates to return, as [N, n]; None: all, [B, T, n].
         """
-        mixes = dict.fromkeys(self._mixes.values())
-        return [mix.gates for mix in mixes if mix.gates is not None]
+        found = [mix.gates for mix in dict.fromkeys(self._mixes.values())]
+        return [gates if kept is None else gates.of(kept) for gates in found if gates is not None]
 
     @contextmanager
     def only(self, name: str) -> Iterator[None]:

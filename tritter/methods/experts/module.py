@@ -10,7 +10,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from tritter.core.families import Adapters, Flops, LowRank, forward_flops
 from tritter.core.models import model_of
-from tritter.data.packing import IGNORED, labels_of
+from tritter.data.packing import IGNORED, kept_tokens, labels_of
 from tritter.evaluation.inference import preserve_modes
 from tritter.methods.experts.adapters import (
     AdapterShape,
@@ -39,7 +39,7 @@ class ExpertModule(BaseModule):
         options: arguments of `BaseModule`.
 
     Attributes:
-        gates: gates of the task's forward pass.
+        gates: gates of the task's forward pass, without padding.
         young: the expert that is distilled towards the mature ones; None: there is none.
     """
 
@@ -56,7 +56,8 @@ class ExpertModule(BaseModule):
     def task_loss(self, batch: Mapping[str, Tensor]) -> TaskLoss:
         """Return the loss of the task, and store its forward pass for the additional losses."""
         self._task = super().task_loss(batch)
-        self.gates = self.mixture.gates()  # a teacher's pass overwrites them
+        kept = kept_tokens(self.model, batch["input_ids"])
+        self.gates = self.mixture.gates(kept)  # a teacher's pass overwrites them
         return self._task
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
@@ -135,17 +136,18 @@ class ExpertModule(BaseModule):
             parameter.requires_grad_(name in trained)
 
     def _distance(self, young: str, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return KL(mixture without an expert ‖ mixture), mean over tokens, nats."""
+        """Return KL(mixture without an expert ‖ mixture), mean over predictions, nats."""
         assert self._task is not None
         input_ids = batch["input_ids"]
         with torch.no_grad(), self.mixture.without(young), preserve_modes(self.model):
             self.model.eval()  # no dropout in either pass
             teacher = self.model(input_ids=input_ids, use_cache=False).logits
-        own, kept = self._task.logits, labels_of(self.model, input_ids) != IGNORED  # [B, T]
-        target = log_softmax(teacher[kept].float(), dim=-1)
-        return kl_div(
-            log_softmax(own[kept].float(), dim=-1), target, reduction="batchmean", log_target=True
+        kept = labels_of(self.model, input_ids)[:, 1:] != IGNORED  # what is predicted, [B, T - 1]
+        own, target = (
+            log_softmax(logits[:, :-1][kept].float(), dim=-1)
+            for logits in (self._task.logits, teacher)
         )
+        return kl_div(own, target, reduction="batchmean", log_target=True)
 
 
 # Model FLOPs of a mixture of experts: the base, the adapters and their gates.

@@ -344,9 +344,17 @@ class ExpertFolder:
         return made
 
     def write(self, folder: Path) -> None:
-        """Write the experts to a checkpoint folder that is under construction."""
-        for name, adapter in self.adapters.items():
-            write_stored(adapter, folder / EXPERTS_FOLDER / name, base=self.base)
+        """Write the experts to the folder of their base, in place of experts written before.
+
+        Raises:
+            RequestError: `folder` contains another folder `experts`.
+            TritterError: writing fails.
+        """
+        if self.adapters:
+            is_ours = (folder / HEAD).exists()
+            with atomic_folder(folder / EXPERTS_FOLDER, overwrite=is_ours) as temporary:
+                for name, adapter in self.adapters.items():
+                    write_stored(adapter, temporary / name, base=self.base)
         tensors: dict[str, Tensor] = {}
         for number, (weight, bias) in enumerate(self.routers):
             tensors[f"{_ROUTER}.{number}.weight"] = weight.contiguous()

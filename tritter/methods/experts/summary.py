@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tritter.checkpoints import ExpansionRecord
 from tritter.core.families import Model
 from tritter.core.models import live_shape
+from tritter.data.packing import kept_tokens
 from tritter.evaluation.inference import eval_mode
 from tritter.methods.experts.callback import EXPERTS
 from tritter.methods.experts.gates import usage as mean_gates
@@ -65,11 +66,14 @@ def expert_usage(model: nn.Module, sequences: Mapping[str, Tensor]) -> dict[str,
     usage: dict[str, dict[str, float]] = {}
     with eval_mode(model) as device:
         for domain, ids in sequences.items():
-            gates = torch.zeros(len(mixture.names), dtype=torch.float64)
+            gates, number = torch.zeros(len(mixture.names), dtype=torch.float64), 0
             for rows in ids.split(_BATCH):
+                kept = kept_tokens(model, rows.to(device))
                 model(input_ids=rows.to(device), use_cache=False)
-                gates += mean_gates(mixture.gates()).double().cpu() * len(rows) / len(ids)
-            usage[domain] = dict(zip(mixture.names, gates.tolist(), strict=True))
+                num_kept = rows.numel() if kept is None else int(kept.sum())
+                gates += mean_gates(mixture.gates(kept)).double().cpu() * num_kept
+                number += num_kept
+            usage[domain] = dict(zip(mixture.names, (gates / number).tolist(), strict=True))
     adapters = ExpertFolder.of(mixture).adapters
     num_adapted = sum(
         d.numel() + u.numel() for each in adapters.values() for d, u in each.factors.values()

@@ -16,6 +16,7 @@ copies of the weights (four while F is computed), one pass over the weights per 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -26,6 +27,7 @@ from pydantic import Field
 from tritter.core.families import forward_flops, training_flops
 from tritter.data.packing import document_mask_of, lengths_of
 from tritter.errors import TritterError
+from tritter.methods.forgetting.penalty import old_sequences
 from tritter.methods.forgetting.quadratic import (
     QuadraticPenalty,
     diagonal_fisher,
@@ -233,7 +235,8 @@ class ElasticWeightConsolidation:
 
     Args:
         model: a causal language model with the weights that become the anchor.
-        dataloader: yields batches of old data, `{"input_ids": integers [B, T]}`.
+        dataloader: yields batches of old data, `{"input_ids": integers [B, T]}`, with an
+            `attention_mask` if they are padded.
         lambda_ewc: λ.
 
     Raises:
@@ -245,7 +248,7 @@ class ElasticWeightConsolidation:
     ) -> None:
         self.model = model
         self.lambda_ewc = lambda_ewc
-        batches = (batch["input_ids"] for batch in dataloader)
+        batches = old_sequences(dataloader, tokenizer=None, sequence_length=0, count=sys.maxsize)
         self.fisher = mean_over(batches, partial(diagonal_fisher, model))
         if not self.fisher:
             raise TritterError("ElasticWeightConsolidation: the dataloader yields no sequences.")

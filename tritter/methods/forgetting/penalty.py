@@ -113,9 +113,10 @@ def _sequences(
             raise refused("old_data", brief(batch), reason)
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         if mask is None or bool(mask.all()):
-            yield ids
+            rows = [ids]
         else:
-            yield from (row[own.bool()][None] for row, own in zip(ids, mask, strict=True))
+            rows = [row[own.bool()][None] for row, own in zip(ids, mask, strict=True)]
+        yield from (each for each in rows if each.shape[1] > 1)  # one token predicts nothing
 
 
 def _packed(

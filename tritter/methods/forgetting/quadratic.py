@@ -47,10 +47,15 @@ class QuadraticPenalty(ForgettingMethod):
 
     def anchor_weights(self, model: nn.Module, importance: Mapping[str, Tensor]) -> None:
         """Set the current weights as anchors, for every parameter that has an importance."""
+        import torch
+
         for name, parameter in model.named_parameters():
             if name in importance:
                 self.anchor[name] = parameter.detach().clone()
-                self.importance[name] = importance[name].to(parameter)
+                # Squares of gradients are too small for float16
+                is_half = parameter.dtype == torch.float16
+                dtype = torch.float32 if is_half else parameter.dtype
+                self.importance[name] = importance[name].to(parameter.device, dtype)
 
     def importance_on(self, model: nn.Module, batches: Iterable[Tensor]) -> _Parameters:
         """Estimate the importance of every parameter on old data, at the present weights.
@@ -79,8 +84,8 @@ class QuadraticPenalty(ForgettingMethod):
         for name, parameter in model.named_parameters():
             if parameter.grad is None or name not in self.importance:
                 continue
-            pull = (parameter.detach() - self.anchor[name]).mul_(self.importance[name])
-            parameter.grad.add_(pull.to(parameter.grad.dtype), alpha=self.strength)
+            pull = (parameter.detach() - self.anchor[name]) * self.importance[name]
+            parameter.grad.add_(pull, alpha=self.strength)
 
     def logged_loss(self, model: nn.Module) -> float:
         """Return ½ λ Σ importance · (θ − θ*)², summed in float64."""
