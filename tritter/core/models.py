@@ -410,12 +410,17 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
     )
 
 
-def head_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return the function from last hidden states to logits; it accepts any subset of tokens."""
+def head_of(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """Return the function from last hidden states to logits; it accepts any subset of tokens.
+
+    None: a model type without a table, whose class may do more between the two.
+    """
+    config: Any = model.config
+    if find_family(config.model_type) is None:
+        return None
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
-    cap: float | None = getattr(model.config, "final_logit_softcapping", None)
-    divisor: float = getattr(model.config, "logits_scaling", 1.0)  # Granite's
-    divisor /= getattr(model.config, "logit_scale", None) or 1.0  # Cohere's
+    cap: float | None = getattr(config, "final_logit_softcapping", None)
+    divisor: float = getattr(config, "logits_scaling", 1.0)  # Granite's
 
     def logits(hidden: Tensor) -> Tensor:
         plain: Tensor = head(hidden) if divisor == 1 else head(hidden) / divisor

@@ -346,7 +346,13 @@ class _CapturedOutputs:
             return self.logits
         if self.hidden is None:
             raise RequestError("methods: the model's forward pass returned no logits to distill.")
-        return head_of(model)(self.hidden)
+        head = head_of(model)
+        if head is None:
+            raise RequestError(
+                f"methods: distillation needs the logits of {model.config.model_type}, which the "
+                f"trainer's fused loss does not compute; use transformers.Trainer."
+            )
+        return head(self.hidden)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The tables against stock transformers: names, shapes, counts and refusals."""
 
+import json
 from itertools import product
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedModel
 from tests import oracle
 from tests.oracle.families import HEADS_DIVIDE_HIDDEN, OWN, SPARSE, final_norm_of, tiny
 from tritter.core.families import FAMILIES, LLAMA, Config, Model, Port, family_of, llama_config
+from tritter.core.families.config_file import read_model_file
+from tritter.core.models import read_model
 from tritter.errors import RequestError, TritterError
 
 VARIANTS = [
@@ -162,6 +165,26 @@ def test_missing_sizes_get_the_defaults_of_transformers() -> None:
     dimensions = LLAMA.dimensions(config)
     assert dimensions.num_key_value_heads == stock.num_key_value_heads == 4
     assert dimensions.head_dim == stock.head_dim == 6
+
+
+@pytest.mark.parametrize("family", OWN)
+def test_keys_that_a_config_may_lack_have_the_defaults_of_transformers(
+    family: str, tmp_path: Path
+) -> None:
+    config, refused = tiny(family).config.to_dict(), set()
+    for key in sorted(config.keys() - {"model_type", "architectures"}):
+        folder = tmp_path / key
+        folder.mkdir()
+        lacking = {name: value for name, value in config.items() if name != key}
+        (folder / "config.json").write_text(json.dumps(lacking))
+        try:
+            found = [read(folder).sizes for read in (read_model, read_model_file)]
+        except (RequestError, TritterError):
+            refused.add(key)
+        else:
+            assert found[0] == found[1], key
+    # Sizes have no default
+    assert not refused & {"n_positions", "max_position_embeddings", "num_key_value_heads"}
 
 
 @pytest.mark.parametrize("value", [None, 0, -4, 2.5, "24", True])

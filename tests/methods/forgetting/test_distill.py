@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from tests import oracle
+from tests.core.families.model_types import example
 from tests.oracle.families import OWN, tiny
 from tests.training.test_fit import SETTINGS, module_of, task
 from tests.training.test_fit import batches as batches_of
+from tritter.core.families.discovery.twin import build_twin
 from tritter.core.models import backbone_of, head_of
 from tritter.methods.forgetting import Distill, Replay, SelfReplay, build_methods
 from tritter.methods.forgetting.distill import Rows
@@ -111,17 +113,36 @@ def test_a_teacher_of_any_family_says_the_same_in_parts(family: str) -> None:
     ids = oracle.tokens(model.config.vocab_size, batch=2, length=5)
     with torch.no_grad():
         hidden = backbone_of(model)(input_ids=ids, use_cache=False).last_hidden_state
-        parts = [head_of(model)(hidden.flatten(0, 1)[n : n + 3]) for n in range(0, 10, 3)]
+        head = head_of(model)
+        assert head is not None
+        parts = [head(hidden.flatten(0, 1)[n : n + 3]) for n in range(0, 10, 3)]
     whole = oracle.logits(model, ids).flatten(0, 1)
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.quick_cases(1)
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [("modernbert-decoder", {}), ("falcon_h1", {"lm_head_multiplier": 0.04})],
+)
+def test_a_teacher_without_a_table_says_what_its_class_says(
+    model_type: str, changes: dict[str, Any]
+) -> None:
+    model = build_twin({**example(model_type), **changes}).model.float().eval()
+    ids = torch.randint(3, 60, (2, 11))
+    logits = model(input_ids=ids, use_cache=False).logits.detach()
+    loss = begun(model, model).extra_loss(model, {"input_ids": ids}, logits)
+    assert abs(float(loss)) < 1e-6
 
 
 def test_the_softcap_of_logits_is_the_teachers_own() -> None:
     model = tiny("gemma3_text")
     model.config.final_logit_softcapping = 0.5
     ids = oracle.tokens(model.config.vocab_size, batch=1, length=5)
+    head = head_of(model)
+    assert head is not None
     with torch.no_grad():
-        said = head_of(model)(backbone_of(model)(input_ids=ids).last_hidden_state)
+        said = head(backbone_of(model)(input_ids=ids).last_hidden_state)
     torch.testing.assert_close(said, oracle.logits(model, ids))
     assert float(said.abs().max()) <= 0.5
 

@@ -158,6 +158,23 @@ def test_moments_follow_for_all_that_is_trained(freeze: bool) -> None:
     train(model, optimizer, ids)
 
 
+def test_a_state_replaces_the_losses_that_were_recorded() -> None:
+    born = []
+    for reloads in (False, True):
+        options = {"trigger": "plateau", "plateau_steps": 8, "growth_cooldown": 1}
+        model, ids = GrowableCausalLM(tiny("llama"), **options), oracle.tokens()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+        for step in range(9):
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            model.update_loss(loss)
+            born.append(model.check_and_grow()["born"])
+            if reloads and step == 3:
+                model.load_state_dict(copy.deepcopy(model.state_dict()))
+    assert born[:9] == born[9:] and born[6] == 0 < born[7]
+
+
 @pytest.mark.full
 def test_a_state_goes_on_in_a_new_model() -> None:
     ids = oracle.tokens()

@@ -95,7 +95,7 @@ _DEFAULTS: Mapping[str, Config] = {
         "attention_bias": True,
         "use_parallel_residual": True,
     },
-    "gpt2": {"tie_word_embeddings": True, "n_inner": None},
+    "gpt2": {"tie_word_embeddings": True, "n_inner": None, "n_positions": 1024},
     "mixtral": {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "num_key_value_heads": 8},
     "qwen2_moe": {**_QWEN, **_PATTERN, "num_key_value_heads": 16, "qkv_bias": True},
     "qwen3_moe": {**_QWEN, **_PATTERN, "num_key_value_heads": 4},

@@ -259,8 +259,10 @@ class Distill(ForgettingMethod):
         if not len(input_ids):
             return lambda part: input_ids  # never called
         head = head_of(self._teacher)
+        reader = self._teacher if head is None else backbone_of(self._teacher)
         with torch.no_grad():
-            read = backbone_of(self._teacher)(input_ids=input_ids, use_cache=False, **reading)
-        hidden = read.last_hidden_state.flatten(0, 1)
-        hidden = hidden if kept is None else hidden[kept]
-        return lambda part: head(hidden[part])
+            read = reader(input_ids=input_ids, use_cache=False, **reading)
+        found: Tensor = read.logits if head is None else read.last_hidden_state
+        found = found.flatten(0, 1)
+        found = found if kept is None else found[kept]
+        return lambda part: found[part] if head is None else head(found[part])

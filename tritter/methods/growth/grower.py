@@ -272,6 +272,7 @@ class Grower:
         self.pressure.load_state_dict(restored["pressure"])
         self.maturity.load_state_dict(restored["maturity"])
         self._history = [list(each) for each in restored["history"]]
+        self._losses.clear()
         self._losses.extend(restored["losses"])
         self.events = [dict(each) for each in restored["events"]]
         self.counts, self.map = _Counts(**restored["counts"]), _GrowthMap(**restored["map"])
