@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests import oracle
 from tritter.checkpoints import read_lineage, write_lineage
 from tritter.checkpoints.history import Difference, Link, read_chain, verify
-from tritter.core.expansions import Dus, LlamaPro, Width
+from tritter.core.expansions import Context, Dus, LlamaPro, Width
 from tritter.core.models import read_model
 from tritter.errors import RequestError, TritterError
 from tritter.transform import expand
@@ -75,6 +75,31 @@ def test_a_parent_that_moved_is_found_beside_the_child(place: Path) -> None:
     (place / "elsewhere").mkdir()
     (place / "deep").rename(place / "elsewhere" / "deep")
     assert _names(read_chain(place / "elsewhere" / "deep")) == [None, "deep"]
+
+
+def test_a_child_in_a_linked_folder_finds_its_parent(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "else/where").mkdir(parents=True)
+    (place / "out").symlink_to(tmp_path / "else/where")
+    expand(place / "base", place / "out/wide", [Width()])
+    assert _names(read_chain(place / "out/wide")) == ["base", "wide"]
+
+
+def test_a_child_with_the_same_tensors_is_no_parent(place: Path) -> None:
+    shutil.rmtree(place / "wide")
+    expand(place / "base", place / "long", [Context(target_length=512)])
+    expand(place / "long", place / "longer", [Context(target_length=1024)])
+    shutil.rmtree(place / "base")
+    links = read_chain(place / "long")
+    assert _names(links) == ["long"]
+    assert [record.method for record in links[0].expansion_records] == ["context"]
+
+
+def test_a_child_in_its_parents_place_finds_the_parent(place: Path) -> None:
+    (place / "base").rename(place / "before")
+    (place / "wide").rename(place / "base")
+    links = read_chain(place / "base")
+    assert _names(links) == ["before", "base"]
+    assert [record.method for record in links[1].expansion_records] == ["width", "llama_pro"]
 
 
 def test_a_parent_that_is_not_there_is_known_by_its_hash(place: Path) -> None:

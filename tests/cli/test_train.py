@@ -238,6 +238,22 @@ def test_the_default_output_lies_beside_the_checkpoint(
 
 
 @pytest.mark.full
+def test_training_completes_the_record_of_an_expansion_before_it(run: Run, texts: Path) -> None:
+    words = f"{QUICK} gate=off forgetting=none cache_dir=cache"
+    assert run("expand base --method width --output grown").code == 0
+    first = run(f"train grown --data data/pretraining --old-data old --steps 3 {words}")
+    assert first.code == 0, first.err
+    again = run(f"train grown-continued/checkpoint --data old --steps 2 data.old={{}} {words}")
+    assert again.code == 0, again.err
+    for name in ("grown-continued", "grown-continued-continued"):  # next to each other
+        lineage = read_lineage(texts / name / "checkpoint")
+        assert lineage is not None
+        (record,) = lineage.expansion_history
+        assert record.continued_training_steps == 3
+        assert record.performance_delta.keys() == {"old", "new"}
+
+
+@pytest.mark.full
 def test_places_with_spaces_and_signs(run: Run, texts: Path, configs: list[RunConfig]) -> None:
     odd = texts / "it's, {odd}: [a=b]"
     odd.mkdir()

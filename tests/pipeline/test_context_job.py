@@ -255,8 +255,14 @@ def test_a_kill_between_stages_is_resumed(
         ["expansion=[context,width]", "growth=foam", "growth.trigger=within_layer"],
     ],
 )
-def test_it_composes(run_tiny: Callable[..., Outcome], tmp_path: Path, words: list[str]) -> None:
+def test_it_composes(
+    run_tiny: Callable[..., Outcome],
+    tmp_path: Path,
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     summary = job(run_tiny, tmp_path / "run", *words)
+    assert f" x {LONG} tokens; validation" in capsys.readouterr().out
     assert summary["status"] == "ungated" and summary["windows"]["length"] == LONG
     assert {len({s["n"] for s in each.values()}) for each in summary["windows"]["scores"].values()}
 

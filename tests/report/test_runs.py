@@ -121,6 +121,9 @@ def test_the_front_holds_what_nothing_beats() -> None:
 def test_tokens_of_a_step_and_borders_of_tasks(summary: dict[str, Any]) -> None:
     run = run_of(summary, "a", 0.0, trainer__accumulate_grad_batches=3)
     assert run.tokens_per_step == 4 * 8 * 3
+    long = {"source_length": 8, "length": 12, "scores": {}, "positions": {}}
+    longer = replace(run, summary=Summary.of(summary | {"windows": long}))
+    assert longer.tokens_per_step == 3 * 12 * 3
     tasks = [{"domains": ["x"], "final": {}, "steps": steps} for steps in (5, 7, 9)]
     several = EndedRun(name="a", summary=Summary.of(summary | {"tasks": tasks}), settings={})
     assert several.summary.borders == (5, 12) and several.tokens_per_step is None

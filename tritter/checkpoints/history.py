@@ -142,7 +142,8 @@ def read_chain(folder: Path) -> tuple[Link, ...]:
     links = [_link_of(folder)]
     seen = {folder.resolve()}
     while (child := links[-1]).lineage is not None and child.lineage.parent_hash is not None:
-        if _hint(child) in seen:
+        is_unchanged = child.lineage.parent_hash == child.model_hash
+        if is_unchanged and _hint(child) in seen:
             break
         parent = _parent(child, excluded=seen)
         history = child.lineage.expansion_history
@@ -227,6 +228,8 @@ def _parent(child: Link, *, excluded: Collection[Path]) -> Link:
         link = _link_of(folder)
         if link.lineage is None:
             continue
+        if len(link.lineage.expansion_history) > len(lineage.expansion_history):
+            continue  # a child with the same tensors, as after `context`
         # The recorded hash, or the one computed from its digests
         if expected in (link.lineage.model_hash, merkle_hash(link.lineage.tensor_digests)):
             return link

@@ -21,7 +21,7 @@ from tritter.config.suggestions import flag_advice
 from tritter.errors import Names, Problem, RequestError, TritterError, did_you_mean, use_names
 from tritter.loading import loading
 from tritter.storage.atomic import refuse_existing
-from tritter.storage.reading import named_path
+from tritter.storage.reading import RUN_FILE, named_path
 from tritter.terminal import say
 
 if TYPE_CHECKING:
@@ -81,7 +81,8 @@ _RunDir = Annotated[
     option(
         "--output",
         "DIR",
-        "Run folder; the result is in its checkpoint/. Default: DIR-continued.",
+        "Run folder; the result is in its checkpoint/. Default: DIR-continued, or RUN-continued "
+        "for RUN/checkpoint.",
         parser=parse_path,
     ),
 ]
@@ -171,6 +172,8 @@ def train(
         # DIR-continued next to a folder; of a hub id, in the current one
         folder = named_path(checkpoint, key="--checkpoint")
         near = folder.resolve() if folder.is_dir() else Path(folder.name)
+        if near.name == "checkpoint" and (near.parent / RUN_FILE).is_file():
+            near = near.parent  # not inside another run
         output = near.parent / f"{near.name}-continued"
     settings: dict[str, str | None] = {
         "training.max_steps": steps,

@@ -348,10 +348,8 @@ class _CapturedOutputs:
             raise RequestError("methods: the model's forward pass returned no logits to distill.")
         head = head_of(model)
         if head is None:
-            raise RequestError(
-                f"methods: distillation needs the logits of {model.config.model_type}, which the "
-                f"trainer's fused loss does not compute; use transformers.Trainer."
-            )
+            reason = "the trainer's fused loss gives no logits of this model type to distill"
+            raise RequestError(f"methods: {reason}; use transformers.Trainer.")
         return head(self.hidden)
 
 

@@ -15,7 +15,7 @@ from tritter.evaluation.inference import eval_mode
 from tritter.methods.forgetting import SelfReplay, needs_of
 from tritter.pipeline import samples
 from tritter.pipeline.run import Run
-from tritter.planning.run_memory import grown_model, memory_line
+from tritter.planning.run_memory import batch_size_at, grown_model, memory_line
 from tritter.training.callbacks import evaluation_flops
 
 _LONG = 30.0  # seconds; shorter runs have no estimate
@@ -27,12 +27,16 @@ _LABELS = {"importance": "importance of each parameter"}
 def cost_lines(run: Run) -> Iterator[str]:
     """Yield a line each on parameters, memory and the tokens that are read."""
     config, source = run.config, run.data.model
-    before, after = source.num_parameters, grown_model(config, source).num_parameters
+    grown = grown_model(config, source)
+    before, after = source.num_parameters, grown.num_parameters
     yield f"{before:,} parameters" + (f" → {after:,}" if after != before else "")
     yield memory_line(config, source)
     data, steps = config.data, config.training.max_steps
     gathered = config.trainer.accumulate_grad_batches
-    of_step = f"{gathered * data.batch_size:,} x {data.sequence_length:,} tokens"
+    limit, length = grown.position_limit, data.sequence_length
+    if limit is not None and limit != source.position_limit:
+        length = limit  # a longer context is trained on windows of its length
+    of_step = f"{gathered * batch_size_at(length, config):,} x {length:,} tokens"
     text = run.data.validation_subset
     validation = ""
     if text is not None:

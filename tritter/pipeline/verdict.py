@@ -217,7 +217,10 @@ def _complete_lineage(run: Run, branches: Sequence[Branch], lineage: Lineage) ->
     scored = [d for d in run.data.domains if d in means and math.isfinite(before[d].mean())]
     delta = {d: performance_delta(before[d], after[d]) for d in scored}
     history = list(lineage.expansion_history)
-    start, steps_before = len(run.source(first.start).own_lineage.expansion_history), 0
+    made = run.source(first.start).own_lineage.expansion_history
+    start, steps_before = len(made), 0
+    while start and not made[start - 1].continued_training_steps:
+        start -= 1  # by a command before this run
     for branch in branches:  # each may have added experts or neurons
         trained = run.source(branch.trained).own_lineage
         for position in range(start, len(trained.expansion_history)):

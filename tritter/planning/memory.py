@@ -1,8 +1,8 @@
 """Memory requirements of training, computed from shapes.
 
 Parameters, gradients and optimizer states are exact to the byte. Activations are an estimate for
-stock transformers with a fused attention kernel. The CUDA context and fragmentation are not
-included.
+stock transformers, which fuse attention unless its scores are capped (Gemma 2). The CUDA context
+and fragmentation are not included.
 """
 
 import math
@@ -207,7 +207,8 @@ def saved_bytes(model: Model, setup: TrainingSetup) -> int:
     Tensors saved for the backward pass:
 
     - matrix products: their input;
-    - fused attention: q, k, v and the output; a fused qkv projection stays whole;
+    - fused attention: q, k, v and the output; a fused qkv projection stays whole. With capped
+      scores (Gemma 2) it is not fused, and [T, T] scores are saved;
     - SwiGLU: gate, activated gate, up and their product; an FFN without a gate: its
       pre-activation and activation (GPT-2's unfused activation needs three more tensors);
     - RMSNorm: its input in float32 and the normalised value in the precision of parameters;
@@ -224,7 +225,9 @@ def saved_bytes(model: Model, setup: TrainingSetup) -> int:
     if setup.is_checkpointed:
         kept = sizes.num_hidden_layers * sizes.hidden_size * parameter_bytes + max(layers)
     in_float32 = 0 if family.subtracts_mean else _FLOAT32
-    end = sizes.hidden_size * (in_float32 + parameter_bytes + width) + sizes.vocab_size * _FLOAT32
+    capped = width if model.config.get("final_logit_softcapping") else 0
+    end = sizes.hidden_size * (in_float32 + parameter_bytes + width)
+    end += sizes.vocab_size * (_FLOAT32 + capped)
     return setup.num_tokens * (kept + end) + _autocast_bytes(model, setup)
 
 
@@ -243,12 +246,17 @@ def _layer_bytes(model: Model, layer: int, setup: TrainingSetup) -> int:
         attention += sizes.query_size + sizes.key_value_size
     for_each_unit = (4 if family.has_gate else 2) + _STEPS.get(str(config.get(_ACTIVATION)), 0)
     products = 2 * sizes.hidden_size + attention + for_each_unit * ffn_units
-    statistics = sizes.num_attention_heads * _FLOAT32
-    norms_bytes = normed * (_FLOAT32 + parameter_bytes)
+    of_scores = _FLOAT32  # of a head and token
+    if config.get("attn_logit_softcapping"):  # unfused: capped scores, probabilities in both types
+        in_both = _FLOAT32 if width == _FLOAT32 else width + _FLOAT32
+        of_scores = setup.sequence_length * (width + in_both)
+        products += 2 * (sizes.query_size - sizes.key_value_size)  # k and v for each query head
+    # A norm with an offset (Gemma) multiplies by its gain in float32
+    norms_bytes = normed * (_FLOAT32 + (_FLOAT32 if family.norm_offset else parameter_bytes))
     if family.subtracts_mean:  # parallel norms share their saved input
         is_parallel = bool(config.get(family.parallel_residual_key, False))
         norms_bytes = normed * parameter_bytes // (2 if is_parallel else 1)
-    return norms_bytes + products * width + statistics
+    return norms_bytes + products * width + sizes.num_attention_heads * of_scores
 
 
 def _autocast_bytes(model: Model, setup: TrainingSetup) -> int:

@@ -132,6 +132,8 @@ class EndedRun:
         batch, length, accumulated = (self.settings.get(key) for key in keys)
         if not _is_count(batch) or not _is_count(length):
             return None
+        if (windows := self.summary.windows) is not None:  # about as many tokens, in long windows
+            batch, length = max(1, round(batch * length / windows.length)), windows.length
         return batch * length * (accumulated if _is_count(accumulated) else 1)
 
     @property

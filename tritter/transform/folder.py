@@ -494,7 +494,8 @@ def _child_lineage(source: Source, plan: PlannedExpansion, destination: Path) ->
     return Lineage(
         model_hash="",
         parent_hash=parent_hash,
-        parent_path=os.path.relpath(source.folder, destination),
+        # Both resolved, as by readers: `..` of a symbolic link leads elsewhere
+        parent_path=os.path.relpath(source.folder.resolve(), destination.resolve()),
         parent_tensor_digests=None if parent else digests,
         parent_file_digests=None if parent else known_digests(source.folder),
         base_model_hash=parent.base_model_hash if parent else parent_hash,

@@ -518,7 +518,7 @@ def _lineage(origin: Path | None, target: Path, records: tuple[ExpansionRecord, 
     return Lineage(
         model_hash="",
         parent_hash=parent_hash,
-        parent_path=os.path.relpath(origin, target),
+        parent_path=os.path.relpath(origin.resolve(), target.resolve()),
         parent_tensor_digests=None if parent else digests,
         parent_file_digests=None if parent else known_digests(origin),
         base_model_hash=parent.base_model_hash if parent else parent_hash,
