@@ -92,7 +92,7 @@ RATCHET = {
     "integrations": (2, 780),
     "methods": (48, 12_471),
     "pipeline": (31, 7_372),
-    "planning": (9, 2_157),
+    "planning": (9, 2_171),
     "report": (15, 4_246),
     "storage": (10, 2_117),
     "training": (17, 5_095),

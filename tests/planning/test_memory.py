@@ -16,8 +16,12 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from tests.oracle import tiny_llama, tokens
@@ -117,6 +121,20 @@ MODELS = {
         Gemma3TextConfig(
             hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
             num_key_value_heads=2, head_dim=16, vocab_size=300,
+        )
+    ),
+    "qwen2_moe": lambda: Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(
+            hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, moe_intermediate_size=64, num_experts_per_tok=2, num_experts=4,
+            shared_expert_intermediate_size=256, vocab_size=300,
+        )
+    ),
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=16, moe_intermediate_size=48, num_experts_per_tok=4,
+            num_experts=8, vocab_size=300,
         )
     ),
     "pythia": lambda: GPTNeoXForCausalLM(

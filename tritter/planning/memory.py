@@ -211,10 +211,11 @@ def saved_bytes(model: Model, setup: TrainingSetup) -> int:
       scores (Gemma 2) it is not fused, and [T, T] scores are saved;
     - SwiGLU: gate, activated gate, up and their product; an FFN without a gate: its
       pre-activation and activation (GPT-2's unfused activation needs three more tensors);
+    - experts: also the input and the output of each chosen one;
     - RMSNorm: its input in float32 and the normalised value in the precision of parameters;
       LayerNorm: only its input;
     - the loss: log-probabilities in float32;
-    - autocast: 16-bit copies of the matrices.
+    - autocast: 16-bit copies of the matrices, except those of experts, which it leaves in float32.
 
     Dropout masks are not included.
     """
@@ -235,28 +236,40 @@ def _layer_bytes(model: Model, layer: int, setup: TrainingSetup) -> int:
     """Return the saved bytes of one layer per token."""
     family, config, sizes = model.family, model.config, model.sizes
     parameter_bytes, width = _BYTES[setup.precision]
-    ffn_units = model.ffn_sizes[layer] if model.ffn_sizes else sizes.intermediate_size
-    if family.has_experts and model.layer_kinds[layer] == "sparse":
-        ffn_units = sizes.experts_per_token * sizes.expert_size + sizes.shared_expert_size
-    per_head = {"attention.q_norm": sizes.query_size, "attention.k_norm": sizes.key_value_size}
-    norms = [t for t in family.tensors if t.is_per_layer and t.is_norm]
-    normed = sum(per_head.get(norm.kind, sizes.hidden_size) for norm in norms)
-    attention = 2 * (sizes.query_size + sizes.key_value_size)
-    if any(tensor.kind == "attention.qkv" for tensor in family.tensors):
-        attention += sizes.query_size + sizes.key_value_size
     for_each_unit = (4 if family.has_gate else 2) + _STEPS.get(str(config.get(_ACTIVATION)), 0)
-    products = 2 * sizes.hidden_size + attention + for_each_unit * ffn_units
+    products = 2 * sizes.hidden_size + 2 * (sizes.query_size + sizes.key_value_size)
+    if any(tensor.kind == "attention.qkv" for tensor in family.tensors):
+        products += sizes.query_size + sizes.key_value_size
+    experts = 0  # values of each chosen one, its input and output included
+    if family.has_experts and model.layer_kinds[layer] == "sparse":
+        of_each = for_each_unit * sizes.expert_size + 2 * sizes.hidden_size
+        experts = sizes.experts_per_token * of_each
+        if sizes.shared_expert_size:  # its output too, which has a gate
+            products += for_each_unit * sizes.shared_expert_size + sizes.hidden_size
+    else:
+        own = model.ffn_sizes[layer] if model.ffn_sizes else sizes.intermediate_size
+        products += for_each_unit * own
     of_scores = _FLOAT32  # of a head and token
     if config.get("attn_logit_softcapping"):  # unfused: capped scores, probabilities in both types
         in_both = _FLOAT32 if width == _FLOAT32 else width + _FLOAT32
         of_scores = setup.sequence_length * (width + in_both)
         products += 2 * (sizes.query_size - sizes.key_value_size)  # k and v for each query head
-    # A norm with an offset (Gemma) multiplies by its gain in float32
-    norms_bytes = normed * (_FLOAT32 + (_FLOAT32 if family.norm_offset else parameter_bytes))
+    values_bytes = products * width + experts * parameter_bytes  # autocast leaves experts alone
+    return _norm_bytes(model, setup) + values_bytes + sizes.num_attention_heads * of_scores
+
+
+def _norm_bytes(model: Model, setup: TrainingSetup) -> int:
+    """Return the saved bytes of a layer's norms per token."""
+    family, sizes = model.family, model.sizes
+    parameter_bytes, _ = _BYTES[setup.precision]
+    per_head = {"attention.q_norm": sizes.query_size, "attention.k_norm": sizes.key_value_size}
+    norms = [t for t in family.tensors if t.is_per_layer and t.is_norm]
+    normed = sum(per_head.get(norm.kind, sizes.hidden_size) for norm in norms)
     if family.subtracts_mean:  # parallel norms share their saved input
-        is_parallel = bool(config.get(family.parallel_residual_key, False))
-        norms_bytes = normed * parameter_bytes // (2 if is_parallel else 1)
-    return norms_bytes + products * width + sizes.num_attention_heads * of_scores
+        is_parallel = bool(model.config.get(family.parallel_residual_key, False))
+        return normed * parameter_bytes // (2 if is_parallel else 1)
+    # A norm with an offset (Gemma) multiplies by its gain in float32
+    return normed * (_FLOAT32 + (_FLOAT32 if family.norm_offset else parameter_bytes))
 
 
 def _autocast_bytes(model: Model, setup: TrainingSetup) -> int:
@@ -268,12 +281,13 @@ def _autocast_bytes(model: Model, setup: TrainingSetup) -> int:
     if not model.is_tied:
         embeddings.append("embed")
 
-    def is_lookup(stored: StoredTensor) -> bool:
-        return stored.parts[0].tensor.name in embeddings
+    def is_uncopied(stored: StoredTensor) -> bool:
+        tensor = stored.parts[0].tensor
+        return tensor.name in embeddings or tensor.kind.startswith("experts.")
 
     def multiplied(model: Model) -> int:
         stored = model.layout("live")
-        return _count([t for t in stored if len(t.shape) > 1 and not is_lookup(t)])
+        return _count([t for t in stored if len(t.shape) > 1 and not is_uncopied(t)])
 
     return width * _over_layers(model, multiplied)
 
