@@ -44,11 +44,11 @@ def test_the_arguments_that_are_read_from_source_are_those_of_the_signature() ->
 
 def test_further_arguments_of_the_trainer_come_with_the_run() -> None:
     words = ("trainer.accumulate_grad_batches=4", "trainer.profiler=simple")
-    config = load(*words, "trainer.limit_val_batches=0.5")
+    config = load(*words, "trainer.limit_test_batches=0.5")
     assert config.trainer.arguments == {
         "accumulate_grad_batches": 4,
         "profiler": "simple",
-        "limit_val_batches": 0.5,
+        "limit_test_batches": 0.5,
     }
 
 
@@ -64,7 +64,7 @@ def test_what_resume_can_not_bear_is_refused_with_the_reason(name: str) -> None:
     [
         ("trainer.acumulate_grad_batches=2", "Did you mean trainer.accumulate_grad_batches?"),
         ("trainer.accumulate_grad_batches=0", "integers of at least 1"),
-        ("trainer.limit_val_batches=1.5", "1.5"),
+        ("trainer.limit_test_batches=1.5", "1.5"),
         ("trainer.deterministic=maybe", "trainer.deterministic = maybe"),
         ("trainer.profiler=simpel", "Did you mean simple?"),
         ("optimizer.betas=[0.9,1.5]", "optimizer.betas = [0.9,1.5]: Invalid beta parameter"),

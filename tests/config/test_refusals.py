@@ -19,6 +19,10 @@ from tritter.launched import Launch
 
 ROOT = config_folder().parent
 
+_TASKS = (
+    f"data=text data.old={ROOT}/docs/concepts data.tasks=[{ROOT}/docs/how-to,{ROOT}/docs/reference]"
+)
+
 # words of the command line → what the message has to contain
 REFUSALS: dict[str, tuple[str, ...]] = {
     "training.max_stps=3": ("training.max_stps = 3", "Did you mean training.max_steps?"),
@@ -191,6 +195,19 @@ REFUSALS: dict[str, tuple[str, ...]] = {
         "the control is not expanded",
     ),
     "forgetting=freeze forgetting.freeze.old_experts=true": ("the model is dense",),
+    f"{_TASKS} expansion=llama_pro expansion.llama_pro.new_blocks_only=true": (
+        "expansion.llama_pro.new_blocks_only = true: later tasks would train the whole model",
+    ),
+    f"{_TASKS} expansion=[moe,moe_add]": (
+        "adaptation.freeze_base = true: later tasks would train the whole model",
+    ),
+    f"{_TASKS} expansion=vocab forgetting=freeze forgetting.freeze.old_rows=true": (
+        "forgetting.freeze.old_rows = true: later tasks would freeze all of them",
+    ),
+    "trainer.limit_val_batches=1": ("limit_val_batches", "always on the same data"),
+    "experts=dylora data.packing=documents trainer.accumulate_grad_batches=2": (
+        "trainer.accumulate_grad_batches = 2: rehearsed rows",
+    ),
     "forgetting=[ewc,online_ewc]": (
         "forgetting = [ewc,online_ewc]: several of them prepare fisher; leave one out",
     ),

@@ -229,12 +229,15 @@ def own_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any) -> Tensor:
 
 
 @pytest.mark.quick_cases(1)
-@pytest.mark.parametrize("variant", ["default", "no counts", "own loss", "declared mean"])
+@pytest.mark.parametrize("variant", ["default", "replay", "no counts", "own loss", "declared mean"])
 def test_distillation_counts_once_however_the_trainer_scales(tmp_path: Path, variant: str) -> None:
     """Four micro-batches of 4 rows against one batch of 16."""
     found = {}
     for count in (1, 4):
-        own = with_forgetting(Trainer, [Distill(weight=5.0, temperature=1.0)])
+        methods: list[Any] = [Distill(weight=5.0, temperature=1.0)]
+        if variant == "replay":  # every other micro-batch has an old row
+            methods.append(Replay(fraction=0.125))
+        own = with_forgetting(Trainer, methods)
         trainer = recording(own)(
             model_of(),
             arguments(
@@ -247,6 +250,7 @@ def test_distillation_counts_once_however_the_trainer_scales(tmp_path: Path, var
             ),
             train_dataset=rows_of(NEW),
             compute_loss_func=own_loss if variant == "own loss" else None,
+            **({"old_data": rows_of(OLD)} if variant == "replay" else {}),
         )
         if variant == "no counts":
             trainer.model_accepts_loss_kwargs = False

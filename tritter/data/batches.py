@@ -228,9 +228,9 @@ class BatchStream:
             new: the new sequences.
             batch_size: sequences per batch, new and replayed.
             num_batches: the length to report to progress bars: the batches that the run needs.
-            window: batches of an optimizer step to draw together. Above 1, each of them has all
-                sequences of this process as `window`, int64 [window · B, T], so that the loss
-                can count their predicted tokens. The position is then that after the window.
+            window: batches of an optimizer step to draw together. Above 1, each of them has the
+                list of all as `window`, so that losses can be averaged over the tokens of the
+                step. The position is then that after the window.
 
         Raises:
             RequestError: the batch is empty.
@@ -245,15 +245,13 @@ class BatchStream:
     def __len__(self) -> int:
         return self._num_batches
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        import torch
-
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         while True:
             batches = [self._draw() for _ in range(self._window)]
             if self._window > 1:
-                window = torch.cat([batch["input_ids"] for batch in batches])
-                batches = [{**batch, "window": window} for batch in batches]
-            yield from batches
+                yield from ({**batch, "window": batches} for batch in batches)
+            else:
+                yield from batches
 
     def _draw(self) -> dict[str, Tensor]:
         """Return the next batch of this process."""

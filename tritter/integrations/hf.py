@@ -196,6 +196,15 @@ class ForgettingMixin(Trainer):  # in front of the trainer class
         """Return the trainer's loader, with old rows mixed in if a method replays them."""
         return self.forgetting.mix_loader(super().get_train_dataloader())
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the micro-batches of a step; each has all, since losses are averaged over them."""
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        if self.forgetting.adds_losses and len(batches) > 1:
+            names = ("input_ids", "attention_mask", "is_replay")
+            window = [{n: each[n] for n in names if n in each} for each in batches]
+            batches = [{**each, "window": window} for each in batches]
+        return batches, num_items
+
     def compute_loss(
         self,
         model: Any,
@@ -209,13 +218,15 @@ class ForgettingMixin(Trainer):  # in front of the trainer class
         whether or not the trainer divides the loss by their number later.
         """
         inputs = dict(inputs)
-        is_replay = inputs.pop("is_replay", None)
+        is_replay, window = (inputs.pop(name, None) for name in ("is_replay", "window"))
         arguments = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
         running = self.forgetting
         is_read = running.adds_losses or running.observes_batches
         if not (is_read and running.is_running and self.model.training):
             return super().compute_loss(model, inputs, **arguments)
         batch = _method_batch(inputs, is_replay)
+        if window is not None:
+            batch["window"] = window
         with self.accelerator.autocast():
             running.observe_batch(self.model, batch)
         with _capture_logits(self.model, should_capture=running.adds_losses) as captured:
@@ -276,8 +287,9 @@ class _AfterSteps(TrainerCallback):
         self._trainer.forgetting.after_step(self._trainer.model, state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self._trainer
-        trainer.forgetting.end(trainer.model)
+        trainer, best = self._trainer, state.best_model_checkpoint
+        is_best = args.load_best_model_at_end and best is not None  # its weights are loaded
+        trainer.forgetting.end(trainer.model, Path(best) if is_best else None)
         trainer.gate = trainer.forgetting.run_gate()
         if trainer.gate is not None:
             changes = {f"gate/{c.subject}/change": c.value for c in trainer.gate.checks}
@@ -301,6 +313,11 @@ def _trainer_problems(trainer: Trainer, components: Sequence[Component]) -> Iter
         yield Problem("args.parallel_mode", kind, reason=f"{reason}; {advice}")
     if trainer.model_init is not None:
         yield Problem("model_init", reason="model_init would replace the model; pass model=")
+    if args.load_best_model_at_end and args.save_only_model:
+        for one in components:
+            if one.kind.needs(one.options).leaves:
+                reason = f"the state of {one.name} at the best step would not be saved; use False"
+                yield Problem("args.save_only_model", True, reason=reason)
     if args.auto_find_batch_size:
         reason = "a retried step would count twice; set per_device_train_batch_size"
         yield Problem("args.auto_find_batch_size", True, reason=reason)
@@ -348,8 +365,8 @@ class _CapturedOutputs:
             raise RequestError("methods: the model's forward pass returned no logits to distill.")
         head = head_of(model)
         if head is None:
-            reason = "the trainer's fused loss gives no logits of this model type to distill"
-            raise RequestError(f"methods: {reason}; use transformers.Trainer.")
+            reason = "the fused loss gives no logits of this model type; use transformers.Trainer"
+            raise RequestError(f"methods: {reason}.")
         return head(self.hidden)
 
 
@@ -665,8 +682,12 @@ class Forgetting:
 
     # The end, and files
 
-    def end(self, model: nn.Module) -> None:
-        """Collect the methods' state for later training runs."""
+    def end(self, model: nn.Module, best: Path | None) -> None:
+        """Collect the methods' state of the last step, or of the best one's checkpoint."""
+        if best is not None and any(needs.leaves for needs in self._needs):
+            saved = self._read(best / _FORGETTING_FOLDER)
+            for method in self.methods:
+                method.load_state_dict(saved["methods"][method.name])
         self._leftovers = {
             kind: values
             for method in self.methods

@@ -59,7 +59,7 @@ _WHICH_TEXT |= {
     "chat_template",
     "loss_on",
 }  # `weights` applies to new domains only
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 _TRAINER_KEYS = ("accelerator", "precision", "gradient_clip_val", "devices", "compile")
 
 
@@ -231,7 +231,7 @@ class _BaseWriter:
             write_checkpoint(
                 self.folder,
                 config=self.base.config,
-                tensors=TensorStream.of(named_tensors(model, self.base)),
+                tensors=TensorStream.of(named_tensors(model, self.base)).to(torch.float32),
                 lineage=lambda: lineage,
                 artifacts=[
                     partial(save_tokenizer, self.tokenizer, end_of_text=END_OF_TEXT),

@@ -274,7 +274,7 @@ def _packing_notes(data: RunData) -> Iterator[str]:
             continue
         share = padding_fraction(domain.train, **text)
         longer = padding_fraction(domain.train, **{**text, "sequence_length": 2 * length})
-        if share > _MUCH_PADDING:
+        if _MUCH_PADDING < share < 1:  # 1: no document can be trained on, as noted above
             yield (
                 f"{name}: {share:.0%} of the training sequences is padding, because its "
                 f"documents are shorter than {length} tokens; "

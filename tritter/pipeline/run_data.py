@@ -383,7 +383,7 @@ class RunData:
             stream,
             batch_size=data.batch_size,
             num_batches=max_steps * gathered,
-            window=1 if self.marks is None else gathered,
+            window=gathered,
         )
 
     @cached_property

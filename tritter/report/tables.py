@@ -103,10 +103,15 @@ def print_summary(summary: Summary, *, console: Console, folder: Path | None = N
 def size_text(summary: Summary) -> str:
     """Return the parameters of a checkpoint; after a roll-back, also those of the grown model."""
     kept, grown = summary.parameters.get("final"), summary.last_attempt.parameters
-    text = count_text(kept)
-    if summary.status == "rolled_back" and grown and grown != kept:
-        text += f" (grown {count_text(grown)})"
-    return text
+    experts = ""
+    if summary.experts is not None:
+        experts = f" + {count_text(summary.experts.parameters.trainable)} experts"
+    if summary.status != "rolled_back":
+        return f"{count_text(kept)}{experts}"
+    is_grown = grown and (grown != kept or experts)
+    return (
+        f"{count_text(kept)} (grown {count_text(grown)}{experts})" if is_grown else count_text(kept)
+    )
 
 
 def result_table(summary: Summary, rows: Sequence[DomainRow]) -> Table:
@@ -148,7 +153,7 @@ def result_table(summary: Summary, rows: Sequence[DomainRow]) -> Table:
 
 
 def task_table(summary: Summary) -> Table:
-    """Return one row per domain: nats per token before, and after each task."""
+    """Return one row per domain: its loss before, and after each task."""
     attempt = summary.last_attempt
     columns = [("before", summary.baseline)]
     if attempt.expansion and attempt.expanded:
@@ -157,8 +162,12 @@ def task_table(summary: Summary) -> Table:
     are_few = len(named) <= _FEW_TASKS
     for number, (name, task) in enumerate(zip(named, summary.tasks, strict=True), start=1):
         columns.append((name if are_few else str(number), task.final))
+    unit, in_unit = unit_of([summary])
     rows = tuple(
-        (label(row.domain), *(score_text(score_of(scores, row.domain)) for _, scores in columns))
+        (
+            label(row.domain),
+            *(score_text(in_unit(score_of(scores, row.domain))) for _, scores in columns),
+        )
         for row in domain_rows(summary)
         if not row.is_control
     )
@@ -166,7 +175,7 @@ def task_table(summary: Summary) -> Table:
         ("domain", *(name for name, _ in columns)),
         rows,
         numbers=tuple(range(1, 1 + len(columns))),
-        title="Loss after each task [nats/token]",
+        title=f"Loss after each task [nats/{unit}]",
         caption="" if are_few else ", ".join(named),
         names={0: _DOMAIN_CHARACTERS},
     )
@@ -337,11 +346,10 @@ def _summary_lines(summary: Summary) -> list[_SummaryLine]:
     for domain, text in _windows_texts(summary):
         lines.append(_SummaryLine("long windows" if domain == 0 else "", text))
     before, after = (summary.parameters.get(name) for name in ("baseline", "final"))
-    sizes = f"{count_text(before)} → {size_text(summary)}"
-    if summary.experts is not None:  # next to a frozen base
-        trained = summary.experts.parameters.trainable
-        sizes = f"{count_text(before)} + {count_text(trained)} experts"
-    elif before and after and before != after and "(" not in sizes:
+    sizes = size_text(summary)
+    if summary.experts is None or before != after or summary.status == "rolled_back":
+        sizes = f"{count_text(before)} → {sizes}"
+    if before and after and before != after and summary.experts is None and "(" not in sizes:
         sizes += f" ({ratio_text(after / before)})"
     lines.append(_SummaryLine("parameters", sizes))
     if (growth := summary.growth) is not None:

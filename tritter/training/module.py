@@ -93,7 +93,7 @@ class BaseModule(LightningModule):
         """Build the callbacks that run after Tritter's own, in the process that trains."""
         return self.module_callbacks()
 
-    def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
+    def training_step(self, batch: Mapping[str, Any], batch_index: int) -> Tensor:
         """Return the sum of task loss, side losses and losses of methods; each one is logged."""
         if not self.is_task_alone:
             for method in self.methods:
@@ -117,7 +117,7 @@ class BaseModule(LightningModule):
         """Whether the loss is the next-token loss of new data only."""
         return not self.side_losses and not any(one.is_in_gradients() for one in self.methods)
 
-    def task_loss(self, batch: Mapping[str, Tensor]) -> TaskLoss:
+    def task_loss(self, batch: Mapping[str, Any]) -> TaskLoss:
         """Return the mean next-token loss of a batch in nats per predicted token.
 
         With padding or prompts, batches have different numbers of predicted tokens. The loss is
@@ -131,12 +131,12 @@ class BaseModule(LightningModule):
         labels = labels_of(self.model, input_ids)
         if labels is not input_ids:
             # Mean number of predicted tokens per batch and process, with at least one in a step
-            window, ranks = batch.get("window", input_ids), this_rank().count
-            count = (labels_of(self.model, window)[:, 1:] != IGNORED).sum()
+            window, ranks = batch.get("window", [batch]), this_rank().count
+            ids = torch.cat([each["input_ids"] for each in window])
+            count = (labels_of(self.model, ids)[:, 1:] != IGNORED).sum()
             if ranks > 1:
                 distributed.all_reduce(count)
-            parts = ranks * len(window) / len(input_ids)
-            options["num_items_in_batch"] = count.clamp(min=1) / parts
+            options["num_items_in_batch"] = count.clamp(min=1) / (ranks * len(window))
         model = self.compiled or self.model
         output = model(input_ids=input_ids, labels=labels, use_cache=False, **options)
         return TaskLoss(output.loss, output.logits)

@@ -119,11 +119,11 @@ def build_optimizer(
         learning_rate: Peak learning rate.
     """
     kind = import_object(settings.target)
-    trainable = [parameter for _, parameter in parameters if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [parameter for parameter in trainable if parameter.ndim >= 2]},
-        {"params": [parameter for parameter in trainable if parameter.ndim < 2]},
-    ]
+    groups: list[dict[str, Any]] = [{"params": []}, {"params": []}]
+    for name, parameter in parameters:
+        if parameter.requires_grad:  # biases of experts are stacked
+            is_vector = parameter.ndim < 2 or name.endswith("bias")
+            groups[is_vector]["params"].append(parameter)
     if "weight_decay" in inspect.signature(kind).parameters:
         groups[1]["weight_decay"] = 0.0
         if settings.weight_decay is not None:

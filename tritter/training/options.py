@@ -125,6 +125,7 @@ REFUSED = {
     "reload_dataloaders_every_n_epochs": _DATA,
     "num_sanity_val_steps": _EVALUATION,
     "inference_mode": "tensors that a model caches in validation may later need a gradient",
+    "limit_val_batches": _EVALUATION,
     "val_check_interval": _EVALUATION,
     "check_val_every_n_epoch": _EVALUATION,
     "barebones": "it disables callbacks, metrics and saved states",

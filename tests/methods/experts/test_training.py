@@ -20,7 +20,7 @@ from tests.training.test_fit import SCHEDULE, SETTINGS
 from tests.training.test_surgery import assert_same
 from tritter.config.folders import body_of, option_files
 from tritter.core.models import model_of
-from tritter.data.batches import BatchStream, SequenceStream
+from tritter.data.batches import BatchStream, Rank, SequenceStream
 from tritter.data.chat import CONTEXT, ids_of
 from tritter.data.packing import IGNORED, DocumentMask, MarkedText, labels_of, read_marks
 from tritter.data.tokens import TextBounds
@@ -357,6 +357,27 @@ def test_the_beginnings_of_a_batch_are_one_share_among_all_experts() -> None:
     lone = {"input_ids": ids.clone(), "is_replay": torch.zeros(8, dtype=torch.bool)}
     _limit_beginnings(module, lone)
     assert torch.equal(lone["input_ids"], ids)
+
+
+def test_the_beginnings_of_all_processes_are_limited_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mixture = mixture_of(router="evidence", has_base=True)  # four experts
+    read_marks(mixture.model, DocumentMask(TextBounds(0)))
+    module = ExpertModule(mixture, schedule=SCHEDULE, optimizer=OptimizerSettings())
+    ids = torch.tensor([[0, 5, 6, 0, 7, 8, 0, 9, 5, 0, 7, 0]] * 8)
+    whole = {"input_ids": ids, "is_replay": torch.arange(8) >= 5}
+    counts = [(12, 4), (8, 8)]  # of new and old beginnings in the processes below
+    monkeypatch.setattr(callback, "_gather_ranks", lambda own: counts)
+    kept = 0
+    for index, chosen in enumerate((slice(None, None, 2), slice(1, None, 2))):
+        rank = Rank(index, 2)
+        monkeypatch.setattr(callback, "this_rank", lambda rank=rank: rank)
+        batch = {name: rows[chosen] for name, rows in whole.items()}
+        _limit_beginnings(module, batch)
+        kept += int(((batch["input_ids"] & CONTEXT) == 0)[~batch["is_replay"]].sum())
+    is_first = 4 * 5  # beginnings of the new rows
+    assert kept == 5 * 12 - is_first + 4
 
 
 def test_less_than_one_rehearsed_row_per_batch_is_due_every_few_steps(tmp_path: Path) -> None:

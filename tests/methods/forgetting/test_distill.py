@@ -16,6 +16,7 @@ from tests.training.test_fit import SETTINGS, module_of, task
 from tests.training.test_fit import batches as batches_of
 from tritter.core.families.discovery.twin import build_twin
 from tritter.core.models import backbone_of, head_of
+from tritter.data.batches import BatchStream, SequenceStream
 from tritter.methods.forgetting import Distill, Replay, SelfReplay, build_methods
 from tritter.methods.forgetting.distill import Rows
 from tritter.targets import Component
@@ -179,6 +180,35 @@ def test_the_teacher_is_not_trained_not_saved_and_let_go(tmp_path: Path) -> None
     assert len(slots) == len([*module.model.parameters()])
     assert saved["callbacks"]["ForgettingCallback"]["distill"] == {}
     assert method._teacher is None
+
+
+@pytest.mark.quick_cases(1)
+@pytest.mark.parametrize("count", [2, 8])
+def test_replayed_rows_count_the_same_in_accumulated_batches(tmp_path: Path, count: int) -> None:
+    """Two of eight rows are old; most of the accumulated batches have none."""
+    new, old = (oracle.tokens(batch=40, length=16, seed=seed).int() for seed in (1, 2))
+    from rich.console import Console
+
+    found = []
+    for parts in (1, count):
+        module = module_of(Distill(weight=3.0, rows="old"), Replay(fraction=0.25))
+        fit(
+            module,
+            BatchStream(SequenceStream(new, seed=0), batch_size=8 // parts, window=parts),
+            settings=replace(
+                SETTINGS, gradient_clip_val=0.0, arguments={"accumulate_grad_batches": parts}
+            ),
+            folder=tmp_path / str(parts),
+            label="test",
+            console=Console(quiet=True),
+            task=replace(
+                task(module.model),
+                old_sequences={"old": old},
+                teacher=oracle.tiny_llama(initializer_range=0.1).requires_grad_(False),
+            ),
+        )
+        found.append(module.model.get_parameter("model.norm.weight").detach().clone())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.full

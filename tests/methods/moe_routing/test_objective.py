@@ -121,6 +121,16 @@ def test_balancing_lowers_the_largest_load(tmp_path: Path, settings: RoutingOpti
     assert max_load(balanced) < max_load(free) - 0.15
 
 
+def test_a_refused_step_moves_no_selection_bias(tmp_path: Path) -> None:
+    model = collapsed()
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight").fill_(torch.nan)
+    result = run(model, tmp_path, settings=replace(UNHELD, bias_update_rate=0.02), steps=3)
+    routing = RouterControl.of(model)
+    assert result.refused_steps == 3
+    assert routing is not None and not bool(routing.selection_bias(0).any())
+
+
 def test_the_selection_bias_is_no_part_of_what_is_saved(tmp_path: Path) -> None:
     model = collapsed()
     run(model, tmp_path, settings=replace(UNHELD, bias_update_rate=0.02), steps=5)

@@ -83,6 +83,16 @@ def test_frozen_experts_stay_bit_for_bit_and_out_of_the_optimizer(family: str) -
         assert not torch.equal(after[name][first_new:], before[name][first_new:])
 
 
+def test_biases_do_not_decay_whatever_their_shape() -> None:
+    named = [("experts.down_proj_bias", [4, 8]), ("experts.down_proj", [4, 8, 8]), ("norm", [8])]
+    parameters = [(name, nn.Parameter(torch.ones(shape))) for name, shape in named]
+    optimizer = build_optimizer(parameters, OptimizerSettings(), learning_rate=1e-2)
+    matrices, vectors = (group["params"] for group in optimizer.param_groups)
+    assert list(map(id, matrices)) == [id(parameters[1][1])]
+    assert list(map(id, vectors)) == [id(parameters[0][1]), id(parameters[2][1])]
+    assert optimizer.param_groups[1]["weight_decay"] == 0
+
+
 def test_masked_gradients_would_not_freeze() -> None:
     model = tiny_moe("mixtral")
     before = values(model)

@@ -428,13 +428,15 @@ def _limit_beginnings(module: ExpertModule, batch: dict[str, Tensor]) -> None:
     is_first = document_mask.positions(ids) == len(document_mask.bounds.prefix)
     is_first &= labels_of(module.model, ids) != IGNORED
     own = (is_first & ~is_old.unsqueeze(1)).nonzero()  # [N, 2]
-    num_old = int(is_first.sum()) - len(own)
+    counts = _gather_ranks((len(own), int(is_first.sum()) - len(own)))
+    num_new, num_old = (sum(each) for each in zip(*counts, strict=True))
     num_others = max(1, len(module.mixture.names) - 1)
     kept = max(1, round(num_old / num_others))
-    if num_old and kept < len(own):
-        is_kept = torch.zeros(len(own), dtype=torch.bool, device=ids.device)
-        is_kept[torch.arange(kept, device=ids.device) * len(own) // kept] = True
-        rows, columns = own[~is_kept].T
+    if num_old and kept < num_new:
+        is_kept = torch.zeros(num_new, dtype=torch.bool, device=ids.device)
+        is_kept[torch.arange(kept, device=ids.device) * num_new // kept] = True
+        before = sum(number for number, _ in counts[: this_rank().index])
+        rows, columns = own[~is_kept[before : before + len(own)]].T
         batch["input_ids"] = ids.clone()
         batch["input_ids"][rows, columns] |= CONTEXT
 

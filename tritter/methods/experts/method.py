@@ -61,6 +61,10 @@ class Experts(Method, ABC):
         if run.growth is not None:
             reason = "neurons grow in a trained base, and experts freeze the base; use experts=none"
             yield Problem("growth", run.growth.kind.__name__, reason=reason)
+        gathered = run.trainer.accumulate_grad_batches
+        if gathered > 1 and run.data.packing == "documents":
+            reason = "rehearsed rows and beginnings of documents are chosen for each batch; use 1"
+            yield Problem("trainer.accumulate_grad_batches", gathered, reason=reason)
         doing = "experts are added and removed together with the two moments of Adam"
         yield from adam_problems(run.optimizer, doing=doing)
 

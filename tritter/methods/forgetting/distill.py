@@ -194,10 +194,10 @@ class Distill(ForgettingMethod):
         assert task.teacher is not None, "`needs` asks for a teacher"
         self._teacher = task.teacher.to(next(model.parameters()).dtype).eval()
 
-    def extra_loss(self, model: nn.Module, batch: Mapping[str, Tensor], logits: Tensor) -> Tensor:
+    def extra_loss(self, model: nn.Module, batch: Mapping[str, Any], logits: Tensor) -> Tensor:
         """Return weight · T² · KL, averaged over the tokens of the chosen rows.
 
-        The average is over all processes: each averages its own gradients with the others'.
+        The average is over all batches of a step and all processes: their gradients are averaged.
         """
         import torch
 
@@ -205,13 +205,10 @@ class Distill(ForgettingMethod):
 
         assert self._teacher is not None
         of_batch, length = batch["input_ids"], batch["input_ids"].shape[1]
-        is_old = batch.get("is_replay", torch.zeros(len(of_batch), dtype=torch.bool))
-        kind = self.options.rows or ("old" if self.has_replay else "new")
-        chosen = {"new": ~is_old, "old": is_old, "both": torch.ones_like(is_old)}
-        rows = chosen[kind].nonzero().squeeze(-1).to(of_batch.device)  # [n]
+        rows = self._rows(batch)
         input_ids, reading = of_batch[rows], forward_options(batch, rows)
         mask = reading.get("attention_mask")
-        lengths = lengths_read(model, input_ids, mask)
+        lengths = self._lengths(model, batch)
         self._flops += forward_flops(model_of(self._teacher)).of_all(lengths)
         tokens = torch.arange(length, device=rows.device)
         positions = (length * rows[:, None] + tokens).flatten()
@@ -231,8 +228,26 @@ class Distill(ForgettingMethod):
             top_k=self.options.top_k,
             excluded=excluded,
         )
-        count = sum(at * number for at, number in lengths.items())
-        return self.options.weight * total / max(1.0, count / this_rank().count)
+        window = batch.get("window")
+        all_lengths = [lengths] if window is None else [self._lengths(model, w) for w in window]
+        count = sum(at * number for each in all_lengths for at, number in each.items())
+        return self.options.weight * total * len(all_lengths) * this_rank().count / max(1, count)
+
+    def _rows(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the numbers of the chosen rows of a batch, [n]."""
+        import torch
+
+        input_ids = batch["input_ids"]
+        is_old = batch.get("is_replay", torch.zeros(len(input_ids), dtype=torch.bool))
+        kind = self.options.rows or ("old" if self.has_replay else "new")
+        chosen = {"new": ~is_old, "old": is_old, "both": torch.ones_like(is_old)}
+        return chosen[kind].nonzero().squeeze(-1).to(input_ids.device)
+
+    def _lengths(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[int, int]:
+        """Return `lengths_read` of the chosen rows."""
+        rows = self._rows(batch)
+        mask = forward_options(batch, rows).get("attention_mask")
+        return lengths_read(model, batch["input_ids"][rows], mask)
 
     def observe_step(self, model: nn.Module, step: int) -> float:
         flops, self._flops = self._flops, 0.0

@@ -138,8 +138,6 @@ class Freeze(ForgettingMethod):
             reason = (
                 "the control is not expanded, so nothing would be trained; remove one of the two"
             )
-        elif len(run.text.tasks) > 1:
-            reason = "only the first task expands the model; later tasks add no new weights"
         elif not specs and run.pipeline.target_params is None:
             reason = "without an expansion nothing is new; choose one, or set layers instead"
         elif specs and not any(
@@ -148,7 +146,15 @@ class Freeze(ForgettingMethod):
         ):
             names = " and ".join(spec.name for spec in specs)
             reason = f"{names} adds no new weights; use llama_pro, width or moe"
-        if options.new_only and reason:
+        if len(run.text.tasks) > 1:
+            appends = any(getattr(spec, "is_append", False) for spec in specs)
+            for key in ("new_only", "old_rows", *(["old_experts"] if appends else [])):
+                if getattr(options, key):
+                    late = (
+                        "later tasks would freeze all of them, the new ones included; use one task"
+                    )
+                    yield Problem(f"{_KEY}.{key}", True, reason=late)
+        elif options.new_only and reason:
             yield Problem(f"{_KEY}.new_only", True, reason=reason)
         if options.old_rows and not any(spec.expansion_type == "vocab" for spec in specs):
             reason = "no expansion adds rows; choose expansion=vocab, or set layers to embeddings"

@@ -112,7 +112,7 @@ class RoutingObjective(SideLoss):
         self._old = old if options.hold_old else None
         self._document_mask = document_mask_of(model)
 
-    def terms(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def terms(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the terms of the last recorded forward pass, without their weights.
 
         Also stores the detached routing as `records`, and the load as `counts`. Padding is excluded
@@ -128,28 +128,27 @@ class RoutingObjective(SideLoss):
         )
         counts = [_expert_counts(r.selected, self.routing.num_experts) for r in records]
         self.counts = tuple(_sum_ranks(torch.stack(counts)))
+        ranks = this_rank().count
+        factor: Tensor | float = 1.0
+        if ranks > 1:  # with padding, processes have different numbers of tokens
+            factor = ranks * records[0].selected.numel() / self.counts[0].sum()
         terms = {
-            "auxiliary_loss": _mean(
+            "auxiliary_loss": factor
+            * _mean(
                 [
                     load_balancing_loss(r.logits, r.selected, counts=counts)
                     for r, counts in zip(records, self.counts, strict=True)
                 ]
             ),
-            "z_loss": _mean([_router_z_loss(r.logits) for r in records]),
+            "z_loss": factor * _mean([_router_z_loss(r.logits) for r in records]),
         }
         if self._new_experts:
-            # Average over new rows of all processes: a process may have none of them, and a small
-            # batch none at all
-            input_ids, is_replay = batch["input_ids"], batch.get("is_replay")
-            is_new = torch.ones(len(input_ids), device=input_ids.device)
-            if is_replay is not None:
-                is_new = is_new.masked_fill(is_replay, 0)
-            weights, kept = (
-                is_new.repeat_interleave(input_ids.shape[1]),
-                self._select_tokens(input_ids),
-            )
-            weights = weights if kept is None else weights[kept]
-            weights = weights / (_sum_ranks(weights.sum()) / this_rank().count).clamp(min=1e-6)
+            # Average over the new rows of a step, of all its batches and processes: some of them
+            # may have none
+            weights, window = self._new_tokens(batch), batch.get("window", [batch])
+            total = torch.stack([self._new_tokens(each).sum() for each in window]).sum()
+            mean = _sum_ranks(total) / (len(window) * this_rank().count)
+            weights = weights / mean.clamp(min=1e-6)
             masses = [
                 new_expert_mass(r.logits, self._new_experts, weights=weights) for r in records
             ]
@@ -165,7 +164,7 @@ class RoutingObjective(SideLoss):
         return loss
 
     def loss(
-        self, model: nn.Module, batch: Mapping[str, Tensor], *, step: int
+        self, model: nn.Module, batch: Mapping[str, Any], *, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         terms = self.terms(batch)
         loss = self.weighted(terms)
@@ -208,6 +207,15 @@ class RoutingObjective(SideLoss):
             terms.append(_routing_divergence(old if kept is None else old[kept], record.logits))
         return _mean(terms)
 
+    def _new_tokens(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return 1 for each token of new rows and 0 for replayed ones, without padding, [N]."""
+        input_ids, is_replay = batch["input_ids"], batch.get("is_replay")
+        is_new = torch.ones(len(input_ids), device=input_ids.device)
+        if is_replay is not None:
+            is_new = is_new.masked_fill(is_replay, 0)
+        is_new, kept = is_new.repeat_interleave(input_ids.shape[1]), self._select_tokens(input_ids)
+        return is_new if kept is None else is_new[kept]
+
     def _select_tokens(self, input_ids: Tensor) -> Tensor | None:
         """Return the mask of tokens that are not padding, bool [N·T]; None: there is no padding."""
         return (
@@ -248,7 +256,8 @@ class RoutingCallback(Callback):
         if not ends_step(trainer, batch_idx):
             return
         objective = self._objective
-        if rate := objective.options.bias_update_rate:
+        is_taken = any(p.grad is not None for p in pl_module.parameters())  # the step
+        if (rate := objective.options.bias_update_rate) and is_taken:
             loads = [sum(counts) for counts in zip(*self._counts, strict=True)]
             for record, load in zip(objective.records, loads, strict=True):
                 bias = objective.routing.selection_bias(record.layer)

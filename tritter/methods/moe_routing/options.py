@@ -121,6 +121,9 @@ def _adaptation_problems(config: RunRequest) -> Iterator[Problem]:
         yield Problem(
             "adaptation.freeze_base", True, reason=f"{reason}adaptation.freeze_base=false"
         )
+    if adaptation.freeze_base and len(config.text.tasks) > 1:
+        reason = "later tasks would train the whole model; use adaptation.freeze_base=false, or one"
+        yield Problem("adaptation.freeze_base", True, reason=f"{reason} task")
     after, steps = adaptation.unfreeze_after, config.training.max_steps
     if after is None:
         return
