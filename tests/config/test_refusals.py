@@ -202,7 +202,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
         "adaptation.freeze_base = true: later tasks would train the whole model",
     ),
     f"{_TASKS} expansion=vocab forgetting=freeze forgetting.freeze.old_rows=true": (
-        "forgetting.freeze.old_rows = true: later tasks would freeze all of them",
+        "forgetting.freeze.old_rows = true: later tasks would freeze new weights too",
     ),
     "trainer.limit_val_batches=1": ("limit_val_batches", "always on the same data"),
     "experts=dylora data.packing=documents trainer.accumulate_grad_batches=2": (

@@ -120,7 +120,7 @@ def test_undecided(commands: Callable[..., list[str]]) -> None:
     few = check("retention", "undecided", n=50, documents_needed=100)
     assert "data.validation_fraction=0.48" in commands("undecided", few)[0]  # 100, less 2 σ
     one = check("retention", "undecided", n=29, documents_needed=30)
-    assert "data.validation_fraction=0.28" in commands("undecided", one)[0]
+    assert "data.validation_fraction=0.29" in commands("undecided", one)[0]
     many = check("retention", "undecided", n=50, documents_needed=5000)
     assert not any("fraction" in line for line in commands("undecided", many))
     assert (

@@ -465,7 +465,14 @@ def old_data_problems(config: RunConfig, text: RunText, folder: Path) -> Iterato
 
 
 def _vocabulary_problems(config: RunConfig) -> Iterator[Problem]:
-    """Yield the options that a larger vocabulary excludes."""
+    """Yield the options that a larger vocabulary excludes, and those that several tasks do."""
+    for spec in config.expansion if len(config.text.tasks) > 1 else ():
+        if getattr(spec, "freeze_old_rows", False):
+            reason = "later tasks would freeze all rows, the new ones included; use one task"
+            yield Problem("expansion.vocab.freeze_old_rows", True, reason=reason)
+        if spec.new_blocks_only:
+            reason = "later tasks would train the whole model; use one task"
+            yield Problem(f"expansion.{spec.name}.new_blocks_only", True, reason=reason)
     place = vocab_place(config.expansion)
     if place is None:
         return
@@ -475,17 +482,6 @@ def _vocabulary_problems(config: RunConfig) -> Iterator[Problem]:
     for spec in config.expansion:
         if getattr(spec, "teacher", None) is not None:
             yield Problem("expansion.moe_add.init", "distill", reason=f"{reason}; use clone")
-
-
-def _later_task_problems(config: RunConfig) -> Iterator[Problem]:
-    """Yield the options of expansions that hold for one task only."""
-    for spec in config.expansion if len(config.text.tasks) > 1 else ():
-        if getattr(spec, "freeze_old_rows", False):
-            reason = "later tasks would freeze all rows, the new ones included; use one task"
-            yield Problem("expansion.vocab.freeze_old_rows", True, reason=reason)
-        if spec.new_blocks_only:
-            reason = "later tasks would train the whole model; use one task"
-            yield Problem(f"expansion.{spec.name}.new_blocks_only", True, reason=reason)
 
 
 def _children_problems(config: RunConfig) -> Iterator[Problem]:
@@ -525,7 +521,6 @@ _RULES: tuple[Rule, ...] = (
     streaming_problems,
     _method_problems,
     _vocabulary_problems,
-    _later_task_problems,
     _children_problems,
     pipeline_problems,
     averaging_problems,

@@ -33,9 +33,9 @@ def cost_lines(run: Run) -> Iterator[str]:
     yield memory_line(config, source)
     data, steps = config.data, config.training.max_steps
     gathered = config.trainer.accumulate_grad_batches
-    limit, length = grown.position_limit, data.sequence_length
-    if limit is not None and limit != source.position_limit:
-        length = limit  # a longer context is trained on windows of its length
+    key, length = "max_position_embeddings", data.sequence_length
+    if grown.config.get(key) != source.config.get(key):  # trained on windows of its length
+        length = grown.position_limit or length
     of_step = f"{gathered * batch_size_at(length, config):,} x {length:,} tokens"
     text = run.data.validation_subset
     validation = ""

@@ -1,7 +1,7 @@
 """The commands that a run suggests at its end; they suit the verdict."""
 
 from collections.abc import Iterator, Sequence
-from math import sqrt
+from math import ceil, sqrt
 from pathlib import Path
 
 from tritter.checkpoints.run_text import DEFAULT_FRACTION
@@ -138,7 +138,8 @@ def _after_undecided(config: RunConfig, summary: Summary) -> _Advice:
     elif factor > 1 and fraction <= _MAX_FRACTION:
         # Which documents are held out is random: two standard deviations more
         fraction *= 1 + 2 / sqrt(check.documents_needed or 1)
-        yield {"data.validation_fraction": f"{min(fraction, _MAX_FRACTION):.2f}"}, advice
+        fraction = min(ceil(100 * fraction) / 100, _MAX_FRACTION)
+        yield {"data.validation_fraction": f"{fraction:.2f}"}, advice
 
 
 def _override_value(names: Sequence[str]) -> str:

@@ -255,21 +255,18 @@ def _layer_bytes(model: Model, layer: int, setup: TrainingSetup) -> int:
         of_scores = setup.sequence_length * (width + in_both)
         products += 2 * (sizes.query_size - sizes.key_value_size)  # k and v for each query head
     values_bytes = products * width + experts * parameter_bytes  # autocast leaves experts alone
-    return _norm_bytes(model, setup) + values_bytes + sizes.num_attention_heads * of_scores
-
-
-def _norm_bytes(model: Model, setup: TrainingSetup) -> int:
-    """Return the saved bytes of a layer's norms per token."""
-    family, sizes = model.family, model.sizes
-    parameter_bytes, _ = _BYTES[setup.precision]
     per_head = {"attention.q_norm": sizes.query_size, "attention.k_norm": sizes.key_value_size}
-    norms = [t for t in family.tensors if t.is_per_layer and t.is_norm]
-    normed = sum(per_head.get(norm.kind, sizes.hidden_size) for norm in norms)
-    if family.subtracts_mean:  # parallel norms share their saved input
-        is_parallel = bool(model.config.get(family.parallel_residual_key, False))
-        return normed * parameter_bytes // (2 if is_parallel else 1)
+    normed = sum(
+        per_head.get(tensor.kind, sizes.hidden_size)
+        for tensor in family.tensors
+        if tensor.is_per_layer and tensor.is_norm
+    )
     # A norm with an offset (Gemma) multiplies by its gain in float32
-    return normed * (_FLOAT32 + (_FLOAT32 if family.norm_offset else parameter_bytes))
+    norms_bytes = normed * (_FLOAT32 + (_FLOAT32 if family.norm_offset else parameter_bytes))
+    if family.subtracts_mean:  # parallel norms share their saved input
+        is_parallel = bool(config.get(family.parallel_residual_key, False))
+        norms_bytes = normed * parameter_bytes // (2 if is_parallel else 1)
+    return norms_bytes + values_bytes + sizes.num_attention_heads * of_scores
 
 
 def _autocast_bytes(model: Model, setup: TrainingSetup) -> int:

@@ -215,8 +215,10 @@ def _run(
     """Run a command with a program and its tests on standard input, then kill its processes."""
     word = secrets.token_hex(16)  # printed after the last test; a program may exit before
     # Not as `__main__`, so that a program's own main block does not run, as in HF's code_eval
-    whole = f"{program}\n{tests}\n"
-    content = f"exec({whole!r}, {{}})\n__import__('os').write(1, b'{word}')\n"
+    whole = f"{program}\n{tests}\n".encode("utf-8", "replace").decode("utf-8-sig")
+    content = "import sys, types\nsys.modules['program'] = types.ModuleType('program')\n"
+    content += f"exec({whole!r}, vars(sys.modules['program']))\n"
+    content += f"__import__('os').write(1, b'{word}')\n"
     process = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,  # the program could read or write a file again

@@ -114,6 +114,7 @@ class ExpertCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         module, ids = _module(pl_module), batch["input_ids"]
+        batch.pop("window", None)  # rows of each batch may be replaced: it is averaged alone
         is_old = batch.get("is_replay", torch.zeros_like(ids[:, 0], dtype=torch.bool))
         own = ids[~is_old]
         everywhere = torch.cat(_gather_ranks(own.cpu()))

@@ -150,9 +150,7 @@ class Freeze(ForgettingMethod):
             appends = any(getattr(spec, "is_append", False) for spec in specs)
             for key in ("new_only", "old_rows", *(["old_experts"] if appends else [])):
                 if getattr(options, key):
-                    late = (
-                        "later tasks would freeze all of them, the new ones included; use one task"
-                    )
+                    late = "later tasks would freeze new weights too; use one task"
                     yield Problem(f"{_KEY}.{key}", True, reason=late)
         elif options.new_only and reason:
             yield Problem(f"{_KEY}.new_only", True, reason=reason)
