@@ -723,7 +723,8 @@ def protect(
                 own = _tokenizer(tokenizer, model)
             count = getattr(chosen.options, "num_sequences", 256)
             length = sequence_length or _window_length(model)
-            batches = old_sequences(old_data, tokenizer=own, sequence_length=length, count=count)
+            limits = {"sequence_length": length, "count": count}
+            batches = list(old_sequences(old_data, tokenizer=own, **limits))
             if not batches:
                 reason = f"{chosen.name} needs data of the old domains, and there is none"
                 raise RequestError(Problem("old_data", reason=reason, advice="or choose l2sp"))

@@ -92,6 +92,10 @@ def test_eight_bit_states_by_hand() -> None:
     assert memory.optimizer_bytes == large + small
 
 
+GEMMA = {
+    "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 300,
+}  # fmt: skip
 MODELS = {
     "llama": lambda: LlamaForCausalLM(
         LlamaConfig(
@@ -111,18 +115,8 @@ MODELS = {
             num_key_value_heads=2, head_dim=32, vocab_size=300,
         )
     ),
-    "gemma2": lambda: Gemma2ForCausalLM(
-        Gemma2Config(
-            hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=16, vocab_size=300,
-        )
-    ),
-    "gemma3": lambda: Gemma3ForCausalLM(
-        Gemma3TextConfig(
-            hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=16, vocab_size=300,
-        )
-    ),
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**GEMMA)),
+    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**GEMMA)),
     "qwen2_moe": lambda: Qwen2MoeForCausalLM(
         Qwen2MoeConfig(
             hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,

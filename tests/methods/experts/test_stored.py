@@ -114,6 +114,18 @@ def test_a_live_mixture_is_saved_again_and_again(tmp_path: Path, kind: str) -> N
         mixture.remove(removed)
 
 
+def test_the_last_adapter_that_is_removed_goes_too(tmp_path: Path) -> None:
+    mixture = made(base_in(tmp_path / "base"), "both")
+    place = tmp_path / "whole"
+    mixture.model.save_pretrained(place, state_dict=mixture.base_state_dict())
+    for _ in range(2):
+        ExpertFolder.of(mixture).write(place)
+        assert {each.name for each in (place / "experts").iterdir()} == set(mixture.adapters)
+        assert difference(load_whole(place, dtype=torch.float64), mixture.model) == 0
+        for name in mixture.adapters:
+            mixture.remove(name)
+
+
 def test_a_folder_that_is_not_ours_is_kept(tmp_path: Path) -> None:
     place = base_in(tmp_path / "whole")
     (place / "experts").mkdir()

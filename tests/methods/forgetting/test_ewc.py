@@ -1,5 +1,6 @@
 """EWC: its penalty computed independently, and its mapping through an expansion."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -245,6 +246,23 @@ def test_the_class_for_loops_of_ones_own() -> None:
     for empty in ([], [{"input_ids": sequences[:, :1]}]):
         with pytest.raises(TritterError, match="no sequence"):
             ElasticWeightConsolidation(model, empty)
+
+
+def test_a_loader_is_read_batch_by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, events = oracle.tiny_llama(), list[str]()
+
+    def loader() -> Iterator[dict[str, Tensor]]:
+        for batch in oracle.tokens(batch=4).split(2):
+            events.append("read")
+            yield {"input_ids": batch}
+
+    def estimate(model: nn.Module, sequences: Tensor) -> dict[str, Tensor]:
+        events.append("estimate")
+        return diagonal_fisher(model, sequences)
+
+    monkeypatch.setattr("tritter.methods.forgetting.ewc.diagonal_fisher", estimate)
+    ElasticWeightConsolidation(model, loader())
+    assert events == ["read", "estimate"] * 2
 
 
 def test_padding_has_no_importance() -> None:

@@ -350,8 +350,8 @@ class ExpertFolder:
             RequestError: `folder` contains another folder `experts`.
             TritterError: writing fails.
         """
-        if self.adapters:
-            is_ours = (folder / HEAD).exists()
+        is_ours = (folder / HEAD).exists()
+        if self.adapters or is_ours:
             with atomic_folder(folder / EXPERTS_FOLDER, overwrite=is_ours) as temporary:
                 for name, adapter in self.adapters.items():
                     write_stored(adapter, temporary / name, base=self.base)

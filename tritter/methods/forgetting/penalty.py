@@ -65,8 +65,8 @@ def old_sequences(
     tokenizer: PretrainedTokenizer | None,
     sequence_length: int,
     count: int,
-) -> list[Tensor]:
-    """Return `count` sequences of old data at most, as integers [N, T] without padding.
+) -> Iterator[Tensor]:
+    """Yield `count` sequences of old data at most, as integers [N, T] without padding.
 
     Args:
         old_data: documents, which are packed and drawn at random; or batches, of which the first
@@ -77,13 +77,11 @@ def old_sequences(
     Raises:
         RequestError: it is neither, or documents come without a tokenizer.
     """
-    found: list[Tensor] = []
     for batch in _sequences(old_data, tokenizer, sequence_length, count):
         if not count:
             break
-        found.append(batch[:count])
-        count -= len(found[-1])
-    return found
+        yield batch[:count]
+        count -= len(batch[:count])
 
 
 def _sequences(
