@@ -303,6 +303,35 @@ def test_padding_and_sequences_of_all_lengths_count_as_themselves() -> None:
         torch.testing.assert_close(penalty.importance[name], value, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("case", ["gradient checkpointing", "torch.compile"])
+def test_the_importance_is_that_of_the_model_inside(case: str) -> None:
+    model, ids = oracle.tiny_llama(), oracle.tokens(batch=3)
+    wanted, wrapped = fisher_by_hand(model, list(ids)), model
+    if case == "gradient checkpointing":
+        model.train().gradient_checkpointing_enable()
+    else:
+        wrapped = torch.compile(model, backend="eager")
+    for found in (
+        tritter.protect(wrapped, "ewc", ids).importance,
+        tritter.ElasticWeightConsolidation(wrapped, [{"input_ids": ids}]).fisher,
+    ):
+        for name, value in wanted.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-6)
+    assert model.training == (case == "gradient checkpointing")
+    grown = tritter.expand(wrapped, "llama_pro", target_layers=5)
+    assert grown.config.num_hidden_layers == 5
+
+
+def test_a_state_of_another_penalty_is_refused() -> None:
+    model, ids = oracle.tiny_llama(), oracle.tokens()
+    penalty = tritter.protect(model, "ewc", ids)
+    with pytest.raises(RequestError, match=r"^state: .* not the state of a penalty of si for"):
+        tritter.protect(model, "si", ids).load_state_dict(penalty.state_dict())
+    deeper = tritter.expand(model, "llama_pro")
+    with pytest.raises(RequestError, match=r"^state: .* of a penalty of ewc for this model"):
+        tritter.protect(deeper, "ewc", ids).load_state_dict(penalty.state_dict())
+
+
 def test_l2sp_and_si_and_their_state() -> None:
     model, ids = oracle.tiny_llama(), oracle.tokens()
     start = {name: p.detach().clone() for name, p in model.named_parameters()}

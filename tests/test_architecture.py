@@ -83,24 +83,24 @@ TORCH_ONLY_ROOMS = {"core.parameter_map", "core.stock_routers"}  # the standard 
 # Room → most files and lines: both may only fall, until the redesign of issue 25 ends
 RATCHET = {
     "(top)": (13, 2_310),
-    "checkpoints": (12, 3_151),
-    "cli": (21, 5_946),
-    "config": (19, 5_319),
+    "checkpoints": (12, 3_150),
+    "cli": (21, 5_917),
+    "config": (19, 5_313),
     "core": (37, 12_047),
     "data": (26, 9_273),
     "evaluation": (16, 4_475),
     "integrations": (2, 801),
     "methods": (48, 12_507),
-    "pipeline": (31, 7_376),
-    "planning": (9, 2_168),
+    "pipeline": (31, 7_372),
+    "planning": (9, 2_166),
     "report": (15, 4_254),
     "storage": (10, 2_117),
-    "training": (17, 5_096),
+    "training": (17, 5_093),
     "transform": (6, 1_873),
 }
 # What there is to know; both may only fall: names of modules without an underscore, and classes
 # that only hold values
-MAX_PUBLIC_NAMES, MAX_RECORDS = 1_775, 325
+MAX_PUBLIC_NAMES, MAX_RECORDS = 1_774, 325
 # Capability → its modules, and most other modules that import them; the figures may only fall
 CAPABILITIES: dict[str, tuple[int, tuple[str, ...]]] = {
     "LoRA experts": (13, (

@@ -288,7 +288,7 @@ def _component(group: str, method: str, options: Mapping[str, Any], problems: li
 
 
 def _unwrap(model: object) -> nn.Module:
-    """Return a live model without Tritter's wrapper."""
+    """Return a live model without the wrappers of Tritter and torch.compile."""
     from torch import nn
 
     from tritter.core.models import model_of
@@ -296,9 +296,9 @@ def _unwrap(model: object) -> nn.Module:
     from tritter.methods.growth.growable import GrowableCausalLM
 
     if not isinstance(model, nn.Module):
-        reason = "pass a folder, a hub id or a Hugging Face model"
-        raise refused("source", brief(model), reason)
-    inner = model.model if isinstance(model, GrowableCausalLM) else model
+        raise refused("source", brief(model), "pass a folder, a hub id or a Hugging Face model")
+    name = "model" if isinstance(model, GrowableCausalLM) else "_orig_mod"  # of torch.compile
+    inner = cast("nn.Module", getattr(model, name, model))
     model_of(inner)
     if mixture_on(inner) is not None:
         raise RequestError("the model has LoRA experts, which can't be expanded; merge them first.")
@@ -714,7 +714,7 @@ def protect(
         chosen = _penalty_method(method, options)
         with loading("transformers"):
             from tritter.core.models import refuse_peft
-        refuse_peft(model)
+        refuse_peft(model := getattr(model, "_orig_mod", model))  # without torch.compile
         needs = type(chosen).needs(chosen.options)
         batches: Iterable[Tensor] = ()
         own: PretrainedTokenizer | None = None

@@ -148,3 +148,17 @@ def test_a_checkpoint_of_a_development_version_is_read_as_a_plain_folder(
     words = "export --checkpoint grown --output out --ignore-lineage --dtype float32"
     assert run(words).code == 0 and not (place / "out/tritter.json").exists()
     assert run("inspect out").code == 0
+
+
+def test_chat_templates_beside_the_default_one_are_kept(run: Run, place: Path) -> None:
+    """`save_pretrained` of transformers writes them in a folder of their own."""
+    name = "additional_chat_templates/tool_use.jinja"
+    (place / "base" / name).parent.mkdir()
+    (place / "base" / name).write_text("{{ messages }}")
+    assert run("expand base --method llama-pro --output grown").code == 0
+    for _ in range(2):
+        assert run("export grown --output plain --overwrite").code == 0
+    assert (place / "plain" / name).read_text() == "{{ messages }}"
+    assert ", 0 changed" in run("history grown --verify").out
+    for folder in ("grown", "plain"):
+        assert name in run(f"push {folder} owner/name --dry-run --json").json["files"]

@@ -51,6 +51,20 @@ def test_a_grown_model_says_the_same(run: Run, place: Path) -> None:
     assert before.out.startswith("layer")
 
 
+@pytest.mark.parametrize(
+    ("temperature", "settings"),
+    [("1.5", {"do_sample": True, "min_p": 0.9}), ("0", {"num_beams": 4, "min_new_tokens": 9})],
+)
+def test_settings_of_generation_config_are_not_used(
+    run: Run, place: Path, temperature: str, settings: dict[str, object]
+) -> None:
+    words = f"generate --checkpoint base --prompt data --temperature {temperature} --json"
+    before = run(words).json["text"]
+    path = place / "base" / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    assert run(words).json["text"] == before
+
+
 def test_a_seed_decides_what_is_drawn(run: Run, place: Path) -> None:
     words = "generate --checkpoint base --prompt data --temperature 1.5 --max-new-tokens 20 --json"
     state = torch.random.get_rng_state()

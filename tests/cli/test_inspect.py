@@ -10,6 +10,7 @@ from huggingface_hub import constants, errors
 from safetensors.torch import load_file, save_file
 
 from tests.cli.conftest import Run
+from tests.oracle import saved, tiny_llama
 
 
 def _rows(run: Run, folder: str) -> dict[tuple[str, str], dict[str, object]]:
@@ -107,6 +108,16 @@ def test_the_map_of_new_blocks(run: Run, place: Path) -> None:
     assert "0 1 1 2 2" in text
     assert "width, llama-pro" in text
     assert "as recorded" in text
+
+
+def test_long_lists_of_layers_leave_room_for_the_names(run: Run, tmp_path: Path) -> None:
+    source = saved(tiny_llama(num_hidden_layers=18), tmp_path / "deep")
+    grown = tmp_path / "grown"
+    assert run(f"expand {source} --method llama-pro --output {grown}").code == 0
+    text = run(f"inspect {grown}").out
+    lines = [line for line in text.splitlines() if line.startswith("ffn_norm")]
+    assert len(lines) == 2
+    assert all(line.endswith(("carry", "fresh")) for line in lines)
 
 
 def test_qwen3_heads_have_norms(run: Run, sources: Path, tmp_path: Path) -> None:

@@ -260,6 +260,8 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "-m model=tiny,tinny": ("job 1 (model=tinny)", "Did you mean tiny?"),
     "-m expansion.width.hidden_size=128,90": ("job 1", "88 or 92"),
     "-m training.learning_rate=interval(0,1)": ("interval(0,1)", "range(START,STOP)"),
+    "-m seed=shuffle(0,3)": ("seed = shuffle(0,3): ", "values in a fixed order"),
+    "-m seed=shuffle(range(0,3))": ("seed = shuffle(range(0,3)): ", "a fixed order: A,B"),
     "-m resume=latest seed=0,1": ("resume = latest", "hydra.sweep.dir"),
     "-m hydra.sweep.subdir=x seed=0,1": ("hydra.sweep.subdir = x",),
     "-m hydra.verbose=true,false": ("hydra.verbose = true,false", "one value"),

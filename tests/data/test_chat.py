@@ -193,6 +193,21 @@ def test_arguments_of_calls_and_schemas_may_be_json() -> None:
     assert found.messages[1]["tool_calls"] == [{"type": "function", "function": CALL}]
 
 
+def test_null_in_arguments_and_tools_that_are_json_in_a_string_stays() -> None:
+    arguments = {"zone": None, "hour": 3}
+    of_call = {"function": {"name": "clock", "arguments": json.dumps(arguments)}, "id": None}
+    tool = {"type": "function", "function": {"name": "clock", "zone": {"default": None}}}
+    call = {"role": ASSISTANT, "content": None, "name": None, "tool_calls": [of_call]}
+    found = conversation_of({"messages": [PAIR[0], call], "tools": json.dumps([tool])})
+    assert found is not None and found.tools == (tool,)
+    expected = [{"function": {"name": "clock", "arguments": arguments}}]  # id: null is left out
+    assert found.messages[1] == {"role": ASSISTANT, "content": "", "tool_calls": expected}
+    deep = json.loads("[" * 900 + "]" * 900)
+    for record in ({"messages": [{**PAIR[0], "more": deep}]}, {"messages": PAIR, "tools": deep}):
+        with pytest.raises(WrongRecordError, match="is nested too deeply"):
+            conversation_of(record)
+
+
 def test_a_text_wins_over_messages_unless_they_are_named() -> None:
     both = {"text": "a text", "messages": PAIR}
     assert text_of(both, field="text") == "a text"

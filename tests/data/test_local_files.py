@@ -159,6 +159,27 @@ def test_messages_beside_a_text_are_noted(tmp_path: Path) -> None:
     assert not reading.notes
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet"])
+def test_named_messages_may_be_json_in_a_string(tmp_path: Path, name: str) -> None:
+    turns = json.dumps(CHAT)
+    if name == "a.csv":
+        (tmp_path / name).write_text('text,messages\none,"' + turns.replace('"', '""') + '"\n')
+    elif name == "a.jsonl":
+        (tmp_path / name).write_text(json.dumps({"text": "one", "messages": turns}))
+    else:
+        parquet.write_table(pa.table({"text": ["one"], "messages": [turns]}), tmp_path / name)
+    reading = Reading(key="data.new", text_field="messages")
+    assert [*map(str, reading.texts(tmp_path / name))] == ["user: Hi\n\nassistant: Hello"]
+
+
+def test_a_row_of_parquet_that_is_not_utf8_is_skipped(tmp_path: Path) -> None:
+    words = pa.array([b"one", b"caf\xe9", b"three"], pa.binary()).view(pa.string())
+    parquet.write_table(pa.table({"text": words}), tmp_path / "a.parquet")
+    found, (note,) = skipping(tmp_path / "a.parquet")
+    assert found == ["one", "three"]
+    assert "Skipped 1 of 3 records" in note and "a.parquet, row 2 is not UTF-8" in note
+
+
 def test_a_second_conversation_of_a_record_is_noted(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     unread = {

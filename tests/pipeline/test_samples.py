@@ -21,7 +21,7 @@ from tritter.data.conversations import Conversation
 from tritter.data.documents import documents_of
 from tritter.data.tokens import TextBounds, tokenise
 from tritter.errors import RequestError
-from tritter.evaluation.inference import answer_tokens
+from tritter.evaluation.inference import generated_tokens
 from tritter.pipeline import Outcome
 from tritter.pipeline.samples import _prompt_of, generate_samples
 
@@ -128,9 +128,9 @@ def test_processes_log_them_at_the_end(run_tiny: Run, tmp_path: Path) -> None:
 
 def test_greedy_answers_ignore_penalties_of_a_generation_config() -> None:
     model: Any = oracle.tiny_llama()
-    expected = answer_tokens(model, [1, 2, 1, 2], max_new_tokens=40, end_ids=[0])
+    expected = generated_tokens(model, [1, 2, 1, 2], max_new_tokens=40, end_ids=[0])
     model.generation_config.update(repetition_penalty=9.0, no_repeat_ngram_size=2)
-    assert answer_tokens(model, [1, 2, 1, 2], max_new_tokens=40, end_ids=[0]) == expected
+    assert generated_tokens(model, [1, 2, 1, 2], max_new_tokens=40, end_ids=[0]) == expected
 
 
 @pytest.mark.parametrize("has_template", [True, False])

@@ -116,6 +116,9 @@ MODELS = {
         )
     ),
     "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**GEMMA)),
+    "gemma2 without caps": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**GEMMA, attn_logit_softcapping=None, final_logit_softcapping=None)
+    ),
     "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**GEMMA)),
     "qwen2_moe": lambda: Qwen2MoeForCausalLM(
         Qwen2MoeConfig(

@@ -53,6 +53,19 @@ def test_what_is_not_taken_any_more_is_noted(
     assert all(note.startswith(text) for note, text in zip(found, notes, strict=True))
 
 
+def test_a_layer_pattern_that_llama_cpp_does_not_expect_is_noted() -> None:
+    """llama.cpp takes every sixth layer of a Gemma 3 as global, whatever config.json says."""
+    sizes = {**SIZES, "head_dim": 64, "model_type": "gemma3_text", "num_hidden_layers": 12}
+    kinds = ["sliding_attention"] * 5 + ["full_attention"]
+    before = Model({**sizes, "layer_types": kinds * 2})
+    whole = Model({**sizes, "num_hidden_layers": 18, "layer_types": kinds * 3})
+    pairs = [kind for kind in kinds for _ in range(2)]  # each layer twice, as by llama-pro
+    uneven = Model({**sizes, "num_hidden_layers": 24, "layer_types": pairs * 2})
+    assert serving_notes(whole, before) == ()
+    (note,) = serving_notes(uneven, before)
+    assert note.startswith("layer_types of 24 layers: llama.cpp would compute another function")
+
+
 @pytest.mark.parametrize("size", [32, 64, 96, 128, 160, 192])
 def test_nf4_takes_exactly_multiples_of_64(size: int) -> None:
     """A library that takes more makes the note wrong."""

@@ -12,8 +12,8 @@ from tritter.planning import upcycling
 from tritter.planning.upcycling import (
     Upcycling,
     _dense_loss,
+    _scratch_loss,
     _upcycled_loss,
-    scratch_loss,
     upcycling_notes,
 )
 
@@ -34,7 +34,7 @@ def test_losses_by_hand() -> None:
     assert _dense_loss(B, 74 * B) == pytest.approx(
         8.83 * math.exp(-0.088 * 25.027) + 12.3 * math.exp(-0.116 * 20.723) + 0.165, abs=1e-3
     )
-    assert scratch_loss(B, 37 * B) == pytest.approx(
+    assert _scratch_loss(B, 37 * B) == pytest.approx(
         32 * math.exp(-0.161 * 24.334) + 7.05 * math.exp(-0.08 * 20.723) + 0.165, abs=1e-3
     )
     exponent = -0.085 + 7.98e-4 * 25.027
@@ -74,7 +74,7 @@ def test_budgets_that_pay_lie_between_both_controls() -> None:
     assert 1e9 < low < 20 * B < high < 100 * B
     dense = _dense_loss(B, 74 * B + 1.5 * low)
     assert _upcycled_loss(B, 74 * B, low) == pytest.approx(dense, abs=2e-3)
-    assert _upcycled_loss(B, 74 * B, high) == pytest.approx(scratch_loss(B, high), abs=2e-3)
+    assert _upcycled_loss(B, 74 * B, high) == pytest.approx(_scratch_loss(B, high), abs=2e-3)
     assert found.pays
     assert "20 B tokens of upcycled training after 74 B" in found.text
     assert "is predicted to pay" in found.text

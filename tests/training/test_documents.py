@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning import Callback
+from lightning import Callback, Trainer
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 
 from tests import oracle
 from tests.oracle.families import tiny
@@ -98,6 +99,31 @@ def test_the_loss_is_the_mean_over_what_is_to_be_predicted() -> None:
     torch.testing.assert_close(sequence_losses(module.model, ROWS), rows)
     nothing = torch.zeros(2, 16, dtype=torch.int64)
     assert module.task_loss(batch_of(nothing)).value == 0
+
+
+def test_the_logged_loss_is_that_of_all_batches_of_a_step() -> None:
+    class Steps(Callback):
+        losses: list[float]
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]
+            if batch_idx % 2:
+                self.losses.append(float(trainer.callback_metrics["train/loss"]))
+
+    module, alone, steps = module_of(), oracle.tiny_llama(initializer_range=0.05), Steps()
+    document_mask(module.model)
+    module.schedule, steps.losses = Schedule(learning_rate=1e-30, max_steps=2), []
+    batches = [batch_of(ROWS[:1]), batch_of(ROWS[1:])]
+    step = [{**each, "window": batches} for each in batches]
+    watched = Trainer(
+        max_steps=2, accumulate_grad_batches=2, accelerator="cpu", callbacks=[steps],
+        logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    watched.fit(module, train_dataloaders=DataLoader(step * 2, batch_size=None))  # type: ignore[arg-type]
+    with torch.no_grad():
+        told = [nats_alone(alone, row) for row in ROWS]
+    expected = float(sum(nats for nats, _ in told) / sum(count for _, count in told))
+    assert steps.losses == pytest.approx([expected, expected], rel=1e-5)
 
 
 def test_the_fisher_is_of_documents_alone() -> None:

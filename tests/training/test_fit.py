@@ -1,9 +1,11 @@
 """Training through stock Lightning: what moves, what is refused, what is logged."""
 
 import csv
+import signal
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,6 +88,32 @@ def test_same_seed_same_weights(tmp_path: Path) -> None:
     run(second, tmp_path / "b")
     for name, parameter in first.model.named_parameters():
         assert torch.equal(parameter, second.model.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("num_tasks", ["1", "4"])
+def test_lightnings_requeueing_of_slurm_jobs_is_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_tasks: str
+) -> None:
+    """It would load the newest hpc_ckpt_*.ckpt of the working directory, of any other run."""
+    (tmp_path / "here/hpc_ckpt_1.ckpt").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    usual, in_job = module_of(), module_of()
+    run(usual, tmp_path / "usual")
+    monkeypatch.setenv("SLURM_JOB_NAME", "train")
+    monkeypatch.setenv("SLURM_NTASKS", num_tasks)
+    handler = signal.getsignal(signal.SIGUSR1)
+    found = []
+    step = BaseModule.training_step
+
+    def watched(module: BaseModule, *arguments: Any) -> Any:
+        found.append(signal.getsignal(signal.SIGUSR1))
+        return step(module, *arguments)
+
+    monkeypatch.setattr(BaseModule, "training_step", watched)
+    run(in_job, tmp_path / "in_job")
+    assert {*found} == {handler}
+    for name, parameter in usual.model.named_parameters():
+        assert torch.equal(parameter, in_job.model.get_parameter(name)), name
 
 
 @pytest.mark.full

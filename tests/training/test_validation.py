@@ -135,6 +135,16 @@ def test_what_is_said_before_is_what_the_first_step_says(tmp_path: Path, setting
     assert first == {n: (0, pytest.approx(losses[n], rel=1e-6)) for n in losses}
 
 
+def test_validation_loads_no_checkpoint_of_slurm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under SLURM, Lightning looks for one in the working directory."""
+    (tmp_path / "hpc_ckpt_1.ckpt").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert "eval/new/loss" in validation_metrics(oracle.tiny_llama(), text(), ONE)
+
+
 class Watch(Callback):
     """What other people's callbacks meet."""
 

@@ -60,7 +60,8 @@ def copy_small_files(source: Path, folder: Path) -> None:
         TritterError: see `small_files`.
     """
     for path in small_files(source):
-        shutil.copyfile(path, folder / path.name)
+        (folder / path.relative_to(source)).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / path.relative_to(source))
     carry_metadata(source, folder)
 
 
@@ -71,6 +72,7 @@ def small_files(source: Path) -> list[Path]:
         TritterError: a path is not a file or too large, or a settings file is not a JSON object.
     """
     paths = [source / name for name in TOKENIZER_FILES if os.path.lexists(source / name)]
+    paths += sorted(source.glob("additional_chat_templates/*.jinja"))
     for path in paths:
         if path.name in _SETTINGS:
             read_object(path)

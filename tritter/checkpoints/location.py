@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tritter.checkpoints.card import CARD_NAME, LICENCE_FILES
 from tritter.checkpoints.expert_files import HEAD, TENSORS, experts_in
-from tritter.checkpoints.folder import HEADER_MARK, TOKENIZER_FILES, lineage_of
+from tritter.checkpoints.folder import HEADER_MARK, TOKENIZER_FILES, lineage_of, small_files
 from tritter.checkpoints.record import Lineage, StateHead
 from tritter.checkpoints.state import KEPT_FILE, STATE_FOLDER
 from tritter.core.families import Model
@@ -28,6 +28,7 @@ from tritter.storage.records import read_record, record_text
 from tritter.storage.tensors import INDEX_NAME, SINGLE_NAME, TensorFolder
 
 _PLAIN_NAMES = {"config.json", CARD_NAME, SINGLE_NAME, INDEX_NAME, *TOKENIZER_FILES}
+_TEMPLATE = re.compile(r"additional_chat_templates(/[^/]+\.jinja)?")
 _SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 _STATE_FILES = {f"{STATE_FOLDER}/{name}" for name in ("state.json", "router.json", KEPT_FILE)}
 _OF_FUNCTION = {HEAD, TENSORS, f"{STATE_FOLDER}/router.json"}  # the model computes with them
@@ -145,12 +146,13 @@ def _unexpected_names(folder: Path, listed: set[str] | None, above: str = "") ->
             elif listed is not None:
                 is_expected = name in listed
             else:
-                is_of_model = is_shard or LICENCE_FILES.fullmatch(entry.name) is not None
-                is_expected = name in _PLAIN_NAMES or (is_of_model and not above)
+                is_of_model = not above and (is_shard or LICENCE_FILES.fullmatch(name))
+                is_expected = bool(name in _PLAIN_NAMES or is_of_model or _TEMPLATE.fullmatch(name))
             if not is_expected and name not in _STATE_FILES:
                 yield name
         elif stat.S_ISDIR(mode) and (
             name in {STATE_FOLDER, *states}
+            or _TEMPLATE.fullmatch(name)
             or any(file.startswith(f"{name}/") for file in listed or ())
         ):
             yield from _unexpected_names(folder / entry.name, listed, f"{name}/")
@@ -173,8 +175,8 @@ def public_files(folder: Path, lineage: Lineage | None) -> tuple[dict[str, Path 
         listed |= {LINEAGE_NAME, CARD_NAME, "config.json"}
     else:
         listed = {*_PLAIN_NAMES, *TensorFolder.open(folder).files.values()}
-    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    names = {path.relative_to(folder).as_posix() for path in found}
+        listed |= {path.relative_to(folder).as_posix() for path in small_files(folder)}
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     public = {name for name in names if name in listed and not _is_private(name)}
     public |= {name for name in names if "/" not in name and LICENCE_FILES.fullmatch(name)}
     files: dict[str, Path | bytes] = {name: folder / name for name in sorted(public)}

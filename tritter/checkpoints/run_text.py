@@ -151,15 +151,10 @@ def run_text(checkpoint: str | None, data: DataConfig, *, seed: int) -> RunText:
     )
 
 
-def _recorded_data(lineage: Lineage | None) -> Mapping[str, object]:
-    """Return the data options of the last training run; empty if there are none."""
-    recorded = lineage.training_config.get("data") if lineage is not None else None
-    return recorded if isinstance(recorded, Mapping) else {}
-
-
 def recorded_chat(lineage: Lineage | None) -> ChatChoice:
     """Return the chat options of the last training run; a template file is in the checkpoint."""
-    found = _recorded_data(lineage)
+    recorded = lineage.training_config.get("data") if lineage is not None else None
+    found = recorded if isinstance(recorded, Mapping) else {}
     return ChatChoice(
         NONE if found.get("chat_template") == NONE else None,
         "all" if found.get("loss_on") == "all" else None,

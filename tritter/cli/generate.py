@@ -272,9 +272,11 @@ class _Writer:
             is_shown: print the text.
             start: text to print before that of a continuation.
         """
+        import torch
+
         from tritter.core.families.config_file import errors_as
         from tritter.data.chat import end_of_turn_ids
-        from tritter.evaluation.inference import continued_text
+        from tritter.evaluation.inference import continued_text, generated_tokens
 
         prompt = [] if is_chat else ids[0].tolist()
         limit = self.room(ids, default=_ANSWER_TOKENS if is_chat else _NEW_TOKENS)
@@ -291,19 +293,18 @@ class _Writer:
 
         ends = {self.tokenizer.eos_token_id, *_ends_of(model)} - {None}
         ends |= set(end_of_turn_ids(self.tokenizer)) if is_chat else set()
-        shown = _Shown(text_of, ends)
+        own: dict[str, Any] = {"streamer": _Shown(text_of, ends)} if is_shown else {}
         if is_shown:
             say("" if is_chat else start, end="")
         with errors_as(f"transformers can't generate from {self.folder}"):
-            new = _continuation(
-                model,
-                ids,
-                max_new_tokens=limit,
-                temperature=self.temperature,
-                seed=self.seed,
-                end_ids=sorted(ends),
-                streamer=shown if is_shown else None,
-            )
+            _refuse_overflow(model, ids)
+            if self.temperature > 0:
+                own |= {"do_sample": True, "temperature": self.temperature}
+            with torch.random.fork_rng():
+                torch.manual_seed(self.seed)
+                new = generated_tokens(
+                    model, ids[0].tolist(), max_new_tokens=limit, end_ids=sorted(ends), **own
+                )
         is_complete = bool(new) and new[-1] in ends
         text = text_of(new[:-1] if is_complete else new).rstrip("\ufffd")
         if is_shown:
@@ -347,44 +348,14 @@ class _Shown:
         """Do nothing: the line is ended by the caller."""
 
 
-def _continuation(
-    model: Any,
-    input_ids: Tensor,
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    end_ids: list[int],
-    streamer: _Shown | None,
-) -> list[int]:
-    """Return only the new tokens: greedy at temperature 0, otherwise sampled with `seed`."""
+def _refuse_overflow(model: Any, ids: Tensor) -> None:
+    """Raise a `TritterError` if the logits after a prompt are not finite."""
     import torch
 
-    # Sampling settings of generation_config.json are disabled; only the options count.
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature}
-    input_ids = input_ids.to(model.device)
     with torch.inference_mode():
-        logits = model(input_ids=input_ids, use_cache=False).logits[:, -1]
+        logits = model(input_ids=ids.to(model.device), use_cache=False).logits[:, -1]
     if not logits.isfinite().all():
         raise TritterError(
             "the model's logits for the prompt are not finite although its weights are: it "
             f"overflows in {logits.dtype}."
         )
-    with torch.random.fork_rng(), torch.inference_mode():
-        torch.manual_seed(seed)
-        output = model.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=max_new_tokens,
-            eos_token_id=end_ids or None,
-            pad_token_id=end_ids[0] if end_ids else None,
-            top_k=None,
-            top_p=None,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            streamer=streamer,
-            **sampling,
-        )
-    return [int(token) for token in output[0, input_ids.shape[-1] :]]

@@ -401,7 +401,7 @@ def _print_expansion(console: Console, record: ExpansionRecord, last: _RecordedM
         shape = " → ".join(dict.fromkeys(shapes))
         rows.append((row.kind, row.layers, shape, row.weight, row.gradient, row.fill, row.state))
     header = ("tensor", "layers", "shape", "weight", "gradient", "fill", "state")
-    print_table(console, Table(header, tuple(rows)), wrapped=("tensor", "shape", "fill"))
+    print_table(console, Table(header, tuple(rows)), wrapped=("layers", "shape", "fill"))
     console.print()
     console.print(
         "weight, gradient: factors of mapped entries; fill: value of new entries (random: "

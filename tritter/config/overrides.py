@@ -308,12 +308,12 @@ def split_sweep(overrides: Sequence[Override]) -> list[list[str]]:
     """Return the overrides of each job, in the order of Hydra's basic sweeper.
 
     Raises:
-        RequestError: the sweep has no discrete values.
+        RequestError: the sweep has no discrete values, or a random order.
     """
     for override in overrides:
-        if override.is_sweep_override() and not override.is_discrete_sweep():
+        if isinstance(sweep := override.value(), IntervalSweep) or getattr(sweep, "shuffle", False):
             key, _, value = (override.input_line or "").partition("=")
-            reason = "the basic sweeper requires discrete values: A,B or range(START,STOP)"
+            reason = "the basic sweeper requires values in a fixed order: A,B or range(START,STOP)"
             raise RequestError(Problem(key, value, reason=reason))
     return BasicSweeper.split_arguments(list(overrides), None)[0]
 

@@ -162,7 +162,11 @@ def conversation_of(record: Mapping[Any, Any], *, turns: str | None = None) -> C
     parts = [name for name in given if name is not None and record[name] is not None]
     is_text = not any(isinstance(record[name], list) for name in (*parts, completion))
     prompt = _prompt(record, parts)
-    answer = _turns(record[completion], role=ASSISTANT, name=str(completion))
+    if isinstance(record[completion], list):
+        answer = _messages(record[completion], name=str(completion))
+    else:
+        text = _as_text(record[completion], f"{completion}:")
+        answer = [{"role": ASSISTANT, "content": text}]
     before = _history(record.get(_HISTORY))
     num_given = 0 if is_text else len(before) + len(prompt)
     messages = [*before, *prompt, *answer]
@@ -242,13 +246,6 @@ def _history(value: object) -> list[dict[str, Any]]:
     return messages
 
 
-def _turns(value: object, *, role: str, name: str) -> list[dict[str, Any]]:
-    """Return the messages of a list, or one message with a text."""
-    if isinstance(value, list):
-        return _messages(value, name=name)
-    return [{"role": role, "content": _as_text(value, f"{name}:")}]
-
-
 def _forms(names: Collection[str]) -> Iterator[list[str | None]]:
     """Yield the name of each part for each format of prompts that matches the names."""
     for form in _FORMS:
@@ -274,7 +271,7 @@ def _conversation(
     messages = [message | excluded for message in messages]
     tools = _tools(record.get(TOOLS), is_strict=has_roles)
     try:
-        fields = [_without_null(messages), _without_null(tools), num_given, has_roles]
+        fields = [messages, tools, num_given, has_roles]
         content = json.dumps(fields, ensure_ascii=False, default=str)
         return Conversation.from_json(encodable(content))
     except (RecursionError, TypeError) as error:
@@ -285,9 +282,12 @@ def _conversation(
 
 def _without_null(value: Any) -> Any:
     """Return a value without null fields: tables give each object the fields of all others."""
-    if isinstance(value, Mapping):
-        return {key: _without_null(each) for key, each in value.items() if each is not None}
-    return [_without_null(each) for each in value] if isinstance(value, list) else value
+    try:
+        if isinstance(value, Mapping):
+            return {key: _without_null(each) for key, each in value.items() if each is not None}
+        return [_without_null(each) for each in value] if isinstance(value, list) else value
+    except RecursionError as error:
+        raise WrongRecordError("is nested too deeply") from error
 
 
 def _with_system(
@@ -319,7 +319,7 @@ def _is_repeated(message: Mapping[str, Any], first: Mapping[str, Any]) -> bool:
 def _tools(value: object, *, is_strict: bool) -> list[Any]:
     """Return the JSON schemas of tools; those of a prompt may be names, which are ignored."""
     try:
-        tools = _parsed(value, name=TOOLS)
+        tools = _parsed(_without_null(value), name=TOOLS)
         tools = [tools] if isinstance(tools, Mapping) else tools or []
         if isinstance(tools, list):
             tools = [_parsed(tool, name=TOOLS) for tool in tools]
@@ -353,7 +353,8 @@ def _messages(value: object, *, name: str) -> list[dict[str, Any]]:
 
 def _message(value: object, where: str) -> dict[str, Any]:
     """Return a message with `role` and `content`, also of one with ShareGPT's names."""
-    fields = dict(value) if isinstance(value, Mapping) else {}
+    items = value.items() if isinstance(value, Mapping) else ()
+    fields = {name: _without_null(each) for name, each in items}  # not within JSON in a string
     for name, others in (("role", ("from",)), ("content", ("value", "text"))):
         for other in others:
             if name not in fields and other in fields:
@@ -369,11 +370,11 @@ def _message(value: object, where: str) -> dict[str, Any]:
         raise WrongRecordError(f"{where} is not a message; must be {_MESSAGE}")
     role = _as_text(fields["role"], f"{where}, role:").strip()
     if role.lower() not in _ROLES:
-        known = ", ".join(_ROLES)
-        raise WrongRecordError(f"{where} has the role {role!r}; accepted are {known}")
+        raise WrongRecordError(f"{where} has the role {role!r}; accepted are {', '.join(_ROLES)}")
     content = _content(fields["content"], f"{where}, content:")
     trained = _is_trained(fields, f"{where}, ")
-    kept = {name: each for name, each in fields.items() if name not in _TRAINED}
+    not_null = ((name, each) for name, each in fields.items() if each is not None)
+    kept = {name: each for name, each in not_null if name not in _TRAINED}
     return {**kept, "role": _ROLES[role.lower()], "content": content} | trained
 
 

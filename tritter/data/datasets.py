@@ -119,8 +119,7 @@ class DatasetName:
     @property
     def is_saved(self) -> bool:
         """Whether it is a folder written by `save_to_disk`."""
-        path = Path(self.name)
-        return any(all((path / name).is_file() for name in names) for names in _SAVED)
+        return any(all((Path(self.name) / name).is_file() for name in names) for names in _SAVED)
 
     @property
     def builder(self) -> tuple[str, dict[str, str]] | None:
@@ -137,8 +136,7 @@ def dataset_names(paths: Iterable[str]) -> tuple[str, ...]:
 
 def _file_ending(path: Path) -> str:
     """Return the extension that selects the builder of a file; empty if it is unsupported."""
-    name = path.name.lower()
-    return max((end for end in _BUILDERS if name.endswith(end)), key=len, default="")
+    return max((end for end in _BUILDERS if path.name.lower().endswith(end)), key=len, default="")
 
 
 def parse_name(key: str, word: str) -> DatasetName:
@@ -372,12 +370,6 @@ def _rows_of_batch(rows: Any) -> int:
     return max(1, min(_BATCH_ROWS, _BATCH_CHARACTERS // mean))
 
 
-@cache
-def _of_hub(source: DatasetName) -> DatasetName:
-    """Resolve a hub id once per process, even if the hub changes during the run."""
-    return _resolve_name(source)
-
-
 def _resolve_name(source: DatasetName) -> DatasetName:
     if not source.is_on_disk:
         builder, _ = _builder(source)
@@ -393,6 +385,9 @@ def _resolve_name(source: DatasetName) -> DatasetName:
     is_text = conversation_fields(columns) != columns
     column = columns[0] if is_text or len(columns) == 1 else source.column
     return replace(source, split=split, column=column)
+
+
+_of_hub = cache(_resolve_name)  # once per process, even if the hub changes during the run
 
 
 def _library() -> Any:

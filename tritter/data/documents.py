@@ -88,8 +88,7 @@ class Documents(Sequence[Document]):
         begin = text.lstrip()[: 2 * NAME_CHARACTERS].replace("\r\n", "\n")[:NAME_CHARACTERS]
         key = self._key(position)
         key = text_key(key + unseen) if (unseen := _unseen(content)) else key
-        name = f"{key[:16]} {' '.join(begin.split())}"
-        return Document(name, text, conversation)
+        return Document(f"{key[:16]} {' '.join(begin.split())}", text, conversation)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)

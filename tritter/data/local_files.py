@@ -264,8 +264,7 @@ def no_text(key: str, files: Sequence[Path]) -> str:
 
 def text_suffix(path: Path) -> str:
     """Return the extension that selects the reader of a file; empty if it is unsupported."""
-    name = path.name.lower()
-    return next((suffix for suffix in _TEXT_SUFFIXES if name.endswith(suffix)), "")
+    return next((suffix for suffix in _TEXT_SUFFIXES if path.name.lower().endswith(suffix)), "")
 
 
 def not_data(path: Path) -> str | None:
@@ -350,7 +349,7 @@ def parquet_records(
     columns: Callable[[Sequence[str]], list[str]] | None = None,
     count: Callable[[int], None],
 ) -> Iterator[dict[str, Any]]:
-    """Yield the records of a .parquet file.
+    """Yield the records of a .parquet file; an empty one has a text that is not UTF-8.
 
     Args:
         path: the file.
@@ -368,7 +367,14 @@ def parquet_records(
         for start in range(0, batch.num_rows, step):
             part = batch.slice(start, step)
             count(_decoded_bytes(part))
-            yield from part.to_pylist()
+            try:
+                yield from part.to_pylist()
+            except UnicodeDecodeError:
+                for index in range(part.num_rows):
+                    record = {}
+                    with suppress(UnicodeDecodeError):
+                        (record,) = part.slice(index, 1).to_pylist()
+                    yield record
 
 
 class _Expansion:
@@ -534,7 +540,10 @@ def _rows(path: Path, reading: Reading, columns: _Columns) -> Iterator[tuple[str
         reading.count(num_bytes)
 
     for number, record in enumerate(parquet_records(path, columns=columns, count=count), start=1):
-        yield f"{path}, row {number}", record
+        if not record:
+            reading.skipped.add(f"{path}, row {number}", "is not UTF-8")
+        else:
+            yield f"{path}, row {number}", record
 
 
 # File extension → reader of its records. Add new formats here.

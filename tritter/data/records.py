@@ -1,6 +1,7 @@
 """Convert a JSON or parquet record to a text: a field, or a conversation."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ DEFAULT_FIELD, FIELD_KEY = "text", "data.text_field"
 _COMMON_FIELDS = ("text", "content", "body", "document", "article", "raw_content", "completion")
 _MAX_NAMES, _MAX_NAME_LENGTH, _MAX_MESSAGE = 12, 40, 200
 _BLANKS = " \t\r\n"
+_JSON_TURNS = re.compile(r"\s*\[\s*\{")
 
 Text = str | Conversation  # the content of a record; `str` returns the plain text of both
 
@@ -48,7 +50,8 @@ def text_of(record: object, *, field: str) -> Text:
             '{"text": "..."}, a conversation, or a string "..."'
         )
     value = record.get(field)
-    is_turns = field in TURNS and isinstance(value, list)
+    # A table of texts has messages as JSON
+    is_turns = field in TURNS and bool(isinstance(value, list) or _JSON_TURNS.match(str(value)))
     if is_turns or (value is None and field == DEFAULT_FIELD):
         conversation = conversation_of(record, turns=field if is_turns else None)
         if conversation is not None:

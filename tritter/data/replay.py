@@ -423,8 +423,7 @@ class ReplayBuffer:
     @property
     def notes(self) -> tuple[str, ...]:
         """What streamed domains leave out, a sentence each."""
-        streams = self._streams.values()
-        return tuple(note for each in streams for note in getattr(each, "notes", ()))
+        return tuple(note for each in self._streams.values() for note in getattr(each, "notes", ()))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of draws and the position of each domain; reservoirs completely."""

@@ -199,8 +199,7 @@ def reasoning(draw: Draw) -> Example:
             prompt += f", finds {found}"
             steps.append(f"{total} + {found} = {total + found}")
             total += found
-    answer = f" {', '.join(steps)}: {total} {thing}."
-    return Example(f"{prompt}. How many are left?", answer)
+    return Example(f"{prompt}. How many are left?", f" {', '.join(steps)}: {total} {thing}.")
 
 
 _FIELDS: dict[str, Callable[[Draw], str | int]] = {
@@ -238,11 +237,8 @@ def _timer(draw: Draw) -> _Call:
 
 def _calculate(draw: Draw) -> _Call:
     first, sign, other = draw.between(1, 20), draw.choose("+-*"), draw.between(1, 20)
-    return (
-        f"Calculate {first} {sign} {other}.",
-        "calculate",
-        {"expression": f"{first} {sign} {other}"},
-    )
+    expression = f"{first} {sign} {other}"
+    return f"Calculate {expression}.", "calculate", {"expression": expression}
 
 
 def _translate(draw: Draw) -> _Call:

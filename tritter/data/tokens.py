@@ -469,8 +469,7 @@ def _truncated(text: str, encoding: Any, limit: int | None) -> _Encoded:
 
 def tokenise_texts(texts: Iterable[str], tokenizer: Tokenizer) -> TokenisedDocuments:
     """Tokenise texts in memory; each is a document named by its number."""
-    documents = [Document(str(number), text) for number, text in enumerate(texts)]
-    return tokenise(documents, tokenizer)
+    return tokenise([Document(str(number), text) for number, text in enumerate(texts)], tokenizer)
 
 
 def check_packs(documents: TokenisedDocuments, *, sequence_length: int, bounds: TextBounds) -> int:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from tritter.data.tokens import TextBounds
 
 
+# Instead of the settings in generation_config.json
+_UNUSED = "temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff min_length"
+_UNUSED += " min_new_tokens repetition_penalty no_repeat_ngram_size"
+_GREEDY = {"do_sample": False, "num_beams": 1, **dict.fromkeys(_UNUSED.split())}
 _CONTEXT_TOKENS = 8  # of a prompt, decoded together with its continuation
 
 
@@ -124,16 +128,22 @@ def sample_text(
     return new
 
 
-def answer_tokens(
-    model: Any, prompt_ids: Sequence[int], *, max_new_tokens: int, end_ids: Sequence[int]
+def generated_tokens(
+    model: Any,
+    prompt_ids: Sequence[int],
+    *,
+    max_new_tokens: int,
+    end_ids: Sequence[int],
+    **own: Any,
 ) -> list[int]:
-    """Return the answer to a rendered conversation by greedy decoding, with its end if it has one.
+    """Return the tokens that a model writes, by default with greedy decoding.
 
     Args:
         model: a causal language model of transformers.
-        prompt_ids: the conversation without marks, up to the beginning of an answer.
+        prompt_ids: the prompt without marks, such as a conversation up to an answer.
         max_new_tokens: limit of new tokens.
-        end_ids: tokens that end the answer.
+        end_ids: tokens that end the text.
+        own: further arguments of transformers' `generate`.
     """
     import torch
 
@@ -143,13 +153,8 @@ def answer_tokens(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
             max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_k=None,
-            top_p=None,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            eos_token_id=list(end_ids),
-            pad_token_id=end_ids[0],
+            eos_token_id=list(end_ids) or None,
+            pad_token_id=end_ids[0] if end_ids else None,
+            **{**_GREEDY, **own},
         )
     return [int(token) for token in output[0, len(prompt_ids) :]]

@@ -288,8 +288,9 @@ class _AfterSteps(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer, best = self._trainer, state.best_model_checkpoint
-        is_best = args.load_best_model_at_end and best is not None  # its weights are loaded
-        trainer.forgetting.end(trainer.model, Path(best) if is_best else None)
+        best = best if args.load_best_model_at_end else None  # its weights are loaded
+        step = state.global_step if best is None else state.best_global_step
+        trainer.forgetting.end(trainer.model, step, best)
         trainer.gate = trainer.forgetting.run_gate()
         if trainer.gate is not None:
             changes = {f"gate/{c.subject}/change": c.value for c in trainer.gate.checks}
@@ -682,10 +683,11 @@ class Forgetting:
 
     # The end, and files
 
-    def end(self, model: nn.Module, best: Path | None) -> None:
+    def end(self, model: nn.Module, step: int, best: str | None) -> None:
         """Collect the methods' state of the last step, or of the best one's checkpoint."""
+        self._end_step = step
         if best is not None and any(needs.leaves for needs in self._needs):
-            saved = self._read(best / _FORGETTING_FOLDER)
+            saved = self._read(Path(best) / _FORGETTING_FOLDER)
             for method in self.methods:
                 method.load_state_dict(saved["methods"][method.name])
         self._leftovers = {
@@ -757,13 +759,11 @@ class Forgetting:
     def write_end(self, folder: Path) -> None:
         """Write the methods' state for later training runs into a trained model's folder."""
         if self._leftovers:
-            model = self._trainer.model
-            kinds = {
-                k: TensorStream.of(disk_values(model, self._leftovers[k])) for k in self._leftovers
-            }
+            model, left = self._trainer.model, self._leftovers.items()
+            kinds = {kind: TensorStream.of(disk_values(model, values)) for kind, values in left}
             if (folder / STATE_FOLDER).exists():
                 remove_folder(folder / STATE_FOLDER)
-            write_state(folder, kinds, step=self._trainer.state.global_step)
+            write_state(folder, kinds, step=self._end_step)
 
 
 @contextmanager

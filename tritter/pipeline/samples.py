@@ -24,8 +24,8 @@ from tritter.data.chat import (
 )
 from tritter.data.tokens import TextBounds
 from tritter.evaluation.inference import (
-    answer_tokens,
     continued_text,
+    generated_tokens,
     sample_text,
     whole_word_prompt,
 )
@@ -185,7 +185,7 @@ class _Sampler:
         most = min(most, _positions(model) - len(prompt))
         if is_chat:
             ends = (*self.bounds.ends, *self.turn_ends)
-            tokens = answer_tokens(model, _ids(prompt), max_new_tokens=most, end_ids=ends)
+            tokens = generated_tokens(model, _ids(prompt), max_new_tokens=most, end_ids=ends)
             is_cut = not tokens or tokens[-1] not in ends
             text = str(self.tokenizer.decode(tokens if is_cut else tokens[:-1]))
             return f"{text} [cut after {most} tokens]" if is_cut else text, len(prompt) + len(

@@ -250,9 +250,10 @@ def _layer_bytes(model: Model, layer: int, setup: TrainingSetup) -> int:
         own = model.ffn_sizes[layer] if model.ffn_sizes else sizes.intermediate_size
         products += for_each_unit * own
     of_scores = _FLOAT32  # of a head and token
-    if config.get("attn_logit_softcapping"):  # unfused: capped scores, probabilities in both types
+    if config.get("model_type") == "gemma2":  # unfused: scores, probabilities in both types
         in_both = _FLOAT32 if width == _FLOAT32 else width + _FLOAT32
-        of_scores = setup.sequence_length * (width + in_both)
+        is_capped = bool(config.get("attn_logit_softcapping"))
+        of_scores = setup.sequence_length * (width * is_capped + in_both)
         products += 2 * (sizes.query_size - sizes.key_value_size)  # k and v for each query head
     values_bytes = products * width + experts * parameter_bytes  # autocast leaves experts alone
     per_head = {"attention.q_norm": sizes.query_size, "attention.k_norm": sizes.key_value_size}

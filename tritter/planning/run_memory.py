@@ -315,7 +315,10 @@ def _training_need(
         kinds = {kind for one in config.forgetting for kind in one.kind.needs(one.options).state}
         copies = _PATH_COPIES * memory.parameters_bytes if "path_integral" in kinds else 0
     else:
-        if frozen := _num_frozen(config, model, before):
+        frozen = 0
+        for _, one in methods_of(config):
+            frozen = max(frozen, one.kind.num_frozen(one.options, model, before, config))
+        if frozen:
             trained = max(0, (count if trained is None else trained) - frozen)
         copies = sum(map(_copies, config.forgetting)) * memory.parameters_bytes
         needs = [one.kind.needs(one.options) for one in config.forgetting]
@@ -339,14 +342,6 @@ def _training_need(
         teacher=teacher,
         processes=processes,
     )
-
-
-def _num_frozen(config: RunRequest, trained: Model, before: Model) -> int:
-    """Return the number of parameters that may never enter the optimizer."""
-    most = 0
-    for _, one in methods_of(config):
-        most = max(most, one.kind.num_frozen(one.options, trained, before, config))
-    return most
 
 
 def _copies(one: Component) -> int:

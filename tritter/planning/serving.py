@@ -1,6 +1,8 @@
 """What quantisers and inference engines do not take of a model's shape."""
 
 from collections.abc import Iterator
+from operator import eq
+from typing import Any
 
 from tritter.core.families import Model
 
@@ -35,6 +37,10 @@ def serving_notes(model: Model, source: Model) -> tuple[str, ...]:
             f"{sizes.num_attention_heads} attention heads, {sizes.num_key_value_heads} key/value"
         )
         notes[f"{heads} heads"] = [f"no tensor parallelism over {', '.join(lost)} GPUs"]
+    for key in model.family.per_layer_config_keys:
+        if (period := _period(source, key)) is not None and _period(model, key) != period:
+            problem = f"llama.cpp would compute another function: it expects period {period}"
+            notes[f"{key} of {model.sizes.num_hidden_layers} layers"] = [problem]
     return tuple(f"{subject}: {'; '.join(problems)}" for subject, problems in notes.items())
 
 
@@ -46,6 +52,13 @@ def _findings(model: Model) -> Iterator[tuple[str, int, str, str]]:
         for block, problem in _BLOCKS.items():
             if size % block:
                 yield key, block, f"{name} {size}", f"not a multiple of {block} ({problem})"
+
+
+def _period(model: Model, key: str) -> int | None:
+    """Return the period in which a setting of the layers repeats; None if it does not."""
+    values: Any = model.config.get(key) or ()
+    found = (n for n in range(2, len(values)) if all(map(eq, values, values[n:])))
+    return next(found, None) if len({*values}) > 1 else None
 
 
 def _shares(model: Model, devices: int) -> bool:

@@ -34,24 +34,13 @@ def _dense_loss(parameters: float, tokens: float) -> float:
     return 8.83 / tokens**0.088 + 12.3 / parameters**0.116 + _IRREDUCIBLE
 
 
-def scratch_loss(parameters: float, tokens: float) -> float:
-    """Return the predicted loss of experts trained from scratch.
-
-    Args:
-        parameters: of the dense model of the same shape.
-        tokens: of the training.
-    """
+def _scratch_loss(parameters: float, tokens: float) -> float:
+    """Return the predicted loss of experts trained from scratch, of a dense model's shape."""
     return 32.0 / tokens**0.161 + 7.05 / parameters**0.080 + _IRREDUCIBLE
 
 
 def _upcycled_loss(parameters: float, dense_tokens: float, tokens: float) -> float:
-    """Return the predicted loss of an upcycled model.
-
-    Args:
-        parameters: of the dense model.
-        dense_tokens: D1, of the training before the upcycling.
-        tokens: D2, of the training after it.
-    """
+    """Return the predicted loss of a model upcycled after D1 dense tokens and trained on D2."""
     exponent = 0.085 - 7.98e-4 * log(dense_tokens)
     data_term = 16.3 / dense_tokens**0.043 / tokens**exponent
     return data_term + 8.53 / parameters**0.112 + _IRREDUCIBLE
@@ -90,7 +79,7 @@ class Upcycling:
         """Tokens from which the same experts, trained from scratch on them, are better."""
 
         def gap(tokens: float) -> float:
-            return scratch_loss(self.parameters, tokens) - self._upcycled(tokens)
+            return _scratch_loss(self.parameters, tokens) - self._upcycled(tokens)
 
         return next((tokens for tokens in _GRID if gap(tokens) < 0), inf)
 

@@ -34,6 +34,8 @@ from tritter.training.parameters import (
 
 _SUMMED = ("nats", "right", "tokens")  # per domain, over the windows of a validation
 _BACKEND = "inductor"
+# It propagates NaN. MeanMetric would lose its weights with this setting (torchmetrics 1.9).
+_sum = partial(SumMetric, nan_strategy="disable")
 _CHECKPOINTS_NAME = "checkpoints"  # folder of a ModelCheckpoint, inside that of the training run
 
 
@@ -77,6 +79,7 @@ class BaseModule(LightningModule):
         self.journal: list[Entry] = []
         self.module_callbacks: Callable[[], list[Callback]] = list  # set during a fit
         self.compiled: CompiledModel | None = None  # set during a fit
+        self._step_losses: list[Tensor] = []  # of the batches of a step so far
 
     @classmethod
     def of(cls, trainee: Trainee, **options: Any) -> "BaseModule":
@@ -94,13 +97,17 @@ class BaseModule(LightningModule):
         return self.module_callbacks()
 
     def training_step(self, batch: Mapping[str, Any], batch_index: int) -> Tensor:
-        """Return the sum of task loss, side losses and losses of methods; each one is logged."""
+        """Return the sum of task loss, side losses and losses of methods; each one is logged.
+
+        The task loss is logged as the mean over the batches of the optimizer step so far.
+        """
         if not self.is_task_alone:
             for method in self.methods:
                 method.observe_batch(self.model, batch)
         task = self.task_loss(batch)
         loss = task.value
-        self.log("train/loss", loss.detach(), sync_dist=True)
+        self._step_losses.append(loss.detach())
+        self.log("train/loss", torch.stack(self._step_losses).mean(), sync_dist=True)
         for side in self.side_losses:
             extra, terms = side.loss(self.model, batch, step=self.global_step)
             self.log_dict({n: term.detach() for n, term in terms.items()}, sync_dist=True)
@@ -174,6 +181,8 @@ class BaseModule(LightningModule):
         self.log_finished_steps()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if not (batch_idx + 1) % self.trainer.accumulate_grad_batches:
+            self._step_losses = []
         self.log_finished_steps()
 
     def log_finished_steps(self) -> None:
@@ -229,14 +238,6 @@ class BaseModule(LightningModule):
                 method.observe_gradients(self.model)
             for method in self.methods:
                 method.add_to_gradients(self.model)
-
-
-def _sum() -> SumMetric:
-    """Return a sum that propagates NaN, which torchmetrics ignores by default.
-
-    MeanMetric loses its weights with this setting (torchmetrics 1.9).
-    """
-    return SumMetric(nan_strategy="disable")
 
 
 def base_of(module: LightningModule) -> BaseModule:

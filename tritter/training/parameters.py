@@ -235,7 +235,8 @@ def entry_of(change: Change, *, step: int, reason: str) -> Entry:
 def replay(model: nn.Module, entries: Sequence[Entry]) -> None:
     """Give a model the parameter shapes after all journal entries, with arbitrary values."""
     config: Config = entries[-1]["config"]
-    shapes = _stock_shapes(config)
+    layout = Model(config).layout("live") if config else ()
+    shapes = {stored.name: stored.shape for stored in layout}
     removed: set[str] = set()
     for entry in entries:
         shapes |= {name: tuple(shape) for name, shape in entry["others"].items()}
@@ -247,11 +248,6 @@ def replay(model: nn.Module, entries: Sequence[Entry]) -> None:
         if name not in removed and (name not in old or tuple(old[name].shape) != tuple(shape))
     }
     reshape(model, config, values, removed=[name for name in removed if name in old])
-
-
-def _stock_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Return the parameter shapes of a config's family; empty without a config."""
-    return {stored.name: stored.shape for stored in Model(config).layout("live")} if config else {}
 
 
 def _parent_module(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -238,16 +238,15 @@ def build_trainer(
         settings: Settings of the Trainer.
         callbacks: Callbacks in their order.
         max_steps: Number of optimizer steps.
-        loggers: Loggers of the stage.
+        loggers: Loggers of the stage; the first one is in its folder.
     """
     arguments = {"enable_model_summary": False, **settings.arguments}
     if isinstance(name := arguments.get("profiler"), str):
         arguments["profiler"] = _PROFILERS[name](filename="profile")  # next to the metrics
     strategy: Strategy | str = "auto"
-    plugins, ranks, num_nodes = list[Any]([SafetensorsCheckpointIO()]), leading(), 1
-    if ranks is not None and settings.has_workers:
-        num_nodes = ranks.launch.num_nodes
-    elif ranks is not None:  # without it, SLURM's variables would count
+    plugins, ranks = list[Any]([SafetensorsCheckpointIO()]), leading()
+    num_nodes = ranks.launch.num_nodes if ranks is not None and settings.has_workers else 1
+    if not settings.has_workers:  # without it, SLURM's variables would count
         plugins.append(LightningEnvironment())
     if settings.strategy == "ddp":
         strategy = _WorkerStrategy(settings.accelerator)
@@ -270,6 +269,7 @@ def build_trainer(
         logger=loggers,
         enable_checkpointing=False,
         enable_progress_bar=False,
+        default_root_dir=loggers[0].save_dir if loggers else os.devnull,  # hpc_ckpt_* of SLURM
         **arguments,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,

@@ -48,6 +48,27 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, steps
     return loss.item()
 
 
+def test_a_compiled_model_is_compiled_once_per_growth() -> None:
+    compiled = list[torch.fx.GraphModule]()
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    model = GrowableCausalLM(oracle.tiny_llama(), **GROWING)
+    called, optimizer, counts = torch.compile(model, backend=backend), adam(model), []
+    for _ in range(2):
+        train(called, optimizer, oracle.tokens(), steps=1)
+        counts.append(len(compiled))
+        train(called, optimizer, oracle.tokens(), steps=12)
+        counts.append(len(compiled))
+        model.check_and_grow(optimizer=optimizer)
+    assert counts[0] == counts[1] < counts[2] == counts[3]
+    torch._dynamo.reset()
+    with pytest.raises(RequestError, match=r"without torch\.compile, and compile the result"):
+        GrowableCausalLM(torch.compile(oracle.tiny_llama()))
+
+
 @pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("initialiser", ["gradmax", "split", "random"])
 @pytest.mark.parametrize("family", generic(GROWABLE))

@@ -39,6 +39,19 @@ def test_an_optimizer_left_behind_is_refused_at_its_next_step() -> None:
         behind.step()
 
 
+def test_optimizers_made_again_after_each_growth_are_of_any_kind() -> None:
+    model, sizes = MODELS["linear, relu"](), []
+    layer = growing(model)
+    layer.attach(None)
+    for _ in range(2):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        train(model, optimizer)
+        sizes.append(layer.check_and_grow()["born"])
+    assert sizes == [4, 4]
+    with pytest.raises(RequestError, match="create it again"):
+        optimizer.step()
+
+
 def test_optimizers_that_grow_together_or_not_at_all() -> None:
     model = MODELS["linear, relu"]()
     layer = growing(model)

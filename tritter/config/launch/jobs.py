@@ -19,7 +19,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol, TextIO
 
-from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -177,11 +176,6 @@ class Task:
             return math.nan
 
 
-def _task_overrides(hydra: HydraConf) -> list[str]:
-    """Return the overrides of a job, as typed."""
-    return [str(override).removeprefix("++") for override in hydra.overrides.task]
-
-
 @contextmanager
 def _log_output(folder: Path) -> Iterator[None]:
     """Send what is printed inside, also by libraries and child processes, to the job's log.
@@ -237,7 +231,7 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence[Job]) -> floa
     """
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
-    overrides = _task_overrides(hydra)
+    overrides = [str(override).removeprefix("++") for override in hydra.overrides.task]
     is_sweep = hydra.mode == RunMode.MULTIRUN
     if is_sweep:
         say(f"\njob {hydra.job.num}: {' '.join(overrides)}")

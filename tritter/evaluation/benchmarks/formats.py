@@ -326,17 +326,13 @@ def _is_number_right(question: Question, text: str) -> bool:
 
 def _is_written_right(question: Question, text: str) -> bool:
     """Compare the last number as text, as lm-eval's gsm8k does: 18.00 is not 18."""
-    given, right = (_bare(each) for each in (_last_number(text), question.answer))
-    return given == right
+    return _bare(_last_number(text)) == _bare(question.answer)
 
 
 def _is_spelled_right(question: Question, text: str) -> bool:
     """Compare the last number without punctuation, as lm-eval's mgsm does: -1.8 is 18."""
-    given, right = (
-        each.translate(str.maketrans("", "", string.punctuation))
-        for each in (_last_number(text), question.answer)
-    )
-    return given == right
+    removed = str.maketrans("", "", string.punctuation)
+    return _last_number(text).translate(removed) == question.answer.translate(removed)
 
 
 def _last_number(text: str) -> str:
@@ -411,9 +407,8 @@ def _math(row: Row, file: str) -> Question:
 
 
 def _bbh(row: Row, file: str) -> Question:
-    part = file.partition(".")[0]
     prompt = f"Q: {row['input']}\nA: Let's think step by step.\n"
-    return Question(prompt=prompt, answer=row["target"], part=part)
+    return Question(prompt=prompt, answer=row["target"], part=file.partition(".")[0])
 
 
 def _bare(number: str) -> str:

@@ -122,7 +122,7 @@ def add_adapter(model: nn.Module, name: str, shape: AdapterShape, *, seed: int) 
         layer.train(model.training)
     own = {id(parameter) for parameter in parameters_of(model, name).values()}
     for key, parameter in model.named_parameters():
-        was_trained = key in trained or _base_name(key) in trained
+        was_trained = key in trained or key.replace(f"{WRAPPED}.", ".") in trained
         parameter.requires_grad_(was_trained or id(parameter) in own)
 
 
@@ -264,11 +264,6 @@ def adaptable(model: nn.Module, *, whole: bool = True) -> set[str]:
         )
         or any(module is each for each in vocabulary)
     } - {part for fused, parts in _FUSED.items() if fused in parameter_names for part in parts}
-
-
-def _base_name(name: str) -> str:
-    """Return the name that a parameter of the base has in a model without adapters."""
-    return name.replace(f"{WRAPPED}.", ".")
 
 
 def is_of_adapter(name: str) -> bool:

@@ -84,7 +84,6 @@ class ExpertCallback(Callback):
         self._usage_log = _UsageLog()
         self._restored: Mapping[str, Any] | None = None
         self._aims: list[str | None] = []  # of the batches of a step
-        self._losses: list[float] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if (novelty := self.registry.detector) is not None:
@@ -205,7 +204,6 @@ class ExpertCallback(Callback):
     ) -> None:
         module = _module(pl_module)
         mixture = module.mixture
-        self._losses.append(float(trainer.callback_metrics["train/loss"]))
         gates = module.gates
         own = usage(gates) if gates else torch.ones(len(mixture.names))
         mean = trainer.strategy.reduce(own.to(pl_module.device), reduce_op="mean").tolist()
@@ -213,7 +211,7 @@ class ExpertCallback(Callback):
         self._usage_log.note(now)
         if not ends_step(trainer, batch_idx):
             return
-        loss = sum(self._losses) / len(self._losses)
+        loss = float(trainer.callback_metrics["train/loss"])
         if math.isfinite(loss):  # otherwise the step was skipped
             self.registry.record_step(loss, now)
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
@@ -221,7 +219,7 @@ class ExpertCallback(Callback):
             if self.registry.score is not None:
                 values["experts/novelty"] = self.registry.score
             module.log_dict(values, sync_dist=True)
-        self._aims, self._losses = [], []
+        self._aims = []
         # Changes between two steps
         registry = self.registry
         for name in registry.matured():

@@ -668,6 +668,4 @@ def mixture_on(model: nn.Module) -> ExpertMixture | None:
 def _refuse_chosen_logits(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
     """Refuse chosen positions of the head, whose gates would be unknown."""
     if isinstance(kwargs.get("logits_to_keep"), Tensor):
-        raise RequestError(
-            "logits_to_keep: with experts, only a number of last tokens is supported."
-        )
+        raise RequestError("logits_to_keep: with experts, it must be a number of last tokens.")

@@ -246,7 +246,7 @@ class ElasticWeightConsolidation:
     def __init__(
         self, model: nn.Module, dataloader: Iterable[Mapping[str, Tensor]], lambda_ewc: float = 1e3
     ) -> None:
-        self.model = model
+        self.model = model = getattr(model, "_orig_mod", model)  # without torch.compile
         self.lambda_ewc = lambda_ewc
         batches = old_sequences(dataloader, tokenizer=None, sequence_length=0, count=sys.maxsize)
         self.fisher = mean_over(batches, partial(diagonal_fisher, model))

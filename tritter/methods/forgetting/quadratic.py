@@ -247,9 +247,10 @@ def _squares(
     from torch.func import grad, vmap
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    # Neither routing nor finding document boundaries has a batching rule; alone, a sequence is
-    # faster with the fused kernels
-    is_batch = len(input_ids) > 1
+    # Neither routing nor finding document boundaries nor `requires_grad_`, in the hook of gradient
+    # checkpointing, has a batching rule; alone, a sequence is faster with the fused kernels
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    is_batch = len(input_ids) > 1 and not getattr(embeddings, "_forward_hooks", ())
     if is_batch and not has_experts(model) and document_mask_of(model) is None:
         per_sequence = vmap(grad(_sequence_loss, argnums=1), in_dims=(None, None, 0, 0))
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no batching rule

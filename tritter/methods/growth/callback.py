@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -59,7 +58,6 @@ class NeuronGrowthCallback(Callback):
         self._restored: Mapping[str, Any] | None = None
         self._seen = ActivationRecorder()
         self._handles: list[RemovableHandle] = []
-        self._losses: list[float] = []  # of the batches in a step
         self._after: dict[str, Any] = {}
         self._last_step = 0
 
@@ -100,13 +98,10 @@ class NeuronGrowthCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.grower.needs_losses:
-            self._losses.append(float(trainer.callback_metrics["train/loss"]))
         if not ends_step(trainer, batch_idx):
             return
-        if self._losses:
-            self.grower.note_loss(fmean(self._losses))
-            self._losses = []
+        if self.grower.needs_losses:
+            self.grower.note_loss(float(trainer.callback_metrics["train/loss"]))
         module, grower, step = base_of(pl_module), self.grower, trainer.global_step
         model, growth = module.model, None
         decided = {}

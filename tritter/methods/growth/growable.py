@@ -428,6 +428,9 @@ class GrowableCausalLM(Growable, nn.Module):
         grower = _build_grower(growth)
         self._folder: Path | None = None
         if isinstance(path_or_model, nn.Module):
+            if hasattr(path_or_model, "_orig_mod"):
+                reason = "pass the model without torch.compile, and compile the result"
+                raise RequestError(Problem("model", "a compiled model", reason=reason))
             self.model = path_or_model
         else:
             self._folder = locate(fspath(path_or_model), key="path_or_model")

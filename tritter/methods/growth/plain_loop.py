@@ -53,7 +53,7 @@ class PlainLoop:
         self._check_every = grower.options.check_every or 1  # minimum steps between checks
         self._num_steps, self._num_losses = 0, 0
         self._checked, self._decided = -1, dict[int, int]()
-        self._is_attached, self._is_superseded, self._has_warned = False, False, False
+        self._is_attached = self._is_rebuilt = self._is_superseded = self._has_warned = False
         self._optimizers: WeakSet[Optimizer]
         self._unrelated: WeakKeyDictionary[Optimizer, int]  # number of parameters when last checked
         self._replaced: dict[int, ref[nn.Parameter]]
@@ -83,7 +83,7 @@ class PlainLoop:
                 f"{type(optimizer).__name__} contains none of the parameters that grow; create it "
                 "from the module's parameters() before calling attach."
             )
-        self._is_attached = True
+        self._is_attached, self._is_rebuilt = True, optimizer is None
         self._optimizers = WeakSet(() if optimizer is None else (optimizer,))
 
     def attach_hooks(self, block: FfnBlock) -> None:
@@ -159,7 +159,7 @@ class PlainLoop:
                 "and DDP would keep the old parameters; train with python train.py "
                 "growth=foam trainer=ddp."
             )
-        tracked = [each for each in self._optimizers if self._holds(each)]
+        tracked = [each for each in self._optimizers if self._holds(each) and not self._is_rebuilt]
         if len(tracked) > 1:
             names = ", ".join(sorted(type(each).__name__ for each in tracked))
             raise RequestError(
@@ -183,7 +183,7 @@ class PlainLoop:
             if self.module.get_parameter(name) is not parameter:
                 self._replaced[id(parameter)] = ref(parameter)
         self._unrelated.clear()
-        for each in [o for o in self._optimizers if not self._holds(o)]:
+        for each in [o for o in self._optimizers if self._is_rebuilt or not self._holds(o)]:
             self._optimizers.discard(each)
         if growth.change.model is not None:
             self.journal.append(entry_of(growth.change, step=step, reason=GROWTH))
@@ -192,6 +192,8 @@ class PlainLoop:
         self._decided = {}
         return growth
 
+    # Compiled, the step count would be a guard, so that every step would be compiled again
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def record_activations(self, layer: int, inputs: Tensor, output: Tensor) -> None:
         """Record activations of an FFN if growth may follow."""
         if self.grower.may_grow_after(self.steps + 1):
@@ -296,17 +298,17 @@ class PlainLoop:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if self._unrelated.get(optimizer) == len(parameters):
             return False
-        if self._holds(optimizer):
-            self._optimizers.add(optimizer)
-            return True
         if any((replaced := self._replaced.get(id(p))) and replaced() is p for p in parameters):
             raise RequestError(
                 f"growth: {type(optimizer).__name__} trains parameters that growth has replaced "
                 "and no module uses any more; create it again from parameters(), or call "
                 "attach(optimizer) before growth."
             )
-        self._unrelated[optimizer] = len(parameters)
-        return False
+        if not self._holds(optimizer):
+            self._unrelated[optimizer] = len(parameters)
+            return False
+        self._optimizers.add(optimizer)
+        return True
 
     def _holds(self, optimizer: Optimizer) -> bool:
         own = {id(self.module.get_parameter(name)) for name in self._shapes()}

@@ -87,10 +87,10 @@ class Importance(Stage):
             }
             since = time.perf_counter()
             preparation = _preparation(run, branch, model, state, written)
+            work = "writing text" if needs.writes else "importance of each parameter"
             with run.progress_bars() as new_bar:
-                prepared = method.prepare(
-                    replace(preparation, progress=new_bar(_bar_label(method.name, needs)))
-                )
+                progress = new_bar(f"{method.name}: {work}")
+                prepared = method.prepare(replace(preparation, progress=progress))
             for kind in needs.prepares:
                 values = {name: value.cpu() for name, value in prepared.state[kind].items()}
                 kinds[kind] = TensorStream.of(disk_tensors(start.model, values).items())
@@ -126,10 +126,6 @@ class Importance(Stage):
             seconds=seconds,
             leaves=(branch.preparation,),
         )
-
-
-def _bar_label(method: str, needs: Needs) -> str:
-    return f"{method}: {'writing text' if needs.writes else 'importance of each parameter'}"
 
 
 def is_recorded(run: Run) -> bool:
