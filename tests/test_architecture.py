@@ -91,7 +91,7 @@ RATCHET = {
     "evaluation": (16, 4_475),
     "integrations": (2, 801),
     "methods": (48, 12_507),
-    "pipeline": (31, 7_372),
+    "pipeline": (31, 7_373),
     "planning": (9, 2_166),
     "report": (15, 4_254),
     "storage": (10, 2_117),

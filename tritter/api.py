@@ -297,8 +297,8 @@ def _unwrap(model: object) -> nn.Module:
 
     if not isinstance(model, nn.Module):
         raise refused("source", brief(model), "pass a folder, a hub id or a Hugging Face model")
-    name = "model" if isinstance(model, GrowableCausalLM) else "_orig_mod"  # of torch.compile
-    inner = cast("nn.Module", getattr(model, name, model))
+    inner = cast("nn.Module", getattr(model, "_orig_mod", model))  # without torch.compile
+    inner = inner.model if isinstance(inner, GrowableCausalLM) else inner
     model_of(inner)
     if mixture_on(inner) is not None:
         raise RequestError("the model has LoRA experts, which can't be expanded; merge them first.")

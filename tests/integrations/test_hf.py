@@ -449,10 +449,10 @@ def test_what_si_leaves_protects_the_next_training(tmp_path: Path) -> None:
 
 def test_the_best_model_comes_with_what_the_methods_knew_at_its_step(tmp_path: Path) -> None:
     class Worse(Trainer):
-        """Each evaluation is worse than the one before, so the first is the best."""
+        """The third step is the best, which is not saved; the second is the best of the saved."""
 
         def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-            metrics = {"eval_loss": float(self.state.global_step)}
+            metrics = {"eval_loss": (0.0, 3.0, 2.0, 1.0, 4.0)[self.state.global_step]}
             self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             return metrics
 
@@ -468,7 +468,7 @@ def test_the_best_model_comes_with_what_the_methods_knew_at_its_step(tmp_path: P
         trainer.save_model(str(folder / "model"))
         return folder / "model"
 
-    every = {f"{each}_strategy": "steps" for each in ("save", "eval")} | {"eval_steps": 2}
+    every = {f"{each}_strategy": "steps" for each in ("save", "eval")} | {"eval_steps": 1}
     best = trained(tmp_path / "best", load_best_model_at_end=True, save_steps=2, **every)
     alone = trained(tmp_path / "alone", max_steps=2)
     files = {path.relative_to(alone) for path in alone.rglob("*") if path.is_file()}

@@ -16,8 +16,11 @@ from tritter.report.summary import Summary
 FOLDER = Path("outputs/runs/a b")
 
 
-def summary_of(status: str, *checks: dict[str, Any], attempts: int = 1) -> Summary:
+def summary_of(
+    status: str, *checks: dict[str, Any], attempts: int = 1, held_out: int = 0
+) -> Summary:
     plain = {"status": status, "gate": checks, "domains": {}, "baseline": {}}
+    plain |= {"data": {"prose": {"validation": held_out}}}
     return Summary.of(plain | {"attempts": [{"final": {}}] * attempts})
 
 
@@ -32,10 +35,14 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     monkeypatch.setenv("PATH", "/nowhere")
 
     def suggested(
-        status: str, *checks: dict[str, Any], words: tuple[str, ...] = (), rate: float = 3e-3
+        status: str,
+        *checks: dict[str, Any],
+        words: tuple[str, ...] = (),
+        rate: float = 3e-3,
+        held_out: int = 0,
     ) -> list[str]:
         config = load_config(words)
-        summary = summary_of(status, *checks)
+        summary = summary_of(status, *checks, held_out=held_out)
         lines = next_commands(config, summary, overrides=words, folder=FOLDER, rate=rate)
         for line in lines:
             program, _, rest = line.partition("train.py ")
@@ -121,6 +128,12 @@ def test_undecided(commands: Callable[..., list[str]]) -> None:
     assert "data.validation_fraction=0.48" in commands("undecided", few)[0]  # 100, less 2 σ
     one = check("retention", "undecided", n=29, documents_needed=30)
     assert "data.validation_fraction=0.29" in commands("undecided", one)[0]
+    line = commands("undecided", one, held_out=40)[0]
+    assert "evaluation.max_documents=30 " in line and line.endswith("of prose are needed")
+    line = commands(
+        "undecided", check("retention", "undecided", n=4, documents_needed=30), held_out=11
+    )[0]
+    assert "evaluation.max_documents=11 " in line and line.endswith("needed; there are 11")
     many = check("retention", "undecided", n=50, documents_needed=5000)
     assert not any("fraction" in line for line in commands("undecided", many))
     assert (

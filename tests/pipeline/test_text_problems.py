@@ -169,5 +169,7 @@ def test_after_a_stage_a_refused_request_has_failed(
         raise RequestError("data.new: nothing to learn.")
 
     assert main(refuses, arguments=["model=tiny", f"hydra.run.dir={tmp_path / 'run'}"]) == 1
-    assert "Fix this, then resume with (changed keys need a new run):" in capsys.readouterr().err
+    assert (
+        "Fix this, then resume with (most changed keys need a new run):" in capsys.readouterr().err
+    )
     assert (tmp_path / "run/ledger.json").exists()

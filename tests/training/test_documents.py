@@ -112,18 +112,23 @@ def test_the_logged_loss_is_that_of_all_batches_of_a_step() -> None:
     module, alone, steps = module_of(), oracle.tiny_llama(initializer_range=0.05), Steps()
     document_mask(module.model)
     module.schedule, steps.losses = Schedule(learning_rate=1e-30, max_steps=2), []
-    batches = [batch_of(ROWS[:1]), batch_of(ROWS[1:])]
-    step = [{**each, "window": batches} for each in batches]
+    steps_of_two = [(ROWS[:1], ROWS[1:]), (ROWS[:1], ROWS[:1])]
+    batches = []
+    for rows in steps_of_two:
+        window = list(map(batch_of, rows))
+        batches += [{**each, "window": window} for each in window]
     watched = Trainer(
         max_steps=2, accumulate_grad_batches=2, accelerator="cpu", callbacks=[steps],
         logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
     )  # fmt: skip
-    watched.fit(module, train_dataloaders=DataLoader(step * 2, batch_size=None))  # type: ignore[arg-type]
-    with torch.no_grad():
-        told = [nats_alone(alone, row) for row in ROWS]
-    expected = float(sum(nats for nats, _ in told) / sum(count for _, count in told))
-    assert steps.losses == pytest.approx([expected, expected], rel=1e-5)
+    watched.fit(module, train_dataloaders=DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    expected = []
+    for rows in steps_of_two:
+        with torch.no_grad():
+            told = [nats_alone(alone, row) for row in torch.cat(rows)]
+        expected.append(float(sum(nats for nats, _ in told) / sum(count for _, count in told)))
+    assert steps.losses == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_fisher_is_of_documents_alone() -> None:

@@ -354,7 +354,7 @@ def _messages(value: object, *, name: str) -> list[dict[str, Any]]:
 def _message(value: object, where: str) -> dict[str, Any]:
     """Return a message with `role` and `content`, also of one with ShareGPT's names."""
     items = value.items() if isinstance(value, Mapping) else ()
-    fields = {name: _without_null(each) for name, each in items}  # not within JSON in a string
+    fields = {name: _without_null(each) for name, each in items}  # JSON in a field keeps its null
     for name, others in (("role", ("from",)), ("content", ("value", "text"))):
         for other in others:
             if name not in fields and other in fields:

@@ -440,5 +440,4 @@ def scaling_check(num_bytes: tuple[int, int], counted: tuple[int, int]) -> Check
 
 def parameter_bytes(model: nn.Module) -> int:
     """Return the bytes of a model's parameters, counting each storage once."""
-    storages = {p.data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
-    return sum(storages.values())
+    return sum({p.data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}.values())

@@ -16,10 +16,6 @@ if TYPE_CHECKING:
     from tritter.data.tokens import TextBounds
 
 
-# Instead of the settings in generation_config.json
-_UNUSED = "temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff min_length"
-_UNUSED += " min_new_tokens repetition_penalty no_repeat_ngram_size"
-_GREEDY = {"do_sample": False, "num_beams": 1, **dict.fromkeys(_UNUSED.split())}
 _CONTEXT_TOKENS = 8  # of a prompt, decoded together with its continuation
 
 
@@ -143,18 +139,22 @@ def generated_tokens(
         prompt_ids: the prompt without marks, such as a conversation up to an answer.
         max_new_tokens: limit of new tokens.
         end_ids: tokens that end the text.
-        own: further arguments of transformers' `generate`.
+        own: further arguments of transformers' `generate`. The model's own settings do not count.
     """
     import torch
 
     with eval_mode(model) as device, reading_whole(model):
         input_ids = torch.tensor([list(prompt_ids)], device=device)
-        output = model.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=max_new_tokens,
-            eos_token_id=list(end_ids) or None,
-            pad_token_id=end_ids[0] if end_ids else None,
-            **{**_GREEDY, **own},
-        )
+        given, model.generation_config = model.generation_config, type(model.generation_config)()
+        try:
+            output = model.generate(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                max_new_tokens=max_new_tokens,
+                eos_token_id=list(end_ids) or None,
+                pad_token_id=end_ids[0] if end_ids else None,
+                **{"do_sample": False, "top_k": None, **own},
+            )
+        finally:
+            model.generation_config = given
     return [int(token) for token in output[0, len(prompt_ids) :]]

@@ -317,5 +317,4 @@ def folder_jump(
 
 
 def _are_same(old: Tensor, new: Tensor) -> bool:
-    moved = (new[..., : old.shape[-1]] - old).abs().max()
-    return bool(moved <= _ROUNDING * old.abs().max())
+    return bool((new[..., : old.shape[-1]] - old).abs().max() <= _ROUNDING * old.abs().max())

@@ -289,7 +289,7 @@ class _AfterSteps(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer, best = self._trainer, state.best_model_checkpoint
         best = best if args.load_best_model_at_end else None  # its weights are loaded
-        step = state.global_step if best is None else state.best_global_step
+        step = state.global_step if best is None else int(best.rpartition("-")[2])
         trainer.forgetting.end(trainer.model, step, best)
         trainer.gate = trainer.forgetting.run_gate()
         if trainer.gate is not None:

@@ -131,8 +131,9 @@ def _after_undecided(config: RunConfig, summary: Summary) -> _Advice:
     advice = f"{check.documents_needed} validation documents of {check.subject} are needed"
     held_out = summary.data.get(check.subject, {}).get("validation", 0)
     if factor > 1 and check.n < held_out:
-        needed = min(check.documents_needed or held_out, held_out)
-        yield {"evaluation.max_documents": str(needed)}, advice
+        needed = check.documents_needed or held_out
+        advice += f"; there are {held_out}" if held_out < needed else ""
+        yield {"evaluation.max_documents": str(min(needed, held_out))}, advice
     elif isinstance(config.model, CheckpointModelConfig):
         return  # it keeps the split of its lineage
     elif factor > 1 and fraction <= _MAX_FRACTION:

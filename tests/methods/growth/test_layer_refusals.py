@@ -1,6 +1,7 @@
 """Refusals of growth that would break surrounding modules or optimizers."""
 
 from collections.abc import Callable
+from copy import deepcopy
 
 import pytest
 import torch
@@ -50,6 +51,10 @@ def test_optimizers_made_again_after_each_growth_are_of_any_kind() -> None:
     assert sizes == [4, 4]
     with pytest.raises(RequestError, match="create it again"):
         optimizer.step()
+    again = deepcopy(model)  # detects its own optimizer
+    optimizer = torch.optim.SGD(again.parameters(), lr=0.01)
+    train(again, optimizer)
+    assert growing(again).check_and_grow()["born"] == 4
 
 
 def test_optimizers_that_grow_together_or_not_at_all() -> None:

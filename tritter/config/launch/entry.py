@@ -328,7 +328,7 @@ def _run_one(request: "Request", task: "Task", hydra: "Hydra") -> int:
     if not has_finished_stage(job.folder):
         action += " (keys may change, as no stage has finished)"
     elif is_request:
-        action += " (changed keys need a new run)"
+        action += " (most changed keys need a new run)"
     resuming = resume_command(job.folder, job.overrides)
     say(f"Run folder: {job.folder}\n{action}:\n  {resuming}", is_error=True)
     return EXIT_FAILED if is_request else status.exit_code

@@ -488,7 +488,10 @@ def _records(path: Path, reading: Reading) -> Iterator[Any]:
     """Yield the records of a file."""
     kind = text_suffix(path).removesuffix(".gz")
     if kind == ".parquet":  # limited only by its decoded size
-        yield from parquet_records(path, count=reading.count)
+        for number, row in enumerate(parquet_records(path, count=reading.count), start=1):
+            if not row:
+                raise WrongRecordError(f"row {number} is not UTF-8")
+            yield row
         return
     if kind == ".jsonl":
         yield from (row for _, row in records(path, reading))

@@ -232,8 +232,7 @@ def _hellaswag(row: Row, file: str) -> Question:
 
 
 def _wikihow(text: str) -> str:
-    plain = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
-    return plain.replace("  ", " ")
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
 def _winogrande(row: Row, file: str) -> Question:

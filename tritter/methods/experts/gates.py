@@ -101,8 +101,7 @@ def balance_loss(gates: Gates) -> Tensor:
     else:
         chosen = gates.chosen.flatten(0, -2)
     counts = chosen.sum(0).to(probabilities.dtype)
-    shares = counts / counts.sum().clamp_min(1)
-    return number * (shares * probabilities.mean(0)).sum()
+    return number * (counts / counts.sum().clamp_min(1) * probabilities.mean(0)).sum()
 
 
 def entropy_loss(gates: Gates) -> Tensor:

@@ -280,7 +280,8 @@ class PlainLoop:
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= {**state, "tokens": _LastTokens(), "_is_attached": False}
+        self.__dict__ |= {**state, "tokens": _LastTokens()}
+        self._is_attached = self._is_rebuilt = False
         self._start_watching()
 
     def _start_watching(self) -> None:
