@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning import Callback, Trainer
+from lightning import Callback
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
 
 from tests import oracle
 from tests.oracle.families import tiny
@@ -99,36 +98,6 @@ def test_the_loss_is_the_mean_over_what_is_to_be_predicted() -> None:
     torch.testing.assert_close(sequence_losses(module.model, ROWS), rows)
     nothing = torch.zeros(2, 16, dtype=torch.int64)
     assert module.task_loss(batch_of(nothing)).value == 0
-
-
-def test_the_logged_loss_is_that_of_all_batches_of_a_step() -> None:
-    class Steps(Callback):
-        losses: list[float]
-
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]
-            if batch_idx % 2:
-                self.losses.append(float(trainer.callback_metrics["train/loss"]))
-
-    module, alone, steps = module_of(), oracle.tiny_llama(initializer_range=0.05), Steps()
-    document_mask(module.model)
-    module.schedule, steps.losses = Schedule(learning_rate=1e-30, max_steps=2), []
-    steps_of_two = [(ROWS[:1], ROWS[1:]), (ROWS[:1], ROWS[:1])]
-    batches = []
-    for rows in steps_of_two:
-        window = list(map(batch_of, rows))
-        batches += [{**each, "window": window} for each in window]
-    watched = Trainer(
-        max_steps=2, accumulate_grad_batches=2, accelerator="cpu", callbacks=[steps],
-        logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False,
-    )  # fmt: skip
-    watched.fit(module, train_dataloaders=DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
-    expected = []
-    for rows in steps_of_two:
-        with torch.no_grad():
-            told = [nats_alone(alone, row) for row in torch.cat(rows)]
-        expected.append(float(sum(nats for nats, _ in told) / sum(count for _, count in told)))
-    assert steps.losses == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_fisher_is_of_documents_alone() -> None:
@@ -324,6 +293,28 @@ def test_tokens_lengths_and_flops_are_those_of_documents(tmp_path: Path) -> None
     assert sum(histogram.values()) == sum(lengths.values()) - lengths[1]
     last = sum(int(row[at] == EOT == row[at - 1]) for row in again[16:] for at in range(1, 16))
     assert float(logged["performance/padding_fraction"]) == pytest.approx(last / (8 * 16))
+
+
+def test_the_logged_loss_is_that_of_all_batches_of_a_step(tmp_path: Path) -> None:
+    module, alone = module_of(), oracle.tiny_llama(initializer_range=0.05)
+    document_mask(module.model)
+    module.schedule = Schedule(learning_rate=1e-30, max_steps=3)  # the weights stay
+    rows = sequences_of(40, 5)
+    fit(
+        module,
+        BatchStream(SequenceStream(rows, seed=0), batch_size=4, num_batches=6, window=2),
+        settings=replace(SETTINGS, log_every_n_steps=1, arguments={"accumulate_grad_batches": 2}),
+        folder=tmp_path,
+        label="test",
+        console=Console(quiet=True),
+    )
+    expected = []
+    for step in SequenceStream(rows, seed=0).next_sequences(24).split(8):
+        with torch.no_grad():
+            told = [nats_alone(alone, row) for row in step.long()]
+        expected.append(float(sum(nats for nats, _ in told) / sum(count for _, count in told)))
+    logged = [float(row["train/loss"]) for row in read_metrics(tmp_path) if row.get("train/loss")]
+    assert logged == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.full

@@ -373,8 +373,7 @@ def _message(value: object, where: str) -> dict[str, Any]:
         raise WrongRecordError(f"{where} has the role {role!r}; accepted are {', '.join(_ROLES)}")
     content = _content(fields["content"], f"{where}, content:")
     trained = _is_trained(fields, f"{where}, ")
-    not_null = ((name, each) for name, each in fields.items() if each is not None)
-    kept = {name: each for name, each in not_null if name not in _TRAINED}
+    kept = {n: each for n, each in fields.items() if each is not None and n not in _TRAINED}
     return {**kept, "role": _ROLES[role.lower()], "content": content} | trained
 
 

@@ -509,4 +509,5 @@ def retokenised(
         ids += bounds.marked_start if text else ()
         ids += documents.document(number).tolist() + [bounds.end] * is_ended
     ids *= -(-length // len(ids))
-    return begun(torch.tensor(ids[: len(ids) // length * length]).view(-1, length).int(), bounds)
+    rows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length).int()
+    return begun(rows, bounds)

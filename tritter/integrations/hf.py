@@ -287,8 +287,8 @@ class _AfterSteps(TrainerCallback):
         self._trainer.forgetting.after_step(self._trainer.model, state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer, best = self._trainer, state.best_model_checkpoint
-        best = best if args.load_best_model_at_end else None  # its weights are loaded
+        trainer = self._trainer  # with the weights of the best step, if there is one
+        best = state.best_model_checkpoint if args.load_best_model_at_end else None
         step = state.global_step if best is None else int(best.rpartition("-")[2])
         trainer.forgetting.end(trainer.model, step, best)
         trainer.gate = trainer.forgetting.run_gate()
