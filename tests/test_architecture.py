@@ -84,7 +84,7 @@ TORCH_ONLY_ROOMS = {"core.parameter_map", "core.stock_routers"}  # the standard 
 RATCHET = {
     "(top)": (13, 2_310),
     "checkpoints": (12, 3_150),
-    "cli": (21, 5_917),
+    "cli": (21, 5_916),
     "config": (19, 5_315),
     "core": (37, 12_047),
     "data": (26, 9_273),

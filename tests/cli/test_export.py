@@ -1,6 +1,7 @@
 """`tritter export`: what it writes stock classes load, what it refuses is told, nothing is lost."""
 
 import json
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -150,15 +151,18 @@ def test_a_checkpoint_of_a_development_version_is_read_as_a_plain_folder(
     assert run("inspect out").code == 0
 
 
-def test_chat_templates_beside_the_default_one_are_kept(run: Run, place: Path) -> None:
-    """`save_pretrained` of transformers writes them in a folder of their own."""
-    name = "additional_chat_templates/tool_use.jinja"
-    (place / "base" / name).parent.mkdir()
+@pytest.mark.parametrize("name", ["additional_chat_templates/tool_use.jinja", "tekken.json"])
+def test_tokenizer_files_are_kept_and_recorded(run: Run, place: Path, name: str) -> None:
+    """transformers writes further templates in a folder of their own; tekken.json is Mistral's."""
+    (place / "base" / name).parent.mkdir(exist_ok=True)
     (place / "base" / name).write_text("{{ messages }}")
+    assert name in run("inspect base --json").json["beside"]
     assert run("expand base --method llama-pro --output grown").code == 0
     for _ in range(2):
         assert run("export grown --output plain --overwrite").code == 0
     assert (place / "plain" / name).read_text() == "{{ messages }}"
     assert ", 0 changed" in run("history grown --verify").out
+    recorded = json.loads((place / "grown/tritter.json").read_text())["parent_file_digests"]
+    assert recorded[name] == sha256(b"{{ messages }}").hexdigest()
     for folder in ("grown", "plain"):
         assert name in run(f"push {folder} owner/name --dry-run --json").json["files"]

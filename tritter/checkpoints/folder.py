@@ -32,10 +32,11 @@ Artifact = Callable[[Path], None]
 
 # Tokenizer, generation and licence files
 
-TOKENIZER_FILES = (
+_TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "tekken.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -54,26 +55,23 @@ _EXPERT = re.compile(rf"{EXPERTS_FOLDER}/(?P<name>[A-Za-z0-9][A-Za-z0-9_-]*)/ada
 
 
 def copy_small_files(source: Path, folder: Path) -> None:
-    """Copy tokenizer, generation and licence files, and of the card what `kept_metadata` returns.
-
-    Raises:
-        TritterError: see `small_files`.
-    """
+    """Copy the tokenizer, generation and licence files, and `kept_metadata` of the card."""
     for path in small_files(source):
         (folder / path.relative_to(source)).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, folder / path.relative_to(source))
     carry_metadata(source, folder)
 
 
-def small_files(source: Path) -> list[Path]:
-    """Return the tokenizer, generation and licence files of a checkpoint folder, checked.
+def tokenizer_files(folder: Path) -> list[str]:
+    """Return the names of the tokenizer, template and generation files of a checkpoint folder."""
+    templates = sorted(path.name for path in folder.glob("additional_chat_templates/*.jinja"))
+    names = [name for name in _TOKENIZER_FILES if os.path.lexists(folder / name)]
+    return [*names, *(f"additional_chat_templates/{name}" for name in templates)]
 
-    Raises:
-        TritterError: a path is not a file or too large, or a settings file is not a JSON object.
-    """
-    paths = [source / name for name in TOKENIZER_FILES if os.path.lexists(source / name)]
-    paths += sorted(source.glob("additional_chat_templates/*.jinja"))
-    for path in paths:
+
+def small_files(source: Path) -> list[Path]:
+    """Return the tokenizer, generation and licence files of a checkpoint folder, checked."""
+    for path in (paths := [source / name for name in tokenizer_files(source)]):
         if path.name in _SETTINGS:
             read_object(path)
         else:

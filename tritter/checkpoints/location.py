@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tritter.checkpoints.card import CARD_NAME, LICENCE_FILES
 from tritter.checkpoints.expert_files import HEAD, TENSORS, experts_in
-from tritter.checkpoints.folder import HEADER_MARK, TOKENIZER_FILES, lineage_of, small_files
+from tritter.checkpoints.folder import HEADER_MARK, lineage_of, tokenizer_files
 from tritter.checkpoints.record import Lineage, StateHead
 from tritter.checkpoints.state import KEPT_FILE, STATE_FOLDER
 from tritter.core.families import Model
@@ -27,8 +27,7 @@ from tritter.storage.reading import LINEAGE_NAME, check_links, named_path
 from tritter.storage.records import read_record, record_text
 from tritter.storage.tensors import INDEX_NAME, SINGLE_NAME, TensorFolder
 
-_PLAIN_NAMES = {"config.json", CARD_NAME, SINGLE_NAME, INDEX_NAME, *TOKENIZER_FILES}
-_TEMPLATE = re.compile(r"additional_chat_templates(/[^/]+\.jinja)?")
+_PLAIN_NAMES = {"config.json", CARD_NAME, SINGLE_NAME, INDEX_NAME}
 _SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 _STATE_FILES = {f"{STATE_FOLDER}/{name}" for name in ("state.json", "router.json", KEPT_FILE)}
 _OF_FUNCTION = {HEAD, TENSORS, f"{STATE_FOLDER}/router.json"}  # the model computes with them
@@ -82,10 +81,15 @@ def check_replaceable(folder: Path, *, sources: Sequence[Path] = ()) -> None:
         if is_within(source, folder):
             raise _contains_source_error(folder, source)
     try:
-        listed, record = None, folder / LINEAGE_NAME
+        record = folder / LINEAGE_NAME
         if record.is_file() and not record.is_symlink():
             named = (name.removesuffix(HEADER_MARK) for name in lineage_of(folder).file_digests)
             listed = {*named, LINEAGE_NAME, CARD_NAME, "config.json"}
+        else:
+            names = {path.name for path in folder.iterdir()}
+            listed = {name for name in names if _SHARD.fullmatch(name)}
+            listed |= {name for name in names if LICENCE_FILES.fullmatch(name)}
+            listed |= {*_PLAIN_NAMES, *tokenizer_files(folder)}
         strays = sorted(_unexpected_names(folder, listed))
     except TritterError as error:
         raise RequestError(
@@ -133,27 +137,22 @@ def is_within(path: Path, folder: Path) -> bool:
     return False
 
 
-def _unexpected_names(folder: Path, listed: set[str] | None, above: str = "") -> Iterator[str]:
+def _unexpected_names(folder: Path, listed: set[str], above: str = "") -> Iterator[str]:
     """Yield names that do not belong to the checkpoint; for a foreign folder only its name."""
     states = {f"{STATE_FOLDER}/{kind}" for kind in STATE_KINDS}
     for entry in os.scandir(folder):
         name = above + entry.name
         mode = entry.stat(follow_symlinks=False).st_mode
         if stat.S_ISREG(mode):
-            is_shard = _SHARD.fullmatch(entry.name) is not None
             if above.removesuffix("/") in states:
+                is_shard = _SHARD.fullmatch(entry.name) is not None
                 is_expected = is_shard or entry.name in (SINGLE_NAME, INDEX_NAME)
-            elif listed is not None:
-                is_expected = name in listed
             else:
-                is_of_model = not above and (is_shard or LICENCE_FILES.fullmatch(name))
-                is_expected = bool(name in _PLAIN_NAMES or is_of_model or _TEMPLATE.fullmatch(name))
+                is_expected = name in listed
             if not is_expected and name not in _STATE_FILES:
                 yield name
         elif stat.S_ISDIR(mode) and (
-            name in {STATE_FOLDER, *states}
-            or _TEMPLATE.fullmatch(name)
-            or any(file.startswith(f"{name}/") for file in listed or ())
+            name in {STATE_FOLDER, *states} or any(file.startswith(f"{name}/") for file in listed)
         ):
             yield from _unexpected_names(folder / entry.name, listed, f"{name}/")
         else:
@@ -174,8 +173,11 @@ def public_files(folder: Path, lineage: Lineage | None) -> tuple[dict[str, Path 
         listed = {name.removesuffix(HEADER_MARK) for name in lineage.file_digests}
         listed |= {LINEAGE_NAME, CARD_NAME, "config.json"}
     else:
-        listed = {*_PLAIN_NAMES, *TensorFolder.open(folder).files.values()}
-        listed |= {path.relative_to(folder).as_posix() for path in small_files(folder)}
+        listed = {
+            *_PLAIN_NAMES,
+            *tokenizer_files(folder),
+            *TensorFolder.open(folder).files.values(),
+        }
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     public = {name for name in names if name in listed and not _is_private(name)}
     public |= {name for name in names if "/" not in name and LICENCE_FILES.fullmatch(name)}

@@ -340,11 +340,10 @@ def _new_layers(source: Source) -> str:
 
 def _other_files(folder: Path) -> list[str]:
     """Return the names of tokenizer files and of the content of `state/`."""
-    from tritter.checkpoints.folder import TOKENIZER_FILES
+    from tritter.checkpoints.folder import tokenizer_files
 
-    names = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     state = folder / "state"
-    return [*names, *sorted(f"state/{each.name}" for each in state.glob("*"))]
+    return [*tokenizer_files(folder), *sorted(f"state/{each.name}" for each in state.glob("*"))]
 
 
 def _print_lineage(console: Console, source: Source) -> None:

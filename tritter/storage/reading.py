@@ -40,7 +40,7 @@ _MAX_BYTES = {
     "ledger.json": 64 * 2**20,
     "checkpoint.json": 256 * 2**20,
     TOKENIZER_NAME: 256 * 2**20,
-    **dict.fromkeys(("vocab.json", "merges.txt", "tokenizer.model"), 64 * 2**20),
+    **dict.fromkeys(("vocab.json", "merges.txt", "tokenizer.model", "tekken.json"), 64 * 2**20),
 }
 _MAX_BYTES_OF_OTHERS = 16 * 2**20
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library

@@ -22,10 +22,10 @@ from tritter.checkpoints import (
     write_checkpoint,
 )
 from tritter.checkpoints.folder import (
-    TOKENIZER_FILES,
     Artifact,
     copy_small_files,
     small_files,
+    tokenizer_files,
 )
 from tritter.checkpoints.location import check_output, check_replaceable, require_plain
 from tritter.checkpoints.state import KEPT_FILE, STATE_FOLDER, State, write_state
@@ -533,8 +533,8 @@ def expansion_records(
 
 def known_digests(folder: Path) -> dict[str, str]:
     """Return file → checksum of the config and tokenizer files of a Hugging Face folder."""
-    names = [name for name in ("config.json", *TOKENIZER_FILES) if (folder / name).is_file()]
-    return {name: file_digest(folder / name) for name in names}
+    names = ("config.json", *tokenizer_files(folder))
+    return {name: file_digest(folder / name) for name in names if (folder / name).is_file()}
 
 
 def state_stream(plan: PlannedExpansion, rule: StateKind, tensors: TensorFolder) -> TensorStream:

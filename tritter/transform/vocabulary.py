@@ -29,7 +29,7 @@ from tritter.storage.hub import locate
 from tritter.storage.reading import TOKENIZER_NAME, read_object
 
 _KEY = "expansion.vocab"
-_OTHER_FORMS = ("vocab.json", "merges.txt", "tokenizer.model")  # without the new tokens
+_OTHER_FORMS = ("vocab.json", "merges.txt", "tokenizer.model", "tekken.json")
 
 
 def bound(specs: Sequence[ExpansionSpec], source: Source) -> tuple[ExpansionSpec, ...]:
