@@ -120,6 +120,9 @@ def test_a_live_model_is_written_with_its_lineage_and_tokenizer(tmp_path: Path) 
     with pytest.raises(RequestError, match="exists"):
         tritter.expand(model, "width", output=grown)
     assert tritter.expand(model, "width", output=grown, overwrite=True) == grown
+    with pytest.raises(RequestError, match="overwrite") as told:
+        tritter.expand(model, "width", overwrite=True)
+    assert told.value.problems[0].key == "overwrite"
 
 
 def test_a_false_claim_of_exactness_is_an_error_and_what_it_wrote_stays(

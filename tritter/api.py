@@ -161,6 +161,8 @@ def expand(
     """
     if specs is not None:
         return _expand_folder(source, method, specs, seed, overwrite, options)
+    if overwrite and output is None:
+        raise refused("overwrite", overwrite, "needs output, the folder that is replaced")
     names = [method] if not isinstance(method, list | tuple) else list(method)
     with use_names(_option_names("expansion", names)):
         chosen = _expansions(names, options)
@@ -189,9 +191,7 @@ def _expand_folder(
     with loading("torch"):
         from tritter.transform import expand as expand_folder
 
-    return expand_folder(
-        source, destination, specs, seed=seed, overwrite=overwrite, **dict(options)
-    )
+    return expand_folder(source, destination, specs, seed=seed, overwrite=overwrite, **options)
 
 
 def _expand_checkpoint(
