@@ -37,11 +37,7 @@ def domain_text(
     steps: int | None,
     learning_rate: float | None,
 ) -> DomainRun:
-    """Return the data that the options name.
-
-    Raises:
-        RequestError: no data is named, a path is invalid, or old and new data share a name.
-    """
+    """Return the data that the options name."""
     from tritter.data.options import read_sources
 
     if not data:
@@ -112,11 +108,7 @@ def check_domain(
 def token_sources(
     specs: Sequence[ExpansionSpec], domain: str | None, data: Sequence[str] | None, *others: Any
 ) -> TextSources:
-    """Return domain → paths of the data for new tokens; empty if the tokens are given.
-
-    Raises:
-        RequestError: data is missing or not needed, or an option trains experts.
-    """
+    """Return domain → paths of the data for new tokens; empty if the tokens are given."""
     from tritter.core.expansions import Vocab
     from tritter.data.options import read_sources
 

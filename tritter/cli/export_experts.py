@@ -187,10 +187,6 @@ def export_adapters(
         dtype: dtype of the factors; None keeps it.
         overwrite: replace an earlier export at `output`.
         as_json: print one JSON object.
-
-    Raises:
-        RequestError: the checkpoint has no experts, or `output` may not be written.
-        TritterError: the experts are damaged, or a write failed.
     """
     with refuse_damage():
         folder = locate(checkpoint, key="--checkpoint")

@@ -443,11 +443,7 @@ def _print_experts(console: Console, files: ExpertFiles) -> None:
 
 
 def _rebuild_map(record: ExpansionRecord) -> ParameterMap:
-    """Return the parameter map that a record describes.
-
-    Raises:
-        TritterError: this version of Tritter does not have the method or its options.
-    """
+    """Return the parameter map that a record describes."""
     from tritter.core.expansions import EXPANSIONS
     from tritter.core.families import Model, check_config
 

@@ -182,11 +182,7 @@ def option_names() -> dict[str, str | None]:
 
 
 def method_names(values: Sequence[str]) -> tuple[str, ...]:
-    """Return the methods named by `--method`, in order.
-
-    Raises:
-        RequestError: a method does not exist. The message lists the known ones.
-    """
+    """Return the methods named by `--method`, in order."""
     names = [name.strip().replace("-", "_") for word in values for name in word.split(",")]
     for name in names:
         if name not in method_bodies():
@@ -203,10 +199,6 @@ def specs_of(methods: Sequence[str], typed: Mapping[str, Any]) -> tuple[Expansio
     Args:
         methods: names of the methods, in order.
         typed: option → typed value.
-
-    Raises:
-        RequestError: an option belongs to no requested method or to several, or a value is not
-            allowed. All problems are reported together.
     """
     from tritter.config.components import Reader, method_class, read_methods
     from tritter.options import parse_word

@@ -123,11 +123,7 @@ def with_dashes(name: str) -> str:
 
 
 def choice(option: str, word: str, allowed: Sequence[_Name]) -> _Name:
-    """Return the allowed value that matches the typed one, spelled with - or _.
-
-    Raises:
-        RequestError: the value is not allowed.
-    """
+    """Return the allowed value that matches the typed one, spelled with - or _."""
     for name in allowed:
         if name == word.replace("-", "_"):
             return name

@@ -101,12 +101,7 @@ class Recipe:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Read a recipe.
-
-    Raises:
-        RequestError: the file can't be read or is invalid. The message lists all problems with
-            their steps.
-    """
+    """Read a recipe."""
     raw = _content(path)
     if not isinstance(raw, Mapping) or not raw.get(_STEPS):
         reason = (
@@ -229,12 +224,7 @@ def _step(item: object, problems: list[Problem], methods: _Methods) -> Expansion
 
 
 def recorded_recipe(folder: Path) -> str:
-    """Return the text of a recipe that makes a checkpoint from its parent.
-
-    Raises:
-        RequestError: the folder is not a checkpoint, its lineage can't be read, or it was not made
-            by expansions in a single command.
-    """
+    """Return the text of a recipe that makes a checkpoint from its parent."""
     chain = read_chain(folder)
     link = chain[-1]
     if link.problem:

@@ -96,11 +96,7 @@ class FoundRuns:
 
 
 def find_runs(folders: Sequence[Path]) -> FoundRuns:
-    """Return the runs in some folders and their subfolders. Links are not followed.
-
-    Raises:
-        RequestError: a folder does not exist or contains no run, or no run is finished.
-    """
+    """Return the runs in some folders and their subfolders. Links are not followed."""
     finished: dict[Path, None] = {}
     unfinished: dict[Path, None] = {}
     for folder in folders:
@@ -154,9 +150,6 @@ def read_runs(folders: Sequence[Path], *, are_drawn: bool = True) -> list[EndedR
     Args:
         folders: the run folders.
         are_drawn: also read the curves of the runs and the history of their checkpoints.
-
-    Raises:
-        RequestError: runs can't be read. The message lists them with the reasons.
     """
     from tritter.options import leaves
     from tritter.report.runs import EndedRun
@@ -212,11 +205,7 @@ def _curves(folder: Path, of: str = "") -> tuple[Curve, ...]:
 
 
 def metric_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a metrics file; empty if it does not exist.
-
-    Raises:
-        TritterError: the file can't be read, or is not a CSV table.
-    """
+    """Return the rows of a metrics file; empty if it does not exist."""
     if not os.path.lexists(path):
         return []
     text = read_text(path, limit_bytes=_MAX_METRICS_BYTES)

@@ -33,9 +33,6 @@ class ReportFile:
         format: its format.
         overwrite: replace a file whose ending is that of the format.
         sources: input files and folders, where nothing may be written.
-
-    Raises:
-        RequestError: see `check_report_path`; or the file exists, and may not be replaced.
     """
 
     path: Path
@@ -50,12 +47,7 @@ class ReportFile:
             self._check_old(self.path)
 
     def write(self, text: str) -> None:
-        """Check the path again and write the report.
-
-        Raises:
-            RequestError: see the class.
-            TritterError: the write failed.
-        """
+        """Check the path again and write the report."""
         self.__post_init__()
         try:
             write_text_atomic(self.path, text, check=self._check_old)

@@ -224,10 +224,6 @@ def continuation(
         old_data: paths of old data; empty for the data that the checkpoint recorded.
         settings: key → value of other options; None if not typed.
         arguments: flags, GROUP=OPTION and KEY=VALUE arguments, which take precedence.
-
-    Raises:
-        RequestError: the checkpoint does not exist, no new data is named, or the seed differs
-            from that of the split.
     """
     from tritter.checkpoints.location import checkpoint_location
 

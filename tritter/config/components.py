@@ -181,11 +181,7 @@ def method_keys() -> list[str]:
 
 
 def method_class(group: str, name: str, bodies: Mapping[str, Any]) -> type[Any]:
-    """Return the class that an entry of an ordered group names.
-
-    Raises:
-        RequestError: the method does not exist, or its class is not a method.
-    """
+    """Return the class that an entry of an ordered group names."""
     key, body = f"{group}.{name}", bodies[name]
     if name not in (names := method_names(group)):
         near = nearest(name, names)
@@ -216,11 +212,7 @@ def method_class(group: str, name: str, bodies: Mapping[str, Any]) -> type[Any]:
 
 
 def chosen_class(group: str, body: Mapping[str, Any]) -> type[Any] | None:
-    """Return the class selected in a group with one option; None for `none`.
-
-    Raises:
-        RequestError: the class is invalid, or keys of an option are set that was not selected.
-    """
+    """Return the class selected in a group with one option; None for `none`."""
     if not body:
         return None
     base, nothing = CHOSEN_GROUPS[group]
@@ -282,11 +274,7 @@ def nesting_problems() -> list[Problem]:
 
 
 def model_class(raw: Mapping[str, Any]) -> type[Model]:
-    """Return the record of a base model for `model.model_type`.
-
-    Raises:
-        RequestError: the type is unknown.
-    """
+    """Return the record of a base model for `model.model_type`."""
     model_type = raw.get("model_type")
     if isinstance(model_type, str) and model_type in _MODELS:
         return _MODELS[model_type]
@@ -295,11 +283,7 @@ def model_class(raw: Mapping[str, Any]) -> type[Model]:
 
 
 def data_class(raw: Mapping[str, Any]) -> type[DataConfig]:
-    """Return the class that an option of `data` names.
-
-    Raises:
-        RequestError: the class is not a `DataConfig`, or `source` names another option.
-    """
+    """Return the class that an option of `data` names."""
     kind = component_class("data", raw.get(TARGET), base=dotted(DataConfig))
     source = raw.get("source")
     if "source" in field_keys(kind, "") and source not in choices(kind, "source"):
@@ -542,11 +526,7 @@ def conflict_problems(group: str, selected: Sequence[str]) -> Iterator[Problem]:
 
 
 def named_class(group: str, name: str, bodies: Mapping[str, Any]) -> type:
-    """Return the class that an entry of a group names.
-
-    Raises:
-        RequestError: the entry has no keys, names no class, or a class of the wrong type.
-    """
+    """Return the class that an entry of a group names."""
     key, body, options = f"{group}.{name}", bodies[name], option_files().get(group, {})
     if name == TARGET:
         reason = f"write it below a name, {group}.NAME.{TARGET}, also in an option file"

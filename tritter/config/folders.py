@@ -70,11 +70,7 @@ def search_path() -> SearchPath:
 def search_path_of(
     folders: Sequence[str], config_name: str | None, *, searchpath: Sequence[str] = ()
 ) -> SearchPath:
-    """Return the search path of `--config-dir`, `--config-name` and `hydra.searchpath`.
-
-    Raises:
-        RequestError: a folder does not exist, or no folder has a file of that name.
-    """
+    """Return the search path of `--config-dir`, `--config-name` and `hydra.searchpath`."""
     requested = [("--config-dir", Path(folder)) for folder in folders]
     requested += [(SEARCHPATH, _search_path_folder(entry)) for entry in searchpath]
     found = [(key, folder.expanduser().absolute()) for key, folder in requested]
@@ -103,11 +99,7 @@ def search_path_of(
 
 
 def option_folders() -> dict[str, Path]:
-    """Return provider → folder, Tritter's own first.
-
-    Raises:
-        RequestError: an installed package names a missing folder.
-    """
+    """Return provider → folder, Tritter's own first."""
     folders = {"tritter": config_folder(), **installed_folders()}
     for folder in search_path().folders:
         folders[f"--config-dir {folder}"] = folder
@@ -116,11 +108,7 @@ def option_folders() -> dict[str, Path]:
 
 
 def option_files() -> Options:
-    """Return the option files of all config folders, sorted.
-
-    Raises:
-        RequestError: two folders define the same option; the message names both files.
-    """
+    """Return the option files of all config folders, sorted."""
     folders = tuple(option_folders().values())
     return shipped_options() if folders == (config_folder(),) else _options_in(folders)
 
@@ -152,11 +140,7 @@ def _options_in(folders: Iterable[Path]) -> Options:
 
 
 def body_of(path: Path) -> Mapping[str, object]:
-    """Return the keys of an option file without its defaults list, cached until it changes.
-
-    Raises:
-        RequestError: the file is not valid YAML, or not a mapping.
-    """
+    """Return the keys of an option file without its defaults list, cached until it changes."""
     return _body(path, path.stat().st_mtime_ns)
 
 

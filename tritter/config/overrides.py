@@ -120,11 +120,7 @@ def recorded_overrides(overrides: Sequence[str]) -> tuple[str, ...]:
 
 
 def parse(overrides: Sequence[str], *, loader: ConfigLoader | None = None) -> list[Override]:
-    """Parse overrides.
-
-    Raises:
-        RequestError: names each invalid override.
-    """
+    """Parse overrides."""
     parser = OverridesParser.create(config_loader=loader)
     parsed: list[Override] = []
     problems: list[Problem] = []
@@ -305,11 +301,7 @@ def force_override(override: Override, options: _Options) -> str:
 
 
 def split_sweep(overrides: Sequence[Override]) -> list[list[str]]:
-    """Return the overrides of each job, in the order of Hydra's basic sweeper.
-
-    Raises:
-        RequestError: the sweep has no discrete values, or a random order.
-    """
+    """Return the overrides of each job, in the order of Hydra's basic sweeper."""
     for override in overrides:
         if isinstance(sweep := override.value(), IntervalSweep) or getattr(sweep, "shuffle", False):
             key, _, value = (override.input_line or "").partition("=")

@@ -296,11 +296,7 @@ def require_writable(folder: Path, *, key: str) -> None:
 
 
 def find_run(resume: str) -> tuple[Path, tuple[str, ...]]:
-    """Return the folder that `resume` refers to (latest, or a folder), and notes on skipped runs.
-
-    Raises:
-        RequestError: there is no such run; lists the available ones.
-    """
+    """Return the folder that `resume` refers to (latest or a folder), and notes on skipped runs."""
     found = _RUNS.glob(f"*/{RUN_FILE}")
     runs = sorted(found, key=lambda path: (path.lstat().st_mtime_ns, str(path)), reverse=True)
     folders = [path.parent.absolute() for path in runs]
@@ -326,11 +322,7 @@ def find_run(resume: str) -> tuple[Path, tuple[str, ...]]:
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Return the content of a folder's run file.
-
-    Raises:
-        RequestError: the file can't be read, was modified, or has another format.
-    """
+    """Return the content of a folder's run file."""
     advice = f"To run it again, use another folder: {command(['hydra.run.dir=NEW'])}"
     try:
         return read_record(folder / RUN_FILE, RunRecord)

@@ -319,11 +319,7 @@ def base_model(config: RunConfig) -> Model:
 
 
 def known_model(config: RunConfig) -> Model | None:
-    """Return the initial model of a run; None for a checkpoint on the Hub.
-
-    Raises:
-        RequestError: the checkpoint at `model.path` can't be trained.
-    """
+    """Return the initial model of a run; None for a checkpoint on the Hub."""
     if isinstance(config.model, CheckpointModelConfig):
         return checkpoint_model(config.model.path, with_experts=True)
     return base_model(config)

@@ -280,10 +280,6 @@ def copy_source(run: Run, target: Path) -> Lineage:
 
     Returns:
         The lineage as written.
-
-    Raises:
-        RequestError: the checkpoint is damaged, does not match its config, or was modified after
-            its lineage was written.
     """
     model, source = run.config.model, run.data.initial_checkpoint
     assert isinstance(model, CheckpointModelConfig) and source is not None

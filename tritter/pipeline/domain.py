@@ -87,13 +87,7 @@ def expand_for_domain(
     console: Console,
     overwrite: bool = False,
 ) -> DomainExpansion:
-    """Add experts to a checkpoint and train them on a domain.
-
-    Raises:
-        RequestError: the checkpoint, tokenizer, data or a target is invalid, or the destination
-            can't be used; nothing is written.
-        TritterError: a stage failed; nothing is written.
-    """
+    """Add experts to a checkpoint and train them on a domain; nothing is written if that fails."""
     teachers = [spec.teacher for spec in specs if isinstance(spec, MoeAdd) and spec.teacher]
     key = "expansion.moe_add.teacher"
     sources = [source, *(named_path(teacher, key=key) for teacher in teachers)]

@@ -110,11 +110,7 @@ def named_domains(
 def learned_domains(
     folder: Path, lineage: Lineage | None, tokenizer: PretrainedTokenizer
 ) -> DomainsToScore:
-    """Return the held-out documents of every domain in a lineage.
-
-    Raises:
-        RequestError: the lineage has no domains, or their data is not available.
-    """
+    """Return the held-out documents of every domain in a lineage."""
     text = None
     if lineage is not None:
         data = TextDataConfig(
@@ -175,9 +171,6 @@ def domain_losses(
 
     Args:
         length: length of the windows into which documents are cut.
-
-    Raises:
-        TritterError: a domain has no tokens.
     """
     reader = Reader(tokenizer.tokenizer, tokenizer.bounds, batch_size)
     return Scoring(domains, (), reader, length).score(model, new_bar=new_bar)

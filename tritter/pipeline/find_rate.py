@@ -85,11 +85,7 @@ class FoundRates:
 
     @classmethod
     def of(cls, points: Sequence[tuple[float, float]], *, configured: float) -> "FoundRates":
-        """Return the result of [rate, loss] of each step, in order.
-
-        Raises:
-            TritterError: no loss is finite.
-        """
+        """Return the result of [rate, loss] of each step, in order."""
         finite = [(rate, loss) for rate, loss in points if math.isfinite(loss)]
         if not finite:
             raise TritterError("--find-lr: the loss is not finite, even at the lowest rate.")

@@ -93,11 +93,7 @@ class Ledger:
     """Stage results on disk; the whole file is rewritten after each stage."""
 
     def __init__(self, folder: Path) -> None:
-        """Open the ledger of a run folder, or create a new one.
-
-        Raises:
-            TritterError: the ledger is damaged or has another format.
-        """
+        """Open the ledger of a run folder, or create a new one."""
         self._folder = folder
         self._path = folder / LEDGER_NAME
         self._stages: dict[str, StageResult] = {}

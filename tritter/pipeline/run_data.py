@@ -571,9 +571,6 @@ def corpus_chat(is_chat: bool, data: ChatChoice, folder: Path | None) -> Chat | 
         is_chat: whether there are conversations.
         data: the chat options.
         folder: the checkpoint with the tokenizer; None for a new base model.
-
-    Raises:
-        RequestError: there is no such template, or an option needs conversations.
     """
     if is_chat:
         tokenizer = None if folder is None else load_tokenizer(folder)

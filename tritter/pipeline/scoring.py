@@ -83,11 +83,7 @@ class Scoring:
         return scores
 
     def read(self, path: Path) -> Scores:
-        """Return the scores in a file.
-
-        Raises:
-            TritterError: scores are missing or damaged.
-        """
+        """Return the scores in a file."""
         plain = read_object(path, limit_bytes=MAX_SCORE_BYTES)
         try:
             return {subject: PairedScores.from_dict(plain[subject]) for subject in self.subjects}
@@ -259,9 +255,6 @@ def benchmark_tasks(
         options: the options of the run.
         positions: maximum number of tokens of the run's models.
         stock: tokenizer of the run's checkpoint; None for a new base model.
-
-    Raises:
-        RequestError: a benchmark is not available.
     """
     names = benchmark_names(options.tasks, key=TASKS_KEY)
     if not names:

@@ -152,9 +152,6 @@ class Side:
         """Open a checkpoint of a supported family; reads everything except the weights.
 
         The lineage and the tokenizer are optional.
-
-        Raises:
-            TritterError: it is not a checkpoint, or damaged.
         """
         model, tokenizer = read_model(folder), None
         if (folder / "tokenizer.json").is_file():

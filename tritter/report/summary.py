@@ -594,20 +594,12 @@ class Summary(Part):
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Self:
-        """Return the summary in plain values.
-
-        Raises:
-            TritterError: They are not a valid summary; names the field.
-        """
+        """Return the summary in plain values."""
         return validate_record(plain, cls, what="not a valid run summary")
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Return the summary in a file.
-
-        Raises:
-            TritterError: It cannot be read or is not valid.
-        """
+        """Return the summary in a file."""
         return cls.of(read_object(path))
 
     def text(self) -> str:

@@ -197,9 +197,6 @@ class Composer:
 
         Args:
             rules: rules in addition to those of every run.
-
-        Raises:
-            RequestError: the job is invalid.
         """
         composed = self.composed(overrides)
         config = self.validated(composed, overrides, rules=rules)
@@ -210,11 +207,7 @@ class Composer:
         return _Composition(config, composed.hydra)
 
     def composed(self, overrides: Sequence[str], *, mode: RunMode = RunMode.RUN) -> DictConfig:
-        """Compose a job including Hydra's settings, without validation.
-
-        Raises:
-            RequestError: composition failed.
-        """
+        """Compose a job including Hydra's settings, without validation."""
         return self.loader.load_configuration(
             search_path().config_name, list(overrides), mode, from_shell=False
         )
@@ -227,9 +220,6 @@ class Composer:
         Args:
             overrides: overrides of the job.
             rules: rules in addition to those of every run.
-
-        Raises:
-            RequestError: the job is invalid.
         """
         check_overrides(overrides)
         config = self._validated(composed, overrides, rules=rules)
@@ -242,9 +232,6 @@ class Composer:
 
         Args:
             overrides: overrides of `config`.
-
-        Raises:
-            RequestError: a fallback is invalid.
         """
         fallbacks, problems = list[RunConfig](), list[Problem]()
         for number, typed in enumerate(fallbacks_of(config.gate), start=1):
@@ -341,11 +328,7 @@ def composer() -> Iterator[Composer]:
 
 
 def load_config(overrides: Sequence[str] = ()) -> RunConfig:
-    """Return the RunConfig of a command line, without running it.
-
-    Raises:
-        RequestError: the request is invalid.
-    """
+    """Return the RunConfig of a command line, without running it."""
     with composer() as composing:
         return composing.compose(overrides).config
 

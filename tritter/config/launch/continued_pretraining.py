@@ -41,9 +41,6 @@ class ContinuedPretrainingConfig:
 
         Args:
             overrides: further overrides, such as `expansion=dus`; they take precedence.
-
-        Raises:
-            RequestError: lists all problems.
         """
         from tritter.config.launch.composition import (
             load_config,  # imports Hydra, which is slow

@@ -186,9 +186,6 @@ def config_of_run(arguments: Sequence[str], *, purpose: str) -> "RunConfig":
     Args:
         arguments: as `main` takes them.
         purpose: what needs it, for error messages.
-
-    Raises:
-        RequestError: lists all problems, or the arguments are not those of a single new run.
     """
     check_encodable(arguments)
     command = read_command_line(arguments)

@@ -70,9 +70,6 @@ def help_text(arguments: Sequence[str] = (), *, is_full: bool = False) -> str:
     Args:
         arguments: The words of the command line.
         is_full: Describe every option, instead of listing the names of each group.
-
-    Raises:
-        RequestError: There is no such option.
     """
     files = option_files()
     chosen = [argument.lstrip("+").partition("=") for argument in arguments]

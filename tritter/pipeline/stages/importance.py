@@ -229,11 +229,7 @@ def task(run: Run, branch: Branch, *, follow: Callable[[Values], Values]) -> Tas
 
 
 def teacher_folder(run: Run) -> str | None:
-    """Return the folder of the configured teacher; None for the model before the expansion.
-
-    Raises:
-        RequestError: methods set different teachers.
-    """
+    """Return the folder of the configured teacher; None for the model before the expansion."""
     folders = {each.teacher_folder for each in _needs(run) if each.teacher}
     if len(folders) > 1:
         teachers = " and ".join(
@@ -270,10 +266,6 @@ def _kept_text(run: Run, branch: Branch) -> KeptSequences:
     """Return sequences stored with the initial checkpoint, for domains whose data is missing.
 
     Empty if no method needs old data.
-
-    Raises:
-        RequestError: they do not match the run's sequences or the model's vocabulary.
-        TritterError: the file is damaged.
     """
     if not any(needs.old_text for needs in _needs(run)):
         return KeptSequences()

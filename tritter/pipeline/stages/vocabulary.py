@@ -98,11 +98,7 @@ def _with_merges(branch: Branch, merges: tuple[int, ...]) -> Branch:
 
 
 def with_example(branch: Branch, source: Source) -> Branch:
-    """Return a branch whose learned tokens are replaced by a possible one, to check the rest.
-
-    Raises:
-        RequestError: the checkpoint has no BPE tokenizer.
-    """
+    """Return a branch whose learned tokens are replaced by a possible one, to check the rest."""
     if not _is_learned(branch):
         return branch
     size = source.model.sizes.vocab_size
