@@ -211,6 +211,15 @@ def test_refusals(run: Run, place: Path, mixture: ExpertMixture, words: str, sai
     assert snapshot(place) == before and not (place / "out").exists()
 
 
+def test_a_plan_asks_to_merge_experts(run: Run, place: Path, mixture: ExpertMixture) -> None:
+    """The commands of a plan expand, which checkpoints with experts do not allow."""
+    words = "--target 1M --gpu-hours 1"
+    refused = run(f"plan whole {words}")
+    assert refused.code == 2 and "--source" in refused.err and "--merge" in refused.err
+    assert run("export --checkpoint whole --output merged --format hf --merge").code == 0
+    assert run(f"plan merged {words}").code == 0
+
+
 def test_only_adapters_are_replaced(run: Run, place: Path, mixture: ExpertMixture) -> None:
     words = "export --checkpoint whole --output out --format peft"
     assert run(words).code == 0

@@ -269,12 +269,14 @@ def _is_checkpoint(source: str) -> bool:
 
 def _read_source(text: str) -> NamedShape:
     """Return the shape of `--source`."""
+    from tritter.checkpoints.location import require_plain
     from tritter.core.families.config_file import read_model_file
     from tritter.planning.shapes import NamedShape, named_shape
 
     if _is_checkpoint(text):
         with refuse_damage():
             folder = locate(text, key="--source")
+            require_plain(folder, doing="an expansion", key="--source")
             return NamedShape(display_path(folder), read_model_file(folder))
     if (preset := _preset(text)) is not None:
         return preset
