@@ -1,5 +1,6 @@
 """Runs and sweeps from the command line to the exit code, with a recording stub pipeline."""
 
+import errno
 import json
 import math
 import os
@@ -98,6 +99,35 @@ def test_exit_codes(run: Run) -> None:
     bug = run("seed=2")
     assert bug.code == 1
     assert "KeyError" in bug.err
+
+
+@pytest.mark.parametrize("words", [(), ("-m",)], ids=["run", "sweep"])
+@pytest.mark.parametrize("is_kept", [True, False], ids=["kept", "failed"])
+def test_a_full_disk_is_told_without_a_traceback(
+    run: Run,
+    pipeline: FakePipeline,
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+    is_kept: bool,
+) -> None:
+    """The status has no room either."""
+    called = FakePipeline.__call__
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fill(self: FakePipeline, config: RunConfig, *, run_folder: Path) -> FakeOutcome:
+        monkeypatch.setattr(os, "fsync", full)
+        return called(self, config, run_folder=run_folder)
+
+    monkeypatch.setattr(FakePipeline, "__call__", fill)
+    result = run(*words, "seed=3" if is_kept else "seed=1")
+    said = result.out + result.err
+    assert result.code == 1 and "Traceback" not in said
+    assert f"{pipeline.folders[0]}/status.json could not be written: No space left" in said
+    assert is_kept or "the loss was not finite" in said
+    assert words or f"resume={pipeline.folders[0]}" in result.err
+    assert read_status(pipeline.folders[0]).status == "running"  # as after a kill
 
 
 def test_a_panic_is_one_error_of_a_failed_run(run: Run, pipeline: FakePipeline) -> None:

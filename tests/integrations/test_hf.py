@@ -742,6 +742,26 @@ def test_sft_trainer_has_the_gradients_of_the_trainer(
             assert other[name] == pytest.approx(row[name], rel=1e-3, abs=1e-8)
 
 
+def test_rows_that_packing_joins_with_replayed_ones_are_refused(
+    tmp_path: Path, tokenizer: Any, trl: Any
+) -> None:
+    """TRL's packing is padding-free unless its strategy is `wrapped`."""
+
+    def train(**changes: Any) -> None:
+        options = {**arguments(tmp_path).to_dict(), "packing": True, "max_length": 16, **changes}
+        with_forgetting(trl.SFTTrainer, [Distill(), Replay()])(
+            wide_model(),
+            trl.SFTConfig(**options),
+            train_dataset=Dataset.from_dict({"text": TEXTS}),
+            processing_class=tokenizer,
+            old_data=TEXTS,
+        ).train()
+
+    with pytest.raises(RequestError, match="packing_strategy=wrapped"):
+        train()
+    train(packing_strategy="wrapped")
+
+
 def test_sft_trainer_learns_prompts_and_replays_old_texts(
     tmp_path: Path, tokenizer: Any, trl: Any
 ) -> None:

@@ -14,6 +14,7 @@ from tests.pipeline.offline_wandb import OfflineRun, offline_runs
 from tests.pipeline.tiny import TINY
 from tritter.config.launch.composition import load_config
 from tritter.config.run_folder import fingerprint
+from tritter.errors import TritterError
 from tritter.pipeline import run_pipeline
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.metrics import _wandb_logger
@@ -102,6 +103,23 @@ def test_one_process_leaves_one_folder_of_each_run_over_the_training_step(
 
 def steps_of(run: OfflineRun, name: str) -> list[int]:
     return [row["trainer/global_step"] for row in run.rows if name in row]
+
+
+def test_without_an_account_the_offline_mode_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def init(**given: Any) -> None:
+        raise wandb.errors.UsageError("No API key configured. Use `wandb login` to log in.")
+
+    monkeypatch.setattr(wandb, "init", init)
+    context = Run(
+        config=load_config([*TINY, "logger=wandb", "logger.wandb.mode=online"]),
+        folder=tmp_path,
+        console=Console(quiet=True),
+        ledger=Ledger(tmp_path),
+    )
+    with pytest.raises(TritterError, match=r"`wandb login` to log in; logger\.wandb\.mode=offline"):
+        _wandb_logger(context)
 
 
 def test_what_a_killed_process_did_not_finish_is_cut_off(

@@ -5,7 +5,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from tests.storage.test_tensors import file_size_limit
 from tritter.errors import RequestError, TritterError
 from tritter.storage import atomic
 from tritter.storage.atomic import atomic_folder, clear_leftovers, remove_folder, write_text_atomic
@@ -45,6 +48,35 @@ def test_a_disk_error_inside_is_told_and_leaves_nothing(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device")
     assert "Nothing was changed" in str(error.value)
     assert _contents(tmp_path) == {}
+
+
+def test_a_disk_error_of_a_copy_is_that_of_its_first_file(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    for name in ("a.json", "b.json"):
+        (tmp_path / "source" / name).write_text("1" * 1000)
+    with (
+        file_size_limit(100),
+        pytest.raises(
+            TritterError, match=r"written: \[Errno 27\] File too large.* Nothing"
+        ) as error,
+        atomic_folder(tmp_path / "target") as folder,
+    ):
+        atomic.copy_tree(tmp_path / "source", folder)
+    assert str(error.value).count("Errno") == 1
+    assert not (tmp_path / "target").exists()
+
+
+def test_a_disk_error_of_a_library_in_rust_is_told_too(tmp_path: Path) -> None:
+    """safetensors and tokenizers raise errors of their own."""
+    with (
+        file_size_limit(10_000),
+        pytest.raises(TritterError, match=r"target could not be written.*File too large"),
+        atomic_folder(tmp_path / "target") as folder,
+    ):
+        save_file({"a": torch.ones(10_000)}, folder / "a.safetensors")
+    assert _contents(tmp_path) == {}
+    with pytest.raises(TritterError, match=r"^source can't be read"), atomic_folder(tmp_path / "t"):
+        raise TritterError("source can't be read (os error 2).")
 
 
 @pytest.mark.parametrize("is_file", [False, True], ids=["folder", "file"])
@@ -179,4 +211,6 @@ def test_text_that_cannot_be_written_leaves_the_old(tmp_path: Path) -> None:
     write_text_atomic(path, "old")
     with pytest.raises(UnicodeEncodeError):
         write_text_atomic(path, "new \ud800")
+    with file_size_limit(100), pytest.raises(TritterError, match=r"note\.txt could not be written"):
+        write_text_atomic(path, "new" * 100)
     assert _contents(tmp_path) == {"note.txt": "old"}

@@ -166,7 +166,7 @@ def write_checkpoint(
         card = model_card(complete, config, experts=experts, kept=kept_metadata(folder))
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
         complete = replace(complete, file_digests=file_digests(folder))
-        write_text_atomic(folder / LINEAGE_NAME, record_text(complete))
+        (folder / LINEAGE_NAME).write_text(record_text(complete), encoding="utf-8")
         if before_publish is not None:
             complete = before_publish(folder, complete)
     return complete

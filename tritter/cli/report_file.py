@@ -49,10 +49,7 @@ class ReportFile:
     def write(self, text: str) -> None:
         """Check the path again and write the report."""
         self.__post_init__()
-        try:
-            write_text_atomic(self.path, text, check=self._check_old)
-        except OSError as error:
-            raise TritterError(f"{self.path} could not be written: {error}.") from error
+        write_text_atomic(self.path, text, check=self._check_old)
 
     def _check_old(self, old: Path) -> None:
         """Check that the existing file may be replaced; `old` is its current path."""

@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 from tritter.checkpoints import lineage_of
 from tritter.checkpoints.location import public_files
 from tritter.config.run_folder import fingerprint
+from tritter.errors import TritterError
 from tritter.evaluation.statistics import finite_or_none
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import ExpansionFound, TrainingFound
@@ -273,25 +274,29 @@ def _wandb_logger(run: Run, part: str | None = None) -> WandbLogger | None:
     run_id = id_file.read_text(encoding="utf-8")  # unchanged when the run resumes
     _truncate_killed_wandb(run.folder / "wandb", run_id)
     # Lightning would pass an option that W&B warns about; so the step metric is set here
-    opened = wandb.init(
-        project=settings.project,
-        name=_run_name(run, part),
-        job_type=part or "run",
-        group=settings.group,
-        tags=[
-            *settings.tags,
-            *(f"expansion:{name}" for name in _names(config.expansion)),
-            *(f"forgetting:{name}" for name in _names(config.forgetting)),
-            f"seed:{config.seed}",
-        ],
-        dir=run.folder,
-        id=run_id,
-        resume="allow",
-        reinit="create_new",  # the control trains while the run is open
-        mode="offline" if settings.mode == "offline" else "online",
-        config=fingerprint(config),
-        settings=wandb.Settings(silent=True),
-    )
+    try:
+        opened = wandb.init(
+            project=settings.project,
+            name=_run_name(run, part),
+            job_type=part or "run",
+            group=settings.group,
+            tags=[
+                *settings.tags,
+                *(f"expansion:{name}" for name in _names(config.expansion)),
+                *(f"forgetting:{name}" for name in _names(config.forgetting)),
+                f"seed:{config.seed}",
+            ],
+            dir=run.folder,
+            id=run_id,
+            resume="allow",
+            reinit="create_new",  # the control trains while the run is open
+            mode="offline" if settings.mode == "offline" else "online",
+            config=fingerprint(config),
+            settings=wandb.Settings(silent=True),
+        )
+    except wandb.Error as error:  # no API key, no connection
+        advice = "logger.wandb.mode=offline needs no account and no connection"
+        raise TritterError(f"logger.wandb: {str(error).rstrip('.')}; {advice}.") from error
     opened.define_metric(_WANDB_STEP)
     opened.define_metric("*", step_metric=_WANDB_STEP, step_sync=True)
     run.wandb_loggers[part] = WandbLogger(experiment=opened, log_model=False)

@@ -67,9 +67,13 @@ def atomic_folder(
             temporary.chmod(0o755)
             _sync_tree(temporary)
             _replace_folder(temporary, target, before=before, check=check)
-        except OSError as error:
+        except Exception as error:
+            if not _is_write_error(error):
+                raise
+            is_copy = isinstance(error, shutil.Error)  # of a tree: (source, target, reason) each
+            reason = error.args[0][0][2] if is_copy else error
             raise TritterError(
-                f"{target} could not be written: {error}. Nothing was changed."
+                f"{target} could not be written: {reason}. Nothing was changed."
             ) from error
         finally:
             _remove(temporary)
@@ -85,11 +89,12 @@ def write_text_atomic(
         text: Its new content.
         check: Called with the file to replace; raises if it must not be replaced.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
-    descriptor, name = tempfile.mkstemp(prefix=_prefix(path), dir=path.parent)
-    temporary = Path(name)
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
+        descriptor, name = tempfile.mkstemp(prefix=_prefix(path), dir=path.parent)
+        temporary = Path(name)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -101,8 +106,17 @@ def write_text_atomic(
             check(path)
             temporary.replace(path)
         _sync(path.parent)
+    except OSError as error:
+        raise TritterError(f"{path} could not be written: {error.strerror or error}.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _is_write_error(error: Exception) -> bool:
+    """Return True for an error of the system, also as safetensors and tokenizers raise it."""
+    is_of_rust = not isinstance(error, TritterError) and "(os error " in str(error)
+    return is_of_rust or isinstance(error, OSError)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -141,11 +141,7 @@ def read_object(path: Path, *, limit_bytes: int | None = None) -> dict[str, Any]
 
 
 def parse_object(text: str, *, path: Path) -> dict[str, Any]:
-    """Parse the text of the JSON file at `path` and return its object.
-
-    Raises:
-        TritterError: As `read_object`.
-    """
+    """Parse the text of the JSON file at `path` and return its object."""
     try:
         content = json.loads(text)
         waiting: list[tuple[object, int]] = [(content, 1)]

@@ -127,11 +127,7 @@ def read_record(path: Path, kind: type[_R], *, advice: str = "", is_signed: bool
 
 
 def is_unchanged(path: Path) -> bool:
-    """Return True if the checksum of a record file matches.
-
-    Raises:
-        TritterError: The file cannot be read.
-    """
+    """Return True if the checksum of a record file matches."""
     text = read_text(path)
     return text == signed_text(parse_object(text, path=path))
 

@@ -55,11 +55,7 @@ class Spool:
         return self._size
 
     def append(self, content: bytes | memoryview) -> None:
-        """Append bytes.
-
-        Raises:
-            TritterError: The write failed.
-        """
+        """Append bytes."""
         self._size += len(content)
         if self._file is None and not is_large(self._size):
             self._buffer += content

@@ -133,11 +133,7 @@ class TensorFolder(Mapping[str, "Tensor"]):
 
     @classmethod
     def open_file(cls, folder: Path, file_name: str) -> TensorFolder:
-        """Read the header of one file in a folder.
-
-        Raises:
-            TritterError: As `open`.
-        """
+        """Read the header of one file in a folder."""
         check_links(folder)
         return cls(folder, _headers_in(folder, file_name))
 
@@ -209,11 +205,7 @@ class TensorReader:
         self._name = ""
 
     def get(self, name: str, *, index: tuple[int | slice, ...] = ()) -> Tensor:
-        """Read one tensor, or the part that `index` selects.
-
-        Raises:
-            TritterError: The file is damaged.
-        """
+        """Read one tensor, or the part that `index` selects."""
         from safetensors import SafetensorError, safe_open
 
         file_name = self._folder.headers[name].file

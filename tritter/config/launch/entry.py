@@ -300,6 +300,7 @@ def _run_one(request: "Request", task: "Task", hydra: "Hydra") -> int:
     from tritter.config.run_folder import has_finished_stage, read_status
 
     request.composing.loader.is_sweep = False
+    unwritten = ""
     try:
         hydra.run(search_path().config_name, task, list(request.overrides))
     except Stopped as stop:
@@ -307,19 +308,22 @@ def _run_one(request: "Request", task: "Task", hydra: "Hydra") -> int:
             (job,) = request.plan.jobs
             stop.advice = (f"Resume with:\n  {resume_command(job.folder, job.overrides)}",)
         raise
-    except Exception:
+    except Exception as error:
         if request.plan is None:  # composition failed
             raise
-        traceback.print_exc()
+        if isinstance(error, TritterError):  # the disk is full: the status does not have it
+            unwritten = str(error)
+        else:
+            traceback.print_exc()
     assert request.plan is not None, "Hydra called the callback"
     (job,) = request.plan.jobs
     status = read_status(job.folder)
-    if status.error is None:
+    if (failure := unwritten or status.error) is None:
         return status.exit_code
     is_request = status.exit_code == EXIT_REQUEST
     if is_request and job.undo():
-        raise RequestError(status.error)
-    say(f"error: {status.error}", is_error=True)
+        raise RequestError(failure)
+    say(f"error: {failure}", is_error=True)
     # The same request on the same data would be rejected again
     action = "Fix this, then resume with" if is_request else "Resume with"
     if not has_finished_stage(job.folder):

@@ -171,7 +171,7 @@ class Task:
                 finally:
                     if self.on_end is not None and os.getpid() == self.process:
                         self.on_end(folder, Path(hydra.sweep.dir), self.jobs)
-        except RequestError as error:
+        except TritterError as error:  # refused, or its status could not be written
             say(f"job {hydra.job.num} failed: {error}")
             return math.nan
 
@@ -228,6 +228,7 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence[Job]) -> floa
 
     Raises:
         Stopped: by a signal, after the status was written; in a sweep no other job follows.
+        TritterError: the status could not be written; the message includes the first error.
     """
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
@@ -256,20 +257,21 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence[Job]) -> floa
             outcome = pipeline(config, run_folder=folder)
     except Stopped as stop:
         location = None if stop.location is None else f"stopped {stop.location}"
-        _write_status(
-            folder, overrides, status="interrupted", exit_code=stop.exit_code, error=location
-        )
+        with suppress(TritterError):
+            _write_status(
+                folder, overrides, status="interrupted", exit_code=stop.exit_code, error=location
+            )
         raise
     except TritterError as error:
         code = EXIT_REQUEST if isinstance(error, RequestError) else EXIT_FAILED
-        _write_status(folder, overrides, status="failed", exit_code=code, error=str(error))
+        _write_failure(folder, overrides, str(error), exit_code=code)
         if is_sweep:
             say(f"job {hydra.job.num} failed: {error}")
         return math.nan
     except Exception as error:
         # The job's border: any library may raise here, and the other jobs of a sweep continue
         text = f"{type(error).__name__}: {error}"
-        _write_status(folder, overrides, status="failed", exit_code=EXIT_FAILED, error=text)
+        _write_failure(folder, overrides, text, exit_code=EXIT_FAILED)
         if not is_sweep:
             raise
         traceback.print_exc()
@@ -294,6 +296,14 @@ def _validate_proposed(cfg: DictConfig, overrides: Sequence[str]) -> RunConfig:
         return config
     with composer() as composing:
         return composing.with_fallbacks(config, overrides)
+
+
+def _write_failure(folder: Path, overrides: Sequence[str], error: str, *, exit_code: int) -> None:
+    """Record why a job failed. If the disk is full, raise it instead."""
+    try:
+        _write_status(folder, overrides, status="failed", exit_code=exit_code, error=error)
+    except TritterError as unwritten:
+        raise TritterError(f"{error}\n{unwritten}") from unwritten
 
 
 def _write_status(
