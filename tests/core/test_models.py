@@ -107,6 +107,9 @@ def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
         read_model(tmp_path)
     with pytest.raises(TritterError, match=r"nowhere is not a folder"):
         read_model(tmp_path / "nowhere")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(TritterError, match=r"holds a PEFT adapter .* merge_and_unload"):
+        read_model(tmp_path)
 
 
 def test_new_model_follows_its_seed_and_leaves_the_global_one_alone(folder: Path) -> None:

@@ -221,6 +221,12 @@ def test_pickles_are_never_read(tmp_path: Path) -> None:
         TensorFolder.open(tmp_path)
 
 
+def test_gguf_files_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
+    with pytest.raises(TritterError, match=r"Q4_K_M\.gguf: Tritter never reads pickles or GGUF"):
+        TensorFolder.open(tmp_path)
+
+
 def test_an_empty_or_missing_folder_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(TritterError, match=r"contains no model\.safetensors and no model"):

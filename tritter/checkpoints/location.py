@@ -81,12 +81,11 @@ def check_replaceable(folder: Path, *, sources: Sequence[Path] = ()) -> None:
         if is_within(source, folder):
             raise _contains_source_error(folder, source)
     try:
-        record = folder / LINEAGE_NAME
-        if record.is_file() and not record.is_symlink():
+        record, names = folder / LINEAGE_NAME, {path.name for path in folder.iterdir()}
+        if has_record := record.is_file() and not record.is_symlink():
             named = (name.removesuffix(HEADER_MARK) for name in lineage_of(folder).file_digests)
             listed = {*named, LINEAGE_NAME, CARD_NAME, "config.json"}
         else:
-            names = {path.name for path in folder.iterdir()}
             listed = {name for name in names if _SHARD.fullmatch(name)}
             listed |= {name for name in names if LICENCE_FILES.fullmatch(name)}
             listed |= {*_PLAIN_NAMES, *tokenizer_files(folder)}
@@ -104,9 +103,8 @@ def check_replaceable(folder: Path, *, sources: Sequence[Path] = ()) -> None:
             f"{folder} is not replaced, because it contains other files: {shown}{more}. Choose "
             "another folder, or move them away."
         )
-    if listed is not None:
+    if has_record:
         return
-    names = {path.name for path in folder.iterdir()}
     has_shards = INDEX_NAME in names and any(_SHARD.fullmatch(name) for name in names)
     if "config.json" not in names or not (SINGLE_NAME in names or has_shards):
         raise RequestError(

@@ -75,12 +75,7 @@ class Source:
         return cls(folder, model, lineage, DigestQueue.of(lineage.tensor_digests))
 
     def check(self) -> None:
-        """Check the folder's files and headers against its config and its lineage.
-
-        Raises:
-            RequestError: the model family is unknown.
-            TritterError: see `open`.
-        """
+        """Check the folder's files and headers against its config and its lineage."""
         folder, on_disk = self.folder, self.model.padded_shapes()
         for tensor in self.stored:
             found = self.tensors.shape(tensor.name)
@@ -125,6 +120,12 @@ class Source:
     def stored(self) -> tuple[StoredTensor, ...]:
         """Specifications of the stored tensors, the embedding first."""
         return self.model.match(self.tensors.files)
+
+    @property
+    def unread(self) -> list[str]:
+        """Names of tensors in the files that the stock class does not read."""
+        known = {tensor.name for tensor in self.stored} | self.model.family.tied_names(self.config)
+        return sorted(self.tensors.files.keys() - known)
 
     @cached_property
     def stored_parts(self) -> dict[str, tuple[StoredTensor, int]]:
@@ -174,11 +175,7 @@ class Source:
         return KeptSequences.read(self.folder)
 
     def artifacts(self) -> tuple[Artifact, ...]:
-        """Return all artifacts of the checkpoint, which are all files except the model.
-
-        Raises:
-            TritterError: an artifact is damaged, or has another format.
-        """
+        """Return all artifacts of the checkpoint, which are all files except the model."""
         found = (self.state, self.added, self.kept_sequences, self.experts)
         written = (each.write for each in found if each is not None)
         return (partial(copy_small_files, self.folder), *written)

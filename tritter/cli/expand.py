@@ -507,6 +507,9 @@ class _Result:
         if self.lineage is not None:
             lines.append(("hash", short(self.lineage.model_hash)))
         lines += [("serving", note) for note in self.serving_notes]
+        if unread := self.job.source.unread:
+            text = f"{len(unread)} tensors that the model class does not read, such as {unread[0]}"
+            lines.append(("left out", text))
         if self.room is not None:
             lines += _disk_lines(self.room, destination)
         console.print()

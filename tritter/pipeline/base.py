@@ -302,6 +302,9 @@ def copy_source(run: Run, target: Path) -> Lineage:
 
     try:
         source.check()
+        if unread := source.unread:
+            text = "tensors that the model class does not read are left out, such as"
+            run.say("baseline", f"{len(unread)} {text} {unread[0]}")
         tensors: TensorStream | LinkedTensors = source.stream()
         # Weight files can be shared by hard links if nothing writes into them: Tritter and the Hub
         # cache replace whole files. Other tools may overwrite files in place. A file with tensors

@@ -98,8 +98,8 @@ class TensorFolder(Mapping[str, "Tensor"]):
         if os.path.lexists(folder / SINGLE_NAME):
             return cls(folder, _headers_in(folder, SINGLE_NAME))
         if not os.path.lexists(folder / INDEX_NAME):
-            pickles = sorted(path.name for path in folder.glob("*.bin"))
-            hint = f" ({', '.join(pickles)}: Tritter never reads pickles)" if pickles else ""
+            others = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".gguf"))
+            hint = f" ({', '.join(others)}: Tritter never reads pickles or GGUF)" if others else ""
             raise TritterError(f"{folder} contains no {SINGLE_NAME} and no {INDEX_NAME}{hint}.")
         index = folder / INDEX_NAME
         try:

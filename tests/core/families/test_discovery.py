@@ -16,7 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+)
 from transformers import __version__ as transformers_version
 
 import tritter
@@ -40,7 +45,7 @@ from tritter.core.families.discovery.configs import deeper_configs
 from tritter.core.families.discovery.family import DiscoveredFamily, discover, shallow
 from tritter.core.families.discovery.twin import Block, build_twin, find_writers
 from tritter.core.models import read_model
-from tritter.errors import RequestError
+from tritter.errors import RequestError, TritterError
 from tritter.evaluation import measure
 from tritter.evaluation.jump import folder_jump
 
@@ -366,6 +371,55 @@ def test_a_kind_of_layer_without_identity_refuses_its_own_copies(tmp_path: Path)
     folder = example_folder("rwkv", tmp_path, num_hidden_layers=4)
     with pytest.raises(RequestError, match=r"layer 0: .*; use other positions, dus or stack"):
         tritter.expand(folder, "llama_pro", positions=[0], output=tmp_path / "grown")
+
+
+def with_tensors(folder: Path, change: Any) -> None:
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("qwen3_5_text", "mtp.fc.weight"),
+        pytest.param("glm4_moe", "model.layers.46.eh_proj.weight", marks=pytest.mark.slow),
+    ],
+)
+def test_heads_for_later_tokens_are_left_out(
+    model_type: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stock classes do not read them; other unknown tensors are refused."""
+    folder = example_folder(model_type, tmp_path, num_hidden_layers=4)
+    with_tensors(folder, lambda tensors: tensors | {name: torch.ones(4, 4)})
+    out = tmp_path / "out"
+    assert main(["expand", str(folder), "--method", "llama-pro", "--output", str(out)]) == 0
+    assert "left out" in (text := capsys.readouterr().out) and name in text
+    assert torch.equal(logits(out), logits(folder))
+    assert name not in load_file(out / "model.safetensors")
+    with_tensors(folder, lambda tensors: tensors | {"other.weight": torch.ones(4)})
+    with pytest.raises(TritterError, match=r"does not have: other\.weight"):
+        tritter.expand(folder, "llama_pro", output=tmp_path / "refused")
+
+
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_text_of_a_multimodal_model_grows(tied: bool, tmp_path: Path) -> None:
+    """AutoModelForCausalLM loads Qwen3.5 without its encoder, from files with other names."""
+    text = build_twin(example("qwen3_5_text", num_hidden_layers=4, tie_word_embeddings=tied))
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
+    text_config: dict[str, Any] = text.model.config.to_dict()  # type: ignore[operator, union-attr]
+    vision |= {"out_hidden_size": text_config["hidden_size"], "patch_size": 4}
+    config = Qwen3_5Config(text_config=text_config, vision_config=vision)
+    config.tie_word_embeddings = tied
+    torch.manual_seed(0)
+    folder, out = tmp_path / "whole", tmp_path / "out"
+    Qwen3_5ForConditionalGeneration(config).float().save_pretrained(folder)
+    names = load_file(folder / "model.safetensors")
+    assert {"model.language_model.norm.weight", "model.visual.pos_embed.weight"} <= names.keys()
+    tritter.expand(folder, "llama_pro", output=out)
+    assert torch.equal(logits(out), logits(folder))
+    found = json.loads((out / "config.json").read_text())
+    assert found["model_type"] == "qwen3_5_text" and "vision_config" not in found
+    assert found["architectures"] == ["Qwen3_5ForCausalLM"]
 
 
 @pytest.mark.full

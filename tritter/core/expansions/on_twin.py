@@ -89,9 +89,6 @@ def _rotation_change(key: Key, new: Key) -> float:
     Args:
         key: config of the model.
         new: the parameters, as `new`.
-
-    Raises:
-        RequestError: the class of the model refuses the parameters.
     """
     twin = build_twin(shallow(config_in(key)))
     changed = {**twin.config.to_dict(), "rope_parameters": config_in(new)["new"]}
@@ -147,9 +144,6 @@ def _grown_twin(spec: Any, key: Key, factors: tuple[tuple[str, float], ...]) -> 
         spec: of the growth; its sizes are replaced.
         key: config of the model.
         factors: size → factor by which it grows; empty for experts.
-
-    Raises:
-        RequestError: its class refuses the sizes.
     """
     twin = build_twin(shallow(config_in(key)))
     source = Model(twin.config.to_dict()).widened

@@ -160,7 +160,9 @@ def read_model_file(folder: Path) -> Model:
 
 
 def missing_config(folder: Path) -> str:
-    """Return the message for a folder without config.json; of a run folder, with its checkpoint."""
+    """Return the message for a folder without config.json, with what to use instead."""
+    if (folder / "adapter_config.json").is_file():
+        return "a PEFT adapter and no config.json; save its base after merge_and_unload() instead"
     below = folder / "checkpoint"
     found = (below / "config.json").is_file()
     return f"no config.json; the checkpoint is in {below}" if found else "no config.json"
@@ -194,6 +196,7 @@ def checked_config(folder: Path) -> tuple[Family, Config]:
         )
     with errors_as(f"{path} is not a usable config"):
         _check_values(family, plain)
+        family = family_of(plain := family.causal_config(plain))
     skipped = (*_NAMING_CODE, "_name_or_path")
     return family, {key: value for key, value in plain.items() if key not in skipped}
 

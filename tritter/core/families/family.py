@@ -329,6 +329,16 @@ class Family:
         tied = (t for t in self.tensors if t.unless and not t.exists(config))
         return {name for t in tied for name in (t.disk_name, t.live_name or t.disk_name)}
 
+    def read_as(
+        self, config: Config, extra: Collection[str], missing: Collection[str]
+    ) -> dict[str, str]:
+        """Return extra name in files → missing name of the layout; empty: no class reads it."""
+        return {}
+
+    def causal_config(self, config: Config) -> Config:
+        """Return the config of the model that is loaded: of a multimodal one, maybe its text."""
+        return config
+
 
 @lru_cache(maxsize=8)  # of 37,000 tensors for Qwen3-MoE 94 x 128
 def _for_layers(

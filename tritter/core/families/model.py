@@ -203,6 +203,10 @@ class Model:
                 others.append(tuple(replace(s, name=s.name.removeprefix(prefix)) for s in expected))
             expected = max(others, key=lambda each: len(found & {s.name for s in each}))
         names = {stored.name for stored in expected}
+        if read_as := self.family.read_as(self.config, found - names, names - found):
+            files = {name: former for former, name in read_as.items()}
+            expected = tuple(replace(s, name=files.get(s.name, s.name)) for s in expected)
+            found, names = found - read_as.keys(), names - files.keys()
         extra = f"that {self.model_type} does not have"
         told = {extra: sorted(found - names), "are missing": sorted(names - found)}
         problems = [f"{len(n)} tensors {what}: {_shorten(n)}" for what, n in told.items() if n]

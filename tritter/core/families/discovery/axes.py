@@ -587,9 +587,6 @@ def _residual_axes(
         block: the layer.
         axes: with their sizes before and after the doubling of the hidden size.
         writers: names of the tensors that write the stream.
-
-    Raises:
-        RequestError: no permutation of the stream along them is a symmetry of the layer.
     """
     size = block.hidden.shape[-1]
     candidates: dict[str, list[int]] = {}

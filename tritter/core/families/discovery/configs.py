@@ -56,11 +56,7 @@ def key_of(config: Config) -> Key:
 
 
 def complete(config: Config) -> Config:
-    """Return a config with the defaults of its class.
-
-    Raises:
-        RequestError: as `class_of`, or the class refuses the config.
-    """
+    """Return a config with the defaults of its class."""
     return dict(_complete(key_of(config)))
 
 
@@ -80,11 +76,7 @@ def _complete(key: Key) -> Config:
 
 
 def position_limit(config: Config) -> int | None:
-    """Return the context length of a model, by any of its names, or None if there is no limit.
-
-    Raises:
-        RequestError: as `class_of`.
-    """
+    """Return the context length of a model, by any of its names, or None if there is no limit."""
     text = class_of(config).from_dict(plain_floats(config)).get_text_config(decoder=True)
     limits = (getattr(text, name, None) for name in _POSITIONS)
     return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
@@ -126,11 +118,7 @@ def config_in(key: Key) -> Config:
 
 
 def class_of(config: Config) -> type[PreTrainedConfig]:
-    """Return the config class of a causal language model in transformers.
-
-    Raises:
-        RequestError: the installed transformers has none, or a number exceeds its limit.
-    """
+    """Return the config class of a causal language model in transformers."""
     model_type = str(config.get("model_type"))
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise RequestError(
@@ -179,11 +167,7 @@ def with_decoder(config: Config, changes: Config) -> Config:
 
 
 def layer_key(config: Mapping[str, Any]) -> str:
-    """Return the config key of the number of layers.
-
-    Raises:
-        RequestError: no known key is set, or there are too many layers to discover.
-    """
+    """Return the config key of the number of layers."""
     for key in _COUNTS:
         value = config.get(key)
         if isinstance(value, int):

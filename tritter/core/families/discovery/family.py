@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers import __version__ as transformers_version
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -35,6 +36,7 @@ from tritter.core.families.discovery.axes import (
 )
 from tritter.core.families.discovery.configs import (
     Key,
+    class_of,
     complete,
     config_in,
     count_layers,
@@ -178,11 +180,7 @@ class DiscoveredFamily(Family):
         }
 
     def widened(self, config: Config) -> "DiscoveredFamily":
-        """Return this family with the axes of its tensors.
-
-        Raises:
-            RequestError: no tiny twin of it runs.
-        """
+        """Return this family with the axes of its tensors."""
         if self.axes is not None:
             return self
         structure = _structure(config)
@@ -330,6 +328,21 @@ class DiscoveredFamily(Family):
 
     def tied_names(self, config: Config) -> set[str]:
         return set(skeleton(key_of(config)).tied)
+
+    def read_as(
+        self, config: Config, extra: Collection[str], missing: Collection[str]
+    ) -> dict[str, str]:
+        return skeleton(key_of(config)).read_as(extra, missing)
+
+    def causal_config(self, config: Config) -> Config:
+        kind = class_of(config)
+        model, text = MODEL_FOR_CAUSAL_LM_MAPPING[kind], kind.sub_configs.get("text_config")
+        if text is None or model.config_class is not text:
+            return config
+        inner: Config = complete(config)["text_config"]  # type: ignore[assignment]
+        dtype = inner.get("dtype") or config.get("dtype") or config.get("torch_dtype")
+        own = {"architectures": [model.__name__], **({"dtype": dtype} if dtype else {})}
+        return {**inner, **own}
 
     def attention_window(self, config: Config, layer: int) -> int | None:
         config = decoder_config(config)

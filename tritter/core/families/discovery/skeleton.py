@@ -5,14 +5,15 @@ The stock class is built on the meta device, and transformers' own conversion gi
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, revert_weight_conversion
 
 from tritter.core.families.dimensions import plain_floats
 from tritter.core.families.discovery.configs import (
@@ -41,11 +42,15 @@ class Skeleton:
         disk: name on disk → shape.
         tied: names on disk and in memory of tied tensors, which files may omit.
         layers: beginning of the names of all layers on disk, such as `model.layers.`.
+        renamings: by which the class reads former names, and those of a multimodal model.
+        unread: patterns of names that the class does not read, such as heads for later tokens.
     """
 
     disk: Mapping[str, Shape]
     tied: frozenset[str]
     layers: str
+    renamings: tuple[WeightRenaming, ...] = ()
+    unread: tuple[str, ...] = ()
 
     @cached_property
     def signatures(self) -> tuple[frozenset[tuple[str, Shape]], ...]:
@@ -55,6 +60,21 @@ class Skeleton:
             if (split := in_layer(name, self.layers)) is not None:
                 found.setdefault(split[0], set()).add((split[1], shape))
         return tuple(frozenset(found[layer]) for layer in sorted(found))
+
+    def read_as(self, extra: Collection[str], missing: Collection[str]) -> dict[str, str]:
+        """Return name in files → name on disk that it stands for; empty: no class reads it."""
+        expected = {self._renamed(name): name for name in missing}
+        found = {name: expected.get(self._renamed(name), "") for name in extra}
+        return {
+            name: known
+            for name, known in found.items()
+            if known or any(re.search(each, self._renamed(name)) for each in self.unread)
+        }
+
+    def _renamed(self, name: str) -> str:
+        for renaming in self.renamings:
+            name = renaming.rename_source_key(name)[0]
+        return name
 
 
 def in_layer(name: str, layers: str) -> tuple[int, str] | None:
@@ -81,11 +101,7 @@ def expert_of(name: str) -> int | None:
 
 @lru_cache(maxsize=64)
 def skeleton(key: Key) -> Skeleton:
-    """Return the tensors of a model with this config.json.
-
-    Raises:
-        RequestError: transformers cannot build it.
-    """
+    """Return the tensors of a model with this config.json."""
     config = config_in(key)
     try:
         with quiet(), torch.device("meta"):
@@ -95,6 +111,7 @@ def skeleton(key: Key) -> Skeleton:
         every = revert_weight_conversion(model, dict(state))
         own = {name: state[name] for name in state if name not in model.all_tied_weights_keys}
         disk = revert_weight_conversion(model, own)
+        conversions = get_model_conversion_mapping(model)
     except Exception as error:  # config and model classes may raise anything
         raise RequestError(
             f"config.json: transformers can't build this model: {reason_of(error)}."
@@ -103,6 +120,8 @@ def skeleton(key: Key) -> Skeleton:
         disk=_shapes(disk),
         tied=frozenset((every.keys() | model.all_tied_weights_keys) - disk.keys()),
         layers=layers_on_disk(layer_list(model), disk),
+        renamings=tuple(each for each in conversions if isinstance(each, WeightRenaming)),
+        unread=tuple(model._keys_to_ignore_on_load_unexpected or ()),
     )
 
 
@@ -111,11 +130,7 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
 
 
 def layer_list(model: nn.Module) -> str:
-    """Return the name of a model's list of layers: of those as long, that with most parameters.
-
-    Raises:
-        RequestError: there is none.
-    """
+    """Return the name of a model's list of layers: of those as long, that with most parameters."""
     config = model.config.get_text_config(decoder=True).to_dict()  # type: ignore[union-attr, operator]
     count = count_layers(decoder_config(config))
     sizes = {
@@ -154,9 +169,6 @@ def places(model: nn.Module) -> dict[str, Place]:
     """Return template on disk → location in memory, of all tensors that conversion moves.
 
     Each value of the model is replaced by a number of its own, which the conversion keeps.
-
-    Raises:
-        RequestError: a tensor on disk is neither a whole tensor in memory nor a block of rows.
     """
     state, marks, names = model.state_dict(), dict[str, Tensor](), list[str]()
     total, owner = 0, list[int]()

@@ -117,10 +117,6 @@ def build_twin(config: Config) -> Twin:
 
     Args:
         config: its config.json.
-
-    Raises:
-        RequestError: transformers has no causal language model of this type, or no size small
-            enough for a twin is legal.
     """
     class_of(config)
     reasons: list[str] = []
@@ -147,11 +143,7 @@ def _variants() -> Iterator[Config]:
 
 
 def small_sizes(config: Config) -> Config:
-    """Return a config, complete with the defaults of its class, at the sizes of a twin.
-
-    Raises:
-        RequestError: as `complete`.
-    """
+    """Return a config, complete with the defaults of its class, at the sizes of a twin."""
     kind, full = class_of(config), complete(config)
     explicit = set(config) | {key for key, value in kind().to_dict().items() if value is not None}
     small = _shrunk({key: value for key, value in full.items() if key in explicit})
@@ -229,11 +221,7 @@ def _built(config: PreTrainedConfig) -> Twin:
 
 
 def build_model(config: PreTrainedConfig) -> nn.Module:
-    """Return the stock model of a config in float64, with plain attention and experts.
-
-    Raises:
-        ValueError: the class supports no plain attention.
-    """
+    """Return the stock model of a config in float64, with plain attention and experts."""
     plain: dict[str, Any] = {"attn_implementation": "eager"}
     with _float64_by_default(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
@@ -356,11 +344,7 @@ class Block:
 
 
 def called(twin: Twin, name: str) -> Block:
-    """Return a layer, by its name in memory, with the arguments of a call of it.
-
-    Raises:
-        RequestError: the model does not call the layer.
-    """
+    """Return a layer, by its name in memory, with the arguments of a call of it."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def record(_: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -399,11 +383,7 @@ def further_streams(twin: Twin, name: str) -> Iterator[Block]:
 
 
 def find_writers(block: Block) -> tuple[_Writer, ...]:
-    """Return the smallest set of tensors with which a block is the identity, at their zeros.
-
-    Raises:
-        RequestError: there is none: after its last norm, nothing can be zeroed.
-    """
+    """Return the smallest set of tensors with which a block is the identity, at their zeros."""
     saved = block.module.state_dict(keep_vars=True)
     buffers = {name: value for name, value in block.module.named_buffers() if name in saved}
     values = {**dict(block.module.named_parameters()), **buffers}
