@@ -509,6 +509,26 @@ def test_a_peft_model_is_named(tmp_path: Path) -> None:
         tritter.load(folder)
 
 
+def test_a_model_wrapped_for_ddp_is_named() -> None:
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(_model())
+        old = torch.ones(2, 8, dtype=torch.int64)
+        for call in (
+            lambda: tritter.expand(wrapped, "width"),
+            lambda: tritter.grow(wrapped),
+            lambda: tritter.add_experts(wrapped),
+            lambda: tritter.protect(wrapped, "ewc", old),
+            lambda: tritter.ElasticWeightConsolidation(wrapped, [{"input_ids": old}]),
+        ):
+            with pytest.raises(RequestError, match=r"DistributedDataParallel.*pass its attribute"):
+                call()
+        assert tritter.protect(wrapped.module, "ewc", old).importance
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 # run
 
 

@@ -115,6 +115,23 @@ def test_runs_that_differ_in_their_seed_share_a_label(tmp_path, monkeypatch):
     assert axes.get_legend_handles_labels()[1].count("width | none") == 1
 
 
+def test_compare_runs_takes_no_accuracy_for_a_loss(tmp_path, monkeypatch, capsys):
+    """A skill that was learned (+100 points) is no rise of the loss; experts are in the label."""
+    summary = _summary(expansion=[], rise=-0.05, change_of_new=-0.2)
+    for scores, accuracy in ((summary["baseline"], 0.0), (summary["final"], 1.0)):
+        for score in scores.values():
+            score["accuracy"] = accuracy
+    summary["experts"] = {"kind": "dylora", "number": 1}
+    folder = tmp_path / "outputs" / "0"
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    _run(next(p for p in NOTEBOOKS if p.stem == "compare_runs"))
+    line = capsys.readouterr().out.splitlines()[1]
+    assert "-5.00" in line and "-20.00" in line and "dylora" in line
+
+
 def test_compare_runs_says_when_there_is_nothing(tmp_path, monkeypatch):
     (tmp_path / "notebooks").mkdir()
     monkeypatch.chdir(tmp_path / "notebooks")

@@ -640,11 +640,11 @@ def _scores(
     model: Model, documents: Documents, tokenizer: Tokenizer, sequence_length: int, batch_size: int
 ) -> dict[str, PairedScores]:
     """Score a model on all documents. A model from a folder is released afterwards."""
-    from tritter.core.models import model_of, refuse_peft
+    from tritter.core.models import model_of, refuse_wrapped
     from tritter.data.tokens import tokenise_texts
     from tritter.evaluation.losses import document_losses
 
-    refuse_peft(model)
+    refuse_wrapped(model)
     live: Any = load(model) if isinstance(model, str | PathLike) else model
     wrapped = _tokenizer(tokenizer, live)
     limit = model_of(live).position_limit or sequence_length
@@ -713,8 +713,8 @@ def protect(
     with use_names(_option_names("forgetting", [method])):
         chosen = _penalty_method(method, options)
         with loading("transformers"):
-            from tritter.core.models import refuse_peft
-        refuse_peft(model := getattr(model, "_orig_mod", model))  # without torch.compile
+            from tritter.core.models import refuse_wrapped
+        refuse_wrapped(model := getattr(model, "_orig_mod", model))  # without torch.compile
         needs = type(chosen).needs(chosen.options)
         batches: Iterable[Tensor] = ()
         own: PretrainedTokenizer | None = None

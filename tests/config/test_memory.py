@@ -271,6 +271,27 @@ def test_an_estimate_of_twice_the_memory_is_refused(
     assert run(*words).code == 0  # a note
 
 
+def test_a_context_that_needs_too_much_is_named(
+    run: Run, pipeline: FakePipeline, has: Callable[[int], None]
+) -> None:
+    """Training reads windows of the target length, however short those of the base are."""
+    words = ["model=tiny", "trainer=cpu", "expansion=context", "forgetting=none"]
+    words += ["data.batch_size=4", "data.sequence_length=128"]
+    words += ["model.max_position_embeddings=128", "expansion.context.target_length=8192"]
+    config = load_config(words)
+    *_, need = training_needs(config, base_model(config))
+    needed = need.device + need.start + need.activations
+    has(needed // 2 - 1000)
+    result = run(*words)
+    assert (result.code, result.written, pipeline.configs) == (2, [], [])
+    assert "training the grown model on 1 sequences of 8,192 tokens" in result.err
+    advice = "; reduce data.batch_size or expansion.context.target_length"
+    assert advice in result.err and "sequence_length" not in result.err
+    has(needed - 1000)
+    (note,) = memory_notes(config, base_model(config))
+    assert advice in note
+
+
 def test_one_line_says_what_training_needs(has: Callable[[int], None]) -> None:
     has(8 * GB)
     config = load_config(["model=tiny", "expansion=none", "forgetting=ewc"])

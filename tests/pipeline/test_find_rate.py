@@ -5,6 +5,7 @@ import math
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from lightning import Callback
@@ -48,6 +49,28 @@ def test_without_a_fall_nothing_is_recommended() -> None:
     assert found([3.0] * 40).steepest is None
     assert found([3.0, 2.0]).steepest is None
     assert found([3.0, math.nan]).diverged == RATES[1]
+
+
+def test_an_easy_first_batch_is_no_minimum(tmp_path: Path) -> None:
+    """The first batches differ as those of conversations with short answers do."""
+    losses = [1.0, *(4.0 + 0.8 * (-1) ** step for step in range(20))]
+    rates = found([*losses, *(3.0 for _ in range(40)), *(9.0 for _ in range(8))])
+    assert rates.lowest > RATES[40] and rates.steepest is not None
+
+    schedule = Schedule(
+        learning_rate=1.0, max_steps=_NUM_STEPS, warmup_ratio=0.0, shape="range", minimum_ratio=1e-7
+    )
+    test = RateTest(schedule, tmp_path / "points.json")
+    trainer = SimpleNamespace(
+        global_step=0, should_stop=False, is_global_zero=True, accumulate_grad_batches=1
+    )
+    for loss in losses:
+        trainer.global_step += 1
+        test.on_train_batch_end(trainer, None, {"loss": loss}, None, 0)  # type: ignore[arg-type]
+        assert not trainer.should_stop
+    trainer.global_step += 1
+    test.on_train_batch_end(trainer, None, {"loss": 60.0}, None, 0)  # type: ignore[arg-type]
+    assert trainer.should_stop
 
 
 def test_smoothing_has_no_bias() -> None:

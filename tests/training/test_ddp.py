@@ -56,6 +56,7 @@ ONE = replace(SETTINGS, save_every_n_steps=5)
 METHODS: dict[str, Callable[[], Sequence[ForgettingMethod]]] = {
     "l2sp and replay": lambda: (L2SP(l2sp_lambda=0.1), Replay(fraction=0.3)),
     "ewc": lambda: (EWC(ewc_lambda=1e3),),
+    "ewc of drawn labels": lambda: (EWC(ewc_lambda=1e3, estimator="true", refresh_steps=2),),
     "l2sp and freeze": lambda: (
         L2SP(l2sp_lambda=0.1),
         Freeze(new_only=True, until=12, thaw="top_down"),

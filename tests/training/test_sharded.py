@@ -166,3 +166,15 @@ def test_bitwise_as_if_never_killed(tmp_path: Path) -> None:
     for name, parameter in whole.named_parameters():
         assert torch.equal(parts.get_parameter(name), parameter), name
     assert replace(result, seconds=0.0) == replace(expected, seconds=0.0)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("first", ["ddp", "fsdp"])
+def test_resumed_with_the_other_strategy(tmp_path: Path, first: str) -> None:
+    """The saved state is that of whole tensors, by position or by name."""
+    second = {"ddp": "fsdp", "fsdp": "ddp"}[first]
+    whole, _ = train(tmp_path / "whole", SHARED)
+    with pytest.raises(Exception, match="Killed: killed"):
+        train(tmp_path / "parts", replace(SHARED, strategy=first), KillAt(4))
+    parts, _ = train(tmp_path / "parts", replace(SHARED, strategy=second))
+    assert_close(whole, parts)

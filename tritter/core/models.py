@@ -435,9 +435,9 @@ def model_of(live: nn.Module) -> Model:
     The FFN widths are read from the weights.
 
     Raises:
-        RequestError: the model has no config, or PEFT wraps it.
+        RequestError: the model has no config, or PEFT or DDP wraps it.
     """
-    refuse_peft(live)
+    refuse_wrapped(live)
     stock = getattr(live, "config", None)
     if stock is None or not hasattr(stock, "to_diff_dict"):
         raise RequestError(f"{type(live).__name__} has no Hugging Face config.")
@@ -461,12 +461,14 @@ def _has_even_layers(model: nn.Module) -> bool:
     )
 
 
-def refuse_peft(model: object) -> None:
-    """Refuse a model that PEFT wraps.
+def refuse_wrapped(model: object) -> None:
+    """Refuse a model that PEFT or DDP wraps.
 
     Raises:
         RequestError: names its class and what to pass instead.
     """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise RequestError(f"{type(model).__name__} wraps the model: pass its attribute module.")
     peft = sys.modules.get("peft")  # a model that it wraps has imported it
     if peft is not None and isinstance(model, peft.PeftModel):
         raise RequestError(

@@ -31,7 +31,7 @@ _RESULT_NAME, _PLOT_NAME = "find_lr.json", "find_lr.png"
 _SMOOTHING = 0.9  # of the moving average of the loss
 _MAX_RISE = 2.0  # nats of the smoothed loss above its lowest value
 _LEAST_FALL = 0.05  # nats to the lowest smoothed loss
-_BEFORE = 10  # first steps, at rates that change nothing
+_BEFORE = 10  # first steps, at rates that change nothing; the average of fewer is too noisy
 _WINDOW = 6  # steps over which a slope is measured
 
 
@@ -54,11 +54,10 @@ class RateTest(Callback):
         self._step.append(float(outputs["loss"]) if outputs else math.nan)
         if not ends_step(trainer, batch_idx):
             return
-        rate = self._schedule.rate(trainer.global_step - 1)
-        self._points.append((rate, sum(self._step) / len(self._step)))
+        self._points.append((self._schedule.rate(trainer.global_step - 1), fmean(self._step)))
         self._step.clear()
-        losses = smoothed([loss for _, loss in self._points])
-        trainer.should_stop |= not losses[-1] <= min(losses) + _MAX_RISE  # also if it is NaN
+        curve = smoothed([loss for _, loss in self._points])  # if it is not finite, stop too
+        trainer.should_stop |= not curve[-1] - min(curve[_BEFORE - 1 :] or curve[-1:]) <= _MAX_RISE
         if trainer.is_global_zero:
             write_text_atomic(self._path, json.dumps(self._points))
 
@@ -91,7 +90,7 @@ class FoundRates:
             raise TritterError("--find-lr: the loss is not finite, even at the lowest rate.")
         rates, losses = [rate for rate, _ in finite], [loss for _, loss in finite]
         curve = smoothed(losses)
-        low = curve.index(min(curve))
+        low = min(range(min(_BEFORE, len(curve)) - 1, len(curve)), key=lambda at: curve[at])
         fall = fmean(losses[:_BEFORE]) - curve[low]
         # Between a tenth of the fall and the minimum, where batches differ less than the loss falls
         begun = max(at for at in range(low + 1) if at == 0 or curve[at] > curve[low] + 0.9 * fall)

@@ -277,13 +277,13 @@ class RunData:
         Raises:
             RequestError: the domain is too small for one sequence.
         """
-        train, length = self.corpus.domains[domain].train, self.config.data.sequence_length
+        length, own = self.config.data.sequence_length, self.corpus.domains[domain].train
         try:
-            return num_packed(
-                train, packing=self.packing, sequence_length=length, bounds=self.bounds
-            )
+            return num_packed(own, packing=self.packing, sequence_length=length, bounds=self.bounds)
         except RequestError as error:
-            raise RequestError(f"{error} (Domain {domain}.)") from error
+            key = "data.sequence_length"
+            now = key if self.short is None else "expansion.context.target_length"
+            raise RequestError(f"{error} (Domain {domain}.)".replace(key, now)) from error
 
     @property
     def document_mask(self) -> DocumentMask | None:

@@ -20,7 +20,6 @@ from tritter.launched import launch_of
 from tritter.options import RunRequest, methods_of
 from tritter.planning.memory import TrainingSetup, machine_memory, training_memory
 from tritter.planning.strategy import planned_rounds
-from tritter.targets import Component
 
 _FLOAT32 = 4
 _MACHINE = "this machine"
@@ -39,10 +38,10 @@ class RunMemory:
         model: description of the trained model.
         parameters: number of its parameters.
         states: parameters, gradients and optimizer states; exact.
-        copies: copies of weights and gradients for forgetting mitigation, on the model's device;
-            exact.
+        copies: weights and gradients for forgetting mitigation, on the model's device; exact.
         start: the initial weights, in host memory.
         activations: activations; an estimate.
+        sequence_length: tokens of a training sequence.
         teacher: weights of a teacher, on the model's device; shared between processes in host
             memory.
         processes: number of processes on this machine; each needs all of the above except `start`.
@@ -54,6 +53,7 @@ class RunMemory:
     copies: int
     start: int
     activations: int
+    sequence_length: int
     teacher: int = 0
     processes: int = 1
 
@@ -104,14 +104,14 @@ def _estimate_problems(config: RunRequest, source: Model) -> list[Problem]:
     if worst is None or worst[1].needed <= _TOO_MUCH * worst[1].limit:
         return []
     need, use = worst
-    data, advice = config.data, _smaller_batches(config, source)
+    length, advice = need.sequence_length, _smaller_batches(config, source, need)
     reason = (
-        f"training {need.model} on {data.batch_size:,} sequences of {data.sequence_length:,} "
+        f"training {need.model} on {batch_size_at(length, config):,} sequences of {length:,} "
         f"tokens requires about {_size(use.needed)}, {_size(need.activations)} of it for "
         f"activations, but {use.name} has {_size(use.limit)}"
     )
     advice += "; trainer.check_memory=false disables this check"
-    return [Problem("data.batch_size", data.batch_size, reason, advice)]
+    return [Problem("data.batch_size", config.data.batch_size, reason, advice)]
 
 
 def memory_line(config: RunRequest, source: Model) -> str:
@@ -141,13 +141,16 @@ def memory_notes(config: RunRequest, source: Model) -> tuple[str, ...]:
     need, use = worst
     return (
         f"memory: training {need.model} may require {_size(use.needed)} with activations "
-        f"(estimated), but {use.name} has {_size(use.limit)}; {_smaller_batches(config, source)}",
+        f"(estimated), but {use.name} has {_size(use.limit)}; "
+        f"{_smaller_batches(config, source, need)}",
     )
 
 
-def _smaller_batches(config: RunRequest, source: Model) -> str:
+def _smaller_batches(config: RunRequest, source: Model, need: RunMemory) -> str:
     """Return advice for a run whose activations do not fit."""
-    advice = "reduce data.batch_size or data.sequence_length"
+    is_own = need.sequence_length == config.data.sequence_length
+    key = "data.sequence_length" if is_own else "expansion.context.target_length"
+    advice = f"reduce data.batch_size or {key}"
     again = config.with_sections(trainer=replace(config.trainer, activation_checkpointing=True))
     if again != config and _worst(again, source, with_activations=True) is None:
         advice += ", or set trainer.activation_checkpointing=true, with which it fits"
@@ -320,8 +323,8 @@ def _training_need(
             frozen = max(frozen, one.kind.num_frozen(one.options, model, before, config))
         if frozen:
             trained = max(0, (count if trained is None else trained) - frozen)
-        copies = sum(map(_copies, config.forgetting)) * memory.parameters_bytes
         needs = [one.kind.needs(one.options) for one in config.forgetting]
+        copies = sum(int(each.copies) for each in needs) * memory.parameters_bytes
         folders = {each.teacher_folder for each in needs if each.teacher}
         teachers = (before if folder is None else checkpoint_model(folder) for folder in folders)
         # The size of an undownloaded hub model is unknown
@@ -339,14 +342,10 @@ def _training_need(
         copies=copies,
         start=_FLOAT32 * count,
         activations=memory.activations_bytes,
+        sequence_length=length,
         teacher=teacher,
         processes=processes,
     )
-
-
-def _copies(one: Component) -> int:
-    """Return the number of model-sized copies of a method."""
-    return int(one.kind.needs(one.options).copies)
 
 
 def _worst(
@@ -383,7 +382,7 @@ def _smaller_runs(config: RunRequest, source: Model) -> Iterator[str]:
     others = tuple(
         one
         for one in config.forgetting
-        if not _copies(one) and not one.kind.needs(one.options).teacher
+        if not one.kind.needs(one.options).copies and not one.kind.needs(one.options).teacher
     )
     names = ",".join(one.name for one in others) or "none"
     one = replace(trainer, strategy="auto", devices=1)

@@ -60,9 +60,6 @@ class GrowthMethods:
     Args:
         depth: a depth expansion such as `Dus()` or `LlamaPro()`; None disables depth.
         width: a width expansion such as `Width()`; None disables width.
-
-    Raises:
-        RequestError: a method already has sizes.
     """
 
     depth: ExpansionSpec | None = None
@@ -85,11 +82,7 @@ class GrowthMethods:
 
     @classmethod
     def of(cls, specs: Sequence[ExpansionSpec]) -> "GrowthMethods":
-        """Group methods by direction; defaults to `Dus` and `Width`.
-
-        Raises:
-            RequestError: a method grows neither depth nor width, or two grow the same direction.
-        """
+        """Group methods by direction; defaults to `Dus` and `Width`."""
         if not specs:
             return cls(depth=Dus(), width=Width())
         found: dict[str, ExpansionSpec] = {}
@@ -205,11 +198,7 @@ def nearest_shape(source: Model, specs: Sequence[ExpansionSpec], parameters: flo
 
 
 def reached_shape(source: Model, spec: ExpansionSpec) -> Shape:
-    """Return the shape that an expansion yields.
-
-    Raises:
-        RequestError: the expansion is not possible.
-    """
+    """Return the shape that an expansion yields."""
     return Shape(spec, target_model(source, [spec]))
 
 
@@ -266,11 +255,7 @@ class NamedShape:
 
 
 def named_shape(parameters: int) -> NamedShape:
-    """Return the preset with about this many parameters, or a preset with another depth.
-
-    Raises:
-        RequestError: no shape is within 10 %; names the nearest.
-    """
+    """Return the preset with about this many parameters, or a preset with another depth."""
     whole = [preset_shape(preset) for preset in PRESETS.values()]
     near = [shape for shape in whole if _miss(shape, parameters) <= _TOLERANCE]
     shapes = near or [_with_other_depth(preset, parameters) for preset in PRESETS.values()]

@@ -214,9 +214,6 @@ def optimizer_class(raw: Mapping[str, Any]) -> type | str:
     """Return the class of an optimizer by its `name` or `_target_`.
 
     For an optimizer of torch, return the dotted name instead, without importing torch.
-
-    Raises:
-        RequestError: No optimizer has this name, or the section has both keys or neither.
     """
     name, target = raw.get("name"), raw.get(TARGET)
     if name is None and target is None:

@@ -187,10 +187,6 @@ def reshape(
         config: New config; empty for a module without a known family.
         values: Parameter name → value of new and changed parameters.
         removed: Names of parameters to remove.
-
-    Raises:
-        RequestError: The config requires modules of another class.
-        TritterError: The model has no module for a parameter.
     """
     like = next(model.parameters())
     if config:

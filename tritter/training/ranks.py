@@ -35,9 +35,6 @@ class Ranks:
 
     Args:
         launch: Place of this process.
-
-    Raises:
-        TritterError: The other processes do not join.
     """
 
     def __init__(self, launch: Launch) -> None:

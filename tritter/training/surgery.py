@@ -109,10 +109,6 @@ def apply_plain(
         change: Change of the model.
         optimizer: Optimizer of the model, whose moments are mapped. If None, the caller must
             create a new optimizer from `model.parameters()`.
-
-    Raises:
-        RequestError: The change does not match the model, or adds or removes parameters.
-        TritterError: The optimizer state is not that of Adam, or a check afterwards failed.
     """
     _check_shapes(model, change)
     ties, others = _ties(model), _count_others(model, change)
@@ -337,9 +333,6 @@ def _moments_by_name(
 
     Returns:
         Logical name → moments; tensors without moments are absent.
-
-    Raises:
-        TritterError: The optimizer state is not that of Adam.
     """
     found: dict[str, Moments] = {}
     for stored in stored_tensors:
@@ -382,9 +375,6 @@ def carried_moments(
         change: Change of the model.
         stored_tensors: Parameters after the change to return moments for.
         policy: Policy for the moments, as in `tritter.core.parameter_map.carry`.
-
-    Raises:
-        TritterError: The optimizer state is not that of Adam.
     """
     origins = {change.tensors[part.tensor.name].origin for s in stored_tensors for part in s.parts}
     # Only these: reading 8-bit moments needs eight bytes per parameter

@@ -382,5 +382,22 @@ class _ShardedStrategy(ModelParallelStrategy):
         # Copies: torch removes the entries that it loads
         set_model_state_dict(self.model, dict(checkpoint["state_dict"]), options=WHOLE)
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            set_optimizer_state_dict(self.model, optimizer, dict(state), options=WHOLE)
+            own = self._by_name(optimizer, state)
+            set_optimizer_state_dict(self.model, optimizer, own, options=WHOLE)
         return checkpoint
+
+    def _by_name(self, optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
+        """Return the state of an optimizer by parameter name; ddp saves it by position."""
+        assert self.model is not None
+        if any(
+            isinstance(each, str) for group in state["param_groups"] for each in group["params"]
+        ):
+            return dict(state)
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        own = [names[id(each)] for group in optimizer.param_groups for each in group["params"]]
+        groups = [
+            {**group, "params": [own[number] for number in group["params"]]}
+            for group in state["param_groups"]
+        ]
+        states = {own[number]: dict(values) for number, values in state["state"].items()}
+        return {"state": states, "param_groups": groups}

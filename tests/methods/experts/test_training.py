@@ -24,7 +24,8 @@ from tritter.data.batches import BatchStream, Rank, SequenceStream
 from tritter.data.chat import CONTEXT, ids_of
 from tritter.data.packing import IGNORED, DocumentMask, MarkedText, labels_of, read_marks
 from tritter.data.tokens import TextBounds
-from tritter.methods.experts import callback
+from tritter.methods.experts import callback, gates
+from tritter.methods.experts import module as module_of_experts
 from tritter.methods.experts.callback import ExpertCallback, _limit_beginnings
 from tritter.methods.experts.method import DynamicExperts
 from tritter.methods.experts.module import ExpertModule
@@ -489,6 +490,24 @@ def test_two_processes_agree_and_resume(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
+@needs_fork
+@pytest.mark.parametrize("devices", [2, BATCH])
+def test_several_processes_rehearse_as_one(tmp_path: Path, devices: int) -> None:
+    """A process may have a single row of each batch."""
+    ends, options = list[Mapping[str, Any]](), dynamic_options()
+    for name, settings in (("one", ONE), ("all", replace(TWO, devices=devices))):
+        base = oracle.tiny_llama(tie_word_embeddings=True)
+        train(tmp_path / name, options, stream="aaaabbbbbbaaaa", settings=settings, base=base)
+        ends.append(saved(tmp_path / name))
+    one, all_ = (end["callbacks"]["ExpertCallback"]["exemplars"] for end in ends)
+    assert_same(one, all_, "")
+    assert one["turn"] > 0 and len(one["held"]) == 2
+    for key, value in ends[0]["state_dict"].items():
+        if isinstance(value, Tensor):
+            torch.testing.assert_close(ends[1]["state_dict"][key], value, rtol=0, atol=1e-5)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("killed_at", [3, pytest.param(6, marks=SLOW)])
 def test_an_expert_of_before_is_widened_in_its_place(tmp_path: Path, killed_at: int) -> None:
     """Optimizers match state by position, so the order of adapters must be restored as well."""
@@ -540,6 +559,55 @@ def test_who_teaches_a_young_expert_drops_out_nothing() -> None:
         found.append(float(module._distance("e1", {"input_ids": ids})))
         assert module.model.training == is_training
     assert found[0] == found[1] > 0
+
+
+def test_losses_of_two_processes_average_to_those_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although they have different numbers of tokens."""
+    mixture = mixture_of(router="learned")
+    read_marks(mixture.model, DocumentMask(TextBounds(0)))
+    module = ExpertModule(
+        mixture,
+        losses=dict.fromkeys(("balance", "entropy", "z", "distill"), 1.0),
+        schedule=SCHEDULE,
+        optimizer=OptimizerSettings(),
+    ).eval()
+    module.young = "e1"
+    ids = oracle.tokens(batch=4, length=12).clamp(min=1)
+    ids[1, 4:] = ids[3, 6:] = 0  # padding of the second process
+    logged: dict[str, float] = {}
+    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: float(value)}))
+    monkeypatch.setattr(
+        module_of_experts.BaseModule,
+        "training_step",
+        lambda self, batch, _: self.task_loss(batch).value,
+    )
+
+    def losses(rows: Tensor) -> dict[str, float]:
+        module.training_step({"input_ids": rows}, 0)
+        return dict(logged)
+
+    sums: list[list[Tensor]] = []  # of each process, in the order of its calls
+
+    def reduce(value: Tensor) -> None:
+        calls.append(value.clone())
+        if len(sums) == 2:
+            value.copy_(sums[0][len(calls) - 1] + sums[1][len(calls) - 1])
+
+    expected, halves = losses(ids), (ids[0::2], ids[1::2])
+    for each in (module_of_experts, gates):
+        monkeypatch.setattr(each, "this_rank", lambda: Rank(0, 2))
+    monkeypatch.setattr(torch.distributed, "all_reduce", reduce)
+    for rows in halves:
+        calls: list[Tensor] = []
+        losses(rows)
+        sums.append(calls)
+    found = []
+    for rows in halves:
+        calls = []
+        found.append(losses(rows))
+    assert expected.keys() == {f"experts/{name}_loss" for name in module.losses}
+    means = {name: (found[0][name] + found[1][name]) / 2 for name in expected}
+    assert means == pytest.approx(expected, rel=1e-4)
 
 
 def test_distance_is_that_of_the_predictions_of_answers() -> None:

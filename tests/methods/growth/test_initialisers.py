@@ -19,6 +19,7 @@ from tritter.methods.growth.initialisers import (
     Random,
     SourceNoise,
     Split,
+    _directions,
     orthogonalised,
 )
 from tritter.training.surgery import apply_plain
@@ -161,6 +162,23 @@ def test_copies_share_unequally_even_of_one_source() -> None:
     down = model.get_parameter(ffn_blocks(model)[0].down).detach()
     parts = [float((down[:, n] @ down[:, 5]) / (down[:, 5] @ down[:, 5])) for n in (-4, -3, -2)]
     assert parts == pytest.approx([0.3 / 0.343, 0.21 / 0.343, 0.147 / 0.343])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_order_of_tokens_decides_no_sign(seed: int) -> None:
+    """Two processes add the tokens of a batch in another order than one."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs, deltas = (
+        torch.randn(256, 16, generator=generator)
+        * torch.logspace(0, -1, 16)
+        @ torch.randn(16, 16, generator=generator)
+        for _ in range(2)
+    )
+    start = torch.randn(16, 10, generator=generator)
+    order = torch.arange(256).view(128, 2).T.flatten()  # of the rows of two processes
+    one = _directions(deltas.T @ inputs, start, 8)
+    two = _directions(2 * deltas[order].T @ inputs[order], start, 8)
+    assert torch.nn.functional.cosine_similarity(one, two).min() > 0.99
 
 
 @pytest.mark.parametrize("against", ["neighbours", "activations"])

@@ -36,6 +36,7 @@ from tritter.training import (
     WriteResult,
     fit,
     fitting,
+    read_metrics,
 )
 from tritter.training.trainer import start_method
 
@@ -364,6 +365,12 @@ def test_two_processes_give_the_weights_and_the_routing_of_one(tmp_path: Path) -
     for layer in first.layers:
         assert torch.equal(first.selection_bias(layer), second.selection_bias(layer))
         assert torch.equal(first.offset(layer), second.offset(layer))
+    rows = [read_metrics(tmp_path / strategy) for strategy in models]
+    names = {name for name in rows[0][0] if name.startswith("routing/")}
+    assert {"routing/max_load", "routing/entropy", "routing/dropped_fraction"} <= names
+    for name in names:
+        of_one, of_two = ([float(row[name]) for row in each if row.get(name)] for each in rows)
+        assert of_two == pytest.approx(of_one, rel=1e-4) and of_one, name
 
 
 def test_a_stock_balance_loss_is_not_added_to_ours(tmp_path: Path) -> None:

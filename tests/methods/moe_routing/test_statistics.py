@@ -21,9 +21,14 @@ def _record(logits: torch.Tensor, top_k: int) -> Record:
     return Record(0, logits, logits, probabilities, logits.topk(top_k, dim=-1).indices)
 
 
+def statistics(record: Record) -> dict[str, float]:
+    counts = _expert_counts(record.selected, record.logits.shape[-1])
+    return _layer_statistics(record, counts=counts, capacity_factor=1.0)
+
+
 def test_by_hand() -> None:
     logits = torch.tensor([[4.0, 0, 0, 0], [4.0, 0, 0, 0], [0, 4.0, 0, 0], [0, 0, 4.0, 0]])
-    found = _layer_statistics(_record(logits, 1), capacity_factor=1.0)
+    found = statistics(_record(logits, 1))
     assert found["max_load"] == 2
     assert found["dropped_fraction"] == 0.25  # capacity 1 each: the second token of expert 0
     p = math.exp(4) / (math.exp(4) + 3)
@@ -39,7 +44,7 @@ def test_capacity_counts_in_whole_tokens() -> None:
 
 def test_a_closed_expert_does_not_spoil_the_entropy() -> None:
     logits = torch.tensor([[0.0, 0.0, -math.inf]])
-    found = _layer_statistics(_record(logits, 1), capacity_factor=1.0)
+    found = statistics(_record(logits, 1))
     assert found["entropy"] == pytest.approx(math.log(2))
 
 
@@ -61,7 +66,7 @@ def test_limits(tokens: int, experts: int, data: st.DataObject, seed: int) -> No
     top_k = data.draw(st.integers(1, experts))
     generator = torch.Generator().manual_seed(seed)
     record = _record(torch.randn(tokens, experts, generator=generator), top_k)
-    found = _layer_statistics(record, capacity_factor=1.0)
+    found = statistics(record)
     assert 1 - 1e-9 <= found["max_load"] <= experts / top_k + 1e-9
     assert 0 <= found["entropy"] <= math.log(experts) + 1e-6
     assert 0 <= found["dropped_fraction"] < 1

@@ -116,7 +116,8 @@ class ExpertCallback(Callback):
         batch.pop("window", None)  # rows of each batch may be replaced: it is averaged alone
         is_old = batch.get("is_replay", torch.zeros_like(ids[:, 0], dtype=torch.bool))
         own = ids[~is_old]
-        everywhere = torch.cat(_gather_ranks(own.cpu()))
+        is_old_everywhere = _gather_rows(is_old)
+        everywhere = _gather_rows(ids)[~is_old_everywhere]
         expert = None  # if all rows are replayed
         if len(everywhere) and self._skill is not None:
             expert = self.registry.observe_named(self._skill, everywhere)
@@ -135,7 +136,7 @@ class ExpertCallback(Callback):
             module.young = young
             work_of(trainer).reset_step_flops()
         if active is not None and self._exemplars is not None:
-            self._rehearse(batch, is_old)
+            self._rehearse(batch, is_old, is_old_everywhere)
         if active is not None:
             _limit_beginnings(module, batch)
 
@@ -159,22 +160,25 @@ class ExpertCallback(Callback):
         if self._exemplars is not None:
             self._exemplars.add(expert, sequences)
 
-    def _rehearse(self, batch: dict[str, Tensor], is_old: Tensor) -> None:
-        """Replace the last rows of a batch by exemplars of other experts."""
+    def _rehearse(
+        self, batch: dict[str, Tensor], is_old: Tensor, is_old_everywhere: Tensor
+    ) -> None:
+        """Replace the last new rows of the batch of all processes by exemplars of other experts."""
         assert self._exemplars is not None and self.registry.active is not None
         rank, ids, exemplars = this_rank(), batch["input_ids"], self._exemplars
-        exemplars.owed = min(
-            exemplars.owed + self.registry.options.rehearsal * len(ids), float(len(ids))
-        )
+        size = len(is_old_everywhere)
+        exemplars.owed = min(exemplars.owed + self.registry.options.rehearsal * size, float(size))
         count = int(exemplars.owed)
-        rows = exemplars.sample(count * rank.count, without=self.registry.active)
-        positions = (~is_old).nonzero().flatten()
+        rows = exemplars.sample(count, without=self.registry.active)
+        positions = (~is_old_everywhere).nonzero().flatten()
         most = min(count, len(positions) // 2)  # at least half of the new rows stay
         positions = positions[len(positions) - most :]
         exemplars.owed -= count if len(rows) else 0  # equal in every process
         if len(rows) and len(positions):
+            is_own = positions % rank.count == rank.index
+            positions = positions[is_own] // rank.count
             ids, is_old = ids.clone(), is_old.clone()
-            ids[positions] = rows[rank.index :: rank.count][: len(positions)].to(ids)
+            ids[positions] = rows[: len(is_own)][is_own].to(ids)
             is_old[positions] = True
             batch["input_ids"], batch["is_replay"] = ids, is_old
 
@@ -205,7 +209,7 @@ class ExpertCallback(Callback):
         module = _module(pl_module)
         mixture = module.mixture
         gates = module.gates
-        own = usage(gates) if gates else torch.ones(len(mixture.names))
+        own = module.share * usage(gates) if gates else torch.ones(len(mixture.names))
         mean = trainer.strategy.reduce(own.to(pl_module.device), reduce_op="mean").tolist()
         now = dict(zip(mixture.names, mean, strict=True))
         self._usage_log.note(now)
@@ -216,6 +220,8 @@ class ExpertCallback(Callback):
             self.registry.record_step(loss, now)
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             values = self._usage_log.logged(mixture, gates, step=trainer.global_step)
+            if gates:
+                values["experts/routing_entropy"] *= module.share
             if self.registry.score is not None:
                 values["experts/novelty"] = self.registry.score
             module.log_dict(values, sync_dist=True)
@@ -455,6 +461,11 @@ def _gather_ranks(own: Any) -> list[Any]:
     if rank.count > 1:
         distributed.all_gather_object(gathered, own)
     return gathered
+
+
+def _gather_rows(own: Tensor) -> Tensor:
+    """Return the rows of all processes on the CPU, in the order of a batch of one process."""
+    return torch.stack(_gather_ranks(own.cpu()), dim=1).flatten(0, 1)
 
 
 class _UsageLog:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from math import ceil
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn.functional import softmax
+
+from tritter.data.batches import this_rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +94,8 @@ def balance_loss(gates: Gates) -> Tensor:
     """Return n · Σₑ fₑ · Pₑ, the load balancing loss of Switch (arXiv 2101.03961, equation 4).
 
     f is the share of choices that fall on an expert (in dense mode, of tokens that prefer it), and
-    P its mean probability. The loss is 1 for even use, and n if a single expert is used.
+    P its mean probability. The loss is 1 for even use, and n if a single expert is used. f covers
+    all processes: the mean of their losses is that of the whole batch.
     """
     number = gates.probabilities.shape[-1]
     probabilities = gates.probabilities.flatten(0, -2)  # [N, n]
@@ -101,6 +104,8 @@ def balance_loss(gates: Gates) -> Tensor:
     else:
         chosen = gates.chosen.flatten(0, -2)
     counts = chosen.sum(0).to(probabilities.dtype)
+    if this_rank().count > 1:
+        distributed.all_reduce(counts)
     return number * (counts / counts.sum().clamp_min(1) * probabilities.mean(0)).sum()
 
 

@@ -47,9 +47,6 @@ def merged_adapter(
     Returns:
         The adapter nearest to the sum of all adapters times their gates, and the lost share
         ‖sum − adapter‖ / ‖sum‖, maximum over layers; 0 if the rank suffices.
-
-    Raises:
-        RequestError: there is no expert to merge.
     """
     layers: dict[str, list[tuple[str, Factors]]] = {}
     embeddings: set[str] = set()

@@ -172,11 +172,7 @@ class Experts(Method, ABC):
 
     @abstractmethod
     def begin(self, model: nn.Module, *, bounds: TextBounds, seed: int) -> ExpertMixture:
-        """Add a mixture to a model without experts; its function does not change at first.
-
-        Raises:
-            RequestError: the model has no layer of a name in `experts.targets`.
-        """
+        """Add a mixture to a model without experts; its function does not change at first."""
 
     def _resume(self, mixture: ExpertMixture, setting: Setting) -> None:
         """Continue training the experts of a checkpoint, with their state."""

@@ -5,11 +5,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn.functional import kl_div, log_softmax
 
 from tritter.core.families import Adapters, Flops, LowRank, forward_flops
 from tritter.core.models import model_of
+from tritter.data.batches import this_rank
 from tritter.data.packing import IGNORED, kept_tokens, labels_of
 from tritter.evaluation.inference import preserve_modes
 from tritter.methods.experts.adapters import (
@@ -40,6 +41,8 @@ class ExpertModule(BaseModule):
 
     Attributes:
         gates: gates of the task's forward pass, without padding.
+        share: tokens of this process, relative to the mean of all processes. A mean over tokens
+            times its share, averaged over the processes, is the mean over the tokens of all.
         young: the expert that is distilled towards the mature ones; None: there is none.
     """
 
@@ -51,6 +54,7 @@ class ExpertModule(BaseModule):
         self.losses = {name: weight for name, weight in (losses or {}).items() if weight}
         self.young: str | None = None
         self.gates: list[Gates] = []
+        self.share = 1.0
         self._task: TaskLoss | None = None
 
     def task_loss(self, batch: Mapping[str, Tensor]) -> TaskLoss:
@@ -58,6 +62,7 @@ class ExpertModule(BaseModule):
         self._task = super().task_loss(batch)
         kept = kept_tokens(self.model, batch["input_ids"])
         self.gates = self.mixture.gates(kept)  # a teacher's pass overwrites them
+        self.share = 1.0 if kept is None else _share(kept)
         return self._task
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
@@ -67,7 +72,7 @@ class ExpertModule(BaseModule):
         gates = self.gates if next(self.mixture.routers(), None) is not None else []
         for name, measure in (("balance", balance_loss), ("entropy", entropy_loss), ("z", z_loss)):
             if name in self.losses and gates:
-                found[name] = torch.stack([measure(each) for each in gates]).mean()
+                found[name] = self.share * torch.stack([measure(each) for each in gates]).mean()
         if "distill" in self.losses and self.young is not None:
             found["distill"] = self._distance(self.young, batch)
         for name, value in found.items():
@@ -136,7 +141,10 @@ class ExpertModule(BaseModule):
             parameter.requires_grad_(name in trained)
 
     def _distance(self, young: str, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return KL(mixture without an expert ‖ mixture), mean over predictions, nats."""
+        """Return KL(mixture without an expert ‖ mixture), mean over predictions, nats.
+
+        The average over the processes is the mean over the predictions of all.
+        """
         assert self._task is not None
         input_ids = batch["input_ids"]
         with torch.no_grad(), self.mixture.without(young), preserve_modes(self.model):
@@ -147,7 +155,17 @@ class ExpertModule(BaseModule):
             log_softmax(logits[:, :-1][kept].float(), dim=-1)
             for logits in (self._task.logits, teacher)
         )
-        return kl_div(own, target, reduction="batchmean", log_target=True)
+        return _share(kept) * kl_div(own, target, reduction="batchmean", log_target=True)
+
+
+def _share(kept: Tensor) -> float:
+    """Return the number of tokens that are kept, relative to the mean over all processes."""
+    rank, own = this_rank(), kept.sum().float()
+    if rank.count == 1:
+        return 1.0
+    total = own.clone()
+    distributed.all_reduce(total)
+    return rank.count * float(own) / max(1.0, float(total))
 
 
 # Model FLOPs of a mixture of experts: the base, the adapters and their gates.

@@ -91,9 +91,6 @@ def quantise(model: nn.Module, bits: int) -> None:
     """Quantise the linear layers of a model's decoder layers to 8 or 4 bits.
 
     Call it on a model just loaded. Fused experts, norms, embeddings and the head are unchanged.
-
-    Raises:
-        RequestError: there are no such layers, as in GPT-2, whose matrices are transposed.
     """
     kinds: dict[int, Any] = {8: _EightBit, 4: _FourBit}
     found = [

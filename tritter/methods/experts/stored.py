@@ -97,21 +97,12 @@ def write_adapter(
         folder: destination.
         base: hub id or path of the base model, for the adapter's config.
         overwrite: replace an existing adapter.
-
-    Raises:
-        RequestError: there is no adapter of this name, or `folder` exists.
-        TritterError: a weight is not finite, or writing fails.
     """
     write_stored(_adapter_of(model, name), folder, base=base, overwrite=overwrite)
 
 
 def _adapter_of(model: nn.Module, name: str) -> StoredAdapter:
-    """Return a copy of a live model's adapter on the CPU.
-
-    Raises:
-        RequestError: there is no adapter of this name.
-        TritterError: a weight is not finite.
-    """
+    """Return a copy of a live model's adapter on the CPU."""
     shape, found, embeddings = shape_of(model, name), {}, set()
     for layer_name, layer in adapted_layers(model):
         found_factors = factors(layer, name)
@@ -144,10 +135,6 @@ def write_stored(
         base: see `write_adapter`.
         overwrite: replace an existing adapter.
         whole: layer → its weight with the adapter, in place of factors. Only stock PEFT reads it.
-
-    Raises:
-        RequestError: `folder` exists.
-        TritterError: writing fails.
     """
     shape, whole = stored.shape, whole or {}
     tensors = {f"{_PREFIX}{layer}.weight": weight for layer, weight in whole.items()}
@@ -176,12 +163,7 @@ def write_stored(
 
 
 def _read_adapter(folder: Path) -> StoredAdapter:
-    """Read an adapter folder written by Tritter or stock PEFT.
-
-    Raises:
-        TritterError: it is not an adapter, requires more than plain LoRA, or its tensors don't
-            match its config; names the key or the tensor.
-    """
+    """Read an adapter folder written by Tritter or stock PEFT."""
     config = AdapterConfig.read(folder)
     tensors = TensorFolder.open_file(folder, _TENSORS_NAME)
     path = folder / _TENSORS_NAME
@@ -226,12 +208,7 @@ def _read_adapter(folder: Path) -> StoredAdapter:
 
 
 def load_values(model: nn.Module, name: str, stored: StoredAdapter) -> None:
-    """Load the values of a stored adapter into an adapter on a model.
-
-    Raises:
-        TritterError: layers or sizes differ from the stored adapter's, or it belongs to another
-            base.
-    """
+    """Load the values of a stored adapter into an adapter on a model."""
     layers = dict(adapted_layers(model))
     own = {n: f for n, layer in layers.items() if (f := factors(layer, name)) is not None}
     if own.keys() != stored.factors.keys():
@@ -344,12 +321,7 @@ class ExpertFolder:
         return made
 
     def write(self, folder: Path) -> None:
-        """Write the experts to the folder of their base, in place of experts written before.
-
-        Raises:
-            RequestError: `folder` contains another folder `experts`.
-            TritterError: writing fails.
-        """
+        """Write the experts to the folder of their base, in place of experts written before."""
         is_ours = (folder / HEAD).exists()
         if self.adapters or is_ours:
             with atomic_folder(folder / EXPERTS_FOLDER, overwrite=is_ours) as temporary:
@@ -371,22 +343,13 @@ class ExpertFolder:
 
     @classmethod
     def read(cls, folder: Path) -> "ExpertFolder | None":
-        """Return the experts of a checkpoint folder; None if there are none.
-
-        Raises:
-            TritterError: a file is missing, damaged, too large or in a newer format, values are not
-                finite, sizes don't match, or a link leads out of the folder.
-        """
+        """Return the experts of a checkpoint folder; None if there are none."""
         files = ExpertFiles.read(folder)
         return None if files is None else cls.of_files(files)
 
     @classmethod
     def of_files(cls, files: ExpertFiles) -> "ExpertFolder":
-        """Return the experts of files whose heads were already read.
-
-        Raises:
-            TritterError: as for `read`.
-        """
+        """Return the experts of files whose heads were already read."""
         folder = files.source
         require_file(folder / TENSORS)
         if file_digest(folder / TENSORS) != files.head.tensors_sha256:
@@ -477,9 +440,6 @@ def load_with_experts(
         base_bits: 8 or 4, to quantise the base for new experts. Existing experts run on a base
             quantised as during their training.
         model: as `load_model`.
-
-    Raises:
-        TritterError: as `load_model` and `ExpertFolder.read`.
     """
     stored = ExpertFolder.read(folder)
     bits = base_bits if stored is None else stored.head.base_bits

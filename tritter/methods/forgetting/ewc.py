@@ -240,13 +240,17 @@ class ElasticWeightConsolidation:
         lambda_ewc: λ.
 
     Raises:
+        RequestError: PEFT or DDP wraps the model.
         TritterError: the loader yields nothing.
     """
 
     def __init__(
         self, model: nn.Module, dataloader: Iterable[Mapping[str, Tensor]], lambda_ewc: float = 1e3
     ) -> None:
+        from tritter.core.models import refuse_wrapped  # imports transformers
+
         self.model = model = getattr(model, "_orig_mod", model)  # without torch.compile
+        refuse_wrapped(model)
         self.lambda_ewc = lambda_ewc
         batches = old_sequences(dataloader, tokenizer=None, sequence_length=0, count=sys.maxsize)
         self.fisher = mean_over(batches, partial(diagonal_fisher, model))

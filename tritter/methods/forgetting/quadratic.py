@@ -146,6 +146,7 @@ def diagonal_fisher(
     batch_size: int | None = None,
     estimator: _Estimator = "empirical",
     seed: int = 0,
+    numbers: range | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Tensor]:
     """Estimate the diagonal Fisher of every parameter.
@@ -160,6 +161,8 @@ def diagonal_fisher(
             The result does not depend on it.
         estimator: `empirical` or `true`.
         seed: seed of the labels that `true` samples.
+        numbers: of the sequences in a larger sample, whose labels do not depend on how processes
+            share it. None: these are all.
         progress: called with (sequences done, sequences in total) after each batch.
 
     Returns:
@@ -174,8 +177,8 @@ def diagonal_fisher(
         num_values = sum(p.numel() for p in parameters.values())
         batch_size = min(32, max(8, _MAX_GRADIENT_VALUES // num_values))
         batch_size = max(1, min(batch_size, batch_size * _TOKENS // sequences.shape[1]))
-    generator = torch.Generator().manual_seed(seed)
-    done = 0
+    generator, done = torch.Generator(), 0
+    numbers = range(len(sequences)) if numbers is None else numbers
     with preserve_modes(model):
         model.eval()
         for batch in sequences.split(batch_size):
@@ -184,9 +187,12 @@ def diagonal_fisher(
             if estimator == "true":
                 with torch.no_grad():
                     logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
-                chances = logits.float().softmax(dim=-1).flatten(0, 1).cpu()
-                drawn = torch.multinomial(chances, 1, generator=generator)
-                drawn = drawn.view(len(input_ids), -1).to(input_ids.device)
+                rows: list[Tensor] = []
+                chances = logits.float().softmax(dim=-1).cpu()
+                for number, own in zip(numbers[done:], chances, strict=False):
+                    generator.manual_seed(derived_seed(seed, "labels", number))
+                    rows.append(torch.multinomial(own, 1, generator=generator)[:, 0])
+                drawn = torch.stack(rows).to(input_ids.device)
                 labels = drawn.masked_fill(labels == IGNORED, IGNORED)
             for name, square in _squares(model, parameters, input_ids, labels).items():
                 total[name] += square
@@ -224,8 +230,8 @@ def shared_fisher(
     own = sequences[rank.index :: rank.count]
     total = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in model.named_parameters()}
     if len(own):
-        seed = derived_seed(seed, "rank", rank.index)
-        total = diagonal_fisher(model, own, estimator=estimator, seed=seed)
+        numbers = range(rank.index, len(sequences), rank.count)
+        total = diagonal_fisher(model, own, estimator=estimator, seed=seed, numbers=numbers)
     for value in total.values():
         value.mul_(len(own) / len(sequences))
         distributed.all_reduce(value)

@@ -348,4 +348,7 @@ def _subspace(square: Tensor, start: Tensor) -> Tensor:
     for _ in range(_POWER_STEPS):
         basis = torch.linalg.qr(square @ basis).Q
     _, turned = torch.linalg.eigh(basis.T @ square @ basis)
-    return (basis @ turned.flip(1)).to(start)
+    found = basis @ turned.flip(1)
+    # The sign is arbitrary, and rounding would decide it: processes add tokens in another order
+    largest_entries = found.gather(0, found.abs().argmax(dim=0, keepdim=True))
+    return (found * largest_entries.sign()).to(start)

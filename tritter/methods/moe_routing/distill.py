@@ -93,11 +93,7 @@ def _soft_divergence(
 
 @contextmanager
 def only_new_experts(model: nn.Module, experts: Sequence[int]) -> Iterator[None]:
-    """Context manager that routes all tokens to some experts, and trains only these.
-
-    Raises:
-        RequestError: they are fewer than the experts per token.
-    """
+    """Context manager that routes all tokens to some experts, and trains only these."""
     routing = RouterControl.of(model)
     assert routing is not None
     if len(experts) < routing.top_k:

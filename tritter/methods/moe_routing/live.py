@@ -95,9 +95,6 @@ def _fit_live(
         batches: of the run.
         seed: seed of random layers in training, such as dropout.
         controls: further callbacks.
-
-    Raises:
-        TritterError: a step was not finite; the weights are those from before it.
     """
     if not len(batches):
         return

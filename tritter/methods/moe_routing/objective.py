@@ -47,11 +47,7 @@ class OldRouting:
 
     @classmethod
     def of(cls, model: nn.Module, sequences: Tensor, *, batch_size: int) -> "OldRouting":
-        """Compute the routing of a model before it is trained, in evaluation mode.
-
-        Raises:
-            TritterError: the model has no experts, or there are no sequences.
-        """
+        """Compute the routing of a model before it is trained, in evaluation mode."""
         routing = RouterControl.of(model)
         if routing is None or not len(sequences):
             raise TritterError("moe_routing.hold_old needs a model with experts, and old data.")
@@ -83,9 +79,6 @@ class RoutingObjective(SideLoss):
         encouragement: weight of the probability of `new_experts`, subtracted from the loss.
         new_experts: indices of the new experts.
         old: reference for `hold_old`.
-
-    Raises:
-        TritterError: the model has no experts.
     """
 
     # With router logits in the output, a stock model adds its own balance loss
@@ -265,9 +258,12 @@ class RoutingCallback(Callback):
                 objective.routing.set_selection_bias(record.layer, moved)
         self._counts.clear()
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            # Means over the layers, for this process's share of the batch
+            # Means over the layers, for the batch of all processes
             factor = objective.options.capacity_factor
-            layers = [_layer_statistics(r, capacity_factor=factor) for r in objective.records]
+            layers = [
+                _layer_statistics(record, counts=counts, capacity_factor=factor)
+                for record, counts in zip(objective.records, objective.counts, strict=True)
+            ]
             for name in layers[0]:
                 mean = sum(layer[name] for layer in layers) / len(layers)
                 pl_module.log(f"routing/{name}", mean)
@@ -375,26 +371,28 @@ def _wide(logits: Tensor) -> Tensor:
 # Shapes: N tokens, E experts, k experts per token.
 
 
-def _layer_statistics(record: Record, *, capacity_factor: float) -> dict[str, float]:
-    """Return the use of one layer's experts over the tokens of a forward pass.
+def _layer_statistics(
+    record: Record, *, counts: Tensor, capacity_factor: float
+) -> dict[str, float]:
+    """Return the use of one layer's experts over the tokens of a forward pass (a collective call).
 
     `entropy` is the mean entropy of the router's probabilities per token, in nats; 0 is certain.
     `max_load` is the largest load divided by the mean load; 1 is even, E/k is all to the same
     experts. `dropped_fraction` is the share of assignments that a limited capacity would drop.
 
     Args:
-        record: routing of the layer.
+        record: routing of the layer in this process.
+        counts: int64 [E], the load in all processes.
         capacity_factor: capacity of an expert relative to an even load. Stock models drop nothing:
             the statistic predicts the loss of a deployment with this limit.
     """
     probabilities = record.probabilities.detach()
-    num_experts = probabilities.shape[-1]
-    counts = _expert_counts(record.selected, num_experts)
     load = counts.double() / counts.sum()
-    entropy = -torch.xlogy(probabilities, probabilities).sum(dim=-1).mean()
+    entropy = -_sum_ranks(torch.xlogy(probabilities, probabilities).sum())
+    num_tokens = int(counts.sum()) / record.selected.shape[-1]
     return {
-        "entropy": float(entropy),
-        "max_load": float(load.max() * num_experts),
+        "entropy": float(entropy) / num_tokens,
+        "max_load": float(load.max() * len(counts)),
         "dropped_fraction": dropped_fraction(counts, capacity_factor=capacity_factor),
     }
 

@@ -91,9 +91,6 @@ def _expert_utility(model: nn.Module, sequences: Tensor, *, batch_size: int = 8)
         model: a model with experts.
         sequences: integers [N, T], of the domain.
         batch_size: sequences per batch.
-
-    Raises:
-        RequestError: the model has no experts, or there are no sequences.
     """
     routing = RouterControl.of(model)
     if routing is None or not len(sequences):

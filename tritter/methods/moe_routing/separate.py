@@ -58,9 +58,6 @@ class SeparateExperts:
     Args:
         model: a stock model with experts, which is changed.
         first_new: index of the first new expert.
-
-    Raises:
-        RequestError: the model has no experts, or none on one of the sides.
     """
 
     def __init__(self, model: nn.Module, first_new: int) -> None:
@@ -123,11 +120,7 @@ class SeparateExperts:
 
 @contextmanager
 def separate_experts(model: nn.Module, first_new: int) -> Iterator[SeparateExperts]:
-    """Context manager that splits the experts of a model, and joins them on exit.
-
-    Raises:
-        RequestError: the model has no experts, or none on one of the sides.
-    """
+    """Context manager that splits the experts of a model, and joins them on exit."""
     parts = SeparateExperts(model, first_new)
     parts.split_shared()
     try:
