@@ -346,7 +346,7 @@ def _method_batch(inputs: Mapping[str, Any], is_replay: Tensor | None) -> dict[s
     if is_replay is None:
         is_replay = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
     elif len(is_replay) != len(rows):
-        reason = "it joins new and replayed rows; use False, and packing_strategy=wrapped"
+        reason = "distill and si need its rows apart; use False and packing_strategy=wrapped"
         raise RequestError(Problem("args.padding_free", True, reason=reason))
     return {**inputs, "is_replay": is_replay}
 

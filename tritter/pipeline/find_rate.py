@@ -56,8 +56,9 @@ class RateTest(Callback):
             return
         self._points.append((self._schedule.rate(trainer.global_step - 1), fmean(self._step)))
         self._step.clear()
-        curve = smoothed([loss for _, loss in self._points])  # if it is not finite, stop too
-        trainer.should_stop |= not curve[-1] - min(curve[_BEFORE - 1 :] or curve[-1:]) <= _MAX_RISE
+        curve = smoothed([loss for _, loss in self._points])
+        lowest = min(curve[_BEFORE - 1 :], default=curve[-1])
+        trainer.should_stop |= not curve[-1] <= lowest + _MAX_RISE  # also if it is NaN
         if trainer.is_global_zero:
             write_text_atomic(self._path, json.dumps(self._points))
 
@@ -90,7 +91,8 @@ class FoundRates:
             raise TritterError("--find-lr: the loss is not finite, even at the lowest rate.")
         rates, losses = [rate for rate, _ in finite], [loss for _, loss in finite]
         curve = smoothed(losses)
-        low = min(range(min(_BEFORE, len(curve)) - 1, len(curve)), key=lambda at: curve[at])
+        first = min(_BEFORE, len(curve)) - 1
+        low = min(range(first, len(curve)), key=lambda at: curve[at])
         fall = fmean(losses[:_BEFORE]) - curve[low]
         # Between a tenth of the fall and the minimum, where batches differ less than the loss falls
         begun = max(at for at in range(low + 1) if at == 0 or curve[at] > curve[low] + 0.9 * fall)

@@ -311,11 +311,7 @@ class RunData:
         )
 
     def check_text(self) -> None:
-        """Reject a domain that is too small, before any training.
-
-        Raises:
-            RequestError: names the domain.
-        """
+        """Reject a domain that is too small, before any training."""
         for name in self.domains:
             self.num_sequences(name)
 
