@@ -9,12 +9,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import fully_shard
 
 import tritter
 from tests import oracle
@@ -228,6 +233,21 @@ def test_experts_change_nothing_until_they_are_trained() -> None:
     assert any(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
+@pytest.mark.parametrize("wrap", [partial(torch.compile, backend="eager"), GrowableCausalLM])
+def test_experts_are_added_to_the_model_inside(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    model = oracle.tiny_llama()
+    names = set(model.state_dict())
+    assert tritter.add_experts(wrap(model), rank=2) is model
+    assert set(model.expert_mixture.base_state_dict()) <= names
+
+
+def test_reentrant_checkpointing_of_a_learned_router_is_refused() -> None:
+    model, ids = tritter.add_experts(oracle.tiny_llama(), rank=2).train(), oracle.tokens()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(RequestError, match="set use_reentrant=False"):
+        model(input_ids=ids, labels=ids)
+
+
 def test_more_experts_leave_the_routing_as_it_is() -> None:
     model = tritter.add_experts(oracle.tiny_llama(), rank=2, top_k=1, temperature=0.5)
     mixture = tritter.add_experts(model, rank=2, num_experts=1).expert_mixture
@@ -306,12 +326,20 @@ def test_padding_and_sequences_of_all_lengths_count_as_themselves() -> None:
         torch.testing.assert_close(penalty.importance[name], value, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", ["gradient checkpointing", "torch.compile"])
+@pytest.mark.parametrize(
+    "case", ["gradient checkpointing", "torch.compile", "compile()", "Accelerator"]
+)
 def test_the_importance_is_that_of_the_model_inside(case: str) -> None:
     model, ids = oracle.tiny_llama(), oracle.tokens(batch=3)
     wanted, wrapped = fisher_by_hand(model, list(ids)), model
     if case == "gradient checkpointing":
         model.train().gradient_checkpointing_enable()
+    elif case == "compile()":
+        model.compile(backend="eager")
+    elif case == "Accelerator":
+        AcceleratorState._reset_state(reset_partial_state=True)  # of tests before
+        wrapped = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+        AcceleratorState._reset_state(reset_partial_state=True)
     else:
         wrapped = torch.compile(model, backend="eager")
     for found in (
@@ -321,6 +349,7 @@ def test_the_importance_is_that_of_the_model_inside(case: str) -> None:
         for name, value in wanted.items():
             torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-6)
     assert model.training == (case == "gradient checkpointing")
+    assert ("forward" in vars(model)) == (case == "Accelerator")
     grown = tritter.expand(wrapped, "llama_pro", target_layers=5)
     assert grown.config.num_hidden_layers == 5
 
@@ -525,6 +554,31 @@ def test_a_model_wrapped_for_ddp_is_named() -> None:
             with pytest.raises(RequestError, match=r"DistributedDataParallel.*pass its attribute"):
                 call()
         assert tritter.protect(wrapped.module, "ewc", old).importance
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("shard", [fully_shard, partial(FSDP, device_id=torch.device("cpu"))])
+def test_a_sharded_model_is_refused(shard: Callable[[nn.Module], nn.Module]) -> None:
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model, old = _model(), torch.ones(2, 8, dtype=torch.int64)
+        penalties = (
+            tritter.protect(model, "ewc", old),
+            tritter.ElasticWeightConsolidation(model, [{"input_ids": old}]).penalty,
+        )
+        sharded = shard(model)
+        for call in (
+            lambda: tritter.expand(sharded, "llama_pro"),
+            lambda: tritter.grow(sharded),
+            lambda: tritter.add_experts(sharded),
+            lambda: tritter.protect(sharded, "l2sp"),
+            lambda: tritter.gate(sharded, sharded, {"a": ["text"]}, tokenizer="."),
+            *penalties,
+        ):
+            with pytest.raises(RequestError, match="are sharded"):
+                call()
     finally:
         torch.distributed.destroy_process_group()
 

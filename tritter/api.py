@@ -170,7 +170,7 @@ def expand(
             return _expand_checkpoint(source, chosen, output, seed=seed, overwrite=overwrite)
         with loading("transformers"):
             from tritter.transform.live import ModelExpander
-        model, expander = _unwrap(source), ModelExpander(chosen, seed=seed)
+        model, expander = _expandable(source), ModelExpander(chosen, seed=seed)
         if output is None:
             return cast("PreTrainedModel", expander.expand(model))
         from tritter.storage.reading import named_path
@@ -287,19 +287,26 @@ def _component(group: str, method: str, options: Mapping[str, Any], problems: li
 # Models
 
 
-def _unwrap(model: object) -> nn.Module:
+def _unwrap(model: object, key: str) -> Any:
     """Return a live model without the wrappers of Tritter and torch.compile."""
     from torch import nn
 
     from tritter.core.models import model_of
-    from tritter.methods.experts.mixture import mixture_on
     from tritter.methods.growth.growable import GrowableCausalLM
 
     if not isinstance(model, nn.Module):
-        raise refused("source", brief(model), "pass a folder, a hub id or a Hugging Face model")
+        raise refused(key, brief(model), "pass a folder, a hub id or a Hugging Face model")
     inner = cast("nn.Module", getattr(model, "_orig_mod", model))  # without torch.compile
     inner = inner.model if isinstance(inner, GrowableCausalLM) else inner
-    model_of(inner)
+    model_of(inner, is_whole=True)
+    return inner
+
+
+def _expandable(model: object) -> nn.Module:
+    """Return an unwrapped live model; LoRA experts on it are refused."""
+    from tritter.methods.experts.mixture import mixture_on
+
+    inner = _unwrap(model, "source")
     if mixture_on(inner) is not None:
         raise RequestError("the model has LoRA experts, which can't be expanded; merge them first.")
     return inner
@@ -382,7 +389,8 @@ def add_experts(model: Model, rank: int = 8, **options: Any) -> PreTrainedModel:
             `temperature`, `capacity_factor`, `seed`.
 
     Returns:
-        The model. Its parameters with `requires_grad` are those of the experts and routers.
+        The model, without `torch.compile`. Its parameters with `requires_grad` are those of the
+        experts and routers.
 
     Raises:
         RequestError: a keyword or value is invalid, the model has no such target, or is a
@@ -398,11 +406,9 @@ def add_experts(model: Model, rank: int = 8, **options: Any) -> PreTrainedModel:
         raise_problems(problems)
     assert requested is not None, "there would be a problem"
     with loading("transformers"):
-        from tritter.core.models import model_of
         from tritter.methods.experts.adapters import AdapterShape, adaptable
         from tritter.methods.experts.mixture import ExpertMixture, mixture_on
-    live = load(model) if isinstance(model, str | PathLike) else model
-    model_of(live)
+    live = load(model) if isinstance(model, str | PathLike) else _unwrap(model, "model")
     mixture = mixture_on(live)
     if mixture is not None and requested.router not in (None, mixture.router):
         reason = f"the model's experts already use the router {mixture.router}"

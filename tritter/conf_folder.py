@@ -17,11 +17,7 @@ _ENTRY_POINTS = "tritter.config"
 
 
 def config_folder() -> Path:
-    """Return the folder `conf`.
-
-    Raises:
-        TritterError: the installation has no such folder.
-    """
+    """Return the folder `conf`."""
     package = Path(__file__).resolve().parent
     for folder in (package.parent / "conf", package / "conf"):
         if (folder / "config.yaml").is_file():
@@ -30,11 +26,7 @@ def config_folder() -> Path:
 
 
 def installed_folders() -> dict[str, Path]:
-    """Return provider → folder of the packages on `sys.path`.
-
-    Raises:
-        RequestError: a package names a folder that is not there.
-    """
+    """Return provider → folder of the packages on `sys.path`."""
     return _installed_folders(tuple(sys.path))
 
 

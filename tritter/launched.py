@@ -36,11 +36,7 @@ class Launch:
 
 
 def launch_of(environ: Mapping[str, str] = os.environ) -> Launch | None:
-    """Return the place of this process; None if no launcher started several processes.
-
-    Raises:
-        RequestError: the machines have different numbers of processes.
-    """
+    """Return the place of this process; None if no launcher started several processes."""
     if "TORCHELASTIC_RUN_ID" in environ:
         found = Launch("torchrun", *(int(environ[name]) for name in _OF_TORCHRUN))
     elif all(name in environ for name in _OF_STEP) and not _is_shell(environ):

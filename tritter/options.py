@@ -114,9 +114,6 @@ def component_class(key: str, target: object, *, base: str | None = None) -> typ
         key: of the component.
         target: the value of its `_target_`.
         base: dotted name of the required base class.
-
-    Raises:
-        RequestError: the class does not exist, or has no record of options.
     """
     key = f"{key}.{TARGET}"
     kind: type[Any] = resolve(key, target, base=base)
@@ -161,9 +158,6 @@ def read_part(key: str, value: object, named: Mapping[str, type[_T]], *, base: t
             third-party class, or the record itself.
         named: name → class.
         base: base class of all of them, third-party classes included.
-
-    Raises:
-        RequestError: the value has none of these forms, or an option is invalid.
     """
     problems: list[Problem] = []
     if isinstance(value, base):

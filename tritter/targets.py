@@ -77,9 +77,6 @@ def resolve(key: str, target: object, *, base: str | None = None) -> Any:
         key: key to name in errors.
         target: the dotted name.
         base: dotted name of the required base class.
-
-    Raises:
-        RequestError: the name does not exist (suggests the nearest), or `base` is not its base.
     """
     if not isinstance(target, str) or not all(w.isidentifier() for w in target.split(".")):
         reason = "name a class, PACKAGE.MODULE.CLASS"

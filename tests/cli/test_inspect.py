@@ -52,7 +52,7 @@ def test_what_can_grow_and_the_axes(run: Run, place: Path) -> None:
         "FFN": "any larger size",
         "heads": "whole groups of heads",
         "hidden size": "any larger size",
-        "experts": "no: this llama model has no experts; apply moe first (expansion=[moe,moe_add])",
+        "experts": "no: this llama model has no experts; apply moe first",
         "neurons": "of single layers, during training (growth=gradmax)",
     }
     text = run("inspect base --family").out

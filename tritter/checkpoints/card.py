@@ -35,11 +35,7 @@ _HUB_DATASET = re.compile(r"hf:(\w[\w.-]*/\w[\w.-]*)")
 
 
 def licence_files(folder: Path) -> list[Path]:
-    """Return the licence, notice and use policy files of a folder, checked.
-
-    Raises:
-        TritterError: one is too large or a link out of the folder.
-    """
+    """Return the licence, notice and use policy files of a folder, checked."""
     named = sorted(path for path in folder.iterdir() if LICENCE_FILES.fullmatch(path.name))
     paths = [path for path in named if path.is_file()]
     for path in paths:

@@ -76,9 +76,6 @@ class ExpertsHead:
             same. None means unquantised.
         extra: other data from training, encoded by `tritter.training.checkpoint_io`.
         tensors_sha256: SHA-256 of the tensor file next to it.
-
-    Raises:
-        TritterError: two values contradict each other. The message names one of them.
     """
 
     FORMAT: ClassVar[str] = "mixture of experts"
@@ -124,11 +121,7 @@ class AdapterConfig:
 
     @classmethod
     def read(cls, folder: Path) -> "AdapterConfig":
-        """Read and check the config of an adapter folder.
-
-        Raises:
-            TritterError: the file can't be read, or a key requires more than plain LoRA.
-        """
+        """Read and check the config of an adapter folder."""
         path = folder / ADAPTER_FILES[0]
         config = read_object(path)
         if config.get("peft_type") != "LORA":
@@ -175,12 +168,7 @@ class ExpertFiles:
 
     @classmethod
     def read(cls, folder: Path) -> "ExpertFiles | None":
-        """Return the experts of a checkpoint folder, or None if there are none. Opens no tensor.
-
-        Raises:
-            TritterError: a file is missing, damaged, too large or of a newer format, or a link
-                leads out of the folder.
-        """
+        """Return the experts of a checkpoint folder, or None if there are none. Opens no tensor."""
         check_links(folder)
         path = folder / HEAD
         if not path.exists():
@@ -235,9 +223,6 @@ def experts_in(folder: Path | None, *, key: str) -> ExpertFiles | None:
     Args:
         folder: the checkpoint folder; None for a hub id.
         key: the key that named the folder.
-
-    Raises:
-        RequestError: the expert files or the lineage are damaged.
     """
     if folder is None or not folder.is_dir():
         return None

@@ -86,9 +86,6 @@ class Weights:
         Args:
             added: module name → delta in the weight's shape, with outputs first for weights that
                 are stored transposed.
-
-        Raises:
-            TritterError: the model has no such layer, or its weight has a different shape.
         """
         model, family, config = self.model, self.model.family, self.model.config
         embedding = family.tensors[0]
@@ -179,12 +176,6 @@ def export_model(
         max_shard_bytes: maximum size of a safetensors file.
         overwrite: replace an existing checkpoint at `destination`.
         progress: called with the number of tensors written and their total number.
-
-    Raises:
-        RequestError: `destination` can't be written (see `check_output`), a tensor has values that
-            are not finite or overflow `dtype`, or the origin changed since its lineage was
-            written.
-        TritterError: the origin is damaged, or a write failed.
     """
     check_output(destination, sources=weights.source_paths, overwrite=overwrite)
     dtype = dtype or weights.main_dtype

@@ -126,9 +126,6 @@ def read_chain(folder: Path) -> tuple[Link, ...]:
     A parent is searched at the path in its child's lineage, then next to the child, and identified
     by its hash. If a parent is not found, the chain starts with a link without a folder. Adding
     experts keeps the model hash, since the base does not change.
-
-    Raises:
-        RequestError: the folder does not exist, or contains no checkpoint.
     """
     if not folder.is_dir():
         raise RequestError(f"{folder} is not a folder.")

@@ -42,11 +42,6 @@ def read_lightning_file(
     Returns:
         The model without its optimizer state, and a note on skipped tensors; empty if there are
         none.
-
-    Raises:
-        RequestError: no tensor has the prefix, or the file contains several models.
-        TritterError: the file is not a checkpoint, contains objects other than tensors and plain
-            data, or its tensors are unexpected, missing or of the wrong shape.
     """
     content = _load(path)
     tensors = _state_dict(path, content)

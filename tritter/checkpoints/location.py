@@ -162,9 +162,6 @@ def public_files(folder: Path, lineage: Lineage | None) -> tuple[dict[str, Path 
 
     Training state and kept training texts are left out, like everything that is not of the
     checkpoint. The lineage is published without the digests of what is left out.
-
-    Raises:
-        TritterError: a link leaves the folder, or the weights cannot be read.
     """
     check_links(folder)
     if lineage is not None:
@@ -298,10 +295,6 @@ def teacher_problems(teacher: str, source: Model | None, *, key: str) -> Iterato
 
 
 def state_kinds_of(folder: Path) -> set[str]:
-    """Return the kinds of training state in a checkpoint.
-
-    Raises:
-        TritterError: `state/state.json` is damaged.
-    """
+    """Return the kinds of training state in a checkpoint."""
     path = folder / _STATE_HEAD
     return set(read_record(path, StateHead).kinds) if path.exists() else set()

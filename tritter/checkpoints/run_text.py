@@ -116,10 +116,6 @@ def run_text(checkpoint: str | None, data: DataConfig, *, seed: int) -> RunText:
         checkpoint: folder or hub id of the checkpoint; None for a new model.
         data: the data config.
         seed: seed of the run, also used for a new split.
-
-    Raises:
-        RequestError: the lineage can't be read, its split would change, or data that it learned
-            is unavailable and `data.old` does not replace it.
     """
     lineage, kept_sequences = _learned(checkpoint)
     learned = {} if lineage is None else lineage.domains

@@ -58,11 +58,6 @@ class Source:
             folder: the checkpoint folder.
             model: as its config.json describes it.
             has_lineage: False ignores tritter.json and treats the folder as a plain one.
-
-        Raises:
-            RequestError: the model family is unknown.
-            TritterError: files are damaged or missing, tensors are unexpected, missing or of the
-                wrong shape, or other files changed since the lineage was written.
         """
         lineage = read_lineage(folder) if has_lineage else None
         source = cls(folder, model, lineage)
@@ -242,11 +237,7 @@ class Source:
         return stored.name if stored is not None and stored.shape == target.shape else None
 
     def read_digests(self) -> dict[str, str]:
-        """Return name on disk → SHA-256 of every tensor. Reads tensors that were not read yet.
-
-        Raises:
-            RequestError: tensors changed since the lineage was written; the message lists them.
-        """
+        """Return name on disk → SHA-256 of every tensor. Reads tensors that were not read yet."""
         known = self.digests.results()
         for tensor in self.stored:
             if tensor.name not in known:

@@ -94,11 +94,7 @@ def write_state(
 
 
 def read_state(folder: Path) -> State | None:
-    """Return the training state of a checkpoint, or None if it has none.
-
-    Raises:
-        TritterError: the state is damaged, or has another format.
-    """
+    """Return the training state of a checkpoint, or None if it has none."""
     path = folder / STATE_FOLDER / _HEAD
     if not path.exists():
         return None
@@ -180,11 +176,7 @@ class KeptSequences:
 
     @classmethod
     def read(cls, folder: Path) -> KeptSequences:
-        """Return the sequences stored in a checkpoint.
-
-        Raises:
-            TritterError: the file is damaged, or too large.
-        """
+        """Return the sequences stored in a checkpoint."""
         path = folder / STATE_FOLDER / KEPT_FILE
         if not path.exists():
             return cls()

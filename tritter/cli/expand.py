@@ -312,11 +312,7 @@ def _settings(context: typer.Context, file: Recipe | None) -> Settings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
-    """An expansion that is valid according to the configs.
-
-    Args:
-        recipe: recipe with the steps; None if options set them.
-    """
+    """An expansion that is valid according to the configs; without a recipe, options set it."""
 
     source: Source
     destination: Path
@@ -467,6 +463,7 @@ class _Result:
             "parent_hash": lineage.parent_hash if lineage else None,
             "step0_error": self.measured.error if self.measured else None,
             "serving_notes": list(self.serving_notes),
+            "left_out": self.job.source.unread,
         }
         if self.training is not None:
             plain |= {"experts": self.training.experts.plain(), "scores": self.training.scores}

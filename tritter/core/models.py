@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -100,10 +101,6 @@ def read_model(folder: Path, *, ffn_sizes: Sequence[int] | None = None) -> Model
     Args:
         folder: the checkpoint folder.
         ffn_sizes: FFN widths of the folder's lineage; None reads the lineage.
-
-    Raises:
-        RequestError: the family has no table; lists the supported ones.
-        TritterError: the file is missing, transformers rejects it, or its sizes exceed the limits.
     """
     return _model_in(folder, _stock_config(folder), ffn_sizes)
 
@@ -157,10 +154,6 @@ def load_model(
         folder: the checkpoint folder.
         dtype: of the weights in memory.
         model: of a folder that this process wrote or has checked; None checks the folder first.
-
-    Raises:
-        TritterError: transformers cannot load it, a tensor is missing or unexpected, or padding is
-            not zero.
     """
     if model is None:
         _check_small_files(folder)
@@ -188,6 +181,7 @@ def load_model(
         value = _tensor_of(live, stored.name).detach()
         value = stripped(value, stored.shape, name=f"{folder}: {stored.name}")
         set_parameter(live, stored.name, value.clone())
+    _pad_when_saved(live, model)
     added = AddedExperts.read(folder)
     if added is not None and not added.is_settled:
         with errors_as(f"{folder} cannot be loaded as a model"):
@@ -217,9 +211,6 @@ def unloaded_model(
         description: what `read_model` gives for it.
         buffer_of: returns the value of a buffer in the files; None if they lack it.
         dtype: of the parameters.
-
-    Raises:
-        TritterError: transformers cannot build it.
     """
     _check_small_files(folder)
     with errors_as(f"{folder} cannot be loaded as a model"), quiet():
@@ -271,9 +262,6 @@ def named_tensors(live: nn.Module, model: Model) -> Iterator[tuple[str, Tensor]]
     """Yield (name on disk, tensor) of a live model in the family's order; tied tensors once.
 
     Experts that are stacked in memory only are yielded one by one, as views.
-
-    Raises:
-        TritterError: the model has a tensor that its family lacks, or misses one.
     """
     yield from stored_tensors(live.state_dict(), model)
 
@@ -321,11 +309,7 @@ def wrapped_tokenizer(tokenizer: Tokenizer, *, end_of_text: str) -> PreTrainedTo
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load a folder's tokenizer; never runs code from the folder.
-
-    Raises:
-        TritterError: the tokenizer is missing or damaged.
-    """
+    """Load a folder's tokenizer; never runs code from the folder."""
     _check_small_files(folder)
     try:
         with quiet():
@@ -429,15 +413,12 @@ def head_of(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
     return logits
 
 
-def model_of(live: nn.Module) -> Model:
+def model_of(live: nn.Module, *, is_whole: bool = False) -> Model:
     """Return the `Model` of a live Hugging Face model, as `read_model` does for a folder.
 
     The FFN widths are read from the weights.
-
-    Raises:
-        RequestError: the model has no config, or PEFT or DDP wraps it.
     """
-    refuse_wrapped(live)
+    refuse_wrapped(live, may_be_sharded=not is_whole)
     stock = getattr(live, "config", None)
     if stock is None or not hasattr(stock, "to_diff_dict"):
         raise RequestError(f"{type(live).__name__} has no Hugging Face config.")
@@ -461,8 +442,8 @@ def _has_even_layers(model: nn.Module) -> bool:
     )
 
 
-def refuse_wrapped(model: object) -> None:
-    """Refuse a model that PEFT or DDP wraps.
+def refuse_wrapped(model: object, *, may_be_sharded: bool = False) -> None:
+    """Refuse a model that PEFT or DDP wraps, or that FSDP or tensor parallelism has sharded.
 
     Raises:
         RequestError: names its class and what to pass instead.
@@ -474,6 +455,17 @@ def refuse_wrapped(model: object) -> None:
         raise RequestError(
             f"the model is a PeftModel ({type(model).__name__}), and adapters are not supported "
             "here: pass model.merge_and_unload(), or the base alone, model.unload()."
+        )
+    if may_be_sharded or not isinstance(model, nn.Module):
+        return
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kinds = (fsdp.FullyShardedDataParallel, fsdp.FlatParameter) if fsdp else ()
+    parts = (*model.modules(), *model.parameters())
+    if any(isinstance(part, kinds) or hasattr(part, "full_tensor") for part in parts):
+        raise RequestError(
+            f"the weights of {type(model).__name__} are sharded (FSDP or tensor parallelism): "
+            "expand a model, or add experts, before you shard it; penalties and growth need whole "
+            "weights."
         )
 
 
@@ -498,7 +490,24 @@ def model_with_tensors(model: Model, tensors: Mapping[str, Tensor]) -> nn.Module
         set_parameter(live, stored.name, value.to(_tensor_of(live, stored.name).device))
     live.tie_weights()  # type: ignore[operator]
     assert isinstance(live, PreTrainedModel)
+    _pad_when_saved(live, model)
     return _configure_model(live)
+
+
+def _pad_when_saved(live: PreTrainedModel, model: Model) -> None:
+    """Let `save_pretrained` pad FFNs of different width, since nothing loads them otherwise."""
+    if model.padded_shapes("live"):
+        vars(live)["save_pretrained"] = partial(_save_padded, live)
+
+
+def _save_padded(live: PreTrainedModel, *arguments: Any, **options: Any) -> None:
+    values = dict(options.pop("state_dict", None) or live.state_dict())
+    model = Model(_plain(live.config)).with_widths_of({n: live_shape(values[n]) for n in values})
+    for name, shape in model.padded_shapes("live").items():
+        whole = values[name].new_zeros(shape)
+        whole[tuple(map(slice, values[name].shape))] = values[name].detach()
+        values[name] = whole
+    type(live).save_pretrained(live, *arguments, state_dict=values, **options)
 
 
 def _tensor_of(model: nn.Module, name: str) -> Tensor:

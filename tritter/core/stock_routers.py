@@ -131,10 +131,6 @@ class RouterControl:
         Args:
             experts: their indices.
             value: added to the logits; −∞ disables an expert.
-
-        Raises:
-            RequestError: an index is invalid, the value is NaN or +∞, or fewer than k experts
-                would remain enabled.
         """
         wrong = [expert for expert in experts if not 0 <= expert < self.num_experts]
         if wrong:
@@ -417,11 +413,7 @@ class AddedExperts:
 
     @classmethod
     def read(cls, folder: Path) -> "AddedExperts | None":
-        """Return the new experts of a checkpoint folder, or None.
-
-        Raises:
-            TritterError: the file is damaged, or its format is unknown.
-        """
+        """Return the new experts of a checkpoint folder, or None."""
         path = folder.joinpath(*_PATH)
         if not path.exists():
             return None
@@ -435,11 +427,7 @@ class AddedExperts:
 
 
 def stock_obstacle(folder: Path) -> str | None:
-    """Return the reason that stock classes compute another function, or None if they do not.
-
-    Raises:
-        TritterError: the folder's state is damaged, or its format is newer.
-    """
+    """Return the reason that stock classes compute another function, or None if they do not."""
     added = AddedExperts.read(folder)
     if added is None or added.is_settled:
         return None

@@ -34,9 +34,6 @@ class StreamedModel:
         input_ids: int64 [B, T].
         on_read: called with the number of bytes just read from the files.
         dtype: of weights and activations.
-
-    Raises:
-        TritterError: transformers cannot build it, or its files are damaged.
     """
 
     def __init__(

@@ -20,9 +20,6 @@ def load_whole(
         folder: the checkpoint.
         dtype: data type of the weights.
         model: as `load_model`.
-
-    Raises:
-        TritterError: as `load_model` and `ExpertFolder.read`.
     """
     if ExpertFiles.read(folder) is None:
         return load_model(folder, dtype=dtype, model=model)

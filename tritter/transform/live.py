@@ -80,7 +80,7 @@ class ModelExpander:
         Raises:
             RequestError: unknown family, or impossible targets.
         """
-        return self._expand(model, self.steps(model_of(model)))
+        return self._expand(model, self.steps(model_of(model, is_whole=True)))
 
     def write(self, model: nn.Module, folder: Path, *, overwrite: bool = False) -> Lineage:
         """Write the expanded model as a checkpoint folder and return its lineage.

@@ -392,7 +392,10 @@ def test_heads_for_later_tokens_are_left_out(
     folder = example_folder(model_type, tmp_path, num_hidden_layers=4)
     with_tensors(folder, lambda tensors: tensors | {name: torch.ones(4, 4)})
     out = tmp_path / "out"
-    assert main(["expand", str(folder), "--method", "llama-pro", "--output", str(out)]) == 0
+    words = ["expand", str(folder), "--method", "llama-pro", "--output", str(out)]
+    assert main([*words, "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["left_out"] == [name]
+    assert main(words) == 0
     assert "left out" in (text := capsys.readouterr().out) and name in text
     assert torch.equal(logits(out), logits(folder))
     assert name not in load_file(out / "model.safetensors")

@@ -47,6 +47,25 @@ def test_the_hub_layout_is_what_stock_saves_and_the_live_one_what_it_holds(
     assert (hub.keys() ^ live.keys() == renamed) == (family in DENSE)
 
 
+@pytest.mark.quick_cases(2)
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "gemma3_text", "mixtral", "phi3"])
+def test_a_folder_of_a_model_without_its_head_is_read_if_the_head_is_tied(
+    tmp_path: Path, family: str
+) -> None:
+    """As embedding models are published: `AutoModel` saves no prefix."""
+    model = tiny(family, tie_word_embeddings=True)
+    model.base_model.save_pretrained(tmp_path / "source")
+    assert not any(
+        name.startswith(("model.", "transf")) for name in tensors_of(tmp_path / "source")
+    )
+    result = expand(tmp_path / "source", tmp_path / "result", [LlamaPro()])
+    grown = oracle.stock(result.folder)
+    assert oracle.relative_difference(model, grown, oracle.tokens()) < 1e-4
+    assert {*tensors_of(result.folder)} == {
+        name for name, _ in named_tensors(grown, result.plan.target)
+    }
+
+
 @pytest.mark.parametrize("family", SPARSE)
 def test_parts_are_those_that_stock_unfuses(tmp_path: Path, family: str) -> None:
     """Gate rows precede up rows; experts are stacked in order."""

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from tests import oracle
@@ -13,14 +15,17 @@ from tests.core.families.model_types import example
 from tests.oracle.families import GROWABLE, generic, key_of, tiny
 from tritter import GrowableCausalLM, GrowableLinear, GrowableQwen, expand
 from tritter.checkpoints import read_lineage
-from tritter.core.expansions import Width
+from tritter.core.expansions import LlamaPro, Width
 from tritter.core.families import ffn_sizes
 from tritter.core.families.discovery.family import shallow
 from tritter.core.families.discovery.twin import build_twin
-from tritter.core.models import read_model
+from tritter.core.models import load_model, read_model
+from tritter.data.batches import Rank
 from tritter.errors import RequestError
+from tritter.methods.growth import plain_loop
 from tritter.methods.growth.triggers import Trigger, View
 from tritter.options import options
+from tritter.transform.live import ModelExpander
 
 GROWING: dict[str, Any] = {"trigger": "schedule", "growth_cooldown": 3, "max_growth_per_step": 4}
 NOTHING = {"born": 0, "replaced": 0, "died": 0}
@@ -228,6 +233,48 @@ def test_a_state_goes_on_in_a_new_model() -> None:
     assert third.neurons != model.neurons
 
 
+def test_a_state_goes_on_with_an_optimizer_that_was_there_first() -> None:
+    ids, model, other = oracle.tokens(), *(GrowableCausalLM(tiny("llama"), **GROWING) for _ in "ab")
+    optimizer, again = adam(model), adam(other)
+    train(model, optimizer, ids)
+    assert model.check_and_grow()["born"] == 12
+    other.load_state_dict(copy.deepcopy(model.state_dict()))
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    results = [
+        [train(each, its, ids), each.check_and_grow(), train(each, its, ids)]
+        for each, its in ((model, optimizer), (other, again))
+    ]
+    assert results[0] == results[1] and results[0][1]["born"] == 12
+
+
+def test_accelerate_saves_it_and_goes_on(tmp_path: Path) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)  # of tests before
+    ids, accelerator, results = oracle.tokens(), Accelerator(cpu=True), []
+    for is_resumed in (False, True):
+        stock = GrowableCausalLM(tiny("llama"), **GROWING)
+        model, optimizer = accelerator.prepare(stock, adam(stock))
+        if is_resumed:
+            accelerator.load_state(tmp_path)
+        else:
+            model.attach(optimizer)
+            train(model, optimizer, ids)
+            assert model.check_and_grow()["born"] == 12
+            accelerator.save_state(tmp_path)
+        results.append([train(model, optimizer, ids), model.check_and_grow()["born"]])
+        accelerator.free_memory()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert results[0] == results[1] and results[0][1] == 12
+
+
+def test_several_processes_are_refused_at_the_first_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = GrowableCausalLM(tiny("llama"), **GROWING)
+    train(model, adam(model), oracle.tokens(), 1)
+    assert model.check_and_grow() == NOTHING
+    monkeypatch.setattr(plain_loop, "this_rank", lambda: Rank(0, 2))
+    with pytest.raises(RequestError, match="several processes"):
+        model.check_and_grow()
+
+
 @pytest.mark.full
 def test_a_saved_one_is_stock_and_goes_on(tmp_path: Path) -> None:
     base = oracle.saved(tiny("qwen3"), tmp_path / "base")
@@ -256,6 +303,21 @@ def test_a_saved_one_is_stock_and_goes_on(tmp_path: Path) -> None:
     assert len(lineage.expansion_history) == 2
     with pytest.raises(RequestError):
         again.save_pretrained(tmp_path / "grown")
+
+
+def test_stock_classes_save_ffns_of_different_width(tmp_path: Path) -> None:
+    model = GrowableCausalLM(tiny("llama"), trigger=SecondLayer(), growth_cooldown=3)
+    ids, optimizer = oracle.tokens(), adam(model)
+    train(model, optimizer, ids)
+    assert model.check_and_grow()["born"] == 3
+    model.save_pretrained(tmp_path / "grown")
+    loaded = load_model(tmp_path / "grown")
+    deeper = ModelExpander([LlamaPro()]).expand(loaded)
+    for name, each in {"again": loaded, "deeper": deeper}.items():
+        each.save_pretrained(tmp_path / name)
+        stock = oracle.stock(tmp_path / name)
+        assert stock.config.intermediate_size == 43
+        assert oracle.relative_difference(model.eval(), stock, ids) < 1e-5
 
 
 def test_a_wrapped_model_is_the_stock_one() -> None:

@@ -425,9 +425,6 @@ def partner_of(family: Family, target: str | None = None) -> str:
     Args:
         family: of the dense model.
         target: the requested model type. Default: the first that the family can become.
-
-    Raises:
-        RequestError: the family already has experts, or no partner, or can't become `target`.
     """
     if partners := PARTNERS.get(family.model_type):
         if target is not None and target not in partners:
@@ -479,9 +476,6 @@ def _partner_config(
         partner: model type of the result.
         counts: `num_experts`, `experts_per_token` and `expert_size`.
         dense_layers: layers that keep their FFN.
-
-    Raises:
-        RequestError: the source has a feature that its partner lacks.
     """
     config, dimensions = source.config, source.sizes
     if config.get("rms_norm_eps") is None:

@@ -17,7 +17,7 @@ from pydantic import Field
 from tritter.core.expansions.specification import ExpansionSpec
 from tritter.core.families import Config, LogicalTensor, Model, logical_name
 from tritter.core.parameter_map import AxisFactor, AxisMap, Fill, ParameterMap, TensorMap
-from tritter.errors import Problem, RequestError, key_name, refused, setting
+from tritter.errors import Problem, RequestError, key_name, refused
 from tritter.limits import MAX_EXPERTS
 from tritter.options import Text, options
 from tritter.seeds import derived_seed
@@ -280,17 +280,12 @@ class MoeAdd:
 
 
 def sparse_layers(source: Model) -> tuple[int, ...]:
-    """Return the layers that have experts.
-
-    Raises:
-        RequestError: no layer has experts.
-    """
+    """Return the layers that have experts."""
     kinds = source.layer_kinds
     sparse = tuple(layer for layer, kind in enumerate(kinds) if kind == "sparse")
     if not sparse:
-        reason = f"this {source.model_type} model has no experts"
-        if source.family.has_table:
-            reason += f"; apply moe first ({setting('expansion', ['moe', 'moe_add'])})"
+        first = "; apply moe first" if source.family.has_table else ""
+        reason = f"this {source.model_type} model has no experts{first}"
         raise RequestError(Problem("expansion.moe_add", reason=reason))
     return sparse
 

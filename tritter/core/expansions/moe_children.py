@@ -196,9 +196,6 @@ def router_rows(means: Tensor, within: Tensor) -> Tensor:
     Args:
         means: of the inputs of one layer's FFN, float64 [E, H].
         within: mean of their covariances on the data of each child, float64 [H, H].
-
-    Raises:
-        RequestError: two rows are equal, so that the router could never distinguish two experts.
     """
     import torch
 

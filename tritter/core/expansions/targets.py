@@ -28,10 +28,6 @@ def reach_parameters(
 
     Depth methods choose the number of layers, moe and moe_add the number of experts. Width chooses
     the hidden size; the FFN is scaled with it, and so are the heads if the result is an integer.
-
-    Raises:
-        RequestError: there are several methods, the target does not exceed the model's size, the
-            method also has its own target, or the nearest shape is more than 10 % off.
     """
     if len(specs) != 1:
         names = ", ".join(spec.name for spec in specs)

@@ -146,12 +146,7 @@ _FORMER_SCALINGS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3"
 
 
 def read_model_file(folder: Path) -> Model:
-    """Return the model of a folder's config.json, with the defaults that its table reads.
-
-    Raises:
-        RequestError: the family has no table; lists those that have one.
-        TritterError: the file is missing, or its sizes exceed the limits.
-    """
+    """Return the model of a folder's config.json, with the defaults that its table reads."""
     family, plain = checked_config(folder)
     with errors_as(f"{folder / 'config.json'} is not a usable config"):
         model = Model(_with_defaults(plain, family), family)
@@ -207,9 +202,6 @@ def errors_as(what: str) -> Iterator[None]:
 
     Args:
         what: beginning of the message, such as `FILE is not a usable config`.
-
-    Raises:
-        TritterError: the block raised.
     """
     try:
         yield

@@ -124,10 +124,6 @@ def read_dimensions(config: Config, sizes: Mapping[str, str], *, ffn_ratio: int 
         sizes: attribute of `Dimensions` → config key.
         ffn_ratio: default of the FFN width, as a multiple of the hidden size; 0 if the config must
             set it.
-
-    Raises:
-        RequestError: a size is missing, not a positive whole number or above its limit, or the
-            heads don't divide the hidden size of a family without `head_dim`.
     """
 
     def size(name: str, default: int | None = None) -> int:

@@ -47,7 +47,6 @@ class Family:
             i + head_dim / 2.
         ffn_ratio: default FFN width as a multiple of the hidden size; 0 if the config must set it.
         layer_index_key: config key that makes a layer depend on its index; empty if there is none.
-        omitted_prefix: prefix of all names but the head's that some files omit.
         defaults: optional config keys that the table reads → their default values.
     """
 
@@ -65,7 +64,6 @@ class Family:
     has_interleaved_rope: bool = False
     ffn_ratio: int = 0
     layer_index_key: str = ""
-    omitted_prefix: str = ""
     defaults: Mapping[str, object] = field(default_factory=dict)
 
     @property
@@ -159,9 +157,6 @@ class Family:
         """Read the sizes from a config, with the defaults that transformers would derive.
 
         `intermediate_size` is that of the widest FFN.
-
-        Raises:
-            RequestError: a size is missing or not a positive whole number.
         """
         return read_dimensions(config, self.sizes, ffn_ratio=self.ffn_ratio)
 
@@ -211,11 +206,7 @@ class Family:
         return self.norm_offset
 
     def layer_kinds(self, config: Config, num_layers: int) -> list[Literal["dense", "sparse"]]:
-        """Return the kind of each layer: with experts (sparse) or one FFN (dense).
-
-        Raises:
-            RequestError: the config's pattern of sparse layers is invalid.
-        """
+        """Return the kind of each layer: with experts (sparse) or one FFN (dense)."""
         layers = range(num_layers)
         if self.sparse_layers != "pattern":
             return ["sparse" if self.has_experts else "dense" for _ in layers]

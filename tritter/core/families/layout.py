@@ -200,11 +200,7 @@ class ParameterSelection:
 
     @classmethod
     def read(cls, words: Sequence[str | int]) -> ParameterSelection:
-        """Parse words such as `0-3`, `7` and `embed`; a word may list several, with commas.
-
-        Raises:
-            RequestError: the list is empty, or a word is invalid.
-        """
+        """Parse words such as `0-3`, `7` and `embed`; a word may list several, with commas."""
         single = [each.strip() for word in words for each in str(word).split(",")]
         if not single:
             raise RequestError(f"it is empty; {_ALLOWED}.")

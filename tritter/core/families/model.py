@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
+from statistics import mode
 from typing import Literal
 
 from tritter.core.families.dimensions import FFN_SIZES, Config, Dimensions, ffn_sizes, on_disk
@@ -47,11 +48,7 @@ class Model:
 
     @cached_property
     def sizes(self) -> Dimensions:
-        """Its sizes, with the widest FFN.
-
-        Raises:
-            RequestError: a size is missing or not a positive whole number.
-        """
+        """Its sizes, with the widest FFN."""
         return self.family.dimensions(self.config)
 
     @cached_property
@@ -191,16 +188,14 @@ class Model:
 
         Args:
             names: of all tensors in the checkpoint.
-
-        Raises:
-            TritterError: the family's table lacks a name, or a tensor is missing.
         """
         found = set(names) - self.family.tied_names(self.config)
         expected = self.layout("hub")
         if found != {stored.name for stored in expected}:
-            others = [expected, self.layout("live")]
-            if prefix := self.family.omitted_prefix:
-                others.append(tuple(replace(s, name=s.name.removeprefix(prefix)) for s in expected))
+            # Files of a model without its head, as `LlamaModel` saves them, omit the prefix
+            prefix = mode(stored.name.partition(".")[0] for stored in expected) + "."
+            bare = tuple(replace(s, name=s.name.removeprefix(prefix)) for s in expected)
+            others = [expected, self.layout("live"), bare]
             expected = max(others, key=lambda each: len(found & {s.name for s in each}))
         names = {stored.name for stored in expected}
         if read_as := self.family.read_as(self.config, found - names, names - found):

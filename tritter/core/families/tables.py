@@ -630,7 +630,6 @@ _GPT2 = Family(
     subtracts_mean=True,
     ffn_ratio=4,
     layer_index_key="scale_attn_by_inverse_layer_idx",
-    omitted_prefix=_MODEL,
 )
 
 

@@ -86,10 +86,6 @@ def add_adapter(model: nn.Module, name: str, shape: AdapterShape, *, seed: int) 
     A linear layer starts with B = 0, an embedding with A = 0. A tied embedding and head stay tied,
     and each gets its own adapter. The training mode of the model does not change; the parameters of
     the adapter require gradients.
-
-    Raises:
-        RequestError: the model has no layer of a name in `targets` that supports an adapter, or
-            already has an adapter `name`; or the name is not valid.
     """
     is_taken = hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name)
     if _NAME.fullmatch(name) is None or is_taken:
@@ -127,11 +123,7 @@ def add_adapter(model: nn.Module, name: str, shape: AdapterShape, *, seed: int) 
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:
-    """Remove an adapter and its weights from a live model.
-
-    Raises:
-        RequestError: there is no adapter of this name.
-    """
+    """Remove an adapter and its weights from a live model."""
     _check_known(model, name)
     frozen = {key for key, p in model.named_parameters() if not p.requires_grad}
     for _, layer in adapted_layers(model):
@@ -182,22 +174,14 @@ def parameters_of(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
 
 
 def shape_of(model: nn.Module, name: str) -> AdapterShape:
-    """Return the size of an adapter.
-
-    Raises:
-        RequestError: there is no adapter of this name.
-    """
+    """Return the size of an adapter."""
     _check_known(model, name)
     config = _configs(model)[name]
     return AdapterShape(config.r, float(config.lora_alpha), tuple(sorted(config.target_modules)))
 
 
 def set_rank(model: nn.Module, name: str, rank: int) -> None:
-    """Set the rank of an adapter whose parameters were already resized; α / r is kept.
-
-    Raises:
-        RequestError: there is no adapter of this name.
-    """
+    """Set the rank of an adapter whose parameters were already resized; α / r is kept."""
     shape = shape_of(model, name)
     alpha = shape.scaling * rank
     config = _configs(model)[name]
@@ -224,11 +208,7 @@ def layer_number(name: str) -> int | None:
 
 
 def decoder_layers(model: nn.Module) -> dict[int, nn.Module]:
-    """Return the decoder layers of a model by index.
-
-    Raises:
-        RequestError: the model has several stacks of layers, such as an encoder of images.
-    """
+    """Return the decoder layers of a model by index."""
     named = dict(model.named_modules())
     paths = {int(m[1]): m[0] for name in named if (m := _LAYER.match(name)) is not None}
     stacks = {m[0].removesuffix(m[1]) for name in named if (m := _LAYER.match(name)) is not None}

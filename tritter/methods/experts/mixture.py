@@ -332,6 +332,12 @@ def _checkpointed(
     mix: _Mix, checkpoint: Callable[..., Any], run: Callable[..., Any], *args: Any
 ) -> Any:
     own = mix.gates, mix.dispatch
+    is_reentrant = getattr(checkpoint, "keywords", {}).get("use_reentrant")
+    if is_reentrant and mix.gates is not None and mix.gates.weights.requires_grad:
+        raise RequestError(
+            "use_reentrant = True: reentrant checkpointing can't differentiate a router that "
+            "learns; set use_reentrant=False."
+        )
 
     def run_again(*inputs: Any) -> Any:
         latest = mix.gates, mix.dispatch
@@ -454,12 +460,7 @@ class ExpertMixture:
                 setattr(router, key, nn.Parameter(rows, requires_grad=old.requires_grad))
 
     def open(self, name: str, shape: AdapterShape, *, seed: int) -> None:
-        """Add an expert's adapter; the caller adds its router rows.
-
-        Raises:
-            RequestError: the name is already in use, a target does not exist in the model, or a
-                learned router can't gate it.
-        """
+        """Add an expert's adapter; the caller adds its router rows."""
         if name in self.names:
             raise RequestError(f"the model already has an adapter {name}.")
         vocabulary = [target for target in shape.targets if target in _VOCABULARY]
@@ -525,11 +526,7 @@ class ExpertMixture:
 
     @contextmanager
     def only(self, name: str) -> Iterator[None]:
-        """Context manager in which one expert processes every token with a gate of 1.
-
-        Raises:
-            RequestError: there is no expert of this name.
-        """
+        """Context manager in which one expert processes every token with a gate of 1."""
         self._check_known(name)
         before, self._only_expert = self._only_expert, name
         try:
@@ -539,11 +536,7 @@ class ExpertMixture:
 
     @contextmanager
     def without(self, name: str) -> Iterator[None]:
-        """Context manager that excludes an expert.
-
-        Raises:
-            RequestError: there is no expert of this name, or no other one.
-        """
+        """Context manager that excludes an expert."""
         self._check_known(name)
         if len(self.names) == 1:
             raise RequestError(f"{name} is the only expert, so it can't be excluded.")

@@ -262,6 +262,9 @@ class ElasticWeightConsolidation:
         """Return ½ λ Σ F (θ − θ*)², a scalar to add to the loss."""
         import torch
 
+        from tritter.core.models import refuse_wrapped  # imports transformers
+
+        refuse_wrapped(self.model)  # may have been sharded since
         terms = [
             (self.fisher[name] * (parameter - self.optimal_params[name]).square()).sum()
             for name, parameter in self.model.named_parameters()

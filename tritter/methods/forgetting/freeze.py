@@ -62,11 +62,7 @@ class FreezeOptions:
 
     @property
     def selection(self) -> ParameterSelection | None:
-        """The parts that are frozen as a whole, new entries included; None if there are none.
-
-        Raises:
-            RequestError: a part does not exist.
-        """
+        """The parts that are frozen as a whole, new entries included; None if there are none."""
         layers = self.layers
         if layers is None:
             is_chosen = self.new_only or self.old_experts or self.old_rows

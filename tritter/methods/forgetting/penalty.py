@@ -31,12 +31,16 @@ class Penalty:
         self.model, self.method = model, method
 
     def __call__(self) -> Tensor:
-        anchor = self.method.anchor
-        for name, parameter in self.model.named_parameters():
-            if name in anchor and parameter.shape != anchor[name].shape:
+        from tritter.core.models import refuse_wrapped  # imports transformers
+
+        refuse_wrapped(self.model)
+        now = {name: list(each.shape) for name, each in self.model.named_parameters()}
+        for name, value in self.method.anchor.items():
+            if (found := now.get(name)) != list(value.shape):
                 raise RequestError(
-                    f"{name} had shape {list(anchor[name].shape)} when protect was called, and has "
-                    f"{list(parameter.shape)} now: call protect again after the model has grown."
+                    f"{name} had shape {list(value.shape)} when protect was called, and "
+                    f"{f'has {found}' if found else 'is not a parameter'} now: call protect again "
+                    "after the model has grown."
                 )
         return self.method.penalty(self.model)
 
@@ -81,9 +85,6 @@ def old_sequences(
             ones count.
         tokenizer: of documents.
         sequence_length: that documents are packed to.
-
-    Raises:
-        RequestError: it is neither, or documents come without a tokenizer.
     """
     for batch in _sequences(old_data, tokenizer, sequence_length, count):
         if not count:

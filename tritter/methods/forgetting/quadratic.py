@@ -6,7 +6,8 @@ without a second graph over all parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from tritter.core.families import find_family
@@ -179,7 +180,9 @@ def diagonal_fisher(
         batch_size = max(1, min(batch_size, batch_size * _TOKENS // sequences.shape[1]))
     generator, done = torch.Generator(), 0
     numbers = range(len(sequences)) if numbers is None else numbers
-    with preserve_modes(model):
+    # Neither compiled code nor autocast in a forward pass takes part in per-sequence gradients
+    is_eager = torch.compiler.set_stance("force_eager")
+    with preserve_modes(model), is_eager, _without_accelerate(model):
         model.eval()
         for batch in sequences.split(batch_size):
             input_ids = batch.long().to(next(iter(parameters.values())).device)
@@ -200,6 +203,19 @@ def diagonal_fisher(
             if progress is not None:
                 progress(done, len(sequences))
     return {name: value / len(sequences) for name, value in total.items()}
+
+
+@contextmanager
+def _without_accelerate(model: nn.Module) -> Iterator[None]:
+    """Replace temporarily the forward pass with autocast of `Accelerator.prepare`."""
+    patched = model.__dict__.get("forward")
+    if patched is not None and "_original_forward" in model.__dict__:
+        model.__dict__["forward"] = model._original_forward
+    try:
+        yield
+    finally:
+        if patched is not None:
+            model.__dict__["forward"] = patched
 
 
 def mean_over(

@@ -85,9 +85,6 @@ def write_text(
         sequences_per_text: number of consecutive sequences cut from one text.
         batch_size: texts that are generated at once; another value yields other texts.
         progress: called with the length of the texts, added over batches, and the total.
-
-    Raises:
-        TritterError: the model's logits are not finite.
     """
     import torch
 
@@ -428,11 +425,7 @@ class SelfReplay(ForgettingMethod):
     def filter_sequences(
         self, written: GeneratedSequences, *, vocab_size: int
     ) -> FilteredSequences:
-        """Drop repetitive sequences, and those whose perplexity is too low or too high.
-
-        Raises:
-            RequestError: no sequence remains.
-        """
+        """Drop repetitive sequences, and those whose perplexity is too low or too high."""
         import torch
 
         highest = self.options.max_perplexity or float(vocab_size)

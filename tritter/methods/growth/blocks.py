@@ -104,11 +104,7 @@ def _module_of(model: nn.Module, name: str) -> nn.Module:
 
 
 def ffn_blocks(model: nn.Module) -> tuple[FfnBlock, ...]:
-    """Return the FFNs of a model, in layer order.
-
-    Raises:
-        RequestError: the model has adapters, or an FFN whose neurons can't grow.
-    """
+    """Return the FFNs of a model, in layer order."""
     import torch
 
     from tritter.core.models import model_of

@@ -5,9 +5,10 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
+from io import BytesIO
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -18,7 +19,7 @@ from torch.optim import Optimizer
 from tritter.checkpoints import ExpansionRecord, Lineage, Source
 from tritter.checkpoints.folder import copy_small_files
 from tritter.checkpoints.location import check_output, require_plain
-from tritter.core.models import load_model, model_of, read_model
+from tritter.core.models import load_model, model_of, read_model, refuse_wrapped
 from tritter.errors import Problem, RequestError, nearest, raise_problems
 from tritter.methods.growth.blocks import FfnBlock, freeze_all_but_ffns
 from tritter.methods.growth.grower import Grower, Growth, growth_record, map_digest
@@ -109,12 +110,20 @@ class Growable:
         """One record per event and layer: step, layer, born, replaced, died, neurons, pressure."""
         return [dict(event) for event in self._loop.grower.events]
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """Return the state of growth, which is part of `state_dict`."""
-        return self._loop.state_dict()
+    def get_extra_state(self) -> Tensor:
+        """Return the state of growth for `state_dict`, as the bytes of a file.
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+        safetensors, and so Accelerate's `save_state`, stores only tensors.
+        """
+        file = BytesIO()
+        torch.save(self._loop.state_dict(), file)
+        return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor | Mapping[str, Any]) -> None:
         """Restore the shapes of grown parameters before their weights are loaded."""
+        if isinstance(state, Tensor):  # earlier versions stored the dictionary itself
+            file = BytesIO(state.cpu().numpy().tobytes())
+            state = cast("Mapping[str, Any]", torch.load(file, weights_only=True))
         self._loop.load_state_dict(state)
 
     def _check_growth_is_safe(self) -> None:
@@ -431,6 +440,7 @@ class GrowableCausalLM(Growable, nn.Module):
             if hasattr(path_or_model, "_orig_mod"):
                 reason = "pass the model without torch.compile, and compile the result"
                 raise RequestError(Problem("model", "a compiled model", reason=reason))
+            refuse_wrapped(path_or_model)
             self.model = path_or_model
         else:
             self._folder = locate(fspath(path_or_model), key="path_or_model")

@@ -257,9 +257,6 @@ class Grower:
             restored: the result of `state_dict`.
             new: layer → int64 [k], neurons that an expansion has just added. They do not count as
                 dead before they could have matured.
-
-        Raises:
-            RequestError: this kind of model can't grow.
         """
         self._is_whole_model = blocks is None
         self.blocks = ffn_blocks(model) if blocks is None else tuple(blocks)

@@ -18,6 +18,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from tritter.core.models import refuse_wrapped
 from tritter.data.batches import this_rank
 from tritter.errors import RequestError
 from tritter.methods.growth.blocks import ActivationProbe, FfnBlock, FfnObserver, sample_rows
@@ -73,6 +74,8 @@ class PlainLoop:
         Raises:
             RequestError: the optimizer trains none of the parameters that grow.
         """
+        if hasattr(optimizer, "step_was_skipped"):  # of Accelerate; the optimizer inside it steps
+            optimizer = getattr(optimizer, "optimizer", optimizer)
         if optimizer is not None and not isinstance(optimizer, Optimizer):
             raise RequestError(
                 f"optimizer = {type(optimizer).__name__}: must be a torch.optim.Optimizer; for "
@@ -112,8 +115,9 @@ class PlainLoop:
         """Return {block index: number of new neurons}; a check, if one is due.
 
         Raises:
-            RequestError: another loop has replaced this one.
+            RequestError: another loop has replaced this one, or there are several processes.
         """
+        self._refuse_processes()
         if self._is_superseded:
             raise RequestError("growth: a newer GrowableCausalLM wraps this model; use that one.")
         step = self.steps
@@ -153,12 +157,8 @@ class PlainLoop:
             RequestError: the optimizer is not known, or there are several.
         """
         grower, step = self.grower, self.steps
-        if this_rank().count > 1:
-            raise RequestError(
-                "growth: with several processes in your own loop, each would grow differently, "
-                "and DDP would keep the old parameters; train with python train.py "
-                "growth=foam trainer=ddp."
-            )
+        self._refuse_processes()
+        refuse_wrapped(self.module)
         tracked = [each for each in self._optimizers if self._holds(each) and not self._is_rebuilt]
         if len(tracked) > 1:
             names = ", ".join(sorted(type(each).__name__ for each in tracked))
@@ -191,6 +191,14 @@ class PlainLoop:
         self.tokens.clear()
         self._decided = {}
         return growth
+
+    def _refuse_processes(self) -> None:
+        if this_rank().count > 1:
+            raise RequestError(
+                "growth: with several processes in your own loop, each would grow differently, "
+                "and DDP would keep the old parameters; train with python train.py "
+                "growth=foam trainer=ddp."
+            )
 
     # Compiled, the step count would be a guard, so that every step would be compiled again
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -229,8 +237,7 @@ class PlainLoop:
     def reshape(self, shapes: Mapping[str, tuple[int, ...]], journal: Sequence[Entry] = ()) -> None:
         """Resize parameters before values are loaded into them; overlapping values are kept.
 
-        Raises:
-            RequestError: an optimizer refers to the parameters.
+        They stay the same objects, to which an optimizer without any step yet may refer.
         """
         present = self._shapes()
         if all(present[name] == shape for name, shape in shapes.items()):
@@ -240,6 +247,7 @@ class PlainLoop:
                 "this state belongs to a grown module, and an optimizer refers to the current "
                 "parameters: load it into a new module before creating the optimizer."
             )
+        old = {name: self.module.get_parameter(name) for name in present}
         if journal:
             replay(self.module, journal)
         else:
@@ -252,6 +260,10 @@ class PlainLoop:
                 values[name] = parameter.new_zeros(shape)
                 values[name][common] = parameter[common]
             reshape(self.module, {}, values)
+        for name, parameter in old.items():
+            path, _, key = name.rpartition(".")
+            parameter.grad, parameter.data = None, self.module.get_parameter(name).data
+            setattr(self.module.get_submodule(path), key, parameter)
         self.grower.begin(self.module, blocks=self._blocks)
         self.tokens.clear()
 

@@ -103,9 +103,6 @@ class NovelSamples:
         """Set the threshold from held-out batches of known skills.
 
         The batches must not be those that the library was computed from.
-
-        Raises:
-            RequestError: there are too few samples to estimate the usual share.
         """
         samples = torch.cat([self.detector.score(each, self.library).samples for each in batches])
         share = self.options.usual_share
@@ -122,11 +119,7 @@ class NovelSamples:
         self._usual = share_bound(largest, len(samples), confidence=0.95, is_lower=False)
 
     def novel(self, seen: Observation) -> Tensor:
-        """Return a mask of novel samples, bool [B].
-
-        Raises:
-            RequestError: `calibrate` was not called.
-        """
+        """Return a mask of novel samples, bool [B]."""
         if self._threshold != self._threshold:
             raise RequestError("novelty: calibrate the bursts on held-out batches first.")
         return self.detector.score(seen, self.library).samples > self._threshold

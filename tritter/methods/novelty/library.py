@@ -141,9 +141,6 @@ def train_projection(
     Args:
         features: skill → [n, H], with n ≥ 2.
         mix: [n, H], random data; every sample is its own class.
-
-    Raises:
-        RequestError: there are too few samples.
     """
     few = [name for name, samples in features.items() if len(samples) < 2]
     if not features or few or not len(mix):
@@ -341,11 +338,7 @@ class SkillLibrary:
 
     @property
     def reference(self) -> Skill:
-        """The first skill.
-
-        Raises:
-            RequestError: the library is empty.
-        """
+        """The first skill."""
         if not self._skills:
             raise RequestError(
                 "novelty: the library is empty; first add data that the base was trained on "
@@ -388,12 +381,7 @@ class SkillLibrary:
     def train_projection(
         self, features: Mapping[str, Tensor], mix: Tensor, options: ProjectionOptions
     ) -> None:
-        """Train the head of `cosine` on samples of all known skills; see `train_projection`.
-
-        Raises:
-            RequestError: samples [n, H] of a skill are missing, without which its embedding can't
-                be recomputed.
-        """
+        """Train the head of `cosine` on samples of all known skills; see `train_projection`."""
         missing = [skill.name for skill in self if skill.name not in features]
         if missing:
             raise RequestError(

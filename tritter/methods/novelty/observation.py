@@ -145,11 +145,7 @@ def observe(
 
 
 def _middle_layer(model: nn.Module) -> nn.Module:
-    """Return decoder layer number ⌈L/2⌉ of a stock model with L layers.
-
-    Raises:
-        RequestError: the model has no decoder layers.
-    """
+    """Return decoder layer number ⌈L/2⌉ of a stock model with L layers."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     layers = layers_of(model) if lists else None
     if not layers:

@@ -360,10 +360,6 @@ class DiscoveredFamily(Family):
 
         If the other layers are those of the source, in its order, a twin of the model shows that
         identities keep its function.
-
-        Raises:
-            RequestError: no config gives these layers, or their function depends on their
-                position.
         """
         sources = tuple(layer_sources)
         deeper = _with_layers(config, sources)
@@ -581,7 +577,6 @@ def _probed(config: Config, twin: Twin, tensors: Skeleton) -> DiscoveredFamily:
         tensors=(),
         sizes=sizes,
         norm_offset=offsets.pop() if offsets else 0.0,
-        omitted_prefix=f"{twin.model.base_model_prefix}.",
         writers=writers,
         live_writers=live,
         refusals=refusals,
