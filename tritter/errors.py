@@ -1,6 +1,6 @@
 """Readable errors: the key, the value, the allowed values and the nearest match."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -172,6 +172,12 @@ def brief(value: object) -> str:
     except (ValueError, RecursionError):  # Python refuses to print huge integers
         return f"a {type(value).__name__} too large to show"
     return text if len(text) <= _BRIEF_CHARACTERS else f"{text[:_BRIEF_CHARACTERS]}…"
+
+
+def shortened(names: Sequence[str], limit: int = 5) -> str:
+    """Return names in one line, only the first of them if there are many."""
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown}, … ({len(names) - limit} more)"
 
 
 def nearest(value: str, allowed: Iterable[str], *, cutoff: float = 0.5) -> str | None:

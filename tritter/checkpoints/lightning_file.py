@@ -18,7 +18,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from tritter.checkpoints.export import Weights
 from tritter.core.families import Model, StoredTensor
-from tritter.errors import RequestError, TritterError, did_you_mean
+from tritter.errors import RequestError, TritterError, did_you_mean, shortened
 from tritter.storage.hashing import file_digest
 from tritter.storage.reading import require_file
 
@@ -49,7 +49,7 @@ def read_lightning_file(
     chosen = _prefix(path, tensors, embedding, requested=prefix)
     skipped = ""
     if prefix is not None and (others := [n for n in tensors if not n.startswith(chosen)]):
-        skipped = f"{len(others)} tensors outside '{prefix}' were skipped: {_shorten(others)}"
+        skipped = f"{len(others)} tensors outside '{prefix}' were skipped: {shortened(others)}"
         tensors = {name: value for name, value in tensors.items() if name.startswith(chosen)}
     stored = _match_tensors(path, model, tensors, chosen)
     for name in model.family.tied_names(model.config):
@@ -103,7 +103,7 @@ def _load(path: Path) -> Mapping[str, Any]:
         if objects:  # torch's own message suggests executing the file's code
             raise TritterError(
                 f"{path} contains objects other than tensors and plain data, which execute code "
-                f"when loaded: {_shorten(sorted(set(objects)))}. Nothing was executed. If you "
+                f"when loaded: {shortened(sorted(set(objects)))}. Nothing was executed. If you "
                 "trust the file, load it and save only its state_dict: "
                 "torch.save(checkpoint['state_dict'], PATH)."
             ) from error
@@ -133,9 +133,8 @@ def _state_dict(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
         or value.is_quantized
     ]
     if wrong:
-        raise TritterError(
-            f"{path} contains no state_dict: {_shorten(sorted(wrong))} are not plain dense tensors."
-        )
+        text = f"{shortened(sorted(wrong))} are not plain dense tensors"
+        raise TritterError(f"{path} contains no state_dict: {text}.")
     named = {_WRAPPERS.sub("", name): value for name, value in found.items()}
     return {name: value for name, value in named.items() if not _DERIVED.search(name)}
 
@@ -163,7 +162,7 @@ def _prefix(
         )
     raise TritterError(
         f"{path} contains no tensor whose name ends with {anchor}; it contains "
-        f"{_shorten(list(tensors))}."
+        f"{shortened(list(tensors))}."
     )
 
 
@@ -189,8 +188,3 @@ def _match_tensors(
                 f"{path}: {tensor.name} has dtype {dtype}; allowed are floating-point dtypes."
             )
     return stored
-
-
-def _shorten(names: list[str], limit: int = 5) -> str:
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown}, … ({len(names) - limit} more)"

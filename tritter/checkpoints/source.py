@@ -18,7 +18,7 @@ from tritter.checkpoints.folder import (
 )
 from tritter.checkpoints.record import Lineage
 from tritter.core.families import Config, Model, StoredTensor
-from tritter.errors import RequestError, TritterError
+from tritter.errors import RequestError, TritterError, shortened
 from tritter.storage.hashing import DigestQueue, bounded_digest
 from tritter.storage.reading import check_inside
 from tritter.storage.tensors import TensorFolder, TensorReader
@@ -98,9 +98,7 @@ class Source:
             if name != CARD_NAME and path.is_file() and bounded_digest(path) != digest:
                 changed.append(name)
         if changed:
-            raise TritterError(
-                f"{folder} was changed since its lineage was written: {', '.join(changed)}."
-            )
+            raise TritterError(_changed_text(folder, changed))
 
     @property
     def config(self) -> Config:
@@ -247,7 +245,12 @@ class Source:
         recorded = digests if self.lineage is None else self.lineage.tensor_digests
         changed = [name for name, digest in digests.items() if recorded.get(name) != digest]
         if changed:
-            raise RequestError(
-                f"{self.folder} was changed since its lineage was written: {', '.join(changed)}."
-            )
+            raise RequestError(_changed_text(self.folder, changed))
         return digests
+
+
+def _changed_text(folder: Path, names: list[str]) -> str:
+    return (
+        f"{folder} was changed since its lineage was written: {shortened(names)}. `tritter export "
+        "--ignore-lineage` makes a plain folder of the changed files."
+    )

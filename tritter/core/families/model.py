@@ -12,7 +12,7 @@ from tritter.core.families.family import Family
 from tritter.core.families.layout import LayoutKind, StoredTensor, arranged
 from tritter.core.families.logical import LogicalTensor
 from tritter.core.families.tables import family_of
-from tritter.errors import TritterError
+from tritter.errors import TritterError, shortened
 
 
 @dataclass(frozen=True)
@@ -204,12 +204,7 @@ class Model:
             found, names = found - read_as.keys(), names - files.keys()
         extra = f"that {self.model_type} does not have"
         told = {extra: sorted(found - names), "are missing": sorted(names - found)}
-        problems = [f"{len(n)} tensors {what}: {_shorten(n)}" for what, n in told.items() if n]
+        problems = [f"{len(n)} tensors {what}: {shortened(n)}" for what, n in told.items() if n]
         if text := "; ".join(problems):
             raise TritterError(f"The checkpoint does not match its config.json: {text}")
         return expected
-
-
-def _shorten(names: list[str], limit: int = 5) -> str:
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown}, … ({len(names) - limit} more)"

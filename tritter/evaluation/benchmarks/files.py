@@ -201,7 +201,7 @@ def load(
             try:
                 records_of[path] = rows = folder.rows(path, limit=limit)
                 questions.update(_questions(benchmark, path, rows, is_alone=len(files) == 1))
-            except (TextFileError, WrongFileError, TritterError) as error:
+            except (TextFileError, _WrongFileError, TritterError) as error:
                 of_benchmark += _problems_of(error, folder.key)
         names = tuple(str(path.relative_to(folder.path)) for path in files)
         found = Questions(benchmark, questions, {}, names, len(questions))
@@ -211,7 +211,7 @@ def load(
             except _TooFewExamplesError as error:
                 reason = f"{benchmark.name}: {error}"
                 of_benchmark.append(Problem(fewshot_key, num_fewshot, reason=reason))
-            except (TextFileError, WrongFileError, TritterError) as error:
+            except (TextFileError, _WrongFileError, TritterError) as error:
                 of_benchmark += _problems_of(error, folder.key)
         problems += of_benchmark
     raise_problems(problems)
@@ -234,7 +234,7 @@ def questions_of(
     except _TooFewExamplesError as error:
         reason = f"{benchmark.name}: {error}"
         raise RequestError(Problem("num_fewshot", num_fewshot, reason=reason)) from error
-    except WrongFileError as error:
+    except _WrongFileError as error:
         raise RequestError(str(error)) from error
 
 
@@ -381,7 +381,7 @@ class _TooFewExamplesError(Exception):
     """There are fewer examples than requested; the message has no subject."""
 
 
-class WrongFileError(Exception):
+class _WrongFileError(Exception):
     """Records of a file are invalid; `lines` has one line per problem."""
 
     def __init__(self, lines: Sequence[str]) -> None:
@@ -393,7 +393,7 @@ def _problems_of(error: Exception, key: str) -> list[Problem]:
     """Return the problems of a file; `key` is the option that names its folder."""
     if isinstance(error, TextFileError):
         return [Problem("", reason=line) for line in error.problems]
-    lines = error.lines if isinstance(error, WrongFileError) else [str(error).removesuffix(".")]
+    lines = error.lines if isinstance(error, _WrongFileError) else [str(error).removesuffix(".")]
     return [Problem("", reason=f"{key}: {line}.") for line in lines]
 
 
@@ -407,7 +407,7 @@ def _questions(
 ) -> Iterator[tuple[str, Question]]:
     """Yield the name and the question of every record, or its few-shot example."""
     if not rows:
-        raise WrongFileError([f"{path} has no records"])
+        raise _WrongFileError([f"{path} has no records"])
     form = benchmark.format
     if not form.fits(rows[0]):
         allowed = ", ".join(form.fields)
@@ -418,7 +418,7 @@ def _questions(
         fields = f"its records have the fields {', '.join(map(brief, names_found))}"
         problem = fields if names_found else "its records are not objects"
         purpose = "has no few-shot examples" if is_example else "is not a file"
-        raise WrongFileError(
+        raise _WrongFileError(
             [f"{path} {purpose} of {benchmark.name}: {problem}; required: {allowed}{advice}"]
         )
     wrong: list[str] = []
@@ -437,11 +437,11 @@ def _questions(
     if wrong:
         more = len(wrong) - _MAX_PROBLEMS_OF_FILE
         shown = wrong[:_MAX_PROBLEMS_OF_FILE]
-        raise WrongFileError(
+        raise _WrongFileError(
             [*shown, *([f"{path} has {more} more invalid records"] if more > 0 else [])]
         )
     if not names and not is_example:
-        raise WrongFileError([f"{path} has no records of the test split"])
+        raise _WrongFileError([f"{path} has no records of the test split"])
 
 
 def _question(form: Format, row: object, file: str, *, is_example: bool) -> Question | None:
