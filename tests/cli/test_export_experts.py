@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.cli.conftest import VOCABULARY, Run, snapshot
 from tests.cli.test_evaluate import TEXT
@@ -141,14 +142,18 @@ def test_a_vocabulary_with_adapters_comes_untied(run: Run, place: Path, is_tied:
 def test_stock_peft_merges_an_adapter_of_a_tied_vocabulary_rightly(
     run: Run, place: Path, is_tied: bool, targets: tuple[str, ...]
 ) -> None:
-    saved(tiny_llama(vocab_size=VOCABULARY, tie_word_embeddings=is_tied), place / "it")
-    live = mixture_of(
-        load_model(place / "it"), ranks=(2,), targets=[(*TARGETS, *targets)], router="evidence"
-    )
+    """The base is in bfloat16; the head is not rounded to it."""
+    model = tiny_llama(vocab_size=VOCABULARY, tie_word_embeddings=is_tied)
+    base = load_model(saved(model.bfloat16(), place / "it"))
+    live = mixture_of(base, ranks=(2,), targets=[(*TARGETS, *targets)], router="evidence")
     write_with_experts(place / "it", place / "whole", live)
     result = run("export --checkpoint whole --output out --format peft")
     assert result.code == 0 and ("tied head" in result.out) == is_tied, result.err
     (name,) = live.adapters
+    if is_tied and "lm_head" in targets:
+        stored = load_file(place / "out" / name / "adapter_model.safetensors")
+        (head,) = (each for key, each in stored.items() if key.endswith("lm_head.weight"))
+        assert head.dtype == torch.float32
     theirs = PeftModel.from_pretrained(stock(place / "it"), place / "out" / name)
     with live.only(name):
         expected = logits(live.model, TOKENS)
@@ -186,6 +191,23 @@ def test_one_expert_alone_is_merged_exactly(run: Run, place: Path) -> None:
     assert result.json["merged"]["logit_change"]["largest"] < 1e-4
     difference = logits(stock(place / "out"), TOKENS) - logits(live.model, TOKENS)
     assert difference.abs().max() < 1e-4
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_experts_of_a_model_type_without_a_table_are_merged(
+    run: Run, place: Path, is_tied: bool
+) -> None:
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes |= {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 32}
+    config = AutoConfig.for_model("stablelm", tie_word_embeddings=is_tied, **sizes)
+    saved(AutoModelForCausalLM.from_config(config), place / "it")
+    targets = [(*TARGETS, "embed_tokens", "lm_head")]
+    live = mixture_of(load_model(place / "it"), ranks=(2,), targets=targets, router="evidence")
+    ExpertFolder.of(live).write(place / "it")
+    result = run("export --checkpoint it --output out --merge --dtype float32")
+    assert result.code == 0, result.err
+    assert (logits(stock(place / "out"), TOKENS) - logits(live.model, TOKENS)).abs().max() < 1e-4
 
 
 @pytest.mark.quick_cases(2)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -107,13 +108,25 @@ def test_bad_requests_write_nothing(run: Run, base: Path, words: str, reason: st
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("family", ["opt", "falcon"])
+@pytest.mark.parametrize("family", ["opt", "falcon", "gemma4_text"])
 def test_model_types_without_a_table_get_tokens(
     run: Run, base: Path, tmp_path: Path, family: str
 ) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = {"opt": {"ffn_dim": 32, "word_embed_proj_dim": 16}, "falcon": {}}[family]
+    sizes: dict[str, dict[str, Any]] = {
+        "opt": {"ffn_dim": 32, "word_embed_proj_dim": 16},
+        "falcon": {},
+        "gemma4_text": {  # a second embedding has rows of all tokens too
+            "vocab_size_per_layer_input": VOCABULARY,
+            "hidden_size_per_layer_input": 8,
+            "num_key_value_heads": 1,
+            "intermediate_size": 32,
+            "head_dim": 8,
+            "global_head_dim": 8,
+            "num_kv_shared_layers": 0,
+        },
+    }
     config = AutoConfig.for_model(
         family,
         vocab_size=VOCABULARY,
@@ -122,7 +135,7 @@ def test_model_types_without_a_table_get_tokens(
         num_attention_heads=2,
         max_position_embeddings=64,
         pad_token_id=None,
-        **sizes,
+        **sizes[family],
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -132,6 +145,27 @@ def test_model_types_without_a_table_get_tokens(
     before, after = (stock(tmp_path / folder) for folder in ("other", "grown"))
     ids = tokens(VOCABULARY)
     assert torch.allclose(logits(after, ids)[..., :VOCABULARY], logits(before, ids), atol=1e-5)
+    assert logits(after, torch.full((1, 3), after.config.vocab_size - 1)).isfinite().all()
+
+
+@pytest.mark.full
+def test_an_embedding_that_has_more_rows_than_tokens_is_refused(run: Run, base: Path) -> None:
+    """Moshi has one row more, of the start of a text."""
+    from transformers import MoshiConfig, MoshiForCausalLM
+
+    config = MoshiConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        ffn_dim=32,
+    )
+    MoshiForCausalLM(config).save_pretrained("other")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        Path("other", name).write_bytes((base / name).read_bytes())
+    result = run("expand other --method vocab --tokens [grows] --output grown")
+    assert result.code == 2 and "does not grow with vocab_size alone" in result.err
+    assert not Path("grown").exists()
 
 
 def test_a_live_model_has_no_tokenizer_to_extend() -> None:

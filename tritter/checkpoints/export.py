@@ -87,12 +87,13 @@ class Weights:
             added: module name → delta in the weight's shape, with outputs first for weights that
                 are stored transposed.
         """
-        model, family, config = self.model, self.model.family, self.model.config
-        embedding = family.tensors[0]
-        tied = [tensor for tensor in family.tensors if tensor.unless and not tensor.exists(config)]
-        vocabulary = {tensor.disk_name.removesuffix(".weight") for tensor in (embedding, *tied)}
-        if tied and vocabulary & added.keys():
-            model = model.changed({**config, **{tensor.unless: False for tensor in tied}})
+        model = self.model
+        embedding = next(tensor for tensor in model.tensors if tensor.kind == "embed")
+        separate = model.changed({**model.config, "tie_word_embeddings": False})
+        tied = {each.name: each for each in separate.tensors if each.name not in model.shapes}
+        ends = {each.disk_name.removesuffix(".weight") for each in (embedding, *tied.values())}
+        if tied and ends & added.keys():
+            model = separate
         live = (stored for stored in model.layout("live") if not stored.is_of_experts)
         stored_layers = {stored.name.removesuffix(".weight"): stored for stored in live}
         of_name: dict[str, Tensor] = {}
@@ -103,10 +104,9 @@ class Weights:
             if stored is None or stored.shape != tuple(delta.shape):
                 raise TritterError(f"{self.name} has no layer {layer} of {list(delta.shape)}.")
             of_name |= {tensor.name: part for tensor, part in stored.unpack(delta)}
-        untied = {tensor.name for tensor in tied}
 
         def origin(name: str) -> str:
-            return embedding.name if name in untied else name
+            return embedding.name if name in tied else name
 
         def read(name: str) -> Tensor:
             value = self.read(origin(name))

@@ -270,12 +270,11 @@ def _untied_head(source: Source, adapter: StoredAdapter) -> dict[str, Tensor]:
         return {}
     weight = source.read("embed")
     if head in adapter.factors:
-        down, up = (
-            each.to(torch.promote_types(weight.dtype, torch.float32))
-            for each in adapter.factors[head]
-        )
-        scaling = adapter.shape.scaling
-        weight = (weight + scaling * (up @ down)).to(weight.dtype)
+        down, up = adapter.factors[head]
+        # Not rounded to the base's dtype, so that the head is as exact as the other factors
+        dtype = torch.promote_types(weight.dtype, up.dtype)
+        delta = adapter.shape.scaling * (up.float() @ down.float())
+        weight = (weight + delta).to(dtype)
     return {head: weight.contiguous()}
 
 

@@ -112,11 +112,12 @@ Refused in all of them: `aki`, `split` and `gqa`, appended experts, [`moe`](expa
 routing losses and 8-bit or 4-bit weights. \
 `data.packing=documents` is refused if a token depends on earlier documents, which is measured. \
 Training, forgetting mitigation, the [gate](../concepts/gate.md), [LoRA \
-experts](../how-to/add_lora_experts.md) and export work as for other models. In multimodal models \
-the text decoder grows; the other parts are unchanged, and LoRA experts are refused. Where \
-`AutoModelForCausalLM` loads the text alone (Qwen3.5), the result has only that. Tensors that the \
-model class does not read, such as heads for multi-token prediction, are left out and listed. \
-FLOP counts leave out the scans of recurrent layers.
+experts](../how-to/add_lora_experts.md) and export work as for other models, but experts need \
+layers named `layers.N`, `h.N` or `blocks.N`, which BERT and its relatives do not have. In \
+multimodal models the text decoder grows; the other parts are unchanged, and LoRA experts are \
+refused. Where `AutoModelForCausalLM` loads the text alone (Qwen3.5), the result has only that. \
+Tensors that the model class does not read, such as heads for multi-token prediction, are left out \
+and listed. FLOP counts leave out the scans of recurrent layers.
 
 """
 

@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests import oracle
 from tests.oracle.families import tiny
@@ -21,9 +22,11 @@ from tritter.errors import RequestError, TritterError
 from tritter.methods.experts.adapters import (
     AdapterShape,
     Factors,
+    adaptable,
     adapted_layers,
     add_adapter,
     factors,
+    layer_number,
     parameters_of,
     remove_adapter,
     set_rank,
@@ -132,6 +135,37 @@ def test_what_a_target_may_be_is_said() -> None:
             add_adapter(each, "other", AdapterShape(2, 2.0, ("lm_haed",)), seed=0)
     with pytest.raises(RequestError, match=r"experts\.targets = base_layer"):
         add_adapter(model, "other", AdapterShape(2, 2.0, ("base_layer",)), seed=0)
+
+
+@pytest.mark.parametrize("model_type", ["mpt", "mamba2"])
+def test_all_layers_that_peft_takes_get_adapters(model_type: str) -> None:
+    """MPT calls its layers blocks; PEFT refuses `out_proj` of Mamba."""
+    sizes: dict[str, Any] = {
+        "mpt": {"d_model": 16, "n_heads": 2, "max_seq_len": 32},
+        "mamba2": {"hidden_size": 16, "num_heads": 4, "head_dim": 8, "n_groups": 2},
+    }
+    config = AutoConfig.for_model(model_type, vocab_size=31, **sizes[model_type])
+    config.num_hidden_layers = 2
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = oracle.tokens(31)
+    before = oracle.logits(model, ids)
+    targets = tuple(sorted(adaptable(model)))
+    ExpertMixture(model, router="evidence").add("e0", AdapterShape(2, 4.0, targets), seed=0)
+    assert torch.equal(oracle.logits(model, ids), before)
+    assert {layer_number(name) for name, _ in adapted_layers(model)} == {None, 0, 1}
+    with torch.no_grad():
+        for parameter in parameters_of(model, "e0").values():
+            parameter.normal_(std=0.1)
+        texts = [model.generate(ids, max_new_tokens=6, use_cache=each) for each in (True, False)]
+    assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize(("family", "target"), [("llama", "lm_head"), ("gpt2", "wte")])
+def test_a_learned_router_gates_no_vocabulary(family: str, target: str) -> None:
+    mixture = ExpertMixture(tiny(family))
+    with pytest.raises(RequestError, match=f"targets = {target}: a learned router needs hidden"):
+        mixture.add("e0", AdapterShape(2, 4.0, (target,)), seed=0)
+    assert not mixture.names
 
 
 @pytest.mark.parametrize("routing", [Routing(), Routing(top_k=2), Routing(top_k=1)])

@@ -181,7 +181,11 @@ class BoundVocab:
         tensors = {}
         for tensor in target.tensors:
             name = tensor.name
-            sizes = zip(before[name], after[name], strict=True)
+            sizes = tuple(zip(before[name], after[name], strict=True))
+            follow = {a for a, b in sizes if a != b}
+            if follow - {old} or (tensor.kind == "embed" and not follow):
+                reason = f"{tensor.disk_name} {[*before[name]]} does not grow with vocab_size alone"
+                raise RequestError(Problem(_KEY, reason=reason))
             axes = tuple(rows if a != b else None for a, b in sizes)
             if not any(axes):
                 tensors[name] = TensorMap(source=name)

@@ -24,7 +24,8 @@ from tritter.training.parameters import WRAPPED
 
 # Fused tensors of a layer's experts → names that PEFT would mistake for parts of them
 _FUSED = {"down_proj": ("down_proj",), "gate_up_proj": ("gate_proj", "up_proj")}
-_LAYER = re.compile(r"(?:^|.*\.)(?:layers|h)\.(\d+)(?=\.)")  # h in GPT-2
+_MAMBA = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}  # PEFT refuses out_proj
+_LAYER = re.compile(r"(?:^|.*\.)(?:layers|h|blocks)\.(\d+)(?=\.)")  # h in GPT-2, blocks in MPT
 _OWN = re.compile(r".*\.lora_(?:embedding_)?[AB]\.(?P<adapter>[^.]+)(?:\.weight)?")
 _PARTS = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
@@ -224,7 +225,7 @@ def adaptable(model: nn.Module, *, whole: bool = True) -> set[str]:
     """Return the last names of the layers that can get adapters.
 
     In models that store all experts of a layer as one tensor, PEFT would mistake `down_proj` and
-    similar names for parts of it; there these names are excluded.
+    similar names for parts of it; there these names are excluded. So is `out_proj` in Mamba.
 
     Args:
         model: the model.
@@ -232,7 +233,10 @@ def adaptable(model: nn.Module, *, whole: bool = True) -> set[str]:
     """
     ends = ("get_input_embeddings", "get_output_embeddings") if whole else ()
     vocabulary = [getattr(model, each)() for each in ends if hasattr(model, each)]
-    parameter_names = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
+    names = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
+    excluded = {part for fused, parts in _FUSED.items() if fused in names for part in parts}
+    if getattr(getattr(model, "config", None), "model_type", None) in _MAMBA:
+        excluded.add("out_proj")
     return {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
@@ -243,7 +247,7 @@ def adaptable(model: nn.Module, *, whole: bool = True) -> set[str]:
             and not name.endswith(WRAPPED)
         )
         or any(module is each for each in vocabulary)
-    } - {part for fused, parts in _FUSED.items() if fused in parameter_names for part in parts}
+    } - excluded
 
 
 def is_of_adapter(name: str) -> bool:

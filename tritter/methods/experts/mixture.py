@@ -18,6 +18,7 @@ from tritter.errors import RequestError, did_you_mean
 from tritter.methods.experts.adapters import (
     AdapterShape,
     Factors,
+    adaptable,
     adapted_layers,
     adapter_names,
     add_adapter,
@@ -43,7 +44,6 @@ _SEEN = "seen_by_experts"  # attribute of a key-value cache
 _LEAST = -8.0  # minimum of a logit relative to the largest, so that no gate vanishes
 ROUTER, _EVIDENCE = "expert_router", "expert_evidence"
 _BASE_EXPERT = "base"
-_VOCABULARY = ("embed_tokens", "lm_head")
 _MIXTURE = "expert_mixture"
 
 
@@ -154,6 +154,14 @@ class _Seen:
 
     tail: Tensor
     number: int
+
+
+def _num_tokens(cache: Any) -> int:
+    """Return the number of tokens that a cache covers; without attention 1 if there are some."""
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:
+        return int(cache.has_previous_state())
 
 
 def _reordered(cache: Any, reorder: Callable[[Tensor], None], beams: Tensor) -> None:
@@ -388,7 +396,7 @@ class ExpertMixture:
             raise RequestError(f"the model already has adapters: {', '.join(adapter_names(model))}")
         layers = decoder_layers(model)
         if not layers:
-            raise RequestError("the model has no decoder layers named layers.N for experts.")
+            raise RequestError("the model has no decoder layers named layers.N, h.N or blocks.N.")
         self.model = model
         vars(model)[_MIXTURE] = self
         self.names: list[str] = [_BASE_EXPERT] if has_base else []
@@ -463,7 +471,8 @@ class ExpertMixture:
         """Add an expert's adapter; the caller adds its router rows."""
         if name in self.names:
             raise RequestError(f"the model already has an adapter {name}.")
-        vocabulary = [target for target in shape.targets if target in _VOCABULARY]
+        outside = adaptable(self.model) - adaptable(self.model, whole=False)
+        vocabulary = [target for target in shape.targets if target in outside]
         if vocabulary and self.evidence is None:
             raise RequestError(
                 f"experts.targets = {vocabulary[0]}: a learned router needs hidden states, which "
@@ -578,7 +587,7 @@ class ExpertMixture:
         seen, mask, cache = ids, kwargs.get("attention_mask"), cache_in(kwargs)
         if mask is not None and mask.ndim == 2:
             seen = ids.masked_fill(mask[:, -ids.shape[1] :] == 0, _NO_TOKEN)
-        if cache is not None and (number := cache.get_seq_length()):
+        if cache is not None and (number := _num_tokens(cache)):
             earlier: _Seen | None = getattr(cache, _SEEN, None)
             if earlier is None or earlier.number != number or len(earlier.tail) != len(ids):
                 raise RequestError(
@@ -608,7 +617,7 @@ class ExpertMixture:
             cache.reorder_cache = partial(_reordered, cache, cache.reorder_cache)
         # Later tokens depend only on these
         tail = self._seen[:, -self.evidence.window :]
-        setattr(cache, _SEEN, _Seen(tail, cache.get_seq_length()))
+        setattr(cache, _SEEN, _Seen(tail, _num_tokens(cache)))
 
     def _route(
         self, mix: _Mix, layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]

@@ -252,7 +252,9 @@ class DiscoveredFamily(Family):
     def with_vocabulary(self, config: Config, size: int) -> Config:
         if "vocab_size" not in self.sizes:
             return super().with_vocabulary(config, size)
-        return with_decoder(config, super().with_vocabulary({}, size))
+        inner, key = decoder_config(complete(config)), "vocab_size_per_layer_input"  # of Gemma 4
+        more: Config = {key: size} if inner.get(key) == inner["vocab_size"] else {}
+        return with_decoder(config, super().with_vocabulary(more, size))
 
     def with_experts(self, config: Config, num_experts: int, experts_per_token: int) -> Config:
         reason = "" if self.axes is None else self.axes.refused.get("experts", "")
