@@ -102,6 +102,14 @@ def test_only_what_differs_is_told_of_the_settings(run: Run, runs: Path) -> None
     assert [group["runs"] for group in seeds["groups"]] == [["first", "other"]]
 
 
+def test_a_terminal_shows_what_takes_seconds(
+    run: Run, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "computing bounds" in run("compare first better").err
+    assert "drawing the figures" in run("report first --output page.html").err
+
+
 def test_the_terminal_names_runs_once(run: Run, runs: Path) -> None:
     result = run("compare first better other")
     assert result.code == 0, result.err

@@ -42,6 +42,14 @@ def test_greedy_by_default(run: Run, sources: Path, family: str) -> None:
     assert result.json["prompt"] == "the model grows"
 
 
+def test_a_terminal_shows_that_the_model_is_loaded(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    result = run("generate base --max-new-tokens 2 --prompt layer --json")
+    assert "loading the model" in result.err and result.json["prompt"] == "layer"
+
+
 def test_a_grown_model_says_the_same(run: Run, place: Path) -> None:
     assert run("expand --checkpoint base --method width,llama-pro").code == 0
     words = "--max-new-tokens 12 --prompt layer"

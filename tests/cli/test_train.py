@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
@@ -37,6 +38,7 @@ from tritter.data.options import DatasetsConfig, TextDataConfig
 from tritter.errors import RequestError
 from tritter.methods.forgetting.ewc import EWCOptions
 from tritter.pipeline import find_rate
+from tritter.stopping import Stopped
 from tritter.storage.writer import TensorStream
 from tritter.transform import expand
 
@@ -119,6 +121,42 @@ def test_a_checkpoint_is_trained_with_a_method_from_outside(
     (one,) = configs[0].forgetting
     assert (one.name, one.arguments) == ("damp", {"share": 0.25})
     assert run(f"{line} --config-dir nowhere").code == 2
+
+
+def test_the_summary_is_one_json_object(
+    run: Run, texts: Path, configs: list[RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--json` of every command; a run that is finished already has it too."""
+    line = "train base --data data/pretraining --old-data old data.sequence_length=32 --json"
+    for _ in range(2):
+        result = run(line)
+        assert (result.code, result.json) == (0, {})
+    assert "This run is finished" in result.err and len(configs) == 1
+    program = run("train data=text data.old=old data.new=data/pretraining --json")
+    assert program.json == {} and len(configs) == 2
+    refused = run("train -m seed=0,1 --json")
+    assert refused.code == 2 and "--json" in refused.err and not refused.out
+
+    def rates(config: RunConfig, folder: Path) -> find_rate.FoundRates:
+        print("a table")
+        return find_rate.FoundRates.of([(1e-4, 3.0), (1e-3, 2.0)], configured=1e-3)
+
+    monkeypatch.setattr(find_rate, "find_rate", rates)
+    tested = run(f"{line} --find-lr")
+    assert tested.json["losses"] == [3.0, 2.0] and "a table" in tested.err
+
+
+def test_a_stopped_run_with_json_says_where_it_resumes(
+    run: Run, texts: Path, configs: list[RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(config: RunConfig, *, run_folder: Path) -> Any:
+        raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(train_module, "_pipeline", stop)
+    line = "train base --data data/pretraining --old-data old data.sequence_length=32 --json"
+    result = run(line)
+    assert (result.code, result.out) == (143, "")
+    assert "base-continued" in result.err and "Nothing was written" not in result.err
 
 
 def test_what_the_options_mean(run: Run, texts: Path, configs: list[RunConfig]) -> None:

@@ -19,6 +19,7 @@ from tritter.cli.output import display_path, new_console, print_json, print_tabl
 from tritter.cli.report import FoundRuns, find_runs, metric_rows, read_runs
 from tritter.errors import Problem, RequestError, TritterError
 from tritter.storage.reading import LINEAGE_NAME, SUMMARY_FILE, read_object
+from tritter.terminal import status
 
 if TYPE_CHECKING:
     from tritter.report.compared import Comparison, Scores
@@ -152,7 +153,9 @@ def _print(comparison: Comparison, notes: Sequence[str], output: Path | None) ->
     for number, each in enumerate(comparison.runs):
         console.print(Text(f"{letter(number)}  {console.printable(each.name)}"), soft_wrap=True)
     console.print()
-    for title, table in comparison.with_letters().tables().items():
+    with status("computing bounds"):
+        tables = comparison.with_letters().tables()
+    for title, table in tables.items():
         # A label equal to the one in the row before is not repeated
         rows, before, is_grouped = [], "", table.header[0] in ("domain", "setting")
         for first, *others in table.rows:

@@ -32,6 +32,7 @@ from tritter.report.table import Table
 from tritter.report.wording import number_text
 from tritter.storage.hub import locate
 from tritter.storage.reading import named_path
+from tritter.terminal import status
 
 if TYPE_CHECKING:
     from torch import nn
@@ -183,7 +184,8 @@ def evaluate(
             )
         elif not chosen:
             domains = losses_of.learned_domains(folder, lineage, tokenizer)
-        model = _read_model(folder)
+        with status("loading the model"):
+            model = _read_model(folder)
     domains = domains.limited(limit).noted(length := window_length(lineage, whole.position_limit))
     with progress_bars(is_shown=not as_json) as new_bar:
         losses = losses_of.domain_losses(

@@ -179,14 +179,7 @@ def export_adapters(
 ) -> None:
     """Write each expert as a stock adapter in a subfolder of `output`, or one merged adapter.
 
-    Args:
-        checkpoint: folder or hub id of the checkpoint.
-        output: the folder to write.
-        is_merged: write one merged adapter.
-        rank: rank of the merged adapter; None for the lossless one.
-        dtype: dtype of the factors; None keeps it.
-        overwrite: replace an earlier export at `output`.
-        as_json: print one JSON object.
+    A merged adapter is lossless without `rank`. Without `dtype`, factors keep theirs.
     """
     with refuse_damage():
         folder = locate(checkpoint, key="--checkpoint")

@@ -15,7 +15,7 @@ from tritter.limits import MAX_NEW_TOKENS
 from tritter.loading import loading
 from tritter.storage.hub import locate
 from tritter.storage.tensors import WEIGHT_DTYPES
-from tritter.terminal import say
+from tritter.terminal import say, status
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -94,7 +94,8 @@ def generate(
             writer.room(first)
         if tokenizer.chat_template is not None and not chat:
             say(f"note: {folder} has a chat template; --chat sends a message.", is_error=True)
-        model = _read_model(folder, whole)
+        with status("loading the model"):
+            model = _read_model(folder, whole)
     if first is None:
         _converse(writer, model, system)
         return 0
@@ -180,13 +181,7 @@ def _read_line() -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Written:
-    """New text.
-
-    Args:
-        text: the text.
-        num_tokens: number of new tokens.
-        is_complete: the model ended it, rather than the limit of tokens.
-    """
+    """New text, and whether the model ended it, rather than the limit of tokens."""
 
     text: str
     num_tokens: int
@@ -242,11 +237,9 @@ class _Writer:
         return ids
 
     def room(self, ids: Tensor, *, default: int = 1) -> int:
-        """Return the limit of new tokens after a prompt.
+        """Return the limit of new tokens after a prompt, int64 [1, T].
 
-        Args:
-            ids: the prompt, int64 [1, T].
-            default: the limit without `--max-new-tokens`, if the model has that many positions.
+        Without `--max-new-tokens`, it is `default`, or the positions that are left.
         """
         num_tokens, limit = ids.shape[-1], self.max_new_tokens or 1
         if num_tokens == 0:

@@ -95,9 +95,7 @@ def history(
 def describe_origin(link: Link, *, max_experts: int | None = None) -> str:
     """Return a short description of a checkpoint's origin.
 
-    Args:
-        link: the checkpoint.
-        max_experts: maximum number of experts to list by name; otherwise only their number.
+    More than `max_experts` experts are not listed by name.
     """
     lineage = link.lineage
     if link.problem:

@@ -25,7 +25,7 @@ from tritter.loading import loading
 from tritter.report.table import Table
 from tritter.report.wording import ACCURACY, MISSING, count_text
 from tritter.storage.hub import locate
-from tritter.terminal import Console
+from tritter.terminal import Console, status
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,7 +114,8 @@ class _RecordedMap:
         from tritter.core.families import Model
 
         try:
-            rebuilt = _rebuild_map(record)
+            with status("rebuilding the parameter map"):
+                rebuilt = _rebuild_map(record)
             ends = (Model(dict(each)) for each in (record.source_config, record.target_config))
             rows = _map_rows(rebuilt, *ends)
         except (TritterError, KeyError) as error:

@@ -86,13 +86,10 @@ app = typer.Typer(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line and return its exit code.
+    """Run a command line, by default that of the process, and return its exit code.
 
     The exit codes are 0 (done), 1 (failed), 2 (invalid request), 3 (a check failed), 130 (Ctrl-C),
     141 (broken pipe) and 143 (SIGTERM).
-
-    Args:
-        arguments: command-line arguments; those of the process by default.
     """
     argv = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:

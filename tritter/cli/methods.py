@@ -194,12 +194,7 @@ def method_names(values: Sequence[str]) -> tuple[str, ...]:
 
 
 def specs_of(methods: Sequence[str], typed: Mapping[str, Any]) -> tuple[ExpansionSpec, ...]:
-    """Return the expansions that methods and options describe.
-
-    Args:
-        methods: names of the methods, in order.
-        typed: option → typed value.
-    """
+    """Return the expansions of method names, in order, with option → typed value."""
     from tritter.config.components import Reader, method_class, read_methods
     from tritter.options import parse_word
 

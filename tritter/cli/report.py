@@ -21,6 +21,7 @@ from tritter.cli.output import new_console, print_json, short
 from tritter.errors import Problem, RequestError, TritterError, raise_problems
 from tritter.storage.atomic import atomic_folder, refuse_existing
 from tritter.storage.reading import RUN_FILE, SUMMARY_FILE, read_object, read_text
+from tritter.terminal import status
 
 if TYPE_CHECKING:
     from tritter.report.runs import Curve, EndedRun
@@ -64,7 +65,8 @@ def report(
     title = f"Runs in {name}" if len(folders) == 1 else f"{len(runs)} runs"
     if len(runs) == 1:
         title = f"Run {name}"
-    text, pictures = page(runs, title=title, notes=found.notes)
+    with status("drawing the figures"):
+        text, pictures = page(runs, title=title, notes=found.notes)
     file.write(text)
     if figures is not None:
         with atomic_folder(figures) as temporary:

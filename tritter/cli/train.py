@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 import textwrap
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout, suppress
+from dataclasses import asdict
 from datetime import datetime
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,13 +18,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from tritter.cli.options import flag, option, parse_path
+from tritter.cli.options import AsJson, flag, option, parse_path
+from tritter.cli.output import print_json
 from tritter.config.launch.command_line import HELP_FLAGS, takes_value
 from tritter.config.suggestions import flag_advice
 from tritter.errors import Names, Problem, RequestError, TritterError, did_you_mean, use_names
 from tritter.loading import loading
+from tritter.stopping import Stopped
 from tritter.storage.atomic import refuse_existing
-from tritter.storage.reading import RUN_FILE, named_path
+from tritter.storage.reading import RUN_FILE, SUMMARY_FILE, named_path, read_text
 from tritter.terminal import say
 
 if TYPE_CHECKING:
@@ -86,8 +91,6 @@ _RunDir = Annotated[
         parser=parse_path,
     ),
 ]
-
-
 _FindLr = Annotated[
     bool,
     flag(
@@ -149,6 +152,7 @@ def train(
     old_data: _OldData = None,
     output: _RunDir = None,
     find_lr: _FindLr = False,
+    as_json: AsJson = False,
 ) -> int:
     """Grow and train a model, or continue training a checkpoint (same as train.py)."""
     from tritter.config.launch.entry import main
@@ -157,13 +161,13 @@ def train(
     if HELP_FLAGS & set(arguments):
         _print_options(context)
         return main(_pipeline, arguments=arguments)
-    typed = [each for each, value in context.params.items() if value]
-    if find_lr:  # its folder needs no checkpoint
-        typed = [each for each in typed if each not in ("find_lr", "output")]
-    if not (typed or plain):
-        return _find_rate(arguments, output) if find_lr else main(_pipeline, arguments=arguments)
-    if "--version" in arguments:
-        return main(_pipeline, arguments=arguments)
+    begin: Callable[..., int] = _run_json if as_json else partial(main, _pipeline)
+    needless = {"as_json"}  # options that need no checkpoint
+    if find_lr:
+        begin, needless = partial(_find_rate, output, as_json), {"as_json", "find_lr", "output"}
+    typed = [each for each, value in context.params.items() if value and each not in needless]
+    if not (typed or plain) or "--version" in arguments:
+        return begin(arguments=arguments)
     checkpoint = _named_checkpoint(plain, checkpoint, typed)
     _check_flags(arguments)
     if mode not in (None, "continue"):
@@ -193,7 +197,7 @@ def train(
     )
     keys = _typed_keys(context.args)
     with use_names(Names.of({k: o for k, o in _OPTIONS.items() if not _is_typed(k, keys)})):
-        return _find_rate(arguments, output) if find_lr else main(_pipeline, arguments=arguments)
+        return begin(arguments=arguments)
 
 
 def _print_options(context: typer.Context) -> None:
@@ -335,12 +339,7 @@ def _sources(
 
 
 def _recorded_settings(folder: Path, *, is_text: bool) -> dict[str, Any]:
-    """Return key → value of settings that continued training reuses from the lineage.
-
-    Args:
-        folder: the checkpoint folder.
-        is_text: True if the data are text files, whose records have a text field.
-    """
+    """Return key → value of settings that continued training reuses from the lineage."""
     from tritter.checkpoints import read_lineage
 
     try:
@@ -415,7 +414,25 @@ def _pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
     return run_pipeline(config, run_folder=run_folder)
 
 
-def _find_rate(arguments: Sequence[str], output: Path | None) -> int:
+def _run_json(*, arguments: Sequence[str]) -> int:
+    """Run a single run and print its summary.json; everything else goes to standard error."""
+    from tritter.config.launch.entry import run_once
+    from tritter.config.run_folder import read_status
+
+    if {"-m", "--multirun"} & set(arguments):
+        raise RequestError("--json prints the summary of one run: it can't be combined with -m.")
+    try:
+        with redirect_stdout(sys.stderr):
+            folder = run_once(arguments, _pipeline)
+    except Stopped as stop:
+        for run_folder in stop.advice:
+            stop.add_note(f"Repeat the command with the same run folder to resume: {run_folder}")
+        raise
+    say(read_text(folder / SUMMARY_FILE).rstrip())
+    return read_status(folder).exit_code
+
+
+def _find_rate(output: Path | None, as_json: bool, *, arguments: Sequence[str]) -> int:
     """Run the range test of a run that is not started."""
     from tritter.config.launch.entry import config_of_run
 
@@ -425,5 +442,8 @@ def _find_rate(arguments: Sequence[str], output: Path | None) -> int:
     with loading("lightning"):
         from tritter.pipeline.find_rate import find_rate
 
-    find_rate(config, folder=folder)
+    with redirect_stdout(sys.stderr if as_json else sys.stdout):
+        found = find_rate(config, folder=folder)
+    if as_json:
+        print_json(asdict(found))
     return 0

@@ -189,8 +189,7 @@ class PlannedExpansion:
     @property
     def vocabulary(self) -> BoundVocab | None:
         """The expansion of the vocabulary, if there is one."""
-        specs = (step.spec for step in self.steps)
-        return next((spec for spec in specs if isinstance(spec, BoundVocab)), None)
+        return next((s.spec for s in self.steps if isinstance(s.spec, BoundVocab)), None)
 
     @property
     def change(self) -> Change:

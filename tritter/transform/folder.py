@@ -352,7 +352,7 @@ def disk_needs(
     """
     state = opened.state
     streams = {} if state is None else _state_streams(plan, state)
-    others = [entry for each in streams.values() for entry in each.entries]
+    others = [entry.num_bytes for each in streams.values() for entry in each.entries]
     stream = _stream(opened, plan, dtype=dtype, kind="hub", progress=None)
     shapes, maps = plan.target.padded_shapes(), plan.parameter_map.tensors
     weights = padded(stream, shapes).entries
@@ -372,16 +372,14 @@ def disk_needs(
             + _WIDE * max((prod(shape_of(name)) for name in copied), default=0)
         )
         rare = max(rare, *(part.rare for part in parts))
-    largest = max((entry.num_bytes for entry in others), default=0)
     of_weights = sum(sorted(usual)[-num_threads() :]) + rare
-    of_state = (MAX_PENDING_TENSORS + _AT_ONCE_OF_STATE) * largest
+    of_state = (MAX_PENDING_TENSORS + _AT_ONCE_OF_STATE) * max(others, default=0)
     kept_sequences = opened.folder / STATE_FOLDER / KEPT_FILE
     files = sum(path.stat().st_size for path in small_files(opened.folder))
     unit = 1 if sys.platform == "darwin" else 1024  # bytes
     return DiskNeeds(
         weights=sum(entry.num_bytes for entry in weights),
-        state=sum(e.num_bytes for e in others)
-        + (kept_sequences.stat().st_size if kept_sequences.is_file() else 0),
+        state=sum(others) + (kept_sequences.stat().st_size if kept_sequences.is_file() else 0),
         others=files + _BYTES_OF_RECORDS + _BYTES_OF_A_NAME * (len(weights) + len(others)),
         in_flight=KEPT_BYTES + max(of_weights + router_bytes(plan), of_state),
         process=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,

@@ -295,7 +295,9 @@ class Family:
             for (kind, width), times in Counter(zip(kinds, widths, strict=True)).items()
         ]
         tensors = parameters = 0
-        for template in (each for each in self.tensors if each.exists(config)):
+        for template in self.tensors:
+            if not template.exists(config):
+                continue
             for kind, times, own in layers if template.is_per_layer else [("none", 1, sizes)]:
                 if template.layers in ("all", kind):
                     number = times * (sizes.num_experts if template.is_per_expert else 1)
@@ -317,8 +319,12 @@ class Family:
 
     def tied_names(self, config: Config) -> set[str]:
         """Return the names of tied tensors, which a file may hold redundantly."""
-        tied = (t for t in self.tensors if t.unless and not t.exists(config))
-        return {name for t in tied for name in (t.disk_name, t.live_name or t.disk_name)}
+        return {
+            name
+            for tensor in self.tensors
+            if tensor.unless and not tensor.exists(config)
+            for name in (tensor.disk_name, tensor.live_name or tensor.disk_name)
+        }
 
     def read_as(
         self, config: Config, extra: Collection[str], missing: Collection[str]
