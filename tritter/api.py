@@ -709,8 +709,8 @@ def protect(
 
     Raises:
         RequestError: the method or an option is unknown, old data or the tokenizer is missing, the
-            model is a PeftModel, or the method needs more than a penalty. The message names the
-            alternative.
+            model is a PeftModel or sharded, or the method needs more than a penalty. The message
+            names the alternative.
     """
     from tritter.data.packing import marks_read
     from tritter.data.tokens import TextBounds

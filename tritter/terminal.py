@@ -11,8 +11,16 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import (
+    AbstractContextManager,
+    contextmanager,
+    nullcontext,
+    redirect_stderr,
+    redirect_stdout,
+    suppress,
+)
 from threading import Event, Thread
+from typing import TextIO
 
 from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, RenderableType
@@ -54,6 +62,36 @@ def say(text: str, *, is_error: bool = False, end: str = "\n") -> None:
         print(_encodable(harmless(text), encoding), file=stream, end=end, flush=True)
     except BrokenPipeError as error:
         raise Stopped(signal.SIGPIPE) from error
+
+
+@contextmanager
+def redirected(number: int, file: TextIO) -> Iterator[None]:
+    """Send standard output (1) or standard error (2) to a file.
+
+    The descriptor of the process is redirected, because of child processes and of log handlers
+    that a library makes inside and that stay.
+    """
+    stream = sys.stdout if number == 1 else sys.stderr
+    if not _is_descriptor(stream, number):  # replaced, as notebooks and tests do
+        with (redirect_stdout if number == 1 else redirect_stderr)(file):
+            yield
+        return
+    stream.flush()
+    before = os.dup(number)
+    os.dup2(file.fileno(), number)
+    try:
+        yield
+    finally:
+        stream.flush()
+        os.dup2(before, number)
+        os.close(before)
+
+
+def _is_descriptor(stream: TextIO, number: int) -> bool:
+    try:
+        return stream.fileno() == number
+    except (OSError, ValueError, AttributeError):  # closed, or not a file
+        return False
 
 
 def close_pipe() -> None:

@@ -151,7 +151,9 @@ def test_a_checkpoint_of_a_development_version_is_read_as_a_plain_folder(
     assert run("inspect out").code == 0
 
 
-@pytest.mark.parametrize("name", ["additional_chat_templates/tool_use.jinja", "vocab.txt"])
+@pytest.mark.parametrize(
+    "name", ["additional_chat_templates/tool_use.jinja", "vocab.txt", "tekken.json"]
+)
 def test_tokenizer_files_are_kept_and_recorded(run: Run, place: Path, name: str) -> None:
     """transformers writes further templates in a folder of their own, and classes name files."""
     (place / "base" / name).parent.mkdir(exist_ok=True)

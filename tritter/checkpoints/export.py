@@ -90,7 +90,12 @@ class Weights:
         model = self.model
         embedding = next(tensor for tensor in model.tensors if tensor.kind == "embed")
         separate = model.changed({**model.config, "tie_word_embeddings": False})
-        tied = {each.name: each for each in separate.tensors if each.name not in model.shapes}
+        tied = {
+            each.name: each
+            for each in separate.tensors
+            if each.name not in model.shapes
+            and separate.shapes[each.name] == model.shapes[embedding.name]
+        }
         ends = {each.disk_name.removesuffix(".weight") for each in (embedding, *tied.values())}
         if tied and ends & added.keys():
             model = separate

@@ -7,7 +7,7 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from datetime import datetime
 from functools import partial
@@ -27,7 +27,7 @@ from tritter.loading import loading
 from tritter.stopping import Stopped
 from tritter.storage.atomic import refuse_existing
 from tritter.storage.reading import RUN_FILE, SUMMARY_FILE, named_path, read_text
-from tritter.terminal import say
+from tritter.terminal import redirected, say
 
 if TYPE_CHECKING:
     from tritter.config.launch.jobs import Outcome
@@ -91,6 +91,7 @@ _RunDir = Annotated[
         parser=parse_path,
     ),
 ]
+_NOT_ONE_RUN = {"-m", "--multirun", "-c", "--cfg", "-i", "--info", "--version"}
 _FindLr = Annotated[
     bool,
     flag(
@@ -419,14 +420,15 @@ def _run_json(*, arguments: Sequence[str]) -> int:
     from tritter.config.launch.entry import run_once
     from tritter.config.run_folder import read_status
 
-    if {"-m", "--multirun"} & set(arguments):
-        raise RequestError("--json prints the summary of one run: it can't be combined with -m.")
+    if wrong := sorted(_NOT_ONE_RUN & {each.partition("=")[0] for each in arguments}):
+        text = f"--json prints the summary of one run: it can't be combined with {wrong[0]}."
+        raise RequestError(text)
     try:
-        with redirect_stdout(sys.stderr):
+        with redirected(1, sys.stderr):
             folder = run_once(arguments, _pipeline)
     except Stopped as stop:
         for run_folder in stop.advice:
-            stop.add_note(f"Repeat the command with the same run folder to resume: {run_folder}")
+            stop.add_note(f"Resume with: tritter train resume={run_folder} --json")
         raise
     say(read_text(folder / SUMMARY_FILE).rstrip())
     return read_status(folder).exit_code
@@ -442,7 +444,7 @@ def _find_rate(output: Path | None, as_json: bool, *, arguments: Sequence[str]) 
     with loading("lightning"):
         from tritter.pipeline.find_rate import find_rate
 
-    with redirect_stdout(sys.stderr if as_json else sys.stdout):
+    with redirected(1, sys.stderr) if as_json else nullcontext():
         found = find_rate(config, folder=folder)
     if as_json:
         print_json(asdict(found))

@@ -495,19 +495,27 @@ def model_with_tensors(model: Model, tensors: Mapping[str, Tensor]) -> nn.Module
 
 
 def _pad_when_saved(live: PreTrainedModel, model: Model) -> None:
-    """Let `save_pretrained` pad FFNs of different width, since nothing loads them otherwise."""
+    """Let `save_pretrained` pad FFNs of different width: stock classes load no others."""
     if model.padded_shapes("live"):
         vars(live)["save_pretrained"] = partial(_save_padded, live)
 
 
-def _save_padded(live: PreTrainedModel, *arguments: Any, **options: Any) -> None:
-    values = dict(options.pop("state_dict", None) or live.state_dict())
+def _save_padded(
+    live: PreTrainedModel,
+    save_directory: Any,
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+    *arguments: Any,
+    **options: Any,
+) -> None:
+    values = dict(live.state_dict() if state_dict is None else state_dict)
     model = Model(_plain(live.config)).with_widths_of({n: live_shape(values[n]) for n in values})
     for name, shape in model.padded_shapes("live").items():
         whole = values[name].new_zeros(shape)
         whole[tuple(map(slice, values[name].shape))] = values[name].detach()
         values[name] = whole
-    type(live).save_pretrained(live, *arguments, state_dict=values, **options)
+    save = type(live).save_pretrained
+    save(live, save_directory, is_main_process, values, *arguments, **options)
 
 
 def _tensor_of(model: nn.Module, name: str) -> Tensor:

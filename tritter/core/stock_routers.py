@@ -130,7 +130,7 @@ class RouterControl:
 
         Args:
             experts: their indices.
-            value: added to the logits; −∞ disables an expert.
+            value: added to the logits; −∞ disables an expert. k experts must remain enabled.
         """
         wrong = [expert for expert in experts if not 0 <= expert < self.num_experts]
         if wrong:

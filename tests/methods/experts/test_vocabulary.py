@@ -137,12 +137,13 @@ def test_what_a_target_may_be_is_said() -> None:
         add_adapter(model, "other", AdapterShape(2, 2.0, ("base_layer",)), seed=0)
 
 
-@pytest.mark.parametrize("model_type", ["mpt", "mamba2"])
+@pytest.mark.parametrize("model_type", ["mpt", "mamba2", "rwkv"])
 def test_all_layers_that_peft_takes_get_adapters(model_type: str) -> None:
-    """MPT calls its layers blocks; PEFT refuses `out_proj` of Mamba."""
+    """MPT calls its layers blocks; PEFT refuses `out_proj` of Mamba; RWKV rescales weights."""
     sizes: dict[str, Any] = {
         "mpt": {"d_model": 16, "n_heads": 2, "max_seq_len": 32},
         "mamba2": {"hidden_size": 16, "num_heads": 4, "head_dim": 8, "n_groups": 2},
+        "rwkv": {"hidden_size": 16, "rescale_every": 1},
     }
     config = AutoConfig.for_model(model_type, vocab_size=31, **sizes[model_type])
     config.num_hidden_layers = 2
@@ -150,14 +151,23 @@ def test_all_layers_that_peft_takes_get_adapters(model_type: str) -> None:
     ids = oracle.tokens(31)
     before = oracle.logits(model, ids)
     targets = tuple(sorted(adaptable(model)))
-    ExpertMixture(model, router="evidence").add("e0", AdapterShape(2, 4.0, targets), seed=0)
+    mixture = ExpertMixture(model, router="evidence")
+    for seed, name in enumerate(("e0", "e1")):
+        mixture.add(name, AdapterShape(2, 4.0, targets), seed=seed)
     assert torch.equal(oracle.logits(model, ids), before)
     assert {layer_number(name) for name, _ in adapted_layers(model)} == {None, 0, 1}
+    assert mixture.evidence is not None
     with torch.no_grad():
-        for parameter in parameters_of(model, "e0").values():
+        for parameter in (p for name in ("e0", "e1") for p in parameters_of(model, name).values()):
             parameter.normal_(std=0.1)
-        texts = [model.generate(ids, max_new_tokens=6, use_cache=each) for each in (True, False)]
-    assert torch.equal(*texts)
+        mixture.evidence.counts.random_(0, 9)  # so that the gates depend on earlier tokens
+        in_training = model.train()(input_ids=ids).logits
+        torch.testing.assert_close(oracle.logits(model.eval(), ids), in_training, atol=1e-3, rtol=0)
+        if model_type != "rwkv":  # its state is no cache
+            texts = [
+                model.generate(ids, max_new_tokens=6, use_cache=each) for each in (True, False)
+            ]
+            assert torch.equal(*texts)
 
 
 @pytest.mark.parametrize(("family", "target"), [("llama", "lm_head"), ("gpt2", "wte")])

@@ -233,18 +233,24 @@ def test_a_state_goes_on_in_a_new_model() -> None:
     assert third.neurons != model.neurons
 
 
-def test_a_state_goes_on_with_an_optimizer_that_was_there_first() -> None:
+def test_a_state_goes_on_with_an_optimizer_that_was_there_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     ids, model, other = oracle.tokens(), *(GrowableCausalLM(tiny("llama"), **GROWING) for _ in "ab")
     optimizer, again = adam(model), adam(other)
     train(model, optimizer, ids)
     assert model.check_and_grow()["born"] == 12
-    other.load_state_dict(copy.deepcopy(model.state_dict()))
+    held = other(input_ids=ids, labels=ids).loss  # of the former shape, not freed yet
+    with monkeypatch.context() as patched:  # as if it was saved on a GPU
+        patched.setattr(torch.serialization, "location_tag", lambda storage: "cuda:7")
+        state = model.state_dict()
+    other.load_state_dict(copy.deepcopy(state))
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     results = [
         [train(each, its, ids), each.check_and_grow(), train(each, its, ids)]
         for each, its in ((model, optimizer), (other, again))
     ]
-    assert results[0] == results[1] and results[0][1]["born"] == 12
+    assert results[0] == results[1] and results[0][1]["born"] == 12 and held.isfinite()
 
 
 def test_accelerate_saves_it_and_goes_on(tmp_path: Path) -> None:

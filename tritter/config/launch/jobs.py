@@ -13,11 +13,11 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -45,7 +45,7 @@ from tritter.storage.lock import LOCK_NAME, folder_lock, locking_process
 from tritter.storage.reading import SUMMARY_FILE
 from tritter.storage.records import record_text
 from tritter.targets import TARGET
-from tritter.terminal import say
+from tritter.terminal import redirected, say
 
 _STOPPING_FILE = ".stopping"  # in a sweep's folder: no further job begins
 
@@ -178,43 +178,15 @@ class Task:
 
 @contextmanager
 def _log_output(folder: Path) -> Iterator[None]:
-    """Send what is printed inside, also by libraries and child processes, to the job's log.
-
-    The descriptors of the process are redirected, because log handlers that a library makes during
-    one job outlive it.
-    """
+    """Send what is printed inside, also by libraries and child processes, to the job's log."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
     descriptor = os.open(folder / OUTPUT_FILE, flags, 0o644)
     with ExitStack() as inside:
         file = os.fdopen(descriptor, "a", encoding="utf-8", errors="backslashreplace", buffering=1)
         inside.enter_context(file)
-        for number, stream in ((1, sys.stdout), (2, sys.stderr)):
-            if _is_descriptor(stream, number):
-                inside.enter_context(_redirect(number, stream, descriptor))
-            else:  # replaced, as notebooks and tests do
-                redirect = redirect_stdout if number == 1 else redirect_stderr
-                inside.enter_context(redirect(file))
+        for number in (1, 2):
+            inside.enter_context(redirected(number, file))
         yield
-
-
-def _is_descriptor(stream: TextIO, number: int) -> bool:
-    try:
-        return stream.fileno() == number
-    except (OSError, ValueError, AttributeError):  # closed, or not a file
-        return False
-
-
-@contextmanager
-def _redirect(number: int, stream: TextIO, descriptor: int) -> Iterator[None]:
-    stream.flush()
-    before = os.dup(number)
-    os.dup2(descriptor, number)
-    try:
-        yield
-    finally:
-        stream.flush()
-        os.dup2(before, number)
-        os.close(before)
 
 
 def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence[Job]) -> float:

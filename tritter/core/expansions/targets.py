@@ -28,6 +28,7 @@ def reach_parameters(
 
     Depth methods choose the number of layers, moe and moe_add the number of experts. Width chooses
     the hidden size; the FFN is scaled with it, and so are the heads if the result is an integer.
+    Refused if that shape is more than 10 % off.
     """
     if len(specs) != 1:
         names = ", ".join(spec.name for spec in specs)

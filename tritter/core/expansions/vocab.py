@@ -184,7 +184,10 @@ class BoundVocab:
             sizes = tuple(zip(before[name], after[name], strict=True))
             follow = {a for a, b in sizes if a != b}
             if follow - {old} or (tensor.kind == "embed" and not follow):
-                reason = f"{tensor.disk_name} {[*before[name]]} does not grow with vocab_size alone"
+                reason = (
+                    f"the rows of {tensor.disk_name} {[*before[name]]} are not exactly the tokens, "
+                    "so this model's vocabulary can't be extended"
+                )
                 raise RequestError(Problem(_KEY, reason=reason))
             axes = tuple(rows if a != b else None for a, b in sizes)
             if not any(axes):

@@ -24,7 +24,16 @@ from tritter.training.parameters import WRAPPED
 
 # Fused tensors of a layer's experts → names that PEFT would mistake for parts of them
 _FUSED = {"down_proj": ("down_proj",), "gate_up_proj": ("gate_proj", "up_proj")}
-_MAMBA = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}  # PEFT refuses out_proj
+# Model type → names that get no adapter: PEFT refuses `out_proj` of Mamba, and RWKV rescales two
+# kinds of weights in evaluation
+_UNFIT = {
+    "rwkv": {"output", "value"},
+    "falcon_h1": {"out_proj"},
+    "falcon_mamba": {"out_proj"},
+    "mamba": {"out_proj"},
+    "mamba2": {"out_proj"},
+    "nemotron_h": {"out_proj"},
+}
 _LAYER = re.compile(r"(?:^|.*\.)(?:layers|h|blocks)\.(\d+)(?=\.)")  # h in GPT-2, blocks in MPT
 _OWN = re.compile(r".*\.lora_(?:embedding_)?[AB]\.(?P<adapter>[^.]+)(?:\.weight)?")
 _PARTS = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.")
@@ -225,7 +234,8 @@ def adaptable(model: nn.Module, *, whole: bool = True) -> set[str]:
     """Return the last names of the layers that can get adapters.
 
     In models that store all experts of a layer as one tensor, PEFT would mistake `down_proj` and
-    similar names for parts of it; there these names are excluded. So is `out_proj` in Mamba.
+    similar names for parts of it; there these names are excluded, as are some in
+    Mamba and RWKV.
 
     Args:
         model: the model.
@@ -235,8 +245,7 @@ def adaptable(model: nn.Module, *, whole: bool = True) -> set[str]:
     vocabulary = [getattr(model, each)() for each in ends if hasattr(model, each)]
     names = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
     excluded = {part for fused, parts in _FUSED.items() if fused in names for part in parts}
-    if getattr(getattr(model, "config", None), "model_type", None) in _MAMBA:
-        excluded.add("out_proj")
+    excluded |= _UNFIT.get(getattr(getattr(model, "config", None), "model_type", ""), set())
     return {
         name.rpartition(".")[2]
         for name, module in model.named_modules()

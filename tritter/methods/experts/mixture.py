@@ -157,7 +157,7 @@ class _Seen:
 
 
 def _num_tokens(cache: Any) -> int:
-    """Return the number of tokens that a cache covers; without attention 1 if there are some."""
+    """Return the number of tokens of a cache; without attention, 1 if it has a state, else 0."""
     try:
         return int(cache.get_seq_length())
     except ValueError:
@@ -365,7 +365,7 @@ class ExpertMixture:
     has the type of the stock class.
 
     Args:
-        model: a causal language model whose decoder layers are named `…layers.N`.
+        model: a causal language model with decoder layers `…layers.N`, `…h.N` or `…blocks.N`.
         router: source of the gates: `learned`, a linear map of the hidden state in each layer;
             `evidence`, see `Evidence`, for all layers and the vocabulary; or `both`, the sum of
             their logits.
@@ -545,7 +545,7 @@ class ExpertMixture:
 
     @contextmanager
     def without(self, name: str) -> Iterator[None]:
-        """Context manager that excludes an expert."""
+        """Context manager that excludes an expert, which must not be the only one."""
         self._check_known(name)
         if len(self.names) == 1:
             raise RequestError(f"{name} is the only expert, so it can't be excluded.")

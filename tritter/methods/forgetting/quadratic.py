@@ -207,7 +207,7 @@ def diagonal_fisher(
 
 @contextmanager
 def _without_accelerate(model: nn.Module) -> Iterator[None]:
-    """Replace temporarily the forward pass with autocast of `Accelerator.prepare`."""
+    """Remove for a while the forward pass with autocast that `Accelerator.prepare` has set."""
     patched = model.__dict__.get("forward")
     if patched is not None and "_original_forward" in model.__dict__:
         model.__dict__["forward"] = model._original_forward

@@ -123,7 +123,9 @@ class Growable:
         """Restore the shapes of grown parameters before their weights are loaded."""
         if isinstance(state, Tensor):  # earlier versions stored the dictionary itself
             file = BytesIO(state.cpu().numpy().tobytes())
-            state = cast("Mapping[str, Any]", torch.load(file, weights_only=True))
+            state = cast(
+                "Mapping[str, Any]", torch.load(file, map_location="cpu", weights_only=True)
+            )
         self._loop.load_state_dict(state)
 
     def _check_growth_is_safe(self) -> None:

@@ -237,7 +237,8 @@ class PlainLoop:
     def reshape(self, shapes: Mapping[str, tuple[int, ...]], journal: Sequence[Entry] = ()) -> None:
         """Resize parameters before values are loaded into them; overlapping values are kept.
 
-        They stay the same objects, to which an optimizer without any step yet may refer.
+        They stay the same objects, to which an optimizer without any step yet may refer. The state
+        of an optimizer that has taken steps must be loaded after this.
         """
         present = self._shapes()
         if all(present[name] == shape for name, shape in shapes.items()):
@@ -262,7 +263,11 @@ class PlainLoop:
             reshape(self.module, {}, values)
         for name, parameter in old.items():
             path, _, key = name.rpartition(".")
-            parameter.grad, parameter.data = None, self.module.get_parameter(name).data
+            value, parameter.grad = self.module.get_parameter(name).data, None
+            # By another dtype, torch forgets the shape of gradients of an earlier forward pass
+            other = torch.float32 if value.dtype == torch.float64 else torch.float64
+            parameter.data = value.new_empty(0, dtype=other)
+            parameter.data = value
             setattr(self.module.get_submodule(path), key, parameter)
         self.grower.begin(self.module, blocks=self._blocks)
         self.tokens.clear()

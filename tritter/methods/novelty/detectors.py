@@ -119,7 +119,7 @@ class NovelSamples:
         self._usual = share_bound(largest, len(samples), confidence=0.95, is_lower=False)
 
     def novel(self, seen: Observation) -> Tensor:
-        """Return a mask of novel samples, bool [B]."""
+        """Return a mask of novel samples, bool [B]; `calibrate` must have been called."""
         if self._threshold != self._threshold:
             raise RequestError("novelty: calibrate the bursts on held-out batches first.")
         return self.detector.score(seen, self.library).samples > self._threshold
