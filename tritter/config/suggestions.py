@@ -36,7 +36,7 @@ def _is_path_or_hub_id(value: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Hint:
+class Hint:
     """Advice for users who type the option of another tool.
 
     Args:
@@ -67,96 +67,94 @@ def _is_no_preset(value: str) -> bool:
 
 # The first match wins
 _HINTS = (
-    _Hint(
-        "--model", "model=NAME", command="train", applies_to=lambda v: bool(_PRESET.fullmatch(v))
-    ),
-    _Hint(
+    Hint("--model", "model=NAME", command="train", applies_to=lambda v: bool(_PRESET.fullmatch(v))),
+    Hint(
         f"{_MODEL}|--checkpoint",
         "tritter train --checkpoint DIR, or model=hf model.path=DIR",
         command="train",
     ),
-    _Hint(_MODEL, "--checkpoint DIR"),
-    _Hint("--(find[-_]lr|lr[-_]find|auto[-_]lr[-_]find)", "tritter train --find-lr"),
-    _Hint("--(num[-_](train[-_])?)?epochs", reason=NO_EPOCHS),
-    _Hint(r"(--)?(lr|learning[-_]rate|peak[-_]lr)", "training.learning_rate=X", command="train"),
-    _Hint(r"(--)?(max[-_])?(train[-_])?steps", "training.max_steps=N", command="train"),
-    _Hint(
+    Hint(_MODEL, "--checkpoint DIR"),
+    Hint("--(find[-_]lr|lr[-_]find|auto[-_]lr[-_]find)", "tritter train --find-lr"),
+    Hint("--(num[-_](train[-_])?)?epochs", reason=NO_EPOCHS),
+    Hint(r"(--)?(lr|learning[-_]rate|peak[-_]lr)", "training.learning_rate=X", command="train"),
+    Hint(r"(--)?(max[-_])?(train[-_])?steps", "training.max_steps=N", command="train"),
+    Hint(
         r"(--)?(per[-_]device[-_](train[-_])?)?batch[-_]size",
         "data.batch_size=N",
         command="train",
     ),
-    _Hint(
+    Hint(
         r"(--)?(max[-_])?(seq(uence)?[-_]len(gth)?|block[-_]size|cutoff[-_]len)",
         "data.sequence_length=N",
         command="train",
     ),
-    _Hint(r"(--)?weight[-_]decay", "optimizer.weight_decay=X", command="train"),
-    _Hint(
+    Hint(r"(--)?weight[-_]decay", "optimizer.weight_decay=X", command="train"),
+    Hint(
         r"(--)?((train[-_]?|data[-_])?(dataset|files?)|data[-_]path|data\.(path|train|files?|dataset))",
         "data=text data.new=PATH",
         command="train",
     ),
-    _Hint("(--)?data", "data=text data.new=PATH", command="train", applies_to=_is_file),
-    _Hint("(--)?(method|expand)", "expansion=METHOD", command="train"),
-    _Hint("--(lr|learning[-_]rate)", "--learning-rate X", command="expand"),
-    _Hint("--(data|dataset)", "--domain-data PATH", command="expand"),
-    _Hint(
+    Hint("(--)?data", "data=text data.new=PATH", command="train", applies_to=_is_file),
+    Hint("(--)?(method|expand)", "expansion=METHOD", command="train"),
+    Hint("--(lr|learning[-_]rate)", "--learning-rate X", command="expand"),
+    Hint("--(data|dataset)", "--domain-data PATH", command="expand"),
+    Hint(
         r"(--)?((run|save)[-_](dir|folder)|out(put)?([-_](dir|folder))?)|run\.(dir|directory|folder)",
         "hydra.run.dir=DIR",
         command="train",
     ),
-    _Hint("--(out|output[-_]dir)", "--output DST"),
-    _Hint(
+    Hint("--(out|output[-_]dir)", "--output DST"),
+    Hint(
         r"(--)?(grad(ient)?[-_]accum(ulation)?([-_]steps)?|accumulate[-_]grad[-_]batches)",
         "trainer.accumulate_grad_batches=N",
         command="train",
     ),
-    _Hint("(--)?bf16", "trainer.precision=bf16-mixed", command="train"),
-    _Hint("(--)?fp16", "trainer.precision=16-mixed", command="train"),
-    _Hint(
+    Hint("(--)?bf16", "trainer.precision=bf16-mixed", command="train"),
+    Hint("(--)?fp16", "trainer.precision=16-mixed", command="train"),
+    Hint(
         "(--)?(device|accelerator)",
         "trainer=cpu",
         command="train",
         applies_to=lambda v: v == "cpu",
     ),
-    _Hint("(--)?(device|accelerator|gpu|cuda)", "trainer=gpu", command="train"),
-    _Hint(r"(--)?(lora([-_](r|rank))?|peft)", "experts=dylora", command="train"),
-    _Hint("(--)?wandb", "logger=wandb", command="train"),
-    _Hint("--no[-_]gate", "gate=off", command="train"),
-    _Hint("--resume", "resume=latest", command="train", applies_to=lambda v: not v),
-    _Hint(
+    Hint("(--)?(device|accelerator|gpu|cuda)", "trainer=gpu", command="train"),
+    Hint(r"(--)?(lora([-_](r|rank))?|peft)", "experts=dylora", command="train"),
+    Hint("(--)?wandb", "logger=wandb", command="train"),
+    Hint("--no[-_]gate", "gate=off", command="train"),
+    Hint("--resume", "resume=latest", command="train", applies_to=lambda v: not v),
+    Hint(
         r"(num_)?(hidden_)?layers",
         "expansion=llama_pro expansion.llama_pro.target_layers=N",
         command="train",
     ),
-    _Hint("hidden_size", "expansion=width expansion.width.hidden_size=N", command="train"),
-    _Hint("--(num[-_])?gpus", "trainer=gpu trainer.devices=N", command="train"),
-    _Hint(
+    Hint("hidden_size", "expansion=width expansion.width.hidden_size=N", command="train"),
+    Hint("--(num[-_])?gpus", "trainer=gpu trainer.devices=N", command="train"),
+    Hint(
         "--(?P<key>data|expansion|forgetting|growth|experts|moe_routing|adaptation|pretraining"
         "|training|optimizer|trainer|gate|pipeline|evaluation|metrics|stages|callbacks|logger|experiment"
         r"|seed|resume|[a-z_]+(\.[a-z_-]+)+)",
         "{key}=VALUE",
         command="train",
     ),
-    _Hint("(--)?(expand|expansion)", "--method METHOD", command="expand"),
-    _Hint("model", "model=hf model.path=DIR", applies_to=_is_no_preset),
-    _Hint(r"model\.(path|name|id|checkpoint|(model_)?name_or_path)", "model=hf model.path=DIR"),
-    _Hint(
+    Hint("(--)?(expand|expansion)", "--method METHOD", command="expand"),
+    Hint("model", "model=hf model.path=DIR", applies_to=_is_no_preset),
+    Hint(r"model\.(path|name|id|checkpoint|(model_)?name_or_path)", "model=hf model.path=DIR"),
+    Hint(
         r"(?P<key>data\.(new|old|tasks))",
         "data=hf {key}=SOURCE",
         applies_to=lambda value: "hf:" in value,
     ),
-    _Hint(r"(?P<key>data\.(new|old|tasks))", "data=text {key}=SOURCE"),
-    _Hint(
+    Hint(r"(?P<key>data\.(new|old|tasks))", "data=text {key}=SOURCE"),
+    Hint(
         r"((training|pretraining|trainer)\.)?((num_(train_)?)?epochs|(max|min)_epochs)",
         reason=NO_EPOCHS,
     ),
-    _Hint(r"gate\.(threshold|tolerance|max_forgetting|max_loss_increase)", "gate.retention"),
-    _Hint(r"(trainer\.)?(num_)?gpus", "trainer=gpu trainer.devices=N"),
+    Hint(r"gate\.(threshold|tolerance|max_forgetting|max_loss_increase)", "gate.retention"),
+    Hint(r"(trainer\.)?(num_)?gpus", "trainer=gpu trainer.devices=N"),
 )
 
 
-def hint_for(typed: str, value: object = None, *, command: str = "train") -> _Hint | None:
+def hint_for(typed: str, value: object = None, *, command: str = "train") -> Hint | None:
     """Return the advice for a typed word, with the value filled in; None if there is none.
 
     Args:

@@ -54,7 +54,7 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 _QWEN = "Qwen/Qwen2.5-1.5B-Instruct"
 
 
-class Growable:
+class _Growable:
     """Base of modules that grow when your training loop calls them.
 
     Call `check_and_grow` between an optimizer step and the next forward pass, before or after
@@ -132,7 +132,7 @@ class Growable:
         """Raise if other modules rely on the current shapes."""
 
 
-class GrowableLayer(Growable):
+class GrowableLayer(_Growable):
     """A growable module with a single layer of neurons."""
 
     def check_growth(self) -> tuple[bool, list[int]]:
@@ -406,7 +406,7 @@ class GrowableFFN(GrowableLayer, nn.Module):
         return f"intermediate_size={self.intermediate_size}"
 
 
-class GrowableCausalLM(Growable, nn.Module):
+class GrowableCausalLM(_Growable, nn.Module):
     """A stock model whose FFNs grow during training.
 
     Other attributes are those of the model: `generate`, `config`, `device`.
