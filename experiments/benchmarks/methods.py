@@ -85,16 +85,7 @@ def measure(way: str, *, hidden_size: int, layers: int, steps: int) -> Measured:
 
     from tritter.config.launch.composition import load_config
     from tritter.data.batches import BatchStream, SequenceStream
-    from tritter.methods.forgetting import (
-        EWC,
-        L2SP,
-        SI,
-        Distill,
-        Freeze,
-        OnlineEWC,
-        Replay,
-        SelfReplay,
-    )
+    from tritter.methods import forgetting
     from tritter.training import (
         BaseModule,
         OptimizerSettings,
@@ -111,14 +102,14 @@ def measure(way: str, *, hidden_size: int, layers: int, steps: int) -> Measured:
     model = new_llama(hidden_size, num_layers=layers)
     ewc = {"ewc_lambda": 1e3, "at": "carried", "refresh_steps": None}
     methods = {
-        "ewc": lambda: EWC(**ewc),  # type: ignore[arg-type]
-        "online_ewc": lambda: OnlineEWC(**ewc),  # type: ignore[arg-type]
-        "si": lambda: SI(si_lambda=1.0),
-        "l2sp": lambda: L2SP(l2sp_lambda=0.03),
-        "replay": lambda: Replay(fraction=0.25),
-        "self_replay": lambda: SelfReplay(fraction=0.25),
-        "distill": lambda: Distill(weight=2.0),
-        "freeze": lambda: Freeze(layers=("attention",)),
+        "ewc": lambda: forgetting.EWC(**ewc),  # type: ignore[arg-type]
+        "online_ewc": lambda: forgetting.OnlineEWC(**ewc),  # type: ignore[arg-type]
+        "si": lambda: forgetting.SI(si_lambda=1.0),
+        "l2sp": lambda: forgetting.L2SP(l2sp_lambda=0.03),
+        "replay": lambda: forgetting.Replay(fraction=0.25),
+        "self_replay": lambda: forgetting.SelfReplay(fraction=0.25),
+        "distill": lambda: forgetting.Distill(weight=2.0),
+        "freeze": lambda: forgetting.Freeze(layers=("attention",)),
     }
     chosen = [methods[name]() for name in way.split(" and ") if name in methods]
     tokens = torch.randint(0, 1024, (200, LENGTH), generator=torch.Generator().manual_seed(0))

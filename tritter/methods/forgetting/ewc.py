@@ -240,7 +240,7 @@ class ElasticWeightConsolidation:
         lambda_ewc: λ.
 
     Raises:
-        RequestError: PEFT or DDP wraps the model.
+        RequestError: PEFT or DDP wraps the model, or its weights are sharded.
         TritterError: the loader yields nothing.
     """
 
