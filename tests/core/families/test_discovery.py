@@ -43,6 +43,7 @@ from tritter.core.families import FAMILIES, Config, Model, backward_flops, forwa
 from tritter.core.families.discovery import family
 from tritter.core.families.discovery.configs import deeper_configs
 from tritter.core.families.discovery.family import DiscoveredFamily, discover, shallow
+from tritter.core.families.discovery.skeleton import layers_on_disk
 from tritter.core.families.discovery.twin import Block, build_twin, find_writers
 from tritter.core.models import read_model
 from tritter.errors import RequestError, TritterError
@@ -145,6 +146,19 @@ def test_settings_per_layer_follow_the_copies(config: Config, expected: Config) 
 def test_first_layers_of_another_kind_may_be_copied_or_not() -> None:
     found = deeper([0, 0, 1, 2, 3], first_k_dense_replace=1)
     assert found == [{"first_k_dense_replace": 1}, {"first_k_dense_replace": 2}]
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        (["model.layers.0.w", "model.layers.1.w"], "model.layers."),
+        (["backbone.layers.0.w", "vision.blocks.0.w"], "backbone.layers."),
+        # EXAONE in transformers 5.24: the class renames the list itself
+        (["transformer.h.0.mlp.experts.0.w", "transformer.h.1.w", "vision.0.w"], "transformer.h."),
+    ],
+)
+def test_layers_are_found_by_the_names_of_files(own: list[str], expected: str) -> None:
+    assert layers_on_disk("model.layers", dict.fromkeys(["embed.weight", *own])) == expected
 
 
 def test_a_repeated_pattern_becomes_a_list_of_layers() -> None:

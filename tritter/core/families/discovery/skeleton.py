@@ -5,6 +5,7 @@ The stock class is built on the meta device, and transformers' own conversion gi
 """
 
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -162,7 +163,11 @@ def layers_on_disk(name: str, disk: Mapping[str, object]) -> str:
     for each in disk:
         if (found := re.match(rf"((?:.*\.)?{last}\.)\d+\.", each)) is not None:
             return found[1]
-    raise RequestError("the names on disk have no list of layers.")
+    numbered = (re.match(r"(.*?\.)\d+\.", each) for each in disk)  # EXAONE's are `transformer.h.`
+    lists = Counter(found[1] for found in numbered if found is not None and not is_tower(found[1]))
+    if not lists:
+        raise RequestError("the names on disk have no list of layers.")
+    return lists.most_common(1)[0][0]
 
 
 def places(model: nn.Module) -> dict[str, Place]:
