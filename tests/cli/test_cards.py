@@ -122,6 +122,18 @@ def test_data_sets_of_the_hub_that_were_learned_are_added(place: Path) -> None:
     assert ModelCard(card).data.datasets == ["c/d", "owner/corpus", "a/b"]
 
 
+def test_only_a_checkpoint_without_a_parent_starts_its_chain() -> None:
+    from tests.oracle import tiny_llama
+    from tritter.checkpoints import Lineage
+    from tritter.checkpoints.card import model_card
+
+    for parent, starts in ((None, True), ("a" * 64, False)):
+        hashes = {"model_hash": "", "base_model_hash": "", "parent_hash": parent}
+        lineage = Lineage(**hashes, tensor_digests={}, file_digests={})
+        card = model_card(lineage, tiny_llama().config.to_dict(), kept={})
+        assert "\nNot expanded" in card and ("start of its chain" in card) == starts
+
+
 @pytest.mark.parametrize(
     ("text", "kept"),
     [

@@ -17,11 +17,12 @@ from tests.cli.conftest import VOCABULARY, Run, snapshot
 from tests.cli.test_evaluate import TEXT
 from tests.cli.test_experts import USAGE, mixture, write_with_experts
 from tests.methods.experts.mixtures import TARGETS, mixture_of
-from tests.oracle import logits, saved, stock, tiny_llama, tokens
+from tests.oracle import chat, logits, saved, stock, tiny_llama, tokens
 from tritter.checkpoints import lineage_of, write_lineage
 from tritter.checkpoints.record import LearnedDomain
 from tritter.core.models import load_model, read_model
 from tritter.methods.experts.adapters import adapted_layers, factors
+from tritter.methods.experts.merged_mixture import logit_change
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.methods.experts.stored import ExpertFolder
 
@@ -65,6 +66,19 @@ def test_every_expert_is_a_stock_adapter(run: Run, place: Path, mixture: ExpertM
         config = PeftConfig.from_pretrained(place / "out" / name)
         assert config.base_model_name_or_path == str(place / "whole")
     assert snapshot(place / "whole") == before
+
+
+def test_a_merge_is_measured_one_sequence_at_a_time(mixture: ExpertMixture) -> None:
+    """Logits of all sequences take tens of gigabytes with a large vocabulary."""
+    rows: list[int] = []
+    adapter, before = ExpertFolder.of(mixture).adapters["e0"], logits(mixture.model, TOKENS)
+    handle = mixture.model.register_forward_pre_hook(
+        lambda _, arguments, named: rows.append(len(named["input_ids"])), with_kwargs=True
+    )
+    change = logit_change(mixture, adapter, random_tokens())
+    handle.remove()
+    assert rows == [1] * 16 and change.num_tokens == 8 * 64
+    assert torch.equal(logits(mixture.model, TOKENS), before)  # the mixture is the same
 
 
 def test_what_the_base_is_called_on_the_hub(run: Run, place: Path, mixture: ExpertMixture) -> None:
@@ -179,6 +193,25 @@ def test_the_change_is_measured_on_what_was_learned(
     ids = AutoTokenizer.from_pretrained(place / "whole")(TEXT * 40)["input_ids"][:64]
     logits(mixture.model, torch.tensor([ids]))  # the beginning of the one document
     by_hand = torch.stack([each.weights.mean((0, 1)) for each in mixture.gates()]).mean(0)
+    assert [*merged["gates"].values()] == pytest.approx(by_hand.tolist(), rel=1e-5)
+
+
+def test_conversations_are_measured_as_they_were_trained(run: Run, place: Path) -> None:
+    live = mixture_of(load_model(chat.checkpoint(place / "chat")), router="both")
+    write_with_experts(place / "chat", place / "chatty", live)
+    answer = {"role": "assistant", "content": f"{chat.SENTENCE} " * 40}
+    turns = [{"role": "user", "content": "the class"}, answer]
+    (place / "chats.jsonl").write_text(json.dumps({"messages": turns}))
+    learned = {"chats": LearnedDomain(paths=(str(place / "chats.jsonl"),))}
+    lineage = replace(lineage_of(place / "chatty"), domains=learned)
+    write_lineage(place / "chatty", lineage, read_model(place / "chatty").config)
+    result = run("export --checkpoint chatty --output out --merge --json")
+    assert result.code == 0, result.err
+    merged = result.json["merged"]
+    assert merged["measured_on"] == "chats"
+    ids = chat.tokenizer().apply_chat_template(turns)["input_ids"][:128]
+    logits(live.model, torch.tensor([ids]))
+    by_hand = torch.stack([each.weights.mean((0, 1)) for each in live.gates()]).mean(0)
     assert [*merged["gates"].values()] == pytest.approx(by_hand.tolist(), rel=1e-5)
 
 

@@ -380,7 +380,7 @@ def test_templates_that_hide_answers_or_fail_are_refused() -> None:
     with pytest.raises(RequestError, match=message):
         chat.render(twice, "x")
     assert len(Chat(tokenizer(FORGETFUL), loss_on="all").render(twice, "x"))
-    with pytest.raises(RequestError, match="only user and assistant roles"):
+    with pytest.raises(RequestError, match=r"only user and assistant roles.*chat_template=none"):
         Chat(tokenizer(INSTRUCT)).render(conversation(1, system=True), "x")
     with pytest.raises(RequestError, match=r"the template fails for 'x'.*SecurityError"):
         hostile = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
@@ -528,7 +528,8 @@ def test_calls_that_the_template_does_not_show_are_refused() -> None:
     call = {"role": ASSISTANT, "tool_calls": [{"function": CALL}]}
     found = conversation_of({"messages": [PAIR[0], call]})
     assert found is not None
-    with pytest.raises(RequestError, match="does not show the tool_calls of message 2 of 'x'"):
+    match = r"does not show the tool_calls of message 2 of 'x'.*data\.chat_template=none"
+    with pytest.raises(RequestError, match=match):
         Chat(tokenizer()).check(found, "x")
     Chat(tokenizer(CHATML.replace("}}", "}}{{ message.tool_calls }}", 2))).check(found, "x")
     Chat(None).check(found, "x")  # plain text has them as JSON

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.pipeline.tiny import FIXTURES
 from tritter.config.launch.composition import load_config
 from tritter.config.overrides import program_command
 from tritter.pipeline.next_commands import next_commands
@@ -17,9 +18,14 @@ FOLDER = Path("outputs/runs/a b")
 
 
 def summary_of(
-    status: str, *checks: dict[str, Any], attempts: int = 1, held_out: int = 0
+    status: str,
+    *checks: dict[str, Any],
+    attempts: int = 1,
+    held_out: int = 0,
+    old: tuple[str, ...] = ("prose",),
 ) -> Summary:
-    plain = {"status": status, "gate": checks, "domains": {}, "baseline": {}}
+    domains = {"old": list(old), "new": []}
+    plain = {"status": status, "gate": checks, "domains": domains, "baseline": {}}
     plain |= {"data": {"prose": {"validation": held_out}}}
     return Summary.of(plain | {"attempts": [{"final": {}}] * attempts})
 
@@ -40,9 +46,10 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
         words: tuple[str, ...] = (),
         rate: float = 3e-3,
         held_out: int = 0,
+        old: tuple[str, ...] = ("prose",),
     ) -> list[str]:
         config = load_config(words)
-        summary = summary_of(status, *checks, held_out=held_out)
+        summary = summary_of(status, *checks, held_out=held_out, old=old)
         lines = next_commands(config, summary, overrides=words, folder=FOLDER, rate=rate)
         for line in lines:
             program, _, rest = line.partition("train.py ")
@@ -62,6 +69,24 @@ def test_kept(commands: Callable[..., list[str]]) -> None:
     assert "-m tritter generate --checkpoint 'outputs/runs/a b/checkpoint'" in lines[-3]
     assert not any("resume" in line for line in lines)
     assert commands("ungated") == commands("kept")
+
+
+def test_what_the_run_does_not_allow_is_not_suggested(commands: Callable[..., list[str]]) -> None:
+    lines = commands("kept", words=("experiment=lora_experts",))  # sets keys of dylora alone
+    assert "seed=1" in lines[0] and not any("single_lora" in line for line in lines)
+    new_only = ("forgetting=freeze", "forgetting.freeze.new_only=true", "expansion=llama_pro")
+    lines = commands("kept", words=new_only)
+    assert "seed=1" in lines[0]
+    assert not any("control=true" in line or "expansion=dus" in line for line in lines)
+
+
+def test_without_old_data_none_is_replayed(commands: Callable[..., list[str]]) -> None:
+    words = ("model=hf", f"model.path={FIXTURES}/finished/checkpoint", "forgetting=none")
+    words += ("data=text", "data.old={}", f"data.new={FIXTURES}/text/old")
+    failed = check("retention", "failed", subject="arc_easy/accuracy")
+    first, second, *_ = commands("rolled_back", failed, words=words, old=())
+    assert "forgetting=self_replay" in first and first.endswith("# mix in replay data")
+    assert "'forgetting=[distill,self_replay]'" in second
 
 
 @pytest.mark.full
@@ -139,6 +164,11 @@ def test_undecided(commands: Callable[..., list[str]]) -> None:
     assert (
         "training.max_steps=500" in commands("undecided", check("new_capability", "undecided"))[0]
     )
+
+
+def test_questions_are_not_validation_documents(commands: Callable[..., list[str]]) -> None:
+    few = check("retention", "undecided", n=100, documents_needed=150, subject="prose/accuracy")
+    assert not any("fraction" in line for line in commands("undecided", few))
 
 
 def test_what_was_not_kept_is_found(tmp_path: Path) -> None:

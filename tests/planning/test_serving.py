@@ -7,6 +7,8 @@ import torch
 
 from tests.cli.conftest import Run, run
 from tests.oracle import saved, tiny_llama
+from tritter.core.expansions import Moe
+from tritter.core.expansions.specification import target_model
 from tritter.core.families import Config, Model, llama_config
 from tritter.core.models import read_model
 from tritter.planning.serving import serving_notes
@@ -51,6 +53,15 @@ def test_what_is_not_taken_any_more_is_noted(
     found = serving_notes(Model(config(**after)), Model(config(**before)))
     assert len(found) == len(notes)
     assert all(note.startswith(text) for note, text in zip(found, notes, strict=True))
+
+
+def test_experts_have_the_limits_of_the_ffn_that_they_copy() -> None:
+    dense = Model(config(intermediate_size=192))
+    assert serving_notes(target_model(dense, [Moe(num_experts=4)]), dense) == ()
+    split = target_model(dense, [Moe(num_experts=8, granularity=2)])
+    *_, note = serving_notes(split, dense)
+    assert note.startswith("expert size 96: not a multiple of 64 (bitsandbytes")
+    assert "256" not in note
 
 
 def test_a_layer_pattern_that_llama_cpp_does_not_expect_is_noted() -> None:

@@ -253,7 +253,7 @@ def _introduction(model: Model, origin: str) -> list[str]:
 
 def _history(lineage: Lineage) -> list[str]:
     if not lineage.expansion_history:
-        return ["Not expanded: this checkpoint is the start of its chain.", ""]
+        return [f"Not expanded{'' if lineage.parent_hash else ': the start of its chain'}.", ""]
     warning = []
     if lineage.stock_loadable != "yes":
         warning = [

@@ -25,6 +25,7 @@ from tritter.checkpoints.expert_files import ADAPTER_FILES, ExpertFiles
 from tritter.checkpoints.export import Weights
 from tritter.checkpoints.history import read_chain
 from tritter.checkpoints.location import check_output, is_within
+from tritter.checkpoints.run_text import recorded_chat
 from tritter.cli.output import (
     display_path,
     new_console,
@@ -49,6 +50,7 @@ from tritter.methods.experts.merged_mixture import (
     merged_adapter,
 )
 from tritter.methods.experts.stored import ExpertFolder, StoredAdapter, write_stored
+from tritter.pipeline.run_data import corpus_chat
 from tritter.report.table import Table
 from tritter.report.wording import count_text
 from tritter.storage.atomic import atomic_folder
@@ -150,9 +152,11 @@ def _texts(folder: Path, *, length: int, vocab_size: int) -> dict[str, Tensor]:
         try:
             documents = source_documents(paths, key="domains", text_field=field, is_recorded=True)
             first = list(islice(documents, _DOCUMENTS)) if paths else []
+            is_chat = any(each.conversation for each in first)
+            chat = corpus_chat(is_chat, recorded_chat(lineage), folder)
         except TritterError:  # its data is unavailable
             continue
-        tokens = tokenise(first, tokenizer.tokenizer, max_tokens_per_document=length)
+        tokens = tokenise(first, tokenizer.tokenizer, max_tokens_per_document=length, chat=chat)
         if num_closed_tokens(tokens, bounds) >= length:
             packed = pack(tokens, sequence_length=length, bounds=bounds)
             found[name] = ids_of(packed[:_SEQUENCES]).long()

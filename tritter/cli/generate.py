@@ -315,12 +315,7 @@ def _ends_of(model: nn.Module) -> Iterator[int]:
 
 
 class _Shown:
-    """Streamer of transformers that prints text once later tokens can't change it.
-
-    Args:
-        text_of: returns the text of new tokens.
-        ends: tokens that end the text and are not printed.
-    """
+    """Streamer of transformers that prints text once later tokens can't change it."""
 
     def __init__(self, text_of: Callable[[list[int]], str], ends: set[int]) -> None:
         self._text_of, self._ends = text_of, ends

@@ -241,7 +241,7 @@ class Chat:
                     "begin with the messages up to it; add {% generation %} blocks to a copy of "
                     "the template"
                 )
-                raise _refused(reason)
+                raise _refused(reason, other=f"{LOSS_KEY}=all")
             yield ends[0] or 0, ends[1] or 0
 
     def _num_tokens(
@@ -336,8 +336,8 @@ def _around(
     return encode(before.rstrip(" ")), ids if is_special else []
 
 
-def _refused(reason: str) -> RequestError:
-    advice = f"set {TEMPLATE_KEY}=FILE to use another template, or {LOSS_KEY}=all"
+def _refused(reason: str, *, other: str = f"{TEMPLATE_KEY}={NONE}") -> RequestError:
+    advice = f"set {TEMPLATE_KEY}=FILE to use another template, or {other}"
     return RequestError(Problem(TEMPLATE_KEY, reason=reason, advice=advice))
 
 

@@ -255,12 +255,7 @@ def _run_name(run: Run, part: str | None = None) -> str:
 
 
 def _wandb_logger(run: Run, part: str | None = None) -> WandbLogger | None:
-    """Return the logger of a W&B run, open until `wandb_finished` ends; None if W&B is off.
-
-    Args:
-        part: control, pretraining or a retry, which are separate W&B runs; None for the run
-            itself.
-    """
+    """Return the logger of a W&B run, open until `wandb_finished` ends; None if W&B is off."""
     if (settings := run.config.logger.wandb) is None:
         return None
     if part in run.wandb_loggers:

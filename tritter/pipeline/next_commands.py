@@ -1,15 +1,19 @@
 """The commands that a run suggests at its end; they suit the verdict."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from math import ceil, sqrt
 from pathlib import Path
 
 from tritter.checkpoints.run_text import DEFAULT_FRACTION
+from tritter.config.launch.composition import SweepInConfig, load_config
 from tritter.config.overrides import command, tool_command, tritter_command
 from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.core.expansions import EXPANSIONS, vocab_place
 from tritter.data.chat import TEMPLATE_FILE
+from tritter.errors import TritterError
 from tritter.report.summary import Summary
+from tritter.report.wording import ACCURACY
 from tritter.training.forgetting_method import replayed_share
 
 _WITH_BODY = ("expansion", "experts")
@@ -20,7 +24,7 @@ _Advice = Iterator[tuple[dict[str, str], str]]
 def next_commands(
     config: RunConfig, summary: Summary, *, overrides: Sequence[str], folder: Path, rate: float
 ) -> list[str]:
-    """Return commands that suit the verdict, each with a comment.
+    """Return valid commands that suit the verdict, each with a comment.
 
     Args:
         overrides: overrides of the run, in Hydra's syntax.
@@ -43,8 +47,10 @@ def next_commands(
             if override.lstrip("+~").partition("=")[0] not in change
             and not override.lstrip("+~").startswith(bodies)
         ]
-        changed = command([*kept, *(f"{key}={value}" for key, value in change.items())])
-        lines.append(f"{changed}   # {why}")
+        changed = [*kept, *(f"{key}={value}" for key, value in change.items())]
+        with suppress(TritterError, OSError, SweepInConfig):  # what other settings exclude
+            load_config(changed)
+            lines.append(f"{command(changed)}   # {why}")
     checkpoint = str(folder / "checkpoint")
     trained = folder / f"attempt_{len(summary.attempts)}" / "trained"
     if summary.status != "rolled_back":
@@ -71,8 +77,8 @@ def _after_kept(config: RunConfig, summary: Summary) -> _Advice:
     if is_dynamic and not isinstance(config.model, CheckpointModelConfig):
         yield {"experts": "single_lora"}, "compare with a single adapter"
     elif not isinstance(config.model, CheckpointModelConfig) and config.experts is None:
-        used = {spec.name for spec in config.expansion}
-        used |= {"layers", "moe_add"}  # they need a table, or a model with experts
+        used = {"layers", "moe_add"}  # they need a table, or a model with experts
+        used |= {spec.name for spec in config.expansion}
         other = next(name for name in [*EXPANSIONS, "none"] if name not in used)
         yield {"expansion": other}, "another expansion"
 
@@ -80,20 +86,21 @@ def _after_kept(config: RunConfig, summary: Summary) -> _Advice:
 def _after_rollback(config: RunConfig, summary: Summary, *, rate: float) -> _Advice:
     failed = {check.check for check in summary.gate if check.verdict == "failed"}
     names = [options.name for options in config.forgetting]
+    replayed = "replay" if summary.domains.old else "self_replay"  # a benchmark was forgotten
     if failed & {"retention", "long_windows"}:
         mixing = [one for one in config.forgetting if one.kind.needs(one.options).mixes]
         room = _MAX_FRACTION - float(replayed_share(mixing))
         if not mixing:
-            yield {"forgetting": _override_value([*names, "replay"])}, "mix in old data"
+            yield {"forgetting": _override_value([*names, replayed])}, "mix in replay data"
         elif room > 0:
             replay = max(mixing, key=lambda one: one.kind.needs(one.options).old_text)  # real data
             fraction = getattr(replay.options, "fraction", 0.0)
             more = f"{fraction + min(room, fraction):g}"
-            yield {f"forgetting.{replay.name}.fraction": more}, "mix in more old data"
+            yield {f"forgetting.{replay.name}.fraction": more}, "mix in more replay data"
         # Best combination with replay: experiments/2026-11-21_forgetting_methods
         has_tokens = vocab_place(config.expansion) is not None  # which no teacher knows
         if "distill" not in names and config.experts is None and not has_tokens:
-            methods = ["distill", *names] if names else ["distill", "replay"]
+            methods = ["distill", *names] if names else ["distill", replayed]
             yield {"forgetting": _override_value(methods)}, "also distill from the old model"
     if "new_capability" in failed:
         yield _twice_as_long(config), "more steps"
@@ -105,9 +112,8 @@ def _after_rollback(config: RunConfig, summary: Summary, *, rate: float) -> _Adv
 def _twice_as_long(config: RunConfig) -> dict[str, str]:
     """Return the override that doubles the length of training."""
     training = config.training
-    if training.max_tokens is not None:
-        return {"training.max_tokens": str(2 * training.max_tokens)}
-    return {"training.max_steps": str(2 * training.max_steps)}
+    key = "max_steps" if training.max_tokens is None else "max_tokens"
+    return {f"training.{key}": str(2 * getattr(training, key))}
 
 
 def _after_undecided(config: RunConfig, summary: Summary) -> _Advice:
@@ -122,7 +128,7 @@ def _after_undecided(config: RunConfig, summary: Summary) -> _Advice:
     needs = [
         (check.documents_needed / check.n, check)
         for check in undecided
-        if check.documents_needed and check.n
+        if check.documents_needed and check.n and not check.subject.endswith(ACCURACY)
     ]
     if not needs:
         return

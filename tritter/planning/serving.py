@@ -24,6 +24,8 @@ def serving_notes(model: Model, source: Model) -> tuple[str, ...]:
         source: the model from which it grows.
     """
     known = {(key, block) for key, block, _, _ in _findings(source)}
+    if not source.sizes.expert_size:  # its FFN becomes the experts
+        known |= {("expert_size", block) for key, block in known if key == "intermediate_size"}
     found = {(key, block): (subject, problem) for key, block, subject, problem in _findings(model)}
     notes: dict[str, list[str]] = {}
     for (key, block), (subject, problem) in found.items():
@@ -32,11 +34,9 @@ def serving_notes(model: Model, source: Model) -> tuple[str, ...]:
             notes.setdefault(subject, []).append(problem)
     lost = [str(n) for n in _NUM_DEVICES if _shares(source, n) and not _shares(model, n)]
     if lost:
-        sizes = model.sizes
-        heads = (
-            f"{sizes.num_attention_heads} attention heads, {sizes.num_key_value_heads} key/value"
-        )
-        notes[f"{heads} heads"] = [f"no tensor parallelism over {', '.join(lost)} GPUs"]
+        heads, groups = model.sizes.num_attention_heads, model.sizes.num_key_value_heads
+        subject = f"{heads} attention heads, {groups} key/value heads"
+        notes[subject] = [f"no tensor parallelism over {', '.join(lost)} GPUs"]
     for key in model.family.per_layer_config_keys:
         if (period := _period(source, key)) is not None and _period(model, key) != period:
             problem = f"llama.cpp would compute another function: it expects period {period}"

@@ -13,7 +13,8 @@ from transformers import DynamicCache
 from tests.methods.experts.mixtures import TARGETS
 from tests.oracle import tiny_llama
 from tritter.core.models import cache_in, cache_name
-from tritter.data.packing import DocumentMask, read_marks
+from tritter.data.chat import CONTEXT, PADDING, START
+from tritter.data.packing import DocumentMask, read_marks, reading_whole
 from tritter.data.tokens import TextBounds
 from tritter.errors import RequestError
 from tritter.methods.experts.adapters import AdapterShape, parameters_of
@@ -188,6 +189,53 @@ def test_a_packed_document_has_the_logits_it_has_alone(top_k: int | None) -> Non
     assert (found - mixture.model(input_ids=only).logits).abs().max() < 1e-12
     (other,) = mixture_of("both", top_k=top_k).model(input_ids=packed, use_cache=False).logits
     assert (found - other[8:20]).abs().max() > 1e-3, "as one stream it is another"
+
+
+def test_the_end_of_a_turn_is_inside_its_conversation() -> None:
+    made, turns = evidence(), tokens(1, 12, seed=1, high=SIZE - 1) + 1
+    turns[0, 6] = END
+    made.inner_prior = None
+    torch.testing.assert_close(made(turns)[:, 7:], made(turns[:, 6:])[:, 1:])
+    marked = torch.cat([turns | CONTEXT, torch.tensor([[END | PADDING]]), turns], dim=1)
+    for number in range(3):
+        before = made.counts[number, END].item()
+        made.count(number, marked)
+        assert made.counts[number, END] - before == 1  # neither padding nor the end of a document
+    whole = made(turns)
+    assert (whole[:, 7:] - made(turns[:, 6:])[:, 1:]).abs().max() > 1e-3
+    one_document = copy.deepcopy(made)
+    one_document.end_of_text_id = None
+    torch.testing.assert_close(whole, one_document(turns))
+    is_first = torch.zeros(1, 24, dtype=torch.bool)
+    is_first[0, ::12] = True
+    torch.testing.assert_close(made(torch.cat([turns, turns], dim=1), is_first)[:, 12:], whole)
+
+
+@pytest.mark.parametrize("is_read_first", [True, False])
+@torch.no_grad()
+def test_a_packed_conversation_has_the_logits_it_has_alone(is_read_first: bool) -> None:
+    mixture = mixture_of(top_k=2)
+    if is_read_first:  # as in a run that adds experts; one that continues them reads later
+        mixture.model.model._forward_pre_hooks.clear()
+    read_marks(mixture.model, DocumentMask(TextBounds(END)))
+    if is_read_first:
+        mixture.model.model.register_forward_pre_hook(mixture._read, with_kwargs=True)
+    conversations = tokens(2, 9, seed=3, high=63) + 1
+    conversations[:, 4] = END
+    marked = conversations | CONTEXT
+    marked[:, 0] |= START
+    end = torch.tensor([END | PADDING])
+    packed = torch.cat([end, marked[0], end, marked[1]])[None]
+    assert mixture.evidence is not None
+    mixture.evidence.count(1, packed)
+    found = mixture.model(input_ids=packed).logits[:, -9:]
+    with reading_whole(mixture.model):
+        alone = mixture.model(input_ids=conversations[1:], use_cache=False).logits
+        cache, name = DynamicCache(), cache_name(mixture.model)
+        for each in conversations[1:].split(1, dim=1):
+            last = mixture.model(input_ids=each, **{name: cache}, use_cache=True).logits
+    assert (found - alone).abs().max() < 1e-10
+    assert (last[:, -1] - alone[:, -1]).abs().max() < 1e-10
 
 
 @torch.no_grad()

@@ -527,12 +527,7 @@ class _UsageLog:
 
 
 class _Exemplars:
-    """A reservoir sample of sequences for each expert.
-
-    Args:
-        capacity: sequences per expert.
-        seed: seed of the reservoirs and of sampling.
-    """
+    """A reservoir sample of sequences for each expert."""
 
     def __init__(self, capacity: int, *, seed: int) -> None:
         self.capacity, self._seed = capacity, seed

@@ -96,29 +96,40 @@ def mean_gates(mixture: ExpertMixture, texts: Sequence[Tensor]) -> dict[str, flo
 def logit_change(mixture: ExpertMixture, adapter: StoredAdapter, input_ids: Tensor) -> LogitChange:
     """Measure the change of the logits if one adapter replaces the mixture, in the model's dtype.
 
-    The adapter stays on the model, so do not use the model afterwards.
+    One sequence at a time, since logits take much memory. The mixture is the same afterwards.
 
     Args:
         mixture: the mixture.
         adapter: the merged adapter.
         input_ids: int64 [B, T].
     """
-    model = mixture.model
+    model, largest, sums = mixture.model, torch.zeros(()), torch.zeros(4, dtype=torch.float64)
     numbered = (f"{_NAME}_{number}" for number in range(300))
     name = next(each for each in (_NAME, *numbered) if each not in mixture.names)
-    with eval_mode(model) as device:
-        ids = input_ids.to(device)
-        before = model(input_ids=ids, use_cache=False).logits.double()
+
+    def logits(ids: Tensor) -> Tensor:
+        with eval_mode(model) as device:
+            return model(input_ids=ids.to(device), use_cache=False).logits.double()
+
+    for ids in input_ids.split(1):
+        before = logits(ids)
         mixture.open(name, adapter.shape, seed=0)
         load_values(model, name, adapter)
         with mixture.only(name):
-            after = model(input_ids=ids, use_cache=False).logits.double()
-    difference, deviation = after - before, before.std()
+            after = logits(ids)
+        mixture.close(name)
+        moved, same_best = after - before, (after.argmax(-1) == before.argmax(-1)).sum()
+        largest = torch.maximum(largest, moved.abs().max().cpu())  # keeps NaN
+        parts = before.sum(), before.square().sum(), moved.square().sum(), same_best
+        sums += torch.stack(parts).cpu()
+    total, squares, moves, best = sums
+    number = input_ids.numel() * before.shape[-1]
+    deviation = ((squares - total**2 / number).clamp(min=0) / (number - 1)).sqrt()
     return LogitChange(
-        largest=float(difference.abs().max() / deviation),
-        mean=float(difference.square().mean().sqrt() / deviation),
-        same_best=float((after.argmax(-1) == before.argmax(-1)).double().mean()),
-        num_tokens=ids.numel(),
+        largest=float(largest / deviation),
+        mean=float((moves / number).sqrt() / deviation),
+        same_best=float(best / input_ids.numel()),
+        num_tokens=input_ids.numel(),
     )
 
 

@@ -13,7 +13,8 @@ from torch.nn.functional import embedding, linear, pad
 
 from tritter.checkpoints.expert_files import RouterKind
 from tritter.core.models import backbone_of, cache_in
-from tritter.data.chat import ids_of
+from tritter.data.chat import ids_of, is_padding
+from tritter.data.packing import document_mask_of
 from tritter.errors import RequestError, did_you_mean
 from tritter.methods.experts.adapters import (
     AdapterShape,
@@ -53,7 +54,8 @@ class Evidence(nn.Module):
     Up to a constant shared by all experts, a logit is prior + scale · Σ log p(token | expert) over
     the last `window` tokens of the document, the current one included. Documents start after an
     end-of-text token or the start of a text; where it is not among these tokens, the prior is
-    `inner_prior`. The scale is small because neighbouring tokens are dependent. p is computed from
+    `inner_prior`. If an end-of-text token also ends the turns of conversations, these are documents
+    as a whole. The scale is small because neighbouring tokens are dependent. p is computed from
     counts, smoothed by the mean of all skills (Dirichlet): unseen tokens are no evidence.
 
     Args:
@@ -88,43 +90,66 @@ class Evidence(nn.Module):
         self.inner_prior = inner_prior
         # Integers are not rounded if the model's dtype changes
         self.register_buffer("counts", torch.zeros(0, vocab_size, dtype=torch.int64))
-        self._table: tuple[tuple[int, torch.device], Tensor] | None = None
+        self._table: tuple[tuple[int, torch.device], Tensor, bool] | None = None
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, is_first: Tensor | None = None) -> Tensor:
         """Return logits [B, T, n] in float64; the maximum of each token is 0.
 
         Args:
             ids: int64 [B, T]; _NO_TOKEN for padding.
+            is_first: bool [B, T], tokens at position 0. None: unknown.
         """
         number, (_, length) = len(self.counts), ids.shape
-        is_start = (ids == _NO_TOKEN) | self.is_between(ids)  # the same for all skills
-        version = (self.counts._version, self.counts.device)
-        if self._table is None or self._table[0] != version:  # log p(token | expert), [n, V]
-            counts = self.counts.double()
-            totals, size = counts.sum(1, keepdim=True), counts.shape[1]
-            mean = ((counts + 0.5) / (totals + 0.5 * size)).mean(0)
-            self._table = version, ((counts + _STRENGTH * mean) / (totals + _STRENGTH)).log()
-        log_likelihoods = self._table[1][:, ids.clamp_min(0)].permute(1, 2, 0)  # [B, T, n]
+        is_between = self.is_between(ids, is_first)
+        is_start = (ids == _NO_TOKEN) | is_between  # the same for all skills
+        log_likelihoods = self._statistics()[1][:, ids.clamp_min(0)].permute(1, 2, 0)  # [B, T, n]
         sums = (log_likelihoods * ~is_start.unsqueeze(-1)).cumsum(1)
         positions = torch.arange(length, device=ids.device)
-        begin = (positions * is_start).cummax(dim=1).values  # start of the document
+        begins = is_start | is_first if is_first is not None and self._ends_turns else is_start
+        begin = (positions * begins).cummax(dim=1).values  # start of the document
         first = torch.maximum(begin, positions - self.window + 1)  # [B, T], first token that counts
         before = pad(sums, (0, 0, 1, 0)).gather(1, first.unsqueeze(-1).expand(-1, -1, number))
         logits = self.scale * (sums - before)
         prior = torch.full_like(begin, self.prior, dtype=logits.dtype)  # [B, T]
         if self.inner_prior is not None and self.end_of_text_id is not None:
-            is_in_sight = self.is_between(ids.gather(1, begin)) & (first == begin)
+            is_in_sight = is_between.gather(1, begin) & (first == begin)
             prior = torch.where(is_in_sight, prior, self.inner_prior)
         is_other = torch.arange(number, device=ids.device) > 0
         logits = logits + prior.unsqueeze(-1) * is_other
         return (logits - logits.amax(-1, keepdim=True)).clamp_min(_LEAST)
 
-    def is_between(self, ids: Tensor) -> Tensor:
-        """Return whether each token is outside of the text of documents; padding is inside."""
+    def is_between(self, ids: Tensor, is_first: Tensor | None = None) -> Tensor:
+        """Return whether each token is outside of the text of documents; padding is inside.
+
+        Args:
+            ids: int64 [B, T].
+            is_first: as in `forward`.
+        """
         if self.end_of_text_id is None:
             return torch.zeros_like(ids, dtype=torch.bool)
-        outside = torch.tensor([self.end_of_text_id, *self.start_ids], device=ids.device)
-        return torch.isin(ids, outside)
+        is_end = ids == self.end_of_text_id
+        if self._ends_turns:
+            columns = torch.arange(ids.shape[-1], device=ids.device)
+            is_end &= columns == 0 if is_first is None else is_first
+        starts = torch.tensor(self.start_ids, dtype=torch.int64, device=ids.device)
+        return is_end | torch.isin(ids, starts)
+
+    @property
+    def _ends_turns(self) -> bool:
+        """Whether the end of text is also part of documents, as in many chat templates."""
+        return self._statistics()[2]
+
+    def _statistics(self) -> tuple[tuple[int, torch.device], Tensor, bool]:
+        """Return the version of the counts, log p(token | expert) [n, V], and `_ends_turns`."""
+        version = (self.counts._version, self.counts.device)
+        if self._table is None or self._table[0] != version:
+            counts = self.counts.double()
+            totals, size = counts.sum(1, keepdim=True), counts.shape[1]
+            mean = ((counts + 0.5) / (totals + 0.5 * size)).mean(0)
+            table = ((counts + _STRENGTH * mean) / (totals + _STRENGTH)).log()
+            end = self.end_of_text_id
+            self._table = version, table, end is not None and bool(counts[:, end].any())
+        return self._table
 
     def add_row(self) -> None:
         """Add a row for an expert without counts."""
@@ -138,19 +163,16 @@ class Evidence(nn.Module):
 
     def count(self, number: int, ids: Tensor) -> None:
         """Count tokens, int64 of any shape, for an expert; those between texts are ignored."""
-        ids = torch.where(ids == _NO_TOKEN, ids, ids_of(ids))
-        found = ids[(ids != _NO_TOKEN) & ~self.is_between(ids)]
+        is_outside = is_padding(ids)  # that of _NO_TOKEN, too
+        if (end := self.end_of_text_id) is not None:  # ends of turns are marked
+            is_outside |= (ids == end) | ((ids_of(ids) != end) & self.is_between(ids_of(ids)))
+        found = ids_of(ids)[~is_outside]
         self.counts[number] += torch.bincount(found, minlength=self.counts.shape[1]).to(self.counts)
 
 
 @dataclass(slots=True)
 class _Seen:
-    """Tokens that a key-value cache covers.
-
-    Args:
-        tail: the latest tokens, int64 [B, ≤ window].
-        number: number of all tokens.
-    """
+    """Tokens that a key-value cache covers."""
 
     tail: Tensor
     number: int
@@ -577,10 +599,10 @@ class ExpertMixture:
         self._seen = None
         if self._is_off or not self.names:
             return
-        ids = args[0] if args else kwargs.get("input_ids")
-        if ids is None:
+        marked = args[0] if args else kwargs.get("input_ids")
+        if marked is None:
             raise RequestError("experts.router=evidence needs token ids (input_ids).")
-        ids = ids_of(ids)
+        ids = ids_of(marked)
         if self._only_expert is not None:
             self._whole.dispatch = self._only(ids, self._only_expert)
             return
@@ -598,13 +620,26 @@ class ExpertMixture:
             seen = torch.cat([earlier.tail.to(ids.device), seen], dim=1)
         self._seen = seen
         assert self.evidence is not None
+        # With earlier tokens, the first one that counts begins the text
+        is_first = self._is_first(marked, kwargs) if seen.shape == ids.shape else None
         # Between documents, all new skills have equal logits, and a choice would be arbitrary
-        logits, is_dense = self.evidence(seen), self.evidence.is_between(seen)
+        logits = self.evidence(seen, is_first)
+        is_dense = self.evidence.is_between(seen, is_first)
         own = slice(-ids.shape[1], None)
         gates = self._gates_of(
             logits[:, own], is_training=backbone.training, is_dense=is_dense[:, own]
         )
         self._whole.set(gates)
+
+    def _is_first(self, marked: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
+        """Return whether each token of a forward pass is the first of a document, if known."""
+        positions = kwargs.get("position_ids")
+        document_mask = document_mask_of(self.model)
+        if positions is None and document_mask is not None and not kwargs.get("use_cache"):
+            positions = document_mask.positions(marked)
+        if positions is None or positions.ndim != 2:
+            return None
+        return (positions == 0).expand_as(marked)
 
     def _cache_tokens(
         self, backbone: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], output: Any

@@ -92,11 +92,7 @@ def _growth_change(model: nn.Module, growths: Mapping[int, LayerGrowth]) -> Chan
 def _module_change(
     model: nn.Module, blocks: Mapping[int, FfnBlock], growths: Mapping[int, LayerGrowth]
 ) -> Change:
-    """Return the change of a module that is not a model of a known family.
-
-    Args:
-        blocks: layer → its FFN.
-    """
+    """Return the change of a module that is not a model of a known family."""
     before, after, maps = [], [], {}
     for layer, growth in growths.items():
         block = blocks[layer]
@@ -117,12 +113,7 @@ def _module_change(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _NeuronMap:
-    """The map of an FFN's neurons; recycled ones have no source.
-
-    Args:
-        source: int64 [N], as in AxisMap.
-        share: float64 [N], as in AxisMap.
-    """
+    """The map of an FFN's neurons; recycled ones have no source."""
 
     source: Tensor
     share: Tensor
@@ -487,9 +478,6 @@ class _Pressure:
 
     ema ← decay · ema + (1 − decay) · |∇w|, for a neuron over its rows of gate and up. Steps with a
     non-finite gradient are ignored, because they are skipped.
-
-    Args:
-        decay: decay of both averages.
     """
 
     def __init__(self, decay: float) -> None:
@@ -604,12 +592,7 @@ def _dead_neurons(
 
 
 class _Maturity:
-    """Birth steps of all neurons, and scaled updates of young ones.
-
-    Args:
-        age: steps after which a neuron is mature.
-        factor: multiplies the updates of young neurons.
-    """
+    """Birth steps of all neurons, and scaled updates of young ones."""
 
     def __init__(self, *, age: int, factor: float) -> None:
         self._age = age

@@ -89,12 +89,6 @@ def _fit_live(
     """Train a live model in place; its device and its training mode are restored.
 
     Torch's global generators are restored as well.
-
-    Args:
-        module: the model with its losses.
-        batches: of the run.
-        seed: seed of random layers in training, such as dropout.
-        controls: further callbacks.
     """
     if not len(batches):
         return

@@ -324,11 +324,7 @@ def load_balancing_loss(
 
 
 def _router_z_loss(logits: Tensor) -> Tensor:
-    """Return the mean of (log Σ exp logits)², which keeps logits small (arXiv 2202.08906, eq. 5).
-
-    Args:
-        logits: [N, E].
-    """
+    """Return the mean of (log Σ exp logits)², logits [N, E] (arXiv 2202.08906, equation 5)."""
     return _wide(logits).logsumexp(dim=-1).square().mean()
 
 

@@ -114,11 +114,6 @@ def _contrast(one_nE: Tensor, two_nE: Tensor, groups: Tensor, *, temperature: fl
     """Return the NT-Xent loss of n pairs (SimCLR, Chen et al. 2020, equation 1).
 
     Unlike there, other samples of the same skill do not count as negatives.
-
-    Args:
-        one_nE: unit vectors, the first view of each pair.
-        two_nE: unit vectors, the second view of each pair.
-        groups: int64 [n], the skill of each pair.
     """
     n = len(one_nE)
     views = torch.cat([one_nE, two_nE])

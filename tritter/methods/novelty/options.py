@@ -247,10 +247,6 @@ def _mean_cosines(samples_BE: Tensor, skills_KE: Tensor) -> Tensor:
 
     The mean of a row is exactly the cosine. The difference of a sample's value from it is the
     sample's influence (the infinitesimal jackknife), which allows intervals.
-
-    Args:
-        samples_BE: float64, unit vectors.
-        skills_KE: float64, of any norm.
     """
     mean_E = samples_BE.mean(dim=0)
     norm = mean_E.norm().clamp_min(1e-12)

@@ -641,12 +641,7 @@ def _eps(module: nn.Module) -> float | None:
 
 
 def _normed(block: Block, norms: frozenset[str]) -> list[str]:
-    """Return the matrices, and their biases, whose whole output is normalised at once.
-
-    Args:
-        block: the layer.
-        norms: its modules that divide by an RMS with the config's eps.
-    """
+    """Return the matrices, and their biases, whose whole output is normalised at once."""
     calls = calls_in(block.module, block.change)
     normed = [call.given.flatten().sort().values for call in calls if call.name in norms]
     found = []

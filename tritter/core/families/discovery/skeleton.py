@@ -159,15 +159,12 @@ def layers_on_disk(name: str, disk: Mapping[str, object]) -> str:
     """Return the beginning of the names of all layers on disk."""
     if any(each.startswith(f"{name}.") for each in disk):
         return f"{name}."
-    last = re.escape(name.rpartition(".")[2])
-    for each in disk:
-        if (found := re.match(rf"((?:.*\.)?{last}\.)\d+\.", each)) is not None:
-            return found[1]
-    numbered = (re.match(r"(.*?\.)\d+\.", each) for each in disk)  # EXAONE's are `transformer.h.`
-    lists = Counter(found[1] for found in numbered if found is not None and not is_tower(found[1]))
+    last = name.rpartition(".")[2]  # the same on disk, except in EXAONE: `transformer.h.`
+    numbered = (re.match(r"((?:.*?\.)?(\w+)\.)\d+\.", each) for each in disk)
+    lists = Counter((each[2] == last, not is_tower(each[1]), each[1]) for each in numbered if each)
     if not lists:
         raise RequestError("the names on disk have no list of layers.")
-    return lists.most_common(1)[0][0]
+    return max(lists, key=lambda each: (*each[:2], lists[each]))[2]
 
 
 def places(model: nn.Module) -> dict[str, Place]:
