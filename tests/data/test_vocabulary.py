@@ -25,6 +25,7 @@ from tritter.data.vocabulary import (
     pursuit_rows,
     require_bpe,
     retokenised,
+    texts_of_tokens,
 )
 from tritter.errors import RequestError
 
@@ -168,6 +169,8 @@ def test_other_kinds_of_tokenizers_are_refused() -> None:
     words = Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
     with pytest.raises(RequestError, match="BPE"):
         learn_merges(words, [CODE], num_tokens=2)
+    with pytest.raises(RequestError, match=r"expansion\.vocab\.tokenizer: .*BPE"):
+        texts_of_tokens(words)
 
 
 def chain(*merges: tuple[int, int]) -> ExtendedTokenizer:

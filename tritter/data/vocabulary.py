@@ -124,7 +124,7 @@ class ExtendedTokenizer:
         return whole_texts(Tokenizer.from_str(self.text))
 
 
-def require_bpe(tokenizer: Tokenizer) -> dict[str, Any]:
+def require_bpe(tokenizer: Tokenizer, *, key: str = _KEY) -> dict[str, Any]:
     """Return the content of a tokenizer after checking that merges extend it.
 
     Raises:
@@ -134,7 +134,7 @@ def require_bpe(tokenizer: Tokenizer) -> dict[str, Any]:
     kind = content["model"].get("type")
     if kind != "BPE" or content["model"].get("continuing_subword_prefix"):
         reason = f"it extends BPE tokenizers by merges, and this one is of the type {kind}"
-        raise RequestError(Problem(_KEY, reason=reason))
+        raise RequestError(Problem(key, reason=reason))
     return content
 
 
@@ -310,7 +310,7 @@ def _is_byte_level(content: Mapping[str, Any]) -> bool:
 
 def texts_of_tokens(tokenizer: Tokenizer) -> dict[int, str]:
     """Return token id → its text, without special tokens and parts of characters."""
-    content = require_bpe(tokenizer)
+    content = require_bpe(tokenizer, key=f"{_KEY}.tokenizer")
     special = {entry["id"] for entry in content.get("added_tokens") or ()}
     is_byte_level, texts = _is_byte_level(content), dict[int, str]()
     for surface, number in content["model"]["vocab"].items():
