@@ -154,9 +154,9 @@ def _texts(folder: Path, *, length: int, vocab_size: int) -> dict[str, Tensor]:
             first = list(islice(documents, _DOCUMENTS)) if paths else []
             is_chat = any(each.conversation for each in first)
             chat = corpus_chat(is_chat, recorded_chat(lineage), folder)
+            tokens = tokenise(first, tokenizer.tokenizer, max_tokens_per_document=length, chat=chat)
         except TritterError:  # its data is unavailable
             continue
-        tokens = tokenise(first, tokenizer.tokenizer, max_tokens_per_document=length, chat=chat)
         if num_closed_tokens(tokens, bounds) >= length:
             packed = pack(tokens, sequence_length=length, bounds=bounds)
             found[name] = ids_of(packed[:_SEQUENCES]).long()

@@ -48,7 +48,7 @@ def next_commands(
             and not override.lstrip("+~").startswith(bodies)
         ]
         changed = [*kept, *(f"{key}={value}" for key, value in change.items())]
-        with suppress(TritterError, OSError, SweepInConfig):  # what other settings exclude
+        with suppress(TritterError, OSError, SweepInConfig):  # other settings exclude it
             load_config(changed)
             lines.append(f"{command(changed)}   # {why}")
     checkpoint = str(folder / "checkpoint")

@@ -211,6 +211,48 @@ def test_the_end_of_a_turn_is_inside_its_conversation() -> None:
     torch.testing.assert_close(made(torch.cat([turns, turns], dim=1), is_first)[:, 12:], whole)
 
 
+@torch.no_grad()
+def test_left_padding_does_not_change_a_conversation() -> None:
+    mixture = mixture_of(top_k=2)
+    assert mixture.evidence is not None
+    conversation = tokens(1, 9, seed=3, high=63) + 1
+    conversation[:, 4] = END
+    mixture.evidence.count(1, conversation | CONTEXT)
+    alone = torch.cat([torch.tensor([[END]]), conversation], dim=1)
+    padded, mask = torch.nn.functional.pad(alone, (3, 0), value=END), torch.ones(1, 13).long()
+    mask[:, :3] = 0
+    expected = mixture.evidence(alone)
+    mixture.model(input_ids=padded, attention_mask=mask, use_cache=False)
+    torch.testing.assert_close(mixture.gates()[0].logits[:, 3:], expected)
+
+
+@torch.no_grad()
+def test_boundaries_are_those_of_the_attention() -> None:
+    """A document mask restricts no pass with a mask or a cache of its own."""
+    mixture = mixture_of(top_k=2)
+    read_marks(mixture.model, DocumentMask(TextBounds(END)))
+    assert mixture.evidence is not None
+    conversation = tokens(1, 9, seed=3, high=63) + 1
+    conversation[:, 4] = END
+    mixture.evidence.count(1, conversation | CONTEXT)
+    expected = mixture.evidence(conversation)
+    mask, cache = torch.ones_like(conversation), {cache_name(mixture.model): DynamicCache()}
+    for options in ({"attention_mask": mask}, cache):
+        mixture.model(input_ids=conversation, **options)
+        torch.testing.assert_close(mixture.gates()[0].logits, expected)
+
+
+def test_counts_that_are_assigned_are_used() -> None:
+    made, other, ids = evidence(), evidence(), tokens(1, 12, seed=1, high=SIZE - 1) + 1
+    other.counts = other.counts.flip(0).clone()
+    assert (made(ids) - other(ids)).abs().max() > 1e-3
+    counts = other.counts.clone()
+    while counts._version < made.counts._version:
+        counts += 0
+    made.load_state_dict({"counts": counts}, assign=True)
+    torch.testing.assert_close(made(ids), other(ids))
+
+
 @pytest.mark.parametrize("is_read_first", [True, False])
 @torch.no_grad()
 def test_a_packed_conversation_has_the_logits_it_has_alone(is_read_first: bool) -> None:

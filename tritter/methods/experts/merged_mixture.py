@@ -87,9 +87,9 @@ def mean_gates(mixture: ExpertMixture, texts: Sequence[Tensor]) -> dict[str, flo
     """
     found = torch.zeros(len(mixture.names), dtype=torch.float64)
     with eval_mode(mixture.model) as device:
-        for input_ids in texts:
-            mixture.model(input_ids=input_ids.to(device), use_cache=False)
-            found += usage(mixture.gates()).double().cpu() / len(texts)
+        for ids, number in ((row, len(each)) for each in texts for row in each.split(1)):
+            mixture.model(input_ids=ids.to(device), use_cache=False)
+            found += usage(mixture.gates()).double().cpu() / (number * len(texts))
     return dict(zip(mixture.names, found.tolist(), strict=True))
 
 

@@ -90,7 +90,7 @@ class Evidence(nn.Module):
         self.inner_prior = inner_prior
         # Integers are not rounded if the model's dtype changes
         self.register_buffer("counts", torch.zeros(0, vocab_size, dtype=torch.int64))
-        self._table: tuple[tuple[int, torch.device], Tensor, bool] | None = None
+        self._table: tuple[tuple[int, int, torch.device], Tensor, bool] | None = None
 
     def forward(self, ids: Tensor, is_first: Tensor | None = None) -> Tensor:
         """Return logits [B, T, n] in float64; the maximum of each token is 0.
@@ -129,8 +129,8 @@ class Evidence(nn.Module):
             return torch.zeros_like(ids, dtype=torch.bool)
         is_end = ids == self.end_of_text_id
         if self._ends_turns:
-            columns = torch.arange(ids.shape[-1], device=ids.device)
-            is_end &= columns == 0 if is_first is None else is_first
+            before = pad(ids[..., :-1], (1, 0), value=_NO_TOKEN)
+            is_end &= before == _NO_TOKEN if is_first is None else is_first
         starts = torch.tensor(self.start_ids, dtype=torch.int64, device=ids.device)
         return is_end | torch.isin(ids, starts)
 
@@ -139,9 +139,9 @@ class Evidence(nn.Module):
         """Whether the end of text is also part of documents, as in many chat templates."""
         return self._statistics()[2]
 
-    def _statistics(self) -> tuple[tuple[int, torch.device], Tensor, bool]:
+    def _statistics(self) -> tuple[tuple[int, int, torch.device], Tensor, bool]:
         """Return the version of the counts, log p(token | expert) [n, V], and `_ends_turns`."""
-        version = (self.counts._version, self.counts.device)
+        version = (id(self.counts), self.counts._version, self.counts.device)
         if self._table is None or self._table[0] != version:
             counts = self.counts.double()
             totals, size = counts.sum(1, keepdim=True), counts.shape[1]
@@ -620,8 +620,8 @@ class ExpertMixture:
             seen = torch.cat([earlier.tail.to(ids.device), seen], dim=1)
         self._seen = seen
         assert self.evidence is not None
-        # With earlier tokens, the first one that counts begins the text
-        is_first = self._is_first(marked, kwargs) if seen.shape == ids.shape else None
+        is_asked = self.evidence._ends_turns and seen.shape == ids.shape  # no earlier tokens
+        is_first = self._is_first(marked, kwargs) if is_asked else None
         # Between documents, all new skills have equal logits, and a choice would be arbitrary
         logits = self.evidence(seen, is_first)
         is_dense = self.evidence.is_between(seen, is_first)
@@ -633,10 +633,10 @@ class ExpertMixture:
 
     def _is_first(self, marked: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
         """Return whether each token of a forward pass is the first of a document, if known."""
-        positions = kwargs.get("position_ids")
-        document_mask = document_mask_of(self.model)
-        if positions is None and document_mask is not None and not kwargs.get("use_cache"):
-            positions = document_mask.positions(marked)
+        options = {**kwargs, "input_ids": marked}
+        if (document_mask := document_mask_of(self.model)) is not None:
+            _, options = document_mask(self.model, (), options) or ((), options)
+        positions = options.get("position_ids")
         if positions is None or positions.ndim != 2:
             return None
         return (positions == 0).expand_as(marked)
