@@ -90,7 +90,7 @@ RATCHET = {
     "data": (26, 9_273),
     "evaluation": (16, 4_475),
     "integrations": (2, 801),
-    "methods": (48, 12_484),
+    "methods": (48, 12_482),
     "pipeline": (31, 7_325),
     "planning": (9, 2_150),
     "report": (15, 4_246),

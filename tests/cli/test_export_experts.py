@@ -203,7 +203,11 @@ def test_conversations_are_measured_as_they_were_trained(run: Run, place: Path) 
     answer = {"role": "assistant", "content": f"{chat.SENTENCE} " * 40}
     turns = [{"role": "user", "content": "the class"}, answer]
     (place / "chats.jsonl").write_text(json.dumps({"messages": turns}))
-    learned = {"chats": LearnedDomain(paths=(str(place / "chats.jsonl"),))}
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    refused = {"messages": [turns[0], {**answer, "tool_calls": [call]}]}  # not in the template
+    (place / "calls.jsonl").write_text(json.dumps(refused))
+    paths = {name: str(place / f"{name}.jsonl") for name in ("chats", "calls")}
+    learned = {name: LearnedDomain(paths=(path,)) for name, path in paths.items()}
     lineage = replace(lineage_of(place / "chatty"), domains=learned)
     write_lineage(place / "chatty", lineage, read_model(place / "chatty").config)
     result = run("export --checkpoint chatty --output out --merge --json")

@@ -155,7 +155,7 @@ def _texts(folder: Path, *, length: int, vocab_size: int) -> dict[str, Tensor]:
             is_chat = any(each.conversation for each in first)
             chat = corpus_chat(is_chat, recorded_chat(lineage), folder)
             tokens = tokenise(first, tokenizer.tokenizer, max_tokens_per_document=length, chat=chat)
-        except TritterError:  # its data is unavailable
+        except TritterError:  # its data is unavailable or refused
             continue
         if num_closed_tokens(tokens, bounds) >= length:
             packed = pack(tokens, sequence_length=length, bounds=bounds)

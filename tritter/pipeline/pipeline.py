@@ -237,7 +237,7 @@ def planned_candidates(run: Run) -> list[Candidate]:
 def _run_tasks(
     run: Run, branches: Sequence[Branch], *, so_far: Sequence[Branch] = ()
 ) -> tuple[Branch, ...]:
-    """Train consecutive branches until one stops early, and return the trained ones."""
+    """Return the branches trained until one stops early; loggers count those `so_far` first."""
     row, trained = [*so_far, *branches], list[Branch]()
     for branch in branches:
         step = first_step(run, row, branch)

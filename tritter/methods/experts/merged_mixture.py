@@ -14,8 +14,6 @@ from tritter.methods.experts.gates import usage
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.methods.experts.stored import ExpertFolder, StoredAdapter, load_values
 
-_NAME = "merged"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogitChange:
@@ -87,9 +85,10 @@ def mean_gates(mixture: ExpertMixture, texts: Sequence[Tensor]) -> dict[str, flo
     """
     found = torch.zeros(len(mixture.names), dtype=torch.float64)
     with eval_mode(mixture.model) as device:
-        for ids, number in ((row, len(each)) for each in texts for row in each.split(1)):
-            mixture.model(input_ids=ids.to(device), use_cache=False)
-            found += usage(mixture.gates()).double().cpu() / (number * len(texts))
+        for each in texts:
+            for ids in each.to(device).split(1):  # logits take much memory
+                mixture.model(input_ids=ids, use_cache=False)
+                found += usage(mixture.gates()).double().cpu() / (len(each) * len(texts))
     return dict(zip(mixture.names, found.tolist(), strict=True))
 
 
@@ -104,8 +103,7 @@ def logit_change(mixture: ExpertMixture, adapter: StoredAdapter, input_ids: Tens
         input_ids: int64 [B, T].
     """
     model, largest, sums = mixture.model, torch.zeros(()), torch.zeros(4, dtype=torch.float64)
-    numbered = (f"{_NAME}_{number}" for number in range(300))
-    name = next(each for each in (_NAME, *numbered) if each not in mixture.names)
+    name = next(each for n in range(300) if (each := f"merged_{n}") not in mixture.names)
 
     def logits(ids: Tensor) -> Tensor:
         with eval_mode(model) as device:

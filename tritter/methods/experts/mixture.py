@@ -105,7 +105,7 @@ class Evidence(nn.Module):
         log_likelihoods = self._statistics()[1][:, ids.clamp_min(0)].permute(1, 2, 0)  # [B, T, n]
         sums = (log_likelihoods * ~is_start.unsqueeze(-1)).cumsum(1)
         positions = torch.arange(length, device=ids.device)
-        begins = is_start | is_first if is_first is not None and self._ends_turns else is_start
+        begins = is_start if is_first is None else is_start | is_first
         begin = (positions * begins).cummax(dim=1).values  # start of the document
         first = torch.maximum(begin, positions - self.window + 1)  # [B, T], first token that counts
         before = pad(sums, (0, 0, 1, 0)).gather(1, first.unsqueeze(-1).expand(-1, -1, number))
@@ -172,7 +172,7 @@ class Evidence(nn.Module):
 
 @dataclass(slots=True)
 class _Seen:
-    """Tokens that a key-value cache covers."""
+    """All tokens that a key-value cache covers, and the latest of them: int64 [B, ≤ window]."""
 
     tail: Tensor
     number: int

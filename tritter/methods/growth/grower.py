@@ -113,7 +113,7 @@ def _module_change(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _NeuronMap:
-    """The map of an FFN's neurons; recycled ones have no source."""
+    """The map of an FFN's N neurons, [N] each as in AxisMap; recycled ones have no source."""
 
     source: Tensor
     share: Tensor

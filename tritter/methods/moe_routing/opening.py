@@ -85,7 +85,7 @@ class Unfreezing(Callback):
 
 
 def _expert_utility(model: nn.Module, sequences: Tensor, *, batch_size: int = 8) -> Tensor:
-    """Return the utility of every expert, [number of layers with experts, E]."""
+    """Return the utility of every expert for sequences [N, T]: [layers with experts, E]."""
     routing = RouterControl.of(model)
     if routing is None or not len(sequences):
         raise RequestError("expert utility needs a model with experts, and sequences.")

@@ -111,9 +111,9 @@ def embed(features: Tensor, projection: Projection | None) -> Tensor:
 
 
 def _contrast(one_nE: Tensor, two_nE: Tensor, groups: Tensor, *, temperature: float) -> Tensor:
-    """Return the NT-Xent loss of n pairs (SimCLR, Chen et al. 2020, equation 1).
+    """Return the NT-Xent loss of n pairs of unit vectors (SimCLR, Chen et al. 2020, equation 1).
 
-    Unlike there, other samples of the same skill do not count as negatives.
+    Unlike there, other samples of the same skill (groups [n]) do not count as negatives.
     """
     n = len(one_nE)
     views = torch.cat([one_nE, two_nE])

@@ -160,11 +160,11 @@ def layers_on_disk(name: str, disk: Mapping[str, object]) -> str:
     if any(each.startswith(f"{name}.") for each in disk):
         return f"{name}."
     last = name.rpartition(".")[2]  # the same on disk, except in EXAONE: `transformer.h.`
-    numbered = (re.match(r"((?:.*?\.)?(\w+)\.)\d+\.", each) for each in disk)
-    lists = Counter((each[2] == last, not is_tower(each[1]), each[1]) for each in numbered if each)
-    if not lists:
+    numbered = (re.match(r"(.*?\.)\d+\.", each) for each in disk)
+    sizes = Counter(found[1] for found in numbered if found is not None)
+    if not sizes:
         raise RequestError("the names on disk have no list of layers.")
-    return max(lists, key=lambda each: (*each[:2], lists[each]))[2]
+    return max(sizes, key=lambda it: (it.split(".")[-2] == last, not is_tower(it), sizes[it]))
 
 
 def places(model: nn.Module) -> dict[str, Place]:
