@@ -83,20 +83,20 @@ TORCH_ONLY_ROOMS = {"core.parameter_map", "core.stock_routers"}  # the standard 
 # Room → most files and lines: both may only fall, until the redesign of issue 25 ends
 RATCHET = {
     "(top)": (13, 2_339),
-    "checkpoints": (12, 3_086),
-    "cli": (21, 5_858),
-    "config": (19, 5_215),
-    "core": (37, 12_002),
-    "data": (26, 9_273),
-    "evaluation": (16, 4_475),
+    "checkpoints": (12, 3_060),
+    "cli": (21, 5_833),
+    "config": (19, 5_183),
+    "core": (37, 11_928),
+    "data": (26, 9_018),
+    "evaluation": (16, 4_409),
     "integrations": (2, 801),
     "methods": (48, 12_482),
-    "pipeline": (31, 7_325),
-    "planning": (9, 2_150),
+    "pipeline": (31, 7_293),
+    "planning": (9, 2_131),
     "report": (15, 4_246),
-    "storage": (10, 2_111),
+    "storage": (10, 2_028),
     "training": (17, 5_090),
-    "transform": (6, 1_870),
+    "transform": (6, 1_847),
 }
 # What there is to know; both may only fall: names of modules without an underscore, and classes
 # that only hold values

@@ -11,7 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     Qwen2MoeConfig,
@@ -55,6 +58,29 @@ def held(folder: Path) -> dict[str, Tensor]:
         for path in sorted(folder.glob("*.safetensors"))
         for name, tensor in load_file(path).items()
     }
+
+
+def test_16_bits_spare_the_tensors_that_stock_classes_keep_in_float32(tmp_path: Path) -> None:
+    """The selection bias of sigmoid routers: rounded, it selects other experts."""
+    options = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    shape = {"hidden_size": 16, "intermediate_size": 16, "head_dim": 8, "vocab_size": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 3}
+    model = Glm4MoeForCausalLM(Glm4MoeConfig(**options, **shape, **heads))
+    for layer in model.model.layers[1:]:
+        bias = layer.mlp.gate.e_score_correction_bias
+        bias.copy_(7.3 + 0.003 * torch.arange(len(bias)))
+    saved(model, tmp_path / "whole")
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "stock")
+    export(tmp_path / "whole", tmp_path / "exported", dtype=torch.bfloat16)
+    expand(tmp_path / "whole", tmp_path / "expanded", [LlamaPro()], dtype=torch.bfloat16)
+    expected = held(tmp_path / "stock")
+    assert {value.dtype for value in expected.values()} == {torch.float32, torch.bfloat16}
+    for name, value in held(tmp_path / "exported").items():
+        assert value.dtype == expected[name].dtype and torch.equal(value, expected[name])
+    biases = [v for n, v in held(tmp_path / "expanded").items() if n.endswith("correction_bias")]
+    assert biases and all(v.dtype == torch.float32 for v in biases)
+    assert all(len(v.unique()) == len(v) for v in biases)
 
 
 @pytest.mark.quick_cases(1)

@@ -166,6 +166,7 @@ def test_documents_held_out_by_a_child_give_no_router_rows(place: Path) -> None:
     assert sum(one[:20] in text for one in kept) > 5
 
 
+@pytest.mark.full
 def test_random_rows_cost_less(place: Path, cache: Path, tmp_path: Path) -> None:
     """The FLOPs of router rows from data: the base reads the sequences of each child."""
     random = mixed(place, tmp_path / "random", cache, "expansion.moe.router=random")

@@ -41,6 +41,7 @@ def test_what_a_killed_writer_left_in_a_checkpoint_is_no_obstacle(
     assert read_lineage(tmp_path / "checkpoint") is not None and not left.exists()
 
 
+@pytest.mark.full
 def test_a_base_that_was_cached_and_not_logged_keeps_its_curve(
     run_tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

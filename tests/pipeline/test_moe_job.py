@@ -3,10 +3,12 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tests import oracle
@@ -19,8 +21,9 @@ from tritter.core.models import load_model
 from tritter.core.stock_routers import AddedExperts, RouterControl, stock_obstacle
 from tritter.errors import RequestError
 from tritter.methods.moe_routing.distill import DistillationModule
+from tritter.methods.moe_routing.options import AdaptationOptions
 from tritter.methods.moe_routing.separate import shared_names
-from tritter.pipeline import Outcome, run_pipeline
+from tritter.pipeline import Outcome, moe, run_pipeline
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 from tritter.training.module import TaskLoss
 from tritter.training.result import BestWeights
@@ -240,8 +243,11 @@ def test_the_best_weights_are_judged_with_their_own_offsets(
     monitor = "callbacks.model_checkpoint.monitor=eval/prose/loss"
     saving = "callbacks.model_checkpoint.every_n_train_steps=2"
     add(tmp_path / "run", "callbacks=model_checkpoint", monitor, saving, "pipeline.publish=best",
-        "evaluation.every_n_steps=2", "adaptation.anneal_steps=14", "trainer.save_every_n_steps=6",
+        "evaluation.every_n_steps=2", "adaptation.anneal_steps=11", "trainer.save_every_n_steps=6",
         "training.learning_rate=0.05")  # fmt: skip
+    # Open after the last step, not after that of the best weights
+    assert stock_obstacle(tmp_path / "run/checkpoint") is not None
+    assert not summary_of(tmp_path / "run")["moe"]["is_open"]
     (attempt,) = summary_of(tmp_path / "run")["attempts"]
     saved, last = (
         SafetensorsCheckpointIO().load_checkpoint(tmp_path / f"run/attempt_1/checkpoints/{name}")
@@ -314,6 +320,36 @@ def new_share(experts: dict[str, Any], domain: str) -> float:
     return sum(sum(load[expert] for expert in experts["new"]) for load in layers) / len(layers)
 
 
+def of_sequences(*sizes: int, **trainer: int) -> Any:
+    """Return a run with domains of so many sequences, in which each sequence has its number."""
+    packed = [torch.full((size, 1), name, dtype=torch.int32) for name, size in enumerate(sizes)]
+    domains = {str(name): each for name, each in enumerate(packed)}
+    data = SimpleNamespace(
+        batch_size=4,
+        training_sequences=lambda names: {name: domains[name] for name in names},
+        num_sequences=lambda name: len(domains[name]),
+        new_domains_of=lambda branch: list(domains),
+    )
+    config = SimpleNamespace(
+        adaptation=AdaptationOptions(router_epochs=2),
+        trainer=SimpleNamespace(**{"accumulate_grad_batches": 1, **trainer}),
+    )
+    source = SimpleNamespace(added=AddedExperts(experts=(4,)))
+    return SimpleNamespace(data=data, config=config, source=lambda location: source)
+
+
+def test_sequences_that_choose_experts_are_spread_over_all_domains() -> None:
+    chosen = moe.spaced_sequences(of_sequences(7, 4), ["0", "1"], 8).flatten().tolist()
+    assert chosen == [0] * 6 + [1] * 2
+    assert len(moe.spaced_sequences(of_sequences(3), ["0"], 8)) == 3
+
+
+@pytest.mark.parametrize(("gathered", "steps"), [(1, 6), (3, 2)])
+def test_router_epochs_are_passes_whatever_a_step_accumulates(gathered: int, steps: int) -> None:
+    branch: Any = SimpleNamespace(expanded="")
+    assert moe.router_steps(of_sequences(12, accumulate_grad_batches=gathered), branch) == steps
+
+
 REFUSED = {
     "moe_routing.z_loss=0.1": "moe_routing.z_loss = 0.1: the model is dense",
     "adaptation.encouragement=1": "adaptation.encouragement = 1.0: no experts are being appended",
@@ -368,6 +404,21 @@ def test_the_bias_of_sigmoid_routers_is_trained_and_published(sigmoid: Path) -> 
     ours = load_model(sigmoid / "checkpoint")
     ids = oracle.tokens(stock.config.vocab_size)
     assert torch.equal(oracle.logits(stock, ids), oracle.logits(ours, ids))
+
+
+def test_a_16_bit_result_has_the_trained_bias(run_tiny: Run, tmp_path: Path) -> None:
+    """Stock classes keep the bias in float32; rounded, it would select other experts."""
+    run_tiny(
+        tmp_path, "expansion=moe", "expansion.moe.target=glm4_moe", "expansion.moe.num_experts=4",
+        "forgetting=none", "moe_routing.bias_update_rate=0.01", "pipeline.dtype=bfloat16",
+    )  # fmt: skip
+    tensors = load_file(tmp_path / "checkpoint/model.safetensors")
+    biases = [value for name, value in tensors.items() if name.endswith("correction_bias")]
+    assert biases and all(value.dtype == torch.float32 for value in biases)
+    for value in biases:
+        torch.testing.assert_close(value, 0.01 * (value / 0.01).round(), rtol=1e-6, atol=1e-8)
+        assert value.any()
+    assert sum(value.dtype == torch.bfloat16 for value in tensors.values()) > len(biases)
 
 
 @pytest.mark.full

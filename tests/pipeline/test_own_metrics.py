@@ -77,6 +77,7 @@ def test_an_own_metric_is_scored_before_and_after(run_tiny: Run, tmp_path: Path)
     assert stored["spaces/accuracy"]["identifiers"] == ["the", "one"]
 
 
+@pytest.mark.full
 def test_the_gate_rolls_back_a_run_that_lost_it(run_tiny: Run, tmp_path: Path) -> None:
     words = ("gate=default", "gate.ladder=null", own(Dropping))
     outcome = run_tiny(tmp_path / "run", *words, cache_dir=tmp_path / "cache")

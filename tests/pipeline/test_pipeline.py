@@ -254,6 +254,7 @@ def test_gate_off_keeps_any_result_and_reports_its_checks(
     assert (reported["status"], reported["prose/verdict"]) == ("ungated", "reported")
 
 
+@pytest.mark.full
 def test_gate_off_keeps_a_model_without_finite_losses(run_tiny: Run, tmp_path: Path) -> None:
     """Its lineage has no scores."""
     words = ("training.learning_rate=1e18", "trainer.gradient_clip_val=null")

@@ -233,11 +233,7 @@ def experts_in(folder: Path | None, *, key: str) -> ExpertFiles | None:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Check that expert names are distinct and valid folder names.
-
-    Raises:
-        TritterError: a name is invalid or occurs twice. The message names the first.
-    """
+    """Check that expert names are distinct and valid folder names."""
     if not 1 <= len(names) <= _MAX_EXPERTS:
         allowed = f"a list of 1 to {_MAX_EXPERTS} names"
         raise TritterError(f"names = {brief(names)}; must be {allowed}.")

@@ -174,7 +174,8 @@ def export_model(
     Args:
         weights: the model to export.
         destination: the folder to write.
-        dtype: dtype of every tensor; None means the most common dtype of the origin.
+        dtype: of the tensors, except those that the stock class keeps in float32; None means the
+            most common dtype of the origin.
         expert_layout: `hub` for one tensor per matrix of each expert, or `live` for one tensor
             with all experts of a layer, as in transformers' modules.
         artifacts: other files to write next to the model, such as the tokenizer.
@@ -190,7 +191,8 @@ def export_model(
         "dtype": str(dtype).removeprefix("torch."),
     }
     model = weights.model.changed(config)
-    unpadded = _stream(weights, model.layout(expert_layout), dtype=dtype, progress=progress)
+    dtype_of = model.family.stored_dtypes(config, dtype)
+    unpadded = _stream(weights, model.layout(expert_layout), dtype_of, progress=progress)
     stream = padded(unpadded, model.padded_shapes())
     check = partial(check_replaceable, sources=weights.source_paths)
     with atomic_folder(destination, overwrite=overwrite, check=check) as folder:
@@ -222,11 +224,11 @@ def export_model(
 def _stream(
     weights: Weights,
     stored: tuple[StoredTensor, ...],
+    dtype_of: Callable[[str], torch.dtype],
     *,
-    dtype: torch.dtype,
     progress: Callable[[int, int], None] | None,
 ) -> TensorStream:
-    def rounded(name: str) -> Tensor:
+    def rounded(name: str, dtype: torch.dtype) -> Tensor:
         value = weights.read(name)
         converted = value.to(dtype)
         if is_finite(converted):
@@ -243,9 +245,9 @@ def _stream(
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for position, tensor in enumerate(stored):
-            yield tensor.name, tensor.pack(rounded)
+            yield tensor.name, tensor.pack(partial(rounded, dtype=dtype_of(tensor.name)))
             if progress is not None:
                 progress(position + 1, len(stored))
 
-    entries = tuple(TensorEntry(tensor.name, dtype, tensor.shape) for tensor in stored)
+    entries = tuple(TensorEntry(each.name, dtype_of(each.name), each.shape) for each in stored)
     return TensorStream(entries, tensors())

@@ -213,12 +213,7 @@ def record_step0_error(
 
 
 def read_lineage(folder: Path) -> Lineage | None:
-    """Return a folder's lineage, or None for a plain Hugging Face folder.
-
-    Raises:
-        TritterError: tritter.json is unreadable or has another format, or a link points outside
-            the folder.
-    """
+    """Return a folder's lineage, or None for a plain Hugging Face folder."""
     check_links(folder)
     path = folder / LINEAGE_NAME
     if not path.exists():

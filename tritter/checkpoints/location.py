@@ -51,10 +51,6 @@ def check_output(
         sources: input folders and files.
         overwrite: allow an existing checkpoint at `target`.
         check: raises if an existing folder may not be replaced; `check_replaceable` by default.
-
-    Raises:
-        RequestError: `target` is a source, is in one or contains one, exists although `overwrite`
-            is off, or is not a checkpoint.
     """
     refuse_existing(target, overwrite=overwrite)
     for source in sources:
@@ -73,9 +69,6 @@ def check_replaceable(folder: Path, *, sources: Sequence[Path] = ()) -> None:
     """Reject a folder that contains anything other than one checkpoint.
 
     Reads only tritter.json and follows no links.
-
-    Raises:
-        RequestError: the folder contains other files, or no checkpoint.
     """
     for source in sources:
         if is_within(source, folder):
@@ -192,11 +185,7 @@ def _is_private(name: str) -> bool:
 
 
 def checkpoint_location(path: str, *, key: str = "model.path") -> str:
-    """Return the absolute path of a checkpoint folder, or a hub id unchanged.
-
-    Raises:
-        RequestError: the value is neither a folder nor a valid hub id.
-    """
+    """Return the absolute path of a checkpoint folder, or a hub id unchanged."""
     folder = named_path(path, key=key)
     if folder.is_dir():
         return str(folder.resolve())
@@ -218,10 +207,6 @@ def checkpoint_model(
         path: folder or hub id.
         key: the key that named it.
         with_experts: allow LoRA experts, which training would drop.
-
-    Raises:
-        RequestError: config.json is unusable, the family is unknown, weights are not in
-            safetensors, tokenizer.json is missing, or the folder contains experts.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -253,10 +238,6 @@ def require_plain(folder: Path, *, doing: str, key: str = "checkpoint") -> None:
         folder: the checkpoint folder.
         doing: the operation, for example `an expansion`.
         key: the key that named the folder.
-
-    Raises:
-        RequestError: the checkpoint has experts, or they or the lineage are damaged. The message
-            suggests an alternative.
     """
     if (files := experts_in(folder, key=key)) is not None:
         reason = (

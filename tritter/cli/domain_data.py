@@ -65,12 +65,7 @@ def check_domain(
     *,
     is_measured: bool | None,
 ) -> None:
-    """Check a request to train experts on a domain. Writes nothing.
-
-    Raises:
-        RequestError: data is missing or unreadable, the method appends no experts, or an option
-            does not apply to training.
-    """
+    """Check a request to train experts on a domain. Writes nothing."""
     from tritter.data.records import DEFAULT_FIELD
     from tritter.data.sources import TextRequest, check_contents
 

@@ -135,41 +135,25 @@ def choice(option: str, word: str, allowed: Sequence[_Name]) -> _Name:
 
 
 def parameter_count(text: str) -> int:
-    """Parse a count such as 7B, 1.5b, 350M, 7e9 or 7_000_000.
-
-    Raises:
-        typer.BadParameter: the text is not a count.
-    """
+    """Parse a count such as 7B, 1.5b, 350M, 7e9 or 7_000_000."""
     example = "a count above 0, such as 7B, 350M or 7e9"
     return _parse_scaled(str(text), COUNT_UNITS, example=example, limit=MAX_PARAMETERS)
 
 
 def flops_rate(text: str) -> int:
-    """Parse FLOPs per second, such as 312T or 9.89e14.
-
-    Raises:
-        typer.BadParameter: the text is not a count.
-    """
+    """Parse FLOPs per second, such as 312T or 9.89e14."""
     example = "FLOPs per second above 0, such as 312T or 9.89e14"
     return _parse_scaled(str(text), COUNT_UNITS, example=example, limit=_MAX_FLOPS)
 
 
 def _byte_count(text: str) -> int:
-    """Parse a size such as 5GB, 500MB (powers of 1000) or 4GiB (powers of 1024).
-
-    Raises:
-        typer.BadParameter: the text is not a size.
-    """
+    """Parse a size such as 5GB, 500MB (powers of 1000) or 4GiB (powers of 1024)."""
     example = "a size above 0, such as 5GB, 500MB or 4GiB"
     return _parse_scaled(str(text), BYTE_UNITS, example=example, limit=MAX_BYTES)
 
 
 def parse_path(text: str) -> Path:
-    """Parse a path and expand `~`.
-
-    Raises:
-        typer.BadParameter: the text is not a valid file name.
-    """
+    """Parse a path and expand `~`."""
     try:
         return named_path(str(text), key="path")
     except RequestError as error:

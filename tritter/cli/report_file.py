@@ -71,10 +71,6 @@ def check_report_path(path: Path, *, key: str, sources: Sequence[Path] = ()) -> 
         path: the path.
         key: the option that named it.
         sources: input files and folders of the command.
-
-    Raises:
-        RequestError: the path is in a source, a checkpoint, a dataset or a run (except for the
-            run's own page), or its folder is not writable.
     """
     for source in sources:
         if is_within(path, source):

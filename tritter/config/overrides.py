@@ -146,11 +146,7 @@ def _parse_problem(override: str, message: str) -> Problem:
 
 
 def check_command_line(overrides: Sequence[Override], options: _Options) -> None:
-    """Reject overrides that Hydra would accept with an unintended meaning.
-
-    Raises:
-        RequestError: a group is added instead of selected, or set to a value that is no option.
-    """
+    """Reject overrides that Hydra would accept with an unintended meaning."""
     problems = []
     for override in overrides:
         group, known = override.key_or_group, options.get(override.key_or_group)
@@ -263,11 +259,7 @@ def _is_plain(value: object) -> bool:
 
 
 def refuse_sweeps(overrides: Sequence[Override]) -> None:
-    """Reject sweeps in a single run.
-
-    Raises:
-        RequestError: names each sweep and how to run it.
-    """
+    """Reject sweeps in a single run."""
     problems = []
     for override in overrides:
         if override.is_sweep_override():

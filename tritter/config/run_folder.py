@@ -95,11 +95,7 @@ def _recordable(text: str) -> str:
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
-    """Reject overrides that the run record can't store; they are printed with every run.
-
-    Raises:
-        RequestError: an override contains control characters, bidirectional marks or surrogates.
-    """
+    """Reject overrides that the run record can't store; they are printed with every run."""
     for override in overrides:
         try:
             _recordable(override)
@@ -281,11 +277,7 @@ def write_run_file(
 
 
 def require_writable(folder: Path, *, key: str) -> None:
-    """Create the folder before Hydra does, which would fail with a traceback.
-
-    Raises:
-        RequestError: the folder can't be created or written to.
-    """
+    """Create the folder before Hydra does, which would fail with a traceback."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         is_writable = os.access(folder, os.W_OK)

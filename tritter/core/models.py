@@ -443,11 +443,7 @@ def _has_even_layers(model: nn.Module) -> bool:
 
 
 def refuse_wrapped(model: object, *, may_be_sharded: bool = False) -> None:
-    """Refuse a model that PEFT or DDP wraps, or that FSDP or tensor parallelism has sharded.
-
-    Raises:
-        RequestError: names its class and what to pass instead.
-    """
+    """Refuse a model that PEFT or DDP wraps, or that FSDP or tensor parallelism has sharded."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise RequestError(f"{type(model).__name__} wraps the model: pass its attribute module.")
     peft = sys.modules.get("peft")  # a model that it wraps has imported it
@@ -569,9 +565,6 @@ def check_loadable(model: Model, *, folder: Path) -> None:
     Args:
         model: the model to check.
         folder: with the generation settings, which transformers loads too.
-
-    Raises:
-        RequestError: names the difference or the error of transformers.
     """
     settings = folder / "generation_config.json"
     if settings.exists():

@@ -385,11 +385,7 @@ class AddedExperts:
         return cls(experts=added, offset=offsets[added[0]]) if added else None
 
     def apply(self, model: nn.Module) -> RouterControl:
-        """Set the offset in a live model.
-
-        Raises:
-            TritterError: the model lacks these experts.
-        """
+        """Set the offset in a live model."""
         routing = RouterControl.of(model)
         if routing is None:
             raise TritterError(f"{'/'.join(_PATH)} lists experts, but the model has none.")

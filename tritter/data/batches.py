@@ -65,11 +65,7 @@ class SequenceStream:
     """
 
     def __init__(self, sequences: Tensor, *, seed: int) -> None:
-        """Shuffle sequences of shape [N, T] (any integer type).
-
-        Raises:
-            RequestError: there are no sequences.
-        """
+        """Shuffle sequences of shape [N, T] (any integer type)."""
         if sequences.ndim != 2 or not len(sequences):
             raise RequestError(
                 f"data: a stream needs sequences of shape [N, T] with N > 0, "
@@ -107,11 +103,7 @@ class SequenceStream:
         return {"epoch": self._epoch, "position": self._position}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a saved position.
-
-        Raises:
-            TritterError: the position does not exist in these sequences.
-        """
+        """Restore a saved position."""
         epoch, position = int(state["epoch"]), int(state["position"])
         if epoch < 0 or not 0 <= position < len(self):
             raise TritterError(
@@ -160,11 +152,7 @@ def write_sequences(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_sequences(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file that `write_sequences` wrote.
-
-    Raises:
-        TritterError: the file does not exist or is damaged.
-    """
+    """Return the tensors of a file that `write_sequences` wrote."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -179,11 +167,7 @@ class ExactShare:
     """Number of replayed sequences per batch, without accumulated rounding errors."""
 
     def __init__(self, fraction: float | Fraction) -> None:
-        """Set the share of replayed sequences, in [0, 1).
-
-        Raises:
-            RequestError: the share is outside this range.
-        """
+        """Set the share of replayed sequences, in [0, 1)."""
         if not (math.isfinite(fraction) and 0 <= fraction < 1):
             raise RequestError(
                 f"forgetting.replay.fraction={float(fraction):g}: must be at least 0 and below 1, "

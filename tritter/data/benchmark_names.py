@@ -45,9 +45,6 @@ def benchmark_names(requested: Sequence[str], *, key: str) -> tuple[str, ...]:
     Args:
         requested: the names to resolve.
         key: the configuration key, for messages.
-
-    Raises:
-        RequestError: lists all unknown names.
     """
     known: dict[str, None] = {}
     problems = []

@@ -134,9 +134,6 @@ def gather(root: Path | None = None) -> StdlibText:
 
     Args:
         root: folder of the library; defaults to that of the running Python.
-
-    Raises:
-        RequestError: the library has no sources.
     """
     root = root or _stdlib_root()
     prose, code = list[Document](), list[Document]()
@@ -234,9 +231,6 @@ def built_in_path(key: str, path: str) -> str:
     Args:
         key: the configuration key, for messages.
         path: the name as typed.
-
-    Raises:
-        RequestError: the text does not exist.
     """
     if path.startswith(PREFIX):
         return str(SkillText.named(key, path))
@@ -248,11 +242,7 @@ def built_in_path(key: str, path: str) -> str:
 
 @cache
 def built_in_documents(path: str) -> Documents:
-    """Return the documents of a built-in text.
-
-    Raises:
-        RequestError: the text does not exist.
-    """
+    """Return the documents of a built-in text."""
     if built_in_path("data", path).startswith(PREFIX):
         return documents_of(SkillText.named("data", path).texts())
     return distinct(_library().prose if path == "stdlib:prose" else _library().code)

@@ -22,9 +22,6 @@ def entry_lock(folder: Path, *, on_wait: Callable[[], None] | None = None) -> It
     Args:
         folder: the folder or file of the entry.
         on_wait: called if another process has the lock.
-
-    Raises:
-        RequestError: the cache is not writable.
     """
     require_writable(folder.parent)
     lock = FileLock(folder.with_name(f"{folder.name}.lock"))
@@ -41,11 +38,7 @@ def entry_lock(folder: Path, *, on_wait: Callable[[], None] | None = None) -> It
 
 
 def quarantine(path: Path, *, reason: str) -> None:
-    """Rename a damaged cache entry and log a warning.
-
-    Raises:
-        RequestError: the cache is not writable.
-    """
+    """Rename a damaged cache entry and log a warning."""
     aside = path.with_name(f"{path.name}.broken-{uuid4().hex[:8]}")
     _logger.warning(
         "cache entry %s is damaged (%s); moving it to %s and rebuilding", path, reason, aside.name
@@ -56,11 +49,7 @@ def quarantine(path: Path, *, reason: str) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Check that a cache folder is writable before any work is done for it.
-
-    Raises:
-        RequestError: the folder is not writable.
-    """
+    """Check that a cache folder is writable before any work is done for it."""
     with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{uuid4().hex[:8]}"
@@ -70,11 +59,7 @@ def require_writable(folder: Path) -> None:
 
 @contextmanager
 def write_errors(folder: Path) -> Iterator[None]:
-    """Turn write errors of a block into errors that name the cache.
-
-    Raises:
-        RequestError: the cache is not writable.
-    """
+    """Turn write errors of a block into errors that name the cache."""
     try:
         yield
     except (OSError, TritterError) as error:

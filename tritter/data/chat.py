@@ -95,12 +95,7 @@ class Chat:
         return f"{number} {how}; the loss is on {loss}."
 
     def check(self, conversation: Conversation, name: str) -> None:
-        """Check that the tokens can express a conversation.
-
-        Raises:
-            RequestError: calls of tools that the template does not show, whose answers would be
-                empty, or messages without weight in plain text of which all is predicted.
-        """
+        """Check that the tokens can express a conversation."""
         if self.tokenizer is None and self.loss_on == "all" and conversation.untrained:
             at = conversation.untrained[0] + 1
             reason = f"message {at} of {name!r} is not to be trained, but plain text is predicted"
@@ -118,9 +113,6 @@ class Chat:
         Args:
             conversation: the conversation.
             name: identifies it in messages.
-
-        Raises:
-            RequestError: the template fails, or a rendered prefix does not begin the whole.
         """
         import numpy as np
 
@@ -360,9 +352,6 @@ def chat_of(options: ChatChoice, *, tokenizer: Any) -> Chat:
     Args:
         options: the options of the run.
         tokenizer: the transformers tokenizer of the checkpoint; None for a new base model.
-
-    Raises:
-        RequestError: there is no such template.
     """
     choice, loss_on = options.chat_template, options.loss_on or "answers"
     has_template = tokenizer is not None and tokenizer.chat_template is not None
@@ -380,11 +369,7 @@ def chat_of(options: ChatChoice, *, tokenizer: Any) -> Chat:
 
 
 def template_location(choice: str) -> str:
-    """Return a value of `data.chat_template`, a file as an absolute path.
-
-    Raises:
-        RequestError: the file does not exist.
-    """
+    """Return a value of `data.chat_template`, a file as an absolute path."""
     if choice in (TOKENIZER, NONE):
         return choice
     path = named_path(choice, key=TEMPLATE_KEY).absolute()
@@ -396,11 +381,7 @@ def template_location(choice: str) -> str:
 
 
 def read_template(path: str) -> str:
-    """Return the content of a template file.
-
-    Raises:
-        RequestError: the file can't be read.
-    """
+    """Return the content of a template file."""
     try:
         return read_text(Path(path), limit_bytes=_MAX_TEMPLATE_BYTES)
     except TritterError as error:

@@ -142,9 +142,6 @@ def conversation_of(record: Mapping[Any, Any], *, turns: str | None = None) -> C
     Args:
         record: the record.
         turns: the field of the messages; None finds it.
-
-    Raises:
-        WrongRecordError: a part has the wrong type, or is not supported.
     """
     # Tables give each record the fields of all others
     not_null = [name for name, value in record.items() if value is not None]
@@ -398,22 +395,14 @@ def _is_trained(fields: Mapping[str, Any], where: str) -> dict[str, bool]:
 
 
 def exclusion(record: Mapping[Any, Any]) -> str:
-    """Return the field that excludes a whole record from training, with its value; else "".
-
-    Raises:
-        WrongRecordError: the field has another weight than 0 and 1.
-    """
+    """Return the field that excludes a whole record from training, with its value; else ""."""
     fields = {name: record[name] for name in OF_RECORDS if name in record}
     excluding = (name for name in fields if _is_trained({name: fields[name]}, ""))
     return next((f"{name}: {json.dumps(fields[name], default=str)}" for name in excluding), "")
 
 
 def encodable(text: str) -> str:
-    """Return a text of JSON.
-
-    Raises:
-        WrongRecordError: it has half of a character, which UTF-8 cannot encode.
-    """
+    """Return a text of JSON."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

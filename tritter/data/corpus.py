@@ -124,10 +124,6 @@ def build_corpus(
         chat: how to tokenise conversations, if there are any; None tokenises their plain text.
         validation_bytes: domain → int64 [n], bytes to keep of each validation document instead of
             `max_validation_tokens_per_document`.
-
-    Raises:
-        RequestError: an option is out of range, a domain is too small or unknown, or the cache
-            is not writable.
     """
     origins = dict.fromkeys(domains, origin) if isinstance(origin, str) else origin
     options = {
@@ -238,9 +234,6 @@ def stdlib_corpus(
 
     A note in the cache maps these options and this Python installation to a corpus, so a second
     run does not read the library again.
-
-    Raises:
-        RequestError: as `build_corpus`, or the library has no sources.
     """
     requested = {
         "format_version": _FORMAT_VERSION,

@@ -46,9 +46,6 @@ def difficulties(
         model: called as `model(input_ids=ids, labels=ids)` with ids int64 [1, T]; its output has
             a `loss`, as for models of transformers.
         tokenizer: maps a text to a mapping with `input_ids`, as in transformers.
-
-    Raises:
-        RequestError: there are no examples, or an example has no finite difficulty.
     """
     if not len(examples):
         raise RequestError("there are no examples.")
@@ -324,11 +321,7 @@ class CurriculumSampler(Sampler[int]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a saved position and order; a loss may sort the examples differently by now.
-
-        Raises:
-            TritterError: it was saved with other examples or stages, or in a newer format.
-        """
+        """Restore a saved position and order; a loss may sort the examples differently by now."""
         course = (list(state["starts"]), list(state["sizes"]))
         if state["format_version"] > _FORMAT_VERSION:
             raise TritterError(

@@ -145,9 +145,6 @@ def parse_name(key: str, word: str) -> DatasetName:
     Args:
         key: the configuration key, for messages.
         word: the name as typed.
-
-    Raises:
-        RequestError: the name is malformed.
     """
     body = word.removeprefix(PREFIX)
     is_on_disk = not word.startswith(PREFIX) or body.startswith(("/", "./", "../", "~"))
@@ -174,11 +171,7 @@ def parse_name(key: str, word: str) -> DatasetName:
 
 
 def check_on_disk(key: str, word: str, source: DatasetName) -> None:
-    """Check that a data set on disk exists and is supported; hub ids are not checked.
-
-    Raises:
-        RequestError: the data set does not exist or is not supported.
-    """
+    """Check that a data set on disk exists and is supported; hub ids are not checked."""
     path = Path(source.name)
     if not source.is_on_disk:
         return
@@ -264,9 +257,6 @@ def resolve_dataset(source: DatasetName, *, key: str) -> DatasetName:
     Args:
         source: the parsed name.
         key: the configuration key, for messages.
-
-    Raises:
-        TextFileError: the data set, config, split or column does not exist or is unavailable.
     """
     with _dataset_errors(source, key):
         return _of_hub(source) if not source.is_on_disk else _resolve_name(source)
@@ -276,9 +266,6 @@ def stream_identity(*sources: DatasetName, key: str) -> dict[str, str]:
     """Return the data sets by their resolved names, and file → its contents.
 
     Contents are size and SHA-256; of more than `_HASHED_BYTES`, size and time of the last change.
-
-    Raises:
-        TextFileError: as `resolve_dataset`.
     """
     files: dict[Path, os.stat_result] = {}
     for source in sources:
@@ -303,9 +290,6 @@ def dataset_texts(source: DatasetName, reading: Reading, *, is_streamed: bool) -
         reading: counts invalid rows.
         is_streamed: True streams from the hub; False downloads into the hub's cache first. Data
             sets on disk are read in place.
-
-    Raises:
-        TextFileError: as `resolve_dataset`.
     """
     batches = text_batches(source, reading, is_streamed=is_streamed)
     texts = chain.from_iterable(texts for texts, _ in batches)
@@ -318,9 +302,6 @@ def text_batches(
     """Yield the texts of a data set in batches, from a position that an earlier batch had.
 
     Each has the position after it as JSON, which is empty for a whole table.
-
-    Raises:
-        TextFileError: as `resolve_dataset`.
     """
     stated = resolve_dataset(source, key=reading.key)
     with _dataset_errors(source, reading.key):

@@ -128,19 +128,11 @@ class Reading:
         self._is_unread_noted = False
 
     def texts(self, path: Path) -> Iterator[Text]:
-        """Yield the texts of a file of records; invalid records are skipped.
-
-        Raises:
-            ByteLimitError: `max_bytes` were read.
-        """
+        """Yield the texts of a file of records; invalid records are skipped."""
         yield from self.counted(str(path), _texts(path, self))
 
     def pieces(self, path: Path) -> Iterator[Text]:
-        """Yield the `pieces` of a file's texts; plain text files are streamed.
-
-        Raises:
-            ByteLimitError: `max_bytes` were read.
-        """
+        """Yield the `pieces` of a file's texts; plain text files are streamed."""
         if _kind(path) in _WHOLE:
             found: Iterator[Text] = pieces_of_chunks(_chunks(path, self))
             yield from self.filled(self.counted(str(path), found))
@@ -156,12 +148,7 @@ class Reading:
                 yield text
 
     def counted(self, name: str, items: Iterator[_Item]) -> Iterator[_Item]:
-        """Yield the items of one source, and record its skipped records and problems.
-
-        Raises:
-            ByteLimitError: `max_bytes` were read.
-            TextFileError: a data set can't be read.
-        """
+        """Yield the items of one source, and record its skipped records and problems."""
         num_read, problem, self.skipped = 0, None, SkippedRecords()
         try:
             for item in items:
@@ -223,11 +210,7 @@ class Reading:
         self._is_unread_noted = True
 
     def count(self, num_bytes: int) -> None:
-        """Count bytes read.
-
-        Raises:
-            ByteLimitError: the count exceeds the limit.
-        """
+        """Count bytes read."""
         self.num_bytes += num_bytes
         if self._max_bytes is not None and self.num_bytes > self._max_bytes:
             raise ByteLimitError
@@ -237,13 +220,7 @@ class Reading:
 
 
 def text_pieces(files: Sequence[Path], reading: Reading) -> Iterator[Text]:
-    """Yield the texts of files cut into `pieces`, with one piece in memory at a time.
-
-    Raises:
-        TextFileError: files can't be read, decoded or parsed, no record has the field, or all
-            texts are blank. Raised at the end, with file and line of each problem.
-        ByteLimitError: the reading's `max_bytes` were read.
-    """
+    """Yield the texts of files cut into `pieces`, with one piece in memory at a time."""
     is_blank = True
     for path in files:
         for piece in reading.pieces(path):
@@ -306,13 +283,7 @@ def has_records(path: Path) -> bool:
 
 
 def check_sizes(path: Path) -> None:
-    """Refuse a file of a data set that takes far more memory than its size, by reading it once.
-
-    Raises:
-        WrongRecordError: the file decodes to more than the limit, has a line beyond the limit, or
-            is damaged.
-        TritterError: the file cannot be read.
-    """
+    """Refuse a file of a data set that takes far more memory than its size, by reading it once."""
     name = path.name.lower()
     has_lines = name.removesuffix(_PACKED).endswith((".jsonl", ".json", ".csv", ".tsv"))
     if name.endswith(".parquet"):
@@ -355,10 +326,6 @@ def parquet_records(
         path: the file.
         columns: maps the file's columns to those to read; None reads all.
         count: receives the size of the next rows before they are converted; may raise.
-
-    Raises:
-        WrongRecordError: this is not a parquet file, or it decodes to far more than its size.
-        TritterError: the file cannot be read.
     """
     for batch in _parquet_batches(path, columns=columns):
         size = max(1, _decoded_bytes(batch))
@@ -595,11 +562,7 @@ def _whole_line(line: bytes) -> bytes:
 
 
 def whole_text(path: Path, reading: Reading, *, max_bytes: int) -> str:
-    """Return a file's decompressed text.
-
-    Raises:
-        WrongRecordError: the text is not UTF-8, or too large.
-    """
+    """Return a file's decompressed text."""
     chunks, size = list[str](), 0
     for chunk in _chunks(path, reading):
         chunks.append(chunk)

@@ -67,9 +67,6 @@ def mixed_loader(
         fraction: the share of old rows.
         batch_size: rows of a batch of all processes.
         is_floored: an epoch ends before the batch that would be filled up with the next epoch.
-
-    Raises:
-        RequestError: the new rows have no length, or fields that old ones do not have.
     """
     new = loader.dataset
     if not hasattr(new, "__len__") or not hasattr(new, "__getitem__"):
@@ -260,11 +257,7 @@ class PackedText:
         return tokenise_texts(texts, self._backend)
 
     def sequences(self, name: str, data: OldData) -> Tensor:
-        """Return int32 [N, T] with marks: packed texts or rows, or rows of that length.
-
-        Raises:
-            RequestError: the data does not fill one sequence.
-        """
+        """Return int32 [N, T] with marks: packed texts or rows, or rows of that length."""
         length = self.sequence_length
         is_text = isinstance(data, tuple)
         documents = self.tokenise_texts(data) if is_text else _join_rows(data, self.bounds)
@@ -295,11 +288,7 @@ def _join_rows(rows: Any, bounds: TextBounds) -> TokenisedDocuments:
 
 
 def check_old_data(name: str, data: OldData) -> Any:
-    """Return texts as a tuple, tokenised rows unchanged.
-
-    Raises:
-        RequestError: the data is neither texts nor tokenised rows, or is empty.
-    """
+    """Return texts as a tuple, tokenised rows unchanged."""
     if hasattr(data, "column_names"):
         if "input_ids" in data.column_names:
             return data

@@ -208,11 +208,7 @@ def packed(
 def num_packed(
     documents: TokenisedDocuments, *, packing: Packing, sequence_length: int, bounds: TextBounds
 ) -> int:
-    """Return the number of sequences of packed documents without packing them.
-
-    Raises:
-        RequestError: `sequence_length` is too short, or there are no sequences.
-    """
+    """Return the number of sequences of packed documents without packing them."""
     if packing == "stream":
         return check_packs(documents, sequence_length=sequence_length, bounds=bounds)
     _check_documents(documents, sequence_length, bounds)

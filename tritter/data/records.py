@@ -38,9 +38,6 @@ def text_of(record: object, *, field: str) -> Text:
     Args:
         record: the parsed record.
         field: name of the text field.
-
-    Raises:
-        WrongRecordError: the record has no text, or is excluded.
     """
     if isinstance(record, str):
         return encodable(record)
@@ -85,11 +82,7 @@ def missing_field(field: str, found: Sequence[Any]) -> WrongRecordError:
 
 
 def parse(text: str) -> Any:
-    """Parse a line of JSON.
-
-    Raises:
-        WrongRecordError: the line is invalid, repeats a field, has NaN, or is nested too deeply.
-    """
+    """Parse a line of JSON."""
     try:
         return _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
@@ -97,11 +90,7 @@ def parse(text: str) -> Any:
 
 
 def array_elements(text: str) -> Iterator[Any]:
-    """Yield the elements of a JSON array, one after another.
-
-    Raises:
-        WrongRecordError: the text is not an array, or not valid JSON.
-    """
+    """Yield the elements of a JSON array, one after another."""
     position = _after_blanks(text, 0)
     if text[position : position + 1] != "[":
         found = "is an object" if text[position : position + 1] == "{" else "is not an array"

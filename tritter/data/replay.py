@@ -63,9 +63,6 @@ class Sampler:
 
         The slot is None if the item is not kept. If two items get the same slot, the later one
         replaces the earlier one.
-
-        Raises:
-            RequestError: a loss is negative or not finite.
         """
         import torch
 
@@ -134,9 +131,6 @@ class Reservoir(Sampler):
         capacity: maximum number of sequences.
         seed: seed of replacements and draws.
         weighting: see `Sampler`.
-
-    Raises:
-        RequestError: the capacity is below 1.
     """
 
     def __init__(self, capacity: int, *, seed: int, weighting: Weighting = "uniform") -> None:
@@ -153,11 +147,7 @@ class Reservoir(Sampler):
         return self.sequences.shape[1]
 
     def add(self, sequences: Tensor, losses: Tensor | None = None) -> None:
-        """Offer sequences [n, T] in order, with the loss of each, [n]; the default is 1.
-
-        Raises:
-            RequestError: lengths differ, or a loss is negative or not finite.
-        """
+        """Offer sequences [n, T] in order, with the loss of each, [n]; the default is 1."""
         import torch
 
         losses = torch.ones(len(sequences)) if losses is None else losses.detach().float().cpu()
@@ -179,11 +169,7 @@ class Reservoir(Sampler):
                 self.sequences[slot] = sequence
 
     def next_sequences(self, count: int) -> Tensor:
-        """Draw `count` sequences, int64 [count, T].
-
-        Raises:
-            RequestError: the reservoir is empty.
-        """
+        """Draw `count` sequences, int64 [count, T]."""
         if count and not len(self):
             raise RequestError("the replay buffer is empty.")
         return self.sequences[self.draw(count)].long()
@@ -193,11 +179,7 @@ class Reservoir(Sampler):
         return super().state_dict() | {"sequences": self.sequences}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a saved state.
-
-        Raises:
-            TritterError: the saved reservoir exceeds the capacity.
-        """
+        """Restore a saved state."""
         if len(state["sequences"]) > self.capacity:
             raise TritterError(
                 f"the saved reservoir has {len(state['sequences'])} sequences; this one has a "

@@ -350,9 +350,6 @@ class SkillText:
         Args:
             key: the configuration key, for messages.
             path: the name as typed.
-
-        Raises:
-            RequestError: the skill does not exist, or the count is invalid.
         """
         name, *parts = path.removeprefix(PREFIX).split(":")
         if name not in SKILLS:

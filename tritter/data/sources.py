@@ -75,9 +75,6 @@ def find_texts(key: str, paths: Iterable[str], *, is_recorded: bool = False) -> 
         key: the configuration key, for messages.
         paths: files, folders and globs.
         is_recorded: the paths come from a checkpoint, which is untrusted: the search is limited.
-
-    Raises:
-        RequestError: a path contains no text file, or a link leaves its folder.
     """
     limit = _MAX_RECORDED if is_recorded else None
     files: dict[Path, None] = {}
@@ -247,11 +244,6 @@ def source_documents(
         is_streamed: stream data sets from the hub instead of downloading them.
         is_head: read the first rows of data sets only.
         is_recorded: the paths come from a checkpoint; see `find_texts`.
-
-    Raises:
-        TextFileError: a file or data set can't be read or contains no text, or a third-party
-            source failed.
-        RequestError: a path contains no text file.
     """
     reading = Reading(key=key, text_field=text_field)
     if texts is not None:
@@ -291,9 +283,6 @@ def quick_pieces(paths: Sequence[str], reading: Reading) -> Iterator[Text] | Non
         paths: as for `source_documents`.
         reading: its `max_bytes` limits the bytes of files, after which the iterator raises
             `ByteLimitError`.
-
-    Raises:
-        RequestError: a path contains no text file.
     """
     key = reading.key
     sources = [parse_name(key, name) for name in dataset_names(paths)]
@@ -325,9 +314,6 @@ def recorded_paths(paths: Sequence[str], *, key: str, is_head: bool = False) -> 
         paths: as for `source_documents`.
         key: the configuration key, for messages.
         is_head: record the first rows of data sets only.
-
-    Raises:
-        TextFileError: a data set is not available.
     """
     named = {name: parse_name(key, name) for name in dataset_names(paths)}
     named = {name: each.head if is_head else each for name, each in named.items()}
@@ -379,11 +365,7 @@ class TextRequest:
 
 
 def check_contents(requests: Iterable[TextRequest], *, max_bytes: int = CHECKED_BYTES) -> None:
-    """Read the requested files, smallest first, up to `max_bytes`, and open the data sets.
-
-    Raises:
-        RequestError: lists all files and data sets that can't be read or contain no text.
-    """
+    """Read the requested files, smallest first, up to `max_bytes`, and open the data sets."""
     requests = list(dict.fromkeys(requests))
     requested = {request: find_texts(request.key, request.paths).files for request in requests}
     files = [(request, path) for request, found in requested.items() for path in found]

@@ -73,9 +73,6 @@ def split_documents(domains: Mapping[str, Documents], *, rule: SplitRule) -> dic
     Args:
         domains: name → documents, old domains first.
         rule: the rule of the lineage.
-
-    Raises:
-        RequestError: a domain has an empty side.
     """
     import numpy as np
 
@@ -108,11 +105,7 @@ def split_documents(domains: Mapping[str, Documents], *, rule: SplitRule) -> dic
 def training_texts(
     domains: Mapping[str, Documents], *, rule: SplitRule, names: Iterable[str]
 ) -> Iterator[str]:
-    """Yield the texts of the training documents of some domains.
-
-    Raises:
-        RequestError: as `split_documents`.
-    """
+    """Yield the texts of the training documents of some domains."""
     parted = split_documents(domains, rule=rule)
     for name in names:
         yield from (document.text for document in parted[name].train)

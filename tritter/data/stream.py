@@ -179,11 +179,7 @@ class StreamedSequences:
         return self._options.sequence_length
 
     def next_sequences(self, count: int) -> Tensor:
-        """Return the next `count` sequences, int64 [count, T].
-
-        Raises:
-            TextFileError: a data set can't be read.
-        """
+        """Return the next `count` sequences, int64 [count, T]."""
         import torch
 
         found = [torch.empty(0, self.sequence_length, dtype=torch.int32)]

@@ -133,10 +133,6 @@ def read_tokenizer(
         folder: the checkpoint.
         vocab_size: size of the model's embedding.
         ends: of the model, for a folder that names none.
-
-    Raises:
-        RequestError: tokenizer.json is missing or damaged, has tokens of texts without an
-            embedding, or there is no end-of-text token.
     """
     from tokenizers import Tokenizer
 
@@ -204,9 +200,6 @@ def wrap_tokenizer(tokenizer: Any, *, ends: Iterable[object] = ()) -> Pretrained
         tokenizer: the tokenizer.
         ends: of the model, see `ends_of`: the end of text of a tokenizer without `eos_token`, else
             further tokens that end a text.
-
-    Raises:
-        RequestError: it is not a fast tokenizer, or neither it nor the model has an end of text.
     """
     from tokenizers import Tokenizer
 
@@ -391,9 +384,6 @@ def tokenise(
         max_tokens_per_document: limit of tokens, at least 4 (a character may have four bytes, each
             a token); None keeps whole documents.
         chat: how to tokenise conversations; None tokenises their plain text.
-
-    Raises:
-        RequestError: a chat template fails.
     """
     import numpy as np
 
@@ -473,11 +463,7 @@ def tokenise_texts(texts: Iterable[str], tokenizer: Tokenizer) -> TokenisedDocum
 
 
 def check_packs(documents: TokenisedDocuments, *, sequence_length: int, bounds: TextBounds) -> int:
-    """Return the number of sequences of packed documents.
-
-    Raises:
-        RequestError: `sequence_length` is too short, or exceeds the number of tokens.
-    """
+    """Return the number of sequences of packed documents."""
     check_length(sequence_length, bounds)
     available = num_closed_tokens(documents, bounds)
     if available < sequence_length:
@@ -489,11 +475,7 @@ def check_packs(documents: TokenisedDocuments, *, sequence_length: int, bounds: 
 
 
 def check_length(sequence_length: int, bounds: TextBounds) -> None:
-    """Refuse a sequence length without a token to predict.
-
-    Raises:
-        RequestError: it is too short.
-    """
+    """Refuse a sequence length without a token to predict."""
     least = 1 + len(bounds.prefix)
     if sequence_length < least:
         raise RequestError(
@@ -515,9 +497,6 @@ def pack(documents: TokenisedDocuments, *, sequence_length: int, bounds: TextBou
 
     Returns:
         int32 [num_sequences, sequence_length], spooled. The incomplete last sequence is dropped.
-
-    Raises:
-        RequestError: as `check_packs`.
     """
     check_packs(documents, sequence_length=sequence_length, bounds=bounds)
     stream, tail = Spool(), documents.tokens[:0]
@@ -636,10 +615,6 @@ def encoded_texts(
         texts: the texts.
         tokenizer: the tokenizer.
         is_fast: leave out offsets.
-
-    Raises:
-        RequestError: the tokenizer has no tokens for a text, and none for unknown characters.
-        TritterError: a normaliser or splitter of the tokenizer fails on a text.
     """
     encode = tokenizer.encode_batch_fast if is_fast else tokenizer.encode_batch
     with _specials_as_text(tokenizer):

@@ -125,11 +125,7 @@ class ExtendedTokenizer:
 
 
 def require_bpe(tokenizer: Tokenizer, *, key: str = _KEY) -> dict[str, Any]:
-    """Return the content of a tokenizer after checking that merges extend it.
-
-    Raises:
-        RequestError: it is not a BPE tokenizer.
-    """
+    """Return the content of a tokenizer after checking that merges extend it."""
     content: dict[str, Any] = json.loads(tokenizer.to_str())
     kind = content["model"].get("type")
     if kind != "BPE" or content["model"].get("continuing_subword_prefix"):
@@ -258,9 +254,6 @@ def give_merges(
         key: configuration key of the tokens, for messages.
         is_lenient: skip texts that can't be tokens.
         most: limit of new tokens.
-
-    Raises:
-        RequestError: it is not a BPE tokenizer, or splits a text into several words.
     """
     content = require_bpe(tokenizer)
     known, ranks = _Tokens(content), dict[tuple[int, int], int]()
@@ -475,9 +468,6 @@ def retokenised(
         new: the other tokenizer, with the same start and end of a text.
         bounds: start and end of a text.
         packing: of the sequences.
-
-    Raises:
-        RequestError: they are conversations, whose answers are marked by token.
     """
     import torch
 

@@ -133,9 +133,6 @@ def logit_jump(
         input_ids: int64 [B, T] of real text; random tokens may miss some changes.
         new_tokens: their ids. Default: all rows that the vocabulary has more.
         has_yardstick: also compute the first model in bfloat16.
-
-    Raises:
-        TritterError: the vocabulary shrank.
     """
     before, after = logits_of(before_model, input_ids), logits_of(after_model, input_ids)
     rounded = rounded_logits_of(before_model, input_ids) if has_yardstick else None
@@ -156,9 +153,6 @@ def jump_of_logits(
         after: of the model after expansion.
         rounded: of the model before expansion in bfloat16, the yardstick, if any.
         new_tokens: their ids. Default: all rows that the vocabulary has more.
-
-    Raises:
-        TritterError: the vocabulary shrank.
     """
     kinds, mass = _kinds_of_rows(before.shape[-1], after.shape[-1], new_tokens), None
     old = (kinds == _OLD).nonzero().flatten()
@@ -270,9 +264,6 @@ def folder_jump(
         new_tokens: their ids. Default: all rows that the vocabulary has more.
         has_yardstick: also compute the first model in bfloat16.
         progress: called with bytes read so far and in total.
-
-    Raises:
-        TritterError: a checkpoint is damaged or unsupported, or the vocabulary shrank.
     """
     used = 0
 

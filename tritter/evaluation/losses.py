@@ -53,9 +53,6 @@ def document_losses(
         progress: called with (windows done, total windows) after each batch.
         positions: float64 [2, sequence_length], to which the nats and the number of tokens at each
             position of a window are added.
-
-    Raises:
-        TritterError: there are no tokens to score.
     """
     windows = windows_of(documents, sequence_length=sequence_length, bounds=bounds)
     if not windows:

@@ -129,11 +129,7 @@ class MetricTask:
         return sha256(json.dumps([self.identity, items], sort_keys=True).encode()).hexdigest()
 
     def score(self, model: nn.Module, reader: Reader) -> PairedScores:
-        """Score all items.
-
-        Raises:
-            TritterError: there are no items, or a score is not in [0, 1].
-        """
+        """Score all items."""
         items = self._items
         with eval_mode(model), reading_whole(model):
             found = self.metric.score(model, list(items.values()), reader)
@@ -210,9 +206,6 @@ class QuestionTask:
         Args:
             model: `model(input_ids=[B, T], use_cache=False).logits` is [B, T, V], causal.
             reader: options of reading text.
-
-        Raises:
-            TritterError: there are no questions.
         """
         if not self.questions:
             raise TritterError(f"evaluation: the task {self.name} has no questions")

@@ -228,10 +228,11 @@ class _BaseWriter:
         training = {"stage": "pretraining", "flops": result.flops, **self.lineage.training_config}
         lineage = replace(self.lineage, step=result.steps, training_config=training)
         if not self.folder.exists():
+            tensors = TensorStream.of(named_tensors(model, self.base))
             write_checkpoint(
                 self.folder,
                 config=self.base.config,
-                tensors=TensorStream.of(named_tensors(model, self.base)).to(torch.float32),
+                tensors=tensors.to(lambda _: torch.float32),
                 lineage=lambda: lineage,
                 artifacts=[
                     partial(save_tokenizer, self.tokenizer, end_of_text=END_OF_TEXT),
@@ -251,12 +252,7 @@ def _is_intact(folder: Path) -> bool:
 
 
 def check_source(run: Run) -> None:
-    """Reject checkpoints that the run can't start or learn from, before using them.
-
-    Raises:
-        RequestError: a checkpoint is invalid, transformers rejects its config, or its shapes do
-            not allow the expansion.
-    """
+    """Reject checkpoints that the run can't start or learn from, before using them."""
     attempts = [run.of_attempt(n) for n in range(1, 1 + len(run.config.attempts))]
     for each in attempts:
         _check_teacher(each)

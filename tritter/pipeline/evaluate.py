@@ -69,10 +69,6 @@ def named_domains(
     """Return all documents in some files, each truncated to its first tokens.
 
     Conversations are tokenised as in training of the checkpoint in `folder`.
-
-    Raises:
-        RequestError: a path has no documents.
-        TextFileError: a file can't be parsed.
     """
     found = {
         name: source_documents(paths, key=f"--data {name}", text_field=text_field)

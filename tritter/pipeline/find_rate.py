@@ -155,11 +155,6 @@ def find_rate(config: RunConfig, *, folder: Path) -> FoundRates:
     Args:
         config: the run, which is not started.
         folder: a new folder for the results.
-
-    Raises:
-        RequestError: the request is invalid.
-        TritterError: a stage failed, or the loss is not finite at the lowest rates.
-        Stopped: a signal stopped the test.
     """
     schedule = Schedule(
         learning_rate=_HIGHEST,

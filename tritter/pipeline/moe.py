@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from tritter.core.expansions import MoeAdd, target_model
@@ -39,7 +40,8 @@ def with_choice(branch: Branch, clone_from: Sequence[int]) -> Branch:
 def spaced_sequences(run: Run, domains: Sequence[str], count: int) -> Tensor:
     """Return up to `count` training sequences [N, T], evenly spaced over some domains."""
     sequences = concatenate(list(run.data.training_sequences(domains).values()))
-    return sequences[:: max(1, len(sequences) // count)][:count]
+    chosen = min(count, len(sequences))
+    return sequences[torch.arange(chosen) * len(sequences) // max(1, chosen)]
 
 
 def pending_experts(run: Run, branch: Branch) -> AddedExperts | None:
@@ -56,7 +58,8 @@ def router_steps(run: Run, branch: Branch) -> int:
     sequences = options.router_epochs * sum(
         map(run.data.num_sequences, run.data.new_domains_of(branch))
     )
-    steps = math.ceil(sequences / run.data.batch_size)
+    of_step = run.data.batch_size * run.config.trainer.accumulate_grad_batches
+    steps = math.ceil(sequences / of_step)
     return min(steps, options.router_max_steps or steps)
 
 

@@ -494,9 +494,6 @@ def check_streams(data: RunData, folder: Path) -> None:
     Args:
         data: of the run.
         folder: of the run.
-
-    Raises:
-        RequestError: a file has changed, wherever in it.
     """
     path = folder / _STREAMS
     current = {name: stream_identity(*sources, key=name) for name, sources in data.streams.items()}
@@ -536,11 +533,7 @@ def _in_windows(config: RunConfig, length: int) -> RunConfig:
 
 
 def all_documents(domains: Iterable[DomainText]) -> dict[str, Documents]:
-    """Return the documents of all domains.
-
-    Raises:
-        TextFileError: lists unreadable files of all domains.
-    """
+    """Return the documents of all domains."""
     documents: dict[str, Documents] = {}
     problems: list[str] = []
     for domain in domains:

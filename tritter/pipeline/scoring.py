@@ -216,12 +216,7 @@ class BenchmarkTask:
         return sha256(dumps([content, settings], default=str).encode()).hexdigest()
 
     def score(self, model: nn.Module, reader: Reader) -> PairedScores:
-        """Score a model on all questions.
-
-        Raises:
-            RequestError: the Hub does not provide the questions.
-            TritterError: the model's outputs are not finite.
-        """
+        """Score a model on all questions."""
         harness = replace(self.harness, batch_size=reader.batch_size)
         tokenizer = _tokenizer(reader, self.stock)
         if self.questions is None:

@@ -164,7 +164,7 @@ def moe_record(run: Run, branches: Sequence[Branch]) -> MoeRecord | None:
     if added is not None:
         steps = moe.router_steps(run, first)
         fits = (run.ledger.found(f"{branch.name}.fit", TrainingFound) for branch in branches)
-        trained = sum(fit.steps for fit in fits)
+        trained = sum(fit.steps if fit.best_step is None else fit.best_step for fit in fits)
         opened_in = moe.anneal_steps(run, first, added)
         now = added.at(added.step + steps + trained, anneal_steps=opened_in)
         record["new"] = list(added.experts)

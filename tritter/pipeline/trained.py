@@ -1,7 +1,7 @@
 """Writes the results of training to the run folder."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -95,11 +95,12 @@ class TrainedWriter:
             config = _config_after(config, model)
             trained = dict(stored_tensors(whole_state(model), start.changed(config)))
             dtype = fitting_dtype(trained.values(), self.dtype)
-            config["dtype"], tensors = dtype, TensorStream.of(trained.items()).to(_torch(dtype))
+            whole, config["dtype"] = TensorStream.of(trained.items()), dtype
+            tensors = whole.to(_rounding(start, dtype))
         elif base.tensors.main_dtype == self.dtype:
             tensors = LinkedTensors(self.start, self.lineage.tensor_digests)
         else:
-            tensors = base.stream().to(_torch(self.dtype))
+            tensors = base.stream().to(_rounding(start, self.dtype))
             config = {**config, "dtype": self.dtype}
         after = start.changed(config)
         records = (each.lineage_records(start, after, result.reports) for each in self.methods)
@@ -137,9 +138,8 @@ class TrainedWriter:
             SafetensorsCheckpointIO().save_checkpoint(state.state_dict(), self.routing_state)
 
 
-def _torch(name: str) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
+def _rounding(model: Model, dtype: str) -> Callable[[str], torch.dtype]:
+    return model.family.stored_dtypes(model.config, getattr(torch, dtype))
 
 
 def fitting_dtype(values: Iterable[Tensor], dtype: str) -> str:
@@ -156,9 +156,10 @@ def round_weights(model: nn.Module, dtype: str) -> None:
     LoRA experts are published unrounded.
     """
     dtype = fitting_dtype(model.parameters(), dtype)
+    dtype_of = _rounding(model_of(model), dtype)
     for name, parameter in model.named_parameters():
         if not (is_of_adapter(name) or ROUTER in name) and parameter.is_floating_point():
-            parameter.copy_(parameter.to(_torch(dtype)))
+            parameter.copy_(parameter.to(dtype_of(name)))
 
 
 def _unlink_weights(folder: Path, model: nn.Module) -> None:
@@ -276,11 +277,7 @@ def accept(run: Run, location: str) -> None:
 
 
 def check_trained(run: Run, folder: Path) -> None:
-    """Verify the checksums of a checkpoint written by several processes.
-
-    Raises:
-        TritterError: the checksums differ from its lineage.
-    """
+    """Verify the checksums of a checkpoint written by several processes."""
     if run.config.trainer.devices == 1:
         return
     problem = next(checkpoint_changes(folder), None)

@@ -160,11 +160,7 @@ class Side:
         return cls(folder, model, read_lineage(folder), tokenizer, dtypes)
 
     def load(self) -> nn.Module:
-        """Return the model in float32, on the GPU if available.
-
-        Raises:
-            TritterError: the checkpoint is damaged.
-        """
+        """Return the model in float32, on the GPU if available."""
         return load_model(self.folder).to("cuda" if torch.cuda.is_available() else "cpu")
 
     @property

@@ -84,11 +84,7 @@ class Candidate:
 
     @property
     def status(self) -> Status:
-        """The verdict of the gate.
-
-        Raises:
-            KeyError: the gate has not run yet.
-        """
+        """The verdict of the gate."""
         return self.run.ledger.found(self.branches[0].key("gate"), GateFound).status
 
 
@@ -189,10 +185,11 @@ def publish(run: Run, branches: Sequence[Branch], *, keep: bool) -> StageResult:
     else:
         dtype = fitting_dtype((source.read_stored(each.name) for each in source.stored), dtype)
         config = {**config, "dtype": dtype}
+        dtype_of = source.model.family.stored_dtypes(config, getattr(torch, dtype))
         written = write_checkpoint(
             target,
             config=config,
-            tensors=source.stream().to(getattr(torch, dtype)),
+            tensors=source.stream().to(dtype_of),
             lineage=lambda: lineage,
             artifacts=source.artifacts(),
             overwrite=True,

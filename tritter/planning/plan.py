@@ -60,11 +60,7 @@ class ScalingLaw:
         return self._limit(parameters) + data_term
 
     def tokens_for(self, parameters: float, loss: float) -> float:
-        """Return the number of tokens after which a model trained from scratch has a loss.
-
-        Raises:
-            ValueError: a model of this size never reaches the loss.
-        """
+        """Return the number of tokens after which a model trained from scratch has a loss."""
         gap = loss - self._limit(parameters)
         if gap <= 0:
             raise ValueError(f"{parameters:,.0f} parameters never reach a loss of {loss}")
@@ -119,9 +115,6 @@ class Assumptions:
             of its parameters.
         setup: training options that determine memory and sequence length.
         law: the scaling law that predicts losses.
-
-    Raises:
-        RequestError: a value is out of range.
     """
 
     device_flops: float = _A100_FLOPS
@@ -292,10 +285,6 @@ def plan_growth(
             proportions.
         methods: allowed expansions; defaults to `dus` and `width`.
         assumptions: assumptions of the plan.
-
-    Raises:
-        RequestError: the target is not larger than the source or can't be reached, the budget is
-            not above 0, or the strategy is unknown or has no method.
     """
     methods = methods or GrowthMethods.usual(source)
     assumptions = assumptions or Assumptions()

@@ -48,10 +48,6 @@ def find_paths(request: PathRequest) -> dict[str, tuple[Shape, ...]]:
 
     `auto` has up to three strategies, the better proportioned first. Each step grows the parameters
     by about the same factor, at most 1.6 if the methods have such shapes.
-
-    Raises:
-        RequestError: the strategy is unknown or lacks a method, the target is not larger than the
-            source, or no shape within 10 % of it can be reached; names the nearest.
     """
     _check_strategy(request.strategy, request.methods)
     paths: dict[str, tuple[Shape, ...]] = {}
@@ -213,10 +209,6 @@ def planned_rounds(config: RunRequest, source: Model) -> tuple[Shape, ...]:
     Args:
         config: the run.
         source: the base.
-
-    Raises:
-        RequestError: a method already has sizes or has none to plan, the strategy lacks a method,
-            or the target can't be reached.
     """
     pipeline = config.pipeline
     assert pipeline.target_params is not None

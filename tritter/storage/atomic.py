@@ -44,11 +44,6 @@ def atomic_folder(
         overwrite: Whether an existing folder at `target` is replaced.
         check: Called with the folder to replace; raises if it must not be replaced. It is called
             again at the end with the old folder, just before that is deleted.
-
-    Raises:
-        RequestError: `target` exists and `overwrite` is off, it must not be replaced, it cannot
-            be written, or another process wrote it in the meantime (that result is kept).
-        TritterError: A write failed, for example on a full or read-only disk.
     """
     check = check or (lambda folder: None)
     if target.name in ("", ".."):  # other spellings of a named folder
@@ -178,10 +173,6 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
     Args:
         target: Path to write.
         overwrite: Whether an existing folder may be replaced.
-
-    Raises:
-        RequestError: `target` exists and `overwrite` is off, it is not a real folder, or no file
-            can have this name.
     """
     try:
         mode = target.lstat().st_mode

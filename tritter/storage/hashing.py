@@ -76,12 +76,7 @@ def file_digest(path: Path) -> str:
 
 
 def bounded_digest(path: Path) -> str:
-    """Return the SHA-256 of a file in an untrusted checkpoint folder.
-
-    Raises:
-        TritterError: The file is larger than any valid file of that name, or a safetensors file
-            without a header. Hashing it could take hours.
-    """
+    """Return the SHA-256 of a file in an untrusted checkpoint folder."""
     if path.suffix == ".safetensors":
         header_digest(path)
     else:
@@ -90,11 +85,7 @@ def bounded_digest(path: Path) -> str:
 
 
 def header_digest(path: Path) -> str:
-    """Return the SHA-256 of a safetensors header, which lists the tensors and their offsets.
-
-    Raises:
-        TritterError: The file cannot be read, or states an impossible header length.
-    """
+    """Return the SHA-256 of a safetensors header, which lists the tensors and their offsets."""
     with open_file(path) as file:
         start = file.read(8)
         length = int.from_bytes(start, "little")
@@ -169,11 +160,7 @@ class DigestQueue:
         return self._digests[name].result()
 
     def results(self) -> dict[str, str]:
-        """Wait for all added tensors and return their checksums by name.
-
-        Raises:
-            TritterError: A file has changed since it was hashed ahead.
-        """
+        """Wait for all added tensors and return their checksums by name."""
         for path, stamp in self._stamps.items():
             if _stamp(path) != stamp:
                 raise TritterError(f"{path} has changed since it was hashed.")

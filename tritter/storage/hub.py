@@ -32,9 +32,6 @@ def locate(checkpoint: str, *, key: str) -> Path:
     Args:
         checkpoint: Folder or hub id (`owner/name`).
         key: Option that named the checkpoint, for error messages.
-
-    Raises:
-        RequestError: It is neither a folder nor a reachable hub id.
     """
     folder = named_path(checkpoint, key=key)
     if folder.exists():
@@ -87,11 +84,7 @@ def hub_id_of(folder: Path) -> str | None:
 
 
 def check_repository(name: str, *, key: str) -> None:
-    """Check the name of a repository of the hub, without contacting it.
-
-    Raises:
-        RequestError: it is no hub id with an owner.
-    """
+    """Check the name of a repository of the hub, without contacting it."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -123,11 +116,6 @@ def push_files(
         is_public: create a public repository; an existing one must be public.
         overwrite: replace all files of a repository that has some; its history keeps them.
         key: what named the repository, for error messages.
-
-    Raises:
-        RequestError: the hub cannot be reached or refuses, or the repository has files or another
-            visibility.
-        TritterError: the upload failed; the repository has its old content.
     """
     from huggingface_hub import (
         CommitOperationAdd,

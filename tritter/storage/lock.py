@@ -24,9 +24,6 @@ def folder_lock(folder: Path, *, key: str) -> Iterator[None]:
     Args:
         folder: Folder to lock.
         key: Option that named the folder, for error messages.
-
-    Raises:
-        RequestError: Another process holds the lock.
     """
     path = folder / LOCK_NAME
     while True:
@@ -56,9 +53,6 @@ def check_unlocked(folder: Path, *, key: str) -> None:
     """Refuse a folder that another process has locked, without writing anything.
 
     The process that holds the lock must not call this: it would lose the lock.
-
-    Raises:
-        RequestError: Another process holds the lock; the message names it.
     """
     if (holder := _holder(folder)) is not None:
         raise _locked_error(folder, holder, key=key)

@@ -73,12 +73,7 @@ def _max_bytes(path: Path) -> int:
 
 @contextmanager
 def open_file(path: Path) -> Iterator[BufferedReader]:
-    """Open a regular file for reading, without waiting for a pipe or touching a device.
-
-    Raises:
-        TritterError: The file does not exist, is not a regular file or cannot be read; also for
-            read errors inside the block.
-    """
+    """Open a regular file for reading, without waiting for a pipe or touching a device."""
     try:
         # Opening a device can have side effects, so check the kind before opening it, and again
         # afterwards, in case the file was replaced in between
@@ -99,9 +94,6 @@ def require_file(path: Path, *, is_read_whole: bool = True) -> None:
     Args:
         path: File to check.
         is_read_whole: Whether to limit its size too.
-
-    Raises:
-        TritterError: As `open_file`, or the file is too large.
     """
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -115,9 +107,6 @@ def read_text(path: Path, *, limit_bytes: int | None = None) -> str:
     Args:
         path: File to read.
         limit_bytes: Maximum size. Default: the limit for files of this name.
-
-    Raises:
-        TritterError: As `open_file`, or the file is too large or not UTF-8.
     """
     limit = _max_bytes(path) if limit_bytes is None else limit_bytes
     with open_file(path) as file:
@@ -131,12 +120,7 @@ def read_text(path: Path, *, limit_bytes: int | None = None) -> str:
 
 
 def read_object(path: Path, *, limit_bytes: int | None = None) -> dict[str, Any]:
-    """Return the JSON object in a small file.
-
-    Raises:
-        TritterError: As `read_text`, or the content is not a JSON object, is nested too deeply,
-            or contains numbers or text that Tritter cannot handle.
-    """
+    """Return the JSON object in a small file."""
     return parse_object(read_text(path, limit_bytes=limit_bytes), path=path)
 
 
@@ -195,9 +179,6 @@ def named_path(name: str | os.PathLike[str], *, key: str) -> Path:
     Args:
         name: The path as typed.
         key: Option that it was typed for, for error messages.
-
-    Raises:
-        RequestError: It is not a path, or no file can have that name.
     """
     reason = _name_problem(name)
     if reason is not None:
@@ -235,9 +216,6 @@ def check_links(folder: Path) -> None:
 
     The folder itself may be a link. In a snapshot of the hub cache, all files are links to the
     blobs of the same repository; these are allowed.
-
-    Raises:
-        TritterError: A link leaves the folder; the message names it and its target.
     """
     with suppress(OSError):  # no folder, or unreadable: reading a file of it raises the error
         for entry in os.scandir(folder):
@@ -257,9 +235,6 @@ def check_tree(folder: Path, *, skipped: Container[str] = ()) -> None:
     Args:
         folder: Folder to check.
         skipped: Names of subfolders to skip.
-
-    Raises:
-        TritterError: The folder contains such an entry; the message names it.
     """
     for above, folders, files in os.walk(folder):
         if Path(above).parent == folder and Path(above).name in skipped:
@@ -274,11 +249,7 @@ def check_tree(folder: Path, *, skipped: Container[str] = ()) -> None:
 
 
 def check_inside(folder: Path, name: str) -> None:
-    """Refuse a file name from a record that leaves the checkpoint folder or is a circular link.
-
-    Raises:
-        TritterError: The name leaves the folder; the message names its target.
-    """
+    """Refuse a file name from a record that leaves the checkpoint folder or is a circular link."""
     root, end = os.path.realpath(folder), os.path.realpath(folder / name)
     if Path(end).is_symlink():  # realpath could not resolve it
         raise TritterError(f"{folder}: {name} is a circular link.")

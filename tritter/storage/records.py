@@ -142,9 +142,6 @@ def validate_record(plain: object, kind: type[_Kind], *, what: str) -> _Kind:
 
     Returns:
         The values as an instance of `kind`.
-
-    Raises:
-        TritterError: A field is invalid; the message names the first one.
     """
     try:
         read: _Kind = _adapter(kind).validate_json(json.dumps(plain), strict=True)  # type: ignore[arg-type]

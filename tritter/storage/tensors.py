@@ -81,11 +81,6 @@ class TensorFolder(Mapping[str, "Tensor"]):
         """Read the headers of the single file, or else of the files in the index.
 
         transformers uses the same order, and loads all tensors of a file that it opens.
-
-        Raises:
-            TritterError: There are no safetensors, a file cannot be read, a link or the index
-                leaves the folder, a shard lacks a tensor of the index, two shards contain the
-                same tensor, or a tensor has a dtype that models do not use.
         """
         check_links(folder)
         # Shards of torch.distributed: transformers would prefer them to all other files

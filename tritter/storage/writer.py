@@ -95,10 +95,10 @@ class TensorStream:
         entries = tuple(TensorEntry(name, t.dtype, tuple(t.shape)) for name, t in tensors)
         return cls(entries, tensors)
 
-    def to(self, dtype: torch.dtype) -> TensorStream:
-        """Return the stream with its floating-point tensors rounded to `dtype`."""
+    def to(self, dtype_of: Callable[[str], torch.dtype]) -> TensorStream:
+        """Return the stream with floating-point tensors rounded to the dtypes of their names."""
         entries = tuple(
-            replace(entry, dtype=dtype) if entry.dtype.is_floating_point else entry
+            replace(entry, dtype=dtype_of(entry.name)) if entry.dtype.is_floating_point else entry
             for entry in self.entries
         )
         pairs = zip(entries, self.whole(), strict=True)
@@ -129,9 +129,6 @@ def write_tensors(
 
     Returns:
         Tensor name → checksum.
-
-    Raises:
-        OSError: A write failed.
     """
     shards: list[list[TensorEntry]] = [[]]
     size = 0
@@ -382,9 +379,6 @@ def stripped(tensor: Tensor, shape: Sequence[int], *, name: str) -> Tensor:
         tensor: The padded tensor.
         shape: Shape without padding.
         name: Name of the tensor, for error messages.
-
-    Raises:
-        TritterError: The padding is not zero.
     """
     live = tensor[_within(shape)]
     if tuple(live.shape) != tuple(shape) or live.count_nonzero() != tensor.count_nonzero():

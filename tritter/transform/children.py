@@ -82,12 +82,7 @@ class OpenChild:
 
 
 def with_children(specs: Sequence[ExpansionSpec], source: Source) -> tuple[ExpansionSpec, ...]:
-    """Return the expansions, with `moe` bound to the models of `experts_from`.
-
-    Raises:
-        RequestError: a model is not one that was trained from the source.
-        TritterError: a model is damaged.
-    """
+    """Return the expansions, with `moe` bound to the models of `experts_from`."""
     place, found = children_place(specs), list(specs)
     if place is not None:
         spec = found[place]
@@ -97,11 +92,7 @@ def with_children(specs: Sequence[ExpansionSpec], source: Source) -> tuple[Expan
 
 
 def check_unchanged(plan: PlannedExpansion) -> None:
-    """Compare the tensors of all children with their lineage, which reads those not read yet.
-
-    Raises:
-        RequestError: tensors changed since the lineage was written.
-    """
+    """Compare the tensors of all children with their lineage, which reads those not read yet."""
     for step in plan.steps:
         for child in getattr(step.spec, "experts", ()):
             child.source.read_digests()

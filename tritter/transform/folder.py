@@ -116,11 +116,7 @@ def free_bytes(destination: Path) -> int | None:
 
 
 def check_disk_space(destination: str | os.PathLike[str], room: DiskNeeds) -> None:
-    """Refuse a result that does not fit on the disk.
-
-    Raises:
-        RequestError: names the required and the free space.
-    """
+    """Refuse a result that does not fit on the disk."""
     free = free_bytes(Path(destination))
     if free is not None and room.disk > free:
         raise RequestError(
@@ -177,12 +173,6 @@ def plan_expansion(
         source: a checkpoint folder, or an open one.
         specs: the expansions in order.
         seed: of random fills and choices.
-
-    Raises:
-        RequestError: no spec, unknown family, impossible targets, a result that transformers can't
-            build, more experts for a source whose last ones are not fully routed yet, or a source
-            with LoRA experts.
-        TritterError: the source has no usable config or generation settings.
     """
     specs = check_specs(specs)
     if not isinstance(source, Source):
@@ -346,9 +336,6 @@ def disk_needs(
         plan: the expansion.
         dtype: of the result; by default each tensor keeps its own.
         is_checked: count the memory of the step-0 check.
-
-    Raises:
-        TritterError: the state of the source is damaged.
     """
     state = opened.state
     streams = {} if state is None else _state_streams(plan, state)
@@ -407,12 +394,14 @@ def _stream(
     progress: _Progress | None,
 ) -> TensorStream:
     maps, targets = plan.parameter_map.tensors, plan.target.layout(kind)
+    dtype_of = plan.target.family.stored_dtypes(plan.target.config, dtype) if dtype else None
     dtypes = {}
     for target in targets:
         # The dtype of its source, or of the embedding if it has none. Experts in one tensor get
         # the dtype that represents all of them without rounding.
         origins = (maps[part.tensor.name].origin or "embed" for part in target.parts)
-        dtypes[target.name] = dtype or reduce(torch.promote_types, map(source.dtype, origins))
+        own = reduce(torch.promote_types, map(source.dtype, origins))
+        dtypes[target.name] = dtype_of(target.name) if dtype_of else own
     entries = tuple(TensorEntry(t.name, dtypes[t.name], t.shape) for t in targets)
     reader = WeightReader(source.read)
 
@@ -460,9 +449,6 @@ def added_experts(
     Args:
         current: those of the source.
         steps: the expansions in order.
-
-    Raises:
-        RequestError: experts are added while the router offset of the last ones is not 0.
     """
     is_open = current is None or current.is_settled
     closed = () if current is None or is_open else current.experts

@@ -193,7 +193,7 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @BITS
 def test_killed_and_resumed_it_is_the_same_and_the_base_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int

@@ -53,6 +53,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, steps
     return loss.item()
 
 
+@pytest.mark.full
 def test_a_compiled_model_is_compiled_once_per_growth() -> None:
     compiled = list[torch.fx.GraphModule]()
 

@@ -257,7 +257,7 @@ STAGES: dict[str, Callable[[nn.Module, nn.Module, int], None]] = {
 }
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_layers_draw_follows_from_the_seed(stage: str) -> None:
     """Torch's generators are restored, regardless of earlier use."""

@@ -77,11 +77,7 @@ def one_line(error: BaseException) -> str:
 
 
 def check_encodable(arguments: Sequence[str]) -> None:
-    """Reject arguments that are not valid text.
-
-    Raises:
-        RequestError: an argument contains a NUL character, or bytes that are not UTF-8.
-    """
+    """Reject arguments that are not valid text."""
     for number, argument in enumerate(arguments, start=1):
         if "\0" in argument:
             raise RequestError(

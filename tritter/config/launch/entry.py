@@ -213,11 +213,6 @@ def run_once(arguments: Sequence[str], pipeline: "Pipeline") -> Path:
     Args:
         arguments: overrides, and of the flags `--config-dir` and `--config-name`.
         pipeline: as `main` takes it.
-
-    Raises:
-        RequestError: lists all problems; nothing was written.
-        TritterError: the run failed.
-        Stopped: by a signal, after the state was saved.
     """
     check_encodable(arguments)
     command = read_command_line(arguments)

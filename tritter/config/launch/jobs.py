@@ -364,9 +364,6 @@ def parallel_jobs(folder: Path, how: LaunchSettings) -> Iterator[None]:
 
     Args:
         folder: of the sweep.
-
-    Raises:
-        Stopped: a signal came, and no job of this machine runs any more; or a second one came.
     """
     (folder / _STOPPING_FILE).unlink(missing_ok=True)
     with ExitStack() as inside:

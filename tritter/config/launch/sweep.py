@@ -55,10 +55,6 @@ def run_sweep(request: Request, task: Task, hydra: Hydra, *, typed: Sequence[str
 
     Returns:
         The exit code.
-
-    Raises:
-        Stopped: A signal came; the jobs that ran have saved their states, the table is printed.
-        RequestRefused: The callback refused the request.
     """
     failure: str | None = None
     task.on_end = lines = _JobLines()

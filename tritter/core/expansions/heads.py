@@ -61,11 +61,7 @@ def head_targets(
 
 
 def check_heads(old: Dimensions, new: Dimensions, *, strategy: Strategy) -> None:
-    """Check head counts that are not smaller than the old ones.
-
-    Raises:
-        RequestError: the strategy cannot make them; names the nearest possible ones.
-    """
+    """Check head counts that are not smaller than the old ones."""
     if strategy == "split":
         if old.head_dim % 4:
             raise refused(
@@ -125,9 +121,6 @@ def check_normed_heads(
     """Check head counts of a model that normalises queries and keys over all heads.
 
     The mean square over all heads is preserved if all heads have the same number of copies.
-
-    Raises:
-        RequestError: it would change; names the possible counts.
     """
     if strategy == "split" or have_equal_copies(old, new, strategy=strategy):
         return
@@ -145,11 +138,7 @@ def check_normed_heads(
 def check_filling_heads(
     model_type: str, old: Dimensions, new: Dimensions, *, strategy: Strategy
 ) -> None:
-    """Check heads of a model without `head_dim` and without grouped queries.
-
-    Raises:
-        RequestError: names the possible counts.
-    """
+    """Check heads of a model without `head_dim` and without grouped queries."""
     if strategy in ("gqa", "split"):
         raise refused(
             "expansion.width.head_strategy",

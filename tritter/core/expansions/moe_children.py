@@ -138,11 +138,7 @@ def _other_map(shape: tuple[int, ...], children: tuple[_Child, ...], name: str) 
 
 
 def children_place(specs: Sequence[object]) -> int | None:
-    """Return the index of `moe` with children among some expansions, or None.
-
-    Raises:
-        RequestError: an expansion before it changes the shapes that the children must have.
-    """
+    """Return the index of `moe` with children among some expansions, or None."""
     listed = [getattr(spec, "experts_from", None) for spec in specs]
     place = next((n for n, each in enumerate(listed) if each is not None), None)
     if place:

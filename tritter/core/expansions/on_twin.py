@@ -32,11 +32,7 @@ from tritter.errors import Problem, RequestError, TritterError, key_name
 
 
 def check_on_twin(spec: Any, source: Model, target: Model) -> None:
-    """Refuse growth in width, or of experts, that changes the function of a twin.
-
-    Raises:
-        RequestError: the growth changes the logits of the twin, or the control does not.
-    """
+    """Refuse growth in width, or of experts, that changes the function of a twin."""
     old, new = source.sizes, target.sizes
     before, after = _sizes(old), _sizes(new)
     factors = tuple(
@@ -65,11 +61,7 @@ def check_on_twin(spec: Any, source: Model, target: Model) -> None:
 
 
 def check_rotations(config: Config, target: Config) -> None:
-    """Refuse rotary parameters that the class of a model does not read, or not where they help.
-
-    Raises:
-        RequestError: the logits of a twin do not follow them, or not without windows.
-    """
+    """Refuse rotary parameters that the class of a model does not read, or not where they help."""
     new, kinds, reason = key_of({"new": target["rope_parameters"]}), config.get("layer_types"), ""
     if not _rotation_change(key_of(config), new) > TOLERANCE:
         reason = f"{config['model_type']} computes the same with other rotary parameters"

@@ -36,11 +36,7 @@ class ExpansionSpec(Protocol):
         ...
 
     def target_config(self, source: Model) -> Config:
-        """Return the config after the expansion.
-
-        Raises:
-            RequestError: the targets are impossible; names the nearest possible ones.
-        """
+        """Return the config after the expansion."""
         ...
 
     def parameter_map(self, source: Model, target: Model, *, seed: int) -> "ParameterMap":
@@ -130,11 +126,7 @@ def _checked_target(spec: ExpansionSpec, source: Model) -> Model:
 
 
 def check_specs(specs: object) -> tuple[ExpansionSpec, ...]:
-    """Return the expansions of a Python call after checking their options.
-
-    Raises:
-        RequestError: the list is empty, an entry is not an expansion, or an option is invalid.
-    """
+    """Return the expansions of a Python call after checking their options."""
     if not isinstance(specs, list | tuple):
         raise RequestError(
             f"specs = {brief(specs)}: pass a list of expansions, such as [Width(), LlamaPro()]."
@@ -155,11 +147,7 @@ def check_specs(specs: object) -> tuple[ExpansionSpec, ...]:
 def build_steps(
     source: Model, specs: Sequence[ExpansionSpec], *, seed: int
 ) -> tuple[ResolvedExpansion, ...]:
-    """Resolve `specs` one after the other against a model.
-
-    Raises:
-        RequestError: unknown family, or impossible targets.
-    """
+    """Resolve `specs` one after the other against a model."""
     steps: list[ResolvedExpansion] = []
     for position, spec in enumerate(specs):
         source = _as_needed(spec, source)

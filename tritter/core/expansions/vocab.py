@@ -123,11 +123,7 @@ class Vocab:
 
 
 def vocab_place(specs: Sequence[object]) -> int | None:
-    """Return the index of `vocab` among some expansions, or None.
-
-    Raises:
-        RequestError: there are several; the rows of the second would depend on those of the first.
-    """
+    """Return the index of `vocab` among some expansions, or None."""
     places = [place for place, spec in enumerate(specs) if isinstance(spec, Vocab)]
     if len(places) > 1:
         raise RequestError(Problem("expansion.vocab", reason="one at a time; use two commands"))

@@ -164,12 +164,7 @@ def missing_config(folder: Path) -> str:
 
 
 def checked_config(folder: Path) -> tuple[Family, Config]:
-    """Return the family and the config of a folder, without keys that name code or the folder.
-
-    Raises:
-        RequestError: the family has no table.
-        TritterError: the file is missing, names other weights, or a value exceeds its limit.
-    """
+    """Return the family and the config of a folder, without keys that name code or the folder."""
     check_links(folder)
     path = folder / "config.json"
     if not path.exists():
@@ -284,11 +279,7 @@ def _check_values(family: Family, config: Config) -> None:
 
 
 def check_config(model: Model) -> None:
-    """Refuse a config that describes too large a model, lacks a size, or has an invalid value.
-
-    Raises:
-        RequestError: names the key, the value and the allowed values.
-    """
+    """Refuse a config that describes too large a model, lacks a size, or has an invalid value."""
     family, config = model.family, model.config
     _check_values(family, config)
     layers = model.sizes.num_hidden_layers
@@ -313,11 +304,7 @@ def check_config(model: Model) -> None:
 
 
 def check_size(model: Model) -> None:
-    """Refuse a model with too many tensors or parameters, which are only counted.
-
-    Raises:
-        RequestError: names the size and its limit.
-    """
+    """Refuse a model with too many tensors or parameters, which are only counted."""
     _ = model.sizes  # reading checks them
     tensors, parameters = model.num_tensors, model.num_parameters
     if tensors > MAX_TENSORS:
@@ -339,10 +326,6 @@ def with_live_sizes(model: Model, folder: Path, *, ffn_sizes: Sequence[int] | No
         model: as the folder's config.json describes it.
         folder: the checkpoint folder.
         ffn_sizes: FFN width per layer; None reads tritter.json.
-
-    Raises:
-        RequestError: config.json sets the widths itself.
-        TritterError: tritter.json can't be read, or its widths do not match the model.
     """
     if FFN_SIZES in model.config:
         raise RequestError(

@@ -104,9 +104,6 @@ def require_size(name: str, key: str, value: object) -> int:
         name: attribute of `Dimensions`.
         key: its key in the config.
         value: its value in the config.
-
-    Raises:
-        RequestError: the value is not a positive whole number, or exceeds its limit.
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise RequestError(f"config.json: {key} = {brief(value)}; must be a whole number ≥ 1.")

@@ -1,11 +1,11 @@
 """A family's table, expanded for a config: tensors, their shapes and their number."""
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 from tritter.core.families.dimensions import (
     DENSE_SIZES,
@@ -70,6 +70,10 @@ class Family:
     def has_table(self) -> bool:
         """Its tensors are tabulated; otherwise `widened` finds their axes."""
         return bool(self.tensors)
+
+    def stored_dtypes(self, config: Config, dtype: Any) -> Callable[[str], Any]:
+        """Return the function from a tensor's name to its dtype in files of this torch dtype."""
+        return lambda _: dtype
 
     def inexact_reason(self, config: Config, copied: Collection[int]) -> str:
         """Return the reason why copies of these layers can't be identities; empty if they can."""

@@ -717,9 +717,6 @@ def find_family(model_type: str) -> Family | None:
 
     An installed package registers one as `family/MODEL_TYPE.yaml` in its folder of option files,
     which names a `Family` by `_target_`.
-
-    Raises:
-        RequestError: what such a file names is no table of this model type.
     """
     if model_type not in FAMILIES and re.fullmatch(r"[\w-]+", model_type):
         for folder in installed_folders().values():
@@ -743,11 +740,7 @@ def _registered(model_type: str, path: Path) -> Family:
 
 
 def family_of(config: Config) -> Family:
-    """Return the family of a config.json: its table, or else what discovery finds.
-
-    Raises:
-        RequestError: its `model_type` is not supported; gives the reason.
-    """
+    """Return the family of a config.json: its table, or else what discovery finds."""
     model_type = str(config.get("model_type"))
     family = find_family(model_type)
     if family is not None:

@@ -100,9 +100,6 @@ def map_tensor(
         source: the source tensor; None if the map has no source.
         quantity: of the values.
         donor: values of a fill of kind `copy`, in the target's shape.
-
-    Raises:
-        ValueError: the number of dimensions differs between map and source.
     """
     import torch
 

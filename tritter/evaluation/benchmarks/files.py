@@ -89,9 +89,6 @@ class TasksFolder:
     Args:
         path: the folder.
         key: the option that names it, for messages.
-
-    Raises:
-        RequestError: the folder does not exist.
     """
 
     def __init__(self, path: Path, *, key: str) -> None:
@@ -133,9 +130,6 @@ class TasksFolder:
         Args:
             path: the file.
             limit: number of records that suffice if the file exceeds the size limit.
-
-        Raises:
-            TextFileError: the file is invalid or too large.
         """
         reading = Reading(key=self.key, max_bytes=_MAX_FILE_BYTES, is_strict=True)
         is_parquet = path.suffix.lower() == ".parquet"
@@ -156,11 +150,7 @@ class TasksFolder:
         return found
 
     def text(self, path: Path) -> str:
-        """Return a small file's text.
-
-        Raises:
-            TritterError: the file can't be read.
-        """
+        """Return a small file's text."""
         return read_text(path)
 
 
@@ -221,11 +211,7 @@ def load(
 def questions_of(
     benchmark: Benchmark, rows: Sequence[Row], *, origin: str, num_fewshot: int | None = None
 ) -> Questions:
-    """Return the questions of records in memory.
-
-    Raises:
-        RequestError: the records do not have a format of the benchmark, or are too few.
-    """
+    """Return the questions of records in memory."""
     path = Path(origin)
     try:
         questions = dict(_questions(benchmark, path, rows, is_alone=True))
@@ -331,9 +317,6 @@ def _select_examples(
         pool: all examples, in order.
         number: number of examples for each question.
         is_default: less than `number` will do.
-
-    Raises:
-        _TooFewExamplesError: a part has too few examples.
     """
     of_part: dict[str, list[Question]] = {}
     for example in pool:

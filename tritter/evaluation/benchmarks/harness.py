@@ -63,9 +63,6 @@ def _null_scores(
         questions: the questions to score.
         of: all questions of the benchmark, to find the most common answers.
         sandbox: runs the empty program for kind `code`; None skips it.
-
-    Raises:
-        TritterError: the sandbox can't be set up.
     """
     scored = list(questions.questions.values())
     everything = list((of or questions).questions.values())
@@ -152,11 +149,7 @@ class BenchmarkScores:
 
 
 def require_harness() -> None:
-    """Import lm-eval, which takes seconds.
-
-    Raises:
-        RequestError: lm-eval is not installed.
-    """
+    """Import lm-eval, which takes seconds."""
     try:
         import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:
@@ -176,10 +169,6 @@ def score_benchmark(
         tokenizer: its tokenizer, from transformers.
         questions: the questions.
         harness: the options.
-
-    Raises:
-        RequestError: lm-eval is not installed, or the model's context is too short.
-        TritterError: logits are not finite, or the sandbox can't be set up.
     """
     require_harness()
     length = _max_length(model)
@@ -509,11 +498,7 @@ def _num_tokens(tokenizer: Tokenizer, text: str) -> int:
 
 
 def _max_length(model: nn.Module) -> int:
-    """Return a model's context length.
-
-    Raises:
-        RequestError: the context is too short for any question.
-    """
+    """Return a model's context length."""
     length = model_of(model).position_limit or 2048
     if length < 16:
         raise RequestError(
@@ -556,10 +541,6 @@ def score_from_hub(
         benchmark: the benchmark.
         harness: the options.
         manager: lm-eval's task manager; defaults to a new one.
-
-    Raises:
-        RequestError: the hub or lm-eval does not provide the benchmark.
-        TritterError: as `score_benchmark`.
     """
     require_harness()
     if not benchmark.hub:

@@ -46,9 +46,6 @@ def _isolate(root: str, *, folders: list[str], folder_bytes: int) -> None:
         root: an empty folder, the mount point of the new root.
         folders: visible read-only folders; links stay links.
         folder_bytes: total size of files in the working folder.
-
-    Raises:
-        OSError: the system does not allow it.
     """
     user, group = os.getuid(), os.getgid()
     flags = _NEWNS | _NEWUTS | _NEWIPC | _NEWPID | _NEWNET

@@ -253,7 +253,7 @@ class DynamicExperts(Experts):
                 yield Problem("data.batch_size", batch, reason=reason)
             seen = steps * run.trainer.accumulate_grad_batches * batch
             if options.min_samples > seen:
-                reason = f"a run of {steps} steps sees only {seen:,} sequences, too few to decide"
+                reason = f"the run sees {seen:,} sequences; use at most as many, or more steps"
                 yield Problem("experts.min_samples", options.min_samples, reason=reason)
         elif options.when_full == "merge":
             reason = "merging needs similarities of detected skills; use experts.when_full=evict"

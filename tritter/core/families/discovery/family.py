@@ -5,12 +5,12 @@ the residual stream, and show that a deeper model keeps its function.
 """
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -346,6 +346,12 @@ class DiscoveredFamily(Family):
         own = {"architectures": [model.__name__], **({"dtype": dtype} if dtype else {})}
         return {**inner, **own}
 
+    def stored_dtypes(self, config: Config, dtype: Any) -> Callable[[str], Any]:
+        model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[class_of(config)]
+        parts = model._keep_in_fp32_modules_strict if dtype.itemsize < 4 else ()  # or None
+        kept = [re.compile(part.replace("*", ".*")) for part in parts or ()]
+        return lambda name: torch.float32 if any(one.search(name) for one in kept) else dtype
+
     def attention_window(self, config: Config, layer: int) -> int | None:
         config = decoder_config(config)
         kinds, window = config.get("layer_types"), config.get("sliding_window")
@@ -515,10 +521,6 @@ def discover(config: Config) -> DiscoveredFamily:
 
     Args:
         config: config.json of a model.
-
-    Raises:
-        RequestError: transformers has no causal language model of this type, no tiny twin of it
-            runs, or its layers can't be found.
     """
     structure = _structure(config)
     if structure not in _FOUND:
