@@ -145,7 +145,7 @@ def differs(first: Tensor, second: Tensor) -> bool:
 
 @pytest.mark.full
 def test_new_experts_learn_from_a_teacher_and_the_base_is_unfrozen(
-    add: Run, sparse: Path, tmp_path: Path
+    add: Run, sparse: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     add(
         tmp_path / "run", "expansion.moe_add.init=distill",
@@ -168,6 +168,7 @@ def test_new_experts_learn_from_a_teacher_and_the_base_is_unfrozen(
     lineage = read_lineage(tmp_path / "run/checkpoint")
     assert lineage is not None and lineage.stock_loadable == "after adaptation"
     assert not summary_of(tmp_path / "run")["moe"]["is_open"]
+    assert "not fully open, so stock classes compute another" in capsys.readouterr().out
 
 
 class Stopped(Exception):

@@ -278,15 +278,12 @@ def moe_table(experts: MoeRecord) -> Table:
         )
         for domain, shares in usage.items()
     )
-    title = f"Share of the experts [% of assignments], {experts.experts_per_token} per token"
+    title = f"Experts [% of assignments], {experts.experts_per_token} per token"
     return Table(tuple(header), rows, tuple(range(1, len(header))), title=title)
 
 
 def _bias_text(experts: MoeRecord) -> str | None:
-    """Return a line on the effect of `moe_routing.bias_update_rate`; None without one.
-
-    The selection bias is not part of the checkpoint.
-    """
+    """Return a line on the effect of `moe_routing.bias_update_rate`; None without one."""
     effect = experts.selection_bias
     if not effect:
         return None
@@ -358,6 +355,9 @@ def _summary_lines(summary: Summary) -> list[_SummaryLine]:
         lines.append(_SummaryLine("experts", experts_text(added)))
     if summary.moe is not None and (bias := _bias_text(summary.moe)) is not None:
         lines.append(_SummaryLine("bias", bias))
+    if summary.moe is not None and summary.moe.is_open is False:
+        reason = "not fully open, so stock classes compute another function: train longer"
+        lines.append(_SummaryLine("new experts", f"{reason}, or lower adaptation.anneal_steps"))
     return lines
 
 
