@@ -90,12 +90,12 @@ RATCHET = {
     "data": (26, 9_018),
     "evaluation": (16, 4_409),
     "integrations": (2, 801),
-    "methods": (48, 12_482),
+    "methods": (48, 12_476),
     "pipeline": (31, 7_293),
     "planning": (9, 2_131),
     "report": (15, 4_246),
     "storage": (10, 2_028),
-    "training": (17, 5_090),
+    "training": (17, 5_064),
     "transform": (6, 1_847),
 }
 # What there is to know; both may only fall: names of modules without an underscore, and classes

@@ -81,13 +81,13 @@ def test_the_scored_part_is_counted() -> None:
     documents = tokenised([*RECORDS, {"messages": [{"role": "user", "content": "Hi"}]}], chat)
     text = scored_text(documents)
     assert text.startswith("answers only, ")
-    assert text.endswith("of 3 of 4 held-out conversations")
+    assert text.endswith("of 3 of 4 conversations")
     assert unanswered_note("new", (documents, documents)).endswith(": 2 of 8 conversations.")
     limits = {"sequence_length": 64, "max_tokens": 1024}
     assert "2 of them exceed 64 tokens" in scoring_note("new", documents, **limits)
     cut = tokenised(RECORDS, chat, limit=50)
     note = scoring_note("new", cut, sequence_length=64, max_tokens=50)
-    assert "of 3 of 3 held-out conversations" in note
+    assert "of 3 of 3 conversations" in note
     assert "2 of them exceed 50 tokens" in note
     assert "exceed" not in scoring_note("new", tokenised(RECORDS[:1], chat), **limits)
     everything = scored_text(tokenised(RECORDS, Chat(tokenizer(), "all")))

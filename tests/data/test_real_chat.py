@@ -41,7 +41,7 @@ def test_plain_instructions_on_smollm2() -> None:
         for start in starts:
             assert ids_of(row[start : start + 5]).tolist() == header
     held_out = tokenise(documents, inner.tokenizer, chat=chat, max_tokens_per_document=64)
-    assert scored_text(held_out).endswith("of 200 of 200 held-out conversations")
+    assert scored_text(held_out).endswith("of 200 of 200 conversations")
     assert "200 of them exceed 64" in scoring_note(
         "new", held_out, sequence_length=128, max_tokens=64
     )

@@ -147,7 +147,7 @@ def test_the_gate_states_what_it_scored(done: Path) -> None:
     number, tokens = len(scores["identifiers"]), sum(scores["weights"]["tokens"])
     (check,) = (each for each in summary["gate"] if each["subject"] == "new")
     assert check["scored"].startswith(f"answers only, {tokens:,} tokens (")
-    assert check["scored"].endswith(f"of {number} of {number} held-out conversations")
+    assert check["scored"].endswith(f"of {number} of {number} conversations")
     assert any(check["scored"] in note for note in summary["notes"])
     assert all("scored" not in each for each in summary["gate"] if each["subject"] == "old")
 

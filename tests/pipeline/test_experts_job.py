@@ -140,6 +140,40 @@ def test_tasks_and_a_checkpoint_that_is_gone_on_with(
     assert again["experts"]["names"][: summary["experts"]["number"]] == summary["experts"]["names"]
 
 
+def continued(run_folder: Path, *words: str) -> list[str]:
+    """Return the words of a run that continues the checkpoint of another one."""
+    of_base = ("model.", "data.new=", "data.vocab_size", "pretraining.")
+    plain = [word for word in PLAIN if not word.startswith(of_base)]
+    checkpoint, new = run_folder / "checkpoint", FIXTURES / "text/new.jsonl"
+    return [
+        *plain, "model=hf", f"model.path={checkpoint}", f"data.new={{again: {new}}}", *DYLORA,
+        *words,
+    ]  # fmt: skip
+
+
+@pytest.mark.full
+def test_padded_exemplars_are_not_read_as_a_stream(tmp_path: Path) -> None:
+    """The model would learn padding, and ids with marks are outside of its vocabulary."""
+    first, cache = tmp_path / "first", tmp_path / "cache"
+    run(first, cache, [*PLAIN, *DYLORA, "data.packing=documents"])
+    with pytest.raises(RequestError, match=r"data\.packing = stream: the exemplars .* padded"):
+        run(tmp_path / "stream", cache, continued(first))
+    run(tmp_path / "documents", cache, continued(first, "data.packing=documents"))
+    run(tmp_path / "without", cache, continued(first, "experts.rehearsal=0"))
+
+
+@pytest.mark.full
+def test_undecided_batches_of_an_earlier_run_are_dropped(tmp_path: Path) -> None:
+    """Their data is another, and their sequences may have another length."""
+    first, cache = tmp_path / "first", tmp_path / "cache"
+    twice = "experts.in_a_row=2"
+    summary = run(first, cache, [*PLAIN, *DYLORA, twice, "training.max_steps=1"])
+    assert summary["experts"]["batches"]["unsure"] == 1
+    words = ("data.sequence_length=16", "experts.rehearsal=0", twice)
+    again = run(tmp_path / "again", cache, continued(first, *words))
+    assert again["experts"]["spawned"][0]["step"] == 2, "two batches of its own"
+
+
 @pytest.mark.full
 def test_replayed_rows_are_no_novelty(tmp_path: Path) -> None:
     words = [word for word in PLAIN if word != "forgetting=none"]

@@ -105,7 +105,7 @@ def describe_origin(link: Link, *, max_experts: int | None = None) -> str:
     experts = f"LoRA experts {', '.join(link.experts)}" if link.experts else ""
     if max_experts is not None and len(link.experts) > max_experts:
         experts = f"{len(link.experts)} LoRA experts"
-    removed = "removed" if link.is_removed else ""
+    removed = "weights removed" if link.is_removed else ""
     if link.expansion_records:
         methods = (with_dashes(each.method) for each in link.expansion_records)
         return ", ".join(filter(None, [*methods, experts, removed]))

@@ -190,7 +190,7 @@ def scored_text(documents: TokenisedDocuments) -> str:
     what = "all tokens" if found.are_all else "answers only"
     return (
         f"{what}, {predicted:,} tokens ({share:.0%}) of {num_scored:,} of "
-        f"{len(found.sizes):,} held-out conversations{texts}"
+        f"{len(found.sizes):,} conversations{texts}"
     )
 
 

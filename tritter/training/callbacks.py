@@ -490,11 +490,7 @@ class StopRequest:
 
     @contextmanager
     def handle_signals(self) -> Iterator[None]:
-        """Handle signals inside the block.
-
-        Raises:
-            Stopped: A second signal arrived.
-        """
+        """Handle signals inside the block."""
         is_main = threading.current_thread() is threading.main_thread()
         before = {number: signal.getsignal(number) for number in _SIGNALS if is_main}
         try:

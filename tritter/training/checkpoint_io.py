@@ -40,12 +40,7 @@ class SafetensorsCheckpointIO(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        """Write a checkpoint folder, replacing the previous one.
-
-        Raises:
-            TypeError: A value is neither plain data nor a tensor; the message names its key.
-            TritterError: A write failed.
-        """
+        """Write a checkpoint folder, replacing the previous one."""
         tensors: dict[str, Tensor] = {}
         plain = encode(checkpoint, tensors, key_path="checkpoint")
         with atomic_folder(Path(path), overwrite=True) as folder:
@@ -56,11 +51,7 @@ class SafetensorsCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint folder.
-
-        Raises:
-            TritterError: The checkpoint is damaged or has another format.
-        """
+        """Read a checkpoint folder."""
         folder = Path(path)
         try:
             head = read_record(folder / _REST, _SavedHead)
@@ -88,9 +79,6 @@ def encode(value: Any, tensors: dict[str, Tensor], *, key_path: str) -> Any:
         value: Data to encode.
         tensors: Receives the tensors by their key path.
         key_path: Dotted path of `value` in the checkpoint.
-
-    Raises:
-        TypeError: A value is neither plain nor a tensor; the message names its key path.
     """
     if isinstance(value, Tensor):
         tensors[key_path] = value.detach().cpu().contiguous().clone()

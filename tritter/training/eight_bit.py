@@ -34,9 +34,6 @@ def read(state: State, device: torch.device) -> dict[str, Tensor]:
     Args:
         state: Optimizer state of the parameter.
         device: Device of the parameter; paged state can be on another one.
-
-    Raises:
-        TritterError: The block size is not that of the known versions.
     """
     moments = {kind: _values(state, suffix, device) for kind, suffix in _SUFFIXES.items()}
     return moments | {"step": torch.tensor(float(state["step"]))}

@@ -13,11 +13,7 @@ MAX_METRICS_BYTES = 2**30
 
 
 def rotate_metrics(folder: Path) -> None:
-    """Rename the metrics of an interrupted part to `metrics.0.csv`, `metrics.1.csv`, …
-
-    Raises:
-        TritterError: A part is damaged. Reading all parts now avoids an error after training.
-    """
+    """Rename the metrics of an interrupted part to `metrics.0.csv`, `metrics.1.csv`, …"""
     read_metrics(folder)
     current = folder / METRICS_NAME
     if current.exists():
@@ -39,9 +35,6 @@ def read_metrics(folder: Path) -> list[dict[str, str]]:
     At the step from which a part resumes, metrics of the earlier part that the later one does not
     log again are kept, for example those of validation. A part can be empty or absent if it was
     killed before its first row or had no steps to train.
-
-    Raises:
-        TritterError: A part is damaged.
     """
     rows: list[dict[str, str]] = []
     for part in map(_metrics_part, metrics_files(folder)):

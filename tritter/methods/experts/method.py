@@ -134,11 +134,7 @@ class Experts(Method, ABC):
         return round(each * sum(prod(t.shape) for t in linear))
 
     def attach(self, trainee: Trainee, setting: Setting) -> None:
-        """Train experts on a model instead of the model; add them if it has none.
-
-        Raises:
-            RequestError: the model has incompatible experts, or no layer for adapters.
-        """
+        """Train experts on a model instead of the model; add them if it has none."""
         from tritter.methods.experts.mixture import mixture_on
         from tritter.methods.experts.module import ExpertModule
 
@@ -292,6 +288,7 @@ class DynamicExperts(Experts):
 
     def _callbacks(self, mixture: ExpertMixture, setting: Setting) -> tuple[ExpertCallback]:
         """Return the callback that spawns experts, with the state of a checkpoint's experts."""
+        from tritter.data.packing import document_mask_of
         from tritter.methods.experts.callback import ExpertCallback
 
         registry = self.registry(max_steps=setting.max_steps)
@@ -304,8 +301,8 @@ class DynamicExperts(Experts):
                 )
         if stored is not None:
             registry.load_state_dict(stored)
-            if not setting.task:  # counters of an earlier run start again at zero
-                registry.batches = dict.fromkeys(registry.batches, 0)
+            if not setting.task:
+                registry.restart()
         is_measured = registry.detector is not None
         known, known_tokens = None, None
         if stored is None:
@@ -325,6 +322,14 @@ class DynamicExperts(Experts):
                 f"data.sequence_length = {setting.sequence_length}: the exemplars stored in the "
                 f"checkpoint have {callback.exemplar_length} tokens; use that length, or "
                 "experts.rehearsal=0."
+            )
+        lineage = setting.start.lineage
+        recorded = None if lineage is None else lineage.training_config.get("data")
+        is_padded = isinstance(recorded, Mapping) and recorded.get("packing") == "documents"
+        if callback.exemplar_length and is_padded and document_mask_of(mixture.model) is None:
+            raise RequestError(
+                "data.packing = stream: the exemplars stored in the checkpoint are padded "
+                "documents; use data.packing=documents, or experts.rehearsal=0."
             )
         return (callback,)
 

@@ -282,6 +282,13 @@ class ExpertRegistry:
         for name in names:
             self.members.setdefault(name, _Member(is_mature=True))
 
+    def restart(self) -> None:
+        """Reset what an earlier run left: its counts, and batches that it did not decide on."""
+        self.batches = dict.fromkeys(self.batches, 0)
+        self._sequences = []
+        if self.detector is not None:
+            self.detector.restart()
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything except options and schedules as plain values."""
         return {
@@ -300,11 +307,7 @@ class ExpertRegistry:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the state that `state_dict` returned.
-
-        Raises:
-            TritterError: the state has another format.
-        """
+        """Restore the state that `state_dict` returned."""
         check_format(state, "experts: a state")
         self.members = {
             name: _Member(**{key: each[key] for key in _Member.__slots__})

@@ -284,11 +284,7 @@ def _check_router_update(update: str) -> None:
 
 
 def _check_experts(model: nn.Module, indices: Sequence[int]) -> tuple[int, ...]:
-    """Return the sorted indices of new experts.
-
-    Raises:
-        RequestError: the model has no experts, or these are not its last ones.
-    """
+    """Return the sorted indices of new experts."""
     routing = RouterControl.of(model)
     if routing is None:
         raise RequestError("adaptation: the model has no experts; expand it with moe first.")

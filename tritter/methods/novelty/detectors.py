@@ -355,13 +355,13 @@ class NoveltyDetector:
                 )
             batches = self.run
         skill = self.library.add(name, batches, is_base=is_base)
-        self._restart()
+        self.restart()
         return skill
 
     def recalibrate(self, name: str, batches: Sequence[Observation]) -> Skill:
         """Replace the statistics of a skill; see `SkillLibrary.recalibrate`."""
         skill = self.library.recalibrate(name, batches)
-        self._restart()
+        self.restart()
         return skill
 
     def state_dict(self) -> dict[str, Any]:
@@ -391,6 +391,6 @@ class NoveltyDetector:
         self._values = list(state["values"])
         self._average, self._cooldown = state["average"], state["cooldown"]
 
-    def _restart(self) -> None:
-        """Discard measurements that refer to an older library."""
+    def restart(self) -> None:
+        """Discard the batches of the run, which refer to an older library or to earlier data."""
         self._seen, self._values, self._average = [], [], None

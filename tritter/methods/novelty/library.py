@@ -238,9 +238,6 @@ def check_format(state: Mapping[str, Any], what: str) -> None:
     Args:
         state: a result of `state_dict`.
         what: its name in the message, such as "novelty: a library".
-
-    Raises:
-        TritterError: the state has another format.
     """
     if (version := state.get("format_version")) != FORMAT_VERSION:
         raise TritterError(

@@ -29,9 +29,6 @@ class Observation:
     Args:
         losses: float64 [B], mean cross-entropy of each sequence, nats per token, or None.
         features: float32 [B, H], mean over each sequence of the middle layer's hidden states.
-
-    Raises:
-        TritterError: sizes disagree, the batch is empty, or a number is not finite.
     """
 
     losses: Tensor | None
