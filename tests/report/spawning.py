@@ -42,7 +42,7 @@ def experts() -> dict[str, Any]:
             "ranks": {"expert_1": [8, 16, 16], "expert_3": [None, None, 8]},
         },
         "parameters": {"base": 400_000, "trainable": 12_400, "share": 0.031},
-        "batches": {"known": 120, "new": 6, "unsure": 2, "idle": 0},
+        "batches": {"known": 120, "new": 6, "unsure": 2, "idle": 4},
         "routing": {"top_k": 2, "temperature": 0.5},
     }
 

@@ -63,7 +63,7 @@ def test_the_tables_have_each_expert_and_each_domain(summary: dict[str, Any]) ->
     assert line_of(routing, "code") == ["code", "10", "85", "5"]
     said = " ".join(routing.split())
     assert "experts 2 at the end, 3 spawned; 12.4 k trainable parameters (3.1 %);" in said
-    assert "batches: 120 known, 6 new, 2 unsure, 0 idle; 1 refused, last: the cooldown;" in said
+    assert "120 known, 6 new, 2 unsure, of which 4 trained nothing; 1 refused, last: the" in said
     assert "routed top-2 at temperature 0.5" in said
     assert "parameters 170 k → 532 k + 12.4 k experts" in said
     alone = {

@@ -114,9 +114,10 @@ def experts_text(experts: ExpertsRecord) -> str:
     if sizes.trainable is not None:
         share = "" if sizes.share is None else f" ({share_text(sizes.share)})"
         parts.append(f"{count_text(sizes.trainable)} trainable parameters{share}")
-    if experts.batches:
-        counted = (f"{number:,} {kind}" for kind, number in experts.batches.items())
-        parts.append(f"batches: {', '.join(counted)}")
+    if batches := dict(experts.batches or {}):
+        idle = batches.pop("idle", 0)
+        counted = ", ".join(f"{number:,} {kind}" for kind, number in batches.items())
+        parts.append(f"batches: {counted}, of which {idle:,} trained nothing")
     if refused := experts.refused:
         parts.append(f"{len(refused)} refused, last: {refused[-1].why or 'no reason recorded'}")
     if len(experts.names) > 1 and (routing.top_k or routing.temperature) is not None:
@@ -135,9 +136,8 @@ def page_tables(experts: ExpertsRecord) -> list[Table]:
     """Return the tables of the page: experts, routing, similarity and events."""
     usage = usage_table(experts, most=_MAX_ROWS_ON_PAGE, max_columns=_MAX_ROWS_ON_PAGE)
     found = experts.similarities[:_MAX_ROWS_ON_PAGE]
-    known = list(dict.fromkeys(name for _, similarity in found for name in similarity))[
-        :_MAX_ROWS_ON_PAGE
-    ]
+    names = dict.fromkeys(name for _, similarity in found for name in similarity)
+    known = list(names)[:_MAX_ROWS_ON_PAGE]
     rows = tuple(
         (expert, *(number_text(similarity.get(name), ".3g") for name in known))
         for expert, similarity in found
