@@ -163,7 +163,7 @@ def run_arm(options: Any, arm: str, seed: int) -> None:
     fixed["model_hash"] = summary["lineage"]["model_hash"]
     rows = list(scored(fixed, 0, "", summary["baseline"]))
     for phase, task in enumerate(summary["attempts"][0]["tasks"], start=1):
-        created = [each for each in experts.get("spawned", ()) if each["task"] == phase]
+        created = [each for each in experts.get("spawned", ()) if each["task"] == phase - 1]
         own = {
             "experts": len(created) if experts else "",
             "padding": (task.get("packing") or {}).get("padding_fraction", ""),

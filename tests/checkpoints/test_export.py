@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    Glm4MoeConfig,
-    Glm4MoeForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     Qwen2MoeConfig,
@@ -60,15 +60,29 @@ def held(folder: Path) -> dict[str, Tensor]:
     }
 
 
-def test_16_bits_spare_the_tensors_that_stock_classes_keep_in_float32(tmp_path: Path) -> None:
-    """The selection bias of sigmoid routers: rounded, it selects other experts."""
-    options = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+# Selection biases: one that files name otherwise (hy_v3), and one that no list names (lfm2_moe)
+FLOAT32 = {
+    "glm4_moe": {"n_routed_experts": 4},
+    "hy_v3": {"num_experts": 4, "first_k_dense_replace": 1},
+    "lfm2_moe": {"num_experts": 4, "layer_types": ["conv", "full_attention", "conv"]},
+}
+
+
+@pytest.mark.parametrize("model_type", FLOAT32)
+def test_16_bits_spare_the_tensors_that_stock_classes_keep_in_float32(
+    tmp_path: Path, model_type: str
+) -> None:
+    """Rounded, the selection bias of sigmoid routers selects other experts."""
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip("this transformers does not have it")
     shape = {"hidden_size": 16, "intermediate_size": 16, "head_dim": 8, "vocab_size": 32}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 3}
-    model = Glm4MoeForCausalLM(Glm4MoeConfig(**options, **shape, **heads))
-    for layer in model.model.layers[1:]:
-        bias = layer.mlp.gate.e_score_correction_bias
-        bias.copy_(7.3 + 0.003 * torch.arange(len(bias)))
+    experts = {"num_experts_per_tok": 2, "moe_intermediate_size": 8, **FLOAT32[model_type]}
+    config = AutoConfig.for_model(model_type, **shape, **heads, **experts)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, bias in model.state_dict().items():
+        if name.endswith(("correction_bias", "expert_bias")):
+            bias.copy_(7.3 + 0.003 * torch.arange(len(bias)))
     saved(model, tmp_path / "whole")
     half = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.bfloat16)
     half.save_pretrained(tmp_path / "stock")
@@ -78,7 +92,8 @@ def test_16_bits_spare_the_tensors_that_stock_classes_keep_in_float32(tmp_path: 
     assert {value.dtype for value in expected.values()} == {torch.float32, torch.bfloat16}
     for name, value in held(tmp_path / "exported").items():
         assert value.dtype == expected[name].dtype and torch.equal(value, expected[name])
-    biases = [v for n, v in held(tmp_path / "expanded").items() if n.endswith("correction_bias")]
+    ends = ("correction_bias", "expert_bias")
+    biases = [v for n, v in held(tmp_path / "expanded").items() if n.endswith(ends)]
     assert biases and all(v.dtype == torch.float32 for v in biases)
     assert all(len(v.unique()) == len(v) for v in biases)
 

@@ -415,7 +415,7 @@ def test_history_reports_a_removed_parent(
     assert main([*history, "--json"]) == 0
     chain = json.loads(capsys.readouterr().out)["chain"]
     assert [each["state"] for each in chain] == ["intact", "removed", "intact"]
-    assert chain[1]["made_by"] == "width, removed" and chain[1]["parameters"] > 0
+    assert chain[1]["made_by"] == "width, weights removed" and chain[1]["parameters"] > 0
     assert main(history) == 0
     assert "1 removed by their run" in " ".join(capsys.readouterr().out.split())
     # The negative control: weights that are gone without the mark of a run

@@ -46,6 +46,9 @@ def difficulties(
         model: called as `model(input_ids=ids, labels=ids)` with ids int64 [1, T]; its output has
             a `loss`, as for models of transformers.
         tokenizer: maps a text to a mapping with `input_ids`, as in transformers.
+
+    Raises:
+        RequestError: there are no examples, or an example has no finite difficulty.
     """
     if not len(examples):
         raise RequestError("there are no examples.")

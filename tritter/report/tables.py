@@ -355,7 +355,7 @@ def _summary_lines(summary: Summary) -> list[_SummaryLine]:
         lines.append(_SummaryLine("experts", experts_text(added)))
     if summary.moe is not None and (bias := _bias_text(summary.moe)) is not None:
         lines.append(_SummaryLine("bias", bias))
-    if summary.moe is not None and summary.moe.is_open is False:
+    if summary.moe is not None and summary.moe.is_open is False and status != "rolled_back":
         reason = "not fully open, so stock classes compute another function: train longer"
         lines.append(_SummaryLine("new experts", f"{reason}, or lower adaptation.anneal_steps"))
     return lines

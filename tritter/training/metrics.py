@@ -14,7 +14,7 @@ MAX_METRICS_BYTES = 2**30
 
 def rotate_metrics(folder: Path) -> None:
     """Rename the metrics of an interrupted part to `metrics.0.csv`, `metrics.1.csv`, …"""
-    read_metrics(folder)
+    read_metrics(folder)  # raises now, rather than after the training, if a part is damaged
     current = folder / METRICS_NAME
     if current.exists():
         numbers = [int(path.name.split(".")[1]) for path in metrics_files(folder)[:-1]]

@@ -102,6 +102,8 @@ def test_nothing_else_is_new_during_the_cooldown():
     waiting = by_loss(NoveltyOptions(cooldown=5))
     kinds(waiting, [20, 20])
     assert waiting.observe(at_z(20)).reason == "cooldown for 5 more batches"
+    waiting.restart(keeps_cooldown=False)  # as for a new run
+    assert "cooldown" not in waiting.observe(at_z(20)).reason
 
 
 def test_a_moving_average_delays():

@@ -36,7 +36,11 @@ class ExpansionSpec(Protocol):
         ...
 
     def target_config(self, source: Model) -> Config:
-        """Return the config after the expansion."""
+        """Return the config after the expansion.
+
+        Raises:
+            RequestError: the targets are impossible; names the nearest possible ones.
+        """
         ...
 
     def parameter_map(self, source: Model, target: Model, *, seed: int) -> "ParameterMap":

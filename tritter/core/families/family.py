@@ -72,7 +72,10 @@ class Family:
         return bool(self.tensors)
 
     def stored_dtypes(self, config: Config, dtype: Any) -> Callable[[str], Any]:
-        """Return the function from a tensor's name to its dtype in files of this torch dtype."""
+        """Return the function from a tensor's name to its dtype in files of this torch dtype.
+
+        Names are those on disk, or in memory.
+        """
         return lambda _: dtype
 
     def inexact_reason(self, config: Config, copied: Collection[int]) -> str:

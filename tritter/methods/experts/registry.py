@@ -283,11 +283,11 @@ class ExpertRegistry:
             self.members.setdefault(name, _Member(is_mature=True))
 
     def restart(self) -> None:
-        """Reset what an earlier run left: its counts, and batches that it did not decide on."""
+        """Reset the counts and the inconclusive batches of an earlier run."""
         self.batches = dict.fromkeys(self.batches, 0)
         self._sequences = []
         if self.detector is not None:
-            self.detector.restart()
+            self.detector.restart(keeps_cooldown=False)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything except options and schedules as plain values."""

@@ -391,6 +391,7 @@ class NoveltyDetector:
         self._values = list(state["values"])
         self._average, self._cooldown = state["average"], state["cooldown"]
 
-    def restart(self) -> None:
+    def restart(self, *, keeps_cooldown: bool = True) -> None:
         """Discard the batches of the run, which refer to an older library or to earlier data."""
         self._seen, self._values, self._average = [], [], None
+        self._cooldown *= keeps_cooldown

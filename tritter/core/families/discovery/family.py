@@ -347,10 +347,8 @@ class DiscoveredFamily(Family):
         return {**inner, **own}
 
     def stored_dtypes(self, config: Config, dtype: Any) -> Callable[[str], Any]:
-        model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[class_of(config)]
-        parts = model._keep_in_fp32_modules_strict if dtype.itemsize < 4 else ()  # or None
-        kept = [re.compile(part.replace("*", ".*")) for part in parts or ()]
-        return lambda name: torch.float32 if any(one.search(name) for one in kept) else dtype
+        kept = skeleton(key_of(config)).float32.get(dtype, frozenset())
+        return lambda name: torch.float32 if name in kept else dtype
 
     def attention_window(self, config: Config, layer: int) -> int | None:
         config = decoder_config(config)

@@ -7,8 +7,9 @@ The stock class is built on the meta device, and transformers' own conversion gi
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,7 @@ class Skeleton:
         layers: beginning of the names of all layers on disk, such as `model.layers.`.
         renamings: by which the class reads former names, and those of a multimodal model.
         unread: patterns of names that the class does not read, such as heads for later tokens.
+        float32: 16-bit dtype → names on disk and in memory of tensors that stay in float32.
     """
 
     disk: Mapping[str, Shape]
@@ -52,6 +54,7 @@ class Skeleton:
     layers: str
     renamings: tuple[WeightRenaming, ...] = ()
     unread: tuple[str, ...] = ()
+    float32: Mapping[torch.dtype, frozenset[str]] = field(default_factory=dict)
 
     @cached_property
     def signatures(self) -> tuple[frozenset[tuple[str, Shape]], ...]:
@@ -112,6 +115,8 @@ def skeleton(key: Key) -> Skeleton:
         every = revert_weight_conversion(model, dict(state))
         own = {name: state[name] for name in state if name not in model.all_tied_weights_keys}
         disk = revert_weight_conversion(model, own)
+        halves = (torch.bfloat16, torch.float16)
+        float32 = {dtype: _float32_names(model, own, dtype) for dtype in halves}
         conversions = get_model_conversion_mapping(model)
     except Exception as error:  # config and model classes may raise anything
         raise RequestError(
@@ -123,7 +128,26 @@ def skeleton(key: Key) -> Skeleton:
         layers=layers_on_disk(layer_list(model), disk),
         renamings=tuple(each for each in conversions if isinstance(each, WeightRenaming)),
         unread=tuple(model._keys_to_ignore_on_load_unexpected or ()),
+        float32=float32,
     )
+
+
+def _float32_names(model: Any, state: Mapping[str, Tensor], dtype: torch.dtype) -> frozenset[str]:
+    """Return the names, in memory and on disk, of what a 16-bit model keeps in float32.
+
+    The class creates it so, or lists it for transformers, some for float16 alone.
+    """
+    listed = [*(model._keep_in_fp32_modules_strict or ())]
+    if dtype == torch.float16:
+        listed += model._keep_in_fp32_modules or ()
+    kept = [re.compile(part.replace("*", ".*")) for part in listed]
+    found = {
+        name: value
+        for name, value in state.items()
+        if value.dtype == torch.float32
+        or (value.is_floating_point() and any(one.search(name) for one in kept))
+    }
+    return frozenset(found.keys() | revert_weight_conversion(model, dict(found)))
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
