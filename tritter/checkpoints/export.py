@@ -191,8 +191,9 @@ def export_model(
         "dtype": str(dtype).removeprefix("torch."),
     }
     model = weights.model.changed(config)
-    dtype_of = model.family.stored_dtypes(config, dtype)
-    unpadded = _stream(weights, model.layout(expert_layout), dtype_of, progress=progress)
+    dtypes = dict.fromkeys(model.family.unrounded(config, dtype), torch.float32)
+    dtypes = {each.name: dtypes.get(each.name, dtype) for each in model.layout(expert_layout)}
+    unpadded = _stream(weights, model.layout(expert_layout), dtypes, progress=progress)
     stream = padded(unpadded, model.padded_shapes())
     check = partial(check_replaceable, sources=weights.source_paths)
     with atomic_folder(destination, overwrite=overwrite, check=check) as folder:
@@ -224,7 +225,7 @@ def export_model(
 def _stream(
     weights: Weights,
     stored: tuple[StoredTensor, ...],
-    dtype_of: Callable[[str], torch.dtype],
+    dtypes: Mapping[str, torch.dtype],
     *,
     progress: Callable[[int, int], None] | None,
 ) -> TensorStream:
@@ -245,9 +246,9 @@ def _stream(
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for position, tensor in enumerate(stored):
-            yield tensor.name, tensor.pack(partial(rounded, dtype=dtype_of(tensor.name)))
+            yield tensor.name, tensor.pack(partial(rounded, dtype=dtypes[tensor.name]))
             if progress is not None:
                 progress(position + 1, len(stored))
 
-    entries = tuple(TensorEntry(each.name, dtype_of(each.name), each.shape) for each in stored)
+    entries = tuple(TensorEntry(each.name, dtypes[each.name], each.shape) for each in stored)
     return TensorStream(entries, tensors())

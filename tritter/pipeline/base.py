@@ -228,11 +228,10 @@ class _BaseWriter:
         training = {"stage": "pretraining", "flops": result.flops, **self.lineage.training_config}
         lineage = replace(self.lineage, step=result.steps, training_config=training)
         if not self.folder.exists():
-            tensors = TensorStream.of(named_tensors(model, self.base))
             write_checkpoint(
                 self.folder,
                 config=self.base.config,
-                tensors=tensors.to(lambda _: torch.float32),
+                tensors=TensorStream.of(named_tensors(model, self.base)).to(torch.float32),
                 lineage=lambda: lineage,
                 artifacts=[
                     partial(save_tokenizer, self.tokenizer, end_of_text=END_OF_TEXT),

@@ -1,7 +1,7 @@
 """Writes the results of training to the run folder."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -95,12 +95,12 @@ class TrainedWriter:
             config = _config_after(config, model)
             trained = dict(stored_tensors(whole_state(model), start.changed(config)))
             dtype = fitting_dtype(trained.values(), self.dtype)
-            whole, config["dtype"] = TensorStream.of(trained.items()), dtype
-            tensors = whole.to(_rounding(start, dtype))
+            config["dtype"] = dtype
+            tensors = _rounded(TensorStream.of(trained.items()), start, dtype)
         elif base.tensors.main_dtype == self.dtype:
             tensors = LinkedTensors(self.start, self.lineage.tensor_digests)
         else:
-            tensors = base.stream().to(_rounding(start, self.dtype))
+            tensors = _rounded(base.stream(), start, self.dtype)
             config = {**config, "dtype": self.dtype}
         after = start.changed(config)
         records = (each.lineage_records(start, after, result.reports) for each in self.methods)
@@ -138,8 +138,9 @@ class TrainedWriter:
             SafetensorsCheckpointIO().save_checkpoint(state.state_dict(), self.routing_state)
 
 
-def _rounding(model: Model, dtype: str) -> Callable[[str], torch.dtype]:
-    return model.family.stored_dtypes(model.config, getattr(torch, dtype))
+def _rounded(stream: TensorStream, model: Model, dtype: str) -> TensorStream:
+    rounded = getattr(torch, dtype)
+    return stream.to(rounded, unrounded=model.family.unrounded(model.config, rounded))
 
 
 def fitting_dtype(values: Iterable[Tensor], dtype: str) -> str:
@@ -155,11 +156,12 @@ def round_weights(model: nn.Module, dtype: str) -> None:
 
     LoRA experts are published unrounded.
     """
-    dtype = fitting_dtype(model.parameters(), dtype)
-    dtype_of = _rounding(model_of(model), dtype)
+    rounded, whole = getattr(torch, fitting_dtype(model.parameters(), dtype)), model_of(model)
+    unrounded = whole.family.unrounded(whole.config, rounded)
     for name, parameter in model.named_parameters():
-        if not (is_of_adapter(name) or ROUTER in name) and parameter.is_floating_point():
-            parameter.copy_(parameter.to(dtype_of(name)))
+        is_kept = is_of_adapter(name) or ROUTER in name or name in unrounded
+        if not is_kept and parameter.is_floating_point():
+            parameter.copy_(parameter.to(rounded))
 
 
 def _unlink_weights(folder: Path, model: nn.Module) -> None:

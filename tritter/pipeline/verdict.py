@@ -185,11 +185,12 @@ def publish(run: Run, branches: Sequence[Branch], *, keep: bool) -> StageResult:
     else:
         dtype = fitting_dtype((source.read_stored(each.name) for each in source.stored), dtype)
         config = {**config, "dtype": dtype}
-        dtype_of = source.model.family.stored_dtypes(config, getattr(torch, dtype))
+        rounded = getattr(torch, dtype)
+        unrounded = source.model.family.unrounded(config, rounded)
         written = write_checkpoint(
             target,
             config=config,
-            tensors=source.stream().to(dtype_of),
+            tensors=source.stream().to(rounded, unrounded=unrounded),
             lineage=lambda: lineage,
             artifacts=source.artifacts(),
             overwrite=True,

@@ -13,7 +13,7 @@ import ctypes
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -95,11 +95,13 @@ class TensorStream:
         entries = tuple(TensorEntry(name, t.dtype, tuple(t.shape)) for name, t in tensors)
         return cls(entries, tensors)
 
-    def to(self, dtype_of: Callable[[str], torch.dtype]) -> TensorStream:
-        """Return the stream with floating-point tensors rounded to the dtypes of their names."""
+    def to(self, dtype: torch.dtype, *, unrounded: Collection[str] = ()) -> TensorStream:
+        """Return the stream with its floating-point tensors in `dtype`, except `unrounded` ones."""
         entries = tuple(
-            replace(entry, dtype=dtype_of(entry.name)) if entry.dtype.is_floating_point else entry
-            for entry in self.entries
+            replace(each, dtype=dtype)
+            if each.dtype.is_floating_point and each.name not in unrounded
+            else each
+            for each in self.entries
         )
         pairs = zip(entries, self.whole(), strict=True)
         tensors = ((name, value.to(entry.dtype)) for entry, (name, value) in pairs)

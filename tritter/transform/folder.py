@@ -394,14 +394,14 @@ def _stream(
     progress: _Progress | None,
 ) -> TensorStream:
     maps, targets = plan.parameter_map.tensors, plan.target.layout(kind)
-    dtype_of = plan.target.family.stored_dtypes(plan.target.config, dtype) if dtype else None
+    unrounded = plan.target.family.unrounded(plan.target.config, dtype) if dtype else ()
     dtypes = {}
     for target in targets:
         # The dtype of its source, or of the embedding if it has none. Experts in one tensor get
         # the dtype that represents all of them without rounding.
         origins = (maps[part.tensor.name].origin or "embed" for part in target.parts)
         own = reduce(torch.promote_types, map(source.dtype, origins))
-        dtypes[target.name] = dtype_of(target.name) if dtype_of else own
+        dtypes[target.name] = own if dtype is None or target.name in unrounded else dtype
     entries = tuple(TensorEntry(t.name, dtypes[t.name], t.shape) for t in targets)
     reader = WeightReader(source.read)
 

@@ -1,7 +1,7 @@
 """A family's table, expanded for a config: tensors, their shapes and their number."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
@@ -71,12 +71,12 @@ class Family:
         """Its tensors are tabulated; otherwise `widened` finds their axes."""
         return bool(self.tensors)
 
-    def stored_dtypes(self, config: Config, dtype: Any) -> Callable[[str], Any]:
-        """Return the function from a tensor's name to its dtype in files of this torch dtype.
+    def unrounded(self, config: Config, dtype: Any) -> Collection[str]:
+        """Return the names, on disk and in memory, of what stock models of a dtype have in float32.
 
-        Names are those on disk, or in memory.
+        The dtype is one of torch. Only 16-bit models have such tensors.
         """
-        return lambda _: dtype
+        return ()
 
     def inexact_reason(self, config: Config, copied: Collection[int]) -> str:
         """Return the reason why copies of these layers can't be identities; empty if they can."""

@@ -5,7 +5,7 @@ the residual stream, and show that a deeper model keeps its function.
 """
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -346,9 +346,8 @@ class DiscoveredFamily(Family):
         own = {"architectures": [model.__name__], **({"dtype": dtype} if dtype else {})}
         return {**inner, **own}
 
-    def stored_dtypes(self, config: Config, dtype: Any) -> Callable[[str], Any]:
-        kept = skeleton(key_of(config)).float32.get(dtype, frozenset())
-        return lambda name: torch.float32 if name in kept else dtype
+    def unrounded(self, config: Config, dtype: Any) -> Collection[str]:
+        return skeleton(key_of(config)).float32.get(dtype, ())
 
     def attention_window(self, config: Config, layer: int) -> int | None:
         config = decoder_config(config)
