@@ -90,7 +90,7 @@ RATCHET = {
     "data": (26, 9_021),
     "evaluation": (16, 4_409),
     "integrations": (2, 801),
-    "methods": (48, 12_481),
+    "methods": (48, 12_482),
     "pipeline": (31, 7_295),
     "planning": (9, 2_131),
     "report": (15, 4_246),

@@ -31,8 +31,9 @@ from tritter.checkpoints import Source, read_lineage
 from tritter.checkpoints.export import Exported, Weights, export_model
 from tritter.checkpoints.folder import copy_small_files
 from tritter.core.expansions import LlamaPro, Width
-from tritter.core.models import read_model
+from tritter.core.models import load_model, read_model
 from tritter.errors import RequestError, TritterError
+from tritter.pipeline.trained import round_weights
 from tritter.storage.hashing import merkle_hash, tensor_digest
 from tritter.transform import expand
 
@@ -60,11 +61,14 @@ def held(folder: Path) -> dict[str, Tensor]:
     }
 
 
-# Selection biases: one that files name otherwise (hy_v3), and one that no list names (lfm2_moe)
-FLOAT32 = {
+# Selection biases, and attention sinks: some that files name otherwise (flint, hy_v3), some that no
+# list names (lfm2_moe), and some that are float32 in float16 models alone (afmoe)
+FLOAT32: dict[str, dict[str, Any]] = {
     "glm4_moe": {"n_routed_experts": 4},
+    "flint": {"num_experts": 4},
     "hy_v3": {"num_experts": 4, "first_k_dense_replace": 1},
     "lfm2_moe": {"num_experts": 4, "layer_types": ["conv", "full_attention", "conv"]},
+    "afmoe": {"num_experts": 4, "num_dense_layers": 1},
 }
 
 
@@ -81,21 +85,30 @@ def test_16_bits_spare_the_tensors_that_stock_classes_keep_in_float32(
     config = AutoConfig.for_model(model_type, **shape, **heads, **experts)
     model = AutoModelForCausalLM.from_config(config)
     for name, bias in model.state_dict().items():
-        if name.endswith(("correction_bias", "expert_bias")):
+        if name.endswith(("correction_bias", "expert_bias", "sinks")):
             bias.copy_(7.3 + 0.003 * torch.arange(len(bias)))
     saved(model, tmp_path / "whole")
-    half = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.bfloat16)
+    dtype = torch.float16 if model_type == "afmoe" else torch.bfloat16
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=dtype)
     half.save_pretrained(tmp_path / "stock")
-    export(tmp_path / "whole", tmp_path / "exported", dtype=torch.bfloat16)
-    expand(tmp_path / "whole", tmp_path / "expanded", [LlamaPro()], dtype=torch.bfloat16)
+    export(tmp_path / "whole", tmp_path / "exported", dtype=dtype)
+    expand(tmp_path / "whole", tmp_path / "expanded", [LlamaPro()], dtype=dtype)
     expected = held(tmp_path / "stock")
-    assert {value.dtype for value in expected.values()} == {torch.float32, torch.bfloat16}
+    assert {value.dtype for value in expected.values()} == {torch.float32, dtype}
     for name, value in held(tmp_path / "exported").items():
         assert value.dtype == expected[name].dtype and torch.equal(value, expected[name])
-    ends = ("correction_bias", "expert_bias")
+    ends = ("correction_bias", "expert_bias", "softmax_offset")
     biases = [v for n, v in held(tmp_path / "expanded").items() if n.endswith(ends)]
     assert biases and all(v.dtype == torch.float32 for v in biases)
     assert all(len(v.unique()) == len(v) for v in biases)
+    # A run rounds the live model before it is scored
+    whole = load_model(tmp_path / "whole")
+    before = {name: value.clone() for name, value in whole.named_parameters()}
+    round_weights(whole, str(dtype).removeprefix("torch."))
+    for name, value in whole.named_parameters():
+        live = half.get_parameter(name)
+        assert torch.equal(value, live.float()), name
+        assert live.dtype == dtype or torch.equal(value, before[name])
 
 
 @pytest.mark.quick_cases(1)

@@ -394,4 +394,5 @@ class NoveltyDetector:
     def restart(self, *, keeps_cooldown: bool = True) -> None:
         """Discard the batches of the run, which refer to an older library or to earlier data."""
         self._seen, self._values, self._average = [], [], None
-        self._cooldown *= keeps_cooldown
+        if not keeps_cooldown:
+            self._cooldown = 0
