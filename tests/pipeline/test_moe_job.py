@@ -407,11 +407,15 @@ def test_the_bias_of_sigmoid_routers_is_trained_and_published(sigmoid: Path) -> 
     assert torch.equal(oracle.logits(stock, ids), oracle.logits(ours, ids))
 
 
-def test_a_16_bit_result_has_the_trained_bias(run_tiny: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_a_16_bit_result_has_the_trained_bias(
+    run_tiny: Run, tmp_path: Path, precision: str
+) -> None:
     """Stock classes keep the bias in float32; rounded, it would select other experts."""
     run_tiny(
         tmp_path, "expansion=moe", "expansion.moe.target=glm4_moe", "expansion.moe.num_experts=4",
         "forgetting=none", "moe_routing.bias_update_rate=0.01", "pipeline.dtype=bfloat16",
+        f"trainer.precision={precision}",
     )  # fmt: skip
     tensors = load_file(tmp_path / "checkpoint/model.safetensors")
     biases = [value for name, value in tensors.items() if name.endswith("correction_bias")]

@@ -135,6 +135,15 @@ def test_what_is_said_before_is_what_the_first_step_says(tmp_path: Path, setting
     assert first == {n: (0, pytest.approx(losses[n], rel=1e-6)) for n in losses}
 
 
+def test_in_bfloat16_a_model_computes_what_the_stock_one_does(tmp_path: Path) -> None:
+    """The frequencies of rotary positions, which no file has, stay in float32."""
+    model = oracle.tiny_llama()
+    model.save_pretrained(tmp_path)
+    validation_metrics(model, text(), replace(ONE, precision="bf16-true"))
+    stock, ids = oracle.stock(tmp_path, torch.bfloat16), oracle.tokens(length=64)
+    assert torch.equal(oracle.logits(stock, ids), oracle.logits(model.eval(), ids))
+
+
 def test_validation_loads_no_checkpoint_of_slurm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,13 +7,7 @@ fast.
 from typing import TYPE_CHECKING
 
 from tritter.loading import lazy_names
-from tritter.training.forgetting_method import (
-    ForgettingMethod,
-    Needs,
-    Preparation,
-    Prepared,
-    Task,
-)
+from tritter.training.forgetting_method import ForgettingMethod, Needs, Preparation, Prepared, Task
 from tritter.training.method import Method, Setting, SideLoss, Trainee, Values
 from tritter.training.metrics import metrics_files, read_metrics
 from tritter.training.optimizer import OptimizerSettings, Schedule

@@ -113,10 +113,7 @@ class WorkCount(Callback):
         if not self.lengths:
             return {}
         fraction = self.padding / (self.tokens + self.padding)
-        return {
-            "padding_fraction": fraction,
-            "packed_sequence_length_histogram": dict(histogram),
-        }
+        return {"padding_fraction": fraction, "packed_sequence_length_histogram": dict(histogram)}
 
     def state_dict(self) -> dict[str, Any]:
         documents = {"padding": self.padding, "lengths": dict(self.lengths)}
@@ -222,12 +219,7 @@ class ForgettingCallback(Callback):
             self._observe_step(trainer, pl_module)
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if ends_step(trainer, batch_idx):
             self._observe_step(trainer, pl_module)

@@ -39,11 +39,7 @@ from tritter.training.metrics import METRICS_NAME, rotate_metrics
 from tritter.training.module import BaseModule, CompiledModel, module_callbacks
 from tritter.training.options import TrainerSettings
 from tritter.training.result import BestWeights, Conclusion, FitResult, MemoryMeter, WriteResult
-from tritter.training.trainer import (
-    build_trainer,
-    preserve_process_settings,
-    worker_processes,
-)
+from tritter.training.trainer import build_trainer, preserve_process_settings, worker_processes
 
 LEFTOVERS_NAME = "left"  # state of continual-learning methods for the next training run
 

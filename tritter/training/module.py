@@ -24,13 +24,7 @@ from tritter.targets import Component, instantiate
 from tritter.training.forgetting_method import ForgettingMethod
 from tritter.training.method import SideLoss, Trainee
 from tritter.training.optimizer import OptimizerSettings, Schedule, build_optimizer
-from tritter.training.parameters import (
-    Entry,
-    flops_of_sequence,
-    is_sharded,
-    replay,
-    shard,
-)
+from tritter.training.parameters import Entry, flops_of_sequence, is_sharded, replay, shard
 
 _SUMMED = ("nats", "right", "tokens")  # per domain, over the windows of a validation
 _BACKEND = "inductor"

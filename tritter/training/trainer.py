@@ -12,6 +12,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +22,7 @@ from lightning import Callback, Trainer
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
@@ -36,6 +39,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.multiprocessing import get_sharing_strategy, set_sharing_strategy
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
+from tritter.core.models import model_of
 from tritter.data.datamodule import TextDataModule, ValidationSubset
 from tritter.errors import Problem, RequestError, TritterError
 from tritter.training.checkpoint_io import (
@@ -226,11 +230,7 @@ def worker_processes() -> Iterator[None]:
 
 
 def build_trainer(
-    settings: TrainerSettings,
-    callbacks: list[Callback],
-    max_steps: int,
-    *,
-    loggers: list[Logger],
+    settings: TrainerSettings, callbacks: list[Callback], max_steps: int, *, loggers: list[Logger]
 ) -> Trainer:
     """Return the Trainer of one stage, with the fixed settings that saving and resuming need.
 
@@ -246,6 +246,8 @@ def build_trainer(
     strategy: Strategy | str = "auto"
     plugins, ranks = list[Any]([SafetensorsCheckpointIO()]), leading()
     num_nodes = ranks.launch.num_nodes if ranks is not None and settings.has_workers else 1
+    if settings.precision == "bf16-true":
+        plugins.append(_HalfPrecision(settings.precision))
     if not settings.has_workers:  # without it, SLURM's variables would count
         plugins.append(LightningEnvironment())
     if settings.strategy == "ddp":
@@ -258,7 +260,7 @@ def build_trainer(
         devices=settings.devices if settings.device_index is None else [settings.device_index],
         num_nodes=num_nodes,
         strategy=strategy,
-        precision=settings.precision,
+        precision=None if settings.precision == "bf16-true" else settings.precision,
         gradient_clip_val=settings.gradient_clip_val,
         max_steps=max_steps,
         max_epochs=-1,
@@ -275,6 +277,26 @@ def build_trainer(
         num_sanity_val_steps=0,
         plugins=plugins,
     )
+
+
+class _HalfPrecision(HalfPrecision):
+    """Weights in bfloat16; float32 for what stock models of bfloat16 have in float32.
+
+    That includes buffers that are not stored, such as the frequencies of rotary positions.
+    """
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Convert the weights in place."""
+        assert isinstance(module, BaseModule)
+        model, whole = module.model, model_of(module.model)
+        kept = {name for name, _ in model.named_buffers()} - model.state_dict().keys()
+        kept |= set(whole.family.unrounded(whole.config, self._desired_input_dtype))
+        tensors = chain(model.named_parameters(), model.named_buffers())
+        values = {name: tensor.data for name, tensor in tensors if name in kept}
+        super().convert_module(module)
+        for name, value in values.items():
+            attrgetter(name)(model).data = value
+        return module
 
 
 @contextmanager
