@@ -83,20 +83,20 @@ TORCH_ONLY_ROOMS = {"core.parameter_map", "core.stock_routers"}  # the standard 
 # Room → most files and lines: both may only fall, until the redesign of issue 25 ends
 RATCHET = {
     "(top)": (13, 2_339),
-    "checkpoints": (12, 3_061),
-    "cli": (21, 5_833),
-    "config": (19, 5_183),
-    "core": (37, 11_956),
-    "data": (26, 9_021),
+    "checkpoints": (12, 3_051),
+    "cli": (21, 5_827),
+    "config": (19, 5_148),
+    "core": (37, 11_910),
+    "data": (26, 9_002),
     "evaluation": (16, 4_409),
     "integrations": (2, 801),
-    "methods": (48, 12_482),
-    "pipeline": (31, 7_295),
-    "planning": (9, 2_131),
+    "methods": (48, 12_477),
+    "pipeline": (31, 7_294),
+    "planning": (9, 2_121),
     "report": (15, 4_246),
-    "storage": (10, 2_030),
-    "training": (17, 5_064),
-    "transform": (6, 1_847),
+    "storage": (10, 2_024),
+    "training": (17, 5_062),
+    "transform": (6, 1_830),
 }
 # What there is to know; both may only fall: names of modules without an underscore, and classes
 # that only hold values

@@ -155,13 +155,7 @@ class Measurement:
         from tritter.data.batches import BatchStream, SequenceStream
         from tritter.methods.forgetting import EWC, Distill, Replay
         from tritter.terminal import Console
-        from tritter.training import (
-            BaseModule,
-            OptimizerSettings,
-            Schedule,
-            Task,
-            fit,
-        )
+        from tritter.training import BaseModule, OptimizerSettings, Schedule, Task, fit
 
         name = self.options.accelerator
         words = (f"trainer={name}", "trainer.precision=bf16-mixed", "trainer.progress=off")

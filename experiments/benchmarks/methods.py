@@ -86,13 +86,7 @@ def measure(way: str, *, hidden_size: int, layers: int, steps: int) -> Measured:
     from tritter.config.launch.composition import load_config
     from tritter.data.batches import BatchStream, SequenceStream
     from tritter.methods import forgetting
-    from tritter.training import (
-        BaseModule,
-        OptimizerSettings,
-        Schedule,
-        Task,
-        fit,
-    )
+    from tritter.training import BaseModule, OptimizerSettings, Schedule, Task, fit
 
     words = ("trainer=cpu", "trainer.progress=off", "trainer.save_every_n_steps=0")
     settings = load_config(words).trainer

@@ -22,13 +22,7 @@ from tritter.checkpoints.history import read_chain, verify
 from tritter.checkpoints.state import read_state, write_state
 from tritter.core.expansions import Dus, ExpansionSpec, LlamaPro, Moe, Width, build_steps
 from tritter.core.families import Model, family_of, ffn_sizes, forward_flops, on_disk
-from tritter.core.models import (
-    load_model,
-    model_of,
-    model_with_tensors,
-    named_tensors,
-    read_model,
-)
+from tritter.core.models import load_model, model_of, model_with_tensors, named_tensors, read_model
 from tritter.core.parameter_map.carry import MOMENTS
 from tritter.errors import RequestError, TritterError
 from tritter.storage.writer import TensorStream

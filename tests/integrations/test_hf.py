@@ -38,27 +38,11 @@ from tritter.data.documents import Document
 from tritter.data.tokens import END_OF_TEXT, train_tokenizer
 from tritter.errors import RequestError
 from tritter.integrations.hf import with_forgetting
-from tritter.methods.forgetting import (
-    EWC,
-    L2SP,
-    SI,
-    Distill,
-    Freeze,
-    OnlineEWC,
-    Replay,
-    SelfReplay,
-)
+from tritter.methods.forgetting import EWC, L2SP, SI, Distill, Freeze, OnlineEWC, Replay, SelfReplay
 from tritter.methods.forgetting.quadratic import diagonal_fisher
 from tritter.methods.forgetting.si import _estimated_importance
 from tritter.seeds import derived_seed
-from tritter.training import (
-    BaseModule,
-    ForgettingMethod,
-    OptimizerSettings,
-    Schedule,
-    Task,
-    fit,
-)
+from tritter.training import BaseModule, ForgettingMethod, OptimizerSettings, Schedule, Task, fit
 
 LENGTH, RATE, CLIP = 16, 0.2, 0.5
 NEW, OLD = oracle.tokens(batch=40, length=LENGTH, seed=5), oracle.tokens(batch=20, length=LENGTH)

@@ -5,10 +5,14 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
+import pytest
+
 from tests.pipeline.tiny import TINY
 from tritter.config.launch.composition import load_config
 from tritter.pipeline.ledger import Ledger
+from tritter.pipeline.pipeline import planned_candidates
 from tritter.pipeline.run import Run, _share_notes
+from tritter.pipeline.stages.fit import _announce
 from tritter.terminal import Console
 
 
@@ -50,3 +54,17 @@ def test_a_weight_in_one_task_leaves_the_notes_on_the_others(tmp_path: Path) -> 
     (note,) = _share_notes(config, sizes.__getitem__, ())
     assert note.startswith("c: 1.0% of the new training sequences, at most about 0 of the 24")
     assert list(_share_notes(config, sizes.__getitem__, ("d",))) == []
+
+
+def test_the_line_on_a_training_says_how_often_it_reads_the_new_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word for word in TINY if not word.startswith("forgetting=")]
+    words += ["forgetting=[replay,self_replay]", "trainer.accumulate_grad_batches=2"]
+    config = load_config([*words, f"cache_dir={tmp_path / 'cache'}"])
+    context = Run(config=config, folder=tmp_path, console=Console(), ledger=Ledger(tmp_path))
+    _announce(context, planned_candidates(context)[0].branches[0], 30, 0.1)
+    ((name, rows),) = context.data.training_sequences(config.text.new).items()
+    read = 30 * 2 * config.data.batch_size * (1 - 0.4 - 0.25)
+    said = f"30 steps on {name}, {read / len(rows):.2g} epochs; learning rate 0.1"
+    assert said in capsys.readouterr().out

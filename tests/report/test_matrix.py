@@ -16,12 +16,7 @@ from tests.report.test_tables import line_of, printed
 from tritter.errors import TritterError
 from tritter.pipeline.metrics import _wandb_summary
 from tritter.report.drawing import new_figure
-from tritter.report.matrix import (
-    MAX_ROWS,
-    _draw_matrix,
-    matrix_figure,
-    transfer_table,
-)
+from tritter.report.matrix import MAX_ROWS, _draw_matrix, matrix_figure, transfer_table
 from tritter.report.page import page
 from tritter.report.plots import plot_run
 from tritter.report.summary import Matrix, Summary

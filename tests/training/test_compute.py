@@ -9,13 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.methods.moe_routing.test_objective import SEQUENCES, UNHELD, run
 from tests.oracle.families import SPARSE, generic, tiny
-from tritter.core.families import (
-    Flops,
-    Model,
-    backward_flops,
-    forward_flops,
-    training_flops,
-)
+from tritter.core.families import Flops, Model, backward_flops, forward_flops, training_flops
 from tritter.methods.moe_routing.objective import OldRouting, RoutingObjective
 from tritter.methods.moe_routing.opening import Unfreezing
 from tritter.methods.moe_routing.options import RoutingOptions

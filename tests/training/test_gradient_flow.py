@@ -20,14 +20,7 @@ from tritter.evaluation.gate import ENOUGH_STEPS, flow_check, memory_check
 from tritter.planning.memory import TrainingSetup, states_bytes, training_memory
 from tritter.stopping import Stopped
 from tritter.terminal import Console
-from tritter.training import (
-    BaseModule,
-    FitResult,
-    OptimizerSettings,
-    Schedule,
-    Task,
-    fit,
-)
+from tritter.training import BaseModule, FitResult, OptimizerSettings, Schedule, Task, fit
 from tritter.training.gradient_flow import GradientFlow, run_trial_steps
 from tritter.transform.live import ModelExpander
 

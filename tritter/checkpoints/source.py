@@ -10,12 +10,7 @@ from typing import TYPE_CHECKING
 
 from tritter.checkpoints.card import CARD_NAME
 from tritter.checkpoints.expert_files import ExpertFiles
-from tritter.checkpoints.folder import (
-    Artifact,
-    copy_small_files,
-    read_lineage,
-    small_files,
-)
+from tritter.checkpoints.folder import Artifact, copy_small_files, read_lineage, small_files
 from tritter.checkpoints.record import Lineage
 from tritter.core.families import Config, Model, StoredTensor
 from tritter.errors import RequestError, TritterError, shortened

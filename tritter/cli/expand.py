@@ -10,13 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tritter.cli.domain_data import (
-    SHARD_BYTES,
-    DomainRun,
-    check_domain,
-    domain_text,
-    token_sources,
-)
+from tritter.cli.domain_data import SHARD_BYTES, DomainRun, check_domain, domain_text, token_sources
 from tritter.cli.methods import method_bodies, method_names, option_names, specs_of
 from tritter.cli.options import (
     WRITING,

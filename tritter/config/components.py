@@ -12,13 +12,7 @@ from typing import Any, TypeVar, get_args
 
 from tritter.checkpoints.location import checkpoint_location
 from tritter.config.folders import CHOSEN_BY, body_of, option_files, shipped_options
-from tritter.config.schema import (
-    CheckpointModelConfig,
-    LoggerConfig,
-    Model,
-    RunConfig,
-    WandbConfig,
-)
+from tritter.config.schema import CheckpointModelConfig, LoggerConfig, Model, RunConfig, WandbConfig
 from tritter.config.suggestions import child_names, hint_for, nearest_key
 from tritter.data.chat import template_location
 from tritter.data.options import (
@@ -31,23 +25,9 @@ from tritter.data.options import (
 from tritter.errors import Problem, RequestError, key_name, nearest, show
 from tritter.evaluation.options import EvaluationConfig
 from tritter.methods.moe_routing.options import appends_experts
-from tritter.options import (
-    choices,
-    component_class,
-    field_keys,
-    join,
-    read_component,
-    read_options,
-)
+from tritter.options import choices, component_class, field_keys, join, read_component, read_options
 from tritter.storage.reading import named_path
-from tritter.targets import (
-    TARGET,
-    Component,
-    argument_problems,
-    building_problem,
-    dotted,
-    resolve,
-)
+from tritter.targets import TARGET, Component, argument_problems, building_problem, dotted, resolve
 from tritter.training.optimizer import OptimizerSettings, OptimizerValues, optimizer_problems
 from tritter.training.options import (
     REFUSED,

@@ -14,10 +14,7 @@ from tritter.checkpoints.run_text import RunText
 from tritter.core.families.presets import ModelConfig as ModelConfig
 from tritter.data.options import DataConfig as DataConfig  # the import path in the docs
 from tritter.evaluation.options import EvaluationConfig, GateConfig
-from tritter.limits import (
-    MAX_PARAMETERS,
-    MAX_SEED,
-)
+from tritter.limits import MAX_PARAMETERS, MAX_SEED
 from tritter.methods.moe_routing.options import AdaptationOptions, RoutingOptions
 from tritter.options import PARSED_COUNT, Count, RunRequest, Text, options
 from tritter.targets import Component

@@ -9,11 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from tritter.checkpoints.location import (
-    checkpoint_model,
-    require_plain,
-    state_kinds_of,
-)
+from tritter.checkpoints.location import checkpoint_model, require_plain, state_kinds_of
 from tritter.checkpoints.run_text import RunText, run_text
 from tritter.config.components import (
     BASES,
@@ -78,10 +74,7 @@ from tritter.planning.strategy import pipeline_problems, planned_rounds
 from tritter.storage.reading import named_path
 from tritter.training.forgetting_method import method_start_problems, replayed_share
 from tritter.training.method import Method
-from tritter.training.optimizer import (
-    OptimizerValues,
-    optimizer_class,
-)
+from tritter.training.optimizer import OptimizerValues, optimizer_class
 from tritter.training.options import (
     PRESET_RATE,
     RULES,

@@ -20,20 +20,9 @@ from torch import Tensor
 from tritter.data import built_in, cache
 from tritter.data.answers import endless_note, unanswered_note, unshown_note
 from tritter.data.chat import Chat
-from tritter.data.documents import (
-    Document,
-    Documents,
-    conversations_digest,
-    documents_digest,
-)
+from tritter.data.documents import Document, Documents, conversations_digest, documents_digest
 from tritter.data.split import DomainCounts, Split, SplitRule, split_documents
-from tritter.data.tokens import (
-    Names,
-    TokenisedDocuments,
-    tokenise,
-    train_tokenizer,
-    unencoded_note,
-)
+from tritter.data.tokens import Names, TokenisedDocuments, tokenise, train_tokenizer, unencoded_note
 from tritter.errors import TritterError
 from tritter.storage.atomic import atomic_folder, write_text_atomic
 from tritter.storage.hashing import file_digest

@@ -11,15 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
-from tritter.data.chat import (
-    ANSWER,
-    CONTEXT,
-    START,
-    Chat,
-    ids_of,
-    is_unpredicted,
-    marked_answers,
-)
+from tritter.data.chat import ANSWER, CONTEXT, START, Chat, ids_of, is_unpredicted, marked_answers
 from tritter.data.documents import Document
 from tritter.errors import RequestError, TritterError, panics_as_errors, refused
 from tritter.storage.reading import read_object, require_file

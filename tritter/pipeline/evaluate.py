@@ -14,12 +14,7 @@ from tritter.data.corpus import build_corpus
 from tritter.data.options import TextDataConfig
 from tritter.data.records import DEFAULT_FIELD
 from tritter.data.sources import find_texts, source_documents
-from tritter.data.tokens import (
-    PretrainedTokenizer,
-    TokenisedDocuments,
-    tokenise,
-    unencoded_note,
-)
+from tritter.data.tokens import PretrainedTokenizer, TokenisedDocuments, tokenise, unencoded_note
 from tritter.errors import RequestError
 from tritter.evaluation.statistics import PairedScores
 from tritter.evaluation.tasks import Reader

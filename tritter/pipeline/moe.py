@@ -12,10 +12,7 @@ from tritter.core.expansions import MoeAdd, target_model
 from tritter.core.families import SIGMOID_ROUTERS
 from tritter.core.stock_routers import AddedExperts, RouterControl
 from tritter.data.tokens import concatenate
-from tritter.methods.moe_routing.objective import (
-    OldRouting,
-    RoutingObjective,
-)
+from tritter.methods.moe_routing.objective import OldRouting, RoutingObjective
 from tritter.methods.moe_routing.opening import ExpertOpening, Unfreezing
 from tritter.methods.moe_routing.separate import is_router, only_trainable, separate_experts
 from tritter.pipeline.branch import Branch

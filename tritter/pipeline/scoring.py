@@ -27,9 +27,7 @@ from tritter.evaluation.benchmarks.harness import (
     score_from_hub,
     sequence_lengths,
 )
-from tritter.evaluation.benchmarks.harness import (
-    Tokenizer as StockTokenizer,
-)
+from tritter.evaluation.benchmarks.harness import Tokenizer as StockTokenizer
 from tritter.evaluation.code.sandbox import ExternalSandbox, NamespaceSandbox, Sandbox
 from tritter.evaluation.losses import document_losses, window_lengths
 from tritter.evaluation.options import TASKS_KEY, EvaluationConfig

@@ -12,11 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tritter.core.families import (
-    LogicalTensor,
-    Model,
-    StoredTensor,
-)
+from tritter.core.families import LogicalTensor, Model, StoredTensor
 from tritter.errors import nearest, refused
 
 # Lightning's precision → bytes of a parameter (also of its gradient and each unquantised moment),

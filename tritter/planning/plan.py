@@ -9,13 +9,7 @@ from tritter.core.expansions import ExpansionSpec
 from tritter.core.families import Config, Model, training_flops
 from tritter.errors import refused
 from tritter.planning.memory import TrainingMemory, TrainingSetup, is_attention, training_memory
-from tritter.planning.shapes import (
-    GrowthMethods,
-    Shape,
-    named_shape,
-    reached_shape,
-    specs_like,
-)
+from tritter.planning.shapes import GrowthMethods, Shape, named_shape, reached_shape, specs_like
 from tritter.planning.strategy import AUTO, PathRequest, find_paths, lopsidedness
 
 SMALLEST_MODEL = 44_000_000  # parameters; below, the law extrapolates beyond its data

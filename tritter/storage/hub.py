@@ -117,13 +117,7 @@ def push_files(
         overwrite: replace all files of a repository that has some; its history keeps them.
         key: what named the repository, for error messages.
     """
-    from huggingface_hub import (
-        CommitOperationAdd,
-        CommitOperationDelete,
-        HfApi,
-        errors,
-        get_token,
-    )
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors, get_token
 
     if get_token() is None:
         raise refused(key, repository, _UNKNOWN)

@@ -14,19 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tritter.checkpoints import (
-    ExpansionRecord,
-    Lineage,
-    Source,
-    read_lineage,
-    write_checkpoint,
-)
-from tritter.checkpoints.folder import (
-    Artifact,
-    copy_small_files,
-    small_files,
-    tokenizer_files,
-)
+from tritter.checkpoints import ExpansionRecord, Lineage, Source, read_lineage, write_checkpoint
+from tritter.checkpoints.folder import Artifact, copy_small_files, small_files, tokenizer_files
 from tritter.checkpoints.location import check_output, check_replaceable, require_plain
 from tritter.checkpoints.state import KEPT_FILE, STATE_FOLDER, State, write_state
 from tritter.core.expansions import (

@@ -15,13 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritter.checkpoints import (
-    ExpansionRecord,
-    Lineage,
-    Source,
-    read_lineage,
-    write_checkpoint,
-)
+from tritter.checkpoints import ExpansionRecord, Lineage, Source, read_lineage, write_checkpoint
 from tritter.checkpoints.folder import Artifact, copy_small_files
 from tritter.checkpoints.location import check_output, check_replaceable
 from tritter.core.expansions import (

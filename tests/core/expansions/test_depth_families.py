@@ -13,15 +13,7 @@ from transformers import PreTrainedModel
 
 from tests import oracle
 from tests.oracle import families as oracle_families
-from tritter.core.expansions import (
-    Dus,
-    ExpansionSpec,
-    Interpolate,
-    Layers,
-    LlamaPro,
-    Stack,
-    Width,
-)
+from tritter.core.expansions import Dus, ExpansionSpec, Interpolate, Layers, LlamaPro, Stack, Width
 from tritter.core.families import Model
 from tritter.core.models import disk_tensors, read_model
 from tritter.transform import expand

@@ -8,14 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tritter.core.expansions import build_steps
-from tritter.core.expansions.depth import (
-    Dus,
-    Interpolate,
-    Layers,
-    LlamaPro,
-    Stack,
-    repeated_layers,
-)
+from tritter.core.expansions.depth import Dus, Interpolate, Layers, LlamaPro, Stack, repeated_layers
 from tritter.core.families import Config, Model
 from tritter.errors import RequestError
 

@@ -15,15 +15,7 @@ from tests import oracle
 from tests.oracle import growth as oracle_growth
 from tests.oracle.families import tiny
 from tests.oracle.moe import PARTNERS, expert_gap, identity_error, steps_of, upcycled
-from tritter.core.expansions import (
-    Dus,
-    ExpansionSpec,
-    LlamaPro,
-    Moe,
-    Stack,
-    Width,
-    target_model,
-)
+from tritter.core.expansions import Dus, ExpansionSpec, LlamaPro, Moe, Stack, Width, target_model
 from tritter.core.families import Model
 from tritter.core.models import read_model
 from tritter.core.parameter_map import TensorMap

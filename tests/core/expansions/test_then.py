@@ -37,13 +37,7 @@ from tritter.core.parameter_map import (
     mapped,
     rounded_weight,
 )
-from tritter.core.parameter_map.carry import (
-    STATE_KINDS,
-    Policy,
-    StateKind,
-    has_state,
-    mapped_state,
-)
+from tritter.core.parameter_map.carry import STATE_KINDS, Policy, StateKind, has_state, mapped_state
 from tritter.errors import RequestError
 from tritter.transform import Change
 

@@ -21,15 +21,7 @@ from tests.core.families.test_discovery import (
 from tests.oracle.families import OWN, tiny
 from tritter.core.expansions import MoeAdd, Width
 from tritter.core.expansions.on_twin import _grown_twin
-from tritter.core.families import (
-    FAMILIES,
-    Config,
-    Family,
-    Model,
-    family_of,
-    pack_all,
-    unpack_all,
-)
+from tritter.core.families import FAMILIES, Config, Family, Model, family_of, pack_all, unpack_all
 from tritter.core.families.discovery import discover
 from tritter.core.families.discovery.axes import _arrangements, _residual_axes
 from tritter.core.families.discovery.configs import key_of

@@ -10,11 +10,7 @@ from tritter.conf_folder import config_folder
 from tritter.config.launch.composition import load_config
 from tritter.config.validation import base_model
 from tritter.core.families import Model
-from tritter.core.families.presets import (
-    PRESETS,
-    Preset,
-    aspect_ratio_at,
-)
+from tritter.core.families.presets import PRESETS, Preset, aspect_ratio_at
 
 ALL = list(PRESETS.values())
 

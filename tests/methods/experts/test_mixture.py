@@ -13,12 +13,7 @@ from tests.methods.experts.mixtures import TARGETS, mixture_of
 from tests.oracle import tiny_llama, tokens
 from tests.oracle.families import tiny
 from tritter.errors import RequestError
-from tritter.methods.experts.adapters import (
-    AdapterShape,
-    Factors,
-    adapted_layers,
-    parameters_of,
-)
+from tritter.methods.experts.adapters import AdapterShape, Factors, adapted_layers, parameters_of
 from tritter.methods.experts.gates import Routing, gates_of
 from tritter.methods.experts.mixture import Dispatch, ExpertMixture, _mixture_output, mixture_on
 

@@ -25,12 +25,7 @@ from tritter.config.launch.composition import load_config
 from tritter.core.models import live_shape, load_model, model_of
 from tritter.errors import RequestError
 from tritter.methods.experts import quantised
-from tritter.methods.experts.adapters import (
-    AdapterShape,
-    adapted_layers,
-    base_bits,
-    decoder_layers,
-)
+from tritter.methods.experts.adapters import AdapterShape, adapted_layers, base_bits, decoder_layers
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.methods.experts.module import step_flops_of
 from tritter.methods.experts.stored import ExpertFolder, load_with_experts

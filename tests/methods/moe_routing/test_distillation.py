@@ -18,14 +18,7 @@ from tritter.core.stock_routers import AddedExperts
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.methods.moe_routing.distill import DistillationModule, only_new_experts
 from tritter.terminal import Console
-from tritter.training import (
-    FitResult,
-    OptimizerSettings,
-    Schedule,
-    TrainerSettings,
-    fit,
-    trainer,
-)
+from tritter.training import FitResult, OptimizerSettings, Schedule, TrainerSettings, fit, trainer
 
 SEQUENCES = oracle.tokens(vocab_size=97, batch=24, length=16, seed=5).int()
 SETTINGS = trainer_settings(log_every_n_steps=1, save_every_n_steps=2)

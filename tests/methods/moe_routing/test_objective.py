@@ -20,11 +20,7 @@ from tritter.core.stock_routers import AddedExperts, RouterControl
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.data.replay import ReplayBuffer
 from tritter.errors import TritterError
-from tritter.methods.moe_routing.objective import (
-    OldRouting,
-    RoutingObjective,
-    _routing_divergence,
-)
+from tritter.methods.moe_routing.objective import OldRouting, RoutingObjective, _routing_divergence
 from tritter.methods.moe_routing.opening import ExpertOpening, Unfreezing
 from tritter.methods.moe_routing.options import RoutingOptions
 from tritter.training import (

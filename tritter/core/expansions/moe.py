@@ -24,14 +24,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from tritter.core.families import (
-    Config,
-    Family,
-    LogicalTensor,
-    Model,
-    find_family,
-    logical_name,
-)
+from tritter.core.families import Config, Family, LogicalTensor, Model, find_family, logical_name
 from tritter.core.parameter_map import AxisFactor, Fill, ParameterMap, TensorMap
 from tritter.errors import Problem, RequestError, key_name, refused, setting
 from tritter.limits import MAX_EXPERTS, MAX_LAYERS

@@ -9,13 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tritter.core.families import (
-    Config,
-    Dimensions,
-    Model,
-    pack_all,
-    unpack_all,
-)
+from tritter.core.families import Config, Dimensions, Model, pack_all, unpack_all
 from tritter.core.families.config_file import errors_as
 from tritter.core.families.discovery.configs import Key, config_in, key_of, reason_of
 from tritter.core.families.discovery.family import shallow

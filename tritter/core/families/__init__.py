@@ -1,17 +1,7 @@
 """Family tables: one per architecture, with counts of parameters and FLOPs from shapes."""
 
-from tritter.core.families.config_file import (
-    check_config,
-    check_size,
-    with_live_sizes,
-)
-from tritter.core.families.dimensions import (
-    GROWING,
-    Config,
-    Dimensions,
-    ffn_sizes,
-    on_disk,
-)
+from tritter.core.families.config_file import check_config, check_size, with_live_sizes
+from tritter.core.families.dimensions import GROWING, Config, Dimensions, ffn_sizes, on_disk
 from tritter.core.families.family import Family
 from tritter.core.families.flops import (
     Adapters,
@@ -28,14 +18,7 @@ from tritter.core.families.layout import (
     pack_all,
     unpack_all,
 )
-from tritter.core.families.logical import (
-    Axis,
-    LogicalTensor,
-    Port,
-    Space,
-    logical_name,
-    segments,
-)
+from tritter.core.families.logical import Axis, LogicalTensor, Port, Space, logical_name, segments
 from tritter.core.families.model import Model
 from tritter.core.families.tables import (
     FAMILIES,

@@ -16,13 +16,7 @@ from tritter.core.families.family import Family
 from tritter.core.families.model import Model
 from tritter.core.families.tables import family_of
 from tritter.errors import RequestError, TritterError, brief
-from tritter.limits import (
-    MAX_LABELS,
-    MAX_LAYERS,
-    MAX_PARAMETERS,
-    MAX_POSITIONS,
-    MAX_TENSORS,
-)
+from tritter.limits import MAX_LABELS, MAX_LAYERS, MAX_PARAMETERS, MAX_POSITIONS, MAX_TENSORS
 from tritter.storage.reading import LINEAGE_NAME, check_links, read_object
 from tritter.storage.tensors import SINGLE_NAME
 

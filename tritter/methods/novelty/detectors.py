@@ -13,12 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tritter.errors import RequestError, raise_problems
-from tritter.methods.novelty.library import (
-    FORMAT_VERSION,
-    Skill,
-    SkillLibrary,
-    check_format,
-)
+from tritter.methods.novelty.library import FORMAT_VERSION, Skill, SkillLibrary, check_format
 from tritter.methods.novelty.observation import Observation, concatenated
 from tritter.methods.novelty.options import DETECTORS, Confidence, Detector, NoveltyOptions
 from tritter.methods.novelty.statistics import share_bound, t_interval

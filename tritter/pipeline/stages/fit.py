@@ -252,9 +252,18 @@ def _announce(run: Run, branch: Branch, max_steps: int, rate: float) -> None:
     frozen = ["frozen base"] if run.config.experts and not branch.is_control else []
     names = [*frozen, *map(attrgetter("name"), run.config.forgetting)]
     mitigation = " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) or "none"
-    domains, tasks = ", ".join(run.data.new_domains_of(branch)), len(run.data.text.tasks)
+    data, domains = run.config.data, run.data.new_domains_of(branch)
+    tasks, epochs = len(run.data.text.tasks), ""
     which = f" (task {branch.task + 1} of {tasks})" if tasks > 1 else ""
-    text = f"{max_steps} steps on {domains}{which}; learning rate {rate:.2g}; "
+    weights = getattr(data, "weights", None) or {}
+    if not {*domains} & {*run.data.streams, *weights}:  # each sequence is read equally often
+        num_read, share = max_steps * data.batch_size, 1.0
+        for method in run.config.forgetting:  # some replay other text in its place
+            share -= getattr(method.options, "fraction", 0)
+        num_read *= run.config.trainer.accumulate_grad_batches
+        sizes = map(len, run.data.training_sequences(domains).values())
+        epochs = f", {share * num_read / sum(sizes):.2g} epochs"
+    text = f"{max_steps} steps on {', '.join(domains)}{which}{epochs}; learning rate {rate:.2g}; "
     run.say("train", f"{text}forgetting mitigation: {mitigation}")
 
 

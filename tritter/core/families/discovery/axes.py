@@ -20,12 +20,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from tritter.core.families.dimensions import Config
-from tritter.core.families.discovery.configs import (
-    decoder_config,
-    decoder_part,
-    quiet,
-    reason_of,
-)
+from tritter.core.families.discovery.configs import decoder_config, decoder_part, quiet, reason_of
 from tritter.core.families.discovery.skeleton import Shape, in_layer, layer_list
 from tritter.core.families.discovery.twin import (
     CHANGE,

@@ -18,12 +18,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers import __version__ as transformers_version
 from transformers.core_model_loading import revert_weight_conversion
 
-from tritter.core.families.dimensions import (
-    Config,
-    Dimensions,
-    ffn_sizes,
-    require_size,
-)
+from tritter.core.families.dimensions import Config, Dimensions, ffn_sizes, require_size
 from tritter.core.families.discovery.axes import (
     EPS,
     EXPERT_KEYS,
