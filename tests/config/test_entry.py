@@ -302,6 +302,22 @@ def test_the_table_of_a_sweep_has_experts_where_some_job_has_them(
     assert "experts" not in capsys.readouterr().out
 
 
+def test_the_table_of_a_sweep_compares_the_base_with_the_last_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of all rounds; a gate counts from its own round, and drops of an accuracy."""
+    old, base = {"loss_per_byte": 2.0}, {"loss_per_byte": None, "accuracy": 0.25}
+    check = {"check": "retention", "subject": "old", "value": -0.1}
+    last = {"final": {"old": {"loss_per_byte": 1.5}, "arc": {"accuracy": 0.75}}, "gate": [check]}
+    summary = {"baseline": {"old": old, "arc": base}, "attempts": [last], "rounds": [{}, last]}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "status.json").write_text("{}")
+    (row,) = _sweep_rows((), tmp_path)
+    assert row.changes == {"old": "-25.0%", "arc/accuracy": "+50.0 points"}
+    _print_sweep([row], tmp_path)
+    assert "+50.0" in capsys.readouterr().out
+
+
 @pytest.mark.full
 def test_a_sweep_over_keys_of_swept_methods(run: Run, pipeline: FakePipeline) -> None:
     words = ("forgetting=l2sp,[replay,l2sp]", "forgetting.l2sp.l2sp-lambda=1,3")

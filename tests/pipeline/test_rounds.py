@@ -3,8 +3,10 @@
 import csv
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,8 @@ from tritter.errors import RequestError
 from tritter.evaluation.gate import Check
 from tritter.pipeline import Outcome, verdict
 from tritter.pipeline.branch import Branch
+from tritter.pipeline.metrics import BEFORE
+from tritter.pipeline.pipeline import _logged
 from tritter.pipeline.run import Run
 from tritter.training import read_metrics
 
@@ -96,6 +100,22 @@ def test_all_rounds_stand_in_a_row(grown: Path) -> None:
     with (grown / "metrics_rounds.csv").open() as lines:
         steps = [int(row["step"]) for row in csv.DictReader(lines) if row["eval/prose/loss"]]
     assert steps == [*range(-1, 11), *range(10, 21)]  # step 10: before and after an expansion
+
+
+def test_a_later_round_logs_no_step_before_its_first(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The previous round's last step already has the same scores."""
+    logged = list[int]()
+    logger = SimpleNamespace(log_metrics=lambda _, step: logged.append(step))
+    module = "tritter.pipeline.pipeline"
+    monkeypatch.setattr(f"{module}.open_loggers", lambda *_, **__: nullcontext([logger]))
+    monkeypatch.setattr(f"{module}.before_metrics", lambda *_: {"eval/prose/loss": 3.0})
+    run: Any = SimpleNamespace(ledger={}, reading=str, folder=tmp_path, loggers=[])
+    branch: Any = SimpleNamespace(name="round", location="round", part=None)
+    for first_step in (0, 10):
+        with _logged(run, branch, first_step=first_step):
+            assert logged == [BEFORE]
 
 
 @pytest.mark.full

@@ -36,6 +36,20 @@ def test_the_verdict_of_each_domain_is_there(summary_with_control):
     assert None not in told.values()
 
 
+def test_rounds_are_compared_with_the_base_as_their_control_is(
+    summary_with_control: dict[str, Any],
+) -> None:
+    last = summary_with_control["attempts"][-1]
+    last |= {"baseline": last["final"], "expanded": last["final"]}
+    first = {"expansion": ["dus"], "status": "kept", "final": last["final"]}
+    told = _wandb_summary(Summary.of(summary_with_control | {"rounds": [first, last]}))
+    for domain, base in summary_with_control["baseline"].items():
+        assert told[f"{domain}/before"] == told[f"control/{domain}/before"] == base["loss"]
+        ratio = last["final"][domain]["loss_per_byte"] / base["loss_per_byte"]
+        assert told[f"{domain}/change"] == pytest.approx(ratio - 1)
+        assert f"{domain}/verdict" not in told and f"control/{domain}/verdict" in told
+
+
 def test_lengths_of_packed_documents_and_similarities_are_tables(
     summary: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,7 +94,8 @@ def test_a_method_from_outside_is_a_tag_as_ours_are(
         return SimpleNamespace(define_metric=lambda *names, **axis: None)
 
     monkeypatch.setattr(wandb, "init", init)
-    config = load_config(["logger=wandb", "logger.wandb.tags=[mine]", "expansion=[width,dus]"])
+    words = ("logger.wandb.tags=[mine]", "expansion=[width,dus]", "growth=foam")
+    config = load_config(["logger=wandb", *words])
     config = replace(config, forgetting=(OUTSIDE, *config.forgetting))
     context = Run(
         config=config, folder=tmp_path, console=Console(quiet=True), ledger=Ledger(tmp_path)
@@ -90,5 +105,5 @@ def test_a_method_from_outside_is_a_tag_as_ours_are(
     assert given["tags"] == [
         "mine", "expansion:width", "expansion:dus", "forgetting:outside", *ours, "seed:0",
     ]  # fmt: skip
-    assert given["name"].startswith("width+dus outside")
+    assert given["name"].startswith("width+dus+percentile+gradmax outside")
     assert "outside" in str(given["config"])

@@ -24,7 +24,7 @@ from tritter.evaluation.statistics import finite_or_none
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import ExpansionFound, TrainingFound
 from tritter.pipeline.run import Run
-from tritter.report.rows import domain_rows
+from tritter.report.runs import EndedRun
 from tritter.report.summary import Summary
 from tritter.report.wording import ACCURACY
 from tritter.storage.atomic import write_text_atomic
@@ -144,7 +144,7 @@ def _wandb_summary(summary: Summary) -> dict[str, Any]:
     if (matrix := summary.matrix) is not None:
         values["transfer/backward"] = matrix.mean_backward_transfer
         values["transfer/forward"] = matrix.mean_forward_transfer
-    for row in domain_rows(summary):
+    for row in (*(ended := EndedRun("", summary, {})).rows, *ended.control_rows):
         name = f"control/{row.domain}" if row.is_control else row.domain
         values |= {
             f"{name}/before": row.before.value,
@@ -248,7 +248,7 @@ def _run_name(run: Run, part: str | None = None) -> str:
     config, seed = run.config, f"seed {run.config.seed}"
     if part == "pretraining":
         return f"{part} {seed}"
-    grown = "+".join(_names(config.expansion))
+    grown = "+".join(_names([*config.expansion, *filter(None, (config.growth, config.experts))]))
     if part is not None:
         grown = part if part == "control" else f"{part} {grown}"
     return f"{grown} {'+'.join(_names(config.forgetting))} {seed}"

@@ -328,7 +328,7 @@ def _logged(run: Run, branch: Branch, *, first_step: int) -> Iterator[None]:
         return
     with open_loggers(run.reading(branch.location), branch.part, first_step=first_step) as loggers:
         before = before_metrics(run, branch.name)
-        if before and not metrics_files(run.folder / branch.name):
+        if before and not first_step and not metrics_files(run.folder / branch.name):
             for logger in loggers:
                 logger.log_metrics(before, step=BEFORE)
         run.loggers[:] = loggers

@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,7 +32,7 @@ class SweepRow:
     """The result of one job.
 
     Args:
-        changes: Domain → relative change of the loss per byte.
+        changes: Domain or task → change from the base to the last training, as text.
         experts: Number of LoRA experts at the end, and the trained share of the parameters.
         error: Why the job failed, or where it stopped.
     """
@@ -40,7 +40,7 @@ class SweepRow:
     name: str
     overrides: tuple[str, ...]
     status: str
-    changes: dict[str, float]
+    changes: dict[str, str]
     experts: tuple[int, float] | None
     metric: float | None
     exit_code: int
@@ -161,7 +161,7 @@ class _JobLines:
         if row.error is not None:
             parts = [f"{row.status}: {_first_line(row.error)}", f"log: {job / OUTPUT_FILE}"]
         if row.changes:
-            parts.append(", ".join(f"{name} {value:+.1%}" for name, value in row.changes.items()))
+            parts.append(", ".join(f"{name} {change}" for name, change in row.changes.items()))
         if row.metric is not None:
             parts.append(f"metric {row.metric:.4f}")
         if self.is_earlier(job):
@@ -217,24 +217,23 @@ def _print_sweep(rows: Sequence[SweepRow], folder: Path) -> None:
     domains = list(dict.fromkeys(domain for row in rows for domain in row.changes))
     has_experts = any(row.experts is not None for row in rows)
     for name in (*domains, *(("experts", "trainable") if has_experts else ()), "metric"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for row in rows:
         own = Text(" ".join(override for override in row.overrides if override not in shared))
-        metric = "-" if row.metric is None else f"{row.metric:.4f}"
-        changes = [f"{row.changes[d]:+.1%}" if d in row.changes else "-" for d in domains]
-        cells: list[str | Text] = [row.name, own, row.status, *changes]
+        cells: list[str | Text] = [row.name, own, row.status]
+        cells += (row.changes.get(name, "-") for name in domains)
         if has_experts and row.experts is not None:
             number, share = row.experts
             cells += [str(number), f"{share:.2%}"]
         elif has_experts:
             cells += ["-", "-"]
-        table.add_row(*cells, metric)
+        table.add_row(*cells, "-" if row.metric is None else f"{row.metric:.4f}")
     console = Console()
     console.print(table, markup=False)
     if domains:
         console.print(
-            "Per domain: change of the loss per byte. Metric: mean loss per byte over all domains, "
-            "which a sweeper minimises. Both describe the trained model, kept or not.",
+            "Per domain: change of the loss per byte, or of the accuracy. Metric: mean loss per "
+            "byte, which a sweeper minimises. Both describe the trained model, kept or not.",
             highlight=False,
         )
     for row in rows:
@@ -249,17 +248,18 @@ def _first_line(text: str) -> str:
     return (text.splitlines() or [""])[0]
 
 
-def _changes(summary: Path) -> dict[str, float]:
-    """Return domain → relative change of the loss per byte, as in the last attempt's gate."""
-    shown_checks = ("retention", "new_capability")
-    try:
-        return {
-            str(check["subject"]): float(check["value"])
-            for check in read_object(summary)["attempts"][-1]["gate"]
-            if check["check"] in shown_checks and check["value"] is not None
-        }
-    except (ValueError, LookupError, TypeError):  # a job without a summary, or with another's
-        return {}
+def _changes(summary: Path) -> dict[str, str]:
+    """Return `SweepRow.changes` from a summary."""
+    found = dict[str, str]()
+    with suppress(ValueError, LookupError, TypeError, AttributeError):  # none, or another's
+        record, loss = read_object(summary), "loss_per_byte"
+        for name, before in record["baseline"].items():
+            after = record["attempts"][-1]["final"][name]
+            if before.get(loss) and after[loss] is not None:
+                found[name] = f"{after[loss] / before[loss] - 1:+.1%}"
+            if None not in (right := [each.get("accuracy") for each in (before, after)]):
+                found[f"{name}/accuracy"] = f"{100 * (right[1] - right[0]):+.1f} points"
+    return found
 
 
 def _experts(summary: Path) -> tuple[int, float] | None:
