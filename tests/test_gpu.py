@@ -27,6 +27,7 @@ from tritter.core.families import Model
 from tritter.core.models import new_model, save_tokenizer
 from tritter.data.documents import Document
 from tritter.data.tokens import END_OF_TEXT, train_tokenizer
+from tritter.methods.growth.initialisers import orthogonalised
 from tritter.pipeline import run_pipeline
 from tritter.planning.run_memory import training_needs
 from tritter.training import read_metrics
@@ -122,6 +123,18 @@ def test_neurons_grow(accelerator: str, run_tiny: RunTiny) -> None:
     found = run_tiny(accelerator, *OFTEN)
     assert found["growth"]["born"] == 12 and found["growth"]["function_change"] < 1e-4
     assert losses(found) == pytest.approx(losses(run_tiny("cpu", *OFTEN)), rel=1e-2)
+
+
+@ON_GPU
+@pytest.mark.parametrize("against", ["neighbours", "activations"])
+def test_new_directions_are_those_of_the_cpu(accelerator: str, against: Any) -> None:
+    """Solving for them is singular if rows repeat, which GPUs have no driver for."""
+    rows, existing, inputs = (torch.randn(count, 12) for count in (4, 20, 30))
+    expected = orthogonalised(rows, existing, against=against, inputs=inputs)
+    on_gpu = [each.to("cuda") for each in (rows, existing, inputs)]
+    found = orthogonalised(*on_gpu[:2], against=against, inputs=on_gpu[2])
+    assert found.device.type == "cuda"
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-4)
 
 
 @ON_BOTH

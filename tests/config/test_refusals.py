@@ -147,6 +147,10 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "trainer.compile=true expansion=moe": ("trainer.compile = true: mixtral has experts",),
     "trainer=mps": ("trainer.accelerator = mps: torch finds no Apple GPU", "trainer=cpu"),
     "trainer=mps growth=foam": ("trainer.accelerator = mps", "float64", "trainer=cpu"),
+    "trainer=mps experts=dylora": ("trainer.accelerator = mps", "float64", "trainer=cpu"),
+    "trainer=gpu trainer.precision=16-mixed optimizer.fused=true": (
+        "optimizer.fused = true: fused steps take scaled gradients",
+    ),
     "trainer=mps trainer.precision=64-true": ("trainer.precision = 64-true", "32-true"),
     "trainer=mps trainer.strategy=ddp trainer.devices=2": ("one Apple GPU", "trainer=mps"),
     "model=tinny": ("model = tinny", "small, tiny", "Did you mean tiny?"),

@@ -9,6 +9,7 @@ import torch
 from lightning import Callback
 
 from tests import oracle
+from tests.oracle.families import tiny
 from tests.training.killed import KillAt, Killed
 from tests.training.test_ddp import ONE, STEPS, TWO, train, weights
 from tritter.data.datamodule import ValidationSubset
@@ -142,6 +143,16 @@ def test_in_bfloat16_a_model_computes_what_the_stock_one_does(tmp_path: Path) ->
     validation_metrics(model, text(), replace(ONE, precision="bf16-true"))
     stock, ids = oracle.stock(tmp_path, torch.bfloat16), oracle.tokens(length=64)
     assert torch.equal(oracle.logits(stock, ids), oracle.logits(model.eval(), ids))
+
+
+def test_experts_are_validated_in_float64() -> None:
+    """They run one after the other: the usual kernel takes no float64."""
+    model = tiny("mixtral", hidden_size=32, head_dim=8, intermediate_size=48)
+    model.set_experts_implementation("grouped_mm")  # as by default
+    expected = validation_metrics(model, text(), ONE)
+    found = validation_metrics(model, text(), replace(ONE, precision="64-true"))
+    assert model.dtype == torch.float64
+    assert found == {name: pytest.approx(value, rel=1e-5) for name, value in expected.items()}
 
 
 def test_validation_loads_no_checkpoint_of_slurm(

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -343,17 +344,33 @@ def _configure_model(model: PreTrainedModel) -> PreTrainedModel:
     """
     model.loss_type = model.loss_type or "ForCausalLM"  # not derivable from some class names
     family = find_family(model.config.model_type)
+    is_aligned = True
     if family is not None and family.has_experts:
         sizes = model_of(model).sizes
         is_aligned = sizes.hidden_size % 8 == 0 and sizes.expert_size % 8 == 0
     elif model.config.model_type in SIGMOID_ROUTERS:
         config = model.config
         is_aligned = config.hidden_size % 8 == 0 and config.moe_intermediate_size % 8 == 0
-    else:
-        return model
     if not is_aligned or model.dtype == torch.float64:
         model.set_experts_implementation("eager")
     return model
+
+
+def convert(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Convert a model in place, but what stock models of the dtype have in float32.
+
+    That includes buffers that are not stored, such as the frequencies of rotary positions.
+    """
+    assert isinstance(model, PreTrainedModel)
+    whole = model_of(model)
+    kept = {name for name, _ in model.named_buffers()} - model.state_dict().keys()
+    kept |= set(whole.family.unrounded(whole.config, dtype))
+    tensors = chain(model.named_parameters(), model.named_buffers())
+    values = {name: tensor.data for name, tensor in tensors if name in kept}
+    nn.Module.to(model, dtype)  # also of a model with a quantised base
+    for name, value in values.items():
+        attrgetter(name)(model).data = value
+    return _configure_model(model)
 
 
 @contextmanager

@@ -264,6 +264,9 @@ def _trainer_problems(config: RunRequest) -> Iterator[Problem]:
     if trainer.precision == "16-mixed" and trainer.accelerator == "cpu":
         reason = "float16 needs a GPU; on trainer=cpu use bf16-mixed or 32-true"
         yield Problem("trainer.precision", "16-mixed", reason=reason)
+    if trainer.precision == "16-mixed" and config.optimizer.arguments.get("fused"):
+        reason = "fused steps take scaled gradients, which can't be clipped or penalised; use false"
+        yield Problem("optimizer.fused", True, reason=reason)
     if trainer.accelerator == "mps" and trainer.strategy != "auto":
         reason = "a machine has only one Apple GPU; use trainer=mps, which trains in one process"
         yield Problem("trainer.strategy", trainer.strategy, reason=reason)

@@ -87,10 +87,7 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def flops_of_sequence(
-    model: nn.Module,
-    *,
-    routed_to: Collection[int] | None = None,
-    adapters: Adapters | None = None,
+    model: nn.Module, *, routed_to: Collection[int] | None = None, adapters: Adapters | None = None
 ) -> Flops:
     """Return the FLOPs of a step on one sequence with the current trainable parameters.
 

@@ -12,8 +12,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +20,7 @@ from lightning import Callback, Trainer
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins.precision import HalfPrecision
+from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
@@ -39,7 +37,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.multiprocessing import get_sharing_strategy, set_sharing_strategy
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
-from tritter.core.models import model_of
+from tritter.core.models import convert
 from tritter.data.datamodule import TextDataModule, ValidationSubset
 from tritter.errors import Problem, RequestError, TritterError
 from tritter.training.checkpoint_io import (
@@ -248,6 +246,8 @@ def build_trainer(
     num_nodes = ranks.launch.num_nodes if ranks is not None and settings.has_workers else 1
     if settings.precision == "bf16-true":
         plugins.append(_HalfPrecision(settings.precision))
+    elif settings.precision == "64-true":
+        plugins.append(_DoublePrecision())
     if not settings.has_workers:  # without it, SLURM's variables would count
         plugins.append(LightningEnvironment())
     if settings.strategy == "ddp":
@@ -260,7 +260,7 @@ def build_trainer(
         devices=settings.devices if settings.device_index is None else [settings.device_index],
         num_nodes=num_nodes,
         strategy=strategy,
-        precision=None if settings.precision == "bf16-true" else settings.precision,
+        precision=settings.precision if settings.precision.endswith("-mixed") else None,
         gradient_clip_val=settings.gradient_clip_val,
         max_steps=max_steps,
         max_epochs=-1,
@@ -280,22 +280,20 @@ def build_trainer(
 
 
 class _HalfPrecision(HalfPrecision):
-    """Weights in bfloat16; float32 for what stock models of bfloat16 have in float32.
-
-    That includes buffers that are not stored, such as the frequencies of rotary positions.
-    """
+    """Weights in bfloat16; float32 for what stock models of bfloat16 have in float32."""
 
     def convert_module(self, module: nn.Module) -> nn.Module:
-        """Convert the weights in place."""
         assert isinstance(module, BaseModule)
-        model, whole = module.model, model_of(module.model)
-        kept = {name for name, _ in model.named_buffers()} - model.state_dict().keys()
-        kept |= set(whole.family.unrounded(whole.config, self._desired_input_dtype))
-        tensors = chain(model.named_parameters(), model.named_buffers())
-        values = {name: tensor.data for name, tensor in tensors if name in kept}
-        super().convert_module(module)
-        for name, value in values.items():
-            attrgetter(name)(model).data = value
+        convert(module.model, self._desired_input_dtype)
+        return module
+
+
+class _DoublePrecision(DoublePrecision):
+    """Weights in float64; experts run one after the other."""
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        assert isinstance(module, BaseModule)
+        convert(module.model, torch.float64)
         return module
 
 

@@ -16,6 +16,16 @@ from tritter.methods.experts.gates import (
     usage,
     z_loss,
 )
+from tritter.methods.experts.mixture import ExpertRouter
+
+
+def test_a_router_computes_in_float32_under_autocast() -> None:
+    router = ExpertRouter(8, 3)
+    torch.nn.init.normal_(router.weight)
+    hidden = logits(2, 4, 8).float()
+    expected = router(hidden)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(router(hidden), expected)
 
 
 def logits(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -22,7 +22,7 @@ from tests.pipeline.test_experts_job import PLAIN, files, run
 from tests.training.killed import KillAt, Killed
 from tritter.checkpoints.expert_files import ExpertFiles
 from tritter.config.launch.composition import load_config
-from tritter.core.models import live_shape, load_model, model_of
+from tritter.core.models import convert, live_shape, load_model, model_of
 from tritter.errors import RequestError
 from tritter.methods.experts import quantised
 from tritter.methods.experts.adapters import AdapterShape, adapted_layers, base_bits, decoder_layers
@@ -48,6 +48,17 @@ def dequantised(layer: nn.Module) -> Tensor:
     state = layer.weight.quant_state
     found: Tensor = bitsandbytes.functional.dequantize_4bit(layer.weight.data, state)
     return found
+
+
+@BITS
+def test_a_later_expert_has_the_dtype_of_the_first(tmp_path: Path, bits: int) -> None:
+    """PEFT would give it float32, and all experts of a layer are one product."""
+    model = load_with_experts(base_in(tmp_path / "base"), base_bits=bits)  # type: ignore[arg-type]
+    mixture, shape = ExpertMixture(model, router="evidence"), AdapterShape(2, 4.0, ("q_proj",))
+    mixture.add("one", shape, seed=1)
+    convert(model, torch.bfloat16)
+    mixture.add("two", shape, seed=2)
+    assert logits(model, tokens()).isfinite().all()
 
 
 @BITS

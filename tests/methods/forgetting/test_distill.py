@@ -136,6 +136,15 @@ def test_a_teacher_without_a_table_says_what_its_class_says(
     assert abs(float(loss)) < 1e-6
 
 
+def test_in_bfloat16_a_teacher_computes_what_the_stock_model_does(tmp_path: Path) -> None:
+    """The frequencies of rotary positions, which no file has, stay in float32."""
+    teacher = oracle.tiny_llama()
+    teacher.save_pretrained(tmp_path)
+    stock, ids = oracle.stock(tmp_path, torch.bfloat16), oracle.tokens(length=64)
+    begun(stock, teacher)
+    assert torch.equal(oracle.logits(stock, ids), oracle.logits(teacher, ids))
+
+
 def test_the_softcap_of_logits_is_the_teachers_own() -> None:
     model = tiny("gemma3_text")
     model.config.final_logit_softcapping = 0.5

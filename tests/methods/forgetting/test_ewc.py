@@ -288,6 +288,11 @@ def test_float16_keeps_small_importances() -> None:
     moved = model.get_parameter("model.norm.weight")
     assert moved.grad is not None and moved.grad.dtype == torch.float16
     torch.testing.assert_close(moved.grad.float(), torch.full(moved.shape, 0.05), rtol=1e-2, atol=0)
+    own = ElasticWeightConsolidation(model, [{"input_ids": oracle.tokens()}], lambda_ewc=2.0)
+    own.fisher, anchor = fisher, own.optimal_params["model.norm.weight"].fill_(0.01)
+    moved.data.copy_(anchor + 1e-4)
+    expected = 1e-9 * (moved.detach() - anchor).float().square().sum()
+    torch.testing.assert_close(own.penalty(), expected, rtol=1e-3, atol=0)
 
 
 def test_a_change_that_draws_on_what_has_no_importance_is_followed() -> None:

@@ -56,6 +56,16 @@ def prepared(method: EWC, model: nn.Module, state: Mapping[str, Mapping[str, Ten
     return drawn
 
 
+def test_float16_keeps_what_earlier_tasks_left() -> None:
+    """Squares of gradients are too small for it."""
+    model = oracle.tiny_llama().half()
+    left = {n: torch.full_like(p, 1e-9, dtype=torch.float32) for n, p in model.named_parameters()}
+    method = OnlineEWC(gamma=0.5)
+    method.begin_task(model, told(model, {"fisher": left, "online_fisher": left}, "b"))
+    for value in method.importance.values():
+        torch.testing.assert_close(value, torch.full_like(value, 1.5e-9), rtol=1e-5, atol=0)
+
+
 @pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("options", [{}, {"normalise": "mean"}, {"at": "expanded"}], ids=str)
 def test_one_task_is_ewc(options: dict[str, str]) -> None:

@@ -36,6 +36,11 @@ def test_by_hand() -> None:
     assert found["entropy"] == pytest.approx(-p * math.log(p) - 3 * q * math.log(q))
 
 
+def test_no_float64_which_apples_gpus_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "double", None)
+    assert statistics(_record(torch.tensor([[4.0, 0, 0, 0]]), 1))["max_load"] == 4
+
+
 def test_capacity_counts_in_whole_tokens() -> None:
     counts = torch.tensor([4, 2, 0])  # even is 2; a factor of 1.25 permits 3 per expert
     assert dropped_fraction(counts, capacity_factor=1.25) == pytest.approx(1 / 6)

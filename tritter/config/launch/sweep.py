@@ -28,7 +28,7 @@ _SECONDS_BETWEEN_LINES = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class SweepRow:
+class _SweepRow:
     """The result of one job.
 
     Args:
@@ -100,7 +100,7 @@ def _resume_advice(request: Request, typed: Sequence[str]) -> str:
     return f"Resume the sweep with:\n  {command([*own, f'hydra.sweep.dir={folder}'])}"
 
 
-def _sweep_rows(jobs: Sequence[Job], folder: Path) -> tuple[SweepRow, ...]:
+def _sweep_rows(jobs: Sequence[Job], folder: Path) -> tuple[_SweepRow, ...]:
     """Read the result of every planned job, or of all jobs below `folder` if none is planned."""
     folders = [job.folder for job in jobs] or sorted(
         (path.parent for path in folder.rglob(STATUS_FILE)),
@@ -110,10 +110,10 @@ def _sweep_rows(jobs: Sequence[Job], folder: Path) -> tuple[SweepRow, ...]:
     return tuple(_row(each, sweep=folder, overrides=planned.get(each)) for each in folders)
 
 
-def _row(job: Path, *, sweep: Path, overrides: tuple[str, ...] | None) -> SweepRow:
+def _row(job: Path, *, sweep: Path, overrides: tuple[str, ...] | None) -> _SweepRow:
     status = read_status(job)
     is_killed = status.status == "running" and not is_locked(job)
-    return SweepRow(
+    return _SweepRow(
         name=os.path.relpath(job, sweep),
         overrides=tuple(status.overrides) if overrides is None else overrides,
         status="killed" if is_killed else status.status,
@@ -208,7 +208,7 @@ def _print_finished_jobs(request: Request, lines: _JobLines) -> Iterator[None]:
         print_new()
 
 
-def _print_sweep(rows: Sequence[SweepRow], folder: Path) -> None:
+def _print_sweep(rows: Sequence[_SweepRow], folder: Path) -> None:
     """Print the table of all jobs; its title has the overrides that they share."""
     shared = _shared([row.overrides for row in rows])
     table = Table(title=Text(" ".join(sorted(shared))) if shared else None)  # [A,B] is no markup
@@ -249,7 +249,7 @@ def _first_line(text: str) -> str:
 
 
 def _changes(summary: Path) -> dict[str, str]:
-    """Return `SweepRow.changes` from a summary."""
+    """Return `_SweepRow.changes` from a summary."""
     found = dict[str, str]()
     with suppress(ValueError, LookupError, TypeError, AttributeError):  # none, or another's
         record, loss = read_object(summary), "loss_per_byte"
@@ -263,7 +263,7 @@ def _changes(summary: Path) -> dict[str, str]:
 
 
 def _experts(summary: Path) -> tuple[int, float] | None:
-    """Return `SweepRow.experts` from a summary; None for a job without LoRA experts."""
+    """Return `_SweepRow.experts` from a summary; None for a job without LoRA experts."""
     try:
         record = read_object(summary)["experts"]
         number, share = record["number"], record["parameters"]["share"]

@@ -130,8 +130,7 @@ class Context:
         from tritter.core.parameter_map import ParameterMap
 
         return ParameterMap.identity(
-            (tensor.name for tensor in source.tensors),
-            num_layers=source.sizes.num_hidden_layers,
+            (tensor.name for tensor in source.tensors), num_layers=source.sizes.num_hidden_layers
         )
 
     def notes(self, source: Model, target: Model) -> tuple[str, ...]:

@@ -454,10 +454,7 @@ def _kind_of(tensor: LogicalTensor) -> str:
 
 
 def _partner_config(
-    source: Model,
-    partner: str,
-    counts: Mapping[str, int],
-    dense_layers: tuple[int, ...],
+    source: Model, partner: str, counts: Mapping[str, int], dense_layers: tuple[int, ...]
 ) -> Config:
     """Return the config of the upcycled model, without the key `norm_topk_prob`.
 

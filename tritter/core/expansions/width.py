@@ -185,11 +185,7 @@ class _Spaces:
 
 
 def _width_fill(
-    tensor: LogicalTensor,
-    shape: Sequence[int],
-    factors: Sequence[AxisFactor | None],
-    *,
-    seed: int,
+    tensor: LogicalTensor, shape: Sequence[int], factors: Sequence[AxisFactor | None], *, seed: int
 ) -> Fill:
     """Return the fill of new coordinates, which preserves the function.
 

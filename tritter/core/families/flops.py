@@ -105,10 +105,7 @@ def _everything(tensor: LogicalTensor) -> bool:
 
 
 def forward_flops(
-    model: Model,
-    *,
-    routed_to: Collection[int] | None = None,
-    adapters: Adapters | None = None,
+    model: Model, *, routed_to: Collection[int] | None = None, adapters: Adapters | None = None
 ) -> Flops:
     """Return the FLOPs of a forward pass, output head included.
 

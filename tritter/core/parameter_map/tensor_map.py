@@ -426,12 +426,7 @@ class TensorMap:
         )
         plain: list[object] = [source, axes, fill, self.is_zeroed, self.state, *noise]
         # Rare fields are omitted if empty, so that old checksums stay valid
-        rare = {
-            "shape": self.shape,
-            "blend": blend,
-            "is_copy": self.is_copy,
-            "offset": self.offset,
-        }
+        rare = {"shape": self.shape, "blend": blend, "is_copy": self.is_copy, "offset": self.offset}
         extra = {name: value for name, value in rare.items() if value}
         return [*plain, extra] if extra else plain
 

@@ -126,6 +126,10 @@ def add_adapter(model: nn.Module, name: str, shape: AdapterShape, *, seed: int) 
     for _, layer in adapted_layers(model):
         layer.set_adapter([])  # this freezes all adapters
         layer.train(model.training)
+    others = (p for other in adapter_names(model) for p in parameters_of(model, other).values())
+    dtype = next(others).dtype  # PEFT takes that of the base, or float32 if it is quantised
+    for parameter in parameters_of(model, name).values():
+        parameter.data = parameter.data.to(dtype)
     own = {id(parameter) for parameter in parameters_of(model, name).values()}
     for key, parameter in model.named_parameters():
         was_trained = key in trained or key.replace(f"{WRAPPED}.", ".") in trained

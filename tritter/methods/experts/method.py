@@ -61,6 +61,9 @@ class Experts(Method, ABC):
         if run.growth is not None:
             reason = "neurons grow in a trained base, and experts freeze the base; use experts=none"
             yield Problem("growth", run.growth.kind.__name__, reason=reason)
+        if run.trainer.accelerator == "mps":
+            reason = "experts are chosen in float64, which Apple GPUs lack; use trainer=cpu"
+            yield Problem("trainer.accelerator", run.trainer.accelerator, reason=reason)
         gathered = run.trainer.accumulate_grad_batches
         if gathered > 1 and run.data.packing == "documents":
             reason = "rehearsed rows and beginnings of documents are chosen for each batch; use 1"

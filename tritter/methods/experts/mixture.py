@@ -216,7 +216,8 @@ class ExpertRouter(nn.Module):
         """Return logits [B, T, n] for hidden states [B, T, H], in float32 or wider."""
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         hidden = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6)
-        return linear(hidden, self.weight.to(hidden.dtype), self.bias.to(hidden.dtype))
+        with torch.autocast(hidden.device.type, enabled=False):
+            return linear(hidden, self.weight.to(hidden.dtype), self.bias.to(hidden.dtype))
 
 
 # Adding the adapters' outputs to a layer's output, with gates per token.

@@ -191,8 +191,10 @@ class Distill(ForgettingMethod):
             yield Problem("forgetting.distill.rows", options.rows, reason=reason)
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
+        from tritter.core.models import convert  # imports transformers, so not at the top
+
         assert task.teacher is not None, "`needs` asks for a teacher"
-        self._teacher = task.teacher.to(next(model.parameters()).dtype).eval()
+        self._teacher = convert(task.teacher, next(model.parameters()).dtype).eval()
 
     def extra_loss(self, model: nn.Module, batch: Mapping[str, Any], logits: Tensor) -> Tensor:
         """Return weight · T² · KL, averaged over the tokens of the chosen rows.

@@ -265,10 +265,9 @@ class ElasticWeightConsolidation:
         from tritter.core.models import refuse_wrapped  # imports transformers
 
         refuse_wrapped(self.model)  # may have been sharded since
-        terms = [
-            (self.fisher[name] * (parameter - self.optimal_params[name]).square()).sum()
-            for name, parameter in self.model.named_parameters()
-        ]
+        moved = ((n, p - self.optimal_params[n]) for n, p in self.model.named_parameters())
+        # In float32: squares are too small for float16
+        terms = [(self.fisher[name] * own * own).sum() for name, own in moved]
         return 0.5 * self.lambda_ewc * torch.stack(terms).sum()
 
 
@@ -317,7 +316,7 @@ class OnlineEWC(EWC):
         kept = task.state.get(self.saved_kind, {})
         parameters = dict(model.named_parameters())
         gamma = self.options.gamma
-        self._earlier = {n: (gamma * value).to(parameters[n]) for n, value in kept.items()}
+        self._earlier = {n: (gamma * value).to(parameters[n].device) for n, value in kept.items()}
         super().begin_task(model, task)
         total = dict(self._earlier)
         for name, value in total.items():

@@ -59,9 +59,9 @@ def orthogonalised(
         others = torch.stack([*nearest, *made[-count:]])
         viewed = others if metric is None else others @ metric  # [m, H]
         # Minus the projection on the span of the others, in the inner product of the metric
-        coefficients = torch.linalg.lstsq(
-            (viewed @ others.T).double(), (viewed @ row).double()[:, None], driver="gelsd"
-        ).solution
+        system, wanted = (each.double().cpu() for each in (viewed @ others.T, viewed @ row))
+        # GPUs have no driver for singular systems
+        coefficients = torch.linalg.lstsq(system, wanted[:, None], driver="gelsd").solution
         remainder = row - (coefficients.squeeze(1).to(row) @ others)
         length = torch.linalg.vector_norm(remainder)
         if float(length) > 1e-6 * float(torch.linalg.vector_norm(row)):

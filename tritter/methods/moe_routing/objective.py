@@ -383,12 +383,11 @@ def _layer_statistics(
             the statistic predicts the loss of a deployment with this limit.
     """
     probabilities = record.probabilities.detach()
-    load = counts.double() / counts.sum()
     entropy = -_sum_ranks(torch.xlogy(probabilities, probabilities).sum())
     num_tokens = int(counts.sum()) / record.selected.shape[-1]
     return {
         "entropy": float(entropy) / num_tokens,
-        "max_load": float(load.max() * len(counts)),
+        "max_load": int(counts.max()) * len(counts) / int(counts.sum()),
         "dropped_fraction": dropped_fraction(counts, capacity_factor=capacity_factor),
     }
 

@@ -332,11 +332,7 @@ class NoveltyDetector:
         return tuple(self._seen)
 
     def add(
-        self,
-        name: str,
-        batches: Sequence[Observation] | None = None,
-        *,
-        is_base: bool = False,
+        self, name: str, batches: Sequence[Observation] | None = None, *, is_base: bool = False
     ) -> Skill:
         """Add a skill to the library, by default from the batches just called new.
 

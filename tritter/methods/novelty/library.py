@@ -273,13 +273,7 @@ class SkillLibrary:
             raise RequestError(f"novelty: no skill is called '{name}'; known: {known}.{near}")
         return self._skills[name]
 
-    def add(
-        self,
-        name: str,
-        batches: Sequence[Observation],
-        *,
-        is_base: bool = False,
-    ) -> Skill:
+    def add(self, name: str, batches: Sequence[Observation], *, is_base: bool = False) -> Skill:
         """Add a skill.
 
         Args:

@@ -491,10 +491,7 @@ def _is_zeroed(block: Block, value: Tensor, *, always: bool) -> bool:
 
 
 def _needed(
-    block: Block,
-    found: list[_Writer],
-    values: Mapping[str, Tensor],
-    before: Mapping[str, Tensor],
+    block: Block, found: list[_Writer], values: Mapping[str, Tensor], before: Mapping[str, Tensor]
 ) -> list[_Writer]:
     """Restore each writer that the identity does not need; return the others, with their zeros.
 
