@@ -170,10 +170,10 @@ def test_history_shows_and_checks_them(run: Run, place: Path, mixture: ExpertMix
     result = run("history whole --verify")
     assert result.code == 0, result.err
     assert "2 checkpoints: 2 intact, 0 changed, 0 not checked" in result.out
-    assert "whole (training of 7 steps, LoRA experts e0, e1, e2)" in " ".join(result.out.split())
+    assert "whole (training to step 7, LoRA experts e0, e1, e2)" in " ".join(result.out.split())
     table, _, tree = result.out.partition("\n\n")
     assert "3 LoRA experts" in " ".join(table.split()) and "e0, e1, e2" not in table
-    assert "(training of 7 steps, LoRA experts e0, e1, e2)\n" in tree, "no line is cut off"
+    assert "(training to step 7, LoRA experts e0, e1, e2)\n" in tree, "no line is cut off"
     links = run("history whole --json").json["chain"]
     assert [link["experts"] for link in links] == [[], ["e0", "e1", "e2"]]
     assert links[0]["model_hash"] == links[1]["model_hash"] == links[1]["parent_hash"]

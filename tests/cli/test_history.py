@@ -140,7 +140,7 @@ def test_the_newest_checkpoint_tells_the_steps_after(run: Run, chain: Path) -> N
         "plain folder",
         "width",
         "llama-pro, dus",
-        "training of 40 steps",
+        "training to step 40",
     ]
     steps = [link["continued_training_steps"] for link in content["chain"]]
     assert steps == [None, 0, 40, None]

@@ -4,20 +4,28 @@ import json
 import math
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from lightning import Callback
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
+from tests import oracle
 from tests.cli.conftest import Run, run
 from tests.pipeline.tiny import TINY
+from tests.training.test_fit import SCHEDULE, SETTINGS, module_of
 from tritter.config.launch.composition import load_config
+from tritter.data.batches import BatchStream, SequenceStream
 from tritter.errors import TritterError
 from tritter.pipeline import run_pipeline
 from tritter.pipeline.find_rate import _NUM_STEPS, FoundRates, RateTest, find_rate, smoothed
 from tritter.stopping import Stopped, stopping
+from tritter.terminal import Console
+from tritter.training import fit
 from tritter.training.optimizer import Schedule
+from tritter.training.trainer import start_method
 
 __all__ = ["run"]
 RATES = [1e-7 * 10 ** (7 * step / (_NUM_STEPS - 1)) for step in range(_NUM_STEPS)]
@@ -62,7 +70,11 @@ def test_an_easy_first_batch_is_no_minimum(tmp_path: Path) -> None:
     )
     test = RateTest(schedule, tmp_path / "points.json")
     trainer = SimpleNamespace(
-        global_step=0, should_stop=False, is_global_zero=True, accumulate_grad_batches=1
+        global_step=0,
+        should_stop=False,
+        is_global_zero=True,
+        accumulate_grad_batches=1,
+        strategy=SingleDeviceStrategy(),
     )
     for loss in losses:
         trainer.global_step += 1
@@ -94,6 +106,23 @@ def test_it_leaves_the_plot_and_the_rates_and_changes_no_run(tmp_path: Path) -> 
         for each in (before, after)
     }
     assert len(hashes) == 1
+
+
+@pytest.mark.skipif(start_method("cpu") != "fork", reason="spawning takes seconds")
+def test_losses_are_those_of_all_batches_and_processes_of_a_step(tmp_path: Path) -> None:
+    found, two = [], replace(SETTINGS, strategy="ddp", devices=2)
+    parts = replace(two, arguments={"accumulate_grad_batches": 2})
+    for count, settings in enumerate((SETTINGS, parts), start=1):
+        stream = SequenceStream(oracle.tokens(batch=40, length=16).int(), seed=0)
+        path = tmp_path / f"{count}.json"
+        fit(
+            module_of(), BatchStream(stream, batch_size=8 // count, window=count),
+            settings=settings, folder=tmp_path / str(count), label="test",
+            console=Console(quiet=True), controls=[RateTest(SCHEDULE, path)],
+        )  # fmt: skip
+        found.append([loss for _, loss in json.loads(path.read_text())])
+    assert len(found[0]) == SCHEDULE.max_steps
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
 @pytest.mark.full

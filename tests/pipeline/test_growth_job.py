@@ -50,6 +50,8 @@ def test_what_a_run_tells_and_leaves(tmp_path: Path) -> None:
         "after": summary["parameters"]["final"],
     }
     assert growth["parameters"]["after"] - growth["parameters"]["before"] == 12 * 3 * 16
+    assert summary["attempts"][0]["parameters"] == growth["parameters"]["after"]
+    assert summary["control"]["parameters"] == growth["parameters"]["before"]
     assert growth["checks"] == 6 and growth["map"]["steps"] == [1, 2, 3, 4, 5, 6]
     assert growth["young"] == 0 and growth["function_change"] < 1e-4
     assert growth["update_norms"]["young"] > 0 and growth["options"]["growth_cooldown"] == 2

@@ -68,3 +68,7 @@ def test_the_line_on_a_training_says_how_often_it_reads_the_new_text(
     read = 30 * 2 * config.data.batch_size * (1 - 0.4 - 0.25)
     said = f"30 steps on {name}, {read / len(rows):.2g} epochs; learning rate 0.1"
     assert said in capsys.readouterr().out
+    context.data.batch_size = 1  # as for the long windows of expansion=context
+    _announce(context, planned_candidates(context)[0].branches[0], 30, 0.1)
+    read /= config.data.batch_size
+    assert f"{name}, {read / len(rows):.2g} epochs;" in capsys.readouterr().out

@@ -136,6 +136,8 @@ def test_a_task_that_others_followed_is_held_against_what_it_was_when_it_was_lea
     ):
         harm = relative_forgetting(*(scores_of(trained, each, subject) for each in (before, final)))
         assert checks[name, subject]["value"] == pytest.approx(harm.value)
+        detail, is_later = checks[name, subject]["detail"], before != "baseline"
+        assert detail.startswith("since its task: loss per byte" if is_later else "loss per byte")
 
 
 @pytest.mark.full

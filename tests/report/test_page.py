@@ -283,7 +283,9 @@ def test_rounds_are_compared_from_the_base_to_their_end(summary: dict[str, Any])
     prose = next(row for row in run.rows if row.domain == "prose")
     assert prose.before == next(row for row in run_of(summary, "a", 0).rows).before
     assert prose.change.value == pytest.approx(1.22 / 1.208 - 1) and prose.verdict is None
-    assert "Loss after each round" in page([run], title="Rounds")[0]
+    text = page([run], title="Rounds")[0]
+    assert "Loss after each round [nats/token]" in text
+    assert "Checks of the gate of the last round" in text, "whose start is not the base"
 
 
 @pytest.mark.full

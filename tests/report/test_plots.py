@@ -155,6 +155,17 @@ def test_rounds_are_in_one_picture_without_the_bound_of_each(summary_with_contro
     assert one != other
 
 
+def test_rounds_and_their_control_begin_at_the_base(summary_with_control, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_domains_figure", lambda rows, *_: drawn.extend(rows))
+    _, rounds = rounds_of(summary_with_control)
+    rounds["attempts"][0]["baseline"] = summary_with_control["final"]
+    plots.plot_run(Summary.of(summary_with_control | rounds), (), tmp_path)
+    for row in drawn:
+        assert row.before.loss == summary_with_control["baseline"][row.domain]["loss"]
+    assert [row.is_control for row in drawn] == [False, False, True, True]
+
+
 def test_curves_are_read_between_the_blanks(metrics_csv):
     curves = {curve.name: curve for curve in read_curves(metrics_csv)}
     assert set(curves) == {"eval/code/loss", "forgetting/l2sp/loss", "train/loss"}
@@ -212,6 +223,10 @@ def test_growth_has_its_picture_and_is_marked_in_that_of_forgetting(summary, tmp
     assert pixels_of(tmp_path / "0" / "growth.png").shape == (930, 1440, 3)
     path.write_text(f"{header}0,3.4,1e9\n50,3.0,inf\n")
     assert EndedRun("", Summary.of(summary), {}, read_curves(path)).last_flops is None
+    path.write_text(f"{header}0,3.4,0\n20,3.2,3e9\n25,3.1,4e9\n50,3.0,2e9\n")
+    tasks = [{"domains": ["code"], "final": {}, "steps": steps} for steps in (20, 30)]
+    made = Summary.of(summary | {"tasks": tasks})
+    assert EndedRun("", made, {}, read_curves(path)).last_flops == 7e9, "each task counts its own"
     plot_run(summary | {"growth": growth(grows_every=0)}, path, tmp_path / "nothing")
 
 

@@ -3,7 +3,7 @@ import io
 import pytest
 
 from tritter.report.summary import Summary
-from tritter.report.tables import outside_table, print_summary, stage_table
+from tritter.report.tables import attempts_table, outside_table, print_summary, stage_table
 from tritter.report.wording import count_text, ratio_text, si_text
 from tritter.terminal import Console
 
@@ -82,6 +82,9 @@ def test_control_has_its_own_rows(summary_with_control):
     assert line_of(rows, "prose") == [
         "prose", "old", "3.590", "-", "3.690", "+2.60", "[+2.20,", "+3.10]", "passed",
     ]  # fmt: skip
+    summary_with_control["control"]["steps"] = 60
+    text = printed(summary_with_control | {"rounds": summary_with_control["attempts"] * 2})
+    assert "control: same training, not grown, 60 steps from the base" in text
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
@@ -123,6 +126,26 @@ def test_rollback_shows_what_was_refused_and_why(rolled_back):
     assert line_of(text, "failed", "new_capability") == [
         "failed", "new_capability", "of", "code:", "not", "finite",
     ]  # fmt: skip
+
+
+def test_attempts_have_the_changes_of_their_tables(rolled_back):
+    """A check of an accuracy states a drop, and one after several tasks another start."""
+    rolled_back["baseline"]["code"] = rolled_back["baseline"]["code"] | {"accuracy": 0.5}
+    first = rolled_back["attempts"][0]
+    first["final"]["code"] = first["final"]["code"] | {"accuracy": 0.6}
+    check = first["gate"][1]
+    more = [check | {"subject": "code/accuracy", "value": -0.1}]
+    more += [check | {"check": "retention", "value": 0.4}]
+    first["gate"] = [*first["gate"], *more]
+    line = "1: as requested: prose +1.0%, code -25.5%, code accuracy +10.0 points; kept"
+    assert line in printed(rolled_back, width=160)
+    table = attempts_table(Summary.of(rolled_back))
+    assert table.caption == "Loss after each attempt [nats/token]"
+    assert table.header[1:] == ("prose", "code", "code accuracy", "verdict")
+    assert table.rows[0][1:] == ("3.627", "3.420", "60.0%", "kept")
+    rolled_back["attempts"][0]["jump"] = {"new_token_mass": 0.1}
+    table = attempts_table(Summary.of(rolled_back))
+    assert table.caption == "Loss after each attempt [nats/byte]" and table.rows[0][1] == "1.220"
 
 
 def test_undecided_says_how_many_documents(summary):

@@ -109,13 +109,12 @@ def describe_origin(link: Link, *, max_experts: int | None = None) -> str:
     if link.expansion_records:
         methods = (with_dashes(each.method) for each in link.expansion_records)
         return ", ".join(filter(None, [*methods, experts, removed]))
-    steps = f" of {lineage.step} steps" if lineage.step else ""
     if lineage.parent_hash is None:
-        origin = f"pretraining{steps}" if steps else "start"
+        origin = f"pretraining of {lineage.step} steps" if lineage.step else "start"
     elif link.own_stage:
         origin = f"stage {link.own_stage}"
-    else:
-        origin = f"training{steps}"
+    else:  # a later task counts the steps of those before it
+        origin = f"training to step {lineage.step}" if lineage.step else "training"
     return ", ".join(filter(None, [origin, experts, removed]))
 
 

@@ -9,6 +9,7 @@ from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 
 from tritter.config.schema import RunConfig
@@ -45,7 +46,7 @@ class RateTest(Callback):
 
     def __init__(self, schedule: Schedule, path: Path) -> None:
         self._schedule, self._path = schedule, path
-        self._step: list[float] = []  # losses of the batches of a step
+        self._step: list[float] = []  # losses of the batches of a step, divided by their number
         self._points: list[tuple[float, float]] = []
 
     def on_train_batch_end(
@@ -54,7 +55,9 @@ class RateTest(Callback):
         self._step.append(float(outputs["loss"]) if outputs else math.nan)
         if not ends_step(trainer, batch_idx):
             return
-        self._points.append((self._schedule.rate(trainer.global_step - 1), fmean(self._step)))
+        own = torch.tensor(sum(self._step), device=trainer.strategy.root_device)
+        loss = float(trainer.strategy.reduce(own, reduce_op="mean"))  # of all processes
+        self._points.append((self._schedule.rate(trainer.global_step - 1), loss))
         self._step.clear()
         curve = smoothed([loss for _, loss in self._points])
         lowest = min(curve[_BEFORE - 1 :], default=curve[-1])

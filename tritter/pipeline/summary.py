@@ -40,11 +40,7 @@ _SECTIONS: dict[str, Any] = {"growth": GrowthRecord, "experts": ExpertsRecord}
 
 
 def summary_record(
-    run: Run,
-    candidates: Sequence[Candidate],
-    *,
-    control: Candidate,
-    control_gate: GateFound | None,
+    run: Run, candidates: Sequence[Candidate], *, control: Candidate, control_gate: GateFound | None
 ) -> Summary:
     """Return the contents of summary.json; top-level values are those of the last round or attempt.
 
@@ -218,9 +214,7 @@ def _attempt_record(candidate: Candidate) -> Attempt:
 def _branch_record(run: Run, branches: Sequence[Branch], gate: GateFound) -> dict[str, Any]:
     """Return the fields shared by attempts and the control."""
     first, last = branches[0], branches[-1]
-    grown, ended = (
-        run.ledger.found(f"{branch.name}.expand", ExpansionFound) for branch in (first, last)
-    )
+    grown = run.ledger.found(f"{first.name}.expand", ExpansionFound)
     tasks = [_task_record(run, branch) for branch in branches]
     parts: dict[str, Any] = {}
     if len(tasks) > 1:
@@ -238,7 +232,7 @@ def _branch_record(run: Run, branches: Sequence[Branch], gate: GateFound) -> dic
         "best_step": tasks[-1].best_step,
         "refused_steps": sum(task.refused_steps for task in tasks),
         "update_norms": tasks[-1].update_norms,
-        "parameters": ended.parameters,
+        "parameters": run.source(last.trained).model.num_parameters,
         "notes": list(grown.notes),
         "flops": sum(task.flops or 0.0 for task in tasks),
         "seconds": sum(task.seconds or 0.0 for task in tasks),

@@ -137,7 +137,8 @@ def checks(run: Run, branches: Sequence[Branch]) -> list[Check]:
     # Old domains have a check above; domains of the last task are new
     checked = run.data.subjects_of((*run.data.old_domains, *run.data.new_domains_of(branches[-1])))
     for subject in (name for name in learned if name not in checked):
-        results.append(retention_check(subject, learned[subject], after[subject], **bounds))
+        kept = retention_check(subject, learned[subject], after[subject], **bounds)
+        results.append(replace(kept, detail=f"since its task: {kept.detail}"))
     for subject in run.data.subjects_of(run.data.new_domains):
         check = new_capability_check if before[subject].unit == "nats" else new_task_check
         results.append(check(subject, before[subject], after[subject], confidence=gate.confidence))

@@ -159,11 +159,7 @@ def flops(data: RunData, reading: Flops, *, source_length: int, length: int) -> 
 
 
 def score_start(
-    run: Run,
-    branch: Branch,
-    before: nn.Module,
-    after: nn.Module,
-    readings: tuple[Flops, Flops],
+    run: Run, branch: Branch, before: nn.Module, after: nn.Module, readings: tuple[Flops, Flops]
 ) -> tuple[list[str], float]:
     """Score source and result of an expansion; return the files and the FLOPs.
 

@@ -356,7 +356,7 @@ class Comparison:
                 for name, value in list(each.costs().items())[:7]
             ]
             rows.append((each.name, *cells))
-        caption = "train: training, all: whole run; times depend on the load of the machine"
+        caption = "train: last attempt or all rounds, all: whole run; times depend on the load"
         return Table(header, tuple(rows), tuple(range(1, 8)), caption)
 
 

@@ -174,7 +174,7 @@ def _subtitle(groups: Sequence[Group]) -> str:
     if len(groups) < num_runs:
         number = "one group" if len(groups) == 1 else f"{len(groups)} groups"
         lead += f" in {number}; the runs of a group differ only in the seed"
-    lead += ". Losses are in nats per token, changes of a loss are per byte."
+    lead += ". Losses without another unit are in nats per token, changes of a loss are per byte."
     if any(has_new_tokens(run.summary) for group in groups for run in group.runs):
         lead += " Curves of runs with another tokenizer can't be compared."
     if len(with_controls(groups)) > GroupFigures.MAX_GROUPS:
@@ -326,7 +326,10 @@ def _details(run: EndedRun) -> dict[str, Any]:
         (each.check, each.subject or MISSING, each.verdict, each.detail or MISSING)
         for each in summary.last_attempt.gate
     )
-    tables += [Table(("check", "subject", "verdict", "reason"), checks), outside_table(summary)]
+    part = "round" if summary.rounds else "attempt"
+    last = f" of the last {part}" if len(summary.rounds or summary.attempts) > 1 else ""
+    header, title = ("check", "subject", "verdict", "reason"), f"Checks of the gate{last}"
+    tables += [Table(header, checks, title=title), outside_table(summary)]
     tables.append(stage_table(summary))
     notes = list(summary.notes)
     if growth is not None:

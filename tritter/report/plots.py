@@ -11,7 +11,7 @@ from tritter.report.experts import experts_figure
 from tritter.report.figures import Line, draw_curve, draw_losses, draw_tradeoff, positions_figure
 from tritter.report.growth import growth_figure
 from tritter.report.matrix import matrix_figure
-from tritter.report.rows import DomainRow, change_text, domain_rows, unit_of
+from tritter.report.rows import DomainRow, change_text, has_new_tokens, unit_of
 from tritter.report.runs import Curve, EndedRun, Group, with_controls
 from tritter.report.summary import Score, Summary
 
@@ -23,11 +23,7 @@ _STAGES = ("before", "after\nexpansion", "after\ntraining")
 
 
 def plot_run(
-    summary: Summary,
-    curves: Sequence[Curve],
-    folder: Path,
-    *,
-    control: Sequence[Curve] = (),
+    summary: Summary, curves: Sequence[Curve], folder: Path, *, control: Sequence[Curve] = ()
 ) -> list[Path]:
     """Draw the figures that the run has data for, and return their files (PNG, 150 dpi).
 
@@ -48,7 +44,7 @@ def plot_run(
         Line(group, *style)
         for group, style in zip(with_controls([Group(name, (run,))]), styles, strict=False)
     ]
-    rows = [row for row in domain_rows(summary) if not row.change.in_points]
+    rows = [row for row in (*run.rows, *run.control_rows) if not row.change.in_points]
     figures = {
         "domains.png": _domains_figure(rows, *unit_of([summary])),
         "forgetting.png": _forgetting_figure(lines),
@@ -138,6 +134,8 @@ def _forgetting_figure(lines: Sequence[Line]) -> Figure | None:
     note = "loss on a fixed validation subset; dotted: the first loss"
     if any(curve.steps[0] < 0 for curve in run.curves):
         note += "; left of the dashed line: before the expansion"
+    if has_new_tokens(run.summary):
+        note += "\nafter the expansion: of other tokens; can't be compared with the other losses"
     figure.supxlabel(note, fontsize=7, color=GREY)
     return figure
 

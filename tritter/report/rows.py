@@ -118,9 +118,7 @@ def has_new_tokens(summary: Summary) -> bool:
     return summary.jump is not None and summary.jump.new_token_mass is not None
 
 
-def unit_of(
-    summaries: Iterable[Summary],
-) -> tuple[str, Callable[[Score | None], Score | None]]:
+def unit_of(summaries: Iterable[Summary]) -> tuple[str, Callable[[Score | None], Score | None]]:
     """Return the unit in which losses of some runs can be compared, and what converts to it."""
     if any(map(has_new_tokens, summaries)):
         return "byte", _per_byte

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Any, Literal, TypeGuard
 
@@ -154,10 +155,13 @@ class EndedRun:
 
     @property
     def last_flops(self) -> float | None:
-        """The last logged FLOPs of a training run with growth."""
-        logged = (each.values[-1] for each in reversed(self.curves) if each.name == _GROWTH_FLOPS)
-        last = next(logged, math.nan)
-        return last if 0 < last < MAX_NUMBER else None
+        """The last logged FLOPs of a training run with growth, the sum of those of its tasks."""
+        total = 0.0
+        for curve in (each for each in self.curves if each.name == _GROWTH_FLOPS):
+            points = [*zip(curve.steps, curve.values, strict=True)]
+            for begin, end in pairwise((-1, *self.summary.borders, curve.steps[-1])):
+                total += max((value for step, value in points if begin < step <= end), default=0.0)
+        return total if 0 < total < MAX_NUMBER else None
 
     def cost(self, of: Literal["flops", "seconds"]) -> float | None:
         """Return the FLOPs or seconds of its training and of the preparation of its methods.

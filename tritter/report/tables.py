@@ -20,7 +20,7 @@ from tritter.report.rows import (
     score_text,
     unit_of,
 )
-from tritter.report.summary import Attempt, Jump, MoeRecord, Summary
+from tritter.report.summary import Jump, MoeRecord, Summary
 from tritter.report.table import STYLES, Table, label, omitted_note
 from tritter.report.wording import (
     MISSING,
@@ -139,8 +139,9 @@ def result_table(summary: Summary, rows: Sequence[DomainRow]) -> Table:
     lines = ["change: before to trained"]
     if confidence is not None:
         lines[0] += f", paired by document, with one-sided {confidence:.0%} bounds"
-    if summary.control is not None:
-        lines.append("control: same training, not grown")
+    if (control := summary.control) is not None:
+        steps = f", {control.steps} steps from the base" if len(summary.rounds) > 1 else ""
+        lines.append(f"control: same training, not grown{steps}")
     return Table(
         header,
         tuple(cells),
@@ -183,27 +184,22 @@ def task_table(summary: Summary) -> Table:
 
 def attempts_table(summary: Summary) -> Table:
     """Return a row per attempt or round; empty if there was only one."""
-    rounds = summary.rounds
-    parts = rounds or summary.attempts
+    parts = summary.rounds or summary.attempts
     if len(parts) < 2:
         return Table((), ())
-    domains = list(summary.baseline)
+    unit, in_unit = unit_of(summary.model_copy(update={"jump": each.jump}) for each in parts)
+    domains = [row.domain for row in domain_rows(summary) if not row.is_control]
     rows = []
     for number, each in enumerate(parts, start=1):
         changes = each.overrides or ["as requested"]
-        if rounds:
+        if summary.rounds:
             changes = each.expansion or ["no expansion"]
-        scores = (score_text(score_of(each.final, domain)) for domain in domains)
-        rows.append(
-            (
-                f"{number}: {' '.join(changes)}",
-                *scores,
-                str(each.status or MISSING).replace("_", " "),
-            )
-        )
-    header = ("round" if rounds else "attempt", *domains, "verdict")
+        scores = (score_text(in_unit(score_of(each.final, domain))) for domain in domains)
+        verdict = str(each.status or MISSING).replace("_", " ")
+        rows.append((f"{number}: {' '.join(changes)}", *scores, verdict))
+    header = ("round" if summary.rounds else "attempt", *map(label, domains), "verdict")
     numbers = tuple(range(1, 1 + len(domains)))
-    return Table(header, tuple(rows), numbers, f"Loss after each {header[0]}")
+    return Table(header, tuple(rows), numbers, f"Loss after each {header[0]} [nats/{unit}]")
 
 
 def stage_table(summary: Summary) -> Table:
@@ -322,7 +318,7 @@ def _summary_lines(summary: Summary) -> list[_SummaryLine]:
             f"{count_text(target.target_params)} {reached}; the table shows the last"
         )
         lines.append(_SummaryLine("rounds", progress))
-    lines += _attempt_lines(summary.attempts)
+    lines += _attempt_lines(summary)
     for check in attempt.gate:
         is_broken_off = check.check == "training" and bool(check.value)
         is_notable = check.verdict == "reported" and is_broken_off
@@ -375,18 +371,19 @@ def _windows_texts(summary: Summary) -> Iterator[tuple[int, str]]:
         )
 
 
-def _attempt_lines(attempts: Sequence[Attempt]) -> list[_SummaryLine]:
-    """Return a line per attempt if there are several: its overrides and status."""
+def _attempt_lines(summary: Summary) -> list[_SummaryLine]:
+    """Return a line per attempt if there are several: its overrides, changes and status."""
+    attempts = summary.attempts
     if len(attempts) < 2:
         return []
     lines = [_SummaryLine("attempts", f"{len(attempts)}; the table shows the last")]
     for number, attempt in enumerate(attempts, start=1):
-        status = str(attempt.status)
-        did = " ".join(attempt.overrides or ["as requested"])
+        status, did = str(attempt.status), " ".join(attempt.overrides or ["as requested"])
         changes = ", ".join(
-            f"{check.subject} {check.value:+.1%}"
-            for check in attempt.gate
-            if check.check in ("retention", "new_capability") and check.value is not None
+            f"{label(row.domain)} "
+            f"{change_text(row.change) if row.change.in_points else f'{row.change.value:+.1%}'}"
+            for row in domain_rows(summary.model_copy(update={"attempts": [attempt]}))
+            if not row.is_control and row.change.value is not None
         )
         text = f"{number}: {did}: {changes}; {status.replace('_', ' ')}"
         lines.append(_SummaryLine("", text, style=STYLES.get(status, "")))

@@ -73,7 +73,7 @@ class BaseModule(LightningModule):
         self.journal: list[Entry] = []
         self.module_callbacks: Callable[[], list[Callback]] = list  # set during a fit
         self.compiled: CompiledModel | None = None  # set during a fit
-        self._step_losses: list[Tensor] = []  # of the batches of a step so far
+        self._step_losses: dict[str, list[Tensor]] = {}  # of the batches of a step so far
 
     @classmethod
     def of(cls, trainee: Trainee, **options: Any) -> "BaseModule":
@@ -91,27 +91,30 @@ class BaseModule(LightningModule):
         return self.module_callbacks()
 
     def training_step(self, batch: Mapping[str, Any], batch_index: int) -> Tensor:
-        """Return the sum of task loss, side losses and losses of methods; each one is logged.
-
-        The task loss is logged as the mean over the batches of the optimizer step so far.
-        """
+        """Return the sum of task loss, side losses and losses of methods; each one is logged."""
         if not self.is_task_alone:
             for method in self.methods:
                 method.observe_batch(self.model, batch)
         task = self.task_loss(batch)
         loss = task.value
-        self._step_losses.append(loss.detach())
-        self.log("train/loss", torch.stack(self._step_losses).mean(), sync_dist=True)
+        self.log_step_mean("train/loss", loss)
         for side in self.side_losses:
             extra, terms = side.loss(self.model, batch, step=self.global_step)
-            self.log_dict({n: term.detach() for n, term in terms.items()}, sync_dist=True)
+            for name, term in terms.items():
+                self.log_step_mean(name, term)
             loss = loss + extra
         for method in self.methods:
             added = method.extra_loss(self.model, batch, task.logits)
             if added is not None:
-                self.log(f"forgetting/{method.name}/loss", added.detach(), sync_dist=True)
+                self.log_step_mean(f"forgetting/{method.name}/loss", added)
                 loss = loss + added
         return loss
+
+    def log_step_mean(self, name: str, value: Tensor) -> None:
+        """Log a loss as its mean over the batches of the step so far, and over all processes."""
+        values = self._step_losses.setdefault(name, [])
+        values.append(value.detach())
+        self.log(name, torch.stack(values).mean(), sync_dist=True)
 
     @property
     def is_task_alone(self) -> bool:
@@ -176,7 +179,7 @@ class BaseModule(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not (batch_idx + 1) % self.trainer.accumulate_grad_batches:
-            self._step_losses = []
+            self._step_losses = {}
         self.log_finished_steps()
 
     def log_finished_steps(self) -> None:

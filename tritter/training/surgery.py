@@ -27,12 +27,7 @@ Moments = dict[str, Tensor]  # of one parameter, by kind, and its step count
 
 
 def apply(
-    trainer: Trainer,
-    module: BaseModule,
-    change: Change,
-    *,
-    reason: str,
-    policy: Policy = "carry",
+    trainer: Trainer, module: BaseModule, change: Change, *, reason: str, policy: Policy = "carry"
 ) -> None:
     """Change the model of a running training, between two optimizer steps.
 
@@ -95,10 +90,7 @@ def apply(
 
 
 def apply_plain(
-    model: nn.Module,
-    change: Change,
-    *,
-    optimizer: torch.optim.Optimizer | None = None,
+    model: nn.Module, change: Change, *, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
     """Change a model in a plain training loop, between a step and the next forward pass.
 

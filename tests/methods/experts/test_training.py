@@ -368,17 +368,16 @@ def test_the_beginnings_of_all_processes_are_limited_together(
     module = ExpertModule(mixture, schedule=SCHEDULE, optimizer=OptimizerSettings())
     ids = torch.tensor([[0, 5, 6, 0, 7, 8, 0, 9, 5, 0, 7, 0]] * 8)
     whole = {"input_ids": ids, "is_replay": torch.arange(8) >= 5}
-    counts = [(12, 4), (8, 8)]  # of new and old beginnings in the processes below
-    monkeypatch.setattr(callback, "_gather_ranks", lambda own: counts)
-    kept = 0
-    for index, chosen in enumerate((slice(None, None, 2), slice(1, None, 2))):
-        rank = Rank(index, 2)
+    alone = dict(whole)
+    _limit_beginnings(module, alone)
+    is_first = torch.isin(torch.arange(12), torch.tensor([1, 4, 7, 10])).expand(8, 12)
+    for rank in (Rank(0, 2), Rank(1, 2)):
+        gathered, index = [is_first, whole["is_replay"]], rank.index
+        monkeypatch.setattr(callback, "_gather_rows", lambda own, rows=gathered: rows.pop(0))
         monkeypatch.setattr(callback, "this_rank", lambda rank=rank: rank)
-        batch = {name: rows[chosen] for name, rows in whole.items()}
+        batch = {name: rows[index::2] for name, rows in whole.items()}
         _limit_beginnings(module, batch)
-        kept += int(((batch["input_ids"] & CONTEXT) == 0)[~batch["is_replay"]].sum())
-    is_first = 4 * 5  # beginnings of the new rows
-    assert kept == 5 * 12 - is_first + 4
+        assert torch.equal(batch["input_ids"], alone["input_ids"][index::2])
 
 
 def test_less_than_one_rehearsed_row_per_batch_is_due_every_few_steps(tmp_path: Path) -> None:
@@ -493,8 +492,8 @@ def test_two_processes_agree_and_resume(tmp_path: Path) -> None:
 @needs_fork
 @pytest.mark.parametrize("devices", [2, BATCH])
 def test_several_processes_rehearse_as_one(tmp_path: Path, devices: int) -> None:
-    """A process may have a single row of each batch."""
-    ends, options = list[Mapping[str, Any]](), dynamic_options()
+    """A process may have a single row of each batch; one batch decides and measures a skill."""
+    ends, options = list[Mapping[str, Any]](), dynamic_options(in_a_row=1, min_samples=BATCH)
     for name, settings in (("one", ONE), ("all", replace(TWO, devices=devices))):
         base = oracle.tiny_llama(tie_word_embeddings=True)
         train(tmp_path / name, options, stream="aaaabbbbbbaaaa", settings=settings, base=base)
@@ -575,7 +574,11 @@ def test_losses_of_two_processes_average_to_those_of_one(monkeypatch: pytest.Mon
     ids = oracle.tokens(batch=4, length=12).clamp(min=1)
     ids[1, 4:] = ids[3, 6:] = 0  # padding of the second process
     logged: dict[str, float] = {}
-    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: float(value)}))
+
+    def log(name: str, value: Tensor) -> None:
+        logged[name] = float(value.detach())
+
+    monkeypatch.setattr(module, "log_step_mean", log)
     monkeypatch.setattr(
         module_of_experts.BaseModule,
         "training_step",

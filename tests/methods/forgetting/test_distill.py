@@ -20,7 +20,7 @@ from tritter.data.batches import BatchStream, SequenceStream
 from tritter.methods.forgetting import Distill, Replay, SelfReplay, build_methods
 from tritter.methods.forgetting.distill import Rows
 from tritter.targets import Component
-from tritter.training import BaseModule, Task, fit
+from tritter.training import BaseModule, Task, fit, read_metrics
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 
 
@@ -198,7 +198,7 @@ def test_replayed_rows_count_the_same_in_accumulated_batches(tmp_path: Path, cou
     new, old = (oracle.tokens(batch=40, length=16, seed=seed).int() for seed in (1, 2))
     from rich.console import Console
 
-    found = []
+    found, logged = [], []
     for parts in (1, count):
         module = module_of(Distill(weight=3.0, rows="old"), Replay(fraction=0.25))
         fit(
@@ -217,7 +217,10 @@ def test_replayed_rows_count_the_same_in_accumulated_batches(tmp_path: Path, cou
             ),
         )
         found.append(module.model.get_parameter("model.norm.weight").detach().clone())
+        rows = read_metrics(tmp_path / str(parts))
+        logged.append([float(row["forgetting/distill/loss"]) for row in rows])
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+    assert logged[1] == pytest.approx(logged[0], rel=1e-3) and min(logged[0]) > 0
 
 
 @pytest.mark.full

@@ -115,16 +115,18 @@ class ExpertCallback(Callback):
         module, ids = _module(pl_module), batch["input_ids"]
         batch.pop("window", None)  # rows of each batch may be replaced: it is averaged alone
         is_old = batch.get("is_replay", torch.zeros_like(ids[:, 0], dtype=torch.bool))
-        own = ids[~is_old]
         is_old_everywhere = _gather_rows(is_old)
         everywhere = _gather_rows(ids)[~is_old_everywhere]
         expert = None  # if all rows are replayed
         if len(everywhere) and self._skill is not None:
             expert = self.registry.observe_named(self._skill, everywhere)
         elif len(everywhere):
-            local = self._observe(module, own) if len(own) else None
+            local = None if is_old.all() else self._observe(module, ids[~is_old])
             seen = concatenated([each for each in _gather_ranks(local) if each])
-            expert = self.registry.observe(seen, everywhere)
+            # In the order of `everywhere`: a new skill is measured on the halves of its batch
+            ranks = (~is_old_everywhere).nonzero()[:, 0] % this_rank().count
+            order = ranks.argsort(stable=True).argsort()
+            expert = self.registry.observe(seen.rows(order), everywhere)
             work_of(trainer).flops += self._flops_of(everywhere)
         if expert is not None:
             self._add_sequences(module, expert, everywhere)
@@ -432,18 +434,16 @@ def _limit_beginnings(module: ExpertModule, batch: dict[str, Tensor]) -> None:
         return
     is_first = document_mask.positions(ids) == len(document_mask.bounds.prefix)
     is_first &= labels_of(module.model, ids) != IGNORED
-    own = (is_first & ~is_old.unsqueeze(1)).nonzero()  # [N, 2]
-    counts = _gather_ranks((len(own), int(is_first.sum()) - len(own)))
-    num_new, num_old = (sum(each) for each in zip(*counts, strict=True))
-    num_others = max(1, len(module.mixture.names) - 1)
-    kept = max(1, round(num_old / num_others))
+    rank, everywhere = this_rank(), _gather_rows(is_first)
+    new = (everywhere & ~_gather_rows(is_old).unsqueeze(1)).nonzero()  # [N, 2]
+    num_new, num_old = len(new), int(everywhere.sum()) - len(new)
+    kept = max(1, round(num_old / max(1, len(module.mixture.names) - 1)))
     if num_old and kept < num_new:
-        is_kept = torch.zeros(num_new, dtype=torch.bool, device=ids.device)
-        is_kept[torch.arange(kept, device=ids.device) * num_new // kept] = True
-        before = sum(number for number, _ in counts[: this_rank().index])
-        rows, columns = own[~is_kept[before : before + len(own)]].T
+        is_own = new[:, 0] % rank.count == rank.index
+        is_own[torch.arange(kept) * num_new // kept] = False
+        rows, columns = new[is_own].T
         batch["input_ids"] = ids.clone()
-        batch["input_ids"][rows, columns] |= CONTEXT
+        batch["input_ids"][rows // rank.count, columns] |= CONTEXT
 
 
 def _observation_flops(model: Model, *, with_losses: bool) -> Flops:

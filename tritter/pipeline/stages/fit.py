@@ -153,11 +153,7 @@ def rate_test(run: Run, branch: Branch, schedule: Schedule, observer: Callback) 
 
 
 def _train(
-    run: Run,
-    branch: Branch,
-    *,
-    schedule: Schedule | None = None,
-    observer: Callback | None = None,
+    run: Run, branch: Branch, *, schedule: Schedule | None = None, observer: Callback | None = None
 ) -> tuple[FitResult, TrainedWriter]:
     """Train a branch; return the result and what wrote it.
 
@@ -257,7 +253,7 @@ def _announce(run: Run, branch: Branch, max_steps: int, rate: float) -> None:
     which = f" (task {branch.task + 1} of {tasks})" if tasks > 1 else ""
     weights = getattr(data, "weights", None) or {}
     if not {*domains} & {*run.data.streams, *weights}:  # each sequence is read equally often
-        num_read, share = max_steps * data.batch_size, 1.0
+        num_read, share = max_steps * run.data.batch_size, 1.0
         for method in run.config.forgetting:  # some replay other text in its place
             share -= getattr(method.options, "fraction", 0)
         num_read *= run.config.trainer.accumulate_grad_batches

@@ -141,11 +141,7 @@ def notes_of(run: Run, branch: Branch) -> tuple[str, ...]:
 
 
 def _preparation(
-    run: Run,
-    branch: Branch,
-    model: nn.Module,
-    state: Mapping[str, Values],
-    written: Tensor | None,
+    run: Run, branch: Branch, model: nn.Module, state: Mapping[str, Values], written: Tensor | None
 ) -> Preparation:
     start, kept_sequences = run.reading(branch.start).data, _kept_text(run, branch).sequences
     old = (*run.data.old_domains_of(branch), *kept_sequences) or (
