@@ -86,7 +86,7 @@ RATCHET = {
     "checkpoints": (12, 3_051),
     "cli": (21, 5_826),
     "config": (19, 5_148),
-    "core": (37, 11_908),
+    "core": (37, 11_905),
     "data": (26, 9_002),
     "evaluation": (16, 4_409),
     "integrations": (2, 801),

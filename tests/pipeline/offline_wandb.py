@@ -94,6 +94,8 @@ def _records(data: bytes) -> Iterator[bytes]:
             at += _BLOCK - at % _BLOCK
             continue
         size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        if at + _HEADER + size > len(data):  # W&B is still writing it
+            return
         parts = (b"" if kind in (_FULL, _FIRST) else parts) + data[at + _HEADER :][:size]
         at += _HEADER + size
         if kind in (_FULL, _LAST):

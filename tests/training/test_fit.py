@@ -204,6 +204,16 @@ def test_each_method_logs_its_loss(tmp_path: Path) -> None:
     assert any(row["forgetting/witness/loss"] == "0.5" for row in rows)
 
 
+def test_the_terms_of_a_step_are_averaged_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A term may be a number of tokens, or have 16 bits."""
+    module, logged = module_of(), dict[str, Tensor]()
+    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: value}))
+    for dtype, first, second in ((torch.int64, 2, 3), (torch.bfloat16, 1.0, 1.0078125)):
+        for value in (first, second):
+            module.log_step_mean(str(dtype), torch.tensor(value, dtype=dtype))
+        assert float(logged[str(dtype)]) == (first + second) / 2
+
+
 def test_a_frozen_parameter_is_not_in_the_optimizer(tmp_path: Path) -> None:
     module = module_of()
     frozen = module.model.get_parameter("model.layers.0.mlp.up_proj.weight")

@@ -361,7 +361,8 @@ def convert(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
     That includes buffers that are not stored, such as the frequencies of rotary positions.
     """
-    assert isinstance(model, PreTrainedModel)
+    if not isinstance(model, PreTrainedModel):  # it wraps one
+        return model.to(dtype)
     whole = model_of(model)
     kept = {name for name, _ in model.named_buffers()} - model.state_dict().keys()
     kept |= set(whole.family.unrounded(whole.config, dtype))

@@ -113,7 +113,7 @@ class BaseModule(LightningModule):
     def log_step_mean(self, name: str, value: Tensor) -> None:
         """Log a loss as its mean over the batches of the step so far, and over all processes."""
         values = self._step_losses.setdefault(name, [])
-        values.append(value.detach())
+        values.append(value.detach().to(torch.promote_types(value.dtype, torch.float32)))
         self.log(name, torch.stack(values).mean(), sync_dist=True)
 
     @property

@@ -19,6 +19,7 @@ from tritter.core.models import backbone_of, head_of
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.methods.forgetting import Distill, Replay, SelfReplay, build_methods
 from tritter.methods.forgetting.distill import Rows
+from tritter.methods.growth.growable import GrowableCausalLM
 from tritter.targets import Component
 from tritter.training import BaseModule, Task, fit, read_metrics
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
@@ -143,6 +144,9 @@ def test_in_bfloat16_a_teacher_computes_what_the_stock_model_does(tmp_path: Path
     stock, ids = oracle.stock(tmp_path, torch.bfloat16), oracle.tokens(length=64)
     begun(stock, teacher)
     assert torch.equal(oracle.logits(stock, ids), oracle.logits(teacher, ids))
+    wrapped = GrowableCausalLM(oracle.tiny_llama(), enable_growth=False)
+    begun(stock, wrapped)
+    assert {each.dtype for each in wrapped.parameters()} == {torch.bfloat16}
 
 
 def test_the_softcap_of_logits_is_the_teachers_own() -> None:

@@ -478,11 +478,7 @@ _MIXTRAL = Family(
         ffn_norm(),
         *experts(module="block_sparse_moe", gate="w1", up="w3", down="w2", layers="all"),
     ),
-    sizes={
-        **_EXPERT_SIZES,
-        "num_experts": "num_local_experts",
-        "expert_size": "intermediate_size",
-    },
+    sizes={**_EXPERT_SIZES, "num_experts": "num_local_experts", "expert_size": "intermediate_size"},
     sparse_layers="all",
     windows="all",
 )

@@ -76,7 +76,7 @@ class ExpertModule(BaseModule):
         if "distill" in self.losses and self.young is not None:
             found["distill"] = self._distance(self.young, batch)
         for name, value in found.items():
-            self.log_step_mean(f"experts/{name}_loss", value.float())
+            self.log_step_mean(f"experts/{name}_loss", value)
             loss = loss + self.losses[name] * value.to(loss.dtype)
         self._task = None
         return loss

@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import chain
-from operator import attrgetter
 from pathlib import Path
 
 from lightning import Callback
@@ -31,6 +30,7 @@ from tritter.pipeline.trained import (
     measuring_flops,
     with_routing,
 )
+from tritter.report.wording import count_text
 from tritter.training import (
     BaseModule,
     FitResult,
@@ -46,6 +46,7 @@ from tritter.training import (
     metrics_files,
     read_metrics,
 )
+from tritter.training.forgetting_method import replayed_share
 from tritter.training.options import callbacks_of
 
 _EARLIER = ("adapt", "distill")  # stages that train a branch before its main training run
@@ -245,20 +246,19 @@ def _attach(
 
 
 def _announce(run: Run, branch: Branch, max_steps: int, rate: float) -> None:
-    frozen = ["frozen base"] if run.config.experts and not branch.is_control else []
-    names = [*frozen, *map(attrgetter("name"), run.config.forgetting)]
+    config, domains, tasks = run.config, run.data.new_domains_of(branch), len(run.data.text.tasks)
+    experts, epochs = None if branch.is_control else config.experts, ""
+    frozen = ["frozen base"] if experts else []
+    names = [*frozen, *(one.name for one in config.forgetting)]
     mitigation = " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) or "none"
-    data, domains = run.config.data, run.data.new_domains_of(branch)
-    tasks, epochs = len(run.data.text.tasks), ""
     which = f" (task {branch.task + 1} of {tasks})" if tasks > 1 else ""
-    weights = getattr(data, "weights", None) or {}
+    weights = getattr(config.data, "weights", None) or {}
     if not {*domains} & {*run.data.streams, *weights}:  # each sequence is read equally often
-        num_read, share = max_steps * run.data.batch_size, 1.0
-        for method in run.config.forgetting:  # some replay other text in its place
-            share -= getattr(method.options, "fraction", 0)
-        num_read *= run.config.trainer.accumulate_grad_batches
+        num_read = max_steps * run.data.batch_size * config.trainer.accumulate_grad_batches
+        share = float(1 - replayed_share(config.forgetting))
+        most = "at most " if experts and experts.arguments.get("rehearsal") else ""
         sizes = map(len, run.data.training_sequences(domains).values())
-        epochs = f", {share * num_read / sum(sizes):.2g} epochs"
+        epochs = f", {most}{count_text(share * num_read / sum(sizes))} epochs"
     text = f"{max_steps} steps on {', '.join(domains)}{which}{epochs}; learning rate {rate:.2g}; "
     run.say("train", f"{text}forgetting mitigation: {mitigation}")
 
