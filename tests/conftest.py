@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ settings.register_profile("tritter", deadline=None, max_examples=20, derandomize
 settings.load_profile("tritter")
 transformers_logging.disable_progress_bar()
 keep_compositions()
+os.fsync = lambda fd: None  # it waits for the disk; a killed process loses nothing without it
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -58,4 +60,5 @@ def logged_as_before() -> Iterator[None]:
     handlers, level = list(root.handlers), root.level
     yield
     root.handlers[:] = handlers
-    root.setLevel(level)
+    if root.level != level:  # setting it empties the caches of all loggers
+        root.setLevel(level)

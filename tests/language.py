@@ -56,6 +56,7 @@ GLOSSARY = {
 PATTERNS = {
     re.compile(rf"\b(?:{pattern})", re.IGNORECASE): better for pattern, better in GLOSSARY.items()
 }
+_ANY = re.compile(rf"\b(?:{'|'.join(GLOSSARY)})", re.IGNORECASE)  # most lines have none
 
 
 class Hit(NamedTuple):
@@ -99,6 +100,8 @@ def hits(paths: list[Path]) -> list[Hit]:
     found = []
     for path in paths:
         for line, text in prose_of(path):
+            if not _ANY.search(text):
+                continue
             for pattern, better in PATTERNS.items():
                 found += [
                     Hit(path, line, match[0], better, text) for match in pattern.finditer(text)

@@ -8,6 +8,7 @@ import shutil
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -496,6 +497,7 @@ def test_the_readme_snippet_keeps_the_function(place):
 # Names
 
 
+@cache
 def _literals() -> set[str]:
     """Return every string and every record's field in the sources; f-strings hold <>."""
     found: set[str] = set()

@@ -105,6 +105,7 @@ def test_the_order_depends_on_the_seed_alone(place: Path, tokenizer: Tokenizer) 
     assert orders[0][0] == orders[0][1] != orders[1][0] == orders[1][1]
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("packing", ["stream", "documents"])
 @pytest.mark.parametrize(
     "names", [["all.jsonl"], ["first.jsonl.gz", "rest"], ["all.jsonl[50:650]"]]

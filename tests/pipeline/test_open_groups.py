@@ -34,6 +34,8 @@ def test_a_job_with_all_of_them(run_job: Callable[..., Outcome], tmp_path: Path)
     (attempt,) = summary["attempts"]
     assert attempt["steps"] == 21
     assert attempt["ended_early"] == "a callback stopped the training run"
+    line = "attempt_1: training ended early, at step 21: a callback stopped the training run"
+    assert line in summary["notes"]  # which the page shows
     folders = {path.name for path in (tmp_path / "run/attempt_1/checkpoints").iterdir()}
     assert "last.ckpt" in folders and len(folders) == 2
     header = (tmp_path / "run/attempt_1/metrics.csv").read_text().splitlines()[0]

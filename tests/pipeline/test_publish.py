@@ -71,6 +71,8 @@ def test_the_best_weights_are_published_and_judged(
     said = f"eval/old/loss was better before the first step: {start:.4g}, now {losses[best]:.4g}"
     assert (said in capsys.readouterr().out) == (start < losses[best])
     assert attempt["best_step"] == best < attempt["steps"] == 14
+    notes = json.loads((folder / "summary.json").read_text())["notes"]
+    assert f"attempt_1: the best weights are those of step {best} of 14" in notes[-1]
     saved = saved_at(folder, best)
     assert saved["global_step"] == best
     published = dict(oracle.stock(folder / "checkpoint").named_parameters())

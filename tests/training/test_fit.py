@@ -90,6 +90,7 @@ def test_same_seed_same_weights(tmp_path: Path) -> None:
         assert torch.equal(parameter, second.model.get_parameter(name)), name
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("num_tasks", ["1", "4"])
 def test_lightnings_requeueing_of_slurm_jobs_is_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_tasks: str

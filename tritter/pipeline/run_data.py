@@ -376,10 +376,7 @@ class RunData:
             stream = SequenceStream(concatenate(list(sequences.values())), seed=seed)
         gathered = self.config.trainer.accumulate_grad_batches
         return BatchStream(
-            stream,
-            batch_size=data.batch_size,
-            num_batches=max_steps * gathered,
-            window=gathered,
+            stream, batch_size=data.batch_size, num_batches=max_steps * gathered, window=gathered
         )
 
     @cached_property

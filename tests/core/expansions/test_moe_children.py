@@ -91,6 +91,7 @@ def gap(before: nn.Module, after: nn.Module) -> float:
 # The function
 
 
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("family", PARTNERS)
 def test_a_child_is_in_the_mixture(

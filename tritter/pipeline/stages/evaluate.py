@@ -69,11 +69,7 @@ class Evaluate(Stage):
             before = load_trained(run, branch, run.source(start))
             with run.progress_bars() as new_bar:
                 samples, spent = generate_samples(
-                    run.reading(start),
-                    before,
-                    run,
-                    trained,
-                    progress=new_bar("writing samples"),
+                    run.reading(start), before, run, trained, progress=new_bar("writing samples")
                 )
             flops += spent
         read, used, lora_used = list[Tensor](), None, None

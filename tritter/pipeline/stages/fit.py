@@ -66,19 +66,20 @@ class Fit(Stage):
         accept(run, location)
         run.ledger.watch_disk()
         flops = result.flops + measuring_flops(run, write, location)
-        _report(run, branch, result)
+        ending = _report(run, branch, result)
         if write.routing_state is not None:
             run.say("", "scores with the selection bias, which is not saved:")
             biased = with_routing(run.source(location), write.routing_state)
             run.score(biased, f"{branch.name}-biased")
             flops += run.data.scoring.flops(forward_flops(start.model))
             shutil.rmtree(write.routing_state)
+        found = TrainingFound.of(result)
         spent, eval_mode = {branch.label("fit"): flops}, branch.label("validation")
         if result.evaluation_flops:  # the control has a single entry
             spent[eval_mode] = spent.get(eval_mode, 0.0) + result.evaluation_flops
         metrics = [path.relative_to(run.folder).as_posix() for path in metrics_files(folder)]
         return StageResult(
-            _with_earlier(run, branch, TrainingFound.of(result)),
+            _with_earlier(run, branch, replace(found, notes=(*found.notes, *ending))),
             flops=spent,
             seconds={eval_mode: result.evaluation_seconds} if text else {},
             leaves=(location, *metrics),
@@ -123,16 +124,20 @@ def _loaded(run: Run, source: Source, methods: Iterable[Sequence[Method]]) -> nn
         return run.data.masked(next(loading, Method()).load(source))
 
 
-def _report(run: Run, branch: Branch, result: FitResult) -> None:
-    """Print how a training run ended."""
+def _report(run: Run, branch: Branch, result: FitResult) -> list[str]:
+    """Print how a training run ended, and return the lines for the report."""
+    lines = []
     if result.stopped_because is not None:
         run.say("", f"training stopped: {result.stopped_because}")
     for note in result.notes:
         run.say("data", note)
     if result.ended_early is not None:
-        run.say("", f"training ended early, at step {result.steps}: {result.ended_early}")
+        lines.append(f"training ended early, at step {result.steps}: {result.ended_early}")
     if result.best_step is not None:
-        run.say("", _best_weights(run.config, run.folder / branch.name, result))
+        lines.append(_best_weights(run.config, run.folder / branch.name, result))
+    for line in lines:
+        run.say("", line)
+    return [f"{branch.name}: {line}" for line in lines]
 
 
 def _with_earlier(run: Run, branch: Branch, found: TrainingFound) -> TrainingFound:
