@@ -48,6 +48,13 @@ def test_seeds_are_one_group_and_other_settings_are_another(summary: dict[str, A
     assert (found.value, found.lower, found.upper) == pytest.approx((0.02, low, high))
 
 
+def test_keys_that_end_alike_name_a_group_in_full(summary: dict[str, Any]) -> None:
+    steps = {"training__max_steps": 12, "pretraining__max_steps": 600}
+    more = {key: 2 * value for key, value in steps.items()}
+    first, _ = group_runs([run_of(summary, "a", 0.0, **each) for each in (steps, more)])
+    assert first.name.endswith(" training.max_steps=12 pretraining.max_steps=600")
+
+
 def test_a_single_run_has_the_bounds_of_its_gate(summary: dict[str, Any]) -> None:
     (group,) = group_runs([run_of(summary, "a", 0.0102)])
     found = group.change("prose")

@@ -360,11 +360,11 @@ def _name(run: EndedRun, keys: Sequence[str], *, ways: Collection[str]) -> str:
         methods["experts"] = [] if summary.experts is None else [_short(summary.experts.kind)]
     parts = [f"{key}={'+'.join(names) or 'none'}" for key, names in methods.items()]
     most = len(parts) + _MAX_NAMED
-    known = [key for key in keys if run.settings.get(key) is not None]
-    own = [key for key in known if key.removesuffix(".name") not in _NAMED_BY_GROWTH]
-    parts += [f"{key.rpartition('.')[2]}={_short(run.settings[key])}" for key in own]
-    name = " ".join(parts[:most]) + (" …" if len(parts) > most else "")
-    return truncate(name, _NAME_CHARACTERS)
+    tails = [key.rpartition(".")[2] for key in keys]  # not enough for training.max_steps
+    for key, tail in zip(keys, tails, strict=True):
+        if run.settings.get(key) is not None and key.removesuffix(".name") not in _NAMED_BY_GROWTH:
+            parts.append(f"{tail if tails.count(tail) == 1 else key}={_short(run.settings[key])}")
+    return truncate(" ".join(parts[:most]) + " …" * (len(parts) > most), _NAME_CHARACTERS)
 
 
 def differs_between(key: str, runs: Sequence[EndedRun]) -> bool:
