@@ -40,6 +40,7 @@ OWN = [word for word in TINY if not word.startswith("model.")]
 NEW, OLD = FIXTURES / "text/new.jsonl", FIXTURES / "text/old"
 WIDTH = ("expansion=width",)
 TASKS = (f"data.tasks=[{NEW},{{again:{OLD}}}]", *WIDTH)
+ROUTERS = ("expansion=[moe,moe_add]", "adaptation.router_max_steps=2")
 ROUNDS = ("pipeline.target_params=40k",)
 LADDER = (*WIDTH, "gate=default", "gate.ladder=gentler")
 EXPERTS = ("expansion=none", "forgetting=none", *DYLORA)
@@ -159,6 +160,7 @@ def test_the_meter_sees_a_file_that_is_written_in_place(tmp_path: Path) -> None:
     [
         pytest.param(WIDTH, False, 2, id="float32 base"),
         pytest.param(WIDTH, True, 2, id="bfloat16 source"),
+        pytest.param(ROUTERS, False, 2, id="router stage"),
         pytest.param(TASKS, False, 2, id="tasks"),
         # Later tasks start from float32: it and the float32 start of the last task come on top
         pytest.param(TASKS, True, 2.5, id="tasks of a bfloat16 source"),

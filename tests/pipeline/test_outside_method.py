@@ -19,7 +19,7 @@ from tritter.checkpoints.state import read_state
 from tritter.config.launch.composition import load_config
 from tritter.config.validation import _method_problems
 from tritter.core.models import load_model
-from tritter.errors import RequestError
+from tritter.errors import RequestError, TritterError
 from tritter.pipeline import run_pipeline
 from tritter.pipeline.stages import importance
 from tritter.targets import Component
@@ -33,6 +33,7 @@ from tritter.training import (
     read_metrics,
 )
 from tritter.training.options import RULES
+from tritter.training.parameters import disk_values
 from tritter.training.trainer import start_method
 from tritter.transform import Change
 
@@ -146,6 +147,21 @@ def test_a_kind_that_nobody_registered_is_refused_before_training(
     config = replace(load_config([*TINY, f"cache_dir={cache}"]), forgetting=(OUTSIDE,))
     (problem,) = _method_problems(config)
     assert (problem.key, "unheard_of" in problem.reason) == ("forgetting", True)
+
+
+def test_a_misspelt_hook_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("observe_gradient", "_prepare", "names"):  # helpers keep their names
+        monkeypatch.setattr(Outside, name, lambda *_: None, raising=False)
+    config = replace(load_config([*TINY, f"cache_dir={cache}"]), forgetting=(OUTSIDE,))
+    (problem,) = _method_problems(config)
+    assert "`observe_gradient` is never called, and resembles observe_gradients" in problem.reason
+
+
+@pytest.mark.parametrize("values", [{"weigth": torch.ones(2, 3)}, {"weight": torch.ones(2)}])
+def test_state_of_no_parameter_is_refused(values: dict[str, torch.Tensor]) -> None:
+    (name,) = values
+    with pytest.raises(TritterError, match=f"state of {name} is .*, which is the shape of no such"):
+        dict(disk_values(torch.nn.Linear(3, 2, bias=False), values))
 
 
 @pytest.mark.full

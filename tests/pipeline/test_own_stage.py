@@ -5,7 +5,8 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -216,6 +217,24 @@ def test_a_stage_after_the_scores_can_be_mended(
     assert summary_of(tmp_path)["stages"] == {"odd": {"loss": None}}
     rows = (tmp_path / "metrics.csv").read_text()
     assert "score/" in rows
+
+
+@pytest.mark.parametrize(
+    ("result", "reason"),
+    [
+        (None, "'NoneType' object has no attribute 'plain'"),
+        (StageResult({}, flops={"odd": float("nan")}), "Out of range float values"),
+    ],
+)
+def test_a_result_that_the_ledger_cannot_hold_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, result: Any, reason: str
+) -> None:
+    monkeypatch.setattr(Odd, "work", lambda *_: result)
+    monkeypatch.setattr(Odd, "key", lambda *_: "attempt_1.odd")
+    odd, run = Odd(), SimpleNamespace(folder=tmp_path)
+    odd.name = "odd"
+    with pytest.raises(TritterError, match=rf"^attempt_1\.odd: its result is .*: {reason}"):
+        odd._checked(cast(Run, run), cast(Branch, None))
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tritter.report.runs import EndedRun
 
 _MAX_DEPTH = 2  # levels between a run and its checkpoint: attempt_1/trained
-_WHOLE = ("role", "run", "setting", "status", "verdict")  # columns never wrapped on a narrow terminal
+_WHOLE = ("role", "run", "setting", "status", "verdict")  # columns that are never wrapped
 _PEAK = "performance/peak_memory_bytes"
 
 

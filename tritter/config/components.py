@@ -309,17 +309,14 @@ def read_data(
     body = _without_other_options(reader, "data", data_keys(), raw, choice=choice, own=own)
     del body[TARGET]
     if issubclass(kind, SkillsDataConfig):
-        is_new = classes.get("model") is not CheckpointModelConfig
-        body = with_skills(kind, body, is_new=is_new)
-    is_named = issubclass(kind, NamedTextConfig)
-    sources = read_named(body, kind, reader.problems) if is_named else {}
+        body = with_skills(kind, body, is_new=classes.get("model") is not CheckpointModelConfig)
+    sources = read_named(body, kind, reader.problems) if issubclass(kind, NamedTextConfig) else {}
     blank: dict[str, Any] = {name: [] if name == "tasks" else {} for name in sources}
     values = reader.read(kind, {**body, **blank}, prefix="data")
     if values is None:
         return None
     if values.chat_template is not None:
-        template = reader.call(template_location, values.chat_template)
-        values = replace(values, chat_template=template)
+        values = replace(values, chat_template=reader.call(template_location, values.chat_template))
     return replace(values, **sources)
 
 
@@ -345,8 +342,7 @@ def read_optimizer(
     if values is None or kind is None:
         return None
     shipped = map(body_of, shipped_options()["optimizer"].values())
-    decay = values.weight_decay
-    reader.problems += optimizer_problems(kind, arguments, decay, shipped=shipped)
+    reader.problems += optimizer_problems(kind, arguments, values.weight_decay, shipped=shipped)
     return OptimizerSettings(target=dotted(kind), arguments=arguments, **asdict(values))
 
 

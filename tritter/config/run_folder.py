@@ -321,8 +321,7 @@ def read_status(folder: Path) -> RunStatus:
     """Return the content of a job's `status.json`, or an error if it is missing or damaged."""
     path = folder / STATUS_FILE
     if not path.exists():
-        error = f"it left no {STATUS_FILE}"
-        return RunStatus(status="not run", exit_code=1, error=error)
+        return RunStatus(status="not run", exit_code=1, error=f"it left no {STATUS_FILE}")
     try:
         return read_record(path, RunStatus)
     except TritterError as error:

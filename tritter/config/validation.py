@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from difflib import get_close_matches
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -72,7 +73,11 @@ from tritter.methods.moe_routing.options import expert_problems
 from tritter.options import Start, field_keys, leaves, methods_of
 from tritter.planning.strategy import pipeline_problems, planned_rounds
 from tritter.storage.reading import named_path
-from tritter.training.forgetting_method import method_start_problems, replayed_share
+from tritter.training.forgetting_method import (
+    ForgettingMethod,
+    method_start_problems,
+    replayed_share,
+)
 from tritter.training.method import Method
 from tritter.training.optimizer import OptimizerValues, optimizer_class
 from tritter.training.options import (
@@ -377,6 +382,11 @@ def _method_problems(config: RunConfig) -> Iterator[Problem]:
         if unknown := {*each.prepares, *each.leaves, *each.state} - STATE_KINDS.keys():
             reason = f"no call of `register` declares its state {', '.join(sorted(unknown))}"
             yield Problem("forgetting", one.name, reason=reason)
+        hooks = dir(ForgettingMethod)
+        for name in sorted({each for each in vars(one.kind) if each[0] != "_"} - {*hooks}):
+            if near := get_close_matches(name, hooks, n=1, cutoff=0.9):
+                reason = f"its `{name}` is never called, and resembles {near[0]}; rename it"
+                yield Problem("forgetting", one.name, reason=reason)
         if each.mixes and not hasattr(one.options, "fraction"):
             yield Problem("forgetting", one.name, reason="it mixes, but has no option `fraction`")
     for what, verb in (("prepares", "prepare"), ("leaves", "save")):

@@ -197,5 +197,4 @@ def _tested(config: RunConfig, schedule: Schedule, folder: Path, console: Consol
     branch, points = prepare_branch(run, branch), folder / "points.json"
     run = run.reading(branch.location)
     rate_test(run, branch, schedule, RateTest(schedule, points))
-    configured = peak_rate(run, branch)
-    return FoundRates.of(json.loads(read_text(points)), configured=configured)
+    return FoundRates.of(json.loads(read_text(points)), configured=peak_rate(run, branch))

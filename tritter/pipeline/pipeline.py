@@ -192,8 +192,7 @@ def _run_candidates(run: Run) -> list[Candidate]:
         if (candidate.status == "rolled_back") == first.is_round:
             break
         if first.is_round and not is_last:
-            kept = partial(verdict.complete, run, first)
-            run.stage(first.key("keep"), kept, label="publish")
+            run.stage(first.key("keep"), partial(verdict.complete, run, first), label="publish")
             if first.follows:
                 disk.remove(run, first.start)
         elif not is_last:

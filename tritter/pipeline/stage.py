@@ -129,8 +129,8 @@ class Stage(ABC):
         if self.name in ORDER:
             return result
         try:
-            dumps(result.plain(), allow_nan=False)
-        except (TypeError, ValueError) as error:
+            dumps([result.plain(), result.flops, result.seconds], allow_nan=False)
+        except (AttributeError, TypeError, ValueError) as error:
             reason = f"{self.key(branch)}: its result is not plain values: {error}. "
             raise TritterError(f"{reason}Mend the stage; the run resumes before it.") from error
         return result

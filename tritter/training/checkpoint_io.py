@@ -57,8 +57,7 @@ class SafetensorsCheckpointIO(CheckpointIO):
             head = read_record(folder / _REST, _SavedHead)
             if file_digest(folder / _TENSORS) != head.tensors_sha256:
                 raise TritterError(f"{folder / _TENSORS} was edited: its checksum does not match.")
-            tensors = load_file(folder / _TENSORS, device="cpu")
-            content = decode(head.content, tensors)
+            content = decode(head.content, load_file(folder / _TENSORS, device="cpu"))
             if not isinstance(content, dict):
                 raise ValueError("it is not a mapping")
             return content

@@ -122,8 +122,7 @@ def build_optimizer(
     groups: list[dict[str, Any]] = [{"params": []}, {"params": []}]
     for name, parameter in parameters:
         if parameter.requires_grad:  # biases of experts are stacked
-            is_vector = parameter.ndim < 2 or name.endswith("bias")
-            groups[is_vector]["params"].append(parameter)
+            groups[parameter.ndim < 2 or name.endswith("bias")]["params"].append(parameter)
     if "weight_decay" in inspect.signature(kind).parameters:
         groups[1]["weight_decay"] = 0.0
         if settings.weight_decay is not None:

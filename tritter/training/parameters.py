@@ -59,6 +59,11 @@ def live_layout(model: nn.Module) -> tuple[StoredTensor, ...]:
 
 def disk_values(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield (name on disk, value) for values by parameter name of a live model."""
+    shapes = {name: each.shape for name, each in model.named_parameters(remove_duplicate=False)}
+    for name, value in values.items():
+        if shapes.get(name) != value.shape:
+            reason = "which is the shape of no such parameter of the model"
+            raise TritterError(f"a method's state of {name} is {list(value.shape)}, {reason}.")
     for stored in live_layout(model):
         if stored.name in values:
             for tensor, value in stored.unpack(values[stored.name].detach().cpu()):
@@ -73,8 +78,7 @@ def _part_of(stored: StoredTensor, ending: str, first: int, end: int | None) -> 
         assert isinstance(expert, int)
         if first <= expert and (end is None or expert < end):
             parts.append(Part(part.tensor, (expert - first, rows)))
-    num_experts = (end or stored.shape[0]) - first
-    shape = (num_experts, *stored.shape[1:])
+    shape = ((end or stored.shape[0]) - first, *stored.shape[1:])
     return replace(stored, name=stored.name + ending, shape=shape, parts=tuple(parts))
 
 

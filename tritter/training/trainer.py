@@ -75,8 +75,7 @@ class _WorkerStrategy(DDPStrategy):
     def __init__(self, accelerator: str) -> None:
         self.method = start_method(accelerator)
         # Explicit: a cluster environment would run the stages around the fit in every process
-        environment = LightningEnvironment()
-        super().__init__(cluster_environment=environment, start_method=self.method)
+        super().__init__(cluster_environment=LightningEnvironment(), start_method=self.method)
 
     def setup_environment(self) -> None:
         _begin_worker(self.method)

@@ -253,6 +253,16 @@ def test_counts_that_are_assigned_are_used() -> None:
     torch.testing.assert_close(made(ids), other(ids))
 
 
+def test_counts_made_in_inference_mode_are_used_and_may_change() -> None:
+    plain, ids = evidence(), tokens(1, 12, seed=1, high=SIZE - 1) + 1
+    with torch.inference_mode():
+        made = evidence()
+        assert torch.equal(made(ids), plain(ids))
+        made.count(1, ids)
+    plain.count(1, ids)
+    assert torch.equal(made(ids), plain(ids))
+
+
 @pytest.mark.parametrize("is_read_first", [True, False])
 @torch.no_grad()
 def test_a_packed_conversation_has_the_logits_it_has_alone(is_read_first: bool) -> None:

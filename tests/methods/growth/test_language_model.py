@@ -73,6 +73,8 @@ def test_a_compiled_model_is_compiled_once_per_growth() -> None:
     torch._dynamo.reset()
     with pytest.raises(RequestError, match=r"without torch\.compile, and compile the result"):
         GrowableCausalLM(torch.compile(oracle.tiny_llama()))
+    with pytest.raises(RequestError, match="the model grows already"):
+        GrowableCausalLM(model)
 
 
 @pytest.mark.quick_cases(1)

@@ -221,8 +221,7 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence[Job]) -> floa
         if is_finished and (ended := read_status(folder)).status in ENDS:
             return math.nan if ended.metric is None else float(ended.metric)
         typed = overrides if planned is None or is_sweep else planned.overrides
-        recorded = recorded_overrides(typed)
-        write_run_file(folder, config, status="running", overrides=recorded)
+        write_run_file(folder, config, status="running", overrides=recorded_overrides(typed))
         _write_status(folder, overrides, status="running", exit_code=EXIT_FAILED)
         say(f"{'run':<11}{folder}")  # the libraries of a run take seconds to import
         with panics_as_errors():
@@ -242,8 +241,7 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence[Job]) -> floa
         return math.nan
     except Exception as error:
         # The job's border: any library may raise here, and the other jobs of a sweep continue
-        text = f"{type(error).__name__}: {error}"
-        _write_failure(folder, overrides, text, exit_code=EXIT_FAILED)
+        _write_failure(folder, overrides, f"{type(error).__name__}: {error}", exit_code=EXIT_FAILED)
         if not is_sweep:
             raise
         traceback.print_exc()

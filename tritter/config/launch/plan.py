@@ -148,8 +148,7 @@ class RequestValidation(Callback):
             if plan.sweep_folder is None:
                 (job,), key, folder = plan.jobs, "hydra.run.dir", plan.jobs[0].folder
                 if job.state is RunState.FINISHED:
-                    summary = folder / SUMMARY_FILE
-                    say(f"This run is finished, nothing to do. Summary: {summary}")
+                    say(f"This run is finished, nothing to do. Summary: {folder / SUMMARY_FILE}")
                     raise RequestRefused
                 hydra.run.dir = str(folder)
             else:
@@ -350,8 +349,7 @@ def _plan_sweep(request: Request, composed: DictConfig) -> Plan:
     raise_problems(
         [
             Problem(
-                "",
-                reason=f"jobs {listed} are identical ({' '.join(job_overrides)}): remove one.",
+                "", reason=f"jobs {listed} are identical ({' '.join(job_overrides)}): remove one."
             )
             for job_overrides, equal in numbers.items()
             if len(equal) > 1 and (listed := f"{', '.join(map(str, equal[:-1]))} and {equal[-1]}")

@@ -72,8 +72,7 @@ def run_sweep(request: Request, task: Task, hydra: Hydra, *, typed: Sequence[str
     except Exception as error:  # the launcher and the sweeper may raise anything
         if request.plan is None:
             raise
-        reason = _first_line(str(error).strip())
-        failure = f"the sweep failed: {type(error).__name__}: {reason}"
+        failure = f"the sweep failed: {type(error).__name__}: {_first_line(str(error).strip())}"
         if isinstance(error, TritterError):
             failure = str(error)
     plan = request.plan

@@ -196,8 +196,7 @@ def shape_of(model: nn.Module, name: str) -> AdapterShape:
 
 def set_rank(model: nn.Module, name: str, rank: int) -> None:
     """Set the rank of an adapter whose parameters were already resized; α / r is kept."""
-    shape = shape_of(model, name)
-    alpha = shape.scaling * rank
+    alpha = shape_of(model, name).scaling * rank
     config = _configs(model)[name]
     config.r, config.lora_alpha = rank, alpha
     for _, layer in adapted_layers(model):

@@ -141,6 +141,9 @@ class Evidence(nn.Module):
 
     def _statistics(self) -> tuple[tuple[int, int, torch.device], Tensor, bool]:
         """Return the version of the counts, log p(token | expert) [n, V], and `_ends_turns`."""
+        if self.counts.is_inference():  # made under torch.inference_mode(), without a version
+            with torch.inference_mode(False):
+                self.counts = self.counts.clone()
         version = (id(self.counts), self.counts._version, self.counts.device)
         if self._table is None or self._table[0] != version:
             counts = self.counts.double()

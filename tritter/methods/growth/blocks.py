@@ -150,8 +150,7 @@ def ffn_blocks(model: nn.Module) -> tuple[FfnBlock, ...]:
 
 def freeze_all_but_ffns(model: nn.Module) -> None:
     """Freeze all parameters except the FFNs; frozen parameters stay frozen."""
-    blocks = ffn_blocks(model)
-    names = {name for block in blocks for name, _ in block.axes(model)}
+    names = {name for block in ffn_blocks(model) for name, _ in block.axes(model)}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name in names)
 

@@ -442,6 +442,8 @@ class GrowableCausalLM(_Growable, nn.Module):
             if hasattr(path_or_model, "_orig_mod"):
                 reason = "pass the model without torch.compile, and compile the result"
                 raise RequestError(Problem("model", "a compiled model", reason=reason))
+            if isinstance(path_or_model, GrowableCausalLM):
+                raise RequestError("the model grows already.")
             refuse_wrapped(path_or_model)
             self.model = path_or_model
         else:

@@ -85,8 +85,7 @@ def _growth_change(model: nn.Module, growths: Mapping[int, LayerGrowth]) -> Chan
             maps[tensor.name] = TensorMap(source=tensor.name, axes=axes, fill=fill)
         widths[layer] += growth.born
     parameter_map = ParameterMap(maps, tuple(range(len(widths))))
-    target = source.with_ffn_sizes(widths)
-    return Change.of(parameter_map, source, target)
+    return Change.of(parameter_map, source, source.with_ffn_sizes(widths))
 
 
 def _module_change(

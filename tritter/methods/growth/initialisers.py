@@ -237,8 +237,7 @@ class GradMax(Initialiser):
         rows = torch.where(reached(rows) < reached(-rows), -rows, rows)
         target_norm = _median_norm((deltas.T @ layer.computed()).T)
         rows = rows * (target_norm / reached(rows).clamp_min(1e-30)).clamp(max=1.0)
-        down = layer.down.new_zeros(layer.down.shape[0], count)
-        return NewNeurons(gate=rows, up=None, down=down)
+        return NewNeurons(gate=rows, up=None, down=layer.down.new_zeros(layer.down.shape[0], count))
 
 
 @options

@@ -131,8 +131,7 @@ def separate_experts(model: nn.Module, first_new: int) -> Iterator[SeparateExper
 
 def shared_names(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the parameters that all experts of a layer share."""
-    stored = model_of(model).layout("live")
-    return tuple(tensor.name for tensor in stored if tensor.is_of_experts)
+    return tuple(each.name for each in model_of(model).layout("live") if each.is_of_experts)
 
 
 def _concatenate_parts(attributes: Sequence[str], module: nn.Module, arguments: Any) -> None:

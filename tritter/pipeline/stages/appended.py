@@ -10,7 +10,7 @@ from tritter.data.packing import document_mask_of, lengths_of
 from tritter.methods.forgetting import build_methods
 from tritter.methods.moe_routing.distill import DistillationModule, only_new_experts
 from tritter.methods.moe_routing.opening import best_experts, redraw_rows
-from tritter.pipeline import moe
+from tritter.pipeline import disk, moe
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import StageResult, TrainingFound
 from tritter.pipeline.run import Run
@@ -79,8 +79,12 @@ class _Training(Stage):
         return StageResult(found, flops={label: result.flops}, leaves=(location,))
 
     def finish(self, run: Run, branch: Branch) -> Branch:
-        """Remove the saved state, and return the branch with the trained model."""
+        """Remove the saved state and the initial model; return the branch with the trained one."""
         discard_saved(run.folder / branch.name / self.working)
+        # Old routing is measured on the expanded model; a start without expansion is not ours
+        is_read = run.config.moe_routing.hold_old or disk.keeps_start(run)
+        if branch.location != branch.start and not is_read:
+            disk.remove(run, branch.location)
         return super().finish(run, branch)
 
 
