@@ -44,7 +44,7 @@ def experts_table(experts: ExpertsRecord, *, most: int = _MAX_ROWS) -> Table:
     """Return a row per expert: its spawn, its rank and its usage; first those of the end."""
     header = ("expert", "domain", "step", "batches", "novelty", "limit", "rank", "usage %", "state")
     lines = ["spawned on a domain at a step, after so many batches above the novelty limit; "]
-    lines[0] += "usage: mean gate"
+    lines[0] += "without a step: there from the start; usage: mean gate"
     # A name may be reused after an eviction: the last spawn counts
     spawns = {spawn.expert: spawn for spawn in experts.spawned}
     names = tuple(dict.fromkeys((*experts.names, *spawns)))
