@@ -198,6 +198,35 @@ def test_importance_is_timed_for_the_sequences_that_exist(
     assert costs._flops(context, source)["importance"] == flops
 
 
+@pytest.mark.quick_cases(1)
+@pytest.mark.parametrize(
+    ("words", "timed", "counted"),
+    [
+        (
+            ("expansion=dus", "pipeline.target_params=20k", "control=true"),
+            ("training", "validation", "evaluate"),
+            ("fit", "validation", "evaluate", "control"),
+        ),
+        (("expansion=context", "model.max_position_embeddings=32"), ("training",), ("fit",)),
+        (("expansion=[moe,moe_add]",), ("routers",), ("adapt",)),
+    ],
+    ids=["rounds and control", "long windows", "routers"],
+)
+def test_what_is_timed_is_what_is_counted(
+    tmp_path: Path, words: tuple[str, ...], timed: tuple[str, ...], counted: tuple[str, ...]
+) -> None:
+    """Only one round was timed, and neither the long windows nor the steps of routers."""
+    words = (*words, "forgetting=none", "evaluation.sample_tokens=0", f"cache_dir={tmp_path}/c")
+    config = load_config([*TINY, *words])
+    context = Run(config=config, folder=tmp_path, console=Console(), ledger=Ledger(tmp_path))
+    found = costs._flops(context, context.data.model)
+    (tmp_path / "run").mkdir()
+    outcome = run_pipeline(config, run_folder=tmp_path / "run")
+    flops = json.loads(outcome.summary_path.read_text())["flops"]
+    expected = sum(flops[name] for name in counted)
+    assert sum(found[name] for name in timed) == pytest.approx(expected, rel=0.16)
+
+
 @pytest.mark.full
 def test_importances_that_are_estimated_again_are_told_and_bounded(
     tmp_path: Path, places: tuple[str, ...], capsys: pytest.CaptureFixture[str]

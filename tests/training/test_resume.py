@@ -191,7 +191,9 @@ def test_codec_keeps_what_it_is_given() -> None:
             "scalar": torch.tensor(3),
             "view": torch.arange(6).view(2, 3).T,
             "empty": torch.zeros(0),
-            "shared": [torch.ones(2)] * 2,
+            "shared": [torch.ones(2**18)] * 2,
+            "large": torch.ones(2**18),
+            "large view": torch.ones(2, 2**18)[1],
         },
     }
     tensors: dict[str, torch.Tensor] = {}
@@ -203,6 +205,10 @@ def test_codec_keeps_what_it_is_given() -> None:
         other = back["tensors"][name]
         if isinstance(tensor, torch.Tensor):
             assert other.dtype == tensor.dtype and torch.equal(other, tensor)
+            # Copies of all moments took a third of a run's memory
+            assert (other.data_ptr() == tensor.data_ptr()) == (name in ("large", "empty"))
+    first, second = back["tensors"]["shared"]
+    assert first.data_ptr() != second.data_ptr() and torch.equal(first, second)
     with pytest.raises(TypeError, match=r"it\.where\.1 is a set"):
         encode({"where": [0, {1}]}, {}, key_path="it")
 

@@ -1,7 +1,9 @@
 """What a run will cost, before its first stage: parameters, memory, and seconds of each stage."""
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +18,12 @@ from tritter.methods.forgetting import SelfReplay, needs_of
 from tritter.pipeline import samples
 from tritter.pipeline.run import Run
 from tritter.planning.run_memory import batch_size_at, grown_model, memory_line
+from tritter.planning.strategy import planned_rounds
 from tritter.training.callbacks import evaluation_flops
 
 _LONG = 30.0  # seconds; shorter runs have no estimate
 _MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-_IN_FIT = ("pretraining (unless cached)", "training", "validation")  # in the Trainer's precision
+_IN_FIT = ("pretraining (unless cached)", "routers", "training", "validation")  # its precision
 _LABELS = {"importance": "importance of each parameter"}
 
 
@@ -31,11 +34,8 @@ def cost_lines(run: Run) -> Iterator[str]:
     before, after = source.num_parameters, grown.num_parameters
     yield f"{before:,} parameters" + (f" → {after:,}" if after != before else "")
     yield memory_line(config, source)
-    data, steps = config.data, config.training.max_steps
-    gathered = config.trainer.accumulate_grad_batches
-    key, length = "max_position_embeddings", data.sequence_length
-    if grown.config.get(key) != source.config.get(key):  # trained on windows of its length
-        length = grown.position_limit or length
+    steps, gathered = config.training.max_steps, config.trainer.accumulate_grad_batches
+    length = _window(run, grown)
     of_step = f"{gathered * batch_size_at(length, config):,} x {length:,} tokens"
     text = run.data.validation_subset
     validation = ""
@@ -79,27 +79,39 @@ def time_line(run: Run) -> str:
     for one, needs in zip(config.forgetting, needs_of(config.forgetting), strict=True):
         if needs.writes:
             num_passes, num_texts = SelfReplay.passes(one.options, length)
-            seconds[f"text of {one.name}"] = num_passes * _seconds(
-                model, rows[:1, :1].expand(num_texts, 1)
-            )
+            tokens = rows[:1, :1].expand(num_texts, 1)
+            seconds[f"text of {one.name}"] = num_passes * _seconds(model, tokens)
     if num_passes := samples.num_passes(run):
         seconds["samples"] = num_passes * _seconds(model, rows[:1, :1])
     if (total := sum(seconds.values())) < _LONG:
         return ""
     named = ", ".join(f"{_LABELS.get(n, n)} {_time_text(each)}" for n, each in seconds.items())
-    return f"about {_time_text(total)}, by one timed batch: {named}"
+    first = " for the first attempt" if len(config.attempts) > 1 else ""
+    return f"about {_time_text(total)}{first}, by one timed batch: {named}"
+
+
+def _window(run: Run, model: Model) -> int:
+    """Return the length on which a model is trained: that of its context, if it was extended."""
+    key, length = "max_position_embeddings", run.config.data.sequence_length
+    is_longer = model.config.get(key) != run.data.model.config.get(key)
+    return model.position_limit or length if is_longer else length
+
+
+def _trainings(run: Run, source: Model) -> Iterator[tuple[Model, Model, bool]]:
+    """Yield the model before and after the expansion, by task or round; then of the control."""
+    config = run.config
+    rounds = planned_rounds(config, source) if config.pipeline.target_params else ()
+    models = [shape.model for shape in rounds] or [grown_model(config, source)]
+    models *= 1 if rounds else len(run.data.text.tasks)
+    yield from ((before, after, False) for before, after in pairwise((source, *models)))
+    yield from ((source, source, at == 0) for at in range(len(models) * config.control))
 
 
 def _flops(run: Run, source: Model) -> Mapping[str, float]:
-    """Return stage → its FLOPs, for one attempt."""
-    config, grown = run.config, grown_model(run.config, source)
-    length, data, text = config.data.sequence_length, config.data, run.data.validation_subset
-    reading = forward_flops(grown)
-    old, new = (training_flops(each).of(length) for each in (source, grown))
-    sequences = data.batch_size * config.trainer.accumulate_grad_batches
-    tasks = len(run.data.text.tasks)
-    arms = tasks * (1 + config.control)
-    steps = config.training.max_steps
+    """Return stage → its FLOPs, for one attempt or all rounds; of router steps, the most."""
+    config, text, scoring = run.config, run.data.validation_subset, run.data.scoring
+    length, steps = config.data.sequence_length, config.training.max_steps
+    gathered = config.trainer.accumulate_grad_batches
     pretraining = config.pretraining.max_steps if run.data.initial_checkpoint is None else 0
     methods = tuple(zip(config.forgetting, needs_of(config.forgetting), strict=True))
     # Without any text, a method keeps the importances of the checkpoint
@@ -113,16 +125,29 @@ def _flops(run: Run, source: Model) -> Mapping[str, float]:
         of_estimate = min(most, getattr(one.options, "num_sequences", 0))
         num_sampled += of_estimate if needs.prepares else 0
         num_refreshed += one.kind.refreshes(one.options, steps) * of_estimate
-    validations = 0 if text is None else 1 + -(-steps // text.every_n_steps)
-    return {
-        "pretraining (unless cached)": pretraining * sequences * old,
-        "baseline": run.data.scoring.flops(forward_flops(source)),
-        "importance": num_sampled * (old + (arms - 1 - config.control) * new),
-        "expand": run.data.scoring.flops(reading) if config.expansion else 0.0,
-        "training": arms * (steps * sequences + num_refreshed) * new,
-        "validation": 0.0 if text is None else arms * validations * evaluation_flops(reading, text),
-        "evaluate": arms * run.data.scoring.flops(reading),
-    }
+    of_row = training_flops(source).of(length)
+    flops = defaultdict[str, float](float)
+    flops["pretraining (unless cached)"] = pretraining * config.data.batch_size * gathered * of_row
+    flops["baseline (unless cached)"] = scoring.flops(forward_flops(source))
+    options, new_rows = config.adaptation, sum(map(run.data.num_sequences, run.data.new_domains))
+    has_routers = any(getattr(each, "is_append", False) for each in config.expansion)
+    for before, after, shares_importance in _trainings(run, source):
+        reading, window = forward_flops(after), _window(run, after)
+        rows = gathered * batch_size_at(window, config)
+        if not shares_importance:
+            flops["importance"] += num_sampled * training_flops(before).of(length)
+        if after is not before:
+            flops["expand"] += scoring.flops(reading)
+        if after is not before and has_routers and options.router_update != "frozen":
+            most = -(-options.router_epochs * new_rows // rows)
+            most = min(most, options.router_max_steps or most)
+            flops["routers"] += most * rows * 2 * reading.of(window)  # without those of weights
+        flops["training"] += (steps * rows + num_refreshed) * training_flops(after).of(window)
+        if text is not None:
+            times = 1 - -steps // text.every_n_steps
+            flops["validation"] += times * evaluation_flops(reading, text)
+        flops["evaluate"] += scoring.flops(reading)
+    return flops
 
 
 def _seconds(model: nn.Module, rows: Tensor) -> float:

@@ -98,8 +98,7 @@ def record(run: Run) -> dict[str, dict[str, int]]:
     `peak` and `end` cover the whole folder; `source` and `result` are two checkpoints in it.
     """
     end = disk_bytes(run.folder)
-    peak = run.ledger.peak
-    use = {kind: {"peak": peak(kind), "end": end[kind]} for kind in ("weights", "state")}
+    use = {kind: {"peak": run.ledger.peak(kind), "end": end[kind]} for kind in ("weights", "state")}
     for name, location in (("source", "baseline"), ("result", "checkpoint")):
         use["weights"][name] = disk_bytes(run.folder / location)["weights"]
     return use

@@ -94,8 +94,7 @@ class FoundRates:
             raise TritterError("--find-lr: the loss is not finite, even at the lowest rate.")
         rates, losses = [rate for rate, _ in finite], [loss for _, loss in finite]
         curve = smoothed(losses)
-        first = min(_BEFORE, len(curve)) - 1
-        low = min(range(first, len(curve)), key=lambda at: curve[at])
+        low = min(range(min(_BEFORE, len(curve)) - 1, len(curve)), key=lambda at: curve[at])
         fall = fmean(losses[:_BEFORE]) - curve[low]
         # Between a tenth of the fall and the minimum, where batches differ less than the loss falls
         begun = max(at for at in range(low + 1) if at == 0 or curve[at] > curve[low] + 0.9 * fall)

@@ -175,8 +175,7 @@ def log_result_to_wandb(run: Run, summary: Summary, plots: Sequence[Path], *, st
         for tokens, documents in task.packing.packed_sequence_length_histogram.items()
     ]
     if lengths:
-        columns = ["task", "tokens", "documents"]
-        table = wandb.Table(columns=columns, data=lengths)
+        table = wandb.Table(columns=["task", "tokens", "documents"], data=lengths)
         media["performance/packed_sequence_length_histogram"] = table
     similarities = [
         [spawn.expert, spawn.step, known, similarity]
@@ -184,8 +183,7 @@ def log_result_to_wandb(run: Run, summary: Summary, plots: Sequence[Path], *, st
         for known, similarity in spawn.similarity.items()
     ]
     if similarities:
-        columns = ["expert", "step", "known", "similarity"]
-        table = wandb.Table(columns=columns, data=similarities)
+        table = wandb.Table(columns=["expert", "step", "known", "similarity"], data=similarities)
         media["experts/similarity_scores_on_creation"] = table
     if samples:
         rows = [list(sample.values()) for sample in samples]

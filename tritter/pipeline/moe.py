@@ -111,8 +111,7 @@ def has_unsaved_bias(run: Run) -> bool:
     config = run.config
     if not config.moe_routing.bias_update_rate:
         return False
-    result = target_model(run.data.model, config.expansion)
-    return result.model_type not in SIGMOID_ROUTERS
+    return target_model(run.data.model, config.expansion).model_type not in SIGMOID_ROUTERS
 
 
 def anneal_steps(run: Run, branch: Branch, added: AddedExperts) -> int:

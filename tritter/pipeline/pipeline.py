@@ -137,8 +137,7 @@ def _report(run: Run, candidates: Sequence[Candidate], control: Candidate) -> Ou
         for branch in candidate.branches
         if branch.part is None
     ]
-    step = sum(num_steps(run, name) for name in own)
-    log_result_to_wandb(run, summary, plots, step=step)
+    log_result_to_wandb(run, summary, plots, step=sum(num_steps(run, name) for name in own))
     print_summary(summary, console=run.console, folder=run.folder)
     run.say("disk", disk.report(summary.disk))
     run.console.print()
@@ -239,8 +238,7 @@ def _run_tasks(
     """Return the branches trained until one stops early; loggers count those `so_far` first."""
     row, trained = [*so_far, *branches], list[Branch]()
     for branch in branches:
-        step = first_step(run, row, branch)
-        trained.append(run_branch(run, branch, first_step=step))
+        trained.append(run_branch(run, branch, first_step=first_step(run, row, branch)))
         if run.ledger.found(f"{branch.name}.fit", TrainingFound).stopped_because is not None:
             break
     return tuple(trained)

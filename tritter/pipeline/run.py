@@ -291,8 +291,7 @@ def _is_read(config: RunConfig, domain: str) -> bool:
 
 def _scored_notes(data: RunData) -> Iterator[str]:
     """Yield a note on each domain of which not all held-out documents are scored."""
-    is_default = data.config.evaluation.max_documents is None
-    why = ", in proportion to the training" if is_default else ""
+    why = ", in proportion to the training" if data.config.evaluation.max_documents is None else ""
     for name, documents in data.scored.items():
         total = len(data.corpus.domains[name].validation)
         if len(documents) < total:

@@ -251,8 +251,7 @@ class RunData:
             reason = f"attention would cross conversations; remove the key ({plain})"
             raise RequestError(Problem("data.packing", choice, reason=reason))
         if choice is None:
-            is_kept = self.text.kept_sequences.of_documents
-            choice = "documents" if has_marks or is_kept else "stream"
+            choice = "documents" if has_marks or self.text.kept_sequences.of_documents else "stream"
         source = self.model
         if choice == "documents" and not source.separates_documents:
             reason = f"a token of {source.model_type} depends on earlier documents; {plain}"
@@ -288,8 +287,7 @@ class RunData:
     @property
     def document_mask(self) -> DocumentMask | None:
         """The mask between documents of a training sequence; None to treat them as one stream."""
-        is_masked = self.packing == "documents"
-        return DocumentMask(self.bounds) if is_masked else None
+        return DocumentMask(self.bounds) if self.packing == "documents" else None
 
     @property
     def marks(self) -> MarkedText | None:
@@ -559,8 +557,7 @@ def corpus_chat(is_chat: bool, data: ChatChoice, folder: Path | None) -> Chat | 
         folder: the checkpoint with the tokenizer; None for a new base model.
     """
     if is_chat:
-        tokenizer = None if folder is None else load_tokenizer(folder)
-        return chat_of(data, tokenizer=tokenizer)
+        return chat_of(data, tokenizer=None if folder is None else load_tokenizer(folder))
     for key, value, is_used in (
         (TEMPLATE_KEY, data.chat_template, data.chat_template not in (None, NONE)),
         (LOSS_KEY, data.loss_on, data.loss_on == "answers"),

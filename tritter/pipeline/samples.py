@@ -263,6 +263,4 @@ class SampleLog(Callback):
 def sample_log(run: Run, model: nn.Module, folder: Path) -> tuple[SampleLog, ...]:
     """Return the callback for a training run with own prompts; none without."""
     prompts = _own_prompts(run, model)
-    if not prompts:
-        return ()
-    return (SampleLog(prompts, _Sampler.of(run), folder / SAMPLES_NAME),)
+    return (SampleLog(prompts, _Sampler.of(run), folder / SAMPLES_NAME),) if prompts else ()

@@ -116,8 +116,7 @@ def _of_methods(run: Run, branches: Sequence[Branch]) -> dict[str, Any]:
     fits = []
     for branch in branches:
         fit = run.ledger.found(f"{branch.name}.fit", TrainingFound)
-        evaluated = run.ledger.found(f"{branch.name}.evaluate", EvaluationFound)
-        usage = evaluated.experts or {}
+        usage = run.ledger.found(f"{branch.name}.evaluate", EvaluationFound).experts or {}
         fits.append({"steps": fit.steps, "reports": fit.reports, "usage": usage})
     sections, others = dict[str, Any](), dict[str, Any]()
     for group, one in methods_of(run.config):

@@ -156,8 +156,7 @@ class Side:
         model, tokenizer = read_model(folder), None
         if (folder / "tokenizer.json").is_file():
             tokenizer = read_tokenizer(folder, vocab_size=model.sizes.vocab_size)
-        dtypes = TensorFolder.open(folder).dtypes
-        return cls(folder, model, read_lineage(folder), tokenizer, dtypes)
+        return cls(folder, model, read_lineage(folder), tokenizer, TensorFolder.open(folder).dtypes)
 
     def load(self) -> nn.Module:
         """Return the model in float32, on the GPU if available."""
@@ -298,9 +297,7 @@ def _evaluate_side(
             scores[kind][domain] = document_losses(
                 model,
                 tokenise(
-                    documents,
-                    tokenizer.tokenizer,
-                    chat=corpus_chat(is_chat, data, owner.folder),
+                    documents, tokenizer.tokenizer, chat=corpus_chat(is_chat, data, owner.folder)
                 ),
                 sequence_length=min(side.longest, other.longest),
                 bounds=tokenizer.bounds,
@@ -341,8 +338,7 @@ def _equivalence(source: Side, result: Side, before: _Outputs, after: _Outputs) 
         )
         yardstick = None if before.rounded is None else before.rounded[..., old]
         jump = jump_of_logits(before.logits[..., old], after.logits[..., old], yardstick)
-        detail = check.detail + mean_shift_text(jump)
-        check = replace(check, detail=detail, jump=jump.to_dict())
+        check = replace(check, detail=check.detail + mean_shift_text(jump), jump=jump.to_dict())
     if check.verdict == "passed" or (reason := _unrelated_reason(source, result)) is None:
         return check
     return replace(check, detail=f"{reason}; {check.detail}")

@@ -116,15 +116,13 @@ def checks(run: Run, branches: Sequence[Branch]) -> list[Check]:
     reasons = (fit.stopped_because for fit in fits)
     results = [
         training_check(
-            sum(fit.refused_steps for fit in fits),
-            aborted_reason=next(filter(None, reasons), None),
+            sum(fit.refused_steps for fit in fits), aborted_reason=next(filter(None, reasons), None)
         )
     ]
     results += _training_checks(run, branches)
     if (jump := run.ledger.found(f"{first.name}.expand", ExpansionFound).jump) is not None:
         values = {key: math.nan if value is None else value for key, value in jump.items()}
-        is_exact = run.planned(first).is_exact
-        results.append(preservation_check(Jump(**values), claims_exact=is_exact))
+        results.append(preservation_check(Jump(**values), claims_exact=run.planned(first).is_exact))
     bounds = {"bound": gate.retention, "confidence": gate.confidence}
     for subject in run.data.subjects_of([*run.data.old_domains, None]):
         results.append(retention_check(subject, before[subject], after[subject], **bounds))

@@ -80,7 +80,11 @@ def encode(value: Any, tensors: dict[str, Tensor], *, key_path: str) -> Any:
         key_path: Dotted path of `value` in the checkpoint.
     """
     if isinstance(value, Tensor):
-        tensors[key_path] = value.detach().cpu().contiguous().clone()
+        own = value.detach().cpu().contiguous()
+        # Copies of large tensors are a third of a run's memory; only shared memory needs them
+        is_whole = 2**20 <= own.nbytes == own.untyped_storage().nbytes()
+        is_alone = is_whole and all(own.data_ptr() != each.data_ptr() for each in tensors.values())
+        tensors[key_path] = own if is_alone else own.clone()
         return {"tensor": key_path}
     if isinstance(value, Mapping):
         pairs = [

@@ -202,8 +202,7 @@ class Schedule:
                 decay = min(1.0, max(0.0, (self.max_steps - step) / decay_steps))
                 return self.minimum_ratio + (1 - self.minimum_ratio) * decay
             case "range":
-                progress = step / max(1, self.max_steps - 1)
-                return float(self.minimum_ratio ** (1 - progress))
+                return float(self.minimum_ratio ** (1 - step / max(1, self.max_steps - 1)))
         raise ValueError(
             f"training.schedule = '{self.shape}'; allowed are constant, cosine, wsd and rewarm."
         )

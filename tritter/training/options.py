@@ -576,8 +576,7 @@ def _patience_problems(config: RunRequest) -> Iterator[Problem]:
     """Yield callbacks whose patience is longer than the run has validations."""
     if not (period := config.evaluation.every_n_steps):
         return
-    steps = config.training.max_steps
-    count = -(-steps // period)
+    count = -(-config.training.max_steps // period)
     for one in callbacks_of("EarlyStopping", config):
         patience = one.options.get("patience", 3)
         if isinstance(patience, int) and patience >= count:

@@ -307,8 +307,7 @@ def _update_norms(before: dict[str, Tensor], model: nn.Module) -> dict[str, floa
     moved: dict[str, float] = {}
     size: dict[str, float] = {}
     for stored in live_layout(model):
-        outside = stored.name.split(".")[-2]
-        part = outside if stored.layer is None else f"layers.{stored.layer}"
+        part = stored.name.split(".")[-2] if stored.layer is None else f"layers.{stored.layer}"
         parameter = model.get_parameter(stored.name).detach()
         old = before.get(stored.name)
         if old is None or old.shape != parameter.shape:

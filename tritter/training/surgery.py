@@ -203,8 +203,7 @@ def _check_shapes(model: nn.Module, change: Change) -> None:
 def _change_parameters(model: nn.Module, change: Change) -> None:
     """Apply a change to the parameters of a model."""
     weights = dict(change.weights({n: p.detach() for n, p in model.named_parameters()}))
-    config = change.model.config if change.model else {}
-    reshape(model, config, weights, removed=change.removed)
+    reshape(model, change.model.config if change.model else {}, weights, removed=change.removed)
 
 
 def _follow_groups(

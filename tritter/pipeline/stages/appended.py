@@ -50,8 +50,7 @@ class Choose(Stage):
     def work(self, run: Run, branch: Branch) -> StageResult:
         """Measure the gradients of the experts on the new domains."""
         start = run.source(branch.start)
-        new = run.data.new_domains_of(branch)
-        sequences = moe.spaced_sequences(run, new, _UTILITY_SEQUENCES)
+        sequences = moe.spaced_sequences(run, run.data.new_domains_of(branch), _UTILITY_SEQUENCES)
         with run.waiting("affected experts"):
             model = run.load(branch.start).to(run.device)
             chosen = best_experts(model, sequences)

@@ -47,8 +47,7 @@ def baseline(run: Run) -> StageResult:
     folder = run.folder / "baseline"
     seconds = {}
     if run.data.initial_checkpoint is not None:
-        location = run.data.initial_checkpoint.folder
-        run.say("baseline", f"checkpoint {location}; no pretraining")
+        run.say("baseline", f"checkpoint {run.data.initial_checkpoint.folder}; no pretraining")
         with run.waiting("copying and hashing the checkpoint"):
             lineage = copy_source(run, folder)
     else:
@@ -58,8 +57,7 @@ def baseline(run: Run) -> StageResult:
         lineage = lineage_of(folder)
     source = run.register("baseline", lineage)
     _score_baseline(run, source)
-    reading = reading_flops_of(source)
-    flops = {"baseline": run.data.scoring.flops(reading)}
+    flops = {"baseline": run.data.scoring.flops(reading_flops_of(source))}
     if (pretraining_flops := lineage.training_config.get("flops")) is not None:
         flops = {"pretraining": float(pretraining_flops), **flops}
     return StageResult(

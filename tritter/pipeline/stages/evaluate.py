@@ -50,8 +50,7 @@ class Evaluate(Stage):
 
     def work(self, run: Run, branch: Branch) -> StageResult:
         """Score the trained model, log it, write samples, and measure the usage of experts."""
-        source = run.source(branch.trained)
-        trained = load_trained(run, branch, source)
+        trained = load_trained(run, branch, run.source(branch.trained))
         if not branch.is_final:
             round_weights(trained, run.published_dtype)
         subject = "control" if branch.is_control else "trained model"

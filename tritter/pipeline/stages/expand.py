@@ -65,8 +65,7 @@ class Expand(Stage):
             flops["validation"] = evaluation_flops(reading_flops(before), text)
         flops["expand"] = run.data.scoring.flops(forward_flops(grown.model))
         # The source is read in bfloat16 too
-        read = (source, source, grown)
-        passes = [forward_flops(each.model).of(tokens.shape[1]) for each in read]
+        passes = [forward_flops(each.model).of(tokens.shape[1]) for each in (source, source, grown)]
         flops["expand"] += len(tokens) * sum(passes) + router_flops(made.plan)
         files = list[str]()
         if windows.is_longer(run, branch):
