@@ -6,6 +6,7 @@ they compute; batches of one leave no padding. Then the two have to agree to the
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -219,12 +220,15 @@ def test_what_is_timed_is_what_is_counted(
     words = (*words, "forgetting=none", "evaluation.sample_tokens=0", f"cache_dir={tmp_path}/c")
     config = load_config([*TINY, *words])
     context = Run(config=config, folder=tmp_path, console=Console(), ledger=Ledger(tmp_path))
-    found = costs._flops(context, context.data.model)
+    found = costs._flops(context, source := context.data.model)
     (tmp_path / "run").mkdir()
     outcome = run_pipeline(config, run_folder=tmp_path / "run")
     flops = json.loads(outcome.summary_path.read_text())["flops"]
     expected = sum(flops[name] for name in counted)
     assert sum(found[name] for name in timed) == pytest.approx(expected, rel=0.16)
+    alone = costs._flops(replace(context, config=replace(config, control=False)), source)
+    scores = found["baseline (unless cached)"] if config.control else 0
+    assert found["evaluate"] == alone["evaluate"] + scores  # the control is scored once
 
 
 @pytest.mark.full

@@ -154,7 +154,7 @@ def test_a_misspelt_hook_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(Outside, name, lambda *_: None, raising=False)
     config = replace(load_config([*TINY, f"cache_dir={cache}"]), forgetting=(OUTSIDE,))
     (problem,) = _method_problems(config)
-    assert "`observe_gradient` is never called, and resembles observe_gradients" in problem.reason
+    assert "`observe_gradient` resembles the hook observe_gradients;" in problem.reason
 
 
 @pytest.mark.parametrize("values", [{"weigth": torch.ones(2, 3)}, {"weight": torch.ones(2)}])

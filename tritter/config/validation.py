@@ -382,10 +382,10 @@ def _method_problems(config: RunConfig) -> Iterator[Problem]:
         if unknown := {*each.prepares, *each.leaves, *each.state} - STATE_KINDS.keys():
             reason = f"no call of `register` declares its state {', '.join(sorted(unknown))}"
             yield Problem("forgetting", one.name, reason=reason)
-        hooks = dir(ForgettingMethod)
-        for name in sorted({each for each in vars(one.kind) if each[0] != "_"} - {*hooks}):
-            if near := get_close_matches(name, hooks, n=1, cutoff=0.9):
-                reason = f"its `{name}` is never called, and resembles {near[0]}; rename it"
+        own = {n for n, each in vars(one.kind).items() if n[0] != "_" and callable(each)}
+        for name in sorted(own - {*dir(ForgettingMethod)}):
+            if near := get_close_matches(name, dir(ForgettingMethod), n=1, cutoff=0.9):
+                reason = f"`{name}` resembles the hook {near[0]}; rename it, or begin it with _"
                 yield Problem("forgetting", one.name, reason=reason)
         if each.mixes and not hasattr(one.options, "fraction"):
             yield Problem("forgetting", one.name, reason="it mixes, but has no option `fraction`")

@@ -97,21 +97,22 @@ def _window(run: Run, model: Model) -> int:
     return model.position_limit or length if is_longer else length
 
 
-def _trainings(run: Run, source: Model) -> Iterator[tuple[Model, Model, bool]]:
-    """Yield the model before and after the expansion, by task or round; then of the control."""
+def _trainings(run: Run, source: Model) -> Iterator[tuple[Model, Model, int, int]]:
+    """Yield (before, after, relative length, number of estimated importances) of each training."""
     config = run.config
     rounds = planned_rounds(config, source) if config.pipeline.target_params else ()
     models = [shape.model for shape in rounds] or [grown_model(config, source)]
     models *= 1 if rounds else len(run.data.text.tasks)
-    yield from ((before, after, False) for before, after in pairwise((source, *models)))
-    yield from ((source, source, at == 0) for at in range(len(models) * config.control))
+    yield from ((before, after, 1, 1) for before, after in pairwise((source, *models)))
+    count = 1 if rounds else len(models)
+    of_control = range(count * config.control)
+    yield from ((source, source, len(models) // count, min(at, 1)) for at in of_control)
 
 
 def _flops(run: Run, source: Model) -> Mapping[str, float]:
     """Return stage → its FLOPs, for one attempt or all rounds; of router steps, the most."""
-    config, text, scoring = run.config, run.data.validation_subset, run.data.scoring
-    length, steps = config.data.sequence_length, config.training.max_steps
-    gathered = config.trainer.accumulate_grad_batches
+    config, text, length = run.config, run.data.validation_subset, run.config.data.sequence_length
+    steps, gathered = config.training.max_steps, config.trainer.accumulate_grad_batches
     pretraining = config.pretraining.max_steps if run.data.initial_checkpoint is None else 0
     methods = tuple(zip(config.forgetting, needs_of(config.forgetting), strict=True))
     # Without any text, a method keeps the importances of the checkpoint
@@ -128,25 +129,24 @@ def _flops(run: Run, source: Model) -> Mapping[str, float]:
     of_row = training_flops(source).of(length)
     flops = defaultdict[str, float](float)
     flops["pretraining (unless cached)"] = pretraining * config.data.batch_size * gathered * of_row
-    flops["baseline (unless cached)"] = scoring.flops(forward_flops(source))
-    options, new_rows = config.adaptation, sum(map(run.data.num_sequences, run.data.new_domains))
+    flops["baseline (unless cached)"] = run.data.scoring.flops(forward_flops(source))
+    options, new_rows = config.adaptation, sum(map(run.data.num_sequences, run.data.text.tasks[0]))
     has_routers = any(getattr(each, "is_append", False) for each in config.expansion)
-    for before, after, shares_importance in _trainings(run, source):
+    for before, after, times, estimates in _trainings(run, source):
         reading, window = forward_flops(after), _window(run, after)
         rows = gathered * batch_size_at(window, config)
-        if not shares_importance:
-            flops["importance"] += num_sampled * training_flops(before).of(length)
-        if after is not before:
-            flops["expand"] += scoring.flops(reading)
+        flops["importance"] += estimates * num_sampled * training_flops(before).of(length)
+        flops["expand"] += (after is not before) * run.data.scoring.flops(reading)
         if after is not before and has_routers and options.router_update != "frozen":
-            most = -(-options.router_epochs * new_rows // rows)
+            most = -(-options.router_epochs * new_rows * length // (rows * window))
             most = min(most, options.router_max_steps or most)
             flops["routers"] += most * rows * 2 * reading.of(window)  # without those of weights
-        flops["training"] += (steps * rows + num_refreshed) * training_flops(after).of(window)
+        learning = training_flops(after).of(window)
+        flops["training"] += (steps * times * rows + num_refreshed) * learning
         if text is not None:
-            times = 1 - -steps // text.every_n_steps
-            flops["validation"] += times * evaluation_flops(reading, text)
-        flops["evaluate"] += scoring.flops(reading)
+            validations = 1 - -steps * times // text.every_n_steps
+            flops["validation"] += validations * evaluation_flops(reading, text)
+        flops["evaluate"] += run.data.scoring.flops(reading)
     return flops
 
 

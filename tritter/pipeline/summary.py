@@ -60,7 +60,7 @@ def summary_record(
     own = candidates[-1].run
     later = (
         note
-        for each in candidates
+        for each in (*candidates, control)
         for branch in each.branches
         for note in (
             *importance.notes_of(each.run, branch),

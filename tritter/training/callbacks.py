@@ -80,7 +80,8 @@ class WorkCount(Callback):
         input_ids: Tensor = batch["input_ids"]
         lengths = {input_ids.shape[1]: len(input_ids) * trainer.world_size}
         if document_mask_of(module.model) is not None:
-            self.lengths.update(lengths_read(module.model, input_ids))
+            lengths = lengths_read(module.model, input_ids)
+            self.lengths.update(lengths)
         tokens = sum(length * number for length, number in lengths.items())
         self.tokens += tokens
         self.padding += input_ids.numel() * trainer.world_size - tokens

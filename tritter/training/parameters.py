@@ -277,8 +277,7 @@ def _adopt_config(model: nn.Module, config: Config) -> None:
     for name, stock in after.named_modules():
         parent, _, last = name.rpartition(".")
         if name not in known and parent in known:
-            like = next(model.parameters())
-            live[parent].add_module(last, stock.to(like).train(model.training))
+            live[parent].add_module(last, stock.to(next(model.parameters())).train(model.training))
         elif name in known and name in live:
             module, old = live[name], known[name]
             for key, value in vars(stock).items():

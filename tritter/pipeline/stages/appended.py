@@ -80,8 +80,8 @@ class _Training(Stage):
     def finish(self, run: Run, branch: Branch) -> Branch:
         """Remove the saved state and the initial model; return the branch with the trained one."""
         discard_saved(run.folder / branch.name / self.working)
-        # Old routing is measured on the expanded model; a start without expansion is not ours
-        is_read = run.config.moe_routing.hold_old or disk.keeps_start(run)
+        # Old routing and own stages read the expanded model; the start of the branch is not ours
+        is_read = run.config.moe_routing.hold_old or run.config.stages
         if branch.location != branch.start and not is_read:
             disk.remove(run, branch.location)
         return super().finish(run, branch)
