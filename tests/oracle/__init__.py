@@ -1,6 +1,6 @@
 """Independent oracles: stock transformers models, in float64 where an identity is tested."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,6 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gemma3 import modeling_gemma3
-
-from tritter.core.families import Model, unpack_all
 
 
 def tiny_llama(**changes: Any) -> LlamaForCausalLM:
@@ -118,12 +116,6 @@ def relative_difference(before: nn.Module, after: nn.Module, input_ids: Tensor) 
     """Return max |Δ logits| / std(logits)."""
     old, new = logits(before, input_ids), logits(after, input_ids)
     return float((old - new).abs().max() / old.std())
-
-
-def disk_tensors(model: Model, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return name on disk → tensor, for values (of a state, a mask) by name in memory."""
-    values = unpack_all(model.layout("live"), tensors)
-    return {t.disk_name: values[t.name] for t in model.tensors if t.name in values}
 
 
 def gradients(model: nn.Module, input_ids: Tensor) -> dict[str, Tensor]:

@@ -382,9 +382,9 @@ def _method_problems(config: RunConfig) -> Iterator[Problem]:
         if unknown := {*each.prepares, *each.leaves, *each.state} - STATE_KINDS.keys():
             reason = f"no call of `register` declares its state {', '.join(sorted(unknown))}"
             yield Problem("forgetting", one.name, reason=reason)
-        own = {n for n, each in vars(one.kind).items() if n[0] != "_" and callable(each)}
-        for name in sorted(own - {*dir(ForgettingMethod)}):
-            if near := get_close_matches(name, dir(ForgettingMethod), n=1, cutoff=0.9):
+        for name in sorted(vars(one.kind).keys() - {*dir(ForgettingMethod)}):
+            near = get_close_matches(name, dir(ForgettingMethod), n=1, cutoff=0.9)
+            if near and name[0] != "_" and callable(getattr(one.kind, name)):
                 reason = f"`{name}` resembles the hook {near[0]}; rename it, or begin it with _"
                 yield Problem("forgetting", one.name, reason=reason)
         if each.mixes and not hasattr(one.options, "fraction"):

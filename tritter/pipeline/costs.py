@@ -71,11 +71,10 @@ def time_line(run: Run) -> str:
     if dtype is not None:  # many times slower on a CPU without bfloat16
         with torch.autocast(run.device.type, dtype):
             trained = work / _seconds(model, batch)
-    seconds = {
-        name: flops / (trained if name in _IN_FIT else rate)
-        for name, flops in _flops(run, source).items()
-        if flops
-    }
+    seconds = dict[str, float]()
+    for name, flops in _flops(run, source).items():
+        if flops:
+            seconds[name] = flops / (trained if name in _IN_FIT else rate)
     for one, needs in zip(config.forgetting, needs_of(config.forgetting), strict=True):
         if needs.writes:
             num_passes, num_texts = SelfReplay.passes(one.options, length)
@@ -85,9 +84,11 @@ def time_line(run: Run) -> str:
         seconds["samples"] = num_passes * _seconds(model, rows[:1, :1])
     if (total := sum(seconds.values())) < _LONG:
         return ""
-    named = ", ".join(f"{_LABELS.get(n, n)} {_time_text(each)}" for n, each in seconds.items())
+    parts = list[str]()
+    for name, each in seconds.items():
+        parts.append(f"{_LABELS.get(name, name)} {_time_text(each)}")
     first = " for the first attempt" if len(config.attempts) > 1 else ""
-    return f"about {_time_text(total)}{first}, by one timed batch: {named}"
+    return f"about {_time_text(total)}{first}, by one timed batch: {', '.join(parts)}"
 
 
 def _window(run: Run, model: Model) -> int:
@@ -95,18 +96,6 @@ def _window(run: Run, model: Model) -> int:
     key, length = "max_position_embeddings", run.config.data.sequence_length
     is_longer = model.config.get(key) != run.data.model.config.get(key)
     return model.position_limit or length if is_longer else length
-
-
-def _trainings(run: Run, source: Model) -> Iterator[tuple[Model, Model, int, int]]:
-    """Yield (before, after, relative length, number of estimated importances) of each training."""
-    config = run.config
-    rounds = planned_rounds(config, source) if config.pipeline.target_params else ()
-    models = [shape.model for shape in rounds] or [grown_model(config, source)]
-    models *= 1 if rounds else len(run.data.text.tasks)
-    yield from ((before, after, 1, 1) for before, after in pairwise((source, *models)))
-    count = 1 if rounds else len(models)
-    of_control = range(count * config.control)
-    yield from ((source, source, len(models) // count, min(at, 1)) for at in of_control)
 
 
 def _flops(run: Run, source: Model) -> Mapping[str, float]:
@@ -131,8 +120,17 @@ def _flops(run: Run, source: Model) -> Mapping[str, float]:
     flops["pretraining (unless cached)"] = pretraining * config.data.batch_size * gathered * of_row
     flops["baseline (unless cached)"] = run.data.scoring.flops(forward_flops(source))
     options, new_rows = config.adaptation, sum(map(run.data.num_sequences, run.data.text.tasks[0]))
-    has_routers = any(getattr(each, "is_append", False) for each in config.expansion)
-    for before, after, times, estimates in _trainings(run, source):
+    has_routers = False
+    for spec in config.expansion:
+        has_routers |= getattr(spec, "is_append", False)
+    models = [grown_model(config, source)] * len(run.data.text.tasks)
+    if config.pipeline.target_params is not None:
+        models = [shape.model for shape in planned_rounds(config, source)]
+    count = 1 if config.pipeline.target_params else len(models)  # one control for all rounds
+    pairs = [*pairwise((source, *models)), *[(source, source)] * count * config.control]
+    for number, (before, after) in enumerate(pairs):
+        times = 1 if number < len(models) else len(models) // count
+        estimates = number != len(models)  # the control starts with those of the first attempt
         reading, window = forward_flops(after), _window(run, after)
         rows = gathered * batch_size_at(window, config)
         flops["importance"] += estimates * num_sampled * training_flops(before).of(length)
