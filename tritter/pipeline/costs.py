@@ -23,7 +23,7 @@ from tritter.training.callbacks import evaluation_flops
 
 _LONG = 30.0  # seconds; shorter runs have no estimate
 _MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-_IN_FIT = ("pretraining (unless cached)", "routers", "training", "validation")  # its precision
+_IN_FIT = ("pretraining (unless cached)", "routers", "training", "validation")  # by the Trainer
 _LABELS = {"importance": "importance of each parameter"}
 
 

@@ -76,7 +76,7 @@ def encode(value: Any, tensors: dict[str, Tensor], *, key_path: str) -> Any:
 
     Args:
         value: Data to encode.
-        tensors: Receives the tensors by their key path.
+        tensors: Receives the tensors by key path; large ones share memory with `value`.
         key_path: Dotted path of `value` in the checkpoint.
     """
     if isinstance(value, Tensor):

@@ -62,8 +62,8 @@ def disk_values(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[tupl
     shapes = {name: each.shape for name, each in model.named_parameters(remove_duplicate=False)}
     for name, value in values.items():
         if shapes.get(name) != value.shape:
-            reason = "which is the shape of no such parameter of the model"
-            raise TritterError(f"a method's state of {name} is {list(value.shape)}, {reason}.")
+            reason = "but the model has no parameter of this name and shape"
+            raise TritterError(f"a method returned state {list(value.shape)} of {name}, {reason}.")
     for stored in live_layout(model):
         if stored.name in values:
             for tensor, value in stored.unpack(values[stored.name].detach().cpu()):
