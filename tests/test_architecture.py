@@ -86,12 +86,12 @@ RATCHET = {
     "checkpoints": (12, 3_051),
     "cli": (21, 5_826),
     "config": (19, 5_148),
-    "core": (37, 11_905),
+    "core": (37, 11_898),
     "data": (26, 9_002),
     "evaluation": (16, 4_409),
     "integrations": (2, 801),
     "methods": (48, 12_475),
-    "pipeline": (31, 7_277),
+    "pipeline": (31, 7_272),
     "planning": (9, 2_121),
     "report": (15, 4_246),
     "storage": (10, 2_024),
@@ -100,7 +100,7 @@ RATCHET = {
 }
 # What there is to know; both may only fall: names of modules without an underscore, and classes
 # that only hold values
-MAX_PUBLIC_NAMES, MAX_RECORDS = 1_774, 325
+MAX_PUBLIC_NAMES, MAX_RECORDS = 1_773, 325
 # Capability → its modules, and most other modules that import them; the figures may only fall
 CAPABILITIES: dict[str, tuple[int, tuple[str, ...]]] = {
     "LoRA experts": (13, (

@@ -1,6 +1,6 @@
 """Independent oracles: stock transformers models, in float64 where an identity is tested."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gemma3 import modeling_gemma3
+
+from tritter.core.families import Model, unpack_all
 
 
 def tiny_llama(**changes: Any) -> LlamaForCausalLM:
@@ -125,3 +127,9 @@ def gradients(model: nn.Module, input_ids: Tensor) -> dict[str, Tensor]:
     loss = nn.functional.cross_entropy(output[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten())
     loss.backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def disk_tensors(model: Model, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return name on disk → tensor, for values (of a state, a mask) by name in memory."""
+    values = unpack_all(model.layout("live"), tensors)
+    return {t.disk_name: values[t.name] for t in model.tensors if t.name in values}

@@ -27,6 +27,7 @@ from tritter.training import (
     BaseModule,
     ForgettingMethod,
     Needs,
+    Prepared,
     Schedule,
     Setting,
     Trainee,
@@ -162,6 +163,15 @@ def test_state_of_no_parameter_is_refused(values: dict[str, torch.Tensor]) -> No
     (name,) = values
     with pytest.raises(TritterError, match=f"state .* of {name}, but the model has no"):
         dict(disk_values(torch.nn.Linear(3, 2, bias=False), values))
+
+
+def test_prepared_state_of_no_parameter_is_refused(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = Prepared(state={"omega": {"weigth": torch.ones(2)}})
+    monkeypatch.setattr(Outside, "prepare", lambda *_: prepared)
+    with pytest.raises(TritterError, match=r"state \[2\] of weigth, but the model has no"):
+        run(tmp_path / "run", cache)
 
 
 @pytest.mark.full

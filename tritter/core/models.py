@@ -39,7 +39,6 @@ from tritter.core.families import (
     find_family,
     on_disk,
     pack_all,
-    unpack_all,
     with_live_sizes,
 )
 from tritter.core.families.config_file import checked_config, errors_as
@@ -283,12 +282,6 @@ def live_tensors(model: Model, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
     """Return name in memory → tensor, for values (of a state, a mask) by their name on disk."""
     values = {t.name: tensors[t.disk_name] for t in model.tensors if t.disk_name in tensors}
     return pack_all(model.layout("live"), values)
-
-
-def disk_tensors(model: Model, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return name on disk → tensor, for values (of a state, a mask) by name in memory."""
-    values = unpack_all(model.layout("live"), tensors)
-    return {t.disk_name: values[t.name] for t in model.tensors if t.name in values}
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, end_of_text: str) -> None:

@@ -135,10 +135,9 @@ def _flops(run: Run, source: Model) -> Mapping[str, float]:
         rows = gathered * batch_size_at(window, config)
         flops["importance"] += estimates * num_sampled * training_flops(before).of(length)
         flops["expand"] += (after is not before) * run.data.scoring.flops(reading)
-        if after is not before and has_routers and options.router_update != "frozen":
-            most = -(-options.router_epochs * new_rows * length // (rows * window))
-            most = min(most, options.router_max_steps or most)
-            flops["routers"] += most * rows * 2 * reading.of(window)  # without those of weights
+        if after is not before and has_routers:
+            num_steps = options.router_steps(new_rows * length // window, rows)
+            flops["routers"] += num_steps * rows * 2 * reading.of(window)  # no gradients of weights
         learning = training_flops(after).of(window)
         flops["training"] += (steps * times * rows + num_refreshed) * learning
         if text is not None:

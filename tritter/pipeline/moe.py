@@ -1,6 +1,5 @@
 """MoE experts in a run: router losses, opening of new experts, and expert usage."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -50,14 +49,11 @@ def pending_experts(run: Run, branch: Branch) -> AddedExperts | None:
 def router_steps(run: Run, branch: Branch) -> int:
     """Return the number of steps of the router stage; 0 without one."""
     added, options = pending_experts(run, branch), run.config.adaptation
-    if added is None or added.step or options.router_update == "frozen":
+    if added is None or added.step:
         return 0
-    sequences = options.router_epochs * sum(
-        map(run.data.num_sequences, run.data.new_domains_of(branch))
-    )
+    sequences = sum(map(run.data.num_sequences, run.data.new_domains_of(branch)))
     of_step = run.data.batch_size * run.config.trainer.accumulate_grad_batches
-    steps = math.ceil(sequences / of_step)
-    return min(steps, options.router_max_steps or steps)
+    return options.router_steps(sequences, of_step)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from tests import oracle
 from tests.oracle import families as oracle_families
 from tritter.core.expansions import Dus, ExpansionSpec, Interpolate, Layers, LlamaPro, Stack, Width
 from tritter.core.families import Model
-from tritter.core.models import disk_tensors, read_model
+from tritter.core.models import read_model
 from tritter.transform import expand
 
 _SLIDING: dict[str, Any] = {
@@ -164,7 +164,7 @@ def test_every_parameter_of_an_identity_gets_a_gradient_within_two_steps(
         }
         optimizer.step()
     assert any(".5." in name for name in names)
-    touched = disk_tensors(read_model(result.folder), touched)
+    touched = oracle.disk_tensors(read_model(result.folder), touched)
     dead = {name: int((~mask).sum()) for name, mask in touched.items() if not bool(mask.all())}
     # Without rotary embeddings (half of the dimensions of gpt_neox), a constant added to all keys
     # changes no attention weights: the gradient is zero up to rounding

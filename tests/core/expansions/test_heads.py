@@ -12,7 +12,6 @@ from tests.oracle.families import DENSE, LAYER_NORM, OWN, RMS, STACKED, generic,
 from tritter.core.expansions import ExpansionSpec, LlamaPro, Width, build_steps
 from tritter.core.expansions.heads import _copy_heads, _split_heads, check_heads, head_maps
 from tritter.core.families import Config, Dimensions, Model
-from tritter.core.models import disk_tensors
 from tritter.core.parameter_map import Quantity, map_tensor
 from tritter.errors import RequestError
 
@@ -380,7 +379,7 @@ def test_every_parameter_gets_a_gradient_within_two_steps(
         optimizer.step()
     for mask in (mask for name, mask in touched.items() if name.endswith("wpe.weight")):
         mask[-1] = True  # the last token has no loss
-    touched = disk_tensors(Model(oracle_growth.config_of(grown)), touched)
+    touched = oracle.disk_tensors(Model(oracle_growth.config_of(grown)), touched)
     dead = {name: int((~mask).sum()) for name, mask in touched.items() if not bool(mask.all())}
     # Without rotary embeddings, a constant added to all keys changes no attention weights
     assert not [name for name in dead if not name.endswith("c_attn.k.bias")]

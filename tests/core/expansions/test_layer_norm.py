@@ -29,7 +29,7 @@ from tritter.core.expansions import (
     build_steps,
 )
 from tritter.core.families import Model
-from tritter.core.models import disk_tensors, live_tensors, read_model
+from tritter.core.models import live_tensors, read_model
 from tritter.core.parameter_map import AxisFactor, AxisMap, TensorMap
 from tritter.errors import RequestError, TritterError
 from tritter.storage.writer import TensorEntry, TensorStream
@@ -83,7 +83,7 @@ def test_new_heads_and_copies_get_a_gradient(family: str) -> None:
         optimizer.step()
     if family == "gpt2":
         gradients["transformer.wpe.weight"][-1] = 1.0  # the last token has no loss
-    by_name = disk_tensors(Model(oracle_growth.config_of(grown)), gradients)
+    by_name = oracle.disk_tensors(Model(oracle_growth.config_of(grown)), gradients)
     dead = {name for name, value in by_name.items() if not bool(value.ne(0).all())}
     # Without rotary embeddings (half of the dimensions of gpt_neox), a constant added to all keys
     # changes no attention weights: the gradient is zero up to rounding
@@ -308,7 +308,9 @@ def test_state_has_the_names_on_disk_and_follows(tmp_path: Path) -> None:
     """Anchors are mapped like weights, so they still equal the weights of the model."""
     model = tiny("gpt_neox")
     config = oracle_growth.config_of(model)
-    state = disk_tensors(Model(config), {name: p.detach() for name, p in model.named_parameters()})
+    state = oracle.disk_tensors(
+        Model(config), {name: p.detach() for name, p in model.named_parameters()}
+    )
     assert "embed_out.weight" in state
     again = live_tensors(Model(config), state)
     assert all(torch.equal(again[name], p) for name, p in model.named_parameters())

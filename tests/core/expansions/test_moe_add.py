@@ -33,7 +33,7 @@ from tritter.core.expansions import (
 )
 from tritter.core.expansions.targets import reach_parameters
 from tritter.core.families import Model
-from tritter.core.models import disk_tensors, load_model, read_model
+from tritter.core.models import load_model, read_model
 from tritter.core.parameter_map.carry import MOMENTS, STATE_KINDS, has_state, mapped_state
 from tritter.core.stock_routers import AddedExperts, RouterControl
 from tritter.errors import RequestError, TritterError
@@ -117,7 +117,7 @@ def test_gradients_of_replicas_are_the_mapped_gradients(tmp_path: Path, family: 
     with oracle.float64_casts():
         old = oracle.gradients(_stock64(tmp_path / "source"), oracle.tokens())
         new = oracle.gradients(_stock64(result.folder), oracle.tokens())
-    source, target = disk_tensors(Model(config), old), disk_tensors(step.target, new)
+    source, target = oracle.disk_tensors(Model(config), old), oracle.disk_tensors(step.target, new)
     rule = STATE_KINDS["exp_avg"]
     names = {
         t.name: t.disk_name

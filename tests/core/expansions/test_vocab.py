@@ -20,7 +20,7 @@ from tritter.checkpoints import Source, lineage_of
 from tritter.checkpoints.state import KeptSequences, read_state, write_state
 from tritter.core.expansions import LlamaPro, Vocab, Width
 from tritter.core.families import Model
-from tritter.core.models import disk_tensors, load_tokenizer, model_of, read_model, save_tokenizer
+from tritter.core.models import load_tokenizer, model_of, read_model, save_tokenizer
 from tritter.core.parameter_map import Fill, TensorMap, mapped
 from tritter.core.parameter_map.apply import new_rows
 from tritter.data.documents import Document
@@ -184,7 +184,7 @@ def test_moments_and_importances_follow(llama: Path, tmp_path: Path) -> None:
     kinds = {}
     for kind in ("exp_avg", "exp_avg_sq", "fisher", "anchor"):
         values = {n: torch.rand(p.shape, generator=draws) for n, p in model.named_parameters()}
-        kinds[kind] = TensorStream.of(disk_tensors(model_of(model), values).items())
+        kinds[kind] = TensorStream.of(oracle.disk_tensors(model_of(model), values).items())
     write_state(llama, kinds, step=3)
     expand(llama, tmp_path / "grown", [vocab()])
     old, new = (read_state(tmp_path / f) for f in ("base", "grown"))
@@ -395,7 +395,7 @@ def test_moments_of_rows_that_were_padding_are_those_of_new_rows(tmp_path: Path)
     source = written(tmp_path / "base", model, padding=20)
     values = {name: torch.rand(p.shape) for name, p in model.named_parameters()}
     kinds = {
-        kind: TensorStream.of(disk_tensors(model_of(model), values).items())
+        kind: TensorStream.of(oracle.disk_tensors(model_of(model), values).items())
         for kind in ("exp_avg", "exp_avg_sq", "fisher", "anchor")
     }
     write_state(source, kinds, step=3)

@@ -54,8 +54,7 @@ class QuadraticPenalty(ForgettingMethod):
             if name in importance:
                 self.anchor[name] = parameter.detach().clone()
                 # Squares of gradients are too small for float16
-                is_half = parameter.dtype == torch.float16
-                dtype = torch.float32 if is_half else parameter.dtype
+                dtype = torch.float32 if parameter.dtype == torch.float16 else parameter.dtype
                 self.importance[name] = importance[name].to(parameter.device, dtype)
 
     def importance_on(self, model: nn.Module, batches: Iterable[Tensor]) -> _Parameters:

@@ -105,8 +105,7 @@ def write_text(
                     progress(before + count, total)
 
             texts, costs = _texts(model, openings, length, sequence_length, draw, show=show)
-            sequences = begun(texts.view(-1, sequence_length), bounds)
-            pieces.append(sequences.int().cpu())
+            pieces.append(begun(texts.view(-1, sequence_length), bounds).int().cpu())
             nats.append(costs.view(-1, sequence_length).cpu())
     costs_NT = torch.cat(nats)[:num_sequences].double()
     counted = costs_NT.isfinite()

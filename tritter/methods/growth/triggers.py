@@ -431,8 +431,7 @@ class ScalingLaw(Trigger):
         since = view.step - len(view.losses) + 1
         settled = max(timing.warmup, since) - since
         curve = _fit_curve(view.losses[settled:], first_step=since + settled)
-        added = count * sum(view.neuron_parameters)
-        ratio = (view.parameters + added) / view.parameters
+        ratio = 1 + count * sum(view.neuron_parameters) / view.parameters
         if curve is None:
             return {}
         best = best_step(curve, step=view.step, max_steps=timing.max_steps, ratio=ratio)

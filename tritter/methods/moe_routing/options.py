@@ -52,6 +52,12 @@ class AdaptationOptions:
     distill_steps: Count = 100
     distill_temperature: Annotated[float, Field(gt=0)] = 2.0
 
+    def router_steps(self, num_sequences: int, batch_size: int) -> int:
+        """Return the steps of the router stage on a number of sequences of the new domain."""
+        steps = -(-self.router_epochs * num_sequences // batch_size)
+        steps = min(steps, self.router_max_steps or steps)
+        return 0 if self.router_update == "frozen" else steps
+
 
 def expert_problems(config: RunRequest, source: Model) -> Iterator[Problem]:
     """Yield keys of `moe_routing` and `adaptation` that would have no effect, or a wrong one.
@@ -118,9 +124,8 @@ def _adaptation_problems(config: RunRequest) -> Iterator[Problem]:
     grown = [s.name for s in config.expansion if s.expansion_type in ("depth", "width")]
     if adaptation.freeze_base and grown:
         reason = f"weights added by {' and '.join(grown)} would also be frozen; use "
-        yield Problem(
-            "adaptation.freeze_base", True, reason=f"{reason}adaptation.freeze_base=false"
-        )
+        reason += "adaptation.freeze_base=false"
+        yield Problem("adaptation.freeze_base", True, reason=reason)
     if adaptation.freeze_base and len(config.text.tasks) > 1:
         reason = "later tasks would train the whole model; use adaptation.freeze_base=false, or one"
         yield Problem("adaptation.freeze_base", True, reason=f"{reason} task")
@@ -130,8 +135,7 @@ def _adaptation_problems(config: RunRequest) -> Iterator[Problem]:
     if not adaptation.freeze_base:
         reason = "has no effect with adaptation.freeze_base = false"
     elif after >= steps:
-        reason = f"must be below training.max_steps = {steps}, or null for "
-        reason += "never"
+        reason = f"must be below training.max_steps = {steps}, or null for never"
     elif config.trainer.strategy != "auto":
         reason = "distributed training needs a fixed set of parameters; use "
         reason += "trainer=cpu or trainer=gpu"

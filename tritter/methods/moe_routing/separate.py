@@ -84,8 +84,7 @@ class SeparateExperts:
                 delattr(module, attribute)
                 base, new = (part.clone() for part in whole.detach().tensor_split([self.first_new]))
                 module.register_parameter(attribute + BASE, nn.Parameter(base, requires_grad=False))
-                needs_grad = whole.requires_grad
-                module.register_parameter(attribute + NEW, nn.Parameter(new, needs_grad))
+                module.register_parameter(attribute + NEW, nn.Parameter(new, whole.requires_grad))
             # During the forward pass the module has the whole tensor under its old name
             before = partial(_concatenate_parts, tuple(attributes))
             after = partial(_drop_whole, tuple(attributes))

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tritter.checkpoints.state import KeptSequences, read_state, write_state
-from tritter.core.models import disk_tensors, live_tensors, load_model
+from tritter.core.models import live_tensors, load_model
 from tritter.core.parameter_map.carry import StateKind
 from tritter.data.batches import lengthened, read_sequences, sample_equally, write_sequences
 from tritter.data.tokens import begun
@@ -32,6 +32,7 @@ from tritter.storage.tensors import TensorFolder
 from tritter.storage.writer import TensorStream
 from tritter.training import Needs, Preparation, Task, Values
 from tritter.training.forgetting_method import WRITTEN
+from tritter.training.parameters import disk_values
 from tritter.transform import state_stream
 
 _WRITTEN_FILE = "written.safetensors"
@@ -91,8 +92,7 @@ class Importance(Stage):
                 progress = new_bar(f"{method.name}: {work}")
                 prepared = method.prepare(replace(preparation, progress=progress))
             for kind in needs.prepares:
-                values = {name: value.cpu() for name, value in prepared.state[kind].items()}
-                kinds[kind] = TensorStream.of(disk_tensors(start.model, values).items())
+                kinds[kind] = TensorStream.of(disk_values(model, prepared.state[kind]))
             found |= {method.name: prepared.found} if prepared.found else {}
             notes += prepared.notes
             label = branch.label("importance")
