@@ -159,7 +159,7 @@ def test_a_stream_of_skills_is_told(tmp_path, monkeypatch, capsys):
     spawned = {"step": 7, "expert": "expert_1", "domain": "code", "score": 9.0, "threshold": 6.0}
     experts = {
         "names": ["base", "expert_1"],
-        "spawned": [spawned],
+        "spawned": [spawned, {"step": 9, "expert": "expert_2", "domain": "told"}],
         "usage": {"prose": {"base": 0.9, "expert_1": 0.1}, "code": {"expert_1": 1.0}},
         "usage_over_time": {"steps": [5, 10], "gates": {"base": [1, 0.2], "expert_1": [None, 0.8]}},
     }
@@ -169,8 +169,13 @@ def test_a_stream_of_skills_is_told(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path / "notebooks")
     _run(next(path for path in NOTEBOOKS if path.stem == "stream_of_skills"))
     out = capsys.readouterr().out
-    assert "step    7  expert_1  learns code, novelty 9.0 against 6.0" in out
+    assert "step    7  expert_1  learns code, novelty 9.0 against 6.0\n" in out
+    assert "step    9  expert_2  learns told\n" in out
     assert "-25.0 %" in out
+    summary["experts"] = {"kind": "single_lora", "names": ["expert_0"]}
+    (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    with pytest.raises(AssertionError, match="it was not run with experts=dylora"):
+        _run(next(path for path in NOTEBOOKS if path.stem == "stream_of_skills"))
 
 
 @pytest.mark.full

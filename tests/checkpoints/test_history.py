@@ -88,6 +88,8 @@ def test_a_child_with_the_same_tensors_is_no_parent(place: Path) -> None:
     shutil.rmtree(place / "wide")
     expand(place / "base", place / "long", [Context(target_length=512)])
     expand(place / "long", place / "longer", [Context(target_length=1024)])
+    expand(place / "base", place / "deeper", [LlamaPro()])
+    assert _names(read_chain(place / "deeper")) == ["base", "deeper"]
     shutil.rmtree(place / "base")
     links = read_chain(place / "long")
     assert _names(links) == ["long"]

@@ -112,6 +112,10 @@ def test_memory_is_told_and_grows_with_what_has_to_be_whole(run: Run, place: Pat
     assert 2 * largest < whole - rows < 50 * largest
     checked = run("expand base --method llama-pro --target-layers 6 --dry-run --json").json
     assert 2e8 < checked["memory_bytes"] - deep < 5e8
+    # The check comes after the writing: it is named only if it takes more
+    dry = "expand base --dry-run --method"
+    assert "step-0" in run(f"{dry} llama-pro").out
+    assert "step-0" not in run(f"{dry} {wide.removeprefix('--method ')} --width-init aki").out
 
 
 @pytest.mark.slow

@@ -138,6 +138,8 @@ def test_tasks_and_a_checkpoint_that_is_gone_on_with(
     assert mixture is not None and mixture.evidence is not None
     assert (mixture.evidence.prior, mixture.evidence.inner_prior) == (0.1, -2.0)
     assert again["experts"]["names"][: summary["experts"]["number"]] == summary["experts"]["names"]
+    assert summary["experts"]["domains"]["expert_1"] == "new"
+    assert again["experts"]["domains"].items() >= summary["experts"]["domains"].items()
 
 
 def continued(run_folder: Path, *words: str) -> list[str]:

@@ -23,6 +23,7 @@ def experts() -> dict[str, Any]:
             {"step": 60, "task": 1, "kind": "evicted", "expert": "expert_2", "why": "least used"},
             {"step": 80, "task": 2, "kind": "refused", "expert": "expert_4", "why": "the cooldown"},
         ],
+        "states": {"expert_1": "mature", "expert_3": "young"},
         "usage": {
             "prose": {"base": 0.98, "expert_1": 0.02, "expert_3": 0.0},
             "code": {"base": 0.1, "expert_1": 0.85, "expert_3": 0.05},

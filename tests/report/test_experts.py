@@ -66,6 +66,10 @@ def test_the_tables_have_each_expert_and_each_domain(summary: dict[str, Any]) ->
     assert "120 known, 6 new, 2 unsure, of which 4 trained nothing; 1 refused, last: the" in said
     assert "routed top-2 at temperature 0.5" in said
     assert "parameters 170 k → 532 k + 12.4 k experts" in said
+    of_end = {"domains": {"expert_1": "names"}, "states": {"expert_1": "frozen"}}
+    text = printed(summary | {"experts": experts() | {"spawned": [], "events": []} | of_end})
+    earlier = ["expert_1", "names", *["-"] * 4, "16", "44", "frozen"]
+    assert line_of(text[text.index("LoRA experts") :], "expert_1") == earlier, "of an earlier run"
     alone = {
         "kind": "single_lora",
         "number": 1,

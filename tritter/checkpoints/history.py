@@ -210,17 +210,18 @@ def _parent(child: Link, *, excluded: Collection[Path]) -> Link:
     assert child.lineage is not None and child.folder is not None
     lineage, expected = child.lineage, child.lineage.parent_hash
     hinted, own = _hint(child), child.folder.resolve()
+    made = [(each.timestamp, each.options) for each in lineage.expansion_history]
     candidates = [] if hinted is None or not hinted.is_dir() else [hinted]
     with suppress(OSError):
         # Hidden folders are incomplete: being written, or from a killed process
         near = sorted(path for path in own.parent.iterdir() if path.is_dir())
         candidates += [path for path in near if path != own and not path.name.startswith(".")]
     candidates = [folder for folder in candidates if folder not in excluded]
-    for folder in candidates:
-        link = _link_of(folder)
+    for link in map(_link_of, candidates):
         if link.lineage is None:
             continue
-        if len(link.lineage.expansion_history) > len(lineage.expansion_history):
+        first = [(each.timestamp, each.options) for each in link.lineage.expansion_history]
+        if first != made[: len(first)]:
             continue  # a child with the same tensors, as after `context`
         # The recorded hash, or the one computed from its digests
         if expected in (link.lineage.model_hash, merkle_hash(link.lineage.tensor_digests)):
@@ -341,8 +342,7 @@ def find_damage(folder: Path, digests: Mapping[str, str]) -> tuple[Damage, ...]:
             changes = list(checkpoint_changes(path))
             found += [Damage(location, detail) for detail in changes]
             if not changes and _checkpoint_digest(lineage_of(path)) != digest:
-                detail = f"{path} is not the checkpoint that the stage wrote"
-                found.append(Damage(location, detail))
+                found.append(Damage(location, f"{path} is not the checkpoint that the stage wrote"))
         else:
             try:
                 if file_digest(path) != digest:

@@ -604,7 +604,7 @@ def _disk_lines(room: DiskNeeds, destination: Path) -> list[tuple[str, str]]:
     parts += [f"state {size_text(room.state)}"] * bool(room.state)
     disk = f"{size_text(room.disk)} ({', '.join(parts)}), written once; {rest}"
     memory = f"at most {size_text(room.memory)}, including {size_text(room.process)} for Python"
-    memory += f" and {size_text(room.check)} for the step-0 check" if room.check else ""
+    memory += f" and {size_text(room.check)} for the step-0 check" * (room.check > room.in_flight)
     return [("disk", disk), ("memory", memory)]
 
 

@@ -35,9 +35,6 @@ _DRAWN = 24  # experts and domains of a picture
 _MAX_MARKED = 60  # spawns, and points of a curve that are marked
 _LABEL_CHARACTERS = 24
 _STYLES = ("-", "--", ":", "-.")
-_ENDS = ("evicted", "merged")
-# Kind of an event → state of the expert afterwards
-_STATES = {"spawned": "young", "mature": "mature", "frozen": "frozen"} | {e: e for e in _ENDS}
 
 
 def experts_table(experts: ExpertsRecord, *, most: int = _MAX_ROWS) -> Table:
@@ -49,19 +46,21 @@ def experts_table(experts: ExpertsRecord, *, most: int = _MAX_ROWS) -> Table:
     spawns = {spawn.expert: spawn for spawn in experts.spawned}
     names = tuple(dict.fromkeys((*experts.names, *spawns)))
     lines += filter(None, [omitted_note(len(names), most)])
+    ended = [event for event in experts.events if event.kind in ("evicted", "merged")]
+    gone = {event.gone or event.expert: event.kind for event in ended}
     rows = []
     for name in names[:most]:
         spawn = spawns.get(name, Spawn())
         cells = (
             name,
-            spawn.domain or MISSING,
+            spawn.domain or experts.domains.get(name) or MISSING,
             number_text(spawn.step),
             number_text(spawn.batches),
             number_text(spawn.score, ".3g"),
             number_text(spawn.threshold, ".3g"),
             number_text(experts.ranks.get(name)),
             _percent(experts.mean_usage(name)),
-            _state(experts, name, is_spawned=name in spawns),
+            experts.states.get(name, gone.get(name, "")),
         )
         rows.append(cells)
     return Table(
@@ -72,15 +71,6 @@ def experts_table(experts: ExpertsRecord, *, most: int = _MAX_ROWS) -> Table:
         caption="\n".join(lines),
         names={0: _NAME_CHARACTERS, 1: _NAME_CHARACTERS},
     )
-
-
-def _state(experts: ExpertsRecord, name: str, *, is_spawned: bool) -> str:
-    """Return young, mature, frozen, evicted or merged; empty if unknown."""
-    state = "young" if is_spawned else ""
-    for event in experts.events:
-        if name == (event.gone or event.expert):
-            state = _STATES.get(event.kind, state)
-    return "" if name in experts.names and state in _ENDS else state
 
 
 def usage_table(

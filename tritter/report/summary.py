@@ -240,6 +240,8 @@ class ExpertsRecord(Part):
         number: Number of adapters at the end.
         names: Names of the gates at the end, in order.
         usage: Domain → expert → mean gate on held-out data.
+        domains: Expert → domain that it was spawned on, also in an earlier run.
+        states: Expert → young, mature or frozen at the end.
         ranks: Expert → rank at the end.
         parameters: Parameters of the frozen base, and of adapters and router.
         batches: Verdict of the novelty detector → number of batches.
@@ -252,6 +254,8 @@ class ExpertsRecord(Part):
     events: Annotated[tuple[ExpertEvent, ...], _MAX_EXPERTS] = ()
     usage: Annotated[dict[str, _Shares], Field(max_length=_MAX_ITEMS)] = {}
     usage_over_time: ExpertHistory = ExpertHistory()
+    domains: dict[str, str] = {}
+    states: dict[str, str] = {}
     ranks: dict[str, _Count] = {}
     ranks_over_time: ExpertHistory = ExpertHistory()
     parameters: _Parameters = _Parameters()

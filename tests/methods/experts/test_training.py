@@ -104,6 +104,7 @@ def test_noise_widens_an_expert_but_hardly_ever_freezes_it(
         resumed.active = registry.active
         former = registry.state_dict()  # of an earlier version
         former["members"]["expert_1"] |= {"before": 2.0, "error": 0.1}
+        del former["members"]["expert_1"]["domain"]
         DynamicExperts(**values_of(options)).registry(max_steps=100).load_state_dict(former)
         found.append(registry.stalled(rank))
         assert resumed.stalled(rank) == found[-1]
@@ -242,6 +243,7 @@ def test_what_is_new_gets_an_expert_and_is_known_again(tmp_path: Path) -> None:
     assert spawned[0]["threshold"] == pytest.approx(3 * (BATCH / 16) ** 0.5)
     assert spawned[0]["score"] > 3
     assert report["batches"]["idle"] == 4, "two batches of each new skill, while that is decided"
+    assert report["states"] == {"expert_1": "mature", "expert_2": "mature"}
     assert [each for each in kinds(result) if each[0] == "mature"] == [
         ("mature", "expert_1"),
         ("mature", "expert_2"),
@@ -658,6 +660,7 @@ def test_who_learns_another_skill_is_trained_again(tmp_path: Path) -> None:
         ("frozen", "expert_1"),
         ("refused", "expert_1"),
     ]
+    assert result.reports["experts"]["states"] == {"expert_1": "mature"}, "not frozen any more"
     assert watching.moved[-1] == {"expert_1"}
 
 

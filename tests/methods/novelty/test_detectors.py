@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.methods.novelty.factories import SIZE, centre_of, drawn, library
-from tritter.errors import RequestError
+from tests.methods.novelty.factories import BATCH, SIZE, centre_of, drawn, library
+from tritter.errors import RequestError, TritterError
 from tritter.methods.novelty import NoveltyDetector, Observation, SkillLibrary
 from tritter.methods.novelty.library import (
     Projection,
@@ -279,6 +279,29 @@ def test_a_detector_from_outside_decides(generator: torch.Generator) -> None:
         novelty.observe(drawn(generator=generator, loss=loss)).kind for loss in (4, 4, 6, 6, 4)
     ]
     assert found == ["unsure", "known", "unsure", "new", "unsure"]
+
+
+@pytest.mark.parametrize(
+    ("skill", "values", "message"),
+    [
+        ("other", torch.ones(BATCH), "LongNovelty must return known skill → .* of other"),
+        ("", torch.ones(1), r"finite novelty of each of the \d+ sequences, not \[1.0\] of"),
+        ("", torch.ones(BATCH, 3), r"not \[\[1.0, 1.0, 1.0\]"),
+        ("", torch.full((BATCH,), math.nan), r"not \[nan, "),
+    ],
+)
+def test_a_detector_from_outside_with_a_mistake_is_refused(
+    generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    skill: str,
+    values: Tensor,
+    message: str,
+) -> None:
+    known = library(generator)
+    found = {skill or known.reference.name: values}
+    monkeypatch.setattr(LongNovelty, "against", lambda *_: found)
+    with pytest.raises(TritterError, match=message):
+        NoveltyDetector(known, detector=LongNovelty()).observe(drawn(generator=generator))
 
 
 def read_detector(value: object) -> Detector:

@@ -270,8 +270,14 @@ class ExpertCallback(Callback):
 
     def report(self) -> dict[str, Any]:
         """Return the report of experts, in the format of summary.json."""
-        batches = dict(self.registry.batches)
-        return {"events": self.events, "batches": batches, **self._usage_log.report()}
+        members = {name: each for name, each in self.registry.members.items() if name != FIRST}
+        return {
+            "events": self.events,
+            "batches": dict(self.registry.batches),
+            "domains": {name: each.domain for name, each in members.items() if each.domain},
+            "states": {name: each.state for name, each in members.items()},
+            **self._usage_log.report(),
+        }
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -318,12 +324,12 @@ class ExpertCallback(Callback):
         surgery.apply(trainer, module, spawn_change(mixture, name), reason="spawned")
         skill = self._skill or name
         registry.assign(skill, name)
+        registry.members[name].domain = domain = ", ".join(self._domains)
         self._add_sequences(module, name, novel.sequences)
-        found: dict[str, Any] = {"skill": skill, "domain": ", ".join(self._domains)}
+        found: dict[str, Any] = {"skill": skill, "domain": domain}
         if (decision := novel.decision) is not None and registry.detector is not None:
-            similarity = registry.detector.library[skill].similarity_at_creation
             found |= {
-                "similarity": dict(similarity),
+                "similarity": dict(registry.detector.library[skill].similarity_at_creation),
                 "score": decision.score,
                 "threshold": decision.threshold,
                 "batches": decision.num_batches,

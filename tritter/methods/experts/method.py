@@ -133,8 +133,7 @@ class Experts(Method, ABC):
         if options.base_bits is None:
             return 0
         linear = [t for t in model.layout("live") if t.layer is not None and len(t.shape) == 2]
-        each = of_one - _BITS[options.base_bits] / 8
-        return round(each * sum(prod(t.shape) for t in linear))
+        return round((of_one - _BITS[options.base_bits] / 8) * sum(prod(t.shape) for t in linear))
 
     def attach(self, trainee: Trainee, setting: Setting) -> None:
         """Train experts on a model instead of the model; add them if it has none."""

@@ -655,8 +655,7 @@ class ExpertMixture:
         if not hasattr(cache, _SEEN):
             cache.reorder_cache = partial(_reordered, cache, cache.reorder_cache)
         # Later tokens depend only on these
-        tail = self._seen[:, -self.evidence.window :]
-        setattr(cache, _SEEN, _Seen(tail, _num_tokens(cache)))
+        setattr(cache, _SEEN, _Seen(self._seen[:, -self.evidence.window :], _num_tokens(cache)))
 
     def _route(
         self, mix: _Mix, layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
@@ -679,8 +678,7 @@ class ExpertMixture:
     ) -> Gates:
         if self._excluded is not None:
             indices = torch.arange(len(self.names), device=logits.device)
-            is_excluded = indices == self.names.index(self._excluded)
-            logits = logits.masked_fill(is_excluded, -torch.inf)
+            logits = logits.masked_fill(indices == self.names.index(self._excluded), -torch.inf)
         return gates_of(logits, self.routing, is_training=is_training, is_dense=is_dense)
 
     def _only(self, tokens: Tensor, expert: str) -> Dispatch:

@@ -130,8 +130,7 @@ class ExpertModule(BaseModule):
             size = len(mixture.names)
             for key in ("weight", "bias"):
                 old = router.get_parameter(key)
-                shape_of_rows = (size, *old.shape[1:])
-                setattr(router, key, torch.nn.Parameter(old.new_zeros(shape_of_rows)))
+                setattr(router, key, torch.nn.Parameter(old.new_zeros((size, *old.shape[1:]))))
         top_k, temperature, capacity = saved["routing"]
         mixture.routing = Routing(top_k=top_k, temperature=temperature, capacity_factor=capacity)
         self.journal = [dict(entry) for entry in state["journal"]]

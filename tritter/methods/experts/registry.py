@@ -37,6 +37,7 @@ class _Member:
     is_mature: it was trained for `maturity_steps`.
     is_frozen: it is frozen, at least in part.
     is_whole: it is frozen as a whole.
+    domain: of the data that it was spawned on; empty if unknown.
     """
 
     steps: int = 0
@@ -46,6 +47,11 @@ class _Member:
     is_mature: bool = False
     is_frozen: bool = False
     is_whole: bool = False
+    domain: str = ""
+
+    @property
+    def state(self) -> str:
+        return "frozen" if self.is_frozen else "mature" if self.is_mature else "young"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -147,8 +153,7 @@ class ExpertRegistry:
     def record_step(self, loss: float, usage: Mapping[str, float]) -> None:
         """Record a step: its loss in nats per token, and the mean gate of each expert."""
         for name, member in self.members.items():
-            now = usage.get(name, 0.0)
-            member.usage = _USAGE_DECAY * member.usage + (1 - _USAGE_DECAY) * now
+            member.usage = _USAGE_DECAY * member.usage + (1 - _USAGE_DECAY) * usage.get(name, 0.0)
         if self.active is not None:
             member = self.members[self.active]
             member.steps += 1
@@ -310,7 +315,7 @@ class ExpertRegistry:
         """Restore the state that `state_dict` returned."""
         check_format(state, "experts: a state")
         self.members = {
-            name: _Member(**{key: each[key] for key in _Member.__slots__})
+            name: _Member(**{key: each[key] for key in _Member.__slots__ if key in each})
             for name, each in deepcopy(state["members"]).items()
         }
         for member in self.members.values():  # earlier versions kept the mean of that window

@@ -337,8 +337,7 @@ class ExpertFolder:
         (folder / TENSORS).parent.mkdir(exist_ok=True)
         save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
         (folder / TENSORS).chmod(0o644)  # as all files of a checkpoint
-        digest = file_digest(folder / TENSORS)
-        head = replace(self.head, extra=extra, tensors_sha256=digest)
+        head = replace(self.head, extra=extra, tensors_sha256=file_digest(folder / TENSORS))
         (folder / HEAD).write_text(record_text(head), encoding="utf-8")
 
     @classmethod

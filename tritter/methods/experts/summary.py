@@ -125,7 +125,9 @@ def experts_summary(
         for event in report["events"]
     ]
     spawned = [event for event in events if event["kind"] == "spawned"]
-    record |= {"spawned": spawned, "events": events, "batches": reports[-1]["batches"]}
+    record |= {"spawned": spawned, "events": events}
+    for key in ("batches", "domains", "states"):
+        record[key] = reports[-1].get(key, {})  # earlier versions lack the last two
     for name, values in (("usage_over_time", "gates"), ("ranks_over_time", "ranks")):
         parts = [report[name] for report in reports]
         steps = [step + before[n] for n, part in enumerate(parts) for step in part["steps"]]

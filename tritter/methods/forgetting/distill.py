@@ -128,8 +128,7 @@ def _divergence(log_p: Tensor, log_q: Tensor, top_k: int | None) -> tuple[Tensor
 
     if top_k is None or top_k >= log_p.shape[-1]:
         p = log_p.exp()
-        divergence = (p * (log_p - log_q)).sum()
-        return divergence, log_q.exp_().sub_(p)
+        return (p * (log_p - log_q)).sum(), log_q.exp_().sub_(p)  # in this order
     best, entries = log_p.topk(top_k, dim=-1)  # [n, k]
     p, q = log_p.exp(), log_q.exp()
     smallest = torch.finfo(p.dtype).tiny
@@ -212,8 +211,7 @@ class Distill(ForgettingMethod):
         mask = reading.get("attention_mask")
         lengths = self._lengths(model, batch)
         self._flops += forward_flops(model_of(self._teacher)).of_all(lengths)
-        tokens = torch.arange(length, device=rows.device)
-        positions = (length * rows[:, None] + tokens).flatten()
+        positions = (length * rows[:, None] + torch.arange(length, device=rows.device)).flatten()
         kept = kept_tokens(model, input_ids, mask)
         excluded = None
         if self.options.mask_gold:  # the next token; the last token of a row has none

@@ -203,8 +203,7 @@ class Freeze(ForgettingMethod):
             parameter = model.get_parameter(stored.name)
             if not parameter.requires_grad or not bool(mask.any()):
                 continue
-            is_embedding = tensors[0].kind in ("embed", "embed_positions")
-            outside = -1 if is_embedding else math.inf
+            outside = -1 if tensors[0].kind in ("embed", "embed_positions") else math.inf
             heights[stored.name] = outside if stored.layer is None else stored.layer
             if bool(mask.all()):
                 parameter.requires_grad_(False)
@@ -279,6 +278,5 @@ def _unfreezable_reason(selection: ParameterSelection, grown: tuple[Model, ...])
 
 def _tensors(model: Model) -> Iterator[tuple[LogicalTensor, bool]]:
     """Yield each tensor of a model, and whether the head is tied."""
-    tensors = model.tensors
-    is_tied = all(tensor.kind != "head" for tensor in tensors)
-    yield from ((tensor, is_tied) for tensor in tensors)
+    is_tied = all(tensor.kind != "head" for tensor in model.tensors)
+    yield from ((tensor, is_tied) for tensor in model.tensors)

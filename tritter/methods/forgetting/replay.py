@@ -269,8 +269,7 @@ class ReplayOptions:
 
 def _fraction_problems(name: str, options: Any, run: RunRequest) -> Iterator[Problem]:
     """Yield a problem if not one sequence of a run would be replayed."""
-    gathered = run.trainer.accumulate_grad_batches
-    sequences = run.training.max_steps * gathered * run.data.batch_size
+    sequences = run.training.max_steps * run.trainer.accumulate_grad_batches * run.data.batch_size
     if math.floor(sequences * options.fraction) < 1:
         reason = (
             f"of the {sequences} training sequences none would be replayed; "

@@ -240,8 +240,7 @@ def sample_rows(values: Tensor, count: int) -> Tensor:
 def _random_positions(size: int, count: int) -> Tensor:
     import torch
 
-    drawn = torch.randperm(size, generator=torch.Generator().manual_seed(size))
-    return drawn[:count].sort().values
+    return torch.randperm(size, generator=torch.Generator().manual_seed(size))[:count].sort().values
 
 
 class FfnObserver:
@@ -270,8 +269,7 @@ class FfnObserver:
         return gate.register_forward_pre_hook(self.before), down.register_forward_hook(self.after)
 
     def before(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        is_observed = module.training or not self._in_training
-        self._read = arguments[0].detach() if is_observed else None
+        self._read = arguments[0].detach() if module.training or not self._in_training else None
 
     def after(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
         if self._read is not None:

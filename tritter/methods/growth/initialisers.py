@@ -341,13 +341,11 @@ def _subspace(square: Tensor, start: Tensor) -> Tensor:
     """Return the leading eigenvectors of a symmetric matrix [H, H], by subspace iteration."""
     import torch
 
-    largest = square.abs().max().clamp_min(1e-30)
-    square = (square / largest).double()
+    square = (square / square.abs().max().clamp_min(1e-30)).double()
     basis = torch.linalg.qr(start[:, : square.shape[0]].double()).Q
     for _ in range(_POWER_STEPS):
         basis = torch.linalg.qr(square @ basis).Q
     _, turned = torch.linalg.eigh(basis.T @ square @ basis)
     found = basis @ turned.flip(1)
     # The sign is arbitrary, and rounding would decide it: processes add tokens in another order
-    largest_entries = found.gather(0, found.abs().argmax(dim=0, keepdim=True))
-    return (found * largest_entries.sign()).to(start)
+    return (found * found.gather(0, found.abs().argmax(dim=0, keepdim=True)).sign()).to(start)

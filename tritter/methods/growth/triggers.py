@@ -164,8 +164,7 @@ class Percentile(Trigger):
         rank = _rank(len(old), view.options.gradient_percentile)
         if not rank:
             return {}
-        threshold = old.topk(rank).values[-1]
-        chosen = (view.pressures > threshold).nonzero().squeeze(1).tolist()
+        chosen = (view.pressures > old.topk(rank).values[-1]).nonzero().squeeze(1).tolist()
         return dict.fromkeys(chosen, view.options.max_growth_per_step)
 
     def inactivity_reason(self, options: GrowthOptions, *, num_checks: int, num_layers: int) -> str:
@@ -205,8 +204,7 @@ class WithinLayer(Trigger):
         found = {}
         for layer, pressures in enumerate(view.neuron_pressures):
             threshold = torch.quantile(pressures.float(), view.options.gradient_percentile / 100)
-            count = int((pressures > threshold).sum())
-            found[layer] = min(count, view.options.max_growth_per_step)
+            found[layer] = min(int((pressures > threshold).sum()), view.options.max_growth_per_step)
         return {layer: count for layer, count in found.items() if count}
 
 

@@ -254,8 +254,7 @@ def train_new_experts(
     batches = LoaderBatches(domain_dataloader, epochs, replay=replay)
 
     def is_trained(tensor: LogicalTensor) -> bool:
-        is_new = tensor.expert in experts
-        return not freeze_base or is_new or (train_routers and is_router(tensor))
+        return not freeze_base or tensor.expert in experts or (train_routers and is_router(tensor))
 
     separated = separate_experts(model, experts[0]) if freeze_base else nullcontext()
     with separated, only_trainable(model, is_trained):

@@ -336,8 +336,7 @@ class SkillLibrary:
         """Return a skill's centre and covariance."""
         if name not in self._gaussians:
             skill, reference = self[name], self.reference
-            is_first = skill.name == reference.name
-            prior = None if is_first else reference.moments.shrunk_covariance()
+            prior = None if skill is reference else reference.moments.shrunk_covariance()
             self._gaussians[name] = _gaussian_of(skill.moments, prior)
         return self._gaussians[name]
 

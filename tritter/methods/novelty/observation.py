@@ -131,8 +131,7 @@ def observe(
     features_BH = (hidden_BTH * weight_BT1).sum(dim=1) / weight_BT1.sum(dim=1)
     losses_B = None
     if logits_BTV is not None:
-        targets_BT = torch.where(predicted, ids[:, 1:], IGNORED)
-        nats_B = nats_per_row(logits_BTV[:, :-1], targets_BT)
+        nats_B = nats_per_row(logits_BTV[:, :-1], torch.where(predicted, ids[:, 1:], IGNORED))
         losses_B = (nats_B / predicted.sum(dim=1).to(nats_B.device)).cpu()
     features_BH = features_BH.cpu()
     if (width := features_BH.shape[1]) > max_features:  # norms are preserved on average

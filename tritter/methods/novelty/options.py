@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from tritter.errors import TritterError, brief
 from tritter.options import Count, WholeNumber, options
 
 if TYPE_CHECKING:
@@ -95,6 +96,11 @@ class Detector(ABC):
         import torch
 
         against = self.against(seen, library)
+        for name, values in against.items():  # a detector from outside may get them wrong
+            if name not in library or values.shape != (len(seen),) or not values.isfinite().all():
+                reason = f"known skill → finite novelty of each of the {len(seen)} sequences"
+                found = f"{brief(values.tolist())} of {name}"
+                raise TritterError(f"{type(self).__name__} must return {reason}, not {found}.")
         by_skill = {name: float(values.mean()) for name, values in against.items()}
         nearest = min(by_skill, key=by_skill.__getitem__)
         samples = self.samples_against(seen, library)
