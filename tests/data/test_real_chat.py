@@ -42,7 +42,7 @@ def test_plain_instructions_on_smollm2() -> None:
             assert ids_of(row[start : start + 5]).tolist() == header
     held_out = tokenise(documents, inner.tokenizer, chat=chat, max_tokens_per_document=64)
     assert scored_text(held_out).endswith("of 200 of 200 conversations")
-    assert "200 of them exceed 64" in scoring_note(
+    assert "Longer than 64 tokens and not read whole: 200." in scoring_note(
         "new", held_out, sequence_length=128, max_tokens=64
     )
     assert {each.document for each in windows_of(tokens, sequence_length=128, bounds=bounds)} == {

@@ -191,7 +191,7 @@ def test_long_prompts_are_scored_and_cuts_are_counted(
     assert score["n"] == counts["validation"]
     notes = [note for note in summary["notes"] if note.startswith("new: ")]
     assert any("and are cut" in note for note in notes)
-    assert any("exceed 64 tokens" in note for note in notes)
+    assert any("Longer than 64 tokens" in note for note in notes)
     assert all(" ".join(note.split()) in printed for note in notes)
     assert "scored new: answers only" in printed
     with pytest.raises(RequestError, match=r"data\.sequence_length = 9: none of .* needs 1"):

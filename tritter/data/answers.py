@@ -212,8 +212,8 @@ def scoring_note(
     note = f"{name}: scores count {scored_text(documents)}."
     if num_long:
         note += (
-            f" {num_long:,} of them exceed {min(sequence_length, max_tokens):,} tokens and are "
-            "not read whole: an answer follows as much of the end of its prompt as fits."
+            f" Longer than {min(sequence_length, max_tokens):,} tokens and not read whole: "
+            f"{num_long:,}. An answer follows as much of the end of its prompt as fits."
         )
     return note
 
