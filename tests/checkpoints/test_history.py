@@ -118,6 +118,8 @@ def test_a_parent_that_is_not_there_is_known_by_its_hash(place: Path) -> None:
 def test_another_model_in_the_parents_place_is_not_the_parent(place: Path) -> None:
     expand(place / "base", place / "wide", [Width(init="net2net")], overwrite=True)
     assert _names(read_chain(place / "deep")) == [None, "deep"]
+    expand(place / "base", place / "wide", [Width(), LlamaPro()], overwrite=True)  # as before
+    assert _names(read_chain(place / "deep")) == ["base", "wide", "deep"]
 
 
 def test_training_makes_a_link_without_expansions(place: Path) -> None:

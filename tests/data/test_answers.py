@@ -84,12 +84,14 @@ def test_the_scored_part_is_counted() -> None:
     assert text.endswith("of 3 of 4 conversations")
     assert unanswered_note("new", (documents, documents)).endswith(": 2 of 8 conversations.")
     limits = {"sequence_length": 64, "max_tokens": 1024}
-    assert "Longer than 64 tokens and not read whole: 2." in scoring_note("new", documents, **limits)
+    assert "Longer than 64 tokens and not read whole: 2." in scoring_note(
+        "new", documents, **limits
+    )
     cut = tokenised(RECORDS, chat, limit=50)
     note = scoring_note("new", cut, sequence_length=64, max_tokens=50)
     assert "of 3 of 3 conversations" in note
     assert "Longer than 50 tokens and not read whole: 2." in note
-    assert "exceed" not in scoring_note("new", tokenised(RECORDS[:1], chat), **limits)
+    assert "Longer than" not in scoring_note("new", tokenised(RECORDS[:1], chat), **limits)
     everything = scored_text(tokenised(RECORDS, Chat(tokenizer(), "all")))
     assert everything.startswith("all tokens, ")
 

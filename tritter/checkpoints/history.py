@@ -210,7 +210,7 @@ def _parent(child: Link, *, excluded: Collection[Path]) -> Link:
     assert child.lineage is not None and child.folder is not None
     lineage, expected = child.lineage, child.lineage.parent_hash
     hinted, own = _hint(child), child.folder.resolve()
-    made = [(each.timestamp, each.options) for each in lineage.expansion_history]
+    made = [(each.method, each.options) for each in lineage.expansion_history]
     candidates = [] if hinted is None or not hinted.is_dir() else [hinted]
     with suppress(OSError):
         # Hidden folders are incomplete: being written, or from a killed process
@@ -220,7 +220,7 @@ def _parent(child: Link, *, excluded: Collection[Path]) -> Link:
     for link in map(_link_of, candidates):
         if link.lineage is None:
             continue
-        first = [(each.timestamp, each.options) for each in link.lineage.expansion_history]
+        first = [(each.method, each.options) for each in link.lineage.expansion_history]
         if first != made[: len(first)]:
             continue  # a child with the same tensors, as after `context`
         # The recorded hash, or the one computed from its digests

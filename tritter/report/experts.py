@@ -47,7 +47,8 @@ def experts_table(experts: ExpertsRecord, *, most: int = _MAX_ROWS) -> Table:
     names = tuple(dict.fromkeys((*experts.names, *spawns)))
     lines += filter(None, [omitted_note(len(names), most)])
     ended = [event for event in experts.events if event.kind in ("evicted", "merged")]
-    gone = {event.gone or event.expert: event.kind for event in ended}
+    states = {event.gone or event.expert: event.kind for event in ended}
+    states |= dict.fromkeys(experts.names, "") | experts.states  # a name may be used again
     rows = []
     for name in names[:most]:
         spawn = spawns.get(name, Spawn())
@@ -60,7 +61,7 @@ def experts_table(experts: ExpertsRecord, *, most: int = _MAX_ROWS) -> Table:
             number_text(spawn.threshold, ".3g"),
             number_text(experts.ranks.get(name)),
             _percent(experts.mean_usage(name)),
-            experts.states.get(name, gone.get(name, "")),
+            states.get(name, ""),
         )
         rows.append(cells)
     return Table(

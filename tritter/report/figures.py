@@ -512,8 +512,7 @@ def _growth(lines: Sequence[Line]) -> list[Figure]:
         for draw in drawn:
             figure, axes = panel(height=2.9)
             draw(axes, growth, end=run.last_steps)
-            what = axes.get_title()
-            axes.set_title(wrap_text(f"{run.name}: {what}"), fontsize=9)
+            axes.set_title(wrap_text(f"{run.name}: {axes.get_title()}"), fontsize=9)
             if draw is draw_neurons and growth.events:
                 figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=7.5)
             made.append(figure)

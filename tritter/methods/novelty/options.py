@@ -78,7 +78,7 @@ class Detector(ABC):
 
     @abstractmethod
     def against(self, seen: Observation, library: SkillLibrary) -> Mapping[str, Tensor]:
-        """Return skill → novelty of each sample relative to it, float64 [B]; larger is newer.
+        """Return skill → novelty of each sample relative to it, finite float64 [B]; larger: newer.
 
         Skills that are excluded as candidates may be omitted.
         """
