@@ -10,6 +10,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -428,6 +429,43 @@ def test_compute_saved_runs_and_is_summarised(
             assert set(next(csv.reader(file))) == _columns(
                 name, folder=FOLDER.parent / COMPUTE_SAVED
             )
+
+
+@pytest.mark.full
+def test_a_killed_run_of_compute_saved_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = importlib.import_module(f"experiments.{COMPUTE_SAVED}.compute_saved")
+    arms = sys.modules["compute_arms"]
+    monkeypatch.setattr(arms, "SEQUENCE_LENGTH", 16)
+    monkeypatch.setattr(
+        arms, "stdlib_corpus", lambda *, seed, cache_dir, **_: _small_corpus(seed, cache_dir)
+    )
+    size = arms.Size(layers=1, steps=10, eval_every=2, eval_sequences=4, batch_size=2)
+    paths = {"stack": arms.growth_paths(size)["stack"]}
+    rates = dict.fromkeys(("small", "scratch_depth", "stack"), 3e-3)
+
+    def run(name: str, work: Path | None) -> list[dict[str, str]]:
+        table = experiment.Table(tmp_path / name, experiment.Row, work=work)
+        experiment.run(arms.Seed(0, size, cache_dir=tmp_path), table, rates, paths=paths)
+        return [{**row, "seconds": ""} for row in rows_of(table.path)]
+
+    whole, work = run("whole.csv", None), tmp_path / "work"
+    work.mkdir()
+    train = arms.Training.advance
+    for steps in (4, 3, 9):
+        times = iter(range(steps))
+
+        def killed(training: Any, *words: Any, _times: Any = times, **names: Any) -> None:
+            if next(_times, None) is None:
+                raise KeyboardInterrupt
+            train(training, *words, **names)
+
+        monkeypatch.setattr(arms.Training, "advance", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run("killed.csv", work)
+    monkeypatch.setattr(arms.Training, "advance", train)
+    assert run("killed.csv", work) == whole
 
 
 @pytest.mark.full

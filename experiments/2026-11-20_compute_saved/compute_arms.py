@@ -9,7 +9,9 @@ import copy
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +19,9 @@ from torch import Tensor, nn
 from tritter.core.expansions import Dus, ExpansionSpec, LlamaPro, Moe, Width
 from tritter.core.families import Config, Model, family_of, training_flops
 from tritter.core.models import model_of, new_model
+from tritter.data import built_in
 from tritter.data.batches import SequenceStream
-from tritter.data.corpus import Corpus, stdlib_corpus
+from tritter.data.corpus import Corpus, build_corpus, stdlib_corpus
 from tritter.data.tokens import END_OF_TEXT, TextBounds, pack
 from tritter.methods.moe_routing.objective import RoutingObjective
 from tritter.methods.moe_routing.options import RoutingOptions
@@ -34,7 +37,11 @@ AVERAGE_DECAY = 0.99
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """What a run costs: the small model, steps from scratch, batch."""
+    """What a run costs: the small model, steps from scratch, batch.
+
+    `library`: an installed package whose Python sources are the data, instead of the embedded
+    corpus. `precision`: `32` or `bf16` (autocast of training).
+    """
 
     layers: int = 2
     hidden_size: int = 32
@@ -43,6 +50,8 @@ class Size:
     eval_every: int = 40
     eval_sequences: int = 96
     vocab_size: int = 1024
+    library: str = ""
+    precision: str = "32"
 
     @property
     def batch_tokens(self) -> int:
@@ -101,9 +110,11 @@ class Training:
         stream: SequenceStream,
         *,
         rate: float,
+        precision: str = "32",
         step: int = 0,
         flops_before: float = 0.0,
     ) -> None:
+        self.precision = precision
         self.model = model.train()
         self.average = copy.deepcopy(model)
         self.stream = stream
@@ -167,12 +178,29 @@ class Training:
             model,
             copy.deepcopy(self.stream),
             rate=rate,
+            precision=self.precision,
             step=self.step,
             flops_before=self.flops,
         )
 
+    def save(self, path: Path) -> None:
+        """Write what a killed training continues from."""
+        parts = self.model, self.average, self.optimizer, self.stream
+        states = [part.state_dict() for part in parts]
+        partial = path.with_suffix(".partial")
+        torch.save([*states, self.step, self.own_flops, self.seconds], partial)
+        partial.replace(path)
+
+    def load(self, path: Path) -> None:
+        """Continue from a saved state."""
+        *states, self.step, self.own_flops, self.seconds = torch.load(path, weights_only=True)
+        parts = self.model, self.average, self.optimizer, self.stream
+        for part, state in zip(parts, states, strict=True):
+            part.load_state_dict(state)
+
     def _loss(self, batch: Tensor) -> Tensor:
-        loss = self.model(input_ids=batch, labels=batch, use_cache=False).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
+            loss = self.model(input_ids=batch, labels=batch, use_cache=False).loss
         if self.routers is not None:
             loss = loss + self.routers.weighted(self.routers.terms({"input_ids": batch}))
         return loss
@@ -190,13 +218,7 @@ class Seed:
 
     def __init__(self, seed: int, size: Size, *, cache_dir: Path) -> None:
         self.seed, self.size = seed, size
-        corpus = stdlib_corpus(
-            vocab_size=size.vocab_size,
-            validation_fraction=0.2,
-            max_validation_tokens_per_document=2000,
-            seed=seed,
-            cache_dir=cache_dir,
-        )
+        corpus = _corpus(seed, size, cache_dir=cache_dir)
         self.config = small_config(size, vocab_size=corpus.tokenizer.get_vocab_size())
         self.train = torch.cat(list(_packed(corpus, side="train")))
         half = size.eval_sequences // 2
@@ -207,7 +229,7 @@ class Seed:
         """Return a training from scratch; data come in the same order in every arm."""
         stream = SequenceStream(self.train, seed=derived_seed(self.seed, "order"))
         model = new_model(Model(config), seed=derived_seed(self.seed, "initialisation", name))
-        return Training(model, stream, rate=rate)
+        return Training(model, stream, rate=rate, precision=self.size.precision)
 
     @torch.inference_mode()
     def loss(self, model: nn.Module) -> float:
@@ -217,6 +239,23 @@ class Seed:
             for batch in torch.split(self.validation, 32)
         ]
         return sum(losses) / len(self.validation)
+
+
+def _corpus(seed: int, size: Size, *, cache_dir: Path) -> Corpus:
+    options: dict[str, Any] = {
+        "vocab_size": size.vocab_size,
+        "validation_fraction": 0.2,
+        "max_validation_tokens_per_document": 2000,
+        "seed": seed,
+        "cache_dir": cache_dir,
+    }
+    if not size.library:
+        return stdlib_corpus(**options)
+    found = find_spec(size.library)
+    assert found is not None and found.submodule_search_locations is not None
+    text = built_in.gather(Path(found.submodule_search_locations[0]))
+    domains = {"prose": built_in.distinct(text.prose), "code": built_in.distinct(text.code)}
+    return build_corpus(domains, origin=f"Python sources of {size.library}", **options)
 
 
 def _packed(corpus: Corpus, *, side: str) -> Iterator[Tensor]:

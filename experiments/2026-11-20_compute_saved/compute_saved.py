@@ -4,7 +4,8 @@
     python experiments/2026-11-20_compute_saved/compute_saved.py run --seeds 0 1 2
 
 `tune` finds the learning rate of every arm on a seed that is not reported (tuning.csv); `run`
-trains all arms of each seed at them and writes one row per measured loss (curves.csv).
+trains all arms of each seed at them and writes one row per measured loss (curves.csv). With
+`--work`, a killed run continues from the last measurement of each arm.
 """
 
 import os
@@ -80,10 +81,13 @@ class Goal:
 
 
 class Table:
-    """A CSV that grows row by row, so that a run that is stopped has written what it knows."""
+    """A CSV that grows row by row, so that a run that is stopped has written what it knows.
 
-    def __init__(self, path: Path, kind: type) -> None:
-        self.path, self.names = path, [field.name for field in fields(kind)]
+    `work`: a folder for states of trainings.
+    """
+
+    def __init__(self, path: Path, kind: type, *, work: Path | None = None) -> None:
+        self.path, self.names, self.work = path, [field.name for field in fields(kind)], work
         if not path.exists():
             with path.open("w", encoding="utf-8", newline="") as file:
                 csv.writer(file, lineterminator="\n").writerow(self.names)
@@ -106,23 +110,53 @@ class Arm:
     data: Seed
     table: Table
 
+    def __post_init__(self) -> None:
+        state = self._state()
+        if state is not None and state.is_file():
+            self.training.load(state)
+
+    def _state(self, part: str = "") -> Path | None:
+        name = f"{self.data.seed}-{self.name}-{self.target}-{self.training.born}{part}.pt"
+        return self.table.work and self.table.work / name
+
     def follow(self, until: int) -> float:
         """Train to a step, measure along the way, and return the last loss."""
-        training, size, loss = self.training, self.data.size, float("nan")
+        training, size, loss = self.training, self.data.size, None
         while training.step < until:
             left = size.eval_every - training.step % size.eval_every
             training.stable(min(left, until - training.step), batch_size=size.batch_size)
             loss = self.record(training, "average")
-        return loss
+        return self.data.loss(training.average) if loss is None else loss
 
-    def decay(self, steps: int) -> float:
-        """Measure what the arm would be if it decayed now."""
+    def snapshot(self, step: int) -> Training:
+        """Return a copy of the training at a step."""
+        state = self._state(f"-{step}")
+        copied = copy.deepcopy(self.training)
+        if state is not None and state.is_file():
+            copied.load(state)
+            return copied
+        self.follow(step)
+        if state is not None:
+            self.training.save(state)
+        return copy.deepcopy(self.training)
+
+    def decay(self, steps: int, *, at: int) -> None:
+        """Train to a step, and measure what the arm would be if it decayed there, once."""
+        self.follow(at)
+        done = self._state(f"-decayed-{at}")
+        if done is not None and done.is_file():
+            return
         branch = self.training.decayed(steps, batch_size=self.data.size.batch_size)
-        return self.record(branch, "decayed")
+        self.record(branch, "decayed")
+        if done is not None:
+            done.touch()
 
     def record(self, training: Training, kind: str) -> float:
         model = training.average if kind == "average" else training.model
         loss = self.data.loss(model)
+        state = self._state() if training is self.training else None
+        if state is not None:
+            training.save(state)
         self.table.add(
             Row(
                 seed=self.data.seed,
@@ -156,8 +190,7 @@ def run(
     )
     snapshots = {}
     for step in growing_steps:
-        small.follow(step)
-        snapshots[step] = copy.deepcopy(small.training)
+        snapshots[step] = small.snapshot(step)
     goals = {}
     for name, specs in {path.target: path.specs for path in paths.values()}.items():
         goals[name] = from_scratch(data, table, name, specs, rate=rates[f"scratch_{name}"])
@@ -179,8 +212,7 @@ def from_scratch(
     training = data.new(target_model(Model(data.config), specs).config, rate=rate, name=name)
     arm = Arm(name="scratch", target=name, training=training, data=data, table=table)
     decay_steps = round(DECAY_RATIO * size.steps)
-    arm.follow(size.steps - decay_steps)
-    arm.decay(decay_steps)
+    arm.decay(decay_steps, at=size.steps - decay_steps)
     loss = arm.follow(size.steps)
     return Goal(loss=loss, flops=training.flops)
 
@@ -190,18 +222,15 @@ def to_goal(arm: Arm, goal: Goal, *, is_late: bool) -> None:
 
     The branch ends at the tokens of from-scratch.
     """
-    size, loss = arm.data.size, float("inf")
-    arm.record(arm.training, "average")
-    decay_steps = round(DECAY_RATIO * size.steps)
-    branch_at = size.steps - decay_steps if is_late else 0
-    while arm.training.step < branch_at or (
-        loss > goal.loss and arm.training.flops < MAX_COMPUTE * goal.flops
-    ):
-        step = arm.training.step
-        until = step + size.eval_every
-        loss = arm.follow(min(until, branch_at) if step < branch_at else until)
-        if arm.training.step == branch_at:
-            arm.decay(decay_steps)
+    size, training = arm.data.size, arm.training
+    if training.step == training.born:
+        arm.record(training, "average")
+    if is_late:
+        decay_steps = round(DECAY_RATIO * size.steps)
+        arm.decay(decay_steps, at=size.steps - decay_steps)
+    loss = arm.follow(training.step)
+    while loss > goal.loss and training.flops < MAX_COMPUTE * goal.flops:
+        loss = arm.follow((training.step // size.eval_every + 1) * size.eval_every)
 
 
 def control(small: Arm, budgets: Sequence[float]) -> None:
@@ -211,8 +240,7 @@ def control(small: Arm, budgets: Sequence[float]) -> None:
     for budget in budgets:
         steps = round(budget / per_step)
         decay_steps = round(DECAY_RATIO * steps)
-        small.follow(steps - decay_steps)
-        small.decay(decay_steps)
+        small.decay(decay_steps, at=steps - decay_steps)
     small.follow(round(budgets[-1] / per_step))
 
 
@@ -272,8 +300,11 @@ def arguments() -> argparse.Namespace:
     names = list(growth_paths(Size()))
     parser.add_argument("--paths", nargs="+", choices=names, default=names, help="default: all")
     for field in fields(Size):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
+        name = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(name, type=type(field.default), default=field.default)
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the tables")
+    parser.add_argument("--work", type=Path, help="folder for states, from which a run continues")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cache-dir", type=Path, default=Path.home() / ".cache" / "tritter")
     return parser.parse_args()
 
@@ -281,7 +312,9 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     asked = arguments()
     size = Size(**{field.name: getattr(asked, field.name) for field in fields(Size)})
-    torch.set_num_threads(1)  # so that equal seeds give equal rows
+    torch.set_num_threads(asked.threads)  # equal seeds give equal rows with one thread
+    for folder in filter(None, (asked.output, asked.work)):
+        folder.mkdir(parents=True, exist_ok=True)
     tuning = asked.output / "tuning.csv"
     paths = {name: path for name, path in growth_paths(size).items() if name in asked.paths}
     for seed in asked.seeds:
@@ -289,7 +322,7 @@ def main() -> None:
         if asked.what == "tune":
             tune(data, Table(tuning, Tuned), paths=paths)
         else:
-            curves = Table(asked.output / "curves.csv", Row)
+            curves = Table(asked.output / "curves.csv", Row, work=asked.work)
             run(data, curves, read_rates(tuning), paths=paths)
 
 
