@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import matplotlib
@@ -177,6 +178,25 @@ def test_a_stream_of_skills_is_told(tmp_path, monkeypatch, capsys):
     (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     with pytest.raises(AssertionError, match="it was not run with experts=dylora"):
         _run(next(path for path in NOTEBOOKS if path.stem == "stream_of_skills"))
+
+
+def test_own_files_are_taught_too(tmp_path, monkeypatch, capsys):
+    """They have no accuracy; the skills of the notebook may be gone."""
+    monkeypatch.setattr(
+        "tritter.run", lambda *words: SimpleNamespace(status="kept", folder=tmp_path)
+    )
+    summary = _summary(expansion=[], rise=0.01, change_of_new=-0.25)
+    summary["baseline"]["identity"] = summary["attempts"][0]["final"]["identity"] = {
+        "accuracy": 0.4
+    }
+    (tmp_path / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    notebook = next(path for path in NOTEBOOKS if path.stem == "teach_an_instruct_model")
+    code = [cell for cell in _cells(notebook) if cell["cell_type"] == "code"]
+    namespace: dict[str, Any] = {}
+    for cell in code[:-1]:  # the last one loads the checkpoint
+        exec("".join(cell["source"]), namespace)
+    assert capsys.readouterr().out == "identity   before 40%, plain 40%, careful 40%\n"
+    assert set(namespace["changes"]) == {"plain", "careful"}
 
 
 @pytest.mark.full

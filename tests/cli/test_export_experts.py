@@ -121,6 +121,8 @@ def test_a_mixture_becomes_one_adapter(run: Run, place: Path, mixture: ExpertMix
 
 
 def test_a_mixture_becomes_a_plain_model(run: Run, place: Path, mixture: ExpertMixture) -> None:
+    scored = replace(lineage_of(place / "whole"), benchmark_scores={"prose": 1.5})
+    write_lineage(place / "whole", scored, read_model(place / "whole").config)
     result = run("export --checkpoint whole --output out --merge --dtype float32 --json")
     assert result.code == 0, result.err
     expected = merged_by_hand(stock(place / "root"), mixture, GATES)
@@ -130,6 +132,7 @@ def test_a_mixture_becomes_a_plain_model(run: Run, place: Path, mixture: ExpertM
     assert not {"experts", "state", "tritter.json"} & names
     card = (place / "out/README.md").read_text()
     assert "LoRA experts are merged into these weights with gates base 0.35, e0 0.05" in card
+    assert "1.5000" not in card  # the loss of the mixture
     assert "lossy" in run("export --checkpoint whole --output two --merge").out
     assert run("expand --checkpoint out --method dus --dry-run").code == 0
 

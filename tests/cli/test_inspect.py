@@ -208,6 +208,9 @@ def test_what_lies_beside_the_weights_is_told(run: Run, place: Path) -> None:
     assert run("inspect base --json").json["beside"] == beside
     text = run("inspect base").out
     assert "other files  tokenizer.json" in text and "no tokenizer" not in text
+    (place / "base" / "NOTICE").write_text("Copyright")
+    assert run("inspect base --json").json["beside"] == [*beside, "NOTICE"]
+    (place / "base" / "NOTICE").unlink()
     (place / "base" / "tokenizer.json").unlink()
     assert "no tokenizer.json, which training needs" in run("inspect base").out
     for name in beside[1:]:

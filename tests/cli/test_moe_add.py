@@ -1,6 +1,7 @@
 """More experts on the command line: expand, look at it, export it or be told why not."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 from tests.cli.conftest import Run, snapshot
 from tests.core.stock_routers.models import num_experts, tiny_moe
 from tests.oracle import logits, relative_difference, saved, stock, tokens
-from tritter.checkpoints import read_lineage
-from tritter.core.models import load_model
+from tritter.checkpoints import lineage_of, read_lineage, write_lineage
+from tritter.core.models import load_model, read_model
 from tritter.core.stock_routers import AddedExperts, stock_obstacle
 
 ADD = "expand --checkpoint base --method moe-add"
@@ -101,10 +102,14 @@ def test_export_refuses_closed_experts_and_leaves_them_out_when_asked(run: Run, 
     for words in ("experts 4 to 5", "-inf", "--drop-new-experts"):
         assert words in refused.err
     assert snapshot(base.parent) == before
+    grown = base.with_name("base-moe-add")
+    scored = replace(lineage_of(grown), benchmark_scores={"prose": 1.5})
+    write_lineage(grown, scored, read_model(grown).config)
     result = run("export --checkpoint base-moe-add --output out --drop-new-experts --dtype float32")
     assert result.code == 0 and "without the 2 appended experts" in result.out
     out = base.with_name("out")
-    assert "not fully open" not in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "not fully open" not in card and "1.5000" not in card
     dropped = stock(out)
     assert num_experts(dropped) == 4
     assert torch.equal(logits(dropped, tokens()), logits(stock(base), tokens()))

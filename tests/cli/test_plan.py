@@ -191,6 +191,9 @@ def test_what_the_commands_need_is_told(run: Run, place: Path) -> None:
     assert only.startswith("Train the result: tritter train --checkpoint base-")
     shown = run("plan --source 3B --target 4B --gpu-hours 1e4").out
     assert "tritter_3b is a shape" in shown
+    deeper = run("plan --source 20B --target 25B --gpu-hours 1e4").out
+    assert "tritter_10b-with-90-layers is a shape" in deeper
+    assert "--checkpoint tritter_10b-with-90-layers --method" in deeper
 
 
 def test_a_model_with_learned_positions_reads_no_more(run: Run, place: Path) -> None:
@@ -201,6 +204,11 @@ def test_a_model_with_learned_positions_reads_no_more(run: Run, place: Path) -> 
     result = run(f"{words} --sequence-length 65")
     assert result.code == 2
     assert "--sequence-length = 65" in result.err and "n_positions = 64" in result.err
+    saved(tiny("llama", max_position_embeddings=48), place / "rotary")  # training refuses more, too
+    words = words.replace("gpt2", "rotary")
+    assert "1 x 48 tokens per micro-batch" in run(words).out
+    result = run(f"{words} --sequence-length 49")
+    assert result.code == 2 and "max_position_embeddings = 48" in result.err
 
 
 def test_tokens_of_the_source_count_in_all_predictions(run: Run) -> None:

@@ -496,10 +496,8 @@ def test_recorded_text_that_is_not_what_it_was(
     alone = run(f"train --checkpoint grown --data data/pretraining {nothing}")
     assert alone.code == 0, alone.err
     assert configs[-1].text.old == ()
-    assert (
-        "No forgetting mitigation covers past, new, which the checkpoint learned."
-        in configs[-1].text.notes
-    )
+    missing = "There is no text of past, new, which the checkpoint learned, so none is "
+    assert f"{missing}replayed or scored." in configs[-1].text.notes
     named = run("train --checkpoint grown --data data/pretraining --old-data old --output there")
     assert named.code == 0
     assert data_of(configs[-1]).old == {"old": [f"{grown}/old"]}
@@ -509,7 +507,7 @@ def test_recorded_text_that_is_not_what_it_was(
     assert again.code == 0, again.err
     assert configs[-1].text.old == ("past",)
     assert (
-        "No forgetting mitigation covers new, which the checkpoint learned."
+        "There is no text of new, which the checkpoint learned, so none is replayed or scored."
         in configs[-1].text.notes
     )
 

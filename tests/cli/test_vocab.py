@@ -1,6 +1,7 @@
 """`tritter expand --method vocab`: learned and given tokens, what is printed, what is refused."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,19 @@ def base(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return folder
 
 
-def test_tokens_are_learned_from_data(run: Run, base: Path) -> None:
+def test_tokens_are_learned_from_data(
+    run: Run, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = list[str]()
+
+    def show(text: str) -> nullcontext[None]:
+        shown.append(text)
+        return nullcontext()
+
+    monkeypatch.setattr("tritter.cli.expand.status", show)
     result = run(f"{EXPAND} --new-tokens 20 --domain-data code.jsonl --output grown")
     assert result.code == 0, result.err
+    assert shown == ["learning tokens"]  # it may take long
     text = " ".join(result.out.split())
     assert "20 new tokens, and 0" not in text and "vocabulary 300 320" in text
     assert "exact yes: function-preserving for old tokens" in text
@@ -45,8 +56,8 @@ def test_tokens_are_learned_from_data(run: Run, base: Path) -> None:
     checked = run("validate --source base --result grown")
     assert "forward equivalence logits" in " ".join(checked.out.split())
     assert "not comparable" not in checked.out and " passed" in checked.out
-    shown = run("inspect grown")
-    assert shown.code == 0 and "rows of old tokens are kept" in shown.out
+    inspected = run("inspect grown")
+    assert inspected.code == 0 and "rows of old tokens are kept" in inspected.out
 
 
 def test_documents_that_a_lineage_holds_out_give_no_tokens(run: Run, base: Path) -> None:

@@ -17,6 +17,7 @@ from tests.config.conftest import FakeOutcome, FakePipeline, Result
 from tritter.config.launch.sweep import _print_sweep, _sweep_rows
 from tritter.config.run_folder import read_status, write_run_file
 from tritter.config.schema import RunConfig
+from tritter.errors import TritterError
 from tritter.storage.reading import LEDGER_NAME
 
 Run = Callable[..., Result]
@@ -239,21 +240,24 @@ def test_a_sweep_prints_a_line_per_job_and_keeps_the_output_in_its_log(
 
     def print_and_run(self: FakePipeline, config: RunConfig, *, run_folder: Path) -> FakeOutcome:
         print(f"a line of seed {config.seed}")
+        if config.seed == 4:
+            raise TritterError("the data has 2 problems:\n  data.old: gone\n  data.new: gone")
         return called(self, config, run_folder=run_folder)
 
     monkeypatch.setattr(FakePipeline, "__call__", print_and_run)
-    result = run("-m", "seed=0,1,2", "training=quick", "hydra.sweep.dir=here")
+    result = run("-m", "seed=0,1,2,4", "training=quick", "hydra.sweep.dir=here")
     logs = [tmp_path / "here" / str(number) / "output.txt" for number in range(3)]
     started, *lines = result.out.splitlines()
     assert started.endswith(
-        f"3 jobs, one at a time; output of each: {tmp_path}/here/JOB/output.txt"
+        f"4 jobs, one at a time; output of each: {tmp_path}/here/JOB/output.txt"
     )
     assert lines[:3] == [
-        "[1/3] job 0 (seed=0): kept; metric 0.2500",
-        f"[2/3] job 1 (seed=1): failed: the loss was not finite 10 times in a row; log: {logs[1]}",
-        f"[3/3] job 2 (seed=2): failed: KeyError: 'a bug'; log: {logs[2]}",
+        "[1/4] job 0 (seed=0): kept; metric 0.2500",
+        f"[2/4] job 1 (seed=1): failed: the loss was not finite 10 times in a row; log: {logs[1]}",
+        f"[3/4] job 2 (seed=2): failed: KeyError: 'a bug'; log: {logs[2]}",
     ]
-    assert lines[3].startswith("training=quick") or "━" in lines[4]  # the table
+    assert "job 3 (seed=4): failed: the data has 2 problems: data.old: gone; log" in lines[3]
+    assert lines[4].startswith("training=quick") or "━" in lines[5]  # the table
     assert "a line of" not in result.out and "Traceback" not in result.out + result.err
     for number, log in enumerate(logs):
         assert f"a line of seed {number}" in log.read_text()

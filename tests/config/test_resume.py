@@ -198,6 +198,9 @@ HOSTILE = [
     "data._target_=os.system",
     "data.new={a: {_target_: os.system}}",
     "data.new='${oc.env:HOME}'",
+    "data.new.code='${oc.env:HOME}'",
+    "data.new._target_=os.system",
+    "data.streaming.code=a.txt",
     "data.new={'${oc.env:HOME}': x}",
     "callbacks.early_stopping={_target_: os.system}",
     "callbacks.early_stopping.monitor._target_=os.system",
@@ -380,10 +383,11 @@ def test_every_key_but_some_is_replayed() -> None:
     assert {key for key in keys - NEVER_REPLAYED if SUSPECT.search(key)} == PLAIN
     documented = (ROOT / "docs/how-to/resume.md").read_text(encoding="utf-8")
     assert [key for key in NEVER_REPLAYED if f"`{key}`" not in documented] == []
-    for key in keys | {"training.new_key", "new_key", "data._target_", "trainer.plugins"}:
+    domains = {f"data.{name}.code" for name in ("old", "new", "weights")}
+    for key in keys | domains | {"training.new_key", "new_key", "data._target_", "trainer.plugins"}:
         values = ("null", "gentler") if key == "gate.ladder" else ("null", "1", "a", "[a,b]")
         words = [f"+{key}=null", f"++{key}=null", *(f"{key}={value}" for value in values)]
-        is_replayed = key in keys - NEVER_REPLAYED
+        is_replayed = key in (keys | domains) - NEVER_REPLAYED
         assert unreplayed_overrides(words) == ([] if is_replayed else words)
         referring = [f"{key}=${{seed}}", f"{key}={{_target_: os.system}}", f"{key}=1,2"]
         assert unreplayed_overrides(referring) == referring

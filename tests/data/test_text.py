@@ -8,6 +8,7 @@ import pytest
 
 from tritter.data.documents import pieces
 from tritter.data.local_files import Reading, TextFileError, text_pieces
+from tritter.data.sources import source_documents
 
 TEXTS = ["déjà vu\n\nagain\n", "猫\r\n\r\nneko", 'a "quoted" line']
 
@@ -70,3 +71,18 @@ def test_blank_files_hold_no_text(tmp_path):
         read(tmp_path / "a.txt", tmp_path / "b.txt")
     (tmp_path / "c.md").write_text("text")
     assert read(*(tmp_path / name for name in ("a.txt", "b.txt", "c.md"))) == ["text"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "problem"),
+    [
+        ("letters", "returns a string; it must yield strings"),
+        (None, "raises TypeError: 'NoneType' object is not iterable"),
+        (["a", b"b"], "yields a bytes; it must yield strings"),
+        (["a", "half \ud800"], "raises UnicodeEncodeError: 'utf-8' codec can't encode"),
+    ],
+)
+def test_a_source_that_yields_anything_else_is_named(texts, problem):
+    with pytest.raises(TextFileError) as error:
+        source_documents([], key="data.new.mine", text_field="text", texts=lambda: texts)
+    assert f"data.new.mine: texts() {problem}" in str(error.value)

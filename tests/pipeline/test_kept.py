@@ -89,7 +89,7 @@ def test_the_next_training_replays_it_where_text_is_gone(
     run_pipeline(config, run_folder=tmp_path)
     notes = " ".join(json.loads((tmp_path / "summary.json").read_text())["notes"])
     assert "The checkpoint contains sequences of old, new" in notes
-    assert "No forgetting mitigation" not in notes
+    assert "There is no text of" not in notes
     before, after = (
         KeptSequences.read(left / "checkpoint"),
         KeptSequences.read(tmp_path / "checkpoint"),

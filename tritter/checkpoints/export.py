@@ -74,7 +74,9 @@ class Weights:
             value = self.read(name)
             return value[:first].contiguous() if name in routers else value
 
-        lineage = self.lineage and replace(self.lineage, stock_loadable="yes")
+        lineage = self.lineage
+        if lineage is not None:  # its scores are those with all experts
+            lineage = replace(lineage, stock_loadable="yes", benchmark_scores={})
         model = self.model.changed({**self.model.config, key: first})
         return replace(self, model=model, read=read, lineage=lineage)
 

@@ -43,8 +43,7 @@ def read_lightning_file(
         The model without its optimizer state, and a note on skipped tensors; empty if there are
         none.
     """
-    content = _load(path)
-    tensors = _state_dict(path, content)
+    tensors = _state_dict(path, _load(path))
     embedding = model.tensors[0].disk_name
     chosen = _prefix(path, tensors, embedding, requested=prefix)
     skipped = ""

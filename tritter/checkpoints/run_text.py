@@ -130,10 +130,10 @@ def run_text(checkpoint: str | None, data: DataConfig, *, seed: int) -> RunText:
             f"The checkpoint contains sequences of {', '.join(with_sequences)}; forgetting "
             "mitigation uses them instead of the original data."
         )
-    if unprotected := [name for name in rest if name not in kept_sequences.sequences]:
+    if missing := [name for name in rest if name not in kept_sequences.sequences]:
         notes.append(
-            f"No forgetting mitigation covers {', '.join(unprotected)}, which the checkpoint "
-            "learned."
+            f"There is no text of {', '.join(missing)}, which the checkpoint learned, so none is "
+            "replayed or scored."
         )
     loss_on = data.loss_on or recorded_chat(lineage).loss_on
     return RunText(

@@ -54,8 +54,7 @@ class Source:
             model: as its config.json describes it.
             has_lineage: False ignores tritter.json and treats the folder as a plain one.
         """
-        lineage = read_lineage(folder) if has_lineage else None
-        source = cls(folder, model, lineage)
+        source = cls(folder, model, read_lineage(folder) if has_lineage else None)
         source.check()
         return source
 

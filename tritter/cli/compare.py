@@ -86,8 +86,7 @@ def compare(
 
 
 def _numbers(comparison: Comparison, found: FoundRuns) -> dict[str, Any]:
-    unfinished = [str(path) for path in found.unfinished]
-    return {**comparison.to_dict(), "left_out": unfinished}
+    return {**comparison.to_dict(), "left_out": [str(path) for path in found.unfinished]}
 
 
 def _scores(folder: Path, run: EndedRun) -> Scores:
@@ -124,8 +123,7 @@ def _peak_memory(folder: Path) -> float | None:
         values = [float(cell) for cell in cells if cell]
     except (TritterError, ValueError, TypeError):
         return None
-    known = [value for value in values if 0 < value < MAX_NUMBER]
-    return max(known, default=None)
+    return max((value for value in values if 0 < value < MAX_NUMBER), default=None)
 
 
 def _content(comparison: Comparison, format: str, found: FoundRuns) -> str:

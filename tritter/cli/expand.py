@@ -60,7 +60,7 @@ from tritter.report.wording import count_text, number_text, ratio_text
 from tritter.storage.hub import locate
 from tritter.storage.reading import named_path
 from tritter.storage.tensors import WEIGHT_DTYPES
-from tritter.terminal import Console, say
+from tritter.terminal import Console, say, status
 
 if TYPE_CHECKING:
     import torch
@@ -386,10 +386,11 @@ def _with_tokens(job: _Job, sources: TextSources) -> _Job:
     specs, place = list(job.specs), vocab_place(job.specs) or 0
     spec = specs[place]
     assert isinstance(spec, Vocab)
-    read = {name: noted_documents(paths, key="--domain-data") for name, paths in sources.items()}
     default = SplitRule(seed=job.settings.seed or 0, validation_fraction=DEFAULT_FRACTION)
     rule = (job.source.lineage and job.source.lineage.split) or default
-    specs[place] = learned(spec, job.source, training_texts(read, rule=rule, names=read))
+    with status("learning tokens"):
+        read = {name: noted_documents(each, key="--domain-data") for name, each in sources.items()}
+        specs[place] = learned(spec, job.source, training_texts(read, rule=rule, names=read))
     return replace(job, specs=tuple(specs))
 
 

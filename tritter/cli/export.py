@@ -312,8 +312,7 @@ def _of_file(checkpoint: str, config: str | None, *, prefix: str | None) -> _Ori
     weights, skipped = read_lightning_file(path, read_model(folder), prefix=prefix)
     weights = replace(weights, source_paths=(path, folder))
     artifacts = [partial(copy_small_files, folder)] if has_tokenizer else []
-    notes = (skipped,) if skipped else ()
-    return _Origin(weights, artifacts, notes, dtype=weights.widest_dtype)
+    return _Origin(weights, artifacts, (skipped,) if skipped else (), dtype=weights.widest_dtype)
 
 
 def _as_json(origin: _Origin, exported: Exported) -> dict[str, Any]:

@@ -111,10 +111,6 @@ def merge(files: ExpertFiles, *, rank: int | None = None, max_rank: int | None =
         files: the experts.
         rank: rank of the merged adapter; None for the lossless one, up to `max_rank`.
         max_rank: maximum rank; None for no limit.
-
-    Raises:
-        RequestError: the folder has no adapter.
-        TritterError: the experts are damaged, or the model can't be loaded.
     """
     experts = ExpertFolder.of_files(files)
     model = read_model(files.source)
@@ -168,7 +164,10 @@ def with_merged(weights: Weights, merged: Merge) -> Weights:
     shares = ", ".join(f"{name} {gate:.3g}" for name, gate in merged.gates.items())
     note = f"LoRA experts are merged into these weights with gates {shares} ({merged.gates_from})"
     added = weights.with_added(deltas(merged.adapter))
-    return replace(added, notes=(f"{note}; {merged.sentence}.",))
+    lineage = weights.lineage
+    if lineage is not None and merged.change.largest > EXACT_JUMP:
+        lineage = replace(lineage, benchmark_scores={})  # those of the mixture
+    return replace(added, lineage=lineage, notes=(f"{note}; {merged.sentence}.",))
 
 
 def export_adapters(

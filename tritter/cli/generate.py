@@ -166,8 +166,7 @@ def _converse(writer: _Writer, model: nn.Module, system: str | None) -> None:
     messages: list[dict[str, str]] = []
     while text := _read_line():
         messages += _messages(None if messages else system, text)
-        ids = writer.rendered(messages)
-        written = writer.write(model, ids, is_chat=True, is_shown=True)
+        written = writer.write(model, writer.rendered(messages), is_chat=True, is_shown=True)
         messages.append({"role": "assistant", "content": written.text})
 
 

@@ -340,11 +340,12 @@ def _new_layers(source: Source) -> str:
 
 
 def _other_files(folder: Path) -> list[str]:
-    """Return the names of tokenizer files and of the content of `state/`."""
+    """Return the names of tokenizer and licence files and of the content of `state/`."""
+    from tritter.checkpoints.card import licence_files
     from tritter.checkpoints.folder import tokenizer_files
 
-    state = folder / "state"
-    return [*tokenizer_files(folder), *sorted(f"state/{each.name}" for each in state.glob("*"))]
+    state = sorted(f"state/{each.name}" for each in (folder / "state").glob("*"))
+    return [*tokenizer_files(folder), *(path.name for path in licence_files(folder)), *state]
 
 
 def _print_lineage(console: Console, source: Source) -> None:

@@ -116,7 +116,7 @@ _SequenceLength = Annotated[
     option(
         "--sequence-length",
         "N",
-        "Tokens per sequence. Default: 2048, or the number of learned positions.",
+        "Tokens per sequence. Default: 2048, or fewer if the model has fewer positions.",
         least=1,
         most=10**7,
         panel=_MEMORY,
@@ -214,17 +214,17 @@ def plan(
 
 
 def _sequence_length(requested: int | None, source: NamedShape) -> int:
-    """Return the sequence length, limited by the model's learned positions."""
+    """Return the sequence length, limited by the model's positions."""
     from tritter.planning.memory import TrainingSetup
 
     model = source.model
-    learned = model.sizes.max_position_embeddings
-    if requested is not None and 0 < learned < requested:
-        key = model.family.positions_key
-        reason = f"{source.name} has {key} = {learned} learned positions; must be at most that"
+    limit = model.position_limit or 0
+    if requested is not None and 0 < limit < requested:
+        key = model.positions_key
+        reason = f"{source.name} has {key} = {limit} positions; must be at most that"
         raise RequestError(Problem("sequence_length", requested, reason))
     default = TrainingSetup().sequence_length
-    return requested or min(default, learned or default)
+    return requested or min(default, limit or default)
 
 
 def _expand_commands(plan: GrowthPlan, text: str, source: NamedShape) -> Iterator[str]:
@@ -235,7 +235,7 @@ def _expand_commands(plan: GrowthPlan, text: str, source: NamedShape) -> Iterato
         text: the typed value of --source.
         source: its shape. Without a checkpoint, the first command reads a folder of that name.
     """
-    name = Path(source.name if _is_checkpoint(text) else source.name.split()[0]).resolve().name
+    name = Path(source.name).resolve().name.replace(" ", "-")
     checkpoint = text if _is_checkpoint(text) else name
     for step in plan.steps:
         spec = step.spec

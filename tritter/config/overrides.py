@@ -40,6 +40,7 @@ _Options = Mapping[str, Sequence[str]]
 _DATASET = re.compile(r"(?<![\w'\"/.-])hf:[^\s,{}\[\]'\"#]+(?:\[[^\]\s]*\](?:#[\w.-]+)?|#[\w.-]+)")
 _PLAIN = re.compile(r"[\w./+-]+")  # needs no quotes in an override, nor within a list of one
 _NOTHING = ("null", "none", "off")
+_OF_DOMAIN = re.compile(r"data\.(old|new|weights)\.[^._][^.]*")  # keys of a mapping
 # Group=option → the extra of Tritter that installs it
 _EXTRAS = {
     "hydra/launcher=joblib": "sweeps",
@@ -231,7 +232,8 @@ def unreplayed_overrides(overrides: Sequence[str]) -> list[str]:
         if override.is_sweep_override() or override.package is not None:
             return False
         if key not in options:
-            return key in keys and _is_plain(value) and not _names_file(key, value)
+            is_known = key in keys or _OF_DOMAIN.fullmatch(key) is not None
+            return is_known and _is_plain(value) and not _names_file(key, value)
         if override.is_delete():
             return value is None
         names = value if isinstance(value, list) else ["null" if value is None else value]

@@ -563,8 +563,7 @@ def _columns(source: DatasetName, rows: Any) -> tuple[str, ...]:
     excluding = tuple(name for name in OF_RECORDS if name in kinds)
     if (column := source.column) is not None:
         if column in TURNS and column in kinds:
-            others = [name for name in kinds if name not in TURNS]
-            return conversation_fields([column, *others])
+            return conversation_fields([column, *(name for name in kinds if name not in TURNS)])
         if column in texts:
             return (column, *(name for name in excluding if name != column))
         if column in kinds:

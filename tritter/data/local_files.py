@@ -455,8 +455,7 @@ def _lines(path: Path, reading: Reading, columns: _Columns) -> Iterator[tuple[st
 def _table(path: Path, reading: Reading, columns: _Columns) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(_MAX_LINE_BYTES)
     # Not a generator: it would end at the first line that is too long
-    lines = map(_table_line, _numbered_lines(path, reading))
-    rows = csv.DictReader(lines, strict=True)
+    rows = csv.DictReader(map(_table_line, _numbered_lines(path, reading)), strict=True)
     try:
         header = rows.fieldnames or ()
     except csv.Error as error:

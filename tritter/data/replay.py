@@ -415,11 +415,7 @@ class ReplayBuffer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a saved position.
-
-        Raises:
-            TritterError: the position does not exist in this buffer.
-        """
+        """Restore a saved position."""
         if state.keys() != self._streams.keys():
             raise TritterError(
                 f"data position was saved with replay of {', '.join(state)}; this run replays "
@@ -555,11 +551,7 @@ class MemoryReplayBuffer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a saved state.
-
-        Raises:
-            TritterError: the saved buffer exceeds `max_size`, or has a newer format.
-        """
+        """Restore a saved state."""
         if state["format_version"] > _FORMAT_VERSION:
             raise TritterError(
                 f"the saved buffer has format {state['format_version']}; this version of Tritter "

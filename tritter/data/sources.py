@@ -337,16 +337,20 @@ def _of_datasets(
 
 def _checked_texts(texts: Callable[[], Iterable[str]], key: str) -> Iterator[str]:
     try:
-        for text in texts():
+        found = texts()
+        if isinstance(found, str):  # it would yield its characters
+            raise TextFileError([f"{key}: texts() returns a string; it must yield strings"])
+        for text in found:
             if not isinstance(text, str):
                 kind = type(text).__name__
                 raise TextFileError([f"{key}: texts() yields a {kind}; it must yield strings"])
+            text.encode()  # raises for lone surrogates
             yield text
     except (TritterError, GeneratorExit):
         raise
     except Exception as error:  # third-party code
         message = " ".join(str(error).split())
-        raise TextFileError([f"{key}: {type(error).__name__}: {message}"]) from error
+        raise TextFileError([f"{key}: texts() raises {type(error).__name__}: {message}"]) from error
 
 
 @dataclass(frozen=True, slots=True)

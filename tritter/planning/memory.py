@@ -112,9 +112,6 @@ def training_memory(
         setup: the training options.
         kept_per_parameter: optimizer state per parameter, in numbers; 2 for Adam. Ignored for
             8-bit optimizers.
-
-    Raises:
-        RequestError: the model family is unknown.
     """
     parameter_bytes, width = _BYTES[setup.precision]
 
@@ -152,9 +149,6 @@ def states_bytes(
         setup: the training options.
         trained: size and number of the trained tensors.
         kept_per_parameter: see `training_memory`.
-
-    Raises:
-        RequestError: the model family is unknown.
     """
     parameter_bytes, _ = _BYTES[setup.precision]
     total = parameter_bytes * model.num_parameters

@@ -31,7 +31,7 @@ _SIZES = (
 
 
 # Candidate hidden sizes. `proportional`: all sizes at which query and key/value heads grow in
-# proportion; `round`: only the rounder ones; `fine`: steps of a sixteenth with constant heads.
+# proportion; `round`: only the rounder ones; `fine`: the others, in steps of a sixteenth.
 _WidthGrid = Literal["round", "proportional", "fine"]
 WIDTH_GRIDS: tuple[_WidthGrid, ...] = ("round", "proportional", "fine")
 _TOLERANCE = 0.1
@@ -153,6 +153,7 @@ def width_specs(
     # As round as the source: quantisers need multiples of 32 or 64
     unit = math.lcm(_unit(sizes, grid), _rounding(hidden, hidden, most=_QUANTISED))
     heads = sizes.num_attention_heads if grid == "fine" else None
+    proportional = _unit(sizes, "proportional")
     most = min(2 * hidden, MAX_WIDTH)
     specs = [
         _with_sizes(
@@ -164,6 +165,7 @@ def width_specs(
         )
         for size in _thin_out(range((hidden // unit + 1) * unit, most + 1, unit))
         if size / sizes.num_hidden_layers <= max_aspect_ratio
+        and (grid != "fine" or size % proportional)
     ]
     return [spec for spec in specs if is_possible(source, spec)]
 
@@ -174,7 +176,9 @@ def specs_like(source: Model, spec: ExpansionSpec, methods: GrowthMethods) -> li
         assert methods.depth is not None
         return depth_specs(source, methods.depth)
     assert methods.width is not None
-    return width_specs(source, methods.width, grid="fine")
+    grids: tuple[_WidthGrid, ...] = ("proportional", "fine")
+    specs = [spec for grid in grids for spec in width_specs(source, methods.width, grid=grid)]
+    return sorted(specs, key=lambda spec: reached_shape(source, spec).parameters)
 
 
 def _thin_out(sizes: range) -> range:

@@ -1,6 +1,7 @@
 """Stock models that grow in your own training loop, and the snippets of the README."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tritter.core.families.discovery.family import shallow
 from tritter.core.families.discovery.twin import build_twin
 from tritter.core.models import load_model, read_model
 from tritter.data.batches import Rank
-from tritter.errors import RequestError
+from tritter.errors import RequestError, TritterError
 from tritter.methods.growth import plain_loop
 from tritter.methods.growth.triggers import Trigger, View
 from tritter.options import options
@@ -312,6 +313,19 @@ def test_a_saved_one_is_stock_and_goes_on(tmp_path: Path) -> None:
     assert len(lineage.expansion_history) == 2
     with pytest.raises(RequestError):
         again.save_pretrained(tmp_path / "grown")
+
+
+@pytest.mark.parametrize("found", [{0: -1}, {-1: 1}, {9: 1}, {"a": 1}])
+def test_a_trigger_from_outside_with_a_mistake_is_refused(
+    monkeypatch: pytest.MonkeyPatch, found: object
+) -> None:
+    monkeypatch.setattr(SecondLayer, "decide", lambda *_: found)
+    model = GrowableCausalLM(tiny("llama"), trigger=SecondLayer(), growth_cooldown=3)
+    train(model, adam(model), oracle.tokens())
+    message = f"SecondLayer must return layers 0 to 2 and their .*, not {re.escape(repr(found))}"
+    with pytest.raises(TritterError, match=message):
+        model.check_and_grow()
+    assert model.neurons == [40, 40, 40]
 
 
 def test_stock_classes_save_ffns_of_different_width(tmp_path: Path) -> None:

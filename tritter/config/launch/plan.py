@@ -183,9 +183,6 @@ def read_request(typed: CommandLine, composing: Composer) -> Request:
     """Return the request of a command line, before composition.
 
     Overrides replayed from a resumed run are printed first, before data or weights are opened.
-
-    Raises:
-        RequestError: an override is invalid, or the run to resume does not exist.
     """
     is_shown, folder = typed.info_flag is not None, None
     overrides = [normalise(override, composing.options) for override in typed.overrides]
@@ -246,11 +243,7 @@ def _add_resumed(
 
 
 def plan_of(request: Request, composed: DictConfig) -> Plan:
-    """Return the validated plan (with data, folders, devices) of a request with a composed config.
-
-    Raises:
-        RequestError: a job is invalid.
-    """
+    """Return the validated plan (data, folders, devices) of a request with a composed config."""
     is_sweep = request.is_multirun or composed.hydra.mode == RunMode.MULTIRUN
     try:
         plan = _plan_sweep(request, composed) if is_sweep else _plan_run(request, composed)

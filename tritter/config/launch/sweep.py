@@ -244,7 +244,9 @@ def _print_sweep(rows: Sequence[_SweepRow], folder: Path) -> None:
 
 
 def _first_line(text: str) -> str:
-    return (text.splitlines() or [""])[0]
+    """Return the first line of an error, or the heading and first entry of a list."""
+    first, *rest = text.splitlines() or [""]
+    return f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first
 
 
 def _changes(summary: Path) -> dict[str, str]:

@@ -3,24 +3,26 @@
 This is the only module that depends on PEFT's layers. Their own forward pass runs with no adapter
 active, so that a layer computes its base output, quantised or not. The output of the adapters is
 added in `tritter.methods.experts.mixture`.
+PEFT imports bitsandbytes and torch's compiler, so functions import it once there are adapters.
 """
+
+from __future__ import annotations
 
 import re
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import Embedding as LoraEmbedding
-from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tritter.errors import RequestError, did_you_mean
 from tritter.training.parameters import WRAPPED
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import Linear as LoraLinear
 
 # Fused tensors of a layer's experts → names that PEFT would mistake for parts of them
 _FUSED = {"down_proj": ("down_proj",), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -97,6 +99,8 @@ def add_adapter(model: nn.Module, name: str, shape: AdapterShape, *, seed: int) 
     and each gets its own adapter. The training mode of the model does not change; the parameters of
     the adapter require gradients.
     """
+    from peft import LoraConfig, inject_adapter_in_model
+
     is_taken = hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name)
     if _NAME.fullmatch(name) is None or is_taken:
         why = "torch reserves this name" if is_taken else "use only letters, digits, _ and -"
@@ -156,9 +160,13 @@ def adapter_names(model: nn.Module) -> tuple[str, ...]:
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
     """Yield (name, layer) of the layers with adapters, in forward order."""
+    if not hasattr(model, "peft_config"):
+        return
+    from peft.tuners.lora import LoraLayer
+
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            yield name, cast(LoraLinear, module)  # or a quantised layer or an embedding
+            yield name, cast("LoraLinear", module)  # or a quantised layer or an embedding
 
 
 def factors(layer: LoraLinear, name: str) -> Factors | None:
@@ -178,6 +186,8 @@ def factors(layer: LoraLinear, name: str) -> Factors | None:
 
 def is_embedding(layer: LoraLinear) -> bool:
     """Return True if a layer with adapters is an embedding."""
+    from peft.tuners.lora import Embedding as LoraEmbedding
+
     return isinstance(layer, LoraEmbedding)
 
 
@@ -249,11 +259,12 @@ def adaptable(model: nn.Module, *, whole: bool = True) -> set[str]:
     names = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
     excluded = {part for fused, parts in _FUSED.items() if fused in names for part in parts}
     excluded |= _UNFIT.get(getattr(getattr(model, "config", None), "model_type", ""), set())
+    adapted = {layer for _, layer in adapted_layers(model)}
     return {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
         if (
-            isinstance(module, nn.Linear | Conv1D | LoraLayer)
+            (isinstance(module, nn.Linear | Conv1D) or module in adapted)
             and layer_number(name) is not None
             and not is_of_adapter(f".{name}.")
             and not name.endswith(WRAPPED)

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear, pad
 
@@ -689,7 +688,7 @@ class ExpertMixture:
         own = (every if name == expert else every[:0] for name in self.names)
         return Dispatch(weights, tuple(own))
 
-    def _add(self, mix: _Mix, layer: LoraLinear, args: Sequence[Any], output: Tensor) -> Tensor:
+    def _add(self, mix: _Mix, layer: Any, args: Sequence[Any], output: Tensor) -> Tensor:
         dispatch = mix.dispatch
         if dispatch is None:
             return output

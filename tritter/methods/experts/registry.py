@@ -141,8 +141,7 @@ class ExpertRegistry:
 
     def activate(self, expert: str | None) -> None:
         """Set the expert that the batch trains, or none."""
-        is_trained = expert is not None and not self.members[expert].is_whole
-        self.active = expert if is_trained else None
+        self.active = None if expert is None or self.members[expert].is_whole else expert
         self.batches["idle"] += self.active is None
 
     def usage(self) -> dict[str, float]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -136,6 +135,8 @@ def write_stored(
         overwrite: replace an existing adapter.
         whole: layer → its weight with the adapter, in place of factors. Only stock PEFT reads it.
     """
+    from peft import LoraConfig  # slow to import
+
     shape, whole = stored.shape, whole or {}
     tensors = {f"{_PREFIX}{layer}.weight": weight for layer, weight in whole.items()}
     adapted = {layer: pair for layer, pair in stored.factors.items() if layer not in whole}

@@ -59,11 +59,7 @@ class Penalty:
         return self.method.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned.
-
-        Raises:
-            RequestError: it is the state of another method, or of a model with other parameters.
-        """
+        """Restore what `state_dict` returned."""
         names = state.get("anchor", {}).keys()
         if self.method.importance_key not in state or names != self.anchor.keys():
             reason = f"it is not the state of a penalty of {self.method.name} for this model"

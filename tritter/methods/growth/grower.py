@@ -21,6 +21,7 @@ from tritter.core.families import Model, Port
 from tritter.core.models import model_of
 from tritter.core.parameter_map import AxisFactor, AxisMap, Fill, ParameterMap, TensorMap
 from tritter.core.parameter_map.tensor_map import NO_SOURCE
+from tritter.errors import TritterError, brief
 from tritter.methods.growth.blocks import FFN, ActivationProbe, FfnBlock, ffn_blocks
 from tritter.methods.growth.initialisers import Layer, NewNeurons
 from tritter.methods.growth.triggers import GrowthOptions, Timing, View, affordable, is_plateau
@@ -322,6 +323,10 @@ class Grower:
             timing=self.timing,
         )
         decided = dict(self.trigger.decide(view)) if trained and self.may_grow_after(step) else {}
+        if any(n not in range(len(view.pressures)) or count < 0 for n, count in decided.items()):
+            reason = f"layers 0 to {len(view.pressures) - 1} and their numbers of new neurons"
+            kind = type(self.trigger).__name__
+            raise TritterError(f"{kind} must return {reason}, not {brief(decided)}.")
         threshold = self.options.plateau_threshold
         if threshold is not None and decided and not is_plateau(view, threshold):
             decided = {}

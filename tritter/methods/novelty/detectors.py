@@ -168,11 +168,7 @@ class NovelSamples:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the state that `state_dict` returned.
-
-        Raises:
-            TritterError: the state has another format.
-        """
+        """Restore the state that `state_dict` returned."""
         check_format(state, "novelty: gathered samples")
         self._threshold, self._usual = state["threshold"], state["usual"]
         self._count = state["count"]
@@ -368,11 +364,7 @@ class NoveltyDetector:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the state that `state_dict` returned.
-
-        Raises:
-            TritterError: the state has another format.
-        """
+        """Restore the state that `state_dict` returned."""
         check_format(state, "novelty: a state")
         self.library.load_state_dict(state["library"])
         if self.detector.reads_losses:

@@ -383,11 +383,7 @@ class SkillLibrary:
         return {"format_version": FORMAT_VERSION, "skills": skills, "projection": head}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the state that `state_dict` returned.
-
-        Raises:
-            TritterError: the state has another format.
-        """
+        """Restore the state that `state_dict` returned."""
         check_format(state, "novelty: a library")
         head = state["projection"]
         self.projection = None if head is None else Projection(**head)
