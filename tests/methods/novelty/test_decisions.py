@@ -306,6 +306,22 @@ def test_wrong_uses_are_refused(generator: torch.Generator) -> None:
     assert _names(novelty.library) == ["prose"]
 
 
+def test_similarities_do_not_depend_on_where_a_skill_lies_in_memory(
+    generator: torch.Generator,
+) -> None:
+    """A loaded tensor begins anywhere in its file, and the last bit of a BLAS product tells."""
+    one, two = library(generator), SkillLibrary()
+    batches = [drawn(centre_of(5), generator=generator, loss=5) for _ in range(30)]
+    for number in range(20):
+        one.add(f"skill_{number}", batches[number : number + 8])
+    state = one.state_dict()
+    for skill in state["skills"]:
+        skill["embedding"] = torch.cat([torch.zeros(1).double(), skill["embedding"]])[1:]
+    two.load_state_dict(state)
+    found = [each.add("new", batches).similarity_at_creation for each in (one, two)]
+    assert len(found[0]) == 22 and found[0] == found[1]
+
+
 def test_a_recalibrated_skill_keeps_what_it_was_created_by(generator: torch.Generator) -> None:
     known = library(generator)
     old = known["sorting"]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, layer_norm, normalize
+from torch.nn.functional import cosine_similarity, cross_entropy, layer_norm, normalize
 
 from tritter.errors import RequestError, TritterError, did_you_mean
 from tritter.methods.novelty.observation import Observation
@@ -294,8 +294,8 @@ class SkillLibrary:
                 "trained on (is_base=True)."
             )
         skill = self._measure_skill(name, batches, is_base=is_base)
-        mean = skill.embedding / skill.embedding.norm()
-        similar = {old.name: float(mean @ old.embedding / old.embedding.norm()) for old in self}
+        own = skill.embedding  # no `@`: its last bit depends on the address, so on a resume
+        similar = {old.name: float(cosine_similarity(own, old.embedding, dim=0)) for old in self}
         return self._store(replace(skill, similarity_at_creation=similar))
 
     def recalibrate(self, name: str, batches: Sequence[Observation]) -> Skill:
