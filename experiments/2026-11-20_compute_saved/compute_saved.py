@@ -83,7 +83,7 @@ class Goal:
 class Table:
     """A CSV that grows row by row, so that a run that is stopped has written what it knows.
 
-    `work`: a folder for states of trainings.
+    `work`: a folder for states of trainings; rows that a killed run has measured are not repeated.
     """
 
     def __init__(self, path: Path, kind: type, *, work: Path | None = None) -> None:
@@ -93,6 +93,12 @@ class Table:
                 csv.writer(file, lineterminator="\n").writerow(self.names)
 
     def add(self, row: Row | Tuned) -> None:
+        if self.work is not None:
+            keys = ("seed", "arm", "target", "grown_at", "kind", "step")
+            with self.path.open(encoding="utf-8", newline="") as file:
+                measured = [[row[key] for key in keys] for row in csv.DictReader(file)]
+            if [str(getattr(row, key)) for key in keys] in measured:
+                return
         with self.path.open("a", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, self.names, lineterminator="\n")
             writer.writerow(
@@ -154,9 +160,6 @@ class Arm:
     def record(self, training: Training, kind: str) -> float:
         model = training.average if kind == "average" else training.model
         loss = self.data.loss(model)
-        state = self._state() if training is self.training else None
-        if state is not None:
-            training.save(state)
         self.table.add(
             Row(
                 seed=self.data.seed,
@@ -172,6 +175,9 @@ class Arm:
                 seconds=training.seconds,
             )
         )
+        state = self._state() if training is self.training else None
+        if state is not None:
+            training.save(state)
         return loss
 
 
@@ -303,7 +309,7 @@ def arguments() -> argparse.Namespace:
         name = f"--{field.name.replace('_', '-')}"
         parser.add_argument(name, type=type(field.default), default=field.default)
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the tables")
-    parser.add_argument("--work", type=Path, help="folder for states, from which a run continues")
+    parser.add_argument("--work", type=Path, help="folder for states of one setting")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cache-dir", type=Path, default=Path.home() / ".cache" / "tritter")
     return parser.parse_args()

@@ -17,7 +17,7 @@ FOLDER = Path(__file__).resolve().parent
 sys.path.append(str(FOLDER.parents[1]))
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from experiments.jobs import ROOT, append, done, train  # noqa: E402
+from experiments.jobs import ROOT, append, rows_of, train  # noqa: E402
 from experiments.scores import CHANGE, change, copy_benchmarks  # noqa: E402
 from tritter.evaluation.statistics import PairedScores  # noqa: E402
 
@@ -47,7 +47,8 @@ def main() -> None:
     copy_benchmarks(options.data, options.work / "benchmarks", BENCHMARKS)
     for seed in options.seeds:
         for arm in options.arms:
-            if (str(seed), arm) not in done(options.output):
+            rows = [(row["seed"], row["arm"], row["steps"]) for row in rows_of(options.output)]
+            if (str(seed), arm, str(options.steps)) not in rows:
                 run_arm(options, arm, seed)
 
 
@@ -70,7 +71,8 @@ def words_of(options: Any, arm: str, seed: int) -> list[str]:
 
 def run_arm(options: Any, arm: str, seed: int) -> None:
     """Train one arm and append its rows."""
-    folder = options.work / f"run_{seed}_{arm.replace(', ', '_').replace(' ', '_')}"
+    name = arm.replace(", ", "_").replace(" ", "_")
+    folder = options.work / f"run_{seed}_{name}_{options.steps}"
     summary = train(folder, words_of(options, arm, seed))
     first, last = (scores_of(folder, stage) for stage in ("baseline", "attempt_1-trained"))
     experts = (summary.get("experts") or {}).get("spawned", "")

@@ -344,7 +344,6 @@ def _checked_texts(texts: Callable[[], Iterable[str]], key: str) -> Iterator[str
             if not isinstance(text, str):
                 kind = type(text).__name__
                 raise TextFileError([f"{key}: texts() yields a {kind}; it must yield strings"])
-            text.encode()  # raises for lone surrogates
             yield text
     except (TritterError, GeneratorExit):
         raise

@@ -404,12 +404,12 @@ def _reached(
     assumptions: Assumptions,
 ) -> ExpansionStep | None:
     """Return the largest affordable step in the direction of an unaffordable one."""
-    specs = specs_like(before.target, missed.spec, request.methods)
 
     def hours(spec: ExpansionSpec) -> float:
         shape = reached_shape(before.target, spec)
         return _hours_for(shape.model, _due_tokens(before, shape, assumptions), assumptions)
 
+    specs = sorted(specs_like(before.target, missed.spec, request.methods), key=hours)
     index = bisect_right(specs, gpu_hours - before.total_gpu_hours, key=hours)
     if not index:
         return None

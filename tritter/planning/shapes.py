@@ -177,8 +177,7 @@ def specs_like(source: Model, spec: ExpansionSpec, methods: GrowthMethods) -> li
         return depth_specs(source, methods.depth)
     assert methods.width is not None
     grids: tuple[_WidthGrid, ...] = ("proportional", "fine")
-    specs = [spec for grid in grids for spec in width_specs(source, methods.width, grid=grid)]
-    return sorted(specs, key=lambda spec: reached_shape(source, spec).parameters)
+    return [spec for grid in grids for spec in width_specs(source, methods.width, grid=grid)]
 
 
 def _thin_out(sizes: range) -> range:
