@@ -85,7 +85,7 @@ RATCHET = {
     "(top)": (13, 2_339),
     "checkpoints": (12, 3_051),
     "cli": (21, 5_823),
-    "config": (19, 5_145),
+    "config": (19, 5_128),
     "core": (37, 11_898),
     "data": (26, 8_995),
     "evaluation": (16, 4_409),
@@ -100,7 +100,7 @@ RATCHET = {
 }
 # What there is to know; both may only fall: names of modules without an underscore, and classes
 # that only hold values
-MAX_PUBLIC_NAMES, MAX_RECORDS = 1_773, 325
+MAX_PUBLIC_NAMES, MAX_RECORDS = 1_749, 325
 # Capability → its modules, and most other modules that import them; the figures may only fall
 CAPABILITIES: dict[str, tuple[int, tuple[str, ...]]] = {
     "LoRA experts": (13, (

@@ -224,7 +224,7 @@ def specs_of(methods: Sequence[str], typed: Mapping[str, Any]) -> tuple[Expansio
         record = method_class("expansion", name, {name: body})
         values = {key: parse_word(record, key, word) for key, word in fields[name].items()}
         bodies, classes = {name: {**body, **values}}, {f"expansion.{name}": record}
-        specs += [one.options for one in read_methods(reader, "expansion", bodies, classes)]
+        specs += [one.options for one in read_methods(reader, bodies, classes, group="expansion")]
     raise_problems(reader.problems)
     return tuple(specs)
 

@@ -217,7 +217,7 @@ def _step(item: object, problems: list[Problem], methods: _Methods) -> Expansion
         reader = Reader(methods.keys)
         classes = {} if kind is None else {f"expansion.{name}": kind}
         given = {str(key): value for key, value in stated.items()}
-        read = read_methods(reader, "expansion", {name: {**body, **given}}, classes)
+        read = read_methods(reader, {name: {**body, **given}}, classes, group="expansion")
         problems += (*unfit, *reader.problems)
         return read[0].options if read else None
     return None

@@ -1,7 +1,7 @@
 """Reads config sections that name a class into records and components."""
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -28,7 +28,12 @@ from tritter.methods.moe_routing.options import appends_experts
 from tritter.options import choices, component_class, field_keys, join, read_component, read_options
 from tritter.storage.reading import named_path
 from tritter.targets import TARGET, Component, argument_problems, building_problem, dotted, resolve
-from tritter.training.optimizer import OptimizerSettings, OptimizerValues, optimizer_problems
+from tritter.training.optimizer import (
+    OptimizerSettings,
+    OptimizerValues,
+    optimizer_class,
+    optimizer_problems,
+)
 from tritter.training.options import (
     REFUSED,
     TrainerSettings,
@@ -191,7 +196,7 @@ def method_class(group: str, name: str, bodies: Mapping[str, Any]) -> type[Any]:
     return kind
 
 
-def chosen_class(group: str, body: Mapping[str, Any]) -> type[Any] | None:
+def _chosen_class(group: str, body: Mapping[str, Any]) -> type[Any] | None:
     """Return the class selected in a group with one option; None for `none`."""
     if not body:
         return None
@@ -222,8 +227,16 @@ def resolve_registered_parts(group: str, body: Mapping[str, Any]) -> dict[str, A
     return found
 
 
+def _read_chosen(
+    reader: Reader, body: Mapping[str, Any], classes: Mapping[str, Any], *, group: str
+) -> Component | None:
+    """Return the method of a group with one option; None for `none` or if there are problems."""
+    found = reader.call(resolve_registered_parts, group, body) or {}
+    return reader.component(group, classes.get(group), found)
+
+
 def read_methods(
-    reader: Reader, group: str, bodies: Mapping[str, Any], classes: Mapping[str, type[Any]]
+    reader: Reader, bodies: Mapping[str, Any], classes: Mapping[str, type[Any]], *, group: str
 ) -> tuple[Component, ...]:
     """Return the valid methods of an ordered group."""
     keys = {f"{group}.{name}": body for name, body in bodies.items()}
@@ -238,22 +251,7 @@ def read_methods(
     return tuple(found)
 
 
-def nesting_problems() -> list[Problem]:
-    """Return the option files of ordered groups with keys outside the method's own section."""
-    files = option_files()
-    return [
-        Problem(
-            f"{group}={name}",
-            list(body_of(path)),
-            reason=f"{path} must nest all keys under {name}, the name of the option",
-        )
-        for group in METHOD_GROUPS
-        for name, path in files.get(group, {}).items()
-        if list(body_of(path)) != [name]
-    ]
-
-
-def model_class(raw: Mapping[str, Any]) -> type[Model]:
+def _model_class(raw: Mapping[str, Any]) -> type[Model]:
     """Return the record of a base model for `model.model_type`."""
     model_type = raw.get("model_type")
     if isinstance(model_type, str) and model_type in _MODELS:
@@ -262,7 +260,7 @@ def model_class(raw: Mapping[str, Any]) -> type[Model]:
     raise RequestError(Problem("model.model_type", model_type, reason=reason))
 
 
-def data_class(raw: Mapping[str, Any]) -> type[DataConfig]:
+def _data_class(raw: Mapping[str, Any]) -> type[DataConfig]:
     """Return the class that an option of `data` names."""
     kind = component_class("data", raw.get(TARGET), base=dotted(DataConfig))
     source = raw.get("source")
@@ -275,7 +273,7 @@ def data_class(raw: Mapping[str, Any]) -> type[DataConfig]:
     return kind
 
 
-def read_model(reader: Reader, raw: Mapping[str, Any], classes: Mapping[str, Any]) -> Model | None:
+def _read_model(reader: Reader, raw: Mapping[str, Any], classes: Mapping[str, Any]) -> Model | None:
     """Return the base model of a run, or None if there are problems (then recorded)."""
     kind = classes.get("model")
     if kind is None:
@@ -296,7 +294,7 @@ def read_model(reader: Reader, raw: Mapping[str, Any], classes: Mapping[str, Any
     return None if path is None else replace(model, path=path)
 
 
-def read_data(
+def _read_data(
     reader: Reader, raw: Mapping[str, Any], classes: Mapping[str, Any]
 ) -> DataConfig | None:
     """Return the data config of a run, or None if there are problems (then recorded)."""
@@ -320,7 +318,7 @@ def read_data(
     return replace(values, **sources)
 
 
-def read_evaluation(
+def _read_evaluation(
     reader: Reader, raw: Mapping[str, Any], classes: Mapping[str, Any]
 ) -> EvaluationConfig | None:
     """Return the evaluation options of a run with an absolute path; None if there are problems."""
@@ -331,7 +329,7 @@ def read_evaluation(
     return None if path is None else replace(values, tasks_path=str(path.absolute()))
 
 
-def read_optimizer(
+def _read_optimizer(
     reader: Reader, raw: Mapping[str, Any], classes: Mapping[str, Any]
 ) -> OptimizerSettings | None:
     """Return the optimizer of a run, or None if there are problems (then recorded)."""
@@ -346,7 +344,7 @@ def read_optimizer(
     return OptimizerSettings(target=dotted(kind), arguments=arguments, **asdict(values))
 
 
-def read_trainer(
+def _read_trainer(
     reader: Reader, raw: Mapping[str, Any], classes: Mapping[str, Any]
 ) -> TrainerSettings | None:
     """Return the arguments of Lightning's Trainer, or None if there are problems."""
@@ -401,7 +399,7 @@ def _without_other_options(
     return values
 
 
-def read_callbacks(
+def _read_callbacks(
     reader: Reader, bodies: Mapping[str, Any], classes: Mapping[str, Any]
 ) -> tuple[Component, ...]:
     """Return the callbacks of a run, in the order in which they were selected."""
@@ -426,7 +424,7 @@ def _valid_components(
     )
 
 
-def read_parts(
+def _read_parts(
     reader: Reader, bodies: Mapping[str, Any], classes: Mapping[str, Any], *, group: str
 ) -> tuple[Component, ...]:
     """Return the own metrics or stages of a run; problems are recorded by the reader."""
@@ -454,7 +452,7 @@ def averaging_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem(f"callbacks.{one.name}.{TARGET}", one.options[TARGET], reason=reason)
 
 
-def read_loggers(
+def _read_loggers(
     reader: Reader, bodies: Mapping[str, Any], classes: Mapping[str, Any]
 ) -> LoggerConfig:
     """Return the loggers of a run; problems are recorded by the reader."""
@@ -488,20 +486,7 @@ def read_loggers(
     )
 
 
-def conflict_problems(group: str, selected: Sequence[str]) -> Iterator[Problem]:
-    """Yield the names that two selected option files both define: their bodies would merge."""
-    files = option_files().get(group, {})
-    providers: dict[str, list[str]] = {}
-    for option in dict.fromkeys(selected):
-        for name in body_of(files[option]) if option in files else ():
-            providers.setdefault(str(name), []).append(option)
-    for name, options in providers.items():
-        if len(options) > 1:
-            reason = f"{' and '.join(options)} both define {name}; leave one out"
-            yield Problem(group, list(selected), reason=reason)
-
-
-def named_class(group: str, name: str, bodies: Mapping[str, Any]) -> type:
+def _named_class(group: str, name: str, bodies: Mapping[str, Any]) -> type:
     """Return the class that an entry of a group names."""
     key, body, options = f"{group}.{name}", bodies[name], option_files().get(group, {})
     if name == TARGET:
@@ -532,3 +517,47 @@ def _try_build(key: str, kind: type, body: Mapping[str, Any]) -> tuple[Any, list
         return None, problems
     made = building_problem(kind, arguments, key=key)
     return (None, [made]) if isinstance(made, Problem) else (made, [])
+
+
+_SINGLE_CLASS: Mapping[str, Callable[..., object]] = {
+    "model": _model_class,
+    "data": _data_class,
+    "optimizer": optimizer_class,
+    "growth": partial(_chosen_class, "growth"),
+    "experts": partial(_chosen_class, "experts"),
+}
+_CLASS_PER_ENTRY: Mapping[str, Callable[..., type]] = {
+    **dict.fromkeys(METHOD_GROUPS, method_class),
+    **dict.fromkeys(BASES, _named_class),
+}
+# Group → function that reads its body
+READERS: Mapping[str, Callable[[Reader, Mapping[str, Any], Mapping[str, Any]], object]] = {
+    "model": _read_model,
+    "data": _read_data,
+    "evaluation": _read_evaluation,
+    "optimizer": _read_optimizer,
+    "trainer": _read_trainer,
+    "callbacks": _read_callbacks,
+    "logger": _read_loggers,
+    "metrics": partial(_read_parts, group="metrics"),
+    "stages": partial(_read_parts, group="stages"),
+    "expansion": partial(read_methods, group="expansion"),
+    "forgetting": partial(read_methods, group="forgetting"),
+    "growth": partial(_read_chosen, group="growth"),
+    "experts": partial(_read_chosen, group="experts"),
+}
+
+
+def find_classes(reader: Reader, bodies: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return key → class for all classes that exist; problems are recorded by the reader.
+
+    A key is the name of a group, or GROUP.NAME for an entry of a group with several options.
+    """
+    found: dict[str, Any] = {}
+    for group, body in bodies.items():
+        if group in _SINGLE_CLASS:
+            found[group] = reader.call(_SINGLE_CLASS[group], body)
+        for name in body if group in _CLASS_PER_ENTRY else ():
+            if (key := f"{group}.{name}") != "logger.wandb":
+                found[key] = reader.call(_CLASS_PER_ENTRY[group], group, name, body)
+    return {key: kind for key, kind in found.items() if kind is not None}

@@ -7,11 +7,9 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import (
-    IntervalSweep,
     Override,
     OverrideType,
     Quote,
@@ -273,18 +271,6 @@ def refuse_sweeps(overrides: Sequence[Override]) -> None:
     raise_problems(problems)
 
 
-def first_value(override: Override) -> str:
-    """Return an override with a single value: for a sweep, its first value."""
-    if not override.is_sweep_override():
-        return override.input_line or ""
-    key = override.get_key_element()
-    if override.is_discrete_sweep():
-        return f"{key}={next(override.sweep_string_iterator(), '')}"
-    interval = override.value()
-    assert isinstance(interval, IntervalSweep), "Hydra sweeps are choices, ranges or intervals"
-    return f"{key}={interval.start}"
-
-
 def force_override(override: Override, options: _Options) -> str:
     """Return the override in a form that lets Hydra set any key; Tritter's schema validates it."""
     line = override.input_line or ""
@@ -292,16 +278,6 @@ def force_override(override: Override, options: _Options) -> str:
     if is_ours and not override.is_delete() and override.package is None:
         return "++" + line.lstrip("+")
     return line
-
-
-def split_sweep(overrides: Sequence[Override]) -> list[list[str]]:
-    """Return the overrides of each job, in the order of Hydra's basic sweeper."""
-    for override in overrides:
-        if isinstance(sweep := override.value(), IntervalSweep) or getattr(sweep, "shuffle", False):
-            key, _, value = (override.input_line or "").partition("=")
-            reason = "the basic sweeper requires values in a fixed order: A,B or range(START,STOP)"
-            raise RequestError(Problem(key, value, reason=reason))
-    return BasicSweeper.split_arguments(list(overrides), None)[0]
 
 
 def program_command() -> tuple[str, ...]:

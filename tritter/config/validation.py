@@ -16,26 +16,13 @@ from tritter.config.components import (
     BASES,
     CHOSEN_GROUPS,
     METHOD_GROUPS,
+    READERS,
     Origin,
     Reader,
     averaging_problems,
-    chosen_class,
-    data_class,
     data_keys,
-    method_class,
+    find_classes,
     method_keys,
-    model_class,
-    named_class,
-    read_callbacks,
-    read_data,
-    read_evaluation,
-    read_loggers,
-    read_methods,
-    read_model,
-    read_optimizer,
-    read_parts,
-    read_trainer,
-    resolve_registered_parts,
     weightless_methods,
 )
 from tritter.config.derived import validation_period, with_batches, with_samples
@@ -55,20 +42,10 @@ from tritter.core.expansions import target_model, vocab_place
 from tritter.core.families import Model, check_size
 from tritter.core.families.presets import model_problems
 from tritter.core.parameter_map.carry import STATE_KINDS
-from tritter.data.options import (
-    NamedTextConfig,
-    batch_problems,
-    reading_problems,
-    streaming_problems,
-    weight_problems,
-)
+from tritter.data.options import RULES as DATA_RULES
+from tritter.data.options import NamedTextConfig
 from tritter.errors import Problem, RequestError, raise_problems
-from tritter.evaluation.options import (
-    benchmark_problems,
-    gate_problems,
-    metric_problems,
-    prompt_problems,
-)
+from tritter.evaluation.options import RULES as EVALUATION_RULES
 from tritter.methods.moe_routing.options import expert_problems
 from tritter.options import Start, field_keys, leaves, methods_of
 from tritter.planning.strategy import pipeline_problems, planned_rounds
@@ -79,56 +56,36 @@ from tritter.training.forgetting_method import (
     replayed_share,
 )
 from tritter.training.method import Method
-from tritter.training.optimizer import OptimizerValues, optimizer_class
+from tritter.training.optimizer import OptimizerValues
 from tritter.training.options import (
     PRESET_RATE,
-    RULES,
     default_rate,
     trainer_start_problems,
     with_steps,
 )
+from tritter.training.options import RULES as TRAINING_RULES
 
 _Bodies = Mapping[str, Mapping[str, Any]]  # group → its body
 
-_SINGLE_CLASS: Mapping[str, Callable[..., object]] = {
-    "model": model_class,
-    "data": data_class,
-    "optimizer": optimizer_class,
-    **{group: partial(chosen_class, group) for group in CHOSEN_GROUPS},
-}
-_CLASS_PER_ENTRY: Mapping[str, Callable[..., type]] = {
-    **dict.fromkeys(METHOD_GROUPS, method_class),
-    **dict.fromkeys(BASES, named_class),
-}
+_OF_ENTRIES = (*METHOD_GROUPS, *BASES)  # groups with several options
 _NOTHING = {"logger": "csv"}  # the option that selects nothing; `none` in other groups
 _OF_EXPERTS = ("moe_routing", "adaptation")  # not in the config unless an expansion selects them
 Rule = Callable[[RunConfig], Iterable[Problem]]
 _GROUPS = (*SECTIONS, *METHOD_GROUPS, *OPEN_GROUPS)
-_READERS: Mapping[str, Callable[[Reader, Mapping[str, Any], Mapping[str, Any]], object]] = {
-    "model": read_model,
-    "data": read_data,
-    "evaluation": read_evaluation,
-    "optimizer": read_optimizer,
-    "trainer": read_trainer,
-    "callbacks": read_callbacks,
-    "logger": read_loggers,
-    "metrics": partial(read_parts, group="metrics"),
-    "stages": partial(read_parts, group="stages"),
-}
 
 
 def _group_bodies(reader: Reader, raw: Mapping[str, Any]) -> _Bodies:
     """Return the body of each group, without the option `none` and disabled entries."""
     bodies = {}
-    for group in (*SECTIONS, "optimizer", *CHOSEN_GROUPS, *_CLASS_PER_ENTRY):
+    for group in (*SECTIONS, "optimizer", *CHOSEN_GROUPS, *_OF_ENTRIES):
         body = raw.get(group)
-        if body is None and group in (*_CLASS_PER_ENTRY, *CHOSEN_GROUPS, *_OF_EXPERTS):
+        if body is None and group in (*_OF_ENTRIES, *CHOSEN_GROUPS, *_OF_EXPERTS):
             body = {}
         if not isinstance(body, Mapping):
             reader.report(group, body, reason="it must be a mapping; choose an option")
             continue
         bodies[group] = body
-        if group not in _CLASS_PER_ENTRY:
+        if group not in _OF_ENTRIES:
             continue
         none, names = _NOTHING.get(group, "none"), [str(name) for name in body]
         # callbacks.NAME=… adds to the default option none, which the user did not type
@@ -161,21 +118,6 @@ def _with_frozen_rows(bodies: _Bodies) -> _Bodies:
         freeze = {**chosen, **({} if any(map(chosen.get, parts)) else {"layers": "attention"})}
     forgetting = {**bodies.get("forgetting", {}), "freeze": {**freeze, "old_rows": True}}
     return {**bodies, "forgetting": forgetting}
-
-
-def find_classes(reader: Reader, bodies: _Bodies) -> dict[str, Any]:
-    """Return key → class for all classes that exist; problems are recorded by the reader.
-
-    A key is the name of a group, or GROUP.NAME for an entry of a group with several options.
-    """
-    found: dict[str, Any] = {}
-    for group, body in bodies.items():
-        if group in _SINGLE_CLASS:
-            found[group] = reader.call(_SINGLE_CLASS[group], body)
-        for name in body if group in _CLASS_PER_ENTRY else ():
-            if (key := f"{group}.{name}") != "logger.wandb":
-                found[key] = reader.call(_CLASS_PER_ENTRY[group], group, name, body)
-    return {key: kind for key, kind in found.items() if kind is not None}
 
 
 def known_keys() -> tuple[str, ...]:
@@ -288,13 +230,8 @@ def _read_sections(
     """Return the values of a RunConfig without `text`; problems are recorded by the reader."""
     values: dict[str, Any] = {}
     for name, body in bodies.items():
-        if name in METHOD_GROUPS:
-            values[name] = read_methods(reader, name, body, classes)
-        elif name in CHOSEN_GROUPS:
-            found = reader.call(resolve_registered_parts, name, body) or {}
-            values[name] = reader.component(name, classes.get(name), found)
-        elif name in _READERS:
-            values[name] = _READERS[name](reader, body, classes)
+        if name in READERS:
+            values[name] = READERS[name](reader, body, classes)
         else:
             values[name] = reader.read(cast(type, SECTIONS[name]), body, prefix=name)
     values["expansion"] = tuple(selected.options for selected in values.get("expansion", ()))
@@ -506,18 +443,12 @@ def _children_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 _RULES: tuple[Rule, ...] = (
-    batch_problems,
     model_problems,
     _data_problems,
-    gate_problems,
-    benchmark_problems,
-    metric_problems,
-    prompt_problems,
+    *DATA_RULES,
+    *EVALUATION_RULES,
     ladder_problems,
-    *RULES,
-    weight_problems,
-    reading_problems,
-    streaming_problems,
+    *TRAINING_RULES,
     _method_problems,
     _vocabulary_problems,
     _children_problems,

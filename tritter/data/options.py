@@ -229,8 +229,7 @@ def _dataset_location(key: str, word: str, *, column: str | None, max_rows: int 
         return built_in_path(key, word)
     source = parse_name(key, word)
     check_on_disk(key, word, source)
-    is_whole = source.rows == (0, None)
-    rows = (0, max_rows) if is_whole else source.rows
+    rows = (0, max_rows) if source.rows == (0, None) else source.rows
     return str(replace(source, rows=rows, column=source.column or column))
 
 
@@ -475,7 +474,7 @@ def same_source_problems(data: DataConfig) -> Iterator[Problem]:
             yield Problem(key, paths, reason=reason)
 
 
-def streaming_problems(config: RunRequest) -> Iterator[Problem]:
+def _streaming_problems(config: RunRequest) -> Iterator[Problem]:
     """Yield domains that can't be streamed, because they also have built-in texts."""
     data = config.data
     if not isinstance(data, DatasetsConfig) or not data.streaming:
@@ -487,7 +486,7 @@ def streaming_problems(config: RunRequest) -> Iterator[Problem]:
             yield Problem("data.streaming", True, reason=reason)
 
 
-def reading_problems(config: RunRequest) -> Iterator[Problem]:
+def _reading_problems(config: RunRequest) -> Iterator[Problem]:
     """Yield options of reading that no file or data set of the run needs."""
     data, unused = config.data, dict[str, tuple[object, str]]()
     if isinstance(data, TextDataConfig | SkillsDataConfig) and data.text_field != DEFAULT_FIELD:
@@ -505,7 +504,7 @@ def reading_problems(config: RunRequest) -> Iterator[Problem]:
         yield Problem(f"data.{name}", value, reason=f"{reason}, so it has no effect; remove it")
 
 
-def batch_problems(config: RunRequest) -> Iterator[Problem]:
+def _batch_problems(config: RunRequest) -> Iterator[Problem]:
     size, length = config.data.batch_size, config.data.sequence_length
     if size * length > MAX_BATCH_TOKENS:
         reason = (
@@ -515,7 +514,7 @@ def batch_problems(config: RunRequest) -> Iterator[Problem]:
         yield Problem("data.batch_size", size, reason=reason)
 
 
-def weight_problems(config: RunRequest) -> Iterator[Problem]:
+def _weight_problems(config: RunRequest) -> Iterator[Problem]:
     """Yield problems of `data.weights`: unknown domains, and domains alone in their task."""
     data = config.data
     if not isinstance(data, NamedTextConfig) or not data.weights:
@@ -531,3 +530,7 @@ def weight_problems(config: RunRequest) -> Iterator[Problem]:
         elif name not in mixed:
             reason = "its task has no other domain, so the weight has no effect; remove it"
             yield Problem(key, weight, reason=reason)
+
+
+# Validation rules of this section
+RULES = (_batch_problems, _weight_problems, _reading_problems, _streaming_problems)

@@ -533,8 +533,7 @@ class MemoryReplayBuffer:
             elif type(first) in (tuple, list) and len(first) == 2:
                 new.append(type(first)((example.prompt, example.answer)))
             elif isinstance(first, Mapping) and any(key in first for key in ("text", *_PROMPTS)):
-                filled = {key: known.get(key, "" if key in _BETWEEN else None) for key in first}
-                new.append(filled)
+                new.append({key: known.get(key, "" if key in _BETWEEN else None) for key in first})
             else:
                 new.append({"prompt": example.prompt, "answer": example.answer})
         return new

@@ -250,8 +250,7 @@ def source_documents(
         return _documents(chain.from_iterable(map(pieces, _checked_texts(texts, key))), reading)
     built_in = (each for path in filter(is_built_in, paths) for each in built_in_documents(path))
     files = find_texts(key, paths, is_recorded=is_recorded).files
-    names = dataset_names(paths)
-    rows = _of_datasets(names, reading, is_streamed=is_streamed, is_head=is_head)
+    rows = _of_datasets(dataset_names(paths), reading, is_streamed=is_streamed, is_head=is_head)
     whole = chain((each.conversation or each.text for each in built_in), rows)
     read = text_pieces(files, reading) if files else ()
     return _documents(chain(read, chain.from_iterable(map(pieces, whole))), reading)

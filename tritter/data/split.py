@@ -132,8 +132,7 @@ def split_problem(
         if len(used) == len(keys):
             return None
     if all(keys.values()):
-        where = " or ".join(sorted(keys.keys() - used))
-        return f"its conversations for {where} have {NO_ANSWERS}"
+        return f"its conversations for {' or '.join(sorted(keys.keys() - used))} have {NO_ANSWERS}"
     train, validation = len(keys["train"]), len(keys["validation"])
     counts = DomainCounts(documents=train + validation, train=train, validation=validation)
     return _one_sided(counts, rule)

@@ -116,8 +116,7 @@ def sample_text(
     with eval_mode(model) as device:
         for _ in range(max_new_tokens):
             input_ids = inputs_for(model, torch.tensor([prefix + new], device=device))
-            logits = model(input_ids=input_ids, use_cache=False).logits
-            token = int(logits[0, -1].argmax())
+            token = int(model(input_ids=input_ids, use_cache=False).logits[0, -1].argmax())
             if token in bounds.ends:
                 break
             new.append(token)

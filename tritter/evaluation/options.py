@@ -79,7 +79,7 @@ class GateConfig:
     max_attempts: Count | None = None
 
 
-def prompt_problems(config: RunRequest) -> Iterator[Problem]:
+def _prompt_problems(config: RunRequest) -> Iterator[Problem]:
     """Yield own prompts that are empty, or that nothing continues."""
     key, prompts = "evaluation.prompts", config.evaluation.prompts
     if prompts and config.evaluation.sample_tokens == 0:
@@ -89,7 +89,7 @@ def prompt_problems(config: RunRequest) -> Iterator[Problem]:
         yield Problem(key, prompts, reason="list each prompt once")
 
 
-def benchmark_problems(config: RunRequest) -> Iterator[Problem]:
+def _benchmark_problems(config: RunRequest) -> Iterator[Problem]:
     """Yield the problems of a run's benchmarks; their files are not read."""
     evaluation = config.evaluation
     try:
@@ -112,11 +112,10 @@ def benchmark_problems(config: RunRequest) -> Iterator[Problem]:
         yield Problem("evaluation.code_sandbox_command", None, reason=reason)
     for domain in config.text.domains:
         if domain.name in names:
-            reason = "a domain already has this name"
-            yield Problem(TASKS_KEY, domain.name, reason=reason)
+            yield Problem(TASKS_KEY, domain.name, reason="a domain already has this name")
 
 
-def metric_problems(config: RunRequest) -> Iterator[Problem]:
+def _metric_problems(config: RunRequest) -> Iterator[Problem]:
     """Yield own metrics with the name of another score, and those of unknown domains."""
     if not config.metrics:
         return
@@ -136,7 +135,11 @@ def metric_problems(config: RunRequest) -> Iterator[Problem]:
             yield Problem(key, reason=reason, nearest=near)
 
 
-def gate_problems(config: RunRequest) -> Iterator[Problem]:
+def _gate_problems(config: RunRequest) -> Iterator[Problem]:
     if config.gate.strict and not config.gate.enabled:
         reason = "requires gate.enabled = true; use gate=strict or gate=off"
         yield Problem("gate.strict", True, reason=reason)
+
+
+# Validation rules of these sections
+RULES = (_gate_problems, _benchmark_problems, _metric_problems, _prompt_problems)

@@ -209,8 +209,7 @@ class QuestionTask:
         """
         if not self.questions:
             raise TritterError(f"evaluation: the task {self.name} has no questions")
-        rows = self._rows(reader)
-        read = iter(_read(model, rows, reader))
+        read = iter(_read(model, self._rows(reader), reader))
         values = []
         for question in self.questions:
             if question.choices:
@@ -234,8 +233,7 @@ class QuestionTask:
                 for answer in question.choices or (question.answer,)
             ]
             if is_chat and self.chat is not None and self.chat.tokenizer is not None:
-                chat = replace(self.chat, loss_on="answers")
-                rows += _chat_rows(pairs, chat, reader)
+                rows += _chat_rows(pairs, replace(self.chat, loss_on="answers"), reader)
             else:
                 rows += _plain_rows(pairs, reader, between=PART_BREAK if is_chat else "")
         return rows

@@ -270,9 +270,8 @@ def benchmark_tasks(
     require_harness()
     sandbox: Sandbox | None = None
     if set(names) & set(CODE):
-        command = options.code_sandbox_command
-        is_external = options.code_sandbox == "external" and command is not None
-        sandbox = ExternalSandbox(str(command)) if is_external else NamespaceSandbox()
+        command = options.code_sandbox_command if options.code_sandbox == "external" else None
+        sandbox = ExternalSandbox(command) if command else NamespaceSandbox()
         sandbox.check()
     harness = EvalOptions(
         limit=options.task_limit,

@@ -15,15 +15,13 @@ from tritter.checkpoints.folder import LinkedTensors, copy_small_files
 from tritter.checkpoints.history import checkpoint_changes
 from tritter.checkpoints.state import KeptSequences, copy_states, read_state
 from tritter.core.families import Config, Model
-from tritter.core.models import load_model, model_of, stored_tensors, uninitialised_model
+from tritter.core.models import model_of, stored_tensors, uninitialised_model
 from tritter.core.stock_routers import AddedExperts, RouterControl
-from tritter.data.packing import lengths_of
 from tritter.errors import TritterError
 from tritter.evaluation.losses import sequence_losses
 from tritter.methods.experts.adapters import is_of_adapter
 from tritter.methods.experts.mixture import ROUTER, mixture_on
 from tritter.methods.experts.stored import ExpertFolder
-from tritter.methods.whole import reading_flops_of
 from tritter.pipeline import moe
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.run import Run
@@ -176,16 +174,6 @@ def _unlink_weights(folder: Path, model: nn.Module) -> None:
         path.unlink()
 
 
-def measuring_flops(run: Run, written: TrainedWriter, location: str) -> float:
-    """Return the FLOPs of measuring the losses of a writer's kept sequences."""
-    kept = written.kept_sequences
-    measured = [rows for name, rows in kept.sequences.items() if name not in kept.losses]
-    if not measured:
-        return 0.0
-    flops = reading_flops_of(run.source(location))
-    return sum(flops.of_all(lengths_of(run.data.document_mask, rows)) for rows in measured)
-
-
 def _config_after(config: Config, model: nn.Module) -> Config:
     """Return the config of the initial checkpoint, updated by changes of the live model."""
     before, after = model_of(uninitialised_model(config)).config, model_of(model).config
@@ -285,12 +273,3 @@ def check_trained(run: Run, folder: Path) -> None:
     problem = next(checkpoint_changes(folder), None)
     if problem is not None:
         raise TritterError(f"the trained checkpoint is damaged: {problem}")
-
-
-def with_routing(source: Source, routing_state: Path) -> nn.Module:
-    """Load a trained model with the biases of its routers."""
-    model = load_model(source.folder, model=source.model)
-    routing = RouterControl.of(model)
-    assert routing is not None
-    routing.load_state_dict(SafetensorsCheckpointIO().load_checkpoint(routing_state))
-    return model

@@ -29,9 +29,7 @@ from tritter.conf_folder import config_folder
 from tritter.config.components import (
     METHOD_GROUPS,
     Origin,
-    conflict_problems,
     method_names,
-    nesting_problems,
 )
 from tritter.config.fallbacks import (
     FALLBACK_GROUPS,
@@ -313,7 +311,7 @@ Plugins.instance().register(_OutsideFolders)
 @contextmanager
 def composer() -> Iterator[Composer]:
     """Yield a Composer for `conf/`; Hydra's global state is restored afterwards."""
-    raise_problems(nesting_problems())
+    raise_problems(_nesting_problems())
     # This may be called from inside a Hydra app: suspend it
     running, folder = GlobalHydra.instance().hydra, str(config_folder())
     GlobalHydra.instance().clear()
@@ -418,7 +416,7 @@ def _selection_problems(
             reason = f"select one; -m {group}={','.join(names)} runs them in turn"
             problems.append(Problem(group, names, reason=reason))
         elif group in OPEN_GROUPS:
-            problems += conflict_problems(group, names)
+            problems += _conflict_problems(group, names)
     for group in METHOD_GROUPS:
         names = selected[group]
         for name in set(method_names(group)) & set(raw.get(group) or ()) - set(names):
@@ -435,3 +433,31 @@ def _selection_problems(
 def _value_of(key: str, overrides: Sequence[Override]) -> object:
     lines = [o.input_line or "" for o in overrides if o.key_or_group == key]
     return lines[-1].partition("=")[2] if lines else None
+
+
+def _conflict_problems(group: str, selected: Sequence[str]) -> Iterator[Problem]:
+    """Yield the names that two selected option files both define: their bodies would merge."""
+    files = option_files().get(group, {})
+    providers: dict[str, list[str]] = {}
+    for option in dict.fromkeys(selected):
+        for name in body_of(files[option]) if option in files else ():
+            providers.setdefault(str(name), []).append(option)
+    for name, options in providers.items():
+        if len(options) > 1:
+            reason = f"{' and '.join(options)} both define {name}; leave one out"
+            yield Problem(group, list(selected), reason=reason)
+
+
+def _nesting_problems() -> list[Problem]:
+    """Return the option files of ordered groups with keys outside the method's own section."""
+    files = option_files()
+    return [
+        Problem(
+            f"{group}={name}",
+            list(body_of(path)),
+            reason=f"{path} must nest all keys under {name}, the name of the option",
+        )
+        for group in METHOD_GROUPS
+        for name, path in files.get(group, {}).items()
+        if list(body_of(path)) != [name]
+    ]

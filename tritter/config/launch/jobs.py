@@ -317,9 +317,6 @@ class LaunchSettings:
         return self.launcher != "basic"
 
 
-SEQUENTIAL = LaunchSettings()
-
-
 def read_launch_settings(hydra: DictConfig, *, num_jobs: int) -> LaunchSettings:
     """Return the settings of a sweep's launcher.
 

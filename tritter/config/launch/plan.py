@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -20,7 +22,6 @@ from tritter.config.folders import SearchPath, search_path, use_search_path
 from tritter.config.launch.command_line import CommandLine
 from tritter.config.launch.composition import Composer
 from tritter.config.launch.jobs import (
-    SEQUENTIAL,
     Job,
     LaunchSettings,
     Task,
@@ -30,14 +31,12 @@ from tritter.config.launch.jobs import (
 from tritter.config.overrides import (
     check_command_line,
     command,
-    first_value,
     normalise,
     override_key,
     override_value,
     parse,
     quote,
     refuse_sweeps,
-    split_sweep,
     unreplayed_overrides,
 )
 from tritter.config.run_folder import (
@@ -58,6 +57,9 @@ from tritter.storage.lock import LOCK_NAME, check_unlocked, folder_lock
 from tritter.storage.reading import RUN_FILE, SUMMARY_FILE
 from tritter.terminal import say
 from tritter.training.options import compiler_problems
+
+_SEQUENTIAL = LaunchSettings()
+
 
 _BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 _RESUME_IN_FILE = "it is set in an option file; set it on the command line"
@@ -80,7 +82,7 @@ class Plan:
 
     jobs: tuple[Job, ...]
     sweep_folder: Path | None = None
-    launching: LaunchSettings = SEQUENTIAL
+    launching: LaunchSettings = _SEQUENTIAL
     examples: tuple[Job, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -326,7 +328,7 @@ def _plan_sweep(request: Request, composed: DictConfig) -> Plan:
     task = [override for override in typed if not override.is_hydra_override()]
     if hydra.sweeper.get("_target_") != _BASIC_SWEEPER:
         # An adaptive sweeper: each job is validated when it starts
-        example = _plan_jobs(composing, [[*map(first_value, task)]], shared, is_example=True)
+        example = _plan_jobs(composing, [[*map(_first_value, task)]], shared, is_example=True)
         launcher = read_launch_settings(hydra, num_jobs=int(hydra.sweeper.get("n_jobs") or 1))
         notes = _notes(launcher, folder)
         sampler = hydra.sweeper.get("sampler") if hydra.sweeper.get("storage") is None else None
@@ -335,7 +337,7 @@ def _plan_sweep(request: Request, composed: DictConfig) -> Plan:
             sampler.seed = 0
             notes += ("sweep      hydra.sweeper.sampler.seed=0, so that the sweep can resume",)
         return Plan((), folder, launcher, example, notes)
-    split = split_sweep(task)
+    split = _split_sweep(task)
     numbers: dict[tuple[str, ...], list[int]] = {}
     for number, job_overrides in enumerate(split):
         numbers.setdefault(tuple(job_overrides), []).append(number)
@@ -492,3 +494,25 @@ def _job_folder(sweep_folder: Path, name: str) -> Path:
             "${hydra.job.num}."
         )
     return folder
+
+
+def _split_sweep(overrides: Sequence[Override]) -> list[list[str]]:
+    """Return the overrides of each job, in the order of Hydra's basic sweeper."""
+    for override in overrides:
+        if isinstance(sweep := override.value(), IntervalSweep) or getattr(sweep, "shuffle", False):
+            key, _, value = (override.input_line or "").partition("=")
+            reason = "the basic sweeper requires values in a fixed order: A,B or range(START,STOP)"
+            raise RequestError(Problem(key, value, reason=reason))
+    return BasicSweeper.split_arguments(list(overrides), None)[0]
+
+
+def _first_value(override: Override) -> str:
+    """Return an override with a single value: for a sweep, its first value."""
+    if not override.is_sweep_override():
+        return override.input_line or ""
+    key = override.get_key_element()
+    if override.is_discrete_sweep():
+        return f"{key}={next(override.sweep_string_iterator(), '')}"
+    interval = override.value()
+    assert isinstance(interval, IntervalSweep), "Hydra sweeps are choices, ranges or intervals"
+    return f"{key}={interval.start}"

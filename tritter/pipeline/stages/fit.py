@@ -12,9 +12,13 @@ from torch import nn
 from tritter.checkpoints import Source
 from tritter.config.schema import RunConfig
 from tritter.core.families import forward_flops
+from tritter.core.models import load_model
+from tritter.core.stock_routers import RouterControl
 from tritter.data.datamodule import ValidationSubset
+from tritter.data.packing import lengths_of
 from tritter.errors import RequestError
 from tritter.methods.forgetting import build_methods
+from tritter.methods.whole import reading_flops_of
 from tritter.pipeline import disk, moe
 from tritter.pipeline.base import last_rate, schedule_of
 from tritter.pipeline.branch import Branch
@@ -27,8 +31,6 @@ from tritter.pipeline.trained import (
     TrainedWriter,
     accept,
     branch_writer,
-    measuring_flops,
-    with_routing,
 )
 from tritter.report.wording import count_text
 from tritter.training import (
@@ -46,6 +48,7 @@ from tritter.training import (
     metrics_files,
     read_metrics,
 )
+from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 from tritter.training.forgetting_method import replayed_share
 from tritter.training.options import callbacks_of
 
@@ -65,11 +68,11 @@ class Fit(Stage):
         result, write = _train(run, branch)
         accept(run, location)
         run.ledger.watch_disk()
-        flops = result.flops + measuring_flops(run, write, location)
+        flops = result.flops + _measuring_flops(run, write, location)
         ending = _report(run, branch, result)
         if write.routing_state is not None:
             run.say("", "scores with the selection bias, which is not saved:")
-            biased = with_routing(run.source(location), write.routing_state)
+            biased = _with_routing(run.source(location), write.routing_state)
             run.score(biased, f"{branch.name}-biased")
             flops += run.data.scoring.flops(forward_flops(start.model))
             shutil.rmtree(write.routing_state)
@@ -338,3 +341,22 @@ def _best_weights(config: RunConfig, folder: Path, result: FitResult) -> str:
     if sign * start < sign * best:  # not for a metric that the start does not have
         line += f"; {metric} was better before the first step: {start:.4g}, now {best:.4g}"
     return line
+
+
+def _with_routing(source: Source, routing_state: Path) -> nn.Module:
+    """Load a trained model with the biases of its routers."""
+    model = load_model(source.folder, model=source.model)
+    routing = RouterControl.of(model)
+    assert routing is not None
+    routing.load_state_dict(SafetensorsCheckpointIO().load_checkpoint(routing_state))
+    return model
+
+
+def _measuring_flops(run: Run, written: TrainedWriter, location: str) -> float:
+    """Return the FLOPs of measuring the losses of a writer's kept sequences."""
+    kept = written.kept_sequences
+    measured = [rows for name, rows in kept.sequences.items() if name not in kept.losses]
+    if not measured:
+        return 0.0
+    flops = reading_flops_of(run.source(location))
+    return sum(flops.of_all(lengths_of(run.data.document_mask, rows)) for rows in measured)
