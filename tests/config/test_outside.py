@@ -269,6 +269,26 @@ def test_its_options_are_judged_like_ours(
     assert not (folder.parent / "outputs").exists()
 
 
+@pytest.mark.parametrize(
+    ("domain", "part"),
+    [("a/b", "its domain 'a/b' must consist of"), ("a", "error: Own.old_domains = null: the base")],
+)
+def test_domains_of_an_own_source_are_judged(
+    domain: str,
+    part: str,
+    tmp_path: Path,
+    run: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = "from tritter.data.options import DataConfig\nfrom tritter.options import options\n"
+    text += f"@options\nclass Own(DataConfig):\n    new_domains = ({domain!r},)\n"
+    (tmp_path / "own_source.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_source", raising=False)
+    result = run("data._target_=own_source.Own", "~data.source")
+    assert result.code == 2 and part in result.err, result
+
+
 @pytest.mark.full
 def test_stages_from_outside_run_as_their_page_says(outside: tuple[Path, list[str]]) -> None:
     page, run = (ROOT / "docs/how-to/write_a_stage.md").read_text(), outside[0].parent / "run"

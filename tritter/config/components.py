@@ -313,6 +313,10 @@ def _read_data(
     values = reader.read(kind, {**body, **blank}, prefix="data")
     if values is None:
         return None
+    for name in () if sources else (*values.old_sources, *values.new_sources):
+        if not str(name).replace("-", "_").isidentifier():  # it becomes the name of a file
+            reason = f"its domain {name!r} must consist of letters, digits, - and _"
+            reader.report(f"data.{TARGET}", dotted(kind), reason=reason)
     if values.chat_template is not None:
         values = replace(values, chat_template=reader.call(template_location, values.chat_template))
     return replace(values, **sources)

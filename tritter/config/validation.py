@@ -366,10 +366,16 @@ def _data_problems(config: RunConfig) -> Iterator[Problem]:
         reason = (
             "the base model is pretrained on old data; set it, or start from a checkpoint: model=hf"
         )
-        yield Problem("data.old", None, reason=reason)
+        yield Problem(_old_key(config), None, reason=reason)
         return
     if Path(config.model.path).is_dir():  # data of a hub checkpoint is known later
         yield from old_data_problems(config, config.text, Path(config.model.path))
+
+
+def _old_key(config: RunConfig) -> str:
+    """Return the key that sets the old data, for messages."""
+    is_named = isinstance(config.data, NamedTextConfig)
+    return "data.old" if is_named else f"{type(config.data).__name__}.old_domains"
 
 
 def old_data_problems(config: RunConfig, text: RunText, folder: Path) -> Iterator[Problem]:
@@ -381,7 +387,7 @@ def old_data_problems(config: RunConfig, text: RunText, folder: Path) -> Iterato
     """
     if text.old:
         return
-    typed = config.data.old if isinstance(config.data, NamedTextConfig) else None
+    typed = config.data.old if isinstance(config.data, NamedTextConfig) else ()
     needs_of = {one.name: one.kind.needs(one.options) for one in config.forgetting}
     needing = [
         name
@@ -397,7 +403,7 @@ def old_data_problems(config: RunConfig, text: RunText, folder: Path) -> Iterato
         writing = f"[{','.join(['self_replay', *others])}]" if others else "self_replay"
         reason = f"it is required by {' and '.join(needing)}; set it, let the model generate it "
         reason += f"(forgetting={writing}), or choose forgetting=none"
-        yield Problem("data.old", typed, reason=reason)
+        yield Problem(_old_key(config), typed, reason=reason)
 
 
 def _vocabulary_problems(config: RunConfig) -> Iterator[Problem]:
