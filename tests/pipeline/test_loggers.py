@@ -10,14 +10,18 @@ import yaml
 from lightning import Callback
 from rich.console import Console
 
+from tests.oracle import saved, tiny_llama
 from tests.pipeline.offline_wandb import OfflineRun, offline_runs
 from tests.pipeline.tiny import TINY
 from tritter.config.launch.composition import load_config
 from tritter.config.run_folder import fingerprint
+from tritter.core.models import save_tokenizer
+from tritter.data.documents import Document
+from tritter.data.tokens import END_OF_TEXT, train_tokenizer
 from tritter.errors import TritterError
 from tritter.pipeline import run_pipeline
 from tritter.pipeline.ledger import Ledger
-from tritter.pipeline.metrics import _wandb_logger
+from tritter.pipeline.metrics import wandb_logger
 from tritter.pipeline.run import Run
 
 
@@ -119,7 +123,25 @@ def test_without_an_account_the_offline_mode_is_named(
         ledger=Ledger(tmp_path),
     )
     with pytest.raises(TritterError, match=r"`wandb login` to log in; logger\.wandb\.mode=offline"):
-        _wandb_logger(context)
+        wandb_logger(context)
+
+
+def test_without_an_account_no_baseline_is_scored(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def init(**given: Any) -> None:
+        raise wandb.errors.UsageError("No API key configured. Use `wandb login` to log in.")
+
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setattr("tritter.pipeline.pipeline.run_baseline", pytest.fail)
+    tokenizer = train_tokenizer([Document("d", "of a run " * 200)], vocab_size=280)
+    base = saved(tiny_llama(vocab_size=280), tmp_path / "base")
+    save_tokenizer(tokenizer, base, end_of_text=END_OF_TEXT)
+    words = [word for word in TINY if not word.startswith(("model.", "pretraining."))]
+    words += ["model=hf", f"model.path={base}", f"cache_dir={tmp_path / 'cache'}"]
+    config = load_config([*words, "logger=wandb", "logger.wandb.mode=online"])
+    with pytest.raises(TritterError, match="No API key"):
+        run_pipeline(config, run_folder=tmp_path / "run")
 
 
 def test_what_a_killed_process_did_not_finish_is_cut_off(
@@ -145,7 +167,7 @@ def test_what_a_killed_process_did_not_finish_is_cut_off(
     (tmp_path / "outside").write_bytes(whole[:-1])
     (tmp_path / "wandb/offline-run-7").mkdir()
     (tmp_path / "wandb/offline-run-7/run-mine.wandb").symlink_to(tmp_path / "outside")
-    _wandb_logger(context)
+    wandb_logger(context)
     left = {p.parent.name[12:]: p.read_bytes() for p in tmp_path.glob("wandb/*/run-*.wandb")}
     cut = log_of([b"a" * 40_000, b"b" * 25_480])
     assert left == {

@@ -162,8 +162,7 @@ def log_result_to_wandb(run: Run, summary: Summary, plots: Sequence[Path], *, st
     Args:
         step: last step of the run.
     """
-    logger = _wandb_logger(run)
-    if logger is None:
+    if (logger := wandb_logger(run)) is None:
         return
     import wandb
 
@@ -252,7 +251,7 @@ def _run_name(run: Run, part: str | None = None) -> str:
     return f"{grown} {'+'.join(_names(config.forgetting))} {seed}"
 
 
-def _wandb_logger(run: Run, part: str | None = None) -> WandbLogger | None:
+def wandb_logger(run: Run, part: str | None = None) -> WandbLogger | None:
     """Return the logger of a W&B run, open until `wandb_finished` ends; None if W&B is off."""
     if (settings := run.config.logger.wandb) is None:
         return None
@@ -367,7 +366,7 @@ def open_loggers(
     """
     loggers: list[Logger] = []
     with ExitStack() as opened:
-        if (wandb := _wandb_logger(run, part)) is not None:
+        if (wandb := wandb_logger(run, part)) is not None:
             loggers.append(wandb)
         for named in run.config.logger.others:
             loggers.append(logger := _build_logger(named, run, part))

@@ -25,6 +25,7 @@ from tritter.pipeline.metrics import (
     num_steps,
     open_loggers,
     wandb_finished,
+    wandb_logger,
     write_metrics,
 )
 from tritter.pipeline.next_commands import next_commands
@@ -97,6 +98,8 @@ def run_pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
             run.say("run", message)
         check_source(run)
         _announce(run)
+        if config.model.model_type == "hf":  # a missing login fails before the baseline is scored
+            wandb_logger(run)
         run_baseline(run)
         candidates = _run_candidates(run)
         last, status = candidates[-1], candidates[-1].status

@@ -191,9 +191,8 @@ class BenchmarkTask:
     def label(self) -> str:
         """Its name with the settings, for people."""
         settings = self.settings
-        number, is_chat = settings["num_fewshot"], settings["chat_template"]
+        number, how = settings["num_fewshot"], ", chat template" * settings["chat_template"]
         shots = "lm-eval's few-shot examples" if number is None else f"{number}-shot"
-        how = ", chat template" if is_chat else ""
         return f"{self.name} ({settings['metric']}, {shots}{how})"
 
     @cached_property

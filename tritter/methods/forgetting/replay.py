@@ -422,7 +422,7 @@ class SelfReplay(ForgettingMethod):
 
     def filter_sequences(
         self, written: GeneratedSequences, *, vocab_size: int
-    ) -> FilteredSequences:
+    ) -> _FilteredSequences:
         """Drop repetitive sequences, and those whose perplexity is too low or too high."""
         import torch
 
@@ -446,7 +446,7 @@ class SelfReplay(ForgettingMethod):
                 "max_perplexity."
             )
         nats = float(written.nats[kept].mean())
-        return FilteredSequences(written.sequences[torch.where(kept)[0]], dropped, nats)
+        return _FilteredSequences(written.sequences[torch.where(kept)[0]], dropped, nats)
 
     def mix(self, batches: BatchStream, task: Task) -> BatchStream:
         assert task.written is not None
@@ -457,7 +457,7 @@ class SelfReplay(ForgettingMethod):
 
 
 @dataclass(frozen=True, slots=True)
-class FilteredSequences:
+class _FilteredSequences:
     """The sequences that were kept, int32 [N, T], and the number dropped for each reason.
 
     `nats` is the mean −log p per kept token, under the model that generated it.

@@ -256,8 +256,7 @@ def _attach(
 def _announce(run: Run, branch: Branch, max_steps: int, rate: float) -> None:
     config, domains, tasks = run.config, run.data.new_domains_of(branch), len(run.data.text.tasks)
     experts, epochs = None if branch.is_control else config.experts, ""
-    frozen = ["frozen base"] if experts else []
-    names = [*frozen, *(one.name for one in config.forgetting)]
+    names = [*(["frozen base"] if experts else []), *(one.name for one in config.forgetting)]
     mitigation = " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) or "none"
     which = f" (task {branch.task + 1} of {tasks})" if tasks > 1 else ""
     weights = getattr(config.data, "weights", None) or {}
