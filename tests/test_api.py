@@ -465,6 +465,12 @@ def _model() -> Any:
         (lambda m: tritter.expand(m, [Width()], hidden_size=9), ["pass typed options"]),
         (lambda m: tritter.expand({}, "width"), ["pass a folder, a hub id or a Hugging Face"]),
         (lambda m: tritter.load("nowhere"), ["path = nowhere: no such folder"]),
+        (lambda m: tritter.protect(Path("x"), "l2sp"), ["model = x: pass a live model"]),
+        (lambda m: tritter.gate(m, m, ["text"]), ["documents = ['text']: must be a mapping"]),
+        (
+            lambda m: tritter.gate(m, m, {"a": ["x"]}, sequence_length=0, batch_size=-1),
+            ["2 things", "sequence_length = 0: must be", "batch_size = -1"],
+        ),
         (lambda m: tritter.load("x", dtpye=1), ["dtpye = 1", "Did you mean dtype?"]),
         (lambda m: tritter.grow(m, "plateu"), ["trigger = plateu", "Did you mean plateau?"]),
         (lambda m: tritter.grow(m, plateau_step=3), ["Did you mean plateau_steps?"]),

@@ -93,7 +93,7 @@ RATCHET = {
     "methods": (48, 12_474),
     "pipeline": (31, 7_272),
     "planning": (9, 2_118),
-    "report": (15, 4_240),
+    "report": (15, 4_236),
     "storage": (10, 2_024),
     "training": (17, 5_055),
     "transform": (6, 1_830),

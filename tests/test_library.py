@@ -83,6 +83,19 @@ def test_a_bfloat16_model_stays_one_and_trains_on() -> None:
     oracle.gradients(grown, oracle.tokens())
 
 
+def test_a_head_that_only_the_config_ties_is_not_left_out(tmp_path: Path) -> None:
+    """As after a merge of adapters on the head of a tied model."""
+    model = oracle.tiny_llama(tie_word_embeddings=True)
+    model.lm_head.weight = nn.Parameter(2 * model.lm_head.weight.detach())
+    expander = ModelExpander([LlamaPro()])
+    for call in (lambda: expander.expand(model), lambda: expander.write(model, tmp_path / "grown")):
+        with pytest.raises(RequestError, match=r"lm_head.weight differs from model.embed_tokens"):
+            call()
+    assert not any(tmp_path.iterdir())
+    model.config.tie_word_embeddings = False  # as the message says
+    assert oracle.relative_difference(model, expander.expand(model), oracle.tokens()) < 1e-4
+
+
 def test_a_model_of_another_kind_is_refused() -> None:
     with pytest.raises(RequestError, match="no Hugging Face config"):
         ModelExpander([Width()]).expand(nn.Linear(2, 2))

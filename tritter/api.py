@@ -415,11 +415,9 @@ def add_experts(model: Model, rank: int = 8, **options: Any) -> PreTrainedModel:
         raise refused("router", requested.router, reason)
     targets = requested.targets or tuple(sorted(adaptable(live, whole=False)))
     if mixture is None:
-        missing = sorted(set(targets) - adaptable(live))
-        if missing:  # before the base is frozen
+        if missing := sorted(set(targets) - adaptable(live)):  # before the base is frozen
             reason = f"the model has no such layer; it has {', '.join(sorted(adaptable(live)))}"
-            near = nearest(missing[0], adaptable(live))
-            raise refused("targets", missing, reason, near=near)
+            raise refused("targets", missing, reason, near=nearest(missing[0], adaptable(live)))
         mixture = ExpertMixture(live, router=requested.router or "learned")
     shape = AdapterShape(requested.rank, requested.alpha or 2.0 * requested.rank, targets)
     names = (f"expert_{number}" for number in range(len(mixture.names) + requested.num_experts))
@@ -582,7 +580,7 @@ def gate(
     Raises:
         RequestError: a value is not allowed, or documents or a tokenizer are missing.
     """
-    _check_gate(retention, confidence, documents, new_documents or {})
+    _check_gate(retention, confidence, batch_size, sequence_length, documents, new_documents or {})
     with loading("transformers"):
         from tritter.evaluation.gate import GateResult, new_capability_check, retention_check
 
@@ -606,21 +604,26 @@ def gate(
     return GateResult.of(checks)
 
 
-def _check_gate(retention: object, confidence: object, kept: Documents, new: Documents) -> None:
+def _check_gate(
+    retention: object, confidence: object, batch: object, length: object, kept: Any, new: Any
+) -> None:
     problems = []
     for key, value, low, high in (
+        ("batch_size", batch, 1, 1e6),
+        ("sequence_length", 2 if length is None else length, 2, 1e9),
         ("retention", retention, 0, 1e6),
         ("confidence", confidence, 0.5, 0.999),  # 1,999 resamples give no quantile beyond
     ):
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not low <= cast(float, value) <= high:
-            reason = f"must be a number from {low} to {high:g}"
-            problems.append(Problem(key, value, reason=reason))
+            problems.append(Problem(key, value, reason=f"must be a number from {low} to {high:g}"))
+    for key, domains in (("documents", kept), ("new_documents", new)):
+        if not isinstance(domains, Mapping):
+            raise refused(key, brief(domains), "must be a mapping, domain → documents")
     if not kept and not new:
         problems.append(Problem("documents", reason="name a domain and its documents"))
     if both := sorted(kept.keys() & new.keys()):
-        reason = "a domain is either kept or new"
-        problems.append(Problem("new_documents", both, reason=reason))
+        problems.append(Problem("new_documents", both, reason="a domain is either kept or new"))
     for key, domains in (("documents", kept), ("new_documents", new)):
         for name, texts in domains.items():
             is_list = isinstance(texts, Sequence) and not isinstance(texts, str)
@@ -720,16 +723,16 @@ def protect(
         chosen = _penalty_method(method, options)
         with loading("transformers"):
             from tritter.core.models import refuse_wrapped
+        if isinstance(model, str | PathLike):
+            raise refused("model", fspath(model), "pass a live model, such as tritter.load(folder)")
         refuse_wrapped(model := getattr(model, "_orig_mod", model))  # without torch.compile
         needs = type(chosen).needs(chosen.options)
         batches: Iterable[Tensor] = ()
-        own: PretrainedTokenizer | None = None
+        reads = needs.old_text and tokenizer is not None
+        own = _tokenizer(tokenizer, model) if reads else None
         if needs.old_text:
-            if tokenizer is not None:
-                own = _tokenizer(tokenizer, model)
             count = getattr(chosen.options, "num_sequences", 256)
-            length = sequence_length or _window_length(model)
-            limits = {"sequence_length": length, "count": count}
+            limits = {"sequence_length": sequence_length or _window_length(model), "count": count}
             batches = list(old_sequences(old_data, tokenizer=own, **limits))
             if not batches:
                 reason = f"{chosen.name} needs data of the old domains, and there is none"

@@ -50,8 +50,7 @@ class Component:
 
     def plain(self) -> dict[str, Any]:
         """Return its options as plain values, plus the checksum of a third-party class."""
-        is_record = not isinstance(self.options, Mapping)
-        values = values_of(self.options) if is_record else self.options
+        values = self.options if isinstance(self.options, Mapping) else values_of(self.options)
         return {**plain(values), **identity(self.kind)}
 
 
@@ -79,8 +78,7 @@ def resolve(key: str, target: object, *, base: str | None = None) -> Any:
         base: dotted name of the required base class.
     """
     if not isinstance(target, str) or not all(w.isidentifier() for w in target.split(".")):
-        reason = "name a class, PACKAGE.MODULE.CLASS"
-        raise RequestError(Problem(key, target, reason=reason))
+        raise RequestError(Problem(key, target, reason="name a class, PACKAGE.MODULE.CLASS"))
     found = _found(key, target)
     if base is None:
         return found
@@ -241,8 +239,7 @@ def _found(key: str, target: str) -> Any:
             inner = _module(key, target, f"{parent}.{name}", is_optional=True)
         if inner is None:
             near = nearest(name, [other for other in dir(node) if not other.startswith("_")])
-            reason = f"{parent} has no {name}"
-            raise RequestError(Problem(key, target, reason=reason, nearest=near))
+            raise RequestError(Problem(key, target, reason=f"{parent} has no {name}", nearest=near))
         node, parent = inner, f"{parent}.{name}"
     return node
 

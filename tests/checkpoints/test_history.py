@@ -228,6 +228,14 @@ def test_a_changed_record_is_named(place: Path, name: str) -> None:
     assert (found, {change.file for change in changes}) == (name, {"tritter.json"})
 
 
+def test_an_edited_expansion_of_a_parent_is_named(place: Path) -> None:
+    """It is no longer a prefix of the child's, and still lies where the child says."""
+    path = place / "wide" / "tritter.json"
+    path.write_text(path.read_text().replace('"method": "width"', '"method": "stack"'))
+    ((found, (change,)),) = _changes(place).items()
+    assert (found, change.file, change.detail) == ("wide", "tritter.json", "changed")
+
+
 @pytest.mark.parametrize("old, new", [('"step": 0', '"step": 7'), ('"step": 0', '"step":  0')])
 def test_any_byte_of_a_record_counts(place: Path, old: str, new: str) -> None:
     path = place / "deep" / "tritter.json"

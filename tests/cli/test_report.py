@@ -49,6 +49,8 @@ def test_runs_by_name_and_as_json(run: Run, sweep: Path) -> None:
     assert result.code == 0, result.err
     assert result.json == {"output": "out/pair.html", "runs": ["1", "0"], "left_out": []}
     assert (sweep.parent / "out/pair.html").is_file()
+    again = run(f"report sweep/1 {sweep}/1 sweep --output again.html --json")
+    assert again.json["runs"] == ["1", "0"]  # each once, however it is named
 
 
 @pytest.mark.full

@@ -178,6 +178,9 @@ def test_groups_and_their_differences(summary: dict[str, Any], num_seeds: int) -
     half = 4.3027 / 3**0.5
     assert prose == f"+2.00 [{2 - half:+.2f}, {2 + half:+.2f}]" == "+2.00 [-0.48, +4.48]"
     assert first[3] == "+1.02 [+1.02, +1.02]"
+    # A single run has no interval over seeds, and the bounds of its gate are of another kind
+    text, _ = page(runs[:4], title="Groups")
+    assert _cells(text, "Groups")[1][3] == "+1.02"
 
 
 def test_a_run_with_a_control_is_compared_with_it(summary_with_control: dict[str, Any]) -> None:

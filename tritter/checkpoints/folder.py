@@ -184,8 +184,7 @@ def write_config(folder: Path, config: Config) -> None:
 def write_lineage(folder: Path, lineage: Lineage, config: Config) -> Lineage:
     """Rewrite a checkpoint's lineage and card, but not its tensors. Return the lineage."""
     experts, kept = expert_names(lineage.file_digests), kept_metadata(folder)
-    card = model_card(lineage, config, experts=experts, kept=kept)
-    write_text_atomic(folder / CARD_NAME, card)
+    write_text_atomic(folder / CARD_NAME, model_card(lineage, config, experts=experts, kept=kept))
     digests = {**lineage.file_digests, CARD_NAME: file_digest(folder / CARD_NAME)}
     written = replace(lineage, file_digests=digests)
     write_text_atomic(folder / LINEAGE_NAME, record_text(written))

@@ -242,8 +242,11 @@ def _parent(child: Link, *, excluded: Collection[Path]) -> Link:
                     tensor_digests=lineage.parent_tensor_digests,
                     file_digests=lineage.parent_file_digests,
                 )
-    if hinted is not None and hinted.is_dir() and (link := _link_of(hinted)).problem:
-        return link
+    if hinted is not None and hinted in candidates:
+        link = _link_of(hinted)
+        # Its record was edited, so it can't be identified; `verify` reports the edit
+        if link.problem or (link.lineage and not is_unchanged(hinted / LINEAGE_NAME)):
+            return link
     return Link(folder=None, model_hash=expected)
 
 

@@ -241,8 +241,7 @@ class _Domains:
         new = self._domains_of(typed_new, is_old=False)
         final_name = {typed: domain.name for typed, domain in zip(typed_new, new, strict=True)}
         # A learned domain that only a later task trains on counts as old until then
-        first = self._data.task_sources[0]
-        again = {final_name[name] for name in first if name in final_name}
+        again = {final_name[name] for name in self._data.task_sources[0] if name in final_name}
         old = [] if self._data.is_old_named else self._all_learned(without=again)
         named = {domain.name for domain in old}
         typed_domains = self._domains_of(typed_old, is_old=True)
@@ -253,8 +252,7 @@ class _Domains:
             elif domain.name not in named:
                 old.append(domain)
         named = {domain.name for domain in old}
-        sources = self._data.task_sources
-        tasks = tuple(tuple(final_name[name] for name in task) for task in sources)
+        tasks = tuple(tuple(final_name[name] for name in task) for task in self._data.task_sources)
         return (*old, *(domain for domain in new if domain.name not in named)), tasks
 
     def _domains_of(self, sources: TextSources, *, is_old: bool) -> list[DomainText]:

@@ -98,9 +98,9 @@ class FoundRuns:
 
 
 def find_runs(folders: Sequence[Path]) -> FoundRuns:
-    """Return the runs in some folders and their subfolders. Links are not followed."""
-    finished: dict[Path, None] = {}
-    unfinished: dict[Path, None] = {}
+    """Return the runs in some folders and their subfolders, each once. Links are not followed."""
+    finished: dict[Path, Path] = {}  # by resolved path
+    unfinished: dict[Path, Path] = {}
     for folder in folders:
         try:
             if not folder.is_dir():
@@ -111,18 +111,18 @@ def find_runs(folders: Sequence[Path]) -> FoundRuns:
         if not found:
             raise _refused([folder], _NO_RUN)
         for each in found:
-            (finished if (each / SUMMARY_FILE).is_file() else unfinished)[each] = None
+            runs = finished if (each / SUMMARY_FILE).is_file() else unfinished
+            runs.setdefault(each.resolve(), each)
     if not finished:
         from tritter.config.overrides import resume_command
 
         several = f"{len(unfinished)} are not finished, the first"
         states = "one is not finished" if len(unfinished) == 1 else several
-        command = resume_command(next(iter(unfinished)))
+        command = resume_command(next(iter(unfinished.values())))
         raise _refused(folders, f"{_NO_RUN}; {states}: {command} resumes it")
     if len(finished) > _MAX_RUNS:
-        reason = f"it contains {len(finished)} runs; must be at most {_MAX_RUNS}"
-        raise _refused(folders, reason)
-    return FoundRuns(tuple(finished), tuple(unfinished))
+        raise _refused(folders, f"it contains {len(finished)} runs; must be at most {_MAX_RUNS}")
+    return FoundRuns(tuple(finished.values()), tuple(unfinished.values()))
 
 
 def _refused(folders: Sequence[Path], reason: str) -> RequestError:

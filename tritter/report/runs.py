@@ -287,14 +287,10 @@ class Interval:
         return 1 < len(self.values) < MIN_SEEDS
 
     def text(self, *, scale: float = 100) -> str:
-        """Return the mean with its bounds, or the values of the seeds, in per cent."""
-        if self.is_of_seeds:
+        """Return the mean with its bounds over seeds, or the values of the seeds, in per cent."""
+        if len(self.values) < MIN_SEEDS or self.lower is None or self.upper is None:
             return ", ".join(f"{scale * value:+.2f}" for value in self.values)
-        if self.lower is None and self.upper is None:
-            return f"{scale * self.value:+.2f}"
-        sides = (self.lower, self.upper)
-        lower, upper = ("?" if each is None else f"{scale * each:+.2f}" for each in sides)
-        return f"{scale * self.value:+.2f} [{lower}, {upper}]"
+        return f"{scale * self.value:+.2f} [{scale * self.lower:+.2f}, {scale * self.upper:+.2f}]"
 
 
 def group_runs(runs: Iterable[EndedRun]) -> tuple[Group, ...]:

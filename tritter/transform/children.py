@@ -394,8 +394,7 @@ def router_bytes(plan: PlannedExpansion) -> int:
 
 def router_flops(plan: PlannedExpansion) -> float:
     """Return the FLOPs of the router rows that were computed from data."""
-    flops = forward_flops(plan.source)
-    return sum(flops.of_all(each.lengths) for each in _router_data(plan))
+    return sum(forward_flops(plan.source).of_all(each.lengths) for each in _router_data(plan))
 
 
 @dataclass(frozen=True, slots=True)

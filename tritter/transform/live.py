@@ -114,6 +114,7 @@ class ModelExpander:
 
     def _expand(self, model: nn.Module, steps: Sequence[ResolvedExpansion]) -> nn.Module:
         source, state = steps[0].source, model.state_dict()
+        _check_tied(source, state)
         held = unpack_all(source.match(state), state)
         maps = compose_maps(steps, source).tensors
 
@@ -143,6 +144,17 @@ def _origin_of(model: nn.Module) -> Iterator[Path]:
         yield snapshot
 
 
+def _check_tied(model: Model, state: Mapping[str, Tensor]) -> None:
+    """Refuse a head that the config ties and the live model does not: it would be left out."""
+    embedding = model.match(state)[0].name
+    for name in sorted(model.family.tied_names(model.config) & state.keys()):
+        if not torch.equal(state[name], state[embedding]):
+            raise RequestError(
+                f"{name} differs from {embedding}, although the config of the model ties them. To "
+                "keep both, set config.tie_word_embeddings to False; otherwise, call tie_weights()."
+            )
+
+
 def write_model(
     model: nn.Module,
     folder: Path,
@@ -164,6 +176,7 @@ def write_model(
         RequestError: something is at `folder` and may not be replaced.
     """
     known = model_of(model)
+    _check_tied(known, model.state_dict())
     tensors = [(name, tensor.cpu()) for name, tensor in named_tensors(model, known)]
     widest = reduce(torch.promote_types, (tensor.dtype for _, tensor in tensors))
     config: Config = {
@@ -284,8 +297,7 @@ def expand_attention_heads(
             names the nearest possible ones.
     """
     source = model_of(attention)
-    layer = getattr(attention, "layer_idx", None)
-    if layer is None:
+    if (layer := getattr(attention, "layer_idx", None)) is None:
         raise RequestError(f"{type(attention).__name__} has no layer_idx: not an attention module.")
     old = source.sizes
     kv_heads = new_num_kv_heads
@@ -366,16 +378,7 @@ def expand_linear(
 
 
 def _copied_axis(old_size: int, new_size: int, *, seed: int) -> AxisMap:
-    """Return a map that copies coordinates in random rounds and splits their shares.
-
-    Args:
-        old_size: size of the axis.
-        new_size: size after the expansion.
-        seed: of the choice of copied coordinates.
-
-    Raises:
-        RequestError: the axis would shrink.
-    """
+    """Return a map that copies coordinates in random rounds and splits their shares."""
     if new_size < old_size:
         raise RequestError(f"{new_size} features are fewer than the layer's {old_size}.")
     source = copied_sources(old_size, new_size, seed=seed)

@@ -64,8 +64,7 @@ def learned(spec: Vocab, source: Source, texts: Iterable[str]) -> Vocab:
 
 
 def _bind(spec: Vocab, source: Source) -> BoundVocab:
-    vocab_size = source.model.sizes.vocab_size
-    tokenizer = read_tokenizer(source.folder, vocab_size=vocab_size).tokenizer
+    tokenizer = read_tokenizer(source.folder, vocab_size=source.model.sizes.vocab_size).tokenizer
     stored = read_object(source.folder / TOKENIZER_NAME)
     kept = {name: stored.get(name) for name in ("truncation", "padding")}
     content, donor = {**require_bpe(tokenizer), **kept}, None
@@ -163,8 +162,7 @@ def kept_in(source: Source, spec: BoundVocab | None) -> KeptSequences:
         return kept
     from tokenizers import Tokenizer
 
-    vocab_size = source.model.sizes.vocab_size
-    old = read_tokenizer(source.folder, vocab_size=vocab_size)
+    old = read_tokenizer(source.folder, vocab_size=source.model.sizes.vocab_size)
     return kept.mapped(
         lambda each, is_masked: retokenised(
             each,
