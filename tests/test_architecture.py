@@ -91,7 +91,7 @@ RATCHET = {
     "evaluation": (16, 4_409),
     "integrations": (2, 801),
     "methods": (48, 12_474),
-    "pipeline": (31, 7_272),
+    "pipeline": (31, 7_270),
     "planning": (9, 2_118),
     "report": (15, 4_236),
     "storage": (10, 2_024),

@@ -210,8 +210,9 @@ def test_importance_is_timed_for_the_sequences_that_exist(
         ),
         (("expansion=context", "model.max_position_embeddings=32"), ("training",), ("fit",)),
         (("expansion=[moe,moe_add]",), ("routers",), ("adapt",)),
+        (("expansion=none", "experts=single_lora", "experts.rank=1"), ("training",), ("fit",)),
     ],
-    ids=["rounds and control", "long windows", "routers"],
+    ids=["rounds and control", "long windows", "routers", "frozen base"],
 )
 def test_what_is_timed_is_what_is_counted(
     tmp_path: Path, words: tuple[str, ...], timed: tuple[str, ...], counted: tuple[str, ...]

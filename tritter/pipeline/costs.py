@@ -38,21 +38,18 @@ def cost_lines(run: Run) -> Iterator[str]:
     length = _window(run, grown)
     of_step = f"{gathered * batch_size_at(length, config):,} x {length:,} tokens"
     text = run.data.validation_subset
-    validation = ""
     if text is not None:
-        validation = (
-            f"; validation every {text.every_n_steps:,} steps: {sum(text.lengths):,} tokens"
-        )
-    yield f"{steps:,} steps of {of_step}{validation}"
+        of_step += f"; validation every {text.every_n_steps:,} steps: {sum(text.lengths):,} tokens"
+    yield f"{steps:,} steps of {of_step}"
 
 
 def time_line(run: Run) -> str:
     """Time one batch and return the estimated seconds of each stage.
 
-    Empty if they are few, or differ for each process or for a frozen base with experts.
+    Empty if they are few, or differ for each process.
     """
     config, source = run.config, run.data.model
-    if config.experts is not None or config.trainer.strategy != "auto":
+    if config.trainer.strategy != "auto":
         return ""
     start = run.data.initial_checkpoint
     if start is not None:
@@ -120,9 +117,8 @@ def _flops(run: Run, source: Model) -> Mapping[str, float]:
     flops["pretraining (unless cached)"] = pretraining * config.data.batch_size * gathered * of_row
     flops["baseline (unless cached)"] = run.data.scoring.flops(forward_flops(source))
     options, new_rows = config.adaptation, sum(map(run.data.num_sequences, run.data.text.tasks[0]))
-    has_routers = False
-    for spec in config.expansion:
-        has_routers |= getattr(spec, "is_append", False)
+    has_routers = any(getattr(spec, "is_append", False) for spec in config.expansion)
+    detects = getattr(config.experts and config.experts.options, "boundaries", "") == "detected"
     models = [grown_model(config, source)] * len(run.data.text.tasks)
     if config.pipeline.target_params is not None:
         models = [shape.model for shape in planned_rounds(config, source)]
@@ -139,6 +135,8 @@ def _flops(run: Run, source: Model) -> Mapping[str, float]:
             num_steps = options.router_steps(new_rows * length // window, rows)
             flops["routers"] += num_steps * rows * 2 * reading.of(window)  # no gradients of weights
         learning = training_flops(after).of(window)
+        if config.experts is not None:  # no gradients of the base, half of which detects novelty
+            learning = (2.5 if detects else 2) * reading.of(window)
         flops["training"] += (steps * times * rows + num_refreshed) * learning
         if text is not None:
             validations = 1 - -steps * times // text.every_n_steps
