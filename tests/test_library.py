@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import RobertaConfig, RobertaForCausalLM
 
 from tests import oracle
 from tests.oracle.families import RMS, generic, tiny
@@ -94,6 +95,14 @@ def test_a_head_that_only_the_config_ties_is_not_left_out(tmp_path: Path) -> Non
     assert not any(tmp_path.iterdir())
     model.config.tie_word_embeddings = False  # as the message says
     assert oracle.relative_difference(model, expander.expand(model), oracle.tokens()) < 1e-4
+
+
+def test_ties_of_biases_are_no_heads() -> None:
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    config = RobertaConfig(vocab_size=64, num_hidden_layers=2, is_decoder=True, **sizes)
+    model = RobertaForCausalLM(config).eval()
+    nn.init.normal_(model.lm_head.bias)
+    assert ModelExpander([Stack()]).expand(model).config.num_hidden_layers == 4
 
 
 def test_a_model_of_another_kind_is_refused() -> None:

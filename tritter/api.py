@@ -181,12 +181,7 @@ def expand(
 
 
 def _expand_folder(
-    source: Any,
-    destination: Any,
-    specs: Any,
-    seed: int,
-    overwrite: bool,
-    options: Mapping[str, Any],
+    source: Any, destination: Any, specs: Any, seed: int, overwrite: bool, options: Any
 ) -> Expanded:
     with loading("torch"):
         from tritter.transform import expand as expand_folder
@@ -205,7 +200,7 @@ def _expand_checkpoint(
     from tritter.checkpoints.location import require_plain
     from tritter.storage.hub import locate
 
-    folder = locate(fspath(source), key="source")
+    folder = locate(source, key="source")
     if output is not None:
         with loading("torch"):
             from tritter.checkpoints import Source
@@ -236,7 +231,7 @@ def _option_names(group: str, methods: Sequence[object]) -> Names:
         start += f"{_method_name(methods[0])}."
 
     def name(key: str) -> str:
-        return "method" if key in (group, start.rstrip(".")) else key.removeprefix(start)
+        return "method" if key in (group, start.rstrip("."), "specs") else key.removeprefix(start)
 
     return Names(name)
 
@@ -330,7 +325,7 @@ def load(path: StrPath, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """
     from tritter.storage.hub import locate
 
-    folder = locate(fspath(path), key="path")
+    folder = locate(path, key="path")
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         reason = "it is a PEFT adapter: load its base, then PeftModel.from_pretrained(base, path)"
         raise refused("path", folder, reason)
@@ -497,6 +492,8 @@ def run(
     from tritter.config.overrides import quote
     from tritter.stopping import Stopped, stopping
 
+    if wrong := [each for each in overrides if not isinstance(each, str)]:
+        raise refused("overrides", brief(wrong[0]), "must be texts, such as 'expansion=width'")
     all_overrides = [*_data_overrides(data or {}, overrides), *overrides]
     if output is not None:
         all_overrides.append(f"hydra.run.dir={quote(fspath(output))}")
@@ -608,15 +605,15 @@ def _check_gate(
     retention: object, confidence: object, batch: object, length: object, kept: Any, new: Any
 ) -> None:
     problems = []
-    for key, value, low, high in (
-        ("batch_size", batch, 1, 1e6),
-        ("sequence_length", 2 if length is None else length, 2, 1e9),
-        ("retention", retention, 0, 1e6),
-        ("confidence", confidence, 0.5, 0.999),  # 1,999 resamples give no quantile beyond
+    for key, value, what, low, high in (
+        ("batch_size", batch, "a whole number", 1, 1e6),
+        ("sequence_length", 2 if length is None else length, "a whole number", 2, 1e9),
+        ("retention", retention, "a number", 0, 1e6),
+        ("confidence", confidence, "a number", 0.5, 0.999),  # 1,999 resamples give no more
     ):
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not low <= cast(float, value) <= high:
-            problems.append(Problem(key, value, reason=f"must be a number from {low} to {high:g}"))
+        kind = int | float if what == "a number" else int
+        if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
+            problems.append(Problem(key, value, reason=f"must be {what} from {low} to {high:g}"))
     for key, domains in (("documents", kept), ("new_documents", new)):
         if not isinstance(domains, Mapping):
             raise refused(key, brief(domains), "must be a mapping, domain → documents")
@@ -639,7 +636,7 @@ def _window_length(model: Model) -> int:
     from tritter.storage.hub import locate
 
     if isinstance(model, str | PathLike):
-        found = read_model(locate(fspath(model), key="model"))
+        found = read_model(locate(model, key="model"))
     else:
         found = model_of(model)
     return window_length(None, found.position_limit)
@@ -677,7 +674,7 @@ def _tokenizer(tokenizer: Tokenizer, model: nn.Module) -> PretrainedTokenizer:
     ends = ends_of(config, generation=getattr(model, "generation_config", None))
     if not isinstance(tokenizer, str | PathLike):
         return wrap_tokenizer(tokenizer, ends=ends)
-    folder = locate(fspath(tokenizer), key="tokenizer")
+    folder = locate(tokenizer, key="tokenizer")
     vocab_size = config.get_text_config(decoder=True).vocab_size
     return read_tokenizer(folder, vocab_size=vocab_size, ends=ends)
 
@@ -719,6 +716,8 @@ def protect(
     from tritter.data.tokens import TextBounds
     from tritter.methods.forgetting.penalty import Penalty, old_sequences
 
+    if sequence_length is not None and (type(sequence_length) is not int or sequence_length < 2):
+        raise refused("sequence_length", sequence_length, "must be a whole number of at least 2")
     with use_names(_option_names("forgetting", [method])):
         chosen = _penalty_method(method, options)
         with loading("transformers"):
@@ -737,6 +736,9 @@ def protect(
             if not batches:
                 reason = f"{chosen.name} needs data of the old domains, and there is none"
                 raise RequestError(Problem("old_data", reason=reason, advice="or choose l2sp"))
+            last = cast(Any, model).get_input_embeddings().num_embeddings - 1
+            if wrong := [int(i) for ids in batches for i in ids.aminmax() if not 0 <= i <= last]:
+                raise refused("old_data", wrong[0], f"token ids must be from 0 to {last}")
         with marks_read(model, own.bounds if own else TextBounds(0)):
             importance = chosen.importance_on(model, batches)
         chosen.anchor_weights(model, importance)
@@ -758,7 +760,7 @@ def _penalty_method(method: object, options: Mapping[str, Any]) -> QuadraticPena
         why = _NO_PENALTY.get(name, "it is more than a penalty;")
         reason = f"{name} can't be a loss term alone: {why} {_IN_A_RUN.format(name)}"
         raise refused("method", method if isinstance(method, str) else brief(method), reason)
-    fields = [key for key in _field_names(kind.Options) if key not in _RUN_ONLY_OPTIONS]
+    fields = [key for key in kind.Options.__dataclass_fields__ if key not in _RUN_ONLY_OPTIONS]
     start = f"forgetting.{name}"
     if not isinstance(method, str):
         if options:
@@ -770,7 +772,7 @@ def _penalty_method(method: object, options: Mapping[str, Any]) -> QuadraticPena
         reason = "only a run supports it; remove it"
         problems = [
             Problem(f"{start}.{key}", getattr(requested, key), reason=reason)
-            for key in _field_names(kind.Options)
+            for key in kind.Options.__dataclass_fields__
             if key in _RUN_ONLY_OPTIONS and getattr(requested, key) != getattr(default, key)
         ]
         raise_problems([*problems, *checked(requested, prefix=start)])
@@ -785,7 +787,3 @@ def _penalty_method(method: object, options: Mapping[str, Any]) -> QuadraticPena
     found = _component("forgetting", method, own, unknown)
     raise_problems(unknown)
     return cast("QuadraticPenalty", found.kind(**found.arguments))
-
-
-def _field_names(record: Any) -> list[str]:
-    return list(record.__dataclass_fields__)

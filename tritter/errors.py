@@ -166,9 +166,9 @@ def show(value: object) -> str:
 
 
 def brief(value: object) -> str:
-    """Return the repr of a value, truncated: an invalid value may be a megabyte long."""
+    """Return the repr of a value in one line, truncated: it may be a megabyte long."""
     try:
-        text = repr(value)
+        text = " ".join(line.strip() for line in repr(value).splitlines())
     except (ValueError, RecursionError):  # Python refuses to print huge integers
         return f"a {type(value).__name__} too large to show"
     return text if len(text) <= _BRIEF_CHARACTERS else f"{text[:_BRIEF_CHARACTERS]}…"

@@ -281,10 +281,11 @@ def test_an_unreadable_record_is_named(place: Path, name: str) -> None:
     assert [change.file for change in changes] == ["tritter.json"]
 
 
-def test_a_plain_parent_whose_digests_nobody_kept_is_held_against_its_hash(place: Path) -> None:
-    _edit_lineage(place / "wide", parent_tensor_digests=None, parent_file_digests=None)
-    base = read_chain(place / "wide")[0]
-    assert verify(base) == ()
-    _change_tensor(place / "base")
-    (change,) = verify(base)
-    assert change.tensor is None and str(base.model_hash) in change.detail
+def test_a_parent_whose_record_was_deleted_is_named_and_held_against_its_hash(place: Path) -> None:
+    """The child has no digests of it, so it was no plain folder."""
+    (place / "wide/tritter.json").unlink()
+    wide = read_chain(place / "deep")[0]
+    assert verify(wide) == (Difference("tritter.json", None, "missing"),)
+    _change_tensor(place / "wide")
+    _, change = verify(wide)
+    assert change.tensor is None and str(wide.model_hash) in change.detail

@@ -96,7 +96,7 @@ def test_a_parent_that_is_gone_is_not_checked(run: Run, chain: Path) -> None:
 def test_a_plain_folder_has_nothing_to_check(run: Run, place: Path) -> None:
     result = run("history base --verify")
     assert result.code == 0
-    assert "0 intact, 0 changed, 1 not checked" in result.out
+    assert "\n1 checkpoint: 0 intact, 0 changed, 1 not checked" in result.out
 
 
 def test_long_names_in_the_tree_stay_whole(run: Run, place: Path) -> None:
@@ -159,3 +159,10 @@ def test_an_unreadable_record(run: Run, chain: Path) -> None:
     checked = run("history deep --verify")
     assert checked.code == 3
     assert "deep/tritter.json" in checked.out
+
+
+def test_a_deleted_record_of_a_parent(run: Run, chain: Path) -> None:
+    (chain / "wide" / "tritter.json").unlink()
+    checked = run("history deep --verify")
+    assert checked.code == 3
+    assert "wide/tritter.json: missing\n2 checkpoints: 1 intact, 1 changed" in checked.out

@@ -102,7 +102,7 @@ def test_what_a_training_holds_by_hand() -> None:
         assert (each.start, each.processes) == (4 * each.parameters, 1)
         assert each.activations > 0
     assert base.copies == 0
-    assert grown.copies == 16 * grown.parameters  # an anchor and importances, for each method
+    assert grown.copies == 24 * grown.parameters  # anchors, importances, and ewc estimates again
     assert grown.parameters > base.parameters == found["the control"].parameters
 
 
@@ -237,7 +237,7 @@ def test_each_process_holds_all(has: Callable[[int], None]) -> None:
 
 
 def test_what_would_fit_is_tried_before_it_is_said(has: Callable[[int], None]) -> None:
-    config = load_config(["model=tritter_350m", "expansion=none", "forgetting=[ewc,replay]",
+    config = load_config(["model=tritter_350m", "expansion=none", "forgetting=[l2sp,replay]",
                           "trainer=cpu"])  # fmt: skip
     base, model = training_needs(config, base_model(config))
     has(model.device + model.start)

@@ -207,6 +207,8 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "data=text data.old=@old": ("data.new = null", "data.new=PATH"),
     "data=text data.new=@new": ("data.old = null", "model=hf"),
     "data=text data.old=@odl data.new=@new": ("no such file or folder", "Did you mean 'old'?"),
+    # No file that can't be read is suggested
+    "data=text data.old=@base/model.safetensor data.new=@new": ("no such file or folder.\n",),
     "data=text data.old=@x/y data.new=@new": ("no such file or folder", "is not a folder either"),
     "data=text data.old=@old/d.tsv data.new=@new": ("d.tsv", ".parquet", "found .tsv 1"),
     "data=text data.old=@base/*s data.new=@new": ("found .safetensors 1",),

@@ -276,8 +276,8 @@ def test_fractions_are_three_of_one(fractions: Any) -> None:
 
 
 def test_a_course_that_is_none_is_refused() -> None:
-    for wrong in ({"num_steps": 0}, {"batch_size": 0}):
-        with pytest.raises(RequestError, match="both must be at least 1"):
+    for wrong in ({"num_steps": 0}, {"batch_size": 0}, {"batch_size": 2.5}):
+        with pytest.raises(RequestError, match="must be whole numbers of at least 1"):
             sampler(**wrong)
     for opens in ((0.5,), (0.7, 0.3), (0.2, 1.2)):
         with pytest.raises(RequestError, match="opens = "):

@@ -105,6 +105,7 @@ def test_names_on_disk(place: Path) -> None:
         ("hf:me/stories:train[:10%]", "FROM and TO count rows"),
         ("hf:me/stories[5:5]", "rows 5 to 5 (exclusive) are an empty range"),
         ("savd", "there is no such file or folder. Did you mean 'saved'?"),
+        ("saved/empty/a.csv", "there is no such file or folder."),
         ("me/stories", "not a folder either; for a data set of the hub, write hf:me/stories"),
         ("saved/a.pdf", "data=hf reads .json, .jsonl, .csv"),
         ("load.py", "Tritter never runs the script of a data set"),
@@ -113,6 +114,7 @@ def test_names_on_disk(place: Path) -> None:
 )
 def test_names_that_are_refused(place: Path, word: str, expected: str) -> None:
     (place / "saved/scripted").mkdir(parents=True)
+    (place / "saved/empty").mkdir()
     for name in ("load.py", "saved/a.pdf", "saved/scripted/scripted.py"):
         (place / name).touch()
     with pytest.raises(RequestError) as caught:

@@ -157,8 +157,9 @@ def test_a_ratio_that_is_none_is_refused(ratio: float) -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(RequestError, match="max_size = 0: must be at least 1"):
-        MemoryReplayBuffer(max_size=0)
+    for size in (0, 2.5):
+        with pytest.raises(RequestError, match=f"max_size = {size}: must be a whole number"):
+            MemoryReplayBuffer(max_size=size)  # type: ignore[arg-type]
     buffer = filled(2)
     with pytest.raises(RequestError, match="strings, not str and int"):
         buffer.add("P", 3)  # type: ignore[arg-type]

@@ -595,6 +595,7 @@ def test_the_gate_compares_before_and_after(tmp_path: Path, tokenizer: Any) -> N
     ("methods", "word"),
     [
         (["ewcc"], "Did you mean ewc"),
+        ("ewcc", "methods = ewcc"),
         (["ewc", "ewc"], "once"),
         ([Freeze()], "requires_grad_"),
         ([Widening()], "its hook peak_rate needs train.py"),
@@ -621,6 +622,7 @@ def test_only_trainers_are_extended() -> None:
         (["ewc"], {}, {"old_data": None}, "old_data"),
         (["ewc"], {}, {"old_data": "one text"}, "list of texts"),
         (["ewc"], {}, {"old_data": Dataset.from_dict({"text": ["a"]})}, "input_ids"),
+        (["ewc"], {}, {"old_data": rows_of(OLD).select([])}, "old_data.old: it has no rows"),
         (["ewc"], {}, {"old_data": ["text"]}, "fast tokenizer"),
         (["self_replay"], {}, {"old_data": {"written": ["text"]}}, "rename this domain"),
         (["replay", "self_replay"], {}, {"old_data": None}, "replay needs old_data"),

@@ -24,7 +24,7 @@ from tests.pipeline.test_own_checkpoint import FAST, texts
 from tests.pipeline.tiny import TINY
 from tritter.config.launch.composition import load_config
 from tritter.core import models
-from tritter.core.families import Model, family_of, training_flops
+from tritter.core.families import Model, family_of, forward_flops, training_flops
 from tritter.core.models import read_model
 from tritter.evaluation import statistics
 from tritter.evaluation.statistics import studentised_errors
@@ -230,6 +230,27 @@ def test_what_is_timed_is_what_is_counted(
     alone = costs._flops(replace(context, config=replace(config, control=False)), source)
     scores = found["baseline (unless cached)"] if config.control else 0
     assert found["evaluate"] == alone["evaluate"] + scores  # the control is scored once
+
+
+@pytest.mark.parametrize(
+    ("words", "passes"),
+    [
+        (("experts.boundaries=told",), 2.0),
+        ((), 2.5),  # half of a pass for the detector
+        (("experts.detector=loss",), 3.0),
+        (("experts.boundaries=told", "control=true"), 2.0 + 3.0),
+    ],
+)
+def test_a_frozen_base_is_timed_without_its_gradients(
+    tmp_path: Path, words: tuple[str, ...], passes: float
+) -> None:
+    words = ("expansion=none", "forgetting=none", "experts=dylora", "experts.min_samples=4", *words)
+    config = load_config([*TINY, *words, f"cache_dir={tmp_path}/c"])
+    context = Run(config=config, folder=tmp_path, console=Console(), ledger=Ledger(tmp_path))
+    found = costs._flops(context, source := context.data.model)["training"]
+    rows = config.training.max_steps * config.data.batch_size
+    per_row = forward_flops(source).of(config.data.sequence_length)
+    assert found == pytest.approx(rows * passes * per_row)
 
 
 @pytest.mark.full

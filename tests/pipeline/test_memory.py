@@ -75,7 +75,7 @@ def test_the_count_is_close_below_what_is_held(
         f"data.old={tmp_path}/old", f"data.new={tmp_path}/new", "data.sequence_length=16",
         "data.batch_size=2", "pretraining.max_steps=3", "training.max_steps=3", "logger=csv",
         "evaluation.sample_tokens=0", "trainer.progress=off", f"cache_dir={tmp_path}/cache",
-        "trainer.save_every_n_steps=0", "forgetting.ewc.num_sequences=2"
+        "trainer.save_every_n_steps=0", "forgetting.ewc.refresh_steps=null"
         if method.endswith("ewc") else "seed=1",
     ])  # fmt: skip
     folder = tmp_path / "run"

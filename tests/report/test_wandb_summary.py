@@ -15,7 +15,7 @@ from tests.report.spawning import experts
 from tritter.config.launch.composition import load_config
 from tritter.pipeline import metrics
 from tritter.pipeline.ledger import Ledger
-from tritter.pipeline.metrics import _wandb_logger, _wandb_summary, log_result_to_wandb
+from tritter.pipeline.metrics import _wandb_summary, log_result_to_wandb, wandb_logger
 from tritter.pipeline.run import Run
 from tritter.report.summary import Summary
 from tritter.targets import Component
@@ -55,7 +55,7 @@ def test_lengths_of_packed_documents_and_similarities_are_tables(
 ) -> None:
     told, histogram = dict[str, Any](), {"8-15": 3, "16-31": 5}
     run = SimpleNamespace(log=told.update, summary={})
-    monkeypatch.setattr(metrics, "_wandb_logger", lambda _: WandbLogger(experiment=run))
+    monkeypatch.setattr(metrics, "wandb_logger", lambda _: WandbLogger(experiment=run))
     context = Run(
         config=load_config([]),
         folder=tmp_path,
@@ -100,7 +100,7 @@ def test_a_method_from_outside_is_a_tag_as_ours_are(
     context = Run(
         config=config, folder=tmp_path, console=Console(quiet=True), ledger=Ledger(tmp_path)
     )
-    _wandb_logger(context)
+    wandb_logger(context)
     ours = [f"forgetting:{one.name}" for one in config.forgetting[1:]]
     assert given["tags"] == [
         "mine", "expansion:width", "expansion:dus", "forgetting:outside", *ours, "seed:0",

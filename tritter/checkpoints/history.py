@@ -33,7 +33,7 @@ class Link:
         folder: the checkpoint folder; None if it was not found.
         model_hash: the expected model hash; None for a plain folder without a descendant.
         lineage: the checkpoint's lineage; None for a plain folder, or if it was not found.
-        problem: the reason why tritter.json can't be read, if so.
+        problem: the reason why tritter.json can't be read, such as `missing`, if so.
         expansion_records: expansions between the parent and this checkpoint, oldest first; empty
             after a training run and at the start of the chain.
         tensor_digests: tensor name → expected SHA-256, where known.
@@ -169,8 +169,7 @@ def verify(link: Link) -> tuple[Difference, ...]:
             changes.append(Difference(LINEAGE_NAME, None, detail))
         if not is_unchanged(link.folder / LINEAGE_NAME):
             changes.append(Difference(LINEAGE_NAME, None, "changed"))
-    tensors = tuple(_tensor_changes(link.folder, link))
-    changes += tensors
+    changes += (tensors := tuple(_tensor_changes(link.folder, link)))
     explained = {change.file for change in tensors}  # their headers add no information
     for name, digest in (link.file_digests or {}).items():
         file = name.removesuffix(HEADER_MARK)
@@ -239,6 +238,7 @@ def _parent(child: Link, *, excluded: Collection[Path]) -> Link:
                 return Link(
                     folder=folder,
                     model_hash=expected,
+                    problem=None if lineage.parent_tensor_digests else "missing",  # it had a record
                     tensor_digests=lineage.parent_tensor_digests,
                     file_digests=lineage.parent_file_digests,
                 )
@@ -281,7 +281,7 @@ def _tensor_changes(folder: Path, link: Link) -> Iterator[Difference]:
         elif found[name] and found[name] != digest:
             yield Difference(tensors.files[name], name, "changed")
     if link.lineage is not None:  # a plain folder may contain a tied head twice
-        for name in found.keys() - link.tensor_digests.keys():
+        for name in sorted(found.keys() - link.tensor_digests.keys()):
             yield Difference(tensors.files[name], name, "added")
 
 

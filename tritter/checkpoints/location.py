@@ -192,7 +192,7 @@ def checkpoint_location(path: str, *, key: str = "model.path") -> str:
     if folder.exists():
         raise refused(key, path, "it is a file; a checkpoint is a folder")
     if not _HUB_ID.fullmatch(path):
-        near = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        near = [entry.name for entry in folder.parent.glob("*") if entry.is_dir()]
         reason = f"no such folder, and not a hub id (owner/name).{did_you_mean(folder.name, near)}"
         raise refused(key, path, reason.removesuffix("."))
     return path

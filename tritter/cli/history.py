@@ -48,10 +48,7 @@ def history(
     ] = False,
     recipe: Annotated[
         bool,
-        flag(
-            "--recipe",
-            "Print only the `expand` recipe that makes it from its parent.",
-        ),
+        flag("--recipe", "Print only the `expand` recipe that makes it from its parent."),
     ] = False,
     as_json: AsJson = False,
 ) -> int:
@@ -99,7 +96,7 @@ def describe_origin(link: Link, *, max_experts: int | None = None) -> str:
     """
     lineage = link.lineage
     if link.problem:
-        return "its tritter.json cannot be read"
+        return "no readable tritter.json"
     if lineage is None:
         return "plain folder" if link.folder else _MISSING
     experts = f"LoRA experts {', '.join(link.experts)}" if link.experts else ""
@@ -194,7 +191,8 @@ def _print(rows: Sequence[_Checked], *, is_verified: bool) -> None:
     parts = [f"{states[state]} {state}" for state in ("intact", "changed", "not checked")]
     if states["removed"]:
         parts.append(f"{states['removed']} removed by their run and not checked")
-    console.print(f"{len(rows)} checkpoints: {', '.join(parts)}")
+    number = "1 checkpoint" if len(rows) == 1 else f"{len(rows)} checkpoints"
+    console.print(f"{number}: {', '.join(parts)}")
 
 
 def _name(link: Link) -> str:

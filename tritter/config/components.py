@@ -315,7 +315,7 @@ def _read_data(
         return None
     for name in () if sources else (*values.old_sources, *values.new_sources):
         if not str(name).replace("-", "_").isidentifier():  # it becomes the name of a file
-            reason = f"its domain {name!r} must consist of letters, digits, - and _"
+            reason = f"its domain {name!r} must be a letter or _, then letters, digits, - and _"
             reader.report(f"data.{TARGET}", dotted(kind), reason=reason)
     if values.chat_template is not None:
         values = replace(values, chat_template=reader.call(template_location, values.chat_template))

@@ -247,10 +247,9 @@ class CurriculumLearning:
         Raises:
             RequestError: as `order`; or the steps, the batch size or the shares are out of range.
         """
-        if num_steps < 1 or batch_size < 1:
-            raise RequestError(
-                f"num_steps = {num_steps}, batch_size = {batch_size}: both must be at least 1."
-            )
+        if any(type(number) is not int or number < 1 for number in (num_steps, batch_size)):
+            reason = "must be whole numbers of at least 1"
+            raise RequestError(f"num_steps = {num_steps}, batch_size = {batch_size}: {reason}.")
         if len(opens) != 2 or not 0 <= opens[0] <= opens[1] <= 1:
             raise RequestError(
                 f"opens = {list(opens)}: requires two shares of the steps in ascending order."

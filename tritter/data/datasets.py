@@ -188,10 +188,10 @@ def check_on_disk(key: str, word: str, source: DatasetName) -> None:
             return
         reason = f"data=hf reads {', '.join(_BUILDERS)}; data=text reads other files"
     else:
-        siblings = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
-        parent = "" if siblings else f"; {path.parent} is not a folder either"
+        siblings = [e.name for e in path.parent.glob("*") if e.is_dir() or _file_ending(e)]
+        parent = "" if path.parent.is_dir() else f"; {path.parent} is not a folder either"
         near = did_you_mean(path.name, siblings)
-        is_like_hub = not near and _OF_HUB.fullmatch(word)
+        is_like_hub = not near and not _file_ending(path) and _OF_HUB.fullmatch(word)
         hub = f"; for a data set of the hub, write {PREFIX}{word}" if is_like_hub else ""
         reason = f"there is no such file or folder{parent}{hub}.{near}".removesuffix(".")
     raise refused(key, word, reason)

@@ -458,8 +458,8 @@ class MemoryReplayBuffer:
     def __init__(
         self, max_size: int = 10_000, *, seed: int = 0, weighting: Weighting = "uniform"
     ) -> None:
-        if max_size < 1:
-            raise RequestError(f"max_size = {max_size}: must be at least 1 example.")
+        if type(max_size) is not int or max_size < 1:
+            raise RequestError(f"max_size = {max_size}: must be a whole number of at least 1.")
         self.max_size = max_size
         self._slots = Sampler(max_size, seed=seed, weighting=weighting)
         self._examples: list[ReplayExample] = []

@@ -113,7 +113,7 @@ def _found(key: str, path: str, limit: int | None) -> FoundTexts:
         for match in matches:
             _check_link(key, folder, match)
         return _known(key, path, matches, where="the glob")
-    siblings = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
+    siblings = [each.name for each in parent.glob("*") if each.is_dir() or text_suffix(each)]
     where = "" if parent.is_dir() else f"; {parent} is not a folder either"
     reason = f"there is no such file or folder{where}.{did_you_mean(location.name, siblings)}"
     raise refused(key, path, reason.removesuffix("."))

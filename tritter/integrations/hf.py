@@ -90,7 +90,7 @@ def with_forgetting(
     if not (isinstance(trainer_class, type) and issubclass(trainer_class, Trainer)):
         reason = "must be transformers.Trainer or a subclass of it"
         raise RequestError(Problem("trainer_class", repr(trainer_class), reason=reason))
-    components = tuple(_component(method) for method in methods)
+    components = tuple(map(_component, [methods] if isinstance(methods, str) else methods))
     raise_problems(list(_method_problems(components)))
     own = {"forgetting_components": components, "__doc__": ForgettingMixin.__doc__}
     return type(f"Forgetting{trainer_class.__name__}", (ForgettingMixin, trainer_class), own)

@@ -4,6 +4,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,26 +47,24 @@ def cost_lines(run: Run) -> Iterator[str]:
 def time_line(run: Run) -> str:
     """Time one batch and return the estimated seconds of each stage.
 
-    Empty if they are few, or differ for each process.
+    Empty if they are few, or differ for each process or with a quantised base.
     """
     config, source = run.config, run.data.model
-    if config.trainer.strategy != "auto":
+    experts: Any = config.experts and config.experts.options
+    if config.trainer.strategy != "auto" or getattr(experts, "base_bits", None):
         return ""
-    start = run.data.initial_checkpoint
-    if start is not None:
+    if (start := run.data.initial_checkpoint) is not None:
         try:
             start.check()
         except TritterError:  # the first stage reports it
             return ""
     live = new_model(source, seed=0) if start is None else load_model(start.folder, model=source)
     model = run.data.masked(live).to(run.device)
-    length = config.data.sequence_length
     (rows, *_) = run.data.training_sequences(run.data.new_domains).values()
-    batch = rows[: config.data.batch_size]
+    batch, length = rows[: config.data.batch_size], config.data.sequence_length
     work = len(batch) * forward_flops(source).of(length)
-    dtype = _MIXED.get(config.trainer.precision)
     rate = trained = work / _seconds(model, batch)
-    if dtype is not None:  # many times slower on a CPU without bfloat16
+    if (dtype := _MIXED.get(config.trainer.precision)) is not None:  # some CPUs are far slower
         with torch.autocast(run.device.type, dtype):
             trained = work / _seconds(model, batch)
     seconds = dict[str, float]()
@@ -118,7 +117,9 @@ def _flops(run: Run, source: Model) -> Mapping[str, float]:
     flops["baseline (unless cached)"] = run.data.scoring.flops(forward_flops(source))
     options, new_rows = config.adaptation, sum(map(run.data.num_sequences, run.data.text.tasks[0]))
     has_routers = any(getattr(spec, "is_append", False) for spec in config.expansion)
-    detects = getattr(config.experts and config.experts.options, "boundaries", "") == "detected"
+    experts: Any = config.experts and config.experts.options
+    detects = getattr(experts, "boundaries", "") == "detected"  # by a whole pass or half of one
+    passes = 2.0 + (detects and (1.0 if experts.detector.reads_losses else 0.5))
     models = [grown_model(config, source)] * len(run.data.text.tasks)
     if config.pipeline.target_params is not None:
         models = [shape.model for shape in planned_rounds(config, source)]
@@ -135,8 +136,8 @@ def _flops(run: Run, source: Model) -> Mapping[str, float]:
             num_steps = options.router_steps(new_rows * length // window, rows)
             flops["routers"] += num_steps * rows * 2 * reading.of(window)  # no gradients of weights
         learning = training_flops(after).of(window)
-        if config.experts is not None:  # no gradients of the base, half of which detects novelty
-            learning = (2.5 if detects else 2) * reading.of(window)
+        if experts is not None and number < len(models):
+            learning = passes * reading.of(window)
         flops["training"] += (steps * times * rows + num_refreshed) * learning
         if text is not None:
             validations = 1 - -steps * times // text.every_n_steps

@@ -61,8 +61,7 @@ def next_commands(
         inspection = tritter_command(["inspect", str(trained)])
         lines.append(f"{inspection}   # the trained model, which was not kept")
     lines.append(tritter_command(["history", checkpoint, "--verify"]))
-    wandb = config.logger.wandb
-    if wandb is not None and wandb.mode == "offline":
+    if (wandb := config.logger.wandb) is not None and wandb.mode == "offline":
         runs = tool_command("wandb", ["sync", str(folder / "wandb")])
         lines.append(f"{runs}/offline-run-*   # upload to W&B")  # unquoted: the shell expands it
     return lines

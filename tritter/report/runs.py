@@ -197,7 +197,7 @@ class Group:
     def change(self, domain: str) -> Interval | None:
         """Return the change of a domain's loss over the seeds.
 
-        That of a single run has the bounds of its gate, which are over documents.
+        That of a single run has the bounds of its gate, which are over documents, for figures.
         """
         rows = [row for run in self.runs for row in run.rows if row.domain == domain]
         known = [row.change for row in rows if row.change.value is not None]

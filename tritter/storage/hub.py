@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from json import JSONDecodeError
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ _DOWNLOADED += [f"{name}*" for word in _LICENCES for name in (word, word.title()
 _UNKNOWN = "the hub does not know you: run `hf auth login`, or set HF_TOKEN"
 
 
-def locate(checkpoint: str, *, key: str) -> Path:
+def locate(checkpoint: str | PathLike[str], *, key: str) -> Path:
     """Return the local folder of a checkpoint, downloading it if it is a hub id.
 
     Only configs, tokenizer files, safetensors, the card and licences are downloaded. No code is
@@ -33,16 +34,15 @@ def locate(checkpoint: str, *, key: str) -> Path:
         checkpoint: Folder or hub id (`owner/name`).
         key: Option that named the checkpoint, for error messages.
     """
-    folder = named_path(checkpoint, key=key)
-    if folder.exists():
+    if (folder := named_path(checkpoint, key=key)).exists():
         return folder
-    if not _HUB_ID.fullmatch(checkpoint):
+    if not _HUB_ID.fullmatch(hub_id := str(checkpoint)):
         raise refused(key, checkpoint, "no such folder, and not a hub id (owner/name)")
     from huggingface_hub import constants, errors, snapshot_download
 
     try:
         with quiet_hub():
-            return Path(snapshot_download(checkpoint, allow_patterns=_DOWNLOADED))
+            return Path(snapshot_download(hub_id, allow_patterns=_DOWNLOADED))
     except (errors.HfHubHTTPError, OSError, ValueError) as error:
         if isinstance(error, errors.GatedRepoError):
             reason = "it is gated on the hub: accept its terms there, then run `hf auth login`"

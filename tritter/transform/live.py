@@ -74,7 +74,7 @@ class ModelExpander:
         Raises:
             RequestError: unknown family, or impossible targets.
         """
-        return self._expand(model, self.steps(model_of(model, is_whole=True)))
+        return self._expand(model, self.steps(_model_of(model, is_whole=True)))
 
     def write(self, model: nn.Module, folder: Path, *, overwrite: bool = False) -> Lineage:
         """Write the expanded model as a checkpoint folder and return its lineage.
@@ -87,7 +87,7 @@ class ModelExpander:
         """
         sources = tuple(_origin_of(model))
         check_output(folder, sources=sources, overwrite=overwrite)
-        source = model_of(model)
+        source = _model_of(model)
         steps = self.steps(source)
         digests = {n: tensor_digest(n, t.cpu()) for n, t in named_tensors(model, source)}
         parent = merkle_hash(digests)
@@ -114,7 +114,6 @@ class ModelExpander:
 
     def _expand(self, model: nn.Module, steps: Sequence[ResolvedExpansion]) -> nn.Module:
         source, state = steps[0].source, model.state_dict()
-        _check_tied(source, state)
         held = unpack_all(source.match(state), state)
         maps = compose_maps(steps, source).tensors
 
@@ -144,15 +143,18 @@ def _origin_of(model: nn.Module) -> Iterator[Path]:
         yield snapshot
 
 
-def _check_tied(model: Model, state: Mapping[str, Tensor]) -> None:
-    """Refuse a head that the config ties and the live model does not: it would be left out."""
-    embedding = model.match(state)[0].name
-    for name in sorted(model.family.tied_names(model.config) & state.keys()):
-        if not torch.equal(state[name], state[embedding]):
+def _model_of(live: nn.Module, *, is_whole: bool = False) -> Model:
+    """Return `model_of`; a head that only the config ties is refused, as it would be left out."""
+    model, state = model_of(live, is_whole=is_whole), live.state_dict()
+    ties: Mapping[str, str] = getattr(live, "all_tied_weights_keys", {})
+    for name in sorted(model.family.tied_names(model.config) & state.keys() & ties.keys()):
+        own, other = state[name], state.get(ties[name], state[name])
+        if not own.is_set_to(other) and not own.equal(other):
             raise RequestError(
-                f"{name} differs from {embedding}, although the config of the model ties them. To "
+                f"{name} differs from {ties[name]}, although the config of the model ties them. To "
                 "keep both, set config.tie_word_embeddings to False; otherwise, call tie_weights()."
             )
+    return model
 
 
 def write_model(
@@ -175,8 +177,7 @@ def write_model(
     Raises:
         RequestError: something is at `folder` and may not be replaced.
     """
-    known = model_of(model)
-    _check_tied(known, model.state_dict())
+    known = _model_of(model)
     tensors = [(name, tensor.cpu()) for name, tensor in named_tensors(model, known)]
     widest = reduce(torch.promote_types, (tensor.dtype for _, tensor in tensors))
     config: Config = {
@@ -299,8 +300,7 @@ def expand_attention_heads(
     source = model_of(attention)
     if (layer := getattr(attention, "layer_idx", None)) is None:
         raise RequestError(f"{type(attention).__name__} has no layer_idx: not an attention module.")
-    old = source.sizes
-    kv_heads = new_num_kv_heads
+    old, kv_heads = source.sizes, new_num_kv_heads
     if kv_heads is None and strategy in ("fresh", "copy"):
         scaled, rest = divmod(new_num_heads * old.num_key_value_heads, old.num_attention_heads)
         kv_heads = None if rest else scaled

@@ -225,7 +225,7 @@ def test_after_the_last_step_nothing_is_born() -> None:
 @pytest.mark.parametrize(("keywords", "message"), [
     ({"check_every": 300}, "nothing could grow"),
     ({"growth_cooldown": 250}, "nothing could grow"),
-    ({"history_checks": 1}, "too few for growth.gradient_percentile"),
+    ({"history_checks": 1}, "layers: 3), too few for growth.gradient_percentile"),
     ({"gradient_percentile": 99.9}, "too few for growth.gradient_percentile"),
     ({}, ""),
     ({"trigger": scheduled(5)}, ""),

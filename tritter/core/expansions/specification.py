@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from tritter.core.expansions.moe import Moe
 from tritter.core.families import Config, Model, check_size
-from tritter.errors import Problem, RequestError, brief, raise_problems
+from tritter.errors import Problem, RequestError, brief, raise_problems, refused
 from tritter.options import checked, is_options
 
 if TYPE_CHECKING:
@@ -139,11 +139,9 @@ def check_specs(specs: object) -> tuple[ExpansionSpec, ...]:
         raise RequestError("expand needs at least one expansion.")
     for spec in specs:
         if not is_options(type(spec)) or not hasattr(spec, "target_config"):
-            raise RequestError(
-                f"specs: {brief(spec)} is not an expansion; expansions are Dus(), Stack(), "
-                "Interpolate(), LlamaPro(), Layers(), Width(), Moe(), MoeAdd(), Vocab() and "
-                "Context()."
-            )
+            known = "Dus(), Stack(), Interpolate(), LlamaPro(), Layers(), Width(), Moe(), MoeAdd()"
+            reason = f"it is not an expansion; expansions are {known}, Vocab() and Context()"
+            raise refused("specs", brief(spec), reason)
     raise_problems([p for spec in specs for p in checked(spec, prefix=f"expansion.{spec.name}")])
     return tuple(specs)
 
@@ -152,6 +150,8 @@ def build_steps(
     source: Model, specs: Sequence[ExpansionSpec], *, seed: int
 ) -> tuple[ResolvedExpansion, ...]:
     """Resolve `specs` one after the other against a model."""
+    if type(seed) is not int or not 0 <= seed <= 2**64 - len(specs):
+        raise refused("seed", brief(seed), "must be a whole number from 0 to 2^64 - 1")
     steps: list[ResolvedExpansion] = []
     for position, spec in enumerate(specs):
         source = _as_needed(spec, source)

@@ -97,7 +97,7 @@ class EWC(QuadraticPenalty):
             prepares=kinds,
             state=kinds,
             carried=options.at == "auto",
-            copies=2,
+            copies=2 if options.refresh_steps is None else 4,  # a sum and a gradient, for a while
         )
 
     @classmethod

@@ -110,7 +110,7 @@ def _sequences(
         yield _packed(chain([first], each), tokenizer, sequence_length, count)
         return
     for batch in chain([] if first is None else [first], each):
-        ids = batch["input_ids"] if isinstance(batch, Mapping) else batch
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
         if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.is_floating_point():
             reason = "allowed are documents, integers [N, T], or mappings with input_ids [N, T]"
             raise refused("old_data", brief(batch), reason)

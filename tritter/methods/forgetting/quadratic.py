@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 
 _Estimator = Literal["empirical", "true"]
 _Parameters = Mapping[str, "Tensor"]
-_MAX_GRADIENT_VALUES = (
-    2**19
-)  # gradient values per batch: more are bound by memory, fewer by call overhead
+# Gradient values per batch: more are bound by memory, fewer by call overhead
+_MAX_GRADIENT_VALUES, _MANY_VALUES = 2**19, 2**23
 _TOKENS = 128  # per sequence
 
 
@@ -156,8 +155,8 @@ def diagonal_fisher(
             mode, so dropout is off.
         sequences: integers [N, T].
         batch_size: sequences whose gradients are in memory at once. None: 8, and up to 32 for a
-            small model, of 128 tokens; fewer if they are longer. A model with experts or document
-            masks processes one sequence at a time.
+            small model, of 128 tokens; fewer if they are longer. A model with 8 M parameters or
+            more, experts or document masks processes one sequence at a time.
             The result does not depend on it.
         estimator: `empirical` or `true`.
         seed: seed of the labels that `true` samples.
@@ -177,6 +176,7 @@ def diagonal_fisher(
         num_values = sum(p.numel() for p in parameters.values())
         batch_size = min(32, max(8, _MAX_GRADIENT_VALUES // num_values))
         batch_size = max(1, min(batch_size, batch_size * _TOKENS // sequences.shape[1]))
+        batch_size = 1 if num_values >= _MANY_VALUES else batch_size
     generator, done = torch.Generator(), 0
     numbers = range(len(sequences)) if numbers is None else numbers
     # Neither compiled code nor autocast in a forward pass takes part in per-sequence gradients
@@ -196,12 +196,11 @@ def diagonal_fisher(
                     rows.append(torch.multinomial(own, 1, generator=generator)[:, 0])
                 drawn = torch.stack(rows).to(input_ids.device)
                 labels = drawn.masked_fill(labels == IGNORED, IGNORED)
-            for name, square in _squares(model, parameters, input_ids, labels).items():
-                total[name] += square
+            _add_squares(total, model, parameters, input_ids, labels)
             done += len(batch)
             if progress is not None:
                 progress(done, len(sequences))
-    return {name: value / len(sequences) for name, value in total.items()}
+    return {name: value.div_(len(sequences)) for name, value in total.items()}
 
 
 @contextmanager
@@ -221,15 +220,15 @@ def mean_over(
     batches: Iterable[Tensor], estimate: Callable[[Tensor], _Parameters]
 ) -> dict[str, Tensor]:
     """Return the mean of estimates on batches [N, T], each weighted by its N; empty of no batch."""
-    import torch
 
     total: dict[str, Tensor] = {}
     count = 0
     for sequences in batches:
         for name, value in estimate(sequences).items():
-            total[name] = total.get(name, torch.zeros_like(value)) + value * len(sequences)
+            value.mul_(len(sequences))
+            total[name] = total[name].add_(value) if name in total else value
         count += len(sequences)
-    return {name: value / count for name, value in total.items()}
+    return {name: value.div_(count) for name, value in total.items()}
 
 
 def shared_fisher(
@@ -260,10 +259,10 @@ def has_experts(model: nn.Module) -> bool:
     return family.has_experts if family is not None else bool(model_type)
 
 
-def _squares(
-    model: nn.Module, parameters: _Parameters, input_ids: Tensor, labels: Tensor
-) -> dict[str, Tensor]:
-    """Return the sum of the squared per-sequence gradients."""
+def _add_squares(
+    total: _Parameters, model: nn.Module, parameters: _Parameters, input_ids: Tensor, labels: Tensor
+) -> None:
+    """Add the squared gradient of each sequence."""
     import torch
     from torch.func import grad, vmap
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -276,17 +275,17 @@ def _squares(
         per_sequence = vmap(grad(_sequence_loss, argnums=1), in_dims=(None, None, 0, 0))
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no batching rule
             gradients = per_sequence(model, parameters, input_ids, labels)
-        return {name: gradient.square().sum(dim=0) for name, gradient in gradients.items()}
+        for name, gradient in gradients.items():
+            total[name].add_(gradient.square().sum(dim=0))
+        return
     leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
-    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for sequence, wanted in zip(input_ids, labels, strict=True):
         with torch.enable_grad():
             loss = _sequence_loss(model, leaves, sequence, wanted)
         # An expert that received no token has no gradient
         found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
         for name, gradient in zip(leaves, found, strict=True):
-            total[name] += gradient.square()
-    return total
+            total[name].addcmul_(gradient, gradient)
 
 
 def _sequence_loss(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from io import BytesIO
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import Any, cast
 from weakref import WeakKeyDictionary, WeakSet
@@ -200,6 +200,8 @@ def _build_grower(keywords: Mapping[str, Any]) -> Grower:
         for key, value in values.items()
         if key not in known
     ]
+    if type(seed) is not int or not 0 <= seed < 2**64:
+        problems.append(Problem("seed", seed, reason="must be a whole number from 0 to 2^64 - 1"))
     raise_problems(problems)
     if (kind := TRIGGERS.get(str(values["trigger"]))) is not None and kind.needs_end:
         reason = "this trigger needs the number of steps, unknown in your own loop; use one of "
@@ -447,8 +449,8 @@ class GrowableCausalLM(_Growable, nn.Module):
             refuse_wrapped(path_or_model)
             self.model = path_or_model
         else:
-            self._folder = locate(fspath(path_or_model), key="path_or_model")
-            require_plain(self._folder, doing="growth", key="path_or_model")
+            self._folder = locate(path_or_model, key="model")
+            require_plain(self._folder, doing="growth", key="model")
             self.model = load_model(self._folder, dtype=dtype).train()
         for name, module in self.model.named_modules():
             if isinstance(module, GrowableLinear):
@@ -489,13 +491,10 @@ class GrowableCausalLM(_Growable, nn.Module):
         known, grower, journal = model_of(self.model), self._loop.grower, self._loop.journal
         records: tuple[ExpansionRecord, ...] = ()
         if journal:
+            options, seed = plain(values_of(grower.options)), grower.seed
+            digest, is_exact = map_digest(journal), grower.is_exact
             record = growth_record(
-                self._start,
-                known,
-                options=plain(values_of(grower.options)),
-                seed=grower.seed,
-                digest=map_digest(journal),
-                is_exact=grower.is_exact,
+                self._start, known, options=options, seed=seed, digest=digest, is_exact=is_exact
             )
             records = (record,)
         write_model(

@@ -172,8 +172,8 @@ class Percentile(Trigger):
         if _rank(known, options.gradient_percentile):
             return ""
         return (
-            f"{num_checks} checks of {num_layers} layers yield {max(known, 0)} earlier pressures "
-            f"for comparison, too few for growth.gradient_percentile = "
+            f"there are {max(known, 0)} earlier pressures for comparison (checks: {num_checks}, "
+            f"layers: {num_layers}), too few for growth.gradient_percentile = "
             f"{options.gradient_percentile:g}; check more often (growth.check_every), or keep more "
             "of them (growth.history_checks)"
         )
