@@ -490,10 +490,6 @@ def _model() -> Any:
             ["2 things", "at = expanded: only a run", "ewc_lambda = -1.0"],
         ),
         (lambda m: tritter.protect(m, "ewc"), ["old_data: ewc needs data", "l2sp"]),
-        (
-            lambda m: tritter.protect(m, "ewc", [torch.tensor([[1, 2, 10**6]])]),
-            ["old_data = 1000000: token ids must be from 0 to 96"],
-        ),
         (lambda m: tritter.protect(m, "ewc", [{"ids": 1}]), ["old_data = {'ids': 1}: allowed"]),
         (lambda m: tritter.protect(m, "l2sp", sequence_length=8.5), ["sequence_length = 8.5"]),
         (lambda m: tritter.protect(m, "ewc", ["a"]), ["tokenizer: documents need one"]),

@@ -82,7 +82,7 @@ TORCH_ONLY_ROOMS = {"core.parameter_map", "core.stock_routers"}  # the standard 
 
 # Room → most files and lines: both may only fall, until the redesign of issue 25 ends
 RATCHET = {
-    "(top)": (13, 2_337),
+    "(top)": (13, 2_334),
     "checkpoints": (12, 3_051),
     "cli": (21, 5_821),
     "config": (19, 5_138),
@@ -90,7 +90,7 @@ RATCHET = {
     "data": (26, 8_993),
     "evaluation": (16, 4_409),
     "integrations": (2, 801),
-    "methods": (48, 12_472),
+    "methods": (48, 12_471),
     "pipeline": (31, 7_270),
     "planning": (9, 2_118),
     "report": (15, 4_236),

@@ -736,9 +736,6 @@ def protect(
             if not batches:
                 reason = f"{chosen.name} needs data of the old domains, and there is none"
                 raise RequestError(Problem("old_data", reason=reason, advice="or choose l2sp"))
-            last = cast(Any, model).get_input_embeddings().num_embeddings - 1
-            if wrong := [int(i) for ids in batches for i in ids.aminmax() if not 0 <= i <= last]:
-                raise refused("old_data", wrong[0], f"token ids must be from 0 to {last}")
         with marks_read(model, own.bounds if own else TextBounds(0)):
             importance = chosen.importance_on(model, batches)
         chosen.anchor_weights(model, importance)

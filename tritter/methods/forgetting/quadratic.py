@@ -220,7 +220,6 @@ def mean_over(
     batches: Iterable[Tensor], estimate: Callable[[Tensor], _Parameters]
 ) -> dict[str, Tensor]:
     """Return the mean of estimates on batches [N, T], each weighted by its N; empty of no batch."""
-
     total: dict[str, Tensor] = {}
     count = 0
     for sequences in batches:
