@@ -109,24 +109,7 @@ def steps_of(run: OfflineRun, name: str) -> list[int]:
     return [row["trainer/global_step"] for row in run.rows if name in row]
 
 
-def test_without_an_account_the_offline_mode_is_named(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def init(**given: Any) -> None:
-        raise wandb.errors.UsageError("No API key configured. Use `wandb login` to log in.")
-
-    monkeypatch.setattr(wandb, "init", init)
-    context = Run(
-        config=load_config([*TINY, "logger=wandb", "logger.wandb.mode=online"]),
-        folder=tmp_path,
-        console=Console(quiet=True),
-        ledger=Ledger(tmp_path),
-    )
-    with pytest.raises(TritterError, match=r"`wandb login` to log in; logger\.wandb\.mode=offline"):
-        wandb_logger(context)
-
-
-def test_without_an_account_no_baseline_is_scored(
+def test_without_an_account_the_offline_mode_is_named_before_any_score(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def init(**given: Any) -> None:
@@ -140,7 +123,7 @@ def test_without_an_account_no_baseline_is_scored(
     words = [word for word in TINY if not word.startswith(("model.", "pretraining."))]
     words += ["model=hf", f"model.path={base}", f"cache_dir={tmp_path / 'cache'}"]
     config = load_config([*words, "logger=wandb", "logger.wandb.mode=online"])
-    with pytest.raises(TritterError, match="No API key"):
+    with pytest.raises(TritterError, match=r"`wandb login` to log in; logger\.wandb\.mode=offline"):
         run_pipeline(config, run_folder=tmp_path / "run")
 
 

@@ -290,11 +290,11 @@ def _join_rows(rows: Any, bounds: TextBounds) -> TokenisedDocuments:
 def check_old_data(name: str, data: OldData) -> Any:
     """Return texts as a tuple, tokenised rows unchanged."""
     if hasattr(data, "column_names"):
-        if "input_ids" in data.column_names and len(data):
+        has_ids, found = "input_ids" in data.column_names, ", ".join(data.column_names)
+        if has_ids and len(data):
             return data
-        found = ", ".join(data.column_names)
         reason = f"it has no column input_ids (it has {found}); tokenise it, or pass texts"
-        reason = "it has no rows" if "input_ids" in data.column_names else reason
+        reason = "it has no rows" if has_ids else reason
         raise RequestError(Problem(f"old_data.{name}", reason=reason))
     texts = () if isinstance(data, str) else tuple(data)
     if not texts or not all(isinstance(text, str) for text in texts):
