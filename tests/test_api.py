@@ -509,6 +509,7 @@ def _model() -> Any:
         (lambda m: tritter.gate(m, m, {"a": ["text"]}), ["tokenizer: live models need one"]),
         (lambda m: tritter.gate(m, m, {"a": ["x"]}, retnetion=1), ["Did you mean retention?"]),
         (lambda m: tritter.run(["model=tiny"]), ["overrides = ['model=tiny']: must be texts"]),
+        (lambda m: tritter.run(data="x.txt"), ["data = 'x.txt': must be a dict"]),
         (lambda m: tritter.run(data={"odl": "x"}), ["data['odl']", "Did you mean old?"]),
         (lambda m: tritter.run("data.old=x", data={"old": "x"}), ["data.old", "remove one"]),
         (lambda m: tritter.run("-m", "expansion=dus,width"), ["a sweep is several runs"]),

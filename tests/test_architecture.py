@@ -82,13 +82,13 @@ TORCH_ONLY_ROOMS = {"core.parameter_map", "core.stock_routers"}  # the standard 
 
 # Room → most files and lines: both may only fall, until the redesign of issue 25 ends
 RATCHET = {
-    "(top)": (13, 2_334),
-    "checkpoints": (12, 3_051),
+    "(top)": (13, 2_332),
+    "checkpoints": (12, 3_050),
     "cli": (21, 5_821),
     "config": (19, 5_138),
     "core": (37, 11_898),
     "data": (26, 8_993),
-    "evaluation": (16, 4_409),
+    "evaluation": (16, 4_399),
     "integrations": (2, 801),
     "methods": (48, 12_471),
     "pipeline": (31, 7_270),

@@ -494,6 +494,8 @@ def run(
 
     if wrong := [each for each in overrides if not isinstance(each, str)]:
         raise refused("overrides", brief(wrong[0]), "must be texts, such as 'expansion=width'")
+    if not isinstance(data or {}, Mapping):
+        raise refused("data", brief(data), "must be a dict, such as {'old': PATH, 'new': PATH}")
     all_overrides = [*_data_overrides(data or {}, overrides), *overrides]
     if output is not None:
         all_overrides.append(f"hydra.run.dir={quote(fspath(output))}")

@@ -9,6 +9,7 @@ from tritter.errors import RequestError
 
 _OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _OF_STEP = ("SLURM_NODEID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES")
+_SHELLS = ("bash", "interactive")  # job names of shells that srun started, as in Lightning
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,9 @@ def launch_of(environ: Mapping[str, str] = os.environ) -> Launch | None:
     """Return the place of this process; None if no launcher started several processes."""
     if "TORCHELASTIC_RUN_ID" in environ:
         found = Launch("torchrun", *(int(environ[name]) for name in _OF_TORCHRUN))
-    elif all(name in environ for name in _OF_STEP) and not _is_shell(environ):
+    elif environ.get("SLURM_JOB_NAME") in _SHELLS or any(n not in environ for n in _OF_STEP):
+        return None
+    else:
         node, local_rank, count, num_nodes = (int(environ[name]) for name in _OF_STEP)
         if count % num_nodes:
             raise RequestError(
@@ -48,11 +51,4 @@ def launch_of(environ: Mapping[str, str] = os.environ) -> Launch | None:
             )
         local_count = count // num_nodes
         found = Launch("srun", node * local_count + local_rank, count, local_rank, local_count)
-    else:
-        return None
     return found if found.count > 1 else None
-
-
-def _is_shell(environ: Mapping[str, str]) -> bool:
-    """Return True in a shell that srun started, by the job names that Lightning knows."""
-    return environ.get("SLURM_JOB_NAME") in ("bash", "interactive")

@@ -1,15 +1,17 @@
 """A folder opened for reading: ties that its files cut."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests import oracle
 from tritter.checkpoints import Source
-from tritter.core.expansions import LlamaPro
+from tritter.core.expansions import LlamaPro, Width
 from tritter.core.families import Model
 from tritter.core.models import read_model
 from tritter.errors import TritterError
@@ -45,6 +47,21 @@ def test_a_head_that_the_files_untie_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "grown").exists()
 
 
+def test_each_tied_tensor_is_compared_with_the_one_that_it_repeats(tmp_path: Path) -> None:
+    """Files of RoBERTa from before transformers 5 store the tied bias of the head twice."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "vocab_size": 32}
+    config = AutoConfig.for_model("roberta", **sizes, num_hidden_layers=1, is_decoder=True)
+    oracle.saved(AutoModelForCausalLM.from_config(config), tmp_path / "model")
+    tensors = load_file(path := tmp_path / "model/model.safetensors")
+    twice = {**tensors, "lm_head.decoder.bias": tensors["lm_head.bias"].clone()}
+    save_file(twice, path, metadata={"format": "pt"})
+    source = Source.open(path.parent, read_model(path.parent))
+    assert {each.name for each in source.stored} == tensors.keys() and source.unread == []
+    save_file({**twice, "lm_head.bias": twice["lm_head.bias"] + 1}, path, metadata={"format": "pt"})
+    with pytest.raises(TritterError, match=r"decoder\.bias differs from lm_head\.bias"):
+        Source.open(path.parent, read_model(path.parent))
+
+
 @pytest.mark.parametrize("is_open", [False, True])
 def test_a_source_that_changes_behind_its_hash_gives_no_result(
     tmp_path: Path, is_open: bool
@@ -63,3 +80,17 @@ def test_a_source_that_changes_behind_its_hash_gives_no_result(
     with pytest.raises(TritterError, match=r"model\.safetensors has changed"):
         expand(source, tmp_path / "result", [LlamaPro()])
     assert not (tmp_path / "result").exists()
+
+
+@pytest.mark.parametrize("name", ["tritter.json", "generation_config.json (missing)"])
+def test_a_new_record_certifies_no_changed_folder(tmp_path: Path, name: str) -> None:
+    oracle.saved(oracle.tiny_llama(), tmp_path / "source")
+    expand(tmp_path / "source", tmp_path / "grown", [Width()])
+    if name == "tritter.json":
+        record = tmp_path / "grown" / name
+        record.write_text(record.read_text().replace('"step": 0', '"step": 1'))
+    else:
+        (tmp_path / "grown/generation_config.json").unlink()
+    with pytest.raises(TritterError, match=f"was changed since .*: {re.escape(name)}"):
+        expand(tmp_path / "grown", tmp_path / "deep", [LlamaPro()])
+    assert not (tmp_path / "deep").exists()

@@ -400,7 +400,7 @@ def test_the_specifications_example(run: Run, grown: Path, trained: Path) -> Non
     assert run("history grown-continued/checkpoint --verify").code == 0
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["checkpoint", "baseline", "attempt_1/expanded"])
 def test_every_checkpoint_of_a_run_knows_its_old_text(
     run: Run, texts: Path, trained: Path, configs: list[RunConfig], name: str

@@ -330,6 +330,7 @@ def test_a_sweep_over_keys_of_swept_methods(run: Run, pipeline: FakePipeline) ->
     assert lambdas == [1.0, 3.0, 1.0, 3.0]
 
 
+@pytest.mark.full
 def test_a_mode_makes_a_sweep(run: Run, pipeline: FakePipeline, tmp_path: Path) -> None:
     file = tmp_path / "conf/experiment/two.yaml"
     file.parent.mkdir(parents=True)

@@ -137,6 +137,14 @@ def test_a_base_needs_a_rate_of_its_own() -> None:
     assert [each.training.learning_rate for each in config.attempts] == [3e-3, 3e-3, 1e-3]
 
 
+def test_what_a_schedule_does_not_read_is_reported() -> None:
+    config = load_config(["training.decay_ratio=0.3", "pretraining.minimum_ratio=0.1"])
+    (note,) = rate_notes(config, base_model(config))
+    assert note == "training.decay_ratio = 0.3: schedule cosine ignores it."
+    config = load_config(["training.schedule=wsd", "training.decay_ratio=0.3"])
+    assert not rate_notes(config, base_model(config))
+
+
 def test_a_ladder_that_raises_the_rate_is_reported() -> None:
     config = load_config(["training.learning_rate=1e-5", "gate.ladder=gentler"])
     (note,) = rate_notes(config, base_model(config))

@@ -102,6 +102,8 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "training.learning_rate=inf": ("training.learning_rate = inf",),
     "training.schedule=cosin": ("constant, cosine, wsd", "Did you mean cosine?"),
     "training.schedule=wsd training.decay_ratio=1": ("training.decay_ratio", "0.95"),
+    "evaluation.task_limit=5": ("evaluation.task_limit = 5: requires evaluation.tasks.",),
+    "evaluation.allow_code=[mbpp]": ("evaluation.allow_code", "requires evaluation.tasks."),
     "gate.strict=1": ("gate.strict = 1", "true or false"),
     "gate=strict gate.enabled=false": ("gate.strict", "gate=strict or gate=off"),
     "forgetting.replay.fraction=1": ("forgetting.replay.fraction = 1", "below 1"),

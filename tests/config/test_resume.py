@@ -372,6 +372,7 @@ PLAIN = {
 }
 
 
+@pytest.mark.full
 def test_every_key_but_some_is_replayed() -> None:
     keys = {*known_keys(), *PLAIN, *NEVER_REPLAYED, "optimizer.betas"}
     keys |= {f"trainer.{name}" for name in trainer_parameters() if name not in REFUSED}

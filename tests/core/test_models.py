@@ -165,7 +165,7 @@ def _pickled(folder: Path) -> None:
     [
         (_weights(**{"model.norm.weight": None}), "model.norm.weight"),
         (_weights(**{"model.mystery": torch.ones(1)}), "model.mystery"),
-        (_weights(**{"model.norm.weight": torch.ones(23)}), "cannot be loaded"),
+        (_weights(**{"model.norm.weight": torch.ones(23)}), "norm.weight has shape (23,)"),
         (_half, "cannot be read"),
         (_pickled, "pytorch_model.bin: Tritter never reads pickles"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b""), "cannot be read"),

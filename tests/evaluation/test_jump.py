@@ -26,6 +26,19 @@ def test_jump_by_hand(bigram, table):
     assert jump.divergence == pytest.approx(float(expected), rel=1e-4)
 
 
+def test_sequences_are_compared_a_few_at_a_time(bigram, table, monkeypatch):
+    """With Gemma's vocabulary, the logits of two domains would take 2 GB for each model."""
+    before, after = bigram(table), bigram(torch.cat([table + 0.1, table], dim=1))
+    whole = logit_jump(before, after, INPUT_IDS, has_yardstick=True).to_dict()
+    read = list[int]()
+    before.register_forward_pre_hook(
+        lambda module, args, given: read.append(len(given["input_ids"])), with_kwargs=True
+    )
+    monkeypatch.setattr("tritter.evaluation.losses._MAX_LOGITS", 1)
+    parts = logit_jump(before, after, INPUT_IDS, has_yardstick=True).to_dict()
+    assert read == [1] * 4 and parts == pytest.approx(whole, rel=1e-4, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("value", "change", "relative"),
     [(0.5, 0.0, 0.0), (0.5, 0.5, 1.0), (0.0, 0.5, math.inf), (0.0, 0.0, 0.0)],

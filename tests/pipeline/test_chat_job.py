@@ -90,6 +90,7 @@ def stock_scores(folder: Path, records: list[dict[str, list[dict[str, str]]]]) -
     return nats, num_bytes
 
 
+@pytest.mark.full
 def test_scores_are_those_of_answers_under_the_template(done: Path, place: Path) -> None:
     summary = json.loads((done / "summary.json").read_text())
     assert RENDERED in summary["notes"]
@@ -105,6 +106,7 @@ def test_scores_are_those_of_answers_under_the_template(done: Path, place: Path)
     assert sum(scores["weights"]["bytes"]) == num_bytes
 
 
+@pytest.mark.full
 def test_the_model_rehearses_conversations_too(run: Run, place: Path, tmp_path: Path) -> None:
     """The old domain is only scored, so how its conversations are packed is not reported."""
     old = f"data.old={place / 'talks.jsonl'}"

@@ -61,6 +61,7 @@ def mixed(place: Path, folder: Path, cache: Path, *words: str) -> dict[str, Any]
     return job(folder, cache, base, *chosen, from_children, *words)
 
 
+@pytest.mark.full
 def test_children_become_one_model(place: Path, cache: Path, tmp_path: Path) -> None:
     """The gate covers the domains of the children and the old data; the lineage has all."""
     summary = mixed(place, tmp_path / "run", cache, "pipeline.keep_stages=true")
@@ -145,6 +146,7 @@ def test_weights_released_during_training_are_made_again(
     assert parts["lineage"]["model_hash"] == whole["lineage"]["model_hash"]
 
 
+@pytest.mark.full
 def test_documents_held_out_by_a_child_give_no_router_rows(place: Path) -> None:
     """Every fifth document is held out; a child's sequences have training documents alone."""
     from tritter.data.split import threshold_side

@@ -48,6 +48,7 @@ def summary_of(folder: Path) -> dict[str, Any]:
     return summary
 
 
+@pytest.mark.full
 def test_training_reads_long_windows_with_as_many_tokens(done: Path) -> None:
     record = json.loads((done / "checkpoint/tritter.json").read_text("utf-8"))
     assert record["training_config"]["data"]["sequence_length"] == LONG

@@ -199,7 +199,7 @@ def test_importance_is_timed_for_the_sequences_that_exist(
     assert costs._flops(context, source)["importance"] == flops
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("words", "timed", "counted"),
     [

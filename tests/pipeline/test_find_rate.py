@@ -89,6 +89,7 @@ def test_smoothing_has_no_bias() -> None:
     assert smoothed([2.0] * 30) == pytest.approx([2.0] * 30)
 
 
+@pytest.mark.full
 def test_it_leaves_the_plot_and_the_rates_and_changes_no_run(tmp_path: Path) -> None:
     cache = f"cache_dir={tmp_path / 'cache'}"
     config = load_config([*TINY, cache])
@@ -108,6 +109,7 @@ def test_it_leaves_the_plot_and_the_rates_and_changes_no_run(tmp_path: Path) -> 
     assert len(hashes) == 1
 
 
+@pytest.mark.full
 @pytest.mark.skipif(start_method("cpu") != "fork", reason="spawning takes seconds")
 def test_losses_are_those_of_all_batches_and_processes_of_a_step(tmp_path: Path) -> None:
     found, two = [], replace(SETTINGS, strategy="ddp", devices=2)

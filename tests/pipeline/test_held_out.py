@@ -147,7 +147,7 @@ WAYS: list[Callable[[Path], list[str]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize("seed", [1, 3])
 @pytest.mark.parametrize("way", WAYS)
 def test_whatever_way_a_checkpoint_is_trained_on(
@@ -198,6 +198,7 @@ def test_all_that_was_learned_is_old_in_every_generation(
     assert not now.held_out & learned and not now.learned & held_out
 
 
+@pytest.mark.full
 def test_text_that_was_learned_is_trained_again_under_its_name(
     base: tuple[Path, Path, Fed], tmp_path: Path
 ) -> None:

@@ -28,6 +28,7 @@ def end_at_record(monkeypatch: pytest.MonkeyPatch, stage: str, *, is_recorded: b
     monkeypatch.setattr(Ledger, "record", record_or_end)
 
 
+@pytest.mark.full
 def test_what_a_killed_writer_left_in_a_checkpoint_is_no_obstacle(
     run_tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,6 +59,7 @@ def test_a_base_that_was_cached_and_not_logged_keeps_its_curve(
         assert not (tmp_path / name / "pretraining/saved").exists()
 
 
+@pytest.mark.full
 def test_scores_are_logged_although_the_run_ended_once_they_were_recorded(
     run_tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,13 +2,16 @@
 
 import gc
 import random
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning import Trainer
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 
 from tritter.config.launch.composition import load_config
 from tritter.pipeline import run_pipeline
@@ -16,6 +19,7 @@ from tritter.pipeline.base import _pretrained_model
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.run import Run
 from tritter.planning.run_memory import training_needs
+from tritter.training import fitting
 from tritter.training.callbacks import FiniteGuard
 
 # Measured: 1.001 for a base, 1.04 with L2-SP, 1.18 with EWC. What is counted is a lower bound:
@@ -53,6 +57,28 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     monkeypatch.setattr(FiniteGuard, "on_before_optimizer_step", measure)
     yield found
+
+
+@pytest.mark.full
+def test_no_trainer_outlives_its_stage(
+    run_tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, gradients and moments would be there while the next stage loads two models."""
+    made, alive = weakref.WeakSet[Trainer](), list[int]()
+    build, load = fitting.build_trainer, AutoModelForCausalLM.from_pretrained
+
+    def building(*args: Any, **options: Any) -> Trainer:
+        made.add(trainer := build(*args, **options))
+        return trainer
+
+    def loading(*args: Any, **options: Any) -> Any:
+        alive.append(len(made))
+        return load(*args, **options)
+
+    monkeypatch.setattr(fitting, "build_trainer", building)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loading)
+    run_tiny(tmp_path, "expansion=llama_pro", "forgetting=ewc", cache_dir=tmp_path / "cache")
+    assert len(alive) >= 4 and not any(alive)
 
 
 @pytest.mark.full

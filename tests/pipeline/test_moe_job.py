@@ -407,7 +407,7 @@ def test_the_bias_of_sigmoid_routers_is_trained_and_published(sigmoid: Path) -> 
     assert torch.equal(oracle.logits(stock, ids), oracle.logits(ours, ids))
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize("precision", ["bf16-true", "32-true"])
 def test_a_16_bit_result_has_the_trained_bias(
     run_tiny: Run, tmp_path: Path, precision: str

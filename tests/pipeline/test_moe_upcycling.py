@@ -35,6 +35,7 @@ def plain(run_job: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.full
 def test_a_sparse_model_comes_out_and_its_jump_is_reported(run_tiny: Run, tmp_path: Path) -> None:
     words = ("expansion=moe", "expansion.moe.num_experts=4", "training.max_steps=20")
     run_tiny(tmp_path, *words, "gate=default", "pipeline.keep_stages=true")

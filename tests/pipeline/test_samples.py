@@ -62,6 +62,7 @@ def test_no_more_is_read_than_a_model_has_learned_positions_for(positions: int) 
     assert all(each["before"] and each["prompt"] for each in found)
 
 
+@pytest.mark.full
 def test_own_prompts_are_continued_before_during_and_after_training(
     run_tiny: Run, tmp_path: Path
 ) -> None:

@@ -184,7 +184,7 @@ def test_a_flipped_bit_in_a_trained_model_is_not_published(run: Run, trained: Pa
     assert f"{path.parent} is missing: repeating attempt_1.fit" in again.out
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["config.json", "tritter.json"])
 def test_an_edited_record_is_told(run: Run, trained: Path, name: str) -> None:
     edits = {
@@ -245,6 +245,7 @@ def test_a_finished_run_is_believed_when_what_it_names_is_whole(
     assert "nothing to do" in run(finished).out
 
 
+@pytest.mark.full
 def test_a_run_of_a_development_version_is_refused_as_such(run: Run, unfinished: Path) -> None:
     plain = json.loads((unfinished / "run.json").read_text())
     del plain["format"]

@@ -50,6 +50,7 @@ def test_holding_old_routing_costs_a_second_pass_in_every_step(family: str) -> N
     assert RoutingObjective(model, UNHELD).step_flops(model) == 0
 
 
+@pytest.mark.full
 def test_the_look_at_old_routing_and_what_is_held_are_in_the_cost_of_a_fit(tmp_path: Path) -> None:
     model = tiny("mixtral")
     config = model.config.to_dict()

@@ -26,7 +26,7 @@ def settings(name: str) -> OptimizerSettings:
     )
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["AdamW8bit", "Lion8bit", "PagedAdamW8bit"])
 def test_moments_in_eight_bits_resume_bit_for_bit(tmp_path: Path, name: str) -> None:
     whole, expected = train(tmp_path / "whole", optimizer=settings(name))

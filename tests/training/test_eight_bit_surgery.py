@@ -182,7 +182,7 @@ def test_codes_are_the_nearest_and_scales_the_largest() -> None:
             assert (state[key].shape, state[key].dtype) == (value.shape, value.dtype), key
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize("kill_at", [AT + 1, AT + 3])
 @pytest.mark.parametrize("optimizer", [
     settings(), settings(FLOAT), settings(CROSSING), settings(name="PagedAdamW8bit"),

@@ -84,6 +84,7 @@ def assert_same_bits(first: BaseModule, second: BaseModule) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.full
 def test_recomputed_activations_give_the_same_bits_and_dropout(tmp_path: Path) -> None:
     plain, expected = train(tmp_path / "plain", PLAIN)
     again, found = train(tmp_path / "again", AGAIN)
@@ -139,6 +140,7 @@ def test_experts_compute_their_activations_again(tmp_path: Path, router: str) ->
     assert_same_bits(again, plain)
 
 
+@pytest.mark.full
 def test_routers_compute_their_activations_again(tmp_path: Path) -> None:
     models = []
     for name, options in (("plain", {}), ("again", _AGAIN)):

@@ -2,6 +2,7 @@
 
 import csv
 import signal
+import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from tritter.training import (
     Schedule,
     Task,
     TrainerSettings,
+    discard_saved,
     fit,
 )
 
@@ -82,6 +84,15 @@ def test_loss_falls_every_part_moves_and_tokens_are_counted(tmp_path: Path) -> N
     assert {"performance/tokens_per_second", "performance/peak_memory_bytes"} <= set(rows[0])
 
 
+def test_moments_and_gradients_do_not_outlive_it(tmp_path: Path) -> None:
+    """The next stage of a run loads other models."""
+    run(module := module_of(), tmp_path)
+    trainer = weakref.ref(module.trainer)
+    del module
+    discard_saved(tmp_path)
+    assert trainer() is None
+
+
 def test_same_seed_same_weights(tmp_path: Path) -> None:
     first, second = module_of(), module_of()
     run(first, tmp_path / "a")
@@ -90,7 +101,7 @@ def test_same_seed_same_weights(tmp_path: Path) -> None:
         assert torch.equal(parameter, second.model.get_parameter(name)), name
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize("num_tasks", ["1", "4"])
 def test_lightnings_requeueing_of_slurm_jobs_is_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_tasks: str

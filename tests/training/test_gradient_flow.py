@@ -90,6 +90,7 @@ def test_a_dead_unit_and_a_dead_parameter_are_named(tmp_path: Path) -> None:
     assert check is not None and check.verdict == "failed" and "gate_proj" in check.detail
 
 
+@pytest.mark.full
 def test_what_is_frozen_is_not_asked_for(tmp_path: Path) -> None:
     model = oracle.tiny_llama()
     for name, parameter in model.named_parameters():

@@ -221,6 +221,7 @@ def test_a_stop_at_the_last_step_is_no_early_end(tmp_path: Path) -> None:
     assert result.steps == STEPS and result.ended_early is None
 
 
+@pytest.mark.full
 def test_their_state_goes_on_and_they_stand_behind_ours(tmp_path: Path) -> None:
     counting = asked("count", f"{HERE}.StopAt", batch=-1)
     order = asked("order", f"{HERE}.Order", path=str(tmp_path / "order.json"))

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,14 +113,11 @@ def _metadata(kept: Mapping[str, Any], lineage: Lineage | None) -> dict[str, Any
     """
     own = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["tritter"]}
     relation = {"base_model_relation": "finetune"} if "base_model" in kept else {}
-    datasets = [*_listed(kept.get("datasets")), *_hub_datasets(lineage)]
+    domains = () if lineage is None else lineage.domains.values()
+    of_hub = [_HUB_DATASET.match(path) for domain in domains for path in domain.paths]
+    datasets = [*_listed(kept.get("datasets")), *(found[1] for found in of_hub if found)]
     listed = {"datasets": list(dict.fromkeys(datasets))} if datasets else {}
     return {**own, **kept, **relation, **listed}
-
-
-def _hub_datasets(lineage: Lineage | None) -> Iterator[str]:
-    for domain in () if lineage is None else lineage.domains.values():
-        yield from (found[1] for path in domain.paths if (found := _HUB_DATASET.match(path)))
 
 
 # Cards

@@ -51,13 +51,10 @@ def read_lightning_file(
         skipped = f"{len(others)} tensors outside '{prefix}' were skipped: {shortened(others)}"
         tensors = {name: value for name, value in tensors.items() if name.startswith(chosen)}
     stored = _match_tensors(path, model, tensors, chosen)
-    for name in model.family.tied_names(model.config):
-        tied = tensors.get(chosen + name)
-        if tied is not None and not torch.equal(tied, tensors[chosen + embedding]):
-            raise TritterError(
-                f"{path}: {name} differs from the embedding, but the config ties the two "
-                "(tie_word_embeddings = true)."
-            )
+    for name, other in model.family.tied_names(model.config).items():
+        tied, whole = tensors.get(chosen + name), other if chosen + other in tensors else embedding
+        if tied is not None and not torch.equal(tied, tensors[chosen + whole]):
+            raise TritterError(f"{path}: {name} differs from {whole}, but the config ties them.")
     values = {
         part.name: value
         for tensor in stored

@@ -161,13 +161,11 @@ def public_files(folder: Path, lineage: Lineage | None) -> tuple[dict[str, Path 
         listed = {name.removesuffix(HEADER_MARK) for name in lineage.file_digests}
         listed |= {LINEAGE_NAME, CARD_NAME, "config.json"}
     else:
-        listed = {
-            *_PLAIN_NAMES,
-            *tokenizer_files(folder),
-            *TensorFolder.open(folder).files.values(),
-        }
+        listed = {*_PLAIN_NAMES, *tokenizer_files(folder)}
+        listed |= {*TensorFolder.open(folder).files.values()}
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    public = {name for name in names if name in listed and not _is_private(name)}
+    private = {n for n in names if n.startswith(f"{STATE_FOLDER}/")} - _OF_FUNCTION
+    public = (names & listed) - private
     public |= {name for name in names if "/" not in name and LICENCE_FILES.fullmatch(name)}
     files: dict[str, Path | bytes] = {name: folder / name for name in sorted(public)}
     if lineage is not None:
@@ -175,10 +173,6 @@ def public_files(folder: Path, lineage: Lineage | None) -> tuple[dict[str, Path 
         kept = {name: digest for name, digest in known if name.removesuffix(HEADER_MARK) in files}
         files[LINEAGE_NAME] = record_text(replace(lineage, file_digests=kept)).encode()
     return files, names - public
-
-
-def _is_private(name: str) -> bool:
-    return name.startswith(f"{STATE_FOLDER}/") and name not in _OF_FUNCTION
 
 
 # Checks of a checkpoint folder that need only its file names and config.json

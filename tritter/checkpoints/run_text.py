@@ -356,12 +356,7 @@ def domain_problem(domain: LearnedDomain, *, is_streamed: bool = False) -> str |
             for path in domain.paths:
                 built_in_path("data", path)
             return None
-        digest = _digest(
-            domain.paths,
-            domain.text_field,
-            is_streamed=is_streamed,
-            is_recorded=True,
-        )
+        digest = _digest(domain.paths, domain.text_field, is_streamed=is_streamed, is_recorded=True)
     except TritterError as error:
         return str(error).removesuffix(".")
     return None if digest == domain.sha256 else f"{', '.join(domain.paths)} has changed since"

@@ -10,13 +10,20 @@ from typing import TYPE_CHECKING
 
 from tritter.checkpoints.card import CARD_NAME
 from tritter.checkpoints.expert_files import ExpertFiles
-from tritter.checkpoints.folder import Artifact, copy_small_files, read_lineage, small_files
+from tritter.checkpoints.folder import (
+    HEADER_MARK,
+    Artifact,
+    copy_small_files,
+    read_lineage,
+    small_files,
+)
 from tritter.checkpoints.record import Lineage
 from tritter.core.families import Config, Model, StoredTensor
 from tritter.errors import RequestError, TritterError, shortened
 from tritter.storage.hashing import DigestQueue, bounded_digest
-from tritter.storage.reading import check_inside
-from tritter.storage.tensors import TensorFolder, TensorReader
+from tritter.storage.reading import LINEAGE_NAME, check_inside
+from tritter.storage.records import is_unchanged
+from tritter.storage.tensors import INDEX_NAME, TensorFolder, TensorReader
 from tritter.storage.writer import Pieces, TensorEntry, TensorStream, stripped
 
 if TYPE_CHECKING:
@@ -29,21 +36,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """An open checkpoint folder. Records and headers are read once.
-
-    Tensors are read by logical name, one at a time.
+    """An open checkpoint folder. Records and headers are read once, tensors one by one by name.
 
     Args:
         folder: the checkpoint folder.
         model: its sizes, shapes and names.
         lineage: content of tritter.json; None for a plain Hugging Face folder.
         digests: digests of the tensors, computed while they are read.
+        is_checked: this process wrote or checked its record.
     """
 
     folder: Path
     model: Model
     lineage: Lineage | None
     digests: DigestQueue = field(default_factory=DigestQueue, repr=False, compare=False)
+    is_checked: bool = False
 
     @classmethod
     def open(cls, folder: Path, model: Model, *, has_lineage: bool = True) -> Source:
@@ -61,7 +68,7 @@ class Source:
     @classmethod
     def written(cls, folder: Path, model: Model, lineage: Lineage) -> Source:
         """Open a folder that this process wrote or already checked, without a check."""
-        return cls(folder, model, lineage, DigestQueue.of(lineage.tensor_digests))
+        return cls(folder, model, lineage, DigestQueue.of(lineage.tensor_digests), is_checked=True)
 
     def check(self) -> None:
         """Check the folder's files and headers against its config and its lineage."""
@@ -75,11 +82,12 @@ class Source:
                 )
         # transformers unties such a head when it loads the folder; skipping the head would silently
         # change the function
-        tensors, embedding = self.tensors, self.stored[0].name
-        for name in sorted(self.model.family.tied_names(self.config) & set(tensors.files)):
-            if not tensors[name].equal(tensors[embedding]):
+        tensors, ties = self.tensors, self.model.family.tied_names(self.config)
+        for name in sorted(ties.keys() & tensors.files.keys()):
+            other = ties[name] if ties[name] in tensors.files else self.stored[0].name
+            if not tensors[name].equal(tensors[other]):
                 raise TritterError(
-                    f"{folder}: {name} differs from {embedding}, although config.json ties "
+                    f"{folder}: {name} differs from {other}, although config.json ties "
                     "them. To keep both, set tie_word_embeddings to false in config.json. To tie "
                     f"them, remove {name} from the files."
                 )
@@ -87,10 +95,11 @@ class Source:
         changed = []
         for name, digest in ({} if self.lineage is None else self.lineage.file_digests).items():
             check_inside(folder, name)
-            path = folder / name
             # The card may be edited; `history --verify` lists every change
-            if name != CARD_NAME and path.is_file() and bounded_digest(path) != digest:
-                changed.append(name)
+            is_free = name in (CARD_NAME, INDEX_NAME) or name.endswith(HEADER_MARK)
+            is_missing = not (folder / name).is_file()
+            if not is_free and (is_missing or bounded_digest(folder / name) != digest):
+                changed.append(f"{name} (missing)" if is_missing else name)
         if changed:
             raise TritterError(_changed_text(folder, changed))
 
@@ -111,7 +120,7 @@ class Source:
     @property
     def unread(self) -> list[str]:
         """Names of tensors in the files that the stock class does not read."""
-        known = {tensor.name for tensor in self.stored} | self.model.family.tied_names(self.config)
+        known = {*self.model.family.tied_names(self.config), *(each.name for each in self.stored)}
         return sorted(self.tensors.files.keys() - known)
 
     @cached_property
@@ -228,8 +237,15 @@ class Source:
             return None
         return stored.name if stored is not None and stored.shape == target.shape else None
 
+    def intact(self) -> Source:
+        """Return itself; an edited tritter.json is refused, which another record would certify."""
+        if self.lineage and not (self.is_checked or is_unchanged(self.folder / LINEAGE_NAME)):
+            raise RequestError(_changed_text(self.folder, [LINEAGE_NAME]))
+        return self
+
     def read_digests(self) -> dict[str, str]:
         """Return name on disk → SHA-256 of every tensor. Reads tensors that were not read yet."""
+        self.intact()
         known = self.digests.results()
         for tensor in self.stored:
             if tensor.name not in known:
@@ -237,7 +253,7 @@ class Source:
         known = self.digests.results()
         digests = {tensor.name: known[tensor.name] for tensor in self.stored}
         recorded = digests if self.lineage is None else self.lineage.tensor_digests
-        changed = [name for name, digest in digests.items() if recorded.get(name) != digest]
+        changed = sorted(dict(digests.items() - recorded.items()))
         if changed:
             raise RequestError(_changed_text(self.folder, changed))
         return digests

@@ -188,7 +188,7 @@ def export_adapters(
         folder = locate(checkpoint, key="--checkpoint")
         check = partial(_check_adapters, source=folder)
         check_output(output, sources=[folder], overwrite=overwrite, check=check)
-        source = Source.open(folder, read_model(folder))  # verifies its lineage
+        source = Source.open(folder, read_model(folder)).intact()  # verifies its lineage
         if source.experts is None:
             raise RequestError(
                 f"--format = peft: {folder} has no LoRA experts; must be hf, a plain folder."

@@ -64,7 +64,7 @@ def push(
     if not place.is_dir():
         raise RequestError(f"DIR = {folder}: no such folder.")
     with refuse_damage():
-        source = Source.open(place, read_model(place))
+        source = Source.open(place, read_model(place)).intact()
         if source.lineage is not None and not dry_run:
             source.read_digests()  # raises if a tensor differs from the lineage
         files, left_out = public_files(place, source.lineage)

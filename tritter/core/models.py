@@ -170,7 +170,12 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
+            ignore_mismatched_sizes=True,  # reported below by name
             output_loading_info=True,
+        )
+    for name, found, wanted in sorted(report["mismatched_keys"]):
+        raise TritterError(
+            f"{folder}: {name} has shape {tuple(found)}, but config.json requires {tuple(wanted)}."
         )
     report["unexpected_keys"] = [n for n in report["unexpected_keys"] if not is_computed(n)]
     wrong = {key: value for key, value in report.items() if value}
@@ -607,7 +612,7 @@ def check_loadable(model: Model, *, folder: Path) -> None:
             f"config.json: transformers can't build this model: {_cause(config, error)}."
         ) from error
     expected = {stored.name: stored.shape for stored in shallow.layout("live")}
-    tied = family.tied_names(shallow.config)
+    tied = family.tied_names(shallow.config).keys()
     wrong = sorted(
         name
         for name in (found.keys() | expected.keys()) - tied

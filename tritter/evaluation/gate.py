@@ -198,10 +198,7 @@ def training_check(non_finite_steps: int, *, aborted_reason: str | None) -> Chec
 
 
 def flow_check(
-    flow: Mapping[str, Any],
-    *,
-    new_experts: Collection[int] = (),
-    min_steps: int = ENOUGH_STEPS,
+    flow: Mapping[str, Any], *, new_experts: Collection[int] = (), min_steps: int = ENOUGH_STEPS
 ) -> Check | None:
     """Check that all trained parameters received a gradient; None if it was not recorded.
 

@@ -90,11 +90,7 @@ def continued_text(
 
 
 def sample_text(
-    model: nn.Module,
-    *,
-    prompt_ids: Sequence[int],
-    max_new_tokens: int,
-    bounds: TextBounds,
+    model: nn.Module, *, prompt_ids: Sequence[int], max_new_tokens: int, bounds: TextBounds
 ) -> list[int]:
     """Continue a prompt with greedy decoding; return the new tokens without end-of-text.
 

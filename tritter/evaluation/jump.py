@@ -1,8 +1,8 @@
 """Logit shift of a model at expansion."""
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tritter.core.streamed import StreamedModel, blocks, computed_in
 from tritter.errors import TritterError
 from tritter.evaluation.inference import eval_mode
+from tritter.evaluation.losses import batch_that_fits, vocab_size_of
 from tritter.evaluation.statistics import finite_or_none
 
 _logger = logging.getLogger(__name__)
@@ -54,8 +55,8 @@ class Jump:
 
     def to_dict(self) -> dict[str, float | None]:
         """Return the record for summary.json; non-finite values become None."""
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
-        return {n: finite_or_none(value) for n, value in values.items() if value is not None}
+        values = asdict(self).items()
+        return {name: finite_or_none(value) for name, value in values if value is not None}
 
 
 class _Shift:
@@ -68,6 +69,7 @@ class _Shift:
         self._moved: Tensor = torch.zeros(())  # expected loss of logit under the old distribution
         self._squares = torch.zeros((), dtype=torch.float64)
         self._moments = torch.zeros(3, dtype=torch.float64)  # number, sum and sum of squares
+        self._divergences = list[Tensor]()  # of earlier sequences
 
     def add(self, old_BTV: Tensor, new_BTV: Tensor) -> None:
         """Compare the logits of a part of the vocabulary."""
@@ -83,6 +85,13 @@ class _Shift:
         mean = (old_BTV.softmax(dim=-1) * moved_BTV).sum(dim=-1)
         shares = [(total - self._old_total).exp() for total in (before, part)]
         self._moved = self._moved * shares[0] + mean * shares[1]
+
+    def begin_sequences(self) -> None:
+        """Begin other sequences, whose parts of the vocabulary follow."""
+        if self._old_total.ndim:
+            self._divergences.append(self._moved - self._old_total + self._new_total)
+        self._new_total = self._old_total = torch.tensor(-torch.inf)
+        self._moved = torch.zeros(())
 
     def in_deviations(self, change: Tensor) -> float:
         """Return a change in standard deviations of the old logits."""
@@ -102,7 +111,8 @@ class _Shift:
     @property
     def divergence(self) -> float:
         """Mean KL divergence of the new distribution of old tokens from the old one, in nats."""
-        return float((self._moved - self._old_total + self._new_total).mean().clamp(min=0))
+        last = self._moved - self._old_total + self._new_total
+        return float(torch.cat([*self._divergences, last]).mean().clamp(min=0))
 
     def jump(self, new_token_mass: float | None, yardstick: "_Shift | None") -> Jump:
         """Return the record of the comparison and of that of the yardstick."""
@@ -134,38 +144,43 @@ def logit_jump(
         new_tokens: their ids. Default: all rows that the vocabulary has more.
         has_yardstick: also compute the first model in bfloat16.
     """
-    before, after = logits_of(before_model, input_ids), logits_of(after_model, input_ids)
-    rounded = rounded_logits_of(before_model, input_ids) if has_yardstick else None
-    return jump_of_logits(before, after, rounded, new_tokens=new_tokens)
+    # Eight such logits are held at once: of three models, in two parts, and their changes
+    vocab_size = 8 * vocab_size_of(after_model)
+    batch_size = batch_that_fits(len(input_ids), input_ids.shape[1], vocab_size)
+    rounded = partial(rounded_logits_of, before_model) if has_yardstick else lambda ids: None
+    parts = (
+        (logits_of(before_model, ids), logits_of(after_model, ids), rounded(ids))
+        for ids in input_ids.split(batch_size)
+    )
+    return jump_of_logits(parts, new_tokens=new_tokens)
 
 
 def jump_of_logits(
-    before: Tensor,
-    after: Tensor,
-    rounded: Tensor | None,
+    parts: Iterable[tuple[Tensor, Tensor, Tensor | None]],
     *,
     new_tokens: Sequence[int] | None = None,
 ) -> Jump:
     """Compare logits [B, T, V] of the same tokens.
 
     Args:
-        before: of the model before expansion.
-        after: of the model after expansion.
-        rounded: of the model before expansion in bfloat16, the yardstick, if any.
+        parts: a few sequences each: logits of the model before and after expansion, and the
+            yardstick, of the model before expansion in bfloat16, if any.
         new_tokens: their ids. Default: all rows that the vocabulary has more.
     """
-    kinds, mass = _kinds_of_rows(before.shape[-1], after.shape[-1], new_tokens), None
-    old = (kinds == _OLD).nonzero().flatten()
-    shift, yardstick = _Shift(), None
-    for ids in old.split(_ROWS):
-        shift.add(before[..., ids], after[..., ids])
-    if rounded is not None:
-        yardstick = _Shift()
-        for ids in old.split(_ROWS):
-            yardstick.add(before[..., ids], rounded[..., ids])
-    if bool((kinds == _NEW).any()):
-        mass = float(after.softmax(dim=-1)[..., kinds == _NEW].sum(dim=-1).mean())
-    return shift.jump(mass, yardstick)
+    shift, yardstick, masses, has_yardstick = _Shift(), _Shift(), list[Tensor](), True
+    for before, after, rounded in parts:
+        kinds = _kinds_of_rows(before.shape[-1], after.shape[-1], new_tokens)
+        has_yardstick &= rounded is not None
+        shift.begin_sequences()
+        yardstick.begin_sequences()
+        for ids in (kinds == _OLD).nonzero().flatten().split(_ROWS):
+            shift.add(before[..., ids], after[..., ids])
+            if rounded is not None:
+                yardstick.add(before[..., ids], rounded[..., ids])
+        if bool((kinds == _NEW).any()):
+            masses.append(after.softmax(dim=-1)[..., kinds == _NEW].sum(dim=-1))
+    mass = float(torch.cat(masses).mean()) if masses else None
+    return shift.jump(mass, yardstick if has_yardstick else None)
 
 
 def _kinds_of_rows(before: int, after: int, new_tokens: Sequence[int] | None) -> Tensor:

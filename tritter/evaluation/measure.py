@@ -43,10 +43,7 @@ class Measurement:
 
 
 def measure(
-    source: Source,
-    result: Expanded,
-    *,
-    progress: Callable[[int, int], None] | None = None,
+    source: Source, result: Expanded, *, progress: Callable[[int, int], None] | None = None
 ) -> Measurement:
     """Compare source and result on random tokens and write the error into the record.
 

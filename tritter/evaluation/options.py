@@ -100,7 +100,7 @@ def _benchmark_problems(config: RunRequest) -> Iterator[Problem]:
     yield from code_problems(
         names, evaluation.allow_code, key=TASKS_KEY, allowing="evaluation.allow_code"
     )
-    for name in ("chat_template", "num_fewshot"):
+    for name in ("chat_template", "num_fewshot", "task_limit", "tasks_path", "allow_code"):
         if (value := getattr(evaluation, name)) and not names:
             yield Problem(f"evaluation.{name}", value, reason=f"requires {TASKS_KEY}")
     path = evaluation.tasks_path

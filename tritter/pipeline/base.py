@@ -93,6 +93,7 @@ def obtain_base(run: Run) -> tuple[Path, float]:
         with entry_lock(folder, on_wait=wait):
             if not _is_intact(folder):
                 seconds = _train_base(run, folder, made_from)
+                discard_saved(working)
                 for path in (logged, own):
                     write_rows(path, read_metrics(working))
                 return folder, seconds
@@ -198,7 +199,6 @@ def _train_base(run: Run, folder: Path, made_from: Mapping[str, Any]) -> float:
         run.say("data", note)
     check_trained(run, folder)
     run.ledger.watch_disk()
-    discard_saved(working)
     return result.seconds
 
 

@@ -337,7 +337,7 @@ def _equivalence(source: Side, result: Side, before: _Outputs, after: _Outputs) 
             rounded_bound=rounded_jump(has_experts=result.model.family.has_experts),
         )
         yardstick = None if before.rounded is None else before.rounded[..., old]
-        jump = jump_of_logits(before.logits[..., old], after.logits[..., old], yardstick)
+        jump = jump_of_logits([(before.logits[..., old], after.logits[..., old], yardstick)])
         check = replace(check, detail=check.detail + mean_shift_text(jump), jump=jump.to_dict())
     if check.verdict == "passed" or (reason := _unrelated_reason(source, result)) is None:
         return check

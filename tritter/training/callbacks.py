@@ -438,8 +438,7 @@ class StepProgress(Callback):
         self._line_due = self._since + max(_LINE_SECONDS, 2 * elapsed)
         batches = (step - self._first) * trainer.accumulate_grad_batches
         tokens = batches * batch["input_ids"].numel() * trainer.world_size
-        rate = tokens / elapsed
-        loss = trainer.callback_metrics.get("train/loss", torch.tensor(float("nan")))
+        rate, loss = tokens / elapsed, trainer.callback_metrics.get("train/loss", torch.nan)
         note = f"loss {float(loss):.3f}  {_rate_text(rate)} tokens/s"
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step, note=note)

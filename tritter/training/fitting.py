@@ -114,7 +114,7 @@ def fit(
             batches = method.mix(batches, task)
     callbacks = [*filter(None, [EndOfTraining(), best, *callbacks, *ours, conclusion, validation])]
     module.module_callbacks = partial(module_callbacks, user_callbacks, folder=folder, last=saving)
-    gc.collect()  # an earlier trainer, its module and callbacks are a reference cycle with moments
+    gc.collect()  # an earlier trainer, see `discard_saved`
     since, data = time.perf_counter(), TextDataModule(batches, evaluation)
     with _stoppable(stop, label):
         _run(module, data, settings, callbacks, saving=saving, folder=folder, loggers=loggers)
@@ -146,6 +146,7 @@ def _stoppable(stop: StopRequest, label: str) -> Iterator[None]:
 
 def discard_saved(folder: Path) -> None:
     """Remove the saved state of a training run after its result was written elsewhere."""
+    gc.collect()  # its trainer, module and callbacks are a reference cycle with moments
     for name in (SAVED_NAME, LEFTOVERS_NAME):
         remove_folder(folder / name)
 

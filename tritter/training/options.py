@@ -43,6 +43,7 @@ from tritter.targets import (
     import_object,
     parameters_of,
 )
+from tritter.training.optimizer import Schedule
 
 _TRAINER = "lightning.pytorch.Trainer"
 _PROFILERS = ("simple", "advanced", "pytorch")
@@ -70,22 +71,14 @@ _REFUSED_CALLBACKS = {
     "training.learning_rate",
 }
 _METRICS = (
-    "train/loss",
-    "train/learning_rate",
-    "train/gradient_norm",
-    "performance/tokens_per_second",
-    "performance/steps_per_second",
-    "performance/step_seconds",
-    "performance/flops",
-    "performance/peak_memory_bytes",
+    *("train/loss", "train/learning_rate", "train/gradient_norm"),
+    *("performance/tokens_per_second", "performance/steps_per_second"),
+    *("performance/step_seconds", "performance/flops", "performance/peak_memory_bytes"),
 )
 _EVALUATED = ("loss", "perplexity", "accuracy")
 _OF_ROUTERS = (
-    "routing/auxiliary_loss",
-    "routing/z_loss",
-    "routing/entropy",
-    "routing/max_load",
-    "routing/dropped_fraction",
+    *("routing/auxiliary_loss", "routing/z_loss", "routing/entropy"),
+    *("routing/max_load", "routing/dropped_fraction"),
 )
 _OF_EXPERTS = (
     "experts/number",
@@ -713,28 +706,35 @@ def default_rate(model: Any) -> tuple[float, str]:
 def rate_notes(config: RunRequest, source: Model) -> tuple[str, ...]:
     """Return warnings about the learning rate.
 
-    It may be too high for a large checkpoint, or a fallback may raise it.
+    It may be too high for a large checkpoint, a fallback may raise it, or its schedule may ignore
+    a key.
 
     Args:
         config: Options of the run.
         source: Model that the run starts from.
     """
     rate, parameters = config.training.learning_rate, source.num_parameters
-    raised = tuple(
-        f"gate.ladder = {config.gate.ladder}: fallback {number} raises training.learning_rate "
-        f"from {rate:g} to {fallback.training.learning_rate:g}; set gate.max_attempts={number} "
-        "to skip it."
-        for number, fallback in enumerate(config.fallbacks, start=1)
-        if fallback.training.learning_rate > rate
-    )
-    is_adam = "adam" in config.optimizer.target.lower()
-    is_given = config.model.model_type == "hf"
-    if not (is_given and is_adam and config.experts is None) or rate < _HIGH or parameters < _LARGE:
-        return raised
-    start = next(text for limit, text in _STARTS if limit is None or parameters < limit)
-    return (
-        *raised,
-        f"training.learning_rate = {rate:g} is a learning rate for small bases; a pretrained model "
-        f"of {parameters / 1e6:,.0f} M parameters forgets with it. Start with "
-        f"training.learning_rate={start}.",
-    )
+    notes: list[str] = []
+    for number, fallback in enumerate(config.fallbacks, start=1):
+        if (higher := fallback.training.learning_rate) > rate:
+            notes.append(
+                f"gate.ladder = {config.gate.ladder}: fallback {number} raises "
+                f"training.learning_rate from {rate:g} to {higher:g}; set "
+                f"gate.max_attempts={number} to skip it."
+            )
+    is_adam, is_given = "adam" in config.optimizer.target.lower(), config.model.model_type == "hf"
+    unset = Schedule(learning_rate=1.0, max_steps=1)
+    for prefix in _TRAININGS[is_given:]:
+        part: TrainingConfig = getattr(config, prefix)
+        for name, readers in (("decay_ratio", "wsd"), ("minimum_ratio", "cosine wsd rewarm")):
+            value = getattr(part, name)
+            if part.schedule not in readers and value != getattr(unset, name):
+                notes.append(f"{prefix}.{name} = {value:g}: schedule {part.schedule} ignores it.")
+    if is_given and is_adam and config.experts is None and rate >= _HIGH and parameters >= _LARGE:
+        start = next(text for limit, text in _STARTS if limit is None or parameters < limit)
+        notes.append(
+            f"training.learning_rate = {rate:g} is a learning rate for small bases; a pretrained "
+            f"model of {parameters / 1e6:,.0f} M parameters forgets with it. Start with "
+            f"training.learning_rate={start}."
+        )
+    return tuple(notes)

@@ -147,7 +147,7 @@ def _model_of(live: nn.Module, *, is_whole: bool = False) -> Model:
     """Return `model_of`; a head that only the config ties is refused, as it would be left out."""
     model, state = model_of(live, is_whole=is_whole), live.state_dict()
     ties: Mapping[str, str] = getattr(live, "all_tied_weights_keys", {})
-    for name in sorted(model.family.tied_names(model.config) & state.keys() & ties.keys()):
+    for name in sorted(model.family.tied_names(model.config).keys() & state.keys() & ties.keys()):
         own, other = state[name], state.get(ties[name], state[name])
         if not own.is_set_to(other) and not own.equal(other):
             raise RequestError(

@@ -195,7 +195,7 @@ def test_the_teacher_is_not_trained_not_saved_and_let_go(tmp_path: Path) -> None
     assert method._teacher is None
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize("count", [2, 8])
 def test_replayed_rows_count_the_same_in_accumulated_batches(tmp_path: Path, count: int) -> None:
     """Two of eight rows are old; most of the accumulated batches have none."""

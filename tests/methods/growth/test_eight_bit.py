@@ -21,7 +21,7 @@ CODED = OptimizerSettings(
 )
 
 
-@pytest.mark.quick_cases(1)
+@pytest.mark.full
 @pytest.mark.parametrize("is_replacing", [False, True], ids=["grown", "replaced"])
 @pytest.mark.parametrize("killed_at", [4, 8, 13])
 def test_resumed_after_events_it_ends_alike(

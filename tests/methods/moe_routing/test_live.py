@@ -172,6 +172,7 @@ class Failing(list[Batch]):
         raise ZeroDivisionError
 
 
+@pytest.mark.full
 def test_an_error_amid_the_steps_leaves_the_model_as_it_stands() -> None:
     model = grown().eval()
     before = {name: p.requires_grad for name, p in model.named_parameters()}

@@ -281,8 +281,7 @@ class MoeAdd:
 
 def sparse_layers(source: Model) -> tuple[int, ...]:
     """Return the layers that have experts."""
-    kinds = source.layer_kinds
-    sparse = tuple(layer for layer, kind in enumerate(kinds) if kind == "sparse")
+    sparse = tuple(layer for layer, kind in enumerate(source.layer_kinds) if kind == "sparse")
     if not sparse:
         first = "; apply moe first" if source.family.has_table else ""
         reason = f"this {source.model_type} model has no experts{first}"

@@ -324,10 +324,10 @@ class Family:
         window = config.get("sliding_window")
         return window if isinstance(window, int) and window > 0 else None
 
-    def tied_names(self, config: Config) -> set[str]:
-        """Return the names of tied tensors, which a file may hold redundantly."""
+    def tied_names(self, config: Config) -> Mapping[str, str]:
+        """Return name of a tied tensor, which a file may hold too → name of the one it repeats."""
         return {
-            name
+            name: self.tensors[0].disk_name
             for tensor in self.tensors
             if tensor.unless and not tensor.exists(config)
             for name in (tensor.disk_name, tensor.live_name or tensor.disk_name)

@@ -189,7 +189,7 @@ class Model:
         Args:
             names: of all tensors in the checkpoint.
         """
-        found = set(names) - self.family.tied_names(self.config)
+        found = set(names) - self.family.tied_names(self.config).keys()
         expected = self.layout("hub")
         if found != {stored.name for stored in expected}:
             # Files of a model without its head, as `LlamaModel` saves them, omit the prefix

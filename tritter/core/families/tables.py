@@ -434,9 +434,7 @@ _PHI3 = Family(
     model_type="phi3",
     architecture="Phi3ForCausalLM",
     tensors=decoder_tensors(
-        *attention(within="self_attn.qkv_proj"),
-        ffn_norm(),
-        *dense_ffn(within="mlp.gate_up_proj"),
+        *attention(within="self_attn.qkv_proj"), ffn_norm(), *dense_ffn(within="mlp.gate_up_proj")
     ),
     windows="all",
 )

@@ -246,9 +246,7 @@ def _winogrande(row: Row, file: str) -> Question:
 
 def _piqa(row: Row, file: str) -> Question:
     return Question(
-        prompt=_question_prompt(row["goal"]),
-        choices=(row["sol1"], row["sol2"]),
-        right=row["label"],
+        prompt=_question_prompt(row["goal"]), choices=(row["sol1"], row["sol2"]), right=row["label"]
     )
 
 
@@ -579,13 +577,7 @@ _ALL = (
         files=_test_files("xcopa"),
         few_shot=FewShot(files=(r"xcopa.*(val|dev)",)),
         format=Format(
-            {
-                "premise": TEXT,
-                "choice1": TEXT,
-                "choice2": TEXT,
-                "question": TEXT,
-                "label": NUMBER,
-            },
+            {"premise": TEXT, "choice1": TEXT, "choice2": TEXT, "question": TEXT, "label": NUMBER},
             _xcopa,
         ),
     ),

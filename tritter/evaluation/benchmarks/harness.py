@@ -157,10 +157,7 @@ def require_harness() -> None:
 
 
 def score_benchmark(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    questions: Questions,
-    harness: EvalOptions,
+    model: nn.Module, tokenizer: Tokenizer, questions: Questions, harness: EvalOptions
 ) -> BenchmarkScores:
     """Score a model on all questions of a benchmark.
 
@@ -216,11 +213,7 @@ def score_benchmark(
 
 
 def _paired_scores(
-    benchmark: Benchmark,
-    names: Sequence[str],
-    samples: Sequence[dict[str, Any]],
-    *,
-    chance: float,
+    benchmark: Benchmark, names: Sequence[str], samples: Sequence[dict[str, Any]], *, chance: float
 ) -> dict[str, PairedScores]:
     """Return metric → scores of lm-eval's samples, for each metric that all samples have."""
     assert len(samples) == len(names)

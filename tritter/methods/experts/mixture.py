@@ -247,8 +247,7 @@ class Dispatch:
         if gates.chosen is None:
             return cls(weights, None)
         experts, tokens = gates.chosen.flatten(0, -2).T.nonzero(as_tuple=True)
-        counts = experts.bincount(minlength=weights.shape[1]).tolist()
-        return cls(weights, tokens.split(counts))
+        return cls(weights, tokens.split(experts.bincount(minlength=weights.shape[1]).tolist()))
 
     def last(self, batch: int, length: int) -> "Dispatch":
         """Return the dispatch of the last tokens of each sequence, as needed by the head.

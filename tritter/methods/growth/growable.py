@@ -451,6 +451,7 @@ class GrowableCausalLM(_Growable, nn.Module):
         else:
             self._folder = locate(path_or_model, key="model")
             require_plain(self._folder, doing="growth", key="model")
+            Source.open(self._folder, read_model(self._folder)).intact()  # not after training
             self.model = load_model(self._folder, dtype=dtype).train()
         for name, module in self.model.named_modules():
             if isinstance(module, GrowableLinear):

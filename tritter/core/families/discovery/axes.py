@@ -310,8 +310,7 @@ class _Search:
     def _add_within(
         self, block: Block, space: str, key: str, axes: Mapping[_AxisOf, _Sizes]
     ) -> None:
-        changes = [new - old for old, new in axes.values()]
-        units = math.gcd(self._size(key), *changes)
+        units = math.gcd(self._size(key), *(new - old for old, new in axes.values()))
         found = _arrangements(block, axes, units, self._head_dim) if axes else {}
         if found is None:
             names = ", ".join(sorted({name for name, _ in axes}))
@@ -655,8 +654,7 @@ def _subtracts_mean(norm: nn.Module) -> bool:
 def _applied(norm: nn.Module, shift: float) -> Tensor:
     """Return the output [3, H] of a norm for random inputs plus a constant."""
     size = next(norm.parameters()).shape[-1]
-    draws = torch.Generator().manual_seed(2)
-    stream = torch.randn(3, size, generator=draws, dtype=torch.float64)
+    stream = torch.randn(3, size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     try:
         with torch.no_grad(), in_float64():
             output = first_tensor(norm(stream + shift))
@@ -728,8 +726,7 @@ def _is_scaled(twin: Twin, embedding: nn.Module, block: Block) -> bool:
 
 def _permutation(size: int) -> Tensor:
     """Return an order of units, int64 [size], that moves all of them."""
-    draws = torch.Generator().manual_seed(4)
-    order = torch.randperm(size, generator=draws)
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(4))
     return order[(torch.argsort(order) + 1) % size]
 
 

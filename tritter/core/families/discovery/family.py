@@ -323,8 +323,8 @@ class DiscoveredFamily(Family):
             shapes = [self.shape(each, sizes) for each in self.logical_tensors(config, sizes)]
         return len(shapes), sum(map(prod, shapes))
 
-    def tied_names(self, config: Config) -> set[str]:
-        return set(skeleton(key_of(config)).tied)
+    def tied_names(self, config: Config) -> Mapping[str, str]:
+        return skeleton(key_of(config)).tied
 
     def read_as(
         self, config: Config, extra: Collection[str], missing: Collection[str]
@@ -750,8 +750,7 @@ def _logit_changes(
         for name in copies.keys() & shapes.keys():
             copies[name] = _with_blocks(copies[name], shapes[name], sources)
         model.load_state_dict(copies, strict=False)
-        after = logits_of(model, twin.text.vocab_size)
-        changes.append(float((after - before).abs().max()))
+        changes.append(float((logits_of(model, twin.text.vocab_size) - before).abs().max()))
     return changes[0], changes[1]
 
 

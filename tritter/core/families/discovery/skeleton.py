@@ -42,7 +42,8 @@ class Skeleton:
 
     Args:
         disk: name on disk → shape.
-        tied: names on disk and in memory of tied tensors, which files may omit.
+        tied: name on disk or in memory of a tied tensor, which files may omit → name of the tensor
+            that it repeats; empty if unknown.
         layers: beginning of the names of all layers on disk, such as `model.layers.`.
         renamings: by which the class reads former names, and those of a multimodal model.
         unread: patterns of names that the class does not read, such as heads for later tokens.
@@ -50,7 +51,7 @@ class Skeleton:
     """
 
     disk: Mapping[str, Shape]
-    tied: frozenset[str]
+    tied: Mapping[str, str]
     layers: str
     renamings: tuple[WeightRenaming, ...] = ()
     unread: tuple[str, ...] = ()
@@ -113,7 +114,8 @@ def skeleton(key: Key) -> Skeleton:
             model = AutoModelForCausalLM.from_config(stock, dtype=torch.bfloat16)
         state = model.state_dict()
         every = revert_weight_conversion(model, dict(state))
-        own = {name: state[name] for name in state if name not in model.all_tied_weights_keys}
+        ties: Mapping[str, str] = model.all_tied_weights_keys
+        own = {name: state[name] for name in state if name not in ties}
         disk = revert_weight_conversion(model, own)
         halves = (torch.bfloat16, torch.float16)
         float32 = {dtype: _float32_names(model, own, dtype) for dtype in halves}
@@ -124,7 +126,7 @@ def skeleton(key: Key) -> Skeleton:
         ) from error
     return Skeleton(
         disk=_shapes(disk),
-        tied=frozenset((every.keys() | model.all_tied_weights_keys) - disk.keys()),
+        tied={name: ties.get(name, "") for name in (every.keys() | ties.keys()) - disk.keys()},
         layers=layers_on_disk(layer_list(model), disk),
         renamings=tuple(each for each in conversions if isinstance(each, WeightRenaming)),
         unread=tuple(model._keys_to_ignore_on_load_unexpected or ()),
