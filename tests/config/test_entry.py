@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.config.conftest import FakeOutcome, FakePipeline, Result
 from tritter.config.launch.sweep import _print_sweep, _sweep_rows
 from tritter.config.run_folder import read_status, write_run_file
 from tritter.config.schema import RunConfig
 from tritter.errors import TritterError
+from tritter.options import leaves
 from tritter.storage.reading import LEDGER_NAME
 
 Run = Callable[..., Result]
@@ -389,6 +392,33 @@ def test_cfg_shows_and_runs_nothing(run: Run, pipeline: FakePipeline) -> None:
     result = run("--cfg", "job", "-p", "training", "training=quick")
     assert (result.code, pipeline.configs, result.written) == (0, [], [])
     assert "max_steps: 40" in result.out
+
+
+@pytest.mark.full
+def test_cfg_lists_only_keys_that_the_run_reads(run: Run, tmp_path: Path) -> None:
+    def listed(*overrides: str) -> set[str]:
+        values = leaves(yaml.safe_load(run("--cfg", "job", *overrides).out), "")
+        return {key for key, value in values.items() if value != {}}
+
+    usual = listed()
+    assert len(usual) <= 85  # what a newcomer has to read
+    more = listed(
+        *("evaluation.tasks=[piqa]", "gate.ladder=gentler", "training.schedule=wsd"),
+        *("pretraining.schedule=wsd", "expansion.width.init=net2net"),
+    ) | listed("pipeline.target_params=300k")
+    assert usual < more
+    assert {key.rpartition(".")[2] for key in more - usual} == {
+        *("tasks_path", "task_limit", "chat_template", "num_fewshot", "allow_code"),
+        *("code_sandbox", "code_sandbox_command", "max_attempts", "max_rounds", "strategy"),
+        *("decay_ratio", "shares", "noise"),
+    }
+    of_checkpoint = ("model=hf", "model.path=owner/name")
+    assert not {key for key in listed(*of_checkpoint) if re.search("pretraining|vocab_size", key)}
+    own = tmp_path / "own/training/mine.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("defaults: [default]\nmax_steps: ${pretraining.max_steps}\n")
+    words = ("-cd", str(tmp_path / "own"), "training=mine", "--cfg", "job", "--resolve")
+    assert "max_steps: 600" in run(*words, *of_checkpoint).out
 
 
 def test_arguments_of_the_process_are_restored(run: Run) -> None:

@@ -70,6 +70,14 @@ _NAMES_OF_CODE = ("_target_", "()", "class")
 _REFERENCE = re.compile(r"\$\{(?!hydra\.|now:|oc\.env:)")  # references that may resolve to code
 _KNOWN_CODE = ("logging.", "colorlog.", "optuna.samplers.")
 
+# Keys that a run reads only with another one: that one → their names
+_READ_WITH = {
+    "evaluation.tasks": "tasks_path task_limit chat_template num_fewshot "
+    "allow_code code_sandbox code_sandbox_command",
+    "gate.ladder": "max_attempts",
+    "pipeline.target_params": "max_rounds strategy",
+}
+
 # Exceptions that Hydra raises for values of unexpected types
 _HYDRA_ERRORS = (
     HydraException,
@@ -102,7 +110,7 @@ class Loader(ConfigLoaderImpl):
         files: option files of the last composed job.
         problems: skipped selections of the last composed job.
         is_sweep: True while it composes the jobs of a sweep.
-        validated: config that Hydra prints without composing it again.
+        shown: config that Hydra prints without composing it again.
     """
 
     def __init__(self, config_search_path: ConfigSearchPath) -> None:
@@ -113,7 +121,29 @@ class Loader(ConfigLoaderImpl):
         self.files: Sequence[ResultDefault] = ()
         self.problems: tuple[Problem, ...] = ()
         self.is_sweep = True
-        self.validated: DictConfig | None = None
+        self.shown: DictConfig | None = None
+
+    def show(self, config: DictConfig, *, is_resolved: bool) -> None:
+        """Let Hydra print a validated config, without the keys that its run does not read."""
+        OmegaConf.set_struct(config, False)
+        for name in config if is_resolved else ():  # keys may refer to those that are removed
+            if name != "hydra" and OmegaConf.is_dict(config[name]):
+                OmegaConf.resolve(config[name])
+        for key, names in _READ_WITH.items():
+            section, _, name = key.partition(".")
+            for unread in () if config[section].get(name) else names.split():
+                config[section].pop(unread, None)
+        for part in ("pretraining", "training"):
+            if config[part].get("schedule") != "wsd":
+                config[part].pop("decay_ratio", None)
+        if config.model.model_type == "hf":
+            config.data.pop("vocab_size", None)
+            config.pop("pretraining")
+        width = config.expansion.get("width") or {}
+        if width.get("init", "fresh") == (width.get("head_strategy") or "fresh") == "fresh":
+            for unread in ("shares", "noise"):  # of copies
+                width.pop(unread, None)
+        self.shown = config
 
     def load_configuration(
         self,
@@ -129,8 +159,8 @@ class Loader(ConfigLoaderImpl):
             RequestError: composition failed.
             SweepInConfig: the config of a single run selects a sweep.
         """
-        if self.validated is not None:
-            return self.validated
+        if self.shown is not None:
+            return self.shown
         parsed = parse(overrides, loader=self)
         with use_search_path(self.search_path):  # a launcher's worker process does not have it
             problems = [*option_problems(parsed, self.options), *choice_problems(parsed)]

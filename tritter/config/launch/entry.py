@@ -142,7 +142,7 @@ def _execute(
     if command.info_flag is not None:
         composed = composing.composed(request.overrides)
         plan_of(request, composed)
-        composing.loader.validated = composed
+        composing.loader.show(composed, is_resolved=command.is_resolved)
         return _show(command, request, composing.hydra)
     request.task = task = Task(pipeline=pipeline)
     with _convert_hydra_errors(request), handle_request(request):
