@@ -196,11 +196,11 @@ def test_the_layers_run_once(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """Four times the layers need the same memory, within a tenth of their float32 weights."""
+    """Eight times the layers need the same memory, within a tenth of their float32 weights."""
     options: dict[str, Any] = {"place": tmp_path, "methods": ["dus"], "hidden_size": 256}
-    small, large = (row for size in (20, 80) for row in check.benchmark(size, **options))
+    small, large = (row for size in (20, 160) for row in check.benchmark(size, **options))
     stored_mb = [row.source_mb + row.result_mb for row in (small, large)]  # in bfloat16
-    assert large.result_mb > 3 * small.result_mb
+    assert large.result_mb > 6 * small.result_mb
     assert large.own_mb - small.own_mb < 2 * (stored_mb[1] - stored_mb[0]) / 10, (small, large)
     assert large.own_mb < large.result_mb / 2
 
