@@ -72,7 +72,7 @@ FLOAT32: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.quick_cases(3)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("model_type", FLOAT32)
 def test_16_bits_spare_the_tensors_that_stock_classes_keep_in_float32(
     tmp_path: Path, model_type: str

@@ -155,6 +155,7 @@ def test_a_vocabulary_with_adapters_comes_untied(run: Run, place: Path, is_tied:
     assert one["merged"]["logit_change"] == result.json["merged"]["logit_change"]
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("targets", [("embed_tokens", "lm_head"), ("embed_tokens",), ("lm_head",)])
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_stock_peft_merges_an_adapter_of_a_tied_vocabulary_rightly(

@@ -82,6 +82,7 @@ def test_damaged_settings_do_not_travel(run: Run, place: Path, name: str, text: 
     assert snapshot(place) == before
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("family", generic())
 def test_the_tables_alone_write_the_same_model(run: Run, place: Path, family: str) -> None:
     tiny(family).save_pretrained(place / "source")

@@ -31,6 +31,7 @@ def test_a_base_of_the_run_reads_small_windows() -> None:
     assert windows(["data.sequence_length=256"]) == (256, 16)
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("record", "positions", "found"),
     [

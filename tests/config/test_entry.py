@@ -470,7 +470,7 @@ def test_what_no_record_holds_is_refused_before_anything_is_written(
     assert f"it contains the character {sign!a}" in result.err
 
 
-@pytest.mark.quick_cases(4)
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     "words",
     ["seed=0,x", "seed=x,y", "training.max_stesp=1,2", "forgetting=replay,nope",

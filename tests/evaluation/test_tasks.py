@@ -128,6 +128,7 @@ def test_of_choices_the_likeliest_counts(model: nn.Module, reader: Reader):
     assert scores.chance == 0.25
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(("template", "space"), [(CHATML, ""), (MARKED, ""), (INSTRUCT, " ")])
 def test_a_conversation_is_right_where_stock_generate_answers_it(template: str, space: str):
     """The chat template's start and prompt are read, and the end of the turn ends the answer."""

@@ -174,7 +174,7 @@ COMPARED: dict[str, Methods] = {
 }
 
 
-@pytest.mark.quick_cases(3)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize("name", COMPARED)
 def test_gradients_and_penalties_are_those_of_our_loop(

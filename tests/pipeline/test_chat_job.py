@@ -127,6 +127,7 @@ def test_the_model_rehearses_conversations_too(run: Run, place: Path, tmp_path: 
     assert not any(note.startswith("old: ") and "are cut" in note for note in notes)
 
 
+@pytest.mark.full
 def test_conversations_are_packed_as_documents(done: Path) -> None:
     lineage = read_lineage(done / "checkpoint")
     assert lineage is not None
@@ -137,12 +138,14 @@ def test_conversations_are_packed_as_documents(done: Path) -> None:
     assert int(kept.sequences["new"].max()) >= ANSWER > int(kept.sequences["old"].max())
 
 
+@pytest.mark.full
 def test_prompts_of_samples_are_conversations(done: Path) -> None:
     samples = json.loads((done / "summary.json").read_text())["samples"]
     (prompt,) = (each["prompt"] for each in samples if each["domain"] == "new")
     assert prompt.startswith("<|im_start|>user\n") and prompt.endswith(f"<|im_end|>\n{ASKED}")
 
 
+@pytest.mark.full
 def test_the_gate_states_what_it_scored(done: Path) -> None:
     summary = json.loads((done / "summary.json").read_text())
     scores = json.loads((done / "scores/attempt_1-trained.json").read_text())["new"]
@@ -354,6 +357,7 @@ def test_benchmarks_of_a_run_use_its_template(run: Run, tmp_path: Path) -> None:
     assert found["score"] == record["accuracy"] and found["chat_template"]
 
 
+@pytest.mark.full
 def test_samples_are_conversations_with_whole_answers(run: Run, tmp_path: Path) -> None:
     words = ("evaluation.prompts=['the class']", "evaluation.sample_tokens=6")
     summary = json.loads(run(tmp_path / "run", *words).summary_path.read_text())

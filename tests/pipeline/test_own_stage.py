@@ -82,6 +82,7 @@ def summary_of(folder: Path) -> dict[str, Any]:
     return summary
 
 
+@pytest.mark.full
 def test_training_starts_from_what_a_stage_wrote(whole: Path) -> None:
     expanded, shrunk = (load_model(whole / "attempt_1" / name) for name in ("expanded", "shrink"))
     for (name, before), (_, after) in zip(
@@ -100,6 +101,7 @@ def test_training_starts_from_what_a_stage_wrote(whole: Path) -> None:
     assert (whole / "control/shrink").is_dir()
 
 
+@pytest.mark.full
 def test_what_stages_found_is_in_the_ledger_and_in_the_summary(whole: Path) -> None:
     summary = summary_of(whole)
     stages = json.loads((whole / "ledger.json").read_text())["stages"]

@@ -58,6 +58,7 @@ def saved_at(folder: Path, step: int) -> dict[str, Any]:
     return SafetensorsCheckpointIO().load_checkpoint(place)
 
 
+@pytest.mark.full
 def test_the_best_weights_are_published_and_judged(
     run_tiny: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -145,6 +146,7 @@ def test_paths_in_a_saved_state_stay_in_the_folder_of_the_run(tmp_path: Path) ->
     assert saver.kth_best_model_path == str(new / "precious")
 
 
+@pytest.mark.quick_cases(5)
 @pytest.mark.parametrize(
     ("words", "message"),
     [

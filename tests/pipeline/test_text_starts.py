@@ -228,6 +228,7 @@ def run(base: Path, folder: Path, *words: str) -> dict[str, Any]:
     return json.loads(outcome.summary_path.read_text())
 
 
+@pytest.mark.full
 def test_a_run_and_the_next_one(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     summary = run(base, tmp_path / "run", "forgetting=[ewc,replay]", "forgetting.replay.keep=5")
     scores = json.loads((tmp_path / "run/scores/baseline.json").read_text())
@@ -268,6 +269,7 @@ def test_methods_read_and_train_marked_sequences(
     assert summary["final"]["new"]["loss"] > 0
 
 
+@pytest.mark.full
 def test_a_run_of_an_earlier_version_is_not_resumed(base: Path, tmp_path: Path) -> None:
     run(base, tmp_path / "run", "forgetting=replay")
     path = tmp_path / "run/scores/baseline.json"

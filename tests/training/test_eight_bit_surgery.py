@@ -84,6 +84,7 @@ class Noting(Grow):
         return {name: copied(states[p]) for name, p in model.named_parameters() if p in states}
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("smallest", [CODED, FLOAT, CROSSING])
 def test_old_entries_keep_their_moments_and_new_ones_begin_at_zero_and_the_mean(
     tmp_path: Path, smallest: int

@@ -60,6 +60,7 @@ def rotations_of(config: Any) -> list[dict[str, Any]]:
     return [parameters[k] for k in ("full_attention",) if k in parameters] or [parameters]
 
 
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", generic())
 def test_every_family_reads_longer_sequences(tmp_path: Path, family: str, method: Any) -> None:

@@ -91,7 +91,7 @@ def gap(before: nn.Module, after: nn.Module) -> float:
 # The function
 
 
-@pytest.mark.quick_cases(4)
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("family", PARTNERS)
 def test_a_child_is_in_the_mixture(
@@ -275,6 +275,7 @@ def _changed(folder: Path, base: Path) -> None:
     (folder / "tokenizer.json").write_text(text + " ", encoding="utf-8")
 
 
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize(
     ("make", "reason"),
     [

@@ -57,6 +57,7 @@ def vocab(**options: Any) -> Vocab:
     return Vocab(tokens=TOKENS, multiple_of=1, **options)
 
 
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize("family", generic())
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_every_family_keeps_the_logits_of_old_tokens(
@@ -310,6 +311,7 @@ def test_sums_of_rows_in_blocks_equal_the_whole() -> None:
     assert torch.equal(mapped(spec, lambda name: source), source)
 
 
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize("kind", ["bytes", "pieces", "hole"])
 @pytest.mark.parametrize("is_tied", [True, False])
 @pytest.mark.parametrize("padding", [40, 5])

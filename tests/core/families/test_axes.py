@@ -73,6 +73,7 @@ def grown(
     return target, pack_all(Model(target).layout("live"), mapped)
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize("quantity", [Quantity.WEIGHT, Quantity.GRADIENT])
 @pytest.mark.parametrize("model_type", full_matrix(tuple(OWN)))
 def test_it_maps_what_the_table_maps(

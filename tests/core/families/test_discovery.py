@@ -244,6 +244,7 @@ def test_a_norm_of_the_stream_itself_is_refused() -> None:
 # Growth from files
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     "model_type",
     [
@@ -523,6 +524,7 @@ def test_flops_are_those_of_the_table(model_type: str, monkeypatch: pytest.Monke
     assert (forward_flops(Model(config)), backward_flops(Model(config))) == expected
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("model_type", ["opt", "starcoder2", "gpt_oss", "granitemoe"])
 def test_flops_are_those_that_torch_counts(model_type: str) -> None:
     model = build_twin(example(model_type)).model.float()
@@ -652,6 +654,7 @@ def test_a_terminal_shows_what_takes_seconds(tmp_path: Path) -> None:
     assert not silent.stderr
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("model_type", "limit"),
     [("openai-gpt", 512), ("dbrx", 2048), ("gemma3", 131072), ("whisper", 448), ("bloom", None)],

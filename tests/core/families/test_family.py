@@ -167,6 +167,7 @@ def test_missing_sizes_get_the_defaults_of_transformers() -> None:
     assert dimensions.head_dim == stock.head_dim == 6
 
 
+@pytest.mark.quick_cases(6)
 @pytest.mark.parametrize("family", OWN)
 def test_keys_that_a_config_may_lack_have_the_defaults_of_transformers(
     family: str, tmp_path: Path
