@@ -171,7 +171,7 @@ def read_part(key: str, value: object, named: Mapping[str, type[_T]], *, base: t
         kind = named[str(name)]
     else:
         shown = value if name is None else name
-        reason = f"must be one of {', '.join(named)}, or {{{TARGET}: CLASS}} with your own class"
+        reason = f"allowed: {', '.join(named)}, {{name: NAME, KEY: VALUE}} or {{{TARGET}: CLASS}}"
         raise RequestError(Problem(key, shown, reason=reason, nearest=nearest(str(shown), named)))
     part = read_options(kind, body, prefix=key, problems=problems)
     raise_problems(problems)

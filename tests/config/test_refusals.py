@@ -65,6 +65,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     ),
     "growth=foam growth.trigger={name:plateau,at:[3]}": ("growth.trigger.at", "has threshold"),
     "growth=foam growth.trigger=budget": ("growth.max_new_parameters",),
+    "growth=foam growth.initialiser.orthogonalise=activations": ("{name: NAME, KEY: VALUE}",),
     "growth=foam growth.trigger={_target_:tritter.methods.growth.triggers.Budget}": (
         "requires growth.max_new_parameters",
     ),
@@ -92,6 +93,8 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "growth=foam expansion=moe": ("mixtral has experts", "growth=none"),
     "growth=foam pipeline.target_params=1M": ("pipeline.target_params",),
     "growth=foam forgetting=freeze forgetting.freeze.layers=ffn": ("the FFNs, in which neurons",),
+    "growth=foam expansion=none forgetting=freeze forgetting.freeze.layers=0-2": ("the FFNs, in",),
+    "growth=foam expansion=none growth.max_new_parameters=191": ("a neuron has 192 parameters",),
     "training.max_steps=many": ("training.max_steps = many", "a whole number at least 1"),
     "training.max_steps=2.5": ("training.max_steps = 2.5",),
     "training.max_steps=true": ("training.max_steps = true",),

@@ -96,6 +96,8 @@ def test_nothing_grown_is_one_line_with_what_to_try(summary: dict[str, Any]) -> 
     assert (
         _no_growth_reason(record_of(made)) == "nothing grew in 17 checks; try more training steps"
     )
+    made["options"] |= {"max_extra_flops": 1e3}
+    assert "try a larger growth.max_extra_flops, or more" in _no_growth_reason(record_of(made))
     assert "before the first check" in _no_growth_reason(record_of(growth(checks=0)))
     assert "growth" not in printed(summary).lower()
 

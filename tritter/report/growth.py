@@ -116,12 +116,12 @@ def _no_growth_reason(growth: GrowthRecord) -> str:
         steps = growth.options.get(key)
         if steps != 1:
             keys.append(f"growth.{key}" + (f" ({steps})" if isinstance(steps, int) else ""))
-    ways = [f"a smaller {' or '.join(keys)}"] if keys else []
-    ways.append("more training steps")
-    if growth.advice:
-        ways.insert(0, growth.advice)
-    *others, last = ways
-    return f"nothing grew in {number}; try {', '.join(others) + ', or ' if others else ''}{last}"
+    budgets = ("max_new_parameters", "max_extra_flops")
+    larger = " or ".join(f"growth.{key}" for key in budgets if growth.options.get(key))
+    ways = [*filter(None, (growth.advice, larger and f"a larger {larger}"))]
+    ways += [f"a smaller {' or '.join(keys)}"] if keys else []
+    others = ", ".join(ways) + ", or " if ways else ""
+    return f"nothing grew in {number}; try {others}more training steps"
 
 
 def _steps_text(steps: Sequence[int]) -> str:

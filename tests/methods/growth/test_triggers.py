@@ -237,6 +237,18 @@ def test_what_can_never_grow_is_told(keywords: dict[str, Any], message: str) -> 
     assert message in why and bool(why) == bool(message)
 
 
+def test_layers_grow_once_they_are_trained() -> None:
+    """With freeze.until, all are frozen at first."""
+    options = growth_options(trigger="schedule", growth_cooldown=1, check_every=1, warmup_steps=0)
+    model, engine = oracle.tiny_llama(), grower(options, max_steps=None)
+    engine.begin(model)
+    engine.pressure.neurons = {n: torch.ones(40) for n in range(3)}
+    model.requires_grad_(False)
+    assert [engine.decide(model, step) for step in (1, 2)] == [{}, {}]
+    model.requires_grad_(True)
+    assert set(engine.decide(model, 3)) == {0, 1, 2}
+
+
 @pytest.mark.full
 def test_a_layer_that_is_frozen_is_no_pressure() -> None:
     model = oracle.tiny_llama()

@@ -110,22 +110,11 @@ class Freeze(ForgettingMethod):
                 f"the training run has training.max_steps = {steps}; use fewer, or null for never"
             )
             yield Problem(f"{_KEY}.until", options.until, reason=reason)
-        if run.growth is None:
-            return
-        if options.new_only:
+        if run.growth is not None and options.new_only:
             reason = (
                 "neurons that grow would change partly frozen parameters; use growth=none instead"
             )
             yield Problem(f"{_KEY}.new_only", True, reason=reason)
-        if (
-            options.until is None
-            and options.selection is not None
-            and "ffn" in options.selection.parts
-        ):
-            reason = (
-                "the FFNs, in which neurons grow, would be frozen; freeze attention, or set until"
-            )
-            yield Problem(f"{_KEY}.layers", options.layers, reason=reason)
 
     @classmethod
     def start_problems(cls, options: Any, run: RunRequest, start: Start) -> Iterator[Problem]:
@@ -158,7 +147,8 @@ class Freeze(ForgettingMethod):
             reason = "the model is dense, or its family has no table; set layers instead"
             yield Problem(f"{_KEY}.old_experts", True, reason=reason)
         selection = options.selection
-        if selection is not None and (reason := _unfreezable_reason(selection, start.trained)):
+        grows = run.growth is not None and options.until is None
+        if selection is not None and (reason := _unfit_reason(selection, start.trained, grows)):
             yield Problem(f"{_KEY}.layers", options.layers, reason=reason)
 
     @classmethod
@@ -261,7 +251,7 @@ class Freeze(ForgettingMethod):
             del self._partly_frozen[name], self._values[name]
 
 
-def _unfreezable_reason(selection: ParameterSelection, grown: tuple[Model, ...]) -> str:
+def _unfit_reason(selection: ParameterSelection, grown: tuple[Model, ...], grows: bool) -> str:
     layers = grown[0].sizes.num_hidden_layers
     if selection.last_layer >= layers:
         which = "smallest trained model" if len(grown) > 1 else "trained model"
@@ -273,6 +263,10 @@ def _unfreezable_reason(selection: ParameterSelection, grown: tuple[Model, ...])
     for each in grown:
         if all(selection.has(tensor, is_tied=is_tied) for tensor, is_tied in _tensors(each)):
             return "this is the whole model, so nothing would be trained"
+    wide = grown[-1].widened
+    ffns = (tensor for tensor in wide.tensors if wide.family.ffn_part(tensor))
+    if grows and all(selection.has(tensor, is_tied=False) for tensor in ffns):
+        return "the FFNs, in which neurons grow, would be frozen; freeze attention, or set until"
     return ""
 
 

@@ -311,7 +311,7 @@ class Grower:
             step=step,
             pressures=torch.tensor([pressures[n] for n in trained], dtype=torch.float64),
             neuron_pressures=[self.pressure.neurons[block.layer] for block in blocks],
-            history=torch.tensor(known, dtype=torch.float64).reshape(-1, len(blocks)),
+            history=torch.tensor(known, dtype=torch.float64).reshape(len(known), len(blocks)),
             losses=list(self._losses),
             neuron_parameters=parameters,
             neuron_flops=[each * flops_left for each in parameters],

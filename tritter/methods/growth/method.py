@@ -62,6 +62,14 @@ class NeuronGrowth(Method):
         if reason := inactivity_reason(options, max_steps=steps, num_layers=layers):
             name = options.trigger.name or dotted(type(options.trigger))
             yield Problem("growth.trigger", name, reason=reason)
+        if limit := options.max_new_parameters:
+            model = model.widened
+            widths = model.ffn_sizes or [model.sizes.intermediate_size] * layers
+            larger = model.with_ffn_sizes([width + 1 for width in widths])
+            cost = (larger.num_parameters - model.num_parameters) // layers
+            if limit < cost:
+                reason = f"nothing could grow: a neuron has {cost:,} parameters"
+                yield Problem("growth.max_new_parameters", limit, reason=reason)
 
     @classmethod
     def num_frozen(

@@ -237,7 +237,6 @@ class Scheduled(Trigger):
     """
 
     name: ClassVar[str] = "schedule"
-    advice: ClassVar[str] = "steps in growth.trigger.at that the run reaches"
 
     at: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
 
@@ -265,7 +264,6 @@ class Budget(Trigger):
     """
 
     name: ClassVar[str] = "budget"
-    advice: ClassVar[str] = "a larger budget"
     needs_end: ClassVar[bool] = True
 
     def problems(self, options: GrowthOptions, *, max_steps: int) -> Iterator[Problem]:
