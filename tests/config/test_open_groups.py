@@ -202,17 +202,19 @@ def test_an_optimizer_by_name_and_by_target() -> None:
 
 
 def test_memory_counts_what_an_optimizer_keeps() -> None:
-    kept = {"adamw": 2, "sgd": 1}
+    kept = {"adamw": 2, "sgd": 1, "adafactor": 0, "lion8bit": 1, "adamw8bit": 2}
     states = {}
     for name, count in kept.items():
         config = load(f"optimizer={name}")
         assert config.optimizer.kept_per_parameter() == count
         source = known_model(config)
         assert source is not None
-        states[name] = next(training_needs(config, source))
-    parameters = states["adamw"].parameters
-    difference = states["adamw"].states - states["sgd"].states
+        need = next(training_needs(config, source))
+        states[name], parameters = need.states, need.parameters
+    difference = states["adamw"] - states["sgd"]
     assert 0 <= difference - 4 * parameters < 1000  # a step count for each tensor
+    moments = {name: states[name] - 8 * parameters for name in ("lion8bit", "adamw8bit")}
+    assert moments["adamw8bit"] == 2 * moments["lion8bit"]
 
 
 @pytest.mark.full

@@ -22,7 +22,10 @@ from tritter.data.tokens import TextBounds
 from tritter.errors import RequestError
 from tritter.evaluation.statistics import PairedScores
 from tritter.pipeline import Outcome, run_pipeline, windows
+from tritter.pipeline.ledger import Ledger
+from tritter.pipeline.run import Run
 from tritter.planning.run_memory import batch_size_at, tokens_note, training_needs
+from tritter.terminal import Console
 from tritter.training.trainer import start_method
 
 SHORT, LONG = 32, 128
@@ -94,7 +97,7 @@ def test_each_model_counts_its_own_flops(
     )
     words = ("expansion=[context,width]", "forgetting=none", "pipeline.keep_stages=true")
     job(run_tiny, tmp_path / "run", *words)
-    source, source_long, grown, *_ = found
+    source, source_long, grown, *_ = found[3:]  # three are of the time that is announced
     configs = [read_model(tmp_path / "run" / f).config for f in ("baseline", "attempt_1/expanded")]
     small, large = (forward_flops(Model(config)).of(SHORT) for config in configs)
     assert large > 2 * small  # the control: one reading for both models would be the same
@@ -194,6 +197,13 @@ def test_data_that_is_too_small_is_refused_before_training(
     with pytest.raises(RequestError, match=rf"^{words}: .* have only .*\(Domain"):
         job(run_tiny, tmp_path / "run", words)
     assert not (tmp_path / "run/baseline").exists()
+
+
+def test_long_documents_are_among_those_that_are_scored(tmp_path: Path) -> None:
+    config = load_config([*TINY, *WORDS, "evaluation.max_documents=2", f"cache_dir={tmp_path}"])
+    context = Run(config=config, folder=tmp_path, console=Console(), ledger=Ledger(tmp_path))
+    found = windows._long_documents(context.data.reading(LONG), SHORT)
+    assert {name: len(each) for name, each in found.items()} == {"old": 2, "new": 2}
 
 
 @pytest.mark.parametrize(

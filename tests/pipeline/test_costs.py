@@ -208,7 +208,11 @@ def test_importance_is_timed_for_the_sequences_that_exist(
             ("training", "validation", "evaluate"),
             ("fit", "validation", "evaluate", "control"),
         ),
-        (("expansion=context", "model.max_position_embeddings=32"), ("training",), ("fit",)),
+        (
+            ("expansion=context", "model.max_position_embeddings=32", "evaluation.max_documents=5"),
+            ("training", "expand"),
+            ("fit", "expand"),
+        ),
         (("expansion=[moe,moe_add]",), ("routers",), ("adapt",)),
         (("expansion=none", "experts=single_lora", "experts.rank=1"), ("training",), ("fit",)),
     ],
@@ -227,6 +231,8 @@ def test_what_is_timed_is_what_is_counted(
     flops = json.loads(outcome.summary_path.read_text())["flops"]
     expected = sum(flops[name] for name in counted)
     assert sum(found[name] for name in timed) == pytest.approx(expected, rel=0.16)
+    if not config.control:  # the usage of experts and long documents are read too
+        assert found["evaluate"] == pytest.approx(flops["evaluate"], rel=0.16)
     alone = costs._flops(replace(context, config=replace(config, control=False)), source)
     scores = found["baseline (unless cached)"] if config.control else 0
     assert found["evaluate"] == alone["evaluate"] + scores  # the control is scored once

@@ -18,6 +18,8 @@ from tritter.evaluation.inference import eval_mode
 from tritter.methods.forgetting import SelfReplay, needs_of
 from tritter.pipeline import samples
 from tritter.pipeline.run import Run
+from tritter.pipeline.stages.evaluate import Evaluate
+from tritter.pipeline.stages.expand import Expand
 from tritter.planning.run_memory import batch_size_at, grown_model, memory_line
 from tritter.planning.strategy import planned_rounds
 from tritter.training.callbacks import evaluation_flops
@@ -131,18 +133,19 @@ def _flops(run: Run, source: Model) -> Mapping[str, float]:
         reading, window = forward_flops(after), _window(run, after)
         rows = gathered * batch_size_at(window, config)
         flops["importance"] += estimates * num_sampled * training_flops(before).of(length)
-        flops["expand"] += (after is not before) * run.data.scoring.flops(reading)
+        if after is not before:
+            flops["expand"] += Expand.flops(run, before, after, window)
         if after is not before and has_routers:
             num_steps = options.router_steps(new_rows * length // window, rows)
             flops["routers"] += num_steps * rows * 2 * reading.of(window)  # no gradients of weights
         learning = training_flops(after).of(window)
-        if experts is not None and number < len(models):
+        if has_lora := experts is not None and number < len(models):
             learning = passes * reading.of(window)
         flops["training"] += (steps * times * rows + num_refreshed) * learning
         if text is not None:
             validations = 1 - -steps * times // text.every_n_steps
             flops["validation"] += validations * evaluation_flops(reading, text)
-        flops["evaluate"] += run.data.scoring.flops(reading)
+        flops["evaluate"] += Evaluate.flops(run, after, window, has_lora=has_lora)
     return flops
 
 

@@ -1,7 +1,7 @@
 """Long windows of a run with a longer context: scores, loss by position, and their checks.
 
-The long documents of a domain are the validation documents with more tokens than the context of
-the source. The source reads them in windows of its own length, and also in long windows, for the
+The long documents of a domain are the scored documents with more tokens than the context of the
+source. The source reads them in windows of its own length, and also in long windows, for the
 loss by position. The grown model reads them in long windows.
 """
 
@@ -96,10 +96,9 @@ def is_longer(run: Run, branch: Branch) -> bool:
 
 
 def _long_documents(data: RunData, length: int) -> dict[str, TokenisedDocuments]:
-    """Return domain → its validation documents of more than `length` tokens, if there are any."""
+    """Return domain → its scored documents of more than `length` tokens, if there are any."""
     found = {}
-    for name in data.domains:
-        documents = data.corpus.domains[name].validation
+    for name, documents in data.scored.items():
         sizes = documents.offsets.diff()
         chosen = (sizes > length).nonzero().flatten().tolist()
         if chosen:
@@ -189,7 +188,7 @@ def score_start(
     run.say(
         "",
         f"training windows of {new:,} tokens, {longer.batch_size} per batch; "
-        f"validation documents of more than {old:,} tokens: {listed}",
+        f"scored documents of more than {old:,} tokens: {listed}",
     )
     return files, spent
 

@@ -110,8 +110,7 @@ def training_memory(
     Args:
         model: the model.
         setup: the training options.
-        kept_per_parameter: optimizer state per parameter, in numbers; 2 for Adam. Ignored for
-            8-bit optimizers.
+        kept_per_parameter: optimizer state per parameter, in numbers; 2 for Adam.
     """
     parameter_bytes, width = _BYTES[setup.precision]
 
@@ -187,8 +186,8 @@ def _optimizer_bytes(size: int, setup: TrainingSetup, kept: float) -> int:
         steps = _STEP_BYTES if kept == _MOMENTS else 0
         return round(kept * parameter_bytes * size) + steps
     if size < _MIN_8BIT_TENSOR:
-        return _MOMENTS * _FLOAT32 * size
-    return _MOMENTS * (size + _FLOAT32 * -(-size // _BLOCK_SIZE))
+        return round(kept * _FLOAT32 * size)
+    return round(kept * (size + _FLOAT32 * -(-size // _BLOCK_SIZE)))
 
 
 def saved_bytes(model: Model, setup: TrainingSetup) -> int:

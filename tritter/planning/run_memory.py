@@ -308,7 +308,7 @@ def _training_need(
         sequence_length=length,
         is_checkpointed=trainer.activation_checkpointing,
     )
-    kept = config.optimizer.kept_per_parameter() if setup.optimizer == "adamw" else 2
+    kept = config.optimizer.kept_per_parameter()
     memory = training_memory(model, setup, kept_per_parameter=kept)
     count = model.num_parameters
     of_one = memory.parameters_bytes // count

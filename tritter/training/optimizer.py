@@ -78,11 +78,14 @@ class OptimizerSettings(OptimizerValues):
     arguments: Mapping[str, Any] = field(default_factory=lambda: {"betas": (0.9, 0.95)})
 
     def kept_per_parameter(self) -> float:
-        """Return the number of state values per parameter of a matrix; 2 for Adam."""
+        """Return the state values per parameter of a matrix, without its factors; 2 for Adam."""
         optimizer = _after_a_step(import_object(self.target), self.arguments)
         state = optimizer.state[optimizer.param_groups[0]["params"][0]].values()
-        sizes = [value.numel() for value in state if hasattr(value, "numel")]
-        return sum(size for size in sizes if size > 1) / _SIDE**2
+        total = 0
+        for value in state:
+            if getattr(value, "shape", ())[-2:] == (_SIDE, _SIDE):
+                total += value.numel()
+        return total / _SIDE**2
 
 
 def adam_problems(optimizer: Any, *, doing: str) -> Iterator[Problem]:

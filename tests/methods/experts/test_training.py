@@ -650,6 +650,15 @@ def test_padding_has_no_gates() -> None:
     assert (whole.weights.double().mean((0, 1)) - wanted).abs().max() > 0.01
 
 
+def test_usage_is_read_in_batches_whose_logits_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight sequences of 2,048 tokens have 17 GB of logits over Gemma's vocabulary."""
+    monkeypatch.setattr("tritter.evaluation.losses._MAX_LOGITS", 1)
+    model, shown = mixture_of(router="evidence").model, list[tuple[int, int]]()
+    texts = {"code": oracle.tokens(batch=2, length=4), "prose": oracle.tokens(batch=1, length=4)}
+    expert_usage(model, texts, progress=lambda *counts: shown.append(counts))
+    assert shown == [(1, 3), (2, 3), (3, 3)]
+
+
 @pytest.mark.full
 def test_who_learns_another_skill_is_trained_again(tmp_path: Path) -> None:
     options = dynamic_options(max_experts=2, stall_steps=2, stall_gain=10.0, max_rank=2)

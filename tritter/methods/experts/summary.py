@@ -1,6 +1,6 @@
 """Records of a run's LoRA experts for the lineage and summary.json."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from hashlib import sha256
 from itertools import accumulate
@@ -15,6 +15,7 @@ from tritter.core.families import Model
 from tritter.core.models import live_shape
 from tritter.data.packing import kept_tokens
 from tritter.evaluation.inference import eval_mode
+from tritter.evaluation.losses import batch_that_fits, vocab_size_of
 from tritter.methods.experts.callback import EXPERTS
 from tritter.methods.experts.gates import usage as mean_gates
 from tritter.methods.experts.mixture import mixture_on
@@ -54,25 +55,35 @@ def expert_records(
     return [record]
 
 
-def expert_usage(model: nn.Module, sequences: Mapping[str, Tensor]) -> dict[str, Any]:
+def expert_usage(
+    model: nn.Module,
+    sequences: Mapping[str, Tensor],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
     """Return the experts of a model, and the mean gate of each on the data of each domain.
 
     Args:
         model: the model, with a mixture.
         sequences: domain → int64 [N, T].
+        progress: called with the number of sequences that are read, and the total.
     """
     mixture = mixture_on(model)
     assert mixture is not None
+    total, done = sum(map(len, sequences.values())), 0
     usage: dict[str, dict[str, float]] = {}
     with eval_mode(model) as device:
         for domain, ids in sequences.items():
             gates, number = torch.zeros(len(mixture.names), dtype=torch.float64), 0
-            for rows in ids.split(_BATCH):
+            for rows in ids.split(batch_that_fits(_BATCH, ids.shape[1], vocab_size_of(model))):
                 kept = kept_tokens(model, rows.to(device))
                 model(input_ids=rows.to(device), use_cache=False)
                 num_kept = rows.numel() if kept is None else int(kept.sum())
                 gates += mean_gates(mixture.gates(kept)).double().cpu() * num_kept
                 number += num_kept
+                done += len(rows)
+                if progress is not None:
+                    progress(done, total)
             usage[domain] = dict(zip(mixture.names, (gates / number).tolist(), strict=True))
     adapters = ExpertFolder.of(mixture).adapters
     num_adapted = sum(

@@ -7,7 +7,7 @@ Shapes: N sequences of T tokens, E experts.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from tritter.data.batches import this_rank
 from tritter.data.packing import document_mask_of, kept_tokens, lengths_of
 from tritter.errors import TritterError
 from tritter.evaluation.inference import device_of, eval_mode
+from tritter.evaluation.losses import batch_that_fits, vocab_size_of
 from tritter.methods.moe_routing.options import RoutingOptions
 from tritter.training import SideLoss
 from tritter.training.callbacks import ends_step
@@ -426,25 +427,34 @@ def _bias_update(selection_bias: Tensor, load: Tensor, *, rate: float) -> Tensor
     return selection_bias + rate * (load.mean() - load).sign()
 
 
-def moe_usage(model: nn.Module, sequences: Mapping[str, Tensor]) -> dict[str, Any]:
+def moe_usage(
+    model: nn.Module,
+    sequences: Mapping[str, Tensor],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
     """Return the use of a MoE model's experts on the data of each domain.
 
     `usage` is [layer][expert] by domain: each expert's share of the assignments in a layer, without
-    padding.
+    padding. `progress` is called with the number of sequences that are read, and the total.
     """
     routing = RouterControl.of(model)
     assert routing is not None
-    shares = {}
+    shares, total, done = {}, sum(map(len, sequences.values())), 0
     with eval_mode(model) as device, routing.recording():
         for domain, of_domain in sequences.items():
             counts = torch.zeros(len(routing.layers), routing.num_experts)
-            for batch in of_domain.split(8):
+            size = batch_that_fits(8, of_domain.shape[1], vocab_size_of(model))
+            for batch in of_domain.split(size):
                 input_ids = batch.long().to(device)
                 model(input_ids=input_ids, use_cache=False)
                 kept = kept_tokens(model, input_ids)
                 for row, record in zip(counts, routing.recorded(), strict=True):
                     chosen = record.selected if kept is None else record.selected[kept.flatten()]
                     row += _expert_counts(chosen, routing.num_experts).cpu()
+                done += len(batch)
+                if progress is not None:
+                    progress(done, total)
             shares[domain] = (counts / counts.sum(dim=1, keepdim=True)).tolist()
     return {
         "number": routing.num_experts,

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tritter.core.families import Model, forward_flops
 from tritter.core.stock_routers import RouterControl
 from tritter.data.packing import lengths_of
 from tritter.evaluation.statistics import score_file
@@ -77,14 +78,18 @@ class Evaluate(Stage):
                 name: moe.spaced_sequences(run, [name], _USAGE_OF_ROUTERS)
                 for name in run.data.domains
             }
-            used = moe_usage(trained.to(run.device), of_routers)
+            with run.progress_bars() as new_bar:
+                bar = new_bar("measuring routers")
+                used = moe_usage(trained.to(run.device), of_routers, progress=bar)
             read += of_routers.values()
         if mixture_on(trained) is not None:
             of_experts = {
                 domain: run.data.sample_equally([domain], _USAGE_SEQUENCES, "usage").long()
                 for domain in run.data.domains
             }
-            lora_used = expert_usage(trained.to(run.device), of_experts)
+            with run.progress_bars() as new_bar:
+                bar = new_bar("measuring gates")
+                lora_used = expert_usage(trained.to(run.device), of_experts, progress=bar)
             read += of_experts.values()
         trained.to("cpu")
         for logger in run.loggers:  # before the stage is recorded: a resumed run skips it then
@@ -95,3 +100,16 @@ class Evaluate(Stage):
             flops={branch.label("evaluate"): flops},
             leaves=(score_file(f"{branch.name}-trained"), *files),
         )
+
+    @staticmethod
+    def flops(run: Run, model: Model, window: int, *, has_lora: bool) -> float:
+        """Return the expected FLOPs without samples; training reads windows of `window` tokens."""
+        data, old, reading = run.data, run.data.model.position_limit, forward_flops(model)
+        total = data.scoring.flops(reading)
+        if most := _USAGE_OF_ROUTERS * model.family.has_experts + _USAGE_SEQUENCES * has_lora:
+            sizes = (data.num_sequences(name) * data.sequence_length for name in data.domains)
+            total += sum(min(most, size // window) for size in sizes) * reading.of(window)
+        if old is not None and window > data.sequence_length:
+            longer = data.reading(window)
+            total += windows.flops(longer, reading, source_length=old, length=window)
+        return total

@@ -1,12 +1,13 @@
 """The expansion of a branch."""
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from tritter.checkpoints import record_step0_error
 from tritter.checkpoints.record import layers_text
-from tritter.core.families import forward_flops
+from tritter.core.families import Model, forward_flops
 from tritter.core.models import load_model
 from tritter.data.chat import ids_of
 from tritter.evaluation.gate import EXACT_JUMP
@@ -82,6 +83,20 @@ class Expand(Stage):
             flops=flops,
             leaves=(location, score_file(f"{branch.name}-expanded"), *files),
         )
+
+    @staticmethod
+    def flops(run: Run, before: Model, after: Model, window: int) -> float:
+        """Return the expected FLOPs; training reads windows of `window` tokens."""
+        data, old = run.data, run.data.model.position_limit
+        of_before, of_after = forward_flops(before), forward_flops(after)
+        number = sum(map(partial(min, _JUMP_SEQUENCES), map(data.num_sequences, data.domains)))
+        of_shift = (of_before + of_before + of_after).of(min(_JUMP_TOKENS, data.sequence_length))
+        total = data.scoring.flops(of_after) + number * of_shift
+        if old is not None and window > data.sequence_length:
+            longer, both = data.reading(window), of_before + of_after
+            total += windows.flops(longer, of_before, source_length=old, length=old)
+            total += windows.flops(longer, both, source_length=old, length=window)
+        return total
 
     def finish(self, run: Run, branch: Branch) -> Branch:
         """Return the branch with the expanded model, if it has expansions."""
