@@ -78,6 +78,14 @@ def test_balanced_ends_nearer_to_the_presets_proportions(source: float, target: 
     assert miss("balanced") <= min(miss("depth_first"), miss("width_first")) + 0.15
 
 
+def test_a_refused_size_is_never_the_nearest_one() -> None:
+    """`depth_first` turns to width; if no width fits below the target, layers do."""
+    shape = {"hidden_size": 40, "num_attention_heads": 5, "num_key_value_heads": 1}
+    source = Model({**SMALL, **shape, "head_dim": 8, "num_hidden_layers": 1})
+    plan = plan_growth(source, 60_120, gpu_hours=1, strategy="depth_first")
+    assert plan.steps[-1].target_parameters == 60_120
+
+
 @pytest.mark.full
 @settings(max_examples=15, deadline=None)
 @given(

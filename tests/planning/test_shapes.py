@@ -50,6 +50,14 @@ def test_wider_shapes_are_real_ones(name: str, grid: _WidthGrid) -> None:
     assert [s.parameters for s in shapes] == sorted(s.parameters for s in shapes)
 
 
+def test_fine_widths_are_steps_of_a_sixteenth_as_round_as_the_source() -> None:
+    """As in Gemma 3 270M: 4 heads of 256, where a sixteenth of 640 is no multiple of 64."""
+    sizes = {"hidden_size": 640, "num_attention_heads": 4, "num_key_value_heads": 1}
+    model = Model({**SMALL, **sizes, "head_dim": 256})
+    widths = [spec.hidden_size for spec in width_specs(model, Width(), grid="fine")]  # type: ignore[attr-defined]
+    assert widths == list(range(704, 1280, 64))
+
+
 def test_depth_takes_what_the_method_takes() -> None:
     """From 3 layers, SOLAR's rule reaches 4 and 6; identity blocks reach every count."""
     config = {**SMALL, "num_hidden_layers": 3}

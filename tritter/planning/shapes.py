@@ -152,6 +152,7 @@ def width_specs(
     hidden = sizes.hidden_size
     # As round as the source: quantisers need multiples of 32 or 64
     unit = math.lcm(_unit(sizes, grid), _rounding(hidden, hidden, most=_QUANTISED))
+    unit *= max(1, round(hidden * _FINE_STEP / unit)) if grid == "fine" else 1
     heads = sizes.num_attention_heads if grid == "fine" else None
     proportional = _unit(sizes, "proportional")
     most = min(2 * hidden, MAX_WIDTH)
@@ -206,11 +207,9 @@ def reached_shape(source: Model, spec: ExpansionSpec) -> Shape:
 
 
 def _unit(sizes: Dimensions, grid: _WidthGrid) -> int:
-    """Return the step between the hidden sizes of a grid."""
+    """Return a divisor of the hidden sizes of a grid."""
     hidden, heads = sizes.hidden_size, sizes.num_attention_heads
-    if grid == "fine":
-        return heads * max(1, round(hidden * _FINE_STEP / heads))
-    unit = hidden // math.gcd(hidden, heads, sizes.num_key_value_heads)
+    unit = heads if grid == "fine" else hidden // math.gcd(hidden, heads, sizes.num_key_value_heads)
     while grid == "round" and 2 * unit <= hidden * _COARSEST_STEP:
         unit *= 2
     return unit

@@ -128,7 +128,7 @@ def _next_shape(
     match request.strategy:
         case "depth_first":
             turn = min(usual) / _MAX_LOPSIDEDNESS if request.methods.width else 0.0
-            return deeper(turn) or wider(math.inf)
+            return deeper(turn) or wider(math.inf) or deeper(0.0)
         case "width_first":
             turn = max(usual) * _MAX_LOPSIDEDNESS if request.methods.depth else math.inf
             return wider(turn) or deeper(0.0)
