@@ -279,9 +279,11 @@ def test_context_and_rope_base_are_shown(run: Run, place: Path) -> None:
     assert ["context", "64"] in [line.split() for line in lines]
     path = place / "base/config.json"
     kinds = {name: {"rope_type": "default", "rope_theta": base} for name, base in RATES.items()}
+    kinds["full_attention"] |= {"rope_type": "yarn", "factor": 4.0}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_parameters": kinds}))
     found = run("inspect base --json").json["positions"]
-    assert found == {"context": "64", "RoPE base": "1000000, 10000"}
+    bases, scaling = "1000000, 10000", "yarn, factor 4.0"
+    assert found == {"context": "64", "RoPE base": bases, "RoPE scaling": scaling}
     damaged = {"rope_theta": {"a": 1}, "rope_parameters": [1]}
     path.write_text(json.dumps(json.loads(path.read_text()) | damaged))
     assert "Traceback" not in run("inspect base").err

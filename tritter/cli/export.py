@@ -274,8 +274,7 @@ def _of_folder(
             f"{folder}: {obstacle}. Train the model until the offset is 0, or drop them with "
             "--drop-new-experts."
         )
-    is_plain = not has_lineage and not (folder / HEAD).exists()
-    experts = None if is_plain else source.experts
+    experts = source.experts if has_lineage or (folder / HEAD).exists() else None
     if experts is None and is_merged:
         raise RequestError(f"--merge: {folder} has no LoRA experts.")
     merged = None

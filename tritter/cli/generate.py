@@ -228,8 +228,7 @@ class _Writer:
         # Templates come from a checkpoint and raise errors of any kind
         except Exception as error:
             message = " ".join(str(error).split())[:300] or type(error).__name__
-            has_system = messages[0]["role"] == "system"
-            advice = "; try without --system" if has_system else ""
+            advice = "; try without --system" if messages[0]["role"] == "system" else ""
             raise RequestError(
                 f"--chat: the chat template of {self.folder} fails ({message}){advice}."
             ) from error
@@ -308,8 +307,7 @@ class _Writer:
 
 def _ends_of(model: nn.Module) -> Iterator[int]:
     """Yield the end tokens of generation_config.json."""
-    settings = getattr(model, "generation_config", None)
-    ends = getattr(settings, "eos_token_id", None)
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     yield from ends if isinstance(ends, list) else [] if ends is None else [ends]
 
 

@@ -223,15 +223,18 @@ def _experts_json(files: ExpertFiles) -> dict[str, Any]:
 
 
 def _positions(source: Source) -> dict[str, str]:
-    """Return the context length and RoPE's base, as config.json states them."""
+    """Return the context length and RoPE's base and scaling, as config.json states them."""
     config: Any = source.config
     rotary = config.get("rope_parameters") or config.get("rope_scaling")
     rotary = rotary if isinstance(rotary, dict) else {}
     kinds = [each for each in rotary.values() if isinstance(each, dict)]  # one per kind of layer
-    bases = [each.get("rope_theta") for each in (config, rotary, *kinds)]
-    numbers = [base for base in bases if isinstance(base, int | float) and base]  # else damaged
-    texts = dict.fromkeys(f"{float(base):.10g}" for base in numbers)
+    bases = [each.get("rope_theta") for each in (config, rotary, *kinds)]  # may be damaged
+    texts = dict.fromkeys(f"{float(b):.10g}" for b in bases if isinstance(b, int | float) and b)
     found = {"context": source.model.position_limit, "RoPE base": ", ".join(texts)}
+    for each in (rotary, *kinds):
+        kind, factor = each.get("rope_type", each.get("type", "default")), each.get("factor")
+        if kind != "default":
+            found["RoPE scaling"] = f"{kind}, factor {factor}" if factor else kind
     return {name: str(value) for name, value in found.items() if value}
 
 
