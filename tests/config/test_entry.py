@@ -417,8 +417,10 @@ def test_cfg_lists_only_keys_that_the_run_reads(run: Run, tmp_path: Path) -> Non
     own = tmp_path / "own/training/mine.yaml"
     own.parent.mkdir(parents=True)
     own.write_text("defaults: [default]\nmax_steps: ${pretraining.max_steps}\n")
-    words = ("-cd", str(tmp_path / "own"), "training=mine", "--cfg", "job", "--resolve")
-    assert "max_steps: 600" in run(*words, *of_checkpoint).out
+    words = ("-cd", str(tmp_path / "own"), "training=mine", "--resolve", *of_checkpoint)
+    for kind in ("job", "all"):  # hydra.overrides refers to the key too
+        shown = run(*words, "seed=${pretraining.max_steps}", "--cfg", kind).out
+        assert "max_steps: 600" in shown and "seed: 600" in shown
 
 
 def test_arguments_of_the_process_are_restored(run: Run) -> None:

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tritter.config.schema import RunConfig
 from tritter.config.validation import known_model
 from tritter.errors import RequestError
 from tritter.planning.run_memory import training_needs
+from tritter.training.optimizer import OptimizerSettings
 from tritter.training.options import REFUSED, trainer_parameters
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -215,6 +217,20 @@ def test_memory_counts_what_an_optimizer_keeps() -> None:
     assert 0 <= difference - 4 * parameters < 1000  # a step count for each tensor
     moments = {name: states[name] - 8 * parameters for name in ("lion8bit", "adamw8bit")}
     assert moments["adamw8bit"] == 2 * moments["lion8bit"]
+
+
+class Flat(torch.optim.SGD):
+    """Keeps a flat moment, and the shape."""
+
+    def step(self, closure: Any = None) -> Any:
+        super().step(closure)
+        for parameter in (each for group in self.param_groups for each in group["params"]):
+            self.state[parameter] = {"of": parameter.shape, "m": parameter.detach().flatten()}
+
+
+def test_memory_counts_flat_states() -> None:
+    settings = OptimizerSettings(target=f"{__name__}.Flat", arguments={})
+    assert settings.kept_per_parameter() == 1
 
 
 @pytest.mark.full

@@ -169,7 +169,7 @@ def test_a_part_is_a_name_or_a_class_with_options(
     ("typed", "message"),
     [
         ("platau", "Did you mean plateau?"),
-        (None, "must be one of percentile"),
+        (None, "allowed: percentile"),
         ({"name": "plateau", "treshold": 1}, "Did you mean threshold?"),
         ({"name": "plateau", "threshold": 0}, r"growth\.trigger\.threshold = 0: .*above 0"),
         ({"_target_": "tritter.options.options"}, "not a subclass of"),

@@ -96,11 +96,14 @@ def is_longer(run: Run, branch: Branch) -> bool:
 
 
 def _long_documents(data: RunData, length: int) -> dict[str, TokenisedDocuments]:
-    """Return domain → its scored documents of more than `length` tokens, if there are any."""
-    found = {}
+    """Return domain → its scored documents of more than `length` tokens, if there are any.
+
+    The tokens are those of the run's own tokenizer, so that all models read the same documents.
+    """
+    found, own = {}, data.reading(data.sequence_length).scored
     for name, documents in data.scored.items():
         sizes = documents.offsets.diff()
-        chosen = (sizes > length).nonzero().flatten().tolist()
+        chosen = (own[name].offsets.diff() > length).nonzero().flatten().tolist()
         if chosen:
             found[name] = TokenisedDocuments(
                 tokens=torch.cat([documents.document(index) for index in chosen]),

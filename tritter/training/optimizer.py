@@ -82,9 +82,9 @@ class OptimizerSettings(OptimizerValues):
         optimizer = _after_a_step(import_object(self.target), self.arguments)
         state = optimizer.state[optimizer.param_groups[0]["params"][0]].values()
         total = 0
-        for value in state:
-            if getattr(value, "shape", ())[-2:] == (_SIDE, _SIDE):
-                total += value.numel()
+        for each in state:
+            if isinstance(each, import_object("torch.Tensor")) and each.numel() > _SIDE:
+                total += each.numel()
         return total / _SIDE**2
 
 

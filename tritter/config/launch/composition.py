@@ -126,9 +126,10 @@ class Loader(ConfigLoaderImpl):
     def show(self, config: DictConfig, *, is_resolved: bool) -> None:
         """Let Hydra print a validated config, without the keys that its run does not read."""
         OmegaConf.set_struct(config, False)
-        for name in config if is_resolved else ():  # keys may refer to those that are removed
-            if name != "hydra" and OmegaConf.is_dict(config[name]):
-                OmegaConf.resolve(config[name])
+        if is_resolved:  # keys may refer to those that are removed
+            hydra = config.pop("hydra")
+            OmegaConf.resolve(config)
+            config.hydra = hydra
         for key, names in _READ_WITH.items():
             section, _, name = key.partition(".")
             for unread in () if config[section].get(name) else names.split():

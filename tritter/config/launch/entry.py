@@ -142,7 +142,10 @@ def _execute(
     if command.info_flag is not None:
         composed = composing.composed(request.overrides)
         plan_of(request, composed)
-        composing.loader.show(composed, is_resolved=command.is_resolved)
+        if command.info_value == "job":
+            composing.loader.show(composed, is_resolved=command.is_resolved)
+        else:
+            composing.loader.shown = composed
         return _show(command, request, composing.hydra)
     request.task = task = Task(pipeline=pipeline)
     with _convert_hydra_errors(request), handle_request(request):

@@ -263,10 +263,11 @@ def _unfit_reason(selection: ParameterSelection, grown: tuple[Model, ...], grows
     for each in grown:
         if all(selection.has(tensor, is_tied=is_tied) for tensor, is_tied in _tensors(each)):
             return "this is the whole model, so nothing would be trained"
-    wide = grown[-1].widened
-    ffns = (tensor for tensor in wide.tensors if wide.family.ffn_part(tensor))
-    if grows and all(selection.has(tensor, is_tied=False) for tensor in ffns):
-        return "the FFNs, in which neurons grow, would be frozen; freeze attention, or set until"
+    if grows:
+        wide = grown[-1].widened
+        ffns = (tensor for tensor in wide.tensors if wide.family.ffn_part(tensor))
+        if all(selection.has(tensor, is_tied=False) for tensor in ffns):
+            return "the FFNs, in which neurons grow, would be frozen; freeze attention or set until"
     return ""
 
 
