@@ -84,7 +84,7 @@ TORCH_ONLY_ROOMS = {"core.parameter_map", "core.stock_routers"}  # the standard 
 RATCHET = {
     "(top)": (13, 2_332),
     "checkpoints": (12, 3_050),
-    "cli": (21, 5_821),
+    "cli": (21, 5_813),
     "config": (19, 5_172),
     "core": (37, 11_898),
     "data": (26, 8_993),
@@ -100,18 +100,19 @@ RATCHET = {
 }
 # What there is to know; both may only fall: names of modules without an underscore, and classes
 # that only hold values
-MAX_PUBLIC_NAMES, MAX_RECORDS = 1_749, 325
+MAX_PUBLIC_NAMES, MAX_RECORDS = 1_734, 325
 # Capability → its modules, and most other modules that import them; the figures may only fall
 CAPABILITIES: dict[str, tuple[int, tuple[str, ...]]] = {
-    "LoRA experts": (13, (
-        "methods.experts", "checkpoints.expert_files", "cli.export_experts", "report.experts",
+    "LoRA experts": (10, (
+        "methods.experts", "checkpoints.expert_files", "cli.export_experts",
+        "report.topics.experts",
     )),
     "mixture of experts": (23, (
         "methods.moe_routing", "core.expansions.moe", "core.expansions.moe_add",
         "core.expansions.moe_children", "core.stock_routers",
         "pipeline.moe", "pipeline.stages.appended", "planning.upcycling", "transform.children",
     )),
-    "growth": (5, ("methods.growth", "report.growth")),
+    "growth": (2, ("methods.growth", "report.topics.growth")),
     "vocabulary": (6, (
         "core.expansions.vocab", "data.vocabulary", "pipeline.stages.vocabulary",
         "transform.vocabulary",
@@ -119,7 +120,7 @@ CAPABILITIES: dict[str, tuple[int, tuple[str, ...]]] = {
     "discovery": (6, ("core.expansions.on_twin", "core.families.discovery")),
     "context": (6, ("core.expansions.context", "pipeline.windows")),
 }  # fmt: skip
-MAX_LONELY_MODULES = 23  # with a single caller, which is in their own room
+MAX_LONELY_MODULES = 22  # with a single caller, which is in their own room
 
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}
 MAX_FILE_LINES = 800

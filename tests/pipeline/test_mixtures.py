@@ -13,7 +13,7 @@ from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.pipeline import planned_candidates
 from tritter.pipeline.run import Run, _share_notes
 from tritter.pipeline.stages.fit import _announce
-from tritter.report.wording import count_text
+from tritter.report.table import count_text
 from tritter.terminal import Console
 
 

@@ -7,7 +7,7 @@ from tritter.core.expansions import Dus, ExpansionSpec, Moe, Width, target_model
 from tritter.core.families import Config, Model
 from tritter.core.families.presets import PRESETS
 from tritter.planning.guide import llama, size_guide
-from tritter.report.wording import count_text
+from tritter.report.table import count_text
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs/reference/planning.md"
 

@@ -2,11 +2,14 @@
 
 import math
 import warnings
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from tests.report.places import GONE, places, replaced
 from tests.report.spawning import experts
@@ -15,22 +18,17 @@ from tests.report.test_tables import line_of, printed
 from tritter.errors import TritterError
 from tritter.pipeline.metrics import _wandb_summary
 from tritter.report.drawing import new_figure
-from tritter.report.experts import (
+from tritter.report.figures import GroupFigures, plot_run
+from tritter.report.page import page
+from tritter.report.runs import EndedRun, group_runs, with_controls
+from tritter.report.summary import Attempt, ExpertsRecord, Summary, TaskRecord
+from tritter.report.topics.experts import (
+    Experts,
     _draw_ranks,
     _draw_routing,
     _draw_similarity,
     _draw_usage,
-    experts_figure,
-    experts_table,
-    experts_text,
-    page_tables,
-    usage_table,
 )
-from tritter.report.figures import GroupFigures
-from tritter.report.page import page
-from tritter.report.plots import plot_run
-from tritter.report.runs import group_runs, with_controls
-from tritter.report.summary import ExpertsRecord, Summary
 from tritter.terminal import Console
 
 CONSOLE = Console()
@@ -40,10 +38,24 @@ END = 96
 LEAST = {"status": "kept", "domains": {}, "baseline": {}, "attempts": []}
 
 
+def summary_of(made: dict[str, Any]) -> Summary:
+    return Summary.of(LEAST | {"experts": made})
+
+
 def record_of(made: dict[str, Any]) -> ExpertsRecord:
-    found = Summary.of(LEAST | {"experts": made}).experts
+    found = summary_of(made).experts
     assert found is not None
     return found
+
+
+def plot(summary: Summary, *, end: int, borders: Sequence[int] = ()) -> Figure:
+    """Draw the experts of a run with so many steps, and with tasks that end at some of them."""
+    steps = [b - a for a, b in pairwise((0, *borders, end))]
+    tasks = [TaskRecord(domains=[], final={}, steps=number) for number in steps]
+    changed = {"attempts": [Attempt(steps=end, final={})], "tasks": tasks}
+    ended = summary.model_copy(update=changed)
+    assert ended.experts is not None
+    return Experts().plot(EndedRun("", ended, {}), ended.experts)
 
 
 def test_the_tables_have_each_expert_and_each_domain(summary: dict[str, Any]) -> None:
@@ -89,21 +101,21 @@ def test_what_is_merged_is_gone_and_what_it_went_into_stays() -> None:
     made = experts()
     event = {"step": 70, "kind": "merged", "expert": "expert_1", "gone": "expert_2", "why": ""}
     made["events"] = [made["events"][1], event]
-    states = {row[0]: row[-1] for row in experts_table(record_of(made)).rows}
+    states = {row[0]: row[-1] for row in Experts().tables(record_of(made), on_page=True)[0].rows}
     assert states == {"base": "", "expert_1": "mature", "expert_3": "young", "expert_2": "merged"}
 
 
 def test_of_many_the_most_used_are_shown() -> None:
     names = [f"expert_{number}" for number in range(40)]
     usage = {f"d{n}": {name: n * i / 1000 for i, name in enumerate(names)} for n in range(30)}
-    found = record_of({"names": names, "usage": usage})
-    table = usage_table(found)
+    found = {"names": names, "usage": usage}
+    experts_table, table = Experts().tables(record_of(found))
     assert list(table.header) == ["domain", *names[-6:]]
     assert str(table.caption).splitlines() == [
         "34 experts more are in summary.json", "14 domains more are in summary.json",
     ]  # fmt: skip
-    assert len(experts_table(found).rows) == 16
-    width, height = experts_figure(found, end=5).get_size_inches()
+    assert len(experts_table.rows) == 16
+    width, height = plot(summary_of(found), end=5).get_size_inches()
     assert max(width, height) * 150 < 2**12
 
 
@@ -145,7 +157,7 @@ def test_courses_have_gaps_where_an_expert_was_not() -> None:
 
 
 def test_spawns_and_tasks_are_marked() -> None:
-    figure = experts_figure(record_of(experts()), end=END, borders=[32, 64])
+    figure = plot(summary_of(experts()), end=END, borders=[32, 64])
     usage = figure.axes[3]
     marks = [line for line in usage.lines if line.get_marker() == "^"]
     assert [list(line.get_xdata()) for line in marks] == [[12, 40, 64]]
@@ -154,10 +166,10 @@ def test_spawns_and_tasks_are_marked() -> None:
 
 
 def test_a_picture_has_its_place_where_nothing_was_spawned() -> None:
-    found = record_of(experts() | {"spawned": [], "events": []})
+    found = summary_of(experts() | {"spawned": [], "events": []})
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # of a layout that collapsed
-        FigureCanvasAgg(experts_figure(found, end=END, borders=[32])).draw()
+        FigureCanvasAgg(plot(found, end=END, borders=[32])).draw()
 
 
 @pytest.mark.full
@@ -251,19 +263,18 @@ def test_whatever_is_not_refused_is_shown(summary: dict[str, Any]) -> None:
         for value in (GONE, None, "$_{", -1, 0, 10**20, 1e30, -1e30, math.nan, [], {}):
             changed = replaced({"experts": made}, ("experts", *place), value)
             try:
-                found = Summary.of(summary | changed).experts
+                found = Summary.of(summary | changed)
             except TritterError:
                 refused += 1
                 continue
-            if found is None:
+            if (record := found.experts) is None:
                 continue
-            assert experts_text(found)
-            experts_table(found)
-            usage_table(found)
-            page_tables(found)
+            topic = Experts()
+            assert topic.text(record) and topic.columns(record)
+            assert topic.tables(record) and topic.tables(record, on_page=True)
             if shown % 50 == 0:  # drawing takes its time
-                FigureCanvasAgg(experts_figure(found, end=0)).draw()
+                FigureCanvasAgg(plot(found, end=0)).draw()
             shown += 1
     assert shown > 100 and refused > 300
     for end in ({"kind": "dylora"}, {"names": []}):
-        FigureCanvasAgg(experts_figure(record_of(end), end=0)).draw()
+        FigureCanvasAgg(plot(summary_of(end), end=0)).draw()

@@ -14,20 +14,18 @@ from tests.report.places import GONE, places, replaced
 from tests.report.test_tables import line_of, printed
 from tritter.errors import TritterError
 from tritter.pipeline.metrics import _wandb_summary
-from tritter.report.drawing import _MAX_COLUMNS, new_figure
-from tritter.report.growth import (
-    MAX_ROWS,
-    _no_growth_reason,
-    _parameters_over_steps,
-    draw_neurons,
-    draw_pressure,
-    growth_figure,
-    growth_table,
-    growth_text,
-    mark_growth,
-    parameters_over_flops,
-)
+from tritter.report.drawing import _MAX_COLUMNS, mark_growth, new_figure
+from tritter.report.runs import EndedRun
 from tritter.report.summary import GrowthRecord, Summary
+from tritter.report.topics.growth import (
+    _MAX_ROWS,
+    Growth,
+    _draw_neurons,
+    _draw_pressure,
+    _no_growth_reason,
+    _parameters_over_flops,
+    _parameters_over_steps,
+)
 from tritter.terminal import Console
 
 CONSOLE = Console()
@@ -70,12 +68,12 @@ def test_of_many_layers_those_that_grew_most_are_shown(summary: dict[str, Any]) 
     born: Counter[int] = Counter()
     for event in made["events"]:
         born[event["layer"]] += event["born"]
-    table = growth_table(record_of(made))
+    (table,) = Growth().tables(record_of(made))
     shown = [int(row[0]) for row in table.rows]
-    assert len(shown) == MAX_ROWS and shown == sorted(shown)
+    assert len(shown) == _MAX_ROWS and shown == sorted(shown)
     assert min(born[layer] for layer in shown) >= max(born[n] for n in born if n not in shown)
     text = printed(summary | {"growth": made})
-    assert f"40 of 40 layers grew; shown: the {MAX_ROWS} that grew most" in text
+    assert f"40 of 40 layers grew; shown: the {_MAX_ROWS} that grew most" in text
     for encoding in ("ascii", "utf-8"):
         text = printed(summary | {"growth": made}, encoding=encoding)
         assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
@@ -106,7 +104,7 @@ def test_the_map_has_what_every_check_saw() -> None:
     """The record counts neurons at each check, before it grows; the map is drawn of the events."""
     made = growth(layers=5, checks=30, grows_every=2, replaces=True)
     end = EVERY * 30 + 5
-    mesh = mesh_of(draw_neurons, made, end=end)
+    mesh = mesh_of(_draw_neurons, made, end=end)
     edges = np.asarray(mesh.get_coordinates())[0, :, 0]
     cells = np.asarray(mesh.get_array()).reshape(5, -1)
     assert edges[0] == 0 and edges[-1] == end
@@ -119,14 +117,14 @@ def test_the_map_has_what_every_check_saw() -> None:
 def test_pressure_is_drawn_back_to_the_check_before() -> None:
     made = growth(layers=3, checks=4)
     made["map"]["pressure"][1][2] = None
-    mesh = mesh_of(draw_pressure, made)
+    mesh = mesh_of(_draw_pressure, made)
     edges = np.asarray(mesh.get_coordinates())[0, :, 0]
     cells = np.ma.asarray(mesh.get_array()).reshape(3, -1)
     assert list(edges) == [0, *made["map"]["steps"]]
     for column, row in enumerate(made["map"]["pressure"]):
         known = [np.nan if value is None else value for value in row]
         assert np.ma.filled(cells[:, column], np.nan) == pytest.approx(known, nan_ok=True)
-    mesh = mesh_of(draw_pressure, growth(checks=1))  # nothing tells how far apart checks are
+    mesh = mesh_of(_draw_pressure, growth(checks=1))  # nothing tells how far apart checks are
     assert list(np.asarray(mesh.get_coordinates())[0, :, 0]) == [0, EVERY]
 
 
@@ -134,10 +132,10 @@ def test_pressure_is_drawn_back_to_the_check_before() -> None:
 def test_of_very_many_events_as_many_are_drawn_as_can_be_seen() -> None:
     made = growth(layers=3, checks=5000, grows_every=1)
     end = EVERY * 5001
-    for draw in (draw_neurons, draw_pressure):
+    for draw in (_draw_neurons, _draw_pressure):
         mesh = mesh_of(draw, made, end=end)
         assert np.asarray(mesh.get_array()).size <= 3 * (_MAX_COLUMNS + 1)
-    cells = np.asarray(mesh_of(draw_neurons, made, end=end).get_array()).reshape(3, -1)
+    cells = np.asarray(mesh_of(_draw_neurons, made, end=end).get_array()).reshape(3, -1)
     assert cells[:, -1] == pytest.approx([100 * (n / 192 - 1) for n in made["neurons"]["after"]])
 
 
@@ -146,10 +144,10 @@ def test_parameters_are_drawn_over_steps_and_over_flops() -> None:
     steps, values = _parameters_over_steps(record_of(made), end=END)
     assert steps == [0, 36, 72, END]
     assert values == [169_000, 170_920, 172_840, 172_840]
-    spent, over_flops = parameters_over_flops(record_of(made), end_flops=2.2e11)
+    spent, over_flops = _parameters_over_flops(record_of(made), end_flops=2.2e11)
     assert (spent, over_flops) == ([0.0, 3.6e10, 7.2e10, 2.2e11], values)
     made["events"][1]["flops"] = 1e9  # less than before
-    spent, over_flops = parameters_over_flops(record_of(made), end_flops=None)
+    spent, over_flops = _parameters_over_flops(record_of(made), end_flops=None)
     assert (spent, over_flops) == ([0.0, 3.6e10, 3.6e10], values[:-1])
 
 
@@ -218,14 +216,17 @@ def test_whatever_is_not_refused_is_shown(summary: dict[str, Any]) -> None:
         for value in (GONE, None, "x", -1, 0, 10**20, 1e30, math.nan, [], {}):
             changed = replaced({"growth": made}, ("growth", *place), value)
             try:
-                found = Summary.of(summary | changed).growth
+                found = Summary.of(summary | changed)
             except TritterError:
                 refused += 1
                 continue
-            assert found is not None
-            assert growth_text(found) and found.name
-            growth_table(found)
+            record = found.growth
+            assert record is not None
+            topic = Growth()
+            assert topic.text(record) and topic.columns(record) and topic.method(record)
+            for on_page in (False, True):
+                topic.tables(record, on_page=on_page)
             if shown % 20 == 0:  # drawing takes its time
-                FigureCanvasAgg(growth_figure(found, end=0, end_flops=1.0)).draw()
+                FigureCanvasAgg(topic.plot(EndedRun("", found, {}), record)).draw()
             shown += 1
     assert shown > 100 and refused > 300

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from tests.report.matrix import matrix
@@ -16,13 +17,19 @@ from tests.report.test_tables import line_of, printed
 from tritter.errors import TritterError
 from tritter.pipeline.metrics import _wandb_summary
 from tritter.report.drawing import new_figure
-from tritter.report.matrix import MAX_ROWS, _draw_matrix, matrix_figure, transfer_table
+from tritter.report.figures import plot_run
 from tritter.report.page import page
-from tritter.report.plots import plot_run
+from tritter.report.runs import EndedRun
 from tritter.report.summary import Matrix, Summary
+from tritter.report.topics.matrix import _MAX_ROWS, TaskMatrix, _draw_matrix
 from tritter.terminal import Console
 
 CONSOLE = Console()
+EMPTY = Summary.of({"status": "kept", "domains": {}, "baseline": {}, "attempts": []})
+
+
+def plot(record: Matrix) -> Figure:
+    return TaskMatrix().plot(EndedRun("", EMPTY, {}), record)
 
 
 def test_the_table_has_what_was_learned_and_what_became_of_it(summary: dict[str, Any]) -> None:
@@ -47,10 +54,10 @@ def test_the_table_has_what_was_learned_and_what_became_of_it(summary: dict[str,
 
 def test_of_very_many_domains_the_first_are_shown() -> None:
     made = Matrix(**matrix(*(f"d{number}" for number in range(60))))
-    table = transfer_table(made)
-    assert len(table.rows) == MAX_ROWS + 1
+    (table,) = TaskMatrix().tables(made)
+    assert len(table.rows) == _MAX_ROWS + 1
     assert "37 more are in summary.json" in str(table.caption)
-    width, height = matrix_figure(made).get_size_inches()
+    width, height = plot(made).get_size_inches()
     assert max(width, height) * 150 < 2**13
 
 
@@ -71,11 +78,11 @@ def test_the_picture_has_each_change_and_frames_what_was_trained() -> None:
 
 def test_right_answers_have_a_panel_of_their_own() -> None:
     made = matrix("code", "sums") | {"accuracy": {"sums": [0.0, None, 0.876]}}
-    figure = matrix_figure(Matrix(**made))
+    figure = plot(Matrix(**made))
     axes = next(each for each in figure.axes if each.get_title() == "accuracy [%]")
     assert [text.get_text() for text in axes.texts] == ["0", "?", "88"]
     assert [p.get_xy() for p in axes.patches if isinstance(p, Rectangle)] == [(-0.5, 1.5)]
-    assert matrix_figure(Matrix(**matrix("code"))).get_figwidth() < figure.get_figwidth()
+    assert plot(Matrix(**matrix("code"))).get_figwidth() < figure.get_figwidth()
 
 
 @pytest.mark.full
@@ -133,8 +140,8 @@ def test_whatever_is_not_refused_is_shown(summary: dict[str, Any]) -> None:
                 continue
             if read is None:
                 continue
-            transfer_table(read)
+            assert TaskMatrix().tables(read) and TaskMatrix().tables(read, on_page=True)
             if shown % 10 == 0:
-                FigureCanvasAgg(matrix_figure(read)).draw()
+                FigureCanvasAgg(plot(read)).draw()
             shown += 1
     assert shown > 50

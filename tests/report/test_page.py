@@ -17,11 +17,12 @@ from tests.report.growing import growth
 from tests.report.test_runs import SETTINGS
 from tests.report.test_tables import ungated
 from tritter.report.drawing import DPI, label_rows, panel
-from tritter.report.figures import _MAX_PANELS, GroupFigures
+from tritter.report.figures import GroupFigures
 from tritter.report.page import page
 from tritter.report.runs import Curve, EndedRun, group_runs
 from tritter.report.summary import Summary
 from tritter.report.tables import size_text
+from tritter.report.topics.topic import MAX_PANELS
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -268,7 +269,7 @@ def test_as_much_is_drawn_as_a_picture_can_hold(summary: dict[str, Any]) -> None
     domains = {"old": list(scores), "new": []}
     wide = summary | {"baseline": scores, "domains": domains, "attempts": [{"final": scores}]}
     drawn = GroupFigures(group_runs([EndedRun("a", Summary.of(wide), SETTINGS)])).figures()
-    assert len(drawn["changes"]) == _MAX_PANELS
+    assert len(drawn["changes"]) == MAX_PANELS
 
 
 @pytest.mark.full
@@ -309,7 +310,7 @@ def test_growth_has_its_map_and_columns_where_some_run_may_grow(
     assert "expansion=width, forgetting=ewc, growth=percentile+gradmax" in words
     assert "in 5 events, 17 checks" in words
     assert "72 0 6 4 1 198" in words  # step, layer, born, replaced, left dead, neurons
-    assert "Growth: parameters 169 k → 177 k; neurons 384 → 426" in words
+    assert "Neuron growth: parameters 169 k → 177 k; neurons 384 → 426" in words
     again = run_of(summary_with_control | {"growth": made}, "again", 1)
     _, pictures = page([plain, grown, again], title="All")
     assert sum(name.startswith("growth") for name in pictures) == 3  # two maps, parameters
@@ -327,7 +328,7 @@ def test_of_very_many_events_the_page_has_the_first(summary: dict[str, Any]) -> 
     assert "shown: the 100 that grew most" in text
     nothing = run_of(summary | {"growth": growth(grows_every=0)}, "nothing", 0)
     text, _ = page([nothing], title="Nothing")
-    assert "Growth: nothing grew in 17 checks" in text and "Growth events" not in text
+    assert "Neuron growth: nothing grew in 17 checks" in text and "Growth events" not in text
 
 
 @pytest.mark.full

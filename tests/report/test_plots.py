@@ -6,10 +6,10 @@ import matplotlib.image
 import pytest
 
 from tests.report.growing import growth
-from tritter.report import plots
+from tritter.report import figures
 from tritter.report.drawing import new_figure
-from tritter.report.figures import Line, draw_losses
-from tritter.report.runs import EndedRun, Group, curves_of
+from tritter.report.figures import _draw_losses
+from tritter.report.runs import EndedRun, Group, Line, curves_of
 from tritter.report.summary import Summary
 
 HEADER = "epoch,eval/code/loss,forgetting/l2sp/loss,step,train/loss\n"
@@ -21,7 +21,7 @@ def read_curves(path):
 
 
 def plot_run(plain, path, folder, **options):
-    return plots.plot_run(Summary.of(plain), read_curves(path), folder, **options)
+    return figures.plot_run(Summary.of(plain), read_curves(path), folder, **options)
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def drawn(summary, curves, *, seeds=1, **rounds):
     run = EndedRun("", Summary.of(summary | rounds), {}, curves)
     _, (axes,) = new_figure(width=4, height=4)
     line = Line(Group("grown", (run,) * seeds), "blue", "o", "-")
-    assert draw_losses(axes, [line], "eval/code/loss")
+    assert _draw_losses(axes, [line], "eval/code/loss")
     return axes
 
 
@@ -142,8 +142,8 @@ def test_the_loss_before_an_expansion_is_not_averaged_with_those_after_it(summar
 def test_rounds_are_in_one_picture_without_the_bound_of_each(summary_with_control, tmp_path):
     curves, rounds = rounds_of(summary_with_control)
     made = Summary.of(summary_with_control | rounds)
-    whole = plots.plot_run(made, curves, tmp_path / "all", control=curves)
-    last = plots.plot_run(
+    whole = figures.plot_run(made, curves, tmp_path / "all", control=curves)
+    last = figures.plot_run(
         made,
         [replace(each, steps=each.steps[3:], values=each.values[3:]) for each in curves],
         tmp_path / "last",
@@ -157,10 +157,10 @@ def test_rounds_are_in_one_picture_without_the_bound_of_each(summary_with_contro
 
 def test_rounds_and_their_control_begin_at_the_base(summary_with_control, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(plots, "_domains_figure", lambda rows, *_: drawn.extend(rows))
+    monkeypatch.setattr(figures, "_domains_figure", lambda rows, *_: drawn.extend(rows))
     _, rounds = rounds_of(summary_with_control)
     rounds["attempts"][0]["baseline"] = summary_with_control["final"]
-    plots.plot_run(Summary.of(summary_with_control | rounds), (), tmp_path)
+    figures.plot_run(Summary.of(summary_with_control | rounds), (), tmp_path)
     for row in drawn:
         assert row.before.loss == summary_with_control["baseline"][row.domain]["loss"]
     assert [row.is_control for row in drawn] == [False, False, True, True]

@@ -3,8 +3,8 @@ import io
 import pytest
 
 from tritter.report.summary import Summary
+from tritter.report.table import count_text, ratio_text, si_text
 from tritter.report.tables import attempts_table, outside_table, print_summary, stage_table
-from tritter.report.wording import count_text, ratio_text, si_text
 from tritter.terminal import Console
 
 

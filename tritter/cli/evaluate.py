@@ -28,8 +28,7 @@ from tritter.cli.output import (
 from tritter.errors import Names, RequestError, raise_problems, use_names
 from tritter.limits import MAX_COUNT
 from tritter.loading import loading
-from tritter.report.table import Table
-from tritter.report.wording import number_text
+from tritter.report.table import Table, number_text
 from tritter.storage.hub import locate
 from tritter.storage.reading import named_path
 from tritter.terminal import status

@@ -55,8 +55,7 @@ from tritter.errors import (
 )
 from tritter.limits import MAX_COUNT
 from tritter.loading import loading
-from tritter.report.table import Table
-from tritter.report.wording import count_text, number_text, ratio_text
+from tritter.report.table import Table, count_text, number_text, ratio_text
 from tritter.storage.hub import locate
 from tritter.storage.reading import named_path
 from tritter.storage.tensors import WEIGHT_DTYPES
@@ -544,7 +543,7 @@ def _expand(job: _Job, *, measures: bool, overwrite: bool, is_quiet: bool) -> _R
 
         def measure_result(made: Expanded) -> Lineage:
             from tritter.evaluation.measure import measure
-            from tritter.report.wording import mean_shift_text
+            from tritter.report.table import mean_shift_text
 
             with refuse_damage():
                 found = measure(job.source, made, progress=new_bar("MB checked"))

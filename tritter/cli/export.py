@@ -36,7 +36,7 @@ from tritter.cli.output import (
 )
 from tritter.errors import Names, RequestError, use_names
 from tritter.loading import loading
-from tritter.report.wording import count_text, si_text
+from tritter.report.table import count_text, si_text
 from tritter.storage.hub import locate
 from tritter.storage.reading import named_path
 from tritter.storage.tensors import WEIGHT_DTYPES

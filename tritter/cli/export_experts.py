@@ -51,8 +51,7 @@ from tritter.methods.experts.merged_mixture import (
 )
 from tritter.methods.experts.stored import ExpertFolder, StoredAdapter, write_stored
 from tritter.pipeline.run_data import corpus_chat
-from tritter.report.table import Table
-from tritter.report.wording import count_text
+from tritter.report.table import Table, count_text
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.hub import locate
 

@@ -13,8 +13,7 @@ from rich.text import Text
 from tritter.cli.options import AsJson, Folder, flag, with_dashes
 from tritter.cli.output import EXIT_NO, display_path, new_console, print_json, print_table, short
 from tritter.errors import RequestError
-from tritter.report.table import Table
-from tritter.report.wording import count_text, number_text
+from tritter.report.table import Table, count_text, number_text
 from tritter.storage.hub import locate
 from tritter.terminal import say, status
 

@@ -22,8 +22,7 @@ from tritter.cli.output import (
 )
 from tritter.errors import RequestError, TritterError
 from tritter.loading import loading
-from tritter.report.table import Table
-from tritter.report.wording import ACCURACY, MISSING, count_text
+from tritter.report.table import ACCURACY, MISSING, Table, count_text
 from tritter.storage.hub import locate
 from tritter.terminal import Console, status
 

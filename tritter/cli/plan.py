@@ -23,8 +23,7 @@ from tritter.cli.output import (
     shapes_of,
 )
 from tritter.errors import Names, Problem, RequestError, nearest, use_names
-from tritter.report.table import Table
-from tritter.report.wording import count_text, si_text
+from tritter.report.table import Table, count_text, si_text
 from tritter.storage.hub import locate
 
 if TYPE_CHECKING:

@@ -19,8 +19,7 @@ from tritter.cli.output import (
 )
 from tritter.errors import RequestError
 from tritter.loading import loading
-from tritter.report.table import Table
-from tritter.report.wording import si_text
+from tritter.report.table import Table, si_text
 from tritter.storage.hub import check_repository, push_files
 from tritter.storage.reading import named_path
 

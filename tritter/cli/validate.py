@@ -19,8 +19,7 @@ from tritter.cli.output import (
 )
 from tritter.errors import Problem, RequestError, raise_problems
 from tritter.loading import loading
-from tritter.report.table import Table
-from tritter.report.wording import MISSING
+from tritter.report.table import MISSING, Table
 from tritter.storage.hub import locate
 from tritter.storage.reading import named_path
 

@@ -26,7 +26,7 @@ from tritter.pipeline.ledger import ExpansionFound, TrainingFound
 from tritter.pipeline.run import Run
 from tritter.report.runs import EndedRun
 from tritter.report.summary import Summary
-from tritter.report.wording import ACCURACY
+from tritter.report.table import ACCURACY
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.reading import read_text
 from tritter.targets import Component, instantiate

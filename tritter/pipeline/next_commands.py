@@ -13,7 +13,7 @@ from tritter.core.expansions import EXPANSIONS, vocab_place
 from tritter.data.chat import TEMPLATE_FILE
 from tritter.errors import TritterError
 from tritter.report.summary import Summary
-from tritter.report.wording import ACCURACY
+from tritter.report.table import ACCURACY
 from tritter.training.forgetting_method import replayed_share
 
 _WITH_BODY = ("expansion", "experts")

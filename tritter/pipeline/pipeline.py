@@ -44,7 +44,7 @@ from tritter.pipeline.stages.vocabulary import LearnTokens
 from tritter.pipeline.summary import summary_record
 from tritter.pipeline.verdict import Candidate, GateFound, KeptFound, PublishedFound
 from tritter.planning.strategy import planned_rounds
-from tritter.report.plots import plot_run
+from tritter.report.figures import plot_run
 from tritter.report.runs import curves_of
 from tritter.report.tables import print_summary
 from tritter.storage.atomic import clear_leftovers, write_text_atomic

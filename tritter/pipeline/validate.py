@@ -44,7 +44,7 @@ from tritter.evaluation.losses import document_losses
 from tritter.evaluation.statistics import PairedScores
 from tritter.pipeline.run_data import corpus_chat
 from tritter.planning.memory import machine_memory
-from tritter.report.wording import mean_shift_text
+from tritter.report.table import mean_shift_text
 from tritter.storage.hashing import merkle_hash, tensor_digest
 from tritter.storage.tensors import TensorFolder
 from tritter.terminal import NewBar, no_bar, waiting

@@ -6,7 +6,7 @@ paired bootstrap. A difference between two groups of runs is paired by seed.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from tritter.errors import TritterError
@@ -29,9 +29,8 @@ from tritter.report.runs import (
     group_runs,
 )
 from tritter.report.summary import MAX_NUMBER
-from tritter.report.table import Table
+from tritter.report.table import MISSING, Table, count_text, number_text, si_text
 from tritter.report.tables import size_text
-from tritter.report.wording import MISSING, count_text, number_text, si_text
 
 _MEAN_OR_SEEDS = (
     f"mean with Student's {CONFIDENCE:.0%} interval, below {MIN_SEEDS} seeds each seed's value"
@@ -379,26 +378,23 @@ def _independent_keys(keys: Sequence[str], runs: Sequence[EndedRun]) -> tuple[st
 
 
 def _difference(subject: str, first: Compared, other: Compared) -> PairedDifference:
+    missing = partial(PairedDifference, subject, other.name)
     for each in (first, other):
         if each.scores is None:
-            return PairedDifference(
-                subject, other.name, missing_reason=f"{each.name}: {each.missing_reason}"
-            )
+            return missing(missing_reason=f"{each.name}: {each.missing_reason}")
         if subject not in each.scores:
-            return PairedDifference(subject, other.name, missing_reason=f"{each.name}: no scores")
+            return missing(missing_reason=f"{each.name}: no scores")
     assert first.scores is not None and other.scores is not None
     before, after = first.scores[subject], other.scores[subject]
     kinds = [(each.unit, each.chance, each.identifiers) for each in (before, after)]
     sizes = [each.weights[each.per] for each in (before, after)]  # such as the bytes of each
     if kinds[0] != kinds[1] or not (sizes[0] == sizes[1]).all():
-        return PairedDifference(
-            subject, other.name, missing_reason="not paired: different documents"
-        )
+        return missing(missing_reason="not paired: different documents")
     try:
         is_loss = before.unit == "nats"
         estimate = relative_forgetting(before, after) if is_loss else drop_in_points(before, after)
     except TritterError as error:
-        return PairedDifference(subject, other.name, missing_reason=str(error))
+        return missing(missing_reason=str(error))
     side = (1 + CONFIDENCE) / 2
     bounds = [finite_or_none(each(side)) for each in (estimate.lower, estimate.upper)]
     if len(before) < MIN_DOCUMENTS:  # as in the gate, no bound
@@ -407,7 +403,7 @@ def _difference(subject: str, first: Compared, other: Compared) -> PairedDiffere
     lower, upper = [None if b is None else sign * b for b in bounds][::sign]
     value = finite_or_none(sign * estimate.value + 0.0)  # which makes 0 of -0
     if value is None or abs(value) > MAX_NUMBER:
-        return PairedDifference(subject, other.name, missing_reason="not finite")
+        return missing(missing_reason="not finite")
     change = ScoreChange(value, lower, upper, in_points=not is_loss)
     return PairedDifference(subject, other.name, change, len(before))
 

@@ -23,6 +23,7 @@ _WIDEST_LABEL = 72  # characters that fill the width of a panel
 _PANEL_WIDTH = 4.8
 _LABEL_CHARACTERS = 18  # of a line of a row's or column's label
 _MAX_NUMBERED = 12  # of both, with texts in their cells
+_MAX_TALL = 20  # marks of the height of the panel; if there are more, they are short
 # Okabe and Ito, which colour-blind readers can distinguish; then six that are as far from each
 # other and from these (CIE76 above 25)
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
@@ -166,3 +167,14 @@ def subsample(values: Sequence[_T]) -> Sequence[_T]:
         return values
     chosen = np.linspace(0, len(values) - 1, _MAX_COLUMNS).astype(int)
     return [values[int(place)] for place in chosen]
+
+
+def mark_growth(
+    axes: Axes, steps: Sequence[float], *, color: str = GREEN, is_alone: bool = True
+) -> None:
+    """Mark the positions at which neurons grew: over the whole height only if a run is alone."""
+    if steps:
+        top = 1.0 if is_alone and len(steps) <= _MAX_TALL else 0.05
+        place = axes.get_xaxis_transform()
+        axes.vlines(steps, 0, top, transform=place, color=color, linestyle=(0, (1, 1.5)),
+                    linewidth=1, label="neurons grew")  # fmt: skip

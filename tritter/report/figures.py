@@ -1,13 +1,14 @@
-"""Figures of several runs for the page, and the panels that the plots of one run share."""
+"""Figures: the plots of one run as files, and those of several runs for the page."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate, product
 from operator import methodcaller
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -19,55 +20,157 @@ from tritter.report.drawing import (
     PURPLE,
     add_legend,
     label_rows,
+    mark_growth,
     new_figure,
     panel,
     wrap_text,
 )
-from tritter.report.experts import experts_panels
-from tritter.report.growth import (
-    draw_neurons,
-    draw_parameters,
-    draw_pressure,
-    label_flops,
-    mark_growth,
-    parameters_over_flops,
-)
-from tritter.report.matrix import matrix_figure
-from tritter.report.rows import Role
-from tritter.report.runs import Curve, EndedRun, Group, Interval, with_controls
-from tritter.report.summary import MAX_NUMBER, WindowsRecord
+from tritter.report.rows import DomainRow, Role, change_text, has_new_tokens, unit_of
+from tritter.report.runs import Curve, EndedRun, Group, Interval, Line, with_controls
+from tritter.report.summary import MAX_NUMBER, Score, Summary, WindowsRecord
+from tritter.report.topics import TOPICS, topics_of
+from tritter.report.topics.topic import MAX_PANELS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_MAX_PANELS = 24
 _MAX_DOMAINS = 12  # of one figure, with a panel each
 _MAX_MARKED = 60  # expansions and tasks of one figure
 _MARKERS = "osD^vPX*<>"
 _STYLES = ("-", ":", "-.")  # of the first 12 groups, the next 12, and so on
 _SMOOTHED_FROM_POINTS = 40
 _GAP = 0.06  # between the first step and the loss before it, as a share of all steps
+_STAGE_NAMES = ("before", "after\nexpansion", "after\ntraining")
 _MODELS = {"source_long": "source", "expanded": "after expansion", "final": "after training"}
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
-    """A group and its style; the pair of colour and marker is unique for 60 groups."""
+def plot_run(
+    summary: Summary, curves: Sequence[Curve], folder: Path, *, control: Sequence[Curve] = ()
+) -> list[Path]:
+    """Draw the figures that the run has data for, and return their files (PNG, 150 dpi).
 
-    group: Group
-    color: str
-    marker: str
-    style: str
+    Args:
+        summary: The run.
+        curves: Curves of the last training, or of all rounds.
+        folder: Folder of the files; created if missing.
+        control: Curves of the control (not grown).
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    @property
-    def filling(self) -> str:
-        return "white" if self.group.is_control else self.color
+    folder.mkdir(parents=True, exist_ok=True)
+    run = EndedRun("", summary, {}, tuple(curves), tuple(control))
+    name = "grown" if summary.last_attempt.expansion else "trained"
+    styles = ((BLUE, "o", "-"), (ORANGE, "s", "--"))
+    lines = [
+        Line(group, *style)
+        for group, style in zip(with_controls([Group(name, (run,))]), styles, strict=False)
+    ]
+    rows = [row for row in (*run.rows, *run.control_rows) if not row.change.in_points]
+    figures = {
+        "domains.png": _domains_figure(rows, *unit_of([summary])),
+        "forgetting.png": _forgetting_figure(lines),
+        "training.png": _training_figure(curves),
+        "retention_and_gain.png": next(iter(_tradeoff(lines, has_legend=True)), None),
+        "positions.png": None if summary.windows is None else _positions_figure(summary.windows),
+        **{f"{topic.name}.png": topic.plot(run, record) for topic, record in topics_of(summary)},
+    }
+    written = []
+    for name, figure in figures.items():
+        if figure is not None:
+            FigureCanvasAgg(figure).print_png(folder / name)  # savefig would draw it twice
+            written.append(folder / name)
+    return written
 
-    @property
-    def label(self) -> str:
-        number = len(self.group.seeds)
-        return self.group.name if number < 2 else f"{self.group.name} ({number} seeds)"
+
+def _domains_figure(
+    rows: Sequence[DomainRow], unit: str, in_unit: Callable[[Score | None], Score | None]
+) -> Figure | None:
+    """Draw one panel per domain, each on its own scale, so that a rise of 1 % is visible."""
+    domains = [row for row in rows if not row.is_control and row.before.loss is not None]
+    if not domains:
+        return None
+    figure, panels = new_figure(columns=len(domains), width=1.2 + 3.2 * len(domains), height=3.6)
+    for row, axes in zip(domains, panels, strict=True):
+        scores = tuple(map(in_unit, (row.before, row.expanded, row.trained)))
+        _draw_stages(axes, scores)
+        for control in rows:
+            if control.is_control and control.domain == row.domain:
+                scores = (in_unit(control.before), None, in_unit(control.trained))
+                _draw_stages(axes, scores, is_control=True)
+        is_known = row.change.value is not None
+        change = f"{change_text(row.change)} %" if is_known else "change unknown"
+        axes.set_title(wrap_text(f"{row.domain} ({row.role}): {change}", 40), fontsize=10)
+        axes.set_xticks(range(len(_STAGE_NAMES)), _STAGE_NAMES)
+        axes.set_xlim(-0.35, 2.35)
+        axes.margins(y=0.15)
+    panels[0].set_ylabel(f"validation loss [nats/{unit}]")
+    if any(row.is_control for row in rows):
+        panels[-1].legend(frameon=False, fontsize=8)
+    note = "bars: one standard error over documents; the changes above are paired by document"
+    figure.supxlabel(note, fontsize=7, color=GREY)
+    return figure
+
+
+def _draw_stages(axes: Axes, scores: Sequence[Score | None], *, is_control: bool = False) -> None:
+    known = [
+        (position, score.loss, score.standard_error or 0.0)
+        for position, score in enumerate(scores)
+        if score is not None and score.loss is not None
+    ]
+    axes.errorbar(
+        # Next to each other, so that bars do not overlap
+        [position + 0.06 * is_control for position, _, _ in known],
+        [loss for _, loss, _ in known],
+        yerr=[error for _, _, error in known],
+        color=ORANGE if is_control else BLUE,
+        marker="s" if is_control else "o",
+        linestyle="--" if is_control else "-",
+        capsize=3,
+        label="control (not grown)" if is_control else "grown",
+    )
+
+
+def _forgetting_figure(lines: Sequence[Line]) -> Figure | None:
+    """Draw one panel per domain: the loss before the expansion and during training."""
+    (run,) = lines[0].group.runs
+    names = {curve.name for curve in run.curves if curve.steps[-1] >= 0}
+    shown = [row for row in run.losses if f"eval/{row.domain}/loss" in names]
+    if not shown:
+        return None
+    figure, panels = new_figure(columns=len(shown), width=1.2 + 3.2 * len(shown), height=4.0)
+    for row, axes in zip(shown, panels, strict=True):
+        _draw_losses(axes, lines, f"eval/{row.domain}/loss")
+        axes.set_title(wrap_text(f"{row.domain} ({row.role})", 40), fontsize=10)
+        axes.set_xlabel("training step")
+        axes.margins(y=0.15)
+    panels[0].set_ylabel("validation loss [nats/token]")
+    add_legend(figure)
+    note = "loss on a fixed validation subset; dotted: the first loss"
+    if any(curve.steps[0] < 0 for curve in run.curves):
+        note += "; left of the dashed line: before the expansion"
+    if has_new_tokens(run.summary):
+        note += "\nafter the expansion: of other tokens; can't be compared with the other losses"
+    figure.supxlabel(note, fontsize=7, color=GREY)
+    return figure
+
+
+def _training_figure(curves: Sequence[Curve]) -> Figure | None:
+    """Draw the training loss, and below it the penalties of forgetting mitigation."""
+    losses = [curve for curve in curves if curve.name.startswith("train/")]
+    penalties = [curve for curve in curves if curve.name.startswith("forgetting/")]
+    groups = [group for group in (losses, penalties) if group]
+    if not groups:
+        return None
+    figure, panels = new_figure(rows=len(groups), width=6.4, height=0.8 + 2.8 * len(groups))
+    for group, axes in zip(groups, panels, strict=True):
+        for index, curve in enumerate(group):
+            color = CYCLE[index % len(CYCLE)]
+            _draw_curve(axes, curve, Line(Group(curve.name, ()), color, "o", "-"))
+        axes.set_ylabel("penalty" if group is penalties else "loss [nats/token]")
+        axes.legend(frameon=False, fontsize=8)
+    panels[-1].set_xlabel("training step")
+    return figure
 
 
 @dataclass(frozen=True)
@@ -126,10 +229,8 @@ class GroupFigures:
             "changes": changes,
             "losses": _losses(lines),
             "cost": _costs(means),
-            "growth": _growth(lines),
-            "experts": _experts(runs),
-            "matrix": _matrices(runs),
             "positions": _positions(runs),
+            **{topic.name: topic.figures(lines) for topic in TOPICS},
         }
         drawn = {name: [each for each in found if each is not None] for name, found in made.items()}
         return {name: found for name, found in drawn.items() if found}
@@ -148,40 +249,15 @@ def _domains(groups: Sequence[Group], role: str | None = None) -> list[tuple[str
     """Return domains that have losses, each with its role."""
     rows = (row for group in groups for run in group.runs for row in run.losses)
     found = dict.fromkeys((row.domain, row.role) for row in rows if role in (None, row.role))
-    return list(found)[:_MAX_PANELS]
-
-
-def _experts(runs: Sequence[EndedRun]) -> list[Figure]:
-    skilled = [(run, run.summary.experts) for run in runs if run.summary.experts is not None]
-    return [
-        figure
-        for run, record in skilled[:_MAX_PANELS]
-        for figure in experts_panels(
-            record,
-            name=run.name,
-            end=run.last_steps,
-            borders=run.summary.borders,
-            is_alone=len(skilled) == 1,
-        )
-    ]
-
-
-def _matrices(runs: Sequence[EndedRun]) -> list[Figure]:
-    made = []
-    learned = [(run.name, run.summary.matrix) for run in runs if run.summary.matrix]
-    for name, matrix in learned[:_MAX_PANELS]:
-        figure = matrix_figure(matrix)
-        figure.axes[0].set_title(wrap_text(name), fontsize=9)
-        made.append(figure)
-    return made
+    return list(found)[:MAX_PANELS]
 
 
 def _positions(runs: Sequence[EndedRun]) -> list[Figure | None]:
     longer = [(run.name, run.summary.windows) for run in runs if run.summary.windows]
-    return [positions_figure(record, title=name) for name, record in longer[:_MAX_PANELS]]
+    return [_positions_figure(record, title=name) for name, record in longer[:MAX_PANELS]]
 
 
-def positions_figure(record: WindowsRecord, *, title: str = "") -> Figure | None:
+def _positions_figure(record: WindowsRecord, *, title: str = "") -> Figure | None:
     """Draw one panel per domain: the loss by position in long windows, for each model."""
     if not record.positions:
         return None
@@ -203,12 +279,15 @@ def positions_figure(record: WindowsRecord, *, title: str = "") -> Figure | None
     return figure
 
 
-def _tradeoff(lines: Sequence[Line]) -> list[Figure]:
-    figure, axes = panel(height=3.8)
-    return [figure] if draw_tradeoff(axes, lines) else []
+def _tradeoff(lines: Sequence[Line], *, has_legend: bool = False) -> list[Figure]:
+    figure, axes = panel(height=4.2 if has_legend else 3.8)
+    is_drawn = _draw_tradeoff(axes, lines)
+    if is_drawn and has_legend:
+        add_legend(figure)
+    return [figure] if is_drawn else []
 
 
-def draw_tradeoff(axes: Axes, lines: Sequence[Line]) -> bool:
+def _draw_tradeoff(axes: Axes, lines: Sequence[Line]) -> bool:
     """Draw forgetting against gain, each as the mean over the domains of its role.
 
     A run that is alone with its control has a mark for each pair of domains.
@@ -317,7 +396,7 @@ def _losses(lines: Sequence[Line]) -> list[Figure]:
     made = []
     for name, title in named.items():
         figure, axes = panel(height=2.9)
-        if draw_losses(axes, lines, name, is_in_tokens=is_in_tokens):
+        if _draw_losses(axes, lines, name, is_in_tokens=is_in_tokens):
             _label_course(axes, title, is_in_tokens=is_in_tokens)
             made.append(figure)
     bases: dict[tuple[Curve, float], None] = {}  # each once: runs of a sweep share them
@@ -327,7 +406,7 @@ def _losses(lines: Sequence[Line]) -> list[Figure]:
     if bases:
         figure, axes = panel(height=2.7)
         for curve, scale in bases:
-            draw_curve(axes, curve, Line(Group("base", ()), GREY, "o", "-"), scale=scale)
+            _draw_curve(axes, curve, Line(Group("base", ()), GREY, "o", "-"), scale=scale)
         number = "the base" if len(bases) == 1 else f"{len(bases)} bases"
         title = f"pretraining loss of {number}"
         _label_course(axes, title, is_in_tokens=is_in_tokens)
@@ -335,7 +414,7 @@ def _losses(lines: Sequence[Line]) -> list[Figure]:
     return made
 
 
-def draw_losses(
+def _draw_losses(
     axes: Axes, lines: Sequence[Line], name: str, *, is_in_tokens: bool = False
 ) -> bool:
     """Draw one loss of all runs, and mark expansions, growth and the start of tasks.
@@ -364,7 +443,7 @@ def draw_losses(
             scale = _scale(run, is_in_tokens=is_in_tokens)
             for curve in (each for each in run.curves if each.name == name):
                 is_pale, has_before = len(line.group.runs) > 1, curve.steps[0] < 0
-                drawn.append(draw_curve(axes, curve, line, scale=scale, gap=gap, is_pale=is_pale))
+                drawn.append(_draw_curve(axes, curve, line, scale=scale, gap=gap, is_pale=is_pale))
                 if is_alone and not line.group.is_control:
                     axes.axhline(next(iter(drawn[-1].values())), color=GREY, ls=":", lw=1)
                 has_start |= has_before
@@ -393,7 +472,7 @@ def _label_course(axes: Axes, title: str, *, is_in_tokens: bool) -> None:
     axes.set_ylabel("loss [nats/token]")
 
 
-def draw_curve(
+def _draw_curve(
     axes: Axes,
     curve: Curve,
     line: Line,
@@ -495,40 +574,6 @@ def _costs(lines: Sequence[Line]) -> list[Figure]:
             if of == "flops":
                 figure.axes[0].xaxis.set_major_formatter(EngFormatter(sep=" "))
             made.append(figure)
-    return made
-
-
-def _growth(lines: Sequence[Line]) -> list[Figure]:
-    """Draw the neurons of each run with growth, the pressure of a single one, and the cost."""
-    found = [
-        (line, run, run.summary.growth)
-        for line in lines
-        for run in line.group.runs
-        if run.summary.growth is not None
-    ]
-    made = []
-    for _, run, growth in found[:_MAX_PANELS]:
-        drawn = [draw_neurons] if len(found) > 1 else [draw_neurons, draw_pressure]
-        for draw in drawn:
-            figure, axes = panel(height=2.9)
-            draw(axes, growth, end=run.last_steps)
-            axes.set_title(wrap_text(f"{run.name}: {axes.get_title()}"), fontsize=9)
-            if draw is draw_neurons and growth.events:
-                figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=7.5)
-            made.append(figure)
-    if not found:
-        return made
-    figure, axes = panel(height=2.9)
-    is_empty = True
-    for line, run, growth in found:
-        course = parameters_over_flops(growth, end_flops=run.last_flops)
-        if course[0]:
-            draw_parameters(axes, *course, color=line.color, marker=line.marker)
-            is_empty = False
-    if not is_empty:
-        label_flops(axes)
-        axes.set_title("parameters over the training FLOPs", fontsize=9)
-        made.append(figure)
     return made
 
 

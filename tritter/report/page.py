@@ -14,21 +14,19 @@ from markupsafe import Markup
 
 from tritter import __version__
 from tritter.report.drawing import DPI, new_figure, wrap_text
-from tritter.report.experts import experts_text, page_tables, share_text
-from tritter.report.figures import GroupFigures, Line
-from tritter.report.growth import events_table, growth_table, growth_text
-from tritter.report.matrix import transfer_table
+from tritter.report.figures import GroupFigures
 from tritter.report.rows import change_text, has_new_tokens
 from tritter.report.runs import (
     CONFIDENCE,
     MIN_SEEDS,
     EndedRun,
     Group,
+    Line,
     differing_keys,
     group_runs,
     with_controls,
 )
-from tritter.report.table import Table
+from tritter.report.table import MISSING, Table, number_text, si_text
 from tritter.report.tables import (
     attempts_table,
     outside_table,
@@ -37,13 +35,12 @@ from tritter.report.tables import (
     stage_table,
     task_table,
 )
-from tritter.report.wording import MISSING, count_text, number_text, si_text
+from tritter.report.topics import TOPICS, topics_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _CELL_CHARACTERS = 400  # of a setting
-_MAX_EVENTS = 100  # rows of a table of growth events; summary.json has all
 # Control characters, and those that change the direction of the text after them
 _UNSEEN = dict.fromkeys(
     [*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)],
@@ -58,10 +55,8 @@ _TITLES = {
     "losses": "Loss curves",
     "changes": "Change of the loss by domain",
     "cost": "Training cost",
-    "growth": "Neuron growth",
-    "experts": "LoRA experts",
-    "matrix": "Loss after each task",
     "positions": "Loss by position",
+    **{topic.name: topic.title for topic in TOPICS},
 }
 _OVER_SEEDS = (
     f"Pale marks: seeds. Full marks and bars: mean and Student's {CONFIDENCE:.0%} interval over "
@@ -83,21 +78,13 @@ _CAPTIONS = {
     "changes": "From before the expansion to the end of training.",
     "cost": "The last attempt, or all rounds, with the preparation of the methods. The table of "
     "runs has the totals. Compare seconds only within one sweep on one machine.",
-    "growth": "Neurons per layer, relative to the start. Triangles: neurons born. Circles: dead "
-    "neurons replaced. Pressure (the signal of the trigger): moving average of the mean gradient "
-    "norm of a layer's neurons, relative to the norm of the whole gradient. The FLOPs axis ends at "
-    "the last row of metrics.csv.",
-    "experts": "Routing: mean gate on held-out data. Similarity: of the first batches of an expert "
-    "to the known skills, when it was spawned. Triangles: spawns. Dash-dotted line: next task.",
-    "matrix": "Rows: the model before the first task and after each task. Columns: domains. "
-    "Numbers: validation loss [nats/byte]. Colours: change from the first row. Frames: domains of "
-    "the task.",
     "positions": "Validation loss of long documents in long windows.",
+    **{topic.name: topic.caption for topic in TOPICS},
 }
 _WITH_SEEDS = ("tradeoff", "differences", "changes", "cost")  # whose marks are groups
 _MAX_NAMED = 60  # in the legend
 _DASHES = {"-": "none", "--": "4 3", ":": "1.5 2", "-.": "5 2 1 2"}  # in SVG
-_WITH_LEGEND = ("tradeoff", "losses", "growth")
+_WITH_LEGEND = ("tradeoff", "losses", *(topic.name for topic in TOPICS if topic.has_legend))
 
 
 def page(
@@ -248,29 +235,19 @@ def _overview(groups: Sequence[Group]) -> Table:
     runs = [(group, run) for group in groups for run in group.runs]
     domains = tuple(dict.fromkeys((r.domain, r.role) for _, run in runs for r in run.rows))
     changes = (f"{domain} ({role}) [%]" for domain, role in domains)
-    has_growth = any(run.summary.growth is not None for _, run in runs)
-    growth = ("neurons born", "parameters after growth") if has_growth else ()
-    has_experts = any(run.summary.experts is not None for _, run in runs)
-    experts = ("experts", "trainable share") if has_experts else ()
+    found = [[t.columns(record) for t, record in topics_of(run.summary)] for _, run in runs]
+    added = [{name: cell for each in own for name, cell in each.items()} for own in found]
+    names = dict.fromkeys(name for each in added for name in each)
     cost = ("parameters", "steps", "FLOPs", "seconds")
-    header = ("run", "group", "seed", "status", *changes, *growth, *experts, *cost)
+    header = ("run", "group", "seed", "status", *changes, *names, *cost)
     rows = []
-    for group, run in runs:
+    for (group, run), extra in zip(runs, added, strict=True):
         summary = run.summary
         cells = [run.name, group.name, str(run.seed), _status_text(summary.status)]
         for domain, _ in domains:
-            found = (change_text(row.change) for row in run.rows if row.domain == domain)
-            cells.append(next(found, MISSING))
-        if summary.growth is not None:
-            after = summary.growth.parameters.after
-            cells += [str(summary.growth.born), count_text(after)]
-        elif has_growth:
-            cells += [MISSING, MISSING]
-        if summary.experts is not None:
-            share = summary.experts.parameters.share
-            cells += [number_text(summary.experts.number), share_text(share)]
-        elif has_experts:
-            cells += [MISSING, MISSING]
+            texts = (change_text(row.change) for row in run.rows if row.domain == domain)
+            cells.append(next(texts, MISSING))
+        cells += [extra.get(name, MISSING) for name in names]
         cells += [size_text(summary), str(run.steps)]
         seconds = number_text(summary.seconds.get("total"), ".1f")
         cells += [si_text(summary.flops.get("total")), seconds]
@@ -314,14 +291,16 @@ def _tree(runs: Sequence[EndedRun]) -> list[str]:
 
 def _details(run: EndedRun) -> dict[str, Any]:
     summary = run.summary
-    growth, experts = summary.growth, summary.experts
     chosen = {"expansion": summary.expansion, "forgetting": summary.forgetting}
-    methods = ", ".join(f"{key}={'+'.join(names) or 'none'}" for key, names in chosen.items())
+    methods = [f"{key}={'+'.join(names) or 'none'}" for key, names in chosen.items()]
     tables = [result_table(summary, [*run.rows, *run.control_rows]), attempts_table(summary)]
     if len(summary.tasks) > 1:
         tables.append(task_table(summary))
-    if summary.matrix:
-        tables.append(transfer_table(summary.matrix, most=_MAX_EVENTS))
+    notes = []
+    for topic, record in topics_of(summary):
+        methods += [f"{topic.name}={name}" for name in filter(None, [topic.method(record)])]
+        tables += topic.tables(record, on_page=True)
+        notes += [f"{topic.title}: {text}." for text in filter(None, [topic.text(record)])]
     checks = tuple(
         (each.check, each.subject or MISSING, each.verdict, each.detail or MISSING)
         for each in summary.last_attempt.gate
@@ -331,22 +310,13 @@ def _details(run: EndedRun) -> dict[str, Any]:
     header, title = ("check", "subject", "verdict", "reason"), f"Checks of the gate{last}"
     tables += [Table(header, checks, title=title), outside_table(summary)]
     tables.append(stage_table(summary))
-    notes = list(summary.notes)
-    if growth is not None:
-        methods += f", growth={growth.name}"
-        tables += [growth_table(growth, most=_MAX_EVENTS), events_table(growth, most=_MAX_EVENTS)]
-        notes.insert(0, f"Growth: {growth_text(growth)}.")
-    if experts is not None:
-        methods += f", experts={experts.kind}"
-        tables += page_tables(experts)
-        notes.insert(0, f"LoRA experts: {experts_text(experts)}.")
     return {
         "name": run.name,
         "status": summary.status,
-        "methods": methods,
+        "methods": ", ".join(methods),
         "tables": [table for table in tables if table.rows],
         "samples": summary.samples,
-        "notes": notes,
+        "notes": [*notes, *summary.notes],
     }
 
 

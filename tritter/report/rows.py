@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tritter.report.summary import Attempt, Score, Scores, Summary
-from tritter.report.wording import ACCURACY, MISSING, number_text
+from tritter.report.table import ACCURACY, MISSING, number_text
 
 Role = Literal["old", "new"]
 _CHECK_OF_ROLE: dict[Role, str] = {"old": "retention", "new": "new_capability"}

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeGuard
 from tritter.report.drawing import truncate
 from tritter.report.rows import DomainRow, domain_rows
 from tritter.report.summary import MAX_NUMBER, Attempt, Summary, ends_of
-from tritter.report.wording import MISSING
+from tritter.report.table import MISSING
 
 _SEED = "seed"
 _MAX_NAMED = 8  # settings in the name of a group, in addition to the methods
@@ -235,6 +235,25 @@ class Group:
         if any(_is_accuracy(run, domain) for run in self.runs):
             return Interval.of([own[seed] - other[seed] for seed in seeds])
         return Interval.of([own[seed] / other[seed] - 1 for seed in seeds if other[seed]])
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A group and its style; the pair of colour and marker is unique for 60 groups."""
+
+    group: Group
+    color: str
+    marker: str
+    style: str
+
+    @property
+    def filling(self) -> str:
+        return "white" if self.group.is_control else self.color
+
+    @property
+    def label(self) -> str:
+        number = len(self.group.seeds)
+        return self.group.name if number < 2 else f"{self.group.name} ({number} seeds)"
 
 
 def _at(run: EndedRun, domain: str, of: Callable[[DomainRow], float | None]) -> float | None:

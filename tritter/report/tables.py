@@ -8,9 +8,6 @@ from typing import Any
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from tritter.report.experts import experts_table, experts_text, usage_table
-from tritter.report.growth import growth_table, growth_text
-from tritter.report.matrix import transfer_table
 from tritter.report.rows import (
     DomainRow,
     change_text,
@@ -21,15 +18,19 @@ from tritter.report.rows import (
     unit_of,
 )
 from tritter.report.summary import Jump, MoeRecord, Summary
-from tritter.report.table import STYLES, Table, label, omitted_note
-from tritter.report.wording import (
+from tritter.report.table import (
     MISSING,
+    STYLES,
+    Table,
     count_text,
+    label,
     mean_shift_text,
     number_text,
+    omitted_note,
     ratio_text,
     si_text,
 )
+from tritter.report.topics import topics_of
 from tritter.terminal import Console
 
 _FEW_TASKS = 3  # whose domains fit above the columns; those of more are in the caption
@@ -66,16 +67,10 @@ def print_summary(summary: Summary, *, console: Console, folder: Path | None = N
     tables = [result_table(summary, domain_rows(summary))]
     if len(summary.tasks) > 1:
         tables.append(task_table(summary))
-    if summary.matrix is not None:
-        tables.append(transfer_table(summary.matrix))
     if summary.moe is not None:
         tables.append(moe_table(summary.moe))
-    if (growth := summary.growth) is not None and growth.events:
-        tables.append(growth_table(growth))
-    if (added := summary.experts) is not None:
-        tables.append(experts_table(added))
-        if added.usage and len(added.names) > 1:
-            tables.append(usage_table(added))
+    for topic, record in topics_of(summary):
+        tables += topic.tables(record)
     if (outside := outside_table(summary)).rows:
         tables.append(outside)
     for table in (*tables, stage_table(summary)):
@@ -108,10 +103,9 @@ def size_text(summary: Summary) -> str:
         experts = f" + {count_text(summary.experts.parameters.trainable)} experts"
     if summary.status != "rolled_back":
         return f"{count_text(kept)}{experts}"
-    is_grown = grown and (grown != kept or experts)
-    return (
-        f"{count_text(kept)} (grown {count_text(grown)}{experts})" if is_grown else count_text(kept)
-    )
+    if grown and (grown != kept or experts):
+        return f"{count_text(kept)} (grown {count_text(grown)}{experts})"
+    return count_text(kept)
 
 
 def result_table(summary: Summary, rows: Sequence[DomainRow]) -> Table:
@@ -345,10 +339,9 @@ def _summary_lines(summary: Summary) -> list[_SummaryLine]:
     if before and after and before != after and summary.experts is None and "(" not in sizes:
         sizes += f" ({ratio_text(after / before)})"
     lines.append(_SummaryLine("parameters", sizes))
-    if (growth := summary.growth) is not None:
-        lines.append(_SummaryLine("growth", growth_text(growth)))
-    if (added := summary.experts) is not None:
-        lines.append(_SummaryLine("experts", experts_text(added)))
+    for topic, record in topics_of(summary):
+        if text := topic.text(record):
+            lines.append(_SummaryLine(topic.name, text))
     if summary.moe is not None and (bias := _bias_text(summary.moe)) is not None:
         lines.append(_SummaryLine("bias", bias))
     if summary.moe is not None and summary.moe.is_open is False and status != "rolled_back":

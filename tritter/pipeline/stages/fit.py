@@ -32,7 +32,7 @@ from tritter.pipeline.trained import (
     accept,
     branch_writer,
 )
-from tritter.report.wording import count_text
+from tritter.report.table import count_text
 from tritter.training import (
     BaseModule,
     FitResult,

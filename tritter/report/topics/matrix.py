@@ -1,4 +1,4 @@
-"""Every domain after every task: table and figure of a summary's matrix."""
+"""Every domain after every task in the report of a run."""
 
 from __future__ import annotations
 
@@ -7,20 +7,48 @@ from typing import TYPE_CHECKING
 
 from tritter.report.drawing import draw_cells, new_figure, numbers
 from tritter.report.summary import Matrix
-from tritter.report.table import Table, omitted_note
-from tritter.report.wording import number_text
+from tritter.report.table import Table, number_text, omitted_note
+from tritter.report.topics.topic import MAX_ROWS_ON_PAGE, Topic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MAX_ROWS = 24
+    from tritter.report.runs import EndedRun
+
+_MAX_ROWS = 24
 _DOMAIN_CHARACTERS = 20
 _DRAWN = 40  # rows and domains
 _SATURATED_PERCENT = 50.0  # larger changes have the same colour
 
 
-def transfer_table(matrix: Matrix, *, most: int = MAX_ROWS) -> Table:
+class TaskMatrix(Topic[Matrix]):
+    """Losses of all domains before the first task and after each task."""
+
+    name, title = "matrix", "Loss after each task"
+    caption = (
+        "Rows: the model before the first task and after each task. Columns: domains. Numbers: "
+        "validation loss [nats/byte]. Colours: change from the first row. Frames: domains of the "
+        "task."
+    )
+
+    def tables(self, record: Matrix, *, on_page: bool = False) -> list[Table]:
+        return [_transfer_table(record, most=MAX_ROWS_ON_PAGE if on_page else _MAX_ROWS)]
+
+    def plot(self, run: EndedRun, record: Matrix) -> Figure:
+        """Return a figure of the losses, and of the accuracies if there are any."""
+        names = [record.domains[:_DRAWN], list(record.accuracy)[:_DRAWN]]
+        panels = [each for each in names if each]
+        rows = min(len(record.rows), _DRAWN)
+        width = 1.2 + sum(1.4 + 0.75 * len(each) for each in panels)
+        figure, axes = new_figure(columns=len(panels), width=width, height=1.8 + 0.42 * rows)
+        _draw_matrix(axes[0], record)
+        if len(panels) > 1:
+            _draw_accuracies(axes[1], record)
+        return figure
+
+
+def _transfer_table(matrix: Matrix, *, most: int) -> Table:
     """Return a row per learned domain: its losses per byte and its transfers."""
     losses, own = matrix.loss_per_byte, matrix.own
     found = [(place, name) for place, name in enumerate(matrix.domains) if name in own]
@@ -46,19 +74,6 @@ def transfer_table(matrix: Matrix, *, most: int = MAX_ROWS) -> Table:
         names={0: _DOMAIN_CHARACTERS, 1: _DOMAIN_CHARACTERS},
         rules=rules,
     )
-
-
-def matrix_figure(matrix: Matrix) -> Figure:
-    """Return a figure of a run's matrix: the losses, and the accuracies if there are any."""
-    names = [matrix.domains[:_DRAWN], list(matrix.accuracy)[:_DRAWN]]
-    panels = [each for each in names if each]
-    rows = min(len(matrix.rows), _DRAWN)
-    width = 1.2 + sum(1.4 + 0.75 * len(each) for each in panels)
-    figure, axes = new_figure(columns=len(panels), width=width, height=1.8 + 0.42 * rows)
-    _draw_matrix(axes[0], matrix)
-    if len(panels) > 1:
-        _draw_accuracies(axes[1], matrix)
-    return figure
 
 
 def _draw_matrix(axes: Axes, matrix: Matrix) -> None:

@@ -1,4 +1,4 @@
-"""Neuron growth of a run: its table, its figures and a line of text."""
+"""Neuron growth in the report of a run."""
 
 from __future__ import annotations
 
@@ -7,10 +7,18 @@ from functools import partial
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING
 
-from tritter.report.drawing import BLUE, GREEN, ORANGE, new_figure, subsample, write_note
+from tritter.report.drawing import (
+    BLUE,
+    ORANGE,
+    new_figure,
+    panel,
+    subsample,
+    wrap_text,
+    write_note,
+)
 from tritter.report.summary import GrowthEvent, GrowthRecord
-from tritter.report.table import Table, omitted_note
-from tritter.report.wording import count_text, number_text, si_text
+from tritter.report.table import Table, count_text, number_text, omitted_note, si_text
+from tritter.report.topics.topic import MAX_PANELS, MAX_ROWS_ON_PAGE, Topic
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,14 +27,103 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-MAX_ROWS = 16
+    from tritter.report.runs import EndedRun, Line
+
+_MAX_ROWS = 16
 _MAX_STEPS = 4  # named of a layer's events
 _MAX_POINTS = 60  # that are marked
-_MAX_LINES = 20  # of the height of the panel; if there are more, they are short
 _LOGARITHMIC_FROM = 20.0  # largest pressure over the smallest
 
 
-def growth_table(growth: GrowthRecord, *, most: int = MAX_ROWS) -> Table:
+class Growth(Topic[GrowthRecord]):
+    """Neurons born and replaced during training."""
+
+    name, title = "growth", "Neuron growth"
+    caption = (
+        "Neurons per layer, relative to the start. Triangles: neurons born. Circles: dead neurons "
+        "replaced. Pressure (the signal of the trigger): moving average of the mean gradient norm "
+        "of a layer's neurons, relative to the norm of the whole gradient. The FLOPs axis ends at "
+        "the last row of metrics.csv."
+    )
+    has_legend = True
+
+    def tables(self, record: GrowthRecord, *, on_page: bool = False) -> list[Table]:
+        if not record.events:
+            return []
+        if not on_page:
+            return [_growth_table(record, most=_MAX_ROWS)]
+        return [draw(record, most=MAX_ROWS_ON_PAGE) for draw in (_growth_table, _events_table)]
+
+    def text(self, record: GrowthRecord) -> str:
+        """Return a line on the result of growth, or on what to try if nothing grew."""
+        if not record.events:
+            return _no_growth_reason(record)
+        before, after = sum(record.neurons.before), sum(record.neurons.after)
+        parts = []
+        if record.parameters.before is not None and record.parameters.after is not None:
+            sizes = map(count_text, (record.parameters.before, record.parameters.after))
+            parts.append(f"parameters {' → '.join(sizes)}")
+        parts.append(f"neurons {before:,} → {after:,}")
+        if record.young is not None:
+            parts.append(f"{record.young} of them not mature at the end")
+        norms = record.update_norms
+        if norms is not None and norms.young is not None and norms.old is not None:
+            young, old = norms.young, norms.old
+            parts.append(f"mean update per step: young {young:.2g}, old {old:.2g}")
+        return "; ".join(parts)
+
+    def method(self, record: GrowthRecord) -> str:
+        return record.name
+
+    def columns(self, record: GrowthRecord) -> dict[str, str]:
+        after = count_text(record.parameters.after)
+        return {"neurons born": str(record.born), "parameters after growth": after}
+
+    def plot(self, run: EndedRun, record: GrowthRecord) -> Figure:
+        """Return a figure of neurons, pressure, and parameters over steps and over FLOPs."""
+        end = run.last_steps
+        figure, panels = new_figure(rows=2, columns=2, width=9.6, height=6.2)
+        _draw_neurons(panels[0], record, end=end)
+        _draw_pressure(panels[1], record, end=end)
+        _draw_parameters(panels[2], *_parameters_over_steps(record, end=end))
+        panels[2].set_xlabel("training step")
+        panels[2].sharex(panels[0])
+        _draw_parameters(panels[3], *_parameters_over_flops(record, end_flops=run.last_flops))
+        _label_flops(panels[3])
+        handles, labels = panels[0].get_legend_handles_labels()
+        if handles:
+            figure.legend(
+                handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=8
+            )
+        return figure
+
+    def figures(self, lines: Sequence[Line]) -> list[Figure]:
+        """Return the neurons of each run, the pressure of a single one, and the cost."""
+        found = self.records(lines)
+        made = []
+        drawn = [_draw_neurons] if len(found) > 1 else [_draw_neurons, _draw_pressure]
+        for _, run, growth in found[:MAX_PANELS]:
+            for draw in drawn:
+                figure, axes = panel(height=2.9)
+                draw(axes, growth, end=run.last_steps)
+                axes.set_title(wrap_text(f"{run.name}: {axes.get_title()}"), fontsize=9)
+                if draw is _draw_neurons and growth.events:
+                    figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=7.5)
+                made.append(figure)
+        courses = [
+            (line, _parameters_over_flops(g, end_flops=r.last_flops)) for line, r, g in found
+        ]
+        if courses := [(line, course) for line, course in courses if course[0]]:
+            figure, axes = panel(height=2.9)
+            for line, course in courses:
+                _draw_parameters(axes, *course, color=line.color, marker=line.marker)
+            _label_flops(axes)
+            axes.set_title("parameters over the training FLOPs", fontsize=9)
+            made.append(figure)
+        return made
+
+
+def _growth_table(growth: GrowthRecord, *, most: int) -> Table:
     """Return a row per layer that grew; of many layers, those that grew most."""
     layers: dict[int, list[GrowthEvent]] = {}
     for event in growth.events:
@@ -65,7 +162,7 @@ def growth_table(growth: GrowthRecord, *, most: int = MAX_ROWS) -> Table:
     return Table(header, tuple(rows), tuple(range(len(header) - 1)), "\n".join(lines), title=title)
 
 
-def events_table(growth: GrowthRecord, *, most: int) -> Table:
+def _events_table(growth: GrowthRecord, *, most: int) -> Table:
     """Return a row per event, of the first `most`."""
     counts = ("step", "layer", "born", "replaced", "left dead", "neurons")
     header = (*counts, "pressure", "logit shift [σ]", "parameters", "FLOPs so far")
@@ -82,25 +179,6 @@ def events_table(growth: GrowthRecord, *, most: int) -> Table:
     )
     caption = "; ".join(filter(None, ("Growth events", omitted_note(len(growth.events), most))))
     return Table(header, rows, tuple(range(len(header))), caption)
-
-
-def growth_text(growth: GrowthRecord) -> str:
-    """Return a line on the result of growth, or on what to try if nothing grew."""
-    if not growth.events:
-        return _no_growth_reason(growth)
-    before, after = sum(growth.neurons.before), sum(growth.neurons.after)
-    parts = []
-    if growth.parameters.before is not None and growth.parameters.after is not None:
-        sizes = map(count_text, (growth.parameters.before, growth.parameters.after))
-        parts.append(f"parameters {' → '.join(sizes)}")
-    parts.append(f"neurons {before:,} → {after:,}")
-    if growth.young is not None:
-        parts.append(f"{growth.young} of them not mature at the end")
-    norms = growth.update_norms
-    if norms is not None and norms.young is not None and norms.old is not None:
-        young, old = norms.young, norms.old
-        parts.append(f"mean update per step: young {young:.2g}, old {old:.2g}")
-    return "; ".join(parts)
 
 
 def _no_growth_reason(growth: GrowthRecord) -> str:
@@ -131,49 +209,7 @@ def _steps_text(steps: Sequence[int]) -> str:
     return f"{', '.join(map(str, steps[: _MAX_STEPS - 1]))} .. {steps[-1]} ({len(steps)})"
 
 
-def growth_figure(growth: GrowthRecord, *, end: int, end_flops: float | None = None) -> Figure:
-    """Return a figure of neurons, pressure, and parameters over steps and over FLOPs.
-
-    Args:
-        growth: The record of the run.
-        end: Training steps.
-        end_flops: Training FLOPs; if None (unknown), the curve ends at the last event.
-    """
-    figure, panels = new_figure(rows=2, columns=2, width=9.6, height=6.2)
-    draw_neurons(panels[0], growth, end=end)
-    draw_pressure(panels[1], growth, end=end)
-    draw_parameters(panels[2], *_parameters_over_steps(growth, end=end))
-    panels[2].set_xlabel("training step")
-    panels[2].sharex(panels[0])
-    draw_parameters(panels[3], *parameters_over_flops(growth, end_flops=end_flops))
-    label_flops(panels[3])
-    handles, labels = panels[0].get_legend_handles_labels()
-    if handles:
-        figure.legend(
-            handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=8
-        )
-    return figure
-
-
-def mark_growth(
-    axes: Axes, steps: Sequence[float], *, color: str = GREEN, is_alone: bool = True
-) -> None:
-    """Mark the steps at which neurons were born or replaced.
-
-    Args:
-        axes: The panel.
-        steps: Positions of the marks.
-        color: Colour of the run.
-        is_alone: The panel has one run, so that lines may have its height.
-    """
-    if steps:
-        top = 1.0 if is_alone and len(steps) <= _MAX_LINES else 0.05
-        place = axes.get_xaxis_transform()
-        axes.vlines(steps, 0, top, transform=place, color=color, linestyle=(0, (1, 1.5)),
-                    linewidth=1, label="neurons grew")  # fmt: skip
-
-
-def draw_neurons(axes: Axes, growth: GrowthRecord, *, end: int) -> None:
+def _draw_neurons(axes: Axes, growth: GrowthRecord, *, end: int) -> None:
     """Draw each layer's neurons over the steps, relative to the first ones, and its events."""
     import numpy as np
     from matplotlib.colors import Normalize
@@ -181,9 +217,8 @@ def draw_neurons(axes: Axes, growth: GrowthRecord, *, end: int) -> None:
     edges, widths = _widths(growth, end=end)
     change = 100 * (widths / np.asarray(growth.neurons.before, dtype=float) - 1)
     low, high = min(0.0, change.min()), max(1.0, change.max())
-    _draw_map(
-        axes, edges, change, "Blues", Normalize(low, high), "change of the number of neurons [%]"
-    )
+    label = "change of the number of neurons [%]"
+    _draw_map(axes, edges, change, "Blues", Normalize(low, high), label)
     size = 6 if len(growth.events) <= 100 else 3
     born = [(event.step, event.layer) for event in growth.events if event.born]
     replaced = [(event.step, event.layer) for event in growth.events if event.replaced]
@@ -199,7 +234,7 @@ def draw_neurons(axes: Axes, growth: GrowthRecord, *, end: int) -> None:
     axes.set_title("neurons" if growth.events else "neurons (no growth)", fontsize=10)
 
 
-def draw_pressure(axes: Axes, growth: GrowthRecord, *, end: int) -> None:
+def _draw_pressure(axes: Axes, growth: GrowthRecord, *, end: int) -> None:
     """Draw each layer's pressure at each check, back to the check before."""
     import numpy as np
     from matplotlib.colors import LogNorm, Normalize
@@ -238,7 +273,7 @@ def _parameters_over_steps(
     return [0, *(step for step, _ in points), last], [*values, values[-1]]
 
 
-def parameters_over_flops(
+def _parameters_over_flops(
     growth: GrowthRecord, *, end_flops: float | None
 ) -> tuple[Sequence[float], Sequence[float]]:
     """Return training FLOPs, and the parameters from each of them on; nothing if unknown."""
@@ -257,7 +292,7 @@ def parameters_over_flops(
     return spent, values
 
 
-def draw_parameters(
+def _draw_parameters(
     axes: Axes,
     positions: Sequence[float],
     values: Sequence[float],
@@ -280,7 +315,7 @@ def draw_parameters(
     axes.set_ylabel("parameters")
 
 
-def label_flops(axes: Axes) -> None:
+def _label_flops(axes: Axes) -> None:
     """Label an axis as FLOPs."""
     from matplotlib.ticker import EngFormatter
 

@@ -1,4 +1,4 @@
-"""LoRA experts of a run: tables, figures and a line of text."""
+"""LoRA experts in the report of a run."""
 
 from __future__ import annotations
 
@@ -19,25 +19,89 @@ from tritter.report.drawing import (
     write_note,
 )
 from tritter.report.summary import BASE, ExpertHistory, ExpertsRecord, Spawn
-from tritter.report.table import Table, omitted_note
-from tritter.report.wording import MISSING, count_text, number_text
+from tritter.report.table import MISSING, Table, count_text, number_text, omitted_note
+from tritter.report.topics.topic import MAX_PANELS, MAX_ROWS_ON_PAGE, Topic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from tritter.report.runs import EndedRun, Line
+
 _MAX_ROWS = 16
 _MAX_COLUMNS = 6  # experts side by side on a terminal
 _NAME_CHARACTERS = 12
 _KIND_CHARACTERS = 40
-_MAX_ROWS_ON_PAGE = 100  # rows and columns on the page; summary.json has all
 _DRAWN = 24  # experts and domains of a picture
 _MAX_MARKED = 60  # spawns, and points of a curve that are marked
 _LABEL_CHARACTERS = 24
 _STYLES = ("-", "--", ":", "-.")
 
 
-def experts_table(experts: ExpertsRecord, *, most: int = _MAX_ROWS) -> Table:
+class Experts(Topic[ExpertsRecord]):
+    """LoRA experts, spawned or trained."""
+
+    name, title = "experts", "LoRA experts"
+    caption = (
+        "Routing: mean gate on held-out data. Similarity: of the first batches of an expert to the "
+        "known skills, when it was spawned. Triangles: spawns. Dash-dotted line: next task."
+    )
+
+    def tables(self, record: ExpertsRecord, *, on_page: bool = False) -> list[Table]:
+        if on_page:
+            return _page_tables(record)
+        is_routed = record.usage and len(record.names) > 1
+        return [_experts_table(record), *([_usage_table(record)] if is_routed else [])]
+
+    def text(self, record: ExpertsRecord) -> str:
+        """Return a line on the experts of a run."""
+        sizes, routing = record.parameters, record.routing
+        parts = [f"{number_text(record.number)} at the end, {len(record.spawned)} spawned"]
+        if sizes.trainable is not None:
+            share = "" if sizes.share is None else f" ({_share_text(sizes.share)})"
+            parts.append(f"{count_text(sizes.trainable)} trainable parameters{share}")
+        if batches := dict(record.batches or {}):
+            idle = batches.pop("idle", 0)
+            counted = ", ".join(f"{number:,} {kind}" for kind, number in batches.items())
+            parts.append(f"batches: {counted}, of which {idle:,} trained nothing")
+        if refused := record.refused:
+            parts.append(f"{len(refused)} refused, last: {refused[-1].why or 'no reason recorded'}")
+        if len(record.names) > 1 and (routing.top_k or routing.temperature) is not None:
+            way = "dense" if not routing.top_k else f"top-{routing.top_k}"
+            warmth = routing.temperature
+            at = "" if warmth is None else f" at temperature {warmth:.3g}"
+            parts.append(f"routed {way}{at}")
+        return "; ".join(parts)
+
+    def method(self, record: ExpertsRecord) -> str:
+        return record.kind
+
+    def columns(self, record: ExpertsRecord) -> dict[str, str]:
+        share = _share_text(record.parameters.share)
+        return {"experts": number_text(record.number), "trainable share": share}
+
+    def plot(self, run: EndedRun, record: ExpertsRecord) -> Figure:
+        """Return a figure of routing, similarity, ranks and usage."""
+        height = 5.4 + 0.16 * min(len(record.usage), _DRAWN)
+        figure, panels = new_figure(rows=2, columns=2, width=9.6, height=height)
+        for axes, draw in zip(panels, _panels(run, record), strict=True):
+            draw(axes)
+        return figure
+
+    def figures(self, lines: Sequence[Line]) -> list[Figure]:
+        """Return the panels of a single run one by one; of several, only routing."""
+        found = self.records(lines)
+        made = []
+        for _, run, record in found[:MAX_PANELS]:
+            for draw in _panels(run, record)[: None if len(found) == 1 else 1]:
+                figure, axes = panel(height=3.0 + 0.12 * min(len(record.usage), _DRAWN))
+                draw(axes)
+                axes.set_title(wrap_text(f"{run.name}: {axes.get_title()}"), fontsize=9)
+                made.append(figure)
+        return made
+
+
+def _experts_table(experts: ExpertsRecord, *, most: int = _MAX_ROWS) -> Table:
     """Return a row per expert: its spawn, its rank and its usage; first those of the end."""
     header = ("expert", "domain", "step", "batches", "novelty", "limit", "rank", "usage %", "state")
     lines = ["spawned on a domain at a step, after so many batches above the novelty limit; "]
@@ -74,7 +138,7 @@ def experts_table(experts: ExpertsRecord, *, most: int = _MAX_ROWS) -> Table:
     )
 
 
-def usage_table(
+def _usage_table(
     experts: ExpertsRecord, *, most: int = _MAX_ROWS, max_columns: int = _MAX_COLUMNS
 ) -> Table:
     """Return a row per domain: the mean gates on its held-out data, of the most used experts."""
@@ -84,10 +148,8 @@ def usage_table(
         (domain, *(_percent(shares.get(name)) for name in shown))
         for domain, shares in list(experts.usage.items())[:most]
     )
-    lines = (
-        omitted_note(len(experts.names), len(shown), of="experts "),
-        omitted_note(len(experts.usage), most, of="domains "),
-    )
+    lines = [omitted_note(len(experts.names), len(shown), of="experts ")]
+    lines.append(omitted_note(len(experts.usage), most, of="domains "))
     return Table(
         ("domain", *shown),
         rows,
@@ -98,37 +160,17 @@ def usage_table(
     )
 
 
-def experts_text(experts: ExpertsRecord) -> str:
-    """Return a line on the experts of a run."""
-    sizes, routing = experts.parameters, experts.routing
-    parts = [f"{number_text(experts.number)} at the end, {len(experts.spawned)} spawned"]
-    if sizes.trainable is not None:
-        share = "" if sizes.share is None else f" ({share_text(sizes.share)})"
-        parts.append(f"{count_text(sizes.trainable)} trainable parameters{share}")
-    if batches := dict(experts.batches or {}):
-        idle = batches.pop("idle", 0)
-        counted = ", ".join(f"{number:,} {kind}" for kind, number in batches.items())
-        parts.append(f"batches: {counted}, of which {idle:,} trained nothing")
-    if refused := experts.refused:
-        parts.append(f"{len(refused)} refused, last: {refused[-1].why or 'no reason recorded'}")
-    if len(experts.names) > 1 and (routing.top_k or routing.temperature) is not None:
-        way = "dense" if not routing.top_k else f"top-{routing.top_k}"
-        warmth = routing.temperature
-        parts.append(f"routed {way}" + ("" if warmth is None else f" at temperature {warmth:.3g}"))
-    return "; ".join(parts)
-
-
-def share_text(share: float | None) -> str:
+def _share_text(share: float | None) -> str:
     """Return the trainable share in per cent."""
     return MISSING if share is None else f"{100 * share:.3g} %"
 
 
-def page_tables(experts: ExpertsRecord) -> list[Table]:
+def _page_tables(experts: ExpertsRecord) -> list[Table]:
     """Return the tables of the page: experts, routing, similarity and events."""
-    usage = usage_table(experts, most=_MAX_ROWS_ON_PAGE, max_columns=_MAX_ROWS_ON_PAGE)
-    found = experts.similarities[:_MAX_ROWS_ON_PAGE]
+    usage = _usage_table(experts, most=MAX_ROWS_ON_PAGE, max_columns=MAX_ROWS_ON_PAGE)
+    found = experts.similarities[:MAX_ROWS_ON_PAGE]
     names = dict.fromkeys(name for _, similarity in found for name in similarity)
-    known = list(names)[:_MAX_ROWS_ON_PAGE]
+    known = list(names)[:MAX_ROWS_ON_PAGE]
     rows = tuple(
         (expert, *(number_text(similarity.get(name), ".3g") for name in known))
         for expert, similarity in found
@@ -137,57 +179,20 @@ def page_tables(experts: ExpertsRecord) -> list[Table]:
     similarity = Table(("spawned", *known), rows, tuple(range(1, 1 + len(known))), caption)
     rows = tuple(
         (number_text(event.step), event.kind, event.expert, event.why)
-        for event in experts.events[:_MAX_ROWS_ON_PAGE]
+        for event in experts.events[:MAX_ROWS_ON_PAGE]
     )
-    lines = ["Events of the experts", omitted_note(len(experts.events), _MAX_ROWS_ON_PAGE)]
-    caption = "; ".join(filter(None, lines))
+    note = omitted_note(len(experts.events), MAX_ROWS_ON_PAGE)
+    caption = "; ".join(filter(None, ("Events of the experts", note)))
     events = Table(("step", "event", "expert", "reason"), rows, (0,), caption)
-    return [experts_table(experts, most=_MAX_ROWS_ON_PAGE), usage, similarity, events]
+    return [_experts_table(experts, most=MAX_ROWS_ON_PAGE), usage, similarity, events]
 
 
 def _percent(share: float | None) -> str:
     return number_text(share, ".0%").removesuffix("%")
 
 
-def experts_figure(experts: ExpertsRecord, *, end: int, borders: Sequence[int] = ()) -> Figure:
-    """Return a figure of routing, similarity, ranks and usage.
-
-    Args:
-        experts: The record of the run.
-        end: Training steps of the run.
-        borders: Steps at which the next task began.
-    """
-    height = 5.4 + 0.16 * min(len(experts.usage), _DRAWN)
-    figure, panels = new_figure(rows=2, columns=2, width=9.6, height=height)
-    for axes, draw in zip(panels, _panels(experts, end=end, borders=borders), strict=True):
-        draw(axes)
-    return figure
-
-
-def experts_panels(
-    experts: ExpertsRecord, *, name: str, end: int, borders: Sequence[int], is_alone: bool
-) -> list[Figure]:
-    """Return the same panels one by one, for the page.
-
-    Args:
-        experts: The record of the run.
-        name: Name of the run.
-        end: Training steps of the run.
-        borders: Steps at which the next task began.
-        is_alone: No other run has experts; of several, only routing is drawn.
-    """
-    figures = []
-    for draw in _panels(experts, end=end, borders=borders)[: None if is_alone else 1]:
-        figure, axes = panel(height=3.0 + 0.12 * min(len(experts.usage), _DRAWN))
-        draw(axes)
-        axes.set_title(wrap_text(f"{name}: {axes.get_title()}"), fontsize=9)
-        figures.append(figure)
-    return figures
-
-
-def _panels(
-    experts: ExpertsRecord, *, end: int, borders: Sequence[int]
-) -> list[Callable[[Axes], None]]:
+def _panels(run: EndedRun, experts: ExpertsRecord) -> list[Callable[[Axes], None]]:
+    end = run.last_steps
     found = [each.step for each in experts.spawned if each.step is not None]
     spawned = found[:_MAX_MARKED]
 
@@ -197,7 +202,7 @@ def _panels(
             place = axes.get_xaxis_transform()
             axes.plot(spawned, [0.0] * len(spawned), "^", transform=place, color=GREEN,
                       markersize=6, clip_on=False, zorder=5)  # fmt: skip
-        for step in borders[:_MAX_MARKED]:
+        for step in run.summary.borders[:_MAX_MARKED]:
             axes.axvline(step, color=GREY, linestyle="-.", linewidth=0.8)
         axes.set_xlim(0, max(end, *spawned, 1))
 
@@ -287,12 +292,8 @@ def _draw_history(
         # Equal ranks coincide: the first are thicker, and remain visible
         below = min(len(shown) - 1 - shown.index(name), 5) if is_stepped else 0
         marker = "o" if len(steps) <= _MAX_MARKED and not is_stepped else ""
-        line_style = {
-            "color": color,
-            "linestyle": style,
-            "marker": marker,
-            "linewidth": 1.3 + 1.2 * below,
-        }
+        width = 1.3 + 1.2 * below
+        line_style = {"color": color, "linestyle": style, "marker": marker, "linewidth": width}
         label = wrap_text(name, _LABEL_CHARACTERS)
         if is_stepped:
             axes.step(steps, values, where="post", label=label, **line_style)
