@@ -423,6 +423,22 @@ def test_cfg_lists_only_keys_that_the_run_reads(run: Run, tmp_path: Path) -> Non
         assert "max_steps: 600" in shown and "seed: 600" in shown
 
 
+def test_typed_keys_that_the_run_does_not_read_are_named(run: Run) -> None:
+    typed = ("training.decay_ratio=0.3", "training.max_steps=5", "evaluation.allow_code=[]")
+    notes = [line for line in run(*typed).out.splitlines() if line.startswith("unread")]
+    assert notes == [
+        "unread     training.decay_ratio=0.3: it needs training.schedule=wsd",
+        "unread     evaluation.allow_code=[]: it needs evaluation.tasks",
+    ]
+    told = ("experts=dylora", "experts.boundaries=told", "experts.cooldown=3", "experts.z=0.1")
+    notes = [line for line in run(*told, "hydra.run.dir=told").out.splitlines() if "unread" in line]
+    assert notes == [
+        "unread     experts.cooldown=3: it needs experts.boundaries=detected",
+        "unread     experts.z=0.1: it needs experts.router=learned or both",
+    ]
+    assert "unread" not in run("training.schedule=wsd", *typed[:2], "hydra.run.dir=other").out
+
+
 def test_arguments_of_the_process_are_restored(run: Run) -> None:
     before = list(sys.argv)
     run("seed=0")

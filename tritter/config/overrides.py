@@ -9,13 +9,7 @@ from pathlib import Path
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import (
-    Override,
-    OverrideType,
-    Quote,
-    QuotedString,
-    ValueType,
-)
+from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString, ValueType
 from hydra.errors import OverrideParseException
 
 from tritter.config.folders import (

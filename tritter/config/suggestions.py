@@ -79,9 +79,7 @@ _HINTS = (
     Hint(r"(--)?(lr|learning[-_]rate|peak[-_]lr)", "training.learning_rate=X", command="train"),
     Hint(r"(--)?(max[-_])?(train[-_])?steps", "training.max_steps=N", command="train"),
     Hint(
-        r"(--)?(per[-_]device[-_](train[-_])?)?batch[-_]size",
-        "data.batch_size=N",
-        command="train",
+        r"(--)?(per[-_]device[-_](train[-_])?)?batch[-_]size", "data.batch_size=N", command="train"
     ),
     Hint(
         r"(--)?(max[-_])?(seq(uence)?[-_]len(gth)?|block[-_]size|cutoff[-_]len)",
@@ -112,10 +110,7 @@ _HINTS = (
     Hint("(--)?bf16", "trainer.precision=bf16-mixed", command="train"),
     Hint("(--)?fp16", "trainer.precision=16-mixed", command="train"),
     Hint(
-        "(--)?(device|accelerator)",
-        "trainer=cpu",
-        command="train",
-        applies_to=lambda v: v == "cpu",
+        "(--)?(device|accelerator)", "trainer=cpu", command="train", applies_to=lambda v: v == "cpu"
     ),
     Hint("(--)?(device|accelerator|gpu|cuda)", "trainer=gpu", command="train"),
     Hint(r"(--)?(lora([-_](r|rank))?|peft)", "experts=dylora", command="train"),

@@ -57,12 +57,7 @@ from tritter.training.forgetting_method import (
 )
 from tritter.training.method import Method
 from tritter.training.optimizer import OptimizerValues
-from tritter.training.options import (
-    PRESET_RATE,
-    default_rate,
-    trainer_start_problems,
-    with_steps,
-)
+from tritter.training.options import PRESET_RATE, default_rate, trainer_start_problems, with_steps
 from tritter.training.options import RULES as TRAINING_RULES
 
 _Bodies = Mapping[str, Mapping[str, Any]]  # group → its body

@@ -26,11 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from tritter.conf_folder import config_folder
-from tritter.config.components import (
-    METHOD_GROUPS,
-    Origin,
-    method_names,
-)
+from tritter.config.components import METHOD_GROUPS, Origin, method_names
 from tritter.config.fallbacks import (
     FALLBACK_GROUPS,
     choice_problems,
@@ -70,13 +66,21 @@ _NAMES_OF_CODE = ("_target_", "()", "class")
 _REFERENCE = re.compile(r"\$\{(?!hydra\.|now:|oc\.env:)")  # references that may resolve to code
 _KNOWN_CODE = ("logging.", "colorlog.", "optuna.samplers.")
 
-# Keys that a run reads only with another one: that one → their names
-_READ_WITH = {
-    "evaluation.tasks": "tasks_path task_limit chat_template num_fewshot "
-    "allow_code code_sandbox code_sandbox_command",
-    "gate.ladder": "max_attempts",
-    "pipeline.target_params": "max_rounds strategy",
-}
+# Keys that a run reads only with a value of another one: that one, its values (default: any), names
+_READ_WITH = (
+    ("evaluation.tasks", (), "tasks_path task_limit chat_template num_fewshot"),
+    ("evaluation.tasks", (), "allow_code code_sandbox code_sandbox_command"),
+    ("gate.ladder", (), "max_attempts"),
+    ("pipeline.target_params", (), "max_rounds strategy"),
+    ("pretraining.schedule", ("wsd",), "decay_ratio"),
+    ("training.schedule", ("wsd",), "decay_ratio"),
+    ("experts.boundaries", ("detected",), "detector min_samples in_a_row confidence cooldown"),
+    ("experts.boundaries", ("detected",), "moving_average"),
+    ("experts.router", ("learned", "both"), "shared_router balance entropy z"),
+    ("experts.router", ("evidence", "both"), "prior inner_prior evidence_scale evidence_window"),
+    ("experts.rehearsal", (), "exemplars"),
+    ("experts.freeze_converged", (), "freeze_projections"),
+)
 
 # Exceptions that Hydra raises for values of unexpected types
 _HYDRA_ERRORS = (
@@ -130,21 +134,32 @@ class Loader(ConfigLoaderImpl):
             hydra = config.pop("hydra")
             OmegaConf.resolve(config)
             config.hydra = hydra
-        for key, names in _READ_WITH.items():
-            section, _, name = key.partition(".")
-            for unread in () if config[section].get(name) else names.split():
-                config[section].pop(unread, None)
-        for part in ("pretraining", "training"):
-            if config[part].get("schedule") != "wsd":
-                config[part].pop("decay_ratio", None)
-        if config.model.model_type == "hf":
-            config.data.pop("vocab_size", None)
-            config.pop("pretraining")
-        width = config.expansion.get("width") or {}
-        if width.get("init", "fresh") == (width.get("head_strategy") or "fresh") == "fresh":
-            for unread in ("shares", "noise"):  # of copies
-                width.pop(unread, None)
+        for key in self.unread_keys(config):
+            section, _, name = key.rpartition(".")
+            (OmegaConf.select(config, section) if section else config).pop(name, None)
         self.shown = config
+
+    @staticmethod
+    def unread_keys(config: DictConfig) -> dict[str, str]:
+        """Return the keys and sections that a run does not read, each with what it would need."""
+        found: dict[str, str] = {}
+        for key, values, names in _READ_WITH:
+            section, _, name = key.partition(".")
+            part = config.get(section) or {}  # of experts: none
+            is_read = part.get(name) in values if values else bool(part.get(name))
+            if name in part and not is_read:
+                need = f"{key}={' or '.join(values)}" if values else key
+                found |= {f"{section}.{each}": need for each in names.split()}
+        if config.model.model_type == "hf":
+            found |= dict.fromkeys(("data.vocab_size", "pretraining"), "a base that the run trains")
+        width = config.expansion.get("width")
+        if (
+            width
+            and width.get("init", "fresh") == (width.get("head_strategy") or "fresh") == "fresh"
+        ):
+            unread = ("expansion.width.shares", "expansion.width.noise")
+            found |= dict.fromkeys(unread, "copies (expansion.width.init)")
+        return found
 
     def load_configuration(
         self,
@@ -216,11 +231,7 @@ class Composer:
         return self.loader.options
 
     def compose(
-        self,
-        overrides: Sequence[str],
-        *,
-        job_number: int | None = None,
-        rules: Sequence[Rule] = (),
+        self, overrides: Sequence[str], *, job_number: int | None = None, rules: Sequence[Rule] = ()
     ) -> _Composition:
         """Compose one job and validate it.
 
@@ -373,10 +384,7 @@ class _Origins:
     """Maps a dotted key to the option file that sets it, or to None for the command line."""
 
     def __init__(
-        self,
-        overrides: Sequence[Override],
-        files: Sequence[ResultDefault],
-        sources: Iterable[Any],
+        self, overrides: Sequence[Override], files: Sequence[ResultDefault], sources: Iterable[Any]
     ) -> None:
         self._command_line = [override.key_or_group for override in overrides]
         self._files = files

@@ -312,7 +312,14 @@ def _plan_run(request: Request, composed: DictConfig) -> Plan:
     folder = resumed or Path(hydra.run.dir).absolute()
     missing = tuple(path for path in (folder, *folder.parents) if not path.exists())
     state = check_run_folder(folder, config)
-    return Plan((Job(request.overrides, config, folder, state, missing),))
+    job, loader = Job(request.overrides, config, folder, state, missing), request.composing.loader
+    notes = tuple(
+        f"unread     {override.input_line}: it needs {need}"
+        for override in parse(request.overrides, loader=loader)
+        for key, need in loader.unread_keys(composed).items()
+        if f"{override.key_or_group}.".startswith(f"{key}.")
+    )
+    return Plan((job,), notes=notes)
 
 
 def _plan_sweep(request: Request, composed: DictConfig) -> Plan:
