@@ -84,7 +84,7 @@ TORCH_ONLY_ROOMS = {"core.parameter_map", "core.stock_routers"}  # the standard 
 RATCHET = {
     "(top)": (13, 2_332),
     "checkpoints": (12, 3_050),
-    "cli": (21, 5_813),
+    "cli": (21, 5_818),
     "config": (19, 5_171),
     "core": (37, 11_898),
     "data": (26, 8_993),

@@ -14,7 +14,9 @@ from tests.evaluation.published import PUBLISHED
 from tests.evaluation.test_benchmark_files import written
 from tests.oracle import stock
 from tests.real import real_checkpoint
+from tritter.data.tokens import read_tokenizer
 from tritter.errors import RequestError
+from tritter.pipeline.evaluate import named_domains
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 TEXT = "the model grows a layer where data asks for one\n"
@@ -60,6 +62,18 @@ def test_losses_of_named_text(run: Run, place: Path) -> None:
     (place / "rows.jsonl").unlink()
     table = run("evaluate --checkpoint base --data notes=notes.txt")
     assert f"{record['loss']:.3f}" in table.out and "per byte" in table.out
+
+
+def test_long_documents_are_scored_up_to_a_window(place: Path) -> None:
+    (place / "long.txt").write_text(" ".join(f"word {number}" for number in range(3000)))
+    tokenizer = read_tokenizer(place / "base", vocab_size=512)
+    for length, most in ((64, 1024), (2048, 2048)):
+        found = named_domains(
+            {"long": ["long.txt"]}, tokenizer, folder=place / "base", lineage=None, length=length
+        ).noted(length)
+        assert found.documents["long"].num_tokens == most
+        said = f"long: only the first {most:,} tokens of 1 documents are scored."
+        assert found.notes[-1] == said
 
 
 def test_benchmarks_from_files(run: Run, tasks: Path) -> None:

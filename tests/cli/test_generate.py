@@ -145,6 +145,23 @@ def test_weights_that_overflow_are_told(run: Run, place: Path) -> None:
     assert "not finite" in result.err and "Traceback" not in result.err
 
 
+def test_of_a_prompt_only_the_last_logits_are_computed(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    head = torch.nn.Linear.forward
+
+    def forward(self: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+        if self.out_features == vocabulary:
+            found.append(hidden.shape[1])
+        return head(self, hidden)
+
+    vocabulary = stock(place / "base").lm_head.out_features
+    monkeypatch.setattr(torch.nn.Linear, "forward", forward)
+    assert run("generate --checkpoint base --prompt hello_there --max-new-tokens 3").code == 0
+    assert found and set(found) == {1}
+
+
 @pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("file", "change", "said"),

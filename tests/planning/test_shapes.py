@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import GPTNeoXConfig
 
 from tests.oracle import tiny_llama
 from tritter.core.expansions import Dus, Layers, LlamaPro, Width, target_model
@@ -18,6 +19,7 @@ from tritter.planning.shapes import (
     reached_shape,
     width_specs,
 )
+from tritter.planning.strategy import PathRequest, find_paths
 
 SMALL: Config = tiny_llama().config.to_dict()
 
@@ -83,9 +85,23 @@ def test_the_nearest_shape_is_that_of_a_plain_search(growth: float) -> None:
 
 def test_methods_are_sorted_by_direction() -> None:
     width, depth = Width(init="net2net"), LlamaPro()
-    assert GrowthMethods.of([width, depth]) == GrowthMethods(depth=depth, width=width)
-    assert GrowthMethods.of([]) == GrowthMethods(depth=Dus(), width=Width())
-    assert GrowthMethods.of([depth]) == GrowthMethods(depth=depth)
+    model = Model(SMALL)
+    assert GrowthMethods.of([width, depth], model) == GrowthMethods(depth=depth, width=width)
+    assert GrowthMethods.of([], model) == GrowthMethods(depth=Dus(), width=Width())
+    assert GrowthMethods.of([depth], model) == GrowthMethods(depth=depth)
+
+
+def test_layer_norms_are_widened_by_copies_unless_another_method_is_asked_for() -> None:
+    names = {"model_type": "gpt_neox", "hidden_size": 64, "intermediate_size": 256}
+    config = {**names, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 512}
+    source = Model(GPTNeoXConfig(**config).to_dict())
+    request = {"source": source, "target_parameters": 924_416}
+    methods = GrowthMethods.of([], source)
+    (shapes,) = find_paths(PathRequest(**request, strategy="width_first", methods=methods)).values()
+    assert shapes[0].model.sizes.hidden_size == 128
+    fresh = GrowthMethods.of([Width()], source)
+    with pytest.raises(RequestError, match=r"LayerNorms grow in width only with .*=net2net"):
+        find_paths(PathRequest(**request, strategy="width_first", methods=fresh))
 
 
 @pytest.mark.parametrize(
@@ -99,4 +115,4 @@ def test_methods_are_sorted_by_direction() -> None:
 )
 def test_methods_that_cannot_be_planned_are_refused(specs: list, message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        GrowthMethods.of(specs)
+        GrowthMethods.of(specs, Model(SMALL))

@@ -177,15 +177,17 @@ def evaluate(
         tokenizer = read_tokenizer(folder, vocab_size=whole.sizes.vocab_size)
         stock = _stock_tokenizer(folder, needs_template=chat_template) if chosen else None
         domains = losses_of.DomainsToScore({}, ())
+        length = window_length(lineage, whole.position_limit)
         if sources:
             domains = losses_of.named_domains(
-                sources, tokenizer, folder=folder, lineage=lineage, text_field=text_field
-            )
+                sources, tokenizer, folder=folder, lineage=lineage, length=length,
+                text_field=text_field,
+            )  # fmt: skip
         elif not chosen:
-            domains = losses_of.learned_domains(folder, lineage, tokenizer)
+            domains = losses_of.learned_domains(folder, lineage, tokenizer, length=length)
         with status("loading the model"):
             model = _read_model(folder)
-    domains = domains.limited(limit).noted(length := window_length(lineage, whole.position_limit))
+    domains = domains.limited(limit).noted(length)
     with progress_bars(is_shown=not as_json) as new_bar:
         losses = losses_of.domain_losses(
             model, domains.documents, tokenizer, length=length, batch_size=batch_size,

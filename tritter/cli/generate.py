@@ -337,8 +337,11 @@ def _refuse_overflow(model: Any, ids: Tensor) -> None:
     """Raise a `TritterError` if the logits after a prompt are not finite."""
     import torch
 
+    from tritter.core.models import last_logits_only
+
     with torch.inference_mode():
-        logits = model(input_ids=ids.to(model.device), use_cache=False).logits[:, -1]
+        kept = last_logits_only(model)  # those of a long prompt take gigabytes
+        logits = model(input_ids=ids.to(model.device), use_cache=False, **kept).logits[:, -1]
     if not logits.isfinite().all():
         raise TritterError(
             "the model's logits for the prompt are not finite although its weights are: it "

@@ -22,7 +22,7 @@ from tritter.pipeline.run_data import all_documents, corpus_chat
 from tritter.pipeline.scoring import Scoring
 from tritter.terminal import NewBar, no_bar
 
-_MAX_TOKENS_PER_DOCUMENT = 1024  # as in conf/evaluation/default.yaml
+_MAX_TOKENS_PER_DOCUMENT = 1024  # as in conf/evaluation/default.yaml; at least one window
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,10 +38,14 @@ class DomainsToScore:
     notes: tuple[str, ...]
 
     def noted(self, length: int) -> "DomainsToScore":
-        """Return the domains with notes on what is scored of conversations in windows."""
-        limits = {"sequence_length": length, "max_tokens": _MAX_TOKENS_PER_DOCUMENT}
-        notes = (scoring_note(name, each, **limits) for name, each in self.documents.items())
-        return replace(self, notes=(*self.notes, *filter(None, notes)))
+        """Return the domains with notes on what is scored of long documents in windows."""
+        most, notes = max(length, _MAX_TOKENS_PER_DOCUMENT), list(self.notes)
+        for name, each in self.documents.items():
+            note = scoring_note(name, each, sequence_length=length, max_tokens=most)
+            if note or each.cut:
+                begin = f"only the first {most:,} tokens of {len(each.cut):,} documents are scored"
+                notes.append(note or f"{name}: {begin}.")
+        return replace(self, notes=tuple(notes))
 
     def limited(self, limit: int | None) -> "DomainsToScore":
         """Return the first documents of each domain, and a note if there are more."""
@@ -59,9 +63,10 @@ def named_domains(
     *,
     folder: Path,
     lineage: Lineage | None,
+    length: int,
     text_field: str = DEFAULT_FIELD,
 ) -> DomainsToScore:
-    """Return all documents in some files, each truncated to its first tokens.
+    """Return all documents in some files for windows of a length, truncated to 1,024 tokens or it.
 
     Conversations are tokenised as in training of the checkpoint in `folder`.
     """
@@ -75,7 +80,7 @@ def named_domains(
         name: tokenise(
             domain_documents,
             tokenizer.tokenizer,
-            max_tokens_per_document=_MAX_TOKENS_PER_DOCUMENT,
+            max_tokens_per_document=max(length, _MAX_TOKENS_PER_DOCUMENT),
             chat=chat,
         )
         for name, domain_documents in found.items()
@@ -83,13 +88,9 @@ def named_domains(
     files = (find_texts(f"--data {n}", paths).note(n) for n, paths in sources.items())
     notes = list(filter(None, files))
     notes += [note for texts in found.values() for note in texts.notes]
-    notes += filter(
-        None,
-        (
-            unencoded_note(n, (each,), (one.text for one in found[n]), tokenizer.tokenizer)
-            for n, each in documents.items()
-        ),
-    )
+    for n, each in documents.items():
+        texts = (one.text for one in found[n])
+        notes += filter(None, [unencoded_note(n, (each,), texts, tokenizer.tokenizer)])
     if chat is not None:
         notes.append(chat.note(count))
         notes += filter(
@@ -99,9 +100,9 @@ def named_domains(
 
 
 def learned_domains(
-    folder: Path, lineage: Lineage | None, tokenizer: PretrainedTokenizer
+    folder: Path, lineage: Lineage | None, tokenizer: PretrainedTokenizer, *, length: int
 ) -> DomainsToScore:
-    """Return the held-out documents of every domain in a lineage."""
+    """Return the held-out documents of every domain in a lineage, truncated as above."""
     text = None
     if lineage is not None:
         data = TextDataConfig(
@@ -137,7 +138,7 @@ def learned_domains(
         origin="the domains in the lineage",
         vocab_size=tokenizer.tokenizer.get_vocab_size(),
         validation_fraction=text.split.validation_fraction,
-        max_validation_tokens_per_document=_MAX_TOKENS_PER_DOCUMENT,
+        max_validation_tokens_per_document=max(length, _MAX_TOKENS_PER_DOCUMENT),
         seed=text.split.seed,
         cache_dir=cache_folder(None),
         tokenizer=tokenizer.tokenizer,

@@ -89,8 +89,7 @@ CHINCHILLA = ScalingLaw(
 def _training_flops_per_token(model: Model, setup: TrainingSetup) -> float:
     """Return the mean training FLOPs per token: matrices, output head, attention."""
     flops = training_flops(
-        model,
-        is_trained=lambda tensor: not (setup.is_attention_frozen and is_attention(tensor)),
+        model, is_trained=lambda tensor: not (setup.is_attention_frozen and is_attention(tensor))
     )
     return flops.per_token(setup.sequence_length)
 

@@ -81,10 +81,10 @@ class GrowthMethods:
         return cls(depth=Dus(), width=Width(init="net2net" if takes_copies else "fresh"))
 
     @classmethod
-    def of(cls, specs: Sequence[ExpansionSpec]) -> "GrowthMethods":
-        """Group methods by direction; defaults to `Dus` and `Width`."""
+    def of(cls, specs: Sequence[ExpansionSpec], model: Model) -> "GrowthMethods":
+        """Group methods by direction; without any, return the `usual` ones of the model."""
         if not specs:
-            return cls(depth=Dus(), width=Width())
+            return cls.usual(model)
         found: dict[str, ExpansionSpec] = {}
         for spec in specs:
             direction = _direction(spec)
@@ -134,11 +134,7 @@ def depth_specs(
 
 
 def width_specs(
-    source: Model,
-    method: ExpansionSpec,
-    *,
-    grid: _WidthGrid,
-    max_aspect_ratio: float = math.inf,
+    source: Model, method: ExpansionSpec, *, grid: _WidthGrid, max_aspect_ratio: float = math.inf
 ) -> list[ExpansionSpec]:
     """Return the width expansions to at most twice the hidden size, in ascending order.
 

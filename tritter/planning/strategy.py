@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
+from tritter.core.expansions import Width
 from tritter.core.families import Model
 from tritter.core.families.presets import aspect_ratio_at
 from tritter.errors import Problem, RequestError, nearest
@@ -193,6 +194,9 @@ def _refuse(request: PathRequest, shapes: list[Shape]) -> NoReturn:
             nearest += [shape.parameters] if shape is not None else []
     found = min(nearest, key=lambda count: abs(count - target), default=None)
     ending = "there is no larger shape" if found is None else f"the nearest has {found:,}"
+    width = request.methods.width
+    if isinstance(width, Width) and width.init == "fresh" and source.family.subtracts_mean:
+        ending += "; LayerNorms grow in width only with expansion.width.init=net2net"
     reason = (
         f"{' and '.join(methods)} ({request.strategy}) can't reach a shape within 10 % of it from "
         f"{source.num_parameters:,}; {ending}"
@@ -217,7 +221,7 @@ def planned_rounds(config: RunRequest, source: Model) -> tuple[Shape, ...]:
             source=source,
             target_parameters=pipeline.target_params,
             strategy=pipeline.strategy or AUTO,
-            methods=GrowthMethods.of(config.expansion),
+            methods=GrowthMethods.of(config.expansion, source),
         )
         best = min(find_paths(request).values(), key=lambda shapes: lopsidedness(shapes[-1]))
         return best[: pipeline.max_rounds]

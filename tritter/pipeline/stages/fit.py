@@ -27,11 +27,7 @@ from tritter.pipeline.run import Run
 from tritter.pipeline.samples import sample_log
 from tritter.pipeline.stage import Stage
 from tritter.pipeline.stages import importance
-from tritter.pipeline.trained import (
-    TrainedWriter,
-    accept,
-    branch_writer,
-)
+from tritter.pipeline.trained import TrainedWriter, accept, branch_writer
 from tritter.report.table import count_text
 from tritter.training import (
     BaseModule,
