@@ -405,6 +405,7 @@ def test_cfg_lists_only_keys_that_the_run_reads(run: Run, tmp_path: Path) -> Non
     more = listed(
         *("evaluation.tasks=[piqa]", "gate.ladder=gentler", "training.schedule=wsd"),
         *("pretraining.schedule=wsd", "expansion.width.init=net2net"),
+        *("evaluation.code_sandbox=external", "evaluation.code_sandbox_command=cat"),
     ) | listed("pipeline.target_params=300k")
     assert usual < more
     assert {key.rpartition(".")[2] for key in more - usual} == {
@@ -424,10 +425,10 @@ def test_cfg_lists_only_keys_that_the_run_reads(run: Run, tmp_path: Path) -> Non
 
 
 def test_typed_keys_that_the_run_does_not_read_are_named(run: Run) -> None:
-    typed = ("training.decay_ratio=0.3", "training.max_steps=5", "evaluation.allow_code=[]")
+    typed = ("pipeline.max_rounds=null", "training.max_steps=5", "evaluation.allow_code=[]")
     notes = [line for line in run(*typed).out.splitlines() if line.startswith("unread")]
     assert notes == [
-        "unread     training.decay_ratio=0.3: it needs training.schedule=wsd",
+        "unread     pipeline.max_rounds=null: it needs pipeline.target_params",
         "unread     evaluation.allow_code=[]: it needs evaluation.tasks",
     ]
     told = ("experts=dylora", "experts.boundaries=told", "experts.cooldown=3", "experts.z=0.1")
@@ -436,7 +437,22 @@ def test_typed_keys_that_the_run_does_not_read_are_named(run: Run) -> None:
         "unread     experts.cooldown=3: it needs experts.boundaries=detected",
         "unread     experts.z=0.1: it needs experts.router=learned or both",
     ]
-    assert "unread" not in run("training.schedule=wsd", *typed[:2], "hydra.run.dir=other").out
+    rate = ("experts=single_lora", "training.learning_rate=1e-4")
+    noted = (
+        "unread     training.learning_rate=1e-4: it needs experts=none; set experts.learning_rate"
+    )
+    assert noted in run(*rate, "hydra.run.dir=rate").out
+    assert noted not in run(*rate, "control=true", "hydra.run.dir=control").out
+    both = ("experts.learning_rate=${training.learning_rate}", "hydra.run.dir=both")
+    assert "unread" not in run(*rate, *both).out
+    own = "{_target_:tritter.methods.growth.triggers.Percentile}"  # as a class from outside
+    words = ("growth=foam", f"growth.trigger={own}", "growth.history_checks=3")
+    assert "unread" not in run(*words, "hydra.run.dir=own").out
+    grown = ("growth=foam", "growth.trigger=schedule", "growth.history_checks=3")
+    found = run(*grown, "growth.dead_quantile=0.5", "hydra.run.dir=grown").out
+    assert "unread     growth.history_checks=3: it needs growth.trigger=percentile" in found
+    assert "unread     growth.dead_quantile=0.5: it needs growth.enable_replacement" in found
+    assert "unread" not in run("training.decay_ratio=0.3", "hydra.run.dir=other").out  # has a note
 
 
 def test_arguments_of_the_process_are_restored(run: Run) -> None:

@@ -63,6 +63,15 @@ REFUSALS: dict[str, tuple[str, ...]] = {
         "growth.trigger.at = [250]",
         "must be below training.max_steps",
     ),
+    "growth=foam growth.trigger=plateau training.max_steps=100": ("growth.plateau_steps",),
+    "growth=foam growth.trigger=scaling_law training.max_steps=40": (
+        "training.max_steps",
+        "scaling_law needs more than 40 steps",
+    ),
+    "expansion=llama_pro expansion.llama_pro.new_blocks_only=true experts=single_lora": (
+        "expansion.llama_pro.new_blocks_only",
+        "experts freeze the whole base",
+    ),
     "growth=foam growth.trigger={name:plateau,at:[3]}": ("growth.trigger.at", "has threshold"),
     "growth=foam growth.trigger=budget": ("growth.max_new_parameters",),
     "growth=foam growth.initialiser.orthogonalise=activations": ("{name: NAME, KEY: VALUE}",),

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +13,12 @@ import pytest
 from tests.pipeline.tiny import FIXTURES
 from tritter.checkpoints import lineage_of
 from tritter.config.folders import search_path_of, use_search_path
+from tritter.config.launch.composition import load_config
 from tritter.errors import TritterError
 from tritter.evaluation.gate import Check
 from tritter.pipeline import Outcome, verdict
 from tritter.pipeline.branch import Branch
+from tritter.pipeline.pipeline import planned_candidates
 from tritter.pipeline.run import Run
 from tritter.pipeline.stages.evaluate import Evaluate
 from tritter.report.summary import Summary
@@ -35,6 +38,24 @@ ASKED = ("gate=default", "gate.ladder=mine", "logger=csv")
 
 def summary_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "summary.json").read_text())
+
+
+def test_a_fallback_that_repeats_an_attempt_is_left_out() -> None:
+    """By default, a run replays already, as the first fallback of `gentler` does."""
+    found, said = dict[str, list[str]](), list[str]()
+    for forgetting in ("[replay]", "none"):
+        run: Any = SimpleNamespace(
+            config=load_config(["gate.ladder=gentler", f"forgetting={forgetting}"]),
+            data=SimpleNamespace(text=SimpleNamespace(tasks=["one"])),
+            of_attempt=lambda number: number,
+            say=lambda _, text: said.append(text),
+        )
+        found[forgetting] = [each.branches[0].name for each in planned_candidates(run)]
+    assert found == {
+        "[replay]": ["attempt_1", "attempt_3"],
+        "none": ["attempt_1", "attempt_2", "attempt_3"],
+    }
+    assert said == ["attempt 2 would repeat an earlier one, and is left out"]
 
 
 @pytest.fixture(scope="module", autouse=True)

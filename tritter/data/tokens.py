@@ -310,7 +310,7 @@ class TokenisedDocuments:
         offsets: int64 [n + 1]; document i is `tokens[offsets[i]:offsets[i + 1]]`.
         num_bytes: int64 [n], UTF-8 bytes of each tokenised text, of a marked one of its answers.
         identifiers: identifiers of the documents.
-        cut: indices of documents that exceed `max_tokens_per_document` of `tokenise`.
+        cut: indices of conversations that exceed `max_tokens_per_document` of `tokenise`.
     """
 
     tokens: Tensor
@@ -405,7 +405,7 @@ class _Encoded(NamedTuple):
 
     ids: Sequence[int] | np.ndarray
     num_bytes: int
-    is_cut: bool = False
+    is_cut: bool = False  # a conversation
 
 
 def _encoded(
@@ -440,13 +440,13 @@ def _encoded(
 def _truncated(text: str, encoding: Any, limit: int | None) -> _Encoded:
     """Return the ids of a text up to a limit, and the bytes of the text that they encode."""
     num_kept = len(encoding)
-    if is_cut := limit is not None and num_kept > limit:
+    if limit is not None and num_kept > limit:
         # Byte-level tokens may be parts of a character; such tokens share their offsets.
         offsets, num_kept = encoding.offsets, limit
         while num_kept and offsets[num_kept][0] < offsets[num_kept - 1][1]:
             num_kept -= 1
         text = text[: offsets[num_kept - 1][1]] if num_kept else ""
-    return _Encoded(encoding.ids[:num_kept], len(text.encode()), is_cut)
+    return _Encoded(encoding.ids[:num_kept], len(text.encode()))
 
 
 def tokenise_texts(texts: Iterable[str], tokenizer: Tokenizer) -> TokenisedDocuments:

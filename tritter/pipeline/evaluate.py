@@ -41,10 +41,10 @@ class DomainsToScore:
         """Return the domains with notes on what is scored of long documents in windows."""
         most, notes = max(length, _MAX_TOKENS_PER_DOCUMENT), list(self.notes)
         for name, each in self.documents.items():
+            cut = int((each.offsets.diff() > most - 4).sum())  # a cut ends with a character
+            begin = f"{name}: only the first {most:,} tokens of {cut:,} documents are scored."
             note = scoring_note(name, each, sequence_length=length, max_tokens=most)
-            if note or each.cut:
-                begin = f"only the first {most:,} tokens of {len(each.cut):,} documents are scored"
-                notes.append(note or f"{name}: {begin}.")
+            notes += filter(None, [note or (begin if cut else "")])
         return replace(self, notes=tuple(notes))
 
     def limited(self, limit: int | None) -> "DomainsToScore":

@@ -212,9 +212,14 @@ def planned_candidates(run: Run) -> list[Candidate]:
     """
     config, candidates = run.config, []
     if config.pipeline.target_params is None:
+        methods, trainings = list[object](), list[object]()
         for number, own in enumerate(config.attempts, start=1):
-            has_same_methods = [one.forgetting == own.forgetting for one in config.attempts]
-            prepared_by = 1 + has_same_methods.index(True)
+            methods.append(own.forgetting)
+            trainings.append((own.forgetting, own.expansion, own.training))
+            if trainings[-1] in trainings[:-1]:
+                run.say("", f"attempt {number} would repeat an earlier one, and is left out")
+                continue
+            prepared_by = 1 + methods.index(own.forgetting)
             name = f"attempt_{number}"
             first = Branch(name, own.expansion, attempt=number, prepared_by=prepared_by)
             branches = tasks_of(first, len(run.data.text.tasks))
@@ -253,10 +258,8 @@ def _run_control(last: Candidate, *, num_rounds: int) -> Candidate:
     if not run.config.control:
         return replace(last, branches=())
     run.say("control", "control (not grown), trained in the same way")
-    prepared_by = last.branches[0].prepared_by
-    first = Branch(
-        "control", (), is_control=True, num_trainings=num_rounds, prepared_by=prepared_by
-    )
+    prepared = last.branches[0].prepared_by
+    first = Branch("control", (), is_control=True, num_trainings=num_rounds, prepared_by=prepared)
     branches = _run_tasks(run, tasks_of(first, len(run.data.text.tasks)))
     disk.remove(run, branches[-1].trained)
     return replace(last, branches=branches)

@@ -68,6 +68,7 @@ _KNOWN_CODE = ("logging.", "colorlog.", "optuna.samplers.")
 
 # Keys that a run reads only with a value of another one: that one, its values (default: any), names
 _READ_WITH = (
+    ("evaluation.code_sandbox", ("external",), "code_sandbox_command"),
     ("evaluation.tasks", (), "tasks_path task_limit chat_template num_fewshot"),
     ("evaluation.tasks", (), "allow_code code_sandbox code_sandbox_command"),
     ("gate.ladder", (), "max_attempts"),
@@ -80,20 +81,15 @@ _READ_WITH = (
     ("experts.router", ("evidence", "both"), "prior inner_prior evidence_scale evidence_window"),
     ("experts.rehearsal", (), "exemplars"),
     ("experts.freeze_converged", (), "freeze_projections"),
+    ("growth.trigger", ("percentile", "within_layer"), "gradient_percentile"),
+    ("growth.trigger", ("percentile",), "history_checks"),
+    ("growth.enable_replacement", (), "dead_quantile"),
 )
 
 # Exceptions that Hydra raises for values of unexpected types
 _HYDRA_ERRORS = (
-    HydraException,
-    OmegaConfBaseException,
-    yaml.YAMLError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    AssertionError,
-    RecursionError,
-    OverflowError,
+    *(HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, LookupError),
+    *(AttributeError, AssertionError, RecursionError, OverflowError),
 )
 _HYDRA_NOISE = re.compile(r"To append|object_type|reference_type|Config search path|provider=")
 
@@ -146,10 +142,15 @@ class Loader(ConfigLoaderImpl):
         for key, values, names in _READ_WITH:
             section, _, name = key.partition(".")
             part = config.get(section) or {}  # of experts: none
-            is_read = part.get(name) in values if values else bool(part.get(name))
-            if name in part and not is_read:
+            value = part.get(name)
+            if isinstance(value, DictConfig):  # an own trigger may read all keys
+                value = value.get("name", (values or (value,))[0])
+            if name in part and not (value in values if values else value):
                 need = f"{key}={' or '.join(values)}" if values else key
-                found |= {f"{section}.{each}": need for each in names.split()}
+                for each in names.split():
+                    found[f"{section}.{each}"] = need
+        if config.experts and not (config.control or "moe_add" in config.expansion):
+            found["training.learning_rate"] = "experts=none; set experts.learning_rate"
         if config.model.model_type == "hf":
             found |= dict.fromkeys(("data.vocab_size", "pretraining"), "a base that the run trains")
         width = config.expansion.get("width")

@@ -13,7 +13,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tritter.checkpoints.run_text import side_problems
@@ -313,13 +313,13 @@ def _plan_run(request: Request, composed: DictConfig) -> Plan:
     missing = tuple(path for path in (folder, *folder.parents) if not path.exists())
     state = check_run_folder(folder, config)
     job, loader = Job(request.overrides, config, folder, state, missing), request.composing.loader
-    notes = tuple(
-        f"unread     {override.input_line}: it needs {need}"
-        for override in parse(request.overrides, loader=loader)
-        for key, need in loader.unread_keys(composed).items()
-        if f"{override.key_or_group}.".startswith(f"{key}.")
-    )
-    return Plan((job,), notes=notes)
+    text, notes = OmegaConf.to_yaml(composed), list[str]()
+    for override in () if config.fallbacks else parse(request.overrides, loader=loader):
+        for key, need in loader.unread_keys(composed).items():
+            name, is_noted = override.key_or_group, "decay" in key  # by `rate_notes`
+            if f"{name}.".startswith(f"{key}.") and not is_noted and f"${{{name}}}" not in text:
+                notes.append(f"unread     {override.input_line}: it needs {need}")
+    return Plan((job,), notes=tuple(notes))
 
 
 def _plan_sweep(request: Request, composed: DictConfig) -> Plan:

@@ -61,6 +61,9 @@ class Experts(Method, ABC):
         if run.growth is not None:
             reason = "neurons grow in a trained base, and experts freeze the base; use experts=none"
             yield Problem("growth", run.growth.kind.__name__, reason=reason)
+        for spec in (each for each in run.expansion if each.new_blocks_only):
+            reason = "experts freeze the whole base, the new blocks too; remove it"
+            yield Problem(f"expansion.{spec.name}.new_blocks_only", True, reason=reason)
         if run.trainer.accelerator == "mps":
             reason = "experts are chosen in float64, which Apple GPUs lack; use trainer=cpu"
             yield Problem("trainer.accelerator", run.trainer.accelerator, reason=reason)

@@ -172,19 +172,14 @@ class Freeze(ForgettingMethod):
 
         from tritter.training.parameters import live_layout  # transformers, as in `distill`
 
-        options, stored_in_order = self.options, live_layout(model)
-        chosen_parts, is_tied = (
-            options.selection,
-            all(part.tensor.kind != "head" for stored in stored_in_order for part in stored.parts),
-        )
+        options, chosen, stored_in_order = self.options, self.options.selection, live_layout(model)
+        is_tied = "head" not in (p.tensor.kind for stored in stored_in_order for p in stored.parts)
         heights: dict[str, float] = {}  # the embedding is below all layers, the rest above
         self._partly_frozen = {}
         for stored in stored_in_order:
             tensors = [part.tensor for part in stored.parts]
             mask = torch.zeros(stored.shape, dtype=torch.bool)  # of frozen entries
-            if chosen_parts and all(
-                chosen_parts.has(tensor, is_tied=is_tied) for tensor in tensors
-            ):
+            if chosen and all(chosen.has(tensor, is_tied=is_tied) for tensor in tensors):
                 mask[...] = True
             if options.new_only or (options.old_experts and tensors[0].is_per_expert):
                 mask |= task.carried[stored.name]
@@ -237,8 +232,7 @@ class Freeze(ForgettingMethod):
 
     def parameters_changed(self, change: Change) -> None:
         altered = {stored.name for stored in change.altered} | set(change.removed)
-        frozen = self._thaws.keys() - set(self.thawed(self._step))
-        if touched := sorted(altered & frozen):
+        if touched := sorted(altered & self._thaws.keys() - set(self.thawed(self._step))):
             raise RequestError(
                 f"forgetting=freeze: {touched[0]} is frozen and can't change during training."
             )

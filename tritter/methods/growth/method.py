@@ -126,12 +126,9 @@ class NeuronGrowth(Method):
         events, steps = [], []
         for number, (fit, report) in enumerate(zip(fits, reports, strict=True)):
             for event in report["events"]:
-                cumulative = {
-                    "step": event["step"] + steps_before,
-                    "flops": event["flops"] + flops_before,
-                }
+                spent = event["flops"] + flops_before
                 task = {"task": number} if len(fits) > 1 else {}
-                events.append({**event, **task, **cumulative})
+                events.append(event | task | {"step": event["step"] + steps_before, "flops": spent})
             steps += [step + steps_before for step in report["map"]["steps"]]
             steps_before += fit["steps"]
             flops_before += report["flops"]

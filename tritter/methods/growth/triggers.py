@@ -222,6 +222,11 @@ class Plateau(Trigger):
 
     threshold: Annotated[float, Field(gt=0)] = 0.01
 
+    def problems(self, options: GrowthOptions, *, max_steps: int) -> Iterator[Problem]:
+        if options.plateau_steps >= max_steps:
+            reason = f"nothing could grow: must be below training.max_steps = {max_steps}"
+            yield Problem("growth.plateau_steps", options.plateau_steps, reason=reason)
+
     def decide(self, view: View) -> Mapping[int, int]:
         if not is_plateau(view, self.threshold):
             return {}
@@ -419,6 +424,11 @@ class ScalingLaw(Trigger):
     needs_end: ClassVar[bool] = True
 
     times: Annotated[int, Field(ge=1, le=100)] = 1
+
+    def problems(self, options: GrowthOptions, *, max_steps: int) -> Iterator[Problem]:
+        if max_steps <= _MIN_STEPS:
+            reason = f"nothing could grow: scaling_law needs more than {_MIN_STEPS} steps"
+            yield Problem("training.max_steps", max_steps, reason=reason)
 
     def decide(self, view: View) -> Mapping[int, int]:
         timing, count = view.timing, view.options.max_growth_per_step

@@ -262,11 +262,10 @@ def train_new_experts(
         if unfreeze_after is not None:
             frozen = [p for p in model.parameters() if not p.requires_grad]
             controls.append(Unfreezing(frozen, after_steps=unfreeze_after))
-        options = RoutingOptions(auxiliary_loss=auxiliary_loss, z_loss=z_loss)
         _train(
             model,
             batches,
-            RoutingObjective(model, options),
+            RoutingObjective(model, RoutingOptions(auxiliary_loss=auxiliary_loss, z_loss=z_loss)),
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             controls=controls,

@@ -266,8 +266,7 @@ class RoutingCallback(Callback):
                 for record, counts in zip(objective.records, objective.counts, strict=True)
             ]
             for name in layers[0]:
-                mean = sum(layer[name] for layer in layers) / len(layers)
-                pl_module.log(f"routing/{name}", mean)
+                pl_module.log(f"routing/{name}", sum(each[name] for each in layers) / len(layers))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._objective.routing.stop_recording()

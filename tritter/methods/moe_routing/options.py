@@ -82,9 +82,8 @@ def expert_problems(config: RunRequest, source: Model) -> Iterator[Problem]:
         if not config.text.old:
             yield Problem(key, weight, reason="requires data.old; or leave it at 0")
     for position, spec in enumerate(config.expansion):
-        before = config.expansion[:position]
         if (own_rules := getattr(spec, "problems", None)) is not None:
-            yield from own_rules(before, has_experts=has_experts)
+            yield from own_rules(config.expansion[:position], has_experts=has_experts)
         if (teacher := getattr(spec, "teacher", None)) is not None:
             yield from teacher_problems(teacher, source, key=f"expansion.{spec.name}.teacher")
     if appends_experts(config):

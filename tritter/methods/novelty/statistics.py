@@ -198,8 +198,7 @@ def t_interval(values: Tensor, *, confidence: float) -> _Interval:
     n, value = len(values), float(values.double().mean())
     if n < 2:
         return _Interval(value, -math.inf, math.inf)
-    error = float(values.double().std()) / math.sqrt(n)
-    margin = float(stdtrit(n - 1, confidence)) * error
+    margin = float(stdtrit(n - 1, confidence)) * float(values.double().std()) / math.sqrt(n)
     return _Interval(value, value - margin, value + margin)
 
 

@@ -110,6 +110,5 @@ class Evaluate(Stage):
             sizes = (data.num_sequences(name) * data.sequence_length for name in data.domains)
             total += sum(min(most, size // window) for size in sizes) * reading.of(window)
         if old is not None and window > data.sequence_length:
-            longer = data.reading(window)
-            total += windows.flops(longer, reading, source_length=old, length=window)
+            total += windows.flops(data.reading(window), reading, source_length=old, length=window)
         return total
