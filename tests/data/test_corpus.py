@@ -11,7 +11,7 @@ from tritter.data.built_in import StdlibText
 from tritter.data.corpus import build_corpus, stdlib_corpus
 from tritter.data.documents import documents_of, text_key
 from tritter.data.sources import source_documents
-from tritter.data.split import SplitRule, threshold_side
+from tritter.data.split import SplitRule
 from tritter.data.tokens import TextBounds, concatenate, pack
 from tritter.errors import RequestError
 from tritter.storage import spool
@@ -101,7 +101,7 @@ def test_the_tokenizer_never_sees_validation(tmp_path):
     held_out = set(corpus.domains["prose"].validation.identifiers)
     rule = SplitRule(seed=0, validation_fraction=0.2)
     others = (f"zzzz {number}" * 50 for number in range(99))
-    other = (text for text in others if threshold_side(text_key(text), rule) == "validation")
+    other = (text for text in others if rule.side(text_key(text)) == "validation")
     altered = (next(other) if each.identifier in held_out else each.text for each in OLD)
     other = build(tmp_path, domains={"prose": documents_of(altered), "code": NEW})
     assert other.digest != corpus.digest

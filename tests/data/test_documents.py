@@ -1,5 +1,6 @@
 """Documents depend only on texts: pieces, identifiers, keys and order."""
 
+import json
 import random
 
 import numpy as np
@@ -7,10 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tritter.data import documents as documents_module
 from tritter.data.conversations import Conversation
 from tritter.data.documents import (
-    _PIECE_CHARACTERS,
+    PIECE_CHARACTERS,
     Document,
     documents_digest,
     documents_of,
@@ -52,7 +52,7 @@ def test_a_long_text_is_cut_at_blank_lines_by_its_own_size_alone():
     text = long_text(600_000)
     alone = documents_of([text])
     assert len(alone) > 10
-    assert all(_PIECE_CHARACTERS / 2 < len(each.text) <= 2 * _PIECE_CHARACTERS for each in alone)
+    assert all(PIECE_CHARACTERS / 2 < len(each.text) <= 2 * PIECE_CHARACTERS for each in alone)
     beside = documents_of([f"short {number}" for number in range(50)] + [text])
     assert set(alone) < set(beside)
     # A piece is a document of its own: it is not cut again
@@ -60,11 +60,27 @@ def test_a_long_text_is_cut_at_blank_lines_by_its_own_size_alone():
     assert documents_of([each.text for each in alone]) == alone
 
 
+@pytest.mark.parametrize("name", ["book.txt", "rows.jsonl", "data"])
+def test_pieces_fill_long_windows(tmp_path, name):
+    """Whatever the texts come from: files, records and sources of one's own."""
+    text, size = long_text(600_000), 60_000
+    content = json.dumps({"text": text}) if name == "rows.jsonl" else text
+    (tmp_path / name).write_text(content, "utf-8")
+    found = source_documents(
+        [] if name == "data" else [str(tmp_path / name)],
+        key="data.new",
+        text_field="text",
+        texts=(lambda: [text]) if name == "data" else None,
+        piece_characters=size,
+    )
+    *whole, last = map(str, pieces(text, size))
+    assert {document.text for document in found} == {*whole, last}
+    assert len(whole) > 3 and all(size <= len(each) <= 2 * size for each in whole)
+
+
 @pytest.mark.parametrize("text", ["a\n" * 500, "a " * 500, "a" * 1000, "", "é" * 1000])
 def test_pieces_are_the_text_whatever_it_is_made_of(text):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents_module, "_PIECE_CHARACTERS", 20)
-        found = list(map(str, pieces(text)))
+    found = list(map(str, pieces(text, 20)))
     assert "".join(found) == text
     assert all(20 <= len(piece) <= 40 for piece in found[:-1])
 
@@ -72,10 +88,8 @@ def test_pieces_are_the_text_whatever_it_is_made_of(text):
 @given(st.lists(st.text("ab \n\r", max_size=60), max_size=12))
 def test_a_text_in_chunks_has_the_pieces_of_the_whole(chunks):
     text = "".join(chunks)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents_module, "_PIECE_CHARACTERS", 20)
-        assert list(pieces_of_chunks(chunks)) == list(pieces(text))
-        assert "".join(map(str, pieces(text))) == text
+    assert list(pieces_of_chunks(chunks, 20)) == list(pieces(text, 20))
+    assert "".join(map(str, pieces(text, 20))) == text
 
 
 def test_line_ends_and_blanks_around_a_text_stay(tmp_path):

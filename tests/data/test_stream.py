@@ -21,7 +21,7 @@ from tritter.data.local_files import Reading, TextFileError
 from tritter.data.packing import Packing, packed
 from tritter.data.replay import ReplayBuffer
 from tritter.data.sources import recorded_paths, source_documents
-from tritter.data.split import SplitRule, threshold_side
+from tritter.data.split import SplitRule
 from tritter.data.stream import SequenceOptions, StreamedSequences
 from tritter.data.tokens import TextBounds, copy_backend, tokenise_texts
 
@@ -71,7 +71,7 @@ def streamed(
 
 def in_order(tokenizer: Tokenizer) -> torch.Tensor:
     """The training sequences of an epoch, in the order of the texts."""
-    kept = [text for text in TEXTS if threshold_side(text_key(text), RULE) == "train"]
+    kept = [text for text in TEXTS if RULE.side(text_key(text)) == "train"]
     documents = tokenise_texts(kept, tokenizer)
     return packed(documents, packing="stream", sequence_length=LENGTH, bounds=TextBounds(END))
 

@@ -149,7 +149,6 @@ def test_weights_released_during_training_are_made_again(
 @pytest.mark.full
 def test_documents_held_out_by_a_child_give_no_router_rows(place: Path) -> None:
     """Every fifth document is held out; a child's sequences have training documents alone."""
-    from tritter.data.split import threshold_side
 
     folder = place / "digits/checkpoint"
     lineage, source = lineage_of(folder), Source.open(folder, read_model(folder))
@@ -162,7 +161,7 @@ def test_documents_held_out_by_a_child_give_no_router_rows(place: Path) -> None:
     lines = [json.loads(line)["text"] for line in (place / "digits.jsonl").read_text().split("\n")]
     from tritter.data.documents import text_key
 
-    held_out = [one for one in lines if threshold_side(text_key(one), lineage.split) != "train"]
+    held_out = [one for one in lines if lineage.split.side(text_key(one)) != "train"]
     kept = [one for one in lines if one not in held_out]
     assert len(held_out) > 3 and not any(one[:20] in text for one in held_out)
     assert sum(one[:20] in text for one in kept) > 5

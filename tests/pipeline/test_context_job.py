@@ -13,6 +13,7 @@ import torch
 from tests import oracle
 from tests.pipeline.plug import WORK
 from tests.pipeline.tiny import TINY
+from tritter.checkpoints.run_text import run_text
 from tritter.checkpoints.state import KeptSequences
 from tritter.config.launch.composition import load_config
 from tritter.config.validation import base_model
@@ -24,6 +25,7 @@ from tritter.evaluation.statistics import PairedScores
 from tritter.pipeline import Outcome, run_pipeline, windows
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.run import Run
+from tritter.pipeline.run_data import all_documents
 from tritter.planning.run_memory import batch_size_at, tokens_note, training_needs
 from tritter.terminal import Console
 from tritter.training.trainer import start_method
@@ -204,6 +206,38 @@ def test_long_documents_are_among_those_that_are_scored(tmp_path: Path) -> None:
     context = Run(config=config, folder=tmp_path, console=Console(), ledger=Ledger(tmp_path))
     found = windows._long_documents(context.data.reading(LONG), SHORT)
     assert {name: len(each) for name, each in found.items()} == {"old": 2, "new": 2}
+
+
+def test_texts_stay_whole_for_the_target_and_a_lineage_keeps_its_pieces(
+    done: Path, tmp_path: Path
+) -> None:
+    """The split of a lineage has a side for each piece, so their size is recorded with it."""
+    paragraphs = (f"{number} " + "word " * (number % 90) for number in range(9_000))
+    (tmp_path / "book.txt").write_text("\n\n".join(paragraphs), "utf-8")
+    words = [w for w in TINY if not w.startswith("data.")]
+    words += [
+        "data=text",
+        f"data.sequence_length={SHORT}",
+        f"data.old={tmp_path / 'book.txt'}",
+        f"data.new={tmp_path / 'book.txt'}",
+        f"cache_dir={tmp_path}",
+        *WORDS,
+    ]
+    longer = [*words, "expansion.context.target_length=10000"]
+    for given, size in ((words, 20_000), (longer, 50_000)):
+        config = load_config(given)
+        run = Run(config=config, folder=tmp_path, console=Console(), ledger=Ledger(tmp_path))
+        assert config.text.split.piece_characters == run.data.text.split.piece_characters == size
+        sizes = sorted(len(each.text) for each in all_documents(config.text.domains)["new"])
+        assert size <= sizes[1] and sizes[-1] <= 2 * size
+    for folder, size in (
+        (oracle.saved(oracle.tiny_llama(), tmp_path / "hf"), 50_000),
+        (done / "checkpoint", 20_000),
+    ):
+        text = run_text(str(folder), config.data, seed=0, length=10_000)
+        assert text.split.piece_characters == size
+        assert {each.piece_characters for each in text.domains} == {size}
+        assert any("need pieces of 50,000" in note for note in text.notes) == (size == 20_000)
 
 
 @pytest.mark.parametrize(

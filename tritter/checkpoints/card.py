@@ -263,10 +263,9 @@ def _history(lineage: Lineage) -> list[str]:
     lines += ["|---|---|---|---|---|"]
     for record in lineage.expansion_history:
         error = "not measured" if record.step0_error is None else f"{record.step0_error:.1e}"
-        layers = layers_text(record.layer_sources)
         lines.append(
             f"| {_cell(record.method)} | {_cell(record.expansion_type)} | {error} | "
-            f"{record.continued_training_steps} | {layers} |"
+            f"{record.continued_training_steps} | {layers_text(record.layer_sources)} |"
         )
     return [*warning, *lines, ""]
 

@@ -100,9 +100,8 @@ class ExpertsHead:
         if self.has_base and self.names[0] != _BASE:
             raise TritterError(f"names = {brief(self.names)}: the first must be {_BASE}.")
         if (self.evidence is None) != (self.router == "learned"):
-            found, allowed = "null", "an object"
-            if self.router == "learned":
-                found, allowed = allowed, found
+            is_learned = self.router == "learned"
+            found, allowed = ("an object", "null") if is_learned else ("null", "an object")
             raise TritterError(f"evidence = {found}; must be {allowed} if router = {self.router}.")
 
     @property
@@ -136,8 +135,7 @@ class AdapterConfig:
         if type(rank) is not int or not 1 <= rank <= _MAX_RANK:
             raise TritterError(f"{path}: r = {brief(rank)}; must be 1 to {_MAX_RANK}.")
         if type(alpha) not in (int, float) or not 0 < alpha < 1e6:  # type: ignore[operator]
-            allowed = "must be above 0 and below 1e6"
-            raise TritterError(f"{path}: lora_alpha = {brief(alpha)}; {allowed}.")
+            raise TritterError(f"{path}: lora_alpha = {brief(alpha)}; must be above 0, below 1e6.")
         names = [targets] if isinstance(targets, str) else targets
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             allowed = "must be a name, or a list of names"
@@ -172,8 +170,7 @@ class ExpertFiles:
         check_links(folder)
         path = folder / HEAD
         if not path.exists():
-            lineage = read_lineage(folder)
-            if lineage is not None and HEAD in lineage.file_digests:
+            if (lineage := read_lineage(folder)) is not None and HEAD in lineage.file_digests:
                 raise TritterError(f"{path} is missing; the experts in {folder} can't be read.")
             patterns = (*(f"{EXPERTS_FOLDER}/*/{file}" for file in ADAPTER_FILES), TENSORS)
             unlisted = [path for pattern in patterns for path in folder.glob(pattern)]

@@ -203,8 +203,7 @@ def export_model(
         write_config(folder, model.on_disk.config)
         for artifact in artifacts:
             artifact(folder)
-        origin_hash, model_hash = weights.finish(), merkle_hash(digests)
-        hashes = {"origin_hash": origin_hash, "model_hash": model_hash}
+        hashes = {"origin_hash": weights.finish(), "model_hash": merkle_hash(digests)}
         card = export_card(
             model.on_disk,
             origin=weights.name,
@@ -217,8 +216,7 @@ def export_model(
     return Exported(
         folder=destination,
         model=model.on_disk,
-        origin_hash=origin_hash,
-        model_hash=model_hash,
+        **hashes,
         num_bytes=sum(entry.num_bytes for entry in stream.entries),
         num_files=len(list(destination.glob("*.safetensors"))),
     )

@@ -131,11 +131,9 @@ def read_chain(folder: Path) -> tuple[Link, ...]:
         check_links(folder)
     except TritterError as error:
         raise RequestError(str(error)) from error
-    links = [_link_of(folder)]
-    seen = {folder.resolve()}
+    links, seen = [_link_of(folder)], {folder.resolve()}
     while (child := links[-1]).lineage is not None and child.lineage.parent_hash is not None:
-        is_unchanged = child.lineage.parent_hash == child.model_hash
-        if is_unchanged and _hint(child) in seen:
+        if child.lineage.parent_hash == child.model_hash and _hint(child) in seen:
             break
         parent = _parent(child, excluded=seen)
         history = child.lineage.expansion_history

@@ -173,14 +173,13 @@ def _match_tensors(
         hint = f" (--prefix {prefix} skips tensors without that prefix)" if elsewhere else ""
         raise TritterError(f"{path}: {error}{hint}") from error
     for tensor in stored:
-        found = tuple(tensors[prefix + tensor.name].shape)
-        if found != tensor.shape:
+        value = tensors[prefix + tensor.name]
+        if (found := tuple(value.shape)) != tensor.shape:
             raise TritterError(
                 f"{path}: {tensor.name} has shape {found}, but the config requires {tensor.shape}."
             )
-        if not tensors[prefix + tensor.name].is_floating_point():
-            dtype = tensors[prefix + tensor.name].dtype
+        if not value.is_floating_point():
             raise TritterError(
-                f"{path}: {tensor.name} has dtype {dtype}; allowed are floating-point dtypes."
+                f"{path}: {tensor.name} has dtype {value.dtype}; allowed are floating-point dtypes."
             )
     return stored

@@ -205,7 +205,6 @@ def checkpoint_model(
     folder = Path(path)
     if not folder.is_dir():
         return None
-
     try:
         model = read_model_file(folder)
     except TritterError as error:

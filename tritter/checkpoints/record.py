@@ -8,7 +8,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from tritter.data.built_in import built_in_path, is_built_in
+from tritter.data.documents import Documents, documents_digest
 from tritter.data.split import SplitRule
+from tritter.errors import TritterError
 from tritter.limits import MAX_LAYERS
 from tritter.options import leaves
 from tritter.storage.records import Finite, InnerName, Seed, Sha256, Text, WholeNumber, record
@@ -98,6 +101,34 @@ class LearnedDomain:
     sha256: str = ""
     paths: tuple[str, ...] = ()
     text_field: str = "text"
+
+    def documents(self, split: SplitRule, *, key: str, is_streamed: bool = False) -> Documents:
+        """Read the documents again, cut as the split of the lineage does."""
+        from tritter.data.sources import source_documents
+
+        return source_documents(
+            self.paths,
+            key=key,
+            text_field=self.text_field,
+            is_streamed=is_streamed,
+            is_recorded=True,
+            piece_characters=split.piece_characters,
+        )
+
+    def problem(self, split: SplitRule, *, is_streamed: bool = False) -> str | None:
+        """Return the reason why the documents are unavailable or changed, or None."""
+        if not self.paths:
+            return "its paths were not recorded"
+        try:
+            if all(map(is_built_in, self.paths)):
+                for path in self.paths:
+                    built_in_path("data", path)
+                return None
+            documents = self.documents(split, key="data", is_streamed=is_streamed)
+        except TritterError as error:
+            return str(error).removesuffix(".")
+        is_same = documents_digest(documents, is_exact=False) == self.sha256
+        return None if is_same else f"{', '.join(self.paths)} has changed since"
 
 
 @record

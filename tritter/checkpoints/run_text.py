@@ -6,17 +6,17 @@ old data and keeps the recorded split.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from tritter.checkpoints.folder import read_lineage
 from tritter.checkpoints.record import LearnedDomain, Lineage
 from tritter.checkpoints.state import KeptSequences
-from tritter.data.built_in import built_in_origin, built_in_path, is_built_in
+from tritter.data.built_in import built_in_origin, is_built_in
 from tritter.data.chat import NONE, ChatChoice
 from tritter.data.datasets import DatasetName, dataset_names, parse_name
-from tritter.data.documents import documents_digest
+from tritter.data.documents import PIECE_CHARACTERS, Documents, documents_digest
 from tritter.data.local_files import ByteLimitError, Reading, TextFileError
 from tritter.data.options import (
     DataConfig,
@@ -37,8 +37,8 @@ from tritter.data.sources import (
 from tritter.data.split import SplitRule, split_problem
 from tritter.errors import Problem, RequestError, TritterError, refused
 
+_CHARACTERS_PER_TOKEN = 5  # an upper estimate for prose, so that a piece fills a window
 DEFAULT_FRACTION = 0.2  # for a new split; a lineage keeps its own
-_Texts = Callable[[], Iterable[str]] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +54,7 @@ class DomainText:
         texts: yields the documents of a domain without paths.
         is_streamed: stream datasets from the hub instead of downloading them first.
         is_head: read only the first rows of datasets before training.
+        piece_characters: see `SplitRule`.
     """
 
     name: str
@@ -64,6 +65,19 @@ class DomainText:
     texts: Callable[[], Iterable[str]] | None = None
     is_streamed: bool = False
     is_head: bool = False
+    piece_characters: int = PIECE_CHARACTERS
+
+    def documents(self) -> Documents:
+        """Read the documents; see `source_documents`."""
+        return source_documents(
+            self.paths,
+            key=self.key,
+            text_field=self.text_field,
+            texts=self.texts,
+            is_streamed=self.is_streamed,
+            is_head=self.is_head,
+            piece_characters=self.piece_characters,
+        )
 
     @property
     def recorded_paths(self) -> tuple[str, ...]:
@@ -109,19 +123,22 @@ class RunText:
         return tuple(domain.name for domain in self.domains if not domain.is_old)
 
 
-def run_text(checkpoint: str | None, data: DataConfig, *, seed: int) -> RunText:
+def run_text(checkpoint: str | None, data: DataConfig, *, seed: int, length: int = 0) -> RunText:
     """Resolve the data of a run that starts from a checkpoint.
 
     Args:
         checkpoint: folder or hub id of the checkpoint; None for a new model.
         data: the data config.
         seed: seed of the run, also used for a new split.
+        length: tokens of the longest window, for which a new split leaves texts whole.
     """
     lineage, kept_sequences = _learned(checkpoint)
     learned = {} if lineage is None else lineage.domains
     notes: list[str] = []
-    split = _split(lineage, data, seed=seed, notes=notes)
-    domains, tasks = _Domains(learned, data, notes).resolve()
+    split = _split(lineage, data, seed=seed, length=length, notes=notes)
+    resolving = _Domains(learned, data, split)
+    domains, tasks = resolving.resolve()
+    notes += resolving.notes
     names = {each.name for each in domains}
     rest = [name for name in learned if name not in names]
     kept_sequences = kept_sequences.without(names)
@@ -135,10 +152,9 @@ def run_text(checkpoint: str | None, data: DataConfig, *, seed: int) -> RunText:
             f"There is no text of {', '.join(missing)}, which the checkpoint learned, so none is "
             "replayed or scored."
         )
-    loss_on = data.loss_on or recorded_chat(lineage).loss_on
     return RunText(
         split=split,
-        needs_answers=loss_on != "all",
+        needs_answers=(data.loss_on or recorded_chat(lineage).loss_on) != "all",
         domains=domains,
         tasks=tasks,
         learned=learned,
@@ -169,11 +185,9 @@ def side_problems(text: RunText) -> Iterator[Problem]:
     for domain in text.domains:
         if domain.texts is not None:
             continue
-        reading = _reading(domain)
-        found = quick_pieces(domain.paths, reading)
-        reason = None
+        reading, reason = _reading(domain), None
         with suppress(TextFileError, ByteLimitError):  # the run reports unreadable files
-            if found is not None:
+            if (found := quick_pieces(domain.paths, reading)) is not None:
                 reason = split_problem(found, rule=text.split, needs_answers=text.needs_answers)
         if reason is not None:
             reason = " ".join([*reading.notes, reason])
@@ -189,7 +203,12 @@ def side_problems(text: RunText) -> Iterator[Problem]:
 
 
 def _reading(domain: DomainText) -> Reading:
-    return Reading(key=domain.key, text_field=domain.text_field, max_bytes=CHECKED_BYTES)
+    return Reading(
+        key=domain.key,
+        text_field=domain.text_field,
+        max_bytes=CHECKED_BYTES,
+        piece_characters=domain.piece_characters,
+    )
 
 
 def _learned(checkpoint: str | None) -> tuple[Lineage | None, KeptSequences]:
@@ -203,11 +222,14 @@ def _learned(checkpoint: str | None) -> tuple[Lineage | None, KeptSequences]:
         raise refused("model.path", folder, str(error).rstrip(".")) from error
 
 
-def _split(lineage: Lineage | None, data: DataConfig, *, seed: int, notes: list[str]) -> SplitRule:
+def _split(
+    lineage: Lineage | None, data: DataConfig, *, seed: int, length: int, notes: list[str]
+) -> SplitRule:
     requested, recorded = data.validation_fraction, None if lineage is None else lineage.split
+    size = max(PIECE_CHARACTERS, _CHARACTERS_PER_TOKEN * length)
     if recorded is None:
         fraction = DEFAULT_FRACTION if requested is None else requested
-        return SplitRule(seed=seed, validation_fraction=fraction)
+        return SplitRule(seed=seed, validation_fraction=fraction, piece_characters=size)
     if requested is not None and requested != recorded.validation_fraction:
         reason = (
             f"the checkpoint's lineage uses {recorded.validation_fraction}; another fraction "
@@ -219,6 +241,11 @@ def _split(lineage: Lineage | None, data: DataConfig, *, seed: int, notes: list[
             f"The split keeps the lineage's seed {recorded.seed}; seed={seed} only shuffles the "
             "data."
         )
+    if size > recorded.piece_characters:
+        notes.append(
+            f"Long texts are cut into pieces of {recorded.piece_characters:,} characters, so that "
+            f"the lineage's split stays; windows of {length:,} tokens need pieces of {size:,}."
+        )
     return recorded
 
 
@@ -226,14 +253,11 @@ class _Domains:
     """Resolves the domains of a run from the config and the checkpoint's lineage."""
 
     def __init__(
-        self, learned: Mapping[str, LearnedDomain], data: DataConfig, notes: list[str]
+        self, learned: Mapping[str, LearnedDomain], data: DataConfig, split: SplitRule
     ) -> None:
-        self._learned = learned
-        self._data = data
-        self._notes = notes
-        self._is_text = isinstance(data, NamedTextConfig)
-        self._text_field = text_field(data)
+        self._learned, self._data, self._split = learned, data, split
         self._is_streamed = isinstance(data, DatasetsConfig) and data.streaming
+        self.notes: list[str] = []
 
     def resolve(self) -> tuple[tuple[DomainText, ...], tuple[tuple[str, ...], ...]]:
         """Return old and new domains, and the domain names of each task."""
@@ -244,11 +268,10 @@ class _Domains:
         again = {final_name[name] for name in self._data.task_sources[0] if name in final_name}
         old = [] if self._data.is_old_named else self._all_learned(without=again)
         named = {domain.name for domain in old}
-        typed_domains = self._domains_of(typed_old, is_old=True)
-        for typed, domain in zip(typed_old, typed_domains, strict=True):
+        for typed, domain in zip(typed_old, self._domains_of(typed_old, is_old=True), strict=True):
             final_name.setdefault(typed, domain.name)
             if domain.name in again:
-                self._notes.append(f"{domain.name} is trained on again, so it is not old.")
+                self.notes.append(f"{domain.name} is trained on again, so it is not old.")
             elif domain.name not in named:
                 old.append(domain)
         named = {domain.name for domain in old}
@@ -258,44 +281,37 @@ class _Domains:
     def _domains_of(self, sources: TextSources, *, is_old: bool) -> list[DomainText]:
         typed: dict[str, DomainText] = {}
         for name, paths in sources.items():
-            texts = None if paths else partial(self._data.texts, name)
-            known = self._learned_name(name, tuple(paths), texts, is_old=is_old)
+            domain = DomainText(
+                name=name,
+                key=domain_key(self._data, name),
+                is_old=is_old,
+                paths=tuple(paths),
+                text_field=text_field(self._data),
+                texts=None if paths else partial(self._data.texts, name),
+                is_streamed=self._is_streamed,
+                is_head=self._is_streamed,
+                piece_characters=self._split.piece_characters,
+            )
+            known = self._learned_name(domain)
             if known is None or known in typed:
                 others = {} if is_old else {**self._learned, **self._data.old_sources}
                 known = unused_name(name, {**others, **typed})
             if known != name and known not in self._learned:
-                self._notes.append(
-                    f"The domain {name} is renamed {known}: another {name} was learned before."
-                )
-            typed[known] = DomainText(
-                name=known,
-                key=domain_key(self._data, name),
-                is_old=is_old,
-                paths=tuple(paths),
-                text_field=self._text_field,
-                texts=texts,
-                is_streamed=self._is_streamed,
-                is_head=self._is_streamed,
-            )
+                reason = f"another {name} was learned before"
+                self.notes.append(f"The domain {name} is renamed {known}: {reason}.")
+            typed[known] = replace(domain, name=known)
         return list(typed.values())
 
-    def _learned_name(
-        self, name: str, paths: tuple[str, ...], texts: _Texts, *, is_old: bool
-    ) -> str | None:
+    def _learned_name(self, typed: DomainText) -> str | None:
         """Return the name of the learned domain with the same text, or else with the same paths."""
         if not self._learned:
             return None
-        if texts is None and all(map(is_built_in, paths)):
+        paths = typed.paths
+        if typed.texts is None and all(map(is_built_in, paths)):
             return next((n for n, d in self._learned.items() if set(d.paths) == set(paths)), None)
         # Unreadable files are reported later, together with all other problems of the files
         with suppress(TextFileError):
-            digest = _digest(
-                paths,
-                self._text_field,
-                texts=texts,
-                is_streamed=self._is_streamed,
-                is_head=self._is_streamed,
-            )
+            digest = documents_digest(typed.documents(), is_exact=False)
             same_text = (n for n, domain in self._learned.items() if domain.sha256 == digest)
             if (known := next(same_text, None)) is not None:
                 return known
@@ -303,35 +319,33 @@ class _Domains:
         with suppress(TextFileError):
             spellings |= {recorded_paths(paths, key="data", is_head=h) for h in (False, True)}
         same_paths = (n for n, d in self._learned.items() if paths and d.paths in spellings)
-        is_named = is_old and name in self._learned
-        found = next(same_paths, name if is_named else None)
+        is_named = typed.is_old and typed.name in self._learned
+        found = next(same_paths, typed.name if is_named else None)
         if found is not None:
-            self._notes.append(f"The data of {found} has changed since the checkpoint learned it.")
+            self.notes.append(f"The data of {found} has changed since the checkpoint learned it.")
         return found
 
     def _all_learned(self, *, without: set[str]) -> list[DomainText]:
         domains = {n: d for n, d in self._learned.items() if n not in without}
         problems = {
-            name: domain_problem(domain, is_streamed=self._is_streamed)
+            name: domain.problem(self._split, is_streamed=self._is_streamed)
             for name, domain in domains.items()
         }
         wrong = [f"{name} can't be used: {why}" for name, why in problems.items() if why]
         if wrong:
-            key = "data.old" if self._is_text else "data"
             advice = "set data.old=PATHS to name the old data, or data.old={} for none"
-            if not self._is_text:
-                advice = f"with data=text {advice}"
             reason = f"the checkpoint learned data that is unavailable: {'; '.join(wrong)}"
-            value = None if self._is_text else "stdlib"
-            raise RequestError(Problem(key, value, reason=reason, advice=advice))
+            if isinstance(self._data, NamedTextConfig):
+                raise RequestError(Problem("data.old", None, reason=reason, advice=advice))
+            raise RequestError(Problem("data", "stdlib", reason, f"with data=text {advice}"))
         if domains:
-            self._notes.append(
+            self.notes.append(
                 f"Old data and split from the checkpoint's lineage: {', '.join(domains)}."
             )
         for name, domain in domains.items():
             current = built_in_origin(domain.paths)
             if all(map(is_built_in, domain.paths)) and domain.origin not in ("", current):
-                self._notes.append(
+                self.notes.append(
                     f"The checkpoint learned {name} from {domain.origin}; this run uses {current}."
                 )
         return [
@@ -342,42 +356,7 @@ class _Domains:
                 paths=domain.paths,
                 text_field=domain.text_field,
                 is_streamed=self._is_streamed,
+                piece_characters=self._split.piece_characters,
             )
             for name, domain in domains.items()
         ]
-
-
-def domain_problem(domain: LearnedDomain, *, is_streamed: bool = False) -> str | None:
-    """Return the reason why a recorded domain is unavailable or changed, or None."""
-    if not domain.paths:
-        return "its paths were not recorded"
-    try:
-        if all(map(is_built_in, domain.paths)):
-            for path in domain.paths:
-                built_in_path("data", path)
-            return None
-        digest = _digest(domain.paths, domain.text_field, is_streamed=is_streamed, is_recorded=True)
-    except TritterError as error:
-        return str(error).removesuffix(".")
-    return None if digest == domain.sha256 else f"{', '.join(domain.paths)} has changed since"
-
-
-def _digest(
-    paths: tuple[str, ...],
-    text_field: str,
-    *,
-    texts: _Texts = None,
-    is_streamed: bool = False,
-    is_head: bool = False,
-    is_recorded: bool = False,
-) -> str:
-    documents = source_documents(
-        paths,
-        key="data",
-        text_field=text_field,
-        texts=texts,
-        is_streamed=is_streamed,
-        is_head=is_head,
-        is_recorded=is_recorded,
-    )
-    return documents_digest(documents, is_exact=False)

@@ -72,13 +72,9 @@ _Limit = Annotated[
         most=MAX_COUNT,
     ),
 ]
-_TextField = Annotated[
-    str,
-    option("--text-field", "NAME", "Field of records with the text."),
-]
+_TextField = Annotated[str, option("--text-field", "NAME", "Field of records with the text.")]
 _ChatTemplate = Annotated[
-    bool,
-    flag("--chat-template", "Render benchmark prompts with the checkpoint's chat template."),
+    bool, flag("--chat-template", "Render benchmark prompts with the checkpoint's chat template.")
 ]
 _NumFewshot = Annotated[
     int | None,
@@ -352,11 +348,7 @@ def _record(scores: BenchmarkScores, questions: Mapping[str, Questions]) -> dict
         "standard_error": known["standard_error"],
         "n": known["n"],
         "chance": nulls.chance,
-        "null_models": {
-            "uniform": nulls.uniform,
-            "constant": nulls.constant,
-            "empty": nulls.empty,
-        },
+        "null_models": {"uniform": nulls.uniform, "constant": nulls.constant, "empty": nulls.empty},
         "metrics": {metric: paired.mean() for metric, paired in scores.scores.items()},
         "source": f"hub: {HUB_NAMES[scores.name]}" if of_files is None else list(of_files.files),
         "limited": list(scores.notes),

@@ -118,8 +118,7 @@ _Output = Annotated[
     Path | None, option("--output", "DST", "New folder. Default: SRC-METHOD.", parser=parse_path)
 ]
 _ConfigDir = Annotated[
-    list[str] | None,
-    option("--config-dir -cd", "DIR", "Folder of your own option files."),
+    list[str] | None, option("--config-dir -cd", "DIR", "Folder of your own option files.")
 ]
 _TargetParams = Annotated[
     int | None,
@@ -279,11 +278,7 @@ def _settings(context: typer.Context, file: Recipe | None) -> Settings:
     if file is not None:
         methods = {"method": ",".join(typed["method"] or ()), **context.obj}
         problems = [
-            Problem(
-                f"--{with_dashes(name)}",
-                value,
-                f"--recipe {file.path} already sets the steps",
-            )
+            Problem(f"--{with_dashes(name)}", value, f"--recipe {file.path} already sets the steps")
             for name, value in methods.items()
             if value
         ]
@@ -331,10 +326,7 @@ class _Job:
 
 
 def _resolve_job(
-    checkpoint: str,
-    specs: tuple[ExpansionSpec, ...],
-    settings: Settings,
-    recipe: Recipe | None,
+    checkpoint: str, specs: tuple[ExpansionSpec, ...], settings: Settings, recipe: Recipe | None
 ) -> _Job:
     """Locate source and destination and resolve the sizes of expansions. Writes nothing."""
     from tritter.checkpoints import Source
@@ -388,7 +380,11 @@ def _with_tokens(job: _Job, sources: TextSources) -> _Job:
     default = SplitRule(seed=job.settings.seed or 0, validation_fraction=DEFAULT_FRACTION)
     rule = (job.source.lineage and job.source.lineage.split) or default
     with status("learning tokens"):
-        read = {name: noted_documents(each, key="--domain-data") for name, each in sources.items()}
+        size = rule.piece_characters
+        read = {
+            name: noted_documents(each, key="--domain-data", piece_characters=size)
+            for name, each in sources.items()
+        }
         specs[place] = learned(spec, job.source, training_texts(read, rule=rule, names=read))
     return replace(job, specs=tuple(specs))
 

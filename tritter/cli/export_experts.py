@@ -38,7 +38,6 @@ from tritter.cli.output import (
 )
 from tritter.core.models import load_model, read_model, uninitialised_model
 from tritter.data.chat import ids_of
-from tritter.data.sources import source_documents
 from tritter.data.tokens import num_closed_tokens, pack, read_tokenizer, tokenise
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.gate import EXACT_JUMP
@@ -142,11 +141,12 @@ def _texts(folder: Path, *, length: int, vocab_size: int) -> dict[str, Tensor]:
     tokenizer = read_tokenizer(folder, vocab_size=vocab_size)
     bounds = tokenizer.bounds
     lineage = read_lineage(folder)
-    for name, domain in (lineage.domains if lineage else {}).items():
-        paths, field = list(domain.paths), domain.text_field
+    if lineage is None or (split := lineage.split) is None:
+        return found
+    for name, domain in lineage.domains.items():
         try:
-            documents = source_documents(paths, key="domains", text_field=field, is_recorded=True)
-            first = list(islice(documents, _DOCUMENTS)) if paths else []
+            documents = domain.documents(split, key="domains") if domain.paths else ()
+            first = list(islice(documents, _DOCUMENTS))
             is_chat = any(each.conversation for each in first)
             chat = corpus_chat(is_chat, recorded_chat(lineage), folder)
             tokens = tokenise(first, tokenizer.tokenizer, max_tokens_per_document=length, chat=chat)

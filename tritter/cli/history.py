@@ -46,8 +46,7 @@ def history(
         bool, flag("--verify", "Recompute the hashes; exit code 3 if one differs.")
     ] = False,
     recipe: Annotated[
-        bool,
-        flag("--recipe", "Print only the `expand` recipe that makes it from its parent."),
+        bool, flag("--recipe", "Print only the `expand` recipe that makes it from its parent.")
     ] = False,
     as_json: AsJson = False,
 ) -> int:

@@ -62,11 +62,7 @@ def new_console() -> Console:
 
 
 def print_table(
-    console: Console,
-    table: Table,
-    *,
-    wrapped: Collection[str] = (),
-    breaks_words: bool = True,
+    console: Console, table: Table, *, wrapped: Collection[str] = (), breaks_words: bool = True
 ) -> None:
     """Print a table.
 

@@ -80,12 +80,7 @@ _Mfu = Annotated[
 ]
 _TokensPerParameter = Annotated[
     float,
-    option(
-        "--tokens-per-parameter",
-        "X",
-        "Training tokens per added parameter.",
-        panel=_COST,
-    ),
+    option("--tokens-per-parameter", "X", "Training tokens per added parameter.", panel=_COST),
 ]
 _SourceTokens = Annotated[
     int | None,
@@ -123,11 +118,7 @@ _SequenceLength = Annotated[
 ]
 _GradientCheckpointing = Annotated[
     bool,
-    flag(
-        "--gradient-checkpointing",
-        "Recompute activations in the backward pass.",
-        panel=_MEMORY,
-    ),
+    flag("--gradient-checkpointing", "Recompute activations in the backward pass.", panel=_MEMORY),
 ]
 _Guide = Annotated[bool, flag("--guide", "Print the size guide instead of a plan.")]
 

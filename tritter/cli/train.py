@@ -68,9 +68,7 @@ _EwcLambda = Annotated[
 _NewData = Annotated[
     list[str] | None,
     option(
-        "--data",
-        "PATH",
-        "New data: a file, folder or glob of .txt, .jsonl and so on. Repeatable.",
+        "--data", "PATH", "New data: a file, folder or glob of .txt, .jsonl and so on. Repeatable."
     ),
 ]
 _OldData = Annotated[
@@ -327,11 +325,7 @@ def _sources(
     problems: list[Problem] = []
     new, old = (
         read_sources(
-            option,
-            list(paths) or None,
-            default_name=name,
-            problems=problems,
-            resolve=resolve,
+            option, list(paths) or None, default_name=name, problems=problems, resolve=resolve
         )
         for option, paths, name in (("--data", data, "new"), ("--old-data", old_data, "old"))
     )

@@ -151,8 +151,7 @@ def _body(path: Path, _version: int) -> Mapping[str, object]:
     try:
         body = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        message = " ".join(str(error).split())
-        raise RequestError(f"{path} is not valid YAML: {message}") from error
+        raise RequestError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(body, dict):
         raise RequestError(f"{path} has no keys.")
     body.pop("defaults", None)

@@ -244,5 +244,4 @@ def flag_advice(flag: str, arguments: Sequence[str], *, command: str) -> str | N
         return None
     if not hint.advice:
         return f"{hint.reason[:1].upper()}{hint.reason[1:]}."
-    advice = f": {hint.advice}" if " " in hint.advice else f" {hint.advice}?"
-    return f"Did you mean{advice}"
+    return "Did you mean" + (f": {hint.advice}" if " " in hint.advice else f" {hint.advice}?")

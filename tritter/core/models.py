@@ -134,8 +134,7 @@ def new_model(model: Model, *, seed: int) -> nn.Module:
     """Return a model with randomly initialised float32 weights, determined by the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # leaves the generators of GPUs unchanged
-        built = _stock_of(model.config)
-        live = AutoModelForCausalLM.from_config(built, dtype=torch.float32)
+        live = AutoModelForCausalLM.from_config(_stock_of(model.config), dtype=torch.float32)
     for stored in _narrower(model):
         value = _tensor_of(live, stored.name).detach()
         set_parameter(live, stored.name, value[tuple(map(slice, stored.shape))].clone())
@@ -219,9 +218,8 @@ def unloaded_model(
     """
     _check_small_files(folder)
     with errors_as(f"{folder} cannot be loaded as a model"), quiet():
-        stock = _stock_of(description.config)
         with torch.device("meta"), no_init_weights():
-            model = AutoModelForCausalLM.from_config(stock, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(_stock_of(description.config), dtype=dtype)
         assert isinstance(model, PreTrainedModel)
         model.tie_weights()
         _fill_buffers(model, buffer_of)

@@ -199,12 +199,7 @@ class BatchStream:
     """
 
     def __init__(
-        self,
-        new: Sequences,
-        *,
-        batch_size: int,
-        num_batches: int = _ENDLESS,
-        window: int = 1,
+        self, new: Sequences, *, batch_size: int, num_batches: int = _ENDLESS, window: int = 1
     ) -> None:
         """Batch a stream of sequences.
 

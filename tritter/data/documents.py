@@ -16,7 +16,7 @@ from tritter.storage.spool import Spool
 if TYPE_CHECKING:
     import numpy as np
 
-_PIECE_CHARACTERS = 20_000
+PIECE_CHARACTERS = 20_000  # by default; a text of up to twice as many stays whole
 NAME_CHARACTERS = 40
 _TEXT, _CONVERSATION = b"t", b"c"  # kinds of documents
 _BLANK_LINES = re.compile(r"(?<=\n)[ \t\r]*\n(?:[ \t\r]*\n)*")
@@ -194,22 +194,23 @@ def is_blank(text: Text) -> bool:
     return not str(text).strip()
 
 
-def pieces(text: Text) -> Iterator[Text]:
+def pieces(text: Text, size: int = PIECE_CHARACTERS) -> Iterator[Text]:
     """Yield a text, cut at blank lines into pieces if it is long; joined, they are the text.
 
-    Without a blank line within two sizes of a piece, it is cut at the end of a line, else at a
-    space. A conversation is never cut, because its chat template needs all messages.
+    A text of up to two sizes stays whole. Without a blank line within two sizes of a piece, it is
+    cut at the end of a line, else at a space. A conversation is never cut, because its chat
+    template needs all messages.
     """
-    yield from (text,) if isinstance(text, Conversation) else pieces_of_chunks([text])
+    yield from (text,) if isinstance(text, Conversation) else pieces_of_chunks([text], size)
 
 
-def pieces_of_chunks(chunks: Iterable[str]) -> Iterator[str]:
+def pieces_of_chunks(chunks: Iterable[str], size: int = PIECE_CHARACTERS) -> Iterator[str]:
     """Yield the `pieces` of a text that arrives in chunks, with about one piece in memory."""
     text = ""
     for chunk in chunks:
         text, start = text + chunk, 0
-        while len(text) - start > 2 * _PIECE_CHARACTERS:
-            end = _cut_position(text, start + _PIECE_CHARACTERS, start + 2 * _PIECE_CHARACTERS)
+        while len(text) - start > 2 * size:
+            end = _cut_position(text, start + size, start + 2 * size)
             yield text[start:end]
             start = end
         text = text[start:]

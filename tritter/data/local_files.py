@@ -13,7 +13,9 @@ import zlib
 from codecs import IncrementalDecoder, getincrementaldecoder
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +26,7 @@ from tritter.data.conversations import (
     conversation_fields,
     unread_formats,
 )
-from tritter.data.documents import is_blank, pieces, pieces_of_chunks
+from tritter.data.documents import PIECE_CHARACTERS, is_blank, pieces, pieces_of_chunks
 from tritter.data.records import (
     DEFAULT_FIELD,
     FIELD_KEY,
@@ -100,6 +102,7 @@ class Reading:
         max_bytes: limit of decompressed bytes; beyond it, `ByteLimitError` is raised. None reads
             all.
         is_strict: an invalid record is a problem instead of being skipped.
+        piece_characters: size of the `pieces` of long texts.
 
     Attributes:
         problems: fatal problems, one line each.
@@ -115,8 +118,10 @@ class Reading:
         text_field: str = DEFAULT_FIELD,
         max_bytes: int | None = None,
         is_strict: bool = False,
+        piece_characters: int = PIECE_CHARACTERS,
     ) -> None:
         self.key = key
+        self._piece_characters = piece_characters
         self._is_strict = is_strict
         self.text_field = text_field
         self.num_bytes = 0
@@ -134,18 +139,20 @@ class Reading:
     def pieces(self, path: Path) -> Iterator[Text]:
         """Yield the `pieces` of a file's texts; plain text files are streamed."""
         if _kind(path) in _WHOLE:
-            found: Iterator[Text] = pieces_of_chunks(_chunks(path, self))
+            chunks = _chunks(path, self)
+            found: Iterator[Text] = pieces_of_chunks(chunks, self._piece_characters)
             yield from self.filled(self.counted(str(path), found))
         else:
-            yield from self.filled(piece for text in self.texts(path) for piece in pieces(text))
+            yield from self.filled(self.texts(path))
 
     def filled(self, texts: Iterable[Text]) -> Iterator[Text]:
-        """Yield the texts that have words, and count the others."""
-        for text in texts:
-            if is_blank(text):
+        """Yield the `pieces` of texts that have words, and count the others."""
+        size = self._piece_characters
+        for piece in chain.from_iterable(map(partial(pieces, size=size), texts)):
+            if is_blank(piece):
                 self.num_blank += 1
             else:
-                yield text
+                yield piece
 
     def counted(self, name: str, items: Iterator[_Item]) -> Iterator[_Item]:
         """Yield the items of one source, and record its skipped records and problems."""

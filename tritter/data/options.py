@@ -401,11 +401,7 @@ def read_named(
     sources["tasks"] = []
     if tasks is not None:
         sources["tasks"] = _read_tasks(
-            tasks,
-            sources["old"],
-            problems,
-            resolve,
-            default_name=None if is_each_named else "text",
+            tasks, sources["old"], problems, resolve, default_name=None if is_each_named else "text"
         )
     if has_new and tasks is not None:
         reason = "data.tasks and data.new exclude each other; remove one of them"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tritter.data.built_in import BUILT_IN_TEXTS, built_in_documents, is_built_in
 from tritter.data.datasets import PREFIX, dataset_names, dataset_texts, parse_name, resolve_dataset
-from tritter.data.documents import Documents, is_blank, pieces, text_key
+from tritter.data.documents import PIECE_CHARACTERS, Documents, is_blank, text_key
 from tritter.data.local_files import (
     SUPPORTED,
     ByteLimitError,
@@ -233,6 +233,7 @@ def source_documents(
     is_streamed: bool = False,
     is_head: bool = False,
     is_recorded: bool = False,
+    piece_characters: int = PIECE_CHARACTERS,
 ) -> Documents:
     """Return all documents of paths, data sets and built-in texts.
 
@@ -244,21 +245,26 @@ def source_documents(
         is_streamed: stream data sets from the hub instead of downloading them.
         is_head: read the first rows of data sets only.
         is_recorded: the paths come from a checkpoint; see `find_texts`.
+        piece_characters: size of the `pieces` of long texts; those of built-in texts are fixed.
     """
-    reading = Reading(key=key, text_field=text_field)
+    reading = Reading(key=key, text_field=text_field, piece_characters=piece_characters)
     if texts is not None:
-        return _documents(chain.from_iterable(map(pieces, _checked_texts(texts, key))), reading)
+        return _documents(_checked_texts(texts, key), reading)
     built_in = (each for path in filter(is_built_in, paths) for each in built_in_documents(path))
     files = find_texts(key, paths, is_recorded=is_recorded).files
     rows = _of_datasets(dataset_names(paths), reading, is_streamed=is_streamed, is_head=is_head)
     whole = chain((each.conversation or each.text for each in built_in), rows)
     read = text_pieces(files, reading) if files else ()
-    return _documents(chain(read, chain.from_iterable(map(pieces, whole))), reading)
+    return _documents(chain(read, whole), reading)
 
 
-def noted_documents(paths: Sequence[str], *, key: str) -> Documents:
+def noted_documents(
+    paths: Sequence[str], *, key: str, piece_characters: int = PIECE_CHARACTERS
+) -> Documents:
     """Return the `source_documents` of paths, and log which files and records are left out."""
-    documents = source_documents(paths, key=key, text_field=DEFAULT_FIELD)
+    documents = source_documents(
+        paths, key=key, text_field=DEFAULT_FIELD, piece_characters=piece_characters
+    )
     for note in filter(None, (find_texts(key, paths).note(key), *documents.notes)):
         _logger.warning(note)
     return documents
@@ -292,7 +298,7 @@ def quick_pieces(paths: Sequence[str], reading: Reading) -> Iterator[Text] | Non
     skills = (SkillText.named(key, path).texts() for path in paths if is_built_in(path))
     rows = (dataset_texts(source, reading, is_streamed=True) for source in sources)
     texts = chain.from_iterable(chain(skills, rows))
-    return chain(read, reading.filled(piece for text in texts for piece in pieces(text)))
+    return chain(read, reading.filled(texts))
 
 
 def quick_digest(paths: Sequence[str], reading: Reading) -> str | None:

@@ -14,12 +14,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from tritter.data.conversations import NO_ANSWERS, Conversation
-from tritter.data.documents import Documents, text_key
+from tritter.data.documents import PIECE_CHARACTERS, Documents, text_key
 from tritter.data.records import Text
 from tritter.errors import RequestError
 from tritter.storage.records import Seed, record
-
-_Side = Literal["train", "validation"]
 
 
 @record
@@ -29,10 +27,17 @@ class SplitRule:
     Args:
         seed: seed of the hash.
         validation_fraction: share of validation documents.
+        piece_characters: size of the `pieces` of long texts, each of which has a side of its own.
     """
 
     seed: Seed
     validation_fraction: Annotated[float, Field(gt=0, lt=1)]
+    piece_characters: Annotated[int, Field(ge=PIECE_CHARACTERS)] = PIECE_CHARACTERS
+
+    def side(self, key: str) -> Literal["train", "validation"]:
+        """Return the side of a text from its `text_key`."""
+        number = int.from_bytes(sha256(f"{self.seed}\0{key}".encode()).digest(), "big")
+        return "validation" if number / 2**256 < self.validation_fraction else "train"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,12 +66,6 @@ class Split:
     counts: DomainCounts
 
 
-def threshold_side(key: str, rule: SplitRule) -> _Side:
-    """Return the side of a text from its `text_key`."""
-    number = int.from_bytes(sha256(f"{rule.seed}\0{key}".encode()).digest(), "big")
-    return "validation" if number / 2**256 < rule.validation_fraction else "train"
-
-
 def split_documents(domains: Mapping[str, Documents], *, rule: SplitRule) -> dict[str, Split]:
     """Split the documents of each domain of a run.
 
@@ -81,7 +80,7 @@ def split_documents(domains: Mapping[str, Documents], *, rule: SplitRule) -> dic
     for name, documents in domains.items():
         train, validation, num_known = array("q"), array("q"), 0
         for index, key in enumerate(documents.keys()):
-            if threshold_side(key, rule) == "train":
+            if rule.side(key) == "train":
                 train.append(index)
             else:
                 validation.append(index)
@@ -121,11 +120,11 @@ def split_problem(
         rule: the rule of the lineage.
         needs_answers: whether conversations without an answer are not used.
     """
-    keys: dict[_Side, set[str]] = {"train": set(), "validation": set()}
-    used: set[_Side] = set()
+    keys: dict[str, set[str]] = {"train": set(), "validation": set()}
+    used: set[str] = set()
     for text in texts:
         key = text_key(str(text))
-        side = threshold_side(key, rule)
+        side = rule.side(key)
         keys[side].add(key)
         if not needs_answers or not isinstance(text, Conversation) or text.answers:
             used.add(side)

@@ -18,7 +18,7 @@ from tritter.data.local_files import Reading, TextFileError
 from tritter.data.packing import Packing, packed
 from tritter.data.records import Text
 from tritter.data.skipped import SkippedRecords
-from tritter.data.split import SplitRule, threshold_side
+from tritter.data.split import SplitRule
 from tritter.data.tokens import TextBounds, TokenisedDocuments, closed_tokens, cut_rows, tokenise
 from tritter.errors import RequestError
 from tritter.seeds import derived_seed
@@ -312,7 +312,8 @@ def _tokenised(
     texts: Sequence[Text], options: SequenceOptions, counted: _LeftOut
 ) -> TokenisedDocuments:
     """Return the tokens of the training documents; refused conversations are skipped."""
-    parts = [piece for text in texts for piece in pieces(text)]
+    size = options.rule.piece_characters
+    parts = [piece for text in texts for piece in pieces(text, size)]
     counted.reading.num_blank += sum(map(is_blank, parts))
     documents = [
         Document(
@@ -321,7 +322,7 @@ def _tokenised(
             piece if isinstance(piece, Conversation) else None,
         )
         for piece in parts
-        if not is_blank(piece) and threshold_side(text_key(str(piece)), options.rule) == "train"
+        if not is_blank(piece) and options.rule.side(text_key(str(piece))) == "train"
     ]
     if options.chat is not None and options.chat.loss_on != "all":
         counted.unanswered += missing_answers(documents)

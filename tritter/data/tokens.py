@@ -637,10 +637,7 @@ def _encode_alone(text: str, tokenizer: Tokenizer) -> None:
 
 
 def unencoded_note(
-    name: str,
-    sides: Sequence[TokenisedDocuments],
-    texts: Iterable[str],
-    tokenizer: Tokenizer,
+    name: str, sides: Sequence[TokenisedDocuments], texts: Iterable[str], tokenizer: Tokenizer
 ) -> str:
     """Return a sentence on what a tokenizer cannot represent of a domain; empty if it is lossless.
 

@@ -135,11 +135,7 @@ def require_bpe(tokenizer: Tokenizer, *, key: str = _KEY) -> dict[str, Any]:
 
 
 def learn_merges(
-    tokenizer: Tokenizer,
-    texts: Iterable[str],
-    *,
-    num_tokens: int,
-    is_at_most: bool = False,
+    tokenizer: Tokenizer, texts: Iterable[str], *, num_tokens: int, is_at_most: bool = False
 ) -> Merges:
     """Return the merges that give the most frequent new tokens of some texts.
 
@@ -450,12 +446,7 @@ def pursuit_rows(
 
 
 def retokenised(
-    sequences: Tensor,
-    old: Tokenizer,
-    new: Tokenizer,
-    *,
-    bounds: TextBounds,
-    packing: Packing,
+    sequences: Tensor, old: Tokenizer, new: Tokenizer, *, bounds: TextBounds, packing: Packing
 ) -> Tensor:
     """Return stored sequences with the tokens of another tokenizer, int32 [M, T].
 

@@ -11,6 +11,7 @@ from tritter.checkpoints.run_text import recorded_chat, run_text
 from tritter.config.validation import cache_folder
 from tritter.data.answers import scoring_note, unanswered_note
 from tritter.data.corpus import build_corpus
+from tritter.data.documents import PIECE_CHARACTERS
 from tritter.data.options import TextDataConfig
 from tritter.data.records import DEFAULT_FIELD
 from tritter.data.sources import find_texts, source_documents
@@ -70,8 +71,12 @@ def named_domains(
 
     Conversations are tokenised as in training of the checkpoint in `folder`.
     """
+    rule = None if lineage is None else lineage.split
+    size = PIECE_CHARACTERS if rule is None else rule.piece_characters
     found = {
-        name: source_documents(paths, key=f"--data {name}", text_field=text_field)
+        name: source_documents(
+            paths, key=f"--data {name}", text_field=text_field, piece_characters=size
+        )
         for name, paths in sources.items()
     }
     count = sum(each.num_conversations() for each in found.values())

@@ -16,6 +16,7 @@ from tritter.checkpoints.run_text import DomainText, RunText, recorded_chat, run
 from tritter.config.derived import scored_counts, validation_tokens
 from tritter.config.schema import RunConfig
 from tritter.config.validation import known_model
+from tritter.core.expansions import longest_window
 from tritter.core.families import Model
 from tritter.core.models import load_tokenizer
 from tritter.data.batches import BatchStream, Sequences, SequenceStream, sample_equally
@@ -38,7 +39,6 @@ from tritter.data.local_files import TextFileError
 from tritter.data.options import NamedTextConfig
 from tritter.data.packing import DocumentMask, MarkedText, Packing, num_packed, packed, read_marks
 from tritter.data.replay import ReplayBuffer
-from tritter.data.sources import source_documents
 from tritter.data.stream import SequenceOptions, StreamedSequences
 from tritter.data.tokens import (
     END_OF_TEXT,
@@ -143,7 +143,9 @@ class RunData:
         config = self.config
         if self.initial_checkpoint is None or Path(config.model.path).is_dir():  # type: ignore[union-attr]
             return config.text
-        return run_text(str(self.initial_checkpoint.folder), config.data, seed=config.seed)
+        folder, length = str(self.initial_checkpoint.folder), config.data.sequence_length
+        length = longest_window(config.expansion, self.model, length)
+        return run_text(folder, config.data, seed=config.seed, length=length)
 
     @property
     def old_domains(self) -> tuple[str, ...]:
@@ -533,14 +535,7 @@ def all_documents(domains: Iterable[DomainText]) -> dict[str, Documents]:
     problems: list[str] = []
     for domain in domains:
         try:
-            documents[domain.name] = source_documents(
-                domain.paths,
-                key=domain.key,
-                text_field=domain.text_field,
-                texts=domain.texts,
-                is_streamed=domain.is_streamed,
-                is_head=domain.is_head,
-            )
+            documents[domain.name] = domain.documents()
         except TextFileError as error:
             problems += error.problems
     if problems:

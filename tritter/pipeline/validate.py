@@ -19,7 +19,7 @@ from tritter.core.models import load_model, read_model
 from tritter.data.chat import ChatChoice, ids_of
 from tritter.data.documents import Document
 from tritter.data.options import TextSources
-from tritter.data.sources import noted_documents, source_documents
+from tritter.data.sources import noted_documents
 from tritter.data.split import split_documents
 from tritter.data.tokens import (
     PretrainedTokenizer,
@@ -78,9 +78,7 @@ def _load_recorded(kind: str, source: Lineage | None, result: Lineage | None) ->
         return _Domains({}, "the result was not trained after the source")
     new = set(result.training_config.get("new") or ()) if trained else set()
     documents = {
-        name: source_documents(
-            domain.paths, key=name, text_field=domain.text_field, is_recorded=True
-        )
+        name: domain.documents(result.split, key=name)
         for name, domain in result.domains.items()
         if (name in new) == (kind == "target") and domain.paths
     }

@@ -188,7 +188,7 @@ def score_start(
         spent += flops(where, reading, source_length=old, length=length)
     counts = {name: len(each) for name, each in _long_documents(own, old).items()}
     listed = ", ".join(f"{count} of {name}" for name, count in counts.items())
-    listed = listed or "none, so nothing checks the longer context (texts are cut into pieces)"
+    listed = listed or "none, so nothing checks the longer context"
     run.say(
         "",
         f"training windows of {new:,} tokens, {longer.batch_size} per batch; "

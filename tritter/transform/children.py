@@ -17,7 +17,6 @@ from tritter.checkpoints import Source
 from tritter.checkpoints.history import read_chain
 from tritter.checkpoints.location import require_plain
 from tritter.checkpoints.record import LearnedDomain
-from tritter.checkpoints.run_text import domain_problem
 from tritter.core.expansions import BoundMoe, ExpansionSpec, Moe, children_place
 from tritter.core.expansions.moe import AVERAGE, SOURCE
 from tritter.core.expansions.moe_children import HiddenMoments, router_rows
@@ -25,7 +24,6 @@ from tritter.core.families import forward_flops
 from tritter.core.families.config_file import read_model_file
 from tritter.core.parameter_map import rounded_weight
 from tritter.data.chat import ids_of
-from tritter.data.sources import source_documents
 from tritter.data.split import training_texts
 from tritter.data.tokens import begun, read_tokenizer, tokenise_texts
 from tritter.errors import Problem, RequestError, TritterError, refused
@@ -227,13 +225,13 @@ def _lineage_problem(child: Source, source: Source) -> str:
 
 def _data_problem(children: Sequence[OpenChild]) -> str | None:
     """Return the reason that the training data of a child can't be read, or None."""
-    problem_of = cache(domain_problem)  # it reads all data; only now, since files can change
+    problem_of = cache(LearnedDomain.problem)  # it reads all data; only now, since files can change
     for child in children:
         lineage = child.source.lineage
         if lineage is None or not child.domains or lineage.split is None:
             return f"the lineage of {child.name} records no training data"
         for name, domain in child.domains.items():
-            if reason := problem_of(domain):
+            if reason := problem_of(domain, lineage.split):
                 return f"the data {name} of {child.name} can't be used: {reason}"
     return None
 
@@ -251,9 +249,7 @@ def _texts(child: OpenChild, name: str) -> Iterator[str]:
     """Yield the training documents of one domain; documents held out for validation are none."""
     domain, lineage = child.domains[name], child.source.own_lineage
     assert lineage.split is not None
-    documents = source_documents(
-        domain.paths, key="data", text_field=domain.text_field, is_recorded=True
-    )
+    documents = domain.documents(lineage.split, key="data")
     return training_texts({name: documents}, rule=lineage.split, names=[name])
 
 

@@ -246,12 +246,11 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence[Job]) -> floa
             raise
         traceback.print_exc()
         return math.nan
-    is_refused = config.gate.strict and outcome.status != "kept"
     _write_status(
         folder,
         overrides,
         status=outcome.status,
-        exit_code=_EXIT_NOT_KEPT if is_refused else _EXIT_DONE,
+        exit_code=_EXIT_NOT_KEPT if config.gate.strict and outcome.status != "kept" else _EXIT_DONE,
         metric=outcome.metric,
         summary=str(folder / SUMMARY_FILE),
     )

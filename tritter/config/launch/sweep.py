@@ -111,11 +111,10 @@ def _sweep_rows(jobs: Sequence[Job], folder: Path) -> tuple[_SweepRow, ...]:
 
 def _row(job: Path, *, sweep: Path, overrides: tuple[str, ...] | None) -> _SweepRow:
     status = read_status(job)
-    is_killed = status.status == "running" and not is_locked(job)
     return _SweepRow(
         name=os.path.relpath(job, sweep),
         overrides=tuple(status.overrides) if overrides is None else overrides,
-        status="killed" if is_killed else status.status,
+        status="killed" if status.status == "running" and not is_locked(job) else status.status,
         changes=_changes(job / SUMMARY_FILE),
         experts=_experts(job / SUMMARY_FILE),
         metric=status.metric,

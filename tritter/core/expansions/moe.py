@@ -421,8 +421,7 @@ def partner_of(family: Family, target: str | None = None) -> str:
     """
     if partners := PARTNERS.get(family.model_type):
         if target is not None and target not in partners:
-            allowed = ", ".join(partners)
-            reason = f"{family.model_type} can become {allowed}"
+            reason = f"{family.model_type} can become {', '.join(partners)}"
             raise refused("expansion.moe.target", target, reason)
         return target or partners[0]
     supported = ", ".join(f"{dense} ({sparse[0]})" for dense, sparse in PARTNERS.items())
@@ -593,8 +592,7 @@ def _attention_kinds(config: Config) -> list[object]:
     layers, kinds = config["num_hidden_layers"], config.get("layer_types")
     assert isinstance(layers, int)
     if config["model_type"] in ("llama", "mistral"):  # one kind for all layers
-        kind = "full_attention" if _window(config) is None else "sliding_attention"
-        return [kind] * layers
+        return ["full_attention" if _window(config) is None else "sliding_attention"] * layers
     if isinstance(kinds, list | tuple):
         return list(kinds)
     first = config.get("max_window_layers", 28) if config.get("use_sliding_window") else layers

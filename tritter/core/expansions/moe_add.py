@@ -120,8 +120,7 @@ class MoeAdd:
                 f"{addition}=replicate doubles the {size.num_experts} experts, so it adds "
                 f"{size.num_experts}; {addition}=append adds any number",
             )
-        chosen = 2 * size.experts_per_token
-        return family.with_experts(source.config, 2 * size.num_experts, chosen)
+        return family.with_experts(source.config, 2 * size.num_experts, 2 * size.experts_per_token)
 
     def parameter_map(self, source: Model, target: Model, *, seed: int) -> ParameterMap:
         if self.is_chosen_by_data:
@@ -214,8 +213,7 @@ class MoeAdd:
             case "clone" | "best" | "distill":
                 index = torch.where(routes.source >= 0, routes.source, source)
                 ones = torch.ones(num_new, dtype=torch.float64)
-                donor = TensorMap(name, (AxisFactor(index, ones, ones), None))
-                fill = Fill("copy", donor=donor)
+                fill = Fill("copy", donor=TensorMap(name, (AxisFactor(index, ones, ones), None)))
             case "mean":
                 fill = Fill("row_mean")
             case _:

@@ -105,11 +105,8 @@ class BoundMoe:
             has_experts = self.options.layers is None or tensor.layer in self.options.layers
             is_mixed = has_experts and tensor.kind.startswith("ffn.")
             of = self.experts if is_mixed else self.shared
-            shape = shapes[tensor.name]
-            is_source = not of
-            tensors[tensor.name] = (
-                TensorMap(source=tensor.name) if is_source else _other_map(shape, of, tensor.name)
-            )
+            found = _other_map(shapes[tensor.name], of, tensor.name) if of else None
+            tensors[tensor.name] = found or TensorMap(source=tensor.name)
         return ParameterMap(tensors, tuple(range(source.sizes.num_hidden_layers)))
 
     def notes(self, source: Model, target: Model) -> tuple[str, ...]:

@@ -254,8 +254,7 @@ class Family:
             if isinstance(values, list):
                 deeper[key] = [values[source] for source in layer_sources]
         if sizes := ffn_sizes(config):
-            chosen = [sizes[source] for source in layer_sources]
-            deeper = self.with_ffn_sizes(deeper, chosen)
+            deeper = self.with_ffn_sizes(deeper, [sizes[source] for source in layer_sources])
         if self.sparse_layers == "pattern":
             kinds = self.layer_kinds(config, self.dimensions(config).num_hidden_layers)
             dense = [t for t, s in enumerate(layer_sources) if kinds[s] == "dense"]

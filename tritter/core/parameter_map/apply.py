@@ -283,8 +283,7 @@ def _filled(
         case "rows" | "quiet":
             assert like is not None, "sums of rows need a source"
             is_new_row = ~has_source.reshape(len(values), -1).any(dim=1)
-            number = int(is_new_row.sum())
-            made = new_rows(fill, like)(0, number).to(values)
+            made = new_rows(fill, like)(0, int(is_new_row.sum())).to(values)
             return values.index_copy_(0, is_new_row.nonzero().squeeze(1), made)
         case "random":
             rows = values[:: fill.repeat]

@@ -317,12 +317,10 @@ class _Search:
             raise RequestError(f"a layer depends on the order of its units ({key}: {names})")
         for (name, axis), arrangement in found.items():
             port = Port.WRITE if space == "experts" else _unit_port(block, name, axis)
-            per_unit = self._size(key) // units
-            self._add(name, axis, Role(space, key, port, arrangement, per_unit))
+            self._add(name, axis, Role(space, key, port, arrangement, self._size(key) // units))
 
     def _add(self, name: str, axis: int, role: Role) -> None:
-        known = self.roles.setdefault(name, {}).setdefault(axis, role)
-        if known != role:
+        if self.roles.setdefault(name, {}).setdefault(axis, role) != role:
             raise RequestError(f"{name} has different roles in different layers")
 
     def _absorb(self, name: str) -> None:
@@ -347,8 +345,7 @@ class _Search:
     def _stream_role(self, block: Block, name: str, axis: int, key: str) -> Role:
         owner, value = owner_of(block.module, name)
         if value.ndim > 1:
-            writes = is_output(block, name, axis)
-            return Role("residual", key, Port.WRITE if writes else Port.READ)
+            return Role("residual", key, Port.WRITE if is_output(block, name, axis) else Port.READ)
         return self._norm_role(owner, name, key, "residual")
 
     def _norm_role(self, owner: nn.Module, name: str, key: str, space: str) -> Role:
