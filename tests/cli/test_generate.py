@@ -224,6 +224,22 @@ def test_turns_at_a_terminal_keep_their_history(
     assert result.out == "".join(f"{each}\n" for each in answers)
 
 
+@pytest.mark.parametrize("words", ["", " --max-new-tokens 400"])
+def test_a_conversation_ends_where_the_model_has_no_more_positions(
+    run: Run, chat: Path, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    """An answer is cut at the last position, whatever was typed; the next turn has no room."""
+    config = json.loads((chat / "config.json").read_text("utf-8"))
+    (chat / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 40}), "utf-8")
+    lines = iter(["Who are you?", "a gate"])
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    result = run(f"generate chat --chat{words}")
+    assert result.code == 0, result.err
+    assert "the conversation fills the 40 positions of the model; begin another" in result.err
+    assert ": the model has 40 positions" in result.err
+
+
 @pytest.mark.parametrize("end", ["template", "generation_config"])
 def test_an_answer_stops_at_every_end_token(run: Run, chat: Path, end: str) -> None:
     model = stock(chat)
@@ -249,6 +265,9 @@ def test_a_prompt_comes_from_standard_input(
     for words in ("", "--prompt -"):
         monkeypatch.setattr("sys.stdin", io.StringIO("the model\n"))
         assert run(f"generate base --max-new-tokens 5 {words}").out == expected
+    monkeypatch.setattr("sys.stdin", io.StringIO("caf\udce9"))  # a byte of Latin-1, in a C locale
+    result = run("generate base")
+    assert result.code == 2 and "--prompt: standard input is not text" in result.err
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     result = run("generate base")
     assert result.code == 2 and "Missing --prompt" in result.err

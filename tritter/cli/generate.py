@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -112,7 +112,8 @@ def _prompt_text(prompt: str | None) -> str:
     if prompt in (None, _STANDARD_INPUT):
         try:
             prompt = sys.stdin.read().removesuffix("\n")
-        except UnicodeDecodeError as error:
+            prompt.encode()  # with a C locale, Python reads other bytes as surrogates
+        except UnicodeError as error:
             raise RequestError(f"--prompt: standard input is not text ({error}).") from error
     if not prompt:
         raise RequestError("--prompt = (empty): the prompt must have at least one token.")
@@ -166,13 +167,22 @@ def _converse(writer: _Writer, model: nn.Module, system: str | None) -> None:
     messages: list[dict[str, str]] = []
     while text := _read_line():
         messages += _messages(None if messages else system, text)
-        written = writer.write(model, writer.rendered(messages), is_chat=True, is_shown=True)
+        ids = writer.rendered(messages)
+        most = writer.max_new_tokens or _ANSWER_TOKENS
+        if writer.positions is not None:
+            most = min(most, writer.positions - ids.shape[-1])
+        if most < 1:
+            full = f"the conversation fills the {writer.positions} positions of the model"
+            say(f"({full}; begin another)", is_error=True)
+            return
+        fitting = replace(writer, max_new_tokens=most)
+        written = fitting.write(model, ids, is_chat=True, is_shown=True)
         messages.append({"role": "assistant", "content": written.text})
 
 
 def _read_line() -> str:
     try:
-        return input("> ").strip()
+        return input("> ").strip().encode(errors="replace").decode()
     except EOFError:
         say("")
         return ""
@@ -244,10 +254,11 @@ class _Writer:
             raise RequestError("--prompt = (empty): the prompt must have at least one token.")
         room = None if self.positions is None else self.positions - num_tokens
         if room is not None and room < limit:
-            allowed = f"at most {room}" if room > 0 else "a shorter --prompt"
+            is_full = room < 1
+            allowed = "give a shorter --prompt" if is_full else f"at most {room}"
             raise RequestError(
-                f"--max-new-tokens = {limit}: the prompt has {num_tokens} tokens and the model "
-                f"supports {self.positions} positions; {allowed}."
+                f"{'--prompt' if is_full else f'--max-new-tokens = {limit}'}: the prompt has "
+                f"{num_tokens} tokens and the model supports {self.positions} positions; {allowed}."
             )
         return self.max_new_tokens or min(default, room or default)
 
@@ -301,7 +312,10 @@ class _Writer:
         if is_shown:
             say("")
         if is_shown and is_chat and not is_complete:
-            say(f"(cut after {limit} tokens; see --max-new-tokens)", is_error=True)
+            is_full = self.positions == ids.shape[-1] + limit
+            limits = f"the model has {self.positions} positions"
+            where = limits if is_full else "see --max-new-tokens"
+            say(f"(cut after {limit} tokens: {where})", is_error=True)
         return _Written(text, len(new), is_complete)
 
 

@@ -40,7 +40,7 @@ from tritter.pipeline.run import Run
 from tritter.pipeline.stages import importance, vocabulary
 from tritter.pipeline.trained import PATH, check_trained, write_states
 from tritter.planning.run_memory import memory_problems
-from tritter.storage.atomic import write_text_atomic
+from tritter.storage.atomic import remove_folder, write_text_atomic
 from tritter.storage.hub import locate
 from tritter.storage.reading import read_text
 from tritter.storage.writer import TensorStream
@@ -94,6 +94,7 @@ def obtain_base(run: Run) -> tuple[Path, float]:
             if not _is_intact(folder):
                 seconds = _train_base(run, folder, made_from)
                 discard_saved(working)
+                remove_folder(working / PATH)  # the cache has it
                 for path in (logged, own):
                     write_rows(path, read_metrics(working))
                 return folder, seconds
@@ -101,6 +102,7 @@ def obtain_base(run: Run) -> tuple[Path, float]:
     if not logged.is_file() and (rows := read_metrics(working)):
         write_rows(logged, rows)  # this run was killed after it had cached the model
     discard_saved(working)
+    remove_folder(working / PATH)
     if logged.is_file():
         write_text_atomic(own, read_text(logged, limit_bytes=MAX_METRICS_BYTES))
     return folder, 0.0
