@@ -58,6 +58,15 @@ def test_order_of_methods_counts(composing: Composer) -> None:
     assert list(changes_between(one, two)) == ["expansion.methods"]
 
 
+def test_a_key_that_an_earlier_version_lacked_is_no_change_while_it_is_null() -> None:
+    """Its unfinished runs are resumed; once the key is set, or was, it is another run."""
+    earlier, now = {"data": {"source": "text"}}, {"data": {"source": "text", "new": None}}
+    assert not changes_between(earlier, now)
+    assert list(changes_between(earlier, {"data": {"source": "text", "new": 1}})) == ["data.new"]
+    assert list(changes_between(now, {"data": {"source": "text", "new": 1}})) == ["data.new"]
+    assert list(changes_between(now, earlier)) == ["data.new"]
+
+
 def test_it_survives_json(composing: Composer) -> None:
     words = ["expansion=llama_pro", "expansion.llama_pro.positions=[0,2]", "logger.wandb.tags=[a]"]
     print_of_run = fingerprint(composing.compose(words).config)

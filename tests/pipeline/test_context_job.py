@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -208,36 +209,29 @@ def test_long_documents_are_among_those_that_are_scored(tmp_path: Path) -> None:
     assert {name: len(each) for name, each in found.items()} == {"old": 2, "new": 2}
 
 
-def test_texts_stay_whole_for_the_target_and_a_lineage_keeps_its_pieces(
-    done: Path, tmp_path: Path
+def test_the_size_of_pieces_is_part_of_the_split(
+    done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The split of a lineage has a side for each piece, so their size is recorded with it."""
+    """Each piece of a book has a side, so a lineage keeps their size; a new one may choose it."""
     paragraphs = (f"{number} " + "word " * (number % 90) for number in range(9_000))
     (tmp_path / "book.txt").write_text("\n\n".join(paragraphs), "utf-8")
-    words = [w for w in TINY if not w.startswith("data.")]
-    words += [
-        "data=text",
-        f"data.sequence_length={SHORT}",
-        f"data.old={tmp_path / 'book.txt'}",
-        f"data.new={tmp_path / 'book.txt'}",
-        f"cache_dir={tmp_path}",
-        *WORDS,
-    ]
-    longer = [*words, "expansion.context.target_length=10000"]
-    for given, size in ((words, 20_000), (longer, 50_000)):
-        config = load_config(given)
+    words = [word for word in TINY if not word.startswith("data.")]
+    words += ["data=text", f"data.old={tmp_path}/book.txt", f"data.new={tmp_path}/book.txt"]
+    words += [f"data.sequence_length={SHORT}", *WORDS, "expansion.context.target_length=8000"]
+    for own, size in ([], 20_000), (["data.piece_characters=40000"], 40_000):
+        config = load_config([*words, *own, f"cache_dir={tmp_path}"])
         run = Run(config=config, folder=tmp_path, console=Console(), ledger=Ledger(tmp_path))
-        assert config.text.split.piece_characters == run.data.text.split.piece_characters == size
-        sizes = sorted(len(each.text) for each in all_documents(config.text.domains)["new"])
+        sizes = sorted(len(each.text) for each in all_documents(run.data.text.domains)["new"])
         assert size <= sizes[1] and sizes[-1] <= 2 * size
-    for folder, size in (
-        (oracle.saved(oracle.tiny_llama(), tmp_path / "hf"), 50_000),
-        (done / "checkpoint", 20_000),
-    ):
-        text = run_text(str(folder), config.data, seed=0, length=10_000)
-        assert text.split.piece_characters == size
-        assert {each.piece_characters for each in text.domains} == {size}
-        assert any("need pieces of 50,000" in note for note in text.notes) == (size == 20_000)
+        windows.check(run)
+        advice = "longer ones, of a new lineage: data.piece_characters=40000"
+        assert (advice in capsys.readouterr().out) == (size == 20_000)
+    for size in (20_000, None):
+        data = replace(config.data, piece_characters=size)
+        text = run_text(str(done / "checkpoint"), data, seed=0)
+        assert {each.piece_characters for each in text.domains} == {20_000}
+    with pytest.raises(RequestError, match=r"^data.piece_characters = 40000: .* uses 20000;"):
+        run_text(str(done / "checkpoint"), config.data, seed=0)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,6 @@ from tritter.data.sources import (
 from tritter.data.split import SplitRule, split_problem
 from tritter.errors import Problem, RequestError, TritterError, refused
 
-_CHARACTERS_PER_TOKEN = 5  # an upper estimate for prose, so that a piece fills a window
 DEFAULT_FRACTION = 0.2  # for a new split; a lineage keeps its own
 
 
@@ -123,19 +122,18 @@ class RunText:
         return tuple(domain.name for domain in self.domains if not domain.is_old)
 
 
-def run_text(checkpoint: str | None, data: DataConfig, *, seed: int, length: int = 0) -> RunText:
+def run_text(checkpoint: str | None, data: DataConfig, *, seed: int) -> RunText:
     """Resolve the data of a run that starts from a checkpoint.
 
     Args:
         checkpoint: folder or hub id of the checkpoint; None for a new model.
         data: the data config.
         seed: seed of the run, also used for a new split.
-        length: tokens of the longest window, for which a new split leaves texts whole.
     """
     lineage, kept_sequences = _learned(checkpoint)
     learned = {} if lineage is None else lineage.domains
     notes: list[str] = []
-    split = _split(lineage, data, seed=seed, length=length, notes=notes)
+    split = _split(lineage, data, seed=seed, notes=notes)
     resolving = _Domains(learned, data, split)
     domains, tasks = resolving.resolve()
     notes += resolving.notes
@@ -222,29 +220,23 @@ def _learned(checkpoint: str | None) -> tuple[Lineage | None, KeptSequences]:
         raise refused("model.path", folder, str(error).rstrip(".")) from error
 
 
-def _split(
-    lineage: Lineage | None, data: DataConfig, *, seed: int, length: int, notes: list[str]
-) -> SplitRule:
-    requested, recorded = data.validation_fraction, None if lineage is None else lineage.split
-    size = max(PIECE_CHARACTERS, _CHARACTERS_PER_TOKEN * length)
+def _split(lineage: Lineage | None, data: DataConfig, *, seed: int, notes: list[str]) -> SplitRule:
+    recorded = None if lineage is None else lineage.split
+    keys = ("validation_fraction", "piece_characters")
+    requested = {k: value for k in keys if (value := getattr(data, k, None)) is not None}
     if recorded is None:
-        fraction = DEFAULT_FRACTION if requested is None else requested
-        return SplitRule(seed=seed, validation_fraction=fraction, piece_characters=size)
-    if requested is not None and requested != recorded.validation_fraction:
-        reason = (
-            f"the checkpoint's lineage uses {recorded.validation_fraction}; another fraction "
-            "would mix training and validation documents. Remove the key"
-        )
-        raise RequestError(Problem("data.validation_fraction", requested, reason=reason))
+        return SplitRule(seed=seed, **{"validation_fraction": DEFAULT_FRACTION, **requested})
+    for key, value in requested.items():
+        if value != (own := getattr(recorded, key)):
+            reason = (
+                f"the checkpoint's lineage uses {own}; another value would mix training and "
+                "validation documents. Remove the key"
+            )
+            raise RequestError(Problem(f"data.{key}", value, reason=reason))
     if seed != recorded.seed:
         notes.append(
             f"The split keeps the lineage's seed {recorded.seed}; seed={seed} only shuffles the "
             "data."
-        )
-    if size > recorded.piece_characters:
-        notes.append(
-            f"Long texts are cut into pieces of {recorded.piece_characters:,} characters, so that "
-            f"the lineage's split stays; windows of {length:,} tokens need pieces of {size:,}."
         )
     return recorded
 

@@ -427,7 +427,10 @@ def optimizer_record(config: RunConfig) -> dict[str, Any]:
 
 
 def changes_between(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return dotted key → (old value, new value) of the differences between two fingerprints."""
+    """Return dotted key → (old value, new value) of the differences between two fingerprints.
+
+    A key that the earlier version of Tritter lacked and that is null is no difference.
+    """
     before, after = leaves(old), leaves(new)
     both = {key: (before.get(key, _ABSENT), after.get(key, _ABSENT)) for key in before | after}
-    return {key: (a, b) for key, (a, b) in both.items() if a != b}
+    return {key: (a, b) for key, (a, b) in both.items() if a != b and (a, b) != (_ABSENT, None)}

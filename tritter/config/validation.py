@@ -38,7 +38,7 @@ from tritter.config.schema import (
     WandbConfig,
     start_checkpoint,
 )
-from tritter.core.expansions import Context, longest_window, target_model, vocab_place
+from tritter.core.expansions import target_model, vocab_place
 from tritter.core.families import Model, check_size
 from tritter.core.families.presets import model_problems
 from tritter.core.parameter_map.carry import STATE_KINDS
@@ -188,11 +188,7 @@ def validate(
     sound = cast(RunConfig, _ValidSections(values, unread))
 
     def read_text(config: RunConfig) -> Iterable[Problem]:
-        start, length = start_checkpoint(config.model), config.data.sequence_length
-        is_longer = Context in map(type, values.get("expansion", ()))
-        if is_longer and (model := known_model(config)) is not None:
-            length = longest_window(config.expansion, model, length)
-        values["text"] = run_text(start, config.data, seed=config.seed, length=length)
+        values["text"] = run_text(start_checkpoint(config.model), config.data, seed=config.seed)
         if has_no_period:
             period = validation_period(config)
             values["evaluation"] = replace(config.evaluation, every_n_steps=period)

@@ -218,8 +218,9 @@ def unloaded_model(
     """
     _check_small_files(folder)
     with errors_as(f"{folder} cannot be loaded as a model"), quiet():
+        stock = _stock_of(description.config)
         with torch.device("meta"), no_init_weights():
-            model = AutoModelForCausalLM.from_config(_stock_of(description.config), dtype=dtype)
+            model = AutoModelForCausalLM.from_config(stock, dtype=dtype)
         assert isinstance(model, PreTrainedModel)
         model.tie_weights()
         _fill_buffers(model, buffer_of)

@@ -206,15 +206,19 @@ def pieces(text: Text, size: int = PIECE_CHARACTERS) -> Iterator[Text]:
 
 def pieces_of_chunks(chunks: Iterable[str], size: int = PIECE_CHARACTERS) -> Iterator[str]:
     """Yield the `pieces` of a text that arrives in chunks, with about one piece in memory."""
-    text = ""
+    held, length = list[str](), 0
     for chunk in chunks:
-        text, start = text + chunk, 0
+        held.append(chunk)
+        length += len(chunk)
+        if length <= 2 * size:
+            continue
+        text, start = "".join(held), 0
         while len(text) - start > 2 * size:
             end = _cut_position(text, start + size, start + 2 * size)
             yield text[start:end]
             start = end
-        text = text[start:]
-    yield text
+        held, length = [text[start:]], len(text) - start
+    yield "".join(held)
 
 
 def documents_digest(documents: Sequence[Document], *, is_exact: bool = True) -> str:

@@ -111,12 +111,15 @@ class NamedTextConfig(DataConfig):
         new: new domain → paths; empty if `tasks` is set.
         tasks: sequential tasks; empty if `new` is the only task.
         weights: new domain → sampling weight within its task; None mixes domains by size.
+        piece_characters: size of the `pieces` of long texts. None uses that of the checkpoint's
+            lineage, or 20,000 for a new lineage.
     """
 
     old: TextSources | None
     new: TextSources
     tasks: list[TextSources]
     weights: dict[str, Annotated[float, Field(gt=0)]] | None
+    piece_characters: Annotated[int, Field(ge=1_000, le=10**8)] | None = None
 
     @property
     def old_sources(self) -> TextSources:

@@ -50,7 +50,7 @@ from tritter.training.options import TrainingConfig
 from tritter.transform import plan_expansion
 
 # Options of `data` that select the data; the corpus checksum covers them
-_WHICH_TEXT = {"old", "new", "text_field", "validation_fraction"}
+_WHICH_TEXT = {"old", "new", "text_field", "validation_fraction", "piece_characters"}
 _WHICH_TEXT |= {
     "text_column",
     "max_rows",

@@ -71,8 +71,7 @@ def named_domains(
 
     Conversations are tokenised as in training of the checkpoint in `folder`.
     """
-    rule = None if lineage is None else lineage.split
-    size = PIECE_CHARACTERS if rule is None else rule.piece_characters
+    size = lineage.split.piece_characters if lineage and lineage.split else PIECE_CHARACTERS
     found = {
         name: source_documents(
             paths, key=f"--data {name}", text_field=text_field, piece_characters=size

@@ -16,7 +16,6 @@ from tritter.checkpoints.run_text import DomainText, RunText, recorded_chat, run
 from tritter.config.derived import scored_counts, validation_tokens
 from tritter.config.schema import RunConfig
 from tritter.config.validation import known_model
-from tritter.core.expansions import longest_window
 from tritter.core.families import Model
 from tritter.core.models import load_tokenizer
 from tritter.data.batches import BatchStream, Sequences, SequenceStream, sample_equally
@@ -143,9 +142,7 @@ class RunData:
         config = self.config
         if self.initial_checkpoint is None or Path(config.model.path).is_dir():  # type: ignore[union-attr]
             return config.text
-        folder, length = str(self.initial_checkpoint.folder), config.data.sequence_length
-        length = longest_window(config.expansion, self.model, length)
-        return run_text(folder, config.data, seed=config.seed, length=length)
+        return run_text(str(self.initial_checkpoint.folder), config.data, seed=config.seed)
 
     @property
     def old_domains(self) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ from tritter.storage.reading import read_object
 from tritter.storage.records import validate_record
 
 _NUM_BUCKETS = 16  # of positions
+_CHARACTERS_PER_TOKEN = 5  # an upper estimate for prose
 SOURCE, _SOURCE_LONG = "source-windows", "source-long"  # names of the source's scores
 _NAMES = ("source", "source_long", "expanded", "final")
 
@@ -72,18 +73,20 @@ def check(run: Run) -> None:
     for config in run.config.attempts:
         if not any(spec.expansion_type == "context" for spec in config.expansion):
             continue
-        lengths = [
-            each.position_limit or 0
-            for each in (run.data.model, target_model(run.data.model, config.expansion))
-        ]
-        run.data.reading(lengths[1]).check_text()
-        if note := tokens_note(lengths[1], config):
+        models = (run.data.model, target_model(run.data.model, config.expansion))
+        old, new = (each.position_limit or 0 for each in models)
+        run.data.reading(new).check_text()
+        size = run.data.text.split.piece_characters
+        if (needed := _CHARACTERS_PER_TOKEN * new) > size:
+            why = f"texts above {2 * size:,} characters are cut into pieces of about {size:,}"
+            run.say("", f"{why}; longer ones, of a new lineage: data.piece_characters={needed}")
+        if note := tokens_note(new, config):
             run.say("", note)
-        if run.data.initial_checkpoint is None and config.data.sequence_length < lengths[0]:
+        if run.data.initial_checkpoint is None and config.data.sequence_length < old:
             run.say(
                 "",
                 f"the base trains on {config.data.sequence_length} tokens, but its context counts "
-                f"as {lengths[0]} (model.max_position_embeddings); set both to the same length",
+                f"as {old} (model.max_position_embeddings); set both to the same length",
             )
 
 

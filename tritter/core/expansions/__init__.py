@@ -13,7 +13,6 @@ from tritter.core.expansions.specification import (
     build_steps,
     check_specs,
     compose_maps,
-    longest_window,
     target_model,
 )
 from tritter.core.expansions.vocab import BoundVocab, Vocab, vocab_place
@@ -44,7 +43,6 @@ __all__ = [
     "check_specs",
     "children_place",
     "compose_maps",
-    "longest_window",
     "target_model",
     "vocab_place",
 ]

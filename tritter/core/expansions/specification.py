@@ -1,7 +1,6 @@
 """The interface of expansions: options that determine a target config and a parameter map."""
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -86,14 +85,6 @@ def target_model(source: Model, specs: Sequence[ExpansionSpec]) -> Model:
     for spec in specs:
         source = _checked_target(spec, _as_needed(spec, source))
     return source
-
-
-def longest_window(specs: Sequence[ExpansionSpec], source: Model, length: int) -> int:
-    """Return the tokens of a run's longest window: of its sequences, or of a longer context."""
-    with suppress(RequestError):  # reported when the model is checked
-        if (new := target_model(source, specs).position_limit) != source.position_limit:
-            return max(length, new or 0)
-    return length
 
 
 def is_possible(source: Model, spec: ExpansionSpec) -> bool:
