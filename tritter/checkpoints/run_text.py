@@ -221,13 +221,18 @@ def _learned(checkpoint: str | None) -> tuple[Lineage | None, KeptSequences]:
 
 
 def _split(lineage: Lineage | None, data: DataConfig, *, seed: int, notes: list[str]) -> SplitRule:
-    recorded = None if lineage is None else lineage.split
-    keys = ("validation_fraction", "piece_characters")
-    requested = {k: value for k in keys if (value := getattr(data, k, None)) is not None}
+    recorded, size = None if lineage is None else lineage.split, None
+    if isinstance(data, NamedTextConfig):
+        size = data.piece_characters
     if recorded is None:
-        return SplitRule(seed=seed, **{"validation_fraction": DEFAULT_FRACTION, **requested})
-    for key, value in requested.items():
-        if value != (own := getattr(recorded, key)):
+        fraction = data.validation_fraction or DEFAULT_FRACTION
+        size = size or PIECE_CHARACTERS
+        return SplitRule(seed=seed, validation_fraction=fraction, piece_characters=size)
+    for key, value in (
+        ("validation_fraction", data.validation_fraction),
+        ("piece_characters", size),
+    ):
+        if value not in (None, own := getattr(recorded, key)):
             reason = (
                 f"the checkpoint's lineage uses {own}; another value would mix training and "
                 "validation documents. Remove the key"
