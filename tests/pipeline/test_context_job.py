@@ -14,16 +14,20 @@ import torch
 from tests import oracle
 from tests.pipeline.plug import WORK
 from tests.pipeline.tiny import TINY
+from tritter.checkpoints.folder import lineage_of
 from tritter.checkpoints.run_text import run_text
 from tritter.checkpoints.state import KeptSequences
 from tritter.config.launch.composition import load_config
 from tritter.config.validation import base_model
 from tritter.core.families import Model, forward_flops
 from tritter.core.models import read_model
-from tritter.data.tokens import TextBounds
+from tritter.data.split import split_documents
+from tritter.data.tokens import TextBounds, read_tokenizer
 from tritter.errors import RequestError
 from tritter.evaluation.statistics import PairedScores
 from tritter.pipeline import Outcome, run_pipeline, windows
+from tritter.pipeline.base import _made_from
+from tritter.pipeline.evaluate import learned_domains
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.run import Run
 from tritter.pipeline.run_data import all_documents
@@ -220,18 +224,53 @@ def test_the_size_of_pieces_is_part_of_the_split(
     words += [f"data.sequence_length={SHORT}", *WORDS, "expansion.context.target_length=8000"]
     for own, size in ([], 20_000), (["data.piece_characters=40000"], 40_000):
         config = load_config([*words, *own, f"cache_dir={tmp_path}"])
+        config = replace(config, fallbacks=(config, config))  # the notes are the same for all
         run = Run(config=config, folder=tmp_path, console=Console(), ledger=Ledger(tmp_path))
         sizes = sorted(len(each.text) for each in all_documents(run.data.text.domains)["new"])
         assert size <= sizes[1] and sizes[-1] <= 2 * size
         windows.check(run)
-        advice = "longer ones, of a new lineage: data.piece_characters=40000"
-        assert (advice in capsys.readouterr().out) == (size == 20_000)
+        said = capsys.readouterr().out
+        assert said.count("of a new lineage: data.piece_characters=40000") == (size == 20_000)
+        assert said.count("long windows change the tokens per batch") == 1
     for size in (20_000, None):
         data = replace(config.data, piece_characters=size)
         text = run_text(str(done / "checkpoint"), data, seed=0)
         assert {each.piece_characters for each in text.domains} == {20_000}
     with pytest.raises(RequestError, match=r"^data.piece_characters = 40000: .* uses 20000;"):
         run_text(str(done / "checkpoint"), config.data, seed=0)
+
+
+@pytest.mark.full
+def test_all_that_reads_a_lineage_cuts_as_it_does(tmp_path: Path) -> None:
+    """Later runs, scores of what it held out, and streams; a base of another size is another."""
+    paragraphs = (f"{number} " + "word " * (number % 90) for number in range(9_000))
+    (tmp_path / "book.txt").write_text("\n\n".join(paragraphs), "utf-8")
+    code = "\n\n".join(f"def f{number}():\n    return {number}" for number in range(30_000))
+    (tmp_path / "code.txt").write_text(code, "utf-8")
+    words = [word for word in TINY if not word.startswith(("data.old", "data.new"))]
+    words = ["data=text", *(word for word in words if not word.startswith("data="))]
+    words += [f"data.old={tmp_path}/book.txt", f"data.new={tmp_path}/code.txt"]
+    words += ["expansion=none", "data.piece_characters=40000", f"cache_dir={tmp_path}/cache"]
+    (tmp_path / "run").mkdir()
+    config = load_config(words)
+    run_pipeline(config, run_folder=tmp_path / "run")
+    checkpoint = tmp_path / "run/checkpoint"
+    lineage = lineage_of(checkpoint)
+    assert lineage.split is not None and lineage.split.piece_characters == 40_000
+    later = run_text(str(checkpoint), replace(config.data, piece_characters=None), seed=0)
+    assert later.split == lineage.split and not any("has changed" in each for each in later.notes)
+    tokenizer = read_tokenizer(checkpoint, vocab_size=read_model(checkpoint).sizes.vocab_size)
+    scored = learned_domains(checkpoint, lineage, tokenizer, length=SHORT).documents
+    for name, domain in all_documents(later.domains).items():
+        held_out = split_documents({name: domain}, rule=lineage.split)[name].validation
+        assert list(scored[name].identifiers) == [each.identifier for each in held_out]
+        assert max(len(each.text) for each in domain) > 40_000
+    made = []
+    for own in ("data.piece_characters=null", "data.piece_characters=40000"):
+        config = load_config([*words, own])
+        run = Run(config=config, folder=tmp_path, console=Console(), ledger=Ledger(tmp_path))
+        made.append(_made_from(run)["data"])
+    assert "piece_characters" not in made[0] and made[1] == made[0] | {"piece_characters": 40_000}
 
 
 @pytest.mark.parametrize(

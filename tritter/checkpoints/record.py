@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from tritter.data.built_in import built_in_path, is_built_in
-from tritter.data.documents import Documents, documents_digest
+from tritter.data.documents import PIECE_CHARACTERS, Documents, documents_digest
 from tritter.data.split import SplitRule
 from tritter.errors import TritterError
 from tritter.limits import MAX_LAYERS
@@ -102,7 +102,9 @@ class LearnedDomain:
     paths: tuple[str, ...] = ()
     text_field: str = "text"
 
-    def documents(self, split: SplitRule, *, key: str, is_streamed: bool = False) -> Documents:
+    def documents(
+        self, split: SplitRule | None, *, key: str, is_streamed: bool = False
+    ) -> Documents:
         """Read the documents again, cut as the split of the lineage does."""
         from tritter.data.sources import source_documents
 
@@ -112,7 +114,7 @@ class LearnedDomain:
             text_field=self.text_field,
             is_streamed=is_streamed,
             is_recorded=True,
-            piece_characters=split.piece_characters,
+            piece_characters=PIECE_CHARACTERS if split is None else split.piece_characters,
         )
 
     def problem(self, split: SplitRule, *, is_streamed: bool = False) -> str | None:

@@ -141,11 +141,11 @@ def _texts(folder: Path, *, length: int, vocab_size: int) -> dict[str, Tensor]:
     tokenizer = read_tokenizer(folder, vocab_size=vocab_size)
     bounds = tokenizer.bounds
     lineage = read_lineage(folder)
-    if lineage is None or (split := lineage.split) is None:
+    if lineage is None:
         return found
     for name, domain in lineage.domains.items():
         try:
-            documents = domain.documents(split, key="domains") if domain.paths else ()
+            documents = domain.documents(lineage.split, key="domains") if domain.paths else ()
             first = list(islice(documents, _DOCUMENTS))
             is_chat = any(each.conversation for each in first)
             chat = corpus_chat(is_chat, recorded_chat(lineage), folder)

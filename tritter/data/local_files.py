@@ -139,8 +139,7 @@ class Reading:
     def pieces(self, path: Path) -> Iterator[Text]:
         """Yield the `pieces` of a file's texts; plain text files are streamed."""
         if _kind(path) in _WHOLE:
-            chunks = _chunks(path, self)
-            found: Iterator[Text] = pieces_of_chunks(chunks, self._piece_characters)
+            found: Iterator[Text] = pieces_of_chunks(_chunks(path, self), self._piece_characters)
             yield from self.filled(self.counted(str(path), found))
         else:
             yield from self.filled(self.texts(path))

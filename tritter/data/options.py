@@ -14,6 +14,7 @@ from pydantic import Field
 from tritter.data.built_in import built_in_path, is_built_in
 from tritter.data.chat import LossOn
 from tritter.data.datasets import PREFIX, check_on_disk, dataset_names, parse_name
+from tritter.data.documents import PIECE_CHARACTERS
 from tritter.data.local_files import has_records
 from tritter.data.records import DEFAULT_FIELD
 from tritter.data.skills import PREFIX as SKILL_PREFIX
@@ -119,7 +120,7 @@ class NamedTextConfig(DataConfig):
     new: TextSources
     tasks: list[TextSources]
     weights: dict[str, Annotated[float, Field(gt=0)]] | None
-    piece_characters: Annotated[int, Field(ge=1_000, le=10**8)] | None = None
+    piece_characters: Annotated[int, Field(ge=PIECE_CHARACTERS, le=10**8)] | None = None
 
     @property
     def old_sources(self) -> TextSources:

@@ -32,7 +32,7 @@ class SplitRule:
 
     seed: Seed
     validation_fraction: Annotated[float, Field(gt=0, lt=1)]
-    piece_characters: Annotated[int, Field(ge=1_000, le=10**8)] = PIECE_CHARACTERS
+    piece_characters: Annotated[int, Field(ge=PIECE_CHARACTERS, le=10**8)] = PIECE_CHARACTERS
 
     def side(self, key: str) -> Literal["train", "validation"]:
         """Return the side of a text from its `text_key`."""

@@ -50,7 +50,7 @@ from tritter.training.options import TrainingConfig
 from tritter.transform import plan_expansion
 
 # Options of `data` that select the data; the corpus checksum covers them
-_WHICH_TEXT = {"old", "new", "text_field", "validation_fraction", "piece_characters"}
+_WHICH_TEXT = {"old", "new", "text_field", "validation_fraction"}
 _WHICH_TEXT |= {
     "text_column",
     "max_rows",
@@ -81,9 +81,7 @@ def obtain_base(run: Run) -> tuple[Path, float]:
     """
     made_from = _made_from(run)
     folder = run.config.cache_dir / "bases" / content_key(made_from)
-    logged = folder.with_name(
-        f"{folder.name}.metrics.csv"
-    )  # next to the base model, for later runs
+    logged = folder.with_name(f"{folder.name}.metrics.csv")  # by the base, for later runs
     own, working = run.folder / "metrics_pretraining.csv", run.folder / "pretraining"
 
     def wait() -> None:
@@ -113,6 +111,8 @@ def _made_from(run: Run) -> dict[str, Any]:
     config, trainer = run.config, asdict(run.config.trainer)
     text = {key: value for key, value in asdict(config.data).items() if key not in _WHICH_TEXT}
     text["packing"] = run.data.packing
+    if text.get("piece_characters") is None:
+        text.pop("piece_characters", None)  # bases of the usual size keep their key
     streams = {
         name: stream_identity(*sources, key=name)
         for name, sources in run.data.streams.items()
@@ -179,7 +179,6 @@ def _train_base(run: Run, folder: Path, made_from: Mapping[str, Any]) -> float:
         tokenizer=run.data.corpus.tokenizer,
         work=working,
     )
-    recorders = [PathIntegral(working / PATH)] if importance.is_recorded(run) else []
     with wandb_finished(run), open_loggers(run, "pretraining") as loggers:
         result = fit(
             module,
@@ -189,7 +188,7 @@ def _train_base(run: Run, folder: Path, made_from: Mapping[str, Any]) -> float:
             label="pretraining",
             console=run.console,
             loggers=loggers,
-            observers=recorders,
+            observers=[PathIntegral(working / PATH)] if importance.is_recorded(run) else [],
             write_result=write,
         )
         if result.stopped_because is not None:

@@ -229,10 +229,9 @@ class BenchmarkTask:
         """
         if self.questions is None:
             return ()
-        limited = self.questions.limited(self.harness.limit)
         return sequence_lengths(
             _tokenizer(reader, self.stock),
-            limited,
+            self.questions.limited(self.harness.limit),
             length=self.positions,
             is_chat=self.harness.is_chat,
         )
@@ -257,10 +256,9 @@ def benchmark_tasks(
     chosen = [BENCHMARKS[name] for name in names]
     questions: Mapping[str, Questions] = {}
     if options.tasks_path is not None:
-        folder = TasksFolder(Path(options.tasks_path), key="evaluation.tasks_path")
         loaded = load(
             chosen,
-            folder,
+            TasksFolder(Path(options.tasks_path), key="evaluation.tasks_path"),
             limit=options.task_limit,
             num_fewshot=options.num_fewshot,
             fewshot_key="evaluation.num_fewshot",

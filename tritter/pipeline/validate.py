@@ -17,7 +17,7 @@ from tritter.checkpoints.run_text import recorded_chat
 from tritter.core.families import Model
 from tritter.core.models import load_model, read_model
 from tritter.data.chat import ChatChoice, ids_of
-from tritter.data.documents import Document
+from tritter.data.documents import PIECE_CHARACTERS, Document
 from tritter.data.options import TextSources
 from tritter.data.sources import noted_documents
 from tritter.data.split import split_documents
@@ -98,8 +98,10 @@ def _read(
     """Return the documents of the `kept` or `target` domains, up to the limit."""
     option = "--data" if kind == "kept" else "--target-data"
     if named is not None:
+        size = result.split.piece_characters if result and result.split else PIECE_CHARACTERS
         whole = {
-            name: noted_documents(paths, key=f"{option} {name}") for name, paths in named.items()
+            name: noted_documents(paths, key=f"{option} {name}", piece_characters=size)
+            for name, paths in named.items()
         }
         found = _Domains(whole, f"{option} contains no documents")
     else:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tritter.core.expansions import target_model
 from tritter.core.families import Flops
+from tritter.data.options import NamedTextConfig
 from tritter.data.tokens import TokenisedDocuments
 from tritter.evaluation.gate import MIN_DOCUMENTS, Check, retention_check
 from tritter.evaluation.losses import document_losses, window_lengths
@@ -70,24 +71,25 @@ def check(run: Run) -> None:
     Raises:
         RequestError: names the domain.
     """
+    size, needed, notes = run.data.text.split.piece_characters, 0, list[str]()
     for config in run.config.attempts:
         if not any(spec.expansion_type == "context" for spec in config.expansion):
             continue
         models = (run.data.model, target_model(run.data.model, config.expansion))
         old, new = (each.position_limit or 0 for each in models)
         run.data.reading(new).check_text()
-        size = run.data.text.split.piece_characters
-        if (needed := _CHARACTERS_PER_TOKEN * new) > size:
-            why = f"texts above {2 * size:,} characters are cut into pieces of about {size:,}"
-            run.say("", f"{why}; longer ones, of a new lineage: data.piece_characters={needed}")
-        if note := tokens_note(new, config):
-            run.say("", note)
+        needed = max(needed, _CHARACTERS_PER_TOKEN * new)
+        notes.append(tokens_note(new, config))
         if run.data.initial_checkpoint is None and config.data.sequence_length < old:
-            run.say(
-                "",
+            notes.append(
                 f"the base trains on {config.data.sequence_length} tokens, but its context counts "
-                f"as {old} (model.max_position_embeddings); set both to the same length",
+                f"as {old} (model.max_position_embeddings); set both to the same length"
             )
+    if needed > size and isinstance(run.config.data, NamedTextConfig):
+        why = f"texts above {2 * size:,} characters are cut into pieces of about {size:,}"
+        notes.append(f"{why}; longer ones, of a new lineage: data.piece_characters={needed}")
+    for note in filter(None, dict.fromkeys(notes)):  # each once, for all attempts
+        run.say("", note)
 
 
 def is_longer(run: Run, branch: Branch) -> bool:

@@ -170,13 +170,12 @@ class Adapt(_Training):
                 optimizer=replace(run.config.optimizer, weight_decay=0.0),
                 methods=build_methods(run.config.forgetting),
             )
-            task = importance.task(run, branch, follow=trainee.follow)
             result = fit_branch(
                 run,
                 branch,
                 module,
                 trainee=trainee,
-                task=task,
+                task=importance.task(run, branch, follow=trainee.follow),
                 folder=folder,
                 label="router",
                 write_result=write,
