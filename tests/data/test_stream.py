@@ -195,6 +195,22 @@ def test_conversations_that_are_refused_cut_or_unanswered_are_counted(
     assert "1 of 42 conversations (1 with an empty answer)" in unanswered
 
 
+def test_texts_are_cut_as_the_lineage_does(tokenizer: Tokenizer) -> None:
+    book = "\n\n".join(f"{number} " + "word " * 80 for number in range(170))
+    for size, count in (20_000, 3), (40_000, 1):
+        rule = SplitRule(seed=3, validation_fraction=1e-9, piece_characters=size)
+        options = SequenceOptions(
+            rule=rule,
+            tokenizer=tokenizer,
+            chat=None,
+            packing="documents",
+            sequence_length=LENGTH,
+            bounds=TextBounds(END),
+        )
+        tokens = stream._tokenised([book], options, stream._LeftOut("data.new"))
+        assert len(tokens.identifiers) == count
+
+
 def test_rows_that_are_left_out_after_the_head_are_counted(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

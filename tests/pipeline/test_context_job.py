@@ -25,9 +25,9 @@ from tritter.data.split import split_documents
 from tritter.data.tokens import TextBounds, read_tokenizer
 from tritter.errors import RequestError
 from tritter.evaluation.statistics import PairedScores
-from tritter.pipeline import Outcome, run_pipeline, windows
+from tritter.pipeline import Outcome, run_pipeline, validate, windows
 from tritter.pipeline.base import _made_from
-from tritter.pipeline.evaluate import learned_domains
+from tritter.pipeline.evaluate import learned_domains, named_domains
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.run import Run
 from tritter.pipeline.run_data import all_documents
@@ -213,12 +213,16 @@ def test_long_documents_are_among_those_that_are_scored(tmp_path: Path) -> None:
     assert {name: len(each) for name, each in found.items()} == {"old": 2, "new": 2}
 
 
+def write_book(path: Path) -> None:
+    paragraphs = (f"{number} " + "word " * (number % 90) for number in range(9_000))
+    path.write_text("\n\n".join(paragraphs), "utf-8")
+
+
 def test_the_size_of_pieces_is_part_of_the_split(
     done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each piece of a book has a side, so a lineage keeps their size; a new one may choose it."""
-    paragraphs = (f"{number} " + "word " * (number % 90) for number in range(9_000))
-    (tmp_path / "book.txt").write_text("\n\n".join(paragraphs), "utf-8")
+    write_book(tmp_path / "book.txt")
     words = [word for word in TINY if not word.startswith("data.")]
     words += ["data=text", f"data.old={tmp_path}/book.txt", f"data.new={tmp_path}/book.txt"]
     words += [f"data.sequence_length={SHORT}", *WORDS, "expansion.context.target_length=8000"]
@@ -242,9 +246,8 @@ def test_the_size_of_pieces_is_part_of_the_split(
 
 @pytest.mark.full
 def test_all_that_reads_a_lineage_cuts_as_it_does(tmp_path: Path) -> None:
-    """Later runs, scores of what it held out, and streams; a base of another size is another."""
-    paragraphs = (f"{number} " + "word " * (number % 90) for number in range(9_000))
-    (tmp_path / "book.txt").write_text("\n\n".join(paragraphs), "utf-8")
+    """Later runs, scores and checks of any files; a base of another size is another."""
+    write_book(tmp_path / "book.txt")
     code = "\n\n".join(f"def f{number}():\n    return {number}" for number in range(30_000))
     (tmp_path / "code.txt").write_text(code, "utf-8")
     words = [word for word in TINY if not word.startswith(("data.old", "data.new"))]
@@ -265,6 +268,12 @@ def test_all_that_reads_a_lineage_cuts_as_it_does(tmp_path: Path) -> None:
         held_out = split_documents({name: domain}, rule=lineage.split)[name].validation
         assert list(scored[name].identifiers) == [each.identifier for each in held_out]
         assert max(len(each.text) for each in domain) > 40_000
+        files = {name: [f"{tmp_path}/{'book' if name == 'old' else 'code'}.txt"]}
+        names = [each.identifier for each in domain]
+        found = named_domains(files, tokenizer, folder=checkpoint, lineage=lineage, length=SHORT)
+        assert list(found.documents[name].identifiers) == names
+        checked = validate._read("kept", None, lineage, named=files, limit=1000)
+        assert [each.identifier for each in checked.documents[name]] == names
     made = []
     for own in ("data.piece_characters=null", "data.piece_characters=40000"):
         config = load_config([*words, own])
