@@ -87,7 +87,7 @@ def test_what_a_corpus_holds(tmp_path):
         texts = {document.identifier: document.text for document in documents}
         assert not set(domain.train.identifiers) & set(domain.validation.identifiers)
         assert set(domain.train.identifiers) | set(domain.validation.identifiers) == set(texts)
-        assert corpus.counts[name].validation == len(domain.validation) > 0
+        assert domain.counts["validation"] == len(domain.validation) > 0
         assert int(domain.validation.offsets.diff().max()) <= 50
         for index, identifier in enumerate(domain.train.identifiers):
             tokens = domain.train.document(index).tolist()

@@ -11,7 +11,6 @@ import json
 import os
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -190,7 +189,7 @@ def _sides(corpus: Corpus) -> dict[str, Any]:
     return {
         name: {
             "sha256": corpus.sources[name].sha256,
-            "counts": asdict(corpus.counts[name]),
+            "counts": corpus.domains[name].counts,
             "validation": sorted(domain.validation.identifiers)[:3],
             "tokens": domain.train.num_tokens,
         }

@@ -53,7 +53,7 @@ def test_the_threshold_by_hand():
         text for text, held in found.items() if held
     }
     assert abs(len(split.validation) / 400 - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 400)
-    assert (split.counts.documents, split.counts.validation) == (400, len(split.validation))
+    assert (len(split.train) + len(split.validation), split.held_out_before) == (400, 0)
 
 
 def test_a_larger_fraction_holds_out_what_a_smaller_one_did_and_more():
@@ -68,7 +68,7 @@ def test_what_an_old_domain_holds_out_is_counted_where_a_new_one_has_it():
     new = documents_of(f"text {index}" for index in range(20, 60))
     found = parted({"old": named(40), "new": new})
     shared = sides(found["old"])[1] & keys(new)
-    assert shared and found["new"].counts.held_out_before == len(shared)
+    assert shared and found["new"].held_out_before == len(shared)
     assert not shared & sides(found["new"])[0]
 
 

@@ -21,7 +21,7 @@ from tritter.data import built_in, cache
 from tritter.data.answers import endless_note, unanswered_note, unshown_note
 from tritter.data.chat import Chat
 from tritter.data.documents import Document, Documents, conversations_digest, documents_digest
-from tritter.data.split import DomainCounts, Split, SplitRule, split_documents
+from tritter.data.split import Split, SplitRule, split_documents
 from tritter.data.tokens import Names, TokenisedDocuments, tokenise, train_tokenizer, unencoded_note
 from tritter.errors import TritterError
 from tritter.storage.atomic import atomic_folder, write_text_atomic
@@ -56,11 +56,19 @@ class _SourceSummary:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Domain:
-    """A named part of the data, split by document."""
+    """A named part of the data, split by document; `held_out_before` as in `Split`."""
 
     name: str
     train: TokenisedDocuments
     validation: TokenisedDocuments
+    held_out_before: int
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The number of documents: all, of each side, and `held_out_before`."""
+        train, validation = len(self.train), len(self.validation)
+        sides = {"documents": train + validation, "train": train, "validation": validation}
+        return {**sides, "held_out_before": self.held_out_before}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,7 +77,6 @@ class Corpus:
 
     Args:
         digest: checksum of the inputs (texts, their split, options, versions).
-        counts: domain → documents per side of the split.
         notes: one sentence for each source with skipped records.
         chat: how its conversations were tokenised; None without any.
     """
@@ -78,7 +85,6 @@ class Corpus:
     domains: Mapping[str, Domain]
     digest: str
     sources: Mapping[str, _SourceSummary]
-    counts: Mapping[str, DomainCounts]
     notes: tuple[str, ...] = ()
     chat: Chat | None = None
 
@@ -164,7 +170,7 @@ def _shared_notes(domains: Mapping[str, Documents], parted: Mapping[str, Split])
         shared = {each: documents.num_shared(domains[each]) for each in list(domains)[:at]}
         parts = [f"{count:,} also occur in {each}" for each, count in shared.items() if count]
         if parts:
-            is_held_out = parted[name].counts.held_out_before
+            is_held_out = parted[name].held_out_before
             rest = " Held-out ones are scored in each domain, and no domain trains on them."
             yield (
                 f"{name}: of {len(documents):,} documents, {', '.join(parts)}."
@@ -298,16 +304,11 @@ def _make(
             validation=tokenise(
                 kept[name], tokenizer, max_tokens_per_document=max_tokens, chat=chat
             ),
+            held_out_before=split.held_out_before,
         )
         for name, split in splits.items()
     }
-    return Corpus(
-        tokenizer=tokenizer,
-        domains=domains,
-        digest=digest,
-        sources=dict(sources),
-        counts={name: split.counts for name, split in splits.items()},
-    )
+    return Corpus(tokenizer=tokenizer, domains=domains, digest=digest, sources=dict(sources))
 
 
 def _digest_of(sizes: Mapping[str, Tensor]) -> str:
@@ -335,7 +336,7 @@ def _load(cache_dir: Path, digest: str) -> Corpus | None:
         metadata = json.loads((folder / _METADATA).read_text(encoding="utf-8"))
         if metadata.get("digest") != digest or metadata.get("format_version") != _FORMAT_VERSION:
             raise TritterError("its corpus does not match its name")
-        for name in metadata["counts"]:
+        for name, counts in metadata["counts"].items():
             # Former entries have only the number
             former = range(metadata.get("cut", {}).get(name, 0))
             sides, cut = {}, tuple(metadata.get("cut_documents", {}).get(name, former))
@@ -345,13 +346,14 @@ def _load(cache_dir: Path, digest: str) -> Corpus | None:
                 identifiers = Names(own.pop("names"), own.pop("name_ends"))
                 own_cut = cut if side == "validation" else ()
                 sides[side] = TokenisedDocuments(**own, identifiers=identifiers, cut=own_cut)
-            domains[name] = Domain(name=name, **sides)
+            domains[name] = Domain(
+                name=name, **sides, held_out_before=int(counts["held_out_before"])
+            )
         return Corpus(
             tokenizer=Tokenizer.from_file(str(folder / _TOKENIZER)),
             domains=domains,
             digest=digest,
             sources={n: _SourceSummary(**source) for n, source in metadata["sources"].items()},
-            counts={n: DomainCounts(**counts) for n, counts in metadata["counts"].items()},
         )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         cache.quarantine(folder, reason=f"{type(error).__name__}: {error}")
@@ -394,7 +396,7 @@ def _save(corpus: Corpus, folder: Path) -> None:
         "format_version": _FORMAT_VERSION,
         "digest": corpus.digest,
         "sources": {name: asdict(source) for name, source in corpus.sources.items()},
-        "counts": {name: asdict(counts) for name, counts in corpus.counts.items()},
+        "counts": {name: domain.counts for name, domain in corpus.domains.items()},
         "cut_documents": {name: domain.validation.cut for name, domain in corpus.domains.items()},
     }
     try:

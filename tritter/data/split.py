@@ -40,30 +40,19 @@ class SplitRule:
         return "validation" if number / 2**256 < self.validation_fraction else "train"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DomainCounts:
-    """Document counts of a domain.
-
-    Args:
-        documents: distinct documents.
-        train: training documents.
-        validation: validation documents.
-        held_out_before: validation documents that an earlier domain of the run also holds out.
-    """
-
-    documents: int
-    train: int
-    validation: int
-    held_out_before: int = 0
-
-
 @dataclass(frozen=True, slots=True)
 class Split:
-    """The two sides of a domain, each in the original order of documents."""
+    """The two sides of a domain, each in the original order of documents.
+
+    Args:
+        train: training documents.
+        validation: validation documents.
+        held_out_before: how many of these an earlier domain of the run also holds out.
+    """
 
     train: Documents
     validation: Documents
-    counts: DomainCounts
+    held_out_before: int
 
 
 def split_documents(domains: Mapping[str, Documents], *, rule: SplitRule) -> dict[str, Split]:
@@ -85,17 +74,11 @@ def split_documents(domains: Mapping[str, Documents], *, rule: SplitRule) -> dic
             else:
                 validation.append(index)
                 num_known += key in held_out
-        counts = DomainCounts(
-            documents=len(documents),
-            train=len(train),
-            validation=len(validation),
-            held_out_before=num_known,
-        )
         train_side, validation_side = (
             documents.select(np.frombuffer(side, dtype="i8")) for side in (train, validation)
         )
-        splits[name] = Split(train_side, validation_side, counts)
-        if (reason := _one_sided(counts, rule)) is not None:
+        splits[name] = Split(train_side, validation_side, num_known)
+        if (reason := _one_sided(len(train), len(validation), rule)) is not None:
             raise RequestError(f"data: domain {name}: {reason}.")
         held_out.update(splits[name].validation.keys())
     return splits
@@ -132,17 +115,15 @@ def split_problem(
             return None
     if all(keys.values()):
         return f"its conversations for {' or '.join(sorted(keys.keys() - used))} have {NO_ANSWERS}"
-    train, validation = len(keys["train"]), len(keys["validation"])
-    counts = DomainCounts(documents=train + validation, train=train, validation=validation)
-    return _one_sided(counts, rule)
+    return _one_sided(len(keys["train"]), len(keys["validation"]), rule)
 
 
-def _one_sided(counts: DomainCounts, rule: SplitRule) -> str | None:
-    if counts.train and counts.validation:
+def _one_sided(train: int, validation: int, rule: SplitRule) -> str | None:
+    if train and validation:
         return None
     return (
-        f"the split gives {counts.train} training and {counts.validation} validation documents "
-        f"(of {counts.documents}); each side needs at least one. A hash of its text assigns each "
+        f"the split gives {train} training and {validation} validation documents "
+        f"(of {train + validation}); each side needs at least one. A hash of its text assigns each "
         f"document (data.validation_fraction = {rule.validation_fraction}): add documents, or "
         "start a new base with another fraction or seed"
     )

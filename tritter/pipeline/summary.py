@@ -71,7 +71,7 @@ def summary_record(
         format_version=1,
         status=candidates[-1].status,
         domains=Domains(old=list(run.data.old_domains), new=list(run.data.new_domains)),
-        data={name: asdict(counts) for name, counts in run.data.corpus.counts.items()},
+        data={name: domain.counts for name, domain in run.data.corpus.domains.items()},
         expansion=[n for each in (records if last.is_round else [attempt]) for n in each.expansion],
         forgetting=attempt.forgetting,
         seed=run.config.seed,

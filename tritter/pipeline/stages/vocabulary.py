@@ -67,7 +67,7 @@ class LearnTokens(Stage):
         documents, rule = all_documents(run.data.text.domains), run.data.text.split
         texts = training_texts(documents, rule=rule, names=names)
         with run.progress_bars() as new_bar:
-            total = sum(run.data.corpus.counts[name].train for name in names)
+            total = sum(len(run.data.corpus.domains[name].train) for name in names)
             merges = learned(spec, source, _shown(texts, new_bar("vocabulary"), total)).merges
         assert merges is not None
         return StageResult(VocabularyFound(merges=merges))
