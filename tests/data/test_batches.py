@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tritter.data.batches import BatchStream, ExactShare, Rank, SequenceStream
+from tritter.data.batches import BatchStream, Rank, SequenceStream, _num_replayed
 from tritter.data.replay import ReplayBuffer
 from tritter.errors import RequestError, TritterError
 
@@ -34,24 +34,24 @@ def flat(batches_of_rows: list[list[int]]) -> list[int]:
 
 @given(st.decimals(0, "0.999", places=3).map(float), st.integers(1, 64), st.integers(1, 300))
 def test_the_share_is_exact_over_any_number_of_batches(fraction, batch_size, num_batches):
-    share = ExactShare(fraction)
-    counts = [share.count(index, batch_size) for index in range(num_batches)]
-    assert sum(counts) == math.floor(num_batches * batch_size * Fraction(str(fraction)))
+    share = Fraction(str(fraction))
+    counts = [_num_replayed(share, index, batch_size) for index in range(num_batches)]
+    assert sum(counts) == math.floor(num_batches * batch_size * share)
     assert all(0 <= count <= batch_size for count in counts)
 
 
 @pytest.mark.full
 def test_the_share_has_no_float_drift():
-    counts = [ExactShare(0.1).count(index, 1) for index in range(100_000)]
+    counts = [_num_replayed(Fraction("0.1"), index, 1) for index in range(100_000)]
     assert sum(counts) == 10_000
     assert sum(int(0.29 * 100) for _ in range(10)) == 280  # what a float does
-    assert sum(ExactShare(0.29).count(index, 100) for index in range(10)) == 290
+    assert sum(_num_replayed(Fraction("0.29"), index, 100) for index in range(10)) == 290
 
 
 @pytest.mark.parametrize("fraction", [1.0, -0.1, float("nan"), float("inf")])
 def test_a_share_out_of_range_is_refused(fraction):
     with pytest.raises(RequestError, match=r"forgetting\.replay\.fraction"):
-        ExactShare(fraction)
+        batches(fraction=fraction)
 
 
 def test_a_batch_says_what_is_replayed():

@@ -17,7 +17,6 @@ from tritter.data.tokens import TextBounds, train_tokenizer
 from tritter.data.vocabulary import (
     ExtendedTokenizer,
     Merges,
-    RowWeights,
     give_merges,
     learn_merges,
     mean_rows,
@@ -25,6 +24,7 @@ from tritter.data.vocabulary import (
     pursuit_rows,
     require_bpe,
     retokenised,
+    row_weights,
     texts_of_tokens,
 )
 from tritter.errors import RequestError
@@ -182,9 +182,9 @@ def test_rows_are_means_of_the_parts() -> None:
     made = chain((2, 0), (5, 0), (0, 1))  # aba, abaa, and ab, which exists
     assert made.new_ids == (5, 6)
     assert mean_rows(made) == [{2: 0.5, 0: 0.5}, {2: 1 / 3, 0: 2 / 3}]
-    rows = RowWeights.of(mean_rows(made))
-    assert rows.index.tolist() == [[2, 0], [2, 0]]
-    assert rows.weights.sum(dim=1).tolist() == pytest.approx([1, 1])
+    index, weights = row_weights(mean_rows(made))
+    assert index.tolist() == [[2, 0], [2, 0]]
+    assert weights.sum(dim=1).tolist() == pytest.approx([1, 1])
 
 
 def test_overlap_prefers_tokens_with_the_same_characters() -> None:

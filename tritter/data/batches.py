@@ -163,28 +163,6 @@ def read_sequences(path: Path) -> dict[str, Tensor]:
         raise TritterError(f"{path} can't be read as token sequences ({error}).") from error
 
 
-class ExactShare:
-    """Number of replayed sequences per batch, without accumulated rounding errors."""
-
-    def __init__(self, fraction: float | Fraction) -> None:
-        """Set the share of replayed sequences, in [0, 1)."""
-        if not (math.isfinite(fraction) and 0 <= fraction < 1):
-            raise RequestError(
-                f"forgetting.replay.fraction={float(fraction):g}: must be at least 0 and below 1, "
-                f"for example 0.25."
-            )
-        # The decimal that the user typed: 0.1 as a binary float is slightly more than a tenth.
-        self.fraction = Fraction(str(fraction))
-
-    def count(self, batch_index: int, batch_size: int) -> int:
-        """Return the number for one batch.
-
-        The first n batches sum to floor(n · batch_size · fraction).
-        """
-        before = math.floor(batch_index * batch_size * self.fraction)
-        return math.floor((batch_index + 1) * batch_size * self.fraction) - before
-
-
 class BatchStream:
     """An endless loader of batches {"input_ids": int64 [B, T], "is_replay": bool [B]}.
 
@@ -217,7 +195,7 @@ class BatchStream:
         self.new = new
         self._batch_size = batch_size
         self.replayed: Sequences | None = None  # see `ReplayBuffer.mixed_into`
-        self.share = ExactShare(0.0)
+        self.share = Fraction(0)  # of replayed sequences, in [0, 1)
         self._num_batches, self._window = num_batches, window
         self._batch_index = 0
 
@@ -242,7 +220,7 @@ class BatchStream:
                 f"data.batch_size={self._batch_size}: must be a multiple of trainer.devices="
                 f"{rank.count}."
             )
-        num_replayed = self.share.count(self._batch_index, self._batch_size)
+        num_replayed = _num_replayed(self.share, self._batch_index, self._batch_size)
         num_new = self._batch_size - num_replayed
         sequences = [self.new.next_sequences(num_new)]
         if self.replayed is not None:
@@ -286,6 +264,15 @@ class BatchStream:
         if self.replayed is not None:
             self.replayed.load_state_dict(state["replay"])
         self._batch_index = int(state["batch_index"])
+
+
+def _num_replayed(share: Fraction, batch_index: int, batch_size: int) -> int:
+    """Return the number of replayed sequences of a batch, without accumulated rounding errors.
+
+    The first n batches sum to floor(n · batch_size · share).
+    """
+    before = math.floor(batch_index * batch_size * share)
+    return math.floor((batch_index + 1) * batch_size * share) - before
 
 
 def lengthened(sequences: Tensor, length: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tritter.data.batches import (
     BatchStream,
-    ExactShare,
     Sequences,
     SequenceStream,
     read_sequences,
@@ -370,13 +370,13 @@ class ReplayBuffer:
                 f"data.sequence_length={batches.new.sequence_length}: the replayed sequences have "
                 f"{self.sequence_length} tokens; both need the same length."
             )
-        mixed, share = copy(batches), ExactShare(fraction)
+        mixed, share = copy(batches), _exact_share(fraction)
         mixed.replayed, mixed.share = self, share
         if batches.replayed is not None:
-            shares = {"first method": batches.share.fraction, "second method": share.fraction}
+            shares = {"first method": batches.share, "second method": share}
             streams = {"first method": batches.replayed, "second method": self}
             mixed.replayed = ReplayBuffer(streams, weights=shares)
-            mixed.share = ExactShare(sum(shares.values()))
+            mixed.share = _exact_share(sum(shares.values()))
         return mixed
 
     def next_sequences(self, count: int) -> Tensor:
@@ -424,6 +424,17 @@ class ReplayBuffer:
         for name, stream in self._streams.items():
             self._drawn[name] = int(state[name]["drawn"])
             stream.load_state_dict(state[name]["place"])
+
+
+def _exact_share(fraction: float | Fraction) -> Fraction:
+    """Return a share of replayed sequences as the decimal that the user typed."""
+    if not (math.isfinite(fraction) and 0 <= fraction < 1):
+        raise RequestError(
+            f"forgetting.replay.fraction={float(fraction):g}: must be at least 0 and below 1, "
+            f"for example 0.25."
+        )
+    # 0.1 as a binary float is slightly more than a tenth
+    return Fraction(str(fraction))
 
 
 @dataclass(frozen=True, slots=True)

@@ -312,30 +312,17 @@ def texts_of_tokens(tokenizer: Tokenizer) -> dict[int, str]:
     return texts
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class RowWeights:
-    """New embedding rows as weighted sums of old ones.
+def row_weights(rows: Sequence[Mapping[int, float]]) -> tuple[Tensor, Tensor]:
+    """Return new embedding rows, each old row → weight, as tensors of `BoundVocab.rows`."""
+    import torch
 
-    Args:
-        index: int64 [n, k], old rows.
-        weights: float64 [n, k].
-    """
-
-    index: Tensor
-    weights: Tensor
-
-    @classmethod
-    def of(cls, rows: Sequence[Mapping[int, float]]) -> RowWeights:
-        """Return the weights of rows, each a mapping from old row to weight."""
-        import torch
-
-        width = max(map(len, rows), default=1)
-        index = torch.full((len(rows), width), 0)
-        weights = torch.zeros(len(rows), width, dtype=torch.float64)
-        for number, row in enumerate(rows):
-            index[number, : len(row)] = torch.tensor([*row])
-            weights[number, : len(row)] = torch.tensor([*row.values()], dtype=torch.float64)
-        return cls(index, weights)
+    width = max(map(len, rows), default=1)
+    index = torch.full((len(rows), width), 0)
+    weights = torch.zeros(len(rows), width, dtype=torch.float64)
+    for number, row in enumerate(rows):
+        index[number, : len(row)] = torch.tensor([*row])
+        weights[number, : len(row)] = torch.tensor([*row.values()], dtype=torch.float64)
+    return index, weights
 
 
 def mean_rows(extended: ExtendedTokenizer) -> list[dict[int, float]]:

@@ -14,7 +14,6 @@ from tritter.data.tokens import read_tokenizer, whole_texts
 from tritter.data.vocabulary import (
     ExtendedTokenizer,
     Merges,
-    RowWeights,
     give_merges,
     learn_merges,
     mean_rows,
@@ -22,6 +21,7 @@ from tritter.data.vocabulary import (
     pursuit_rows,
     require_bpe,
     retokenised,
+    row_weights,
     texts_of_tokens,
 )
 from tritter.errors import Problem, RequestError
@@ -105,8 +105,7 @@ def _bind(spec: Vocab, source: Source) -> BoundVocab:
             fitted = _fitted_rows(extended, donor, texts)
             weights = [fitted.get(n, row) for n, row in zip(new_ids, weights, strict=True)]
             remarks = (f"{len(fitted):,} of them have rows in {donor.name}; others get the mean",)
-        summed = RowWeights.of(weights)
-        rows = (summed.index, summed.weights)
+        rows = row_weights(weights)
     return BoundVocab(
         options=replace(spec, merges=tuple(chain.from_iterable(merges))),
         new_ids=new_ids,
