@@ -23,8 +23,6 @@ from tritter.data.options import (
     DatasetsConfig,
     NamedTextConfig,
     TextSources,
-    domain_key,
-    text_field,
     unused_name,
 )
 from tritter.data.sources import (
@@ -280,10 +278,10 @@ class _Domains:
         for name, paths in sources.items():
             domain = DomainText(
                 name=name,
-                key=domain_key(self._data, name),
+                key=self._data.domain_key(name),
                 is_old=is_old,
                 paths=tuple(paths),
-                text_field=text_field(self._data),
+                text_field=self._data.record_field,
                 texts=None if paths else partial(self._data.texts, name),
                 is_streamed=self._is_streamed,
                 is_head=self._is_streamed,

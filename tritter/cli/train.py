@@ -317,11 +317,11 @@ def _sources(
 ) -> tuple[TextSources, TextSources, bool]:
     """Return domain → paths of new and of old data, and True if they are hub datasets."""
     from tritter.data.datasets import dataset_names
-    from tritter.data.options import DatasetsConfig, TextDataConfig, path_resolver, read_sources
+    from tritter.data.options import DatasetsConfig, TextDataConfig, read_sources
     from tritter.errors import raise_problems
 
     is_of_hub = bool(dataset_names((*data, *old_data))) or "data=hf" in arguments
-    resolve = path_resolver(DatasetsConfig if is_of_hub else TextDataConfig, {})
+    resolve = (DatasetsConfig if is_of_hub else TextDataConfig).path_resolver({})
     problems: list[Problem] = []
     new, old = (
         read_sources(

@@ -15,13 +15,7 @@ from tritter.config.folders import CHOSEN_BY, body_of, option_files, shipped_opt
 from tritter.config.schema import CheckpointModelConfig, LoggerConfig, Model, RunConfig, WandbConfig
 from tritter.config.suggestions import child_names, hint_for, nearest_key
 from tritter.data.chat import template_location
-from tritter.data.options import (
-    DataConfig,
-    NamedTextConfig,
-    SkillsDataConfig,
-    read_named,
-    with_skills,
-)
+from tritter.data.options import DataConfig, NamedTextConfig
 from tritter.errors import Problem, RequestError, key_name, nearest, show
 from tritter.evaluation.options import EvaluationConfig
 from tritter.methods.moe_routing.options import appends_experts
@@ -306,9 +300,9 @@ def _read_data(
         choice = dotted(kind)
     body = _without_other_options(reader, "data", data_keys(), raw, choice=choice, own=own)
     del body[TARGET]
-    if issubclass(kind, SkillsDataConfig):
-        body = with_skills(kind, body, is_new=classes.get("model") is not CheckpointModelConfig)
-    sources = read_named(body, kind, reader.problems) if issubclass(kind, NamedTextConfig) else {}
+    is_new, sources = classes.get("model") is not CheckpointModelConfig, dict[str, Any]()
+    if issubclass(kind, NamedTextConfig):
+        sources = kind.read_named(body, reader.problems, is_new=is_new)
     blank: dict[str, Any] = {name: [] if name == "tasks" else {} for name in sources}
     values = reader.read(kind, {**body, **blank}, prefix="data")
     if values is None:

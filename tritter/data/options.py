@@ -83,6 +83,26 @@ class DataConfig:
         """False if all earlier domains of a checkpoint also count as old."""
         return True
 
+    @property
+    def record_field(self) -> str:
+        """The field of records that contains the text."""
+        return DEFAULT_FIELD
+
+    @property
+    def text_requests(self) -> tuple[TextRequest, ...]:
+        """The files and data sets that it names, by domain."""
+        return ()
+
+    def domain_key(self, name: str) -> str:
+        """Return the configuration key that names a domain."""
+        side = "old" if name in self.old_sources else "new"
+        sources: TextSources = getattr(self, f"{side}_sources")
+        return f"data.{side}" if list(sources) == [side] else f"data.{side}.{name}"
+
+    def same_source_problems(self) -> Iterator[Problem]:
+        """Yield new domains of the first task with the paths of an old one."""
+        yield from ()
+
 
 @options
 class StdlibDataConfig(DataConfig):
@@ -116,6 +136,7 @@ class NamedTextConfig(DataConfig):
             lineage, or 20,000 for a new lineage.
     """
 
+    is_word_a_domain: ClassVar[bool] = False  # of `old`, `new` and `tasks`
     old: TextSources | None
     new: TextSources
     tasks: list[TextSources]
@@ -145,6 +166,69 @@ class NamedTextConfig(DataConfig):
     def is_old_named(self) -> bool:
         return self.old is not None
 
+    @property
+    def text_requests(self) -> tuple[TextRequest, ...]:
+        return tuple(
+            TextRequest(key_name(self.domain_key(name)), tuple(paths), self.record_field)
+            for sources in (self.old_sources, self.new_sources)  # these include all tasks
+            for name, paths in sources.items()
+        )
+
+    def domain_key(self, name: str) -> str:
+        is_of_task = bool(self.tasks) and name not in self.old_sources
+        return f"data.tasks.{name}" if is_of_task else super().domain_key(name)
+
+    def same_source_problems(self) -> Iterator[Problem]:
+        side = "tasks" if self.tasks else "new"
+        for name, paths in self.task_sources[0].items():
+            key = f"data.{side}" if name == side else f"data.{side}.{name}"
+            same = [old for old, others in self.old_sources.items() if set(others) == set(paths)]
+            if same:
+                reason = f"the old domain {same[0]} is the same data; name other data"
+                yield Problem(key, paths, reason=reason)
+
+    @classmethod
+    def path_resolver(cls, raw: Mapping[str, object]) -> _PathResolver:
+        """Return the function that resolves the paths of a section of the config."""
+        return _text_location
+
+    @classmethod
+    def read_named(
+        cls, raw: Mapping[str, Any], problems: list[Problem], *, is_new: bool
+    ) -> dict[str, Any]:
+        """Read `old`, `new` and `tasks` as paths; `old` is None if the config does not set it.
+
+        Args:
+            raw: its section of the config.
+            problems: collects all problems.
+            is_new: the run trains a new base.
+        """
+        resolve = cls.path_resolver(raw)
+        sources: dict[str, Any] = {}
+        for name in ("old", "new"):
+            sources[name] = read_sources(
+                f"data.{name}",
+                raw.get(name),
+                default_name=None if cls.is_word_a_domain else name,
+                problems=problems,
+                resolve=resolve,
+                known=sources.get("old", {}),
+            )
+        tasks, has_new = raw.get("tasks"), raw.get("new") not in (None, {})
+        sources["tasks"] = []
+        if tasks is not None:
+            default_name = None if cls.is_word_a_domain else "text"
+            sources["tasks"] = _read_tasks(
+                tasks, sources["old"], problems, resolve, default_name=default_name
+            )
+        if has_new and tasks is not None:
+            reason = "data.tasks and data.new exclude each other; remove one of them"
+            problems.append(Problem("data.tasks", tasks, reason=reason))
+        elif not has_new and tasks is None:
+            reason = "set the data to train on (files, folders or globs): data.new=PATH"
+            problems.append(Problem("data.new", None, reason=reason))
+        return sources if raw.get("old") is not None else {**sources, "old": None}
+
 
 @options
 class TextDataConfig(NamedTextConfig):
@@ -156,6 +240,10 @@ class TextDataConfig(NamedTextConfig):
 
     source: Literal["text"]
     text_field: Text
+
+    @property
+    def record_field(self) -> str:
+        return self.text_field
 
 
 @options
@@ -175,6 +263,15 @@ class DatasetsConfig(NamedTextConfig):
     text_column: Text | None
     max_rows: Count | None
 
+    @classmethod
+    def path_resolver(cls, raw: Mapping[str, object]) -> _PathResolver:
+        column, rows = raw.get("text_column"), raw.get("max_rows")
+        return partial(
+            _dataset_location,
+            column=column if isinstance(column, str) and column else None,
+            max_rows=rows if type(rows) is int and rows > 0 else None,
+        )
+
 
 @options
 class SkillsDataConfig(NamedTextConfig):
@@ -186,10 +283,30 @@ class SkillsDataConfig(NamedTextConfig):
         text_field: field of records that contains the text.
     """
 
+    is_word_a_domain = True
     base_domains: ClassVar[tuple[str, ...]] = ("stdlib:prose",)
     new_domain: ClassVar[str] = "arithmetic"
     source: Literal["skills"]
     text_field: Text
+
+    @property
+    def record_field(self) -> str:
+        return self.text_field
+
+    @classmethod
+    def path_resolver(cls, raw: Mapping[str, object]) -> _PathResolver:
+        return _skill_location
+
+    @classmethod
+    def read_named(
+        cls, raw: Mapping[str, Any], problems: list[Problem], *, is_new: bool
+    ) -> dict[str, Any]:
+        named = dict(raw)
+        if is_new and raw.get("old") is None:
+            named["old"] = list(cls.base_domains)
+        if raw.get("tasks") is None and raw.get("new") is None:
+            named["new"] = cls.new_domain
+        return super().read_named(named, problems, is_new=is_new)
 
 
 def _text_location(key: str, path: str) -> str:
@@ -235,25 +352,6 @@ def _dataset_location(key: str, word: str, *, column: str | None, max_rows: int 
     check_on_disk(key, word, source)
     rows = (0, max_rows) if source.rows == (0, None) else source.rows
     return str(replace(source, rows=rows, column=source.column or column))
-
-
-def path_resolver(kind: type[DataConfig], raw: Mapping[str, object]) -> _PathResolver:
-    """Return the function that resolves the paths of an option of `data`.
-
-    Args:
-        kind: class of the option.
-        raw: its section of the config.
-    """
-    if issubclass(kind, TextDataConfig):
-        return _text_location
-    if issubclass(kind, SkillsDataConfig):
-        return _skill_location
-    column, rows = raw.get("text_column"), raw.get("max_rows")
-    return partial(
-        _dataset_location,
-        column=column if isinstance(column, str) and column else None,
-        max_rows=rows if type(rows) is int and rows > 0 else None,
-    )
 
 
 def read_sources(
@@ -368,54 +466,6 @@ def _read_tasks(
     return tasks
 
 
-def with_skills(
-    kind: type[SkillsDataConfig], raw: Mapping[str, Any], *, is_new: bool
-) -> dict[str, Any]:
-    """Return a section with the default skills in place of null.
-
-    Args:
-        kind: class of the option.
-        raw: its section of the config.
-        is_new: the run trains a new base.
-    """
-    named = dict(raw)
-    if is_new and raw.get("old") is None:
-        named["old"] = list(kind.base_domains)
-    if raw.get("tasks") is None and raw.get("new") is None:
-        named["new"] = kind.new_domain
-    return named
-
-
-def read_named(
-    raw: Mapping[str, Any], kind: type[NamedTextConfig], problems: list[Problem]
-) -> dict[str, Any]:
-    """Read `old`, `new` and `tasks` as paths; `old` is None if the config does not set it."""
-    resolve, is_each_named = path_resolver(kind, raw), issubclass(kind, SkillsDataConfig)
-    sources: dict[str, Any] = {}
-    for name in ("old", "new"):
-        sources[name] = read_sources(
-            f"data.{name}",
-            raw.get(name),
-            default_name=None if is_each_named else name,
-            problems=problems,
-            resolve=resolve,
-            known=sources.get("old", {}),
-        )
-    tasks, has_new = raw.get("tasks"), raw.get("new") not in (None, {})
-    sources["tasks"] = []
-    if tasks is not None:
-        sources["tasks"] = _read_tasks(
-            tasks, sources["old"], problems, resolve, default_name=None if is_each_named else "text"
-        )
-    if has_new and tasks is not None:
-        reason = "data.tasks and data.new exclude each other; remove one of them"
-        problems.append(Problem("data.tasks", tasks, reason=reason))
-    elif not has_new and tasks is None:
-        reason = "set the data to train on (files, folders or globs): data.new=PATH"
-        problems.append(Problem("data.new", None, reason=reason))
-    return sources if raw.get("old") is not None else {**sources, "old": None}
-
-
 def named_after(paths: Sequence[str]) -> str:
     """Return the name of an unnamed domain, derived from its first path."""
     first = next(iter(paths), "")
@@ -433,47 +483,6 @@ def unused_name(name: str, taken: Mapping[str, object]) -> str:
     return next(each for each in (name, *numbers) if each not in taken)
 
 
-def text_requests(data: DataConfig) -> tuple[TextRequest, ...]:
-    """Return the files and data sets that a configuration requests, by domain."""
-    if not isinstance(data, NamedTextConfig):
-        return ()
-    return tuple(
-        TextRequest(key_name(domain_key(data, name)), tuple(paths), text_field(data))
-        for sources in (data.old_sources, data.new_sources)  # these include all tasks
-        for name, paths in sources.items()
-    )
-
-
-def text_field(data: DataConfig) -> str:
-    """Return the field of records that contains the text."""
-    if isinstance(data, TextDataConfig | SkillsDataConfig):
-        return data.text_field
-    return DEFAULT_FIELD
-
-
-def domain_key(data: DataConfig, name: str) -> str:
-    """Return the configuration key that names a domain."""
-    is_old = name in data.old_sources
-    if not is_old and isinstance(data, NamedTextConfig) and data.tasks:
-        return f"data.tasks.{name}"
-    side = "old" if is_old else "new"
-    sources: TextSources = data.old_sources if is_old else data.new_sources
-    return f"data.{side}" if list(sources) == [side] else f"data.{side}.{name}"
-
-
-def same_source_problems(data: DataConfig) -> Iterator[Problem]:
-    """Yield new domains of the first task with the paths of an old one."""
-    if not isinstance(data, NamedTextConfig):
-        return
-    side = "tasks" if data.tasks else "new"
-    for name, paths in data.task_sources[0].items():
-        key = f"data.{side}" if name == side else f"data.{side}.{name}"
-        same = [old for old, others in data.old_sources.items() if set(others) == set(paths)]
-        if same:
-            reason = f"the old domain {same[0]} is the same data; name other data"
-            yield Problem(key, paths, reason=reason)
-
-
 def _streaming_problems(config: RunRequest) -> Iterator[Problem]:
     """Yield domains that can't be streamed, because they also have built-in texts."""
     data = config.data
@@ -489,12 +498,12 @@ def _streaming_problems(config: RunRequest) -> Iterator[Problem]:
 def _reading_problems(config: RunRequest) -> Iterator[Problem]:
     """Yield options of reading that no file or data set of the run needs."""
     data, unused = config.data, dict[str, tuple[object, str]]()
-    if isinstance(data, TextDataConfig | SkillsDataConfig) and data.text_field != DEFAULT_FIELD:
-        found = (find_texts(each.key, each.paths).files for each in text_requests(data))
+    if data.record_field != DEFAULT_FIELD:
+        found = (find_texts(each.key, each.paths).files for each in data.text_requests)
         if not any(map(has_records, chain.from_iterable(found))):
-            unused["text_field"] = (data.text_field, "no file of the run has records")
+            unused["text_field"] = (data.record_field, "no file of the run has records")
     if isinstance(data, DatasetsConfig):
-        names = chain.from_iterable(dataset_names(each.paths) for each in text_requests(data))
+        names = chain.from_iterable(dataset_names(each.paths) for each in data.text_requests)
         sources = [parse_name("data", name) for name in names]
         if data.max_rows and not any(each.rows == (0, data.max_rows) for each in sources):
             unused["max_rows"] = (data.max_rows, "each dataset has a range of its own")

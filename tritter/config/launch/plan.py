@@ -49,7 +49,6 @@ from tritter.config.run_folder import (
 )
 from tritter.config.schema import RunConfig
 from tritter.config.validation import known_model
-from tritter.data.options import same_source_problems, text_requests
 from tritter.data.sources import check_contents
 from tritter.errors import Problem, RequestError, TritterError, brief, raise_problems
 from tritter.planning.run_memory import memory_problems, side_by_side_problems
@@ -290,8 +289,8 @@ def _check_resources(plan: Plan) -> None:
             num_parallel=plan.launching.num_parallel,
         )
     )
-    check_contents(request for job in todo.values() for request in text_requests(job.config.data))
-    same = {n: list(same_source_problems(job.config.data)) for n, job in todo.items()}
+    check_contents(request for job in todo.values() for request in job.config.data.text_requests)
+    same = {n: list(job.config.data.same_source_problems()) for n, job in todo.items()}
     _raise_job_problems(same, [job.overrides for job in jobs])
     sides = {n: list(side_problems(job.config.text)) for n, job in todo.items()}
     _raise_job_problems(sides, [job.overrides for job in jobs])
