@@ -36,7 +36,7 @@ from tritter.training import (
 from tritter.training.options import RULES
 from tritter.training.parameters import disk_values
 from tritter.training.trainer import start_method
-from tritter.transform import Change
+from tritter.transform import Change, PlannedExpansion
 
 ROOT = Path(__file__).parents[2]
 OUTSIDE = Component(name=Outside.name, kind=Outside, options=Options())
@@ -185,7 +185,7 @@ def test_what_it_does_not_need_is_not_made(
 
     with monkeypatch.context() as patch:
         for place, name in (
-            (Change, "masks"), (importance, "load_model"), (importance, "state_stream"),
+            (Change, "masks"), (importance, "load_model"), (PlannedExpansion, "state_stream"),
         ):  # fmt: skip
             patch.setattr(place, name, refused)
         (tmp_path / "plain").mkdir()

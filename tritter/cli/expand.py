@@ -516,13 +516,13 @@ class _Result:
 
 def _dry_run(job: _Job, *, measures: bool, overwrite: bool) -> _Result:
     """Return the result of a dry run. Writes nothing."""
-    from tritter.transform import check_disk_space, disk_needs, plan_by_tables
+    from tritter.transform import DiskNeeds, plan_by_tables
 
     plan = plan_by_tables(job.source, job.specs, seed=job.settings.seed or 0)
-    room = disk_needs(job.source, plan, dtype=job.dtype, is_checked=measures)
+    room = DiskNeeds.of(job.source, plan, dtype=job.dtype, is_checked=measures)
     obstacles = [job.obstacle(overwrite=overwrite)]
     try:
-        check_disk_space(job.destination, room)
+        room.check_space(job.destination)
     except RequestError as error:
         obstacles.append(str(error))
     return _Result(job=job, plan=plan, room=room, obstacles=tuple(filter(None, obstacles)))

@@ -4,15 +4,12 @@ from tritter.transform.change import Change, PlannedExpansion, declared
 from tritter.transform.folder import (
     DiskNeeds,
     Expanded,
-    check_disk_space,
-    disk_needs,
     expand,
     free_bytes,
     plan_by_tables,
     plan_expansion,
     planned,
     size_text,
-    state_stream,
 )
 
 __all__ = [
@@ -20,14 +17,11 @@ __all__ = [
     "DiskNeeds",
     "Expanded",
     "PlannedExpansion",
-    "check_disk_space",
     "declared",
-    "disk_needs",
     "expand",
     "free_bytes",
     "plan_by_tables",
     "plan_expansion",
     "planned",
     "size_text",
-    "state_stream",
 ]

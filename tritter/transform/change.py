@@ -17,8 +17,10 @@ from tritter.core.parameter_map import (
     new_coordinates,
     rounded_weight,
 )
-from tritter.core.parameter_map.carry import STATE_KINDS, Policy, has_state, mapped_state
+from tritter.core.parameter_map.carry import STATE_KINDS, Policy, StateKind, has_state, mapped_state
 from tritter.core.stock_routers import AddedExperts
+from tritter.storage.tensors import TensorFolder
+from tritter.storage.writer import TensorEntry, TensorStream
 
 _Tensors = Mapping[str, Tensor]
 
@@ -195,3 +197,29 @@ class PlannedExpansion:
     def change(self) -> Change:
         """The change by names of parameters in memory."""
         return Change.of(self.parameter_map, self.source, self.target)
+
+    def state_stream(self, rule: StateKind, tensors: TensorFolder) -> TensorStream:
+        """Return one kind of state of the expanded model, by name on disk.
+
+        Tensors whose state is reset are absent.
+        """
+        disk_names = {t.name: t.disk_name for t in self.source.tensors}
+        known = {
+            name: on_disk for name, on_disk in disk_names.items() if on_disk in tensors.headers
+        }
+        maps, shapes = self.parameter_map.tensors, self.target.shapes
+        targets = [
+            t for t in self.target.tensors if has_state(maps[t.name], rule, known.__contains__)
+        ]
+        entries = tuple(
+            TensorEntry(
+                t.disk_name, tensors.torch_dtype(known[maps[t.name].origin or ""]), shapes[t.name]
+            )
+            for t in targets
+        )
+
+        def read(name: str) -> Tensor:
+            return tensors[known[name]]
+
+        values = ((t.disk_name, mapped_state(maps[t.name], rule, read)) for t in targets)
+        return TensorStream(entries, values)

@@ -28,13 +28,12 @@ from tritter.core.expansions import (
     target_model,
 )
 from tritter.core.families import LayoutKind, Model, StoredTensor
-from tritter.core.parameter_map.carry import StateKind, has_state, mapped_state
 from tritter.core.parameter_map.rows import WeightReader, peak_bytes
 from tritter.core.stock_routers import AddedExperts
 from tritter.errors import Problem, RequestError, TritterError
 from tritter.storage.hashing import file_digest, merkle_hash
 from tritter.storage.reading import named_path
-from tritter.storage.tensors import TensorFolder, is_finite
+from tritter.storage.tensors import is_finite
 from tritter.storage.writer import (
     KEPT_BYTES,
     MAX_PENDING_TENSORS,
@@ -82,6 +81,61 @@ class DiskNeeds:
     process: int
     check: int
 
+    @classmethod
+    def of(
+        cls,
+        opened: Source,
+        plan: PlannedExpansion,
+        *,
+        dtype: torch.dtype | None = None,
+        is_checked: bool = True,
+    ) -> "DiskNeeds":
+        """Return the disk and memory requirements of a plan; reads no tensor.
+
+        Args:
+            opened: the source.
+            plan: the expansion.
+            dtype: of the result; by default each tensor keeps its own.
+            is_checked: count the memory of the step-0 check.
+        """
+        state = opened.state
+        streams = {} if state is None else _state_streams(plan, state)
+        others = [entry.num_bytes for each in streams.values() for entry in each.entries]
+        stream = _stream(opened, plan, dtype=dtype, kind="hub", progress=None)
+        shapes, maps = plan.target.padded_shapes(), plan.parameter_map.tensors
+        weights = padded(stream, shapes).entries
+        shape_of = opened.model.shapes.__getitem__
+
+        # Each writer thread computes a target in blocks of rows, or whole if its rows do not derive
+        # from rows. State tensors are read and mapped whole while the two before them are written.
+        usual, rare = [], 0
+        for target in plan.target.layout("hub"):
+            parts = [peak_bytes(maps[part.tensor.name], shape_of) for part in target.parts]
+            origins = {maps[part.tensor.name].origin for part in target.parts}
+            copied = [
+                o for o in origins if o and opened.stored_parts[o][0].name in opened.live_shapes
+            ]
+            is_whole = target.name in shapes or target.is_transposed
+            usual.append(
+                max(part.usual for part in parts)
+                + is_whole * _AT_ONCE_PADDED * _WIDE * prod(target.shape)
+                + _WIDE * max((prod(shape_of(name)) for name in copied), default=0)
+            )
+            rare = max(rare, *(part.rare for part in parts))
+        of_weights = sum(sorted(usual)[-num_threads() :]) + rare
+        of_state = (MAX_PENDING_TENSORS + _AT_ONCE_OF_STATE) * max(others, default=0)
+        kept_sequences = opened.folder / STATE_FOLDER / KEPT_FILE
+        files = sum(path.stat().st_size for path in small_files(opened.folder))
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes
+        return cls(
+            weights=sum(entry.num_bytes for entry in weights),
+            state=sum(others) + (kept_sequences.stat().st_size if kept_sequences.is_file() else 0),
+            others=files + _BYTES_OF_RECORDS + _BYTES_OF_A_NAME * (len(weights) + len(others)),
+            in_flight=KEPT_BYTES + max(of_weights + router_bytes(plan), of_state),
+            process=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+            check=_check_bytes(plan.target) if is_checked else 0,
+        )
+
     @property
     def disk(self) -> int:
         """Size of the temporary folder, which is renamed to the result."""
@@ -90,6 +144,17 @@ class DiskNeeds:
     @property
     def memory(self) -> int:
         return self.process + max(self.in_flight, self.check)
+
+    def check_space(self, destination: str | os.PathLike[str]) -> None:
+        """Refuse a result that does not fit on the disk of its folder."""
+        free = free_bytes(Path(destination))
+        if free is not None and self.disk > free:
+            raise RequestError(
+                f"{destination}: the result takes {size_text(self.disk)} (weights "
+                f"{size_text(self.weights)}, state {size_text(self.state)}), but {size_text(free)} "
+                "are free on the disk. A checkpoint that it replaces is removed only after the new "
+                "one is complete. Choose another folder, or a smaller dtype."
+            )
 
 
 def free_bytes(destination: Path) -> int | None:
@@ -102,18 +167,6 @@ def free_bytes(destination: Path) -> int | None:
     except OSError:
         return None
     return usage.free if usage.total else None
-
-
-def check_disk_space(destination: str | os.PathLike[str], room: DiskNeeds) -> None:
-    """Refuse a result that does not fit on the disk."""
-    free = free_bytes(Path(destination))
-    if free is not None and room.disk > free:
-        raise RequestError(
-            f"{destination}: the result takes {size_text(room.disk)} (weights "
-            f"{size_text(room.weights)}, state {size_text(room.state)}), but {size_text(free)} are "
-            "free on the disk. A checkpoint that it replaces is removed only after the new one is "
-            "complete. Choose another folder, or a smaller dtype."
-        )
 
 
 def size_text(num_bytes: int) -> str:
@@ -274,7 +327,7 @@ def expand(
     if not isinstance(plan, PlannedExpansion):
         plan = plan_expansion(source, plan, seed=seed)
     opened = source if isinstance(source, Source) else Source.open(folder, plan.source)
-    check_disk_space(destination, disk_needs(opened, plan, dtype=dtype))
+    DiskNeeds.of(opened, plan, dtype=dtype).check_space(destination)
     new_dtype = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
 
     def call_back(folder: Path, lineage: Lineage) -> Lineage:
@@ -308,58 +361,6 @@ def _artifacts(
         None if state is None else partial(_write_mapped, plan, state, max_shard_bytes),
         None if added is None else added.write,
         kept_in(opened, vocabulary).write,
-    )
-
-
-def disk_needs(
-    opened: Source,
-    plan: PlannedExpansion,
-    *,
-    dtype: torch.dtype | None = None,
-    is_checked: bool = True,
-) -> DiskNeeds:
-    """Return the disk and memory requirements of a plan; reads no tensor.
-
-    Args:
-        opened: the source.
-        plan: the expansion.
-        dtype: of the result; by default each tensor keeps its own.
-        is_checked: count the memory of the step-0 check.
-    """
-    state = opened.state
-    streams = {} if state is None else _state_streams(plan, state)
-    others = [entry.num_bytes for each in streams.values() for entry in each.entries]
-    stream = _stream(opened, plan, dtype=dtype, kind="hub", progress=None)
-    shapes, maps = plan.target.padded_shapes(), plan.parameter_map.tensors
-    weights = padded(stream, shapes).entries
-    shape_of = opened.model.shapes.__getitem__
-
-    # Each writer thread computes a target in blocks of rows, or whole if its rows do not derive
-    # from rows. State tensors are read and mapped whole while the two before them are written.
-    usual, rare = [], 0
-    for target in plan.target.layout("hub"):
-        parts = [peak_bytes(maps[part.tensor.name], shape_of) for part in target.parts]
-        origins = {maps[part.tensor.name].origin for part in target.parts}
-        copied = [o for o in origins if o and opened.stored_parts[o][0].name in opened.live_shapes]
-        is_whole = target.name in shapes or target.is_transposed
-        usual.append(
-            max(part.usual for part in parts)
-            + is_whole * _AT_ONCE_PADDED * _WIDE * prod(target.shape)
-            + _WIDE * max((prod(shape_of(name)) for name in copied), default=0)
-        )
-        rare = max(rare, *(part.rare for part in parts))
-    of_weights = sum(sorted(usual)[-num_threads() :]) + rare
-    of_state = (MAX_PENDING_TENSORS + _AT_ONCE_OF_STATE) * max(others, default=0)
-    kept_sequences = opened.folder / STATE_FOLDER / KEPT_FILE
-    files = sum(path.stat().st_size for path in small_files(opened.folder))
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes
-    return DiskNeeds(
-        weights=sum(entry.num_bytes for entry in weights),
-        state=sum(others) + (kept_sequences.stat().st_size if kept_sequences.is_file() else 0),
-        others=files + _BYTES_OF_RECORDS + _BYTES_OF_A_NAME * (len(weights) + len(others)),
-        in_flight=KEPT_BYTES + max(of_weights + router_bytes(plan), of_state),
-        process=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
-        check=_check_bytes(plan.target) if is_checked else 0,
     )
 
 
@@ -510,36 +511,10 @@ def known_digests(folder: Path) -> dict[str, str]:
     return {name: file_digest(folder / name) for name in names if (folder / name).is_file()}
 
 
-def state_stream(plan: PlannedExpansion, rule: StateKind, tensors: TensorFolder) -> TensorStream:
-    """Return one kind of state of the expanded model, by name on disk.
-
-    Tensors whose state is reset are absent.
-    """
-    disk_names = {t.name: t.disk_name for t in plan.source.tensors}
-    known = {name: on_disk for name, on_disk in disk_names.items() if on_disk in tensors.headers}
-    maps, shapes = plan.parameter_map.tensors, plan.target.shapes
-    targets = [t for t in plan.target.tensors if has_state(maps[t.name], rule, known.__contains__)]
-    entries = tuple(
-        TensorEntry(
-            t.disk_name,
-            tensors.torch_dtype(known[maps[t.name].origin or ""]),
-            shapes[t.name],
-        )
-        for t in targets
-    )
-
-    def read(name: str) -> Tensor:
-        return tensors[known[name]]
-
-    values = ((t.disk_name, mapped_state(maps[t.name], rule, read)) for t in targets)
-    return TensorStream(entries, values)
-
-
 def _state_streams(plan: PlannedExpansion, state: State) -> dict[str, TensorStream]:
     """Return every kind of state of the expanded model."""
     return {
-        kind: state_stream(plan, state.rules[kind], tensors)
-        for kind, tensors in state.kinds.items()
+        kind: plan.state_stream(state.rules[kind], tensors) for kind, tensors in state.kinds.items()
     }
 
 

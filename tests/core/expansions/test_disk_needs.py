@@ -18,7 +18,7 @@ from tritter.core.expansions import Dus, ExpansionSpec, Moe, Width
 from tritter.core.models import read_model
 from tritter.storage.tensors import TensorFolder
 from tritter.storage.writer import TensorStream
-from tritter.transform import disk_needs, expand, plan_expansion
+from tritter.transform import DiskNeeds, expand, plan_expansion
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 HIDDEN = 768
@@ -65,7 +65,7 @@ def estimate_and_peak(
     source: Path, result: Path, specs: Sequence[ExpansionSpec]
 ) -> tuple[int, int]:
     plan = plan_expansion(source, specs)
-    estimated = disk_needs(Source.open(source, read_model(source)), plan).in_flight
+    estimated = DiskNeeds.of(Source.open(source, read_model(source)), plan).in_flight
     return estimated, peak_memory(lambda: expand(source, result, plan))
 
 

@@ -29,7 +29,7 @@ from tritter.data.documents import documents_digest
 from tritter.data.sources import source_documents
 from tritter.data.split import SplitRule
 from tritter.errors import RequestError
-from tritter.transform import disk_needs, expand, plan_expansion
+from tritter.transform import DiskNeeds, expand, plan_expansion
 from tritter.transform.children import OpenChild, _child_sequences, router_flops
 
 SIZE, NAMES = 300, ("a", "b", "c")
@@ -500,7 +500,7 @@ def test_rows_of_three_children_are_those_of_their_moments(base: Path, tmp_path:
     assert torch.allclose(rows, rows_of(found).float(), rtol=1e-4, atol=1e-6)
     flops = forward_flops(source.model).of(tokens.shape[1])
     assert router_flops(with_data) == number * flops and router_flops(random) == 0
-    more = disk_needs(source, with_data).in_flight - disk_needs(source, random).in_flight
+    more = DiskNeeds.of(source, with_data).in_flight - DiskNeeds.of(source, random).in_flight
     layers = source.model.sizes.num_hidden_layers
     assert more > 4 * with_data.source.num_parameters + 2 * layers * 24 * 24 * 8
 

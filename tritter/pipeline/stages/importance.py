@@ -33,7 +33,6 @@ from tritter.storage.writer import TensorStream
 from tritter.training import Needs, Preparation, Task, Values
 from tritter.training.forgetting_method import WRITTEN
 from tritter.training.parameters import disk_values
-from tritter.transform import state_stream
 
 _WRITTEN_FILE = "written.safetensors"
 
@@ -190,7 +189,7 @@ def task(run: Run, branch: Branch, *, follow: Callable[[Values], Values]) -> Tas
     }
 
     def through(tensors: TensorFolder, rule: StateKind) -> Values:
-        values = dict(state_stream(planned, rule, tensors).whole())
+        values = dict(planned.state_stream(rule, tensors).whole())
         return follow(live_tensors(planned.target, values))
 
     has_old, has_masks, has_teacher = (
