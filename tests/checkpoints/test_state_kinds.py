@@ -9,7 +9,7 @@ import torch
 
 from tests import oracle
 from tritter.checkpoints.location import check_replaceable
-from tritter.checkpoints.state import copy_states, read_state, write_state
+from tritter.checkpoints.state import read_state, write_state
 from tritter.core.expansions import LlamaPro, Width
 from tritter.core.parameter_map import Quantity
 from tritter.core.parameter_map.carry import STATE_KINDS, StateKind, register
@@ -56,7 +56,7 @@ def test_a_kind_follows_expansions_and_copies_without_who_left_it(
     assert "state/sigma/model.safetensors" in result.lineage.file_digests
     check_replaceable(result.folder)
     (tmp_path / "copy").mkdir()
-    copy_states([state], tmp_path / "copy")
+    state.write(tmp_path / "copy")
     copied = read_state(tmp_path / "copy")
     assert copied is not None and copied.rules == state.rules
 

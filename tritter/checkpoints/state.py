@@ -50,7 +50,21 @@ class State:
 
     def write(self, folder: Path) -> None:
         """Copy the state unchanged to another checkpoint folder, tensor by tensor."""
-        copy_states([self], folder)
+        streams = {}
+        for kind, tensors in self.kinds.items():
+            entries = tuple(
+                TensorEntry(name, tensors.torch_dtype(name), tensors.shape(name))
+                for name in tensors
+            )
+            streams[kind] = TensorStream(entries, iter(tensors.items()))
+        write_state(folder, streams, step=self.step, rules=self.rules)
+
+    @classmethod
+    def merged(cls, states: Sequence[State]) -> State:
+        """Return states of different kinds as one, with the step of the last."""
+        kinds = {kind: tensors for state in states for kind, tensors in state.kinds.items()}
+        rules = {kind: rule for state in states for kind, rule in state.rules.items()}
+        return cls(states[-1].step, kinds, rules)
 
 
 def write_state(
@@ -115,27 +129,6 @@ def read_state(folder: Path) -> State | None:
         rules[kind] = rule
     opened = {kind: TensorFolder.open(folder / STATE_FOLDER / kind) for kind in head.kinds}
     return State(head.step, opened, rules)
-
-
-def copy_states(states: Sequence[State], folder: Path) -> None:
-    """Merge states into a checkpoint folder, tensor by tensor, with the steps of the last state.
-
-    Args:
-        states: states with distinct tensors; nothing is written if there are none.
-        folder: the checkpoint folder.
-    """
-    if not states:
-        return
-    kinds = {}
-    for state in states:
-        for kind, tensors in state.kinds.items():
-            entries = tuple(
-                TensorEntry(name, tensors.torch_dtype(name), tensors.shape(name))
-                for name in tensors
-            )
-            kinds[kind] = TensorStream(entries, iter(tensors.items()))
-    last, rules = states[-1], {k: rule for state in states for k, rule in state.rules.items()}
-    write_state(folder, kinds, step=last.step, rules=rules)
 
 
 # Training sequences for later training runs: `state/replay.safetensors`. With

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tritter.checkpoints import Lineage, Source, lineage_of, write_checkpoint
 from tritter.checkpoints.folder import LinkedTensors, copy_small_files
 from tritter.checkpoints.history import checkpoint_changes
-from tritter.checkpoints.state import KeptSequences, copy_states, read_state
+from tritter.checkpoints.state import KeptSequences, State, read_state
 from tritter.core.families import Config, Model
 from tritter.core.models import model_of, stored_tensors, uninitialised_model
 from tritter.core.stock_routers import AddedExperts, RouterControl
@@ -252,8 +252,10 @@ def branch_writer(
 
 def write_states(work: Path, folder: Path) -> None:
     """Write the state of methods that a training run left in its folder next to its model."""
-    states = (read_state(work / name) for name in (PATH, LEFTOVERS_NAME))
-    copy_states([state for state in states if state is not None], folder)
+    paths = (work / name for name in (PATH, LEFTOVERS_NAME))
+    states = [state for path in paths if (state := read_state(path)) is not None]
+    if states:
+        State.merged(states).write(folder)
 
 
 def accept(run: Run, location: str) -> None:
