@@ -1,12 +1,6 @@
 """Checkpoint folders: the files that stock transformers loads, plus the lineage in tritter.json."""
 
-from tritter.checkpoints.folder import (
-    lineage_of,
-    read_lineage,
-    record_step0_error,
-    write_checkpoint,
-    write_lineage,
-)
+from tritter.checkpoints.folder import lineage_of, read_lineage, write_checkpoint, write_lineage
 from tritter.checkpoints.record import ExpansionRecord, Lineage
 from tritter.checkpoints.source import Source
 
@@ -16,7 +10,6 @@ __all__ = [
     "Source",
     "lineage_of",
     "read_lineage",
-    "record_step0_error",
     "write_checkpoint",
     "write_lineage",
 ]

@@ -123,19 +123,16 @@ def _metadata(kept: Mapping[str, Any], lineage: Lineage | None) -> dict[str, Any
 # Cards
 
 
-def model_card(
-    lineage: Lineage, config: Config, *, experts: Sequence[str] = (), kept: Mapping[str, Any]
-) -> str:
+def model_card(lineage: Lineage, config: Config, *, kept: Mapping[str, Any]) -> str:
     """Return the card's Markdown: metadata, architecture, expansion history and scores.
 
     Args:
-        experts: names of the adapters in `experts/`.
         kept: metadata of the model that this one is made from, see `kept_metadata`.
     """
     lines = [_front_matter(_metadata(kept, lineage))]
     lines += _introduction(Model(config), "Made with Tritter; `tritter.json` holds the lineage.")
-    if experts:
-        names = [_cell(name) for name in experts]
+    if lineage.experts:
+        names = [_cell(name) for name in lineage.experts]
         listed = ", ".join(f"`{name}`" for name in names)
         lines += [
             "The snippet above loads the base model only. `experts/` contains LoRA adapters that "

@@ -14,7 +14,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from tritter.checkpoints.folder import EXPERTS_FOLDER, read_lineage
+from tritter.checkpoints.folder import read_lineage
+from tritter.checkpoints.record import EXPERTS_FOLDER
 from tritter.errors import TritterError, brief, refused, show
 from tritter.limits import MAX_COUNT
 from tritter.storage.reading import check_links, read_object, require_file

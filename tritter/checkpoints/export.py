@@ -24,7 +24,7 @@ from tritter.errors import Problem, RequestError, TritterError, refused
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.hashing import merkle_hash
 from tritter.storage.tensors import is_finite
-from tritter.storage.writer import TensorEntry, TensorStream, padded, write_tensors
+from tritter.storage.writer import TensorEntry, TensorStream, write_tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,8 +195,8 @@ def export_model(
     model = weights.model.changed(config)
     dtypes = dict.fromkeys(model.family.unrounded(config, dtype), torch.float32)
     dtypes = {each.name: dtypes.get(each.name, dtype) for each in model.layout(expert_layout)}
-    unpadded = _stream(weights, model.layout(expert_layout), dtypes, progress=progress)
-    stream = padded(unpadded, model.padded_shapes())
+    stream = _stream(weights, model.layout(expert_layout), dtypes, progress=progress)
+    stream = stream.padded(model.padded_shapes())
     check = partial(check_replaceable, sources=weights.source_paths)
     with atomic_folder(destination, overwrite=overwrite, check=check) as folder:
         digests = write_tensors(folder, stream, max_shard_bytes=max_shard_bytes)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from tritter.storage.hashing import file_digest, header_digest, merkle_hash
 from tritter.storage.reading import LINEAGE_NAME, check_links, read_object, require_file
 from tritter.storage.records import read_record, record_text
 from tritter.storage.tensors import INDEX_NAME, TensorFolder
-from tritter.storage.writer import TensorStream, padded, write_tensors
+from tritter.storage.writer import TensorStream, write_tensors
 
 # Writes files next to a model into a checkpoint folder that is still being created: tokenizer
 # files, training state, appended experts
@@ -49,12 +48,10 @@ _TOKENIZER_FILES = (
 )
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 HEADER_MARK = "#header"
-EXPERTS_FOLDER = "experts"
 _ADVICE = (
     "To use its weights, export them as a plain Hugging Face folder: tritter export --checkpoint "
     "FOLDER --output NEW --format hf --ignore-lineage"
 )
-_EXPERT = re.compile(rf"{EXPERTS_FOLDER}/(?P<name>[A-Za-z0-9][A-Za-z0-9_-]*)/adapter_config\.json")
 
 
 def copy_small_files(source: Path, folder: Path) -> None:
@@ -149,7 +146,7 @@ def write_checkpoint(
         if isinstance(tensors, LinkedTensors):
             tensor_digests = tensors.write(folder)
         else:
-            stream = padded(tensors, Model(config).padded_shapes())
+            stream = tensors.padded(Model(config).padded_shapes())
             tensor_digests = write_tensors(folder, stream, max_shard_bytes=max_shard_bytes)
         config = config if final_config is None else final_config()
         write_config(folder, config)
@@ -163,12 +160,12 @@ def write_checkpoint(
             base_model_hash=stated.base_model_hash or model_hash,
             tensor_digests=tensor_digests,
             ffn_sizes=ffn_sizes(config),
+            file_digests=file_digests(folder),
         )
-        files = (path.relative_to(folder).as_posix() for path in folder.rglob("*.json"))
-        experts = expert_names(sorted(files))
-        card = model_card(complete, config, experts=experts, kept=kept_metadata(folder))
+        card = model_card(complete, config, kept=kept_metadata(folder))
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
-        complete = replace(complete, file_digests=file_digests(folder))
+        digests = {**complete.file_digests, CARD_NAME: file_digest(folder / CARD_NAME)}
+        complete = replace(complete, file_digests=digests)
         (folder / LINEAGE_NAME).write_text(record_text(complete), encoding="utf-8")
         if before_publish is not None:
             complete = before_publish(folder, complete)
@@ -183,32 +180,12 @@ def write_config(folder: Path, config: Config) -> None:
 
 def write_lineage(folder: Path, lineage: Lineage, config: Config) -> Lineage:
     """Rewrite a checkpoint's lineage and card, but not its tensors. Return the lineage."""
-    experts, kept = expert_names(lineage.file_digests), kept_metadata(folder)
-    write_text_atomic(folder / CARD_NAME, model_card(lineage, config, experts=experts, kept=kept))
+    card = model_card(lineage, config, kept=kept_metadata(folder))
+    write_text_atomic(folder / CARD_NAME, card)
     digests = {**lineage.file_digests, CARD_NAME: file_digest(folder / CARD_NAME)}
     written = replace(lineage, file_digests=digests)
     write_text_atomic(folder / LINEAGE_NAME, record_text(written))
     return written
-
-
-def record_step0_error(
-    folder: Path, lineage: Lineage, error: float | None, config: Config, *, num_new: int
-) -> Lineage:
-    """Write the measured error of an expansion into its `num_new` newest records.
-
-    Args:
-        folder: the checkpoint folder.
-        lineage: the folder's lineage.
-        error: max |Δ logits| / std(logits); None if it is not finite.
-        config: the model's config.
-        num_new: number of records that the expansion added.
-
-    Returns:
-        The lineage as written.
-    """
-    old, new = lineage.expansion_history[:-num_new], lineage.expansion_history[-num_new:]
-    history = (*old, *(replace(record, step0_error=error) for record in new))
-    return write_lineage(folder, replace(lineage, expansion_history=history), config)
 
 
 def read_lineage(folder: Path) -> Lineage | None:
@@ -226,11 +203,6 @@ def _lineage_in(path: Path, state: tuple[int, ...]) -> Lineage:
     """Return the lineage in a file, cached until the file changes."""
     # An edited file is read too: `history --verify` lists the changes
     return read_record(path, Lineage, advice=_ADVICE, is_signed=False)
-
-
-def expert_names(files: Iterable[str]) -> tuple[str, ...]:
-    """Return the adapter names found in the file names of a checkpoint."""
-    return tuple(match["name"] for name in files if (match := _EXPERT.fullmatch(name)))
 
 
 def lineage_of(folder: Path) -> Lineage:

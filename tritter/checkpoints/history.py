@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 
 from tritter.checkpoints.card import CARD_NAME
-from tritter.checkpoints.folder import HEADER_MARK, expert_names, lineage_of, read_lineage
+from tritter.checkpoints.folder import HEADER_MARK, lineage_of, read_lineage
 from tritter.checkpoints.record import OWN_STAGE, ExpansionRecord, LedgerRecord, Lineage
 from tritter.core.families.config_file import missing_config, read_model_file
 from tritter.errors import RequestError, TritterError
@@ -75,7 +75,7 @@ class Link:
     @property
     def experts(self) -> tuple[str, ...]:
         """The adapters listed in the lineage."""
-        return expert_names(self.file_digests or ())
+        return () if self.lineage is None else self.lineage.experts
 
     @property
     def num_parameters(self) -> int | None:

@@ -1,8 +1,9 @@
 """JSON records in checkpoint and run folders: lineage, training state and ledger."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import field
+from dataclasses import field, replace
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -24,6 +25,8 @@ _TensorDigests = Annotated[Mapping[str, Sha256], _MAX_ENTRIES]
 _FileDigests = Annotated[Mapping[InnerName, Sha256], _MAX_ENTRIES]
 _Layer = Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
 _LONGEST_WINDOW = 1024  # by default
+EXPERTS_FOLDER = "experts"
+_EXPERT = re.compile(rf"{EXPERTS_FOLDER}/(?P<name>[A-Za-z0-9][A-Za-z0-9_-]*)/adapter_config\.json")
 OWN_STAGE = "own stage"  # `stage` in the training config of what a stage from outside wrote
 
 
@@ -179,6 +182,23 @@ class Lineage:
     domains: Mapping[str, LearnedDomain] = field(default_factory=dict)
     stock_loadable: Literal["yes", "after adaptation"] = "yes"
     ffn_sizes: Annotated[tuple[WholeNumber, ...], _MAX_LAYERS] = ()
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """The names of the adapters among its files."""
+        names = map(_EXPERT.fullmatch, self.file_digests)
+        return tuple(match["name"] for match in names if match is not None)
+
+    def with_step0_error(self, error: float | None, *, num_new: int) -> "Lineage":
+        """Return the lineage with the measured error of an expansion in its newest records.
+
+        Args:
+            error: max |Δ logits| / std(logits); None if it is not finite.
+            num_new: number of records that the expansion added.
+        """
+        old, new = self.expansion_history[:-num_new], self.expansion_history[-num_new:]
+        measured = (replace(each, step0_error=error) for each in new)
+        return replace(self, expansion_history=(*old, *measured))
 
 
 @record

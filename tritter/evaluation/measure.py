@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tritter.checkpoints import Lineage, Source, record_step0_error
+from tritter.checkpoints import Lineage, Source, write_lineage
 from tritter.core.expansions import ExpansionSpec
 from tritter.core.families import Model
 from tritter.core.models import read_model
@@ -84,7 +84,8 @@ def measure(
     jump = found.jump
     error = jump.to_dict()["relative_to_std"]
     new = len(result.steps)
-    lineage = record_step0_error(result.folder, result.lineage, error, model.config, num_new=new)
+    lineage = result.lineage.with_step0_error(error, num_new=new)
+    lineage = write_lineage(result.folder, lineage, model.config)
     bound = rounded_jump(has_experts=model.family.has_experts) if rounded else EXACT_JUMP
     note = f", including rounding to {' and '.join(rounded)}" if rounded else ""
     text = f"logit shift at most {jump.relative_to_std:.1e} σ on random tokens{note}"

@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tritter.checkpoints.folder import EXPERTS_FOLDER
 from tritter.checkpoints.history import digests_of, find_damage
-from tritter.checkpoints.record import LedgerRecord, Lineage, StageRecord
+from tritter.checkpoints.record import EXPERTS_FOLDER, LedgerRecord, Lineage, StageRecord
 from tritter.errors import TritterError, brief
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.reading import LEDGER_NAME

@@ -115,6 +115,27 @@ class TensorStream:
             else:
                 yield name, content
 
+    def padded(self, shapes: Mapping[str, tuple[int, ...]]) -> TensorStream:
+        """Return the stream with tensors zero-padded to the given shapes.
+
+        Args:
+            shapes: Tensor name → shape; other tensors are unchanged.
+        """
+        if not shapes:
+            return self
+
+        def tensors() -> Iterator[tuple[str, Tensor | Pieces]]:
+            for entry, (name, content) in zip(self.entries, self.tensors, strict=True):
+                if name not in shapes or entry.shape == shapes[name]:
+                    yield name, content
+                elif isinstance(content, Pieces):
+                    yield name, Pieces(partial(_fill_up, content, entry.shape, shapes[name]))
+                else:
+                    yield name, _padded(content, shapes[name])
+
+        entries = (replace(e, shape=shapes.get(e.name, e.shape)) for e in self.entries)
+        return TensorStream(tuple(entries), tensors())
+
 
 def write_tensors(
     folder: Path, stream: TensorStream, *, max_shard_bytes: int = 5 * 10**9
@@ -339,29 +360,6 @@ class _Span:
             )
             sync(self._file.fileno(), begin, count, ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
         self._writeback_end = self._written
-
-
-def padded(stream: TensorStream, shapes: Mapping[str, tuple[int, ...]]) -> TensorStream:
-    """Return a stream whose tensors are zero-padded to the given shapes.
-
-    Args:
-        stream: Tensors to pad.
-        shapes: Tensor name → shape; other tensors are unchanged.
-    """
-    if not shapes:
-        return stream
-
-    def tensors() -> Iterator[tuple[str, Tensor | Pieces]]:
-        for entry, (name, content) in zip(stream.entries, stream.tensors, strict=True):
-            if name not in shapes or entry.shape == shapes[name]:
-                yield name, content
-            elif isinstance(content, Pieces):
-                yield name, Pieces(partial(_fill_up, content, entry.shape, shapes[name]))
-            else:
-                yield name, _padded(content, shapes[name])
-
-    entries = (replace(e, shape=shapes.get(e.name, e.shape)) for e in stream.entries)
-    return replace(stream, entries=tuple(entries), tensors=tensors())
 
 
 def _fill_up(content: Pieces, live: tuple[int, ...], shape: tuple[int, ...]) -> Iterator[Tensor]:

@@ -41,7 +41,6 @@ from tritter.storage.writer import (
     TensorEntry,
     TensorStream,
     num_threads,
-    padded,
 )
 from tritter.transform.change import PlannedExpansion
 from tritter.transform.children import check_unchanged, router_bytes, with_children
@@ -103,7 +102,7 @@ class DiskNeeds:
         others = [entry.num_bytes for each in streams.values() for entry in each.entries]
         stream = _stream(opened, plan, dtype=dtype, kind="hub", progress=None)
         shapes, maps = plan.target.padded_shapes(), plan.parameter_map.tensors
-        weights = padded(stream, shapes).entries
+        weights = stream.padded(shapes).entries
         shape_of = opened.model.shapes.__getitem__
 
         # Each writer thread computes a target in blocks of rows, or whole if its rows do not derive

@@ -28,7 +28,7 @@ from tritter.checkpoints.expert_files import (
     check_names,
     is_plain_setting,
 )
-from tritter.checkpoints.folder import EXPERTS_FOLDER
+from tritter.checkpoints.record import EXPERTS_FOLDER
 from tritter.core.families import Model
 from tritter.core.models import load_model
 from tritter.errors import RequestError, TritterError

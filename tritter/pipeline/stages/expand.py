@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from tritter.checkpoints import record_step0_error
+from tritter.checkpoints import write_lineage
 from tritter.checkpoints.record import layers_text
 from tritter.core.families import Model, forward_flops
 from tritter.core.models import load_model
@@ -55,9 +55,8 @@ class Expand(Stage):
             shift = f"the result differs by {jump.relative_to_std:.2g} standard deviations"
             run.say("", f"{shift}, although it is exact; {wrong_part(branch.specs)}")
         error, num_steps = jump.to_dict()["relative_to_std"], len(branch.specs)
-        lineage = record_step0_error(
-            grown.folder, made.lineage, error, grown.config, num_new=num_steps
-        )
+        lineage = made.lineage.with_step0_error(error, num_new=num_steps)
+        lineage = write_lineage(grown.folder, lineage, grown.config)
         run.sources[location] = replace(grown, lineage=lineage)
         run.reading(location).score(after, f"{branch.name}-expanded")
         evaluated, flops = dict[str, float](), dict[str, float]()
