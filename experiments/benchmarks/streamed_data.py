@@ -24,7 +24,7 @@ import datasets  # noqa: E402
 
 from experiments.benchmarks.corpus_memory import MEGABYTE, _Peak, write_text  # noqa: E402
 from experiments.benchmarks.table import tell  # noqa: E402
-from tritter.data.datasets import parse_name  # noqa: E402
+from tritter.data.datasets import DatasetName  # noqa: E402
 from tritter.data.documents import Document  # noqa: E402
 from tritter.data.split import SplitRule  # noqa: E402
 from tritter.data.stream import SequenceOptions, StreamedSequences  # noqa: E402
@@ -86,7 +86,7 @@ def measure(path: Path, *, seconds: float) -> Row:
         bounds=TextBounds(0),
     )
     with _Peak() as peak:
-        source = parse_name("data.new", str(path))
+        source = DatasetName.named("data.new", str(path))
         stream = StreamedSequences([source], key="data.new", options=options, seed=0)
         stream.next_sequences(BATCH)
         filled, tokens, since = peak.mb, 0, time.perf_counter()

@@ -17,10 +17,6 @@ from tests.hostile.values import parquet_bomb
 from tritter.data import local_files
 from tritter.data.datasets import (
     DatasetName,
-    check_on_disk,
-    dataset_texts,
-    parse_name,
-    resolve_dataset,
 )
 from tritter.data.local_files import Reading, TextFileError
 from tritter.data.sources import source_documents
@@ -48,7 +44,7 @@ def texts(word: str) -> list[str]:
 def read(word: str) -> tuple[list[str], Reading]:
     """Return the texts of a data set and its reading."""
     reading = Reading(key="data.new", text_field="text")
-    rows = dataset_texts(parse_name("data.new", word), reading, is_streamed=False)
+    rows = DatasetName.named("data.new", word).texts(reading, is_streamed=False)
     found = list(map(str, rows))
     if reading.problems:
         raise TextFileError(reading.problems)
@@ -82,7 +78,7 @@ def lines(name: str, records: Iterable[object]) -> None:
     ],
 )  # fmt: skip
 def test_names_of_the_hub(word: str, parts: dict[str, object]) -> None:
-    name = parse_name("data.new", word)
+    name = DatasetName.named("data.new", word)
     assert name == DatasetName(name="me/stories", **parts)  # type: ignore[arg-type]
     assert str(name) == word and not name.is_on_disk
 
@@ -91,11 +87,11 @@ def test_names_on_disk(place: Path) -> None:
     (place / "a:b#c").mkdir()
     (place / "a").mkdir()
     for word in ("a", "./a", "hf:./a", f"hf:{place}/a", str(place / "a")):
-        assert parse_name("data.new", word) == DatasetName(name=f"{place}/a")
-        part = parse_name("data.new", f"{word}:b[1:]#c")
+        assert DatasetName.named("data.new", word) == DatasetName(name=f"{place}/a")
+        part = DatasetName.named("data.new", f"{word}:b[1:]#c")
         assert part == DatasetName(name=f"{place}/a", split="b", rows=(1, None), column="c")
-        assert parse_name("data.new", str(part)) == part
-    assert parse_name("data.new", "a:b#c").name == f"{place}/a:b#c"
+        assert DatasetName.named("data.new", str(part)) == part
+    assert DatasetName.named("data.new", "a:b#c").name == f"{place}/a:b#c"
 
 
 @pytest.mark.parametrize(
@@ -118,7 +114,7 @@ def test_names_that_are_refused(place: Path, word: str, expected: str) -> None:
     for name in ("load.py", "saved/a.pdf", "saved/scripted/scripted.py"):
         (place / name).touch()
     with pytest.raises(RequestError) as caught:
-        check_on_disk("data.new", word, parse_name("data.new", word))
+        DatasetName.named("data.new", word).check_on_disk("data.new", word)
     assert expected in str(caught.value) and f"data.new = {word}" in str(caught.value)
 
 
@@ -133,7 +129,7 @@ def test_saved_data_sets() -> None:
     assert [texts(f"alone{part}") for part in ("[1:]", "[:2]", "[1:2]", "[2:9]", "[5:]")] == [
         ["b", "c"], ["a", "b"], ["b"], ["c"], [],
     ]  # fmt: skip
-    stated = resolve_dataset(parse_name("data.new", "split[:2]"), key="data.new")
+    stated = DatasetName.named("data.new", "split[:2]").resolved(key="data.new")
     assert str(stated).endswith("/split:train[:2]#body")
 
 
@@ -169,7 +165,7 @@ def test_instructions_and_messages() -> None:
     _, reading = read("full")
     assert any("text is read (#messages reads" in note for note in reading.notes)
     key = {"key": "data.new"}
-    resolved = resolve_dataset(parse_name("data.new", "full#messages"), **key)
+    resolved = DatasetName.named("data.new", "full#messages").resolved(**key)
     assert str(resolved).endswith("#messages")
 
 
@@ -193,7 +189,7 @@ def test_excluded_rows_are_skipped_and_a_second_conversation_is_noted() -> None:
     save("some", alone={"text": ["a", "b", None], "weight": [1, 0, None]})
     found, reading = read("some")
     assert found == ["a"] and "is excluded from training (weight: 0)" in reading.notes[0]
-    assert str(resolve_dataset(parse_name("data.new", "some"), key="data.new")).endswith("#text")
+    assert str(DatasetName.named("data.new", "some").resolved(key="data.new")).endswith("#text")
     chat = [{"role": "user", "content": "a"}, {"role": "model", "content": "b"}]
     save("both", alone={"messages": [chat], "conversations": [chat]})
     found, reading = read("both")
@@ -283,7 +279,7 @@ def test_a_card_names_nothing_outside(place: Path, file: str, entry: str) -> Non
                 assert entry.replace(str(place), "@") in message
             assert "a secret" not in message
             with pytest.raises(RequestError, match=r"^data.new: "):
-                check_on_disk("data.new", "data", parse_name("data.new", "data"))
+                DatasetName.named("data.new", "data").check_on_disk("data.new", "data")
         with pytest.raises(TimeoutError):
             server.accept()
 
@@ -325,15 +321,15 @@ def test_files_that_decode_to_far_too_much_are_refused(
 
 ASK = """
 import sys
-from tritter.data.datasets import dataset_texts, parse_name, resolve_dataset
+from tritter.data.datasets import DatasetName
 from tritter.data.local_files import Reading
 is_streamed, *words = sys.argv[1:]
 for word in words:
-    name = parse_name("key", word)
+    name = DatasetName.named("key", word)
     try:
-        expected = str(resolve_dataset(name, key="key"))
+        expected = str(name.resolved(key="key"))
         reading = Reading(key="key", text_field="text")
-        texts = dataset_texts(name, reading, is_streamed=is_streamed == "True")
+        texts = name.texts(reading, is_streamed=is_streamed == "True")
         print(expected, *texts)
     except ValueError as error:
         print(error)

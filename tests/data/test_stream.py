@@ -15,7 +15,7 @@ from tests.oracle import chat as fixtures
 from tritter.data import stream
 from tritter.data.batches import BatchStream, Sequences, SequenceStream
 from tritter.data.chat import ANSWER, Chat
-from tritter.data.datasets import _LOCK, HEAD_ROWS, parse_name, text_batches
+from tritter.data.datasets import _LOCK, HEAD_ROWS, DatasetName
 from tritter.data.documents import text_key
 from tritter.data.local_files import Reading, TextFileError
 from tritter.data.packing import Packing, packed
@@ -61,7 +61,7 @@ def streamed(
         bounds=TextBounds(END),
     )
     return StreamedSequences(
-        [parse_name("data.new", str(name)) for name in names],
+        [DatasetName.named("data.new", str(name)) for name in names],
         key="data.new",
         options=options,
         seed=seed,
@@ -139,11 +139,11 @@ def test_a_stream_continues_from_every_batch(
 
 
 def test_a_position_continues_with_the_next_rows(place: Path) -> None:
-    source = parse_name("data.new", str(place / "rest"))
+    source = DatasetName.named("data.new", str(place / "rest"))
     reading = Reading(key="data.new")
-    whole = list(text_batches(source, reading, is_streamed=True))
+    whole = list(source.batches(reading, is_streamed=True))
     for at, (_, position) in enumerate(whole):
-        later = text_batches(source, reading, is_streamed=True, position=position)
+        later = source.batches(reading, is_streamed=True, position=position)
         assert [texts for texts, _ in later] == [texts for texts, _ in whole[at + 1 :]]
 
 
@@ -185,7 +185,7 @@ def test_conversations_that_are_refused_cut_or_unanswered_are_counted(
         sequence_length=64,
         bounds=TextBounds(END),
     )
-    source = parse_name("data.new", str(tmp_path / "talks.jsonl"))
+    source = DatasetName.named("data.new", str(tmp_path / "talks.jsonl"))
     sequences = StreamedSequences([source], key="data.new", options=options, seed=0)
     found = sequences.next_sequences(30)
     assert (found >= ANSWER).any()
@@ -246,8 +246,8 @@ def test_settings_of_the_library_are_those_of_before(place: Path) -> None:
             log = datasets.utils.logging
             return log.get_verbosity(), datasets.is_progress_bar_enabled()
 
-    before, source = settings(), parse_name("data.new", str(place / "all.jsonl"))
-    one, other = (text_batches(source, Reading(key="data.new"), is_streamed=True) for _ in range(2))
+    before, source = settings(), DatasetName.named("data.new", str(place / "all.jsonl"))
+    one, other = (source.batches(Reading(key="data.new"), is_streamed=True) for _ in range(2))
     next(one), next(other)
     assert settings() == before
     assert len([*one, *other]) == 4
@@ -257,6 +257,6 @@ def test_settings_of_the_library_are_those_of_before(place: Path) -> None:
 def test_long_rows_are_read_a_few_at_a_time(tmp_path: Path) -> None:
     rows = (json.dumps({"text": "word " * 40_000}) for _ in range(60))
     (tmp_path / "long.jsonl").write_text("\n".join(rows))
-    source = parse_name("data.new", str(tmp_path / "long.jsonl"))
-    batches = list(text_batches(source, Reading(key="data.new"), is_streamed=True))
+    source = DatasetName.named("data.new", str(tmp_path / "long.jsonl"))
+    batches = list(source.batches(Reading(key="data.new"), is_streamed=True))
     assert [len(texts) for texts, _ in batches] == [10] * 6

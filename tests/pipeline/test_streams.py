@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tritter.data import datasets as module
-from tritter.data.datasets import HEAD_ROWS, parse_name
+from tritter.data.datasets import HEAD_ROWS, DatasetName
 from tritter.errors import RequestError
 from tritter.pipeline.run_data import _STREAMS, check_streams
 
@@ -27,7 +27,7 @@ def data(tmp_path: Path) -> Any:
     write(tmp_path / "data/first.jsonl", ROWS)
     write(tmp_path / "data/second.jsonl", ROWS[:10])
     found = SimpleNamespace(
-        streams={"code": (parse_name("data.new", f"hf:{tmp_path}/data"),)},
+        streams={"code": (DatasetName.named("data.new", f"hf:{tmp_path}/data"),)},
         text=SimpleNamespace(domains=[SimpleNamespace(name="code", key="data.new.code")]),
     )
     check_streams(found, tmp_path / "run")  # type: ignore[arg-type]

@@ -30,7 +30,7 @@ from tritter.checkpoints import read_lineage
 from tritter.config.launch.composition import load_config
 from tritter.data.batches import read_sequences
 from tritter.data.chat import START, ids_of
-from tritter.data.datasets import parse_name
+from tritter.data.datasets import DatasetName
 from tritter.data.mixed_rows import _FIELDS, PackedText
 from tritter.data.packing import IGNORED, DocumentMask, MarkedText, packed, read_marks
 from tritter.data.skills import Question
@@ -121,7 +121,7 @@ def test_a_stream_of_data_has_the_same_sequences(tmp_path: Path, packing: Any) -
         tokenizer=copy_backend(TOKENIZER),
         sequence_length=16, bounds=BOUNDS,
     )  # fmt: skip
-    sources = [parse_name("data.new", str(tmp_path / "all.jsonl"))]
+    sources = [DatasetName.named("data.new", str(tmp_path / "all.jsonl"))]
     stream = StreamedSequences(sources, key="data.new", options=options, seed=0)
     rows = stream.next_sequences(20)
     assert rows.shape == (20, 16) and (rows[:, :2] >= START).any(dim=1).all()

@@ -15,7 +15,7 @@ from tritter.checkpoints.record import LearnedDomain, Lineage
 from tritter.checkpoints.state import KeptSequences
 from tritter.data.built_in import built_in_origin, is_built_in
 from tritter.data.chat import NONE, ChatChoice
-from tritter.data.datasets import DatasetName, dataset_names, parse_name
+from tritter.data.datasets import DatasetName, dataset_names
 from tritter.data.documents import PIECE_CHARACTERS, Documents, documents_digest
 from tritter.data.local_files import ByteLimitError, Reading, TextFileError
 from tritter.data.options import (
@@ -85,7 +85,7 @@ class DomainText:
     def streams(self) -> tuple[DatasetName, ...]:
         """The datasets to read while the model trains; empty if all documents are read before."""
         names = dataset_names(self.paths) if self.is_head else ()
-        return tuple(parse_name(self.key, name) for name in names)
+        return tuple(DatasetName.named(self.key, name) for name in names)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

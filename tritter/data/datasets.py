@@ -97,6 +97,37 @@ class DatasetName:
     rows: tuple[int, int | None] = (0, None)
     column: str | None = None
 
+    @classmethod
+    def named(cls, key: str, word: str) -> DatasetName:
+        """Parse the name of a data set; a path, with or without `hf:`, means one on disk.
+
+        Args:
+            key: the configuration key, for messages.
+            word: the name as typed.
+        """
+        body = word.removeprefix(PREFIX)
+        is_on_disk = not word.startswith(PREFIX) or body.startswith(("/", "./", "../", "~"))
+        if is_on_disk:
+            with suppress(OSError, ValueError, RuntimeError):  # it is not a path
+                if Path(body).expanduser().exists():
+                    return cls(name=_absolute(key, body))
+        match = (_ON_DISK if is_on_disk else _OF_HUB).fullmatch(body)
+        if match is None:
+            reason = f"the format is {_PATH_FORM if is_on_disk else _FORM}; FROM and TO count rows"
+            raise refused(key, word, reason)
+        found = match.groupdict()
+        start, stop = int(found["start"] or 0), int(found["stop"]) if found["stop"] else None
+        if stop is not None and stop <= start:
+            raise refused(key, word, f"rows {start} to {stop} (exclusive) are an empty range")
+        return cls(
+            name=_absolute(key, found["name"]) if is_on_disk else found["name"],
+            revision=found.get("revision"),
+            config=found.get("config"),
+            split=found["split"],
+            rows=(start, stop),
+            column=found["column"],
+        )
+
     def __str__(self) -> str:
         parts = (("@", self.revision), ("/", self.config), (":", self.split))
         tail = "".join(f"{sign}{word}" for sign, word in parts if word is not None)
@@ -128,6 +159,102 @@ class DatasetName:
         ending = _file_ending(path) if self.is_on_disk and path.is_file() else ""
         return _BUILDERS[ending] if ending else None
 
+    def check_on_disk(self, key: str, word: str) -> None:
+        """Check that a data set on disk, typed as `word`, exists and is supported."""
+        path = Path(self.name)
+        if not self.is_on_disk:
+            return
+        if path.suffix == ".py" or (path / f"{path.name}.py").is_file():
+            reason = "Tritter never runs the script of a data set; name its data files"
+        elif path.is_dir():
+            try:
+                _check_folder(path)
+            except TritterError as error:
+                raise RequestError(f"{key}: {error}") from error
+            return
+        elif path.is_file():
+            if _file_ending(path):
+                return
+            reason = f"data=hf reads {', '.join(_BUILDERS)}; data=text reads other files"
+        else:
+            siblings = [e.name for e in path.parent.glob("*") if e.is_dir() or _file_ending(e)]
+            parent = "" if path.parent.is_dir() else f"; {path.parent} is not a folder either"
+            near = did_you_mean(path.name, siblings)
+            is_like_hub = not near and not _file_ending(path) and _OF_HUB.fullmatch(word)
+            hub = f"; for a data set of the hub, write {PREFIX}{word}" if is_like_hub else ""
+            reason = f"there is no such file or folder{parent}{hub}.{near}".removesuffix(".")
+        raise refused(key, word, reason)
+
+    def resolved(self, *, key: str) -> DatasetName:
+        """Return the data set with its revision, split and column.
+
+        This reads metadata and at most a few rows.
+
+        Args:
+            key: the configuration key, for messages.
+        """
+        with _dataset_errors(self, key):
+            return _of_hub(self) if not self.is_on_disk else _resolve_name(self)
+
+    def texts(self, reading: Reading, *, is_streamed: bool) -> Iterator[Text]:
+        """Yield the texts row by row; rows without a text are skipped.
+
+        Args:
+            reading: counts invalid rows.
+            is_streamed: True streams from the hub; False downloads into the hub's cache first. Data
+                sets on disk are read in place.
+        """
+        batches = self.batches(reading, is_streamed=is_streamed)
+        texts = chain.from_iterable(texts for texts, _ in batches)
+        yield from reading.counted(str(self), texts)
+
+    def batches(
+        self, reading: Reading, *, is_streamed: bool, position: str = ""
+    ) -> Iterator[tuple[list[Text], str]]:
+        """Yield the texts in batches, from a position that an earlier batch had.
+
+        Each has the position after it as JSON, which is empty for a whole table.
+        """
+        stated = self.resolved(key=reading.key)
+        with _dataset_errors(self, reading.key):
+            opened = _open(stated, is_streamed=is_streamed or stated.is_on_disk)
+            rows = opened[_split(stated, opened)]
+            columns = _columns(stated, rows)
+            is_text = conversation_fields(columns) != columns
+            field = columns[0] if is_text else DEFAULT_FIELD
+            if self.column is None and (field == DEFAULT_FIELD or not is_text):
+                reading.note_unread(rows.column_names or columns, is_text=is_text, option="#")
+            (start, stop), selected = stated.rows, rows.select_columns(list(columns))
+            if hasattr(selected, "num_rows"):
+                if start >= selected.num_rows:
+                    return
+                end = min(stop or selected.num_rows, selected.num_rows)
+                selected = selected.select(range(start, end))
+                selected = selected.to_iterable_dataset() if is_streamed else selected
+            else:
+                selected = selected.skip(start) if start else selected
+                selected = selected if stop is None else selected.take(stop - start)
+            size = _rows_of_batch(selected) if is_streamed else _BATCH_ROWS
+            if position:
+                selected.load_state_dict(json.loads(position))
+            batches, number = selected.iter(batch_size=size), start  # one batch in memory at a time
+        while True:
+            with _dataset_errors(self, reading.key):
+                if (batch := next(batches, None)) is None:
+                    return
+                after = json.dumps(selected.state_dict()) if is_streamed else ""
+            texts = list[Text]()
+            for values in zip(*(batch[name] for name in columns), strict=True):
+                number += 1
+                if is_text and values[0] is None:
+                    reading.num_blank += 1
+                    continue
+                try:
+                    texts.append(text_of(dict(zip(columns, values, strict=True)), field=field))
+                except WrongRecordError as error:
+                    reading.skipped.add(f"{self}, row {number - 1}", str(error))
+            yield texts, after
+
 
 def dataset_names(paths: Iterable[str]) -> tuple[str, ...]:
     """Return the paths that name data sets."""
@@ -137,64 +264,6 @@ def dataset_names(paths: Iterable[str]) -> tuple[str, ...]:
 def _file_ending(path: Path) -> str:
     """Return the extension that selects the builder of a file; empty if it is unsupported."""
     return max((end for end in _BUILDERS if path.name.lower().endswith(end)), key=len, default="")
-
-
-def parse_name(key: str, word: str) -> DatasetName:
-    """Parse the name of a data set; a path, with or without `hf:`, means one on disk.
-
-    Args:
-        key: the configuration key, for messages.
-        word: the name as typed.
-    """
-    body = word.removeprefix(PREFIX)
-    is_on_disk = not word.startswith(PREFIX) or body.startswith(("/", "./", "../", "~"))
-    if is_on_disk:
-        with suppress(OSError, ValueError, RuntimeError):  # it is not a path
-            if Path(body).expanduser().exists():
-                return DatasetName(name=_absolute(key, body))
-    match = (_ON_DISK if is_on_disk else _OF_HUB).fullmatch(body)
-    if match is None:
-        reason = f"the format is {_PATH_FORM if is_on_disk else _FORM}; FROM and TO count rows"
-        raise refused(key, word, reason)
-    found = match.groupdict()
-    start, stop = int(found["start"] or 0), int(found["stop"]) if found["stop"] else None
-    if stop is not None and stop <= start:
-        raise refused(key, word, f"rows {start} to {stop} (exclusive) are an empty range")
-    return DatasetName(
-        name=_absolute(key, found["name"]) if is_on_disk else found["name"],
-        revision=found.get("revision"),
-        config=found.get("config"),
-        split=found["split"],
-        rows=(start, stop),
-        column=found["column"],
-    )
-
-
-def check_on_disk(key: str, word: str, source: DatasetName) -> None:
-    """Check that a data set on disk exists and is supported; hub ids are not checked."""
-    path = Path(source.name)
-    if not source.is_on_disk:
-        return
-    if path.suffix == ".py" or (path / f"{path.name}.py").is_file():
-        reason = "Tritter never runs the script of a data set; name its data files"
-    elif path.is_dir():
-        try:
-            _check_folder(path)
-        except TritterError as error:
-            raise RequestError(f"{key}: {error}") from error
-        return
-    elif path.is_file():
-        if _file_ending(path):
-            return
-        reason = f"data=hf reads {', '.join(_BUILDERS)}; data=text reads other files"
-    else:
-        siblings = [e.name for e in path.parent.glob("*") if e.is_dir() or _file_ending(e)]
-        parent = "" if path.parent.is_dir() else f"; {path.parent} is not a folder either"
-        near = did_you_mean(path.name, siblings)
-        is_like_hub = not near and not _file_ending(path) and _OF_HUB.fullmatch(word)
-        hub = f"; for a data set of the hub, write {PREFIX}{word}" if is_like_hub else ""
-        reason = f"there is no such file or folder{parent}{hub}.{near}".removesuffix(".")
-    raise refused(key, word, reason)
 
 
 def _check_folder(folder: Path) -> None:
@@ -249,19 +318,6 @@ class _Unreadable(Exception):
     """The problem of a data set, phrased to follow its name."""
 
 
-def resolve_dataset(source: DatasetName, *, key: str) -> DatasetName:
-    """Resolve the revision, split and column of a data set.
-
-    This reads metadata and at most a few rows.
-
-    Args:
-        source: the parsed name.
-        key: the configuration key, for messages.
-    """
-    with _dataset_errors(source, key):
-        return _of_hub(source) if not source.is_on_disk else _resolve_name(source)
-
-
 def stream_identity(*sources: DatasetName, key: str) -> dict[str, str]:
     """Return the data sets by their resolved names, and file → its contents.
 
@@ -274,74 +330,12 @@ def stream_identity(*sources: DatasetName, key: str) -> dict[str, str]:
             if file.is_file() and (_file_ending(file) or file.name == _CARD):
                 files[file] = file.stat()
     is_hashed = sum(status.st_size for status in files.values()) <= _HASHED_BYTES
-    found = {"data sets": ", ".join(str(resolve_dataset(each, key=key)) for each in sources)}
+    found = {"data sets": ", ".join(str(each.resolved(key=key)) for each in sources)}
     for file, status in files.items():
         changed = datetime.fromtimestamp(status.st_mtime, tz=UTC).isoformat()
         contents = f"SHA-256 {file_digest(file)}" if is_hashed else f"modified {changed}"
         found[str(file)] = f"{status.st_size:,} bytes, {contents}"
     return found
-
-
-def dataset_texts(source: DatasetName, reading: Reading, *, is_streamed: bool) -> Iterator[Text]:
-    """Yield the texts of a data set row by row; rows without a text are skipped.
-
-    Args:
-        source: the parsed name.
-        reading: counts invalid rows.
-        is_streamed: True streams from the hub; False downloads into the hub's cache first. Data
-            sets on disk are read in place.
-    """
-    batches = text_batches(source, reading, is_streamed=is_streamed)
-    texts = chain.from_iterable(texts for texts, _ in batches)
-    yield from reading.counted(str(source), texts)
-
-
-def text_batches(
-    source: DatasetName, reading: Reading, *, is_streamed: bool, position: str = ""
-) -> Iterator[tuple[list[Text], str]]:
-    """Yield the texts of a data set in batches, from a position that an earlier batch had.
-
-    Each has the position after it as JSON, which is empty for a whole table.
-    """
-    stated = resolve_dataset(source, key=reading.key)
-    with _dataset_errors(source, reading.key):
-        opened = _open(stated, is_streamed=is_streamed or stated.is_on_disk)
-        rows = opened[_split(stated, opened)]
-        columns = _columns(stated, rows)
-        is_text = conversation_fields(columns) != columns
-        field = columns[0] if is_text else DEFAULT_FIELD
-        if source.column is None and (field == DEFAULT_FIELD or not is_text):
-            reading.note_unread(rows.column_names or columns, is_text=is_text, option="#")
-        (start, stop), selected = stated.rows, rows.select_columns(list(columns))
-        if hasattr(selected, "num_rows"):
-            if start >= selected.num_rows:
-                return
-            end = min(stop or selected.num_rows, selected.num_rows)
-            selected = selected.select(range(start, end))
-            selected = selected.to_iterable_dataset() if is_streamed else selected
-        else:
-            selected = selected.skip(start) if start else selected
-            selected = selected if stop is None else selected.take(stop - start)
-        size = _rows_of_batch(selected) if is_streamed else _BATCH_ROWS
-        if position:
-            selected.load_state_dict(json.loads(position))
-        batches, number = selected.iter(batch_size=size), start  # one batch in memory at a time
-    while True:
-        with _dataset_errors(source, reading.key):
-            if (batch := next(batches, None)) is None:
-                return
-            after = json.dumps(selected.state_dict()) if is_streamed else ""
-        texts = list[Text]()
-        for values in zip(*(batch[name] for name in columns), strict=True):
-            number += 1
-            if is_text and values[0] is None:
-                reading.num_blank += 1
-                continue
-            try:
-                texts.append(text_of(dict(zip(columns, values, strict=True)), field=field))
-            except WrongRecordError as error:
-                reading.skipped.add(f"{source}, row {number - 1}", str(error))
-        yield texts, after
 
 
 def _rows_of_batch(rows: Any) -> int:

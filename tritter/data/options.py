@@ -13,7 +13,7 @@ from pydantic import Field
 
 from tritter.data.built_in import built_in_path, is_built_in
 from tritter.data.chat import LossOn
-from tritter.data.datasets import PREFIX, check_on_disk, dataset_names, parse_name
+from tritter.data.datasets import PREFIX, DatasetName, dataset_names
 from tritter.data.documents import PIECE_CHARACTERS
 from tritter.data.local_files import has_records
 from tritter.data.records import DEFAULT_FIELD
@@ -348,8 +348,8 @@ def _dataset_location(key: str, word: str, *, column: str | None, max_rows: int 
     """
     if is_built_in(word):
         return built_in_path(key, word)
-    source = parse_name(key, word)
-    check_on_disk(key, word, source)
+    source = DatasetName.named(key, word)
+    source.check_on_disk(key, word)
     rows = (0, max_rows) if source.rows == (0, None) else source.rows
     return str(replace(source, rows=rows, column=source.column or column))
 
@@ -469,7 +469,7 @@ def _read_tasks(
 def named_after(paths: Sequence[str]) -> str:
     """Return the name of an unnamed domain, derived from its first path."""
     first = next(iter(paths), "")
-    path = Path(parse_name("", first).name if first.startswith(PREFIX) else first)
+    path = Path(DatasetName.named("", first).name if first.startswith(PREFIX) else first)
     word = first.split(":")[1] if is_built_in(first) else path.name
     if set(word) & set("*?["):
         word = path.parent.name
@@ -504,7 +504,7 @@ def _reading_problems(config: RunRequest) -> Iterator[Problem]:
             unused["text_field"] = (data.record_field, "no file of the run has records")
     if isinstance(data, DatasetsConfig):
         names = chain.from_iterable(dataset_names(each.paths) for each in data.text_requests)
-        sources = [parse_name("data", name) for name in names]
+        sources = [DatasetName.named("data", name) for name in names]
         if data.max_rows and not any(each.rows == (0, data.max_rows) for each in sources):
             unused["max_rows"] = (data.max_rows, "each dataset has a range of its own")
         if data.text_column and not any(each.column == data.text_column for each in sources):

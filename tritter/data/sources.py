@@ -13,7 +13,7 @@ from itertools import chain, count, islice, takewhile
 from pathlib import Path
 
 from tritter.data.built_in import BUILT_IN_TEXTS, built_in_documents, is_built_in
-from tritter.data.datasets import PREFIX, dataset_names, dataset_texts, parse_name, resolve_dataset
+from tritter.data.datasets import PREFIX, DatasetName, dataset_names
 from tritter.data.documents import PIECE_CHARACTERS, Documents, is_blank, text_key
 from tritter.data.local_files import (
     SUPPORTED,
@@ -290,13 +290,13 @@ def quick_pieces(paths: Sequence[str], reading: Reading) -> Iterator[Text] | Non
             `ByteLimitError`.
     """
     key = reading.key
-    sources = [parse_name(key, name) for name in dataset_names(paths)]
+    sources = [DatasetName.named(key, name) for name in dataset_names(paths)]
     if set(paths) & set(BUILT_IN_TEXTS) or not all(source.is_on_disk for source in sources):
         return None
     files = find_texts(key, paths).files
     read = text_pieces(files, reading) if files else iter(())
     skills = (SkillText.named(key, path).texts() for path in paths if is_built_in(path))
-    rows = (dataset_texts(source, reading, is_streamed=True) for source in sources)
+    rows = (source.texts(reading, is_streamed=True) for source in sources)
     texts = chain.from_iterable(chain(skills, rows))
     return chain(read, reading.filled(texts))
 
@@ -320,9 +320,9 @@ def recorded_paths(paths: Sequence[str], *, key: str, is_head: bool = False) -> 
         key: the configuration key, for messages.
         is_head: record the first rows of data sets only.
     """
-    named = {name: parse_name(key, name) for name in dataset_names(paths)}
+    named = {name: DatasetName.named(key, name) for name in dataset_names(paths)}
     named = {name: each.head if is_head else each for name, each in named.items()}
-    stated = {name: str(resolve_dataset(source, key=key)) for name, source in named.items()}
+    stated = {name: str(source.resolved(key=key)) for name, source in named.items()}
     return tuple(stated.get(path, path) for path in paths)
 
 
@@ -331,9 +331,9 @@ def _of_datasets(
 ) -> Iterator[Text]:
     for name in names:
         has_words = False
-        source = parse_name(reading.key, name)
+        source = DatasetName.named(reading.key, name)
         source = source.head if is_head else source
-        for text in dataset_texts(source, reading, is_streamed=is_streamed):
+        for text in source.texts(reading, is_streamed=is_streamed):
             has_words = has_words or not is_blank(text)
             yield text
         if reading.problems or not has_words:

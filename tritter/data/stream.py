@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tritter.data.answers import TrainingCounts, missing_answers, unanswered_text
 from tritter.data.chat import Chat
 from tritter.data.conversations import Conversation
-from tritter.data.datasets import HEAD_ROWS, DatasetName, text_batches
+from tritter.data.datasets import HEAD_ROWS, DatasetName
 from tritter.data.documents import NAME_CHARACTERS, Document, is_blank, pieces, text_key
 from tritter.data.local_files import Reading, TextFileError
 from tritter.data.packing import Packing, packed
@@ -61,7 +61,7 @@ class _Chunk:
         tail: tokens of the sequence that is not complete yet.
         epoch: number of the pass over all sources.
         source: index of the source.
-        position: position in it, see `text_batches`.
+        position: position in it, see `DatasetName.batches`.
         left_out: what the stream left out up to there, see `_LeftOut.to_plain`.
     """
 
@@ -278,9 +278,9 @@ def _chunks(
 def _batches(
     source: DatasetName, position: str, counted: _LeftOut
 ) -> Iterator[tuple[list[Text], str]]:
-    """Yield the batches of a source as `text_batches` does, and count their rows."""
+    """Yield the batches of a source as `DatasetName.batches` does, and count their rows."""
     reading = counted.reading
-    batches = text_batches(source, reading, is_streamed=True, position=position)
+    batches = source.batches(reading, is_streamed=True, position=position)
     while True:
         before = reading.num_blank + reading.skipped.count
         if (batch := next(batches, None)) is None:
