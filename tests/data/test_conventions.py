@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from tritter.data.chat import ids_of
 from tritter.data.documents import Document
 from tritter.data.tokens import (
-    bounds_of,
+    TextBounds,
     encoded_texts,
     ends_of,
     read_tokenizer,
@@ -303,4 +303,4 @@ def test_a_text_that_cannot_be_encoded_is_refused_by_name(name: str) -> None:
         encoded_texts(["a b", "a z"], tokenizer)
     tokenizer.post_processor = TemplateProcessing(single="b $A", special_tokens=[("b", 1)])
     other = Tokenizer.from_str(tokenizer.to_str().replace('"a"', '"ä"'))  # no token for "a"
-    assert bounds_of(other, 0).start == (1,)
+    assert TextBounds.of(other, 0).start == (1,)

@@ -30,8 +30,6 @@ from tritter.data.packing import (
 from tritter.data.tokens import (
     PretrainedTokenizer,
     TextBounds,
-    begun,
-    bounds_of,
     pack,
     read_tokenizer,
     tokenise_texts,
@@ -79,7 +77,7 @@ def written(folder: Path, form: str, **settings: object) -> Path:
 
 
 TOKENIZER = tokenizer_of()
-BOUNDS = bounds_of(TOKENIZER, TOKENIZER.token_to_id(EOS))
+BOUNDS = TextBounds.of(TOKENIZER, TOKENIZER.token_to_id(EOS))
 STOCK = PreTrainedTokenizerFast(tokenizer_object=tokenizer_of(), eos_token=EOS, bos_token=BOS)
 DOCUMENTS = tokenise_texts(TEXTS, TOKENIZER)
 START_ID, END = BOUNDS.start[0], BOUNDS.end
@@ -152,8 +150,8 @@ def test_a_stream_is_that_of_the_stock_tokenizer(length: int) -> None:
     assert torch.equal(labels, wanted.masked_fill(wanted == START_ID, IGNORED))
     with torch.no_grad():
         assert torch.equal(model(rows.long()).logits, tiny()(wanted).logits)
-    assert begun(rows, BOUNDS) is rows
-    assert (lengthened(rows, 4)[:, 0] >= START).sum() < len(begun(lengthened(rows, 4), BOUNDS))
+    assert BOUNDS.begun(rows) is rows
+    assert (lengthened(rows, 4)[:, 0] >= START).sum() < len(BOUNDS.begun(lengthened(rows, 4)))
 
 
 @pytest.mark.parametrize("length", [3, 8, 24, 200])
@@ -193,7 +191,7 @@ def test_documents_are_packed_with_their_starts(length: int) -> None:
 @pytest.mark.parametrize("length", [5, 16, 300])
 def test_losses_are_those_of_stock_transformers(form: str, length: int) -> None:
     tokenizer = tokenizer_of(form)
-    bounds, model = bounds_of(tokenizer, END), tiny()
+    bounds, model = TextBounds.of(tokenizer, END), tiny()
     scores = document_losses(model, DOCUMENTS, sequence_length=length, bounds=bounds, batch_size=3)
     nats, count = 0.0, 0
     stride = length + 1 - len(bounds.prefix)

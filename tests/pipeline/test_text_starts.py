@@ -36,7 +36,7 @@ from tritter.data.packing import IGNORED, DocumentMask, MarkedText, packed, read
 from tritter.data.skills import Question
 from tritter.data.split import SplitRule
 from tritter.data.stream import SequenceOptions, StreamedSequences
-from tritter.data.tokens import TextBounds, begun, copy_backend
+from tritter.data.tokens import TextBounds, copy_backend
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.statistics import PairedScores, relative_forgetting
 from tritter.evaluation.tasks import QuestionTask, Reader
@@ -239,7 +239,7 @@ def test_a_run_and_the_next_one(base: Path, tmp_path: Path, capsys: pytest.Captu
     assert lineage.training_config["data"]["start_of_text"] == [START_ID]
     kept = read_sequences(result / "state/replay.safetensors")
     for sequences in (kept["sequences/old"], kept["sequences/new"]):
-        assert torch.equal(begun(sequences, BOUNDS), sequences)
+        assert torch.equal(BOUNDS.begun(sequences), sequences)
         assert not (ids_of(sequences)[:, 1:][sequences[:, :-1] == END] != START_ID).any()
     assert not any("earlier version" in note for note in summary["notes"])
 

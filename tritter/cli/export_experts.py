@@ -38,7 +38,7 @@ from tritter.cli.output import (
 )
 from tritter.core.models import load_model, read_model, uninitialised_model
 from tritter.data.chat import ids_of
-from tritter.data.tokens import num_closed_tokens, pack, read_tokenizer, tokenise
+from tritter.data.tokens import pack, read_tokenizer, tokenise
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.gate import EXACT_JUMP
 from tritter.methods.experts.merged_mixture import (
@@ -152,7 +152,7 @@ def _texts(folder: Path, *, length: int, vocab_size: int) -> dict[str, Tensor]:
             tokens = tokenise(first, tokenizer.tokenizer, max_tokens_per_document=length, chat=chat)
         except TritterError:  # its data is unavailable or refused
             continue
-        if num_closed_tokens(tokens, bounds) >= length:
+        if tokens.num_closed_tokens(bounds) >= length:
             packed = pack(tokens, sequence_length=length, bounds=bounds)
             found[name] = ids_of(packed[:_SEQUENCES]).long()
     return found

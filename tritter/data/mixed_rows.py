@@ -25,10 +25,8 @@ from tritter.data.packing import IGNORED
 from tritter.data.tokens import (
     TextBounds,
     TokenisedDocuments,
-    bounds_of,
     copy_backend,
     ends_of,
-    num_closed_tokens,
     pack,
     tokenise_texts,
 )
@@ -239,7 +237,7 @@ class PackedText:
             raise RequestError(Problem("processing_class", reason=reason))
         if backend is None:
             return TextBounds(ends[0])
-        return bounds_of(backend, ends[0], stops=ends[1:])
+        return TextBounds.of(backend, ends[0], stops=ends[1:])
 
     @cached_property
     def _backend(self) -> Tokenizer | None:
@@ -263,7 +261,7 @@ class PackedText:
         documents = self.tokenise_texts(data) if is_text else _join_rows(data, self.bounds)
         if not is_text and bool((documents.offsets.diff() == length).all()):
             return documents.tokens.view(-1, length)
-        if (count := num_closed_tokens(documents, self.bounds)) < length:
+        if (count := documents.num_closed_tokens(self.bounds)) < length:
             reason = f"its {count} tokens do not fill one sequence of {length}"
             raise RequestError(Problem(f"old_data.{name}", reason=reason))
         return pack(documents, sequence_length=length, bounds=self.bounds)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tritter.data.batches import this_rank
 from tritter.data.chat import ANSWER, CONTEXT, PADDING, START, ids_of, is_padding, is_unpredicted
-from tritter.data.tokens import TextBounds, TokenisedDocuments, check_length, check_packs, pack
+from tritter.data.tokens import TextBounds, TokenisedDocuments, check_packs, pack
 from tritter.errors import Problem, RequestError
 from tritter.storage.spool import Spool
 
@@ -228,7 +228,7 @@ def num_packed(
 def _check_documents(
     documents: TokenisedDocuments, sequence_length: int, bounds: TextBounds
 ) -> None:
-    check_length(sequence_length, bounds)
+    bounds.check_length(sequence_length)
     if not documents.num_tokens:
         raise RequestError(f"data.packing=documents: the {len(documents)} documents are empty.")
 

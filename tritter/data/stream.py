@@ -19,7 +19,7 @@ from tritter.data.packing import Packing, packed
 from tritter.data.records import Text
 from tritter.data.skipped import SkippedRecords
 from tritter.data.split import SplitRule
-from tritter.data.tokens import TextBounds, TokenisedDocuments, closed_tokens, cut_rows, tokenise
+from tritter.data.tokens import TextBounds, TokenisedDocuments, cut_rows, tokenise
 from tritter.errors import RequestError
 from tritter.seeds import derived_seed
 
@@ -299,7 +299,7 @@ def _sequences(
     length = options.sequence_length
     tokens = _tokenised(texts, options, counted)
     if options.packing == "stream":
-        closed = closed_tokens(tokens, options.bounds)
+        closed = tokens.closed_tokens(options.bounds)
         return cut_rows(tail, closed, sequence_length=length, bounds=options.bounds)
     limits: dict[str, Any] = {"sequence_length": length, "bounds": options.bounds}
     if not tokens.num_tokens:

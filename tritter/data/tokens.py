@@ -71,6 +71,22 @@ class TextBounds:
     start: tuple[int, ...] = ()
     stops: tuple[int, ...] = ()
 
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, end: int, *, stops: Iterable[int] = ()) -> TextBounds:
+        """Return the bounds of a text, which ends with `end`; the tokenizer does not truncate."""
+        try:
+            encoding = tokenizer.encode(_ANY_TEXT)
+        # The library's plain Exception: it has no token for the letter, and none for unknown ones
+        except Exception:
+            encoding = tokenizer.encode("")
+        pairs = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+        start = [token for token, _ in takewhile(lambda pair: pair[1], pairs)]
+        if len(start) == len(encoding):  # it can't encode the letter, so the end may be behind it
+            start = [token for token in start if token != end]
+        is_separator = start == [end]
+        others = tuple(token for token in dict.fromkeys(stops) if token != end)
+        return cls(end, () if is_separator else tuple(start), others)
+
     @property
     def prefix(self) -> tuple[int, ...]:
         """The ids that a model reads before the first token of a text."""
@@ -87,21 +103,32 @@ class TextBounds:
         marks = (CONTEXT | (0 if number else START) for number in range(len(self.start)))
         return tuple(token | mark for token, mark in zip(self.start, marks, strict=True))
 
+    def check_length(self, sequence_length: int) -> None:
+        """Refuse a sequence length without a token to predict."""
+        least = 1 + len(self.prefix)
+        if sequence_length < least:
+            raise RequestError(
+                f"data.sequence_length={sequence_length}: must be at least {least}, since each "
+                f"token is predicted from those before it."
+            )
 
-def bounds_of(tokenizer: Tokenizer, end: int, *, stops: Iterable[int] = ()) -> TextBounds:
-    """Return the bounds of a text, which ends with `end`; the tokenizer does not truncate."""
-    try:
-        encoding = tokenizer.encode(_ANY_TEXT)
-    # The library's plain Exception: it has no token for the letter, and none for unknown ones
-    except Exception:
-        encoding = tokenizer.encode("")
-    pairs = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
-    start = [token for token, _ in takewhile(lambda pair: pair[1], pairs)]
-    if len(start) == len(encoding):  # it can't encode the letter, so the end may be behind it
-        start = [token for token in start if token != end]
-    is_separator = start == [end]
-    others = tuple(token for token in dict.fromkeys(stops) if token != end)
-    return TextBounds(end, () if is_separator else tuple(start), others)
+    def begun(self, sequences: Tensor) -> Tensor:
+        """Return sequences [N, T], each with the start of a text in front.
+
+        A model that expects a start predicts badly without it. Where a sequence begins within a
+        document, the start replaces the first tokens: the first of a sequence is not predicted
+        anyway.
+        """
+        if not self.start:
+            return sequences
+        start = sequences.new_tensor(self.marked_start)
+        # One that begins with the end of a document has the next start right after it
+        is_inner = (sequences[:, : len(start) + 1] < START).all(dim=1)
+        if not bool(is_inner.any()):
+            return sequences
+        sequences = sequences.clone()
+        sequences[is_inner, : len(start)] = start
+        return sequences
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -145,7 +172,7 @@ def read_tokenizer(
     }
     for end in declared.values():
         if end < vocab_size:
-            bounds = bounds_of(tokenizer, end, stops=declared.values())
+            bounds = TextBounds.of(tokenizer, end, stops=declared.values())
             stated = _json(folder / _STATED_IN[0])
             if stated.get("tokenizer_class") in _WITHOUT_START:
                 bounds = replace(bounds, start=())
@@ -205,7 +232,7 @@ def wrap_tokenizer(tokenizer: Any, *, ends: Iterable[object] = ()) -> Pretrained
         reason = "pass a fast Hugging Face tokenizer with an eos_token, or a folder that holds one"
         raise refused("tokenizer", type(tokenizer).__name__, reason)
     copied, end = copy_backend(backend), next(iter(tokens.values()))
-    return PretrainedTokenizer(copied, bounds_of(copied, end, stops=tokens.values()))
+    return PretrainedTokenizer(copied, TextBounds.of(copied, end, stops=tokens.values()))
 
 
 def copy_backend(tokenizer: Tokenizer) -> Tokenizer:
@@ -337,6 +364,37 @@ class TokenisedDocuments:
         """Whether any document has marks."""
         return bool((self.first_tokens >= ANSWER).any())
 
+    def num_closed_tokens(self, bounds: TextBounds) -> int:
+        """Return the number of tokens with the start and the end of text of each document."""
+        number = self.num_tokens + len(self)
+        if bounds.start:
+            number += len(bounds.start) * int((self.first_tokens < START).sum())
+        return number
+
+    def closed_tokens(
+        self, bounds: TextBounds, *, first: int = 0, count: int | None = None
+    ) -> Tensor:
+        """Return the tokens of `count` documents, int32, each with its start and an end of text.
+
+        A rendered conversation has a start of its own.
+        """
+        import torch
+
+        last = len(self) if count is None else first + count
+        offsets = self.offsets[first : last + 1]
+        tokens, lengths = self.tokens[offsets[0] : offsets[-1]], offsets.diff()
+        start = bounds.marked_start
+        is_text = _first_tokens(tokens, offsets - offsets[0]) < START
+        leads = is_text * len(start)
+        closed = lengths + leads + 1
+        piece = torch.full((int(closed.sum()),), bounds.end, dtype=torch.int32)
+        added_before = (leads + 1).cumsum(0) - 1
+        piece[torch.arange(len(tokens)) + added_before.repeat_interleave(lengths)] = tokens
+        begins = (closed.cumsum(0) - closed)[is_text]
+        for at, token in enumerate(start):
+            piece[begins + at] = token
+        return piece
+
     def document(self, index: int) -> Tensor:
         """Return the tokens of one document, int32 [number of tokens]."""
         if not 0 <= index < len(self):
@@ -456,32 +514,14 @@ def tokenise_texts(texts: Iterable[str], tokenizer: Tokenizer) -> TokenisedDocum
 
 def check_packs(documents: TokenisedDocuments, *, sequence_length: int, bounds: TextBounds) -> int:
     """Return the number of sequences of packed documents."""
-    check_length(sequence_length, bounds)
-    available = num_closed_tokens(documents, bounds)
+    bounds.check_length(sequence_length)
+    available = documents.num_closed_tokens(bounds)
     if available < sequence_length:
         raise RequestError(
             f"data.sequence_length={sequence_length}: the {len(documents)} documents have only "
             f"{available} tokens. Add documents, or set at most {available}."
         )
     return available // sequence_length
-
-
-def check_length(sequence_length: int, bounds: TextBounds) -> None:
-    """Refuse a sequence length without a token to predict."""
-    least = 1 + len(bounds.prefix)
-    if sequence_length < least:
-        raise RequestError(
-            f"data.sequence_length={sequence_length}: must be at least {least}, since each token "
-            f"is predicted from those before it."
-        )
-
-
-def num_closed_tokens(documents: TokenisedDocuments, bounds: TextBounds) -> int:
-    """Return the number of tokens of documents with their starts and ends of text."""
-    number = documents.num_tokens + len(documents)
-    if bounds.start:
-        number += len(bounds.start) * int((documents.first_tokens < START).sum())
-    return number
 
 
 def pack(documents: TokenisedDocuments, *, sequence_length: int, bounds: TextBounds) -> Tensor:
@@ -493,35 +533,10 @@ def pack(documents: TokenisedDocuments, *, sequence_length: int, bounds: TextBou
     check_packs(documents, sequence_length=sequence_length, bounds=bounds)
     stream, tail = Spool(), documents.tokens[:0]
     for first in range(0, len(documents), _PACKED_DOCUMENTS):
-        piece = closed_tokens(documents, bounds, first=first, count=_PACKED_DOCUMENTS)
+        piece = documents.closed_tokens(bounds, first=first, count=_PACKED_DOCUMENTS)
         rows, tail = cut_rows(tail, piece, sequence_length=sequence_length, bounds=bounds)
         stream.append(rows.contiguous().view(-1).numpy().data.cast("B"))
     return stream.tensor("i4").view(-1, sequence_length)
-
-
-def closed_tokens(
-    documents: TokenisedDocuments, bounds: TextBounds, *, first: int = 0, count: int | None = None
-) -> Tensor:
-    """Return the tokens of `count` documents, int32, each with its start and an end of text.
-
-    A rendered conversation has a start of its own.
-    """
-    import torch
-
-    last = len(documents) if count is None else first + count
-    offsets = documents.offsets[first : last + 1]
-    tokens, lengths = documents.tokens[offsets[0] : offsets[-1]], offsets.diff()
-    start = bounds.marked_start
-    is_text = _first_tokens(tokens, offsets - offsets[0]) < START
-    leads = is_text * len(start)
-    closed = lengths + leads + 1
-    piece = torch.full((int(closed.sum()),), bounds.end, dtype=torch.int32)
-    added_before = (leads + 1).cumsum(0) - 1
-    piece[torch.arange(len(tokens)) + added_before.repeat_interleave(lengths)] = tokens
-    begins = (closed.cumsum(0) - closed)[is_text]
-    for at, token in enumerate(start):
-        piece[begins + at] = token
-    return piece
 
 
 def cut_rows(
@@ -539,25 +554,7 @@ def cut_rows(
 
     joined = torch.cat([tail, tokens])
     end = len(joined) // sequence_length * sequence_length
-    return begun(joined[:end].view(-1, sequence_length), bounds), joined[end:].clone()
-
-
-def begun(sequences: Tensor, bounds: TextBounds) -> Tensor:
-    """Return sequences [N, T], each with the start of a text in front.
-
-    A model that expects a start predicts badly without it. Where a sequence begins within a
-    document, the start replaces the first tokens: the first of a sequence is not predicted anyway.
-    """
-    if not bounds.start:
-        return sequences
-    start = sequences.new_tensor(bounds.marked_start)
-    # One that begins with the end of a document has the next start right after it
-    is_inner = (sequences[:, : len(start) + 1] < START).all(dim=1)
-    if not bool(is_inner.any()):
-        return sequences
-    sequences = sequences.clone()
-    sequences[is_inner, : len(start)] = start
-    return sequences
+    return bounds.begun(joined[:end].view(-1, sequence_length)), joined[end:].clone()
 
 
 def concatenate(sequences: Sequence[Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ from itertools import count, islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 from tritter.data.chat import ANSWER, ids_of
-from tritter.data.tokens import TextBounds, begun, encoded_texts, tokenise_texts, whole_texts
+from tritter.data.tokens import TextBounds, encoded_texts, tokenise_texts, whole_texts
 from tritter.errors import Problem, RequestError
 
 if TYPE_CHECKING:
@@ -478,4 +478,4 @@ def retokenised(
         ids += documents.document(number).tolist() + [bounds.end] * is_ended
     ids *= -(-length // len(ids))
     rows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length).int()
-    return begun(rows, bounds)
+    return bounds.begun(rows)

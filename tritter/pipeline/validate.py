@@ -21,13 +21,7 @@ from tritter.data.documents import PIECE_CHARACTERS, Document
 from tritter.data.options import TextSources
 from tritter.data.sources import noted_documents
 from tritter.data.split import split_documents
-from tritter.data.tokens import (
-    PretrainedTokenizer,
-    num_closed_tokens,
-    pack,
-    read_tokenizer,
-    tokenise,
-)
+from tritter.data.tokens import PretrainedTokenizer, pack, read_tokenizer, tokenise
 from tritter.errors import Problem, RequestError
 from tritter.evaluation.gate import (
     Check,
@@ -425,7 +419,7 @@ def _sequences(source: Side, result: Side, documents: Sequence[Document]) -> Ten
     length = min(_SEQUENCE_LENGTH, source.longest, result.longest)
     if tokenizer is not None and documents:
         tokens = tokenise(documents, tokenizer.tokenizer)
-        if num_closed_tokens(tokens, tokenizer.bounds) >= length:
+        if tokens.num_closed_tokens(tokenizer.bounds) >= length:
             packed = pack(tokens, sequence_length=length, bounds=tokenizer.bounds)
             return ids_of(packed[:: max(1, len(packed) // _SEQUENCES)][:_SEQUENCES]).long()
     generator = torch.Generator().manual_seed(0)

@@ -25,7 +25,7 @@ from tritter.core.families.config_file import read_model_file
 from tritter.core.parameter_map import rounded_weight
 from tritter.data.chat import ids_of
 from tritter.data.split import training_texts
-from tritter.data.tokens import begun, read_tokenizer, tokenise_texts
+from tritter.data.tokens import read_tokenizer, tokenise_texts
 from tritter.errors import Problem, RequestError, TritterError, refused
 from tritter.storage.hashing import file_digest, merkle_hash
 from tritter.storage.hub import locate
@@ -270,7 +270,7 @@ def _child_sequences(child: OpenChild, *, length: int, vocab_size: int) -> Tenso
                 break
         tokens += found[:wanted]
     tokens = tokens[: max(1, len(tokens) // length) * length]
-    return ids_of(begun(torch.tensor(tokens).view(-1, min(length, len(tokens))), bounds))
+    return ids_of(bounds.begun(torch.tensor(tokens).view(-1, min(length, len(tokens)))))
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
 from tritter.data.batches import sample_equally
-from tritter.data.tokens import PretrainedTokenizer, num_closed_tokens, pack, tokenise_texts
+from tritter.data.tokens import PretrainedTokenizer, pack, tokenise_texts
 from tritter.errors import Problem, RequestError, brief, refused
 from tritter.methods.forgetting.quadratic import QuadraticPenalty
 
@@ -130,6 +130,6 @@ def _packed(
         reason = "documents need one: pass a Hugging Face tokenizer or a folder that holds one"
         raise RequestError(Problem("tokenizer", reason=reason))
     documents = tokenise_texts(texts, tokenizer.tokenizer)
-    length = min(sequence_length, num_closed_tokens(documents, tokenizer.bounds))
+    length = min(sequence_length, documents.num_closed_tokens(tokenizer.bounds))
     packed = pack(documents, sequence_length=length, bounds=tokenizer.bounds)
     return sample_equally({"old": packed}, count, seed=lambda name: 0)

@@ -22,7 +22,7 @@ from tritter.data.batches import BatchStream
 from tritter.data.chat import ANSWER, ids_of
 from tritter.data.packing import document_mask_of, inputs_for
 from tritter.data.replay import ReplayBuffer, Weighting
-from tritter.data.tokens import TextBounds, begun
+from tritter.data.tokens import TextBounds
 from tritter.errors import Problem, RequestError, TritterError, nearest
 from tritter.evaluation.inference import eval_mode
 from tritter.options import Count, RunRequest, WholeNumber, options
@@ -105,7 +105,7 @@ def write_text(
                     progress(before + count, total)
 
             texts, costs = _texts(model, openings, length, sequence_length, draw, show=show)
-            pieces.append(begun(texts.view(-1, sequence_length), bounds).int().cpu())
+            pieces.append(bounds.begun(texts.view(-1, sequence_length)).int().cpu())
             nats.append(costs.view(-1, sequence_length).cpu())
     costs_NT = torch.cat(nats)[:num_sequences].double()
     counted = costs_NT.isfinite()
@@ -226,7 +226,7 @@ def _texts(
     for position in range(1, length):
         if num_cached + read.shape[1] > window - 1:  # no more context than in training
             latest = torch.cat(tokens[-max(1, window // 2) :], dim=1)
-            read, cache, num_cached = begun(latest, openings.bounds), None, 0
+            read, cache, num_cached = openings.bounds.begun(latest), None, 0
         num_cached += read.shape[1]
         document_arguments: dict[str, Tensor] = {}
         if document_mask is not None:

@@ -24,7 +24,7 @@ from tritter.core.models import model_of
 from tritter.core.stock_routers import AddedExperts, RouterControl
 from tritter.data.packing import marks_read
 from tritter.data.sources import noted_documents
-from tritter.data.tokens import TextBounds, bounds_of, copy_backend, pack, tokenise
+from tritter.data.tokens import TextBounds, copy_backend, pack, tokenise
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.inference import device_of, preserve_modes
 from tritter.methods.moe_routing.objective import RoutingObjective
@@ -387,7 +387,7 @@ class ProgressiveMoE:
     def _bounds(self) -> TextBounds:
         if self.tokenizer is None:
             return TextBounds(self.end_of_text_id)
-        return bounds_of(copy_backend(self.tokenizer), self.end_of_text_id)
+        return TextBounds.of(copy_backend(self.tokenizer), self.end_of_text_id)
 
     def _batches(self, model: nn.Module, path: str, bounds: TextBounds) -> list[dict[str, Tensor]]:
         if self.tokenizer is None:

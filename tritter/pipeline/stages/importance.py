@@ -16,7 +16,6 @@ from tritter.checkpoints.state import KeptSequences, read_state, write_state
 from tritter.core.models import live_tensors, load_model
 from tritter.core.parameter_map.carry import StateKind
 from tritter.data.batches import lengthened, read_sequences, sample_equally, write_sequences
-from tritter.data.tokens import begun
 from tritter.data.vocabulary import retokenised
 from tritter.errors import RequestError
 from tritter.methods.forgetting import build_methods, needs_of
@@ -282,7 +281,7 @@ def _as_read(run: Run, branch: Branch, sequences: Tensor) -> Tensor:
     if start is not own and sequences.shape[1] != length:
         sequences = lengthened(sequences, length)
     if start.has_tokens_of(own):
-        return begun(sequences, own.bounds)
+        return own.bounds.begun(sequences)
     return retokenised(
         sequences,
         start.corpus.tokenizer,
