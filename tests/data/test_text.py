@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from tritter.data.documents import pieces
-from tritter.data.local_files import Reading, TextFileError, text_pieces
+from tritter.data.local_files import Reading, TextFileError
 from tritter.data.sources import source_documents
 
 TEXTS = ["déjà vu\n\nagain\n", "猫\r\n\r\nneko", 'a "quoted" line']
 
 
 def read(*files: Path, field: str = "text"):
-    return list(text_pieces(files, Reading(key="data.new", text_field=field)))
+    return list(Reading(key="data.new", text_field=field).pieces_of(files))
 
 
 def jsonl(texts, field="text") -> str:

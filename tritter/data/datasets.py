@@ -21,13 +21,7 @@ from threading import RLock
 from typing import Any
 
 from tritter.data.conversations import OF_RECORDS, TURNS, WrongRecordError, conversation_fields
-from tritter.data.local_files import (
-    Reading,
-    TextFileError,
-    check_sizes,
-    separator_problem,
-    whole_text,
-)
+from tritter.data.local_files import Reading, TextFileError, check_sizes, separator_problem
 from tritter.data.records import DEFAULT_FIELD, Text, shown, text_of
 from tritter.errors import RequestError, TritterError, did_you_mean, nearest, refused
 from tritter.storage.hashing import file_digest
@@ -506,7 +500,7 @@ def _whole_texts(files: list[Path]) -> Any:
 
 def _rows_of_files(files: list[Path]) -> Iterator[dict[str, str]]:
     for file in files:
-        yield {DEFAULT_FIELD: whole_text(file, Reading(key=""), max_bytes=sys.maxsize)}
+        yield {DEFAULT_FIELD: Reading(key="").whole_text(file, max_bytes=sys.maxsize)}
 
 
 @cache

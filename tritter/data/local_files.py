@@ -144,6 +144,40 @@ class Reading:
         else:
             yield from self.filled(self.texts(path))
 
+    def pieces_of(self, files: Sequence[Path]) -> Iterator[Text]:
+        """Yield the `pieces` of files, which must have words, with one in memory at a time."""
+        has_words = False
+        for piece in chain.from_iterable(map(self.pieces, files)):
+            has_words = True
+            yield piece
+        if self.problems or not has_words:
+            raise TextFileError(self.problems or [no_text(self.key, files)])
+
+    def records(self, path: Path, *, columns: _Columns | None = None) -> Iterator[tuple[str, Any]]:
+        """Yield location and content of each record of a file; invalid records are skipped.
+
+        Args:
+            path: the file.
+            columns: maps the columns of a table to those to read; None reads all.
+
+        Raises:
+            WrongRecordError: the content does not match the file's extension.
+        """
+        yield from _RECORDS[_kind(path)](path, self, columns or list)
+
+    def whole_text(self, path: Path, *, max_bytes: int) -> str:
+        """Return a file's decompressed text."""
+        chunks, size = list[str](), 0
+        for chunk in _chunks(path, self):
+            chunks.append(chunk)
+            size += len(chunk.encode())
+            if size > max_bytes:
+                raise WrongRecordError(
+                    f"exceeds the limit of {max_bytes // 2**20} MB; split the file, or write its "
+                    "texts to a .jsonl"
+                )
+        return "".join(chunks)
+
     def filled(self, texts: Iterable[Text]) -> Iterator[Text]:
         """Yield the `pieces` of texts that have words, and count the others."""
         size = self._piece_characters
@@ -223,19 +257,6 @@ class Reading:
 
     def _line(self, problem: str) -> str:
         return f"{self.key}: {problem}{'' if problem.endswith(('?', '.')) else '.'}"
-
-
-def text_pieces(files: Sequence[Path], reading: Reading) -> Iterator[Text]:
-    """Yield the texts of files cut into `pieces`, with one piece in memory at a time."""
-    is_blank = True
-    for path in files:
-        for piece in reading.pieces(path):
-            is_blank = False
-            yield piece
-    if reading.problems:
-        raise TextFileError(reading.problems)
-    if is_blank:
-        raise TextFileError([no_text(reading.key, files)])
 
 
 def no_text(key: str, files: Sequence[Path]) -> str:
@@ -403,22 +424,6 @@ def _open_stream(path: Path, reading: Reading) -> Iterator[_Stream]:
 # One reader per file format
 
 
-def records(
-    path: Path, reading: Reading, *, columns: _Columns | None = None
-) -> Iterator[tuple[str, Any]]:
-    """Yield location and content of each record of a file; invalid records are skipped.
-
-    Args:
-        path: the file.
-        reading: counts bytes and skipped records.
-        columns: maps the columns of a table to those to read; None reads all.
-
-    Raises:
-        WrongRecordError: the content does not match the file's extension.
-    """
-    yield from _RECORDS[_kind(path)](path, reading, columns or list)
-
-
 def _texts(path: Path, reading: Reading) -> Iterator[Text]:
     field = reading.text_field
 
@@ -427,7 +432,7 @@ def _texts(path: Path, reading: Reading) -> Iterator[Text]:
             reading.note_unread(names, is_text=True, option=f"{key_name(FIELD_KEY)}=")
         return _columns(names, field)
 
-    for where, record in records(path, reading, columns=columns):
+    for where, record in reading.records(path, columns=columns):
         try:
             text = text_of(record, field=field)
         except WrongRecordError as error:
@@ -440,7 +445,7 @@ def _texts(path: Path, reading: Reading) -> Iterator[Text]:
 
 
 def _array(path: Path, reading: Reading, columns: _Columns) -> Iterator[tuple[str, Any]]:
-    text = whole_text(path, reading, max_bytes=_MAX_ARRAY_BYTES)
+    text = reading.whole_text(path, max_bytes=_MAX_ARRAY_BYTES)
     for number, record in enumerate(array_elements(text), start=1):
         yield f"{path}, record {number}", record
 
@@ -564,20 +569,6 @@ def _whole_line(line: bytes) -> bytes:
     if len(line) >= _MAX_LINE_BYTES and not line.endswith(b"\n"):
         raise WrongRecordError(f"exceeds the limit of {_MAX_LINE_BYTES // 2**20} MB per line")
     return line
-
-
-def whole_text(path: Path, reading: Reading, *, max_bytes: int) -> str:
-    """Return a file's decompressed text."""
-    chunks, size = list[str](), 0
-    for chunk in _chunks(path, reading):
-        chunks.append(chunk)
-        size += len(chunk.encode())
-        if size > max_bytes:
-            raise WrongRecordError(
-                f"exceeds the limit of {max_bytes // 2**20} MB; split the file, or write its "
-                "texts to a .jsonl"
-            )
-    return "".join(chunks)
 
 
 def _chunks(path: Path, reading: Reading) -> Iterator[str]:

@@ -22,7 +22,6 @@ from tritter.data.local_files import (
     TextFileError,
     no_text,
     not_data,
-    text_pieces,
     text_suffix,
 )
 from tritter.data.records import DEFAULT_FIELD, Text, shown
@@ -254,7 +253,7 @@ def source_documents(
     files = find_texts(key, paths, is_recorded=is_recorded).files
     rows = _of_datasets(dataset_names(paths), reading, is_streamed=is_streamed, is_head=is_head)
     whole = chain((each.conversation or each.text for each in built_in), rows)
-    read = text_pieces(files, reading) if files else ()
+    read = reading.pieces_of(files) if files else ()
     return _documents(chain(read, whole), reading)
 
 
@@ -294,7 +293,7 @@ def quick_pieces(paths: Sequence[str], reading: Reading) -> Iterator[Text] | Non
     if set(paths) & set(BUILT_IN_TEXTS) or not all(source.is_on_disk for source in sources):
         return None
     files = find_texts(key, paths).files
-    read = text_pieces(files, reading) if files else iter(())
+    read = reading.pieces_of(files) if files else iter(())
     skills = (SkillText.named(key, path).texts() for path in paths if is_built_in(path))
     rows = (source.texts(reading, is_streamed=True) for source in sources)
     texts = chain.from_iterable(chain(skills, rows))

@@ -20,9 +20,7 @@ from tritter.data.local_files import (
     Reading,
     TextFileError,
     parquet_records,
-    records,
     text_suffix,
-    whole_text,
 )
 from tritter.data.records import parse
 from tritter.errors import Problem, RequestError, TritterError, brief, nearest, raise_problems
@@ -477,9 +475,9 @@ def _records(path: Path, reading: Reading) -> Iterator[Any]:
             yield row
         return
     if kind == ".jsonl":
-        yield from (row for _, row in records(path, reading))
+        yield from (row for _, row in reading.records(path))
         return
-    whole = parse(whole_text(path, reading, max_bytes=_MAX_FILE_BYTES))
+    whole = parse(reading.whole_text(path, max_bytes=_MAX_FILE_BYTES))
     if isinstance(whole, dict) and isinstance(whole.get(_ROWS_BELOW), list):
         whole = whole[_ROWS_BELOW]
     if not isinstance(whole, list):
