@@ -4,7 +4,6 @@ It runs the stages of the main job in a temporary folder next to the destination
 checkpoint whose parent is the source.
 """
 
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -34,7 +33,7 @@ from tritter.storage.atomic import atomic_folder
 from tritter.storage.reading import named_path
 from tritter.terminal import Console
 from tritter.transform import PlannedExpansion
-from tritter.transform.folder import known_digests
+from tritter.transform.folder import child_lineage
 
 _BRANCH = "adapted"
 _MAX_SEQUENCE_LENGTH = 256
@@ -128,18 +127,15 @@ def expand_for_domain(
         with atomic_folder(destination, overwrite=overwrite, check=check) as temporary:
             shutil.copytree(folder / "checkpoint", temporary, dirs_exist_ok=True)
             # The parent is the source, because the stage folders are temporary
-            root, made = run.source("baseline").own_lineage, run.source("checkpoint")
+            made = run.source("checkpoint")
+            of_source = child_lineage(initial_checkpoint, destination, ())
             adopted = replace(
                 made.own_lineage,
-                parent_hash=root.model_hash,
-                parent_path=os.path.relpath(source.resolve(), destination.resolve()),
+                parent_hash=of_source.parent_hash,
+                parent_path=of_source.parent_path,
+                parent_tensor_digests=of_source.parent_tensor_digests,
+                parent_file_digests=of_source.parent_file_digests,
             )
-            if initial_checkpoint.lineage is None:
-                adopted = replace(
-                    adopted,
-                    parent_tensor_digests=root.tensor_digests,
-                    parent_file_digests=known_digests(source),
-                )
             lineage = write_lineage(temporary, adopted, made.config)
         return DomainExpansion(plan=plan, lineage=lineage, scores=scores, experts=used)
 

@@ -339,7 +339,7 @@ def expand(
         config=plan.target.config,
         final_config=lambda: {**confirmed().target.config, **new_dtype},
         tensors=_stream(opened, plan, dtype=dtype, kind=expert_layout, progress=progress),
-        lineage=lambda: _child_lineage(opened, confirmed(), destination),
+        lineage=lambda: _expanded_lineage(opened, confirmed(), destination),
         artifacts=_artifacts(opened, plan, max_shard_bytes=max_shard_bytes),
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
@@ -458,24 +458,32 @@ def added_experts(
     return AddedExperts(experts=closed) if closed else None
 
 
-def _child_lineage(source: Source, plan: PlannedExpansion, destination: Path) -> Lineage:
-    parent = source.lineage
-    digests = source.read_digests()
+def _expanded_lineage(source: Source, plan: PlannedExpansion, destination: Path) -> Lineage:
     check_unchanged(plan)
-    parent_hash = merkle_hash(digests)
-    history = parent.expansion_history if parent else ()
+    lineage = child_lineage(source, destination, expansion_records(plan.steps, seed=plan.seed))
+    is_open = plan.added_experts is None
+    return lineage if is_open else replace(lineage, stock_loadable="after adaptation")
+
+
+def child_lineage(source: Source, destination: Path, records: Sequence[ExpansionRecord]) -> Lineage:
+    """Return the lineage of a checkpoint that some expansions make from another one.
+
+    All tensors of the source are hashed, and compared with its own lineage.
+    """
+    folder, parent, digests = source.folder, source.lineage, source.read_digests()
+    parent_hash, files = merkle_hash(digests), ("config.json", *tokenizer_files(folder))
+    known_files = {name: file_digest(folder / name) for name in files if (folder / name).is_file()}
     return Lineage(
         model_hash="",
         parent_hash=parent_hash,
         # Both resolved, as by readers: `..` of a symbolic link leads elsewhere
-        parent_path=os.path.relpath(source.folder.resolve(), destination.resolve()),
+        parent_path=os.path.relpath(folder.resolve(), destination.resolve()),
         parent_tensor_digests=None if parent else digests,
-        parent_file_digests=None if parent else known_digests(source.folder),
+        parent_file_digests=None if parent else known_files,
         base_model_hash=parent.base_model_hash if parent else parent_hash,
         tensor_digests={},
         file_digests={},
-        expansion_history=(*history, *expansion_records(plan.steps, seed=plan.seed)),
-        stock_loadable="yes" if plan.added_experts is None else "after adaptation",
+        expansion_history=(*(parent.expansion_history if parent else ()), *records),
         training_config=parent.training_config if parent else {},
         split=parent.split if parent else None,
         domains=parent.domains if parent else {},
@@ -502,12 +510,6 @@ def expansion_records(
         )
         for position, step in enumerate(steps)
     )
-
-
-def known_digests(folder: Path) -> dict[str, str]:
-    """Return file → checksum of the config and tokenizer files of a Hugging Face folder."""
-    names = ("config.json", *tokenizer_files(folder))
-    return {name: file_digest(folder / name) for name in names if (folder / name).is_file()}
 
 
 def _state_streams(plan: PlannedExpansion, state: State) -> dict[str, TensorStream]:

@@ -1,6 +1,5 @@
 """Growable modules for your own training loop: a linear layer, an FFN, a causal language model."""
 
-import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -34,11 +33,10 @@ from tritter.methods.growth.triggers import (
     Trigger,
 )
 from tritter.options import read_options, read_part
-from tritter.storage.hashing import merkle_hash
 from tritter.storage.hub import locate
 from tritter.storage.reading import named_path
 from tritter.targets import plain, values_of
-from tritter.transform.folder import known_digests
+from tritter.transform.folder import child_lineage
 from tritter.transform.live import write_model
 
 _Counts = dict[str, int]
@@ -529,20 +527,4 @@ def _lineage(origin: Path | None, target: Path, records: tuple[ExpansionRecord, 
             file_digests={},
             expansion_history=records,
         )
-    source = Source.open(origin, read_model(origin))
-    parent, digests = source.lineage, source.read_digests()
-    parent_hash = merkle_hash(digests)
-    return Lineage(
-        model_hash="",
-        parent_hash=parent_hash,
-        parent_path=os.path.relpath(origin.resolve(), target.resolve()),
-        parent_tensor_digests=None if parent else digests,
-        parent_file_digests=None if parent else known_digests(origin),
-        base_model_hash=parent.base_model_hash if parent else parent_hash,
-        tensor_digests={},
-        file_digests={},
-        expansion_history=(*(parent.expansion_history if parent else ()), *records),
-        training_config=parent.training_config if parent else {},
-        split=parent.split if parent else None,
-        domains=parent.domains if parent else {},
-    )
+    return child_lineage(Source.open(origin, read_model(origin)), target, records)
