@@ -83,24 +83,24 @@ TORCH_ONLY_ROOMS = {"core.parameter_map", "core.stock_routers"}  # the standard 
 # Room → most files and lines: both may only fall, until the redesign of issue 25 ends
 RATCHET = {
     "(top)": (13, 2_332),
-    "checkpoints": (12, 3_049),
+    "checkpoints": (12, 3_023),
     "cli": (21, 5_800),
-    "config": (19, 5_171),
+    "config": (19, 5_164),
     "core": (37, 11_885),
-    "data": (26, 8_993),
-    "evaluation": (16, 4_399),
+    "data": (26, 8_943),
+    "evaluation": (16, 4_398),
     "integrations": (2, 801),
-    "methods": (48, 12_493),
-    "pipeline": (31, 7_307),
+    "methods": (48, 12_475),
+    "pipeline": (31, 7_295),
     "planning": (9, 2_115),
     "report": (15, 4_236),
-    "storage": (10, 2_024),
+    "storage": (10, 2_022),
     "training": (17, 5_058),
-    "transform": (6, 1_826),
+    "transform": (6, 1_823),
 }
 # What there is to know; both may only fall: names of modules without an underscore, and classes
 # that only hold values
-MAX_PUBLIC_NAMES, MAX_RECORDS = 1_733, 325
+MAX_PUBLIC_NAMES, MAX_RECORDS = 1_704, 323
 # Capability → its modules, and most other modules that import them; the figures may only fall
 CAPABILITIES: dict[str, tuple[int, tuple[str, ...]]] = {
     "LoRA experts": (10, (
