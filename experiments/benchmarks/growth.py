@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tritter.methods.growth.blocks import ActivationRecorder, attach
+from tritter.methods.growth.blocks import ActivationRecorder
 from tritter.methods.growth.grower import Grower
 from tritter.methods.growth.triggers import INITIALISERS, TRIGGERS, GrowthOptions, Timing
 from tritter.training.surgery import apply_plain
@@ -106,7 +106,7 @@ def event(
 ) -> float:
     """Let all layers grow; return the seconds beyond the forward and backward pass of its step."""
     seen = ActivationRecorder(1024)
-    handles = attach(model, grower.blocks, seen)
+    handles = seen.attach(model, grower.blocks)
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     since = time.process_time()
     for handle in handles:

@@ -15,7 +15,6 @@ from tritter.methods.growth.blocks import (
     ActivationProbe,
     ActivationRecorder,
     FfnBlock,
-    attach,
     ffn_blocks,
 )
 from tritter.methods.growth.grower import Grower
@@ -64,7 +63,7 @@ def probes_of(
 ) -> dict[int, ActivationProbe]:
     """Run one forward and backward pass; return the probes of the FFNs, with gradients in place."""
     seen, was = ActivationRecorder(max_tokens), model.training
-    handles = attach(model, ffn_blocks(model), seen)
+    handles = seen.attach(model, ffn_blocks(model))
     model.zero_grad()
     model.train()
     model(input_ids=input_ids, labels=input_ids, use_cache=False).loss.backward()

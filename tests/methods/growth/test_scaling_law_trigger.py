@@ -5,7 +5,7 @@ import torch
 
 from tests import oracle
 from tests.methods.growth.factories import grower, growth_options
-from tritter.methods.growth.triggers import Curve, _fit_curve, best_step
+from tritter.methods.growth.triggers import Curve, _fit_curve
 
 
 def drawn(curve: Curve, *, first: int, last: int, noise: float, seed: int = 0) -> list[float]:
@@ -41,7 +41,7 @@ def simulated(curve: Curve, at: int, *, max_steps: int, ratio: float) -> float:
 @pytest.mark.parametrize("ratio", [1.5, 3.0])
 def test_the_best_step_is_that_of_a_simulation(ratio: float) -> None:
     curve, steps = Curve(3.4, 14.0, 0.6), 4000
-    at = best_step(curve, step=40, max_steps=steps, ratio=ratio)
+    at = curve.best_step(step=40, max_steps=steps, ratio=ratio)
     ends = {s: simulated(curve, s, max_steps=steps, ratio=ratio) for s in range(40, steps, 60)}
     best = min(ends, key=lambda step: ends[step])
     assert at is not None
@@ -51,7 +51,7 @@ def test_the_best_step_is_that_of_a_simulation(ratio: float) -> None:
 
 def test_where_it_does_not_pay_nothing_grows() -> None:
     curve = Curve(0.5, 14.0, 0.3)  # far from its floor: steps are worth more than size
-    assert best_step(curve, step=40, max_steps=400, ratio=3.0) is None
+    assert curve.best_step(step=40, max_steps=400, ratio=3.0) is None
 
 
 @pytest.mark.full
@@ -75,5 +75,5 @@ def test_an_engine_grows_once_there() -> None:
             assert decided == {0: 40, 1: 40, 2: 40}
     added = 3 * 40 * 3 * 24
     size = sum(parameter.numel() for parameter in model.parameters())
-    wanted = best_step(curve, step=30, max_steps=2000, ratio=(size + added) / size)
+    wanted = curve.best_step(step=30, max_steps=2000, ratio=(size + added) / size)
     assert wanted is not None and len(found) == 1 and abs(found[0] - wanted) <= 60

@@ -12,7 +12,6 @@ from tests import oracle
 from tests.methods.growth.factories import grower, growth_options, scheduled
 from tritter.methods.growth.blocks import sample_rows
 from tritter.methods.growth.grower import Grower
-from tritter.methods.growth.method import inactivity_reason
 from tritter.methods.growth.triggers import GrowthOptions, Percentile, Timing, View
 
 CHECKS = 1_500
@@ -233,7 +232,7 @@ def test_after_the_last_step_nothing_is_born() -> None:
 ])  # fmt: skip
 def test_what_can_never_grow_is_told(keywords: dict[str, Any], message: str) -> None:
     options = growth_options(**keywords)
-    why = inactivity_reason(options, max_steps=250, num_layers=3)
+    why = options.inactivity_reason(max_steps=250, num_layers=3)
     assert message in why and bool(why) == bool(message)
 
 

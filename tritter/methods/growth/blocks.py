@@ -206,6 +206,16 @@ class ActivationRecorder:
 
         output.register_hook(keep)
 
+    def attach(self, model: nn.Module, blocks: Iterable[FfnBlock]) -> list[RemovableHandle]:
+        """Record activations of FFNs in training mode until the returned handles are removed."""
+        return [
+            handle
+            for block in blocks
+            for handle in FfnObserver(
+                self.record_activations, block.layer, in_training=True
+            ).attach(model, block)
+        ]
+
     def probes(self) -> dict[int, ActivationProbe]:
         """Return layer → its probe; forward passes without a backward pass are ignored."""
         import torch
@@ -275,16 +285,3 @@ class FfnObserver:
         if self._read is not None:
             self.record(self._layer, self._read, output)
         self._read = None
-
-
-def attach(
-    model: nn.Module, blocks: Iterable[FfnBlock], seen: ActivationRecorder
-) -> list[RemovableHandle]:
-    """Record activations with `seen` until the returned handles are removed."""
-    return [
-        handle
-        for block in blocks
-        for handle in FfnObserver(seen.record_activations, block.layer, in_training=True).attach(
-            model, block
-        )
-    ]

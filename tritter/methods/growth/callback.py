@@ -17,7 +17,6 @@ from tritter.methods.growth.blocks import (
     MAX_TOKENS,
     ActivationProbe,
     ActivationRecorder,
-    attach,
     ffn_blocks,
 )
 from tritter.methods.growth.grower import GROWTH, Grower, Growth, map_digest
@@ -91,7 +90,7 @@ class NeuronGrowthCallback(Callback):
     ) -> None:
         if not self._handles and self.grower.may_grow_after(trainer.global_step + 1):
             module = base_of(pl_module)
-            self._handles = attach(module.model, self.grower.blocks, self._seen)
+            self._handles = self._seen.attach(module.model, self.grower.blocks)
             if module.compiled is not None:
                 module.compiled.is_watched = True
 

@@ -24,7 +24,7 @@ from tritter.core.parameter_map.tensor_map import NO_SOURCE
 from tritter.errors import TritterError, brief
 from tritter.methods.growth.blocks import FFN, ActivationProbe, FfnBlock, ffn_blocks
 from tritter.methods.growth.initialisers import Layer, NewNeurons
-from tritter.methods.growth.triggers import GrowthOptions, Timing, View, affordable, is_plateau
+from tritter.methods.growth.triggers import GrowthOptions, Timing, View
 from tritter.seeds import derived_seed
 from tritter.training.parameters import Entry
 from tritter.transform import Change
@@ -328,7 +328,7 @@ class Grower:
             kind = type(self.trigger).__name__
             raise TritterError(f"{kind} must return {reason}, not {brief(decided)}.")
         threshold = self.options.plateau_threshold
-        if threshold is not None and decided and not is_plateau(view, threshold):
+        if threshold is not None and decided and not view.is_plateau(threshold):
             decided = {}
         self.counts.checks += 1
         now = [each if n in trained else _UNTRAINED for n, each in enumerate(pressures)]
@@ -338,7 +338,7 @@ class Grower:
         counts = dict[int, int]()
         new_parameters, extra_flops = view.new_parameters, view.extra_flops
         for n in sorted(decided, key=lambda n: -float(view.pressures[n])):
-            most = affordable(view, n, new_parameters=new_parameters, extra_flops=extra_flops)
+            most = view.affordable(n, new_parameters=new_parameters, extra_flops=extra_flops)
             count = min(decided[n], self.options.max_growth_per_step)
             count = count if most is None else min(count, most)
             if count > 0:

@@ -59,7 +59,7 @@ class NeuronGrowth(Method):
             yield Problem("growth", cls.__name__, reason=f"{reason}, or growth=none")
             return
         layers, steps = model.sizes.num_hidden_layers, run.training.max_steps
-        if reason := inactivity_reason(options, max_steps=steps, num_layers=layers):
+        if reason := options.inactivity_reason(max_steps=steps, num_layers=layers):
             name = options.trigger.name or dotted(type(options.trigger))
             yield Problem("growth.trigger", name, reason=reason)
         if limit := options.max_new_parameters:
@@ -155,18 +155,3 @@ class NeuronGrowth(Method):
             "function_change": max(report["function_change"] for report in reports),
             "update_norms": last["update_norms"],
         }
-
-
-def inactivity_reason(options: GrowthOptions, *, max_steps: int, num_layers: int) -> str:
-    """Return the reason if nothing can grow in `max_steps` steps, else ''."""
-    timing = Timing.of(options, max_steps=max_steps)
-    due = [n for n in range(1, max_steps) if options.trigger.is_due(n, timing)]
-    cool = [n for n in due if n >= timing.cooldown or not options.trigger.has_cooldown()]
-    if not cool:
-        return (
-            f"with training.max_steps = {max_steps} nothing could grow: checks run every "
-            f"{timing.check_every} steps after step {timing.warmup}, and growth is excluded in "
-            f"the first {timing.cooldown} steps (growth.check_every, .warmup_steps, "
-            ".growth_cooldown) and after the last"
-        )
-    return options.trigger.inactivity_reason(options, num_checks=len(due), num_layers=num_layers)

@@ -113,6 +113,36 @@ class View:
         """Index of the layer with the highest pressure."""
         return int(self.pressures.argmax())
 
+    def is_plateau(self, threshold: float) -> bool:
+        """Return True if the mean loss of a window's halves differs by less than `threshold`.
+
+        The window has `growth.plateau_steps` steps; before it is full there is no plateau. The
+        difference is relative to the first half.
+        """
+        import torch
+
+        count = self.options.plateau_steps
+        if len(self.losses) < count:
+            return False
+        losses = torch.tensor(list(self.losses)[-count:], dtype=torch.float64)
+        before, after = losses[: count // 2].mean(), losses[count // 2 :].mean()
+        return bool((before - after).abs() < threshold * before)
+
+    def affordable(self, layer: int, *, new_parameters: int, extra_flops: float) -> int | None:
+        """Return the number of neurons that the budgets permit in a layer; None without one.
+
+        Args:
+            new_parameters: parameters that growth has added so far.
+            extra_flops: FLOPs that growth has added so far.
+        """
+        options, limits = self.options, []
+        if options.max_new_parameters is not None:
+            free = options.max_new_parameters - new_parameters
+            limits.append(free // self.neuron_parameters[layer])
+        if options.max_extra_flops is not None and self.neuron_flops[layer]:
+            limits.append(int((options.max_extra_flops - extra_flops) / self.neuron_flops[layer]))
+        return max(0, min(limits)) if limits else None
+
 
 @options
 class Trigger(ABC):
@@ -228,7 +258,7 @@ class Plateau(Trigger):
             yield Problem("growth.plateau_steps", options.plateau_steps, reason=reason)
 
     def decide(self, view: View) -> Mapping[int, int]:
-        if not is_plateau(view, self.threshold):
+        if not view.is_plateau(self.threshold):
             return {}
         return {view.highest: view.options.max_growth_per_step}
 
@@ -282,43 +312,11 @@ class Budget(Trigger):
         every = -(-timing.cooldown // timing.check_every) * timing.check_every
         times = max(1, (timing.max_steps - 1 - view.step) // every + 1)
         layer = view.highest
-        permitted = affordable(
-            view, layer, new_parameters=view.new_parameters, extra_flops=view.extra_flops
+        permitted = view.affordable(
+            layer, new_parameters=view.new_parameters, extra_flops=view.extra_flops
         )
         assert permitted is not None, "requests without a budget are refused"
         return {layer: min(options.max_growth_per_step, -(-permitted // times))}
-
-
-def is_plateau(view: View, threshold: float) -> bool:
-    """Return True if the mean loss of the two halves of a window differs by less than `threshold`.
-
-    The window has `growth.plateau_steps` steps; before it is full there is no plateau. The
-    difference is relative to the first half.
-    """
-    import torch
-
-    count = view.options.plateau_steps
-    if len(view.losses) < count:
-        return False
-    losses = torch.tensor(list(view.losses)[-count:], dtype=torch.float64)
-    before, after = losses[: count // 2].mean(), losses[count // 2 :].mean()
-    return bool((before - after).abs() < threshold * before)
-
-
-def affordable(view: View, layer: int, *, new_parameters: int, extra_flops: float) -> int | None:
-    """Return the number of neurons that the budgets permit in a layer; None without one.
-
-    Args:
-        new_parameters: parameters that growth has added so far.
-        extra_flops: FLOPs that growth has added so far.
-    """
-    options, limits = view.options, []
-    if options.max_new_parameters is not None:
-        free = options.max_new_parameters - new_parameters
-        limits.append(free // view.neuron_parameters[layer])
-    if options.max_extra_flops is not None and view.neuron_flops[layer]:
-        limits.append(int((options.max_extra_flops - extra_flops) / view.neuron_flops[layer]))
-    return max(0, min(limits)) if limits else None
 
 
 def _rank(num_old: int, percentile: float) -> int:
@@ -349,6 +347,25 @@ class Curve:
     def step(self, loss: float) -> float:
         """Return the number of steps after which the curve reaches a loss above its floor."""
         return ((loss - self.floor) / self.scale) ** (-1 / self.exponent)
+
+    def best_step(self, *, step: int, max_steps: int, ratio: float) -> int | None:
+        """Return the step at which growth leads to the lowest final loss; None if it never pays.
+
+        All alternatives have the FLOPs of `max_steps` steps of the small model.
+
+        Args:
+            step: the first candidate step.
+            ratio: parameters of the grown model divided by those of the small one.
+        """
+        larger = Curve(self.floor * ratio**-_SIZE_EXPONENT, self.scale, self.exponent)
+        best, at = self.loss(max_steps), None
+        for number in range(_MOMENTS):
+            moment = step + number * (max_steps - step) // _MOMENTS
+            start = larger.step(self.loss(moment))
+            end = larger.loss(start + (max_steps - moment) / ratio)
+            if end < best:
+                best, at = end, moment
+        return at
 
 
 def _fit_curve(losses: Sequence[float], *, first_step: int) -> Curve | None:
@@ -388,26 +405,6 @@ def _fit_curve(losses: Sequence[float], *, first_step: int) -> Curve | None:
     return None if best is None else best[1]
 
 
-def best_step(curve: Curve, *, step: int, max_steps: int, ratio: float) -> int | None:
-    """Return the step at which growth leads to the lowest final loss; None if it never pays.
-
-    All alternatives have the FLOPs of `max_steps` steps of the small model.
-
-    Args:
-        step: the first candidate step.
-        ratio: parameters of the grown model divided by those of the small one.
-    """
-    larger = Curve(curve.floor * ratio**-_SIZE_EXPONENT, curve.scale, curve.exponent)
-    best, at = curve.loss(max_steps), None
-    for number in range(_MOMENTS):
-        moment = step + number * (max_steps - step) // _MOMENTS
-        start = larger.step(curve.loss(moment))
-        end = larger.loss(start + (max_steps - moment) / ratio)
-        if end < best:
-            best, at = end, moment
-    return at
-
-
 @options
 class ScalingLaw(Trigger):
     """Grow all layers once, at the step that is predicted to give the lowest final loss.
@@ -440,7 +437,7 @@ class ScalingLaw(Trigger):
         ratio = 1 + count * sum(view.neuron_parameters) / view.parameters
         if curve is None:
             return {}
-        best = best_step(curve, step=view.step, max_steps=timing.max_steps, ratio=ratio)
+        best = curve.best_step(step=view.step, max_steps=timing.max_steps, ratio=ratio)
         if best is None or best > view.step:
             return {}
         return dict.fromkeys(range(len(view.pressures)), count)
@@ -509,3 +506,17 @@ class GrowthOptions:
         """Names of the trigger and the initialiser, as in reports."""
         parts = (type(self.trigger), type(self.initialiser))
         return "+".join(kind.name or kind.__name__ for kind in parts)
+
+    def inactivity_reason(self, *, max_steps: int, num_layers: int) -> str:
+        """Return the reason if nothing can grow in `max_steps` steps, else ''."""
+        timing = Timing.of(self, max_steps=max_steps)
+        due = [n for n in range(1, max_steps) if self.trigger.is_due(n, timing)]
+        cool = [n for n in due if n >= timing.cooldown or not self.trigger.has_cooldown()]
+        if not cool:
+            return (
+                f"with training.max_steps = {max_steps} nothing could grow: checks run every "
+                f"{timing.check_every} steps after step {timing.warmup}, and growth is excluded in "
+                f"the first {timing.cooldown} steps (growth.check_every, .warmup_steps, "
+                ".growth_cooldown) and after the last"
+            )
+        return self.trigger.inactivity_reason(self, num_checks=len(due), num_layers=num_layers)
