@@ -43,12 +43,11 @@ from tritter.errors import RequestError, TritterError
 from tritter.evaluation.gate import EXACT_JUMP
 from tritter.methods.experts.merged_mixture import (
     LogitChange,
-    deltas,
     logit_change,
     mean_gates,
     merged_adapter,
 )
-from tritter.methods.experts.stored import ExpertFolder, StoredAdapter, write_stored
+from tritter.methods.experts.stored import ExpertFolder, StoredAdapter
 from tritter.pipeline.run_data import corpus_chat
 from tritter.report.table import Table, count_text
 from tritter.storage.atomic import atomic_folder
@@ -162,7 +161,7 @@ def with_merged(weights: Weights, merged: Merge) -> Weights:
     """Return the base's weights with the merged experts added."""
     shares = ", ".join(f"{name} {gate:.3g}" for name, gate in merged.gates.items())
     note = f"LoRA experts are merged into these weights with gates {shares} ({merged.gates_from})"
-    added = weights.with_added(deltas(merged.adapter))
+    added = weights.with_added(merged.adapter.deltas())
     lineage = weights.lineage
     if lineage is not None and merged.change.largest > EXACT_JUMP:
         lineage = replace(lineage, benchmark_scores={})  # those of the mixture
@@ -208,7 +207,7 @@ def export_adapters(
         with atomic_folder(output, overwrite=overwrite, check=check) as temporary:
             for name, adapter in adapters.items():
                 head = _untied_head(source, adapter)
-                write_stored(adapter, temporary / name, base=base, overwrite=not name, whole=head)
+                adapter.write(temporary / name, base=base, overwrite=not name, whole=head)
                 for path in licence_files(folder):
                     shutil.copyfile(path, temporary / name / path.name)
                 card = adapter_card(base, kept=kept_metadata(folder))

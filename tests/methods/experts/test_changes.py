@@ -18,7 +18,7 @@ from tritter.methods.experts.adapters import (
     set_rank,
     shape_of,
 )
-from tritter.methods.experts.changes import evict_change, router_names, spawn_change, widen_change
+from tritter.methods.experts.changes import evict_change, spawn_change, widen_change
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.training import surgery
 
@@ -101,7 +101,7 @@ def test_a_new_expert_is_trained_and_the_old_ones_go_on(tmp_path: Path) -> None:
     for name in own:
         assert not torch.equal(event.after[name], end[name])
         assert f"{name} exp_avg" not in event.after
-    for router in router_names(event.mixture):
+    for router in event.mixture.router_names():
         weight, bias = f"{router}.weight", f"{router}.bias"
         assert torch.equal(event.after[weight][:3], event.before[weight])
         assert not event.after[weight][3].any() and event.after[bias][3] == 0
@@ -118,7 +118,7 @@ def test_one_goes_and_its_state_with_it(tmp_path: Path) -> None:
     assert event.mixture.names == ["e0", "e2"]
     assert not any(".e1." in name for name in end)
     assert same(event.after, event.before, ".e0.", ".e2.") == 4 * (6 + 2) * 3
-    for router in router_names(event.mixture):
+    for router in event.mixture.router_names():
         for key in (f"{router}.weight", f"{router}.weight exp_avg", f"{router}.bias"):
             assert torch.equal(event.after[key], event.before[key][[0, 2]])
     with pytest.raises(RequestError, match=r"no expert e1; the experts are e0, e2"):

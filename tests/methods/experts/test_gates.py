@@ -12,7 +12,6 @@ from tritter.methods.experts.gates import (
     Routing,
     balance_loss,
     entropy_loss,
-    gates_of,
     usage,
     z_loss,
 )
@@ -56,7 +55,7 @@ def test_gates_are_those_by_hand(
 ) -> None:
     routing = Routing(top_k=top_k, temperature=temperature, capacity_factor=0.1)
     values = logits(batch, length, number)
-    gates = gates_of(values, routing)  # capacity acts in training only
+    gates = routing.gates(values)  # capacity acts in training only
     k = None if top_k is None or top_k >= number else top_k
     for b in range(batch):
         for t in range(length):
@@ -68,7 +67,7 @@ def test_gates_are_those_by_hand(
 
 def test_dense_tokens_use_all_experts() -> None:
     values, is_dense = logits(1, 2, 4), torch.tensor([[True, False]])
-    gates = gates_of(values, Routing(top_k=2), is_dense=is_dense)
+    gates = Routing(top_k=2).gates(values, is_dense=is_dense)
     assert gates.chosen is not None and gates.chosen.sum(-1).tolist() == [[4, 2]]
     assert torch.allclose(gates.weights[0, 0], values[0, 0].softmax(-1))
 
@@ -79,7 +78,7 @@ def test_the_router_gets_a_gradient_in_every_mode(top_k: int | None) -> None:
     target = logits(2, 3, 4, seed=1)
 
     def loss(x: torch.Tensor) -> torch.Tensor:
-        return (gates_of(x, Routing(top_k=top_k, temperature=0.7)).weights * target).sum()
+        return (Routing(top_k=top_k, temperature=0.7).gates(x).weights * target).sum()
 
     assert torch.autograd.gradcheck(loss, (values,))
     (gradient,) = torch.autograd.grad(loss(values), values)
@@ -91,7 +90,7 @@ def test_capacity_keeps_the_earliest_of_each_sequence() -> None:
     values[0, :, 0] = 1.0  # all tokens of the first sequence prefer one expert
     values[1, torch.arange(6), torch.arange(6) % 3] = 1.0
     routing = Routing(top_k=1, capacity_factor=1.0)  # ⌈6 / 3⌉ = 2 tokens
-    gates = gates_of(values, routing, is_training=True)
+    gates = routing.gates(values, is_training=True)
     assert gates.chosen is not None
     assert gates.chosen[0, :, 0].tolist() == [True, True, False, False, False, False]
     assert gates.chosen[1].sum() == 6
@@ -104,7 +103,7 @@ def test_capacity_knows_no_later_token() -> None:
     values = logits(2, 8, 4)
     other = values.clone()
     other[:, 5:] = logits(2, 3, 4, seed=3)
-    one, two = (gates_of(each, routing, is_training=True).weights for each in (values, other))
+    one, two = (routing.gates(each, is_training=True).weights for each in (values, other))
     assert torch.equal(one[:, :5], two[:, :5])
     assert not torch.equal(one[:, 5:], two[:, 5:])
 
@@ -114,17 +113,17 @@ def test_capacity_knows_no_later_token() -> None:
 def test_losses_by_finite_differences(loss, top_k: int | None) -> None:
     values = logits(2, 3, 4).requires_grad_()
     routing = Routing(top_k=top_k, temperature=0.7)
-    assert torch.autograd.gradcheck(lambda x: loss(gates_of(x, routing)), (values,))
+    assert torch.autograd.gradcheck(lambda x: loss(routing.gates(x)), (values,))
 
 
 def test_what_losses_say_of_even_and_of_collapsed_use() -> None:
-    even = gates_of(4 * torch.eye(4).repeat(3, 1)[None], Routing(top_k=1))
-    lone = gates_of(torch.tensor([9.0, 0, 0, 0]).repeat(1, 12, 1), Routing(top_k=1))
+    even = Routing(top_k=1).gates(4 * torch.eye(4).repeat(3, 1)[None])
+    lone = Routing(top_k=1).gates(torch.tensor([9.0, 0, 0, 0]).repeat(1, 12, 1))
     assert float(balance_loss(even)) == pytest.approx(1.0)
     assert float(balance_loss(lone)) == pytest.approx(4.0, abs=0.01)
-    flat = gates_of(torch.zeros(1, 2, 4), Routing())
+    flat = Routing().gates(torch.zeros(1, 2, 4))
     assert float(entropy_loss(flat)) == pytest.approx(math.log(4))
     assert float(z_loss(flat)) == pytest.approx(math.log(4) ** 2)
     assert float(entropy_loss(lone)) < 0.01
-    many: list[Gates] = [flat, gates_of(torch.tensor([50.0, 0, 0, 0]).repeat(1, 2, 1), Routing())]
+    many: list[Gates] = [flat, Routing().gates(torch.tensor([50.0, 0, 0, 0]).repeat(1, 2, 1))]
     assert usage(many).tolist() == pytest.approx([0.625, 0.125, 0.125, 0.125])

@@ -14,7 +14,7 @@ from tests.oracle import tiny_llama, tokens
 from tests.oracle.families import tiny
 from tritter.errors import RequestError
 from tritter.methods.experts.adapters import AdapterShape, Factors, adapted_layers, parameters_of
-from tritter.methods.experts.gates import Routing, gates_of
+from tritter.methods.experts.gates import Routing
 from tritter.methods.experts.mixture import Dispatch, ExpertMixture, _mixture_output, mixture_on
 
 MODES = [Routing(), Routing(top_k=2), Routing(top_k=1), Routing(top_k=2, temperature=0.5)]
@@ -149,7 +149,7 @@ def test_chosen_experts_never_have_a_row_of_the_output_for_each_choice() -> None
     """Two of three experts per token: a head of 1,000 tokens would have 2 · 40 rows."""
     parts = {n: Factors(torch.randn(2, 6), torch.randn(1000, 2), 1.0) for n in range(3)}
     inputs = torch.randn(1, 40, 6)
-    gates = gates_of(torch.randn(1, 40, 3), Routing(top_k=2))
+    gates = Routing(top_k=2).gates(torch.randn(1, 40, 3))
     with LargestOutput(1000) as largest:
         found = _mixture_output(inputs, parts, Dispatch.of(gates))
     assert largest.rows == 40

@@ -18,8 +18,7 @@ from tritter.methods.experts.mixture import ExpertMixture
 from tritter.methods.experts.stored import (
     _TENSORS_NAME,
     CONFIG_NAME,
-    _read_adapter,
-    load_values,
+    StoredAdapter,
     write_adapter,
 )
 
@@ -57,21 +56,21 @@ def test_every_expert_is_a_stock_adapter(tmp_path: Path) -> None:
 
 
 def test_an_adapter_of_theirs_is_an_expert(theirs: Path) -> None:
-    stored = _read_adapter(theirs)
+    stored = StoredAdapter.read(theirs)
     assert stored.shape == AdapterShape(3, 5.0, ("q_proj",))
     mixture = ExpertMixture(tiny_llama())
     mixture.add("theirs", stored.shape, seed=0)
-    load_values(mixture.model, "theirs", stored)
+    stored.load_into(mixture.model, "theirs")
     stock = PeftModel.from_pretrained(tiny_llama(), theirs)
     expected = logits(stock)
     assert (expected - logits(mixture.model)).abs().max() < 1e-5 * expected.abs().max()
     assert (logits(stock) - logits(tiny_llama())).abs().max() > 0.1
     mixture.add("wider", AdapterShape(3, 5.0, TARGETS), seed=0)
     with pytest.raises(TritterError, match=r"down_proj is only in the model"):
-        load_values(mixture.model, "wider", stored)
+        stored.load_into(mixture.model, "wider")
     mixture.add("larger", AdapterShape(4, 5.0, ("q_proj",)), seed=0)
     with pytest.raises(TritterError, match=r"\[3, 24\] in the folder and \[4, 24\]"):
-        load_values(mixture.model, "larger", stored)
+        stored.load_into(mixture.model, "larger")
 
 
 @pytest.mark.parametrize(
@@ -97,7 +96,7 @@ def test_what_a_config_may_not_ask_for(theirs: Path, key: str, value: object, me
     path = theirs / CONFIG_NAME
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(TritterError, match="adapter") as caught:
-        _read_adapter(theirs)
+        StoredAdapter.read(theirs)
     assert message in str(caught.value)
 
 
@@ -118,14 +117,14 @@ def test_damaged_and_foreign_tensors(theirs: Path, tmp_path: Path) -> None:
     ]:
         save_file(own | change, path)
         with pytest.raises(TritterError, match=message):
-            _read_adapter(theirs)
+            StoredAdapter.read(theirs)
     save_file({key: value for key, value in own.items() if key != name}, path)
     with pytest.raises(TritterError, match=r"lacks its [AB]"):
-        _read_adapter(theirs)
+        StoredAdapter.read(theirs)
     path.write_bytes(b"nothing")
     with pytest.raises(TritterError, match="cannot be read"):
-        _read_adapter(theirs)
+        StoredAdapter.read(theirs)
     path.unlink()
     path.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(TritterError):
-        _read_adapter(theirs)
+        StoredAdapter.read(theirs)

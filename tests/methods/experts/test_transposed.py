@@ -16,9 +16,8 @@ from tritter.checkpoints.source import Source
 from tritter.core.models import read_model
 from tritter.errors import RequestError
 from tritter.methods.experts.adapters import AdapterShape, adaptable
-from tritter.methods.experts.merged_mixture import deltas
 from tritter.methods.experts.mixture import ExpertMixture
-from tritter.methods.experts.stored import _adapter_of, _read_adapter, load_values, write_adapter
+from tritter.methods.experts.stored import StoredAdapter, write_adapter
 
 TARGETS = ("c_attn", "c_proj", "c_fc", "wte", "lm_head")
 LINEAR = ("c_attn", "c_proj", "c_fc")
@@ -55,11 +54,11 @@ def test_an_adapter_of_theirs_is_an_expert(tmp_path: Path) -> None:
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     theirs.save_pretrained(tmp_path / "theirs")
-    stored = _read_adapter(tmp_path / "theirs")
+    stored = StoredAdapter.read(tmp_path / "theirs")
     assert stored.shape == AdapterShape(3, 5.0, tuple(sorted(LINEAR)))
     mixture = ExpertMixture(model())
     mixture.add("theirs", stored.shape, seed=0)
-    load_values(mixture.model, "theirs", stored)
+    stored.load_into(mixture.model, "theirs")
     expected = logits(theirs)
     assert (expected - logits(mixture.model)).abs().max() < 1e-5 * expected.abs().max()
 
@@ -69,7 +68,7 @@ def test_an_expert_is_added_to_the_weights_as_they_lie(tmp_path: Path) -> None:
     source = oracle.saved(model(), tmp_path / "source")
     mixture = mixture_of(model(), ranks=(3,), targets=[LINEAR])
     weights = Weights.of(Source.open(source, read_model(source)))
-    added = weights.with_added(deltas(_adapter_of(mixture.model, "e0")))
+    added = weights.with_added(StoredAdapter.of(mixture.model, "e0").deltas())
     export_model(added, tmp_path / "out", dtype=torch.float32, artifacts=())
     after = oracle.stock(tmp_path / "out")
     assert (logits(after) - logits(mixture.model)).abs().max() < 1e-4

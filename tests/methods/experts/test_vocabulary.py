@@ -39,9 +39,9 @@ from tritter.methods.experts.changes import (
     spawn_change,
     widen_change,
 )
-from tritter.methods.experts.gates import Routing, gates_of
+from tritter.methods.experts.gates import Routing
 from tritter.methods.experts.mixture import Dispatch, ExpertMixture, _mixture_output
-from tritter.methods.experts.stored import _TENSORS_NAME, _read_adapter, load_values, write_adapter
+from tritter.methods.experts.stored import _TENSORS_NAME, StoredAdapter, write_adapter
 from tritter.training import surgery
 from tritter.training.parameters import disk_values, replay
 
@@ -193,7 +193,7 @@ def test_a_lookup_is_the_product_with_a_one_hot_vector(
         for n in standing
     }
     ids = torch.randint(0, 11, (2, 7), generator=generator)
-    dispatch = Dispatch.of(gates_of(random(2, 7, 3), routing))
+    dispatch = Dispatch.of(routing.gates(random(2, 7, 3)))
     leaves = [leaf.requires_grad_() for each in experts.values() for leaf in (each.down, each.up)]
     target = random(2, 7, 5)
     found = []
@@ -335,12 +335,12 @@ def test_stock_peft_loads_our_folder_and_we_load_theirs(
     assert (expected - oracle.logits(base, ids)).abs().max() > 0.1
 
     expected = oracle.logits(theirs(tmp_path / "theirs", family, tied=tied), ids)
-    stored = _read_adapter(tmp_path / "theirs")
+    stored = StoredAdapter.read(tmp_path / "theirs")
     assert stored.shape == AdapterShape(3, 5.0, tuple(sorted(TARGETS)))
     assert stored.embeddings == {"model.embed_tokens"}
     assert stored.base.keys() == {"model.embed_tokens", "lm_head"}
     add_adapter(model, "theirs", stored.shape, seed=0)
-    load_values(model, "theirs", stored)
+    stored.load_into(model, "theirs")
     own = oracle.logits(activated(model, "theirs"), ids)
     assert (own - expected).abs().max() < 1e-5 * expected.abs().max()
 
@@ -353,16 +353,16 @@ def test_a_folder_of_another_base_is_refused(tmp_path: Path) -> None:
     held[key][3, 4] += 0.01
     save_file(held, path)
     model = tiny("llama")
-    stored = _read_adapter(tmp_path / "theirs")
+    stored = StoredAdapter.read(tmp_path / "theirs")
     add_adapter(model, "theirs", stored.shape, seed=0)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(TritterError, match="other base weights of lm_head"):
-        load_values(model, "theirs", stored)
+        stored.load_into(model, "theirs")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     held[key] = load_file(path)[key][:90]
     save_file(held, path)
     with pytest.raises(TritterError, match="other base weights of lm_head"):
-        load_values(model, "theirs", _read_adapter(tmp_path / "theirs"))
+        StoredAdapter.read(tmp_path / "theirs").load_into(model, "theirs")
 
 
 def test_damaged_factors_of_a_vocabulary(tmp_path: Path) -> None:
@@ -381,19 +381,19 @@ def test_damaged_factors_of_a_vocabulary(tmp_path: Path) -> None:
     ]:
         save_file(own | change, path)
         with pytest.raises(TritterError, match=said):
-            _read_adapter(path.parent)
+            StoredAdapter.read(path.parent)
     save_file({key: value for key, value in own.items() if key != down}, path)
     with pytest.raises(TritterError, match="embed_tokens lacks its A"):
-        _read_adapter(path.parent)
+        StoredAdapter.read(path.parent)
     looked_up = {
         f"{head}.lora_embedding_{part}": own.pop(f"{head}.lora_{part}.weight") for part in "AB"
     }
     save_file(own | looked_up, path)
-    stored = _read_adapter(path.parent)
+    stored = StoredAdapter.read(path.parent)
     model = tiny("llama")
     add_adapter(model, "theirs", stored.shape, seed=0)
     with pytest.raises(TritterError, match="lm_head is an embedding only in the folder"):
-        load_values(model, "theirs", stored)
+        stored.load_into(model, "theirs")
     assert json.loads((path.parent / "adapter_config.json").read_text())["r"] == 3
 
 

@@ -31,7 +31,7 @@ from tritter.methods.experts.changes import (
     spawn_change,
     widen_change,
 )
-from tritter.methods.experts.gates import Gates, entropies, usage
+from tritter.methods.experts.gates import Gates, entropy_loss, usage
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.methods.experts.module import ExpertModule
 from tritter.methods.experts.options import FIRST
@@ -504,7 +504,7 @@ class _UsageLog:
         values["experts/number"] = float(len(mixture.adapters))
         values["experts/trainable_share"] = trained / whole
         if gates:
-            entropy = torch.stack([entropies(each.probabilities.detach()).mean() for each in gates])
+            entropy = torch.stack([entropy_loss(each).detach() for each in gates])
             values["experts/routing_entropy"] = float(entropy.mean())
             values["experts/dropped"] = sum(each.dropped for each in gates) / len(gates)
         return values

@@ -4,7 +4,7 @@ Each is a change of parameters by name. Moments and all other state are mapped w
 other parameters are unchanged, bit for bit.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import sqrt
 
 import torch
@@ -16,7 +16,7 @@ from tritter.core.parameter_map import AxisFactor, Fill, TensorMap
 from tritter.core.parameter_map.tensor_map import NO_SOURCE
 from tritter.errors import RequestError
 from tritter.methods.experts.adapters import Factors, parameters_of, shape_of
-from tritter.methods.experts.mixture import ROUTER, ExpertMixture
+from tritter.methods.experts.mixture import ExpertMixture
 from tritter.transform import Change
 from tritter.transform.change import declared
 
@@ -87,13 +87,6 @@ def widen_change(mixture: ExpertMixture, name: str, rank: int, *, seed: int) -> 
     return parts.change()
 
 
-def router_names(mixture: ExpertMixture) -> Iterator[str]:
-    """Yield the module names of a mixture's routers."""
-    for name, _ in mixture.model.named_modules():
-        if name.rpartition(".")[2] == ROUTER:
-            yield name
-
-
 class _Parts:
     """A change under construction."""
 
@@ -121,7 +114,7 @@ class _Parts:
 
     def follow_routers(self, mixture: ExpertMixture, source: Sequence[int]) -> None:
         axis = _plain_factor(torch.tensor(source))
-        for router in router_names(mixture):
+        for router in mixture.router_names():
             self.follow(mixture.model, f"{router}.weight", (axis, None), Fill())
             self.follow(mixture.model, f"{router}.bias", (axis,), Fill())
 

@@ -30,6 +30,38 @@ class Routing:
     temperature: float = 1.0
     capacity_factor: float | None = None
 
+    def gates(
+        self, logits: Tensor, *, is_training: bool = False, is_dense: Tensor | None = None
+    ) -> "Gates":
+        """Return the gates for router logits.
+
+        Dense gates are the probabilities. For top-k ≥ 2, they are the probabilities of the chosen
+        experts, normalised to sum to 1. For top-1 the gate is the probability itself (Switch, arXiv
+        2101.03961, equation 2): normalised it would be 1, and the router would get no gradient.
+
+        Args:
+            logits: [B, T, n], in float32 or wider.
+            is_training: apply the capacity limit.
+            is_dense: bool [B, T], tokens that use all experts. None: no token.
+        """
+        probabilities = softmax(logits / self.temperature, dim=-1)
+        number = logits.shape[-1]
+        if self.top_k is None or self.top_k >= number:
+            return Gates(probabilities, None, probabilities, logits)
+        experts = logits.topk(self.top_k, dim=-1).indices  # [B, T, k]
+        chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, experts, True)
+        if is_dense is not None:
+            chosen |= is_dense.unsqueeze(-1)
+        weights = probabilities * chosen
+        if self.top_k > 1:
+            weights = weights / weights.sum(-1, keepdim=True)
+        if not is_training or self.capacity_factor is None:
+            return Gates(weights, chosen, probabilities, logits)
+        limit = ceil(self.capacity_factor * self.top_k * logits.shape[1] / number)
+        kept = chosen & (chosen.cumsum(dim=1) <= limit)  # the earliest tokens of each sequence
+        dropped = 1 - float(kept.sum()) / float(chosen.sum())
+        return Gates(weights * kept, kept, probabilities, logits, dropped)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Gates:
@@ -56,40 +88,6 @@ class Gates:
         return Gates(*parts, self.dropped)
 
 
-def gates_of(
-    logits: Tensor, routing: Routing, *, is_training: bool = False, is_dense: Tensor | None = None
-) -> Gates:
-    """Return the gates for router logits.
-
-    Dense gates are the probabilities. For top-k ≥ 2, they are the probabilities of the chosen
-    experts, normalised to sum to 1. For top-1 the gate is the probability itself (Switch,
-    arXiv 2101.03961, equation 2): normalised it would be 1, and the router would get no gradient.
-
-    Args:
-        logits: [B, T, n], in float32 or wider.
-        routing: how logits are converted.
-        is_training: apply the capacity limit.
-        is_dense: bool [B, T], tokens that use all experts. None: no token.
-    """
-    probabilities = softmax(logits / routing.temperature, dim=-1)
-    number = logits.shape[-1]
-    if routing.top_k is None or routing.top_k >= number:
-        return Gates(probabilities, None, probabilities, logits)
-    experts = logits.topk(routing.top_k, dim=-1).indices  # [B, T, k]
-    chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, experts, True)
-    if is_dense is not None:
-        chosen |= is_dense.unsqueeze(-1)
-    weights = probabilities * chosen
-    if routing.top_k > 1:
-        weights = weights / weights.sum(-1, keepdim=True)
-    if not is_training or routing.capacity_factor is None:
-        return Gates(weights, chosen, probabilities, logits)
-    limit = ceil(routing.capacity_factor * routing.top_k * logits.shape[1] / number)
-    kept = chosen & (chosen.cumsum(dim=1) <= limit)  # the earliest tokens of each sequence
-    dropped = 1 - float(kept.sum()) / float(chosen.sum())
-    return Gates(weights * kept, kept, probabilities, logits, dropped)
-
-
 def balance_loss(gates: Gates) -> Tensor:
     """Return n · Σₑ fₑ · Pₑ, the load balancing loss of Switch (arXiv 2101.03961, equation 4).
 
@@ -111,17 +109,13 @@ def balance_loss(gates: Gates) -> Tensor:
 
 def entropy_loss(gates: Gates) -> Tensor:
     """Return the mean entropy of a token's probabilities in nats; low if routing is decisive."""
-    return entropies(gates.probabilities).mean()
+    entropies = -(gates.probabilities * gates.probabilities.clamp_min(1e-30).log()).sum(-1)
+    return entropies.mean()
 
 
 def z_loss(gates: Gates) -> Tensor:
     """Return the mean squared log-sum-exp of the logits (ST-MoE, arXiv 2202.08906, equation 5)."""
     return torch.logsumexp(gates.logits, dim=-1).square().mean()
-
-
-def entropies(probabilities: Tensor) -> Tensor:
-    """Return the entropy along the last dimension in nats; [..., n] → [...]."""
-    return -(probabilities * probabilities.clamp_min(1e-30).log()).sum(-1)
 
 
 def usage(gates: Sequence[Gates]) -> Tensor:

@@ -12,7 +12,7 @@ from tritter.methods.experts.adapters import AdapterShape, Factors
 from tritter.methods.experts.changes import lost_share, merge_factors
 from tritter.methods.experts.gates import usage
 from tritter.methods.experts.mixture import ExpertMixture
-from tritter.methods.experts.stored import ExpertFolder, StoredAdapter, load_values
+from tritter.methods.experts.stored import ExpertFolder, StoredAdapter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,13 +69,6 @@ def merged_adapter(
     return StoredAdapter(shape, found, frozenset(embeddings)), lost
 
 
-def deltas(adapter: StoredAdapter) -> dict[str, Tensor]:
-    """Return layer → change of its weight by an adapter; for an embedding [V, H]."""
-    scaling = adapter.shape.scaling
-    found = {n: Factors(down, up, scaling).delta() for n, (down, up) in adapter.factors.items()}
-    return {n: delta.T if n in adapter.embeddings else delta for n, delta in found.items()}
-
-
 def mean_gates(mixture: ExpertMixture, texts: Sequence[Tensor]) -> dict[str, float]:
     """Return expert → mean gate over layers and tokens, with equal weight per batch of data.
 
@@ -112,7 +105,7 @@ def logit_change(mixture: ExpertMixture, adapter: StoredAdapter, input_ids: Tens
     for ids in input_ids.split(1):
         before = logits(ids)
         mixture.open(name, adapter.shape, seed=0)
-        load_values(model, name, adapter)
+        adapter.load_into(model, name)
         with mixture.only(name):
             after = logits(ids)
         mixture.close(name)

@@ -28,7 +28,7 @@ from tritter.methods.experts.adapters import (
     layer_number,
     remove_adapter,
 )
-from tritter.methods.experts.gates import Gates, Routing, gates_of
+from tritter.methods.experts.gates import Gates, Routing
 from tritter.training.parameters import WRAPPED
 
 # Evidence: naive Bayes on the counts of tokens so far, as router logits.
@@ -546,6 +546,11 @@ class ExpertMixture:
         found = dict.fromkeys(mix.router for mix in self._mixes.values())
         yield from (router for router in found if router is not None)
 
+    def router_names(self) -> Iterator[str]:
+        """Yield the module names of the learned routers."""
+        names = (name for name, _ in self.model.named_modules())
+        yield from (name for name in names if name.rpartition(".")[2] == ROUTER)
+
     def gates(self, kept: Tensor | None = None) -> list[Gates]:
         """Return the gates of the last forward pass per layer; gates shared by layers only once.
 
@@ -677,7 +682,7 @@ class ExpertMixture:
         if self._excluded is not None:
             indices = torch.arange(len(self.names), device=logits.device)
             logits = logits.masked_fill(indices == self.names.index(self._excluded), -torch.inf)
-        return gates_of(logits, self.routing, is_training=is_training, is_dense=is_dense)
+        return self.routing.gates(logits, is_training=is_training, is_dense=is_dense)
 
     def _only(self, tokens: Tensor, expert: str) -> Dispatch:
         """Return the dispatch if one expert processes every token of [B, T]."""

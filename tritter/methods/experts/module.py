@@ -21,7 +21,6 @@ from tritter.methods.experts.adapters import (
     factors,
     shape_of,
 )
-from tritter.methods.experts.changes import router_names
 from tritter.methods.experts.gates import Gates, Routing, balance_loss, entropy_loss, z_loss
 from tritter.methods.experts.mixture import ROUTER, ExpertMixture
 from tritter.training import BaseModule
@@ -126,7 +125,7 @@ class ExpertModule(BaseModule):
                 mixture.open(name, shapes[name], seed=0)
         assert sorted(saved["names"]) == sorted(mixture.names)
         mixture.names = list(saved["names"])
-        for router in map(self.model.get_submodule, router_names(mixture)):
+        for router in map(self.model.get_submodule, mixture.router_names()):
             size = len(mixture.names)
             for key in ("weight", "bias"):
                 old = router.get_parameter(key)

@@ -34,6 +34,7 @@ from tritter.core.models import load_model
 from tritter.errors import RequestError, TritterError
 from tritter.methods.experts.adapters import (
     AdapterShape,
+    Factors,
     adapted_layers,
     base_bits,
     factors,
@@ -84,6 +85,154 @@ class StoredAdapter:
     embeddings: frozenset[str] = frozenset()
     base: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, model: nn.Module, name: str) -> "StoredAdapter":
+        """Return a copy of a live model's adapter on the CPU."""
+        shape, found, embeddings = shape_of(model, name), {}, set()
+        for layer_name, layer in adapted_layers(model):
+            found_factors = factors(layer, name)
+            if found_factors is None:
+                continue
+            found[layer_name] = (
+                found_factors.down.detach().cpu().clone(),
+                found_factors.up.detach().cpu().clone(),
+            )
+            if not all(map(is_finite, found[layer_name])):
+                raise TritterError(f"the adapter {name} of {layer_name} is not finite.")
+            if is_embedding(layer):
+                embeddings.add(layer_name)
+        return cls(shape, found, frozenset(embeddings))
+
+    @classmethod
+    def read(cls, folder: Path) -> "StoredAdapter":
+        """Read an adapter folder written by Tritter or stock PEFT."""
+        config = AdapterConfig.read(folder)
+        tensors = TensorFolder.open_file(folder, _TENSORS_NAME)
+        path = folder / _TENSORS_NAME
+        layers: dict[str, dict[str, str]] = {}  # layer → A, B and base → name of the tensor
+        embeddings: dict[str, set[bool]] = {}  # layer → {True} for an embedding, else {False}
+        for name in tensors.headers:
+            match = _KEY.fullmatch(name)
+            if match is None:
+                raise TritterError(
+                    f"{path}: {name} is not a LoRA factor of a linear layer or an embedding."
+                )
+            part = match["part"] or match["looked_up"]
+            layers.setdefault(match["layer"], {})[part or "base"] = name
+            if part:
+                embeddings.setdefault(match["layer"], set()).add(match["part"] is None)
+        if not layers:
+            raise TritterError(f"{path} contains no tensors.")
+        found = {}
+        for layer, own in layers.items():
+            if len(embeddings.get(layer, ())) > 1:
+                raise TritterError(
+                    f"{path}: {layer} has factors of both a linear layer and an embedding."
+                )
+            if missing := [part for part in ("B", "A") if part not in own]:
+                raise TritterError(f"{path}: {layer} lacks its {missing[0]}.")
+            down, up = tensors.shape(own["A"]), tensors.shape(own["B"])
+            if (len(down), len(up)) != (2, 2) or (down[0], up[1]) != (config.rank, config.rank):
+                raise TritterError(
+                    f"{path}: {layer} has factors of shapes {[list(down), list(up)]}; its config "
+                    f"has r = {config.rank}."
+                )
+            found[layer] = tensors[own["A"]], tensors[own["B"]]
+            if not all(map(is_finite, found[layer])):
+                raise TritterError(f"{path}: {layer} has values that are not finite.")
+        targets = tuple(sorted({layer.rpartition(".")[2] for layer in found}))
+        return cls(
+            AdapterShape(config.rank, config.alpha, targets),
+            found,
+            frozenset(layer for layer, kinds in embeddings.items() if True in kinds),
+            {layer: tensors[own["base"]] for layer, own in layers.items() if "base" in own},
+        )
+
+    def write(
+        self,
+        folder: Path,
+        *,
+        base: str,
+        overwrite: bool = False,
+        whole: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write the adapter in the format of PEFT's `save_pretrained`.
+
+        Args:
+            folder: destination.
+            base: hub id or path of the base model, for the adapter's config.
+            overwrite: replace an existing adapter.
+            whole: layer → its weight with the adapter, in place of factors; only for stock PEFT.
+        """
+        from peft import LoraConfig  # slow to import
+
+        shape, whole = self.shape, whole or {}
+        tensors = {f"{_PREFIX}{layer}.weight": weight for layer, weight in whole.items()}
+        adapted = {layer: pair for layer, pair in self.factors.items() if layer not in whole}
+        for layer, (down, up) in adapted.items():
+            part = "lora_embedding_{}" if layer in self.embeddings else "lora_{}.weight"
+            tensors[f"{_PREFIX}{layer}.{part.format('A')}"] = down.contiguous()
+            tensors[f"{_PREFIX}{layer}.{part.format('B')}"] = up.contiguous()
+        alpha = int(shape.alpha) if shape.alpha == int(shape.alpha) else shape.alpha
+        config = LoraConfig(
+            r=shape.rank,
+            lora_alpha=alpha,  # type: ignore[arg-type]
+            target_modules=sorted(set(shape.targets) - {name.rpartition(".")[2] for name in whole}),
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=base,
+            inference_mode=True,
+        )
+        with atomic_folder(folder, overwrite=overwrite) as temporary:
+            save_file(tensors, temporary / _TENSORS_NAME, metadata={"format": "pt"})
+            (temporary / _TENSORS_NAME).chmod(0o644)  # save_file restricts it to the owner
+            # Options of newer PEFT versions have their defaults and need no entry
+            settings = {k: v for k, v in config.to_dict().items() if is_plain_setting(k, v)}
+            settings |= {"modules_to_save": sorted(whole)} if whole else {}
+            plain = {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
+            (temporary / CONFIG_NAME).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n")
+
+    def load_into(self, model: nn.Module, name: str) -> None:
+        """Load the values into an adapter on a model."""
+        layers = dict(adapted_layers(model))
+        own = {n: f for n, layer in layers.items() if (f := factors(layer, name)) is not None}
+        if own.keys() != self.factors.keys():
+            first = sorted(own.keys() ^ self.factors.keys())[0]
+            where = "the folder" if first in self.factors else "the model"
+            raise TritterError(f"the adapter does not fit the model: {first} is only in {where}.")
+        for layer, (down, up) in self.factors.items():
+            if is_embedding(layers[layer]) != (layer in self.embeddings):
+                raise TritterError(
+                    f"the adapter does not fit the model: {layer} is an embedding only in the "
+                    f"{'folder' if layer in self.embeddings else 'model'}."
+                )
+            base = layers[layer].get_base_layer().get_parameter("weight").detach()
+            stored_base = self.base.get(layer, base)
+            narrower = min(base.dtype, stored_base.dtype, key=lambda dtype: dtype.itemsize)
+            if stored_base is not base and not torch.equal(
+                base.cpu().to(narrower), stored_base.to(narrower)
+            ):
+                raise TritterError(
+                    "the adapter does not fit the model: the folder contains other base weights "
+                    f"of {layer}."
+                )
+            for parameter, value in ((own[layer].down, down), (own[layer].up, up)):
+                if parameter.shape != value.shape:
+                    raise TritterError(
+                        f"the adapter does not fit the model: {layer} has shape "
+                        f"{list(value.shape)} in the folder and {list(parameter.shape)} in the "
+                        "model."
+                    )
+        with torch.no_grad():
+            for layer, (down, up) in self.factors.items():
+                own[layer].down.copy_(down)
+                own[layer].up.copy_(up)
+
+    def deltas(self) -> dict[str, Tensor]:
+        """Return layer → change of its weight; for an embedding [V, H]."""
+        scaling = self.shape.scaling
+        found = {n: Factors(down, up, scaling).delta() for n, (down, up) in self.factors.items()}
+        return {n: delta.T if n in self.embeddings else delta for n, delta in found.items()}
+
 
 def write_adapter(
     model: nn.Module, name: str, folder: Path, *, base: str, overwrite: bool = False
@@ -97,151 +246,7 @@ def write_adapter(
         base: hub id or path of the base model, for the adapter's config.
         overwrite: replace an existing adapter.
     """
-    write_stored(_adapter_of(model, name), folder, base=base, overwrite=overwrite)
-
-
-def _adapter_of(model: nn.Module, name: str) -> StoredAdapter:
-    """Return a copy of a live model's adapter on the CPU."""
-    shape, found, embeddings = shape_of(model, name), {}, set()
-    for layer_name, layer in adapted_layers(model):
-        found_factors = factors(layer, name)
-        if found_factors is None:
-            continue
-        found[layer_name] = (
-            found_factors.down.detach().cpu().clone(),
-            found_factors.up.detach().cpu().clone(),
-        )
-        if not all(map(is_finite, found[layer_name])):
-            raise TritterError(f"the adapter {name} of {layer_name} is not finite.")
-        if is_embedding(layer):
-            embeddings.add(layer_name)
-    return StoredAdapter(shape, found, frozenset(embeddings))
-
-
-def write_stored(
-    stored: StoredAdapter,
-    folder: Path,
-    *,
-    base: str,
-    overwrite: bool = False,
-    whole: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Write an adapter that is detached from a model; see `write_adapter`.
-
-    Args:
-        stored: the adapter.
-        folder: destination.
-        base: see `write_adapter`.
-        overwrite: replace an existing adapter.
-        whole: layer → its weight with the adapter, in place of factors. Only stock PEFT reads it.
-    """
-    from peft import LoraConfig  # slow to import
-
-    shape, whole = stored.shape, whole or {}
-    tensors = {f"{_PREFIX}{layer}.weight": weight for layer, weight in whole.items()}
-    adapted = {layer: pair for layer, pair in stored.factors.items() if layer not in whole}
-    for layer, (down, up) in adapted.items():
-        part = "lora_embedding_{}" if layer in stored.embeddings else "lora_{}.weight"
-        tensors[f"{_PREFIX}{layer}.{part.format('A')}"] = down.contiguous()
-        tensors[f"{_PREFIX}{layer}.{part.format('B')}"] = up.contiguous()
-    alpha = int(shape.alpha) if shape.alpha == int(shape.alpha) else shape.alpha
-    config = LoraConfig(
-        r=shape.rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]
-        target_modules=sorted(set(shape.targets) - {name.rpartition(".")[2] for name in whole}),
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base,
-        inference_mode=True,
-    )
-    with atomic_folder(folder, overwrite=overwrite) as temporary:
-        save_file(tensors, temporary / _TENSORS_NAME, metadata={"format": "pt"})
-        (temporary / _TENSORS_NAME).chmod(0o644)  # save_file restricts it to the owner
-        # Options of newer PEFT versions have their defaults and need no entry
-        settings = {k: v for k, v in config.to_dict().items() if is_plain_setting(k, v)}
-        settings |= {"modules_to_save": sorted(whole)} if whole else {}
-        plain = {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
-        (temporary / CONFIG_NAME).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n")
-
-
-def _read_adapter(folder: Path) -> StoredAdapter:
-    """Read an adapter folder written by Tritter or stock PEFT."""
-    config = AdapterConfig.read(folder)
-    tensors = TensorFolder.open_file(folder, _TENSORS_NAME)
-    path = folder / _TENSORS_NAME
-    layers: dict[str, dict[str, str]] = {}  # layer → A, B and base → name of the tensor
-    embeddings: dict[str, set[bool]] = {}  # layer → {True} for an embedding, else {False}
-    for name in tensors.headers:
-        match = _KEY.fullmatch(name)
-        if match is None:
-            raise TritterError(
-                f"{path}: {name} is not a LoRA factor of a linear layer or an embedding."
-            )
-        part = match["part"] or match["looked_up"]
-        layers.setdefault(match["layer"], {})[part or "base"] = name
-        if part:
-            embeddings.setdefault(match["layer"], set()).add(match["part"] is None)
-    if not layers:
-        raise TritterError(f"{path} contains no tensors.")
-    found = {}
-    for layer, own in layers.items():
-        if len(embeddings.get(layer, ())) > 1:
-            raise TritterError(
-                f"{path}: {layer} has factors of both a linear layer and an embedding."
-            )
-        if missing := [part for part in ("B", "A") if part not in own]:
-            raise TritterError(f"{path}: {layer} lacks its {missing[0]}.")
-        down, up = tensors.shape(own["A"]), tensors.shape(own["B"])
-        if (len(down), len(up)) != (2, 2) or (down[0], up[1]) != (config.rank, config.rank):
-            raise TritterError(
-                f"{path}: {layer} has factors of shapes {[list(down), list(up)]}; its config has "
-                f"r = {config.rank}."
-            )
-        found[layer] = tensors[own["A"]], tensors[own["B"]]
-        if not all(map(is_finite, found[layer])):
-            raise TritterError(f"{path}: {layer} has values that are not finite.")
-    targets = tuple(sorted({layer.rpartition(".")[2] for layer in found}))
-    return StoredAdapter(
-        AdapterShape(config.rank, config.alpha, targets),
-        found,
-        frozenset(layer for layer, kinds in embeddings.items() if True in kinds),
-        {layer: tensors[own["base"]] for layer, own in layers.items() if "base" in own},
-    )
-
-
-def load_values(model: nn.Module, name: str, stored: StoredAdapter) -> None:
-    """Load the values of a stored adapter into an adapter on a model."""
-    layers = dict(adapted_layers(model))
-    own = {n: f for n, layer in layers.items() if (f := factors(layer, name)) is not None}
-    if own.keys() != stored.factors.keys():
-        first = sorted(own.keys() ^ stored.factors.keys())[0]
-        where = "the folder" if first in stored.factors else "the model"
-        raise TritterError(f"the adapter does not fit the model: {first} is only in {where}.")
-    for layer, (down, up) in stored.factors.items():
-        if is_embedding(layers[layer]) != (layer in stored.embeddings):
-            raise TritterError(
-                f"the adapter does not fit the model: {layer} is an embedding only in the "
-                f"{'folder' if layer in stored.embeddings else 'model'}."
-            )
-        base = layers[layer].get_base_layer().get_parameter("weight").detach()
-        stored_base = stored.base.get(layer, base)
-        narrower = min(base.dtype, stored_base.dtype, key=lambda dtype: dtype.itemsize)
-        if stored_base is not base and not torch.equal(
-            base.cpu().to(narrower), stored_base.to(narrower)
-        ):
-            raise TritterError(
-                f"the adapter does not fit the model: the folder contains other base weights of "
-                f"{layer}."
-            )
-        for parameter, value in ((own[layer].down, down), (own[layer].up, up)):
-            if parameter.shape != value.shape:
-                raise TritterError(
-                    f"the adapter does not fit the model: {layer} has shape "
-                    f"{list(value.shape)} in the folder and {list(parameter.shape)} in the model."
-                )
-    with torch.no_grad():
-        for layer, (down, up) in stored.factors.items():
-            own[layer].down.copy_(down)
-            own[layer].up.copy_(up)
+    StoredAdapter.of(model, name).write(folder, base=base, overwrite=overwrite)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -310,7 +315,7 @@ class ExpertFolder:
         plain = encode(extra or {}, tensors, key_path=_EXTRA)
         made = cls(
             head=head,
-            adapters={name: _adapter_of(mixture.model, name) for name in head.adapters},
+            adapters={name: StoredAdapter.of(mixture.model, name) for name in head.adapters},
             routers=tuple(
                 (router.weight.detach().cpu().clone(), router.bias.detach().cpu().clone())
                 for router in mixture.routers()
@@ -327,7 +332,7 @@ class ExpertFolder:
         if self.adapters or is_ours:
             with atomic_folder(folder / EXPERTS_FOLDER, overwrite=is_ours) as temporary:
                 for name, adapter in self.adapters.items():
-                    write_stored(adapter, temporary / name, base=self.base)
+                    adapter.write(temporary / name, base=self.base)
         tensors: dict[str, Tensor] = {}
         for number, (weight, bias) in enumerate(self.routers):
             tensors[f"{_ROUTER}.{number}.weight"] = weight.contiguous()
@@ -372,7 +377,9 @@ class ExpertFolder:
             raise TritterError(f"{folder / TENSORS} is damaged: {error} is missing.") from error
         made = cls(
             head=files.head,
-            adapters={n: _read_adapter(folder / EXPERTS_FOLDER / n) for n in files.head.adapters},
+            adapters={
+                n: StoredAdapter.read(folder / EXPERTS_FOLDER / n) for n in files.head.adapters
+            },
             routers=tuple((weight, bias) for weight, bias in routers),
             counts=tensors.get(_COUNTS),
             extra=extra,
@@ -405,7 +412,7 @@ class ExpertFolder:
         )
         for name, adapter in self.adapters.items():
             mixture.open(name, adapter.shape, seed=0)
-            load_values(model, name, adapter)
+            adapter.load_into(model, name)
         live, device = list(mixture.routers()), next(model.parameters()).device
         sizes = [weight.shape[1] for weight, _ in self.routers]
         if (needed := [own.weight.shape[1] for own in live]) != sizes:
@@ -468,10 +475,10 @@ def adopt(mixture: ExpertMixture, name: str, folder: Path) -> None:
         check_names([name])
     except TritterError as error:
         raise RequestError(str(error)) from error
-    stored = _read_adapter(folder)
+    stored = StoredAdapter.read(folder)
     mixture.open(name, stored.shape, seed=0)
     try:
-        load_values(mixture.model, name, stored)
+        stored.load_into(mixture.model, name)
     except TritterError:
         mixture.close(name)
         raise
