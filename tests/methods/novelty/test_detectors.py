@@ -16,8 +16,6 @@ from tritter.methods.novelty.library import (
     Projection,
     ProjectionOptions,
     _contrast,
-    embed,
-    train_projection,
 )
 from tritter.methods.novelty.options import (
     DETECTORS,
@@ -107,7 +105,7 @@ def test_equal_losses_are_told_apart_by_features_and_equal_features_by_losses(
 def test_values_of_a_cosine_average_to_it_and_spread_as_jackknifed_ones(
     generator: torch.Generator,
 ) -> None:
-    samples = embed(drawn(1.0, generator=generator, batch=40).features, None)
+    samples = SkillLibrary().embed(drawn(1.0, generator=generator, batch=40).features)
     skills = torch.randn(3, SIZE, generator=generator, dtype=torch.float64)
     values = _mean_cosines(samples, skills)
     assert values.shape == (3, 40)
@@ -135,7 +133,7 @@ def test_similarity_is_taken_over_the_features(generator: torch.Generator) -> No
     cosine = CosineNovelty()
     assert float(cosine.score(seen, known).values.mean()) == pytest.approx(0, abs=1e-6)
     assert float(cosine.score(opposite, known).values.mean()) == pytest.approx(2, abs=1e-6)
-    assert np.allclose(embed(batch, None), _normed(batch.double().numpy()), atol=1e-6)
+    assert np.allclose(SkillLibrary().embed(batch), _normed(batch.double().numpy()), atol=1e-6)
     mixed = cosine.score(
         Observation(losses=torch.ones(2), features=torch.stack([batch[0], -batch[0]])), known
     )
@@ -214,22 +212,24 @@ def test_a_trained_head_draws_skills_apart_and_is_drawn_again_alike(
     mix = torch.stack([x[torch.randperm(480, generator=generator)] for x in prose.T], dim=1)
     held = {"prose": prose, "sorting": sorting}
     asked = ProjectionOptions(steps=100, size=8, hidden_size=16)
-    head = train_projection(held, mix, asked)
+    head = Projection.trained(held, mix, asked)
 
     def cosine(projection: Projection | None) -> float:
-        one, two = (embed(x, projection).mean(dim=0) for x in (prose, sorting))
+        library = SkillLibrary()
+        library.projection = projection
+        one, two = (library.embed(x).mean(dim=0) for x in (prose, sorting))
         return float(torch.cosine_similarity(one, two, dim=0))
 
     assert cosine(None) > 0.95
     assert cosine(head) < 0.75
-    again = train_projection(held, mix, asked)
+    again = Projection.trained(held, mix, asked)
     assert all(torch.equal(a, b) for a, b in zip(_weights(head), _weights(again), strict=True))
     known = SkillLibrary()
     known.add("prose", [Observation(losses=torch.ones(16), features=prose[:16])] * 30, is_base=True)
     with pytest.raises(RequestError, match="samples of prose"):
         known.train_projection({"sorting": sorting}, mix, asked)
     with pytest.raises(RequestError, match="sorting has too few"):
-        train_projection({"sorting": sorting[:1]}, mix, asked)
+        Projection.trained({"sorting": sorting[:1]}, mix, asked)
     known.train_projection({"prose": prose}, mix, asked)
     assert known["prose"].embedding.shape == (8,)
 

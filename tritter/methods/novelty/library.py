@@ -89,6 +89,58 @@ class Projection:
             torch.zeros(options.size),
         )
 
+    @classmethod
+    def trained(
+        cls, features: Mapping[str, Tensor], mix: Tensor, options: ProjectionOptions
+    ) -> "Projection":
+        """Return a head trained to separate samples of each skill from others and from a mix.
+
+        A pair consists of two samples of one skill, or of one sample of the mix twice. Each view
+        drops some features.
+
+        Args:
+            features: skill → [n, H], with n ≥ 2.
+            mix: [n, H], random data; every sample is its own class.
+        """
+        few = [name for name, samples in features.items() if len(samples) < 2]
+        if not features or few or not len(mix):
+            raise RequestError(
+                "novelty: a projection needs at least two samples of each skill and a mix of "
+                f"others; {', '.join(few) or 'the mix'} has too few."
+            )
+        skills = [layer_norm(samples.float(), samples.shape[-1:]) for samples in features.values()]
+        others = layer_norm(mix.float(), mix.shape[-1:])
+        generator = torch.Generator().manual_seed(options.seed + 1)
+        initial = cls.initialised(torch.cat([*skills, others]), options)
+        skills, others = (
+            [initial.standardised(each) for each in skills],
+            initial.standardised(others),
+        )
+        weights = [nn.Parameter(getattr(initial, name)) for name in _TRAINED]
+        optimizer = torch.optim.Adam(weights, lr=options.learning_rate)
+        for _ in range(options.steps):
+            # Half of the pairs, at least one, come from the mix
+            rows = torch.randint(len(others), (max(1, options.pairs // 2),), generator=generator)
+            which = torch.randint(len(skills), (options.pairs - len(rows),), generator=generator)
+            one, two = [others[rows]], [others[rows]]
+            for skill in which.tolist():
+                samples = skills[skill]
+                pair = torch.randperm(len(samples), generator=generator)[:2]
+                one.append(samples[pair[:1]])
+                two.append(samples[pair[1:]])
+            groups = torch.cat([len(skills) + rows, which])
+            head = cls(initial.centre, initial.scale, *weights)
+            views = []
+            for samples in (torch.cat(one), torch.cat(two)):
+                kept = torch.rand(samples.shape, generator=generator) >= options.view_dropout
+                viewed = head.of_standardised(samples * kept / (1 - options.view_dropout))
+                views.append(normalize(viewed, dim=-1))
+            loss = _contrast(views[0], views[1], groups, temperature=options.temperature)
+            for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
+                weight.grad = gradient
+            optimizer.step()
+        return cls(initial.centre, initial.scale, *(weight.detach() for weight in weights))
+
     def standardised(self, normed: Tensor) -> Tensor:
         return (normed - self.centre) / self.scale
 
@@ -104,12 +156,6 @@ class Projection:
         return {name: getattr(self, name) for name in self.__slots__}
 
 
-def embed(features: Tensor, projection: Projection | None) -> Tensor:
-    """Return unit vectors float64 [n, E]: layer-normed features [n, H], projected by the head."""
-    normed = layer_norm(features.float(), features.shape[-1:])
-    return normalize((normed if projection is None else projection(normed)).double(), dim=-1)
-
-
 def _contrast(one_nE: Tensor, two_nE: Tensor, groups: Tensor, *, temperature: float) -> Tensor:
     """Return the NT-Xent loss of n pairs of unit vectors (SimCLR, Chen et al. 2020, equation 1).
 
@@ -123,55 +169,6 @@ def _contrast(one_nE: Tensor, two_nE: Tensor, groups: Tensor, *, temperature: fl
     is_masked = both.unsqueeze(0) == both.unsqueeze(1)
     is_masked[torch.arange(2 * n), partner] = False
     return cross_entropy(logits.masked_fill(is_masked, -torch.inf), partner)
-
-
-def train_projection(
-    features: Mapping[str, Tensor], mix: Tensor, options: ProjectionOptions
-) -> Projection:
-    """Return a head trained to separate samples of each skill from others and from a mix.
-
-    A pair consists of two samples of one skill, or of one sample of the mix twice. Each view drops
-    some features.
-
-    Args:
-        features: skill → [n, H], with n ≥ 2.
-        mix: [n, H], random data; every sample is its own class.
-    """
-    few = [name for name, samples in features.items() if len(samples) < 2]
-    if not features or few or not len(mix):
-        raise RequestError(
-            f"novelty: a projection needs at least two samples of each skill and a mix of others; "
-            f"{', '.join(few) or 'the mix'} has too few."
-        )
-    skills = [layer_norm(samples.float(), samples.shape[-1:]) for samples in features.values()]
-    others = layer_norm(mix.float(), mix.shape[-1:])
-    generator = torch.Generator().manual_seed(options.seed + 1)
-    initial = Projection.initialised(torch.cat([*skills, others]), options)
-    skills, others = [initial.standardised(each) for each in skills], initial.standardised(others)
-    weights = [nn.Parameter(getattr(initial, name)) for name in _TRAINED]
-    optimizer = torch.optim.Adam(weights, lr=options.learning_rate)
-    for _ in range(options.steps):
-        # Half of the pairs, at least one, come from the mix
-        rows = torch.randint(len(others), (max(1, options.pairs // 2),), generator=generator)
-        which = torch.randint(len(skills), (options.pairs - len(rows),), generator=generator)
-        one, two = [others[rows]], [others[rows]]
-        for skill in which.tolist():
-            samples = skills[skill]
-            pair = torch.randperm(len(samples), generator=generator)[:2]
-            one.append(samples[pair[:1]])
-            two.append(samples[pair[1:]])
-        groups = torch.cat([len(skills) + rows, which])
-        head = Projection(initial.centre, initial.scale, *weights)
-        views = []
-        for samples in (torch.cat(one), torch.cat(two)):
-            kept = torch.rand(samples.shape, generator=generator) >= options.view_dropout
-            viewed = head.of_standardised(samples * kept / (1 - options.view_dropout))
-            views.append(normalize(viewed, dim=-1))
-        loss = _contrast(views[0], views[1], groups, temperature=options.temperature)
-        for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
-            weight.grad = gradient
-        optimizer.step()
-    return Projection(initial.centre, initial.scale, *(weight.detach() for weight in weights))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -363,18 +360,24 @@ class SkillLibrary:
                 reason = "was measured without losses; use the detector mahalanobis or cosine"
                 raise RequestError(f"novelty: '{skill.name}' {reason} (experts.detector).")
 
+    def embed(self, features: Tensor) -> Tensor:
+        """Return unit vectors float64 [n, E] of layer-normed features [n, H], by the head."""
+        normed = layer_norm(features.float(), features.shape[-1:])
+        head = self.projection
+        return normalize((normed if head is None else head(normed)).double(), dim=-1)
+
     def train_projection(
         self, features: Mapping[str, Tensor], mix: Tensor, options: ProjectionOptions
     ) -> None:
-        """Train the head of `cosine` on samples of all known skills; see `train_projection`."""
+        """Train the head of `cosine` on samples of all known skills; see `Projection.trained`."""
         missing = [skill.name for skill in self if skill.name not in features]
         if missing:
             raise RequestError(
                 f"novelty: a projection needs samples of {', '.join(missing)} as well."
             )
-        self.projection = train_projection(features, mix, options)
+        self.projection = Projection.trained(features, mix, options)
         for skill in list(self):
-            total = embed(features[skill.name], self.projection).sum(dim=0)
+            total = self.embed(features[skill.name]).sum(dim=0)
             self._skills[skill.name] = replace(skill, embedding=total)
 
     def state_dict(self) -> dict[str, Any]:
@@ -425,7 +428,7 @@ class SkillLibrary:
             )
             for measure in ("centre", "distance")
         }
-        embedding = embed(torch.cat([b.features for b in batches]), self.projection).sum(dim=0)
+        embedding = self.embed(torch.cat([b.features for b in batches])).sum(dim=0)
         losses, loss = [b.losses for part in parts for b in part if b.losses is not None], None
         if len(losses) == sum(map(len, parts)):
             loss = Calibration.of(losses)

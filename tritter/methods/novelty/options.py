@@ -215,22 +215,18 @@ class CosineNovelty(Detector):
     def against(self, seen: Observation, library: SkillLibrary) -> Mapping[str, Tensor]:
         import torch
 
-        from tritter.methods.novelty.library import embed
-
         skills = torch.stack([skill.embedding for skill in library])
-        values_KB = _mean_cosines(embed(seen.features, library.projection), skills)
+        values_KB = _mean_cosines(library.embed(seen.features), skills)
         return {skill.name: 1 - each for skill, each in zip(library, values_KB, strict=True)}
 
     def score(self, seen: Observation, library: SkillLibrary) -> _Scores:
         import torch
 
-        from tritter.methods.novelty.library import embed
-
         against = self.against(seen, library)
         by_skill = {name: float(values.mean()) for name, values in against.items()}
         values_KB = torch.stack(list(against.values()))
         skills_KE = torch.stack([skill.embedding for skill in library])
-        samples_KB = 1 - _unit(skills_KE) @ embed(seen.features, library.projection).T
+        samples_KB = 1 - _unit(skills_KE) @ library.embed(seen.features).T
         order, count = values_KB.mean(dim=1).argsort(), len(values_KB)
         # The median uses the batch's one or two middle skills for all its samples
         chosen = {
