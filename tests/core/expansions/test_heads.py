@@ -11,7 +11,7 @@ from tests.oracle import growth as oracle_growth
 from tests.oracle.families import DENSE, LAYER_NORM, OWN, RMS, STACKED, generic, tiny
 from tritter.core.expansions import ExpansionSpec, LlamaPro, Width, build_steps
 from tritter.core.expansions.heads import _copy_heads, _split_heads, check_heads, head_maps
-from tritter.core.families import Config, Dimensions, Model
+from tritter.core.families import LLAMA, Config, Dimensions, Model
 from tritter.core.parameter_map import Quantity, map_tensor
 from tritter.errors import RequestError
 
@@ -90,7 +90,7 @@ def test_every_query_meets_a_copy_of_its_key_value_head(data: st.DataObject) -> 
     new_kv, new_group = data.draw(st.integers(kv_heads, 12)), data.draw(st.integers(1, 9))
     old, new = _dimensions(kv_heads * group, kv_heads), _dimensions(new_kv * new_group, new_kv)
     try:
-        check_heads(old, new, strategy="gqa")
+        check_heads(LLAMA, old, new, strategy="gqa")
     except RequestError:
         assert new_group * (new_kv // kv_heads) < group
         return

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from tritter.core.families import Dimensions
+from tritter.core.families import Dimensions, Family
 from tritter.core.parameter_map import AxisFactor, AxisMap
 from tritter.errors import key_name, refused
 
@@ -60,8 +60,17 @@ def head_targets(
     )
 
 
-def check_heads(old: Dimensions, new: Dimensions, *, strategy: Strategy) -> None:
+def check_heads(family: Family, old: Dimensions, new: Dimensions, *, strategy: Strategy) -> None:
     """Check head counts that are not smaller than the old ones."""
+    if family.heads_fill_hidden and family.has_table:
+        _check_filling_heads(family.model_type, old, new, strategy=strategy)
+    _check_groups(old, new, strategy=strategy)
+    if family.norms_all_heads:
+        _check_normed_heads(family.model_type, old, new, strategy=strategy)
+
+
+def _check_groups(old: Dimensions, new: Dimensions, *, strategy: Strategy) -> None:
+    """Check that the query heads form groups that the strategy can make."""
     if strategy == "split":
         if old.head_dim % 4:
             raise refused(
@@ -115,7 +124,7 @@ def check_heads(old: Dimensions, new: Dimensions, *, strategy: Strategy) -> None
         )
 
 
-def check_normed_heads(
+def _check_normed_heads(
     model_type: str, old: Dimensions, new: Dimensions, *, strategy: Strategy
 ) -> None:
     """Check head counts of a model that normalises queries and keys over all heads.
@@ -135,7 +144,7 @@ def check_normed_heads(
     )
 
 
-def check_filling_heads(
+def _check_filling_heads(
     model_type: str, old: Dimensions, new: Dimensions, *, strategy: Strategy
 ) -> None:
     """Check heads of a model without `head_dim` and without grouped queries."""
@@ -168,12 +177,7 @@ def have_equal_copies(old: Dimensions, new: Dimensions, *, strategy: Strategy) -
         return False
     if strategy == "fresh" or new.num_key_value_heads % old.num_key_value_heads:
         return False
-    return spreads_groups(old, new) or new.group_size % old.group_size == 0
-
-
-def spreads_groups(old: Dimensions, new: Dimensions) -> bool:
-    """Return True if groups become smaller, so that no new group has all heads of its source."""
-    return new.group_size < old.group_size
+    return new.group_size < old.group_size or new.group_size % old.group_size == 0
 
 
 def _keys() -> tuple[str, str, str]:
@@ -242,7 +246,7 @@ def _copy_heads(old: Dimensions, new: Dimensions, *, equal_shares: bool) -> Head
     old_group, new_group = old.group_size, new.group_size
     key_value = torch.arange(new.num_key_value_heads) % old.num_key_value_heads
     slot = torch.arange(new_group)
-    if not spreads_groups(old, new):
+    if new_group >= old_group:
         position = (slot % old_group).expand(new.num_key_value_heads, -1)
         kv_share = split_shares(key_value, old.num_key_value_heads, equal=equal_shares)
         within = split_shares(slot % old_group, old_group, equal=equal_shares)

@@ -25,15 +25,12 @@ from pydantic import Field
 from tritter.core.expansions.heads import (
     HeadMaps,
     Strategy,
-    check_filling_heads,
     check_heads,
-    check_normed_heads,
     copied_sources,
     have_equal_copies,
     head_maps,
     head_targets,
     split_shares,
-    spreads_groups,
 )
 from tritter.core.families import (
     GROWING,
@@ -291,11 +288,7 @@ class Width:
         self._check_mean(family, old, new)
         if not family.has_table:
             self._check_discovered(family, old, new)
-        if family.heads_fill_hidden and family.has_table:
-            check_filling_heads(source.model_type, old, new, strategy=self.strategy)
-        check_heads(old, new, strategy=self.strategy)
-        if family.norms_all_heads:
-            check_normed_heads(source.model_type, old, new, strategy=self.strategy)
+        check_heads(family, old, new, strategy=self.strategy)
         _check_rotary(source, new, is_split=self.strategy == "split")
         self._check_hidden_size(family, old, new)
         target = family.with_dimensions(source.config, new)
@@ -382,7 +375,7 @@ class Width:
                 f"{_LEAST_HEAD_SIZE}"
             )
         sizes = "; ".join([*grown.values(), *notes])
-        if self.strategy == "split" or not spreads_groups(old, new):
+        if self.strategy == "split" or new.group_size >= old.group_size:
             return (sizes,)
         return sizes, "fewer queries per key/value head: moments of k and v are averaged"
 

@@ -133,7 +133,7 @@ def map_tensor(
         values = torch.where(is_copy.to(values.device), values + noise, values)
     if all(axis is None or bool((axis.index >= 0).all()) for axis in axes):
         return values
-    has_source = ~any_mask(axes, is_new)
+    has_source = ~any_mask(axes, lambda axis: axis.is_new)
     return _filled(values, has_source.to(values.device), tensor_map.fill, like=source, donor=donor)
 
 
@@ -158,7 +158,7 @@ def carried_mask(tensor_map: TensorMap, read: Read) -> Tensor:
             mask = mask.index_select(dimension, axis.index.clamp(min=0))
     if tensor_map.is_zeroed or tensor_map.state == "fresh":
         return torch.zeros_like(mask)
-    return mask & ~any_mask(tensor_map.axes, is_new) if tensor_map.axes else mask
+    return mask & ~any_mask(tensor_map.axes, lambda axis: axis.is_new) if tensor_map.axes else mask
 
 
 def new_coordinates(tensor_map: TensorMap, dimension: int) -> Tensor | None:
@@ -171,15 +171,10 @@ def new_coordinates(tensor_map: TensorMap, dimension: int) -> Tensor | None:
     axis = axes[dimension] if axes else None
     if axis is None:
         return earlier
-    flags = is_new(axis)
+    flags = axis.is_new
     if earlier is not None:
         flags = flags | earlier[axis.index.clamp(min=0)]
     return flags if bool(flags.any()) else None
-
-
-def is_new(axis: AxisFactor) -> Tensor:
-    """Return the mask [N] of coordinates of an axis without a source."""
-    return axis.index < 0
 
 
 def any_mask(axes: Sequence[AxisFactor | None], flags: Callable[[AxisFactor], Tensor]) -> Tensor:

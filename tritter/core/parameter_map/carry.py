@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from tritter.core.parameter_map.apply import Quantity, Read, any_mask, is_new, map_tensor, mapped
+from tritter.core.parameter_map.apply import Quantity, Read, any_mask, map_tensor, mapped
 from tritter.core.parameter_map.tensor_map import TensorMap
 from tritter.errors import TritterError
 
@@ -139,7 +139,7 @@ def mapped_state(
     else:
         source = mapped_state(before, rule, read, policy=policy)
     state = map_tensor(tensor_map, source, quantity=rule.quantity)
-    is_fresh = any_mask(tensor_map.axes, is_new)
+    is_fresh = any_mask(tensor_map.axes, lambda axis: axis.is_new)
     if rule.is_moment and policy == "reset_new":
         is_fresh = is_fresh | any_mask(tensor_map.axes, lambda axis: axis.is_duplicate)
     if not bool(is_fresh.any()):

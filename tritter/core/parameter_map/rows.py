@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from tritter.core.parameter_map.apply import (
     Read,
     compute_dtype,
-    is_new,
     mapped,
     new_rows,
     normal_numbers,
@@ -154,7 +153,7 @@ class _Rows:
         )
         is_zeroed = self._step.is_zeroed
         add_noise = None if is_zeroed or not self._step.noise else self._noise()
-        new_rows, new_columns = self._flags(is_new)
+        new_rows, new_columns = self._flags(lambda axis: axis.is_new)
         has_new = bool(new_rows.any()) or bool(new_columns.any())
         fill = self._filler() if has_new and not is_zeroed else None
         for begin in range(0, rows, height):
@@ -242,7 +241,9 @@ class _Rows:
                 row = source.double().mean(dim=0).to(self._dtype)
                 return lambda begin, end: row
             case "rows" | "quiet":
-                before = torch.nn.functional.pad(self._flags(is_new)[0].cumsum(0), (1, 0))
+                before = torch.nn.functional.pad(
+                    self._flags(lambda axis: axis.is_new)[0].cumsum(0), (1, 0)
+                )
                 make = new_rows(fill, source)
 
                 def rows(begin: int, end: int) -> Tensor:

@@ -259,6 +259,11 @@ class AxisFactor:
         )
 
     @property
+    def is_new(self) -> Tensor:
+        """Mask [N] of coordinates without a source."""
+        return self.index < 0
+
+    @property
     def is_duplicate(self) -> Tensor:
         """Mask [N] of coordinates whose source an earlier coordinate already copies."""
         import torch
