@@ -13,7 +13,7 @@ from tritter.core.families import Flops, Model, backward_flops, forward_flops, t
 from tritter.methods.moe_routing.objective import OldRouting, RoutingObjective
 from tritter.methods.moe_routing.opening import Unfreezing
 from tritter.methods.moe_routing.options import RoutingOptions
-from tritter.methods.moe_routing.separate import is_router, only_trainable, separate_experts
+from tritter.methods.moe_routing.separate import SeparateExperts, is_router, only_trainable
 from tritter.training import BaseModule, OptimizerSettings, Schedule
 from tritter.training.parameters import trained_tensors
 
@@ -76,14 +76,14 @@ def test_trained_tensors_are_told_by_their_parameters(family: str) -> None:
         return
     with only_trainable(model, is_router):
         assert trained_tensors(model) == {name for name in held if name.endswith(".router")}
-    with separate_experts(model, 3), only_trainable(model, lambda tensor: tensor.expert == 3):
+    with SeparateExperts(model, 3), only_trainable(model, lambda tensor: tensor.expert == 3):
         assert trained_tensors(model) == {n for n, tensor in held.items() if tensor.expert == 3}
 
 
 def test_what_is_held_until_a_step_costs_nothing_until_then(tmp_path: Path) -> None:
     model = tiny("mixtral")
     config = model.config.to_dict()
-    with separate_experts(model, 2):
+    with SeparateExperts(model, 2):
         base = [p for name, p in model.named_parameters() if not name.endswith("_new")]
         controls = [Unfreezing(base, after_steps=2)]
         result = run(model, tmp_path, steps=5, controls=controls)

@@ -13,7 +13,7 @@ from tritter.core.stock_routers import AddedExperts, RouterControl
 from tritter.data.tokens import concatenate
 from tritter.methods.moe_routing.objective import OldRouting, RoutingObjective
 from tritter.methods.moe_routing.opening import ExpertOpening, Unfreezing
-from tritter.methods.moe_routing.separate import is_router, only_trainable, separate_experts
+from tritter.methods.moe_routing.separate import SeparateExperts, is_router, only_trainable
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.run import Run
 from tritter.training import Trainee
@@ -92,7 +92,7 @@ def training_of_routers(run: Run, branch: Branch, trainee: Trainee) -> Iterator[
         yield
         return
     with (
-        separate_experts(model, added.experts[0]) as parts,
+        SeparateExperts(model, added.experts[0]) as parts,
         only_trainable(model, lambda tensor: tensor.expert in added.experts),
     ):
         trainee.follow = parts.follow

@@ -27,7 +27,7 @@ from tritter.core.families import (
 )
 from tritter.core.families.flops import _num_keys
 from tritter.core.stock_routers import RouterControl
-from tritter.methods.moe_routing.separate import separate_experts
+from tritter.methods.moe_routing.separate import SeparateExperts
 
 LENGTH = 20
 IDS = oracle.tokens(batch=1, length=LENGTH)
@@ -196,7 +196,7 @@ def test_experts_that_are_held_apart_pay_for_the_tokens_that_come_to_them(family
         parameter.requires_grad_(".experts." in name)
     whole = training_flops(Model(config), is_trained=is_trained, routed_to=new)
     assert square(whole) == counted(lambda: step(model))
-    with separate_experts(model, 2):
+    with SeparateExperts(model, 2):
         assert square(whole) == counted(lambda: step(model))
     # With evenly distributed tokens the new experts get half
     spread = training_flops(Model(config), is_trained=is_trained)

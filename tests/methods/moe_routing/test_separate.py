@@ -10,7 +10,7 @@ from tests import oracle
 from tests.core.stock_routers.models import FAMILIES, num_experts, tiny_moe
 from tritter.errors import RequestError
 from tritter.methods.forgetting.quadratic import diagonal_fisher
-from tritter.methods.moe_routing.separate import only_trainable, separate_experts, shared_names
+from tritter.methods.moe_routing.separate import SeparateExperts, only_trainable, shared_names
 from tritter.training import OptimizerSettings
 from tritter.training.optimizer import build_optimizer
 
@@ -25,7 +25,7 @@ def values(model: nn.Module) -> dict[str, torch.Tensor]:
 def test_apart_it_computes_the_same_and_joined_it_is_the_same(family: str) -> None:
     model = tiny_moe(family)
     before, logits = values(model), oracle.logits(model, TOKENS)
-    with separate_experts(model, 3):
+    with SeparateExperts(model, 3):
         assert torch.equal(oracle.logits(model, TOKENS), logits)
         names = dict(model.named_parameters())
         assert not any(name in names for name in shared_names(before_of(family)))
@@ -42,7 +42,7 @@ def before_of(family: str) -> nn.Module:
 def test_an_error_inside_leaves_a_stock_model() -> None:
     model = tiny_moe("mixtral")
     before = values(model)
-    with pytest.raises(ZeroDivisionError), separate_experts(model, 2):
+    with pytest.raises(ZeroDivisionError), SeparateExperts(model, 2):
         raise ZeroDivisionError
     assert list(model.state_dict()) != [] and set(model.state_dict()) == set(before)
     assert torch.isfinite(oracle.logits(model, TOKENS)).all()
@@ -50,7 +50,7 @@ def test_an_error_inside_leaves_a_stock_model() -> None:
 
 def test_a_forward_pass_that_fails_leaves_no_whole_behind() -> None:
     model = tiny_moe("mixtral")
-    with separate_experts(model, 2):
+    with SeparateExperts(model, 2):
         experts = model.model.layers[0].mlp.experts
         with pytest.raises(TypeError):
             experts(None, None, None)
@@ -64,7 +64,7 @@ def test_frozen_experts_stay_bit_for_bit_and_out_of_the_optimizer(family: str) -
     model = tiny_moe(family)
     first_new = num_experts(model) - 1
     before = values(model)
-    with separate_experts(model, first_new) as parts:
+    with SeparateExperts(model, first_new) as parts:
         optimizer = build_optimizer(
             model.named_parameters(), OptimizerSettings(weight_decay=0.5), learning_rate=1e-2
         )
@@ -111,7 +111,7 @@ def test_gradients_are_those_of_the_whole() -> None:
     model = tiny_moe("qwen3_moe")
     whole = oracle.gradients(model, TOKENS)
     model.zero_grad()
-    with separate_experts(model, 3):
+    with SeparateExperts(model, 3):
         model(input_ids=TOKENS, labels=TOKENS).loss.backward()
         for name in shared_names(tiny_moe("qwen3_moe")):
             torch.testing.assert_close(model.get_parameter(f"{name}_new").grad, whole[name][3:])
@@ -121,7 +121,7 @@ def test_gradients_are_those_of_the_whole() -> None:
 def test_the_fisher_is_that_of_the_whole() -> None:
     model, sequences = tiny_moe("mixtral"), oracle.tokens(batch=4)
     whole = diagonal_fisher(model, sequences)
-    with separate_experts(model, 2) as separated:
+    with SeparateExperts(model, 2) as separated:
         document_mask = diagonal_fisher(model, sequences)
     expected = separated.follow(whole)
     assert document_mask.keys() == expected.keys() != whole.keys()
@@ -134,7 +134,7 @@ def test_values_by_name_follow() -> None:
     name = shared_names(model)[0]
     mask = torch.zeros_like(model.get_parameter(name), dtype=torch.bool)
     mask[:2] = True
-    with separate_experts(model, 2) as parts:
+    with SeparateExperts(model, 2) as parts:
         followed = parts.follow({name: mask, "other": torch.ones(1)})
         assert set(followed) == {f"{name}_base", f"{name}_new", "other"}
         assert followed[f"{name}_base"].all() and not followed[f"{name}_new"].any()
@@ -145,10 +145,10 @@ def test_values_by_name_follow() -> None:
 def test_there_are_experts_on_both_sides(first_new: int) -> None:
     with (
         pytest.raises(RequestError, match="between 1 and 3"),
-        separate_experts(tiny_moe("mixtral"), first_new),
+        SeparateExperts(tiny_moe("mixtral"), first_new),
     ):
         pass
-    with pytest.raises(RequestError, match="no experts"), separate_experts(oracle.tiny_llama(), 1):
+    with pytest.raises(RequestError, match="no experts"), SeparateExperts(oracle.tiny_llama(), 1):
         pass
 
 
@@ -166,6 +166,6 @@ def test_what_needed_a_gradient_needs_it_again() -> None:
 
 def test_apart_it_can_be_sent_to_a_process() -> None:
     model = tiny_moe("mixtral")
-    with separate_experts(model, 2):
+    with SeparateExperts(model, 2):
         sent = pickle.loads(pickle.dumps(model))
         assert torch.equal(oracle.logits(sent, TOKENS), oracle.logits(model, TOKENS))

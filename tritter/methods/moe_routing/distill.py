@@ -19,7 +19,7 @@ from tritter.data.packing import kept_tokens
 from tritter.errors import RequestError
 from tritter.methods.moe_routing.objective import RoutingObjective
 from tritter.methods.moe_routing.options import RoutingOptions
-from tritter.methods.moe_routing.separate import only_trainable, separate_experts
+from tritter.methods.moe_routing.separate import SeparateExperts, only_trainable
 from tritter.training import BaseModule, OptimizerSettings, Schedule
 from tritter.training.module import TaskLoss
 from tritter.training.parameters import flops_of_sequence
@@ -106,7 +106,7 @@ def only_new_experts(model: nn.Module, experts: Sequence[int]) -> Iterator[None]
         routing.set_offset(experts, 0.0)
         routing.set_offset(range(experts[0]), -torch.inf)
         with (
-            separate_experts(model, experts[0]),
+            SeparateExperts(model, experts[0]),
             only_trainable(model, lambda tensor: tensor.expert in experts),
         ):
             yield

@@ -30,7 +30,7 @@ from tritter.evaluation.inference import device_of, preserve_modes
 from tritter.methods.moe_routing.objective import RoutingObjective
 from tritter.methods.moe_routing.opening import ExpertOpening, Unfreezing, redraw_rows
 from tritter.methods.moe_routing.options import RoutingOptions
-from tritter.methods.moe_routing.separate import is_router, only_trainable, separate_experts
+from tritter.methods.moe_routing.separate import SeparateExperts, is_router, only_trainable
 from tritter.seeds import derived_seed
 from tritter.stopping import Stopped
 from tritter.terminal import Console
@@ -256,7 +256,7 @@ def train_new_experts(
     def is_trained(tensor: LogicalTensor) -> bool:
         return not freeze_base or tensor.expert in experts or (train_routers and is_router(tensor))
 
-    separated = separate_experts(model, experts[0]) if freeze_base else nullcontext()
+    separated = SeparateExperts(model, experts[0]) if freeze_base else nullcontext()
     with separated, only_trainable(model, is_trained):
         controls: list[Callback] = []
         if unfreeze_after is not None:

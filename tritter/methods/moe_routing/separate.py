@@ -1,9 +1,9 @@
 """Which weights of a mixture of experts are trained; old and new experts as two parameters."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -52,8 +52,8 @@ def only_trainable(model: nn.Module, is_trained: Callable[[LogicalTensor], bool]
 # new ones; each forward pass concatenates them. Cost: a copy of the experts' weights per forward.
 
 
-class SeparateExperts:
-    """The experts of a model, split at one index.
+class SeparateExperts(AbstractContextManager["SeparateExperts"]):
+    """Context manager that splits the experts of a model at one index, and joins them on exit.
 
     Args:
         model: a stock model with experts, which is changed.
@@ -76,7 +76,7 @@ class SeparateExperts:
             module, _, attribute = name.rpartition(".")
             self._attributes.setdefault(model.get_submodule(module), []).append(attribute)
 
-    def split_shared(self) -> None:
+    def __enter__(self) -> Self:
         """Split each shared parameter in two; the base's part needs no gradient."""
         for module, attributes in self._attributes.items():
             for attribute in attributes:
@@ -92,8 +92,9 @@ class SeparateExperts:
                 module.register_forward_pre_hook(before),
                 module.register_forward_hook(after, always_call=True),
             ]
+        return self
 
-    def join(self) -> None:
+    def __exit__(self, *_: object) -> None:
         """Concatenate the parts again; the base's values are unchanged, bit for bit."""
         for module, attributes in self._attributes.items():
             for handle in module.__dict__.pop(_HANDLES):
@@ -115,17 +116,6 @@ class SeparateExperts:
                 followed[name + BASE] = whole[: self.first_new]
                 followed[name + NEW] = whole[self.first_new :]
         return followed
-
-
-@contextmanager
-def separate_experts(model: nn.Module, first_new: int) -> Iterator[SeparateExperts]:
-    """Context manager that splits the experts of a model, and joins them on exit."""
-    parts = SeparateExperts(model, first_new)
-    parts.split_shared()
-    try:
-        yield parts
-    finally:
-        parts.join()
 
 
 def shared_names(model: nn.Module) -> tuple[str, ...]:
