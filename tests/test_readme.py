@@ -33,7 +33,7 @@ from tritter.core.expansions import Width
 from tritter.core.models import new_model, save_tokenizer
 from tritter.data.documents import Document as TextDocument
 from tritter.data.tokens import END_OF_TEXT, train_tokenizer
-from tritter.launched import Launch, launch_of
+from tritter.launched import Launch
 from tritter.methods.experts.adapters import AdapterShape
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.methods.experts.stored import ExpertFolder
@@ -254,7 +254,7 @@ def check_torchrun(words: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"TORCHELASTIC_RUN_ID": "none", **started}.items():
             patch.setenv(name, value)
-        assert launch_of() == Launch("torchrun", 0, int(each), 0, int(each))
+        assert Launch.of() == Launch("torchrun", 0, int(each), 0, int(each))
         check_train(words[at + 1 :])
 
 
@@ -271,7 +271,7 @@ def check_sbatch(words: list[str]) -> None:
         step = {"STEP_NUM_TASKS": nodes * each, "STEP_NUM_NODES": nodes}
         for name, value in {"NODEID": 0, "LOCALID": 0, **step}.items():
             patch.setenv(f"SLURM_{name}", str(value))
-        assert launch_of() == Launch("srun", 0, nodes * each, 0, each)
+        assert Launch.of() == Launch("srun", 0, nodes * each, 0, each)
         check_train(started[started.index("train.py") + 1 :])
 
 

@@ -35,20 +35,20 @@ class Launch:
         """Number of machines."""
         return self.count // self.local_count
 
-
-def launch_of(environ: Mapping[str, str] = os.environ) -> Launch | None:
-    """Return the place of this process; None if no launcher started several processes."""
-    if "TORCHELASTIC_RUN_ID" in environ:
-        found = Launch("torchrun", *(int(environ[name]) for name in _OF_TORCHRUN))
-    elif environ.get("SLURM_JOB_NAME") in _SHELLS or any(n not in environ for n in _OF_STEP):
-        return None
-    else:
-        node, local_rank, count, num_nodes = (int(environ[name]) for name in _OF_STEP)
-        if count % num_nodes:
-            raise RequestError(
-                f"srun started {count} processes on {num_nodes} machines; each machine must have "
-                "the same number (--ntasks-per-node)."
-            )
-        local_count = count // num_nodes
-        found = Launch("srun", node * local_count + local_rank, count, local_rank, local_count)
-    return found if found.count > 1 else None
+    @classmethod
+    def of(cls, environ: Mapping[str, str] = os.environ) -> "Launch | None":
+        """Return the place of this process; None if no launcher started several processes."""
+        if "TORCHELASTIC_RUN_ID" in environ:
+            found = cls("torchrun", *(int(environ[name]) for name in _OF_TORCHRUN))
+        elif environ.get("SLURM_JOB_NAME") in _SHELLS or any(n not in environ for n in _OF_STEP):
+            return None
+        else:
+            node, local_rank, count, num_nodes = (int(environ[name]) for name in _OF_STEP)
+            if count % num_nodes:
+                raise RequestError(
+                    f"srun started {count} processes on {num_nodes} machines; each machine must "
+                    "have the same number (--ntasks-per-node)."
+                )
+            local_count = count // num_nodes
+            found = cls("srun", node * local_count + local_rank, count, local_rank, local_count)
+        return found if found.count > 1 else None

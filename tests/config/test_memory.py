@@ -122,8 +122,7 @@ def test_machines_share_states_and_batches(monkeypatch: pytest.MonkeyPatch) -> N
     words = ("trainer=fsdp", "model=small", "forgetting=replay")
     alone = held(*words)["the base"]
     launch = Launch("srun", rank=0, count=4, local_rank=0, local_count=2)
-    for module in ("planning.run_memory", "training.options"):
-        monkeypatch.setattr(f"tritter.{module}.launch_of", lambda: launch)
+    monkeypatch.setattr(Launch, "of", lambda: launch)
     shared = held(*words)["the base"]
     assert (shared.states, shared.processes) == (-(-alone.states // 2), alone.processes)
     assert shared.activations == alone.activations // 2

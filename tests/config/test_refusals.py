@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -537,7 +538,8 @@ def test_the_settings_must_agree_with_the_launcher(
     words: tuple[str, ...], reason: str, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launch = Launch("torchrun", rank=0, count=4, local_rank=0, local_count=2)
-    monkeypatch.setattr("tritter.training.options.launch_of", lambda: launch)
+    found = SimpleNamespace(of=lambda: launch)
+    monkeypatch.setattr("tritter.training.options.Launch", found)
     result = run(*words)
     assert (result.code, result.written) == (2, [])
     assert reason in " ".join(result.err.split())
@@ -547,6 +549,6 @@ def test_a_program_under_torchrun_starts_no_run_in_every_process(
     pipeline: FakePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launch = Launch("torchrun", rank=1, count=2, local_rank=1, local_count=2)
-    monkeypatch.setattr("tritter.config.launch.entry.launch_of", lambda: launch)
+    monkeypatch.setattr(Launch, "of", lambda: launch)
     with pytest.raises(RequestError, match="use train"):
         run_once([], pipeline)

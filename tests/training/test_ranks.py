@@ -16,7 +16,7 @@ from torch import distributed
 
 from tests.pipeline.tiny import TINY
 from tritter.errors import RequestError
-from tritter.launched import Launch, launch_of
+from tritter.launched import Launch
 from tritter.training.ranks import Ranks, leading
 
 ROOT = Path(__file__).parents[2]
@@ -57,23 +57,23 @@ def slurm(**changes: str) -> dict[str, str]:
 def test_the_place_of_a_process_is_in_its_environment(
     environ: dict[str, str], program: str
 ) -> None:
-    launch = launch_of(environ)
+    launch = Launch.of(environ)
     assert launch == Launch(program, rank=3, count=4, local_rank=1, local_count=2)  # type: ignore[arg-type]
     assert launch.num_nodes == 2
 
 
 def test_one_process_needs_no_others() -> None:
-    assert launch_of({}) is None
-    assert launch_of(torchrun(WORLD_SIZE="1")) is None
+    assert Launch.of({}) is None
+    assert Launch.of(torchrun(WORLD_SIZE="1")) is None
     # In a batch script that srun has not started, and in a shell that it has
-    assert launch_of({name: value for name, value in slurm().items() if "STEP" not in name}) is None
-    assert launch_of(slurm(SLURM_JOB_NAME="bash")) is None
-    assert launch_of(slurm(SLURM_STEP_NUM_TASKS="1", SLURM_STEP_NUM_NODES="1")) is None
+    assert Launch.of({name: value for name, value in slurm().items() if "STEP" not in name}) is None
+    assert Launch.of(slurm(SLURM_JOB_NAME="bash")) is None
+    assert Launch.of(slurm(SLURM_STEP_NUM_TASKS="1", SLURM_STEP_NUM_NODES="1")) is None
 
 
 def test_machines_need_equal_numbers_of_processes() -> None:
     with pytest.raises(RequestError, match="5 processes on 2 machines"):
-        launch_of(slurm(SLURM_STEP_NUM_TASKS="5"))
+        Launch.of(slurm(SLURM_STEP_NUM_TASKS="5"))
 
 
 def fails_in_one() -> None:
@@ -84,7 +84,7 @@ def fails_in_one() -> None:
 
 
 if __name__ == "__main__":
-    _launch = launch_of()
+    _launch = Launch.of()
     assert _launch is not None
     if _launch.rank:
         sys.exit(Ranks(_launch).serve())

@@ -16,7 +16,7 @@ from tritter.core.expansions import target_model
 from tritter.core.families import Model
 from tritter.core.families.presets import PRESETS
 from tritter.errors import Problem, RequestError
-from tritter.launched import launch_of
+from tritter.launched import Launch
 from tritter.options import RunRequest, methods_of
 from tritter.planning.memory import TrainingSetup, machine_memory, training_memory
 from tritter.planning.strategy import planned_rounds
@@ -240,7 +240,7 @@ def _trained(config: RunRequest, source: Model) -> int | None:
 
 def _num_processes(config: RunRequest) -> int:
     """Return the number of processes of training, on all machines."""
-    trainer, launch = config.trainer, launch_of()
+    trainer, launch = config.trainer, Launch.of()
     processes = trainer.devices if trainer.strategy != "auto" else 1
     return processes if launch is None else processes * launch.num_nodes
 

@@ -51,11 +51,6 @@ def ends_step(trainer: Trainer, batch_idx: int) -> bool:
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
-def work_of(trainer: Trainer) -> "WorkCount":
-    """Return the `WorkCount` of a trainer."""
-    return next(c for c in trainer.callbacks if isinstance(c, WorkCount))  # type: ignore[attr-defined]
-
-
 class WorkCount(Callback):
     """Count training tokens and FLOPs over all processes.
 
@@ -72,6 +67,11 @@ class WorkCount(Callback):
         self.flops = 0.0
         self._flags: object = None  # which parameters are trained
         self._flops, self._side_flops = Flops(), 0.0  # of a sequence; of the side losses of a step
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> "WorkCount":
+        """Return the counter of a trainer."""
+        return next(c for c in trainer.callbacks if isinstance(c, cls))  # type: ignore[attr-defined]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from lightning import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from tritter.core.models import checkpoint_activations
@@ -19,7 +20,7 @@ from tritter.errors import TritterError
 from tritter.stopping import Stopped
 from tritter.storage.atomic import remove_folder
 from tritter.storage.reading import SAVED_NAME
-from tritter.targets import Component
+from tritter.targets import Component, instantiate
 from tritter.terminal import Console
 from tritter.training.callbacks import (
     EndOfTraining,
@@ -36,11 +37,12 @@ from tritter.training.callbacks import (
 from tritter.training.forgetting_method import Task
 from tritter.training.gradient_flow import GradientFlow
 from tritter.training.metrics import METRICS_NAME, rotate_metrics
-from tritter.training.module import BaseModule, CompiledModel, module_callbacks
+from tritter.training.module import BaseModule, CompiledModel
 from tritter.training.options import TrainerSettings
 from tritter.training.result import BestWeights, Conclusion, FitResult, MemoryMeter, WriteResult
 from tritter.training.trainer import build_trainer, preserve_process_settings, worker_processes
 
+_CHECKPOINTS_NAME = "checkpoints"  # folder of a ModelCheckpoint, inside that of the training run
 LEFTOVERS_NAME = "left"  # state of continual-learning methods for the next training run
 
 
@@ -113,7 +115,7 @@ def fit(
         for method in module.methods:
             batches = method.mix(batches, task)
     callbacks = [*filter(None, [EndOfTraining(), best, *callbacks, *ours, conclusion, validation])]
-    module.module_callbacks = partial(module_callbacks, user_callbacks, folder=folder, last=saving)
+    module.module_callbacks = partial(_module_callbacks, user_callbacks, folder=folder, last=saving)
     gc.collect()  # an earlier trainer, see `discard_saved`
     since, data = time.perf_counter(), TextDataModule(batches, evaluation)
     with _stoppable(stop, label):
@@ -124,6 +126,27 @@ def fit(
         location = f"at step {result.steps} of {max_steps} of the {label}, which can be resumed"
         raise Stopped(stop.signal_number, location=location)
     return replace(result, seconds=time.perf_counter() - since)
+
+
+def _module_callbacks(
+    options: Sequence[Component], *, folder: Path, last: Callback
+) -> list[Callback]:
+    """Build the callbacks that a LightningModule adds to its Trainer when the fit begins.
+
+    Args:
+        options: Callbacks in the requested order.
+        folder: Folder of the training run.
+        last: Callback to append after all others, including those that write checkpoints.
+    """
+    callbacks: list[Callback] = []
+    for one in options:
+        body = dict(one.options)
+        if issubclass(one.kind, ModelCheckpoint):  # its default is the working directory
+            body["dirpath"] = str(folder / (body.get("dirpath") or _CHECKPOINTS_NAME))
+        callback = instantiate(body)
+        assert isinstance(callback, Callback)
+        callbacks.append(callback)
+    return [*callbacks, last]
 
 
 @contextmanager

@@ -4,12 +4,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LambdaLR
@@ -20,17 +18,15 @@ from tritter.core.models import model_of
 from tritter.data.batches import this_rank
 from tritter.data.packing import IGNORED, inputs_for, labels_of
 from tritter.evaluation.losses import nats_per_row
-from tritter.targets import Component, instantiate
 from tritter.training.forgetting_method import ForgettingMethod
 from tritter.training.method import SideLoss, Trainee
 from tritter.training.optimizer import OptimizerSettings, Schedule, build_optimizer
-from tritter.training.parameters import Entry, flops_of_sequence, is_sharded, replay, shard
+from tritter.training.parameters import Entry, flops_of_sequence, replay, shard
 
 _SUMMED = ("nats", "right", "tokens")  # per domain, over the windows of a validation
 _BACKEND = "inductor"
 # It propagates NaN. MeanMetric would lose its weights with this setting (torchmetrics 1.9).
 _sum = partial(SumMetric, nan_strategy="disable")
-_CHECKPOINTS_NAME = "checkpoints"  # folder of a ModelCheckpoint, inside that of the training run
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,7 +79,7 @@ class BaseModule(LightningModule):
 
     def configure_model(self) -> None:
         """Shard the weights if several processes share them."""
-        if self.device_mesh is not None and not is_sharded(self.model):
+        if self.device_mesh is not None and not isinstance(self.model, FSDPModule):
             shard(self.model, self.device_mesh["data_parallel"])
 
     def configure_callbacks(self) -> list[Callback]:
@@ -277,24 +273,3 @@ class CompiledModel:
         if self._compiled is not None:
             self._compiled = None
             torch.compiler.reset()
-
-
-def module_callbacks(
-    options: Sequence[Component], *, folder: Path, last: Callback
-) -> list[Callback]:
-    """Build the callbacks that a LightningModule adds to its Trainer when the fit begins.
-
-    Args:
-        options: Callbacks in the requested order.
-        folder: Folder of the training run.
-        last: Callback to append after all others, including those that write checkpoints.
-    """
-    callbacks: list[Callback] = []
-    for one in options:
-        body = dict(one.options)
-        if issubclass(one.kind, ModelCheckpoint):  # its default is the working directory
-            body["dirpath"] = str(folder / (body.get("dirpath") or _CHECKPOINTS_NAME))
-        callback = instantiate(body)
-        assert isinstance(callback, Callback)
-        callbacks.append(callback)
-    return [*callbacks, last]

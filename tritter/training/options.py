@@ -23,7 +23,7 @@ from tritter.checkpoints.record import training_record
 from tritter.core.expansions import target_model
 from tritter.core.families import Model
 from tritter.errors import Problem, TritterError, nearest
-from tritter.launched import launch_of
+from tritter.launched import Launch
 from tritter.limits import MAX_COUNT, NO_EPOCHS, parse_count
 from tritter.options import (
     PARSED_COUNT,
@@ -275,7 +275,7 @@ def _trainer_problems(config: RunRequest) -> Iterator[Problem]:
 
 
 def _device_problems(config: RunRequest) -> Iterator[Problem]:
-    trainer, batch_size, launch = config.trainer, config.data.batch_size, launch_of()
+    trainer, batch_size, launch = config.trainer, config.data.batch_size, Launch.of()
     processes = trainer.devices if launch is None else trainer.devices * launch.num_nodes
     if launch is not None and (trainer.strategy == "auto" or trainer.devices != launch.local_count):
         reason = (

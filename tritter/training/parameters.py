@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from tritter.core.families import (
@@ -135,11 +135,6 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     fully_shard(model, mesh=mesh)
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Return True if a model is sharded over several processes."""
-    return isinstance(model, FSDPModule)
-
-
 def gather_shards(model: nn.Module, *, is_kept: bool) -> None:
     """Gather the whole weights of a sharded model on the CPU, after training.
 
@@ -164,11 +159,6 @@ def gather_shards(model: nn.Module, *, is_kept: bool) -> None:
 def full_tensor(tensor: Tensor) -> Tensor:
     """Return the whole tensor of a sharded one; all processes must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def local_shard(tensor: Tensor) -> Tensor:
-    """Return the shard of a tensor on this process."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 # Reshaping a live model, and replaying the changes from a journal.

@@ -11,6 +11,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from tritter.core.stock_routers import RouterControl
 from tritter.errors import TritterError
@@ -27,7 +29,7 @@ from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 from tritter.training.forgetting_method import ForgettingMethod
 from tritter.training.gradient_flow import GradientFlow
 from tritter.training.module import BaseModule, base_of
-from tritter.training.parameters import gather_shards, is_sharded, live_layout, local_shard
+from tritter.training.parameters import gather_shards, live_layout
 
 _ROUTING = "RoutingCallback"  # saves the routers' offsets and biases
 
@@ -88,7 +90,10 @@ class MemoryMeter(Callback):
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     """Return the total bytes of tensors over all processes, counting each storage once."""
-    sizes = {(local_shard(t).data_ptr(), t.numel()): t.numel() * t.element_size() for t in tensors}
+    sizes = {}
+    for t in tensors:
+        shard = t.to_local() if isinstance(t, DTensor) else t  # of this process
+        sizes[shard.data_ptr(), t.numel()] = t.numel() * t.element_size()
     return sum(sizes.values())
 
 
@@ -251,7 +256,7 @@ class Conclusion(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         error: TritterError | None = None
         module = base_of(pl_module)
-        if is_sharded(module.model):
+        if isinstance(module.model, FSDPModule):
             gather_shards(module.model, is_kept=trainer.is_global_zero)
         elif trainer.is_global_zero:
             module.model.to("cpu")

@@ -27,7 +27,7 @@ from tritter.config.launch.command_line import (
     read_command_line,
 )
 from tritter.errors import RequestError, TritterError, panics_as_errors
-from tritter.launched import launch_of
+from tritter.launched import Launch
 from tritter.stopping import Stopped, stopping
 from tritter.terminal import close_pipe, say
 
@@ -57,7 +57,7 @@ def main(pipeline: "Pipeline", *, arguments: Sequence[str] | None = None) -> int
         arguments: command-line arguments; default: those of the process.
     """
     try:
-        launch = launch_of()
+        launch = Launch.of()
         if launch is None:
             return _main(pipeline, arguments)
         from tritter.training.ranks import Ranks
@@ -198,7 +198,7 @@ def config_of_run(arguments: Sequence[str], *, purpose: str) -> "RunConfig":
         raise RequestError(f"{purpose} takes the arguments of one run: not -m, --cfg, --version.")
     if refused:
         raise RequestError(f"{refused[0]}: not with {purpose}; name its folder with --output.")
-    if launch_of() is not None:
+    if Launch.of() is not None:
         raise RequestError(f"{purpose} starts its own processes: omit torchrun or srun.")
     with use_search_path(command.search_path):
         from tritter.config.launch.composition import composer
@@ -219,7 +219,7 @@ def run_once(arguments: Sequence[str], pipeline: "Pipeline") -> Path:
     """
     check_encodable(arguments)
     command = read_command_line(arguments)
-    if launch_of() is not None:
+    if Launch.of() is not None:
         raise RequestError("run starts its own processes; with torchrun or srun, use train.py.")
     if command.is_multirun:
         raise RequestError(_NO_SWEEP)

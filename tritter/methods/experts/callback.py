@@ -40,7 +40,7 @@ from tritter.methods.novelty import Observation, observe
 from tritter.methods.novelty.observation import concatenated
 from tritter.seeds import derived_seed
 from tritter.training import surgery
-from tritter.training.callbacks import ends_step, work_of
+from tritter.training.callbacks import WorkCount, ends_step
 
 EXPERTS = "experts"
 
@@ -106,7 +106,7 @@ class ExpertCallback(Callback):
                     on_device = [ids.to(module.device).long() for ids in batches]
                     seen = [self._observe(module, ids) for ids in on_device]
                     registry.detector.add(domain, seen, is_base=True)
-                    work_of(trainer).flops += sum(map(self._flops_of, batches))
+                    WorkCount.of(trainer).flops += sum(map(self._flops_of, batches))
         self.registry.sync_with(_module(pl_module).mixture.adapters)
 
     def on_train_batch_start(
@@ -127,7 +127,7 @@ class ExpertCallback(Callback):
             ranks = (~is_old_everywhere).nonzero()[:, 0] % this_rank().count
             order = ranks.argsort(stable=True).argsort()
             expert = self.registry.observe(seen.rows(order), everywhere)
-            work_of(trainer).flops += self._flops_of(everywhere)
+            WorkCount.of(trainer).flops += self._flops_of(everywhere)
         if expert is not None:
             self._add_sequences(module, expert, everywhere)
         active = self.registry.active
@@ -136,7 +136,7 @@ class ExpertCallback(Callback):
         young = active if is_young and len(module.mixture.names) > 1 else None
         if young != module.young:
             module.young = young
-            work_of(trainer).reset_step_flops()
+            WorkCount.of(trainer).reset_step_flops()
         if active is not None and self._exemplars is not None:
             self._rehearse(batch, is_old, is_old_everywhere)
         if active is not None:
@@ -239,7 +239,7 @@ class ExpertCallback(Callback):
             self._grow(trainer, module, registry.active)
         if registry.routing != mixture.routing:
             mixture.routing = registry.routing
-            work_of(trainer).reset_step_flops()
+            WorkCount.of(trainer).reset_step_flops()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         mixture = _module(pl_module).mixture

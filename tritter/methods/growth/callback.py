@@ -21,7 +21,7 @@ from tritter.methods.growth.blocks import (
 )
 from tritter.methods.growth.grower import GROWTH, Grower, Growth, map_digest
 from tritter.training import surgery
-from tritter.training.callbacks import ends_step, work_of
+from tritter.training.callbacks import WorkCount, ends_step
 from tritter.training.gradient_flow import NewUnits
 from tritter.training.module import BaseModule, base_of
 
@@ -128,7 +128,7 @@ class NeuronGrowthCallback(Callback):
             "growth/died": counts.died,
             "growth/young": len(ages),
             "growth/parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "growth/flops": work_of(trainer).flops,
+            "growth/flops": WorkCount.of(trainer).flops,
             "growth/function_change": grower.events[-1]["function_change"] if grower.events else 0,
         }
         if ages:
@@ -154,7 +154,7 @@ class NeuronGrowthCallback(Callback):
         self._after = {
             "neurons": [block.width(module.model) for block in self.grower.blocks],
             "parameters": sum(parameter.numel() for parameter in module.model.parameters()),
-            "flops": work_of(trainer).flops,
+            "flops": WorkCount.of(trainer).flops,
             "map_digest": map_digest(module.journal),
         }
 
@@ -199,7 +199,7 @@ class NeuronGrowthCallback(Callback):
 
     def _grow(self, trainer: Trainer, module: BaseModule, growth: Growth, tokens: Tensor) -> None:
         """Change the model, and record the relative change of its logits on tokens [B, T]."""
-        model, work = module.model, work_of(trainer)
+        model, work = module.model, WorkCount.of(trainer)
         before, flops = logits_of(model, tokens), _reading_flops(model, tokens)
         surgery.apply(trainer, module, growth.change, reason=GROWTH)
         work.flops += flops + _reading_flops(model, tokens)
