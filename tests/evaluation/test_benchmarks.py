@@ -280,6 +280,11 @@ def test_without_a_hub_it_says_what_to_do(model: Any, tokenizer: PreTrainedToken
 
     with pytest.raises(RequestError, match=r"can't load piqa .*--tasks-path DIR"):
         score_from_hub(model, tokenizer, BENCHMARKS["piqa"], EvalOptions(), manager=Offline())
+    of_a_run = EvalOptions(keys=("evaluation.tasks", "evaluation.tasks_path"))
+    with pytest.raises(
+        RequestError, match=r"evaluation.tasks = piqa.* files, evaluation.tasks_path"
+    ):
+        score_from_hub(model, tokenizer, BENCHMARKS["piqa"], of_a_run, manager=Offline())
     with pytest.raises(RequestError, match="has no such task"):
         score_from_hub(model, tokenizer, BENCHMARKS["svamp"], EvalOptions())
 

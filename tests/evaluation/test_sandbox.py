@@ -14,7 +14,13 @@ from tritter.errors import RequestError, TritterError
 from tritter.evaluation.benchmarks.files import TasksFolder, load, questions_of
 from tritter.evaluation.benchmarks.formats import BENCHMARKS, is_passed
 from tritter.evaluation.code import sandbox as code
-from tritter.evaluation.code.sandbox import ExternalSandbox, Limits, NamespaceSandbox, ProgramResult
+from tritter.evaluation.code.sandbox import (
+    ExternalSandbox,
+    Limits,
+    NamespaceSandbox,
+    ProgramResult,
+    Sandbox,
+)
 from tritter.evaluation.code.warden import _WORK
 
 QUICK = NamespaceSandbox(Limits(seconds=3, cpu_seconds=1))
@@ -201,3 +207,6 @@ def test_an_external_command_reads_the_program() -> None:
     for command, expected in (("/no/such/command", "can't be run"), ("cat", "must read a Python")):
         with pytest.raises(RequestError, match=expected):
             ExternalSandbox(command).check()
+    key = "evaluation.code_sandbox_command"  # in a run
+    with pytest.raises(RequestError, match=f"{key} = /no/such/command: the command can't be run"):
+        Sandbox.checked("/no/such/command", key=key)

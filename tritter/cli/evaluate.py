@@ -289,15 +289,13 @@ def _sandbox(
 ) -> Sandbox | None:
     """Return a working sandbox for benchmark programs, or None if no benchmark runs any."""
     from tritter.data.benchmark_names import code_problems
-    from tritter.evaluation.code.sandbox import ExternalSandbox, NamespaceSandbox
+    from tritter.evaluation.code.sandbox import Sandbox
 
     names = [benchmark.name for benchmark in chosen]
     raise_problems(code_problems(names, allowed, key="--tasks", allowing="--allow-code"))
     if not any(benchmark.kind == "code" for benchmark in chosen):
         return None
-    sandbox: Sandbox = ExternalSandbox(command) if command else NamespaceSandbox()
-    sandbox.check()
-    return sandbox
+    return Sandbox.checked(command, key="--code-sandbox")
 
 
 def _stock_tokenizer(folder: Path, *, needs_template: bool) -> Any:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from tritter.evaluation.statistics import (
     Estimate,
     PairedScores,
-    above_chance,
     dominant_items,
     drop_in_points,
     finite_or_none,
@@ -119,7 +118,7 @@ def retention_check(
     def verdict(lower: float, upper: float) -> Verdict:
         return "passed" if upper <= bound else "failed" if lower > bound else "undecided"
 
-    if before.unit == "accuracy" and not above_chance(before).lower(confidence) > 0:
+    if before.unit == "accuracy" and not before.mean_above_chance().lower(confidence) > 0:
         detail = f"accuracy {before.mean():.1%} before is not significantly above chance"
         return Check("retention", subject, "reported", detail, n=len(before))
     return _forgetting_check(

@@ -70,6 +70,11 @@ class PairedScores:
         """Return the values minus those of guessing, float64 [n]."""
         return self.values - self.chance * self.weights[self.per]
 
+    def mean_above_chance(self) -> Estimate:
+        """Estimate the accuracy above chance."""
+        ratio = ratio_of_sums(self.above_chance, self.weights[self.per].double())
+        return replace(ratio, errors=_student_errors(ratio.n))
+
     def mean(self) -> float:
         """Return the mean nats per token, or the accuracy."""
         return self._mean("tokens" if self.unit == "nats" else "answers")[0]
@@ -243,12 +248,7 @@ def ratio_of_sums(numerators: Tensor, denominators: Tensor) -> Estimate:
 
 
 def _bounded_ratio(numerators: Tensor, denominators: Tensor) -> Estimate:
-    """Return `ratio_of_sums` with studentised errors of resampled documents.
-
-    Args:
-        numerators: as for `ratio_of_sums`.
-        denominators: as for `ratio_of_sums`.
-    """
+    """Return `ratio_of_sums` with studentised errors of resampled documents."""
     ratio = ratio_of_sums(numerators, denominators)
     if ratio.n < 2:
         return ratio
@@ -319,12 +319,6 @@ def dominant_items(before: PairedScores, after: PairedScores) -> tuple[str, ...]
     largest = squares.sort(descending=True)
     number = int((largest.values.cumsum(0) < squares.sum() / 2).sum()) + 1
     return tuple(before.identifiers[index] for index in largest.indices[:number].tolist())
-
-
-def above_chance(scores: PairedScores) -> Estimate:
-    """Estimate the accuracy above chance."""
-    ratio = ratio_of_sums(scores.above_chance, scores.weights[scores.per].double())
-    return replace(ratio, errors=_student_errors(ratio.n))
 
 
 def _relative_value(before: PairedScores, after: PairedScores) -> float:

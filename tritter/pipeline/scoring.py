@@ -28,7 +28,7 @@ from tritter.evaluation.benchmarks.harness import (
     sequence_lengths,
 )
 from tritter.evaluation.benchmarks.harness import Tokenizer as StockTokenizer
-from tritter.evaluation.code.sandbox import ExternalSandbox, NamespaceSandbox, Sandbox
+from tritter.evaluation.code.sandbox import Sandbox
 from tritter.evaluation.losses import document_losses, window_lengths
 from tritter.evaluation.options import TASKS_KEY, EvaluationConfig
 from tritter.evaluation.statistics import MAX_SCORE_BYTES, PairedScores
@@ -268,14 +268,14 @@ def benchmark_tasks(
     sandbox: Sandbox | None = None
     if set(names) & set(CODE):
         command = options.code_sandbox_command if options.code_sandbox == "external" else None
-        sandbox = ExternalSandbox(command) if command else NamespaceSandbox()
-        sandbox.check()
+        sandbox = Sandbox.checked(command, key="evaluation.code_sandbox_command")
     harness = EvalOptions(
         limit=options.task_limit,
         sandbox=sandbox,
         is_null_run=False,
         is_chat=options.chat_template,
         num_fewshot=options.num_fewshot,
+        keys=(TASKS_KEY, "evaluation.tasks_path"),
     )
     return tuple(
         BenchmarkTask(each, questions.get(each.name), harness, positions, stock) for each in chosen

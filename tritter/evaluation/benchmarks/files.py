@@ -147,10 +147,6 @@ class TasksFolder:
             raise TextFileError(reading.problems)
         return found
 
-    def text(self, path: Path) -> str:
-        """Return a small file's text."""
-        return read_text(path)
-
 
 def load(
     benchmarks: Sequence[Benchmark],
@@ -291,7 +287,7 @@ def _worked_prompts(
         return descriptions, pool
     for path in folder.all(*few_shot.files):
         part = path.name.partition(".")[0]
-        descriptions[part], examples = _worked_prompt(_as_text(folder.text(path)), part)
+        descriptions[part], examples = _worked_prompt(_as_text(read_text(path)), part)
         pool += examples
     return descriptions, pool
 

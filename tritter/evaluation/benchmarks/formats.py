@@ -25,8 +25,6 @@ _METRICS: dict[_Kind, tuple[str, ...]] = {
     "answer": ("exact_match",),
     "code": ("pass@1",),
 }
-TEXT, NUMBER = str, int
-_CHOICES, _OBJECT = list, dict
 _LETTERS = "ABCDEFGHIJ"
 _TRUTHFUL_EXAMPLES = """\
 Q: What is human life expectancy in the United States?
@@ -211,7 +209,7 @@ def _ai2_format(
             right=labels.index(row["answerKey"].strip()),
         )
 
-    return Format({field: TEXT, "choices": _OBJECT, "answerKey": TEXT}, question)
+    return Format({field: str, "choices": dict, "answerKey": str}, question)
 
 
 def _question_prompt(question: str) -> str:
@@ -482,10 +480,10 @@ _ALL = (
         few_shot=FewShot(files=(r"hellaswag.*train",), drops_own=True),
         format=Format(
             {
-                "activity_label": TEXT,
-                "ctx_a": TEXT,
-                "ctx_b": TEXT,
-                "endings": _CHOICES,
+                "activity_label": str,
+                "ctx_a": str,
+                "ctx_b": str,
+                "endings": list,
                 "label": (int, str),
             },
             _hellaswag,
@@ -513,14 +511,14 @@ _ALL = (
         metric="acc",
         files=_test_files("mmlu"),
         few_shot=FewShot(files=(r"mmlu.*dev",), is_first=True),
-        format=Format({"question": TEXT, "choices": _CHOICES, "answer": NUMBER}, _mmlu),
+        format=Format({"question": str, "choices": list, "answer": int}, _mmlu),
     ),
     Benchmark(
         name="truthfulqa",
         kind="choice",
         metric="acc",
         files=(r"truthful.?qa.*mc", r"truthful.?qa.*(jsonl|json|parquet)"),
-        format=Format({"question": TEXT, "mc1_targets": _OBJECT}, _truthfulqa),
+        format=Format({"question": str, "mc1_targets": dict}, _truthfulqa),
     ),
     Benchmark(
         name="winogrande",
@@ -529,7 +527,7 @@ _ALL = (
         files=(r"winogrande.*val", *_test_files("winogrande")),
         few_shot=FewShot(files=(r"winogrande.*train",), drops_own=True),
         format=Format(
-            {"sentence": TEXT, "option1": TEXT, "option2": TEXT, "answer": TEXT}, _winogrande
+            {"sentence": str, "option1": str, "option2": str, "answer": str}, _winogrande
         ),
     ),
     Benchmark(
@@ -538,7 +536,7 @@ _ALL = (
         metric="acc_norm",
         files=(r"piqa.*val", *_test_files("piqa")),
         few_shot=FewShot(files=(r"piqa.*train",), drops_own=True),
-        format=Format({"goal": TEXT, "sol1": TEXT, "sol2": TEXT, "label": NUMBER}, _piqa),
+        format=Format({"goal": str, "sol1": str, "sol2": str, "label": int}, _piqa),
     ),
     Benchmark(
         name="boolq",
@@ -546,7 +544,7 @@ _ALL = (
         metric="acc",
         files=(r"boolq.*val", *_test_files("boolq")),
         few_shot=FewShot(files=(r"boolq.*train",), drops_own=True),
-        format=Format({"passage": TEXT, "question": TEXT}, _boolq),
+        format=Format({"passage": str, "question": str}, _boolq),
     ),
     Benchmark(
         name="openbookqa",
@@ -577,8 +575,7 @@ _ALL = (
         files=_test_files("xcopa"),
         few_shot=FewShot(files=(r"xcopa.*(val|dev)",)),
         format=Format(
-            {"premise": TEXT, "choice1": TEXT, "choice2": TEXT, "question": TEXT, "label": NUMBER},
-            _xcopa,
+            {"premise": str, "choice1": str, "choice2": str, "question": str, "label": int}, _xcopa
         ),
     ),
     Benchmark(
@@ -587,14 +584,14 @@ _ALL = (
         metric="acc",
         files=_test_files("lambada"),
         few_shot=FewShot(),
-        format=Format({"text": TEXT}, _lambada),
+        format=Format({"text": str}, _lambada),
     ),
     Benchmark(
         name="gsm8k",
         kind="answer",
         metric="exact_match",
         files=_test_files("gsm8k"),
-        format=Format({"question": TEXT, "answer": TEXT}, _gsm8k),
+        format=Format({"question": str, "answer": str}, _gsm8k),
         hub_filter="flexible-extract",
         few_shot=FewShot(number=5, files=(r"gsm8k.*train", r"train.*gsm8k")),
         until=("Question:", "</s>", "<|im_end|>"),
@@ -605,7 +602,7 @@ _ALL = (
         kind="answer",
         metric="exact_match",
         files=_test_files("svamp"),
-        format=Format({"Body": TEXT, "Question": TEXT, "Answer": (int, float, str)}, _svamp),
+        format=Format({"Body": str, "Question": str, "Answer": (int, float, str)}, _svamp),
         until=("Question:", "\n\n"),
         is_right=_is_number_right,
     ),
@@ -615,7 +612,7 @@ _ALL = (
         metric="exact_match",
         files=_test_files("mgsm"),
         few_shot=FewShot(files=(r"mgsm.*train",), delimiter=""),
-        format=Format({"question": TEXT, "answer": (int, str, type(None))}, _mgsm),
+        format=Format({"question": str, "answer": (int, str, type(None))}, _mgsm),
         hub_filter="flexible-extract",
         until=(*_MGSM_UNTIL, "</s>", "<|im_end|>"),
         is_right=_is_spelled_right,
@@ -626,7 +623,7 @@ _ALL = (
         metric="exact_match",
         files=(r"math.?500", r"(hendrycks|minerva|competition).?math.*test", r"(^|/)math.*test"),
         few_shot=FewShot(files=(r"math.*train",)),
-        format=Format({"problem": TEXT, "solution": TEXT}, _math),
+        format=Format({"problem": str, "solution": str}, _math),
         until=("Problem:",),
         is_right=_is_formula_right,
     ),
@@ -635,7 +632,7 @@ _ALL = (
         kind="answer",
         metric="exact_match",
         files=(r"(bbh|big.?bench.?hard)[/_-]",),
-        format=Format({"input": TEXT, "target": TEXT}, _bbh),
+        format=Format({"input": str, "target": str}, _bbh),
         hub_filter="get-answer",
         few_shot=FewShot(number=3, files=(r"prompts?/.*\.txt$",), is_first=True, delimiter=""),
         until=("</s>", "Q", "\n\n"),
@@ -647,9 +644,7 @@ _ALL = (
         kind="code",
         metric="pass@1",
         files=(r"human.?eval",),
-        format=Format(
-            {"task_id": TEXT, "prompt": TEXT, "entry_point": TEXT, "test": TEXT}, _humaneval
-        ),
+        format=Format({"task_id": str, "prompt": str, "entry_point": str, "test": str}, _humaneval),
         until=_HUMANEVAL_UNTIL,
         max_new_tokens=1024,
     ),
@@ -659,9 +654,7 @@ _ALL = (
         metric="pass@1",
         files=_test_files("mbpp"),
         format=Format(
-            {"task_id": NUMBER, "text": TEXT, "code": TEXT, "test_list": _CHOICES},
-            _mbpp,
-            _mbpp_example,
+            {"task_id": int, "text": str, "code": str, "test_list": list}, _mbpp, _mbpp_example
         ),
         few_shot=FewShot(number=3, is_first=True, delimiter=""),
         until=_MBPP_UNTIL,

@@ -17,7 +17,7 @@ from torch import nn
 
 from tritter.core.models import model_of
 from tritter.data.packing import reading_whole
-from tritter.errors import RequestError, TritterError
+from tritter.errors import RequestError, TritterError, refused
 from tritter.evaluation.benchmarks.files import FEWSHOT_SEED, Questions, questions_of
 from tritter.evaluation.benchmarks.formats import Benchmark, Question, is_passed
 from tritter.evaluation.code.sandbox import Sandbox
@@ -26,11 +26,6 @@ from tritter.evaluation.losses import batch_that_fits, vocab_size_of
 from tritter.evaluation.statistics import PairedScores
 
 Tokenizer = Any  # of transformers
-_MISSING = (
-    "benchmarks require lm-evaluation-harness, which is not installed: "
-    "pip install 'tritter[evaluation]'"
-)
-_NO_NAME = "lm-evaluation-harness has no such task; set a folder with its file, --tasks-path DIR"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +104,7 @@ class EvalOptions:
         is_chat: render prompts with the tokenizer's chat template, few-shot examples as turns.
         num_fewshot: number of few-shot examples of a task from the hub; None is the task's own.
             Questions from files have theirs.
+        keys: the options that set the tasks and the folder of their files, for messages.
     """
 
     limit: int | None = None
@@ -118,6 +114,7 @@ class EvalOptions:
     is_shown: bool = False
     is_chat: bool = False
     num_fewshot: int | None = None
+    keys: tuple[str, str] = ("--tasks", "--tasks-path DIR")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +150,8 @@ def require_harness() -> None:
     try:
         import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:
-        raise RequestError(f"{_MISSING} ({error}).") from error
+        reason = "benchmarks require lm-evaluation-harness, which is not installed: pip install"
+        raise RequestError(f"{reason} 'tritter[evaluation]' ({error}).") from error
 
 
 def score_benchmark(
@@ -536,13 +534,15 @@ def score_from_hub(
         manager: lm-eval's task manager; defaults to a new one.
     """
     require_harness()
+    tasks_key, path_key = harness.keys
     if not benchmark.hub:
-        raise RequestError(f"--tasks = {benchmark.name}: {_NO_NAME}.")
+        reason = "lm-evaluation-harness has no such task; set a folder with its file"
+        raise refused(tasks_key, benchmark.name, f"{reason}, {path_key}")
     if benchmark.kind == "code":
-        questions = _rows_from_hub(benchmark, num_fewshot=harness.num_fewshot)
+        questions = _rows_from_hub(benchmark, harness)
         return score_benchmark(model, tokenizer, questions, harness)
     with _quiet(is_shown=harness.is_shown):
-        loaded = _tasks(benchmark, manager, num_fewshot=harness.num_fewshot)
+        loaded = _tasks(benchmark, manager, harness)
     found = _run_lm_eval(model, tokenizer, lambda: loaded, harness, limit=harness.limit)
     numbers = [task.get_config("num_fewshot") or 0 for task in loaded["tasks"].values()]
     samples = [
@@ -576,23 +576,23 @@ def score_from_hub(
     )
 
 
-def _tasks(benchmark: Benchmark, manager: Any, *, num_fewshot: int | None) -> dict[str, Any]:
+def _tasks(benchmark: Benchmark, manager: Any, harness: EvalOptions) -> dict[str, Any]:
     """Return lm-eval's tasks of a benchmark, configured as in lm-eval's own evaluation."""
     from lm_eval.tasks import TaskManager
 
     try:
         loaded: dict[str, Any] = (manager or TaskManager()).load([benchmark.hub])
     except (OSError, ValueError) as error:  # offline, missing, or invalid
-        raise _unavailable(benchmark, error) from error
+        raise _unavailable(benchmark, error, harness.keys) from error
     for task in loaded["tasks"].values():
-        default = task.get_config("num_fewshot")
+        default, num_fewshot = task.get_config("num_fewshot"), harness.num_fewshot
         if default is None or (num_fewshot is not None and default != 0):
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
     return loaded
 
 
-def _rows_from_hub(benchmark: Benchmark, *, num_fewshot: int | None) -> Questions:
+def _rows_from_hub(benchmark: Benchmark, harness: EvalOptions) -> Questions:
     """Return the questions of a data set from the hub."""
     import datasets
 
@@ -600,13 +600,11 @@ def _rows_from_hub(benchmark: Benchmark, *, num_fewshot: int | None) -> Question
     try:
         rows: Iterable[Any] = datasets.load_dataset(name, split=split)
     except (OSError, ValueError) as error:
-        raise _unavailable(benchmark, error) from error
-    return questions_of(benchmark, list(rows), origin=name, num_fewshot=num_fewshot)
+        raise _unavailable(benchmark, error, harness.keys) from error
+    return questions_of(benchmark, list(rows), origin=name, num_fewshot=harness.num_fewshot)
 
 
-def _unavailable(benchmark: Benchmark, error: Exception) -> RequestError:
+def _unavailable(benchmark: Benchmark, error: Exception, keys: tuple[str, str]) -> RequestError:
     message = " ".join(str(error).split())[:300]
-    return RequestError(
-        f"--tasks = {benchmark.name}: can't load {benchmark.hub} from the hub "
-        f"({type(error).__name__}: {message}); set a folder with its files, --tasks-path DIR."
-    )
+    reason = f"can't load {benchmark.hub} from the hub ({type(error).__name__}: {message})"
+    return refused(keys[0], benchmark.name, f"{reason}; set a folder with its files, {keys[1]}")

@@ -15,12 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tritter.errors import RequestError, TritterError
+from tritter.errors import RequestError, TritterError, refused
 from tritter.evaluation.code import warden
 
 _ADVICE = (
@@ -97,12 +98,22 @@ class ProgramResult:
     output: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class NamespaceSandbox:
-    """Tritter's sandbox: Linux namespaces, a separate root and resource limits."""
+class Sandbox(ABC):
+    """Runs programs that a model wrote."""
 
-    limits: Limits = Limits()
+    @classmethod
+    def checked(cls, command: str | None, *, key: str) -> "Sandbox":
+        """Return a working sandbox: Tritter's own, or the command of the user.
 
+        Args:
+            command: the command, if the user set one.
+            key: the option that sets it, for messages.
+        """
+        sandbox = ExternalSandbox(command, key=key) if command else NamespaceSandbox()
+        sandbox.check()
+        return sandbox
+
+    @abstractmethod
     def run(self, program: str, tests: str = "") -> ProgramResult:
         """Run a Python program and its tests within the limits.
 
@@ -110,6 +121,18 @@ class NamespaceSandbox:
             program: the program.
             tests: Python code that runs after the program and uses its names.
         """
+
+    @abstractmethod
+    def check(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class NamespaceSandbox(Sandbox):
+    """Tritter's sandbox: Linux namespaces, a separate root and resource limits."""
+
+    limits: Limits = Limits()
+
+    def run(self, program: str, tests: str = "") -> ProgramResult:
         interpreter = Path(sys.executable).resolve()
         # The interpreter needs its own folder and the system's libraries
         own, system = str(interpreter.parents[1]), ["/usr", "/lib", "/lib64", "/nix/store"]
@@ -162,19 +185,20 @@ class NamespaceSandbox:
 
 
 @dataclass(frozen=True, slots=True)
-class ExternalSandbox:
+class ExternalSandbox(Sandbox):
     """A user-defined command that reads a program from standard input and runs it.
 
     Args:
         command: split like a shell command and run without a shell, in the current environment.
         limits: limits of time and output.
+        key: the option that sets the command, for messages.
     """
 
     command: str
     limits: Limits = Limits()
+    key: str = "--code-sandbox"
 
     def run(self, program: str, tests: str = "") -> ProgramResult:
-        """Run a program and its tests, as `NamespaceSandbox.run`."""
         command = shlex.split(self.command)
         return _run(command, program, tests, self.limits, environment=dict(os.environ))
 
@@ -183,17 +207,11 @@ class ExternalSandbox:
         try:
             is_right, is_wrong = (self.run("x = 1", f"assert x == {n}").is_passed for n in (1, 2))
         except (OSError, ValueError) as error:
-            raise RequestError(
-                f"--code-sandbox = {self.command}: the command can't be run ({error})."
-            ) from error
+            reason = f"the command can't be run ({error})"
+            raise refused(self.key, self.command, reason) from error
         if is_wrong or not is_right:
-            raise RequestError(
-                f"--code-sandbox = {self.command}: it must read a Python program from standard "
-                "input, run it, print its output and return its exit code."
-            )
-
-
-Sandbox = NamespaceSandbox | ExternalSandbox
+            reason = "it must read a Python program from standard input, run it, print its output"
+            raise refused(self.key, self.command, f"{reason} and return its exit code")
 
 
 def _run(
