@@ -25,7 +25,7 @@ from pydantic import (
 
 from tritter.errors import Problem, RequestError, nearest, raise_problems
 from tritter.limits import MAX_COUNT, parse_count
-from tritter.targets import TARGET, Component, dotted, resolve
+from tritter.targets import TARGET, Component, dotted, resolve, values_of
 
 _Record = TypeVar("_Record")
 _Unknown = Callable[[str, object], Iterator[Problem]]
@@ -214,9 +214,8 @@ def choices(record: type, name: str) -> tuple[str, ...]:
 def checked(record: object, *, prefix: str) -> list[Problem]:
     """Return the problems of a record that was built in Python."""
     assert dataclasses.is_dataclass(record) and not isinstance(record, type)
-    values = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
     problems: list[Problem] = []
-    read_options(type(record), values, prefix=prefix, problems=problems)
+    read_options(type(record), values_of(record), prefix=prefix, problems=problems)
     return problems
 
 

@@ -24,7 +24,7 @@ from tritter.methods.forgetting.replay import (
     GeneratedSequences,
     _distinct_share,
     _draw,
-    lengths_read,
+    _stretch_lengths,
     write_text,
 )
 from tritter.training import Preparation, Task
@@ -105,9 +105,9 @@ def test_what_is_read_is_what_flops_count(sequences_per_text: int) -> None:
         lambda module, args, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     wrote(model, num_sequences=sequences_per_text, sequences_per_text=sequences_per_text)
-    assert sum(read) == sum(lengths_read(sequences_per_text, 10))
+    assert sum(read) == sum(_stretch_lengths(sequences_per_text, 10))
     assert len(read) == 10 * sequences_per_text - 1
-    assert max(lengths_read(sequences_per_text, 10)) == 9
+    assert max(_stretch_lengths(sequences_per_text, 10)) == 9
 
 
 def test_logits_are_computed_where_a_token_is_drawn() -> None:

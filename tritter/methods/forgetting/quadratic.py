@@ -16,7 +16,7 @@ from tritter.data.packing import IGNORED, document_mask_of, labels_of
 from tritter.errors import RequestError
 from tritter.evaluation.inference import preserve_modes
 from tritter.seeds import derived_seed
-from tritter.training import ForgettingMethod
+from tritter.training import ForgettingMethod, Values
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from tritter.transform import Change
 
 _Estimator = Literal["empirical", "true"]
-_Parameters = Mapping[str, "Tensor"]
 # Gradient values per batch: more are bound by memory, fewer by call overhead
 _MAX_GRADIENT_VALUES, _MANY_VALUES = 2**19, 2**23
 _TOKENS = 128  # per sequence
@@ -56,7 +55,7 @@ class QuadraticPenalty(ForgettingMethod):
                 dtype = torch.float32 if parameter.dtype == torch.float16 else parameter.dtype
                 self.importance[name] = importance[name].to(parameter.device, dtype)
 
-    def importance_on(self, model: nn.Module, batches: Iterable[Tensor]) -> _Parameters:
+    def importance_on(self, model: nn.Module, batches: Iterable[Tensor]) -> Values:
         """Estimate the importance of every parameter on old data, at the present weights.
 
         Args:
@@ -216,9 +215,7 @@ def _without_accelerate(model: nn.Module) -> Iterator[None]:
             model.__dict__["forward"] = patched
 
 
-def mean_over(
-    batches: Iterable[Tensor], estimate: Callable[[Tensor], _Parameters]
-) -> dict[str, Tensor]:
+def mean_over(batches: Iterable[Tensor], estimate: Callable[[Tensor], Values]) -> dict[str, Tensor]:
     """Return the mean of estimates on batches [N, T], each weighted by its N; empty of no batch."""
     total: dict[str, Tensor] = {}
     count = 0
@@ -259,7 +256,7 @@ def has_experts(model: nn.Module) -> bool:
 
 
 def _add_squares(
-    total: _Parameters, model: nn.Module, parameters: _Parameters, input_ids: Tensor, labels: Tensor
+    total: Values, model: nn.Module, parameters: Values, input_ids: Tensor, labels: Tensor
 ) -> None:
     """Add the squared gradient of each sequence."""
     import torch
@@ -288,7 +285,7 @@ def _add_squares(
 
 
 def _sequence_loss(
-    model: nn.Module, parameters: _Parameters, input_ids: Tensor, labels: Tensor
+    model: nn.Module, parameters: Values, input_ids: Tensor, labels: Tensor
 ) -> Tensor:
     """Return the mean next-token loss of one sequence; input_ids [T], labels [T - 1] or IGNORED."""
     if hasattr(model, "peft_config"):

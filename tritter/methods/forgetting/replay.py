@@ -113,17 +113,6 @@ def write_text(
     return GeneratedSequences(sequences=torch.cat(pieces)[:num_sequences], nats=mean)
 
 
-def lengths_read(num_sequences: int, sequence_length: int) -> tuple[int, ...]:
-    """Return the number of tokens read in each cached stretch of a text of `num_sequences`."""
-    left, lengths = num_sequences * sequence_length - 1, list[int]()
-    num_prompt_tokens = 1
-    while left > 0:
-        drawn = min(left, sequence_length - num_prompt_tokens)
-        lengths.append(num_prompt_tokens + drawn - 1)
-        left, num_prompt_tokens = left - drawn, max(1, sequence_length // 2)
-    return tuple(lengths)
-
-
 def _distinct_share(sequences: Tensor) -> Tensor:
     """Return the share of distinct runs of four tokens in each sequence [N, T], as [N].
 
@@ -350,6 +339,17 @@ def _text_lengths(options: SelfReplayOptions, length: int) -> tuple[int, int]:
     return max(1, min(_PER_TEXT, count // _AT_ONCE)), parts
 
 
+def _stretch_lengths(num_sequences: int, sequence_length: int) -> tuple[int, ...]:
+    """Return the tokens read in each cached stretch of a text of `num_sequences`."""
+    left, lengths = num_sequences * sequence_length - 1, list[int]()
+    num_prompt_tokens = 1
+    while left > 0:
+        drawn = min(left, sequence_length - num_prompt_tokens)
+        lengths.append(num_prompt_tokens + drawn - 1)
+        left, num_prompt_tokens = left - drawn, max(1, sequence_length // 2)
+    return tuple(lengths)
+
+
 class SelfReplay(ForgettingMethod):
     """Mix sequences that the model generated into the batches.
 
@@ -415,7 +415,7 @@ class SelfReplay(ForgettingMethod):
         return Prepared(
             written=kept,
             flops=-(-count * parts // per_text)
-            * sum(map(flops.of, lengths_read(per_text, length // parts))),
+            * sum(map(flops.of, _stretch_lengths(per_text, length // parts))),
             found={"written": {**filtered.dropped, "kept": len(kept)}},
             notes=(filtered.note(count, length, has_turns=bool(preparation.turns)),),
         )
