@@ -44,7 +44,7 @@ from tritter.core.families.discovery import family
 from tritter.core.families.discovery.configs import deeper_configs
 from tritter.core.families.discovery.family import DiscoveredFamily, discover, shallow
 from tritter.core.families.discovery.skeleton import layers_on_disk
-from tritter.core.families.discovery.twin import Block, build_twin, find_writers
+from tritter.core.families.discovery.twin import Block, build_twin
 from tritter.core.models import read_model
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation import measure
@@ -219,7 +219,7 @@ def writers(kind: str) -> dict[str, float]:
     hidden = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1)).double()
     layer = Layer(kind)
     before = {name: value.clone() for name, value in layer.state_dict().items()}
-    found = find_writers(Block(layer, (hidden,), {}, hidden))
+    found = Block(layer, (hidden,), {}, hidden).writers()
     assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
     return {each.name: each.zero for each in found}
 

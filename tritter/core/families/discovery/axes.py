@@ -27,12 +27,10 @@ from tritter.core.families.discovery.twin import (
     COORDINATE,
     Block,
     Twin,
-    called,
     calls_in,
     first_tensor,
     in_float64,
     is_equal,
-    is_output,
     owner_of,
     restored,
     values_of,
@@ -180,7 +178,7 @@ class _Search:
     def __init__(self, twin: Twin, layers: Sequence[int], writers: frozenset[str]) -> None:
         self._twin, self._writers = twin, writers
         self._prefix = f"{layer_list(twin.model)}."
-        self._blocks = {layer: called(twin, f"{self._prefix}{layer}") for layer in layers}
+        self._blocks = {layer: twin.block(f"{self._prefix}{layer}") for layer in layers}
         self._full: Config = twin.config.to_dict()
         self._config = decoder_config(self._full)
         self._head_dim = self._size_of_heads()
@@ -345,7 +343,7 @@ class _Search:
     def _stream_role(self, block: Block, name: str, axis: int, key: str) -> Role:
         owner, value = owner_of(block.module, name)
         if value.ndim > 1:
-            return Role("residual", key, Port.WRITE if is_output(block, name, axis) else Port.READ)
+            return Role("residual", key, Port.WRITE if block.is_output(name, axis) else Port.READ)
         return self._norm_role(owner, name, key, "residual")
 
     def _norm_role(self, owner: nn.Module, name: str, key: str, space: str) -> Role:
@@ -498,7 +496,7 @@ def _unit_port(block: Block, name: str, axis: int) -> Port:
     if "norm" in type(owner).__name__.lower() and not name.endswith("bias"):
         return Port.GAIN
     others = [other for other in range(value.ndim) if other != axis]
-    return Port.READ if any(is_output(block, name, other) for other in others) else Port.WRITE
+    return Port.READ if any(block.is_output(name, other) for other in others) else Port.WRITE
 
 
 def _neurons_of(block: Block, roles: Mapping[str, Mapping[int, Role]]) -> _Neurons:

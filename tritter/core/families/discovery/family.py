@@ -59,9 +59,6 @@ from tritter.core.families.discovery.twin import (
     Twin,
     build_model,
     build_twin,
-    called,
-    find_writers,
-    further_streams,
     in_float64,
     logits_of,
     one_thread,
@@ -547,13 +544,13 @@ def _probed(config: Config, twin: Twin, tensors: Skeleton) -> DiscoveredFamily:
     layers, kinds = layer_list(twin.model), _kinds(tensors)
     for layer in _kinds_of_layers(tensors):
         try:
-            found = find_writers(called(twin, f"{layers}.{layer}"))
+            found = twin.block(f"{layers}.{layer}").writers()
         except RequestError as error:
             refusals[kinds[layer]] = str(error)
             continue
-        for block in further_streams(twin, f"{layers}.{layer}"):
+        for block in twin.further_streams(f"{layers}.{layer}"):
             with suppress(RequestError):  # the twin shows whether a copy has to keep the stream
-                found += find_writers(block)
+                found += block.writers()
         live |= {writer.name: writer.zero for writer in found}
     writers = _on_disk(twin, layers, live)
     inner = decoder_config(complete(config))

@@ -101,6 +101,45 @@ class Twin:
         """Return float64 logits [B, T, V] of fixed random tokens."""
         return logits_of(self.model, self.text.vocab_size)
 
+    def block(self, name: str) -> "Block":
+        """Return a layer, by its name in memory, with the arguments of a call of it."""
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def record(_: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            calls.append((args, dict(keywords)))
+
+        layer = self.model.get_submodule(name)
+        handle = layer.register_forward_pre_hook(record, with_kwargs=True)
+        try:
+            self.logits()
+        finally:
+            handle.remove()
+        if len(calls) != 1:
+            raise RequestError(f"the model calls {name} {len(calls)} times, not once.")
+        args, keywords = calls[0]
+        hidden = first_tensor((*args, *keywords.values()))
+        assert hidden is not None
+        return Block(layer, args, keywords, hidden)
+
+    def further_streams(self, name: str) -> "Iterator[Block]":
+        """Yield a layer once for each further tensor that it receives from the layer before it."""
+        layers, _, index = name.rpartition(".")
+        if index == "0":
+            return
+        before = self.model.get_submodule(f"{layers}.{int(index) - 1}")
+        outputs: list[Tensor] = []
+        handle = before.register_forward_hook(
+            lambda _, __, values: outputs.extend(_tensors_in(values))
+        )
+        try:
+            block = self.block(name)
+        finally:
+            handle.remove()
+        inputs = [id(each) for each in (*block.args, *block.keywords.values())]
+        for number, value in enumerate(outputs[1:], start=1):
+            if id(value) in inputs and value.is_floating_point():
+                yield replace(block, hidden=value, output=number)
+
 
 def logits_of(model: nn.Module, vocab_size: int) -> Tensor:
     """Return the logits [B, T, V] of fixed random tokens."""
@@ -342,63 +381,35 @@ class Block:
             raise RequestError("a layer does not return its residual stream.")
         return outputs[0] - stream
 
+    def writers(self) -> tuple[_Writer, ...]:
+        """Return the smallest set of tensors with which it is the identity, at their zeros."""
+        saved = self.module.state_dict(keep_vars=True)
+        buffers = {name: value for name, value in self.module.named_buffers() if name in saved}
+        values = {**dict(self.module.named_parameters()), **buffers}
+        values = {name: value for name, value in values.items() if value.is_floating_point()}
+        before = {name: value.detach().clone() for name, value in values.items()}
+        found: list[_Writer] = []
+        with restored(*values.values()):
+            reason = _zero_writers(self, values, found)
+            if not reason:
+                return tuple(_needed(self, found, values, before))
+        with restored(*values.values()):
+            found = _set_factors(self, values)
+            if _zero_writers(self, values, found, streams=_MAX_STREAMS):
+                raise RequestError(reason)
+            return tuple(_needed(self, found, values, before))
 
-def called(twin: Twin, name: str) -> Block:
-    """Return a layer, by its name in memory, with the arguments of a call of it."""
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def record(_: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        calls.append((args, dict(keywords)))
-
-    layer = twin.model.get_submodule(name)
-    handle = layer.register_forward_pre_hook(record, with_kwargs=True)
-    try:
-        twin.logits()
-    finally:
-        handle.remove()
-    if len(calls) != 1:
-        raise RequestError(f"the model calls {name} {len(calls)} times, not once.")
-    args, keywords = calls[0]
-    hidden = first_tensor((*args, *keywords.values()))
-    assert hidden is not None
-    return Block(layer, args, keywords, hidden)
-
-
-def further_streams(twin: Twin, name: str) -> Iterator[Block]:
-    """Yield a layer once for each further tensor that it receives from the layer before it."""
-    layers, _, index = name.rpartition(".")
-    if index == "0":
-        return
-    before = twin.model.get_submodule(f"{layers}.{int(index) - 1}")
-    outputs: list[Tensor] = []
-    handle = before.register_forward_hook(lambda _, __, values: outputs.extend(_tensors_in(values)))
-    try:
-        block = called(twin, name)
-    finally:
-        handle.remove()
-    inputs = [id(each) for each in (*block.args, *block.keywords.values())]
-    for number, value in enumerate(outputs[1:], start=1):
-        if id(value) in inputs and value.is_floating_point():
-            yield replace(block, hidden=value, output=number)
-
-
-def find_writers(block: Block) -> tuple[_Writer, ...]:
-    """Return the smallest set of tensors with which a block is the identity, at their zeros."""
-    saved = block.module.state_dict(keep_vars=True)
-    buffers = {name: value for name, value in block.module.named_buffers() if name in saved}
-    values = {**dict(block.module.named_parameters()), **buffers}
-    values = {name: value for name, value in values.items() if value.is_floating_point()}
-    before = {name: value.detach().clone() for name, value in values.items()}
-    found: list[_Writer] = []
-    with restored(*values.values()):
-        reason = _zero_writers(block, values, found)
-        if not reason:
-            return tuple(_needed(block, found, values, before))
-    with restored(*values.values()):
-        found = _set_factors(block, values)
-        if _zero_writers(block, values, found, streams=_MAX_STREAMS):
-            raise RequestError(reason)
-        return tuple(_needed(block, found, values, before))
+    def is_output(self, name: str, axis: int) -> bool:
+        """Return True if an axis of a tensor has the outputs of the tensor's module."""
+        _, value = owner_of(self.module, name)
+        path, size = name.rpartition(".")[0], value.shape[axis]
+        before = calls_in(self.module, self.change, [path])
+        if not before or before[-1].made.shape[-1] != size or size <= COORDINATE:
+            return False
+        with restored(value):
+            value.data.select(axis, COORDINATE).add_(CHANGE)
+            after = calls_in(self.module, self.change, [path])
+        return _is_at_coordinate(after[-1].made - before[-1].made)
 
 
 def _zero_writers(
@@ -603,19 +614,6 @@ def restored(*values: Tensor) -> Iterator[None]:
     finally:
         for value, before in zip(values, saved, strict=True):
             value.data.copy_(before)
-
-
-def is_output(block: Block, name: str, axis: int) -> bool:
-    """Return True if an axis of a tensor has the outputs of the tensor's module."""
-    _, value = owner_of(block.module, name)
-    path, size = name.rpartition(".")[0], value.shape[axis]
-    before = calls_in(block.module, block.change, [path])
-    if not before or before[-1].made.shape[-1] != size or size <= COORDINATE:
-        return False
-    with restored(value):
-        value.data.select(axis, COORDINATE).add_(CHANGE)
-        after = calls_in(block.module, block.change, [path])
-    return _is_at_coordinate(after[-1].made - before[-1].made)
 
 
 def is_equal(first: Tensor, second: Tensor) -> bool:
