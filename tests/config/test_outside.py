@@ -20,7 +20,7 @@ from tests.oracle import saved, tiny_llama
 from tests.pipeline.tiny import TINY
 from tritter.cli import main as tritter
 from tritter.conf_folder import config_folder
-from tritter.config.folders import search_path_of, use_search_path
+from tritter.config.folders import SearchPath
 from tritter.config.launch.entry import completions
 from tritter.config.overrides import unreplayed_overrides
 from tritter.pipeline.next_commands import next_commands
@@ -440,7 +440,7 @@ def test_commands_that_are_printed_find_the_same_options(
     assert (failed.code, again.code, len(pipeline.configs)) == (1, 1, 2), again.err
     assert replace(pipeline.configs[1], resume=None) == pipeline.configs[0]
     name = "my_run" if len(found_by[1:]) and "my_run" in found_by[1] else None
-    with use_search_path(search_path_of([str(conf)], name)):
+    with SearchPath.of([str(conf)], name).in_use():
         plain = {"status": "kept", "domains": {}, "baseline": {}, "attempts": []}
         summary = Summary.of(plain)
         folder = conf.parent / "one"
@@ -512,7 +512,7 @@ def test_one_file_may_hold_several_callbacks_or_loggers(
 def test_a_name_from_outside_is_not_replayed(tmp_path: Path) -> None:
     write_examples(tmp_path / "site", conf=tmp_path / "conf")
     words = ["growth.trigger={name:narrowest,count:2}", "growth.initialiser=silent"]
-    with use_search_path(search_path_of([str(tmp_path / "conf")], None)):
+    with SearchPath.of([str(tmp_path / "conf")], None).in_use():
         assert unreplayed_overrides([*words, "growth.trigger=plateau"]) == words
 
 

@@ -82,13 +82,13 @@ def test_a_wrong_length_is_the_only_problem_of_a_default_evaluation() -> None:
 def test_an_experiment_stands_instead_of_the_option_and_gives_way_to_what_is_typed(
     tmp_path: Path,
 ) -> None:
-    from tritter.config.folders import search_path_of, use_search_path
+    from tritter.config.folders import SearchPath
 
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment/mine.yaml").write_text(
         "# @package _global_\ntraining:\n  max_tokens: 20480\n"
     )
-    with use_search_path(search_path_of([str(tmp_path)], None)):
+    with SearchPath.of([str(tmp_path)], None).in_use():
         assert load_config(["experiment=mine"]).training.max_steps == 10
         typed = load_config(["experiment=mine", "training.max_steps=3"]).training
     assert (typed.max_steps, typed.max_tokens) == (3, None)

@@ -12,7 +12,7 @@ import pytest
 
 from tests.pipeline.tiny import FIXTURES
 from tritter.checkpoints import lineage_of
-from tritter.config.folders import search_path_of, use_search_path
+from tritter.config.folders import SearchPath
 from tritter.config.launch.composition import load_config
 from tritter.errors import TritterError
 from tritter.evaluation.gate import Check
@@ -63,7 +63,7 @@ def ladder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     folder = tmp_path_factory.mktemp("conf")
     (folder / "ladder").mkdir()
     (folder / "ladder/mine.yaml").write_text(LADDER)
-    with use_search_path(search_path_of([str(folder)], None)):
+    with SearchPath.of([str(folder)], None).in_use():
         yield
 
 

@@ -17,14 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tritter.cli.options import CheckpointCommand, with_dashes
-from tritter.config.folders import (
-    SearchPath,
-    body_of,
-    option_files,
-    search_path,
-    search_path_of,
-    use_search_path,
-)
+from tritter.config.folders import SearchPath, body_of, option_files, search_path
 from tritter.config.launch.help import comments
 from tritter.errors import Problem, RequestError, nearest, raise_problems
 from tritter.targets import TARGET
@@ -86,7 +79,7 @@ class MethodCommand(CheckpointCommand):
             folders, ctx.meta[_METHODS] = known.config_dir, known.method
         if ctx.obj is False:  # --help-all
             ctx.meta[_METHODS] = None
-        ctx.with_resource(use_search_path(search_path_of(folders, None)))
+        ctx.with_resource(SearchPath.of(folders, None).in_use())
         rest = super().parse_args(ctx, args)
         values = {name: ctx.params.pop(name) for name in _method_options()}
         ctx.obj = {name: value for name, value in values.items() if value is not None}

@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Self
 
 from tritter.conf_folder import config_folder, installed_folders, package_folder
 from tritter.errors import Problem, RequestError, nearest, raise_problems
@@ -48,54 +49,53 @@ class SearchPath:
         named = [] if self.config_name == CONFIG_NAME else [f"--config-name={self.config_name}"]
         return [*(f"--config-dir={folder}" for folder in self.folders), *named]
 
+    @classmethod
+    def of(
+        cls, folders: Sequence[str], config_name: str | None, *, searchpath: Sequence[str] = ()
+    ) -> Self:
+        """Return the search path of `--config-dir`, `--config-name` and `hydra.searchpath`."""
+        requested = [("--config-dir", Path(folder)) for folder in folders]
+        requested += [(SEARCHPATH, _search_path_folder(entry)) for entry in searchpath]
+        found = [(key, folder.expanduser().absolute()) for key, folder in requested]
+        problems = []
+        for key, folder in found:
+            if not folder.is_dir():
+                reason = "it is not a folder" if folder.exists() else "there is no such folder"
+                problems.append(Problem(key, folder, reason=reason))
+        raise_problems(problems)
+        paths = tuple(folder for _, folder in found)
+        result = cls(paths, (config_name or CONFIG_NAME).removesuffix(".yaml"))
+        if config_name is not None:
+            result._check_name(config_name)
+        return result
+
+    def _check_name(self, typed: str) -> None:
+        with self.in_use():
+            roots = option_folders().values()
+        names = sorted({path.stem for folder in roots for path in folder.glob("*.yaml")})
+        if self.config_name not in names:
+            reason = f"no config folder has {self.config_name}.yaml; available: "
+            near = nearest(self.config_name, names)
+            raise RequestError(
+                Problem("--config-name", typed, reason + ", ".join(names), nearest=near)
+            )
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Use this search path in all functions of this module, for one command."""
+        token = _SEARCH_PATH.set(self)
+        try:
+            yield
+        finally:
+            _SEARCH_PATH.reset(token)
+
 
 _SEARCH_PATH: ContextVar[SearchPath | None] = ContextVar("search_path", default=None)
-
-
-@contextmanager
-def use_search_path(search_path: SearchPath) -> Iterator[None]:
-    """Use this search path in all functions of this module, for one command."""
-    token = _SEARCH_PATH.set(search_path)
-    try:
-        yield
-    finally:
-        _SEARCH_PATH.reset(token)
 
 
 def search_path() -> SearchPath:
     """Return the search path of the current command."""
     return _SEARCH_PATH.get() or SearchPath()
-
-
-def search_path_of(
-    folders: Sequence[str], config_name: str | None, *, searchpath: Sequence[str] = ()
-) -> SearchPath:
-    """Return the search path of `--config-dir`, `--config-name` and `hydra.searchpath`."""
-    requested = [("--config-dir", Path(folder)) for folder in folders]
-    requested += [(SEARCHPATH, _search_path_folder(entry)) for entry in searchpath]
-    found = [(key, folder.expanduser().absolute()) for key, folder in requested]
-    problems = [
-        Problem(
-            key,
-            folder,
-            reason="it is not a folder" if folder.exists() else "there is no such folder",
-        )
-        for key, folder in found
-        if not folder.is_dir()
-    ]
-    raise_problems(problems)
-    paths = tuple(folder for _, folder in found)
-    result = SearchPath(paths, (config_name or CONFIG_NAME).removesuffix(".yaml"))
-    with use_search_path(result):
-        roots = option_folders().values()
-        names = sorted({path.stem for folder in roots for path in folder.glob("*.yaml")})
-        if config_name is not None and result.config_name not in names:
-            reason = f"no config folder has {result.config_name}.yaml; available: "
-            near = nearest(result.config_name, names)
-            raise RequestError(
-                Problem("--config-name", config_name, reason + ", ".join(names), nearest=near)
-            )
-    return result
 
 
 def option_folders() -> dict[str, Path]:

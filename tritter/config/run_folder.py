@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field
 
 from tritter.checkpoints.history import digests_of, find_damage
 from tritter.checkpoints.location import is_within
-from tritter.config.folders import CONFIG_NAME, SearchPath, search_path, use_search_path
+from tritter.config.folders import CONFIG_NAME, SearchPath, search_path
 from tritter.config.overrides import command, program_command, recorded_overrides, resume_command
 from tritter.config.schema import SECTIONS, CheckpointModelConfig, RunConfig
 from tritter.data.skills import PREFIX
@@ -141,7 +141,7 @@ class RunRecord:
 
     def resume_command(self, folder: Path) -> str:
         """Return the command that resumes the run in `folder`."""
-        with use_search_path(self.search_path):
+        with self.search_path.in_use():
             return resume_command(folder, self.overrides)
 
 

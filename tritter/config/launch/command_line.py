@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from tritter.config.folders import SEARCHPATH, SearchPath, search_path_of
+from tritter.config.folders import SEARCHPATH, SearchPath
 from tritter.config.suggestions import flag_advice
 from tritter.errors import Problem, RequestError, brief, nearest
 
@@ -68,7 +68,7 @@ class CommandLine:
     @property
     def search_path(self) -> SearchPath:
         """The search path that the options name; a RequestError if a folder does not exist."""
-        return search_path_of(self.config_folders, self.config_name, searchpath=self.searchpath)
+        return SearchPath.of(self.config_folders, self.config_name, searchpath=self.searchpath)
 
 
 def one_line(error: BaseException) -> str:

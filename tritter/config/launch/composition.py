@@ -34,14 +34,7 @@ from tritter.config.fallbacks import (
     locate_in_fallback,
     with_fallback,
 )
-from tritter.config.folders import (
-    CHOSEN_BY,
-    body_of,
-    option_files,
-    option_folders,
-    search_path,
-    use_search_path,
-)
+from tritter.config.folders import CHOSEN_BY, body_of, option_files, option_folders, search_path
 from tritter.config.overrides import (
     force_override,
     no_option,
@@ -179,7 +172,7 @@ class Loader(ConfigLoaderImpl):
         if self.shown is not None:
             return self.shown
         parsed = parse(overrides, loader=self)
-        with use_search_path(self.search_path):  # a launcher's worker process does not have it
+        with self.search_path.in_use():  # a launcher's worker process does not have it
             problems = [*option_problems(parsed, self.options), *choice_problems(parsed)]
         rejected = {problem.key for problem in problems}
         if "experiment" in rejected:  # an experiment selects options of all groups

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tritter import __version__
-from tritter.config.folders import search_path, use_search_path
+from tritter.config.folders import search_path
 from tritter.config.launch.command_line import (
     FLAGS,
     SYSTEM_ERRORS,
@@ -101,7 +101,7 @@ def _run(typed: list[str], pipeline: "Pipeline") -> int:
     if command.is_version:
         say(f"tritter {__version__}")
         return 0
-    with use_search_path(command.search_path):
+    with command.search_path.in_use():
         if command.is_help:
             from tritter.config.launch.help import help_text
 
@@ -200,7 +200,7 @@ def config_of_run(arguments: Sequence[str], *, purpose: str) -> "RunConfig":
         raise RequestError(f"{refused[0]}: not with {purpose}; name its folder with --output.")
     if Launch.of() is not None:
         raise RequestError(f"{purpose} starts its own processes: omit torchrun or srun.")
-    with use_search_path(command.search_path):
+    with command.search_path.in_use():
         from tritter.config.launch.composition import composer
 
         with composer() as composing:
@@ -225,7 +225,7 @@ def run_once(arguments: Sequence[str], pipeline: "Pipeline") -> Path:
         raise RequestError(_NO_SWEEP)
     if command.info_flag is not None or command.is_help or command.is_version:
         raise RequestError("run takes overrides; use python train.py for help and --cfg.")
-    with use_search_path(command.search_path):
+    with command.search_path.in_use():
         from tritter.config.launch.composition import SweepInConfig, composer
         from tritter.config.launch.jobs import Task
         from tritter.config.launch.plan import handle_request, read_request
@@ -348,7 +348,7 @@ def completions(arguments: Sequence[str]) -> list[str]:
 
     try:
         command = read_command_line(before)
-        with use_search_path(command.search_path), composer() as composing:
+        with command.search_path.in_use(), composer() as composing:
             line = " ".join([*command.overrides, incomplete])
             plugin = DefaultCompletionPlugin(composing.loader)
             found: list[str] = plugin._query(search_path().config_name, line)

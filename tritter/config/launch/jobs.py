@@ -23,7 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from tritter.config.folders import SearchPath, search_path, use_search_path
+from tritter.config.folders import SearchPath, search_path
 from tritter.config.launch.composition import composer, plain_config
 from tritter.config.overrides import recorded_overrides
 from tritter.config.run_folder import (
@@ -142,7 +142,7 @@ class Task:
         Where it failed or did not begin, that is NaN, and for Optuna, which takes no NaN, None.
         """
         hydra = HydraConfig.get()
-        with use_search_path(self.config_search_path):  # which other processes don't know
+        with self.config_search_path.in_use():  # which other processes don't know
             if hydra.mode != RunMode.MULTIRUN:
                 return run_job(cfg, self.pipeline, jobs=self.jobs)
             if os.getpid() == self.process:

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tritter.checkpoints.run_text import side_problems
 from tritter.config.fallbacks import locate_in_fallback
-from tritter.config.folders import SearchPath, search_path, use_search_path
+from tritter.config.folders import SearchPath, search_path
 from tritter.config.launch.command_line import CommandLine
 from tritter.config.launch.composition import Composer
 from tritter.config.launch.jobs import (
@@ -231,7 +231,7 @@ def _add_resumed(
         *(path.flags if search_path() == SearchPath() else ()),
         *unreplayed_overrides(kept),
     ]:
-        with use_search_path(path):
+        with path.in_use():
             full_command = command([*combined, f"resume={override_value(str(folder))}"])
         raise RequestError(
             f"resume = {value}: the run was started with {', '.join(map(brief, refused))}. A run "
