@@ -16,7 +16,7 @@ from tests import compositions
 from tests.config.conftest import FakeOutcome, FakePipeline
 from tests.config.test_entry import Run
 from tritter.config.launch import jobs
-from tritter.config.launch.jobs import read_launch_settings
+from tritter.config.launch.jobs import LaunchSettings
 from tritter.config.schema import RunConfig
 from tritter.planning import run_memory as memory
 from tritter.storage.lock import locking_process
@@ -64,7 +64,7 @@ def test_processes_do_not_meet_on_the_same_devices(run: Run) -> None:
 def test_jobs_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     def how(class_name: str, num_jobs: int, **settings: object) -> tuple[int, int | None]:
         hydra = OmegaConf.create({"launcher": {"_target_": f"a.b.{class_name}", **settings}})
-        found = read_launch_settings(hydra, num_jobs=num_jobs)
+        found = LaunchSettings.of(hydra, num_jobs=num_jobs)
         return found.num_parallel, found.threads
 
     monkeypatch.setattr(jobs, "_num_cores", lambda: 8)

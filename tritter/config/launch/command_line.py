@@ -98,6 +98,7 @@ class _Parser(argparse.ArgumentParser):
 
 def read_command_line(arguments: Sequence[str]) -> CommandLine:
     """Parse the arguments of a command line."""
+    check_encodable(arguments)
     parser = _Parser(add_help=False, allow_abbrev=False)
     for names in _SWITCHES:
         parser.add_argument(*names, action="store_true")

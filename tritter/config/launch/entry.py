@@ -22,7 +22,6 @@ from tritter.config.launch.command_line import (
     FLAGS,
     SYSTEM_ERRORS,
     CommandLine,
-    check_encodable,
     one_line,
     read_command_line,
 )
@@ -74,7 +73,6 @@ def main(pipeline: "Pipeline", *, arguments: Sequence[str] | None = None) -> int
 def _main(pipeline: "Pipeline", arguments: Sequence[str] | None) -> int:
     typed = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        check_encodable(typed)
         with panics_as_errors(), stopping():
             return _run(typed, pipeline)
     except RequestError as error:
@@ -136,7 +134,7 @@ def _execute(
 ) -> int:
     from tritter.config.launch.composition import SweepInConfig
     from tritter.config.launch.jobs import Task
-    from tritter.config.launch.plan import handle_request, plan_of, read_request
+    from tritter.config.launch.plan import plan_of, read_request
 
     request = read_request(command, composing)
     if command.info_flag is not None:
@@ -148,7 +146,7 @@ def _execute(
             composing.loader.shown = composed
         return _show(command, request, composing.hydra)
     request.task = task = Task(pipeline=pipeline)
-    with _convert_hydra_errors(request), handle_request(request):
+    with request.handled():
         if not request.is_multirun:
             try:
                 return _run_one(request, task, composing.hydra)
@@ -160,29 +158,6 @@ def _execute(
     return 0  # it was finished before
 
 
-@contextmanager
-def _convert_hydra_errors(request: "Request") -> Iterator[None]:
-    """Raise what the callback refused, and errors of Hydra before the run began as bad requests.
-
-    A run that is finished already ends the block without an error.
-    """
-    from tritter.config.launch.plan import RequestRefused
-
-    try:
-        yield
-    except RequestRefused as refused:
-        if refused.error is not None:
-            raise refused.error from None
-    except (TritterError, *SYSTEM_ERRORS):
-        raise
-    except Exception as error:
-        if request.plan is not None:
-            raise
-        # A setting that Hydra rejects
-        reason = " ".join(str(error).split())
-        raise RequestError(f"Hydra can't start: {reason} ({type(error).__name__}).") from error
-
-
 def config_of_run(arguments: Sequence[str], *, purpose: str) -> "RunConfig":
     """Return the configuration of a single run that is not started.
 
@@ -190,7 +165,6 @@ def config_of_run(arguments: Sequence[str], *, purpose: str) -> "RunConfig":
         arguments: as `main` takes them.
         purpose: what needs it, for error messages.
     """
-    check_encodable(arguments)
     command = read_command_line(arguments)
     keys = {override.lstrip("+~").partition("=")[0] for override in command.overrides}
     refused = [key for key in sorted(keys) if key == "resume" or key.startswith("hydra.")]
@@ -217,7 +191,6 @@ def run_once(arguments: Sequence[str], pipeline: "Pipeline") -> Path:
         arguments: overrides, and of the flags `--config-dir` and `--config-name`.
         pipeline: as `main` takes it.
     """
-    check_encodable(arguments)
     command = read_command_line(arguments)
     if Launch.of() is not None:
         raise RequestError("run starts its own processes; with torchrun or srun, use train.py.")
@@ -228,7 +201,7 @@ def run_once(arguments: Sequence[str], pipeline: "Pipeline") -> Path:
     with command.search_path.in_use():
         from tritter.config.launch.composition import SweepInConfig, composer
         from tritter.config.launch.jobs import Task
-        from tritter.config.launch.plan import handle_request, read_request
+        from tritter.config.launch.plan import read_request
         from tritter.config.run_folder import read_status
 
         with composer() as composing:
@@ -241,7 +214,7 @@ def run_once(arguments: Sequence[str], pipeline: "Pipeline") -> Path:
                     return task(config)
 
             overrides = list(request.overrides)
-            with _convert_hydra_errors(request), handle_request(request):
+            with request.handled():
                 try:
                     name = search_path().config_name
                     composing.hydra.run(name, run_logged, overrides, with_log_configuration=False)

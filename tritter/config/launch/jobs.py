@@ -315,34 +315,47 @@ class LaunchSettings:
         """Whether jobs run in other processes than the one that was started."""
         return self.launcher != "basic"
 
+    @classmethod
+    def of(cls, hydra: DictConfig, *, num_jobs: int) -> "LaunchSettings":
+        """Return the settings of a sweep's launcher.
 
-def read_launch_settings(hydra: DictConfig, *, num_jobs: int) -> LaunchSettings:
-    """Return the settings of a sweep's launcher.
+        Args:
+            hydra: Hydra's own settings of a job.
+            num_jobs: that the sweeper gives it together.
+        """
+        plain = OmegaConf.to_container(hydra.launcher)
+        settings: Mapping[Any, Any] = plain if isinstance(plain, dict) else {}
+        kind, cores = str(settings.get(TARGET)).rpartition(".")[2], _num_cores()
+        name = _OF_CLASS.get(kind, kind)
+        if name == "joblib":
+            requested = settings.get("n_jobs") or 1
+            num_parallel = requested if requested > 0 else max(1, cores + 1 + requested)
+        elif name == "submitit_local":
+            num_parallel = num_jobs  # it starts all at once
+        elif name == "ray":
+            ray = settings.get("ray") or {}
+            of_all = (ray.get("init") or {}).get("num_cpus") or cores
+            of_each = (ray.get("remote") or {}).get("num_cpus") or 1
+            num_parallel = max(1, int(of_all / of_each))
+        else:
+            return cls(launcher=name)
+        num_parallel = max(1, min(num_parallel, num_jobs))
+        threads = max(1, cores // num_parallel)
+        return cls(launcher=name, num_parallel=num_parallel, threads=threads)
 
-    Args:
-        hydra: Hydra's own settings of a job.
-        num_jobs: that the sweeper gives it together.
-    """
-    plain = OmegaConf.to_container(hydra.launcher)
-    settings: Mapping[Any, Any] = plain if isinstance(plain, dict) else {}
-    kind, cores = str(settings.get(TARGET)).rpartition(".")[2], _num_cores()
-    name = _OF_CLASS.get(kind, kind)
-    if name == "joblib":
-        requested = settings.get("n_jobs") or 1
-        num_parallel = requested if requested > 0 else max(1, cores + 1 + requested)
-    elif name == "submitit_local":
-        num_parallel = num_jobs  # it starts all at once
-    elif name == "ray":
-        ray = settings.get("ray") or {}
-        of_all = (ray.get("init") or {}).get("num_cpus") or cores
-        of_each = (ray.get("remote") or {}).get("num_cpus") or 1
-        num_parallel = max(1, int(of_all / of_each))
-    else:
-        return LaunchSettings(launcher=name)
-    num_parallel = max(1, min(num_parallel, num_jobs))
-    return LaunchSettings(
-        launcher=name, num_parallel=num_parallel, threads=max(1, cores // num_parallel)
-    )
+    @contextmanager
+    def parallel_jobs(self, folder: Path) -> Iterator[None]:
+        """Set what the processes of a launcher start from, and let a signal end their jobs first.
+
+        Args:
+            folder: of the sweep.
+        """
+        (folder / _STOPPING_FILE).unlink(missing_ok=True)
+        with ExitStack() as inside:
+            if self.is_in_processes:
+                inside.enter_context(_environment(self))
+                inside.enter_context(_stop_jobs_first(folder))
+            yield
 
 
 def _num_cores() -> int:
@@ -350,21 +363,6 @@ def _num_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-@contextmanager
-def parallel_jobs(folder: Path, how: LaunchSettings) -> Iterator[None]:
-    """Set what the processes of a launcher start from, and let a signal end their jobs first.
-
-    Args:
-        folder: of the sweep.
-    """
-    (folder / _STOPPING_FILE).unlink(missing_ok=True)
-    with ExitStack() as inside:
-        if how.is_in_processes:
-            inside.enter_context(_environment(how))
-            inside.enter_context(_stop_jobs_first(folder))
-        yield
 
 
 @contextmanager

@@ -19,15 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 from tritter.checkpoints.run_text import side_problems
 from tritter.config.fallbacks import locate_in_fallback
 from tritter.config.folders import SearchPath, search_path
-from tritter.config.launch.command_line import CommandLine
+from tritter.config.launch.command_line import SYSTEM_ERRORS, CommandLine
 from tritter.config.launch.composition import Composer
-from tritter.config.launch.jobs import (
-    Job,
-    LaunchSettings,
-    Task,
-    parallel_jobs,
-    read_launch_settings,
-)
+from tritter.config.launch.jobs import Job, LaunchSettings, Task
 from tritter.config.overrides import (
     check_command_line,
     command,
@@ -58,8 +52,6 @@ from tritter.terminal import say
 from tritter.training.options import compiler_problems
 
 _SEQUENTIAL = LaunchSettings()
-
-
 _BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 _RESUME_IN_FILE = "it is set in an option file; set it on the command line"
 _RESUME_IN_SWEEP = (
@@ -117,8 +109,33 @@ class Request:
     plan: Plan | None = None
     exit_stack: ExitStack = field(default_factory=ExitStack)
 
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        """Run the request with Hydra inside this context.
 
-class RequestRefused(BaseException):
+        What the callback refused is raised. An error of Hydra before the run began is raised as a
+        bad request. A run that is finished already ends the block without an error.
+        """
+        token = _REQUEST.set(self)
+        try:
+            with self.exit_stack:
+                yield
+        except _RequestRefused as refused:
+            if refused.error is not None:
+                raise refused.error from None
+        except (TritterError, *SYSTEM_ERRORS):
+            raise
+        except Exception as error:
+            if self.plan is not None:
+                raise
+            # A setting that Hydra rejects
+            reason = " ".join(str(error).split())
+            raise RequestError(f"Hydra can't start: {reason} ({type(error).__name__}).") from error
+        finally:
+            _REQUEST.reset(token)
+
+
+class _RequestRefused(BaseException):
     """Raised by the callback, because Hydra only warns about an Exception and continues.
 
     Args:
@@ -150,7 +167,7 @@ class RequestValidation(Callback):
                 (job,), key, folder = plan.jobs, "hydra.run.dir", plan.jobs[0].folder
                 if job.state is RunState.FINISHED:
                     say(f"This run is finished, nothing to do. Summary: {folder / SUMMARY_FILE}")
-                    raise RequestRefused
+                    raise _RequestRefused
                 hydra.run.dir = str(folder)
             else:
                 key, folder = "hydra.sweep.dir", plan.sweep_folder
@@ -160,24 +177,13 @@ class RequestValidation(Callback):
             require_writable(folder, key=key)
             request.exit_stack.enter_context(folder_lock(folder, key=key))
             if plan.sweep_folder is not None:
-                request.exit_stack.enter_context(parallel_jobs(folder, plan.launching))
+                request.exit_stack.enter_context(plan.launching.parallel_jobs(folder))
             if request.task is not None:
                 request.task.jobs, request.task.keeps_failed = plan.jobs, plan.is_adaptive
         except Exception as error:
-            raise RequestRefused(error) from error
+            raise _RequestRefused(error) from error
 
     on_multirun_start = on_run_start
-
-
-@contextmanager
-def handle_request(request: Request) -> Iterator[Request]:
-    """Run a request with Hydra inside this context."""
-    token = _REQUEST.set(request)
-    try:
-        with request.exit_stack:
-            yield request
-    finally:
-        _REQUEST.reset(token)
 
 
 def read_request(typed: CommandLine, composing: Composer) -> Request:
@@ -335,7 +341,7 @@ def _plan_sweep(request: Request, composed: DictConfig) -> Plan:
     if hydra.sweeper.get("_target_") != _BASIC_SWEEPER:
         # An adaptive sweeper: each job is validated when it starts
         example = _plan_jobs(composing, [[*map(_first_value, task)]], shared, is_example=True)
-        launcher = read_launch_settings(hydra, num_jobs=int(hydra.sweeper.get("n_jobs") or 1))
+        launcher = LaunchSettings.of(hydra, num_jobs=int(hydra.sweeper.get("n_jobs") or 1))
         notes = _notes(launcher, folder)
         sampler = hydra.sweeper.get("sampler") if hydra.sweeper.get("storage") is None else None
         if sampler is not None and "seed" in sampler and sampler.seed is None:
@@ -362,7 +368,7 @@ def _plan_sweep(request: Request, composed: DictConfig) -> Plan:
             f"hydra.sweep.subdir = {jobs[0].folder.name}: several jobs would share this folder; "
             "use a name that differs between jobs, such as ${hydra.job.num}."
         )
-    launcher = read_launch_settings(hydra, num_jobs=len(jobs))
+    launcher = LaunchSettings.of(hydra, num_jobs=len(jobs))
     return Plan(jobs, folder, launcher, notes=_notes(launcher, folder, num_jobs=len(jobs)))
 
 
