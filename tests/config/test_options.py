@@ -9,12 +9,12 @@ import pytest
 from omegaconf import OmegaConf
 
 from tritter.conf_folder import config_folder
-from tritter.config.components import METHOD_GROUPS
+from tritter.config.components import BASES, CHOSEN_GROUPS, METHOD_GROUPS
 from tritter.config.folders import LADDERS
 from tritter.config.launch.composition import Composer
 from tritter.config.launch.help import description, help_text
 from tritter.config.run_folder import _RUNS
-from tritter.config.schema import OPEN_GROUPS, SECTIONS
+from tritter.config.schema import SECTIONS
 from tritter.config.validation import known_keys
 from tritter.core.expansions import EXPANSIONS
 from tritter.methods.forgetting.replay import Replay, ReplayOptions
@@ -89,7 +89,8 @@ def _unwrapped(page: str) -> list[str]:
 
 def test_every_group_and_method_has_options() -> None:
     groups = {path.parent.name for path in OPTION_FILES}
-    assert groups == {*SECTIONS, *METHOD_GROUPS, *OPEN_GROUPS, "experiment", LADDERS}
+    classes = {"optimizer", *METHOD_GROUPS, *CHOSEN_GROUPS, *BASES}
+    assert groups == {*SECTIONS, *classes, "experiment", LADDERS}
 
 
 def test_keys_are_the_frozen_interface() -> None:

@@ -12,13 +12,12 @@ from typing import Any, TypeVar, get_args
 
 from tritter.checkpoints.location import checkpoint_location
 from tritter.config.folders import CHOSEN_BY, body_of, option_files, shipped_options
-from tritter.config.schema import CheckpointModelConfig, LoggerConfig, Model, RunConfig, WandbConfig
+from tritter.config.schema import CheckpointModelConfig, LoggerConfig, Model, WandbConfig
 from tritter.config.suggestions import child_names, hint_for, nearest_key
 from tritter.data.chat import template_location
 from tritter.data.options import DataConfig, NamedTextConfig
 from tritter.errors import Problem, RequestError, key_name, nearest, show
 from tritter.evaluation.options import EvaluationConfig
-from tritter.methods.moe_routing.options import appends_experts
 from tritter.options import choices, component_class, field_keys, join, read_component, read_options
 from tritter.storage.reading import named_path
 from tritter.targets import TARGET, Component, argument_problems, building_problem, dotted, resolve
@@ -33,7 +32,6 @@ from tritter.training.options import (
     TrainerSettings,
     TrainerValues,
     callback_problems,
-    callbacks_of,
     trainer_argument_problems,
     trainer_parameters,
 )
@@ -431,23 +429,6 @@ def _read_parts(
             made, problems = _try_build(key, kind, body)
             reader.problems += problems or (made.problems(key) if group == "stages" else ())
     return _valid_components(group, bodies, classes)
-
-
-def averaging_problems(config: RunConfig) -> Iterator[Problem]:
-    """Yield reasons against averaging weights: rounding moves frozen ones, experts are added."""
-    freezing_keys = {
-        "expansion.llama_pro.new_blocks_only": any(s.new_blocks_only for s in config.expansion),
-        "adaptation.freeze_base": appends_experts(config) and config.adaptation.freeze_base,
-    }
-    cause = next((f"{key} = true" for key, is_set in freezing_keys.items() if is_set), None)
-    methods = (f"forgetting={one.name}" for one in config.forgetting if one.kind.freezes)
-    cause = cause or next(methods, None)
-    reason = f"{cause} freezes weights, and averaging would move them by rounding; "
-    reason += "leave one of the two out"
-    if config.experts is not None:
-        cause, reason = "experts", "averaging misses experts added during training; leave it out"
-    for one in callbacks_of("WeightAveraging", config) if cause else ():
-        yield Problem(f"callbacks.{one.name}.{TARGET}", one.options[TARGET], reason=reason)
 
 
 def _read_loggers(

@@ -42,7 +42,6 @@ from tritter.storage.reading import (
 )
 from tritter.storage.records import InnerName, read_record, record, record_text
 from tritter.targets import Component, identity
-from tritter.training.options import WITHOUT_EFFECT as NO_EFFECT
 
 _RUNS = Path("outputs/runs")  # hydra.run.dir of conf/config.yaml, without the timestamp
 
@@ -376,8 +375,8 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
             for fallback in config.fallbacks
         ]
     result["data"] |= identity(type(config.data))
-    result["trainer"] |= effective_arguments(config)
-    result["optimizer"] = optimizer_record(config)
+    result["trainer"] |= config.effective_arguments()
+    result["optimizer"] = config.optimizer_record()
     if config.callbacks:
         result["callbacks"] = {one.name: one.plain() for one in config.callbacks}
     if config.metrics:
@@ -407,23 +406,6 @@ def _methods(config: RunConfig) -> dict[str, Any]:
         bodies = {one.name: one.plain() for one in chosen}
         result[group] = {"methods": [*bodies], **bodies}
     return result
-
-
-def effective_arguments(config: RunConfig) -> dict[str, Any]:
-    """Return the additional Trainer arguments that affect the trained weights."""
-    arguments = config.trainer.arguments
-    return {name: arguments[name] for name in arguments if name not in NO_EFFECT}
-
-
-def optimizer_record(config: RunConfig) -> dict[str, Any]:
-    """Return the optimizer's class and all options that apply to a base."""
-    optimizer = config.optimizer
-    return {
-        "target": optimizer.target,
-        "weight_decay": optimizer.weight_decay,
-        **optimizer.arguments,
-        **identity(optimizer.target),
-    }
 
 
 def changes_between(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

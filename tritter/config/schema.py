@@ -6,7 +6,7 @@ Defaults are in `conf/` only. The type of a field defines its allowed values.
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -17,16 +17,13 @@ from tritter.evaluation.options import EvaluationConfig, GateConfig
 from tritter.limits import MAX_PARAMETERS, MAX_SEED
 from tritter.methods.moe_routing.options import AdaptationOptions, RoutingOptions
 from tritter.options import PARSED_COUNT, Count, RunRequest, Text, options
-from tritter.targets import Component
+from tritter.targets import Component, identity
 from tritter.training.optimizer import OptimizerSettings
-from tritter.training.options import TrainerSettings, TrainerValues, TrainingConfig
+from tritter.training.options import WITHOUT_EFFECT, TrainerSettings, TrainerValues, TrainingConfig
 
 if TYPE_CHECKING:
     from tritter.core.expansions import ExpansionSpec
 
-ONE_OF = ("growth", "experts")  # groups with exactly one option
-# Groups with arguments of third-party classes
-OPEN_GROUPS = ("optimizer", "callbacks", "logger", "metrics", "stages", *ONE_OF)
 # Keys that `resume` does not replay from a run folder, which may be untrusted: they name a program,
 # a class, a model, a folder, a server or an account, or start another run. Of data and checkpoints,
 # only the run's own are replayed; they are printed first.
@@ -173,6 +170,21 @@ class RunConfig(RootValues, RunRequest):
     def attempts(self) -> "tuple[RunConfig, ...]":
         """The configuration of each attempt: the run itself, then its fallbacks."""
         return (self, *self.fallbacks)
+
+    def effective_arguments(self) -> dict[str, Any]:
+        """Return the additional Trainer arguments that affect the trained weights."""
+        arguments = self.trainer.arguments
+        return {name: arguments[name] for name in arguments if name not in WITHOUT_EFFECT}
+
+    def optimizer_record(self) -> dict[str, Any]:
+        """Return the optimizer's class and all options that apply to a base."""
+        optimizer = self.optimizer
+        return {
+            "target": optimizer.target,
+            "weight_decay": optimizer.weight_decay,
+            **optimizer.arguments,
+            **identity(optimizer.target),
+        }
 
 
 SECTIONS: dict[str, type | UnionType] = {

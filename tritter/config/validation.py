@@ -19,7 +19,6 @@ from tritter.config.components import (
     READERS,
     Origin,
     Reader,
-    averaging_problems,
     data_keys,
     find_classes,
     method_keys,
@@ -29,7 +28,6 @@ from tritter.config.derived import validation_period, with_batches, with_samples
 from tritter.config.fallbacks import ladder_problems
 from tritter.config.folders import body_of, option_files
 from tritter.config.schema import (
-    OPEN_GROUPS,
     SECTIONS,
     CheckpointModelConfig,
     ModelConfig,
@@ -46,10 +44,11 @@ from tritter.data.options import RULES as DATA_RULES
 from tritter.data.options import NamedTextConfig
 from tritter.errors import Problem, RequestError, raise_problems
 from tritter.evaluation.options import RULES as EVALUATION_RULES
-from tritter.methods.moe_routing.options import expert_problems
+from tritter.methods.moe_routing.options import appends_experts, expert_problems
 from tritter.options import Start, field_keys, leaves, methods_of
 from tritter.planning.strategy import pipeline_problems, planned_rounds
 from tritter.storage.reading import named_path
+from tritter.targets import TARGET
 from tritter.training.forgetting_method import (
     ForgettingMethod,
     method_start_problems,
@@ -57,7 +56,13 @@ from tritter.training.forgetting_method import (
 )
 from tritter.training.method import Method
 from tritter.training.optimizer import OptimizerValues
-from tritter.training.options import PRESET_RATE, default_rate, trainer_start_problems, with_steps
+from tritter.training.options import (
+    PRESET_RATE,
+    callbacks_of,
+    default_rate,
+    trainer_start_problems,
+    with_steps,
+)
 from tritter.training.options import RULES as TRAINING_RULES
 
 _Bodies = Mapping[str, Mapping[str, Any]]  # group → its body
@@ -66,13 +71,13 @@ _OF_ENTRIES = (*METHOD_GROUPS, *BASES)  # groups with several options
 _NOTHING = {"logger": "csv"}  # the option that selects nothing; `none` in other groups
 _OF_EXPERTS = ("moe_routing", "adaptation")  # not in the config unless an expansion selects them
 Rule = Callable[[RunConfig], Iterable[Problem]]
-_GROUPS = (*SECTIONS, *METHOD_GROUPS, *OPEN_GROUPS)
+_GROUPS = (*SECTIONS, "optimizer", *CHOSEN_GROUPS, *_OF_ENTRIES)
 
 
 def _group_bodies(reader: Reader, raw: Mapping[str, Any]) -> _Bodies:
     """Return the body of each group, without the option `none` and disabled entries."""
     bodies = {}
-    for group in (*SECTIONS, "optimizer", *CHOSEN_GROUPS, *_OF_ENTRIES):
+    for group in _GROUPS:
         body = raw.get(group)
         if body is None and group in (*_OF_ENTRIES, *CHOSEN_GROUPS, *_OF_EXPERTS):
             body = {}
@@ -443,6 +448,23 @@ def _children_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem("forgetting", without_weights, reason=reason)
 
 
+def _averaging_problems(config: RunConfig) -> Iterator[Problem]:
+    """Yield reasons against averaging weights: rounding moves frozen ones, experts are added."""
+    freezing_keys = {
+        "expansion.llama_pro.new_blocks_only": any(s.new_blocks_only for s in config.expansion),
+        "adaptation.freeze_base": appends_experts(config) and config.adaptation.freeze_base,
+    }
+    cause = next((f"{key} = true" for key, is_set in freezing_keys.items() if is_set), None)
+    methods = (f"forgetting={one.name}" for one in config.forgetting if one.kind.freezes)
+    cause = cause or next(methods, None)
+    reason = f"{cause} freezes weights, and averaging would move them by rounding; "
+    reason += "leave one of the two out"
+    if config.experts is not None:
+        cause, reason = "experts", "averaging misses experts added during training; leave it out"
+    for one in callbacks_of("WeightAveraging", config) if cause else ():
+        yield Problem(f"callbacks.{one.name}.{TARGET}", one.options[TARGET], reason=reason)
+
+
 _RULES: tuple[Rule, ...] = (
     model_problems,
     _data_problems,
@@ -454,5 +476,5 @@ _RULES: tuple[Rule, ...] = (
     _vocabulary_problems,
     _children_problems,
     pipeline_problems,
-    averaging_problems,
+    _averaging_problems,
 )

@@ -20,7 +20,6 @@ from tritter.checkpoints.folder import LinkedTensors
 from tritter.checkpoints.history import checkpoint_changes
 from tritter.checkpoints.location import checkpoint_model
 from tritter.checkpoints.record import training_record
-from tritter.config.run_folder import effective_arguments, optimizer_record
 from tritter.config.schema import CheckpointModelConfig
 from tritter.config.validation import base_model, old_data_problems, start_problems
 from tritter.core.families import Model
@@ -131,11 +130,11 @@ def _made_from(run: Run) -> dict[str, Any]:
         "data": text,
         "pretraining": pretraining,
         "warmup_steps": schedule_of(config.pretraining).warmup_steps,
-        "optimizer": optimizer_record(config),
+        "optimizer": config.optimizer_record(),
         # Several processes sum in another order, and sharding changes rounding
         "trainer": {key: trainer[key] for key in _TRAINER_KEYS}
         | {"is_sharded": trainer["strategy"] == "fsdp"}
-        | effective_arguments(config),
+        | config.effective_arguments(),
         "seed": config.seed,
     }
 

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from tritter.conf_folder import config_folder
-from tritter.config.components import METHOD_GROUPS, Origin, method_names
+from tritter.config.components import BASES, CHOSEN_GROUPS, METHOD_GROUPS, Origin, method_names
 from tritter.config.fallbacks import (
     FALLBACK_GROUPS,
     choice_problems,
@@ -44,7 +44,7 @@ from tritter.config.overrides import (
     refuse_sweeps,
 )
 from tritter.config.run_folder import check_overrides
-from tritter.config.schema import ONE_OF, OPEN_GROUPS, RunConfig
+from tritter.config.schema import RunConfig
 from tritter.config.suggestions import nearest_key
 from tritter.config.validation import Rule, validate
 from tritter.errors import Problem, RequestError, raise_problems, refusal, show
@@ -297,7 +297,7 @@ class Composer:
         paths = [(file.config_path or "").partition("/") for file in files]
         selected = {
             group: [option for first, _, option in paths if first == group]
-            for group in (*METHOD_GROUPS, *OPEN_GROUPS)
+            for group in (*METHOD_GROUPS, "optimizer", *BASES, *CHOSEN_GROUPS)
         }
         problems += _selection_problems(raw, selected, origins)
         raw = resolve_training_limits(raw, origins.file_of_key)
@@ -445,10 +445,10 @@ def _selection_problems(
         if len(set(names)) < len(names):
             reason = f"list each once: {show(list(dict.fromkeys(names)))}"
             problems.append(Problem(group, names, reason=f"duplicate entry; {reason}"))
-        if group in ONE_OF and len(names) > 1:
+        if group in CHOSEN_GROUPS and len(names) > 1:
             reason = f"select one; -m {group}={','.join(names)} runs them in turn"
             problems.append(Problem(group, names, reason=reason))
-        elif group in OPEN_GROUPS:
+        elif group not in METHOD_GROUPS:
             problems += _conflict_problems(group, names)
     for group in METHOD_GROUPS:
         names = selected[group]
