@@ -22,7 +22,7 @@ from tritter.planning.plan import (
     plan_expansion_path,
     plan_growth,
 )
-from tritter.planning.shapes import GrowthMethods, aspect_ratio, named_shape
+from tritter.planning.shapes import GrowthMethods, NamedShape, aspect_ratio
 
 SMALL: Config = tiny_llama().config.to_dict()
 STRATEGIES = ("depth_first", "width_first", "balanced", "auto")
@@ -31,7 +31,7 @@ PATHS = [(3, 7), (7, 10), (3, 10), (7, 14), (0.125, 14)]
 
 
 def planned(source: float, target: float, strategy: str, *, hours: float = 1e9) -> GrowthPlan:
-    shape = named_shape(int(source * 1e9))
+    shape = NamedShape.near(int(source * 1e9))
     return plan_growth(shape.model, int(target * 1e9), gpu_hours=hours, strategy=strategy)
 
 
@@ -308,7 +308,7 @@ def test_a_target_just_above_the_source_still_takes_a_step() -> None:
 
 
 def test_a_count_without_a_preset_is_one_with_other_layers() -> None:
-    assert named_shape(3_000_000_000).name == "tritter_3b"
-    other = named_shape(5_000_000_000)
+    assert NamedShape.near(3_000_000_000).name == "tritter_3b"
+    other = NamedShape.near(5_000_000_000)
     assert other.name != "tritter_3b" and "layers" in other.name
     assert other.parameters == pytest.approx(5e9, rel=0.02)

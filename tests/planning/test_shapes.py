@@ -13,13 +13,12 @@ from tritter.errors import RequestError
 from tritter.planning.shapes import (
     WIDTH_GRIDS,
     GrowthMethods,
+    Shape,
     _WidthGrid,
     depth_specs,
-    nearest_shape,
-    reached_shape,
     width_specs,
 )
-from tritter.planning.strategy import PathRequest, find_paths
+from tritter.planning.strategy import PathRequest
 
 SMALL: Config = tiny_llama().config.to_dict()
 
@@ -31,8 +30,7 @@ def test_wider_shapes_are_real_ones(name: str, grid: _WidthGrid) -> None:
     config = PRESETS[name].config()
     old = Model(config).sizes
     shapes = [
-        reached_shape(Model(config), spec)
-        for spec in width_specs(Model(config), Width(), grid=grid)
+        Shape.of(Model(config), spec) for spec in width_specs(Model(config), Width(), grid=grid)
     ]
     assert shapes or grid == "fine"  # without key/value groups, every size is proportional
     for shape in shapes:
@@ -77,7 +75,7 @@ def test_the_nearest_shape_is_that_of_a_plain_search(growth: float) -> None:
     specs = width_specs(Model(config), Width(), grid="proportional")
     wanted = growth * Model(config).num_parameters
     counts = [target_model(Model(config), [spec]).num_parameters for spec in specs]
-    found = nearest_shape(Model(config), specs, wanted)
+    found = Shape.nearest(Model(config), specs, wanted)
     assert found is not None
     best = min(counts, key=lambda count: max(count / wanted, wanted / count))
     assert found.parameters == best
@@ -97,11 +95,12 @@ def test_layer_norms_are_widened_by_copies_unless_another_method_is_asked_for() 
     source = Model(GPTNeoXConfig(**config).to_dict())
     request = {"source": source, "target_parameters": 924_416}
     methods = GrowthMethods.of([], source)
-    (shapes,) = find_paths(PathRequest(**request, strategy="width_first", methods=methods)).values()
+    wider = PathRequest(**request, strategy="width_first", methods=methods)
+    (shapes,) = wider.find_paths().values()
     assert shapes[0].model.sizes.hidden_size == 128
     fresh = GrowthMethods.of([Width()], source)
     with pytest.raises(RequestError, match=r"LayerNorms grow in width only with .*=net2net"):
-        find_paths(PathRequest(**request, strategy="width_first", methods=fresh))
+        PathRequest(**request, strategy="width_first", methods=fresh).find_paths()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import pytest
 
 from tritter.core.expansions import LlamaPro, Moe, Width, target_model
 from tritter.core.families import Config, Model, llama_config
-from tritter.planning import upcycling
 from tritter.planning.upcycling import (
     Upcycling,
     _dense_loss,
@@ -96,14 +95,13 @@ def test_sizes_outside_the_law_are_reported() -> None:
 def test_a_plan_has_one_for_models_with_a_partner() -> None:
     source = Model(family_config(hidden_size=2048, layers=16))
     budget = {"dense_tokens": 20 * B, "gpu_flops": 1e20, "sequence_length": 1024}
-    found = upcycling.planned(source, **budget)  # type: ignore[arg-type]
+    found = Upcycling.of_budget(source, **budget)  # type: ignore[arg-type]
     assert found is not None
     assert 1.3 < found.cost < 2  # a token uses two FFNs instead of one
-    assert (
-        upcycling.planned(source.changed({**source.config, "model_type": "gpt2"}), **budget) is None
-    )  # type: ignore[arg-type]
+    other = source.changed({**source.config, "model_type": "gpt2"})
+    assert Upcycling.of_budget(other, **budget) is None  # type: ignore[arg-type]
     biased = source.changed({**source.config, "attention_bias": True})
-    assert upcycling.planned(biased, **budget) is None  # type: ignore[arg-type]
+    assert Upcycling.of_budget(biased, **budget) is None  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

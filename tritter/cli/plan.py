@@ -157,7 +157,7 @@ def plan(
     from tritter.planning.memory import TrainingSetup
     from tritter.planning.plan import Assumptions, plan_growth
     from tritter.planning.serving import serving_notes
-    from tritter.planning.upcycling import planned
+    from tritter.planning.upcycling import Upcycling
 
     with use_names(_NAMES):
         start = _read_source(source)
@@ -188,7 +188,7 @@ def plan(
     notes = list(_command_notes(commands))
     found = serving_notes(made.steps[-1].target, made.source)
     notes += [f"Shape of the result: {note}." for note in found]
-    upcycling = planned(
+    upcycling = Upcycling.of_budget(
         start.model,
         dense_tokens=float(source_tokens or tokens_per_parameter * start.parameters),
         gpu_flops=assumptions.flops(gpu_hours),
@@ -261,7 +261,7 @@ def _read_source(text: str) -> NamedShape:
     """Return the shape of `--source`."""
     from tritter.checkpoints.location import require_plain
     from tritter.core.families.config_file import read_model_file
-    from tritter.planning.shapes import NamedShape, named_shape
+    from tritter.planning.shapes import NamedShape
 
     if _is_checkpoint(text):
         with refuse_damage():
@@ -271,15 +271,15 @@ def _read_source(text: str) -> NamedShape:
     if (preset := _preset(text)) is not None:
         return preset
     folders = [entry.name for entry in Path.cwd().iterdir() if entry.is_dir()]
-    return named_shape(_count("source", text, near=folders))
+    return NamedShape.near(_count("source", text, near=folders))
 
 
 def _preset(text: str) -> NamedShape | None:
     from tritter.core.families.presets import PRESETS
-    from tritter.planning.shapes import preset_shape
+    from tritter.planning.shapes import NamedShape
 
     name = text.lower().replace("-", "_")
-    return preset_shape(PRESETS[name]) if name in PRESETS else None
+    return NamedShape.of(PRESETS[name]) if name in PRESETS else None
 
 
 def _count(key: str, text: str, *, near: Sequence[str] = ()) -> int:

@@ -9,8 +9,8 @@ from tritter.core.expansions import ExpansionSpec
 from tritter.core.families import Config, Model, training_flops
 from tritter.errors import refused
 from tritter.planning.memory import TrainingMemory, TrainingSetup, is_attention, training_memory
-from tritter.planning.shapes import GrowthMethods, Shape, named_shape, reached_shape, specs_like
-from tritter.planning.strategy import AUTO, PathRequest, find_paths, lopsidedness
+from tritter.planning.shapes import GrowthMethods, NamedShape, Shape
+from tritter.planning.strategy import AUTO, PathRequest
 
 SMALLEST_MODEL = 44_000_000  # parameters; below, the law extrapolates beyond its data
 _A100_FLOPS = 312e12  # dense, per second, as published by NVIDIA
@@ -288,13 +288,13 @@ def plan_growth(
     )
     plans = [
         _price_plan(replace(request, strategy=name), path, gpu_hours, assumptions)
-        for name, path in find_paths(request).items()
+        for name, path in request.find_paths().items()
     ]
     least = min(plan.predicted_loss for plan in plans)
     level = [plan for plan in plans if plan.predicted_loss <= least + LAW_RESOLUTION]
     ends = [plan.steps[-1] for plan in level]
     shapes = [Shape(end.spec, end.target) for end in ends]
-    best = min(range(len(level)), key=lambda number: lopsidedness(shapes[number]))
+    best = min(range(len(level)), key=lambda number: shapes[number].lopsidedness)
     losses = {plan.strategy: plan.predicted_loss for plan in plans}
     return replace(level[best], alternatives=losses if strategy == AUTO else {})
 
@@ -321,7 +321,7 @@ def plan_expansion_path(
         RequestError: as in `plan_growth`.
     """
     source = Model(source_params) if isinstance(source_params, dict) else source_params
-    source = source if isinstance(source, Model) else named_shape(int(source)).model
+    source = source if isinstance(source, Model) else NamedShape.near(int(source)).model
     plan = plan_growth(
         source,
         int(target_params),
@@ -405,14 +405,14 @@ def _reached(
     """Return the largest affordable step in the direction of an unaffordable one."""
 
     def hours(spec: ExpansionSpec) -> float:
-        shape = reached_shape(before.target, spec)
+        shape = Shape.of(before.target, spec)
         return _hours_for(shape.model, _due_tokens(before, shape, assumptions), assumptions)
 
-    specs = sorted(specs_like(before.target, missed.spec, request.methods), key=hours)
+    specs = sorted(request.methods.specs_like(before.target, missed.spec), key=hours)
     index = bisect_right(specs, gpu_hours - before.total_gpu_hours, key=hours)
     if not index:
         return None
-    shape = reached_shape(before.target, specs[index - 1])
+    shape = Shape.of(before.target, specs[index - 1])
     return _step(before, shape, gpu_hours, assumptions)
 
 

@@ -4,12 +4,12 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from tritter.core.expansions import Dus, ExpansionSpec, Layers, Width, target_model
 from tritter.core.expansions.specification import is_possible
 from tritter.core.families import Dimensions, Model
-from tritter.core.families.presets import PRESETS, Preset
+from tritter.core.families.presets import PRESETS, Preset, aspect_ratio_at
 from tritter.errors import RequestError, refused
 from tritter.limits import MAX_LAYERS, MAX_WIDTH
 
@@ -44,6 +44,28 @@ class Shape:
     spec: ExpansionSpec
     model: Model
 
+    @classmethod
+    def of(cls, source: Model, spec: ExpansionSpec) -> Self:
+        """Return the shape that an expansion yields."""
+        return cls(spec, target_model(source, [spec]))
+
+    @classmethod
+    def nearest(
+        cls, source: Model, specs: Sequence[ExpansionSpec], parameters: float
+    ) -> Self | None:
+        """Return the shape with the nearest number of parameters, by ratio.
+
+        Args:
+            source: the model to expand.
+            specs: expansions of the source, in ascending order of parameters.
+            parameters: the target size.
+        """
+        if not specs:
+            return None
+        index = bisect_left(specs, parameters, key=lambda spec: cls.of(source, spec).parameters)
+        around = [cls.of(source, spec) for spec in specs[max(index - 1, 0) : index + 1]]
+        return min(around, key=lambda shape: abs(math.log(shape.parameters / parameters)))
+
     @property
     def parameters(self) -> int:
         return self.model.num_parameters
@@ -51,6 +73,11 @@ class Shape:
     @property
     def aspect_ratio(self) -> float:
         return aspect_ratio(self.model)
+
+    @property
+    def lopsidedness(self) -> float:
+        """The |log ratio| of its aspect ratio to that of presets of its size."""
+        return abs(math.log(self.aspect_ratio / aspect_ratio_at(self.parameters)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +132,15 @@ class GrowthMethods:
                 )
             found[direction] = spec
         return cls(depth=found.get("depth"), width=found.get("width"))
+
+    def specs_like(self, source: Model, spec: ExpansionSpec) -> list[ExpansionSpec]:
+        """Return the expansions of a model in the direction of `spec`."""
+        if _direction(spec) == "depth":
+            assert self.depth is not None
+            return depth_specs(source, self.depth)
+        assert self.width is not None
+        grids: tuple[_WidthGrid, ...] = ("proportional", "fine")
+        return [spec for grid in grids for spec in width_specs(source, self.width, grid=grid)]
 
 
 def aspect_ratio(model: Model) -> float:
@@ -167,39 +203,9 @@ def width_specs(
     return [spec for spec in specs if is_possible(source, spec)]
 
 
-def specs_like(source: Model, spec: ExpansionSpec, methods: GrowthMethods) -> list[ExpansionSpec]:
-    """Return the expansions of a model in the direction of `spec`."""
-    if _direction(spec) == "depth":
-        assert methods.depth is not None
-        return depth_specs(source, methods.depth)
-    assert methods.width is not None
-    grids: tuple[_WidthGrid, ...] = ("proportional", "fine")
-    return [spec for grid in grids for spec in width_specs(source, methods.width, grid=grid)]
-
-
 def _thin_out(sizes: range) -> range:
     """Return all sizes, or every n-th of many; n is odd, because methods may need even sizes."""
     return sizes[:: len(sizes) // _NUM_SIZES // 2 * 2 + 1]
-
-
-def nearest_shape(source: Model, specs: Sequence[ExpansionSpec], parameters: float) -> Shape | None:
-    """Return the shape with the nearest number of parameters, by ratio.
-
-    Args:
-        source: the model to expand.
-        specs: expansions of the source, in ascending order of parameters.
-        parameters: the target size.
-    """
-    if not specs:
-        return None
-    index = bisect_left(specs, parameters, key=lambda spec: reached_shape(source, spec).parameters)
-    around = [reached_shape(source, spec) for spec in specs[max(index - 1, 0) : index + 1]]
-    return min(around, key=lambda shape: abs(math.log(shape.parameters / parameters)))
-
-
-def reached_shape(source: Model, spec: ExpansionSpec) -> Shape:
-    """Return the shape that an expansion yields."""
-    return Shape(spec, target_model(source, [spec]))
 
 
 def _unit(sizes: Dimensions, grid: _WidthGrid) -> int:
@@ -247,30 +253,30 @@ class NamedShape:
     name: str
     model: Model
 
+    @classmethod
+    def of(cls, preset: Preset) -> "NamedShape":
+        """Return a preset's shape."""
+        return cls(preset.name, Model(preset.config()))
+
+    @classmethod
+    def near(cls, parameters: int) -> "NamedShape":
+        """Return the preset with about this many parameters, or a preset with another depth."""
+        whole = [cls.of(preset) for preset in PRESETS.values()]
+        near = [shape for shape in whole if _miss(shape, parameters) <= _TOLERANCE]
+        shapes = near or [_with_other_depth(preset, parameters) for preset in PRESETS.values()]
+        best = min(shapes, key=lambda shape: _miss(shape, parameters))
+        if _miss(best, parameters) > _TOLERANCE:
+            raise refused(
+                "source",
+                f"{parameters:,} parameters",
+                "the nearest preset, with up to twice its layers or fewer, has "
+                f"{best.parameters:,}; use a checkpoint folder",
+            )
+        return best
+
     @property
     def parameters(self) -> int:
         return self.model.num_parameters
-
-
-def named_shape(parameters: int) -> NamedShape:
-    """Return the preset with about this many parameters, or a preset with another depth."""
-    whole = [preset_shape(preset) for preset in PRESETS.values()]
-    near = [shape for shape in whole if _miss(shape, parameters) <= _TOLERANCE]
-    shapes = near or [_with_other_depth(preset, parameters) for preset in PRESETS.values()]
-    best = min(shapes, key=lambda shape: _miss(shape, parameters))
-    if _miss(best, parameters) > _TOLERANCE:
-        raise refused(
-            "source",
-            f"{parameters:,} parameters",
-            "the nearest preset, with up to twice its layers or fewer, has "
-            f"{best.parameters:,}; use a checkpoint folder",
-        )
-    return best
-
-
-def preset_shape(preset: Preset) -> NamedShape:
-    """Return a preset's shape."""
-    return NamedShape(preset.name, Model(preset.config()))
 
 
 def _with_other_depth(preset: Preset, parameters: int) -> NamedShape:

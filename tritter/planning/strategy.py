@@ -16,7 +16,6 @@ from tritter.planning.shapes import (
     Shape,
     aspect_ratio,
     depth_specs,
-    nearest_shape,
     width_specs,
 )
 
@@ -43,24 +42,23 @@ class PathRequest:
     strategy: str
     methods: GrowthMethods
 
+    def find_paths(self) -> dict[str, tuple[Shape, ...]]:
+        """Return strategy → the shapes after the source up to the target, for each that has a path.
 
-def find_paths(request: PathRequest) -> dict[str, tuple[Shape, ...]]:
-    """Return strategy → the shapes after the source up to the target, for each that has a path.
-
-    `auto` has up to three strategies, the better proportioned first. Each step grows the parameters
-    by about the same factor, at most 1.6 if the methods have such shapes.
-    """
-    _check_strategy(request.strategy, request.methods)
-    paths: dict[str, tuple[Shape, ...]] = {}
-    refusals: list[RequestError] = []
-    for name in _strategies_of(request.strategy, request.methods):
-        try:
-            paths[name] = _find_path(replace(request, strategy=name))
-        except RequestError as error:
-            refusals.append(error)
-    if not paths:
-        raise refusals[0]
-    return paths
+        `auto` has up to three strategies, the better proportioned first. Each step grows the
+        parameters by about the same factor, at most 1.6 if the methods have such shapes.
+        """
+        _check_strategy(self.strategy, self.methods)
+        paths: dict[str, tuple[Shape, ...]] = {}
+        refusals: list[RequestError] = []
+        for name in _strategies_of(self.strategy, self.methods):
+            try:
+                paths[name] = _find_path(replace(self, strategy=name))
+            except RequestError as error:
+                refusals.append(error)
+        if not paths:
+            raise refusals[0]
+        return paths
 
 
 def _find_path(request: PathRequest) -> tuple[Shape, ...]:
@@ -136,7 +134,7 @@ def _next_shape(
     both = [shape for shape in (deeper(0.0), wider(math.inf)) if shape is not None]
     near = [shape for shape in both if _miss(shape, waypoint) <= math.log(slack)]
     if near:
-        return min(near, key=lopsidedness)
+        return min(near, key=lambda shape: shape.lopsidedness)
     return min(both, key=lambda shape: _miss(shape, waypoint), default=None)
 
 
@@ -146,7 +144,7 @@ def _deeper(
     if methods.depth is None:
         return None
     specs = depth_specs(source, methods.depth, min_aspect_ratio=min_aspect_ratio)
-    return nearest_shape(source, specs, waypoint)
+    return Shape.nearest(source, specs, waypoint)
 
 
 def _wider(
@@ -163,17 +161,12 @@ def _wider(
     found: list[Shape] = []
     for grid in WIDTH_GRIDS:
         specs = width_specs(source, methods.width, grid=grid, max_aspect_ratio=max_aspect_ratio)
-        shape = nearest_shape(source, specs, waypoint)
+        shape = Shape.nearest(source, specs, waypoint)
         if shape is not None:
             found.append(shape)
             if _miss(shape, waypoint) <= math.log(slack):
                 return shape
     return min(found, key=lambda shape: _miss(shape, waypoint), default=None)
-
-
-def lopsidedness(shape: Shape) -> float:
-    """Return the |log ratio| of a shape's aspect ratio to that of presets of its size."""
-    return abs(math.log(shape.aspect_ratio / aspect_ratio_at(shape.parameters)))
 
 
 def _miss(shape: Shape, parameters: float) -> float:
@@ -223,7 +216,7 @@ def planned_rounds(config: RunRequest, source: Model) -> tuple[Shape, ...]:
             strategy=pipeline.strategy or AUTO,
             methods=GrowthMethods.of(config.expansion, source),
         )
-        best = min(find_paths(request).values(), key=lambda shapes: lopsidedness(shapes[-1]))
+        best = min(request.find_paths().values(), key=lambda shapes: shapes[-1].lopsidedness)
         return best[: pipeline.max_rounds]
     except RequestError as error:
         (problem,) = error.problems

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import inf, log
+from typing import Self
 
 from tritter.core.expansions import Moe, target_model
 from tritter.core.expansions.moe import PARTNERS, SHARED
@@ -64,6 +65,41 @@ class Upcycling:
     cost: float
     is_fitted: bool = True
 
+    @classmethod
+    def of(
+        cls, source: Model, *, dense_tokens: float, tokens: float, sequence_length: int, spec: Moe
+    ) -> Self:
+        """Return the budgets of an upcycling."""
+        target = target_model(source, [spec])
+        dense, sparse = (training_flops(m).per_token(sequence_length) for m in (source, target))
+        return cls(
+            parameters=source.num_parameters,
+            dense_tokens=dense_tokens,
+            tokens=tokens,
+            cost=sparse / dense,
+            is_fitted=_is_fitted(spec, target),
+        )
+
+    @classmethod
+    def of_budget(
+        cls, source: Model, *, dense_tokens: float, gpu_flops: float, sequence_length: int
+    ) -> Self | None:
+        """Return the upcycling that a budget of FLOPs pays; None if the source has no partner."""
+        if source.model_type not in PARTNERS:
+            return None
+        spec = Moe()
+        try:
+            result = target_model(source, [spec])
+        except RequestError:  # a feature that models with experts lack
+            return None
+        return cls.of(
+            source,
+            dense_tokens=dense_tokens,
+            tokens=gpu_flops / training_flops(result).per_token(sequence_length),
+            sequence_length=sequence_length,
+            spec=spec,
+        )
+
     @property
     def pays_from(self) -> float:
         """Tokens from which it beats the dense model, trained on for as many FLOPs."""
@@ -112,41 +148,6 @@ class Upcycling:
         return _upcycled_loss(self.parameters, self.dense_tokens, tokens)
 
 
-def _upcycling_of(
-    source: Model, *, dense_tokens: float, tokens: float, sequence_length: int, spec: Moe
-) -> Upcycling:
-    """Return the budgets of an upcycling."""
-    target = target_model(source, [spec])
-    dense, sparse = (training_flops(model).per_token(sequence_length) for model in (source, target))
-    return Upcycling(
-        parameters=source.num_parameters,
-        dense_tokens=dense_tokens,
-        tokens=tokens,
-        cost=sparse / dense,
-        is_fitted=_is_fitted(spec, target),
-    )
-
-
-def planned(
-    source: Model, *, dense_tokens: float, gpu_flops: float, sequence_length: int
-) -> Upcycling | None:
-    """Return the upcycling that a budget of FLOPs pays for; None if the source has no partner."""
-    if source.model_type not in PARTNERS:
-        return None
-    spec = Moe()
-    try:
-        result = target_model(source, [spec])
-    except RequestError:  # a feature that models with experts lack
-        return None
-    return _upcycling_of(
-        source,
-        dense_tokens=dense_tokens,
-        tokens=gpu_flops / training_flops(result).per_token(sequence_length),
-        sequence_length=sequence_length,
-        spec=spec,
-    )
-
-
 def upcycling_notes(config: RunRequest, source: Model, dense_tokens: float | None) -> Iterator[str]:
     """Yield the budgets of an upcycling in a run.
 
@@ -168,7 +169,7 @@ def upcycling_notes(config: RunRequest, source: Model, dense_tokens: float | Non
         )
         return
     with suppress(RequestError):  # a note never ends a run
-        found = _upcycling_of(
+        found = Upcycling.of(
             target_model(source, config.expansion[:place]),  # the model that gets experts
             dense_tokens=dense_tokens,
             tokens=tokens,
