@@ -1,7 +1,7 @@
 import pytest
 
 from tritter.report import rows
-from tritter.report.rows import change_text, score_text
+from tritter.report.rows import score_text
 from tritter.report.summary import Summary
 
 
@@ -61,7 +61,7 @@ def test_an_accuracy_changes_in_points(summary):
     summary["attempts"][0]["final"]["arithmetic"] = task | {"accuracy": 0.6}
     row = next(row for row in domain_rows(summary) if row.domain == "arithmetic")
     assert (score_text(row.before), score_text(row.expanded)) == ("62.0%", "-")
-    assert change_text(row.change) == "-2.0 points"
+    assert row.change.text() == "-2.0 points"
 
 
 def test_what_a_skill_teaches_has_a_row_behind_its_loss(summary):
@@ -81,9 +81,9 @@ def test_what_a_skill_teaches_has_a_row_behind_its_loss(summary):
     assert (code.before.loss, code.before.accuracy) == (4.591, None)
     assert not code.change.in_points and code.verdict == "passed"
     assert (score_text(right.before), score_text(right.trained)) == ("10.0%", "45.0%")
-    assert (change_text(right.change), right.verdict, right.role) == (
+    assert (right.change.text(), right.verdict, right.role) == (
         "+35.0 points", "passed", "new",
     )  # fmt: skip
-    assert (change_text(arc.change), arc.role, arc.before.standard_error) == (
+    assert (arc.change.text(), arc.role, arc.before.standard_error) == (
         "-1.0 points", "old", 0.02,
     )  # fmt: skip

@@ -22,7 +22,8 @@ from tritter.storage.reading import LINEAGE_NAME, SUMMARY_FILE, read_object
 from tritter.terminal import status
 
 if TYPE_CHECKING:
-    from tritter.report.compared import Comparison, Scores
+    from tritter.evaluation.statistics import PairedScores
+    from tritter.report.compared import Comparison
     from tritter.report.runs import EndedRun
 
 _MAX_DEPTH = 2  # levels between a run and its checkpoint: attempt_1/trained
@@ -89,7 +90,7 @@ def _numbers(comparison: Comparison, found: FoundRuns) -> dict[str, Any]:
     return {**comparison.to_dict(), "left_out": [str(path) for path in found.unfinished]}
 
 
-def _scores(folder: Path, run: EndedRun) -> Scores:
+def _scores(folder: Path, run: EndedRun) -> dict[str, PairedScores]:
     """Return the scores of a run's last model, item by item."""
     from tritter.evaluation.statistics import MAX_SCORE_BYTES, PairedScores, score_file
     from tritter.report.rows import score_of

@@ -17,7 +17,7 @@ from tritter.evaluation.statistics import (
     finite_or_none,
     relative_forgetting,
 )
-from tritter.report.rows import ScoreChange, change_text, score_text, unit_of
+from tritter.report.rows import ScoreChange, score_text, unit_of
 from tritter.report.runs import (
     CONFIDENCE,
     MIN_SEEDS,
@@ -35,7 +35,6 @@ from tritter.report.tables import size_text
 _MEAN_OR_SEEDS = (
     f"mean with Student's {CONFIDENCE:.0%} interval, below {MIN_SEEDS} seeds each seed's value"
 )
-Scores = Mapping[str, PairedScores]
 _CSV_HEADER = ("run", "subject", "quantity", "value", "lower", "upper")
 _CELL_CHARACTERS = 60
 _FEW_RUNS = 6  # that are columns of a table; more are rows
@@ -55,7 +54,7 @@ class Compared:
     """
 
     run: EndedRun
-    scores: Scores | None = None
+    scores: Mapping[str, PairedScores] | None = None
     missing_reason: str = ""
     peak_memory: float | None = None
 
@@ -89,7 +88,7 @@ class Compared:
 
 
 @dataclass(frozen=True, slots=True)
-class PairedDifference:
+class _PairedDifference:
     """The difference of a run to the first on one subject, paired by document.
 
     Args:
@@ -123,7 +122,7 @@ class Comparison:
         return group_runs([each.run for each in self.runs])
 
     @cached_property
-    def paired(self) -> tuple[PairedDifference, ...]:
+    def paired(self) -> tuple[_PairedDifference, ...]:
         """Return the differences of every other run to the first, subject by subject."""
         first, *others = self.runs
         subjects = dict.fromkeys(row.domain for each in self.runs for row in each.run.rows)
@@ -273,7 +272,7 @@ class Comparison:
                 role,
                 each.name,
                 *(score_text(in_unit(getattr(row, stage))) for stage in stages),
-                change_text(row.change),
+                row.change.text(),
                 row.verdict or MISSING,
             )
             for domain, role in subjects
@@ -291,7 +290,7 @@ class Comparison:
     def _differences(self) -> Table:
         rows = []
         for each in self.paired:
-            change, text = each.change, change_text(each.change)
+            change, text = each.change, each.change.text()
             if change.in_points and change.lower is not None and change.upper is not None:
                 bounds = f"[{100 * change.lower:+.1f}, {100 * change.upper:+.1f}]"
                 text = text.replace(" points", f" {bounds} points")
@@ -377,8 +376,8 @@ def _independent_keys(keys: Sequence[str], runs: Sequence[EndedRun]) -> tuple[st
     return tuple(found)
 
 
-def _difference(subject: str, first: Compared, other: Compared) -> PairedDifference:
-    missing = partial(PairedDifference, subject, other.name)
+def _difference(subject: str, first: Compared, other: Compared) -> _PairedDifference:
+    missing = partial(_PairedDifference, subject, other.name)
     for each in (first, other):
         if each.scores is None:
             return missing(missing_reason=f"{each.name}: {each.missing_reason}")
@@ -405,7 +404,7 @@ def _difference(subject: str, first: Compared, other: Compared) -> PairedDiffere
     if value is None or abs(value) > MAX_NUMBER:
         return missing(missing_reason="not finite")
     change = ScoreChange(value, lower, upper, in_points=not is_loss)
-    return PairedDifference(subject, other.name, change, len(before))
+    return _PairedDifference(subject, other.name, change, len(before))
 
 
 def _bounds(change: ScoreChange) -> tuple[str, str, str]:

@@ -25,7 +25,7 @@ from tritter.report.drawing import (
     panel,
     wrap_text,
 )
-from tritter.report.rows import DomainRow, Role, change_text, has_new_tokens, unit_of
+from tritter.report.rows import DomainRow, Role, unit_of
 from tritter.report.runs import Curve, EndedRun, Group, Interval, Line, with_controls
 from tritter.report.summary import MAX_NUMBER, Score, Summary, WindowsRecord
 from tritter.report.topics import TOPICS, topics_of
@@ -99,7 +99,7 @@ def _domains_figure(
                 scores = (in_unit(control.before), None, in_unit(control.trained))
                 _draw_stages(axes, scores, is_control=True)
         is_known = row.change.value is not None
-        change = f"{change_text(row.change)} %" if is_known else "change unknown"
+        change = f"{row.change.text()} %" if is_known else "change unknown"
         axes.set_title(wrap_text(f"{row.domain} ({row.role}): {change}", 40), fontsize=10)
         axes.set_xticks(range(len(_STAGE_NAMES)), _STAGE_NAMES)
         axes.set_xlim(-0.35, 2.35)
@@ -149,7 +149,7 @@ def _forgetting_figure(lines: Sequence[Line]) -> Figure | None:
     note = "loss on a fixed validation subset; dotted: the first loss"
     if any(curve.steps[0] < 0 for curve in run.curves):
         note += "; left of the dashed line: before the expansion"
-    if has_new_tokens(run.summary):
+    if run.summary.has_new_tokens:
         note += "\nafter the expansion: of other tokens; can't be compared with the other losses"
     figure.supxlabel(note, fontsize=7, color=GREY)
     return figure

@@ -15,7 +15,6 @@ from markupsafe import Markup
 from tritter import __version__
 from tritter.report.drawing import DPI, new_figure, wrap_text
 from tritter.report.figures import GroupFigures
-from tritter.report.rows import change_text, has_new_tokens
 from tritter.report.runs import (
     CONFIDENCE,
     MIN_SEEDS,
@@ -162,7 +161,7 @@ def _subtitle(groups: Sequence[Group]) -> str:
         number = "one group" if len(groups) == 1 else f"{len(groups)} groups"
         lead += f" in {number}; the runs of a group differ only in the seed"
     lead += ". Losses without another unit are in nats per token, changes of a loss are per byte."
-    if any(has_new_tokens(run.summary) for group in groups for run in group.runs):
+    if any(run.summary.has_new_tokens for group in groups for run in group.runs):
         lead += " Curves of runs with another tokenizer can't be compared."
     if len(with_controls(groups)) > GroupFigures.MAX_GROUPS:
         lead += f" The figures of changes and cost show the first {GroupFigures.MAX_GROUPS} groups."
@@ -245,7 +244,7 @@ def _overview(groups: Sequence[Group]) -> Table:
         summary = run.summary
         cells = [run.name, group.name, str(run.seed), _status_text(summary.status)]
         for domain, _ in domains:
-            texts = (change_text(row.change) for row in run.rows if row.domain == domain)
+            texts = (row.change.text() for row in run.rows if row.domain == domain)
             cells.append(next(texts, MISSING))
         cells += [extra.get(name, MISSING) for name in names]
         cells += [size_text(summary), str(run.steps)]

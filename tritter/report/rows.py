@@ -24,6 +24,19 @@ class ScoreChange:
     upper: float | None
     in_points: bool = False
 
+    def text(self) -> str:
+        """Return the change in per cent with its bounds, or in points."""
+        if self.value is None:
+            return MISSING
+        if self.in_points:
+            return f"{100 * self.value:+.1f} points"
+        value, lower, upper = (
+            "?" if each is None else f"{100 * each:+.2f}"
+            for each in (self.value, self.lower, self.upper)
+        )
+        has_bounds = self.lower is not None or self.upper is not None
+        return f"{value} [{lower}, {upper}]" if has_bounds else value
+
 
 @dataclass(frozen=True, slots=True)
 class DomainRow:
@@ -113,14 +126,9 @@ def score_of(scores: Scores, domain: str) -> Score:
     return Score.model_construct(accuracy=found.accuracy, standard_error=error)
 
 
-def has_new_tokens(summary: Summary) -> bool:
-    """Return True if the tokenizer changed, so that losses per token can't be compared."""
-    return summary.jump is not None and summary.jump.new_token_mass is not None
-
-
 def unit_of(summaries: Iterable[Summary]) -> tuple[str, Callable[[Score | None], Score | None]]:
     """Return the unit in which losses of some runs can be compared, and what converts to it."""
-    if any(map(has_new_tokens, summaries)):
+    if any(each.has_new_tokens for each in summaries):
         return "byte", _per_byte
     return "token", lambda score: score
 
@@ -138,17 +146,3 @@ def score_text(score: Score | None) -> str:
     if score is not None and score.accuracy is not None:
         return f"{score.accuracy:.1%}"
     return number_text(None if score is None else score.loss, ".3f")
-
-
-def change_text(change: ScoreChange) -> str:
-    """Return a change in per cent with its bounds, or in points."""
-    if change.value is None:
-        return MISSING
-    if change.in_points:
-        return f"{100 * change.value:+.1f} points"
-    value, lower, upper = (
-        "?" if each is None else f"{100 * each:+.2f}"
-        for each in (change.value, change.lower, change.upper)
-    )
-    has_bounds = change.lower is not None or change.upper is not None
-    return f"{value} [{lower}, {upper}]" if has_bounds else value

@@ -195,7 +195,7 @@ class Spawn(Part):
     samples: _Count | None = None
 
 
-class ExpertEvent(Part):
+class _ExpertEvent(Part):
     """An event of an expert, and its reason.
 
     Args:
@@ -251,7 +251,7 @@ class ExpertsRecord(Part):
     number: _Count | None = None
     names: Annotated[tuple[str, ...], Field(max_length=_MAX_ITEMS)] = ()
     spawned: Annotated[tuple[Spawn, ...], _MAX_EXPERTS] = ()
-    events: Annotated[tuple[ExpertEvent, ...], _MAX_EXPERTS] = ()
+    events: Annotated[tuple[_ExpertEvent, ...], _MAX_EXPERTS] = ()
     usage: Annotated[dict[str, _Shares], Field(max_length=_MAX_ITEMS)] = {}
     usage_over_time: ExpertHistory = ExpertHistory()
     domains: dict[str, str] = {}
@@ -293,7 +293,7 @@ class ExpertsRecord(Part):
         return tuple((each.expert, each.similarity) for each in self.spawned if each.similarity)
 
     @property
-    def refused(self) -> tuple[ExpertEvent, ...]:
+    def refused(self) -> tuple[_ExpertEvent, ...]:
         """Spawns that were refused."""
         return tuple(event for event in self.events if event.kind == "refused")
 
@@ -398,7 +398,7 @@ class Score(Part):
 Scores = dict[str, Score]
 
 
-class PositionLosses(Part):
+class _PositionLosses(Part):
     """Mean losses of consecutive positions in long windows.
 
     Args:
@@ -432,7 +432,7 @@ class WindowsRecord(Part):
     source_length: _Count
     length: _Count
     scores: dict[str, Scores] = {}
-    positions: dict[str, dict[str, PositionLosses]] = {}
+    positions: dict[str, dict[str, _PositionLosses]] = {}
 
 
 class Check(Part):
@@ -616,6 +616,11 @@ class Summary(Part):
         if self.attempts:
             return self.attempts[-1]
         return Attempt.model_construct(final=self.final, gate=self.gate, expansion=self.expansion)
+
+    @property
+    def has_new_tokens(self) -> bool:
+        """Whether the tokenizer changed, so that losses per token can't be compared."""
+        return self.jump is not None and self.jump.new_token_mass is not None
 
     @property
     def borders(self) -> tuple[int, ...]:

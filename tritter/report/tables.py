@@ -8,15 +8,7 @@ from typing import Any
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from tritter.report.rows import (
-    DomainRow,
-    change_text,
-    domain_rows,
-    has_new_tokens,
-    score_of,
-    score_text,
-    unit_of,
-)
+from tritter.report.rows import DomainRow, domain_rows, score_of, score_text, unit_of
 from tritter.report.summary import Jump, MoeRecord, Summary
 from tritter.report.table import (
     MISSING,
@@ -120,7 +112,7 @@ def result_table(summary: Summary, rows: Sequence[DomainRow]) -> Table:
             label(row.domain),
             row.role,
             *(score_text(in_unit(getattr(row, stage))) for stage in scored),
-            change_text(row.change),
+            row.change.text(),
             row.verdict or MISSING,
         )
         for row in rows
@@ -328,7 +320,7 @@ def _summary_lines(summary: Summary) -> list[_SummaryLine]:
         if jump.new_token_mass is not None:
             text += f"; new tokens get {jump.new_token_mass:.1%} of the probability"
         lines.append(_SummaryLine("logit shift", text))
-    if has_new_tokens(summary) and (fertility := _fertility_text(domain_rows(summary))):
+    if summary.has_new_tokens and (fertility := _fertility_text(domain_rows(summary))):
         lines.append(_SummaryLine("tokens/byte", fertility))
     for domain, text in _windows_texts(summary):
         lines.append(_SummaryLine("long windows" if domain == 0 else "", text))
@@ -374,7 +366,7 @@ def _attempt_lines(summary: Summary) -> list[_SummaryLine]:
         status, did = str(attempt.status), " ".join(attempt.overrides or ["as requested"])
         changes = ", ".join(
             f"{label(row.domain)} "
-            f"{change_text(row.change) if row.change.in_points else f'{row.change.value:+.1%}'}"
+            f"{row.change.text() if row.change.in_points else f'{row.change.value:+.1%}'}"
             for row in domain_rows(summary.model_copy(update={"attempts": [attempt]}))
             if not row.is_control and row.change.value is not None
         )

@@ -7,15 +7,7 @@ from functools import partial
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING
 
-from tritter.report.drawing import (
-    BLUE,
-    ORANGE,
-    new_figure,
-    panel,
-    subsample,
-    wrap_text,
-    write_note,
-)
+from tritter.report.drawing import BLUE, ORANGE, new_figure, panel, subsample, wrap_text, write_note
 from tritter.report.summary import GrowthEvent, GrowthRecord
 from tritter.report.table import Table, count_text, number_text, omitted_note, si_text
 from tritter.report.topics.topic import MAX_PANELS, MAX_ROWS_ON_PAGE, Topic

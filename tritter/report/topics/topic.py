@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 MAX_PANELS = 24  # of one kind, on the page
 MAX_ROWS_ON_PAGE = 100  # summary.json has all
-R = TypeVar("R")
+_R = TypeVar("_R")
 
 
-class Topic(Generic[R]):
+class Topic(Generic[_R]):
     """A part of a summary, its record, in the report; the base adds nothing.
 
     Attributes:
@@ -33,23 +33,23 @@ class Topic(Generic[R]):
     caption: ClassVar[str]
     has_legend: ClassVar[bool] = False
 
-    def tables(self, record: R, *, on_page: bool = False) -> list[Table]:
+    def tables(self, record: _R, *, on_page: bool = False) -> list[Table]:
         """Return the tables at the end of a run, or the longer ones of the page."""
         return []
 
-    def text(self, record: R) -> str:
+    def text(self, record: _R) -> str:
         """Return the line below the tables, which is a note on the page."""
         return ""
 
-    def method(self, record: R) -> str:
+    def method(self, record: _R) -> str:
         """Return the method of the run, after the name of the topic; empty if it is none."""
         return ""
 
-    def columns(self, record: R) -> Mapping[str, str]:
+    def columns(self, record: _R) -> Mapping[str, str]:
         """Return header → cell in the page's table of all runs."""
         return {}
 
-    def plot(self, run: EndedRun, record: R) -> Figure | None:
+    def plot(self, run: EndedRun, record: _R) -> Figure | None:
         """Return the figure of a run in its folder of plots; None without data."""
         return None
 
@@ -62,7 +62,7 @@ class Topic(Generic[R]):
                 made.append(figure)
         return made
 
-    def records(self, lines: Sequence[Line]) -> list[tuple[Line, EndedRun, R]]:
+    def records(self, lines: Sequence[Line]) -> list[tuple[Line, EndedRun, _R]]:
         """Return each run that has a record, which controls do not, with its style before it."""
         runs = [(line, run) for line in lines for run in line.group.runs]
         found = ((line, run, getattr(run.summary, self.name)) for line, run in runs)
