@@ -44,8 +44,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in (
         "methods.whole.load_whole",
-        "cli.compare.read_runs",
-        "cli.report.read_runs",
+        "cli.report.FoundRuns.read",
     ):
         monkeypatch.setattr(f"tritter.{name}", fail)
 

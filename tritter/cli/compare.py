@@ -16,7 +16,7 @@ from rich.text import Text
 
 from tritter.cli.options import RUNS_ARGUMENT, AsJson, ReportOverwrite, Runs, option, parse_path
 from tritter.cli.output import display_path, new_console, print_json, print_table
-from tritter.cli.report import FoundRuns, find_runs, metric_rows, read_runs
+from tritter.cli.report import FoundRuns, metric_rows
 from tritter.errors import Problem, RequestError, TritterError
 from tritter.storage.reading import LINEAGE_NAME, SUMMARY_FILE, read_object
 from tritter.terminal import status
@@ -63,11 +63,11 @@ def compare(
             above = list(folder.resolve().parents)[:_MAX_DEPTH]  # a checkpoint identifies its run
             folder = next((each for each in above if (each / SUMMARY_FILE).is_file()), folder)
         run_folders.append(folder)
-    found = find_runs(run_folders)
+    found = FoundRuns.below(run_folders)
     if len(found.finished) < 2:
         reason = "it contains one finished run; a comparison needs two or more"
         raise RequestError(Problem(RUNS_ARGUMENT, ", ".join(map(str, folders)), reason=reason))
-    runs = read_runs(found.finished, are_drawn=file is not None and file.format == "html")
+    runs = found.read(are_drawn=file is not None and file.format == "html")
     compared = []
     for folder, run in zip(found.finished, runs, strict=True):
         scores, missing_reason = None, ""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tritter.cli.domain_data import SHARD_BYTES, DomainRun, check_domain, domain_text, token_sources
-from tritter.cli.methods import method_bodies, method_names, option_names, specs_of
+from tritter.cli.methods import method_bodies, option_names, specs_of
 from tritter.cli.options import (
     WRITING,
     AsJson,
@@ -224,7 +224,7 @@ def expand(
         if file is not None:
             specs = file.steps
         elif method:
-            specs = specs_of(method_names(method), context.obj)
+            specs = specs_of(method, context.obj)
         else:
             raise RequestError(_NO_METHOD)
         of_domain = (domain, domain_data, old_data, steps, learning_rate)

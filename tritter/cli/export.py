@@ -285,10 +285,10 @@ def _of_folder(
                 "folder can't mix: --format peft writes each as an adapter, --merge merges them "
                 "into the base (lossy; the loss is reported)."
             )
-        from tritter.cli.export_experts import merge, with_merged
+        from tritter.cli.export_experts import Merge
 
-        merged = merge(experts)
-        weights = with_merged(weights, merged)
+        merged = Merge.of(experts)
+        weights = merged.added_to(weights)
     return _Origin(weights, [partial(copy_small_files, folder)], notes, merged)
 
 
@@ -341,9 +341,7 @@ def _print(origin: _Origin, exported: Exported) -> None:
     ]
     lines += [("note", note) for note in origin.notes]
     if origin.merged is not None:
-        from tritter.cli.export_experts import merge_lines
-
-        lines += merge_lines(origin.merged)
+        lines += origin.merged.lines()
     lines += [("from", short(exported.origin_hash)), ("hash", short(exported.model_hash))]
     print_lines(console, lines)
     console.print()

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -79,6 +79,39 @@ class Merge:
     change: LogitChange
     text: str
 
+    @classmethod
+    def of(
+        cls, files: ExpertFiles, *, rank: int | None = None, max_rank: int | None = None
+    ) -> Self:
+        """Merge the experts of a folder by mean gates, and measure the logit shift.
+
+        Args:
+            files: the experts.
+            rank: rank of the merged adapter; None for the lossless one, up to `max_rank`.
+            max_rank: maximum rank; None for no limit.
+        """
+        experts = ExpertFolder.of_files(files)
+        model = read_model(files.source)
+        length = min(_LENGTH, model.position_limit or _LENGTH)
+        vocab_size = model.sizes.vocab_size
+        texts = _texts(files.source, length=length, vocab_size=vocab_size)
+        mixture, stored = experts.apply(load_model(files.source)), files.mean_gates()
+        if texts:
+            input_ids, named = torch.cat(list(texts.values())), ", ".join(texts)
+            gates, gates_from = mean_gates(mixture, list(texts.values())), f"means on {named}"
+        else:
+            generator, named = torch.Generator().manual_seed(0), "random data"
+            input_ids = torch.randint(vocab_size, (_SEQUENCES, length), generator=generator)
+            gates = stored or dict.fromkeys(files.head.names, 1 / len(files.head.names))
+            gates_from = "equal: neither data nor recorded usage is available"
+            if stored is not None:
+                gates_from = f"recorded means on {', '.join(files.head.usage)}"
+        adapter, lost = merged_adapter(experts, gates, rank=rank)
+        if max_rank is not None and adapter.shape.rank > max_rank:
+            adapter, lost = merged_adapter(experts, gates, rank=max_rank)
+        change = logit_change(mixture, adapter, input_ids)
+        return cls(gates, gates_from, adapter, lost, change, named)
+
     @property
     def sentence(self) -> str:
         change, lost = self.change, self.lost
@@ -100,36 +133,20 @@ class Merge:
             "measured_on": self.text,
         }
 
+    def lines(self) -> list[tuple[str, str]]:
+        """Return the lines that describe it, each with a label."""
+        shares = ", ".join(f"{name} {gate:.2f}" for name, gate in self.gates.items())
+        return [("gates", f"{shares} ({self.gates_from})"), ("merged", self.sentence)]
 
-def merge(files: ExpertFiles, *, rank: int | None = None, max_rank: int | None = None) -> Merge:
-    """Merge the experts of a folder by mean gates, and measure the logit shift.
-
-    Args:
-        files: the experts.
-        rank: rank of the merged adapter; None for the lossless one, up to `max_rank`.
-        max_rank: maximum rank; None for no limit.
-    """
-    experts = ExpertFolder.of_files(files)
-    model = read_model(files.source)
-    length = min(_LENGTH, model.position_limit or _LENGTH)
-    vocab_size = model.sizes.vocab_size
-    texts = _texts(files.source, length=length, vocab_size=vocab_size)
-    mixture, stored = experts.apply(load_model(files.source)), files.mean_gates()
-    if texts:
-        input_ids, named = torch.cat(list(texts.values())), ", ".join(texts)
-        gates, gates_from = mean_gates(mixture, list(texts.values())), f"means on {named}"
-    else:
-        generator, named = torch.Generator().manual_seed(0), "random data"
-        input_ids = torch.randint(vocab_size, (_SEQUENCES, length), generator=generator)
-        gates = stored or dict.fromkeys(files.head.names, 1 / len(files.head.names))
-        gates_from = "equal: neither data nor recorded usage is available"
-        if stored is not None:
-            gates_from = f"recorded means on {', '.join(files.head.usage)}"
-    adapter, lost = merged_adapter(experts, gates, rank=rank)
-    if max_rank is not None and adapter.shape.rank > max_rank:
-        adapter, lost = merged_adapter(experts, gates, rank=max_rank)
-    change = logit_change(mixture, adapter, input_ids)
-    return Merge(gates, gates_from, adapter, lost, change, named)
+    def added_to(self, weights: Weights) -> Weights:
+        """Return the base's weights with the merged experts added."""
+        shares = ", ".join(f"{name} {gate:.3g}" for name, gate in self.gates.items())
+        note = f"LoRA experts are merged into these weights with gates {shares} ({self.gates_from})"
+        added = weights.with_added(self.adapter.deltas())
+        lineage = weights.lineage
+        if lineage is not None and self.change.largest > EXACT_JUMP:
+            lineage = replace(lineage, benchmark_scores={})  # those of the mixture
+        return replace(added, lineage=lineage, notes=(f"{note}; {self.sentence}.",))
 
 
 def _texts(folder: Path, *, length: int, vocab_size: int) -> dict[str, Tensor]:
@@ -157,17 +174,6 @@ def _texts(folder: Path, *, length: int, vocab_size: int) -> dict[str, Tensor]:
     return found
 
 
-def with_merged(weights: Weights, merged: Merge) -> Weights:
-    """Return the base's weights with the merged experts added."""
-    shares = ", ".join(f"{name} {gate:.3g}" for name, gate in merged.gates.items())
-    note = f"LoRA experts are merged into these weights with gates {shares} ({merged.gates_from})"
-    added = weights.with_added(merged.adapter.deltas())
-    lineage = weights.lineage
-    if lineage is not None and merged.change.largest > EXACT_JUMP:
-        lineage = replace(lineage, benchmark_scores={})  # those of the mixture
-    return replace(added, lineage=lineage, notes=(f"{note}; {merged.sentence}.",))
-
-
 def export_adapters(
     checkpoint: str,
     output: Path,
@@ -191,7 +197,7 @@ def export_adapters(
             raise RequestError(
                 f"--format = peft: {folder} has no LoRA experts; must be hf, a plain folder."
             )
-        merged = merge(source.experts, rank=rank, max_rank=_MAX_RANK) if is_merged else None
+        merged = Merge.of(source.experts, rank=rank, max_rank=_MAX_RANK) if is_merged else None
     experts = ExpertFolder.of_files(source.experts)
     if not experts.adapters:
         raise RequestError(f"{folder} has no adapter to export: its only expert is the base.")
@@ -243,7 +249,7 @@ def _print_adapters(
     if is_head_stored:
         reason = "stored whole: PEFT would merge its update into the embedding too"
         lines.append(("tied head", reason))
-    print_lines(console, lines + ([] if merged is None else merge_lines(merged)))
+    print_lines(console, lines + ([] if merged is None else merged.lines()))
     console.print()
 
 
@@ -283,12 +289,6 @@ def _record(name: str, adapter: StoredAdapter, output: Path) -> dict[str, Any]:
         "parameters": sum(tensor.numel() for tensor in tensors),
         "dtype": str(tensors[0].dtype).removeprefix("torch."),
     }
-
-
-def merge_lines(merged: Merge) -> list[tuple[str, str]]:
-    """Return the lines that describe a merge."""
-    shares = ", ".join(f"{name} {gate:.2f}" for name, gate in merged.gates.items())
-    return [("gates", f"{shares} ({merged.gates_from})"), ("merged", merged.sentence)]
 
 
 def _base_of(checkpoint: str, folder: Path) -> str:

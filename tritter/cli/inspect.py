@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from tritter.cli.options import AsJson, Folder, ShowFamily, with_dashes
+from tritter.cli.options import AsJson, Folder, flag, with_dashes
 from tritter.cli.output import (
     SHAPES,
     new_console,
@@ -57,6 +57,10 @@ _WITHOUT_MAP = {
 }
 _MAX_FACTORS = 3
 _PORTS = {"read": "reads ", "gain": "norm of "}  # what a tensor does with the space of an axis
+
+_ShowFamily = Annotated[
+    bool, flag("--family", "Show what can grow exactly, and the axes of the tensors.")
+]
 
 
 def _without_map(record: ExpansionRecord) -> str | None:
@@ -125,7 +129,7 @@ class _RecordedMap:
         return cls(digest, problem, rows)
 
 
-def inspect(folder: Folder, family: ShowFamily = False, as_json: AsJson = False) -> int:
+def inspect(folder: Folder, family: _ShowFamily = False, as_json: AsJson = False) -> int:
     """Show shapes and parameters of a checkpoint, and the parameter map of its last expansion."""
     with loading("torch"):
         from tritter.checkpoints import Source

@@ -174,7 +174,7 @@ def option_names() -> dict[str, str | None]:
     return names
 
 
-def method_names(values: Sequence[str]) -> tuple[str, ...]:
+def _method_names(values: Sequence[str]) -> tuple[str, ...]:
     """Return the methods named by `--method`, in order."""
     names = [name.strip().replace("-", "_") for word in values for name in word.split(",")]
     for name in names:
@@ -186,12 +186,12 @@ def method_names(values: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def specs_of(methods: Sequence[str], typed: Mapping[str, Any]) -> tuple[ExpansionSpec, ...]:
-    """Return the expansions of method names, in order, with option → typed value."""
+def specs_of(words: Sequence[str], typed: Mapping[str, Any]) -> tuple[ExpansionSpec, ...]:
+    """Return the expansions named by `--method`, in order, with option → typed value."""
     from tritter.config.components import Reader, method_class, read_methods
     from tritter.options import parse_word
 
-    problems = []
+    problems, methods = [], _method_names(words)
     fields: dict[str, dict[str, Any]] = {name: {} for name in methods}
     for option, value in typed.items():
         takers = _method_options()[option]

@@ -170,9 +170,6 @@ def _parse_scaled(text: str, units: dict[str, int], *, example: str, limit: int)
 
 
 AsJson = Annotated[bool, flag("--json", "Print one JSON object only.")]
-ShowFamily = Annotated[
-    bool, flag("--family", "Show what can grow exactly, and the axes of the tensors.")
-]
 Checkpoint = Annotated[str, option("--checkpoint", "SRC", "Folder or hub id of the model.")]
 Seed = Annotated[int, option("--seed", "N", "Random seed.", least=0, most=MAX_SEED)]
 MaxShardSize = Annotated[

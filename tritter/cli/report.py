@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from tritter.cli.options import RUNS_ARGUMENT, AsJson, ReportOverwrite, Runs, option, parse_path
 from tritter.cli.output import new_console, print_json, short
@@ -54,13 +54,13 @@ def report(
     from tritter.cli.report_file import PAGE_NAME, ReportFile, check_report_path
     from tritter.report.page import page
 
-    found = find_runs(folders)
+    found = FoundRuns.below(folders)
     target = output or (folders[0] if len(folders) == 1 else Path()) / PAGE_NAME
     file = ReportFile(target, "html", overwrite=overwrite)
     if figures is not None:
         refuse_existing(figures, overwrite=False)
         check_report_path(figures, key="--figures")
-    runs = read_runs(found.finished)
+    runs = found.read()
     name = folders[0].resolve().name
     title = f"Runs in {name}" if len(folders) == 1 else f"{len(runs)} runs"
     if len(runs) == 1:
@@ -96,33 +96,73 @@ class FoundRuns:
         """One note per unfinished run."""
         return [f"Skipped an unfinished run: {path}" for path in self.unfinished]
 
+    @classmethod
+    def below(cls, folders: Sequence[Path]) -> Self:
+        """Return the runs in folders and their subfolders, each once. No link is followed."""
+        finished: dict[Path, Path] = {}  # by resolved path
+        unfinished: dict[Path, Path] = {}
+        for folder in folders:
+            try:
+                if not folder.is_dir():
+                    raise _refused([folder], "it is not a folder")
+                found = list(_run_folders(folder, depth=_DEPTH))
+            except OSError as error:  # a subfolder is not readable
+                raise _refused([folder], f"{error.filename}: {error.strerror}") from error
+            if not found:
+                raise _refused([folder], _NO_RUN)
+            for each in found:
+                runs = finished if (each / SUMMARY_FILE).is_file() else unfinished
+                runs.setdefault(each.resolve(), each)
+        if not finished:
+            from tritter.config.overrides import resume_command
 
-def find_runs(folders: Sequence[Path]) -> FoundRuns:
-    """Return the runs in some folders and their subfolders, each once. Links are not followed."""
-    finished: dict[Path, Path] = {}  # by resolved path
-    unfinished: dict[Path, Path] = {}
-    for folder in folders:
-        try:
-            if not folder.is_dir():
-                raise _refused([folder], "it is not a folder")
-            found = list(_run_folders(folder, depth=_DEPTH))
-        except OSError as error:  # a subfolder is not readable
-            raise _refused([folder], f"{error.filename}: {error.strerror}") from error
-        if not found:
-            raise _refused([folder], _NO_RUN)
-        for each in found:
-            runs = finished if (each / SUMMARY_FILE).is_file() else unfinished
-            runs.setdefault(each.resolve(), each)
-    if not finished:
-        from tritter.config.overrides import resume_command
+            several = f"{len(unfinished)} are not finished, the first"
+            states = "one is not finished" if len(unfinished) == 1 else several
+            command = resume_command(next(iter(unfinished.values())))
+            raise _refused(folders, f"{_NO_RUN}; {states}: {command} resumes it")
+        if len(finished) > _MAX_RUNS:
+            raise _refused(
+                folders, f"it contains {len(finished)} runs; must be at most {_MAX_RUNS}"
+            )
+        return cls(tuple(finished.values()), tuple(unfinished.values()))
 
-        several = f"{len(unfinished)} are not finished, the first"
-        states = "one is not finished" if len(unfinished) == 1 else several
-        command = resume_command(next(iter(unfinished.values())))
-        raise _refused(folders, f"{_NO_RUN}; {states}: {command} resumes it")
-    if len(finished) > _MAX_RUNS:
-        raise _refused(folders, f"it contains {len(finished)} runs; must be at most {_MAX_RUNS}")
-    return FoundRuns(tuple(finished.values()), tuple(unfinished.values()))
+    def read(self, *, are_drawn: bool = True) -> list[EndedRun]:
+        """Read the finished runs and give them distinct names.
+
+        Args:
+            are_drawn: also read the curves of the runs and the history of their checkpoints.
+        """
+        from tritter.options import leaves
+        from tritter.report.runs import EndedRun
+        from tritter.report.summary import Summary
+
+        resolved = [folder.resolve() for folder in self.finished]
+        above = Path(os.path.commonpath([folder.parent for folder in resolved]))
+        runs: list[EndedRun] = []
+        problems = []
+        for folder in resolved:
+            try:
+                summary = Summary.read(folder / SUMMARY_FILE)
+                record = read_object(folder / RUN_FILE) if (folder / RUN_FILE).exists() else {}
+                settings: dict[str, Any] = {"seed": summary.seed}
+                if isinstance(fingerprint := record.get("fingerprint"), dict):
+                    settings = {key: _plain(value) for key, value in leaves(fingerprint).items()}
+                run = EndedRun(str(folder.relative_to(above)), summary, settings)
+                if are_drawn:
+                    run = replace(
+                        run,
+                        curves=_curves(folder, "rounds") or _curves(folder),
+                        control=_curves(folder, "control"),
+                        pretraining=_curves(folder, "pretraining"),
+                        history=_history(folder / "checkpoint"),
+                    )
+                runs.append(run)
+            except TritterError as error:
+                problems.append(
+                    Problem(RUNS_ARGUMENT, str(folder), reason=str(error).removesuffix("."))
+                )
+        raise_problems(problems)
+        return runs
 
 
 def _refused(folders: Sequence[Path], reason: str) -> RequestError:
@@ -144,46 +184,6 @@ def _run_folders(folder: Path, *, depth: int) -> Iterator[Path]:
     by_number = partial(re.sub, "[0-9]+", lambda digits: digits[0].zfill(20))
     for each in sorted(inner, key=lambda path: by_number(path.name)):
         yield from _run_folders(each, depth=depth - 1)
-
-
-def read_runs(folders: Sequence[Path], *, are_drawn: bool = True) -> list[EndedRun]:
-    """Read runs and give them distinct names.
-
-    Args:
-        folders: the run folders.
-        are_drawn: also read the curves of the runs and the history of their checkpoints.
-    """
-    from tritter.options import leaves
-    from tritter.report.runs import EndedRun
-    from tritter.report.summary import Summary
-
-    resolved = [folder.resolve() for folder in folders]
-    above = Path(os.path.commonpath([folder.parent for folder in resolved]))
-    runs: list[EndedRun] = []
-    problems = []
-    for folder in resolved:
-        try:
-            summary = Summary.read(folder / SUMMARY_FILE)
-            record = read_object(folder / RUN_FILE) if (folder / RUN_FILE).exists() else {}
-            settings: dict[str, Any] = {"seed": summary.seed}
-            if isinstance(fingerprint := record.get("fingerprint"), dict):
-                settings = {key: _plain(value) for key, value in leaves(fingerprint).items()}
-            run = EndedRun(str(folder.relative_to(above)), summary, settings)
-            if are_drawn:
-                run = replace(
-                    run,
-                    curves=_curves(folder, "rounds") or _curves(folder),
-                    control=_curves(folder, "control"),
-                    pretraining=_curves(folder, "pretraining"),
-                    history=_history(folder / "checkpoint"),
-                )
-            runs.append(run)
-        except TritterError as error:
-            problems.append(
-                Problem(RUNS_ARGUMENT, str(folder), reason=str(error).removesuffix("."))
-            )
-    raise_problems(problems)
-    return runs
 
 
 def _plain(value: Any) -> Any:
