@@ -354,7 +354,7 @@ def end_after(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch, *, is_befo
     ("owner", "name", "is_before"),
     [
         pytest.param(trained, "_unlink_weights", False, id="start removed, result not written"),
-        pytest.param(trained, "accept", True, id="result written, not verified"),
+        pytest.param(Run, "accept", True, id="result written, not verified"),
         pytest.param(disk, "_strip", True, id="marked, not removed"),
         pytest.param(disk, "_strip", False, id="one removed"),
     ],
@@ -365,8 +365,6 @@ def test_a_run_that_ends_around_a_removal_goes_on_to_the_same_files(
     whole = run(*WIDTH, name="whole", model=source)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         end_after(owner, name, patch, is_before=is_before)
-        if name == "accept":
-            patch.setattr("tritter.pipeline.stages.fit.accept", trained.accept)
         run(*WIDTH, model=source)
     summary = run(*WIDTH, model=source)
     assert summary["final"] == whole["final"]

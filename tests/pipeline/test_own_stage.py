@@ -179,14 +179,14 @@ def test_the_order_of_two_stages_counts_and_each_has_its_folder(
 def test_a_rolled_back_round_names_the_stage_in_its_lineage(
     run_tiny: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decide = verdict.judge
+    decide = verdict.Candidate.judge
 
     def judge(candidate: verdict.Candidate) -> verdict.GateFound:
         found = decide(candidate)
         is_second = candidate.branches[0].name == "round_2"
         return replace(found, status="rolled_back" if is_second else "kept")
 
-    monkeypatch.setattr(verdict, "judge", judge)
+    monkeypatch.setattr(verdict.Candidate, "judge", judge)
     run_tiny(
         tmp_path,
         "forgetting=replay",

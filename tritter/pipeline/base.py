@@ -37,7 +37,7 @@ from tritter.pipeline.ledger import content_key
 from tritter.pipeline.metrics import open_loggers, wandb_finished, write_rows
 from tritter.pipeline.run import Run
 from tritter.pipeline.stages import importance, vocabulary
-from tritter.pipeline.trained import PATH, check_trained, write_states
+from tritter.pipeline.trained import PATH, write_states
 from tritter.planning.run_memory import memory_problems
 from tritter.storage.atomic import remove_folder, write_text_atomic
 from tritter.storage.hub import locate
@@ -197,7 +197,7 @@ def _train_base(run: Run, folder: Path, made_from: Mapping[str, Any]) -> float:
             )
     for note in result.notes:
         run.say("data", note)
-    check_trained(run, folder)
+    run.check_trained(folder)
     run.ledger.watch_disk()
     return result.seconds
 

@@ -15,7 +15,7 @@ from typing import Any
 from tritter.checkpoints import Lineage, write_lineage
 from tritter.checkpoints.location import check_output, check_replaceable
 from tritter.config.launch.composition import load_config
-from tritter.config.overrides import quote
+from tritter.config.overrides import nested_value, quote
 from tritter.config.schema import RunConfig
 from tritter.core.expansions import ExpansionSpec, MoeAdd
 from tritter.core.models import read_model
@@ -148,8 +148,8 @@ def _config(source: Path, task: DomainTask, folder: Path) -> RunConfig:
         "model.path": quote(str(source.resolve())),
         "expansion": "none",
         "data": "text",
-        "data.new": _value(task.new),
-        "data.old": _value(task.old) if task.old else "null",
+        "data.new": nested_value(task.new),
+        "data.old": nested_value(task.old) if task.old else "null",
         "data.sequence_length": min(limit, _MAX_SEQUENCE_LENGTH),
         "data.batch_size": _BATCH_SIZE,
         "forgetting": "none",
@@ -168,8 +168,3 @@ def _config(source: Path, task: DomainTask, folder: Path) -> RunConfig:
         return config
     settings["forgetting"] = "replay"
     return load_config([f"{key}={value}" for key, value in settings.items()])
-
-
-def _value(sources: TextSources) -> str:
-    parts = [f"{name}:[{','.join(map(quote, paths))}]" for name, paths in sources.items()]
-    return "{" + ",".join(parts) + "}"

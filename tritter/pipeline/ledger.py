@@ -159,6 +159,10 @@ class Ledger:
         assert isinstance(done.found, kind), f"{stage} found {type(done.found).__name__}"
         return done.found
 
+    def training(self, branch: str) -> TrainingFound:
+        """Return the result of a branch's main training run."""
+        return self.found(f"{branch}.fit", TrainingFound)
+
     def record(
         self, stage: str, result: StageResult, *, lineages: Mapping[str, Lineage] | None = None
     ) -> None:

@@ -22,7 +22,7 @@ from tritter.config.run_folder import fingerprint
 from tritter.errors import TritterError
 from tritter.evaluation.statistics import finite_or_none
 from tritter.pipeline.branch import Branch
-from tritter.pipeline.ledger import ExpansionFound, TrainingFound
+from tritter.pipeline.ledger import ExpansionFound
 from tritter.pipeline.run import Run
 from tritter.report.runs import EndedRun
 from tritter.report.summary import Summary
@@ -53,11 +53,6 @@ def score_metrics(run: Run, branch_name: str) -> dict[str, float]:
     return found
 
 
-def num_steps(run: Run, branch_name: str) -> int:
-    """Return the number of steps for which a branch was trained."""
-    return run.ledger.found(f"{branch_name}.fit", TrainingFound).steps
-
-
 def before_metrics(run: Run, branch_name: str) -> dict[str, float]:
     """Return `eval/<domain>/…` before a branch's expansion; empty if it did not expand."""
     stage = f"{branch_name}.expand"
@@ -68,7 +63,7 @@ def before_metrics(run: Run, branch_name: str) -> dict[str, float]:
 def first_step(run: Run, branches: Sequence[Branch], branch: Branch) -> int:
     """Return the number of steps before a branch in a sequence of branches."""
     before = takewhile(lambda each: each.name != branch.name, branches)
-    return sum(num_steps(run, each.name) for each in before)
+    return sum(run.ledger.training(each.name).steps for each in before)
 
 
 def _join_rows(run: Run, branches: Sequence[Branch]) -> list[dict[str, str]]:
@@ -83,7 +78,7 @@ def _join_rows(run: Run, branches: Sequence[Branch]) -> list[dict[str, str]]:
         logged = read_metrics(run.folder / branch.name)
         if before := before_metrics(run, branch.name):
             logged.insert(0, {"step": str(BEFORE)} | {k: str(v) for k, v in before.items()})
-        last: dict[str, object] = {"step": num_steps(run, branch.name)}
+        last: dict[str, object] = {"step": run.ledger.training(branch.name).steps}
         logged.append({k: str(v) for k, v in (last | score_metrics(run, branch.name)).items()})
         earliest = 0 if branch.is_round and not branch.task else 1  # of a later branch
         rows += [

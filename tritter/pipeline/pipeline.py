@@ -16,13 +16,12 @@ from tritter.evaluation.gate import Status
 from tritter.pipeline import costs, disk, verdict, windows
 from tritter.pipeline.base import check_source
 from tritter.pipeline.branch import Branch, tasks_of
-from tritter.pipeline.ledger import Ledger, TrainingFound
+from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.metrics import (
     BEFORE,
     before_metrics,
     first_step,
     log_result_to_wandb,
-    num_steps,
     open_loggers,
     wandb_finished,
     wandb_logger,
@@ -122,7 +121,7 @@ def _report(run: Run, candidates: Sequence[Candidate], control: Candidate) -> Ou
     last = candidates[-1]
     gate, control_rows = None, []
     if control.branches:
-        gate = verdict.judge(control)
+        gate = control.judge()
         control_rows = write_metrics(run, control.branches, of="control")
     summary = summary_record(run, candidates, control=control, control_gate=gate)
     path = run.folder / _SUMMARY_NAME
@@ -140,7 +139,8 @@ def _report(run: Run, candidates: Sequence[Candidate], control: Candidate) -> Ou
         for branch in candidate.branches
         if branch.part is None
     ]
-    log_result_to_wandb(run, summary, plots, step=sum(num_steps(run, name) for name in own))
+    steps = sum(run.ledger.training(name).steps for name in own)
+    log_result_to_wandb(run, summary, plots, step=steps)
     print_summary(summary, console=run.console, folder=run.folder)
     run.say("disk", disk.report(summary.disk))
     run.console.print()
@@ -188,7 +188,7 @@ def _run_candidates(run: Run) -> list[Candidate]:
         so_far = [branch for before in tried if first.is_round for branch in before.branches]
         candidate = replace(each, branches=_run_tasks(each.run, each.branches, so_far=so_far))
         tried.append(candidate)
-        candidate.run.stage(first.key("gate"), partial(verdict.gate, candidate), label="gate")
+        candidate.run.stage(first.key("gate"), candidate.gate, label="gate")
         if len(planned) > 1:
             run.say("gate", f"{first.name}: {candidate.status}")
         if (candidate.status == "rolled_back") == first.is_round:
@@ -247,7 +247,7 @@ def _run_tasks(
     row, trained = [*so_far, *branches], list[Branch]()
     for branch in branches:
         trained.append(run_branch(run, branch, first_step=first_step(run, row, branch)))
-        if run.ledger.found(f"{branch.name}.fit", TrainingFound).stopped_because is not None:
+        if run.ledger.training(branch.name).stopped_because is not None:
             break
     return tuple(trained)
 

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from torch import nn
 
 from tritter.checkpoints import Lineage, Source, lineage_of, read_lineage
+from tritter.checkpoints.history import checkpoint_changes
 from tritter.checkpoints.location import checkpoint_model
 from tritter.checkpoints.record import recorded_tokens
 from tritter.config.schema import CheckpointModelConfig, RunConfig
@@ -207,6 +208,22 @@ class Run:
         model = read_model(folder, ffn_sizes=list(lineage.ffn_sizes))
         self.sources[location] = Source.written(folder, model, lineage)
         return self.sources[location]
+
+    def accept(self, location: str) -> None:
+        """Verify and register the checkpoint that a training run wrote.
+
+        Raises:
+            TritterError: several processes wrote it, and its checksums differ from its lineage.
+        """
+        self.check_trained(self.folder / location)
+        self.register(location, lineage_of(self.folder / location))
+
+    def check_trained(self, folder: Path) -> None:
+        """Verify the checksums of a checkpoint written by several processes."""
+        if self.config.trainer.devices == 1:
+            return
+        if (problem := next(checkpoint_changes(folder), None)) is not None:
+            raise TritterError(f"the trained checkpoint is damaged: {problem}")
 
     def load(self, location: str, *, with_experts: bool = False) -> nn.Module:
         """Load a checkpoint of the run folder in float32 on the CPU.

@@ -9,7 +9,7 @@ from tritter.evaluation.statistics import transfer_matrix
 from tritter.options import methods_of
 from tritter.pipeline import disk, moe, windows
 from tritter.pipeline.branch import Branch
-from tritter.pipeline.ledger import ExpansionFound, TrainingFound
+from tritter.pipeline.ledger import ExpansionFound
 from tritter.pipeline.run import Run
 from tritter.pipeline.scoring import score_records
 from tritter.pipeline.stages import importance
@@ -64,7 +64,7 @@ def summary_record(
         for branch in each.branches
         for note in (
             *importance.notes_of(each.run, branch),
-            *each.run.ledger.found(f"{branch.name}.fit", TrainingFound).notes,
+            *each.run.ledger.training(branch.name).notes,
         )
     )
     return Summary(
@@ -115,7 +115,7 @@ def _of_methods(run: Run, branches: Sequence[Branch]) -> dict[str, Any]:
     """Return the sections of growth and experts, and `methods`: results of all other methods."""
     fits = []
     for branch in branches:
-        fit = run.ledger.found(f"{branch.name}.fit", TrainingFound)
+        fit = run.ledger.training(branch.name)
         usage = run.ledger.found(f"{branch.name}.evaluate", EvaluationFound).experts or {}
         fits.append({"steps": fit.steps, "reports": fit.reports, "usage": usage})
     sections, others = dict[str, Any](), dict[str, Any]()
@@ -158,7 +158,7 @@ def moe_record(run: Run, branches: Sequence[Branch]) -> MoeRecord | None:
     added = moe.pending_experts(run, first)
     if added is not None:
         steps = moe.router_steps(run, first)
-        fits = (run.ledger.found(f"{branch.name}.fit", TrainingFound) for branch in branches)
+        fits = (run.ledger.training(branch.name) for branch in branches)
         trained = sum(fit.steps if fit.best_step is None else fit.best_step for fit in fits)
         opened_in = moe.anneal_steps(run, first, added)
         now = added.at(added.step + steps + trained, anneal_steps=opened_in)
@@ -244,7 +244,7 @@ def _branch_record(run: Run, branches: Sequence[Branch], gate: GateFound) -> dic
 def _task_record(run: Run, branch: Branch) -> TaskRecord:
     """Return the record of one task's training, with the scores of every domain after it."""
     fitted = run.ledger[f"{branch.name}.fit"]
-    found = run.ledger.found(f"{branch.name}.fit", TrainingFound)
+    found = run.ledger.training(branch.name)
     return TaskRecord(
         domains=list(run.data.new_domains_of(branch)),
         final=_scores(run, f"{branch.name}-trained"),

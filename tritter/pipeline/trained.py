@@ -10,14 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tritter.checkpoints import Lineage, Source, lineage_of, write_checkpoint
+from tritter.checkpoints import Lineage, Source, write_checkpoint
 from tritter.checkpoints.folder import LinkedTensors, copy_small_files
-from tritter.checkpoints.history import checkpoint_changes
 from tritter.checkpoints.state import KeptSequences, State, read_state
 from tritter.core.families import Config, Model
 from tritter.core.models import model_of, stored_tensors, uninitialised_model
 from tritter.core.stock_routers import AddedExperts, RouterControl
-from tritter.errors import TritterError
 from tritter.evaluation.losses import sequence_losses
 from tritter.methods.experts.adapters import is_of_adapter
 from tritter.methods.experts.mixture import ROUTER, mixture_on
@@ -256,22 +254,3 @@ def write_states(work: Path, folder: Path) -> None:
     states = [state for path in paths if (state := read_state(path)) is not None]
     if states:
         State.merged(states).write(folder)
-
-
-def accept(run: Run, location: str) -> None:
-    """Verify and register the checkpoint that a training run wrote.
-
-    Raises:
-        TritterError: several processes wrote it, and its checksums differ from its lineage.
-    """
-    check_trained(run, run.folder / location)
-    run.register(location, lineage_of(run.folder / location))
-
-
-def check_trained(run: Run, folder: Path) -> None:
-    """Verify the checksums of a checkpoint written by several processes."""
-    if run.config.trainer.devices == 1:
-        return
-    problem = next(checkpoint_changes(folder), None)
-    if problem is not None:
-        raise TritterError(f"the trained checkpoint is damaged: {problem}")

@@ -28,7 +28,7 @@ from tritter.evaluation.jump import Jump
 from tritter.evaluation.statistics import PairedScores, finite_or_none, performance_delta
 from tritter.pipeline import moe, windows
 from tritter.pipeline.branch import Branch
-from tritter.pipeline.ledger import ExpansionFound, StageResult, TrainingFound
+from tritter.pipeline.ledger import ExpansionFound, StageResult
 from tritter.pipeline.run import Run
 from tritter.pipeline.trained import fitting_dtype
 from tritter.planning.memory import TrainingSetup, states_bytes
@@ -87,17 +87,15 @@ class Candidate:
         """The verdict of the gate."""
         return self.run.ledger.found(self.branches[0].key("gate"), GateFound).status
 
+    def judge(self) -> GateFound:
+        """Return the gate's verdict and checks."""
+        results = checks(self.run, self.branches)
+        status = decide(results) if self.run.config.gate.enabled else "ungated"
+        return GateFound(status=status, checks=tuple(check.to_dict() for check in results))
 
-def judge(candidate: Candidate) -> GateFound:
-    """Return the gate's verdict and checks for a round or attempt."""
-    results = checks(candidate.run, candidate.branches)
-    status = decide(results) if candidate.run.config.gate.enabled else "ungated"
-    return GateFound(status=status, checks=tuple(check.to_dict() for check in results))
-
-
-def gate(candidate: Candidate) -> StageResult:
-    """Run the gate as a stage of the run."""
-    return StageResult(judge(candidate))
+    def gate(self) -> StageResult:
+        """Run the gate as a stage of the run."""
+        return StageResult(self.judge())
 
 
 def checks(run: Run, branches: Sequence[Branch]) -> list[Check]:
@@ -112,7 +110,7 @@ def checks(run: Run, branches: Sequence[Branch]) -> list[Check]:
     gate, first = run.config.gate, branches[0]
     before = run.read_scores(first.start_scores)
     after = run.read_scores(f"{branches[-1].name}-trained")
-    fits = [run.ledger.found(f"{branch.name}.fit", TrainingFound) for branch in branches]
+    fits = [run.ledger.training(branch.name) for branch in branches]
     reasons = (fit.stopped_because for fit in fits)
     results = [
         training_check(
@@ -243,7 +241,7 @@ def _training_checks(run: Run, branches: Sequence[Branch]) -> Iterator[Check]:
     With several tasks, a parameter needs a gradient in only one of them, and the memory check uses
     the task with the largest deviation from the estimate.
     """
-    fits = [run.ledger.found(f"{branch.name}.fit", TrainingFound) for branch in branches]
+    fits = [run.ledger.training(branch.name) for branch in branches]
     added = moe.pending_experts(run, branches[0])
     watched = [fit.flow for fit in fits if fit.flow]
     flow: dict[str, Any] = {}  # parameters without gradient in all training runs

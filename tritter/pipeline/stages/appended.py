@@ -17,7 +17,7 @@ from tritter.pipeline.run import Run
 from tritter.pipeline.stage import Stage
 from tritter.pipeline.stages import importance
 from tritter.pipeline.stages.fit import fit_branch
-from tritter.pipeline.trained import accept, child_writer
+from tritter.pipeline.trained import child_writer
 from tritter.storage.hub import locate
 from tritter.storage.records import record
 from tritter.training import BaseModule, FitResult, Schedule, discard_saved
@@ -72,7 +72,7 @@ class _Training(Stage):
     def accepted(self, run: Run, branch: Branch, result: FitResult) -> StageResult:
         """Verify what the training run wrote, and return its result."""
         location, label = self.folder(branch), branch.label(self.name)
-        accept(run, location)
+        run.accept(location)
         run.ledger.watch_disk()
         found = TrainingFound.of(result)
         return StageResult(found, flops={label: result.flops}, leaves=(location,))

@@ -16,7 +16,7 @@ from tritter.methods.whole import reading_flops
 from tritter.pipeline import moe, windows
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import StageResult
-from tritter.pipeline.metrics import num_steps, score_metrics
+from tritter.pipeline.metrics import score_metrics
 from tritter.pipeline.run import Run
 from tritter.pipeline.samples import generate_samples
 from tritter.pipeline.stage import Stage
@@ -93,7 +93,8 @@ class Evaluate(Stage):
             read += of_experts.values()
         trained.to("cpu")
         for logger in run.loggers:  # before the stage is recorded: a resumed run skips it then
-            logger.log_metrics(score_metrics(run, branch.name), step=num_steps(run, branch.name))
+            steps = run.ledger.training(branch.name).steps
+            logger.log_metrics(score_metrics(run, branch.name), step=steps)
         flops += sum(reading.of_all(lengths_of(run.data.document_mask, each)) for each in read)
         return StageResult(
             EvaluationFound(samples=tuple(samples), moe=used, experts=lora_used),

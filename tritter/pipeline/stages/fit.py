@@ -27,7 +27,7 @@ from tritter.pipeline.run import Run
 from tritter.pipeline.samples import sample_log
 from tritter.pipeline.stage import Stage
 from tritter.pipeline.stages import importance
-from tritter.pipeline.trained import TrainedWriter, accept, branch_writer
+from tritter.pipeline.trained import TrainedWriter, branch_writer
 from tritter.report.table import count_text
 from tritter.training import (
     BaseModule,
@@ -62,7 +62,7 @@ class Fit(Stage):
         start, text = run.source(branch.location), run.data.validation_subset
         folder, location = run.folder / branch.name, branch.trained
         result, write = _train(run, branch)
-        accept(run, location)
+        run.accept(location)
         run.ledger.watch_disk()
         flops = result.flops + _measuring_flops(run, write, location)
         ending = _report(run, branch, result)
