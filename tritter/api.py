@@ -441,9 +441,9 @@ class RunResult:
     @property
     def status(self) -> str:
         """`kept`, `rolled_back`, `undecided` or `ungated`."""
-        from tritter.config.run_folder import read_status
+        from tritter.config.run_folder import RunStatus
 
-        return read_status(self.folder).status
+        return RunStatus.read(self.folder).status
 
     @property
     def summary(self) -> Summary:

@@ -17,7 +17,7 @@ import yaml
 
 from tests.config.conftest import FakeOutcome, FakePipeline, Result
 from tritter.config.launch.sweep import _print_sweep, _sweep_rows
-from tritter.config.run_folder import read_status, write_run_file
+from tritter.config.run_folder import RunStatus, write_run_file
 from tritter.config.schema import RunConfig
 from tritter.errors import TritterError
 from tritter.options import leaves
@@ -35,7 +35,7 @@ def test_a_run(run: Run, pipeline: FakePipeline, tmp_path: Path) -> None:
     assert result.out.startswith(f"run        {folder}\n")  # before its imports
     assert folder.parent == tmp_path / "outputs/runs"
     assert json.loads((folder / "run.json").read_text())["status"] == "finished"
-    status = read_status(folder)
+    status = RunStatus.read(folder)
     assert (status.status, status.metric, status.exit_code) == ("kept", 0.25, 0)
     assert status.overrides == ["training.max_steps=7", "gate=strict"]
 
@@ -131,14 +131,14 @@ def test_a_full_disk_is_told_without_a_traceback(
     assert f"{pipeline.folders[0]}/status.json could not be written: No space left" in said
     assert is_kept or "the loss was not finite" in said
     assert words or f"resume={pipeline.folders[0]}" in result.err
-    assert read_status(pipeline.folders[0]).status == "running"  # as after a kill
+    assert RunStatus.read(pipeline.folders[0]).status == "running"  # as after a kill
 
 
 def test_a_panic_is_one_error_of_a_failed_run(run: Run, pipeline: FakePipeline) -> None:
     panicked = run("seed=7")
     assert panicked.code == 1 and "of a library in Rust" in panicked.err
     assert "Traceback" not in panicked.err
-    assert read_status(pipeline.folders[0]).status == "failed"
+    assert RunStatus.read(pipeline.folders[0]).status == "failed"
 
 
 def test_the_same_command_goes_on(run: Run, pipeline: FakePipeline) -> None:
@@ -229,9 +229,9 @@ def test_a_sweep(run: Run, pipeline: FakePipeline, tmp_path: Path) -> None:
     sweep = pipeline.folders[0].parent
     assert sweep.parent == tmp_path / "outputs/sweeps"
     assert {folder.parent for folder in pipeline.folders} == {sweep}
-    statuses = [read_status(sweep / str(number)).status for number in range(4)]
+    statuses = [RunStatus.read(sweep / str(number)).status for number in range(4)]
     assert statuses == ["kept", "failed", "failed", "rolled_back"]
-    assert "KeyError" in read_status(sweep / "2").error
+    assert "KeyError" in RunStatus.read(sweep / "2").error
     for word in ("rolled_back", "failed", "training=quick", "seed=3"):
         assert word in result.out
 
@@ -375,7 +375,7 @@ def test_an_ungated_job_is_finished(run: Run, pipeline: FakePipeline) -> None:
     again = run(*words)
     assert again.code == 0 and "job 1 (seed=4): ungated; metric 0.2500; finished e" in again.out
     assert [config.seed for config in pipeline.configs] == [0, 4]
-    assert read_status(Path("here/1")).status == "ungated"
+    assert RunStatus.read(Path("here/1")).status == "ungated"
 
 
 @pytest.mark.full
@@ -486,7 +486,7 @@ def test_a_metric_that_is_not_finite_is_stored_as_null(
 
     monkeypatch.setattr(FakePipeline, "__call__", outcome)
     assert run("hydra.run.dir=here").code == 0
-    assert read_status(Path("here")).metric is None
+    assert RunStatus.read(Path("here")).metric is None
 
 
 def test_run_file_is_written_whole(run: Run, pipeline: FakePipeline) -> None:

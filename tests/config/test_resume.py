@@ -18,7 +18,7 @@ from tritter.config import components
 from tritter.config.folders import body_of, shipped_options
 from tritter.config.launch import plan
 from tritter.config.overrides import unreplayed_overrides
-from tritter.config.run_folder import fingerprint, read_run
+from tritter.config.run_folder import RunRecord, fingerprint
 from tritter.config.schema import TYPED_ONLY
 from tritter.config.validation import known_keys
 from tritter.data import options
@@ -59,7 +59,7 @@ def test_alone_it_goes_on_with_what_was_typed(
     assert pipeline.configs[1].training == pipeline.configs[0].training
     words = ("seed=1", "expansion=dus", "expansion.dus.target_layers=4", "training.max_steps=7")
     assert again.out.startswith(f"resume     {folder}: {' '.join(words)}\n")
-    record = read_run(folder)
+    record = RunRecord.read(folder)
     assert record.overrides == words and record.program.endswith("train.py")
 
 
@@ -76,7 +76,7 @@ def test_alone_it_goes_on_with_what_was_typed(
 def test_what_is_the_same_or_does_not_count_may_be_typed(run: Run, words: list[str]) -> None:
     assert run(*JOB, "hydra.run.dir=outputs/runs/one").code == 1
     assert run("resume=latest", *words).code == 1
-    assert len(read_run(Path("outputs/runs/one")).overrides) == 4
+    assert len(RunRecord.read(Path("outputs/runs/one")).overrides) == 4
 
 
 @pytest.mark.quick_cases(1)
@@ -115,7 +115,7 @@ def test_a_corrected_key_resumes_until_a_stage_has_finished(
     assert run(*words, "seed=5").code == 0
     assert pipeline.configs[-1].seed == 5 and pipeline.folders[-1] == pipeline.folders[0]
     assert not trained.exists()  # else the new base would continue from weights of seed 1
-    record = read_run(Path("one"))
+    record = RunRecord.read(Path("one"))
     assert record.fingerprint["seed"] == 5 and "seed=5" in record.overrides
     assert run(*words, "seed=6").code == 2  # it is finished
 

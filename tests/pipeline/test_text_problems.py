@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from tritter.config.launch.entry import main
-from tritter.config.launch.jobs import read_status
+from tritter.config.launch.jobs import RunStatus
 from tritter.data import sources
 from tritter.errors import RequestError
 from tritter.pipeline import run_pipeline
@@ -36,7 +36,7 @@ def test_what_is_found_when_the_run_reads_it_is_listed_whole(
         assert f"data.{name}: {tmp_path}/{name}/b.jsonl, line 2 has no field text" in errors
         assert f"data.{name}: {tmp_path}/{name}/b.jsonl, line 3 is a number" in errors
     assert f"Run folder: {run}" in errors
-    status = read_status(run)
+    status = RunStatus.read(run)
     assert (status.status, status.exit_code) == ("failed", 1)
 
 

@@ -412,7 +412,7 @@ def _pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
 def _run_json(*, arguments: Sequence[str]) -> int:
     """Run a single run and print its summary.json; everything else goes to standard error."""
     from tritter.config.launch.entry import run_once
-    from tritter.config.run_folder import read_status
+    from tritter.config.run_folder import RunStatus
 
     if wrong := sorted(_NOT_ONE_RUN & {each.partition("=")[0] for each in arguments}):
         text = f"--json prints the summary of one run: it can't be combined with {wrong[0]}."
@@ -425,7 +425,7 @@ def _run_json(*, arguments: Sequence[str]) -> int:
             stop.add_note(f"Resume with: tritter train resume={run_folder} --json")
         raise
     say(read_text(folder / SUMMARY_FILE).rstrip())
-    return read_status(folder).exit_code
+    return RunStatus.read(folder).exit_code
 
 
 def _find_rate(output: Path | None, as_json: bool, *, arguments: Sequence[str]) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field, replace
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field
 
@@ -133,6 +133,15 @@ class RunRecord:
     config_folders: tuple[_Word, ...] = ()
     config_name: _Word | None = None
 
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Return the content of a folder's run file."""
+        advice = f"To run it again, use another folder: {command(['hydra.run.dir=NEW'])}"
+        try:
+            return read_record(folder / RUN_FILE, cls)
+        except TritterError as error:
+            raise RequestError(f"{error} {advice}") from error
+
     @property
     def search_path(self) -> SearchPath:
         """The search path of the run's options."""
@@ -163,6 +172,17 @@ class RunStatus:
     metric: float | None = None
     summary: str | None = None
     error: str | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Return the content of a job's `status.json`, or an error if it is missing or damaged."""
+        path = folder / STATUS_FILE
+        if not path.exists():
+            return cls(status="not run", exit_code=1, error=f"it left no {STATUS_FILE}")
+        try:
+            return read_record(path, cls)
+        except TritterError as error:
+            return cls(status="unknown", exit_code=1, error=str(error))
 
 
 def check_run_folder(folder: Path, config: RunConfig) -> RunState:
@@ -197,9 +217,9 @@ def check_run_folder(folder: Path, config: RunConfig) -> RunState:
         raise refused("hydra.run.dir", folder, reason)
     if not is_run:
         return RunState.NEW
-    run = read_run(folder)
+    run = RunRecord.read(folder)
     changes = changes_between(run.fingerprint, fingerprint(config))
-    if changes and (read_status(folder).status != "failed" or has_finished_stage(folder)):
+    if changes and (RunStatus.read(folder).status != "failed" or has_finished_stage(folder)):
         key = key_name("hydra.run.dir")
         raise RequestError(
             f"{key} = {folder}: the folder contains a run of another configuration "
@@ -260,7 +280,7 @@ def write_run_file(
         config_name=search_path().config_name,
     )
     if (folder / RUN_FILE).exists():
-        recorded = read_run(folder)
+        recorded = RunRecord.read(folder)
         if changes_between(recorded.fingerprint, run.fingerprint):
             for saved in folder.glob(f"*/{SAVED_NAME}"):  # weights of the other configuration
                 remove_folder(saved)
@@ -290,7 +310,7 @@ def find_run(resume: str) -> tuple[Path, tuple[str, ...]]:
         skipped: list[str] = []
         for folder in folders:
             try:
-                read_run(folder)
+                RunRecord.read(folder)
                 return folder, tuple(skipped)
             except RequestError as error:
                 skipped.append(f"resume     skipped {folder}: {error}")
@@ -305,26 +325,6 @@ def find_run(resume: str) -> tuple[Path, tuple[str, ...]]:
             f"latest, or the folder of a run.{did_you_mean(resume, known)}"
         )
     return folder, ()
-
-
-def read_run(folder: Path) -> RunRecord:
-    """Return the content of a folder's run file."""
-    advice = f"To run it again, use another folder: {command(['hydra.run.dir=NEW'])}"
-    try:
-        return read_record(folder / RUN_FILE, RunRecord)
-    except TritterError as error:
-        raise RequestError(f"{error} {advice}") from error
-
-
-def read_status(folder: Path) -> RunStatus:
-    """Return the content of a job's `status.json`, or an error if it is missing or damaged."""
-    path = folder / STATUS_FILE
-    if not path.exists():
-        return RunStatus(status="not run", exit_code=1, error=f"it left no {STATUS_FILE}")
-    try:
-        return read_record(path, RunStatus)
-    except TritterError as error:
-        return RunStatus(status="unknown", exit_code=1, error=str(error))
 
 
 def _check_path(folder: Path, config: RunConfig) -> None:

@@ -68,11 +68,6 @@ class CheckpointModelConfig:
 Model = ModelConfig | CheckpointModelConfig
 
 
-def start_checkpoint(model: Model) -> str | None:
-    """Return the folder or Hub id of the initial checkpoint; None for a new base model."""
-    return model.path if isinstance(model, CheckpointModelConfig) else None
-
-
 @options
 class PipelineConfig:
     """How often a run expands its model, and which checkpoints it keeps.

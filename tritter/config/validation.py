@@ -34,7 +34,6 @@ from tritter.config.schema import (
     RootValues,
     RunConfig,
     WandbConfig,
-    start_checkpoint,
 )
 from tritter.core.expansions import target_model, vocab_place
 from tritter.core.families import Model, check_size
@@ -131,6 +130,11 @@ def known_keys() -> tuple[str, ...]:
     return tuple(sorted([*keys, *method_keys()]))
 
 
+def _start_checkpoint(model: ModelConfig | CheckpointModelConfig) -> str | None:
+    """Return the folder or Hub id of the initial checkpoint; None for a new base model."""
+    return model.path if isinstance(model, CheckpointModelConfig) else None
+
+
 class _InvalidSection(Exception):
     """A rule reads a section that could not be read."""
 
@@ -193,7 +197,7 @@ def validate(
     sound = cast(RunConfig, _ValidSections(values, unread))
 
     def read_text(config: RunConfig) -> Iterable[Problem]:
-        values["text"] = run_text(start_checkpoint(config.model), config.data, seed=config.seed)
+        values["text"] = run_text(_start_checkpoint(config.model), config.data, seed=config.seed)
         if has_no_period:
             period = validation_period(config)
             values["evaluation"] = replace(config.evaluation, every_n_steps=period)
@@ -432,7 +436,7 @@ def _children_problems(config: RunConfig) -> Iterator[Problem]:
     spec, listed = next((pair for pair in of if pair[1]), (None, None))
     if listed is None:
         return
-    if start_checkpoint(config.model) is None:
+    if _start_checkpoint(config.model) is None:
         reason = "the models were trained from a checkpoint: set model=hf model.path=CHECKPOINT"
         yield Problem("expansion.moe.experts_from", listed, reason=reason)
     needs = [(one, one.kind.needs(one.options)) for one in config.forgetting]

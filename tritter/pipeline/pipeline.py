@@ -9,7 +9,7 @@ from itertools import dropwhile, takewhile
 from pathlib import Path
 
 from tritter.config.fallbacks import RETRYING, with_fallback
-from tritter.config.run_folder import read_status
+from tritter.config.run_folder import RunStatus
 from tritter.config.schema import RunConfig
 from tritter.errors import RequestError
 from tritter.evaluation.gate import Status
@@ -147,7 +147,7 @@ def _report(run: Run, candidates: Sequence[Candidate], control: Candidate) -> Ou
     for plot in plots:
         run.say("plot", str(plot))
     run.say("summary", str(path))
-    overrides = read_status(run.folder).overrides
+    overrides = RunStatus.read(run.folder).overrides
     if retried := summary.last_attempt.overrides:
         overrides = [
             override

@@ -202,7 +202,7 @@ def run_once(arguments: Sequence[str], pipeline: "Pipeline") -> Path:
         from tritter.config.launch.composition import SweepInConfig, composer
         from tritter.config.launch.jobs import Task
         from tritter.config.launch.plan import read_request
-        from tritter.config.run_folder import read_status
+        from tritter.config.run_folder import RunStatus
 
         with composer() as composing:
             request = read_request(command, composing)
@@ -226,7 +226,7 @@ def run_once(arguments: Sequence[str], pipeline: "Pipeline") -> Path:
                     raise
     assert request.plan is not None, "Hydra called the callback"
     folder = request.plan.jobs[0].folder
-    status = read_status(folder)
+    status = RunStatus.read(folder)
     if status.error is not None:
         if status.exit_code == 2 and request.plan.jobs[0].undo():
             raise RequestError(status.error)
@@ -268,7 +268,7 @@ def _run_one(request: "Request", task: "Task", hydra: "Hydra") -> int:
     """Run a single run, print its outcome and the command that resumes it; return the exit code."""
     from tritter.config.launch.jobs import EXIT_FAILED, EXIT_REQUEST
     from tritter.config.overrides import resume_command
-    from tritter.config.run_folder import has_finished_stage, read_status
+    from tritter.config.run_folder import RunStatus, has_finished_stage
 
     request.composing.loader.is_sweep = False
     unwritten = ""
@@ -288,7 +288,7 @@ def _run_one(request: "Request", task: "Task", hydra: "Hydra") -> int:
             traceback.print_exc()
     assert request.plan is not None, "Hydra called the callback"
     (job,) = request.plan.jobs
-    status = read_status(job.folder)
+    status = RunStatus.read(job.folder)
     if (failure := unwritten or status.error) is None:
         return status.exit_code
     is_request = status.exit_code == EXIT_REQUEST

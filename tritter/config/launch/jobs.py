@@ -33,7 +33,6 @@ from tritter.config.run_folder import (
     RunStatus,
     check_run_folder,
     has_finished_stage,
-    read_status,
     write_run_file,
 )
 from tritter.config.schema import RunConfig
@@ -162,7 +161,7 @@ class Task:
             with folder_lock(folder, key="hydra.sweep.dir"):
                 if (Path(hydra.sweep.dir) / _STOPPING_FILE).exists():
                     return math.nan
-                if self.keeps_failed and read_status(folder).status == "failed":
+                if self.keeps_failed and RunStatus.read(folder).status == "failed":
                     say(f"job {hydra.job.num} failed before; what followed was chosen by that")
                     return math.nan
                 try:
@@ -218,7 +217,7 @@ def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence[Job]) -> floa
             loggers = replace(config.logger, wandb=replace(wandb, group=group))
             config = replace(config, logger=loggers)
         is_finished = check_run_folder(folder, config) is RunState.FINISHED
-        if is_finished and (ended := read_status(folder)).status in ENDS:
+        if is_finished and (ended := RunStatus.read(folder)).status in ENDS:
             return math.nan if ended.metric is None else float(ended.metric)
         typed = overrides if planned is None or is_sweep else planned.overrides
         write_run_file(folder, config, status="running", overrides=recorded_overrides(typed))

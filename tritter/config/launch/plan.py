@@ -35,10 +35,10 @@ from tritter.config.overrides import (
 )
 from tritter.config.run_folder import (
     OUTPUT_FILE,
+    RunRecord,
     RunState,
     check_run_folder,
     find_run,
-    read_run,
     require_writable,
 )
 from tritter.config.schema import RunConfig
@@ -220,7 +220,7 @@ def _add_resumed(
             f"resume = {value}: it sets the folder, and so does hydra.run.dir; use one of them."
         )
     folder, notes = find_run(str(value))
-    run = read_run(folder)
+    run = RunRecord.read(folder)
 
     def is_overridden(text: str) -> bool:  # by the same key, or by its group
         key = override_key(text)

@@ -17,7 +17,7 @@ from tritter.config.folders import search_path
 from tritter.config.launch.jobs import ENDS, Job, Task
 from tritter.config.launch.plan import Request
 from tritter.config.overrides import command, override_value
-from tritter.config.run_folder import OUTPUT_FILE, STATUS_FILE, read_status
+from tritter.config.run_folder import OUTPUT_FILE, STATUS_FILE, RunStatus
 from tritter.errors import TritterError
 from tritter.stopping import Stopped
 from tritter.storage.lock import is_locked
@@ -110,7 +110,7 @@ def _sweep_rows(jobs: Sequence[Job], folder: Path) -> tuple[_SweepRow, ...]:
 
 
 def _row(job: Path, *, sweep: Path, overrides: tuple[str, ...] | None) -> _SweepRow:
-    status = read_status(job)
+    status = RunStatus.read(job)
     return _SweepRow(
         name=os.path.relpath(job, sweep),
         overrides=tuple(status.overrides) if overrides is None else overrides,
@@ -175,7 +175,7 @@ class _JobLines:
         """Print the lines of jobs that have ended in other processes."""
         known = [job.folder for job in jobs]
         for job in known or sorted(path.parent for path in sweep.glob(f"*/{STATUS_FILE}")):
-            status = read_status(job).status
+            status = RunStatus.read(job).status
             has_ended = status in ("failed", "interrupted") and not self.is_earlier(job)
             if job not in self.printed and (has_ended or status in ENDS):
                 self(job, sweep, jobs)
