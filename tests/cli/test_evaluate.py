@@ -16,7 +16,7 @@ from tests.oracle import stock
 from tests.real import real_checkpoint
 from tritter.data.tokens import read_tokenizer
 from tritter.errors import RequestError
-from tritter.pipeline.evaluate import named_domains
+from tritter.pipeline.evaluate import DomainsToScore
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 TEXT = "the model grows a layer where data asks for one\n"
@@ -68,7 +68,7 @@ def test_long_documents_are_scored_up_to_a_window(place: Path) -> None:
     (place / "long.txt").write_text(" ".join(f"word {number}" for number in range(3000)))
     tokenizer = read_tokenizer(place / "base", vocab_size=512)
     for length, most in ((64, 1024), (2048, 2048)):
-        found = named_domains(
+        found = DomainsToScore.named(
             {"long": ["long.txt"]}, tokenizer, folder=place / "base", lineage=None, length=length
         ).noted(length)
         assert found.documents["long"].num_tokens == most

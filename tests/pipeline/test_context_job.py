@@ -27,7 +27,7 @@ from tritter.errors import RequestError
 from tritter.evaluation.statistics import PairedScores
 from tritter.pipeline import Outcome, run_pipeline, validate, windows
 from tritter.pipeline.base import _made_from
-from tritter.pipeline.evaluate import learned_domains, named_domains
+from tritter.pipeline.evaluate import DomainsToScore
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.run import Run
 from tritter.pipeline.run_data import all_documents
@@ -263,14 +263,16 @@ def test_all_that_reads_a_lineage_cuts_as_it_does(tmp_path: Path) -> None:
     later = run_text(str(checkpoint), replace(config.data, piece_characters=None), seed=0)
     assert later.split == lineage.split and not any("has changed" in each for each in later.notes)
     tokenizer = read_tokenizer(checkpoint, vocab_size=read_model(checkpoint).sizes.vocab_size)
-    scored = learned_domains(checkpoint, lineage, tokenizer, length=SHORT).documents
+    scored = DomainsToScore.learned(checkpoint, lineage, tokenizer, length=SHORT).documents
     for name, domain in all_documents(later.domains).items():
         held_out = split_documents({name: domain}, rule=lineage.split)[name].validation
         assert list(scored[name].identifiers) == [each.identifier for each in held_out]
         assert max(len(each.text) for each in domain) > 40_000
         files = {name: [f"{tmp_path}/{'book' if name == 'old' else 'code'}.txt"]}
         names = [each.identifier for each in domain]
-        found = named_domains(files, tokenizer, folder=checkpoint, lineage=lineage, length=SHORT)
+        found = DomainsToScore.named(
+            files, tokenizer, folder=checkpoint, lineage=lineage, length=SHORT
+        )
         assert list(found.documents[name].identifiers) == names
         checked = validate._read("kept", None, lineage, named=files, limit=1000)
         assert [each.identifier for each in checked.documents[name]] == names

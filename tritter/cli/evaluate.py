@@ -157,7 +157,7 @@ def evaluate(
         from tritter.data.records import FIELD_KEY
         from tritter.data.tokens import read_tokenizer
         from tritter.evaluation.benchmarks.harness import EvalOptions
-        from tritter.pipeline import evaluate as losses_of
+        from tritter.pipeline.evaluate import DomainsToScore
 
     inputs = [named_path(checkpoint, key="--checkpoint"), *filter(None, [tasks_path])]
     file = _result_file(output, inputs, sources, overwrite=overwrite)
@@ -172,21 +172,21 @@ def evaluate(
         whole, lineage = read_model(folder), read_lineage(folder)
         tokenizer = read_tokenizer(folder, vocab_size=whole.sizes.vocab_size)
         stock = _stock_tokenizer(folder, needs_template=chat_template) if chosen else None
-        domains = losses_of.DomainsToScore({}, ())
+        domains = DomainsToScore({}, ())
         length = window_length(lineage, whole.position_limit)
         if sources:
-            domains = losses_of.named_domains(
+            domains = DomainsToScore.named(
                 sources, tokenizer, folder=folder, lineage=lineage, length=length,
                 text_field=text_field,
             )  # fmt: skip
         elif not chosen:
-            domains = losses_of.learned_domains(folder, lineage, tokenizer, length=length)
+            domains = DomainsToScore.learned(folder, lineage, tokenizer, length=length)
         with status("loading the model"):
             model = _read_model(folder)
     domains = domains.limited(limit).noted(length)
     with progress_bars(is_shown=not as_json) as new_bar:
-        losses = losses_of.domain_losses(
-            model, domains.documents, tokenizer, length=length, batch_size=batch_size,
+        losses = domains.losses(
+            model, tokenizer, length=length, batch_size=batch_size,
             new_bar=new_bar,
         )  # fmt: skip
     scores = _score_benchmarks(model, stock, chosen, questions, harness)

@@ -89,12 +89,11 @@ class Branch:
         """Return the report label of a stage; the control has a single label."""
         return "control" if self.is_control else stage
 
-
-def tasks_of(first: Branch, count: int) -> tuple[Branch, ...]:
-    """Return a branch per task; later tasks continue from the previous one without expansion."""
-    branches = [replace(first, is_final=first.is_final and count == 1)]
-    for number in range(2, count + 1):
-        name, follows = f"{first.name}_task_{number}", branches[-1].name
-        later = replace(first, name=name, specs=(), follows=follows, task=number - 1)
-        branches.append(replace(later, is_final=first.is_final and number == count))
-    return tuple(branches)
+    def for_tasks(self, count: int) -> tuple["Branch", ...]:
+        """Return a branch per task; later ones continue from the previous without expansion."""
+        branches = [replace(self, is_final=self.is_final and count == 1)]
+        for number in range(2, count + 1):
+            name, follows = f"{self.name}_task_{number}", branches[-1].name
+            later = replace(self, name=name, specs=(), follows=follows, task=number - 1)
+            branches.append(replace(later, is_final=self.is_final and number == count))
+        return tuple(branches)

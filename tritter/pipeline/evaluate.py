@@ -38,6 +38,105 @@ class DomainsToScore:
     documents: Mapping[str, TokenisedDocuments]
     notes: tuple[str, ...]
 
+    @classmethod
+    def named(
+        cls,
+        sources: Mapping[str, Sequence[str]],
+        tokenizer: PretrainedTokenizer,
+        *,
+        folder: Path,
+        lineage: Lineage | None,
+        length: int,
+        text_field: str = DEFAULT_FIELD,
+    ) -> "DomainsToScore":
+        """Return all documents in some files, truncated to 1,024 tokens or to longer windows.
+
+        Conversations are tokenised as in training of the checkpoint in `folder`.
+        """
+        size = lineage.split.piece_characters if lineage and lineage.split else PIECE_CHARACTERS
+        found = {
+            name: source_documents(
+                paths, key=f"--data {name}", text_field=text_field, piece_characters=size
+            )
+            for name, paths in sources.items()
+        }
+        count = sum(each.num_conversations() for each in found.values())
+        chat = corpus_chat(count > 0, recorded_chat(lineage), folder)
+        documents = {
+            name: tokenise(
+                domain_documents,
+                tokenizer.tokenizer,
+                max_tokens_per_document=max(length, _MAX_TOKENS_PER_DOCUMENT),
+                chat=chat,
+            )
+            for name, domain_documents in found.items()
+        }
+        files = (find_texts(f"--data {n}", paths).note(n) for n, paths in sources.items())
+        notes = list(filter(None, files))
+        notes += [note for texts in found.values() for note in texts.notes]
+        for n, each in documents.items():
+            texts = (one.text for one in found[n])
+            notes += filter(None, [unencoded_note(n, (each,), texts, tokenizer.tokenizer)])
+        if chat is not None:
+            notes.append(chat.note(count))
+            notes += filter(
+                None, (unanswered_note(n, (each,), found[n]) for n, each in documents.items())
+            )
+        return cls(documents, tuple(notes))
+
+    @classmethod
+    def learned(
+        cls, folder: Path, lineage: Lineage | None, tokenizer: PretrainedTokenizer, *, length: int
+    ) -> "DomainsToScore":
+        """Return the held-out documents of every domain in a lineage, truncated as above."""
+        text = None
+        if lineage is not None:
+            data = TextDataConfig(
+                source="text",
+                text_field=DEFAULT_FIELD,
+                old=None,
+                new={},
+                tasks=[],
+                weights=None,
+                vocab_size=257,
+                sequence_length=2,
+                batch_size=1,
+                validation_fraction=None,
+            )
+            try:
+                text = run_text(str(folder), data, seed=lineage.split.seed if lineage.split else 0)
+            except RequestError as error:
+                problem = error.problems[0]
+                if problem.key != "data.old":
+                    raise
+                advice = "pass data with --data PATH"
+                replaced = replace(problem, key="--checkpoint", value=folder, advice=advice)
+                raise RequestError(replaced) from error
+        if text is None or not text.domains:
+            raise RequestError(
+                f"--checkpoint = {folder}: its lineage records no training data; pass data with "
+                "--data PATH, or benchmarks with --tasks NAMES."
+            )
+        found = all_documents(text.domains)
+        is_chat = any(each.num_conversations() for each in found.values())
+        corpus = build_corpus(
+            found,
+            origin="the domains in the lineage",
+            vocab_size=tokenizer.tokenizer.get_vocab_size(),
+            validation_fraction=text.split.validation_fraction,
+            max_validation_tokens_per_document=max(length, _MAX_TOKENS_PER_DOCUMENT),
+            seed=text.split.seed,
+            cache_dir=cache_folder(None),
+            tokenizer=tokenizer.tokenizer,
+            chat=corpus_chat(is_chat, recorded_chat(lineage), folder),
+        )
+        documents = {name: domain.validation for name, domain in corpus.domains.items()}
+        held_out = (
+            f"Documents held out from all training of this checkpoint: {', '.join(documents)}."
+        )
+        others = (note for note in text.notes if not note.startswith("Old text as"))
+        return cls(documents, (held_out, *corpus.notes, *others))
+
     def noted(self, length: int) -> "DomainsToScore":
         """Return the domains with notes on what is scored of long documents in windows."""
         most, notes = max(length, _MAX_TOKENS_PER_DOCUMENT), list(self.notes)
@@ -57,116 +156,19 @@ class DomainsToScore:
         ]
         return DomainsToScore({**self.documents, **first}, (*self.notes, *notes))
 
+    def losses(
+        self,
+        model: nn.Module,
+        tokenizer: PretrainedTokenizer,
+        *,
+        length: int,
+        batch_size: int,
+        new_bar: NewBar = no_bar,
+    ) -> dict[str, PairedScores]:
+        """Score the documents of each domain.
 
-def named_domains(
-    sources: Mapping[str, Sequence[str]],
-    tokenizer: PretrainedTokenizer,
-    *,
-    folder: Path,
-    lineage: Lineage | None,
-    length: int,
-    text_field: str = DEFAULT_FIELD,
-) -> DomainsToScore:
-    """Return all documents in some files for windows of a length, truncated to 1,024 tokens or it.
-
-    Conversations are tokenised as in training of the checkpoint in `folder`.
-    """
-    size = lineage.split.piece_characters if lineage and lineage.split else PIECE_CHARACTERS
-    found = {
-        name: source_documents(
-            paths, key=f"--data {name}", text_field=text_field, piece_characters=size
-        )
-        for name, paths in sources.items()
-    }
-    count = sum(each.num_conversations() for each in found.values())
-    chat = corpus_chat(count > 0, recorded_chat(lineage), folder)
-    documents = {
-        name: tokenise(
-            domain_documents,
-            tokenizer.tokenizer,
-            max_tokens_per_document=max(length, _MAX_TOKENS_PER_DOCUMENT),
-            chat=chat,
-        )
-        for name, domain_documents in found.items()
-    }
-    files = (find_texts(f"--data {n}", paths).note(n) for n, paths in sources.items())
-    notes = list(filter(None, files))
-    notes += [note for texts in found.values() for note in texts.notes]
-    for n, each in documents.items():
-        texts = (one.text for one in found[n])
-        notes += filter(None, [unencoded_note(n, (each,), texts, tokenizer.tokenizer)])
-    if chat is not None:
-        notes.append(chat.note(count))
-        notes += filter(
-            None, (unanswered_note(n, (each,), found[n]) for n, each in documents.items())
-        )
-    return DomainsToScore(documents, tuple(notes))
-
-
-def learned_domains(
-    folder: Path, lineage: Lineage | None, tokenizer: PretrainedTokenizer, *, length: int
-) -> DomainsToScore:
-    """Return the held-out documents of every domain in a lineage, truncated as above."""
-    text = None
-    if lineage is not None:
-        data = TextDataConfig(
-            source="text",
-            text_field=DEFAULT_FIELD,
-            old=None,
-            new={},
-            tasks=[],
-            weights=None,
-            vocab_size=257,
-            sequence_length=2,
-            batch_size=1,
-            validation_fraction=None,
-        )
-        try:
-            text = run_text(str(folder), data, seed=lineage.split.seed if lineage.split else 0)
-        except RequestError as error:
-            problem = error.problems[0]
-            if problem.key != "data.old":
-                raise
-            advice = "pass data with --data PATH"
-            replaced = replace(problem, key="--checkpoint", value=folder, advice=advice)
-            raise RequestError(replaced) from error
-    if text is None or not text.domains:
-        raise RequestError(
-            f"--checkpoint = {folder}: its lineage records no training data; pass data with "
-            "--data PATH, or benchmarks with --tasks NAMES."
-        )
-    found = all_documents(text.domains)
-    is_chat = any(each.num_conversations() for each in found.values())
-    corpus = build_corpus(
-        found,
-        origin="the domains in the lineage",
-        vocab_size=tokenizer.tokenizer.get_vocab_size(),
-        validation_fraction=text.split.validation_fraction,
-        max_validation_tokens_per_document=max(length, _MAX_TOKENS_PER_DOCUMENT),
-        seed=text.split.seed,
-        cache_dir=cache_folder(None),
-        tokenizer=tokenizer.tokenizer,
-        chat=corpus_chat(is_chat, recorded_chat(lineage), folder),
-    )
-    documents = {name: domain.validation for name, domain in corpus.domains.items()}
-    held_out = f"Documents held out from all training of this checkpoint: {', '.join(documents)}."
-    others = (note for note in text.notes if not note.startswith("Old text as"))
-    return DomainsToScore(documents, (held_out, *corpus.notes, *others))
-
-
-def domain_losses(
-    model: nn.Module,
-    domains: Mapping[str, TokenisedDocuments],
-    tokenizer: PretrainedTokenizer,
-    *,
-    length: int,
-    batch_size: int,
-    new_bar: NewBar = no_bar,
-) -> dict[str, PairedScores]:
-    """Score the documents of each domain.
-
-    Args:
-        length: length of the windows into which documents are cut.
-    """
-    reader = Reader(tokenizer.tokenizer, tokenizer.bounds, batch_size)
-    return Scoring(domains, (), reader, length).score(model, new_bar=new_bar)
+        Args:
+            length: length of the windows into which documents are cut.
+        """
+        reader = Reader(tokenizer.tokenizer, tokenizer.bounds, batch_size)
+        return Scoring(self.documents, (), reader, length).score(model, new_bar=new_bar)

@@ -15,7 +15,7 @@ from tritter.errors import RequestError
 from tritter.evaluation.gate import Status
 from tritter.pipeline import costs, disk, verdict, windows
 from tritter.pipeline.base import check_source
-from tritter.pipeline.branch import Branch, tasks_of
+from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.metrics import (
     BEFORE,
@@ -222,7 +222,7 @@ def planned_candidates(run: Run) -> list[Candidate]:
             prepared_by = 1 + methods.index(own.forgetting)
             name = f"attempt_{number}"
             first = Branch(name, own.expansion, attempt=number, prepared_by=prepared_by)
-            branches = tasks_of(first, len(run.data.text.tasks))
+            branches = first.for_tasks(len(run.data.text.tasks))
             candidates.append(Candidate(run.of_attempt(number), branches, own.fallback_overrides))
         return candidates
     shapes = planned_rounds(config, run.source("baseline").model)
@@ -260,7 +260,7 @@ def _run_control(last: Candidate, *, num_rounds: int) -> Candidate:
     run.say("control", "control (not grown), trained in the same way")
     prepared = last.branches[0].prepared_by
     first = Branch("control", (), is_control=True, num_trainings=num_rounds, prepared_by=prepared)
-    branches = _run_tasks(run, tasks_of(first, len(run.data.text.tasks)))
+    branches = _run_tasks(run, first.for_tasks(len(run.data.text.tasks)))
     disk.remove(run, branches[-1].trained)
     return replace(last, branches=branches)
 

@@ -76,6 +76,84 @@ class TrainedWriter:
     methods: tuple[Method, ...] = ()
     has_frozen_base: bool = False
 
+    @classmethod
+    def of_stage(
+        cls,
+        run: Run,
+        branch: Branch,
+        start: Source,
+        location: str,
+        *,
+        stage: str,
+        added: AddedExperts | None,
+    ) -> "TrainedWriter":
+        """Return the writer for the result of one training run of a branch.
+
+        Args:
+            location: folder of the result, relative to the run folder.
+            stage: name of the training run in the lineage.
+            added: appended experts, which open during training.
+        """
+        config, parent, target = run.config, start.own_lineage, run.folder / location
+        sections: tuple[str, ...] = ()
+        if start.model.family.has_experts:
+            sections = ("moe_routing",) if added is None else ("moe_routing", "adaptation")
+        lineage = replace(
+            parent,
+            parent_hash=parent.model_hash,
+            parent_path=os.path.relpath(start.folder, target),
+            training_config={
+                "stage": stage,
+                "training": asdict(config.training),
+                **{name: asdict(getattr(config, name)) for name in sections},
+                "forgetting": [
+                    {"name": one.name, **plain(one.arguments)} for one in config.forgetting
+                ],
+                "old": run.data.source_records(run.data.old_domains_of(branch)),
+                "new": run.data.source_records(run.data.new_domains_of(branch)),
+                **run.data.split_record(),
+            },
+            split=run.data.text.split,
+            domains=run.data.learned(
+                (*run.data.old_domains_of(branch), *run.data.new_domains_of(branch))
+            ),
+        )
+        return cls(
+            start=start.folder, start_model=start.model, target=target, lineage=lineage, added=added
+        )
+
+    @classmethod
+    def of_branch(
+        cls,
+        run: Run,
+        branch: Branch,
+        *,
+        is_routed: bool,
+        frees_start: bool,
+        methods: tuple[Method, ...],
+    ) -> "TrainedWriter":
+        """Return the writer for the trained model of a branch."""
+        start, folder = run.source(branch.location), run.folder / branch.name
+        location, added = branch.trained, moe.pending_experts(run, branch)
+        has_bias = is_routed and moe.has_unsaved_bias(run)
+        has_frozen_base = run.config.experts is not None and not branch.is_control
+        dtype = run.published_dtype
+        if not branch.is_final:  # later training runs start from float32
+            dtype = start.tensors.main_dtype if has_frozen_base else "float32"
+        return replace(
+            cls.of_stage(run, branch, start, location, stage="continued training", added=added),
+            dtype=dtype,
+            frees_start=frees_start,
+            steps_before=moe.router_steps(run, branch),
+            earlier_steps=start.own_lineage.step if branch.task else 0,
+            anneal_steps=None if added is None else moe.anneal_steps(run, branch, added),
+            work=folder,
+            routing_state=folder / "routing" if has_bias else None,
+            kept_sequences=kept_sequences_of(run, branch),
+            methods=methods,
+            has_frozen_base=has_frozen_base,
+        )
+
     def __call__(self, model: nn.Module, result: FitResult) -> None:
         """Write `model` after this training run."""
         steps, added = self.steps_before + result.weights_step, self.added
@@ -177,75 +255,6 @@ def _config_after(config: Config, model: nn.Module) -> Config:
     before, after = model_of(uninitialised_model(config)).config, model_of(model).config
     changed = {key: value for key, value in after.items() if before.get(key) != value}
     return {key: config[key] for key in config if key in after or key not in before} | changed
-
-
-def child_writer(
-    run: Run,
-    branch: Branch,
-    start: Source,
-    location: str,
-    *,
-    stage: str,
-    added: AddedExperts | None,
-) -> TrainedWriter:
-    """Return the writer for the result of one training run of a branch.
-
-    Args:
-        location: folder of the result, relative to the run folder.
-        stage: name of the training run in the lineage.
-        added: appended experts, which open during training.
-    """
-    config, parent, target = run.config, start.own_lineage, run.folder / location
-    sections: tuple[str, ...] = ()
-    if start.model.family.has_experts:
-        sections = ("moe_routing",) if added is None else ("moe_routing", "adaptation")
-    lineage = replace(
-        parent,
-        parent_hash=parent.model_hash,
-        parent_path=os.path.relpath(start.folder, target),
-        training_config={
-            "stage": stage,
-            "training": asdict(config.training),
-            **{name: asdict(getattr(config, name)) for name in sections},
-            "forgetting": [{"name": one.name, **plain(one.arguments)} for one in config.forgetting],
-            "old": run.data.source_records(run.data.old_domains_of(branch)),
-            "new": run.data.source_records(run.data.new_domains_of(branch)),
-            **run.data.split_record(),
-        },
-        split=run.data.text.split,
-        domains=run.data.learned(
-            (*run.data.old_domains_of(branch), *run.data.new_domains_of(branch))
-        ),
-    )
-    return TrainedWriter(
-        start=start.folder, start_model=start.model, target=target, lineage=lineage, added=added
-    )
-
-
-def branch_writer(
-    run: Run, branch: Branch, *, is_routed: bool, frees_start: bool, methods: tuple[Method, ...]
-) -> TrainedWriter:
-    """Return the writer for the trained model of a branch."""
-    start, folder = run.source(branch.location), run.folder / branch.name
-    location, added = branch.trained, moe.pending_experts(run, branch)
-    has_bias = is_routed and moe.has_unsaved_bias(run)
-    has_frozen_base = run.config.experts is not None and not branch.is_control
-    dtype = run.published_dtype
-    if not branch.is_final:  # later training runs start from float32
-        dtype = start.tensors.main_dtype if has_frozen_base else "float32"
-    return replace(
-        child_writer(run, branch, start, location, stage="continued training", added=added),
-        dtype=dtype,
-        frees_start=frees_start,
-        steps_before=moe.router_steps(run, branch),
-        earlier_steps=start.own_lineage.step if branch.task else 0,
-        anneal_steps=None if added is None else moe.anneal_steps(run, branch, added),
-        work=folder,
-        routing_state=folder / "routing" if has_bias else None,
-        kept_sequences=kept_sequences_of(run, branch),
-        methods=methods,
-        has_frozen_base=has_frozen_base,
-    )
 
 
 def write_states(work: Path, folder: Path) -> None:

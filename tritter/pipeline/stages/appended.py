@@ -17,7 +17,7 @@ from tritter.pipeline.run import Run
 from tritter.pipeline.stage import Stage
 from tritter.pipeline.stages import importance
 from tritter.pipeline.stages.fit import fit_branch
-from tritter.pipeline.trained import child_writer
+from tritter.pipeline.trained import TrainedWriter
 from tritter.storage.hub import locate
 from tritter.storage.records import record
 from tritter.training import BaseModule, FitResult, Schedule, discard_saved
@@ -109,7 +109,7 @@ class Distill(_Training):
         model = run.load(branch.location)
         folder, steps = run.folder / branch.name / self.working, options.distill_steps
         location, stage = self.folder(branch), "distillation of new experts"
-        write = child_writer(run, branch, start, location, stage=stage, added=added)
+        write = TrainedWriter.of_stage(run, branch, start, location, stage=stage, added=added)
         run.say("distill", f"{steps} steps of the new experts; teacher: {teacher}")
         with only_new_experts(model, added.experts):
             module = DistillationModule(
@@ -155,7 +155,9 @@ class Adapt(_Training):
             redraw_rows(model, added.experts, seed=run.seed("router", *branch.purpose))
         location = self.folder(branch)
         write = replace(
-            child_writer(run, branch, start, location, stage="router adaptation", added=added),
+            TrainedWriter.of_stage(
+                run, branch, start, location, stage="router adaptation", added=added
+            ),
             anneal_steps=moe.anneal_steps(run, branch, added),
         )
         run.say("adapt", f"{steps} router steps on {', '.join(run.data.new_domains_of(branch))}")

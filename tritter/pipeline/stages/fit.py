@@ -27,7 +27,7 @@ from tritter.pipeline.run import Run
 from tritter.pipeline.samples import sample_log
 from tritter.pipeline.stage import Stage
 from tritter.pipeline.stages import importance
-from tritter.pipeline.trained import TrainedWriter, branch_writer
+from tritter.pipeline.trained import TrainedWriter
 from tritter.report.table import count_text
 from tritter.training import (
     BaseModule,
@@ -198,7 +198,7 @@ def _train(
             trainee.observers += (observer,)
         elif text is not None:
             trainee.observers += tuple(sample_log(run, model, folder))
-        write = branch_writer(
+        write = TrainedWriter.of_branch(
             run, branch, is_routed=is_routed, frees_start=frees_start, methods=(*others, *methods)
         )
         result = fit_branch(
