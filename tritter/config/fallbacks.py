@@ -4,8 +4,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from hydra.core.override_parser.types import Override
-
 from tritter.config.folders import LADDERS, body_of, option_files
 from tritter.config.overrides import override_key
 from tritter.config.schema import RunConfig
@@ -64,16 +62,6 @@ def ladder_problems(config: RunConfig) -> Iterator[Problem]:
         reason = "a run that grows to a size ends with the round that is rolled back; omit "
         reason += "pipeline.target_params, or continue from its checkpoint in a new run"
         yield Problem(_LADDER, gate.ladder, reason=reason)
-
-
-def choice_problems(overrides: Sequence[Override]) -> Iterator[Problem]:
-    """Yield a fallback chain that was selected like the option of a group."""
-    for override in overrides:
-        if override.key_or_group == LADDERS:
-            name = str(override.value())
-            reason = f"select a fallback chain with {_LADDER}=NAME; available: "
-            reason += ", ".join(_ladder_names())
-            yield Problem(LADDERS, name, reason=reason, nearest=f"{_LADDER}={name}")
 
 
 def with_fallback(overrides: Sequence[str], fallback: Sequence[str]) -> list[str]:

@@ -172,8 +172,15 @@ def check_command_line(overrides: Sequence[Override], options: _Options) -> None
 
 
 def option_problems(overrides: Sequence[Override], options: _Options) -> Iterator[Problem]:
-    """Yield a problem for each selected option that its group does not have."""
+    """Yield a problem for each selected option that its group does not have.
+
+    A fallback chain is an option file, but no option of a group.
+    """
     for override in overrides:
+        if override.key_or_group == LADDERS:
+            chain, chains = str(override.value()), ", ".join(option_files().get(LADDERS, {}))
+            reason = f"select a fallback chain with gate.{LADDERS}=NAME; available: {chains}"
+            yield Problem(LADDERS, chain, reason=reason, nearest=f"gate.{LADDERS}={chain}")
         known = options.get(override.key_or_group)
         if known is None or override.is_delete() or override.is_sweep_override():
             continue

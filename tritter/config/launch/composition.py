@@ -29,7 +29,6 @@ from tritter.conf_folder import config_folder
 from tritter.config.components import BASES, CHOSEN_GROUPS, METHOD_GROUPS, Origin, method_names
 from tritter.config.fallbacks import (
     FALLBACK_GROUPS,
-    choice_problems,
     fallbacks_of,
     locate_in_fallback,
     with_fallback,
@@ -173,7 +172,7 @@ class Loader(ConfigLoaderImpl):
             return self.shown
         parsed = parse(overrides, loader=self)
         with self.search_path.in_use():  # a launcher's worker process does not have it
-            problems = [*option_problems(parsed, self.options), *choice_problems(parsed)]
+            problems = list(option_problems(parsed, self.options))
         rejected = {problem.key for problem in problems}
         if "experiment" in rejected:  # an experiment selects options of all groups
             raise refusal(problems)
