@@ -82,32 +82,32 @@ TORCH_ONLY_ROOMS = {"core.parameter_map", "core.stock_routers"}  # the standard 
 
 # Room → most files and lines: both may only fall, until the redesign of issue 25 ends
 RATCHET = {
-    "(top)": (13, 2_332),
+    "(top)": (13, 2_331),
     "checkpoints": (12, 3_023),
-    "cli": (21, 5_800),
-    "config": (19, 5_164),
-    "core": (37, 11_885),
+    "cli": (21, 5_793),
+    "config": (19, 5_124),
+    "core": (37, 11_876),
     "data": (26, 8_943),
-    "evaluation": (16, 4_398),
+    "evaluation": (16, 4_396),
     "integrations": (2, 801),
-    "methods": (48, 12_475),
+    "methods": (48, 12_444),
     "pipeline": (31, 7_295),
     "planning": (9, 2_115),
-    "report": (15, 4_236),
+    "report": (15, 4_217),
     "storage": (10, 2_022),
-    "training": (17, 5_058),
+    "training": (17, 5_051),
     "transform": (6, 1_823),
 }
 # What there is to know; both may only fall: names of modules without an underscore, and classes
 # that only hold values
-MAX_PUBLIC_NAMES, MAX_RECORDS = 1_704, 323
+MAX_PUBLIC_NAMES, MAX_RECORDS = 1_625, 323
 # Capability → its modules, and most other modules that import them; the figures may only fall
 CAPABILITIES: dict[str, tuple[int, tuple[str, ...]]] = {
     "LoRA experts": (10, (
         "methods.experts", "checkpoints.expert_files", "cli.export_experts",
         "report.topics.experts",
     )),
-    "mixture of experts": (23, (
+    "mixture of experts": (22, (
         "methods.moe_routing", "core.expansions.moe", "core.expansions.moe_add",
         "core.expansions.moe_children", "core.stock_routers",
         "pipeline.moe", "pipeline.stages.appended", "planning.upcycling", "transform.children",

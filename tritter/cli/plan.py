@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     from tritter.planning.plan import Assumptions, ExpansionStep, GrowthPlan
     from tritter.planning.shapes import NamedShape
 
-_MEASURED = "measured below 0.3 M parameters, three seeds"
+_MEASURED = (
+    "measured below 0.3 M parameters, three seeds; on SmolLM2-135M no expansion paid within 77 "
+    "thousand tokens"
+)
 _NAMES = Names.of(
     {
         key: f"--{with_dashes(key)}"
