@@ -11,7 +11,6 @@ from tritter.evaluation.gate import (
     decide,
     new_capability_check,
     preservation_check,
-    report_only,
     retention_check,
     training_check,
 )
@@ -188,13 +187,13 @@ def test_training():
 def test_decision(verdicts, status):
     checks = [Check("retention", "prose", verdict, "") for verdict in verdicts]
     assert decide(checks) == status
-    assert decide(map(report_only, checks)) == "kept"
+    assert decide(map(Check.reported, checks)) == "kept"
 
 
 def test_a_check_that_is_only_reported_keeps_its_numbers(make_losses):
     losses = make_losses(BEFORE), make_losses(BEFORE * (1.5 + NOISE))
     failed = retention_check("prose", *losses, bound=0.05, confidence=0.95)
-    reported = report_only(failed).to_dict()
+    reported = failed.reported().to_dict()
     assert failed.verdict == "failed" and reported["verdict"] == "reported"
     assert (reported["bound"], reported["documents_needed"]) == (None, None)
     for key in ("value", "interval", "confidence", "n"):

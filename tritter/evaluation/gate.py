@@ -96,6 +96,11 @@ class Check:
             **({} if self.jump is None else {"jump": dict(self.jump)}),
         }
 
+    def reported(self) -> Check:
+        """Return the check for `gate=off`: its numbers without bound and verdict."""
+        detail = f"{self.detail}; gate=off enforces nothing"
+        return replace(self, verdict="reported", detail=detail, bound=None, documents_needed=None)
+
 
 def retention_check(
     subject: str, before: PairedScores, after: PairedScores, *, bound: float, confidence: float
@@ -283,12 +288,6 @@ class GateResult:
     def of(cls, checks: Sequence[Check]) -> GateResult:
         """Return the result of these checks."""
         return cls(decide(checks), tuple(checks))
-
-
-def report_only(check: Check) -> Check:
-    """Return a check for `gate=off`: its numbers without bound and verdict."""
-    detail = f"{check.detail}; gate=off enforces nothing"
-    return replace(check, verdict="reported", detail=detail, bound=None, documents_needed=None)
 
 
 def _join_names(names: Sequence[str]) -> str:

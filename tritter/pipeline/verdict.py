@@ -20,7 +20,6 @@ from tritter.evaluation.gate import (
     new_capability_check,
     new_task_check,
     preservation_check,
-    report_only,
     retention_check,
     training_check,
 )
@@ -141,7 +140,7 @@ def checks(run: Run, branches: Sequence[Branch]) -> list[Check]:
     scored = {n: scored_text(each) for n, each in run.data.scored.items()}
     results = [replace(each, scored=scored.get(each.subject) or None) for each in results]
     results += windows.checks(run, branches)
-    return results if gate.enabled else [report_only(each) for each in results]
+    return results if gate.enabled else [each.reported() for each in results]
 
 
 def complete(run: Run, branch: Branch) -> StageResult:

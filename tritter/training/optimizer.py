@@ -87,21 +87,19 @@ class OptimizerSettings(OptimizerValues):
                 total += each.numel()
         return total / _SIDE**2
 
+    def adam_problems(self, *, doing: str) -> Iterator[Problem]:
+        """Yield a problem if it is not an Adam whose moments can be mapped.
 
-def adam_problems(optimizer: Any, *, doing: str) -> Iterator[Problem]:
-    """Yield a problem if an optimizer is not an Adam whose moments can be mapped.
-
-    Args:
-        optimizer: The `optimizer` section of a config.
-        doing: Start of the message: the feature that needs the moments.
-    """
-    name = optimizer.target.rpartition(".")[2]
-    if name not in _ADAMS or optimizer.arguments.get("amsgrad"):
-        reason = (
-            f"{doing}, and {name} has a different state; allowed are {', '.join(_ADAMS)}, without "
-            "amsgrad"
-        )
-        yield Problem("optimizer", name, reason=reason)
+        Args:
+            doing: Start of the message: the feature that needs the moments.
+        """
+        name = self.target.rpartition(".")[2]
+        if name not in _ADAMS or self.arguments.get("amsgrad"):
+            reason = (
+                f"{doing}, and {name} has a different state; allowed are {', '.join(_ADAMS)}, "
+                "without amsgrad"
+            )
+            yield Problem("optimizer", name, reason=reason)
 
 
 def build_optimizer(

@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 
 from tritter.core.families import StoredTensor
-from tritter.core.parameter_map.carry import MOMENTS, STATE_KINDS, Policy, has_state, mapped_state
+from tritter.core.parameter_map.carry import MOMENTS, STATE_KINDS, Policy
 from tritter.errors import RequestError, TritterError
 from tritter.storage.tensors import is_finite
 from tritter.training import eight_bit
@@ -374,16 +374,14 @@ def carried_moments(
     moved: dict[str, Moments] = {}
 
     def moved_kind(name: str, kind: str) -> Tensor:
-        return mapped_state(
-            change.tensors[name], STATE_KINDS[kind], lambda n: old[n][kind], policy=policy
-        )
+        return STATE_KINDS[kind].mapped(change.tensors[name], lambda n: old[n][kind], policy=policy)
 
     found = {}
     for stored in stored_tensors:
         for name in (part.tensor.name for part in stored.parts):
             tensor_map = change.tensors[name]
             rule = STATE_KINDS[MOMENTS[0]]
-            if has_state(tensor_map, rule, old.__contains__, policy=policy):
+            if rule.has_state(tensor_map, old.__contains__, policy=policy):
                 step = old[tensor_map.origin or ""]["step"].clone()
                 moved[name] = {kind: moved_kind(name, kind) for kind in MOMENTS} | {"step": step}
         if any(part.tensor.name in moved for part in stored.parts):

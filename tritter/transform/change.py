@@ -17,7 +17,7 @@ from tritter.core.parameter_map import (
     new_coordinates,
     rounded_weight,
 )
-from tritter.core.parameter_map.carry import STATE_KINDS, Policy, StateKind, has_state, mapped_state
+from tritter.core.parameter_map.carry import STATE_KINDS, Policy, StateKind
 from tritter.core.stock_routers import AddedExperts
 from tritter.storage.tensors import TensorFolder
 from tritter.storage.writer import TensorEntry, TensorStream
@@ -151,9 +151,9 @@ class Change:
         return others | pack_all(
             self.after,
             {
-                name: mapped_state(tensor_map, rule, by_name.__getitem__, policy=policy)
+                name: rule.mapped(tensor_map, by_name.__getitem__, policy=policy)
                 for name, tensor_map in self.tensors.items()
-                if has_state(tensor_map, rule, by_name.__contains__, policy=policy)
+                if rule.has_state(tensor_map, by_name.__contains__, policy=policy)
             },
         )
 
@@ -209,7 +209,7 @@ class PlannedExpansion:
         }
         maps, shapes = self.parameter_map.tensors, self.target.shapes
         targets = [
-            t for t in self.target.tensors if has_state(maps[t.name], rule, known.__contains__)
+            t for t in self.target.tensors if rule.has_state(maps[t.name], known.__contains__)
         ]
         entries = tuple(
             TensorEntry(
@@ -221,5 +221,5 @@ class PlannedExpansion:
         def read(name: str) -> Tensor:
             return tensors[known[name]]
 
-        values = ((t.disk_name, mapped_state(maps[t.name], rule, read)) for t in targets)
+        values = ((t.disk_name, rule.mapped(maps[t.name], read)) for t in targets)
         return TensorStream(entries, values)

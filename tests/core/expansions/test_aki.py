@@ -17,7 +17,7 @@ from tritter.core.expansions import Width, build_steps
 from tritter.core.expansions.width import _tensors_above
 from tritter.core.families import Model
 from tritter.core.parameter_map import carried_mask
-from tritter.core.parameter_map.carry import STATE_KINDS, mapped_state
+from tritter.core.parameter_map.carry import STATE_KINDS
 from tritter.storage.writer import TensorEntry, TensorStream
 from tritter.transform import expand
 
@@ -108,8 +108,7 @@ def test_state_of_what_came_from_above_starts_anew() -> None:
     tensor_map = step.parameter_map.tensors["layers.0.attention.q"]
     moment = torch.rand(24, 24) + 1
     first, second = (
-        mapped_state(tensor_map, STATE_KINDS[kind], lambda _: moment)
-        for kind in ("exp_avg", "exp_avg_sq")
+        STATE_KINDS[kind].mapped(tensor_map, lambda _: moment) for kind in ("exp_avg", "exp_avg_sq")
     )
     assert not first[24:].any()
     torch.testing.assert_close(first[:24], torch.cat([moment, moment], dim=1) / 2)

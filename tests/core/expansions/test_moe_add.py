@@ -34,7 +34,7 @@ from tritter.core.expansions import (
 from tritter.core.expansions.targets import reach_parameters
 from tritter.core.families import Model
 from tritter.core.models import load_model, read_model
-from tritter.core.parameter_map.carry import MOMENTS, STATE_KINDS, has_state, mapped_state
+from tritter.core.parameter_map.carry import MOMENTS, STATE_KINDS
 from tritter.core.stock_routers import AddedExperts, RouterControl
 from tritter.errors import RequestError, TritterError
 from tritter.storage.writer import TensorStream
@@ -125,7 +125,7 @@ def test_gradients_of_replicas_are_the_mapped_gradients(tmp_path: Path, family: 
         for t in Model(family_config).tensors
     }
     for name, tensor_map in step.parameter_map.tensors.items():
-        expected = mapped_state(tensor_map, rule, lambda name: source[names[name]])
+        expected = rule.mapped(tensor_map, lambda name: source[names[name]])
         difference = (target[names[name]] - expected).abs().max()
         assert difference < 1e-10 * max(1, float(expected.abs().max())), name
 
@@ -379,9 +379,9 @@ def test_reset_new_gives_replicas_no_moments() -> None:
     tensors = step.parameter_map.tensors
     old, new = (tensors[f"layers.0.experts.{expert}.gate"] for expert in (1, 5))
     rule = STATE_KINDS["exp_avg"]
-    assert has_state(old, rule, lambda _: True, policy="reset_new")
-    assert not has_state(new, rule, lambda _: True, policy="reset_new")
-    assert has_state(new, rule, lambda _: True, policy="carry")
+    assert rule.has_state(old, lambda _: True, policy="reset_new")
+    assert not rule.has_state(new, lambda _: True, policy="reset_new")
+    assert rule.has_state(new, lambda _: True, policy="carry")
 
 
 def test_from_dense_in_one_go(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from tritter.core.parameter_map import (
     mapped,
     rounded_weight,
 )
-from tritter.core.parameter_map.carry import STATE_KINDS, Policy, StateKind, has_state, mapped_state
+from tritter.core.parameter_map.carry import STATE_KINDS, Policy, StateKind
 from tritter.errors import RequestError
 from tritter.transform import Change
 
@@ -81,8 +81,8 @@ def state_in_turn(
     for step in steps:
         after: Values = {}
         for name, tensor_map in step.parameter_map.tensors.items():
-            if has_state(tensor_map, rule, state.__contains__, policy=policy):
-                after[name] = mapped_state(tensor_map, rule, state.__getitem__, policy=policy)
+            if rule.has_state(tensor_map, state.__contains__, policy=policy):
+                after[name] = rule.mapped(tensor_map, state.__getitem__, policy=policy)
         state = after
     return state
 
@@ -109,9 +109,9 @@ def check_chain(config: Config, specs: Sequence[ExpansionSpec], *, policy: Polic
     change = Change.of(one, Model(config), Model(target))
     for kind, rule in STATE_KINDS.items():
         state = {
-            n: mapped_state(m, rule, inputs.__getitem__, policy=policy)
+            n: rule.mapped(m, inputs.__getitem__, policy=policy)
             for n, m in one.tensors.items()
-            if has_state(m, rule, inputs.__contains__, policy=policy)
+            if rule.has_state(m, inputs.__contains__, policy=policy)
         }
         assert_same(state, state_in_turn(steps, inputs, rule, policy))
         if len(live) == len(inputs):  # nothing is fused, so the same state is absent
@@ -184,7 +184,7 @@ def test_a_product_of_factors_would_not_do() -> None:
     once = TensorMap("w", (AxisFactor.writes(AxisMap.padded(2, 4)), None))
     chain = replace(wider, axes=(AxisFactor.writes(AxisMap.padded(3, 4)), None)).after({"w": wider})
     inputs: Mapping[str, Tensor] = {"w": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}
-    found = mapped_state(chain, STATE_KINDS["exp_avg_sq"], inputs.__getitem__)
+    found = STATE_KINDS["exp_avg_sq"].mapped(chain, inputs.__getitem__)
     assert torch.equal(found[2], torch.full((2,), 2.5)) and torch.equal(found[3], found[2])
     filled = replace(once, fill=Fill("random", std=1.0, seed=5))
     drawn_twice = replace(chain, fill=Fill("random", std=1.0, seed=5))

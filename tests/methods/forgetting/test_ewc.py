@@ -12,7 +12,7 @@ from tests import oracle
 from tests.training.test_fit import module_of, task
 from tritter.core.expansions import Dus, LlamaPro, Width
 from tritter.core.families import Model
-from tritter.core.parameter_map.carry import STATE_KINDS, mapped_state
+from tritter.core.parameter_map.carry import STATE_KINDS
 from tritter.errors import TritterError
 from tritter.methods.forgetting import EWC
 from tritter.methods.forgetting.ewc import ElasticWeightConsolidation
@@ -82,7 +82,7 @@ def carried_fisher(
     for step in plan.steps:
         maps = step.parameter_map.tensors
         values = {
-            n: mapped_state(m, STATE_KINDS[kind], values.__getitem__) for n, m in maps.items()
+            n: STATE_KINDS[kind].mapped(m, values.__getitem__) for n, m in maps.items()
             if m.source in values and m.state == "carry"
         }  # fmt: skip
     return values
@@ -134,7 +134,7 @@ def doubled_ffn(folder: Path, shares: str) -> tuple[nn.Module, nn.Module, list[T
     assert axis is not None
     fisher = diagonal_fisher(model, oracle.tokens(batch=4))["model.layers.1.mlp.down_proj.weight"]
     mapped = [
-        mapped_state(tensor_map, STATE_KINDS[kind], lambda _: fisher)
+        STATE_KINDS[kind].mapped(tensor_map, lambda _: fisher)
         for kind in ("fisher", "fisher_penalty")
     ]
     return model, oracle.stock(result.folder), [fisher, *mapped], axis.index
@@ -184,14 +184,14 @@ def test_new_parameters_are_free_and_copies_are_held(tmp_path: Path) -> None:
     (step,) = plan_expansion(source, [Width(hidden_size=36, intermediate_size=50)]).steps
     rule, ones = STATE_KINDS["fisher"], torch.ones(40, 24)
     gate = step.parameter_map.tensors["layers.0.ffn.gate"]
-    fisher = mapped_state(gate, rule, lambda _: ones)
+    fisher = rule.mapped(gate, lambda _: ones)
     assert bool((fisher[:40, :24] > 0).all())
     assert not bool(fisher[40:].any()) and not bool(fisher[:, 24:].any())
     (step,) = plan_expansion(source, [Dus()]).steps
     tensors = step.parameter_map.tensors
     assert step.parameter_map.layer_sources == (0, 1, 1, 2)
     for layer in range(4):
-        kept = mapped_state(tensors[f"layers.{layer}.ffn.gate"], rule, lambda _: ones)
+        kept = rule.mapped(tensors[f"layers.{layer}.ffn.gate"], lambda _: ones)
         assert bool((kept == 1).all())
 
 

@@ -13,7 +13,7 @@ from tests import oracle
 from tests.training.test_fit import SCHEDULE, SETTINGS, batches, module_of, task
 from tritter.checkpoints.state import read_state
 from tritter.core.expansions import Dus, Width
-from tritter.core.parameter_map.carry import STATE_KINDS, mapped_state
+from tritter.core.parameter_map.carry import STATE_KINDS
 from tritter.data.tokens import TextBounds
 from tritter.errors import RequestError
 from tritter.methods.forgetting import SI, Replay
@@ -202,7 +202,7 @@ def test_the_same_move_of_the_function_costs_the_same_after_an_expansion(shares:
     moved = moved.sign() * (moved.abs() + 0.5)
     one = _recorded_importance({name: omega}, {name: moved}, xi=1e-12)[name]
     mapped = {
-        kind: mapped_state(tensor_map, STATE_KINDS[kind], lambda _, value=value: value)
+        kind: STATE_KINDS[kind].mapped(tensor_map, lambda _, value=value: value)
         for kind, value in (
             ("path_integral", omega), ("displacement", moved), ("si_importance", earlier + one)
         )
@@ -210,7 +210,7 @@ def test_the_same_move_of_the_function_costs_the_same_after_an_expansion(shares:
     paths = {name: mapped["path_integral"]}, {name: mapped["displacement"]}
     again = _recorded_importance(*paths, xi=1e-12)[name]
     step = torch.randn(24, 40)
-    wide_step = mapped_state(tensor_map, STATE_KINDS["displacement"], lambda _: step)
+    wide_step = STATE_KINDS["displacement"].mapped(tensor_map, lambda _: step)
     assert torch.equal(wide_step, step[:, axis.index] * axis.weight.float())
     price = float((one * step**2).sum())
     assert float((again * wide_step**2).sum()) == pytest.approx(price, rel=1e-4)

@@ -38,6 +38,61 @@ class StateKind:
     def is_as_weights(self) -> bool:
         return self.new_entries == "as_weights"
 
+    def has_state(
+        self, tensor_map: TensorMap, exists: Callable[[str], bool], *, policy: Policy = "carry"
+    ) -> bool:
+        """Return True if the target has state of this kind; what is reset is absent, not zero.
+
+        Args:
+            tensor_map: the map.
+            exists: returns True if a logical tensor of the first model has state.
+            policy: of Adam's moments; see `mapped`.
+        """
+        before, donor = tensor_map.source, tensor_map.fill.donor
+        is_reset = policy == "zero" or (policy == "reset_new" and tensor_map.is_copy)
+        is_fresh = tensor_map.state == "fresh" or (self.is_moment and is_reset)
+        if before is None or (is_fresh and not self.is_as_weights):
+            return False
+        needed: list[str | TensorMap] = [before]
+        if self.is_as_weights:
+            needed += [*tensor_map.blend, *([] if donor is None else [donor])]
+        return all(
+            exists(one) if isinstance(one, str) else self.has_state(one, exists, policy=policy)
+            for one in needed
+        )
+
+    def mapped(self, tensor_map: TensorMap, read: Read, *, policy: Policy = "carry") -> Tensor:
+        """Return the state of a target that has state.
+
+        Args:
+            tensor_map: the map.
+            read: returns the state of the first model by logical name.
+            policy: of Adam's moments; other kinds are always mapped. `carry` maps all entries,
+                copies included; `zero` resets all; `reset_new` maps the first copy of each
+                coordinate and resets further copies (asymmetric, as in arXiv 2602.02472).
+        """
+        import torch
+
+        if self.is_as_weights:
+            return mapped(tensor_map, read)
+        before = tensor_map.source
+        assert before is not None, "state without a source is reset"
+        if isinstance(before, str):
+            source = read(before)
+        else:
+            source = self.mapped(before, read, policy=policy)
+        state = map_tensor(tensor_map, source, quantity=self.quantity)
+        is_fresh = any_mask(tensor_map.axes, lambda axis: axis.is_new)
+        if self.is_moment and policy == "reset_new":
+            is_fresh = is_fresh | any_mask(tensor_map.axes, lambda axis: axis.is_duplicate)
+        if not bool(is_fresh.any()):
+            return state
+        is_fresh = is_fresh.to(state.device)
+        value = torch.zeros((), dtype=state.dtype, device=state.device)
+        if self.new_entries == "mean" and not bool(is_fresh.all()):
+            value = state[~is_fresh.expand(state.shape)].double().mean().to(state.dtype)
+        return torch.where(is_fresh, value, state)
+
 
 STATE_KINDS: dict[str, StateKind] = {}
 
@@ -84,68 +139,3 @@ register("anchor", StateKind(Quantity.WEIGHT, "as_weights"))
 register("ema", StateKind(Quantity.WEIGHT, "as_weights"))
 MOMENTS = tuple(kind for kind, rule in STATE_KINDS.items() if rule.is_moment)
 BUILT_IN_KINDS = frozenset(STATE_KINDS)  # known to every installation of Tritter
-
-
-def has_state(
-    tensor_map: TensorMap,
-    rule: StateKind,
-    exists: Callable[[str], bool],
-    *,
-    policy: Policy = "carry",
-) -> bool:
-    """Return True if the target has state of a kind. State that is reset is absent, not zero.
-
-    Args:
-        tensor_map: the map.
-        rule: of the kind of state.
-        exists: returns True if a logical tensor of the first model has state.
-        policy: of Adam's moments; see `mapped_state`.
-    """
-    before, donor = tensor_map.source, tensor_map.fill.donor
-    is_reset = policy == "zero" or (policy == "reset_new" and tensor_map.is_copy)
-    is_fresh = tensor_map.state == "fresh" or (rule.is_moment and is_reset)
-    if before is None or (is_fresh and not rule.is_as_weights):
-        return False
-    needed: list[str | TensorMap] = [before]
-    if rule.is_as_weights:
-        needed += [*tensor_map.blend, *([] if donor is None else [donor])]
-    return all(
-        exists(one) if isinstance(one, str) else has_state(one, rule, exists, policy=policy)
-        for one in needed
-    )
-
-
-def mapped_state(
-    tensor_map: TensorMap, rule: StateKind, read: Read, *, policy: Policy = "carry"
-) -> Tensor:
-    """Return the state of a target that has state.
-
-    Args:
-        tensor_map: the map.
-        rule: of the kind of state.
-        read: returns the state of the first model by logical name.
-        policy: of Adam's moments; other kinds are always mapped. `carry` maps all entries, copies
-            included; `zero` resets all; `reset_new` maps the first copy of each coordinate and
-            resets further copies (asymmetric, as in arXiv 2602.02472).
-    """
-    import torch
-
-    if rule.is_as_weights:
-        return mapped(tensor_map, read)
-    before = tensor_map.source
-    assert before is not None, "state without a source is reset"
-    if isinstance(before, str):
-        source = read(before)
-    else:
-        source = mapped_state(before, rule, read, policy=policy)
-    state = map_tensor(tensor_map, source, quantity=rule.quantity)
-    is_fresh = any_mask(tensor_map.axes, lambda axis: axis.is_new)
-    if rule.is_moment and policy == "reset_new":
-        is_fresh = is_fresh | any_mask(tensor_map.axes, lambda axis: axis.is_duplicate)
-    if not bool(is_fresh.any()):
-        return state
-    is_fresh = is_fresh.to(state.device)
-    value = torch.zeros((), dtype=state.dtype, device=state.device)
-    if rule.new_entries == "mean" and not bool(is_fresh.all()):
-        value = state[~is_fresh.expand(state.shape)].double().mean().to(state.dtype)
-    return torch.where(is_fresh, value, state)

@@ -15,7 +15,6 @@ from tritter.errors import Problem, RequestError, did_you_mean
 from tritter.methods.experts.options import FIRST, AdapterOptions, DynamicOptions
 from tritter.options import RunRequest, Start
 from tritter.training.method import Method, Setting, Trainee
-from tritter.training.optimizer import adam_problems
 
 if TYPE_CHECKING:
     from lightning import Callback
@@ -72,7 +71,7 @@ class Experts(Method, ABC):
             reason = "rehearsed rows and beginnings of documents are chosen for each batch; use 1"
             yield Problem("trainer.accumulate_grad_batches", gathered, reason=reason)
         doing = "experts are added and removed together with the two moments of Adam"
-        yield from adam_problems(run.optimizer, doing=doing)
+        yield from run.optimizer.adam_problems(doing=doing)
 
     @classmethod
     def start_problems(cls, options: Any, run: RunRequest, start: Start) -> Iterator[Problem]:

@@ -13,7 +13,6 @@ from tritter.methods.growth.triggers import GrowthOptions, Timing
 from tritter.options import RunRequest, Start
 from tritter.targets import dotted
 from tritter.training.method import Method, Setting, Trainee
-from tritter.training.optimizer import adam_problems
 
 if TYPE_CHECKING:
     from tritter.checkpoints import ExpansionRecord
@@ -34,7 +33,7 @@ class NeuronGrowth(Method):
     def problems(cls, options: GrowthOptions, run: RunRequest) -> Iterator[Problem]:
         """Yield problems of combining growth with other settings of a run."""
         doing = "growth maps the two moments of Adam to the new shapes"
-        yield from adam_problems(run.optimizer, doing=doing)
+        yield from run.optimizer.adam_problems(doing=doing)
         if run.pipeline.target_params is not None:
             reason = "can't be met exactly while neurons grow; use growth=none"
             yield Problem("pipeline.target_params", run.pipeline.target_params, reason=reason)
