@@ -117,3 +117,15 @@ def test_where_such_a_size_is_too_far_another_is_chosen() -> None:
     assert abs(count - 2.3e9) < 0.1 * 2.3e9
     with pytest.raises(RequestError, match="more than 10 % off"):
         reached(Width(multiple_of=64), 2_300_000_000, hidden_size=1984, **odd)
+
+
+def test_heads_that_do_not_divide_the_hidden_size_do_not_coarsen_it() -> None:
+    shape = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14,
+             "num_key_value_heads": 2}  # fmt: skip
+    llama = config(**shape)
+    source = Model({**llama, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]})
+    target = source.num_parameters * 11 // 10
+    for spec, multiple in ((Width(), 64), (Width(multiple_of=32), 32)):
+        (found,) = reach_parameters(source, [spec], target)
+        assert isinstance(found, Width) and found.hidden_size is not None
+        assert found.hidden_size % multiple == 0 and found.multiple_of == spec.multiple_of

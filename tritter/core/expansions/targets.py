@@ -88,8 +88,9 @@ def _candidates(source: Model, spec: ExpansionSpec) -> Iterator[ExpansionSpec]:
             for count in range(layers + 1, _max_size(layers, MAX_LAYERS) + 1):
                 yield replace(spec, target_layers=count)
         case Width(hidden_size=None):
-            heads, most = dimensions.num_attention_heads, _max_size(hidden, MAX_WIDTH)
-            multiple = lcm(heads, spec.multiple_for(hidden))
+            most, multiple = _max_size(hidden, MAX_WIDTH), spec.multiple_for(hidden)
+            if multiple == 1 or source.family.heads_divide_hidden:
+                multiple = lcm(dimensions.num_attention_heads, multiple)
             step = multiple * max(1, (most - hidden) // (multiple * _MAX_WIDTHS))
             first = hidden + step - (hidden % multiple if spec.multiple_of else 0)
             for size in range(first, most + 1, step):
@@ -135,18 +136,17 @@ def growth_examples(source: Model) -> dict[str, tuple[ExpansionSpec, ...]]:
     """
     sizes = source.widened.sizes
     heads, groups, hidden = sizes.num_attention_heads, sizes.num_key_value_heads, sizes.hidden_size
-    ffn = sizes.ffn_size
     kept = Width(
         hidden_size=hidden,
-        intermediate_size=ffn,
+        intermediate_size=sizes.ffn_size,
         num_attention_heads=heads,
         num_key_value_heads=groups,
     )
     doubled = replace(kept, num_attention_heads=2 * heads, num_key_value_heads=2 * groups)
     return {
         "FFN": (
-            replace(kept, intermediate_size=3 * ffn // 2),
-            replace(kept, intermediate_size=2 * ffn, init="net2net"),
+            replace(kept, intermediate_size=3 * sizes.ffn_size // 2),
+            replace(kept, intermediate_size=2 * sizes.ffn_size, init="net2net"),
         ),
         "heads": (doubled, replace(doubled, init="net2net")),
         "hidden size": (
