@@ -116,6 +116,7 @@ REFUSED = {
         "appends no experts",
     "expand --checkpoint base --method width --domain-data data/code":
         "--method width appends no experts",
+    "expand --checkpoint base --method width --steps 3": "--method width appends no experts",
     f"{TRAIN} --learning-rate 0": "--learning-rate = 0",
 }  # fmt: skip
 

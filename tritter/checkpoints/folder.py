@@ -165,7 +165,7 @@ def write_checkpoint(
         card = model_card(complete, config, kept=kept_metadata(folder))
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
         digests = {**complete.file_digests, CARD_NAME: file_digest(folder / CARD_NAME)}
-        complete = replace(complete, file_digests=digests)
+        complete = replace(complete, file_digests=dict(sorted(digests.items())))
         (folder / LINEAGE_NAME).write_text(record_text(complete), encoding="utf-8")
         if before_publish is not None:
             complete = before_publish(folder, complete)

@@ -31,6 +31,7 @@ class DomainRun:
 
 
 def domain_text(
+    specs: Sequence[ExpansionSpec],
     domain: str | None,
     data: Sequence[str] | None,
     old_data: Sequence[str] | None,
@@ -40,11 +41,14 @@ def domain_text(
     """Return the data that the options name."""
     from tritter.data.options import read_sources
 
-    if not data:
+    if not any(getattr(spec, "is_append", False) for spec in specs):
+        methods = ",".join(with_dashes(spec.name) for spec in specs)
         raise RequestError(
-            "--domain-data is missing: name the training data of the new experts, "
-            "--domain-data PATH."
+            "--domain, --domain-data, --old-data, --steps, --learning-rate: --method "
+            f"{methods} appends no experts to train; moe-add does, with --addition append."
         )
+    if not data:
+        raise RequestError("--domain-data is missing: the training data of the new experts.")
     name = domain or _DEFAULT_DOMAIN
     problems: list[Problem] = []
     new = read_sources("--domain-data", list(data), default_name=name, problems=problems)
@@ -76,12 +80,6 @@ def check_domain(
                 "data, --domain-data PATH."
             )
         return
-    if not any(getattr(spec, "is_append", False) for spec in specs):
-        methods = ",".join(with_dashes(spec.name) for spec in specs)
-        raise RequestError(
-            f"--domain-data: --method {methods} appends no experts to train; moe-add "
-            "does, with --addition append."
-        )
     unsupported = (
         ("dtype", settings.dtype, None),
         ("measure", is_measured, None),

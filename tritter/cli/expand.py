@@ -232,7 +232,7 @@ def expand(
         is_trained = not is_vocab and any(value is not None for value in of_domain)
         # Data before the checkpoint, which may be on the hub
         for_tokens = token_sources(specs, *of_domain) if is_vocab else {}
-        text = domain_text(*of_domain) if is_trained else None
+        text = domain_text(specs, *of_domain) if is_trained else None
         check_domain(specs, settings, text, is_measured=measure)
         job = _resolve_job(checkpoint, specs, settings, file)
         if for_tokens:

@@ -104,14 +104,14 @@ def expand_for_domain(
         for note in run.notes:
             run.say("data", note)
         run_baseline(run)
+        # Refuses a changed source: not after training, whose result would be lost
+        of_source = child_lineage(initial_checkpoint, destination, ())
         branch = run_branch(run, branch)
         verdict.publish(run, (branch,), keep=True)
         used = moe_record(run, (branch,))
         assert used is not None
         plan = run.planned(branch)
-        domains = " and ".join(
-            run.data.new_domains_of(branch)
-        )  # names in the run, which may differ
+        domains = " and ".join(run.data.new_domains_of(branch))  # those in the run may differ
         trained = f"on {domains}: {used.router_steps} router steps, {task.steps} steps of the "
         trained += "new experts; open to all tokens"
         steps = [  # replace the planned steps in the notes by the result
@@ -128,7 +128,6 @@ def expand_for_domain(
             shutil.copytree(folder / "checkpoint", temporary, dirs_exist_ok=True)
             # The parent is the source, because the stage folders are temporary
             made = run.source("checkpoint")
-            of_source = child_lineage(initial_checkpoint, destination, ())
             adopted = replace(
                 made.own_lineage,
                 parent_hash=of_source.parent_hash,

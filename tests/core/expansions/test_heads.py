@@ -291,12 +291,12 @@ def test_split_alone_leaves_all_other_sizes() -> None:
         (
             Width(head_strategy="gqa", num_key_value_heads=3, num_attention_heads=6),
             {"num_attention_heads": 6, "num_key_value_heads": 2},
-            ["leaves 2 query heads per group, and the model has 3", "at least 9"],
+            ["leaves groups of 2 query heads, and the model has groups of 3", "at least 9"],
         ),
         (
             Width(head_strategy="fresh", num_key_value_heads=4),
             {},
-            ["leaves 1 query heads per group", "at least 8"],
+            ["leaves groups of 1 query", "at least 8"],
         ),
         (
             Width(head_strategy="split", noise=0.1),

@@ -95,7 +95,7 @@ def test_nothing_else_of_the_config_changes() -> None:
         ),
         (
             Width(num_key_value_heads=4),
-            ["num_key_value_heads = 4", "leaves 1 query heads per group", "at least 8"],
+            ["num_key_value_heads = 4", "leaves groups of 1 query", "at least 8"],
         ),
         (
             Width(num_attention_heads=6, init="net2net"),

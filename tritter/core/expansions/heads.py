@@ -119,7 +119,7 @@ def _check_groups(old: Dimensions, new: Dimensions, *, strategy: Strategy) -> No
         raise refused(
             "expansion.width.num_key_value_heads",
             f"{kv_heads} with {heads_key} = {heads}",
-            f"it leaves {new.group_size} query heads per group, and the model has "
+            f"it leaves groups of {new.group_size} query heads, and the model has groups of "
             f"{old.group_size}; {heads_key} must be at least {least * kv_heads}",
         )
 
