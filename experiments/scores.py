@@ -12,7 +12,7 @@ from tritter.core.models import load_tokenizer
 from tritter.evaluation.benchmarks.files import TasksFolder, load
 from tritter.evaluation.benchmarks.formats import BENCHMARKS
 from tritter.evaluation.benchmarks.harness import EvalOptions, score_benchmark
-from tritter.evaluation.statistics import PairedScores, drop_in_points, relative_forgetting
+from tritter.evaluation.statistics import PairedScores
 from tritter.methods.whole import load_whole
 from tritter.storage.atomic import write_text_atomic
 
@@ -77,10 +77,10 @@ def benchmark_scores(
 def change(measure: str, before: PairedScores, after: PairedScores) -> dict[str, Any]:
     """Return the columns `CHANGE`: points of an accuracy, or per cent of a loss, with interval."""
     if after.unit == "accuracy":
-        drop = drop_in_points(before, after)
+        drop = before.drop_in_points(after)
         value, low, high = -drop.value, -drop.upper(0.975), -drop.lower(0.975)
     else:
-        rise = relative_forgetting(before, after)
+        rise = before.relative_forgetting(after)
         value, low, high = rise.value, rise.lower(0.975), rise.upper(0.975)
     means = (f"{before.mean():.4f}", f"{after.mean():.4f}")
     shown = (f"{100 * each:.2f}" for each in (value, low, high))

@@ -103,7 +103,7 @@ def log_likelihood_ratio(terms_Sn: Tensor) -> Tensor:
 
 
 def _value_and_error(before_Sn: Tensor, after_Sn: Tensor) -> tuple[Tensor, Tensor]:
-    """`ratio_of_sums` of every row."""
+    """`Estimate.of_ratio` of every row."""
     n = before_Sn.shape[1]
     total = before_Sn.sum(dim=1, keepdim=True)
     value = after_Sn.sum(dim=1, keepdim=True) / total

@@ -49,7 +49,6 @@ def trained(run: Path, *, is_grown: bool, rank: float, rate: float, steps: int) 
 
     from tritter.config.launch.composition import load_config
     from tritter.core.models import load_model
-    from tritter.evaluation.statistics import relative_forgetting
     from tritter.pipeline.base import schedule_of
     from tritter.pipeline.ledger import Ledger
     from tritter.pipeline.run import Run
@@ -71,7 +70,7 @@ def trained(run: Path, *, is_grown: bool, rank: float, rate: float, steps: int) 
     before = context.read_scores("baseline")
     merged = wrapped.merge_and_unload()
     after = {domain: scored(context, merged, domain) for domain in before}
-    old, new = (relative_forgetting(before[name], after[name]) for name in ("prose", "code"))
+    old, new = (before[name].relative_forgetting(after[name]) for name in ("prose", "code"))
     numbers = [100 * each for e in (old, new) for each in (e.value, e.lower(0.95), e.upper(0.95))]
     return Row(
         seed,

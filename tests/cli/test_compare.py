@@ -14,7 +14,7 @@ from tests.cli.conftest import Run
 from tests.report.conftest import SUMMARY
 from tests.report.test_runs import SETTINGS
 from tritter.evaluation.gate import MIN_DOCUMENTS
-from tritter.evaluation.statistics import _NUM_RESAMPLES, PairedScores, relative_forgetting
+from tritter.evaluation.statistics import _NUM_RESAMPLES, PairedScores
 
 DOCUMENTS = 60
 
@@ -64,7 +64,7 @@ def test_differences_are_those_of_the_paired_bootstrap(run: Run, runs: Path) -> 
     found = {(each["subject"], each["run"]): each for each in content["paired"]}
     for domain, factors in {"prose": (2.0, 2, 2.1, 3), "code": (3.0, 1, 2.7, 4)}.items():
         base, base_seed, factor, seed = factors
-        harm = relative_forgetting(scored(base, seed=base_seed), scored(factor, seed=seed))
+        harm = scored(base, seed=base_seed).relative_forgetting(scored(factor, seed=seed))
         each = found[domain, "better"]
         assert each["value"] == harm.value and each["n"] == DOCUMENTS
         assert each["lower"] == harm.lower(0.975) < harm.value < each["upper"]

@@ -12,9 +12,6 @@ from tritter.errors import TritterError
 from tritter.evaluation.gate import decide, new_capability_check, retention_check
 from tritter.evaluation.statistics import (
     PairedScores,
-    drop_in_points,
-    performance_delta,
-    relative_forgetting,
 )
 
 LIMITS = {"bound": 0.05, "confidence": 0.95}
@@ -35,9 +32,9 @@ def some_right(n: int, accuracy: float) -> Tensor:
 def test_harm_by_hand(make_answers):
     """8 of 10 correct, then 6: the loss is 2 of the 8 − 10/4 = 5.5 answers above chance."""
     before, after = make_answers(some_right(10, 0.8)), make_answers(some_right(10, 0.6))
-    harm, drop = relative_forgetting(before, after), drop_in_points(before, after)
+    harm, drop = before.relative_forgetting(after), before.drop_in_points(after)
     assert harm.value == pytest.approx(2 / 5.5) and drop.value == pytest.approx(0.2)
-    assert performance_delta(before, after) == pytest.approx(-0.2)
+    assert before.performance_delta(after) == pytest.approx(-0.2)
     # Bonett and Price by their own formula: n12 = 2, n21 = 0, one more of each
     lost, gained, n = 3 / 12, 1 / 12, 12
     wald = math.sqrt((lost + gained - (lost - gained) ** 2) / n)
@@ -90,7 +87,7 @@ def test_what_was_never_known_cannot_be_lost(make_answers, accuracy):
     assert decide([check]) == "kept"
     if accuracy <= 0.25:
         with pytest.raises(TritterError, match="accuracies above chance"):
-            relative_forgetting(before, after)
+            before.relative_forgetting(after)
 
 
 @pytest.mark.quick_cases(1)
@@ -104,16 +101,16 @@ def test_bounds_cover_what_they_promise(make_answers, n, lost, gained):
         right = (torch.rand(n, generator=generator) < 0.7).double()
         flips = torch.rand(n, generator=generator) < torch.where(right == 1, lost, gained)
         after = torch.where(flips, 1 - right, right)
-        covered += drop_in_points(make_answers(right), make_answers(after)).upper(0.95) >= truth
+        covered += make_answers(right).drop_in_points(make_answers(after)).upper(0.95) >= truth
     assert covered / 400 >= 0.93
 
 
 def test_units_and_chances_do_not_pair(make_answers, make_losses):
     answers = make_answers(some_right(40, 0.5))
     with pytest.raises(TritterError, match=r"before are accuracy with chance 0\.25"):
-        relative_forgetting(answers, make_losses(torch.ones(40)))
+        answers.relative_forgetting(make_losses(torch.ones(40)))
     with pytest.raises(TritterError, match=r"after are accuracy with chance 0\.5"):
-        drop_in_points(answers, replace(answers, chance=0.5))
+        answers.drop_in_points(replace(answers, chance=0.5))
 
 
 def test_an_accuracy_survives_json(make_answers):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.special import stdtrit
 
-from tritter.evaluation.statistics import _bounded_ratio, ratio_of_sums
+from tritter.evaluation.statistics import Estimate, _bounded_ratio
 
 FOLDER = "experiments.2026-11-20_gate_coverage"
 simulation = importlib.import_module(f"{FOLDER}.gate_coverage")
@@ -33,7 +33,7 @@ def test_many_samples_at_once_are_one_after_the_other():
     student = intervals.student_t(drawn.before, drawn.after, confidence=0.95)
     bootstrap = intervals.bootstrap_t(drawn.before, drawn.after, confidence=0.95)
     for index, (before, after) in enumerate(zip(drawn.before, drawn.after, strict=True)):
-        ratio, estimate = ratio_of_sums(after, before), _bounded_ratio(after, before)
+        ratio, estimate = Estimate.of_ratio(after, before), _bounded_ratio(after, before)
         margin = stdtrit(30, 0.95) * ratio.standard_error
         assert float(student.upper[index]) == pytest.approx(ratio.value + margin - 1)
         assert float(bootstrap.upper[index]) == pytest.approx(estimate.upper(0.95) - 1)

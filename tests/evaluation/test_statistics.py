@@ -10,9 +10,6 @@ from tritter.errors import TritterError
 from tritter.evaluation.statistics import (
     Estimate,
     _bounded_ratio,
-    dominant_items,
-    ratio_of_sums,
-    relative_forgetting,
 )
 
 
@@ -24,7 +21,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def test_two_documents_by_hand(make_losses):
     before = make_losses(torch.tensor([100.0, 300.0]))
     after = make_losses(torch.tensor([110.0, 300.0]))
-    change = relative_forgetting(before, after)
+    change = before.relative_forgetting(after)
     # Without the first document the ratio is 1, without the second 1.1: jackknife of two values.
     assert change.value == pytest.approx(0.025)
     jackknife = math.sqrt((1 / 2) * ((1.0 - 1.025) ** 2 + (1.1 - 1.025) ** 2))
@@ -37,7 +34,7 @@ def test_error_equals_the_delete_one_jackknife():
     generator = torch.Generator().manual_seed(1)
     denominators = torch.rand(12, generator=generator, dtype=torch.float64) + 0.1
     numerators = denominators * (1 + torch.randn(12, generator=generator, dtype=torch.float64))
-    estimate = ratio_of_sums(numerators, denominators)
+    estimate = Estimate.of_ratio(numerators, denominators)
     left_out = (numerators.sum() - numerators) / (denominators.sum() - denominators)
     jackknife = ((left_out - estimate.value).square().sum() * 11 / 12).sqrt()
     assert estimate.standard_error == pytest.approx(float(jackknife))
@@ -46,9 +43,9 @@ def test_error_equals_the_delete_one_jackknife():
 def test_sign_and_scale(make_losses):
     before = make_losses(torch.tensor([100.0, 200.0, 50.0]))
     worse, better = make_losses(before.values * 1.03), make_losses(before.values * 0.9)
-    assert relative_forgetting(before, worse).value == pytest.approx(0.03)
-    assert relative_forgetting(before, better).value == pytest.approx(-0.1)
-    assert relative_forgetting(before, worse).standard_error == pytest.approx(0, abs=1e-12)
+    assert before.relative_forgetting(worse).value == pytest.approx(0.03)
+    assert before.relative_forgetting(better).value == pytest.approx(-0.1)
+    assert before.relative_forgetting(worse).standard_error == pytest.approx(0, abs=1e-12)
 
 
 def test_bounds_are_read_off_the_errors_of_resamples():
@@ -63,7 +60,7 @@ def test_bounds_are_read_off_the_errors_of_resamples():
 
 
 def test_one_document_knows_nothing(make_losses):
-    change = relative_forgetting(make_losses(torch.tensor([5.0])), make_losses(torch.tensor([6.0])))
+    change = make_losses(torch.tensor([5.0])).relative_forgetting(make_losses(torch.tensor([6.0])))
     assert change.upper(0.95) == math.inf and change.lower(0.95) == -math.inf
     assert change.documents_to_decide(0.05, 0.95) is None
 
@@ -117,7 +114,7 @@ def test_bootstrap_is_that_of_resamples_one_after_the_other():
     errors = []
     for _ in range(4000):
         drawn = torch.randint(40, (40,), generator=generator)
-        again = ratio_of_sums(after[drawn], before[drawn])
+        again = Estimate.of_ratio(after[drawn], before[drawn])
         errors.append((again.value - estimate.value) / again.standard_error)
     quantiles = torch.tensor(errors).quantile(torch.tensor([0.05, 0.95])).tolist()
     error = estimate.standard_error
@@ -156,7 +153,7 @@ def test_a_bound_is_unknown_where_one_document_makes_the_whole_change(make_losse
     """A third of the resamples lack it, so all their documents agree."""
     before = 100 + normal(40, seed=1).abs()
     hit = torch.zeros(40, dtype=torch.float64).index_fill(0, torch.tensor(3), 0.6)
-    change = relative_forgetting(make_losses(before), make_losses(before * (1.01 + hit)))
+    change = make_losses(before).relative_forgetting(make_losses(before * (1.01 + hit)))
     assert change.upper(0.95) == math.inf and math.isfinite(change.lower(0.95))
     assert change.documents_to_decide(0.5, 0.95) is None
 
@@ -165,10 +162,10 @@ def test_documents_that_carry_the_change(make_losses):
     before = make_losses(torch.full((40,), 100.0))
     rise = torch.full((40,), 1.01).index_fill(0, torch.tensor([7, 30]), 1.5)
     rise[30] = 1.6
-    assert dominant_items(before, make_losses(before.values * rise)) == ("d30",)
+    assert before.dominant_items(make_losses(before.values * rise)) == ("d30",)
     rise[7] = 1.59
-    assert dominant_items(before, make_losses(before.values * rise)) == ("d30", "d7")
-    assert dominant_items(before, before) == ()
+    assert before.dominant_items(make_losses(before.values * rise)) == ("d30", "d7")
+    assert before.dominant_items(before) == ()
 
 
 @pytest.mark.full
@@ -195,8 +192,8 @@ def test_pairing_is_what_makes_small_changes_visible(make_losses, sign):
     generator = torch.Generator().manual_seed(0)
     nats = 300 + 100 * torch.randn(60, generator=generator)
     before, after = make_losses(nats), make_losses(nats * (1 + sign * 0.01))
-    change = relative_forgetting(before, after)
-    unpaired = ratio_of_sums(before.values, before.weights["bytes"].double())
+    change = before.relative_forgetting(after)
+    unpaired = Estimate.of_ratio(before.values, before.weights["bytes"].double())
     assert change.value == pytest.approx(sign * 0.01, abs=1e-6)
     assert change.standard_error < 0.01 * unpaired.standard_error / unpaired.value
 
@@ -204,13 +201,13 @@ def test_pairing_is_what_makes_small_changes_visible(make_losses, sign):
 def test_what_does_not_pair_is_refused(make_losses):
     before = make_losses(torch.tensor([1.0, 2.0]))
     with pytest.raises(TritterError, match="2 items were scored before and 3 after"):
-        relative_forgetting(before, make_losses(torch.tensor([1.0, 2.0, 3.0])))
+        before.relative_forgetting(make_losses(torch.tensor([1.0, 2.0, 3.0])))
     renamed = replace(before, identifiers=("d0", "other"))
     with pytest.raises(TritterError, match="'d1' before is paired with 'other'"):
-        relative_forgetting(before, renamed)
+        before.relative_forgetting(renamed)
     longer = make_losses(before.values, num_bytes=torch.tensor([100, 102]))
     with pytest.raises(TritterError, match="'d1' has 100 bytes before and 102 after"):
-        relative_forgetting(before, longer)
+        before.relative_forgetting(longer)
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
@@ -218,4 +215,4 @@ def test_losses_that_are_no_numbers_are_refused(make_losses, broken):
     good, bad = make_losses(torch.tensor([1.0, 2.0])), make_losses(torch.tensor([1.0, broken]))
     for before, after in ((good, bad), (bad, good), (make_losses(torch.zeros(2)), good)):
         with pytest.raises(TritterError, match="finite losses above zero"):
-            relative_forgetting(before, after)
+            before.relative_forgetting(after)

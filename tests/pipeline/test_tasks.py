@@ -14,7 +14,7 @@ from tests.pipeline.plug import plug_pulled
 from tests.pipeline.tiny import FIXTURES, TINY
 from tritter.checkpoints import read_lineage
 from tritter.config.launch.composition import load_config
-from tritter.evaluation.statistics import PairedScores, relative_forgetting
+from tritter.evaluation.statistics import PairedScores
 from tritter.pipeline import Outcome, pipeline, run_pipeline
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import StageResult, TrainingFound
@@ -134,7 +134,8 @@ def test_a_task_that_others_followed_is_held_against_what_it_was_when_it_was_lea
         ("retention", "old", "baseline"),
         ("new_capability", "new", "baseline"),
     ):
-        harm = relative_forgetting(*(scores_of(trained, each, subject) for each in (before, final)))
+        scores = [scores_of(trained, each, subject) for each in (before, final)]
+        harm = scores[0].relative_forgetting(scores[1])
         assert checks[name, subject]["value"] == pytest.approx(harm.value)
         detail, is_later = checks[name, subject]["detail"], before != "baseline"
         assert detail.startswith("since its task: loss per byte" if is_later else "loss per byte")

@@ -38,7 +38,7 @@ from tritter.data.split import SplitRule
 from tritter.data.stream import SequenceOptions, StreamedSequences
 from tritter.data.tokens import TextBounds, copy_backend
 from tritter.errors import RequestError, TritterError
-from tritter.evaluation.statistics import PairedScores, relative_forgetting
+from tritter.evaluation.statistics import PairedScores
 from tritter.evaluation.tasks import QuestionTask, Reader
 from tritter.methods.experts.mixture import Evidence
 from tritter.methods.forgetting.replay import write_text
@@ -197,10 +197,10 @@ def test_scores_of_another_start_are_not_compared() -> None:
     assert PairedScores.from_dict(after.to_dict()).start == (START_ID,)
     assert "start" not in before.to_dict()
     with pytest.raises(TritterError, match="begin"):
-        relative_forgetting(before, after)
+        before.relative_forgetting(after)
     counts = {"tokens": 2 * ones, "bytes": ones}  # of another tokenizer
     other = PairedScores(names, ones.double(), counts, "nats")
-    relative_forgetting(other, after)
+    other.relative_forgetting(after)
 
 
 RUN = (

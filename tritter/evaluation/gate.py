@@ -15,10 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tritter.evaluation.statistics import (
     Estimate,
     PairedScores,
-    dominant_items,
-    drop_in_points,
     finite_or_none,
-    relative_forgetting,
 )
 
 if TYPE_CHECKING:
@@ -131,7 +128,7 @@ def retention_check(
         subject,
         before,
         after,
-        estimate=relative_forgetting,
+        estimate=PairedScores.relative_forgetting,
         drop="{:+.2%} of the accuracy above chance",
         verdict=verdict,
         bound=bound,
@@ -157,7 +154,9 @@ def new_capability_check(
         subject,
         before,
         after,
-        estimate=relative_forgetting if before.unit == "nats" else drop_in_points,
+        estimate=PairedScores.relative_forgetting
+        if before.unit == "nats"
+        else PairedScores.drop_in_points,
         drop="{:+.2%} points",
         verdict=verdict,
         bound=0.0,
@@ -342,7 +341,7 @@ def _forgetting_check(
             f"about {needed} {items} needed" if needed else f"the number of {items} is unknown"
         )
     if before.unit == "nats":
-        names = dominant_items(before, after)
+        names = before.dominant_items(after)
         # Name the documents that cause half of the spread if they are few
         if names and len(names) <= _FEW * change.n and change.n >= MIN_DOCUMENTS:
             shown = ", ".join(map(repr, names[:_MAX_NAMES]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import NormalDist, fmean
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from tritter.errors import TritterError
@@ -22,7 +22,6 @@ _SEED = 20261120
 _MAX_DRAWS_AT_ONCE = 2_000_000
 # A variance below this fraction of its terms is a rounding error of zero
 _ROUNDING = 1e-12
-_ScoreRecords = Mapping[str, Mapping[str, Any]]  # domain or task → record, as in summary.json
 
 
 def score_file(name: str) -> str:
@@ -72,7 +71,7 @@ class PairedScores:
 
     def mean_above_chance(self) -> Estimate:
         """Estimate the accuracy above chance."""
-        ratio = ratio_of_sums(self.above_chance, self.weights[self.per].double())
+        ratio = Estimate.of_ratio(self.above_chance, self.weights[self.per].double())
         return replace(ratio, errors=_student_errors(ratio.n))
 
     def mean(self) -> float:
@@ -146,8 +145,136 @@ class PairedScores:
 
     def _mean(self, weight: str) -> tuple[float, float]:
         """Return a mean and its standard error, clustered by item."""
-        ratio = ratio_of_sums(self.values, self.weights[weight].double())
+        ratio = Estimate.of_ratio(self.values, self.weights[weight].double())
         return ratio.value, ratio.standard_error
+
+    def relative_forgetting(self, after: PairedScores) -> Estimate:
+        """Estimate relative forgetting, paired by item.
+
+        For losses it is the relative rise of mean cross-entropy per byte. Both models score the
+        same bytes, so this ratio is the ratio of summed nats. Documents are clusters: losses of
+        tokens in a document are correlated, and errors per token would be several times too small.
+        For accuracies it is the drop relative to the accuracy above chance.
+
+        Returns:
+            0.01 for a loss that rose by one per cent; negative for an improvement.
+
+        Raises:
+            TritterError: the items differ, a loss is not positive, or the accuracy before is not
+                above chance.
+        """
+        value = self._relative_value(after)
+        if self.unit == "accuracy":
+            return self._drop(after, out_of=self.above_chance)
+        return replace(_bounded_ratio(after.values, self.values), value=value)
+
+    def drop_in_points(self, after: PairedScores) -> Estimate:
+        """Estimate the drop of an accuracy, paired by item.
+
+        Returns:
+            0.02 for two points; negative for a gain.
+
+        Raises:
+            TritterError: the items differ.
+        """
+        self._check_paired(after)
+        return self._drop(after, out_of=self.weights[self.per].double())
+
+    def performance_delta(self, after: PairedScores) -> float:
+        """Return the change of a score for the lineage, without bounds.
+
+        Returns:
+            The relative rise of the loss per byte, or the gain in accuracy.
+
+        Raises:
+            TritterError: as `relative_forgetting`.
+        """
+        if self.unit == "accuracy":
+            self._check_paired(after)
+            return after.mean() - self.mean()
+        return self._relative_value(after)
+
+    def dominant_items(self, after: PairedScores) -> tuple[str, ...]:
+        """Return the smallest set of items that causes half of the spread, largest first.
+
+        The spread is the sum of squares in the standard error. If few items dominate it, the bounds
+        depend on those items.
+        """
+        ratio = after.values.sum() / self.values.sum()
+        squares = (after.values - ratio * self.values).square()
+        if not squares.sum() > 0:
+            return ()
+        largest = squares.sort(descending=True)
+        number = int((largest.values.cumsum(0) < squares.sum() / 2).sum()) + 1
+        return tuple(self.identifiers[index] for index in largest.indices[:number].tolist())
+
+    def _relative_value(self, after: PairedScores) -> float:
+        import torch
+
+        self._check_paired(after)
+        total = self.above_chance.sum()
+        is_finite = torch.isfinite(total) and torch.isfinite(after.values).all()
+        if not (is_finite and total > 0):
+            required = "losses above zero" if self.unit == "nats" else "accuracies above chance"
+            raise TritterError(
+                f"evaluation: a relative change requires finite {required}; the sums are "
+                f"{float(total):g} before and {float(after.above_chance.sum()):g} after"
+            )
+        rise = float(after.above_chance.sum() / total) - 1
+        return rise if self.unit == "nats" else -rise
+
+    def _drop(self, after: PairedScores, *, out_of: Tensor) -> Estimate:
+        """Return Σ (before − after) / Σ out_of with the adjusted Wald interval of Bonett and Price.
+
+        It adds one gained and one lost answer (Bonett and Price 2012, Adjusted Wald confidence
+        interval for a difference of binomial proportions based on paired data). Without them, the
+        interval would be far too narrow for few changed answers, and resampling has no bound.
+        """
+        import torch
+
+        lost = self.values - after.values
+        weight = self.weights[self.per].double().mean()
+        more = torch.stack([weight, -weight])
+        adjusted = Estimate.of_ratio(
+            torch.cat([lost, more]), torch.cat([out_of, out_of.mean().expand(2)])
+        )
+        value, n = float(lost.sum() / out_of.sum()), len(self)
+        return replace(adjusted, value=value, n=n, errors=_student_errors(n))
+
+    def _check_paired(self, after: PairedScores) -> None:
+        import torch
+
+        if (self.unit, self.chance) != (after.unit, after.chance):
+            raise TritterError(
+                f"evaluation: the scores before are {self.unit} with chance {self.chance:g}, those "
+                f"after are {after.unit} with chance {after.chance:g}; both must agree"
+            )
+        if len(self) != len(after):
+            raise TritterError(
+                f"evaluation: {len(self)} items were scored before and {len(after)} after; "
+                "a paired comparison requires the same items"
+            )
+        for first, second in zip(self.identifiers, after.identifiers, strict=True):
+            if first != second:
+                raise TritterError(
+                    f"evaluation: {first!r} before is paired with {second!r} after; "
+                    "a paired comparison requires the same items in the same order"
+                )
+        old, new = self.weights[self.per], after.weights[after.per]
+        if not torch.equal(old, new):
+            index = int((old != new).nonzero()[0])
+            raise TritterError(
+                f"evaluation: {self.identifiers[index]!r} has {int(old[index])} {self.per} before "
+                f"and {int(new[index])} after; both must be equal"
+            )
+        if self.start != after.start and torch.equal(
+            self.weights["tokens"], after.weights["tokens"]
+        ):
+            raise TritterError(
+                "evaluation: of the scores before and after, one was computed by a version that "
+                "began texts with the end of text, the other begins them as the tokenizer does; "
+                "score both again"
+            )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -166,6 +293,32 @@ class Estimate:
     standard_error: float
     n: int
     errors: Tensor | None = None
+
+    @classmethod
+    def of_ratio(cls, numerators: Tensor, denominators: Tensor) -> Estimate:
+        """Return Σ numerator / Σ denominator over independent documents.
+
+        The standard error is linearised (Taylor) as in survey sampling (Cochran, Sampling
+        Techniques, 6.4), with documents as clusters. Each residual is divided by 1 − the document's
+        share of the denominator. This equals the delete-one jackknife and stays valid if a few long
+        documents dominate. Errors are not resampled.
+
+        Args:
+            numerators: float64 [n], one sum per document.
+            denominators: float64 [n], positive.
+        """
+        import torch
+
+        n = len(numerators)
+        total = denominators.sum()
+        value = numerators.sum() / total
+        if n < 2:
+            return cls(float(value), math.inf, n=n)
+        leverage = denominators / total
+        residuals = (numerators - value * denominators) / total / (1 - leverage)
+        # (n − 1) / n is the jackknife factor; the leverage already corrects the degrees of freedom.
+        variance = residuals.square().sum() * (n - 1) / n
+        return cls(float(value), float(torch.sqrt(variance)), n=n)
 
     def upper(self, confidence: float) -> float:
         """Return the one-sided upper confidence bound.
@@ -221,35 +374,9 @@ class Estimate:
         return max(0.0, self.standard_error * float(error))
 
 
-def ratio_of_sums(numerators: Tensor, denominators: Tensor) -> Estimate:
-    """Return Σ numerator / Σ denominator over independent documents.
-
-    The standard error is linearised (Taylor) as in survey sampling (Cochran, Sampling Techniques,
-    6.4), with documents as clusters. Each residual is divided by 1 − the document's share of the
-    denominator. This equals the delete-one jackknife and stays valid if a few long documents
-    dominate. Errors are not resampled.
-
-    Args:
-        numerators: float64 [n], one sum per document.
-        denominators: float64 [n], positive.
-    """
-    import torch
-
-    n = len(numerators)
-    total = denominators.sum()
-    value = numerators.sum() / total
-    if n < 2:
-        return Estimate(float(value), math.inf, n=n)
-    leverage = denominators / total
-    residuals = (numerators - value * denominators) / total / (1 - leverage)
-    # (n − 1) / n is the jackknife factor; the leverage already corrects the degrees of freedom.
-    variance = residuals.square().sum() * (n - 1) / n
-    return Estimate(float(value), float(torch.sqrt(variance)), n=n)
-
-
 def _bounded_ratio(numerators: Tensor, denominators: Tensor) -> Estimate:
-    """Return `ratio_of_sums` with studentised errors of resampled documents."""
-    ratio = ratio_of_sums(numerators, denominators)
+    """Return `Estimate.of_ratio` with studentised errors of resampled documents."""
+    ratio = Estimate.of_ratio(numerators, denominators)
     if ratio.n < 2:
         return ratio
     return replace(ratio, errors=studentised_errors(numerators, denominators))
@@ -258,100 +385,6 @@ def _bounded_ratio(numerators: Tensor, denominators: Tensor) -> Estimate:
 def finite_or_none(value: float | None) -> float | None:
     """Return a value that is serialisable as JSON: None if it is missing, infinite or NaN."""
     return value if value is not None and math.isfinite(value) else None
-
-
-def relative_forgetting(before: PairedScores, after: PairedScores) -> Estimate:
-    """Estimate relative forgetting, paired by item.
-
-    For losses it is the relative rise of mean cross-entropy per byte. Both models score the same
-    bytes, so this ratio is the ratio of summed nats. Documents are clusters: losses of tokens in
-    a document are correlated, and errors per token would be several times too small. For
-    accuracies it is the drop relative to the accuracy above chance.
-
-    Returns:
-        0.01 for a loss that rose by one per cent; negative for an improvement.
-
-    Raises:
-        TritterError: the items differ, a loss is not positive, or the accuracy before is not
-            above chance.
-    """
-    value = _relative_value(before, after)
-    if before.unit == "accuracy":
-        return _drop(before, after, out_of=before.above_chance)
-    return replace(_bounded_ratio(after.values, before.values), value=value)
-
-
-def drop_in_points(before: PairedScores, after: PairedScores) -> Estimate:
-    """Estimate the drop of an accuracy, paired by item: 0.02 for two points, negative for a gain.
-
-    Raises:
-        TritterError: the items differ.
-    """
-    _check_paired(before, after)
-    return _drop(before, after, out_of=before.weights[before.per].double())
-
-
-def performance_delta(before: PairedScores, after: PairedScores) -> float:
-    """Return the change of a score for the lineage, without bounds.
-
-    Returns:
-        The relative rise of the loss per byte, or the gain in accuracy.
-
-    Raises:
-        TritterError: as `relative_forgetting`.
-    """
-    if before.unit == "accuracy":
-        _check_paired(before, after)
-        return after.mean() - before.mean()
-    return _relative_value(before, after)
-
-
-def dominant_items(before: PairedScores, after: PairedScores) -> tuple[str, ...]:
-    """Return the smallest set of items that causes half of the spread, largest first.
-
-    The spread is the sum of squares in the standard error. If few items dominate it, the bounds
-    depend on those items.
-    """
-    ratio = after.values.sum() / before.values.sum()
-    squares = (after.values - ratio * before.values).square()
-    if not squares.sum() > 0:
-        return ()
-    largest = squares.sort(descending=True)
-    number = int((largest.values.cumsum(0) < squares.sum() / 2).sum()) + 1
-    return tuple(before.identifiers[index] for index in largest.indices[:number].tolist())
-
-
-def _relative_value(before: PairedScores, after: PairedScores) -> float:
-    import torch
-
-    _check_paired(before, after)
-    total = before.above_chance.sum()
-    is_finite = torch.isfinite(total) and torch.isfinite(after.values).all()
-    if not (is_finite and total > 0):
-        required = "losses above zero" if before.unit == "nats" else "accuracies above chance"
-        raise TritterError(
-            f"evaluation: a relative change requires finite {required}; the sums are "
-            f"{float(total):g} before and {float(after.above_chance.sum()):g} after"
-        )
-    rise = float(after.above_chance.sum() / total) - 1
-    return rise if before.unit == "nats" else -rise
-
-
-def _drop(before: PairedScores, after: PairedScores, *, out_of: Tensor) -> Estimate:
-    """Return Σ (before − after) / Σ out_of with the adjusted Wald interval of Bonett and Price.
-
-    It adds one gained and one lost answer (Bonett and Price 2012, Adjusted Wald confidence
-    interval for a difference of binomial proportions based on paired data). Without them, the
-    interval would be far too narrow for few changed answers, and resampling has no bound.
-    """
-    import torch
-
-    lost = before.values - after.values
-    weight = before.weights[before.per].double().mean()
-    more = torch.stack([weight, -weight])
-    adjusted = ratio_of_sums(torch.cat([lost, more]), torch.cat([out_of, out_of.mean().expand(2)]))
-    value, n = float(lost.sum() / out_of.sum()), len(before)
-    return replace(adjusted, value=value, n=n, errors=_student_errors(n))
 
 
 def _student_errors(n: int) -> Tensor | None:
@@ -368,42 +401,6 @@ def _student_errors(n: int) -> Tensor | None:
     return torch.from_numpy(stdtrit(n - 1, probabilities.numpy()))
 
 
-def _check_paired(before: PairedScores, after: PairedScores) -> None:
-    import torch
-
-    if (before.unit, before.chance) != (after.unit, after.chance):
-        raise TritterError(
-            f"evaluation: the scores before are {before.unit} with chance {before.chance:g}, those "
-            f"after are {after.unit} with chance {after.chance:g}; both must agree"
-        )
-    if len(before) != len(after):
-        raise TritterError(
-            f"evaluation: {len(before)} items were scored before and {len(after)} after; "
-            "a paired comparison requires the same items"
-        )
-    for first, second in zip(before.identifiers, after.identifiers, strict=True):
-        if first != second:
-            raise TritterError(
-                f"evaluation: {first!r} before is paired with {second!r} after; "
-                "a paired comparison requires the same items in the same order"
-            )
-    old, new = before.weights[before.per], after.weights[after.per]
-    if not torch.equal(old, new):
-        index = int((old != new).nonzero()[0])
-        raise TritterError(
-            f"evaluation: {before.identifiers[index]!r} has {int(old[index])} {before.per} before "
-            f"and {int(new[index])} after; both must be equal"
-        )
-    if before.start != after.start and torch.equal(
-        before.weights["tokens"], after.weights["tokens"]
-    ):
-        raise TritterError(
-            "evaluation: of the scores before and after, one was computed by a version that began "
-            "texts with the end of text, the other begins them as the tokenizer does; score both "
-            "again"
-        )
-
-
 # The studentised bootstrap of a ratio of sums (bootstrap-t; Efron 1979, Hall 1988).
 #
 # Resampling estimates the distribution of the error in units of its standard error. If a few
@@ -416,7 +413,7 @@ def _check_paired(before: PairedScores, after: PairedScores) -> None:
 def studentised_errors(numerators: Tensor, denominators: Tensor) -> Tensor:
     """Return (ratio of a resample − ratio) / standard error of the resample, sorted.
 
-    The standard error is that of `ratio_of_sums`, with the leverages of the original documents.
+    The standard error is that of `Estimate.of_ratio`, with the leverages of the original documents.
     The result depends neither on the order of the documents nor on the units of the sums.
 
     Args:
@@ -464,67 +461,3 @@ def studentised_errors(numerators: Tensor, denominators: Tensor) -> Tensor:
     spread = torch.where(spread > _ROUNDING * terms, spread, 0.0)
     standard_error = (spread * (n - 1) / n).sqrt() / share
     return torch.where(moved == 0, 0.0, moved / standard_error).sort(dim=-1).values
-
-
-# Transfer matrix of sequential tasks.
-#
-# R[k, d] is the score of domain d after task k, R[0, d] the score before the first task.
-# Lopez-Paz and Ranzato 2017 (arXiv 1706.08840, section 2) use accuracies and a random model as
-# reference. Here the matrix contains losses per byte, so negative transfer is an improvement, and
-# R[0] is the base model. Domains learned before the run have row 0 as their own row and count in
-# backward transfer.
-
-
-def transfer_matrix(
-    baseline: _ScoreRecords,
-    tasks: Sequence[tuple[Sequence[str], _ScoreRecords]],
-    *,
-    learned_before: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Return the transfer matrix and the transfers for summary.json.
-
-    A domain's own task is the first one that includes it. Backward transfer is R[last] − R[own]
-    of domains learned before the last task. Forward transfer is R[own − 1] − R[0] of domains not
-    learned in the first task. Missing scores, and values computed from them, are None.
-
-    Args:
-        baseline: scores before the first task.
-        tasks: of each task in order, its domains, and the scores of all domains after it.
-        learned_before: domains that the model learned before the run.
-    """
-    rows = [baseline, *(scores for _, scores in tasks)]
-    domains = [name for name, record in baseline.items() if "loss" in record]
-    losses = {name: [row[name].get("loss_per_byte") for row in rows] for name in domains}
-    own = {name: 0 for name in learned_before if name in losses}
-    for number, (trained, _) in enumerate(tasks, start=1):
-        for name in trained:
-            own.setdefault(name, number)
-    last = len(tasks)
-    learned = [(name, own[name], losses[name]) for name in domains if name in own]
-    backward = {name: _difference(each[last], each[k]) for name, k, each in learned if k < last}
-    forward = {name: _difference(each[k - 1], each[0]) for name, k, each in learned if k > 1}
-    return {
-        "rows": ["baseline", *(f"task {number}" for number in range(1, last + 1))],
-        "trained": [[], *(list(trained) for trained, _ in tasks)],
-        "domains": domains,
-        "loss_per_byte": [list(row) for row in zip(*losses.values(), strict=True)],
-        "accuracy": {
-            name: [row[name].get("accuracy") for row in rows]
-            for name, record in baseline.items()
-            if "accuracy" in record
-        },
-        "own": {name: k for name, k, _ in learned},
-        "backward_transfer": backward,
-        "forward_transfer": forward,
-        "mean_backward_transfer": _mean(backward),
-        "mean_forward_transfer": _mean(forward),
-    }
-
-
-def _difference(after: float | None, before: float | None) -> float | None:
-    return None if after is None or before is None else after - before
-
-
-def _mean(transfer: Mapping[str, float | None]) -> float | None:
-    known = [value for value in transfer.values() if value is not None]
-    return fmean(known) if known and len(known) == len(transfer) else None

@@ -5,7 +5,6 @@ from dataclasses import asdict
 from json import dumps, loads
 from typing import Any
 
-from tritter.evaluation.statistics import transfer_matrix
 from tritter.options import methods_of
 from tritter.pipeline import disk, moe, windows
 from tritter.pipeline.branch import Branch
@@ -217,10 +216,8 @@ def _branch_record(run: Run, branches: Sequence[Branch], gate: GateFound) -> dic
     tasks = [_task_record(run, branch) for branch in branches]
     parts: dict[str, Any] = {}
     if len(tasks) > 1:
-        learned = [(task.domains, _plain(task.final)) for task in tasks]
-        start = _plain(_scores(run, first.start_scores))
-        made = transfer_matrix(start, learned, learned_before=run.data.old_domains)
-        parts["matrix"] = Matrix.model_construct(**made)
+        start = _scores(run, first.start_scores)
+        parts["matrix"] = Matrix.of(start, tasks, learned_before=run.data.old_domains)
     return {
         "expansion": [spec.name for spec in first.specs],
         "status": gate.status,
@@ -262,7 +259,3 @@ def _task_record(run: Run, branch: Branch) -> TaskRecord:
 def _scores(run: Run, name: str) -> Scores:
     records = score_records(run.read_scores(name), run.data.tasks)
     return {subject: Score.model_construct(**record) for subject, record in records.items()}
-
-
-def _plain(scores: Scores) -> dict[str, dict[str, Any]]:
-    return {subject: score.plain() for subject, score in scores.items()}

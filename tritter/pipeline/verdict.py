@@ -24,7 +24,7 @@ from tritter.evaluation.gate import (
     training_check,
 )
 from tritter.evaluation.jump import Jump
-from tritter.evaluation.statistics import PairedScores, finite_or_none, performance_delta
+from tritter.evaluation.statistics import PairedScores, finite_or_none
 from tritter.pipeline import moe, windows
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import ExpansionFound, StageResult
@@ -209,7 +209,7 @@ def _complete_lineage(run: Run, branches: Sequence[Branch], lineage: Lineage) ->
     # Without a gate, a model whose losses are not finite is kept too: it has no scores
     means = {name: mean for name, scores in after.items() if math.isfinite(mean := scores.mean())}
     scored = [d for d in run.data.domains if d in means and math.isfinite(before[d].mean())]
-    delta = {d: performance_delta(before[d], after[d]) for d in scored}
+    delta = {d: before[d].performance_delta(after[d]) for d in scored}
     history = list(lineage.expansion_history)
     made = run.source(first.start).own_lineage.expansion_history
     start, steps_before = len(made), 0

@@ -13,9 +13,7 @@ from tritter.errors import TritterError
 from tritter.evaluation.gate import MIN_DOCUMENTS
 from tritter.evaluation.statistics import (
     PairedScores,
-    drop_in_points,
     finite_or_none,
-    relative_forgetting,
 )
 from tritter.report.rows import ScoreChange, score_text, unit_of
 from tritter.report.runs import (
@@ -391,7 +389,7 @@ def _difference(subject: str, first: Compared, other: Compared) -> _PairedDiffer
         return missing(missing_reason="not paired: different documents")
     try:
         is_loss = before.unit == "nats"
-        estimate = relative_forgetting(before, after) if is_loss else drop_in_points(before, after)
+        estimate = before.relative_forgetting(after) if is_loss else before.drop_in_points(after)
     except TritterError as error:
         return missing(missing_reason=str(error))
     side = (1 + CONFIDENCE) / 2

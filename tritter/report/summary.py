@@ -302,7 +302,13 @@ class ExpertsRecord(Part):
 
 
 class Matrix(Part):
-    """Every domain after every task.
+    """The transfer matrix of sequential tasks: every domain after every task.
+
+    R[k, d] is the score of domain d after task k, R[0, d] the score before the first task.
+    Lopez-Paz and Ranzato 2017 (arXiv 1706.08840, section 2) use accuracies and a random model as
+    reference. Here the matrix contains losses per byte, so negative transfer is an improvement,
+    and R[0] is the base model. Domains learned before the run have row 0 as their own row and
+    count in backward transfer.
 
     Args:
         rows: Names of the rows: before the first task, and after each task.
@@ -323,6 +329,54 @@ class Matrix(Part):
     mean_backward_transfer: _Number | None = None
     mean_forward_transfer: _Number | None = None
 
+    @classmethod
+    def of(
+        cls,
+        baseline: "Scores",
+        tasks: "Sequence[TaskRecord]",
+        *,
+        learned_before: Sequence[str] = (),
+    ) -> Self:
+        """Return the matrix and the transfers.
+
+        A domain's own task is the first one that includes it. Backward transfer is R[last] −
+        R[own] of domains learned before the last task. Forward transfer is R[own − 1] − R[0] of
+        domains not learned in the first task. Missing scores, and values computed from them, are
+        None.
+
+        Args:
+            baseline: scores before the first task.
+            tasks: the tasks in order, each with the scores of all domains after it.
+            learned_before: domains that the model learned before the run.
+        """
+        rows = [baseline, *(task.final for task in tasks)]
+        domains = [name for name, score in baseline.items() if "loss" in score.model_fields_set]
+        losses = {name: [row[name].loss_per_byte for row in rows] for name in domains}
+        own = {name: 0 for name in learned_before if name in losses}
+        for number, task in enumerate(tasks, start=1):
+            for name in task.domains:
+                own.setdefault(name, number)
+        last = len(tasks)
+        learned = [(name, own[name], losses[name]) for name in domains if name in own]
+        backward = {name: _difference(each[last], each[k]) for name, k, each in learned if k < last}
+        forward = {name: _difference(each[k - 1], each[0]) for name, k, each in learned if k > 1}
+        return cls.model_construct(
+            rows=["baseline", *(f"task {number}" for number in range(1, last + 1))],
+            trained=[[], *(list(task.domains) for task in tasks)],
+            domains=domains,
+            loss_per_byte=[list(row) for row in zip(*losses.values(), strict=True)],
+            accuracy={
+                name: [row[name].accuracy for row in rows]
+                for name, score in baseline.items()
+                if "accuracy" in score.model_fields_set
+            },
+            own={name: k for name, k, _ in learned},
+            backward_transfer=backward,
+            forward_transfer=forward,
+            mean_backward_transfer=_mean(backward),
+            mean_forward_transfer=_mean(forward),
+        )
+
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
         number, domains, losses = len(self.rows), self.domains, self.loss_per_byte
@@ -337,6 +391,15 @@ class Matrix(Part):
         if any(row >= number for row in self.own.values()):
             raise ValueError(f"own: a row is outside 0 to {number - 1}")
         return self
+
+
+def _difference(after: float | None, before: float | None) -> float | None:
+    return None if after is None or before is None else after - before
+
+
+def _mean(transfer: Mapping[str, float | None]) -> float | None:
+    known = [value for value in transfer.values() if value is not None]
+    return fmean(known) if known and len(known) == len(transfer) else None
 
 
 # Mixtures of experts
