@@ -205,12 +205,12 @@ def _expand_checkpoint(
         with loading("torch"):
             from tritter.checkpoints import Source
             from tritter.core.models import read_model
-            from tritter.evaluation.measure import Measurement, measure
+            from tritter.evaluation.measure import Measurement
 
         found = list[Measurement]()
 
         def measured(made: Expanded) -> Lineage:
-            found.append(measure(Source.open(folder, read_model(folder)), made))
+            found.append(Measurement.of(Source.open(folder, read_model(folder)), made))
             return found[0].lineage
 
         options = {"before_publish": measured}

@@ -81,7 +81,7 @@ def run_expansion(source: Path, destination: Path, method: str) -> float:
 def run_check(source: Path, result: Path, contender: str) -> None:
     """Compare both in this process, after telling the parent that everything is imported."""
     from tritter.core.models import load_model, read_model, uninitialised_model
-    from tritter.evaluation.jump import folder_jump, logit_jump
+    from tritter.evaluation.jump import FolderJump, Jump
     from tritter.evaluation.measure import random_tokens
 
     tokens = random_tokens(read_model(result))
@@ -92,9 +92,9 @@ def run_check(source: Path, result: Path, contender: str) -> None:
     sys.stdin.readline()
     started = time.perf_counter()
     if contender == "both loaded":
-        jump = logit_jump(load_model(source), load_model(result), tokens)
+        jump = Jump.between(load_model(source), load_model(result), tokens)
     else:
-        jump = folder_jump(source, result, tokens).jump
+        jump = FolderJump.between(source, result, tokens).jump
     print(time.perf_counter() - started, flush=True)
     print(f"{contender}: {jump.relative_to_std:.3e}", file=sys.stderr)
     sys.stdin.readline()

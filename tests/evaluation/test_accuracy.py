@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tritter.errors import TritterError
-from tritter.evaluation.gate import decide, new_capability_check, retention_check
+from tritter.evaluation.gate import GateResult, new_capability_check, retention_check
 from tritter.evaluation.statistics import (
     PairedScores,
 )
@@ -84,7 +84,7 @@ def test_what_was_never_known_cannot_be_lost(make_answers, accuracy):
     before, after = make_answers(some_right(200, accuracy)), make_answers(torch.zeros(200))
     check = retention_check("sorting", before, after, **LIMITS)
     assert check.verdict == "reported" and "not significantly above chance" in check.detail
-    assert decide([check]) == "kept"
+    assert GateResult.of([check]).status == "kept"
     if accuracy <= 0.25:
         with pytest.raises(TritterError, match="accuracies above chance"):
             before.relative_forgetting(after)

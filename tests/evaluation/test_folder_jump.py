@@ -24,7 +24,7 @@ from tritter.core.expansions import (
 )
 from tritter.core.models import load_model
 from tritter.errors import TritterError
-from tritter.evaluation.jump import folder_jump, logit_jump
+from tritter.evaluation.jump import FolderJump, Jump
 from tritter.transform import Expanded, expand
 
 TOKENS = oracle.tokens()
@@ -59,11 +59,13 @@ def test_figures_are_those_of_loaded_models(
     tmp_path: Path, family: str, specs: list[ExpansionSpec], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, result = made(tmp_path, family, specs)
-    expected = logit_jump(load_model(source), load_model(result.folder), TOKENS, has_yardstick=True)
+    expected = Jump.between(
+        load_model(source), load_model(result.folder), TOKENS, has_yardstick=True
+    )
     assert expected.relative_to_std > 1e-3
     for block_bytes in (2**20, 4 * 24 * 5):
         monkeypatch.setattr(streamed, "_BLOCK_BYTES", block_bytes)
-        jump = folder_jump(source, result.folder, TOKENS, has_yardstick=True).jump
+        jump = FolderJump.between(source, result.folder, TOKENS, has_yardstick=True).jump
         for name in ("rms_to_std", "divergence", "bfloat16_rms_to_std", "bfloat16_divergence"):
             assert getattr(jump, name) == pytest.approx(getattr(expected, name), rel=1e-2), name
         assert jump.max_absolute == pytest.approx(expected.max_absolute, rel=1e-4)
@@ -77,15 +79,15 @@ def test_the_yardstick_is_the_source_with_weights_and_activations_in_bfloat16(
 ) -> None:
     source = oracle.saved(tiny(family), tmp_path / "source")
     model, rounded = load_model(source), load_model(source, dtype=torch.bfloat16)
-    expected = logit_jump(model, rounded, TOKENS).rms_to_std
+    expected = Jump.between(model, rounded, TOKENS).rms_to_std
     assert expected is not None and expected > 1e-3
     for jump in (
-        logit_jump(model, model, TOKENS, has_yardstick=True),
-        folder_jump(source, source, TOKENS, has_yardstick=True).jump,
+        Jump.between(model, model, TOKENS, has_yardstick=True),
+        FolderJump.between(source, source, TOKENS, has_yardstick=True).jump,
     ):
         assert jump.bfloat16_rms_to_std == pytest.approx(expected, rel=0.05)
     assert {each.dtype for each in model.parameters()} == {torch.float32}
-    assert logit_jump(model, load_model(source), TOKENS).max_absolute == 0
+    assert Jump.between(model, load_model(source), TOKENS).max_absolute == 0
 
 
 def test_a_class_that_does_not_compute_in_bfloat16_has_no_yardstick(
@@ -102,8 +104,8 @@ def test_a_class_that_does_not_compute_in_bfloat16_has_no_yardstick(
     source = oracle.saved(tiny("llama"), tmp_path / "source")
     model = load_model(source)
     for jump in (
-        logit_jump(model, model, TOKENS, has_yardstick=True),
-        folder_jump(source, source, TOKENS, has_yardstick=True).jump,
+        Jump.between(model, model, TOKENS, has_yardstick=True),
+        FolderJump.between(source, source, TOKENS, has_yardstick=True).jump,
     ):
         assert (jump.rms_to_std, jump.bfloat16_rms_to_std) == (0, None)
 
@@ -114,7 +116,7 @@ def test_exact_growth_of_every_family_parts_nowhere(tmp_path: Path, family: str)
     source, result = made(
         tmp_path, family, [doubled(family), LlamaPro(), Stack(identity_init=True)]
     )
-    found = folder_jump(source, result.folder, TOKENS)
+    found = FolderJump.between(source, result.folder, TOKENS)
     assert found.jump.relative_to_std < 1e-4
     # All hidden states agree, so only the modules after them remain
     assert (
@@ -128,12 +130,12 @@ def test_exact_growth_of_every_family_parts_nowhere(tmp_path: Path, family: str)
 def test_the_damaged_layer_is_named(tmp_path: Path, specs: list[ExpansionSpec]) -> None:
     source, result = made(tmp_path, "llama", specs)
     sources = result.plan.parameter_map.layer_sources
-    sound = folder_jump(source, result.folder, TOKENS)
+    sound = FolderJump.between(source, result.folder, TOKENS)
     assert sound.jump.relative_to_std < 1e-4
     assert sound.first_difference(sources) == "the final norm or the head"
     for layer in (len(sources) - 1, len(sources) - 2):
         damaged(result.folder, f"model.layers.{layer}.self_attn.o_proj.weight")
-        found = folder_jump(source, result.folder, TOKENS)
+        found = FolderJump.between(source, result.folder, TOKENS)
         assert found.jump.relative_to_std > 1e-3
         assert found.first_difference(sources) == f"layer {layer}"
 
@@ -152,7 +154,7 @@ def test_what_is_no_layer_is_named(tmp_path: Path, name: str, place: str) -> Non
     source, result = made(tmp_path, "llama", [LlamaPro()])
     damaged(result.folder, name)
     tokens = torch.zeros_like(TOKENS)  # the damaged row of the embedding
-    found = folder_jump(source, result.folder, tokens)
+    found = FolderJump.between(source, result.folder, tokens)
     assert found.jump.relative_to_std > 1e-3
     assert found.first_difference(result.plan.parameter_map.layer_sources) == place
 
@@ -165,19 +167,19 @@ def test_a_copy_that_does_not_do_its_work_is_named(tmp_path: Path) -> None:
     for part in ("self_attn.o_proj", "mlp.down_proj"):
         tensors[f"model.layers.1.{part}.weight"].zero_()
     save_file(tensors, file, metadata={"format": "pt"})
-    found = folder_jump(source, result.folder, TOKENS)
+    found = FolderJump.between(source, result.folder, TOKENS)
     assert found.first_difference(result.plan.parameter_map.layer_sources) == "layer 2"
 
 
 def test_experts_and_numbers_that_are_none(tmp_path: Path) -> None:
     source, result = made(tmp_path, "qwen3", [Moe(num_experts=4, noise=0.0)])
     sources = result.plan.parameter_map.layer_sources
-    assert folder_jump(source, result.folder, TOKENS).jump.relative_to_std < 1e-4
+    assert FolderJump.between(source, result.folder, TOKENS).jump.relative_to_std < 1e-4
     file = result.folder / "model.safetensors"
     tensors = load_file(file)
     tensors["model.layers.2.mlp.experts.3.down_proj.weight"][0, 0] = math.nan
     save_file(tensors, file, metadata={"format": "pt"})
-    found = folder_jump(source, result.folder, TOKENS)
+    found = FolderJump.between(source, result.folder, TOKENS)
     assert math.isnan(found.jump.relative_to_std) and found.jump.to_dict()["max_absolute"] is None
     assert found.first_difference(sources) == "layer 2"
 
@@ -185,7 +187,9 @@ def test_experts_and_numbers_that_are_none(tmp_path: Path) -> None:
 def test_progress_ends_where_it_said(tmp_path: Path) -> None:
     source, result = made(tmp_path, "qwen2_moe", [LlamaPro()])
     seen: list[tuple[int, int]] = []
-    folder_jump(source, result.folder, TOKENS, progress=lambda *figures: seen.append(figures))
+    FolderJump.between(
+        source, result.folder, TOKENS, progress=lambda *figures: seen.append(figures)
+    )
     done = [each[0] for each in seen]
     assert done == sorted(done) and len(done) > 50
     assert len({each[1] for each in seen}) == 1 and seen[-1][0] == seen[-1][1]
@@ -195,4 +199,4 @@ def test_a_smaller_vocabulary_is_refused(tmp_path: Path) -> None:
     one = oracle.saved(tiny("llama"), tmp_path / "one")
     other = oracle.saved(tiny("llama", vocab_size=96), tmp_path / "other")
     with pytest.raises(TritterError, match="old tokens are missing"):
-        folder_jump(one, other, TOKENS % 96)
+        FolderJump.between(one, other, TOKENS % 96)

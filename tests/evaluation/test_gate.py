@@ -8,11 +8,9 @@ import torch
 from tritter.evaluation.gate import (
     MIN_DOCUMENTS,
     Check,
-    decide,
+    GateResult,
     new_capability_check,
-    preservation_check,
     retention_check,
-    training_check,
 )
 from tritter.evaluation.jump import Jump
 
@@ -163,15 +161,15 @@ def test_a_loss_that_is_not_finite_fails_and_is_never_undecided(make_losses):
     ],
 )
 def test_preservation(relative, claims_exact, verdict):
-    check = preservation_check(Jump(0.1, relative), claims_exact=claims_exact)
+    check = Check.of_preservation(Jump(0.1, relative), claims_exact=claims_exact)
     assert check.verdict == verdict
     assert (check.bound is None) == (not claims_exact)
     assert check.to_dict()["interval"] is None
 
 
 def test_training():
-    assert training_check(0, aborted_reason=None).verdict == "passed"
-    check = training_check(3, aborted_reason="loss not finite at step 17")
+    assert Check.of_training(0, aborted_reason=None).verdict == "passed"
+    check = Check.of_training(3, aborted_reason="loss not finite at step 17")
     assert check.verdict == "failed" and check.detail == "loss not finite at step 17"
 
 
@@ -186,8 +184,8 @@ def test_training():
 )
 def test_decision(verdicts, status):
     checks = [Check("retention", "prose", verdict, "") for verdict in verdicts]
-    assert decide(checks) == status
-    assert decide(map(Check.reported, checks)) == "kept"
+    assert GateResult.of(checks).status == status
+    assert GateResult.of([check.reported() for check in checks]).status == "kept"
 
 
 def test_a_check_that_is_only_reported_keeps_its_numbers(make_losses):

@@ -16,7 +16,7 @@ from tritter.core.expansions import LlamaPro, Width
 from tritter.core.families import Model
 from tritter.core.models import model_of
 from tritter.data.batches import BatchStream, SequenceStream
-from tritter.evaluation.gate import ENOUGH_STEPS, flow_check, memory_check
+from tritter.evaluation.gate import ENOUGH_STEPS, Check
 from tritter.planning.memory import TrainingSetup, states_bytes, training_memory
 from tritter.stopping import Stopped
 from tritter.terminal import Console
@@ -66,7 +66,7 @@ def test_what_is_new_is_reached_in_the_steps_that_a_verdict_takes(
     assert flow == {"steps": ENOUGH_STEPS, "without_gradient": [], "without_tokens": []}
     model, task = grown(spec)
     short = train(model, tmp_path / "short", task=task, steps=2).flow
-    check = flow_check(short)
+    check = Check.of_gradient_flow(short)
     assert check is not None and check.verdict == "reported" and not short["without_gradient"]
 
 
@@ -86,7 +86,7 @@ def test_a_dead_unit_and_a_dead_parameter_are_named(tmp_path: Path) -> None:
     layer_2 = [line for line in flow["without_gradient"] if ".layers.2." in line]
     assert any("gate_proj" in line for line in layer_2)
     assert not any(".layers.0." in line for line in flow["without_gradient"])
-    check = flow_check(flow)
+    check = Check.of_gradient_flow(flow)
     assert check is not None and check.verdict == "failed" and "gate_proj" in check.detail
 
 
@@ -135,7 +135,9 @@ def test_experts_without_tokens_are_named_by_layer_and_number(watch: Any) -> Non
     restored = GradientFlow({})
     restored.load_state_dict(flow.state_dict())
     assert restored.report(model) == flow.report(model)
-    verdicts = [flow_check(flow.report(model), new_experts=new) for new in ((), (3,), (2, 3))]
+    verdicts = [
+        Check.of_gradient_flow(flow.report(model), new_experts=new) for new in ((), (3,), (2, 3))
+    ]
     assert [check and check.verdict for check in verdicts] == ["passed", "failed", "passed"]
 
 
@@ -190,9 +192,9 @@ def test_bytes_are_those_of_the_plan(tmp_path: Path, target: str, kept: int) -> 
     expected = states_bytes(Model(config), setup, trained=held["trained"], kept_per_parameter=kept)
     if kept == 2:
         assert expected == training_memory(Model(config), setup).states_bytes
-    assert memory_check(held, expected=expected).value == 0
+    assert Check.of_memory(held, expected=expected).value == 0
     doubled = {**held, "parameters": 2 * held["parameters"], "peak": 10**9}
-    check = memory_check(doubled, expected=expected)
+    check = Check.of_memory(doubled, expected=expected)
     assert check.verdict == "failed" and check.value is not None and check.value > 0.19
     assert "1,000,000,000" in check.detail
 

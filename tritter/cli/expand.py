@@ -538,11 +538,11 @@ def _expand(job: _Job, *, measures: bool, overwrite: bool, is_quiet: bool) -> _R
     with progress_bars(is_shown=not is_quiet) as new_bar:
 
         def measure_result(made: Expanded) -> Lineage:
-            from tritter.evaluation.measure import measure
+            from tritter.evaluation.measure import Measurement
             from tritter.report.table import mean_shift_text
 
             with refuse_damage():
-                found = measure(job.source, made, progress=new_bar("MB checked"))
+                found = Measurement.of(job.source, made, progress=new_bar("MB checked"))
             assert found.jump is not None
             text = found.text + mean_shift_text(found.jump)
             if (mass := found.jump.new_token_mass) is not None:

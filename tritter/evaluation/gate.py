@@ -7,7 +7,7 @@ require at least `MIN_DOCUMENTS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,7 +19,7 @@ from tritter.evaluation.statistics import (
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from tritter.evaluation.jump import Jump
 
@@ -97,6 +97,170 @@ class Check:
         """Return the check for `gate=off`: its numbers without bound and verdict."""
         detail = f"{self.detail}; gate=off enforces nothing"
         return replace(self, verdict="reported", detail=detail, bound=None, documents_needed=None)
+
+    @classmethod
+    def of_training(cls, non_finite_steps: int, *, aborted_reason: str | None) -> Check:
+        """Check that training was not aborted."""
+        verdict: Verdict = "passed" if aborted_reason is None else "failed"
+        detail = aborted_reason or f"non-finite steps: {non_finite_steps}"
+        return cls("training", "steps", verdict, detail, value=float(non_finite_steps))
+
+    @classmethod
+    def of_gradient_flow(
+        cls,
+        flow: Mapping[str, Any],
+        *,
+        new_experts: Collection[int] = (),
+        min_steps: int = ENOUGH_STEPS,
+    ) -> Check | None:
+        """Check that all trained parameters received a gradient; None if it was not recorded.
+
+        Experts without tokens have no gradient and are listed. The check fails if no appended
+        expert of a layer received any token.
+
+        Args:
+            flow: gradient flow recorded during training.
+            new_experts: indices of appended experts.
+            min_steps: minimum number of steps for a verdict.
+        """
+        if not flow:
+            return None
+        dead, idle = flow["without_gradient"], flow["without_tokens"]
+        findings = []
+        if dead:
+            findings.append(f"no gradient reached {_join_names(dead)}")
+        if idle:
+            findings.append(f"no token was routed to {_join_names(idle)}")
+        detail = "; ".join(findings) or "all trained parameters received a gradient"
+        if flow["steps"] < min_steps:
+            detail = f"this check requires at least {min_steps} training steps"
+            return cls("gradient_flow", "parameters", "reported", detail, n=flow["steps"])
+        by_layer: dict[str, set[int]] = {}
+        for name in idle:  # such as layers.3.experts.7
+            _, layer, _, number = name.split(".")
+            by_layer.setdefault(layer, set()).add(int(number))
+        is_lost = new_experts and any(set(new_experts) <= numbers for numbers in by_layer.values())
+        verdict: Verdict = "failed" if dead or is_lost else "passed"
+        return cls(
+            "gradient_flow",
+            "parameters",
+            verdict,
+            detail,
+            value=float(len(dead)),
+            bound=0.0,
+            n=flow["steps"],
+        )
+
+    @classmethod
+    def of_memory(cls, measured: Mapping[str, Any], *, expected: int) -> Check:
+        """Compare the memory of a training run with the bytes computed from shapes.
+
+        Args:
+            measured: bytes of `parameters`, `gradients` and `optimizer`, and the `peak` of a GPU.
+            expected: sum of the three from shapes.
+        """
+        names = ("parameters", "gradients", "optimizer")
+        value = sum(measured[name] for name in names) / expected - 1
+        verdict: Verdict = "passed" if abs(value) <= _MEMORY_BOUND else "failed"
+        parts = ", ".join(f"{name} {measured[name]:,}" for name in names)
+        detail = f"{value:+.2%} compared with {expected:,} bytes from its shapes ({parts})"
+        if peak := measured.get("peak"):
+            detail += f"; GPU peak including activations: {peak:,} bytes"
+        return cls("memory", "states", verdict, detail, value=value, bound=_MEMORY_BOUND)
+
+    @classmethod
+    def of_preservation(cls, jump: Jump, *, claims_exact: bool) -> Check:
+        """Check the logit shift of a function-preserving expansion; report that of any other."""
+        value, bound = jump.relative_to_std, EXACT_JUMP if claims_exact else None
+        verdict: Verdict = "reported"
+        if bound is not None:
+            verdict = "passed" if value < bound else "failed"
+        elif finite_or_none(value) is None:
+            verdict = "failed"
+        claim = f"function-preserving, allowed {bound:g}" if bound is not None else "no bound"
+        detail = f"logit shift at expansion: max {value:.2g} standard deviations ({claim})"
+        return cls("preservation", "logits", verdict, detail, value=value, bound=bound)
+
+    @classmethod
+    def of_equivalence(
+        cls,
+        before: Tensor,
+        after: Tensor,
+        *,
+        skip_reason: str | None,
+        rounded: str = "",
+        rounded_bound: float,
+    ) -> Check:
+        """Check that two models compute the same logits up to rounding.
+
+        The check passes if the mean squared difference is below `_MSE_BOUND` and the largest
+        difference is below 1e-4 standard deviations, because logits may be small. Differences that
+        rounding of the weights to 16 bits may explain are undecided.
+
+        Args:
+            before: logits, float32 [B, T, V].
+            after: logits of the other model.
+            skip_reason: the reason why equality is not expected; then differences are reported
+                and the check does not fail.
+            rounded: dtypes below float32 of the weights of `after`, for the message.
+            rounded_bound: largest difference, in standard deviations, that rounding may explain.
+        """
+        difference = after - before
+        error = float(difference.square().mean())
+        relative = float(difference.abs().max() / before.std())
+        is_same = error < _MSE_BOUND and relative < EXACT_JUMP
+        verdict: Verdict = "passed" if is_same else "failed"
+        detail = (
+            f"mean squared difference of the logits {error:.2g}, allowed {_MSE_BOUND:g}; largest "
+            f"difference {relative:.2g} standard deviations, allowed {EXACT_JUMP:g}"
+        )
+        if not is_same and skip_reason is not None:
+            verdict, detail = "not_asked", f"{skip_reason}; {detail}"
+        elif not is_same and rounded and relative < rounded_bound:
+            verdict = "undecided"
+            detail += f"; this includes rounding to {rounded}, use a result in float32 to decide"
+        return cls("forward_equivalence", "logits", verdict, detail, value=error, bound=_MSE_BOUND)
+
+    @classmethod
+    def of_scaling(cls, num_bytes: tuple[int, int], counted: tuple[int, int]) -> Check:
+        """Check that memory grew in proportion to the number of parameters.
+
+        Args:
+            num_bytes: parameter bytes of both models, as loaded.
+            counted: number of parameters of both models, from shapes.
+        """
+        measured, expected = num_bytes[1] / num_bytes[0], counted[1] / counted[0]
+        value = measured / expected - 1
+        verdict: Verdict = "passed" if abs(value) <= _MEMORY_BOUND else "failed"
+        detail = (
+            f"{num_bytes[0]:,} to {num_bytes[1]:,} bytes ({measured:.4g} times); from shapes "
+            f"{counted[0]:,} to {counted[1]:,} parameters ({expected:.4g} times)"
+        )
+        bound = _MEMORY_BOUND
+        return cls("memory_scaling", "parameters", verdict, detail, value=value, bound=bound)
+
+
+@dataclass(frozen=True, slots=True)
+class GateResult:
+    """The result of the gate outside of a run. Nothing is rolled back.
+
+    Args:
+        status: `kept`, `rolled_back` or `undecided`.
+        checks: one per domain, with value, bound and verdict.
+    """
+
+    status: Status
+    checks: tuple[Check, ...]
+
+    @classmethod
+    def of(cls, checks: Sequence[Check]) -> GateResult:
+        """Return the result of these checks; reported ones have no influence.
+
+        Any failed check rolls back. Otherwise any undecided one makes the result undecided.
+        """
+        verdicts = {check.verdict for check in checks}
+        status: Status = "undecided" if "undecided" in verdicts else "kept"
+        return cls("rolled_back" if "failed" in verdicts else status, tuple(checks))
 
 
 def retention_check(
@@ -180,115 +344,6 @@ def new_task_check(
     return replace(check, verdict="reported", detail=detail, bound=None, documents_needed=None)
 
 
-def preservation_check(jump: Jump, *, claims_exact: bool) -> Check:
-    """Check the logit shift of a function-preserving expansion; report that of any other."""
-    value, bound = jump.relative_to_std, EXACT_JUMP if claims_exact else None
-    verdict: Verdict = "reported"
-    if bound is not None:
-        verdict = "passed" if value < bound else "failed"
-    elif finite_or_none(value) is None:
-        verdict = "failed"
-    claim = f"function-preserving, allowed {bound:g}" if bound is not None else "no bound"
-    detail = f"logit shift at expansion: max {value:.2g} standard deviations ({claim})"
-    return Check("preservation", "logits", verdict, detail, value=value, bound=bound)
-
-
-def training_check(non_finite_steps: int, *, aborted_reason: str | None) -> Check:
-    """Check that training was not aborted."""
-    verdict: Verdict = "passed" if aborted_reason is None else "failed"
-    detail = aborted_reason or f"non-finite steps: {non_finite_steps}"
-    return Check("training", "steps", verdict, detail, value=float(non_finite_steps))
-
-
-def flow_check(
-    flow: Mapping[str, Any], *, new_experts: Collection[int] = (), min_steps: int = ENOUGH_STEPS
-) -> Check | None:
-    """Check that all trained parameters received a gradient; None if it was not recorded.
-
-    Experts without tokens have no gradient and are listed. The check fails if no appended expert
-    of a layer received any token.
-
-    Args:
-        flow: gradient flow recorded during training.
-        new_experts: indices of appended experts.
-        min_steps: minimum number of steps for a verdict.
-    """
-    if not flow:
-        return None
-    dead, idle = flow["without_gradient"], flow["without_tokens"]
-    findings = []
-    if dead:
-        findings.append(f"no gradient reached {_join_names(dead)}")
-    if idle:
-        findings.append(f"no token was routed to {_join_names(idle)}")
-    detail = "; ".join(findings) or "all trained parameters received a gradient"
-    if flow["steps"] < min_steps:
-        detail = f"this check requires at least {min_steps} training steps"
-        return Check("gradient_flow", "parameters", "reported", detail, n=flow["steps"])
-    by_layer: dict[str, set[int]] = {}
-    for name in idle:  # such as layers.3.experts.7
-        _, layer, _, number = name.split(".")
-        by_layer.setdefault(layer, set()).add(int(number))
-    is_lost = new_experts and any(set(new_experts) <= numbers for numbers in by_layer.values())
-    verdict: Verdict = "failed" if dead or is_lost else "passed"
-    return Check(
-        "gradient_flow",
-        "parameters",
-        verdict,
-        detail,
-        value=float(len(dead)),
-        bound=0.0,
-        n=flow["steps"],
-    )
-
-
-def memory_check(measured: Mapping[str, Any], *, expected: int) -> Check:
-    """Compare the memory of a training run with the bytes computed from shapes.
-
-    Args:
-        measured: bytes of `parameters`, `gradients` and `optimizer`, and the `peak` of a GPU.
-        expected: sum of the three from shapes.
-    """
-    names = ("parameters", "gradients", "optimizer")
-    value = sum(measured[name] for name in names) / expected - 1
-    verdict: Verdict = "passed" if abs(value) <= _MEMORY_BOUND else "failed"
-    parts = ", ".join(f"{name} {measured[name]:,}" for name in names)
-    detail = f"{value:+.2%} compared with {expected:,} bytes from its shapes ({parts})"
-    if peak := measured.get("peak"):
-        detail += f"; GPU peak including activations: {peak:,} bytes"
-    return Check("memory", "states", verdict, detail, value=value, bound=_MEMORY_BOUND)
-
-
-def decide(checks: Iterable[Check]) -> Status:
-    """Return the status: any failed check rolls back, otherwise any undecided one is undecided.
-
-    Args:
-        checks: all checks; reported ones have no influence.
-    """
-    verdicts = {check.verdict for check in checks}
-    if "failed" in verdicts:
-        return "rolled_back"
-    return "undecided" if "undecided" in verdicts else "kept"
-
-
-@dataclass(frozen=True, slots=True)
-class GateResult:
-    """The result of the gate outside of a run. Nothing is rolled back.
-
-    Args:
-        status: `kept`, `rolled_back` or `undecided`.
-        checks: one per domain, with value, bound and verdict.
-    """
-
-    status: Status
-    checks: tuple[Check, ...]
-
-    @classmethod
-    def of(cls, checks: Sequence[Check]) -> GateResult:
-        """Return the result of these checks."""
-        return cls(decide(checks), tuple(checks))
-
-
 def _join_names(names: Sequence[str]) -> str:
     more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
     return ", ".join(names[:_MAX_NAMES]) + more
@@ -367,71 +422,9 @@ def _bound_text(value: float) -> str:
     return f"{value:+.2%}" if finite_or_none(value) is not None else "unknown"
 
 
-def equivalence_check(
-    before: Tensor,
-    after: Tensor,
-    *,
-    skip_reason: str | None,
-    rounded: str = "",
-    rounded_bound: float,
-) -> Check:
-    """Check that two models compute the same logits up to rounding.
-
-    The check passes if the mean squared difference is below `_MSE_BOUND` and the largest
-    difference is below 1e-4 standard deviations, because logits may be small. Differences that
-    rounding of the weights to 16 bits may explain are undecided.
-
-    Args:
-        before: logits, float32 [B, T, V].
-        after: logits of the other model.
-        skip_reason: the reason why equality is not expected; then differences are reported
-            and the check does not fail.
-        rounded: dtypes below float32 of the weights of `after`, for the message.
-        rounded_bound: largest difference, in standard deviations, that rounding may explain.
-    """
-    difference = after - before
-    error = float(difference.square().mean())
-    relative = float(difference.abs().max() / before.std())
-    is_same = error < _MSE_BOUND and relative < EXACT_JUMP
-    verdict: Verdict = "passed" if is_same else "failed"
-    detail = (
-        f"mean squared difference of the logits {error:.2g}, allowed {_MSE_BOUND:g}; largest "
-        f"difference {relative:.2g} standard deviations, allowed {EXACT_JUMP:g}"
-    )
-    if not is_same and skip_reason is not None:
-        verdict, detail = "not_asked", f"{skip_reason}; {detail}"
-    elif not is_same and rounded and relative < rounded_bound:
-        verdict = "undecided"
-        detail += f"; this includes rounding to {rounded}, use a result in float32 to decide"
-    return Check("forward_equivalence", "logits", verdict, detail, value=error, bound=_MSE_BOUND)
-
-
 def rounded_jump(*, has_experts: bool) -> float:
     """Return the largest logit shift [σ] that rounding of all weights to 16 bits may cause.
 
     With experts it is unbounded, because rounding may route tokens to other experts.
     """
     return inf if has_experts else _ROUNDED_JUMP
-
-
-def scaling_check(num_bytes: tuple[int, int], counted: tuple[int, int]) -> Check:
-    """Check that memory grew in proportion to the number of parameters.
-
-    Args:
-        num_bytes: parameter bytes of both models, as loaded.
-        counted: number of parameters of both models, from shapes.
-    """
-    measured, expected = num_bytes[1] / num_bytes[0], counted[1] / counted[0]
-    value = measured / expected - 1
-    verdict: Verdict = "passed" if abs(value) <= _MEMORY_BOUND else "failed"
-    detail = (
-        f"{num_bytes[0]:,} to {num_bytes[1]:,} bytes ({measured:.4g} times); from shapes "
-        f"{counted[0]:,} to {counted[1]:,} parameters ({expected:.4g} times)"
-    )
-    bound = _MEMORY_BOUND
-    return Check("memory_scaling", "parameters", verdict, detail, value=value, bound=bound)
-
-
-def parameter_bytes(model: nn.Module) -> int:
-    """Return the bytes of a model's parameters, counting each storage once."""
-    return sum({p.data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}.values())

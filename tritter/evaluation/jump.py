@@ -58,6 +58,64 @@ class Jump:
         values = asdict(self).items()
         return {name: finite_or_none(value) for name, value in values if value is not None}
 
+    @classmethod
+    def between(
+        cls,
+        before_model: nn.Module,
+        after_model: nn.Module,
+        input_ids: Tensor,
+        *,
+        new_tokens: Sequence[int] | None = None,
+        has_yardstick: bool = False,
+    ) -> "Jump":
+        """Compare two models on the same tokens, in float32 and without autocast.
+
+        Args:
+            before_model: the model before expansion.
+            after_model: the model after expansion.
+            input_ids: int64 [B, T] of real text; random tokens may miss some changes.
+            new_tokens: their ids. Default: all rows that the vocabulary has more.
+            has_yardstick: also compute the first model in bfloat16.
+        """
+        # Eight such logits are held at once: of three models, in two parts, and their changes
+        vocab_size = 8 * vocab_size_of(after_model)
+        batch_size = batch_that_fits(len(input_ids), input_ids.shape[1], vocab_size)
+        rounded = partial(rounded_logits_of, before_model) if has_yardstick else lambda ids: None
+        parts = (
+            (logits_of(before_model, ids), logits_of(after_model, ids), rounded(ids))
+            for ids in input_ids.split(batch_size)
+        )
+        return cls.of_logits(parts, new_tokens=new_tokens)
+
+    @classmethod
+    def of_logits(
+        cls,
+        parts: Iterable[tuple[Tensor, Tensor, Tensor | None]],
+        *,
+        new_tokens: Sequence[int] | None = None,
+    ) -> "Jump":
+        """Compare logits [B, T, V] of the same tokens.
+
+        Args:
+            parts: a few sequences each: logits of the model before and after expansion, and the
+                yardstick, of the model before expansion in bfloat16, if any.
+            new_tokens: their ids. Default: all rows that the vocabulary has more.
+        """
+        shift, yardstick, masses, has_yardstick = _Shift(), _Shift(), list[Tensor](), True
+        for before, after, rounded in parts:
+            kinds = _kinds_of_rows(before.shape[-1], after.shape[-1], new_tokens)
+            has_yardstick &= rounded is not None
+            shift.begin_sequences()
+            yardstick.begin_sequences()
+            for ids in (kinds == _OLD).nonzero().flatten().split(_ROWS):
+                shift.add(before[..., ids], after[..., ids])
+                if rounded is not None:
+                    yardstick.add(before[..., ids], rounded[..., ids])
+            if bool((kinds == _NEW).any()):
+                masses.append(after.softmax(dim=-1)[..., kinds == _NEW].sum(dim=-1))
+        mass = float(torch.cat(masses).mean()) if masses else None
+        return shift.jump(mass, yardstick if has_yardstick else None)
+
 
 class _Shift:
     """Running comparison of logits, block of the vocabulary by block."""
@@ -125,62 +183,6 @@ class _Shift:
             None if yardstick is None else finite_or_none(yardstick.rms_to_std),
             None if yardstick is None else finite_or_none(yardstick.divergence),
         )
-
-
-def logit_jump(
-    before_model: nn.Module,
-    after_model: nn.Module,
-    input_ids: Tensor,
-    *,
-    new_tokens: Sequence[int] | None = None,
-    has_yardstick: bool = False,
-) -> Jump:
-    """Compare two models on the same tokens, in float32 and without autocast.
-
-    Args:
-        before_model: the model before expansion.
-        after_model: the model after expansion.
-        input_ids: int64 [B, T] of real text; random tokens may miss some changes.
-        new_tokens: their ids. Default: all rows that the vocabulary has more.
-        has_yardstick: also compute the first model in bfloat16.
-    """
-    # Eight such logits are held at once: of three models, in two parts, and their changes
-    vocab_size = 8 * vocab_size_of(after_model)
-    batch_size = batch_that_fits(len(input_ids), input_ids.shape[1], vocab_size)
-    rounded = partial(rounded_logits_of, before_model) if has_yardstick else lambda ids: None
-    parts = (
-        (logits_of(before_model, ids), logits_of(after_model, ids), rounded(ids))
-        for ids in input_ids.split(batch_size)
-    )
-    return jump_of_logits(parts, new_tokens=new_tokens)
-
-
-def jump_of_logits(
-    parts: Iterable[tuple[Tensor, Tensor, Tensor | None]],
-    *,
-    new_tokens: Sequence[int] | None = None,
-) -> Jump:
-    """Compare logits [B, T, V] of the same tokens.
-
-    Args:
-        parts: a few sequences each: logits of the model before and after expansion, and the
-            yardstick, of the model before expansion in bfloat16, if any.
-        new_tokens: their ids. Default: all rows that the vocabulary has more.
-    """
-    shift, yardstick, masses, has_yardstick = _Shift(), _Shift(), list[Tensor](), True
-    for before, after, rounded in parts:
-        kinds = _kinds_of_rows(before.shape[-1], after.shape[-1], new_tokens)
-        has_yardstick &= rounded is not None
-        shift.begin_sequences()
-        yardstick.begin_sequences()
-        for ids in (kinds == _OLD).nonzero().flatten().split(_ROWS):
-            shift.add(before[..., ids], after[..., ids])
-            if rounded is not None:
-                yardstick.add(before[..., ids], rounded[..., ids])
-        if bool((kinds == _NEW).any()):
-            masses.append(after.softmax(dim=-1)[..., kinds == _NEW].sum(dim=-1))
-    mass = float(torch.cat(masses).mean()) if masses else None
-    return shift.jump(mass, yardstick if has_yardstick else None)
 
 
 def _kinds_of_rows(before: int, after: int, new_tokens: Sequence[int] | None) -> Tensor:
@@ -260,66 +262,67 @@ class FolderJump:
                 return f"layer {layer}"
         return "the final norm or the head"
 
+    @classmethod
+    def between(
+        cls,
+        before: Path,
+        after: Path,
+        input_ids: Tensor,
+        *,
+        new_tokens: Sequence[int] | None = None,
+        has_yardstick: bool = False,
+        progress: _Progress | None = None,
+    ) -> "FolderJump":
+        """Compare the models of two folders on the same tokens, in float32.
 
-def folder_jump(
-    before: Path,
-    after: Path,
-    input_ids: Tensor,
-    *,
-    new_tokens: Sequence[int] | None = None,
-    has_yardstick: bool = False,
-    progress: _Progress | None = None,
-) -> FolderJump:
-    """Compare the models of two folders on the same tokens, in float32.
+        Args:
+            before: folder of the model before expansion.
+            after: folder of the model after expansion.
+            input_ids: int64 [B, T].
+            new_tokens: their ids. Default: all rows that the vocabulary has more.
+            has_yardstick: also compute the first model in bfloat16.
+            progress: called with bytes read so far and in total.
+        """
+        used = 0
 
-    Args:
-        before: folder of the model before expansion.
-        after: folder of the model after expansion.
-        input_ids: int64 [B, T].
-        new_tokens: their ids. Default: all rows that the vocabulary has more.
-        has_yardstick: also compute the first model in bfloat16.
-        progress: called with bytes read so far and in total.
-    """
-    used = 0
+        def count(num_bytes: int) -> None:
+            nonlocal used
+            used += num_bytes
+            if progress is not None:
+                progress(used, total)
 
-    def count(num_bytes: int) -> None:
-        nonlocal used
-        used += num_bytes
+        models = [StreamedModel(folder, input_ids, on_read=count) for folder in (before, after)]
+        rounded = None
+        if has_yardstick:
+            rounded = StreamedModel(before, input_ids, on_read=count, dtype=torch.bfloat16)
+        total = sum(model.num_bytes for model in (*models, *filter(None, [rounded])))
+        before_size, after_size = (model.vocab_size for model in models[:2])
+        kinds = _kinds_of_rows(before_size, after_size, new_tokens)
+        step = min(model.rows_per_block for model in models)
+        shift, yardstick, mass = _Shift(), _Shift(), None
+        totals = [torch.tensor(-torch.inf)] * 3  # log of the sum of exp over the rows of each kind
+        parts = (slice(0, before_size), slice(before_size, after_size))
+        for rows in chain.from_iterable(blocks(part, step) for part in parts):
+            new_BTV, kinds_V = models[1].logits(rows), kinds[rows]
+            for kind in kinds_V.unique().tolist():
+                sum_BT = new_BTV[..., kinds_V == kind].logsumexp(dim=-1)
+                totals[kind] = torch.logaddexp(totals[kind], sum_BT)
+            if bool((is_old_V := kinds_V == _OLD).any()):
+                old_BTV = models[0].logits(rows)[..., is_old_V]
+                shift.add(old_BTV, new_BTV[..., is_old_V])
+                if rounded is not None:
+                    rounded_BTV = _tried(partial(rounded.logits, rows))
+                    if rounded_BTV is None:
+                        rounded = None
+                    else:
+                        yardstick.add(old_BTV, rounded_BTV[..., is_old_V])
+        if bool((kinds == _NEW).any()):
+            rest_BT = torch.logaddexp(totals[_OLD], totals[_UNUSED])
+            mass = float((totals[_NEW] - rest_BT).sigmoid().mean())
         if progress is not None:
-            progress(used, total)
-
-    models = [StreamedModel(folder, input_ids, on_read=count) for folder in (before, after)]
-    rounded = None
-    if has_yardstick:
-        rounded = StreamedModel(before, input_ids, on_read=count, dtype=torch.bfloat16)
-    total = sum(model.num_bytes for model in (*models, *filter(None, [rounded])))
-    before_size, after_size = (model.vocab_size for model in models[:2])
-    kinds = _kinds_of_rows(before_size, after_size, new_tokens)
-    step = min(model.rows_per_block for model in models)
-    shift, yardstick, mass = _Shift(), _Shift(), None
-    totals = [torch.tensor(-torch.inf)] * 3  # log of the sum of exp over the rows of each kind
-    parts = (slice(0, before_size), slice(before_size, after_size))
-    for rows in chain.from_iterable(blocks(part, step) for part in parts):
-        new_BTV, kinds_V = models[1].logits(rows), kinds[rows]
-        for kind in kinds_V.unique().tolist():
-            sum_BT = new_BTV[..., kinds_V == kind].logsumexp(dim=-1)
-            totals[kind] = torch.logaddexp(totals[kind], sum_BT)
-        if bool((is_old_V := kinds_V == _OLD).any()):
-            old_BTV = models[0].logits(rows)[..., is_old_V]
-            shift.add(old_BTV, new_BTV[..., is_old_V])
-            if rounded is not None:
-                rounded_BTV = _tried(partial(rounded.logits, rows))
-                if rounded_BTV is None:
-                    rounded = None
-                else:
-                    yardstick.add(old_BTV, rounded_BTV[..., is_old_V])
-    if bool((kinds == _NEW).any()):
-        rest_BT = torch.logaddexp(totals[_OLD], totals[_UNUSED])
-        mass = float((totals[_NEW] - rest_BT).sigmoid().mean())
-    if progress is not None:
-        progress(total, total)  # image encoders, for example, are not read
-    jump = shift.jump(mass, None if rounded is None else yardstick)
-    return FolderJump(jump, (models[0].states, models[1].states))
+            progress(total, total)  # image encoders, for example, are not read
+        jump = shift.jump(mass, None if rounded is None else yardstick)
+        return cls(jump, (models[0].states, models[1].states))
 
 
 def _are_same(old: Tensor, new: Tensor) -> bool:

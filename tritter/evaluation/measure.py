@@ -12,7 +12,7 @@ from tritter.core.families import Model
 from tritter.core.models import read_model
 from tritter.errors import TritterError
 from tritter.evaluation.gate import EXACT_JUMP, rounded_jump
-from tritter.evaluation.jump import Jump, folder_jump
+from tritter.evaluation.jump import FolderJump, Jump
 from tritter.storage.tensors import TensorFolder
 from tritter.targets import dotted
 from tritter.transform import Expanded
@@ -41,60 +41,65 @@ class Measurement:
     jump: Jump | None = None
     fault: str = ""
 
+    @classmethod
+    def of(
+        cls,
+        source: Source,
+        result: Expanded,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> "Measurement":
+        """Compare source and result on random tokens and write the error into the record.
 
-def measure(
-    source: Source, result: Expanded, *, progress: Callable[[int, int], None] | None = None
-) -> Measurement:
-    """Compare source and result on random tokens and write the error into the record.
+        Args:
+            source: the source checkpoint.
+            result: the result in a temporary folder.
+            progress: called with the megabytes read and their total.
 
-    Args:
-        source: the source checkpoint.
-        result: the result in a temporary folder.
-        progress: called with the megabytes read and their total.
+        Raises:
+            TritterError: transformers can't build or run one of the models.
+        """
 
-    Raises:
-        TritterError: transformers can't build or run one of the models.
-    """
+        def show(done: int, total: int) -> None:
+            if progress is not None:
+                progress(done // _MB, total // _MB)
 
-    def show(done: int, total: int) -> None:
-        if progress is not None:
-            progress(done // _MB, total // _MB)
-
-    model, rounded = read_model(result.folder), _rounded_dtypes(source, result)
-    try:
-        added = result.plan.vocabulary
-        new_tokens = None if added is None else added.new_ids
-        tokens = random_tokens(source.model, unlike=new_tokens or ())
-        found = folder_jump(
-            source.folder,
-            result.folder,
-            tokens,
-            new_tokens=new_tokens,
-            has_yardstick=bool(rounded),
-            progress=show,
-        )
-    except TritterError:
-        raise
-    # Stock classes trust their config, so a bad value may raise any exception
-    except Exception as raised:
-        raise TritterError(
-            f"{source.folder} cannot be measured: its model fails on tokens ({raised!r}); "
-            "--no-measure, or three positional arguments in Python, expand it without measuring."
-        ) from raised
-    jump = found.jump
-    error = jump.to_dict()["relative_to_std"]
-    new = len(result.steps)
-    lineage = result.lineage.with_step0_error(error, num_new=new)
-    lineage = write_lineage(result.folder, lineage, model.config)
-    bound = rounded_jump(has_experts=model.family.has_experts) if rounded else EXACT_JUMP
-    note = f", including rounding to {' and '.join(rounded)}" if rounded else ""
-    text = f"logit shift at most {jump.relative_to_std:.1e} σ on random tokens{note}"
-    fault = ""
-    if result.plan.is_exact and not jump.relative_to_std < bound:
-        place = found.first_difference(result.plan.parameter_map.layer_sources)
-        fault = "the method is function-preserving, but the result differs from the source at "
-        fault += f"{place}; {wrong_part([step.spec for step in result.steps])}"
-    return Measurement(lineage, error, text, jump, fault)
+        model, rounded = read_model(result.folder), _rounded_dtypes(source, result)
+        try:
+            added = result.plan.vocabulary
+            new_tokens = None if added is None else added.new_ids
+            tokens = random_tokens(source.model, unlike=new_tokens or ())
+            found = FolderJump.between(
+                source.folder,
+                result.folder,
+                tokens,
+                new_tokens=new_tokens,
+                has_yardstick=bool(rounded),
+                progress=show,
+            )
+        except TritterError:
+            raise
+        # Stock classes trust their config, so a bad value may raise any exception
+        except Exception as raised:
+            raise TritterError(
+                f"{source.folder} cannot be measured: its model fails on tokens ({raised!r}); "
+                "--no-measure, or three positional arguments in Python, expand it without "
+                "measuring."
+            ) from raised
+        jump = found.jump
+        error = jump.to_dict()["relative_to_std"]
+        new = len(result.steps)
+        lineage = result.lineage.with_step0_error(error, num_new=new)
+        lineage = write_lineage(result.folder, lineage, model.config)
+        bound = rounded_jump(has_experts=model.family.has_experts) if rounded else EXACT_JUMP
+        note = f", including rounding to {' and '.join(rounded)}" if rounded else ""
+        text = f"logit shift at most {jump.relative_to_std:.1e} σ on random tokens{note}"
+        fault = ""
+        if result.plan.is_exact and not jump.relative_to_std < bound:
+            place = found.first_difference(result.plan.parameter_map.layer_sources)
+            fault = "the method is function-preserving, but the result differs from the source at "
+            fault += f"{place}; {wrong_part([step.spec for step in result.steps])}"
+        return cls(lineage, error, text, jump, fault)
 
 
 def wrong_part(specs: Sequence[ExpansionSpec]) -> str:

@@ -25,15 +25,11 @@ from tritter.data.tokens import PretrainedTokenizer, pack, read_tokenizer, token
 from tritter.errors import Problem, RequestError
 from tritter.evaluation.gate import (
     Check,
-    equivalence_check,
-    flow_check,
     new_capability_check,
-    parameter_bytes,
     retention_check,
     rounded_jump,
-    scaling_check,
 )
-from tritter.evaluation.jump import jump_of_logits, logits_of, rounded_logits_of
+from tritter.evaluation.jump import Jump, logits_of, rounded_logits_of
 from tritter.evaluation.losses import document_losses
 from tritter.evaluation.statistics import PairedScores
 from tritter.pipeline.run_data import corpus_chat
@@ -231,7 +227,7 @@ def validate(
             gradients = run_trial_steps(
                 model, own.to(next(model.parameters()).device), new, steps=_FLOW_STEPS
             )
-        flow = flow_check(gradients, min_steps=_FLOW_STEPS)
+        flow = Check.of_gradient_flow(gradients, min_steps=_FLOW_STEPS)
         assert flow is not None
     else:
         flow = _skipped_check("gradient_flow", "parameters", "the result has no new parameters")
@@ -239,7 +235,7 @@ def validate(
     return [
         _equivalence(source, result, before, after),
         flow,
-        scaling_check((before.num_bytes, after.num_bytes), counted),
+        Check.of_scaling((before.num_bytes, after.num_bytes), counted),
         *_compare("kept", before, after, missing_reason=texts["kept"].missing_reason),
         *_compare("target", before, after, missing_reason=texts["target"].missing_reason),
     ]
@@ -275,7 +271,7 @@ def _evaluate_side(
 
     Conversations are rendered with the chat template of that tokenizer and the options `data`.
     """
-    logits, num_bytes = None if ids is None else logits_of(model, ids), parameter_bytes(model)
+    logits, num_bytes = None if ids is None else logits_of(model, ids), _parameter_bytes(model)
     has_yardstick = has_yardstick and not other.dtypes.isdisjoint(_ROUNDED)
     rounded = None if ids is None or not has_yardstick else rounded_logits_of(model, ids)
     tokenizer, owner = side.tokenizer, side
@@ -301,6 +297,11 @@ def _evaluate_side(
     return _Outputs(logits, rounded, num_bytes, scores)
 
 
+def _parameter_bytes(model: nn.Module) -> int:
+    """Return the bytes of a model's parameters, counting each storage once."""
+    return sum({p.data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}.values())
+
+
 def _equivalence(source: Side, result: Side, before: _Outputs, after: _Outputs) -> Check:
     """Return the check of equal logits, with a note if the checkpoints are unrelated.
 
@@ -323,7 +324,7 @@ def _equivalence(source: Side, result: Side, before: _Outputs, after: _Outputs) 
             if all(record.expansion_type == "depth" for record in made):
                 rounded = []  # layers were only copied, in the dtype of the source
         old = _old_ids(source, result)
-        check = equivalence_check(
+        check = Check.of_equivalence(
             before.logits[..., old],
             after.logits[..., old],
             skip_reason=_inexact_reason(source, result),
@@ -331,7 +332,7 @@ def _equivalence(source: Side, result: Side, before: _Outputs, after: _Outputs) 
             rounded_bound=rounded_jump(has_experts=result.model.family.has_experts),
         )
         yardstick = None if before.rounded is None else before.rounded[..., old]
-        jump = jump_of_logits([(before.logits[..., old], after.logits[..., old], yardstick)])
+        jump = Jump.of_logits([(before.logits[..., old], after.logits[..., old], yardstick)])
         check = replace(check, detail=check.detail + mean_shift_text(jump), jump=jump.to_dict())
     if check.verdict == "passed" or (reason := _unrelated_reason(source, result)) is None:
         return check

@@ -13,15 +13,11 @@ from tritter.checkpoints import Lineage, Source, write_checkpoint, write_lineage
 from tritter.data.answers import scored_text
 from tritter.evaluation.gate import (
     Check,
+    GateResult,
     Status,
-    decide,
-    flow_check,
-    memory_check,
     new_capability_check,
     new_task_check,
-    preservation_check,
     retention_check,
-    training_check,
 )
 from tritter.evaluation.jump import Jump
 from tritter.evaluation.statistics import PairedScores, finite_or_none
@@ -89,7 +85,7 @@ class Candidate:
     def judge(self) -> GateFound:
         """Return the gate's verdict and checks."""
         results = checks(self.run, self.branches)
-        status = decide(results) if self.run.config.gate.enabled else "ungated"
+        status = GateResult.of(results).status if self.run.config.gate.enabled else "ungated"
         return GateFound(status=status, checks=tuple(check.to_dict() for check in results))
 
     def gate(self) -> StageResult:
@@ -112,14 +108,16 @@ def checks(run: Run, branches: Sequence[Branch]) -> list[Check]:
     fits = [run.ledger.training(branch.name) for branch in branches]
     reasons = (fit.stopped_because for fit in fits)
     results = [
-        training_check(
+        Check.of_training(
             sum(fit.refused_steps for fit in fits), aborted_reason=next(filter(None, reasons), None)
         )
     ]
     results += _training_checks(run, branches)
     if (jump := run.ledger.found(f"{first.name}.expand", ExpansionFound).jump) is not None:
         values = {key: math.nan if value is None else value for key, value in jump.items()}
-        results.append(preservation_check(Jump(**values), claims_exact=run.planned(first).is_exact))
+        results.append(
+            Check.of_preservation(Jump(**values), claims_exact=run.planned(first).is_exact)
+        )
     bounds = {"bound": gate.retention, "confidence": gate.confidence}
     for subject in run.data.subjects_of([*run.data.old_domains, None]):
         results.append(retention_check(subject, before[subject], after[subject], **bounds))
@@ -249,7 +247,7 @@ def _training_checks(run: Run, branches: Sequence[Branch]) -> Iterator[Check]:
         for kind in ("without_gradient", "without_tokens"):
             first, *others = (each[kind] for each in watched)
             flow[kind] = [name for name in first if all(name in other for other in others)]
-    check = flow_check(flow, new_experts=() if added is None else added.experts)
+    check = Check.of_gradient_flow(flow, new_experts=() if added is None else added.experts)
     if check is not None and (run.config.experts is None or branches[0].is_control):
         yield check  # not meaningful for experts, which alternate
     optimizer, trainer = run.config.optimizer, run.config.trainer
@@ -266,6 +264,6 @@ def _training_checks(run: Run, branches: Sequence[Branch]) -> Iterator[Check]:
                 trained=[(size, count) for size, count in fit.held["trained"]],
                 kept_per_parameter=optimizer.kept_per_parameter(),
             )
-            results.append(memory_check(fit.held, expected=expected))
+            results.append(Check.of_memory(fit.held, expected=expected))
     if results:
         yield max(results, key=lambda check: abs(check.value or 0.0))

@@ -27,7 +27,7 @@ from tritter.data.documents import Document
 from tritter.data.tokens import END_OF_TEXT, train_tokenizer, whole_texts
 from tritter.data.vocabulary import ExtendedTokenizer, require_bpe
 from tritter.errors import RequestError
-from tritter.evaluation.jump import folder_jump, logit_jump
+from tritter.evaluation.jump import FolderJump, Jump
 from tritter.storage.reading import LINEAGE_NAME
 from tritter.storage.writer import TensorStream
 from tritter.transform import expand
@@ -149,7 +149,7 @@ def test_it_composes_with_width_and_depth(llama: Path, tmp_path: Path, order: st
     specs = [vocab(), *others] if order == "before" else [*others, vocab()]
     expand(llama, tmp_path / "grown", specs)
     before, after = (oracle.stock(tmp_path / f) for f in ("base", "grown"))
-    jump = logit_jump(before, after, oracle.tokens(SIZE))
+    jump = Jump.between(before, after, oracle.tokens(SIZE))
     assert jump.relative_to_std < 1e-4 and jump.new_token_mass is not None
     recorded = [record.method for record in lineage_of(tmp_path / "grown").expansion_history]
     assert sorted(recorded) == ["llama_pro", "vocab", "width"]
@@ -160,7 +160,7 @@ def test_a_changed_old_row_is_noticed(llama: Path, tmp_path: Path) -> None:
     before, after = (oracle.stock(tmp_path / f) for f in ("base", "grown"))
     with torch.no_grad():
         after.lm_head.weight[3] += 0.1
-    assert logit_jump(before, after, oracle.tokens(SIZE)).relative_to_std > 1e-3
+    assert Jump.between(before, after, oracle.tokens(SIZE)).relative_to_std > 1e-3
 
 
 def test_the_probability_of_new_tokens_is_measured_alike_in_memory_and_from_disk(
@@ -170,8 +170,8 @@ def test_the_probability_of_new_tokens_is_measured_alike_in_memory_and_from_disk
     ids = oracle.tokens(SIZE)
     before, after = (oracle.stock(tmp_path / f) for f in ("base", "grown"))
     jump, streamed = (
-        logit_jump(before, after, ids),
-        folder_jump(tmp_path / "base", tmp_path / "grown", ids).jump,
+        Jump.between(before, after, ids),
+        FolderJump.between(tmp_path / "base", tmp_path / "grown", ids).jump,
     )
     mass = oracle.logits(after, ids).double().softmax(dim=-1)[..., SIZE:].sum(dim=-1).mean()
     assert jump.new_token_mass == pytest.approx(float(mass), rel=1e-4)
@@ -289,7 +289,7 @@ def test_quiet_rows_take_less_probability(tmp_path: Path) -> None:
     for head in ("same", "quiet"):
         expand(source, tmp_path / head, [vocab(head_init=head)])
         models = (oracle.stock(tmp_path / f) for f in ("base", head))
-        mass[head] = logit_jump(*models, oracle.tokens(SIZE)).new_token_mass
+        mass[head] = Jump.between(*models, oracle.tokens(SIZE)).new_token_mass
     assert mass["quiet"] < 0.5 * mass["same"]
 
 
@@ -345,8 +345,8 @@ def test_new_tokens_take_the_rows_of_padding_first(
     logits = [oracle.logits(each, ids) for each in (before, after)]
     assert (logits[1][..., old] - logits[0][..., old]).abs().max() < 1e-5 * logits[0].std()
     jumps = [
-        logit_jump(before, after, ids, new_tokens=made.new_ids),
-        folder_jump(source, tmp_path / "grown", ids, new_tokens=made.new_ids).jump,
+        Jump.between(before, after, ids, new_tokens=made.new_ids),
+        FolderJump.between(source, tmp_path / "grown", ids, new_tokens=made.new_ids).jump,
     ]
     mass = float(logits[1].double().softmax(-1)[..., made.new_ids].sum(-1).mean())
     for jump in jumps:
@@ -426,9 +426,9 @@ def test_unused_rows_are_no_new_tokens(llama: Path, tmp_path: Path) -> None:
         made = expand(llama, tmp_path / f"{multiple}", [spec]).plan.vocabulary
         assert made is not None
         ids, folders = oracle.tokens(SIZE), (tmp_path / "base", tmp_path / f"{multiple}")
-        streamed = folder_jump(*folders, ids, new_tokens=made.new_ids).jump
+        streamed = FolderJump.between(*folders, ids, new_tokens=made.new_ids).jump
         before, after = map(oracle.stock, folders)
-        jump = logit_jump(before, after, ids, new_tokens=made.new_ids)
+        jump = Jump.between(before, after, ids, new_tokens=made.new_ids)
         assert streamed.new_token_mass == pytest.approx(jump.new_token_mass, rel=1e-4)
         probabilities = oracle.logits(after, ids).double().softmax(dim=-1)
         mass = probabilities[..., SIZE : SIZE + len(made.new_ids)].sum(dim=-1).mean()
@@ -446,7 +446,7 @@ def test_quiet_rows_of_a_head_with_a_bias(tmp_path: Path) -> None:
     for head in ("same", "quiet"):
         expand(source, tmp_path / head, [vocab(head_init=head)])
         before, after = (oracle.stock(tmp_path / f) for f in ("base", head))
-        assert logit_jump(before, after, oracle.tokens(SIZE)).relative_to_std < 1e-5
+        assert Jump.between(before, after, oracle.tokens(SIZE)).relative_to_std < 1e-5
     bias = load_file(tmp_path / "quiet/model.safetensors")["lm_head.bias"]
     assert torch.equal(bias[SIZE:], bias[:SIZE].min().expand(len(bias) - SIZE))
 

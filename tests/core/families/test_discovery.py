@@ -47,9 +47,9 @@ from tritter.core.families.discovery.skeleton import layers_on_disk
 from tritter.core.families.discovery.twin import Block, build_twin
 from tritter.core.models import read_model
 from tritter.errors import RequestError, TritterError
-from tritter.evaluation import measure
-from tritter.evaluation.jump import folder_jump
+from tritter.evaluation.jump import FolderJump
 
+_between = FolderJump.between
 QUICK = ("llama", "gemma2", "gpt2", "qwen3_moe")
 LENGTH = 20
 IDS = torch.randint(3, 60, (1, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -568,9 +568,9 @@ def test_new_layers_that_are_not_quite_zero_are_caught(
                 # Not the same for all outputs: a LayerNorm takes that away
                 value += 0.01 * torch.randn(value.shape, generator=noise)
         save_file(tensors, file, metadata={"format": "pt"})
-        return folder_jump(source, result, *arguments, **options)
+        return _between(source, result, *arguments, **options)
 
-    monkeypatch.setattr(measure, "folder_jump", damaged)
+    monkeypatch.setattr(FolderJump, "between", damaged)
     folder = example_folder(model_type, tmp_path)
     zeroed = discover(read_model(folder).config).zeroed_names
     assert not expanded(folder, tmp_path / "grown", LlamaPro())
@@ -599,9 +599,9 @@ def test_damaged_results_of_other_growth_are_caught(
             for name, value in load_file(file).items()
         }
         save_file(tensors, file, metadata={"format": "pt"})
-        return folder_jump(source, result, *arguments, **options)
+        return _between(source, result, *arguments, **options)
 
-    monkeypatch.setattr(measure, "folder_jump", damaged)
+    monkeypatch.setattr(FolderJump, "between", damaged)
     folder = tmp_path / "few"
     build_twin(shallow(example(model_type))).model.float().save_pretrained(folder)
     config = read_model(folder).config

@@ -11,7 +11,7 @@ from tritter.core.families import Model, forward_flops
 from tritter.core.models import load_model
 from tritter.data.chat import ids_of
 from tritter.evaluation.gate import EXACT_JUMP
-from tritter.evaluation.jump import logit_jump
+from tritter.evaluation.jump import Jump
 from tritter.evaluation.measure import wrong_part
 from tritter.evaluation.statistics import score_file
 from tritter.methods.whole import reading_flops
@@ -50,7 +50,7 @@ class Expand(Stage):
         new_tokens = None if plan.vocabulary is None else plan.vocabulary.new_ids
         with run.waiting("logit shift"):
             before, after = (load_model(each.folder, model=each.model) for each in (source, grown))
-            jump = logit_jump(before, after, tokens, new_tokens=new_tokens, has_yardstick=True)
+            jump = Jump.between(before, after, tokens, new_tokens=new_tokens, has_yardstick=True)
         if plan.is_exact and not jump.relative_to_std < EXACT_JUMP:
             shift = f"the result differs by {jump.relative_to_std:.2g} standard deviations"
             run.say("", f"{shift}, although it is exact; {wrong_part(branch.specs)}")
