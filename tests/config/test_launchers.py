@@ -19,7 +19,7 @@ from tritter.config.launch import jobs
 from tritter.config.launch.jobs import LaunchSettings
 from tritter.config.schema import RunConfig
 from tritter.planning import run_memory as memory
-from tritter.storage.lock import locking_process
+from tritter.storage.lock import FolderLock
 
 
 @pytest.mark.full
@@ -150,8 +150,8 @@ def test_a_launcher_that_can_not_start_at_all_is_told_once(
 @pytest.mark.full
 def test_one_process_runs_a_sweep(run: Run, tmp_path: Path) -> None:
     hold = (
-        "import sys; from pathlib import Path; from tritter.storage.lock import folder_lock\n"
-        "with folder_lock(Path(sys.argv[1]), key='dir'):\n"
+        "import sys; from pathlib import Path; from tritter.storage.lock import FolderLock\n"
+        "with FolderLock(Path(sys.argv[1])).held(key='dir'):\n"
         "    print(1, flush=True); sys.stdin.read()"
     )
     for place in ("here", "here/a/0"):  # the sweep itself, or a job that runs on alone
@@ -159,12 +159,12 @@ def test_one_process_runs_a_sweep(run: Run, tmp_path: Path) -> None:
         words = [sys.executable, "-c", hold, str(tmp_path / place)]
         with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
             assert holder.stdout is not None and holder.stdout.readline()
-            assert locking_process(tmp_path / place) == holder.pid
+            assert FolderLock(tmp_path / place).process == holder.pid
             refused = run("-m", "seed=0,3", "hydra.sweep.dir=here")
             assert refused.code == 2 and f"process {holder.pid} on" in refused.err
             assert holder.stdin is not None
             holder.stdin.close()
-    assert locking_process(tmp_path / "here") is None
+    assert FolderLock(tmp_path / "here").process is None
     assert run("-m", "seed=0,3", "hydra.sweep.dir=here").code == 0
 
 

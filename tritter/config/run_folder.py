@@ -31,7 +31,7 @@ from tritter.errors import (
 )
 from tritter.options import leaves
 from tritter.storage.atomic import remove_folder, write_text_atomic
-from tritter.storage.lock import LOCK_NAME
+from tritter.storage.lock import FolderLock
 from tritter.storage.reading import (
     LEDGER_NAME,
     RUN_FILE,
@@ -49,7 +49,7 @@ STATUS_FILE = "status.json"
 OUTPUT_FILE = "output.txt"  # output of a job of a sweep
 
 # Files of Hydra and of the launch, including the folder lock
-_BEFORE_RUN_FILE = {".hydra", "train.log", LOCK_NAME, OUTPUT_FILE}
+_BEFORE_RUN_FILE = {".hydra", "train.log", FolderLock.NAME, OUTPUT_FILE}
 _NO_TEXT = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # categories of Unicode
 _LOGGER_FOLDERS = {"wandb"}  # W&B links to logs in its own cache
 # Settings that may change when a run resumes: hardware, logging and monitoring

@@ -40,7 +40,7 @@ from tritter.config.validation import validate
 from tritter.errors import RequestError, TritterError, panics_as_errors
 from tritter.stopping import Stopped, stopping
 from tritter.storage.atomic import write_text_atomic
-from tritter.storage.lock import LOCK_NAME, folder_lock, locking_process
+from tritter.storage.lock import FolderLock
 from tritter.storage.reading import SUMMARY_FILE
 from tritter.storage.records import record_text
 from tritter.targets import TARGET
@@ -158,7 +158,7 @@ class Task:
         hydra = HydraConfig.get()
         folder = Path(hydra.runtime.output_dir)
         try:
-            with folder_lock(folder, key="hydra.sweep.dir"):
+            with FolderLock(folder).held(key="hydra.sweep.dir"):
                 if (Path(hydra.sweep.dir) / _STOPPING_FILE).exists():
                     return math.nan
                 if self.keeps_failed and RunStatus.read(folder).status == "failed":
@@ -383,8 +383,8 @@ def _stop_jobs_first(folder: Path) -> Iterator[None]:
     is_stopping = False
 
     def running_processes() -> set[int]:
-        places = {path.parent for path in folder.rglob(LOCK_NAME)} - {folder}
-        return {process for place in places if (process := locking_process(place)) is not None}
+        places = {path.parent for path in folder.rglob(FolderLock.NAME)} - {folder}
+        return {process for place in places if (process := FolderLock(place).process) is not None}
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal is_stopping

@@ -46,7 +46,7 @@ from tritter.config.validation import known_model
 from tritter.data.sources import check_contents
 from tritter.errors import Problem, RequestError, TritterError, brief, raise_problems
 from tritter.planning.run_memory import memory_problems, side_by_side_problems
-from tritter.storage.lock import LOCK_NAME, check_unlocked, folder_lock
+from tritter.storage.lock import FolderLock
 from tritter.storage.reading import RUN_FILE, SUMMARY_FILE
 from tritter.terminal import say
 from tritter.training.options import compiler_problems
@@ -175,7 +175,7 @@ class RequestValidation(Callback):
                 # A worker process would resolve the time to another folder
                 hydra.overrides.hydra.append(f"hydra.sweep.dir={quote(str(folder))}")
             require_writable(folder, key=key)
-            request.exit_stack.enter_context(folder_lock(folder, key=key))
+            request.exit_stack.enter_context(FolderLock(folder).held(key=key))
             if plan.sweep_folder is not None:
                 request.exit_stack.enter_context(plan.launching.parallel_jobs(folder))
             if request.task is not None:
@@ -258,16 +258,16 @@ def plan_of(request: Request, composed: DictConfig) -> Plan:
         raise RequestError(f"{error.full_key}: {str(error).splitlines()[0]}.") from None
     if not request.is_shown:
         for job in plan.jobs:
-            check_unlocked(job.folder, key="hydra.run.dir")
+            FolderLock(job.folder).check(key="hydra.run.dir")
         if (folder := plan.sweep_folder) is not None:
             if os.path.lexists(folder / RUN_FILE):
                 raise RequestError(
                     f"hydra.sweep.dir = {folder}: it is the folder of a run; set a new folder "
                     "for the sweep."
                 )
-            check_unlocked(folder, key="hydra.sweep.dir")
-            for lock in sorted(folder.rglob(LOCK_NAME)):  # a job may still be running
-                check_unlocked(lock.parent, key="hydra.sweep.dir")
+            FolderLock(folder).check(key="hydra.sweep.dir")
+            for lock in sorted(folder.rglob(FolderLock.NAME)):  # a job may still be running
+                FolderLock(lock.parent).check(key="hydra.sweep.dir")
         _check_resources(plan)
     return plan
 

@@ -20,7 +20,7 @@ from tritter.config.overrides import command, override_value
 from tritter.config.run_folder import OUTPUT_FILE, STATUS_FILE, RunStatus
 from tritter.errors import TritterError
 from tritter.stopping import Stopped
-from tritter.storage.lock import is_locked
+from tritter.storage.lock import FolderLock
 from tritter.storage.reading import SUMMARY_FILE, read_object
 from tritter.terminal import Console, say
 
@@ -114,7 +114,9 @@ def _row(job: Path, *, sweep: Path, overrides: tuple[str, ...] | None) -> _Sweep
     return _SweepRow(
         name=os.path.relpath(job, sweep),
         overrides=tuple(status.overrides) if overrides is None else overrides,
-        status="killed" if status.status == "running" and not is_locked(job) else status.status,
+        status="killed"
+        if status.status == "running" and not FolderLock(job).is_held
+        else status.status,
         changes=_changes(job / SUMMARY_FILE),
         experts=_experts(job / SUMMARY_FILE),
         metric=status.metric,
