@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from tests.cli.conftest import Run, place, run, sources  # noqa: F401
 from tritter import terminal
 from tritter.checkpoints import read_lineage
-from tritter.checkpoints.card import export_card, model_card
+from tritter.checkpoints.card import Card
 from tritter.checkpoints.folder import write_lineage
 from tritter.core.families import Model
 from tritter.core.models import read_model
@@ -119,8 +119,8 @@ def test_fields_of_a_lineage_and_the_card_made_of_them(run: Run, place: Path) ->
     hashes = {"origin_hash": "a", "model_hash": "b"}
     dtype = {"dtype": "float32"}
     for card in (
-        model_card(hostile, config, kept={}),
-        export_card(Model({**config, **dtype}), origin=name, lineage=hostile, kept={}, **hashes),
+        Card({}).for_checkpoint(hostile, config),
+        Card({}).for_export(Model({**config, **dtype}), origin=name, lineage=hostile, **hashes),
     ):
         assert not STEERING.search(card)
         assert "<script>" not in card and "\n# Title" not in card and "[a](" not in card

@@ -10,7 +10,7 @@ from tests import oracle
 from tests.cli.conftest import Run
 from tests.cli.test_experts import mixture, write_with_experts
 from tests.pipeline.tiny import TINY
-from tritter.checkpoints.card import kept_metadata
+from tritter.checkpoints.card import Card
 from tritter.checkpoints.record import LearnedDomain
 from tritter.core.expansions import LlamaPro
 from tritter.transform.live import ModelExpander
@@ -111,26 +111,24 @@ def test_exported_adapters_have_the_licence(
 def test_data_sets_of_the_hub_that_were_learned_are_added(place: Path) -> None:
     from tests.oracle import tiny_llama
     from tritter.checkpoints import Lineage
-    from tritter.checkpoints.card import model_card
 
     paths = ("hf:owner/corpus@main/en:train[0:10000]#text", "hf:a/b", "/x/y.txt", "hf:/data/c")
     lineage = Lineage(
         model_hash="", base_model_hash="", tensor_digests={}, file_digests={},
         domains={"new": LearnedDomain(paths=paths)},
     )  # fmt: skip
-    card = model_card(lineage, tiny_llama().config.to_dict(), kept={"datasets": "c/d"})
+    card = Card({"datasets": "c/d"}).for_checkpoint(lineage, tiny_llama().config.to_dict())
     assert ModelCard(card).data.datasets == ["c/d", "owner/corpus", "a/b"]
 
 
 def test_only_a_checkpoint_without_a_parent_starts_its_chain() -> None:
     from tests.oracle import tiny_llama
     from tritter.checkpoints import Lineage
-    from tritter.checkpoints.card import model_card
 
     for parent, starts in ((None, True), ("a" * 64, False)):
         hashes = {"model_hash": "", "base_model_hash": "", "parent_hash": parent}
         lineage = Lineage(**hashes, tensor_digests={}, file_digests={})
-        card = model_card(lineage, tiny_llama().config.to_dict(), kept={})
+        card = Card({}).for_checkpoint(lineage, tiny_llama().config.to_dict())
         assert "\nNot expanded" in card and ("start of its chain" in card) == starts
 
 
@@ -145,7 +143,7 @@ def test_only_a_checkpoint_without_a_parent_starts_its_chain() -> None:
 )
 def test_metadata_as_the_hub_reads_it(tmp_path: Path, text: str, kept: dict[str, object]) -> None:
     (tmp_path / "README.md").write_text(text)
-    assert kept_metadata(tmp_path) == kept
+    assert Card.read(tmp_path).kept == kept
 
 
 def test_a_live_model_of_the_hub_keeps_its_licence_and_base(
@@ -164,7 +162,7 @@ def test_a_live_model_of_the_hub_keeps_its_licence_and_base(
 @pytest.mark.parametrize("base", ["./base", "/models/base", "../base", "C:\\base", "[a/b, ./c]"])
 def test_a_path_is_no_base_model(tmp_path: Path, base: str) -> None:
     (tmp_path / "README.md").write_text(f"---\nlicense: mit\nbase_model: {base}\n---\n")
-    assert kept_metadata(tmp_path) == {"license": "mit"}
+    assert Card.read(tmp_path).kept == {"license": "mit"}
 
 
 @pytest.mark.parametrize(
@@ -182,7 +180,7 @@ def test_a_path_is_no_base_model(tmp_path: Path, base: str) -> None:
 )
 def test_metadata_of_other_forms_is_dropped(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "README.md").write_bytes(content)
-    assert kept_metadata(tmp_path) in ({}, {"license": ["echo"]})
+    assert Card.read(tmp_path).kept in ({}, {"license": ["echo"]})
 
 
 def test_metadata_that_cannot_be_read_is_reported(
@@ -190,7 +188,7 @@ def test_metadata_that_cannot_be_read_is_reported(
 ) -> None:
     (tmp_path / "README.md").write_text("---\nlicense: [mit\n---\n")
     with caplog.at_level(logging.WARNING):
-        kept_metadata(tmp_path)
+        Card.read(tmp_path)
     assert "README.md: its metadata, such as the licence, is not kept" in caplog.text
 
 
@@ -198,4 +196,4 @@ def test_aliases_do_not_multiply(tmp_path: Path) -> None:
     levels = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
     text = "\n".join(["a0: &a0 [en]", *levels, "language: *a8"])
     (tmp_path / "README.md").write_text(f"---\n{text}\n---\n")
-    assert kept_metadata(tmp_path) == {}
+    assert Card.read(tmp_path).kept == {}

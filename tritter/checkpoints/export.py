@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tritter.checkpoints.card import CARD_NAME, export_card, kept_metadata
+from tritter.checkpoints.card import Card
 from tritter.checkpoints.folder import Artifact, write_config
 from tritter.checkpoints.location import check_output, check_replaceable
 from tritter.checkpoints.record import Lineage
@@ -204,15 +204,14 @@ def export_model(
         for artifact in artifacts:
             artifact(folder)
         hashes = {"origin_hash": weights.finish(), "model_hash": merkle_hash(digests)}
-        card = export_card(
+        card = Card.read(folder).for_export(
             model.on_disk,
             origin=weights.name,
             lineage=weights.lineage,
             notes=weights.notes,
-            kept=kept_metadata(folder),
             **hashes,
         )
-        (folder / CARD_NAME).write_text(card, encoding="utf-8")
+        (folder / Card.NAME).write_text(card, encoding="utf-8")
     return Exported(
         folder=destination,
         model=model.on_disk,

@@ -9,11 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from tritter.checkpoints.card import (
-    CARD_NAME,
-    carry_metadata,
-    kept_metadata,
+    Card,
     licence_files,
-    model_card,
 )
 from tritter.checkpoints.record import Lineage
 from tritter.core.families import Config, Model, ffn_sizes, on_disk
@@ -55,11 +52,11 @@ _ADVICE = (
 
 
 def copy_small_files(source: Path, folder: Path) -> None:
-    """Copy the tokenizer, generation and licence files, and `kept_metadata` of the card."""
+    """Copy the tokenizer, generation and licence files, and the kept metadata of the card."""
     for path in small_files(source):
         (folder / path.relative_to(source)).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, folder / path.relative_to(source))
-    carry_metadata(source, folder)
+    Card.read(source).begin(folder, source=source)
 
 
 def tokenizer_files(folder: Path) -> list[str]:
@@ -162,9 +159,9 @@ def write_checkpoint(
             ffn_sizes=ffn_sizes(config),
             file_digests=file_digests(folder),
         )
-        card = model_card(complete, config, kept=kept_metadata(folder))
-        (folder / CARD_NAME).write_text(card, encoding="utf-8")
-        digests = {**complete.file_digests, CARD_NAME: file_digest(folder / CARD_NAME)}
+        card = Card.read(folder).for_checkpoint(complete, config)
+        (folder / Card.NAME).write_text(card, encoding="utf-8")
+        digests = {**complete.file_digests, Card.NAME: file_digest(folder / Card.NAME)}
         complete = replace(complete, file_digests=dict(sorted(digests.items())))
         (folder / LINEAGE_NAME).write_text(record_text(complete), encoding="utf-8")
         if before_publish is not None:
@@ -180,9 +177,9 @@ def write_config(folder: Path, config: Config) -> None:
 
 def write_lineage(folder: Path, lineage: Lineage, config: Config) -> Lineage:
     """Rewrite a checkpoint's lineage and card, but not its tensors. Return the lineage."""
-    card = model_card(lineage, config, kept=kept_metadata(folder))
-    write_text_atomic(folder / CARD_NAME, card)
-    digests = {**lineage.file_digests, CARD_NAME: file_digest(folder / CARD_NAME)}
+    card = Card.read(folder).for_checkpoint(lineage, config)
+    write_text_atomic(folder / Card.NAME, card)
+    digests = {**lineage.file_digests, Card.NAME: file_digest(folder / Card.NAME)}
     written = replace(lineage, file_digests=digests)
     write_text_atomic(folder / LINEAGE_NAME, record_text(written))
     return written

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
-from tritter.checkpoints.card import CARD_NAME
+from tritter.checkpoints.card import Card
 from tritter.checkpoints.folder import HEADER_MARK, lineage_of, read_lineage
 from tritter.checkpoints.record import OWN_STAGE, ExpansionRecord, LedgerRecord, Lineage
 from tritter.core.families.config_file import missing_config, read_model_file
@@ -360,7 +360,7 @@ def checkpoint_changes(folder: Path) -> Iterator[str]:
         yield f"{folder / LINEAGE_NAME}: missing"
         return
     for change in verify(link):
-        if change.file != CARD_NAME:  # rewritten with every lineage
+        if change.file != Card.NAME:  # rewritten with every lineage
             tensor = f", tensor {change.tensor}" if change.tensor else ""
             yield f"{folder / change.file}{tensor}: {change.detail}"
     if link.file_digests is not None:
@@ -377,6 +377,6 @@ def _checkpoint_digest(lineage: Lineage) -> str:
 
     The gate may rewrite these two after training.
     """
-    files = {name: d for name, d in lineage.file_digests.items() if name != CARD_NAME}
+    files = {name: d for name, d in lineage.file_digests.items() if name != Card.NAME}
     text = json.dumps([lineage.model_hash, sorted(files.items())])
     return hashlib.sha256(text.encode()).hexdigest()

@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from tritter.checkpoints.card import CARD_NAME, LICENCE_FILES
+from tritter.checkpoints.card import LICENCE_FILES, Card
 from tritter.checkpoints.expert_files import HEAD, TENSORS, experts_in
 from tritter.checkpoints.folder import HEADER_MARK, lineage_of, tokenizer_files
 from tritter.checkpoints.record import Lineage, StateHead
@@ -27,7 +27,7 @@ from tritter.storage.reading import LINEAGE_NAME, check_links, named_path
 from tritter.storage.records import read_record, record_text
 from tritter.storage.tensors import INDEX_NAME, SINGLE_NAME, TensorFolder
 
-_PLAIN_NAMES = {"config.json", CARD_NAME, SINGLE_NAME, INDEX_NAME}
+_PLAIN_NAMES = {"config.json", Card.NAME, SINGLE_NAME, INDEX_NAME}
 _SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 _STATE_FILES = {f"{STATE_FOLDER}/{name}" for name in ("state.json", "router.json", KEPT_FILE)}
 _OF_FUNCTION = {HEAD, TENSORS, f"{STATE_FOLDER}/router.json"}  # the model computes with them
@@ -77,7 +77,7 @@ def check_replaceable(folder: Path, *, sources: Sequence[Path] = ()) -> None:
         record, names = folder / LINEAGE_NAME, {path.name for path in folder.iterdir()}
         if has_record := record.is_file() and not record.is_symlink():
             named = (name.removesuffix(HEADER_MARK) for name in lineage_of(folder).file_digests)
-            listed = {*named, LINEAGE_NAME, CARD_NAME, "config.json"}
+            listed = {*named, LINEAGE_NAME, Card.NAME, "config.json"}
         else:
             listed = {name for name in names if _SHARD.fullmatch(name)}
             listed |= {name for name in names if LICENCE_FILES.fullmatch(name)}
@@ -159,7 +159,7 @@ def public_files(folder: Path, lineage: Lineage | None) -> tuple[dict[str, Path 
     check_links(folder)
     if lineage is not None:
         listed = {name.removesuffix(HEADER_MARK) for name in lineage.file_digests}
-        listed |= {LINEAGE_NAME, CARD_NAME, "config.json"}
+        listed |= {LINEAGE_NAME, Card.NAME, "config.json"}
     else:
         listed = {*_PLAIN_NAMES, *tokenizer_files(folder)}
         listed |= {*TensorFolder.open(folder).files.values()}

@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tritter.checkpoints.card import CARD_NAME
+from tritter.checkpoints.card import Card
 from tritter.checkpoints.expert_files import ExpertFiles
 from tritter.checkpoints.folder import (
     HEADER_MARK,
@@ -96,7 +96,7 @@ class Source:
         for name, digest in ({} if self.lineage is None else self.lineage.file_digests).items():
             check_inside(folder, name)
             # The card may be edited; `history --verify` lists every change
-            is_free = name in (CARD_NAME, INDEX_NAME) or name.endswith(HEADER_MARK)
+            is_free = name in (Card.NAME, INDEX_NAME) or name.endswith(HEADER_MARK)
             is_missing = not (folder / name).is_file()
             if not is_free and (is_missing or bounded_digest(folder / name) != digest):
                 changed.append(f"{name} (missing)" if is_missing else name)

@@ -15,10 +15,8 @@ from torch import Tensor
 
 from tritter.checkpoints import Source, read_lineage
 from tritter.checkpoints.card import (
-    CARD_NAME,
     LICENCE_FILES,
-    adapter_card,
-    kept_metadata,
+    Card,
     licence_files,
 )
 from tritter.checkpoints.expert_files import ADAPTER_FILES, ExpertFiles
@@ -54,7 +52,7 @@ from tritter.storage.atomic import atomic_folder
 from tritter.storage.hub import locate
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_OF_ADAPTER = {*ADAPTER_FILES, CARD_NAME}
+_OF_ADAPTER = {*ADAPTER_FILES, Card.NAME}
 _SEQUENCES, _LENGTH, _DOCUMENTS = 8, 128, 16  # per domain, to measure a merge
 _MAX_RANK = 1024  # of a readable adapter
 
@@ -216,8 +214,8 @@ def export_adapters(
                 adapter.write(temporary / name, base=base, overwrite=not name, whole=head)
                 for path in licence_files(folder):
                     shutil.copyfile(path, temporary / name / path.name)
-                card = adapter_card(base, kept=kept_metadata(folder))
-                (temporary / name / CARD_NAME).write_text(card, encoding="utf-8")
+                card = Card.read(folder).for_adapter(base)
+                (temporary / name / Card.NAME).write_text(card, encoding="utf-8")
         if as_json:
             print_json(
                 {

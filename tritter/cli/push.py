@@ -54,7 +54,7 @@ def push(
     """
     with loading("transformers"):
         from tritter.checkpoints import Source
-        from tritter.checkpoints.card import kept_metadata
+        from tritter.checkpoints.card import Card
         from tritter.checkpoints.location import public_files
         from tritter.core.models import read_model
 
@@ -67,7 +67,7 @@ def push(
         if source.lineage is not None and not dry_run:
             source.read_digests()  # raises if a tensor differs from the lineage
         files, left_out = public_files(place, source.lineage)
-    notes = _notes(source, "license" in kept_metadata(place))
+    notes = _notes(source, "license" in Card.read(place).kept)
     address = None
     if not dry_run:
         address = push_files(

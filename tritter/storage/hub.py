@@ -75,14 +75,6 @@ def cached_snapshot(hub_id: str, *, revision: str | None) -> Path | None:
         return None
 
 
-def hub_id_of(folder: Path) -> str | None:
-    """Return the hub id of a snapshot in the hub's cache; None for any other folder."""
-    repository = folder.absolute().parent.parent.name
-    if folder.absolute().parent.name != "snapshots" or not repository.startswith("models--"):
-        return None
-    return repository.removeprefix("models--").replace("--", "/", 1)
-
-
 def check_repository(name: str, *, key: str) -> None:
     """Check the name of a repository of the hub, without contacting it."""
     from huggingface_hub.errors import HFValidationError
