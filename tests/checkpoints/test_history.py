@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests import oracle
 from tritter.checkpoints import read_lineage, write_lineage
-from tritter.checkpoints.history import Difference, Link, read_chain, verify
+from tritter.checkpoints.history import Difference, Link
 from tritter.core.expansions import Context, Dus, LlamaPro, Width
 from tritter.core.models import read_model
 from tritter.errors import RequestError, TritterError
@@ -54,7 +54,7 @@ def _edit_lineage(folder: Path, **changes: object) -> None:
 
 
 def test_the_chain_from_its_start(place: Path) -> None:
-    links = read_chain(place / "deep")
+    links = Link.chain(place / "deep")
     assert _names(links) == ["base", "wide", "deep"]
     methods = [[record.method for record in link.expansion_records] for link in links]
     assert methods == [[], ["width", "llama_pro"], ["dus"]]
@@ -69,19 +69,19 @@ def test_the_chain_from_its_start(place: Path) -> None:
 
 def test_a_parent_that_moved_is_found_beside_the_child(place: Path) -> None:
     (place / "wide").rename(place / "renamed")
-    assert _names(read_chain(place / "deep")) == ["base", "renamed", "deep"]
+    assert _names(Link.chain(place / "deep")) == ["base", "renamed", "deep"]
     (place / "base").rename(place / "root")
-    assert _names(read_chain(place / "deep")) == ["root", "renamed", "deep"]
+    assert _names(Link.chain(place / "deep")) == ["root", "renamed", "deep"]
     (place / "elsewhere").mkdir()
     (place / "deep").rename(place / "elsewhere" / "deep")
-    assert _names(read_chain(place / "elsewhere" / "deep")) == [None, "deep"]
+    assert _names(Link.chain(place / "elsewhere" / "deep")) == [None, "deep"]
 
 
 def test_a_child_in_a_linked_folder_finds_its_parent(place: Path, tmp_path: Path) -> None:
     (tmp_path / "else/where").mkdir(parents=True)
     (place / "out").symlink_to(tmp_path / "else/where")
     expand(place / "base", place / "out/wide", [Width()])
-    assert _names(read_chain(place / "out/wide")) == ["base", "wide"]
+    assert _names(Link.chain(place / "out/wide")) == ["base", "wide"]
 
 
 def test_a_child_with_the_same_tensors_is_no_parent(place: Path) -> None:
@@ -89,9 +89,9 @@ def test_a_child_with_the_same_tensors_is_no_parent(place: Path) -> None:
     expand(place / "base", place / "long", [Context(target_length=512)])
     expand(place / "long", place / "longer", [Context(target_length=1024)])
     expand(place / "base", place / "deeper", [LlamaPro()])
-    assert _names(read_chain(place / "deeper")) == ["base", "deeper"]
+    assert _names(Link.chain(place / "deeper")) == ["base", "deeper"]
     shutil.rmtree(place / "base")
-    links = read_chain(place / "long")
+    links = Link.chain(place / "long")
     assert _names(links) == ["long"]
     assert [record.method for record in links[0].expansion_records] == ["context"]
 
@@ -99,14 +99,14 @@ def test_a_child_with_the_same_tensors_is_no_parent(place: Path) -> None:
 def test_a_child_in_its_parents_place_finds_the_parent(place: Path) -> None:
     (place / "base").rename(place / "before")
     (place / "wide").rename(place / "base")
-    links = read_chain(place / "base")
+    links = Link.chain(place / "base")
     assert _names(links) == ["before", "base"]
     assert [record.method for record in links[1].expansion_records] == ["width", "llama_pro"]
 
 
 def test_a_parent_that_is_not_there_is_known_by_its_hash(place: Path) -> None:
     shutil.rmtree(place / "wide")
-    links = read_chain(place / "deep")
+    links = Link.chain(place / "deep")
     assert _names(links) == [None, "deep"]
     assert not links[0].can_be_checked
     deep = read_lineage(place / "deep")
@@ -117,9 +117,9 @@ def test_a_parent_that_is_not_there_is_known_by_its_hash(place: Path) -> None:
 
 def test_another_model_in_the_parents_place_is_not_the_parent(place: Path) -> None:
     expand(place / "base", place / "wide", [Width(init="net2net")], overwrite=True)
-    assert _names(read_chain(place / "deep")) == [None, "deep"]
+    assert _names(Link.chain(place / "deep")) == [None, "deep"]
     expand(place / "base", place / "wide", [Width(), LlamaPro()], overwrite=True)  # as before
-    assert _names(read_chain(place / "deep")) == ["base", "wide", "deep"]
+    assert _names(Link.chain(place / "deep")) == ["base", "wide", "deep"]
 
 
 def test_training_makes_a_link_without_expansions(place: Path) -> None:
@@ -130,34 +130,34 @@ def test_training_makes_a_link_without_expansions(place: Path) -> None:
         wide, model_hash="7" * 64, parent_hash=wide.model_hash, parent_path="../wide", step=9
     )
     write_lineage(place / "trained", trained, read_model(place / "wide").config)
-    assert [len(link.expansion_records) for link in read_chain(place / "trained")] == [0, 2, 0]
+    assert [len(link.expansion_records) for link in Link.chain(place / "trained")] == [0, 2, 0]
 
 
 def test_a_chain_that_bites_its_tail_ends(place: Path) -> None:
     wide = read_lineage(place / "wide")
     assert wide is not None
     _edit_lineage(place / "wide", parent_hash=wide.model_hash, parent_path=".")
-    assert _names(read_chain(place / "deep")) == ["wide", "deep"]
+    assert _names(Link.chain(place / "deep")) == ["wide", "deep"]
 
 
 def test_a_plain_folder_is_a_chain_of_one(place: Path) -> None:
-    (link,) = read_chain(place / "base")
+    (link,) = Link.chain(place / "base")
     assert link.lineage is None and not link.can_be_checked
 
 
 @pytest.mark.parametrize("name", ["nowhere", ".", "base/config.json"])
 def test_what_is_no_checkpoint_is_refused(place: Path, name: str) -> None:
     with pytest.raises(RequestError):
-        read_chain(place / name)
+        Link.chain(place / name)
 
 
 # The check
 
 
 def _changes(place: Path) -> dict[str, list[Difference]]:
-    links = read_chain(place / "deep")
+    links = Link.chain(place / "deep")
     assert all(link.can_be_checked and link.folder for link in links)
-    found = {link.folder.name: list(verify(link)) for link in links if link.folder}
+    found = {link.folder.name: list(link.differences()) for link in links if link.folder}
     return {name: changes for name, changes in found.items() if changes}
 
 
@@ -275,17 +275,17 @@ def test_a_record_of_other_types_is_refused(place: Path, change: dict[str, objec
 @pytest.mark.parametrize("name", ["wide", "deep"])
 def test_an_unreadable_record_is_named(place: Path, name: str) -> None:
     (place / name / "tritter.json").write_text("{")
-    links = read_chain(place / "deep")
+    links = Link.chain(place / "deep")
     assert links[0].folder == place / name
-    changes = verify(links[0])
+    changes = links[0].differences()
     assert [change.file for change in changes] == ["tritter.json"]
 
 
 def test_a_parent_whose_record_was_deleted_is_named_and_held_against_its_hash(place: Path) -> None:
     """The child has no digests of it, so it was no plain folder."""
     (place / "wide/tritter.json").unlink()
-    wide = read_chain(place / "deep")[0]
-    assert verify(wide) == (Difference("tritter.json", None, "missing"),)
+    wide = Link.chain(place / "deep")[0]
+    assert wide.differences() == (Difference("tritter.json", None, "missing"),)
     _change_tensor(place / "wide")
-    _, change = verify(wide)
+    _, change = wide.differences()
     assert change.tensor is None and str(wide.model_hash) in change.detail

@@ -18,7 +18,7 @@ from tests.oracle.families import GROWABLE, HEADS_DIVIDE_HIDDEN, LAYER_NORM, gen
 from tests.oracle.sizes import SIZES, uneven, written
 from tritter.checkpoints import Source, read_lineage
 from tritter.checkpoints.export import Weights, export_model
-from tritter.checkpoints.history import read_chain, verify
+from tritter.checkpoints.history import Link
 from tritter.checkpoints.state import read_state, write_state
 from tritter.core.expansions import Dus, ExpansionSpec, LlamaPro, Moe, Width, build_steps
 from tritter.core.families import Model, family_of, ffn_sizes, forward_flops, on_disk
@@ -77,7 +77,7 @@ def test_stock_classes_compute_the_same_from_disk_and_the_padding_comes_off(
         assert all(held[name].equal(value) for name, value in model.named_parameters())
         # Where weights lie in memory decides how a sum of so few is rounded
         assert torch.allclose(logits(loaded), logits(model), rtol=0, atol=1e-12)
-        assert [verify(link) for link in read_chain(folder)] == [()]
+        assert [link.differences() for link in Link.chain(folder)] == [()]
 
 
 @pytest.mark.parametrize("family", generic(GROWABLE))
@@ -211,7 +211,7 @@ def test_expansions_on_top_keep_the_function(
     live = load_model(grown.folder, dtype=torch.float64)
     assert float((logits(live) - logits(model)).abs().max()) < IDENTITY
     assert grown.parameters_after == sum(p.numel() for p in live.parameters())
-    assert all(verify(link) == () for link in read_chain(grown.folder))
+    assert all(link.differences() == () for link in Link.chain(grown.folder))
 
 
 def test_an_export_is_stock_and_padded(tmp_path: Path) -> None:

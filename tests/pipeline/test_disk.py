@@ -23,7 +23,7 @@ from tests.pipeline.test_experts_job import DYLORA
 from tests.pipeline.tiny import FIXTURES, TINY
 from tests.test_kill_safety import run_child
 from tritter.checkpoints import lineage_of
-from tritter.checkpoints.history import read_chain, verify
+from tritter.checkpoints.history import Link
 from tritter.cli import main
 from tritter.config.launch.composition import load_config
 from tritter.core.models import load_model, save_tokenizer
@@ -286,7 +286,7 @@ def test_published_weights_have_the_dtype_of_the_source_and_are_what_is_scored(
     assert json.loads((kept / "config.json").read_text())["dtype"] == "bfloat16"
     tensors, exact = (load_file(f / "model.safetensors") for f in (kept, whole))
     assert all(torch.equal(exact[name].to(torch.bfloat16), tensors[name]) for name in exact)
-    assert [verify(link) for link in read_chain(kept)] == [(), (), ()]
+    assert [link.differences() for link in Link.chain(kept)] == [(), (), ()]
     context = context_of(tmp_path / "run", cache, *start)
     scored = means(context, "attempt_1-trained")
     assert losses(context, load_model(kept)) == scored
@@ -329,8 +329,8 @@ def test_a_round_that_is_rolled_back_publishes_the_rounded_one_before(
     tensors, exact = (load_file(f / "model.safetensors") for f in (kept, first))
     assert dtypes(first) == {torch.float32}
     assert all(torch.equal(exact[name].to(torch.bfloat16), tensors[name]) for name in exact)
-    chain = read_chain(kept)
-    assert len(chain) == 3 and not any(verify(link) for link in chain)
+    chain = Link.chain(kept)
+    assert len(chain) == 3 and not any(link.differences() for link in chain)
 
 
 class Killed(BaseException):

@@ -10,7 +10,7 @@ from tests import oracle
 from tests.core.stock_routers.models import tiny_moe
 from tests.pipeline.test_own_checkpoint import FAST, texts
 from tests.pipeline.tiny import is_within
-from tritter.checkpoints.history import read_chain, verify
+from tritter.checkpoints.history import Link
 from tritter.config.launch.composition import load_config
 from tritter.core.expansions import MoeAdd
 from tritter.core.models import save_tokenizer
@@ -58,8 +58,8 @@ def test_a_run_that_is_too_short_leaves_experts_half_open(
     left = AddedExperts.read(tmp_path / "run/checkpoint")
     assert left is not None and left.experts == closed.experts
     assert left.step > 0 and -20 <= left.offset < -19
-    chain = read_chain(tmp_path / "run/checkpoint")
-    assert all(verify(link) == () for link in chain if link.can_be_checked)
+    chain = Link.chain(tmp_path / "run/checkpoint")
+    assert all(link.differences() == () for link in chain if link.can_be_checked)
     assert chain[-1].lineage is not None
     assert chain[-1].lineage.stock_loadable == "after adaptation"
 

@@ -12,7 +12,7 @@ import torch
 from tests import oracle
 from tests.pipeline.tiny import TINY, is_within
 from tritter.checkpoints import read_lineage
-from tritter.checkpoints.history import read_chain, verify
+from tritter.checkpoints.history import Link
 from tritter.cli import main
 from tritter.config.launch.composition import load_config
 from tritter.core.families import Model, ffn_sizes
@@ -110,8 +110,8 @@ def test_a_grown_model_is_exported_and_grows_on(tmp_path: Path, capsys: Any) -> 
     assert (first.expansion_type, second.method) == ("growth", "growth")
     assert ffn_sizes(second.source_config) == sizes and second.step0_error is not None
     assert second.claims_exact and second.continued_training_steps == 6
-    chain = list(read_chain(tmp_path / "second/checkpoint"))
-    assert all(verify(link) == () for link in chain if link.can_be_checked)
+    chain = list(Link.chain(tmp_path / "second/checkpoint"))
+    assert all(link.differences() == () for link in chain if link.can_be_checked)
     assert main(["history", str(tmp_path / "second/checkpoint"), "--verify"]) == 0
     assert "growth" in capsys.readouterr().out
 

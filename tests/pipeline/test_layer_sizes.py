@@ -10,7 +10,7 @@ from tests.oracle.sizes import uneven, written
 from tests.pipeline.tiny import FIXTURES, TINY
 from tritter.checkpoints import read_lineage
 from tritter.checkpoints.folder import copy_small_files
-from tritter.checkpoints.history import read_chain, verify
+from tritter.checkpoints.history import Link
 from tritter.config.launch.composition import load_config
 from tritter.core.models import load_model, read_model
 from tritter.pipeline import run_pipeline
@@ -52,5 +52,5 @@ def test_a_run_trains_the_live_widths(
     assert not before.get_parameter(up).equal(after.get_parameter(up))
     ids = oracle.tokens(int(str(options["vocab_size"])))
     assert oracle.relative_difference(after.eval(), stock, ids) < 1e-4
-    chain = read_chain(checkpoint)
-    assert all(verify(link) == () for link in chain if link.can_be_checked)
+    chain = Link.chain(checkpoint)
+    assert all(link.differences() == () for link in chain if link.can_be_checked)

@@ -8,7 +8,7 @@ import pytest
 from tests import oracle
 from tests.pipeline.tiny import TINY
 from tests.training.test_surgery import Grow
-from tritter.checkpoints.history import read_chain, verify
+from tritter.checkpoints.history import Link
 from tritter.config.launch.composition import load_config
 from tritter.core.expansions import Width
 from tritter.core.models import load_model, read_model
@@ -36,5 +36,5 @@ def test_the_checkpoint_is_the_wider_model(tmp_path: Path) -> None:
     assert summary["parameters"]["final"] == count > summary["parameters"]["baseline"]
     ids = oracle.tokens(int(before["vocab_size"]))
     assert oracle.relative_difference(live.eval(), stock, ids) < 1e-5
-    chain = read_chain(folder / "checkpoint")
-    assert all(verify(link) == () for link in chain if link.can_be_checked)
+    chain = Link.chain(folder / "checkpoint")
+    assert all(link.differences() == () for link in chain if link.can_be_checked)

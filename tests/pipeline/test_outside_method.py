@@ -14,7 +14,7 @@ from tests import oracle
 from tests.pipeline.outside_method import Killed, Options, Outside, SmallLogits, Widening
 from tests.pipeline.tiny import TINY
 from tritter.checkpoints import read_lineage
-from tritter.checkpoints.history import read_chain, verify
+from tritter.checkpoints.history import Link
 from tritter.checkpoints.state import read_state
 from tritter.config.launch.composition import load_config
 from tritter.config.validation import _method_problems
@@ -100,7 +100,7 @@ def test_what_it_leaves_is_taken_up_by_the_next_training(
     assert load_model(kept).num_parameters() == summary["parameters"]["final"]  # no teacher in it
     assert sum(float(value.sum()) for value in left.values()) > 0
     assert "omega" in json.loads((kept / "state/state.json").read_text())["rules"]
-    assert not any(verify(link) for link in read_chain(kept))
+    assert not any(link.differences() for link in Link.chain(kept))
 
     words = ("expansion=llama_pro", "pipeline.keep_stages=true")
     after = run(tmp_path / "next", cache, *words, given=kept)
@@ -224,7 +224,7 @@ def test_it_changes_the_model_during_training_and_records_it(
     schedule = Schedule(learning_rate=0.0015, max_steps=6, warmup_ratio=0.05, shape="cosine")
     expected = schedule.learning_rate * schedule.factor(5)  # half of 3e-3, at the last step
     assert float(next(filter(None, rates))) == pytest.approx(expected)
-    assert not any(verify(link) for link in read_chain(tmp_path / "checkpoint"))
+    assert not any(link.differences() for link in Link.chain(tmp_path / "checkpoint"))
 
 
 @pytest.mark.full

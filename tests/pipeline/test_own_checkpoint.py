@@ -17,7 +17,7 @@ from tests.oracle.qwen3 import tiny_qwen3
 from tests.pipeline.conftest import SMALL
 from tests.pipeline.plug import WORK
 from tritter.checkpoints import Lineage, read_lineage
-from tritter.checkpoints.history import read_chain, verify
+from tritter.checkpoints.history import Link
 from tritter.config.launch.composition import load_config
 from tritter.core.expansions import Width
 from tritter.core.families.discovery.twin import build_twin
@@ -156,9 +156,9 @@ def test_a_plain_checkpoint(
     lineage = lineage_of(tmp_path / "run/checkpoint")
     assert lineage.base_model_hash == lineage_of(baseline).model_hash
     assert lineage_of(baseline).training_config["path"] == str(library / family)
-    chain = read_chain(tmp_path / "run/checkpoint")
+    chain = Link.chain(tmp_path / "run/checkpoint")
     assert chain[0].folder is not None and chain[0].folder.resolve() == baseline.resolve()
-    assert not [change for link in chain if link.can_be_checked for change in verify(link)]
+    assert not [change for link in chain if link.can_be_checked for change in link.differences()]
     trained = json.loads((tmp_path / "run/attempt_1/trained/config.json").read_text())
     assert trained["dtype"] == "bfloat16"
     limit = 2 if "evaluation.max_documents=2" in words else summary["data"]["new"]["validation"]
@@ -212,12 +212,12 @@ def test_a_checkpoint_of_ours_goes_on_in_its_lineage(
     assert summary["parameters"]["baseline"] == sum(
         p.numel() for p in oracle.stock(first).parameters()
     )
-    chain = read_chain(tmp_path / "run/checkpoint")
+    chain = Link.chain(tmp_path / "run/checkpoint")
     made = [link.folder.resolve() for link in chain if link.folder]
     assert made[-1] == tmp_path / "run/checkpoint"
     assert tmp_path / "run/baseline" in made and tmp_path / "first/baseline" in made
     assert lineage_of(tmp_path / "run/baseline").model_hash == lineage_of(first).model_hash
-    assert not [change for link in chain if link.can_be_checked for change in verify(link)]
+    assert not [change for link in chain if link.can_be_checked for change in link.differences()]
 
 
 @pytest.mark.full

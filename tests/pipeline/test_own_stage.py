@@ -14,7 +14,7 @@ from tests import oracle
 from tests.config.test_outside import write_examples
 from tests.pipeline.plug import plug_pulled
 from tritter.checkpoints import lineage_of
-from tritter.checkpoints.history import read_chain, verify
+from tritter.checkpoints.history import Link
 from tritter.cli.history import describe_origin
 from tritter.config.launch.composition import load_config
 from tritter.config.run_folder import changes_between, fingerprint
@@ -95,8 +95,8 @@ def test_training_starts_from_what_a_stage_wrote(whole: Path) -> None:
     assert trained.parent_hash == kept.parent_hash == start.model_hash
     assert start.parent_hash == lineage_of(whole / "attempt_1/expanded").model_hash
     assert (whole / "checkpoint" / str(kept.parent_path)).resolve() == whole / "attempt_1/shrink"
-    assert not any(verify(link) for link in read_chain(whole / "checkpoint"))
-    assert [describe_origin(link) for link in read_chain(whole / "checkpoint")][2] == "stage shrink"
+    assert not any(link.differences() for link in Link.chain(whole / "checkpoint"))
+    assert [describe_origin(link) for link in Link.chain(whole / "checkpoint")][2] == "stage shrink"
     # The control starts from the shrunk baseline
     assert (whole / "control/shrink").is_dir()
 
@@ -197,14 +197,14 @@ def test_a_rolled_back_round_names_the_stage_in_its_lineage(
         "pipeline.keep_stages=true",
     )
     assert summary_of(tmp_path)["status"] == "rolled_back"
-    links = read_chain(tmp_path / "checkpoint")
+    links = Link.chain(tmp_path / "checkpoint")
     assert [link.folder and link.folder.name for link in links] == [
         "baseline",
         "expanded",
         "shrink",
         "checkpoint",
     ]
-    assert not any(verify(link) for link in links)
+    assert not any(link.differences() for link in links)
 
 
 @pytest.mark.full

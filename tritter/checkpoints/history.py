@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import Self
 
 from tritter.checkpoints.card import Card
 from tritter.checkpoints.folder import HEADER_MARK, lineage_of, read_lineage
@@ -23,6 +24,21 @@ from tritter.storage.hashing import (
 from tritter.storage.reading import LEDGER_NAME, LINEAGE_NAME, check_inside, check_links
 from tritter.storage.records import is_unchanged, read_record
 from tritter.storage.tensors import TensorFolder
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A difference between a folder and its lineage.
+
+    Args:
+        file: file name in the folder; empty if unknown.
+        tensor: tensor name, if the difference is in a tensor.
+        detail: `changed`, `missing`, `added`, or the reason why it can't be read.
+    """
+
+    file: str
+    tensor: str | None
+    detail: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,188 +115,189 @@ class Link:
         except TritterError:
             return None
 
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """A difference between a folder and its lineage.
-
-    Args:
-        file: file name in the folder; empty if unknown.
-        tensor: tensor name, if the difference is in a tensor.
-        detail: `changed`, `missing`, `added`, or the reason why it can't be read.
-    """
-
-    file: str
-    tensor: str | None
-    detail: str
-
-
-def read_chain(folder: Path) -> tuple[Link, ...]:
-    """Return the checkpoints from the start of the chain to `folder`, oldest first.
-
-    A parent is searched at the path in its child's lineage, then next to the child, and identified
-    by its hash. If a parent is not found, the chain starts with a link without a folder. Adding
-    experts keeps the model hash, since the base does not change.
-    """
-    if not folder.is_dir():
-        raise RequestError(f"{folder} is not a folder.")
-    if not any((folder / name).exists() for name in (LINEAGE_NAME, "config.json")):
-        lacks = f"no {LINEAGE_NAME} and {missing_config(folder)}"
-        raise RequestError(f"{folder} contains no checkpoint: {lacks}.")
-    try:
-        check_links(folder)
-    except TritterError as error:
-        raise RequestError(str(error)) from error
-    links, seen = [_link_of(folder)], {folder.resolve()}
-    while (child := links[-1]).lineage is not None and child.lineage.parent_hash is not None:
-        if child.lineage.parent_hash == child.model_hash and _hint(child) in seen:
-            break
-        parent = _parent(child, excluded=seen)
-        history = child.lineage.expansion_history
-        if parent.lineage is not None:
-            own = history[len(parent.lineage.expansion_history) :]
-        elif child.lineage.parent_hash == child.lineage.base_model_hash:
-            own = history  # the start of a chain has no expansions
-        else:
-            # Without the parent's record: one expansion, or none after a training run
-            own = () if child.lineage.step else history[-1:]
-        links[-1] = replace(child, expansion_records=own)
-        if parent.folder is not None:
-            seen.add(parent.folder.resolve())
-        elif parent.model_hash in {link.model_hash for link in links if not link.experts}:
-            break
-        links.append(parent)
-    return tuple(reversed(links))
-
-
-def verify(link: Link) -> tuple[Difference, ...]:
-    """Hash a checkpoint's tensors and files again and return all differences.
-
-    Args:
-        link: a link with `can_be_checked`.
-    """
-    assert link.folder is not None
-    changes = [] if link.problem is None else [Difference(LINEAGE_NAME, None, link.problem)]
-    if link.lineage is not None:
-        if merkle_hash(link.lineage.tensor_digests) != link.lineage.model_hash:
-            detail = "the model hash does not match the tensors' digests"
-            changes.append(Difference(LINEAGE_NAME, None, detail))
-        if not is_unchanged(link.folder / LINEAGE_NAME):
-            changes.append(Difference(LINEAGE_NAME, None, "changed"))
-    changes += (tensors := tuple(_tensor_changes(link.folder, link)))
-    explained = {change.file for change in tensors}  # their headers add no information
-    for name, digest in (link.file_digests or {}).items():
-        file = name.removesuffix(HEADER_MARK)
-        path = link.folder / file
-        hashed = header_digest if name.endswith(HEADER_MARK) else bounded_digest
-        if file in explained:
-            continue
+    @classmethod
+    def of(cls, folder: Path) -> Self:
+        """Return a checkpoint as a link, without its parent and expansions."""
         try:
-            check_inside(link.folder, file)
-            if not path.is_file():
-                changes.append(Difference(file, None, "missing"))
-            elif hashed(path) != digest:
-                changes.append(Difference(file, None, "changed"))
+            lineage = read_lineage(folder)
         except TritterError as error:
-            changes.append(Difference(name, None, str(error)))
-    return tuple(changes)
+            return cls(folder=folder, model_hash=None, problem=str(error))
+        if lineage is None:
+            return cls(folder=folder, model_hash=None)
+        return cls(
+            folder=folder,
+            model_hash=lineage.model_hash,
+            lineage=lineage,
+            tensor_digests=lineage.tensor_digests,
+            file_digests=lineage.file_digests,
+        )
 
+    @classmethod
+    def chain(cls, folder: Path) -> tuple[Self, ...]:
+        """Return the checkpoints from the start of the chain to `folder`, oldest first.
 
-def _link_of(folder: Path) -> Link:
-    """Return a checkpoint as a link, without its parent and expansions."""
-    try:
-        lineage = read_lineage(folder)
-    except TritterError as error:
-        return Link(folder=folder, model_hash=None, problem=str(error))
-    if lineage is None:
-        return Link(folder=folder, model_hash=None)
-    return Link(
-        folder=folder,
-        model_hash=lineage.model_hash,
-        lineage=lineage,
-        tensor_digests=lineage.tensor_digests,
-        file_digests=lineage.file_digests,
-    )
-
-
-def _parent(child: Link, *, excluded: Collection[Path]) -> Link:
-    assert child.lineage is not None and child.folder is not None
-    lineage, expected = child.lineage, child.lineage.parent_hash
-    hinted, own = _hint(child), child.folder.resolve()
-    made = [(each.method, each.options) for each in lineage.expansion_history]
-    candidates = [] if hinted is None or not hinted.is_dir() else [hinted]
-    with suppress(OSError):
-        # Hidden folders are incomplete: being written, or from a killed process
-        near = sorted(path for path in own.parent.iterdir() if path.is_dir())
-        candidates += [path for path in near if path != own and not path.name.startswith(".")]
-    candidates = [folder for folder in candidates if folder not in excluded]
-    for link in map(_link_of, candidates):
-        if link.lineage is None:
-            continue
-        first = [(each.method, each.options) for each in link.lineage.expansion_history]
-        if first != made[: len(first)]:
-            continue  # a child with the same tensors, as after `context`
-        # The recorded hash, or the one computed from its digests
-        if expected in (link.lineage.model_hash, merkle_hash(link.lineage.tensor_digests)):
-            return link
-    recorded = (lineage.parent_file_digests or {}).get("config.json")
-    for folder in candidates:
-        config = folder / "config.json"
-        if (folder / LINEAGE_NAME).exists() or not config.is_file():
-            continue
-        # Hashing the tensors is left to `verify`: next to the child, a config with the recorded
-        # digest is enough
-        with suppress(TritterError):  # an unreadable candidate is skipped
+        A parent is searched at the path in its child's lineage, then next to the child, and
+        identified by its hash. If a parent is not found, the chain starts with a link without a
+        folder. Adding experts keeps the model hash, since the base does not change.
+        """
+        if not folder.is_dir():
+            raise RequestError(f"{folder} is not a folder.")
+        if not any((folder / name).exists() for name in (LINEAGE_NAME, "config.json")):
+            lacks = f"no {LINEAGE_NAME} and {missing_config(folder)}"
+            raise RequestError(f"{folder} contains no checkpoint: {lacks}.")
+        try:
             check_links(folder)
-            if folder == hinted or (recorded is not None and bounded_digest(config) == recorded):
-                return Link(
-                    folder=folder,
-                    model_hash=expected,
-                    problem=None if lineage.parent_tensor_digests else "missing",  # it had a record
-                    tensor_digests=lineage.parent_tensor_digests,
-                    file_digests=lineage.parent_file_digests,
-                )
-    if hinted is not None and hinted in candidates:
-        link = _link_of(hinted)
-        # Its record was edited, so it can't be identified; `verify` reports the edit
-        if link.problem or (link.lineage and not is_unchanged(hinted / LINEAGE_NAME)):
-            return link
-    return Link(folder=None, model_hash=expected)
-
-
-def _hint(child: Link) -> Path | None:
-    """Return the recorded path of a checkpoint's parent."""
-    assert child.lineage is not None
-    if child.folder is None or not child.lineage.parent_path:
-        return None
-    return (child.folder / child.lineage.parent_path).resolve()
-
-
-def _tensor_changes(folder: Path, link: Link) -> Iterator[Difference]:
-    try:
-        tensors = TensorFolder.open(folder)
-    except TritterError as error:
-        yield Difference("", None, str(error))
-        return
-    found: dict[str, str] = {}
-    for name, file in tensors.files.items():
-        try:
-            found[name] = tensor_digest(name, tensors[name])
         except TritterError as error:
-            yield Difference(file, name, str(error))
-            found[name] = ""
-    if link.tensor_digests is None:
-        if link.model_hash is not None and merkle_hash(found) != link.model_hash:
-            yield Difference("", None, f"the tensors' hash is not {link.model_hash}")
-        return
-    for name, digest in link.tensor_digests.items():
-        if name not in found:
-            yield Difference("", name, "missing")
-        elif found[name] and found[name] != digest:
-            yield Difference(tensors.files[name], name, "changed")
-    if link.lineage is not None:  # a plain folder may contain a tied head twice
-        for name in sorted(found.keys() - link.tensor_digests.keys()):
-            yield Difference(tensors.files[name], name, "added")
+            raise RequestError(str(error)) from error
+        links, seen = [cls.of(folder)], {folder.resolve()}
+        while (child := links[-1]).lineage is not None and child.lineage.parent_hash is not None:
+            if child.lineage.parent_hash == child.model_hash and child._hint in seen:
+                break
+            parent = child._parent(excluded=seen)
+            history = child.lineage.expansion_history
+            if parent.lineage is not None:
+                own = history[len(parent.lineage.expansion_history) :]
+            elif child.lineage.parent_hash == child.lineage.base_model_hash:
+                own = history  # the start of a chain has no expansions
+            else:
+                # Without the parent's record: one expansion, or none after a training run
+                own = () if child.lineage.step else history[-1:]
+            links[-1] = replace(child, expansion_records=own)
+            if parent.folder is not None:
+                seen.add(parent.folder.resolve())
+            elif parent.model_hash in {link.model_hash for link in links if not link.experts}:
+                break
+            links.append(parent)
+        return tuple(reversed(links))
+
+    def differences(self) -> tuple[Difference, ...]:
+        """Hash the tensors and files again and return all differences; see `can_be_checked`."""
+        assert self.folder is not None
+        changes = [] if self.problem is None else [Difference(LINEAGE_NAME, None, self.problem)]
+        if self.lineage is not None:
+            if merkle_hash(self.lineage.tensor_digests) != self.lineage.model_hash:
+                detail = "the model hash does not match the tensors' digests"
+                changes.append(Difference(LINEAGE_NAME, None, detail))
+            if not is_unchanged(self.folder / LINEAGE_NAME):
+                changes.append(Difference(LINEAGE_NAME, None, "changed"))
+        changes += (tensors := tuple(self._tensor_changes(self.folder)))
+        explained = {change.file for change in tensors}  # their headers add no information
+        for name, digest in (self.file_digests or {}).items():
+            file = name.removesuffix(HEADER_MARK)
+            path = self.folder / file
+            hashed = header_digest if name.endswith(HEADER_MARK) else bounded_digest
+            if file in explained:
+                continue
+            try:
+                check_inside(self.folder, file)
+                if not path.is_file():
+                    changes.append(Difference(file, None, "missing"))
+                elif hashed(path) != digest:
+                    changes.append(Difference(file, None, "changed"))
+            except TritterError as error:
+                changes.append(Difference(name, None, str(error)))
+        return tuple(changes)
+
+    def changes(self) -> Iterator[str]:
+        """Yield the differences to the lineage, with file and tensor, and files that it lacks."""
+        folder = self.folder
+        assert folder is not None
+        if self.problem is None and self.lineage is None:
+            yield f"{folder / LINEAGE_NAME}: missing"
+            return
+        for change in self.differences():
+            if change.file != Card.NAME:  # rewritten with every lineage
+                tensor = f", tensor {change.tensor}" if change.tensor else ""
+                yield f"{folder / change.file}{tensor}: {change.detail}"
+        if self.file_digests is not None:
+            known = {name.removesuffix(HEADER_MARK) for name in self.file_digests}
+            for path in sorted(folder.rglob("*")):
+                name = path.relative_to(folder).as_posix()
+                is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+                if not path.is_dir() and not is_hidden and name not in {*known, LINEAGE_NAME}:
+                    yield f"{path}: added"
+
+    def _tensor_changes(self, folder: Path) -> Iterator[Difference]:
+        try:
+            tensors = TensorFolder.open(folder)
+        except TritterError as error:
+            yield Difference("", None, str(error))
+            return
+        found: dict[str, str] = {}
+        for name, file in tensors.files.items():
+            try:
+                found[name] = tensor_digest(name, tensors[name])
+            except TritterError as error:
+                yield Difference(file, name, str(error))
+                found[name] = ""
+        if self.tensor_digests is None:
+            if self.model_hash is not None and merkle_hash(found) != self.model_hash:
+                yield Difference("", None, f"the tensors' hash is not {self.model_hash}")
+            return
+        for name, digest in self.tensor_digests.items():
+            if name not in found:
+                yield Difference("", name, "missing")
+            elif found[name] and found[name] != digest:
+                yield Difference(tensors.files[name], name, "changed")
+        if self.lineage is not None:  # a plain folder may contain a tied head twice
+            for name in sorted(found.keys() - self.tensor_digests.keys()):
+                yield Difference(tensors.files[name], name, "added")
+
+    def _parent(self, *, excluded: Collection[Path]) -> Self:
+        assert self.lineage is not None and self.folder is not None
+        lineage, expected = self.lineage, self.lineage.parent_hash
+        hinted, own = self._hint, self.folder.resolve()
+        made = [(each.method, each.options) for each in lineage.expansion_history]
+        candidates = [] if hinted is None or not hinted.is_dir() else [hinted]
+        with suppress(OSError):
+            # Hidden folders are incomplete: being written, or from a killed process
+            near = sorted(path for path in own.parent.iterdir() if path.is_dir())
+            candidates += [path for path in near if path != own and not path.name.startswith(".")]
+        candidates = [folder for folder in candidates if folder not in excluded]
+        for link in map(type(self).of, candidates):
+            if link.lineage is None:
+                continue
+            first = [(each.method, each.options) for each in link.lineage.expansion_history]
+            if first != made[: len(first)]:
+                continue  # a child with the same tensors, as after `context`
+            # The recorded hash, or the one computed from its digests
+            if expected in (link.lineage.model_hash, merkle_hash(link.lineage.tensor_digests)):
+                return link
+        recorded = (lineage.parent_file_digests or {}).get("config.json")
+        for folder in candidates:
+            config = folder / "config.json"
+            if (folder / LINEAGE_NAME).exists() or not config.is_file():
+                continue
+            # Hashing the tensors is left to `verify`: next to the child, a config with the recorded
+            # digest is enough
+            with suppress(TritterError):  # an unreadable candidate is skipped
+                check_links(folder)
+                if folder == hinted or (
+                    recorded is not None and bounded_digest(config) == recorded
+                ):
+                    return type(self)(
+                        folder=folder,
+                        model_hash=expected,
+                        problem=None
+                        if lineage.parent_tensor_digests
+                        else "missing",  # it had a record
+                        tensor_digests=lineage.parent_tensor_digests,
+                        file_digests=lineage.parent_file_digests,
+                    )
+        if hinted is not None and hinted in candidates:
+            link = self.of(hinted)
+            # Its record was edited, so it can't be identified; `verify` reports the edit
+            if link.problem or (link.lineage and not is_unchanged(hinted / LINEAGE_NAME)):
+                return link
+        return type(self)(folder=None, model_hash=expected)
+
+    @property
+    def _hint(self) -> Path | None:
+        """The recorded path of the parent."""
+        assert self.lineage is not None
+        if self.folder is None or not self.lineage.parent_path:
+            return None
+        return (self.folder / self.lineage.parent_path).resolve()
 
 
 # Digests of a stage's outputs in the run folder. The digest of a checkpoint is computed from its
@@ -307,6 +324,29 @@ class Damage:
         """True if the folder exists and one of its files does not."""
         return not self.is_deleted and self.detail.endswith(": missing")
 
+    @classmethod
+    def find(cls, folder: Path, digests: Mapping[str, str]) -> tuple[Self, ...]:
+        """Compare outputs with the digests that `digests_of` returned, and return all damage."""
+        found = []
+        for location, digest in digests.items():
+            path = folder / location
+            if not path.exists():
+                found.append(cls(location, f"{path} is missing", is_deleted=True))
+            elif path.is_dir():
+                changes = list(Link.of(path).changes())
+                found += [cls(location, detail) for detail in changes]
+                if not changes and _checkpoint_digest(lineage_of(path)) != digest:
+                    found.append(
+                        cls(location, f"{path} is not the checkpoint that the stage wrote")
+                    )
+            else:
+                try:
+                    if file_digest(path) != digest:
+                        found.append(cls(location, f"{path}: changed"))
+                except (OSError, TritterError) as error:
+                    found.append(cls(location, str(error)))
+        return tuple(found)
+
 
 def digests_of(
     folder: Path, outputs: Iterable[str], *, lineages: Mapping[str, Lineage] | None = None
@@ -330,46 +370,6 @@ def digests_of(
             files = sorted(file for file in path.rglob("*") if file.is_file())
             digests |= {f.relative_to(folder).as_posix(): file_digest(f) for f in files}
     return digests
-
-
-def find_damage(folder: Path, digests: Mapping[str, str]) -> tuple[Damage, ...]:
-    """Compare outputs with the digests that `digests_of` returned, and return all damage."""
-    found = []
-    for location, digest in digests.items():
-        path = folder / location
-        if not path.exists():
-            found.append(Damage(location, f"{path} is missing", is_deleted=True))
-        elif path.is_dir():
-            changes = list(checkpoint_changes(path))
-            found += [Damage(location, detail) for detail in changes]
-            if not changes and _checkpoint_digest(lineage_of(path)) != digest:
-                found.append(Damage(location, f"{path} is not the checkpoint that the stage wrote"))
-        else:
-            try:
-                if file_digest(path) != digest:
-                    found.append(Damage(location, f"{path}: changed"))
-            except (OSError, TritterError) as error:
-                found.append(Damage(location, str(error)))
-    return tuple(found)
-
-
-def checkpoint_changes(folder: Path) -> Iterator[str]:
-    """Yield the differences between a checkpoint and its lineage, with file and tensor."""
-    link = _link_of(folder)
-    if link.problem is None and link.lineage is None:
-        yield f"{folder / LINEAGE_NAME}: missing"
-        return
-    for change in verify(link):
-        if change.file != Card.NAME:  # rewritten with every lineage
-            tensor = f", tensor {change.tensor}" if change.tensor else ""
-            yield f"{folder / change.file}{tensor}: {change.detail}"
-    if link.file_digests is not None:
-        known = {name.removesuffix(HEADER_MARK) for name in link.file_digests}
-        for path in sorted(folder.rglob("*")):
-            name = path.relative_to(folder).as_posix()
-            is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-            if not path.is_dir() and not is_hidden and name not in {*known, LINEAGE_NAME}:
-                yield f"{path}: added"
 
 
 def _checkpoint_digest(lineage: Lineage) -> str:

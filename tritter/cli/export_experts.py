@@ -21,7 +21,7 @@ from tritter.checkpoints.card import (
 )
 from tritter.checkpoints.expert_files import ADAPTER_FILES, ExpertFiles
 from tritter.checkpoints.export import Weights
-from tritter.checkpoints.history import read_chain
+from tritter.checkpoints.history import Link
 from tritter.checkpoints.location import check_output, is_within
 from tritter.checkpoints.run_text import recorded_chat
 from tritter.cli.output import (
@@ -293,7 +293,7 @@ def _base_of(checkpoint: str, folder: Path) -> str:
     """Return the base of a folder's adapters: its hub id if known, otherwise its path."""
     if not Path(checkpoint).expanduser().exists():
         return checkpoint  # downloaded, with the base at its root
-    links = read_chain(folder)
+    links = Link.chain(folder)
     for link in links:
         settings = link.lineage.training_config if link.lineage is not None else {}
         path = settings.get("path") if settings.get("stage") == "given" else None

@@ -59,17 +59,16 @@ def history(
             raise RequestError(f"--recipe can't be combined with {other}.")
         say(recorded_recipe(locate(folder, key="checkpoint")).rstrip("\n"))
         return 0
-    from tritter.checkpoints.history import read_chain
-    from tritter.checkpoints.history import verify as differences
+    from tritter.checkpoints.history import Link
 
     located = locate(folder, key="checkpoint")
-    chain = read_chain(located)
+    chain = Link.chain(located)
     # --verify reports damage as a change
     if not verify and chain[-1].problem:
         raise RequestError(chain[-1].problem)
     with status("hashing") if verify and not as_json else nullcontext():
         rows = [
-            _Checked(link, differences(link) if verify and link.can_be_checked else None)
+            _Checked(link, link.differences() if verify and link.can_be_checked else None)
             for link in chain
         ]
     is_intact = not any(row.changes for row in rows)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field
 
-from tritter.checkpoints.history import read_chain
+from tritter.checkpoints.history import Link
 from tritter.checkpoints.record import ExpansionRecord
 from tritter.config.components import Reader, method_class, method_keys, method_names, read_methods
 from tritter.config.folders import body_of, option_files
@@ -225,7 +225,7 @@ def _step(item: object, problems: list[Problem], methods: _Methods) -> Expansion
 
 def recorded_recipe(folder: Path) -> str:
     """Return the text of a recipe that makes a checkpoint from its parent."""
-    chain = read_chain(folder)
+    chain = Link.chain(folder)
     link = chain[-1]
     if link.problem:
         raise RequestError(link.problem)

@@ -219,11 +219,11 @@ def metric_rows(path: Path) -> list[dict[str, Any]]:
 
 def _history(checkpoint: Path) -> tuple[str, ...]:
     """Return the chain of a checkpoint, one line per link; empty if it was deleted."""
-    from tritter.checkpoints.history import read_chain
+    from tritter.checkpoints.history import Link
     from tritter.cli.history import describe_origin, steps_after
 
     try:
-        chain = read_chain(checkpoint)
+        chain = Link.chain(checkpoint)
     except TritterError:
         return ()
     lines = []

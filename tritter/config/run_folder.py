@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field
 
-from tritter.checkpoints.history import digests_of, find_damage
+from tritter.checkpoints.history import Damage, digests_of
 from tritter.checkpoints.location import is_within
 from tritter.config.folders import CONFIG_NAME, SearchPath, search_path
 from tritter.config.overrides import command, program_command, recorded_overrides, resume_command
@@ -240,7 +240,7 @@ def has_finished_stage(folder: Path) -> bool:
 
 def _is_complete(folder: Path, run: RunRecord) -> bool:
     """Return True if all outputs of a finished run are complete."""
-    damages = find_damage(folder, run.left)
+    damages = Damage.find(folder, run.left)
     changed = [damage for damage in damages if not damage.is_deleted]
     if changed:
         paths = dict.fromkeys(str(folder / damage.location) for damage in changed)

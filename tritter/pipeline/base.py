@@ -17,7 +17,7 @@ from torch import nn
 
 from tritter.checkpoints import Lineage, write_checkpoint
 from tritter.checkpoints.folder import LinkedTensors
-from tritter.checkpoints.history import checkpoint_changes
+from tritter.checkpoints.history import Link
 from tritter.checkpoints.location import checkpoint_model
 from tritter.checkpoints.record import training_record
 from tritter.config.schema import CheckpointModelConfig
@@ -244,7 +244,7 @@ def _is_intact(folder: Path) -> bool:
     """Return True if a cached base model matches its hashes; move a damaged one away."""
     if not folder.exists():
         return False
-    problem = next(checkpoint_changes(folder), None)
+    problem = next(Link.of(folder).changes(), None)
     if problem is not None:
         quarantine(folder, reason=problem)
     return problem is None

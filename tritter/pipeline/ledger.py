@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tritter.checkpoints.history import digests_of, find_damage
+from tritter.checkpoints.history import Damage, digests_of
 from tritter.checkpoints.record import EXPERTS_FOLDER, LedgerRecord, Lineage, StageRecord
 from tritter.errors import TritterError, brief
 from tritter.storage.atomic import write_text_atomic
@@ -217,7 +217,7 @@ class Ledger:
             TritterError: the contents differ.
         """
         checksums = next(each.left for each in self._stages.values() if location in each.left)
-        for damage in find_damage(self._folder, {location: checksums[location]}):
+        for damage in Damage.find(self._folder, {location: checksums[location]}):
             raise TritterError(
                 f"{damage.detail}. The stage is not reproducible here; start in another folder."
             )
@@ -267,7 +267,7 @@ class Ledger:
         missing: dict[str, str] = {}
         for stage, done in self._stages.items():
             for location in (location for location in done.left if location not in self._removed):
-                damages = find_damage(self._folder, {location: done.left[location]})
+                damages = Damage.find(self._folder, {location: done.left[location]})
                 if location in self._released and any(each.is_missing for each in damages):
                     self._incomplete.add(location)
                     continue

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from torch import nn
 
 from tritter.checkpoints import Lineage, Source, lineage_of, read_lineage
-from tritter.checkpoints.history import checkpoint_changes
+from tritter.checkpoints.history import Link
 from tritter.checkpoints.location import checkpoint_model
 from tritter.checkpoints.record import recorded_tokens
 from tritter.config.schema import CheckpointModelConfig, RunConfig
@@ -222,7 +222,7 @@ class Run:
         """Verify the checksums of a checkpoint written by several processes."""
         if self.config.trainer.devices == 1:
             return
-        if (problem := next(checkpoint_changes(folder), None)) is not None:
+        if (problem := next(Link.of(folder).changes(), None)) is not None:
             raise TritterError(f"the trained checkpoint is damaged: {problem}")
 
     def load(self, location: str, *, with_experts: bool = False) -> nn.Module:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from tritter.checkpoints import Source
-from tritter.checkpoints.history import read_chain
+from tritter.checkpoints.history import Link
 from tritter.checkpoints.location import require_plain
 from tritter.checkpoints.record import LearnedDomain
 from tritter.core.expansions import BoundMoe, ExpansionSpec, Moe, children_place
@@ -203,7 +203,7 @@ def _lineage_problem(child: Source, source: Source) -> str:
         )
     hashes: set[str | None] = set()
     history = () if source.lineage is None else source.lineage.expansion_history
-    chain = read_chain(child.folder)
+    chain = Link.chain(child.folder)
     for link in chain:
         hashes.add(link.model_hash)
         if link.lineage is not None:

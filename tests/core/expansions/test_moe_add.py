@@ -17,7 +17,7 @@ from tests import oracle
 from tests.core.stock_routers.models import FAMILIES, num_experts, tiny_moe
 from tests.oracle.growth import masks_of
 from tritter.checkpoints import Source, read_lineage
-from tritter.checkpoints.history import read_chain, verify
+from tritter.checkpoints.history import Link
 from tritter.checkpoints.state import read_state, write_state
 from tritter.cli.inspect import _rebuild_map
 from tritter.core.expansions import (
@@ -306,11 +306,11 @@ def test_lineage_and_state_verify_and_the_map_can_be_rebuilt(tmp_path: Path) -> 
     record = result.lineage.expansion_history[-1]
     assert (record.method, record.expansion_type) == ("moe_add", "moe")
     assert _rebuild_map(record).digest() == record.map_digest
-    chain = read_chain(result.folder)
-    assert [verify(link) for link in chain] == [(), ()]
+    chain = Link.chain(result.folder)
+    assert [link.differences() for link in chain] == [(), ()]
     assert "state/router.json" in result.lineage.file_digests
     AddedExperts(experts=(4, 5), offset=-1.0).write(result.folder)
-    (change,) = verify(read_chain(result.folder)[-1])
+    (change,) = Link.chain(result.folder)[-1].differences()
     assert (change.file, change.detail) == ("state/router.json", "changed")
 
 
