@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from tritter.core.models import load_tokenizer
-from tritter.evaluation.benchmarks.files import TasksFolder, load
+from tritter.evaluation.benchmarks.files import TasksFolder
 from tritter.evaluation.benchmarks.formats import BENCHMARKS
-from tritter.evaluation.benchmarks.harness import EvalOptions, score_benchmark
+from tritter.evaluation.benchmarks.harness import EvalOptions
 from tritter.evaluation.statistics import PairedScores
 from tritter.methods.whole import load_whole
 from tritter.storage.atomic import write_text_atomic
@@ -62,12 +62,12 @@ def benchmark_scores(
         tokenizer = load_tokenizer(model)
         names = dict.fromkeys(each.removesuffix(CHAT) for each in questions)
         found = {}
-        for loaded in load([BENCHMARKS[name] for name in names], TasksFolder(files, key="--data")):
+        for loaded in TasksFolder(files, key="--data").load([BENCHMARKS[name] for name in names]):
             for measure in (loaded.benchmark.name, loaded.benchmark.name + CHAT):
                 if limit := questions.get(measure):
                     is_chat = measure.endswith(CHAT)
                     options = EvalOptions(limit=limit, is_chat=is_chat, batch_size=_AT_ONCE)
-                    scores = score_benchmark(whole, tokenizer, loaded, options).primary
+                    scores = options.score(whole, tokenizer, loaded).primary
                     found[measure] = scores.to_dict()
         write_text_atomic(path, json.dumps(found))
     plain = json.loads(path.read_text(encoding="utf-8"))

@@ -16,7 +16,7 @@ from tests.hostile.values import parquet_bomb
 from tritter.data.benchmark_names import HUB_NAMES, PROGRESSIVE_BENCHMARKS, benchmark_names
 from tritter.errors import RequestError
 from tritter.evaluation.benchmarks import files
-from tritter.evaluation.benchmarks.files import Questions, TasksFolder, load, questions_of
+from tritter.evaluation.benchmarks.files import Questions, TasksFolder
 from tritter.evaluation.benchmarks.formats import BENCHMARKS, Question
 from tritter.evaluation.benchmarks.harness import _null_scores
 from tritter.evaluation.code.sandbox import ProgramResult
@@ -40,7 +40,7 @@ def written(path: Path, rows: list[Any]) -> Path:
 
 def loaded(folder: Path, *names: str) -> list[Questions]:
     chosen = [BENCHMARKS[name] for name in benchmark_names(names, key="--tasks")]
-    return load(chosen, TasksFolder(folder, key="--tasks-path"))
+    return TasksFolder(folder, key="--tasks-path").load(chosen)
 
 
 def questions(folder: Path, name: str) -> dict[str, Question]:
@@ -131,7 +131,7 @@ def test_each_question_has_its_examples(tmp_path: Path) -> None:
     assert list(mbpp.questions) == ["MBPP/12"]  # the others are prompts, or of the training split
     (one,) = mbpp.examples["MBPP/12"]
     assert "[BEGIN]" in one.prompt and one.worked.endswith("\n[DONE]")
-    (few,) = load([BENCHMARKS["gsm8k"]], TasksFolder(tmp_path, key=""), num_fewshot=2)
+    (few,) = TasksFolder(tmp_path, key="").load([BENCHMARKS["gsm8k"]], num_fewshot=2)
     assert few.num_fewshot == 2
 
 
@@ -141,21 +141,21 @@ def test_examples_that_are_missing_are_named(tmp_path: Path) -> None:
     written(tmp_path / "arc_easy_train.jsonl", [CHOICE] * 2)
     written(tmp_path / "truthful_qa_mc.jsonl", [{"question": "?", "mc1_targets": {"I": 1, "u": 0}}])
     folder = TasksFolder(tmp_path, key="--tasks-path")
-    (found,) = load([BENCHMARKS["gsm8k"]], folder)
+    (found,) = folder.load([BENCHMARKS["gsm8k"]])
     assert found.num_fewshot == 0 and "lm-eval has 5" in found.notes[0]
     names = ["gsm8k", "arc_easy", "truthfulqa"]
     with pytest.raises(RequestError) as refused:
-        load([BENCHMARKS[name] for name in names], folder, num_fewshot=3)
+        folder.load([BENCHMARKS[name] for name in names], num_fewshot=3)
     one, other = refused.value.problems
     assert one.key == other.key == "--num-fewshot" and "gsm8k...train" in str(one.reason)
     assert "3 examples need 3 records, and there are 2" in str(other.reason)
-    fixed, arc = load([BENCHMARKS["truthfulqa"], BENCHMARKS["arc_easy"]], folder, num_fewshot=2)
+    fixed, arc = folder.load([BENCHMARKS["truthfulqa"], BENCHMARKS["arc_easy"]], num_fewshot=2)
     assert (fixed.num_fewshot, arc.num_fewshot) == (0, 2) and "fixed prompt" in fixed.notes[0]
 
 
 def test_too_few_examples_of_a_data_set_are_named() -> None:
     with pytest.raises(RequestError) as refused:
-        questions_of(BENCHMARKS["arc_easy"], [CHOICE] * 2, origin="arc_easy", num_fewshot=3)
+        Questions.of_rows(BENCHMARKS["arc_easy"], [CHOICE] * 2, origin="arc_easy", num_fewshot=3)
     (problem,) = refused.value.problems
     assert (problem.key, problem.value) == ("num_fewshot", 3) and "arc_easy" in str(problem.reason)
 
@@ -262,10 +262,10 @@ def test_a_parquet_bomb_is_refused_in_little_memory(
     program = (
         "import re, sys\nfrom pathlib import Path\n"
         "from tritter.errors import RequestError\n"
-        "from tritter.evaluation.benchmarks.files import TasksFolder, load\n"
+        "from tritter.evaluation.benchmarks.files import TasksFolder\n"
         "from tritter.evaluation.benchmarks.formats import BENCHMARKS\n"
         "folder = TasksFolder(Path(sys.argv[1]), key='--tasks-path')\n"
-        f"try: load([BENCHMARKS['boolq']], folder, limit={limit})\n"
+        f"try: folder.load([BENCHMARKS['boolq']], limit={limit})\n"
         "except RequestError as error: print(error)\n"
         # Not ru_maxrss, which begins with that of the process that forked
         "peak = re.search(r'VmHWM:\\s+(\\d+) kB', Path('/proc/self/status').read_text())\n"
@@ -285,15 +285,15 @@ def test_a_limit_ends_the_reading_of_a_large_parquet(
     row = {"question": "", "answer": True, "passage": ""}
     (tmp_path / "boolq.parquet").write_bytes(parquet_bomb(row, size=2**14))
     folder = TasksFolder(tmp_path, key="--tasks-path")
-    (found,) = load([BENCHMARKS["boolq"]], folder, limit=3)
+    (found,) = folder.load([BENCHMARKS["boolq"]], limit=3)
     assert len(found.limited(3).questions) == 3 and found.total < 1000
     with pytest.raises(RequestError, match=r"parquet is larger than 10 MiB when decompressed"):
-        load([BENCHMARKS["boolq"]], folder)
+        folder.load([BENCHMARKS["boolq"]])
     monkeypatch.setattr(files, "_SPREAD_ROWS", 20)
-    assert load([BENCHMARKS["boolq"]], folder, limit=3)[0].total == 20
+    assert folder.load([BENCHMARKS["boolq"]], limit=3)[0].total == 20
     (tmp_path / "boolq.parquet").write_bytes(parquet_bomb(row, size=2**21, rows=1))
     with pytest.raises(RequestError, match=r"record 1: the question has more than 1048576 char"):
-        load([BENCHMARKS["boolq"]], folder)
+        folder.load([BENCHMARKS["boolq"]])
 
 
 def test_a_link_out_of_the_folder_is_not_read(tmp_path: Path) -> None:
@@ -301,7 +301,7 @@ def test_a_link_out_of_the_folder_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks/boolq.jsonl").symlink_to("../secret.jsonl")
     with pytest.raises(RequestError, match=r"--tasks-path: .*boolq.jsonl leaves the folder"):
-        load([BENCHMARKS["boolq"]], TasksFolder(tmp_path / "tasks", key="--tasks-path"))
+        TasksFolder(tmp_path / "tasks", key="--tasks-path").load([BENCHMARKS["boolq"]])
 
 
 class Refusing:

@@ -20,14 +20,12 @@ from tritter.data.documents import Document
 from tritter.data.tokens import END_OF_TEXT, train_tokenizer
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.benchmarks import harness
-from tritter.evaluation.benchmarks.files import Questions, questions_of
+from tritter.evaluation.benchmarks.files import Questions
 from tritter.evaluation.benchmarks.formats import BENCHMARKS, Benchmark, Question
 from tritter.evaluation.benchmarks.harness import (
     BenchmarkScores,
     EvalOptions,
     _task_config,
-    score_benchmark,
-    score_from_hub,
 )
 from tritter.evaluation.code.sandbox import ProgramResult
 
@@ -83,7 +81,7 @@ def asked(name: str, rows: Rows | None = None) -> Questions:
     """Return the questions of records, as from a file with that name."""
     rows = rows or _published(name)
     origin = {"xcopa": "test.it.jsonl", "mgsm": "mgsm_de.jsonl"}.get(name, name)
-    return questions_of(BENCHMARKS[name], rows, origin=origin)
+    return Questions.of_rows(BENCHMARKS[name], rows, origin=origin)
 
 
 def _published(name: str) -> Rows:
@@ -134,7 +132,7 @@ def agrees_with_lm_eval(model: Any, tokenizer: Any, name: str, rows: Rows | None
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    ours = score_benchmark(model, tokenizer, asked(name, rows), EvalOptions(batch_size=3))
+    ours = EvalOptions(batch_size=3).score(model, tokenizer, asked(name, rows))
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2, max_length=512)
     task = stock_task(name, rows)
     task_dict = {"tasks": {"stock": task}, "groups": {}}
@@ -153,10 +151,10 @@ def test_a_large_vocabulary_is_read_in_smaller_batches(
     model: Any, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    whole = score_benchmark(model, tokenizer, asked("arc_easy"), EvalOptions())
+    whole = EvalOptions().score(model, tokenizer, asked("arc_easy"))
     hook = model.register_forward_hook(lambda *seen: sizes.append(seen[-1].logits[..., 0].numel()))
     monkeypatch.setattr("tritter.evaluation.losses._MAX_LOGITS", 300 * 60)
-    parts = score_benchmark(model, tokenizer, asked("arc_easy"), EvalOptions())
+    parts = EvalOptions().score(model, tokenizer, asked("arc_easy"))
     hook.remove()
     assert max(sizes) <= 60 and len(sizes) > 2
     assert parts.scores["acc"].values.equal(whole.scores["acc"].values)
@@ -167,10 +165,10 @@ def test_a_tied_model_is_scored_with_its_experts(tokenizer: PreTrainedTokenizerF
     from tritter.methods.experts.mixture import ExpertMixture
 
     tied = oracle.tiny_llama(vocab_size=300, max_position_embeddings=512, tie_word_embeddings=True)
-    alone = score_benchmark(tied, tokenizer, asked("arc_easy"), EvalOptions())
+    alone = EvalOptions().score(tied, tokenizer, asked("arc_easy"))
     mixture = ExpertMixture(tied, router="evidence")
     mixture.add("new", AdapterShape(2, 4.0, ("embed_tokens", "lm_head")), seed=0)
-    found = score_benchmark(mixture.model, tokenizer, asked("arc_easy"), EvalOptions())
+    found = EvalOptions().score(mixture.model, tokenizer, asked("arc_easy"))
     assert found.primary.values.equal(alone.primary.values)  # a new expert changes nothing
     assert "tie_weights" not in vars(mixture.model)
 
@@ -189,7 +187,7 @@ def test_likelihoods_of_bfloat16_models_are_summed_in_float32(
         return found
 
     monkeypatch.setattr(HFLM, "loglikelihood", noted)
-    score_benchmark(half, tokenizer, asked("piqa"), EvalOptions())
+    EvalOptions().score(half, tokenizer, asked("piqa"))
     values = torch.tensor([value for value, _ in found])
     assert len(values) == 8 and not values.bfloat16().float().equal(values)
 
@@ -265,11 +263,11 @@ def test_a_benchmark_of_the_hub_is_lm_evals_own(
             return {"tasks": {"arc_easy": stock_task("arc_easy")}, "groups": {}}
 
     benchmark = BENCHMARKS["arc_easy"]
-    theirs = score_from_hub(model, tokenizer, benchmark, EvalOptions(), manager=Manager())
-    ours = score_benchmark(model, tokenizer, asked("arc_easy"), EvalOptions())
+    theirs = EvalOptions().score_from_hub(model, tokenizer, benchmark, manager=Manager())
+    ours = EvalOptions().score(model, tokenizer, asked("arc_easy"))
     assert theirs.primary.values.tolist() == ours.primary.values.tolist()
     assert theirs.nulls.uniform == ours.nulls.uniform == pytest.approx((1 + 1 / 2) / 4)
-    few = score_from_hub(model, tokenizer, benchmark, EvalOptions(limit=2), manager=Manager())
+    few = EvalOptions(limit=2).score_from_hub(model, tokenizer, benchmark, manager=Manager())
     assert len(few.primary) == 2 and few.notes
 
 
@@ -279,14 +277,14 @@ def test_without_a_hub_it_says_what_to_do(model: Any, tokenizer: PreTrainedToken
             raise ConnectionError("Couldn't reach the Hub")
 
     with pytest.raises(RequestError, match=r"can't load piqa .*--tasks-path DIR"):
-        score_from_hub(model, tokenizer, BENCHMARKS["piqa"], EvalOptions(), manager=Offline())
+        EvalOptions().score_from_hub(model, tokenizer, BENCHMARKS["piqa"], manager=Offline())
     of_a_run = EvalOptions(keys=("evaluation.tasks", "evaluation.tasks_path"))
     with pytest.raises(
         RequestError, match=r"evaluation.tasks = piqa.* files, evaluation.tasks_path"
     ):
-        score_from_hub(model, tokenizer, BENCHMARKS["piqa"], of_a_run, manager=Offline())
+        of_a_run.score_from_hub(model, tokenizer, BENCHMARKS["piqa"], manager=Offline())
     with pytest.raises(RequestError, match="has no such task"):
-        score_from_hub(model, tokenizer, BENCHMARKS["svamp"], EvalOptions())
+        EvalOptions().score_from_hub(model, tokenizer, BENCHMARKS["svamp"])
 
 
 class Knowing:
@@ -308,7 +306,7 @@ def test_programs_go_to_the_sandbox_and_nowhere_else(
     rows = [{**row, "prompt": "def f():\n", "test": f"{row['test']}"} for row in HUMANEVAL_ROWS]
     sandbox = Knowing("twice")
     questions = asked("humaneval", rows)
-    scores = score_benchmark(model, tokenizer, questions, EvalOptions(sandbox=sandbox))
+    scores = EvalOptions(sandbox=sandbox).score(model, tokenizer, questions)
     assert scores.primary.values.tolist() == [0.0, 1.0]
     assert scores.nulls.empty == 0.5 and len(sandbox.programs) == 4
     assert sandbox.programs[0].endswith("check(largest)")
@@ -319,11 +317,11 @@ def test_what_is_cut_and_limited_is_said(tokenizer: PreTrainedTokenizerFast) -> 
     rows = [*PUBLISHED["arc_easy"]]
     choices = {"text": ["a", "grows " * 30], "label": ["A", "B"]}
     rows.append({"question": "?", "choices": choices, "answerKey": "A"})
-    scores = score_benchmark(model, tokenizer, asked("arc_easy", rows), EvalOptions(limit=5))
+    scores = EvalOptions(limit=5).score(model, tokenizer, asked("arc_easy", rows))
     notes = " ".join(scores.notes)
     assert "Skipped 1 of 5 questions" in notes and "prompts on the left" in notes
     assert len(scores.primary) == 4
-    scores = score_benchmark(model, tokenizer, asked("gsm8k"), EvalOptions(limit=2))
+    scores = EvalOptions(limit=2).score(model, tokenizer, asked("gsm8k"))
     assert "2 of 3 questions" in " ".join(scores.notes)
     assert "Answers are limited to 12 instead of 256 tokens" in " ".join(scores.notes)
 
@@ -350,7 +348,7 @@ def test_a_model_that_cannot_tell_choices_apart_scores_no_more_than_chance(
     right = [question.right for question in questions.questions.values()]
     assert 70 < right.count(0) < 130
     with pytest.raises(TritterError, match="not finite"):
-        score_benchmark(broken(float("nan"))(), tokenizer, questions, EvalOptions())
+        EvalOptions().score(broken(float("nan"))(), tokenizer, questions)
 
 
 def test_modes_gradients_and_random_numbers_are_left_as_they_were(
@@ -358,8 +356,8 @@ def test_modes_gradients_and_random_numbers_are_left_as_they_were(
 ) -> None:
     model.train()
     state = torch.random.get_rng_state()
-    score_benchmark(model, tokenizer, asked("piqa"), EvalOptions())
-    score_benchmark(model, tokenizer, asked("gsm8k"), EvalOptions(limit=1))
+    EvalOptions().score(model, tokenizer, asked("piqa"))
+    EvalOptions(limit=1).score(model, tokenizer, asked("gsm8k"))
     assert model.training and all(module.training for module in model.modules())
     assert torch.equal(state, torch.random.get_rng_state())
     model(input_ids=torch.ones(1, 3, dtype=torch.int64)).logits.sum().backward()
@@ -372,13 +370,13 @@ def test_without_lm_eval_the_sentence_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "lm_eval.models.huggingface", None)
     with pytest.raises(RequestError, match=r"pip install 'tritter\[evaluation\]'"):
-        score_benchmark(model, tokenizer, asked("piqa"), EvalOptions())
+        EvalOptions().score(model, tokenizer, asked("piqa"))
 
 
 def test_scores_pair_up_question_by_question(
     model: Any, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    scores = score_benchmark(model, tokenizer, asked("piqa"), EvalOptions())
+    scores = EvalOptions().score(model, tokenizer, asked("piqa"))
     assert isinstance(scores, BenchmarkScores) and isinstance(BENCHMARKS["piqa"], Benchmark)
     assert scores.primary.identifiers == tuple(f"piqa:{n}" for n in range(1, 5))
     assert scores.primary.unit == "accuracy" and scores.primary.chance == 0.5

@@ -18,13 +18,11 @@ from tests.evaluation.test_benchmarks import STOCK, TASKS
 from tests.oracle import chat
 from tests.real import real_checkpoint
 from tritter.core.models import load_model, load_tokenizer
-from tritter.evaluation.benchmarks.files import Questions, TasksFolder, load
+from tritter.evaluation.benchmarks.files import Questions, TasksFolder
 from tritter.evaluation.benchmarks.formats import BENCHMARKS
 from tritter.evaluation.benchmarks.harness import (
     EvalOptions,
     _rendered_requests,
-    score_benchmark,
-    score_from_hub,
 )
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -87,7 +85,7 @@ def ours(name: str, splits: dict[str, Rows], folder: Path, *, num_fewshot: int |
     files = FILES.get(name, {"test": f"{name}_test", "train": f"{name}_train"})
     for split, file in files.items():
         written(folder / f"{file}.jsonl", splits[split])
-    (found,) = load([BENCHMARKS[name]], TasksFolder(folder, key="--x"), num_fewshot=num_fewshot)
+    (found,) = TasksFolder(folder, key="--x").load([BENCHMARKS[name]], num_fewshot=num_fewshot)
     return found
 
 
@@ -141,7 +139,7 @@ def test_bbh_shows_the_examples_of_its_prompt_files(tmp_path: Path) -> None:
     prompts.parent.mkdir(parents=True)
     prompts.write_text(f"canary\n-----\n{description}{worked}\n")
     written(tmp_path / "bbh/snarks.jsonl", splits["test"])
-    (found,) = load([BENCHMARKS["bbh"]], TasksFolder(tmp_path, key="--x"))
+    (found,) = TasksFolder(tmp_path, key="--x").load([BENCHMARKS["bbh"]])
     assert found.num_fewshot == 3
     for template in (None, chat.CHATML):
         tokenizer = chat.tokenizer(template)
@@ -176,7 +174,7 @@ def assert_agrees(
     assert _rendered_requests(tokenizer, found, length=4096, is_chat=is_chat) == prompts
     task.set_fewshot_seed(seed=1234)
     options = EvalOptions(batch_size=16, is_chat=is_chat)
-    scores = score_benchmark(model, tokenizer, found, options)
+    scores = options.score(model, tokenizer, found)
     kept = (BENCHMARKS[name].hub_filter, "none")
     samples = [
         each for each in scored(model, tokenizer, task, is_chat=is_chat) if each["filter"] in kept
@@ -216,8 +214,8 @@ def test_scores_are_those_of_lm_eval(name: str, template: str | None, tmp_path: 
             return {"tasks": {"arc_easy": stock(name, splits, num_fewshot=None)}, "groups": {}}
 
     options = EvalOptions(is_chat=template is not None, num_fewshot=2)
-    hub = score_from_hub(model, tokenizer, BENCHMARKS[name], options, manager=Manager())
-    own = score_benchmark(model, tokenizer, found, options)
+    hub = options.score_from_hub(model, tokenizer, BENCHMARKS[name], manager=Manager())
+    own = options.score(model, tokenizer, found)
     assert hub.primary.values.tolist() == own.primary.values.tolist()
     assert (hub.num_fewshot, hub.is_chat) == (2, template is not None)
 

@@ -11,8 +11,8 @@ import pytest
 
 from tests.evaluation.programs import HUMANEVAL_ROWS, MBPP_ROWS
 from tritter.errors import RequestError, TritterError
-from tritter.evaluation.benchmarks.files import TasksFolder, load, questions_of
-from tritter.evaluation.benchmarks.formats import BENCHMARKS, is_passed
+from tritter.evaluation.benchmarks.files import Questions, TasksFolder
+from tritter.evaluation.benchmarks.formats import BENCHMARKS
 from tritter.evaluation.code import sandbox as code
 from tritter.evaluation.code.sandbox import (
     ExternalSandbox,
@@ -113,14 +113,14 @@ def test_right_programs_pass_and_wrong_ones_fail() -> None:
         ("humaneval", HUMANEVAL_ROWS, "canonical_solution"),
         ("mbpp", MBPP_ROWS, "code"),
     ):
-        found = questions_of(BENCHMARKS[name], rows, origin="rows").questions
+        found = Questions.of_rows(BENCHMARKS[name], rows, origin="rows").questions
         solutions = {str(row["task_id"]): row[field] for row in rows}
         for key, question in found.items():
             solution = solutions[key.removeprefix("MBPP/")]
-            assert is_passed(NamespaceSandbox(), question, solution)
+            assert question.passes(solution, NamespaceSandbox())
             wrong = solution.replace("return", "return None and")
-            assert not is_passed(NamespaceSandbox(), question, wrong)
-            assert not is_passed(NamespaceSandbox(), question, "")
+            assert not question.passes(wrong, NamespaceSandbox())
+            assert not question.passes("", NamespaceSandbox())
 
 
 @held_here
@@ -162,13 +162,13 @@ def test_nothing_is_written_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 )
 def test_all_canonical_solutions_pass(name: str, field: str, key: str) -> None:
     folder = TasksFolder(SHARED, key="--tasks-path")
-    (found,) = load([BENCHMARKS[name]], folder)
+    (found,) = folder.load([BENCHMARKS[name]])
     rows = folder.rows(SHARED / found.files[0])
     solutions = {str(row[key]).removeprefix("MBPP/"): row[field] for row in rows}
     failed = [
         name
         for name, question in found.questions.items()
-        if not is_passed(NamespaceSandbox(), question, solutions[name.removeprefix("MBPP/")])
+        if not question.passes(solutions[name.removeprefix("MBPP/")], NamespaceSandbox())
     ]
     assert failed == []
 

@@ -16,7 +16,7 @@ from tritter.config.run_folder import fingerprint
 from tritter.core.models import load_model, load_tokenizer
 from tritter.data.tokens import TextBounds
 from tritter.errors import RequestError
-from tritter.evaluation.benchmarks.harness import EvalOptions, score_benchmark
+from tritter.evaluation.benchmarks.harness import EvalOptions
 from tritter.evaluation.tasks import Reader
 from tritter.pipeline import Outcome
 from tritter.pipeline.scoring import BenchmarkTask, _tokenizer, benchmark_tasks
@@ -48,7 +48,7 @@ def test_a_run_asks_them_before_and_after(
     assert task.questions is not None
     folder = tmp_path / "run/checkpoint"
     model, tokenizer = load_model(folder), load_tokenizer(folder)
-    found = score_benchmark(model, tokenizer, task.questions, EvalOptions(limit=20))
+    found = EvalOptions(limit=20).score(model, tokenizer, task.questions)
     assert found.primary.mean() == summary["final"]["arc_easy"]["accuracy"]
 
 

@@ -265,7 +265,7 @@ def _questions(
     chosen: Sequence[Benchmark], tasks_path: Path | None, harness: EvalOptions
 ) -> dict[str, Questions]:
     """Return the questions of benchmarks that are read from files."""
-    from tritter.evaluation.benchmarks.files import TasksFolder, load
+    from tritter.evaluation.benchmarks.files import TasksFolder
     from tritter.evaluation.benchmarks.harness import require_harness
 
     if tasks_path is not None and not chosen:
@@ -277,7 +277,7 @@ def _questions(
     questions = {}
     if tasks_path is not None:
         files = TasksFolder(tasks_path, key="--tasks-path")
-        loaded = load(chosen, files, limit=harness.limit, num_fewshot=harness.num_fewshot)
+        loaded = files.load(chosen, limit=harness.limit, num_fewshot=harness.num_fewshot)
         questions = {found.benchmark.name: found for found in loaded}
     if chosen:
         require_harness()
@@ -323,12 +323,10 @@ def _score_benchmarks(
     questions: Mapping[str, Questions],
     harness: EvalOptions,
 ) -> list[BenchmarkScores]:
-    from tritter.evaluation.benchmarks.harness import score_benchmark, score_from_hub
-
     return [
-        score_from_hub(model, tokenizer, each, harness)
+        harness.score_from_hub(model, tokenizer, each)
         if (of_files := questions.get(each.name)) is None
-        else score_benchmark(model, tokenizer, of_files, harness)
+        else harness.score(model, tokenizer, of_files)
         for each in chosen
     ]
 

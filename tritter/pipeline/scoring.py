@@ -18,14 +18,11 @@ from tritter.data.benchmark_names import CODE, benchmark_names
 from tritter.data.chat import NONE, TOKENIZER, ChatChoice, read_template
 from tritter.data.tokens import TokenisedDocuments
 from tritter.errors import Problem, RequestError, TritterError
-from tritter.evaluation.benchmarks.files import Questions, TasksFolder, load
+from tritter.evaluation.benchmarks.files import Questions, TasksFolder
 from tritter.evaluation.benchmarks.formats import BENCHMARKS, Benchmark
 from tritter.evaluation.benchmarks.harness import (
     EvalOptions,
     require_harness,
-    score_benchmark,
-    score_from_hub,
-    sequence_lengths,
 )
 from tritter.evaluation.benchmarks.harness import Tokenizer as StockTokenizer
 from tritter.evaluation.code.sandbox import Sandbox
@@ -217,9 +214,9 @@ class BenchmarkTask:
         harness = replace(self.harness, batch_size=reader.batch_size)
         tokenizer = _tokenizer(reader, self.stock)
         if self.questions is None:
-            found = score_from_hub(model, tokenizer, self.benchmark, harness)
+            found = harness.score_from_hub(model, tokenizer, self.benchmark)
         else:
-            found = score_benchmark(model, tokenizer, self.questions, harness)
+            found = harness.score(model, tokenizer, self.questions)
         return found.primary
 
     def lengths(self, reader: Reader) -> Sequence[int]:
@@ -229,11 +226,10 @@ class BenchmarkTask:
         """
         if self.questions is None:
             return ()
-        return sequence_lengths(
+        return self.harness.sequence_lengths(
             _tokenizer(reader, self.stock),
             self.questions.limited(self.harness.limit),
             length=self.positions,
-            is_chat=self.harness.is_chat,
         )
 
 
@@ -256,9 +252,9 @@ def benchmark_tasks(
     chosen = [BENCHMARKS[name] for name in names]
     questions: Mapping[str, Questions] = {}
     if options.tasks_path is not None:
-        loaded = load(
+        folder = TasksFolder(Path(options.tasks_path), key="evaluation.tasks_path")
+        loaded = folder.load(
             chosen,
-            TasksFolder(Path(options.tasks_path), key="evaluation.tasks_path"),
             limit=options.task_limit,
             num_fewshot=options.num_fewshot,
             fewshot_key="evaluation.num_fewshot",

@@ -35,7 +35,6 @@ _SPREAD_ROWS = 50_000  # rows of a .parquet to sample a limited number of questi
 _ROW_BYTES, _VALUE_BYTES = 256, 64  # overhead of a record and of a value in memory
 _SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".txt")
 _ROWS_BELOW = "examples"  # key of the records in BBH's files
-FEWSHOT_SEED = 1234  # lm-eval's default
 _THOUGHT = "\nA: Let's think step by step.\n"  # between question and answer in BBH's prompts
 _RECORDS = r".*\.(jsonl|json|parquet)"
 
@@ -79,6 +78,27 @@ class Questions:
             questions={name: self.questions[name] for name in names},
             examples={name: self.examples[name] for name in names},
         )
+
+    @classmethod
+    def of_rows(
+        cls,
+        benchmark: Benchmark,
+        rows: Sequence[Row],
+        *,
+        origin: str,
+        num_fewshot: int | None = None,
+    ) -> "Questions":
+        """Return the questions of records in memory."""
+        path = Path(origin)
+        try:
+            questions = dict(_questions(benchmark, path, rows, is_alone=True))
+            found = cls(benchmark, questions, {}, (origin,), len(questions))
+            return _with_examples(found, None, {path: rows}, num_fewshot)
+        except _TooFewExamplesError as error:
+            reason = f"{benchmark.name}: {error}"
+            raise RequestError(Problem("num_fewshot", num_fewshot, reason=reason)) from error
+        except _WrongFileError as error:
+            raise RequestError(str(error)) from error
 
 
 class TasksFolder:
@@ -147,75 +167,57 @@ class TasksFolder:
             raise TextFileError(reading.problems)
         return found
 
+    def load(
+        self,
+        benchmarks: Sequence[Benchmark],
+        *,
+        limit: int | None = None,
+        num_fewshot: int | None = None,
+        fewshot_key: str = "--num-fewshot",
+    ) -> list[Questions]:
+        """Read the benchmarks' questions from files.
 
-def load(
-    benchmarks: Sequence[Benchmark],
-    folder: TasksFolder,
-    *,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-    fewshot_key: str = "--num-fewshot",
-) -> list[Questions]:
-    """Read the benchmarks' questions from files.
+        Args:
+            benchmarks: the benchmarks to read.
+            limit: number of questions that suffice of a file that exceeds the size limit.
+            num_fewshot: number of few-shot examples; None is lm-eval's default for each benchmark.
+            fewshot_key: the option that sets it, for messages.
 
-    Args:
-        benchmarks: the benchmarks to read.
-        folder: the folder of their files.
-        limit: number of questions that suffice of a file that exceeds the size limit.
-        num_fewshot: number of few-shot examples; None is lm-eval's default for each benchmark.
-        fewshot_key: the option that sets it, for messages.
-
-    Raises:
-        RequestError: lists all benchmarks without a file and all problems of files.
-    """
-    loaded, problems = [], []
-    for benchmark in benchmarks:
-        files = folder.all(*(pattern + _RECORDS for pattern in benchmark.files))
-        if not files:
-            reason = (
-                f"it has no file of {benchmark.name}: allowed are .jsonl, .json (both also as "
-                f".gz) and .parquet with {benchmark.name} in their path"
-            )
-            problems.append(Problem(folder.key, str(folder.path), reason=reason))
-            continue
-        of_benchmark: list[Problem] = []
-        questions: dict[str, Question] = {}
-        records_of: dict[Path, Sequence[Row]] = {}
-        for path in files:
-            try:
-                records_of[path] = rows = folder.rows(path, limit=limit)
-                questions.update(_questions(benchmark, path, rows, is_alone=len(files) == 1))
-            except (TextFileError, _WrongFileError, TritterError) as error:
-                of_benchmark += _problems_of(error, folder.key)
-        names = tuple(str(path.relative_to(folder.path)) for path in files)
-        found = Questions(benchmark, questions, {}, names, len(questions))
-        if not of_benchmark:
-            try:
-                loaded.append(_with_examples(found, folder, records_of, num_fewshot))
-            except _TooFewExamplesError as error:
-                reason = f"{benchmark.name}: {error}"
-                of_benchmark.append(Problem(fewshot_key, num_fewshot, reason=reason))
-            except (TextFileError, _WrongFileError, TritterError) as error:
-                of_benchmark += _problems_of(error, folder.key)
-        problems += of_benchmark
-    raise_problems(problems)
-    return loaded
-
-
-def questions_of(
-    benchmark: Benchmark, rows: Sequence[Row], *, origin: str, num_fewshot: int | None = None
-) -> Questions:
-    """Return the questions of records in memory."""
-    path = Path(origin)
-    try:
-        questions = dict(_questions(benchmark, path, rows, is_alone=True))
-        found = Questions(benchmark, questions, {}, (origin,), len(questions))
-        return _with_examples(found, None, {path: rows}, num_fewshot)
-    except _TooFewExamplesError as error:
-        reason = f"{benchmark.name}: {error}"
-        raise RequestError(Problem("num_fewshot", num_fewshot, reason=reason)) from error
-    except _WrongFileError as error:
-        raise RequestError(str(error)) from error
+        Raises:
+            RequestError: lists all benchmarks without a file and all problems of files.
+        """
+        loaded, problems = [], []
+        for benchmark in benchmarks:
+            files = self.all(*(pattern + _RECORDS for pattern in benchmark.files))
+            if not files:
+                reason = (
+                    f"it has no file of {benchmark.name}: allowed are .jsonl, .json (both also as "
+                    f".gz) and .parquet with {benchmark.name} in their path"
+                )
+                problems.append(Problem(self.key, str(self.path), reason=reason))
+                continue
+            of_benchmark: list[Problem] = []
+            questions: dict[str, Question] = {}
+            records_of: dict[Path, Sequence[Row]] = {}
+            for path in files:
+                try:
+                    records_of[path] = rows = self.rows(path, limit=limit)
+                    questions.update(_questions(benchmark, path, rows, is_alone=len(files) == 1))
+                except (TextFileError, _WrongFileError, TritterError) as error:
+                    of_benchmark += _problems_of(error, self.key)
+            names = tuple(str(path.relative_to(self.path)) for path in files)
+            found = Questions(benchmark, questions, {}, names, len(questions))
+            if not of_benchmark:
+                try:
+                    loaded.append(_with_examples(found, self, records_of, num_fewshot))
+                except _TooFewExamplesError as error:
+                    reason = f"{benchmark.name}: {error}"
+                    of_benchmark.append(Problem(fewshot_key, num_fewshot, reason=reason))
+                except (TextFileError, _WrongFileError, TritterError) as error:
+                    of_benchmark += _problems_of(error, self.key)
+            problems += of_benchmark
+        raise_problems(problems)
+        return loaded
 
 
 def _with_examples(
@@ -328,7 +330,7 @@ def _select_examples(
         if few_shot.is_first:
             drawn = available[:number]
         else:
-            random = drawing.setdefault(question.part, Random(FEWSHOT_SEED))
+            random = drawing.setdefault(question.part, Random(FewShot.SEED))
             drawn = random.sample(available, min(required, len(available)))
             if few_shot.drops_own:
                 drawn = [each for each in drawn if each != question][:number]

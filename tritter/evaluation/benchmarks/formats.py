@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from tritter.data.benchmark_names import HUB_NAMES
 from tritter.evaluation.code.sandbox import Sandbox
@@ -106,6 +106,10 @@ class Question:
     part: str = ""
     name: str = ""
 
+    def passes(self, answer: str, sandbox: Sandbox) -> bool:
+        """Return True if the program of an answer passes the tests."""
+        return sandbox.run(f"{self.answer}{answer}\n", self.tests).is_passed
+
 
 @dataclass(frozen=True, slots=True)
 class Format:
@@ -138,6 +142,8 @@ class FewShot:
         drops_own: one more is drawn, in case the question itself is drawn.
         delimiter: text between a question and its answer.
     """
+
+    SEED: ClassVar[int] = 1234  # lm-eval's default
 
     number: int = 0
     files: tuple[str, ...] = ()
@@ -416,11 +422,6 @@ def _number(text: str) -> Decimal | None:
     except InvalidOperation:
         return None
     return number if number.is_finite() else None
-
-
-def is_passed(sandbox: Sandbox, question: Question, answer: str) -> bool:
-    """Return True if the program of an answer passes the question's tests."""
-    return sandbox.run(f"{question.answer}{answer}\n", question.tests).is_passed
 
 
 def _humaneval(row: Row, file: str) -> Question:

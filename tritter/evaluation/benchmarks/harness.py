@@ -18,8 +18,8 @@ from torch import nn
 from tritter.core.models import model_of
 from tritter.data.packing import reading_whole
 from tritter.errors import RequestError, TritterError, refused
-from tritter.evaluation.benchmarks.files import FEWSHOT_SEED, Questions, questions_of
-from tritter.evaluation.benchmarks.formats import Benchmark, Question, is_passed
+from tritter.evaluation.benchmarks.files import Questions
+from tritter.evaluation.benchmarks.formats import Benchmark, FewShot, Question
 from tritter.evaluation.code.sandbox import Sandbox
 from tritter.evaluation.inference import eval_mode
 from tritter.evaluation.losses import batch_that_fits, vocab_size_of
@@ -69,7 +69,7 @@ def _null_scores(
     if kind == "code":
         if sandbox is None:
             return _NullScores(None, None, None)
-        passed = sum(is_passed(sandbox, question, "") for question in scored)
+        passed = sum(question.passes("", sandbox) for question in scored)
         return _NullScores(None, None, passed / len(scored))
     constant = _commonest_share([(each.part, each.answer) for each in everything])
     if kind == "word":
@@ -116,6 +116,137 @@ class EvalOptions:
     num_fewshot: int | None = None
     keys: tuple[str, str] = ("--tasks", "--tasks-path DIR")
 
+    def score(
+        self, model: nn.Module, tokenizer: Tokenizer, questions: Questions
+    ) -> "BenchmarkScores":
+        """Score a model on all questions of a benchmark.
+
+        Args:
+            model: a model of transformers, on its device; its training modes are restored.
+            tokenizer: its tokenizer, from transformers.
+            questions: the questions.
+        """
+        require_harness()
+        length = _max_length(model)
+        limited = questions.limited(self.limit)
+        readable, notes = _drop_too_long(tokenizer, limited, length=length)
+        notes = [*questions.notes, *notes]
+        if len(limited.questions) < questions.total:
+            notes.append(
+                f"Scored {len(limited.questions)} of {questions.total} questions, spread evenly."
+            )
+        if self.is_chat and readable.benchmark.kind == "code":
+            notes.append("An answer in Markdown is no program; chat models often write some.")
+        sandbox = self.sandbox if self.is_null_run else None
+        nulls = _null_scores(readable, of=questions, sandbox=sandbox)
+        config = _task_config(readable, length=length, sandbox=self.sandbox)
+        name = readable.benchmark.name
+
+        def tasks() -> dict[str, Any]:
+            from lm_eval.api.task import ConfigurableTask
+
+            return {"tasks": {name: ConfigurableTask(config=config)}, "groups": {}}
+
+        samples = _run_lm_eval(model, tokenizer, tasks, self)[name]
+        answers = readable.benchmark.answer_tokens(length)
+        if 0 < answers < readable.benchmark.max_new_tokens:
+            notes.append(
+                f"Answers are limited to {answers} instead of {readable.benchmark.max_new_tokens} "
+                f"tokens: the context length is {length}."
+            )
+        notes += _notes(tokenizer, samples, length=length)
+        return BenchmarkScores(
+            name=name,
+            metric=readable.benchmark.metric,
+            scores=_paired_scores(
+                readable.benchmark,
+                [f"{name}:{each}" for each in readable.questions],
+                samples,
+                chance=nulls.chance,
+            ),
+            nulls=nulls,
+            num_fewshot=readable.num_fewshot,
+            is_chat=self.is_chat,
+            notes=tuple(notes),
+        )
+
+    def score_from_hub(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        benchmark: Benchmark,
+        *,
+        manager: Any = None,
+    ) -> "BenchmarkScores":
+        """Score a model on lm-eval's own task; programs run only in the sandbox.
+
+        Args:
+            model: the model.
+            tokenizer: its tokenizer.
+            benchmark: the benchmark.
+            manager: lm-eval's task manager; defaults to a new one.
+        """
+        require_harness()
+        tasks_key, path_key = self.keys
+        if not benchmark.hub:
+            reason = "lm-evaluation-harness has no such task; set a folder with its file"
+            raise refused(tasks_key, benchmark.name, f"{reason}, {path_key}")
+        if benchmark.kind == "code":
+            questions = _rows_from_hub(benchmark, self)
+            return self.score(model, tokenizer, questions)
+        with _quiet(is_shown=self.is_shown):
+            loaded = _tasks(benchmark, manager, self)
+        found = _run_lm_eval(model, tokenizer, lambda: loaded, self, limit=self.limit)
+        numbers = [task.get_config("num_fewshot") or 0 for task in loaded["tasks"].values()]
+        samples = [
+            (task, sample)
+            for task, of_task in found.items()
+            for sample in of_task
+            if sample["filter"] in (benchmark.hub_filter or sample["filter"], "none")
+        ]
+        if benchmark.kind in ("choice", "context"):
+            chances = [1 / len(sample["arguments"]) for _, sample in samples]
+            nulls = _NullScores(sum(chances) / len(chances), None, None)
+        else:
+            constant = _commonest_share([(task, str(sample["target"])) for task, sample in samples])
+            nulls = _NullScores(None, constant, 0.0 if benchmark.kind == "word" else None)
+        names = [f"{benchmark.name}:{task}/{sample['doc_id']}" for task, sample in samples]
+        notes = []
+        if self.limit:
+            notes.append(f"Scored at most {self.limit} questions of each subtask.")
+        if self.num_fewshot and not max(numbers):
+            notes.append("lm-eval fixes its number of few-shot examples at 0.")
+        of_question = [each for _, each in samples]
+        notes += _notes(tokenizer, of_question, length=_max_length(model))
+        return BenchmarkScores(
+            name=benchmark.name,
+            metric=benchmark.metric,
+            scores=_paired_scores(benchmark, names, of_question, chance=nulls.chance),
+            nulls=nulls,
+            num_fewshot=max(numbers),
+            is_chat=self.is_chat,
+            notes=tuple(notes),
+        )
+
+    def sequence_lengths(
+        self, tokenizer: Tokenizer, questions: Questions, *, length: int
+    ) -> list[int]:
+        """Return the number of tokens of each sequence, assuming answers of maximum length.
+
+        Args:
+            tokenizer: the tokenizer.
+            questions: the questions.
+            length: context length.
+        """
+        answer_tokens = questions.benchmark.answer_tokens(length)
+        return [
+            min(length, _num_tokens(tokenizer, text) + answer_tokens)
+            for texts in _rendered_requests(
+                tokenizer, questions, length=length, is_chat=self.is_chat
+            )
+            for text in texts
+        ]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchmarkScores:
@@ -152,62 +283,6 @@ def require_harness() -> None:
     except ImportError as error:
         reason = "benchmarks require lm-evaluation-harness, which is not installed: pip install"
         raise RequestError(f"{reason} 'tritter[evaluation]' ({error}).") from error
-
-
-def score_benchmark(
-    model: nn.Module, tokenizer: Tokenizer, questions: Questions, harness: EvalOptions
-) -> BenchmarkScores:
-    """Score a model on all questions of a benchmark.
-
-    Args:
-        model: a model of transformers, on its device; its training modes are restored.
-        tokenizer: its tokenizer, from transformers.
-        questions: the questions.
-        harness: the options.
-    """
-    require_harness()
-    length = _max_length(model)
-    limited = questions.limited(harness.limit)
-    readable, notes = _drop_too_long(tokenizer, limited, length=length)
-    notes = [*questions.notes, *notes]
-    if len(limited.questions) < questions.total:
-        notes.append(
-            f"Scored {len(limited.questions)} of {questions.total} questions, spread evenly."
-        )
-    if harness.is_chat and readable.benchmark.kind == "code":
-        notes.append("An answer in Markdown is no program; chat models often write some.")
-    sandbox = harness.sandbox if harness.is_null_run else None
-    nulls = _null_scores(readable, of=questions, sandbox=sandbox)
-    config = _task_config(readable, length=length, sandbox=harness.sandbox)
-    name = readable.benchmark.name
-
-    def tasks() -> dict[str, Any]:
-        from lm_eval.api.task import ConfigurableTask
-
-        return {"tasks": {name: ConfigurableTask(config=config)}, "groups": {}}
-
-    samples = _run_lm_eval(model, tokenizer, tasks, harness)[name]
-    answers = readable.benchmark.answer_tokens(length)
-    if 0 < answers < readable.benchmark.max_new_tokens:
-        notes.append(
-            f"Answers are limited to {answers} instead of {readable.benchmark.max_new_tokens} "
-            f"tokens: the context length is {length}."
-        )
-    notes += _notes(tokenizer, samples, length=length)
-    return BenchmarkScores(
-        name=name,
-        metric=readable.benchmark.metric,
-        scores=_paired_scores(
-            readable.benchmark,
-            [f"{name}:{each}" for each in readable.questions],
-            samples,
-            chance=nulls.chance,
-        ),
-        nulls=nulls,
-        num_fewshot=readable.num_fewshot,
-        is_chat=harness.is_chat,
-        notes=tuple(notes),
-    )
 
 
 def _paired_scores(
@@ -360,7 +435,7 @@ def _task_config(questions: Questions, *, length: int, sandbox: Sandbox | None) 
         if kind != "code":
             return benchmark.is_right(question(doc), text)
         assert sandbox is not None
-        return is_passed(sandbox, question(doc), text)
+        return question(doc).passes(text, sandbox)
 
     return config | {
         "output_type": "generate_until",
@@ -414,25 +489,6 @@ def _drop_too_long(
         return questions, []
     note = f"Skipped {number} of {len(questions.questions)} questions: one of their choices exceeds"
     return questions.only(kept), [f"{note} the context length of {length} tokens."]
-
-
-def sequence_lengths(
-    tokenizer: Tokenizer, questions: Questions, *, length: int, is_chat: bool = False
-) -> list[int]:
-    """Return the number of tokens of each sequence, assuming answers of maximum length.
-
-    Args:
-        tokenizer: the tokenizer.
-        questions: the questions.
-        length: context length.
-        is_chat: as in `EvalOptions`.
-    """
-    answer_tokens = questions.benchmark.answer_tokens(length)
-    return [
-        min(length, _num_tokens(tokenizer, text) + answer_tokens)
-        for texts in _rendered_requests(tokenizer, questions, length=length, is_chat=is_chat)
-        for text in texts
-    ]
 
 
 def _rendered_requests(
@@ -516,66 +572,6 @@ def _quiet(*, is_shown: bool) -> Iterator[None]:
             logger.setLevel(level)
 
 
-def score_from_hub(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    benchmark: Benchmark,
-    harness: EvalOptions,
-    *,
-    manager: Any = None,
-) -> BenchmarkScores:
-    """Score a model on lm-eval's own task; programs run only in the sandbox.
-
-    Args:
-        model: the model.
-        tokenizer: its tokenizer.
-        benchmark: the benchmark.
-        harness: the options.
-        manager: lm-eval's task manager; defaults to a new one.
-    """
-    require_harness()
-    tasks_key, path_key = harness.keys
-    if not benchmark.hub:
-        reason = "lm-evaluation-harness has no such task; set a folder with its file"
-        raise refused(tasks_key, benchmark.name, f"{reason}, {path_key}")
-    if benchmark.kind == "code":
-        questions = _rows_from_hub(benchmark, harness)
-        return score_benchmark(model, tokenizer, questions, harness)
-    with _quiet(is_shown=harness.is_shown):
-        loaded = _tasks(benchmark, manager, harness)
-    found = _run_lm_eval(model, tokenizer, lambda: loaded, harness, limit=harness.limit)
-    numbers = [task.get_config("num_fewshot") or 0 for task in loaded["tasks"].values()]
-    samples = [
-        (task, sample)
-        for task, of_task in found.items()
-        for sample in of_task
-        if sample["filter"] in (benchmark.hub_filter or sample["filter"], "none")
-    ]
-    if benchmark.kind in ("choice", "context"):
-        chances = [1 / len(sample["arguments"]) for _, sample in samples]
-        nulls = _NullScores(sum(chances) / len(chances), None, None)
-    else:
-        constant = _commonest_share([(task, str(sample["target"])) for task, sample in samples])
-        nulls = _NullScores(None, constant, 0.0 if benchmark.kind == "word" else None)
-    names = [f"{benchmark.name}:{task}/{sample['doc_id']}" for task, sample in samples]
-    notes = []
-    if harness.limit:
-        notes.append(f"Scored at most {harness.limit} questions of each subtask.")
-    if harness.num_fewshot and not max(numbers):
-        notes.append("lm-eval fixes its number of few-shot examples at 0.")
-    of_question = [each for _, each in samples]
-    notes += _notes(tokenizer, of_question, length=_max_length(model))
-    return BenchmarkScores(
-        name=benchmark.name,
-        metric=benchmark.metric,
-        scores=_paired_scores(benchmark, names, of_question, chance=nulls.chance),
-        nulls=nulls,
-        num_fewshot=max(numbers),
-        is_chat=harness.is_chat,
-        notes=tuple(notes),
-    )
-
-
 def _tasks(benchmark: Benchmark, manager: Any, harness: EvalOptions) -> dict[str, Any]:
     """Return lm-eval's tasks of a benchmark, configured as in lm-eval's own evaluation."""
     from lm_eval.tasks import TaskManager
@@ -588,7 +584,7 @@ def _tasks(benchmark: Benchmark, manager: Any, harness: EvalOptions) -> dict[str
         default, num_fewshot = task.get_config("num_fewshot"), harness.num_fewshot
         if default is None or (num_fewshot is not None and default != 0):
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
-        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        task.set_fewshot_seed(seed=FewShot.SEED)
     return loaded
 
 
@@ -601,7 +597,7 @@ def _rows_from_hub(benchmark: Benchmark, harness: EvalOptions) -> Questions:
         rows: Iterable[Any] = datasets.load_dataset(name, split=split)
     except (OSError, ValueError) as error:
         raise _unavailable(benchmark, error, harness.keys) from error
-    return questions_of(benchmark, list(rows), origin=name, num_fewshot=harness.num_fewshot)
+    return Questions.of_rows(benchmark, list(rows), origin=name, num_fewshot=harness.num_fewshot)
 
 
 def _unavailable(benchmark: Benchmark, error: Exception, keys: tuple[str, str]) -> RequestError:
