@@ -92,7 +92,7 @@ def _numbers(comparison: Comparison, found: FoundRuns) -> dict[str, Any]:
 
 def _scores(folder: Path, run: EndedRun) -> dict[str, PairedScores]:
     """Return the scores of a run's last model, item by item."""
-    from tritter.evaluation.statistics import MAX_SCORE_BYTES, PairedScores, score_file
+    from tritter.evaluation.statistics import PairedScores, score_file
     from tritter.report.rows import score_of
 
     summary = run.summary
@@ -103,7 +103,7 @@ def _scores(folder: Path, run: EndedRun) -> dict[str, PairedScores]:
     path = folder / score_file(f"{name}{task}-trained")
     if not os.path.lexists(path):
         raise TritterError(f"no {path.relative_to(folder)}")
-    plain = read_object(path, limit_bytes=MAX_SCORE_BYTES)
+    plain = read_object(path, limit_bytes=PairedScores.MAX_FILE_BYTES)
     scores = {subject: PairedScores.from_dict(record) for subject, record in plain.items()}
     for row in run.rows:
         own = scores.get(row.domain)
@@ -135,25 +135,22 @@ def _content(comparison: Comparison, format: str, found: FoundRuns) -> str:
         csv.writer(stream, lineterminator="\n").writerows(comparison.rows())
         # A folder name may not be valid Unicode
         return stream.getvalue().encode(errors="backslashreplace").decode()
-    from tritter.report.compared import BY_SEED, OVER_SEEDS
     from tritter.report.page import page
 
     runs = [each.run for each in comparison.runs]
-    own = {OVER_SEEDS, BY_SEED}  # on every page already
-    tables = {title: table for title, table in comparison.tables().items() if title not in own}
+    tables = comparison.tables(on_page=True)
     return page(runs, title="Runs compared", notes=found.notes, tables=tables)[0]
 
 
 def _print(comparison: Comparison, notes: Sequence[str], output: Path | None) -> None:
-    from tritter.report.compared import letter
     from tritter.report.table import label
 
-    console = new_console()
-    for number, each in enumerate(comparison.runs):
-        console.print(Text(f"{letter(number)}  {console.printable(each.name)}"), soft_wrap=True)
+    console, lettered = new_console(), comparison.with_letters()
+    for each, short in zip(comparison.runs, lettered.runs, strict=True):
+        console.print(Text(f"{short.name}  {console.printable(each.name)}"), soft_wrap=True)
     console.print()
     with status("computing bounds"):
-        tables = comparison.with_letters().tables()
+        tables = lettered.tables()
     for title, table in tables.items():
         # A label equal to the one in the row before is not repeated
         rows, before, is_grouped = [], "", table.header[0] in ("domain", "setting")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from tritter.errors import TritterError
 
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _FORMAT_VERSION = 1
-MAX_SCORE_BYTES = 2**30  # per score file
 _Unit = Literal["nats", "accuracy"]
 _NUM_RESAMPLES = 1999
 # A fixed seed: the same scores have the same bounds in every run
@@ -42,6 +41,8 @@ class PairedScores:
         chance: accuracy of guessing; 0 for losses.
         start: of losses, the `TextBounds.start` of the documents.
     """
+
+    MAX_FILE_BYTES: ClassVar[int] = 2**30
 
     identifiers: tuple[str, ...]
     values: Tensor

@@ -28,7 +28,7 @@ from tritter.evaluation.benchmarks.harness import Tokenizer as StockTokenizer
 from tritter.evaluation.code.sandbox import Sandbox
 from tritter.evaluation.losses import document_losses, window_lengths
 from tritter.evaluation.options import TASKS_KEY, EvaluationConfig
-from tritter.evaluation.statistics import MAX_SCORE_BYTES, PairedScores
+from tritter.evaluation.statistics import PairedScores
 from tritter.evaluation.tasks import Reader, ScoredTask, subject_of
 from tritter.storage.reading import read_object
 from tritter.terminal import NewBar, no_bar
@@ -79,7 +79,7 @@ class Scoring:
 
     def read(self, path: Path) -> Scores:
         """Return the scores in a file."""
-        plain = read_object(path, limit_bytes=MAX_SCORE_BYTES)
+        plain = read_object(path, limit_bytes=PairedScores.MAX_FILE_BYTES)
         try:
             return {subject: PairedScores.from_dict(plain[subject]) for subject in self.subjects}
         except (KeyError, TritterError) as error:

@@ -20,7 +20,7 @@ from tritter.data.options import NamedTextConfig
 from tritter.data.tokens import TokenisedDocuments
 from tritter.evaluation.gate import MIN_DOCUMENTS, Check, retention_check
 from tritter.evaluation.losses import document_losses, window_lengths
-from tritter.evaluation.statistics import MAX_SCORE_BYTES, PairedScores, score_file
+from tritter.evaluation.statistics import PairedScores, score_file
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.run import Run
 from tritter.pipeline.run_data import RunData
@@ -60,7 +60,7 @@ class LongScores:
     @classmethod
     def read(cls, run: Run, name: str) -> "LongScores":
         """Return scores that were written under a name."""
-        plain = read_object(run.folder / score_file(name), limit_bytes=MAX_SCORE_BYTES)
+        plain = read_object(run.folder / score_file(name), limit_bytes=PairedScores.MAX_FILE_BYTES)
         scores = {name: PairedScores.from_dict(each) for name, each in plain["scores"].items()}
         return cls(scores, plain["positions"])
 

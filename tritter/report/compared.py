@@ -37,7 +37,6 @@ _CSV_HEADER = ("run", "subject", "quantity", "value", "lower", "upper")
 _CELL_CHARACTERS = 60
 _FEW_RUNS = 6  # that are columns of a table; more are rows
 _FEW_SETTINGS = 5  # that are columns of a table with many runs
-OVER_SEEDS, BY_SEED = "Over seeds", "Differences to the reference group, paired by seed"
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ class Comparison:
 
     def with_letters(self) -> "Comparison":
         """Return the same with a letter as the name of each run, for narrow terminals."""
-        named = (replace(r.run, name=letter(n)) for n, r in enumerate(self.runs))
+        named = (replace(r.run, name=_letter(n)) for n, r in enumerate(self.runs))
         return Comparison(tuple(replace(c, run=r) for c, r in zip(self.runs, named, strict=True)))
 
     @cached_property
@@ -126,18 +125,20 @@ class Comparison:
         subjects = dict.fromkeys(row.domain for each in self.runs for row in each.run.rows)
         return tuple(_difference(s, first, other) for s in subjects for other in others)
 
-    def tables(self) -> dict[str, Table]:
-        """Return title → table, without empty ones."""
+    def tables(self, *, on_page: bool = False) -> dict[str, Table]:
+        """Return title → table, without empty ones, and without those that every page has."""
         tables = {
             "Settings that differ": self._settings(),
             "Verdicts and size": self._verdicts(),
             "Losses": self._scores(),
             f"Differences to {self.runs[0].name}, paired by document": self._differences(),
-            OVER_SEEDS: self._seeds(),
-            BY_SEED: self._by_seed(),
+            "Over seeds": None if on_page else self._seeds(),
+            "Differences to the reference group, paired by seed": (
+                None if on_page else self._by_seed()
+            ),
             "Cost": self._costs(),
         }
-        return {title: table for title, table in tables.items() if table.rows}
+        return {title: table for title, table in tables.items() if table and table.rows}
 
     def to_dict(self) -> dict[str, Any]:
         """Return all numbers as plain values for JSON."""
@@ -356,10 +357,10 @@ class Comparison:
         return Table(header, tuple(rows), tuple(range(1, 8)), caption)
 
 
-def letter(number: int) -> str:
+def _letter(number: int) -> str:
     """Return A for 0, B for 1, and so on: AA comes after Z."""
     rest, last = divmod(number, 26)
-    return (letter(rest - 1) if rest else "") + chr(ord("A") + last)
+    return (_letter(rest - 1) if rest else "") + chr(ord("A") + last)
 
 
 def _independent_keys(keys: Sequence[str], runs: Sequence[EndedRun]) -> tuple[str, ...]:

@@ -133,7 +133,7 @@ def _exit_like(status: int) -> None:
     os._exit(code if code >= 0 else 128 - code)
 
 
-def main() -> None:
+def _main() -> None:
     """Isolate this process, fork the init process of the namespace, which forks the program.
 
     When the init process ends, the kernel kills all remaining processes of the program.
@@ -163,4 +163,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    _main()

@@ -10,7 +10,7 @@ import torch
 from tritter.checkpoints import Source, lineage_of
 from tritter.data.cache import entry_lock
 from tritter.errors import TritterError
-from tritter.evaluation.statistics import MAX_SCORE_BYTES, PairedScores, score_file
+from tritter.evaluation.statistics import PairedScores, score_file
 from tritter.methods.whole import load_whole, reading_flops_of
 from tritter.pipeline.base import copy_source, obtain_base
 from tritter.pipeline.ledger import StageResult, content_key
@@ -136,7 +136,7 @@ def _intact_scores(location: Path) -> dict[str, Any] | None:
     if not location.exists():
         return None
     try:
-        content = read_object(location, limit_bytes=MAX_SCORE_BYTES)
+        content = read_object(location, limit_bytes=PairedScores.MAX_FILE_BYTES)
     except TritterError as error:
         _logger.warning("scoring again: the cached file is damaged: %s: %s", location, error)
         return None
