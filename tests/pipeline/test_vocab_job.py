@@ -65,17 +65,17 @@ def test_both_tokenizers_score_the_same_bytes(done: Path) -> None:
 
 
 def test_the_summary_and_the_table_are_per_byte(done: Path) -> None:
-    from tritter.report.rows import domain_rows
     from tritter.report.summary import Summary
-    from tritter.report.tables import _summary_lines, result_table
+    from tritter.report.tables import SummaryTables
 
     summary = Summary.read(done / "summary.json")
     assert summary.jump is not None and 0 < summary.jump.new_token_mass < 1
     assert summary.jump.relative_to_std < 1e-4
-    table = result_table(summary, domain_rows(summary))
+    tables = SummaryTables(summary)
+    table = tables.results(tables.rows)
     assert table.title.startswith("Loss [nats/byte]")
     assert table.rows[0][2] == f"{summary.baseline['old'].loss_per_byte:.3f}"
-    lines = {line.label: line.text for line in _summary_lines(summary)}
+    lines = {line.label: line.text for line in tables._lines()}
     assert "new 0." in lines["tokens/byte"] and "→" in lines["tokens/byte"]
     assert {each.prompt for each in summary.samples} >= {"the line"}
 

@@ -21,7 +21,7 @@ from tritter.report.figures import GroupFigures
 from tritter.report.page import page
 from tritter.report.runs import Curve, EndedRun, group_runs
 from tritter.report.summary import Summary
-from tritter.report.tables import size_text
+from tritter.report.tables import SummaryTables
 from tritter.report.topics.topic import MAX_PANELS
 
 HOSTILE = "<script>alert(1)</script>"
@@ -343,7 +343,7 @@ def test_a_rolled_back_run_shows_the_grown_size_too(summary: dict[str, Any]) -> 
     kept = summary | {"parameters": {"baseline": 213_440, "final": 213_440}}
     kept["attempts"] = [one | {"parameters": 721_792} for one in kept["attempts"]]
     for status, expected in (("rolled_back", "213 k (grown 722 k)"), ("kept", "213 k")):
-        assert size_text(Summary.of(kept | {"status": status})) == expected
+        assert SummaryTables(Summary.of(kept | {"status": status})).size == expected
     text, _ = page([run_of(kept | {"status": "rolled_back"}, "one", 0)], title="Runs")
     assert "<span>213 k</span> <span>(grown 722 k)</span>" in text
 

@@ -4,7 +4,7 @@ import pytest
 
 from tritter.report.summary import Summary
 from tritter.report.table import count_text, ratio_text, si_text
-from tritter.report.tables import attempts_table, outside_table, print_summary, stage_table
+from tritter.report.tables import SummaryTables
 from tritter.terminal import Console
 
 
@@ -12,7 +12,7 @@ def printed(summary, *, encoding="utf-8", folder=None, width=80):
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding=encoding)
     console = Console(file=file, width=width)
-    print_summary(Summary.of(summary), console=console, folder=folder)
+    SummaryTables(Summary.of(summary)).print(console=console, folder=folder)
     file.flush()
     return raw.getvalue().decode(encoding)
 
@@ -50,8 +50,8 @@ def ungated(summary):
 def test_nothing_of_an_ungated_run_is_green(summary):
     for run, is_green in ((summary, True), (ungated(summary), False)):
         file = io.StringIO()
-        print_summary(Summary.of(run), console=Console(file=file, width=80, color_system="standard",
-                                           force_terminal=True))  # fmt: skip
+        console = Console(file=file, width=80, color_system="standard", force_terminal=True)
+        SummaryTables(Summary.of(run)).print(console=console)
         assert ("\x1b[32m" in file.getvalue() or "\x1b[1;32m" in file.getvalue()) is is_green
     assert line_of(printed(ungated(summary)), "status")[:2] == ["status", "ungated:"]
     assert line_of(printed(ungated(summary)), "prose")[-1] == "reported"
@@ -139,12 +139,12 @@ def test_attempts_have_the_changes_of_their_tables(rolled_back):
     first["gate"] = [*first["gate"], *more]
     line = "1: as requested: prose +1.0%, code -25.5%, code accuracy +10.0 points; kept"
     assert line in printed(rolled_back, width=160)
-    table = attempts_table(Summary.of(rolled_back))
+    table = SummaryTables(Summary.of(rolled_back)).attempts()
     assert table.caption == "Loss after each attempt [nats/token]"
     assert table.header[1:] == ("prose", "code", "code accuracy", "verdict")
     assert table.rows[0][1:] == ("3.627", "3.420", "60.0%", "kept")
     rolled_back["attempts"][0]["jump"] = {"new_token_mass": 0.1}
-    table = attempts_table(Summary.of(rolled_back))
+    table = SummaryTables(Summary.of(rolled_back)).attempts()
     assert table.caption == "Loss after each attempt [nats/byte]" and table.rows[0][1] == "1.220"
 
 
@@ -166,7 +166,7 @@ def test_colours_are_only_an_extra(summary):
     plain = printed(summary)
     file = io.StringIO()
     console = Console(file=file, width=80, force_terminal=True, color_system="standard")
-    print_summary(Summary.of(summary), console=console)
+    SummaryTables(Summary.of(summary)).print(console=console)
     assert "\x1b[32mpassed" in file.getvalue() and "\x1b" not in plain
 
 
@@ -207,14 +207,18 @@ def test_each_stage_has_seconds_and_flops(summary) -> None:
 
 def test_stages_keep_their_order_and_end_with_the_total(summary) -> None:
     summary |= {"seconds": {"a": 1.0, "total": 3.0}, "flops": {"a": 1.0, "b": 2.0, "total": 3.0}}
-    assert [row[0] for row in stage_table(Summary.of(summary)).rows] == ["a", "b", "total"]
+    assert [row[0] for row in SummaryTables(Summary.of(summary)).stages().rows] == [
+        "a",
+        "b",
+        "total",
+    ]
 
 
 def test_what_own_methods_and_stages_report_is_a_table(summary) -> None:
     pulls = [[0, 0.0], [10, 0.15417]]
     summary["methods"] = {"tether": {"fits": [{"steps": 30, "norms": [0.5] * 30, "pulls": pulls}]}}
     summary["stages"] = {"drift": {"largest": ["a", "b"], "shares": {str(n): n for n in range(30)}}}
-    table = outside_table(Summary.of(summary))
+    table = SummaryTables(Summary.of(summary)).outside()
     assert table.rows[0] == ("drift", "largest", "a, b")
     assert table.rows[-4:] == (
         ("tether", "fits.0.steps", "30"),

@@ -45,7 +45,7 @@ from tritter.pipeline.verdict import Candidate, GateFound, KeptFound, PublishedF
 from tritter.planning.strategy import planned_rounds
 from tritter.report.figures import plot_run
 from tritter.report.runs import curves_of
-from tritter.report.tables import print_summary
+from tritter.report.tables import SummaryTables
 from tritter.storage.atomic import clear_leftovers, write_text_atomic
 from tritter.targets import instantiate
 from tritter.terminal import Console
@@ -141,7 +141,7 @@ def _report(run: Run, candidates: Sequence[Candidate], control: Candidate) -> Ou
     ]
     steps = sum(run.ledger.training(name).steps for name in own)
     log_result_to_wandb(run, summary, plots, step=steps)
-    print_summary(summary, console=run.console, folder=run.folder)
+    SummaryTables(summary).print(console=run.console, folder=run.folder)
     run.say("disk", disk.report(summary.disk))
     run.console.print()
     for plot in plots:

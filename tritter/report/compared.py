@@ -28,7 +28,7 @@ from tritter.report.runs import (
 )
 from tritter.report.summary import MAX_NUMBER
 from tritter.report.table import MISSING, Table, count_text, number_text, si_text
-from tritter.report.tables import size_text
+from tritter.report.tables import SummaryTables
 
 _MEAN_OR_SEEDS = (
     f"mean with Student's {CONFIDENCE:.0%} interval, below {MIN_SEEDS} seeds each seed's value"
@@ -254,7 +254,7 @@ class Comparison:
                 if check.verdict in ("failed", "undecided")
             ]
             costs = each.costs()
-            sizes = (count_text(costs["parameters_before"]), size_text(each.run.summary))
+            sizes = (count_text(costs["parameters_before"]), SummaryTables(each.run.summary).size)
             shown = (each.run.summary.status.replace("_", " "), ", ".join(failed) or MISSING)
             rows.append((each.name, *shown, *sizes))
         header = ("run", "status", "failed or undecided", "parameters before", "after")

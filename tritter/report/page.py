@@ -26,14 +26,7 @@ from tritter.report.runs import (
     with_controls,
 )
 from tritter.report.table import MISSING, Table, number_text, si_text
-from tritter.report.tables import (
-    attempts_table,
-    outside_table,
-    result_table,
-    size_text,
-    stage_table,
-    task_table,
-)
+from tritter.report.tables import SummaryTables
 from tritter.report.topics import TOPICS, topics_of
 
 if TYPE_CHECKING:
@@ -247,7 +240,7 @@ def _overview(groups: Sequence[Group]) -> Table:
             texts = (row.change.text() for row in run.rows if row.domain == domain)
             cells.append(next(texts, MISSING))
         cells += [extra.get(name, MISSING) for name in names]
-        cells += [size_text(summary), str(run.steps)]
+        cells += [SummaryTables(summary).size, str(run.steps)]
         seconds = number_text(summary.seconds.get("total"), ".1f")
         cells += [si_text(summary.flops.get("total")), seconds]
         rows.append(tuple(cells))
@@ -292,9 +285,10 @@ def _details(run: EndedRun) -> dict[str, Any]:
     summary = run.summary
     chosen = {"expansion": summary.expansion, "forgetting": summary.forgetting}
     methods = [f"{key}={'+'.join(names) or 'none'}" for key, names in chosen.items()]
-    tables = [result_table(summary, [*run.rows, *run.control_rows]), attempts_table(summary)]
+    own = SummaryTables(summary)
+    tables = [own.results([*run.rows, *run.control_rows]), own.attempts()]
     if len(summary.tasks) > 1:
-        tables.append(task_table(summary))
+        tables.append(own.tasks())
     notes = []
     for topic, record in topics_of(summary):
         methods += [f"{topic.name}={name}" for name in filter(None, [topic.method(record)])]
@@ -307,8 +301,7 @@ def _details(run: EndedRun) -> dict[str, Any]:
     part = "round" if summary.rounds else "attempt"
     last = f" of the last {part}" if len(summary.rounds or summary.attempts) > 1 else ""
     header, title = ("check", "subject", "verdict", "reason"), f"Checks of the gate{last}"
-    tables += [Table(header, checks, title=title), outside_table(summary)]
-    tables.append(stage_table(summary))
+    tables += [Table(header, checks, title=title), own.outside(), own.stages()]
     return {
         "name": run.name,
         "status": summary.status,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,174 +49,288 @@ class _SummaryLine:
     style: str = ""
 
 
-def print_summary(summary: Summary, *, console: Console, folder: Path | None = None) -> None:
-    """Print a finished run: losses per domain, cost, status and a sample.
+class SummaryTables:
+    """The tables and lines of a finished run, for the terminal and the page.
 
     Args:
         summary: The run.
-        console: Where to print.
-        folder: The run folder; with it, the path of the checkpoint can be copied.
     """
-    tables = [result_table(summary, domain_rows(summary))]
-    if len(summary.tasks) > 1:
-        tables.append(task_table(summary))
-    if summary.moe is not None:
-        tables.append(moe_table(summary.moe))
-    for topic, record in topics_of(summary):
-        tables += topic.tables(record)
-    if (outside := outside_table(summary)).rows:
-        tables.append(outside)
-    for table in (*tables, stage_table(summary)):
+
+    def __init__(self, summary: Summary) -> None:
+        self.summary = summary
+
+    @cached_property
+    def rows(self) -> tuple[DomainRow, ...]:
+        """One row per domain, then the same for a control."""
+        return domain_rows(self.summary)
+
+    def print(self, *, console: Console, folder: Path | None = None) -> None:
+        """Print the run: losses per domain, cost, status and a sample.
+
+        Args:
+            console: Where to print.
+            folder: The run folder; with it, the path of the checkpoint can be copied.
+        """
+        summary = self.summary
+        tables = [self.results(self.rows)]
+        if len(summary.tasks) > 1:
+            tables.append(self.tasks())
+        if summary.moe is not None:
+            tables.append(moe_table(summary.moe))
+        for topic, record in topics_of(summary):
+            tables += topic.tables(record)
+        if (outside := self.outside()).rows:
+            tables.append(outside)
+        for table in (*tables, self.stages()):
+            console.print()
+            console.print(table.to_rich(console))
         console.print()
-        console.print(table.to_rich(console))
-    console.print()
-    console.print(_grid(_summary_lines(summary), console))
-    if checkpoint := summary.checkpoint:
-        path = str(checkpoint if folder is None else folder / checkpoint)
-        # Never wrapped, so that it can be copied
-        console.print(Text(f"{'checkpoint':<12}{console.printable(path)}"), soft_wrap=True)
-    for sample in summary.samples:
-        console.print()
-        lines = []
-        said = {"prompt": sample.prompt, "before": sample.before, "after": sample.after}
-        for name, words in said.items():
-            text = " ".join(words.split())
-            if name == "prompt" and len(text) > _SAMPLE_CHARACTERS:  # its end is what is answered
-                text = f"..{text[2 - _SAMPLE_CHARACTERS :]}"
-            text = console.shortened(text, _SAMPLE_CHARACTERS)
-            lines.append(_SummaryLine(name, text or MISSING))
-        console.print(_grid(lines, console))
+        console.print(_grid(self._lines(), console))
+        if checkpoint := summary.checkpoint:
+            path = str(checkpoint if folder is None else folder / checkpoint)
+            # Never wrapped, so that it can be copied
+            console.print(Text(f"{'checkpoint':<12}{console.printable(path)}"), soft_wrap=True)
+        for sample in summary.samples:
+            console.print()
+            lines = []
+            said = {"prompt": sample.prompt, "before": sample.before, "after": sample.after}
+            for name, words in said.items():
+                text = " ".join(words.split())
+                if (
+                    name == "prompt" and len(text) > _SAMPLE_CHARACTERS
+                ):  # its end is what is answered
+                    text = f"..{text[2 - _SAMPLE_CHARACTERS :]}"
+                text = console.shortened(text, _SAMPLE_CHARACTERS)
+                lines.append(_SummaryLine(name, text or MISSING))
+            console.print(_grid(lines, console))
 
+    @property
+    def size(self) -> str:
+        """The parameters of the checkpoint; after a roll-back, also those of the grown model."""
+        summary = self.summary
+        kept, grown = summary.parameters.get("final"), summary.last_attempt.parameters
+        experts = ""
+        if summary.experts is not None:
+            experts = f" + {count_text(summary.experts.parameters.trainable)} experts"
+        if summary.status != "rolled_back":
+            return f"{count_text(kept)}{experts}"
+        if grown and (grown != kept or experts):
+            return f"{count_text(kept)} (grown {count_text(grown)}{experts})"
+        return count_text(kept)
 
-def size_text(summary: Summary) -> str:
-    """Return the parameters of a checkpoint; after a roll-back, also those of the grown model."""
-    kept, grown = summary.parameters.get("final"), summary.last_attempt.parameters
-    experts = ""
-    if summary.experts is not None:
-        experts = f" + {count_text(summary.experts.parameters.trainable)} experts"
-    if summary.status != "rolled_back":
-        return f"{count_text(kept)}{experts}"
-    if grown and (grown != kept or experts):
-        return f"{count_text(kept)} (grown {count_text(grown)}{experts})"
-    return count_text(kept)
-
-
-def result_table(summary: Summary, rows: Sequence[DomainRow]) -> Table:
-    """Return one row per domain: nats per token at each stage, change per byte, verdict."""
-    # Without an expansion it equals `before`
-    has_grown = bool(summary.last_attempt.expansion)
-    scored = ("before", "expanded", "trained") if has_grown else ("before", "trained")
-    header = ("domain", "role", *scored, "change", "verdict")
-    unit, in_unit = unit_of([summary])
-    cells = [
-        (
-            label(row.domain),
-            row.role,
-            *(score_text(in_unit(getattr(row, stage))) for stage in scored),
-            row.change.text(),
-            row.verdict or MISSING,
+    def results(self, rows: Sequence[DomainRow]) -> Table:
+        """Return one row per domain: nats per token at each stage, change per byte, verdict."""
+        summary = self.summary
+        # Without an expansion it equals `before`
+        has_grown = bool(summary.last_attempt.expansion)
+        scored = ("before", "expanded", "trained") if has_grown else ("before", "trained")
+        header = ("domain", "role", *scored, "change", "verdict")
+        unit, in_unit = unit_of([summary])
+        cells = [
+            (
+                label(row.domain),
+                row.role,
+                *(score_text(in_unit(getattr(row, stage))) for stage in scored),
+                row.change.text(),
+                row.verdict or MISSING,
+            )
+            for row in rows
+        ]
+        rules = [number for number, row in enumerate(rows) if row.is_control][:1]
+        for number in rules:
+            cells.insert(number, ("control:", *[""] * (len(header) - 1)))
+        gate = summary.last_attempt.gate
+        confidence = next((check.confidence for check in gate if check.confidence), None)
+        lines = ["change: before to trained"]
+        if confidence is not None:
+            lines[0] += f", paired by document, with one-sided {confidence:.0%} bounds"
+        if (control := summary.control) is not None:
+            steps = f", {control.steps} steps from the base" if len(summary.rounds) > 1 else ""
+            lines.append(f"control: same training, not grown{steps}")
+        return Table(
+            header,
+            tuple(cells),
+            numbers=tuple(range(2, 3 + len(scored))),
+            title=f"Loss [nats/{unit}], change of the loss [% per byte]",
+            caption="\n".join(lines),
+            names={0: _DOMAIN_CHARACTERS},
+            rules=tuple(rules),
         )
-        for row in rows
-    ]
-    rules = [number for number, row in enumerate(rows) if row.is_control][:1]
-    for number in rules:
-        cells.insert(number, ("control:", *[""] * (len(header) - 1)))
-    gate = summary.last_attempt.gate
-    confidence = next((check.confidence for check in gate if check.confidence), None)
-    lines = ["change: before to trained"]
-    if confidence is not None:
-        lines[0] += f", paired by document, with one-sided {confidence:.0%} bounds"
-    if (control := summary.control) is not None:
-        steps = f", {control.steps} steps from the base" if len(summary.rounds) > 1 else ""
-        lines.append(f"control: same training, not grown{steps}")
-    return Table(
-        header,
-        tuple(cells),
-        numbers=tuple(range(2, 3 + len(scored))),
-        title=f"Loss [nats/{unit}], change of the loss [% per byte]",
-        caption="\n".join(lines),
-        names={0: _DOMAIN_CHARACTERS},
-        rules=tuple(rules),
-    )
 
-
-def task_table(summary: Summary) -> Table:
-    """Return one row per domain: its loss before, and after each task."""
-    attempt = summary.last_attempt
-    columns = [("before", summary.baseline)]
-    if attempt.expansion and attempt.expanded:
-        columns.append(("expanded", attempt.expanded))
-    named = [f"{n}: {' '.join(task.domains)}" for n, task in enumerate(summary.tasks, 1)]
-    are_few = len(named) <= _FEW_TASKS
-    for number, (name, task) in enumerate(zip(named, summary.tasks, strict=True), start=1):
-        columns.append((name if are_few else str(number), task.final))
-    unit, in_unit = unit_of([summary])
-    rows = tuple(
-        (
-            label(row.domain),
-            *(score_text(in_unit(score_of(scores, row.domain))) for _, scores in columns),
+    def tasks(self) -> Table:
+        """Return one row per domain: its loss before, and after each task."""
+        summary, attempt = self.summary, self.summary.last_attempt
+        columns = [("before", summary.baseline)]
+        if attempt.expansion and attempt.expanded:
+            columns.append(("expanded", attempt.expanded))
+        named = [f"{n}: {' '.join(task.domains)}" for n, task in enumerate(summary.tasks, 1)]
+        are_few = len(named) <= _FEW_TASKS
+        for number, (name, task) in enumerate(zip(named, summary.tasks, strict=True), start=1):
+            columns.append((name if are_few else str(number), task.final))
+        unit, in_unit = unit_of([summary])
+        rows = tuple(
+            (
+                label(row.domain),
+                *(score_text(in_unit(score_of(scores, row.domain))) for _, scores in columns),
+            )
+            for row in self.rows
+            if not row.is_control
         )
-        for row in domain_rows(summary)
-        if not row.is_control
-    )
-    return Table(
-        ("domain", *(name for name, _ in columns)),
-        rows,
-        numbers=tuple(range(1, 1 + len(columns))),
-        title=f"Loss after each task [nats/{unit}]",
-        caption="" if are_few else ", ".join(named),
-        names={0: _DOMAIN_CHARACTERS},
-    )
-
-
-def attempts_table(summary: Summary) -> Table:
-    """Return a row per attempt or round; empty if there was only one."""
-    parts = summary.rounds or summary.attempts
-    if len(parts) < 2:
-        return Table((), ())
-    unit, in_unit = unit_of(summary.model_copy(update={"jump": each.jump}) for each in parts)
-    domains = [row.domain for row in domain_rows(summary) if not row.is_control]
-    rows = []
-    for number, each in enumerate(parts, start=1):
-        changes = each.overrides or ["as requested"]
-        if summary.rounds:
-            changes = each.expansion or ["no expansion"]
-        scores = (score_text(in_unit(score_of(each.final, domain))) for domain in domains)
-        verdict = str(each.status or MISSING).replace("_", " ")
-        rows.append((f"{number}: {' '.join(changes)}", *scores, verdict))
-    header = ("round" if summary.rounds else "attempt", *map(label, domains), "verdict")
-    numbers = tuple(range(1, 1 + len(domains)))
-    return Table(header, tuple(rows), numbers, f"Loss after each {header[0]} [nats/{unit}]")
-
-
-def stage_table(summary: Summary) -> Table:
-    """Return seconds and FLOPs of each stage."""
-    seconds, flops = summary.seconds, summary.flops
-    # The total is last
-    names = sorted(dict.fromkeys((*seconds, *flops)), key=lambda name: name == "total")
-    rows = tuple(
-        (
-            _STAGES.get(name, name),
-            number_text(seconds.get(name), ".1f"),
-            si_text(flops.get(name, 0.0)),
+        return Table(
+            ("domain", *(name for name, _ in columns)),
+            rows,
+            numbers=tuple(range(1, 1 + len(columns))),
+            title=f"Loss after each task [nats/{unit}]",
+            caption="" if are_few else ", ".join(named),
+            names={0: _DOMAIN_CHARACTERS},
         )
-        for name in names
-    )
-    rules = (len(rows) - 1,) if "total" in names else ()
-    return Table(("stage", "seconds", "FLOPs"), rows, (1, 2), title="Cost", rules=rules)
 
+    def attempts(self) -> Table:
+        """Return a row per attempt or round; empty if there was only one."""
+        summary = self.summary
+        parts = summary.rounds or summary.attempts
+        if len(parts) < 2:
+            return Table((), ())
+        unit, in_unit = unit_of(summary.model_copy(update={"jump": each.jump}) for each in parts)
+        domains = [row.domain for row in self.rows if not row.is_control]
+        rows = []
+        for number, each in enumerate(parts, start=1):
+            changes = each.overrides or ["as requested"]
+            if summary.rounds:
+                changes = each.expansion or ["no expansion"]
+            scores = (score_text(in_unit(score_of(each.final, domain))) for domain in domains)
+            verdict = str(each.status or MISSING).replace("_", " ")
+            rows.append((f"{number}: {' '.join(changes)}", *scores, verdict))
+        header = ("round" if summary.rounds else "attempt", *map(label, domains), "verdict")
+        numbers = tuple(range(1, 1 + len(domains)))
+        return Table(header, tuple(rows), numbers, f"Loss after each {header[0]} [nats/{unit}]")
 
-def outside_table(summary: Summary) -> Table:
-    """Return a row per value that methods and stages from outside reported."""
-    parts = [*summary.stages.items(), *summary.methods.items()]
-    rows, captions, rules = list[tuple[str, str, str]](), list[str](), list[int]()
-    for name, part in parts:
-        values = list(_values(part))
-        rules.append(len(rows))
-        rows += [(name, key, text) for key, text in values[:_MAX_VALUES]]
-        captions.append(omitted_note(len(values), _MAX_VALUES, of=f"values of {name} "))
-    caption = "\n".join(filter(None, captions))
-    return Table(("part", "entry", "value"), tuple(rows), caption=caption, rules=tuple(rules[1:]))
+    def stages(self) -> Table:
+        """Return seconds and FLOPs of each stage."""
+        seconds, flops = self.summary.seconds, self.summary.flops
+        # The total is last
+        names = sorted(dict.fromkeys((*seconds, *flops)), key=lambda name: name == "total")
+        rows = tuple(
+            (
+                _STAGES.get(name, name),
+                number_text(seconds.get(name), ".1f"),
+                si_text(flops.get(name, 0.0)),
+            )
+            for name in names
+        )
+        rules = (len(rows) - 1,) if "total" in names else ()
+        return Table(("stage", "seconds", "FLOPs"), rows, (1, 2), title="Cost", rules=rules)
+
+    def outside(self) -> Table:
+        """Return a row per value that methods and stages from outside reported."""
+        parts = [*self.summary.stages.items(), *self.summary.methods.items()]
+        rows, captions, rules = list[tuple[str, str, str]](), list[str](), list[int]()
+        for name, part in parts:
+            values = list(_values(part))
+            rules.append(len(rows))
+            rows += [(name, key, text) for key, text in values[:_MAX_VALUES]]
+            captions.append(omitted_note(len(values), _MAX_VALUES, of=f"values of {name} "))
+        caption = "\n".join(filter(None, captions))
+        return Table(
+            ("part", "entry", "value"), tuple(rows), caption=caption, rules=tuple(rules[1:])
+        )
+
+    def _lines(self) -> list[_SummaryLine]:
+        """Return the lines below the tables: status and reasons, logit shift, parameters."""
+        summary = self.summary
+        attempt, status = summary.last_attempt, summary.status
+        words = _STATUS_WORDS[status]
+        if status == "rolled_back" and len(summary.rounds) > 1:
+            words = "rolled back: the checkpoint is that of the previous round"
+        lines = [_SummaryLine("status", words, style=STYLES.get(status, ""))]
+        if summary.target is not None:
+            rounds, target = summary.rounds, summary.target
+            done = ", ".join(
+                f"{count_text(each.parameters)} {str(each.status).replace('_', ' ')}"
+                for each in rounds
+            )
+            reached = "reached" if target.reaches_target else "not reached"
+            progress = (
+                f"{len(rounds)} of {len(target.planned)} planned: {done}; target "
+                f"{count_text(target.target_params)} {reached}; the table shows the last"
+            )
+            lines.append(_SummaryLine("rounds", progress))
+        lines += self._attempt_lines()
+        for check in attempt.gate:
+            is_broken_off = check.check == "training" and bool(check.value)
+            is_notable = check.verdict == "reported" and is_broken_off
+            if is_notable or check.verdict in ("failed", "undecided"):
+                what = f"{check.check} of {check.subject}: {check.detail}"
+                lines.append(_SummaryLine(check.verdict, what, style=STYLES[check.verdict]))
+        scored = {check.subject: check.scored for check in attempt.gate if check.scored}
+        lines += [_SummaryLine("scored", f"{name}: {text}") for name, text in scored.items()]
+        jump = summary.jump or Jump()
+        if jump.max_absolute is not None and jump.relative_to_std is not None:
+            text = f"at expansion: max {jump.max_absolute:.1e} ({jump.relative_to_std:.1e} σ)"
+            text += mean_shift_text(jump)
+            if jump.new_token_mass is not None:
+                text += f"; new tokens get {jump.new_token_mass:.1%} of the probability"
+            lines.append(_SummaryLine("logit shift", text))
+        if summary.has_new_tokens and (fertility := self._fertility_text()):
+            lines.append(_SummaryLine("tokens/byte", fertility))
+        for domain, text in self._windows_texts():
+            lines.append(_SummaryLine("long windows" if domain == 0 else "", text))
+        before, after = (summary.parameters.get(name) for name in ("baseline", "final"))
+        sizes = self.size
+        if summary.experts is None or before != after or summary.status == "rolled_back":
+            sizes = f"{count_text(before)} → {sizes}"
+        if before and after and before != after and summary.experts is None and "(" not in sizes:
+            sizes += f" ({ratio_text(after / before)})"
+        lines.append(_SummaryLine("parameters", sizes))
+        for topic, record in topics_of(summary):
+            if text := topic.text(record):
+                lines.append(_SummaryLine(topic.name, text))
+        if summary.moe is not None and (bias := _bias_text(summary.moe)) is not None:
+            lines.append(_SummaryLine("bias", bias))
+        if summary.moe is not None and summary.moe.is_open is False and status != "rolled_back":
+            reason = "not fully open, so stock classes compute another function: train longer"
+            lines.append(_SummaryLine("new experts", f"{reason}, or lower adaptation.anneal_steps"))
+        return lines
+
+    def _windows_texts(self) -> Iterator[tuple[int, str]]:
+        """Yield the number and the losses of each domain with long documents."""
+        record = self.summary.windows
+        for number, (domain, scores) in enumerate(record.scores.items() if record else ()):
+            assert record is not None
+            losses = {name: number_text(each.loss, ".3f") for name, each in scores.items()}
+            yield (
+                number,
+                f"{domain}: {losses.get('final', '-')} nats/token in windows of {record.length:,}; "
+                f"source {losses.get('source', '-')} in windows of {record.source_length:,}, "
+                f"{losses.get('source_long', '-')} in those of {record.length:,}",
+            )
+
+    def _attempt_lines(self) -> list[_SummaryLine]:
+        """Return a line per attempt if there are several: its overrides, changes and status."""
+        attempts = self.summary.attempts
+        if len(attempts) < 2:
+            return []
+        lines = [_SummaryLine("attempts", f"{len(attempts)}; the table shows the last")]
+        for number, attempt in enumerate(attempts, start=1):
+            status, did = str(attempt.status), " ".join(attempt.overrides or ["as requested"])
+            changes = ", ".join(
+                f"{label(row.domain)} "
+                f"{row.change.text() if row.change.in_points else f'{row.change.value:+.1%}'}"
+                for row in domain_rows(self.summary.model_copy(update={"attempts": [attempt]}))
+                if not row.is_control and row.change.value is not None
+            )
+            text = f"{number}: {did}: {changes}; {status.replace('_', ' ')}"
+            lines.append(_SummaryLine("", text, style=STYLES.get(status, "")))
+        return lines
+
+    def _fertility_text(self) -> str:
+        """Return the tokens per byte of each domain before and after a change of the tokenizer."""
+        texts = []
+        for row in self.rows:
+            before, after = row.before.tokens_per_byte, row.trained.tokens_per_byte
+            if before and after and not row.is_control:
+                texts.append(f"{row.domain} {before:.3f} → {after:.3f} ({after / before - 1:+.1%})")
+        return ", ".join(texts)
 
 
 def _values(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -274,105 +389,6 @@ def _bias_text(experts: MoeRecord) -> str | None:
         texts = (f"{number_text(losses.get(each), '.3f')} {each}" for each in ("with", "without"))
         parts.append(f"{domain} {', '.join(texts)}")
     return f"loss with and without the selection bias (not saved): {'; '.join(parts)}"
-
-
-def _fertility_text(rows: Sequence[DomainRow]) -> str:
-    """Return the tokens per byte of each domain before and after a change of the tokenizer."""
-    texts = []
-    for row in rows:
-        before, after = row.before.tokens_per_byte, row.trained.tokens_per_byte
-        if before and after and not row.is_control:
-            texts.append(f"{row.domain} {before:.3f} → {after:.3f} ({after / before - 1:+.1%})")
-    return ", ".join(texts)
-
-
-def _summary_lines(summary: Summary) -> list[_SummaryLine]:
-    """Return the lines below the tables: status and reasons, logit shift, parameters."""
-    attempt, status = summary.last_attempt, summary.status
-    words = _STATUS_WORDS[status]
-    if status == "rolled_back" and len(summary.rounds) > 1:
-        words = "rolled back: the checkpoint is that of the previous round"
-    lines = [_SummaryLine("status", words, style=STYLES.get(status, ""))]
-    if summary.target is not None:
-        rounds, target = summary.rounds, summary.target
-        done = ", ".join(
-            f"{count_text(each.parameters)} {str(each.status).replace('_', ' ')}" for each in rounds
-        )
-        reached = "reached" if target.reaches_target else "not reached"
-        progress = (
-            f"{len(rounds)} of {len(target.planned)} planned: {done}; target "
-            f"{count_text(target.target_params)} {reached}; the table shows the last"
-        )
-        lines.append(_SummaryLine("rounds", progress))
-    lines += _attempt_lines(summary)
-    for check in attempt.gate:
-        is_broken_off = check.check == "training" and bool(check.value)
-        is_notable = check.verdict == "reported" and is_broken_off
-        if is_notable or check.verdict in ("failed", "undecided"):
-            what = f"{check.check} of {check.subject}: {check.detail}"
-            lines.append(_SummaryLine(check.verdict, what, style=STYLES[check.verdict]))
-    scored = {check.subject: check.scored for check in attempt.gate if check.scored}
-    lines += [_SummaryLine("scored", f"{name}: {text}") for name, text in scored.items()]
-    jump = summary.jump or Jump()
-    if jump.max_absolute is not None and jump.relative_to_std is not None:
-        text = f"at expansion: max {jump.max_absolute:.1e} ({jump.relative_to_std:.1e} σ)"
-        text += mean_shift_text(jump)
-        if jump.new_token_mass is not None:
-            text += f"; new tokens get {jump.new_token_mass:.1%} of the probability"
-        lines.append(_SummaryLine("logit shift", text))
-    if summary.has_new_tokens and (fertility := _fertility_text(domain_rows(summary))):
-        lines.append(_SummaryLine("tokens/byte", fertility))
-    for domain, text in _windows_texts(summary):
-        lines.append(_SummaryLine("long windows" if domain == 0 else "", text))
-    before, after = (summary.parameters.get(name) for name in ("baseline", "final"))
-    sizes = size_text(summary)
-    if summary.experts is None or before != after or summary.status == "rolled_back":
-        sizes = f"{count_text(before)} → {sizes}"
-    if before and after and before != after and summary.experts is None and "(" not in sizes:
-        sizes += f" ({ratio_text(after / before)})"
-    lines.append(_SummaryLine("parameters", sizes))
-    for topic, record in topics_of(summary):
-        if text := topic.text(record):
-            lines.append(_SummaryLine(topic.name, text))
-    if summary.moe is not None and (bias := _bias_text(summary.moe)) is not None:
-        lines.append(_SummaryLine("bias", bias))
-    if summary.moe is not None and summary.moe.is_open is False and status != "rolled_back":
-        reason = "not fully open, so stock classes compute another function: train longer"
-        lines.append(_SummaryLine("new experts", f"{reason}, or lower adaptation.anneal_steps"))
-    return lines
-
-
-def _windows_texts(summary: Summary) -> Iterator[tuple[int, str]]:
-    """Yield the number and the losses of each domain with long documents."""
-    record = summary.windows
-    for number, (domain, scores) in enumerate(record.scores.items() if record else ()):
-        assert record is not None
-        losses = {name: number_text(each.loss, ".3f") for name, each in scores.items()}
-        yield (
-            number,
-            f"{domain}: {losses.get('final', '-')} nats/token in windows of {record.length:,}; "
-            f"source {losses.get('source', '-')} in windows of {record.source_length:,}, "
-            f"{losses.get('source_long', '-')} in those of {record.length:,}",
-        )
-
-
-def _attempt_lines(summary: Summary) -> list[_SummaryLine]:
-    """Return a line per attempt if there are several: its overrides, changes and status."""
-    attempts = summary.attempts
-    if len(attempts) < 2:
-        return []
-    lines = [_SummaryLine("attempts", f"{len(attempts)}; the table shows the last")]
-    for number, attempt in enumerate(attempts, start=1):
-        status, did = str(attempt.status), " ".join(attempt.overrides or ["as requested"])
-        changes = ", ".join(
-            f"{label(row.domain)} "
-            f"{row.change.text() if row.change.in_points else f'{row.change.value:+.1%}'}"
-            for row in domain_rows(summary.model_copy(update={"attempts": [attempt]}))
-            if not row.is_control and row.change.value is not None
-        )
-        text = f"{number}: {did}: {changes}; {status.replace('_', ' ')}"
-        lines.append(_SummaryLine("", text, style=STYLES.get(status, "")))
-    return lines
 
 
 def _grid(lines: Iterable[_SummaryLine], console: Console) -> RichTable:
