@@ -20,7 +20,7 @@ from tritter.cli.report import metric_rows
 from tritter.errors import RequestError, TritterError
 from tritter.pipeline import Outcome
 from tritter.pipeline.metrics import _wandb_summary
-from tritter.report.runs import curves_of
+from tritter.report.runs import Curve
 from tritter.report.summary import Summary
 from tritter.training import BaseModule
 from tritter.training.module import TaskLoss
@@ -69,7 +69,9 @@ def test_summary_holds_what_the_contract_names(default_run: Path) -> None:
 def test_its_losses_lie_beside_those_of_its_base_and_of_its_control(default_run: Path) -> None:
     """Also for a base model from the cache."""
     for name in ("metrics", "metrics_control", "metrics_pretraining"):
-        curves = {each.name: each for each in curves_of(metric_rows(default_run / f"{name}.csv"))}
+        curves = {
+            each.name: each for each in Curve.of_rows(metric_rows(default_run / f"{name}.csv"))
+        }
         assert curves["train/loss"].steps[-1] > 0, name
         assert ("eval/old/loss" in curves) == (name != "metrics_pretraining")
 

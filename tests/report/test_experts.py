@@ -20,7 +20,7 @@ from tritter.pipeline.metrics import _wandb_summary
 from tritter.report.drawing import new_figure
 from tritter.report.figures import GroupFigures, plot_run
 from tritter.report.page import page
-from tritter.report.runs import EndedRun, group_runs, with_controls
+from tritter.report.runs import EndedRun, Group, with_controls
 from tritter.report.summary import Attempt, ExpertsRecord, Summary, TaskRecord
 from tritter.report.topics.experts import (
     Experts,
@@ -190,7 +190,7 @@ def test_page_and_plots_have_them_where_there_are_some(summary: dict[str, Any], 
     assert "60 evicted expert_2 least used" in words
     assert "experts trainable share parameters" in words and "2 3.1 % 532 k" in words
     plain = run_of(summary, "plain", 1)
-    found = GroupFigures(group_runs([one, plain, run_of(made, "again", 2)])).figures()["experts"]
+    found = GroupFigures(Group.of_runs([one, plain, run_of(made, "again", 2)])).figures()["experts"]
     assert [figure.axes[0].get_title() for figure in found] == [
         f"{name}: routing by domain: mean gate [%]" for name in ("one", "again")
     ]
@@ -202,10 +202,10 @@ def test_groups_are_named_by_them(summary_with_control: dict[str, Any]) -> None:
     made = summary_with_control | {"experts": experts()}
     first, second = run_of(made, "a", 0), run_of(summary_with_control, "b", 0)
     second.settings["x"] = 1  # type: ignore[index]
-    names = [group.name for group in group_runs([first, second])]
+    names = [group.name for group in Group.of_runs([first, second])]
     assert names[0].endswith("forgetting=ewc experts=dylora")
     assert "experts=none" in names[1]
-    control = next(group for group in with_controls(group_runs([first])) if group.is_control)
+    control = next(group for group in with_controls(Group.of_runs([first])) if group.is_control)
     assert control.name == "control (not grown) forgetting=ewc"
     assert control.runs[0].summary.experts is None
 

@@ -14,7 +14,8 @@ from tests.report.places import GONE, places, replaced
 from tests.report.test_tables import line_of, printed
 from tritter.errors import TritterError
 from tritter.pipeline.metrics import _wandb_summary
-from tritter.report.drawing import _MAX_COLUMNS, mark_growth, new_figure
+from tritter.report.drawing import _MAX_COLUMNS, new_figure
+from tritter.report.figures import _mark_growth
 from tritter.report.runs import EndedRun
 from tritter.report.summary import GrowthRecord, Summary
 from tritter.report.topics.growth import (
@@ -158,11 +159,11 @@ def test_steps_are_marked_as_lines_or_at_the_foot() -> None:
         ([5, 9], False, 0.05),
         (range(99), True, 0.05),
     ):
-        mark_growth(axes, steps, is_alone=is_alone)
+        _mark_growth(axes, steps, is_alone=is_alone)
         segments = axes.collections[-1].get_segments()  # type: ignore[attr-defined]
         assert [segment[0][0] for segment in segments] == list(steps)
         assert {segment[1][1] for segment in segments} == {top}
-    mark_growth(axes, ())
+    _mark_growth(axes, ())
     assert len(axes.collections) == 3
 
 

@@ -16,13 +16,13 @@ from matplotlib.colors import to_rgb
 from tests.report.growing import growth
 from tests.report.test_runs import SETTINGS
 from tests.report.test_tables import ungated
-from tritter.report.drawing import DPI, label_rows, panel
-from tritter.report.figures import GroupFigures
+from tritter.report.drawing import panel
+from tritter.report.figures import GroupFigures, _label_rows
 from tritter.report.page import page
-from tritter.report.runs import Curve, EndedRun, group_runs
+from tritter.report.runs import Curve, EndedRun, Group
 from tritter.report.summary import Summary
 from tritter.report.tables import SummaryTables
-from tritter.report.topics.topic import MAX_PANELS
+from tritter.report.topics.topic import Topic
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -119,12 +119,12 @@ def _lab(color: str) -> np.ndarray:
 def test_eleven_groups_have_eleven_distinguishable_colours(summary: dict[str, Any]) -> None:
     made = Summary.of(summary)
     eleven = [EndedRun(str(n), made, SETTINGS | {"training.learning_rate": n}) for n in range(11)]
-    colours = [line.color for line in GroupFigures(group_runs(eleven)).lines]
+    colours = [line.color for line in GroupFigures(Group.of_runs(eleven)).lines]
     assert len(set(colours)) == 11
     for one, other in combinations(colours, 2):
         assert np.linalg.norm(_lab(one) - _lab(other)) > 25, (one, other)  # CIE76; 2.3 is visible
     many = [EndedRun(str(n), made, SETTINGS | {"training.learning_rate": n}) for n in range(60)]
-    styles = [(line.color, line.marker) for line in GroupFigures(group_runs(many)).lines]
+    styles = [(line.color, line.marker) for line in GroupFigures(Group.of_runs(many)).lines]
     assert len(set(styles)) == 60
 
 
@@ -132,7 +132,7 @@ def test_labels_are_whole(summary: dict[str, Any]) -> None:
     keys = {f"training.a_rather_long_name_{key}": 0 for key in range(6)}
     runs = [EndedRun("a", Summary.of(summary), SETTINGS | keys)]
     runs.append(EndedRun("b", Summary.of(summary), SETTINGS | dict.fromkeys(keys, 1)))
-    groups = group_runs(runs)
+    groups = Group.of_runs(runs)
     text, _ = page(runs, title="Long")
     for group in groups:
         assert all(f"{key.removeprefix('training.')}=" in group.name for key in keys)
@@ -234,7 +234,7 @@ def test_a_run_alone_has_a_mark_for_each_pair_of_domains(summary: dict[str, Any]
     run = run_of(summary | {"baseline": scores, "domains": domains}, "one", 0)
     other = replace(run, name="other", settings=run.settings | {"training.learning_rate": 2})
     (alone,), (both,) = (
-        GroupFigures(group_runs(each)).figures()["tradeoff"] for each in ([run], [run, other])
+        GroupFigures(Group.of_runs(each)).figures()["tradeoff"] for each in ([run], [run, other])
     )
     notes = {text.get_text(): text.xy[1] for text in alone.axes[0].texts}
     assert notes == {"poems": pytest.approx(10), "law": pytest.approx(110)}
@@ -262,14 +262,14 @@ def test_hostile_names_and_numbers_have_figures(summary_with_control: dict[str, 
 def test_as_much_is_drawn_as_a_picture_can_hold(summary: dict[str, Any]) -> None:
     made = Summary.of(summary)
     many = [EndedRun(str(n), made, SETTINGS | {"training.learning_rate": n}) for n in range(50)]
-    changes = GroupFigures(group_runs(many)).figures()["changes"]
-    assert all(max(each.get_size_inches()) * DPI < 2**12 for each in changes)
+    changes = GroupFigures(Group.of_runs(many)).figures()["changes"]
+    assert all(max(each.get_size_inches()) * each.dpi < 2**12 for each in changes)
     assert "the first 40 groups" in page(many, title="many")[0]
     scores = {f"d{number}": summary["baseline"]["prose"] for number in range(60)}
     domains = {"old": list(scores), "new": []}
     wide = summary | {"baseline": scores, "domains": domains, "attempts": [{"final": scores}]}
-    drawn = GroupFigures(group_runs([EndedRun("a", Summary.of(wide), SETTINGS)])).figures()
-    assert len(drawn["changes"]) == MAX_PANELS
+    drawn = GroupFigures(Group.of_runs([EndedRun("a", Summary.of(wide), SETTINGS)])).figures()
+    assert len(drawn["changes"]) == Topic.MAX_PANELS
 
 
 @pytest.mark.full
@@ -353,7 +353,7 @@ def test_a_label_is_next_to_the_line_at_zero() -> None:
         figure, axes = panel(height=1)
         axes.plot(values, [1, 1])
         axes.axvline(0)
-        label_rows(axes, [1], ["expansion=width forgetting=none"])
+        _label_rows(axes, [1], ["expansion=width forgetting=none"])
         figure.draw_without_rendering()
         (label,) = axes.texts
         box = label.get_window_extent()

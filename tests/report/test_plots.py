@@ -9,7 +9,7 @@ from tests.report.growing import growth
 from tritter.report import figures
 from tritter.report.drawing import new_figure
 from tritter.report.figures import _draw_losses
-from tritter.report.runs import EndedRun, Group, Line, curves_of
+from tritter.report.runs import Curve, EndedRun, Group, Line
 from tritter.report.summary import Summary
 
 HEADER = "epoch,eval/code/loss,forgetting/l2sp/loss,step,train/loss\n"
@@ -17,7 +17,7 @@ HEADER = "epoch,eval/code/loss,forgetting/l2sp/loss,step,train/loss\n"
 
 def read_curves(path):
     rows = csv.DictReader(path.read_text().splitlines()) if path and path.exists() else ()
-    return curves_of(list(rows))
+    return Curve.of_rows(list(rows))
 
 
 def plot_run(plain, path, folder, **options):
@@ -81,7 +81,7 @@ def test_what_was_before_and_beside_a_training_is_in_its_picture(summary_with_co
     for name, first, options in (
         ("plain", [], {}),
         ("before", [before], {}),
-        ("control", [before], {"control": curves_of(rows)}),
+        ("control", [before], {"control": Curve.of_rows(rows)}),
     ):
         with path.open("w") as file:
             writer = csv.DictWriter(file, before)
@@ -108,7 +108,7 @@ def rounds_of(summary):
     losses = {-1: 3.2, 0: 3.4, 50: 3.0}, {50: 3.1, 100: 2.9}
     rows = [{"step": str(k), "eval/code/loss": str(v)} for each in losses for k, v in each.items()]
     parts = {"rounds": rounds, "attempts": [rounds[-1] | {"gate": []}], "expansion": ["dus", "dus"]}
-    return curves_of(rows), parts
+    return Curve.of_rows(rows), parts
 
 
 def test_the_loss_before_each_expansion_is_left_of_it(summary):
@@ -134,7 +134,7 @@ def test_the_loss_before_each_expansion_is_left_of_it(summary):
 def test_the_loss_before_an_expansion_is_not_averaged_with_those_after_it(summary):
     losses = [3.2, *[4.0] * 44]
     rows = [{"step": str(n - 1), "eval/code/loss": str(loss)} for n, loss in enumerate(losses)]
-    axes = drawn(summary, curves_of(rows), expansion=["dus"])
+    axes = drawn(summary, Curve.of_rows(rows), expansion=["dus"])
     assert list(axes.lines[0].get_ydata()) == losses
 
 

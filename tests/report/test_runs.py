@@ -12,7 +12,7 @@ from scipy import stats
 from tests.report.growing import growth
 from tritter.errors import TritterError
 from tritter.report.figures import _search_path
-from tritter.report.runs import EndedRun, Interval, differing_keys, group_runs, with_controls
+from tritter.report.runs import EndedRun, Group, Interval, differing_keys, with_controls
 from tritter.report.summary import Summary
 
 SETTINGS = {
@@ -37,7 +37,7 @@ def test_seeds_are_one_group_and_other_settings_are_another(summary: dict[str, A
     changes = [0.01, 0.03, 0.02]
     runs = [run_of(summary, f"a{seed}", x, seed=seed) for seed, x in enumerate(changes)]
     other = run_of(summary, "b", 0.5, training__learning_rate=0.01)
-    first, second = group_runs([*runs, other])
+    first, second = Group.of_runs([*runs, other])
     assert [run.name for run in first.runs] == ["a0", "a1", "a2"] and second.runs == (other,)
     assert first.name == "expansion=width forgetting=ewc learning_rate=0.003"
     assert second.name == "expansion=width forgetting=ewc learning_rate=0.01"
@@ -51,12 +51,12 @@ def test_seeds_are_one_group_and_other_settings_are_another(summary: dict[str, A
 def test_keys_that_end_alike_name_a_group_in_full(summary: dict[str, Any]) -> None:
     steps = {"training__max_steps": 12, "pretraining__max_steps": 600}
     more = {key: 2 * value for key, value in steps.items()}
-    first, _ = group_runs([run_of(summary, "a", 0.0, **each) for each in (steps, more)])
+    first, _ = Group.of_runs([run_of(summary, "a", 0.0, **each) for each in (steps, more)])
     assert first.name.endswith(" training.max_steps=12 pretraining.max_steps=600")
 
 
 def test_a_single_run_has_the_bounds_of_its_gate(summary: dict[str, Any]) -> None:
-    (group,) = group_runs([run_of(summary, "a", 0.0102)])
+    (group,) = Group.of_runs([run_of(summary, "a", 0.0102)])
     found = group.change("prose")
     interval = summary["gate"][0]["interval"]
     assert found == Interval(0.0102, *interval, values=(0.0102,))
@@ -66,7 +66,7 @@ def test_a_single_run_has_the_bounds_of_its_gate(summary: dict[str, Any]) -> Non
 def test_below_three_seeds_there_is_no_interval(summary: dict[str, Any]) -> None:
     changes = [0.01, 0.03]
     runs = [run_of(summary, f"a{seed}", x, seed=seed) for seed, x in enumerate(changes)]
-    (group,) = group_runs(runs)
+    (group,) = Group.of_runs(runs)
     found = group.change("prose")
     assert found is not None and (found.lower, found.upper) == (None, None)
     assert found.values == (0.01, 0.03) and found.text() == "+1.00, +3.00"
@@ -79,7 +79,7 @@ def test_runs_of_one_seed_count_once(summary: dict[str, Any]) -> None:
         run_of(summary, str(n), x, seed=s)
         for n, (s, x) in enumerate(zip(seeds, changes, strict=True))
     ]
-    (group,) = group_runs(runs)
+    (group,) = Group.of_runs(runs)
     found = group.change("prose")
     assert found is not None and found.values == pytest.approx((0.02, 0.05, 0.08))
     low, high = stats.t.interval(0.95, 2, loc=0.05, scale=stats.sem([0.02, 0.05, 0.08]))
@@ -101,7 +101,7 @@ def test_differences_of_groups_are_paired_by_seed(summary: dict[str, Any]) -> No
             changed = copy.deepcopy(summary)
             changed["attempts"][-1]["final"]["prose"]["loss_per_byte"] = loss
             runs.append(run_of(changed, f"{rate}-{seed}", 0.0, seed=seed, rate=rate))
-    reference, other = group_runs(runs)
+    reference, other = Group.of_runs(runs)
     found = other.difference(reference, "prose")
     ratios = [losses[2][seed] / losses[1][seed] for seed in range(5)]
     test = stats.ttest_rel(ratios, np.ones(5))
@@ -193,7 +193,7 @@ def test_a_control_stands_beside_its_group_once(summary_with_control: dict[str, 
             ("b", "dus", SETTINGS | {"expansion.methods": 1}),
         )
     ]
-    groups = with_controls(group_runs(runs))
+    groups = with_controls(Group.of_runs(runs))
     assert [group.is_control for group in groups] == [False, True, False]
     assert groups[1].name == "control (not grown) forgetting=none"
     code = groups[1].change("code")
@@ -208,7 +208,7 @@ def test_options_of_a_method_do_not_name_what_the_method_does(summary: dict[str,
     ]
     changed = runs[1].summary.model_copy(update={"forgetting": ["replay"]})
     runs[1] = replace(runs[1], summary=changed)
-    names = [group.name for group in group_runs(runs)]
+    names = [group.name for group in Group.of_runs(runs)]
     assert names == ["expansion=width forgetting=ewc", "expansion=width forgetting=replay"]
 
 
@@ -220,10 +220,10 @@ def test_growth_names_a_group_where_some_run_may_grow(
         run_of(summary_with_control, "a", 0.0),
         run_of(summary_with_control | {"growth": growth()}, "b", 0.0, **foam),
     ]
-    names = [group.name for group in group_runs(runs)]
+    names = [group.name for group in Group.of_runs(runs)]
     common = "expansion=width forgetting=ewc"
     assert names == [f"{common} growth=none", f"{common} growth=percentile+gradmax"]
-    groups = with_controls(group_runs(runs[1:]))
+    groups = with_controls(Group.of_runs(runs[1:]))
     control = groups[1]
     assert control.is_control and "growth" not in control.name
     assert control.runs[0].summary.growth is None and control.runs[0].births == ()

@@ -195,11 +195,11 @@ def _plain(value: Any) -> Any:
 
 def _curves(folder: Path, of: str = "") -> tuple[Curve, ...]:
     """Return the loss curves of a run or of one of its parts; empty without a metrics file."""
-    from tritter.report.runs import curves_of
+    from tritter.report.runs import Curve
 
     path = folder / (f"metrics_{of}.csv" if of else "metrics.csv")
     try:
-        return curves_of(metric_rows(path))
+        return Curve.of_rows(metric_rows(path))
     except TritterError:
         raise
     except (ValueError, TypeError, OverflowError) as error:

@@ -44,7 +44,7 @@ from tritter.pipeline.summary import summary_record
 from tritter.pipeline.verdict import Candidate, GateFound, KeptFound, PublishedFound
 from tritter.planning.strategy import planned_rounds
 from tritter.report.figures import plot_run
-from tritter.report.runs import curves_of
+from tritter.report.runs import Curve
 from tritter.report.tables import SummaryTables
 from tritter.storage.atomic import clear_leftovers, write_text_atomic
 from tritter.targets import instantiate
@@ -131,7 +131,7 @@ def _report(run: Run, candidates: Sequence[Candidate], control: Candidate) -> Ou
         every = [branch for each in candidates for branch in each.branches]
         rows = write_metrics(run, every, of="rounds")
     plots = plot_run(
-        summary, curves_of(rows), run.folder / "plots", control=curves_of(control_rows)
+        summary, Curve.of_rows(rows), run.folder / "plots", control=Curve.of_rows(control_rows)
     )
     own = [
         branch.name

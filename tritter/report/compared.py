@@ -17,21 +17,20 @@ from tritter.evaluation.statistics import (
 )
 from tritter.report.rows import ScoreChange, score_text, unit_of
 from tritter.report.runs import (
-    CONFIDENCE,
-    MIN_SEEDS,
     EndedRun,
     Group,
     Interval,
     differing_keys,
     differs_between,
-    group_runs,
 )
 from tritter.report.summary import MAX_NUMBER
 from tritter.report.table import MISSING, Table, count_text, number_text, si_text
 from tritter.report.tables import SummaryTables
 
+_CONFIDENCE = f"{Interval.CONFIDENCE:.0%}"
 _MEAN_OR_SEEDS = (
-    f"mean with Student's {CONFIDENCE:.0%} interval, below {MIN_SEEDS} seeds each seed's value"
+    f"mean with Student's {_CONFIDENCE} interval, below {Interval.MIN_SEEDS} seeds each seed's "
+    "value"
 )
 _CSV_HEADER = ("run", "subject", "quantity", "value", "lower", "upper")
 _CELL_CHARACTERS = 60
@@ -116,7 +115,7 @@ class Comparison:
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
-        return group_runs([each.run for each in self.runs])
+        return Group.of_runs([each.run for each in self.runs])
 
     @cached_property
     def paired(self) -> tuple[_PairedDifference, ...]:
@@ -144,7 +143,7 @@ class Comparison:
         """Return all numbers as plain values for JSON."""
         return {
             "reference": self.runs[0].name,
-            "confidence": CONFIDENCE,
+            "confidence": Interval.CONFIDENCE,
             "runs": [
                 {
                     "name": each.name,
@@ -298,7 +297,7 @@ class Comparison:
             )
         caption = (
             f"loss per byte relative to {self.runs[0].name} on the same documents [%], with the "
-            f"two-sided {CONFIDENCE:.0%} interval of the paired bootstrap; below zero is better "
+            f"two-sided {_CONFIDENCE} interval of the paired bootstrap; below zero is better "
             "(accuracy: above zero)"
         )
         header = ("domain", "run", "difference", "documents", "")
@@ -393,7 +392,7 @@ def _difference(subject: str, first: Compared, other: Compared) -> _PairedDiffer
         estimate = before.relative_forgetting(after) if is_loss else before.drop_in_points(after)
     except TritterError as error:
         return missing(missing_reason=str(error))
-    side = (1 + CONFIDENCE) / 2
+    side = (1 + Interval.CONFIDENCE) / 2
     bounds = [finite_or_none(each(side)) for each in (estimate.lower, estimate.upper)]
     if len(before) < MIN_DOCUMENTS:  # as in the gate, no bound
         bounds = [None, None]

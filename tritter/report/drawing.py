@@ -15,15 +15,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _T = TypeVar("_T")
-DPI = 150
+_DPI = 150
 _MAX_COLUMNS = 800  # of a map, or points of a curve; a picture has hardly more pixels
 _LINE_CHARACTERS = 66
 _MAX_LINES = 6  # of one label
-_WIDEST_LABEL = 72  # characters that fill the width of a panel
 _PANEL_WIDTH = 4.8
 _LABEL_CHARACTERS = 18  # of a line of a row's or column's label
 _MAX_NUMBERED = 12  # of both, with texts in their cells
-_MAX_TALL = 20  # marks of the height of the panel; if there are more, they are short
 # Okabe and Ito, which colour-blind readers can distinguish; then six that are as far from each
 # other and from these (CIE76 above 25)
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
@@ -39,7 +37,7 @@ def new_figure(
     """Return a figure (without pyplot's global state) and its panels in reading order."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
     panels = [
         axes for line in figure.subplots(rows, columns, squeeze=False).tolist() for axes in line
     ]
@@ -72,39 +70,6 @@ def panel(*, height: float) -> tuple[Figure, Axes]:
     axes.xaxis.label.set_fontsize(9)
     axes.yaxis.label.set_fontsize(9)
     return figure, axes
-
-
-def label_rows(axes: Axes, bottoms: Sequence[float], labels: Sequence[str]) -> None:
-    """Write a label above each row of a finished panel, next to the line at zero, not across it.
-
-    Args:
-        axes: the panel, without a scale on the left.
-        bottoms: height of each row.
-        labels: label of each row, wrapped.
-    """
-    axes.set_yticks([])
-    axes.spines["left"].set_visible(False)
-    low, high = axes.get_xlim()
-    zero = -low / (high - low)  # in fractions of the width
-    for bottom, label in zip(bottoms, labels, strict=True):
-        width = max(map(len, label.split("\n"))) / _WIDEST_LABEL
-        is_crossed, fits_after = 0 <= zero < width, zero + width <= 1
-        axes.annotate(
-            label,
-            xy=(zero if is_crossed and fits_after else 0, bottom),
-            xycoords=("axes fraction", "data"),
-            xytext=(3, 7),
-            textcoords="offset points",
-            fontsize=7.5,
-            bbox={"facecolor": "white", "pad": 0.5, "linewidth": 0},
-        )
-
-
-def add_legend(figure: Figure) -> None:
-    """Add the legend of the first panel above all panels, each label once."""
-    lines = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
-    place = "outside upper center"
-    figure.legend(lines.values(), lines, loc=place, ncols=4, frameon=False, fontsize=8)
 
 
 def write_note(axes: Axes, text: str) -> None:
@@ -167,14 +132,3 @@ def subsample(values: Sequence[_T]) -> Sequence[_T]:
         return values
     chosen = np.linspace(0, len(values) - 1, _MAX_COLUMNS).astype(int)
     return [values[int(place)] for place in chosen]
-
-
-def mark_growth(
-    axes: Axes, steps: Sequence[float], *, color: str = GREEN, is_alone: bool = True
-) -> None:
-    """Mark the positions at which neurons grew: over the whole height only if a run is alone."""
-    if steps:
-        top = 1.0 if is_alone and len(steps) <= _MAX_TALL else 0.05
-        place = axes.get_xaxis_transform()
-        axes.vlines(steps, 0, top, transform=place, color=color, linestyle=(0, (1, 1.5)),
-                    linewidth=1, label="neurons grew")  # fmt: skip

@@ -15,12 +15,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from tritter.report.drawing import (
     BLUE,
     CYCLE,
+    GREEN,
     GREY,
     ORANGE,
     PURPLE,
-    add_legend,
-    label_rows,
-    mark_growth,
     new_figure,
     panel,
     wrap_text,
@@ -29,7 +27,7 @@ from tritter.report.rows import DomainRow, Role, unit_of
 from tritter.report.runs import Curve, EndedRun, Group, Interval, Line, with_controls
 from tritter.report.summary import MAX_NUMBER, Score, Summary, WindowsRecord
 from tritter.report.topics import TOPICS, topics_of
-from tritter.report.topics.topic import MAX_PANELS
+from tritter.report.topics.topic import Topic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,6 +38,8 @@ _MAX_MARKED = 60  # expansions and tasks of one figure
 _MARKERS = "osD^vPX*<>"
 _STYLES = ("-", ":", "-.")  # of the first 12 groups, the next 12, and so on
 _SMOOTHED_FROM_POINTS = 40
+_WIDEST_LABEL = 72  # characters that fill the width of a panel
+_MAX_TALL = 20  # marks of the height of the panel; if there are more, they are short
 _GAP = 0.06  # between the first step and the loss before it, as a share of all steps
 _STAGE_NAMES = ("before", "after\nexpansion", "after\ntraining")
 _MODELS = {"source_long": "source", "expanded": "after expansion", "final": "after training"}
@@ -145,7 +145,7 @@ def _forgetting_figure(lines: Sequence[Line]) -> Figure | None:
         axes.set_xlabel("training step")
         axes.margins(y=0.15)
     panels[0].set_ylabel("validation loss [nats/token]")
-    add_legend(figure)
+    _add_legend(figure)
     note = "loss on a fixed validation subset; dotted: the first loss"
     if any(curve.steps[0] < 0 for curve in run.curves):
         note += "; left of the dashed line: before the expansion"
@@ -249,12 +249,12 @@ def _domains(groups: Sequence[Group], role: str | None = None) -> list[tuple[str
     """Return domains that have losses, each with its role."""
     rows = (row for group in groups for run in group.runs for row in run.losses)
     found = dict.fromkeys((row.domain, row.role) for row in rows if role in (None, row.role))
-    return list(found)[:MAX_PANELS]
+    return list(found)[: Topic.MAX_PANELS]
 
 
 def _positions(runs: Sequence[EndedRun]) -> list[Figure | None]:
     longer = [(run.name, run.summary.windows) for run in runs if run.summary.windows]
-    return [_positions_figure(record, title=name) for name, record in longer[:MAX_PANELS]]
+    return [_positions_figure(record, title=name) for name, record in longer[: Topic.MAX_PANELS]]
 
 
 def _positions_figure(record: WindowsRecord, *, title: str = "") -> Figure | None:
@@ -275,7 +275,7 @@ def _positions_figure(record: WindowsRecord, *, title: str = "") -> Figure | Non
         axes.set_title(wrap_text(f"{title} {domain}".strip(), 40), fontsize=10)
         axes.set_xlabel("position in the window [tokens]")
     panels[0].set_ylabel("validation loss [nats/token]")
-    add_legend(figure)
+    _add_legend(figure)
     return figure
 
 
@@ -283,7 +283,7 @@ def _tradeoff(lines: Sequence[Line], *, has_legend: bool = False) -> list[Figure
     figure, axes = panel(height=4.2 if has_legend else 3.8)
     is_drawn = _draw_tradeoff(axes, lines)
     if is_drawn and has_legend:
-        add_legend(figure)
+        _add_legend(figure)
     return [figure] if is_drawn else []
 
 
@@ -451,7 +451,7 @@ def _draw_losses(
                 marked |= dict.fromkeys((place, "expansion") for place in starts)
                 marked |= dict.fromkeys((scale * step, "next task") for step in run.summary.borders)
                 births = [scale * step for step in run.births]
-                mark_growth(axes, births, color=line.color, is_alone=is_alone)
+                _mark_growth(axes, births, color=line.color, is_alone=is_alone)
         _draw_mean(axes, drawn, line)
     for place, kind in list(marked)[:_MAX_MARKED]:
         color, style = ("black", "--") if kind == "expansion" else (GREY, "-.")
@@ -615,7 +615,7 @@ def _bars_of(
     axes.set_ylim(bottoms[-1] + 0.2, 0)
     axes.axvline(0, color=GREY, linewidth=0.8)
     axes.grid(axis="x", alpha=0.25)
-    label_rows(axes, bottoms, labels)
+    _label_rows(axes, bottoms, labels)
     axes.set_title(wrap_text(title), fontsize=9)
     return figure
 
@@ -625,3 +625,47 @@ def _bars(interval: Interval) -> tuple[float, float]:
     below = 0.0 if interval.lower is None else max(0.0, interval.value - interval.lower)
     above = 0.0 if interval.upper is None else max(0.0, interval.upper - interval.value)
     return below, above
+
+
+def _label_rows(axes: Axes, bottoms: Sequence[float], labels: Sequence[str]) -> None:
+    """Write a label above each row of a finished panel, next to the line at zero, not across it.
+
+    Args:
+        axes: the panel, without a scale on the left.
+        bottoms: height of each row.
+        labels: label of each row, wrapped.
+    """
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    low, high = axes.get_xlim()
+    zero = -low / (high - low)  # in fractions of the width
+    for bottom, label in zip(bottoms, labels, strict=True):
+        width = max(map(len, label.split("\n"))) / _WIDEST_LABEL
+        is_crossed, fits_after = 0 <= zero < width, zero + width <= 1
+        axes.annotate(
+            label,
+            xy=(zero if is_crossed and fits_after else 0, bottom),
+            xycoords=("axes fraction", "data"),
+            xytext=(3, 7),
+            textcoords="offset points",
+            fontsize=7.5,
+            bbox={"facecolor": "white", "pad": 0.5, "linewidth": 0},
+        )
+
+
+def _add_legend(figure: Figure) -> None:
+    """Add the legend of the first panel above all panels, each label once."""
+    lines = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
+    place = "outside upper center"
+    figure.legend(lines.values(), lines, loc=place, ncols=4, frameon=False, fontsize=8)
+
+
+def _mark_growth(
+    axes: Axes, steps: Sequence[float], *, color: str = GREEN, is_alone: bool = True
+) -> None:
+    """Mark the positions at which neurons grew: over the whole height only if a run is alone."""
+    if steps:
+        top = 1.0 if is_alone and len(steps) <= _MAX_TALL else 0.05
+        place = axes.get_xaxis_transform()
+        axes.vlines(steps, 0, top, transform=place, color=color, linestyle=(0, (1, 1.5)),
+                    linewidth=1, label="neurons grew")  # fmt: skip

@@ -13,17 +13,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tritter import __version__
-from tritter.report.drawing import DPI, new_figure, wrap_text
+from tritter.report.drawing import new_figure, wrap_text
 from tritter.report.figures import GroupFigures
 from tritter.report.runs import (
-    CONFIDENCE,
-    MIN_SEEDS,
     EndedRun,
     Group,
+    Interval,
     Line,
     differing_keys,
-    group_runs,
-    with_controls,
 )
 from tritter.report.table import MISSING, Table, number_text, si_text
 from tritter.report.tables import SummaryTables
@@ -50,11 +47,12 @@ _TITLES = {
     "positions": "Loss by position",
     **{topic.name: topic.title for topic in TOPICS},
 }
+_CONFIDENCE, _MIN_SEEDS = f"{Interval.CONFIDENCE:.0%}", Interval.MIN_SEEDS
 _OVER_SEEDS = (
-    f"Pale marks: seeds. Full marks and bars: mean and Student's {CONFIDENCE:.0%} interval over "
-    f"the seeds. Below {MIN_SEEDS} seeds, every mark is a seed."
+    f"Pale marks: seeds. Full marks and bars: mean and Student's {_CONFIDENCE} interval over "
+    f"the seeds. Below {_MIN_SEEDS} seeds, every mark is a seed."
 )
-_OF_SEEDS = f"Every mark is a seed; there are no intervals below {MIN_SEEDS} seeds."
+_OF_SEEDS = f"Every mark is a seed; there are no intervals below {_MIN_SEEDS} seeds."
 _SINGLE = "Bars: one-sided bounds of the gate, over documents."
 _CONTROL = "Hollow marks: control (not grown)."
 _CAPTIONS = {
@@ -94,7 +92,7 @@ def page(
         notes: Lines on folders that are not on it.
         tables: Title → table, shown after the table of all runs.
     """
-    groups = group_runs(runs)
+    groups = Group.of_runs(runs)
     compared = GroupFigures(groups)
     lines, drawn = compared.lines, compared.figures()
     pictures = {name: [_png(figure) for figure in found] for name, found in drawn.items()}
@@ -106,7 +104,7 @@ def page(
     text = environment.get_template("page.html.j2").render(
         version=__version__,
         title=title,
-        lead=_subtitle(groups),
+        lead=_subtitle(groups, compared),
         notes=notes,
         verdicts=_VERDICTS,
         groups=_group_table(compared) if len(groups) < len(runs) else Table((), ()),
@@ -142,11 +140,11 @@ def page(
 
 def _png(figure: Figure) -> bytes:
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=DPI)
+    figure.savefig(stream, format="png", dpi="figure")
     return stream.getvalue()
 
 
-def _subtitle(groups: Sequence[Group]) -> str:
+def _subtitle(groups: Sequence[Group], compared: GroupFigures) -> str:
     """Return the line below the title."""
     num_runs = sum(len(group.runs) for group in groups)
     lead = "One finished run" if num_runs == 1 else f"{num_runs} finished runs"
@@ -156,7 +154,7 @@ def _subtitle(groups: Sequence[Group]) -> str:
     lead += ". Losses without another unit are in nats per token, changes of a loss are per byte."
     if any(run.summary.has_new_tokens for group in groups for run in group.runs):
         lead += " Curves of runs with another tokenizer can't be compared."
-    if len(with_controls(groups)) > GroupFigures.MAX_GROUPS:
+    if len(compared.lines) > GroupFigures.MAX_GROUPS:
         lead += f" The figures of changes and cost show the first {GroupFigures.MAX_GROUPS} groups."
     return lead
 
@@ -164,7 +162,7 @@ def _subtitle(groups: Sequence[Group]) -> str:
 def _caption(name: str, compared: GroupFigures) -> str:
     parts = [_CAPTIONS[name]]
     if name in _WITH_SEEDS:
-        if any(len(line.group.seeds) >= MIN_SEEDS for line in compared.lines):
+        if any(len(line.group.seeds) >= _MIN_SEEDS for line in compared.lines):
             parts.append(_OVER_SEEDS)
         elif compared.is_seeded:
             parts.append(_OF_SEEDS)
@@ -188,8 +186,8 @@ def _group_table(compared: GroupFigures) -> Table:
         cells += [MISSING if each is None else each.text() for each in found]
         rows.append((*cells, si_text(flops), number_text(seconds, ".1f")))
     caption = (
-        f"Change of the loss per byte: mean with Student's {CONFIDENCE:.0%} interval over the "
-        f"seeds; below {MIN_SEEDS} seeds, the value of each seed. Cost: mean of the training"
+        f"Change of the loss per byte: mean with Student's {_CONFIDENCE} interval over the "
+        f"seeds; below {_MIN_SEEDS} seeds, the value of each seed. Cost: mean of the training"
     )
     return Table(header, tuple(rows), (1, *range(3, len(header))), caption)
 
@@ -216,7 +214,7 @@ def _difference_table(compared: GroupFigures) -> Table:
     header = ("group", "seed pairs", *(f"{domain} ({role}) [%]" for domain, role in domains))
     caption = (
         f"Loss per byte after training, relative to {reference.name} at the same seed; below zero "
-        f"is better. From {MIN_SEEDS} pairs on: mean with Student's {CONFIDENCE:.0%} interval, "
+        f"is better. From {_MIN_SEEDS} pairs on: mean with Student's {_CONFIDENCE} interval, "
         "not adjusted for the number of comparisons; below: the value of each seed"
     )
     return Table(header, tuple(rows), tuple(range(1, len(header))), caption)

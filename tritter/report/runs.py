@@ -11,17 +11,15 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
 from statistics import fmean, stdev
-from typing import Any, Literal, TypeGuard
+from typing import Any, ClassVar, Literal, Self, TypeGuard
 
 from tritter.report.drawing import truncate
 from tritter.report.rows import DomainRow, domain_rows
-from tritter.report.summary import MAX_NUMBER, Attempt, Summary, ends_of
+from tritter.report.summary import MAX_NUMBER, Attempt, Summary
 from tritter.report.table import MISSING
 
 _SEED = "seed"
 _MAX_NAMED = 8  # settings in the name of a group, in addition to the methods
-CONFIDENCE = 0.95  # of the intervals over seeds, two-sided
-MIN_SEEDS = 3  # for an interval; below, the values of the seeds are shown
 # Stages that belong to a method as its training does
 _PREPARED = ("importance", "self_replay", "choose", "distill", "adapt")
 _NAME_CHARACTERS = 400
@@ -45,22 +43,24 @@ class Curve:
     steps: tuple[int, ...]
     values: tuple[float, ...]
 
+    @classmethod
+    def of_rows(cls, rows: Sequence[Mapping[str, str]]) -> tuple[Self, ...]:
+        """Return every loss in rows of a metrics.csv, and the FLOPs of a training run with growth.
 
-def curves_of(rows: Sequence[Mapping[str, str]]) -> tuple[Curve, ...]:
-    """Return every loss in rows of a metrics.csv, and the FLOPs of a training run with growth.
-
-    Step -1 is the model before its expansion.
-    """
-    table = [row for row in rows if row.get("step")]
-    found = dict.fromkeys(name for row in table for name in row)
-    names = [name for name in found if name and (name.endswith("/loss") or name == _GROWTH_FLOPS)]
-    curves = []
-    for name in names:
-        rows = [row for row in table if row.get(name)]
-        steps = tuple(int(float(row["step"])) for row in rows)
-        if steps:
-            curves.append(Curve(name, steps, tuple(float(row[name]) for row in rows)))
-    return tuple(curves)
+        Step -1 is the model before its expansion.
+        """
+        table = [row for row in rows if row.get("step")]
+        found = dict.fromkeys(name for row in table for name in row)
+        names = [
+            name for name in found if name and (name.endswith("/loss") or name == _GROWTH_FLOPS)
+        ]
+        curves = []
+        for name in names:
+            rows = [row for row in table if row.get(name)]
+            steps = tuple(int(float(row["step"])) for row in rows)
+            if steps:
+                curves.append(cls(name, steps, tuple(float(row[name]) for row in rows)))
+        return tuple(curves)
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class EndedRun:
     @property
     def expansions(self) -> tuple[int, ...]:
         """Steps of the expansions: before the first, and at the end of each round but the last."""
-        return (0, *ends_of(self.summary.rounds)) if self.summary.expansion else ()
+        return (0, *self.summary.round_ends) if self.summary.expansion else ()
 
     @property
     def births(self) -> tuple[int, ...]:
@@ -236,6 +236,27 @@ class Group:
             return Interval.of([own[seed] - other[seed] for seed in seeds])
         return Interval.of([own[seed] / other[seed] - 1 for seed in seeds if other[seed]])
 
+    @classmethod
+    def of_runs(cls, runs: Iterable[EndedRun]) -> tuple[Self, ...]:
+        """Return groups of runs that differ only in the seed, named by the settings that differ."""
+        by_settings: dict[str, list[EndedRun]] = {}
+        for run in runs:
+            key = repr(sorted((k, repr(v)) for k, v in run.settings.items() if k != _SEED))
+            by_settings.setdefault(key, []).append(run)
+        groups = [tuple(each) for each in by_settings.values()]
+        firsts = [each[0] for each in groups]
+        keys = [
+            key for key in differing_keys(firsts) if key != _SEED and differs_between(key, firsts)
+        ]
+        ways = {"growth": any(run.summary.growth is not None for run in firsts)}
+        ways["experts"] = any(run.summary.experts is not None for run in firsts)
+        named = [way for way, is_there in ways.items() if is_there]
+        names = [_name(run, keys, ways=named) for run in firsts]
+        return tuple(
+            cls(name if names.count(name) == 1 else f"{name} ({each[0].name})", each)
+            for name, each in zip(names, groups, strict=True)
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Line:
@@ -282,6 +303,9 @@ class Interval:
         values: The values of the seeds.
     """
 
+    CONFIDENCE: ClassVar[float] = 0.95  # of the intervals over seeds, two-sided
+    MIN_SEEDS: ClassVar[int] = 3  # for an interval; below, the values of the seeds are shown
+
     value: float
     lower: float | None
     upper: float | None
@@ -293,42 +317,23 @@ class Interval:
         if not finite or len(finite) < len(values):
             return None
         mean, n = fmean(finite), len(finite)
-        if n < MIN_SEEDS:
+        if n < cls.MIN_SEEDS:
             return cls(mean, None, None, tuple(finite))
         from scipy.special import stdtrit  # half a second, which a single run does not need
 
-        half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * stdev(finite) / math.sqrt(n)
+        half = float(stdtrit(n - 1, (1 + cls.CONFIDENCE) / 2)) * stdev(finite) / math.sqrt(n)
         return cls(mean, mean - half, mean + half, tuple(finite))
 
     @property
     def is_of_seeds(self) -> bool:
         """Whether the values of the seeds stand for the mean: there are too few for an interval."""
-        return 1 < len(self.values) < MIN_SEEDS
+        return 1 < len(self.values) < self.MIN_SEEDS
 
     def text(self, *, scale: float = 100) -> str:
         """Return the mean with its bounds over seeds, or the values of the seeds, in per cent."""
-        if len(self.values) < MIN_SEEDS or self.lower is None or self.upper is None:
+        if len(self.values) < self.MIN_SEEDS or self.lower is None or self.upper is None:
             return ", ".join(f"{scale * value:+.2f}" for value in self.values)
         return f"{scale * self.value:+.2f} [{scale * self.lower:+.2f}, {scale * self.upper:+.2f}]"
-
-
-def group_runs(runs: Iterable[EndedRun]) -> tuple[Group, ...]:
-    """Return groups of runs that differ only in the seed, named by the settings that differ."""
-    by_settings: dict[str, list[EndedRun]] = {}
-    for run in runs:
-        key = repr(sorted((k, repr(v)) for k, v in run.settings.items() if k != _SEED))
-        by_settings.setdefault(key, []).append(run)
-    groups = [tuple(each) for each in by_settings.values()]
-    firsts = [each[0] for each in groups]
-    keys = [key for key in differing_keys(firsts) if key != _SEED and differs_between(key, firsts)]
-    ways = {"growth": any(run.summary.growth is not None for run in firsts)}
-    ways["experts"] = any(run.summary.experts is not None for run in firsts)
-    named = [way for way, is_there in ways.items() if is_there]
-    names = [_name(run, keys, ways=named) for run in firsts]
-    return tuple(
-        Group(name if names.count(name) == 1 else f"{name} ({each[0].name})", each)
-        for name, each in zip(names, groups, strict=True)
-    )
 
 
 def with_controls(groups: Iterable[Group]) -> tuple[Group, ...]:

@@ -25,7 +25,6 @@ MAX_NUMBER = 1e30  # sums and squares of such numbers, and axes over them, are f
 _Number = Annotated[float, Field(ge=-MAX_NUMBER, le=MAX_NUMBER, allow_inf_nan=False)]
 _Count = Annotated[int, Field(ge=0, le=10**15)]
 
-BASE = "base"  # the gate of a base without an adapter
 _MAX_ITEMS = 1000  # experts, and domains
 _MAX_EVENTS = 100_000
 _MAX_LAYERS = 1024
@@ -688,9 +687,14 @@ class Summary(Part):
     @property
     def borders(self) -> tuple[int, ...]:
         """Steps at which the next task began."""
-        return ends_of(self.tasks)
+        return _ends_of(self.tasks)
+
+    @property
+    def round_ends(self) -> tuple[int, ...]:
+        """Steps at which all rounds but the last ended."""
+        return _ends_of(self.rounds)
 
 
-def ends_of(parts: Sequence[Attempt | TaskRecord]) -> tuple[int, ...]:
+def _ends_of(parts: Sequence[Attempt | TaskRecord]) -> tuple[int, ...]:
     """Return the steps at which all parts of a run but the last end."""
     return tuple(accumulate(part.steps for part in parts))[:-1]

@@ -18,9 +18,9 @@ from tritter.report.drawing import (
     wrap_text,
     write_note,
 )
-from tritter.report.summary import BASE, ExpertHistory, ExpertsRecord, Spawn
+from tritter.report.summary import ExpertHistory, ExpertsRecord, Spawn
 from tritter.report.table import MISSING, Table, count_text, number_text, omitted_note
-from tritter.report.topics.topic import MAX_PANELS, MAX_ROWS_ON_PAGE, Topic
+from tritter.report.topics.topic import Topic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tritter.report.runs import EndedRun, Line
 
 _MAX_ROWS = 16
+_BASE = "base"  # the gate of a base without an adapter
 _MAX_COLUMNS = 6  # experts side by side on a terminal
 _NAME_CHARACTERS = 12
 _KIND_CHARACTERS = 40
@@ -92,7 +93,7 @@ class Experts(Topic[ExpertsRecord]):
         """Return the panels of a single run one by one; of several, only routing."""
         found = self.records(lines)
         made = []
-        for _, run, record in found[:MAX_PANELS]:
+        for _, run, record in found[: Topic.MAX_PANELS]:
             for draw in _panels(run, record)[: None if len(found) == 1 else 1]:
                 figure, axes = panel(height=3.0 + 0.12 * min(len(record.usage), _DRAWN))
                 draw(axes)
@@ -167,10 +168,10 @@ def _share_text(share: float | None) -> str:
 
 def _page_tables(experts: ExpertsRecord) -> list[Table]:
     """Return the tables of the page: experts, routing, similarity and events."""
-    usage = _usage_table(experts, most=MAX_ROWS_ON_PAGE, max_columns=MAX_ROWS_ON_PAGE)
-    found = experts.similarities[:MAX_ROWS_ON_PAGE]
+    usage = _usage_table(experts, most=Topic.MAX_ROWS_ON_PAGE, max_columns=Topic.MAX_ROWS_ON_PAGE)
+    found = experts.similarities[: Topic.MAX_ROWS_ON_PAGE]
     names = dict.fromkeys(name for _, similarity in found for name in similarity)
-    known = list(names)[:MAX_ROWS_ON_PAGE]
+    known = list(names)[: Topic.MAX_ROWS_ON_PAGE]
     rows = tuple(
         (expert, *(number_text(similarity.get(name), ".3g") for name in known))
         for expert, similarity in found
@@ -179,12 +180,12 @@ def _page_tables(experts: ExpertsRecord) -> list[Table]:
     similarity = Table(("spawned", *known), rows, tuple(range(1, 1 + len(known))), caption)
     rows = tuple(
         (number_text(event.step), event.kind, event.expert, event.why)
-        for event in experts.events[:MAX_ROWS_ON_PAGE]
+        for event in experts.events[: Topic.MAX_ROWS_ON_PAGE]
     )
-    note = omitted_note(len(experts.events), MAX_ROWS_ON_PAGE)
+    note = omitted_note(len(experts.events), Topic.MAX_ROWS_ON_PAGE)
     caption = "; ".join(filter(None, ("Events of the experts", note)))
     events = Table(("step", "event", "expert", "reason"), rows, (0,), caption)
-    return [_experts_table(experts, most=MAX_ROWS_ON_PAGE), usage, similarity, events]
+    return [_experts_table(experts, most=Topic.MAX_ROWS_ON_PAGE), usage, similarity, events]
 
 
 def _percent(share: float | None) -> str:
@@ -283,11 +284,11 @@ def _draw_history(
     steps = subsample(course.steps)
     order = dict.fromkeys((*experts.names, *course.values))
     shown = [name for name in order if name in course.values][:_DRAWN]
-    adapters = [name for name in shown if name != BASE]
+    adapters = [name for name in shown if name != _BASE]
     for name in shown:
         values = [np.nan if v is None else float(v) for v in subsample(course.values[name])]
-        number = 0 if name == BASE else adapters.index(name)
-        color = GREY if name == BASE else CYCLE[number % len(CYCLE)]
+        number = 0 if name == _BASE else adapters.index(name)
+        color = GREY if name == _BASE else CYCLE[number % len(CYCLE)]
         style = _STYLES[number // len(CYCLE) % len(_STYLES)]
         # Equal ranks coincide: the first are thicker, and remain visible
         below = min(len(shown) - 1 - shown.index(name), 5) if is_stepped else 0

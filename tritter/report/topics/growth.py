@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tritter.report.drawing import BLUE, ORANGE, new_figure, panel, subsample, wrap_text, write_note
 from tritter.report.summary import GrowthEvent, GrowthRecord
 from tritter.report.table import Table, count_text, number_text, omitted_note, si_text
-from tritter.report.topics.topic import MAX_PANELS, MAX_ROWS_ON_PAGE, Topic
+from tritter.report.topics.topic import Topic
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,7 +44,9 @@ class Growth(Topic[GrowthRecord]):
             return []
         if not on_page:
             return [_growth_table(record, most=_MAX_ROWS)]
-        return [draw(record, most=MAX_ROWS_ON_PAGE) for draw in (_growth_table, _events_table)]
+        return [
+            draw(record, most=Topic.MAX_ROWS_ON_PAGE) for draw in (_growth_table, _events_table)
+        ]
 
     def text(self, record: GrowthRecord) -> str:
         """Return a line on the result of growth, or on what to try if nothing grew."""
@@ -94,7 +96,7 @@ class Growth(Topic[GrowthRecord]):
         found = self.records(lines)
         made = []
         drawn = [_draw_neurons] if len(found) > 1 else [_draw_neurons, _draw_pressure]
-        for _, run, growth in found[:MAX_PANELS]:
+        for _, run, growth in found[: Topic.MAX_PANELS]:
             for draw in drawn:
                 figure, axes = panel(height=2.9)
                 draw(axes, growth, end=run.last_steps)

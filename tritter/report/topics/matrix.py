@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tritter.report.drawing import draw_cells, new_figure, numbers
 from tritter.report.summary import Matrix
 from tritter.report.table import Table, number_text, omitted_note
-from tritter.report.topics.topic import MAX_ROWS_ON_PAGE, Topic
+from tritter.report.topics.topic import Topic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +33,7 @@ class TaskMatrix(Topic[Matrix]):
     )
 
     def tables(self, record: Matrix, *, on_page: bool = False) -> list[Table]:
-        return [_transfer_table(record, most=MAX_ROWS_ON_PAGE if on_page else _MAX_ROWS)]
+        return [_transfer_table(record, most=Topic.MAX_ROWS_ON_PAGE if on_page else _MAX_ROWS)]
 
     def plot(self, run: EndedRun, record: Matrix) -> Figure:
         """Return a figure of the losses, and of the accuracies if there are any."""

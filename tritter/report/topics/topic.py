@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from tritter.report.runs import EndedRun, Line
     from tritter.report.table import Table
 
-MAX_PANELS = 24  # of one kind, on the page
-MAX_ROWS_ON_PAGE = 100  # summary.json has all
 _R = TypeVar("_R")
 
 
@@ -27,6 +25,9 @@ class Topic(Generic[_R]):
         caption: Text below them.
         has_legend: Their colours and marks are those of the groups.
     """
+
+    MAX_PANELS: ClassVar[int] = 24  # of one kind, on the page
+    MAX_ROWS_ON_PAGE: ClassVar[int] = 100  # summary.json has all
 
     name: ClassVar[str]
     title: ClassVar[str]
@@ -56,7 +57,7 @@ class Topic(Generic[_R]):
     def figures(self, lines: Sequence[Line]) -> list[Figure]:
         """Return the figures of the page: without another definition, the plot of each run."""
         made = []
-        for _, run, record in self.records(lines)[:MAX_PANELS]:
+        for _, run, record in self.records(lines)[: self.MAX_PANELS]:
             if (figure := self.plot(run, record)) is not None:
                 figure.axes[0].set_title(wrap_text(run.name), fontsize=9)
                 made.append(figure)
