@@ -29,8 +29,8 @@ from tests.oracle.families import generic, tiny
 from tests.pipeline.tiny import FIXTURES, TINY
 from tritter import EWC, L2SP, GrowableCausalLM, LlamaPro, Moe, MoeAdd, Plateau, Width, api
 from tritter.checkpoints import read_lineage
+from tritter.checkpoints.run_text import RunText
 from tritter.cli import main as command
-from tritter.config.launch import plan
 from tritter.config.launch.entry import main as train_py
 from tritter.core.models import save_tokenizer
 from tritter.data.documents import Document
@@ -607,7 +607,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
     """A pipeline that only takes notes, in an empty folder."""
     pipeline = FakePipeline()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plan, "side_problems", lambda text: ())
+    monkeypatch.setattr(RunText, "side_problems", lambda text: ())
     monkeypatch.setattr(api, "_pipeline", pipeline)
     return pipeline
 

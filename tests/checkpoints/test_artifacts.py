@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from tritter.checkpoints import Source
-from tritter.checkpoints.state import read_state, write_state
+from tritter.checkpoints.state import State, write_state
 from tritter.core.families import Model
 from tritter.core.stock_routers import AddedExperts
 from tritter.storage.writer import TensorStream
@@ -31,4 +31,4 @@ def test_every_piece_writes_itself_as_it_was_read(tmp_path: Path) -> None:
     assert contents(target) == held
     for artifact in Source(bare, Model({}), None).artifacts():
         artifact(target / "..")
-    assert read_state(tmp_path) is None  # what is not there is not made up
+    assert State.read(tmp_path) is None  # what is not there is not made up

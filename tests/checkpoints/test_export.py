@@ -28,7 +28,7 @@ from tests.oracle import logits, relative_difference, saved, stock, tiny_llama, 
 from tests.oracle.qwen3 import tiny_qwen3
 from tests.storage.test_tensors import file_size_limit
 from tritter.checkpoints import Source, read_lineage
-from tritter.checkpoints.export import Exported, Weights, export_model
+from tritter.checkpoints.export import Exported, Weights
 from tritter.checkpoints.folder import copy_small_files
 from tritter.core.expansions import LlamaPro, Width
 from tritter.core.models import load_model, read_model
@@ -45,8 +45,7 @@ def weights_of(folder: Path) -> Weights:
 
 
 def export(folder: Path, destination: Path, **options: Any) -> Exported:
-    return export_model(
-        weights_of(folder),
+    return weights_of(folder).export(
         destination,
         artifacts=[partial(copy_small_files, folder)],
         **options,
@@ -192,8 +191,7 @@ def test_tensors_are_read_one_by_one(tmp_path: Path) -> None:
         order.append(f"read {name}")
         return weights.read(name)
 
-    export_model(
-        replace(weights, read=read),
+    replace(weights, read=read).export(
         tmp_path / "out",
         artifacts=(),
         progress=lambda done, total: order.append(f"{done}/{total} written"),

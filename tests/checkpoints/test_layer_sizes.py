@@ -17,9 +17,9 @@ from tests import oracle
 from tests.oracle.families import GROWABLE, HEADS_DIVIDE_HIDDEN, LAYER_NORM, generic, tiny
 from tests.oracle.sizes import SIZES, uneven, written
 from tritter.checkpoints import Source, read_lineage
-from tritter.checkpoints.export import Weights, export_model
+from tritter.checkpoints.export import Weights
 from tritter.checkpoints.history import Link
-from tritter.checkpoints.state import read_state, write_state
+from tritter.checkpoints.state import State, write_state
 from tritter.core.expansions import Dus, ExpansionSpec, LlamaPro, Moe, Width, build_steps
 from tritter.core.families import Model, family_of, ffn_sizes, forward_flops, on_disk
 from tritter.core.models import load_model, model_of, model_with_tensors, named_tensors, read_model
@@ -218,7 +218,7 @@ def test_an_export_is_stock_and_padded(tmp_path: Path) -> None:
     model = uneven("gemma3_text", SIZES).double()
     folder = written(model, tmp_path / "model")
     weights = Weights.of(Source.open(folder, read_model(folder)))
-    exported = export_model(weights, tmp_path / "out", dtype=torch.float64, artifacts=())
+    exported = weights.export(tmp_path / "out", dtype=torch.float64, artifacts=())
     assert (
         "ffn_sizes" not in exported.model.config and not (exported.folder / "tritter.json").exists()
     )
@@ -250,7 +250,7 @@ def test_state_follows_in_live_widths(tmp_path: Path) -> None:
     moments = {kind: {n: t.abs() for n, t in tensors.items()} for kind in MOMENTS}
     write_state(folder, {k: TensorStream.of(t.items()) for k, t in moments.items()}, step=3)
     grown = expand(folder, tmp_path / "grown", [LlamaPro(target_layers=4), Width()])
-    state = read_state(grown.folder)
+    state = State.read(grown.folder)
     assert state is not None
     down = state.kinds["exp_avg"].get("model.layers.1.mlp.down_proj.weight")
     assert down.shape == (48, 80)

@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 
 from tests.checkpoints.test_export import tiny_experts
 from tests.oracle import logits, saved, stock, tiny_llama, tokens
-from tritter.checkpoints.export import export_model
 from tritter.checkpoints.lightning_file import read_lightning_file
 from tritter.core.models import model_of
 from tritter.errors import RequestError, TritterError
@@ -54,7 +53,7 @@ def trained(path: Path, model: nn.Module) -> Wrapped:
 
 def convert(path: Path, model: nn.Module, destination: Path, **options: Any) -> tuple[str, ...]:
     weights, skipped = read_lightning_file(path, model_of(model), **options)
-    export_model(weights, destination, dtype=weights.widest_dtype, artifacts=())
+    weights.export(destination, dtype=weights.widest_dtype, artifacts=())
     return (skipped,) if skipped else ()
 
 

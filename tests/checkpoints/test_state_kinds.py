@@ -9,7 +9,7 @@ import torch
 
 from tests import oracle
 from tritter.checkpoints.location import check_replaceable
-from tritter.checkpoints.state import read_state, write_state
+from tritter.checkpoints.state import State, write_state
 from tritter.core.expansions import LlamaPro, Width
 from tritter.core.parameter_map import Quantity
 from tritter.core.parameter_map.carry import STATE_KINDS, StateKind, register
@@ -46,7 +46,7 @@ def test_a_kind_follows_expansions_and_copies_without_who_left_it(
     assert "sigma" not in STATE_KINDS
     specs = [Width(init="net2net", intermediate_size=60), LlamaPro()]
     result = expand(source, tmp_path / "grown", specs)
-    state = read_state(result.folder)
+    state = State.read(result.folder)
     assert state is not None and state.rules["sigma"] == RULE
     sigma, fisher = (dict(state.kinds[kind]) for kind in ("sigma", "fisher"))
     assert sigma.keys() == fisher.keys()
@@ -57,7 +57,7 @@ def test_a_kind_follows_expansions_and_copies_without_who_left_it(
     check_replaceable(result.folder)
     (tmp_path / "copy").mkdir()
     state.write(tmp_path / "copy")
-    copied = read_state(tmp_path / "copy")
+    copied = State.read(tmp_path / "copy")
     assert copied is not None and copied.rules == state.rules
 
 
@@ -99,7 +99,7 @@ def test_a_rule_that_is_none_is_refused(
     path = source / "state/state.json"
     path.write_text(signed_text({**head_of(source), **changes}))
     with pytest.raises(TritterError, match=message):
-        read_state(source)
+        State.read(source)
 
 
 @pytest.mark.parametrize("name", ["", "Omega", "../sigma", "sigma/x", "state.json", "o" * 61])

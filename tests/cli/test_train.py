@@ -23,6 +23,7 @@ from tests.evaluation.test_benchmark_files import written
 from tests.oracle import stock
 from tests.pipeline.conftest import SMALL
 from tritter.checkpoints import read_lineage
+from tritter.checkpoints.run_text import RunText
 from tritter.checkpoints.state import write_state
 from tritter.cli import main
 from tritter.cli import train as train_module
@@ -78,7 +79,7 @@ def configs(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
 
     monkeypatch.setattr(train_module, "_pipeline", pipeline)
     monkeypatch.setattr(find_rate, "find_rate", lambda config, folder: given.append(config))
-    monkeypatch.setattr("tritter.config.launch.plan.side_problems", lambda text: ())
+    monkeypatch.setattr(RunText, "side_problems", lambda text: ())
     return given
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hydra.types import RunMode
 
+from tritter.checkpoints.run_text import RunText
 from tritter.config.launch import plan
 from tritter.config.launch.command_line import CommandLine
 from tritter.config.launch.composition import Composer, composer
@@ -70,7 +71,7 @@ def run(
     Its texts are too few to be split, which `tests/pipeline/test_text_problems.py` looks at.
     """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plan, "side_problems", lambda text: ())
+    monkeypatch.setattr(RunText, "side_problems", lambda text: ())
 
     def run_words(*words: str) -> Result:
         try:

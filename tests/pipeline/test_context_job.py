@@ -15,7 +15,7 @@ from tests import oracle
 from tests.pipeline.plug import WORK
 from tests.pipeline.tiny import TINY
 from tritter.checkpoints.folder import lineage_of
-from tritter.checkpoints.run_text import run_text
+from tritter.checkpoints.run_text import RunText
 from tritter.checkpoints.state import KeptSequences
 from tritter.config.launch.composition import load_config
 from tritter.config.validation import base_model
@@ -238,10 +238,10 @@ def test_the_size_of_pieces_is_part_of_the_split(
         assert said.count("long windows change the tokens per batch") == 1
     for size in (20_000, None):
         data = replace(config.data, piece_characters=size)
-        text = run_text(str(done / "checkpoint"), data, seed=0)
+        text = RunText.of(str(done / "checkpoint"), data, seed=0)
         assert {each.piece_characters for each in text.domains} == {20_000}
     with pytest.raises(RequestError, match=r"^data.piece_characters = 40000: .* uses 20000;"):
-        run_text(str(done / "checkpoint"), config.data, seed=0)
+        RunText.of(str(done / "checkpoint"), config.data, seed=0)
 
 
 @pytest.mark.full
@@ -260,7 +260,7 @@ def test_all_that_reads_a_lineage_cuts_as_it_does(tmp_path: Path) -> None:
     checkpoint = tmp_path / "run/checkpoint"
     lineage = lineage_of(checkpoint)
     assert lineage.split is not None and lineage.split.piece_characters == 40_000
-    later = run_text(str(checkpoint), replace(config.data, piece_characters=None), seed=0)
+    later = RunText.of(str(checkpoint), replace(config.data, piece_characters=None), seed=0)
     assert later.split == lineage.split and not any("has changed" in each for each in later.notes)
     tokenizer = read_tokenizer(checkpoint, vocab_size=read_model(checkpoint).sizes.vocab_size)
     scored = DomainsToScore.learned(checkpoint, lineage, tokenizer, length=SHORT).documents

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.pipeline.tiny import FIXTURES, TINY
-from tritter.checkpoints.state import read_state
+from tritter.checkpoints.state import State
 from tritter.config.launch.composition import load_config
 from tritter.methods.forgetting import EWC, ewc, quadratic
 from tritter.pipeline import Outcome, pipeline, run_pipeline
@@ -64,7 +64,7 @@ def test_scoring_and_importances_show_progress_on_a_terminal(
 
 
 def state_of(folder: Path) -> dict[str, dict[str, Tensor]]:
-    state = read_state(folder)
+    state = State.read(folder)
     assert state is not None
     return {kind: dict(tensors) for kind, tensors in state.kinds.items()}
 

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from tests import oracle
 from tests.pipeline.tiny import FIXTURES
 from tritter.checkpoints import lineage_of
-from tritter.checkpoints.record import recorded_tokens
 from tritter.pipeline import Outcome
 
 Run = Callable[..., Outcome]
@@ -76,15 +75,14 @@ def test_the_tokens_of_a_base_are_read_from_its_record() -> None:
     made_from = lineage.training_config["made_from"]
     base, data = made_from["pretraining"], made_from["data"]
     steps = base["max_steps"] * data["batch_size"] * data["sequence_length"]
-    assert recorded_tokens(lineage) == steps
+    assert lineage.pretraining_tokens == steps
 
     def tokens(**changes: object) -> float | None:
         config = {"made_from": {**made_from, **changes}}
-        return recorded_tokens(replace(lineage, training_config=config))
+        return replace(lineage, training_config=config).pretraining_tokens
 
     trainer = {**made_from["trainer"], "accumulate_grad_batches": 3}
     assert tokens(trainer=trainer) == 3 * steps
     without = {key: value for key, value in base.items() if key != "max_steps"}
     assert tokens(pretraining=without) is None
     assert tokens(pretraining=None) is None
-    assert recorded_tokens(None) is None

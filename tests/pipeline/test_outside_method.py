@@ -15,7 +15,7 @@ from tests.pipeline.outside_method import Killed, Options, Outside, SmallLogits,
 from tests.pipeline.tiny import TINY
 from tritter.checkpoints import read_lineage
 from tritter.checkpoints.history import Link
-from tritter.checkpoints.state import read_state
+from tritter.checkpoints.state import State
 from tritter.config.launch.composition import load_config
 from tritter.config.validation import _method_problems
 from tritter.core.models import load_model
@@ -71,7 +71,7 @@ def run(
 
 
 def state_of(folder: Path, kind: str) -> dict[str, torch.Tensor]:
-    state = read_state(folder)
+    state = State.read(folder)
     assert state is not None
     return dict(state.kinds[kind])
 
@@ -193,10 +193,10 @@ def test_what_it_does_not_need_is_not_made(
         config = load_config([*TINY, *words, f"cache_dir={cache}"])
         run_pipeline(config, run_folder=tmp_path / "plain")
     for folder in ("baseline", "attempt_1/expanded", "checkpoint"):
-        assert read_state(tmp_path / "plain" / folder) is None
+        assert State.read(tmp_path / "plain" / folder) is None
     run(tmp_path / "asking", cache, "expansion=none")
     plain, asking = (tmp_path / name / "baseline" for name in ("plain", "asking"))
-    assert hash_of(plain) == hash_of(asking) and read_state(asking) is not None
+    assert hash_of(plain) == hash_of(asking) and State.read(asking) is not None
 
 
 WIDENING = Component(name=Widening.name, kind=Widening, options=Widening.Options())

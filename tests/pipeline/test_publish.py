@@ -17,7 +17,7 @@ from tests import oracle
 from tests.pipeline.offline_wandb import offline_runs
 from tests.pipeline.tiny import TINY
 from tritter.checkpoints import lineage_of
-from tritter.checkpoints.state import read_state
+from tritter.checkpoints.state import State
 from tritter.config.launch.composition import load_config
 from tritter.errors import RequestError
 from tritter.pipeline import Outcome
@@ -86,7 +86,7 @@ def test_the_best_weights_are_published_and_judged(
     lineage = lineage_of(folder / "checkpoint")
     assert lineage.step == lineage.expansion_history[-1].continued_training_steps == best
     # SI continues from the path to these weights, not to the last ones
-    state, path = read_state(folder / "checkpoint"), saved["callbacks"]["ForgettingCallback"]["si"]
+    state, path = State.read(folder / "checkpoint"), saved["callbacks"]["ForgettingCallback"]["si"]
     assert state is not None
     kept = state.kinds["path_integral"]
     assert all(kept.get(name).equal(path["path_integral"][name]) for name in kept.files)

@@ -10,7 +10,7 @@ from torch import nn
 
 from tests import oracle
 from tests.oracle.families import tiny
-from tritter.checkpoints.state import read_state, write_state
+from tritter.checkpoints.state import State, write_state
 from tritter.core.expansions import Dus, ExpansionSpec, Layers, LlamaPro, Width
 from tritter.core.parameter_map.carry import BUILT_IN_KINDS
 from tritter.errors import TritterError
@@ -173,7 +173,7 @@ def test_state_on_files_follows_as_on_a_live_optimizer(tmp_path: Path) -> None:
     assert set(kinds) == BUILT_IN_KINDS - priced - {"si_importance"}
     write_state(tmp_path / "source", kinds, step=3)
     result = expand(tmp_path / "source", tmp_path / "with_state", specs, max_shard_bytes=20_000)
-    state = read_state(result.folder)
+    state = State.read(result.folder)
     assert state is not None and state.step == 3 and set(state.kinds) == set(kinds)
     held = {kind: dict(folder) for kind, folder in state.kinds.items()}
     for name, parameter in model.named_parameters():

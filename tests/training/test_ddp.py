@@ -27,7 +27,7 @@ from tests.training.killed import KillAt
 from tests.training.test_fit import SETTINGS, task
 from tests.training.test_resume import with_something_new
 from tests.training.written import Written
-from tritter.checkpoints.state import read_state
+from tritter.checkpoints.state import State
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.data.datamodule import ValidationSubset
 from tritter.errors import Problem, RequestError, TritterError
@@ -211,7 +211,7 @@ def test_two_processes_give_the_weights_of_one(tmp_path: Path, methods: str) -> 
     left = {path.name for path in (tmp_path / "two").iterdir()}
     assert left - {"left"} == {"metrics.csv", "saved"}
     if "left" in left:
-        together, alone = (read_state(tmp_path / name / "left") for name in ("two", "one"))
+        together, alone = (State.read(tmp_path / name / "left") for name in ("two", "one"))
         assert together is not None and alone is not None
         for kind, tensors in alone.kinds.items():
             other = together.kinds[kind]

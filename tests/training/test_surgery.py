@@ -21,7 +21,7 @@ from tests import oracle
 from tests.oracle.families import tiny
 from tests.training.killed import KillAt, Killed
 from tests.training.test_fit import SETTINGS
-from tritter.checkpoints.state import read_state, write_state
+from tritter.checkpoints.state import State, write_state
 from tritter.core.expansions import Dus, ExpansionSpec, LlamaPro, Moe, Width
 from tritter.core.families import Model
 from tritter.core.models import load_model, model_of
@@ -129,7 +129,7 @@ def expanded_on_disk(saved: Path, folder: Path, specs: Sequence[ExpansionSpec]) 
     kinds = {k: TensorStream.of((n, each[k]) for n, each in state.items()) for k in MOMENTS}
     write_state(source, kinds, step=step)
     grown = expand(source, folder / "grown", specs, seed=SEED).folder
-    model, after = load_model(grown), read_state(grown)
+    model, after = load_model(grown), State.read(grown)
     assert after is not None
     held = {kind: dict(tensors) for kind, tensors in after.kinds.items()}
     names = _names_in_groups(model)
@@ -317,7 +317,7 @@ def test_what_each_weight_did_is_recorded_through_a_change(tmp_path: Path) -> No
     rows = len(before[name])
     assert torch.equal(after[name][:rows], before[name]) and before[name].count_nonzero()
     assert len(after[name]) == 60 and not after[name][rows:].count_nonzero()
-    state = read_state(tmp_path / "state")
+    state = State.read(tmp_path / "state")
     assert state is not None
     left = dict(state.kinds["path_integral"])
     assert {n: v.shape for n, v in left.items()} == {

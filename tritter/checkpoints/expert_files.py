@@ -22,7 +22,6 @@ from tritter.storage.reading import check_links, read_object, require_file
 from tritter.storage.records import Count, WholeNumber, read_record, record
 from tritter.storage.tensors import TensorFolder
 
-HEAD, TENSORS = "state/experts.json", "state/experts.safetensors"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _BASE = "base"  # the expert without an adapter; always the first
 _MAX_EXPERTS = 256
@@ -80,6 +79,8 @@ class ExpertsHead:
     """
 
     FORMAT: ClassVar[str] = "mixture of experts"
+    PATH: ClassVar[str] = "state/experts.json"
+    TENSORS: ClassVar[str] = "state/experts.safetensors"
 
     names: tuple[str, ...]
     has_base: bool = False
@@ -169,17 +170,22 @@ class ExpertFiles:
     def read(cls, folder: Path) -> "ExpertFiles | None":
         """Return the experts of a checkpoint folder, or None if there are none. Opens no tensor."""
         check_links(folder)
-        path = folder / HEAD
+        path = folder / ExpertsHead.PATH
         if not path.exists():
-            if (lineage := read_lineage(folder)) is not None and HEAD in lineage.file_digests:
+            if (
+                lineage := read_lineage(folder)
+            ) is not None and ExpertsHead.PATH in lineage.file_digests:
                 raise TritterError(f"{path} is missing; the experts in {folder} can't be read.")
-            patterns = (*(f"{EXPERTS_FOLDER}/*/{file}" for file in ADAPTER_FILES), TENSORS)
+            patterns = (
+                *(f"{EXPERTS_FOLDER}/*/{file}" for file in ADAPTER_FILES),
+                ExpertsHead.TENSORS,
+            )
             unlisted = [path for pattern in patterns for path in folder.glob(pattern)]
             if found := sorted(str(path.relative_to(folder)) for path in unlisted):
                 raise TritterError(
-                    f"{folder} contains {found[0]}, but {HEAD} is missing, so its experts can't be "
-                    f"read. Restore that file, or remove {TENSORS} and {EXPERTS_FOLDER}/ to use "
-                    "only the base."
+                    f"{folder} contains {found[0]}, but {ExpertsHead.PATH} is missing, so its "
+                    f"experts can't be read. Restore that file, or remove {ExpertsHead.TENSORS} "
+                    f"and {EXPERTS_FOLDER}/ to use only the base."
                 )
             return None
         head = read_record(path, ExpertsHead)
@@ -192,6 +198,21 @@ class ExpertFiles:
             sizes[name] = sum(prod(header.shape) for header in headers)
         configs = {name: AdapterConfig.read(adapter) for name, adapter in adapters.items()}
         return cls(folder, head, configs, sizes)
+
+    @classmethod
+    def within(cls, folder: Path | None, *, key: str) -> "ExpertFiles | None":
+        """Return the experts of a checkpoint, or None without experts or without a local folder.
+
+        Args:
+            folder: the checkpoint folder; None for a hub id.
+            key: the key that named the folder.
+        """
+        if folder is None or not folder.is_dir():
+            return None
+        try:
+            return cls.read(folder)
+        except TritterError as error:
+            raise refused(key, folder, str(error).rstrip(".")) from error
 
     def write(self, folder: Path) -> None:
         """Copy the files unchanged to another checkpoint folder."""
@@ -212,22 +233,7 @@ def _paths(head: ExpertsHead) -> Iterator[str]:
     """Yield the paths of the experts' files, relative to their checkpoint folder."""
     for name in head.adapters:
         yield from (f"{EXPERTS_FOLDER}/{name}/{file}" for file in ADAPTER_FILES)
-    yield from (HEAD, TENSORS)
-
-
-def experts_in(folder: Path | None, *, key: str) -> ExpertFiles | None:
-    """Return the experts of a checkpoint, or None without experts or without a local folder.
-
-    Args:
-        folder: the checkpoint folder; None for a hub id.
-        key: the key that named the folder.
-    """
-    if folder is None or not folder.is_dir():
-        return None
-    try:
-        return ExpertFiles.read(folder)
-    except TritterError as error:
-        raise refused(key, folder, str(error).rstrip(".")) from error
+    yield from (ExpertsHead.PATH, ExpertsHead.TENSORS)
 
 
 def check_names(names: Sequence[str]) -> None:

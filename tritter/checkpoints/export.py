@@ -138,6 +138,97 @@ class Weights:
             counts[self.dtype(stored.parts[0].tensor.name)] += prod(stored.shape)
         return counts.most_common(1)[0][0]
 
+    def export(
+        self,
+        destination: Path,
+        *,
+        dtype: torch.dtype | None = None,
+        expert_layout: LayoutKind = "hub",
+        artifacts: Iterable[Artifact],
+        max_shard_bytes: int = 5 * 10**9,
+        overwrite: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> "Exported":
+        """Write a plain Hugging Face folder atomically.
+
+        Args:
+            destination: the folder to write.
+            dtype: of the tensors, except those that the stock class keeps in float32; None means
+            the
+                most common dtype of the origin.
+            expert_layout: `hub` for one tensor per matrix of each expert, or `live` for one tensor
+                with all experts of a layer, as in transformers' modules.
+            artifacts: other files to write next to the model, such as the tokenizer.
+            max_shard_bytes: maximum size of a safetensors file.
+            overwrite: replace an existing checkpoint at `destination`.
+            progress: called with the number of tensors written and their total number.
+        """
+        check_output(destination, sources=self.source_paths, overwrite=overwrite)
+        dtype = dtype or self.main_dtype
+        config = {
+            **self.model.config,
+            "architectures": [self.model.family.architecture],
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+        model = self.model.changed(config)
+        dtypes = dict.fromkeys(model.family.unrounded(config, dtype), torch.float32)
+        dtypes = {each.name: dtypes.get(each.name, dtype) for each in model.layout(expert_layout)}
+        stream = self._stream(model.layout(expert_layout), dtypes, progress=progress)
+        stream = stream.padded(model.padded_shapes())
+        check = partial(check_replaceable, sources=self.source_paths)
+        with atomic_folder(destination, overwrite=overwrite, check=check) as folder:
+            digests = write_tensors(folder, stream, max_shard_bytes=max_shard_bytes)
+            write_config(folder, model.on_disk.config)
+            for artifact in artifacts:
+                artifact(folder)
+            hashes = {"origin_hash": self.finish(), "model_hash": merkle_hash(digests)}
+            card = Card.read(folder).for_export(
+                model.on_disk,
+                origin=self.name,
+                lineage=self.lineage,
+                notes=self.notes,
+                **hashes,
+            )
+            (folder / Card.NAME).write_text(card, encoding="utf-8")
+        return Exported(
+            folder=destination,
+            model=model.on_disk,
+            **hashes,
+            num_bytes=sum(entry.num_bytes for entry in stream.entries),
+            num_files=len(list(destination.glob("*.safetensors"))),
+        )
+
+    def _stream(
+        self,
+        stored: tuple[StoredTensor, ...],
+        dtypes: Mapping[str, torch.dtype],
+        *,
+        progress: Callable[[int, int], None] | None,
+    ) -> TensorStream:
+        def rounded(name: str, dtype: torch.dtype) -> Tensor:
+            value = self.read(name)
+            converted = value.to(dtype)
+            if is_finite(converted):
+                return converted
+            if not is_finite(value):
+                reason = f"{name} has values that are not finite"
+                raise RequestError(Problem(self.name, reason=reason))
+            raise refused(
+                "dtype",
+                str(dtype).removeprefix("torch."),
+                f"the largest value of {name} in {self.name} is {float(value.abs().max()):.3g}; "
+                "must be bfloat16 or float32",
+            )
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            for position, tensor in enumerate(stored):
+                yield tensor.name, tensor.pack(partial(rounded, dtype=dtypes[tensor.name]))
+                if progress is not None:
+                    progress(position + 1, len(stored))
+
+        entries = tuple(TensorEntry(each.name, dtypes[each.name], each.shape) for each in stored)
+        return TensorStream(entries, tensors())
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
@@ -158,96 +249,3 @@ class Exported:
     model_hash: str
     num_bytes: int
     num_files: int
-
-
-def export_model(
-    weights: Weights,
-    destination: Path,
-    *,
-    dtype: torch.dtype | None = None,
-    expert_layout: LayoutKind = "hub",
-    artifacts: Iterable[Artifact],
-    max_shard_bytes: int = 5 * 10**9,
-    overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-) -> Exported:
-    """Write a plain Hugging Face folder atomically.
-
-    Args:
-        weights: the model to export.
-        destination: the folder to write.
-        dtype: of the tensors, except those that the stock class keeps in float32; None means the
-            most common dtype of the origin.
-        expert_layout: `hub` for one tensor per matrix of each expert, or `live` for one tensor
-            with all experts of a layer, as in transformers' modules.
-        artifacts: other files to write next to the model, such as the tokenizer.
-        max_shard_bytes: maximum size of a safetensors file.
-        overwrite: replace an existing checkpoint at `destination`.
-        progress: called with the number of tensors written and their total number.
-    """
-    check_output(destination, sources=weights.source_paths, overwrite=overwrite)
-    dtype = dtype or weights.main_dtype
-    config = {
-        **weights.model.config,
-        "architectures": [weights.model.family.architecture],
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-    model = weights.model.changed(config)
-    dtypes = dict.fromkeys(model.family.unrounded(config, dtype), torch.float32)
-    dtypes = {each.name: dtypes.get(each.name, dtype) for each in model.layout(expert_layout)}
-    stream = _stream(weights, model.layout(expert_layout), dtypes, progress=progress)
-    stream = stream.padded(model.padded_shapes())
-    check = partial(check_replaceable, sources=weights.source_paths)
-    with atomic_folder(destination, overwrite=overwrite, check=check) as folder:
-        digests = write_tensors(folder, stream, max_shard_bytes=max_shard_bytes)
-        write_config(folder, model.on_disk.config)
-        for artifact in artifacts:
-            artifact(folder)
-        hashes = {"origin_hash": weights.finish(), "model_hash": merkle_hash(digests)}
-        card = Card.read(folder).for_export(
-            model.on_disk,
-            origin=weights.name,
-            lineage=weights.lineage,
-            notes=weights.notes,
-            **hashes,
-        )
-        (folder / Card.NAME).write_text(card, encoding="utf-8")
-    return Exported(
-        folder=destination,
-        model=model.on_disk,
-        **hashes,
-        num_bytes=sum(entry.num_bytes for entry in stream.entries),
-        num_files=len(list(destination.glob("*.safetensors"))),
-    )
-
-
-def _stream(
-    weights: Weights,
-    stored: tuple[StoredTensor, ...],
-    dtypes: Mapping[str, torch.dtype],
-    *,
-    progress: Callable[[int, int], None] | None,
-) -> TensorStream:
-    def rounded(name: str, dtype: torch.dtype) -> Tensor:
-        value = weights.read(name)
-        converted = value.to(dtype)
-        if is_finite(converted):
-            return converted
-        if not is_finite(value):
-            reason = f"{name} has values that are not finite"
-            raise RequestError(Problem(weights.name, reason=reason))
-        raise refused(
-            "dtype",
-            str(dtype).removeprefix("torch."),
-            f"the largest value of {name} in {weights.name} is {float(value.abs().max()):.3g}; "
-            "must be bfloat16 or float32",
-        )
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for position, tensor in enumerate(stored):
-            yield tensor.name, tensor.pack(partial(rounded, dtype=dtypes[tensor.name]))
-            if progress is not None:
-                progress(position + 1, len(stored))
-
-    entries = tuple(TensorEntry(each.name, dtypes[each.name], each.shape) for each in stored)
-    return TensorStream(entries, tensors())

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from tritter.checkpoints.card import LICENCE_FILES, Card
-from tritter.checkpoints.expert_files import HEAD, TENSORS, experts_in
+from tritter.checkpoints.expert_files import ExpertFiles, ExpertsHead
 from tritter.checkpoints.folder import HEADER_MARK, lineage_of, tokenizer_files
 from tritter.checkpoints.record import Lineage, StateHead
 from tritter.checkpoints.state import KEPT_FILE, STATE_FOLDER
@@ -30,7 +30,11 @@ from tritter.storage.tensors import INDEX_NAME, SINGLE_NAME, TensorFolder
 _PLAIN_NAMES = {"config.json", Card.NAME, SINGLE_NAME, INDEX_NAME}
 _SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 _STATE_FILES = {f"{STATE_FOLDER}/{name}" for name in ("state.json", "router.json", KEPT_FILE)}
-_OF_FUNCTION = {HEAD, TENSORS, f"{STATE_FOLDER}/router.json"}  # the model computes with them
+_OF_FUNCTION = {
+    ExpertsHead.PATH,
+    ExpertsHead.TENSORS,
+    f"{STATE_FOLDER}/router.json",
+}  # the model computes with them
 _STATE_HEAD = Path(STATE_FOLDER) / "state.json"
 _MAX_SHOWN = 4
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -232,7 +236,7 @@ def require_plain(folder: Path, *, doing: str, key: str = "checkpoint") -> None:
         doing: the operation, for example `an expansion`.
         key: the key that named the folder.
     """
-    if (files := experts_in(folder, key=key)) is not None:
+    if (files := ExpertFiles.within(folder, key=key)) is not None:
         reason = (
             f"it contains experts ({', '.join(files.head.names)}) that require its unchanged base; "
             f"{doing} would drop them"

@@ -189,6 +189,18 @@ class Lineage:
         names = map(_EXPERT.fullmatch, self.file_digests)
         return tuple(match["name"] for match in names if match is not None)
 
+    @property
+    def pretraining_tokens(self) -> float | None:
+        """The tokens of the training that made the base model; None if they are not recorded."""
+        made_from = self.training_config.get("made_from")
+        if not isinstance(made_from, Mapping):
+            return None
+        found = {"trainer.accumulate_grad_batches": 1, **leaves(made_from)}
+        keys = ("pretraining.max_steps", "data.batch_size", "data.sequence_length")
+        counts = [found.get(key) for key in (*keys, "trainer.accumulate_grad_batches")]
+        numbers = [float(count) for count in counts if isinstance(count, int)]
+        return math.prod(numbers) if len(numbers) == len(counts) else None
+
     def with_step0_error(self, error: float | None, *, num_new: int) -> "Lineage":
         """Return the lineage with the measured error of an expansion in its newest records.
 
@@ -285,15 +297,3 @@ def window_length(lineage: Lineage | None, positions: int | None) -> int:
     recorded = data.get("sequence_length") if isinstance(data, Mapping) else None
     preferred = recorded if isinstance(recorded, int) and recorded >= 2 else _LONGEST_WINDOW
     return min(preferred, positions or preferred)
-
-
-def recorded_tokens(lineage: Lineage | None) -> float | None:
-    """Return the tokens of the training that made a base model; None if they are not recorded."""
-    made_from = lineage.training_config.get("made_from") if lineage is not None else None
-    if not isinstance(made_from, Mapping):
-        return None
-    found = {"trainer.accumulate_grad_batches": 1, **leaves(made_from)}
-    keys = ("pretraining.max_steps", "data.batch_size", "data.sequence_length")
-    counts = [found.get(key) for key in (*keys, "trainer.accumulate_grad_batches")]
-    numbers = [float(count) for count in counts if isinstance(count, int)]
-    return math.prod(numbers) if len(numbers) == len(counts) else None

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 from tritter.checkpoints.folder import read_lineage
 from tritter.checkpoints.record import LearnedDomain, Lineage
@@ -119,44 +120,72 @@ class RunText:
     def new(self) -> tuple[str, ...]:
         return tuple(domain.name for domain in self.domains if not domain.is_old)
 
+    @classmethod
+    def of(cls, checkpoint: str | None, data: DataConfig, *, seed: int) -> Self:
+        """Resolve the data of a run that starts from a checkpoint.
 
-def run_text(checkpoint: str | None, data: DataConfig, *, seed: int) -> RunText:
-    """Resolve the data of a run that starts from a checkpoint.
+        Args:
+            checkpoint: folder or hub id of the checkpoint; None for a new model.
+            data: the data config.
+            seed: seed of the run, also used for a new split.
+        """
+        lineage, kept_sequences = _learned(checkpoint)
+        learned = {} if lineage is None else lineage.domains
+        notes: list[str] = []
+        split = _split(lineage, data, seed=seed, notes=notes)
+        resolving = _Domains(learned, data, split)
+        domains, tasks = resolving.resolve()
+        notes += resolving.notes
+        names = {each.name for each in domains}
+        rest = [name for name in learned if name not in names]
+        kept_sequences = kept_sequences.without(names)
+        if with_sequences := [name for name in rest if name in kept_sequences.sequences]:
+            notes.append(
+                f"The checkpoint contains sequences of {', '.join(with_sequences)}; forgetting "
+                "mitigation uses them instead of the original data."
+            )
+        if missing := [name for name in rest if name not in kept_sequences.sequences]:
+            notes.append(
+                f"There is no text of {', '.join(missing)}, which the checkpoint learned, so none "
+                "is replayed or scored."
+            )
+        return cls(
+            split=split,
+            needs_answers=(data.loss_on or recorded_chat(lineage).loss_on) != "all",
+            domains=domains,
+            tasks=tasks,
+            learned=learned,
+            kept_sequences=kept_sequences,
+            notes=tuple(notes),
+        )
 
-    Args:
-        checkpoint: folder or hub id of the checkpoint; None for a new model.
-        data: the data config.
-        seed: seed of the run, also used for a new split.
-    """
-    lineage, kept_sequences = _learned(checkpoint)
-    learned = {} if lineage is None else lineage.domains
-    notes: list[str] = []
-    split = _split(lineage, data, seed=seed, notes=notes)
-    resolving = _Domains(learned, data, split)
-    domains, tasks = resolving.resolve()
-    notes += resolving.notes
-    names = {each.name for each in domains}
-    rest = [name for name in learned if name not in names]
-    kept_sequences = kept_sequences.without(names)
-    if with_sequences := [name for name in rest if name in kept_sequences.sequences]:
-        notes.append(
-            f"The checkpoint contains sequences of {', '.join(with_sequences)}; forgetting "
-            "mitigation uses them instead of the original data."
-        )
-    if missing := [name for name in rest if name not in kept_sequences.sequences]:
-        notes.append(
-            f"There is no text of {', '.join(missing)}, which the checkpoint learned, so none is "
-            "replayed or scored."
-        )
-    return RunText(
-        split=split,
-        needs_answers=(data.loss_on or recorded_chat(lineage).loss_on) != "all",
-        domains=domains,
-        tasks=tasks,
-        learned=learned,
-        kept_sequences=kept_sequences,
-        notes=tuple(notes),
-    )
+    def side_problems(self) -> Iterator[Problem]:
+        """Yield the domains whose documents, or answers, would all be on one side of the split.
+
+        Also yield new domains with the documents of an old one.
+
+        Domains without paths are checked by the run itself, since only the run may execute their
+        class. So are documents that `quick_pieces` does not read.
+        """
+        digests: dict[str | None, str] = {}  # of old domains, which come first
+        for domain in self.domains:
+            if domain.texts is not None:
+                continue
+            reading, reason = _reading(domain), None
+            with suppress(TextFileError, ByteLimitError):  # the run reports unreadable files
+                if (found := quick_pieces(domain.paths, reading)) is not None:
+                    reason = split_problem(found, rule=self.split, needs_answers=self.needs_answers)
+            if reason is not None:
+                reason = " ".join([*reading.notes, reason])
+            elif self.old and self.new:
+                digest = quick_digest(domain.paths, _reading(domain))
+                if domain.is_old and digest is not None:
+                    digests[digest] = domain.name
+                elif (same := digests.get(digest)) is not None:
+                    reason = f"its documents are those of the old domain {same}; name other data"
+            if reason is not None:
+                paths = domain.paths[0] if len(domain.paths) == 1 else list(domain.paths)
+                yield Problem(domain.key, paths, reason=reason)
 
 
 def recorded_chat(lineage: Lineage | None) -> ChatChoice:
@@ -167,35 +196,6 @@ def recorded_chat(lineage: Lineage | None) -> ChatChoice:
         NONE if found.get("chat_template") == NONE else None,
         "all" if found.get("loss_on") == "all" else None,
     )
-
-
-def side_problems(text: RunText) -> Iterator[Problem]:
-    """Yield the domains whose documents, or answers, would all be on one side of the split.
-
-    Also yield new domains with the documents of an old one.
-
-    Domains without paths are checked by the run itself, since only the run may execute their
-    class. So are documents that `quick_pieces` does not read.
-    """
-    digests: dict[str | None, str] = {}  # of old domains, which come first
-    for domain in text.domains:
-        if domain.texts is not None:
-            continue
-        reading, reason = _reading(domain), None
-        with suppress(TextFileError, ByteLimitError):  # the run reports unreadable files
-            if (found := quick_pieces(domain.paths, reading)) is not None:
-                reason = split_problem(found, rule=text.split, needs_answers=text.needs_answers)
-        if reason is not None:
-            reason = " ".join([*reading.notes, reason])
-        elif text.old and text.new:
-            digest = quick_digest(domain.paths, _reading(domain))
-            if domain.is_old and digest is not None:
-                digests[digest] = domain.name
-            elif (same := digests.get(digest)) is not None:
-                reason = f"its documents are those of the old domain {same}; name other data"
-        if reason is not None:
-            paths = domain.paths[0] if len(domain.paths) == 1 else list(domain.paths)
-            yield Problem(domain.key, paths, reason=reason)
 
 
 def _reading(domain: DomainText) -> Reading:

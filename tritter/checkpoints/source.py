@@ -159,9 +159,9 @@ class Source:
     @cached_property
     def state(self) -> State | None:
         """The training state of the checkpoint, or None."""
-        from tritter.checkpoints.state import read_state  # needs torch
+        from tritter.checkpoints.state import State  # needs torch
 
-        return read_state(self.folder)
+        return State.read(self.folder)
 
     @cached_property
     def kept_sequences(self) -> KeptSequences:

@@ -66,6 +66,30 @@ class State:
         rules = {kind: rule for state in states for kind, rule in state.rules.items()}
         return cls(states[-1].step, kinds, rules)
 
+    @classmethod
+    def read(cls, folder: Path) -> State | None:
+        """Return the training state of a checkpoint, or None if it has none."""
+        path = folder / STATE_FOLDER / _HEAD
+        if not path.exists():
+            return None
+        head = read_record(path, StateHead)
+        rules = {}
+        for kind in head.kinds:  # the registered rule, or else the rule in the file
+            registered, stated = STATE_KINDS.get(kind), head.rules.get(kind)
+            if stated is not None:
+                rule = StateKind(Quantity(stated.quantity), stated.new_entries)
+            elif registered is not None:
+                rule = registered
+            if not is_kind_name(kind) or (registered is None and stated is None):
+                raise TritterError(
+                    f"{path} names an unknown kind of state without a mapping rule: {brief(kind)}."
+                )
+            if registered not in (None, rule):
+                raise TritterError(f"{path}: the rule of {kind} differs from the registered one.")
+            rules[kind] = rule
+        opened = {kind: TensorFolder.open(folder / STATE_FOLDER / kind) for kind in head.kinds}
+        return cls(head.step, opened, rules)
+
 
 def write_state(
     folder: Path,
@@ -105,30 +129,6 @@ def write_state(
         },
     )
     (state_folder / _HEAD).write_text(record_text(head), encoding="utf-8")
-
-
-def read_state(folder: Path) -> State | None:
-    """Return the training state of a checkpoint, or None if it has none."""
-    path = folder / STATE_FOLDER / _HEAD
-    if not path.exists():
-        return None
-    head = read_record(path, StateHead)
-    rules = {}
-    for kind in head.kinds:  # the registered rule, or else the rule in the file
-        registered, stated = STATE_KINDS.get(kind), head.rules.get(kind)
-        if stated is not None:
-            rule = StateKind(Quantity(stated.quantity), stated.new_entries)
-        elif registered is not None:
-            rule = registered
-        if not is_kind_name(kind) or (registered is None and stated is None):
-            raise TritterError(
-                f"{path} names an unknown kind of state without a mapping rule: {brief(kind)}."
-            )
-        if registered not in (None, rule):
-            raise TritterError(f"{path}: the rule of {kind} differs from the registered one.")
-        rules[kind] = rule
-    opened = {kind: TensorFolder.open(folder / STATE_FOLDER / kind) for kind in head.kinds}
-    return State(head.step, opened, rules)
 
 
 # Training sequences for later training runs: `state/replay.safetensors`. With

@@ -170,7 +170,6 @@ def export(
     with loading("transformers"):
         import torch
 
-        from tritter.checkpoints.export import export_model
         from tritter.checkpoints.location import check_output
         from tritter.core.models import check_loadable
 
@@ -203,8 +202,7 @@ def export(
     layout = _LAYOUTS[choice("--expert-layout", expert_layout or "hub", list(_LAYOUTS))]
     with note_if_written(output):
         with progress_bars(is_shown=not as_json) as new_bar, use_names(_NAMES):
-            exported = export_model(
-                origin.weights,
+            exported = origin.weights.export(
                 output,
                 dtype=origin.dtype if dtype is None else getattr(torch, dtype),
                 expert_layout=layout,
@@ -248,7 +246,7 @@ def _of_folder(
     checkpoint: str, *, is_without_new: bool, is_merged: bool, has_lineage: bool
 ) -> _Origin:
     from tritter.checkpoints import Source
-    from tritter.checkpoints.expert_files import HEAD
+    from tritter.checkpoints.expert_files import ExpertsHead
     from tritter.checkpoints.export import Weights
     from tritter.checkpoints.folder import copy_small_files
     from tritter.core.models import read_model
@@ -274,7 +272,7 @@ def _of_folder(
             f"{folder}: {obstacle}. Train the model until the offset is 0, or drop them with "
             "--drop-new-experts."
         )
-    experts = source.experts if has_lineage or (folder / HEAD).exists() else None
+    experts = source.experts if has_lineage or (folder / ExpertsHead.PATH).exists() else None
     if experts is None and is_merged:
         raise RequestError(f"--merge: {folder} has no LoRA experts.")
     merged = None

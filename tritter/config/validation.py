@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from tritter.checkpoints.location import checkpoint_model, require_plain, state_kinds_of
-from tritter.checkpoints.run_text import RunText, run_text
+from tritter.checkpoints.run_text import RunText
 from tritter.config.components import (
     BASES,
     CHOSEN_GROUPS,
@@ -197,7 +197,7 @@ def validate(
     sound = cast(RunConfig, _ValidSections(values, unread))
 
     def read_text(config: RunConfig) -> Iterable[Problem]:
-        values["text"] = run_text(_start_checkpoint(config.model), config.data, seed=config.seed)
+        values["text"] = RunText.of(_start_checkpoint(config.model), config.data, seed=config.seed)
         if has_no_period:
             period = validation_period(config)
             values["evaluation"] = replace(config.evaluation, every_n_steps=period)

@@ -30,7 +30,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from tritter.checkpoints.state import STATE_FOLDER, read_state, write_state
+from tritter.checkpoints.state import STATE_FOLDER, State, write_state
 from tritter.core.models import backbone_of, head_of, live_tensors, load_model, model_of
 from tritter.data.batches import BatchStream, this_rank
 from tritter.data.chat import Chat
@@ -581,7 +581,7 @@ class Forgetting:
     def _earlier_state(self) -> dict[str, Values]:
         """Return the state in the model's checkpoint that methods need."""
         wanted = {kind for needs in self._needs for kind in needs.state}
-        found = read_state(self._model_folder) if wanted and self._model_folder else None
+        found = State.read(self._model_folder) if wanted and self._model_folder else None
         if found is None:
             return {}
         model = self._trainer.model
@@ -599,7 +599,7 @@ class Forgetting:
         return Path(name) if name and Path(name).is_dir() else None
 
     def _has_saved_state(self, kinds: Sequence[str]) -> bool:
-        found = read_state(self._model_folder) if kinds and self._model_folder else None
+        found = State.read(self._model_folder) if kinds and self._model_folder else None
         return found is not None and set(kinds) <= found.kinds.keys()
 
     def _teacher(self) -> nn.Module | None:

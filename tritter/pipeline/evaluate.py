@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from tritter.checkpoints import Lineage
-from tritter.checkpoints.run_text import recorded_chat, run_text
+from tritter.checkpoints.run_text import RunText, recorded_chat
 from tritter.config.validation import cache_folder
 from tritter.data.answers import scoring_note, unanswered_note
 from tritter.data.corpus import build_corpus
@@ -104,7 +104,9 @@ class DomainsToScore:
                 validation_fraction=None,
             )
             try:
-                text = run_text(str(folder), data, seed=lineage.split.seed if lineage.split else 0)
+                text = RunText.of(
+                    str(folder), data, seed=lineage.split.seed if lineage.split else 0
+                )
             except RequestError as error:
                 problem = error.problems[0]
                 if problem.key != "data.old":

@@ -16,7 +16,6 @@ from torch import nn
 from tritter.checkpoints import Lineage, Source, lineage_of, read_lineage
 from tritter.checkpoints.history import Link
 from tritter.checkpoints.location import checkpoint_model
-from tritter.checkpoints.record import recorded_tokens
 from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.core.models import load_model, read_model
 from tritter.data.answers import TrainingCounts, scoring_note
@@ -118,7 +117,8 @@ class Run:
         config = self.config
         if config.model.model_type == "hf":
             start = self.data.initial_checkpoint
-            return None if start is None else recorded_tokens(start.lineage)
+            lineage = None if start is None else start.lineage
+            return None if lineage is None else lineage.pretraining_tokens
         return float(
             config.pretraining.max_steps
             * config.trainer.accumulate_grad_batches

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tritter.checkpoints import Source
 from tritter.checkpoints.record import LearnedDomain
-from tritter.checkpoints.run_text import DomainText, RunText, recorded_chat, run_text
+from tritter.checkpoints.run_text import DomainText, RunText, recorded_chat
 from tritter.config.derived import scored_counts, validation_tokens
 from tritter.config.schema import RunConfig
 from tritter.config.validation import known_model
@@ -142,7 +142,7 @@ class RunData:
         config = self.config
         if self.initial_checkpoint is None or Path(config.model.path).is_dir():  # type: ignore[union-attr]
             return config.text
-        return run_text(str(self.initial_checkpoint.folder), config.data, seed=config.seed)
+        return RunText.of(str(self.initial_checkpoint.folder), config.data, seed=config.seed)
 
     @property
     def old_domains(self) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tests import oracle
 from tests.oracle import growth as oracle_growth
 from tests.oracle.families import generic, tiny
-from tritter.checkpoints.state import read_state, write_state
+from tritter.checkpoints.state import State, write_state
 from tritter.core.expansions import Width, build_steps
 from tritter.core.expansions.width import _tensors_above
 from tritter.core.families import Model
@@ -129,7 +129,7 @@ def test_anchors_follow_the_weights_from_above(tmp_path: Path) -> None:
 
     write_state(source, {"anchor": stream()}, step=3, max_shard_bytes=10**9)
     result = expand(source, tmp_path / "result", [EQUAL])
-    stored_state = read_state(result.folder)
+    stored_state = State.read(result.folder)
     assert stored_state is not None
     weights = oracle.stock(result.folder).state_dict()
     for name in state:

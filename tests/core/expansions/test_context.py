@@ -24,7 +24,7 @@ from tests import oracle
 from tests.core.families.model_types import example
 from tests.oracle.families import generic, tiny
 from tritter.checkpoints import lineage_of
-from tritter.checkpoints.state import read_state, write_state
+from tritter.checkpoints.state import State, write_state
 from tritter.core.expansions import Context, LlamaPro, Width
 from tritter.core.expansions.on_twin import check_rotations
 from tritter.core.families import Model
@@ -185,7 +185,7 @@ def test_moments_and_importances_are_carried(tmp_path: Path) -> None:
     kinds = ("exp_avg", "exp_avg_sq", "fisher")
     write_state(source, {kind: TensorStream.of(values.items()) for kind in kinds}, step=7)
     expand(source, tmp_path / "grown", [Context()])
-    state = read_state(tmp_path / "grown")
+    state = State.read(tmp_path / "grown")
     assert state is not None and state.step == 7
     for kind in kinds:
         assert all(torch.equal(state.kinds[kind].get(n), v) for n, v in values.items())

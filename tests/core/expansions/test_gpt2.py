@@ -17,7 +17,7 @@ from tests import oracle
 from tests.oracle import growth as oracle_growth
 from tests.oracle.families import tiny
 from tritter.checkpoints import Source
-from tritter.checkpoints.state import read_state, write_state
+from tritter.checkpoints.state import State, write_state
 from tritter.cli.inspect import _count_parameters_by_part
 from tritter.core.expansions import (
     Dus,
@@ -136,12 +136,12 @@ def test_moments_and_importances_follow(tmp_path: Path) -> None:
         entries = tuple(TensorEntry(name, v.dtype, tuple(v.shape)) for name, v in on_disk.items())
         kinds[kind] = TensorStream(entries, iter(on_disk.items()))
     write_state(source, kinds, step=1, max_shard_bytes=10**9)
-    state = read_state(source)
+    state = State.read(source)
     assert state is not None
     assert state.kinds["exp_avg"].shape("transformer.h.0.mlp.c_fc.weight") == (96, 24)
     assert state.kinds["exp_avg"].shape("transformer.h.0.attn.c_attn.k.weight") == (24, 24)
     result = expand(source, tmp_path / "result", [Width(init="net2net", shares="equal")])
-    grown, carried = load_model(result.folder), read_state(result.folder)
+    grown, carried = load_model(result.folder), State.read(result.folder)
     assert carried is not None
     oracle.gradients(grown, oracle.tokens())
     for stored in live_layout(grown):

@@ -18,7 +18,7 @@ from tests import oracle
 from tests.oracle import growth as oracle_growth
 from tests.oracle.families import LAYER_NORM, layers_of, tiny
 from tritter import GrowableCausalLM
-from tritter.checkpoints.state import read_state, write_state
+from tritter.checkpoints.state import State, write_state
 from tritter.core.expansions import (
     Dus,
     ExpansionSpec,
@@ -319,7 +319,7 @@ def test_state_has_the_names_on_disk_and_follows(tmp_path: Path) -> None:
     kinds = {"anchor": TensorStream(entries, iter(state.items()))}
     write_state(source, kinds, step=3, max_shard_bytes=10**9)
     result = expand(source, tmp_path / "result", [Width(init="net2net"), LlamaPro()])
-    stored_state, grown = read_state(result.folder), load_file(result.folder / "model.safetensors")
+    stored_state, grown = State.read(result.folder), load_file(result.folder / "model.safetensors")
     assert stored_state is not None
     for name in grown:
         assert torch.equal(stored_state.kinds["anchor"].get(name), grown[name]), name

@@ -18,7 +18,7 @@ from tests.core.stock_routers.models import FAMILIES, num_experts, tiny_moe
 from tests.oracle.growth import masks_of
 from tritter.checkpoints import Source, read_lineage
 from tritter.checkpoints.history import Link
-from tritter.checkpoints.state import read_state, write_state
+from tritter.checkpoints.state import State, write_state
 from tritter.cli.inspect import _rebuild_map
 from tritter.core.expansions import (
     EXPANSIONS,
@@ -332,7 +332,7 @@ def test_moments_of_old_experts_are_carried_and_new_ones_start_anew(tmp_path: Pa
     }
     write_state(source, kinds, step=7)
     result = expand(source, tmp_path / "result", [MoeAdd(num_experts=2)])
-    old, new = read_state(source), read_state(result.folder)
+    old, new = State.read(source), State.read(result.folder)
     assert old is not None and new is not None and new.step == 7
     stem = "model.layers.0.block_sparse_moe."
     for kind in MOMENTS:
@@ -355,7 +355,7 @@ def test_an_average_that_not_all_experts_have_is_no_mean_of_them(tmp_path: Path)
     without = [(name, value) for name, value in found if name != f"{stem}2.w1.weight"]
     write_state(source, {"ema": TensorStream.of(without)}, step=7)
     result = expand(source, tmp_path / "result", [MoeAdd(num_experts=1, init="mean"), LlamaPro()])
-    state = read_state(result.folder)
+    state = State.read(result.folder)
     assert state is not None
     absent = {f"{stem}{expert}.w1.weight" for expert in (2, 4)}
     of_layer = set(Source.open(result.folder, read_model(result.folder)).tensors.files)

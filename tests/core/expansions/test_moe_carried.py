@@ -11,7 +11,7 @@ from tests import oracle
 from tests.oracle.families import tiny
 from tests.oracle.moe import PARTNERS, by_logical_name
 from tritter import ModelExpander
-from tritter.checkpoints.state import read_state, write_state
+from tritter.checkpoints.state import State, write_state
 from tritter.core.expansions import ExpansionSpec, LlamaPro, Moe, Width
 from tritter.core.families import Model
 from tritter.core.models import live_tensors, load_model, model_of, named_tensors, new_model
@@ -176,7 +176,7 @@ def test_importances_on_files_reach_the_experts(tmp_path: Path) -> None:
     }
     write_state(source, kinds, step=3)
     result = expand(source, tmp_path / "result", [FOUR])
-    state = read_state(result.folder)
+    state = State.read(result.folder)
     assert state is not None
     found = {kind: dict(folder) for kind, folder in state.kinds.items()}
     stem = "model.layers.1.block_sparse_moe.experts.2"

@@ -18,7 +18,7 @@ from tests.oracle.families import tiny
 from tests.oracle.moe import PARTNERS
 from tritter.checkpoints import Source, lineage_of
 from tritter.checkpoints.record import ExpansionRecord, LearnedDomain
-from tritter.checkpoints.state import read_state, write_state
+from tritter.checkpoints.state import State, write_state
 from tritter.core.expansions import Moe, MoeAdd, Width
 from tritter.core.expansions.moe_children import BoundMoe, HiddenMoments, router_rows
 from tritter.core.families import Model, forward_flops
@@ -184,7 +184,7 @@ def test_state_follows_what_is_kept_of_the_source(base: Path, tmp_path: Path) ->
     write_state(base, kinds, step=3)
     for attention, is_kept in {"source": True, "average": False, "a": False}.items():
         expand(base, tmp_path / "mixed", [moe(attention_from=attention)], overwrite=True)
-        state = read_state(tmp_path / "mixed")
+        state = State.read(tmp_path / "mixed")
         found = {} if state is None else {k: set(t.headers) for k, t in state.kinds.items()}
         attention_names = {"model.layers.0.self_attn.q_proj.weight", "lm_head.weight"}
         for names in found.values():

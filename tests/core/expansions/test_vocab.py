@@ -17,7 +17,7 @@ from tests.data.test_vocabulary import sentence_piece
 from tests.oracle.families import generic, tiny
 from tests.real import real_checkpoint
 from tritter.checkpoints import Source, lineage_of
-from tritter.checkpoints.state import KeptSequences, read_state, write_state
+from tritter.checkpoints.state import KeptSequences, State, write_state
 from tritter.core.expansions import LlamaPro, Vocab, Width
 from tritter.core.families import Model
 from tritter.core.models import load_tokenizer, model_of, read_model, save_tokenizer
@@ -188,7 +188,7 @@ def test_moments_and_importances_follow(llama: Path, tmp_path: Path) -> None:
         kinds[kind] = TensorStream.of(oracle.disk_tensors(model_of(model), values).items())
     write_state(llama, kinds, step=3)
     expand(llama, tmp_path / "grown", [vocab()])
-    old, new = (read_state(tmp_path / f) for f in ("base", "grown"))
+    old, new = (State.read(tmp_path / f) for f in ("base", "grown"))
     assert old is not None and new is not None
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         for kind, fresh in (("exp_avg", 0.0), ("fisher", 0.0), ("exp_avg_sq", None)):
@@ -402,7 +402,7 @@ def test_moments_of_rows_that_were_padding_are_those_of_new_rows(tmp_path: Path)
     }
     write_state(source, kinds, step=3)
     made = expand(source, tmp_path / "grown", [vocab()]).plan.vocabulary
-    old, new = (read_state(tmp_path / f) for f in ("base", "grown"))
+    old, new = (State.read(tmp_path / f) for f in ("base", "grown"))
     assert made is not None and old is not None and new is not None
     assert made.new_ids[0] == SIZE - 20 and made.new_ids[-1] < SIZE
     number, parts = next(iter(extension(tmp_path / "grown").parts.items()))

@@ -15,7 +15,7 @@ from tests.methods.experts.mixtures import TARGETS, mixture_of
 from tests.methods.novelty.factories import library
 from tests.oracle import logits, saved, stock, tiny_llama, tokens
 from tritter.checkpoints import Source
-from tritter.checkpoints.expert_files import ADAPTER_FILES, HEAD, TENSORS, ExpertFiles
+from tritter.checkpoints.expert_files import ADAPTER_FILES, ExpertFiles, ExpertsHead
 from tritter.core.families import Model
 from tritter.core.models import load_model
 from tritter.errors import RequestError, TritterError
@@ -228,7 +228,7 @@ def _error_of(folder: Path) -> str:
 
 def _rewrite(folder: Path, **changes: Any) -> None:
     """Change the record and update its checksum."""
-    path = folder / HEAD
+    path = folder / ExpertsHead.PATH
     path.write_text(signed_text(json.loads(path.read_text()) | changes))
 
 
@@ -272,17 +272,17 @@ def test_what_the_record_may_not_say(folder: Path, changes: dict[str, Any], mess
 
 
 def test_a_record_that_was_changed_by_accident(folder: Path) -> None:
-    text = (folder / HEAD).read_text()
-    (folder / HEAD).write_text(text.replace('"is_shared": false', '"is_shared": true'))
+    text = (folder / ExpertsHead.PATH).read_text()
+    (folder / ExpertsHead.PATH).write_text(text.replace('"is_shared": false', '"is_shared": true'))
     assert "its checksum does not match" in _error_of(folder)
 
 
 def _tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
     def changed(folder: Path) -> None:
-        held = load_file(folder / TENSORS)
+        held = load_file(folder / ExpertsHead.TENSORS)
         change(held)
-        save_file(held, folder / TENSORS)
-        _rewrite(folder, tensors_sha256=file_digest(folder / TENSORS))
+        save_file(held, folder / ExpertsHead.TENSORS)
+        _rewrite(folder, tensors_sha256=file_digest(folder / ExpertsHead.TENSORS))
 
     return changed
 
@@ -319,16 +319,19 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "counts below 0": (_set("evidence.counts", torch.full((4, 97), -1)), "negative or empty"),
     "counts of floats": (_set("evidence.counts", torch.zeros(4, 97)), "torch.float32"),
     "no counts": (_tensors(lambda held: held.pop("evidence.counts")), "token counts are mis"),
-    "no tensors": (lambda folder: (folder / TENSORS).write_bytes(b"nothing"), "was changed"),
-    "tensors gone": (_gone(TENSORS), "no such file"),
+    "no tensors": (
+        lambda folder: (folder / ExpertsHead.TENSORS).write_bytes(b"nothing"),
+        "was changed",
+    ),
+    "tensors gone": (_gone(ExpertsHead.TENSORS), "no such file"),
     "adapter gone": (_gone(ADAPTER), "no such file"),
     "adapter config gone": (_gone(f"experts/e1/{ADAPTER_FILES[0]}"), "no such file"),
     "adapter damaged": (lambda folder: (folder / ADAPTER).write_bytes(b""), "cannot be read"),
     "adapter linked": (_linked(ADAPTER), "leaves the folder"),
     "expert linked": (_linked("experts/e0"), "leaves the folder"),
     "experts linked": (_linked("experts"), "leaves the folder"),
-    "tensors linked": (_linked(TENSORS), "leaves the folder"),
-    "record linked": (_linked(HEAD), "leaves the folder"),
+    "tensors linked": (_linked(ExpertsHead.TENSORS), "leaves the folder"),
+    "record linked": (_linked(ExpertsHead.PATH), "leaves the folder"),
 }
 
 

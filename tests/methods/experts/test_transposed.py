@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from tests import oracle
 from tests.methods.experts.mixtures import mixture_of
 from tests.oracle.families import tiny
-from tritter.checkpoints.export import Weights, export_model
+from tritter.checkpoints.export import Weights
 from tritter.checkpoints.source import Source
 from tritter.core.models import read_model
 from tritter.errors import RequestError
@@ -69,7 +69,7 @@ def test_an_expert_is_added_to_the_weights_as_they_lie(tmp_path: Path) -> None:
     mixture = mixture_of(model(), ranks=(3,), targets=[LINEAR])
     weights = Weights.of(Source.open(source, read_model(source)))
     added = weights.with_added(StoredAdapter.of(mixture.model, "e0").deltas())
-    export_model(added, tmp_path / "out", dtype=torch.float32, artifacts=())
+    added.export(tmp_path / "out", dtype=torch.float32, artifacts=())
     after = oracle.stock(tmp_path / "out")
     assert (logits(after) - logits(mixture.model)).abs().max() < 1e-4
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from tests import oracle
 from tests.training.test_fit import SETTINGS, batches
-from tritter.checkpoints.state import read_state
+from tritter.checkpoints.state import State
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.methods.forgetting.path_integral import PathIntegral
 from tritter.methods.forgetting.si import WeightPath
@@ -101,7 +101,7 @@ def trained(
         console=Console(quiet=True),
         observers=[PathIntegral(folder / "importance")],
     )
-    state = read_state(folder / "importance")
+    state = State.read(folder / "importance")
     assert state is not None and state.step == steps
     omega = dict(state.kinds["path_integral"])
     assert set(omega) == {name for name, _ in model.named_parameters()}
@@ -161,7 +161,7 @@ def test_it_is_written_also_when_nothing_was_left_to_train(tmp_path: Path) -> No
             console=Console(quiet=True),
             observers=[PathIntegral(tmp_path / "importance")],
         )
-        state = read_state(tmp_path / "importance")
+        state = State.read(tmp_path / "importance")
         assert result.steps == 8 and state is not None and state.step == 8
         assert set(state.kinds) == {"path_integral", "displacement"}
         omegas.append({f"{k} {n}": v for k in state.kinds for n, v in state.kinds[k].items()})

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tests import oracle
 from tests.training.test_fit import SCHEDULE, SETTINGS, batches, module_of, task
-from tritter.checkpoints.state import read_state
+from tritter.checkpoints.state import State
 from tritter.core.expansions import Dus, Width
 from tritter.core.parameter_map.carry import STATE_KINDS
 from tritter.data.tokens import TextBounds
@@ -22,7 +22,7 @@ from tritter.methods.forgetting.si import _recorded_importance
 from tritter.training import ForgettingMethod, Preparation, SideLoss, Task, fit
 from tritter.transform.live import ModelExpander
 
-State = Mapping[str, Mapping[str, Tensor]]
+_States = Mapping[str, Mapping[str, Tensor]]
 
 
 def recorded(model: nn.Module, seed: int = 5) -> dict[str, dict[str, Tensor]]:
@@ -39,7 +39,7 @@ def recorded(model: nn.Module, seed: int = 5) -> dict[str, dict[str, Tensor]]:
     return {"path_integral": drawn(), "displacement": drawn(), "si_importance": earlier}
 
 
-def begun(model: nn.Module, state: State, **options: float) -> SI:
+def begun(model: nn.Module, state: _States, **options: float) -> SI:
     method = SI(**{"si_lambda": 0.3, "xi": 0.1, **options})
     method.begin_task(model, replace(task(model), state=state))
     return method
@@ -97,7 +97,7 @@ def test_two_tasks_are_those_of_a_slow_loop() -> None:
     hand, model = (oracle.tiny_llama(initializer_range=0.1) for _ in range(2))
     names = [name for name, _ in hand.named_parameters()]
     total = {n: torch.rand_like(p) for n, p in hand.named_parameters()}
-    state: State = {"si_importance": {n: v.clone() for n, v in total.items()}}
+    state: _States = {"si_importance": {n: v.clone() for n, v in total.items()}}
     for rows in data:
         anchor = {n: p.detach().clone() for n, p in hand.named_parameters()}
         omega = {name: torch.zeros_like(anchor[name]) for name in names}
@@ -177,7 +177,7 @@ def test_omega_depends_on_the_new_data_only(tmp_path: Path, extra: str) -> None:
         console=Console(quiet=True),
         task=told,
     )
-    state = read_state(tmp_path / "left")
+    state = State.read(tmp_path / "left")
     assert state is not None and set(state.kinds) == {*told.state}
     omega, moved = (dict(state.kinds[k]) for k in ("path_integral", "displacement"))
     for name, parameter in model.named_parameters():
@@ -233,7 +233,7 @@ def test_what_an_expansion_adds_is_free_and_what_it_copies_is_held(spec: object)
         assert bool((held[masks[name]] > 0).all()) and not bool(held[~masks[name]].any()), name
 
 
-def preparation(model: nn.Module, state: State, domains: tuple[str, ...]) -> Preparation:
+def preparation(model: nn.Module, state: _States, domains: tuple[str, ...]) -> Preparation:
     return Preparation(
         model=model,
         domains=domains,

@@ -16,7 +16,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tritter.checkpoints.run_text import side_problems
 from tritter.config.fallbacks import locate_in_fallback
 from tritter.config.folders import SearchPath, search_path
 from tritter.config.launch.command_line import SYSTEM_ERRORS, CommandLine
@@ -298,7 +297,7 @@ def _check_resources(plan: Plan) -> None:
     check_contents(request for job in todo.values() for request in job.config.data.text_requests)
     same = {n: list(job.config.data.same_source_problems()) for n, job in todo.items()}
     _raise_job_problems(same, [job.overrides for job in jobs])
-    sides = {n: list(side_problems(job.config.text)) for n, job in todo.items()}
+    sides = {n: list(job.config.text.side_problems()) for n, job in todo.items()}
     _raise_job_problems(sides, [job.overrides for job in jobs])
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from tritter.checkpoints.expert_files import experts_in
+from tritter.checkpoints.expert_files import ExpertFiles
 from tritter.core.families import Model
 from tritter.errors import Problem, RequestError, did_you_mean
 from tritter.methods.experts.options import FIRST, AdapterOptions, DynamicOptions
@@ -80,7 +80,7 @@ class Experts(Method, ABC):
         if options.base_bits is not None and any(each.is_transposed for each in family.tensors):
             reason = f"{family.model_type} stores transposed matrices, which can't be quantised"
             yield Problem("experts.base_bits", options.base_bits, reason=reason, nearest="null")
-        files = experts_in(start.folder, key="model.path")
+        files = ExpertFiles.within(start.folder, key="model.path")
         if files is None:
             return
         names = files.head.names
@@ -262,7 +262,7 @@ class DynamicExperts(Experts):
     @classmethod
     def start_problems(cls, options: Any, run: RunRequest, start: Start) -> Iterator[Problem]:
         yield from super().start_problems(options, run, start)
-        is_new = experts_in(start.folder, key="model.path") is None
+        is_new = ExpertFiles.within(start.folder, key="model.path") is None
         if is_new and options.boundaries == "detected" and not run.text.old:
             reason = (
                 "novelty is detected relative to data of the base, which is never trained on; "

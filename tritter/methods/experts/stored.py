@@ -19,8 +19,6 @@ from torch import Tensor, nn
 
 from tritter.checkpoints.expert_files import (
     ADAPTER_FILES,
-    HEAD,
-    TENSORS,
     AdapterConfig,
     EvidenceHead,
     ExpertFiles,
@@ -328,7 +326,7 @@ class ExpertFolder:
 
     def write(self, folder: Path) -> None:
         """Write the experts to the folder of their base, in place of experts written before."""
-        is_ours = (folder / HEAD).exists()
+        is_ours = (folder / ExpertsHead.PATH).exists()
         if self.adapters or is_ours:
             with atomic_folder(folder / EXPERTS_FOLDER, overwrite=is_ours) as temporary:
                 for name, adapter in self.adapters.items():
@@ -340,11 +338,12 @@ class ExpertFolder:
         if self.counts is not None:
             tensors[_COUNTS] = self.counts.contiguous()
         extra = encode(self.extra, tensors, key_path=_EXTRA)
-        (folder / TENSORS).parent.mkdir(exist_ok=True)
-        save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-        (folder / TENSORS).chmod(0o644)  # as all files of a checkpoint
-        head = replace(self.head, extra=extra, tensors_sha256=file_digest(folder / TENSORS))
-        (folder / HEAD).write_text(record_text(head), encoding="utf-8")
+        path = folder / ExpertsHead.TENSORS
+        path.parent.mkdir(exist_ok=True)
+        save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # as all files of a checkpoint
+        head = replace(self.head, extra=extra, tensors_sha256=file_digest(path))
+        (folder / ExpertsHead.PATH).write_text(record_text(head), encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> "ExpertFolder | None":
@@ -355,26 +354,27 @@ class ExpertFolder:
     @classmethod
     def of_files(cls, files: ExpertFiles) -> "ExpertFolder":
         """Return the experts of files whose heads were already read."""
-        folder = files.source
-        require_file(folder / TENSORS)
-        if file_digest(folder / TENSORS) != files.head.tensors_sha256:
-            raise TritterError(f"{folder / TENSORS} was changed since it was written.")
+        folder, path = files.source, files.source / ExpertsHead.TENSORS
+        require_file(path)
+        if file_digest(path) != files.head.tensors_sha256:
+            raise TritterError(f"{path} was changed since it was written.")
         try:
-            tensors: dict[str, Tensor] = load_file(folder / TENSORS)
+            tensors: dict[str, Tensor] = load_file(path)
         except (OSError, SafetensorError, ValueError, MemoryError) as error:
-            raise TritterError(f"{folder / TENSORS} cannot be read ({error}).") from error
+            raise TritterError(f"{path} cannot be read ({error}).") from error
         try:
             extra = decode(files.head.extra, tensors)
             if not isinstance(extra, dict):
                 raise ValueError("it is not a JSON object")
         except (KeyError, TypeError, ValueError) as error:
-            raise TritterError(f"{folder / HEAD} is damaged: extra ({error!r}).") from error
+            head = folder / ExpertsHead.PATH
+            raise TritterError(f"{head} is damaged: extra ({error!r}).") from error
         number = sum(name.endswith(".bias") for name in tensors if name.startswith(_ROUTER))
         try:
             parts = ("weight", "bias")
             routers = [[tensors[f"{_ROUTER}.{n}.{p}"] for p in parts] for n in range(number)]
         except KeyError as error:
-            raise TritterError(f"{folder / TENSORS} is damaged: {error} is missing.") from error
+            raise TritterError(f"{path} is damaged: {error} is missing.") from error
         made = cls(
             head=files.head,
             adapters={

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tritter.checkpoints.state import KeptSequences, read_state, write_state
+from tritter.checkpoints.state import KeptSequences, State, write_state
 from tritter.core.models import live_tensors, load_model
 from tritter.core.parameter_map.carry import StateKind
 from tritter.data.batches import lengthened, read_sequences, sample_equally, write_sequences
@@ -177,7 +177,7 @@ def task(run: Run, branch: Branch, *, follow: Callable[[Values], Values]) -> Tas
     prepared = {kind for each in needs for kind in each.prepares}
     earlier = {kind for each in needs for kind in each.state} - prepared
     found = (
-        (prepared, read_state(run.folder / branch.preparation) if prepared else None),
+        (prepared, State.read(run.folder / branch.preparation) if prepared else None),
         (earlier, run.source(branch.start).state if earlier else None),
     )
     states = {
