@@ -19,12 +19,12 @@ print("LOADED", *sorted(name for name in {names} if name in sys.modules))
 sys.exit(code)
 """
 SPY = """
-from tritter.checkpoints import folder
-written = folder.write_tensors
+from tritter.storage.writer import TensorStream
+written = TensorStream.write
 def spy(*given, **options):
     print("AT FIRST", *sorted(name for name in {names} if name in sys.modules))
     return written(*given, **options)
-folder.write_tensors = spy
+TensorStream.write = spy
 """
 TINY_RUN = Path(__file__).parents[1] / "fixtures/tiny_run/finished/checkpoint"
 COMMANDS = (

@@ -53,7 +53,7 @@ def assert_same(one, other):
 def test_what_lies_on_disk_is_what_would_be_held(tmp_path, monkeypatch):
     domains = {name: documents_of(each.text for each in d) for name, d in DOMAINS.items()}
     held = build(tmp_path / "held", domains=domains)
-    monkeypatch.setattr(spool, "_IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(spool.Spool, "IN_MEMORY_BYTES", 0)
     domains = {name: documents_of(each.text for each in d) for name, d in DOMAINS.items()}
     mapped = build(tmp_path / "mapped", domains=domains)
     assert_same(held, mapped)

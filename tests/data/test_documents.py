@@ -129,7 +129,7 @@ def test_a_text_in_chunks_is_cut_as_it_comes():
 def test_documents_on_disk_are_those_in_memory(monkeypatch):
     texts = [f"{number % 90} — {'word ' * (number % 7)}" for number in range(200)]
     held = documents_of(texts)
-    monkeypatch.setattr(spool, "_IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(spool.Spool, "IN_MEMORY_BYTES", 0)
     spooled = documents_of(texts)
     assert spooled == held == sorted(held, key=lambda each: text_key(each.text))
     assert list(spooled.keys()) == [text_key(each.text) for each in held]

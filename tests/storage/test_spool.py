@@ -12,7 +12,7 @@ from tritter.storage.spool import Spool
 
 @pytest.mark.parametrize("most", [0, 5, 2**20], ids=["file", "becomes a file", "memory"])
 def test_what_was_appended_is_read_at_any_place(most, monkeypatch):
-    monkeypatch.setattr(spool, "_IN_MEMORY_BYTES", most)
+    monkeypatch.setattr(spool.Spool, "IN_MEMORY_BYTES", most)
     spooled, whole = Spool(), b""
     for number in range(6):
         piece = np.full(number, number, dtype=np.int32).tobytes()
@@ -24,7 +24,7 @@ def test_what_was_appended_is_read_at_any_place(most, monkeypatch):
 
 
 def test_an_array_stays_when_more_is_appended_and_the_spool_is_gone(monkeypatch):
-    monkeypatch.setattr(spool, "_IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(spool.Spool, "IN_MEMORY_BYTES", 0)
     spooled = Spool()
     spooled.append(b"\x01\x02")
     array = spooled.array("u1")
@@ -34,7 +34,7 @@ def test_an_array_stays_when_more_is_appended_and_the_spool_is_gone(monkeypatch)
 
 
 def test_it_leaves_no_file_behind_and_lies_where_tmpdir_says(monkeypatch, tmp_path):
-    monkeypatch.setattr(spool, "_IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(spool.Spool, "IN_MEMORY_BYTES", 0)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     spooled = Spool()
     spooled.append(b"text")
@@ -49,7 +49,7 @@ def test_a_full_disk_is_told_with_what_helps(monkeypatch):
         def write(self, content):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(spool, "_IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(spool.Spool, "IN_MEMORY_BYTES", 0)
     monkeypatch.setattr(tempfile, "TemporaryFile", Full)
     with pytest.raises(TritterError, match=r"No space left on device.* Set TMPDIR"):
         Spool().append(b"text")

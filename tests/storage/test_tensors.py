@@ -17,14 +17,14 @@ from tritter.errors import TritterError
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.hashing import DigestQueue, merkle_hash, tensor_digest
 from tritter.storage.tensors import INDEX_NAME, SINGLE_NAME, TensorFolder
-from tritter.storage.writer import TensorEntry, TensorStream, write_tensors
+from tritter.storage.writer import TensorEntry, TensorStream
 
 TENSORS = {f"layer.{index}": torch.full((10, 10), float(index)) for index in range(5)}
 
 
 def _written(folder: Path, *, max_shard_bytes: int) -> dict[str, str]:
     folder.mkdir()
-    return write_tensors(folder, TensorStream.of(TENSORS.items()), max_shard_bytes=max_shard_bytes)
+    return TensorStream.of(TENSORS.items()).write(folder, max_shard_bytes=max_shard_bytes)
 
 
 @pytest.mark.parametrize(
@@ -47,8 +47,8 @@ def test_the_hash_does_not_depend_on_sharding_or_order(tmp_path: Path) -> None:
     whole = _written(tmp_path / "whole", max_shard_bytes=10**9)
     sharded = _written(tmp_path / "sharded", max_shard_bytes=500)
     (tmp_path / "reversed").mkdir()
-    turned = write_tensors(
-        tmp_path / "reversed", TensorStream.of(reversed(TENSORS.items())), max_shard_bytes=900
+    turned = TensorStream.of(reversed(TENSORS.items())).write(
+        tmp_path / "reversed", max_shard_bytes=900
     )
     assert merkle_hash(whole) == merkle_hash(sharded) == merkle_hash(turned)
 
@@ -60,9 +60,7 @@ def test_stock_transformers_reads_the_shards_and_we_read_its_own(tmp_path: Path)
     assert len(set(theirs.files.values())) > 2
     ours = tmp_path / "ours"
     ours.mkdir()
-    write_tensors(
-        ours, TensorStream.of((n, theirs.get(n)) for n in theirs.files), max_shard_bytes=15_000
-    )
+    TensorStream.of((n, theirs.get(n)) for n in theirs.files).write(ours, max_shard_bytes=15_000)
     index = json.loads((ours / INDEX_NAME).read_text())
     assert index["metadata"]["total_size"] == 4 * sum(p.numel() for p in model.parameters())
     (ours / "config.json").write_text((tmp_path / "theirs" / "config.json").read_text())
@@ -85,7 +83,7 @@ def test_at_most_two_tensors_are_held(tmp_path: Path) -> None:
             del tensor
 
     entries = tuple(TensorEntry(f"layer.{i}", torch.float32, (100, 100)) for i in range(6))
-    write_tensors(tmp_path, TensorStream(entries, tensors()))
+    TensorStream(entries, tensors()).write(tmp_path)
     assert most <= 3
 
 
@@ -97,7 +95,7 @@ def test_mixed_types_are_read_by_safetensors(tmp_path: Path) -> None:
         "empty": torch.zeros(0, 4),
         "scalar": torch.tensor(2.5),
     }
-    write_tensors(tmp_path, TensorStream.of(held.items()))
+    TensorStream.of(held.items()).write(tmp_path)
     loaded = load_file(tmp_path / SINGLE_NAME)
     assert set(loaded) == set(held)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in held.items())
@@ -106,12 +104,12 @@ def test_mixed_types_are_read_by_safetensors(tmp_path: Path) -> None:
 def test_what_comes_must_have_been_announced(tmp_path: Path) -> None:
     entries = (TensorEntry("a", torch.float32, (2,)),)
     with pytest.raises(AssertionError, match="announced"):
-        write_tensors(tmp_path, TensorStream(entries, [("a", torch.zeros(3))]))
+        TensorStream(entries, [("a", torch.zeros(3))]).write(tmp_path)
 
 
 def test_strided_and_bfloat16_tensors_are_written(tmp_path: Path) -> None:
     strided, halved = torch.randn(3, 5).T, torch.randn(4).bfloat16()
-    write_tensors(tmp_path, TensorStream.of([("strided", strided), ("halved", halved)]))
+    TensorStream.of([("strided", strided), ("halved", halved)]).write(tmp_path)
     folder = TensorFolder.open(tmp_path)
     assert torch.equal(folder["strided"], strided)
     assert torch.equal(folder["halved"], halved)
@@ -206,7 +204,7 @@ def test_bytes_as_they_lie_have_the_digests_of_their_tensors(
     others = {"half": torch.arange(7).to(torch.bfloat16), "none": torch.empty(0, 3)}
     (tmp_path / "out").mkdir()
     stream = TensorStream.of({**TENSORS, **others}.items())
-    digests = write_tensors(tmp_path / "out", stream, max_shard_bytes=max_shard_bytes)
+    digests = stream.write(tmp_path / "out", max_shard_bytes=max_shard_bytes)
     queue = DigestQueue()
     for raw in TensorFolder.open(tmp_path / "out").raw():
         queue.begin([raw])
@@ -250,5 +248,5 @@ def test_a_disk_that_refuses_the_write_is_told(tmp_path: Path) -> None:
         pytest.raises(TritterError, match="could not be written"),
         atomic_folder(tmp_path / "out") as folder,
     ):
-        write_tensors(folder, TensorStream.of(TENSORS.items()))
+        TensorStream.of(TENSORS.items()).write(folder)
     assert list(tmp_path.iterdir()) == []

@@ -24,7 +24,7 @@ from tritter.errors import Problem, RequestError, TritterError, refused
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.hashing import merkle_hash
 from tritter.storage.tensors import is_finite
-from tritter.storage.writer import TensorEntry, TensorStream, write_tensors
+from tritter.storage.writer import TensorEntry, TensorStream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +177,7 @@ class Weights:
         stream = stream.padded(model.padded_shapes())
         check = partial(check_replaceable, sources=self.source_paths)
         with atomic_folder(destination, overwrite=overwrite, check=check) as folder:
-            digests = write_tensors(folder, stream, max_shard_bytes=max_shard_bytes)
+            digests = stream.write(folder, max_shard_bytes=max_shard_bytes)
             write_config(folder, model.on_disk.config)
             for artifact in artifacts:
                 artifact(folder)

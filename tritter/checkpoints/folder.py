@@ -20,7 +20,7 @@ from tritter.storage.hashing import file_digest, header_digest, merkle_hash
 from tritter.storage.reading import LINEAGE_NAME, check_links, read_object, require_file
 from tritter.storage.records import read_record, record_text
 from tritter.storage.tensors import INDEX_NAME, TensorFolder
-from tritter.storage.writer import TensorStream, write_tensors
+from tritter.storage.writer import TensorStream
 
 # Writes files next to a model into a checkpoint folder that is still being created: tokenizer
 # files, training state, appended experts
@@ -144,7 +144,7 @@ def write_checkpoint(
             tensor_digests = tensors.write(folder)
         else:
             stream = tensors.padded(Model(config).padded_shapes())
-            tensor_digests = write_tensors(folder, stream, max_shard_bytes=max_shard_bytes)
+            tensor_digests = stream.write(folder, max_shard_bytes=max_shard_bytes)
         config = config if final_config is None else final_config()
         write_config(folder, config)
         for artifact in filter(None, artifacts):

@@ -23,7 +23,7 @@ from tritter.errors import RequestError, TritterError, shortened
 from tritter.storage.hashing import DigestQueue, bounded_digest
 from tritter.storage.reading import LINEAGE_NAME, check_inside
 from tritter.storage.records import is_unchanged
-from tritter.storage.tensors import INDEX_NAME, TensorFolder, TensorReader
+from tritter.storage.tensors import INDEX_NAME, TensorFolder
 from tritter.storage.writer import Pieces, TensorEntry, TensorStream, stripped
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ class Source:
         part = stored.parts[number]
         if stored.is_whole:
             return part.transposed(self.read_stored(stored.name))
-        return part.transposed(TensorReader(self.tensors).get(stored.name, index=part.index))
+        return part.transposed(self.tensors.reader().get(stored.name, index=part.index))
 
     def read_stored(self, name: str) -> Tensor:
         """Read one tensor by its name on disk and remove the padding.

@@ -23,7 +23,7 @@ from tritter.data.replay import ReplayBuffer
 from tritter.errors import Problem, TritterError, brief
 from tritter.storage.records import read_record, record_text
 from tritter.storage.tensors import TensorFolder
-from tritter.storage.writer import TensorEntry, TensorStream, write_tensors
+from tritter.storage.writer import TensorEntry, TensorStream
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,7 +115,7 @@ def write_state(
         assert kind in rules, kind
         if stream.entries:
             (state_folder / kind).mkdir()
-            write_tensors(state_folder / kind, stream, max_shard_bytes=max_shard_bytes)
+            stream.write(state_folder / kind, max_shard_bytes=max_shard_bytes)
             written.append(kind)
     head = StateHead(
         step=step,

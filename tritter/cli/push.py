@@ -20,7 +20,7 @@ from tritter.cli.output import (
 from tritter.errors import RequestError
 from tritter.loading import loading
 from tritter.report.table import Table, si_text
-from tritter.storage.hub import check_repository, push_files
+from tritter.storage.hub import Repository
 from tritter.storage.reading import named_path
 
 if TYPE_CHECKING:
@@ -58,7 +58,8 @@ def push(
         from tritter.checkpoints.location import public_files
         from tritter.core.models import read_model
 
-    check_repository(repository, key=_REPOSITORY)
+    target = Repository(repository, key=_REPOSITORY)
+    target.check()
     place = named_path(folder, key="DIR")
     if not place.is_dir():
         raise RequestError(f"DIR = {folder}: no such folder.")
@@ -70,13 +71,11 @@ def push(
     notes = _notes(source, "license" in Card.read(place).kept)
     address = None
     if not dry_run:
-        address = push_files(
+        address = target.push(
             files,
-            repository,
             message=f"Upload {place.resolve().name} with Tritter",
             is_public=public,
             overwrite=overwrite,
-            key=_REPOSITORY,
         )
     sizes = {name: _size(content) for name, content in sorted(files.items())}
     if as_json:

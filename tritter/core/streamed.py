@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from tritter.core.families import Model
 from tritter.core.models import backbone_of, layers_of, read_model, unloaded_model
-from tritter.storage.tensors import TensorFolder, TensorReader
+from tritter.storage.tensors import TensorFolder
 
 _BLOCK_BYTES = 32 * 2**20  # of a matrix in float32: fits in the CPU cache
 _KEPT_POSITIONS = 8  # the last positions of a sequence, which attend to all earlier ones
@@ -262,7 +262,7 @@ class _Weights:
     def __init__(self, folder: Path, model: Model) -> None:
         self._has_table = model.family.has_table
         self._files = TensorFolder.open(folder)
-        self._reader = TensorReader(self._files)
+        self._reader = self._files.reader()
         self._stored = {
             part.tensor.name: (stored, part)
             for stored in model.match(self._files.files)

@@ -27,7 +27,7 @@ from tritter.errors import TritterError
 from tritter.storage.atomic import atomic_folder, write_text_atomic
 from tritter.storage.hashing import file_digest
 from tritter.storage.reading import open_file
-from tritter.storage.spool import is_large, mapped, tensor_of
+from tritter.storage.spool import Spool, mapped, tensor_of
 
 _FORMAT_VERSION = 2  # 1 dropped blanks around documents
 _LAYOUT = "1"  # of the cache; folders with other names predate the release
@@ -362,7 +362,7 @@ def _load(cache_dir: Path, digest: str) -> Corpus | None:
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     """Load the tensors of a file; a large file is memory-mapped."""
-    if not is_large(path.stat().st_size):
+    if path.stat().st_size <= Spool.IN_MEMORY_BYTES:
         return load(path.read_bytes())
     found = {}
     # safetensors maps files privately, which fails for a file larger than memory

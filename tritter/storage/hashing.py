@@ -11,11 +11,12 @@ from threading import BoundedSemaphore, Event, Lock
 from typing import TYPE_CHECKING
 
 from tritter.errors import TritterError
-from tritter.storage.reading import MAX_HEADER_BYTES, open_file, require_file
+from tritter.storage.reading import open_file, require_file
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _MAX_WAITING = 4  # tensors in memory; those of a folder are mapped
 _PIECE_BYTES = 16 * 2**20  # a closed queue stops after a piece
 
@@ -89,7 +90,7 @@ def header_digest(path: Path) -> str:
     with open_file(path) as file:
         start = file.read(8)
         length = int.from_bytes(start, "little")
-        if not 0 < length <= MAX_HEADER_BYTES:
+        if not 0 < length <= _MAX_HEADER_BYTES:
             raise TritterError(f"{path} cannot be read: it states a header of {length} bytes.")
         return hashlib.sha256(start + file.read(length)).hexdigest()
 

@@ -75,89 +75,96 @@ def cached_snapshot(hub_id: str, *, revision: str | None) -> Path | None:
         return None
 
 
-def check_repository(name: str, *, key: str) -> None:
-    """Check the name of a repository of the hub, without contacting it."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-    try:
-        validate_repo_id(name if _HUB_ID.fullmatch(name) else "")
-    except HFValidationError as error:
-        reason = (
-            "must be OWNER/NAME of letters, digits, - _ and ., at most 96 characters; not with -- "
-            "or .., with - or . at an end, or with .git at the end"
-        )
-        raise refused(key, name, reason) from error
-
-
-def push_files(
-    files: Mapping[str, Path | bytes],
-    repository: str,
-    *,
-    message: str,
-    is_public: bool,
-    overwrite: bool,
-    key: str,
-) -> str:
-    """Upload files to a model repository of the hub in one commit and return the commit's address.
+class Repository:
+    """A model repository of the hub.
 
     Args:
-        files: name in the repository → file, or content.
-        repository: hub id; created if it does not exist.
-        message: message of the commit.
-        is_public: create a public repository; an existing one must be public.
-        overwrite: replace all files of a repository that has some; its history keeps them.
-        key: what named the repository, for error messages.
+        name: hub id.
+        key: what named it, for error messages.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors, get_token
 
-    if get_token() is None:
-        raise refused(key, repository, _UNKNOWN)
-    api, parent, old = HfApi(), None, set[str]()
-    try:
-        with quiet_hub():
-            with suppress(errors.RepositoryNotFoundError):
-                found = api.model_info(repository)
-                parent = found.sha
-                old = {each.rfilename for each in found.siblings or ()} - {".gitattributes"}
-                _check_existing(found, old, is_public=is_public, overwrite=overwrite, key=key)
-            if parent is None:
-                api.create_repo(repository, private=not is_public)
-    except RequestError:
-        raise
-    # The client raises errors of any kind on a redirect, HTML or null
-    except Exception as error:
-        raise refused(key, repository, _hub_reason(error)) from error
-    operations: list[CommitOperationAdd | CommitOperationDelete] = [
-        CommitOperationDelete(name) for name in sorted(old - files.keys())
-    ]
-    operations += [
-        CommitOperationAdd(name, str(content) if isinstance(content, Path) else content)
-        for name, content in files.items()
-    ]
-    try:
-        with quiet_hub():
-            commit = api.create_commit(
-                repository, operations, commit_message=message, parent_commit=parent
+    def __init__(self, name: str, *, key: str) -> None:
+        self.name, self.key = name, key
+
+    def check(self) -> None:
+        """Check its name, without contacting the hub."""
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+        try:
+            validate_repo_id(self.name if _HUB_ID.fullmatch(self.name) else "")
+        except HFValidationError as error:
+            reason = (
+                "must be OWNER/NAME of letters, digits, - _ and ., at most 96 characters; not with "
+                "-- or .., with - or . at an end, or with .git at the end"
             )
-    except Exception as error:
-        raise TritterError(
-            f"{repository}: the upload failed, {_hub_reason(error)}. The repository has its old "
-            "content. The same command continues: uploaded weights are kept by the hub."
-        ) from error
-    return commit.commit_url
+            raise refused(self.key, self.name, reason) from error
 
+    def push(
+        self, files: Mapping[str, Path | bytes], *, message: str, is_public: bool, overwrite: bool
+    ) -> str:
+        """Upload files in one commit and return its address; creates the repository if needed.
 
-def _check_existing(
-    found: ModelInfo, old: Set[str], *, is_public: bool, overwrite: bool, key: str
-) -> None:
-    if found.private == is_public:
-        now, wanted = ("private", "without") if is_public else ("public", "with")
-        reason = f"it is {now} on the hub: change that there, or push {wanted} --public"
-        raise refused(key, found.id, reason)
-    if old and not overwrite:
-        reason = f"it has {len(old)} files; --overwrite replaces them, and its history keeps them"
-        raise refused(key, found.id, reason)
+        Args:
+            files: name in the repository → file, or content.
+            message: message of the commit.
+            is_public: create a public repository; an existing one must be public.
+            overwrite: replace all files of a repository that has some; its history keeps them.
+        """
+        from huggingface_hub import (
+            CommitOperationAdd,
+            CommitOperationDelete,
+            HfApi,
+            errors,
+            get_token,
+        )
+
+        if get_token() is None:
+            raise refused(self.key, self.name, _UNKNOWN)
+        api, parent, old = HfApi(), None, set[str]()
+        try:
+            with quiet_hub():
+                with suppress(errors.RepositoryNotFoundError):
+                    found = api.model_info(self.name)
+                    parent = found.sha
+                    old = {each.rfilename for each in found.siblings or ()} - {".gitattributes"}
+                    self._check_existing(found, old, is_public=is_public, overwrite=overwrite)
+                if parent is None:
+                    api.create_repo(self.name, private=not is_public)
+        except RequestError:
+            raise
+        # The client raises errors of any kind on a redirect, HTML or null
+        except Exception as error:
+            raise refused(self.key, self.name, _hub_reason(error)) from error
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
+            CommitOperationDelete(name) for name in sorted(old - files.keys())
+        ]
+        operations += [
+            CommitOperationAdd(name, str(content) if isinstance(content, Path) else content)
+            for name, content in files.items()
+        ]
+        try:
+            with quiet_hub():
+                commit = api.create_commit(
+                    self.name, operations, commit_message=message, parent_commit=parent
+                )
+        except Exception as error:
+            raise TritterError(
+                f"{self.name}: the upload failed, {_hub_reason(error)}. The repository has its old "
+                "content. The same command continues: uploaded weights are kept by the hub."
+            ) from error
+        return commit.commit_url
+
+    def _check_existing(
+        self, found: ModelInfo, old: Set[str], *, is_public: bool, overwrite: bool
+    ) -> None:
+        if found.private == is_public:
+            now, wanted = ("private", "without") if is_public else ("public", "with")
+            reason = f"it is {now} on the hub: change that there, or push {wanted} --public"
+            raise refused(self.key, found.id, reason)
+        if old and not overwrite:
+            reason = f"it has {len(old)} files; --overwrite replaces them, and its history"
+            raise refused(self.key, found.id, f"{reason} keeps them")
 
 
 def _hub_reason(error: Exception) -> str:

@@ -43,7 +43,6 @@ _MAX_BYTES = {
     **dict.fromkeys(("vocab.json", "merges.txt", "tokenizer.model", "tekken.json"), 64 * 2**20),
 }
 _MAX_BYTES_OF_OTHERS = 16 * 2**20
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _MAX_DEPTH = 64  # of nested lists; a saved training state nests 22 deep
 _MAX_NUMBER = 10**100  # still a finite float; tokenizers write 10³⁰ for "no limit"
 

@@ -9,20 +9,13 @@ import mmap
 import os
 import tempfile
 import warnings
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, ClassVar
 
 from tritter.errors import TritterError
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
-
-_IN_MEMORY_BYTES = 64 * 2**20  # of one spool
-
-
-def is_large(num_bytes: int) -> bool:
-    """Return True if a spool of this size is on disk."""
-    return num_bytes > _IN_MEMORY_BYTES
 
 
 def mapped(file: IO[bytes]) -> mmap.mmap:
@@ -46,6 +39,8 @@ def tensor_of(array: np.ndarray) -> Tensor:
 class Spool:
     """Bytes that are appended and then read at any offset."""
 
+    IN_MEMORY_BYTES: ClassVar[int] = 64 * 2**20  # a larger spool is on disk
+
     def __init__(self) -> None:
         self._buffer = bytearray()
         self._file: IO[bytes] | None = None
@@ -57,7 +52,7 @@ class Spool:
     def append(self, content: bytes | memoryview) -> None:
         """Append bytes."""
         self._size += len(content)
-        if self._file is None and not is_large(self._size):
+        if self._file is None and self._size <= self.IN_MEMORY_BYTES:
             self._buffer += content
             return
         try:

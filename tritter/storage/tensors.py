@@ -142,8 +142,12 @@ class TensorFolder(Mapping[str, "Tensor"]):
         """The files that contain the tensors."""
         return {self.folder / header.file for header in self.headers.values()}
 
+    def reader(self) -> _TensorReader:
+        """Return a reader of many tensors, which keeps the last file open."""
+        return _TensorReader(self)
+
     def __getitem__(self, name: str) -> Tensor:
-        return TensorReader(self).get(name)
+        return self.reader().get(name)
 
     def __contains__(self, name: object) -> bool:
         return name in self.headers
@@ -191,7 +195,7 @@ class TensorFolder(Mapping[str, "Tensor"]):
         return counts.most_common(1)[0][0]
 
 
-class TensorReader:
+class _TensorReader:
     """Reads many tensors of a folder, keeping the last file open."""
 
     def __init__(self, folder: TensorFolder) -> None:

@@ -22,7 +22,7 @@ from io import FileIO
 from math import prod
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from tritter.errors import TritterError
 from tritter.storage.hashing import bytes_of, start_digest
@@ -36,10 +36,8 @@ _HEADER_ALIGNMENT = 8
 _PIECE_BYTES = 2**20
 _LARGE_PIECE_BYTES = 4 * _PIECE_BYTES
 _MAX_THREADS = 4
-MAX_PENDING_TENSORS = 2  # whole tensors that wait in memory while the next one is computed
 _BYTES_UNTIL_TRIM = 32 * 2**20
 _BYTES_UNTIL_SYNC = 16 * 2**20
-KEPT_BYTES = 16 * 2**20  # freed memory that the allocator may keep for the next piece
 _SYNC_FILE_RANGE_WRITE = 2  # from linux/fs.h
 
 
@@ -84,6 +82,11 @@ class TensorStream:
         entries: Header entries of the tensors, in order.
         tensors: (name, tensor) in the same order.
     """
+
+    # While they are written: whole tensors that wait in memory for the next one to be computed, and
+    # freed memory that the allocator may keep for the next piece
+    MAX_PENDING: ClassVar[int] = 2
+    KEPT_BYTES: ClassVar[int] = 16 * 2**20
 
     entries: tuple[TensorEntry, ...]
     tensors: Iterable[tuple[str, Tensor | Pieces]]
@@ -136,59 +139,57 @@ class TensorStream:
         entries = (replace(e, shape=shapes.get(e.name, e.shape)) for e in self.entries)
         return TensorStream(tuple(entries), tensors())
 
+    def write(self, folder: Path, *, max_shard_bytes: int = 5 * 10**9) -> dict[str, str]:
+        """Write the tensors in shards of bounded size.
 
-def write_tensors(
-    folder: Path, stream: TensorStream, *, max_shard_bytes: int = 5 * 10**9
-) -> dict[str, str]:
-    """Write a stream in shards of bounded size.
+        One shard becomes `model.safetensors`. Several shards become numbered files and an index in
+        the format of transformers.
 
-    One shard becomes `model.safetensors`. Several shards become numbered files and an index in
-    the format of transformers.
+        Args:
+            folder: Existing folder to write to.
+            max_shard_bytes: Maximum size of a shard; a larger tensor has its own shard.
 
-    Args:
-        folder: Existing folder to write to.
-        stream: Tensors to write.
-        max_shard_bytes: Maximum size of a shard; a larger tensor has its own shard.
-
-    Returns:
-        Tensor name → checksum.
-    """
-    shards: list[list[TensorEntry]] = [[]]
-    size = 0
-    for entry in stream.entries:
-        if shards[-1] and size + entry.num_bytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(entry)
-        size += entry.num_bytes
-    names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        names = [SINGLE_NAME]
-    pending = iter(stream.tensors)
-    digests: dict[str, Callable[[], str]] = {}
-    with _one_thread_each(), _WriterPool() as crew:
-        for entries, file_name in zip(shards, names, strict=True):
-            with crew.shard(folder / file_name, entries) as shard:
-                for entry in entries:
-                    name, content = next(pending)
-                    announced: tuple[object, ...] = (entry.name, entry.dtype, entry.shape)
-                    came: tuple[object, ...] = (name, *announced[1:])  # pieces only have a name
-                    if not isinstance(content, Pieces):
-                        came = (name, content.dtype, tuple(content.shape))
-                    assert announced == came, f"announced {announced}, came {came}"
-                    digests[name] = crew.write(shard, entry, content)
-                    del content
-    assert next(pending, None) is None, "more tensors came than were announced"
-    if len(shards) > 1:
-        weight_map = {
-            entry.name: file_name
-            for entries, file_name in zip(shards, names, strict=True)
-            for entry in entries
-        }
-        total = sum(entry.num_bytes for entry in stream.entries)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return {name: digest() for name, digest in digests.items()}
+        Returns:
+            Tensor name → checksum.
+        """
+        shards: list[list[TensorEntry]] = [[]]
+        size = 0
+        for entry in self.entries:
+            if shards[-1] and size + entry.num_bytes > max_shard_bytes:
+                shards.append([])
+                size = 0
+            shards[-1].append(entry)
+            size += entry.num_bytes
+        names = [
+            f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)
+        ]
+        if len(shards) == 1:
+            names = [SINGLE_NAME]
+        pending = iter(self.tensors)
+        digests: dict[str, Callable[[], str]] = {}
+        with _one_thread_each(), _WriterPool() as crew:
+            for entries, file_name in zip(shards, names, strict=True):
+                with crew.shard(folder / file_name, entries) as shard:
+                    for entry in entries:
+                        name, content = next(pending)
+                        announced: tuple[object, ...] = (entry.name, entry.dtype, entry.shape)
+                        came: tuple[object, ...] = (name, *announced[1:])  # pieces only have a name
+                        if not isinstance(content, Pieces):
+                            came = (name, content.dtype, tuple(content.shape))
+                        assert announced == came, f"announced {announced}, came {came}"
+                        digests[name] = crew.write(shard, entry, content)
+                        del content
+        assert next(pending, None) is None, "more tensors came than were announced"
+        if len(shards) > 1:
+            weight_map = {
+                entry.name: file_name
+                for entries, file_name in zip(shards, names, strict=True)
+                for entry in entries
+            }
+            total = sum(entry.num_bytes for entry in self.entries)
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        return {name: digest() for name, digest in digests.items()}
 
 
 def num_threads() -> int:
@@ -206,7 +207,7 @@ def _one_thread_each() -> Iterator[None]:
     import torch  # writing headers does not need it
 
     before = torch.get_num_threads()
-    torch.empty(KEPT_BYTES, dtype=torch.uint8)
+    torch.empty(TensorStream.KEPT_BYTES, dtype=torch.uint8)
     torch.set_num_threads(1)
     try:
         yield
@@ -254,7 +255,7 @@ class _WriterPool:
         future = self._threads.submit(self._write, shard, entry, content)
         self._running.add(future)
         if not isinstance(content, Pieces):
-            self._join(MAX_PENDING_TENSORS)
+            self._join(TensorStream.MAX_PENDING)
             return future.result
         self._join(self._size + 1)
         return content.digest or future.result

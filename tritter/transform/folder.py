@@ -35,8 +35,6 @@ from tritter.storage.hashing import file_digest, merkle_hash
 from tritter.storage.reading import named_path
 from tritter.storage.tensors import is_finite
 from tritter.storage.writer import (
-    KEPT_BYTES,
-    MAX_PENDING_TENSORS,
     Pieces,
     TensorEntry,
     TensorStream,
@@ -122,7 +120,7 @@ class DiskNeeds:
             )
             rare = max(rare, *(part.rare for part in parts))
         of_weights = sum(sorted(usual)[-num_threads() :]) + rare
-        of_state = (MAX_PENDING_TENSORS + _AT_ONCE_OF_STATE) * max(others, default=0)
+        of_state = (TensorStream.MAX_PENDING + _AT_ONCE_OF_STATE) * max(others, default=0)
         kept_sequences = opened.folder / STATE_FOLDER / KEPT_FILE
         files = sum(path.stat().st_size for path in small_files(opened.folder))
         unit = 1 if sys.platform == "darwin" else 1024  # bytes
@@ -130,7 +128,7 @@ class DiskNeeds:
             weights=sum(entry.num_bytes for entry in weights),
             state=sum(others) + (kept_sequences.stat().st_size if kept_sequences.is_file() else 0),
             others=files + _BYTES_OF_RECORDS + _BYTES_OF_A_NAME * (len(weights) + len(others)),
-            in_flight=KEPT_BYTES + max(of_weights + router_bytes(plan), of_state),
+            in_flight=TensorStream.KEPT_BYTES + max(of_weights + router_bytes(plan), of_state),
             process=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
             check=_check_bytes(plan.target) if is_checked else 0,
         )
