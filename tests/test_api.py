@@ -28,7 +28,7 @@ from tests.forked import run_program
 from tests.oracle.families import generic, tiny
 from tests.pipeline.tiny import FIXTURES, TINY
 from tritter import EWC, L2SP, GrowableCausalLM, LlamaPro, Moe, MoeAdd, Plateau, Width, api
-from tritter.checkpoints import read_lineage
+from tritter.checkpoints import Lineage
 from tritter.checkpoints.run_text import RunText
 from tritter.cli import main as command
 from tritter.config.launch.entry import main as train_py
@@ -114,13 +114,13 @@ def test_a_live_model_is_written_with_its_lineage_and_tokenizer(tmp_path: Path) 
     grown = tritter.expand(model, [Width(hidden_size=48), "llama_pro"], output=tmp_path / "grown")
     wanted = tritter.expand(model, [Width(hidden_size=48), LlamaPro()])
     assert oracle.relative_difference(oracle.stock(grown), wanted, oracle.tokens()) == 0
-    lineage = read_lineage(grown)
+    lineage = Lineage.read(grown)
     assert lineage is not None and lineage.parent_hash == lineage.base_model_hash
     assert [record.method for record in lineage.expansion_history] == ["width", "llama_pro"]
     assert (grown / "tokenizer.json").is_file()
     assert command(["history", str(grown), "--verify"]) == 0
     from_folder = tritter.expand(tmp_path / "base", "stack", output=tmp_path / "other")
-    other = read_lineage(from_folder)
+    other = Lineage.read(from_folder)
     assert other is not None and other.base_model_hash == lineage.base_model_hash
     with pytest.raises(RequestError, match="exists"):
         tritter.expand(model, "width", output=grown)
@@ -137,7 +137,7 @@ def test_a_false_claim_of_exactness_is_an_error_and_what_it_wrote_stays(
     monkeypatch.setattr(PlannedExpansion, "is_exact", True)
     with pytest.raises(TritterError, match="the result differs from the source at layer"):
         tritter.expand(tmp_path / "base", "dus", output=tmp_path / "deep")
-    error = read_lineage(tmp_path / "deep").expansion_history[-1].step0_error
+    error = Lineage.read(tmp_path / "deep").expansion_history[-1].step0_error
     assert error is not None and error > 0.01
 
 

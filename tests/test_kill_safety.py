@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests import oracle
-from tritter.checkpoints import read_lineage
+from tritter.checkpoints import Lineage
 from tritter.checkpoints.folder import file_digests
 from tritter.core.expansions import LlamaPro, Width
 from tritter.errors import RequestError
@@ -71,7 +71,7 @@ class Scene:
 
 def complete_hash(folder: Path) -> str:
     """Return the model hash of a folder whose every byte agrees with its record."""
-    lineage = read_lineage(folder)
+    lineage = Lineage.read(folder)
     assert lineage is not None
     tensors = TensorFolder.open(folder)
     digests = {name: tensor_digest(name, each) for name, each in tensors.items()}

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.cli.conftest import Run, place, run, sources  # noqa: F401
 from tritter import terminal
-from tritter.checkpoints import read_lineage
+from tritter.checkpoints import Lineage
 from tritter.checkpoints.card import Card
 from tritter.checkpoints.folder import write_lineage
 from tritter.core.families import Model
@@ -104,7 +104,7 @@ def _grown(run: Run) -> Path:  # noqa: F811
 
 def test_fields_of_a_lineage_and_the_card_made_of_them(run: Run, place: Path) -> None:  # noqa: F811
     folder = _grown(run)
-    lineage = read_lineage(folder)
+    lineage = Lineage.read(folder)
     assert lineage is not None
     config = read_model(folder).config
     plain = json.loads(json.dumps(asdict(lineage)))

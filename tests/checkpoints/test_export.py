@@ -27,7 +27,7 @@ from tests.checkpoints.test_folder import write_words
 from tests.oracle import logits, relative_difference, saved, stock, tiny_llama, tokens
 from tests.oracle.qwen3 import tiny_qwen3
 from tests.storage.test_tensors import file_size_limit
-from tritter.checkpoints import Source, read_lineage
+from tritter.checkpoints import Lineage, Source
 from tritter.checkpoints.export import Exported, Weights
 from tritter.checkpoints.folder import copy_small_files
 from tritter.core.expansions import LlamaPro, Width
@@ -156,7 +156,7 @@ def test_of_a_grown_checkpoint_only_the_card_tells(tmp_path: Path) -> None:
         "tokenizer.json",
         "tokenizer_config.json",
     }
-    lineage = read_lineage(grown)
+    lineage = Lineage.read(grown)
     assert lineage is not None
     assert exported.origin_hash == lineage.model_hash
     card = (tmp_path / "out" / "README.md").read_text()

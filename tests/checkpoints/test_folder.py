@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from tests import oracle
-from tritter.checkpoints import Lineage, read_lineage, write_checkpoint, write_lineage
+from tritter.checkpoints import Lineage, write_checkpoint, write_lineage
 from tritter.core.expansions import Dus, LlamaPro, Width
 from tritter.core.families import Model
 from tritter.core.models import named_tensors, save_tokenizer
@@ -91,7 +91,7 @@ def test_digests_cover_every_file(model: LlamaForCausalLM, tmp_path: Path) -> No
 
 def test_what_is_read_is_what_was_written(model: LlamaForCausalLM, tmp_path: Path) -> None:
     written = _write(model, tmp_path / "out")
-    assert read_lineage(tmp_path / "out") == written
+    assert Lineage.read(tmp_path / "out") == written
     assert written.base_model_hash == written.model_hash
     assert written.parent_hash is None
 
@@ -125,7 +125,7 @@ def test_an_existing_checkpoint_is_kept(model: LlamaForCausalLM, tmp_path: Path)
     first = _write(model, tmp_path / "out")
     with pytest.raises(RequestError, match="already exists"):
         _write(oracle.tiny_llama(), tmp_path / "out")
-    assert read_lineage(tmp_path / "out") == first
+    assert Lineage.read(tmp_path / "out") == first
 
 
 def test_write_lineage_replaces_record_and_card_alone(
@@ -142,7 +142,7 @@ def test_write_lineage_replaces_record_and_card_alone(
     text = (folder / "README.md").read_text()
     assert "| domain | loss (nats per token) |\n|---|---|\n| code | 3.2500 |\n\n" in text
     assert "| task | accuracy |\n|---|---|\n| sorting | 12.5% |\n\n" in text
-    read = read_lineage(folder)
+    read = Lineage.read(folder)
     assert read is not None
     assert read.step == 10
     card = (folder / "README.md").read_bytes()
@@ -170,7 +170,7 @@ def test_a_chain_of_two_expansions(model: LlamaForCausalLM, tmp_path: Path) -> N
     base = _write(model, tmp_path / "base")
     first = expand(tmp_path / "base", tmp_path / "a" / "first", [Width()], seed=3).lineage
     expand(tmp_path / "a" / "first", tmp_path / "second", [LlamaPro(positions=(0, 1)), Dus()])
-    second = read_lineage(tmp_path / "second")
+    second = Lineage.read(tmp_path / "second")
     assert second is not None
     assert first.parent_hash == base.model_hash
     assert second.parent_hash == first.model_hash

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import oracle
-from tritter.checkpoints import read_lineage, write_lineage
+from tritter.checkpoints import Lineage, write_lineage
 from tritter.checkpoints.history import Difference, Link
 from tritter.core.expansions import Context, Dus, LlamaPro, Width
 from tritter.core.models import read_model
@@ -62,7 +62,7 @@ def test_the_chain_from_its_start(place: Path) -> None:
         sum(p.numel() for p in oracle.stock(place / name).parameters())
         for name in ("base", "wide", "deep")
     ]
-    wide = read_lineage(place / "wide")
+    wide = Lineage.read(place / "wide")
     assert wide is not None
     assert [link.model_hash for link in links[:2]] == [wide.parent_hash, wide.model_hash]
 
@@ -109,7 +109,7 @@ def test_a_parent_that_is_not_there_is_known_by_its_hash(place: Path) -> None:
     links = Link.chain(place / "deep")
     assert _names(links) == [None, "deep"]
     assert not links[0].can_be_checked
-    deep = read_lineage(place / "deep")
+    deep = Lineage.read(place / "deep")
     assert deep is not None and links[0].model_hash == deep.parent_hash
     # How many expansions were the parent's is not known; one is its own
     assert [record.method for record in links[1].expansion_records] == ["dus"]
@@ -124,7 +124,7 @@ def test_another_model_in_the_parents_place_is_not_the_parent(place: Path) -> No
 
 def test_training_makes_a_link_without_expansions(place: Path) -> None:
     shutil.copytree(place / "wide", place / "trained")
-    wide = read_lineage(place / "wide")
+    wide = Lineage.read(place / "wide")
     assert wide is not None
     trained = replace(
         wide, model_hash="7" * 64, parent_hash=wide.model_hash, parent_path="../wide", step=9
@@ -134,7 +134,7 @@ def test_training_makes_a_link_without_expansions(place: Path) -> None:
 
 
 def test_a_chain_that_bites_its_tail_ends(place: Path) -> None:
-    wide = read_lineage(place / "wide")
+    wide = Lineage.read(place / "wide")
     assert wide is not None
     _edit_lineage(place / "wide", parent_hash=wide.model_hash, parent_path=".")
     assert _names(Link.chain(place / "deep")) == ["wide", "deep"]
@@ -269,7 +269,7 @@ def test_a_record_of_other_types_is_refused(place: Path, change: dict[str, objec
     path = place / "deep" / "tritter.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(TritterError, match=next(iter(change))):
-        read_lineage(place / "deep")
+        Lineage.read(place / "deep")
 
 
 @pytest.mark.parametrize("name", ["wide", "deep"])

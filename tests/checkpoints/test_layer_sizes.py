@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tests import oracle
 from tests.oracle.families import GROWABLE, HEADS_DIVIDE_HIDDEN, LAYER_NORM, generic, tiny
 from tests.oracle.sizes import SIZES, uneven, written
-from tritter.checkpoints import Source, read_lineage
+from tritter.checkpoints import Lineage, Source
 from tritter.checkpoints.export import Weights
 from tritter.checkpoints.history import Link
 from tritter.checkpoints.state import State, write_state
@@ -104,7 +104,7 @@ def test_the_folder_says_what_is_padding_and_config_json_does_not(tmp_path: Path
     folder = written(uneven("llama", SIZES), tmp_path / "model")
     plain = json.loads((folder / "config.json").read_text())
     assert plain["intermediate_size"] == 40 and "ffn_sizes" not in plain
-    lineage = read_lineage(folder)
+    lineage = Lineage.read(folder)
     assert lineage is not None and lineage.ffn_sizes == SIZES
     assert read_model(folder).config["ffn_sizes"] == list(SIZES)
     assert "FFN 7 to 40" in (folder / "README.md").read_text()

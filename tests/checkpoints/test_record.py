@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tritter.checkpoints import ExpansionRecord, Lineage, read_lineage
+from tritter.checkpoints import ExpansionRecord, Lineage
 from tritter.checkpoints.record import layers_text
 from tritter.errors import TritterError
 from tritter.storage.records import FORMAT_VERSION, plain_record
@@ -51,7 +51,7 @@ def _write(folder: Path, plain: object) -> Path:
 
 
 def test_round_trip_through_json(tmp_path: Path) -> None:
-    assert read_lineage(_write(tmp_path, plain_record(LINEAGE))) == LINEAGE
+    assert Lineage.read(_write(tmp_path, plain_record(LINEAGE))) == LINEAGE
 
 
 def test_the_record_has_the_fields_that_the_format_promises() -> None:
@@ -66,13 +66,13 @@ def test_the_record_has_the_fields_that_the_format_promises() -> None:
 
 
 def test_a_plain_folder_has_no_lineage(tmp_path: Path) -> None:
-    assert read_lineage(tmp_path) is None
+    assert Lineage.read(tmp_path) is None
 
 
 def test_a_newer_format_is_refused_by_name(tmp_path: Path) -> None:
     newer = {**plain_record(LINEAGE), "format_version": FORMAT_VERSION + 1, "new_field": 1}
     with pytest.raises(TritterError) as error:
-        read_lineage(_write(tmp_path, newer))
+        Lineage.read(_write(tmp_path, newer))
     assert f"format_version {FORMAT_VERSION + 1}" in str(error.value)
     assert f"reads {FORMAT_VERSION}" in str(error.value)
     assert "tritter.json" in str(error.value)
@@ -153,7 +153,7 @@ def test_what_is_no_lineage_is_refused(
     tmp_path: Path, change: Callable[[dict[str, Any]], object], said: str
 ) -> None:
     with pytest.raises(TritterError) as error:
-        read_lineage(_write(tmp_path, change(plain_record(LINEAGE))))
+        Lineage.read(_write(tmp_path, change(plain_record(LINEAGE))))
     assert re.search(said, str(error.value))
     assert "tritter.json" in str(error.value)
     assert len(str(error.value)) < 800
@@ -163,7 +163,7 @@ def test_what_is_no_lineage_is_refused(
 def test_unreadable_json_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tritter.json").write_bytes(content)
     with pytest.raises(TritterError, match=r"tritter\.json cannot be read"):
-        read_lineage(tmp_path)
+        Lineage.read(tmp_path)
 
 
 @pytest.mark.parametrize(

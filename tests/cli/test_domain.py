@@ -9,7 +9,7 @@ from tests.cli.conftest import VOCABULARY, Run, snapshot
 from tests.cli.test_train import write_texts
 from tests.core.stock_routers.models import tiny_moe
 from tests.oracle import logits, saved, stock, tokens
-from tritter.checkpoints import read_lineage
+from tritter.checkpoints import Lineage
 from tritter.core.models import load_model, save_tokenizer
 from tritter.core.stock_routers import stock_obstacle
 from tritter.data.documents import Document
@@ -51,7 +51,7 @@ def test_experts_are_added_and_trained_in_one_go(run: Run, base: Path) -> None:
     assert torch.equal(logits(stock(folder), tokens()), logits(model, tokens()))
     for name in shared_names(model):
         assert torch.equal(model.get_parameter(name)[:4], before.get_parameter(name))
-    lineage = read_lineage(folder)
+    lineage = Lineage.read(folder)
     assert lineage is not None and lineage.stock_loadable == "yes"
     record = lineage.expansion_history[-1]
     assert record.method == "moe_add" and record.continued_training_steps > 3
@@ -73,7 +73,7 @@ def test_old_text_is_mixed_in_and_the_best_expert_cloned(run: Run, base: Path) -
     assert plain["experts"]["new"] == [4, 5] and plain["step0_error"] == 0
     chosen = plain["steps"][0]["options"]
     assert chosen["init"] == "best" and len(chosen["clone_from"]) == 3
-    lineage = read_lineage(Path("grown"))
+    lineage = Lineage.read(Path("grown"))
     assert lineage is not None and plain["model_hash"] == lineage.model_hash
     record = lineage.expansion_history[-1]
     assert plain["steps"][0]["map_digest"] == record.map_digest
@@ -185,8 +185,8 @@ def test_what_the_source_learned_is_old_and_its_split_goes_on(run: Run, base: Pa
     assert "Old data and split from the checkpoint's lineage: code." in said
     assert "The domain code is renamed code_2: another code was learned before." in said
     before, after = (
-        read_lineage(base.with_name("base-moe-add")),
-        read_lineage(base.with_name("again")),
+        Lineage.read(base.with_name("base-moe-add")),
+        Lineage.read(base.with_name("again")),
     )
     assert before is not None and after is not None and after.split is not None
     assert list(before.domains) == ["code"] and list(after.domains) == ["code", "code_2"]

@@ -14,7 +14,7 @@ from tests.cli.conftest import VOCABULARY, Run, snapshot
 from tests.core.expansions.test_expand_errors import DAMAGED
 from tests.oracle import relative_difference, saved, stock, tiny_llama, tokens
 from tests.storage.test_tensors import file_size_limit
-from tritter.checkpoints import read_lineage
+from tritter.checkpoints import Lineage
 
 TOKENS = tokens(VOCABULARY)
 
@@ -177,7 +177,7 @@ def test_a_dry_run_says_the_same_and_writes_nothing(run: Run, place: Path) -> No
     assert not planned["written"] and written["written"]
     for key in ("shapes", "parameters", "steps", "destination"):
         assert planned[key] == written[key]
-    lineage = read_lineage(place / "base-width")
+    lineage = Lineage.read(place / "base-width")
     assert lineage is not None
     assert written["model_hash"] == lineage.model_hash
     assert written["steps"][0]["map_digest"] == lineage.expansion_history[0].map_digest
@@ -459,23 +459,23 @@ def test_an_existing_output_is_kept_unless_it_is_to_be_replaced(run: Run, place:
     (place / "base-width").rmdir()
     assert run("expand --checkpoint base --method width").code == 0
     assert run("expand --checkpoint base --method width --seed 1 --overwrite").code == 0
-    assert read_lineage(place / "base-width").expansion_history[0].seed == 1  # type: ignore[union-attr]
+    assert Lineage.read(place / "base-width").expansion_history[0].seed == 1  # type: ignore[union-attr]
 
 
 def test_the_step_0_error_is_measured_and_recorded(run: Run, place: Path) -> None:
     result = run("expand --checkpoint base --method width --json --output wide")
     error = json.loads(result.out)["step0_error"]
     assert 0 < error < 1e-4
-    (record,) = read_lineage(place / "wide").expansion_history  # type: ignore[union-attr]
+    (record,) = Lineage.read(place / "wide").expansion_history  # type: ignore[union-attr]
     assert record.step0_error == error
     assert run("history wide --verify").code == 0
     result = run("expand --checkpoint base --method dus --output deep")
     assert "σ on random tokens" in result.out
-    (record,) = read_lineage(place / "deep").expansion_history  # type: ignore[union-attr]
+    (record,) = Lineage.read(place / "deep").expansion_history  # type: ignore[union-attr]
     assert record.step0_error is not None and record.step0_error > 1e-3
     for words in ("stack", "interpolate --target-layers 7"):
         assert run(f"expand --checkpoint base --method {words} --output jump --overwrite").code == 0
-        (record,) = read_lineage(place / "jump").expansion_history  # type: ignore[union-attr]
+        (record,) = Lineage.read(place / "jump").expansion_history  # type: ignore[union-attr]
         assert record.step0_error is not None and record.step0_error > 1e-3
     result = run("expand --checkpoint base --method dus --output raw --no-measure")
     assert "not measured" in result.out

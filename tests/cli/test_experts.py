@@ -21,7 +21,6 @@ from tests.oracle import logits, stock, tokens
 from tritter.checkpoints import (
     ExpansionRecord,
     Lineage,
-    lineage_of,
     write_checkpoint,
     write_lineage,
 )
@@ -141,7 +140,7 @@ def test_inspect_lists_them(run: Run, mixture: ExpertMixture) -> None:
 
 
 def test_an_expansion_by_experts_has_no_map(run: Run, place: Path, mixture: ExpertMixture) -> None:
-    config, lineage = read_model(place / "whole").config, lineage_of(place / "whole")
+    config, lineage = read_model(place / "whole").config, Lineage.of(place / "whole")
     record = ExpansionRecord(
         timestamp="2026-11-21T18:00:00+00:00",
         expansion_type="experts",

@@ -18,7 +18,7 @@ from tests.cli.test_evaluate import TEXT
 from tests.cli.test_experts import USAGE, mixture, write_with_experts
 from tests.methods.experts.mixtures import TARGETS, mixture_of
 from tests.oracle import chat, logits, saved, stock, tiny_llama, tokens
-from tritter.checkpoints import lineage_of, write_lineage
+from tritter.checkpoints import Lineage, write_lineage
 from tritter.checkpoints.record import LearnedDomain
 from tritter.core.models import load_model, read_model
 from tritter.methods.experts.adapters import adapted_layers, factors
@@ -84,7 +84,7 @@ def test_a_merge_is_measured_one_sequence_at_a_time(mixture: ExpertMixture) -> N
 
 def test_what_the_base_is_called_on_the_hub(run: Run, place: Path, mixture: ExpertMixture) -> None:
     told = {"stage": "given", "path": "owner/name"}
-    root = replace(lineage_of(place / "root"), training_config=told)
+    root = replace(Lineage.of(place / "root"), training_config=told)
     write_lineage(place / "root", root, read_model(place / "root").config)
     words = "export --checkpoint whole --output out --format peft"
     found = run(f"{words} --dtype float16 --json").json
@@ -121,7 +121,7 @@ def test_a_mixture_becomes_one_adapter(run: Run, place: Path, mixture: ExpertMix
 
 
 def test_a_mixture_becomes_a_plain_model(run: Run, place: Path, mixture: ExpertMixture) -> None:
-    scored = replace(lineage_of(place / "whole"), benchmark_scores={"prose": 1.5})
+    scored = replace(Lineage.of(place / "whole"), benchmark_scores={"prose": 1.5})
     write_lineage(place / "whole", scored, read_model(place / "whole").config)
     result = run("export --checkpoint whole --output out --merge --dtype float32 --json")
     assert result.code == 0, result.err
@@ -188,7 +188,7 @@ def test_the_change_is_measured_on_what_was_learned(
         "notes": LearnedDomain(paths=(str(place / "notes.txt"),)),
         "gone": LearnedDomain(paths=("/nowhere/at/all.txt",)),
     }
-    whole = replace(lineage_of(place / "whole"), domains=learned)
+    whole = replace(Lineage.of(place / "whole"), domains=learned)
     write_lineage(place / "whole", whole, read_model(place / "whole").config)
     result = run("export --checkpoint whole --output out --merge --json")
     assert result.code == 0, result.err
@@ -212,7 +212,7 @@ def test_conversations_are_measured_as_they_were_trained(run: Run, place: Path) 
     (place / "calls.jsonl").write_text(json.dumps(refused))
     paths = {name: str(place / f"{name}.jsonl") for name in ("chats", "calls")}
     learned = {name: LearnedDomain(paths=(path,)) for name, path in paths.items()}
-    lineage = replace(lineage_of(place / "chatty"), domains=learned)
+    lineage = replace(Lineage.of(place / "chatty"), domains=learned)
     write_lineage(place / "chatty", lineage, read_model(place / "chatty").config)
     result = run("export --checkpoint chatty --output out --merge --json")
     assert result.code == 0, result.err

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Run
-from tritter.checkpoints import read_lineage, write_lineage
+from tritter.checkpoints import Lineage, write_lineage
 from tritter.cli import main
 from tritter.core.models import read_model
 
@@ -42,7 +42,7 @@ def test_table_and_tree(run: Run, chain: Path) -> None:
     result = run("history deep")
     assert result.code == 0
     lines = [" ".join(line.split()) for line in result.out.splitlines()]
-    lineage = read_lineage(chain / "deep")
+    lineage = Lineage.read(chain / "deep")
     assert lineage is not None
     day = lineage.expansion_history[-1].timestamp[:10]
     assert lines[0] == "checkpoint made by size steps after hash when"
@@ -122,7 +122,7 @@ def test_names_in_the_table_are_not_broken(
 
 def test_the_newest_checkpoint_tells_the_steps_after(run: Run, chain: Path) -> None:
     shutil.copytree(chain / "deep", chain / "trained")
-    lineage = read_lineage(chain / "deep")
+    lineage = Lineage.read(chain / "deep")
     assert lineage is not None
     width, *others = lineage.expansion_history
     records = (width, *(replace(record, continued_training_steps=40) for record in others))

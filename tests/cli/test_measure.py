@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tests.cli.conftest import Run
 from tests.oracle import saved, stock
 from tests.oracle.families import tiny
-from tritter.checkpoints import read_lineage
+from tritter.checkpoints import Lineage
 from tritter.core.families import Model
 from tritter.evaluation import measure
 from tritter.evaluation.jump import FolderJump
@@ -45,7 +45,7 @@ def test_a_broken_promise_exits_3(
     assert result.code == 3
     assert "the method is function-preserving, but" in result.err
     assert "differs from the source at layer 2" in " ".join(result.err.split())
-    record = read_lineage(rounded / "deep").expansion_history[-1]  # type: ignore[union-attr]
+    record = Lineage.read(rounded / "deep").expansion_history[-1]  # type: ignore[union-attr]
     assert record.step0_error is not None and record.step0_error > 1e-3
 
 

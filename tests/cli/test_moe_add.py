@@ -10,7 +10,7 @@ import torch
 from tests.cli.conftest import Run, snapshot
 from tests.core.stock_routers.models import num_experts, tiny_moe
 from tests.oracle import logits, relative_difference, saved, stock, tokens
-from tritter.checkpoints import lineage_of, read_lineage, write_lineage
+from tritter.checkpoints import Lineage, write_lineage
 from tritter.core.models import load_model, read_model
 from tritter.core.stock_routers import AddedExperts, stock_obstacle
 
@@ -30,7 +30,7 @@ def test_append_is_measured_exact_and_told_to_be_ours_alone(run: Run, base: Path
     assert "experts 4 → 7" in text.replace("->", "→") and "exact yes" in text
     assert "stock transformers" in text
     folder = base.with_name("base-moe-add")
-    lineage = read_lineage(folder)
+    lineage = Lineage.read(folder)
     assert lineage is not None and lineage.stock_loadable == "after adaptation"
     record = lineage.expansion_history[-1]
     assert record.step0_error is not None and record.step0_error < 1e-4
@@ -103,7 +103,7 @@ def test_export_refuses_closed_experts_and_leaves_them_out_when_asked(run: Run, 
         assert words in refused.err
     assert snapshot(base.parent) == before
     grown = base.with_name("base-moe-add")
-    scored = replace(lineage_of(grown), benchmark_scores={"prose": 1.5})
+    scored = replace(Lineage.of(grown), benchmark_scores={"prose": 1.5})
     write_lineage(grown, scored, read_model(grown).config)
     result = run("export --checkpoint base-moe-add --output out --drop-new-experts --dtype float32")
     assert result.code == 0 and "without the 2 appended experts" in result.out

@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.cli.conftest import Run, snapshot
-from tritter.checkpoints import read_lineage
+from tritter.checkpoints import Lineage
 from tritter.core.expansions import LlamaPro, Width
 from tritter.errors import RequestError
 from tritter.storage import atomic
@@ -415,7 +415,7 @@ def test_the_library_asks_as_well(place: Path) -> None:
         with pytest.raises(RequestError, match="outside the source"):
             expand(place / "base", target, [Width()], overwrite=True)
     assert snapshot(place) == before
-    assert read_lineage(_old(place)) is not None
+    assert Lineage.read(_old(place)) is not None
 
 
 @both

@@ -12,7 +12,7 @@ from tests.cli.conftest import VOCABULARY, Run
 from tests.cli.fake_hub import FakeHub, Repository, serving
 from tests.cli.test_cards import METADATA
 from tests.cli.test_experts import mixture, write_with_experts
-from tritter.checkpoints import read_lineage
+from tritter.checkpoints import Lineage
 from tritter.methods.experts.mixture import ExpertMixture
 
 __all__ = ["mixture"]
@@ -75,7 +75,7 @@ def test_training_state_and_kept_texts_stay_here(
     ]
     copy = downloaded(fake, "owner/mixed", place / "copy")
     assert not any(path.read_bytes() == b"private" for path in copy.rglob("*") if path.is_file())
-    found = read_lineage(copy)
+    found = Lineage.read(copy)
     assert found is not None and found.model_hash == lineage["model_hash"]
     assert run("generate --checkpoint copy --prompt the --max-new-tokens 3").code == 0
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from tests.cli.conftest import Run, snapshot
-from tritter.checkpoints import lineage_of
+from tritter.checkpoints import Lineage
 from tritter.cli import recipe
 from tritter.config import components
 from tritter.core.expansions import specification
@@ -56,7 +56,7 @@ def test_a_recipe_leads_to_a_checkpoint_that_leads_to_the_recipe(run: Run, place
     assert (again["seed"], again["dtype"]) == (3, "bfloat16")
     second = run(f"{written(place, printed)} --output once-more --json").json
     assert second["model_hash"] == first["model_hash"]
-    hashes = (lineage_of(place / name).tensor_digests for name in ("grown", "once-more"))
+    hashes = (Lineage.of(place / name).tensor_digests for name in ("grown", "once-more"))
     assert next(hashes) == next(hashes)
     # A seed of its own, and what was drawn is another
     other = printed.replace("seed: 3", "seed: 4")

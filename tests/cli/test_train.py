@@ -22,7 +22,7 @@ from tests.evaluation.published import PUBLISHED
 from tests.evaluation.test_benchmark_files import written
 from tests.oracle import stock
 from tests.pipeline.conftest import SMALL
-from tritter.checkpoints import read_lineage
+from tritter.checkpoints import Lineage
 from tritter.checkpoints.run_text import RunText
 from tritter.checkpoints.state import write_state
 from tritter.cli import main
@@ -285,7 +285,7 @@ def test_training_completes_the_record_of_an_expansion_before_it(run: Run, texts
     again = run(f"train grown-continued/checkpoint --data old --steps 2 data.old={{}} {words}")
     assert again.code == 0, again.err
     for name in ("grown-continued", "grown-continued-continued"):  # next to each other
-        lineage = read_lineage(texts / name / "checkpoint")
+        lineage = Lineage.read(texts / name / "checkpoint")
         assert lineage is not None
         (record,) = lineage.expansion_history
         assert record.continued_training_steps == 3
@@ -394,7 +394,7 @@ def test_the_specifications_example(run: Run, grown: Path, trained: Path) -> Non
     assert summary["domains"] == {"old": ["past", "new"], "new": ["new_2"]}
     assert "The domain new is renamed new_2" in result.out
     assert (summary["forgetting"], summary["seed"]) == (["ewc"], 5)
-    before, after = (read_lineage(grown / name) for name in ("grown", "grown-continued/checkpoint"))
+    before, after = (Lineage.read(grown / name) for name in ("grown", "grown-continued/checkpoint"))
     assert before is not None and after is not None
     assert after.parent_hash == before.model_hash
     assert after.expansion_history[0].method == "width"

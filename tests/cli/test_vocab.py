@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tests.cli.conftest import VOCABULARY, Run, snapshot
 from tests.oracle import logits, stock, tokens
 from tests.oracle.families import tiny
-from tritter.checkpoints import read_lineage
+from tritter.checkpoints import Lineage
 from tritter.errors import RequestError
 
 EXPAND = "expand --checkpoint base --method vocab"
@@ -79,7 +79,7 @@ def test_a_recipe_of_the_result_makes_it_again(run: Run, base: Path) -> None:
     Path("grow.yaml").write_text(recipe, encoding="utf-8")
     again = run("expand --checkpoint base --recipe grow.yaml --output again")
     assert again.code == 0, again.err
-    first, second = (read_lineage(Path(folder)) for folder in ("grown", "again"))
+    first, second = (Lineage.read(Path(folder)) for folder in ("grown", "again"))
     assert first is not None and second is not None and first.model_hash == second.model_hash
 
 

@@ -14,7 +14,7 @@ import torch
 from tests import oracle
 from tests.methods.experts.mixtures import mixture_of
 from tests.oracle.families import tiny
-from tritter.checkpoints import read_lineage, write_checkpoint
+from tritter.checkpoints import Lineage, write_checkpoint
 from tritter.checkpoints.folder import copy_small_files
 from tritter.checkpoints.state import write_state
 from tritter.core.expansions import LlamaPro, Width
@@ -84,7 +84,7 @@ def _make_texts(folder: Path) -> None:
 
 def _add_state(source: Path, target: Path) -> None:
     """Write a checkpoint again with moments and a Fisher beside it."""
-    config, lineage = read_model(source).config, read_lineage(source)
+    config, lineage = read_model(source).config, Lineage.read(source)
     assert lineage is not None
     tensors = dict(named_tensors(load_model(source), Model(config)))
 
@@ -104,7 +104,7 @@ def _add_state(source: Path, target: Path) -> None:
 
 def _add_experts(source: Path, target: Path) -> None:
     """Write a checkpoint again with LoRA experts beside it."""
-    config, lineage, model = read_model(source).config, read_lineage(source), load_model(source)
+    config, lineage, model = read_model(source).config, Lineage.read(source), load_model(source)
     assert lineage is not None
     tensors = dict(named_tensors(load_model(source), Model(config)))
     mixture = mixture_of(model, router="both", has_base=True)

@@ -13,7 +13,7 @@ from tests import oracle
 from tests.evaluation.published import PUBLISHED
 from tests.evaluation.test_benchmark_files import written
 from tests.oracle import chat as fixtures
-from tritter.checkpoints import read_lineage
+from tritter.checkpoints import Lineage
 from tritter.checkpoints.state import KeptSequences
 from tritter.cli.main import main
 from tritter.cli.train import _recorded_settings
@@ -129,7 +129,7 @@ def test_the_model_rehearses_conversations_too(run: Run, place: Path, tmp_path: 
 
 @pytest.mark.full
 def test_conversations_are_packed_as_documents(done: Path) -> None:
-    lineage = read_lineage(done / "checkpoint")
+    lineage = Lineage.read(done / "checkpoint")
     assert lineage is not None
     assert lineage.training_config["data"] == {"sequence_length": 256, "packing": "documents"}
     (task,) = json.loads((done / "summary.json").read_text())["tasks"]
@@ -273,7 +273,7 @@ def test_plain_text_for_all_tokens_is_the_stream_of_before(
     hashes = [
         lineage.model_hash
         for name in ("plain", "texts")
-        if (lineage := read_lineage(tmp_path / name / "checkpoint")) is not None
+        if (lineage := Lineage.read(tmp_path / name / "checkpoint")) is not None
     ]
     assert len(set(hashes)) == 1
 

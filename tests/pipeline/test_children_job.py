@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests.pipeline.plug import WORK
 from tests.pipeline.tiny import FIXTURES, TINY
-from tritter.checkpoints import Source, lineage_of
+from tritter.checkpoints import Lineage, Source
 from tritter.cli import main
 from tritter.config.launch.composition import load_config
 from tritter.core.families import Model, forward_flops
@@ -67,8 +67,8 @@ def test_children_become_one_model(place: Path, cache: Path, tmp_path: Path) -> 
     summary = mixed(place, tmp_path / "run", cache, "pipeline.keep_stages=true")
     assert set(summary["final"]) == {"old", "letters", "digits"}
     expanded = tmp_path / "run/attempt_1/expanded"
-    lineage = lineage_of(tmp_path / "run/checkpoint")
-    hashes = [lineage_of(place / n / "checkpoint").model_hash for n in ("letters", "digits")]
+    lineage = Lineage.of(tmp_path / "run/checkpoint")
+    hashes = [Lineage.of(place / n / "checkpoint").model_hash for n in ("letters", "digits")]
     assert list(lineage.expansion_history[-1].options["expert_hashes"]) == hashes
     notes = " ".join(summary["attempts"][0]["notes"])
     assert "router rows from training documents" in notes and "letters" in notes
@@ -88,7 +88,7 @@ def _check_routing(place: Path, expanded: Path) -> None:
     shares = []
     for name in ("letters", "digits"):
         folder = place / name / "checkpoint"
-        lineage, source = lineage_of(folder), Source.open(folder, read_model(folder))
+        lineage, source = Lineage.of(folder), Source.open(folder, read_model(folder))
         domains = {name: lineage.domains[name]}
         child = OpenChild(name, source, lineage.model_hash, domains)
         tokens = _child_sequences(child, length=32, vocab_size=280)
@@ -151,7 +151,7 @@ def test_documents_held_out_by_a_child_give_no_router_rows(place: Path) -> None:
     """Every fifth document is held out; a child's sequences have training documents alone."""
 
     folder = place / "digits/checkpoint"
-    lineage, source = lineage_of(folder), Source.open(folder, read_model(folder))
+    lineage, source = Lineage.of(folder), Source.open(folder, read_model(folder))
     child = OpenChild("digits", source, lineage.model_hash, lineage.domains)
     tokens = _child_sequences(child, length=32, vocab_size=280)
     from tokenizers import Tokenizer
@@ -177,7 +177,7 @@ def test_random_rows_cost_less(place: Path, cache: Path, tmp_path: Path) -> None
     length, flops = min(256, Model(base).position_limit or 256), 0.0
     for name in ("letters", "digits"):
         folder = place / name / "checkpoint"
-        lineage, source = lineage_of(folder), Source.open(folder, read_model(folder))
+        lineage, source = Lineage.of(folder), Source.open(folder, read_model(folder))
         child = OpenChild(name, source, lineage.model_hash, {name: lineage.domains[name]})
         tokens = _child_sequences(child, length=length, vocab_size=280)
         flops += len(tokens) * forward_flops(Model(base)).of(tokens.shape[1])

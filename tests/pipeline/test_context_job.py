@@ -14,7 +14,7 @@ import torch
 from tests import oracle
 from tests.pipeline.plug import WORK
 from tests.pipeline.tiny import TINY
-from tritter.checkpoints.folder import lineage_of
+from tritter.checkpoints.record import Lineage
 from tritter.checkpoints.run_text import RunText
 from tritter.checkpoints.state import KeptSequences
 from tritter.config.launch.composition import load_config
@@ -258,7 +258,7 @@ def test_all_that_reads_a_lineage_cuts_as_it_does(tmp_path: Path) -> None:
     config = load_config(words)
     run_pipeline(config, run_folder=tmp_path / "run")
     checkpoint = tmp_path / "run/checkpoint"
-    lineage = lineage_of(checkpoint)
+    lineage = Lineage.of(checkpoint)
     assert lineage.split is not None and lineage.split.piece_characters == 40_000
     later = RunText.of(str(checkpoint), replace(config.data, piece_characters=None), seed=0)
     assert later.split == lineage.split and not any("has changed" in each for each in later.notes)

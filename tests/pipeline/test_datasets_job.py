@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 from tests.pipeline.tiny import TINY
-from tritter.checkpoints import read_lineage
+from tritter.checkpoints import Lineage
 from tritter.config.launch.composition import load_config
 from tritter.data.replay import ReplayBuffer
 from tritter.errors import RequestError
@@ -57,7 +57,7 @@ def test_a_run_on_data_sets_and_another_after_it(
     assert [isinstance(stream, ReplayBuffer) for stream in streams] == [False, True]
 
     checkpoint = tmp_path / "run/checkpoint"
-    lineage = read_lineage(checkpoint)
+    lineage = Lineage.read(checkpoint)
     assert lineage is not None
     assert {name: domain.paths for name, domain in lineage.domains.items()} == {
         "old": (f"hf:{tmp_path}/old[:30]#text",),

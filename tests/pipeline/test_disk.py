@@ -22,7 +22,7 @@ from tests.pipeline.plug import WORK
 from tests.pipeline.test_experts_job import DYLORA
 from tests.pipeline.tiny import FIXTURES, TINY
 from tests.test_kill_safety import run_child
-from tritter.checkpoints import lineage_of
+from tritter.checkpoints import Lineage
 from tritter.checkpoints.history import Link
 from tritter.cli import main
 from tritter.config.launch.composition import load_config
@@ -301,7 +301,7 @@ def test_later_tasks_start_from_unrounded_weights_and_each_is_scored_as_rounded(
     folder = tmp_path / "run"
     first, last = folder / "attempt_1/trained", folder / "attempt_1_task_2/trained"
     assert dtypes(first) == {torch.float32} and dtypes(last) == {torch.bfloat16}
-    assert lineage_of(last).parent_hash == lineage_of(first).model_hash
+    assert Lineage.of(last).parent_hash == Lineage.of(first).model_hash
     words = [word for word in OWN if not word.startswith("data.new")]
     context = context_of(folder, cache, *words, "model=hf", f"model.path={source}", *TASKS)
     scored, model = means(context, "attempt_1-trained"), load_model(first)

@@ -14,7 +14,7 @@ from _pytest.mark import ParameterSet
 
 from tests import oracle
 from tests.pipeline.tiny import TINY, is_within
-from tritter.checkpoints import read_lineage
+from tritter.checkpoints import Lineage
 from tritter.conf_folder import config_folder
 from tritter.config.launch.composition import load_config
 from tritter.core.models import load_model
@@ -88,7 +88,7 @@ def run(folder: Path, cache: Path, expansion: str, forgetting: str, growth: str)
         words += ["growth.trigger=within_layer", "growth.max_growth_per_step=3"]
     config = load_config(words)
     run_pipeline(config, run_folder=folder)
-    lineage = read_lineage(folder / "checkpoint")
+    lineage = Lineage.read(folder / "checkpoint")
     assert lineage is not None
     methods = [name for name in expansion.strip("[]").split(",") if name != "none"]
     methods += ["growth"] if growth != "none" else []
@@ -119,7 +119,7 @@ def check(folder: Path, cache: Path, expansion: str, forgetting: str, growth: st
     if expansion != "none":
         assert within["preservation"] or not exact
     checkpoint = folder / "whole/checkpoint"
-    lineage = read_lineage(checkpoint)
+    lineage = Lineage.read(checkpoint)
     stock, own = oracle.stock(checkpoint), load_model(checkpoint)
     ids = oracle.tokens(stock.config.vocab_size)
     # Stock classes multiply padded FFNs, whose sums round differently

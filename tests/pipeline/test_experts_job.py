@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.pipeline.test_every_choice import Killed, _dies_at, load_config
 from tests.pipeline.tiny import FIXTURES, TINY, is_within
-from tritter.checkpoints import read_lineage
+from tritter.checkpoints import Lineage
 from tritter.errors import RequestError
 from tritter.methods.experts.mixture import mixture_on
 from tritter.methods.experts.module import ExpertModule
@@ -89,7 +89,7 @@ def test_killed_and_resumed_it_leaves_the_same(tmp_path: Path, experts: Sequence
     record = summary["experts"]
     assert record["number"] == len(mixture.adapters)
     assert record["kind"] == experts[0].partition("=")[2]
-    lineage = read_lineage(one)
+    lineage = Lineage.read(one)
     assert lineage is not None
     spawned = [event["expert"] for event in record.get("spawned", [])]
     assert [each.method for each in lineage.expansion_history] == ["dylora"] * bool(spawned)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.pipeline.tiny import FIXTURES
-from tritter.checkpoints import lineage_of
+from tritter.checkpoints import Lineage
 from tritter.config.folders import SearchPath
 from tritter.config.launch.composition import load_config
 from tritter.errors import TritterError
@@ -123,15 +123,15 @@ def test_attempts_are_what_runs_of_their_own_would_be(
     lines = [line.text for line in _summary_lines(Summary.of(summary))]
     assert any("2: training.learning_rate=1e-3: " in line for line in lines)
 
-    kept = lineage_of(folder / "checkpoint")
+    kept = Lineage.of(folder / "checkpoint")
     assert kept.parent_path == "../attempt_3/expanded"
     assert [one["name"] for one in kept.training_config["forgetting"]] == ["ewc"]
     failing.clear()
     for number, words in enumerate(([], SECOND, THIRD), start=1):
         alone = tmp_path / f"alone_{number}"
         run_tiny(alone, "gate=default", "logger=csv", *words)
-        trained = lineage_of(alone / "attempt_1/trained")
-        assert lineage_of(folder / f"attempt_{number}/trained").model_hash == trained.model_hash
+        trained = Lineage.of(alone / "attempt_1/trained")
+        assert Lineage.of(folder / f"attempt_{number}/trained").model_hash == trained.model_hash
 
 
 @pytest.mark.full
@@ -147,5 +147,5 @@ def test_tasks_are_tried_again_and_what_is_left_is_the_baseline_when_nothing_hel
     assert (folder / "attempt_2_task_2/trained").is_dir()
     assert summary["final"] == summary["baseline"]
     assert (
-        lineage_of(folder / "checkpoint").model_hash == lineage_of(folder / "baseline").model_hash
+        Lineage.of(folder / "checkpoint").model_hash == Lineage.of(folder / "baseline").model_hash
     )

@@ -11,7 +11,7 @@ import torch
 
 from tests import oracle
 from tests.pipeline.tiny import TINY, is_within
-from tritter.checkpoints import read_lineage
+from tritter.checkpoints import Lineage
 from tritter.checkpoints.history import Link
 from tritter.cli import main
 from tritter.config.launch.composition import load_config
@@ -104,7 +104,7 @@ def test_a_grown_model_is_exported_and_grows_on(tmp_path: Path, capsys: Any) -> 
     more = json.loads(outcome.summary_path.read_text())["growth"]
     assert more["neurons"]["before"] == list(sizes)
     assert more["neurons"]["after"] == [size + 6 for size in sizes]
-    lineage = read_lineage(tmp_path / "second/checkpoint")
+    lineage = Lineage.read(tmp_path / "second/checkpoint")
     assert lineage is not None
     first, second = lineage.expansion_history
     assert (first.expansion_type, second.method) == ("growth", "growth")
@@ -128,7 +128,7 @@ def test_tasks_in_a_row_count_on(tmp_path: Path) -> None:
     assert steps == [2, 4, 8, 10] and growth["neurons"]["after"] == [44, 44]
     flops = [event["flops"] for event in growth["events"]]
     assert flops == sorted(flops) and growth["map"]["steps"] == list(range(1, 13))
-    lineage = read_lineage(tmp_path / "run/checkpoint")
+    lineage = Lineage.read(tmp_path / "run/checkpoint")
     assert lineage is not None and len(lineage.expansion_history) == 2
 
 

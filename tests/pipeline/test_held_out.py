@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from tests.pipeline.conftest import SMALL
-from tritter.checkpoints import read_lineage
+from tritter.checkpoints import Lineage
 from tritter.config.launch.composition import load_config
 from tritter.core.expansions import Width
 from tritter.data.documents import text_key
@@ -180,7 +180,7 @@ def test_all_that_was_learned_is_old_in_every_generation(
     assert kept["train"] + kept["validation"] == 49
     assert kept["held_out_before"] == len(set(map(text_key, texts("of old")[:9])) & first.held_out)
     grown = expand(second_checkpoint, tmp_path / "grown", [Width(hidden_size=32)])
-    lineage = read_lineage(grown.folder)
+    lineage = Lineage.read(grown.folder)
     assert lineage is not None and lineage.split is not None
     assert list(lineage.domains) == ["past", "notes", "new"]
     assert lineage.split.seed == 3
@@ -223,7 +223,7 @@ def test_a_run_that_is_rolled_back_has_learned_nothing(
     words = continued(checkpoint, f"data.new={tmp_path}/third")
     kept, _, summary = run(tmp_path, "back", *words, "gate=default")
     assert summary["status"] == "rolled_back"
-    before, after = read_lineage(checkpoint), read_lineage(kept)
+    before, after = Lineage.read(checkpoint), Lineage.read(kept)
     assert before is not None and after is not None
     assert (after.domains, after.split) == (before.domains, before.split)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tritter.checkpoints import read_lineage
+from tritter.checkpoints import Lineage
 from tritter.pipeline import Outcome, base
 from tritter.pipeline.ledger import Ledger
 
@@ -39,7 +39,7 @@ def test_what_a_killed_writer_left_in_a_checkpoint_is_no_obstacle(
     left = tmp_path / "attempt_1/expanded/.README.md.0123abcd-77.abcdefgh"
     left.write_text("half")
     run_tiny(tmp_path, "expansion=width")
-    assert read_lineage(tmp_path / "checkpoint") is not None and not left.exists()
+    assert Lineage.read(tmp_path / "checkpoint") is not None and not left.exists()
 
 
 @pytest.mark.full

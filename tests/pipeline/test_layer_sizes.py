@@ -8,7 +8,7 @@ import pytest
 from tests import oracle
 from tests.oracle.sizes import uneven, written
 from tests.pipeline.tiny import FIXTURES, TINY
-from tritter.checkpoints import read_lineage
+from tritter.checkpoints import Lineage
 from tritter.checkpoints.folder import copy_small_files
 from tritter.checkpoints.history import Link
 from tritter.config.launch.composition import load_config
@@ -41,7 +41,7 @@ def test_a_run_trains_the_live_widths(
     outcome = run_pipeline(load_config([*kept, *words]), run_folder=tmp_path / "run")
     summary = json.loads(outcome.summary_path.read_text())
     checkpoint = tmp_path / "run/checkpoint"
-    lineage, before, after = read_lineage(checkpoint), load_model(folder), load_model(checkpoint)
+    lineage, before, after = Lineage.read(checkpoint), load_model(folder), load_model(checkpoint)
     assert lineage is not None and lineage.ffn_sizes == sizes
     for name, model in (("baseline", before), ("final", after)):
         assert summary["parameters"][name] == sum(p.numel() for p in model.parameters())

@@ -15,7 +15,7 @@ from tests import oracle
 from tests.pipeline.conftest import SMALL
 from tests.pipeline.plug import WORK
 from tests.pipeline.tiny import is_within
-from tritter.checkpoints import read_lineage
+from tritter.checkpoints import Lineage
 from tritter.config.launch.composition import load_config
 from tritter.core.models import load_model
 from tritter.core.stock_routers import AddedExperts, RouterControl, stock_obstacle
@@ -87,7 +87,7 @@ def test_a_dense_base_becomes_sparse(sparse: Path) -> None:
     header = (sparse / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"routing/auxiliary_loss", "routing/z_loss", "routing/entropy", "routing/max_load",
             "routing/dropped_fraction"} <= set(header)  # fmt: skip
-    lineage = read_lineage(sparse / "checkpoint")
+    lineage = Lineage.read(sparse / "checkpoint")
     assert lineage is not None
     assert lineage.training_config["moe_routing"]["bias_update_rate"] == 0.001
     assert "adaptation" not in lineage.training_config
@@ -130,7 +130,7 @@ def test_new_experts_are_trained_and_the_base_stays(
     ids = oracle.tokens(trained.config.vocab_size)
     stock = oracle.stock(place / "checkpoint")
     assert torch.equal(oracle.logits(stock, ids), oracle.logits(trained, ids))
-    lineage = read_lineage(place / "checkpoint")
+    lineage = Lineage.read(place / "checkpoint")
     assert lineage is not None and lineage.stock_loadable == "yes"
     record, steps = lineage.expansion_history[-1], 6 if "without" in case else 11
     assert record.method == "moe_add" and record.continued_training_steps == steps
@@ -165,7 +165,7 @@ def test_new_experts_learn_from_a_teacher_and_the_base_is_unfrozen(
     added = AddedExperts.read(tmp_path / "run/checkpoint")
     assert added is not None and added.step == 11
     assert added.offset == pytest.approx(-20 * (1 - 11 / 100))
-    lineage = read_lineage(tmp_path / "run/checkpoint")
+    lineage = Lineage.read(tmp_path / "run/checkpoint")
     assert lineage is not None and lineage.stock_loadable == "after adaptation"
     assert not summary_of(tmp_path / "run")["moe"]["is_open"]
     assert "not fully open, so stock classes compute another" in capsys.readouterr().out
@@ -187,7 +187,7 @@ def test_a_run_stopped_between_stages_goes_on_to_the_same_weights(
         patch.setattr(*WORK[before], stop)
         add(tmp_path / "parts")
     add(tmp_path / "parts")
-    whole, parts = (read_lineage(p / "checkpoint") for p in (cloned, tmp_path / "parts"))
+    whole, parts = (Lineage.read(p / "checkpoint") for p in (cloned, tmp_path / "parts"))
     assert whole is not None and parts is not None and whole.model_hash == parts.model_hash
 
 
@@ -220,7 +220,7 @@ def test_a_run_killed_while_a_teacher_teaches_goes_on_amid_the_stage(
             add(tmp_path / folder, *words)
     assert steps == [0, 1, 2, 3, 4, 0, 1, 2, 3, 2, 3, 4]
     whole, parts = (
-        read_lineage(tmp_path / name / "attempt_1/distilled") for name in ("whole", "parts")
+        Lineage.read(tmp_path / name / "attempt_1/distilled") for name in ("whole", "parts")
     )
     assert whole is not None and parts is not None and whole.model_hash == parts.model_hash
     attempt = tmp_path / "parts/attempt_1"

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from tests import oracle
 from tests.pipeline.tiny import FIXTURES
-from tritter.checkpoints import lineage_of
+from tritter.checkpoints import Lineage
 from tritter.pipeline import Outcome
 
 Run = Callable[..., Outcome]
@@ -71,7 +71,7 @@ def test_without_noise_it_is_held_to_exactness(run_job: Run, tmp_path: Path) -> 
 
 
 def test_the_tokens_of_a_base_are_read_from_its_record() -> None:
-    lineage = lineage_of(FIXTURES / "finished/baseline")
+    lineage = Lineage.of(FIXTURES / "finished/baseline")
     made_from = lineage.training_config["made_from"]
     base, data = made_from["pretraining"], made_from["data"]
     steps = base["max_steps"] * data["batch_size"] * data["sequence_length"]

@@ -8,7 +8,7 @@ import pytest
 from lightning import Callback
 
 from tests.pipeline.tiny import TINY
-from tritter.checkpoints import read_lineage
+from tritter.checkpoints import Lineage
 from tritter.config.launch.composition import load_config
 from tritter.pipeline import Outcome, run_pipeline
 from tritter.pipeline.base import _recorded_rate, schedule_of
@@ -42,7 +42,7 @@ def test_a_job_with_all_of_them(run_job: Callable[..., Outcome], tmp_path: Path)
     assert "learning_rate/pg1" in header and "DeviceStatsMonitor" in header
     assert not list((tmp_path / "run/pretraining").glob("checkpoints"))
     # What warms up from here begins at the rate that the training had when it was ended
-    lineage = read_lineage(tmp_path / "run/attempt_1/trained")
+    lineage = Lineage.read(tmp_path / "run/attempt_1/trained")
     assert lineage is not None
     schedule = schedule_of(load_config(["training.max_steps=30", "optimizer=sgd"]).training)
     assert _recorded_rate(lineage.training_config) == schedule.rate(20) > 2 * schedule.last_rate

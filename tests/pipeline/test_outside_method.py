@@ -13,7 +13,7 @@ import torch
 from tests import oracle
 from tests.pipeline.outside_method import Killed, Options, Outside, SmallLogits, Widening
 from tests.pipeline.tiny import TINY
-from tritter.checkpoints import read_lineage
+from tritter.checkpoints import Lineage
 from tritter.checkpoints.history import Link
 from tritter.checkpoints.state import State
 from tritter.config.launch.composition import load_config
@@ -77,7 +77,7 @@ def state_of(folder: Path, kind: str) -> dict[str, torch.Tensor]:
 
 
 def hash_of(folder: Path) -> str:
-    lineage = read_lineage(folder)
+    lineage = Lineage.read(folder)
     assert lineage is not None
     return lineage.model_hash
 
@@ -216,7 +216,7 @@ def test_it_changes_the_model_during_training_and_records_it(
     embedding = "model.embed_tokens.weight"
     assert torch.equal(trained.state_dict()[embedding], base.state_dict()[embedding])
     assert "widening/logits" in (tmp_path / "attempt_1/metrics.csv").read_text()
-    lineage = read_lineage(tmp_path / "checkpoint")
+    lineage = Lineage.read(tmp_path / "checkpoint")
     assert lineage is not None
     (record,) = lineage.expansion_history
     assert (record.method, record.target_config["intermediate_size"]) == ("widening", 80)

@@ -16,7 +16,7 @@ from tests.core.families.model_types import example
 from tests.oracle.qwen3 import tiny_qwen3
 from tests.pipeline.conftest import SMALL
 from tests.pipeline.plug import WORK
-from tritter.checkpoints import Lineage, read_lineage
+from tritter.checkpoints import Lineage
 from tritter.checkpoints.history import Link
 from tritter.config.launch.composition import load_config
 from tritter.core.expansions import Width
@@ -83,7 +83,7 @@ def text_words(library: Path) -> list[str]:
 
 
 def lineage_of(folder: Path) -> Lineage:
-    lineage = read_lineage(folder)
+    lineage = Lineage.read(folder)
     assert lineage is not None
     return lineage
 

@@ -13,7 +13,7 @@ import pytest
 from tests import oracle
 from tests.config.test_outside import write_examples
 from tests.pipeline.plug import plug_pulled
-from tritter.checkpoints import lineage_of
+from tritter.checkpoints import Lineage
 from tritter.checkpoints.history import Link
 from tritter.cli.history import describe_origin
 from tritter.config.launch.composition import load_config
@@ -90,10 +90,10 @@ def test_training_starts_from_what_a_stage_wrote(whole: Path) -> None:
     ):
         assert (after == (before * 0.5 if before.ndim > 1 else before)).all(), name
     assert oracle.stock(whole / "checkpoint") is not None
-    trained, kept = lineage_of(whole / "attempt_1/trained"), lineage_of(whole / "checkpoint")
-    start = lineage_of(whole / "attempt_1/shrink")
+    trained, kept = Lineage.of(whole / "attempt_1/trained"), Lineage.of(whole / "checkpoint")
+    start = Lineage.of(whole / "attempt_1/shrink")
     assert trained.parent_hash == kept.parent_hash == start.model_hash
-    assert start.parent_hash == lineage_of(whole / "attempt_1/expanded").model_hash
+    assert start.parent_hash == Lineage.of(whole / "attempt_1/expanded").model_hash
     assert (whole / "checkpoint" / str(kept.parent_path)).resolve() == whole / "attempt_1/shrink"
     assert not any(link.differences() for link in Link.chain(whole / "checkpoint"))
     assert [describe_origin(link) for link in Link.chain(whole / "checkpoint")][2] == "stage shrink"
@@ -167,7 +167,7 @@ def test_the_order_of_two_stages_counts_and_each_has_its_folder(
     words = ("forgetting=replay", "expansion=width", *twice)
     with plug_pulled("fit", of="attempt_1"):
         run_tiny(tmp_path, *words)
-    first, second = lineage_of(tmp_path / "attempt_1/a"), lineage_of(tmp_path / "attempt_1/b")
+    first, second = Lineage.of(tmp_path / "attempt_1/a"), Lineage.of(tmp_path / "attempt_1/b")
     assert second.parent_hash == first.model_hash != second.model_hash
     run_tiny(tmp_path, *words)
     both = (words, (*words[:2], *twice[::-1]))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.pipeline.tiny import TINY
-from tritter.checkpoints import read_lineage
+from tritter.checkpoints import Lineage
 from tritter.checkpoints.state import KeptSequences
 from tritter.cli.train import _recorded_settings
 from tritter.config.launch.composition import load_config
@@ -41,7 +41,7 @@ def test_a_job_says_how_full_its_sequences_are(done: Path) -> None:
 
 @pytest.mark.full
 def test_its_base_is_another_than_that_of_a_stream(done: Path) -> None:
-    before = read_lineage(done / "baseline")
+    before = Lineage.read(done / "baseline")
     assert before is not None
     assert before.training_config["made_from"]["data"]["packing"] == "documents"
     assert before.training_config["data"] == {"sequence_length": 32, "packing": "documents"}

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import oracle
 from tests.pipeline.plug import WORK
-from tritter.checkpoints import read_lineage
+from tritter.checkpoints import Lineage
 from tritter.cli.report import metric_rows
 from tritter.errors import RequestError, TritterError
 from tritter.pipeline import Outcome
@@ -84,16 +84,16 @@ def test_checkpoint_is_a_stock_model_with_a_lineage(default_run: Path) -> None:
     encoded = tokenizer("def main():", return_tensors="pt").input_ids
     assert model.generate(encoded, max_new_tokens=4, do_sample=False).shape[1] > 4
     assert sum(p.numel() for p in model.parameters()) == summary["parameters"]["final"]
-    lineage = read_lineage(folder)
+    lineage = Lineage.read(folder)
     assert lineage is not None
     record = lineage.expansion_history[-1]
     assert record.method == "width" and record.continued_training_steps == 10
     assert set(record.performance_delta) == {"old", "new"}
     assert record.step0_error is not None and record.step0_error < 1e-4
     assert lineage.training_config["old"]["old"]["sha256"]
-    parent = read_lineage((folder / str(lineage.parent_path)).resolve())
+    parent = Lineage.read((folder / str(lineage.parent_path)).resolve())
     assert parent is not None and parent.model_hash == lineage.parent_hash
-    grandparent = read_lineage(default_run / "baseline")
+    grandparent = Lineage.read(default_run / "baseline")
     assert grandparent is not None and grandparent.model_hash == parent.parent_hash
     assert lineage.base_model_hash == grandparent.model_hash
 
@@ -174,7 +174,7 @@ def test_learning_rate_one_is_rolled_back(run_job: Run, tmp_path: Path) -> None:
     trained = [score["loss_per_byte"] for score in summary["attempts"][0]["final"].values()]
     assert outcome.metric == pytest.approx(sum(trained) / len(trained))
     assert summary["parameters"]["final"] == summary["parameters"]["baseline"]
-    kept, base = read_lineage(tmp_path / "run/checkpoint"), read_lineage(tmp_path / "run/baseline")
+    kept, base = Lineage.read(tmp_path / "run/checkpoint"), Lineage.read(tmp_path / "run/baseline")
     assert kept is not None and base is not None
     assert kept.model_hash == base.model_hash and kept.expansion_history == ()
     ids = oracle.tokens(summary_vocab(tmp_path / "run/baseline"))
@@ -236,7 +236,7 @@ def test_too_few_documents_are_undecided_with_the_number_needed(
     open_checks = [c for c in summary["gate"] if c["verdict"] == "undecided"]
     assert open_checks and all(c["n"] < 5 for c in open_checks)
     assert any(c["documents_needed"] and c["documents_needed"] > c["n"] for c in open_checks)
-    assert read_lineage(tmp_path / "run/checkpoint").expansion_history  # type: ignore[union-attr]
+    assert Lineage.read(tmp_path / "run/checkpoint").expansion_history  # type: ignore[union-attr]
 
 
 @pytest.mark.full
@@ -250,7 +250,7 @@ def test_gate_off_keeps_any_result_and_reports_its_checks(
     retention = next(check for check in summary["gate"] if check["check"] == "retention")
     assert retention["value"] > 0.05 and retention["interval"][0] > 0.05  # the gate would fail it
     assert summary["final"] == summary["attempts"][0]["final"] != summary["baseline"]
-    assert read_lineage(tmp_path / "run/checkpoint").expansion_history  # type: ignore[union-attr]
+    assert Lineage.read(tmp_path / "run/checkpoint").expansion_history  # type: ignore[union-attr]
     assert re.search(r"^status +ungated: gate=off keeps any result *$", printed, re.MULTILINE)
     reported = _wandb_summary(Summary.of(summary))
     assert (reported["status"], reported["prose/verdict"]) == ("ungated", "reported")
@@ -264,7 +264,7 @@ def test_gate_off_keeps_a_model_without_finite_losses(run_tiny: Run, tmp_path: P
     assert summary_of(tmp_path / "run")["final"]["old"]["loss"] is None
     rows = metric_rows(tmp_path / "run/metrics.csv")
     assert not any(row.get("score/old/loss") for row in rows), "0 would be a perfect loss"
-    lineage = read_lineage(tmp_path / "run/checkpoint")
+    lineage = Lineage.read(tmp_path / "run/checkpoint")
     assert lineage is not None and lineage.best_loss is None and not lineage.benchmark_scores
     assert lineage.expansion_history and not lineage.expansion_history[0].performance_delta
 
@@ -304,7 +304,7 @@ def test_a_run_stopped_between_stages_goes_on_to_the_same_weights(
     assert "baseline" in done and "publish" not in done
     run_tiny(tmp_path / "parts", *GATED)
     places = default_run, tmp_path / "parts"
-    whole, parts = (read_lineage(place / "checkpoint") for place in places)
+    whole, parts = (Lineage.read(place / "checkpoint") for place in places)
     assert whole is not None and parts is not None
     assert whole.model_hash == parts.model_hash
     first, second = map(summary_of, places)

@@ -16,7 +16,7 @@ from torch import Tensor
 from tests import oracle
 from tests.pipeline.offline_wandb import offline_runs
 from tests.pipeline.tiny import TINY
-from tritter.checkpoints import lineage_of
+from tritter.checkpoints import Lineage
 from tritter.checkpoints.state import State
 from tritter.config.launch.composition import load_config
 from tritter.errors import RequestError
@@ -83,7 +83,7 @@ def test_the_best_weights_are_published_and_judged(
     )
     # The gate read the same weights, and its score is that of the step
     assert attempt["final"]["old"]["loss"] == pytest.approx(losses[best], rel=1e-4)
-    lineage = lineage_of(folder / "checkpoint")
+    lineage = Lineage.of(folder / "checkpoint")
     assert lineage.step == lineage.expansion_history[-1].continued_training_steps == best
     # SI continues from the path to these weights, not to the last ones
     state, path = State.read(folder / "checkpoint"), saved["callbacks"]["ForgettingCallback"]["si"]
@@ -104,7 +104,7 @@ def test_a_run_that_was_interrupted_publishes_the_same(
         with pytest.raises(KeyError, match="broken off"):
             run_tiny(tmp_path / "parts", *asked, f"callbacks.fail={failing}")
     run_tiny(tmp_path / "parts", *asked, *([f"callbacks.fail={failing}"] if not words else []))
-    whole, parts = (lineage_of(tmp_path / name / "checkpoint") for name in ("whole", "parts"))
+    whole, parts = (Lineage.of(tmp_path / name / "checkpoint") for name in ("whole", "parts"))
     assert whole.model_hash == parts.model_hash
     summary = json.loads((tmp_path / "whole/summary.json").read_text())
     assert 0 < summary["control"]["best_step"] <= 14
@@ -119,7 +119,7 @@ def test_a_run_that_was_moved_knows_its_best_weights(run_tiny: Run, tmp_path: Pa
     (tmp_path / "before").rename(tmp_path / "after")
     run_tiny(tmp_path / "after", *asked, f"callbacks.fail={failing}")
     run_tiny(tmp_path / "whole", *asked)
-    whole, parts = (lineage_of(tmp_path / name / "checkpoint") for name in ("whole", "after"))
+    whole, parts = (Lineage.of(tmp_path / name / "checkpoint") for name in ("whole", "after"))
     assert whole.model_hash == parts.model_hash and whole.step == parts.step < 8
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests import oracle
 from tests.pipeline.plug import plug_pulled
-from tritter.checkpoints import Lineage, read_lineage
+from tritter.checkpoints import Lineage
 from tritter.config.launch.composition import load_config
 from tritter.errors import RequestError
 from tritter.evaluation.gate import Check
@@ -35,7 +35,7 @@ def summary_of(folder: Path) -> dict[str, Any]:
 
 
 def lineage_of(folder: Path) -> Lineage:
-    lineage = read_lineage(folder)
+    lineage = Lineage.read(folder)
     assert lineage is not None
     return lineage
 

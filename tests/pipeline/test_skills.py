@@ -10,7 +10,7 @@ import pytest
 
 from tests.pipeline.plug import plug_pulled
 from tests.pipeline.tiny import TINY
-from tritter.checkpoints import read_lineage
+from tritter.checkpoints import Lineage
 from tritter.config.launch.composition import load_config
 from tritter.data.skills import SKILLS
 from tritter.evaluation.statistics import PairedScores
@@ -73,7 +73,7 @@ def test_a_skill_has_its_accuracy_beside_its_loss_wherever_it_is_scored(trained:
     assert held["sorting/accuracy"].mean() == summary["final"]["sorting"]["accuracy"]
     asked = {question.identifier for question in SKILLS["sorting"].questions(40)}
     assert set(held["sorting/accuracy"].identifiers) == asked
-    lineage = read_lineage(trained / "checkpoint")
+    lineage = Lineage.read(trained / "checkpoint")
     assert lineage is not None and "sorting/accuracy" in lineage.benchmark_scores
     assert lineage.domains["sorting"].paths == ("skills:sorting:150",)
     assert lineage.domains["sorting"].origin == "generated skills, version 1, seed 0"

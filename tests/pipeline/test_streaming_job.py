@@ -12,7 +12,7 @@ import torch
 import tritter
 from tests.oracle import chat
 from tests.pipeline.tiny import TINY
-from tritter.checkpoints import read_lineage
+from tritter.checkpoints import Lineage
 from tritter.config.launch.composition import load_config
 from tritter.errors import RequestError
 from tritter.pipeline import Outcome, run_pipeline
@@ -84,7 +84,7 @@ def test_a_later_run_reads_the_recorded_rows(
     monkeypatch.setattr("tritter.data.datasets.HEAD_ROWS", 100)
     run(tmp_path / "first", "forgetting=replay", f"data.streaming={streaming}")
     checkpoint = tmp_path / "first/checkpoint"
-    lineage = read_lineage(checkpoint)
+    lineage = Lineage.read(checkpoint)
     assert lineage is not None
     rows = "[:100]" if streaming == "true" else ""
     assert {name: domain.paths for name, domain in lineage.domains.items()} == {

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from tests.pipeline.plug import plug_pulled
 from tests.pipeline.tiny import FIXTURES, TINY
-from tritter.checkpoints import read_lineage
+from tritter.checkpoints import Lineage
 from tritter.config.launch.composition import load_config
 from tritter.evaluation.statistics import PairedScores
 from tritter.pipeline import Outcome, pipeline, run_pipeline
@@ -145,8 +145,8 @@ def test_a_task_that_others_followed_is_held_against_what_it_was_when_it_was_lea
 def test_each_task_starts_from_what_the_one_before_left(trained: Path) -> None:
     """The lineage has one node per task, and all learned domains."""
     nodes = [trained / f"attempt_1{part}/trained" for part in ("", "_task_2", "_task_3")]
-    lineages = [read_lineage(node) for node in nodes]
-    published = read_lineage(trained / "checkpoint")
+    lineages = [Lineage.read(node) for node in nodes]
+    published = Lineage.read(trained / "checkpoint")
     assert published is not None and None not in lineages
     hashes = [each.model_hash for each in lineages if each is not None]
     parents = [each.parent_hash for each in lineages if each is not None]
@@ -182,7 +182,7 @@ def test_what_came_in_a_later_task_was_trained_from_there_on(
         "expansion=none",
     )
     run_tasks(tmp_path / "run", words[0], *grown)
-    lineage = read_lineage(tmp_path / "run/checkpoint")
+    lineage = Lineage.read(tmp_path / "run/checkpoint")
     assert lineage is not None
     steps = [(each.method, each.continued_training_steps) for each in lineage.expansion_history]
     assert steps == [("growth", 18), ("growth", 12), ("growth", 6)]
@@ -208,7 +208,7 @@ def test_a_run_that_was_stopped_between_tasks_ends_with_the_same_weights(
         run_tasks(tmp_path / "run", *words)
     run_tasks(tmp_path / "run", *words)
     again, uninterrupted = (
-        read_lineage(folder / "checkpoint") for folder in (tmp_path / "run", trained)
+        Lineage.read(folder / "checkpoint") for folder in (tmp_path / "run", trained)
     )
     assert again is not None and uninterrupted is not None
     assert again.model_hash == uninterrupted.model_hash
@@ -263,7 +263,7 @@ def test_what_is_broken_off_is_followed_by_no_task_and_rolled_back(
     summary = summary_of(tmp_path / "run")
     assert summary["status"] == "rolled_back" and len(summary["tasks"]) == 2
     assert summary["final"] == summary["baseline"]
-    kept = read_lineage(tmp_path / "run/checkpoint")
+    kept = Lineage.read(tmp_path / "run/checkpoint")
     assert kept is not None and kept.model_hash == summary["lineage"]["model_hash"]
     assert not kept.expansion_history
 
@@ -278,7 +278,7 @@ def test_an_old_domain_that_comes_again_is_kept_until_then(
     summary = summary_of(tmp_path / "run")
     assert summary["domains"] == {"old": ["old"], "new": ["new"]}
     assert [task["domains"] for task in summary["tasks"]] == [["new"], ["old"]]
-    first, last = (read_lineage(tmp_path / f"run/{name}/trained").training_config for name in (  # type: ignore[union-attr]
+    first, last = (Lineage.read(tmp_path / f"run/{name}/trained").training_config for name in (  # type: ignore[union-attr]
         "attempt_1", "attempt_1_task_2",
     ))  # fmt: skip
     assert list(first["old"]) == ["old"] and list(last["old"]) == ["new"]

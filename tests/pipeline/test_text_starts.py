@@ -26,7 +26,7 @@ from tests.data.test_text_bounds import (
     tokenizer_of,
 )
 from tests.pipeline.tiny import FIXTURES
-from tritter.checkpoints import read_lineage
+from tritter.checkpoints import Lineage
 from tritter.config.launch.composition import load_config
 from tritter.data.batches import read_sequences
 from tritter.data.chat import START, ids_of
@@ -234,7 +234,7 @@ def test_a_run_and_the_next_one(base: Path, tmp_path: Path, capsys: pytest.Captu
     scores = json.loads((tmp_path / "run/scores/baseline.json").read_text())
     assert {tuple(each["start"]) for each in scores.values()} == {BOUNDS.start}
     result = tmp_path / "run/checkpoint"
-    lineage = read_lineage(result)
+    lineage = Lineage.read(result)
     assert lineage is not None
     assert lineage.training_config["data"]["start_of_text"] == [START_ID]
     kept = read_sequences(result / "state/replay.safetensors")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.pipeline.plug import WORK
 from tests.pipeline.tiny import TINY
-from tritter.checkpoints import read_lineage
+from tritter.checkpoints import Lineage
 from tritter.config.launch.entry import main
 from tritter.pipeline import Outcome, run_pipeline
 from tritter.pipeline.trained import TrainedWriter
@@ -97,7 +97,7 @@ def finished(left: Path, tmp_path: Path) -> Path:
 
 def result(folder: Path) -> tuple[str, object, object]:
     """Return the results that must not differ: weights, scores, verdict."""
-    lineage = read_lineage(folder / "checkpoint")
+    lineage = Lineage.read(folder / "checkpoint")
     assert lineage is not None
     summary = json.loads((folder / "summary.json").read_text())
     return lineage.model_hash, summary["final"], summary["gate"]

@@ -1,6 +1,6 @@
 """Checkpoint folders: the files that stock transformers loads, plus the lineage in tritter.json."""
 
-from tritter.checkpoints.folder import lineage_of, read_lineage, write_checkpoint, write_lineage
+from tritter.checkpoints.folder import write_checkpoint, write_lineage
 from tritter.checkpoints.record import ExpansionRecord, Lineage
 from tritter.checkpoints.source import Source
 
@@ -8,8 +8,6 @@ __all__ = [
     "ExpansionRecord",
     "Lineage",
     "Source",
-    "lineage_of",
-    "read_lineage",
     "write_checkpoint",
     "write_lineage",
 ]

@@ -14,8 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from tritter.checkpoints.folder import read_lineage
-from tritter.checkpoints.record import EXPERTS_FOLDER
+from tritter.checkpoints.record import EXPERTS_FOLDER, Lineage
 from tritter.errors import TritterError, brief, refused, show
 from tritter.limits import MAX_COUNT
 from tritter.storage.reading import check_links, read_object, require_file
@@ -173,7 +172,7 @@ class ExpertFiles:
         path = folder / ExpertsHead.PATH
         if not path.exists():
             if (
-                lineage := read_lineage(folder)
+                lineage := Lineage.read(folder)
             ) is not None and ExpertsHead.PATH in lineage.file_digests:
                 raise TritterError(f"{path} is missing; the experts in {folder} can't be read.")
             patterns = (

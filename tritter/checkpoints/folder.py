@@ -5,7 +5,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
 from tritter.checkpoints.card import (
@@ -17,8 +16,8 @@ from tritter.core.families import Config, Model, ffn_sizes, on_disk
 from tritter.core.families.config_file import with_former_keys
 from tritter.storage.atomic import atomic_folder, link_or_copy, write_text_atomic
 from tritter.storage.hashing import file_digest, header_digest, merkle_hash
-from tritter.storage.reading import LINEAGE_NAME, check_links, read_object, require_file
-from tritter.storage.records import read_record, record_text
+from tritter.storage.reading import LINEAGE_NAME, read_object, require_file
+from tritter.storage.records import record_text
 from tritter.storage.tensors import INDEX_NAME, TensorFolder
 from tritter.storage.writer import TensorStream
 
@@ -45,10 +44,6 @@ _TOKENIZER_FILES = (
 )
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 HEADER_MARK = "#header"
-_ADVICE = (
-    "To use its weights, export them as a plain Hugging Face folder: tritter export --checkpoint "
-    "FOLDER --output NEW --format hf --ignore-lineage"
-)
 
 
 def copy_small_files(source: Path, folder: Path) -> None:
@@ -183,30 +178,6 @@ def write_lineage(folder: Path, lineage: Lineage, config: Config) -> Lineage:
     written = replace(lineage, file_digests=digests)
     write_text_atomic(folder / LINEAGE_NAME, record_text(written))
     return written
-
-
-def read_lineage(folder: Path) -> Lineage | None:
-    """Return a folder's lineage, or None for a plain Hugging Face folder."""
-    check_links(folder)
-    path = folder / LINEAGE_NAME
-    if not path.exists():
-        return None
-    found = path.stat()
-    return _lineage_in(path, (found.st_ino, found.st_mtime_ns, found.st_size))
-
-
-@lru_cache(maxsize=32)
-def _lineage_in(path: Path, state: tuple[int, ...]) -> Lineage:
-    """Return the lineage in a file, cached until the file changes."""
-    # An edited file is read too: `history --verify` lists the changes
-    return read_record(path, Lineage, advice=_ADVICE, is_signed=False)
-
-
-def lineage_of(folder: Path) -> Lineage:
-    """Return the lineage of a folder written by Tritter; see `read_lineage`."""
-    lineage = read_lineage(folder)
-    assert lineage is not None, f"{folder} has no {LINEAGE_NAME}"
-    return lineage
 
 
 def file_digests(folder: Path) -> dict[str, str]:

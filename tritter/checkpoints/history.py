@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from tritter.checkpoints.card import Card
-from tritter.checkpoints.folder import HEADER_MARK, lineage_of, read_lineage
+from tritter.checkpoints.folder import HEADER_MARK
 from tritter.checkpoints.record import OWN_STAGE, ExpansionRecord, LedgerRecord, Lineage
 from tritter.core.families.config_file import missing_config, read_model_file
 from tritter.errors import RequestError, TritterError
@@ -119,7 +119,7 @@ class Link:
     def of(cls, folder: Path) -> Self:
         """Return a checkpoint as a link, without its parent and expansions."""
         try:
-            lineage = read_lineage(folder)
+            lineage = Lineage.read(folder)
         except TritterError as error:
             return cls(folder=folder, model_hash=None, problem=str(error))
         if lineage is None:
@@ -335,7 +335,7 @@ class Damage:
             elif path.is_dir():
                 changes = list(Link.of(path).changes())
                 found += [cls(location, detail) for detail in changes]
-                if not changes and _checkpoint_digest(lineage_of(path)) != digest:
+                if not changes and _checkpoint_digest(Lineage.of(path)) != digest:
                     found.append(
                         cls(location, f"{path} is not the checkpoint that the stage wrote")
                     )
@@ -364,7 +364,7 @@ def digests_of(
         path = folder / output
         if path.is_file():
             digests[output] = file_digest(path)
-        elif (lineage := known.get(output) or read_lineage(path)) is not None:
+        elif (lineage := known.get(output) or Lineage.read(path)) is not None:
             digests[output] = _checkpoint_digest(lineage)
         else:
             files = sorted(file for file in path.rglob("*") if file.is_file())

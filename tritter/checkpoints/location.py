@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tritter.checkpoints.card import LICENCE_FILES, Card
 from tritter.checkpoints.expert_files import ExpertFiles, ExpertsHead
-from tritter.checkpoints.folder import HEADER_MARK, lineage_of, tokenizer_files
+from tritter.checkpoints.folder import HEADER_MARK, tokenizer_files
 from tritter.checkpoints.record import Lineage, StateHead
 from tritter.checkpoints.state import KEPT_FILE, STATE_FOLDER
 from tritter.core.families import Model
@@ -80,7 +80,7 @@ def check_replaceable(folder: Path, *, sources: Sequence[Path] = ()) -> None:
     try:
         record, names = folder / LINEAGE_NAME, {path.name for path in folder.iterdir()}
         if has_record := record.is_file() and not record.is_symlink():
-            named = (name.removesuffix(HEADER_MARK) for name in lineage_of(folder).file_digests)
+            named = (name.removesuffix(HEADER_MARK) for name in Lineage.of(folder).file_digests)
             listed = {*named, LINEAGE_NAME, Card.NAME, "config.json"}
         else:
             listed = {name for name in names if _SHARD.fullmatch(name)}

@@ -4,7 +4,9 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import field, replace
+from functools import lru_cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -15,7 +17,17 @@ from tritter.data.split import SplitRule
 from tritter.errors import TritterError
 from tritter.limits import MAX_LAYERS
 from tritter.options import leaves
-from tritter.storage.records import Finite, InnerName, Seed, Sha256, Text, WholeNumber, record
+from tritter.storage.reading import LINEAGE_NAME, check_links
+from tritter.storage.records import (
+    Finite,
+    InnerName,
+    Seed,
+    Sha256,
+    Text,
+    WholeNumber,
+    read_record,
+    record,
+)
 
 _MIN_RANGE, _MOST_PARTS = 4, 32  # of printed layer sources
 _MAX_ENTRIES = Field(max_length=2**20)
@@ -28,6 +40,10 @@ _LONGEST_WINDOW = 1024  # by default
 EXPERTS_FOLDER = "experts"
 _EXPERT = re.compile(rf"{EXPERTS_FOLDER}/(?P<name>[A-Za-z0-9][A-Za-z0-9_-]*)/adapter_config\.json")
 OWN_STAGE = "own stage"  # `stage` in the training config of what a stage from outside wrote
+_ADVICE = (
+    "To use its weights, export them as a plain Hugging Face folder: tritter export --checkpoint "
+    "FOLDER --output NEW --format hf --ignore-lineage"
+)
 
 
 def layers_text(sources: Sequence[int]) -> str:
@@ -212,6 +228,23 @@ class Lineage:
         measured = (replace(each, step0_error=error) for each in new)
         return replace(self, expansion_history=(*old, *measured))
 
+    @classmethod
+    def read(cls, folder: Path) -> "Lineage | None":
+        """Return the lineage of a folder, or None for a plain Hugging Face folder."""
+        check_links(folder)
+        path = folder / LINEAGE_NAME
+        if not path.exists():
+            return None
+        found = path.stat()
+        return _lineage_in(path, (found.st_ino, found.st_mtime_ns, found.st_size))
+
+    @classmethod
+    def of(cls, folder: Path) -> "Lineage":
+        """Return the lineage of a folder written by Tritter; see `read`."""
+        lineage = cls.read(folder)
+        assert lineage is not None, f"{folder} has no {LINEAGE_NAME}"
+        return lineage
+
 
 @record
 class StateRule:
@@ -297,3 +330,10 @@ def window_length(lineage: Lineage | None, positions: int | None) -> int:
     recorded = data.get("sequence_length") if isinstance(data, Mapping) else None
     preferred = recorded if isinstance(recorded, int) and recorded >= 2 else _LONGEST_WINDOW
     return min(preferred, positions or preferred)
+
+
+@lru_cache(maxsize=32)
+def _lineage_in(path: Path, state: tuple[int, ...]) -> Lineage:
+    """Return the lineage in a file, cached until the file changes."""
+    # An edited file is read too: `history --verify` lists the changes
+    return read_record(path, Lineage, advice=_ADVICE, is_signed=False)

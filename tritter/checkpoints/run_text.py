@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
-from tritter.checkpoints.folder import read_lineage
 from tritter.checkpoints.record import LearnedDomain, Lineage
 from tritter.checkpoints.state import KeptSequences
 from tritter.data.built_in import built_in_origin, is_built_in
@@ -213,7 +212,7 @@ def _learned(checkpoint: str | None) -> tuple[Lineage | None, KeptSequences]:
         return None, KeptSequences()
     folder = Path(checkpoint)
     try:
-        return read_lineage(folder) if folder.is_dir() else None, KeptSequences.read(folder)
+        return Lineage.read(folder) if folder.is_dir() else None, KeptSequences.read(folder)
     except TritterError as error:
         raise refused("model.path", folder, str(error).rstrip(".")) from error
 

@@ -14,7 +14,6 @@ from tritter.checkpoints.folder import (
     HEADER_MARK,
     Artifact,
     copy_small_files,
-    read_lineage,
     small_files,
 )
 from tritter.checkpoints.record import Lineage
@@ -61,7 +60,7 @@ class Source:
             model: as its config.json describes it.
             has_lineage: False ignores tritter.json and treats the folder as a plain one.
         """
-        source = cls(folder, model, read_lineage(folder) if has_lineage else None)
+        source = cls(folder, model, Lineage.read(folder) if has_lineage else None)
         source.check()
         return source
 

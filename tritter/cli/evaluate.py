@@ -151,7 +151,7 @@ def evaluate(
     sources = _domain_paths(data or ())
     chosen = [BENCHMARKS[name] for name in benchmark_names(_split_names(tasks), key="--tasks")]
     with loading("transformers"):
-        from tritter.checkpoints import read_lineage
+        from tritter.checkpoints import Lineage
         from tritter.checkpoints.record import window_length
         from tritter.core.models import read_model
         from tritter.data.records import FIELD_KEY
@@ -169,7 +169,7 @@ def evaluate(
     questions = _questions(chosen, tasks_path, harness)
     with refuse_damage(), use_names(Names.of({FIELD_KEY: "--text-field"})):
         folder = locate(checkpoint, key="--checkpoint")
-        whole, lineage = read_model(folder), read_lineage(folder)
+        whole, lineage = read_model(folder), Lineage.read(folder)
         tokenizer = read_tokenizer(folder, vocab_size=whole.sizes.vocab_size)
         stock = _stock_tokenizer(folder, needs_template=chat_template) if chosen else None
         domains = DomainsToScore({}, ())

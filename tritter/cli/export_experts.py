@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from tritter.checkpoints import Source, read_lineage
+from tritter.checkpoints import Lineage, Source
 from tritter.checkpoints.card import (
     LICENCE_FILES,
     Card,
@@ -154,7 +154,7 @@ def _texts(folder: Path, *, length: int, vocab_size: int) -> dict[str, Tensor]:
         return found
     tokenizer = read_tokenizer(folder, vocab_size=vocab_size)
     bounds = tokenizer.bounds
-    lineage = read_lineage(folder)
+    lineage = Lineage.read(folder)
     if lineage is None:
         return found
     for name, domain in lineage.domains.items():

@@ -335,10 +335,10 @@ def _sources(
 
 def _recorded_settings(folder: Path, *, is_text: bool) -> dict[str, Any]:
     """Return key → value of settings that continued training reuses from the lineage."""
-    from tritter.checkpoints import read_lineage
+    from tritter.checkpoints import Lineage
 
     try:
-        lineage = read_lineage(folder)
+        lineage = Lineage.read(folder)
     except TritterError as error:
         raise RequestError(f"--checkpoint: {error}") from error
     if lineage is None:
@@ -359,7 +359,7 @@ def _recorded_settings(folder: Path, *, is_text: bool) -> dict[str, Any]:
 
 def _has_old_knowledge(checkpoint: str) -> bool:
     """Return True if a checkpoint records its data, or contains sequences or importances of it."""
-    from tritter.checkpoints import read_lineage
+    from tritter.checkpoints import Lineage
     from tritter.checkpoints.location import checkpoint_location, state_kinds_of
     from tritter.checkpoints.state import KeptSequences
 
@@ -367,7 +367,7 @@ def _has_old_knowledge(checkpoint: str) -> bool:
     if not folder.is_dir():
         return False
     with suppress(TritterError):  # the run reports damaged records
-        lineage = read_lineage(folder)
+        lineage = Lineage.read(folder)
         is_recorded = lineage is not None and bool(lineage.domains)
         kept = is_recorded or KeptSequences.read(folder).sequences
         return bool(kept) or "fisher" in state_kinds_of(folder)

@@ -8,7 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from tritter.checkpoints import read_lineage
+from tritter.checkpoints import Lineage
 from tritter.checkpoints.record import window_length
 from tritter.core.families.config_file import read_model_file
 from tritter.errors import TritterError
@@ -64,7 +64,7 @@ def _default_length(model: Mapping[str, Any]) -> int:
         folder = named_path(str(model.get("path")), key="model.path")
         if Path(folder).is_dir():
             positions = read_model_file(folder).position_limit
-            lineage = read_lineage(folder)
+            lineage = Lineage.read(folder)
     return window_length(lineage, positions)
 
 

@@ -16,7 +16,7 @@ from uuid import uuid4
 
 from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 
-from tritter.checkpoints import lineage_of
+from tritter.checkpoints import Lineage
 from tritter.checkpoints.location import public_files
 from tritter.config.run_folder import fingerprint
 from tritter.errors import TritterError
@@ -222,7 +222,7 @@ def _log_model(logger: WandbLogger, folder: Path, summary: Summary) -> None:
     """Log a checkpoint as an artifact, with the files that `tritter push` would upload."""
     import wandb
 
-    lineage = lineage_of(folder)
+    lineage = Lineage.of(folder)
     metadata = {"status": summary.status, "model_hash": lineage.model_hash}
     artifact = wandb.Artifact(f"checkpoint-{logger.version}", type="model", metadata=metadata)
     for name, content in public_files(folder, lineage)[0].items():

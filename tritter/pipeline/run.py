@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.loggers import Logger, WandbLogger
 from torch import nn
 
-from tritter.checkpoints import Lineage, Source, lineage_of, read_lineage
+from tritter.checkpoints import Lineage, Source
 from tritter.checkpoints.history import Link
 from tritter.checkpoints.location import checkpoint_model
 from tritter.config.schema import CheckpointModelConfig, RunConfig
@@ -106,7 +106,7 @@ class Run:
             folder = locate(model.path, key="model.path")
             checkpoint_model(str(folder), with_experts=True)
             try:
-                start = Source(folder, read_model(folder), read_lineage(folder))
+                start = Source(folder, read_model(folder), Lineage.read(folder))
             except TritterError as error:
                 raise RequestError(f"{key_name('model.path')}: {error}") from error
         return RunData(self.config, start)
@@ -199,7 +199,7 @@ class Run:
     def source(self, location: str) -> Source:
         """Return a verified checkpoint of the run folder."""
         if location not in self.sources:
-            self.register(location, lineage_of(self.folder / location))
+            self.register(location, Lineage.of(self.folder / location))
         return self.sources[location]
 
     def register(self, location: str, lineage: Lineage) -> Source:
@@ -216,7 +216,7 @@ class Run:
             TritterError: several processes wrote it, and its checksums differ from its lineage.
         """
         self.check_trained(self.folder / location)
-        self.register(location, lineage_of(self.folder / location))
+        self.register(location, Lineage.of(self.folder / location))
 
     def check_trained(self, folder: Path) -> None:
         """Verify the checksums of a checkpoint written by several processes."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tritter.checkpoints import Lineage, read_lineage
+from tritter.checkpoints import Lineage
 from tritter.checkpoints.record import window_length
 from tritter.checkpoints.run_text import recorded_chat
 from tritter.core.families import Model
@@ -146,7 +146,7 @@ class Side:
         model, tokenizer = read_model(folder), None
         if (folder / "tokenizer.json").is_file():
             tokenizer = read_tokenizer(folder, vocab_size=model.sizes.vocab_size)
-        return cls(folder, model, read_lineage(folder), tokenizer, TensorFolder.open(folder).dtypes)
+        return cls(folder, model, Lineage.read(folder), tokenizer, TensorFolder.open(folder).dtypes)
 
     def load(self) -> nn.Module:
         """Return the model in float32, on the GPU if available."""

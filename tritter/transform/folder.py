@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tritter.checkpoints import ExpansionRecord, Lineage, Source, read_lineage, write_checkpoint
+from tritter.checkpoints import ExpansionRecord, Lineage, Source, write_checkpoint
 from tritter.checkpoints.folder import Artifact, copy_small_files, small_files, tokenizer_files
 from tritter.checkpoints.location import check_output, check_replaceable, require_plain
 from tritter.checkpoints.state import KEPT_FILE, STATE_FOLDER, State, write_state
@@ -218,7 +218,7 @@ def plan_expansion(
         folder = named_path(source, key="source")
         from tritter.core.models import read_model
 
-        source = Source(folder, read_model(folder), read_lineage(folder))
+        source = Source(folder, read_model(folder), Lineage.read(folder))
     return planned(source, specs, seed=seed)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritter.checkpoints import ExpansionRecord, Lineage, Source, read_lineage, write_checkpoint
+from tritter.checkpoints import ExpansionRecord, Lineage, Source, write_checkpoint
 from tritter.checkpoints.folder import Artifact, copy_small_files
 from tritter.checkpoints.location import check_output, check_replaceable
 from tritter.core.expansions import (
@@ -437,7 +437,7 @@ class ProgressiveCheckpoint:
             TritterError: the checkpoint is damaged, or its format is newer.
         """
         path = named_path(folder, key="folder")
-        lineage = read_lineage(path)
+        lineage = Lineage.read(path)
         source = Source(path, read_model(path), lineage)
         state = source.state
         if lineage is None:

@@ -23,7 +23,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from tests import oracle
 from tests.core.families.model_types import example
 from tests.oracle.families import generic, tiny
-from tritter.checkpoints import lineage_of
+from tritter.checkpoints import Lineage
 from tritter.checkpoints.state import State, write_state
 from tritter.core.expansions import Context, LlamaPro, Width
 from tritter.core.expansions.on_twin import check_rotations
@@ -85,7 +85,7 @@ def test_every_family_reads_longer_sequences(tmp_path: Path, family: str, method
     # The control of `is_exact`: near tokens are rotated differently too
     short = oracle.tokens(97, length=LENGTH // 2)
     assert oracle.relative_difference(model, stock, short) > 1e-3
-    assert lineage_of(grown).expansion_history[-1].claims_exact is False
+    assert Lineage.of(grown).expansion_history[-1].claims_exact is False
 
 
 def test_base_follows_the_rule_and_yarn_that_of_transformers(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from tests import oracle
 from tests.core.stock_routers.models import FAMILIES, num_experts, tiny_moe
 from tests.oracle.growth import masks_of
-from tritter.checkpoints import Source, read_lineage
+from tritter.checkpoints import Lineage, Source
 from tritter.checkpoints.history import Link
 from tritter.checkpoints.state import State, write_state
 from tritter.cli.inspect import _rebuild_map
@@ -318,7 +318,7 @@ def test_the_model_hash_is_of_the_tensors_alone(tmp_path: Path) -> None:
     result = _expanded(tmp_path, tiny_moe("mixtral"), MoeAdd(num_experts=2))
     digests = result.lineage.tensor_digests
     assert not any("router.json" in name for name in digests)
-    assert read_lineage(result.folder) == result.lineage
+    assert Lineage.read(result.folder) == result.lineage
 
 
 def test_moments_of_old_experts_are_carried_and_new_ones_start_anew(tmp_path: Path) -> None:

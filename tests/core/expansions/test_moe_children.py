@@ -16,7 +16,7 @@ from tests import oracle
 from tests.oracle.children import child, parent
 from tests.oracle.families import tiny
 from tests.oracle.moe import PARTNERS
-from tritter.checkpoints import Source, lineage_of
+from tritter.checkpoints import Lineage, Source
 from tritter.checkpoints.record import ExpansionRecord, LearnedDomain
 from tritter.checkpoints.state import State, write_state
 from tritter.core.expansions import Moe, MoeAdd, Width
@@ -197,7 +197,7 @@ def test_the_record_names_the_children_and_a_repetition_checks_them(
 ) -> None:
     made = expand(base, tmp_path / "mixed", [moe("a", "b")])
     record = made.lineage.expansion_history[-1]
-    hashes = [lineage_of(tmp_path / name).model_hash for name in ("a", "b")]
+    hashes = [Lineage.of(tmp_path / name).model_hash for name in ("a", "b")]
     assert list(record.options["expert_hashes"]) == hashes and not record.claims_exact
     again = plan_expansion(base, [moe("a", "b", expert_hashes=tuple(hashes))])
     assert again.parameter_map.digest() == record.map_digest

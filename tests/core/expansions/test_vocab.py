@@ -16,7 +16,7 @@ from tests import oracle
 from tests.data.test_vocabulary import sentence_piece
 from tests.oracle.families import generic, tiny
 from tests.real import real_checkpoint
-from tritter.checkpoints import Source, lineage_of
+from tritter.checkpoints import Lineage, Source
 from tritter.checkpoints.state import KeptSequences, State, write_state
 from tritter.core.expansions import LlamaPro, Vocab, Width
 from tritter.core.families import Model
@@ -88,7 +88,7 @@ def llama(tmp_path: Path) -> Path:
 
 
 def extension(source: Path) -> ExtendedTokenizer:
-    merges = lineage_of(source).expansion_history[-1].options["merges"]
+    merges = Lineage.of(source).expansion_history[-1].options["merges"]
     tokenizer = Tokenizer.from_file(str(source.parent / "base" / "tokenizer.json"))
     pairs = tuple(zip(merges[::2], merges[1::2], strict=True))
     return ExtendedTokenizer(require_bpe(tokenizer), pairs)
@@ -151,7 +151,7 @@ def test_it_composes_with_width_and_depth(llama: Path, tmp_path: Path, order: st
     before, after = (oracle.stock(tmp_path / f) for f in ("base", "grown"))
     jump = Jump.between(before, after, oracle.tokens(SIZE))
     assert jump.relative_to_std < 1e-4 and jump.new_token_mass is not None
-    recorded = [record.method for record in lineage_of(tmp_path / "grown").expansion_history]
+    recorded = [record.method for record in Lineage.of(tmp_path / "grown").expansion_history]
     assert sorted(recorded) == ["llama_pro", "vocab", "width"]
 
 

@@ -34,7 +34,7 @@ from tests.core.families.model_types import (
     measured,
 )
 from tests.oracle.families import OWN, tiny
-from tritter.checkpoints import read_lineage
+from tritter.checkpoints import Lineage
 from tritter.cli import main
 from tritter.core.expansions import LlamaPro, Width
 from tritter.core.expansions.specification import is_possible
@@ -632,7 +632,7 @@ def test_the_lineage_has_what_was_found(tmp_path: Path) -> None:
     request = Width(hidden_size=64, intermediate_size=120)
     for name, method in (("deeper", "llama_pro"), ("wider", request)):
         tritter.expand(folder, method, output=tmp_path / name)
-        lineage = read_lineage(tmp_path / name)
+        lineage = Lineage.read(tmp_path / name)
         assert lineage is not None
         found = lineage.expansion_history[-1].discovered
         assert found["in_new_layers"]["fc2.weight"] == 0.0

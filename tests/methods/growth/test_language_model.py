@@ -15,7 +15,7 @@ from tests import oracle
 from tests.core.families.model_types import example
 from tests.oracle.families import GROWABLE, generic, key_of, tiny
 from tritter import GrowableCausalLM, GrowableLinear, GrowableQwen, expand
-from tritter.checkpoints import read_lineage
+from tritter.checkpoints import Lineage
 from tritter.core.expansions import LlamaPro, Width
 from tritter.core.families import ffn_sizes
 from tritter.core.families.discovery.family import shallow
@@ -300,7 +300,7 @@ def test_a_saved_one_is_stock_and_goes_on(tmp_path: Path) -> None:
     again = GrowableCausalLM(tmp_path / "grown", **GROWING)
     assert again.neurons == model.neurons
     assert all(map(torch.equal, again.parameters(), model.parameters()))
-    lineage = read_lineage(tmp_path / "grown")
+    lineage = Lineage.read(tmp_path / "grown")
     assert lineage is not None
     assert [record.expansion_type for record in lineage.expansion_history] == ["growth"]
     assert lineage.parent_path == "../base"
@@ -308,7 +308,7 @@ def test_a_saved_one_is_stock_and_goes_on(tmp_path: Path) -> None:
     train(again, optimizer, ids)
     assert again.check_and_grow()["born"] == 12
     again.save_pretrained(tmp_path / "further")
-    lineage = read_lineage(tmp_path / "further")
+    lineage = Lineage.read(tmp_path / "further")
     assert lineage is not None
     assert len(lineage.expansion_history) == 2
     with pytest.raises(RequestError):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tritter.checkpoints import Source, lineage_of
+from tritter.checkpoints import Lineage, Source
 from tritter.data.cache import entry_lock
 from tritter.errors import TritterError
 from tritter.evaluation.statistics import PairedScores, score_file
@@ -54,7 +54,7 @@ def baseline(run: Run) -> StageResult:
         base, seconds["pretraining"] = obtain_base(run)
         with atomic_folder(folder, overwrite=True) as temporary:
             copy_tree(base, temporary)
-        lineage = lineage_of(folder)
+        lineage = Lineage.of(folder)
     source = run.register("baseline", lineage)
     _score_baseline(run, source)
     flops = {"baseline": run.data.scoring.flops(reading_flops_of(source))}
