@@ -46,7 +46,7 @@ def compare(
     as_json: AsJson = False,
 ) -> int:
     """Compare finished runs with the first one: settings, losses paired by document, cost."""
-    from tritter.report.compared import Compared, Comparison
+    from tritter.report.compared import Comparison
 
     file = None
     if output is not None:
@@ -75,7 +75,9 @@ def compare(
             scores = _scores(folder, run)
         except TritterError as error:
             missing_reason = str(error).removesuffix(".")
-        compared.append(Compared(run, scores, missing_reason, _peak_memory(folder)))
+        peak = _peak_memory(folder)
+        run = replace(run, scores=scores, missing_reason=missing_reason, peak_memory=peak)
+        compared.append(run)
     comparison = Comparison(tuple(compared))
     if file is not None:
         file.write(_content(comparison, file.format, found))
@@ -137,9 +139,8 @@ def _content(comparison: Comparison, format: str, found: FoundRuns) -> str:
         return stream.getvalue().encode(errors="backslashreplace").decode()
     from tritter.report.page import page
 
-    runs = [each.run for each in comparison.runs]
     tables = comparison.tables(on_page=True)
-    return page(runs, title="Runs compared", notes=found.notes, tables=tables)[0]
+    return page(comparison.runs, title="Runs compared", notes=found.notes, tables=tables)[0]
 
 
 def _print(comparison: Comparison, notes: Sequence[str], output: Path | None) -> None:

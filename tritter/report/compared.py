@@ -4,7 +4,7 @@ A difference between two runs has bounds if both scored the same documents: thos
 paired bootstrap. A difference between two groups of runs is paired by seed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 from tritter.errors import TritterError
 from tritter.evaluation.gate import MIN_DOCUMENTS
 from tritter.evaluation.statistics import (
-    PairedScores,
     finite_or_none,
 )
 from tritter.report.rows import ScoreChange, score_text, unit_of
@@ -38,51 +37,6 @@ _FEW_RUNS = 6  # that are columns of a table; more are rows
 _FEW_SETTINGS = 5  # that are columns of a table with many runs
 
 
-@dataclass(frozen=True)
-class Compared:
-    """A run, and what else of its folder a comparison needs.
-
-    Args:
-        run: The run.
-        scores: The scores of its final model, item by item; None if they are missing.
-        missing_reason: Why they are missing.
-        peak_memory: Peak memory of its process or device in bytes; None if not recorded.
-    """
-
-    run: EndedRun
-    scores: Mapping[str, PairedScores] | None = None
-    missing_reason: str = ""
-    peak_memory: float | None = None
-
-    @property
-    def name(self) -> str:
-        return self.run.name
-
-    @property
-    def tokens(self) -> int | None:
-        """Training tokens, without the base's; None if the settings do not determine them."""
-        per_step = self.run.tokens_per_step
-        return None if per_step is None else per_step * self.run.steps
-
-    def costs(self) -> dict[str, float | None]:
-        """Return name → cost of the training, and of the whole run."""
-        summary = self.run.summary
-        total_seconds = summary.seconds.get("total")
-        if total_seconds is None:
-            total_seconds = sum(filter(None, summary.seconds.values())) or None
-        return {
-            "training_flops": self.run.cost("flops"),
-            "total_flops": summary.flops.get("total"),
-            "training_tokens": self.tokens,
-            "steps": self.run.steps,
-            "training_seconds": self.run.cost("seconds"),
-            "total_seconds": total_seconds,
-            "peak_memory_bytes": self.peak_memory,
-            "parameters_before": summary.parameters.get("baseline"),
-            "parameters_after": summary.parameters.get("final"),
-        }
-
-
 @dataclass(frozen=True, slots=True)
 class _PairedDifference:
     """The difference of a run to the first on one subject, paired by document.
@@ -106,22 +60,21 @@ class _PairedDifference:
 class Comparison:
     """All runs of a comparison; the others are compared with the first."""
 
-    runs: tuple[Compared, ...]
+    runs: tuple[EndedRun, ...]
 
     def with_letters(self) -> "Comparison":
         """Return the same with a letter as the name of each run, for narrow terminals."""
-        named = (replace(r.run, name=_letter(n)) for n, r in enumerate(self.runs))
-        return Comparison(tuple(replace(c, run=r) for c, r in zip(self.runs, named, strict=True)))
+        return Comparison(tuple(replace(r, name=_letter(n)) for n, r in enumerate(self.runs)))
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
-        return Group.of_runs([each.run for each in self.runs])
+        return Group.of_runs(self.runs)
 
     @cached_property
     def paired(self) -> tuple[_PairedDifference, ...]:
         """Return the differences of every other run to the first, subject by subject."""
         first, *others = self.runs
-        subjects = dict.fromkeys(row.domain for each in self.runs for row in each.run.rows)
+        subjects = dict.fromkeys(row.domain for each in self.runs for row in each.rows)
         return tuple(_difference(s, first, other) for s in subjects for other in others)
 
     def tables(self, *, on_page: bool = False) -> dict[str, Table]:
@@ -147,8 +100,8 @@ class Comparison:
             "runs": [
                 {
                     "name": each.name,
-                    "status": each.run.summary.status,
-                    "seed": each.run.seed,
+                    "status": each.summary.status,
+                    "seed": each.seed,
                     **each.costs(),
                     "subjects": [
                         {
@@ -160,14 +113,13 @@ class Comparison:
                             "change": asdict(row.change),
                             "verdict": row.verdict,
                         }
-                        for row in each.run.rows
+                        for row in each.rows
                     ],
                 }
                 for each in self.runs
             ],
             "settings": {
-                key: {each.name: each.run.settings.get(key) for each in self.runs}
-                for key in self._keys
+                key: {each.name: each.settings.get(key) for each in self.runs} for key in self._keys
             },
             "paired": [
                 {
@@ -194,9 +146,9 @@ class Comparison:
         """Return all numbers as rows of a CSV file, its header first."""
         found: list[tuple[str, ...]] = [_CSV_HEADER]
         for each in self.runs:
-            found += [(each.name, "", "status", each.run.summary.status, "", "")]
+            found += [(each.name, "", "status", each.summary.status, "", "")]
             found += [(each.name, "", k, _number(v), "", "") for k, v in each.costs().items()]
-            for row in each.run.rows:
+            for row in each.rows:
                 for stage in ("before", "expanded", "trained"):
                     score = getattr(row, stage)
                     value = None if score is None else score.value
@@ -210,37 +162,36 @@ class Comparison:
             numbers = map(_number, (by_seed.value, by_seed.lower, by_seed.upper))
             found.append((group.name, domain, quantity, *numbers))
         for key in self._keys:
-            found += [(each.name, "", key, each.run.setting(key), "", "") for each in self.runs]
+            found += [(each.name, "", key, each.setting(key), "", "") for each in self.runs]
         return found
 
     @cached_property
     def _keys(self) -> tuple[str, ...]:
-        return differing_keys([each.run for each in self.runs])
+        return differing_keys(self.runs)
 
     def _settings(self) -> Table:
         """Return the settings that differ, by run; with many runs, only the independent ones."""
         runs, keys = self.runs, self._keys
         if len(runs) <= _FEW_RUNS:
-            columns = ((key, *(r.run.setting(key, _CELL_CHARACTERS) for r in runs)) for key in keys)
+            columns = ((key, *(r.setting(key, _CELL_CHARACTERS) for r in runs)) for key in keys)
             return Table(("setting", *(each.name for each in runs)), tuple(columns))
-        independent = _independent_keys(keys, [each.run for each in runs])
+        independent = _independent_keys(keys, runs)
         shorter = "without settings that follow from others; --json has all"
         caption = "" if independent == keys else shorter
         if len(independent) <= _FEW_SETTINGS:
             below = (
-                (r.name, *(r.run.setting(key, _CELL_CHARACTERS) for key in independent))
-                for r in runs
+                (r.name, *(r.setting(key, _CELL_CHARACTERS) for key in independent)) for r in runs
             )
             return Table(
                 ("run", *independent), tuple(below) if independent else (), caption=caption
             )
         rows = []
         for key in independent:
-            by_value: dict[str, list[Compared]] = {}
+            by_value: dict[str, list[EndedRun]] = {}
             for each in runs:
-                by_value.setdefault(repr(each.run.settings.get(key)), []).append(each)
+                by_value.setdefault(repr(each.settings.get(key)), []).append(each)
             for those in by_value.values():
-                value = those[0].run.setting(key, _CELL_CHARACTERS)
+                value = those[0].setting(key, _CELL_CHARACTERS)
                 rows.append((key, value, " ".join(each.name for each in those)))
         return Table(("setting", "value", "runs"), tuple(rows), caption=caption)
 
@@ -249,20 +200,20 @@ class Comparison:
         for each in self.runs:
             failed = [
                 f"{check.check} of {check.subject}"
-                for check in each.run.summary.last_attempt.gate
+                for check in each.summary.last_attempt.gate
                 if check.verdict in ("failed", "undecided")
             ]
             costs = each.costs()
-            sizes = (count_text(costs["parameters_before"]), SummaryTables(each.run.summary).size)
-            shown = (each.run.summary.status.replace("_", " "), ", ".join(failed) or MISSING)
+            sizes = (count_text(costs["parameters_before"]), SummaryTables(each.summary).size)
+            shown = (each.summary.status.replace("_", " "), ", ".join(failed) or MISSING)
             rows.append((each.name, *shown, *sizes))
         header = ("run", "status", "failed or undecided", "parameters before", "after")
         return Table(header, tuple(rows), (3, 4))
 
     def _scores(self) -> Table:
-        subjects = dict.fromkeys((r.domain, r.role) for each in self.runs for r in each.run.rows)
-        has_grown = any(each.run.summary.expansion for each in self.runs)
-        unit, in_unit = unit_of(each.run.summary for each in self.runs)
+        subjects = dict.fromkeys((r.domain, r.role) for each in self.runs for r in each.rows)
+        has_grown = any(each.summary.expansion for each in self.runs)
+        unit, in_unit = unit_of(each.summary for each in self.runs)
         stages = ("before", "expanded", "trained") if has_grown else ("before", "trained")
         rows = tuple(
             (
@@ -275,7 +226,7 @@ class Comparison:
             )
             for domain, role in subjects
             for each in self.runs
-            for row in each.run.rows
+            for row in each.rows
             if (row.domain, row.role) == (domain, role)
         )
         header = ("domain", "role", "run", *stages, "change", "verdict")
@@ -329,7 +280,7 @@ class Comparison:
     @cached_property
     def _domains(self) -> tuple[str, ...]:
         """The domains that have a loss."""
-        rows = (row for each in self.runs for row in each.run.losses)
+        rows = (row for each in self.runs for row in each.losses)
         return tuple(dict.fromkeys(row.domain for row in rows))
 
     @cached_property
@@ -374,7 +325,7 @@ def _independent_keys(keys: Sequence[str], runs: Sequence[EndedRun]) -> tuple[st
     return tuple(found)
 
 
-def _difference(subject: str, first: Compared, other: Compared) -> _PairedDifference:
+def _difference(subject: str, first: EndedRun, other: EndedRun) -> _PairedDifference:
     missing = partial(_PairedDifference, subject, other.name)
     for each in (first, other):
         if each.scores is None:

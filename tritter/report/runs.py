@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
 from statistics import fmean, stdev
-from typing import Any, ClassVar, Literal, Self, TypeGuard
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeGuard
 
 from tritter.report.drawing import truncate
 from tritter.report.rows import DomainRow, domain_rows
 from tritter.report.summary import MAX_NUMBER, Attempt, Summary
 from tritter.report.table import MISSING
+
+if TYPE_CHECKING:
+    from tritter.evaluation.statistics import PairedScores
 
 _SEED = "seed"
 _MAX_NAMED = 8  # settings in the name of a group, in addition to the methods
@@ -75,6 +78,9 @@ class EndedRun:
         control: Those of the control (not grown).
         pretraining: Those of the pretraining of its base.
         history: The lineage of its checkpoint, a line each, oldest first.
+        scores: The scores of its final model, item by item; None if they are missing.
+        missing_reason: Why they are missing.
+        peak_memory: Peak memory of its process or device in bytes; None if not recorded.
     """
 
     name: str
@@ -84,6 +90,9 @@ class EndedRun:
     control: tuple[Curve, ...] = ()
     pretraining: tuple[Curve, ...] = ()
     history: tuple[str, ...] = ()
+    scores: Mapping[str, PairedScores] | None = None
+    missing_reason: str = ""
+    peak_memory: float | None = None
 
     @cached_property
     def rows(self) -> tuple[DomainRow, ...]:
@@ -136,6 +145,29 @@ class EndedRun:
         if (windows := self.summary.windows) is not None:  # about as many tokens, in long windows
             batch, length = max(1, round(batch * length / windows.length)), windows.length
         return batch * length * (accumulated if _is_count(accumulated) else 1)
+
+    @property
+    def tokens(self) -> int | None:
+        """Training tokens, without the base's; None if the settings do not determine them."""
+        return None if self.tokens_per_step is None else self.tokens_per_step * self.steps
+
+    def costs(self) -> dict[str, float | None]:
+        """Return name → cost of the training, and of the whole run."""
+        summary = self.summary
+        total_seconds = summary.seconds.get("total")
+        if total_seconds is None:
+            total_seconds = sum(filter(None, summary.seconds.values())) or None
+        return {
+            "training_flops": self.cost("flops"),
+            "total_flops": summary.flops.get("total"),
+            "training_tokens": self.tokens,
+            "steps": self.steps,
+            "training_seconds": self.cost("seconds"),
+            "total_seconds": total_seconds,
+            "peak_memory_bytes": self.peak_memory,
+            "parameters_before": summary.parameters.get("baseline"),
+            "parameters_after": summary.parameters.get("final"),
+        }
 
     @property
     def expansions(self) -> tuple[int, ...]:
