@@ -15,7 +15,7 @@ from rich.text import Text
 from tritter.errors import RequestError, TritterError
 from tritter.report.table import Table
 from tritter.stopping import Stopped
-from tritter.storage.atomic import identity_of, is_published_here
+from tritter.storage.atomic import published_here
 from tritter.terminal import Console, NewBar, say
 from tritter.terminal import progress_bars as bars_on
 
@@ -118,11 +118,11 @@ def note_if_written(target: Path) -> Iterator[None]:
 
     Folders are written atomically, so no other note is needed.
     """
-    before = identity_of(target)
+    before = published_here(target)
     try:
         yield
     except (Stopped, TritterError) as error:
-        if identity_of(target) != before and is_published_here(target):
+        if published_here(target) not in (None, before):
             error.add_note(f"{display_path(target)} was written and is complete.")
         raise
 

@@ -53,7 +53,7 @@ def atomic_folder(
         try:
             _remove_leftovers(target)
             _refuse(target, overwrite=overwrite, check=check)  # a leftover may be back
-            before = identity_of(target) if overwrite else None
+            before = _identity(target) if overwrite else None
             temporary = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
         except OSError as error:
             raise _unwritable(target, error) from error
@@ -208,7 +208,7 @@ def _replace_folder(
         before: Identity of the folder to replace, or None if there was none. A folder that
             another process has put there since is not replaced.
     """
-    own = identity_of(new)
+    own = _identity(new)
     if before is None or not os.path.lexists(target):
         if not _rename_new(new, target):
             raise _exists_error(target)
@@ -236,7 +236,7 @@ def _exists_error(target: Path) -> RequestError:
     )
 
 
-def identity_of(path: Path) -> _Identity | None:
+def _identity(path: Path) -> _Identity | None:
     """Return the device and inode of a file or folder, or None if it does not exist."""
     try:
         found = path.lstat()
@@ -245,14 +245,15 @@ def identity_of(path: Path) -> _Identity | None:
     return found.st_dev, found.st_ino
 
 
-def is_published_here(target: Path) -> bool:
-    """Return True if this process published the folder at `target`."""
-    return identity_of(target) in _PUBLISHED
+def published_here(target: Path) -> _Identity | None:
+    """Return the identity of the folder at `target` if this process published it, else None."""
+    identity = _identity(target)
+    return identity if identity in _PUBLISHED else None
 
 
 def _check_old(old: Path, target: Path, before: _Identity, check: Callable[[Path], None]) -> None:
     """Check the old folder of `target`, which is about to be deleted."""
-    if identity_of(old) != before:
+    if _identity(old) != before:
         raise _exists_error(target)
     try:
         _refuse(old, overwrite=True, check=check)
