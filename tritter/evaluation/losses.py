@@ -120,14 +120,6 @@ def sequence_losses(model: nn.Module, sequences: Tensor, *, batch_size: int = 16
     return torch.cat(nats).float()
 
 
-def window_lengths(
-    documents: TokenisedDocuments, *, sequence_length: int, bounds: TextBounds
-) -> list[int]:
-    """Return the number of tokens of each window for scoring documents."""
-    windows = windows_of(documents, sequence_length=sequence_length, bounds=bounds)
-    return [window.length for window in windows]
-
-
 def nats_per_row(logits: Tensor, targets: Tensor) -> Tensor:
     """Sum the cross-entropy of each row, float64 [B]; per token it is computed in float32."""
     return _token_nats(logits, targets).sum(dim=1)

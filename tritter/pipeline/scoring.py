@@ -16,6 +16,7 @@ from tritter.core.families import Flops
 from tritter.core.models import load_tokenizer, wrapped_tokenizer
 from tritter.data.benchmark_names import CODE, benchmark_names
 from tritter.data.chat import NONE, TOKENIZER, ChatChoice, read_template
+from tritter.data.packing import windows_of
 from tritter.data.tokens import TokenisedDocuments
 from tritter.errors import Problem, RequestError, TritterError
 from tritter.evaluation.benchmarks.files import Questions, TasksFolder
@@ -26,7 +27,7 @@ from tritter.evaluation.benchmarks.harness import (
 )
 from tritter.evaluation.benchmarks.harness import Tokenizer as StockTokenizer
 from tritter.evaluation.code.sandbox import Sandbox
-from tritter.evaluation.losses import document_losses, window_lengths
+from tritter.evaluation.losses import document_losses
 from tritter.evaluation.options import TASKS_KEY, EvaluationConfig
 from tritter.evaluation.statistics import PairedScores
 from tritter.evaluation.tasks import Reader, ScoredTask, subject_of
@@ -94,9 +95,9 @@ class Scoring:
             reading: FLOPs of reading a sequence.
         """
         lengths = Counter(
-            window
+            window.length
             for documents in self.documents.values()
-            for window in window_lengths(
+            for window in windows_of(
                 documents, sequence_length=self.sequence_length, bounds=self.reader.bounds
             )
         )

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from tritter.core.expansions import target_model
 from tritter.core.families import Flops
 from tritter.data.options import NamedTextConfig
+from tritter.data.packing import windows_of
 from tritter.data.tokens import TokenisedDocuments
 from tritter.evaluation.gate import MIN_DOCUMENTS, Check, retention_check
-from tritter.evaluation.losses import document_losses, window_lengths
+from tritter.evaluation.losses import document_losses
 from tritter.evaluation.statistics import PairedScores, score_file
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.run import Run
@@ -159,9 +160,9 @@ def flops(data: RunData, reading: Flops, *, source_length: int, length: int) -> 
     """Return the FLOPs of one pass over the long documents."""
     texts = _long_documents(data, source_length).values()
     return sum(
-        reading.of(each)
+        reading.of(window.length)
         for documents in texts
-        for each in window_lengths(documents, sequence_length=length, bounds=data.bounds)
+        for window in windows_of(documents, sequence_length=length, bounds=data.bounds)
     )
 
 
