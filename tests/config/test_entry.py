@@ -16,12 +16,12 @@ import pytest
 import yaml
 
 from tests.config.conftest import FakeOutcome, FakePipeline, Result
+from tritter.checkpoints.record import LedgerRecord
 from tritter.config.launch.sweep import _print_sweep, _sweep_rows
 from tritter.config.run_folder import RunStatus, write_run_file
 from tritter.config.schema import RunConfig
 from tritter.errors import TritterError
 from tritter.options import leaves
-from tritter.storage.reading import LEDGER_NAME
 
 Run = Callable[..., Result]
 ROOT = Path(__file__).parents[2]
@@ -360,7 +360,7 @@ def test_a_sweep_goes_on_in_its_folder(run: Run, pipeline: FakePipeline) -> None
     assert first == "[1/2] job 0 (seed=0): kept; metric 0.2500; finished earlier"
     assert second.startswith("[2/2] job 1 (seed=1): failed: ")
     assert result.code == 1
-    Path("here/1", LEDGER_NAME).write_text("{}")  # a stage has finished
+    Path("here/1", LedgerRecord.FILE_NAME).write_text("{}")  # a stage has finished
     refused = run("-m", "seed=0,2", "hydra.sweep.dir=here")
     assert refused.code == 2
     assert "job 1 (seed=2)" in refused.err

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.config.conftest import FakePipeline, Result
+from tritter.checkpoints.record import LedgerRecord
 from tritter.conf_folder import config_folder
 from tritter.config import components
 from tritter.config.folders import body_of, shipped_options
@@ -24,7 +25,6 @@ from tritter.config.validation import known_keys
 from tritter.data import options
 from tritter.options import leaves
 from tritter.storage import atomic
-from tritter.storage.reading import LEDGER_NAME
 from tritter.storage.records import signed_text
 from tritter.training.options import REFUSED, trainer_parameters
 
@@ -282,7 +282,7 @@ def test_a_folder_beside_the_run_names_no_code(
 @pytest.mark.full
 def test_no_recorded_folder_is_searched(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(*JOB, "hydra.run.dir=outputs/runs/one").code == 1
-    Path("outputs/runs/one", LEDGER_NAME).write_text("{}")  # a stage has finished
+    Path("outputs/runs/one", LedgerRecord.FILE_NAME).write_text("{}")  # a stage has finished
     searched, search = set[Path](), Path.rglob
 
     def noted(self: Path, pattern: str) -> Iterator[Path]:

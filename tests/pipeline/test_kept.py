@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.pipeline.tiny import TINY
-from tritter.checkpoints.state import KEPT_FILE, KeptSequences
+from tritter.checkpoints.state import KeptSequences
 from tritter.cli import main
 from tritter.config.launch.composition import load_config
 from tritter.core.models import load_model
@@ -76,7 +76,7 @@ def test_what_is_left_is_training_text_with_its_losses(left: Path) -> None:
         alone = model(input_ids=rows[:1].long(), labels=rows[:1].long()).loss
         torch.testing.assert_close(kept.losses[name][0], alone.detach())
     # The library reads it as the buffer that it is
-    buffer = ReplayBuffer.load(left / "checkpoint/state" / KEPT_FILE, seed=0)
+    buffer = ReplayBuffer.load(left / "checkpoint/state" / KeptSequences.FILE_NAME, seed=0)
     assert len(buffer) == 10 and buffer.sample(4).shape == (4, 32)
 
 
@@ -156,12 +156,12 @@ def test_it_goes_along_with_an_expansion_and_not_with_an_export(left: Path, tmp_
 
 
 def test_damage_is_told(left: Path, tmp_path: Path) -> None:
-    place = tmp_path / "state" / KEPT_FILE
+    place = tmp_path / "state" / KeptSequences.FILE_NAME
     place.parent.mkdir()
     place.write_bytes(b"no tensors")
     with pytest.raises(TritterError, match="can't be read"):
         KeptSequences.read(tmp_path)
-    place.write_bytes((left / "checkpoint/state" / KEPT_FILE).read_bytes()[:-40])
+    place.write_bytes((left / "checkpoint/state" / KeptSequences.FILE_NAME).read_bytes()[:-40])
     with pytest.raises(TritterError, match="can't be read"):
         KeptSequences.read(tmp_path)
 

@@ -16,7 +16,7 @@ from tritter.core.expansions import LlamaPro, Width
 from tritter.core.families import Model
 from tritter.core.models import model_of
 from tritter.data.batches import BatchStream, SequenceStream
-from tritter.evaluation.gate import ENOUGH_STEPS, Check
+from tritter.evaluation.gate import Check
 from tritter.planning.memory import TrainingSetup, states_bytes, training_memory
 from tritter.stopping import Stopped
 from tritter.terminal import Console
@@ -62,8 +62,8 @@ def test_what_is_new_is_reached_in_the_steps_that_a_verdict_takes(
 ) -> None:
     """Also behind zeros; before that nothing is reported."""
     model, task = grown(spec)
-    flow = train(model, tmp_path / "long", task=task, steps=ENOUGH_STEPS).flow
-    assert flow == {"steps": ENOUGH_STEPS, "without_gradient": [], "without_tokens": []}
+    flow = train(model, tmp_path / "long", task=task, steps=Check.ENOUGH_STEPS).flow
+    assert flow == {"steps": Check.ENOUGH_STEPS, "without_gradient": [], "without_tokens": []}
     model, task = grown(spec)
     short = train(model, tmp_path / "short", task=task, steps=2).flow
     check = Check.of_gradient_flow(short)
@@ -125,7 +125,7 @@ def test_experts_without_tokens_are_named_by_layer_and_number(watch: Any) -> Non
     )
     (name, fused), *_ = ((n, p) for n, p in model.named_parameters() if "experts" in n)
     flow = GradientFlow({})
-    for step in range(ENOUGH_STEPS):
+    for step in range(Check.ENOUGH_STEPS):
         gradient = torch.zeros_like(fused)
         gradient[0 if step else 2] = 1
         watch(flow, module, {name: gradient}, step)

@@ -21,7 +21,6 @@ from tritter.storage.reading import check_links, read_object, require_file
 from tritter.storage.records import Count, WholeNumber, read_record, record
 from tritter.storage.tensors import TensorFolder
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _BASE = "base"  # the expert without an adapter; always the first
 _MAX_EXPERTS = 256
 RouterKind = Literal["learned", "evidence", "both"]
@@ -115,6 +114,8 @@ class ExpertsHead:
 class AdapterConfig:
     """The config of a plain LoRA adapter, saved by Tritter or stock PEFT."""
 
+    FILES: ClassVar[tuple[str, str]] = ("adapter_config.json", "adapter_model.safetensors")
+
     rank: int
     alpha: float
     targets: tuple[str, ...]
@@ -122,7 +123,7 @@ class AdapterConfig:
     @classmethod
     def read(cls, folder: Path) -> "AdapterConfig":
         """Read and check the config of an adapter folder."""
-        path = folder / ADAPTER_FILES[0]
+        path = folder / AdapterConfig.FILES[0]
         config = read_object(path)
         if config.get("peft_type") != "LORA":
             found = brief(config.get("peft_type"))
@@ -176,7 +177,7 @@ class ExpertFiles:
             ) is not None and ExpertsHead.PATH in lineage.file_digests:
                 raise TritterError(f"{path} is missing; the experts in {folder} can't be read.")
             patterns = (
-                *(f"{EXPERTS_FOLDER}/*/{file}" for file in ADAPTER_FILES),
+                *(f"{EXPERTS_FOLDER}/*/{file}" for file in AdapterConfig.FILES),
                 ExpertsHead.TENSORS,
             )
             unlisted = [path for pattern in patterns for path in folder.glob(pattern)]
@@ -193,7 +194,7 @@ class ExpertFiles:
             require_file(folder / file, is_read_whole=not file.startswith(EXPERTS_FOLDER))
         sizes = {}
         for name, adapter in adapters.items():
-            headers = TensorFolder.open_file(adapter, ADAPTER_FILES[1]).headers.values()
+            headers = TensorFolder.open_file(adapter, AdapterConfig.FILES[1]).headers.values()
             sizes[name] = sum(prod(header.shape) for header in headers)
         configs = {name: AdapterConfig.read(adapter) for name, adapter in adapters.items()}
         return cls(folder, head, configs, sizes)
@@ -231,7 +232,7 @@ class ExpertFiles:
 def _paths(head: ExpertsHead) -> Iterator[str]:
     """Yield the paths of the experts' files, relative to their checkpoint folder."""
     for name in head.adapters:
-        yield from (f"{EXPERTS_FOLDER}/{name}/{file}" for file in ADAPTER_FILES)
+        yield from (f"{EXPERTS_FOLDER}/{name}/{file}" for file in AdapterConfig.FILES)
     yield from (ExpertsHead.PATH, ExpertsHead.TENSORS)
 
 

@@ -43,7 +43,6 @@ _TOKENIZER_FILES = (
     "generation_config.json",
 )
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
-HEADER_MARK = "#header"
 
 
 def copy_small_files(source: Path, folder: Path) -> None:
@@ -184,13 +183,13 @@ def file_digests(folder: Path) -> dict[str, str]:
     """Return the digests of all files except the lineage, without the model's tensors.
 
     Of the model's own safetensors files only the header is hashed, under its file name followed by
-    `HEADER_MARK`.
+    `Lineage.HEADER_MARK`.
     """
     digests: dict[str, str] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
         if path.parent == folder and path.suffix == ".safetensors":
-            digests[name + HEADER_MARK] = header_digest(path)
+            digests[name + Lineage.HEADER_MARK] = header_digest(path)
         elif name != LINEAGE_NAME:
             digests[name] = file_digest(path)
     return digests

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Self
 
 from tritter.checkpoints.card import Card
-from tritter.checkpoints.folder import HEADER_MARK
 from tritter.checkpoints.record import OWN_STAGE, ExpansionRecord, LedgerRecord, Lineage
 from tritter.core.families.config_file import missing_config, read_model_file
 from tritter.errors import RequestError, TritterError
@@ -21,7 +20,7 @@ from tritter.storage.hashing import (
     merkle_hash,
     tensor_digest,
 )
-from tritter.storage.reading import LEDGER_NAME, LINEAGE_NAME, check_inside, check_links
+from tritter.storage.reading import LINEAGE_NAME, check_inside, check_links
 from tritter.storage.records import is_unchanged, read_record
 from tritter.storage.tensors import TensorFolder
 
@@ -77,7 +76,7 @@ class Link:
         folder = self.folder.resolve()
         run = folder.parent.parent  # of RUN/attempt_1/expanded
         try:
-            ledger = read_record(run / LEDGER_NAME, LedgerRecord)
+            ledger = read_record(run / LedgerRecord.FILE_NAME, LedgerRecord)
         except TritterError:
             return False
         return folder.relative_to(run).as_posix() in (*ledger.removed, *ledger.released)
@@ -183,9 +182,9 @@ class Link:
         changes += (tensors := tuple(self._tensor_changes(self.folder)))
         explained = {change.file for change in tensors}  # their headers add no information
         for name, digest in (self.file_digests or {}).items():
-            file = name.removesuffix(HEADER_MARK)
+            file = name.removesuffix(Lineage.HEADER_MARK)
             path = self.folder / file
-            hashed = header_digest if name.endswith(HEADER_MARK) else bounded_digest
+            hashed = header_digest if name.endswith(Lineage.HEADER_MARK) else bounded_digest
             if file in explained:
                 continue
             try:
@@ -210,7 +209,7 @@ class Link:
                 tensor = f", tensor {change.tensor}" if change.tensor else ""
                 yield f"{folder / change.file}{tensor}: {change.detail}"
         if self.file_digests is not None:
-            known = {name.removesuffix(HEADER_MARK) for name in self.file_digests}
+            known = {name.removesuffix(Lineage.HEADER_MARK) for name in self.file_digests}
             for path in sorted(folder.rglob("*")):
                 name = path.relative_to(folder).as_posix()
                 is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)

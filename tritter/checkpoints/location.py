@@ -15,9 +15,9 @@ from pathlib import Path
 
 from tritter.checkpoints.card import LICENCE_FILES, Card
 from tritter.checkpoints.expert_files import ExpertFiles, ExpertsHead
-from tritter.checkpoints.folder import HEADER_MARK, tokenizer_files
+from tritter.checkpoints.folder import tokenizer_files
 from tritter.checkpoints.record import Lineage, StateHead
-from tritter.checkpoints.state import KEPT_FILE, STATE_FOLDER
+from tritter.checkpoints.state import KeptSequences, State
 from tritter.core.families import Model
 from tritter.core.families.config_file import read_model_file
 from tritter.core.parameter_map.carry import STATE_KINDS
@@ -29,13 +29,15 @@ from tritter.storage.tensors import INDEX_NAME, SINGLE_NAME, TensorFolder
 
 _PLAIN_NAMES = {"config.json", Card.NAME, SINGLE_NAME, INDEX_NAME}
 _SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
-_STATE_FILES = {f"{STATE_FOLDER}/{name}" for name in ("state.json", "router.json", KEPT_FILE)}
+_STATE_FILES = {
+    f"{State.FOLDER}/{name}" for name in ("state.json", "router.json", KeptSequences.FILE_NAME)
+}
 _OF_FUNCTION = {
     ExpertsHead.PATH,
     ExpertsHead.TENSORS,
-    f"{STATE_FOLDER}/router.json",
+    f"{State.FOLDER}/router.json",
 }  # the model computes with them
-_STATE_HEAD = Path(STATE_FOLDER) / "state.json"
+_STATE_HEAD = Path(State.FOLDER) / "state.json"
 _MAX_SHOWN = 4
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -80,8 +82,7 @@ def check_replaceable(folder: Path, *, sources: Sequence[Path] = ()) -> None:
     try:
         record, names = folder / LINEAGE_NAME, {path.name for path in folder.iterdir()}
         if has_record := record.is_file() and not record.is_symlink():
-            named = (name.removesuffix(HEADER_MARK) for name in Lineage.of(folder).file_digests)
-            listed = {*named, LINEAGE_NAME, Card.NAME, "config.json"}
+            listed = {*Lineage.of(folder).file_names, LINEAGE_NAME, Card.NAME, "config.json"}
         else:
             listed = {name for name in names if _SHARD.fullmatch(name)}
             listed |= {name for name in names if LICENCE_FILES.fullmatch(name)}
@@ -134,7 +135,7 @@ def is_within(path: Path, folder: Path) -> bool:
 
 def _unexpected_names(folder: Path, listed: set[str], above: str = "") -> Iterator[str]:
     """Yield names that do not belong to the checkpoint; for a foreign folder only its name."""
-    states = {f"{STATE_FOLDER}/{kind}" for kind in STATE_KINDS}
+    states = {f"{State.FOLDER}/{kind}" for kind in STATE_KINDS}
     for entry in os.scandir(folder):
         name = above + entry.name
         mode = entry.stat(follow_symlinks=False).st_mode
@@ -147,7 +148,7 @@ def _unexpected_names(folder: Path, listed: set[str], above: str = "") -> Iterat
             if not is_expected and name not in _STATE_FILES:
                 yield name
         elif stat.S_ISDIR(mode) and (
-            name in {STATE_FOLDER, *states} or any(file.startswith(f"{name}/") for file in listed)
+            name in {State.FOLDER, *states} or any(file.startswith(f"{name}/") for file in listed)
         ):
             yield from _unexpected_names(folder / entry.name, listed, f"{name}/")
         else:
@@ -162,19 +163,22 @@ def public_files(folder: Path, lineage: Lineage | None) -> tuple[dict[str, Path 
     """
     check_links(folder)
     if lineage is not None:
-        listed = {name.removesuffix(HEADER_MARK) for name in lineage.file_digests}
-        listed |= {LINEAGE_NAME, Card.NAME, "config.json"}
+        listed = {*lineage.file_names, LINEAGE_NAME, Card.NAME, "config.json"}
     else:
         listed = {*_PLAIN_NAMES, *tokenizer_files(folder)}
         listed |= {*TensorFolder.open(folder).files.values()}
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    private = {n for n in names if n.startswith(f"{STATE_FOLDER}/")} - _OF_FUNCTION
+    private = {n for n in names if n.startswith(f"{State.FOLDER}/")} - _OF_FUNCTION
     public = (names & listed) - private
     public |= {name for name in names if "/" not in name and LICENCE_FILES.fullmatch(name)}
     files: dict[str, Path | bytes] = {name: folder / name for name in sorted(public)}
     if lineage is not None:
         known = lineage.file_digests.items()
-        kept = {name: digest for name, digest in known if name.removesuffix(HEADER_MARK) in files}
+        kept = {
+            name: digest
+            for name, digest in known
+            if name.removesuffix(Lineage.HEADER_MARK) in files
+        }
         files[LINEAGE_NAME] = record_text(replace(lineage, file_digests=kept)).encode()
     return files, names - public
 

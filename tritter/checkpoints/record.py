@@ -179,6 +179,7 @@ class Lineage:
     """
 
     FORMAT: ClassVar[str] = "lineage"
+    HEADER_MARK: ClassVar[str] = "#header"  # after the name of a file of which only it is hashed
 
     model_hash: Sha256
     base_model_hash: Sha256
@@ -198,6 +199,11 @@ class Lineage:
     domains: Mapping[str, LearnedDomain] = field(default_factory=dict)
     stock_loadable: Literal["yes", "after adaptation"] = "yes"
     ffn_sizes: Annotated[tuple[WholeNumber, ...], _MAX_LAYERS] = ()
+
+    @property
+    def file_names(self) -> set[str]:
+        """The names of the files with a digest."""
+        return {name.removesuffix(self.HEADER_MARK) for name in self.file_digests}
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -305,6 +311,7 @@ class LedgerRecord:
     """
 
     FORMAT: ClassVar[str] = "ledger"
+    FILE_NAME: ClassVar[str] = "ledger.json"
 
     stages: Mapping[str, StageRecord]
     removed: tuple[InnerName, ...] = ()

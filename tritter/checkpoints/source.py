@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from tritter.checkpoints.card import Card
 from tritter.checkpoints.expert_files import ExpertFiles
 from tritter.checkpoints.folder import (
-    HEADER_MARK,
     Artifact,
     copy_small_files,
     small_files,
@@ -95,7 +94,7 @@ class Source:
         for name, digest in ({} if self.lineage is None else self.lineage.file_digests).items():
             check_inside(folder, name)
             # The card may be edited; `history --verify` lists every change
-            is_free = name in (Card.NAME, INDEX_NAME) or name.endswith(HEADER_MARK)
+            is_free = name in (Card.NAME, INDEX_NAME) or name.endswith(Lineage.HEADER_MARK)
             is_missing = not (folder / name).is_file()
             if not is_free and (is_missing or bounded_digest(folder / name) != digest):
                 changed.append(f"{name} (missing)" if is_missing else name)

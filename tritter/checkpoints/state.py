@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from tritter.checkpoints.record import StateHead, StateRule
 from tritter.core.parameter_map import Quantity
@@ -28,9 +28,7 @@ from tritter.storage.writer import TensorEntry, TensorStream
 if TYPE_CHECKING:
     from torch import Tensor
 
-STATE_FOLDER = "state"
 _HEAD = "state.json"
-KEPT_FILE = "replay.safetensors"
 _OF_DOCUMENTS = "of_documents/"  # prefix of a domain's name
 
 
@@ -43,6 +41,8 @@ class State:
         kinds: kind → its tensors.
         rules: kind → mapping rule.
     """
+
+    FOLDER: ClassVar[str] = "state"
 
     step: int
     kinds: Mapping[str, TensorFolder]
@@ -69,7 +69,7 @@ class State:
     @classmethod
     def read(cls, folder: Path) -> State | None:
         """Return the training state of a checkpoint, or None if it has none."""
-        path = folder / STATE_FOLDER / _HEAD
+        path = folder / State.FOLDER / _HEAD
         if not path.exists():
             return None
         head = read_record(path, StateHead)
@@ -87,7 +87,7 @@ class State:
             if registered not in (None, rule):
                 raise TritterError(f"{path}: the rule of {kind} differs from the registered one.")
             rules[kind] = rule
-        opened = {kind: TensorFolder.open(folder / STATE_FOLDER / kind) for kind in head.kinds}
+        opened = {kind: TensorFolder.open(folder / State.FOLDER / kind) for kind in head.kinds}
         return cls(head.step, opened, rules)
 
 
@@ -108,7 +108,7 @@ def write_state(
         rules: mapping rules of the kinds, including kinds that are not registered.
         max_shard_bytes: maximum size of a safetensors file.
     """
-    state_folder = folder / STATE_FOLDER
+    state_folder = folder / State.FOLDER
     state_folder.mkdir()
     written = []
     for kind, stream in kinds.items():
@@ -148,6 +148,8 @@ class KeptSequences:
         of_documents: domains packed as whole documents, with padding.
     """
 
+    FILE_NAME: ClassVar[str] = "replay.safetensors"
+
     sequences: Mapping[str, Tensor] = field(default_factory=dict)
     losses: Mapping[str, Tensor] = field(default_factory=dict)
     num_seen: Mapping[str, int] = field(default_factory=dict)
@@ -165,12 +167,12 @@ class KeptSequences:
             buffer.add(each, self.losses[name], domain=name)
             buffer.reservoirs[name].num_seen = self.num_seen[name]
         marks = {f"{_OF_DOCUMENTS}{name}": torch.tensor([1]) for name in self.of_documents}
-        buffer.save(folder / STATE_FOLDER / KEPT_FILE, extra=marks)
+        buffer.save(folder / State.FOLDER / KeptSequences.FILE_NAME, extra=marks)
 
     @classmethod
     def read(cls, folder: Path) -> KeptSequences:
         """Return the sequences stored in a checkpoint."""
-        path = folder / STATE_FOLDER / KEPT_FILE
+        path = folder / State.FOLDER / KeptSequences.FILE_NAME
         if not path.exists():
             return cls()
         reservoirs = ReplayBuffer.load(path, seed=0).reservoirs

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, Field
 
 from tritter.checkpoints.history import Damage, digests_of
 from tritter.checkpoints.location import is_within
+from tritter.checkpoints.record import LedgerRecord
 from tritter.config.folders import CONFIG_NAME, SearchPath, search_path
 from tritter.config.overrides import command, program_command, recorded_overrides, resume_command
 from tritter.config.schema import SECTIONS, CheckpointModelConfig, RunConfig
@@ -33,7 +34,6 @@ from tritter.options import leaves
 from tritter.storage.atomic import remove_folder, write_text_atomic
 from tritter.storage.lock import FolderLock
 from tritter.storage.reading import (
-    LEDGER_NAME,
     RUN_FILE,
     SAVED_NAME,
     SUMMARY_FILE,
@@ -235,7 +235,7 @@ def check_run_folder(folder: Path, config: RunConfig) -> RunState:
 
 def has_finished_stage(folder: Path) -> bool:
     """Return True if a run has written its ledger, which it does after each stage."""
-    return (folder / LEDGER_NAME).exists()
+    return (folder / LedgerRecord.FILE_NAME).exists()
 
 
 def _is_complete(folder: Path, run: RunRecord) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from tritter.evaluation.statistics import (
     Estimate,
@@ -33,8 +33,6 @@ _FEW = 0.05
 _MAX_NAMES = 3
 # float32 tolerance of an exact expansion in the stock classes, in units of std(logits)
 EXACT_JUMP = 1e-4
-# Steps after which a missing gradient is final: zeros of an expansion block gradients for two steps
-ENOUGH_STEPS = 4
 _MEMORY_BOUND = 0.1  # relative to the bytes computed from shapes
 _MSE_BOUND = 1e-6  # mean squared difference of logits
 _ROUNDED_JUMP = 1.0
@@ -60,6 +58,9 @@ class Check:
         scored: the part of conversations that is scored; None for other documents.
         jump: record of the logit shift, with the yardstick; None in other checks.
     """
+
+    # Steps after which a missing gradient is final: zeros of an expansion block them for two steps
+    ENOUGH_STEPS: ClassVar[int] = 4
 
     name: str
     subject: str

@@ -30,7 +30,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from tritter.checkpoints.state import STATE_FOLDER, State, write_state
+from tritter.checkpoints.state import State, write_state
 from tritter.core.models import backbone_of, head_of, live_tensors, load_model, model_of
 from tritter.data.batches import BatchStream, this_rank
 from tritter.data.chat import Chat
@@ -161,7 +161,7 @@ class ForgettingMixin(Trainer):  # in front of the trainer class
         raise_problems(list(_trainer_problems(self, self.forgetting_components)))
         if old_data is not None and not isinstance(old_data, Mapping):
             old_data = {"old": old_data}
-        self.forgetting = Forgetting(
+        self.forgetting = _Forgetting(
             self,
             old_data=old_data or {},
             sequence_length=sequence_length,
@@ -391,7 +391,7 @@ def _capture_logits(model: nn.Module, *, should_capture: bool) -> Iterator[_Capt
             handle.remove()
 
 
-class Forgetting:
+class _Forgetting:
     """The methods of one trainer with their data and state, and the gate.
 
     Args:
@@ -761,8 +761,8 @@ class Forgetting:
         if self._leftovers:
             model, left = self._trainer.model, self._leftovers.items()
             kinds = {kind: TensorStream.of(disk_values(model, values)) for kind, values in left}
-            if (folder / STATE_FOLDER).exists():
-                remove_folder(folder / STATE_FOLDER)
+            if (folder / State.FOLDER).exists():
+                remove_folder(folder / State.FOLDER)
             write_state(folder, kinds, step=self._end_step)
 
 

@@ -12,7 +12,6 @@ from tritter.checkpoints.history import Damage, digests_of
 from tritter.checkpoints.record import EXPERTS_FOLDER, LedgerRecord, Lineage, StageRecord
 from tritter.errors import TritterError, brief
 from tritter.storage.atomic import write_text_atomic
-from tritter.storage.reading import LEDGER_NAME
 from tritter.storage.records import read_record, record, record_text, validate_record
 from tritter.training import FitResult
 
@@ -94,7 +93,7 @@ class Ledger:
     def __init__(self, folder: Path) -> None:
         """Open the ledger of a run folder, or create a new one."""
         self._folder = folder
-        self._path = folder / LEDGER_NAME
+        self._path = folder / LedgerRecord.FILE_NAME
         self._stages: dict[str, StageResult] = {}
         self._watched: Counter[str] = Counter()  # peak bytes per kind during this stage
         self._again: set[str] = set()  # finished stages with missing outputs

@@ -22,7 +22,6 @@ from tritter.errors import RequestError, TritterError, brief, key_name
 
 LINEAGE_NAME = "tritter.json"
 RUN_FILE, SUMMARY_FILE = "run.json", "summary.json"  # of a run folder
-LEDGER_NAME = "ledger.json"  # of a run folder: the results of its stages
 TOKENIZER_NAME = "tokenizer.json"
 SAVED_NAME = "saved"  # of a training folder: state from which a killed training run resumes
 

@@ -13,7 +13,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from tritter.data.packing import labels_of
-from tritter.evaluation.gate import ENOUGH_STEPS
+from tritter.evaluation.gate import Check
 from tritter.training.module import base_of
 from tritter.training.parameters import full_tensor, live_layout
 from tritter.transform import Change
@@ -80,7 +80,7 @@ class _Flow:
             if not waiting.is_done and (gradient := model.get_parameter(name).grad) is not None:
                 waiting.observe(gradient)
 
-    def report(self, model: nn.Module, *, enough: int = ENOUGH_STEPS) -> dict[str, Any]:
+    def report(self, model: nn.Module, *, enough: int = Check.ENOUGH_STEPS) -> dict[str, Any]:
         """Return the names of parameters and experts without a gradient.
 
         Args:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tritter.checkpoints import ExpansionRecord, Lineage, Source, write_checkpoint
 from tritter.checkpoints.folder import Artifact, copy_small_files, small_files, tokenizer_files
 from tritter.checkpoints.location import check_output, check_replaceable, require_plain
-from tritter.checkpoints.state import KEPT_FILE, STATE_FOLDER, State, write_state
+from tritter.checkpoints.state import KeptSequences, State, write_state
 from tritter.core.expansions import (
     ExpansionSpec,
     MoeAdd,
@@ -121,7 +121,7 @@ class DiskNeeds:
             rare = max(rare, *(part.rare for part in parts))
         of_weights = sum(sorted(usual)[-num_threads() :]) + rare
         of_state = (TensorStream.MAX_PENDING + _AT_ONCE_OF_STATE) * max(others, default=0)
-        kept_sequences = opened.folder / STATE_FOLDER / KEPT_FILE
+        kept_sequences = opened.folder / State.FOLDER / KeptSequences.FILE_NAME
         files = sum(path.stat().st_size for path in small_files(opened.folder))
         unit = 1 if sys.platform == "darwin" else 1024  # bytes
         return cls(

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tritter.checkpoints.expert_files import (
-    ADAPTER_FILES,
     AdapterConfig,
     EvidenceHead,
     ExpertFiles,
@@ -57,7 +56,7 @@ from tritter.training.checkpoint_io import decode, encode
 # replace those of the model on loading. Here they are never written. If they are read, they must
 # equal those of the model; otherwise the adapter belongs to another base.
 
-CONFIG_NAME, _TENSORS_NAME = ADAPTER_FILES
+CONFIG_NAME, _TENSORS_NAME = AdapterConfig.FILES
 _PREFIX = "base_model.model."
 _KEY = re.compile(
     rf"{re.escape(_PREFIX)}(?P<layer>[\w.]+)\."
