@@ -20,7 +20,7 @@ from tritter.pipeline.metrics import _wandb_summary
 from tritter.report.drawing import new_figure
 from tritter.report.figures import GroupFigures, plot_run
 from tritter.report.page import page
-from tritter.report.runs import EndedRun, Group, with_controls
+from tritter.report.runs import EndedRun, Group
 from tritter.report.summary import Attempt, ExpertsRecord, Summary, TaskRecord
 from tritter.report.topics.experts import (
     Experts,
@@ -205,7 +205,9 @@ def test_groups_are_named_by_them(summary_with_control: dict[str, Any]) -> None:
     names = [group.name for group in Group.of_runs([first, second])]
     assert names[0].endswith("forgetting=ewc experts=dylora")
     assert "experts=none" in names[1]
-    control = next(group for group in with_controls(Group.of_runs([first])) if group.is_control)
+    control = next(
+        group for group in Group.with_controls(Group.of_runs([first])) if group.is_control
+    )
     assert control.name == "control (not grown) forgetting=ewc"
     assert control.runs[0].summary.experts is None
 

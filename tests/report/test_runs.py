@@ -12,7 +12,7 @@ from scipy import stats
 from tests.report.growing import growth
 from tritter.errors import TritterError
 from tritter.report.figures import _search_path
-from tritter.report.runs import EndedRun, Group, Interval, differing_keys, with_controls
+from tritter.report.runs import EndedRun, Group, Interval, differing_keys
 from tritter.report.summary import Summary
 
 SETTINGS = {
@@ -193,7 +193,7 @@ def test_a_control_stands_beside_its_group_once(summary_with_control: dict[str, 
             ("b", "dus", SETTINGS | {"expansion.methods": 1}),
         )
     ]
-    groups = with_controls(Group.of_runs(runs))
+    groups = Group.with_controls(Group.of_runs(runs))
     assert [group.is_control for group in groups] == [False, True, False]
     assert groups[1].name == "control (not grown) forgetting=none"
     code = groups[1].change("code")
@@ -223,7 +223,7 @@ def test_growth_names_a_group_where_some_run_may_grow(
     names = [group.name for group in Group.of_runs(runs)]
     common = "expansion=width forgetting=ewc"
     assert names == [f"{common} growth=none", f"{common} growth=percentile+gradmax"]
-    groups = with_controls(Group.of_runs(runs[1:]))
+    groups = Group.with_controls(Group.of_runs(runs[1:]))
     control = groups[1]
     assert control.is_control and "growth" not in control.name
     assert control.runs[0].summary.growth is None and control.runs[0].births == ()

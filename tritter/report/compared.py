@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from typing import Any
 
 from tritter.errors import TritterError
-from tritter.evaluation.gate import MIN_DOCUMENTS
+from tritter.evaluation.gate import Check
 from tritter.evaluation.statistics import (
     finite_or_none,
 )
@@ -345,7 +345,7 @@ def _difference(subject: str, first: EndedRun, other: EndedRun) -> _PairedDiffer
         return missing(missing_reason=str(error))
     side = (1 + Interval.CONFIDENCE) / 2
     bounds = [finite_or_none(each(side)) for each in (estimate.lower, estimate.upper)]
-    if len(before) < MIN_DOCUMENTS:  # as in the gate, no bound
+    if len(before) < Check.MIN_DOCUMENTS:  # as in the gate, no bound
         bounds = [None, None]
     sign = 1 if is_loss else -1
     lower, upper = [None if b is None else sign * b for b in bounds][::sign]

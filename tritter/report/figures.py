@@ -24,7 +24,7 @@ from tritter.report.drawing import (
     wrap_text,
 )
 from tritter.report.rows import DomainRow, Role, unit_of
-from tritter.report.runs import Curve, EndedRun, Group, Interval, Line, with_controls
+from tritter.report.runs import Curve, EndedRun, Group, Interval, Line
 from tritter.report.summary import MAX_NUMBER, Score, Summary, WindowsRecord
 from tritter.report.topics import TOPICS, topics_of
 from tritter.report.topics.topic import Topic
@@ -64,7 +64,7 @@ def plot_run(
     styles = ((BLUE, "o", "-"), (ORANGE, "s", "--"))
     lines = [
         Line(group, *style)
-        for group, style in zip(with_controls([Group(name, (run,))]), styles, strict=False)
+        for group, style in zip(Group.with_controls([Group(name, (run,))]), styles, strict=False)
     ]
     rows = [row for row in (*run.rows, *run.control_rows) if not row.change.in_points]
     figures = {
@@ -185,7 +185,7 @@ class GroupFigures:
     def lines(self) -> tuple[Line, ...]:
         lines: list[Line] = []
         number = -1
-        for group in with_controls(self.groups):
+        for group in Group.with_controls(self.groups):
             number += not group.is_control
             color, marker = CYCLE[number % len(CYCLE)], _MARKERS[number % len(_MARKERS)]
             style = "--" if group.is_control else _STYLES[number // len(CYCLE) % len(_STYLES)]

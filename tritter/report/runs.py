@@ -289,6 +289,32 @@ class Group:
             for name, each in zip(names, groups, strict=True)
         )
 
+    @classmethod
+    def with_controls(cls, groups: Iterable[Self]) -> tuple[Self, ...]:
+        """Return each group, then its controls; equal controls (of other expansions) once."""
+        found: list[Self] = []
+        seen: list[list[Any]] = []
+        for group in groups:
+            found.append(group)
+            controls = (run.summary.control for run in group.runs)
+            scores = [
+                control.final for control in controls if control is not None and control.final
+            ]
+            if scores and scores not in seen:
+                seen.append(scores)
+                runs = []
+                for run in group.runs:
+                    if run.control_rows and (control := run.summary.control) is not None:
+                        own = {"attempts": [control], "tasks": control.tasks}
+                        summary = run.summary.model_copy(update={**_NOT_OF_CONTROLS, **own})
+                        runs.append(EndedRun(run.name, summary, run.settings, run.control))
+                words = group.name.split(" ")[1:]
+                rest = " ".join(
+                    word for word in words if not word.startswith(("growth=", "experts="))
+                )
+                found.append(cls(f"control (not grown) {rest}", tuple(runs), is_control=True))
+        return tuple(found)
+
 
 @dataclass(frozen=True, slots=True)
 class Line:
@@ -366,28 +392,6 @@ class Interval:
         if len(self.values) < self.MIN_SEEDS or self.lower is None or self.upper is None:
             return ", ".join(f"{scale * value:+.2f}" for value in self.values)
         return f"{scale * self.value:+.2f} [{scale * self.lower:+.2f}, {scale * self.upper:+.2f}]"
-
-
-def with_controls(groups: Iterable[Group]) -> tuple[Group, ...]:
-    """Return each group, followed by its controls; equal controls (of other expansions) once."""
-    found: list[Group] = []
-    seen: list[list[Any]] = []
-    for group in groups:
-        found.append(group)
-        controls = (run.summary.control for run in group.runs)
-        scores = [control.final for control in controls if control is not None and control.final]
-        if scores and scores not in seen:
-            seen.append(scores)
-            runs = []
-            for run in group.runs:
-                if run.control_rows and (control := run.summary.control) is not None:
-                    own = {"attempts": [control], "tasks": control.tasks}
-                    summary = run.summary.model_copy(update={**_NOT_OF_CONTROLS, **own})
-                    runs.append(EndedRun(run.name, summary, run.settings, run.control))
-            words = group.name.split(" ")[1:]
-            rest = " ".join(word for word in words if not word.startswith(("growth=", "experts=")))
-            found.append(Group(f"control (not grown) {rest}", tuple(runs), is_control=True))
-    return tuple(found)
 
 
 def differing_keys(runs: Sequence[EndedRun]) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from rich import box
 from rich.table import Table as RichTable
@@ -19,16 +19,6 @@ if TYPE_CHECKING:
 ACCURACY = "/accuracy"  # after the name of a domain or task
 MISSING = "-"
 _PREFIXES = "kMGTPE"
-STYLES = {
-    "passed": "green",
-    "kept": "bold green",
-    "failed": "bold red",
-    "rolled_back": "bold red",
-    "undecided": "yellow",
-    "ungated": "cyan",
-    "reported": "cyan",
-    "not_asked": "dim",
-}
 _JUDGED = ("verdict", "status")  # columns whose cells are coloured
 _ACCURACY = " accuracy"  # after the name of a domain
 
@@ -47,6 +37,17 @@ class Table:
         rules: Positions of the rows with a line above.
         styles: Rich style of each row; empty: all rows are plain.
     """
+
+    STYLES: ClassVar[Mapping[str, str]] = {
+        "passed": "green",
+        "kept": "bold green",
+        "failed": "bold red",
+        "rolled_back": "bold red",
+        "undecided": "yellow",
+        "ungated": "cyan",
+        "reported": "cyan",
+        "not_asked": "dim",
+    }
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -90,7 +91,7 @@ class Table:
             cells = []
             for at, cell in enumerate(row):
                 is_judged = self.header[at] in _JUDGED
-                style = STYLES.get(cell.replace(" ", "_"), "") if is_judged else ""
+                style = self.STYLES.get(cell.replace(" ", "_"), "") if is_judged else ""
                 cells.append(Text(self._cell(at, cell, console), style))
             table.add_row(*cells, style=self.styles[number] if self.styles else None)
         return table

@@ -13,7 +13,6 @@ from tritter.report.rows import DomainRow, domain_rows, score_of, score_text, un
 from tritter.report.summary import Jump, MoeRecord, Summary
 from tritter.report.table import (
     MISSING,
-    STYLES,
     Table,
     count_text,
     label,
@@ -242,7 +241,7 @@ class SummaryTables:
         words = _STATUS_WORDS[status]
         if status == "rolled_back" and len(summary.rounds) > 1:
             words = "rolled back: the checkpoint is that of the previous round"
-        lines = [_SummaryLine("status", words, style=STYLES.get(status, ""))]
+        lines = [_SummaryLine("status", words, style=Table.STYLES.get(status, ""))]
         if summary.target is not None:
             rounds, target = summary.rounds, summary.target
             done = ", ".join(
@@ -261,7 +260,7 @@ class SummaryTables:
             is_notable = check.verdict == "reported" and is_broken_off
             if is_notable or check.verdict in ("failed", "undecided"):
                 what = f"{check.check} of {check.subject}: {check.detail}"
-                lines.append(_SummaryLine(check.verdict, what, style=STYLES[check.verdict]))
+                lines.append(_SummaryLine(check.verdict, what, style=Table.STYLES[check.verdict]))
         scored = {check.subject: check.scored for check in attempt.gate if check.scored}
         lines += [_SummaryLine("scored", f"{name}: {text}") for name, text in scored.items()]
         jump = summary.jump or Jump()
@@ -320,7 +319,7 @@ class SummaryTables:
                 if not row.is_control and row.change.value is not None
             )
             text = f"{number}: {did}: {changes}; {status.replace('_', ' ')}"
-            lines.append(_SummaryLine("", text, style=STYLES.get(status, "")))
+            lines.append(_SummaryLine("", text, style=Table.STYLES.get(status, "")))
         return lines
 
     def _fertility_text(self) -> str:
