@@ -33,7 +33,7 @@ from experiments.scores import (  # noqa: E402
 from tritter.core.expansions import Dus, LlamaPro, Moe, Width, target_model  # noqa: E402
 from tritter.core.families import Model, training_flops  # noqa: E402
 from tritter.data.built_in import gather  # noqa: E402
-from tritter.evaluation.gate import EXACT_JUMP  # noqa: E402
+from tritter.evaluation.gate import Check  # noqa: E402
 from tritter.evaluation.statistics import PairedScores  # noqa: E402
 from tritter.storage.atomic import write_text_atomic  # noqa: E402
 
@@ -128,7 +128,7 @@ def run_arm(options: Any, arm: str, seed: int) -> None:
     if expansion != "none":
         grown, name = folder / "attempt_1" / "expanded", f"expanded_{seed}_{expansion}"
         # It answers as the source does, but for new tokens, of which the jump is not measured
-        is_exact = summary["jump"]["relative_to_std"] < EXACT_JUMP and expansion != "vocab"
+        is_exact = summary["jump"]["relative_to_std"] < Check.EXACT_JUMP and expansion != "vocab"
         stages["expanded"] = {} if is_exact else scores_of(options, grown, name)
     for stage, after in stages.items():
         rows = [change(measure, before[measure], after[measure]) for measure in after]

@@ -13,7 +13,7 @@ import torch
 from tests.cli.conftest import Run
 from tests.report.conftest import SUMMARY
 from tests.report.test_runs import SETTINGS
-from tritter.evaluation.gate import MIN_DOCUMENTS
+from tritter.evaluation.gate import Check
 from tritter.evaluation.statistics import _NUM_RESAMPLES, PairedScores
 
 DOCUMENTS = 60
@@ -83,14 +83,14 @@ def test_differences_are_those_of_the_paired_bootstrap(run: Run, runs: Path) -> 
 def test_there_are_bounds_from_as_many_documents_as_the_gate_asks_for(
     run: Run, place: Path
 ) -> None:
-    for count in (MIN_DOCUMENTS - 1, MIN_DOCUMENTS):
+    for count in (Check.MIN_DOCUMENTS - 1, Check.MIN_DOCUMENTS):
         for name, factor in {"first": 2.0, "other": 2.1}.items():
             held = {"prose": scored(factor, seed=int(10 * factor), count=count)}
             write_run(place / f"{name}_{count}", held, seed=0)
         content = run(f"compare first_{count} other_{count} --json").json
         (pair,) = (each for each in content["paired"] if each["subject"] == "prose")
         assert pair["value"] > 0 and pair["n"] == count
-        assert (pair["lower"] is None) == (pair["upper"] is None) == (count < MIN_DOCUMENTS)
+        assert (pair["lower"] is None) == (pair["upper"] is None) == (count < Check.MIN_DOCUMENTS)
 
 
 def test_only_what_differs_is_told_of_the_settings(run: Run, runs: Path) -> None:

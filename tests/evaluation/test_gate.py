@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from tritter.evaluation.gate import (
-    MIN_DOCUMENTS,
     Check,
     GateResult,
     new_capability_check,
@@ -61,7 +60,7 @@ def test_undecided_names_more_documents_than_there_were(make_losses):
     assert again.verdict == "passed"
 
 
-@pytest.mark.parametrize("n", [1, 2, 10, MIN_DOCUMENTS - 1])
+@pytest.mark.parametrize("n", [1, 2, 10, Check.MIN_DOCUMENTS - 1])
 def test_below_thirty_documents_nothing_is_decided(make_losses, n):
     before = make_losses(BEFORE[:n])
     harmless, ruined = (
@@ -74,14 +73,14 @@ def test_below_thirty_documents_nothing_is_decided(make_losses, n):
         new_capability_check("code", before, make_losses(before.values / 2), confidence=0.95),
         new_capability_check("code", before, ruined, confidence=0.95),
     ):
-        assert check.verdict == "undecided" and check.documents_needed >= MIN_DOCUMENTS
+        assert check.verdict == "undecided" and check.documents_needed >= Check.MIN_DOCUMENTS
         assert f"on {n} documents, fewer than the required 30; about" in check.detail
         json.dumps(check.to_dict(), allow_nan=False)
 
 
 def test_thirty_documents_are_enough(make_losses):
-    before = make_losses(BEFORE[:MIN_DOCUMENTS])
-    after = make_losses(before.values * (1.01 + 0.1 * NOISE[:MIN_DOCUMENTS]))
+    before = make_losses(BEFORE[: Check.MIN_DOCUMENTS])
+    after = make_losses(before.values * (1.01 + 0.1 * NOISE[: Check.MIN_DOCUMENTS]))
     check = retention_check("prose", before, after, bound=0.05, confidence=0.95)
     assert check.verdict == "passed" and check.documents_needed is None
 
@@ -89,7 +88,7 @@ def test_thirty_documents_are_enough(make_losses):
 def test_few_documents_that_would_not_decide_ask_for_more_than_thirty(make_losses):
     after = make_losses(SIX * (1.049 + NOISE[:6]))
     check = retention_check("prose", make_losses(SIX), after, bound=0.05, confidence=0.95)
-    assert check.documents_needed > MIN_DOCUMENTS
+    assert check.documents_needed > Check.MIN_DOCUMENTS
 
 
 def test_one_document_has_no_bounds(make_losses):

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tritter.evaluation.gate import _MEMORY_BOUND, EXACT_JUMP
+from tritter.evaluation.gate import _MEMORY_BOUND, Check
 
 FIXTURES = Path(__file__).parents[1] / "fixtures/tiny_run"
 TINY = (
@@ -32,7 +32,7 @@ TINY = (
 )
 
 
-_BOUNDS = {"gradient_flow": 0.0, "memory": _MEMORY_BOUND, "preservation": EXACT_JUMP}
+_BOUNDS = {"gradient_flow": 0.0, "memory": _MEMORY_BOUND, "preservation": Check.EXACT_JUMP}
 
 
 def is_within(summary: Mapping[str, Any]) -> dict[str, bool]:

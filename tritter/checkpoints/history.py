@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from tritter.checkpoints.card import Card
-from tritter.checkpoints.record import OWN_STAGE, ExpansionRecord, LedgerRecord, Lineage
+from tritter.checkpoints.record import ExpansionRecord, LedgerRecord, Lineage
 from tritter.core.families.config_file import missing_config, read_model_file
 from tritter.errors import RequestError, TritterError
 from tritter.storage.hashing import (
@@ -85,7 +85,7 @@ class Link:
     def own_stage(self) -> str:
         """The name of the stage from outside that wrote it, if any."""
         config = {} if self.lineage is None else self.lineage.training_config
-        return str(config.get("name")) if config.get("stage") == OWN_STAGE else ""
+        return str(config.get("name")) if config.get("stage") == Lineage.OWN_STAGE else ""
 
     @property
     def experts(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from tritter.checkpoints.card import LICENCE_FILES, Card
 from tritter.checkpoints.expert_files import ExpertFiles, ExpertsHead
 from tritter.checkpoints.folder import tokenizer_files
-from tritter.checkpoints.record import Lineage, StateHead
+from tritter.checkpoints.record import Lineage
 from tritter.checkpoints.state import KeptSequences, State
 from tritter.core.families import Model
 from tritter.core.families.config_file import read_model_file
@@ -24,7 +24,7 @@ from tritter.core.parameter_map.carry import STATE_KINDS
 from tritter.errors import Problem, RequestError, TritterError, did_you_mean, refused
 from tritter.storage.atomic import refuse_existing
 from tritter.storage.reading import LINEAGE_NAME, check_links, named_path
-from tritter.storage.records import read_record, record_text
+from tritter.storage.records import record_text
 from tritter.storage.tensors import INDEX_NAME, SINGLE_NAME, TensorFolder
 
 _PLAIN_NAMES = {"config.json", Card.NAME, SINGLE_NAME, INDEX_NAME}
@@ -37,7 +37,6 @@ _OF_FUNCTION = {
     ExpertsHead.TENSORS,
     f"{State.FOLDER}/router.json",
 }  # the model computes with them
-_STATE_HEAD = Path(State.FOLDER) / "state.json"
 _MAX_SHOWN = 4
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -274,9 +273,3 @@ def teacher_problems(teacher: str, source: Model | None, *, key: str) -> Iterato
             f"{needed}; must be a teacher with the same tokenizer"
         )
         yield Problem(key, teacher, reason=reason)
-
-
-def state_kinds_of(folder: Path) -> set[str]:
-    """Return the kinds of training state in a checkpoint."""
-    path = folder / _STATE_HEAD
-    return set(read_record(path, StateHead).kinds) if path.exists() else set()

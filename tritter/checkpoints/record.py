@@ -39,7 +39,6 @@ _Layer = Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
 _LONGEST_WINDOW = 1024  # by default
 EXPERTS_FOLDER = "experts"
 _EXPERT = re.compile(rf"{EXPERTS_FOLDER}/(?P<name>[A-Za-z0-9][A-Za-z0-9_-]*)/adapter_config\.json")
-OWN_STAGE = "own stage"  # `stage` in the training config of what a stage from outside wrote
 _ADVICE = (
     "To use its weights, export them as a plain Hugging Face folder: tritter export --checkpoint "
     "FOLDER --output NEW --format hf --ignore-lineage"
@@ -179,6 +178,7 @@ class Lineage:
     """
 
     FORMAT: ClassVar[str] = "lineage"
+    OWN_STAGE: ClassVar[str] = "own stage"  # `stage` in the training config of a stage from outside
     HEADER_MARK: ClassVar[str] = "#header"  # after the name of a file of which only it is hashed
 
     model_hash: Sha256
@@ -274,11 +274,24 @@ class StateHead:
     """
 
     FORMAT: ClassVar[str] = "training state"
+    PATH: ClassVar[str] = "state/state.json"
 
     step: WholeNumber
     kinds: tuple[str, ...]
     other_steps: Mapping[str, WholeNumber] = field(default_factory=dict)
     rules: Mapping[str, StateRule] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> "StateHead | None":
+        """Return that of a checkpoint, or None if it has no training state."""
+        path = folder / cls.PATH
+        return read_record(path, cls) if path.exists() else None
+
+    @classmethod
+    def kinds_in(cls, folder: Path) -> set[str]:
+        """Return the kinds of training state in a checkpoint."""
+        head = cls.read(folder)
+        return set() if head is None else set(head.kinds)
 
 
 @record

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 from tritter.checkpoints.record import LearnedDomain, Lineage
 from tritter.checkpoints.state import KeptSequences
@@ -34,8 +34,6 @@ from tritter.data.sources import (
 )
 from tritter.data.split import SplitRule, split_problem
 from tritter.errors import Problem, RequestError, TritterError, refused
-
-DEFAULT_FRACTION = 0.2  # for a new split; a lineage keeps its own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +100,8 @@ class RunText:
         needs_answers: whether conversations without an answer are not used.
         notes: sentences to print.
     """
+
+    DEFAULT_FRACTION: ClassVar[float] = 0.2  # for a new split; a lineage keeps its own
 
     split: SplitRule
     domains: tuple[DomainText, ...]
@@ -222,7 +222,7 @@ def _split(lineage: Lineage | None, data: DataConfig, *, seed: int, notes: list[
     if isinstance(data, NamedTextConfig):
         size = data.piece_characters
     if recorded is None:
-        fraction = data.validation_fraction or DEFAULT_FRACTION
+        fraction = data.validation_fraction or RunText.DEFAULT_FRACTION
         size = size or PIECE_CHARACTERS
         return SplitRule(seed=seed, validation_fraction=fraction, piece_characters=size)
     for key, value in (

@@ -21,14 +21,13 @@ from tritter.data.chat import ids_of
 from tritter.data.packing import Packing
 from tritter.data.replay import ReplayBuffer
 from tritter.errors import Problem, TritterError, brief
-from tritter.storage.records import read_record, record_text
+from tritter.storage.records import record_text
 from tritter.storage.tensors import TensorFolder
 from tritter.storage.writer import TensorEntry, TensorStream
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_HEAD = "state.json"
 _OF_DOCUMENTS = "of_documents/"  # prefix of a domain's name
 
 
@@ -69,10 +68,9 @@ class State:
     @classmethod
     def read(cls, folder: Path) -> State | None:
         """Return the training state of a checkpoint, or None if it has none."""
-        path = folder / State.FOLDER / _HEAD
-        if not path.exists():
+        path, head = folder / StateHead.PATH, StateHead.read(folder)
+        if head is None:
             return None
-        head = read_record(path, StateHead)
         rules = {}
         for kind in head.kinds:  # the registered rule, or else the rule in the file
             registered, stated = STATE_KINDS.get(kind), head.rules.get(kind)
@@ -128,7 +126,7 @@ def write_state(
             if kind not in BUILT_IN_KINDS
         },
     )
-    (state_folder / _HEAD).write_text(record_text(head), encoding="utf-8")
+    (folder / StateHead.PATH).write_text(record_text(head), encoding="utf-8")
 
 
 # Training sequences for later training runs: `state/replay.safetensors`. With

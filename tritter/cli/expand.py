@@ -368,7 +368,7 @@ def _resolve_job(
 
 def _with_tokens(job: _Job, sources: TextSources) -> _Job:
     """Return the job with new tokens, from documents that no lineage holds out for validation."""
-    from tritter.checkpoints.run_text import DEFAULT_FRACTION
+    from tritter.checkpoints.run_text import RunText
     from tritter.core.expansions import Vocab, vocab_place
     from tritter.data.sources import noted_documents
     from tritter.data.split import SplitRule, training_texts
@@ -377,7 +377,7 @@ def _with_tokens(job: _Job, sources: TextSources) -> _Job:
     specs, place = list(job.specs), vocab_place(job.specs) or 0
     spec = specs[place]
     assert isinstance(spec, Vocab)
-    default = SplitRule(seed=job.settings.seed or 0, validation_fraction=DEFAULT_FRACTION)
+    default = SplitRule(seed=job.settings.seed or 0, validation_fraction=RunText.DEFAULT_FRACTION)
     rule = (job.source.lineage and job.source.lineage.split) or default
     with status("learning tokens"):
         size = rule.piece_characters

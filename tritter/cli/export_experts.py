@@ -38,7 +38,7 @@ from tritter.core.models import load_model, read_model, uninitialised_model
 from tritter.data.chat import ids_of
 from tritter.data.tokens import pack, read_tokenizer, tokenise
 from tritter.errors import RequestError, TritterError
-from tritter.evaluation.gate import EXACT_JUMP
+from tritter.evaluation.gate import Check
 from tritter.methods.experts.merged_mixture import (
     LogitChange,
     logit_change,
@@ -114,7 +114,7 @@ class Merge:
     def sentence(self) -> str:
         change, lost = self.change, self.lost
         cut = f"; the limited rank drops up to {lost:.1%} of a layer's update" if lost else ""
-        kind = "lossy" if change.largest > EXACT_JUMP else "exact up to rounding"
+        kind = "lossy" if change.largest > Check.EXACT_JUMP else "exact up to rounding"
         return (
             f"{kind}: logit shift up to {change.largest:.2g} σ, RMS {change.mean:.2g} σ; greedy "
             f"decoding agrees on {change.same_best:.1%} of {change.num_tokens:,} tokens of "
@@ -142,7 +142,7 @@ class Merge:
         note = f"LoRA experts are merged into these weights with gates {shares} ({self.gates_from})"
         added = weights.with_added(self.adapter.deltas())
         lineage = weights.lineage
-        if lineage is not None and self.change.largest > EXACT_JUMP:
+        if lineage is not None and self.change.largest > Check.EXACT_JUMP:
             lineage = replace(lineage, benchmark_scores={})  # those of the mixture
         return replace(added, lineage=lineage, notes=(f"{note}; {self.sentence}.",))
 

@@ -360,7 +360,8 @@ def _recorded_settings(folder: Path, *, is_text: bool) -> dict[str, Any]:
 def _has_old_knowledge(checkpoint: str) -> bool:
     """Return True if a checkpoint records its data, or contains sequences or importances of it."""
     from tritter.checkpoints import Lineage
-    from tritter.checkpoints.location import checkpoint_location, state_kinds_of
+    from tritter.checkpoints.location import checkpoint_location
+    from tritter.checkpoints.record import StateHead
     from tritter.checkpoints.state import KeptSequences
 
     folder = Path(checkpoint_location(checkpoint, key="--checkpoint"))
@@ -370,7 +371,7 @@ def _has_old_knowledge(checkpoint: str) -> bool:
         lineage = Lineage.read(folder)
         is_recorded = lineage is not None and bool(lineage.domains)
         kept = is_recorded or KeptSequences.read(folder).sequences
-        return bool(kept) or "fisher" in state_kinds_of(folder)
+        return bool(kept) or "fisher" in StateHead.kinds_in(folder)
     return True
 
 

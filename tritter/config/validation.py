@@ -10,7 +10,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from tritter.checkpoints.location import checkpoint_model, require_plain, state_kinds_of
+from tritter.checkpoints.location import checkpoint_model, require_plain
+from tritter.checkpoints.record import StateHead
 from tritter.checkpoints.run_text import RunText
 from tritter.config.components import (
     BASES,
@@ -398,7 +399,7 @@ def old_data_problems(config: RunConfig, text: RunText, folder: Path) -> Iterato
         for name, needs in needs_of.items()
         if needs.old_text
         and not text.kept_sequences.sequences
-        and not (needs.instead and state_kinds_of(folder) >= set(needs.instead))
+        and not (needs.instead and StateHead.kinds_in(folder) >= set(needs.instead))
         and not any(needs.can_read_text_of(other) for other in needs_of.values())
     ]
     if needing:

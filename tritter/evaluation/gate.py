@@ -2,7 +2,7 @@
 
 Every check can be inconclusive (`undecided`): with too few documents it neither passes nor fails
 but reports the number of documents needed. Rare damage does not show in few documents, so bounds
-require at least `MIN_DOCUMENTS`.
+require at least `Check.MIN_DOCUMENTS`.
 """
 
 from __future__ import annotations
@@ -26,13 +26,9 @@ if TYPE_CHECKING:
 Verdict = Literal["passed", "failed", "undecided", "reported", "not_asked"]
 Status = Literal["kept", "rolled_back", "undecided", "ungated"]
 
-# Damage to a tenth of all documents shows in at least one of 30 with probability 96 %
-MIN_DOCUMENTS = 30
 # Documents are named if this share of them, or less, causes half of the spread
 _FEW = 0.05
 _MAX_NAMES = 3
-# float32 tolerance of an exact expansion in the stock classes, in units of std(logits)
-EXACT_JUMP = 1e-4
 _MEMORY_BOUND = 0.1  # relative to the bytes computed from shapes
 _MSE_BOUND = 1e-6  # mean squared difference of logits
 _ROUNDED_JUMP = 1.0
@@ -54,11 +50,15 @@ class Check:
         confidence: confidence of each bound.
         n: number of documents or items.
         documents_needed: total number of documents for a conclusive verdict, at least
-            `MIN_DOCUMENTS`; only for undecided checks.
+            `Check.MIN_DOCUMENTS`; only for undecided checks.
         scored: the part of conversations that is scored; None for other documents.
         jump: record of the logit shift, with the yardstick; None in other checks.
     """
 
+    # Damage to a tenth of all documents shows in at least one of 30 with probability 96 %
+    MIN_DOCUMENTS: ClassVar[int] = 30
+    # float32 tolerance of an exact expansion in the stock classes, in units of std(logits)
+    EXACT_JUMP: ClassVar[float] = 1e-4
     # Steps after which a missing gradient is final: zeros of an expansion block them for two steps
     ENOUGH_STEPS: ClassVar[int] = 4
 
@@ -172,7 +172,7 @@ class Check:
     @classmethod
     def of_preservation(cls, jump: Jump, *, claims_exact: bool) -> Check:
         """Check the logit shift of a function-preserving expansion; report that of any other."""
-        value, bound = jump.relative_to_std, EXACT_JUMP if claims_exact else None
+        value, bound = jump.relative_to_std, cls.EXACT_JUMP if claims_exact else None
         verdict: Verdict = "reported"
         if bound is not None:
             verdict = "passed" if value < bound else "failed"
@@ -209,11 +209,11 @@ class Check:
         difference = after - before
         error = float(difference.square().mean())
         relative = float(difference.abs().max() / before.std())
-        is_same = error < _MSE_BOUND and relative < EXACT_JUMP
+        is_same = error < _MSE_BOUND and relative < cls.EXACT_JUMP
         verdict: Verdict = "passed" if is_same else "failed"
         detail = (
             f"mean squared difference of the logits {error:.2g}, allowed {_MSE_BOUND:g}; largest "
-            f"difference {relative:.2g} standard deviations, allowed {EXACT_JUMP:g}"
+            f"difference {relative:.2g} standard deviations, allowed {cls.EXACT_JUMP:g}"
         )
         if not is_same and skip_reason is not None:
             verdict, detail = "not_asked", f"{skip_reason}; {detail}"
@@ -271,7 +271,7 @@ def retention_check(
 
     Forgetting is the relative rise of a domain's loss per byte, or the relative drop of a task's
     accuracy above chance. The check passes if the one-sided upper bound is at most `bound`, and
-    fails if the lower bound is above it. It is undecided below `MIN_DOCUMENTS`. It is only
+    fails if the lower bound is above it. It is undecided below `Check.MIN_DOCUMENTS`. It is only
     reported if the accuracy was not significantly above chance before.
 
     Args:
@@ -307,7 +307,7 @@ def new_capability_check(
     """Check that the loss per byte of a new domain fell, or that the accuracy of a new task rose.
 
     The check passes if the one-sided upper bound of the change is below zero (an improvement),
-    and fails if the lower bound is not. It is undecided below `MIN_DOCUMENTS`. Accuracies are
+    and fails if the lower bound is not. It is undecided below `Check.MIN_DOCUMENTS`. Accuracies are
     compared in points, because they may start at chance.
     """
 
@@ -375,13 +375,13 @@ def _forgetting_check(
         return Check(name, subject, "failed", detail, bound=bound, n=len(after))
     change, items = estimate(before, after), "documents" if before.unit == "nats" else "items"
     lower, upper = change.lower(confidence), change.upper(confidence)
-    is_enough = change.n >= MIN_DOCUMENTS
+    is_enough = change.n >= Check.MIN_DOCUMENTS
     answer: Verdict = verdict(lower, upper) if is_enough else "undecided"
     needed = None
     if answer == "undecided":
         needed = change.documents_to_decide(bound, confidence)
     if not is_enough:
-        needed = max(MIN_DOCUMENTS, needed or 0)
+        needed = max(Check.MIN_DOCUMENTS, needed or 0)
     changed = f"loss per byte {change.value:+.2%}"
     if before.unit == "accuracy":
         changed = f"accuracy {before.mean():.1%} to {after.mean():.1%}, a drop of "
@@ -390,7 +390,7 @@ def _forgetting_check(
         f"one-sided {confidence:.0%} bounds {_bound_text(lower)} and {_bound_text(upper)}, "
         f"allowed {bound:+.2%}"
         if is_enough
-        else f"fewer than the required {MIN_DOCUMENTS}"
+        else f"fewer than the required {Check.MIN_DOCUMENTS}"
     )
     if answer == "undecided":
         detail += "; " + (
@@ -399,7 +399,7 @@ def _forgetting_check(
     if before.unit == "nats":
         names = before.dominant_items(after)
         # Name the documents that cause half of the spread if they are few
-        if names and len(names) <= _FEW * change.n and change.n >= MIN_DOCUMENTS:
+        if names and len(names) <= _FEW * change.n and change.n >= Check.MIN_DOCUMENTS:
             shown = ", ".join(map(repr, names[:_MAX_NAMES]))
             more = ", .." if len(names) > _MAX_NAMES else ""
             number = "one document causes" if len(names) == 1 else f"{len(names)} documents cause"

@@ -11,7 +11,7 @@ from tritter.core.expansions import ExpansionSpec
 from tritter.core.families import Model
 from tritter.core.models import read_model
 from tritter.errors import TritterError
-from tritter.evaluation.gate import EXACT_JUMP, rounded_jump
+from tritter.evaluation.gate import Check, rounded_jump
 from tritter.evaluation.jump import FolderJump, Jump
 from tritter.storage.tensors import TensorFolder
 from tritter.targets import dotted
@@ -91,7 +91,7 @@ class Measurement:
         new = len(result.steps)
         lineage = result.lineage.with_step0_error(error, num_new=new)
         lineage = write_lineage(result.folder, lineage, model.config)
-        bound = rounded_jump(has_experts=model.family.has_experts) if rounded else EXACT_JUMP
+        bound = rounded_jump(has_experts=model.family.has_experts) if rounded else Check.EXACT_JUMP
         note = f", including rounding to {' and '.join(rounded)}" if rounded else ""
         text = f"logit shift at most {jump.relative_to_std:.1e} σ on random tokens{note}"
         fault = ""

@@ -5,7 +5,7 @@ from contextlib import suppress
 from math import ceil, sqrt
 from pathlib import Path
 
-from tritter.checkpoints.run_text import DEFAULT_FRACTION
+from tritter.checkpoints.run_text import RunText
 from tritter.config.launch.composition import SweepInConfig, load_config
 from tritter.config.overrides import command, tool_command, tritter_command
 from tritter.config.schema import CheckpointModelConfig, RunConfig
@@ -132,7 +132,7 @@ def _after_undecided(config: RunConfig, summary: Summary) -> _Advice:
     if not needs:
         return
     factor, check = max(needs, key=lambda need: need[0])
-    fraction = factor * (config.data.validation_fraction or DEFAULT_FRACTION)
+    fraction = factor * (config.data.validation_fraction or RunText.DEFAULT_FRACTION)
     advice = f"{check.documents_needed} validation documents of {check.subject} are needed"
     held_out = summary.data.get(check.subject, {}).get("validation", 0)
     if factor > 1 and check.n < held_out:

@@ -8,7 +8,7 @@ from json import dumps
 from typing import ClassVar
 
 from tritter.checkpoints import write_checkpoint
-from tritter.checkpoints.record import OWN_STAGE
+from tritter.checkpoints.record import Lineage
 from tritter.errors import Problem, TritterError
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import StageResult
@@ -93,7 +93,11 @@ class Stage(ABC):
             parent,
             parent_hash=parent.model_hash,
             parent_path=os.path.relpath(source.folder, folder),
-            training_config={**parent.training_config, "stage": OWN_STAGE, "name": self.name},
+            training_config={
+                **parent.training_config,
+                "stage": Lineage.OWN_STAGE,
+                "name": self.name,
+            },
         )
         written = write_checkpoint(
             folder,

@@ -19,7 +19,7 @@ from tritter.core.families import Flops
 from tritter.data.options import NamedTextConfig
 from tritter.data.packing import windows_of
 from tritter.data.tokens import TokenisedDocuments
-from tritter.evaluation.gate import MIN_DOCUMENTS, Check, retention_check
+from tritter.evaluation.gate import Check, retention_check
 from tritter.evaluation.losses import document_losses
 from tritter.evaluation.statistics import PairedScores, score_file
 from tritter.pipeline.branch import Branch
@@ -243,7 +243,7 @@ def checks(run: Run, branches: Sequence[Branch]) -> Iterator[Check]:
         check = retention_check(
             name, before[name], after[name], bound=gate.retention, confidence=gate.confidence
         )
-        if check.verdict == "undecided" and len(before[name]) < MIN_DOCUMENTS:
+        if check.verdict == "undecided" and len(before[name]) < Check.MIN_DOCUMENTS:
             detail = f"{check.detail.partition(';')[0]}; only reported"
             check = replace(
                 check, verdict="reported", detail=detail, bound=None, documents_needed=None

@@ -10,7 +10,7 @@ from tritter.checkpoints.record import layers_text
 from tritter.core.families import Model, forward_flops
 from tritter.core.models import load_model
 from tritter.data.chat import ids_of
-from tritter.evaluation.gate import EXACT_JUMP
+from tritter.evaluation.gate import Check
 from tritter.evaluation.jump import Jump
 from tritter.evaluation.measure import wrong_part
 from tritter.evaluation.statistics import score_file
@@ -51,7 +51,7 @@ class Expand(Stage):
         with run.waiting("logit shift"):
             before, after = (load_model(each.folder, model=each.model) for each in (source, grown))
             jump = Jump.between(before, after, tokens, new_tokens=new_tokens, has_yardstick=True)
-        if plan.is_exact and not jump.relative_to_std < EXACT_JUMP:
+        if plan.is_exact and not jump.relative_to_std < Check.EXACT_JUMP:
             shift = f"the result differs by {jump.relative_to_std:.2g} standard deviations"
             run.say("", f"{shift}, although it is exact; {wrong_part(branch.specs)}")
         error, num_steps = jump.to_dict()["relative_to_std"], len(branch.specs)
