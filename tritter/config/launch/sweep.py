@@ -110,13 +110,11 @@ def _sweep_rows(jobs: Sequence[Job], folder: Path) -> tuple[_SweepRow, ...]:
 
 
 def _row(job: Path, *, sweep: Path, overrides: tuple[str, ...] | None) -> _SweepRow:
-    status = RunStatus.read(job)
+    status, lock = RunStatus.read(job), FolderLock(job)
     return _SweepRow(
         name=os.path.relpath(job, sweep),
         overrides=tuple(status.overrides) if overrides is None else overrides,
-        status="killed"
-        if status.status == "running" and not FolderLock(job).is_held
-        else status.status,
+        status="killed" if status.status == "running" and not lock.is_held else status.status,
         changes=_changes(job / SUMMARY_FILE),
         experts=_experts(job / SUMMARY_FILE),
         metric=status.metric,
