@@ -1,7 +1,7 @@
 import pytest
 
 from tritter.report import rows
-from tritter.report.rows import score_text
+from tritter.report.rows import LossUnit
 from tritter.report.summary import Summary
 
 
@@ -60,7 +60,7 @@ def test_an_accuracy_changes_in_points(summary):
     summary["baseline"]["arithmetic"] = task
     summary["attempts"][0]["final"]["arithmetic"] = task | {"accuracy": 0.6}
     row = next(row for row in domain_rows(summary) if row.domain == "arithmetic")
-    assert (score_text(row.before), score_text(row.expanded)) == ("62.0%", "-")
+    assert (LossUnit([]).text(row.before), LossUnit([]).text(row.expanded)) == ("62.0%", "-")
     assert row.change.text() == "-2.0 points"
 
 
@@ -80,7 +80,7 @@ def test_what_a_skill_teaches_has_a_row_behind_its_loss(summary):
     ]  # fmt: skip
     assert (code.before.loss, code.before.accuracy) == (4.591, None)
     assert not code.change.in_points and code.verdict == "passed"
-    assert (score_text(right.before), score_text(right.trained)) == ("10.0%", "45.0%")
+    assert (LossUnit([]).text(right.before), LossUnit([]).text(right.trained)) == ("10.0%", "45.0%")
     assert (right.change.text(), right.verdict, right.role) == (
         "+35.0 points", "passed", "new",
     )  # fmt: skip

@@ -23,6 +23,7 @@ from tritter.evaluation.inference import eval_mode
 from tritter.evaluation.statistics import PairedScores
 
 _MAX_LOGITS = 2**28
+_SEQUENCES_AT_ONCE = 16
 _MAX_LOGITS_OF_LOSS = 2**24  # the loss needs two more float32 copies of the logits that it reads
 
 
@@ -99,18 +100,17 @@ def vocab_size_of(model: nn.Module) -> int:
     return 1 if head is None else len(head.weight)
 
 
-def sequence_losses(model: nn.Module, sequences: Tensor, *, batch_size: int = 16) -> Tensor:
+def sequence_losses(model: nn.Module, sequences: Tensor) -> Tensor:
     """Return the mean cross-entropy of each sequence, nats per token, float32 [N].
 
     Args:
         model: a causal language model.
         sequences: int [N, T]; all tokens except the first are scored. With a document mask,
             padding is ignored.
-        batch_size: sequences per forward pass, see `batch_that_fits`.
     """
     nats = []
     with eval_mode(model) as device:
-        batch_size = batch_that_fits(batch_size, sequences.shape[1], vocab_size_of(model))
+        batch_size = batch_that_fits(_SEQUENCES_AT_ONCE, sequences.shape[1], vocab_size_of(model))
         for rows in sequences.split(batch_size):
             rows = rows.long().to(device)
             logits = model(input_ids=inputs_for(model, rows), use_cache=False).logits

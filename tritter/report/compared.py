@@ -14,7 +14,7 @@ from tritter.evaluation.gate import Check
 from tritter.evaluation.statistics import (
     finite_or_none,
 )
-from tritter.report.rows import ScoreChange, score_text, unit_of
+from tritter.report.rows import LossUnit, ScoreChange
 from tritter.report.runs import (
     EndedRun,
     Group,
@@ -213,14 +213,14 @@ class Comparison:
     def _scores(self) -> Table:
         subjects = dict.fromkeys((r.domain, r.role) for each in self.runs for r in each.rows)
         has_grown = any(each.summary.expansion for each in self.runs)
-        unit, in_unit = unit_of(each.summary for each in self.runs)
+        unit = LossUnit(each.summary for each in self.runs)
         stages = ("before", "expanded", "trained") if has_grown else ("before", "trained")
         rows = tuple(
             (
                 domain,
                 role,
                 each.name,
-                *(score_text(in_unit(getattr(row, stage))) for stage in stages),
+                *(unit.text(getattr(row, stage)) for stage in stages),
                 row.change.text(),
                 row.verdict or MISSING,
             )
@@ -231,8 +231,8 @@ class Comparison:
         )
         header = ("domain", "role", "run", *stages, "change", "verdict")
         caption = (
-            f"loss [nats/{unit}] or accuracy; change from before to trained [% per byte] with the "
-            "one-sided bounds of the gate: forgetting on old domains, gain on new ones"
+            f"loss [nats/{unit.name}] or accuracy; change from before to trained [% per byte] with "
+            "the one-sided bounds of the gate: forgetting on old domains, gain on new ones"
         )
         return Table(header, rows, tuple(range(3, 4 + len(stages))), caption)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate, product
@@ -23,7 +23,7 @@ from tritter.report.drawing import (
     panel,
     wrap_text,
 )
-from tritter.report.rows import DomainRow, Role, unit_of
+from tritter.report.rows import DomainRow, LossUnit, Role
 from tritter.report.runs import Curve, EndedRun, Group, Interval, Line
 from tritter.report.summary import MAX_NUMBER, Score, Summary, WindowsRecord
 from tritter.report.topics import TOPICS, topics_of
@@ -68,7 +68,7 @@ def plot_run(
     ]
     rows = [row for row in (*run.rows, *run.control_rows) if not row.change.in_points]
     figures = {
-        "domains.png": _domains_figure(rows, *unit_of([summary])),
+        "domains.png": _domains_figure(rows, LossUnit([summary])),
         "forgetting.png": _forgetting_figure(lines),
         "training.png": _training_figure(curves),
         "retention_and_gain.png": next(iter(_tradeoff(lines, has_legend=True)), None),
@@ -83,20 +83,18 @@ def plot_run(
     return written
 
 
-def _domains_figure(
-    rows: Sequence[DomainRow], unit: str, in_unit: Callable[[Score | None], Score | None]
-) -> Figure | None:
+def _domains_figure(rows: Sequence[DomainRow], unit: LossUnit) -> Figure | None:
     """Draw one panel per domain, each on its own scale, so that a rise of 1 % is visible."""
     domains = [row for row in rows if not row.is_control and row.before.loss is not None]
     if not domains:
         return None
     figure, panels = new_figure(columns=len(domains), width=1.2 + 3.2 * len(domains), height=3.6)
     for row, axes in zip(domains, panels, strict=True):
-        scores = tuple(map(in_unit, (row.before, row.expanded, row.trained)))
+        scores = tuple(map(unit.score, (row.before, row.expanded, row.trained)))
         _draw_stages(axes, scores)
         for control in rows:
             if control.is_control and control.domain == row.domain:
-                scores = (in_unit(control.before), None, in_unit(control.trained))
+                scores = (unit.score(control.before), None, unit.score(control.trained))
                 _draw_stages(axes, scores, is_control=True)
         is_known = row.change.value is not None
         change = f"{row.change.text()} %" if is_known else "change unknown"
@@ -104,7 +102,7 @@ def _domains_figure(
         axes.set_xticks(range(len(_STAGE_NAMES)), _STAGE_NAMES)
         axes.set_xlim(-0.35, 2.35)
         axes.margins(y=0.15)
-    panels[0].set_ylabel(f"validation loss [nats/{unit}]")
+    panels[0].set_ylabel(f"validation loss [nats/{unit.name}]")
     if any(row.is_control for row in rows):
         panels[-1].legend(frameon=False, fontsize=8)
     note = "bars: one standard error over documents; the changes above are paired by document"

@@ -1,6 +1,6 @@
 """Rows of a run's result, from its summary.json, for its table and plots."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -126,23 +126,26 @@ def score_of(scores: Scores, domain: str) -> Score:
     return Score.model_construct(accuracy=found.accuracy, standard_error=error)
 
 
-def unit_of(summaries: Iterable[Summary]) -> tuple[str, Callable[[Score | None], Score | None]]:
-    """Return the unit in which losses of some runs can be compared, and what converts to it."""
-    if any(each.has_new_tokens for each in summaries):
-        return "byte", _per_byte
-    return "token", lambda score: score
+class LossUnit:
+    """The unit in which losses of some runs can be compared: a token, or a byte.
 
+    Args:
+        summaries: The runs.
+    """
 
-def _per_byte(score: Score | None) -> Score | None:
-    """Return a score whose loss and standard error are in nats per byte."""
-    if score is None or (ratio := score.tokens_per_byte) is None:
-        return score
-    error = None if score.standard_error is None else score.standard_error * ratio
-    return score.model_copy(update={"loss": score.loss_per_byte, "standard_error": error})
+    def __init__(self, summaries: Iterable[Summary]) -> None:
+        self.name = "byte" if any(each.has_new_tokens for each in summaries) else "token"
 
+    def score(self, score: Score | None) -> Score | None:
+        """Return a score whose loss and standard error are in this unit."""
+        if self.name == "token" or score is None or (ratio := score.tokens_per_byte) is None:
+            return score
+        error = None if score.standard_error is None else score.standard_error * ratio
+        return score.model_copy(update={"loss": score.loss_per_byte, "standard_error": error})
 
-def score_text(score: Score | None) -> str:
-    """Return the loss with three decimals, or an accuracy in per cent."""
-    if score is not None and score.accuracy is not None:
-        return f"{score.accuracy:.1%}"
-    return number_text(None if score is None else score.loss, ".3f")
+    def text(self, score: Score | None) -> str:
+        """Return the loss with three decimals, or an accuracy in per cent."""
+        score = self.score(score)
+        if score is not None and score.accuracy is not None:
+            return f"{score.accuracy:.1%}"
+        return number_text(None if score is None else score.loss, ".3f")

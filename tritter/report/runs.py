@@ -387,11 +387,11 @@ class Interval:
         """Whether the values of the seeds stand for the mean: there are too few for an interval."""
         return 1 < len(self.values) < self.MIN_SEEDS
 
-    def text(self, *, scale: float = 100) -> str:
+    def text(self) -> str:
         """Return the mean with its bounds over seeds, or the values of the seeds, in per cent."""
         if len(self.values) < self.MIN_SEEDS or self.lower is None or self.upper is None:
-            return ", ".join(f"{scale * value:+.2f}" for value in self.values)
-        return f"{scale * self.value:+.2f} [{scale * self.lower:+.2f}, {scale * self.upper:+.2f}]"
+            return ", ".join(f"{100 * value:+.2f}" for value in self.values)
+        return f"{100 * self.value:+.2f} [{100 * self.lower:+.2f}, {100 * self.upper:+.2f}]"
 
 
 def differing_keys(runs: Sequence[EndedRun]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from tritter.report.rows import DomainRow, domain_rows, score_of, score_text, unit_of
+from tritter.report.rows import DomainRow, LossUnit, domain_rows, score_of
 from tritter.report.summary import Jump, MoeRecord, Summary
 from tritter.report.table import (
     MISSING,
@@ -124,12 +124,12 @@ class SummaryTables:
         has_grown = bool(summary.last_attempt.expansion)
         scored = ("before", "expanded", "trained") if has_grown else ("before", "trained")
         header = ("domain", "role", *scored, "change", "verdict")
-        unit, in_unit = unit_of([summary])
+        unit = LossUnit([summary])
         cells = [
             (
                 label(row.domain),
                 row.role,
-                *(score_text(in_unit(getattr(row, stage))) for stage in scored),
+                *(unit.text(getattr(row, stage)) for stage in scored),
                 row.change.text(),
                 row.verdict or MISSING,
             )
@@ -150,7 +150,7 @@ class SummaryTables:
             header,
             tuple(cells),
             numbers=tuple(range(2, 3 + len(scored))),
-            title=f"Loss [nats/{unit}], change of the loss [% per byte]",
+            title=f"Loss [nats/{unit.name}], change of the loss [% per byte]",
             caption="\n".join(lines),
             names={0: _DOMAIN_CHARACTERS},
             rules=tuple(rules),
@@ -166,11 +166,11 @@ class SummaryTables:
         are_few = len(named) <= _FEW_TASKS
         for number, (name, task) in enumerate(zip(named, summary.tasks, strict=True), start=1):
             columns.append((name if are_few else str(number), task.final))
-        unit, in_unit = unit_of([summary])
+        unit = LossUnit([summary])
         rows = tuple(
             (
                 label(row.domain),
-                *(score_text(in_unit(score_of(scores, row.domain))) for _, scores in columns),
+                *(unit.text(score_of(scores, row.domain)) for _, scores in columns),
             )
             for row in self.rows
             if not row.is_control
@@ -179,7 +179,7 @@ class SummaryTables:
             ("domain", *(name for name, _ in columns)),
             rows,
             numbers=tuple(range(1, 1 + len(columns))),
-            title=f"Loss after each task [nats/{unit}]",
+            title=f"Loss after each task [nats/{unit.name}]",
             caption="" if are_few else ", ".join(named),
             names={0: _DOMAIN_CHARACTERS},
         )
@@ -190,19 +190,21 @@ class SummaryTables:
         parts = summary.rounds or summary.attempts
         if len(parts) < 2:
             return Table((), ())
-        unit, in_unit = unit_of(summary.model_copy(update={"jump": each.jump}) for each in parts)
+        unit = LossUnit(summary.model_copy(update={"jump": each.jump}) for each in parts)
         domains = [row.domain for row in self.rows if not row.is_control]
         rows = []
         for number, each in enumerate(parts, start=1):
             changes = each.overrides or ["as requested"]
             if summary.rounds:
                 changes = each.expansion or ["no expansion"]
-            scores = (score_text(in_unit(score_of(each.final, domain))) for domain in domains)
+            scores = (unit.text(score_of(each.final, domain)) for domain in domains)
             verdict = str(each.status or MISSING).replace("_", " ")
             rows.append((f"{number}: {' '.join(changes)}", *scores, verdict))
         header = ("round" if summary.rounds else "attempt", *map(label, domains), "verdict")
         numbers = tuple(range(1, 1 + len(domains)))
-        return Table(header, tuple(rows), numbers, f"Loss after each {header[0]} [nats/{unit}]")
+        return Table(
+            header, tuple(rows), numbers, f"Loss after each {header[0]} [nats/{unit.name}]"
+        )
 
     def stages(self) -> Table:
         """Return seconds and FLOPs of each stage."""
