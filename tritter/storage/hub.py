@@ -111,20 +111,14 @@ class Repository:
             is_public: create a public repository; an existing one must be public.
             overwrite: replace all files of a repository that has some; its history keeps them.
         """
-        from huggingface_hub import (
-            CommitOperationAdd,
-            CommitOperationDelete,
-            HfApi,
-            errors,
-            get_token,
-        )
+        import huggingface_hub as client
 
-        if get_token() is None:
+        if client.get_token() is None:
             raise refused(self.key, self.name, _UNKNOWN)
-        api, parent, old = HfApi(), None, set[str]()
+        api, parent, old = client.HfApi(), None, set[str]()
         try:
             with quiet_hub():
-                with suppress(errors.RepositoryNotFoundError):
+                with suppress(client.errors.RepositoryNotFoundError):
                     found = api.model_info(self.name)
                     parent = found.sha
                     old = {each.rfilename for each in found.siblings or ()} - {".gitattributes"}
@@ -136,11 +130,11 @@ class Repository:
         # The client raises errors of any kind on a redirect, HTML or null
         except Exception as error:
             raise refused(self.key, self.name, _hub_reason(error)) from error
-        operations: list[CommitOperationAdd | CommitOperationDelete] = [
-            CommitOperationDelete(name) for name in sorted(old - files.keys())
+        operations: list[client.CommitOperationAdd | client.CommitOperationDelete] = [
+            client.CommitOperationDelete(name) for name in sorted(old - files.keys())
         ]
         operations += [
-            CommitOperationAdd(name, str(content) if isinstance(content, Path) else content)
+            client.CommitOperationAdd(name, str(content) if isinstance(content, Path) else content)
             for name, content in files.items()
         ]
         try:
