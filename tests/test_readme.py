@@ -23,6 +23,7 @@ from tests.evaluation.test_benchmark_files import written
 from tests.oracle import relative_difference, saved, stock, tiny_llama, tokens
 from tests.oracle.children import child
 from tests.report.conftest import SUMMARY
+from tritter.checkpoints.expert_files import AdapterShape
 from tritter.cli import main
 from tritter.config.launch.command_line import CommandLine, read_command_line
 from tritter.config.launch.composition import composer
@@ -34,7 +35,6 @@ from tritter.core.models import new_model, save_tokenizer
 from tritter.data.documents import Document as TextDocument
 from tritter.data.tokens import END_OF_TEXT, train_tokenizer
 from tritter.launched import Launch
-from tritter.methods.experts.adapters import AdapterShape
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.methods.experts.stored import ExpertFolder
 from tritter.training.options import trainer_parameters

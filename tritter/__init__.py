@@ -21,7 +21,7 @@ _EXPORTS = {
     **dict.fromkeys(
         ("add_experts", "expand", "gate", "grow", "load", "protect", "run"), "tritter.api"
     ),
-    "AdapterShape": "tritter.methods.experts.adapters",
+    "AdapterShape": "tritter.checkpoints.expert_files",
     "ContinuedPretrainingConfig": "tritter.config.launch.continued_pretraining",
     "CurriculumLearning": "tritter.data.curriculum",
     "Context": "tritter.core.expansions",

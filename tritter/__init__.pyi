@@ -8,6 +8,7 @@ from tritter.api import load as load
 from tritter.api import protect as protect
 from tritter.api import run as run
 from tritter.checkpoints import ExpansionRecord as ExpansionRecord
+from tritter.checkpoints.expert_files import AdapterShape as AdapterShape
 from tritter.config.launch.continued_pretraining import (
     ContinuedPretrainingConfig as ContinuedPretrainingConfig,
 )
@@ -23,7 +24,6 @@ from tritter.core.expansions import Width as Width
 from tritter.data.benchmark_names import PROGRESSIVE_BENCHMARKS as PROGRESSIVE_BENCHMARKS
 from tritter.data.curriculum import CurriculumLearning as CurriculumLearning
 from tritter.data.replay import MemoryReplayBuffer as MemoryReplayBuffer
-from tritter.methods.experts.adapters import AdapterShape as AdapterShape
 from tritter.methods.experts.gates import Routing as Routing
 from tritter.methods.experts.mixture import ExpertMixture as ExpertMixture
 from tritter.methods.forgetting import EWC as EWC

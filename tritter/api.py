@@ -401,7 +401,8 @@ def add_experts(model: Model, rank: int = 8, **options: Any) -> PreTrainedModel:
         raise_problems(problems)
     assert requested is not None, "there would be a problem"
     with loading("transformers"):
-        from tritter.methods.experts.adapters import AdapterShape, adaptable
+        from tritter.checkpoints.expert_files import AdapterShape
+        from tritter.methods.experts.adapters import adaptable
         from tritter.methods.experts.mixture import ExpertMixture, mixture_on
     live = load(model) if isinstance(model, str | PathLike) else _unwrap(model, "model")
     mixture = mixture_on(live)

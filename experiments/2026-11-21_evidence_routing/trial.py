@@ -25,9 +25,9 @@ from torch.nn.functional import cross_entropy, embedding, linear
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from tritter.checkpoints.expert_files import AdapterShape  # noqa: E402
 from tritter.core.models import load_model  # noqa: E402
 from tritter.data.sources import source_documents  # noqa: E402
-from tritter.methods.experts.adapters import AdapterShape  # noqa: E402
 from tritter.methods.experts.mixture import ExpertMixture  # noqa: E402
 
 LENGTH, BATCH, STEPS, SEEDS = 128, 16, 250, (0, 1, 2)

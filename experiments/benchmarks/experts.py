@@ -23,8 +23,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tritter.checkpoints.expert_files import AdapterShape
 from tritter.core.models import load_model
-from tritter.methods.experts.adapters import AdapterShape
 from tritter.methods.experts.gates import Routing, balance_loss, z_loss
 from tritter.methods.experts.mixture import ExpertMixture, RouterKind
 from tritter.methods.novelty import observe

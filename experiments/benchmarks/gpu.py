@@ -207,7 +207,7 @@ class Measurement:
     def _lora(self, way: str) -> float:
         from peft import LoraConfig, get_peft_model
 
-        from tritter.methods.experts.adapters import AdapterShape
+        from tritter.checkpoints.expert_files import AdapterShape
         from tritter.methods.experts.gates import Routing
         from tritter.methods.experts.mixture import ExpertMixture
 

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests import oracle
 from tritter import GrowableCausalLM, depth_upscale, width_upscale
+from tritter.checkpoints.expert_files import AdapterShape
 from tritter.core.families import Model
 from tritter.core.models import (
     _warn_of_untested_version,
@@ -23,7 +24,7 @@ from tritter.core.models import (
     save_tokenizer,
 )
 from tritter.errors import RequestError, TritterError
-from tritter.methods.experts.adapters import AdapterShape, add_adapter
+from tritter.methods.experts.adapters import add_adapter
 
 ATTACK = """
 from pathlib import Path

@@ -161,7 +161,7 @@ def test_a_large_vocabulary_is_read_in_smaller_batches(
 
 
 def test_a_tied_model_is_scored_with_its_experts(tokenizer: PreTrainedTokenizerFast) -> None:
-    from tritter.methods.experts.adapters import AdapterShape
+    from tritter.checkpoints.expert_files import AdapterShape
     from tritter.methods.experts.mixture import ExpertMixture
 
     tied = oracle.tiny_llama(vocab_size=300, max_position_embeddings=512, tie_word_embeddings=True)

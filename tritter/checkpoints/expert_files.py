@@ -111,8 +111,15 @@ class ExpertsHead:
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterConfig:
-    """The config of a plain LoRA adapter, saved by Tritter or stock PEFT."""
+class AdapterShape:
+    """The size of one adapter, equal in all its layers.
+
+    Args:
+        rank: r, rows of A and columns of B.
+        alpha: α; the output of the adapter is scaled by α / r.
+        targets: last names of its layers: linear layers of decoder layers, such as `q_proj`, and
+            the vocabulary, `embed_tokens` and `lm_head`.
+    """
 
     FILES: ClassVar[tuple[str, str]] = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -120,10 +127,15 @@ class AdapterConfig:
     alpha: float
     targets: tuple[str, ...]
 
+    @property
+    def scaling(self) -> float:
+        """α / r."""
+        return self.alpha / self.rank
+
     @classmethod
-    def read(cls, folder: Path) -> "AdapterConfig":
-        """Read and check the config of an adapter folder."""
-        path = folder / AdapterConfig.FILES[0]
+    def read(cls, folder: Path) -> "AdapterShape":
+        """Read and check the config of a plain LoRA adapter, saved by Tritter or stock PEFT."""
+        path = folder / AdapterShape.FILES[0]
         config = read_object(path)
         if config.get("peft_type") != "LORA":
             found = brief(config.get("peft_type"))
@@ -163,7 +175,7 @@ class ExpertFiles:
 
     source: Path
     head: ExpertsHead
-    configs: Mapping[str, AdapterConfig]
+    configs: Mapping[str, AdapterShape]
     num_parameters: Mapping[str, int]
 
     @classmethod
@@ -177,7 +189,7 @@ class ExpertFiles:
             ) is not None and ExpertsHead.PATH in lineage.file_digests:
                 raise TritterError(f"{path} is missing; the experts in {folder} can't be read.")
             patterns = (
-                *(f"{EXPERTS_FOLDER}/*/{file}" for file in AdapterConfig.FILES),
+                *(f"{EXPERTS_FOLDER}/*/{file}" for file in AdapterShape.FILES),
                 ExpertsHead.TENSORS,
             )
             unlisted = [path for pattern in patterns for path in folder.glob(pattern)]
@@ -194,9 +206,9 @@ class ExpertFiles:
             require_file(folder / file, is_read_whole=not file.startswith(EXPERTS_FOLDER))
         sizes = {}
         for name, adapter in adapters.items():
-            headers = TensorFolder.open_file(adapter, AdapterConfig.FILES[1]).headers.values()
+            headers = TensorFolder.open_file(adapter, AdapterShape.FILES[1]).headers.values()
             sizes[name] = sum(prod(header.shape) for header in headers)
-        configs = {name: AdapterConfig.read(adapter) for name, adapter in adapters.items()}
+        configs = {name: AdapterShape.read(adapter) for name, adapter in adapters.items()}
         return cls(folder, head, configs, sizes)
 
     @classmethod
@@ -232,7 +244,7 @@ class ExpertFiles:
 def _paths(head: ExpertsHead) -> Iterator[str]:
     """Yield the paths of the experts' files, relative to their checkpoint folder."""
     for name in head.adapters:
-        yield from (f"{EXPERTS_FOLDER}/{name}/{file}" for file in AdapterConfig.FILES)
+        yield from (f"{EXPERTS_FOLDER}/{name}/{file}" for file in AdapterShape.FILES)
     yield from (ExpertsHead.PATH, ExpertsHead.TENSORS)
 
 

@@ -19,7 +19,7 @@ from tritter.checkpoints.card import (
     Card,
     licence_files,
 )
-from tritter.checkpoints.expert_files import AdapterConfig, ExpertFiles
+from tritter.checkpoints.expert_files import AdapterShape, ExpertFiles
 from tritter.checkpoints.export import Weights
 from tritter.checkpoints.history import Link
 from tritter.checkpoints.location import check_output, is_within
@@ -52,7 +52,7 @@ from tritter.storage.atomic import atomic_folder
 from tritter.storage.hub import locate
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_OF_ADAPTER = {*AdapterConfig.FILES, Card.NAME}
+_OF_ADAPTER = {*AdapterShape.FILES, Card.NAME}
 _SEQUENCES, _LENGTH, _DOCUMENTS = 8, 128, 16  # per domain, to measure a merge
 _MAX_RANK = 1024  # of a readable adapter
 
@@ -308,7 +308,7 @@ def _check_adapters(folder: Path, *, source: Path) -> None:
     if is_within(source, folder):
         raise RequestError(f"{folder} contains the source {source}.")
     strays = sorted(_unexpected_names(folder))
-    if strays or not any(folder.rglob(AdapterConfig.FILES[0])):
+    if strays or not any(folder.rglob(AdapterShape.FILES[0])):
         what = f"contains other files ({strays[0]})" if strays else "contains no adapter"
         raise RequestError(f"{folder} {what}, and is not replaced. Choose another folder.")
 

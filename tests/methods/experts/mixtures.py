@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from tests.oracle import tiny_llama
-from tritter.methods.experts.adapters import AdapterShape, parameters_of
+from tritter.checkpoints.expert_files import AdapterShape
+from tritter.methods.experts.adapters import parameters_of
 from tritter.methods.experts.mixture import ExpertMixture, RouterKind
 
 TARGETS = ("q_proj", "v_proj", "down_proj")

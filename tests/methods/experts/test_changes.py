@@ -10,9 +10,9 @@ from torch import Tensor
 from tests import oracle
 from tests.methods.experts.mixtures import TARGETS, mixture_of
 from tests.training.test_surgery import train
+from tritter.checkpoints.expert_files import AdapterShape
 from tritter.errors import RequestError
 from tritter.methods.experts.adapters import (
-    AdapterShape,
     adapted_layers,
     parameters_of,
     set_rank,

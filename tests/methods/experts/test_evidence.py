@@ -12,12 +12,13 @@ from transformers import DynamicCache
 
 from tests.methods.experts.mixtures import TARGETS
 from tests.oracle import tiny_llama
+from tritter.checkpoints.expert_files import AdapterShape
 from tritter.core.models import cache_in, cache_name
 from tritter.data.chat import CONTEXT, PADDING, START
 from tritter.data.packing import DocumentMask, read_marks, reading_whole
 from tritter.data.tokens import TextBounds
 from tritter.errors import RequestError
-from tritter.methods.experts.adapters import AdapterShape, parameters_of
+from tritter.methods.experts.adapters import parameters_of
 from tritter.methods.experts.gates import Routing
 from tritter.methods.experts.mixture import _NO_TOKEN, Evidence, ExpertMixture, RouterKind
 

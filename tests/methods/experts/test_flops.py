@@ -10,9 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests import oracle
 from tests.oracle.families import tiny
+from tritter.checkpoints.expert_files import AdapterShape
 from tritter.core.families import Flops, Model, forward_flops
 from tritter.core.models import model_of
-from tritter.methods.experts.adapters import AdapterShape, is_of_adapter
+from tritter.methods.experts.adapters import is_of_adapter
 from tritter.methods.experts.callback import _observation_flops as observation_flops
 from tritter.methods.experts.gates import Routing
 from tritter.methods.experts.mixture import ROUTER, ExpertMixture, RouterKind

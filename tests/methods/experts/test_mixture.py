@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.methods.experts.mixtures import TARGETS, mixture_of
 from tests.oracle import tiny_llama, tokens
 from tests.oracle.families import tiny
+from tritter.checkpoints.expert_files import AdapterShape
 from tritter.errors import RequestError
-from tritter.methods.experts.adapters import AdapterShape, Factors, adapted_layers, parameters_of
+from tritter.methods.experts.adapters import Factors, adapted_layers, parameters_of
 from tritter.methods.experts.gates import Routing
 from tritter.methods.experts.mixture import Dispatch, ExpertMixture, _mixture_output, mixture_on
 

@@ -11,9 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.methods.experts.mixtures import TARGETS, mixture_of
 from tests.oracle import tiny_llama, tokens
-from tritter.checkpoints.expert_files import is_plain_setting
+from tritter.checkpoints.expert_files import AdapterShape, is_plain_setting
 from tritter.errors import RequestError, TritterError
-from tritter.methods.experts.adapters import AdapterShape
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.methods.experts.stored import (
     _TENSORS_NAME,

@@ -20,12 +20,12 @@ from tests.methods.experts.test_training import assert_same_end, kinds, needs_fo
 from tests.oracle import logits, saved, tiny_llama, tokens
 from tests.pipeline.test_experts_job import PLAIN, files, run
 from tests.training.killed import KillAt, Killed
-from tritter.checkpoints.expert_files import ExpertFiles
+from tritter.checkpoints.expert_files import AdapterShape, ExpertFiles
 from tritter.config.launch.composition import load_config
 from tritter.core.models import convert, live_shape, load_model, model_of
 from tritter.errors import RequestError
 from tritter.methods.experts import quantised
-from tritter.methods.experts.adapters import AdapterShape, adapted_layers, base_bits, decoder_layers
+from tritter.methods.experts.adapters import adapted_layers, base_bits, decoder_layers
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.methods.experts.module import step_flops_of
 from tritter.methods.experts.stored import ExpertFolder, load_with_experts

@@ -15,11 +15,10 @@ from tests.methods.experts.mixtures import TARGETS, mixture_of
 from tests.methods.novelty.factories import library
 from tests.oracle import logits, saved, stock, tiny_llama, tokens
 from tritter.checkpoints import Source
-from tritter.checkpoints.expert_files import AdapterConfig, ExpertFiles, ExpertsHead
+from tritter.checkpoints.expert_files import AdapterShape, ExpertFiles, ExpertsHead
 from tritter.core.families import Model
 from tritter.core.models import load_model
 from tritter.errors import RequestError, TritterError
-from tritter.methods.experts.adapters import AdapterShape
 from tritter.methods.experts.gates import Routing
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.methods.experts.stored import ExpertFolder, adopt, write_adapter
@@ -303,7 +302,7 @@ def _linked(name: str) -> Callable[[Path], None]:
     return change
 
 
-ADAPTER = f"experts/e0/{AdapterConfig.FILES[1]}"
+ADAPTER = f"experts/e0/{AdapterShape.FILES[1]}"
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "router not finite": (_set("router.0.weight", torch.full((4, 24), torch.inf)), "not finite"),
     "router of integers": (_set("router.0.weight", torch.ones(4, 24).int()), "not finite"),
@@ -325,7 +324,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "tensors gone": (_gone(ExpertsHead.TENSORS), "no such file"),
     "adapter gone": (_gone(ADAPTER), "no such file"),
-    "adapter config gone": (_gone(f"experts/e1/{AdapterConfig.FILES[0]}"), "no such file"),
+    "adapter config gone": (_gone(f"experts/e1/{AdapterShape.FILES[0]}"), "no such file"),
     "adapter damaged": (lambda folder: (folder / ADAPTER).write_bytes(b""), "cannot be read"),
     "adapter linked": (_linked(ADAPTER), "leaves the folder"),
     "expert linked": (_linked("experts/e0"), "leaves the folder"),

@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 from tests import oracle
 from tests.methods.experts.mixtures import mixture_of
 from tests.oracle.families import tiny
+from tritter.checkpoints.expert_files import AdapterShape
 from tritter.checkpoints.export import Weights
 from tritter.checkpoints.source import Source
 from tritter.core.models import read_model
 from tritter.errors import RequestError
-from tritter.methods.experts.adapters import AdapterShape, adaptable
+from tritter.methods.experts.adapters import adaptable
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.methods.experts.stored import StoredAdapter, write_adapter
 

@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests import oracle
 from tests.oracle.families import tiny
 from tests.training.test_surgery import train
+from tritter.checkpoints.expert_files import AdapterShape
 from tritter.errors import RequestError, TritterError
 from tritter.methods.experts.adapters import (
-    AdapterShape,
     Factors,
     adaptable,
     adapted_layers,

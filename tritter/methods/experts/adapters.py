@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from tritter.checkpoints.expert_files import AdapterShape
 from tritter.errors import RequestError, did_you_mean
 from tritter.training.parameters import WRAPPED
 
@@ -40,27 +41,6 @@ _LAYER = re.compile(r"(?:^|.*\.)(?:layers|h|blocks)\.(\d+)(?=\.)")  # h in GPT-2
 _OWN = re.compile(r".*\.lora_(?:embedding_)?[AB]\.(?P<adapter>[^.]+)(?:\.weight)?")
 _PARTS = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterShape:
-    """The size of one adapter, equal in all its layers.
-
-    Args:
-        rank: r, rows of A and columns of B.
-        alpha: α; the output of the adapter is scaled by α / r.
-        targets: last names of its layers: linear layers of decoder layers, such as `q_proj`, and
-            the vocabulary, `embed_tokens` and `lm_head`.
-    """
-
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
-
-    @property
-    def scaling(self) -> float:
-        """α / r."""
-        return self.alpha / self.rank
 
 
 @dataclass(frozen=True, slots=True, eq=False)

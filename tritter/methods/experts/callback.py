@@ -10,6 +10,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, distributed, nn
 
+from tritter.checkpoints.expert_files import AdapterShape
 from tritter.core.families import Flops, Model, forward_flops
 from tritter.core.models import live_shape, model_of
 from tritter.data.batches import this_rank
@@ -17,7 +18,6 @@ from tritter.data.chat import CONTEXT, ids_of
 from tritter.data.packing import IGNORED, document_mask_of, has_starts, kept_tokens, labels_of
 from tritter.data.replay import Reservoir
 from tritter.methods.experts.adapters import (
-    AdapterShape,
     adapted_layers,
     factors,
     parameters_of,

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tritter.checkpoints.expert_files import AdapterShape
 from tritter.errors import RequestError
 from tritter.evaluation.inference import eval_mode
-from tritter.methods.experts.adapters import AdapterShape, Factors
+from tritter.methods.experts.adapters import Factors
 from tritter.methods.experts.changes import lost_share, merge_factors
 from tritter.methods.experts.gates import usage
 from tritter.methods.experts.mixture import ExpertMixture

@@ -9,7 +9,7 @@ from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from tritter.checkpoints.expert_files import ExpertFiles
+from tritter.checkpoints.expert_files import AdapterShape, ExpertFiles
 from tritter.core.families import Model
 from tritter.errors import Problem, RequestError, did_you_mean
 from tritter.methods.experts.options import FIRST, AdapterOptions, DynamicOptions
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from tritter.checkpoints import ExpansionRecord, Source
     from tritter.data.tokens import TextBounds
-    from tritter.methods.experts.adapters import AdapterShape
     from tritter.methods.experts.callback import ExpertCallback
     from tritter.methods.experts.mixture import ExpertMixture
     from tritter.methods.experts.registry import ExpertRegistry
@@ -195,7 +194,7 @@ class Experts(Method, ABC):
 
     def shape(self, model: nn.Module) -> AdapterShape:
         """Return the initial size of an adapter on a model."""
-        from tritter.methods.experts.adapters import AdapterShape, adaptable
+        from tritter.methods.experts.adapters import adaptable
 
         options: AdapterOptions = self.options
         targets = options.targets or tuple(sorted(adaptable(model)))
@@ -372,7 +371,7 @@ class DynamicExperts(Experts):
         return {name: getattr(self.options, name) for name in names}
 
     def shape(self, model: nn.Module) -> AdapterShape:
-        from tritter.methods.experts.adapters import AdapterShape, adaptable
+        from tritter.methods.experts.adapters import adaptable
 
         shape = super().shape(model)
         options: DynamicOptions = self.options

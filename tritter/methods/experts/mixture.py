@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear, pad
 
-from tritter.checkpoints.expert_files import RouterKind
+from tritter.checkpoints.expert_files import AdapterShape, RouterKind
 from tritter.core.models import backbone_of, cache_in
 from tritter.data.chat import ids_of, is_padding
 from tritter.data.packing import document_mask_of
 from tritter.errors import RequestError, did_you_mean
 from tritter.methods.experts.adapters import (
-    AdapterShape,
     Factors,
     adaptable,
     adapted_layers,

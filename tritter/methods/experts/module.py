@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, distributed
 from torch.nn.functional import kl_div, log_softmax
 
+from tritter.checkpoints.expert_files import AdapterShape
 from tritter.core.families import Adapters, Flops, LowRank, forward_flops
 from tritter.core.models import model_of
 from tritter.data.batches import this_rank
 from tritter.data.packing import IGNORED, kept_tokens, labels_of
 from tritter.evaluation.inference import preserve_modes
 from tritter.methods.experts.adapters import (
-    AdapterShape,
     adapted_layers,
     adapter_names,
     decoder_layers,

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tritter.checkpoints.expert_files import (
-    AdapterConfig,
+    AdapterShape,
     EvidenceHead,
     ExpertFiles,
     ExpertsHead,
@@ -30,7 +30,6 @@ from tritter.core.families import Model
 from tritter.core.models import load_model
 from tritter.errors import RequestError, TritterError
 from tritter.methods.experts.adapters import (
-    AdapterShape,
     Factors,
     adapted_layers,
     base_bits,
@@ -56,7 +55,7 @@ from tritter.training.checkpoint_io import decode, encode
 # replace those of the model on loading. Here they are never written. If they are read, they must
 # equal those of the model; otherwise the adapter belongs to another base.
 
-CONFIG_NAME, _TENSORS_NAME = AdapterConfig.FILES
+CONFIG_NAME, _TENSORS_NAME = AdapterShape.FILES
 _PREFIX = "base_model.model."
 _KEY = re.compile(
     rf"{re.escape(_PREFIX)}(?P<layer>[\w.]+)\."
@@ -103,7 +102,7 @@ class StoredAdapter:
     @classmethod
     def read(cls, folder: Path) -> "StoredAdapter":
         """Read an adapter folder written by Tritter or stock PEFT."""
-        config = AdapterConfig.read(folder)
+        config = AdapterShape.read(folder)
         tensors = TensorFolder.open_file(folder, _TENSORS_NAME)
         path = folder / _TENSORS_NAME
         layers: dict[str, dict[str, str]] = {}  # layer → A, B and base → name of the tensor
