@@ -175,8 +175,7 @@ class Weights:
         dtypes = {each.name: dtypes.get(each.name, dtype) for each in model.layout(expert_layout)}
         stream = self._stream(model.layout(expert_layout), dtypes, progress=progress)
         stream = stream.padded(model.padded_shapes())
-        check = partial(check_replaceable, sources=self.source_paths)
-        with atomic_folder(destination, overwrite=overwrite, check=check) as folder:
+        with atomic_folder(destination, overwrite=overwrite, check=check_replaceable) as folder:
             digests = stream.write(folder, max_shard_bytes=max_shard_bytes)
             write_config(folder, model.on_disk.config)
             for artifact in artifacts:

@@ -10,7 +10,6 @@ import shlex
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from tritter.checkpoints.card import LICENCE_FILES, Card
@@ -65,19 +64,19 @@ def check_output(
                 "the source."
             )
         if is_within(source, target):
-            raise _contains_source_error(target, source)
+            raise RequestError(
+                f"{target} contains the source {source}. Choose an output folder outside the "
+                "source."
+            )
     if overwrite and os.path.lexists(target):
-        (check or partial(check_replaceable, sources=sources))(target)
+        (check or check_replaceable)(target)
 
 
-def check_replaceable(folder: Path, *, sources: Sequence[Path] = ()) -> None:
+def check_replaceable(folder: Path) -> None:
     """Reject a folder that contains anything other than one checkpoint.
 
     Reads only tritter.json and follows no links.
     """
-    for source in sources:
-        if is_within(source, folder):
-            raise _contains_source_error(folder, source)
     try:
         record, names = folder / LINEAGE_NAME, {path.name for path in folder.iterdir()}
         if has_record := record.is_file() and not record.is_symlink():
@@ -108,12 +107,6 @@ def check_replaceable(folder: Path, *, sources: Sequence[Path] = ()) -> None:
             f"{folder} is not replaced, because it contains no checkpoint (config.json and "
             f"{SINGLE_NAME}). Choose another folder."
         )
-
-
-def _contains_source_error(target: Path, source: Path) -> RequestError:
-    return RequestError(
-        f"{target} contains the source {source}. Choose an output folder outside the source."
-    )
 
 
 def is_within(path: Path, folder: Path) -> bool:

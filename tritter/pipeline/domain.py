@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +122,7 @@ def expand_for_domain(
             "before": score_records(run.read_scores("baseline")),
             "after": score_records(run.read_scores(f"{_BRANCH}-trained")),
         }
-        check = partial(check_replaceable, sources=sources)
+        check = check_replaceable
         with atomic_folder(destination, overwrite=overwrite, check=check) as temporary:
             shutil.copytree(folder / "checkpoint", temporary, dirs_exist_ok=True)
             # The parent is the source, because the stage folders are temporary

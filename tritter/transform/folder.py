@@ -341,7 +341,7 @@ def expand(
         artifacts=_artifacts(opened, plan, max_shard_bytes=max_shard_bytes),
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
-        check=partial(check_replaceable, sources=[folder]),
+        check=check_replaceable,
         before_publish=call_back,
     )
     return Expanded(destination, plan, lineage)

@@ -108,7 +108,6 @@ class ModelExpander:
             folder,
             lineage=lambda: lineage,
             artifacts=[*others, None if added is None else added.write],
-            sources=sources,
             overwrite=overwrite,
         )
 
@@ -163,7 +162,6 @@ def write_model(
     *,
     lineage: Callable[[], Lineage],
     artifacts: Iterable[Artifact | None] = (),
-    sources: Sequence[Path] = (),
     overwrite: bool = False,
 ) -> Lineage:
     """Write a live model as a checkpoint folder that stock transformers loads.
@@ -171,7 +169,6 @@ def write_model(
     Args:
         lineage: called after the tensors are written.
         artifacts: files next to the model; None entries are left out.
-        sources: folders that the model was loaded from, which are never replaced.
         overwrite: replace a checkpoint at `folder`.
 
     Raises:
@@ -192,7 +189,7 @@ def write_model(
         lineage=lineage,
         artifacts=[*artifacts, partial(_write_generation_config, model)],
         overwrite=overwrite,
-        check=partial(check_replaceable, sources=sources),
+        check=check_replaceable,
     )
 
 

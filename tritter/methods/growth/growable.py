@@ -501,7 +501,6 @@ class GrowableCausalLM(_Growable, nn.Module):
             target,
             lineage=lambda: _lineage(origin, target, records),
             artifacts=[partial(copy_small_files, source) for source in sources],
-            sources=sources,
             overwrite=overwrite,
         )
 
