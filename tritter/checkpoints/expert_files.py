@@ -17,8 +17,9 @@ from pydantic import Field
 from tritter.checkpoints.record import EXPERTS_FOLDER, Lineage
 from tritter.errors import TritterError, brief, refused, show
 from tritter.limits import MAX_COUNT
+from tritter.options import Count, WholeNumber
 from tritter.storage.reading import check_links, read_object, require_file
-from tritter.storage.records import Count, WholeNumber, read_record, record
+from tritter.storage.records import read_record, record
 from tritter.storage.tensors import TensorFolder
 
 _BASE = "base"  # the expert without an adapter; always the first

@@ -16,7 +16,7 @@ from tritter.data.documents import PIECE_CHARACTERS, Documents, documents_digest
 from tritter.data.split import SplitRule
 from tritter.errors import TritterError
 from tritter.limits import MAX_LAYERS
-from tritter.options import leaves
+from tritter.options import WholeNumber, leaves
 from tritter.storage.reading import LINEAGE_NAME, check_links
 from tritter.storage.records import (
     Finite,
@@ -24,7 +24,6 @@ from tritter.storage.records import (
     Seed,
     Sha256,
     Text,
-    WholeNumber,
     read_record,
     record,
 )

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tritter.errors import RequestError, TritterError
-from tritter.storage.records import Finite, WholeNumber, read_record, record, record_text
+from tritter.options import WholeNumber
+from tritter.storage.records import Finite, read_record, record, record_text
 
 _SIGMOID_ROUTERS = {"Glm4MoeTopkRouter"}
 _ROUTERS = {"MixtralTopKRouter", "Qwen2MoeTopKRouter", "Qwen3MoeTopKRouter"} | _SIGMOID_ROUTERS

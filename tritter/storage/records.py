@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeVar, d
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from tritter.errors import TritterError, brief
-from tritter.limits import MAX_COUNT
 from tritter.storage.reading import parse_object, read_text
 
 if TYPE_CHECKING:
@@ -40,8 +39,6 @@ _R = TypeVar("_R", bound="Record")
 # Field types, limited to the values that the commands can handle
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Text = Annotated[str, Field(max_length=_MAX_TEXT, pattern=r"^[^\x00]*$")]
-Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
-WholeNumber = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]  # derived seeds have 64 bits
 Finite = Annotated[float, Field(ge=-1e300, le=1e300, allow_inf_nan=False)]
 
