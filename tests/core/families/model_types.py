@@ -34,7 +34,7 @@ from tritter.core.expansions.targets import growth_examples
 from tritter.core.families import Config, Model, family_of, find_family
 from tritter.core.families.discovery import DiscoveredFamily
 from tritter.core.families.discovery.family import shallow
-from tritter.core.families.discovery.twin import build_twin
+from tritter.core.families.discovery.twin import Twin
 from tritter.core.models import read_model
 from tritter.errors import TritterError
 from tritter.methods.growth.growable import GrowableCausalLM
@@ -166,7 +166,7 @@ def measured(model_type: str, place: Path) -> Row:
     base = place / "base"
     try:
         config = example(model_type)
-        build_twin(config).model.float().save_pretrained(base)
+        Twin.of(config).model.float().save_pretrained(base)
         saved = json.loads((base / "config.json").read_text())["model_type"]
     except Exception as error:  # a class may raise anything
         return Row(model_type, "refused", nothing, _short(error))
@@ -177,7 +177,7 @@ def measured(model_type: str, place: Path) -> Row:
     if depth == "refused":
         return Row(model_type, depth, nothing, note)
     few = place / "few"
-    build_twin(shallow(read_model(base).config)).model.float().save_pretrained(few)
+    Twin.of(shallow(read_model(base).config)).model.float().save_pretrained(few)
     return Row(model_type, depth, *_widths(few, place, note))
 
 

@@ -44,7 +44,7 @@ from tritter.core.families.discovery import family
 from tritter.core.families.discovery.configs import deeper_configs
 from tritter.core.families.discovery.family import DiscoveredFamily, discover, shallow
 from tritter.core.families.discovery.skeleton import layers_on_disk
-from tritter.core.families.discovery.twin import Block, build_twin
+from tritter.core.families.discovery.twin import Block, Twin
 from tritter.core.models import read_model
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation import measure
@@ -64,7 +64,7 @@ def full_matrix(names: tuple[str, ...]) -> list[Any]:
 def example_folder(model_type: str, place: Path, **changes: Any) -> Path:
     """Save a tiny random model of a type with the default config of its class."""
     folder = place / model_type
-    build_twin(example(model_type, **changes)).model.float().save_pretrained(folder)
+    Twin.of(example(model_type, **changes)).model.float().save_pretrained(folder)
     return folder
 
 
@@ -422,7 +422,7 @@ def test_heads_for_later_tokens_are_left_out(
 @pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_text_of_a_multimodal_model_grows(tied: bool, tmp_path: Path) -> None:
     """AutoModelForCausalLM loads Qwen3.5 without its encoder, from files with other names."""
-    text = build_twin(example("qwen3_5_text", num_hidden_layers=4, tie_word_embeddings=tied))
+    text = Twin.of(example("qwen3_5_text", num_hidden_layers=4, tie_word_embeddings=tied))
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
     text_config: dict[str, Any] = text.model.config.to_dict()  # type: ignore[operator, union-attr]
     vision |= {"out_hidden_size": text_config["hidden_size"], "patch_size": 4}
@@ -527,7 +527,7 @@ def test_flops_are_those_of_the_table(model_type: str, monkeypatch: pytest.Monke
 @pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("model_type", ["opt", "starcoder2", "gpt_oss", "granitemoe"])
 def test_flops_are_those_that_torch_counts(model_type: str) -> None:
-    model = build_twin(example(model_type)).model.float()
+    model = Twin.of(example(model_type)).model.float()
     config = model.config.to_dict()  # type: ignore[union-attr, operator]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=IDS, use_cache=False)
@@ -603,7 +603,7 @@ def test_damaged_results_of_other_growth_are_caught(
 
     monkeypatch.setattr(measure, "folder_jump", damaged)
     folder = tmp_path / "few"
-    build_twin(shallow(example(model_type))).model.float().save_pretrained(folder)
+    Twin.of(shallow(example(model_type))).model.float().save_pretrained(folder)
     config = read_model(folder).config
     deeper = (request for request, _ in depth_requests(config))
     requests = chain(deeper, *growth_examples(Model(config)).values())

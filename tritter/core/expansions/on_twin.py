@@ -16,9 +16,6 @@ from tritter.core.families.discovery.family import shallow
 from tritter.core.families.discovery.twin import (
     TOLERANCE,
     Twin,
-    build_model,
-    build_twin,
-    logits_of,
     one_thread,
 )
 from tritter.core.parameter_map import AxisFactor, Fill, ParameterMap, TensorMap, mapped
@@ -76,15 +73,15 @@ def _rotation_change(key: Key, new: Key) -> float:
         key: config of the model.
         new: the parameters, as `new`.
     """
-    twin = build_twin(shallow(config_in(key)))
+    twin = Twin.of(shallow(config_in(key)))
     changed = {**twin.config.to_dict(), "rope_parameters": config_in(new)["new"]}
     try:
         with errors_as(f"the class of {twin.text.model_type} refuses the new rotary parameters"):
-            model = build_model(type(twin.config).from_dict(changed))
+            model = twin.sibling(changed)
     except TritterError as error:
         raise RequestError(Problem("expansion.context", reason=str(error))) from error
     model.load_state_dict(twin.model.state_dict(), strict=False)
-    return float((logits_of(model, twin.text.vocab_size) - twin.logits()).abs().max())
+    return float((twin.logits(model) - twin.logits()).abs().max())
 
 
 def _sizes(sizes: Dimensions) -> dict[str, int]:
@@ -119,8 +116,7 @@ class _GrownTwin:
 
     def change(self) -> float:
         """Return the largest change of the logits."""
-        after = logits_of(self.model, self.twin.text.vocab_size)
-        return float((after - self.twin.logits()).abs().max())
+        return float((self.twin.logits(self.model) - self.twin.logits()).abs().max())
 
 
 def _grown_twin(spec: Any, key: Key, factors: tuple[tuple[str, float], ...]) -> _GrownTwin:
@@ -131,7 +127,7 @@ def _grown_twin(spec: Any, key: Key, factors: tuple[tuple[str, float], ...]) -> 
         key: config of the model.
         factors: size → factor by which it grows; empty for experts.
     """
-    twin = build_twin(shallow(config_in(key)))
+    twin = Twin.of(shallow(config_in(key)))
     source = Model(twin.config.to_dict()).widened
     small = spec
     if factors:
@@ -140,7 +136,7 @@ def _grown_twin(spec: Any, key: Key, factors: tuple[tuple[str, float], ...]) -> 
         small = replace(spec, **sizes)
     target = source.changed(small.target_config(source))
     try:
-        model = build_model(type(twin.config).from_dict(target.config))
+        model = twin.sibling(target.config)
     except Exception as error:  # config and model classes may raise anything
         raise RequestError(
             f"config.json: its class refuses other sizes: {reason_of(error)}"

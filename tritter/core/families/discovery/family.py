@@ -57,10 +57,7 @@ from tritter.core.families.discovery.skeleton import (
 from tritter.core.families.discovery.twin import (
     TOLERANCE,
     Twin,
-    build_model,
-    build_twin,
     in_float64,
-    logits_of,
     one_thread,
     small_sizes,
 )
@@ -374,7 +371,7 @@ class DiscoveredFamily(Family):
     def _with_axes(self, config: Config) -> "DiscoveredFamily":
         few = shallow(config)
         layers = _kinds_of_layers(skeleton(key_of(few)))
-        twin = build_twin(few)
+        twin = Twin.of(few)
         axes = find_axes(twin, layers, self.live_writers)
         if _has_groups(self.dimensions(config)) > _has_groups(self.dimensions(_plain(twin))):
             axes = axes.without_heads("no small model of it has groups of heads")
@@ -469,7 +466,7 @@ def _default_size(value: object, sizes: Dimensions) -> int:
 @one_thread()
 def _separates_documents(key: Key) -> bool:
     """Return True if a twin has the same logits for a document alone and after another one."""
-    twin = build_twin(shallow(config_in(key)))
+    twin = Twin.of(shallow(config_in(key)))
     documents = torch.randint(3, 100, (2, 6), generator=torch.Generator().manual_seed(3))
     positions = torch.arange(6)
     try:
@@ -516,7 +513,7 @@ def discover(config: Config) -> DiscoveredFamily:
         model_type = str(config["model_type"])
         try:
             with one_thread():
-                twin = build_twin(config)
+                twin = Twin.of(config)
                 found = _probed(config, twin, skeleton(key_of(config)))
         except RequestError as error:
             raise RequestError(f"model_type '{model_type}' is not supported: {error}") from error
@@ -734,11 +731,10 @@ def _logit_changes(
         The change with identity copies, and with plain copies (the negative control).
     """
     config = config_in(key)
-    family, twin = discover(config), build_twin(config)
+    family, twin = discover(config), Twin.of(config)
     before, small = twin.logits(), twin.config.to_dict()
     layers = layer_list(twin.model)
-    deeper = type(twin.config).from_dict(_with_layers(small, sources))
-    model = build_model(deeper)
+    model = twin.sibling(_with_layers(small, sources))
     state = twin.model.state_dict()
     changes = []
     shapes = {name: value.shape for name, value in model.state_dict().items()}
@@ -747,7 +743,7 @@ def _logit_changes(
         for name in copies.keys() & shapes.keys():
             copies[name] = _with_blocks(copies[name], shapes[name], sources)
         model.load_state_dict(copies, strict=False)
-        changes.append(float((logits_of(model, twin.text.vocab_size) - before).abs().max()))
+        changes.append(float((twin.logits(model) - before).abs().max()))
     return changes[0], changes[1]
 
 
