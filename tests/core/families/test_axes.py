@@ -24,7 +24,7 @@ from tritter.core.expansions.on_twin import _grown_twin
 from tritter.core.families import FAMILIES, Config, Family, Model, family_of, pack_all, unpack_all
 from tritter.core.families.discovery import discover
 from tritter.core.families.discovery.axes import _arrangements, _residual_axes
-from tritter.core.families.discovery.configs import key_of
+from tritter.core.families.discovery.configs import Key
 from tritter.core.families.discovery.family import shallow
 from tritter.core.families.discovery.twin import Block, Twin, in_float64
 from tritter.core.parameter_map import Fill, Quantity, carried_mask, map_tensor
@@ -157,7 +157,7 @@ COPIED = (("hidden_size", 2.0), ("num_attention_heads", 2.0), ("num_key_value_he
 def test_gradients_obey_the_map(
     model_type: str, init: Literal["fresh", "net2net"], factors: tuple[tuple[str, float], ...]
 ) -> None:
-    key = key_of(Twin.of(shallow(example(model_type))).config.to_dict())
+    key = Key.of(Twin.of(shallow(example(model_type))).config.to_dict())
     grown = _grown_twin(Width(init=init), key, factors)
     before, after = (gradients(model) for model in (grown.twin.model, grown.model))
     old, new = grown.source.layout("live"), grown.target.layout("live")

@@ -11,7 +11,7 @@ from torch import nn
 
 from tritter.core.families import Config, Dimensions, Model, pack_all, unpack_all
 from tritter.core.families.config_file import errors_as
-from tritter.core.families.discovery.configs import Key, config_in, key_of, reason_of
+from tritter.core.families.discovery.configs import Key, reason_of
 from tritter.core.families.discovery.family import shallow
 from tritter.core.families.discovery.twin import (
     TOLERANCE,
@@ -32,7 +32,7 @@ def check_on_twin(spec: Any, source: Model, target: Model) -> None:
         if after[name] != size
     )
     plain = replace(spec, noise=0.0, **(dict.fromkeys(before) if factors else {}))
-    grown, control = _logit_changes(plain, key_of(source.config), factors)
+    grown, control = _logit_changes(plain, Key.of(source.config), factors)
     if not grown <= TOLERANCE:
         reason = f"the logits of a small {source.model_type} change by {grown:.1e}"
         if new.hidden_size != old.hidden_size and getattr(spec, "init", "") in (
@@ -53,12 +53,12 @@ def check_on_twin(spec: Any, source: Model, target: Model) -> None:
 
 def check_rotations(config: Config, target: Config) -> None:
     """Refuse rotary parameters that the class of a model does not read, or not where they help."""
-    new, kinds, reason = key_of({"new": target["rope_parameters"]}), config.get("layer_types"), ""
-    if not _rotation_change(key_of(config), new) > TOLERANCE:
+    new, kinds, reason = Key.of({"new": target["rope_parameters"]}), config.get("layer_types"), ""
+    if not _rotation_change(Key.of(config), new) > TOLERANCE:
         reason = f"{config['model_type']} computes the same with other rotary parameters"
     elif isinstance(kinds, list) and "sliding_attention" in kinds:
         whole = {**config, "layer_types": ["full_attention"] * len(kinds)}
-        if not _rotation_change(key_of(whole), new) > TOLERANCE:
+        if not _rotation_change(Key.of(whole), new) > TOLERANCE:
             reason = "it has rotary embeddings in layers with a window only"
     if reason:
         raise RequestError(Problem("expansion.context", reason=reason))
@@ -73,8 +73,8 @@ def _rotation_change(key: Key, new: Key) -> float:
         key: config of the model.
         new: the parameters, as `new`.
     """
-    twin = Twin.of(shallow(config_in(key)))
-    changed = {**twin.config.to_dict(), "rope_parameters": config_in(new)["new"]}
+    twin = Twin.of(shallow(key.config))
+    changed = {**twin.config.to_dict(), "rope_parameters": new.config["new"]}
     try:
         with errors_as(f"the class of {twin.text.model_type} refuses the new rotary parameters"):
             model = twin.sibling(changed)
@@ -127,7 +127,7 @@ def _grown_twin(spec: Any, key: Key, factors: tuple[tuple[str, float], ...]) -> 
         key: config of the model.
         factors: size → factor by which it grows; empty for experts.
     """
-    twin = Twin.of(shallow(config_in(key)))
+    twin = Twin.of(shallow(key.config))
     source = Model(twin.config.to_dict()).widened
     small = spec
     if factors:

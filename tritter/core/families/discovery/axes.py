@@ -33,17 +33,22 @@ from tritter.core.families.discovery.twin import (
 from tritter.core.families.logical import Arrangement, Port, segments
 from tritter.errors import RequestError
 
-HIDDEN_KEYS = ("hidden_size", "n_embd", "d_model", "emb_dim", "dim")
-HEAD_KEYS = (
-    "num_attention_heads",
-    "n_head",
-    "n_heads",
-    "num_heads",
-    "decoder_attention_heads",
-    "attention_heads",
-)
-EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-KEY_VALUE_KEYS = ("num_key_value_heads", "num_kv_heads")
+# Attribute of `Dimensions` → config keys that may have it
+SIZE_KEYS: Mapping[str, tuple[str, ...]] = {
+    "hidden_size": ("hidden_size", "n_embd", "d_model", "emb_dim", "dim"),
+    "intermediate_size": ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"),
+    "num_attention_heads": (
+        *("num_attention_heads", "n_head", "n_heads", "num_heads"),
+        *("decoder_attention_heads", "attention_heads"),
+    ),
+    "num_key_value_heads": ("num_key_value_heads", "num_kv_heads"),
+    "head_dim": ("head_dim",),
+    "vocab_size": ("vocab_size",),
+    "num_experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
+    "experts_per_token": (
+        *("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k"),
+    ),
+}
 _FFN_KEYS = re.compile(
     r"(.*_)?(intermediate_size|ffn_dim|ffn_size|n_inner|d_ff|dff|dim_ff|ffn_hidden_size)(_mlp)?"
 )
@@ -120,6 +125,39 @@ class Axes:
     neurons: _Neurons = _Neurons()
     refused: Mapping[str, str] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, twin: Twin, layers: Sequence[int], writers: Iterable[str]) -> "Axes":
+        """Return the axes of a model.
+
+        Args:
+            twin: of the model.
+            layers: one layer of each kind.
+            writers: names within a layer of the tensors that write the residual stream.
+        """
+        search = _Search(twin, layers, frozenset(writers))
+        for name, step in (
+            ("ffn", search.add_ffns),
+            ("neurons", search.add_neurons),
+            ("heads", search.add_heads),
+            ("hidden", search.add_hidden),
+            ("experts", search.add_experts),
+        ):
+            before = {tensor: dict(axes) for tensor, axes in search.roles.items()}
+            try:
+                step()
+            except RequestError as error:
+                search.refused[name], search.roles = str(error), before
+        return cls(
+            roles=search.roles,
+            ffn_keys=search.ffn_keys,
+            hidden_keys=search.hidden_keys,
+            has_head_dim=search.has_head_dim,
+            heads_fill_hidden=search.fills_hidden,
+            subtracts_mean=search.subtracts_mean,
+            neurons=search.neurons,
+            refused=search.refused,
+        )
+
     @property
     def all_roles(self) -> tuple[Role, ...]:
         return tuple(role for axes in self.roles.values() for role in axes.values())
@@ -132,39 +170,6 @@ class Axes:
         }
         sizes = ("heads", "hidden") if self.heads_fill_hidden else ("heads",)
         return replace(self, roles=roles, refused={**self.refused, **dict.fromkeys(sizes, reason)})
-
-
-def find_axes(twin: Twin, layers: Sequence[int], writers: Iterable[str]) -> Axes:
-    """Return the axes of a model.
-
-    Args:
-        twin: of the model.
-        layers: one layer of each kind.
-        writers: names within a layer of the tensors that write the residual stream.
-    """
-    search = _Search(twin, layers, frozenset(writers))
-    for name, step in (
-        ("ffn", search.add_ffns),
-        ("neurons", search.add_neurons),
-        ("heads", search.add_heads),
-        ("hidden", search.add_hidden),
-        ("experts", search.add_experts),
-    ):
-        before = {tensor: dict(axes) for tensor, axes in search.roles.items()}
-        try:
-            step()
-        except RequestError as error:
-            search.refused[name], search.roles = str(error), before
-    return Axes(
-        roles=search.roles,
-        ffn_keys=search.ffn_keys,
-        hidden_keys=search.hidden_keys,
-        has_head_dim=search.has_head_dim,
-        heads_fill_hidden=search.fills_hidden,
-        subtracts_mean=search.subtracts_mean,
-        neurons=search.neurons,
-        refused=search.refused,
-    )
 
 
 class _Search:
@@ -187,7 +192,7 @@ class _Search:
     def add_ffns(self) -> None:
         """Find the axes of neurons, of FFNs and of experts."""
         keys = [key for key in self._config if _FFN_KEYS.fullmatch(key)]
-        hidden = self._size(self._first(HIDDEN_KEYS))
+        hidden = self._size(self._first("hidden_size"))
         for key in keys:  # GPT-J's default is four times the hidden size
             if self._config[key] is None and not self._changed({}, {key: 4 * hidden}):
                 self._config = {**self._config, key: 4 * hidden}
@@ -232,7 +237,7 @@ class _Search:
 
     def add_experts(self) -> None:
         """Find the axes of routed experts."""
-        key = self._first(EXPERT_KEYS)
+        key = self._first("num_experts")
         following = self._following([key]) if key else {}
         if not following:
             raise RequestError("no config key is the number of experts")
@@ -243,7 +248,7 @@ class _Search:
 
         Heads may have a size of their own, or fill the hidden size; other keys may follow too.
         """
-        key = self._first(HIDDEN_KEYS)
+        key = self._first("hidden_size")
         if not key:
             raise RequestError("no config key is the hidden size")
         heads, groups = self._head_keys()
@@ -380,17 +385,18 @@ class _Search:
         value = self._config.get(key)
         return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
-    def _first(self, keys: Sequence[str]) -> str:
-        return next((key for key in keys if self._size(key)), "")
+    def _first(self, name: str) -> str:
+        """Return the config key of a size, by the attribute of `Dimensions`; empty without one."""
+        return next((key for key in SIZE_KEYS[name] if self._size(key)), "")
 
     def _head_keys(self) -> tuple[str, str]:
         """Return the keys of query heads and of groups; the latter is empty if there is one."""
-        heads = self._first(HEAD_KEYS)
-        groups = self._first(KEY_VALUE_KEYS) or heads
+        heads = self._first("num_attention_heads")
+        groups = self._first("num_key_value_heads") or heads
         return heads, groups if groups and self._size(groups) > 1 else ""
 
     def _size_of_heads(self) -> int:
-        hidden, heads = self._first(HIDDEN_KEYS), self._first(HEAD_KEYS)
+        hidden, heads = self._first("hidden_size"), self._first("num_attention_heads")
         derived = self._size(hidden) // self._size(heads) if hidden and heads else 1
         return self._size("head_dim") or derived
 

@@ -16,8 +16,6 @@ from transformers.utils import logging as transformers_logging
 from tritter.core.families.dimensions import FFN_SIZES, Config, plain_floats
 from tritter.errors import RequestError, brief
 
-Key = tuple[tuple[str, str], ...]  # a config.json that can be a key of a cache
-
 _COUNTS = (
     *("decoder_layers", "num_decoder_layers", "num_hidden_layers", "n_layer", "n_layers"),
     "num_layers",
@@ -41,28 +39,38 @@ _NO_STRUCTURE = (
 _FIRST_LAYERS = re.compile(r"first_k.*|num_dense_layers|.*layer_start_index|num_hash_layers")
 _PATTERNS = re.compile(r".*(block_types?|layer_types?|_pattern)")
 _LAYER_SETS = re.compile(r".*(layers|layer_idx|idxs|layer_ids)$")
-_POSITIONS = ("max_position_embeddings", "max_seq_len", "max_target_positions")
 
 
-def key_of(config: Config) -> Key:
-    """Return a config as a key, without what names code or describes no structure."""
-    return tuple(
-        sorted(
-            (name, json.dumps(value, sort_keys=True))
-            for name, value in config.items()
-            if name not in _NO_STRUCTURE and "implementation" not in name and name != "auto_map"
+class Key(tuple[tuple[str, str], ...]):
+    """A config.json that can be a key of a cache."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, config: Config) -> "Key":
+        """Return a config as a key, without what names code or describes no structure."""
+        return cls(
+            sorted(
+                (name, json.dumps(value, sort_keys=True))
+                for name, value in config.items()
+                if name not in _NO_STRUCTURE and "implementation" not in name and name != "auto_map"
+            )
         )
-    )
+
+    @property
+    def config(self) -> Config:
+        """The config."""
+        return {name: json.loads(value) for name, value in self}
 
 
 def complete(config: Config) -> Config:
     """Return a config with the defaults of its class."""
-    return dict(_complete(key_of(config)))
+    return dict(_complete(Key.of(config)))
 
 
 @lru_cache(maxsize=256)
 def _complete(key: Key) -> Config:
-    config = config_in(key)
+    config = key.config
     kind = class_of(config)
     try:
         with quiet():
@@ -75,13 +83,6 @@ def _complete(key: Key) -> Config:
     return {**full, "model_type": config["model_type"]}
 
 
-def position_limit(config: Config) -> int | None:
-    """Return the context length of a model, by any of its names, or None if there is no limit."""
-    text = class_of(config).from_dict(plain_floats(config)).get_text_config(decoder=True)
-    limits = (getattr(text, name, None) for name in _POSITIONS)
-    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
-
-
 def structure_of(config: Config, shrunk: Config) -> Key:
     """Return the structure from which a family is discovered, as a key without sizes and depth.
 
@@ -92,8 +93,8 @@ def structure_of(config: Config, shrunk: Config) -> Key:
     full = {**shrunk, "layer_key": layer_key(decoder_config(config))}  # classes accept several
     part = decoder_part(full)
     if not part:
-        return key_of(_without_depth(full))
-    return key_of({**full, part: _without_depth(full[part])})  # type: ignore[arg-type]
+        return Key.of(_without_depth(full))
+    return Key.of({**full, part: _without_depth(full[part])})  # type: ignore[arg-type]
 
 
 def _without_depth(config: Config) -> Config:
@@ -110,11 +111,6 @@ def _without_depth(config: Config) -> Config:
             value = value > 0
         structure[name] = value
     return structure
-
-
-def config_in(key: Key) -> Config:
-    """Return the config of a key."""
-    return {name: json.loads(value) for name, value in key}
 
 
 def class_of(config: Config) -> type[PreTrainedConfig]:

@@ -18,28 +18,27 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers import __version__ as transformers_version
 from transformers.core_model_loading import revert_weight_conversion
 
-from tritter.core.families.dimensions import Config, Dimensions, ffn_sizes, require_size
+from tritter.core.families.dimensions import (
+    Config,
+    Dimensions,
+    ffn_sizes,
+    plain_floats,
+    require_size,
+)
 from tritter.core.families.discovery.axes import (
     EPS,
-    EXPERT_KEYS,
-    HEAD_KEYS,
-    HIDDEN_KEYS,
-    KEY_VALUE_KEYS,
+    SIZE_KEYS,
     Axes,
     Role,
-    find_axes,
 )
 from tritter.core.families.discovery.configs import (
     Key,
     class_of,
     complete,
-    config_in,
     count_layers,
     decoder_config,
     deeper_configs,
-    key_of,
     layer_key,
-    position_limit,
     quiet,
     structure_of,
     with_decoder,
@@ -51,7 +50,6 @@ from tritter.core.families.discovery.skeleton import (
     layer_list,
     layers_on_disk,
     places,
-    skeleton,
     template,
 )
 from tritter.core.families.discovery.twin import (
@@ -61,24 +59,12 @@ from tritter.core.families.discovery.twin import (
     one_thread,
     small_sizes,
 )
-from tritter.core.families.family import Family, scaled_eps
+from tritter.core.families.family import Family
 from tritter.core.families.logical import Axis, LogicalTensor, Place, Port, Space
 from tritter.errors import Problem, RequestError
 from tritter.terminal import status
 
-# Attribute of `Dimensions` → config keys that may have it
-_SIZE_KEYS: Mapping[str, tuple[str, ...]] = {
-    "hidden_size": HIDDEN_KEYS,
-    "intermediate_size": ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"),
-    "num_attention_heads": HEAD_KEYS,
-    "num_key_value_heads": KEY_VALUE_KEYS,
-    "head_dim": ("head_dim",),
-    "vocab_size": ("vocab_size",),
-    "num_experts": EXPERT_KEYS,
-    "experts_per_token": (
-        *("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k"),
-    ),
-}
+_POSITIONS = ("max_position_embeddings", "max_seq_len", "max_target_positions")
 _BLOCKS = {"halves": 2, "thirds": 3}
 _ROUTED = re.compile(r"(\.|^)(experts|router)\.")  # a tensor of a layer with experts
 # Pattern of a name within a layer → beginning of its logical kind
@@ -120,7 +106,7 @@ class DiscoveredFamily(Family):
         return "" if self.writers else next(iter(self.refusals.values()), "")
 
     def inexact_reason(self, config: Config, copied: Collection[int]) -> str:
-        layers = _kinds(skeleton(key_of(config)))
+        layers = _kinds(Skeleton.of(config))
         refused = {each: self.refusals.get(layers[each], "") for each in copied}
         reasons = [f"layer {each}: {reason}" for each, reason in refused.items() if reason]
         if self.refusal:
@@ -236,7 +222,7 @@ class DiscoveredFamily(Family):
         return with_decoder(config, changes)
 
     def separates_documents(self, config: Config) -> bool:
-        return _separates_documents(key_of(config))
+        return _separates_documents(Key.of(config))
 
     def with_vocabulary(self, config: Config, size: int) -> Config:
         if "vocab_size" not in self.sizes:
@@ -256,8 +242,11 @@ class DiscoveredFamily(Family):
 
     def with_rms(self, config: Config, ratio: float) -> Config:
         inner = decoder_config(complete(config))
-        keys = [key for key, eps in inner.items() if EPS.fullmatch(key) and eps]
-        return with_decoder(config, scaled_eps(inner, keys, ratio))
+        eps = {key: inner[key] for key in self._eps_keys(inner)}
+        return with_decoder(config, super().with_rms(eps, ratio))
+
+    def _eps_keys(self, config: Config) -> Collection[str]:
+        return [key for key, eps in config.items() if EPS.fullmatch(key) and eps]
 
     def decoder(self, config: Config) -> Config:
         return decoder_config(config)
@@ -287,16 +276,18 @@ class DiscoveredFamily(Family):
         return Dimensions(**sizes)
 
     def position_limit(self, config: Config) -> int | None:
-        return position_limit(config)
+        text = class_of(config).from_dict(plain_floats(config)).get_text_config(decoder=True)
+        limits = (getattr(text, name, None) for name in _POSITIONS)
+        return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
 
     def layer_kinds(self, config: Config, num_layers: int) -> list[Literal["dense", "sparse"]]:
         return [
             "sparse" if any(_ROUTED.search(name) for name, _ in signature) else "dense"
-            for signature in skeleton(key_of(config)).signatures
+            for signature in Skeleton.of(config).signatures
         ]
 
     def logical_tensors(self, config: Config, sizes: Dimensions) -> tuple[LogicalTensor, ...]:
-        tensors, widths = skeleton(key_of(config)), ffn_sizes(config)
+        tensors, widths = Skeleton.of(config), ffn_sizes(config)
         if widths and self.axes is None:
             return self.widened(config).logical_tensors(config, sizes)
         counts = self._counts(config, sizes)
@@ -312,18 +303,18 @@ class DiscoveredFamily(Family):
         return tensor.layer is not None and tensor.kind in self.writers
 
     def count(self, config: Config, sizes: Dimensions) -> tuple[int, int]:
-        shapes = list(skeleton(key_of(config)).disk.values())
+        shapes = list(Skeleton.of(config).disk.values())
         if ffn_sizes(config):
             shapes = [self.shape(each, sizes) for each in self.logical_tensors(config, sizes)]
         return len(shapes), sum(map(prod, shapes))
 
     def tied_names(self, config: Config) -> Mapping[str, str]:
-        return skeleton(key_of(config)).tied
+        return Skeleton.of(config).tied
 
     def read_as(
         self, config: Config, extra: Collection[str], missing: Collection[str]
     ) -> dict[str, str]:
-        return skeleton(key_of(config)).read_as(extra, missing)
+        return Skeleton.of(config).read_as(extra, missing)
 
     def causal_config(self, config: Config) -> Config:
         kind = class_of(config)
@@ -336,7 +327,7 @@ class DiscoveredFamily(Family):
         return {**inner, **own}
 
     def unrounded(self, config: Config, dtype: Any) -> Collection[str]:
-        return skeleton(key_of(config)).float32.get(dtype, ())
+        return Skeleton.of(config).float32.get(dtype, ())
 
     def attention_window(self, config: Config, layer: int) -> int | None:
         config = decoder_config(config)
@@ -370,9 +361,9 @@ class DiscoveredFamily(Family):
 
     def _with_axes(self, config: Config) -> "DiscoveredFamily":
         few = shallow(config)
-        layers = _kinds_of_layers(skeleton(key_of(few)))
+        layers = _kinds_of_layers(Skeleton.of(few))
         twin = Twin.of(few)
-        axes = find_axes(twin, layers, self.live_writers)
+        axes = Axes.of(twin, layers, self.live_writers)
         if _has_groups(self.dimensions(config)) > _has_groups(self.dimensions(_plain(twin))):
             axes = axes.without_heads("no small model of it has groups of heads")
         sizes = {name: key for name, key in self.sizes.items() if name != "intermediate_size"}
@@ -466,7 +457,7 @@ def _default_size(value: object, sizes: Dimensions) -> int:
 @one_thread()
 def _separates_documents(key: Key) -> bool:
     """Return True if a twin has the same logits for a document alone and after another one."""
-    twin = Twin.of(shallow(config_in(key)))
+    twin = Twin.of(shallow(key.config))
     documents = torch.randint(3, 100, (2, 6), generator=torch.Generator().manual_seed(3))
     positions = torch.arange(6)
     try:
@@ -514,7 +505,7 @@ def discover(config: Config) -> DiscoveredFamily:
         try:
             with one_thread():
                 twin = Twin.of(config)
-                found = _probed(config, twin, skeleton(key_of(config)))
+                found = _probed(config, twin, Skeleton.of(config))
         except RequestError as error:
             raise RequestError(f"model_type '{model_type}' is not supported: {error}") from error
         _FOUND[structure] = _FOUND[_structure(twin.config.to_dict())] = found
@@ -526,12 +517,12 @@ _WIDENED: dict[Key, DiscoveredFamily] = {}  # the same, with axes
 
 
 def _structure(config: Config) -> Key:
-    return _structure_in(key_of(config))
+    return _structure_in(Key.of(config))
 
 
 @lru_cache(maxsize=256)  # asked for once per tensor
 def _structure_in(key: Key) -> Key:
-    config = config_in(key)
+    config = key.config
     return structure_of(config, small_sizes(config))
 
 
@@ -555,7 +546,7 @@ def _probed(config: Config, twin: Twin, tensors: Skeleton) -> DiscoveredFamily:
     sizes = {"num_hidden_layers": count} if isinstance(inner[count], int) else {}
     is_routed = any(_ROUTED.search(name) for name in tensors.disk)
     lengths = {length for shape in tensors.disk.values() for length in shape}
-    for name, keys in _SIZE_KEYS.items():
+    for name, keys in SIZE_KEYS.items():
         known = [key for key in keys if isinstance(inner.get(key), int)]
         # A dense Doge has a number of experts in its config
         if known and (name != "num_experts" or is_routed or inner[known[0]] in lengths):
@@ -635,14 +626,14 @@ def _outside(twin: Twin) -> dict[str, str]:
 
 @lru_cache(maxsize=64)
 def _deeper(key: Key, sources: tuple[int, ...]) -> Config:
-    config = config_in(key)
-    before = skeleton(key)
+    config = key.config
+    before = Skeleton.of(config)
     wanted = [before.signatures[source] for source in sources]
     for deeper in deeper_configs(config, sources):
         kinds = decoder_config(deeper).get("layer_types")
         if kinds is not None and decoder_config(complete(deeper)).get("layer_types") != kinds:
             continue  # the class overrules it: the last layer of Gemma 4 has full attention
-        after = skeleton(key_of(deeper))
+        after = Skeleton.of(deeper)
         if list(after.signatures) == wanted and _are_blocks_of_layers(before, after, sources):
             return deeper
     raise RequestError(
@@ -654,7 +645,7 @@ def _deeper(key: Key, sources: tuple[int, ...]) -> Config:
 
 def _fits(config: Config, sources: tuple[int, ...]) -> bool:
     try:
-        _deeper(key_of(config), sources)
+        _deeper(Key.of(config), sources)
     except RequestError:
         return False
     return True
@@ -680,7 +671,7 @@ def shallow(config: Config) -> Config:
     Layers are of one kind if they have the same tensors and the same entries in the config. Return
     the config unchanged if none has exactly these layers.
     """
-    signatures, inner = skeleton(key_of(config)).signatures, decoder_config(complete(config))
+    signatures, inner = Skeleton.of(config).signatures, decoder_config(complete(config))
     lists = [v for v in inner.values() if isinstance(v, list) and len(v) == len(signatures)]
     first: dict[str, int] = {}
     for layer, signature in enumerate(signatures):
@@ -693,7 +684,7 @@ def shallow(config: Config) -> Config:
 
 
 def _with_layers(config: Config, sources: tuple[int, ...]) -> Config:
-    deeper = _deeper(key_of(config), sources)
+    deeper = _deeper(Key.of(config), sources)
     return {**config, **{name: deeper[name] for name in deeper if name in config}}
 
 
@@ -701,7 +692,7 @@ def _check_identity(
     family: DiscoveredFamily, config: Config, sources: tuple[int, ...], identities: frozenset[int]
 ) -> None:
     """Refuse layers whose function depends on their position."""
-    zeroed, plain = _logit_changes(key_of(config), sources, identities)
+    zeroed, plain = _logit_changes(Key.of(config), sources, identities)
     if not zeroed <= TOLERANCE:
         raise RequestError(
             f"config.json: identity copies change the logits of a small {family.model_type} by "
@@ -730,7 +721,7 @@ def _logit_changes(
     Returns:
         The change with identity copies, and with plain copies (the negative control).
     """
-    config = config_in(key)
+    config = key.config
     family, twin = discover(config), Twin.of(config)
     before, small = twin.logits(), twin.config.to_dict()
     layers = layer_list(twin.model)

@@ -17,11 +17,10 @@ from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, revert_weight_conversion
 
-from tritter.core.families.dimensions import plain_floats
+from tritter.core.families.dimensions import Config, plain_floats
 from tritter.core.families.discovery.configs import (
     Key,
     class_of,
-    config_in,
     count_layers,
     decoder_config,
     quiet,
@@ -56,6 +55,11 @@ class Skeleton:
     renamings: tuple[WeightRenaming, ...] = ()
     unread: tuple[str, ...] = ()
     float32: Mapping[torch.dtype, frozenset[str]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: Config) -> "Skeleton":
+        """Return the tensors of a model with this config.json."""
+        return _skeleton(Key.of(config))
 
     @cached_property
     def signatures(self) -> tuple[frozenset[tuple[str, Shape]], ...]:
@@ -105,9 +109,8 @@ def expert_of(name: str) -> int | None:
 
 
 @lru_cache(maxsize=64)
-def skeleton(key: Key) -> Skeleton:
-    """Return the tensors of a model with this config.json."""
-    config = config_in(key)
+def _skeleton(key: Key) -> Skeleton:
+    config = key.config
     try:
         with quiet(), torch.device("meta"):
             stock = class_of(config).from_dict(plain_floats(config))
