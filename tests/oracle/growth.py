@@ -15,7 +15,7 @@ from tests import oracle
 from tests.oracle.families import stock_of
 from tritter.core.expansions import ResolvedExpansion, compose_maps
 from tritter.core.families import Config, Model, pack_all, unpack_all
-from tritter.core.parameter_map import Quantity, TensorMap, carried_mask, map_tensor, mapped
+from tritter.core.parameter_map import Quantity, TensorMap
 from tritter.transform import Change
 
 
@@ -60,7 +60,7 @@ def grown(model: PreTrainedModel, steps: Sequence[ResolvedExpansion]) -> PreTrai
     """Return the stock model that `steps` make of `model`, in its dtype."""
     values = logical_state(model)
     for step in steps:
-        values = {name: mapped(m, values.__getitem__) for name, m in maps_of(step).items()}
+        values = {name: m.mapped(values.__getitem__) for name, m in maps_of(step).items()}
     target = steps[-1].target.config
     result = stock_model(target, dtype=next(model.parameters()).dtype)
     expected = {stored.name for stored in Model(target).layout("live")}
@@ -92,11 +92,11 @@ def mapped_gradients(
     for step in steps:
         maps = maps_of(step)
         values = {
-            name: map_tensor(tensor_map, values[tensor_map.source], quantity=Quantity.GRADIENT)
+            name: tensor_map.apply(values[tensor_map.source], quantity=Quantity.GRADIENT)
             for name, tensor_map in maps.items()
         }
         masks = {
-            name: carried_mask(tensor_map, masks.__getitem__) for name, tensor_map in maps.items()
+            name: tensor_map.carried_mask(masks.__getitem__) for name, tensor_map in maps.items()
         }
     return {name: (values[name], masks[name]) for name in values}
 

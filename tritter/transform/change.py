@@ -10,13 +10,7 @@ from torch import Tensor
 from tritter.core.expansions import BoundVocab, ResolvedExpansion
 from tritter.core.families import LogicalTensor, Model, StoredTensor, pack_all, unpack_all
 from tritter.core.families.layout import Part
-from tritter.core.parameter_map import (
-    ParameterMap,
-    TensorMap,
-    carried_mask,
-    new_coordinates,
-    rounded_weight,
-)
+from tritter.core.parameter_map import ParameterMap, TensorMap
 from tritter.core.parameter_map.carry import STATE_KINDS, Policy, StateKind
 from tritter.core.stock_routers import AddedExperts
 from tritter.storage.tensors import TensorFolder
@@ -95,7 +89,7 @@ class Change:
             stems = [by_name[m.origin].dtype for m in maps if m.origin is not None]
             dtype = reduce(torch.promote_types, stems) if stems else example.dtype
             values = {
-                part.tensor.name: rounded_weight(tensor_map, by_name.__getitem__, dtype)
+                part.tensor.name: tensor_map.rounded_weight(by_name.__getitem__, dtype)
                 for part, tensor_map in zip(stored.parts, maps, strict=True)
             }
             is_shared = stored.is_whole and maps[0].is_verbatim  # else both models train it
@@ -106,7 +100,7 @@ class Change:
         by_name = unpack_all(self.before, {s.name: torch.full(s.shape, True) for s in self.before})
         return pack_all(
             self.after,
-            {name: carried_mask(m, by_name.__getitem__) for name, m in self.tensors.items()},
+            {name: m.carried_mask(by_name.__getitem__) for name, m in self.tensors.items()},
         )
 
     def new_units(self) -> dict[str, tuple[Tensor | None, ...]]:
@@ -120,15 +114,15 @@ class Change:
             if stored.is_of_experts:
                 continue
             maps = [self.tensors[part.tensor.name] for part in stored.parts]
-            output = new_coordinates(maps[0], 0)
+            output = maps[0].new_coordinates(0)
             if len(maps) > 1:  # the concatenated outputs of its parts
                 size = stored.shape[-1 if stored.is_transposed else 0]
                 whole = torch.zeros(size, dtype=torch.bool)
                 for part, tensor_map in zip(stored.parts, maps, strict=True):
-                    if (own := new_coordinates(tensor_map, 0)) is not None:
+                    if (own := tensor_map.new_coordinates(0)) is not None:
                         whole[part.index[-1]] = own
                 output = whole if bool(whole.any()) else None
-            others = (new_coordinates(maps[0], dim) for dim in range(1, len(stored.shape)))
+            others = (maps[0].new_coordinates(dim) for dim in range(1, len(stored.shape)))
             flags = (output, *others)
             if any(each is not None for each in flags):
                 grown[stored.name] = flags[::-1] if stored.is_transposed else flags

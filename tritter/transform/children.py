@@ -22,7 +22,6 @@ from tritter.core.expansions.moe import AVERAGE, SOURCE
 from tritter.core.expansions.moe_children import HiddenMoments, router_rows
 from tritter.core.families import forward_flops
 from tritter.core.families.config_file import read_model_file
-from tritter.core.parameter_map import rounded_weight
 from tritter.data.chat import ids_of
 from tritter.data.split import training_texts
 from tritter.data.tokens import read_tokenizer, tokenise_texts
@@ -347,7 +346,7 @@ class _Rows:
         for stored in self.source.model.layout("live"):
             if stored.name in parameters:
                 parameters[stored.name].copy_(
-                    stored.pack(lambda n: rounded_weight(maps[n], self.source.read, torch.float32))
+                    stored.pack(lambda n: maps[n].rounded_weight(self.source.read, torch.float32))
                 )
         return model.eval()
 

@@ -31,7 +31,7 @@ from tritter.core.expansions.heads import Strategy, copied_sources, split_shares
 from tritter.core.expansions.width import Init, Shares
 from tritter.core.families import Config, Model, unpack_all
 from tritter.core.models import model_of, model_with_tensors, named_tensors, read_model
-from tritter.core.parameter_map import AxisFactor, AxisMap, TensorMap, map_tensor, rounded_weight
+from tritter.core.parameter_map import AxisFactor, AxisMap, TensorMap
 from tritter.core.stock_routers import AddedExperts
 from tritter.errors import RequestError
 from tritter.storage.hashing import merkle_hash, tensor_digest
@@ -119,7 +119,7 @@ class ModelExpander:
 
         def read(name: str) -> Tensor:
             stem = held[maps[name].origin or "embed"]
-            value = rounded_weight(maps[name], held.__getitem__, stem.dtype)
+            value = maps[name].rounded_weight(held.__getitem__, stem.dtype)
             return value.to(stem, copy=maps[name].is_verbatim)  # else both models train the one
 
         target = steps[-1].target
@@ -330,7 +330,7 @@ def expand_attention_heads(
             )
     values, maps = unpack_all(before, tensors), step.parameter_map.tensors
     for stored in after:
-        value = stored.pack(lambda name: map_tensor(maps[name], values[name]))
+        value = stored.pack(lambda name: maps[name].apply(values[name]))
         module, _, attribute = stored.name.removeprefix(prefix).rpartition(".")
         setattr(new.get_submodule(module), attribute, nn.Parameter(value))
     return new
@@ -386,7 +386,7 @@ def _copied_axis(old_size: int, new_size: int, *, seed: int) -> AxisMap:
 
 
 def _map_parameter(tensor: Tensor, *axes: AxisFactor) -> Tensor:
-    return map_tensor(TensorMap(source="", axes=axes), tensor.detach())
+    return TensorMap(source="", axes=axes).apply(tensor.detach())
 
 
 def _check_fit(axis_map: AxisMap, old_size: int, new_size: int) -> None:

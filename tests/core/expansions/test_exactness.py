@@ -24,7 +24,7 @@ from tritter.core.expansions import (
 )
 from tritter.core.families import Model
 from tritter.core.models import read_model
-from tritter.core.parameter_map import AxisMap, Quantity, TensorMap, map_tensor, mapped
+from tritter.core.parameter_map import AxisMap, Quantity, TensorMap
 from tritter.errors import RequestError
 from tritter.transform import expand
 
@@ -173,12 +173,11 @@ def _mapped_gradients(
     for step in build_steps(Model(config), specs, seed=0):
         maps = step.parameter_map.tensors
         values = {
-            name: map_tensor(tensor_map, values[tensor_map.source], quantity=Quantity.GRADIENT)
+            name: tensor_map.apply(values[tensor_map.source], quantity=Quantity.GRADIENT)
             for name, tensor_map in maps.items()
         }
         masks = {
-            name: map_tensor(
-                replace(tensor_map, axes=_unit(tensor_map)),
+            name: replace(tensor_map, axes=_unit(tensor_map)).apply(
                 masks[tensor_map.source],
                 quantity=Quantity.GRADIENT,
             )
@@ -287,7 +286,7 @@ def test_maps_in_a_row_need_no_model() -> None:
     maps = compose_maps(steps, Model(config)).tensors
     target = steps[-1].target.config
     for tensor in Model(target).tensors:
-        value = mapped(maps[tensor.name], lambda name: torch.ones(shapes[name]))
+        value = maps[tensor.name].mapped(lambda name: torch.ones(shapes[name]))
         assert tuple(value.shape) == Model(target).shapes[tensor.name]
 
 

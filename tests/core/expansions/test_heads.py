@@ -12,7 +12,7 @@ from tests.oracle.families import DENSE, LAYER_NORM, OWN, RMS, STACKED, generic,
 from tritter.core.expansions import ExpansionSpec, LlamaPro, Width, build_steps
 from tritter.core.expansions.heads import _copy_heads, _split_heads, check_heads, head_maps
 from tritter.core.families import LLAMA, Config, Dimensions, Model
-from tritter.core.parameter_map import Quantity, map_tensor
+from tritter.core.parameter_map import Quantity
 from tritter.errors import RequestError
 
 SPLITTING = tuple(family for family in OWN if family not in (*STACKED, *LAYER_NORM))
@@ -146,7 +146,7 @@ def test_split_is_no_claim_of_exactness_and_only_moves_weights(family: str) -> N
     state = oracle_growth.logical_state(model)
     for name, tensor_map in step.parameter_map.tensors.items():
         for quantity in (Quantity.WEIGHT, Quantity.GRADIENT):
-            moved = map_tensor(tensor_map, state[name], quantity=quantity)
+            moved = tensor_map.apply(state[name], quantity=quantity)
             if not name.endswith(("q_norm", "k_norm")):
                 assert torch.equal(moved.sort(dim=0).values, state[name].sort(dim=0).values) or (
                     torch.equal(moved.sort(dim=1).values, state[name].sort(dim=1).values)

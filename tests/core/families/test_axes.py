@@ -27,7 +27,7 @@ from tritter.core.families.discovery.axes import _arrangements, _residual_axes
 from tritter.core.families.discovery.configs import Key
 from tritter.core.families.discovery.family import shallow
 from tritter.core.families.discovery.twin import Block, Twin, in_float64
-from tritter.core.parameter_map import Fill, Quantity, carried_mask, map_tensor
+from tritter.core.parameter_map import Fill, Quantity
 from tritter.errors import RequestError
 from tritter.methods.growth.blocks import FfnBlock, ffn_blocks
 from tritter.methods.growth.grower import LayerGrowth, _growth_change
@@ -67,7 +67,7 @@ def grown(
     maps = request.parameter_map(Model(config), Model(target), seed=0).tensors
     values = unpack_all(Model(config).layout("live"), state)
     mapped = {
-        name: map_tensor(replace(each, fill=Fill()), values[str(each.origin)], quantity=quantity)
+        name: replace(each, fill=Fill()).apply(values[str(each.origin)], quantity=quantity)
         for name, each in maps.items()
     }
     return target, pack_all(Model(target).layout("live"), mapped)
@@ -165,8 +165,8 @@ def test_gradients_obey_the_map(
     for name, each in grown.parameter_map.tensors.items():
         if name not in known:  # no token of this batch reached it
             continue
-        expected = map_tensor(each, known[name], quantity=Quantity.GRADIENT)
-        kept = carried_mask(each, lambda source: torch.ones_like(known[source], dtype=torch.bool))
+        expected = each.apply(known[name], quantity=Quantity.GRADIENT)
+        kept = each.carried_mask(lambda source: torch.ones_like(known[source], dtype=torch.bool))
         difference = ((found[name] - expected) * kept).abs().max()
         assert difference <= 1e-9 * (1 + expected.abs().max()), name
 

@@ -18,7 +18,7 @@ from tritter.core.families.discovery.twin import (
     Twin,
     one_thread,
 )
-from tritter.core.parameter_map import AxisFactor, Fill, ParameterMap, TensorMap, mapped
+from tritter.core.parameter_map import AxisFactor, Fill, ParameterMap, TensorMap
 from tritter.errors import Problem, RequestError, TritterError, key_name
 
 
@@ -111,7 +111,7 @@ class _GrownTwin:
     def load(self, maps: Mapping[str, TensorMap]) -> None:
         """Load the weights that some maps make of the twin's."""
         values = unpack_all(self.source.layout("live"), self.twin.model.state_dict())
-        grown = {name: mapped(each, values.__getitem__) for name, each in maps.items()}
+        grown = {name: each.mapped(values.__getitem__) for name, each in maps.items()}
         self.model.load_state_dict(pack_all(self.target.layout("live"), grown), strict=False)
 
     def change(self) -> float:
