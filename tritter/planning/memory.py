@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tritter.core.families import LogicalTensor, Model, StoredTensor
+from tritter.core.families import Model, StoredTensor
 from tritter.errors import nearest, refused
 
 # Lightning's precision → bytes of a parameter (also of its gradient and each unquantised moment),
@@ -117,7 +117,7 @@ def training_memory(
     def trained(model: Model) -> list[StoredTensor]:
         is_frozen = setup.is_attention_frozen
         stored = model.layout("live")
-        return [t for t in stored if not (is_frozen and is_attention(t.parts[0].tensor))]
+        return [t for t in stored if not (is_frozen and t.parts[0].tensor.is_attention)]
 
     def optimizer_bytes(model: Model) -> int:
         return sum(
@@ -169,11 +169,6 @@ def _over_layers(model: Model, measure: Callable[[Model], int]) -> int:
     one = measure(model.with_layers([0]))
     each = {kind: measure(model.with_layers([0, layers.index(kind)])) - one for kind in set(layers)}
     return one + sum(each[kind] for kind in layers[1:])
-
-
-def is_attention(tensor: LogicalTensor) -> bool:
-    """Return True for projections and norms of attention."""
-    return tensor.kind.startswith("attention.")
 
 
 def _count(stored: Sequence[StoredTensor]) -> int:

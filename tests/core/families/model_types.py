@@ -28,15 +28,14 @@ from tritter.cli import main as tritter
 from tritter.cli.methods import method_words
 from tritter.cli.output import EXIT_NO
 from tritter.core import streamed
-from tritter.core.expansions import ExpansionSpec, LlamaPro, Stack
-from tritter.core.expansions.specification import is_possible
+from tritter.core.expansions import ExpansionSpec, LlamaPro, Stack, target_model
 from tritter.core.expansions.targets import growth_examples
 from tritter.core.families import Config, Model, family_of, find_family
 from tritter.core.families.discovery import DiscoveredFamily
 from tritter.core.families.discovery.family import shallow
 from tritter.core.families.discovery.twin import Twin
 from tritter.core.models import read_model
-from tritter.errors import TritterError
+from tritter.errors import RequestError, TritterError
 from tritter.methods.growth.growable import GrowableCausalLM
 
 PAGE = Path(__file__).parents[3] / "docs/reference/model_types.md"
@@ -146,6 +145,15 @@ class Row:
 
     def __str__(self) -> str:
         return f"| `{self.model_type}` | {self.depth} | {' | '.join(self.sizes)} | {self.note} |"
+
+
+def is_possible(source: Model, spec: ExpansionSpec) -> bool:
+    """Return True if a model can be expanded by `spec`."""
+    try:
+        target_model(source, [spec])
+    except RequestError:
+        return False
+    return True
 
 
 def example(model_type: str, **changes: Any) -> dict[str, Any]:

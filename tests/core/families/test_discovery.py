@@ -31,13 +31,13 @@ from tests.core.families.model_types import (
     depth_requests,
     example,
     expanded,
+    is_possible,
     measured,
 )
 from tests.oracle.families import OWN, tiny
 from tritter.checkpoints import read_lineage
 from tritter.cli import main
 from tritter.core.expansions import LlamaPro, Width
-from tritter.core.expansions.specification import is_possible
 from tritter.core.expansions.targets import growth_examples
 from tritter.core.families import FAMILIES, Config, Model, backward_flops, forward_flops
 from tritter.core.families.discovery import family

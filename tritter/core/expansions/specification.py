@@ -87,15 +87,6 @@ def target_model(source: Model, specs: Sequence[ExpansionSpec]) -> Model:
     return source
 
 
-def is_possible(source: Model, spec: ExpansionSpec) -> bool:
-    """Return True if a model can be expanded by `spec`."""
-    try:
-        _checked_target(spec, _as_needed(spec, source))
-    except RequestError:
-        return False
-    return True
-
-
 def _as_needed(spec: ExpansionSpec, source: Model) -> Model:
     """Return the source with what an expansion needs to know of its axes."""
     if not source.family.has_table:  # a step may leave out a kind of layer

@@ -130,6 +130,11 @@ class Dimensions:
         return self.expert_size or self.intermediate_size
 
     @property
+    def aspect_ratio(self) -> float:
+        """Hidden size per layer."""
+        return self.hidden_size / self.num_hidden_layers
+
+    @property
     def group_size(self) -> int:
         """Number of query heads per key/value head."""
         return self.num_attention_heads // self.num_key_value_heads
