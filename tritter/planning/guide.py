@@ -42,7 +42,7 @@ class _GuideRow:
 
 def size_guide() -> tuple[_GuideRow, ...]:
     """Return all rows of the guide, for a vocabulary of 32,000 and untied embeddings."""
-    small = llama(layers=24, hidden_size=2048, intermediate_size=8192, heads=16)
+    small = _llama(layers=24, hidden_size=2048, intermediate_size=8192, heads=16)
     medium = Model(PRESETS["tritter_7b"].config())
     deeper, experts = Dus(target_layers=48), Moe(num_experts=8, experts_per_token=2)
     return (
@@ -98,7 +98,7 @@ def _row(
     )
 
 
-def llama(*, layers: int, hidden_size: int, intermediate_size: int, heads: int) -> Model:
+def _llama(*, layers: int, hidden_size: int, intermediate_size: int, heads: int) -> Model:
     """Return a Llama of the guide, without grouped-query attention."""
     config = llama_config(
         vocab_size=VOCABULARY,

@@ -130,7 +130,7 @@ def training_memory(
         parameters_bytes=parameter_bytes * model.num_parameters,
         gradients_bytes=parameter_bytes * _over_layers(model, lambda each: _count(trained(each))),
         optimizer_bytes=_over_layers(model, optimizer_bytes),
-        activations_bytes=saved_bytes(model, setup) + setup.num_tokens * logits,
+        activations_bytes=_saved_bytes(model, setup) + setup.num_tokens * logits,
     )
 
 
@@ -185,7 +185,7 @@ def _optimizer_bytes(size: int, setup: TrainingSetup, kept: float) -> int:
     return round(kept * (size + _FLOAT32 * -(-size // _BLOCK_SIZE)))
 
 
-def saved_bytes(model: Model, setup: TrainingSetup) -> int:
+def _saved_bytes(model: Model, setup: TrainingSetup) -> int:
     """Return the bytes of saved activations, an estimate.
 
     Tensors saved for the backward pass:

@@ -27,7 +27,7 @@ from tritter.core.expansions import (
     check_specs,
     compose_maps,
 )
-from tritter.core.expansions.heads import Strategy, copied_sources, split_shares
+from tritter.core.expansions.heads import Strategy, copied_axis
 from tritter.core.expansions.width import Init, Shares
 from tritter.core.families import Config, Model, unpack_all
 from tritter.core.models import model_of, model_with_tensors, named_tensors, read_model
@@ -381,8 +381,7 @@ def _copied_axis(old_size: int, new_size: int, *, seed: int) -> AxisMap:
     """Return a map that copies coordinates in random rounds and splits their shares."""
     if new_size < old_size:
         raise RequestError(f"{new_size} features are fewer than the layer's {old_size}.")
-    source = copied_sources(old_size, new_size, seed=seed)
-    return AxisMap.copied(old_size, source, split_shares(source, old_size, equal=False))
+    return copied_axis(old_size, new_size, seed=seed, equal=False)
 
 
 def _map_parameter(tensor: Tensor, *axes: AxisFactor) -> Tensor:

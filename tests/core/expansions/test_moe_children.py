@@ -29,7 +29,7 @@ from tritter.data.sources import source_documents
 from tritter.data.split import SplitRule
 from tritter.errors import RequestError
 from tritter.transform import DiskNeeds, expand, plan_expansion
-from tritter.transform.children import OpenChild, _child_sequences, router_flops
+from tritter.transform.children import _child_sequences, _OpenChild, router_flops
 
 SIZE, NAMES = 300, ("a", "b", "c")
 TOKENS = oracle.tokens(SIZE)
@@ -488,7 +488,7 @@ def test_rows_of_three_children_are_those_of_their_moments(base: Path, tmp_path:
         value = stored.pack(lambda n: maps[n].rounded_weight(source.read, torch.float32))
         model.get_parameter(stored.name).data.copy_(value)
     for each in spec.experts:
-        assert isinstance(each, OpenChild)
+        assert isinstance(each, _OpenChild)
         tokens = _child_sequences(
             each, length=Model(source.config).position_limit or 256, vocab_size=SIZE
         )

@@ -22,7 +22,6 @@ from tritter.core.families.logical import Axis, LogicalTensor, Port, Space, logi
 from tritter.core.families.model import Model
 from tritter.core.families.tables import (
     FAMILIES,
-    LLAMA,
     SIGMOID_ROUTERS,
     family_of,
     find_family,
@@ -32,7 +31,6 @@ from tritter.core.families.tables import (
 __all__ = [
     "FAMILIES",
     "GROWING",
-    "LLAMA",
     "SIGMOID_ROUTERS",
     "Adapters",
     "Axis",
