@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tritter.core.expansions import ExpansionSpec, ResolvedExpansion
 from tritter.core.families import Axis, Model, Port
-from tritter.core.models import model_of, model_with_tensors, named_tensors
+from tritter.core.models import model_of, model_with_tensors
 from tritter.core.parameter_map import AxisFactor
 from tritter.transform.live import ModelExpander
 
@@ -45,7 +45,7 @@ class Operators:
         self.generator = torch.Generator().manual_seed(seed)
         steps = ModelExpander(specs, seed=seed).steps(Model(config))
         by_type = {step.spec.expansion_type: step for step in steps}
-        held = dict(named_tensors(model, Model(config)))
+        held = dict(Model(config).disk_tensors(model.state_dict()))
         self.logical = {t.name: t for t in Model(config).tensors}
         self.sources = {name: held[t.disk_name].clone() for name, t in self.logical.items()}
         self.target_config = steps[-1].target.config

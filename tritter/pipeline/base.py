@@ -23,7 +23,7 @@ from tritter.checkpoints.record import training_record
 from tritter.config.schema import CheckpointModelConfig
 from tritter.config.validation import base_model, old_data_problems, start_problems
 from tritter.core.families import Model
-from tritter.core.models import named_tensors, new_model, read_model, save_tokenizer
+from tritter.core.models import new_model, read_model, save_tokenizer
 from tritter.data.cache import entry_lock, quarantine
 from tritter.data.chat import NONE, TEMPLATE_FILE, TOKENIZER, read_template
 from tritter.data.datasets import stream_identity
@@ -231,7 +231,9 @@ class _BaseWriter:
             write_checkpoint(
                 self.folder,
                 config=self.base.config,
-                tensors=TensorStream.of(named_tensors(model, self.base)).to(torch.float32),
+                tensors=TensorStream.of(self.base.disk_tensors(model.state_dict())).to(
+                    torch.float32
+                ),
                 lineage=lambda: lineage,
                 artifacts=[
                     partial(save_tokenizer, self.tokenizer, end_of_text=END_OF_TEXT),

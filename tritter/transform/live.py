@@ -30,7 +30,7 @@ from tritter.core.expansions import (
 from tritter.core.expansions.heads import Strategy, copied_axis
 from tritter.core.expansions.width import Init, Shares
 from tritter.core.families import Config, Model, unpack_all
-from tritter.core.models import model_of, model_with_tensors, named_tensors, read_model
+from tritter.core.models import model_of, model_with_tensors, read_model
 from tritter.core.parameter_map import AxisFactor, AxisMap, TensorMap
 from tritter.core.stock_routers import AddedExperts
 from tritter.errors import RequestError
@@ -89,7 +89,7 @@ class ModelExpander:
         check_output(folder, sources=sources, overwrite=overwrite)
         source = _model_of(model)
         steps = self.steps(source)
-        digests = {n: tensor_digest(n, t.cpu()) for n, t in named_tensors(model, source)}
+        digests = {n: tensor_digest(n, t.cpu()) for n, t in source.disk_tensors(model.state_dict())}
         parent = merkle_hash(digests)
         added = added_experts(AddedExperts.of(model), steps)
         lineage = Lineage(
@@ -178,7 +178,7 @@ def write_model(
         RequestError: something is at `folder` and may not be replaced.
     """
     known = _model_of(model)
-    tensors = [(name, tensor.cpu()) for name, tensor in named_tensors(model, known)]
+    tensors = [(name, tensor.cpu()) for name, tensor in known.disk_tensors(model.state_dict())]
     widest = reduce(torch.promote_types, (tensor.dtype for _, tensor in tensors))
     config: Config = {
         **known.config,

@@ -6,7 +6,7 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from tritter.core.expansions.moe import Moe
-from tritter.core.families import Config, Model, check_size
+from tritter.core.families import Config, Model
 from tritter.errors import Problem, RequestError, brief, raise_problems, refused
 from tritter.options import checked, is_options
 
@@ -111,7 +111,7 @@ def _checked_target(spec: ExpansionSpec, source: Model) -> Model:
             on_twin.check_on_twin(spec, source, source.changed(config))
     try:
         target = source.changed(config)
-        check_size(target)
+        target.check_size()
     except RequestError as error:
         reason = str(error).removeprefix("config.json: ")
         raise RequestError(

@@ -1,6 +1,6 @@
 """Family tables: one per architecture, with counts of parameters and FLOPs from shapes."""
 
-from tritter.core.families.config_file import check_config, check_size, with_live_sizes
+from tritter.core.families.config_file import check_config, with_live_sizes
 from tritter.core.families.dimensions import GROWING, Config, Dimensions, ffn_sizes, on_disk
 from tritter.core.families.family import Family
 from tritter.core.families.flops import (
@@ -48,7 +48,6 @@ __all__ = [
     "StoredTensor",
     "backward_flops",
     "check_config",
-    "check_size",
     "family_of",
     "ffn_sizes",
     "find_family",

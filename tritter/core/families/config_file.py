@@ -16,7 +16,7 @@ from tritter.core.families.family import Family
 from tritter.core.families.model import Model
 from tritter.core.families.tables import family_of
 from tritter.errors import RequestError, TritterError, brief
-from tritter.limits import MAX_LABELS, MAX_LAYERS, MAX_PARAMETERS, MAX_POSITIONS, MAX_TENSORS
+from tritter.limits import MAX_LABELS, MAX_LAYERS, MAX_POSITIONS
 from tritter.storage.reading import LINEAGE_NAME, check_links, read_object
 from tritter.storage.tensors import SINGLE_NAME
 
@@ -294,23 +294,7 @@ def check_config(model: Model) -> None:
         raise RequestError(
             f"config.json: mlp_only_layers = {brief(exempt)}; must be a list of layers."
         )
-    check_size(model)
-
-
-def check_size(model: Model) -> None:
-    """Refuse a model with too many tensors or parameters, which are only counted."""
-    _ = model.sizes  # reading checks them
-    tensors, parameters = model.num_tensors, model.num_parameters
-    if tensors > MAX_TENSORS:
-        raise RequestError(
-            f"config.json: layers and experts amount to {tensors:,} tensors; must be at most "
-            f"{MAX_TENSORS:,}."
-        )
-    if parameters > MAX_PARAMETERS:
-        raise RequestError(
-            f"config.json: the sizes amount to {parameters:,} parameters; must be at most "
-            f"{MAX_PARAMETERS:,}."
-        )
+    model.check_size()
 
 
 def with_live_sizes(model: Model, folder: Path, *, ffn_sizes: Sequence[int] | None = None) -> Model:

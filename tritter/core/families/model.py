@@ -1,18 +1,22 @@
 """A model as its config describes it: sizes, tensors with shapes, names on disk and in memory."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from statistics import mode
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tritter.core.families.dimensions import FFN_SIZES, Config, Dimensions, ffn_sizes, on_disk
 from tritter.core.families.family import Family
-from tritter.core.families.layout import LayoutKind, Part, StoredTensor
+from tritter.core.families.layout import LayoutKind, Part, StoredTensor, pack_all
 from tritter.core.families.logical import LogicalTensor
 from tritter.core.families.tables import family_of
-from tritter.errors import TritterError, shortened
+from tritter.errors import RequestError, TritterError, shortened
+from tritter.limits import MAX_PARAMETERS, MAX_TENSORS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -208,6 +212,41 @@ class Model:
         if text := "; ".join(problems):
             raise TritterError(f"The checkpoint does not match its config.json: {text}")
         return expected
+
+    def check_size(self) -> None:
+        """Refuse a model with too many tensors or parameters, which are only counted."""
+        _ = self.sizes  # reading checks them
+        tensors, parameters = self.num_tensors, self.num_parameters
+        if tensors > MAX_TENSORS:
+            raise RequestError(
+                f"config.json: layers and experts amount to {tensors:,} tensors; must be at most "
+                f"{MAX_TENSORS:,}."
+            )
+        if parameters > MAX_PARAMETERS:
+            raise RequestError(
+                f"config.json: the sizes amount to {parameters:,} parameters; must be at most "
+                f"{MAX_PARAMETERS:,}."
+            )
+
+    def disk_tensors(self, state: Mapping[str, "Tensor"]) -> Iterator[tuple[str, "Tensor"]]:
+        """Yield (name on disk, tensor) of a live model's state dict, in the family's order.
+
+        Tied tensors are yielded once. Experts that are stacked in memory only are yielded one by
+        one, as views.
+        """
+        for stored in self.match(state):
+            whole = state[stored.name].detach()
+            if stored.is_whole:
+                yield stored.parts[0].tensor.disk_name, whole
+            elif stored.is_of_experts:
+                yield from ((tensor.disk_name, value) for tensor, value in stored.unpack(whole))
+            else:
+                yield stored.name, whole
+
+    def live_tensors(self, tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
+        """Return name in memory → tensor, for values (of a state, a mask) by their name on disk."""
+        values = {t.name: tensors[t.disk_name] for t in self.tensors if t.disk_name in tensors}
+        return pack_all(self.layout("live"), values)
 
 
 def _arranged(
