@@ -13,10 +13,10 @@ from transformers import AutoConfig, PreTrainedModel
 
 from tests import oracle
 from tests.oracle.families import stock_of
-from tritter.core.expansions import ResolvedExpansion, compose_maps
+from tritter.core.expansions import ResolvedExpansion
 from tritter.core.families import Config, Model, pack_all, unpack_all
 from tritter.core.parameter_map import Quantity, TensorMap
-from tritter.transform import Change
+from tritter.transform import PlannedExpansion
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +75,7 @@ def grown(model: PreTrainedModel, steps: Sequence[ResolvedExpansion]) -> PreTrai
 
 def masks_of(config: Config, steps: Sequence[ResolvedExpansion]) -> dict[str, Tensor]:
     """Return which entries of the result carry on what was known, by name in memory."""
-    source = Model(config)
-    return Change.of(compose_maps(steps, source), source, steps[-1].target).masks()
+    return PlannedExpansion(source=Model(config), steps=tuple(steps), seed=0).change.masks()
 
 
 def maps_of(step: ResolvedExpansion) -> Mapping[str, TensorMap]:

@@ -20,13 +20,12 @@ from tritter.core.expansions import (
     Stack,
     Width,
     build_steps,
-    compose_maps,
 )
 from tritter.core.families import Model
 from tritter.core.models import read_model
 from tritter.core.parameter_map import AxisMap, Quantity, TensorMap
 from tritter.errors import RequestError
-from tritter.transform import expand
+from tritter.transform import PlannedExpansion, expand
 
 EXACT: dict[str, list[ExpansionSpec]] = {
     "fresh doubled": [Width()],
@@ -281,10 +280,9 @@ def test_unequal_clones_diverge_and_equal_ones_do_not(tmp_path: Path) -> None:
 
 def test_maps_in_a_row_need_no_model() -> None:
     config = LLAMA_CONFIG
-    steps = build_steps(Model(config), [Width(), LlamaPro()], seed=0)
+    plan = PlannedExpansion.of(Model(config), [Width(), LlamaPro()], seed=0)
     shapes = Model(config).shapes
-    maps = compose_maps(steps, Model(config)).tensors
-    target = steps[-1].target.config
+    maps, target = plan.parameter_map.tensors, plan.target.config
     for tensor in Model(target).tensors:
         value = maps[tensor.name].mapped(lambda name: torch.ones(shapes[name]))
         assert tuple(value.shape) == Model(target).shapes[tensor.name]

@@ -22,13 +22,12 @@ from tritter.core.expansions import (
     Stack,
     Width,
     build_steps,
-    compose_maps,
 )
 from tritter.core.families import Config, Model, pack_all
 from tritter.core.parameter_map import AxisFactor, AxisMap, Fill, ParameterMap, Quantity, TensorMap
 from tritter.core.parameter_map.carry import STATE_KINDS, Policy, StateKind
 from tritter.errors import RequestError
-from tritter.transform import Change
+from tritter.transform import Change, PlannedExpansion
 
 Values = dict[str, Tensor]
 DENSE: list[ExpansionSpec] = [
@@ -85,7 +84,8 @@ def assert_same(found: Values, expected: Values) -> None:
 def check_chain(config: Config, specs: Sequence[ExpansionSpec], *, policy: Policy) -> None:
     """Compare the composed map with the chain, bit for bit, for all mapped quantities."""
     steps = build_steps(Model(config), specs, seed=3)
-    one, target = compose_maps(steps, Model(config)), steps[-1].target.config
+    plan = PlannedExpansion(source=Model(config), steps=steps, seed=3)
+    one, target = plan.parameter_map, plan.target.config
     values = drawn(config)
     read = values.__getitem__
     weights = {n: m.rounded_weight(read, torch.float32) for n, m in one.tensors.items()}

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from tritter.core.expansions.moe import Moe
@@ -163,13 +162,3 @@ def _thin_notes(source: Model, target: Model) -> tuple[str, ...]:
         f"{layers} layers of hidden size {hidden} are deep and thin: slow to train and to serve. "
         "Widen instead (width), or widen and add fewer layers (width,llama-pro)",
     )
-
-
-def compose_maps(steps: Sequence[ResolvedExpansion], source: Model) -> "ParameterMap":
-    """Return the composed map of all steps; the identity without steps."""
-    from tritter.core.parameter_map import ParameterMap
-
-    if steps:
-        return reduce(ParameterMap.then, (step.parameter_map for step in steps))
-    names, layers = (tensor.name for tensor in source.tensors), source.sizes.num_hidden_layers
-    return ParameterMap.identity(names, num_layers=layers)
