@@ -38,7 +38,7 @@ from tritter.pipeline.metrics import open_loggers, wandb_finished, write_rows
 from tritter.pipeline.run import Run
 from tritter.pipeline.stages import importance, vocabulary
 from tritter.pipeline.trained import PATH, write_states
-from tritter.planning.run_memory import memory_problems
+from tritter.planning.run_memory import RunMemory
 from tritter.storage.atomic import remove_folder, write_text_atomic
 from tritter.storage.hub import locate
 from tritter.storage.reading import read_text
@@ -262,7 +262,7 @@ def check_source(run: Run) -> None:
     for each in attempts:
         raise_problems([*old_data_problems(each.config, each.data.text, source.folder)])
         raise_problems(start_problems(each.config, source.model, folder=source.folder))
-        raise_problems(memory_problems(each.config, source.model))
+        raise_problems(RunMemory(each.config, source.model).problems())
     for expansion in dict.fromkeys(each.config.expansion for each in attempts):
         if expansion and run.config.pipeline.target_params is None:
             # The expert to clone may be selected by data later; any expert will do for this check
