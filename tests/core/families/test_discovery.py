@@ -41,7 +41,7 @@ from tritter.core.expansions import LlamaPro, Width
 from tritter.core.expansions.targets import growth_examples
 from tritter.core.families import FAMILIES, Config, Model, backward_flops, forward_flops
 from tritter.core.families.discovery import family
-from tritter.core.families.discovery.configs import deeper_configs
+from tritter.core.families.discovery.configs import StockConfig
 from tritter.core.families.discovery.family import DiscoveredFamily, discover, shallow
 from tritter.core.families.discovery.skeleton import layers_on_disk
 from tritter.core.families.discovery.twin import Block, Twin
@@ -112,7 +112,7 @@ def test_names_shapes_and_counts_are_those_of_the_table(model_type: str) -> None
 def deeper(sources: list[int], **config: Any) -> list[Config]:
     return [
         {key: each[key] for key in config}
-        for each in deeper_configs({"num_hidden_layers": 4, **config}, sources)
+        for each in StockConfig({"num_hidden_layers": 4, **config}).deeper(sources)
     ]
 
 

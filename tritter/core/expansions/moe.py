@@ -478,11 +478,11 @@ def _partner_config(
     if config.get("rms_norm_eps") is None:
         raise RequestError(f"config.json: rms_norm_eps is missing, but {partner} needs it.")
     if config.get("rope_parameters") is None:
-        from tritter.core.families.discovery.configs import complete  # imports transformers
+        from tritter.core.families.discovery.configs import StockConfig  # imports transformers
 
         # rope_theta and rope_scaling, the keys of earlier releases
         kept = {key: value for key, value in config.items() if not key.startswith("rope_")}
-        config = {**kept, "rope_parameters": complete(config)["rope_parameters"]}
+        config = {**kept, "rope_parameters": StockConfig(config).full["rope_parameters"]}
     table = find_family(partner)
     sizes = _GLM_SIZES if table is None else table.sizes
     dropped = _DENSE_KEYS if table else (*_DENSE_KEYS, *_WINDOW_KEYS)

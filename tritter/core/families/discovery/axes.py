@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from tritter.core.families.dimensions import Config
-from tritter.core.families.discovery.configs import decoder_config, decoder_part, quiet, reason_of
+from tritter.core.families.discovery.configs import StockConfig, quiet, reason_of
 from tritter.core.families.discovery.skeleton import Shape, in_layer, layer_list
 from tritter.core.families.discovery.twin import (
     Block,
@@ -180,7 +180,7 @@ class _Search:
         self._prefix = f"{layer_list(twin.model)}."
         self._blocks = {layer: twin.block(f"{self._prefix}{layer}") for layer in layers}
         self._full: Config = twin.config.to_dict()
-        self._config = decoder_config(self._full)
+        self._config = StockConfig(self._full).decoder
         self._head_dim = self._size_of_heads()
         self.roles: dict[str, dict[int, Role]] = {}
         self.refused: dict[str, str] = {}
@@ -435,7 +435,7 @@ class _Search:
 
     def _stock(self, changes: Config) -> nn.Module:
         """Return the stock model of a changed config, on the meta device."""
-        part = decoder_part(self._full)
+        part = StockConfig(self._full).part
         inner = {**self._config, **changes}
         full = {**self._full, part: inner} if part else inner
         try:

@@ -22,7 +22,6 @@ from tritter.core.families.dimensions import (
     Config,
     Dimensions,
     ffn_sizes,
-    plain_floats,
     require_size,
 )
 from tritter.core.families.discovery.axes import (
@@ -31,18 +30,7 @@ from tritter.core.families.discovery.axes import (
     Axes,
     Role,
 )
-from tritter.core.families.discovery.configs import (
-    Key,
-    class_of,
-    complete,
-    count_layers,
-    decoder_config,
-    deeper_configs,
-    layer_key,
-    quiet,
-    structure_of,
-    with_decoder,
-)
+from tritter.core.families.discovery.configs import Key, StockConfig, quiet
 from tritter.core.families.discovery.skeleton import (
     Skeleton,
     expert_of,
@@ -188,7 +176,7 @@ class DiscoveredFamily(Family):
     def with_widest_ffn(self, config: Config, size: int) -> Config:
         axes = self.widened(config).axes
         assert axes is not None
-        return with_decoder(config, {axes.neurons.key: size})
+        return StockConfig(config).with_decoder({axes.neurons.key: size})
 
     def check_growth(self, old: Dimensions, new: Dimensions) -> None:
         refused = {} if self.axes is None else self.axes.refused
@@ -208,7 +196,7 @@ class DiscoveredFamily(Family):
             )
 
     def with_dimensions(self, config: Config, sizes: Dimensions) -> Config:
-        old, inner = self.dimensions(config), decoder_config(complete(config))
+        old, inner = self.dimensions(config), StockConfig(config).full_decoder
         changes: Config = {}
         grown, base = sizes.ffn_size, old.ffn_size
         for key in self.axes.ffn_keys if self.axes else ():
@@ -219,7 +207,7 @@ class DiscoveredFamily(Family):
             after = getattr(sizes, name)
             if after != getattr(old, name) or name == "head_dim":
                 changes[key] = after
-        return with_decoder(config, changes)
+        return StockConfig(config).with_decoder(changes)
 
     def separates_documents(self, config: Config) -> bool:
         return _separates_documents(Key.of(config))
@@ -227,9 +215,9 @@ class DiscoveredFamily(Family):
     def with_vocabulary(self, config: Config, size: int) -> Config:
         if "vocab_size" not in self.sizes:
             return super().with_vocabulary(config, size)
-        inner, key = decoder_config(complete(config)), "vocab_size_per_layer_input"  # of Gemma 4
+        inner, key = StockConfig(config).full_decoder, "vocab_size_per_layer_input"  # of Gemma 4
         more: Config = {key: size} if inner.get(key) == inner["vocab_size"] else {}
-        return with_decoder(config, super().with_vocabulary(more, size))
+        return StockConfig(config).with_decoder(super().with_vocabulary(more, size))
 
     def with_experts(self, config: Config, num_experts: int, experts_per_token: int) -> Config:
         reason = "" if self.axes is None else self.axes.refused.get("experts", "")
@@ -238,18 +226,19 @@ class DiscoveredFamily(Family):
         if reason:
             reason = f"{self.model_type}: {reason}"
             raise RequestError(Problem("expansion.moe_add", reason=reason))
-        return with_decoder(config, super().with_experts({}, num_experts, experts_per_token))
+        changes = super().with_experts({}, num_experts, experts_per_token)
+        return StockConfig(config).with_decoder(changes)
 
     def with_rms(self, config: Config, ratio: float) -> Config:
-        inner = decoder_config(complete(config))
+        inner = StockConfig(config).full_decoder
         eps = {key: inner[key] for key in self._eps_keys(inner)}
-        return with_decoder(config, super().with_rms(eps, ratio))
+        return StockConfig(config).with_decoder(super().with_rms(eps, ratio))
 
     def _eps_keys(self, config: Config) -> Collection[str]:
         return [key for key, eps in config.items() if EPS.fullmatch(key) and eps]
 
     def decoder(self, config: Config) -> Config:
-        return decoder_config(config)
+        return StockConfig(config).decoder
 
     def is_tied(self, config: Config) -> bool:
         tensors = self.logical_tensors(config, self.dimensions(config))
@@ -259,11 +248,11 @@ class DiscoveredFamily(Family):
         return tensor.axes[0].offset if self.axes and tensor.axes else self.norm_offset
 
     def dimensions(self, config: Config) -> Dimensions:
-        full = complete(config)
-        inner = decoder_config(full)
+        full = StockConfig(config).full
+        inner = StockConfig(full).decoder
         known = {name: inner.get(key) for name, key in self.sizes.items()}
         known.setdefault("vocab_size", full.get("vocab_size"))  # BLT's decoder has none
-        known["num_hidden_layers"] = count_layers(inner)
+        known["num_hidden_layers"] = StockConfig(inner).num_layers
         sizes = {
             name: require_size(name, self.sizes.get(name, name), value)
             for name, value in known.items()
@@ -276,7 +265,7 @@ class DiscoveredFamily(Family):
         return Dimensions(**sizes)
 
     def position_limit(self, config: Config) -> int | None:
-        text = class_of(config).from_dict(plain_floats(config)).get_text_config(decoder=True)
+        text = StockConfig(config).stock.get_text_config(decoder=True)
         limits = (getattr(text, name, None) for name in _POSITIONS)
         return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
 
@@ -317,11 +306,11 @@ class DiscoveredFamily(Family):
         return Skeleton.of(config).read_as(extra, missing)
 
     def causal_config(self, config: Config) -> Config:
-        kind = class_of(config)
+        kind = StockConfig(config).kind
         model, text = MODEL_FOR_CAUSAL_LM_MAPPING[kind], kind.sub_configs.get("text_config")
         if text is None or model.config_class is not text:
             return config
-        inner: Config = complete(config)["text_config"]  # type: ignore[assignment]
+        inner: Config = StockConfig(config).full["text_config"]  # type: ignore[assignment]
         dtype = inner.get("dtype") or config.get("dtype") or config.get("torch_dtype")
         own = {"architectures": [model.__name__], **({"dtype": dtype} if dtype else {})}
         return {**inner, **own}
@@ -330,7 +319,7 @@ class DiscoveredFamily(Family):
         return Skeleton.of(config).float32.get(dtype, ())
 
     def attention_window(self, config: Config, layer: int) -> int | None:
-        config = decoder_config(config)
+        config = StockConfig(config).decoder
         kinds, window = config.get("layer_types"), config.get("sliding_window")
         is_windowed = not isinstance(kinds, list) or "sliding" in str(kinds[layer])
         return window if is_windowed and isinstance(window, int) else None
@@ -396,7 +385,7 @@ class DiscoveredFamily(Family):
         if self.axes is None:
             return {}
         keys = {role.key for role in self.axes.all_roles if role.key}
-        inner = decoder_config(complete(config))
+        inner = StockConfig(config).full_decoder
         return {key: _default_size(inner.get(key), sizes) for key in keys}
 
     def _logical(
@@ -523,7 +512,7 @@ def _structure(config: Config) -> Key:
 @lru_cache(maxsize=256)  # asked for once per tensor
 def _structure_in(key: Key) -> Key:
     config = key.config
-    return structure_of(config, small_sizes(config))
+    return StockConfig(config).structure(small_sizes(config))
 
 
 def _probed(config: Config, twin: Twin, tensors: Skeleton) -> DiscoveredFamily:
@@ -541,8 +530,8 @@ def _probed(config: Config, twin: Twin, tensors: Skeleton) -> DiscoveredFamily:
                 found += block.writers()
         live |= {writer.name: writer.zero for writer in found}
     writers = _on_disk(twin, layers, live)
-    inner = decoder_config(complete(config))
-    count = layer_key(inner)
+    inner = StockConfig(config).full_decoder
+    count = StockConfig(inner).layer_key
     sizes = {"num_hidden_layers": count} if isinstance(inner[count], int) else {}
     is_routed = any(_ROUTED.search(name) for name in tensors.disk)
     lengths = {length for shape in tensors.disk.values() for length in shape}
@@ -629,9 +618,9 @@ def _deeper(key: Key, sources: tuple[int, ...]) -> Config:
     config = key.config
     before = Skeleton.of(config)
     wanted = [before.signatures[source] for source in sources]
-    for deeper in deeper_configs(config, sources):
-        kinds = decoder_config(deeper).get("layer_types")
-        if kinds is not None and decoder_config(complete(deeper)).get("layer_types") != kinds:
+    for deeper in StockConfig(config).deeper(sources):
+        kinds = StockConfig(deeper).decoder.get("layer_types")
+        if kinds is not None and StockConfig(deeper).full_decoder.get("layer_types") != kinds:
             continue  # the class overrules it: the last layer of Gemma 4 has full attention
         after = Skeleton.of(deeper)
         if list(after.signatures) == wanted and _are_blocks_of_layers(before, after, sources):
@@ -671,7 +660,7 @@ def shallow(config: Config) -> Config:
     Layers are of one kind if they have the same tensors and the same entries in the config. Return
     the config unchanged if none has exactly these layers.
     """
-    signatures, inner = Skeleton.of(config).signatures, decoder_config(complete(config))
+    signatures, inner = Skeleton.of(config).signatures, StockConfig(config).full_decoder
     lists = [v for v in inner.values() if isinstance(v, list) and len(v) == len(signatures)]
     first: dict[str, int] = {}
     for layer, signature in enumerate(signatures):

@@ -28,13 +28,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from tritter.core.families.dimensions import Config
-from tritter.core.families.discovery.configs import (
-    class_of,
-    complete,
-    decoder_part,
-    quiet,
-    reason_of,
-)
+from tritter.core.families.discovery.configs import StockConfig, quiet, reason_of
 from tritter.errors import RequestError
 
 # Pattern of a config key → its size in the twin; the first match counts, None leaves the value
@@ -106,7 +100,7 @@ class Twin:
         Args:
             config: its config.json.
         """
-        class_of(config)
+        _ = StockConfig(config).kind  # refuses unknown types
         reasons: list[str] = []
         for changes in _variants():
             try:
@@ -221,7 +215,7 @@ def _variants() -> Iterator[Config]:
 
 def small_sizes(config: Config) -> Config:
     """Return a config, complete with the defaults of its class, at the sizes of a twin."""
-    kind, full = class_of(config), complete(config)
+    kind, full = StockConfig(config).kind, StockConfig(config).full
     explicit = set(config) | {key for key, value in kind().to_dict().items() if value is not None}
     small = _shrunk({key: value for key, value in full.items() if key in explicit})
     for name, value in full.items():
@@ -237,10 +231,11 @@ def small_sizes(config: Config) -> Config:
 def _small_config(config: Config, changes: Config) -> PreTrainedConfig:
     small = small_sizes(config)
     small |= {key: value for key, value in changes.items() if key in small}
-    if part := decoder_part(small):
+    if part := StockConfig(small).part:
         inner: Config = small[part]  # type: ignore[assignment]
         small[part] = {**inner, **{key: value for key, value in changes.items() if key in inner}}
-    return class_of(config).from_dict({**small, **_HINTS.get(str(config["model_type"]), {})})
+    hints = _HINTS.get(str(config["model_type"]), {})
+    return StockConfig(config).kind.from_dict({**small, **hints})
 
 
 def _derived(kind: type[PreTrainedConfig]) -> set[str]:
