@@ -223,23 +223,20 @@ class _BaseWriter:
     work: Path
 
     def __call__(self, model: nn.Module, result: FitResult) -> None:
-        if result.stopped_because is not None:
+        if result.stopped_because is not None or self.folder.exists():
             return
         training = {"stage": "pretraining", "flops": result.flops, **self.lineage.training_config}
         lineage = replace(self.lineage, step=result.steps, training_config=training)
-        if not self.folder.exists():
-            write_checkpoint(
-                self.folder,
-                config=self.base.config,
-                tensors=TensorStream.of(self.base.disk_tensors(model.state_dict())).to(
-                    torch.float32
-                ),
-                lineage=lambda: lineage,
-                artifacts=[
-                    partial(save_tokenizer, self.tokenizer, end_of_text=END_OF_TEXT),
-                    partial(write_states, self.work),
-                ],
-            )
+        write_checkpoint(
+            self.folder,
+            config=self.base.config,
+            tensors=TensorStream.of(self.base.disk_tensors(model.state_dict())).to(torch.float32),
+            lineage=lambda: lineage,
+            artifacts=[
+                partial(save_tokenizer, self.tokenizer, end_of_text=END_OF_TEXT),
+                partial(write_states, self.work),
+            ],
+        )
 
 
 def _is_intact(folder: Path) -> bool:

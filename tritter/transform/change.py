@@ -177,7 +177,7 @@ class PlannedExpansion:
     steps: tuple[ResolvedExpansion, ...]
     seed: int
     added_experts: AddedExperts | None = None
-    is_confirmed: bool = True
+    is_confirmed: bool = False
 
     @classmethod
     def of(
@@ -197,9 +197,8 @@ class PlannedExpansion:
             added: new experts of the model that its router does not fully use yet, if any.
         """
         steps = build_steps(source, specs, seed=seed)
-        return cls(
-            source=source, steps=steps, seed=seed, added_experts=_added_experts(added, steps)
-        )
+        added = _added_experts(added, steps)
+        return cls(source=source, steps=steps, seed=seed, added_experts=added)
 
     @cached_property
     def parameter_map(self) -> ParameterMap:

@@ -87,13 +87,6 @@ def with_children(specs: Sequence[ExpansionSpec], source: Source) -> tuple[Expan
     return tuple(found)
 
 
-def check_unchanged(plan: PlannedExpansion) -> None:
-    """Compare the tensors of all children with their lineage, which reads those not read yet."""
-    for step in plan.steps:
-        for child in getattr(step.spec, "experts", ()):
-            child.source.read_digests()
-
-
 def _bind(spec: Moe, source: Source) -> BoundMoe:
     assert spec.experts_from is not None
     children = tuple(_open(name, source) for name in spec.experts_from)
