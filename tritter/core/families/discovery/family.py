@@ -527,8 +527,8 @@ def _probed(config: Config, twin: Twin, tensors: Skeleton) -> DiscoveredFamily:
             continue
         for block in twin.further_streams(f"{layers}.{layer}"):
             with suppress(RequestError):  # the twin shows whether a copy has to keep the stream
-                found += block.writers()
-        live |= {writer.name: writer.zero for writer in found}
+                found |= block.writers()
+        live |= found
     writers = _on_disk(twin, layers, live)
     inner = StockConfig(config).full_decoder
     count = StockConfig(inner).layer_key

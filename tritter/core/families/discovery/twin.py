@@ -366,22 +366,6 @@ def _float64_by_default() -> Iterator[None]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Writer:
-    """A tensor of a block that writes the residual stream.
-
-    Args:
-        name: within the block.
-        axis: its axis along the residual stream.
-        zero: its value in an identity block: 0 for what is added to the stream, −1 for such a gain
-            that is stored minus one, 1 for a factor of the stream itself.
-    """
-
-    name: str
-    axis: int
-    zero: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
 class Block:
     """One layer of a twin, and a call of it.
 
@@ -414,23 +398,27 @@ class Block:
             raise RequestError("a layer does not return its residual stream.")
         return outputs[0] - stream
 
-    def writers(self) -> tuple[_Writer, ...]:
-        """Return the smallest set of tensors with which it is the identity, at their zeros."""
+    def writers(self) -> dict[str, float]:
+        """Return the smallest set of tensors with which it is the identity: name → its value then.
+
+        That is 0 for what is added to the stream, −1 for such a gain that is stored minus one, 1
+        for a factor of the stream itself.
+        """
         saved = self.module.state_dict(keep_vars=True)
         buffers = {name: value for name, value in self.module.named_buffers() if name in saved}
         values = {**dict(self.module.named_parameters()), **buffers}
         values = {name: value for name, value in values.items() if value.is_floating_point()}
         before = {name: value.detach().clone() for name, value in values.items()}
-        found: list[_Writer] = []
+        found: list[str] = []
         with restored(*values.values()):
             reason = _zero_writers(self, values, found)
             if not reason:
-                return tuple(_needed(self, found, values, before))
+                return _needed(self, found, values, before)
         with restored(*values.values()):
             found = _set_factors(self, values)
             if _zero_writers(self, values, found, streams=_MAX_STREAMS):
                 raise RequestError(reason)
-            return tuple(_needed(self, found, values, before))
+            return _needed(self, found, values, before)
 
     @property
     def values(self) -> dict[str, Tensor]:
@@ -500,35 +488,34 @@ def _is_elementwise(module: nn.Module, values: Tensor) -> bool:
 
 
 def _zero_writers(
-    block: Block, values: Mapping[str, Tensor], found: list[_Writer], *, streams: int = 1
+    block: Block, values: Mapping[str, Tensor], found: list[str], *, streams: int = 1
 ) -> str:
     """Zero writers until the block is the identity, and add them to those found.
 
     Args:
         block: the layer.
         values: its tensors.
-        found: the writers.
+        found: names of the writers.
         streams: a writer may write up to as many residual streams, which lie one after another.
 
     Returns:
         The reason why it can't be the identity; empty if it is.
     """
     while block.change().abs().max() > TOLERANCE:
-        known = {writer.name for writer in found}
         more = [
-            writer
+            name
             for name, value in sorted(values.items(), key=lambda item: -item[1].ndim)
-            if name not in known and (writer := _writer(block, name, value, streams)) is not None
+            if name not in found and _is_writer(block, value, streams)
         ]
-        more = [each for each in more if _is_zeroed(block, values[each.name], always=streams > 1)]
+        more = [name for name in more if _is_zeroed(block, values[name], always=streams > 1)]
         if not more:
             return _reason(block)
         found += more
     return ""
 
 
-def _set_factors(block: Block, values: Mapping[str, Tensor]) -> list[_Writer]:
-    """Set the factors of the stream itself to one, and return them.
+def _set_factors(block: Block, values: Mapping[str, Tensor]) -> list[str]:
+    """Set the factors of the stream itself to one, and return their names.
 
     In a large stream they matter, and branches that begin with a norm do not.
     """
@@ -541,15 +528,15 @@ def _set_factors(block: Block, values: Mapping[str, Tensor]) -> list[_Writer]:
         value.data.fill_(1.0)
         changed = block.change(large).abs().sum()
         if changed < size * (1 - _NORMED):
-            found.append(_Writer(name, 0))
+            found.append(name)
             size = changed
         else:
             value.data.copy_(before)
     return found
 
 
-def _writer(block: Block, name: str, value: Tensor, streams: int) -> _Writer | None:
-    """Return the tensor as a writer of the residual stream, or None."""
+def _is_writer(block: Block, value: Tensor, streams: int) -> bool:
+    """Return True if a tensor writes the residual stream."""
     size = block.hidden.shape[-1]
     change = block.change()
     for axis, length in enumerate(value.shape):
@@ -559,8 +546,8 @@ def _writer(block: Block, name: str, value: Tensor, streams: int) -> _Writer | N
             value.data.select(axis, _COORDINATE).add_(_CHANGE)
             moved = block.change() - change
         if _is_at_coordinate(moved.unflatten(-1, (-1, length))):
-            return _Writer(name, axis)
-    return None
+            return True
+    return False
 
 
 def _is_at_coordinate(difference: Tensor) -> bool:
@@ -589,25 +576,22 @@ def _is_zeroed(block: Block, value: Tensor, *, always: bool) -> bool:
 
 
 def _needed(
-    block: Block, found: list[_Writer], values: Mapping[str, Tensor], before: Mapping[str, Tensor]
-) -> list[_Writer]:
+    block: Block, found: list[str], values: Mapping[str, Tensor], before: Mapping[str, Tensor]
+) -> dict[str, float]:
     """Restore each writer that the identity does not need; return the others, with their zeros.
 
     A gain after a projection and the projection are both writers. Without the gain at zero the
     projection is needed, so gains are restored first.
     """
     needed = list(found)
-    for writer in sorted(found, key=lambda each: values[each.name].ndim):
-        zeroed = values[writer.name].detach().clone()
-        values[writer.name].data.copy_(before[writer.name])
+    for name in sorted(found, key=lambda each: values[each].ndim):
+        zeroed = values[name].detach().clone()
+        values[name].data.copy_(before[name])
         if block.change().abs().max() <= TOLERANCE:
-            needed.remove(writer)
+            needed.remove(name)
         else:
-            values[writer.name].data.copy_(zeroed)
-    return [
-        _Writer(writer.name, writer.axis, float(values[writer.name].detach().flatten()[0]))
-        for writer in needed
-    ]
+            values[name].data.copy_(zeroed)
+    return {name: float(values[name].detach().flatten()[0]) for name in needed}
 
 
 def _reason(block: Block) -> str:
