@@ -38,7 +38,6 @@ from tritter.core.families import (
     check_config,
     find_family,
     on_disk,
-    with_live_sizes,
 )
 from tritter.core.families.config_file import checked_config, errors_as
 from tritter.core.families.dimensions import plain_floats
@@ -107,7 +106,7 @@ def read_model(folder: Path, *, ffn_sizes: Sequence[int] | None = None) -> Model
 def _model_in(
     folder: Path, stock: PreTrainedConfig, ffn_sizes: Sequence[int] | None = None
 ) -> Model:
-    return with_live_sizes(Model(_plain(stock)), folder, ffn_sizes=ffn_sizes)
+    return Model(_plain(stock)).with_live_sizes(folder, ffn_sizes=ffn_sizes)
 
 
 def _plain(config: PreTrainedConfig) -> Config:

@@ -17,7 +17,7 @@ from tritter.checkpoints import Source
 from tritter.checkpoints.history import read_chain
 from tritter.checkpoints.location import require_plain
 from tritter.checkpoints.record import LearnedDomain
-from tritter.core.expansions import BoundMoe, ExpansionSpec, Moe, children_place
+from tritter.core.expansions import BoundMoe, ExpansionSpec, Moe
 from tritter.core.expansions.moe_children import HiddenMoments, router_rows
 from tritter.core.families import forward_flops
 from tritter.core.families.config_file import read_model_file
@@ -77,18 +77,9 @@ class _OpenChild:
         return _Stored(self.source, self.model_hash, name)
 
 
-def with_children(specs: Sequence[ExpansionSpec], source: Source) -> tuple[ExpansionSpec, ...]:
-    """Return the expansions, with `moe` bound to the models of `experts_from`."""
-    place, found = children_place(specs), list(specs)
-    if place is not None:
-        spec = found[place]
-        assert isinstance(spec, Moe)
-        found[place] = _bind(spec, source)
-    return tuple(found)
-
-
-def _bind(spec: Moe, source: Source) -> BoundMoe:
-    assert spec.experts_from is not None
+def bound_children(spec: ExpansionSpec, source: Source) -> BoundMoe:
+    """Return `moe` bound to the models of `experts_from`."""
+    assert isinstance(spec, Moe) and spec.experts_from is not None
     children = tuple(_open(name, source) for name in spec.experts_from)
     hashes = tuple(child.model_hash for child in children)
     for first, second in combinations(children, 2):

@@ -21,7 +21,9 @@ from tritter.core.expansions import (
     ExpansionSpec,
     ResolvedExpansion,
     check_specs,
+    children_place,
     target_model,
+    vocab_place,
 )
 from tritter.core.families import LayoutKind, Model, StoredTensor
 from tritter.core.parameter_map.rows import WeightReader, peak_bytes
@@ -38,8 +40,8 @@ from tritter.storage.writer import (
     num_threads,
 )
 from tritter.transform.change import PlannedExpansion
-from tritter.transform.children import router_bytes, with_children
-from tritter.transform.vocabulary import bound, kept_in, write_tokenizer_file
+from tritter.transform.children import bound_children, router_bytes
+from tritter.transform.vocabulary import bound_vocabulary, kept_in, write_tokenizer_file
 
 # Disk and memory requirements
 
@@ -239,8 +241,12 @@ def plan_by_tables(
     `expand` checks the plan with transformers after it has written the tensors and before it moves
     the result to the destination.
     """
-    specs = with_children(bound(specs, source), source)
-    return PlannedExpansion.of(source.model, specs, seed=seed, added=source.added)
+    bound = list(specs)
+    if (place := vocab_place(specs)) is not None:
+        bound[place] = bound_vocabulary(specs[place], source)
+    if (place := children_place(specs)) is not None:
+        bound[place] = bound_children(specs[place], source)
+    return PlannedExpansion.of(source.model, bound, seed=seed, added=source.added)
 
 
 def _confirm(plan: PlannedExpansion, source: Source) -> PlannedExpansion:

@@ -22,7 +22,7 @@ from tests.oracle.families import OWN, tiny
 from tritter.core.expansions import MoeAdd, Width
 from tritter.core.expansions.on_twin import _grown_twin
 from tritter.core.families import FAMILIES, Config, Family, Model, family_of, pack_all, unpack_all
-from tritter.core.families.discovery import discover
+from tritter.core.families.discovery import DiscoveredFamily
 from tritter.core.families.discovery.axes import _arrangements, _residual_axes
 from tritter.core.families.discovery.configs import Key
 from tritter.core.families.discovery.family import shallow
@@ -80,7 +80,7 @@ def test_it_maps_what_the_table_maps(
     model_type: str, quantity: Quantity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config: Config = tiny(model_type).config.to_dict()
-    table, found = FAMILIES[model_type], discover(config).widened(config)
+    table, found = FAMILIES[model_type], DiscoveredFamily.of(config).widened(config)
     assert found.axes is not None
     unknown = {"heads"} if found.heads_fill_hidden else set[str]()
     assert found.axes.refused.keys() - {"neurons"} == unknown | (
@@ -105,7 +105,7 @@ def test_its_neurons_are_those_of_the_table(
     """The same matrices, the same σ, and the same change of a model."""
     model = tiny(model_type)
     config: Config = model.config.to_dict()
-    table, found = FAMILIES[model_type], discover(config)
+    table, found = FAMILIES[model_type], DiscoveredFamily.of(config)
     assert bool(found.fixed_neurons(config)) == bool(table.fixed_neurons(config))
     if table.fixed_neurons(config):
         return

@@ -42,7 +42,7 @@ from tritter.core.expansions.targets import growth_examples
 from tritter.core.families import FAMILIES, Config, Model, backward_flops, forward_flops
 from tritter.core.families.discovery import family
 from tritter.core.families.discovery.configs import StockConfig
-from tritter.core.families.discovery.family import DiscoveredFamily, discover, shallow
+from tritter.core.families.discovery.family import DiscoveredFamily, shallow
 from tritter.core.families.discovery.skeleton import layers_on_disk
 from tritter.core.families.discovery.twin import Block, Twin
 from tritter.core.models import read_model
@@ -80,7 +80,7 @@ def logits(folder: Path) -> torch.Tensor:
 
 def tables(model_type: str) -> tuple[Config, DiscoveredFamily]:
     config = tiny(model_type).config.to_dict()
-    return config, discover(config)
+    return config, DiscoveredFamily.of(config)
 
 
 @pytest.mark.parametrize("model_type", full_matrix(tuple(OWN)))
@@ -170,7 +170,7 @@ def test_keys_that_a_file_omits_or_spells_otherwise_are_known() -> None:
     full = example("bloom", n_layer=2)
     plain = {key: value for key, value in full.items() if key not in ("n_head", "hidden_size")}
     for config in ({**plain, "num_attention_heads": 8, "n_embed": 64}, full):
-        sizes = Model(config, discover(config)).sizes
+        sizes = Model(config, DiscoveredFamily.of(config)).sizes
         assert (sizes.hidden_size, sizes.num_attention_heads) == (64, 8)
 
 
@@ -572,7 +572,7 @@ def test_new_layers_that_are_not_quite_zero_are_caught(
 
     monkeypatch.setattr(measure, "folder_jump", damaged)
     folder = example_folder(model_type, tmp_path)
-    zeroed = discover(read_model(folder).config).zeroed_names
+    zeroed = DiscoveredFamily.of(read_model(folder).config).zeroed_names
     assert not expanded(folder, tmp_path / "grown", LlamaPro())
 
 
@@ -620,7 +620,7 @@ def test_twins_run_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     handle = register_module_forward_hook(lambda *_: seen.add(torch.get_num_threads()))
     try:
         config = example("opt", num_hidden_layers=2)
-        discover(config).widened(config)
+        DiscoveredFamily.of(config).widened(config)
         assert seen == {1} and torch.get_num_threads() == 2
     finally:
         handle.remove()

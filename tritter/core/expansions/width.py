@@ -31,7 +31,6 @@ from tritter.core.expansions.heads import (
     head_targets,
 )
 from tritter.core.families import (
-    GROWING,
     Axis,
     Config,
     Dimensions,
@@ -358,7 +357,7 @@ class Width:
         old, new, keys = source.sizes, target.sizes, source.family.sizes
         grown = {
             keys[name]: f"{keys[name]} {getattr(old, name)} → {getattr(new, name)}"
-            for name in GROWING
+            for name in Dimensions.GROWING
             if name in keys and getattr(old, name) != getattr(new, name)
         }
         counts = ("num_attention_heads", "num_key_value_heads")

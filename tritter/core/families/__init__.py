@@ -1,7 +1,7 @@
 """Family tables: one per architecture, with counts of parameters and FLOPs from shapes."""
 
-from tritter.core.families.config_file import check_config, with_live_sizes
-from tritter.core.families.dimensions import GROWING, Config, Dimensions, ffn_sizes, on_disk
+from tritter.core.families.config_file import check_config
+from tritter.core.families.dimensions import Config, Dimensions, ffn_sizes, on_disk
 from tritter.core.families.family import Family
 from tritter.core.families.flops import (
     Adapters,
@@ -30,7 +30,6 @@ from tritter.core.families.tables import (
 
 __all__ = [
     "FAMILIES",
-    "GROWING",
     "SIGMOID_ROUTERS",
     "Adapters",
     "Axis",
@@ -59,5 +58,4 @@ __all__ = [
     "segments",
     "training_flops",
     "unpack_all",
-    "with_live_sizes",
 ]

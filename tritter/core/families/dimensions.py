@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from tritter.errors import RequestError, brief
 from tritter.limits import MAX_EXPERTS, MAX_LAYERS, MAX_POSITIONS, MAX_VOCABULARY, MAX_WIDTH
@@ -21,16 +21,6 @@ DENSE_SIZES: Mapping[str, str] = {
         "vocab_size",
     )
 }
-
-GROWING = (  # sizes that growth in width changes
-    "hidden_size",
-    "intermediate_size",
-    "expert_size",
-    "shared_expert_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
 
 _LIMITS: Mapping[str, int] = {
     "num_hidden_layers": MAX_LAYERS,
@@ -67,6 +57,16 @@ class Dimensions:
     expert_size: int = 0
     shared_expert_size: int = 0
     max_position_embeddings: int = 0
+
+    GROWING: ClassVar[tuple[str, ...]] = (  # sizes that growth in width changes
+        "hidden_size",
+        "intermediate_size",
+        "expert_size",
+        "shared_expert_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    )
 
     @classmethod
     def read(cls, config: Config, sizes: Mapping[str, str], *, ffn_ratio: int = 0) -> "Dimensions":

@@ -10,7 +10,6 @@ from typing import Any, Literal
 from tritter.core.families.dimensions import (
     DENSE_SIZES,
     FFN_SIZES,
-    GROWING,
     Config,
     Dimensions,
     ffn_sizes,
@@ -179,7 +178,8 @@ class Family:
 
     def with_dimensions(self, config: Config, sizes: Dimensions) -> Config:
         """Return the config of a model with other sizes of FFNs, heads and residual stream."""
-        changed = {key: getattr(sizes, name) for name, key in self.sizes.items() if name in GROWING}
+        grown = {name: key for name, key in self.sizes.items() if name in Dimensions.GROWING}
+        changed = {key: getattr(sizes, name) for name, key in grown.items()}
         return {**config, **changed}
 
     def decoder(self, config: Config) -> Config:

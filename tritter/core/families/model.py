@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
+from pathlib import Path
 from statistics import mode
 from typing import TYPE_CHECKING, Literal
 
@@ -12,8 +13,9 @@ from tritter.core.families.family import Family
 from tritter.core.families.layout import LayoutKind, Part, StoredTensor, pack_all
 from tritter.core.families.logical import LogicalTensor
 from tritter.core.families.tables import family_of
-from tritter.errors import RequestError, TritterError, shortened
+from tritter.errors import RequestError, TritterError, brief, shortened
 from tritter.limits import MAX_PARAMETERS, MAX_TENSORS
+from tritter.storage.reading import LINEAGE_NAME, read_object
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -164,6 +166,30 @@ class Model:
                 sizes.append(stored[family.neuron_axis(tensor)])
         return self.with_ffn_sizes(sizes) if sizes else self
 
+    def with_live_sizes(self, folder: Path, *, ffn_sizes: Sequence[int] | None = None) -> "Model":
+        """Return this model of a folder's config.json with the FFN widths of its tritter.json.
+
+        Args:
+            folder: the checkpoint folder.
+            ffn_sizes: FFN width per layer; None reads tritter.json.
+        """
+        if FFN_SIZES in self.config:
+            raise RequestError(
+                f"config.json: {FFN_SIZES} = {brief(self.config[FFN_SIZES])}; the widths of single "
+                f"layers belong in {LINEAGE_NAME}, next to a model that is padded to the widest."
+            )
+        path = folder / LINEAGE_NAME
+        if ffn_sizes is None and path.exists():
+            ffn_sizes = read_object(path).get(FFN_SIZES)
+        if not ffn_sizes:
+            return self
+        live = self.changed({**self.config, FFN_SIZES: ffn_sizes})
+        try:
+            live.check_ffn_sizes()
+        except RequestError as error:
+            raise TritterError(f"{path}: {error}") from error
+        return live
+
     def with_layers(self, layer_sources: Sequence[int]) -> "Model":
         """Return a model whose layer t is a copy of layer `layer_sources[t]`."""
         return self.changed(self.family.with_layers(self.config, layer_sources))
@@ -212,6 +238,23 @@ class Model:
         if text := "; ".join(problems):
             raise TritterError(f"The checkpoint does not match its config.json: {text}")
         return expected
+
+    def check_ffn_sizes(self) -> None:
+        """Refuse FFN widths that do not match the layers, or layers that must have one width."""
+        if FFN_SIZES not in self.config:
+            return
+        if reason := self.family.fixed_neurons(self.config):
+            raise RequestError(f"{FFN_SIZES}: all layers have one width: {reason}.")
+        wide = self.widened
+        sizes, widest = self.ffn_sizes, wide.sizes
+        layers = widest.num_hidden_layers
+        are_valid = len(sizes) == layers and all(type(size) is int and size >= 1 for size in sizes)
+        if not are_valid or max(sizes) != widest.intermediate_size:
+            raise RequestError(
+                f"{FFN_SIZES} = {brief(self.config[FFN_SIZES])}; must be a width of at least 1 for "
+                f"each of the {layers} layers, the widest "
+                f"{wide.family.sizes['intermediate_size']} = {widest.intermediate_size}."
+            )
 
     def check_size(self) -> None:
         """Refuse a model with too many tensors or parameters, which are only counted."""

@@ -741,6 +741,6 @@ def family_of(config: Config) -> Family:
         return family
     is_first = f"{__package__}.discovery" not in sys.modules
     with status(f"{model_type} has no table: probing its class") if is_first else nullcontext():
-        from tritter.core.families.discovery import discover  # imports transformers
+        from tritter.core.families.discovery import DiscoveredFamily  # imports transformers
 
-        return discover(config)
+        return DiscoveredFamily.of(config)

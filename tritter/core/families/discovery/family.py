@@ -88,6 +88,27 @@ class DiscoveredFamily(Family):
     is_routed: bool = False
     axes: Axes | None = None
 
+    @classmethod
+    def of(cls, config: Config) -> "DiscoveredFamily":
+        """Return the family of a model type without a table.
+
+        Args:
+            config: config.json of a model.
+        """
+        structure = _structure(config)
+        if structure not in _FOUND:
+            model_type = str(config["model_type"])
+            try:
+                with one_thread():
+                    twin = Twin.of(config)
+                    found = _probed(config, twin, Skeleton.of(config))
+            except RequestError as error:
+                raise RequestError(
+                    f"model_type '{model_type}' is not supported: {error}"
+                ) from error
+            _FOUND[structure] = _FOUND[_structure(twin.config.to_dict())] = found
+        return _FOUND[structure]
+
     @property
     def refusal(self) -> str:
         """The reason why no copy of any layer is an identity; empty if there are such copies."""
@@ -482,25 +503,6 @@ def _kind_of(name: str) -> str:
     return f"{part}.{(part == 'experts' and name.partition('experts.')[2]) or name}"
 
 
-def discover(config: Config) -> DiscoveredFamily:
-    """Return the family of a model type without a table.
-
-    Args:
-        config: config.json of a model.
-    """
-    structure = _structure(config)
-    if structure not in _FOUND:
-        model_type = str(config["model_type"])
-        try:
-            with one_thread():
-                twin = Twin.of(config)
-                found = _probed(config, twin, Skeleton.of(config))
-        except RequestError as error:
-            raise RequestError(f"model_type '{model_type}' is not supported: {error}") from error
-        _FOUND[structure] = _FOUND[_structure(twin.config.to_dict())] = found
-    return _FOUND[structure]
-
-
 _FOUND: dict[Key, DiscoveredFamily] = {}  # by the structure of a config
 _WIDENED: dict[Key, DiscoveredFamily] = {}  # the same, with axes
 
@@ -711,7 +713,7 @@ def _logit_changes(
         The change with identity copies, and with plain copies (the negative control).
     """
     config = key.config
-    family, twin = discover(config), Twin.of(config)
+    family, twin = DiscoveredFamily.of(config), Twin.of(config)
     before, small = twin.logits(), twin.config.to_dict()
     layers = layer_list(twin.model)
     model = twin.sibling(_with_layers(small, sources))
