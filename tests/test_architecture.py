@@ -299,7 +299,7 @@ def test_a_module_with_one_caller_is_seen():
 
 
 def test_the_house_is_found():
-    assert {"tritter.core.parameter_map.apply", "tritter.pipeline.pipeline", "train"} <= {
+    assert {"tritter.core.parameter_map.tensor_map", "tritter.pipeline.pipeline", "train"} <= {
         module.name for module in HOUSE
     }
 

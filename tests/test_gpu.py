@@ -29,7 +29,7 @@ from tritter.data.documents import Document
 from tritter.data.tokens import END_OF_TEXT, train_tokenizer
 from tritter.methods.growth.initialisers import orthogonalised
 from tritter.pipeline import run_pipeline
-from tritter.planning.run_memory import training_needs
+from tritter.planning.run_memory import RunMemory
 from tritter.training import read_metrics
 
 NO_GPU = "torch finds no GPU on this machine; these checks need one"
@@ -218,7 +218,7 @@ def test_the_recipe_for_a_consumer_gpu_needs_the_memory_that_was_computed(
         ]
     )
     outcome = run_pipeline(config, run_folder=tmp_path)
-    (needed,) = training_needs(config, Model(QWEN))
+    (needed,) = RunMemory(config, Model(QWEN)).needs()
     assert outcome.status == "ungated"
     logged = [row.get("performance/peak_memory_bytes") for row in read_metrics(tmp_path)]
     peak = max(float(value) for value in logged if value)

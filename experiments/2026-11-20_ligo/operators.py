@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from tritter.core.expansions import ExpansionSpec, ResolvedExpansion
 from tritter.core.families import Axis, Model, Port
-from tritter.core.models import model_of, model_with_tensors, named_tensors
-from tritter.core.parameter_map import AxisFactor, map_tensor
+from tritter.core.models import model_of, model_with_tensors
+from tritter.core.parameter_map import AxisFactor
 from tritter.transform.live import ModelExpander
 
 Init = Literal["exact", "paper"]
@@ -45,7 +45,7 @@ class Operators:
         self.generator = torch.Generator().manual_seed(seed)
         steps = ModelExpander(specs, seed=seed).steps(Model(config))
         by_type = {step.spec.expansion_type: step for step in steps}
-        held = dict(named_tensors(model, Model(config)))
+        held = dict(Model(config).disk_tensors(model.state_dict()))
         self.logical = {t.name: t for t in Model(config).tensors}
         self.sources = {name: held[t.disk_name].clone() for name, t in self.logical.items()}
         self.target_config = steps[-1].target.config
@@ -104,7 +104,7 @@ class Operators:
             self.keys[name] = [self._matrix(axis, factor) for axis, factor in pairs]
             self.factors[name] = 1.0
             if self.init == "exact":
-                exact = map_tensor(tensor_map, self.sources[name])
+                exact = tensor_map.apply(self.sources[name])
                 self.constants[name] = exact - self._widened(name).detach()
             elif tensor.axes[0].port is Port.GAIN:
                 self.factors[name] = _carried_factor(tensor_map.axes[0])

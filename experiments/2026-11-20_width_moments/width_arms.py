@@ -23,9 +23,8 @@ sys.path.append(str(FOLDER.parents[1]))
 
 from tritter.core.expansions import Width  # noqa: E402
 from tritter.core.families import Config, Model  # noqa: E402
-from tritter.core.models import model_of, model_with_tensors, named_tensors, new_model  # noqa: E402
-from tritter.core.parameter_map import AxisFactor, ParameterMap, map_tensor  # noqa: E402
-from tritter.core.parameter_map.apply import carried_mask  # noqa: E402
+from tritter.core.models import model_of, model_with_tensors, new_model  # noqa: E402
+from tritter.core.parameter_map import AxisFactor, ParameterMap  # noqa: E402
 from tritter.data.batches import BatchStream, SequenceStream  # noqa: E402
 from tritter.data.corpus import Corpus, stdlib_corpus  # noqa: E402
 from tritter.data.replay import ReplayBuffer  # noqa: E402
@@ -202,8 +201,8 @@ def plainly_padded(model: nn.Module, grown: Grown, *, seed: int) -> nn.Module:
     unscaled = {**target, "rms_norm_eps": source["rms_norm_eps"]}
     drawn = new_model(Model(unscaled), seed=derived_seed(seed, "padding"))
     held, old = (
-        dict(named_tensors(drawn, Model(unscaled))),
-        dict(named_tensors(model, Model(source))),
+        dict(Model(unscaled).disk_tensors(drawn.state_dict())),
+        dict(Model(source).disk_tensors(model.state_dict())),
     )
     padded: dict[str, Tensor] = {}
     for tensor in Model(target).tensors:
@@ -213,9 +212,9 @@ def plainly_padded(model: nn.Module, grown: Grown, *, seed: int) -> nn.Module:
             for axis in tensor_map.axes
         )
         value = old[tensor.disk_name]
-        copied = map_tensor(replace(tensor_map, axes=ones), value)
+        copied = replace(tensor_map, axes=ones).apply(value)
         every_entry = torch.ones(value.shape, dtype=torch.bool)
-        is_old = carried_mask(tensor_map, {tensor_map.origin: every_entry}.__getitem__)
+        is_old = tensor_map.carried_mask({tensor_map.origin: every_entry}.__getitem__)
         padded[tensor.name] = torch.where(is_old, copied, held[tensor.disk_name])
     return model_with_tensors(Model(unscaled), padded)
 

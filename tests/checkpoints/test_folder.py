@@ -18,7 +18,7 @@ from tests import oracle
 from tritter.checkpoints import Lineage, write_checkpoint, write_lineage
 from tritter.core.expansions import Dus, LlamaPro, Width
 from tritter.core.families import Model
-from tritter.core.models import named_tensors, save_tokenizer
+from tritter.core.models import save_tokenizer
 from tritter.errors import RequestError, TritterError
 from tritter.storage.hashing import merkle_hash, tensor_digest
 from tritter.storage.tensors import TensorFolder
@@ -45,7 +45,7 @@ def _write(model: LlamaForCausalLM, target: Path, *, lineage: Lineage = EMPTY) -
     return write_checkpoint(
         target,
         config=config,
-        tensors=TensorStream.of(named_tensors(model, Model(config))),
+        tensors=TensorStream.of(Model(config).disk_tensors(model.state_dict())),
         lineage=lambda: lineage,
         artifacts=[write_words],
     )

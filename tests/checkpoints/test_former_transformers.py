@@ -20,7 +20,7 @@ from tritter.core.expansions import Context, LlamaPro, Vocab
 from tritter.core.expansions.targets import growth_examples
 from tritter.core.families import Config, Model
 from tritter.core.families.config_file import with_former_keys
-from tritter.core.families.discovery.twin import build_twin
+from tritter.core.families.discovery.twin import Twin
 from tritter.core.models import read_model, save_tokenizer
 from tritter.data.documents import Document
 from tritter.data.tokens import END_OF_TEXT, train_tokenizer
@@ -144,7 +144,7 @@ def test_transformers_4_reads_what_its_own_models_become(tmp_path: Path) -> None
 def _tiny_config(family: str) -> Config:
     if family in OWN:
         return tiny(family).config.to_dict()
-    return {**build_twin(example(family)).config.to_dict(), "dtype": "float32"}
+    return {**Twin.of(example(family)).config.to_dict(), "dtype": "float32"}
 
 
 def _grown(source: Path) -> list[Path]:

@@ -22,7 +22,7 @@ from tritter.checkpoints.history import Link
 from tritter.checkpoints.state import State, write_state
 from tritter.core.expansions import Dus, ExpansionSpec, LlamaPro, Moe, Width, build_steps
 from tritter.core.families import Model, family_of, ffn_sizes, forward_flops, on_disk
-from tritter.core.models import load_model, model_of, model_with_tensors, named_tensors, read_model
+from tritter.core.models import load_model, model_of, model_with_tensors, read_model
 from tritter.core.parameter_map.carry import MOMENTS
 from tritter.errors import RequestError, TritterError
 from tritter.storage.writer import TensorStream
@@ -123,7 +123,7 @@ def test_a_model_of_equal_widths_has_none_of_its_own() -> None:
 def test_models_are_built_in_their_live_widths() -> None:
     model = uneven("qwen3", SIZES).double()
     config = model_of(model).config
-    held = dict(named_tensors(model, Model(config)))
+    held = dict(Model(config).disk_tensors(model.state_dict()))
     names = Model(config).tensors
     built = model_with_tensors(Model(config), {t.name: held[t.disk_name] for t in names})
     assert torch.equal(logits(built), logits(model))
@@ -246,7 +246,7 @@ def test_experts_have_one_width(tmp_path: Path) -> None:
 def test_state_follows_in_live_widths(tmp_path: Path) -> None:
     model = uneven("llama", SIZES)
     folder = written(model, tmp_path / "model")
-    tensors = dict(named_tensors(model, model_of(model)))
+    tensors = dict(model_of(model).disk_tensors(model.state_dict()))
     moments = {kind: {n: t.abs() for n, t in tensors.items()} for kind in MOMENTS}
     write_state(folder, {k: TensorStream.of(t.items()) for k, t in moments.items()}, step=3)
     grown = expand(folder, tmp_path / "grown", [LlamaPro(target_layers=4), Width()])

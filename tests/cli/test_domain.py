@@ -9,9 +9,9 @@ from tests.cli.conftest import VOCABULARY, Run, snapshot
 from tests.cli.test_train import write_texts
 from tests.core.stock_routers.models import tiny_moe
 from tests.oracle import logits, saved, stock, tokens
+from tests.oracle.moe import is_settled
 from tritter.checkpoints import Lineage
 from tritter.core.models import load_model, save_tokenizer
-from tritter.core.stock_routers import stock_obstacle
 from tritter.data.documents import Document
 from tritter.data.tokens import END_OF_TEXT, train_tokenizer
 from tritter.methods.moe_routing.separate import shared_names
@@ -46,7 +46,7 @@ def test_experts_are_added_and_trained_in_one_go(run: Run, base: Path) -> None:
     assert "exact yes: function-preserving at step 0" in text
     assert "open to all tokens" in text and "[% of assignments], 2 per token" in text
     folder = base.with_name("base-moe-add")
-    assert stock_obstacle(folder) is None
+    assert is_settled(folder)
     model, before = load_model(folder), load_model(base)
     assert torch.equal(logits(stock(folder), tokens()), logits(model, tokens()))
     for name in shared_names(model):

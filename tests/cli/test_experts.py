@@ -27,7 +27,7 @@ from tritter.checkpoints import (
 from tritter.checkpoints.folder import copy_small_files
 from tritter.core.expansions import Dus
 from tritter.core.families import Model
-from tritter.core.models import load_model, named_tensors, read_model
+from tritter.core.models import load_model, read_model
 from tritter.errors import RequestError
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.methods.experts.stored import ExpertFolder
@@ -50,7 +50,7 @@ def write_with_experts(
     return write_checkpoint(
         target,
         config=config,
-        tensors=TensorStream.of(named_tensors(load_model(source), Model(config))),
+        tensors=TensorStream.of(Model(config).disk_tensors(load_model(source).state_dict())),
         lineage=lambda: lineage,
         artifacts=[partial(copy_small_files, source), experts],
     )

@@ -10,9 +10,10 @@ import torch
 from tests.cli.conftest import Run, snapshot
 from tests.core.stock_routers.models import num_experts, tiny_moe
 from tests.oracle import logits, relative_difference, saved, stock, tokens
+from tests.oracle.moe import is_settled
 from tritter.checkpoints import Lineage, write_lineage
 from tritter.core.models import load_model, read_model
-from tritter.core.stock_routers import AddedExperts, stock_obstacle
+from tritter.core.stock_routers import AddedExperts
 
 ADD = "expand --checkpoint base --method moe-add"
 
@@ -119,9 +120,9 @@ def test_export_refuses_closed_experts_and_leaves_them_out_when_asked(run: Run, 
 def test_export_of_experts_that_are_open(run: Run, base: Path) -> None:
     assert run(f"{ADD} --num-experts 1 --no-measure --output grown").code == 0
     folder = base.with_name("grown")
-    assert stock_obstacle(folder) is not None
+    assert not is_settled(folder)
     _set_offset(folder, 0.0)
-    assert stock_obstacle(folder) is None and stock_obstacle(base) is None
+    assert is_settled(folder) and is_settled(base)
     ours, theirs = load_model(folder), stock(folder)
     assert torch.equal(logits(ours, tokens()), logits(theirs, tokens()))
     for words in ("--drop-new-experts", "--drop-new-experts --dtype float32"):

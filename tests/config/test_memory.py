@@ -20,13 +20,7 @@ from tritter.data.tokens import TextBounds
 from tritter.launched import Launch
 from tritter.methods.experts.adapters import is_of_adapter
 from tritter.planning import run_memory as memory
-from tritter.planning.run_memory import (
-    RunMemory,
-    memory_line,
-    memory_notes,
-    memory_problems,
-    training_needs,
-)
+from tritter.planning.run_memory import RunMemory, _Need
 from tritter.training import OptimizerSettings
 
 Run = Callable[..., Result]
@@ -39,9 +33,9 @@ def has(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return lambda size: monkeypatch.setattr(memory, "machine_memory", lambda: size)
 
 
-def held(*words: str) -> dict[str, RunMemory]:
+def held(*words: str) -> dict[str, _Need]:
     config = load_config([*words])
-    return {each.model: each for each in training_needs(config, base_model(config))}
+    return {each.model: each for each in RunMemory(config, base_model(config)).needs()}
 
 
 @pytest.fixture
@@ -55,7 +49,7 @@ SHORT = ("data.batch_size=4", "data.sequence_length=8")
 
 
 def problems(config: RunConfig) -> str:
-    return " ".join(map(str, memory_problems(config, base_model(config))))
+    return " ".join(map(str, RunMemory(config, base_model(config)).problems()))
 
 
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_written(
@@ -134,9 +128,9 @@ def test_a_note_says_that_activations_computed_again_would_fit(
     words = ["model=small", "data.batch_size=512", "data.sequence_length=512"]
     config = load_config(words)
     source = base_model(config)
-    needed = max(each.states + each.activations for each in training_needs(config, source))
+    needed = max(each.states + each.activations for each in RunMemory(config, source).needs())
     has(needed * 3 // 4)
-    (note,) = memory_notes(config, source)
+    (note,) = RunMemory(config, source).notes()
     assert note.endswith("trainer.activation_checkpointing=true, with which it fits")
 
 
@@ -200,7 +194,7 @@ def test_of_experts_only_the_adapters_have_gradients_and_moments() -> None:
 def test_a_teacher_is_held_once_in_the_machines_memory(has: Callable[[int], None]) -> None:
     words = ["model=tiny", "expansion=llama_pro", "forgetting=[distill,replay]", *SHORT]
     config = load_config([*words, "trainer=ddp", "trainer.devices=4"])
-    base, grown = training_needs(config, base_model(config))
+    base, grown = RunMemory(config, base_model(config)).needs()
     assert (base.teacher, grown.teacher) == (0, 4 * base.parameters)
     needed = 4 * grown.device + grown.start + grown.teacher
     has(needed)
@@ -225,7 +219,7 @@ def test_of_rounds_the_largest_counts() -> None:
 def test_each_process_holds_all(has: Callable[[int], None]) -> None:
     config = load_config(["model=tiny", "trainer=ddp", "trainer.devices=4", "expansion=none",
                           "forgetting=replay", *SHORT])  # fmt: skip
-    base, one = training_needs(config, base_model(config))
+    base, one = RunMemory(config, base_model(config)).needs()
     assert (one.processes, one.start) == (4, base.start)
     needed = 4 * base.device + base.start
     has(needed)
@@ -238,7 +232,7 @@ def test_each_process_holds_all(has: Callable[[int], None]) -> None:
 def test_what_would_fit_is_tried_before_it_is_said(has: Callable[[int], None]) -> None:
     config = load_config(["model=tritter_350m", "expansion=none", "forgetting=[l2sp,replay]",
                           "trainer=cpu"])  # fmt: skip
-    base, model = training_needs(config, base_model(config))
+    base, model = RunMemory(config, base_model(config)).needs()
     has(model.device + model.start)
     assert not problems(config)
     has(base.device + base.start - 10**6)
@@ -248,7 +242,7 @@ def test_what_would_fit_is_tried_before_it_is_said(has: Callable[[int], None]) -
     assert "it fits with model=tritter_125m" in message
     config = load_config(["model=tritter_350m", "expansion=width", "forgetting=[ewc,replay]",
                           "trainer=cpu"])  # fmt: skip
-    grown = list(training_needs(config, base_model(config)))[1]
+    grown = list(RunMemory(config, base_model(config)).needs())[1]
     has(grown.states + grown.start)
     assert "it fits with 'forgetting=[replay]'" in problems(config)
 
@@ -259,7 +253,7 @@ def test_an_estimate_of_twice_the_memory_is_refused(
     words = ["model=tiny", "expansion=none", "forgetting=none", "trainer=cpu"]
     words += ["data.batch_size=512", "data.sequence_length=512"]
     config = load_config(words)
-    _, need = training_needs(config, base_model(config))
+    _, need = RunMemory(config, base_model(config)).needs()
     needed = need.device + need.start + need.activations
     has(needed // 2 - 1000)
     result = run(*words)
@@ -278,7 +272,7 @@ def test_a_context_that_needs_too_much_is_named(
     words += ["data.batch_size=4", "data.sequence_length=128"]
     words += ["model.max_position_embeddings=128", "expansion.context.target_length=8192"]
     config = load_config(words)
-    *_, need = training_needs(config, base_model(config))
+    *_, need = RunMemory(config, base_model(config)).needs()
     needed = need.device + need.start + need.activations
     has(needed // 2 - 1000)
     result = run(*words)
@@ -287,14 +281,14 @@ def test_a_context_that_needs_too_much_is_named(
     advice = "; reduce data.batch_size or expansion.context.target_length"
     assert advice in result.err and "sequence_length" not in result.err
     has(needed - 1000)
-    (note,) = memory_notes(config, base_model(config))
+    (note,) = RunMemory(config, base_model(config)).notes()
     assert advice in note
 
 
 def test_one_line_says_what_training_needs(has: Callable[[int], None]) -> None:
     has(8 * GB)
     config = load_config(["model=tiny", "expansion=none", "forgetting=ewc"])
-    line = memory_line(config, base_model(config))
+    line = RunMemory(config, base_model(config)).line()
     need = held("model=tiny", "expansion=none", "forgetting=ewc")["the model"]
     needed = (need.device + need.start + need.activations + memory._LIBRARIES) / 1e6
     assert f"about {needed:.1f} MB of the 8.0 GB of this machine" in line
@@ -304,17 +298,17 @@ def test_one_line_says_what_training_needs(has: Callable[[int], None]) -> None:
 @pytest.mark.usefixtures("no_estimates")
 def test_activations_are_a_note(has: Callable[[int], None]) -> None:
     config = load_config(["model=tiny", "expansion=none", "forgetting=none", "trainer=cpu"])
-    base, model = training_needs(config, base_model(config))
+    base, model = RunMemory(config, base_model(config)).needs()
     has(base.device + base.start)
     assert not problems(config)
-    (note,) = memory_notes(config, base_model(config))
+    (note,) = RunMemory(config, base_model(config)).notes()
     assert note.startswith("memory: training the base may require ")
     assert "with activations (estimated), but this machine has " in note
     has(base.device + base.start + max(base.activations, model.activations))
-    assert memory_notes(config, base_model(config)) == ()
+    assert RunMemory(config, base_model(config)).notes() == ()
     has(0)
-    assert memory_problems(replace(config, trainer=replace(config.trainer, check_memory=False)),
-                           base_model(config)) == []  # fmt: skip
+    assert RunMemory(replace(config, trainer=replace(config.trainer, check_memory=False)),
+                           base_model(config)).problems() == []  # fmt: skip
 
 
 def test_where_the_system_does_not_tell_nothing_is_refused(
@@ -322,8 +316,8 @@ def test_where_the_system_does_not_tell_nothing_is_refused(
 ) -> None:
     monkeypatch.setattr(memory, "machine_memory", lambda: None)
     config = load_config(["model=tritter_14b"])
-    assert memory_problems(config, base_model(config)) == []
-    assert memory_notes(config, base_model(config)) == ()
+    assert RunMemory(config, base_model(config)).problems() == []
+    assert RunMemory(config, base_model(config)).notes() == ()
 
 
 @pytest.mark.usefixtures("no_estimates")
@@ -331,7 +325,7 @@ def test_on_a_gpu_its_memory_counts(
     monkeypatch: pytest.MonkeyPatch, has: Callable[[int], None]
 ) -> None:
     config = load_config(["model=tiny", "expansion=none", "trainer=gpu"])
-    base, _ = training_needs(config, base_model(config))
+    base, _ = RunMemory(config, base_model(config)).needs()
     size = SimpleNamespace(total_memory=base.device)
     # torch built for GPUs queries them at each step once it reports one
     kept = config.optimizer.kept_per_parameter()

@@ -13,7 +13,7 @@ from tritter.config.launch.composition import Composer, composer
 from tritter.config.schema import RunConfig
 from tritter.config.validation import known_model
 from tritter.errors import RequestError
-from tritter.planning.run_memory import training_needs
+from tritter.planning.run_memory import RunMemory
 from tritter.training.optimizer import OptimizerSettings
 from tritter.training.options import REFUSED, trainer_parameters
 
@@ -211,7 +211,7 @@ def test_memory_counts_what_an_optimizer_keeps() -> None:
         assert config.optimizer.kept_per_parameter() == count
         source = known_model(config)
         assert source is not None
-        need = next(training_needs(config, source))
+        need = next(RunMemory(config, source).needs())
         states[name], parameters = need.states, need.parameters
     difference = states["adamw"] - states["sgd"]
     assert 0 <= difference - 4 * parameters < 1000  # a step count for each tensor

@@ -18,7 +18,7 @@ from tests.oracle.sizes import SIZES, uneven, written
 from tritter.core import streamed
 from tritter.core.expansions import LlamaPro, Moe, MoeAdd
 from tritter.core.families import LayoutKind
-from tritter.core.families.discovery.twin import build_twin
+from tritter.core.families.discovery.twin import Twin
 from tritter.core.models import load_model
 from tritter.core.streamed import _KEPT_POSITIONS, StreamedModel
 from tritter.errors import TritterError
@@ -85,7 +85,7 @@ def test_what_tables_lack(tmp_path: Path, model_type: str) -> None:
     few = {} if model_type == "gemma4" else {"num_hidden_layers": 4}
     few |= {"rescale_every": 2} if model_type == "rwkv" else {}
     folder = tmp_path / "base"
-    build_twin(example(model_type, **few)).model.float().save_pretrained(folder)
+    Twin.of(example(model_type, **few)).model.float().save_pretrained(folder)
     config: Any = load_model(folder).config
     size = config.get_text_config(decoder=True).vocab_size
     model, expected = StreamedModel(folder, oracle.tokens()), whole(folder).logits

@@ -19,7 +19,7 @@ from tritter.checkpoints.folder import copy_small_files
 from tritter.checkpoints.state import write_state
 from tritter.core.expansions import LlamaPro, Width
 from tritter.core.families import Model
-from tritter.core.models import load_model, named_tensors, read_model, save_tokenizer
+from tritter.core.models import load_model, read_model, save_tokenizer
 from tritter.data.documents import Document
 from tritter.data.tokens import END_OF_TEXT, train_tokenizer
 from tritter.methods.experts.stored import ExpertFolder
@@ -86,7 +86,7 @@ def _add_state(source: Path, target: Path) -> None:
     """Write a checkpoint again with moments and a Fisher beside it."""
     config, lineage = read_model(source).config, Lineage.read(source)
     assert lineage is not None
-    tensors = dict(named_tensors(load_model(source), Model(config)))
+    tensors = dict(Model(config).disk_tensors(load_model(source).state_dict()))
 
     def write_moments(folder: Path) -> None:
         values = {name: torch.full_like(value, 1e-3) for name, value in tensors.items()}
@@ -106,7 +106,7 @@ def _add_experts(source: Path, target: Path) -> None:
     """Write a checkpoint again with LoRA experts beside it."""
     config, lineage, model = read_model(source).config, Lineage.read(source), load_model(source)
     assert lineage is not None
-    tensors = dict(named_tensors(load_model(source), Model(config)))
+    tensors = dict(Model(config).disk_tensors(load_model(source).state_dict()))
     mixture = mixture_of(model, router="both", has_base=True)
     experts = ExpertFolder.of(mixture, usage={"text": {"e0": 0.5}}, extra={"a": [torch.ones(2)]})
     write_checkpoint(

@@ -13,10 +13,10 @@ from transformers import AutoConfig, PreTrainedModel
 
 from tests import oracle
 from tests.oracle.families import stock_of
-from tritter.core.expansions import ResolvedExpansion, compose_maps
+from tritter.core.expansions import ResolvedExpansion
 from tritter.core.families import Config, Model, pack_all, unpack_all
-from tritter.core.parameter_map import Quantity, TensorMap, carried_mask, map_tensor, mapped
-from tritter.transform import Change
+from tritter.core.parameter_map import Quantity, TensorMap
+from tritter.transform import PlannedExpansion
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def grown(model: PreTrainedModel, steps: Sequence[ResolvedExpansion]) -> PreTrai
     """Return the stock model that `steps` make of `model`, in its dtype."""
     values = logical_state(model)
     for step in steps:
-        values = {name: mapped(m, values.__getitem__) for name, m in maps_of(step).items()}
+        values = {name: m.mapped(values.__getitem__) for name, m in maps_of(step).items()}
     target = steps[-1].target.config
     result = stock_model(target, dtype=next(model.parameters()).dtype)
     expected = {stored.name for stored in Model(target).layout("live")}
@@ -75,8 +75,7 @@ def grown(model: PreTrainedModel, steps: Sequence[ResolvedExpansion]) -> PreTrai
 
 def masks_of(config: Config, steps: Sequence[ResolvedExpansion]) -> dict[str, Tensor]:
     """Return which entries of the result carry on what was known, by name in memory."""
-    source = Model(config)
-    return Change.of(compose_maps(steps, source), source, steps[-1].target).masks()
+    return PlannedExpansion(source=Model(config), steps=tuple(steps), seed=0).change.masks()
 
 
 def maps_of(step: ResolvedExpansion) -> Mapping[str, TensorMap]:
@@ -92,11 +91,11 @@ def mapped_gradients(
     for step in steps:
         maps = maps_of(step)
         values = {
-            name: map_tensor(tensor_map, values[tensor_map.source], quantity=Quantity.GRADIENT)
+            name: tensor_map.apply(values[tensor_map.source], quantity=Quantity.GRADIENT)
             for name, tensor_map in maps.items()
         }
         masks = {
-            name: carried_mask(tensor_map, masks.__getitem__) for name, tensor_map in maps.items()
+            name: tensor_map.carried_mask(masks.__getitem__) for name, tensor_map in maps.items()
         }
     return {name: (values[name], masks[name]) for name in values}
 

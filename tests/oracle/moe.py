@@ -1,6 +1,7 @@
 """Independent oracle of dense models made sparse: what stock classes compute with and without."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from tests import oracle
 from tests.oracle import growth as oracle_growth
 from tritter.core.expansions import ExpansionSpec, ResolvedExpansion, build_steps
 from tritter.core.families import Model, unpack_all
+from tritter.core.stock_routers import AddedExperts
 
 PARTNERS = {
     "llama": "mixtral",
@@ -17,6 +19,12 @@ PARTNERS = {
     "qwen2": "qwen2_moe",
     "qwen3": "qwen3_moe",
 }
+
+
+def is_settled(folder: Path) -> bool:
+    """Return True if stock classes compute the function of a folder with experts."""
+    added = AddedExperts.read(folder)
+    return added is None or added.is_settled
 
 
 def steps_of(

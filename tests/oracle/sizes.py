@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from tests.oracle.families import layers_of, tiny
 from tritter.checkpoints import Lineage, write_checkpoint
 from tritter.core.families import Model
-from tritter.core.models import model_of, named_tensors
+from tritter.core.models import model_of
 from tritter.storage.writer import TensorStream
 
 SIZES = (12, 40, 7)
@@ -44,7 +44,7 @@ def written(model: nn.Module, folder: Path) -> Path:
     write_checkpoint(
         folder,
         config=config,
-        tensors=TensorStream.of(named_tensors(model, Model(config))),
+        tensors=TensorStream.of(Model(config).disk_tensors(model.state_dict())),
         lineage=lambda: Lineage(
             model_hash="", base_model_hash="", tensor_digests={}, file_digests={}
         ),

@@ -19,7 +19,7 @@ from tritter.core.models import load_model, read_model
 from tritter.core.stock_routers import RouterControl
 from tritter.errors import RequestError
 from tritter.pipeline import Outcome, run_pipeline
-from tritter.transform.children import OpenChild, _child_sequences
+from tritter.transform.children import _child_sequences, _OpenChild
 
 OLD, NEW = FIXTURES / "text/old", FIXTURES / "text/new.jsonl"
 MODEL = [word for word in TINY if not word.startswith(("model.", "data.", "forgetting"))]
@@ -90,7 +90,7 @@ def _check_routing(place: Path, expanded: Path) -> None:
         folder = place / name / "checkpoint"
         lineage, source = Lineage.of(folder), Source.open(folder, read_model(folder))
         domains = {name: lineage.domains[name]}
-        child = OpenChild(name, source, lineage.model_hash, domains)
+        child = _OpenChild(name, source, lineage.model_hash, domains)
         tokens = _child_sequences(child, length=32, vocab_size=280)
         with torch.no_grad(), routing.recording():
             model(tokens)
@@ -152,7 +152,7 @@ def test_documents_held_out_by_a_child_give_no_router_rows(place: Path) -> None:
 
     folder = place / "digits/checkpoint"
     lineage, source = Lineage.of(folder), Source.open(folder, read_model(folder))
-    child = OpenChild("digits", source, lineage.model_hash, lineage.domains)
+    child = _OpenChild("digits", source, lineage.model_hash, lineage.domains)
     tokens = _child_sequences(child, length=32, vocab_size=280)
     from tokenizers import Tokenizer
 
@@ -178,7 +178,7 @@ def test_random_rows_cost_less(place: Path, cache: Path, tmp_path: Path) -> None
     for name in ("letters", "digits"):
         folder = place / name / "checkpoint"
         lineage, source = Lineage.of(folder), Source.open(folder, read_model(folder))
-        child = OpenChild(name, source, lineage.model_hash, {name: lineage.domains[name]})
+        child = _OpenChild(name, source, lineage.model_hash, {name: lineage.domains[name]})
         tokens = _child_sequences(child, length=length, vocab_size=280)
         flops += len(tokens) * forward_flops(Model(base)).of(tokens.shape[1])
     more = with_data["flops"]["expand"] - random["flops"]["expand"]

@@ -31,7 +31,7 @@ from tritter.pipeline.evaluate import DomainsToScore
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.run import Run
 from tritter.pipeline.run_data import all_documents
-from tritter.planning.run_memory import batch_size_at, tokens_note, training_needs
+from tritter.planning.run_memory import RunMemory, batch_size_at, tokens_note
 from tritter.terminal import Console
 from tritter.training.trainer import start_method
 
@@ -144,7 +144,7 @@ def test_memory_is_counted_for_long_windows() -> None:
     for name, length in (("context", 4096), ("none", 0)):
         words = [f"expansion.context.target_length={length}"] if length else ["expansion=none"]
         config = load_config([*TINY, *WORDS, *words])
-        *_, need = training_needs(config, base_model(config))
+        *_, need = RunMemory(config, base_model(config)).needs()
         activations[name] = need.activations
     assert activations["context"] > 2 * activations["none"]
 

@@ -18,7 +18,7 @@ from tritter.pipeline import run_pipeline
 from tritter.pipeline.base import _pretrained_model
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.run import Run
-from tritter.planning.run_memory import training_needs
+from tritter.planning.run_memory import RunMemory
 from tritter.training import fitting
 from tritter.training.callbacks import FiniteGuard
 
@@ -108,7 +108,7 @@ def test_the_count_is_close_below_what_is_held(
     run_pipeline(config, run_folder=folder)
     context = Run(config=config, folder=folder, console=Console(), ledger=Ledger(folder))
     counted = [
-        held.device + held.start for held in training_needs(config, _pretrained_model(context))
+        held.device + held.start for held in RunMemory(config, _pretrained_model(context)).needs()
     ]
     assert len(measured) == len(counted) == 2
     for held, count in zip(measured, counted, strict=True):

@@ -12,13 +12,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests import oracle
+from tests.oracle.moe import is_settled
 from tests.pipeline.conftest import SMALL
 from tests.pipeline.plug import WORK
 from tests.pipeline.tiny import is_within
 from tritter.checkpoints import Lineage
 from tritter.config.launch.composition import load_config
 from tritter.core.models import load_model
-from tritter.core.stock_routers import AddedExperts, RouterControl, stock_obstacle
+from tritter.core.stock_routers import AddedExperts, RouterControl
 from tritter.errors import RequestError
 from tritter.methods.moe_routing.distill import DistillationModule
 from tritter.methods.moe_routing.options import AdaptationOptions
@@ -126,7 +127,7 @@ def test_new_experts_are_trained_and_the_base_stays(
         assert torch.equal(before.get_parameter(name)[:4], trained.get_parameter(name)[:4])
     assert AddedExperts.read(attempt / "expanded") is not None
     assert AddedExperts.read(attempt / "trained") is None
-    assert stock_obstacle(attempt / "trained") is None
+    assert is_settled(attempt / "trained")
     ids = oracle.tokens(trained.config.vocab_size)
     stock = oracle.stock(place / "checkpoint")
     assert torch.equal(oracle.logits(stock, ids), oracle.logits(trained, ids))
@@ -247,7 +248,7 @@ def test_the_best_weights_are_judged_with_their_own_offsets(
         "evaluation.every_n_steps=2", "adaptation.anneal_steps=11", "trainer.save_every_n_steps=6",
         "training.learning_rate=0.05")  # fmt: skip
     # Open after the last step, not after that of the best weights
-    assert stock_obstacle(tmp_path / "run/checkpoint") is not None
+    assert not is_settled(tmp_path / "run/checkpoint")
     assert not summary_of(tmp_path / "run")["moe"]["is_open"]
     (attempt,) = summary_of(tmp_path / "run")["attempts"]
     saved, last = (
@@ -268,7 +269,7 @@ def test_half_open_experts_are_opened_by_the_next_run(
 ) -> None:
     add(tmp_path / "first", "adaptation.anneal_steps=14")
     place = tmp_path / "first/checkpoint"
-    assert stock_obstacle(place) is not None
+    assert not is_settled(place)
     words = [
         *(word for word in SMALL if not word.startswith("model.")), *QUICK, f"cache_dir={cache}",
         "gate='off'", "model=hf", f"model.path={place}", "expansion=none",
@@ -277,7 +278,7 @@ def test_half_open_experts_are_opened_by_the_next_run(
     folder.mkdir()
     run_pipeline(load_config(words), run_folder=folder)
     assert not (folder / "attempt_1/adapted").exists()  # the routers had their turn
-    assert stock_obstacle(folder / "checkpoint") is None
+    assert is_settled(folder / "checkpoint")
     before, after = load_model(place), load_model(folder / "checkpoint")
     moved = {n for n, p in before.named_parameters() if differs(p, after.get_parameter(n))}
     assert moved == set(shared_names(before))

@@ -20,7 +20,7 @@ from tritter.checkpoints import Lineage
 from tritter.checkpoints.history import Link
 from tritter.config.launch.composition import load_config
 from tritter.core.expansions import Width
-from tritter.core.families.discovery.twin import build_twin
+from tritter.core.families.discovery.twin import Twin
 from tritter.core.models import save_tokenizer
 from tritter.data import built_in
 from tritter.data.documents import Document
@@ -420,7 +420,7 @@ def test_a_teacher_that_is_named_is_learned_from(run: Run, library: Path, tmp_pa
 def test_a_model_type_without_a_table(
     run: Run, library: Path, tmp_path: Path, model_type: str, words: tuple[str, ...]
 ) -> None:
-    config = build_twin(example(model_type, num_hidden_layers=4)).config
+    config = Twin.of(example(model_type, num_hidden_layers=4)).config
     config.update({"vocab_size": 300, "eos_token_id": None})
     base = tmp_path / "base"
     torch.manual_seed(0)

@@ -6,7 +6,7 @@ from pathlib import Path
 from tritter.core.expansions import Dus, ExpansionSpec, Moe, Width, target_model
 from tritter.core.families import Config, Model
 from tritter.core.families.presets import PRESETS
-from tritter.planning.guide import llama, size_guide
+from tritter.planning.guide import _llama, size_guide
 from tritter.report.table import count_text
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs/reference/planning.md"
@@ -41,9 +41,9 @@ def billions(model: Model, spec: ExpansionSpec | None = None) -> str:
 def test_what_the_docs_say_would_give_the_figures() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if re.match(r"\| \d+B → \d+B \|", line)]
-    small = llama(layers=24, hidden_size=2048, intermediate_size=8192, heads=16)
-    llama2 = llama(layers=32, hidden_size=4096, intermediate_size=11_008, heads=32)
-    plain_mlp = llama(layers=32, hidden_size=5120, intermediate_size=4 * 5120, heads=40)
+    small = _llama(layers=24, hidden_size=2048, intermediate_size=8192, heads=16)
+    llama2 = _llama(layers=32, hidden_size=4096, intermediate_size=11_008, heads=32)
+    plain_mlp = _llama(layers=32, hidden_size=5120, intermediate_size=4 * 5120, heads=40)
     three, seven, large = (Model(PRESETS[f"tritter_{n}b"].config()) for n in (3, 7, 14))
     mixture = target_model(seven, [Moe(num_experts=8, experts_per_token=2)])
     active = mixture.num_active_parameters

@@ -27,7 +27,7 @@ from transformers import (
 from tests.oracle import tiny_llama, tokens
 from tritter.core.families import Model
 from tritter.errors import RequestError
-from tritter.planning.memory import TrainingSetup, saved_bytes, training_memory
+from tritter.planning.memory import TrainingSetup, _saved_bytes, training_memory
 
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "64-true": torch.float64}
 
@@ -158,7 +158,7 @@ def test_what_autograd_keeps(name: str, precision: str) -> None:
     ids = tokens(model.config.vocab_size, batch=2, length=128)
     setup = TrainingSetup(precision=precision, batch_size=2, sequence_length=128)
     kept = kept_bytes(model, ids, is_autocast=precision.endswith("mixed"))
-    assert saved_bytes(Model(model.config.to_dict()), setup) == pytest.approx(kept, rel=0.1)
+    assert _saved_bytes(Model(model.config.to_dict()), setup) == pytest.approx(kept, rel=0.1)
 
 
 def kept_bytes(model: nn.Module, ids: Tensor, *, is_autocast: bool) -> int:

@@ -15,14 +15,14 @@ from tritter.core.families.presets import PRESETS, aspect_ratio_at
 from tritter.errors import RequestError
 from tritter.planning.memory import TrainingSetup
 from tritter.planning.plan import (
-    CHINCHILLA,
     Assumptions,
     GrowthPlan,
+    ScalingLaw,
     _training_flops_per_token,
     plan_expansion_path,
     plan_growth,
 )
-from tritter.planning.shapes import GrowthMethods, NamedShape, aspect_ratio
+from tritter.planning.shapes import GrowthMethods, NamedShape
 
 SMALL: Config = tiny_llama().config.to_dict()
 STRATEGIES = ("depth_first", "width_first", "balanced", "auto")
@@ -73,7 +73,7 @@ def test_balanced_ends_nearer_to_the_presets_proportions(source: float, target: 
     def miss(strategy: str) -> float:
         last = planned(source, target, strategy).steps[-1]
         wanted = aspect_ratio_at(last.target_parameters)
-        return abs(math.log(aspect_ratio(last.target) / wanted))
+        return abs(math.log(last.target.sizes.aspect_ratio / wanted))
 
     assert miss("balanced") <= min(miss("depth_first"), miss("width_first")) + 0.15
 
@@ -231,7 +231,7 @@ def test_auto_takes_the_least_predicted_loss() -> None:
 @pytest.mark.full
 def test_losses_fall_and_a_larger_budget_never_predicts_a_larger_one() -> None:
     plan = planned(3, 10, "balanced")
-    source = CHINCHILLA.loss(plan.source_parameters, 20 * plan.source_parameters)
+    source = ScalingLaw().loss(plan.source_parameters, 20 * plan.source_parameters)
     losses = [source, *(step.predicted_loss for step in plan.steps)]
     assert losses == sorted(losses, reverse=True)
     spent = [planned(3, 10, "balanced", hours=h).predicted_loss for h in (1, 1e3, 1e4, 1e5)]

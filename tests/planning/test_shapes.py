@@ -1,5 +1,7 @@
 """Shapes reachable with one expansion: valid, in ascending order, found by parameter count."""
 
+from typing import get_args
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,27 +12,21 @@ from tritter.core.expansions import Dus, Layers, LlamaPro, Width, target_model
 from tritter.core.families import Config, Model
 from tritter.core.families.presets import PRESETS
 from tritter.errors import RequestError
-from tritter.planning.shapes import (
-    WIDTH_GRIDS,
-    GrowthMethods,
-    Shape,
-    _WidthGrid,
-    depth_specs,
-    width_specs,
-)
+from tritter.planning.shapes import GrowthMethods, Shape, _WidthGrid
 from tritter.planning.strategy import PathRequest
 
 SMALL: Config = tiny_llama().config.to_dict()
+WIDTHS = GrowthMethods(width=Width())
 
 
 @pytest.mark.quick_cases(9)
-@pytest.mark.parametrize("grid", WIDTH_GRIDS)
+@pytest.mark.parametrize("grid", get_args(_WidthGrid))
 @pytest.mark.parametrize("name", PRESETS)
 def test_wider_shapes_are_real_ones(name: str, grid: _WidthGrid) -> None:
     config = PRESETS[name].config()
     old = Model(config).sizes
     shapes = [
-        Shape.of(Model(config), spec) for spec in width_specs(Model(config), Width(), grid=grid)
+        Shape.of(Model(config), spec) for spec in WIDTHS.width_specs(Model(config), grid=grid)
     ]
     assert shapes or grid == "fine"  # without key/value groups, every size is proportional
     for shape in shapes:
@@ -54,17 +50,19 @@ def test_fine_widths_are_steps_of_a_sixteenth_as_round_as_the_source() -> None:
     """As in Gemma 3 270M: 4 heads of 256, where a sixteenth of 640 is no multiple of 64."""
     sizes = {"hidden_size": 640, "num_attention_heads": 4, "num_key_value_heads": 1}
     model = Model({**SMALL, **sizes, "head_dim": 256})
-    widths = [spec.hidden_size for spec in width_specs(model, Width(), grid="fine")]  # type: ignore[attr-defined]
+    widths = [spec.hidden_size for spec in WIDTHS.width_specs(model, grid="fine")]  # type: ignore[attr-defined]
     assert widths == list(range(704, 1280, 64))
 
 
 def test_depth_takes_what_the_method_takes() -> None:
     """From 3 layers, SOLAR's rule reaches 4 and 6; identity blocks reach every count."""
     config = {**SMALL, "num_hidden_layers": 3}
-    assert [s.target_layers for s in depth_specs(Model(config), Dus())] == [4, 6]  # type: ignore[attr-defined]
-    deeper = depth_specs(Model(config), LlamaPro())
+    solar = GrowthMethods(depth=Dus()).depth_specs(Model(config))
+    assert [s.target_layers for s in solar] == [4, 6]  # type: ignore[attr-defined]
+    pro = GrowthMethods(depth=LlamaPro())
+    deeper = pro.depth_specs(Model(config))
     assert [s.target_layers for s in deeper] == [4, 5, 6]  # type: ignore[attr-defined]
-    slender = depth_specs(Model(config), LlamaPro(), min_aspect_ratio=24 / 5)
+    slender = pro.depth_specs(Model(config), min_aspect_ratio=24 / 5)
     assert [s.target_layers for s in slender] == [4, 5]  # type: ignore[attr-defined]
 
 
@@ -72,7 +70,7 @@ def test_depth_takes_what_the_method_takes() -> None:
 @given(st.floats(1.01, 2.5))
 def test_the_nearest_shape_is_that_of_a_plain_search(growth: float) -> None:
     config = PRESETS["tritter_350m"].config()
-    specs = width_specs(Model(config), Width(), grid="proportional")
+    specs = WIDTHS.width_specs(Model(config), grid="proportional")
     wanted = growth * Model(config).num_parameters
     counts = [target_model(Model(config), [spec]).num_parameters for spec in specs]
     found = Shape.nearest(Model(config), specs, wanted)

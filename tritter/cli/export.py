@@ -250,16 +250,14 @@ def _of_folder(
     from tritter.checkpoints.export import Weights
     from tritter.checkpoints.folder import copy_small_files
     from tritter.core.models import read_model
-    from tritter.core.stock_routers import stock_obstacle
 
     folder = locate(checkpoint, key="--checkpoint")
     source = Source.open(folder, read_model(folder), has_lineage=has_lineage)
     weights = Weights.of(source)
     if not named_path(checkpoint, key="--checkpoint").exists():
         weights = replace(weights, name=checkpoint)  # the folder of a download is named by commit
-    obstacle, notes = stock_obstacle(folder), tuple[str, ...]()
+    added, notes = source.added, tuple[str, ...]()
     if is_without_new:
-        added = source.added
         if added is None or added.is_settled:
             raise RequestError(
                 f"--drop-new-experts: {source.folder} has no appended experts that are not "
@@ -267,10 +265,10 @@ def _of_folder(
             )
         weights = weights.without_experts(added.num_settled_experts)
         notes = (f"without the {len(added.experts)} appended experts of each layer",)
-    elif obstacle is not None:
+    elif added is not None and not added.is_settled:
         raise RequestError(
-            f"{folder}: {obstacle}. Train the model until the offset is 0, or drop them with "
-            "--drop-new-experts."
+            f"{folder}: {added.stock_obstacle}. Train the model until the offset is 0, or drop "
+            "them with --drop-new-experts."
         )
     experts = source.experts if has_lineage or (folder / ExpertsHead.PATH).exists() else None
     if experts is None and is_merged:

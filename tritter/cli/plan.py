@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from tritter.planning.plan import Assumptions, ExpansionStep, GrowthPlan
     from tritter.planning.shapes import NamedShape
 
+# Tokens per target parameter; experiments/2026-11-22_one_layer
+_SMALL_MODEL_BEATEN_FROM = 10.0
 _MEASURED = (
     "measured below 0.3 M parameters, three seeds; on SmolLM2-135M no expansion paid within 77 "
     "thousand tokens"
@@ -340,8 +342,6 @@ def _print(
     notes: list[str],
     assumptions: Assumptions,
 ) -> None:
-    from tritter.planning.plan import LAW_RESOLUTION
-
     console = new_console()
     size = f"{_size(shapes_of(plan.source))}, {count_text(source.parameters)} parameters"
     lines = [
@@ -353,7 +353,7 @@ def _print(
         losses = ", ".join(f"{name} {loss:.4f}" for name, loss in plan.alternatives.items())
         chosen = (
             f"lowest predicted loss for the budget: {losses}; ties within "
-            f"{LAW_RESOLUTION:g} go to the best proportions"
+            f"{assumptions.law.resolution:g} go to the best proportions"
         )
         lines.append(("", chosen))
     print_lines(console, lines)
@@ -427,8 +427,6 @@ def _saving(plan: GrowthPlan) -> str:
 
 def _verdict(plan: GrowthPlan, assumptions: Assumptions) -> list[tuple[str, str]]:
     """Return lines on the budget, the alternatives to the plan and its assumptions."""
-    from tritter.planning.plan import LAW_RESOLUTION, SMALLEST_MODEL
-
     budget, needed = _hours(plan.gpu_hours), _hours(plan.needed_gpu_hours)
     if plan.reaches_target:
         text = f"{budget} GPU-hours reach the target, which needs {needed}; "
@@ -444,7 +442,7 @@ def _verdict(plan: GrowthPlan, assumptions: Assumptions) -> list[tuple[str, str]
             text += ": they cover no expansion, only continued training of the source"
     gap = plan.control_loss - plan.predicted_loss
     difference = "the same as the plan's"
-    if abs(gap) >= LAW_RESOLUTION:
+    if abs(gap) >= assumptions.law.resolution:
         difference = f"{abs(gap):.3f} {'above' if gap > 0 else 'below'} the plan's"
     start = "does not pay off at any budget"
     if (hours := plan.pays_from_gpu_hours) is not None:
@@ -453,7 +451,7 @@ def _verdict(plan: GrowthPlan, assumptions: Assumptions) -> list[tuple[str, str]
     if assumptions.source_tokens is not None:
         scratch = "to the same predicted loss"
         of_source = f"{si_text(assumptions.source_tokens)} tokens for the source; "
-    if plan.source_parameters < SMALLEST_MODEL:
+    if plan.source_parameters < assumptions.law.smallest_model:
         extrapolated = ", and the source is smaller than any model it was fitted to"
     return [
         ("budget", text),
@@ -481,12 +479,10 @@ def _verdict(plan: GrowthPlan, assumptions: Assumptions) -> list[tuple[str, str]
 
 def _advice(tokens_per_parameter: float) -> str:
     """Return the advice from our experiments for this number of tokens per parameter."""
-    from tritter.planning.plan import SMALL_MODEL_BEATEN_FROM
-
-    if tokens_per_parameter < SMALL_MODEL_BEATEN_FROM:
+    if tokens_per_parameter < _SMALL_MODEL_BEATEN_FROM:
         return (
             "continue training the source if both predictions are equal: one layer grown to "
-            f"eight, with fewer than {SMALL_MODEL_BEATEN_FROM:g} tokens per parameter of the "
+            f"eight, with fewer than {_SMALL_MODEL_BEATEN_FROM:g} tokens per parameter of the "
             "eight, had a higher loss than a single layer trained with the same FLOPs "
             f"({_MEASURED})"
         )

@@ -37,7 +37,7 @@ from tritter.config.schema import (
     WandbConfig,
 )
 from tritter.core.expansions import target_model, vocab_place
-from tritter.core.families import Model, check_size
+from tritter.core.families import Model
 from tritter.core.families.presets import model_problems
 from tritter.core.parameter_map.carry import STATE_KINDS
 from tritter.data.options import RULES as DATA_RULES
@@ -311,7 +311,7 @@ def cache_folder(value: str | None) -> Path:
 
 def _begin_problems(config: RunConfig) -> Iterator[Problem]:
     if (source := known_model(config)) is not None:
-        check_size(source)
+        source.check_size()
         model = config.model
         path = Path(model.path) if isinstance(model, CheckpointModelConfig) else None
         yield from start_problems(config, source, folder=path)

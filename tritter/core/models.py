@@ -38,8 +38,6 @@ from tritter.core.families import (
     check_config,
     find_family,
     on_disk,
-    pack_all,
-    with_live_sizes,
 )
 from tritter.core.families.config_file import checked_config, errors_as
 from tritter.core.families.dimensions import plain_floats
@@ -108,7 +106,7 @@ def read_model(folder: Path, *, ffn_sizes: Sequence[int] | None = None) -> Model
 def _model_in(
     folder: Path, stock: PreTrainedConfig, ffn_sizes: Sequence[int] | None = None
 ) -> Model:
-    return with_live_sizes(Model(_plain(stock)), folder, ffn_sizes=ffn_sizes)
+    return Model(_plain(stock)).with_live_sizes(folder, ffn_sizes=ffn_sizes)
 
 
 def _plain(config: PreTrainedConfig) -> Config:
@@ -260,32 +258,6 @@ def _fill_buffers(model: PreTrainedModel, buffer_of: Callable[[str], Tensor | No
     for value in model.state_dict(keep_vars=True).values():
         value._is_hf_initialized = value not in computed
     model.initialize_weights()
-
-
-def named_tensors(live: nn.Module, model: Model) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name on disk, tensor) of a live model in the family's order; tied tensors once.
-
-    Experts that are stacked in memory only are yielded one by one, as views.
-    """
-    yield from stored_tensors(live.state_dict(), model)
-
-
-def stored_tensors(state: Mapping[str, Tensor], model: Model) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name on disk, tensor) of a live model's state dict; see `named_tensors`."""
-    for stored in model.match(state):
-        whole = state[stored.name].detach()
-        if stored.is_whole:
-            yield stored.parts[0].tensor.disk_name, whole
-        elif stored.is_of_experts:
-            yield from ((tensor.disk_name, value) for tensor, value in stored.unpack(whole))
-        else:
-            yield stored.name, whole
-
-
-def live_tensors(model: Model, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return name in memory → tensor, for values (of a state, a mask) by their name on disk."""
-    values = {t.name: tensors[t.disk_name] for t in model.tensors if t.disk_name in tensors}
-    return pack_all(model.layout("live"), values)
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, end_of_text: str) -> None:

@@ -366,6 +366,16 @@ class AddedExperts:
         return self.offset == 0
 
     @property
+    def stock_obstacle(self) -> str:
+        """The reason that stock classes compute another function, until the experts are settled."""
+        first, last = self.experts[0], self.experts[-1]
+        named = f"expert {first} was" if first == last else f"experts {first} to {last} were"
+        return (
+            f"{named} appended, and the router offset is still {self.offset:g} instead of 0; stock "
+            "classes ignore this offset"
+        )
+
+    @property
     def num_settled_experts(self) -> int:
         """Number of experts per layer without the appended ones."""
         return self.experts[0]
@@ -421,16 +431,3 @@ class AddedExperts:
             step=head.step,
             anneal_steps=head.anneal_steps,
         )
-
-
-def stock_obstacle(folder: Path) -> str | None:
-    """Return the reason that stock classes compute another function, or None if they do not."""
-    added = AddedExperts.read(folder)
-    if added is None or added.is_settled:
-        return None
-    first, last = added.experts[0], added.experts[-1]
-    named = f"expert {first} was" if first == last else f"experts {first} to {last} were"
-    return (
-        f"{named} appended, and the router offset is still {added.offset:g} instead of 0; stock "
-        "classes ignore this offset"
-    )

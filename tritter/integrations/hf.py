@@ -31,7 +31,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from tritter.checkpoints.state import State, write_state
-from tritter.core.models import backbone_of, head_of, live_tensors, load_model, model_of
+from tritter.core.models import backbone_of, head_of, load_model, model_of
 from tritter.data.batches import BatchStream, this_rank
 from tritter.data.chat import Chat
 from tritter.data.mixed_rows import OldData, PackedText, check_old_data, mixed_loader
@@ -587,7 +587,7 @@ class _Forgetting:
         model = self._trainer.model
         own_model, device = model_of(model), self._trainer.args.device
         return {
-            kind: {n: v.to(device) for n, v in live_tensors(own_model, own).items()}
+            kind: {n: v.to(device) for n, v in own_model.live_tensors(own).items()}
             for kind, own in found.kinds.items()
             if kind in wanted
         }

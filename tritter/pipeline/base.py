@@ -23,7 +23,7 @@ from tritter.checkpoints.record import training_record
 from tritter.config.schema import CheckpointModelConfig
 from tritter.config.validation import base_model, old_data_problems, start_problems
 from tritter.core.families import Model
-from tritter.core.models import named_tensors, new_model, read_model, save_tokenizer
+from tritter.core.models import new_model, read_model, save_tokenizer
 from tritter.data.cache import entry_lock, quarantine
 from tritter.data.chat import NONE, TEMPLATE_FILE, TOKENIZER, read_template
 from tritter.data.datasets import stream_identity
@@ -38,7 +38,7 @@ from tritter.pipeline.metrics import open_loggers, wandb_finished, write_rows
 from tritter.pipeline.run import Run
 from tritter.pipeline.stages import importance, vocabulary
 from tritter.pipeline.trained import PATH, write_states
-from tritter.planning.run_memory import memory_problems
+from tritter.planning.run_memory import RunMemory
 from tritter.storage.atomic import remove_folder, write_text_atomic
 from tritter.storage.hub import locate
 from tritter.storage.reading import read_text
@@ -223,21 +223,20 @@ class _BaseWriter:
     work: Path
 
     def __call__(self, model: nn.Module, result: FitResult) -> None:
-        if result.stopped_because is not None:
+        if result.stopped_because is not None or self.folder.exists():
             return
         training = {"stage": "pretraining", "flops": result.flops, **self.lineage.training_config}
         lineage = replace(self.lineage, step=result.steps, training_config=training)
-        if not self.folder.exists():
-            write_checkpoint(
-                self.folder,
-                config=self.base.config,
-                tensors=TensorStream.of(named_tensors(model, self.base)).to(torch.float32),
-                lineage=lambda: lineage,
-                artifacts=[
-                    partial(save_tokenizer, self.tokenizer, end_of_text=END_OF_TEXT),
-                    partial(write_states, self.work),
-                ],
-            )
+        write_checkpoint(
+            self.folder,
+            config=self.base.config,
+            tensors=TensorStream.of(self.base.disk_tensors(model.state_dict())).to(torch.float32),
+            lineage=lambda: lineage,
+            artifacts=[
+                partial(save_tokenizer, self.tokenizer, end_of_text=END_OF_TEXT),
+                partial(write_states, self.work),
+            ],
+        )
 
 
 def _is_intact(folder: Path) -> bool:
@@ -260,7 +259,7 @@ def check_source(run: Run) -> None:
     for each in attempts:
         raise_problems([*old_data_problems(each.config, each.data.text, source.folder)])
         raise_problems(start_problems(each.config, source.model, folder=source.folder))
-        raise_problems(memory_problems(each.config, source.model))
+        raise_problems(RunMemory(each.config, source.model).problems())
     for expansion in dict.fromkeys(each.config.expansion for each in attempts):
         if expansion and run.config.pipeline.target_params is None:
             # The expert to clone may be selected by data later; any expert will do for this check

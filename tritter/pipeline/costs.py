@@ -20,7 +20,7 @@ from tritter.pipeline import samples
 from tritter.pipeline.run import Run
 from tritter.pipeline.stages.evaluate import Evaluate
 from tritter.pipeline.stages.expand import Expand
-from tritter.planning.run_memory import batch_size_at, grown_model, memory_line
+from tritter.planning.run_memory import RunMemory, batch_size_at, grown_model
 from tritter.planning.strategy import planned_rounds
 from tritter.training.callbacks import evaluation_flops
 
@@ -36,7 +36,7 @@ def cost_lines(run: Run) -> Iterator[str]:
     grown = grown_model(config, source)
     before, after = source.num_parameters, grown.num_parameters
     yield f"{before:,} parameters" + (f" → {after:,}" if after != before else "")
-    yield memory_line(config, source)
+    yield RunMemory(config, source).line()
     steps, gathered = config.training.max_steps, config.trainer.accumulate_grad_batches
     length = _window(run, grown)
     of_step = f"{gathered * batch_size_at(length, config):,} x {length:,} tokens"

@@ -30,7 +30,7 @@ from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import Ledger, StageResult
 from tritter.pipeline.run_data import RunData
 from tritter.pipeline.scoring import Scores, scores_text
-from tritter.planning.run_memory import memory_notes
+from tritter.planning.run_memory import RunMemory
 from tritter.planning.upcycling import upcycling_notes
 from tritter.seeds import derived_seed
 from tritter.stopping import Stopped
@@ -148,7 +148,7 @@ class Run:
             notes.append(f"There is no paging on the CPU: {optimizer} is equivalent to {same}.")
         notes += [data.source_tokenizer.note] if data.source_tokenizer else []
         notes += [self.config.rate_note]
-        notes += [*memory_notes(self.config, source), *rate_notes(self.config, source)]
+        notes += [*RunMemory(self.config, source).notes(), *rate_notes(self.config, source)]
         notes += upcycling_notes(self.config, source, self._dense_tokens)
         return tuple(filter(None, notes))
 

@@ -14,7 +14,7 @@ from tritter.checkpoints import Lineage, Source, write_checkpoint
 from tritter.checkpoints.folder import LinkedTensors, copy_small_files
 from tritter.checkpoints.state import KeptSequences, State
 from tritter.core.families import Config, Model
-from tritter.core.models import model_of, stored_tensors, uninitialised_model
+from tritter.core.models import model_of, uninitialised_model
 from tritter.core.stock_routers import AddedExperts, RouterControl
 from tritter.evaluation.losses import sequence_losses
 from tritter.methods.experts.adapters import is_of_adapter
@@ -167,7 +167,7 @@ class TrainedWriter:
         tensors: TensorStream | LinkedTensors
         if not self.has_frozen_base:
             config = _config_after(config, model)
-            trained = dict(stored_tensors(whole_state(model), start.changed(config)))
+            trained = dict(start.changed(config).disk_tensors(whole_state(model)))
             dtype = fitting_dtype(trained.values(), self.dtype)
             config["dtype"] = dtype
             tensors = _rounded(TensorStream.of(trained.items()), start, dtype)

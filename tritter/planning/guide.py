@@ -7,11 +7,11 @@ published model; docs/reference/planning.md lists the stated figures that requir
 from dataclasses import dataclass
 
 from tritter.core.expansions import Dus, ExpansionSpec, Moe, Width, target_model
-from tritter.core.families import Model, llama_config
-from tritter.core.families.presets import PRESETS, VOCABULARY
+from tritter.core.families import Model
+from tritter.core.families.presets import PRESETS, ModelConfig
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class _GuideRow:
     """One row of the guide.
 
@@ -42,66 +42,50 @@ class _GuideRow:
 
 def size_guide() -> tuple[_GuideRow, ...]:
     """Return all rows of the guide, for a vocabulary of 32,000 and untied embeddings."""
-    small = llama(layers=24, hidden_size=2048, intermediate_size=8192, heads=16)
+    small = _llama(layers=24, hidden_size=2048, intermediate_size=8192, heads=16)
     medium = Model(PRESETS["tritter_7b"].config())
     deeper, experts = Dus(target_layers=48), Moe(num_experts=8, experts_per_token=2)
     return (
-        _row(
+        _GuideRow(
             *("3B", "7B", "DUS", "24→48", "2048", "6.7B", "FFN 8192, 16 heads"),
-            *(small, deeper, "The source is not 3 B, and DUS at most doubles it"),
+            *_counts(small, deeper),
+            "The source is not 3 B, and DUS at most doubles it",
         ),
-        _row(
+        _GuideRow(
             *("3B", "7B", "width", "24", "2048→3072", "6.9B", "FFN 8192→12288, 16→24 heads"),
-            *(small, Width(hidden_size=3072), "1.5 times the width has 2.25 times the parameters"),
+            *_counts(small, Width(hidden_size=3072)),
+            "1.5 times the width has 2.25 times the parameters",
         ),
-        _row(
+        _GuideRow(
             *("7B", "10B", "DUS", "32→48", "4096", "10.7B"),
-            *("FFN 14336, 32 heads, 8 key/value heads", medium, deeper),
+            "FFN 14336, 32 heads, 8 key/value heads",
+            *_counts(medium, deeper),
             "Correct with Mistral's key/value heads and FFN",
         ),
-        _row(
+        _GuideRow(
             *("7B", "14B", "width", "32", "4096→5120", "13.8B"),
-            *("FFN 14336→17920, 32→40 heads, 8→10 key/value heads", medium),
-            *(Width(hidden_size=5120), "14 B requires 40 layers"),
+            "FFN 14336→17920, 32→40 heads, 8→10 key/value heads",
+            *_counts(medium, Width(hidden_size=5120)),
+            "14 B requires 40 layers",
         ),
-        _row(
+        _GuideRow(
             *("7B", "70B", "MoE (8x)", "32", "4096", "8x7B experts"),
-            *("FFN 14336 per expert, 8 experts, 2 per token", medium, experts),
+            "FFN 14336 per expert, 8 experts, 2 per token",
+            *_counts(medium, experts),
             "Only the FFNs are replicated eight times",
         ),
     )
 
 
-def _row(
-    source: str,
-    target: str,
-    method: str,
-    layers: str,
-    hidden_size: str,
-    stated: str,
-    shape: str,
-    model: Model,
-    spec: ExpansionSpec,
-    note: str,
-) -> _GuideRow:
-    return _GuideRow(
-        source=source,
-        target=target,
-        method=method,
-        layers=layers,
-        hidden_size=hidden_size,
-        stated=stated,
-        shape=shape,
-        source_parameters=model.num_parameters,
-        target_parameters=target_model(model, [spec]).num_parameters,
-        note=note,
-    )
+def _counts(model: Model, spec: ExpansionSpec) -> tuple[int, int]:
+    """Return the parameters before and after an expansion."""
+    return model.num_parameters, target_model(model, [spec]).num_parameters
 
 
-def llama(*, layers: int, hidden_size: int, intermediate_size: int, heads: int) -> Model:
+def _llama(*, layers: int, hidden_size: int, intermediate_size: int, heads: int) -> Model:
     """Return a Llama of the guide, without grouped-query attention."""
-    config = llama_config(
-        vocab_size=VOCABULARY,
+    sizes = ModelConfig(
+        model_type="llama",
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         num_hidden_layers=layers,
@@ -113,4 +97,4 @@ def llama(*, layers: int, hidden_size: int, intermediate_size: int, heads: int) 
         max_position_embeddings=4096,
         initializer_range=0.02,
     )
-    return Model(config)
+    return Model(sizes.config())

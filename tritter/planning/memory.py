@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tritter.core.families import LogicalTensor, Model, StoredTensor
+from tritter.core.families import Model, StoredTensor
 from tritter.errors import nearest, refused
 
 # Lightning's precision → bytes of a parameter (also of its gradient and each unquantised moment),
@@ -117,7 +117,7 @@ def training_memory(
     def trained(model: Model) -> list[StoredTensor]:
         is_frozen = setup.is_attention_frozen
         stored = model.layout("live")
-        return [t for t in stored if not (is_frozen and is_attention(t.parts[0].tensor))]
+        return [t for t in stored if not (is_frozen and t.parts[0].tensor.is_attention)]
 
     def optimizer_bytes(model: Model) -> int:
         return sum(
@@ -130,7 +130,7 @@ def training_memory(
         parameters_bytes=parameter_bytes * model.num_parameters,
         gradients_bytes=parameter_bytes * _over_layers(model, lambda each: _count(trained(each))),
         optimizer_bytes=_over_layers(model, optimizer_bytes),
-        activations_bytes=saved_bytes(model, setup) + setup.num_tokens * logits,
+        activations_bytes=_saved_bytes(model, setup) + setup.num_tokens * logits,
     )
 
 
@@ -171,11 +171,6 @@ def _over_layers(model: Model, measure: Callable[[Model], int]) -> int:
     return one + sum(each[kind] for kind in layers[1:])
 
 
-def is_attention(tensor: LogicalTensor) -> bool:
-    """Return True for projections and norms of attention."""
-    return tensor.kind.startswith("attention.")
-
-
 def _count(stored: Sequence[StoredTensor]) -> int:
     return sum(math.prod(tensor.shape) for tensor in stored)
 
@@ -190,7 +185,7 @@ def _optimizer_bytes(size: int, setup: TrainingSetup, kept: float) -> int:
     return round(kept * (size + _FLOAT32 * -(-size // _BLOCK_SIZE)))
 
 
-def saved_bytes(model: Model, setup: TrainingSetup) -> int:
+def _saved_bytes(model: Model, setup: TrainingSetup) -> int:
     """Return the bytes of saved activations, an estimate.
 
     Tensors saved for the backward pass:

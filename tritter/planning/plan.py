@@ -4,22 +4,20 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import isinf
+from typing import ClassVar
 
 from tritter.core.expansions import ExpansionSpec
 from tritter.core.families import Config, Model, training_flops
 from tritter.errors import refused
-from tritter.planning.memory import TrainingMemory, TrainingSetup, is_attention, training_memory
+from tritter.planning.memory import TrainingMemory, TrainingSetup, training_memory
 from tritter.planning.shapes import GrowthMethods, NamedShape, Shape
 from tritter.planning.strategy import AUTO, PathRequest
 
-SMALLEST_MODEL = 44_000_000  # parameters; below, the law extrapolates beyond its data
 _A100_FLOPS = 312e12  # dense, per second, as published by NVIDIA
 _DEFAULT_MFU = 0.4
 _SECONDS_PER_HOUR = 3600
 _MAX_TOKENS_PER_PARAMETER = 1e6  # beyond, predicted losses equal their limit
 _TOKENS_PER_PARAMETER = 20.0  # compute-optimal according to Hoffmann et al. 2022, table 3
-SMALL_MODEL_BEATEN_FROM = 10.0  # tokens per target parameter; experiments/2026-11-22_one_layer
-LAW_RESOLUTION = 0.002  # nats; smaller differences between plans are not meaningful
 
 
 # A published scaling law for the loss of a model with N parameters after D tokens.
@@ -32,7 +30,7 @@ LAW_RESOLUTION = 0.002  # nats; smaller differences between plans are not meanin
 
 @dataclass(frozen=True, slots=True)
 class ScalingLaw:
-    """L(N, D) = E + A/N^α + B/D^β, in nats per token.
+    """L(N, D) = E + A/N^α + B/D^β, in nats per token; by default with Chinchilla's constants.
 
     Args:
         irreducible: E, the irreducible loss.
@@ -40,13 +38,19 @@ class ScalingLaw:
         token_scale: B.
         parameter_exponent: α.
         token_exponent: β.
+
+    Attributes:
+        resolution: in nats; smaller differences between plans are not meaningful.
+        smallest_model: parameters; below, the law extrapolates beyond its data.
     """
 
-    irreducible: float
-    parameter_scale: float
-    token_scale: float
-    parameter_exponent: float
-    token_exponent: float
+    irreducible: float = 1.8172
+    parameter_scale: float = 482.01
+    token_scale: float = 2085.43
+    parameter_exponent: float = 0.3478
+    token_exponent: float = 0.3658
+    resolution: ClassVar[float] = 0.002
+    smallest_model: ClassVar[int] = 44_000_000
 
     def loss(self, parameters: float, tokens: float) -> float:
         """Return the predicted loss of a model trained from scratch."""
@@ -77,19 +81,10 @@ class ScalingLaw:
         return self.irreducible + self.parameter_scale / parameters**self.parameter_exponent
 
 
-CHINCHILLA = ScalingLaw(
-    irreducible=1.8172,
-    parameter_scale=482.01,
-    token_scale=2085.43,
-    parameter_exponent=0.3478,
-    token_exponent=0.3658,
-)
-
-
 def _training_flops_per_token(model: Model, setup: TrainingSetup) -> float:
     """Return the mean training FLOPs per token: matrices, output head, attention."""
     flops = training_flops(
-        model, is_trained=lambda tensor: not (setup.is_attention_frozen and is_attention(tensor))
+        model, is_trained=lambda tensor: not (setup.is_attention_frozen and tensor.is_attention)
     )
     return flops.per_token(setup.sequence_length)
 
@@ -115,7 +110,7 @@ class Assumptions:
     tokens_per_parameter: float = _TOKENS_PER_PARAMETER
     source_tokens: float | None = None
     setup: TrainingSetup = field(default_factory=TrainingSetup)
-    law: ScalingLaw = CHINCHILLA
+    law: ScalingLaw = ScalingLaw()
 
     def __post_init__(self) -> None:
         if not 0 < self.device_flops < float("inf"):
@@ -291,7 +286,7 @@ def plan_growth(
         for name, path in request.find_paths().items()
     ]
     least = min(plan.predicted_loss for plan in plans)
-    level = [plan for plan in plans if plan.predicted_loss <= least + LAW_RESOLUTION]
+    level = [plan for plan in plans if plan.predicted_loss <= least + assumptions.law.resolution]
     ends = [plan.steps[-1] for plan in level]
     shapes = [Shape(end.spec, end.target) for end in ends]
     best = min(range(len(level)), key=lambda number: shapes[number].lopsidedness)

@@ -5,7 +5,7 @@ the start and for forgetting mitigation. Activations are an estimate: they cause
 refusal only if the run would exceed the memory twice.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate, count
@@ -31,7 +31,7 @@ _FEWER_BYTES: Literal["bf16-true"] = "bf16-true"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunMemory:
+class _Need:
     """Memory requirements of one training run, in bytes.
 
     Args:
@@ -72,110 +72,190 @@ class _Use:
     needed: int
 
 
-def memory_problems(config: RunRequest, source: Model) -> list[Problem]:
-    """Return the problem of a run that exceeds the memory; empty if it fits or is not checked.
+class RunMemory:
+    """The memory check of a run.
 
     Args:
         config: the run.
-        source: config.json of its starting model.
+        source: its starting model.
     """
-    if not config.trainer.check_memory:
-        return []
-    worst = _worst(config, source)
-    if worst is None:
-        return _estimate_problems(config, source)
-    need, use = worst
-    fitting = need.parameters * use.limit // use.needed
-    copied = need.copies + need.start + need.teacher
-    advice = [*_smaller_runs(config, source), "trainer.check_memory=false disables this check"]
-    each = f"; for each of {need.processes} processes" if need.processes > 1 else ""
-    reason = (
-        f"training {need.model} with {_count(need.parameters)} parameters requires "
-        f"{_size(use.needed)} without activations (weights, gradients and optimizer "
-        f"{_size(need.states)}, copies {_size(copied)}{each}), but "
-        f"{use.name} has {_size(use.limit)}; at most about {_count(fitting)} parameters fit"
-    )
-    return [Problem("trainer.check_memory", True, reason, "; ".join(advice))]
 
+    def __init__(self, config: RunRequest, source: Model) -> None:
+        self.config, self.source = config, source
 
-def _estimate_problems(config: RunRequest, source: Model) -> list[Problem]:
-    """Return the problem of a run that exceeds the memory twice by estimated activations."""
-    worst = _worst(config, source, with_activations=True)
-    if worst is None or worst[1].needed <= _TOO_MUCH * worst[1].limit:
-        return []
-    need, use = worst
-    length, advice = need.sequence_length, _smaller_batches(config, source, need)
-    reason = (
-        f"training {need.model} on {batch_size_at(length, config):,} sequences of {length:,} "
-        f"tokens requires about {_size(use.needed)}, {_size(need.activations)} of it for "
-        f"activations, but {use.name} has {_size(use.limit)}"
-    )
-    advice += "; trainer.check_memory=false disables this check"
-    return [Problem("data.batch_size", config.data.batch_size, reason, advice)]
+    def needs(self) -> Iterator[_Need]:
+        """Yield the memory requirements of training the base, the grown model and the control."""
+        config, source = self.config, self.source
+        if config.model.model_type != "hf":
+            yield _training_need(config, source, name="the base")
+        name = "the grown model"
+        if config.pipeline.target_params is not None:
+            before = source
+            for shape in planned_rounds(config, source):
+                new = shape.parameters - before.num_parameters
+                trained = new if shape.spec.new_blocks_only else None
+                yield _training_need(config, shape.model, name=name, before=before, trained=trained)
+                before = shape.model
+        elif config.expansion:
+            grown, trained = target_model(source, config.expansion), self._trained()
+            yield _training_need(config, grown, name=name, before=source, trained=trained)
+        else:
+            yield _training_need(config, source, name="the model", before=source)
+        if config.control:
+            of_control = config.with_sections(growth=None, experts=None)
+            yield _training_need(of_control, source, name="the control", before=source)
 
+    def problems(self) -> list[Problem]:
+        """Return the problem of a run that exceeds the memory; empty if it fits or is unchecked."""
+        if not self.config.trainer.check_memory:
+            return []
+        worst = self._worst()
+        if worst is None:
+            return self._estimate_problems()
+        need, use = worst
+        fitting = need.parameters * use.limit // use.needed
+        copied = need.copies + need.start + need.teacher
+        advice = [*self._smaller_runs(), "trainer.check_memory=false disables this check"]
+        each = f"; for each of {need.processes} processes" if need.processes > 1 else ""
+        reason = (
+            f"training {need.model} with {_count(need.parameters)} parameters requires "
+            f"{_size(use.needed)} without activations (weights, gradients and optimizer "
+            f"{_size(need.states)}, copies {_size(copied)}{each}), but "
+            f"{use.name} has {_size(use.limit)}; at most about {_count(fitting)} parameters fit"
+        )
+        return [Problem("trainer.check_memory", True, reason, "; ".join(advice))]
 
-def memory_line(config: RunRequest, source: Model) -> str:
-    """Return one line on the memory of the largest training run and that of the machine."""
-    need = max(training_needs(config, source), key=lambda each: each.device + each.activations)
-    activations, copies = need.activations, need.copies + need.teacher
-    uses = [*_memory_uses(config, need, activations)]
-    use = max(uses, key=lambda each: each.needed / each.limit, default=None)
-    total = need.processes * (need.device + activations) + need.teacher + need.start
-    parts = [f"weights, gradients and optimizer {_size(need.states)}"]
-    parts += [f"copies {_size(copies)}"] if copies else []
-    parts += [f"activations {_size(activations)}", f"start {_size(need.start)}"]
-    each = f"; for each of {need.processes} processes" if need.processes > 1 else ""
-    where = "" if use is None else f" of the {_size(use.limit)} of {use.name}"
-    needed = total if use is None else use.needed
-    if use is None or use.name == _MACHINE:
-        needed += _LIBRARIES
-        parts.append(f"libraries {_size(_LIBRARIES)}")
-    return f"training {need.model}: about {_size(needed)}{where} ({', '.join(parts)}{each})"
+    def _estimate_problems(self) -> list[Problem]:
+        """Return the problem of a run that exceeds the memory twice by estimated activations."""
+        config = self.config
+        worst = self._worst(with_activations=True)
+        if worst is None or worst[1].needed <= _TOO_MUCH * worst[1].limit:
+            return []
+        need, use = worst
+        length, advice = need.sequence_length, self._smaller_batches(need)
+        reason = (
+            f"training {need.model} on {batch_size_at(length, config):,} sequences of {length:,} "
+            f"tokens requires about {_size(use.needed)}, {_size(need.activations)} of it for "
+            f"activations, but {use.name} has {_size(use.limit)}"
+        )
+        advice += "; trainer.check_memory=false disables this check"
+        return [Problem("data.batch_size", config.data.batch_size, reason, advice)]
 
+    def line(self) -> str:
+        """Return one line on the memory of the largest training run and that of the machine."""
+        need = max(self.needs(), key=lambda each: each.device + each.activations)
+        activations, copies = need.activations, need.copies + need.teacher
+        uses = [*_memory_uses(self.config, need, activations)]
+        use = max(uses, key=lambda each: each.needed / each.limit, default=None)
+        total = need.processes * (need.device + activations) + need.teacher + need.start
+        parts = [f"weights, gradients and optimizer {_size(need.states)}"]
+        parts += [f"copies {_size(copies)}"] if copies else []
+        parts += [f"activations {_size(activations)}", f"start {_size(need.start)}"]
+        each = f"; for each of {need.processes} processes" if need.processes > 1 else ""
+        where = "" if use is None else f" of the {_size(use.limit)} of {use.name}"
+        needed = total if use is None else use.needed
+        if use is None or use.name == _MACHINE:
+            needed += _LIBRARIES
+            parts.append(f"libraries {_size(_LIBRARIES)}")
+        return f"training {need.model}: about {_size(needed)}{where} ({', '.join(parts)}{each})"
 
-def memory_notes(config: RunRequest, source: Model) -> tuple[str, ...]:
-    """Return a note on a run that may exceed the memory with estimated activations."""
-    worst = _worst(config, source, with_activations=True)
-    if worst is None:
-        return ()
-    need, use = worst
-    return (
-        f"memory: training {need.model} may require {_size(use.needed)} with activations "
-        f"(estimated), but {use.name} has {_size(use.limit)}; "
-        f"{_smaller_batches(config, source, need)}",
-    )
+    def notes(self) -> tuple[str, ...]:
+        """Return a note on a run that may exceed the memory with estimated activations."""
+        worst = self._worst(with_activations=True)
+        if worst is None:
+            return ()
+        need, use = worst
+        return (
+            f"memory: training {need.model} may require {_size(use.needed)} with activations "
+            f"(estimated), but {use.name} has {_size(use.limit)}; "
+            f"{self._smaller_batches(need)}",
+        )
 
+    def _smaller_batches(self, need: _Need) -> str:
+        """Return advice for a run whose activations do not fit."""
+        config = self.config
+        is_own = need.sequence_length == config.data.sequence_length
+        key = "data.sequence_length" if is_own else "expansion.context.target_length"
+        advice = f"reduce data.batch_size or {key}"
+        again = config.with_sections(trainer=replace(config.trainer, activation_checkpointing=True))
+        if again != config and RunMemory(again, self.source)._worst(with_activations=True) is None:
+            advice += ", or set trainer.activation_checkpointing=true, with which it fits"
+        return advice
 
-def _smaller_batches(config: RunRequest, source: Model, need: RunMemory) -> str:
-    """Return advice for a run whose activations do not fit."""
-    is_own = need.sequence_length == config.data.sequence_length
-    key = "data.sequence_length" if is_own else "expansion.context.target_length"
-    advice = f"reduce data.batch_size or {key}"
-    again = config.with_sections(trainer=replace(config.trainer, activation_checkpointing=True))
-    if again != config and _worst(again, source, with_activations=True) is None:
-        advice += ", or set trainer.activation_checkpointing=true, with which it fits"
-    return advice
+    def _trained(self) -> int | None:
+        """Return the number of trained parameters if only new blocks are trained; else None."""
+        source, specs = self.source, self.config.expansion
+        if not any(spec.new_blocks_only for spec in specs):
+            return None
+        layers = [
+            grown.sizes.num_hidden_layers
+            for grown in (target_model(source, specs[:number]) for number in range(len(specs) + 1))
+        ]
+        new = sum(layers[n + 1] - layers[n] for n, spec in enumerate(specs) if spec.new_blocks_only)
+        grown = target_model(source, specs)
+        without = grown.with_layers(range(layers[-1] - new))
+        return grown.num_parameters - without.num_parameters
+
+    def _worst(self, *, with_activations: bool = False) -> tuple[_Need, _Use] | None:
+        """Return the training run with the largest excess and the memory; None if all fit."""
+        over = [
+            (need, use)
+            for need in self.needs()
+            for use in _memory_uses(self.config, need, need.activations if with_activations else 0)
+            if use.needed > use.limit
+        ]
+        return max(over, key=lambda each: each[1].needed, default=None)
+
+    def _smaller_runs(self) -> Iterator[str]:
+        """Yield single changes with which the run fits."""
+        config, source = self.config, self.source
+        trainer = config.trainer
+        others = tuple(
+            one
+            for one in config.forgetting
+            if not one.kind.needs(one.options).copies and not one.kind.needs(one.options).teacher
+        )
+        names = ",".join(one.name for one in others) or "none"
+        one = replace(trainer, strategy="auto", devices=1)
+        fewer = replace(trainer, precision=_FEWER_BYTES)
+        for overrides, changed in (
+            ("trainer.strategy=auto trainer.devices=1", config.with_sections(trainer=one)),
+            (f"'forgetting=[{names}]'", config.with_sections(forgetting=others)),
+            (f"trainer.precision={_FEWER_BYTES}", config.with_sections(trainer=fewer)),
+        ):
+            if changed != config and RunMemory(changed, source)._worst() is None:
+                yield f"it fits with {overrides}"
+        if config.model.model_type == "hf":
+            return
+        for preset in sorted(PRESETS.values(), key=lambda each: -each.nominal_parameters):
+            smaller = Model(preset.config(vocab_size=config.data.vocab_size))
+            if smaller.num_parameters >= source.num_parameters:
+                continue
+            with suppress(RequestError):  # this model can't reach the requested sizes
+                if RunMemory(config, smaller)._worst() is None:
+                    yield f"it fits with model={preset.name}"
+                    return
 
 
 def side_by_side_problems(
-    jobs: Sequence[tuple[RunRequest, Model]], *, launcher: str, num_parallel: int
+    jobs: Iterable[RunMemory], *, launcher: str, num_parallel: int
 ) -> list[Problem]:
     """Return the problem of a sweep whose largest jobs exceed the memory together; else empty.
 
     Args:
-        jobs: run and its starting model; each run fits on its own.
+        jobs: the checks of runs that fit on their own.
         launcher: name of the launcher, for messages.
         num_parallel: number of parallel jobs on this machine.
     """
-    checked = [(config, source) for config, source in jobs if config.trainer.check_memory]
+    checked = [job for job in jobs if job.config.trainer.check_memory]
     if num_parallel == 1 or not checked:
         return []
     needed: dict[str, list[int]] = {}
     limits: dict[str, int] = {}
-    for config, source in checked:
+    for job in checked:
         most: dict[str, int] = {}
-        for need in training_needs(config, source):
-            for use in _memory_uses(config, need, 0):
+        for need in job.needs():
+            for use in _memory_uses(job.config, need, 0):
                 limits[use.name] = use.limit
                 most[use.name] = max(most.get(use.name, 0), use.needed)
         for name, each in most.items():
@@ -193,49 +273,12 @@ def side_by_side_problems(
     return []
 
 
-def training_needs(config: RunRequest, source: Model) -> Iterator[RunMemory]:
-    """Yield the memory requirements of training the base, the grown model and the control."""
-    if config.model.model_type != "hf":
-        yield _training_need(config, source, name="the base")
-    name = "the grown model"
-    if config.pipeline.target_params is not None:
-        before = source
-        for shape in planned_rounds(config, source):
-            new = shape.parameters - before.num_parameters
-            trained = new if shape.spec.new_blocks_only else None
-            yield _training_need(config, shape.model, name=name, before=before, trained=trained)
-            before = shape.model
-    elif config.expansion:
-        grown, trained = target_model(source, config.expansion), _trained(config, source)
-        yield _training_need(config, grown, name=name, before=source, trained=trained)
-    else:
-        yield _training_need(config, source, name="the model", before=source)
-    if config.control:
-        of_control = config.with_sections(growth=None, experts=None)
-        yield _training_need(of_control, source, name="the control", before=source)
-
-
 def grown_model(config: RunRequest, source: Model) -> Model:
     """Return the model that a run ends with, unless its neurons grow."""
     if config.pipeline.target_params is not None:
         *_, last = planned_rounds(config, source)
         return last.model
     return target_model(source, config.expansion) if config.expansion else source
-
-
-def _trained(config: RunRequest, source: Model) -> int | None:
-    """Return the number of trained parameters if only new blocks are trained; None means all."""
-    specs = config.expansion
-    if not any(spec.new_blocks_only for spec in specs):
-        return None
-    layers = [
-        grown.sizes.num_hidden_layers
-        for grown in (target_model(source, specs[:number]) for number in range(len(specs) + 1))
-    ]
-    new = sum(layers[n + 1] - layers[n] for n, spec in enumerate(specs) if spec.new_blocks_only)
-    grown = target_model(source, specs)
-    without = grown.with_layers(range(layers[-1] - new))
-    return grown.num_parameters - without.num_parameters
 
 
 def _num_processes(config: RunRequest) -> int:
@@ -295,7 +338,7 @@ def _training_need(
     name: str,
     before: Model | None = None,
     trained: int | None = None,
-) -> RunMemory:
+) -> _Need:
     trainer = config.trainer
     processes, shares = trainer.devices if trainer.strategy != "auto" else 1, _num_processes(config)
     length, limit = config.data.sequence_length, model.position_limit
@@ -335,7 +378,7 @@ def _training_need(
         states += kind.num_trained(options, model) * (2 * of_one + moments // count)
     elif trained is not None:
         states = memory.parameters_bytes + of_one * trained + moments * trained // count
-    return RunMemory(
+    return _Need(
         model=name,
         parameters=count,
         states=-(-states // shares) if trainer.strategy == "fsdp" else states,
@@ -348,20 +391,7 @@ def _training_need(
     )
 
 
-def _worst(
-    config: RunRequest, source: Model, *, with_activations: bool = False
-) -> tuple[RunMemory, _Use] | None:
-    """Return the training run with the largest excess and the memory; None if all fit."""
-    over = [
-        (need, use)
-        for need in training_needs(config, source)
-        for use in _memory_uses(config, need, need.activations if with_activations else 0)
-        if use.needed > use.limit
-    ]
-    return max(over, key=lambda each: each[1].needed, default=None)
-
-
-def _memory_uses(config: RunRequest, need: RunMemory, activations: int) -> Iterator[_Use]:
+def _memory_uses(config: RunRequest, need: _Need, activations: int) -> Iterator[_Use]:
     """Yield the use of GPU and host memory, if their sizes are known."""
     import torch
 
@@ -374,36 +404,6 @@ def _memory_uses(config: RunRequest, need: RunMemory, activations: int) -> Itera
     if machine is not None:
         of_machine = need.processes * each + need.teacher if gpu is None else 0
         yield _Use(_MACHINE, machine, of_machine + need.start)
-
-
-def _smaller_runs(config: RunRequest, source: Model) -> Iterator[str]:
-    """Yield single changes with which the run fits."""
-    trainer = config.trainer
-    others = tuple(
-        one
-        for one in config.forgetting
-        if not one.kind.needs(one.options).copies and not one.kind.needs(one.options).teacher
-    )
-    names = ",".join(one.name for one in others) or "none"
-    one = replace(trainer, strategy="auto", devices=1)
-    fewer = replace(trainer, precision=_FEWER_BYTES)
-    for overrides, changed in (
-        ("trainer.strategy=auto trainer.devices=1", config.with_sections(trainer=one)),
-        (f"'forgetting=[{names}]'", config.with_sections(forgetting=others)),
-        (f"trainer.precision={_FEWER_BYTES}", config.with_sections(trainer=fewer)),
-    ):
-        if changed != config and _worst(changed, source) is None:
-            yield f"it fits with {overrides}"
-    if config.model.model_type == "hf":
-        return
-    for preset in sorted(PRESETS.values(), key=lambda each: -each.nominal_parameters):
-        smaller = Model(preset.config(vocab_size=config.data.vocab_size))
-        if smaller.num_parameters >= source.num_parameters:
-            continue
-        with suppress(RequestError):  # this model can't reach the requested sizes
-            if _worst(config, smaller) is None:
-                yield f"it fits with model={preset.name}"
-                return
 
 
 def _size(num_bytes: int) -> str:

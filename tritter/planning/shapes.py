@@ -4,10 +4,9 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from tritter.core.expansions import Dus, ExpansionSpec, Layers, Width, target_model
-from tritter.core.expansions.specification import is_possible
 from tritter.core.families import Dimensions, Model
 from tritter.core.families.presets import PRESETS, Preset, aspect_ratio_at
 from tritter.errors import RequestError, refused
@@ -33,7 +32,6 @@ _SIZES = (
 # Candidate hidden sizes. `proportional`: all sizes at which query and key/value heads grow in
 # proportion; `round`: only the rounder ones; `fine`: the others, in steps of a sixteenth.
 _WidthGrid = Literal["round", "proportional", "fine"]
-WIDTH_GRIDS: tuple[_WidthGrid, ...] = ("round", "proportional", "fine")
 _TOLERANCE = 0.1
 
 
@@ -64,20 +62,20 @@ class Shape:
             return None
         index = bisect_left(specs, parameters, key=lambda spec: cls.of(source, spec).parameters)
         around = [cls.of(source, spec) for spec in specs[max(index - 1, 0) : index + 1]]
-        return min(around, key=lambda shape: abs(math.log(shape.parameters / parameters)))
+        return min(around, key=lambda shape: shape.miss(parameters))
 
     @property
     def parameters(self) -> int:
         return self.model.num_parameters
 
-    @property
-    def aspect_ratio(self) -> float:
-        return aspect_ratio(self.model)
+    def miss(self, parameters: float) -> float:
+        """Return the |log ratio| of its parameters to a number of them."""
+        return abs(math.log(self.parameters / parameters))
 
     @property
     def lopsidedness(self) -> float:
         """The |log ratio| of its aspect ratio to that of presets of its size."""
-        return abs(math.log(self.aspect_ratio / aspect_ratio_at(self.parameters)))
+        return abs(math.log(self.model.sizes.aspect_ratio / aspect_ratio_at(self.parameters)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,74 +131,101 @@ class GrowthMethods:
             found[direction] = spec
         return cls(depth=found.get("depth"), width=found.get("width"))
 
+    def depth_specs(self, source: Model, *, min_aspect_ratio: float = 0.0) -> list[ExpansionSpec]:
+        """Return the depth expansions to at most twice the layers, in ascending order.
+
+        Args:
+            source: the model to expand.
+            min_aspect_ratio: minimum hidden size per layer.
+        """
+        if self.depth is None:
+            return []
+        sizes = source.sizes
+        most = min(2 * sizes.num_hidden_layers, MAX_LAYERS)
+        layers = _thin_out(range(sizes.num_hidden_layers + 1, most + 1))
+        specs = (
+            _with_sizes(self.depth, target_layers=count)
+            for count in layers
+            if sizes.hidden_size / count >= min_aspect_ratio
+        )
+        return [spec for spec in specs if _is_possible(source, spec)]
+
+    def width_specs(
+        self, source: Model, *, grid: _WidthGrid, max_aspect_ratio: float = math.inf
+    ) -> list[ExpansionSpec]:
+        """Return the width expansions to at most twice the hidden size, in ascending order.
+
+        Args:
+            source: the model to expand.
+            grid: candidate hidden sizes.
+            max_aspect_ratio: maximum hidden size per layer.
+        """
+        if self.width is None:
+            return []
+        sizes = source.sizes
+        hidden = sizes.hidden_size
+        # As round as the source: quantisers need multiples of 32 or 64
+        unit = math.lcm(_unit(sizes, grid), _rounding(hidden, hidden, most=_QUANTISED))
+        unit *= max(1, round(hidden * _FINE_STEP / unit)) if grid == "fine" else 1
+        heads = sizes.num_attention_heads if grid == "fine" else None
+        proportional = _unit(sizes, "proportional")
+        most = min(2 * hidden, MAX_WIDTH)
+        specs = (
+            _with_sizes(
+                self.width,
+                hidden_size=size,
+                intermediate_size=_ffn_size(sizes, size),
+                num_attention_heads=heads,
+                num_key_value_heads=heads and sizes.num_key_value_heads,
+            )
+            for size in _thin_out(range((hidden // unit + 1) * unit, most + 1, unit))
+            if size / sizes.num_hidden_layers <= max_aspect_ratio
+            and (grid != "fine" or size % proportional)
+        )
+        return [spec for spec in specs if _is_possible(source, spec)]
+
     def specs_like(self, source: Model, spec: ExpansionSpec) -> list[ExpansionSpec]:
         """Return the expansions of a model in the direction of `spec`."""
         if _direction(spec) == "depth":
-            assert self.depth is not None
-            return depth_specs(source, self.depth)
-        assert self.width is not None
+            return self.depth_specs(source)
         grids: tuple[_WidthGrid, ...] = ("proportional", "fine")
-        return [spec for grid in grids for spec in width_specs(source, self.width, grid=grid)]
+        return [spec for grid in grids for spec in self.width_specs(source, grid=grid)]
+
+    def deeper(
+        self, source: Model, parameters: float, *, min_aspect_ratio: float = 0.0
+    ) -> Shape | None:
+        """Return the deeper shape with the nearest number of parameters."""
+        specs = self.depth_specs(source, min_aspect_ratio=min_aspect_ratio)
+        return Shape.nearest(source, specs, parameters)
+
+    def wider(
+        self, source: Model, parameters: float, *, slack: float, max_aspect_ratio: float = math.inf
+    ) -> Shape | None:
+        """Return a wider shape: the roundest one that is close enough, otherwise the nearest.
+
+        Args:
+            source: the model to expand.
+            parameters: the target size.
+            slack: shapes within this factor of the target are close enough.
+            max_aspect_ratio: maximum hidden size per layer.
+        """
+        found: list[Shape] = []
+        for grid in get_args(_WidthGrid):
+            specs = self.width_specs(source, grid=grid, max_aspect_ratio=max_aspect_ratio)
+            shape = Shape.nearest(source, specs, parameters)
+            if shape is not None:
+                found.append(shape)
+                if shape.miss(parameters) <= math.log(slack):
+                    return shape
+        return min(found, key=lambda shape: shape.miss(parameters), default=None)
 
 
-def aspect_ratio(model: Model) -> float:
-    """Return the hidden size divided by the number of layers."""
-    return model.sizes.hidden_size / model.sizes.num_hidden_layers
-
-
-def depth_specs(
-    source: Model, method: ExpansionSpec, *, min_aspect_ratio: float = 0.0
-) -> list[ExpansionSpec]:
-    """Return the depth expansions to at most twice the layers, in ascending order.
-
-    Args:
-        source: the model to expand.
-        method: the depth expansion.
-        min_aspect_ratio: minimum hidden size per layer.
-    """
-    sizes = source.sizes
-    most = min(2 * sizes.num_hidden_layers, MAX_LAYERS)
-    layers = _thin_out(range(sizes.num_hidden_layers + 1, most + 1))
-    specs = [
-        _with_sizes(method, target_layers=count)
-        for count in layers
-        if sizes.hidden_size / count >= min_aspect_ratio
-    ]
-    return [spec for spec in specs if is_possible(source, spec)]
-
-
-def width_specs(
-    source: Model, method: ExpansionSpec, *, grid: _WidthGrid, max_aspect_ratio: float = math.inf
-) -> list[ExpansionSpec]:
-    """Return the width expansions to at most twice the hidden size, in ascending order.
-
-    Args:
-        source: the model to expand.
-        method: the width expansion.
-        grid: candidate hidden sizes.
-        max_aspect_ratio: maximum hidden size per layer.
-    """
-    sizes = source.sizes
-    hidden = sizes.hidden_size
-    # As round as the source: quantisers need multiples of 32 or 64
-    unit = math.lcm(_unit(sizes, grid), _rounding(hidden, hidden, most=_QUANTISED))
-    unit *= max(1, round(hidden * _FINE_STEP / unit)) if grid == "fine" else 1
-    heads = sizes.num_attention_heads if grid == "fine" else None
-    proportional = _unit(sizes, "proportional")
-    most = min(2 * hidden, MAX_WIDTH)
-    specs = [
-        _with_sizes(
-            method,
-            hidden_size=size,
-            intermediate_size=_ffn_size(sizes, size),
-            num_attention_heads=heads,
-            num_key_value_heads=heads and sizes.num_key_value_heads,
-        )
-        for size in _thin_out(range((hidden // unit + 1) * unit, most + 1, unit))
-        if size / sizes.num_hidden_layers <= max_aspect_ratio
-        and (grid != "fine" or size % proportional)
-    ]
-    return [spec for spec in specs if is_possible(source, spec)]
+def _is_possible(source: Model, spec: ExpansionSpec) -> bool:
+    try:
+        target_model(source, [spec])
+    except RequestError:
+        return False
+    return True
 
 
 def _thin_out(sizes: range) -> range:

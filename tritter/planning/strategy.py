@@ -10,14 +10,7 @@ from tritter.core.families import Model
 from tritter.core.families.presets import aspect_ratio_at
 from tritter.errors import Problem, RequestError, nearest
 from tritter.options import RunRequest
-from tritter.planning.shapes import (
-    WIDTH_GRIDS,
-    GrowthMethods,
-    Shape,
-    aspect_ratio,
-    depth_specs,
-    width_specs,
-)
+from tritter.planning.shapes import GrowthMethods, Shape
 
 AUTO = "auto"
 _STRATEGIES = ("depth_first", "width_first", "balanced")
@@ -109,8 +102,9 @@ def _next_shape(
     request: PathRequest, source: Model, waypoint: float, *, is_last: bool
 ) -> Shape | None:
     """Return the next shape, larger than `source` and not beyond the target; None without any."""
-    usual = (aspect_ratio_at(request.target_parameters), aspect_ratio(request.source))
-    least, most = source.num_parameters, request.target_parameters * (1 + TOLERANCE)
+    usual = (aspect_ratio_at(request.target_parameters), request.source.sizes.aspect_ratio)
+    methods, least = request.methods, source.num_parameters
+    most = request.target_parameters * (1 + TOLERANCE)
 
     def usable(shape: Shape | None) -> Shape | None:
         fits = shape is not None and least * _MIN_STEP_GROWTH < shape.parameters <= most
@@ -119,58 +113,24 @@ def _next_shape(
     slack = _TARGET_SLACK if is_last else _WAYPOINT_SLACK
 
     def deeper(min_aspect_ratio: float) -> Shape | None:
-        return usable(_deeper(source, request.methods, waypoint, min_aspect_ratio))
+        return usable(methods.deeper(source, waypoint, min_aspect_ratio=min_aspect_ratio))
 
     def wider(max_aspect_ratio: float) -> Shape | None:
-        return usable(_wider(source, request.methods, waypoint, max_aspect_ratio, slack=slack))
+        shape = methods.wider(source, waypoint, slack=slack, max_aspect_ratio=max_aspect_ratio)
+        return usable(shape)
 
     match request.strategy:
         case "depth_first":
-            turn = min(usual) / _MAX_LOPSIDEDNESS if request.methods.width else 0.0
+            turn = min(usual) / _MAX_LOPSIDEDNESS if methods.width else 0.0
             return deeper(turn) or wider(math.inf) or deeper(0.0)
         case "width_first":
-            turn = max(usual) * _MAX_LOPSIDEDNESS if request.methods.depth else math.inf
+            turn = max(usual) * _MAX_LOPSIDEDNESS if methods.depth else math.inf
             return wider(turn) or deeper(0.0)
     both = [shape for shape in (deeper(0.0), wider(math.inf)) if shape is not None]
-    near = [shape for shape in both if _miss(shape, waypoint) <= math.log(slack)]
+    near = [shape for shape in both if shape.miss(waypoint) <= math.log(slack)]
     if near:
         return min(near, key=lambda shape: shape.lopsidedness)
-    return min(both, key=lambda shape: _miss(shape, waypoint), default=None)
-
-
-def _deeper(
-    source: Model, methods: GrowthMethods, waypoint: float, min_aspect_ratio: float
-) -> Shape | None:
-    if methods.depth is None:
-        return None
-    specs = depth_specs(source, methods.depth, min_aspect_ratio=min_aspect_ratio)
-    return Shape.nearest(source, specs, waypoint)
-
-
-def _wider(
-    source: Model,
-    methods: GrowthMethods,
-    waypoint: float,
-    max_aspect_ratio: float,
-    *,
-    slack: float = _TARGET_SLACK,
-) -> Shape | None:
-    """Return a wider shape: the roundest one that is close enough, otherwise the nearest."""
-    if methods.width is None:
-        return None
-    found: list[Shape] = []
-    for grid in WIDTH_GRIDS:
-        specs = width_specs(source, methods.width, grid=grid, max_aspect_ratio=max_aspect_ratio)
-        shape = Shape.nearest(source, specs, waypoint)
-        if shape is not None:
-            found.append(shape)
-            if _miss(shape, waypoint) <= math.log(slack):
-                return shape
-    return min(found, key=lambda shape: _miss(shape, waypoint), default=None)
-
-
-def _miss(shape: Shape, parameters: float) -> float:
-    return abs(math.log(shape.parameters / parameters))
+    return min(both, key=lambda shape: shape.miss(waypoint), default=None)
 
 
 def _refuse(request: PathRequest, shapes: list[Shape]) -> NoReturn:
@@ -181,8 +141,8 @@ def _refuse(request: PathRequest, shapes: list[Shape]) -> NoReturn:
     before = shapes[-2].model if len(shapes) > 1 else source
     for start in (before, shapes[-1].model if shapes else source):
         for shape in (
-            _deeper(start, request.methods, target, 0.0),
-            _wider(start, request.methods, target, math.inf),
+            request.methods.deeper(start, target),
+            request.methods.wider(start, target, slack=_TARGET_SLACK),
         ):
             nearest += [shape.parameters] if shape is not None else []
     found = min(nearest, key=lambda count: abs(count - target), default=None)

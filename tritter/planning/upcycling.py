@@ -18,7 +18,7 @@ from math import inf, log
 from typing import Self
 
 from tritter.core.expansions import Moe, target_model
-from tritter.core.expansions.moe import PARTNERS, SHARED
+from tritter.core.expansions.moe import SHARED
 from tritter.core.families import Model, training_flops
 from tritter.errors import RequestError
 from tritter.options import RunRequest
@@ -85,12 +85,10 @@ class Upcycling:
         cls, source: Model, *, dense_tokens: float, gpu_flops: float, sequence_length: int
     ) -> Self | None:
         """Return the upcycling that a budget of FLOPs pays; None if the source has no partner."""
-        if source.model_type not in PARTNERS:
-            return None
         spec = Moe()
         try:
             result = target_model(source, [spec])
-        except RequestError:  # a feature that models with experts lack
+        except RequestError:  # no partner, or a feature that models with experts lack
             return None
         return cls.of(
             source,

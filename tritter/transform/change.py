@@ -1,24 +1,27 @@
 """The change of a model's parameters, by their names in memory."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from datetime import UTC, datetime
+from functools import cached_property, reduce
 
 import torch
 from torch import Tensor
 
-from tritter.core.expansions import BoundVocab, ResolvedExpansion
+from tritter.checkpoints import ExpansionRecord
+from tritter.core.expansions import (
+    BoundVocab,
+    ExpansionSpec,
+    MoeAdd,
+    ResolvedExpansion,
+    build_steps,
+)
 from tritter.core.families import LogicalTensor, Model, StoredTensor, pack_all, unpack_all
 from tritter.core.families.layout import Part
-from tritter.core.parameter_map import (
-    ParameterMap,
-    TensorMap,
-    carried_mask,
-    new_coordinates,
-    rounded_weight,
-)
+from tritter.core.parameter_map import ParameterMap, TensorMap
 from tritter.core.parameter_map.carry import STATE_KINDS, Policy, StateKind
 from tritter.core.stock_routers import AddedExperts
+from tritter.errors import Problem, RequestError
 from tritter.storage.tensors import TensorFolder
 from tritter.storage.writer import TensorEntry, TensorStream
 
@@ -95,7 +98,7 @@ class Change:
             stems = [by_name[m.origin].dtype for m in maps if m.origin is not None]
             dtype = reduce(torch.promote_types, stems) if stems else example.dtype
             values = {
-                part.tensor.name: rounded_weight(tensor_map, by_name.__getitem__, dtype)
+                part.tensor.name: tensor_map.rounded_weight(by_name.__getitem__, dtype)
                 for part, tensor_map in zip(stored.parts, maps, strict=True)
             }
             is_shared = stored.is_whole and maps[0].is_verbatim  # else both models train it
@@ -106,7 +109,7 @@ class Change:
         by_name = unpack_all(self.before, {s.name: torch.full(s.shape, True) for s in self.before})
         return pack_all(
             self.after,
-            {name: carried_mask(m, by_name.__getitem__) for name, m in self.tensors.items()},
+            {name: m.carried_mask(by_name.__getitem__) for name, m in self.tensors.items()},
         )
 
     def new_units(self) -> dict[str, tuple[Tensor | None, ...]]:
@@ -120,15 +123,15 @@ class Change:
             if stored.is_of_experts:
                 continue
             maps = [self.tensors[part.tensor.name] for part in stored.parts]
-            output = new_coordinates(maps[0], 0)
+            output = maps[0].new_coordinates(0)
             if len(maps) > 1:  # the concatenated outputs of its parts
                 size = stored.shape[-1 if stored.is_transposed else 0]
                 whole = torch.zeros(size, dtype=torch.bool)
                 for part, tensor_map in zip(stored.parts, maps, strict=True):
-                    if (own := new_coordinates(tensor_map, 0)) is not None:
+                    if (own := tensor_map.new_coordinates(0)) is not None:
                         whole[part.index[-1]] = own
                 output = whole if bool(whole.any()) else None
-            others = (new_coordinates(maps[0], dim) for dim in range(1, len(stored.shape)))
+            others = (maps[0].new_coordinates(dim) for dim in range(1, len(stored.shape)))
             flags = (output, *others)
             if any(each is not None for each in flags):
                 grown[stored.name] = flags[::-1] if stored.is_transposed else flags
@@ -158,14 +161,13 @@ class Change:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class PlannedExpansion:
     """The plan of an expansion.
 
     Args:
         source: the model to expand.
         steps: the expansions in order, with their maps; an empty tuple changes nothing.
-        parameter_map: the composed map of all steps.
         seed: of random fills and choices.
         added_experts: new experts of the result that the router does not fully use yet, if any.
         is_confirmed: transformers checked the configs; else that of `source` lacks its defaults.
@@ -173,10 +175,58 @@ class PlannedExpansion:
 
     source: Model
     steps: tuple[ResolvedExpansion, ...]
-    parameter_map: ParameterMap
     seed: int
     added_experts: AddedExperts | None = None
-    is_confirmed: bool = True
+    is_confirmed: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        source: Model,
+        specs: Sequence[ExpansionSpec],
+        *,
+        seed: int,
+        added: AddedExperts | None = None,
+    ) -> "PlannedExpansion":
+        """Resolve expansions against a model.
+
+        Args:
+            source: the model.
+            specs: the expansions in order, checked.
+            seed: of random fills and choices.
+            added: new experts of the model that its router does not fully use yet, if any.
+        """
+        steps = build_steps(source, specs, seed=seed)
+        added = _added_experts(added, steps)
+        return cls(source=source, steps=steps, seed=seed, added_experts=added)
+
+    @cached_property
+    def parameter_map(self) -> ParameterMap:
+        """The composed map of all steps; the identity without steps."""
+        if self.steps:
+            return reduce(ParameterMap.then, (step.parameter_map for step in self.steps))
+        names, layers = (tensor.name for tensor in self.source.tensors), self.source.sizes
+        return ParameterMap.identity(names, num_layers=layers.num_hidden_layers)
+
+    @property
+    def records(self) -> tuple[ExpansionRecord, ...]:
+        """The lineage's records of the expansions in order, with the time of now."""
+        return tuple(
+            ExpansionRecord(
+                timestamp=datetime.now(UTC).isoformat(timespec="seconds"),
+                expansion_type=step.spec.expansion_type,
+                method=step.spec.name,
+                options=step.options,
+                seed=self.seed + position,
+                source_config=step.source.config,
+                target_config=step.target.config,
+                layer_sources=step.parameter_map.layer_sources,
+                map_digest=step.parameter_map.digest(),
+                claims_exact=step.is_exact,
+                discovered=step.source.family.findings(step.source.config),
+            )
+            for position, step in enumerate(self.steps)
+        )
 
     @property
     def is_exact(self) -> bool:
@@ -223,3 +273,31 @@ class PlannedExpansion:
 
         values = ((t.disk_name, rule.mapped(maps[t.name], read)) for t in targets)
         return TensorStream(entries, values)
+
+
+def _added_experts(
+    current: AddedExperts | None, steps: Sequence[ResolvedExpansion]
+) -> AddedExperts | None:
+    """Return the new experts of the result whose router offset is not 0 yet, if any.
+
+    Args:
+        current: those of the source.
+        steps: the expansions in order.
+    """
+    is_open = current is None or current.is_settled
+    closed = () if current is None or is_open else current.experts
+    for step in steps:
+        if not isinstance(step.spec, MoeAdd):
+            continue
+        if closed:
+            reason = (
+                f"the router offset of the appended experts {closed[0]} to {closed[-1]} is not 0 "
+                "yet; train the model until it is, then add more"
+            )
+            raise RequestError(Problem("expansion.moe_add", reason=reason))
+        if step.spec.is_append:
+            old, new = (model.sizes.num_experts for model in (step.source, step.target))
+            closed = tuple(range(old, new))
+    if not is_open:
+        return current
+    return AddedExperts(experts=closed) if closed else None

@@ -17,12 +17,10 @@ from tritter.checkpoints import Source
 from tritter.checkpoints.history import Link
 from tritter.checkpoints.location import require_plain
 from tritter.checkpoints.record import LearnedDomain
-from tritter.core.expansions import BoundMoe, ExpansionSpec, Moe, children_place
-from tritter.core.expansions.moe import AVERAGE, SOURCE
+from tritter.core.expansions import BoundMoe, ExpansionSpec, Moe
 from tritter.core.expansions.moe_children import HiddenMoments, router_rows
 from tritter.core.families import forward_flops
 from tritter.core.families.config_file import read_model_file
-from tritter.core.parameter_map import rounded_weight
 from tritter.data.chat import ids_of
 from tritter.data.split import training_texts
 from tritter.data.tokens import read_tokenizer, tokenise_texts
@@ -60,7 +58,7 @@ class _Stored:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class OpenChild:
+class _OpenChild:
     """An open checkpoint that was trained from the source.
 
     Args:
@@ -79,25 +77,9 @@ class OpenChild:
         return _Stored(self.source, self.model_hash, name)
 
 
-def with_children(specs: Sequence[ExpansionSpec], source: Source) -> tuple[ExpansionSpec, ...]:
-    """Return the expansions, with `moe` bound to the models of `experts_from`."""
-    place, found = children_place(specs), list(specs)
-    if place is not None:
-        spec = found[place]
-        assert isinstance(spec, Moe)
-        found[place] = _bind(spec, source)
-    return tuple(found)
-
-
-def check_unchanged(plan: PlannedExpansion) -> None:
-    """Compare the tensors of all children with their lineage, which reads those not read yet."""
-    for step in plan.steps:
-        for child in getattr(step.spec, "experts", ()):
-            child.source.read_digests()
-
-
-def _bind(spec: Moe, source: Source) -> BoundMoe:
-    assert spec.experts_from is not None
+def bound_children(spec: ExpansionSpec, source: Source) -> BoundMoe:
+    """Return `moe` bound to the models of `experts_from`."""
+    assert isinstance(spec, Moe) and spec.experts_from is not None
     children = tuple(_open(name, source) for name in spec.experts_from)
     hashes = tuple(child.model_hash for child in children)
     for first, second in combinations(children, 2):
@@ -107,12 +89,7 @@ def _bind(spec: Moe, source: Source) -> BoundMoe:
     if spec.expert_hashes not in (None, hashes):
         reason = f"the models in {_FROM} have other hashes: {', '.join(hashes)}"
         raise refused("expansion.moe.expert_hashes", list(spec.expert_hashes), reason)
-    if spec.attention_from == SOURCE:
-        shared: tuple[OpenChild, ...] = ()
-    elif spec.attention_from in (None, AVERAGE):
-        shared = children
-    else:
-        shared = (children[spec.experts_from.index(spec.attention_from)],)
+    shared = spec.shared_models(children)
     same = shared or tuple(each for each in children if each.model_hash == _hash_of(source))
     recorded = {name: _absolute(name) for name in spec.experts_from}
     options = replace(
@@ -150,7 +127,7 @@ def _absolute(name: str) -> str:
     return str(folder.absolute()) if folder.exists() else name
 
 
-def _open(name: str, source: Source) -> OpenChild:
+def _open(name: str, source: Source) -> _OpenChild:
     """Open a model and check that it was trained from the source."""
     folder = locate(name, key=_FROM)
     try:
@@ -165,7 +142,7 @@ def _open(name: str, source: Source) -> OpenChild:
     known = {} if before is None else before.domains
     learned = {} if lineage is None else lineage.domains
     own = {n: domain for n, domain in learned.items() if known.get(n) != domain}
-    return OpenChild(name, child, _hash_of(child), own or learned)
+    return _OpenChild(name, child, _hash_of(child), own or learned)
 
 
 def _hash_of(source: Source) -> str:
@@ -223,7 +200,7 @@ def _lineage_problem(child: Source, source: Source) -> str:
 # Router rows from data
 
 
-def _data_problem(children: Sequence[OpenChild]) -> str | None:
+def _data_problem(children: Sequence[_OpenChild]) -> str | None:
     """Return the reason that the training data of a child can't be read, or None."""
     problem_of = cache(LearnedDomain.problem)  # it reads all data; only now, since files can change
     for child in children:
@@ -236,7 +213,7 @@ def _data_problem(children: Sequence[OpenChild]) -> str | None:
     return None
 
 
-def _same_data(children: Sequence[OpenChild]) -> str | None:
+def _same_data(children: Sequence[_OpenChild]) -> str | None:
     """Return the names of two children that no data can distinguish, or None."""
     data = [{domain.sha256 for domain in child.domains.values()} for child in children]
     for first, second in combinations(range(len(children)), 2):
@@ -245,7 +222,7 @@ def _same_data(children: Sequence[OpenChild]) -> str | None:
     return None
 
 
-def _texts(child: OpenChild, name: str) -> Iterator[str]:
+def _texts(child: _OpenChild, name: str) -> Iterator[str]:
     """Yield the training documents of one domain; documents held out for validation are none."""
     domain, lineage = child.domains[name], child.source.own_lineage
     assert lineage.split is not None
@@ -253,7 +230,7 @@ def _texts(child: OpenChild, name: str) -> Iterator[str]:
     return training_texts({name: documents}, rule=lineage.split, names=[name])
 
 
-def _child_sequences(child: OpenChild, *, length: int, vocab_size: int) -> Tensor:
+def _child_sequences(child: _OpenChild, *, length: int, vocab_size: int) -> Tensor:
     """Return training tokens of a child's own domains, equally many of each, int64 [N, length].
 
     Documents are cut, so that many of them are read.
@@ -297,7 +274,7 @@ class _Rows:
         """What determines the rows: the models, and the data of each."""
         parts = [_hash_of(self.source), str(_ROUTER_TOKENS), str(_ROUTER_LENGTH)]
         shared, children = (
-            cast(tuple[OpenChild, ...], each) for each in (self.spec.shared, self.spec.experts)
+            cast(tuple[_OpenChild, ...], each) for each in (self.spec.shared, self.spec.experts)
         )
         parts += [str(self.spec.options.layers), *(each.model_hash for each in shared)]
         for child in children:
@@ -312,7 +289,7 @@ class _Rows:
 
     @torch.no_grad()
     def _computed(self) -> tuple[Tensor, ...]:
-        children = cast(tuple[OpenChild, ...], self.spec.experts)
+        children = cast(tuple[_OpenChild, ...], self.spec.experts)
         if problem := _data_problem(children):  # it may have changed since the plan
             raise RequestError(Problem("expansion.moe.router", reason=problem))
         model, shapes = self._dense_model(), self.source.model
@@ -347,7 +324,7 @@ class _Rows:
         for stored in self.source.model.layout("live"):
             if stored.name in parameters:
                 parameters[stored.name].copy_(
-                    stored.pack(lambda n: rounded_weight(maps[n], self.source.read, torch.float32))
+                    stored.pack(lambda n: maps[n].rounded_weight(self.source.read, torch.float32))
                 )
         return model.eval()
 

@@ -6,7 +6,6 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import cache, partial, reduce
 from math import prod
 from pathlib import Path
@@ -20,17 +19,15 @@ from tritter.checkpoints.location import check_output, check_replaceable, requir
 from tritter.checkpoints.state import KeptSequences, State, write_state
 from tritter.core.expansions import (
     ExpansionSpec,
-    MoeAdd,
     ResolvedExpansion,
-    build_steps,
     check_specs,
-    compose_maps,
+    children_place,
     target_model,
+    vocab_place,
 )
 from tritter.core.families import LayoutKind, Model, StoredTensor
 from tritter.core.parameter_map.rows import WeightReader, peak_bytes
-from tritter.core.stock_routers import AddedExperts
-from tritter.errors import Problem, RequestError, TritterError
+from tritter.errors import RequestError, TritterError
 from tritter.storage.hashing import file_digest, merkle_hash
 from tritter.storage.reading import named_path
 from tritter.storage.tensors import is_finite
@@ -41,8 +38,8 @@ from tritter.storage.writer import (
     num_threads,
 )
 from tritter.transform.change import PlannedExpansion
-from tritter.transform.children import check_unchanged, router_bytes, with_children
-from tritter.transform.vocabulary import bound, kept_in, write_tokenizer_file
+from tritter.transform.children import bound_children, router_bytes
+from tritter.transform.vocabulary import bound_vocabulary, kept_in, write_tokenizer_file
 
 # Disk and memory requirements
 
@@ -242,15 +239,12 @@ def plan_by_tables(
     `expand` checks the plan with transformers after it has written the tensors and before it moves
     the result to the destination.
     """
-    steps = build_steps(source.model, with_children(bound(specs, source), source), seed=seed)
-    return PlannedExpansion(
-        source=source.model,
-        steps=steps,
-        parameter_map=compose_maps(steps, source.model),
-        seed=seed,
-        added_experts=added_experts(source.added, steps),
-        is_confirmed=False,
-    )
+    bound = list(specs)
+    if (place := vocab_place(specs)) is not None:
+        bound[place] = bound_vocabulary(specs[place], source)
+    if (place := children_place(specs)) is not None:
+        bound[place] = bound_children(specs[place], source)
+    return PlannedExpansion.of(source.model, bound, seed=seed, added=source.added)
 
 
 def _confirm(plan: PlannedExpansion, source: Source) -> PlannedExpansion:
@@ -428,37 +422,10 @@ def _stream(
     return TensorStream(entries, tensors())
 
 
-def added_experts(
-    current: AddedExperts | None, steps: Sequence[ResolvedExpansion]
-) -> AddedExperts | None:
-    """Return the new experts of the result whose router offset is not 0 yet, if any.
-
-    Args:
-        current: those of the source.
-        steps: the expansions in order.
-    """
-    is_open = current is None or current.is_settled
-    closed = () if current is None or is_open else current.experts
-    for step in steps:
-        if not isinstance(step.spec, MoeAdd):
-            continue
-        if closed:
-            reason = (
-                f"the router offset of the appended experts {closed[0]} to {closed[-1]} is not 0 "
-                "yet; train the model until it is, then add more"
-            )
-            raise RequestError(Problem("expansion.moe_add", reason=reason))
-        if step.spec.is_append:
-            old, new = (model.sizes.num_experts for model in (step.source, step.target))
-            closed = tuple(range(old, new))
-    if not is_open:
-        return current
-    return AddedExperts(experts=closed) if closed else None
-
-
 def _expanded_lineage(source: Source, plan: PlannedExpansion, destination: Path) -> Lineage:
-    check_unchanged(plan)
-    lineage = child_lineage(source, destination, expansion_records(plan.steps, seed=plan.seed))
+    for child in (each for step in plan.steps for each in getattr(step.spec, "experts", ())):
+        child.source.read_digests()  # compares its tensors with its lineage
+    lineage = child_lineage(source, destination, plan.records)
     is_open = plan.added_experts is None
     return lineage if is_open else replace(lineage, stock_loadable="after adaptation")
 
@@ -485,28 +452,6 @@ def child_lineage(source: Source, destination: Path, records: Sequence[Expansion
         training_config=parent.training_config if parent else {},
         split=parent.split if parent else None,
         domains=parent.domains if parent else {},
-    )
-
-
-def expansion_records(
-    steps: Sequence[ResolvedExpansion], *, seed: int
-) -> tuple[ExpansionRecord, ...]:
-    """Return the lineage's records of some expansions in order, with the time of now."""
-    return tuple(
-        ExpansionRecord(
-            timestamp=datetime.now(UTC).isoformat(timespec="seconds"),
-            expansion_type=step.spec.expansion_type,
-            method=step.spec.name,
-            options=step.options,
-            seed=seed + position,
-            source_config=step.source.config,
-            target_config=step.target.config,
-            layer_sources=step.parameter_map.layer_sources,
-            map_digest=step.parameter_map.digest(),
-            claims_exact=step.is_exact,
-            discovered=step.source.family.findings(step.source.config),
-        )
-        for position, step in enumerate(steps)
     )
 
 

@@ -25,21 +25,19 @@ from tritter.core.expansions import (
     Width,
     build_steps,
     check_specs,
-    compose_maps,
 )
-from tritter.core.expansions.heads import Strategy, copied_sources, split_shares
+from tritter.core.expansions.heads import Strategy, copied_axis
 from tritter.core.expansions.width import Init, Shares
 from tritter.core.families import Config, Model, unpack_all
-from tritter.core.models import model_of, model_with_tensors, named_tensors, read_model
-from tritter.core.parameter_map import AxisFactor, AxisMap, TensorMap, map_tensor, rounded_weight
+from tritter.core.models import model_of, model_with_tensors, read_model
+from tritter.core.parameter_map import AxisFactor, AxisMap, TensorMap
 from tritter.core.stock_routers import AddedExperts
 from tritter.errors import RequestError
 from tritter.storage.hashing import merkle_hash, tensor_digest
 from tritter.storage.hub import cached_snapshot
 from tritter.storage.reading import named_path
 from tritter.storage.writer import TensorStream
-from tritter.transform.change import Change
-from tritter.transform.folder import added_experts, expansion_records
+from tritter.transform.change import Change, PlannedExpansion
 
 
 class ModelExpander:
@@ -64,9 +62,7 @@ class ModelExpander:
         Raises:
             RequestError: unknown family, or impossible targets.
         """
-        source = model_of(model)
-        steps = self.steps(source)
-        return Change.of(compose_maps(steps, source), source, steps[-1].target)
+        return PlannedExpansion.of(model_of(model), self.specs, seed=self.seed).change
 
     def expand(self, model: nn.Module) -> nn.Module:
         """Return the expanded model.
@@ -74,7 +70,7 @@ class ModelExpander:
         Raises:
             RequestError: unknown family, or impossible targets.
         """
-        return self._expand(model, self.steps(_model_of(model, is_whole=True)))
+        return self._expand(model, self._plan(model, _model_of(model, is_whole=True)))
 
     def write(self, model: nn.Module, folder: Path, *, overwrite: bool = False) -> Lineage:
         """Write the expanded model as a checkpoint folder and return its lineage.
@@ -88,10 +84,10 @@ class ModelExpander:
         sources = tuple(_origin_of(model))
         check_output(folder, sources=sources, overwrite=overwrite)
         source = _model_of(model)
-        steps = self.steps(source)
-        digests = {n: tensor_digest(n, t.cpu()) for n, t in named_tensors(model, source)}
+        plan = self._plan(model, source)
+        digests = {n: tensor_digest(n, t.cpu()) for n, t in source.disk_tensors(model.state_dict())}
         parent = merkle_hash(digests)
-        added = added_experts(AddedExperts.of(model), steps)
+        added = plan.added_experts
         lineage = Lineage(
             model_hash="",
             parent_hash=parent,
@@ -99,36 +95,38 @@ class ModelExpander:
             base_model_hash=parent,
             tensor_digests={},
             file_digests={},
-            expansion_history=expansion_records(steps, seed=self.seed),
+            expansion_history=plan.records,
             stock_loadable="yes" if added is None else "after adaptation",
         )
         others = [partial(copy_small_files, source) for source in sources]
         return write_model(
-            self._expand(model, steps),
+            self._expand(model, plan),
             folder,
             lineage=lambda: lineage,
             artifacts=[*others, None if added is None else added.write],
             overwrite=overwrite,
         )
 
-    def _expand(self, model: nn.Module, steps: Sequence[ResolvedExpansion]) -> nn.Module:
-        source, state = steps[0].source, model.state_dict()
-        held = unpack_all(source.match(state), state)
-        maps = compose_maps(steps, source).tensors
+    def _plan(self, model: nn.Module, source: Model) -> PlannedExpansion:
+        added = AddedExperts.of(model)
+        return PlannedExpansion.of(source, self.specs, seed=self.seed, added=added)
+
+    def _expand(self, model: nn.Module, plan: PlannedExpansion) -> nn.Module:
+        state, target = model.state_dict(), plan.target
+        held = unpack_all(plan.steps[0].source.match(state), state)
+        maps = plan.parameter_map.tensors
 
         def read(name: str) -> Tensor:
             stem = held[maps[name].origin or "embed"]
-            value = rounded_weight(maps[name], held.__getitem__, stem.dtype)
+            value = maps[name].rounded_weight(held.__getitem__, stem.dtype)
             return value.to(stem, copy=maps[name].is_verbatim)  # else both models train the one
 
-        target = steps[-1].target
         tensors = {t.name: read(t.name) for t in target.tensors}
         grown = model_with_tensors(target, tensors).train(model.training)
         if hasattr(model, "generation_config"):  # its end tokens, for example
             grown.generation_config = deepcopy(model.generation_config)
-        added = added_experts(AddedExperts.of(model), steps)
-        if added is not None:
-            added.apply(grown)
+        if plan.added_experts is not None:
+            plan.added_experts.apply(grown)
         return grown
 
 
@@ -175,7 +173,7 @@ def write_model(
         RequestError: something is at `folder` and may not be replaced.
     """
     known = _model_of(model)
-    tensors = [(name, tensor.cpu()) for name, tensor in named_tensors(model, known)]
+    tensors = [(name, tensor.cpu()) for name, tensor in known.disk_tensors(model.state_dict())]
     widest = reduce(torch.promote_types, (tensor.dtype for _, tensor in tensors))
     config: Config = {
         **known.config,
@@ -327,7 +325,7 @@ def expand_attention_heads(
             )
     values, maps = unpack_all(before, tensors), step.parameter_map.tensors
     for stored in after:
-        value = stored.pack(lambda name: map_tensor(maps[name], values[name]))
+        value = stored.pack(lambda name: maps[name].apply(values[name]))
         module, _, attribute = stored.name.removeprefix(prefix).rpartition(".")
         setattr(new.get_submodule(module), attribute, nn.Parameter(value))
     return new
@@ -378,12 +376,11 @@ def _copied_axis(old_size: int, new_size: int, *, seed: int) -> AxisMap:
     """Return a map that copies coordinates in random rounds and splits their shares."""
     if new_size < old_size:
         raise RequestError(f"{new_size} features are fewer than the layer's {old_size}.")
-    source = copied_sources(old_size, new_size, seed=seed)
-    return AxisMap.copied(old_size, source, split_shares(source, old_size, equal=False))
+    return copied_axis(old_size, new_size, seed=seed, equal=False)
 
 
 def _map_parameter(tensor: Tensor, *axes: AxisFactor) -> Tensor:
-    return map_tensor(TensorMap(source="", axes=axes), tensor.detach())
+    return TensorMap(source="", axes=axes).apply(tensor.detach())
 
 
 def _check_fit(axis_map: AxisMap, old_size: int, new_size: int) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
 from tritter.checkpoints import Source
 from tritter.checkpoints.state import KeptSequences
-from tritter.core.expansions import BoundVocab, ExpansionSpec, Vocab, vocab_place
+from tritter.core.expansions import BoundVocab, ExpansionSpec, Vocab
 from tritter.data.tokens import read_tokenizer, whole_texts
 from tritter.data.vocabulary import (
     ExtendedTokenizer,
@@ -32,21 +32,6 @@ _KEY = "expansion.vocab"
 _OTHER_FORMS = ("vocab.json", "merges.txt", "tokenizer.model", "tekken.json")
 
 
-def bound(specs: Sequence[ExpansionSpec], source: Source) -> tuple[ExpansionSpec, ...]:
-    """Return the expansions, with `vocab` bound to the tokenizer of the source.
-
-    Raises:
-        RequestError: the source has no BPE tokenizer, data must give the new tokens, or a given
-            token is impossible.
-    """
-    place, found = vocab_place(specs), list(specs)
-    if place is not None:
-        spec = found[place]
-        assert isinstance(spec, Vocab)
-        found[place] = _bind(spec, source)
-    return tuple(found)
-
-
 def learned(spec: Vocab, source: Source, texts: Iterable[str]) -> Vocab:
     """Return options with the merges that some texts give.
 
@@ -63,7 +48,14 @@ def learned(spec: Vocab, source: Source, texts: Iterable[str]) -> Vocab:
     return replace(spec, merges=tuple(chain.from_iterable(merges)))
 
 
-def _bind(spec: Vocab, source: Source) -> BoundVocab:
+def bound_vocabulary(spec: ExpansionSpec, source: Source) -> BoundVocab:
+    """Return `vocab` bound to the tokenizer of the source.
+
+    Raises:
+        RequestError: the source has no BPE tokenizer, data must give the new tokens, or a given
+            token is impossible.
+    """
+    assert isinstance(spec, Vocab)
     tokenizer = read_tokenizer(source.folder, vocab_size=source.model.sizes.vocab_size).tokenizer
     stored = read_object(source.folder / TOKENIZER_NAME)
     kept = {name: stored.get(name) for name in ("truncation", "padding")}

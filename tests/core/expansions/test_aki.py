@@ -16,7 +16,6 @@ from tritter.checkpoints.state import State, write_state
 from tritter.core.expansions import Width, build_steps
 from tritter.core.expansions.width import _tensors_above
 from tritter.core.families import Model
-from tritter.core.parameter_map import carried_mask
 from tritter.core.parameter_map.carry import STATE_KINDS
 from tritter.storage.writer import TensorEntry, TensorStream
 from tritter.transform import expand
@@ -113,7 +112,7 @@ def test_state_of_what_came_from_above_starts_anew() -> None:
     assert not first[24:].any()
     torch.testing.assert_close(first[:24], torch.cat([moment, moment], dim=1) / 2)
     torch.testing.assert_close(second[24:], second[:24].mean().expand(24, 48))
-    mask = carried_mask(tensor_map, lambda _: torch.ones(24, 24, dtype=torch.bool))
+    mask = tensor_map.carried_mask(lambda _: torch.ones(24, 24, dtype=torch.bool))
     assert bool(mask[:24].all()) and not bool(mask[24:].any())
 
 

@@ -28,7 +28,7 @@ from tritter.checkpoints.state import State, write_state
 from tritter.core.expansions import Context, LlamaPro, Width
 from tritter.core.expansions.on_twin import check_rotations
 from tritter.core.families import Model
-from tritter.core.families.discovery.twin import build_twin
+from tritter.core.families.discovery.twin import Twin
 from tritter.core.models import model_of
 from tritter.errors import RequestError
 from tritter.limits import MAX_POSITIONS
@@ -129,7 +129,7 @@ def test_yarn_gets_the_size_of_a_head_where_the_config_has_none(tmp_path: Path) 
 
 @pytest.mark.full
 def test_a_class_that_refuses_yarn_is_one_error() -> None:
-    config = build_twin(example("phimoe")).config.to_dict()
+    config = Twin.of(example("phimoe")).config.to_dict()
     spec = Context(target_length=256)
     with pytest.raises(RequestError, match="class of phimoe refuses the new rotary parameters"):
         check_rotations(config, spec.target_config(Model(config)))

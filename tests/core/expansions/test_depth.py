@@ -20,7 +20,7 @@ from tritter.core.expansions import (
     build_steps,
     target_model,
 )
-from tritter.core.families import LLAMA, Config, Model
+from tritter.core.families import FAMILIES, Config, Model
 from tritter.core.models import new_model
 from tritter.errors import RequestError
 from tritter.transform import expand
@@ -269,7 +269,7 @@ def test_layer_sources_are_shown_in_the_card(tmp_path: Path) -> None:
 
 
 def test_lists_with_one_entry_per_layer_follow_their_source_layer() -> None:
-    family = replace(LLAMA, per_layer_config_keys=("layer_types",))
+    family = replace(FAMILIES["llama"], per_layer_config_keys=("layer_types",))
     config = {**_config(3), "layer_types": ["full", "sliding", "other"]}
     grown = Dus().target_config(Model(config, family))
     assert grown["layer_types"] == ["full", "sliding", "sliding", "other"]

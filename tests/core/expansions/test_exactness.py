@@ -20,13 +20,12 @@ from tritter.core.expansions import (
     Stack,
     Width,
     build_steps,
-    compose_maps,
 )
 from tritter.core.families import Model
 from tritter.core.models import read_model
-from tritter.core.parameter_map import AxisMap, Quantity, TensorMap, map_tensor, mapped
+from tritter.core.parameter_map import AxisMap, Quantity, TensorMap
 from tritter.errors import RequestError
-from tritter.transform import expand
+from tritter.transform import PlannedExpansion, expand
 
 EXACT: dict[str, list[ExpansionSpec]] = {
     "fresh doubled": [Width()],
@@ -173,12 +172,11 @@ def _mapped_gradients(
     for step in build_steps(Model(config), specs, seed=0):
         maps = step.parameter_map.tensors
         values = {
-            name: map_tensor(tensor_map, values[tensor_map.source], quantity=Quantity.GRADIENT)
+            name: tensor_map.apply(values[tensor_map.source], quantity=Quantity.GRADIENT)
             for name, tensor_map in maps.items()
         }
         masks = {
-            name: map_tensor(
-                replace(tensor_map, axes=_unit(tensor_map)),
+            name: replace(tensor_map, axes=_unit(tensor_map)).apply(
                 masks[tensor_map.source],
                 quantity=Quantity.GRADIENT,
             )
@@ -282,12 +280,11 @@ def test_unequal_clones_diverge_and_equal_ones_do_not(tmp_path: Path) -> None:
 
 def test_maps_in_a_row_need_no_model() -> None:
     config = LLAMA_CONFIG
-    steps = build_steps(Model(config), [Width(), LlamaPro()], seed=0)
+    plan = PlannedExpansion.of(Model(config), [Width(), LlamaPro()], seed=0)
     shapes = Model(config).shapes
-    maps = compose_maps(steps, Model(config)).tensors
-    target = steps[-1].target.config
+    maps, target = plan.parameter_map.tensors, plan.target.config
     for tensor in Model(target).tensors:
-        value = mapped(maps[tensor.name], lambda name: torch.ones(shapes[name]))
+        value = maps[tensor.name].mapped(lambda name: torch.ones(shapes[name]))
         assert tuple(value.shape) == Model(target).shapes[tensor.name]
 
 

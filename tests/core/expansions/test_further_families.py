@@ -24,7 +24,6 @@ from tritter.core.expansions import (
     build_steps,
 )
 from tritter.core.families import Model, check_config, family_of
-from tritter.core.models import live_tensors, named_tensors
 from tritter.core.parameter_map import AxisFactor, AxisMap
 from tritter.errors import RequestError
 from tritter.methods.growth.blocks import ffn_blocks
@@ -172,7 +171,7 @@ def test_rows_are_those_that_the_stock_class_takes_apart(tmp_path: Path, family:
     (tmp_path / "stock").mkdir()
     model.save_pretrained(tmp_path / "stock")
     saved = load_file(tmp_path / "stock" / "model.safetensors")
-    named = dict(named_tensors(model, Model(config)))
+    named = dict(Model(config).disk_tensors(model.state_dict()))
     assert named.keys() == saved.keys()
     assert all(torch.equal(named[name], saved[name]) for name in saved)
     logical = oracle_growth.logical_state(model)
@@ -183,7 +182,7 @@ def test_rows_are_those_that_the_stock_class_takes_apart(tmp_path: Path, family:
         torch.testing.assert_close(mlp(x), by_hand)
     again = oracle.disk_tensors(
         Model(config),
-        live_tensors(Model(config), oracle.disk_tensors(Model(config), model.state_dict())),
+        Model(config).live_tensors(oracle.disk_tensors(Model(config), model.state_dict())),
     )
     assert len(again) == len(logical)
 

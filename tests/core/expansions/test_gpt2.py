@@ -31,7 +31,7 @@ from tritter.core.expansions import (
     build_steps,
 )
 from tritter.core.families import Model, training_flops
-from tritter.core.models import load_model, named_tensors, read_model
+from tritter.core.models import load_model, read_model
 from tritter.core.parameter_map import AxisFactor, AxisMap
 from tritter.core.parameter_map.carry import MOMENTS
 from tritter.errors import RequestError, TritterError
@@ -86,7 +86,7 @@ def test_a_folder_as_on_the_hub_is_grown_and_loads_in_stock_transformers(
     sizes = [config[key] for key in ("n_embd", "n_inner", "n_layer", "n_head", "n_positions")]
     assert sizes == [48, 192, 5, 8, 64]
     names = set(load_file(result.folder / "model.safetensors"))
-    assert names == {name for name, _ in named_tensors(after, Model(config))}
+    assert names == {name for name, _ in Model(config).disk_tensors(after.state_dict())}
     assert all(name.startswith("transformer.") for name in names)
 
 
@@ -114,7 +114,9 @@ def test_what_lies_transposed_is_read_in_blocks_of_any_size(
     source = oracle.saved(model, tmp_path / "source")
     specs: list[ExpansionSpec] = [Width(intermediate_size=107)] if is_padded else GROWN
     result = expand(source, tmp_path / "result", specs)
-    live = dict(named_tensors(ModelExpander(specs).expand(model), read_model(result.folder)))
+    live = dict(
+        read_model(result.folder).disk_tensors(ModelExpander(specs).expand(model).state_dict())
+    )
     written = load_file(result.folder / "model.safetensors")
     assert written.keys() == live.keys()
     assert all(torch.equal(written[name], live[name]) for name in live)

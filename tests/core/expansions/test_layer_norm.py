@@ -29,7 +29,7 @@ from tritter.core.expansions import (
     build_steps,
 )
 from tritter.core.families import Model
-from tritter.core.models import live_tensors, read_model
+from tritter.core.models import read_model
 from tritter.core.parameter_map import AxisFactor, AxisMap, TensorMap
 from tritter.errors import RequestError, TritterError
 from tritter.storage.writer import TensorEntry, TensorStream
@@ -312,7 +312,7 @@ def test_state_has_the_names_on_disk_and_follows(tmp_path: Path) -> None:
         Model(config), {name: p.detach() for name, p in model.named_parameters()}
     )
     assert "embed_out.weight" in state
-    again = live_tensors(Model(config), state)
+    again = Model(config).live_tensors(state)
     assert all(torch.equal(again[name], p) for name, p in model.named_parameters())
     source = oracle.saved(model, tmp_path / "source")
     entries = tuple(TensorEntry(name, p.dtype, tuple(p.shape)) for name, p in state.items())

@@ -14,7 +14,7 @@ from tritter import ModelExpander
 from tritter.checkpoints.state import State, write_state
 from tritter.core.expansions import ExpansionSpec, LlamaPro, Moe, Width
 from tritter.core.families import Model
-from tritter.core.models import live_tensors, load_model, model_of, named_tensors, new_model
+from tritter.core.models import load_model, model_of, new_model
 from tritter.core.parameter_map.carry import Policy
 from tritter.storage.writer import TensorStream
 from tritter.training.surgery import carried_moments, put_moments
@@ -36,8 +36,8 @@ def test_live_models_and_files_grow_alike(tmp_path: Path, family: str, dtype: to
     on_files = load_model(expand(source, tmp_path / "result", specs, seed=3).folder, dtype=dtype)
     live = ModelExpander(specs, seed=3).expand(model)
     assert type(live) is type(on_files)
-    expected = dict(named_tensors(on_files, model_of(on_files)))
-    found = dict(named_tensors(live, model_of(live)))
+    expected = dict(model_of(on_files).disk_tensors(on_files.state_dict()))
+    found = dict(model_of(live).disk_tensors(live.state_dict()))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in found)
     assert oracle.relative_difference(on_files, live, oracle.tokens()) < 1e-6
@@ -184,7 +184,7 @@ def test_importances_on_files_reach_the_experts(tmp_path: Path) -> None:
     torch.testing.assert_close(found["fisher"][f"{stem}.w1.weight"], gate / 8)
     torch.testing.assert_close(found["fisher_penalty"][f"{stem}.w1.weight"], gate / 4)
     assert not any("gate.weight" in name for name in found["fisher"])
-    live = live_tensors(Model(result.plan.target.config), found["fisher"])
+    live = Model(result.plan.target.config).live_tensors(found["fisher"])
     assert live["model.layers.1.mlp.experts.gate_up_proj"].shape == (4, 80, 24)
 
 

@@ -23,14 +23,13 @@ from tritter.core.expansions import Moe, MoeAdd, Width
 from tritter.core.expansions.moe_children import BoundMoe, HiddenMoments, router_rows
 from tritter.core.families import Model, forward_flops
 from tritter.core.models import load_model, read_model
-from tritter.core.parameter_map import rounded_weight
 from tritter.core.stock_routers import RouterControl
 from tritter.data.documents import documents_digest
 from tritter.data.sources import source_documents
 from tritter.data.split import SplitRule
 from tritter.errors import RequestError
 from tritter.transform import DiskNeeds, expand, plan_expansion
-from tritter.transform.children import OpenChild, _child_sequences, router_flops
+from tritter.transform.children import _child_sequences, _OpenChild, router_flops
 
 SIZE, NAMES = 300, ("a", "b", "c")
 TOKENS = oracle.tokens(SIZE)
@@ -486,10 +485,10 @@ def test_rows_of_three_children_are_those_of_their_moments(base: Path, tmp_path:
     model = load_model(base)
     maps = spec.dense_map(source.model).tensors
     for stored in Model(source.config).layout("live"):
-        value = stored.pack(lambda n: rounded_weight(maps[n], source.read, torch.float32))
+        value = stored.pack(lambda n: maps[n].rounded_weight(source.read, torch.float32))
         model.get_parameter(stored.name).data.copy_(value)
     for each in spec.experts:
-        assert isinstance(each, OpenChild)
+        assert isinstance(each, _OpenChild)
         tokens = _child_sequences(
             each, length=Model(source.config).position_limit or 256, vocab_size=SIZE
         )

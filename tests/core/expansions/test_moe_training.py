@@ -18,7 +18,7 @@ from tests.oracle.moe import (
     upcycled,
 )
 from tritter.core.expansions import Moe
-from tritter.core.parameter_map import Quantity, TensorMap, mapped
+from tritter.core.parameter_map import Quantity, TensorMap
 
 TOKENS = oracle.tokens()
 
@@ -36,7 +36,7 @@ def test_the_gradients_of_equal_experts_add_up_to_the_dense_one() -> None:
         torch.testing.assert_close(total, dense[f"layers.1.ffn.{part}"], rtol=1e-9, atol=1e-12)
         for expert in range(4):
             tensor_map = step.parameter_map.tensors[f"layers.1.experts.{expert}.{part}"]
-            share = mapped(tensor_map, dense.__getitem__, quantity=Quantity.GRADIENT)
+            share = tensor_map.mapped(dense.__getitem__, quantity=Quantity.GRADIENT)
             torch.testing.assert_close(share, dense[f"layers.1.ffn.{part}"] / 4)
     names = [name for name in dense if "ffn." not in name]
     for name in names:
@@ -63,7 +63,7 @@ def test_pieces_take_their_part_of_the_gradient() -> None:
         sparse = by_logical_name(result, oracle.gradients(result, TOKENS))
     for name, tensor_map in tensors.items():
         if ".experts." in name:
-            share = mapped(tensor_map, dense.__getitem__, quantity=Quantity.GRADIENT)
+            share = tensor_map.mapped(dense.__getitem__, quantity=Quantity.GRADIENT)
             torch.testing.assert_close(sparse[name], share, rtol=1e-8, atol=1e-11)
 
 
@@ -77,7 +77,7 @@ def test_the_shared_expert_keeps_its_gradient_identity() -> None:
     compared = 0
     for name, tensor_map in step.parameter_map.tensors.items():
         if tensor_map.state == "carry":
-            expected = mapped(tensor_map, dense.__getitem__, quantity=Quantity.GRADIENT)
+            expected = tensor_map.mapped(dense.__getitem__, quantity=Quantity.GRADIENT)
             torch.testing.assert_close(sparse[name], expected, rtol=1e-8, atol=1e-11)
             compared += 1
     assert compared == len(dense)
@@ -146,6 +146,6 @@ def test_the_variance_is_split_as_the_policy_says() -> None:
             tensor_map = step.parameter_map.tensors[name]
             found += float(sparse[name].square().sum())
             expected += float(
-                mapped(tensor_map, squares.__getitem__, quantity=Quantity.SQUARED_GRADIENT).sum()
+                tensor_map.mapped(squares.__getitem__, quantity=Quantity.SQUARED_GRADIENT).sum()
             )
     assert 0.6 < found / expected < 1.5

@@ -22,24 +22,12 @@ from tritter.core.expansions import (
     Stack,
     Width,
     build_steps,
-    compose_maps,
 )
 from tritter.core.families import Config, Model, pack_all
-from tritter.core.parameter_map import (
-    AxisFactor,
-    AxisMap,
-    Fill,
-    ParameterMap,
-    Quantity,
-    TensorMap,
-    carried_mask,
-    map_tensor,
-    mapped,
-    rounded_weight,
-)
+from tritter.core.parameter_map import AxisFactor, AxisMap, Fill, ParameterMap, Quantity, TensorMap
 from tritter.core.parameter_map.carry import STATE_KINDS, Policy, StateKind
 from tritter.errors import RequestError
-from tritter.transform import Change
+from tritter.transform import Change, PlannedExpansion
 
 Values = dict[str, Tensor]
 DENSE: list[ExpansionSpec] = [
@@ -70,7 +58,7 @@ def in_turn(
 ) -> Values:
     for step in steps:
         maps = step.parameter_map.tensors
-        values = {n: mapped(m, values.__getitem__, quantity=quantity) for n, m in maps.items()}
+        values = {n: m.mapped(values.__getitem__, quantity=quantity) for n, m in maps.items()}
     return values
 
 
@@ -96,13 +84,14 @@ def assert_same(found: Values, expected: Values) -> None:
 def check_chain(config: Config, specs: Sequence[ExpansionSpec], *, policy: Policy) -> None:
     """Compare the composed map with the chain, bit for bit, for all mapped quantities."""
     steps = build_steps(Model(config), specs, seed=3)
-    one, target = compose_maps(steps, Model(config)), steps[-1].target.config
+    plan = PlannedExpansion(source=Model(config), steps=steps, seed=3)
+    one, target = plan.parameter_map, plan.target.config
     values = drawn(config)
     read = values.__getitem__
-    weights = {n: rounded_weight(m, read, torch.float32) for n, m in one.tensors.items()}
+    weights = {n: m.rounded_weight(read, torch.float32) for n, m in one.tensors.items()}
     assert_same(weights, in_turn(steps, values))
     for quantity in set(Quantity) - {Quantity.WEIGHT}:
-        moved = {n: mapped(m, read, quantity=quantity) for n, m in one.tensors.items()}
+        moved = {n: m.mapped(read, quantity=quantity) for n, m in one.tensors.items()}
         assert_same(moved, in_turn(steps, values, quantity))
     inputs = {name: v for i, (name, v) in enumerate(drawn(config, positive=True).items()) if i % 7}
     live = pack_all(Model(config).layout("live"), inputs)
@@ -121,8 +110,8 @@ def check_chain(config: Config, specs: Sequence[ExpansionSpec], *, policy: Polic
     marked = dict(masks)
     for step in steps:
         maps = step.parameter_map.tensors
-        marked = {n: carried_mask(m, marked.__getitem__) for n, m in maps.items()}
-    assert_same({n: carried_mask(m, masks.__getitem__) for n, m in one.tensors.items()}, marked)
+        marked = {n: m.carried_mask(marked.__getitem__) for n, m in maps.items()}
+    assert_same({n: m.carried_mask(masks.__getitem__) for n, m in one.tensors.items()}, marked)
 
 
 @pytest.mark.full
@@ -160,8 +149,8 @@ def test_then_is_associative_and_leaves_what_no_map_touches() -> None:
     assert left.layer_sources == (0, 1, 1, 2, 2, 0, 1, 1, 2, 2)
     values = drawn(config)
     for name, tensor_map in left.tensors.items():
-        other = mapped(right.tensors[name], values.__getitem__)
-        assert torch.equal(mapped(tensor_map, values.__getitem__), other)
+        other = right.tensors[name].mapped(values.__getitem__)
+        assert torch.equal(tensor_map.mapped(values.__getitem__), other)
     plain = ParameterMap.identity(values, num_layers=3)
     assert plain.then(first).digest() == first.digest() == composed_digest(first, plain)
     stacked = first.then(first_of(first))
@@ -188,8 +177,6 @@ def test_a_product_of_factors_would_not_do() -> None:
     assert torch.equal(found[2], torch.full((2,), 2.5)) and torch.equal(found[3], found[2])
     filled = replace(once, fill=Fill("random", std=1.0, seed=5))
     drawn_twice = replace(chain, fill=Fill("random", std=1.0, seed=5))
-    one, two = (mapped(m, inputs.__getitem__) for m in (filled, drawn_twice))
+    one, two = (m.mapped(inputs.__getitem__) for m in (filled, drawn_twice))
     assert torch.equal(one[:2], two[:2]) and not torch.equal(one[2:], two[2:])
-    assert torch.equal(
-        two, map_tensor(replace(drawn_twice, source="w"), map_tensor(wider, inputs["w"]))
-    )
+    assert torch.equal(two, replace(drawn_twice, source="w").apply(wider.apply(inputs["w"])))

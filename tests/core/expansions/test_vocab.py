@@ -21,8 +21,7 @@ from tritter.checkpoints.state import KeptSequences, State, write_state
 from tritter.core.expansions import LlamaPro, Vocab, Width
 from tritter.core.families import Model
 from tritter.core.models import load_tokenizer, model_of, read_model, save_tokenizer
-from tritter.core.parameter_map import Fill, TensorMap, mapped
-from tritter.core.parameter_map.apply import new_rows
+from tritter.core.parameter_map import Fill, TensorMap
 from tritter.data.documents import Document
 from tritter.data.tokens import END_OF_TEXT, train_tokenizer, whole_texts
 from tritter.data.vocabulary import ExtendedTokenizer, require_bpe
@@ -299,16 +298,16 @@ def test_sums_of_rows_in_blocks_equal_the_whole() -> None:
     index = torch.tensor([[3, 4], [0, 7], [29, 29]])
     weights = torch.tensor([[0.5, 0.5], [1.0, 0.0], [2.0, -1.0]]).double()
     fill = Fill("rows", index=index, values=weights)
-    sums = new_rows(fill, source)
+    sums = fill.new_rows(source)
     expected = torch.stack([source[3:5].mean(0), source[0], source[29]]).double()
     assert torch.allclose(sums(0, 3), expected, atol=1e-6)
     assert torch.equal(torch.cat([sums(0, 1), sums(1, 3)]), sums(0, 3))
     random = replace(fill, index=torch.full((40, 1), -2), values=torch.ones(40, 1), seed=1)
-    whole, parts = new_rows(random, source)(0, 40), new_rows(random, source)
+    whole, parts = random.new_rows(source)(0, 40), random.new_rows(source)
     assert torch.equal(torch.cat([parts(0, 1), parts(1, 3), parts(3, 40)]), whole)
     assert 0.8 < whole.std() / source.std() < 1.2 and len(whole.unique()) == 280
     spec = TensorMap(source="w", fill=fill)
-    assert torch.equal(mapped(spec, lambda name: source), source)
+    assert torch.equal(spec.mapped(lambda name: source), source)
 
 
 @pytest.mark.quick_cases(4)

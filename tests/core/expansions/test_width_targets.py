@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from tests.oracle.families import RMS
 from tritter.core.expansions import Width, build_steps
-from tritter.core.expansions.heads import split_shares
-from tritter.core.families import FAMILIES, LLAMA, Config, Model
+from tritter.core.expansions.heads import _split_shares
+from tritter.core.families import FAMILIES, Config, Model
 from tritter.core.models import new_model
 from tritter.errors import RequestError
 
@@ -133,7 +133,7 @@ def test_every_nearest_hidden_size_that_is_named_works(hidden_size: int, ffn: in
 
 
 def test_a_family_whose_heads_need_not_divide_takes_any_hidden_size() -> None:
-    family = replace(LLAMA, heads_divide_hidden=False)
+    family = replace(FAMILIES["llama"], heads_divide_hidden=False)
     source = Model(_config(), family)
     assert Width(hidden_size=25).target_config(source)["hidden_size"] == 25
 
@@ -180,9 +180,9 @@ def test_shares_by_hand() -> None:
     """Neuron 0 three times (weights 1, 1/9, 1/81 of 91/81), neuron 1 twice, neuron 2 once."""
     source = torch.tensor([0, 1, 2, 0, 1, 0])
     expected = torch.tensor([81 / 91, 0.9, 1.0, 9 / 91, 0.1, 1 / 91], dtype=torch.float64)
-    torch.testing.assert_close(split_shares(source, 3, equal=False), expected)
+    torch.testing.assert_close(_split_shares(source, 3, equal=False), expected)
     expected = torch.tensor([1 / 3, 0.5, 1.0, 1 / 3, 0.5, 1 / 3], dtype=torch.float64)
-    torch.testing.assert_close(split_shares(source, 3, equal=True), expected)
+    torch.testing.assert_close(_split_shares(source, 3, equal=True), expected)
 
 
 # Other families

@@ -28,15 +28,14 @@ from tritter.cli import main as tritter
 from tritter.cli.methods import method_words
 from tritter.cli.output import EXIT_NO
 from tritter.core import streamed
-from tritter.core.expansions import ExpansionSpec, LlamaPro, Stack
-from tritter.core.expansions.specification import is_possible
+from tritter.core.expansions import ExpansionSpec, LlamaPro, Stack, target_model
 from tritter.core.expansions.targets import growth_examples
 from tritter.core.families import Config, Model, family_of, find_family
 from tritter.core.families.discovery import DiscoveredFamily
 from tritter.core.families.discovery.family import shallow
-from tritter.core.families.discovery.twin import build_twin
+from tritter.core.families.discovery.twin import Twin
 from tritter.core.models import read_model
-from tritter.errors import TritterError
+from tritter.errors import RequestError, TritterError
 from tritter.methods.growth.growable import GrowableCausalLM
 
 PAGE = Path(__file__).parents[3] / "docs/reference/model_types.md"
@@ -148,6 +147,15 @@ class Row:
         return f"| `{self.model_type}` | {self.depth} | {' | '.join(self.sizes)} | {self.note} |"
 
 
+def is_possible(source: Model, spec: ExpansionSpec) -> bool:
+    """Return True if a model can be expanded by `spec`."""
+    try:
+        target_model(source, [spec])
+    except RequestError:
+        return False
+    return True
+
+
 def example(model_type: str, **changes: Any) -> dict[str, Any]:
     """Return the config of a model type: the defaults of its class, completed if they can't run."""
     config: dict[str, Any] = CONFIG_MAPPING[model_type](**changes).to_dict()
@@ -166,7 +174,7 @@ def measured(model_type: str, place: Path) -> Row:
     base = place / "base"
     try:
         config = example(model_type)
-        build_twin(config).model.float().save_pretrained(base)
+        Twin.of(config).model.float().save_pretrained(base)
         saved = json.loads((base / "config.json").read_text())["model_type"]
     except Exception as error:  # a class may raise anything
         return Row(model_type, "refused", nothing, _short(error))
@@ -177,7 +185,7 @@ def measured(model_type: str, place: Path) -> Row:
     if depth == "refused":
         return Row(model_type, depth, nothing, note)
     few = place / "few"
-    build_twin(shallow(read_model(base).config)).model.float().save_pretrained(few)
+    Twin.of(shallow(read_model(base).config)).model.float().save_pretrained(few)
     return Row(model_type, depth, *_widths(few, place, note))
 
 

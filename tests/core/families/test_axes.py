@@ -22,12 +22,12 @@ from tests.oracle.families import OWN, tiny
 from tritter.core.expansions import MoeAdd, Width
 from tritter.core.expansions.on_twin import _grown_twin
 from tritter.core.families import FAMILIES, Config, Family, Model, family_of, pack_all, unpack_all
-from tritter.core.families.discovery import discover
+from tritter.core.families.discovery import DiscoveredFamily
 from tritter.core.families.discovery.axes import _arrangements, _residual_axes
-from tritter.core.families.discovery.configs import key_of
+from tritter.core.families.discovery.configs import Key
 from tritter.core.families.discovery.family import shallow
-from tritter.core.families.discovery.twin import Block, build_twin, in_float64
-from tritter.core.parameter_map import Fill, Quantity, carried_mask, map_tensor
+from tritter.core.families.discovery.twin import Block, Twin, in_float64
+from tritter.core.parameter_map import Fill, Quantity
 from tritter.errors import RequestError
 from tritter.methods.growth.blocks import FfnBlock, ffn_blocks
 from tritter.methods.growth.grower import LayerGrowth, _growth_change
@@ -67,7 +67,7 @@ def grown(
     maps = request.parameter_map(Model(config), Model(target), seed=0).tensors
     values = unpack_all(Model(config).layout("live"), state)
     mapped = {
-        name: map_tensor(replace(each, fill=Fill()), values[str(each.origin)], quantity=quantity)
+        name: replace(each, fill=Fill()).apply(values[str(each.origin)], quantity=quantity)
         for name, each in maps.items()
     }
     return target, pack_all(Model(target).layout("live"), mapped)
@@ -80,7 +80,7 @@ def test_it_maps_what_the_table_maps(
     model_type: str, quantity: Quantity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config: Config = tiny(model_type).config.to_dict()
-    table, found = FAMILIES[model_type], discover(config).widened(config)
+    table, found = FAMILIES[model_type], DiscoveredFamily.of(config).widened(config)
     assert found.axes is not None
     unknown = {"heads"} if found.heads_fill_hidden else set[str]()
     assert found.axes.refused.keys() - {"neurons"} == unknown | (
@@ -105,7 +105,7 @@ def test_its_neurons_are_those_of_the_table(
     """The same matrices, the same σ, and the same change of a model."""
     model = tiny(model_type)
     config: Config = model.config.to_dict()
-    table, found = FAMILIES[model_type], discover(config)
+    table, found = FAMILIES[model_type], DiscoveredFamily.of(config)
     assert bool(found.fixed_neurons(config)) == bool(table.fixed_neurons(config))
     if table.fixed_neurons(config):
         return
@@ -157,7 +157,7 @@ COPIED = (("hidden_size", 2.0), ("num_attention_heads", 2.0), ("num_key_value_he
 def test_gradients_obey_the_map(
     model_type: str, init: Literal["fresh", "net2net"], factors: tuple[tuple[str, float], ...]
 ) -> None:
-    key = key_of(build_twin(shallow(example(model_type))).config.to_dict())
+    key = Key.of(Twin.of(shallow(example(model_type))).config.to_dict())
     grown = _grown_twin(Width(init=init), key, factors)
     before, after = (gradients(model) for model in (grown.twin.model, grown.model))
     old, new = grown.source.layout("live"), grown.target.layout("live")
@@ -165,8 +165,8 @@ def test_gradients_obey_the_map(
     for name, each in grown.parameter_map.tensors.items():
         if name not in known:  # no token of this batch reached it
             continue
-        expected = map_tensor(each, known[name], quantity=Quantity.GRADIENT)
-        kept = carried_mask(each, lambda source: torch.ones_like(known[source], dtype=torch.bool))
+        expected = each.apply(known[name], quantity=Quantity.GRADIENT)
+        kept = each.carried_mask(lambda source: torch.ones_like(known[source], dtype=torch.bool))
         difference = ((found[name] - expected) * kept).abs().max()
         assert difference <= 1e-9 * (1 + expected.abs().max()), name
 

@@ -31,20 +31,20 @@ from tests.core.families.model_types import (
     depth_requests,
     example,
     expanded,
+    is_possible,
     measured,
 )
 from tests.oracle.families import OWN, tiny
 from tritter.checkpoints import Lineage
 from tritter.cli import main
 from tritter.core.expansions import LlamaPro, Width
-from tritter.core.expansions.specification import is_possible
 from tritter.core.expansions.targets import growth_examples
 from tritter.core.families import FAMILIES, Config, Model, backward_flops, forward_flops
 from tritter.core.families.discovery import family
-from tritter.core.families.discovery.configs import deeper_configs
-from tritter.core.families.discovery.family import DiscoveredFamily, discover, shallow
+from tritter.core.families.discovery.configs import StockConfig
+from tritter.core.families.discovery.family import DiscoveredFamily, shallow
 from tritter.core.families.discovery.skeleton import layers_on_disk
-from tritter.core.families.discovery.twin import Block, build_twin
+from tritter.core.families.discovery.twin import Block, Twin
 from tritter.core.models import read_model
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.jump import FolderJump
@@ -64,7 +64,7 @@ def full_matrix(names: tuple[str, ...]) -> list[Any]:
 def example_folder(model_type: str, place: Path, **changes: Any) -> Path:
     """Save a tiny random model of a type with the default config of its class."""
     folder = place / model_type
-    build_twin(example(model_type, **changes)).model.float().save_pretrained(folder)
+    Twin.of(example(model_type, **changes)).model.float().save_pretrained(folder)
     return folder
 
 
@@ -80,7 +80,7 @@ def logits(folder: Path) -> torch.Tensor:
 
 def tables(model_type: str) -> tuple[Config, DiscoveredFamily]:
     config = tiny(model_type).config.to_dict()
-    return config, discover(config)
+    return config, DiscoveredFamily.of(config)
 
 
 @pytest.mark.parametrize("model_type", full_matrix(tuple(OWN)))
@@ -112,7 +112,7 @@ def test_names_shapes_and_counts_are_those_of_the_table(model_type: str) -> None
 def deeper(sources: list[int], **config: Any) -> list[Config]:
     return [
         {key: each[key] for key in config}
-        for each in deeper_configs({"num_hidden_layers": 4, **config}, sources)
+        for each in StockConfig({"num_hidden_layers": 4, **config}).deeper(sources)
     ]
 
 
@@ -170,7 +170,7 @@ def test_keys_that_a_file_omits_or_spells_otherwise_are_known() -> None:
     full = example("bloom", n_layer=2)
     plain = {key: value for key, value in full.items() if key not in ("n_head", "hidden_size")}
     for config in ({**plain, "num_attention_heads": 8, "n_embed": 64}, full):
-        sizes = Model(config, discover(config)).sizes
+        sizes = Model(config, DiscoveredFamily.of(config)).sizes
         assert (sizes.hidden_size, sizes.num_attention_heads) == (64, 8)
 
 
@@ -221,7 +221,7 @@ def writers(kind: str) -> dict[str, float]:
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     found = Block(layer, (hidden,), {}, hidden).writers()
     assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
-    return {each.name: each.zero for each in found}
+    return found
 
 
 def test_the_smallest_set_that_writes_the_stream_is_found() -> None:
@@ -422,7 +422,7 @@ def test_heads_for_later_tokens_are_left_out(
 @pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_text_of_a_multimodal_model_grows(tied: bool, tmp_path: Path) -> None:
     """AutoModelForCausalLM loads Qwen3.5 without its encoder, from files with other names."""
-    text = build_twin(example("qwen3_5_text", num_hidden_layers=4, tie_word_embeddings=tied))
+    text = Twin.of(example("qwen3_5_text", num_hidden_layers=4, tie_word_embeddings=tied))
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
     text_config: dict[str, Any] = text.model.config.to_dict()  # type: ignore[operator, union-attr]
     vision |= {"out_hidden_size": text_config["hidden_size"], "patch_size": 4}
@@ -527,7 +527,7 @@ def test_flops_are_those_of_the_table(model_type: str, monkeypatch: pytest.Monke
 @pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("model_type", ["opt", "starcoder2", "gpt_oss", "granitemoe"])
 def test_flops_are_those_that_torch_counts(model_type: str) -> None:
-    model = build_twin(example(model_type)).model.float()
+    model = Twin.of(example(model_type)).model.float()
     config = model.config.to_dict()  # type: ignore[union-attr, operator]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=IDS, use_cache=False)
@@ -572,7 +572,7 @@ def test_new_layers_that_are_not_quite_zero_are_caught(
 
     monkeypatch.setattr(FolderJump, "between", damaged)
     folder = example_folder(model_type, tmp_path)
-    zeroed = discover(read_model(folder).config).zeroed_names
+    zeroed = DiscoveredFamily.of(read_model(folder).config).zeroed_names
     assert not expanded(folder, tmp_path / "grown", LlamaPro())
 
 
@@ -603,7 +603,7 @@ def test_damaged_results_of_other_growth_are_caught(
 
     monkeypatch.setattr(FolderJump, "between", damaged)
     folder = tmp_path / "few"
-    build_twin(shallow(example(model_type))).model.float().save_pretrained(folder)
+    Twin.of(shallow(example(model_type))).model.float().save_pretrained(folder)
     config = read_model(folder).config
     deeper = (request for request, _ in depth_requests(config))
     requests = chain(deeper, *growth_examples(Model(config)).values())
@@ -620,7 +620,7 @@ def test_twins_run_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     handle = register_module_forward_hook(lambda *_: seen.add(torch.get_num_threads()))
     try:
         config = example("opt", num_hidden_layers=2)
-        discover(config).widened(config)
+        DiscoveredFamily.of(config).widened(config)
         assert seen == {1} and torch.get_num_threads() == 2
     finally:
         handle.remove()

@@ -11,7 +11,7 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedModel
 
 from tests import oracle
 from tests.oracle.families import HEADS_DIVIDE_HIDDEN, OWN, SPARSE, final_norm_of, tiny
-from tritter.core.families import FAMILIES, LLAMA, Config, Model, Port, family_of, llama_config
+from tritter.core.families import FAMILIES, Config, Model, Port, family_of, llama_config
 from tritter.core.families.config_file import read_model_file
 from tritter.core.models import read_model
 from tritter.errors import RequestError, TritterError
@@ -162,7 +162,7 @@ def test_missing_sizes_get_the_defaults_of_transformers() -> None:
         "head_dim": None,
     }
     stock = LlamaConfig(**config)
-    dimensions = LLAMA.dimensions(config)
+    dimensions = FAMILIES["llama"].dimensions(config)
     assert dimensions.num_key_value_heads == stock.num_key_value_heads == 4
     assert dimensions.head_dim == stock.head_dim == 6
 

@@ -15,7 +15,7 @@ from tests.oracle.families import DENSE, SPARSE, generic, tiny
 from tritter.checkpoints.source import Source
 from tritter.core.expansions import ExpansionSpec, LlamaPro, Moe, Stack
 from tritter.core.families import Model, pack_all, unpack_all
-from tritter.core.models import live_tensors, load_model, named_tensors, read_model
+from tritter.core.models import load_model, read_model
 from tritter.errors import TritterError
 from tritter.transform import expand
 
@@ -62,7 +62,7 @@ def test_a_folder_of_a_model_without_its_head_is_read_if_the_head_is_tied(
     grown = oracle.stock(result.folder)
     assert oracle.relative_difference(model, grown, oracle.tokens()) < 1e-4
     assert {*tensors_of(result.folder)} == {
-        name for name, _ in named_tensors(grown, result.plan.target)
+        name for name, _ in result.plan.target.disk_tensors(grown.state_dict())
     }
 
 
@@ -72,11 +72,11 @@ def test_parts_are_those_that_stock_unfuses(tmp_path: Path, family: str) -> None
     model = tiny(family)
     config = oracle_growth.config_of(model)
     saved = tensors_of(oracle.saved(model, tmp_path / "source"))
-    named = dict(named_tensors(model, Model(config)))
+    named = dict(Model(config).disk_tensors(model.state_dict()))
     assert named.keys() == saved.keys()
     assert all(torch.equal(named[name], saved[name]) for name in saved)
     state = model.state_dict()
-    assert all(torch.equal(v, state[k]) for k, v in live_tensors(Model(config), saved).items())
+    assert all(torch.equal(v, state[k]) for k, v in Model(config).live_tensors(saved).items())
     assert all(
         torch.equal(v, saved[k]) for k, v in oracle.disk_tensors(Model(config), state).items()
     )

@@ -6,15 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tritter.core.parameter_map import (
-    AxisFactor,
-    AxisMap,
-    Fill,
-    Quantity,
-    TensorMap,
-    carried_mask,
-    map_tensor,
-)
+from tritter.core.parameter_map import AxisFactor, AxisMap, Fill, Quantity, TensorMap
 
 # Two neurons become three, neuron 1 twice with shares .9/.1; two inputs become four by tiling.
 NEURONS = AxisMap.copied(2, [0, 1, 1], torch.tensor([1.0, 0.9, 0.1], dtype=torch.float64))
@@ -31,27 +23,27 @@ def _close(actual: Tensor, expected: list[list[float]]) -> None:
 
 def test_two_by_two_by_hand() -> None:
     _close(
-        map_tensor(UP, WEIGHT),
+        UP.apply(WEIGHT),
         [[0.5, 1.0, 0.5, 1.0], [1.5, 2.0, 1.5, 2.0], [1.5, 2.0, 1.5, 2.0]],
     )
     _close(
-        map_tensor(UP, WEIGHT, quantity=Quantity.GRADIENT),
+        UP.apply(WEIGHT, quantity=Quantity.GRADIENT),
         [[1.0, 2.0, 1.0, 2.0], [2.7, 3.6, 2.7, 3.6], [0.3, 0.4, 0.3, 0.4]],
     )
     _close(
-        map_tensor(UP, WEIGHT, quantity=Quantity.SQUARED_GRADIENT),
+        UP.apply(WEIGHT, quantity=Quantity.SQUARED_GRADIENT),
         [[1.0, 2.0, 1.0, 2.0], [2.43, 3.24, 2.43, 3.24], [0.03, 0.04, 0.03, 0.04]],
     )
     _close(
-        map_tensor(UP, WEIGHT, quantity=Quantity.PATH_INTEGRAL),
+        UP.apply(WEIGHT, quantity=Quantity.PATH_INTEGRAL),
         [[0.5, 1.0, 0.5, 1.0], [1.35, 1.8, 1.35, 1.8], [0.15, 0.2, 0.15, 0.2]],
     )
     _close(
-        map_tensor(DOWN, WEIGHT),
+        DOWN.apply(WEIGHT),
         [[1.0, 1.8, 0.2], [3.0, 3.6, 0.4], [1.0, 1.8, 0.2], [3.0, 3.6, 0.4]],
     )
     _close(
-        map_tensor(DOWN, WEIGHT, quantity=Quantity.GRADIENT),
+        DOWN.apply(WEIGHT, quantity=Quantity.GRADIENT),
         [[0.5, 1.0, 1.0], [1.5, 2.0, 2.0], [0.5, 1.0, 1.0], [1.5, 2.0, 2.0]],
     )
 
@@ -60,9 +52,9 @@ def test_agrees_with_the_dense_matrices() -> None:
     """W' = E_O·W·C_I and G' = C_Oᵀ·G·E_Iᵀ, computed by another path."""
     weight = torch.randn(2, 2, dtype=torch.float64)
     dense = NEURONS.producer_matrix() @ weight @ INPUTS.consumer_matrix()
-    torch.testing.assert_close(map_tensor(UP, weight), dense)
+    torch.testing.assert_close(UP.apply(weight), dense)
     dense = NEURONS.consumer_matrix().T @ weight @ INPUTS.producer_matrix().T
-    torch.testing.assert_close(map_tensor(UP, weight, quantity=Quantity.GRADIENT), dense)
+    torch.testing.assert_close(UP.apply(weight, quantity=Quantity.GRADIENT), dense)
 
 
 def test_a_two_layer_network_is_kept_and_the_often_written_halving_is_not() -> None:
@@ -72,7 +64,7 @@ def test_a_two_layer_network_is_kept_and_the_often_written_halving_is_not() -> N
     out = TensorMap("down", (None, AxisFactor.reads(NEURONS)))
     x = torch.randn(5, 2, dtype=torch.float64)
     before = torch.tanh(x @ up.T) @ down.T
-    after = torch.tanh(x @ map_tensor(nonlinear, up).T) @ map_tensor(out, down).T
+    after = torch.tanh(x @ nonlinear.apply(up).T) @ out.apply(down).T
     torch.testing.assert_close(after, before)
 
     halves = torch.tensor([[1.0], [0.5], [0.5]], dtype=torch.float64)
@@ -94,12 +86,12 @@ def test_a_gain_takes_the_ratio_and_its_gradient_the_inverse() -> None:
 
 def test_the_number_of_axes_must_fit() -> None:
     with pytest.raises(ValueError, match=r"2 axes does not match a tensor of shape \(2,\)"):
-        map_tensor(UP, torch.zeros(2))
+        UP.apply(torch.zeros(2))
 
 
 def test_a_map_without_axes_copies_and_does_not_alias() -> None:
     source = torch.randn(2, 3)
-    result = map_tensor(TensorMap("x"), source)
+    result = TensorMap("x").apply(source)
     assert torch.equal(result, source)
     result.zero_()
     assert bool(source.any())
@@ -107,9 +99,9 @@ def test_a_map_without_axes_copies_and_does_not_alias() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_dtype_stays(dtype: torch.dtype) -> None:
-    assert map_tensor(UP, WEIGHT.to(dtype)).dtype == dtype
+    assert UP.apply(WEIGHT.to(dtype)).dtype == dtype
     filled = _padded(Fill("random", std=1.0, seed=1))
-    assert map_tensor(filled, WEIGHT.to(dtype)).dtype == dtype
+    assert filled.apply(WEIGHT.to(dtype)).dtype == dtype
 
 
 def _padded(fill: Fill) -> TensorMap:
@@ -117,17 +109,17 @@ def _padded(fill: Fill) -> TensorMap:
 
 
 def test_zero_and_mean_fill() -> None:
-    assert map_tensor(_padded(Fill("zero")), WEIGHT).tolist() == [[1, 2], [3, 4], [0, 0], [0, 0]]
-    mean = map_tensor(_padded(Fill("mean")), WEIGHT)
+    assert _padded(Fill("zero")).apply(WEIGHT).tolist() == [[1, 2], [3, 4], [0, 0], [0, 0]]
+    mean = _padded(Fill("mean")).apply(WEIGHT)
     assert mean.tolist() == [[1, 2], [3, 4], [2.5, 2.5], [2.5, 2.5]]
 
 
 def test_random_fill_follows_its_seed_alone() -> None:
     source = torch.randn(2, 500)
-    first = map_tensor(_padded(Fill("random", std=0.3, seed=7)), source)
+    first = _padded(Fill("random", std=0.3, seed=7)).apply(source)
     torch.manual_seed(99)
-    again = map_tensor(_padded(Fill("random", std=0.3, seed=7)), source)
-    other = map_tensor(_padded(Fill("random", std=0.3, seed=8)), source)
+    again = _padded(Fill("random", std=0.3, seed=7)).apply(source)
+    other = _padded(Fill("random", std=0.3, seed=8)).apply(source)
     assert torch.equal(first, again)
     assert torch.equal(first[:2], source)
     assert not torch.equal(first[2:], other[2:])
@@ -136,40 +128,38 @@ def test_random_fill_follows_its_seed_alone() -> None:
 
 @pytest.mark.parametrize("quantity", [q for q in Quantity if q is not Quantity.WEIGHT])
 def test_what_lives_on_weights_is_zero_in_new_coordinates(quantity: Quantity) -> None:
-    mapped = map_tensor(_padded(Fill("random", std=1.0)), WEIGHT, quantity=quantity)
+    mapped = _padded(Fill("random", std=1.0)).apply(WEIGHT, quantity=quantity)
     assert bool((mapped[2:] == 0).all())
     assert bool((mapped[:2] != 0).all())
 
 
 def test_fresh_state_copies_weights_and_starts_moments_anew() -> None:
     fresh = replace(UP, state="fresh")
-    assert torch.equal(map_tensor(fresh, WEIGHT), map_tensor(UP, WEIGHT))
-    assert not map_tensor(fresh, WEIGHT, quantity=Quantity.GRADIENT).any()
+    assert torch.equal(fresh.apply(WEIGHT), UP.apply(WEIGHT))
+    assert not fresh.apply(WEIGHT, quantity=Quantity.GRADIENT).any()
 
 
 def test_zeroed_copies_have_the_shape_and_no_values() -> None:
-    zeroed = map_tensor(replace(UP, is_zeroed=True), WEIGHT)
+    zeroed = replace(UP, is_zeroed=True).apply(WEIGHT)
     assert zeroed.shape == (3, 4)
     assert not zeroed.any()
 
 
 def test_noise_falls_on_second_copies_alone() -> None:
     rows = TensorMap("up", (AxisFactor.writes(NEURONS), None), noise=0.01, noise_seed=3)
-    difference = map_tensor(rows, WEIGHT) - map_tensor(replace(rows, noise=0.0), WEIGHT)
+    difference = rows.apply(WEIGHT) - replace(rows, noise=0.0).apply(WEIGHT)
     assert bool((difference[:2] == 0).all())
     assert bool((difference[2] != 0).all())
     assert float(difference.abs().max()) < 0.1
-    assert torch.equal(map_tensor(rows, WEIGHT), map_tensor(rows, WEIGHT))
-    assert not torch.equal(
-        map_tensor(rows, WEIGHT), map_tensor(replace(rows, noise_seed=4), WEIGHT)
-    )
+    assert torch.equal(rows.apply(WEIGHT), rows.apply(WEIGHT))
+    assert not torch.equal(rows.apply(WEIGHT), replace(rows, noise_seed=4).apply(WEIGHT))
 
 
 def test_carried_marks_what_has_a_history() -> None:
     everything = torch.ones(2, 2, dtype=torch.bool)
 
     def marked(tensor_map: TensorMap) -> Tensor:
-        return carried_mask(tensor_map, lambda _: everything)
+        return tensor_map.carried_mask(lambda _: everything)
 
     assert marked(UP).all()
     assert marked(_padded(Fill())).tolist() == [
@@ -187,6 +177,6 @@ def test_carried_through_two_maps_in_a_row() -> None:
     """New rows of the first map are copied by the second: copies of the new stay new."""
     first = TensorMap("w", (AxisFactor.reads(AxisMap.padded(2, 3)), None))
     second = TensorMap(first, (AxisFactor.writes(AxisMap.tiled(3, 7)), None))
-    mask = carried_mask(second, lambda _: torch.ones(2, 2, dtype=torch.bool))
+    mask = second.carried_mask(lambda _: torch.ones(2, 2, dtype=torch.bool))
     assert mask.all(dim=1).tolist() == [True, True, False, True, True, False, False]
     assert torch.equal(mask.all(dim=1), mask.any(dim=1))

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tritter.core.expansions import Width, build_steps
 from tritter.core.families import Config, Model
-from tritter.core.parameter_map import ParameterMap, Quantity, map_tensor
+from tritter.core.parameter_map import ParameterMap, Quantity
 
 Block = list[list[float]]
 
@@ -135,9 +135,7 @@ def test_net2net_doubled_has_the_factors_of_the_table(is_tied: bool) -> None:
         weight, gradient = table[_kind(name)]
         seen.add(_kind(name))
         tensor_map = parameter_map.tensors[name]
-        mapped = {
-            quantity: map_tensor(tensor_map, ones, quantity=quantity) for quantity in Quantity
-        }
+        mapped = {quantity: tensor_map.apply(ones, quantity=quantity) for quantity in Quantity}
         expected_weight = _spread(weight, tuple(mapped[Quantity.WEIGHT].shape))
         expected_gradient = _spread(gradient, tuple(expected_weight.shape))
         for quantity, expected in (
@@ -166,7 +164,7 @@ def test_fresh_doubled_keeps_the_old_block_and_scales_gains(is_tied: bool) -> No
             (Quantity.SQUARED_GRADIENT, gradient**2),
             (Quantity.PATH_INTEGRAL, 1.0),
         ):
-            mapped = map_tensor(tensor_map, ones, quantity=quantity)
+            mapped = tensor_map.apply(ones, quantity=quantity)
             torch.testing.assert_close(
                 mapped[old], torch.full_like(mapped[old], factor), msg=f"{name}, {quantity}"
             )
@@ -181,7 +179,7 @@ def test_fresh_doubled_fills_new_entries_as_the_table_says(is_tied: bool) -> Non
     for name, ones in _ones(is_tied):
         kind = _kind(name)
         seen.add(kind)
-        new = map_tensor(parameter_map.tensors[name], ones)[~_old_entries(ones)]
+        new = parameter_map.tensors[name].apply(ones)[~_old_entries(ones)]
         match FRESH_NEW_ENTRIES[kind]:
             case "zero":
                 assert not new.any(), name
@@ -210,7 +208,7 @@ def test_random_fills_differ_from_tensor_to_tensor_and_follow_the_seed() -> None
     first, again = _map(Width(), is_tied=False), _map(Width(), is_tied=False)
     other = build_steps(Model(_config(is_tied=False)), [Width()], seed=1)[0].parameter_map
     fills = {
-        name: map_tensor(first.tensors[name], ones)
+        name: first.tensors[name].apply(ones)
         for name, ones in _ones(is_tied=False)
         if first.tensors[name].fill.std > 0
     }
@@ -219,11 +217,9 @@ def test_random_fills_differ_from_tensor_to_tensor_and_follow_the_seed() -> None
     gates = fills["layers.0.ffn.gate"], fills["layers.1.ffn.gate"], fills["layers.0.ffn.up"]
     assert not any(torch.equal(a, b) for a, b in product(gates, gates) if a is not b)
     for name, ones in _ones(is_tied=False):
-        assert torch.equal(
-            map_tensor(first.tensors[name], ones), map_tensor(again.tensors[name], ones)
-        )
+        assert torch.equal(first.tensors[name].apply(ones), again.tensors[name].apply(ones))
         if name in fills:
-            assert not torch.equal(fills[name], map_tensor(other.tensors[name], ones))
+            assert not torch.equal(fills[name], other.tensors[name].apply(ones))
 
 
 def test_net2net_to_two_and_a_half_times_pads_the_remainder() -> None:
@@ -344,9 +340,9 @@ def _factors(spec: Width, config: Config) -> Iterator[tuple[str, Tensor, dict[Qu
     for tensor in Model(config).tensors:
         tensor_map = maps[tensor.name]
         ones = torch.ones(shapes[tensor.name], dtype=torch.float64)
-        weight = map_tensor(tensor_map, ones - tensor_map.offset) + tensor_map.offset
+        weight = tensor_map.apply(ones - tensor_map.offset) + tensor_map.offset
         rest = {
-            quantity: map_tensor(tensor_map, ones, quantity=quantity)
+            quantity: tensor_map.apply(ones, quantity=quantity)
             for quantity in Quantity
             if quantity is not Quantity.WEIGHT
         }

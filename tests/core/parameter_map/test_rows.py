@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tritter.core.parameter_map import AxisFactor, AxisMap, Fill, TensorMap, rounded_weight, rows
+from tritter.core.parameter_map import AxisFactor, AxisMap, Fill, TensorMap, rows
 from tritter.core.parameter_map.rows import WeightReader
 
 ROWS, COLUMNS = 70, 34  # not multiples of the group size of torch's generator
@@ -63,7 +63,7 @@ def test_rows_make_the_whole(name: str, dtype: torch.dtype) -> None:
     tensors, tensor_map = _tensors(dtype), MAPS[name]
     before = {key: value.clone() for key, value in tensors.items()}
     for result in (dtype, torch.float16):
-        whole = rounded_weight(tensor_map, tensors.__getitem__, result)
+        whole = tensor_map.rounded_weight(tensors.__getitem__, result)
         pieces = list(WeightReader(tensors.__getitem__).blocks(tensor_map, result))
         assert all(piece.dtype == result for piece in pieces)
         assert torch.equal(torch.cat([p.reshape(-1) for p in pieces]), whole.reshape(-1))

@@ -30,7 +30,7 @@ from tritter.methods.experts.mixture import ExpertMixture
 from tritter.methods.experts.module import step_flops_of
 from tritter.methods.experts.stored import ExpertFolder, load_with_experts
 from tritter.methods.whole import load_whole
-from tritter.planning.run_memory import training_needs
+from tritter.planning.run_memory import RunMemory
 
 BITS = pytest.mark.parametrize("bits", [8, 4])
 STREAM = "aaaaaabbbb"
@@ -93,7 +93,7 @@ def test_the_estimate_of_memory_counts_what_layers_hold(bits: int) -> None:
     before = sum(each.nbytes for each in model.parameters())
     words = [*PLAIN, "experts=single_lora", "trainer.precision=32-true"]
     plain, asked = (
-        [each.states for each in training_needs(load_config([*words, *more]), model_of(model))]
+        [each.states for each in RunMemory(load_config([*words, *more]), model_of(model)).needs()]
         for more in ((), (f"experts.base_bits={bits}",))
     )
     assert plain[0] == asked[0], "the base is trained before"

@@ -14,7 +14,7 @@ from tests.core.families.model_types import example
 from tests.oracle.families import OWN, tiny
 from tests.training.test_fit import SETTINGS, module_of, task
 from tests.training.test_fit import batches as batches_of
-from tritter.core.families.discovery.twin import build_twin
+from tritter.core.families.discovery.twin import Twin
 from tritter.core.models import backbone_of, head_of
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.methods.forgetting import Distill, Replay, SelfReplay, build_methods
@@ -130,7 +130,7 @@ def test_a_teacher_of_any_family_says_the_same_in_parts(family: str) -> None:
 def test_a_teacher_without_a_table_says_what_its_class_says(
     model_type: str, changes: dict[str, Any]
 ) -> None:
-    model = build_twin({**example(model_type), **changes}).model.float().eval()
+    model = Twin.of({**example(model_type), **changes}).model.float().eval()
     ids = torch.randint(3, 60, (2, 11))
     logits = model(input_ids=ids, use_cache=False).logits.detach()
     loss = begun(model, model).extra_loss(model, {"input_ids": ids}, logits)

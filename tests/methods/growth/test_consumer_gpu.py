@@ -11,7 +11,7 @@ from tritter.core.families import Model
 from tritter.core.models import save_tokenizer
 from tritter.data.documents import Document
 from tritter.data.tokens import END_OF_TEXT, train_tokenizer
-from tritter.planning.run_memory import training_needs
+from tritter.planning.run_memory import RunMemory
 
 # config.json of Qwen/Qwen2.5-1.5B-Instruct, as far as sizes need it
 QWEN = {
@@ -50,7 +50,7 @@ def test_it_is_within_twelve_gigabytes(tmp_path: Path) -> None:
     )
     config = eight_bit(load_config([*words, "trainer.precision=bf16-true"]))
     assert config.growth is not None and config.growth.options.freeze_attention
-    (held,) = training_needs(config, Model(QWEN))
+    (held,) = RunMemory(config, Model(QWEN)).needs()
     assert held.parameters == Model(QWEN).num_parameters == 1_543_714_304
     ffns = 28 * 3 * 1536 * 8960
     # bfloat16 weights; bfloat16 gradients and two moments in 8 bits of the FFNs alone
@@ -58,5 +58,5 @@ def test_it_is_within_twelve_gigabytes(tmp_path: Path) -> None:
     assert abs(held.device - num_changed) < 0.02 * num_changed
     assert held.device + held.activations < LIMIT < held.device + 3 * held.activations
     with_attention = load_config([*words, "growth.freeze_attention=false"])
-    (more,) = training_needs(with_attention, Model(QWEN))
+    (more,) = RunMemory(with_attention, Model(QWEN)).needs()
     assert more.device > held.device + 10**9

@@ -19,7 +19,7 @@ from tritter.checkpoints import Lineage
 from tritter.core.expansions import LlamaPro, Width
 from tritter.core.families import ffn_sizes
 from tritter.core.families.discovery.family import shallow
-from tritter.core.families.discovery.twin import build_twin
+from tritter.core.families.discovery.twin import Twin
 from tritter.core.models import load_model, read_model
 from tritter.data.batches import Rank
 from tritter.errors import RequestError, TritterError
@@ -108,7 +108,7 @@ def test_the_function_is_kept_in_two_events(family: str, initialiser: str) -> No
 )
 def test_a_model_type_without_a_table(model_type: str, initialiser: str, tmp_path: Path) -> None:
     """FFNs of different width are kept by files, by stock classes and by further growth."""
-    base = build_twin(shallow(example(model_type))).model.float()
+    base = Twin.of(shallow(example(model_type))).model.float()
     base.save_pretrained(tmp_path / "base")
     model = GrowableCausalLM(
         tmp_path / "base", initialiser=initialiser, max_new_parameters=700, **GROWING
@@ -141,7 +141,7 @@ def test_a_model_type_without_a_table(model_type: str, initialiser: str, tmp_pat
 @pytest.mark.full
 def test_only_the_decoder_is_told_its_width(tmp_path: Path) -> None:
     """The config of GIT's vision tower has the same key."""
-    build_twin(shallow(example("git"))).model.float().save_pretrained(tmp_path / "base")
+    Twin.of(shallow(example("git"))).model.float().save_pretrained(tmp_path / "base")
     model = GrowableCausalLM(tmp_path / "base", **GROWING)
     tower, ids = model.config.vision_config.intermediate_size, oracle.tokens()
     train(model, optimizer := adam(model.eval()), ids)

@@ -44,7 +44,7 @@ from tritter.config.schema import RunConfig
 from tritter.config.validation import known_model
 from tritter.data.sources import check_contents
 from tritter.errors import Problem, RequestError, TritterError, brief, raise_problems
-from tritter.planning.run_memory import memory_problems, side_by_side_problems
+from tritter.planning.run_memory import RunMemory, side_by_side_problems
 from tritter.storage.lock import FolderLock
 from tritter.storage.reading import RUN_FILE, SUMMARY_FILE
 from tritter.terminal import say
@@ -280,16 +280,16 @@ def _check_resources(plan: Plan) -> None:
     found: dict[int, list[Problem]] = {n: [] for n in todo}
     for n, model in known.items():
         config = todo[n].config
-        found[n] += memory_problems(config, model)
+        found[n] += RunMemory(config, model).problems()
         for number, fallback in enumerate(() if found[n] else config.fallbacks, start=1):
-            attempt_problems = memory_problems(fallback, model)
+            attempt_problems = RunMemory(fallback, model).problems()
             found[n] += (
                 locate_in_fallback(problem, config.gate, number) for problem in attempt_problems
             )
     _raise_job_problems(found, [job.overrides for job in jobs])
     raise_problems(
         side_by_side_problems(
-            [(todo[n].config, model) for n, model in known.items()],
+            [RunMemory(todo[n].config, model) for n, model in known.items()],
             launcher=plan.launching.launcher,
             num_parallel=plan.launching.num_parallel,
         )

@@ -12,7 +12,6 @@ from tritter.core.expansions.specification import (
     ResolvedExpansion,
     build_steps,
     check_specs,
-    compose_maps,
     target_model,
 )
 from tritter.core.expansions.vocab import BoundVocab, Vocab, vocab_place
@@ -42,7 +41,6 @@ __all__ = [
     "build_steps",
     "check_specs",
     "children_place",
-    "compose_maps",
     "target_model",
     "vocab_place",
 ]

@@ -177,11 +177,11 @@ def _with_rotations(source: Model) -> Model:
     """Return a model with its rotary parameters, by default as its class sets them."""
     config, family = source.config, source.family
     if not isinstance(config.get("rope_parameters"), Mapping) and not _has_positions(family):
-        from tritter.core.families.discovery.configs import complete  # imports transformers
+        from tritter.core.families.discovery.configs import StockConfig  # imports transformers
 
         # Keys of earlier releases (rope_theta, rope_scaling) become rope_parameters
         kept = {key: config[key] for key in ("architectures",) if key in config}
-        source = source.changed({**complete(config), **kept})
+        source = source.changed({**StockConfig(config).full, **kept})
         config = source.config
     reason = ""
     if not _parameters(config) or config.get("alibi"):

@@ -212,26 +212,26 @@ class HeadMaps:
     interleaved: AxisMap | None = None
     per_head: AxisFactor | None = None
 
+    @classmethod
+    def of(
+        cls, old: Dimensions, new: Dimensions, *, strategy: Strategy, equal_shares: bool
+    ) -> HeadMaps:
+        """Return the maps from the old heads to the new ones, after `check_heads`."""
+        import torch
 
-def head_maps(
-    old: Dimensions, new: Dimensions, *, strategy: Strategy, equal_shares: bool
-) -> HeadMaps:
-    """Return the maps from the old heads to the new ones, after `check_heads`."""
-    import torch
-
-    if strategy == "split":
-        return _split_heads(old)
-    if strategy != "fresh":
-        return _copy_heads(old, new, equal_shares=equal_shares)
-    # Each old head keeps its position in its key/value group; the other heads are new
-    old_group, new_group = old.group_size, new.group_size
-    query = torch.full((new.num_attention_heads,), -1)
-    for head in range(old.num_key_value_heads):
-        start = head * new_group
-        query[start : start + old_group] = torch.arange(old_group) + head * old_group
-    query_map = AxisMap.copied(old.num_attention_heads, query, torch.ones(len(query)))
-    key_value = AxisMap.padded(old.num_key_value_heads, new.num_key_value_heads)
-    return _of_heads(query_map, key_value, head_dim=old.head_dim)
+        if strategy == "split":
+            return _split_heads(old)
+        if strategy != "fresh":
+            return _copy_heads(old, new, equal_shares=equal_shares)
+        # Each old head keeps its position in its key/value group; the other heads are new
+        old_group, new_group = old.group_size, new.group_size
+        query = torch.full((new.num_attention_heads,), -1)
+        for head in range(old.num_key_value_heads):
+            start = head * new_group
+            query[start : start + old_group] = torch.arange(old_group) + head * old_group
+        query_map = AxisMap.copied(old.num_attention_heads, query, torch.ones(len(query)))
+        key_value = AxisMap.padded(old.num_key_value_heads, new.num_key_value_heads)
+        return _of_heads(query_map, key_value, head_dim=old.head_dim)
 
 
 def _copy_heads(old: Dimensions, new: Dimensions, *, equal_shares: bool) -> HeadMaps:
@@ -248,15 +248,15 @@ def _copy_heads(old: Dimensions, new: Dimensions, *, equal_shares: bool) -> Head
     slot = torch.arange(new_group)
     if new_group >= old_group:
         position = (slot % old_group).expand(new.num_key_value_heads, -1)
-        kv_share = split_shares(key_value, old.num_key_value_heads, equal=equal_shares)
-        within = split_shares(slot % old_group, old_group, equal=equal_shares)
+        kv_share = _split_shares(key_value, old.num_key_value_heads, equal=equal_shares)
+        within = _split_shares(slot % old_group, old_group, equal=equal_shares)
         share = torch.outer(kv_share, within)
         source = key_value[:, None] * old_group + position
     else:
         copy = torch.arange(new.num_key_value_heads) // old.num_key_value_heads
         position = (copy[:, None] * new_group + slot) % old_group
         source = key_value[:, None] * old_group + position
-        share = split_shares(source.flatten(), old.num_attention_heads, equal=equal_shares)
+        share = _split_shares(source.flatten(), old.num_attention_heads, equal=equal_shares)
         share = share.view(source.shape)
         kv_share = share.sum(dim=1) / old_group
     query_map = AxisMap.copied(old.num_attention_heads, source.flatten(), share.flatten())
@@ -298,18 +298,26 @@ def _of_heads(query: AxisMap, key_value: AxisMap, *, head_dim: int) -> HeadMaps:
     )
 
 
-def copied_sources(old_size: int, new_size: int, *, seed: int) -> Tensor:
-    """Return the old neuron that each new one copies: whole rounds, each in a random order."""
+def copied_axis(old_size: int, new_size: int, *, seed: int, equal: bool) -> AxisMap:
+    """Return the map that copies neurons in whole rounds, each in a random order.
+
+    Args:
+        old_size: number of neurons.
+        new_size: number of neurons after the growth.
+        seed: of the orders.
+        equal: the copies of a neuron have equal shares.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     rounds = [torch.arange(old_size)]
     while sum(map(len, rounds)) < new_size:
         rounds.append(torch.randperm(old_size, generator=generator))
-    return torch.cat(rounds)[:new_size]
+    source = torch.cat(rounds)[:new_size]
+    return AxisMap.copied(old_size, source, _split_shares(source, old_size, equal=equal))
 
 
-def split_shares(source: Tensor, old_size: int, *, equal: bool) -> Tensor:
+def _split_shares(source: Tensor, old_size: int, *, equal: bool) -> Tensor:
     """Return the share of each copy; the shares of one source add up to 1.
 
     Unequal shares fall by a factor of nine from copy to copy (.9/.1 for two), so all copies of a

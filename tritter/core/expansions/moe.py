@@ -18,9 +18,9 @@ so it gets 1/(C·k) of the gradient's variance (measured with C = 8 and k = 2: 0
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import Field
 
@@ -33,10 +33,10 @@ from tritter.seeds import derived_seed
 
 _DEFAULT_COPIES, _DEFAULT_COPIES_PER_TOKEN = 8, 2
 _DEFAULT_NOISE = 0.01  # of copies
-AVERAGE, SOURCE = "average", "source"
+_AVERAGE, _SOURCE = "average", "source"
 _NEEDS_CHILDREN = ("attention_from", "router", "expert_hashes")
 # Dense model type → types with experts that compute the same attention, the default first
-PARTNERS: Mapping[str, tuple[str, ...]] = {
+_PARTNERS: Mapping[str, tuple[str, ...]] = {
     "llama": ("mixtral", "qwen2_moe", "glm4_moe"),
     "mistral": ("mixtral", "qwen2_moe", "glm4_moe"),
     "qwen2": ("qwen2_moe", "glm4_moe"),
@@ -67,6 +67,7 @@ _REASONS: Mapping[str, str] = {
     "granite": "granitemoe stores experts in one tensor on disk, which is not supported",
 }
 _MISTRAL_WINDOW = 4096  # default of the class
+_Child = TypeVar("_Child")
 
 
 @options
@@ -125,7 +126,7 @@ class Moe:
                     Problem(f"expansion.moe.{key}", getattr(self, key), reason=reason)
                 )
             return
-        names, experts_from = (AVERAGE, SOURCE, *listed), key_name("expansion.moe.experts_from")
+        names, experts_from = (_AVERAGE, _SOURCE, *listed), key_name("expansion.moe.experts_from")
         problems = {
             "experts_from": (
                 not 2 <= len(listed) <= MAX_EXPERTS or len(set(listed)) < len(listed),
@@ -187,8 +188,47 @@ class Moe:
     def chosen_experts(self) -> int:
         return self.experts_per_token or _DEFAULT_COPIES_PER_TOKEN * self.granularity
 
+    def partner(self, family: Family) -> str:
+        """Return the model type with experts that a dense family is upcycled to."""
+        if partners := _PARTNERS.get(family.model_type):
+            if self.target is not None and self.target not in partners:
+                reason = f"{family.model_type} can become {', '.join(partners)}"
+                raise refused("expansion.moe.target", self.target, reason)
+            return self.target or partners[0]
+        supported = ", ".join(f"{dense} ({sparse[0]})" for dense, sparse in _PARTNERS.items())
+        if family.has_experts:
+            raise RequestError(
+                Problem(
+                    "expansion.moe",
+                    reason="it makes a dense model sparse, and "
+                    f"{family.model_type} has experts already; it supports {supported}. To add "
+                    f"experts use {setting('expansion', 'moe_add')}",
+                )
+            )
+        reason = _REASONS.get(family.model_type, "transformers has none for it")
+        raise RequestError(
+            Problem(
+                "expansion.moe",
+                reason=f"{family.model_type} has no MoE partner ({reason}); families that have "
+                f"one: {supported}",
+            )
+        )
+
+    def shared_models(self, children: Sequence[_Child]) -> tuple[_Child, ...]:
+        """Return the models whose mean gives all tensors but the FFNs; empty for the source.
+
+        Args:
+            children: the models of `experts_from`.
+        """
+        if self.attention_from == _SOURCE:
+            return ()
+        if self.attention_from in (None, _AVERAGE):
+            return tuple(children)
+        assert self.experts_from is not None
+        return (children[self.experts_from.index(self.attention_from)],)
+
     def target_config(self, source: Model) -> Config:
-        partner, dimensions = partner_of(source.family, self.target), source.sizes
+        partner, dimensions = self.partner(source.family), source.sizes
         if widths := source.ffn_sizes:
             raise RequestError(
                 Problem(
@@ -222,7 +262,7 @@ class Moe:
             reason = "Tritter does not support it for glm4_moe; use true"
             if partner == "mixtral":
                 reason = "mixtral always renormalises; use true"
-            ways = {"qwen2_moe", "qwen3_moe"}.intersection(PARTNERS[source.model_type])
+            ways = {"qwen2_moe", "qwen3_moe"}.intersection(_PARTNERS[source.model_type])
             reason += "".join(f", or {key_name('expansion.moe.target')}={way}" for way in ways)
             raise refused("expansion.moe.norm_topk_prob", False, reason)
         counts = {"num_experts": total, "experts_per_token": chosen, "expert_size": size}
@@ -412,38 +452,6 @@ class _Copies:
         )
 
 
-def partner_of(family: Family, target: str | None = None) -> str:
-    """Return the model type with experts that a dense family is upcycled to.
-
-    Args:
-        family: of the dense model.
-        target: the requested model type. Default: the first that the family can become.
-    """
-    if partners := PARTNERS.get(family.model_type):
-        if target is not None and target not in partners:
-            reason = f"{family.model_type} can become {', '.join(partners)}"
-            raise refused("expansion.moe.target", target, reason)
-        return target or partners[0]
-    supported = ", ".join(f"{dense} ({sparse[0]})" for dense, sparse in PARTNERS.items())
-    if family.has_experts:
-        raise RequestError(
-            Problem(
-                "expansion.moe",
-                reason="it makes a dense model sparse, and "
-                f"{family.model_type} has experts already; it supports {supported}. To add "
-                f"experts use {setting('expansion', 'moe_add')}",
-            )
-        )
-    reason = _REASONS.get(family.model_type, "transformers has none for it")
-    raise RequestError(
-        Problem(
-            "expansion.moe",
-            reason=f"{family.model_type} has no MoE partner ({reason}); families that have one: "
-            f"{supported}",
-        )
-    )
-
-
 def _kind_of(tensor: LogicalTensor) -> str:
     """Return the kind of a partner's tensor as in the tables: `router`, `experts.down`."""
     if tensor.expert is not None:
@@ -470,11 +478,11 @@ def _partner_config(
     if config.get("rms_norm_eps") is None:
         raise RequestError(f"config.json: rms_norm_eps is missing, but {partner} needs it.")
     if config.get("rope_parameters") is None:
-        from tritter.core.families.discovery.configs import complete  # imports transformers
+        from tritter.core.families.discovery.configs import StockConfig  # imports transformers
 
         # rope_theta and rope_scaling, the keys of earlier releases
         kept = {key: value for key, value in config.items() if not key.startswith("rope_")}
-        config = {**kept, "rope_parameters": complete(config)["rope_parameters"]}
+        config = {**kept, "rope_parameters": StockConfig(config).full["rope_parameters"]}
     table = find_family(partner)
     sizes = _GLM_SIZES if table is None else table.sizes
     dropped = _DENSE_KEYS if table else (*_DENSE_KEYS, *_WINDOW_KEYS)

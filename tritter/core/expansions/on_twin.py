@@ -11,17 +11,14 @@ from torch import nn
 
 from tritter.core.families import Config, Dimensions, Model, pack_all, unpack_all
 from tritter.core.families.config_file import errors_as
-from tritter.core.families.discovery.configs import Key, config_in, key_of, reason_of
+from tritter.core.families.discovery.configs import Key, reason_of
 from tritter.core.families.discovery.family import shallow
 from tritter.core.families.discovery.twin import (
     TOLERANCE,
     Twin,
-    build_model,
-    build_twin,
-    logits_of,
     one_thread,
 )
-from tritter.core.parameter_map import AxisFactor, Fill, ParameterMap, TensorMap, mapped
+from tritter.core.parameter_map import AxisFactor, Fill, ParameterMap, TensorMap
 from tritter.errors import Problem, RequestError, TritterError, key_name
 
 
@@ -35,7 +32,7 @@ def check_on_twin(spec: Any, source: Model, target: Model) -> None:
         if after[name] != size
     )
     plain = replace(spec, noise=0.0, **(dict.fromkeys(before) if factors else {}))
-    grown, control = _logit_changes(plain, key_of(source.config), factors)
+    grown, control = _logit_changes(plain, Key.of(source.config), factors)
     if not grown <= TOLERANCE:
         reason = f"the logits of a small {source.model_type} change by {grown:.1e}"
         if new.hidden_size != old.hidden_size and getattr(spec, "init", "") in (
@@ -56,12 +53,12 @@ def check_on_twin(spec: Any, source: Model, target: Model) -> None:
 
 def check_rotations(config: Config, target: Config) -> None:
     """Refuse rotary parameters that the class of a model does not read, or not where they help."""
-    new, kinds, reason = key_of({"new": target["rope_parameters"]}), config.get("layer_types"), ""
-    if not _rotation_change(key_of(config), new) > TOLERANCE:
+    new, kinds, reason = Key.of({"new": target["rope_parameters"]}), config.get("layer_types"), ""
+    if not _rotation_change(Key.of(config), new) > TOLERANCE:
         reason = f"{config['model_type']} computes the same with other rotary parameters"
     elif isinstance(kinds, list) and "sliding_attention" in kinds:
         whole = {**config, "layer_types": ["full_attention"] * len(kinds)}
-        if not _rotation_change(key_of(whole), new) > TOLERANCE:
+        if not _rotation_change(Key.of(whole), new) > TOLERANCE:
             reason = "it has rotary embeddings in layers with a window only"
     if reason:
         raise RequestError(Problem("expansion.context", reason=reason))
@@ -76,15 +73,15 @@ def _rotation_change(key: Key, new: Key) -> float:
         key: config of the model.
         new: the parameters, as `new`.
     """
-    twin = build_twin(shallow(config_in(key)))
-    changed = {**twin.config.to_dict(), "rope_parameters": config_in(new)["new"]}
+    twin = Twin.of(shallow(key.config))
+    changed = {**twin.config.to_dict(), "rope_parameters": new.config["new"]}
     try:
         with errors_as(f"the class of {twin.text.model_type} refuses the new rotary parameters"):
-            model = build_model(type(twin.config).from_dict(changed))
+            model = twin.sibling(changed)
     except TritterError as error:
         raise RequestError(Problem("expansion.context", reason=str(error))) from error
     model.load_state_dict(twin.model.state_dict(), strict=False)
-    return float((logits_of(model, twin.text.vocab_size) - twin.logits()).abs().max())
+    return float((twin.logits(model) - twin.logits()).abs().max())
 
 
 def _sizes(sizes: Dimensions) -> dict[str, int]:
@@ -114,13 +111,12 @@ class _GrownTwin:
     def load(self, maps: Mapping[str, TensorMap]) -> None:
         """Load the weights that some maps make of the twin's."""
         values = unpack_all(self.source.layout("live"), self.twin.model.state_dict())
-        grown = {name: mapped(each, values.__getitem__) for name, each in maps.items()}
+        grown = {name: each.mapped(values.__getitem__) for name, each in maps.items()}
         self.model.load_state_dict(pack_all(self.target.layout("live"), grown), strict=False)
 
     def change(self) -> float:
         """Return the largest change of the logits."""
-        after = logits_of(self.model, self.twin.text.vocab_size)
-        return float((after - self.twin.logits()).abs().max())
+        return float((self.twin.logits(self.model) - self.twin.logits()).abs().max())
 
 
 def _grown_twin(spec: Any, key: Key, factors: tuple[tuple[str, float], ...]) -> _GrownTwin:
@@ -131,7 +127,7 @@ def _grown_twin(spec: Any, key: Key, factors: tuple[tuple[str, float], ...]) -> 
         key: config of the model.
         factors: size → factor by which it grows; empty for experts.
     """
-    twin = build_twin(shallow(config_in(key)))
+    twin = Twin.of(shallow(key.config))
     source = Model(twin.config.to_dict()).widened
     small = spec
     if factors:
@@ -140,7 +136,7 @@ def _grown_twin(spec: Any, key: Key, factors: tuple[tuple[str, float], ...]) -> 
         small = replace(spec, **sizes)
     target = source.changed(small.target_config(source))
     try:
-        model = build_model(type(twin.config).from_dict(target.config))
+        model = twin.sibling(target.config)
     except Exception as error:  # config and model classes may raise anything
         raise RequestError(
             f"config.json: its class refuses other sizes: {reason_of(error)}"

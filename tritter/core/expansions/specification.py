@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from tritter.core.expansions.moe import Moe
-from tritter.core.families import Config, Model, check_size
+from tritter.core.families import Config, Model
 from tritter.errors import Problem, RequestError, brief, raise_problems, refused
 from tritter.options import checked, is_options
 
@@ -87,15 +86,6 @@ def target_model(source: Model, specs: Sequence[ExpansionSpec]) -> Model:
     return source
 
 
-def is_possible(source: Model, spec: ExpansionSpec) -> bool:
-    """Return True if a model can be expanded by `spec`."""
-    try:
-        _checked_target(spec, _as_needed(spec, source))
-    except RequestError:
-        return False
-    return True
-
-
 def _as_needed(spec: ExpansionSpec, source: Model) -> Model:
     """Return the source with what an expansion needs to know of its axes."""
     if not source.family.has_table:  # a step may leave out a kind of layer
@@ -120,7 +110,7 @@ def _checked_target(spec: ExpansionSpec, source: Model) -> Model:
             on_twin.check_on_twin(spec, source, source.changed(config))
     try:
         target = source.changed(config)
-        check_size(target)
+        target.check_size()
     except RequestError as error:
         reason = str(error).removeprefix("config.json: ")
         raise RequestError(
@@ -172,13 +162,3 @@ def _thin_notes(source: Model, target: Model) -> tuple[str, ...]:
         f"{layers} layers of hidden size {hidden} are deep and thin: slow to train and to serve. "
         "Widen instead (width), or widen and add fewer layers (width,llama-pro)",
     )
-
-
-def compose_maps(steps: Sequence[ResolvedExpansion], source: Model) -> "ParameterMap":
-    """Return the composed map of all steps; the identity without steps."""
-    from tritter.core.parameter_map import ParameterMap
-
-    if steps:
-        return reduce(ParameterMap.then, (step.parameter_map for step in steps))
-    names, layers = (tensor.name for tensor in source.tensors), source.sizes.num_hidden_layers
-    return ParameterMap.identity(names, num_layers=layers)

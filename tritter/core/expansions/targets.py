@@ -7,7 +7,7 @@ from math import lcm
 from typing import Any
 
 from tritter.core.expansions.depth import Dus, Interpolate, LlamaPro, Stack
-from tritter.core.expansions.moe import Moe, partner_of
+from tritter.core.expansions.moe import Moe
 from tritter.core.expansions.moe_add import MoeAdd, sparse_layers
 from tritter.core.expansions.specification import ExpansionSpec, target_model
 from tritter.core.expansions.width import Width
@@ -96,7 +96,7 @@ def _candidates(source: Model, spec: ExpansionSpec) -> Iterator[ExpansionSpec]:
             for size in range(first, most + 1, step):
                 yield replace(spec, hidden_size=size)
         case Moe(num_experts=None, experts_from=None):
-            partner_of(source.family, spec.target)
+            spec.partner(source.family)
             pieces = spec.granularity
             for count in range(2 * pieces, _max_size(pieces, MAX_EXPERTS, _MAX_COPIES) + 1, pieces):
                 yield replace(spec, num_experts=count)

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from tritter.core.families import Config, Model
 from tritter.core.parameter_map import AxisFactor, Fill, ParameterMap, TensorMap
-from tritter.core.parameter_map.tensor_map import NO_SOURCE
+from tritter.core.parameter_map.axis_map import NO_SOURCE
 from tritter.errors import Problem, RequestError, key_name, refused
 from tritter.limits import MAX_VOCABULARY
 from tritter.options import Text, options

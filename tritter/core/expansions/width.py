@@ -26,14 +26,11 @@ from tritter.core.expansions.heads import (
     HeadMaps,
     Strategy,
     check_heads,
-    copied_sources,
+    copied_axis,
     have_equal_copies,
-    head_maps,
     head_targets,
-    split_shares,
 )
 from tritter.core.families import (
-    GROWING,
     Axis,
     Config,
     Dimensions,
@@ -170,9 +167,8 @@ class _Spaces:
                     return AxisMap.padded(old_size, new_size)
                 if space not in self._units:
                     seed = derived_seed(self.seed, "copies", space.name)
-                    source = copied_sources(old_size, new_size, seed=seed)
-                    share = split_shares(source, old_size, equal=self.equal_shares)
-                    self._units[space] = AxisMap.copied(old_size, source, share)
+                    equal = self.equal_shares
+                    self._units[space] = copied_axis(old_size, new_size, seed=seed, equal=equal)
                 return self._units[space]
             case "attention_input" | "ffn_input" | "head_input":
                 return self.residual
@@ -312,7 +308,7 @@ class Width:
             rms_ratio=self._rms_ratio(old, new),
             # A norm over all heads mixes their gradients: with unequal shares the moments could
             # not be mapped
-            heads=head_maps(
+            heads=HeadMaps.of(
                 old,
                 new,
                 strategy=self.strategy,
@@ -361,7 +357,7 @@ class Width:
         old, new, keys = source.sizes, target.sizes, source.family.sizes
         grown = {
             keys[name]: f"{keys[name]} {getattr(old, name)} → {getattr(new, name)}"
-            for name in GROWING
+            for name in Dimensions.GROWING
             if name in keys and getattr(old, name) != getattr(new, name)
         }
         counts = ("num_attention_heads", "num_key_value_heads")

@@ -1,7 +1,7 @@
 """Family tables: one per architecture, with counts of parameters and FLOPs from shapes."""
 
-from tritter.core.families.config_file import check_config, check_size, with_live_sizes
-from tritter.core.families.dimensions import GROWING, Config, Dimensions, ffn_sizes, on_disk
+from tritter.core.families.config_file import check_config
+from tritter.core.families.dimensions import Config, Dimensions, ffn_sizes, on_disk
 from tritter.core.families.family import Family
 from tritter.core.families.flops import (
     Adapters,
@@ -22,7 +22,6 @@ from tritter.core.families.logical import Axis, LogicalTensor, Port, Space, logi
 from tritter.core.families.model import Model
 from tritter.core.families.tables import (
     FAMILIES,
-    LLAMA,
     SIGMOID_ROUTERS,
     family_of,
     find_family,
@@ -31,8 +30,6 @@ from tritter.core.families.tables import (
 
 __all__ = [
     "FAMILIES",
-    "GROWING",
-    "LLAMA",
     "SIGMOID_ROUTERS",
     "Adapters",
     "Axis",
@@ -50,7 +47,6 @@ __all__ = [
     "StoredTensor",
     "backward_flops",
     "check_config",
-    "check_size",
     "family_of",
     "ffn_sizes",
     "find_family",
@@ -62,5 +58,4 @@ __all__ = [
     "segments",
     "training_flops",
     "unpack_all",
-    "with_live_sizes",
 ]

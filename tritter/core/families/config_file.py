@@ -6,18 +6,18 @@ million layers. So it only receives configs that were checked here.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tritter.core.families.dimensions import FFN_SIZES, Config, require_size
+from tritter.core.families.dimensions import Config, require_size
 from tritter.core.families.family import Family
 from tritter.core.families.model import Model
 from tritter.core.families.tables import family_of
 from tritter.errors import RequestError, TritterError, brief
-from tritter.limits import MAX_LABELS, MAX_LAYERS, MAX_PARAMETERS, MAX_POSITIONS, MAX_TENSORS
-from tritter.storage.reading import LINEAGE_NAME, check_links, read_object
+from tritter.limits import MAX_LABELS, MAX_LAYERS, MAX_POSITIONS
+from tritter.storage.reading import check_links, read_object
 from tritter.storage.tensors import SINGLE_NAME
 
 _MAX_REASON_CHARACTERS = 300
@@ -145,7 +145,7 @@ def read_model_file(folder: Path) -> Model:
     with errors_as(f"{folder / 'config.json'} is not a usable config"):
         model = Model(_with_defaults(plain, family), family)
         check_config(model)
-    return with_live_sizes(model, folder)
+    return model.with_live_sizes(folder)
 
 
 def missing_config(folder: Path) -> str:
@@ -286,7 +286,7 @@ def check_config(model: Model) -> None:
                 f"config.json: {key} = {brief(values)}; must be a list of num_hidden_layers = "
                 f"{layers} entries."
             )
-    _check_ffn_sizes(model)
+    model.check_ffn_sizes()
     exempt = config.get("mlp_only_layers")
     exempt = () if exempt is None else exempt
     is_list = isinstance(exempt, list | tuple) and len(exempt) <= layers
@@ -294,66 +294,7 @@ def check_config(model: Model) -> None:
         raise RequestError(
             f"config.json: mlp_only_layers = {brief(exempt)}; must be a list of layers."
         )
-    check_size(model)
-
-
-def check_size(model: Model) -> None:
-    """Refuse a model with too many tensors or parameters, which are only counted."""
-    _ = model.sizes  # reading checks them
-    tensors, parameters = model.num_tensors, model.num_parameters
-    if tensors > MAX_TENSORS:
-        raise RequestError(
-            f"config.json: layers and experts amount to {tensors:,} tensors; must be at most "
-            f"{MAX_TENSORS:,}."
-        )
-    if parameters > MAX_PARAMETERS:
-        raise RequestError(
-            f"config.json: the sizes amount to {parameters:,} parameters; must be at most "
-            f"{MAX_PARAMETERS:,}."
-        )
-
-
-def with_live_sizes(model: Model, folder: Path, *, ffn_sizes: Sequence[int] | None = None) -> Model:
-    """Return the model of a folder with the FFN widths of its tritter.json.
-
-    Args:
-        model: as the folder's config.json describes it.
-        folder: the checkpoint folder.
-        ffn_sizes: FFN width per layer; None reads tritter.json.
-    """
-    if FFN_SIZES in model.config:
-        raise RequestError(
-            f"config.json: {FFN_SIZES} = {brief(model.config[FFN_SIZES])}; the widths of single "
-            f"layers belong in {LINEAGE_NAME}, next to a model that is padded to the widest."
-        )
-    path = folder / LINEAGE_NAME
-    if ffn_sizes is None and path.exists():
-        ffn_sizes = read_object(path).get(FFN_SIZES)
-    if not ffn_sizes:
-        return model
-    live = model.changed({**model.config, FFN_SIZES: ffn_sizes})
-    try:
-        _check_ffn_sizes(live)
-    except RequestError as error:
-        raise TritterError(f"{path}: {error}") from error
-    return live
-
-
-def _check_ffn_sizes(model: Model) -> None:
-    if FFN_SIZES not in model.config:
-        return
-    if reason := model.family.fixed_neurons(model.config):
-        raise RequestError(f"{FFN_SIZES}: all layers have one width: {reason}.")
-    model = model.widened
-    sizes, widest = model.ffn_sizes, model.sizes
-    layers = widest.num_hidden_layers
-    are_valid = len(sizes) == layers and all(type(size) is int and size >= 1 for size in sizes)
-    if not are_valid or max(sizes) != widest.intermediate_size:
-        raise RequestError(
-            f"{FFN_SIZES} = {brief(model.config[FFN_SIZES])}; must be a width of at least 1 for "
-            f"each of the {layers} layers, the widest {model.family.sizes['intermediate_size']} = "
-            f"{widest.intermediate_size}."
-        )
+    model.check_size()
 
 
 def with_former_keys(config: Config) -> Config:

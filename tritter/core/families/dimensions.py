@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from tritter.errors import RequestError, brief
 from tritter.limits import MAX_EXPERTS, MAX_LAYERS, MAX_POSITIONS, MAX_VOCABULARY, MAX_WIDTH
@@ -21,16 +21,6 @@ DENSE_SIZES: Mapping[str, str] = {
         "vocab_size",
     )
 }
-
-GROWING = (  # sizes that growth in width changes
-    "hidden_size",
-    "intermediate_size",
-    "expert_size",
-    "shared_expert_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
 
 _LIMITS: Mapping[str, int] = {
     "num_hidden_layers": MAX_LAYERS,
@@ -68,6 +58,54 @@ class Dimensions:
     shared_expert_size: int = 0
     max_position_embeddings: int = 0
 
+    GROWING: ClassVar[tuple[str, ...]] = (  # sizes that growth in width changes
+        "hidden_size",
+        "intermediate_size",
+        "expert_size",
+        "shared_expert_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    )
+
+    @classmethod
+    def read(cls, config: Config, sizes: Mapping[str, str], *, ffn_ratio: int = 0) -> "Dimensions":
+        """Read the sizes from a config, with the defaults that transformers would derive.
+
+        Args:
+            config: the config.json.
+            sizes: attribute of `Dimensions` → config key.
+            ffn_ratio: default of the FFN width, as a multiple of the hidden size; 0 if the config
+                must set it.
+        """
+
+        def size(name: str, default: int | None = None) -> int:
+            value = config.get(sizes[name])
+            return require_size(name, sizes[name], default if value is None else value)
+
+        heads, hidden_size = size("num_attention_heads"), size("hidden_size")
+        derived = {"num_key_value_heads": heads, "head_dim": hidden_size // heads}
+        if ffn_ratio:
+            derived["intermediate_size"] = ffn_ratio * hidden_size
+        if "head_dim" not in sizes and hidden_size % heads:
+            raise RequestError(
+                f"config.json: {sizes['hidden_size']} = {hidden_size} is not a multiple of "
+                f"{sizes['num_attention_heads']} = {heads}."
+            )
+        values = {**derived, **{name: size(name, derived.get(name)) for name in sizes}}
+        if values.get("experts_per_token", 0) > values.get("num_experts", 0):
+            raise RequestError(
+                f"config.json: {sizes['experts_per_token']} = {values['experts_per_token']}; must "
+                f"be at most {sizes['num_experts']} = {values['num_experts']}."
+            )
+        read = cls(**values)
+        if max(read.query_size, read.key_value_size) > MAX_WIDTH:
+            raise RequestError(
+                f"config.json: {max(heads, read.num_key_value_heads)} heads of head_dim = "
+                f"{read.head_dim} exceed the total width of {MAX_WIDTH:,}."
+            )
+        return read
+
     @property
     def query_size(self) -> int:
         return self.num_attention_heads * self.head_dim
@@ -92,6 +130,11 @@ class Dimensions:
         return self.expert_size or self.intermediate_size
 
     @property
+    def aspect_ratio(self) -> float:
+        """Hidden size per layer."""
+        return self.hidden_size / self.num_hidden_layers
+
+    @property
     def group_size(self) -> int:
         """Number of query heads per key/value head."""
         return self.num_attention_heads // self.num_key_value_heads
@@ -111,44 +154,6 @@ def require_size(name: str, key: str, value: object) -> int:
     if value > limit:
         raise RequestError(f"config.json: {key} = {brief(value)}; must be at most {limit:,}.")
     return value
-
-
-def read_dimensions(config: Config, sizes: Mapping[str, str], *, ffn_ratio: int = 0) -> Dimensions:
-    """Read the sizes from a config, with the defaults that transformers would derive.
-
-    Args:
-        config: the config.json.
-        sizes: attribute of `Dimensions` → config key.
-        ffn_ratio: default of the FFN width, as a multiple of the hidden size; 0 if the config must
-            set it.
-    """
-
-    def size(name: str, default: int | None = None) -> int:
-        value = config.get(sizes[name])
-        return require_size(name, sizes[name], default if value is None else value)
-
-    heads, hidden_size = size("num_attention_heads"), size("hidden_size")
-    derived = {"num_key_value_heads": heads, "head_dim": hidden_size // heads}
-    if ffn_ratio:
-        derived["intermediate_size"] = ffn_ratio * hidden_size
-    if "head_dim" not in sizes and hidden_size % heads:
-        raise RequestError(
-            f"config.json: {sizes['hidden_size']} = {hidden_size} is not a multiple of "
-            f"{sizes['num_attention_heads']} = {heads}."
-        )
-    values = {**derived, **{name: size(name, derived.get(name)) for name in sizes}}
-    if values.get("experts_per_token", 0) > values.get("num_experts", 0):
-        raise RequestError(
-            f"config.json: {sizes['experts_per_token']} = {values['experts_per_token']}; must "
-            f"be at most {sizes['num_experts']} = {values['num_experts']}."
-        )
-    read = Dimensions(**values)
-    if max(read.query_size, read.key_value_size) > MAX_WIDTH:
-        raise RequestError(
-            f"config.json: {max(heads, read.num_key_value_heads)} heads of head_dim = "
-            f"{read.head_dim} exceed the total width of {MAX_WIDTH:,}."
-        )
-    return read
 
 
 # FFNs of different width in one model: listed per layer in memory, padded to the widest on disk.

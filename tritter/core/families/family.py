@@ -1,7 +1,7 @@
 """A family's table, expanded for a config: tensors, their shapes and their number."""
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
@@ -10,12 +10,10 @@ from typing import Any, Literal
 from tritter.core.families.dimensions import (
     DENSE_SIZES,
     FFN_SIZES,
-    GROWING,
     Config,
     Dimensions,
     ffn_sizes,
     on_disk,
-    read_dimensions,
 )
 from tritter.core.families.logical import LogicalTensor, Port
 from tritter.errors import RequestError, brief
@@ -165,7 +163,7 @@ class Family:
 
         `intermediate_size` is that of the widest FFN.
         """
-        return read_dimensions(config, self.sizes, ffn_ratio=self.ffn_ratio)
+        return Dimensions.read(config, self.sizes, ffn_ratio=self.ffn_ratio)
 
     def findings(self, config: Config) -> Config:
         """Return the findings about a model type without a table, for people."""
@@ -180,7 +178,8 @@ class Family:
 
     def with_dimensions(self, config: Config, sizes: Dimensions) -> Config:
         """Return the config of a model with other sizes of FFNs, heads and residual stream."""
-        changed = {key: getattr(sizes, name) for name, key in self.sizes.items() if name in GROWING}
+        grown = {name: key for name, key in self.sizes.items() if name in Dimensions.GROWING}
+        changed = {key: getattr(sizes, name) for name, key in grown.items()}
         return {**config, **changed}
 
     def decoder(self, config: Config) -> Config:
@@ -202,7 +201,13 @@ class Family:
 
     def with_rms(self, config: Config, ratio: float) -> Config:
         """Return the config of a model whose residual stream has `ratio` times the RMS."""
-        return {**config, **scaled_eps(config, ("rms_norm_eps",), ratio)}
+        scaled = {key: float(config[key]) * ratio**2 for key in self._eps_keys(config)}  # type: ignore[arg-type]
+        # 8e-07, not 7.999999e-07
+        return {**config, **{key: float(f"{eps:.15g}") for key, eps in scaled.items()}}
+
+    def _eps_keys(self, config: Config) -> Collection[str]:
+        """Return the keys of the eps of norms over the residual stream."""
+        return ("rms_norm_eps",)
 
     def is_tied(self, config: Config) -> bool:
         """Return True if the embedding is also the head."""
@@ -361,9 +366,3 @@ def _for_layers(
                 for expert in range(num_experts):
                     tensors += [each.for_expert(expert) for each in per_expert]
     return (*tensors, *templates[first + len(per_layer) :])
-
-
-def scaled_eps(config: Config, keys: Iterable[str], ratio: float) -> Config:
-    """Return the eps of norms whose input has `ratio` times the RMS."""
-    scaled = {key: float(config[key]) * ratio**2 for key in keys}  # type: ignore[arg-type]
-    return {key: float(f"{eps:.15g}") for key, eps in scaled.items()}  # 8e-07, not 7.999999e-07

@@ -289,7 +289,7 @@ class _Walk:
             else:  # convolutions; a vector costs next to nothing
                 self._add(prod(shape) * (len(shape) > 2), read + (tensor in trained))
             read |= tensor in trained
-        if any(tensor.kind.startswith("attention.") for tensor in tensors):
+        if any(tensor.is_attention for tensor in tensors):
             self._products.append(
                 _Product(
                     size=self._sizes.query_size,

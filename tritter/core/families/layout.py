@@ -126,39 +126,6 @@ class StoredTensor:
             yield part.tensor, part.of(stored)
 
 
-def arranged(
-    tensors: Iterable[LogicalTensor],
-    logical_shapes: Mapping[str, tuple[int, ...]],
-    kind: LayoutKind,
-) -> tuple[StoredTensor, ...]:
-    """Return the stored tensors of a model's logical tensors, in forward order."""
-    parts_by_name, shapes = dict[str, list[Part]](), dict[str, tuple[int, ...]]()
-    for tensor in tensors:
-        shape = logical_shapes[tensor.name]
-        part, name = Part(tensor), tensor.disk_name
-        if kind == "live" and (fused := tensor.fused) is not None:
-            rows = slice(fused.block * shape[0], (fused.block + 1) * shape[0])
-            shape = (fused.num_blocks * shape[0], *shape[1:])
-            part, name = Part(tensor, (rows,)), fused.name
-            if tensor.expert is not None:
-                count = max(tensor.expert + 1, shapes.get(name, (0,))[0])
-                part, shape = Part(tensor, (tensor.expert, rows)), (count, *shape)
-        elif tensor.within:
-            name, first = tensor.within, shapes.get(tensor.within, (0,))[0]
-            end = first + shape[0]
-            before = (slice(None),) if tensor.is_transposed else ()
-            part, shape = Part(tensor, (*before, slice(first, end))), (end, *shape[1:])
-        elif kind == "live":
-            name = tensor.live_name or name
-        parts_by_name.setdefault(name, []).append(part)
-        shapes[name] = shape
-    stored = []
-    for name, parts in parts_by_name.items():
-        shape = shapes[name][::-1] if parts[0].tensor.is_transposed else shapes[name]
-        stored.append(StoredTensor(name, shape, tuple(parts)))
-    return tuple(stored)
-
-
 def pack_all(tensors: Iterable[StoredTensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return stored name → tensor, for values by logical name.
 

@@ -160,6 +160,11 @@ class LogicalTensor:
         return bool(self.axes) and self.axes[0].port is Port.GAIN
 
     @property
+    def is_attention(self) -> bool:
+        """It is a projection or a norm of attention."""
+        return self.kind.startswith("attention.")
+
+    @property
     def is_of_norm(self) -> bool:
         """It is the gain or the bias of a norm."""
         if self.is_norm or not self.axes:  # a single number has no axis

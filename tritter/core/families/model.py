@@ -1,18 +1,24 @@
 """A model as its config describes it: sizes, tensors with shapes, names on disk and in memory."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
+from pathlib import Path
 from statistics import mode
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tritter.core.families.dimensions import FFN_SIZES, Config, Dimensions, ffn_sizes, on_disk
 from tritter.core.families.family import Family
-from tritter.core.families.layout import LayoutKind, StoredTensor, arranged
+from tritter.core.families.layout import LayoutKind, Part, StoredTensor, pack_all
 from tritter.core.families.logical import LogicalTensor
 from tritter.core.families.tables import family_of
-from tritter.errors import TritterError, shortened
+from tritter.errors import RequestError, TritterError, brief, shortened
+from tritter.limits import MAX_PARAMETERS, MAX_TENSORS
+from tritter.storage.reading import LINEAGE_NAME, read_object
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -160,6 +166,30 @@ class Model:
                 sizes.append(stored[family.neuron_axis(tensor)])
         return self.with_ffn_sizes(sizes) if sizes else self
 
+    def with_live_sizes(self, folder: Path, *, ffn_sizes: Sequence[int] | None = None) -> "Model":
+        """Return this model of a folder's config.json with the FFN widths of its tritter.json.
+
+        Args:
+            folder: the checkpoint folder.
+            ffn_sizes: FFN width per layer; None reads tritter.json.
+        """
+        if FFN_SIZES in self.config:
+            raise RequestError(
+                f"config.json: {FFN_SIZES} = {brief(self.config[FFN_SIZES])}; the widths of single "
+                f"layers belong in {LINEAGE_NAME}, next to a model that is padded to the widest."
+            )
+        path = folder / LINEAGE_NAME
+        if ffn_sizes is None and path.exists():
+            ffn_sizes = read_object(path).get(FFN_SIZES)
+        if not ffn_sizes:
+            return self
+        live = self.changed({**self.config, FFN_SIZES: ffn_sizes})
+        try:
+            live.check_ffn_sizes()
+        except RequestError as error:
+            raise TritterError(f"{path}: {error}") from error
+        return live
+
     def with_layers(self, layer_sources: Sequence[int]) -> "Model":
         """Return a model whose layer t is a copy of layer `layer_sources[t]`."""
         return self.changed(self.family.with_layers(self.config, layer_sources))
@@ -172,7 +202,7 @@ class Model:
     def layout(self, kind: LayoutKind) -> tuple[StoredTensor, ...]:
         """Return all stored tensors in forward order, on disk (`hub`) or in memory (`live`)."""
         if kind not in self._layouts:
-            self._layouts[kind] = arranged(self.tensors, self.shapes, kind)
+            self._layouts[kind] = _arranged(self.tensors, self.shapes, kind)
         return self._layouts[kind]
 
     def padded_shapes(self, kind: LayoutKind = "hub") -> dict[str, tuple[int, ...]]:
@@ -208,3 +238,88 @@ class Model:
         if text := "; ".join(problems):
             raise TritterError(f"The checkpoint does not match its config.json: {text}")
         return expected
+
+    def check_ffn_sizes(self) -> None:
+        """Refuse FFN widths that do not match the layers, or layers that must have one width."""
+        if FFN_SIZES not in self.config:
+            return
+        if reason := self.family.fixed_neurons(self.config):
+            raise RequestError(f"{FFN_SIZES}: all layers have one width: {reason}.")
+        wide = self.widened
+        sizes, widest = self.ffn_sizes, wide.sizes
+        layers = widest.num_hidden_layers
+        are_valid = len(sizes) == layers and all(type(size) is int and size >= 1 for size in sizes)
+        if not are_valid or max(sizes) != widest.intermediate_size:
+            raise RequestError(
+                f"{FFN_SIZES} = {brief(self.config[FFN_SIZES])}; must be a width of at least 1 for "
+                f"each of the {layers} layers, the widest "
+                f"{wide.family.sizes['intermediate_size']} = {widest.intermediate_size}."
+            )
+
+    def check_size(self) -> None:
+        """Refuse a model with too many tensors or parameters, which are only counted."""
+        _ = self.sizes  # reading checks them
+        tensors, parameters = self.num_tensors, self.num_parameters
+        if tensors > MAX_TENSORS:
+            raise RequestError(
+                f"config.json: layers and experts amount to {tensors:,} tensors; must be at most "
+                f"{MAX_TENSORS:,}."
+            )
+        if parameters > MAX_PARAMETERS:
+            raise RequestError(
+                f"config.json: the sizes amount to {parameters:,} parameters; must be at most "
+                f"{MAX_PARAMETERS:,}."
+            )
+
+    def disk_tensors(self, state: Mapping[str, "Tensor"]) -> Iterator[tuple[str, "Tensor"]]:
+        """Yield (name on disk, tensor) of a live model's state dict, in the family's order.
+
+        Tied tensors are yielded once. Experts that are stacked in memory only are yielded one by
+        one, as views.
+        """
+        for stored in self.match(state):
+            whole = state[stored.name].detach()
+            if stored.is_whole:
+                yield stored.parts[0].tensor.disk_name, whole
+            elif stored.is_of_experts:
+                yield from ((tensor.disk_name, value) for tensor, value in stored.unpack(whole))
+            else:
+                yield stored.name, whole
+
+    def live_tensors(self, tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
+        """Return name in memory → tensor, for values (of a state, a mask) by their name on disk."""
+        values = {t.name: tensors[t.disk_name] for t in self.tensors if t.disk_name in tensors}
+        return pack_all(self.layout("live"), values)
+
+
+def _arranged(
+    tensors: Iterable[LogicalTensor],
+    logical_shapes: Mapping[str, tuple[int, ...]],
+    kind: LayoutKind,
+) -> tuple[StoredTensor, ...]:
+    """Return the stored tensors of a model's logical tensors, in forward order."""
+    parts_by_name, shapes = dict[str, list[Part]](), dict[str, tuple[int, ...]]()
+    for tensor in tensors:
+        shape = logical_shapes[tensor.name]
+        part, name = Part(tensor), tensor.disk_name
+        if kind == "live" and (fused := tensor.fused) is not None:
+            rows = slice(fused.block * shape[0], (fused.block + 1) * shape[0])
+            shape = (fused.num_blocks * shape[0], *shape[1:])
+            part, name = Part(tensor, (rows,)), fused.name
+            if tensor.expert is not None:
+                count = max(tensor.expert + 1, shapes.get(name, (0,))[0])
+                part, shape = Part(tensor, (tensor.expert, rows)), (count, *shape)
+        elif tensor.within:
+            name, first = tensor.within, shapes.get(tensor.within, (0,))[0]
+            end = first + shape[0]
+            before = (slice(None),) if tensor.is_transposed else ()
+            part, shape = Part(tensor, (*before, slice(first, end))), (end, *shape[1:])
+        elif kind == "live":
+            name = tensor.live_name or name
+        parts_by_name.setdefault(name, []).append(part)
+        shapes[name] = shape
+    stored = []
+    for name, parts in parts_by_name.items():
+        shape = shapes[name][::-1] if parts[0].tensor.is_transposed else shapes[name]
+        stored.append(StoredTensor(name, shape, tuple(parts)))
+    return tuple(stored)

@@ -20,7 +20,7 @@ from tritter.limits import MAX_LAYERS, MAX_POSITIONS, MAX_WIDTH
 from tritter.options import RunRequest, nearest_multiples, options
 
 _UNITS = {"m": 10**6, "b": 10**9}
-VOCABULARY = 32_000  # vocabulary size behind the parameter counts in the names of presets
+_VOCABULARY = 32_000  # vocabulary size behind the parameter counts in the names of presets
 
 
 @options
@@ -44,7 +44,7 @@ class ModelConfig:
         """Hidden size per layer."""
         return self.hidden_size / self.num_hidden_layers
 
-    def config(self, *, vocab_size: int = VOCABULARY) -> Config:
+    def config(self, *, vocab_size: int = _VOCABULARY) -> Config:
         """Return the config.json of a model of this size."""
         sizes = {field.name: getattr(self, field.name) for field in fields(ModelConfig)}
         del sizes["model_type"]

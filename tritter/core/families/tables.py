@@ -25,7 +25,7 @@ _FFN_INPUT, _FFN_OUTPUT = Space("ffn_input", "hidden_size"), Space("ffn_output",
 _HEAD_INPUT = Space("head_input", "hidden_size", "model")
 _HEAD_DIM = Space("head_dim", "head_dim", "model")
 _QUERY, _KEY_VALUE = Space("query", "query_size"), Space("key_value", "key_value_size")
-FFN, _EXPERT_FFN = Space("ffn", "intermediate_size"), Space("ffn", "expert_size", "expert")
+_FFN, _EXPERT_FFN = Space("ffn", "intermediate_size"), Space("ffn", "expert_size", "expert")
 _SHARED_FFN = Space("shared_ffn", "shared_expert_size")
 _ROUTES, _SHARED_GATE = Space("routes", "num_experts"), Space("shared_gate", "single")
 
@@ -35,7 +35,7 @@ _EXPERT_SIZES = {
     "expert_size": "moe_intermediate_size",
 }
 
-Biases = Literal["none", "qkv", "qkvo"]
+_Biases = Literal["none", "qkv", "qkvo"]
 # q, k and v of each head; heads are copied unscaled, so one port suffices for all three
 _QKV = Space("qkv", "qkv_size")
 _POSITIONS = Space("positions", "max_position_embeddings", "model")
@@ -57,12 +57,12 @@ def decoder_tensors(
         embedding_port: port by which the embedding writes the residual stream.
     """
     return (
-        embedding("model.embed_tokens", embedding_port),
+        _embedding("model.embed_tokens", embedding_port),
         *layer,
         LogicalTensor(
             kind="final_norm", disk_name="model.norm.weight", axes=(Axis(_HEAD_INPUT, Port.GAIN),)
         ),
-        head("lm_head"),
+        _head("lm_head"),
     )
 
 
@@ -71,7 +71,7 @@ def attention(
     has_input_norm: bool = True,
     query_norm: Literal["none", "each head", "all heads"] = "none",
     output_norm: str = "",
-    biases: Biases = "none",
+    biases: _Biases = "none",
     bias_key: str = "",
     within: str = "",
 ) -> tuple[LogicalTensor, ...]:
@@ -104,7 +104,7 @@ def attention(
             _norm("attention.q_norm", "self_attn.q_norm", _QUERY if is_of_all else _HEAD_DIM),
             _norm("attention.k_norm", "self_attn.k_norm", _KEY_VALUE if is_of_all else _HEAD_DIM),
         ]
-    of_output: Biases = "qkvo" if biases == "qkvo" else "none"
+    of_output: _Biases = "qkvo" if biases == "qkvo" else "none"
     tensors += _dense(
         "attention.o", "self_attn.o_proj", output, Axis(_QUERY, Port.READ), of_output, bias_key
     )
@@ -133,14 +133,14 @@ def dense_ffn(
         layers: `dense` if other layers have experts instead.
         within: name of the layer that stacks gate and up; empty if they are separate.
     """
-    biases: Biases = "qkvo" if bias_key else "none"
+    biases: _Biases = "qkvo" if bias_key else "none"
     output = Axis(_FFN_OUTPUT, Port.WRITE) if output_norm else _RESIDUAL
     read = Axis(_FFN_INPUT, Port.READ)
-    gate, up = Axis(FFN, Port.WRITE_NONLINEAR), Axis(FFN, Port.WRITE)
+    gate, up = Axis(_FFN, Port.WRITE_NONLINEAR), Axis(_FFN, Port.WRITE)
     tensors = (
         *_dense("ffn.gate", "mlp.gate_proj", gate, read, biases, bias_key, layers, within),
         *_dense("ffn.up", "mlp.up_proj", up, read, biases, bias_key, layers, within),
-        *_dense("ffn.down", "mlp.down_proj", output, Axis(FFN, Port.READ), biases, bias_key,
+        *_dense("ffn.down", "mlp.down_proj", output, Axis(_FFN, Port.READ), biases, bias_key,
                  layers),
     )  # fmt: skip
     if not output_norm:
@@ -205,7 +205,7 @@ def _dense(
     disk_name: str,
     output: Axis,
     read: Axis,
-    biases: Biases = "none",
+    biases: _Biases = "none",
     bias_key: str = "",
     layers: Literal["all", "dense", "sparse"] = "all",
     within: str = "",
@@ -230,7 +230,7 @@ def _norm(kind: str, disk_name: str, space: Space) -> LogicalTensor:
 # Whole copies of the stream change neither of them, nor the effect of eps.
 
 
-def embedding(name: str, port: Port = Port.WRITE) -> LogicalTensor:
+def _embedding(name: str, port: Port = Port.WRITE) -> LogicalTensor:
     """Return the token embedding with this name on disk and this port to the residual stream."""
     axes = (Axis(_VOCABULARY, Port.READ), Axis(_RESIDUAL.space, port))
     return LogicalTensor(kind="embed", disk_name=f"{name}.weight", axes=axes)
@@ -289,15 +289,15 @@ def _plain_ffn(
     *, norm: str, up: str, down: str, is_transposed: bool = False
 ) -> tuple[LogicalTensor, ...]:
     """Return the norm before an ungated FFN and its projections, with these names on disk."""
-    read, written = Axis(_FFN_INPUT, Port.READ), Axis(FFN, Port.WRITE_NONLINEAR)
+    read, written = Axis(_FFN_INPUT, Port.READ), Axis(_FFN, Port.WRITE_NONLINEAR)
     return (
         *_layer_norm("ffn_norm", norm, _FFN_INPUT),
         *_linear("ffn.up", up, written, read, is_transposed=is_transposed),
-        *_linear("ffn.down", down, _RESIDUAL, Axis(FFN, Port.READ), is_transposed=is_transposed),
+        *_linear("ffn.down", down, _RESIDUAL, Axis(_FFN, Port.READ), is_transposed=is_transposed),
     )
 
 
-def head(disk_name: str, live_name: str = "") -> LogicalTensor:
+def _head(disk_name: str, live_name: str = "") -> LogicalTensor:
     """Return the head, absent if it is tied.
 
     Args:
@@ -482,7 +482,7 @@ _MIXTRAL = Family(
 )
 
 
-LLAMA = Family(
+_LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
     heads_divide_hidden=True,
@@ -510,8 +510,8 @@ def llama_config(
 ) -> Config:
     """Return the content of a config.json for a new Llama model (end of text is token 0)."""
     return {
-        "architectures": [LLAMA.architecture],
-        "model_type": LLAMA.model_type,
+        "architectures": [_LLAMA.architecture],
+        "model_type": _LLAMA.model_type,
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
         "intermediate_size": intermediate_size,
@@ -563,7 +563,7 @@ _GPT_NEOX = Family(
     architecture="GPTNeoXForCausalLM",
     heads_divide_hidden=True,
     tensors=(
-        embedding("gpt_neox.embed_in"),
+        _embedding("gpt_neox.embed_in"),
         *_layer_norm_attention(
             norm=_NEOX_LAYER + "input_layernorm",
             qkv=_NEOX_LAYER + "attention.query_key_value",
@@ -576,7 +576,7 @@ _GPT_NEOX = Family(
             down=_NEOX_LAYER + "mlp.dense_4h_to_h",
         ),
         *_layer_norm("final_norm", "gpt_neox.final_layer_norm", _HEAD_INPUT, layers="none"),
-        head("embed_out", "lm_head"),
+        _head("embed_out", "lm_head"),
     ),
     sizes={name: key for name, key in DENSE_SIZES.items() if name not in _OF_HEADS},
     subtracts_mean=True,
@@ -595,7 +595,7 @@ _GPT2 = Family(
     architecture="GPT2LMHeadModel",
     heads_divide_hidden=True,
     tensors=(
-        embedding(_MODEL + "wte"),
+        _embedding(_MODEL + "wte"),
         _learned_positions(_MODEL + "wpe"),
         *_layer_norm_attention(
             norm=_GPT2_LAYER + "ln_1",
@@ -611,7 +611,7 @@ _GPT2 = Family(
             is_transposed=True,
         ),
         *_layer_norm("final_norm", _MODEL + "ln_f", _HEAD_INPUT, layers="none"),
-        head("lm_head"),
+        _head("lm_head"),
     ),
     sizes={
         "num_hidden_layers": "n_layer",
@@ -686,7 +686,7 @@ _GEMMA2 = Family(
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        LLAMA,
+        _LLAMA,
         _MISTRAL,
         _QWEN2,
         _QWEN3,
@@ -741,6 +741,6 @@ def family_of(config: Config) -> Family:
         return family
     is_first = f"{__package__}.discovery" not in sys.modules
     with status(f"{model_type} has no table: probing its class") if is_first else nullcontext():
-        from tritter.core.families.discovery import discover  # imports transformers
+        from tritter.core.families.discovery import DiscoveredFamily  # imports transformers
 
-        return discover(config)
+        return DiscoveredFamily.of(config)

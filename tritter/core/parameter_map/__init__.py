@@ -1,18 +1,11 @@
 """The parameter map: how each tensor of an expanded model derives from the source tensors.
 
 All values on parameters (weights, gradients, moments, importances) go through the same map.
-`tensor_map` defines the maps of spaces and tensors, `apply` maps values, `carry` maps state.
+`axis_map` has the maps of spaces, `tensor_map` those of tensors, `carry` the rules of state.
 """
 
-from tritter.core.parameter_map.apply import (
-    Quantity,
-    carried_mask,
-    map_tensor,
-    mapped,
-    new_coordinates,
-    rounded_weight,
-)
-from tritter.core.parameter_map.tensor_map import AxisFactor, AxisMap, Fill, ParameterMap, TensorMap
+from tritter.core.parameter_map.axis_map import AxisFactor, AxisMap, Quantity
+from tritter.core.parameter_map.tensor_map import Fill, ParameterMap, TensorMap
 
 __all__ = [
     "AxisFactor",
@@ -21,9 +14,4 @@ __all__ = [
     "ParameterMap",
     "Quantity",
     "TensorMap",
-    "carried_mask",
-    "map_tensor",
-    "mapped",
-    "new_coordinates",
-    "rounded_weight",
 ]

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from tritter.core.parameter_map.apply import Quantity, Read, any_mask, map_tensor, mapped
-from tritter.core.parameter_map.tensor_map import TensorMap
+from tritter.core.parameter_map.axis_map import Quantity
+from tritter.core.parameter_map.tensor_map import Read, TensorMap
 from tritter.errors import TritterError
 
 if TYPE_CHECKING:
@@ -74,17 +74,17 @@ class StateKind:
         import torch
 
         if self.is_as_weights:
-            return mapped(tensor_map, read)
+            return tensor_map.mapped(read)
         before = tensor_map.source
         assert before is not None, "state without a source is reset"
         if isinstance(before, str):
             source = read(before)
         else:
             source = self.mapped(before, read, policy=policy)
-        state = map_tensor(tensor_map, source, quantity=self.quantity)
-        is_fresh = any_mask(tensor_map.axes, lambda axis: axis.is_new)
+        state = tensor_map.apply(source, quantity=self.quantity)
+        is_fresh = tensor_map.any_mask(lambda axis: axis.is_new)
         if self.is_moment and policy == "reset_new":
-            is_fresh = is_fresh | any_mask(tensor_map.axes, lambda axis: axis.is_duplicate)
+            is_fresh = is_fresh | tensor_map.any_mask(lambda axis: axis.is_duplicate)
         if not bool(is_fresh.any()):
             return state
         is_fresh = is_fresh.to(state.device)

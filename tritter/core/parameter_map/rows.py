@@ -1,4 +1,4 @@
-"""Compute a target's weights in blocks of rows: the same bits as `rounded_weight`, less memory.
+"""Compute a target's weights in blocks of rows: as `TensorMap.rounded_weight`, in less memory.
 
 Intermediate values fit in the CPU cache; none is as large as a whole tensor.
 """
@@ -11,16 +11,14 @@ from functools import partial
 from math import prod
 from typing import TYPE_CHECKING
 
-from tritter.core.parameter_map.apply import (
+from tritter.core.parameter_map.axis_map import AxisFactor
+from tritter.core.parameter_map.tensor_map import (
     Read,
+    TensorMap,
     compute_dtype,
-    mapped,
-    new_rows,
     normal_numbers,
-    rounded_weight,
     take_along,
 )
-from tritter.core.parameter_map.tensor_map import AxisFactor, TensorMap
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +87,7 @@ class WeightReader:
                 for block in _Rows(step, source, donor, spread).blocks():
                     yield block.to(dtype)
                 return
-        yield rounded_weight(step, self.read, dtype)
+        yield step.rounded_weight(self.read, dtype)
 
     def _value(self, source: str | TensorMap) -> tuple[str, Tensor]:
         """Return a tensor of the first model with its name, or a mapped tensor in a wide dtype."""
@@ -99,7 +97,7 @@ class WeightReader:
             return tensor.to(compute_dtype(tensor))
 
         if isinstance(source, TensorMap) and not source.is_verbatim:
-            return "", mapped(source, read_wide)
+            return "", source.mapped(read_wide)
         name = source if isinstance(source, str) else source.origin
         assert name is not None
         return name, self.read(name)
@@ -244,7 +242,7 @@ class _Rows:
                 before = torch.nn.functional.pad(
                     self._flags(lambda axis: axis.is_new)[0].cumsum(0), (1, 0)
                 )
-                make = new_rows(fill, source)
+                make = fill.new_rows(source)
 
                 def rows(begin: int, end: int) -> Tensor:
                     # New rows of the block, after rows that keep their values

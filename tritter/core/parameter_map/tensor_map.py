@@ -1,279 +1,23 @@
-"""Maps of spaces and tensors: the source, factors and fill of each expanded tensor."""
+"""Maps of tensors: source, factors and fill of each expanded tensor, applied to all values on it.
+
+The values are weights, gradients, moments and importances.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
-# The map of one space: the old coordinate that each new one copies, and its share.
-#
-# Growing a space from n to N is described by two matrices: producers write through E (N×n) and
-# consumers read through C (n×N), with C·E = I. Here both are sparse: new coordinate j copies one
-# old coordinate g(j), is written with scale p(j) and read with share s(j), and
-# Σ_{j: g(j)=k} p(j)·s(j) = 1 for each old k. A coordinate without a source is new: its row of E
-# and its column of C are zero, and a fill defines its values.
+from tritter.core.parameter_map.axis_map import AxisFactor, Quantity
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-
-NO_SOURCE = -1
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class AxisMap:
-    """The sparse pair (E, C) of one space.
-
-    Args:
-        old_size: n, the number of old coordinates.
-        source: int64 [N], g(j), or -1 if coordinate j is new.
-        scale: float64 [N], p(j): factor of producers, relative to the source.
-        share: float64 [N], s(j): factor of consumers, relative to the source.
-
-    Raises:
-        ValueError: C·E is not the identity, or a source is neither -1 nor in the old space.
-    """
-
-    old_size: int
-    source: Tensor
-    scale: Tensor
-    share: Tensor
-
-    def __post_init__(self) -> None:
-        import torch
-
-        is_inside = (self.source >= NO_SOURCE) & (self.source < self.old_size)
-        if not bool(is_inside.all()):
-            raise ValueError(
-                f"source {int(self.source[~is_inside][0])} is outside the old space of "
-                f"{self.old_size} coordinates; use {NO_SOURCE} for a new one"
-            )
-        kept = self.source >= 0
-        total = torch.zeros(self.old_size, dtype=torch.float64)
-        total.index_add_(0, self.source[kept], (self.scale * self.share)[kept])
-        if not torch.allclose(total, torch.ones_like(total), rtol=0, atol=1e-12):
-            raise ValueError("C·E is not the identity: the shares of some coordinate do not add up")
-
-    @property
-    def new_size(self) -> int:
-        return self.source.numel()
-
-    @property
-    def is_identity(self) -> bool:
-        import torch
-
-        return self.new_size == self.old_size and bool(
-            (self.source == torch.arange(self.old_size)).all()
-            and (self.scale == 1).all()
-            and (self.share == 1).all()
-        )
-
-    @property
-    def num_copies(self) -> int:
-        """Number of copies of each old coordinate.
-
-        Raises:
-            ValueError: the coordinates do not all have the same number of copies.
-        """
-        import torch
-
-        counts = torch.bincount(self.source[self.source >= 0], minlength=self.old_size)
-        if int(counts.min()) != int(counts.max()):
-            raise ValueError("the coordinates do not all have the same number of copies")
-        return int(counts[0])
-
-    @classmethod
-    def identity(cls, size: int) -> AxisMap:
-        return cls.padded(size, size)
-
-    @classmethod
-    def padded(cls, old_size: int, new_size: int) -> AxisMap:
-        """Keep the old block and append new coordinates."""
-        import torch
-
-        source = torch.arange(new_size)
-        source[old_size:] = NO_SOURCE
-        kept = (source >= 0).double()
-        return cls(old_size=old_size, source=source, scale=kept, share=kept.clone())
-
-    @classmethod
-    def tiled(cls, old_size: int, new_size: int) -> AxisMap:
-        """Repeat the whole block ⌊N/n⌋ times with equal shares; the remainder is new.
-
-        The residual stream must grow this way: an RMSNorm is exact only if all coordinates have the
-        same number of copies, and its backward pass mixes copies of unequal share.
-        """
-        import torch
-
-        copies = new_size // old_size
-        source = torch.full((new_size,), NO_SOURCE, dtype=torch.int64)
-        source[: copies * old_size] = torch.arange(old_size).repeat(copies)
-        kept = (source >= 0).double()
-        return cls(old_size=old_size, source=source, scale=kept, share=kept / copies)
-
-    @classmethod
-    def copied(cls, old_size: int, source: Sequence[int] | Tensor, share: Tensor) -> AxisMap:
-        """Copy `source[j]` unscaled to coordinate j and read it with `share[j]`."""
-        import torch
-
-        source = torch.as_tensor(source, dtype=torch.int64)
-        kept = (source >= 0).double()
-        return cls(old_size=old_size, source=source, scale=kept, share=share.double() * kept)
-
-    def repeated(self, width: int) -> AxisMap:
-        """Expand each coordinate to `width` consecutive ones (heads of `width` dimensions)."""
-        import torch
-
-        inner = torch.arange(width)
-        blocks = self.source.repeat_interleave(width)
-        source = torch.where(blocks >= 0, blocks * width + inner.repeat(self.new_size), NO_SOURCE)
-        return AxisMap(
-            old_size=self.old_size * width,
-            source=source,
-            scale=self.scale.repeat_interleave(width),
-            share=self.share.repeat_interleave(width),
-        )
-
-    def arranged(self, segments: Sequence[int], rest: int = 0) -> AxisMap:
-        """Expand each coordinate to several, the coordinates once per segment.
-
-        Args:
-            segments: consecutive entries of a coordinate in each segment.
-            rest: number of further entries, which stay.
-        """
-        import torch
-
-        maps = [self.repeated(width) for width in segments]
-        if rest:
-            maps.append(AxisMap.identity(rest))
-        starts = [sum(each.old_size for each in maps[:place]) for place in range(len(maps))]
-        source = [
-            torch.where(each.source >= 0, each.source + start, NO_SOURCE)
-            for each, start in zip(maps, starts, strict=True)
-        ]
-        return AxisMap(
-            old_size=sum(each.old_size for each in maps),
-            source=torch.cat(source),
-            scale=torch.cat([each.scale for each in maps]),
-            share=torch.cat([each.share for each in maps]),
-        )
-
-    def rebalanced(self, *, scale: float) -> AxisMap:
-        """Multiply the scale of producers by `scale` and divide the share of consumers by it."""
-        return AxisMap(
-            old_size=self.old_size,
-            source=self.source,
-            scale=self.scale * scale,
-            share=self.share / scale,
-        )
-
-    def producer_matrix(self) -> Tensor:
-        """Return E, float64 [N, n]."""
-        return self._dense(self.scale)
-
-    def consumer_matrix(self) -> Tensor:
-        """Return C, float64 [n, N]."""
-        return self._dense(self.share).T
-
-    def _dense(self, values: Tensor) -> Tensor:
-        import torch
-
-        dense = torch.zeros(self.new_size, self.old_size, dtype=torch.float64)
-        kept = (self.source >= 0).nonzero().squeeze(1)
-        dense[kept, self.source[kept]] = values[kept]
-        return dense
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class AxisFactor:
-    """One dimension of one tensor under an axis map.
-
-    Args:
-        index: int64 [N], the source coordinate of each coordinate; -1 if it is new.
-        weight: float64 [N], factor on weights, anchors, averages.
-        gradient: float64 [N], factor on gradients; squared for second moments and Fisher.
-        squared: float64 [N], factor on squared gradients if it is not the square: a coordinate
-            that processes a fraction of the tokens gets that fraction of the variance, which
-            exceeds the fraction squared.
-    """
-
-    index: Tensor
-    weight: Tensor
-    gradient: Tensor
-    squared: Tensor | None = None
-
-    @classmethod
-    def writes(cls, axis_map: AxisMap) -> AxisFactor:
-        """Return the factor of a linear producer: p on weights, s on gradients."""
-        return cls(axis_map.source, axis_map.scale, axis_map.share)
-
-    @classmethod
-    def writes_nonlinear(cls, axis_map: AxisMap) -> AxisFactor:
-        """Return the factor of a producer before a nonlinearity: 1 on weights, p·s on gradients."""
-        kept = (axis_map.source >= 0).double()
-        return cls(axis_map.source, kept, axis_map.scale * axis_map.share)
-
-    @classmethod
-    def writes_into_norm(cls, axis_map: AxisMap, *, scale: float) -> AxisFactor:
-        """Return the factor of a producer whose scale a following norm removes.
-
-        Args:
-            axis_map: map of the producer's space.
-            scale: factor of the producer that compensates the norm's new eps.
-        """
-        kept = (axis_map.source >= 0).double()
-        return cls(axis_map.source, kept * scale, axis_map.scale * axis_map.share / scale)
-
-    @classmethod
-    def reads(cls, axis_map: AxisMap) -> AxisFactor:
-        """Return the factor of a consumer: s on weights, p on gradients."""
-        return cls(axis_map.source, axis_map.share, axis_map.scale)
-
-    @classmethod
-    def gain(cls, output: AxisMap, *, rms_ratio: float) -> AxisFactor:
-        """Return the factor of a norm's gain, which reads one space and writes another.
-
-        Args:
-            output: map of the space that the norm writes.
-            rms_ratio: RMS of the expanded input divided by RMS of the old input.
-        """
-        return cls(output.source, output.scale * rms_ratio, output.share / rms_ratio)
-
-    @property
-    def parts(self) -> tuple[Tensor, ...]:
-        """The tensors that determine the factor."""
-        parts = (self.index, self.weight, self.gradient)
-        return parts if self.squared is None else (*parts, self.squared)
-
-    @property
-    def is_identity(self) -> bool:
-        import torch
-
-        return bool(
-            (self.index == torch.arange(self.index.numel())).all()
-            and (self.weight == 1).all()
-            and (self.gradient == 1).all()
-        )
-
-    @property
-    def is_new(self) -> Tensor:
-        """Mask [N] of coordinates without a source."""
-        return self.index < 0
-
-    @property
-    def is_duplicate(self) -> Tensor:
-        """Mask [N] of coordinates whose source an earlier coordinate already copies."""
-        import torch
-
-        seen: set[int] = set()
-        flags = []
-        for source in self.index.tolist():
-            flags.append(source >= 0 and source in seen)
-            seen.add(source)
-        return torch.tensor(flags, dtype=torch.bool)
+Read = Callable[[str], "Tensor"]
 
 
 class OtherTensor(Protocol):
@@ -323,6 +67,36 @@ class Fill:
     values: Tensor | None = field(default=None, compare=False)
     index: Tensor | None = field(default=None, compare=False)
     others: tuple[OtherTensor, ...] = field(default=(), compare=False)
+
+    def new_rows(self, source: Tensor) -> Callable[[int, int], Tensor]:
+        """Return a function that computes new rows from one number to another, float64.
+
+        The kind is `rows` or `quiet`.
+
+        Args:
+            source: the old rows, [n, ...].
+        """
+        import torch
+
+        quiet = _quiet_row(source)
+        if self.kind == "quiet":
+            return lambda begin, end: quiet.expand(end - begin, *quiet.shape)
+        index, weights = self.index, self.values
+        assert index is not None and weights is not None, "sums of rows need weights"
+        shape = (-1, index.shape[1], *[1] * (source.ndim - 1))
+        old = source.double() if bool((index == -2).any()) else quiet[None]  # a copy only if needed
+        draw = normal_numbers(self.seed, std=float(old.std()), mean=float(old.mean()))
+
+        def sums(begin: int, end: int) -> Tensor:
+            chosen = index[begin:end].to(source.device)  # [m, k]
+            taken = source[chosen.clamp(min=0)].double()  # [m, k, ...]
+            taken = torch.where((chosen < 0).view(shape), quiet, taken)
+            made = (taken * weights[begin:end].to(source.device).view(shape)).sum(dim=1)
+            for number in (chosen[:, 0] == -2).nonzero().flatten().tolist():  # equal in any blocks
+                made[number] = draw(source.shape[1:])
+            return made
+
+        return sums
 
     def description(self) -> list[object]:
         """Return the fill as plain data, for checksums."""
@@ -417,6 +191,148 @@ class TensorMap:
         """The target equals the source, including its state."""
         return self.keeps_weights and self.state == "carry" and not self.is_copy
 
+    def mapped(self, read: Read, *, quantity: Quantity = Quantity.WEIGHT) -> Tensor:
+        """Return the target tensor, with its sources read by logical name.
+
+        Quantities other than weights ignore fills; for a blend they take the mean too.
+        """
+
+        def value_of(source: str | TensorMap) -> Tensor:
+            if isinstance(source, str):
+                return read(source)
+            return source.mapped(read, quantity=quantity)
+
+        source = None if self.source is None else value_of(self.source)
+        if source is not None and self.blend:
+            total = source.to(compute_dtype(source))
+            for other in self.blend:
+                total = total + value_of(other)
+            source = (total / (1 + len(self.blend))).to(source.dtype)
+        donor_map = self.fill.donor
+        donor = None
+        if donor_map is not None and quantity is Quantity.WEIGHT:
+            donor = donor_map.mapped(read)
+        return self.apply(source, quantity=quantity, donor=donor)
+
+    def rounded_weight(self, read: Read, dtype: torch.dtype) -> Tensor:
+        """Return the target's weights, computed in float32 or wider and rounded once, at the end.
+
+        Weights that no map changes keep their bits.
+        """
+        import torch
+
+        def read_wide(name: str) -> Tensor:
+            tensor = read(name)
+            return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+        origin = self.origin if self.is_verbatim else None
+        return (self.mapped(read_wide) if origin is None else read(origin)).to(dtype)
+
+    def apply(
+        self,
+        source: Tensor | None,
+        *,
+        quantity: Quantity = Quantity.WEIGHT,
+        donor: Tensor | None = None,
+    ) -> Tensor:
+        """Return the target tensor for `source`.
+
+        Weights get their fills. Other quantities are zero in coordinates without a source, and
+        everywhere if the map's state is `fresh`. Factors are applied in float32 (float64 for a
+        float64 source) on the source's device; the result has the source's dtype.
+
+        Args:
+            source: the source tensor; None if the map has no source.
+            quantity: of the values.
+            donor: values of a fill of kind `copy`, in the target's shape.
+        """
+        import torch
+
+        if source is None:
+            created = torch.zeros(self.shape)
+            nowhere = torch.zeros(self.shape, dtype=torch.bool)
+            is_filled = quantity is Quantity.WEIGHT
+            return _filled(created, nowhere, self.fill) if is_filled else created
+        axes = self.axes or (None,) * source.ndim
+        if len(axes) != source.ndim:
+            raise ValueError(
+                f"a map of {len(axes)} axes does not match a tensor of shape {tuple(source.shape)}"
+            )
+        if quantity is not Quantity.WEIGHT:
+            gathered = _gather(source, axes, quantity)
+            return torch.zeros_like(gathered) if self.state == "fresh" else gathered
+        if offset := self.offset:  # the model uses the sum, so map the sum
+            effective = replace(self, offset=0.0).apply(
+                source.to(compute_dtype(source)) + offset,
+                donor=None if donor is None else donor + offset,
+            )
+            return (effective - offset).to(source.dtype)
+        values = _gather(source, axes, quantity)
+        if self.is_zeroed:
+            return torch.zeros_like(values)
+        if self.noise:
+            is_copy = self.any_mask(lambda axis: axis.is_duplicate) | self.is_copy
+            std = self.noise * float(source.double().std())
+            noise = normal_numbers(self.noise_seed, std=std)(values.shape).to(values)
+            values = torch.where(is_copy.to(values.device), values + noise, values)
+        if all(axis is None or bool((axis.index >= 0).all()) for axis in axes):
+            return values
+        has_source = ~self.any_mask(lambda axis: axis.is_new)
+        return _filled(values, has_source.to(values.device), self.fill, like=source, donor=donor)
+
+    def carried_mask(self, read: Read) -> Tensor:
+        """Return the mask of target entries that derive from the marked entries of the first model.
+
+        New coordinates, zeroed copies and tensors with fresh state are not marked, so penalties on
+        old weights leave them free.
+
+        Args:
+            read: returns the mask of a tensor of the first model by logical name.
+        """
+        import torch
+
+        before = self.source
+        if before is None:
+            return torch.zeros(self.shape, dtype=torch.bool)
+        mask = read(before) if isinstance(before, str) else before.carried_mask(read)
+        for dimension, axis in enumerate(self.axes):
+            if axis is not None:
+                mask = mask.index_select(dimension, axis.index.clamp(min=0))
+        if self.is_zeroed or self.state == "fresh":
+            return torch.zeros_like(mask)
+        return mask & ~self.any_mask(lambda axis: axis.is_new) if self.axes else mask
+
+    def new_coordinates(self, dimension: int) -> Tensor | None:
+        """Return the mask [size] of a dimension's coordinates that are new at any map of the chain.
+
+        Return None if no coordinate is new.
+        """
+        before, axes = self.source, self.axes
+        earlier = before.new_coordinates(dimension) if isinstance(before, TensorMap) else None
+        axis = axes[dimension] if axes else None
+        if axis is None:
+            return earlier
+        flags = axis.is_new
+        if earlier is not None:
+            flags = flags | earlier[axis.index.clamp(min=0)]
+        return flags if bool(flags.any()) else None
+
+    def any_mask(self, flags: Callable[[AxisFactor], Tensor]) -> Tensor:
+        """Return the mask of entries flagged along any axis, broadcastable to the target's shape.
+
+        Args:
+            flags: returns the mask [N] of an axis.
+        """
+        import torch
+
+        mask = torch.zeros((1,) * len(self.axes), dtype=torch.bool)
+        for dimension, axis in enumerate(self.axes):
+            if axis is not None:
+                shape = [1] * len(self.axes)
+                shape[dimension] = -1
+                mask = mask | flags(axis).view(shape)
+        return mask
+
     def description(self) -> list[object]:
         """Return the map as plain data, with tensors as their SHA-256, for checksums."""
         axes = [
@@ -477,3 +393,144 @@ def _tensor_digest(*tensors: Tensor) -> str:
         flat = tensor.detach().cpu().contiguous().flatten()
         digest.update(flat.view(torch.uint8).numpy().tobytes())  # numpy has no bfloat16
     return digest.hexdigest()
+
+
+def compute_dtype(source: Tensor) -> torch.dtype:
+    """Return the dtype of computations on a tensor."""
+    import torch
+
+    return torch.float64 if source.dtype == torch.float64 else torch.float32
+
+
+def _gather(source: Tensor, axes: Sequence[AxisFactor | None], quantity: Quantity) -> Tensor:
+    """Return the source entries at their target coordinates, scaled by the factors of the axes."""
+    wide_dtype = compute_dtype(source)
+    values = source
+    for dimension, axis in enumerate(axes):
+        if axis is None:
+            continue
+        values = take_along(values, dimension, axis.index.to(source.device))
+        factor = quantity.factor(axis)
+        if bool((factor == 1).all()):
+            continue
+        shape = [1] * source.ndim
+        shape[dimension] = -1
+        factor = factor.to(device=source.device, dtype=wide_dtype).view(shape)
+        wide = values.to(wide_dtype)
+        values = wide * factor if wide is source else wide.mul_(factor)
+    return values.to(source.dtype) if values is not source else source.clone()
+
+
+def take_along(
+    values: Tensor, dimension: int, index: Tensor, *, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return `values` at an index along one dimension; undefined where the index is negative.
+
+    The leading entries that stay at their coordinate, usually most of them, are copied at once.
+
+    Args:
+        values: any tensor.
+        dimension: to take entries along.
+        index: of each entry of the result [N].
+        dtype: of the result, which is then a copy; by default that of `values`.
+    """
+    import torch
+
+    new_size, old_size = index.numel(), values.shape[dimension]
+    size = min(new_size, old_size)
+    moved = (index[:size] != torch.arange(size, device=index.device)).nonzero()
+    kept = int(moved[0]) if moved.numel() else size
+    if kept == new_size == old_size and dtype is None:
+        return values
+    shape = list(values.shape)
+    shape[dimension] = new_size
+    result = values.new_empty(shape, dtype=dtype)
+    result.narrow(dimension, 0, kept).copy_(values.narrow(dimension, 0, kept))
+    rest, target = index[kept:], result.narrow(dimension, kept, new_size - kept)
+    if bool((rest < 0).all()):
+        target.zero_()
+    else:
+        target.copy_(values.index_select(dimension, rest.clamp(min=0)))
+    return result
+
+
+def _filled(
+    values: Tensor,
+    has_source: Tensor,
+    fill: Fill,
+    *,
+    like: Tensor | None = None,
+    donor: Tensor | None = None,
+) -> Tensor:
+    """Fill the entries without a source; `matched` takes mean and deviation from `like`."""
+    import torch
+
+    match fill.kind:
+        case "zero":
+            return values.masked_fill_(~has_source, 0)
+        case "mean":
+            mean = values[has_source.expand(values.shape)].double().mean().to(values.dtype)
+            return torch.where(has_source, values, torch.where(mean == 0, 1, mean))
+        case "row_mean":
+            assert like is not None, "a mean of rows needs a source"
+            row = like.to(values.device).double().mean(dim=0).to(values.dtype)
+            return torch.where(has_source, values, row)
+        case "rows" | "quiet":
+            assert like is not None, "sums of rows need a source"
+            is_new_row = ~has_source.reshape(len(values), -1).any(dim=1)
+            made = fill.new_rows(like)(0, int(is_new_row.sum())).to(values)
+            return values.index_copy_(0, is_new_row.nonzero().squeeze(1), made)
+        case "random":
+            rows = values[:: fill.repeat]
+            drawn = normal_numbers(fill.seed, std=fill.std)(rows.shape).to(values)
+            if fill.repeat > 1:
+                drawn = drawn.repeat_interleave(fill.repeat, dim=0)
+            return torch.where(has_source, values, drawn)
+        case "matched":
+            assert like is not None, "a matched fill needs a source"
+            wide = fill.scale * like.double()
+            draw = normal_numbers(fill.seed, std=float(wide.std()), mean=float(wide.mean()))
+            return torch.where(has_source, values, draw(values.shape).to(values))
+        case "copy":
+            assert donor is not None, "a copy fill needs a donor"
+            return torch.where(has_source, values, donor.to(values))
+        case "given":
+            assert fill.values is not None, "a given fill needs values"
+            is_new_entry = ~has_source.expand(values.shape)
+            return values.masked_scatter_(is_new_entry, fill.values.to(values))
+        case "others":
+            return _mean_of(fill)
+
+
+def _mean_of(fill: Fill) -> Tensor:
+    """Return the mean of the tensors of other models; a single one keeps its bits."""
+    first, *rest = fill.others
+    mean = first.read()
+    if rest:
+        dtype, mean = compute_dtype(mean), mean.double()  # the mean of equal tensors is exact
+        for other in rest:
+            mean = mean + other.read()
+        mean = (mean / len(fill.others)).to(dtype)
+    return mean
+
+
+def _quiet_row(source: Tensor) -> Tensor:
+    """Return the mean row at the usual length of a row, float64; of biases the lowest."""
+    rows = source.double()
+    if source.ndim == 1:
+        return rows.min()
+    mean, length = rows.mean(dim=0), rows.flatten(1).square().sum(dim=1).mean().sqrt()
+    return mean * (length / mean.norm().clamp(min=1e-12))
+
+
+def normal_numbers(seed: int, *, std: float, mean: float = 0.0) -> Callable[[torch.Size], Tensor]:
+    """Return a function that draws normal numbers in blocks, equal to one draw of all blocks."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(shape: torch.Size) -> Tensor:
+        drawn = torch.randn(shape, generator=generator).mul_(std)
+        return drawn.add_(mean) if mean else drawn
+
+    return draw

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from tritter.core.families import StoredTensor
 from tritter.core.parameter_map import AxisFactor, Fill, TensorMap
-from tritter.core.parameter_map.tensor_map import NO_SOURCE
+from tritter.core.parameter_map.axis_map import NO_SOURCE
 from tritter.errors import RequestError
 from tritter.methods.experts.adapters import Factors, parameters_of, shape_of
 from tritter.methods.experts.mixture import ExpertMixture

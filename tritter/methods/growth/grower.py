@@ -20,7 +20,7 @@ from tritter.checkpoints import ExpansionRecord
 from tritter.core.families import Model, Port
 from tritter.core.models import model_of
 from tritter.core.parameter_map import AxisFactor, AxisMap, Fill, ParameterMap, TensorMap
-from tritter.core.parameter_map.tensor_map import NO_SOURCE
+from tritter.core.parameter_map.axis_map import NO_SOURCE
 from tritter.errors import TritterError, brief
 from tritter.methods.growth.blocks import FFN, ActivationProbe, FfnBlock, ffn_blocks
 from tritter.methods.growth.initialisers import Layer, NewNeurons

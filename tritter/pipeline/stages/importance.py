@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tritter.checkpoints.state import KeptSequences, State, write_state
-from tritter.core.models import live_tensors, load_model
+from tritter.core.models import load_model
 from tritter.core.parameter_map.carry import StateKind
 from tritter.data.batches import lengthened, read_sequences, sample_equally, write_sequences
 from tritter.data.vocabulary import retokenised
@@ -82,7 +82,7 @@ class Importance(Stage):
             state = dict[str, Values]()
             for kind, tensors in (stored_state.kinds if stored_state else {}).items():
                 if kind in needs.state:
-                    state[kind] = live_tensors(start.model, tensors)
+                    state[kind] = start.model.live_tensors(tensors)
             since = time.perf_counter()
             preparation = _preparation(run, branch, model, state, written)
             work = "writing text" if needs.writes else "importance of each parameter"
@@ -189,7 +189,7 @@ def task(run: Run, branch: Branch, *, follow: Callable[[Values], Values]) -> Tas
 
     def through(tensors: TensorFolder, rule: StateKind) -> Values:
         values = dict(planned.state_stream(rule, tensors).whole())
-        return follow(live_tensors(planned.target, values))
+        return follow(planned.target.live_tensors(values))
 
     has_old, has_masks, has_teacher = (
         any(getattr(each, name) for each in needs) for name in ("old_text", "carried", "teacher")

@@ -1,5 +1,5 @@
 """Discovery of model types without a table."""
 
-from tritter.core.families.discovery.family import DiscoveredFamily, discover
+from tritter.core.families.discovery.family import DiscoveredFamily
 
-__all__ = ["DiscoveredFamily", "discover"]
+__all__ = ["DiscoveredFamily"]

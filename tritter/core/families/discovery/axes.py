@@ -20,35 +20,35 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from tritter.core.families.dimensions import Config
-from tritter.core.families.discovery.configs import decoder_config, decoder_part, quiet, reason_of
+from tritter.core.families.discovery.configs import StockConfig, quiet, reason_of
 from tritter.core.families.discovery.skeleton import Shape, in_layer, layer_list
 from tritter.core.families.discovery.twin import (
-    CHANGE,
-    COORDINATE,
     Block,
     Twin,
-    calls_in,
     first_tensor,
     in_float64,
     is_equal,
-    owner_of,
     restored,
-    values_of,
 )
 from tritter.core.families.logical import Arrangement, Port, segments
 from tritter.errors import RequestError
 
-HIDDEN_KEYS = ("hidden_size", "n_embd", "d_model", "emb_dim", "dim")
-HEAD_KEYS = (
-    "num_attention_heads",
-    "n_head",
-    "n_heads",
-    "num_heads",
-    "decoder_attention_heads",
-    "attention_heads",
-)
-EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-KEY_VALUE_KEYS = ("num_key_value_heads", "num_kv_heads")
+# Attribute of `Dimensions` → config keys that may have it
+SIZE_KEYS: Mapping[str, tuple[str, ...]] = {
+    "hidden_size": ("hidden_size", "n_embd", "d_model", "emb_dim", "dim"),
+    "intermediate_size": ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"),
+    "num_attention_heads": (
+        *("num_attention_heads", "n_head", "n_heads", "num_heads"),
+        *("decoder_attention_heads", "attention_heads"),
+    ),
+    "num_key_value_heads": ("num_key_value_heads", "num_kv_heads"),
+    "head_dim": ("head_dim",),
+    "vocab_size": ("vocab_size",),
+    "num_experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
+    "experts_per_token": (
+        *("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k"),
+    ),
+}
 _FFN_KEYS = re.compile(
     r"(.*_)?(intermediate_size|ffn_dim|ffn_size|n_inner|d_ff|dff|dim_ff|ffn_hidden_size)(_mlp)?"
 )
@@ -125,6 +125,39 @@ class Axes:
     neurons: _Neurons = _Neurons()
     refused: Mapping[str, str] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, twin: Twin, layers: Sequence[int], writers: Iterable[str]) -> "Axes":
+        """Return the axes of a model.
+
+        Args:
+            twin: of the model.
+            layers: one layer of each kind.
+            writers: names within a layer of the tensors that write the residual stream.
+        """
+        search = _Search(twin, layers, frozenset(writers))
+        for name, step in (
+            ("ffn", search.add_ffns),
+            ("neurons", search.add_neurons),
+            ("heads", search.add_heads),
+            ("hidden", search.add_hidden),
+            ("experts", search.add_experts),
+        ):
+            before = {tensor: dict(axes) for tensor, axes in search.roles.items()}
+            try:
+                step()
+            except RequestError as error:
+                search.refused[name], search.roles = str(error), before
+        return cls(
+            roles=search.roles,
+            ffn_keys=search.ffn_keys,
+            hidden_keys=search.hidden_keys,
+            has_head_dim=search.has_head_dim,
+            heads_fill_hidden=search.fills_hidden,
+            subtracts_mean=search.subtracts_mean,
+            neurons=search.neurons,
+            refused=search.refused,
+        )
+
     @property
     def all_roles(self) -> tuple[Role, ...]:
         return tuple(role for axes in self.roles.values() for role in axes.values())
@@ -139,39 +172,6 @@ class Axes:
         return replace(self, roles=roles, refused={**self.refused, **dict.fromkeys(sizes, reason)})
 
 
-def find_axes(twin: Twin, layers: Sequence[int], writers: Iterable[str]) -> Axes:
-    """Return the axes of a model.
-
-    Args:
-        twin: of the model.
-        layers: one layer of each kind.
-        writers: names within a layer of the tensors that write the residual stream.
-    """
-    search = _Search(twin, layers, frozenset(writers))
-    for name, step in (
-        ("ffn", search.add_ffns),
-        ("neurons", search.add_neurons),
-        ("heads", search.add_heads),
-        ("hidden", search.add_hidden),
-        ("experts", search.add_experts),
-    ):
-        before = {tensor: dict(axes) for tensor, axes in search.roles.items()}
-        try:
-            step()
-        except RequestError as error:
-            search.refused[name], search.roles = str(error), before
-    return Axes(
-        roles=search.roles,
-        ffn_keys=search.ffn_keys,
-        hidden_keys=search.hidden_keys,
-        has_head_dim=search.has_head_dim,
-        heads_fill_hidden=search.fills_hidden,
-        subtracts_mean=search.subtracts_mean,
-        neurons=search.neurons,
-        refused=search.refused,
-    )
-
-
 class _Search:
     """Collects the roles of a twin's axes."""
 
@@ -180,7 +180,7 @@ class _Search:
         self._prefix = f"{layer_list(twin.model)}."
         self._blocks = {layer: twin.block(f"{self._prefix}{layer}") for layer in layers}
         self._full: Config = twin.config.to_dict()
-        self._config = decoder_config(self._full)
+        self._config = StockConfig(self._full).decoder
         self._head_dim = self._size_of_heads()
         self.roles: dict[str, dict[int, Role]] = {}
         self.refused: dict[str, str] = {}
@@ -192,7 +192,7 @@ class _Search:
     def add_ffns(self) -> None:
         """Find the axes of neurons, of FFNs and of experts."""
         keys = [key for key in self._config if _FFN_KEYS.fullmatch(key)]
-        hidden = self._size(self._first(HIDDEN_KEYS))
+        hidden = self._size(self._first("hidden_size"))
         for key in keys:  # GPT-J's default is four times the hidden size
             if self._config[key] is None and not self._changed({}, {key: 4 * hidden}):
                 self._config = {**self._config, key: 4 * hidden}
@@ -237,7 +237,7 @@ class _Search:
 
     def add_experts(self) -> None:
         """Find the axes of routed experts."""
-        key = self._first(EXPERT_KEYS)
+        key = self._first("num_experts")
         following = self._following([key]) if key else {}
         if not following:
             raise RequestError("no config key is the number of experts")
@@ -248,7 +248,7 @@ class _Search:
 
         Heads may have a size of their own, or fill the hidden size; other keys may follow too.
         """
-        key = self._first(HIDDEN_KEYS)
+        key = self._first("hidden_size")
         if not key:
             raise RequestError("no config key is the hidden size")
         heads, groups = self._head_keys()
@@ -341,7 +341,7 @@ class _Search:
         )
 
     def _stream_role(self, block: Block, name: str, axis: int, key: str) -> Role:
-        owner, value = owner_of(block.module, name)
+        owner, value = block.owner_of(name)
         if value.ndim > 1:
             return Role("residual", key, Port.WRITE if block.is_output(name, axis) else Port.READ)
         return self._norm_role(owner, name, key, "residual")
@@ -359,14 +359,15 @@ class _Search:
         head = model.get_output_embeddings()  # type: ignore[operator]
         embedding = model.get_input_embeddings()  # type: ignore[operator]
         last = _module_before(self._twin, head)
-        reached = {call.name for call in calls_in(model, self._twin.logits)}  # by text
+        first = self._blocks[min(self._blocks)]
+        reached = {call.name for call in self._twin.calls()}  # by text
         for name, axis in axes:
-            owner, value = owner_of(model, name)
+            owner, value = self._twin.owner_of(name)
             if value.ndim == 1:
                 space = "head_input" if owner is last else "residual"
                 self._add(name, axis, self._norm_role(owner, name, key, space))
             elif value is getattr(embedding, "weight", None):
-                is_scaled = _is_scaled(self._twin, embedding, self._blocks[min(self._blocks)])
+                is_scaled = self._twin.scales_embedding(embedding, first)
                 port = Port.WRITE_SCALED if is_scaled else Port.WRITE
                 self._add(name, axis, Role("residual", key, port))
             elif value is getattr(head, "weight", None):
@@ -384,17 +385,18 @@ class _Search:
         value = self._config.get(key)
         return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
-    def _first(self, keys: Sequence[str]) -> str:
-        return next((key for key in keys if self._size(key)), "")
+    def _first(self, name: str) -> str:
+        """Return the config key of a size, by the attribute of `Dimensions`; empty without one."""
+        return next((key for key in SIZE_KEYS[name] if self._size(key)), "")
 
     def _head_keys(self) -> tuple[str, str]:
         """Return the keys of query heads and of groups; the latter is empty if there is one."""
-        heads = self._first(HEAD_KEYS)
-        groups = self._first(KEY_VALUE_KEYS) or heads
+        heads = self._first("num_attention_heads")
+        groups = self._first("num_key_value_heads") or heads
         return heads, groups if groups and self._size(groups) > 1 else ""
 
     def _size_of_heads(self) -> int:
-        hidden, heads = self._first(HIDDEN_KEYS), self._first(HEAD_KEYS)
+        hidden, heads = self._first("hidden_size"), self._first("num_attention_heads")
         derived = self._size(hidden) // self._size(heads) if hidden and heads else 1
         return self._size("head_dim") or derived
 
@@ -433,7 +435,7 @@ class _Search:
 
     def _stock(self, changes: Config) -> nn.Module:
         """Return the stock model of a changed config, on the meta device."""
-        part = decoder_part(self._full)
+        part = StockConfig(self._full).part
         inner = {**self._config, **changes}
         full = {**self._full, part: inner} if part else inner
         try:
@@ -458,7 +460,7 @@ def _arrangements(
         units: their number.
         head_dim: entries of a key or a value.
     """
-    values = values_of(block.module)
+    values = block.values
     # Weights and biases of a module have the same arrangement
     groups: dict[tuple[str, int, int], list[_AxisOf]] = {}
     for axis, (old, new) in axes.items():
@@ -492,7 +494,7 @@ def _arrangements(
 
 def _unit_port(block: Block, name: str, axis: int) -> Port:
     """Return the port of an axis of units: READ if another axis has the outputs of the module."""
-    owner, value = owner_of(block.module, name)
+    owner, value = block.owner_of(name)
     if "norm" in type(owner).__name__.lower() and not name.endswith("bias"):
         return Port.GAIN
     others = [other for other in range(value.ndim) if other != axis]
@@ -502,7 +504,7 @@ def _unit_port(block: Block, name: str, axis: int) -> Port:
 def _neurons_of(block: Block, roles: Mapping[str, Mapping[int, Role]]) -> _Neurons:
     """Return the neurons of a layer's FFN."""
     other = "an FFN is not down(σ(gate(x)) · up(x)) with matrices of their own"
-    names = {name for name in values_of(block.module) if name in roles}
+    names = {name for name in block.values if name in roles}
     uses = [
         (name, axis, role)
         for name in sorted(names)
@@ -511,7 +513,7 @@ def _neurons_of(block: Block, roles: Mapping[str, Mapping[int, Role]]) -> _Neuro
     ]
     rows, columns, biases = list[str](), list[str](), set[str]()
     for name, axis, role in uses:
-        owner, value = owner_of(block.module, name)
+        owner, value = block.owner_of(name)
         outputs = int(isinstance(owner, Conv1D))  # the axis of its outputs
         if value.ndim == 1 and name.endswith(".bias"):
             biases.add(name.removesuffix("bias") + "weight")
@@ -526,42 +528,10 @@ def _neurons_of(block: Block, roles: Mapping[str, Mapping[int, Role]]) -> _Neuro
         raise RequestError(other)
     for gate in rows:
         up = next((name for name in rows if name != gate), "")
-        if activation := _activation(block, gate, up, columns[0]):
+        if activation := block.activation(gate, up, columns[0]):
             parts = {"gate": gate, "up": up} if up else {"up": gate}
             return _Neurons({**parts, "down": columns[0]}, activation, keys.pop())
     raise RequestError(other)
-
-
-def _activation(block: Block, gate: str, up: str, down: str) -> str:
-    """Return the name of the module σ if down reads σ(gate(x)) · up(x); empty: there is none."""
-    calls = {call.name: call for call in calls_in(block.module, block.change)}
-    matrices = [name.removesuffix(".weight") for name in (gate, up, down) if name]
-    if not calls.keys() >= set(matrices):
-        return ""
-    for name in matrices:  # a subclass may compute something else
-        linear = block.module.get_submodule(name)
-        assert isinstance(linear, nn.Linear | Conv1D)
-        weight = linear.weight if isinstance(linear, nn.Linear) else linear.weight.T
-        with torch.no_grad():
-            made = nn.functional.linear(calls[name].given, weight, linear.bias)
-        if not is_equal(made, calls[name].made):
-            return ""
-    first, last = calls[matrices[0]], calls[matrices[-1]]
-    factor = calls[matrices[1]].made if up else torch.ones(())
-    for name, call in calls.items():
-        is_next = name not in matrices and torch.equal(call.given, first.made)
-        if is_next and is_equal(call.made * factor, last.given):
-            return name if _is_elementwise(block.module.get_submodule(name), call.given) else ""
-    return ""
-
-
-def _is_elementwise(module: nn.Module, values: Tensor) -> bool:
-    """Return True if a module's outputs for some entries do not depend on the others."""
-    half = values.shape[-1] // 2
-    changed = torch.cat([values[..., :half], values[..., half:] + CHANGE], -1)
-    with torch.no_grad(), in_float64():
-        first, second = module(values), module(changed)
-    return torch.equal(first[..., :half], second[..., :half])
 
 
 # The residual stream
@@ -582,7 +552,7 @@ def _residual_axes(
     for (name, axis), sizes in axes.items():
         if sizes == (size, 2 * size):
             candidates.setdefault(name, []).append(axis)
-    values, order = values_of(block.module), _permutation(size)
+    values, order = block.values, _permutation(size)
     before = block.change()[..., order]
     options = [
         [
@@ -631,7 +601,7 @@ def _eps(module: nn.Module) -> float | None:
 
 def _normed(block: Block, norms: frozenset[str]) -> list[str]:
     """Return the matrices, and their biases, whose whole output is normalised at once."""
-    calls = calls_in(block.module, block.change)
+    calls = block.calls()
     normed = [call.given.flatten().sort().values for call in calls if call.name in norms]
     found = []
     for call in calls:
@@ -681,8 +651,7 @@ def _module_before(twin: Twin, head: nn.Module | None) -> nn.Module | None:
     """Return the module whose output is the input of the head."""
     if head is None:
         return None
-    every = calls_in(twin.model, twin.logits)
-    calls = [(twin.model.get_submodule(call.name), call) for call in every]
+    calls = [(twin.model.get_submodule(call.name), call) for call in twin.calls()]
     given = [call.given for module, call in calls if module is head]
     same = [
         module
@@ -697,23 +666,6 @@ def _ends_equal(output: Tensor, given: Tensor) -> bool:
     """Return True if the last rows [H] of two tensors are equal."""
     first, second = output.flatten(0, -2)[-1], given.flatten(0, -2)[-1]
     return first.shape == second.shape and torch.equal(first, second)
-
-
-def _is_scaled(twin: Twin, embedding: nn.Module, block: Block) -> bool:
-    """Return True if the model multiplies the embedding by √hidden_size."""
-    weight, name = (
-        embedding.weight,
-        next(name for name, module in twin.model.named_modules() if module is block.module),
-    )
-    assert isinstance(weight, Tensor)
-    streams = []
-    with restored(weight):
-        for change in (0.0, CHANGE):
-            weight.data[:, COORDINATE] += change
-            (call,) = calls_in(twin.model, twin.logits, [name])
-            streams.append(call.given)
-    scale = (streams[1] - streams[0])[..., COORDINATE] / CHANGE
-    return is_equal(scale, torch.full_like(scale, math.sqrt(weight.shape[-1])))
 
 
 # Probes

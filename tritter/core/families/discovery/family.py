@@ -18,32 +18,19 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers import __version__ as transformers_version
 from transformers.core_model_loading import revert_weight_conversion
 
-from tritter.core.families.dimensions import Config, Dimensions, ffn_sizes, require_size
+from tritter.core.families.dimensions import (
+    Config,
+    Dimensions,
+    ffn_sizes,
+    require_size,
+)
 from tritter.core.families.discovery.axes import (
     EPS,
-    EXPERT_KEYS,
-    HEAD_KEYS,
-    HIDDEN_KEYS,
-    KEY_VALUE_KEYS,
+    SIZE_KEYS,
     Axes,
     Role,
-    find_axes,
 )
-from tritter.core.families.discovery.configs import (
-    Key,
-    class_of,
-    complete,
-    config_in,
-    count_layers,
-    decoder_config,
-    deeper_configs,
-    key_of,
-    layer_key,
-    position_limit,
-    quiet,
-    structure_of,
-    with_decoder,
-)
+from tritter.core.families.discovery.configs import Key, StockConfig, quiet
 from tritter.core.families.discovery.skeleton import (
     Skeleton,
     expert_of,
@@ -51,37 +38,21 @@ from tritter.core.families.discovery.skeleton import (
     layer_list,
     layers_on_disk,
     places,
-    skeleton,
     template,
 )
 from tritter.core.families.discovery.twin import (
     TOLERANCE,
     Twin,
-    build_model,
-    build_twin,
     in_float64,
-    logits_of,
     one_thread,
     small_sizes,
 )
-from tritter.core.families.family import Family, scaled_eps
+from tritter.core.families.family import Family
 from tritter.core.families.logical import Axis, LogicalTensor, Place, Port, Space
 from tritter.errors import Problem, RequestError
 from tritter.terminal import status
 
-# Attribute of `Dimensions` → config keys that may have it
-_SIZE_KEYS: Mapping[str, tuple[str, ...]] = {
-    "hidden_size": HIDDEN_KEYS,
-    "intermediate_size": ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"),
-    "num_attention_heads": HEAD_KEYS,
-    "num_key_value_heads": KEY_VALUE_KEYS,
-    "head_dim": ("head_dim",),
-    "vocab_size": ("vocab_size",),
-    "num_experts": EXPERT_KEYS,
-    "experts_per_token": (
-        *("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k"),
-    ),
-}
+_POSITIONS = ("max_position_embeddings", "max_seq_len", "max_target_positions")
 _BLOCKS = {"halves": 2, "thirds": 3}
 _ROUTED = re.compile(r"(\.|^)(experts|router)\.")  # a tensor of a layer with experts
 # Pattern of a name within a layer → beginning of its logical kind
@@ -117,13 +88,34 @@ class DiscoveredFamily(Family):
     is_routed: bool = False
     axes: Axes | None = None
 
+    @classmethod
+    def of(cls, config: Config) -> "DiscoveredFamily":
+        """Return the family of a model type without a table.
+
+        Args:
+            config: config.json of a model.
+        """
+        structure = _structure(config)
+        if structure not in _FOUND:
+            model_type = str(config["model_type"])
+            try:
+                with one_thread():
+                    twin = Twin.of(config)
+                    found = _probed(config, twin, Skeleton.of(config))
+            except RequestError as error:
+                raise RequestError(
+                    f"model_type '{model_type}' is not supported: {error}"
+                ) from error
+            _FOUND[structure] = _FOUND[_structure(twin.config.to_dict())] = found
+        return _FOUND[structure]
+
     @property
     def refusal(self) -> str:
         """The reason why no copy of any layer is an identity; empty if there are such copies."""
         return "" if self.writers else next(iter(self.refusals.values()), "")
 
     def inexact_reason(self, config: Config, copied: Collection[int]) -> str:
-        layers = _kinds(skeleton(key_of(config)))
+        layers = _kinds(Skeleton.of(config))
         refused = {each: self.refusals.get(layers[each], "") for each in copied}
         reasons = [f"layer {each}: {reason}" for each, reason in refused.items() if reason]
         if self.refusal:
@@ -205,7 +197,7 @@ class DiscoveredFamily(Family):
     def with_widest_ffn(self, config: Config, size: int) -> Config:
         axes = self.widened(config).axes
         assert axes is not None
-        return with_decoder(config, {axes.neurons.key: size})
+        return StockConfig(config).with_decoder({axes.neurons.key: size})
 
     def check_growth(self, old: Dimensions, new: Dimensions) -> None:
         refused = {} if self.axes is None else self.axes.refused
@@ -225,7 +217,7 @@ class DiscoveredFamily(Family):
             )
 
     def with_dimensions(self, config: Config, sizes: Dimensions) -> Config:
-        old, inner = self.dimensions(config), decoder_config(complete(config))
+        old, inner = self.dimensions(config), StockConfig(config).full_decoder
         changes: Config = {}
         grown, base = sizes.ffn_size, old.ffn_size
         for key in self.axes.ffn_keys if self.axes else ():
@@ -236,17 +228,17 @@ class DiscoveredFamily(Family):
             after = getattr(sizes, name)
             if after != getattr(old, name) or name == "head_dim":
                 changes[key] = after
-        return with_decoder(config, changes)
+        return StockConfig(config).with_decoder(changes)
 
     def separates_documents(self, config: Config) -> bool:
-        return _separates_documents(key_of(config))
+        return _separates_documents(Key.of(config))
 
     def with_vocabulary(self, config: Config, size: int) -> Config:
         if "vocab_size" not in self.sizes:
             return super().with_vocabulary(config, size)
-        inner, key = decoder_config(complete(config)), "vocab_size_per_layer_input"  # of Gemma 4
+        inner, key = StockConfig(config).full_decoder, "vocab_size_per_layer_input"  # of Gemma 4
         more: Config = {key: size} if inner.get(key) == inner["vocab_size"] else {}
-        return with_decoder(config, super().with_vocabulary(more, size))
+        return StockConfig(config).with_decoder(super().with_vocabulary(more, size))
 
     def with_experts(self, config: Config, num_experts: int, experts_per_token: int) -> Config:
         reason = "" if self.axes is None else self.axes.refused.get("experts", "")
@@ -255,15 +247,19 @@ class DiscoveredFamily(Family):
         if reason:
             reason = f"{self.model_type}: {reason}"
             raise RequestError(Problem("expansion.moe_add", reason=reason))
-        return with_decoder(config, super().with_experts({}, num_experts, experts_per_token))
+        changes = super().with_experts({}, num_experts, experts_per_token)
+        return StockConfig(config).with_decoder(changes)
 
     def with_rms(self, config: Config, ratio: float) -> Config:
-        inner = decoder_config(complete(config))
-        keys = [key for key, eps in inner.items() if EPS.fullmatch(key) and eps]
-        return with_decoder(config, scaled_eps(inner, keys, ratio))
+        inner = StockConfig(config).full_decoder
+        eps = {key: inner[key] for key in self._eps_keys(inner)}
+        return StockConfig(config).with_decoder(super().with_rms(eps, ratio))
+
+    def _eps_keys(self, config: Config) -> Collection[str]:
+        return [key for key, eps in config.items() if EPS.fullmatch(key) and eps]
 
     def decoder(self, config: Config) -> Config:
-        return decoder_config(config)
+        return StockConfig(config).decoder
 
     def is_tied(self, config: Config) -> bool:
         tensors = self.logical_tensors(config, self.dimensions(config))
@@ -273,11 +269,11 @@ class DiscoveredFamily(Family):
         return tensor.axes[0].offset if self.axes and tensor.axes else self.norm_offset
 
     def dimensions(self, config: Config) -> Dimensions:
-        full = complete(config)
-        inner = decoder_config(full)
+        full = StockConfig(config).full
+        inner = StockConfig(full).decoder
         known = {name: inner.get(key) for name, key in self.sizes.items()}
         known.setdefault("vocab_size", full.get("vocab_size"))  # BLT's decoder has none
-        known["num_hidden_layers"] = count_layers(inner)
+        known["num_hidden_layers"] = StockConfig(inner).num_layers
         sizes = {
             name: require_size(name, self.sizes.get(name, name), value)
             for name, value in known.items()
@@ -290,16 +286,18 @@ class DiscoveredFamily(Family):
         return Dimensions(**sizes)
 
     def position_limit(self, config: Config) -> int | None:
-        return position_limit(config)
+        text = StockConfig(config).stock.get_text_config(decoder=True)
+        limits = (getattr(text, name, None) for name in _POSITIONS)
+        return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
 
     def layer_kinds(self, config: Config, num_layers: int) -> list[Literal["dense", "sparse"]]:
         return [
             "sparse" if any(_ROUTED.search(name) for name, _ in signature) else "dense"
-            for signature in skeleton(key_of(config)).signatures
+            for signature in Skeleton.of(config).signatures
         ]
 
     def logical_tensors(self, config: Config, sizes: Dimensions) -> tuple[LogicalTensor, ...]:
-        tensors, widths = skeleton(key_of(config)), ffn_sizes(config)
+        tensors, widths = Skeleton.of(config), ffn_sizes(config)
         if widths and self.axes is None:
             return self.widened(config).logical_tensors(config, sizes)
         counts = self._counts(config, sizes)
@@ -315,34 +313,34 @@ class DiscoveredFamily(Family):
         return tensor.layer is not None and tensor.kind in self.writers
 
     def count(self, config: Config, sizes: Dimensions) -> tuple[int, int]:
-        shapes = list(skeleton(key_of(config)).disk.values())
+        shapes = list(Skeleton.of(config).disk.values())
         if ffn_sizes(config):
             shapes = [self.shape(each, sizes) for each in self.logical_tensors(config, sizes)]
         return len(shapes), sum(map(prod, shapes))
 
     def tied_names(self, config: Config) -> Mapping[str, str]:
-        return skeleton(key_of(config)).tied
+        return Skeleton.of(config).tied
 
     def read_as(
         self, config: Config, extra: Collection[str], missing: Collection[str]
     ) -> dict[str, str]:
-        return skeleton(key_of(config)).read_as(extra, missing)
+        return Skeleton.of(config).read_as(extra, missing)
 
     def causal_config(self, config: Config) -> Config:
-        kind = class_of(config)
+        kind = StockConfig(config).kind
         model, text = MODEL_FOR_CAUSAL_LM_MAPPING[kind], kind.sub_configs.get("text_config")
         if text is None or model.config_class is not text:
             return config
-        inner: Config = complete(config)["text_config"]  # type: ignore[assignment]
+        inner: Config = StockConfig(config).full["text_config"]  # type: ignore[assignment]
         dtype = inner.get("dtype") or config.get("dtype") or config.get("torch_dtype")
         own = {"architectures": [model.__name__], **({"dtype": dtype} if dtype else {})}
         return {**inner, **own}
 
     def unrounded(self, config: Config, dtype: Any) -> Collection[str]:
-        return skeleton(key_of(config)).float32.get(dtype, ())
+        return Skeleton.of(config).float32.get(dtype, ())
 
     def attention_window(self, config: Config, layer: int) -> int | None:
-        config = decoder_config(config)
+        config = StockConfig(config).decoder
         kinds, window = config.get("layer_types"), config.get("sliding_window")
         is_windowed = not isinstance(kinds, list) or "sliding" in str(kinds[layer])
         return window if is_windowed and isinstance(window, int) else None
@@ -373,9 +371,9 @@ class DiscoveredFamily(Family):
 
     def _with_axes(self, config: Config) -> "DiscoveredFamily":
         few = shallow(config)
-        layers = _kinds_of_layers(skeleton(key_of(few)))
-        twin = build_twin(few)
-        axes = find_axes(twin, layers, self.live_writers)
+        layers = _kinds_of_layers(Skeleton.of(few))
+        twin = Twin.of(few)
+        axes = Axes.of(twin, layers, self.live_writers)
         if _has_groups(self.dimensions(config)) > _has_groups(self.dimensions(_plain(twin))):
             axes = axes.without_heads("no small model of it has groups of heads")
         sizes = {name: key for name, key in self.sizes.items() if name != "intermediate_size"}
@@ -408,7 +406,7 @@ class DiscoveredFamily(Family):
         if self.axes is None:
             return {}
         keys = {role.key for role in self.axes.all_roles if role.key}
-        inner = decoder_config(complete(config))
+        inner = StockConfig(config).full_decoder
         return {key: _default_size(inner.get(key), sizes) for key in keys}
 
     def _logical(
@@ -469,7 +467,7 @@ def _default_size(value: object, sizes: Dimensions) -> int:
 @one_thread()
 def _separates_documents(key: Key) -> bool:
     """Return True if a twin has the same logits for a document alone and after another one."""
-    twin = build_twin(shallow(config_in(key)))
+    twin = Twin.of(shallow(key.config))
     documents = torch.randint(3, 100, (2, 6), generator=torch.Generator().manual_seed(3))
     positions = torch.arange(6)
     try:
@@ -505,37 +503,18 @@ def _kind_of(name: str) -> str:
     return f"{part}.{(part == 'experts' and name.partition('experts.')[2]) or name}"
 
 
-def discover(config: Config) -> DiscoveredFamily:
-    """Return the family of a model type without a table.
-
-    Args:
-        config: config.json of a model.
-    """
-    structure = _structure(config)
-    if structure not in _FOUND:
-        model_type = str(config["model_type"])
-        try:
-            with one_thread():
-                twin = build_twin(config)
-                found = _probed(config, twin, skeleton(key_of(config)))
-        except RequestError as error:
-            raise RequestError(f"model_type '{model_type}' is not supported: {error}") from error
-        _FOUND[structure] = _FOUND[_structure(twin.config.to_dict())] = found
-    return _FOUND[structure]
-
-
 _FOUND: dict[Key, DiscoveredFamily] = {}  # by the structure of a config
 _WIDENED: dict[Key, DiscoveredFamily] = {}  # the same, with axes
 
 
 def _structure(config: Config) -> Key:
-    return _structure_in(key_of(config))
+    return _structure_in(Key.of(config))
 
 
 @lru_cache(maxsize=256)  # asked for once per tensor
 def _structure_in(key: Key) -> Key:
-    config = config_in(key)
-    return structure_of(config, small_sizes(config))
+    config = key.config
+    return StockConfig(config).structure(small_sizes(config))
 
 
 def _probed(config: Config, twin: Twin, tensors: Skeleton) -> DiscoveredFamily:
@@ -550,15 +529,15 @@ def _probed(config: Config, twin: Twin, tensors: Skeleton) -> DiscoveredFamily:
             continue
         for block in twin.further_streams(f"{layers}.{layer}"):
             with suppress(RequestError):  # the twin shows whether a copy has to keep the stream
-                found += block.writers()
-        live |= {writer.name: writer.zero for writer in found}
+                found |= block.writers()
+        live |= found
     writers = _on_disk(twin, layers, live)
-    inner = decoder_config(complete(config))
-    count = layer_key(inner)
+    inner = StockConfig(config).full_decoder
+    count = StockConfig(inner).layer_key
     sizes = {"num_hidden_layers": count} if isinstance(inner[count], int) else {}
     is_routed = any(_ROUTED.search(name) for name in tensors.disk)
     lengths = {length for shape in tensors.disk.values() for length in shape}
-    for name, keys in _SIZE_KEYS.items():
+    for name, keys in SIZE_KEYS.items():
         known = [key for key in keys if isinstance(inner.get(key), int)]
         # A dense Doge has a number of experts in its config
         if known and (name != "num_experts" or is_routed or inner[known[0]] in lengths):
@@ -638,14 +617,14 @@ def _outside(twin: Twin) -> dict[str, str]:
 
 @lru_cache(maxsize=64)
 def _deeper(key: Key, sources: tuple[int, ...]) -> Config:
-    config = config_in(key)
-    before = skeleton(key)
+    config = key.config
+    before = Skeleton.of(config)
     wanted = [before.signatures[source] for source in sources]
-    for deeper in deeper_configs(config, sources):
-        kinds = decoder_config(deeper).get("layer_types")
-        if kinds is not None and decoder_config(complete(deeper)).get("layer_types") != kinds:
+    for deeper in StockConfig(config).deeper(sources):
+        kinds = StockConfig(deeper).decoder.get("layer_types")
+        if kinds is not None and StockConfig(deeper).full_decoder.get("layer_types") != kinds:
             continue  # the class overrules it: the last layer of Gemma 4 has full attention
-        after = skeleton(key_of(deeper))
+        after = Skeleton.of(deeper)
         if list(after.signatures) == wanted and _are_blocks_of_layers(before, after, sources):
             return deeper
     raise RequestError(
@@ -657,7 +636,7 @@ def _deeper(key: Key, sources: tuple[int, ...]) -> Config:
 
 def _fits(config: Config, sources: tuple[int, ...]) -> bool:
     try:
-        _deeper(key_of(config), sources)
+        _deeper(Key.of(config), sources)
     except RequestError:
         return False
     return True
@@ -683,7 +662,7 @@ def shallow(config: Config) -> Config:
     Layers are of one kind if they have the same tensors and the same entries in the config. Return
     the config unchanged if none has exactly these layers.
     """
-    signatures, inner = skeleton(key_of(config)).signatures, decoder_config(complete(config))
+    signatures, inner = Skeleton.of(config).signatures, StockConfig(config).full_decoder
     lists = [v for v in inner.values() if isinstance(v, list) and len(v) == len(signatures)]
     first: dict[str, int] = {}
     for layer, signature in enumerate(signatures):
@@ -696,7 +675,7 @@ def shallow(config: Config) -> Config:
 
 
 def _with_layers(config: Config, sources: tuple[int, ...]) -> Config:
-    deeper = _deeper(key_of(config), sources)
+    deeper = _deeper(Key.of(config), sources)
     return {**config, **{name: deeper[name] for name in deeper if name in config}}
 
 
@@ -704,7 +683,7 @@ def _check_identity(
     family: DiscoveredFamily, config: Config, sources: tuple[int, ...], identities: frozenset[int]
 ) -> None:
     """Refuse layers whose function depends on their position."""
-    zeroed, plain = _logit_changes(key_of(config), sources, identities)
+    zeroed, plain = _logit_changes(Key.of(config), sources, identities)
     if not zeroed <= TOLERANCE:
         raise RequestError(
             f"config.json: identity copies change the logits of a small {family.model_type} by "
@@ -733,12 +712,11 @@ def _logit_changes(
     Returns:
         The change with identity copies, and with plain copies (the negative control).
     """
-    config = config_in(key)
-    family, twin = discover(config), build_twin(config)
+    config = key.config
+    family, twin = DiscoveredFamily.of(config), Twin.of(config)
     before, small = twin.logits(), twin.config.to_dict()
     layers = layer_list(twin.model)
-    deeper = type(twin.config).from_dict(_with_layers(small, sources))
-    model = build_model(deeper)
+    model = twin.sibling(_with_layers(small, sources))
     state = twin.model.state_dict()
     changes = []
     shapes = {name: value.shape for name, value in model.state_dict().items()}
@@ -747,7 +725,7 @@ def _logit_changes(
         for name in copies.keys() & shapes.keys():
             copies[name] = _with_blocks(copies[name], shapes[name], sources)
         model.load_state_dict(copies, strict=False)
-        changes.append(float((logits_of(model, twin.text.vocab_size) - before).abs().max()))
+        changes.append(float((twin.logits(model) - before).abs().max()))
     return changes[0], changes[1]
 
 

@@ -17,16 +17,8 @@ from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, revert_weight_conversion
 
-from tritter.core.families.dimensions import plain_floats
-from tritter.core.families.discovery.configs import (
-    Key,
-    class_of,
-    config_in,
-    count_layers,
-    decoder_config,
-    quiet,
-    reason_of,
-)
+from tritter.core.families.dimensions import Config
+from tritter.core.families.discovery.configs import Key, StockConfig, quiet, reason_of
 from tritter.core.families.logical import Place
 from tritter.errors import RequestError
 from tritter.storage.tensors import is_computed
@@ -56,6 +48,11 @@ class Skeleton:
     renamings: tuple[WeightRenaming, ...] = ()
     unread: tuple[str, ...] = ()
     float32: Mapping[torch.dtype, frozenset[str]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: Config) -> "Skeleton":
+        """Return the tensors of a model with this config.json."""
+        return _skeleton(Key.of(config))
 
     @cached_property
     def signatures(self) -> tuple[frozenset[tuple[str, Shape]], ...]:
@@ -105,12 +102,11 @@ def expert_of(name: str) -> int | None:
 
 
 @lru_cache(maxsize=64)
-def skeleton(key: Key) -> Skeleton:
-    """Return the tensors of a model with this config.json."""
-    config = config_in(key)
+def _skeleton(key: Key) -> Skeleton:
+    config = key.config
     try:
         with quiet(), torch.device("meta"):
-            stock = class_of(config).from_dict(plain_floats(config))
+            stock = StockConfig(config).stock
             model = AutoModelForCausalLM.from_config(stock, dtype=torch.bfloat16)
         state = model.state_dict()
         every = revert_weight_conversion(model, dict(state))
@@ -159,7 +155,7 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
 def layer_list(model: nn.Module) -> str:
     """Return the name of a model's list of layers: of those as long, that with most parameters."""
     config = model.config.get_text_config(decoder=True).to_dict()  # type: ignore[union-attr, operator]
-    count = count_layers(decoder_config(config))
+    count = StockConfig(config).num_layers
     sizes = {
         name: sum(value.numel() for value in module.parameters())
         for name, module in model.named_modules()

@@ -12,6 +12,7 @@ block is the identity. Writers are found from the end of the block to its beginn
 projection of attention writes the stream alone once the FFN after it is zero.
 """
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,15 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from tritter.core.families.dimensions import Config
-from tritter.core.families.discovery.configs import (
-    class_of,
-    complete,
-    decoder_part,
-    quiet,
-    reason_of,
-)
+from tritter.core.families.discovery.configs import StockConfig, quiet, reason_of
 from tritter.errors import RequestError
 
 # Pattern of a config key → its size in the twin; the first match counts, None leaves the value
@@ -70,8 +66,8 @@ _HINTS: Mapping[str, Config] = {
 }
 _GROUPS = ("num_key_value_heads", "num_kv_heads")  # of heads, which a class may derive
 TOLERANCE = 1e-10  # of float64 identities
-CHANGE = 0.37  # of the entries that are probed
-COORDINATE = 3
+_CHANGE = 0.37  # of the entries that are probed
+_COORDINATE = 3
 _TOKENS = (2, 12)  # sequences and tokens of a forward pass
 _SPREAD = 0.1  # of random parameters
 _NORMED = 0.01  # smaller relative changes of an output are none
@@ -97,9 +93,77 @@ class Twin:
         """The config of the decoder, which multimodal configs contain."""
         return self.config.get_text_config(decoder=True)
 
-    def logits(self) -> Tensor:
-        """Return float64 logits [B, T, V] of fixed random tokens."""
-        return logits_of(self.model, self.text.vocab_size)
+    @classmethod
+    def of(cls, config: Config) -> "Twin":
+        """Return the twin of a model.
+
+        Args:
+            config: its config.json.
+        """
+        _ = StockConfig(config).kind  # refuses unknown types
+        reasons: list[str] = []
+        for changes in _variants():
+            try:
+                with quiet():
+                    twin = _built(_small_config(config, changes))
+                    if bool(twin.logits().isfinite().all()):
+                        return twin
+                reasons.append("its logits are not finite")
+            except AttributeError as error:
+                reasons.append(f"its class reads what its config lacks ({reason_of(error)})")
+            except Exception as error:  # a config class or a model may raise anything
+                reasons.append(reason_of(error))
+        raise RequestError(f"no tiny model of it runs: {reasons[0]}")
+
+    def logits(self, model: nn.Module | None = None) -> Tensor:
+        """Return float64 logits [B, T, V] of fixed random tokens.
+
+        Args:
+            model: a model with the same tokens. Default: the twin.
+        """
+        model = self.model if model is None else model
+        draws = torch.Generator().manual_seed(0)
+        input_ids = torch.randint(3, min(self.text.vocab_size, 120), _TOKENS, generator=draws)
+        if getattr(model.config, "rescale_every", 0):  # RWKV changes its weights when evaluated
+            model = deepcopy(model)
+        with torch.no_grad(), in_float64():
+            return model(input_ids=input_ids, use_cache=False).logits
+
+    def sibling(self, config: Config) -> nn.Module:
+        """Return the stock model, in float64, of another config of the same class."""
+        return _stock_model(type(self.config).from_dict(config))
+
+    def calls(self, names: Collection[str] | None = None) -> "list[_Call]":
+        """Return the calls of its modules, in the order in which they end.
+
+        Args:
+            names: of the modules. Default: all.
+        """
+        return _calls_in(self.model, self.logits, names)
+
+    def owner_of(self, name: str) -> tuple[nn.Module, Tensor]:
+        """Return the module that a tensor belongs to, and the tensor."""
+        return _owner_of(self.model, name)
+
+    def scales_embedding(self, embedding: nn.Module, block: "Block") -> bool:
+        """Return True if the model multiplies the embedding by √hidden_size.
+
+        Args:
+            embedding: of the model.
+            block: the first layer.
+        """
+        weight = embedding.weight
+        assert isinstance(weight, Tensor)
+        modules = self.model.named_modules()
+        name = next(name for name, module in modules if module is block.module)
+        streams = []
+        with restored(weight):
+            for change in (0.0, _CHANGE):
+                weight.data[:, _COORDINATE] += change
+                (call,) = self.calls([name])
+                streams.append(call.given)
+        scale = (streams[1] - streams[0])[..., _COORDINATE] / _CHANGE
+        return is_equal(scale, torch.full_like(scale, math.sqrt(weight.shape[-1])))
 
     def block(self, name: str) -> "Block":
         """Return a layer, by its name in memory, with the arguments of a call of it."""
@@ -141,38 +205,6 @@ class Twin:
                 yield replace(block, hidden=value, output=number)
 
 
-def logits_of(model: nn.Module, vocab_size: int) -> Tensor:
-    """Return the logits [B, T, V] of fixed random tokens."""
-    draws = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(3, min(vocab_size, 120), _TOKENS, generator=draws)
-    if getattr(model.config, "rescale_every", 0):  # RWKV changes its weights when it is evaluated
-        model = deepcopy(model)
-    with torch.no_grad(), in_float64():
-        return model(input_ids=input_ids, use_cache=False).logits
-
-
-def build_twin(config: Config) -> Twin:
-    """Return the twin of a model.
-
-    Args:
-        config: its config.json.
-    """
-    class_of(config)
-    reasons: list[str] = []
-    for changes in _variants():
-        try:
-            with quiet():
-                twin = _built(_small_config(config, changes))
-                if bool(twin.logits().isfinite().all()):
-                    return twin
-            reasons.append("its logits are not finite")
-        except AttributeError as error:
-            reasons.append(f"its class reads what its config lacks ({reason_of(error)})")
-        except Exception as error:  # a config class or a model may raise anything
-            reasons.append(reason_of(error))
-    raise RequestError(f"no tiny model of it runs: {reasons[0]}")
-
-
 def _variants() -> Iterator[Config]:
     """Yield changes of the usual sizes, for classes that refuse these."""
     yield {}
@@ -183,7 +215,7 @@ def _variants() -> Iterator[Config]:
 
 def small_sizes(config: Config) -> Config:
     """Return a config, complete with the defaults of its class, at the sizes of a twin."""
-    kind, full = class_of(config), complete(config)
+    kind, full = StockConfig(config).kind, StockConfig(config).full
     explicit = set(config) | {key for key, value in kind().to_dict().items() if value is not None}
     small = _shrunk({key: value for key, value in full.items() if key in explicit})
     for name, value in full.items():
@@ -199,10 +231,11 @@ def small_sizes(config: Config) -> Config:
 def _small_config(config: Config, changes: Config) -> PreTrainedConfig:
     small = small_sizes(config)
     small |= {key: value for key, value in changes.items() if key in small}
-    if part := decoder_part(small):
+    if part := StockConfig(small).part:
         inner: Config = small[part]  # type: ignore[assignment]
         small[part] = {**inner, **{key: value for key, value in changes.items() if key in inner}}
-    return class_of(config).from_dict({**small, **_HINTS.get(str(config["model_type"]), {})})
+    hints = _HINTS.get(str(config["model_type"]), {})
+    return StockConfig(config).kind.from_dict({**small, **hints})
 
 
 def _derived(kind: type[PreTrainedConfig]) -> set[str]:
@@ -250,7 +283,7 @@ def _built(config: PreTrainedConfig) -> Twin:
         size = sum(value.numel() for value in AutoModelForCausalLM.from_config(config).parameters())
     if size > _MAX_PARAMETERS:
         raise RequestError(f"the smallest twin has {size:,} parameters")
-    model = build_model(config)
+    model = _stock_model(config)
     draws = torch.Generator().manual_seed(1)
     for value in _values(model):
         is_gain = value.ndim == 1 and bool((value == 1).all())
@@ -259,7 +292,7 @@ def _built(config: PreTrainedConfig) -> Twin:
     return Twin(config, model)
 
 
-def build_model(config: PreTrainedConfig) -> nn.Module:
+def _stock_model(config: PreTrainedConfig) -> nn.Module:
     """Return the stock model of a config in float64, with plain attention and experts."""
     plain: dict[str, Any] = {"attn_implementation": "eager"}
     with _float64_by_default(), torch.random.fork_rng(devices=[]):
@@ -333,22 +366,6 @@ def _float64_by_default() -> Iterator[None]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Writer:
-    """A tensor of a block that writes the residual stream.
-
-    Args:
-        name: within the block.
-        axis: its axis along the residual stream.
-        zero: its value in an identity block: 0 for what is added to the stream, −1 for such a gain
-            that is stored minus one, 1 for a factor of the stream itself.
-    """
-
-    name: str
-    axis: int
-    zero: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
 class Block:
     """One layer of a twin, and a call of it.
 
@@ -381,67 +398,124 @@ class Block:
             raise RequestError("a layer does not return its residual stream.")
         return outputs[0] - stream
 
-    def writers(self) -> tuple[_Writer, ...]:
-        """Return the smallest set of tensors with which it is the identity, at their zeros."""
+    def writers(self) -> dict[str, float]:
+        """Return the smallest set of tensors with which it is the identity: name → its value then.
+
+        That is 0 for what is added to the stream, −1 for such a gain that is stored minus one, 1
+        for a factor of the stream itself.
+        """
         saved = self.module.state_dict(keep_vars=True)
         buffers = {name: value for name, value in self.module.named_buffers() if name in saved}
         values = {**dict(self.module.named_parameters()), **buffers}
         values = {name: value for name, value in values.items() if value.is_floating_point()}
         before = {name: value.detach().clone() for name, value in values.items()}
-        found: list[_Writer] = []
+        found: list[str] = []
         with restored(*values.values()):
             reason = _zero_writers(self, values, found)
             if not reason:
-                return tuple(_needed(self, found, values, before))
+                return _needed(self, found, values, before)
         with restored(*values.values()):
             found = _set_factors(self, values)
             if _zero_writers(self, values, found, streams=_MAX_STREAMS):
                 raise RequestError(reason)
-            return tuple(_needed(self, found, values, before))
+            return _needed(self, found, values, before)
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """Its parameters and buffers, by name within the layer."""
+        return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+
+    def owner_of(self, name: str) -> tuple[nn.Module, Tensor]:
+        """Return the module that a tensor belongs to, and the tensor."""
+        return _owner_of(self.module, name)
+
+    def calls(self, names: Collection[str] | None = None) -> "list[_Call]":
+        """Return the calls of its modules, in the order in which they end.
+
+        Args:
+            names: of the modules. Default: all.
+        """
+        return _calls_in(self.module, self.change, names)
+
+    def activation(self, gate: str, up: str, down: str) -> str:
+        """Return the name of the module σ if down reads σ(gate(x)) · up(x); empty: there is none.
+
+        Args:
+            gate: name of a weight.
+            up: name of a weight; empty if down reads σ(gate(x)).
+            down: name of a weight.
+        """
+        calls = {call.name: call for call in self.calls()}
+        matrices = [name.removesuffix(".weight") for name in (gate, up, down) if name]
+        if not calls.keys() >= set(matrices):
+            return ""
+        for name in matrices:  # a subclass may compute something else
+            linear = self.module.get_submodule(name)
+            assert isinstance(linear, nn.Linear | Conv1D)
+            weight = linear.weight if isinstance(linear, nn.Linear) else linear.weight.T
+            with torch.no_grad():
+                made = nn.functional.linear(calls[name].given, weight, linear.bias)
+            if not is_equal(made, calls[name].made):
+                return ""
+        first, last = calls[matrices[0]], calls[matrices[-1]]
+        factor = calls[matrices[1]].made if up else torch.ones(())
+        for name, call in calls.items():
+            is_next = name not in matrices and torch.equal(call.given, first.made)
+            if is_next and is_equal(call.made * factor, last.given):
+                return name if _is_elementwise(self.module.get_submodule(name), call.given) else ""
+        return ""
 
     def is_output(self, name: str, axis: int) -> bool:
         """Return True if an axis of a tensor has the outputs of the tensor's module."""
-        _, value = owner_of(self.module, name)
+        _, value = self.owner_of(name)
         path, size = name.rpartition(".")[0], value.shape[axis]
-        before = calls_in(self.module, self.change, [path])
-        if not before or before[-1].made.shape[-1] != size or size <= COORDINATE:
+        before = self.calls([path])
+        if not before or before[-1].made.shape[-1] != size or size <= _COORDINATE:
             return False
         with restored(value):
-            value.data.select(axis, COORDINATE).add_(CHANGE)
-            after = calls_in(self.module, self.change, [path])
+            value.data.select(axis, _COORDINATE).add_(_CHANGE)
+            after = self.calls([path])
         return _is_at_coordinate(after[-1].made - before[-1].made)
 
 
+def _is_elementwise(module: nn.Module, values: Tensor) -> bool:
+    """Return True if a module's outputs for some entries do not depend on the others."""
+    half = values.shape[-1] // 2
+    changed = torch.cat([values[..., :half], values[..., half:] + _CHANGE], -1)
+    with torch.no_grad(), in_float64():
+        first, second = module(values), module(changed)
+    return torch.equal(first[..., :half], second[..., :half])
+
+
 def _zero_writers(
-    block: Block, values: Mapping[str, Tensor], found: list[_Writer], *, streams: int = 1
+    block: Block, values: Mapping[str, Tensor], found: list[str], *, streams: int = 1
 ) -> str:
     """Zero writers until the block is the identity, and add them to those found.
 
     Args:
         block: the layer.
         values: its tensors.
-        found: the writers.
+        found: names of the writers.
         streams: a writer may write up to as many residual streams, which lie one after another.
 
     Returns:
         The reason why it can't be the identity; empty if it is.
     """
     while block.change().abs().max() > TOLERANCE:
-        known = {writer.name for writer in found}
         more = [
-            writer
+            name
             for name, value in sorted(values.items(), key=lambda item: -item[1].ndim)
-            if name not in known and (writer := _writer(block, name, value, streams)) is not None
+            if name not in found and _is_writer(block, value, streams)
         ]
-        more = [each for each in more if _is_zeroed(block, values[each.name], always=streams > 1)]
+        more = [name for name in more if _is_zeroed(block, values[name], always=streams > 1)]
         if not more:
             return _reason(block)
         found += more
     return ""
 
 
-def _set_factors(block: Block, values: Mapping[str, Tensor]) -> list[_Writer]:
-    """Set the factors of the stream itself to one, and return them.
+def _set_factors(block: Block, values: Mapping[str, Tensor]) -> list[str]:
+    """Set the factors of the stream itself to one, and return their names.
 
     In a large stream they matter, and branches that begin with a norm do not.
     """
@@ -454,33 +528,33 @@ def _set_factors(block: Block, values: Mapping[str, Tensor]) -> list[_Writer]:
         value.data.fill_(1.0)
         changed = block.change(large).abs().sum()
         if changed < size * (1 - _NORMED):
-            found.append(_Writer(name, 0))
+            found.append(name)
             size = changed
         else:
             value.data.copy_(before)
     return found
 
 
-def _writer(block: Block, name: str, value: Tensor, streams: int) -> _Writer | None:
-    """Return the tensor as a writer of the residual stream, or None."""
+def _is_writer(block: Block, value: Tensor, streams: int) -> bool:
+    """Return True if a tensor writes the residual stream."""
     size = block.hidden.shape[-1]
     change = block.change()
     for axis, length in enumerate(value.shape):
-        if length <= COORDINATE or size % length or size // length > streams:
+        if length <= _COORDINATE or size % length or size // length > streams:
             continue
         with restored(value):
-            value.data.select(axis, COORDINATE).add_(CHANGE)
+            value.data.select(axis, _COORDINATE).add_(_CHANGE)
             moved = block.change() - change
         if _is_at_coordinate(moved.unflatten(-1, (-1, length))):
-            return _Writer(name, axis)
-    return None
+            return True
+    return False
 
 
 def _is_at_coordinate(difference: Tensor) -> bool:
     """Return True if a difference [..., H] is zero except at the probed coordinate."""
     size = difference.abs().flatten(0, -2).amax(0)  # [H]
-    others = torch.cat([size[:COORDINATE], size[COORDINATE + 1 :]])
-    return bool(size[COORDINATE] > TOLERANCE and others.max() <= TOLERANCE * (1 + size.max()))
+    others = torch.cat([size[:_COORDINATE], size[_COORDINATE + 1 :]])
+    return bool(size[_COORDINATE] > TOLERANCE and others.max() <= TOLERANCE * (1 + size.max()))
 
 
 def _is_zeroed(block: Block, value: Tensor, *, always: bool) -> bool:
@@ -502,25 +576,22 @@ def _is_zeroed(block: Block, value: Tensor, *, always: bool) -> bool:
 
 
 def _needed(
-    block: Block, found: list[_Writer], values: Mapping[str, Tensor], before: Mapping[str, Tensor]
-) -> list[_Writer]:
+    block: Block, found: list[str], values: Mapping[str, Tensor], before: Mapping[str, Tensor]
+) -> dict[str, float]:
     """Restore each writer that the identity does not need; return the others, with their zeros.
 
     A gain after a projection and the projection are both writers. Without the gain at zero the
     projection is needed, so gains are restored first.
     """
     needed = list(found)
-    for writer in sorted(found, key=lambda each: values[each.name].ndim):
-        zeroed = values[writer.name].detach().clone()
-        values[writer.name].data.copy_(before[writer.name])
+    for name in sorted(found, key=lambda each: values[each].ndim):
+        zeroed = values[name].detach().clone()
+        values[name].data.copy_(before[name])
         if block.change().abs().max() <= TOLERANCE:
-            needed.remove(writer)
+            needed.remove(name)
         else:
-            values[writer.name].data.copy_(zeroed)
-    return [
-        _Writer(writer.name, writer.axis, float(values[writer.name].detach().flatten()[0]))
-        for writer in needed
-    ]
+            values[name].data.copy_(zeroed)
+    return {name: float(values[name].detach().flatten()[0]) for name in needed}
 
 
 def _reason(block: Block) -> str:
@@ -561,7 +632,7 @@ class _Call:
     made: Tensor
 
 
-def calls_in(
+def _calls_in(
     module: nn.Module, run: Callable[[], object], names: Collection[str] | None = None
 ) -> list[_Call]:
     """Return the calls of modules within a module, in the order in which they end.
@@ -593,13 +664,7 @@ def calls_in(
     return calls
 
 
-def values_of(module: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters of a module, and its buffers."""
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
-
-
-def owner_of(module: nn.Module, name: str) -> tuple[nn.Module, Tensor]:
-    """Return the module that a tensor belongs to, and the tensor."""
+def _owner_of(module: nn.Module, name: str) -> tuple[nn.Module, Tensor]:
     path, _, attribute = name.rpartition(".")
     owner = module.get_submodule(path)
     return owner, getattr(owner, attribute)
