@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from tests.oracle import tiny_llama
-from tritter.methods.experts.adapters import AdapterShape, parameters_of
+from tritter.methods.experts.adapters import AdapterShape, LoraLayers
 from tritter.methods.experts.mixture import ExpertMixture, RouterKind
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
@@ -33,7 +33,7 @@ def mixture_of(
     torch.manual_seed(5)
     with torch.no_grad():
         for name in mixture.adapters:
-            for key, parameter in parameters_of(model, name).items():
+            for key, parameter in LoraLayers(model).parameters(name).items():
                 if ".lora_B." in key:
                     parameter.normal_(std=0.3)
         for router in mixture.routers():

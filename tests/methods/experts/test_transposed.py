@@ -15,7 +15,7 @@ from tritter.checkpoints.export import Weights, export_model
 from tritter.checkpoints.source import Source
 from tritter.core.models import read_model
 from tritter.errors import RequestError
-from tritter.methods.experts.adapters import AdapterShape, adaptable
+from tritter.methods.experts.adapters import AdapterShape, LoraLayers
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.methods.experts.stored import StoredAdapter, write_adapter
 
@@ -35,7 +35,7 @@ def logits(of: nn.Module) -> Tensor:
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_every_expert_is_a_stock_adapter(tmp_path: Path) -> None:
-    assert adaptable(model()) == set(TARGETS)
+    assert LoraLayers(model()).adaptable() == set(TARGETS)
     mixture = mixture_of(model(), targets=[TARGETS, LINEAR, ("c_attn",)], router="evidence")
     for name in mixture.names:
         write_adapter(mixture.model, name, tmp_path / name, base="somebody/base")

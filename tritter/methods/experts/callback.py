@@ -16,14 +16,7 @@ from tritter.data.batches import this_rank
 from tritter.data.chat import CONTEXT, ids_of
 from tritter.data.packing import IGNORED, document_mask_of, has_starts, kept_tokens, labels_of
 from tritter.data.replay import Reservoir
-from tritter.methods.experts.adapters import (
-    AdapterShape,
-    adapted_layers,
-    factors,
-    parameters_of,
-    set_rank,
-    shape_of,
-)
+from tritter.methods.experts.adapters import AdapterShape, Factors
 from tritter.methods.experts.changes import (
     evict_change,
     lost_share,
@@ -193,13 +186,13 @@ class ExpertCallback(Callback):
             self.registry.batches["idle"] += len([each for each in self._aims if each is not None])
         if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             for name in module.mixture.adapters:
-                own = parameters_of(module.model, name).values()
+                own = module.mixture.lora.parameters(name).values()
                 norm = nn.utils.get_total_norm([p.grad for p in own if p.grad is not None])
                 pl_module.log(f"experts/gradient_norm/{name}", float(norm))
         # The optimizer skips parameters without gradient, including momentum and weight decay
         for name in module.mixture.adapters:
             if name != active:
-                for parameter in parameters_of(module.model, name).values():
+                for parameter in module.mixture.lora.parameters(name).values():
                     parameter.grad = None
         if active is None:
             optimizer.zero_grad(set_to_none=True)
@@ -252,7 +245,7 @@ class ExpertCallback(Callback):
             "frozen": [
                 name
                 for expert in mixture.adapters
-                for name, parameter in parameters_of(mixture.model, expert).items()
+                for name, parameter in mixture.lora.parameters(expert).items()
                 if not parameter.requires_grad
             ],
             "exemplars": None if self._exemplars is None else self._exemplars.state_dict(),
@@ -293,21 +286,21 @@ class ExpertCallback(Callback):
 
     def _assign_expert(self, trainer: Trainer, module: ExpertModule, novel: Novel) -> None:
         """Assign an expert to a new skill: a new expert if there is room, else the nearest."""
-        registry, mixture, model = self.registry, module.mixture, module.model
+        registry, mixture, lora = self.registry, module.mixture, module.mixture.lora
         options = registry.options
         skill = self._skill or f"skill_{len(registry.expert_of)}_{trainer.global_step}"
         limit, first = options.max_trainable_parameters, mixture.adapters[0]
-        new = _size(model, first) // shape_of(model, first).rank * self._shape.rank
+        new = lora.num_parameters(first) // lora.shape(first).rank * self._shape.rank
 
         def obstacle() -> str:
             """Return the limit that prevents another expert; empty if there is none."""
             if len(mixture.adapters) >= options.max_experts:
                 return f"experts.max_experts = {options.max_experts} is reached"
-            if limit is not None and _size(model, *mixture.adapters) + new > limit:
+            if limit is not None and lora.num_parameters(*mixture.adapters) + new > limit:
                 return f"experts.max_trainable_parameters = {limit:,} is reached"
             return ""
 
-        is_of_use = limit is None or _size(model, first) + new <= limit
+        is_of_use = limit is None or lora.num_parameters(first) + new <= limit
         is_of_use &= options.when_full != "stop"
         while (why := obstacle()) and is_of_use and len(mixture.adapters) > 1:
             self._make_room(trainer, module)
@@ -350,9 +343,9 @@ class ExpertCallback(Callback):
         kept, gone = pair
         weights = [max(registry.members[name].usage, 1e-6) for name in pair]
         weights = [weight / sum(weights) for weight in weights]
-        (optimizer,), shape, lost = trainer.optimizers, shape_of(module.model, kept), []
-        for _, layer in adapted_layers(module.model):
-            both = [each for name in pair if (each := factors(layer, name)) is not None]
+        (optimizer,), shape, lost = trainer.optimizers, mixture.lora.shape(kept), []
+        for _, layer in mixture.lora:
+            both = [each for name in pair if (each := Factors.of(layer, name)) is not None]
             if len(both) < 2:
                 continue
             one = merge_factors(both, weights, rank=shape.rank, alpha=shape.alpha)
@@ -372,7 +365,7 @@ class ExpertCallback(Callback):
 
     def _thaw(self, trainer: Trainer, module: ExpertModule, name: str) -> None:
         if self.registry.members[name].is_frozen:
-            own = parameters_of(module.model, name)
+            own = module.mixture.lora.parameters(name)
             surgery.thaw(trainer, module, [key for key in own if not own[key].requires_grad])
             self.registry.thaw(name)
 
@@ -388,21 +381,21 @@ class ExpertCallback(Callback):
 
     def _grow(self, trainer: Trainer, module: ExpertModule, name: str) -> None:
         """Widen or freeze an expert that has stalled."""
-        registry, model, mixture = self.registry, module.model, module.mixture
-        rank = shape_of(model, name).rank
+        registry, mixture, lora = self.registry, module.mixture, module.mixture.lora
+        rank = lora.shape(name).rank
         due = registry.stalled(rank)
         if due == "widen":
             limit = registry.options.max_trainable_parameters
-            if limit is not None and _size(model, *mixture.adapters, name) > limit:
+            if limit is not None and lora.num_parameters(*mixture.adapters, name) > limit:
                 return
             seed = derived_seed(self._seed, name, str(rank))
             change = widen_change(mixture, name, 2 * rank, seed=seed)
             surgery.apply(trainer, module, change, reason="widened")
-            set_rank(model, name, 2 * rank)
+            lora.set_rank(name, 2 * rank)
             self._record_event(trainer, "widened", name, f"stalled; rank {rank} → {2 * rank}")
         elif due == "freeze":
             member, parts = registry.members[name], registry.options.freeze_projections
-            own = parameters_of(model, name)
+            own = lora.parameters(name)
             chosen = [
                 key for key in own if parts is None or any(f".{each}." in key for each in parts)
             ]
@@ -416,11 +409,6 @@ class ExpertCallback(Callback):
     ) -> None:
         record = {"step": trainer.global_step, "kind": kind, "expert": expert, "why": why}
         self.events.append(record | more)
-
-
-def _size(model: nn.Module, *names: str) -> int:
-    """Return the number of parameters of adapters."""
-    return sum(p.numel() for name in names for p in parameters_of(model, name).values())
 
 
 def _module(module: LightningModule) -> ExpertModule:
@@ -492,7 +480,7 @@ class _UsageLog:
         """Return the metrics since the last entry, and start the next entry."""
         model, times = mixture.model, self._over_time
         means = {n: sum(v) / len(v) for n, v in self._usage.items() if n in mixture.names}
-        ranks = {name: shape_of(model, name).rank for name in mixture.adapters}
+        ranks = {name: mixture.lora.shape(name).rank for name in mixture.adapters}
         times["steps"].append(step)
         times["usage"].append(means)
         times["ranks"].append(ranks)

@@ -15,7 +15,7 @@ from tritter.core.families import StoredTensor
 from tritter.core.parameter_map import AxisFactor, Fill, TensorMap
 from tritter.core.parameter_map.tensor_map import NO_SOURCE
 from tritter.errors import RequestError
-from tritter.methods.experts.adapters import Factors, parameters_of, shape_of
+from tritter.methods.experts.adapters import Factors
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.transform import Change
 from tritter.transform.change import declared
@@ -31,7 +31,7 @@ def spawn_change(mixture: ExpertMixture, name: str) -> Change:
         name: the mixture's last expert.
     """
     parts = _Parts()
-    for key, parameter in parameters_of(mixture.model, name).items():
+    for key, parameter in mixture.lora.parameters(name).items():
         values = parameter.detach().clone()
         parts.create(key, tuple(values.shape), Fill(kind="given", values=values))
     parts.follow_routers(mixture, [*range(len(mixture.names) - 1), NO_SOURCE])
@@ -47,8 +47,8 @@ def evict_change(mixture: ExpertMixture, name: str) -> Change:
         RequestError: there is no expert of this name, or no other one.
     """
     mixture.check_removable(name)
-    model, parts = mixture.model, _Parts()
-    for key, parameter in parameters_of(model, name).items():
+    parts = _Parts()
+    for key, parameter in mixture.lora.parameters(name).items():
         parts.remove(key, tuple(parameter.shape))
     parts.follow_routers(mixture, [n for n, each in enumerate(mixture.names) if each != name])
     return parts.change()
@@ -58,18 +58,18 @@ def widen_change(mixture: ExpertMixture, name: str, rank: int, *, seed: int) -> 
     """Return the change that gives an expert a larger rank; the function is preserved.
 
     New rows of A are random and new columns of B are zero (reversed in an embedding), as PEFT
-    initialises them. α / r is kept; call `tritter.methods.experts.adapters.set_rank` afterwards.
+    initialises them. α / r is kept; call `mixture.lora.set_rank` afterwards.
 
     Raises:
         RequestError: the rank is not larger than the current one.
     """
-    model, own = mixture.model, shape_of(mixture.model, name).rank
+    model, own = mixture.model, mixture.lora.shape(name).rank
     if rank <= own:
         raise RequestError(f"{name} already has rank {own}; the new rank {rank} must be larger.")
     source = torch.cat([torch.arange(own), torch.full((rank - own,), NO_SOURCE)])
     axis, parts = _plain_factor(source), _Parts()
     generator = torch.Generator().manual_seed(seed)
-    for key, parameter in parameters_of(model, name).items():
+    for key, parameter in mixture.lora.parameters(name).items():
         if ".lora_A." in key:
             bound = sqrt(
                 1 / parameter.shape[1]

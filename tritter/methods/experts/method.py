@@ -195,10 +195,10 @@ class Experts(Method, ABC):
 
     def shape(self, model: nn.Module) -> AdapterShape:
         """Return the initial size of an adapter on a model."""
-        from tritter.methods.experts.adapters import AdapterShape, adaptable
+        from tritter.methods.experts.adapters import AdapterShape, LoraLayers
 
         options: AdapterOptions = self.options
-        targets = options.targets or tuple(sorted(adaptable(model)))
+        targets = options.targets or tuple(sorted(LoraLayers(model).adaptable()))
         return AdapterShape(options.rank, float(options.alpha), tuple(targets))
 
 
@@ -218,10 +218,8 @@ class SingleLora(Experts):
         return mixture
 
     def _resume(self, mixture: ExpertMixture, setting: Setting) -> None:
-        from tritter.methods.experts.adapters import shape_of
-
         super()._resume(mixture, setting)
-        own, expected = shape_of(mixture.model, mixture.names[0]), self.shape(mixture.model)
+        own, expected = mixture.lora.shape(mixture.names[0]), self.shape(mixture.model)
         if own != replace(expected, targets=tuple(sorted(expected.targets))):
             raise RequestError(
                 f"experts.rank, .alpha or .targets: the checkpoint's adapter has rank {own.rank}, "
@@ -372,13 +370,14 @@ class DynamicExperts(Experts):
         return {name: getattr(self.options, name) for name in names}
 
     def shape(self, model: nn.Module) -> AdapterShape:
-        from tritter.methods.experts.adapters import AdapterShape, adaptable
+        from tritter.methods.experts.adapters import AdapterShape, LoraLayers
 
         shape = super().shape(model)
         options: DynamicOptions = self.options
         if options.router != "learned" or options.targets is not None:
             return shape
-        return AdapterShape(shape.rank, shape.alpha, tuple(sorted(adaptable(model, whole=False))))
+        targets = tuple(sorted(LoraLayers(model).adaptable(whole=False)))
+        return AdapterShape(shape.rank, shape.alpha, targets)
 
     def registry(self, *, max_steps: int) -> ExpertRegistry:
         """Return the expert registry of a run that starts without known skills."""

@@ -18,15 +18,9 @@ from tritter.errors import RequestError, did_you_mean
 from tritter.methods.experts.adapters import (
     AdapterShape,
     Factors,
-    adaptable,
-    adapted_layers,
-    adapter_names,
-    add_adapter,
-    decoder_layers,
-    factors,
+    LoraLayers,
     is_of_adapter,
     layer_number,
-    remove_adapter,
 )
 from tritter.methods.experts.gates import Gates, Routing
 from tritter.training.parameters import WRAPPED
@@ -398,6 +392,7 @@ class ExpertMixture:
         evidence: keyword arguments of `Evidence`.
 
     Attributes:
+        lora: the layers with adapters.
         names: the experts, in the order of the gates.
         routing: how logits are converted to gates.
         evidence: token counts; None if the router is `learned`.
@@ -416,9 +411,10 @@ class ExpertMixture:
         is_shared: bool = False,
         evidence: Mapping[str, Any] | None = None,
     ) -> None:
-        if adapter_names(model):
-            raise RequestError(f"the model already has adapters: {', '.join(adapter_names(model))}")
-        layers = decoder_layers(model)
+        self.lora = LoraLayers(model)
+        if names := ", ".join(self.lora.adapters):
+            raise RequestError(f"the model already has adapters: {names}")
+        layers = self.lora.decoder_layers()
         if not layers:
             raise RequestError("the model has no decoder layers named layers.N, h.N or blocks.N.")
         self.model = model
@@ -495,18 +491,18 @@ class ExpertMixture:
         """Add an expert's adapter; the caller adds its router rows."""
         if name in self.names:
             raise RequestError(f"the model already has an adapter {name}.")
-        outside = adaptable(self.model) - adaptable(self.model, whole=False)
+        outside = self.lora.adaptable() - self.lora.adaptable(whole=False)
         vocabulary = [target for target in shape.targets if target in outside]
         if vocabulary and self.evidence is None:
             raise RequestError(
                 f"experts.targets = {vocabulary[0]}: a learned router needs hidden states, which "
                 "the vocabulary does not have; use experts.router=evidence or both."
             )
-        add_adapter(self.model, name, shape, seed=seed)
+        self.lora.add(name, shape, seed=seed)
         self.names.append(name)
         if self.evidence is not None:
             self.evidence.add_row()
-        for layer_name, layer in adapted_layers(self.model):
+        for layer_name, layer in self.lora:
             if layer_name not in self._hooked:
                 layer_at = layer_number(layer_name)
                 mix = self._whole if layer_at is None else self._mixes[layer_at]
@@ -515,7 +511,7 @@ class ExpertMixture:
 
     def close(self, name: str) -> None:
         """Remove an expert's adapter; the caller removes its router rows."""
-        remove_adapter(self.model, name)
+        self.lora.remove(name)
         if self.evidence is not None:
             self.evidence.keep_rows([n for n, each in enumerate(self.names) if each != name])
         self.names.remove(name)
@@ -696,7 +692,7 @@ class ExpertMixture:
         dispatch = mix.dispatch
         if dispatch is None:
             return output
-        found = {n: each for n, name in enumerate(self.names) if (each := factors(layer, name))}
+        found = {n: each for n, name in enumerate(self.names) if (each := Factors.of(layer, name))}
         if not found:
             return output
         return output + _mixture_output(args[0], found, dispatch).to(output.dtype)

@@ -13,14 +13,7 @@ from tritter.core.models import model_of
 from tritter.data.batches import this_rank
 from tritter.data.packing import IGNORED, kept_tokens, labels_of
 from tritter.evaluation.inference import preserve_modes
-from tritter.methods.experts.adapters import (
-    AdapterShape,
-    adapted_layers,
-    adapter_names,
-    decoder_layers,
-    factors,
-    shape_of,
-)
+from tritter.methods.experts.adapters import AdapterShape, Factors
 from tritter.methods.experts.gates import Gates, Routing, balance_loss, entropy_loss, z_loss
 from tritter.methods.experts.mixture import ROUTER, ExpertMixture
 from tritter.training import BaseModule
@@ -98,12 +91,12 @@ class ExpertModule(BaseModule):
     def get_extra_state(self) -> dict[str, Any]:
         """Return the journal, the names and sizes of the experts, and the trained parameters."""
         mixture = self.mixture
-        shapes = {name: shape_of(self.model, name) for name in mixture.adapters}
+        shapes = {name: mixture.lora.shape(name) for name in mixture.adapters}
         routing = mixture.routing
         return super().get_extra_state() | {
             "experts": {
                 "names": list(mixture.names),
-                "order": list(adapter_names(self.model)),
+                "order": list(mixture.lora.adapters),
                 "shapes": {n: [s.rank, s.alpha, list(s.targets)] for n, s in shapes.items()},
                 "routing": [routing.top_k, routing.temperature, routing.capacity_factor],
                 "trained": [n for n, p in self.model.named_parameters() if p.requires_grad],
@@ -115,11 +108,11 @@ class ExpertModule(BaseModule):
         """Recreate the experts of a saved run with their final ranks, before weights are loaded."""
         saved, mixture = state["experts"], self.mixture
         shapes = {n: AdapterShape(r, a, tuple(t)) for n, (r, a, t) in saved["shapes"].items()}
-        if saved["order"] != list(adapter_names(self.model)) or any(
-            shape != shape_of(self.model, name) for name, shape in shapes.items()
+        if saved["order"] != list(mixture.lora.adapters) or any(
+            shape != mixture.lora.shape(name) for name, shape in shapes.items()
         ):
             # Recreate all in their original order: optimizers match state by position
-            for name in adapter_names(self.model):
+            for name in mixture.lora.adapters:
                 mixture.close(name)
             for name in saved["order"]:
                 mixture.open(name, shapes[name], seed=0)
@@ -193,9 +186,9 @@ def _adapters_of(mixture: ExpertMixture) -> Adapters:
             matrices[layer_name] = [part.tensor.name for part in stored.parts]
     head = model.get_output_embeddings()  # type: ignore[operator]
     # A tied head has the weight of the embedding
-    matrices |= {name: ["head"] for name, layer in adapted_layers(model) if layer is head}
-    for name, layer in adapted_layers(model):
-        found = (factors(layer, expert) for expert in mixture.adapters)
+    matrices |= {name: ["head"] for name, layer in mixture.lora if layer is head}
+    for name, layer in mixture.lora:
+        found = (Factors.of(layer, expert) for expert in mixture.adapters)
         adapters = [
             LowRank(
                 rank=each.rank,
@@ -212,7 +205,7 @@ def _adapters_of(mixture: ExpertMixture) -> Adapters:
             other: [replace(each, has_down=False) for each in adapters] for other in others
         }
     gating = {}
-    for n, decoder_layer in decoder_layers(model).items():
+    for n, decoder_layer in mixture.lora.decoder_layers().items():
         router = getattr(decoder_layer, ROUTER, None) or getattr(model, ROUTER, None)
         if router is not None:
             gating[n] = number, router.weight.requires_grad

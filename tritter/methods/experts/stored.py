@@ -32,15 +32,7 @@ from tritter.checkpoints.record import EXPERTS_FOLDER
 from tritter.core.families import Model
 from tritter.core.models import load_model
 from tritter.errors import RequestError, TritterError
-from tritter.methods.experts.adapters import (
-    AdapterShape,
-    Factors,
-    adapted_layers,
-    base_bits,
-    factors,
-    is_embedding,
-    shape_of,
-)
+from tritter.methods.experts.adapters import AdapterShape, Factors, LoraLayers
 from tritter.methods.experts.gates import Routing
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.storage.atomic import atomic_folder
@@ -88,9 +80,10 @@ class StoredAdapter:
     @classmethod
     def of(cls, model: nn.Module, name: str) -> "StoredAdapter":
         """Return a copy of a live model's adapter on the CPU."""
-        shape, found, embeddings = shape_of(model, name), {}, set()
-        for layer_name, layer in adapted_layers(model):
-            found_factors = factors(layer, name)
+        lora = LoraLayers(model)
+        shape, found, embeddings = lora.shape(name), {}, set()
+        for layer_name, layer in lora:
+            found_factors = Factors.of(layer, name)
             if found_factors is None:
                 continue
             found[layer_name] = (
@@ -99,7 +92,7 @@ class StoredAdapter:
             )
             if not all(map(is_finite, found[layer_name])):
                 raise TritterError(f"the adapter {name} of {layer_name} is not finite.")
-            if is_embedding(layer):
+            if found_factors.is_embedding:
                 embeddings.add(layer_name)
         return cls(shape, found, frozenset(embeddings))
 
@@ -193,14 +186,14 @@ class StoredAdapter:
 
     def load_into(self, model: nn.Module, name: str) -> None:
         """Load the values into an adapter on a model."""
-        layers = dict(adapted_layers(model))
-        own = {n: f for n, layer in layers.items() if (f := factors(layer, name)) is not None}
+        layers = dict(LoraLayers(model))
+        own = {n: f for n, layer in layers.items() if (f := Factors.of(layer, name)) is not None}
         if own.keys() != self.factors.keys():
             first = sorted(own.keys() ^ self.factors.keys())[0]
             where = "the folder" if first in self.factors else "the model"
             raise TritterError(f"the adapter does not fit the model: {first} is only in {where}.")
         for layer, (down, up) in self.factors.items():
-            if is_embedding(layers[layer]) != (layer in self.embeddings):
+            if own[layer].is_embedding != (layer in self.embeddings):
                 raise TritterError(
                     f"the adapter does not fit the model: {layer} is an embedding only in the "
                     f"{'folder' if layer in self.embeddings else 'model'}."
@@ -309,7 +302,7 @@ class ExpertFolder:
                 start_ids=evidence.start_ids,
             ),
             usage={domain: dict(gates) for domain, gates in (usage or {}).items()},
-            base_bits=base_bits(mixture.model),
+            base_bits=mixture.lora.base_bits,
         )
         tensors: dict[str, Tensor] = {}
         plain = encode(extra or {}, tensors, key_path=_EXTRA)
