@@ -20,13 +20,7 @@ from tests.oracle.families import tiny
 from tests.training.test_surgery import train
 from tritter.errors import RequestError, TritterError
 from tritter.methods.experts.adapters import AdapterShape, Factors, LoraLayers, layer_number
-from tritter.methods.experts.changes import (
-    evict_change,
-    lost_share,
-    merge_factors,
-    spawn_change,
-    widen_change,
-)
+from tritter.methods.experts.changes import evict_change, spawn_change, widen_change
 from tritter.methods.experts.gates import Routing
 from tritter.methods.experts.mixture import Dispatch, ExpertMixture, _mixture_output
 from tritter.methods.experts.stored import _TENSORS_NAME, StoredAdapter, write_adapter
@@ -202,8 +196,8 @@ def test_embeddings_merged_are_the_sum_of_what_they_add() -> None:
         Factors(torch.randn(2, 9).double(), torch.randn(4, 2).double(), 0.5, torch.tensor(2.0))
         for _ in range(2)
     ]
-    one = merge_factors(parts, [0.3, 0.7], rank=4, alpha=8.0)
-    assert lost_share(parts, [0.3, 0.7], one) < 1e-12
+    one = Factors.merged(parts, [0.3, 0.7], rank=4, alpha=8.0)
+    assert one.lost_share(parts, [0.3, 0.7]) < 1e-12
     ids = torch.arange(9)[None]
     whole = Dispatch(torch.ones(9, 1), None)
     gates = torch.tensor([[0.3, 0.7]], dtype=torch.float64).expand(9, 2)

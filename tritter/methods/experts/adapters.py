@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
 from tritter.errors import RequestError, did_you_mean
@@ -107,6 +108,41 @@ class Factors:
         The weight of an embedding is stored transposed, [V, out_features].
         """
         return self.scaling * (self.up @ self.down)
+
+    @classmethod
+    def merged(
+        cls, parts: Sequence[Factors], weights: Sequence[float], *, rank: int, alpha: float
+    ) -> Factors:
+        """Return the adapter of a rank that is nearest to Σ wᵢ · (α/r)ᵢ · Bᵢ Aᵢ (Eckart–Young).
+
+        The sum is never computed: with [B₁ …] = Q S and [A₁ …]ᵀ = P T it is Q (S Tᵀ) Pᵀ, so the
+        SVD is of a matrix whose size is the sum of the ranks.
+
+        Args:
+            parts: the adapters.
+            weights: weight of each, such as its mean gate.
+            rank: rank of the result; if the sum has a lower one, the rest is zero.
+            alpha: α of the result; B is divided by α / rank.
+        """
+        scaled = zip(parts, weights, strict=True)
+        up = torch.cat([w * each.scaling * each.up.double() for each, w in scaled], dim=1)
+        down = torch.cat([each.down.double() for each in parts])  # [R, in]; up is [out, R]
+        q, s = torch.linalg.qr(up)
+        p, t = torch.linalg.qr(down.T)
+        left, values, right = torch.linalg.svd(s @ t.T)
+        number = min(rank, len(values))
+        root = values[:number].sqrt()
+        example, scaling = parts[0].down, alpha / rank
+        new_up = pad((q @ left[:, :number]) * root / scaling, (0, rank - number))
+        new_down = pad((root[:, None] * right[:number]) @ p.T, (0, 0, 0, rank - number))
+        return cls(new_down.to(example), new_up.to(example), scaling, parts[0].gain)
+
+    def lost_share(self, parts: Sequence[Factors], weights: Sequence[float]) -> float:
+        """Return ‖sum − merged‖ / ‖sum‖ (Frobenius), the loss of a merge; 0 for a sum of zeros."""
+        whole = sum((w * each.delta().double() for each, w in zip(parts, weights, strict=True)))
+        assert isinstance(whole, Tensor)
+        norm = float(whole.norm())
+        return float((whole - self.delta().double()).norm()) / norm if norm else 0.0
 
 
 class LoraLayers:

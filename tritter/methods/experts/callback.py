@@ -17,13 +17,7 @@ from tritter.data.chat import CONTEXT, ids_of
 from tritter.data.packing import IGNORED, document_mask_of, has_starts, kept_tokens, labels_of
 from tritter.data.replay import Reservoir
 from tritter.methods.experts.adapters import AdapterShape, Factors
-from tritter.methods.experts.changes import (
-    evict_change,
-    lost_share,
-    merge_factors,
-    spawn_change,
-    widen_change,
-)
+from tritter.methods.experts.changes import evict_change, spawn_change, widen_change
 from tritter.methods.experts.gates import Gates, entropy_loss, usage
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.methods.experts.module import ExpertModule
@@ -348,8 +342,8 @@ class ExpertCallback(Callback):
             both = [each for name in pair if (each := Factors.of(layer, name)) is not None]
             if len(both) < 2:
                 continue
-            one = merge_factors(both, weights, rank=shape.rank, alpha=shape.alpha)
-            lost.append(lost_share(both, weights, one))
+            one = Factors.merged(both, weights, rank=shape.rank, alpha=shape.alpha)
+            lost.append(one.lost_share(both, weights))
             for parameter, value in ((both[0].down, one.down), (both[0].up, one.up)):
                 with torch.no_grad():
                     parameter.copy_(value)

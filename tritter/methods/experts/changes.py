@@ -9,13 +9,11 @@ from math import sqrt
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from tritter.core.families import StoredTensor
 from tritter.core.parameter_map import AxisFactor, Fill, TensorMap
 from tritter.core.parameter_map.tensor_map import NO_SOURCE
 from tritter.errors import RequestError
-from tritter.methods.experts.adapters import Factors
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.transform import Change
 from tritter.transform.change import declared
@@ -128,39 +126,3 @@ def _plain_factor(source: Tensor) -> AxisFactor:
     """Return the factor of an axis whose coordinates are kept, dropped or new, without scaling."""
     kept = (source != NO_SOURCE).double()
     return AxisFactor(source, kept, kept)
-
-
-def merge_factors(
-    parts: Sequence[Factors], weights: Sequence[float], *, rank: int, alpha: float
-) -> Factors:
-    """Return the adapter of a given rank that is nearest to Σ wᵢ · (α/r)ᵢ · Bᵢ Aᵢ (Eckart–Young).
-
-    The sum is never computed: with [B₁ …] = Q S and [A₁ …]ᵀ = P T it is Q (S Tᵀ) Pᵀ, so the SVD is
-    of a matrix whose size is the sum of the ranks.
-
-    Args:
-        parts: the adapters.
-        weights: weight of each, such as its mean gate.
-        rank: rank of the result; if the sum has a lower one, the rest is zero.
-        alpha: α of the result; B is divided by α / rank.
-    """
-    scaled = zip(parts, weights, strict=True)
-    up = torch.cat([w * each.scaling * each.up.double() for each, w in scaled], dim=1)  # [out, R]
-    down = torch.cat([each.down.double() for each in parts])  # [R, in]
-    q, s = torch.linalg.qr(up)
-    p, t = torch.linalg.qr(down.T)
-    left, values, right = torch.linalg.svd(s @ t.T)
-    number = min(rank, len(values))
-    root = values[:number].sqrt()
-    example, scaling = parts[0].down, alpha / rank
-    new_up = pad((q @ left[:, :number]) * root / scaling, (0, rank - number))
-    new_down = pad((root[:, None] * right[:number]) @ p.T, (0, 0, 0, rank - number))
-    return Factors(new_down.to(example), new_up.to(example), scaling, parts[0].gain)
-
-
-def lost_share(parts: Sequence[Factors], weights: Sequence[float], result: Factors) -> float:
-    """Return ‖sum − result‖ / ‖sum‖ (Frobenius), the loss of a merge; 0 for a sum of zeros."""
-    whole = sum((w * each.delta().double() for each, w in zip(parts, weights, strict=True)))
-    assert isinstance(whole, Tensor)
-    norm = float(whole.norm())
-    return float((whole - result.delta().double()).norm()) / norm if norm else 0.0

@@ -9,7 +9,6 @@ from torch import Tensor
 from tritter.errors import RequestError
 from tritter.evaluation.inference import eval_mode
 from tritter.methods.experts.adapters import AdapterShape, Factors
-from tritter.methods.experts.changes import lost_share, merge_factors
 from tritter.methods.experts.gates import usage
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.methods.experts.stored import ExpertFolder, StoredAdapter
@@ -60,10 +59,10 @@ def merged_adapter(
     size, lost, found = rank or whole, 0.0, {}
     for layer, parts in layers.items():
         factors, weights = [part for _, part in parts], [gates[name] for name, _ in parts]
-        one = merge_factors(factors, weights, rank=size, alpha=float(size))
+        one = Factors.merged(factors, weights, rank=size, alpha=float(size))
         found[layer] = one.down, one.up
         if size < _whole_rank(factors):
-            lost = max(lost, lost_share(factors, weights, one))
+            lost = max(lost, one.lost_share(factors, weights))
     targets = tuple(sorted({layer.rpartition(".")[2] for layer in layers}))
     shape = AdapterShape(size, float(size), targets)
     return StoredAdapter(shape, found, frozenset(embeddings)), lost
