@@ -408,11 +408,9 @@ def add_experts(model: Model, rank: int = 8, **options: Any) -> PreTrainedModel:
     if mixture is not None and requested.router not in (None, mixture.router):
         reason = f"the model's experts already use the router {mixture.router}"
         raise refused("router", requested.router, reason)
-    layers = LoraLayers(live)
-    targets = requested.targets or tuple(sorted(layers.adaptable(whole=False)))
-    if mixture is None:
-        known = layers.adaptable()
-        if missing := sorted(set(targets) - known):  # before the base is frozen
+    targets = requested.targets or tuple(sorted(LoraLayers(live).adaptable(whole=False)))
+    if mixture is None:  # checked before the base is frozen
+        if missing := sorted(set(targets) - (known := LoraLayers(live).adaptable())):
             reason = f"the model has no such layer; it has {', '.join(sorted(known))}"
             raise refused("targets", missing, reason, near=nearest(missing[0], known))
         mixture = ExpertMixture(live, router=requested.router or "learned")

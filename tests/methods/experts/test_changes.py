@@ -12,7 +12,6 @@ from tests.methods.experts.mixtures import TARGETS, mixture_of
 from tests.training.test_surgery import train
 from tritter.errors import RequestError
 from tritter.methods.experts.adapters import AdapterShape
-from tritter.methods.experts.changes import evict_change, spawn_change, widen_change
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.training import surgery
 
@@ -45,18 +44,18 @@ class Event(Callback):
 class Spawn(Event):
     def change(self, trainer, module) -> None:  # type: ignore[no-untyped-def]
         self.mixture.open("new", AdapterShape(5, 10.0, TARGETS), seed=7)
-        surgery.apply(trainer, module, spawn_change(self.mixture, "new"), reason="spawn")
+        surgery.apply(trainer, module, self.mixture.spawn_change("new"), reason="spawn")
 
 
 class Evict(Event):
     def change(self, trainer, module) -> None:  # type: ignore[no-untyped-def]
-        surgery.apply(trainer, module, evict_change(self.mixture, "e1"), reason="evict")
+        surgery.apply(trainer, module, self.mixture.evict_change("e1"), reason="evict")
         self.mixture.close("e1")
 
 
 class Widen(Event):
     def change(self, trainer, module) -> None:  # type: ignore[no-untyped-def]
-        change = widen_change(self.mixture, "e1", 8, seed=3)
+        change = self.mixture.widen_change("e1", 8, seed=3)
         surgery.apply(trainer, module, change, reason="rank")
         self.mixture.lora.set_rank("e1", 8)
 
@@ -116,7 +115,7 @@ def test_one_goes_and_its_state_with_it(tmp_path: Path) -> None:
         for key in (f"{router}.weight", f"{router}.weight exp_avg", f"{router}.bias"):
             assert torch.equal(event.after[key], event.before[key][[0, 2]])
     with pytest.raises(RequestError, match=r"no expert e1; the experts are e0, e2"):
-        evict_change(event.mixture, "e1")
+        event.mixture.evict_change("e1")
 
 
 def test_a_doubled_rank_keeps_function_moments_and_scale(tmp_path: Path) -> None:
@@ -142,4 +141,4 @@ def test_a_doubled_rank_keeps_function_moments_and_scale(tmp_path: Path) -> None
                 assert torch.equal(moments, event.before[f"{key} {kind}"])
             assert (end[key].narrow(dim, 4, 4) != new).any()
     with pytest.raises(RequestError, match="already has rank 8; the new rank 8 must be larger"):
-        widen_change(event.mixture, "e1", 8, seed=0)
+        event.mixture.widen_change("e1", 8, seed=0)

@@ -14,8 +14,8 @@ from tests.oracle import tiny_llama, tokens
 from tests.oracle.families import tiny
 from tritter.errors import RequestError
 from tritter.methods.experts.adapters import AdapterShape, Factors
-from tritter.methods.experts.gates import Routing
-from tritter.methods.experts.mixture import Dispatch, ExpertMixture, _mixture_output, mixture_on
+from tritter.methods.experts.gates import Dispatch, Routing
+from tritter.methods.experts.mixture import ExpertMixture, mixture_on
 
 MODES = [Routing(), Routing(top_k=2), Routing(top_k=1), Routing(top_k=2, temperature=0.5)]
 
@@ -151,7 +151,7 @@ def test_chosen_experts_never_have_a_row_of_the_output_for_each_choice() -> None
     inputs = torch.randn(1, 40, 6)
     gates = Routing(top_k=2).gates(torch.randn(1, 40, 3))
     with LargestOutput(1000) as largest:
-        found = _mixture_output(inputs, parts, Dispatch.of(gates))
+        found = Dispatch.of(gates).output(inputs, parts)
     assert largest.rows == 40
     expected = sum(gates.weights[..., [n]] * (inputs @ parts[n].delta().T) for n in parts)
     torch.testing.assert_close(found, expected)

@@ -20,9 +20,8 @@ from tests.oracle.families import tiny
 from tests.training.test_surgery import train
 from tritter.errors import RequestError, TritterError
 from tritter.methods.experts.adapters import AdapterShape, Factors, LoraLayers, layer_number
-from tritter.methods.experts.changes import evict_change, spawn_change, widen_change
-from tritter.methods.experts.gates import Routing
-from tritter.methods.experts.mixture import Dispatch, ExpertMixture, _mixture_output
+from tritter.methods.experts.gates import Dispatch, Routing
+from tritter.methods.experts.mixture import ExpertMixture
 from tritter.methods.experts.stored import _TENSORS_NAME, StoredAdapter, write_adapter
 from tritter.training import surgery
 from tritter.training.parameters import disk_values, replay
@@ -181,7 +180,7 @@ def test_a_lookup_is_the_product_with_a_one_hot_vector(
     target = random(2, 7, 5)
     found = []
     for inputs in (ids, nn.functional.one_hot(ids, 11).double()):
-        out = _mixture_output(inputs, experts, dispatch)
+        out = dispatch.output(inputs, experts)
         found.append((out, torch.autograd.grad((out * target).sum(), leaves)))
     (one, gradients), (other, expected) = found
     assert one.shape == (2, 7, 5)
@@ -201,8 +200,8 @@ def test_embeddings_merged_are_the_sum_of_what_they_add() -> None:
     ids = torch.arange(9)[None]
     whole = Dispatch(torch.ones(9, 1), None)
     gates = torch.tensor([[0.3, 0.7]], dtype=torch.float64).expand(9, 2)
-    summed = _mixture_output(ids, dict(enumerate(parts)), Dispatch(gates, None))
-    assert (_mixture_output(ids, {0: one}, whole) - summed).abs().max() < 1e-12 < summed.abs().max()
+    summed = Dispatch(gates, None).output(ids, dict(enumerate(parts)))
+    assert (whole.output(ids, {0: one}) - summed).abs().max() < 1e-12 < summed.abs().max()
 
 
 class Life(Callback):
@@ -223,12 +222,12 @@ class Life(Callback):
         if step == 2:
             before = self.only("first")
             mixture.open("new", AdapterShape(3, 6.0, TARGETS), seed=7)
-            surgery.apply(trainer, pl_module, spawn_change(mixture, "new"), reason="spawn")
+            surgery.apply(trainer, pl_module, mixture.spawn_change("new"), reason="spawn")
             after = self.only("first")
         elif step == 4:
             self.drawn_like_peft(model)
             before = oracle.logits(model, oracle.tokens())
-            change = widen_change(mixture, "new", 5, seed=3)
+            change = mixture.widen_change("new", 5, seed=3)
             surgery.apply(trainer, pl_module, change, reason="rank")
             LoraLayers(model).set_rank("new", 5)
             assert LoraLayers(model).shape("new") == AdapterShape(5, 10.0, tuple(sorted(TARGETS)))
@@ -236,7 +235,7 @@ class Life(Callback):
             after = oracle.logits(model, oracle.tokens())
         else:
             before = self.only("new")
-            surgery.apply(trainer, pl_module, evict_change(mixture, "first"), reason="evict")
+            surgery.apply(trainer, pl_module, mixture.evict_change("first"), reason="evict")
             mixture.close("first")
             after = self.only("new")
             assert not any(".first" in name for name in model.state_dict())

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import embedding, linear, pad
 from transformers.pytorch_utils import Conv1D
 
 from tritter.errors import RequestError, did_you_mean
@@ -101,6 +101,12 @@ class Factors:
     @property
     def rank(self) -> int:
         return self.down.shape[0]
+
+    def low(self, tokens: Tensor) -> Tensor:
+        """Return A x for tokens [N, in_features], or one-hot ones as integers [N]: [N, r]."""
+        if tokens.is_floating_point():
+            return linear(tokens, self.down)
+        return embedding(tokens, self.down.T)
 
     def delta(self) -> Tensor:
         """Return the change of the weight, [out_features, in_features].

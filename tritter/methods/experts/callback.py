@@ -17,8 +17,7 @@ from tritter.data.chat import CONTEXT, ids_of
 from tritter.data.packing import IGNORED, document_mask_of, has_starts, kept_tokens, labels_of
 from tritter.data.replay import Reservoir
 from tritter.methods.experts.adapters import AdapterShape, Factors
-from tritter.methods.experts.changes import evict_change, spawn_change, widen_change
-from tritter.methods.experts.gates import Gates, entropy_loss, usage
+from tritter.methods.experts.gates import Gates, usage
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.methods.experts.module import ExpertModule
 from tritter.methods.experts.options import FIRST
@@ -308,7 +307,7 @@ class ExpertCallback(Callback):
             return
         name = registry.next_name()
         mixture.open(name, self._shape, seed=derived_seed(self._seed, name))
-        surgery.apply(trainer, module, spawn_change(mixture, name), reason="spawned")
+        surgery.apply(trainer, module, mixture.spawn_change(name), reason="spawned")
         skill = self._skill or name
         registry.assign(skill, name)
         registry.members[name].domain = domain = ", ".join(self._domains)
@@ -367,7 +366,7 @@ class ExpertCallback(Callback):
         self, trainer: Trainer, module: ExpertModule, gone: str, *, successor: str | None
     ) -> None:
         """Remove an expert, with its exemplars and skills unless an heir takes them."""
-        surgery.apply(trainer, module, evict_change(module.mixture, gone), reason="evicted")
+        surgery.apply(trainer, module, module.mixture.evict_change(gone), reason="evicted")
         module.mixture.close(gone)
         self.registry.remove(gone, successor=successor)
         if self._exemplars is not None:
@@ -383,7 +382,7 @@ class ExpertCallback(Callback):
             if limit is not None and lora.num_parameters(*mixture.adapters, name) > limit:
                 return
             seed = derived_seed(self._seed, name, str(rank))
-            change = widen_change(mixture, name, 2 * rank, seed=seed)
+            change = mixture.widen_change(name, 2 * rank, seed=seed)
             surgery.apply(trainer, module, change, reason="widened")
             lora.set_rank(name, 2 * rank)
             self._record_event(trainer, "widened", name, f"stalled; rank {rank} → {2 * rank}")
@@ -486,7 +485,7 @@ class _UsageLog:
         values["experts/number"] = float(len(mixture.adapters))
         values["experts/trainable_share"] = trained / whole
         if gates:
-            entropy = torch.stack([entropy_loss(each).detach() for each in gates])
+            entropy = torch.stack([each.entropy_loss().detach() for each in gates])
             values["experts/routing_entropy"] = float(entropy.mean())
             values["experts/dropped"] = sum(each.dropped for each in gates) / len(gates)
         return values

@@ -4,14 +4,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from math import sqrt
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, linear, pad
+from torch.nn.functional import linear, pad
 
 from tritter.checkpoints.expert_files import RouterKind
+from tritter.core.families import StoredTensor
 from tritter.core.models import backbone_of, cache_in
+from tritter.core.parameter_map import AxisFactor, Fill, TensorMap
+from tritter.core.parameter_map.tensor_map import NO_SOURCE
 from tritter.data.chat import ids_of, is_padding
 from tritter.data.packing import document_mask_of
 from tritter.errors import RequestError, did_you_mean
@@ -22,8 +26,10 @@ from tritter.methods.experts.adapters import (
     is_of_adapter,
     layer_number,
 )
-from tritter.methods.experts.gates import Gates, Routing
+from tritter.methods.experts.gates import Dispatch, Gates, Routing
 from tritter.training.parameters import WRAPPED
+from tritter.transform import Change
+from tritter.transform.change import declared
 
 # Evidence: naive Bayes on the counts of tokens so far, as router logits.
 #
@@ -214,114 +220,6 @@ class ExpertRouter(nn.Module):
         hidden = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6)
         with torch.autocast(hidden.device.type, enabled=False):
             return linear(hidden, self.weight.to(hidden.dtype), self.bias.to(hidden.dtype))
-
-
-# Adding the adapters' outputs to a layer's output, with gates per token.
-#
-# N tokens of a batch, n experts, r the rank of one and R the sum of all.
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Dispatch:
-    """Assignment of tokens to experts, shared by all linear layers of a decoder layer.
-
-    Args:
-        weights: [N, n], gates.
-        tokens: for each expert, the flat indices of its tokens, int64; None: every expert
-            processes every token.
-    """
-
-    weights: Tensor
-    tokens: tuple[Tensor, ...] | None
-
-    @classmethod
-    def of(cls, gates: Gates) -> "Dispatch":
-        """Return the dispatch of a layer's gates."""
-        weights = gates.weights.flatten(0, -2)
-        if gates.chosen is None:
-            return cls(weights, None)
-        experts, tokens = gates.chosen.flatten(0, -2).T.nonzero(as_tuple=True)
-        return cls(weights, tokens.split(experts.bincount(minlength=weights.shape[1]).tolist()))
-
-    def last(self, batch: int, length: int) -> "Dispatch":
-        """Return the dispatch of the last tokens of each sequence, as needed by the head.
-
-        Args:
-            batch: B, number of sequences.
-            length: number of tokens per sequence.
-        """
-        own = len(self.weights) // batch
-        weights = self.weights.unflatten(0, (batch, own))[:, own - length :].flatten(0, 1)
-        if self.tokens is None:
-            return Dispatch(weights, None)
-        kept = []
-        for tokens in self.tokens:
-            sequence, position = tokens // own, tokens % own - (own - length)
-            kept.append((sequence * length + position)[position >= 0])
-        return Dispatch(weights, tuple(kept))
-
-
-def _mixture_output(inputs: Tensor, factors: Mapping[int, Factors], dispatch: Dispatch) -> Tensor:
-    """Return Σₑ gₑ · (α/r)ₑ · Bₑ Aₑ x for every token, times the gain of the layer.
-
-    Args:
-        inputs: [..., in_features], N tokens in total; or integers [...], which denote one-hot
-            vectors, so that A x is a column of A. With fewer tokens than gates,
-            [B, t, in_features], they are the last ones of each sequence.
-        factors: adapters of the layer, by index of the expert.
-        dispatch: assignment of tokens to experts.
-
-    Returns:
-        [..., out_features], in the dtype of the factors.
-    """
-    example = next(iter(factors.values()))
-    if inputs.is_floating_point():
-        shape, tokens = inputs.shape[:-1], inputs.flatten(0, -2).to(example.down.dtype)  # [N, in]
-    else:
-        shape, tokens = inputs.shape, inputs.flatten()  # [N]
-    if len(tokens) < len(dispatch.weights):
-        dispatch = dispatch.last(*shape)
-    weights = dispatch.weights.to(example.down.dtype)  # [N, n]
-    if dispatch.tokens is None:  # all experts as one product of rank R
-        up = torch.cat([each.up for each in factors.values()], dim=1)  # [out, R]
-        gates = [
-            (weights[:, number] * each.scaling).unsqueeze(-1).expand(-1, each.rank)
-            for number, each in factors.items()
-        ]
-        if tokens.is_floating_point():
-            low = linear(tokens, torch.cat([each.down for each in factors.values()]))  # [N, R]
-        else:  # separate look-ups, so that no [R, V] copy is made
-            low = torch.cat([_low(tokens, each) for each in factors.values()], dim=1)
-        added = linear(low * torch.cat(gates, dim=1), up)
-    else:
-        added = _chosen_output(tokens, factors, weights, dispatch)
-    if example.gain is not None:  # the gain belongs to the layer
-        added = added * example.gain.to(added.dtype)
-    return added.unflatten(0, shape)
-
-
-def _chosen_output(
-    tokens: Tensor, factors: Mapping[int, Factors], weights: Tensor, dispatch: Dispatch
-) -> Tensor:
-    """Return the sum over the experts of each token, [N, out]; each computes its own tokens."""
-    assert dispatch.tokens is not None
-    assigned = [dispatch.tokens[number] for number in factors]
-    gathered = tokens.index_select(0, torch.cat(assigned)).split([len(own) for own in assigned])
-    added: Tensor | None = None  # in the dtype of the products, which autocast may choose
-    for own, inner, (number, each) in zip(assigned, gathered, factors.items(), strict=True):
-        gate = (weights[own, number] * each.scaling).unsqueeze(-1)  # [n_e, 1]
-        part = linear(_low(inner, each) * gate, each.up)  # [n_e, out]
-        added = part.new_zeros(len(tokens), part.shape[1]) if added is None else added
-        added.index_add_(0, own, part)  # joined, k rows per token of a head are large
-    assert added is not None
-    return added
-
-
-def _low(tokens: Tensor, factors: Factors) -> Tensor:
-    """Return A x, [N, r]."""
-    if tokens.is_floating_point():
-        return linear(tokens, factors.down)
-    return embedding(tokens, factors.down.T)
 
 
 class _Mix:
@@ -524,6 +422,67 @@ class ExpertMixture:
         if self.has_base and name == _BASE_EXPERT:
             raise RequestError(f"{name} is the base itself, which can't be removed.")
 
+    def spawn_change(self, name: str) -> Change:
+        """Return the change of a model in training that adds the last expert, once it is open.
+
+        All other parameters, their moments and other state are unchanged, bit for bit; as in the
+        next two. Its router rows are zero.
+        """
+        parts = _Parts()
+        for key, parameter in self.lora.parameters(name).items():
+            values = parameter.detach().clone()
+            parts.create(key, tuple(values.shape), Fill(kind="given", values=values))
+        parts.follow_routers(self, [*range(len(self.names) - 1), NO_SOURCE])
+        return parts.change()
+
+    def evict_change(self, name: str) -> Change:
+        """Return the change that removes an expert's weights, with its router rows.
+
+        Close its adapter afterwards.
+
+        Raises:
+            RequestError: there is no expert of this name, or no other one.
+        """
+        self.check_removable(name)
+        parts = _Parts()
+        for key, parameter in self.lora.parameters(name).items():
+            parts.remove(key, tuple(parameter.shape))
+        parts.follow_routers(self, [n for n, each in enumerate(self.names) if each != name])
+        return parts.change()
+
+    def widen_change(self, name: str, rank: int, *, seed: int) -> Change:
+        """Return the change that gives an expert a larger rank; the function is preserved.
+
+        New rows of A are random and new columns of B are zero (reversed in an embedding), as PEFT
+        initialises them. α / r is kept; call `lora.set_rank` afterwards.
+
+        Raises:
+            RequestError: the rank is not larger than the current one.
+        """
+        own = self.lora.shape(name).rank
+        if rank <= own:
+            raise RequestError(
+                f"{name} already has rank {own}; the new rank {rank} must be larger."
+            )
+        source = torch.cat([torch.arange(own), torch.full((rank - own,), NO_SOURCE)])
+        axis, parts = _plain_factor(source), _Parts()
+        generator = torch.Generator().manual_seed(seed)
+        for key, parameter in self.lora.parameters(name).items():
+            if ".lora_A." in key:
+                # Kaiming uniform initialisation with a = √5, as in PEFT
+                bound = sqrt(1 / parameter.shape[1])
+                drawn = torch.rand(rank - own, parameter.shape[1], generator=generator)
+                fill = Fill(kind="given", values=(2 * drawn - 1) * bound)
+                parts.follow(self.model, key, (axis, None), fill)
+            elif ".lora_embedding_A." in key:
+                parts.follow(self.model, key, (axis, None), Fill())
+            elif ".lora_embedding_B." in key:
+                drawn = torch.randn(parameter.shape[0], rank - own, generator=generator)
+                parts.follow(self.model, key, (None, axis), Fill(kind="given", values=drawn))
+            else:
+                parts.follow(self.model, key, (None, axis), Fill())
+        return parts.change()
+
     @property
     def adapters(self) -> tuple[str, ...]:
         """The experts with an adapter: all except the base."""
@@ -695,7 +654,7 @@ class ExpertMixture:
         found = {n: each for n, name in enumerate(self.names) if (each := Factors.of(layer, name))}
         if not found:
             return output
-        return output + _mixture_output(args[0], found, dispatch).to(output.dtype)
+        return output + dispatch.output(args[0], found).to(output.dtype)
 
 
 def mixture_on(model: nn.Module) -> ExpertMixture | None:
@@ -707,3 +666,46 @@ def _refuse_chosen_logits(model: nn.Module, args: Sequence[Any], kwargs: dict[st
     """Refuse chosen positions of the head, whose gates would be unknown."""
     if isinstance(kwargs.get("logits_to_keep"), Tensor):
         raise RequestError("logits_to_keep: with experts, it must be a number of last tokens.")
+
+
+class _Parts:
+    """A change under construction."""
+
+    def __init__(self) -> None:
+        self._before: list[StoredTensor] = []
+        self._after: list[StoredTensor] = []
+        self._maps: dict[str, TensorMap] = {}
+
+    def create(self, name: str, shape: tuple[int, ...], fill: Fill) -> None:
+        self._after.append(declared(name, shape))
+        self._maps[name] = TensorMap.created(shape, fill)
+
+    def remove(self, name: str, shape: tuple[int, ...]) -> None:
+        self._before.append(declared(name, shape))
+
+    def follow(
+        self, model: nn.Module, name: str, axes: tuple[AxisFactor | None, ...], fill: Fill
+    ) -> None:
+        before = tuple(model.get_parameter(name).shape)
+        sizes = zip(before, axes, strict=True)
+        after = tuple(n if axis is None else len(axis.index) for n, axis in sizes)
+        self._before.append(declared(name, before))
+        self._after.append(declared(name, after))
+        self._maps[name] = TensorMap(source=name, axes=axes, fill=fill)
+
+    def follow_routers(self, mixture: ExpertMixture, source: Sequence[int]) -> None:
+        axis = _plain_factor(torch.tensor(source))
+        for router in mixture.router_names():
+            self.follow(mixture.model, f"{router}.weight", (axis, None), Fill())
+            self.follow(mixture.model, f"{router}.bias", (axis,), Fill())
+
+    def change(self) -> Change:
+        return Change(
+            model=None, before=tuple(self._before), after=tuple(self._after), tensors=self._maps
+        )
+
+
+def _plain_factor(source: Tensor) -> AxisFactor:
+    """Return the factor of an axis whose coordinates are kept, dropped or new, without scaling."""
+    kept = (source != NO_SOURCE).double()
+    return AxisFactor(source, kept, kept)

@@ -14,7 +14,7 @@ from tritter.data.batches import this_rank
 from tritter.data.packing import IGNORED, kept_tokens, labels_of
 from tritter.evaluation.inference import preserve_modes
 from tritter.methods.experts.adapters import AdapterShape, Factors
-from tritter.methods.experts.gates import Gates, Routing, balance_loss, entropy_loss, z_loss
+from tritter.methods.experts.gates import Gates, Routing
 from tritter.methods.experts.mixture import ROUTER, ExpertMixture
 from tritter.training import BaseModule
 from tritter.training.module import TaskLoss
@@ -26,9 +26,9 @@ class ExpertModule(BaseModule):
 
     Args:
         mixture: the experts on the trained model.
-        losses: additional loss → its weight: `balance`, `entropy` and `z`, see
-            `tritter.methods.experts.gates`, and `distill`, of KL(mixture without the young expert ‖
-            mixture), nats per token. One without a weight is not computed.
+        losses: additional loss → its weight: `balance`, `entropy` and `z`, see `Gates`, and
+            `distill`, of KL(mixture without the young expert ‖ mixture), nats per token. One
+            without a weight is not computed.
         options: arguments of `BaseModule`.
 
     Attributes:
@@ -60,11 +60,12 @@ class ExpertModule(BaseModule):
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
         """Return the loss of the task plus the additional losses, each of which is logged."""
         loss = super().training_step(batch, batch_index)
-        found = {}
+        found = dict[str, Tensor]()
         gates = self.gates if next(self.mixture.routers(), None) is not None else []
-        for name, measure in (("balance", balance_loss), ("entropy", entropy_loss), ("z", z_loss)):
+        for name in ("balance", "entropy", "z"):
             if name in self.losses and gates:
-                found[name] = self.share * torch.stack([measure(each) for each in gates]).mean()
+                values = [getattr(each, f"{name}_loss")() for each in gates]
+                found[name] = self.share * torch.stack(values).mean()
         if "distill" in self.losses and self.young is not None:
             found["distill"] = self._distance(self.young, batch)
         for name, value in found.items():
