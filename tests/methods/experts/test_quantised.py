@@ -27,7 +27,6 @@ from tritter.errors import RequestError
 from tritter.methods.experts import quantised
 from tritter.methods.experts.adapters import AdapterShape, LoraLayers
 from tritter.methods.experts.mixture import ExpertMixture
-from tritter.methods.experts.module import step_flops_of
 from tritter.methods.experts.stored import ExpertFolder, load_with_experts
 from tritter.methods.whole import load_whole
 from tritter.planning.run_memory import training_needs
@@ -250,7 +249,7 @@ def test_what_is_counted_is_as_it_was() -> None:
         mixture = ExpertMixture(model)
         mixture.add("one", AdapterShape(2, 4.0, ("q_proj",)), seed=0)
         parameters = sum(prod(live_shape(p)) for p in model.parameters())
-        counted.append((parameters, step_flops_of(mixture), model_of(model).config))
+        counted.append((parameters, mixture.step_flops(), model_of(model).config))
     assert counted[0] == counted[1] == counted[2]
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import sqrt
 from typing import Any
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
 from tritter.checkpoints.expert_files import RouterKind
-from tritter.core.families import StoredTensor
-from tritter.core.models import backbone_of, cache_in
+from tritter.core.families import Adapters, Flops, LowRank, StoredTensor, forward_flops
+from tritter.core.models import backbone_of, cache_in, model_of
 from tritter.core.parameter_map import AxisFactor, Fill, TensorMap
 from tritter.core.parameter_map.tensor_map import NO_SOURCE
 from tritter.data.chat import ids_of, is_padding
@@ -27,7 +27,7 @@ from tritter.methods.experts.adapters import (
     layer_number,
 )
 from tritter.methods.experts.gates import Dispatch, Gates, Routing
-from tritter.training.parameters import WRAPPED
+from tritter.training.parameters import WRAPPED, flops_of_sequence, live_layout
 from tritter.transform import Change
 from tritter.transform.change import declared
 
@@ -487,6 +487,53 @@ class ExpertMixture:
     def adapters(self) -> tuple[str, ...]:
         """The experts with an adapter: all except the base."""
         return tuple(self.names[1:] if self.has_base else self.names)
+
+    def step_flops(self) -> Flops:
+        """Return the model FLOPs of a training step on one sequence, for the present parameters.
+
+        Counted as in `tritter.core.families.flops`. With `top_k`, each expert is counted with an
+        even share of the tokens. Table look-ups of evidence are free.
+        """
+        return flops_of_sequence(self.model, adapters=self._counted_adapters())
+
+    def reading_flops(self) -> Flops:
+        """Return the model FLOPs of reading one sequence, output head included."""
+        return forward_flops(model_of(self.model), adapters=self._counted_adapters())
+
+    def _counted_adapters(self) -> Adapters:
+        """Return the adapters and routers, for counting FLOPs."""
+        number, top_k = len(self.names), self.routing.top_k
+        share = 1 if top_k is None or top_k >= number else top_k / number
+        model, matrices, low_rank = self.model, {}, {}
+        for stored in live_layout(model):  # name of a layer with adapters → its logical matrices
+            layer_name, is_wrapped, _ = stored.name.partition(f"{WRAPPED}.weight")
+            if is_wrapped:
+                matrices[layer_name] = [part.tensor.name for part in stored.parts]
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        # A tied head has the weight of the embedding
+        matrices |= {name: ["head"] for name, layer in self.lora if layer is head}
+        for name, layer in self.lora:
+            adapters = [
+                LowRank(
+                    rank=each.rank,
+                    trains_down=each.down.requires_grad,
+                    trains_up=each.up.requires_grad,
+                    share=share,
+                )
+                for expert in self.adapters
+                if (each := Factors.of(layer, expert)) is not None
+            ]
+            first, *others = matrices[name]
+            low_rank[first] = adapters
+            low_rank |= {
+                other: [replace(each, has_down=False) for each in adapters] for other in others
+            }
+        gating = {}
+        for n, decoder_layer in self.lora.decoder_layers().items():
+            router = getattr(decoder_layer, ROUTER, None) or getattr(model, ROUTER, None)
+            if router is not None:
+                gating[n] = number, router.weight.requires_grad
+        return Adapters(low_rank, gating)
 
     def base_state_dict(self) -> dict[str, Tensor]:
         """Return the weights of the base, by the names that the stock class reads."""

@@ -1,24 +1,21 @@
 """The LightningModule of a mixture of LoRA experts: its losses and its saved state."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 from torch.nn.functional import kl_div, log_softmax
 
-from tritter.core.families import Adapters, Flops, LowRank, forward_flops
-from tritter.core.models import model_of
+from tritter.core.families import Flops
 from tritter.data.batches import this_rank
 from tritter.data.packing import IGNORED, kept_tokens, labels_of
 from tritter.evaluation.inference import preserve_modes
-from tritter.methods.experts.adapters import AdapterShape, Factors
+from tritter.methods.experts.adapters import AdapterShape
 from tritter.methods.experts.gates import Gates, Routing
-from tritter.methods.experts.mixture import ROUTER, ExpertMixture
+from tritter.methods.experts.mixture import ExpertMixture
 from tritter.training import BaseModule
 from tritter.training.module import TaskLoss
-from tritter.training.parameters import WRAPPED, flops_of_sequence, live_layout
 
 
 class ExpertModule(BaseModule):
@@ -80,14 +77,14 @@ class ExpertModule(BaseModule):
 
     def step_flops(self) -> Flops:
         """Return the model FLOPs of a sequence, given the parameters that now need gradients."""
-        sequence = step_flops_of(self.mixture)
+        sequence = self.mixture.step_flops()
         if "distill" in self.losses and self.young is not None:
-            sequence = sequence + forward_flops_of(self.mixture)
+            sequence = sequence + self.mixture.reading_flops()
         return sequence
 
     def reading_flops(self) -> Flops:
         """Return the model FLOPs of reading a sequence with the experts."""
-        return forward_flops_of(self.mixture)
+        return self.mixture.reading_flops()
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the journal, the names and sizes of the experts, and the trained parameters."""
@@ -158,56 +155,3 @@ def _share(kept: Tensor) -> float:
     total = own.clone()
     distributed.all_reduce(total)
     return rank.count * float(own) / max(1.0, float(total))
-
-
-# Model FLOPs of a mixture of experts: the base, the adapters and their gates.
-#
-# Counted as in `tritter.core.families.flops`. With `top_k`, each expert is counted with an even
-# share of the tokens. Table look-ups of evidence are free.
-
-
-def step_flops_of(mixture: ExpertMixture) -> Flops:
-    """Return the FLOPs of a training step on one sequence, for the parameters trained now."""
-    return flops_of_sequence(mixture.model, adapters=_adapters_of(mixture))
-
-
-def forward_flops_of(mixture: ExpertMixture) -> Flops:
-    """Return the FLOPs of reading one sequence, output head included."""
-    return forward_flops(model_of(mixture.model), adapters=_adapters_of(mixture))
-
-
-def _adapters_of(mixture: ExpertMixture) -> Adapters:
-    """Return the adapters and routers of a mixture, for counting FLOPs."""
-    number, top_k = len(mixture.names), mixture.routing.top_k
-    share = 1 if top_k is None or top_k >= number else top_k / number
-    model, matrices, low_rank = mixture.model, {}, {}
-    for stored in live_layout(model):  # name of a layer with adapters → its logical matrices
-        layer_name, is_wrapped, _ = stored.name.partition(f"{WRAPPED}.weight")
-        if is_wrapped:
-            matrices[layer_name] = [part.tensor.name for part in stored.parts]
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    # A tied head has the weight of the embedding
-    matrices |= {name: ["head"] for name, layer in mixture.lora if layer is head}
-    for name, layer in mixture.lora:
-        found = (Factors.of(layer, expert) for expert in mixture.adapters)
-        adapters = [
-            LowRank(
-                rank=each.rank,
-                trains_down=each.down.requires_grad,
-                trains_up=each.up.requires_grad,
-                share=share,
-            )
-            for each in found
-            if each is not None
-        ]
-        first, *others = matrices[name]
-        low_rank[first] = adapters
-        low_rank |= {
-            other: [replace(each, has_down=False) for each in adapters] for other in others
-        }
-    gating = {}
-    for n, decoder_layer in mixture.lora.decoder_layers().items():
-        router = getattr(decoder_layer, ROUTER, None) or getattr(model, ROUTER, None)
-        if router is not None:
-            gating[n] = number, router.weight.requires_grad
-    return Adapters(low_rank, gating)
