@@ -26,12 +26,11 @@ from tritter.data.packing import IGNORED, DocumentMask, MarkedText, labels_of, r
 from tritter.data.tokens import TextBounds
 from tritter.methods.experts import callback, gates
 from tritter.methods.experts import module as module_of_experts
-from tritter.methods.experts.callback import ExpertCallback, _limit_beginnings
+from tritter.methods.experts.callback import ExpertCallback, _limit_beginnings, expert_usage
 from tritter.methods.experts.method import DynamicExperts
 from tritter.methods.experts.module import ExpertModule
 from tritter.methods.experts.options import FIRST, DynamicOptions
 from tritter.methods.experts.registry import ExpertRegistry
-from tritter.methods.experts.summary import expert_usage
 from tritter.methods.novelty import observe
 from tritter.methods.novelty.observation import Observation
 from tritter.targets import values_of

@@ -1,7 +1,7 @@
-"""The callback of dynamic experts: every new skill gets its own expert."""
+"""The callback of dynamic experts: every new skill gets its own expert. Their usage on data."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -16,9 +16,11 @@ from tritter.data.batches import this_rank
 from tritter.data.chat import CONTEXT, ids_of
 from tritter.data.packing import IGNORED, document_mask_of, has_starts, kept_tokens, labels_of
 from tritter.data.replay import Reservoir
+from tritter.evaluation.inference import eval_mode
+from tritter.evaluation.losses import batch_that_fits, vocab_size_of
 from tritter.methods.experts.adapters import AdapterShape, Factors
 from tritter.methods.experts.gates import Gates, usage
-from tritter.methods.experts.mixture import ExpertMixture
+from tritter.methods.experts.mixture import ExpertMixture, mixture_on
 from tritter.methods.experts.module import ExpertModule
 from tritter.methods.experts.options import FIRST
 from tritter.methods.experts.registry import ExpertRegistry, Novel
@@ -27,8 +29,6 @@ from tritter.methods.novelty.observation import concatenated
 from tritter.seeds import derived_seed
 from tritter.training import surgery
 from tritter.training.callbacks import WorkCount, ends_step
-
-EXPERTS = "experts"
 
 
 class ExpertCallback(Callback):
@@ -47,7 +47,7 @@ class ExpertCallback(Callback):
         seed: seed of new adapters.
     """
 
-    report_name = EXPERTS
+    report_name = "experts"
 
     def __init__(
         self,
@@ -505,6 +505,58 @@ class _UsageLog:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._usage = {name: list(each) for name, each in state["usage"].items()}
         self._over_time = {name: list(each) for name, each in state["over_time"].items()}
+
+
+def expert_usage(
+    model: nn.Module,
+    sequences: Mapping[str, Tensor],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Return the experts of a model, and the mean gate of each on the data of each domain.
+
+    Args:
+        model: the model, with a mixture.
+        sequences: domain → int64 [N, T].
+        progress: called with the number of sequences that are read, and the total.
+    """
+    mixture = mixture_on(model)
+    assert mixture is not None
+    total, done = sum(map(len, sequences.values())), 0
+    by_domain: dict[str, dict[str, float]] = {}
+    with eval_mode(model) as device:
+        for domain, ids in sequences.items():
+            gates, number = torch.zeros(len(mixture.names), dtype=torch.float64), 0
+            for rows in ids.split(batch_that_fits(8, ids.shape[1], vocab_size_of(model))):
+                kept = kept_tokens(model, rows.to(device))
+                model(input_ids=rows.to(device), use_cache=False)
+                num_kept = rows.numel() if kept is None else int(kept.sum())
+                gates += usage(mixture.gates(kept)).double().cpu() * num_kept
+                number += num_kept
+                done += len(rows)
+                if progress is not None:
+                    progress(done, total)
+            by_domain[domain] = dict(zip(mixture.names, (gates / number).tolist(), strict=True))
+    num_routing = sum(p.numel() for router in mixture.routers() for p in router.parameters())
+    named = model.named_parameters()
+    num_base = sum(prod(live_shape(p)) for n, p in named if ".lora_" not in n) - num_routing
+    trainable = mixture.lora.num_parameters(*mixture.adapters) + num_routing
+    return {
+        "number": len(mixture.adapters),
+        "names": list(mixture.names),
+        "usage": by_domain,
+        "ranks": {name: mixture.lora.shape(name).rank for name in mixture.adapters},
+        "parameters": {
+            "base": num_base,
+            "trainable": trainable,
+            "share": trainable / (num_base + trainable),
+        },
+        "routing": {
+            "router": mixture.router,
+            "top_k": mixture.routing.top_k,
+            "temperature": mixture.routing.temperature,
+        },
+    }
 
 
 # A few sequences of each expert's data, rehearsed while others learn.

@@ -5,7 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from functools import partial
+from hashlib import sha256
+from itertools import accumulate
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -158,17 +161,70 @@ class Experts(Method, ABC):
     def lineage_records(
         self, before: Model, after: Model, reports: Mapping[str, Any]
     ) -> list[ExpansionRecord]:
-        from tritter.methods.experts.summary import expert_records
+        from tritter.checkpoints import ExpansionRecord
+        from tritter.methods.experts.callback import ExpertCallback
 
-        return expert_records(after, reports, options=self.plain(), seed=self.seed)
+        name = ExpertCallback.report_name
+        events = reports.get(name, {}).get("events", [])
+        born = [event["expert"] for event in events if event["kind"] == "spawned"]
+        if not born:
+            return []
+        record = ExpansionRecord(
+            timestamp=datetime.now(UTC).isoformat(timespec="seconds"),
+            expansion_type=name,
+            method=self.name,
+            options={**self.plain(), "spawned": born},
+            seed=self.seed,
+            source_config=after.config,
+            target_config=after.config,
+            layer_sources=tuple(range(after.sizes.num_hidden_layers)),
+            map_digest=sha256(" ".join(born).encode()).hexdigest(),
+            claims_exact=True,  # a new expert has zero output
+            step0_error=0.0,
+        )
+        return [record]
 
     def plain(self) -> dict[str, Any]:
         return {"name": self.name, **super().plain()}
 
     def summary(self, fits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        from tritter.methods.experts.summary import experts_summary
+        """Return `experts` of summary.json: one record for all training runs of a branch."""
+        from tritter.methods.experts.callback import ExpertCallback
 
-        return experts_summary(fits, options=self.plain())
+        record = {
+            "kind": self.name,
+            "options": self.plain(),
+            **fits[-1]["usage"],
+            "phases": [fit["usage"]["usage"] for fit in fits],
+        }
+        found = (fit["reports"].get(ExpertCallback.report_name) for fit in fits)
+        reports = [report for report in found if report]
+        if len(reports) < len(fits):
+            return record
+        before = list(accumulate((fit["steps"] for fit in fits), initial=0))
+        events = [
+            {**event, "task": number, "step": event["step"] + before[number]}
+            for number, report in enumerate(reports)
+            for event in report["events"]
+        ]
+        spawned = [event for event in events if event["kind"] == "spawned"]
+        record |= {"spawned": spawned, "events": events}
+        for key in ("batches", "domains", "states"):
+            record[key] = reports[-1].get(key, {})  # earlier versions lack the last two
+        for name, values in (("usage_over_time", "gates"), ("ranks_over_time", "ranks")):
+            parts = [report[name] for report in reports]
+            steps = [step + before[n] for n, part in enumerate(parts) for step in part["steps"]]
+            experts = dict.fromkeys(expert for part in parts for expert in part[values])
+            rows = {  # null if the expert did not exist
+                expert: [
+                    value
+                    for part in parts
+                    for value in part[values].get(expert, [None] * len(part["steps"]))
+                ]
+                for expert in experts
+            }
+            record[name] = {"steps": steps, values: rows}
+        return record
 
     @abstractmethod
     def begin(self, model: nn.Module, *, bounds: TextBounds, seed: int) -> ExpertMixture:
