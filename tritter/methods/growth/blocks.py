@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.utils.hooks import RemovableHandle
 
-FFN = "ffn"  # kind of the growing space
 MAX_TOKENS = 1024  # per step, over all processes
 
 

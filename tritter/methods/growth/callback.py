@@ -19,7 +19,7 @@ from tritter.methods.growth.blocks import (
     ActivationRecorder,
     ffn_blocks,
 )
-from tritter.methods.growth.grower import GROWTH, Grower, Growth, map_digest
+from tritter.methods.growth.grower import Grower, Growth
 from tritter.training import surgery
 from tritter.training.callbacks import WorkCount, ends_step
 from tritter.training.gradient_flow import NewUnits
@@ -49,7 +49,7 @@ class NeuronGrowthCallback(Callback):
         new: parameter name → by dimension, the coordinates that an expansion added.
     """
 
-    report_name = GROWTH
+    report_name = Grower.reason
 
     def __init__(self, grower: Grower, *, new: NewUnits | None = None) -> None:
         self.grower = grower
@@ -155,7 +155,7 @@ class NeuronGrowthCallback(Callback):
             "neurons": [block.width(module.model) for block in self.grower.blocks],
             "parameters": sum(parameter.numel() for parameter in module.model.parameters()),
             "flops": WorkCount.of(trainer).flops,
-            "map_digest": map_digest(module.journal),
+            "map_digest": self.grower.map_digest(module.journal),
         }
 
     def report(self) -> dict[str, Any]:
@@ -201,7 +201,7 @@ class NeuronGrowthCallback(Callback):
         """Change the model, and record the relative change of its logits on tokens [B, T]."""
         model, work = module.model, WorkCount.of(trainer)
         before, flops = logits_of(model, tokens), _reading_flops(model, tokens)
-        surgery.apply(trainer, module, growth.change, reason=GROWTH)
+        surgery.apply(trainer, module, growth.change, reason=Grower.reason)
         work.flops += flops + _reading_flops(model, tokens)
         largest = (logits_of(model, tokens) - before).abs().max()
         change = (largest / before.std().clamp_min(1e-30)).to(module.device)

@@ -22,7 +22,7 @@ from tritter.core.models import model_of
 from tritter.core.parameter_map import AxisFactor, AxisMap, Fill, ParameterMap, TensorMap
 from tritter.core.parameter_map.tensor_map import NO_SOURCE
 from tritter.errors import TritterError, brief
-from tritter.methods.growth.blocks import FFN, ActivationProbe, FfnBlock, ffn_blocks
+from tritter.methods.growth.blocks import ActivationProbe, FfnBlock, ffn_blocks
 from tritter.methods.growth.initialisers import Layer, NewNeurons
 from tritter.methods.growth.triggers import GrowthOptions, Timing, View
 from tritter.seeds import derived_seed
@@ -30,7 +30,7 @@ from tritter.training.parameters import Entry
 from tritter.transform import Change
 from tritter.transform.change import declared
 
-GROWTH = "growth"  # type and method in the lineage, reason in a run's journal
+_FFN = "ffn"  # kind of the growing space
 _MAX_LOSSES = 20_000  # of the most recent steps
 _MAX_ROWS = 1_000  # rows of the growth map
 _UNTRAINED = -1.0  # marks a layer without a pressure
@@ -73,10 +73,10 @@ def _growth_change(model: nn.Module, growths: Mapping[int, LayerGrowth]) -> Chan
         unit_map = _neuron_map(growth, widths[layer])
         for tensor in logical:
             spaces = [axis.space.kind for axis in tensor.axes]
-            if tensor.layer != layer or FFN not in spaces:
+            if tensor.layer != layer or _FFN not in spaces:
                 continue
             axes = tuple(
-                unit_map.factor(axis.port) if axis.space.kind == FFN else None
+                unit_map.factor(axis.port) if axis.space.kind == _FFN else None
                 for axis in tensor.axes
             )
             part = family.ffn_part(tensor)
@@ -211,6 +211,8 @@ class Grower:
         seed: seed of the random numbers for new neurons.
         tokens_per_step: tokens of all processes; 0 if unknown, so that FLOPs are not counted.
     """
+
+    reason = "growth"  # in a run's journal and reports; type and method in the lineage
 
     def __init__(
         self, options: GrowthOptions, *, timing: Timing, seed: int, tokens_per_step: int = 0
@@ -453,6 +455,46 @@ class Grower:
             "map": asdict(self.map),
             "start": list(self.start),
         }
+
+    def map_digest(self, journal: Iterable[Entry]) -> str:
+        """Return the SHA-256 over the maps of all growth events in a journal."""
+        maps = (entry["map_digest"] for entry in journal if entry["reason"] == self.reason)
+        return sha256("".join(maps).encode()).hexdigest()
+
+    @classmethod
+    def lineage_record(
+        cls,
+        before: Model,
+        after: Model,
+        *,
+        options: Mapping[str, Any],
+        seed: int,
+        digest: str,
+        is_exact: bool,
+        function_change: float | None = None,
+    ) -> ExpansionRecord:
+        """Return the lineage record of the growth in one training run.
+
+        Args:
+            before: the model at the start of the run.
+            after: the model at its end.
+            digest: checksum of all maps.
+            is_exact: True if every event claims to preserve the function.
+            function_change: the largest measured change.
+        """
+        return ExpansionRecord(
+            timestamp=datetime.now(UTC).isoformat(timespec="seconds"),
+            expansion_type=cls.reason,
+            method=cls.reason,
+            options=options,
+            seed=seed,
+            source_config=before.config,
+            target_config=after.config,
+            layer_sources=tuple(range(after.sizes.num_hidden_layers)),
+            map_digest=digest,
+            claims_exact=is_exact,
+            step0_error=function_change,
+        )
 
     def _flops_left(self, step: int) -> float:
         """Return the FLOPs of training one parameter until the end of the run."""
@@ -706,43 +748,3 @@ class _Maturity:
         self._latest = max(int(born.max()) for born in self._born.values())
         self.update_norms = dict(state["update_norms"])
         self._sums = {name: list(each) for name, each in state["sums"].items()}
-
-
-def map_digest(journal: Iterable[Entry]) -> str:
-    """Return the SHA-256 over the maps of all growth events in a journal."""
-    maps = (entry["map_digest"] for entry in journal if entry["reason"] == GROWTH)
-    return sha256("".join(maps).encode()).hexdigest()
-
-
-def growth_record(
-    before: Model,
-    after: Model,
-    *,
-    options: Mapping[str, Any],
-    seed: int,
-    digest: str,
-    is_exact: bool,
-    function_change: float | None = None,
-) -> ExpansionRecord:
-    """Return the lineage record of the growth in one training run.
-
-    Args:
-        before: the model at the start of the run.
-        after: the model at its end.
-        digest: checksum of all maps.
-        is_exact: True if every event claims to preserve the function.
-        function_change: the largest measured change.
-    """
-    return ExpansionRecord(
-        timestamp=datetime.now(UTC).isoformat(timespec="seconds"),
-        expansion_type=GROWTH,
-        method=GROWTH,
-        options=options,
-        seed=seed,
-        source_config=before.config,
-        target_config=after.config,
-        layer_sources=tuple(range(after.sizes.num_hidden_layers)),
-        map_digest=digest,
-        claims_exact=is_exact,
-        step0_error=function_change,
-    )
