@@ -28,7 +28,7 @@ from tritter.methods.experts.method import DynamicExperts  # noqa: E402
 from tritter.methods.experts.options import FIRST  # noqa: E402
 from tritter.methods.experts.registry import ExpertRegistry  # noqa: E402
 from tritter.methods.novelty import Observation, observe  # noqa: E402
-from tritter.methods.novelty.statistics import CALIBRATION_BATCHES  # noqa: E402
+from tritter.methods.novelty.statistics import Calibration  # noqa: E402
 from tritter.pipeline.ledger import Ledger  # noqa: E402
 from tritter.pipeline.run import Run  # noqa: E402
 from tritter.targets import values_of  # noqa: E402
@@ -134,7 +134,7 @@ def detected(
     dynamic = replace(load_options(), detector=chosen, max_experts=100)
     registry = DynamicExperts(**values_of(dynamic)).registry(max_steps=options.steps)
     assert registry.detector is not None
-    known = [batches[OLD].draw() for _ in range(CALIBRATION_BATCHES)]
+    known = [batches[OLD].draw() for _ in range(Calibration.full)]
     registry.detector.add(OLD, known, is_base=True)
     registry.expert_of[OLD] = FIRST
     for phase, domain in enumerate(STREAM, start=1):

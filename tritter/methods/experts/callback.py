@@ -23,9 +23,8 @@ from tritter.methods.experts.gates import Gates, usage
 from tritter.methods.experts.mixture import ExpertMixture, mixture_on
 from tritter.methods.experts.module import ExpertModule
 from tritter.methods.experts.options import FIRST
-from tritter.methods.experts.registry import ExpertRegistry, Novel
+from tritter.methods.experts.registry import ExpertRegistry
 from tritter.methods.novelty import Observation, observe
-from tritter.methods.novelty.observation import concatenated
 from tritter.seeds import derived_seed
 from tritter.training import surgery
 from tritter.training.callbacks import WorkCount, ends_step
@@ -108,7 +107,7 @@ class ExpertCallback(Callback):
             expert = self.registry.observe_named(self._skill, everywhere)
         elif len(everywhere):
             local = None if is_old.all() else self._observe(module, ids[~is_old])
-            seen = concatenated([each for each in _gather_ranks(local) if each])
+            seen = Observation.concatenated([each for each in _gather_ranks(local) if each])
             # In the order of `everywhere`: a new skill is measured on the halves of its batch
             ranks = (~is_old_everywhere).nonzero()[:, 0] % this_rank().count
             order = ranks.argsort(stable=True).argsort()
@@ -220,7 +219,7 @@ class ExpertCallback(Callback):
             why = f"trained for {registry.members[name].steps} steps"
             self._record_event(trainer, "mature", name, why)
         if registry.novel is not None:
-            self._assign_expert(trainer, module, registry.novel)
+            self._assign_expert(trainer, module)
         elif registry.active is not None and registry.active in mixture.adapters:
             self._grow(trainer, module, registry.active)
         if registry.routing != mixture.routing:
@@ -277,10 +276,11 @@ class ExpertCallback(Callback):
         # Lightning loads callbacks before on_fit_start, which restores the experts of the model
         self._restored = state_dict
 
-    def _assign_expert(self, trainer: Trainer, module: ExpertModule, novel: Novel) -> None:
+    def _assign_expert(self, trainer: Trainer, module: ExpertModule) -> None:
         """Assign an expert to a new skill: a new expert if there is room, else the nearest."""
         registry, mixture, lora = self.registry, module.mixture, module.mixture.lora
-        options = registry.options
+        options, novel = registry.options, registry.novel
+        assert novel is not None
         skill = self._skill or f"skill_{len(registry.expert_of)}_{trainer.global_step}"
         limit, first = options.max_trainable_parameters, mixture.adapters[0]
         new = lora.num_parameters(first) // lora.shape(first).rank * self._shape.rank

@@ -456,14 +456,14 @@ def _base_data(
     """
     import torch
 
-    from tritter.methods.novelty.statistics import CALIBRATION_BATCHES
+    from tritter.methods.novelty.statistics import Calibration
 
     sequences, size = setting.base_sequences(), setting.batch_size
     batches: dict[str, Sequence[Tensor]] = dict.fromkeys(sequences, ())
     for domain, each in sequences.items() if is_measured else ():
         # Enough batches for calibration, with as few repetitions as possible
         generator = torch.Generator().manual_seed(setting.seed("known", domain))
-        count, order = CALIBRATION_BATCHES * size, torch.empty(0, dtype=torch.int64)
+        count, order = Calibration.full * size, torch.empty(0, dtype=torch.int64)
         while len(order) < count:
             order = torch.cat([order, torch.randperm(len(each), generator=generator)])
         batches[domain] = each[order[:count]].long().split(size)

@@ -18,12 +18,12 @@ from tritter.methods.experts.options import FIRST, DynamicOptions
 from tritter.methods.novelty import NoveltyDetector, Observation
 from tritter.methods.novelty.detectors import Decision
 from tritter.methods.novelty.library import FORMAT_VERSION, check_format
-from tritter.methods.novelty.statistics import CALIBRATION_BATCHES, t_interval
+from tritter.methods.novelty.statistics import Calibration, t_interval
 
 _USAGE_DECAY = 0.98
 
 _Stall = Literal["", "widen", "freeze"]
-_RECALIBRATED_AT = (8, 15, CALIBRATION_BATCHES)  # batches of a new skill
+_RECALIBRATED_AT = (8, 15, Calibration.full)  # batches of a new skill
 
 
 @dataclass(slots=True, kw_only=True)
@@ -55,7 +55,7 @@ class _Member:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Novel:
+class _Novel:
     """A skill that was detected as new.
 
     Args:
@@ -93,7 +93,7 @@ class ExpertRegistry:
         self.batches = dict.fromkeys(("known", "new", "unsure", "idle"), 0)
         self.active: str | None = None
         self.score: float | None = None  # novelty of the latest batch
-        self.novel: Novel | None = None
+        self.novel: _Novel | None = None
         self._sequences: list[Tensor] = []  # of the batches of the detector's run
         self._young: dict[str, list[Observation]] = {}  # skill → batches to recalibrate it
 
@@ -114,7 +114,7 @@ class ExpertRegistry:
         self.score = decision.score
         expert = self.expert_of.get(decision.skill, FIRST)
         if decision.kind == "new":
-            self.novel = Novel(
+            self.novel = _Novel(
                 decision=decision, sequences=torch.cat(self._sequences), batches=self.detector.run
             )
         self.activate(None if self.detector.is_run_new else expert)
@@ -126,7 +126,7 @@ class ExpertRegistry:
             batches.append(seen)
             if len(batches) in _RECALIBRATED_AT:
                 self.detector.recalibrate(decision.skill, batches)
-            if len(batches) >= CALIBRATION_BATCHES:
+            if len(batches) >= Calibration.full:
                 del self._young[decision.skill]
         return expert
 
@@ -134,7 +134,7 @@ class ExpertRegistry:
         """Choose the expert of a batch whose skill is known by name; see `observe`."""
         expert = self.expert_of.get(skill)
         if expert is None:
-            self.novel = Novel(decision=None, sequences=sequences)
+            self.novel = _Novel(decision=None, sequences=sequences)
         self.batches["new" if expert is None else "known"] += 1
         self.activate(expert)
         return expert
@@ -256,7 +256,7 @@ class ExpertRegistry:
         first, second = sorted((self.expert_of[one], self.expert_of[two]), key=order.index)
         return first, second
 
-    def nearest(self, novel: Novel) -> str:
+    def nearest(self, novel: _Novel) -> str:
         """Return the expert that should learn a new skill: that of the most similar known skill.
 
         Frozen experts come after all others, and the expert of the base comes last.

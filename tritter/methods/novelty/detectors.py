@@ -5,41 +5,21 @@ B samples of a batch
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from tritter.errors import RequestError, raise_problems
 from tritter.methods.novelty.library import FORMAT_VERSION, Skill, SkillLibrary, check_format
-from tritter.methods.novelty.observation import Observation, concatenated
-from tritter.methods.novelty.options import DETECTORS, Confidence, Detector, NoveltyOptions
+from tritter.methods.novelty.observation import Observation
+from tritter.methods.novelty.options import DETECTORS, BurstOptions, Detector, NoveltyOptions
 from tritter.methods.novelty.statistics import share_bound, t_interval
-from tritter.options import Count, checked, options, read_part
+from tritter.options import checked, read_part
 
 _NEW = ""  # label of batches that match no skill
 _Kind = Literal["known", "new", "unsure"]
-
-
-@options
-class BurstOptions:
-    """When novel samples of mixed batches are reported as a burst.
-
-    Args:
-        min_samples: minimum number of similar samples in a burst.
-        window_samples: number of recent samples that are searched.
-        usual_share: share of known samples that may count as novel.
-        confidence: confidence that their share exceeds that of the largest group of known samples.
-        similarity: minimum cosine of a sample's whitened features with the mean of its group.
-    """
-
-    min_samples: Annotated[int, Field(ge=2, le=1_000_000)] = 32
-    window_samples: Count = 1024
-    usual_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    confidence: Confidence = 0.99
-    similarity: Annotated[float, Field(ge=-1, le=1)] = 0.3
 
 
 # Novelty of single samples: novel samples of mixed batches are collected until they form a burst.
@@ -141,7 +121,7 @@ class NovelSamples:
             if n >= options.min_samples and lower > self._usual:
                 self._groups.remove(group)
                 return Burst(
-                    seen=concatenated(group.seen),
+                    seen=Observation.concatenated(group.seen),
                     rows=tuple(group.rows),
                     share=n / window,
                     lower=lower,

@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy, layer_norm, no
 
 from tritter.errors import RequestError, TritterError, did_you_mean
 from tritter.methods.novelty.observation import Observation
-from tritter.methods.novelty.statistics import CALIBRATION_BATCHES, Calibration, Gaussian, Moments
+from tritter.methods.novelty.statistics import Calibration, Gaussian, Moments
 from tritter.options import Count, WholeNumber, options
 
 # Cosines are computed on layer-normed features, or on embeddings of a small head.
@@ -433,10 +433,10 @@ class SkillLibrary:
         if len(losses) == sum(map(len, parts)):
             loss = Calibration.of(losses)
         centre = held_out["centre"]
-        if is_base and centre.batches < CALIBRATION_BATCHES:
+        if is_base and centre.batches < Calibration.full:
             raise RequestError(
                 f"novelty: '{name}' has {centre.batches} batches; a skill of the base needs at "
-                f"least {CALIBRATION_BATCHES}."
+                f"least {Calibration.full}."
             )
         return Skill(
             name=name,
