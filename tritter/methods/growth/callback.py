@@ -13,12 +13,7 @@ from tritter.core.families import forward_flops
 from tritter.core.models import model_of
 from tritter.data.packing import lengths_read
 from tritter.evaluation.jump import logits_of
-from tritter.methods.growth.blocks import (
-    MAX_TOKENS,
-    ActivationProbe,
-    ActivationRecorder,
-    ffn_blocks,
-)
+from tritter.methods.growth.blocks import ActivationProbe, ActivationRecorder, FfnBlock
 from tritter.methods.growth.grower import Grower, Growth
 from tritter.training import surgery
 from tritter.training.callbacks import WorkCount, ends_step
@@ -64,12 +59,12 @@ class NeuronGrowthCallback(Callback):
         model = base_of(pl_module).model
         flags = {
             p.layer: self._new[p.gate][p.neuron_dim] if self._new.get(p.gate) else None
-            for p in ffn_blocks(model)
+            for p in FfnBlock.all_of(model)
         }
         new = {layer: each.nonzero()[:, 0] for layer, each in flags.items() if each is not None}
         self.grower.begin(model, restored=self._restored, new=new)
         batches = trainer.accumulate_grad_batches * trainer.world_size
-        self._seen.max_tokens = max(1, MAX_TOKENS // batches)
+        self._seen.max_tokens = max(1, ActivationRecorder.limit // batches)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model, grower = base_of(pl_module).model, self.grower

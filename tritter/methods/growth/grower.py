@@ -22,7 +22,7 @@ from tritter.core.models import model_of
 from tritter.core.parameter_map import AxisFactor, AxisMap, Fill, ParameterMap, TensorMap
 from tritter.core.parameter_map.tensor_map import NO_SOURCE
 from tritter.errors import TritterError, brief
-from tritter.methods.growth.blocks import ActivationProbe, FfnBlock, ffn_blocks
+from tritter.methods.growth.blocks import ActivationProbe, FfnBlock
 from tritter.methods.growth.initialisers import Layer, NewNeurons
 from tritter.methods.growth.triggers import GrowthOptions, Timing, View
 from tritter.seeds import derived_seed
@@ -252,7 +252,7 @@ class Grower:
                 dead before they could have matured.
         """
         self._is_whole_model = blocks is None
-        self.blocks = ffn_blocks(model) if blocks is None else tuple(blocks)
+        self.blocks = FfnBlock.all_of(model) if blocks is None else tuple(blocks)
         self._new = dict(new or {})
         if restored is None:
             widths = {block.layer: block.width(model) for block in self.blocks}
