@@ -22,7 +22,6 @@ from tritter.checkpoints import lineage_of, write_lineage
 from tritter.checkpoints.record import LearnedDomain
 from tritter.core.models import load_model, read_model
 from tritter.methods.experts.adapters import Factors
-from tritter.methods.experts.merged_mixture import logit_change, mean_gates
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.methods.experts.stored import ExpertFolder
 
@@ -75,8 +74,8 @@ def test_a_merge_is_measured_one_sequence_at_a_time(mixture: ExpertMixture) -> N
     handle = mixture.model.register_forward_pre_hook(
         lambda _, arguments, named: rows.append(len(named["input_ids"])), with_kwargs=True
     )
-    change = logit_change(mixture, adapter, random_tokens())
-    mean_gates(mixture, [random_tokens()])
+    change = adapter.logit_change(mixture, random_tokens())
+    mixture.mean_gates([random_tokens()])
     handle.remove()
     assert rows == [1] * 24 and change.num_tokens == 8 * 64
     assert torch.equal(logits(mixture.model, TOKENS), before)  # the mixture is the same

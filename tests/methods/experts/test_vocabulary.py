@@ -22,7 +22,7 @@ from tritter.errors import RequestError, TritterError
 from tritter.methods.experts.adapters import AdapterShape, Factors, LoraLayers, layer_number
 from tritter.methods.experts.gates import Dispatch, Routing
 from tritter.methods.experts.mixture import ExpertMixture
-from tritter.methods.experts.stored import _TENSORS_NAME, StoredAdapter, write_adapter
+from tritter.methods.experts.stored import _TENSORS_NAME, StoredAdapter
 from tritter.training import surgery
 from tritter.training.parameters import disk_values, replay
 
@@ -310,7 +310,7 @@ def test_stock_peft_loads_our_folder_and_we_load_theirs(
     ids, base = oracle.tokens(), tiny(family, tie_word_embeddings=tied)
     model = adapted(family, tied=tied)
     drawn(model)
-    write_adapter(model, "own", tmp_path / "ours", base="somebody/base")
+    StoredAdapter.of(model, "own").write(tmp_path / "ours", base="somebody/base")
     names = set(load_file(tmp_path / "ours" / _TENSORS_NAME))
     assert "base_model.model.model.embed_tokens.lora_embedding_A" in names and len(names) == 10
     expected = oracle.logits(activated(model, "own"), ids)
@@ -406,7 +406,7 @@ def test_an_expert_alone_is_the_adapter_that_stock_peft_loads(
     mixture, ids = evident(family, tied=tied), oracle.tokens()
     base = tiny(family, tie_word_embeddings=tied)
     for name in mixture.adapters:
-        write_adapter(mixture.model, name, tmp_path / name, base="somebody/base")
+        StoredAdapter.of(mixture.model, name).write(tmp_path / name, base="somebody/base")
     mixture.model.double()
     plain = copy.deepcopy(base).double()
     with oracle.float64_casts():

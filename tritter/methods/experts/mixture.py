@@ -19,6 +19,7 @@ from tritter.core.parameter_map.tensor_map import NO_SOURCE
 from tritter.data.chat import ids_of, is_padding
 from tritter.data.packing import document_mask_of
 from tritter.errors import RequestError, did_you_mean
+from tritter.evaluation.inference import eval_mode
 from tritter.methods.experts.adapters import (
     AdapterShape,
     Factors,
@@ -26,7 +27,7 @@ from tritter.methods.experts.adapters import (
     is_of_adapter,
     layer_number,
 )
-from tritter.methods.experts.gates import Dispatch, Gates, Routing
+from tritter.methods.experts.gates import Dispatch, Gates, Routing, usage
 from tritter.training.parameters import WRAPPED, flops_of_sequence, live_layout
 from tritter.transform import Change
 from tritter.transform.change import declared
@@ -563,6 +564,20 @@ class ExpertMixture:
         """
         found = [mix.gates for mix in dict.fromkeys(self._mixes.values())]
         return [gates if kept is None else gates.of(kept) for gates in found if gates is not None]
+
+    def mean_gates(self, texts: Sequence[Tensor]) -> dict[str, float]:
+        """Return expert → mean gate over layers and tokens, with equal weight per batch of data.
+
+        Args:
+            texts: int64 [B, T] each, at least one.
+        """
+        found = torch.zeros(len(self.names), dtype=torch.float64)
+        with eval_mode(self.model) as device:
+            for each in texts:
+                for ids in each.to(device).split(1):  # logits take much memory
+                    self.model(input_ids=ids, use_cache=False)
+                    found += usage(self.gates()).double().cpu() / (len(each) * len(texts))
+        return dict(zip(self.names, found.tolist(), strict=True))
 
     @contextmanager
     def only(self, name: str) -> Iterator[None]:
