@@ -178,7 +178,7 @@ def test_dropped_sequences_are_reported_by_reason() -> None:
     method = SelfReplay(fraction=0.25)
     written = written_of([3.0, 0.1, 2.0, 0.1, 9.0], loops=(0, 1))
     found = method.filter_sequences(written, vocab_size=97)
-    assert torch.equal(found.kept, written.sequences[2:3])
+    assert torch.equal(found.sequences, written.sequences[2:3])
     assert list(found.dropped.values()) == [2, 1, 1]
     assert found.note(5, 12) == (
         "self_replay: the model generated 5 sequences of 12 tokens at perplexity 7.39, 1 are "
@@ -186,7 +186,7 @@ def test_dropped_sequences_are_reported_by_reason() -> None:
         "perplexity."
     )
     anything = SelfReplay(fraction=0.25, min_distinct=0, min_perplexity=1.0, max_perplexity=1e9)
-    assert len(anything.filter_sequences(written, vocab_size=97).kept) == 5
+    assert len(anything.filter_sequences(written, vocab_size=97).sequences) == 5
 
 
 def test_no_suitable_sequence_is_refused() -> None:

@@ -70,14 +70,13 @@ def _growth_change(model: nn.Module, growths: Mapping[int, LayerGrowth]) -> Chan
     widths = [*(source.ffn_sizes or [source.sizes.intermediate_size] * layers)]
     maps = dict(ParameterMap.identity([t.name for t in logical], num_layers=len(widths)).tensors)
     for layer, growth in growths.items():
-        unit_map = _neuron_map(growth, widths[layer])
+        factors = _neuron_factors(growth, widths[layer])
         for tensor in logical:
             spaces = [axis.space.kind for axis in tensor.axes]
             if tensor.layer != layer or _FFN not in spaces:
                 continue
             axes = tuple(
-                unit_map.factor(axis.port) if axis.space.kind == _FFN else None
-                for axis in tensor.axes
+                factors[axis.port] if axis.space.kind == _FFN else None for axis in tensor.axes
             )
             part = family.ffn_part(tensor)
             fill = _initial_values(growth, part)
@@ -96,7 +95,7 @@ def _module_change(
     before, after, maps = [], [], {}
     for layer, growth in growths.items():
         block = blocks[layer]
-        unit_map = _neuron_map(growth, block.width(model))
+        factors = _neuron_factors(growth, block.width(model))
         parts = {block.gate: "gate", block.up: "up", block.down: "down"}
         for name, dim in block.axes(model):
             shape = list(model.get_parameter(name).shape)
@@ -104,33 +103,18 @@ def _module_change(
             shape[dim] += growth.born
             after.append(declared(name, tuple(shape)))
             axes: list[AxisFactor | None] = [None] * len(shape)
-            axes[dim] = unit_map.factor(Port.WRITE if dim == 0 else Port.READ)
+            axes[dim] = factors[Port.WRITE if dim == 0 else Port.READ]
             fill = _initial_values(growth, parts.get(name, ""))
             source = before[-1].parts[0].tensor.name
             maps[source] = TensorMap(source=source, axes=tuple(axes), fill=fill)
     return Change(model=None, before=tuple(before), after=tuple(after), tensors=maps)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _NeuronMap:
-    """The map of an FFN's N neurons, [N] each as in AxisMap; recycled ones have no source."""
+def _neuron_factors(growth: LayerGrowth, width: int) -> dict[Port, AxisFactor]:
+    """Return the factors of axes of neurons, in an FFN that had `width` neurons, by their port.
 
-    source: Tensor
-    share: Tensor
-
-    def factor(self, port: Port) -> AxisFactor:
-        """Return the factor of an axis of neurons."""
-        kept = (self.source != NO_SOURCE).double()
-        if port is Port.READ:
-            return AxisFactor(self.source, self.share, kept)
-        # WRITE_NONLINEAR has p = 1, so gradients are scaled by the share, too
-        return AxisFactor(self.source, kept, self.share)
-
-
-def _neuron_map(growth: LayerGrowth, width: int) -> _NeuronMap:
-    """Return the map of the neurons of an FFN that had `width` neurons.
-
-    Without recycled neurons it is a valid AxisMap: the shares of copies and source sum to one.
+    Recycled neurons have no source. Without them it is a valid AxisMap: the shares of copies and
+    source sum to one.
     """
     source = torch.cat([torch.arange(width), torch.full((growth.born,), NO_SOURCE)])
     share = torch.ones(len(source), dtype=torch.float64)
@@ -145,7 +129,10 @@ def _neuron_map(growth: LayerGrowth, width: int) -> _NeuronMap:
             share[copied] -= copied_share
     if not len(growth.recycled):
         AxisMap.copied(width, source, share)  # raises if the function would change
-    return _NeuronMap(source, share)
+    kept = (source != NO_SOURCE).double()
+    # WRITE_NONLINEAR has p = 1, so gradients are scaled by the share, too
+    written = AxisFactor(source, kept, share)
+    return dict.fromkeys(Port, written) | {Port.READ: AxisFactor(source, share, kept)}
 
 
 def _initial_values(growth: LayerGrowth, part: str) -> Fill:

@@ -386,13 +386,10 @@ def _fit_curve(losses: Sequence[float], *, first_step: int) -> Curve | None:
     count = torch.bincount(bin_of_step, minlength=_BINS).double()
     is_filled = count > 0
     values = torch.tensor(losses, dtype=torch.float64)
-    means = (
-        torch.zeros(_BINS, dtype=torch.float64).index_add_(0, bin_of_step, values)[is_filled]
+    means, at = (
+        torch.zeros(_BINS, dtype=torch.float64).index_add_(0, bin_of_step, each)[is_filled]
         / count[is_filled]
-    )
-    at = (
-        torch.zeros(_BINS, dtype=torch.float64).index_add_(0, bin_of_step, steps)[is_filled]
-        / count[is_filled]
+        for each in (values, steps)
     )
     best: tuple[float, Curve] | None = None
     for exponent in torch.linspace(0.05, 1.5, 59, dtype=torch.float64).tolist():
