@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests import oracle
-from tests.core.stock_routers.models import tiny_moe
+from tests.core.stock_routers.models import shared_names, tiny_moe
 from tests.methods.moe_routing.test_stages import DOMAIN, OLD, Batch, grown, moved, values
 from tritter.errors import TritterError
 from tritter.evaluation.inference import preserve_modes
@@ -22,7 +22,6 @@ from tritter.methods.moe_routing.live import (
     train_new_experts,
 )
 from tritter.methods.moe_routing.opening import _expert_utility
-from tritter.methods.moe_routing.separate import shared_names
 from tritter.training import OptimizerSettings, Schedule
 
 RATE, DECAY, NEW = 1e-2, 0.3, 4  # experts from the fourth on are new

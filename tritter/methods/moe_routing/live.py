@@ -30,7 +30,7 @@ from tritter.evaluation.inference import device_of, preserve_modes
 from tritter.methods.moe_routing.objective import RoutingObjective
 from tritter.methods.moe_routing.opening import ExpertOpening, Unfreezing, redraw_rows
 from tritter.methods.moe_routing.options import RoutingOptions
-from tritter.methods.moe_routing.separate import SeparateExperts, is_router, only_trainable
+from tritter.methods.moe_routing.separate import SeparateExperts, only_trainable
 from tritter.seeds import derived_seed
 from tritter.stopping import Stopped
 from tritter.terminal import Console
@@ -203,7 +203,7 @@ def adapt_router(
             new_experts=experts,
         )
         own = derived_seed(seed, "routers")
-        with only_trainable(model, is_router):
+        with only_trainable(model, lambda tensor: tensor.kind == "router"):
             _train(
                 model, batches, objective, learning_rate=learning_rate, controls=controls, seed=own
             )
@@ -254,7 +254,8 @@ def train_new_experts(
     batches = LoaderBatches(domain_dataloader, epochs, replay=replay)
 
     def is_trained(tensor: LogicalTensor) -> bool:
-        return not freeze_base or tensor.expert in experts or (train_routers and is_router(tensor))
+        is_router = tensor.kind == "router"
+        return not freeze_base or tensor.expert in experts or (train_routers and is_router)
 
     separated = SeparateExperts(model, experts[0]) if freeze_base else nullcontext()
     with separated, only_trainable(model, is_trained):
