@@ -17,7 +17,7 @@ from tritter.methods.experts.gates import Routing
 from tritter.methods.experts.options import FIRST, DynamicOptions
 from tritter.methods.novelty import NoveltyDetector, Observation
 from tritter.methods.novelty.detectors import Decision
-from tritter.methods.novelty.library import FORMAT_VERSION, check_format
+from tritter.methods.novelty.library import Versioned
 from tritter.methods.novelty.statistics import Calibration, t_interval
 
 _USAGE_DECAY = 0.98
@@ -69,7 +69,7 @@ class _Novel:
     batches: tuple[Observation, ...] = ()
 
 
-class ExpertRegistry:
+class ExpertRegistry(Versioned):
     """Skills, experts, and the expert that the current batch is for.
 
     Args:
@@ -77,6 +77,8 @@ class ExpertRegistry:
         max_steps: of the training run; schedules without a setting are shares of it.
         detector: with the skills known so far; None: boundaries are given.
     """
+
+    state_name = "experts: a state"
 
     def __init__(
         self, options: DynamicOptions, *, max_steps: int, detector: NoveltyDetector | None
@@ -296,7 +298,7 @@ class ExpertRegistry:
     def state_dict(self) -> dict[str, Any]:
         """Return everything except options and schedules as plain values."""
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": self.format_version,
             "members": {name: asdict(member) for name, member in self.members.items()},
             "expert_of": dict(self.expert_of),
             "counter": self.counter,
@@ -312,7 +314,7 @@ class ExpertRegistry:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
-        check_format(state, "experts: a state")
+        self.check_format(state)
         self.members = {
             name: _Member(**{key: each[key] for key in _Member.__slots__ if key in each})
             for name, each in deepcopy(state["members"]).items()

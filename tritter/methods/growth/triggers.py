@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
@@ -182,7 +182,7 @@ class Trigger(ABC):
 class Percentile(Trigger):
     """Grow layers whose pressure is in the top percentile of all layers at earlier checks.
 
-    For exchangeable pressures, growth occurs at a fraction `rate` of the checks: the rank of a new
+    For exchangeable pressures, growth occurs at a known fraction of the checks: the rank of a new
     value among n old ones is uniform.
     """
 
@@ -207,16 +207,6 @@ class Percentile(Trigger):
             f"{options.gradient_percentile:g}; check more often (growth.check_every), or keep more "
             "of them (growth.history_checks)"
         )
-
-    @staticmethod
-    def rate(num_old: int, num_layers: int, percentile: float) -> float:
-        """Return the probability that any layer grows at a check, for exchangeable pressures.
-
-        No value of L new ones exceeds the k-th largest of n old ones if the k largest of all n + L
-        are old: C(n, k) / C(n + L, k).
-        """
-        rank = _rank(num_old, percentile)
-        return 1 - prod((num_old - i) / (num_old + num_layers - i) for i in range(rank))
 
 
 @options
