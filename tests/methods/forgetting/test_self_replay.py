@@ -21,18 +21,18 @@ from tritter.data.tokens import TextBounds
 from tritter.errors import RequestError, TritterError
 from tritter.methods.forgetting import SelfReplay
 from tritter.methods.forgetting.replay import (
-    GeneratedSequences,
     _distinct_share,
     _draw,
+    _GeneratedSequences,
     _stretch_lengths,
-    write_text,
+    _write_text,
 )
 from tritter.training import Preparation, Task
 
 
-def wrote(model: nn.Module, **changes: Any) -> GeneratedSequences:
+def wrote(model: nn.Module, **changes: Any) -> _GeneratedSequences:
     asked = {"num_sequences": 6, "sequence_length": 10, "bounds": TextBounds(5), **changes}
-    return write_text(model, **asked)
+    return _write_text(model, **asked)
 
 
 def nats_by_hand(model: nn.Module, text: list[int], *, window: int) -> list[float]:
@@ -168,10 +168,10 @@ def test_a_model_that_is_broken_writes_nothing() -> None:
         wrote(model)
 
 
-def written_of(nats: list[float], *, loops: tuple[int, ...] = ()) -> GeneratedSequences:
+def written_of(nats: list[float], *, loops: tuple[int, ...] = ()) -> _GeneratedSequences:
     sequences = oracle.tokens(batch=len(nats), length=12).int()
     sequences[list(loops)] = 3
-    return GeneratedSequences(sequences=sequences, nats=torch.tensor(nats, dtype=torch.float64))
+    return _GeneratedSequences(sequences=sequences, nats=torch.tensor(nats, dtype=torch.float64))
 
 
 def test_dropped_sequences_are_reported_by_reason() -> None:

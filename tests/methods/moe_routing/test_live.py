@@ -16,8 +16,8 @@ from tritter.evaluation.inference import preserve_modes
 from tritter.methods.forgetting.quadratic import diagonal_fisher
 from tritter.methods.moe_routing.distill import DistillationModule, only_new_experts
 from tritter.methods.moe_routing.live import (
-    LoaderBatches,
     _fit_live,
+    _LoaderBatches,
     adapt_router,
     train_new_experts,
 )
@@ -134,7 +134,7 @@ def teach(
     seed: int = 0,
 ) -> None:
     """Distil a teacher into new experts, as the stage `distill` of a run."""
-    batches = LoaderBatches(DOMAIN, epochs)
+    batches = _LoaderBatches(DOMAIN, epochs)
     with only_new_experts(model, experts), preserve_modes(teacher):
         module = DistillationModule(
             model,

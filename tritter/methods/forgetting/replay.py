@@ -51,7 +51,7 @@ _WORDS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class GeneratedSequences:
+class _GeneratedSequences:
     """Sequences that a model generated.
 
     Attributes:
@@ -79,7 +79,7 @@ def _reasons(dropped: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {_WORDS[why]}" for why, count in dropped.items() if count)
 
 
-def write_text(
+def _write_text(
     model: nn.Module,
     *,
     num_sequences: int,
@@ -92,7 +92,7 @@ def write_text(
     batch_size: int = _AT_ONCE,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
-) -> GeneratedSequences:
+) -> _GeneratedSequences:
     """Generate sequences with a causal language model.
 
     Args:
@@ -125,7 +125,7 @@ def write_text(
     costs_NT = torch.cat(nats)[:num_sequences].double()
     counted = costs_NT.isfinite()
     mean = costs_NT.nan_to_num().sum(dim=1) / counted.sum(dim=1).clamp(min=1)
-    return GeneratedSequences(sequences=torch.cat(pieces)[:num_sequences], nats=mean)
+    return _GeneratedSequences(sequences=torch.cat(pieces)[:num_sequences], nats=mean)
 
 
 def _distinct_share(sequences: Tensor) -> Tensor:
@@ -409,7 +409,7 @@ class SelfReplay(ForgettingMethod):
         length, vocab_size = preparation.sequence_length, model.sizes.vocab_size
         count, (per_text, parts) = options.num_sequences, _text_lengths(options, length)
         preparation.log(f"the model generates {count} sequences of {length} tokens")
-        written = write_text(
+        written = _write_text(
             preparation.model,
             num_sequences=count * parts,
             sequence_length=length // parts,
@@ -421,7 +421,7 @@ class SelfReplay(ForgettingMethod):
             seed=preparation.seed("self_replay"),
             progress=preparation.progress,
         )
-        written = GeneratedSequences(
+        written = _GeneratedSequences(
             sequences=written.sequences.view(count, length),
             nats=written.nats.view(count, parts).mean(dim=1),
         )
@@ -436,8 +436,8 @@ class SelfReplay(ForgettingMethod):
         )
 
     def filter_sequences(
-        self, written: GeneratedSequences, *, vocab_size: int
-    ) -> GeneratedSequences:
+        self, written: _GeneratedSequences, *, vocab_size: int
+    ) -> _GeneratedSequences:
         """Drop repetitive sequences, and those whose perplexity is too low or too high."""
         import torch
 
@@ -459,7 +459,7 @@ class SelfReplay(ForgettingMethod):
                 "forgetting.self_replay.temperature, or relax min_distinct, min_perplexity and "
                 "max_perplexity."
             )
-        return GeneratedSequences(
+        return _GeneratedSequences(
             sequences=written.sequences[torch.where(kept)[0]],
             nats=written.nats[kept],
             dropped=dropped,

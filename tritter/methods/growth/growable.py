@@ -130,7 +130,7 @@ class _Growable:
         """Raise if other modules rely on the current shapes."""
 
 
-class GrowableLayer(_Growable):
+class _GrowableLayer(_Growable):
     """A growable module with a single layer of neurons."""
 
     def check_growth(self) -> tuple[bool, list[int]]:
@@ -217,7 +217,7 @@ def _build_grower(keywords: Mapping[str, Any]) -> Grower:
     return Grower(options, timing=timing, seed=seed)
 
 
-class GrowableLinear(GrowableLayer, nn.Linear):
+class GrowableLinear(_GrowableLayer, nn.Linear):
     """`nn.Linear` that gets more outputs during training, while its consumer gets more inputs.
 
     With a consumer both layers are widened in one event, and their composition is preserved.
@@ -345,7 +345,7 @@ def _note_parent(module: nn.Module, name: str, submodule: nn.Module | None) -> N
 register_module_module_registration_hook(_note_parent)
 
 
-class GrowableFFN(GrowableLayer, nn.Module):
+class GrowableFFN(_GrowableLayer, nn.Module):
     """y = down(σ(gate(x)) · up(x)), or down(σ(up(x))), with neurons that grow during training.
 
     Args:

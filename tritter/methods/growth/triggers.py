@@ -324,7 +324,7 @@ def _rank(num_old: int, percentile: float) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Curve:
+class _Curve:
     """E + B·s^-β, in nats per token, after s steps."""
 
     floor: float
@@ -347,7 +347,7 @@ class Curve:
             step: the first candidate step.
             ratio: parameters of the grown model divided by those of the small one.
         """
-        larger = Curve(self.floor * ratio**-_SIZE_EXPONENT, self.scale, self.exponent)
+        larger = _Curve(self.floor * ratio**-_SIZE_EXPONENT, self.scale, self.exponent)
         best, at = self.loss(max_steps), None
         for number in range(_MOMENTS):
             moment = step + number * (max_steps - step) // _MOMENTS
@@ -358,7 +358,7 @@ class Curve:
         return at
 
 
-def _fit_curve(losses: Sequence[float], *, first_step: int) -> Curve | None:
+def _fit_curve(losses: Sequence[float], *, first_step: int) -> _Curve | None:
     """Return the curve fitted to the losses of consecutive steps; None if no fit is possible.
 
     Least squares over bin means. Bins widen with the step, so that the many late steps do not
@@ -381,12 +381,12 @@ def _fit_curve(losses: Sequence[float], *, first_step: int) -> Curve | None:
         / count[is_filled]
         for each in (values, steps)
     )
-    best: tuple[float, Curve] | None = None
+    best: tuple[float, _Curve] | None = None
     for exponent in torch.linspace(0.05, 1.5, 59, dtype=torch.float64).tolist():
         powers = torch.stack([torch.ones_like(at), at**-exponent], dim=1)
         solution = torch.linalg.lstsq(powers, means[:, None]).solution.squeeze(1)
         error = float((powers @ solution - means).square().sum())
-        curve = Curve(float(solution[0]), float(solution[1]), exponent)
+        curve = _Curve(float(solution[0]), float(solution[1]), exponent)
         if curve.floor > 0 and curve.scale > 0 and (best is None or error < best[0]):
             best = error, curve
     return None if best is None else best[1]
