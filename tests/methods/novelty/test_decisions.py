@@ -188,7 +188,7 @@ def test_skills_are_found_in_two_batches_and_recognised_again(
         assert [novelty.observe(each).kind for each in first] == ["unsure", "new"]
         before = _names(novelty.library)
         added = novelty.add(skill)
-        assert added.n == 32 and list(added.similarity_at_creation) == before
+        assert added.moments.n == 32 and list(added.similarity_at_creation) == before
         more = [drawn(centre, generator=generator, loss=6) for _ in range(Calibration.full)]
         for seen in more:
             assert novelty.observe(seen).kind != "new"
@@ -327,6 +327,6 @@ def test_a_recalibrated_skill_keeps_what_it_was_created_by(generator: torch.Gene
     batches = [drawn(centre_of(3), generator=generator, loss=5) for _ in range(30)]
     new = known.recalibrate("sorting", batches)
     assert new.similarity_at_creation == old.similarity_at_creation != {}
-    assert new.loss.mean == pytest.approx(5, abs=0.1) and new.n == 480
+    assert new.loss.mean == pytest.approx(5, abs=0.1) and new.moments.n == 480
     assert torch.argmax(new.mean) == 3
     assert float(known.z("centre", "sorting", batches[0]).mean()) < 6

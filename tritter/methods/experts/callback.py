@@ -22,7 +22,6 @@ from tritter.methods.experts.adapters import AdapterShape, Factors
 from tritter.methods.experts.gates import Gates, usage
 from tritter.methods.experts.mixture import ExpertMixture, mixture_on
 from tritter.methods.experts.module import ExpertModule
-from tritter.methods.experts.options import FIRST
 from tritter.methods.experts.registry import ExpertRegistry
 from tritter.methods.novelty import Observation, observe
 from tritter.seeds import derived_seed
@@ -83,10 +82,10 @@ class ExpertCallback(Callback):
         elif not self.registry.expert_of:  # measure the base's data and count its tokens
             registry, tokens, module = self.registry, self._known_tokens, _module(pl_module)
             if module.mixture.evidence is not None and tokens is not None:
-                number = module.mixture.names.index(FIRST)
+                number = module.mixture.names.index(registry.options.first)
                 module.mixture.evidence.count(number, tokens.to(module.device))
             for domain, batches in self._known.items():
-                registry.expert_of[domain] = FIRST
+                registry.expert_of[domain] = registry.options.first
                 if registry.detector is not None:
                     on_device = [ids.to(module.device).long() for ids in batches]
                     seen = [self._observe(module, ids) for ids in on_device]
@@ -255,7 +254,8 @@ class ExpertCallback(Callback):
 
     def report(self) -> dict[str, Any]:
         """Return the report of experts, in the format of summary.json."""
-        members = {name: each for name, each in self.registry.members.items() if name != FIRST}
+        first, members = self.registry.options.first, self.registry.members
+        members = {name: each for name, each in members.items() if name != first}
         return {
             "events": self.events,
             "batches": dict(self.registry.batches),
@@ -328,7 +328,8 @@ class ExpertCallback(Callback):
         registry, mixture = self.registry, module.mixture
         pair = registry.most_similar() if registry.options.when_full == "merge" else None
         if pair is None:
-            others = {name: each.usage for name, each in registry.members.items() if name != FIRST}
+            first, members = registry.options.first, registry.members
+            others = {name: each.usage for name, each in members.items() if name != first}
             gone = min(others, key=others.__getitem__)
             self._evict(trainer, module, gone, successor=None)
             self._record_event(trainer, "evicted", gone, "least used expert, removed to make room")

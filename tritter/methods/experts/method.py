@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from tritter.checkpoints.expert_files import experts_in
 from tritter.core.families import Model
 from tritter.errors import Problem, RequestError, did_you_mean
-from tritter.methods.experts.options import FIRST, AdapterOptions, DynamicOptions
+from tritter.methods.experts.options import AdapterOptions, DynamicOptions
 from tritter.options import RunRequest, Start
 from tritter.training.method import Method, Setting, Trainee
 
@@ -288,7 +288,7 @@ class DynamicExperts(Experts):
 
     Options = DynamicOptions
     name = "dylora"
-    first = FIRST
+    first = DynamicOptions.first
     is_dynamic = True
 
     @classmethod
@@ -341,7 +341,7 @@ class DynamicExperts(Experts):
                 "inner_prior": options.inner_prior,
             },
         )
-        mixture.add(FIRST, self.shape(model), seed=seed)
+        mixture.add(self.first, self.shape(model), seed=seed)
         return mixture
 
     def _callbacks(self, mixture: ExpertMixture, setting: Setting) -> tuple[ExpertCallback]:

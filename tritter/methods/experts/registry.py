@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tritter.methods.experts.gates import Routing
-from tritter.methods.experts.options import FIRST, DynamicOptions
+from tritter.methods.experts.options import DynamicOptions
 from tritter.methods.novelty import NoveltyDetector, Observation
 from tritter.methods.novelty.detectors import Decision
 from tritter.methods.novelty.library import Versioned
@@ -88,7 +88,7 @@ class ExpertRegistry(Versioned):
         self._maturity = tenth if options.maturity_steps is None else options.maturity_steps
         self._anneal = tenth if options.anneal_steps is None else options.anneal_steps
         self._stall = fifth if options.stall_steps is None else options.stall_steps
-        self.members: dict[str, _Member] = {FIRST: _Member(is_mature=True)}
+        self.members: dict[str, _Member] = {self.options.first: _Member(is_mature=True)}
         self.expert_of: dict[str, str] = {}  # skill → expert
         self.counter = 1  # number of experts created so far
         self.settled_steps = 0  # steps since all experts are mature
@@ -114,7 +114,7 @@ class ExpertRegistry(Versioned):
         self._sequences = [*self._sequences, sequences][-max(1, len(self.detector.run)) :]
         self.batches[decision.kind] += 1
         self.score = decision.score
-        expert = self.expert_of.get(decision.skill, FIRST)
+        expert = self.expert_of.get(decision.skill, self.options.first)
         if decision.kind == "new":
             self.novel = _Novel(
                 decision=decision, sequences=torch.cat(self._sequences), batches=self.detector.run
@@ -158,7 +158,7 @@ class ExpertRegistry(Versioned):
         if self.active is not None:
             member = self.members[self.active]
             member.steps += 1
-            if self.active != FIRST:  # the first expert never stalls
+            if self.active != self.options.first:  # the first expert never stalls
                 member.losses.append(loss)
         self.settled_steps = self.settled_steps + 1 if self.are_mature else 0
 
@@ -171,7 +171,7 @@ class ExpertRegistry(Versioned):
 
     def stalled(self, rank: int) -> _Stall:
         """Return the action for the active expert if it stalls: `widen`, `freeze` or none."""
-        member = self.members[self.active or FIRST]  # which never stalls
+        member = self.members[self.active or self.options.first]  # which never stalls
         if len(member.losses) < self._stall:
             return ""
         before, member.before, member.losses = member.before, member.losses, []
@@ -243,7 +243,7 @@ class ExpertRegistry(Versioned):
         units = {
             skill: library[skill].embedding / library[skill].embedding.norm()
             for skill, expert in self.expert_of.items()
-            if expert != FIRST
+            if expert != self.options.first
         }
         pairs = [
             (float(units[one] @ units[two]), one, two)
@@ -271,7 +271,8 @@ class ExpertRegistry(Versioned):
 
         def suits(name: str) -> tuple[bool, bool, float, int]:
             near = distances.get(name, float("-inf"))
-            return (name != FIRST, not self.members[name].is_whole, near, order.index(name))
+            is_other, is_free = name != self.options.first, not self.members[name].is_whole
+            return (is_other, is_free, near, order.index(name))
 
         return max(order, key=suits)
 

@@ -294,7 +294,6 @@ class ExpertFolder:
         counts: int64 [n, V], token counts of evidence; None if the router is `learned`.
         extra: further state of a run: nested dictionaries with string keys, lists, numbers,
             strings, tensors. It is read back unchanged, without validation.
-        base: base model named in the adapters' configs.
     """
 
     head: ExpertsHead
@@ -302,7 +301,6 @@ class ExpertFolder:
     routers: tuple[tuple[Tensor, Tensor], ...] = ()
     counts: Tensor | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
-    base: str = _ROOT_OF_AN_EXPERT
 
     @classmethod
     def of(
@@ -366,7 +364,7 @@ class ExpertFolder:
         if self.adapters or is_ours:
             with atomic_folder(folder / EXPERTS_FOLDER, overwrite=is_ours) as temporary:
                 for name, adapter in self.adapters.items():
-                    adapter.write(temporary / name, base=self.base)
+                    adapter.write(temporary / name, base=_ROOT_OF_AN_EXPERT)
         tensors: dict[str, Tensor] = {}
         for number, (weight, bias) in enumerate(self.routers):
             tensors[f"{_ROUTER}.{number}.weight"] = weight.contiguous()

@@ -195,11 +195,6 @@ class Skill:
     similarity_at_creation: Mapping[str, float]
 
     @property
-    def n(self) -> int:
-        """Number of samples in its statistics."""
-        return self.moments.n
-
-    @property
     def mean(self) -> Tensor:
         return self.moments.mean
 
