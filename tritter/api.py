@@ -402,18 +402,18 @@ def add_experts(model: Model, rank: int = 8, **options: Any) -> PreTrainedModel:
     assert requested is not None, "there would be a problem"
     with loading("transformers"):
         from tritter.checkpoints.expert_files import AdapterShape
-        from tritter.methods.experts.adapters import adaptable
+        from tritter.methods.experts.adapters import LoraLayers
         from tritter.methods.experts.mixture import ExpertMixture, mixture_on
     live = load(model) if isinstance(model, str | PathLike) else _unwrap(model, "model")
     mixture = mixture_on(live)
     if mixture is not None and requested.router not in (None, mixture.router):
         reason = f"the model's experts already use the router {mixture.router}"
         raise refused("router", requested.router, reason)
-    targets = requested.targets or tuple(sorted(adaptable(live, whole=False)))
-    if mixture is None:
-        if missing := sorted(set(targets) - adaptable(live)):  # before the base is frozen
-            reason = f"the model has no such layer; it has {', '.join(sorted(adaptable(live)))}"
-            raise refused("targets", missing, reason, near=nearest(missing[0], adaptable(live)))
+    targets = requested.targets or tuple(sorted(LoraLayers(live).adaptable(whole=False)))
+    if mixture is None:  # checked before the base is frozen
+        if missing := sorted(set(targets) - (known := LoraLayers(live).adaptable())):
+            reason = f"the model has no such layer; it has {', '.join(sorted(known))}"
+            raise refused("targets", missing, reason, near=nearest(missing[0], known))
         mixture = ExpertMixture(live, router=requested.router or "learned")
     shape = AdapterShape(requested.rank, requested.alpha or 2.0 * requested.rank, targets)
     names = (f"expert_{number}" for number in range(len(mixture.names) + requested.num_experts))

@@ -25,10 +25,10 @@ from tritter.core.models import load_model  # noqa: E402
 from tritter.data.chat import ids_of  # noqa: E402
 from tritter.data.packing import kept_tokens, labels_of  # noqa: E402
 from tritter.methods.experts.method import DynamicExperts  # noqa: E402
-from tritter.methods.experts.options import FIRST  # noqa: E402
+from tritter.methods.experts.options import DynamicOptions  # noqa: E402
 from tritter.methods.experts.registry import ExpertRegistry  # noqa: E402
 from tritter.methods.novelty import Observation, observe  # noqa: E402
-from tritter.methods.novelty.statistics import CALIBRATION_BATCHES  # noqa: E402
+from tritter.methods.novelty.statistics import Calibration  # noqa: E402
 from tritter.pipeline.ledger import Ledger  # noqa: E402
 from tritter.pipeline.run import Run  # noqa: E402
 from tritter.targets import values_of  # noqa: E402
@@ -134,9 +134,9 @@ def detected(
     dynamic = replace(load_options(), detector=chosen, max_experts=100)
     registry = DynamicExperts(**values_of(dynamic)).registry(max_steps=options.steps)
     assert registry.detector is not None
-    known = [batches[OLD].draw() for _ in range(CALIBRATION_BATCHES)]
+    known = [batches[OLD].draw() for _ in range(Calibration.full)]
     registry.detector.add(OLD, known, is_base=True)
-    registry.expert_of[OLD] = FIRST
+    registry.expert_of[OLD] = DynamicOptions.first
     for phase, domain in enumerate(STREAM, start=1):
         steps = [s for s in range(options.steps) if is_created(registry, batches[domain].draw())]
         first = steps[0] + 1 if steps else ""

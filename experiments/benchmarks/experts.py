@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tritter.checkpoints.expert_files import AdapterShape
 from tritter.core.models import load_model
-from tritter.methods.experts.gates import Routing, balance_loss, z_loss
+from tritter.methods.experts.gates import Routing
 from tritter.methods.experts.mixture import ExpertMixture, RouterKind
 from tritter.methods.novelty import observe
 
@@ -124,7 +124,7 @@ def mixture_step(options: Any, targets: tuple[str, ...], mode: str) -> Callable[
     def losses() -> Tensor:
         if router_kind == "evidence":
             return torch.zeros(())  # there is nothing to learn
-        found = [0.01 * balance_loss(g) + 1e-3 * z_loss(g) for g in mixture.gates()]
+        found = [0.01 * g.balance_loss() + 1e-3 * g.z_loss() for g in mixture.gates()]
         return torch.stack(found).mean()
 
     return stepping(options, mixture.model, losses, look if mode.endswith(OBSERVED) else None)

@@ -52,7 +52,6 @@ from tritter.methods.novelty import (  # noqa: E402
 )
 from tritter.methods.novelty.detectors import NovelSamples  # noqa: E402
 from tritter.methods.novelty.library import ProjectionOptions  # noqa: E402
-from tritter.methods.novelty.observation import concatenated  # noqa: E402
 from tritter.methods.novelty.statistics import share_bound  # noqa: E402
 
 LENGTH, BATCH, PHASE, CALIBRATION = 128, 16, 40, 30
@@ -282,7 +281,9 @@ def bursts(seen: Seen, *, steps: int, seed: int) -> Row:
     for skill in seen.skills.values():
         made, new = gatherer(), batches(skill, seed=seed, size=2)
         for step in range(1, 129):
-            mixed = concatenated([next(new), next(stream).rows(torch.arange(BATCH - 2))])
+            mixed = Observation.concatenated(
+                [next(new), next(stream).rows(torch.arange(BATCH - 2))]
+            )
             burst = made.add(mixed, marks)
             if burst is not None:
                 delays.append(step)

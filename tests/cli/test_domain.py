@@ -7,14 +7,13 @@ import torch
 
 from tests.cli.conftest import VOCABULARY, Run, snapshot
 from tests.cli.test_train import write_texts
-from tests.core.stock_routers.models import tiny_moe
+from tests.core.stock_routers.models import shared_names, tiny_moe
 from tests.oracle import logits, saved, stock, tokens
 from tests.oracle.moe import is_settled
 from tritter.checkpoints import Lineage
 from tritter.core.models import load_model, save_tokenizer
 from tritter.data.documents import Document
 from tritter.data.tokens import END_OF_TEXT, train_tokenizer
-from tritter.methods.moe_routing.separate import shared_names
 
 ADD = "expand --checkpoint base --method moe-add --num-experts 2"
 TRAIN = f"{ADD} --domain code --domain-data data/code --steps 3 --learning-rate 1e-3"

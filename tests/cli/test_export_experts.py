@@ -21,8 +21,7 @@ from tests.oracle import chat, logits, saved, stock, tiny_llama, tokens
 from tritter.checkpoints import Lineage, write_lineage
 from tritter.checkpoints.record import LearnedDomain
 from tritter.core.models import load_model, read_model
-from tritter.methods.experts.adapters import adapted_layers, factors
-from tritter.methods.experts.merged_mixture import logit_change, mean_gates
+from tritter.methods.experts.adapters import Factors
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.methods.experts.stored import ExpertFolder
 
@@ -33,10 +32,10 @@ GATES = {name: sum(each.get(name, 0) for each in USAGE.values()) / 2 for name in
 
 def merged_by_hand(base: Any, mixture: ExpertMixture, gates: Mapping[str, float]) -> Any:
     """Add every expert's product, times its gate, to the weights of an untied stock model."""
-    for layer_name, layer in adapted_layers(mixture.model):
+    for layer_name, layer in mixture.lora:
         weight = base.get_parameter(f"{layer_name}.weight")
         for name, gate in gates.items():
-            own = factors(layer, name)
+            own = Factors.of(layer, name)
             if own is not None:
                 delta = gate * own.scaling * own.up.detach() @ own.down.detach()
                 weight.data += delta.T if weight.shape != delta.shape else delta
@@ -75,8 +74,8 @@ def test_a_merge_is_measured_one_sequence_at_a_time(mixture: ExpertMixture) -> N
     handle = mixture.model.register_forward_pre_hook(
         lambda _, arguments, named: rows.append(len(named["input_ids"])), with_kwargs=True
     )
-    change = logit_change(mixture, adapter, random_tokens())
-    mean_gates(mixture, [random_tokens()])
+    change = adapter.logit_change(mixture, random_tokens())
+    mixture.mean_gates([random_tokens()])
     handle.remove()
     assert rows == [1] * 24 and change.num_tokens == 8 * 64
     assert torch.equal(logits(mixture.model, TOKENS), before)  # the mixture is the same

@@ -23,7 +23,7 @@ from tritter.core.models import (
     save_tokenizer,
 )
 from tritter.errors import RequestError, TritterError
-from tritter.methods.experts.adapters import add_adapter
+from tritter.methods.experts.adapters import LoraLayers
 
 ATTACK = """
 from pathlib import Path
@@ -249,7 +249,7 @@ def test_a_new_model_leaves_all_random_generators_as_they_are(
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     before = torch.get_rng_state()
     new_model(read_model(folder), seed=3)
-    add_adapter(load_model(folder), "one", AdapterShape(2, 4.0, ("q_proj",)), seed=3)
+    LoraLayers(load_model(folder)).add("one", AdapterShape(2, 4.0, ("q_proj",)), seed=3)
     assert torch.equal(torch.get_rng_state(), before) and not seeded
 
 

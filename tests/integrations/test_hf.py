@@ -425,7 +425,7 @@ def test_what_si_leaves_protects_the_next_training(tmp_path: Path) -> None:
     second.train()
     (before,), (after,) = first.forgetting.methods, second.forgetting.methods
     key = "model.layers.1.mlp.down_proj.weight"
-    moved = before.path.displacement(first.model)[key]
+    moved = before.path.recorded(first.model)["displacement"][key]
     latest = before.path.path_integral[key].clamp(min=0) / (moved.square() + before.options.xi)
     expected = before.importance[key] + latest
     torch.testing.assert_close(after.importance[key], expected, rtol=1e-3, atol=1e-6)

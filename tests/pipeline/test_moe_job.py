@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests import oracle
+from tests.core.stock_routers.models import shared_names
 from tests.oracle.moe import is_settled
 from tests.pipeline.conftest import SMALL
 from tests.pipeline.plug import WORK
@@ -23,7 +24,6 @@ from tritter.core.stock_routers import AddedExperts, RouterControl
 from tritter.errors import RequestError
 from tritter.methods.moe_routing.distill import DistillationModule
 from tritter.methods.moe_routing.options import AdaptationOptions
-from tritter.methods.moe_routing.separate import shared_names
 from tritter.pipeline import Outcome, moe, run_pipeline
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 from tritter.training.module import TaskLoss

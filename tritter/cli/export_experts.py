@@ -39,13 +39,7 @@ from tritter.data.chat import ids_of
 from tritter.data.tokens import pack, read_tokenizer, tokenise
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.gate import Check
-from tritter.methods.experts.merged_mixture import (
-    LogitChange,
-    logit_change,
-    mean_gates,
-    merged_adapter,
-)
-from tritter.methods.experts.stored import ExpertFolder, StoredAdapter
+from tritter.methods.experts.stored import ExpertFolder, LogitChange, StoredAdapter
 from tritter.pipeline.run_data import corpus_chat
 from tritter.report.table import Table, count_text
 from tritter.storage.atomic import atomic_folder
@@ -96,7 +90,7 @@ class Merge:
         mixture, stored = experts.apply(load_model(files.source)), files.mean_gates()
         if texts:
             input_ids, named = torch.cat(list(texts.values())), ", ".join(texts)
-            gates, gates_from = mean_gates(mixture, list(texts.values())), f"means on {named}"
+            gates, gates_from = mixture.mean_gates(list(texts.values())), f"means on {named}"
         else:
             generator, named = torch.Generator().manual_seed(0), "random data"
             input_ids = torch.randint(vocab_size, (_SEQUENCES, length), generator=generator)
@@ -104,10 +98,10 @@ class Merge:
             gates_from = "equal: neither data nor recorded usage is available"
             if stored is not None:
                 gates_from = f"recorded means on {', '.join(files.head.usage)}"
-        adapter, lost = merged_adapter(experts, gates, rank=rank)
+        adapter, lost = experts.merged(gates, rank=rank)
         if max_rank is not None and adapter.shape.rank > max_rank:
-            adapter, lost = merged_adapter(experts, gates, rank=max_rank)
-        change = logit_change(mixture, adapter, input_ids)
+            adapter, lost = experts.merged(gates, rank=max_rank)
+        change = adapter.logit_change(mixture, input_ids)
         return cls(gates, gates_from, adapter, lost, change, named)
 
     @property

@@ -31,10 +31,9 @@ def load_whole(
 def reading_flops(model: nn.Module) -> Flops:
     """Return the FLOPs of reading a sequence with a live model, including its LoRA experts."""
     from tritter.methods.experts.mixture import mixture_on  # slow to import
-    from tritter.methods.experts.module import forward_flops_of
 
     mixture = mixture_on(model)
-    return forward_flops(model_of(model)) if mixture is None else forward_flops_of(mixture)
+    return forward_flops(model_of(model)) if mixture is None else mixture.reading_flops()
 
 
 def reading_flops_of(source: Source) -> Flops:

@@ -30,7 +30,7 @@ from tritter.data.datasets import stream_identity
 from tritter.data.tokens import END_OF_TEXT, read_tokenizer
 from tritter.errors import Problem, RequestError, TritterError, key_name, raise_problems
 from tritter.methods.forgetting.path_integral import PathIntegral
-from tritter.methods.forgetting.si import RECORDED
+from tritter.methods.forgetting.si import WeightPath
 from tritter.pipeline import moe
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import content_key
@@ -121,7 +121,7 @@ def _made_from(run: Run) -> dict[str, Any]:
     return {
         "format": "base",
         "format_version": _FORMAT_VERSION,
-        "recorded": list(RECORDED) if importance.is_recorded(run) else [],
+        "recorded": list(WeightPath.kinds) if importance.is_recorded(run) else [],
         "torch": torch.__version__,
         "model": _pretrained_model(run).config,
         "corpus": run.data.corpus.digest,

@@ -13,7 +13,7 @@ from tritter.core.stock_routers import AddedExperts, RouterControl
 from tritter.data.tokens import concatenate
 from tritter.methods.moe_routing.objective import OldRouting, RoutingObjective
 from tritter.methods.moe_routing.opening import ExpertOpening, Unfreezing
-from tritter.methods.moe_routing.separate import SeparateExperts, is_router, only_trainable
+from tritter.methods.moe_routing.separate import SeparateExperts, only_trainable
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.run import Run
 from tritter.training import Trainee
@@ -69,7 +69,7 @@ def router_trainee(run: Run, branch: Branch, model: nn.Module) -> Iterator[Train
         new_experts=added.experts,
     )
     opening = ExpertOpening(added, anneal_steps=anneal_steps(run, branch, added))
-    with only_trainable(model, is_router):
+    with only_trainable(model, lambda tensor: tensor.kind == "router"):
         yield Trainee(model, side_losses=(routing,), controls=(opening,))
 
 

@@ -26,7 +26,7 @@ from tritter.core.expansions import (
 from tritter.core.families import Model, check_config, family_of
 from tritter.core.parameter_map import AxisFactor, AxisMap
 from tritter.errors import RequestError
-from tritter.methods.growth.blocks import ffn_blocks
+from tritter.methods.growth.blocks import FfnBlock
 from tritter.transform import expand
 from tritter.transform.live import ModelExpander
 
@@ -216,7 +216,7 @@ def test_a_live_model_is_expanded_as_a_folder_is() -> None:
 @pytest.mark.parametrize("family", STACKED)
 def test_growth_says_why_it_has_no_place_there(family: str) -> None:
     with pytest.raises(RequestError, match=f"{family} stores gate and up as one tensor"):
-        ffn_blocks(tiny(family))
+        FfnBlock.all_of(tiny(family))
     config = {**tiny(family).config.to_dict(), "ffn_sizes": [40, 30, 20]}
     with pytest.raises(RequestError, match=r"ffn_sizes: .*gate and up as one tensor"):
         check_config(Model(config))

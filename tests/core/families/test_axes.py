@@ -29,7 +29,7 @@ from tritter.core.families.discovery.family import shallow
 from tritter.core.families.discovery.twin import Block, Twin, in_float64
 from tritter.core.parameter_map import Fill, Quantity
 from tritter.errors import RequestError
-from tritter.methods.growth.blocks import FfnBlock, ffn_blocks
+from tritter.methods.growth.blocks import FfnBlock
 from tritter.methods.growth.grower import LayerGrowth, _growth_change
 from tritter.methods.growth.initialisers import NewNeurons
 
@@ -113,7 +113,7 @@ def test_its_neurons_are_those_of_the_table(
     for family in (table, found):
         with monkeypatch.context() as patch:
             patch.setitem(FAMILIES, model_type, family)
-            blocks = ffn_blocks(model)
+            blocks = FfnBlock.all_of(model)
             growths = {block.layer: layer_growth(model, block) for block in blocks[1:]}
             change = _growth_change(model, growths)
             weights = dict(change.weights({n: p.detach() for n, p in model.named_parameters()}))

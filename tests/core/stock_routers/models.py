@@ -2,9 +2,11 @@
 
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from tests.oracle.families import tiny
+from tritter.core.models import model_of
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {},
@@ -27,3 +29,8 @@ def num_experts(model: PreTrainedModel) -> int:
     experts = {m.num_experts for m in model.modules() if type(m).__name__.endswith("TopKRouter")}
     (count,) = experts
     return int(count)
+
+
+def shared_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the parameters that all experts of a layer share."""
+    return tuple(each.name for each in model_of(model).layout("live") if each.is_of_experts)

@@ -7,7 +7,7 @@ from torch import nn
 
 from tests.oracle import tiny_llama
 from tritter.checkpoints.expert_files import AdapterShape
-from tritter.methods.experts.adapters import parameters_of
+from tritter.methods.experts.adapters import LoraLayers
 from tritter.methods.experts.mixture import ExpertMixture, RouterKind
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
@@ -34,7 +34,7 @@ def mixture_of(
     torch.manual_seed(5)
     with torch.no_grad():
         for name in mixture.adapters:
-            for key, parameter in parameters_of(model, name).items():
+            for key, parameter in LoraLayers(model).parameters(name).items():
                 if ".lora_B." in key:
                     parameter.normal_(std=0.3)
         for router in mixture.routers():

@@ -12,13 +12,6 @@ from tests.methods.experts.mixtures import TARGETS, mixture_of
 from tests.training.test_surgery import train
 from tritter.checkpoints.expert_files import AdapterShape
 from tritter.errors import RequestError
-from tritter.methods.experts.adapters import (
-    adapted_layers,
-    parameters_of,
-    set_rank,
-    shape_of,
-)
-from tritter.methods.experts.changes import evict_change, spawn_change, widen_change
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.training import surgery
 
@@ -51,20 +44,20 @@ class Event(Callback):
 class Spawn(Event):
     def change(self, trainer, module) -> None:  # type: ignore[no-untyped-def]
         self.mixture.open("new", AdapterShape(5, 10.0, TARGETS), seed=7)
-        surgery.apply(trainer, module, spawn_change(self.mixture, "new"), reason="spawn")
+        surgery.apply(trainer, module, self.mixture.spawn_change("new"), reason="spawn")
 
 
 class Evict(Event):
     def change(self, trainer, module) -> None:  # type: ignore[no-untyped-def]
-        surgery.apply(trainer, module, evict_change(self.mixture, "e1"), reason="evict")
+        surgery.apply(trainer, module, self.mixture.evict_change("e1"), reason="evict")
         self.mixture.close("e1")
 
 
 class Widen(Event):
     def change(self, trainer, module) -> None:  # type: ignore[no-untyped-def]
-        change = widen_change(self.mixture, "e1", 8, seed=3)
+        change = self.mixture.widen_change("e1", 8, seed=3)
         surgery.apply(trainer, module, change, reason="rank")
-        set_rank(self.mixture.model, "e1", 8)
+        self.mixture.lora.set_rank("e1", 8)
 
 
 def held(trainer, model) -> dict[str, Tensor]:  # type: ignore[no-untyped-def]
@@ -96,7 +89,7 @@ def test_a_new_expert_is_trained_and_the_old_ones_go_on(tmp_path: Path) -> None:
     assert event.mixture.names == ["e0", "e1", "e2", "new"]
     assert same(event.before, event.after, ".e0.", ".e1.", ".e2.") == 4 * (6 + 6 + 2) * 3
     assert same(event.before, end, "base_layer", "embed_tokens", "norm") > 9
-    own = parameters_of(event.mixture.model, "new")
+    own = event.mixture.lora.parameters("new")
     assert len(own) == 2 * 3 * 3
     for name in own:
         assert not torch.equal(event.after[name], end[name])
@@ -122,18 +115,18 @@ def test_one_goes_and_its_state_with_it(tmp_path: Path) -> None:
         for key in (f"{router}.weight", f"{router}.weight exp_avg", f"{router}.bias"):
             assert torch.equal(event.after[key], event.before[key][[0, 2]])
     with pytest.raises(RequestError, match=r"no expert e1; the experts are e0, e2"):
-        evict_change(event.mixture, "e1")
+        event.mixture.evict_change("e1")
 
 
 def test_a_doubled_rank_keeps_function_moments_and_scale(tmp_path: Path) -> None:
     event = Widen(mixture_of(oracle.tiny_llama().double()))
-    before = shape_of(event.mixture.model, "e1")
+    before = event.mixture.lora.shape("e1")
     end = trained(event, tmp_path)
     assert (event.logits[0] - event.logits[1]).abs().max() < 1e-10
     assert same(event.before, event.after, ".e0.", ".e2.", "expert_router") > 0
-    after = shape_of(event.mixture.model, "e1")
+    after = event.mixture.lora.shape("e1")
     assert (after.rank, after.scaling) == (8, before.scaling)
-    for name, layer in adapted_layers(event.mixture.model):
+    for name, layer in event.mixture.lora:
         if "e1" not in layer.lora_A:
             continue
         assert layer.r["e1"] == 8 and layer.scaling["e1"] == before.scaling
@@ -148,4 +141,4 @@ def test_a_doubled_rank_keeps_function_moments_and_scale(tmp_path: Path) -> None
                 assert torch.equal(moments, event.before[f"{key} {kind}"])
             assert (end[key].narrow(dim, 4, 4) != new).any()
     with pytest.raises(RequestError, match="already has rank 8; the new rank 8 must be larger"):
-        widen_change(event.mixture, "e1", 8, seed=0)
+        event.mixture.widen_change("e1", 8, seed=0)

@@ -18,7 +18,7 @@ from tritter.data.chat import CONTEXT, PADDING, START
 from tritter.data.packing import DocumentMask, read_marks, reading_whole
 from tritter.data.tokens import TextBounds
 from tritter.errors import RequestError
-from tritter.methods.experts.adapters import parameters_of
+from tritter.methods.experts.adapters import LoraLayers
 from tritter.methods.experts.gates import Routing
 from tritter.methods.experts.mixture import _NO_TOKEN, Evidence, ExpertMixture, RouterKind
 
@@ -46,7 +46,7 @@ def mixture_of(router: RouterKind = "evidence", *, top_k: int | None = None) -> 
         mixture.add(f"e{number}", AdapterShape(3, 6.0, TARGETS), seed=number)
     with torch.no_grad():
         for name in mixture.adapters:
-            for key, parameter in parameters_of(model, name).items():
+            for key, parameter in LoraLayers(model).parameters(name).items():
                 if ".lora_B." in key:
                     parameter.normal_(std=0.3)
         for each in mixture.routers():

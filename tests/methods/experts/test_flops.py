@@ -17,7 +17,6 @@ from tritter.methods.experts.adapters import is_of_adapter
 from tritter.methods.experts.callback import _observation_flops as observation_flops
 from tritter.methods.experts.gates import Routing
 from tritter.methods.experts.mixture import ROUTER, ExpertMixture, RouterKind
-from tritter.methods.experts.module import forward_flops_of, step_flops_of
 from tritter.methods.novelty import observe
 from tritter.training.parameters import flops_of_sequence
 
@@ -81,8 +80,8 @@ def check(mixture: ExpertMixture) -> None:
     """Compare forward pass and training step with the counter."""
     with torch.no_grad():
         found = counted(lambda: mixture.model(input_ids=IDS, use_cache=False))
-    assert square(forward_flops_of(mixture)) == pytest.approx(found, rel=1e-12)
-    ours = square(step_flops_of(mixture))
+    assert square(mixture.reading_flops()) == pytest.approx(found, rel=1e-12)
+    ours = square(mixture.step_flops())
     assert ours == pytest.approx(counted(lambda: step(mixture)), rel=1e-12)
     base = square(forward_flops(Model(mixture.model.config.to_dict())))
     assert base < found < ours < 3 * found
@@ -162,7 +161,7 @@ def test_one_expert_is_trained_and_the_others_are_frozen() -> None:
     for each in (mixture, document_mask):
         for name, parameter in each.model.named_parameters():
             parameter.requires_grad_(".e0." in name)
-    both, one = step_flops_of(mixture).matrices, step_flops_of(document_mask).matrices
+    both, one = mixture.step_flops().matrices, document_mask.step_flops().matrices
     # A frozen expert has a forward pass and the gradients of the inputs of A and B,
     # except for A of the first embeddings, below which nothing is trained.
     sizes = {"q": (24, 24), "k": (12, 24), "v": (12, 24), "o": (24, 24)}
@@ -182,8 +181,8 @@ def test_a_choice_costs_its_share_of_each_expert() -> None:
     dense, one = (mixture_of(top_k=k, ranks=(2, 6)) for k in (None, 1))
     base = forward_flops(Model(dense.model.config.to_dict())).matrices
     routers = 3 * 2 * 24 * 2
-    whole = forward_flops_of(dense).matrices - base - routers
-    assert forward_flops_of(one).matrices - base - routers == whole / 2
+    whole = dense.reading_flops().matrices - base - routers
+    assert one.reading_flops().matrices - base - routers == whole / 2
     by_hand = 2 * 8 * 3 * (2 * (24 + 24) + 2 * (24 + 12) + 3 * (24 + 40))
     assert whole == by_hand
 
@@ -192,15 +191,15 @@ def test_a_choice_costs_its_share_of_each_expert() -> None:
 def test_a_base_among_the_experts_costs_nothing() -> None:
     plain = mixture_of(router="evidence", targets=WHOLE)
     beside = mixture_of(router="evidence", targets=WHOLE, has_base=True)
-    assert step_flops_of(beside) == step_flops_of(plain)
+    assert beside.step_flops() == plain.step_flops()
     check(beside)
     third = mixture_of(router="evidence", targets=WHOLE, has_base=True, top_k=1)
     base = forward_flops(Model(third.model.config.to_dict())).matrices
-    own, all_of_them = (forward_flops_of(m).matrices - base for m in (third, plain))
+    own, all_of_them = (m.reading_flops().matrices - base for m in (third, plain))
     assert own == pytest.approx(all_of_them / 4)
 
 
 def test_without_experts_it_is_the_count_of_the_model() -> None:
     mixture = mixture_of(router="evidence", has_base=True, ranks=())
-    assert step_flops_of(mixture) == flops_of_sequence(mixture.model)
-    assert step_flops_of(mixture) == forward_flops(Model(mixture.model.config.to_dict()))
+    assert mixture.step_flops() == flops_of_sequence(mixture.model)
+    assert mixture.step_flops() == forward_flops(Model(mixture.model.config.to_dict()))

@@ -7,14 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tritter.methods.experts.gates import (
-    Gates,
-    Routing,
-    balance_loss,
-    entropy_loss,
-    usage,
-    z_loss,
-)
+from tritter.methods.experts.gates import Gates, Routing, usage
 from tritter.methods.experts.mixture import ExpertRouter
 
 
@@ -109,7 +102,7 @@ def test_capacity_knows_no_later_token() -> None:
 
 
 @pytest.mark.parametrize("top_k", [None, 2, 1])
-@pytest.mark.parametrize("loss", [balance_loss, entropy_loss, z_loss])
+@pytest.mark.parametrize("loss", [Gates.balance_loss, Gates.entropy_loss, Gates.z_loss])
 def test_losses_by_finite_differences(loss, top_k: int | None) -> None:
     values = logits(2, 3, 4).requires_grad_()
     routing = Routing(top_k=top_k, temperature=0.7)
@@ -119,11 +112,11 @@ def test_losses_by_finite_differences(loss, top_k: int | None) -> None:
 def test_what_losses_say_of_even_and_of_collapsed_use() -> None:
     even = Routing(top_k=1).gates(4 * torch.eye(4).repeat(3, 1)[None])
     lone = Routing(top_k=1).gates(torch.tensor([9.0, 0, 0, 0]).repeat(1, 12, 1))
-    assert float(balance_loss(even)) == pytest.approx(1.0)
-    assert float(balance_loss(lone)) == pytest.approx(4.0, abs=0.01)
+    assert float(even.balance_loss()) == pytest.approx(1.0)
+    assert float(lone.balance_loss()) == pytest.approx(4.0, abs=0.01)
     flat = Routing().gates(torch.zeros(1, 2, 4))
-    assert float(entropy_loss(flat)) == pytest.approx(math.log(4))
-    assert float(z_loss(flat)) == pytest.approx(math.log(4) ** 2)
-    assert float(entropy_loss(lone)) < 0.01
+    assert float(flat.entropy_loss()) == pytest.approx(math.log(4))
+    assert float(flat.z_loss()) == pytest.approx(math.log(4) ** 2)
+    assert float(lone.entropy_loss()) < 0.01
     many: list[Gates] = [flat, Routing().gates(torch.tensor([50.0, 0, 0, 0]).repeat(1, 2, 1))]
     assert usage(many).tolist() == pytest.approx([0.625, 0.125, 0.125, 0.125])

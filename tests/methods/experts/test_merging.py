@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tritter.methods.experts.adapters import Factors
-from tritter.methods.experts.changes import lost_share, merge_factors
 
 
 def adapters(*ranks: int, rows: int, columns: int, seed: int = 0) -> list[Factors]:
@@ -31,17 +30,18 @@ def test_the_nearest_of_its_rank(rows: int, columns: int, ranks: list[int], rank
     whole = sum(w * p.scaling * p.up @ p.down for p, w in zip(parts, weights, strict=True))
     left, values, right = torch.linalg.svd(whole, full_matrices=False)
     nearest = left[:, :rank] * values[:rank] @ right[:rank]
-    one = merge_factors(parts, weights, rank=rank, alpha=2.0 * rank)
+    one = Factors.merged(parts, weights, rank=rank, alpha=2.0 * rank)
     assert one.down.shape == (rank, columns) and one.up.shape == (rows, rank)
     assert one.scaling == 2
     assert torch.allclose(one.scaling * one.up @ one.down, nearest, atol=1e-9)
     lost = float(values[rank:].square().sum().sqrt() / values.square().sum().sqrt())
-    assert lost_share(parts, weights, one) == pytest.approx(lost, abs=1e-7)
+    assert one.lost_share(parts, weights) == pytest.approx(lost, abs=1e-7)
 
 
 def test_one_adapter_with_room_is_itself() -> None:
     (own,) = adapters(3, rows=7, columns=5)
-    result = merge_factors([own], [1.0], rank=3, alpha=6.0)
+    result = Factors.merged([own], [1.0], rank=3, alpha=6.0)
     assert torch.allclose(result.delta(), own.delta(), atol=1e-12)
     zeros = Factors(own.down, torch.zeros_like(own.up), 1.0)
-    assert lost_share([zeros], [1.0], merge_factors([zeros], [1.0], rank=2, alpha=4.0)) == 0
+    result = Factors.merged([zeros], [1.0], rank=2, alpha=4.0)
+    assert result.lost_share([zeros], [1.0]) == 0

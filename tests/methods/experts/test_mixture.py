@@ -14,9 +14,9 @@ from tests.oracle import tiny_llama, tokens
 from tests.oracle.families import tiny
 from tritter.checkpoints.expert_files import AdapterShape
 from tritter.errors import RequestError
-from tritter.methods.experts.adapters import Factors, adapted_layers, parameters_of
-from tritter.methods.experts.gates import Routing
-from tritter.methods.experts.mixture import Dispatch, ExpertMixture, _mixture_output, mixture_on
+from tritter.methods.experts.adapters import Factors
+from tritter.methods.experts.gates import Dispatch, Routing
+from tritter.methods.experts.mixture import ExpertMixture, mixture_on
 
 MODES = [Routing(), Routing(top_k=2), Routing(top_k=1), Routing(top_k=2, temperature=0.5)]
 
@@ -43,7 +43,7 @@ def test_every_layer_adds_the_experts_by_their_gates(routing: Routing, is_shared
     mixture = mixture_of(is_shared=is_shared)
     mixture.routing = routing
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    layers = dict(adapted_layers(mixture.model))
+    layers = dict(mixture.lora)
     for name, layer in layers.items():
         layer.register_forward_hook(
             lambda _, args, out, name=name: seen.update({name: (args[0], out)})
@@ -152,7 +152,7 @@ def test_chosen_experts_never_have_a_row_of_the_output_for_each_choice() -> None
     inputs = torch.randn(1, 40, 6)
     gates = Routing(top_k=2).gates(torch.randn(1, 40, 3))
     with LargestOutput(1000) as largest:
-        found = _mixture_output(inputs, parts, Dispatch.of(gates))
+        found = Dispatch.of(gates).output(inputs, parts)
     assert largest.rows == 40
     expected = sum(gates.weights[..., [n]] * (inputs @ parts[n].delta().T) for n in parts)
     torch.testing.assert_close(found, expected)
@@ -207,13 +207,13 @@ def test_generating_with_a_cache_is_reading_again() -> None:
 def test_an_expert_goes_with_its_rows() -> None:
     mixture = mixture_of()
     routers = [router.weight.detach().clone() for router in mixture.routers()]
-    kept = {n: p.detach().clone() for n, p in parameters_of(mixture.model, "e2").items()}
+    kept = {n: p.detach().clone() for n, p in mixture.lora.parameters("e2").items()}
     mixture.remove("e1")
     assert mixture.names == ["e0", "e2"]
     for before, router in zip(routers, mixture.routers(), strict=True):
         assert torch.equal(router.weight, before[[0, 2]])
-    assert all(torch.equal(p, kept[n]) for n, p in parameters_of(mixture.model, "e2").items())
-    assert parameters_of(mixture.model, "e1") == {}
+    assert all(torch.equal(p, kept[n]) for n, p in mixture.lora.parameters("e2").items())
+    assert mixture.lora.parameters("e1") == {}
     assert logits(mixture, tokens()).isfinite().all()
     mixture.remove("e0")
     with pytest.raises(RequestError, match="the only expert"):

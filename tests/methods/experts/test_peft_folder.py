@@ -14,12 +14,7 @@ from tests.oracle import tiny_llama, tokens
 from tritter.checkpoints.expert_files import AdapterShape, is_plain_setting
 from tritter.errors import RequestError, TritterError
 from tritter.methods.experts.mixture import ExpertMixture
-from tritter.methods.experts.stored import (
-    _TENSORS_NAME,
-    CONFIG_NAME,
-    StoredAdapter,
-    write_adapter,
-)
+from tritter.methods.experts.stored import _CONFIG_NAME, _TENSORS_NAME, StoredAdapter
 
 
 @torch.no_grad()
@@ -42,16 +37,16 @@ def theirs(tmp_path: Path) -> Path:
 def test_every_expert_is_a_stock_adapter(tmp_path: Path) -> None:
     mixture = mixture_of()
     for name in mixture.names:
-        write_adapter(mixture.model, name, tmp_path / name, base="somebody/base")
+        StoredAdapter.of(mixture.model, name).write(tmp_path / name, base="somebody/base")
         with mixture.only(name):
             expected = logits(mixture.model)
         stock = PeftModel.from_pretrained(tiny_llama(), tmp_path / name)
         assert (logits(stock) - expected).abs().max() < 1e-5 * expected.abs().max()
         assert stock.peft_config["default"].base_model_name_or_path == "somebody/base"
     with pytest.raises(RequestError, match="already"):
-        write_adapter(mixture.model, "e0", tmp_path / "e0", base="somebody/base")
+        StoredAdapter.of(mixture.model, "e0").write(tmp_path / "e0", base="somebody/base")
     with pytest.raises(RequestError, match="no adapter e7"):
-        write_adapter(mixture.model, "e7", tmp_path / "e7", base="somebody/base")
+        StoredAdapter.of(mixture.model, "e7").write(tmp_path / "e7", base="somebody/base")
 
 
 def test_an_adapter_of_theirs_is_an_expert(theirs: Path) -> None:
@@ -92,7 +87,7 @@ def test_an_adapter_of_theirs_is_an_expert(theirs: Path) -> None:
     ],
 )
 def test_what_a_config_may_not_ask_for(theirs: Path, key: str, value: object, message: str) -> None:
-    path = theirs / CONFIG_NAME
+    path = theirs / _CONFIG_NAME
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(TritterError, match="adapter") as caught:
         StoredAdapter.read(theirs)

@@ -25,9 +25,8 @@ from tritter.config.launch.composition import load_config
 from tritter.core.models import convert, live_shape, load_model, model_of
 from tritter.errors import RequestError
 from tritter.methods.experts import quantised
-from tritter.methods.experts.adapters import adapted_layers, base_bits, decoder_layers
+from tritter.methods.experts.adapters import LoraLayers
 from tritter.methods.experts.mixture import ExpertMixture
-from tritter.methods.experts.module import step_flops_of
 from tritter.methods.experts.stored import ExpertFolder, load_with_experts
 from tritter.methods.whole import load_whole
 from tritter.planning.run_memory import RunMemory
@@ -111,7 +110,7 @@ def test_another_process_gets_all_of_a_layer(bits: int) -> None:
     quantised.quantise(model, bits)
     theirs = pickle.loads(ForkingPickler.dumps(model))
     assert torch.equal(logits(theirs, tokens()), logits(model, tokens()))
-    assert base_bits(theirs) == bits
+    assert LoraLayers(theirs).base_bits == bits
     assert model_of(theirs).config == model_of(model).config
     layer = theirs.model.layers[0].mlp.up_proj
     theirs.to("meta")
@@ -126,12 +125,12 @@ def test_what_is_quantised_and_what_is_not(tmp_path: Path, bits: int) -> None:
     held = {n for n, m in model.named_modules() if type(m).__module__ == quantised.__name__}
     wanted = {
         f"model.layers.{number}.{name}"
-        for number, layer in decoder_layers(plain).items()
+        for number, layer in LoraLayers(plain).decoder_layers().items()
         for name, module in layer.named_modules()
         if isinstance(module, nn.Linear)
     }
     assert held == wanted and len(held) == 7 * 3
-    assert base_bits(model) == bits and base_bits(plain) is None
+    assert LoraLayers(model).base_bits == bits and LoraLayers(plain).base_bits is None
     assert model_of(model).config == model_of(plain).config
     parameters, own = dict(plain.named_parameters()), dict(model.named_parameters())
     assert parameters.keys() == own.keys()
@@ -149,7 +148,7 @@ def test_an_expert_alone_is_what_pefts_qlora_computes(tmp_path: Path, bits: int)
     ExpertFolder.of(mixture).write(folder)
     files = ExpertFiles.read(folder)
     assert files is not None and files.head.base_bits == bits
-    for name, layer in adapted_layers(mixture.model):
+    for name, layer in mixture.lora:
         assert type(layer).__module__ == "peft.tuners.lora.bnb", name
     dynamic_options: dict[int, dict[str, Any]] = {
         8: {"load_in_8bit": True},
@@ -250,7 +249,7 @@ def test_what_is_counted_is_as_it_was() -> None:
         mixture = ExpertMixture(model)
         mixture.add("one", AdapterShape(2, 4.0, ("q_proj",)), seed=0)
         parameters = sum(prod(live_shape(p)) for p in model.parameters())
-        counted.append((parameters, step_flops_of(mixture), model_of(model).config))
+        counted.append((parameters, mixture.step_flops(), model_of(model).config))
     assert counted[0] == counted[1] == counted[2]
 
 
@@ -264,7 +263,7 @@ def test_a_run_leaves_the_base_as_it_was(tmp_path: Path) -> None:
     plain = sum(p.numel() for p in load_model(kept).parameters())
     assert summary["experts"]["parameters"]["base"] == plain
     model = load_whole(kept)
-    assert base_bits(model) == 4 and not weights_of(load_model(kept))
+    assert LoraLayers(model).base_bits == 4 and not weights_of(load_model(kept))
     on = [w for w in PLAIN if not w.startswith(("model.", "data.vocab_size", "pretraining."))]
     on += ["model=hf", f"model.path={kept}", "experts=single_lora"]
     with pytest.raises(RequestError, match=r"base_bits = 8.*4-bit. Did you mean 4\?"):

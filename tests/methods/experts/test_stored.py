@@ -21,7 +21,7 @@ from tritter.core.models import load_model
 from tritter.errors import RequestError, TritterError
 from tritter.methods.experts.gates import Routing
 from tritter.methods.experts.mixture import ExpertMixture
-from tritter.methods.experts.stored import ExpertFolder, adopt, write_adapter
+from tritter.methods.experts.stored import ExpertFolder, StoredAdapter, adopt
 from tritter.methods.novelty import NoveltyDetector
 from tritter.methods.whole import load_whole
 from tritter.storage.hashing import file_digest
@@ -351,7 +351,7 @@ def test_an_expert_may_not_be_called_as_a_module_calls_its_own(folder: Path) -> 
 def test_experts_that_can_t_stand_on_one_model(folder: Path) -> None:
     narrow = ExpertMixture(tiny_llama(hidden_size=12, head_dim=3))
     narrow.add("e1", AdapterShape(2, 4, ("q_proj",)), seed=0)
-    write_adapter(narrow.model, "e1", folder / "experts" / "e1", base="x", overwrite=True)
+    StoredAdapter.of(narrow.model, "e1").write(folder / "experts" / "e1", base="x", overwrite=True)
     assert "don't fit one model" in _error_of(folder)
 
 

@@ -26,12 +26,11 @@ from tritter.data.packing import IGNORED, DocumentMask, MarkedText, labels_of, r
 from tritter.data.tokens import TextBounds
 from tritter.methods.experts import callback, gates
 from tritter.methods.experts import module as module_of_experts
-from tritter.methods.experts.callback import ExpertCallback, _limit_beginnings
+from tritter.methods.experts.callback import ExpertCallback, _limit_beginnings, expert_usage
 from tritter.methods.experts.method import DynamicExperts
 from tritter.methods.experts.module import ExpertModule
-from tritter.methods.experts.options import FIRST, DynamicOptions
+from tritter.methods.experts.options import DynamicOptions
 from tritter.methods.experts.registry import ExpertRegistry
-from tritter.methods.experts.summary import expert_usage
 from tritter.methods.novelty import observe
 from tritter.methods.novelty.observation import Observation
 from tritter.targets import values_of
@@ -39,6 +38,7 @@ from tritter.training import FitResult, OptimizerSettings, Schedule, TrainerSett
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 from tritter.training.trainer import start_method
 
+FIRST = DynamicOptions.first
 BATCH, LENGTH = 8, 12
 ONE = replace(SETTINGS, save_every_n_steps=3)
 TWO = replace(ONE, devices=2, strategy="ddp")

@@ -16,9 +16,9 @@ from tritter.checkpoints.export import Weights
 from tritter.checkpoints.source import Source
 from tritter.core.models import read_model
 from tritter.errors import RequestError
-from tritter.methods.experts.adapters import adaptable
+from tritter.methods.experts.adapters import LoraLayers
 from tritter.methods.experts.mixture import ExpertMixture
-from tritter.methods.experts.stored import StoredAdapter, write_adapter
+from tritter.methods.experts.stored import StoredAdapter
 
 TARGETS = ("c_attn", "c_proj", "c_fc", "wte", "lm_head")
 LINEAR = ("c_attn", "c_proj", "c_fc")
@@ -36,10 +36,10 @@ def logits(of: nn.Module) -> Tensor:
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_every_expert_is_a_stock_adapter(tmp_path: Path) -> None:
-    assert adaptable(model()) == set(TARGETS)
+    assert LoraLayers(model()).adaptable() == set(TARGETS)
     mixture = mixture_of(model(), targets=[TARGETS, LINEAR, ("c_attn",)], router="evidence")
     for name in mixture.names:
-        write_adapter(mixture.model, name, tmp_path / name, base="somebody/base")
+        StoredAdapter.of(mixture.model, name).write(tmp_path / name, base="somebody/base")
         with mixture.only(name):
             expected = logits(mixture.model)
         stock = PeftModel.from_pretrained(model(), tmp_path / name)

@@ -20,28 +20,10 @@ from tests.oracle.families import tiny
 from tests.training.test_surgery import train
 from tritter.checkpoints.expert_files import AdapterShape
 from tritter.errors import RequestError, TritterError
-from tritter.methods.experts.adapters import (
-    Factors,
-    adaptable,
-    adapted_layers,
-    add_adapter,
-    factors,
-    layer_number,
-    parameters_of,
-    remove_adapter,
-    set_rank,
-    shape_of,
-)
-from tritter.methods.experts.changes import (
-    evict_change,
-    lost_share,
-    merge_factors,
-    spawn_change,
-    widen_change,
-)
-from tritter.methods.experts.gates import Routing
-from tritter.methods.experts.mixture import Dispatch, ExpertMixture, _mixture_output
-from tritter.methods.experts.stored import _TENSORS_NAME, StoredAdapter, write_adapter
+from tritter.methods.experts.adapters import Factors, LoraLayers, layer_number
+from tritter.methods.experts.gates import Dispatch, Routing
+from tritter.methods.experts.mixture import ExpertMixture
+from tritter.methods.experts.stored import _TENSORS_NAME, StoredAdapter
 from tritter.training import surgery
 from tritter.training.parameters import disk_values, replay
 
@@ -61,7 +43,7 @@ def drawn(model: nn.Module) -> None:
 def adapted(family: str = "llama", *, tied: bool, targets: tuple[str, ...] = TARGETS) -> Any:
     """Return a stock model with our adapter `own`."""
     model = tiny(family, tie_word_embeddings=tied)
-    add_adapter(model, "own", AdapterShape(3, 5.0, targets), seed=0)
+    LoraLayers(model).add("own", AdapterShape(3, 5.0, targets), seed=0)
     return model
 
 
@@ -84,10 +66,10 @@ def test_put_on_and_taken_off(family: str, tied: bool) -> None:
     ids = oracle.tokens()
     for each in (model, activated(model, "own")):
         assert torch.equal(oracle.logits(each, ids), oracle.logits(stock, ids))
-    own = parameters_of(model, "own")
+    own = LoraLayers(model).parameters("own")
     assert len(own) == 2 * (3 + 2)
     assert all(parameter.requires_grad for parameter in own.values())
-    found = {name: factors(layer, "own") for name, layer in adapted_layers(model)}
+    found = {name: Factors.of(layer, "own") for name, layer in LoraLayers(model)}
     assert next(iter(found)) == "model.embed_tokens" and list(found)[-1] == "lm_head"
     for name in ("model.embed_tokens", "lm_head"):
         each = found[name]
@@ -106,15 +88,15 @@ def test_put_on_and_taken_off(family: str, tied: bool) -> None:
     assert written.keys() == plain.keys()
     assert all(torch.equal(written[name], value) for name, value in plain.items())
     model.requires_grad_(False)
-    add_adapter(model, "other", AdapterShape(2, 2.0, ("embed_tokens",)), seed=1)
+    LoraLayers(model).add("other", AdapterShape(2, 2.0, ("embed_tokens",)), seed=1)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trained == set(parameters_of(model, "other")) and len(trained) == 2
-    remove_adapter(model, "own")
-    assert parameters_of(model, "own") == {}
-    assert [name for name, layer in adapted_layers(model) if factors(layer, "other")] == [
+    assert trained == set(LoraLayers(model).parameters("other")) and len(trained) == 2
+    LoraLayers(model).remove("own")
+    assert LoraLayers(model).parameters("own") == {}
+    assert [name for name, layer in LoraLayers(model) if Factors.of(layer, "other")] == [
         "model.embed_tokens"
     ]
-    remove_adapter(model, "other")
+    LoraLayers(model).remove("other")
     assert not any("lora_" in name for name, _ in model.named_parameters())
 
 
@@ -123,7 +105,7 @@ def test_names_that_no_adapter_can_have(name: str) -> None:
     model = oracle.tiny_llama()
     before = list(model.state_dict())
     with pytest.raises(RequestError, match="is not a valid adapter name"):
-        add_adapter(model, name, AdapterShape(2, 2.0, TARGETS), seed=0)
+        LoraLayers(model).add(name, AdapterShape(2, 2.0, TARGETS), seed=0)
     assert list(model.state_dict()) == before
 
 
@@ -132,9 +114,9 @@ def test_what_a_target_may_be_is_said() -> None:
     model = adapted(tied=True)
     for each in (oracle.tiny_llama(), model):
         with pytest.raises(RequestError, match=said):
-            add_adapter(each, "other", AdapterShape(2, 2.0, ("lm_haed",)), seed=0)
+            LoraLayers(each).add("other", AdapterShape(2, 2.0, ("lm_haed",)), seed=0)
     with pytest.raises(RequestError, match=r"experts\.targets = base_layer"):
-        add_adapter(model, "other", AdapterShape(2, 2.0, ("base_layer",)), seed=0)
+        LoraLayers(model).add("other", AdapterShape(2, 2.0, ("base_layer",)), seed=0)
 
 
 @pytest.mark.parametrize("model_type", ["mpt", "mamba2", "rwkv"])
@@ -150,16 +132,17 @@ def test_all_layers_that_peft_takes_get_adapters(model_type: str) -> None:
     model = AutoModelForCausalLM.from_config(config).eval()
     ids = oracle.tokens(31)
     before = oracle.logits(model, ids)
-    targets = tuple(sorted(adaptable(model)))
+    targets = tuple(sorted(LoraLayers(model).adaptable()))
     mixture = ExpertMixture(model, router="evidence")
     for seed, name in enumerate(("e0", "e1")):
         mixture.add(name, AdapterShape(2, 4.0, targets), seed=seed)
     assert torch.equal(oracle.logits(model, ids), before)
-    assert {layer_number(name) for name, _ in adapted_layers(model)} == {None, 0, 1}
+    assert {layer_number(name) for name, _ in LoraLayers(model)} == {None, 0, 1}
     assert mixture.evidence is not None
     with torch.no_grad():
-        for parameter in (p for name in ("e0", "e1") for p in parameters_of(model, name).values()):
-            parameter.normal_(std=0.1)
+        for name in ("e0", "e1"):
+            for parameter in mixture.lora.parameters(name).values():
+                parameter.normal_(std=0.1)
         mixture.evidence.counts.random_(0, 9)  # so that the gates depend on earlier tokens
         in_training = model.train()(input_ids=ids).logits
         torch.testing.assert_close(oracle.logits(model.eval(), ids), in_training, atol=1e-3, rtol=0)
@@ -198,7 +181,7 @@ def test_a_lookup_is_the_product_with_a_one_hot_vector(
     target = random(2, 7, 5)
     found = []
     for inputs in (ids, nn.functional.one_hot(ids, 11).double()):
-        out = _mixture_output(inputs, experts, dispatch)
+        out = dispatch.output(inputs, experts)
         found.append((out, torch.autograd.grad((out * target).sum(), leaves)))
     (one, gradients), (other, expected) = found
     assert one.shape == (2, 7, 5)
@@ -213,13 +196,13 @@ def test_embeddings_merged_are_the_sum_of_what_they_add() -> None:
         Factors(torch.randn(2, 9).double(), torch.randn(4, 2).double(), 0.5, torch.tensor(2.0))
         for _ in range(2)
     ]
-    one = merge_factors(parts, [0.3, 0.7], rank=4, alpha=8.0)
-    assert lost_share(parts, [0.3, 0.7], one) < 1e-12
+    one = Factors.merged(parts, [0.3, 0.7], rank=4, alpha=8.0)
+    assert one.lost_share(parts, [0.3, 0.7]) < 1e-12
     ids = torch.arange(9)[None]
     whole = Dispatch(torch.ones(9, 1), None)
     gates = torch.tensor([[0.3, 0.7]], dtype=torch.float64).expand(9, 2)
-    summed = _mixture_output(ids, dict(enumerate(parts)), Dispatch(gates, None))
-    assert (_mixture_output(ids, {0: one}, whole) - summed).abs().max() < 1e-12 < summed.abs().max()
+    summed = Dispatch(gates, None).output(ids, dict(enumerate(parts)))
+    assert (whole.output(ids, {0: one}) - summed).abs().max() < 1e-12 < summed.abs().max()
 
 
 class Life(Callback):
@@ -240,20 +223,20 @@ class Life(Callback):
         if step == 2:
             before = self.only("first")
             mixture.open("new", AdapterShape(3, 6.0, TARGETS), seed=7)
-            surgery.apply(trainer, pl_module, spawn_change(mixture, "new"), reason="spawn")
+            surgery.apply(trainer, pl_module, mixture.spawn_change("new"), reason="spawn")
             after = self.only("first")
         elif step == 4:
             self.drawn_like_peft(model)
             before = oracle.logits(model, oracle.tokens())
-            change = widen_change(mixture, "new", 5, seed=3)
+            change = mixture.widen_change("new", 5, seed=3)
             surgery.apply(trainer, pl_module, change, reason="rank")
-            set_rank(model, "new", 5)
-            assert shape_of(model, "new") == AdapterShape(5, 10.0, tuple(sorted(TARGETS)))
+            LoraLayers(model).set_rank("new", 5)
+            assert LoraLayers(model).shape("new") == AdapterShape(5, 10.0, tuple(sorted(TARGETS)))
             self.grown(model)
             after = oracle.logits(model, oracle.tokens())
         else:
             before = self.only("new")
-            surgery.apply(trainer, pl_module, evict_change(mixture, "first"), reason="evict")
+            surgery.apply(trainer, pl_module, mixture.evict_change("first"), reason="evict")
             mixture.close("first")
             after = self.only("new")
             assert not any(".first" in name for name in model.state_dict())
@@ -269,11 +252,13 @@ class Life(Callback):
     def drawn_like_peft(self, model: nn.Module) -> None:
         """Give the embedding's adapter a nonzero output, in addition to that of a training step."""
         with torch.no_grad():
-            parameters_of(model, "new")["model.embed_tokens.lora_embedding_A.new"].normal_(std=0.1)
+            LoraLayers(model).parameters("new")["model.embed_tokens.lora_embedding_A.new"].normal_(
+                std=0.1
+            )
 
     def grown(self, model: nn.Module) -> None:
         """Half of a new adapter is zero and the other half random, so it can learn at once."""
-        own = parameters_of(model, "new")
+        own = LoraLayers(model).parameters("new")
         assert (own["model.embed_tokens.lora_embedding_A.new"][3:] == 0).all()
         columns = own["model.embed_tokens.lora_embedding_B.new"][:, 3:]
         assert columns.shape == (24, 2) and 0.6 < float(columns.std()) < 1.5
@@ -300,11 +285,11 @@ def test_experts_on_the_vocabulary_come_grow_and_go(tmp_path: Path, tied: bool) 
     again.add("new", AdapterShape(3, 6.0, TARGETS), seed=0)
     replay(again.model, life.journal)  # as in a resumed run
     again.close("first")
-    set_rank(again.model, "new", 5)
+    LoraLayers(again.model).set_rank("new", 5)
     again.model.load_state_dict(mixture.model.state_dict())
     ids = oracle.tokens()
     assert torch.equal(oracle.logits(again.model, ids), oracle.logits(mixture.model, ids))
-    remove_adapter(mixture.model, "new")
+    mixture.lora.remove("new")
     assert not any("lora_" in name for name in mixture.model.state_dict())
 
 
@@ -326,7 +311,7 @@ def test_stock_peft_loads_our_folder_and_we_load_theirs(
     ids, base = oracle.tokens(), tiny(family, tie_word_embeddings=tied)
     model = adapted(family, tied=tied)
     drawn(model)
-    write_adapter(model, "own", tmp_path / "ours", base="somebody/base")
+    StoredAdapter.of(model, "own").write(tmp_path / "ours", base="somebody/base")
     names = set(load_file(tmp_path / "ours" / _TENSORS_NAME))
     assert "base_model.model.model.embed_tokens.lora_embedding_A" in names and len(names) == 10
     expected = oracle.logits(activated(model, "own"), ids)
@@ -339,7 +324,7 @@ def test_stock_peft_loads_our_folder_and_we_load_theirs(
     assert stored.shape == AdapterShape(3, 5.0, tuple(sorted(TARGETS)))
     assert stored.embeddings == {"model.embed_tokens"}
     assert stored.base.keys() == {"model.embed_tokens", "lm_head"}
-    add_adapter(model, "theirs", stored.shape, seed=0)
+    LoraLayers(model).add("theirs", stored.shape, seed=0)
     stored.load_into(model, "theirs")
     own = oracle.logits(activated(model, "theirs"), ids)
     assert (own - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -354,7 +339,7 @@ def test_a_folder_of_another_base_is_refused(tmp_path: Path) -> None:
     save_file(held, path)
     model = tiny("llama")
     stored = StoredAdapter.read(tmp_path / "theirs")
-    add_adapter(model, "theirs", stored.shape, seed=0)
+    LoraLayers(model).add("theirs", stored.shape, seed=0)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(TritterError, match="other base weights of lm_head"):
         stored.load_into(model, "theirs")
@@ -391,7 +376,7 @@ def test_damaged_factors_of_a_vocabulary(tmp_path: Path) -> None:
     save_file(own | looked_up, path)
     stored = StoredAdapter.read(path.parent)
     model = tiny("llama")
-    add_adapter(model, "theirs", stored.shape, seed=0)
+    LoraLayers(model).add("theirs", stored.shape, seed=0)
     with pytest.raises(TritterError, match="lm_head is an embedding only in the folder"):
         stored.load_into(model, "theirs")
     assert json.loads((path.parent / "adapter_config.json").read_text())["r"] == 3
@@ -422,7 +407,7 @@ def test_an_expert_alone_is_the_adapter_that_stock_peft_loads(
     mixture, ids = evident(family, tied=tied), oracle.tokens()
     base = tiny(family, tie_word_embeddings=tied)
     for name in mixture.adapters:
-        write_adapter(mixture.model, name, tmp_path / name, base="somebody/base")
+        StoredAdapter.of(mixture.model, name).write(tmp_path / name, base="somebody/base")
     mixture.model.double()
     plain = copy.deepcopy(base).double()
     with oracle.float64_casts():

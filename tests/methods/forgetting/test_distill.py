@@ -18,7 +18,7 @@ from tritter.core.families.discovery.twin import Twin
 from tritter.core.models import backbone_of, head_of
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.methods.forgetting import Distill, Replay, SelfReplay, build_methods
-from tritter.methods.forgetting.distill import Rows
+from tritter.methods.forgetting.distill import _Rows
 from tritter.methods.growth.growable import GrowableCausalLM
 from tritter.targets import Component
 from tritter.training import BaseModule, Task, fit, read_metrics
@@ -39,7 +39,7 @@ def batch_of(num_old: int) -> dict[str, Tensor]:
 @pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("mask_gold", [False, True])
 @pytest.mark.parametrize("rows", ["new", "old", "both"])
-def test_loss_and_gradients_are_those_of_the_formula(rows: Rows, mask_gold: bool) -> None:
+def test_loss_and_gradients_are_those_of_the_formula(rows: _Rows, mask_gold: bool) -> None:
     model, teacher = oracle.tiny_llama().double(), oracle.tiny_llama(hidden_size=16).double()
     with torch.no_grad():
         for parameter in teacher.parameters():
@@ -85,7 +85,7 @@ def test_the_teacher_drops_out_nothing() -> None:
 
 
 @pytest.mark.parametrize(("others", "kind"), [([], "new"), ([SelfReplay], "old")])
-def test_by_default_it_reads_what_another_method_replays(others: list[Any], kind: Rows) -> None:
+def test_by_default_it_reads_what_another_method_replays(others: list[Any], kind: _Rows) -> None:
     chosen = [Component(name=k.name, kind=k, options=k.Options()) for k in (Distill, *others)]
     model, batch = oracle.tiny_llama(), batch_of(num_old=2)
     teacher = oracle.tiny_llama(hidden_size=16)

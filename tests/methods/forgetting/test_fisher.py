@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from tests import oracle
 from tests.oracle.families import SPARSE, tiny
 from tritter.methods.forgetting import quadratic
-from tritter.methods.forgetting.quadratic import diagonal_fisher, has_experts
+from tritter.methods.forgetting.quadratic import _has_experts, diagonal_fisher
 
 
 def looped(model: nn.Module, sequences: Tensor) -> dict[str, Tensor]:
@@ -87,7 +87,7 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_experts_are_taken_sequence_by_sequence(family: str, tied: bool) -> None:
     """Routing depends on the data, which vmap cannot follow."""
     model = tiny(family, tie_word_embeddings=tied)
-    assert has_experts(model)
+    assert _has_experts(model)
     sequences = oracle.tokens(batch=6)
     fisher = diagonal_fisher(model, sequences, batch_size=4)
     slow = looped(model, sequences)

@@ -29,7 +29,7 @@ def test_one_step_by_hand() -> None:
     assert path.path_integral["weight"].tolist() == [[0.5 + 3.0 * 0.5, 4.0 * 0.5]]
     path.after_step(model)  # of a batch without a step
     assert path.path_integral["weight"].tolist() == [[2.0, 2.0]]
-    assert path.displacement(model)["weight"].tolist() == [[-0.5, 0.5]]
+    assert path.recorded(model)["displacement"]["weight"].tolist() == [[-0.5, 0.5]]
 
 
 def test_a_step_that_is_refused_adds_nothing() -> None:

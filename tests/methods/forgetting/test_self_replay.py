@@ -21,18 +21,18 @@ from tritter.data.tokens import TextBounds
 from tritter.errors import RequestError, TritterError
 from tritter.methods.forgetting import SelfReplay
 from tritter.methods.forgetting.replay import (
-    GeneratedSequences,
     _distinct_share,
     _draw,
+    _GeneratedSequences,
     _stretch_lengths,
-    write_text,
+    _write_text,
 )
 from tritter.training import Preparation, Task
 
 
-def wrote(model: nn.Module, **changes: Any) -> GeneratedSequences:
+def wrote(model: nn.Module, **changes: Any) -> _GeneratedSequences:
     asked = {"num_sequences": 6, "sequence_length": 10, "bounds": TextBounds(5), **changes}
-    return write_text(model, **asked)
+    return _write_text(model, **asked)
 
 
 def nats_by_hand(model: nn.Module, text: list[int], *, window: int) -> list[float]:
@@ -168,17 +168,17 @@ def test_a_model_that_is_broken_writes_nothing() -> None:
         wrote(model)
 
 
-def written_of(nats: list[float], *, loops: tuple[int, ...] = ()) -> GeneratedSequences:
+def written_of(nats: list[float], *, loops: tuple[int, ...] = ()) -> _GeneratedSequences:
     sequences = oracle.tokens(batch=len(nats), length=12).int()
     sequences[list(loops)] = 3
-    return GeneratedSequences(sequences=sequences, nats=torch.tensor(nats, dtype=torch.float64))
+    return _GeneratedSequences(sequences=sequences, nats=torch.tensor(nats, dtype=torch.float64))
 
 
 def test_dropped_sequences_are_reported_by_reason() -> None:
     method = SelfReplay(fraction=0.25)
     written = written_of([3.0, 0.1, 2.0, 0.1, 9.0], loops=(0, 1))
     found = method.filter_sequences(written, vocab_size=97)
-    assert torch.equal(found.kept, written.sequences[2:3])
+    assert torch.equal(found.sequences, written.sequences[2:3])
     assert list(found.dropped.values()) == [2, 1, 1]
     assert found.note(5, 12) == (
         "self_replay: the model generated 5 sequences of 12 tokens at perplexity 7.39, 1 are "
@@ -186,7 +186,7 @@ def test_dropped_sequences_are_reported_by_reason() -> None:
         "perplexity."
     )
     anything = SelfReplay(fraction=0.25, min_distinct=0, min_perplexity=1.0, max_perplexity=1e9)
-    assert len(anything.filter_sequences(written, vocab_size=97).kept) == 5
+    assert len(anything.filter_sequences(written, vocab_size=97).sequences) == 5
 
 
 def test_no_suitable_sequence_is_refused() -> None:

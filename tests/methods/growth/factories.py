@@ -11,12 +11,7 @@ from torch import Tensor, nn
 
 from tritter.conf_folder import config_folder
 from tritter.errors import Problem, raise_problems
-from tritter.methods.growth.blocks import (
-    ActivationProbe,
-    ActivationRecorder,
-    FfnBlock,
-    ffn_blocks,
-)
+from tritter.methods.growth.blocks import ActivationProbe, ActivationRecorder, FfnBlock
 from tritter.methods.growth.grower import Grower
 from tritter.methods.growth.initialisers import Initialiser, Layer
 from tritter.methods.growth.triggers import GrowthOptions, Timing, Trigger
@@ -63,7 +58,7 @@ def probes_of(
 ) -> dict[int, ActivationProbe]:
     """Run one forward and backward pass; return the probes of the FFNs, with gradients in place."""
     seen, was = ActivationRecorder(max_tokens), model.training
-    handles = seen.attach(model, ffn_blocks(model))
+    handles = seen.attach(model, FfnBlock.all_of(model))
     model.zero_grad()
     model.train()
     model(input_ids=input_ids, labels=input_ids, use_cache=False).loss.backward()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tritter import GrowableFFN, GrowableLinear
-from tritter.methods.growth.growable import GrowableLayer
+from tritter.methods.growth.growable import _GrowableLayer
 
 GROWING: dict[str, Any] = {"trigger": "schedule", "growth_cooldown": 3, "max_growth_per_step": 4}
 
@@ -35,9 +35,9 @@ MODELS: dict[str, Callable[..., nn.Sequential]] = {
 }
 
 
-def growing(model: nn.Sequential) -> GrowableLayer:
+def growing(model: nn.Sequential) -> _GrowableLayer:
     layer = model[0]
-    assert isinstance(layer, GrowableLayer)
+    assert isinstance(layer, _GrowableLayer)
     return layer
 
 

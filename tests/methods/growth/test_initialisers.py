@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tests import oracle
 from tests.methods.growth.factories import layer_of, probes_of
 from tests.oracle.families import GROWABLE, generic, key_of, tiny
-from tritter.methods.growth.blocks import ffn_blocks
+from tritter.methods.growth.blocks import FfnBlock
 from tritter.methods.growth.grower import LayerGrowth, _growth_change
 from tritter.methods.growth.initialisers import (
     GradMax,
@@ -31,7 +31,7 @@ def grow(
     model: nn.Module, initialiser: Initialiser, ids: Tensor, *, layer: int = 0, count: int = 4
 ) -> NewNeurons:
     """Grow a layer from one backward pass on `ids`."""
-    block = ffn_blocks(model)[layer]
+    block = FfnBlock.all_of(model)[layer]
     probe = probes_of(model, ids)[block.layer]
     neurons = initialiser.neurons(layer_of(model, block, probe, count=count))
     apply_plain(
@@ -52,7 +52,7 @@ def test_exact_ones_keep_the_function(family: str, initialiser: Initialiser) -> 
             grow(model, initialiser, ids, layer=layer, count=5)
         after = oracle.logits(model, ids)
     assert float((after - before).abs().max()) < 1e-10
-    widths = [block.width(model) for block in ffn_blocks(model)]
+    widths = [block.width(model) for block in FfnBlock.all_of(model)]
     assert widths[0] == widths[1] == getattr(model.config, key_of(family, "intermediate_size"))
 
 
@@ -68,7 +68,7 @@ def test_the_readmes_does_not_and_says_so() -> None:
 
 def new_gradients(model: nn.Module, ids: Tensor, *, count: int = 4) -> dict[str, Tensor]:
     probes_of(model, ids)
-    block = ffn_blocks(model)[0]
+    block = FfnBlock.all_of(model)[0]
     up = model.get_parameter(block.up).grad
     gate = model.get_parameter(block.gate).grad
     down = model.get_parameter(block.down).grad
@@ -105,7 +105,7 @@ def test_gradmax_is_the_first_singular_vector() -> None:
     """Compared with torch's SVD of the matrix that determines a new row's gradient."""
     ids = oracle.tokens(batch=8, length=24, seed=3)
     model = oracle.tiny_llama(initializer_range=0.2).double()
-    block = ffn_blocks(model)[0]
+    block = FfnBlock.all_of(model)[0]
     probe = probes_of(model, ids)[0]
     layer = layer_of(model, block, probe, count=3)
     neurons = GradMax().neurons(layer)
@@ -125,7 +125,7 @@ def test_new_gradients_are_as_large_as_the_median_of_the_layers() -> None:
     model = oracle.tiny_llama(initializer_range=0.2)
     grow(model, GradMax(), ids)
     found = new_gradients(model, ids)
-    up = model.get_parameter(ffn_blocks(model)[0].up).grad
+    up = model.get_parameter(FfnBlock.all_of(model)[0].up).grad
     assert up is not None
     median = torch.linalg.vector_norm(up[:-4], dim=1).median()
     assert torch.allclose(torch.linalg.vector_norm(found["up"], dim=1), median, rtol=1e-3)
@@ -135,7 +135,7 @@ def test_new_gradients_are_as_large_as_the_median_of_the_layers() -> None:
 def test_the_whole_triple_moves_within_two_steps() -> None:
     ids, model = oracle.tokens(batch=8, length=24, seed=3), oracle.tiny_llama()
     grow(model, GradMax(), ids)
-    optimizer, block = torch.optim.AdamW(model.parameters(), lr=1e-3), ffn_blocks(model)[0]
+    optimizer, block = torch.optim.AdamW(model.parameters(), lr=1e-3), FfnBlock.all_of(model)[0]
     before = [w.clone() for w in block.weights(model)]
     for _ in range(2):
         probes_of(model, ids)
@@ -159,7 +159,7 @@ def test_copies_share_unequally_even_of_one_source() -> None:
 
     grow(model, Twice(), ids)
     assert float((oracle.logits(model, ids) - before).abs().max()) < 1e-12
-    down = model.get_parameter(ffn_blocks(model)[0].down).detach()
+    down = model.get_parameter(FfnBlock.all_of(model)[0].down).detach()
     parts = [float((down[:, n] @ down[:, 5]) / (down[:, 5] @ down[:, 5])) for n in (-4, -3, -2)]
     assert parts == pytest.approx([0.3 / 0.343, 0.21 / 0.343, 0.147 / 0.343])
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from tests import oracle
 from tests.methods.growth.factories import grower, growth_options, probes_of
 from tests.oracle.families import tiny
-from tritter.methods.growth.blocks import ffn_blocks
+from tritter.methods.growth.blocks import FfnBlock
 from tritter.methods.growth.grower import Grower, _dead_neurons, _wanda_scores
 from tritter.training.surgery import apply_plain
 
@@ -18,7 +18,7 @@ def model_with_dead() -> nn.Module:
     """Return a model with two neurons of zero output in its second layer."""
     model = oracle.tiny_llama()
     with torch.no_grad():
-        model.get_parameter(ffn_blocks(model)[1].down)[:, list(DEAD)] = 0.0
+        model.get_parameter(FfnBlock.all_of(model)[1].down)[:, list(DEAD)] = 0.0
     return model
 
 
@@ -102,7 +102,7 @@ def test_what_neurons_compute_is_what_their_readers_are_given(
 ) -> None:
     """With biases of the neurons."""
     model, given = tiny(family, **options), list[Tensor]()
-    block = ffn_blocks(model)[1]
+    block = FfnBlock.all_of(model)[1]
     reader = model.get_submodule(str(block.down).removesuffix(".weight"))
     assert str(block.down).endswith(f"{down}.weight")
     handle = reader.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0].detach()))

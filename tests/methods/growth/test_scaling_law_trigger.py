@@ -5,18 +5,18 @@ import torch
 
 from tests import oracle
 from tests.methods.growth.factories import grower, growth_options
-from tritter.methods.growth.triggers import Curve, _fit_curve
+from tritter.methods.growth.triggers import _Curve, _fit_curve
 
 
-def drawn(curve: Curve, *, first: int, last: int, noise: float, seed: int = 0) -> list[float]:
+def drawn(curve: _Curve, *, first: int, last: int, noise: float, seed: int = 0) -> list[float]:
     generator = torch.Generator().manual_seed(seed)
     steps = range(first, last + 1)
     rest = torch.randn(len(steps), generator=generator, dtype=torch.float64) * noise
     return [curve.loss(step) + float(each) for step, each in zip(steps, rest, strict=True)]
 
 
-@pytest.mark.parametrize("curve", [Curve(3.2, 12.0, 0.6), Curve(2.0, 6.0, 0.35)])
-def test_a_curve_is_found_again(curve: Curve) -> None:
+@pytest.mark.parametrize("curve", [_Curve(3.2, 12.0, 0.6), _Curve(2.0, 6.0, 0.35)])
+def test_a_curve_is_found_again(curve: _Curve) -> None:
     found = _fit_curve(drawn(curve, first=20, last=800, noise=0.05), first_step=20)
     assert found is not None
     for step in (100, 800, 1600):  # twice the observed range
@@ -28,9 +28,9 @@ def test_few_losses_tell_nothing() -> None:
     assert _fit_curve([3.0] * 39, first_step=1) is None
 
 
-def simulated(curve: Curve, at: int, *, max_steps: int, ratio: float) -> float:
+def simulated(curve: _Curve, at: int, *, max_steps: int, ratio: float) -> float:
     """Train step by step: small until `at`, then large, with the slopes of both curves."""
-    larger = Curve(curve.floor * ratio**-0.076, curve.scale, curve.exponent)
+    larger = _Curve(curve.floor * ratio**-0.076, curve.scale, curve.exponent)
     loss, spent = curve.loss(at), float(at)
     while spent + ratio <= max_steps:
         step = larger.step(loss)
@@ -40,7 +40,7 @@ def simulated(curve: Curve, at: int, *, max_steps: int, ratio: float) -> float:
 
 @pytest.mark.parametrize("ratio", [1.5, 3.0])
 def test_the_best_step_is_that_of_a_simulation(ratio: float) -> None:
-    curve, steps = Curve(3.4, 14.0, 0.6), 4000
+    curve, steps = _Curve(3.4, 14.0, 0.6), 4000
     at = curve.best_step(step=40, max_steps=steps, ratio=ratio)
     ends = {s: simulated(curve, s, max_steps=steps, ratio=ratio) for s in range(40, steps, 60)}
     best = min(ends, key=lambda step: ends[step])
@@ -50,13 +50,13 @@ def test_the_best_step_is_that_of_a_simulation(ratio: float) -> None:
 
 
 def test_where_it_does_not_pay_nothing_grows() -> None:
-    curve = Curve(0.5, 14.0, 0.3)  # far from its floor: steps are worth more than size
+    curve = _Curve(0.5, 14.0, 0.3)  # far from its floor: steps are worth more than size
     assert curve.best_step(step=40, max_steps=400, ratio=3.0) is None
 
 
 @pytest.mark.full
 def test_an_engine_grows_once_there() -> None:
-    curve, model = Curve(3.0, 10.0, 0.8), oracle.tiny_llama()
+    curve, model = _Curve(3.0, 10.0, 0.8), oracle.tiny_llama()
     options = growth_options(
         trigger="scaling_law", check_every=10, growth_cooldown=10, warmup_steps=30,
         max_growth_per_step=40,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests import oracle
-from tests.core.stock_routers.models import FAMILIES, tiny_moe
+from tests.core.stock_routers.models import FAMILIES, shared_names, tiny_moe
 from tests.methods.moe_routing.test_live import teach
 from tests.methods.moe_routing.test_stages import DOMAIN, OLD, grown, moved, values
 from tritter.core.expansions import MoeAdd
@@ -14,7 +14,6 @@ from tritter.core.stock_routers import AddedExperts, RouterControl
 from tritter.errors import RequestError
 from tritter.methods.moe_routing.distill import _soft_divergence
 from tritter.methods.moe_routing.opening import _expert_utility, best_experts
-from tritter.methods.moe_routing.separate import shared_names
 from tritter.transform.live import ModelExpander
 
 TEXT = torch.cat([batch["input_ids"] for batch in DOMAIN])

@@ -9,20 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from tests import oracle
-from tests.core.stock_routers.models import tiny_moe
+from tests.core.stock_routers.models import shared_names, tiny_moe
 from tests.methods.moe_routing.test_stages import DOMAIN, OLD, Batch, grown, moved, values
 from tritter.errors import TritterError
 from tritter.evaluation.inference import preserve_modes
 from tritter.methods.forgetting.quadratic import diagonal_fisher
 from tritter.methods.moe_routing.distill import DistillationModule, only_new_experts
 from tritter.methods.moe_routing.live import (
-    LoaderBatches,
     _fit_live,
+    _LoaderBatches,
     adapt_router,
     train_new_experts,
 )
 from tritter.methods.moe_routing.opening import _expert_utility
-from tritter.methods.moe_routing.separate import shared_names
 from tritter.training import OptimizerSettings, Schedule
 
 RATE, DECAY, NEW = 1e-2, 0.3, 4  # experts from the fourth on are new
@@ -135,7 +134,7 @@ def teach(
     seed: int = 0,
 ) -> None:
     """Distil a teacher into new experts, as the stage `distill` of a run."""
-    batches = LoaderBatches(DOMAIN, epochs)
+    batches = _LoaderBatches(DOMAIN, epochs)
     with only_new_experts(model, experts), preserve_modes(teacher):
         module = DistillationModule(
             model,

@@ -7,13 +7,12 @@ import torch
 
 import tritter
 from tests import oracle
-from tests.core.stock_routers.models import tiny_moe
+from tests.core.stock_routers.models import shared_names, tiny_moe
 from tests.methods.moe_routing.test_stages import DOMAIN, moved, values
 from tritter.core.stock_routers import AddedExperts
 from tritter.data.documents import Document
 from tritter.data.tokens import train_tokenizer
 from tritter.errors import RequestError
-from tritter.methods.moe_routing.separate import shared_names
 
 TEXT = "the model grows an expert where data asks for one and keeps what it knew\n"
 

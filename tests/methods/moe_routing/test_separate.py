@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from tests import oracle
-from tests.core.stock_routers.models import FAMILIES, num_experts, tiny_moe
+from tests.core.stock_routers.models import FAMILIES, num_experts, shared_names, tiny_moe
 from tritter.errors import RequestError
 from tritter.methods.forgetting.quadratic import diagonal_fisher
-from tritter.methods.moe_routing.separate import SeparateExperts, only_trainable, shared_names
+from tritter.methods.moe_routing.separate import SeparateExperts, only_trainable
 from tritter.training import OptimizerSettings
 from tritter.training.optimizer import build_optimizer
 

@@ -7,14 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from tests import oracle
-from tests.core.stock_routers.models import FAMILIES, tiny_moe
+from tests.core.stock_routers.models import FAMILIES, shared_names, tiny_moe
 from tritter.core.expansions import MoeAdd
 from tritter.core.models import model_of
 from tritter.core.stock_routers import AddedExperts, RouterControl
 from tritter.errors import RequestError, TritterError
 from tritter.methods.moe_routing.live import adapt_router, train_new_experts
 from tritter.methods.moe_routing.objective import new_expert_mass
-from tritter.methods.moe_routing.separate import shared_names
 from tritter.transform.live import ModelExpander
 
 Batch = dict[str, Tensor]

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from tritter.core.stock_routers import Record
 from tritter.methods.moe_routing.objective import (
     _bias_update,
+    _dropped_fraction,
     _expert_counts,
     _layer_statistics,
-    dropped_fraction,
 )
 
 
@@ -43,8 +43,8 @@ def test_no_float64_which_apples_gpus_lack(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_capacity_counts_in_whole_tokens() -> None:
     counts = torch.tensor([4, 2, 0])  # even is 2; a factor of 1.25 permits 3 per expert
-    assert dropped_fraction(counts, capacity_factor=1.25) == pytest.approx(1 / 6)
-    assert dropped_fraction(counts, capacity_factor=2.0) == 0
+    assert _dropped_fraction(counts, capacity_factor=1.25) == pytest.approx(1 / 6)
+    assert _dropped_fraction(counts, capacity_factor=2.0) == 0
 
 
 def test_a_closed_expert_does_not_spoil_the_entropy() -> None:

@@ -8,9 +8,8 @@ import torch
 from tests.methods.novelty.factories import centre_of, drawn, library
 from tritter.errors import RequestError, TritterError
 from tritter.methods.novelty import Observation
-from tritter.methods.novelty.detectors import Burst, BurstOptions, NovelSamples
-from tritter.methods.novelty.observation import concatenated
-from tritter.methods.novelty.options import LossNovelty
+from tritter.methods.novelty.detectors import Burst, NovelSamples
+from tritter.methods.novelty.options import BurstOptions, LossNovelty
 
 
 def gatherer(generator: torch.Generator, **options: float) -> NovelSamples:
@@ -21,7 +20,7 @@ def gatherer(generator: torch.Generator, **options: float) -> NovelSamples:
 
 def mixed(generator: torch.Generator, num_new: int, axis: int = 4) -> Observation:
     new = drawn(centre_of(axis, 8.0), generator=generator, loss=6, batch=num_new)
-    return concatenated([new, drawn(generator=generator, batch=16 - num_new)])
+    return Observation.concatenated([new, drawn(generator=generator, batch=16 - num_new)])
 
 
 def after(made: NovelSamples, generator: torch.Generator, num_new: int) -> tuple[int, Burst]:
@@ -47,7 +46,7 @@ def test_two_kinds_make_two_bursts() -> None:
     generator = torch.Generator().manual_seed(0)
     made, found = gatherer(generator), []
     for _ in range(12):
-        seen = concatenated([mixed(generator, 4, axis=4), mixed(generator, 4, axis=5)])
+        seen = Observation.concatenated([mixed(generator, 4, axis=4), mixed(generator, 4, axis=5)])
         burst = made.add(seen, [torch.tensor(0)] * 32)
         found += [] if burst is None else [int(burst.seen.features.mean(dim=0).argmax())]
     assert {*found} == {4, 5}

@@ -13,8 +13,7 @@ from tests.methods.novelty.factories import centre_of, drawn, library
 from tritter import NoveltyDetector, SkillLibrary
 from tritter.errors import RequestError, TritterError
 from tritter.methods.novelty import NoveltyOptions, Observation
-from tritter.methods.novelty.observation import concatenated
-from tritter.methods.novelty.statistics import CALIBRATION_BATCHES, share_bound
+from tritter.methods.novelty.statistics import Calibration, share_bound
 
 STEPS = 5_000
 DETECTORS = ("loss", "mahalanobis", {"name": "cosine", "threshold": 0.5})
@@ -117,7 +116,7 @@ def _stationary(kind: str, seed: int, steps: int) -> Iterator[Observation]:
     """Yield 30 held-out batches and then a stream of losses with a moving level."""
     generator = torch.Generator().manual_seed(seed)
     level = levels(kind, steps + 1000, generator)
-    rows = torch.randperm(900, generator=generator)[:CALIBRATION_BATCHES]
+    rows = torch.randperm(900, generator=generator)[: Calibration.full]
     for value in torch.cat([level[rows], level[1000:]]):
         noise = torch.randn(16, generator=generator, dtype=torch.float64)
         samples = noise.exp() - 1.65 if "log-normal" in kind else 0.2 * noise
@@ -143,7 +142,7 @@ def test_false_alarms_on_stationary_losses_are_fewer_than_one_in_a_thousand(kind
     for seed in range(2):
         stream = _stationary(kind, seed, STEPS // 2)
         detector = NoveltyDetector(detector="loss", options=NoveltyOptions(cooldown=0))
-        held = [next(stream) for _ in range(CALIBRATION_BATCHES)]
+        held = [next(stream) for _ in range(Calibration.full)]
         detector.add("prose", held, is_base=True)
         count += sum(detector.observe(seen).kind == "new" for seen in stream)
     assert share_bound(count, STEPS, confidence=0.95, is_lower=False) <= 1e-3
@@ -157,7 +156,7 @@ def test_a_rule_of_one_batch_above_three_is_seen_to_alarm() -> None:
         detector={"name": "loss", "threshold": 2.0},
         options=NoveltyOptions(cooldown=0, in_a_row=1, min_samples=2, confidence=0.5),
     )
-    held = [next(stream) for _ in range(CALIBRATION_BATCHES)]
+    held = [next(stream) for _ in range(Calibration.full)]
     detector.add("prose", held, is_base=True)
     assert sum(detector.observe(seen).kind == "new" for seen in stream) > 10
 
@@ -189,8 +188,8 @@ def test_skills_are_found_in_two_batches_and_recognised_again(
         assert [novelty.observe(each).kind for each in first] == ["unsure", "new"]
         before = _names(novelty.library)
         added = novelty.add(skill)
-        assert added.n == 32 and list(added.similarity_at_creation) == before
-        more = [drawn(centre, generator=generator, loss=6) for _ in range(CALIBRATION_BATCHES)]
+        assert added.moments.n == 32 and list(added.similarity_at_creation) == before
+        more = [drawn(centre, generator=generator, loss=6) for _ in range(Calibration.full)]
         for seen in more:
             assert novelty.observe(seen).kind != "new"
         novelty.recalibrate(skill, more)
@@ -245,8 +244,8 @@ def _equal(one: object, two: object) -> bool:
 def test_decisions_do_not_depend_on_how_samples_lie_in_a_batch(generator: torch.Generator) -> None:
     novelty = NoveltyDetector(library(generator))
     parts = [drawn(centre_of(4), generator=generator, batch=8) for _ in range(2)]
-    one = novelty.detector.score(concatenated(parts), novelty.library)
-    other = novelty.detector.score(concatenated(parts[::-1]), novelty.library)
+    one = novelty.detector.score(Observation.concatenated(parts), novelty.library)
+    other = novelty.detector.score(Observation.concatenated(parts[::-1]), novelty.library)
     assert float(one.values.mean()) == pytest.approx(float(other.values.mean()))
 
 
@@ -328,6 +327,6 @@ def test_a_recalibrated_skill_keeps_what_it_was_created_by(generator: torch.Gene
     batches = [drawn(centre_of(3), generator=generator, loss=5) for _ in range(30)]
     new = known.recalibrate("sorting", batches)
     assert new.similarity_at_creation == old.similarity_at_creation != {}
-    assert new.loss.mean == pytest.approx(5, abs=0.1) and new.n == 480
+    assert new.loss.mean == pytest.approx(5, abs=0.1) and new.moments.n == 480
     assert torch.argmax(new.mean) == 3
     assert float(known.z("centre", "sorting", batches[0]).mean()) < 6

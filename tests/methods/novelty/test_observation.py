@@ -11,7 +11,7 @@ from tritter.core.models import layers_of
 from tritter.errors import RequestError, TritterError
 from tritter.methods.novelty import Observation, observe
 from tritter.methods.novelty.observation import _directions as directions
-from tritter.methods.novelty.observation import _middle_layer, concatenated
+from tritter.methods.novelty.observation import _middle_layer
 
 
 @pytest.mark.parametrize("family", generic())
@@ -38,7 +38,7 @@ def test_without_losses_the_forward_pass_ends_at_the_middle_layer(family: str) -
     assert model.training and not passed and seen.losses is None
     assert torch.equal(seen.features, whole.features)
     assert len(seen) == 3 and seen.rows(torch.tensor([1])).losses is None
-    assert concatenated([seen, whole]).losses is None
+    assert Observation.concatenated([seen, whole]).losses is None
     after.remove()
     torch.testing.assert_close(observe(model, ids).losses, whole.losses)
 
@@ -107,7 +107,7 @@ def test_what_is_no_batch_is_refused() -> None:
 def test_batches_of_processes_are_joined_and_parted() -> None:
     model, ids = tiny_llama(), tokens(batch=4)
     whole = observe(model, ids)
-    parts = concatenated([observe(model, ids[:2]), observe(model, ids[2:])])
+    parts = Observation.concatenated([observe(model, ids[:2]), observe(model, ids[2:])])
     torch.testing.assert_close(parts.features, whole.features)
     assert torch.equal(whole.rows(torch.tensor([3])).features, whole.features[3:])
 

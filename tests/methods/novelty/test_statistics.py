@@ -12,7 +12,6 @@ from scipy import stats
 
 from tests.methods.novelty.factories import drawn
 from tritter.methods.novelty.statistics import (
-    CALIBRATION_BATCHES,
     Calibration,
     Gaussian,
     Moments,
@@ -22,9 +21,9 @@ from tritter.methods.novelty.statistics import (
 
 
 def test_a_z_score_by_hand():
-    batches = [torch.tensor([3.0, 5.0]), torch.tensor([4.0, 6.0])] * CALIBRATION_BATCHES
+    batches = [torch.tensor([3.0, 5.0]), torch.tensor([4.0, 6.0])] * Calibration.full
     held = Calibration.of(batches)
-    deviation = np.std([4.0, 5.0] * CALIBRATION_BATCHES, ddof=1)
+    deviation = np.std([4.0, 5.0] * Calibration.full, ddof=1)
     assert held.mean == 4.5 and held.own_deviation == pytest.approx(deviation)
     z = held.z(torch.tensor([6.5, 7.5]))
     assert float(z.mean()) == pytest.approx((7.0 - 4.5) / deviation)
@@ -32,7 +31,7 @@ def test_a_z_score_by_hand():
 
 
 def test_the_deviation_is_floored_at_a_hundredth_of_the_mean():
-    agreeing = Calibration.of([torch.tensor([4.0, 4.0])] * CALIBRATION_BATCHES)
+    agreeing = Calibration.of([torch.tensor([4.0, 4.0])] * Calibration.full)
     assert agreeing.own_deviation == 0 and agreeing.deviation() == pytest.approx(0.04)
 
 
@@ -44,7 +43,7 @@ def test_few_batches_are_filled_up_by_what_is_usual():
     filled = (2 * few.own_deviation**2 + 28 * expected**2) / 30
     assert few.deviation() == pytest.approx(filled**0.5)
     assert few.deviation(0.5) > few.deviation(0.3) > few.deviation()
-    many = Calibration.of(4 + torch.randn(CALIBRATION_BATCHES, 16, generator=generator))
+    many = Calibration.of(4 + torch.randn(Calibration.full, 16, generator=generator))
     assert many.deviation(0.5) == many.own_deviation
 
 

@@ -1,7 +1,7 @@
-"""The callback of dynamic experts: every new skill gets its own expert."""
+"""The callback of dynamic experts: every new skill gets its own expert. Their usage on data."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -17,32 +17,17 @@ from tritter.data.batches import this_rank
 from tritter.data.chat import CONTEXT, ids_of
 from tritter.data.packing import IGNORED, document_mask_of, has_starts, kept_tokens, labels_of
 from tritter.data.replay import Reservoir
-from tritter.methods.experts.adapters import (
-    adapted_layers,
-    factors,
-    parameters_of,
-    set_rank,
-    shape_of,
-)
-from tritter.methods.experts.changes import (
-    evict_change,
-    lost_share,
-    merge_factors,
-    spawn_change,
-    widen_change,
-)
-from tritter.methods.experts.gates import Gates, entropy_loss, usage
-from tritter.methods.experts.mixture import ExpertMixture
+from tritter.evaluation.inference import eval_mode
+from tritter.evaluation.losses import batch_that_fits, vocab_size_of
+from tritter.methods.experts.adapters import Factors
+from tritter.methods.experts.gates import Gates, usage
+from tritter.methods.experts.mixture import ExpertMixture, mixture_on
 from tritter.methods.experts.module import ExpertModule
-from tritter.methods.experts.options import FIRST
-from tritter.methods.experts.registry import ExpertRegistry, Novel
+from tritter.methods.experts.registry import ExpertRegistry
 from tritter.methods.novelty import Observation, observe
-from tritter.methods.novelty.observation import concatenated
 from tritter.seeds import derived_seed
 from tritter.training import surgery
 from tritter.training.callbacks import WorkCount, ends_step
-
-EXPERTS = "experts"
 
 
 class ExpertCallback(Callback):
@@ -61,7 +46,7 @@ class ExpertCallback(Callback):
         seed: seed of new adapters.
     """
 
-    report_name = EXPERTS
+    report_name = "experts"
 
     def __init__(
         self,
@@ -98,10 +83,10 @@ class ExpertCallback(Callback):
         elif not self.registry.expert_of:  # measure the base's data and count its tokens
             registry, tokens, module = self.registry, self._known_tokens, _module(pl_module)
             if module.mixture.evidence is not None and tokens is not None:
-                number = module.mixture.names.index(FIRST)
+                number = module.mixture.names.index(registry.options.first)
                 module.mixture.evidence.count(number, tokens.to(module.device))
             for domain, batches in self._known.items():
-                registry.expert_of[domain] = FIRST
+                registry.expert_of[domain] = registry.options.first
                 if registry.detector is not None:
                     on_device = [ids.to(module.device).long() for ids in batches]
                     seen = [self._observe(module, ids) for ids in on_device]
@@ -122,7 +107,7 @@ class ExpertCallback(Callback):
             expert = self.registry.observe_named(self._skill, everywhere)
         elif len(everywhere):
             local = None if is_old.all() else self._observe(module, ids[~is_old])
-            seen = concatenated([each for each in _gather_ranks(local) if each])
+            seen = Observation.concatenated([each for each in _gather_ranks(local) if each])
             # In the order of `everywhere`: a new skill is measured on the halves of its batch
             ranks = (~is_old_everywhere).nonzero()[:, 0] % this_rank().count
             order = ranks.argsort(stable=True).argsort()
@@ -193,13 +178,13 @@ class ExpertCallback(Callback):
             self.registry.batches["idle"] += len([each for each in self._aims if each is not None])
         if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             for name in module.mixture.adapters:
-                own = parameters_of(module.model, name).values()
+                own = module.mixture.lora.parameters(name).values()
                 norm = nn.utils.get_total_norm([p.grad for p in own if p.grad is not None])
                 pl_module.log(f"experts/gradient_norm/{name}", float(norm))
         # The optimizer skips parameters without gradient, including momentum and weight decay
         for name in module.mixture.adapters:
             if name != active:
-                for parameter in parameters_of(module.model, name).values():
+                for parameter in module.mixture.lora.parameters(name).values():
                     parameter.grad = None
         if active is None:
             optimizer.zero_grad(set_to_none=True)
@@ -234,7 +219,7 @@ class ExpertCallback(Callback):
             why = f"trained for {registry.members[name].steps} steps"
             self._record_event(trainer, "mature", name, why)
         if registry.novel is not None:
-            self._assign_expert(trainer, module, registry.novel)
+            self._assign_expert(trainer, module)
         elif registry.active is not None and registry.active in mixture.adapters:
             self._grow(trainer, module, registry.active)
         if registry.routing != mixture.routing:
@@ -252,7 +237,7 @@ class ExpertCallback(Callback):
             "frozen": [
                 name
                 for expert in mixture.adapters
-                for name, parameter in parameters_of(mixture.model, expert).items()
+                for name, parameter in mixture.lora.parameters(expert).items()
                 if not parameter.requires_grad
             ],
             "exemplars": None if self._exemplars is None else self._exemplars.state_dict(),
@@ -270,7 +255,8 @@ class ExpertCallback(Callback):
 
     def report(self) -> dict[str, Any]:
         """Return the report of experts, in the format of summary.json."""
-        members = {name: each for name, each in self.registry.members.items() if name != FIRST}
+        first, members = self.registry.options.first, self.registry.members
+        members = {name: each for name, each in members.items() if name != first}
         return {
             "events": self.events,
             "batches": dict(self.registry.batches),
@@ -291,23 +277,24 @@ class ExpertCallback(Callback):
         # Lightning loads callbacks before on_fit_start, which restores the experts of the model
         self._restored = state_dict
 
-    def _assign_expert(self, trainer: Trainer, module: ExpertModule, novel: Novel) -> None:
+    def _assign_expert(self, trainer: Trainer, module: ExpertModule) -> None:
         """Assign an expert to a new skill: a new expert if there is room, else the nearest."""
-        registry, mixture, model = self.registry, module.mixture, module.model
-        options = registry.options
+        registry, mixture, lora = self.registry, module.mixture, module.mixture.lora
+        options, novel = registry.options, registry.novel
+        assert novel is not None
         skill = self._skill or f"skill_{len(registry.expert_of)}_{trainer.global_step}"
         limit, first = options.max_trainable_parameters, mixture.adapters[0]
-        new = _size(model, first) // shape_of(model, first).rank * self._shape.rank
+        new = lora.num_parameters(first) // lora.shape(first).rank * self._shape.rank
 
         def obstacle() -> str:
             """Return the limit that prevents another expert; empty if there is none."""
             if len(mixture.adapters) >= options.max_experts:
                 return f"experts.max_experts = {options.max_experts} is reached"
-            if limit is not None and _size(model, *mixture.adapters) + new > limit:
+            if limit is not None and lora.num_parameters(*mixture.adapters) + new > limit:
                 return f"experts.max_trainable_parameters = {limit:,} is reached"
             return ""
 
-        is_of_use = limit is None or _size(model, first) + new <= limit
+        is_of_use = limit is None or lora.num_parameters(first) + new <= limit
         is_of_use &= options.when_full != "stop"
         while (why := obstacle()) and is_of_use and len(mixture.adapters) > 1:
             self._make_room(trainer, module)
@@ -321,7 +308,7 @@ class ExpertCallback(Callback):
             return
         name = registry.next_name()
         mixture.open(name, self._shape, seed=derived_seed(self._seed, name))
-        surgery.apply(trainer, module, spawn_change(mixture, name), reason="spawned")
+        surgery.apply(trainer, module, mixture.spawn_change(name), reason="spawned")
         skill = self._skill or name
         registry.assign(skill, name)
         registry.members[name].domain = domain = ", ".join(self._domains)
@@ -342,7 +329,8 @@ class ExpertCallback(Callback):
         registry, mixture = self.registry, module.mixture
         pair = registry.most_similar() if registry.options.when_full == "merge" else None
         if pair is None:
-            others = {name: each.usage for name, each in registry.members.items() if name != FIRST}
+            first, members = registry.options.first, registry.members
+            others = {name: each.usage for name, each in members.items() if name != first}
             gone = min(others, key=others.__getitem__)
             self._evict(trainer, module, gone, successor=None)
             self._record_event(trainer, "evicted", gone, "least used expert, removed to make room")
@@ -350,13 +338,13 @@ class ExpertCallback(Callback):
         kept, gone = pair
         weights = [max(registry.members[name].usage, 1e-6) for name in pair]
         weights = [weight / sum(weights) for weight in weights]
-        (optimizer,), shape, lost = trainer.optimizers, shape_of(module.model, kept), []
-        for _, layer in adapted_layers(module.model):
-            both = [each for name in pair if (each := factors(layer, name)) is not None]
+        (optimizer,), shape, lost = trainer.optimizers, mixture.lora.shape(kept), []
+        for _, layer in mixture.lora:
+            both = [each for name in pair if (each := Factors.of(layer, name)) is not None]
             if len(both) < 2:
                 continue
-            one = merge_factors(both, weights, rank=shape.rank, alpha=shape.alpha)
-            lost.append(lost_share(both, weights, one))
+            one = Factors.merged(both, weights, rank=shape.rank, alpha=shape.alpha)
+            lost.append(one.lost_share(both, weights))
             for parameter, value in ((both[0].down, one.down), (both[0].up, one.up)):
                 with torch.no_grad():
                     parameter.copy_(value)
@@ -372,7 +360,7 @@ class ExpertCallback(Callback):
 
     def _thaw(self, trainer: Trainer, module: ExpertModule, name: str) -> None:
         if self.registry.members[name].is_frozen:
-            own = parameters_of(module.model, name)
+            own = module.mixture.lora.parameters(name)
             surgery.thaw(trainer, module, [key for key in own if not own[key].requires_grad])
             self.registry.thaw(name)
 
@@ -380,7 +368,7 @@ class ExpertCallback(Callback):
         self, trainer: Trainer, module: ExpertModule, gone: str, *, successor: str | None
     ) -> None:
         """Remove an expert, with its exemplars and skills unless an heir takes them."""
-        surgery.apply(trainer, module, evict_change(module.mixture, gone), reason="evicted")
+        surgery.apply(trainer, module, module.mixture.evict_change(gone), reason="evicted")
         module.mixture.close(gone)
         self.registry.remove(gone, successor=successor)
         if self._exemplars is not None:
@@ -388,21 +376,21 @@ class ExpertCallback(Callback):
 
     def _grow(self, trainer: Trainer, module: ExpertModule, name: str) -> None:
         """Widen or freeze an expert that has stalled."""
-        registry, model, mixture = self.registry, module.model, module.mixture
-        rank = shape_of(model, name).rank
+        registry, mixture, lora = self.registry, module.mixture, module.mixture.lora
+        rank = lora.shape(name).rank
         due = registry.stalled(rank)
         if due == "widen":
             limit = registry.options.max_trainable_parameters
-            if limit is not None and _size(model, *mixture.adapters, name) > limit:
+            if limit is not None and lora.num_parameters(*mixture.adapters, name) > limit:
                 return
             seed = derived_seed(self._seed, name, str(rank))
-            change = widen_change(mixture, name, 2 * rank, seed=seed)
+            change = mixture.widen_change(name, 2 * rank, seed=seed)
             surgery.apply(trainer, module, change, reason="widened")
-            set_rank(model, name, 2 * rank)
+            lora.set_rank(name, 2 * rank)
             self._record_event(trainer, "widened", name, f"stalled; rank {rank} → {2 * rank}")
         elif due == "freeze":
             member, parts = registry.members[name], registry.options.freeze_projections
-            own = parameters_of(model, name)
+            own = lora.parameters(name)
             chosen = [
                 key for key in own if parts is None or any(f".{each}." in key for each in parts)
             ]
@@ -416,11 +404,6 @@ class ExpertCallback(Callback):
     ) -> None:
         record = {"step": trainer.global_step, "kind": kind, "expert": expert, "why": why}
         self.events.append(record | more)
-
-
-def _size(model: nn.Module, *names: str) -> int:
-    """Return the number of parameters of adapters."""
-    return sum(p.numel() for name in names for p in parameters_of(model, name).values())
 
 
 def _module(module: LightningModule) -> ExpertModule:
@@ -492,7 +475,7 @@ class _UsageLog:
         """Return the metrics since the last entry, and start the next entry."""
         model, times = mixture.model, self._over_time
         means = {n: sum(v) / len(v) for n, v in self._usage.items() if n in mixture.names}
-        ranks = {name: shape_of(model, name).rank for name in mixture.adapters}
+        ranks = {name: mixture.lora.shape(name).rank for name in mixture.adapters}
         times["steps"].append(step)
         times["usage"].append(means)
         times["ranks"].append(ranks)
@@ -504,7 +487,7 @@ class _UsageLog:
         values["experts/number"] = float(len(mixture.adapters))
         values["experts/trainable_share"] = trained / whole
         if gates:
-            entropy = torch.stack([entropy_loss(each).detach() for each in gates])
+            entropy = torch.stack([each.entropy_loss().detach() for each in gates])
             values["experts/routing_entropy"] = float(entropy.mean())
             values["experts/dropped"] = sum(each.dropped for each in gates) / len(gates)
         return values
@@ -524,6 +507,58 @@ class _UsageLog:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._usage = {name: list(each) for name, each in state["usage"].items()}
         self._over_time = {name: list(each) for name, each in state["over_time"].items()}
+
+
+def expert_usage(
+    model: nn.Module,
+    sequences: Mapping[str, Tensor],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Return the experts of a model, and the mean gate of each on the data of each domain.
+
+    Args:
+        model: the model, with a mixture.
+        sequences: domain → int64 [N, T].
+        progress: called with the number of sequences that are read, and the total.
+    """
+    mixture = mixture_on(model)
+    assert mixture is not None
+    total, done = sum(map(len, sequences.values())), 0
+    by_domain: dict[str, dict[str, float]] = {}
+    with eval_mode(model) as device:
+        for domain, ids in sequences.items():
+            gates, number = torch.zeros(len(mixture.names), dtype=torch.float64), 0
+            for rows in ids.split(batch_that_fits(8, ids.shape[1], vocab_size_of(model))):
+                kept = kept_tokens(model, rows.to(device))
+                model(input_ids=rows.to(device), use_cache=False)
+                num_kept = rows.numel() if kept is None else int(kept.sum())
+                gates += usage(mixture.gates(kept)).double().cpu() * num_kept
+                number += num_kept
+                done += len(rows)
+                if progress is not None:
+                    progress(done, total)
+            by_domain[domain] = dict(zip(mixture.names, (gates / number).tolist(), strict=True))
+    num_routing = sum(p.numel() for router in mixture.routers() for p in router.parameters())
+    named = model.named_parameters()
+    num_base = sum(prod(live_shape(p)) for n, p in named if ".lora_" not in n) - num_routing
+    trainable = mixture.lora.num_parameters(*mixture.adapters) + num_routing
+    return {
+        "number": len(mixture.adapters),
+        "names": list(mixture.names),
+        "usage": by_domain,
+        "ranks": {name: mixture.lora.shape(name).rank for name in mixture.adapters},
+        "parameters": {
+            "base": num_base,
+            "trainable": trainable,
+            "share": trainable / (num_base + trainable),
+        },
+        "routing": {
+            "router": mixture.router,
+            "top_k": mixture.routing.top_k,
+            "temperature": mixture.routing.temperature,
+        },
+    }
 
 
 # A few sequences of each expert's data, rehearsed while others learn.

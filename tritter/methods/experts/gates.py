@@ -1,18 +1,19 @@
-"""Gates: the weight of each expert for each token, computed from router logits.
+"""Gates: the weight of each expert for each token, from router logits; the experts' mixed output.
 
 The gates of a token depend on that token alone. With a capacity limit, they also depend on the
 experts chosen by earlier tokens of its sequence; never on later ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
 import torch
 from torch import Tensor, distributed
-from torch.nn.functional import softmax
+from torch.nn.functional import linear, softmax
 
 from tritter.data.batches import this_rank
+from tritter.methods.experts.adapters import Factors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,37 +88,132 @@ class Gates:
         parts = self.weights[kept], chosen, self.probabilities[kept], self.logits[kept]
         return Gates(*parts, self.dropped)
 
+    def balance_loss(self) -> Tensor:
+        """Return n · Σₑ fₑ · Pₑ, the load balancing loss of Switch (arXiv 2101.03961, equation 4).
 
-def balance_loss(gates: Gates) -> Tensor:
-    """Return n · Σₑ fₑ · Pₑ, the load balancing loss of Switch (arXiv 2101.03961, equation 4).
+        f is the share of choices that fall on an expert (in dense mode, of tokens that prefer it),
+        and P its mean probability. The loss is 1 for even use, and n if a single expert is used. f
+        covers all processes: the mean of their losses is that of the whole batch.
+        """
+        number = self.probabilities.shape[-1]
+        probabilities = self.probabilities.flatten(0, -2)  # [N, n]
+        if self.chosen is None:
+            chosen = torch.nn.functional.one_hot(probabilities.argmax(-1), number)
+        else:
+            chosen = self.chosen.flatten(0, -2)
+        counts = chosen.sum(0).to(probabilities.dtype)
+        if this_rank().count > 1:
+            distributed.all_reduce(counts)
+        return number * (counts / counts.sum().clamp_min(1) * probabilities.mean(0)).sum()
 
-    f is the share of choices that fall on an expert (in dense mode, of tokens that prefer it), and
-    P its mean probability. The loss is 1 for even use, and n if a single expert is used. f covers
-    all processes: the mean of their losses is that of the whole batch.
-    """
-    number = gates.probabilities.shape[-1]
-    probabilities = gates.probabilities.flatten(0, -2)  # [N, n]
-    if gates.chosen is None:
-        chosen = torch.nn.functional.one_hot(probabilities.argmax(-1), number)
-    else:
-        chosen = gates.chosen.flatten(0, -2)
-    counts = chosen.sum(0).to(probabilities.dtype)
-    if this_rank().count > 1:
-        distributed.all_reduce(counts)
-    return number * (counts / counts.sum().clamp_min(1) * probabilities.mean(0)).sum()
+    def entropy_loss(self) -> Tensor:
+        """Return the mean entropy of a token's probabilities in nats; low if it is decisive."""
+        entropies = -(self.probabilities * self.probabilities.clamp_min(1e-30).log()).sum(-1)
+        return entropies.mean()
 
-
-def entropy_loss(gates: Gates) -> Tensor:
-    """Return the mean entropy of a token's probabilities in nats; low if routing is decisive."""
-    entropies = -(gates.probabilities * gates.probabilities.clamp_min(1e-30).log()).sum(-1)
-    return entropies.mean()
-
-
-def z_loss(gates: Gates) -> Tensor:
-    """Return the mean squared log-sum-exp of the logits (ST-MoE, arXiv 2202.08906, equation 5)."""
-    return torch.logsumexp(gates.logits, dim=-1).square().mean()
+    def z_loss(self) -> Tensor:
+        """Return the mean squared log-sum-exp of the logits (ST-MoE, arXiv 2202.08906, eq. 5)."""
+        return torch.logsumexp(self.logits, dim=-1).square().mean()
 
 
 def usage(gates: Sequence[Gates]) -> Tensor:
     """Return the mean gate of each expert over layers and tokens, float32 [n]."""
     return torch.stack([each.weights.detach().flatten(0, -2).mean(0) for each in gates]).mean(0)
+
+
+# Adding the adapters' outputs to a layer's output, with gates per token.
+#
+# N tokens of a batch, n experts, r the rank of one and R the sum of all.
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dispatch:
+    """Assignment of tokens to experts, shared by all linear layers of a decoder layer.
+
+    Args:
+        weights: [N, n], gates.
+        tokens: for each expert, the flat indices of its tokens, int64; None: every expert
+            processes every token.
+    """
+
+    weights: Tensor
+    tokens: tuple[Tensor, ...] | None
+
+    @classmethod
+    def of(cls, gates: Gates) -> "Dispatch":
+        """Return the dispatch of a layer's gates."""
+        weights = gates.weights.flatten(0, -2)
+        if gates.chosen is None:
+            return cls(weights, None)
+        experts, tokens = gates.chosen.flatten(0, -2).T.nonzero(as_tuple=True)
+        return cls(weights, tokens.split(experts.bincount(minlength=weights.shape[1]).tolist()))
+
+    def last(self, batch: int, length: int) -> "Dispatch":
+        """Return the dispatch of the last tokens of each sequence, as needed by the head.
+
+        Args:
+            batch: B, number of sequences.
+            length: number of tokens per sequence.
+        """
+        own = len(self.weights) // batch
+        weights = self.weights.unflatten(0, (batch, own))[:, own - length :].flatten(0, 1)
+        if self.tokens is None:
+            return Dispatch(weights, None)
+        kept = []
+        for tokens in self.tokens:
+            sequence, position = tokens // own, tokens % own - (own - length)
+            kept.append((sequence * length + position)[position >= 0])
+        return Dispatch(weights, tuple(kept))
+
+    def output(self, inputs: Tensor, factors: Mapping[int, Factors]) -> Tensor:
+        """Return Σₑ gₑ · (α/r)ₑ · Bₑ Aₑ x for every token, times the gain of the layer.
+
+        Args:
+            inputs: [..., in_features], N tokens in total; or integers [...], which denote one-hot
+                vectors, so that A x is a column of A. With fewer tokens than gates,
+                [B, t, in_features], they are the last ones of each sequence.
+            factors: adapters of the layer, by index of the expert.
+
+        Returns:
+            [..., out_features], in the dtype of the factors.
+        """
+        example, dispatch = next(iter(factors.values())), self
+        if inputs.is_floating_point():
+            shape, tokens = inputs.shape[:-1], inputs.flatten(0, -2).to(example.down.dtype)
+        else:
+            shape, tokens = inputs.shape, inputs.flatten()  # [N]; above [N, in]
+        if len(tokens) < len(self.weights):
+            dispatch = self.last(*shape)
+        weights = dispatch.weights.to(example.down.dtype)  # [N, n]
+        if dispatch.tokens is None:  # all experts as one product of rank R
+            up = torch.cat([each.up for each in factors.values()], dim=1)  # [out, R]
+            gates = [
+                (weights[:, number] * each.scaling).unsqueeze(-1).expand(-1, each.rank)
+                for number, each in factors.items()
+            ]
+            if tokens.is_floating_point():
+                low = linear(tokens, torch.cat([each.down for each in factors.values()]))  # [N, R]
+            else:  # separate look-ups, so that no [R, V] copy is made
+                low = torch.cat([each.low(tokens) for each in factors.values()], dim=1)
+            added = linear(low * torch.cat(gates, dim=1), up)
+        else:
+            added = _chosen_output(tokens, factors, weights, dispatch.tokens)
+        if example.gain is not None:  # the gain belongs to the layer
+            added = added * example.gain.to(added.dtype)
+        return added.unflatten(0, shape)
+
+
+def _chosen_output(
+    tokens: Tensor, factors: Mapping[int, Factors], weights: Tensor, chosen: Sequence[Tensor]
+) -> Tensor:
+    """Return the sum over the experts of each token, [N, out]; each computes its own tokens."""
+    assigned = [chosen[number] for number in factors]
+    gathered = tokens.index_select(0, torch.cat(assigned)).split([len(own) for own in assigned])
+    added: Tensor | None = None  # in the dtype of the products, which autocast may choose
+    for own, inner, (number, each) in zip(assigned, gathered, factors.items(), strict=True):
+        gate = (weights[own, number] * each.scaling).unsqueeze(-1)  # [n_e, 1]
+        part = linear(each.low(inner) * gate, each.up)  # [n_e, out]
+        added = part.new_zeros(len(tokens), part.shape[1]) if added is None else added
+        added.index_add_(0, own, part)  # joined, k rows per token of a head are large
+    assert added is not None
+    return added

@@ -5,14 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from functools import partial
+from hashlib import sha256
+from itertools import accumulate
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tritter.checkpoints.expert_files import AdapterShape, ExpertFiles
 from tritter.core.families import Model
 from tritter.errors import Problem, RequestError, did_you_mean
-from tritter.methods.experts.options import FIRST, AdapterOptions, DynamicOptions
+from tritter.methods.experts.options import AdapterOptions, DynamicOptions
 from tritter.options import RunRequest, Start
 from tritter.training.method import Method, Setting, Trainee
 
@@ -157,17 +160,70 @@ class Experts(Method, ABC):
     def lineage_records(
         self, before: Model, after: Model, reports: Mapping[str, Any]
     ) -> list[ExpansionRecord]:
-        from tritter.methods.experts.summary import expert_records
+        from tritter.checkpoints import ExpansionRecord
+        from tritter.methods.experts.callback import ExpertCallback
 
-        return expert_records(after, reports, options=self.plain(), seed=self.seed)
+        name = ExpertCallback.report_name
+        events = reports.get(name, {}).get("events", [])
+        born = [event["expert"] for event in events if event["kind"] == "spawned"]
+        if not born:
+            return []
+        record = ExpansionRecord(
+            timestamp=datetime.now(UTC).isoformat(timespec="seconds"),
+            expansion_type=name,
+            method=self.name,
+            options={**self.plain(), "spawned": born},
+            seed=self.seed,
+            source_config=after.config,
+            target_config=after.config,
+            layer_sources=tuple(range(after.sizes.num_hidden_layers)),
+            map_digest=sha256(" ".join(born).encode()).hexdigest(),
+            claims_exact=True,  # a new expert has zero output
+            step0_error=0.0,
+        )
+        return [record]
 
     def plain(self) -> dict[str, Any]:
         return {"name": self.name, **super().plain()}
 
     def summary(self, fits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        from tritter.methods.experts.summary import experts_summary
+        """Return `experts` of summary.json: one record for all training runs of a branch."""
+        from tritter.methods.experts.callback import ExpertCallback
 
-        return experts_summary(fits, options=self.plain())
+        record = {
+            "kind": self.name,
+            "options": self.plain(),
+            **fits[-1]["usage"],
+            "phases": [fit["usage"]["usage"] for fit in fits],
+        }
+        found = (fit["reports"].get(ExpertCallback.report_name) for fit in fits)
+        reports = [report for report in found if report]
+        if len(reports) < len(fits):
+            return record
+        before = list(accumulate((fit["steps"] for fit in fits), initial=0))
+        events = [
+            {**event, "task": number, "step": event["step"] + before[number]}
+            for number, report in enumerate(reports)
+            for event in report["events"]
+        ]
+        spawned = [event for event in events if event["kind"] == "spawned"]
+        record |= {"spawned": spawned, "events": events}
+        for key in ("batches", "domains", "states"):
+            record[key] = reports[-1].get(key, {})  # earlier versions lack the last two
+        for name, values in (("usage_over_time", "gates"), ("ranks_over_time", "ranks")):
+            parts = [report[name] for report in reports]
+            steps = [step + before[n] for n, part in enumerate(parts) for step in part["steps"]]
+            experts = dict.fromkeys(expert for part in parts for expert in part[values])
+            rows = {  # null if the expert did not exist
+                expert: [
+                    value
+                    for part in parts
+                    for value in part[values].get(expert, [None] * len(part["steps"]))
+                ]
+                for expert in experts
+            }
+            record[name] = {"steps": steps, values: rows}
+        return record
 
     @abstractmethod
     def begin(self, model: nn.Module, *, bounds: TextBounds, seed: int) -> ExpertMixture:
@@ -194,10 +250,10 @@ class Experts(Method, ABC):
 
     def shape(self, model: nn.Module) -> AdapterShape:
         """Return the initial size of an adapter on a model."""
-        from tritter.methods.experts.adapters import adaptable
+        from tritter.methods.experts.adapters import LoraLayers
 
         options: AdapterOptions = self.options
-        targets = options.targets or tuple(sorted(adaptable(model)))
+        targets = options.targets or tuple(sorted(LoraLayers(model).adaptable()))
         return AdapterShape(options.rank, float(options.alpha), tuple(targets))
 
 
@@ -217,10 +273,8 @@ class SingleLora(Experts):
         return mixture
 
     def _resume(self, mixture: ExpertMixture, setting: Setting) -> None:
-        from tritter.methods.experts.adapters import shape_of
-
         super()._resume(mixture, setting)
-        own, expected = shape_of(mixture.model, mixture.names[0]), self.shape(mixture.model)
+        own, expected = mixture.lora.shape(mixture.names[0]), self.shape(mixture.model)
         if own != replace(expected, targets=tuple(sorted(expected.targets))):
             raise RequestError(
                 f"experts.rank, .alpha or .targets: the checkpoint's adapter has rank {own.rank}, "
@@ -233,7 +287,7 @@ class DynamicExperts(Experts):
 
     Options = DynamicOptions
     name = "dylora"
-    first = FIRST
+    first = DynamicOptions.first
     is_dynamic = True
 
     @classmethod
@@ -286,7 +340,7 @@ class DynamicExperts(Experts):
                 "inner_prior": options.inner_prior,
             },
         )
-        mixture.add(FIRST, self.shape(model), seed=seed)
+        mixture.add(self.first, self.shape(model), seed=seed)
         return mixture
 
     def _callbacks(self, mixture: ExpertMixture, setting: Setting) -> tuple[ExpertCallback]:
@@ -371,13 +425,14 @@ class DynamicExperts(Experts):
         return {name: getattr(self.options, name) for name in names}
 
     def shape(self, model: nn.Module) -> AdapterShape:
-        from tritter.methods.experts.adapters import adaptable
+        from tritter.methods.experts.adapters import LoraLayers
 
         shape = super().shape(model)
         options: DynamicOptions = self.options
         if options.router != "learned" or options.targets is not None:
             return shape
-        return AdapterShape(shape.rank, shape.alpha, tuple(sorted(adaptable(model, whole=False))))
+        targets = tuple(sorted(LoraLayers(model).adaptable(whole=False)))
+        return AdapterShape(shape.rank, shape.alpha, targets)
 
     def registry(self, *, max_steps: int) -> ExpertRegistry:
         """Return the expert registry of a run that starts without known skills."""
@@ -400,14 +455,14 @@ def _base_data(
     """
     import torch
 
-    from tritter.methods.novelty.statistics import CALIBRATION_BATCHES
+    from tritter.methods.novelty.statistics import Calibration
 
     sequences, size = setting.base_sequences(), setting.batch_size
     batches: dict[str, Sequence[Tensor]] = dict.fromkeys(sequences, ())
     for domain, each in sequences.items() if is_measured else ():
         # Enough batches for calibration, with as few repetitions as possible
         generator = torch.Generator().manual_seed(setting.seed("known", domain))
-        count, order = CALIBRATION_BATCHES * size, torch.empty(0, dtype=torch.int64)
+        count, order = Calibration.full * size, torch.empty(0, dtype=torch.int64)
         while len(order) < count:
             order = torch.cat([order, torch.randperm(len(each), generator=generator)])
         batches[domain] = each[order[:count]].long().split(size)

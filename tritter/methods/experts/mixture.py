@@ -2,33 +2,34 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from math import sqrt
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, linear, pad
+from torch.nn.functional import linear, pad
 
 from tritter.checkpoints.expert_files import AdapterShape, RouterKind
-from tritter.core.models import backbone_of, cache_in
+from tritter.core.families import Adapters, Flops, LowRank, StoredTensor, forward_flops
+from tritter.core.models import backbone_of, cache_in, model_of
+from tritter.core.parameter_map import AxisFactor, Fill, TensorMap
+from tritter.core.parameter_map.axis_map import NO_SOURCE
 from tritter.data.chat import ids_of, is_padding
 from tritter.data.packing import document_mask_of
 from tritter.errors import RequestError, did_you_mean
+from tritter.evaluation.inference import eval_mode
 from tritter.methods.experts.adapters import (
     Factors,
-    adaptable,
-    adapted_layers,
-    adapter_names,
-    add_adapter,
-    decoder_layers,
-    factors,
+    LoraLayers,
     is_of_adapter,
     layer_number,
-    remove_adapter,
 )
-from tritter.methods.experts.gates import Gates, Routing
-from tritter.training.parameters import WRAPPED
+from tritter.methods.experts.gates import Dispatch, Gates, Routing, usage
+from tritter.training.parameters import WRAPPED, flops_of_sequence, live_layout
+from tritter.transform import Change
+from tritter.transform.change import declared
 
 # Evidence: naive Bayes on the counts of tokens so far, as router logits.
 #
@@ -221,114 +222,6 @@ class ExpertRouter(nn.Module):
             return linear(hidden, self.weight.to(hidden.dtype), self.bias.to(hidden.dtype))
 
 
-# Adding the adapters' outputs to a layer's output, with gates per token.
-#
-# N tokens of a batch, n experts, r the rank of one and R the sum of all.
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Dispatch:
-    """Assignment of tokens to experts, shared by all linear layers of a decoder layer.
-
-    Args:
-        weights: [N, n], gates.
-        tokens: for each expert, the flat indices of its tokens, int64; None: every expert
-            processes every token.
-    """
-
-    weights: Tensor
-    tokens: tuple[Tensor, ...] | None
-
-    @classmethod
-    def of(cls, gates: Gates) -> "Dispatch":
-        """Return the dispatch of a layer's gates."""
-        weights = gates.weights.flatten(0, -2)
-        if gates.chosen is None:
-            return cls(weights, None)
-        experts, tokens = gates.chosen.flatten(0, -2).T.nonzero(as_tuple=True)
-        return cls(weights, tokens.split(experts.bincount(minlength=weights.shape[1]).tolist()))
-
-    def last(self, batch: int, length: int) -> "Dispatch":
-        """Return the dispatch of the last tokens of each sequence, as needed by the head.
-
-        Args:
-            batch: B, number of sequences.
-            length: number of tokens per sequence.
-        """
-        own = len(self.weights) // batch
-        weights = self.weights.unflatten(0, (batch, own))[:, own - length :].flatten(0, 1)
-        if self.tokens is None:
-            return Dispatch(weights, None)
-        kept = []
-        for tokens in self.tokens:
-            sequence, position = tokens // own, tokens % own - (own - length)
-            kept.append((sequence * length + position)[position >= 0])
-        return Dispatch(weights, tuple(kept))
-
-
-def _mixture_output(inputs: Tensor, factors: Mapping[int, Factors], dispatch: Dispatch) -> Tensor:
-    """Return Σₑ gₑ · (α/r)ₑ · Bₑ Aₑ x for every token, times the gain of the layer.
-
-    Args:
-        inputs: [..., in_features], N tokens in total; or integers [...], which denote one-hot
-            vectors, so that A x is a column of A. With fewer tokens than gates,
-            [B, t, in_features], they are the last ones of each sequence.
-        factors: adapters of the layer, by index of the expert.
-        dispatch: assignment of tokens to experts.
-
-    Returns:
-        [..., out_features], in the dtype of the factors.
-    """
-    example = next(iter(factors.values()))
-    if inputs.is_floating_point():
-        shape, tokens = inputs.shape[:-1], inputs.flatten(0, -2).to(example.down.dtype)  # [N, in]
-    else:
-        shape, tokens = inputs.shape, inputs.flatten()  # [N]
-    if len(tokens) < len(dispatch.weights):
-        dispatch = dispatch.last(*shape)
-    weights = dispatch.weights.to(example.down.dtype)  # [N, n]
-    if dispatch.tokens is None:  # all experts as one product of rank R
-        up = torch.cat([each.up for each in factors.values()], dim=1)  # [out, R]
-        gates = [
-            (weights[:, number] * each.scaling).unsqueeze(-1).expand(-1, each.rank)
-            for number, each in factors.items()
-        ]
-        if tokens.is_floating_point():
-            low = linear(tokens, torch.cat([each.down for each in factors.values()]))  # [N, R]
-        else:  # separate look-ups, so that no [R, V] copy is made
-            low = torch.cat([_low(tokens, each) for each in factors.values()], dim=1)
-        added = linear(low * torch.cat(gates, dim=1), up)
-    else:
-        added = _chosen_output(tokens, factors, weights, dispatch)
-    if example.gain is not None:  # the gain belongs to the layer
-        added = added * example.gain.to(added.dtype)
-    return added.unflatten(0, shape)
-
-
-def _chosen_output(
-    tokens: Tensor, factors: Mapping[int, Factors], weights: Tensor, dispatch: Dispatch
-) -> Tensor:
-    """Return the sum over the experts of each token, [N, out]; each computes its own tokens."""
-    assert dispatch.tokens is not None
-    assigned = [dispatch.tokens[number] for number in factors]
-    gathered = tokens.index_select(0, torch.cat(assigned)).split([len(own) for own in assigned])
-    added: Tensor | None = None  # in the dtype of the products, which autocast may choose
-    for own, inner, (number, each) in zip(assigned, gathered, factors.items(), strict=True):
-        gate = (weights[own, number] * each.scaling).unsqueeze(-1)  # [n_e, 1]
-        part = linear(_low(inner, each) * gate, each.up)  # [n_e, out]
-        added = part.new_zeros(len(tokens), part.shape[1]) if added is None else added
-        added.index_add_(0, own, part)  # joined, k rows per token of a head are large
-    assert added is not None
-    return added
-
-
-def _low(tokens: Tensor, factors: Factors) -> Tensor:
-    """Return A x, [N, r]."""
-    if tokens.is_floating_point():
-        return linear(tokens, factors.down)
-    return embedding(tokens, factors.down.T)
-
-
 class _Mix:
     """The gates of a forward pass, for the linear layers that share them."""
 
@@ -397,6 +290,7 @@ class ExpertMixture:
         evidence: keyword arguments of `Evidence`.
 
     Attributes:
+        lora: the layers with adapters.
         names: the experts, in the order of the gates.
         routing: how logits are converted to gates.
         evidence: token counts; None if the router is `learned`.
@@ -415,9 +309,10 @@ class ExpertMixture:
         is_shared: bool = False,
         evidence: Mapping[str, Any] | None = None,
     ) -> None:
-        if adapter_names(model):
-            raise RequestError(f"the model already has adapters: {', '.join(adapter_names(model))}")
-        layers = decoder_layers(model)
+        self.lora = LoraLayers(model)
+        if names := ", ".join(self.lora.adapters):
+            raise RequestError(f"the model already has adapters: {names}")
+        layers = self.lora.decoder_layers()
         if not layers:
             raise RequestError("the model has no decoder layers named layers.N, h.N or blocks.N.")
         self.model = model
@@ -494,18 +389,18 @@ class ExpertMixture:
         """Add an expert's adapter; the caller adds its router rows."""
         if name in self.names:
             raise RequestError(f"the model already has an adapter {name}.")
-        outside = adaptable(self.model) - adaptable(self.model, whole=False)
+        outside = self.lora.adaptable() - self.lora.adaptable(whole=False)
         vocabulary = [target for target in shape.targets if target in outside]
         if vocabulary and self.evidence is None:
             raise RequestError(
                 f"experts.targets = {vocabulary[0]}: a learned router needs hidden states, which "
                 "the vocabulary does not have; use experts.router=evidence or both."
             )
-        add_adapter(self.model, name, shape, seed=seed)
+        self.lora.add(name, shape, seed=seed)
         self.names.append(name)
         if self.evidence is not None:
             self.evidence.add_row()
-        for layer_name, layer in adapted_layers(self.model):
+        for layer_name, layer in self.lora:
             if layer_name not in self._hooked:
                 layer_at = layer_number(layer_name)
                 mix = self._whole if layer_at is None else self._mixes[layer_at]
@@ -514,7 +409,7 @@ class ExpertMixture:
 
     def close(self, name: str) -> None:
         """Remove an expert's adapter; the caller removes its router rows."""
-        remove_adapter(self.model, name)
+        self.lora.remove(name)
         if self.evidence is not None:
             self.evidence.keep_rows([n for n, each in enumerate(self.names) if each != name])
         self.names.remove(name)
@@ -527,10 +422,118 @@ class ExpertMixture:
         if self.has_base and name == _BASE_EXPERT:
             raise RequestError(f"{name} is the base itself, which can't be removed.")
 
+    def spawn_change(self, name: str) -> Change:
+        """Return the change of a model in training that adds the last expert, once it is open.
+
+        All other parameters, their moments and other state are unchanged, bit for bit; as in the
+        next two. Its router rows are zero.
+        """
+        parts = _Parts()
+        for key, parameter in self.lora.parameters(name).items():
+            values = parameter.detach().clone()
+            parts.create(key, tuple(values.shape), Fill(kind="given", values=values))
+        parts.follow_routers(self, [*range(len(self.names) - 1), NO_SOURCE])
+        return parts.change()
+
+    def evict_change(self, name: str) -> Change:
+        """Return the change that removes an expert's weights, with its router rows.
+
+        Close its adapter afterwards.
+
+        Raises:
+            RequestError: there is no expert of this name, or no other one.
+        """
+        self.check_removable(name)
+        parts = _Parts()
+        for key, parameter in self.lora.parameters(name).items():
+            parts.remove(key, tuple(parameter.shape))
+        parts.follow_routers(self, [n for n, each in enumerate(self.names) if each != name])
+        return parts.change()
+
+    def widen_change(self, name: str, rank: int, *, seed: int) -> Change:
+        """Return the change that gives an expert a larger rank; the function is preserved.
+
+        New rows of A are random and new columns of B are zero (reversed in an embedding), as PEFT
+        initialises them. α / r is kept; call `lora.set_rank` afterwards.
+
+        Raises:
+            RequestError: the rank is not larger than the current one.
+        """
+        own = self.lora.shape(name).rank
+        if rank <= own:
+            raise RequestError(
+                f"{name} already has rank {own}; the new rank {rank} must be larger."
+            )
+        source = torch.cat([torch.arange(own), torch.full((rank - own,), NO_SOURCE)])
+        axis, parts = _plain_factor(source), _Parts()
+        generator = torch.Generator().manual_seed(seed)
+        for key, parameter in self.lora.parameters(name).items():
+            if ".lora_A." in key:
+                # Kaiming uniform initialisation with a = √5, as in PEFT
+                bound = sqrt(1 / parameter.shape[1])
+                drawn = torch.rand(rank - own, parameter.shape[1], generator=generator)
+                fill = Fill(kind="given", values=(2 * drawn - 1) * bound)
+                parts.follow(self.model, key, (axis, None), fill)
+            elif ".lora_embedding_A." in key:
+                parts.follow(self.model, key, (axis, None), Fill())
+            elif ".lora_embedding_B." in key:
+                drawn = torch.randn(parameter.shape[0], rank - own, generator=generator)
+                parts.follow(self.model, key, (None, axis), Fill(kind="given", values=drawn))
+            else:
+                parts.follow(self.model, key, (None, axis), Fill())
+        return parts.change()
+
     @property
     def adapters(self) -> tuple[str, ...]:
         """The experts with an adapter: all except the base."""
         return tuple(self.names[1:] if self.has_base else self.names)
+
+    def step_flops(self) -> Flops:
+        """Return the model FLOPs of a training step on one sequence, for the present parameters.
+
+        Counted as in `tritter.core.families.flops`. With `top_k`, each expert is counted with an
+        even share of the tokens. Table look-ups of evidence are free.
+        """
+        return flops_of_sequence(self.model, adapters=self._counted_adapters())
+
+    def reading_flops(self) -> Flops:
+        """Return the model FLOPs of reading one sequence, output head included."""
+        return forward_flops(model_of(self.model), adapters=self._counted_adapters())
+
+    def _counted_adapters(self) -> Adapters:
+        """Return the adapters and routers, for counting FLOPs."""
+        number, top_k = len(self.names), self.routing.top_k
+        share = 1 if top_k is None or top_k >= number else top_k / number
+        model, matrices, low_rank = self.model, {}, {}
+        for stored in live_layout(model):  # name of a layer with adapters → its logical matrices
+            layer_name, is_wrapped, _ = stored.name.partition(f"{WRAPPED}.weight")
+            if is_wrapped:
+                matrices[layer_name] = [part.tensor.name for part in stored.parts]
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        # A tied head has the weight of the embedding
+        matrices |= {name: ["head"] for name, layer in self.lora if layer is head}
+        for name, layer in self.lora:
+            adapters = [
+                LowRank(
+                    rank=each.rank,
+                    trains_down=each.down.requires_grad,
+                    trains_up=each.up.requires_grad,
+                    share=share,
+                )
+                for expert in self.adapters
+                if (each := Factors.of(layer, expert)) is not None
+            ]
+            first, *others = matrices[name]
+            low_rank[first] = adapters
+            low_rank |= {
+                other: [replace(each, has_down=False) for each in adapters] for other in others
+            }
+        gating = {}
+        for n, decoder_layer in self.lora.decoder_layers().items():
+            router = getattr(decoder_layer, ROUTER, None) or getattr(model, ROUTER, None)
+            if router is not None:
+                gating[n] = number, router.weight.requires_grad
+        return Adapters(low_rank, gating)
 
     def base_state_dict(self) -> dict[str, Tensor]:
         """Return the weights of the base, by the names that the stock class reads."""
@@ -560,6 +563,20 @@ class ExpertMixture:
         """
         found = [mix.gates for mix in dict.fromkeys(self._mixes.values())]
         return [gates if kept is None else gates.of(kept) for gates in found if gates is not None]
+
+    def mean_gates(self, texts: Sequence[Tensor]) -> dict[str, float]:
+        """Return expert → mean gate over layers and tokens, with equal weight per batch of data.
+
+        Args:
+            texts: int64 [B, T] each, at least one.
+        """
+        found = torch.zeros(len(self.names), dtype=torch.float64)
+        with eval_mode(self.model) as device:
+            for each in texts:
+                for ids in each.to(device).split(1):  # logits take much memory
+                    self.model(input_ids=ids, use_cache=False)
+                    found += usage(self.gates()).double().cpu() / (len(each) * len(texts))
+        return dict(zip(self.names, found.tolist(), strict=True))
 
     @contextmanager
     def only(self, name: str) -> Iterator[None]:
@@ -695,10 +712,10 @@ class ExpertMixture:
         dispatch = mix.dispatch
         if dispatch is None:
             return output
-        found = {n: each for n, name in enumerate(self.names) if (each := factors(layer, name))}
+        found = {n: each for n, name in enumerate(self.names) if (each := Factors.of(layer, name))}
         if not found:
             return output
-        return output + _mixture_output(args[0], found, dispatch).to(output.dtype)
+        return output + dispatch.output(args[0], found).to(output.dtype)
 
 
 def mixture_on(model: nn.Module) -> ExpertMixture | None:
@@ -710,3 +727,46 @@ def _refuse_chosen_logits(model: nn.Module, args: Sequence[Any], kwargs: dict[st
     """Refuse chosen positions of the head, whose gates would be unknown."""
     if isinstance(kwargs.get("logits_to_keep"), Tensor):
         raise RequestError("logits_to_keep: with experts, it must be a number of last tokens.")
+
+
+class _Parts:
+    """A change under construction."""
+
+    def __init__(self) -> None:
+        self._before: list[StoredTensor] = []
+        self._after: list[StoredTensor] = []
+        self._maps: dict[str, TensorMap] = {}
+
+    def create(self, name: str, shape: tuple[int, ...], fill: Fill) -> None:
+        self._after.append(declared(name, shape))
+        self._maps[name] = TensorMap.created(shape, fill)
+
+    def remove(self, name: str, shape: tuple[int, ...]) -> None:
+        self._before.append(declared(name, shape))
+
+    def follow(
+        self, model: nn.Module, name: str, axes: tuple[AxisFactor | None, ...], fill: Fill
+    ) -> None:
+        before = tuple(model.get_parameter(name).shape)
+        sizes = zip(before, axes, strict=True)
+        after = tuple(n if axis is None else len(axis.index) for n, axis in sizes)
+        self._before.append(declared(name, before))
+        self._after.append(declared(name, after))
+        self._maps[name] = TensorMap(source=name, axes=axes, fill=fill)
+
+    def follow_routers(self, mixture: ExpertMixture, source: Sequence[int]) -> None:
+        axis = _plain_factor(torch.tensor(source))
+        for router in mixture.router_names():
+            self.follow(mixture.model, f"{router}.weight", (axis, None), Fill())
+            self.follow(mixture.model, f"{router}.bias", (axis,), Fill())
+
+    def change(self) -> Change:
+        return Change(
+            model=None, before=tuple(self._before), after=tuple(self._after), tensors=self._maps
+        )
+
+
+def _plain_factor(source: Tensor) -> AxisFactor:
+    """Return the factor of an axis whose coordinates are kept, dropped or new, without scaling."""
+    kept = (source != NO_SOURCE).double()
+    return AxisFactor(source, kept, kept)

@@ -1,7 +1,6 @@
 """The LightningModule of a mixture of LoRA experts: its losses and its saved state."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,23 +8,14 @@ from torch import Tensor, distributed
 from torch.nn.functional import kl_div, log_softmax
 
 from tritter.checkpoints.expert_files import AdapterShape
-from tritter.core.families import Adapters, Flops, LowRank, forward_flops
-from tritter.core.models import model_of
+from tritter.core.families import Flops
 from tritter.data.batches import this_rank
 from tritter.data.packing import IGNORED, kept_tokens, labels_of
 from tritter.evaluation.inference import preserve_modes
-from tritter.methods.experts.adapters import (
-    adapted_layers,
-    adapter_names,
-    decoder_layers,
-    factors,
-    shape_of,
-)
-from tritter.methods.experts.gates import Gates, Routing, balance_loss, entropy_loss, z_loss
-from tritter.methods.experts.mixture import ROUTER, ExpertMixture
+from tritter.methods.experts.gates import Gates, Routing
+from tritter.methods.experts.mixture import ExpertMixture
 from tritter.training import BaseModule
 from tritter.training.module import TaskLoss
-from tritter.training.parameters import WRAPPED, flops_of_sequence, live_layout
 
 
 class ExpertModule(BaseModule):
@@ -33,9 +23,9 @@ class ExpertModule(BaseModule):
 
     Args:
         mixture: the experts on the trained model.
-        losses: additional loss → its weight: `balance`, `entropy` and `z`, see
-            `tritter.methods.experts.gates`, and `distill`, of KL(mixture without the young expert ‖
-            mixture), nats per token. One without a weight is not computed.
+        losses: additional loss → its weight: `balance`, `entropy` and `z`, see `Gates`, and
+            `distill`, of KL(mixture without the young expert ‖ mixture), nats per token. One
+            without a weight is not computed.
         options: arguments of `BaseModule`.
 
     Attributes:
@@ -67,11 +57,12 @@ class ExpertModule(BaseModule):
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
         """Return the loss of the task plus the additional losses, each of which is logged."""
         loss = super().training_step(batch, batch_index)
-        found = {}
+        found = dict[str, Tensor]()
         gates = self.gates if next(self.mixture.routers(), None) is not None else []
-        for name, measure in (("balance", balance_loss), ("entropy", entropy_loss), ("z", z_loss)):
+        for name in ("balance", "entropy", "z"):
             if name in self.losses and gates:
-                found[name] = self.share * torch.stack([measure(each) for each in gates]).mean()
+                values = [getattr(each, f"{name}_loss")() for each in gates]
+                found[name] = self.share * torch.stack(values).mean()
         if "distill" in self.losses and self.young is not None:
             found["distill"] = self._distance(self.young, batch)
         for name, value in found.items():
@@ -86,24 +77,24 @@ class ExpertModule(BaseModule):
 
     def step_flops(self) -> Flops:
         """Return the model FLOPs of a sequence, given the parameters that now need gradients."""
-        sequence = step_flops_of(self.mixture)
+        sequence = self.mixture.step_flops()
         if "distill" in self.losses and self.young is not None:
-            sequence = sequence + forward_flops_of(self.mixture)
+            sequence = sequence + self.mixture.reading_flops()
         return sequence
 
     def reading_flops(self) -> Flops:
         """Return the model FLOPs of reading a sequence with the experts."""
-        return forward_flops_of(self.mixture)
+        return self.mixture.reading_flops()
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the journal, the names and sizes of the experts, and the trained parameters."""
         mixture = self.mixture
-        shapes = {name: shape_of(self.model, name) for name in mixture.adapters}
+        shapes = {name: mixture.lora.shape(name) for name in mixture.adapters}
         routing = mixture.routing
         return super().get_extra_state() | {
             "experts": {
                 "names": list(mixture.names),
-                "order": list(adapter_names(self.model)),
+                "order": list(mixture.lora.adapters),
                 "shapes": {n: [s.rank, s.alpha, list(s.targets)] for n, s in shapes.items()},
                 "routing": [routing.top_k, routing.temperature, routing.capacity_factor],
                 "trained": [n for n, p in self.model.named_parameters() if p.requires_grad],
@@ -115,11 +106,11 @@ class ExpertModule(BaseModule):
         """Recreate the experts of a saved run with their final ranks, before weights are loaded."""
         saved, mixture = state["experts"], self.mixture
         shapes = {n: AdapterShape(r, a, tuple(t)) for n, (r, a, t) in saved["shapes"].items()}
-        if saved["order"] != list(adapter_names(self.model)) or any(
-            shape != shape_of(self.model, name) for name, shape in shapes.items()
+        if saved["order"] != list(mixture.lora.adapters) or any(
+            shape != mixture.lora.shape(name) for name, shape in shapes.items()
         ):
             # Recreate all in their original order: optimizers match state by position
-            for name in adapter_names(self.model):
+            for name in mixture.lora.adapters:
                 mixture.close(name)
             for name in saved["order"]:
                 mixture.open(name, shapes[name], seed=0)
@@ -164,56 +155,3 @@ def _share(kept: Tensor) -> float:
     total = own.clone()
     distributed.all_reduce(total)
     return rank.count * float(own) / max(1.0, float(total))
-
-
-# Model FLOPs of a mixture of experts: the base, the adapters and their gates.
-#
-# Counted as in `tritter.core.families.flops`. With `top_k`, each expert is counted with an even
-# share of the tokens. Table look-ups of evidence are free.
-
-
-def step_flops_of(mixture: ExpertMixture) -> Flops:
-    """Return the FLOPs of a training step on one sequence, for the parameters trained now."""
-    return flops_of_sequence(mixture.model, adapters=_adapters_of(mixture))
-
-
-def forward_flops_of(mixture: ExpertMixture) -> Flops:
-    """Return the FLOPs of reading one sequence, output head included."""
-    return forward_flops(model_of(mixture.model), adapters=_adapters_of(mixture))
-
-
-def _adapters_of(mixture: ExpertMixture) -> Adapters:
-    """Return the adapters and routers of a mixture, for counting FLOPs."""
-    number, top_k = len(mixture.names), mixture.routing.top_k
-    share = 1 if top_k is None or top_k >= number else top_k / number
-    model, matrices, low_rank = mixture.model, {}, {}
-    for stored in live_layout(model):  # name of a layer with adapters → its logical matrices
-        layer_name, is_wrapped, _ = stored.name.partition(f"{WRAPPED}.weight")
-        if is_wrapped:
-            matrices[layer_name] = [part.tensor.name for part in stored.parts]
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    # A tied head has the weight of the embedding
-    matrices |= {name: ["head"] for name, layer in adapted_layers(model) if layer is head}
-    for name, layer in adapted_layers(model):
-        found = (factors(layer, expert) for expert in mixture.adapters)
-        adapters = [
-            LowRank(
-                rank=each.rank,
-                trains_down=each.down.requires_grad,
-                trains_up=each.up.requires_grad,
-                share=share,
-            )
-            for each in found
-            if each is not None
-        ]
-        first, *others = matrices[name]
-        low_rank[first] = adapters
-        low_rank |= {
-            other: [replace(each, has_down=False) for each in adapters] for other in others
-        }
-    gating = {}
-    for n, decoder_layer in decoder_layers(model).items():
-        router = getattr(decoder_layer, ROUTER, None) or getattr(model, ROUTER, None)
-        if router is not None:
-            gating[n] = number, router.weight.requires_grad
-    return Adapters(low_rank, gating)

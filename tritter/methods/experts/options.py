@@ -1,6 +1,6 @@
 """Options of experts, and their schedules in steps."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -9,7 +9,6 @@ from tritter.methods.novelty.options import DETECTORS, Detector, NoveltyOptions
 from tritter.options import Count, Text, WholeNumber, options, part_field
 
 _MAX_RANK, _MAX_EXPERTS = 1024, 256
-FIRST = "expert_0"  # the expert of the base's own data
 _Rank = Annotated[int, Field(ge=1, le=_MAX_RANK)]
 _Weight = Annotated[float, Field(ge=0)]
 _Names = Annotated[tuple[Text, ...], Field(min_length=1)]
@@ -98,6 +97,8 @@ class DynamicOptions(AdapterOptions):
         freeze_projections: freeze only layers of these names. None: all of them.
         distill: weight of KL(mixture without it ‖ mixture) while an expert is young.
     """
+
+    first: ClassVar[str] = "expert_0"  # name of the expert of the base's own data
 
     max_experts: Annotated[int, Field(ge=2, le=_MAX_EXPERTS)]
     top_k: Annotated[int, Field(ge=1, le=_MAX_EXPERTS)]

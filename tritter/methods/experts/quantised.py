@@ -16,7 +16,7 @@ from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 from torch import Tensor, nn
 
 from tritter.errors import RequestError
-from tritter.methods.experts.adapters import decoder_layers
+from tritter.methods.experts.adapters import LoraLayers
 
 _OUTLIER = 6.0  # larger inputs are computed in float16, as in transformers
 
@@ -95,7 +95,7 @@ def quantise(model: nn.Module, bits: int) -> None:
     kinds: dict[int, Any] = {8: _EightBit, 4: _FourBit}
     found = [
         (layer, name, module)
-        for layer in decoder_layers(model).values()
+        for layer in LoraLayers(model).decoder_layers().values()
         for name, module in layer.named_modules()
         if type(module) is nn.Linear
     ]

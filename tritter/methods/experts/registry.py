@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from tritter.methods.experts.gates import Routing
-from tritter.methods.experts.options import FIRST, DynamicOptions
+from tritter.methods.experts.options import DynamicOptions
 from tritter.methods.novelty import NoveltyDetector, Observation
 from tritter.methods.novelty.detectors import Decision
-from tritter.methods.novelty.library import FORMAT_VERSION, check_format
-from tritter.methods.novelty.statistics import CALIBRATION_BATCHES, t_interval
+from tritter.methods.novelty.library import Versioned
+from tritter.methods.novelty.statistics import Calibration, t_interval
 
 _USAGE_DECAY = 0.98
 
 _Stall = Literal["", "widen", "freeze"]
-_RECALIBRATED_AT = (8, 15, CALIBRATION_BATCHES)  # batches of a new skill
+_RECALIBRATED_AT = (8, 15, Calibration.full)  # batches of a new skill
 
 
 @dataclass(slots=True, kw_only=True)
@@ -55,7 +55,7 @@ class _Member:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Novel:
+class _Novel:
     """A skill that was detected as new.
 
     Args:
@@ -69,7 +69,7 @@ class Novel:
     batches: tuple[Observation, ...] = ()
 
 
-class ExpertRegistry:
+class ExpertRegistry(Versioned):
     """Skills, experts, and the expert that the current batch is for.
 
     Args:
@@ -77,6 +77,8 @@ class ExpertRegistry:
         max_steps: of the training run; schedules without a setting are shares of it.
         detector: with the skills known so far; None: boundaries are given.
     """
+
+    state_name = "experts: a state"
 
     def __init__(
         self, options: DynamicOptions, *, max_steps: int, detector: NoveltyDetector | None
@@ -86,14 +88,14 @@ class ExpertRegistry:
         self._maturity = tenth if options.maturity_steps is None else options.maturity_steps
         self._anneal = tenth if options.anneal_steps is None else options.anneal_steps
         self._stall = fifth if options.stall_steps is None else options.stall_steps
-        self.members: dict[str, _Member] = {FIRST: _Member(is_mature=True)}
+        self.members: dict[str, _Member] = {self.options.first: _Member(is_mature=True)}
         self.expert_of: dict[str, str] = {}  # skill → expert
         self.counter = 1  # number of experts created so far
         self.settled_steps = 0  # steps since all experts are mature
         self.batches = dict.fromkeys(("known", "new", "unsure", "idle"), 0)
         self.active: str | None = None
         self.score: float | None = None  # novelty of the latest batch
-        self.novel: Novel | None = None
+        self.novel: _Novel | None = None
         self._sequences: list[Tensor] = []  # of the batches of the detector's run
         self._young: dict[str, list[Observation]] = {}  # skill → batches to recalibrate it
 
@@ -112,9 +114,9 @@ class ExpertRegistry:
         self._sequences = [*self._sequences, sequences][-max(1, len(self.detector.run)) :]
         self.batches[decision.kind] += 1
         self.score = decision.score
-        expert = self.expert_of.get(decision.skill, FIRST)
+        expert = self.expert_of.get(decision.skill, self.options.first)
         if decision.kind == "new":
-            self.novel = Novel(
+            self.novel = _Novel(
                 decision=decision, sequences=torch.cat(self._sequences), batches=self.detector.run
             )
         self.activate(None if self.detector.is_run_new else expert)
@@ -126,7 +128,7 @@ class ExpertRegistry:
             batches.append(seen)
             if len(batches) in _RECALIBRATED_AT:
                 self.detector.recalibrate(decision.skill, batches)
-            if len(batches) >= CALIBRATION_BATCHES:
+            if len(batches) >= Calibration.full:
                 del self._young[decision.skill]
         return expert
 
@@ -134,7 +136,7 @@ class ExpertRegistry:
         """Choose the expert of a batch whose skill is known by name; see `observe`."""
         expert = self.expert_of.get(skill)
         if expert is None:
-            self.novel = Novel(decision=None, sequences=sequences)
+            self.novel = _Novel(decision=None, sequences=sequences)
         self.batches["new" if expert is None else "known"] += 1
         self.activate(expert)
         return expert
@@ -156,7 +158,7 @@ class ExpertRegistry:
         if self.active is not None:
             member = self.members[self.active]
             member.steps += 1
-            if self.active != FIRST:  # the first expert never stalls
+            if self.active != self.options.first:  # the first expert never stalls
                 member.losses.append(loss)
         self.settled_steps = self.settled_steps + 1 if self.are_mature else 0
 
@@ -169,7 +171,7 @@ class ExpertRegistry:
 
     def stalled(self, rank: int) -> _Stall:
         """Return the action for the active expert if it stalls: `widen`, `freeze` or none."""
-        member = self.members[self.active or FIRST]  # which never stalls
+        member = self.members[self.active or self.options.first]  # which never stalls
         if len(member.losses) < self._stall:
             return ""
         before, member.before, member.losses = member.before, member.losses, []
@@ -241,7 +243,7 @@ class ExpertRegistry:
         units = {
             skill: library[skill].embedding / library[skill].embedding.norm()
             for skill, expert in self.expert_of.items()
-            if expert != FIRST
+            if expert != self.options.first
         }
         pairs = [
             (float(units[one] @ units[two]), one, two)
@@ -256,7 +258,7 @@ class ExpertRegistry:
         first, second = sorted((self.expert_of[one], self.expert_of[two]), key=order.index)
         return first, second
 
-    def nearest(self, novel: Novel) -> str:
+    def nearest(self, novel: _Novel) -> str:
         """Return the expert that should learn a new skill: that of the most similar known skill.
 
         Frozen experts come after all others, and the expert of the base comes last.
@@ -269,7 +271,8 @@ class ExpertRegistry:
 
         def suits(name: str) -> tuple[bool, bool, float, int]:
             near = distances.get(name, float("-inf"))
-            return (name != FIRST, not self.members[name].is_whole, near, order.index(name))
+            is_other, is_free = name != self.options.first, not self.members[name].is_whole
+            return (is_other, is_free, near, order.index(name))
 
         return max(order, key=suits)
 
@@ -296,7 +299,7 @@ class ExpertRegistry:
     def state_dict(self) -> dict[str, Any]:
         """Return everything except options and schedules as plain values."""
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": self.format_version,
             "members": {name: asdict(member) for name, member in self.members.items()},
             "expert_of": dict(self.expert_of),
             "counter": self.counter,
@@ -312,7 +315,7 @@ class ExpertRegistry:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
-        check_format(state, "experts: a state")
+        self.check_format(state)
         self.members = {
             name: _Member(**{key: each[key] for key in _Member.__slots__ if key in each})
             for name, each in deepcopy(state["members"]).items()

@@ -29,14 +29,8 @@ from tritter.checkpoints.record import EXPERTS_FOLDER
 from tritter.core.families import Model
 from tritter.core.models import load_model
 from tritter.errors import RequestError, TritterError
-from tritter.methods.experts.adapters import (
-    Factors,
-    adapted_layers,
-    base_bits,
-    factors,
-    is_embedding,
-    shape_of,
-)
+from tritter.evaluation.inference import eval_mode
+from tritter.methods.experts.adapters import Factors, LoraLayers
 from tritter.methods.experts.gates import Routing
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.storage.atomic import atomic_folder
@@ -55,7 +49,7 @@ from tritter.training.checkpoint_io import decode, encode
 # replace those of the model on loading. Here they are never written. If they are read, they must
 # equal those of the model; otherwise the adapter belongs to another base.
 
-CONFIG_NAME, _TENSORS_NAME = AdapterShape.FILES
+_CONFIG_NAME, _TENSORS_NAME = AdapterShape.FILES
 _PREFIX = "base_model.model."
 _KEY = re.compile(
     rf"{re.escape(_PREFIX)}(?P<layer>[\w.]+)\."
@@ -63,6 +57,23 @@ _KEY = re.compile(
 )
 _ROOT_OF_AN_EXPERT = "../.."  # base of an expert in a checkpoint folder
 _COUNTS, _ROUTER, _EXTRA = "evidence.counts", "router", "extra"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogitChange:
+    """Difference of a merged adapter from the mixture, on some tokens.
+
+    Args:
+        largest: max |Δ logit| in standard deviations of the mixture's logits.
+        mean: root mean square of Δ logit, in the same unit.
+        same_best: share of tokens with the same most probable next token.
+        num_tokens: number of tokens.
+    """
+
+    largest: float
+    mean: float
+    same_best: float
+    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,9 +95,10 @@ class StoredAdapter:
     @classmethod
     def of(cls, model: nn.Module, name: str) -> "StoredAdapter":
         """Return a copy of a live model's adapter on the CPU."""
-        shape, found, embeddings = shape_of(model, name), {}, set()
-        for layer_name, layer in adapted_layers(model):
-            found_factors = factors(layer, name)
+        lora = LoraLayers(model)
+        shape, found, embeddings = lora.shape(name), {}, set()
+        for layer_name, layer in lora:
+            found_factors = Factors.of(layer, name)
             if found_factors is None:
                 continue
             found[layer_name] = (
@@ -95,7 +107,7 @@ class StoredAdapter:
             )
             if not all(map(is_finite, found[layer_name])):
                 raise TritterError(f"the adapter {name} of {layer_name} is not finite.")
-            if is_embedding(layer):
+            if found_factors.is_embedding:
                 embeddings.add(layer_name)
         return cls(shape, found, frozenset(embeddings))
 
@@ -185,18 +197,20 @@ class StoredAdapter:
             settings = {k: v for k, v in config.to_dict().items() if is_plain_setting(k, v)}
             settings |= {"modules_to_save": sorted(whole)} if whole else {}
             plain = {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
-            (temporary / CONFIG_NAME).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n")
+            (temporary / _CONFIG_NAME).write_text(
+                json.dumps(plain, indent=2, sort_keys=True) + "\n"
+            )
 
     def load_into(self, model: nn.Module, name: str) -> None:
         """Load the values into an adapter on a model."""
-        layers = dict(adapted_layers(model))
-        own = {n: f for n, layer in layers.items() if (f := factors(layer, name)) is not None}
+        layers = dict(LoraLayers(model))
+        own = {n: f for n, layer in layers.items() if (f := Factors.of(layer, name)) is not None}
         if own.keys() != self.factors.keys():
             first = sorted(own.keys() ^ self.factors.keys())[0]
             where = "the folder" if first in self.factors else "the model"
             raise TritterError(f"the adapter does not fit the model: {first} is only in {where}.")
         for layer, (down, up) in self.factors.items():
-            if is_embedding(layers[layer]) != (layer in self.embeddings):
+            if own[layer].is_embedding != (layer in self.embeddings):
                 raise TritterError(
                     f"the adapter does not fit the model: {layer} is an embedding only in the "
                     f"{'folder' if layer in self.embeddings else 'model'}."
@@ -223,26 +237,47 @@ class StoredAdapter:
                 own[layer].down.copy_(down)
                 own[layer].up.copy_(up)
 
+    def logit_change(self, mixture: ExpertMixture, input_ids: Tensor) -> LogitChange:
+        """Measure the change of the logits if the adapter replaces a mixture, in the model's dtype.
+
+        One sequence at a time, since logits take much memory. The mixture is the same afterwards.
+
+        Args:
+            input_ids: int64 [B, T].
+        """
+        model, largest, sums = mixture.model, torch.zeros(()), torch.zeros(4, dtype=torch.float64)
+        name = next(each for n in range(300) if (each := f"merged_{n}") not in mixture.names)
+
+        def logits(ids: Tensor) -> Tensor:
+            with eval_mode(model) as device:
+                return model(input_ids=ids.to(device), use_cache=False).logits.double()
+
+        for ids in input_ids.split(1):
+            before = logits(ids)
+            mixture.open(name, self.shape, seed=0)
+            self.load_into(model, name)
+            with mixture.only(name):
+                after = logits(ids)
+            mixture.close(name)
+            moved, same_best = after - before, (after.argmax(-1) == before.argmax(-1)).sum()
+            largest = torch.maximum(largest, moved.abs().max().cpu())  # keeps NaN
+            parts = before.sum(), before.square().sum(), moved.square().sum(), same_best
+            sums += torch.stack(parts).cpu()
+        total, squares, moves, best = sums
+        number = input_ids.numel() * before.shape[-1]
+        deviation = ((squares - total**2 / number).clamp(min=0) / (number - 1)).sqrt()
+        return LogitChange(
+            largest=float(largest / deviation),
+            mean=float((moves / number).sqrt() / deviation),
+            same_best=float(best / input_ids.numel()),
+            num_tokens=input_ids.numel(),
+        )
+
     def deltas(self) -> dict[str, Tensor]:
         """Return layer → change of its weight; for an embedding [V, H]."""
         scaling = self.shape.scaling
         found = {n: Factors(down, up, scaling).delta() for n, (down, up) in self.factors.items()}
         return {n: delta.T if n in self.embeddings else delta for n, delta in found.items()}
-
-
-def write_adapter(
-    model: nn.Module, name: str, folder: Path, *, base: str, overwrite: bool = False
-) -> None:
-    """Write an adapter of a live model in the format of PEFT's `save_pretrained`.
-
-    Args:
-        model: the model.
-        name: the adapter.
-        folder: destination.
-        base: hub id or path of the base model, for the adapter's config.
-        overwrite: replace an existing adapter.
-    """
-    StoredAdapter.of(model, name).write(folder, base=base, overwrite=overwrite)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -256,7 +291,6 @@ class ExpertFolder:
         counts: int64 [n, V], token counts of evidence; None if the router is `learned`.
         extra: further state of a run: nested dictionaries with string keys, lists, numbers,
             strings, tensors. It is read back unchanged, without validation.
-        base: base model named in the adapters' configs.
     """
 
     head: ExpertsHead
@@ -264,7 +298,6 @@ class ExpertFolder:
     routers: tuple[tuple[Tensor, Tensor], ...] = ()
     counts: Tensor | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
-    base: str = _ROOT_OF_AN_EXPERT
 
     @classmethod
     def of(
@@ -305,7 +338,7 @@ class ExpertFolder:
                 start_ids=evidence.start_ids,
             ),
             usage={domain: dict(gates) for domain, gates in (usage or {}).items()},
-            base_bits=base_bits(mixture.model),
+            base_bits=mixture.lora.base_bits,
         )
         tensors: dict[str, Tensor] = {}
         plain = encode(extra or {}, tensors, key_path=_EXTRA)
@@ -328,7 +361,7 @@ class ExpertFolder:
         if self.adapters or is_ours:
             with atomic_folder(folder / EXPERTS_FOLDER, overwrite=is_ours) as temporary:
                 for name, adapter in self.adapters.items():
-                    adapter.write(temporary / name, base=self.base)
+                    adapter.write(temporary / name, base=_ROOT_OF_AN_EXPERT)
         tensors: dict[str, Tensor] = {}
         for number, (weight, bias) in enumerate(self.routers):
             tensors[f"{_ROUTER}.{number}.weight"] = weight.contiguous()
@@ -387,6 +420,43 @@ class ExpertFolder:
         except TritterError as error:
             raise TritterError(f"{folder}: its experts are damaged: {error}") from error
         return made
+
+    def merged(
+        self, gates: Mapping[str, float], *, rank: int | None = None
+    ) -> tuple[StoredAdapter, float]:
+        """Merge the experts into one adapter, each weighted by its gate.
+
+        Args:
+            gates: expert → gate; the gates of adapters plus the base's share sum to 1.
+            rank: rank of the adapter. None: the smallest that loses nothing.
+
+        Returns:
+            The adapter nearest to the sum of all adapters times their gates, and the lost share
+            ‖sum − adapter‖ / ‖sum‖, maximum over layers; 0 if the rank suffices.
+        """
+        layers: dict[str, list[tuple[str, Factors]]] = {}
+        embeddings: set[str] = set()
+        for name, stored in self.adapters.items():
+            embeddings |= stored.embeddings
+            for layer, (down, up) in stored.factors.items():
+                wide = torch.promote_types(down.dtype, torch.float32)
+                own = Factors(down.to(wide), up.to(wide), stored.shape.scaling)
+                layers.setdefault(layer, []).append((name, own))
+        if not layers:
+            raise RequestError(
+                "there is no expert to merge: the mixture consists of its base only."
+            )
+        whole = max(_whole_rank([part for _, part in parts]) for parts in layers.values())
+        size, lost, found = rank or whole, 0.0, {}
+        for layer, parts in layers.items():
+            factors, weights = [part for _, part in parts], [gates[name] for name, _ in parts]
+            one = Factors.merged(factors, weights, rank=size, alpha=float(size))
+            found[layer] = one.down, one.up
+            if size < _whole_rank(factors):
+                lost = max(lost, one.lost_share(factors, weights))
+        targets = tuple(sorted({layer.rpartition(".")[2] for layer in layers}))
+        shape = AdapterShape(size, float(size), targets)
+        return StoredAdapter(shape, found, frozenset(embeddings)), lost
 
     def apply(self, model: nn.Module) -> ExpertMixture:
         """Add the mixture to a model that was just loaded.
@@ -527,3 +597,9 @@ def _check_tensors(experts: ExpertFolder) -> None:
                     f"{name} and {other} don't fit one model: {layer} is {size[0]} → "
                     f"{size[1]} in the first and {known[0]} → {known[1]} in the second."
                 )
+
+
+def _whole_rank(parts: list[Factors]) -> int:
+    """Return the maximum rank of a sum of adapters of one layer."""
+    sizes = parts[0].down.shape[1], parts[0].up.shape[0]
+    return min(sum(part.rank for part in parts), *sizes)

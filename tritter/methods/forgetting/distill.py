@@ -42,7 +42,7 @@ _CHUNK_ENTRIES = 2**20  # entries of one tensor of a chunk, tokens times vocabul
 _NEVER = -1e30  # a logit with probability zero; finite, so that products with it are defined
 
 _Logits = Callable[[slice], "Tensor"]
-Rows = Literal["new", "old", "both"]
+_Rows = Literal["new", "old", "both"]
 
 
 def _soft_target_loss(
@@ -148,7 +148,7 @@ class DistillOptions:
 
     weight: Annotated[float, Field(ge=0)] = 2.0
     temperature: Annotated[float, Field(gt=0)] = 2.0
-    rows: Rows | None = None
+    rows: _Rows | None = None
     top_k: Count | None = None
     mask_gold: bool = False
     teacher: Text | None = None

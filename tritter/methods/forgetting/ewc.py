@@ -25,16 +25,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from tritter.core.families import forward_flops, training_flops
+from tritter.data.batches import this_rank
 from tritter.data.packing import document_mask_of, lengths_of
 from tritter.errors import TritterError
 from tritter.methods.forgetting.penalty import old_sequences
-from tritter.methods.forgetting.quadratic import (
-    QuadraticPenalty,
-    diagonal_fisher,
-    mean_over,
-    move_to_device_of,
-    shared_fisher,
-)
+from tritter.methods.forgetting.quadratic import QuadraticPenalty, diagonal_fisher, mean_over
 from tritter.options import Count, options
 from tritter.training import Needs, Preparation, Prepared, Task
 
@@ -179,7 +174,7 @@ class EWC(QuadraticPenalty):
             is_due = rest == 0 and times.bit_count() == 1
         if not is_due or self._sequences is None:
             return 0.0
-        fisher = shared_fisher(model, self._sequences, estimator=self.options.estimator)
+        fisher = self._shared_fisher(model, self._sequences)
         for name, importance in self.importance.items():
             torch.maximum(
                 importance,
@@ -187,6 +182,24 @@ class EWC(QuadraticPenalty):
                 out=importance,
             )
         return self._flops(model, self._sequences)
+
+    def _shared_fisher(self, model: nn.Module, sequences: Tensor) -> dict[str, Tensor]:
+        """Return `diagonal_fisher` of all sequences, computed in shares by all processes."""
+        import torch
+        from torch import distributed
+
+        rank, estimate = this_rank(), partial(diagonal_fisher, estimator=self.options.estimator)
+        if rank.count == 1:
+            return estimate(model, sequences)
+        own = sequences[rank.index :: rank.count]
+        total = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in model.named_parameters()}
+        if len(own):
+            numbers = range(rank.index, len(sequences), rank.count)
+            total = estimate(model, own, numbers=numbers)
+        for value in total.values():
+            value.mul_(len(own) / len(sequences))
+            distributed.all_reduce(value)
+        return total
 
     def _add_earlier(self, name: str, fisher: Tensor) -> Tensor:
         """Return the importance of a parameter that a refreshed Fisher alone implies."""
@@ -346,7 +359,7 @@ class OnlineEWC(EWC):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self._earlier = move_to_device_of(self._earlier or self.anchor, state["earlier"])
+        self._earlier = self._to_device(state["earlier"])
 
 
 def _saved_kind(kind: str, normalise: str) -> str:

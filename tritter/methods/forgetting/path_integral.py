@@ -13,7 +13,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from tritter.checkpoints.state import write_state
-from tritter.methods.forgetting.si import DISPLACEMENT, PATH_INTEGRAL, WeightPath
+from tritter.methods.forgetting.si import WeightPath
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.writer import TensorStream
 from tritter.training.module import base_of
@@ -56,13 +56,8 @@ class PathIntegral(Callback):
         self._path.parameters_changed(change, start=change.state("anchor", self._path.start))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        model = base_of(pl_module).model
-        self._path.add_parameters(model)
         if trainer.is_global_zero:
-            recorded = {
-                PATH_INTEGRAL: self.path_integral,
-                DISPLACEMENT: self._path.displacement(model),
-            }
+            recorded = self._path.recorded(base_of(pl_module).model)
             kinds = {
                 kind: TensorStream.of((name, value.cpu()) for name, value in values.items())
                 for kind, values in recorded.items()

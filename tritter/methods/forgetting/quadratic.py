@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from tritter.core.families import find_family
-from tritter.data.batches import this_rank
 from tritter.data.packing import IGNORED, document_mask_of, labels_of
 from tritter.errors import RequestError
 from tritter.evaluation.inference import preserve_modes
@@ -116,17 +115,13 @@ class QuadraticPenalty(ForgettingMethod):
         return {"anchor": self.anchor, self.importance_key: self.importance}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        # What was saved may be on another device than what `begin_task` made
-        self.anchor = move_to_device_of(self.anchor, state["anchor"])
-        self.importance = move_to_device_of(self.importance, state[self.importance_key])
+        self.importance = self._to_device(state[self.importance_key])
+        self.anchor = self._to_device(state["anchor"])
 
-
-def move_to_device_of(
-    present: Mapping[str, Tensor], values: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return values on the device of those that are there now."""
-    device = next((value.device for value in present.values()), None)
-    return {name: value.to(device) for name, value in values.items()}
+    def _to_device(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return saved values on the device of the anchors that `begin_task` has set."""
+        device = next((value.device for value in self.anchor.values()), None)
+        return {name: value.to(device) for name, value in values.items()}
 
 
 # The diagonal Fisher information of a causal language model, from per-sequence gradients.
@@ -227,28 +222,7 @@ def mean_over(batches: Iterable[Tensor], estimate: Callable[[Tensor], Values]) -
     return {name: value.div_(count) for name, value in total.items()}
 
 
-def shared_fisher(
-    model: nn.Module, sequences: Tensor, *, estimator: _Estimator = "empirical", seed: int = 0
-) -> dict[str, Tensor]:
-    """Return `diagonal_fisher` of all sequences, computed in shares by all processes of a run."""
-    import torch
-    from torch import distributed
-
-    rank = this_rank()
-    if rank.count == 1:
-        return diagonal_fisher(model, sequences, estimator=estimator, seed=seed)
-    own = sequences[rank.index :: rank.count]
-    total = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in model.named_parameters()}
-    if len(own):
-        numbers = range(rank.index, len(sequences), rank.count)
-        total = diagonal_fisher(model, own, estimator=estimator, seed=seed, numbers=numbers)
-    for value in total.values():
-        value.mul_(len(own) / len(sequences))
-        distributed.all_reduce(value)
-    return total
-
-
-def has_experts(model: nn.Module) -> bool:
+def _has_experts(model: nn.Module) -> bool:
     """Return True if tokens are routed to experts, or may be, so that the data steer the pass."""
     model_type = getattr(getattr(model, "config", None), "model_type", "")
     family = find_family(model_type)
@@ -267,7 +241,7 @@ def _add_squares(
     # checkpointing, has a batching rule; alone, a sequence is faster with the fused kernels
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     is_batch = len(input_ids) > 1 and not getattr(embeddings, "_forward_hooks", ())
-    if is_batch and not has_experts(model) and document_mask_of(model) is None:
+    if is_batch and not _has_experts(model) and document_mask_of(model) is None:
         per_sequence = vmap(grad(_sequence_loss, argnums=1), in_dims=(None, None, 0, 0))
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no batching rule
             gradients = per_sequence(model, parameters, input_ids, labels)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any
@@ -51,20 +51,35 @@ _WORDS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class GeneratedSequences:
+class _GeneratedSequences:
     """Sequences that a model generated.
 
     Attributes:
         sequences: int32 [N, T].
         nats: float64 [N], mean −log p of a sequence's tokens at temperature 1, under the model that
             generated it. Tokens in front of a text are not counted.
+        dropped: number of further sequences that were dropped, for each reason.
     """
 
     sequences: Tensor
     nats: Tensor
+    dropped: Mapping[str, int] = field(default_factory=dict)
+
+    def note(self, count: int, length: int, *, has_turns: bool = False) -> str:
+        """Return a sentence with the numbers of generated, replayed and dropped sequences."""
+        dropped = f"; dropped: {reasons}" if (reasons := _reasons(self.dropped)) else ""
+        return (
+            f"self_replay: the model generated {count} sequences of {length} tokens"
+            f"{', half of them conversations,' if has_turns else ''} at perplexity "
+            f"{math.exp(float(self.nats.mean())):.3g}, {len(self.sequences)} are used{dropped}."
+        )
 
 
-def write_text(
+def _reasons(dropped: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {_WORDS[why]}" for why, count in dropped.items() if count)
+
+
+def _write_text(
     model: nn.Module,
     *,
     num_sequences: int,
@@ -77,7 +92,7 @@ def write_text(
     batch_size: int = _AT_ONCE,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
-) -> GeneratedSequences:
+) -> _GeneratedSequences:
     """Generate sequences with a causal language model.
 
     Args:
@@ -110,7 +125,7 @@ def write_text(
     costs_NT = torch.cat(nats)[:num_sequences].double()
     counted = costs_NT.isfinite()
     mean = costs_NT.nan_to_num().sum(dim=1) / counted.sum(dim=1).clamp(min=1)
-    return GeneratedSequences(sequences=torch.cat(pieces)[:num_sequences], nats=mean)
+    return _GeneratedSequences(sequences=torch.cat(pieces)[:num_sequences], nats=mean)
 
 
 def _distinct_share(sequences: Tensor) -> Tensor:
@@ -394,7 +409,7 @@ class SelfReplay(ForgettingMethod):
         length, vocab_size = preparation.sequence_length, model.sizes.vocab_size
         count, (per_text, parts) = options.num_sequences, _text_lengths(options, length)
         preparation.log(f"the model generates {count} sequences of {length} tokens")
-        written = write_text(
+        written = _write_text(
             preparation.model,
             num_sequences=count * parts,
             sequence_length=length // parts,
@@ -406,23 +421,23 @@ class SelfReplay(ForgettingMethod):
             seed=preparation.seed("self_replay"),
             progress=preparation.progress,
         )
-        written = GeneratedSequences(
+        written = _GeneratedSequences(
             sequences=written.sequences.view(count, length),
             nats=written.nats.view(count, parts).mean(dim=1),
         )
-        filtered = self.filter_sequences(written, vocab_size=vocab_size)
-        flops, kept = forward_flops(model), filtered.kept
+        kept = self.filter_sequences(written, vocab_size=vocab_size)
+        flops = forward_flops(model)
         return Prepared(
-            written=kept,
+            written=kept.sequences,
             flops=-(-count * parts // per_text)
             * sum(map(flops.of, _stretch_lengths(per_text, length // parts))),
-            found={"written": {**filtered.dropped, "kept": len(kept)}},
-            notes=(filtered.note(count, length, has_turns=bool(preparation.turns)),),
+            found={"written": {**kept.dropped, "kept": len(kept.sequences)}},
+            notes=(kept.note(count, length, has_turns=bool(preparation.turns)),),
         )
 
     def filter_sequences(
-        self, written: GeneratedSequences, *, vocab_size: int
-    ) -> _FilteredSequences:
+        self, written: _GeneratedSequences, *, vocab_size: int
+    ) -> _GeneratedSequences:
         """Drop repetitive sequences, and those whose perplexity is too low or too high."""
         import torch
 
@@ -437,16 +452,18 @@ class SelfReplay(ForgettingMethod):
             "perplexity_too_high": int(too_high.sum()),
         }
         if not kept.any():
-            reasons = [f"{count} {_WORDS[why]}" for why, count in dropped.items() if count]
             raise RequestError(
                 f"forgetting.self_replay: none of the {len(kept)} generated sequences is "
-                f"suitable for replay ({', '.join(reasons)}; mean perplexity "
+                f"suitable for replay ({_reasons(dropped)}; mean perplexity "
                 f"{float(written.nats.mean().exp()):.4g}). Set data.old, try another "
                 "forgetting.self_replay.temperature, or relax min_distinct, min_perplexity and "
                 "max_perplexity."
             )
-        nats = float(written.nats[kept].mean())
-        return _FilteredSequences(written.sequences[torch.where(kept)[0]], dropped, nats)
+        return _GeneratedSequences(
+            sequences=written.sequences[torch.where(kept)[0]],
+            nats=written.nats[kept],
+            dropped=dropped,
+        )
 
     def mix(self, batches: BatchStream, task: Task) -> BatchStream:
         assert task.written is not None
@@ -454,25 +471,3 @@ class SelfReplay(ForgettingMethod):
             return batches
         buffer = ReplayBuffer.of_domains({"written": task.written}, seed=task.seed)
         return buffer.mixed_into(batches, self.options.fraction)
-
-
-@dataclass(frozen=True, slots=True)
-class _FilteredSequences:
-    """The sequences that were kept, int32 [N, T], and the number dropped for each reason.
-
-    `nats` is the mean −log p per kept token, under the model that generated it.
-    """
-
-    kept: Tensor
-    dropped: dict[str, int]
-    nats: float
-
-    def note(self, count: int, length: int, *, has_turns: bool = False) -> str:
-        """Return a sentence with the numbers of generated, replayed and dropped sequences."""
-        reasons = [f"{number} {_WORDS[why]}" for why, number in self.dropped.items() if number]
-        dropped = f"; dropped: {', '.join(reasons)}" if reasons else ""
-        return (
-            f"self_replay: the model generated {count} sequences of {length} tokens"
-            f"{', half of them conversations,' if has_turns else ''} at perplexity "
-            f"{math.exp(self.nats):.3g}, {len(self.kept)} are used{dropped}."
-        )

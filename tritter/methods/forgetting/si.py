@@ -43,13 +43,6 @@ if TYPE_CHECKING:
 
     from tritter.transform import Change
 
-# The path of the weights during training, and the contribution of each to the fall of the loss.
-#
-# ω = Σ −g·Δθ over the steps of a training run (Zenke et al. 2017, arXiv 1703.04200, eq. 3), where g
-# is the gradient at the start of a step.
-PATH_INTEGRAL, DISPLACEMENT = "path_integral", "displacement"
-RECORDED = (PATH_INTEGRAL, DISPLACEMENT)  # kinds of state: ω and Δ
-
 
 @options
 class SIOptions:
@@ -84,10 +77,10 @@ class SI(QuadraticPenalty):
 
     @classmethod
     def needs(cls, options: Any) -> Needs:
-        kinds = (*RECORDED, cls.kind)
+        kinds = (*WeightPath.kinds, cls.kind)
         return Needs(
             old_text=True,
-            instead=RECORDED,
+            instead=WeightPath.kinds,
             prepares=(cls.kind,),
             state=kinds,
             leaves=kinds,
@@ -96,7 +89,7 @@ class SI(QuadraticPenalty):
 
     def prepare(self, preparation: Preparation) -> Prepared:
         """Pass on Ω of all tasks before the latest, or estimate Ω of all tasks."""
-        if all(kind in preparation.state for kind in RECORDED):
+        if all(kind in preparation.state for kind in WeightPath.kinds):
             return Prepared(state={self.kind: preparation.state.get(self.kind, {})})
         from tritter.training.parameters import (
             flops_of_sequence,
@@ -132,7 +125,7 @@ class SI(QuadraticPenalty):
         return mean_over(batches, estimate)
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
-        omega, moved = (task.state.get(kind, {}) for kind in RECORDED)
+        omega, moved = (task.state.get(kind, {}) for kind in WeightPath.kinds)
         importance = dict(task.state.get(self.kind, {}))
         for name, latest in _recorded_importance(omega, moved, xi=self.options.xi).items():
             importance[name] = importance.get(name, 0) + latest
@@ -202,19 +195,14 @@ class SI(QuadraticPenalty):
         self.path.parameters_changed(change, start=start)
 
     def end_task(self, model: nn.Module) -> Mapping[str, Values]:
-        self.path.add_parameters(model)
-        return {
-            PATH_INTEGRAL: self.path.path_integral,
-            DISPLACEMENT: self.path.displacement(model),
-            self.kind: self.importance,
-        }
+        return {**self.path.recorded(model), self.kind: self.importance}
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), PATH_INTEGRAL: self.path.path_integral}
+        return {**super().state_dict(), "path_integral": self.path.path_integral}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self.path = WeightPath(start=self.anchor, path_integral=state[PATH_INTEGRAL])
+        self.path = WeightPath(start=self.anchor, path_integral=state["path_integral"])
 
 
 def _recorded_importance(path_integral: Values, displacement: Values, *, xi: float) -> Values:
@@ -238,13 +226,17 @@ def _estimated_importance(fisher: Values, *, length: int) -> Values:
 
 
 class WeightPath:
-    """The path of the weights during one training run.
+    """The path of the weights during one training run: ω and Δ.
+
+    ω = Σ −g·Δθ over its steps (eq. 3), where g is the gradient at the start of a step.
 
     Args:
         start: parameter name → initial weights; missing ones are read from the model when it is
             first seen.
         path_integral: parameter name → ω so far.
     """
+
+    kinds = ("path_integral", "displacement")  # of state: ω and Δ
 
     def __init__(
         self, *, start: dict[str, Tensor], path_integral: Mapping[str, Tensor] | None = None
@@ -312,13 +304,15 @@ class WeightPath:
                     omega = self.path_integral.get(name, torch.zeros_like(parameter))
                     self.path_integral[name] = omega.to(self._before[name])
 
-    def displacement(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return Δ by parameter name: the distance of each weight from its initial value."""
-        return {
+    def recorded(self, model: nn.Module) -> dict[str, dict[str, Tensor]]:
+        """Return ω and Δ at the end of training, kind of state → parameter name → values."""
+        self.add_parameters(model)
+        displacement = {
             name: p.detach().to(self.path_integral[name]) - self.start[name]
             for name, p in model.named_parameters()
             if name in self.path_integral
         }
+        return dict(zip(self.kinds, (self.path_integral, displacement), strict=True))
 
     def parameters_changed(self, change: Change, *, start: dict[str, Tensor]) -> None:
         """Map the path through a change of the live model; new entries have no contribution yet.
@@ -327,5 +321,5 @@ class WeightPath:
             start: initial values of the mapped weights.
         """
         self.start = start
-        self.path_integral = change.state(PATH_INTEGRAL, self.path_integral)
+        self.path_integral = change.state(self.kinds[0], self.path_integral)
         self._before, self._gradients, self._pending = {}, {}, ()

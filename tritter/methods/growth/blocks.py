@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tritter.errors import RequestError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.utils.hooks import RemovableHandle
-
-FFN = "ffn"  # kind of the growing space
-MAX_TOKENS = 1024  # per step, over all processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +35,54 @@ class FfnBlock:
     down: str | None
     is_transposed: bool = False
     activation_name: str = ""
+
+    @classmethod
+    def all_of(cls, model: nn.Module) -> tuple[FfnBlock, ...]:
+        """Return the FFNs of a model, in layer order."""
+        import torch
+
+        from tritter.core.models import model_of
+
+        shapes = model_of(model)
+        if reason := shapes.family.fixed_neurons(shapes.config):
+            raise RequestError(f"growth: {reason}.")
+        shapes = shapes.widened
+        family = shapes.family
+        names: dict[int, dict[str, str]] = {}
+        is_transposed = False
+        for tensor in shapes.tensors:
+            if part := family.ffn_part(tensor):
+                assert tensor.layer is not None
+                names.setdefault(tensor.layer, {})[part] = tensor.live_name or tensor.disk_name
+                is_other = family.neuron_axis(tensor) != (part == "down")
+                is_transposed = tensor.is_transposed or is_other
+        blocks = tuple(
+            cls(
+                layer,
+                gate=parts.get("gate", parts["up"]),
+                up=parts["up"] if "gate" in parts else None,
+                down=parts["down"],
+                is_transposed=is_transposed,
+                activation_name=family.activation_name(parts["up"]),
+            )
+            for layer, parts in sorted(names.items())
+        )
+        parameters = dict(model.named_parameters())
+        plain = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+        for name in (name for block in blocks for name, _ in block.parts):
+            if name not in parameters:  # wrapped, for example by an adapter
+                owner = name.removesuffix(".weight")
+                found = [other for other in parameters if other.startswith(f"{owner}.")]
+                has = f"it has {', '.join(found[:3])}" if found else "there is none"
+                raise RequestError(
+                    f"growth: {name} is not a plain weight of a linear layer ({has}). Neurons "
+                    "can't grow below LoRA adapters; merge or remove the adapters first."
+                )
+            if parameters[name].dtype not in plain:
+                raise RequestError(
+                    f"growth: {name} is quantised; load the model without quantisation."
+                )
+        return blocks
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -103,54 +148,9 @@ def _module_of(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(name.removesuffix(".weight"))
 
 
-def ffn_blocks(model: nn.Module) -> tuple[FfnBlock, ...]:
-    """Return the FFNs of a model, in layer order."""
-    import torch
-
-    from tritter.core.models import model_of
-
-    shapes = model_of(model)
-    if reason := shapes.family.fixed_neurons(shapes.config):
-        raise RequestError(f"growth: {reason}.")
-    shapes = shapes.widened
-    family = shapes.family
-    names: dict[int, dict[str, str]] = {}
-    is_transposed = False
-    for tensor in shapes.tensors:
-        if part := family.ffn_part(tensor):
-            assert tensor.layer is not None
-            names.setdefault(tensor.layer, {})[part] = tensor.live_name or tensor.disk_name
-            is_transposed = tensor.is_transposed or family.neuron_axis(tensor) != (part == "down")
-    blocks = tuple(
-        FfnBlock(
-            layer,
-            gate=parts.get("gate", parts["up"]),
-            up=parts["up"] if "gate" in parts else None,
-            down=parts["down"],
-            is_transposed=is_transposed,
-            activation_name=family.activation_name(parts["up"]),
-        )
-        for layer, parts in sorted(names.items())
-    )
-    parameters = dict(model.named_parameters())
-    plain = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    for name in (name for block in blocks for name, _ in block.parts):
-        if name not in parameters:  # wrapped, for example by an adapter
-            owner = name.removesuffix(".weight")
-            found = [other for other in parameters if other.startswith(f"{owner}.")]
-            has = f"it has {', '.join(found[:3])}" if found else "there is none"
-            raise RequestError(
-                f"growth: {name} is not a plain weight of a linear layer ({has}). Neurons can't "
-                "grow below LoRA adapters; merge or remove the adapters first."
-            )
-        if parameters[name].dtype not in plain:
-            raise RequestError(f"growth: {name} is quantised; load the model without quantisation.")
-    return blocks
-
-
 def freeze_all_but_ffns(model: nn.Module) -> None:
     """Freeze all parameters except the FFNs; frozen parameters stay frozen."""
-    names = {name for block in ffn_blocks(model) for name, _ in block.axes(model)}
+    names = {name for block in FfnBlock.all_of(model) for name, _ in block.axes(model)}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name in names)
 
@@ -179,10 +179,12 @@ class ActivationRecorder:
     """Records activations of FFNs during the forward and backward passes of a step.
 
     Args:
-        max_tokens: number of sampled tokens per batch.
+        max_tokens: number of sampled tokens per batch; by default, as of a whole step.
     """
 
-    max_tokens: int = MAX_TOKENS
+    limit: ClassVar[int] = 1024  # tokens per step, over all processes
+
+    max_tokens: int = limit
     _inputs: dict[int, list[Tensor]] = field(default_factory=dict)
     _gradients: dict[int, list[Tensor]] = field(default_factory=dict)
 

@@ -13,13 +13,8 @@ from tritter.core.families import forward_flops
 from tritter.core.models import model_of
 from tritter.data.packing import lengths_read
 from tritter.evaluation.jump import logits_of
-from tritter.methods.growth.blocks import (
-    MAX_TOKENS,
-    ActivationProbe,
-    ActivationRecorder,
-    ffn_blocks,
-)
-from tritter.methods.growth.grower import GROWTH, Grower, Growth, map_digest
+from tritter.methods.growth.blocks import ActivationProbe, ActivationRecorder, FfnBlock
+from tritter.methods.growth.grower import Grower, Growth
 from tritter.training import surgery
 from tritter.training.callbacks import WorkCount, ends_step
 from tritter.training.gradient_flow import NewUnits
@@ -49,7 +44,7 @@ class NeuronGrowthCallback(Callback):
         new: parameter name → by dimension, the coordinates that an expansion added.
     """
 
-    report_name = GROWTH
+    report_name = Grower.reason
 
     def __init__(self, grower: Grower, *, new: NewUnits | None = None) -> None:
         self.grower = grower
@@ -64,12 +59,12 @@ class NeuronGrowthCallback(Callback):
         model = base_of(pl_module).model
         flags = {
             p.layer: self._new[p.gate][p.neuron_dim] if self._new.get(p.gate) else None
-            for p in ffn_blocks(model)
+            for p in FfnBlock.all_of(model)
         }
         new = {layer: each.nonzero()[:, 0] for layer, each in flags.items() if each is not None}
         self.grower.begin(model, restored=self._restored, new=new)
         batches = trainer.accumulate_grad_batches * trainer.world_size
-        self._seen.max_tokens = max(1, MAX_TOKENS // batches)
+        self._seen.max_tokens = max(1, ActivationRecorder.limit // batches)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model, grower = base_of(pl_module).model, self.grower
@@ -155,7 +150,7 @@ class NeuronGrowthCallback(Callback):
             "neurons": [block.width(module.model) for block in self.grower.blocks],
             "parameters": sum(parameter.numel() for parameter in module.model.parameters()),
             "flops": WorkCount.of(trainer).flops,
-            "map_digest": map_digest(module.journal),
+            "map_digest": self.grower.map_digest(module.journal),
         }
 
     def report(self) -> dict[str, Any]:
@@ -201,7 +196,7 @@ class NeuronGrowthCallback(Callback):
         """Change the model, and record the relative change of its logits on tokens [B, T]."""
         model, work = module.model, WorkCount.of(trainer)
         before, flops = logits_of(model, tokens), _reading_flops(model, tokens)
-        surgery.apply(trainer, module, growth.change, reason=GROWTH)
+        surgery.apply(trainer, module, growth.change, reason=Grower.reason)
         work.flops += flops + _reading_flops(model, tokens)
         largest = (logits_of(model, tokens) - before).abs().max()
         change = (largest / before.std().clamp_min(1e-30)).to(module.device)

@@ -21,7 +21,7 @@ from tritter.checkpoints.location import check_output, require_plain
 from tritter.core.models import load_model, model_of, read_model, refuse_wrapped
 from tritter.errors import Problem, RequestError, nearest, raise_problems
 from tritter.methods.growth.blocks import FfnBlock, freeze_all_but_ffns
-from tritter.methods.growth.grower import Grower, Growth, growth_record, map_digest
+from tritter.methods.growth.grower import Grower, Growth
 from tritter.methods.growth.initialisers import GradMax, Initialiser
 from tritter.methods.growth.plain_loop import PlainLoop
 from tritter.methods.growth.triggers import (
@@ -130,7 +130,7 @@ class _Growable:
         """Raise if other modules rely on the current shapes."""
 
 
-class GrowableLayer(_Growable):
+class _GrowableLayer(_Growable):
     """A growable module with a single layer of neurons."""
 
     def check_growth(self) -> tuple[bool, list[int]]:
@@ -217,7 +217,7 @@ def _build_grower(keywords: Mapping[str, Any]) -> Grower:
     return Grower(options, timing=timing, seed=seed)
 
 
-class GrowableLinear(GrowableLayer, nn.Linear):
+class GrowableLinear(_GrowableLayer, nn.Linear):
     """`nn.Linear` that gets more outputs during training, while its consumer gets more inputs.
 
     With a consumer both layers are widened in one event, and their composition is preserved.
@@ -345,7 +345,7 @@ def _note_parent(module: nn.Module, name: str, submodule: nn.Module | None) -> N
 register_module_module_registration_hook(_note_parent)
 
 
-class GrowableFFN(GrowableLayer, nn.Module):
+class GrowableFFN(_GrowableLayer, nn.Module):
     """y = down(σ(gate(x)) · up(x)), or down(σ(up(x))), with neurons that grow during training.
 
     Args:
@@ -490,10 +490,13 @@ class GrowableCausalLM(_Growable, nn.Module):
         known, grower, journal = model_of(self.model), self._loop.grower, self._loop.journal
         records: tuple[ExpansionRecord, ...] = ()
         if journal:
-            options, seed = plain(values_of(grower.options)), grower.seed
-            digest, is_exact = map_digest(journal), grower.is_exact
-            record = growth_record(
-                self._start, known, options=options, seed=seed, digest=digest, is_exact=is_exact
+            record = grower.lineage_record(
+                self._start,
+                known,
+                options=plain(values_of(grower.options)),
+                seed=grower.seed,
+                digest=grower.map_digest(journal),
+                is_exact=grower.is_exact,
             )
             records = (record,)
         write_model(

@@ -22,7 +22,7 @@ from tritter.core.models import model_of
 from tritter.core.parameter_map import AxisFactor, AxisMap, Fill, ParameterMap, TensorMap
 from tritter.core.parameter_map.axis_map import NO_SOURCE
 from tritter.errors import TritterError, brief
-from tritter.methods.growth.blocks import FFN, ActivationProbe, FfnBlock, ffn_blocks
+from tritter.methods.growth.blocks import ActivationProbe, FfnBlock
 from tritter.methods.growth.initialisers import Layer, NewNeurons
 from tritter.methods.growth.triggers import GrowthOptions, Timing, View
 from tritter.seeds import derived_seed
@@ -30,7 +30,7 @@ from tritter.training.parameters import Entry
 from tritter.transform import Change
 from tritter.transform.change import declared
 
-GROWTH = "growth"  # type and method in the lineage, reason in a run's journal
+_FFN = "ffn"  # kind of the growing space
 _MAX_LOSSES = 20_000  # of the most recent steps
 _MAX_ROWS = 1_000  # rows of the growth map
 _UNTRAINED = -1.0  # marks a layer without a pressure
@@ -70,14 +70,13 @@ def _growth_change(model: nn.Module, growths: Mapping[int, LayerGrowth]) -> Chan
     widths = [*(source.ffn_sizes or [source.sizes.intermediate_size] * layers)]
     maps = dict(ParameterMap.identity([t.name for t in logical], num_layers=len(widths)).tensors)
     for layer, growth in growths.items():
-        unit_map = _neuron_map(growth, widths[layer])
+        factors = _neuron_factors(growth, widths[layer])
         for tensor in logical:
             spaces = [axis.space.kind for axis in tensor.axes]
-            if tensor.layer != layer or FFN not in spaces:
+            if tensor.layer != layer or _FFN not in spaces:
                 continue
             axes = tuple(
-                unit_map.factor(axis.port) if axis.space.kind == FFN else None
-                for axis in tensor.axes
+                factors[axis.port] if axis.space.kind == _FFN else None for axis in tensor.axes
             )
             part = family.ffn_part(tensor)
             fill = _initial_values(growth, part)
@@ -96,7 +95,7 @@ def _module_change(
     before, after, maps = [], [], {}
     for layer, growth in growths.items():
         block = blocks[layer]
-        unit_map = _neuron_map(growth, block.width(model))
+        factors = _neuron_factors(growth, block.width(model))
         parts = {block.gate: "gate", block.up: "up", block.down: "down"}
         for name, dim in block.axes(model):
             shape = list(model.get_parameter(name).shape)
@@ -104,33 +103,18 @@ def _module_change(
             shape[dim] += growth.born
             after.append(declared(name, tuple(shape)))
             axes: list[AxisFactor | None] = [None] * len(shape)
-            axes[dim] = unit_map.factor(Port.WRITE if dim == 0 else Port.READ)
+            axes[dim] = factors[Port.WRITE if dim == 0 else Port.READ]
             fill = _initial_values(growth, parts.get(name, ""))
             source = before[-1].parts[0].tensor.name
             maps[source] = TensorMap(source=source, axes=tuple(axes), fill=fill)
     return Change(model=None, before=tuple(before), after=tuple(after), tensors=maps)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _NeuronMap:
-    """The map of an FFN's N neurons, [N] each as in AxisMap; recycled ones have no source."""
+def _neuron_factors(growth: LayerGrowth, width: int) -> dict[Port, AxisFactor]:
+    """Return the factors of axes of neurons, in an FFN that had `width` neurons, by their port.
 
-    source: Tensor
-    share: Tensor
-
-    def factor(self, port: Port) -> AxisFactor:
-        """Return the factor of an axis of neurons."""
-        kept = (self.source != NO_SOURCE).double()
-        if port is Port.READ:
-            return AxisFactor(self.source, self.share, kept)
-        # WRITE_NONLINEAR has p = 1, so gradients are scaled by the share, too
-        return AxisFactor(self.source, kept, self.share)
-
-
-def _neuron_map(growth: LayerGrowth, width: int) -> _NeuronMap:
-    """Return the map of the neurons of an FFN that had `width` neurons.
-
-    Without recycled neurons it is a valid AxisMap: the shares of copies and source sum to one.
+    Recycled neurons have no source. Without them it is a valid AxisMap: the shares of copies and
+    source sum to one.
     """
     source = torch.cat([torch.arange(width), torch.full((growth.born,), NO_SOURCE)])
     share = torch.ones(len(source), dtype=torch.float64)
@@ -145,7 +129,10 @@ def _neuron_map(growth: LayerGrowth, width: int) -> _NeuronMap:
             share[copied] -= copied_share
     if not len(growth.recycled):
         AxisMap.copied(width, source, share)  # raises if the function would change
-    return _NeuronMap(source, share)
+    kept = (source != NO_SOURCE).double()
+    # WRITE_NONLINEAR has p = 1, so gradients are scaled by the share, too
+    written = AxisFactor(source, kept, share)
+    return dict.fromkeys(Port, written) | {Port.READ: AxisFactor(source, share, kept)}
 
 
 def _initial_values(growth: LayerGrowth, part: str) -> Fill:
@@ -212,6 +199,8 @@ class Grower:
         tokens_per_step: tokens of all processes; 0 if unknown, so that FLOPs are not counted.
     """
 
+    reason = "growth"  # in a run's journal and reports; type and method in the lineage
+
     def __init__(
         self, options: GrowthOptions, *, timing: Timing, seed: int, tokens_per_step: int = 0
     ) -> None:
@@ -250,7 +239,7 @@ class Grower:
                 dead before they could have matured.
         """
         self._is_whole_model = blocks is None
-        self.blocks = ffn_blocks(model) if blocks is None else tuple(blocks)
+        self.blocks = FfnBlock.all_of(model) if blocks is None else tuple(blocks)
         self._new = dict(new or {})
         if restored is None:
             widths = {block.layer: block.width(model) for block in self.blocks}
@@ -453,6 +442,46 @@ class Grower:
             "map": asdict(self.map),
             "start": list(self.start),
         }
+
+    def map_digest(self, journal: Iterable[Entry]) -> str:
+        """Return the SHA-256 over the maps of all growth events in a journal."""
+        maps = (entry["map_digest"] for entry in journal if entry["reason"] == self.reason)
+        return sha256("".join(maps).encode()).hexdigest()
+
+    @classmethod
+    def lineage_record(
+        cls,
+        before: Model,
+        after: Model,
+        *,
+        options: Mapping[str, Any],
+        seed: int,
+        digest: str,
+        is_exact: bool,
+        function_change: float | None = None,
+    ) -> ExpansionRecord:
+        """Return the lineage record of the growth in one training run.
+
+        Args:
+            before: the model at the start of the run.
+            after: the model at its end.
+            digest: checksum of all maps.
+            is_exact: True if every event claims to preserve the function.
+            function_change: the largest measured change.
+        """
+        return ExpansionRecord(
+            timestamp=datetime.now(UTC).isoformat(timespec="seconds"),
+            expansion_type=cls.reason,
+            method=cls.reason,
+            options=options,
+            seed=seed,
+            source_config=before.config,
+            target_config=after.config,
+            layer_sources=tuple(range(after.sizes.num_hidden_layers)),
+            map_digest=digest,
+            claims_exact=is_exact,
+            step0_error=function_change,
+        )
 
     def _flops_left(self, step: int) -> float:
         """Return the FLOPs of training one parameter until the end of the run."""
@@ -706,43 +735,3 @@ class _Maturity:
         self._latest = max(int(born.max()) for born in self._born.values())
         self.update_norms = dict(state["update_norms"])
         self._sums = {name: list(each) for name, each in state["sums"].items()}
-
-
-def map_digest(journal: Iterable[Entry]) -> str:
-    """Return the SHA-256 over the maps of all growth events in a journal."""
-    maps = (entry["map_digest"] for entry in journal if entry["reason"] == GROWTH)
-    return sha256("".join(maps).encode()).hexdigest()
-
-
-def growth_record(
-    before: Model,
-    after: Model,
-    *,
-    options: Mapping[str, Any],
-    seed: int,
-    digest: str,
-    is_exact: bool,
-    function_change: float | None = None,
-) -> ExpansionRecord:
-    """Return the lineage record of the growth in one training run.
-
-    Args:
-        before: the model at the start of the run.
-        after: the model at its end.
-        digest: checksum of all maps.
-        is_exact: True if every event claims to preserve the function.
-        function_change: the largest measured change.
-    """
-    return ExpansionRecord(
-        timestamp=datetime.now(UTC).isoformat(timespec="seconds"),
-        expansion_type=GROWTH,
-        method=GROWTH,
-        options=options,
-        seed=seed,
-        source_config=before.config,
-        target_config=after.config,
-        layer_sources=tuple(range(after.sizes.num_hidden_layers)),
-        map_digest=digest,
-        claims_exact=is_exact,
-        step0_error=function_change,
-    )

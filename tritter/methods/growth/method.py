@@ -100,12 +100,12 @@ class NeuronGrowth(Method):
     def lineage_records(
         self, before: Model, after: Model, reports: Mapping[str, Any]
     ) -> list[ExpansionRecord]:
-        from tritter.methods.growth.grower import GROWTH, growth_record
+        from tritter.methods.growth.grower import Grower
 
-        report = reports[GROWTH]
+        report = reports[Grower.reason]
         if not report["events"]:
             return []
-        record = growth_record(
+        record = Grower.lineage_record(
             before,
             after,
             options=self.plain(),
@@ -118,9 +118,9 @@ class NeuronGrowth(Method):
 
     def summary(self, fits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return `growth` of summary.json; steps and FLOPs are cumulative."""
-        from tritter.methods.growth.grower import GROWTH
+        from tritter.methods.growth.grower import Grower
 
-        reports = [fit["reports"][GROWTH] for fit in fits]
+        reports = [fit["reports"][Grower.reason] for fit in fits]
         first, last, steps_before, flops_before = reports[0], reports[-1], 0, 0.0
         events, steps = [], []
         for number, (fit, report) in enumerate(zip(fits, reports, strict=True)):

@@ -22,7 +22,7 @@ from tritter.core.models import refuse_wrapped
 from tritter.data.batches import this_rank
 from tritter.errors import RequestError
 from tritter.methods.growth.blocks import ActivationProbe, FfnBlock, FfnObserver, sample_rows
-from tritter.methods.growth.grower import GROWTH, Grower, Growth
+from tritter.methods.growth.grower import Grower, Growth
 from tritter.training.parameters import Entry, entry_of, replay, reshape
 from tritter.training.surgery import apply_plain
 
@@ -186,7 +186,7 @@ class PlainLoop:
         for each in [o for o in self._optimizers if self._is_rebuilt or not self._holds(o)]:
             self._optimizers.discard(each)
         if growth.change.model is not None:
-            self.journal.append(entry_of(growth.change, step=step, reason=GROWTH))
+            self.journal.append(entry_of(growth.change, step=step, reason=grower.reason))
         grower.record_event(self.module, growth, step=step)
         self.tokens.clear()
         self._decided = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
@@ -182,7 +182,7 @@ class Trigger(ABC):
 class Percentile(Trigger):
     """Grow layers whose pressure is in the top percentile of all layers at earlier checks.
 
-    For exchangeable pressures, growth occurs at a fraction `rate` of the checks: the rank of a new
+    For exchangeable pressures, growth occurs at a known fraction of the checks: the rank of a new
     value among n old ones is uniform.
     """
 
@@ -207,16 +207,6 @@ class Percentile(Trigger):
             f"{options.gradient_percentile:g}; check more often (growth.check_every), or keep more "
             "of them (growth.history_checks)"
         )
-
-    @staticmethod
-    def rate(num_old: int, num_layers: int, percentile: float) -> float:
-        """Return the probability that any layer grows at a check, for exchangeable pressures.
-
-        No value of L new ones exceeds the k-th largest of n old ones if the k largest of all n + L
-        are old: C(n, k) / C(n + L, k).
-        """
-        rank = _rank(num_old, percentile)
-        return 1 - prod((num_old - i) / (num_old + num_layers - i) for i in range(rank))
 
 
 @options
@@ -334,7 +324,7 @@ def _rank(num_old: int, percentile: float) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Curve:
+class _Curve:
     """E + B·s^-β, in nats per token, after s steps."""
 
     floor: float
@@ -357,7 +347,7 @@ class Curve:
             step: the first candidate step.
             ratio: parameters of the grown model divided by those of the small one.
         """
-        larger = Curve(self.floor * ratio**-_SIZE_EXPONENT, self.scale, self.exponent)
+        larger = _Curve(self.floor * ratio**-_SIZE_EXPONENT, self.scale, self.exponent)
         best, at = self.loss(max_steps), None
         for number in range(_MOMENTS):
             moment = step + number * (max_steps - step) // _MOMENTS
@@ -368,7 +358,7 @@ class Curve:
         return at
 
 
-def _fit_curve(losses: Sequence[float], *, first_step: int) -> Curve | None:
+def _fit_curve(losses: Sequence[float], *, first_step: int) -> _Curve | None:
     """Return the curve fitted to the losses of consecutive steps; None if no fit is possible.
 
     Least squares over bin means. Bins widen with the step, so that the many late steps do not
@@ -386,20 +376,17 @@ def _fit_curve(losses: Sequence[float], *, first_step: int) -> Curve | None:
     count = torch.bincount(bin_of_step, minlength=_BINS).double()
     is_filled = count > 0
     values = torch.tensor(losses, dtype=torch.float64)
-    means = (
-        torch.zeros(_BINS, dtype=torch.float64).index_add_(0, bin_of_step, values)[is_filled]
+    means, at = (
+        torch.zeros(_BINS, dtype=torch.float64).index_add_(0, bin_of_step, each)[is_filled]
         / count[is_filled]
+        for each in (values, steps)
     )
-    at = (
-        torch.zeros(_BINS, dtype=torch.float64).index_add_(0, bin_of_step, steps)[is_filled]
-        / count[is_filled]
-    )
-    best: tuple[float, Curve] | None = None
+    best: tuple[float, _Curve] | None = None
     for exponent in torch.linspace(0.05, 1.5, 59, dtype=torch.float64).tolist():
         powers = torch.stack([torch.ones_like(at), at**-exponent], dim=1)
         solution = torch.linalg.lstsq(powers, means[:, None]).solution.squeeze(1)
         error = float((powers @ solution - means).square().sum())
-        curve = Curve(float(solution[0]), float(solution[1]), exponent)
+        curve = _Curve(float(solution[0]), float(solution[1]), exponent)
         if curve.floor > 0 and curve.scale > 0 and (best is None or error < best[0]):
             best = error, curve
     return None if best is None else best[1]

@@ -30,7 +30,7 @@ from tritter.evaluation.inference import device_of, preserve_modes
 from tritter.methods.moe_routing.objective import RoutingObjective
 from tritter.methods.moe_routing.opening import ExpertOpening, Unfreezing, redraw_rows
 from tritter.methods.moe_routing.options import RoutingOptions
-from tritter.methods.moe_routing.separate import SeparateExperts, is_router, only_trainable
+from tritter.methods.moe_routing.separate import SeparateExperts, only_trainable
 from tritter.seeds import derived_seed
 from tritter.stopping import Stopped
 from tritter.terminal import Console
@@ -38,14 +38,14 @@ from tritter.training import BaseModule, OptimizerSettings, Schedule, SideLoss, 
 from tritter.training.checkpoint_io import random_state, restore_random_state
 from tritter.transform.live import ModelExpander
 
-Batch = Mapping[str, Tensor]
+_Batch = Mapping[str, Tensor]
 _OLD = "old_input_ids"
 _ROUTER_UPDATES = ("fine_tune", "retrain", "frozen")
 _MAX_SEQUENCE_LENGTH = 256
 _BATCH_SIZE = 8
 
 
-class LoaderBatches:
+class _LoaderBatches:
     """The batches of a loader in several epochs; a loader without a length is first read in full.
 
     Args:
@@ -55,7 +55,7 @@ class LoaderBatches:
     """
 
     def __init__(
-        self, loader: Iterable[Batch], epochs: int, *, replay: Iterable[Batch] | None = None
+        self, loader: Iterable[_Batch], epochs: int, *, replay: Iterable[_Batch] | None = None
     ) -> None:
         if not isinstance(loader, Sized):
             loader, epochs = [*chain.from_iterable(repeat(loader, epochs))], 1
@@ -66,14 +66,14 @@ class LoaderBatches:
     def __len__(self) -> int:
         return self._length
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[_Batch]:
         old = None if self._replay is None else cycle(self._replay)
         for batch in chain.from_iterable(repeat(self._loader, self._epochs)):
             yield batch if old is None else {**batch, _OLD: next(old)["input_ids"]}
 
 
 class _OldDataLoss(SideLoss):
-    """The next-token loss of the old data that `LoaderBatches` adds."""
+    """The next-token loss of the old data that `_LoaderBatches` adds."""
 
     def loss(
         self, model: nn.Module, batch: Mapping[str, Tensor], *, step: int
@@ -84,7 +84,7 @@ class _OldDataLoss(SideLoss):
 
 
 def _fit_live(
-    module: BaseModule, batches: LoaderBatches, *, seed: int, controls: Sequence[Callback] = ()
+    module: BaseModule, batches: _LoaderBatches, *, seed: int, controls: Sequence[Callback] = ()
 ) -> None:
     """Train a live model in place; its device and its training mode are restored.
 
@@ -138,13 +138,13 @@ def _fit_live(
 def adapt_router(
     model: nn.Module,
     new_expert_indices: Sequence[int],
-    domain_dataloader: Iterable[Batch],
+    domain_dataloader: Iterable[_Batch],
     epochs: int = 3,
     *,
     encouragement: float = 0.1,
     auxiliary_loss: float = 0.01,
     z_loss: float = 1e-3,
-    replay: Iterable[Batch] | None = None,
+    replay: Iterable[_Batch] | None = None,
     router_update: str = "fine_tune",
     learning_rate: float = 3e-3,
     anneal_steps: int | None = None,
@@ -195,7 +195,7 @@ def adapt_router(
     if router_update == "retrain":
         redraw_rows(model, experts, seed=seed)
     if router_update != "frozen":
-        batches = LoaderBatches(domain_dataloader, epochs, replay=replay)
+        batches = _LoaderBatches(domain_dataloader, epochs, replay=replay)
         objective = RoutingObjective(
             model,
             RoutingOptions(auxiliary_loss=auxiliary_loss, z_loss=z_loss),
@@ -203,7 +203,7 @@ def adapt_router(
             new_experts=experts,
         )
         own = derived_seed(seed, "routers")
-        with only_trainable(model, is_router):
+        with only_trainable(model, lambda tensor: tensor.kind == "router"):
             _train(
                 model, batches, objective, learning_rate=learning_rate, controls=controls, seed=own
             )
@@ -214,7 +214,7 @@ def adapt_router(
 def train_new_experts(
     model: nn.Module,
     new_expert_indices: Sequence[int],
-    domain_dataloader: Iterable[Batch],
+    domain_dataloader: Iterable[_Batch],
     epochs: int = 1,
     *,
     freeze_base: bool = True,
@@ -222,7 +222,7 @@ def train_new_experts(
     unfreeze_after: int | None = None,
     auxiliary_loss: float = 0.01,
     z_loss: float = 1e-3,
-    replay: Iterable[Batch] | None = None,
+    replay: Iterable[_Batch] | None = None,
     learning_rate: float = 1e-3,
     weight_decay: float = 0.01,
     seed: int = 0,
@@ -251,10 +251,11 @@ def train_new_experts(
     experts = _check_experts(model, new_expert_indices)
     if unfreeze_after is not None and not freeze_base:
         raise RequestError("unfreeze_after: has no effect with freeze_base=False.")
-    batches = LoaderBatches(domain_dataloader, epochs, replay=replay)
+    batches = _LoaderBatches(domain_dataloader, epochs, replay=replay)
 
     def is_trained(tensor: LogicalTensor) -> bool:
-        return not freeze_base or tensor.expert in experts or (train_routers and is_router(tensor))
+        is_router = tensor.kind == "router"
+        return not freeze_base or tensor.expert in experts or (train_routers and is_router)
 
     separated = SeparateExperts(model, experts[0]) if freeze_base else nullcontext()
     with separated, only_trainable(model, is_trained):
@@ -298,7 +299,7 @@ def _check_experts(model: nn.Module, indices: Sequence[int]) -> tuple[int, ...]:
 
 def _train(
     model: nn.Module,
-    batches: LoaderBatches,
+    batches: _LoaderBatches,
     objective: RoutingObjective,
     *,
     learning_rate: float,

@@ -388,7 +388,7 @@ def _layer_statistics(
     return {
         "entropy": float(entropy) / num_tokens,
         "max_load": int(counts.max()) * len(counts) / int(counts.sum()),
-        "dropped_fraction": dropped_fraction(counts, capacity_factor=capacity_factor),
+        "dropped_fraction": _dropped_fraction(counts, capacity_factor=capacity_factor),
     }
 
 
@@ -402,7 +402,7 @@ def _expert_counts(selected: Tensor, num_experts: int) -> Tensor:
     return torch.bincount(selected.flatten(), minlength=num_experts)
 
 
-def dropped_fraction(counts: Tensor, *, capacity_factor: float) -> float:
+def _dropped_fraction(counts: Tensor, *, capacity_factor: float) -> float:
     """Return the share of all assignments beyond a capacity of ⌈factor · N · k / E⌉ per expert.
 
     Args:

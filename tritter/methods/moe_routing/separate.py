@@ -18,11 +18,6 @@ from tritter.transform import declared
 _HANDLES = "separate_experts_handles"
 
 
-def is_router(tensor: LogicalTensor) -> bool:
-    """Return True if a tensor belongs to a router."""
-    return tensor.kind == "router"
-
-
 @contextmanager
 def only_trainable(model: nn.Module, is_trained: Callable[[LogicalTensor], bool]) -> Iterator[None]:
     """Context manager in which only some tensors of a live model need gradients.
@@ -70,7 +65,8 @@ class SeparateExperts(AbstractContextManager["SeparateExperts"]):
                 f"experts it must be between 1 and {routing.num_experts - 1}."
             )
         self.first_new = first_new
-        self.names = shared_names(model)
+        # Of the parameters that all experts of a layer share
+        self.names = tuple(p.name for p in model_of(model).layout("live") if p.is_of_experts)
         self._attributes: dict[nn.Module, list[str]] = {}
         for name in self.names:
             module, _, attribute = name.rpartition(".")
@@ -116,11 +112,6 @@ class SeparateExperts(AbstractContextManager["SeparateExperts"]):
                 followed[name + BASE] = whole[: self.first_new]
                 followed[name + NEW] = whole[self.first_new :]
         return followed
-
-
-def shared_names(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the parameters that all experts of a layer share."""
-    return tuple(each.name for each in model_of(model).layout("live") if each.is_of_experts)
 
 
 def _concatenate_parts(attributes: Sequence[str], module: nn.Module, arguments: Any) -> None:

@@ -5,41 +5,21 @@ B samples of a batch
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from tritter.errors import RequestError, raise_problems
-from tritter.methods.novelty.library import FORMAT_VERSION, Skill, SkillLibrary, check_format
-from tritter.methods.novelty.observation import Observation, concatenated
-from tritter.methods.novelty.options import DETECTORS, Confidence, Detector, NoveltyOptions
+from tritter.methods.novelty.library import Skill, SkillLibrary, Versioned
+from tritter.methods.novelty.observation import Observation
+from tritter.methods.novelty.options import DETECTORS, BurstOptions, Detector, NoveltyOptions
 from tritter.methods.novelty.statistics import share_bound, t_interval
-from tritter.options import Count, checked, options, read_part
+from tritter.options import checked, read_part
 
 _NEW = ""  # label of batches that match no skill
 _Kind = Literal["known", "new", "unsure"]
-
-
-@options
-class BurstOptions:
-    """When novel samples of mixed batches are reported as a burst.
-
-    Args:
-        min_samples: minimum number of similar samples in a burst.
-        window_samples: number of recent samples that are searched.
-        usual_share: share of known samples that may count as novel.
-        confidence: confidence that their share exceeds that of the largest group of known samples.
-        similarity: minimum cosine of a sample's whitened features with the mean of its group.
-    """
-
-    min_samples: Annotated[int, Field(ge=2, le=1_000_000)] = 32
-    window_samples: Count = 1024
-    usual_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    confidence: Confidence = 0.99
-    similarity: Annotated[float, Field(ge=-1, le=1)] = 0.3
 
 
 # Novelty of single samples: novel samples of mixed batches are collected until they form a burst.
@@ -77,7 +57,7 @@ class _Group:
     at: list[int]
 
 
-class NovelSamples:
+class NovelSamples(Versioned):
     """Collects novel samples across batches.
 
     A sample is novel if it is less similar to every skill than all but `usual_share` of held-out
@@ -85,6 +65,8 @@ class NovelSamples:
     lower bound of their share in the window exceeds the upper bound of the largest such group among
     held-out samples.
     """
+
+    state_name = "novelty: gathered samples"
 
     def __init__(
         self, detector: Detector, library: SkillLibrary, options: BurstOptions | None = None
@@ -141,7 +123,7 @@ class NovelSamples:
             if n >= options.min_samples and lower > self._usual:
                 self._groups.remove(group)
                 return Burst(
-                    seen=concatenated(group.seen),
+                    seen=Observation.concatenated(group.seen),
                     rows=tuple(group.rows),
                     share=n / window,
                     lower=lower,
@@ -160,7 +142,7 @@ class NovelSamples:
             for group in self._groups
         ]
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": self.format_version,
             "threshold": self._threshold,
             "usual": self._usual,
             "count": self._count,
@@ -169,7 +151,7 @@ class NovelSamples:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
-        check_format(state, "novelty: gathered samples")
+        self.check_format(state)
         self._threshold, self._usual = state["threshold"], state["usual"]
         self._count = state["count"]
         self._groups = [
@@ -232,7 +214,7 @@ class Decision:
     reason: str = ""
 
 
-class NoveltyDetector:
+class NoveltyDetector(Versioned):
     """Decides batch by batch whether the data of a frozen base is new.
 
     Consecutive batches of the same kind (unusual, or nearest to the same skill) form a run. A
@@ -245,6 +227,8 @@ class NoveltyDetector:
         detector: a name (mahalanobis, loss, cosine), `name` and options, or a `Detector`.
         options: options of the decision.
     """
+
+    state_name = "novelty: a state"
 
     def __init__(
         self,
@@ -354,7 +338,7 @@ class NoveltyDetector:
     def state_dict(self) -> dict[str, Any]:
         """Return library, run, average and cooldown as plain values; options are not included."""
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": self.format_version,
             "library": self.library.state_dict(),
             "run": self._run,
             "seen": [each.state_dict() for each in self._seen],
@@ -365,7 +349,7 @@ class NoveltyDetector:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
-        check_format(state, "novelty: a state")
+        self.check_format(state)
         self.library.load_state_dict(state["library"])
         if self.detector.reads_losses:
             self.library.check_losses()

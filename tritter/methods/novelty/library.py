@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from operator import add
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy, layer_norm, no
 
 from tritter.errors import RequestError, TritterError, did_you_mean
 from tritter.methods.novelty.observation import Observation
-from tritter.methods.novelty.statistics import CALIBRATION_BATCHES, Calibration, Gaussian, Moments
+from tritter.methods.novelty.statistics import Calibration, Gaussian, Moments
 from tritter.options import Count, WholeNumber, options
 
 # Cosines are computed on layer-normed features, or on embeddings of a small head.
@@ -21,7 +21,6 @@ from tritter.options import Count, WholeNumber, options
 # n samples · H hidden size · E size of the embedding
 
 _TRAINED = ("first", "first_bias", "second", "second_bias")
-FORMAT_VERSION = 1
 _MAX_FOLDS = 5
 _Measure = Literal["loss", "centre", "distance"]
 
@@ -196,11 +195,6 @@ class Skill:
     similarity_at_creation: Mapping[str, float]
 
     @property
-    def n(self) -> int:
-        """Number of samples in its statistics."""
-        return self.moments.n
-
-    @property
     def mean(self) -> Tensor:
         return self.moments.mean
 
@@ -229,25 +223,29 @@ class Skill:
         )
 
 
-def check_format(state: Mapping[str, Any], what: str) -> None:
-    """Refuse a state of another format.
+class Versioned:
+    """Base of classes whose `state_dict` names its format."""
 
-    Args:
-        state: a result of `state_dict`.
-        what: its name in the message, such as "novelty: a library".
-    """
-    if (version := state.get("format_version")) != FORMAT_VERSION:
-        raise TritterError(
-            f"{what} has format {version}; this version of Tritter reads format {FORMAT_VERSION}"
-        )
+    format_version: ClassVar[int] = 1
+    state_name: ClassVar[str]  # in messages
+
+    def check_format(self, state: Mapping[str, Any]) -> None:
+        """Refuse a state of another format."""
+        if (version := state.get("format_version")) != self.format_version:
+            raise TritterError(
+                f"{self.state_name} has format {version}; this version of Tritter reads format "
+                f"{self.format_version}"
+            )
 
 
-class SkillLibrary:
+class SkillLibrary(Versioned):
     """Skills by name, in the order in which they were added.
 
     The first one describes the base's own training data. Covariances of other skills are shrunk
     towards its covariance while they are based on few samples.
     """
+
+    state_name = "novelty: a library"
 
     def __init__(self) -> None:
         self._skills: dict[str, Skill] = {}
@@ -383,11 +381,11 @@ class SkillLibrary:
     def state_dict(self) -> dict[str, Any]:
         head = None if self.projection is None else self.projection.state_dict()
         skills = [skill.state_dict() for skill in self]
-        return {"format_version": FORMAT_VERSION, "skills": skills, "projection": head}
+        return {"format_version": self.format_version, "skills": skills, "projection": head}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
-        check_format(state, "novelty: a library")
+        self.check_format(state)
         head = state["projection"]
         self.projection = None if head is None else Projection(**head)
         self._skills = {each["name"]: Skill.of_state(each) for each in state["skills"]}
@@ -433,10 +431,10 @@ class SkillLibrary:
         if len(losses) == sum(map(len, parts)):
             loss = Calibration.of(losses)
         centre = held_out["centre"]
-        if is_base and centre.batches < CALIBRATION_BATCHES:
+        if is_base and centre.batches < Calibration.full:
             raise RequestError(
                 f"novelty: '{name}' has {centre.batches} batches; a skill of the base needs at "
-                f"least {CALIBRATION_BATCHES}."
+                f"least {Calibration.full}."
             )
         return Skill(
             name=name,

@@ -60,14 +60,14 @@ class Observation:
     def of_state(cls, state: dict[str, Any]) -> "Observation":
         return cls(losses=state["losses"], features=state["features"])
 
-
-def concatenated(observations: Sequence[Observation]) -> Observation:
-    """Return several batches as one."""
-    losses = [each.losses for each in observations if each.losses is not None]
-    return Observation(
-        losses=torch.cat(losses) if len(losses) == len(observations) else None,
-        features=torch.cat([each.features for each in observations]),
-    )
+    @classmethod
+    def concatenated(cls, observations: Sequence["Observation"]) -> "Observation":
+        """Return several batches as one."""
+        losses = [each.losses for each in observations if each.losses is not None]
+        return cls(
+            losses=torch.cat(losses) if len(losses) == len(observations) else None,
+            features=torch.cat([each.features for each in observations]),
+        )
 
 
 class _AllSeen(Exception):

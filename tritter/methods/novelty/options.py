@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tritter.methods.novelty.library import SkillLibrary
     from tritter.methods.novelty.observation import Observation
 
-Confidence = Annotated[float, Field(ge=0.5, lt=1)]
+_Confidence = Annotated[float, Field(ge=0.5, lt=1)]
 _THRESHOLD = 6.0  # deviations of the means of batches of 16 sequences or more
 _Reduction = Literal["max", "mean", "median"]
 _Similarity = Annotated[float, Field(ge=-1, le=1)]
@@ -44,9 +44,28 @@ class NoveltyOptions:
 
     min_samples: Annotated[int, Field(ge=2, le=1_000_000)] = 32
     in_a_row: Count = 2
-    confidence: Confidence = 0.99
+    confidence: _Confidence = 0.99
     cooldown: WholeNumber = 30
     moving_average: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+@options
+class BurstOptions:
+    """When novel samples of mixed batches are reported as a burst.
+
+    Args:
+        min_samples: minimum number of similar samples in a burst.
+        window_samples: number of recent samples that are searched.
+        usual_share: share of known samples that may count as novel.
+        confidence: confidence that their share exceeds that of the largest group of known samples.
+        similarity: minimum cosine of a sample's whitened features with the mean of its group.
+    """
+
+    min_samples: Annotated[int, Field(ge=2, le=1_000_000)] = 32
+    window_samples: Count = 1024
+    usual_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    confidence: _Confidence = 0.99
+    similarity: Annotated[float, Field(ge=-1, le=1)] = 0.3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

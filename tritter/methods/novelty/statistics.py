@@ -6,13 +6,12 @@ n samples · H hidden size
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 _DEVIATION_FLOOR = 0.01  # relative to the mean: few held-out batches may agree by chance
-CALIBRATION_BATCHES = 30  # with this many, their own deviation is used alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +26,8 @@ class Calibration:
         sample_total: sum over samples.
         sample_squares: sum of squares over samples.
     """
+
+    full: ClassVar[int] = 30  # batches from which on their own deviation is used alone
 
     batches: int
     total: float
@@ -66,7 +67,7 @@ class Calibration:
         With fewer than 30 batches, it is combined with a prior: the deviation for independent
         samples or, if larger, `usual`: the deviation for other skills, relative to the mean.
         """
-        missing = max(0, CALIBRATION_BATCHES - self.batches)
+        missing = max(0, self.full - self.batches)
         spread = _deviation(self.samples, self.sample_total, self.sample_squares)
         expected = spread / math.sqrt(self.samples / self.batches)
         guess = max(expected, abs(usual * self.mean))

@@ -9,8 +9,8 @@ from tritter.core.families import Model, forward_flops
 from tritter.core.stock_routers import RouterControl
 from tritter.data.packing import lengths_of
 from tritter.evaluation.statistics import score_file
+from tritter.methods.experts.callback import expert_usage
 from tritter.methods.experts.mixture import mixture_on
-from tritter.methods.experts.summary import expert_usage
 from tritter.methods.moe_routing.objective import moe_usage
 from tritter.methods.whole import reading_flops
 from tritter.pipeline import moe, windows
