@@ -30,7 +30,7 @@ from tritter.cli.report import report
 from tritter.cli.train import TrainCommand, train
 from tritter.cli.validate import validate
 from tritter.config.launch.command_line import SYSTEM_ERRORS, check_encodable, one_line
-from tritter.config.suggestions import COMMAND_SYNONYMS, flag_advice, setting_advice
+from tritter.config.suggestions import Hint, flag_advice
 from tritter.errors import RequestError, TritterError, panics_as_errors
 from tritter.stopping import Stopped, stopping
 from tritter.terminal import close_pipe, say
@@ -51,8 +51,20 @@ _COMMANDS: tuple[tuple[Callable[..., int], type[TyperCommand]], ...] = (
     (train, TrainCommand),
 )
 
-
 _HELP_ALL = "--help-all"
+# Words of other tools → commands of `tritter`
+_SYNONYMS = {
+    **dict.fromkeys(("finetune", "fine-tune", "pretrain", "continue", "fit", "run"), "train"),
+    **dict.fromkeys(("grow", "merge", "upcycle", "stack", "widen", "deepen"), "expand"),
+    **dict.fromkeys(("chat", "sample", "infer", "inference", "predict"), "generate"),
+    **dict.fromkeys(("eval", "test", "benchmark", "score"), "evaluate"),
+    **dict.fromkeys(("show", "info", "describe"), "inspect"),
+    **dict.fromkeys(("convert", "save"), "export"),
+    **dict.fromkeys(("upload", "publish"), "push"),
+    **dict.fromkeys(("lineage", "log"), "history"),
+    **dict.fromkeys(("diff",), "compare"),
+    **dict.fromkeys(("check", "verify"), "validate"),
+}
 
 
 class _Commands(TyperGroup):
@@ -66,7 +78,7 @@ class _Commands(TyperGroup):
         return params
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args and (meant := COMMAND_SYNONYMS.get(args[0].lower())) is not None:
+        if args and (meant := _SYNONYMS.get(args[0].lower())) is not None:
             ctx.fail(f"No such command '{args[0]}'. Did you mean {meant}?")
         return super().resolve_command(ctx, args)
 
@@ -141,11 +153,18 @@ def _setting_advice(context: Any, message: str, words: Sequence[str]) -> str | N
     listed = re.findall(r"\((\S.*)\)", extra.removeprefix("(s)"))
     extras = listed[0].split() if is_extra and listed else []
     settings = [word for word in extras if "=" in word]
-    options = [each for each in context.command.get_params(context) if each.opts[0][:2] == "--"]
-    flags = {each.opts[0]: bool(getattr(each, "is_flag", False)) for each in options}
     if not settings:
         return _output_advice(extras, words) if context.info_name in ("expand", "export") else None
-    return setting_advice(settings[0], flags, command=context.info_name)
+    key, _, value = settings[0].partition("=")
+    value = value.strip("[]")  # of an ordered list
+    if (hint := Hint.of(key, value, command=context.info_name)) and hint.advice.startswith("--"):
+        return f"Did you mean: {hint.advice}"
+    name = "--" + key.rpartition(".")[2].replace("_", "-")
+    options = {each.opts[0]: each for each in context.command.get_params(context)}
+    if name not in options:
+        return None
+    is_flag = getattr(options[name], "is_flag", False)
+    return f"Did you mean: {name if is_flag else f'{name} {value}'}"
 
 
 def _output_advice(extras: Sequence[str], words: Sequence[str]) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_args
 from tritter.checkpoints.location import checkpoint_location
 from tritter.config.folders import CHOSEN_BY, body_of, option_files, shipped_options
 from tritter.config.schema import CheckpointModelConfig, LoggerConfig, Model, WandbConfig
-from tritter.config.suggestions import child_names, hint_for, nearest_key
+from tritter.config.suggestions import Hint, nearest_key
 from tritter.data.chat import template_location
 from tritter.data.options import DataConfig, NamedTextConfig
 from tritter.errors import Problem, RequestError, key_name, nearest, show
@@ -115,17 +115,23 @@ class Reader:
         if section == "trainer":
             further = (f"trainer.{name}" for name in trainer_parameters() if name not in REFUSED)
             known = (*known, *further)
-        names = child_names(known, section)
+        names = _child_names(known, section)
         near = None
         if not section:
             names = sorted([*names, *_KEYLESS_GROUPS])
             near = nearest(leaf, names, cutoff=0.7)
         where = f"{key_name(section)} has" if section else "the root has"
         reason = f"there is no such key; {where} {', '.join(names)}" if names else "no such key"
-        if (hint := hint_for(key, value)) is not None:
+        if (hint := Hint.of(key, value)) is not None:
             yield Problem(key, value, reason=hint.reason or reason, nearest=hint.advice or None)
             return
         yield Problem(key, value, reason=reason, nearest=near or nearest_key(key, known))
+
+
+def _child_names(keys: Collection[str], section: str) -> list[str]:
+    """Return the keys directly below `section`, or the keys of the root if it is empty."""
+    start = f"{section}." if section else ""
+    return sorted({key[len(start) :].split(".")[0] for key in keys if key.startswith(start)})
 
 
 def method_names(group: str) -> list[str]:
@@ -172,7 +178,7 @@ def method_class(group: str, name: str, bodies: Mapping[str, Any]) -> type[Any]:
             near = nearest_key(key, keys, first=chosen)
         raise RequestError(Problem(key, body, reason=reason, nearest=near))
     if not isinstance(body, Mapping):
-        names_below = ", ".join(f"{key}.{leaf}" for leaf in child_names(method_keys(), key))
+        names_below = ", ".join(f"{key}.{leaf}" for leaf in _child_names(method_keys(), key))
         raise RequestError(Problem(key, body, reason=f"a method has keys: {names_below or 'none'}"))
     target_key, target = f"{key}.{TARGET}", body.get(TARGET)
     if group == "expansion":
@@ -387,7 +393,7 @@ def _without_other_options(
         key, value = join(name, each), values.pop(each)
         option = "text" if "text" in others else others[0]
         near = f"{name}={option} {key}={show(value)}" if option in files else None
-        if (hint := hint_for(key, value)) is not None:
+        if (hint := Hint.of(key, value)) is not None:
             near = hint.advice
         is_only = len(others) == 1 and others[0] in files
         needed = f"requires {name}={others[0]}" if is_only else f"is not a key of {choice}"

@@ -21,7 +21,7 @@ from tritter.config.folders import (
     shipped_options,
 )
 from tritter.config.schema import TYPED_ONLY, RootValues
-from tritter.config.suggestions import hint_for
+from tritter.config.suggestions import Hint
 from tritter.errors import Problem, RequestError, brief, nearest, raise_problems
 from tritter.options import field_keys, leaves
 from tritter.training.options import REFUSED, trainer_parameters
@@ -196,7 +196,7 @@ def no_option(group: str, name: str, options: Sequence[str]) -> Problem:
     if (extra := _EXTRAS.get(f"{group}={name}")) is not None:
         advice = f"install the extra: pip install 'tritter[{extra}]'"
         return Problem(group, name, reason=reason, advice=advice)
-    if (hint := hint_for(group, name)) is not None:
+    if (hint := Hint.of(group, name)) is not None:
         return Problem(group, name, reason=reason, nearest=hint.advice)
     return Problem(group, name, reason=reason, nearest=nearest(name, options))
 
