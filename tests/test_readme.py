@@ -27,7 +27,8 @@ from tritter.cli import main
 from tritter.config.launch.command_line import CommandLine, read_command_line
 from tritter.config.launch.composition import composer
 from tritter.config.launch.help import help_text
-from tritter.config.run_folder import _RUNS, write_run_file
+from tritter.config.launch.plan import _RUNS
+from tritter.config.run_folder import write_run_file
 from tritter.config.validation import base_model, known_keys
 from tritter.core.expansions import Width
 from tritter.core.models import new_model, save_tokenizer

@@ -13,7 +13,7 @@ from tritter.config.components import BASES, CHOSEN_GROUPS, METHOD_GROUPS
 from tritter.config.folders import LADDERS
 from tritter.config.launch.composition import Composer
 from tritter.config.launch.help import description, help_text
-from tritter.config.run_folder import _RUNS
+from tritter.config.launch.plan import _RUNS
 from tritter.config.schema import SECTIONS
 from tritter.config.validation import known_keys
 from tritter.core.expansions import EXPANSIONS

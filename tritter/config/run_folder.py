@@ -24,7 +24,6 @@ from tritter.errors import (
     Problem,
     RequestError,
     TritterError,
-    did_you_mean,
     key_name,
     refused,
     show,
@@ -38,12 +37,9 @@ from tritter.storage.reading import (
     SAVED_NAME,
     SUMMARY_FILE,
     check_tree,
-    named_path,
 )
 from tritter.storage.records import InnerName, read_record, record, record_text
 from tritter.targets import Component, identity
-
-_RUNS = Path("outputs/runs")  # hydra.run.dir of conf/config.yaml, without the timestamp
 
 STATUS_FILE = "status.json"
 OUTPUT_FILE = "output.txt"  # output of a job of a sweep
@@ -288,43 +284,6 @@ def write_run_file(
             kept = ("program", "overrides", "config_folders", "config_name")
             run = replace(run, **{name: getattr(recorded, name) for name in kept})
     write_text_atomic(folder / RUN_FILE, record_text(run))
-
-
-def require_writable(folder: Path, *, key: str) -> None:
-    """Create the folder before Hydra does, which would fail with a traceback."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        is_writable = os.access(folder, os.W_OK)
-    except OSError as error:
-        raise refused(key, folder, f"the folder can't be created ({error.strerror})") from error
-    if not is_writable:
-        raise refused(key, folder, "the folder is not writable")
-
-
-def find_run(resume: str) -> tuple[Path, tuple[str, ...]]:
-    """Return the folder that `resume` refers to (latest or a folder), and notes on skipped runs."""
-    found = _RUNS.glob(f"*/{RUN_FILE}")
-    runs = sorted(found, key=lambda path: (path.lstat().st_mtime_ns, str(path)), reverse=True)
-    folders = [path.parent.absolute() for path in runs]
-    if resume == "latest":
-        skipped: list[str] = []
-        for folder in folders:
-            try:
-                RunRecord.read(folder)
-                return folder, tuple(skipped)
-            except RequestError as error:
-                skipped.append(f"resume     skipped {folder}: {error}")
-        none = f"resume = latest: there is no run in {_RUNS.absolute()}; set the folder of a "
-        none += "run, or omit resume to start a new one."
-        raise RequestError("\n".join([none, *skipped]))
-    folder = named_path(resume, key="resume").absolute()
-    if not os.path.lexists(folder / RUN_FILE):
-        known = ["latest", *(str(path.relative_to(Path.cwd())) for path in folders)]
-        raise RequestError(
-            f"resume = {resume}: the folder contains no run ({RUN_FILE} is missing); allowed: "
-            f"latest, or the folder of a run.{did_you_mean(resume, known)}"
-        )
-    return folder, ()
 
 
 def _check_path(folder: Path, config: RunConfig) -> None:

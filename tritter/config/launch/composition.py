@@ -33,20 +33,24 @@ from tritter.config.fallbacks import (
     locate_in_fallback,
     with_fallback,
 )
-from tritter.config.folders import CHOSEN_BY, body_of, option_files, option_folders, search_path
+from tritter.config.folders import (
+    CHOSEN_BY,
+    LADDERS,
+    body_of,
+    option_files,
+    option_folders,
+    search_path,
+)
 from tritter.config.overrides import (
-    force_override,
-    no_option,
     normalise,
-    option_problems,
     parse,
     refuse_sweeps,
 )
 from tritter.config.run_folder import check_overrides
 from tritter.config.schema import RunConfig
-from tritter.config.suggestions import nearest_key
+from tritter.config.suggestions import Hint, nearest_key
 from tritter.config.validation import Rule, validate
-from tritter.errors import Problem, RequestError, raise_problems, refusal, show
+from tritter.errors import Problem, RequestError, nearest, raise_problems, refusal, show
 from tritter.options import leaves
 from tritter.targets import dotted
 from tritter.training.options import resolve_training_limits
@@ -77,6 +81,15 @@ _READ_WITH = (
     ("growth.trigger", ("percentile",), "history_checks"),
     ("growth.enable_replacement", (), "dead_quantile"),
 )
+
+# Group=option → the extra of Tritter that installs it
+_EXTRAS = {
+    "hydra/launcher=joblib": "sweeps",
+    "hydra/launcher=submitit_local": "sweeps",
+    "hydra/launcher=submitit_slurm": "sweeps",
+    "hydra/launcher=ray": "ray",
+    "hydra/sweeper=optuna": "sweeps",
+}
 
 # Exceptions that Hydra raises for values of unexpected types
 _HYDRA_ERRORS = (
@@ -172,12 +185,12 @@ class Loader(ConfigLoaderImpl):
             return self.shown
         parsed = parse(overrides, loader=self)
         with self.search_path.in_use():  # a launcher's worker process does not have it
-            problems = list(option_problems(parsed, self.options))
+            problems = list(_option_problems(parsed, self.options))
         rejected = {problem.key for problem in problems}
         if "experiment" in rejected:  # an experiment selects options of all groups
             raise refusal(problems)
         sound = [o for o in parsed if o.key_or_group.partition(".")[0] not in rejected]
-        forced_overrides = [force_override(override, self.options) for override in sound]
+        forced_overrides = [_force_override(override, self.options) for override in sound]
         try:
             composed = super().load_configuration(
                 config_name, forced_overrides, run_mode, from_shell, validate_sweep_overrides
@@ -311,7 +324,7 @@ def _explain(error: Exception, overrides: Sequence[Override], loader: Loader) ->
         is_typed = any(override.key_or_group == group for override in overrides)
         experiment = None if is_typed else _value_of("experiment", overrides)
         origin = f"experiment/{experiment}.yaml" if experiment else None
-        return replace(no_option(group, path[len(group) + 1 :], options), origin=origin)
+        return replace(_no_option(group, path[len(group) + 1 :], options), origin=origin)
     text = str(error).strip()
     if merged := re.search(r"Could not override '(hydra.+?)'", text):
         key = merged.group(1)
@@ -329,6 +342,47 @@ def _explain(error: Exception, overrides: Sequence[Override], loader: Loader) ->
     lines = [line.strip().replace("++", "") for line in f"{text}\n{cause}".splitlines()]
     messages = [line for line in dict.fromkeys(lines) if line and not _HYDRA_NOISE.match(line)]
     return Problem("", reason="composition failed: " + "; ".join(messages))
+
+
+def _option_problems(
+    overrides: Sequence[Override], options: Mapping[str, Sequence[str]]
+) -> Iterator[Problem]:
+    """Yield a problem for each selected option that its group does not have.
+
+    A fallback chain is an option file, but no option of a group.
+    """
+    for override in overrides:
+        if override.key_or_group == LADDERS:
+            chain, chains = str(override.value()), ", ".join(option_files().get(LADDERS, {}))
+            reason = f"select a fallback chain with gate.{LADDERS}=NAME; available: {chains}"
+            yield Problem(LADDERS, chain, reason=reason, nearest=f"gate.{LADDERS}={chain}")
+        known = options.get(override.key_or_group)
+        if known is None or override.is_delete() or override.is_sweep_override():
+            continue
+        value = override.value()
+        for name in value if isinstance(value, list) else [value]:
+            if isinstance(name, str) and name not in known and not {"/", "$"} & {*name}:
+                yield _no_option(override.key_or_group, name, known)
+
+
+def _no_option(group: str, name: str, options: Sequence[str]) -> Problem:
+    """Return the problem of a missing option, with the available options of its group."""
+    reason = f"there is no such option; allowed: {', '.join(options) or 'none'}"
+    if (extra := _EXTRAS.get(f"{group}={name}")) is not None:
+        advice = f"install the extra: pip install 'tritter[{extra}]'"
+        return Problem(group, name, reason=reason, advice=advice)
+    if (hint := Hint.of(group, name)) is not None:
+        return Problem(group, name, reason=reason, nearest=hint.advice)
+    return Problem(group, name, reason=reason, nearest=nearest(name, options))
+
+
+def _force_override(override: Override, options: Mapping[str, Sequence[str]]) -> str:
+    """Return the override in a form that lets Hydra set any key; Tritter's schema validates it."""
+    line = override.input_line or ""
+    is_ours = not override.is_hydra_override() and override.key_or_group not in options
+    if is_ours and not override.is_delete() and override.package is None:
+        return "++" + line.lstrip("+")
+    return line
 
 
 class _OutsideFolders(SearchPathPlugin):
