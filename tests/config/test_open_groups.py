@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning import Trainer
 
-from tritter.config.launch.composition import Composer, composer
+from tritter.config.launch.composition import Composer
 from tritter.config.schema import RunConfig
 from tritter.config.validation import known_model
 from tritter.errors import RequestError
@@ -23,7 +23,7 @@ _composers: list[Composer] = []  # one for all: making it takes longer than comp
 
 @pytest.fixture(scope="module", autouse=True)
 def composing() -> Iterator[None]:
-    with composer() as made:
+    with Composer.opened() as made:
         _composers.append(made)
         yield
     _composers.clear()

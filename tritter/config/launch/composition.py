@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 from hydra import initialize_config_dir
@@ -226,10 +226,27 @@ class _Composition:
 
 @dataclass(frozen=True, slots=True)
 class Composer:
-    """Composes jobs from the option files; created by `composer()`."""
+    """Composes jobs from the option files."""
 
     hydra: Hydra
     loader: Loader
+
+    @classmethod
+    @contextmanager
+    def opened(cls) -> Iterator[Self]:
+        """Yield a Composer for `conf/`; Hydra's global state is restored afterwards."""
+        raise_problems(_nesting_problems())
+        # This may be called from inside a Hydra app: suspend it
+        running, folder = GlobalHydra.instance().hydra, str(config_folder())
+        GlobalHydra.instance().clear()
+        try:
+            with initialize_config_dir(folder, job_name="train", version_base=_VERSION_BASE):
+                hydra = GlobalHydra.instance().hydra
+                assert hydra is not None
+                hydra.config_loader = loader = Loader(hydra.config_loader.get_search_path())
+                yield cls(hydra, loader)
+        finally:
+            GlobalHydra.instance().hydra = running
 
     @property
     def options(self) -> Mapping[str, Sequence[str]]:
@@ -397,26 +414,9 @@ class _OutsideFolders(SearchPathPlugin):
 Plugins.instance().register(_OutsideFolders)
 
 
-@contextmanager
-def composer() -> Iterator[Composer]:
-    """Yield a Composer for `conf/`; Hydra's global state is restored afterwards."""
-    raise_problems(_nesting_problems())
-    # This may be called from inside a Hydra app: suspend it
-    running, folder = GlobalHydra.instance().hydra, str(config_folder())
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(folder, job_name="train", version_base=_VERSION_BASE):
-            hydra = GlobalHydra.instance().hydra
-            assert hydra is not None
-            hydra.config_loader = loader = Loader(hydra.config_loader.get_search_path())
-            yield Composer(hydra, loader)
-    finally:
-        GlobalHydra.instance().hydra = running
-
-
 def load_config(overrides: Sequence[str] = ()) -> RunConfig:
     """Return the RunConfig of a command line, without running it."""
-    with composer() as composing:
+    with Composer.opened() as composing:
         return composing.compose(overrides).config
 
 

@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType
@@ -115,6 +115,44 @@ class Request:
     plan: Plan | None = None
     exit_stack: ExitStack = field(default_factory=ExitStack)
 
+    @classmethod
+    def of(cls, typed: CommandLine, composing: Composer) -> Self:
+        """Return the request of a command line, before composition.
+
+        Overrides replayed from a resumed run are printed first, before data or weights are opened.
+        """
+        is_shown, folder = typed.info_flag is not None, None
+        overrides = [normalise(override, composing.options) for override in typed.overrides]
+        if not typed.is_multirun:
+            overrides, folder = _add_resumed(composing, overrides, is_shown=is_shown)
+        parsed = parse(overrides, loader=composing.loader)
+        _check_overrides(parsed, composing.options)
+        if not typed.is_multirun:
+            refuse_sweeps(parsed)
+        return cls(composing, tuple(overrides), folder, typed.is_multirun, is_shown)
+
+    def plan_of(self, composed: DictConfig) -> Plan:
+        """Return the validated plan (data, folders, devices) for a composed config."""
+        is_sweep = self.is_multirun or composed.hydra.mode == RunMode.MULTIRUN
+        try:
+            plan = _plan_sweep(self, composed) if is_sweep else _plan_run(self, composed)
+        except OmegaConfBaseException as error:  # interpolations are resolved when they are read
+            raise RequestError(f"{error.full_key}: {str(error).splitlines()[0]}.") from None
+        if not self.is_shown:
+            for job in plan.jobs:
+                check_unlocked(job.folder, key="hydra.run.dir")
+            if (folder := plan.sweep_folder) is not None:
+                if os.path.lexists(folder / RUN_FILE):
+                    raise RequestError(
+                        f"hydra.sweep.dir = {folder}: it is the folder of a run; set a new folder "
+                        "for the sweep."
+                    )
+                check_unlocked(folder, key="hydra.sweep.dir")
+                for lock in sorted(folder.rglob(LOCK_NAME)):  # a job may still be running
+                    check_unlocked(lock.parent, key="hydra.sweep.dir")
+            _check_resources(plan)
+        return plan
+
     @contextmanager
     def handled(self) -> Iterator[None]:
         """Run the request with Hydra inside this context.
@@ -166,7 +204,7 @@ class RequestValidation(Callback):
         """Validate a run or all jobs of a sweep; for an adaptive sweeper, an example."""
         request, hydra = _REQUEST.get(), config.hydra
         try:
-            request.plan = plan = plan_of(request, config)
+            request.plan = plan = request.plan_of(config)
             for note in plan.notes:
                 say(note)
             if plan.sweep_folder is None:
@@ -190,22 +228,6 @@ class RequestValidation(Callback):
             raise _RequestRefused(error) from error
 
     on_multirun_start = on_run_start
-
-
-def read_request(typed: CommandLine, composing: Composer) -> Request:
-    """Return the request of a command line, before composition.
-
-    Overrides replayed from a resumed run are printed first, before data or weights are opened.
-    """
-    is_shown, folder = typed.info_flag is not None, None
-    overrides = [normalise(override, composing.options) for override in typed.overrides]
-    if not typed.is_multirun:
-        overrides, folder = _add_resumed(composing, overrides, is_shown=is_shown)
-    parsed = parse(overrides, loader=composing.loader)
-    _check_overrides(parsed, composing.options)
-    if not typed.is_multirun:
-        refuse_sweeps(parsed)
-    return Request(composing, tuple(overrides), folder, typed.is_multirun, is_shown)
 
 
 def _check_overrides(overrides: Sequence[Override], options: Mapping[str, Sequence[str]]) -> None:
@@ -312,29 +334,6 @@ def _find_run(resume: str) -> tuple[Path, tuple[str, ...]]:
             f"latest, or the folder of a run.{did_you_mean(resume, known)}"
         )
     return folder, ()
-
-
-def plan_of(request: Request, composed: DictConfig) -> Plan:
-    """Return the validated plan (data, folders, devices) of a request with a composed config."""
-    is_sweep = request.is_multirun or composed.hydra.mode == RunMode.MULTIRUN
-    try:
-        plan = _plan_sweep(request, composed) if is_sweep else _plan_run(request, composed)
-    except OmegaConfBaseException as error:  # interpolations are resolved when they are read
-        raise RequestError(f"{error.full_key}: {str(error).splitlines()[0]}.") from None
-    if not request.is_shown:
-        for job in plan.jobs:
-            check_unlocked(job.folder, key="hydra.run.dir")
-        if (folder := plan.sweep_folder) is not None:
-            if os.path.lexists(folder / RUN_FILE):
-                raise RequestError(
-                    f"hydra.sweep.dir = {folder}: it is the folder of a run; set a new folder "
-                    "for the sweep."
-                )
-            check_unlocked(folder, key="hydra.sweep.dir")
-            for lock in sorted(folder.rglob(LOCK_NAME)):  # a job may still be running
-                check_unlocked(lock.parent, key="hydra.sweep.dir")
-        _check_resources(plan)
-    return plan
 
 
 def _require_writable(folder: Path, *, key: str) -> None:
