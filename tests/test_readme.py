@@ -29,7 +29,7 @@ from tritter.config.launch.composition import Composer
 from tritter.config.launch.help import help_text
 from tritter.config.launch.plan import _RUNS
 from tritter.config.run_folder import RunRecord
-from tritter.config.validation import base_model, known_keys
+from tritter.config.validation import known_keys
 from tritter.core.expansions import Width
 from tritter.core.models import new_model, save_tokenizer
 from tritter.data.documents import Document as TextDocument
@@ -188,7 +188,7 @@ def _leave_checkpoints(words: list[str]) -> None:
     """
     # What the documents call base: that of a first run, so that their sizes fit it
     with Composer.opened() as composing:
-        model = base_model(composing.compose([]).config)
+        model = composing.compose([]).config.base_model()
     base = saved(new_model(model, seed=0), Path("base"))
     tokenizer = train_tokenizer([TextDocument("d", "the class is one\n")], vocab_size=300)
     save_tokenizer(tokenizer, base, end_of_text=END_OF_TEXT)

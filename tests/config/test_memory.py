@@ -13,7 +13,6 @@ import torch
 from tests.config.conftest import FakePipeline, Result
 from tritter.config.launch.composition import load_config
 from tritter.config.schema import RunConfig
-from tritter.config.validation import base_model
 from tritter.core.families import Model
 from tritter.core.models import new_model
 from tritter.data.tokens import TextBounds
@@ -41,7 +40,7 @@ def has(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 def held(*words: str) -> dict[str, RunMemory]:
     config = load_config([*words])
-    return {each.model: each for each in training_needs(config, base_model(config))}
+    return {each.model: each for each in training_needs(config, config.base_model())}
 
 
 @pytest.fixture
@@ -55,7 +54,7 @@ SHORT = ("data.batch_size=4", "data.sequence_length=8")
 
 
 def problems(config: RunConfig) -> str:
-    return " ".join(map(str, memory_problems(config, base_model(config))))
+    return " ".join(map(str, memory_problems(config, config.base_model())))
 
 
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_written(
@@ -133,7 +132,7 @@ def test_a_note_says_that_activations_computed_again_would_fit(
 ) -> None:
     words = ["model=small", "data.batch_size=512", "data.sequence_length=512"]
     config = load_config(words)
-    source = base_model(config)
+    source = config.base_model()
     needed = max(each.states + each.activations for each in training_needs(config, source))
     has(needed * 3 // 4)
     (note,) = memory_notes(config, source)
@@ -161,7 +160,7 @@ def test_only_new_blocks_have_gradients_and_moments() -> None:
 def test_what_is_frozen_has_no_gradients_and_no_moments() -> None:
     words = ("model=tiny", "trainer=cpu", "expansion=llama_pro", "control=true")
     freeze = (*words, "forgetting=freeze")
-    base = base_model(load_config([*words]))
+    base = load_config([*words]).base_model()
     fewer = base.with_layers([0] * (base.sizes.num_hidden_layers - 1))
     layer = base.num_parameters - fewer.num_parameters
     found = held(*freeze, "forgetting.freeze.layers=1-2")
@@ -183,7 +182,7 @@ def test_of_experts_only_the_adapters_have_gradients_and_moments() -> None:
         asked = (*words, f"experts={experts}", "experts.rank=3")
         asked += ("experts.max_experts=4", "experts.top_k=2") if number > 1 else ()
         config = load_config([*asked])
-        source = base_model(config)
+        source = config.base_model()
         model = new_model(source, seed=0)
         assert config.experts is not None
         begun = config.experts.kind(**config.experts.arguments)
@@ -200,7 +199,7 @@ def test_of_experts_only_the_adapters_have_gradients_and_moments() -> None:
 def test_a_teacher_is_held_once_in_the_machines_memory(has: Callable[[int], None]) -> None:
     words = ["model=tiny", "expansion=llama_pro", "forgetting=[distill,replay]", *SHORT]
     config = load_config([*words, "trainer=ddp", "trainer.devices=4"])
-    base, grown = training_needs(config, base_model(config))
+    base, grown = training_needs(config, config.base_model())
     assert (base.teacher, grown.teacher) == (0, 4 * base.parameters)
     needed = 4 * grown.device + grown.start + grown.teacher
     has(needed)
@@ -225,7 +224,7 @@ def test_of_rounds_the_largest_counts() -> None:
 def test_each_process_holds_all(has: Callable[[int], None]) -> None:
     config = load_config(["model=tiny", "trainer=ddp", "trainer.devices=4", "expansion=none",
                           "forgetting=replay", *SHORT])  # fmt: skip
-    base, one = training_needs(config, base_model(config))
+    base, one = training_needs(config, config.base_model())
     assert (one.processes, one.start) == (4, base.start)
     needed = 4 * base.device + base.start
     has(needed)
@@ -238,7 +237,7 @@ def test_each_process_holds_all(has: Callable[[int], None]) -> None:
 def test_what_would_fit_is_tried_before_it_is_said(has: Callable[[int], None]) -> None:
     config = load_config(["model=tritter_350m", "expansion=none", "forgetting=[l2sp,replay]",
                           "trainer=cpu"])  # fmt: skip
-    base, model = training_needs(config, base_model(config))
+    base, model = training_needs(config, config.base_model())
     has(model.device + model.start)
     assert not problems(config)
     has(base.device + base.start - 10**6)
@@ -248,7 +247,7 @@ def test_what_would_fit_is_tried_before_it_is_said(has: Callable[[int], None]) -
     assert "it fits with model=tritter_125m" in message
     config = load_config(["model=tritter_350m", "expansion=width", "forgetting=[ewc,replay]",
                           "trainer=cpu"])  # fmt: skip
-    grown = list(training_needs(config, base_model(config)))[1]
+    grown = list(training_needs(config, config.base_model()))[1]
     has(grown.states + grown.start)
     assert "it fits with 'forgetting=[replay]'" in problems(config)
 
@@ -259,7 +258,7 @@ def test_an_estimate_of_twice_the_memory_is_refused(
     words = ["model=tiny", "expansion=none", "forgetting=none", "trainer=cpu"]
     words += ["data.batch_size=512", "data.sequence_length=512"]
     config = load_config(words)
-    _, need = training_needs(config, base_model(config))
+    _, need = training_needs(config, config.base_model())
     needed = need.device + need.start + need.activations
     has(needed // 2 - 1000)
     result = run(*words)
@@ -278,7 +277,7 @@ def test_a_context_that_needs_too_much_is_named(
     words += ["data.batch_size=4", "data.sequence_length=128"]
     words += ["model.max_position_embeddings=128", "expansion.context.target_length=8192"]
     config = load_config(words)
-    *_, need = training_needs(config, base_model(config))
+    *_, need = training_needs(config, config.base_model())
     needed = need.device + need.start + need.activations
     has(needed // 2 - 1000)
     result = run(*words)
@@ -287,14 +286,14 @@ def test_a_context_that_needs_too_much_is_named(
     advice = "; reduce data.batch_size or expansion.context.target_length"
     assert advice in result.err and "sequence_length" not in result.err
     has(needed - 1000)
-    (note,) = memory_notes(config, base_model(config))
+    (note,) = memory_notes(config, config.base_model())
     assert advice in note
 
 
 def test_one_line_says_what_training_needs(has: Callable[[int], None]) -> None:
     has(8 * GB)
     config = load_config(["model=tiny", "expansion=none", "forgetting=ewc"])
-    line = memory_line(config, base_model(config))
+    line = memory_line(config, config.base_model())
     need = held("model=tiny", "expansion=none", "forgetting=ewc")["the model"]
     needed = (need.device + need.start + need.activations + memory._LIBRARIES) / 1e6
     assert f"about {needed:.1f} MB of the 8.0 GB of this machine" in line
@@ -304,17 +303,17 @@ def test_one_line_says_what_training_needs(has: Callable[[int], None]) -> None:
 @pytest.mark.usefixtures("no_estimates")
 def test_activations_are_a_note(has: Callable[[int], None]) -> None:
     config = load_config(["model=tiny", "expansion=none", "forgetting=none", "trainer=cpu"])
-    base, model = training_needs(config, base_model(config))
+    base, model = training_needs(config, config.base_model())
     has(base.device + base.start)
     assert not problems(config)
-    (note,) = memory_notes(config, base_model(config))
+    (note,) = memory_notes(config, config.base_model())
     assert note.startswith("memory: training the base may require ")
     assert "with activations (estimated), but this machine has " in note
     has(base.device + base.start + max(base.activations, model.activations))
-    assert memory_notes(config, base_model(config)) == ()
+    assert memory_notes(config, config.base_model()) == ()
     has(0)
     assert memory_problems(replace(config, trainer=replace(config.trainer, check_memory=False)),
-                           base_model(config)) == []  # fmt: skip
+                           config.base_model()) == []  # fmt: skip
 
 
 def test_where_the_system_does_not_tell_nothing_is_refused(
@@ -322,8 +321,8 @@ def test_where_the_system_does_not_tell_nothing_is_refused(
 ) -> None:
     monkeypatch.setattr(memory, "machine_memory", lambda: None)
     config = load_config(["model=tritter_14b"])
-    assert memory_problems(config, base_model(config)) == []
-    assert memory_notes(config, base_model(config)) == ()
+    assert memory_problems(config, config.base_model()) == []
+    assert memory_notes(config, config.base_model()) == ()
 
 
 @pytest.mark.usefixtures("no_estimates")
@@ -331,7 +330,7 @@ def test_on_a_gpu_its_memory_counts(
     monkeypatch: pytest.MonkeyPatch, has: Callable[[int], None]
 ) -> None:
     config = load_config(["model=tiny", "expansion=none", "trainer=gpu"])
-    base, _ = training_needs(config, base_model(config))
+    base, _ = training_needs(config, config.base_model())
     size = SimpleNamespace(total_memory=base.device)
     # torch built for GPUs queries them at each step once it reports one
     kept = config.optimizer.kept_per_parameter()
@@ -354,7 +353,7 @@ def test_a_checkpoint_is_looked_at_too(
 ) -> None:
     place = tmp_path.parent / f"{tmp_path.name}-base"
     place.mkdir()
-    shapes: dict[str, Any] = base_model(load_config(["model=tritter_1b"])).config
+    shapes: dict[str, Any] = load_config(["model=tritter_1b"]).base_model().config
     (place / "config.json").write_text(json.dumps(shapes))
     for name in ("model.safetensors", "tokenizer.json"):
         (place / name).write_text("")

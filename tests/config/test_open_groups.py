@@ -11,7 +11,6 @@ from lightning import Trainer
 
 from tritter.config.launch.composition import Composer
 from tritter.config.schema import RunConfig
-from tritter.config.validation import known_model
 from tritter.errors import RequestError
 from tritter.planning.run_memory import training_needs
 from tritter.training.optimizer import OptimizerSettings
@@ -209,7 +208,7 @@ def test_memory_counts_what_an_optimizer_keeps() -> None:
     for name, count in kept.items():
         config = load(f"optimizer={name}")
         assert config.optimizer.kept_per_parameter() == count
-        source = known_model(config)
+        source = config.known_model()
         assert source is not None
         need = next(training_needs(config, source))
         states[name], parameters = need.states, need.parameters

@@ -1,8 +1,10 @@
 """Validates a composed config: returns one RunConfig, or raises one error with all problems."""
 
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from difflib import get_close_matches
 from functools import partial
@@ -10,7 +12,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from tritter.checkpoints.location import checkpoint_model, require_plain, state_kinds_of
+from tritter.checkpoints import read_lineage
+from tritter.checkpoints.location import require_plain, state_kinds_of
+from tritter.checkpoints.record import window_length
 from tritter.checkpoints.run_text import RunText, run_text
 from tritter.config.components import (
     BASES,
@@ -24,7 +28,6 @@ from tritter.config.components import (
     method_keys,
     weightless_methods,
 )
-from tritter.config.derived import validation_period, with_batches, with_samples
 from tritter.config.fallbacks import ladder_problems
 from tritter.config.folders import body_of, option_files
 from tritter.config.schema import (
@@ -37,14 +40,15 @@ from tritter.config.schema import (
 )
 from tritter.core.expansions import target_model, vocab_place
 from tritter.core.families import Model, check_size
+from tritter.core.families.config_file import read_model_file
 from tritter.core.families.presets import model_problems
 from tritter.core.parameter_map.carry import STATE_KINDS
 from tritter.data.options import RULES as DATA_RULES
 from tritter.data.options import NamedTextConfig
-from tritter.errors import Problem, RequestError, raise_problems
+from tritter.errors import Problem, RequestError, TritterError, raise_problems
 from tritter.evaluation.options import RULES as EVALUATION_RULES
 from tritter.methods.moe_routing.options import appends_experts, expert_problems
-from tritter.options import Start, field_keys, leaves, methods_of
+from tritter.options import Start, field_keys, leaves, read_options
 from tritter.planning.strategy import pipeline_problems, planned_rounds
 from tritter.storage.reading import named_path
 from tritter.targets import TARGET
@@ -57,8 +61,10 @@ from tritter.training.method import Method
 from tritter.training.optimizer import OptimizerValues
 from tritter.training.options import (
     PRESET_RATE,
+    STEPS,
     callbacks_of,
     default_rate,
+    positive_count,
     trainer_start_problems,
     with_steps,
 )
@@ -70,6 +76,10 @@ _OF_ENTRIES = (*METHOD_GROUPS, *BASES)  # groups with several options
 _NOTHING = {"logger": "csv"}  # the option that selects nothing; `none` in other groups
 _OF_EXPERTS = ("moe_routing", "adaptation")  # not in the config unless an expansion selects them
 Rule = Callable[[RunConfig], Iterable[Problem]]
+_LENGTH, _BATCH, _SAMPLES = "sequence_length", "batch_size", "num_sequences"
+_SMALL_LENGTH, _MOST = 128, 16  # of a base that the run trains
+_FEWEST, _FEWEST_TOKENS = 8, 2048  # sequences, or fewer if they have as many tokens
+_UNMIXED_SHARE = 0.1  # of generated text that only other methods read
 _GROUPS = (*SECTIONS, "optimizer", *CHOSEN_GROUPS, *_OF_ENTRIES)
 
 
@@ -119,6 +129,82 @@ def _with_frozen_rows(bodies: _Bodies) -> _Bodies:
     return {**bodies, "forgetting": forgetting}
 
 
+def _with_batches(bodies: _Bodies) -> dict[str, Mapping[str, Any]]:
+    """Return the bodies with `data.sequence_length` and `data.batch_size`.
+
+    A base that the run trains reads 16 sequences of 128 tokens. A checkpoint reads windows as in
+    its last training run, else up to 1024 tokens, and at most as many tokens per batch.
+    """
+    data = bodies.get("data", {})
+    length, size = data.get(_LENGTH, 0), data.get(_BATCH, 0)
+    if length is None:
+        length = _default_length(bodies.get("model", {}))
+    if size is None:
+        trainer = bodies.get("trainer", {})
+        processes = positive_count(trainer.get("devices")) or 1
+        if trainer.get("strategy", "auto") == "auto":
+            processes = 1
+        size = _MOST
+        if bodies.get("model", {}).get("model_type") == "hf":
+            fitting = _MOST * _SMALL_LENGTH // (positive_count(length) or _SMALL_LENGTH)
+            size = min(_MOST, max(1, fitting))
+        size = processes * max(1, size // processes)
+    chosen = {_LENGTH: length, _BATCH: size}
+    return {**bodies, "data": {**data, **{key: chosen[key] for key in chosen if key in data}}}
+
+
+def _default_length(model: Mapping[str, Any]) -> int:
+    if model.get("model_type") != "hf":
+        return _SMALL_LENGTH
+    lineage = positions = None
+    # A damaged checkpoint is reported elsewhere; that of the hub is not known yet
+    with suppress(TritterError):
+        folder = named_path(str(model.get("path")), key="model.path")
+        if Path(folder).is_dir():
+            positions = read_model_file(folder).position_limit
+            lineage = read_lineage(folder)
+    return window_length(lineage, positions)
+
+
+def _with_samples(bodies: _Bodies, classes: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return the bodies with `num_sequences` of forgetting methods.
+
+    It is the default of the method. But a method reads no more in all than the sequences of
+    training, or the share that it replays. The fewest are 8, or 2,048 tokens if these are fewer
+    sequences, but at least 2. Generated text that only other methods read has a tenth of the
+    sequences that training reads, and at least 8 if it reads so many.
+    """
+    data, trainer = bodies.get("data", {}), bodies.get("trainer", {})
+    factors = (
+        bodies.get("training", {}).get(STEPS),
+        data.get(_BATCH),
+        trainer.get("accumulate_grad_batches", 1),
+    )
+    length = positive_count(data.get(_LENGTH)) or _SMALL_LENGTH
+    fewest = min(_FEWEST, max(2, _FEWEST_TOKENS // length))
+    num_read = math.prod(filter(None, map(positive_count, factors)))
+    steps = positive_count(factors[0]) or 1
+    methods = dict(bodies.get("forgetting", {}))
+    for name, body in methods.items():
+        kind = classes.get(f"forgetting.{name}")
+        if kind is None or not isinstance(body, Mapping) or body.get(_SAMPLES, 0) is not None:
+            continue
+        most, share = getattr(kind.Options(), _SAMPLES), body.get("fraction", 1)
+        if not isinstance(share, int | float) or not 0 <= share <= 1:
+            share = 1  # reported elsewhere
+        asked = {**body, _SAMPLES: most}
+        asked.pop(TARGET, None)
+        options = read_options(kind.Options, asked, prefix="", problems=[])  # reported elsewhere
+        times = 1
+        if options is not None:
+            times = bool(kind.needs(options).prepares) + kind.refreshes(options, steps)
+        least = fewest if share else max(fewest, min(_FEWEST, num_read))
+        at_once = -(-num_read // max(1, times))
+        count = min(most, max(least, math.ceil(at_once * (share or _UNMIXED_SHARE))))
+        methods[name] = {**body, _SAMPLES: count}
+    return {**bodies, "forgetting": methods} if "forgetting" in bodies else dict(bodies)
+
+
 def known_keys() -> tuple[str, ...]:
     """Return every dotted key of a config, including the options of all methods, sorted."""
     keys = [*field_keys(RootValues, ""), "optimizer.name"]
@@ -139,13 +225,14 @@ class _InvalidSection(Exception):
     """A rule reads a section that could not be read."""
 
 
-class _ValidSections:
+class _ValidSections(RunConfig):
     """The valid sections of a config; rules that read any other section get `_InvalidSection`."""
 
     def __init__(self, values: Mapping[str, Any], unread: set[str]) -> None:
-        self._values, self._unread = values, unread
+        object.__setattr__(self, "_values", values)  # the record is frozen
+        object.__setattr__(self, "_unread", unread)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Any:  # of every field, because none is set
         if name not in self._values or name in self._unread:
             raise _InvalidSection(name)
         return self._values[name]
@@ -175,13 +262,13 @@ def validate(
     """
     reader = Reader(known_keys)
     has_no_period = (raw.get("evaluation") or {}).get("every_n_steps", 0) is None
-    bodies = with_batches(_with_frozen_rows(_group_bodies(reader, raw)))
+    bodies = _with_batches(_with_frozen_rows(_group_bodies(reader, raw)))
     bodies = with_steps(bodies, reader.problems)
     has_no_rate = bodies.get("training", {}).get("learning_rate", 0) is None
     if has_no_rate:
         bodies["training"] = {**bodies["training"], "learning_rate": PRESET_RATE}
     classes = find_classes(reader, bodies)
-    bodies = with_samples(bodies, classes)
+    bodies = _with_samples(bodies, classes)
     num_class_problems = len(reader.problems)
     values = _read_sections(reader, raw, bodies, classes)
     if has_no_rate and {"model", "training"} <= values.keys():
@@ -194,13 +281,13 @@ def validate(
         where = problem.origin or (origin and origin(problem.key))
         found_by = 1 if number < num_class_problems else 2
         problems.append(replace(problem, origin=where, found_by=found_by))
-    sound = cast(RunConfig, _ValidSections(values, unread))
+    sound = _ValidSections(values, unread)
 
     def read_text(config: RunConfig) -> Iterable[Problem]:
         values["text"] = run_text(_start_checkpoint(config.model), config.data, seed=config.seed)
         if has_no_period:
-            period = validation_period(config)
-            values["evaluation"] = replace(config.evaluation, every_n_steps=period)
+            every = config.validation_period
+            values["evaluation"] = replace(config.evaluation, every_n_steps=every)
         return ()
 
     chosen = (*values.get("forgetting", ()), values.get("growth"), values.get("experts"))
@@ -250,20 +337,6 @@ def _read_sections(
     return read if root is None else {**asdict(root), **read}
 
 
-def base_model(config: RunConfig) -> Model:
-    """Return the base model that a run pretrains."""
-    model = config.model
-    assert isinstance(model, ModelConfig), "a checkpoint has its own config.json"
-    return Model(model.config(vocab_size=config.data.vocab_size))
-
-
-def known_model(config: RunConfig) -> Model | None:
-    """Return the initial model of a run; None for a checkpoint on the Hub."""
-    if isinstance(config.model, CheckpointModelConfig):
-        return checkpoint_model(config.model.path, with_experts=True)
-    return base_model(config)
-
-
 def start_problems(
     config: RunConfig, source: Model, *, folder: Path | None = None
 ) -> Sequence[Problem]:
@@ -298,7 +371,7 @@ def start_problems(
         *expert_problems(config, source),
         *method_start_problems(config, source),
         *trainer_start_problems(config, source),
-        *chain(*(m.kind.start_problems(m.options, config, start) for _, m in methods_of(config))),
+        *chain(*(m.kind.start_problems(m.options, config, start) for _, m in config.methods())),
     ]
 
 
@@ -309,7 +382,7 @@ def cache_folder(value: str | None) -> Path:
 
 
 def _begin_problems(config: RunConfig) -> Iterator[Problem]:
-    if (source := known_model(config)) is not None:
+    if (source := config.known_model()) is not None:
         check_size(source)
         model = config.model
         path = Path(model.path) if isinstance(model, CheckpointModelConfig) else None
@@ -345,7 +418,7 @@ def _method_problems(config: RunConfig) -> Iterator[Problem]:
     if config.experts is not None and weighty:
         reason = "they protect weights of the base, which is frozen; with experts, choose "
         yield Problem("forgetting", weighty, reason=f"{reason}{allowed} or self_replay")
-    loading = [each for each in methods_of(config) if each[1].kind.load is not Method.load]
+    loading = [each for each in config.methods() if each[1].kind.load is not Method.load]
     if len(loading) > 1:
         group, last = loading[-1]
         reason = "only one method of a run can load the model; leave one out"

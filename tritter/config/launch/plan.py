@@ -39,7 +39,6 @@ from tritter.config.run_folder import (
     check_run_folder,
 )
 from tritter.config.schema import RunConfig
-from tritter.config.validation import known_model
 from tritter.data.sources import check_contents
 from tritter.errors import (
     Problem,
@@ -352,7 +351,7 @@ def _check_resources(plan: Plan) -> None:
     jobs = plan.jobs or plan.examples
     todo = {n: job for n, job in enumerate(jobs) if job.state is not RunState.FINISHED}
     # The shape of a Hub model is known later
-    known = {n: model for n, job in todo.items() if (model := known_model(job.config)) is not None}
+    known = {n: model for n, job in todo.items() if (model := job.config.known_model()) is not None}
     found: dict[int, list[Problem]] = {n: [] for n in todo}
     for n, model in known.items():
         config = todo[n].config
