@@ -24,12 +24,12 @@ from tests.oracle import relative_difference, saved, stock, tiny_llama, tokens
 from tests.oracle.children import child
 from tests.report.conftest import SUMMARY
 from tritter.cli import main
+from tritter.config.components import known_keys
 from tritter.config.launch.command_line import CommandLine
 from tritter.config.launch.composition import Composer
 from tritter.config.launch.help import help_text
 from tritter.config.launch.plan import _RUNS
 from tritter.config.run_folder import RunRecord
-from tritter.config.validation import known_keys
 from tritter.core.expansions import Width
 from tritter.core.models import new_model, save_tokenizer
 from tritter.data.documents import Document as TextDocument

@@ -9,13 +9,12 @@ import pytest
 from omegaconf import OmegaConf
 
 from tritter.conf_folder import config_folder
-from tritter.config.components import BASES, CHOSEN_GROUPS, METHOD_GROUPS
+from tritter.config.components import BASES, CHOSEN_GROUPS, METHOD_GROUPS, known_keys
 from tritter.config.folders import LADDERS
 from tritter.config.launch.composition import Composer
 from tritter.config.launch.help import description, help_text
 from tritter.config.launch.plan import _RUNS
 from tritter.config.schema import SECTIONS
-from tritter.config.validation import known_keys
 from tritter.core.expansions import EXPANSIONS
 from tritter.methods.forgetting.replay import Replay, ReplayOptions
 from tritter.methods.moe_routing.options import AdaptationOptions, RoutingOptions

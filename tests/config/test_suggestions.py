@@ -10,8 +10,8 @@ from tests.config.test_text_and_checkpoints import write_checkpoint
 from tritter.cli.main import _COMMANDS, _SYNONYMS
 from tritter.cli.main import main as cli_main
 from tritter.conf_folder import config_folder
+from tritter.config.components import known_keys
 from tritter.config.suggestions import _HINTS, Hint
-from tritter.config.validation import known_keys
 
 # words of train.py → what the message has to contain
 HABITS = {

@@ -188,7 +188,7 @@ def _method_names(values: Sequence[str]) -> tuple[str, ...]:
 
 def specs_of(words: Sequence[str], typed: Mapping[str, Any]) -> tuple[ExpansionSpec, ...]:
     """Return the expansions named by `--method`, in order, with option → typed value."""
-    from tritter.config.components import Reader, method_class, read_methods
+    from tritter.config.components import Reader, method_class
     from tritter.options import parse_word
 
     problems, methods = [], _method_names(words)
@@ -217,7 +217,7 @@ def specs_of(words: Sequence[str], typed: Mapping[str, Any]) -> tuple[ExpansionS
         record = method_class("expansion", name, {name: body})
         values = {key: parse_word(record, key, word) for key, word in fields[name].items()}
         bodies, classes = {name: {**body, **values}}, {f"expansion.{name}": record}
-        specs += [one.options for one in read_methods(reader, bodies, classes, group="expansion")]
+        specs += [one.options for one in reader.read_methods(bodies, classes, group="expansion")]
     raise_problems(reader.problems)
     return tuple(specs)
 

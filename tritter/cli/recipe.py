@@ -16,7 +16,7 @@ from pydantic import Field
 
 from tritter.checkpoints.history import read_chain
 from tritter.checkpoints.record import ExpansionRecord
-from tritter.config.components import Reader, method_class, method_keys, method_names, read_methods
+from tritter.config.components import Reader, method_class, method_keys, method_names
 from tritter.config.folders import body_of, option_files
 from tritter.core.expansions import ExpansionSpec
 from tritter.errors import (
@@ -217,7 +217,7 @@ def _step(item: object, problems: list[Problem], methods: _Methods) -> Expansion
         reader = Reader(methods.keys)
         classes = {} if kind is None else {f"expansion.{name}": kind}
         given = {str(key): value for key, value in stated.items()}
-        read = read_methods(reader, {name: {**body, **given}}, classes, group="expansion")
+        read = reader.read_methods({name: {**body, **given}}, classes, group="expansion")
         problems += (*unfit, *reader.problems)
         return read[0].options if read else None
     return None

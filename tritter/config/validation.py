@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any
 
 from tritter.checkpoints import read_lineage
 from tritter.checkpoints.location import require_plain, state_kinds_of
@@ -20,13 +20,11 @@ from tritter.config.components import (
     BASES,
     CHOSEN_GROUPS,
     METHOD_GROUPS,
-    READERS,
     Origin,
     Reader,
-    data_keys,
-    find_classes,
-    method_keys,
-    weightless_methods,
+    known_keys,
+    method_class,
+    method_names,
 )
 from tritter.config.fallbacks import ladder_problems
 from tritter.config.folders import body_of, option_files
@@ -36,7 +34,6 @@ from tritter.config.schema import (
     ModelConfig,
     RootValues,
     RunConfig,
-    WandbConfig,
 )
 from tritter.core.expansions import target_model, vocab_place
 from tritter.core.families import Model, check_size
@@ -48,7 +45,7 @@ from tritter.data.options import NamedTextConfig
 from tritter.errors import Problem, RequestError, TritterError, raise_problems
 from tritter.evaluation.options import RULES as EVALUATION_RULES
 from tritter.methods.moe_routing.options import appends_experts, expert_problems
-from tritter.options import Start, field_keys, leaves, read_options
+from tritter.options import Start, leaves, read_options
 from tritter.planning.strategy import pipeline_problems, planned_rounds
 from tritter.storage.reading import named_path
 from tritter.targets import TARGET
@@ -58,7 +55,6 @@ from tritter.training.forgetting_method import (
     replayed_share,
 )
 from tritter.training.method import Method
-from tritter.training.optimizer import OptimizerValues
 from tritter.training.options import (
     PRESET_RATE,
     STEPS,
@@ -205,17 +201,6 @@ def _with_samples(bodies: _Bodies, classes: Mapping[str, Any]) -> dict[str, Mapp
     return {**bodies, "forgetting": methods} if "forgetting" in bodies else dict(bodies)
 
 
-def known_keys() -> tuple[str, ...]:
-    """Return every dotted key of a config, including the options of all methods, sorted."""
-    keys = [*field_keys(RootValues, ""), "optimizer.name"]
-    for name, section in SECTIONS.items():
-        records = get_args(section) or (section,)
-        keys += dict.fromkeys(key for record in records for key in field_keys(record, name))
-    keys += {f"data.{key}" for own in data_keys().values() for key in own} - {*keys}
-    keys += [*field_keys(OptimizerValues, "optimizer"), *field_keys(WandbConfig, "logger.wandb")]
-    return tuple(sorted([*keys, *method_keys()]))
-
-
 def _start_checkpoint(model: ModelConfig | CheckpointModelConfig) -> str | None:
     """Return the folder or Hub id of the initial checkpoint; None for a new base model."""
     return model.path if isinstance(model, CheckpointModelConfig) else None
@@ -267,7 +252,7 @@ def validate(
     has_no_rate = bodies.get("training", {}).get("learning_rate", 0) is None
     if has_no_rate:
         bodies["training"] = {**bodies["training"], "learning_rate": PRESET_RATE}
-    classes = find_classes(reader, bodies)
+    classes = reader.find_classes(bodies)
     bodies = _with_samples(bodies, classes)
     num_class_problems = len(reader.problems)
     values = _read_sections(reader, raw, bodies, classes)
@@ -321,10 +306,7 @@ def _read_sections(
     """Return the values of a RunConfig without `text`; problems are recorded by the reader."""
     values: dict[str, Any] = {}
     for name, body in bodies.items():
-        if name in READERS:
-            values[name] = READERS[name](reader, body, classes)
-        else:
-            values[name] = reader.read(cast(type, SECTIONS[name]), body, prefix=name)
+        values[name] = reader.read_section(name, body, classes)
     values["expansion"] = tuple(selected.options for selected in values.get("expansion", ()))
     root_values = {name: value for name, value in raw.items() if name not in _GROUPS}
     root: RootValues | None = reader.read(RootValues, root_values, prefix="")
@@ -409,7 +391,7 @@ def _method_problems(config: RunConfig) -> Iterator[Problem]:
             reason = f"several of them {verb} {', '.join(twice)}; leave one out"
             yield Problem("forgetting", [one.name for one in config.forgetting], reason=reason)
     weighty = [one.name for one in config.forgetting if one.kind.uses_weights]
-    allowed = ", ".join(["none", *weightless_methods()])
+    allowed = ", ".join(["none", *_weightless_methods()])
     if config.trainer.strategy == "fsdp" and weighty:
         reason = "they read whole weights or gradients, but each process has a shard; "
         reason += f"use trainer=ddp, otherwise choose one of {allowed}"
@@ -427,6 +409,16 @@ def _method_problems(config: RunConfig) -> Iterator[Problem]:
         mixing = [one for one in config.forgetting if one.kind.needs(one.options).mixes]
         keys = [f"forgetting.{one.name}.fraction" for one in mixing]
         yield Problem(" + ".join(keys), float(share), reason="the sum must be below 1")
+
+
+def _weightless_methods() -> list[str]:
+    """Return the forgetting methods that use no weights; for messages."""
+    found = []
+    for name in method_names("forgetting"):
+        with suppress(RequestError):  # reported when it is selected
+            body = body_of(option_files()["forgetting"][name])
+            found += [] if method_class("forgetting", name, body).uses_weights else [name]
+    return found
 
 
 def _data_problems(config: RunConfig) -> Iterator[Problem]:
