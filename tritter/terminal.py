@@ -134,6 +134,41 @@ class Console(RichConsole):
         segments = map(self._harmless, super().render(renderable, options))
         return segments if self.is_terminal else _without_trailing_blanks(segments)
 
+    def shows_bar(self, mode: str) -> bool:
+        """Return True if `trainer.progress` enables bars: `on`, or `auto` on a terminal."""
+        return mode == "on" or (mode == "auto" and self.is_terminal)
+
+    @contextmanager
+    def progress_bars(self, mode: str) -> Iterator[NewBar]:
+        """Yield a function that makes a progress bar from a label.
+
+        A bar shows the count and the remaining time. It appears below the other bars, and all
+        disappear at the end. Without a terminal, `auto` prints a line for what takes long.
+
+        Args:
+            mode: of `trainer.progress`: `on`, `off` or `auto`.
+        """
+        if not self.shows_bar(mode):
+            with _Lines(self) if mode == "auto" else nullcontext(no_bar) as new_line:
+                yield new_line
+            return
+        from rich import progress  # slow to import, and needed on a terminal only
+
+        columns = (
+            progress.TextColumn("{task.description}", markup=False),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TimeRemainingColumn(),
+        )
+        with progress.Progress(*columns, console=self, transient=True) as shown:
+
+            def new_bar(label: str) -> ShowProgress:
+                bar = shown.add_task(label, total=None)
+                return lambda done, total: shown.update(bar, completed=done, total=total)
+
+            yield new_bar
+
     def _harmless(self, segment: Segment) -> Segment:
         # Control codes are Rich's own: text never becomes one
         if segment.control or (segment.text.isascii() and segment.text.isprintable()):
@@ -159,48 +194,10 @@ def _without_trailing_blanks(segments: Iterable[Segment]) -> Iterator[Segment]:
     yield from blanks
 
 
-def shows_bar(mode: str, console: Console) -> bool:
-    """Return True if `trainer.progress` enables bars: `on`, or `auto` on a terminal."""
-    return mode == "on" or (mode == "auto" and console.is_terminal)
-
-
 def status(text: str) -> AbstractContextManager[object]:
     """Return a context that shows a line on standard error while it lasts, on a terminal only."""
     console = Console(stderr=True)
     return console.status(text) if console.is_terminal else nullcontext()
-
-
-@contextmanager
-def progress_bars(console: Console, *, mode: str) -> Iterator[NewBar]:
-    """Yield a function that makes a progress bar from a label.
-
-    A bar shows the count and the remaining time. It appears below the other bars, and all
-    disappear at the end. Without a terminal, `auto` prints a line for what takes long.
-
-    Args:
-        console: where to print.
-        mode: of `trainer.progress`: `on`, `off` or `auto`.
-    """
-    if not shows_bar(mode, console):
-        with _Lines(console) if mode == "auto" else nullcontext(no_bar) as new_line:
-            yield new_line
-        return
-    from rich import progress  # slow to import, and needed on a terminal only
-
-    columns = (
-        progress.TextColumn("{task.description}", markup=False),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=console, transient=True) as shown:
-
-        def new_bar(label: str) -> ShowProgress:
-            bar = shown.add_task(label, total=None)
-            return lambda done, total: shown.update(bar, completed=done, total=total)
-
-        yield new_bar
 
 
 @contextmanager

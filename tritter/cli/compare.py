@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.text import Text
 
 from tritter.cli.options import RUNS_ARGUMENT, AsJson, ReportOverwrite, Runs, option, parse_path
-from tritter.cli.output import display_path, new_console, print_json, print_table
+from tritter.cli.output import CommandConsole, display_path, print_json
 from tritter.cli.report import FoundRuns, metric_rows
 from tritter.errors import Problem, RequestError, TritterError
 from tritter.storage.reading import LINEAGE_NAME, SUMMARY_FILE, read_object
@@ -148,7 +148,7 @@ def _print(comparison: Comparison, notes: Sequence[str], output: Path | None) ->
     from tritter.report.compared import letter
     from tritter.report.table import label
 
-    console = new_console()
+    console = CommandConsole()
     for number, each in enumerate(comparison.runs):
         console.print(Text(f"{letter(number)}  {console.printable(each.name)}"), soft_wrap=True)
     console.print()
@@ -163,7 +163,7 @@ def _print(comparison: Comparison, notes: Sequence[str], output: Path | None) ->
         names = enumerate(table.header)
         wrapped = [name for n, name in names if n not in table.numbers and name not in _WHOLE]
         console.print(Text(console.printable(title), style="bold"))
-        print_table(console, replace(table, rows=tuple(rows), caption=""), wrapped=wrapped)
+        console.print_table(replace(table, rows=tuple(rows), caption=""), wrapped=wrapped)
         if table.caption:
             console.print(Text(console.printable(table.caption), style="dim"))
         console.print()

@@ -18,10 +18,9 @@ from tritter.cli.options import (
     parse_path,
 )
 from tritter.cli.output import (
+    CommandConsole,
     display_path,
-    new_console,
     print_json,
-    print_table,
     progress_bars,
     refuse_damage,
 )
@@ -360,7 +359,7 @@ def _print(
     notes: Sequence[str],
     output: Path | None,
 ) -> None:
-    console = new_console()
+    console = CommandConsole()
     say = partial(console.print, soft_wrap=True)
     for note in notes:
         say(note)
@@ -371,7 +370,7 @@ def _print(
         rows.append((name, *(number_text(size, ".3f") for size in sizes), str(record["n"])))
     if rows:
         header: tuple[str, ...] = ("loss", "nats per token", "±", "per byte", "documents")
-        print_table(console, Table(header, tuple(rows), numbers=(1, 2, 3, 4)))
+        console.print_table(Table(header, tuple(rows), numbers=(1, 2, 3, 4)))
     if losses and scores:
         say()
     rows = []
@@ -385,7 +384,7 @@ def _print(
     if rows:
         header = ("benchmark", "metric", "shots", "score", "±", "questions")
         header += ("uniform", "constant", "empty")
-        print_table(console, Table(header, tuple(rows), numbers=tuple(range(2, 9))))
+        console.print_table(Table(header, tuple(rows), numbers=tuple(range(2, 9))))
     limited = [f"{each.name}: {note}" for each in scores for note in each.notes]
     for line in ["", *limited] if limited else ():
         say(line)

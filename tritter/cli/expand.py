@@ -32,13 +32,10 @@ from tritter.cli.options import (
 from tritter.cli.output import (
     EXIT_NO,
     SHAPES,
+    CommandConsole,
     display_path,
-    new_console,
     note_if_written,
-    print_command,
     print_json,
-    print_lines,
-    print_table,
     progress_bars,
     refuse_damage,
     shapes_of,
@@ -473,7 +470,7 @@ class _Result:
         """Print a readable summary."""
         from tritter.checkpoints.record import layers_text
 
-        console, settings, destination = new_console(), self.job.settings, self.job.destination
+        console, settings, destination = CommandConsole(), self.job.settings, self.job.destination
         _print_shapes(console, self.plan)
         lines: list[tuple[str, str]] = []
         for step in self.plan.steps:
@@ -500,16 +497,16 @@ class _Result:
         if self.room is not None:
             lines += _disk_lines(self.room, destination)
         console.print()
-        print_lines(console, lines)
+        console.print_lines(lines)
         console.print()
         quoted = shlex.quote(display_path(destination))
         if self.lineage is not None:
-            print_command(console, "written", display_path(destination))
-            print_command(console, "next   ", f"tritter inspect {quoted}")
+            console.print_command("written", display_path(destination))
+            console.print_command("next   ", f"tritter inspect {quoted}")
         else:
-            print_command(console, "dry run", f"nothing was written; the output is {quoted}")
+            console.print_command("dry run", f"nothing was written; the output is {quoted}")
         for obstacle in self.obstacles:
-            print_command(console, "refused", obstacle)
+            console.print_command("refused", obstacle)
         if self.training is not None:
             _print_domain(console, self.training)
 
@@ -581,7 +578,7 @@ def _expand_and_train(job: _Job, text: DomainRun, *, overwrite: bool, is_quiet: 
         job.destination,
         job.specs,
         task,
-        console=Console(quiet=True) if is_quiet else new_console(),
+        console=Console(quiet=True) if is_quiet else CommandConsole(),
         overwrite=overwrite,
     )
     error = made.lineage.expansion_history[-1].step0_error
@@ -604,7 +601,7 @@ def _disk_lines(room: DiskNeeds, destination: Path) -> list[tuple[str, str]]:
     return [("disk", disk), ("memory", memory)]
 
 
-def _print_domain(console: Console, made: DomainExpansion) -> None:
+def _print_domain(console: CommandConsole, made: DomainExpansion) -> None:
     """Print the loss of each domain and the routing of its tokens."""
     from tritter.report.tables import moe_table
 
@@ -614,12 +611,12 @@ def _print_domain(console: Console, made: DomainExpansion) -> None:
         for domain in before
     )
     console.print()
-    print_table(console, Table(("loss", "before", "after"), rows, numbers=(1, 2)))
+    console.print_table(Table(("loss", "before", "after"), rows, numbers=(1, 2)))
     console.print()
     console.print(moe_table(made.experts).to_rich(console))
 
 
-def _print_shapes(console: Console, plan: PlannedExpansion) -> None:
+def _print_shapes(console: CommandConsole, plan: PlannedExpansion) -> None:
     before = shapes_of(plan.source)
     after = shapes_of(plan.target)
     rows, styles = list[tuple[str, ...]](), list[str]()
@@ -632,7 +629,7 @@ def _print_shapes(console: Console, plan: PlannedExpansion) -> None:
     rows.append(("parameters", *map(count_text, sizes), ratio_text(sizes[1] / sizes[0])))
     header, rules = ("", "before", "after", ""), (len(rows) - 1,)
     table = Table(header, tuple(rows), numbers=(1, 2), rules=rules, styles=(*styles, "bold"))
-    print_table(console, table)
+    console.print_table(table)
 
 
 def _exactness(result: _Result) -> str:

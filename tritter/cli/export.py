@@ -24,12 +24,10 @@ from tritter.cli.options import (
     with_dashes,
 )
 from tritter.cli.output import (
+    CommandConsole,
     display_path,
-    new_console,
     note_if_written,
-    print_command,
     print_json,
-    print_lines,
     progress_bars,
     refuse_damage,
     short,
@@ -330,7 +328,7 @@ def _as_json(origin: _Origin, exported: Exported) -> dict[str, Any]:
 
 
 def _print(origin: _Origin, exported: Exported) -> None:
-    console = new_console()
+    console = CommandConsole()
     model = exported.model
     parameters = count_text(model.num_parameters)
     files = "1 file" if exported.num_files == 1 else f"{exported.num_files} files"
@@ -343,8 +341,8 @@ def _print(origin: _Origin, exported: Exported) -> None:
     if origin.merged is not None:
         lines += origin.merged.lines()
     lines += [("from", short(exported.origin_hash)), ("hash", short(exported.model_hash))]
-    print_lines(console, lines)
+    console.print_lines(lines)
     console.print()
-    print_command(console, "written", display_path(exported.folder))
+    console.print_command("written", display_path(exported.folder))
     quoted = shlex.quote(display_path(exported.folder))
-    print_command(console, "next   ", f"tritter inspect {quoted}")
+    console.print_command("next   ", f"tritter inspect {quoted}")

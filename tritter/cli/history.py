@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.text import Text
 
 from tritter.cli.options import AsJson, Folder, flag, with_dashes
-from tritter.cli.output import EXIT_NO, display_path, new_console, print_json, print_table, short
+from tritter.cli.output import EXIT_NO, CommandConsole, display_path, print_json, short
 from tritter.errors import RequestError
 from tritter.report.table import Table, count_text, number_text
 from tritter.storage.hub import locate
@@ -145,7 +145,7 @@ def _row_json(row: _Checked, newest: Link) -> dict[str, Any]:
 
 
 def _print(rows: Sequence[_Checked], *, is_verified: bool) -> None:
-    console = new_console()
+    console = CommandConsole()
     header = ["checkpoint", "made by", "size", "steps after", "hash", "when"]
     cells = []
     for row in rows:
@@ -165,7 +165,7 @@ def _print(rows: Sequence[_Checked], *, is_verified: bool) -> None:
         )
     table = Table((*header, *["check"] * is_verified), tuple(cells), numbers=(2, 3))
     wrapped = ("checkpoint", "made by", "steps after")
-    print_table(console, table, wrapped=wrapped, breaks_words=False)
+    console.print_table(table, wrapped=wrapped, breaks_words=False)
     console.print()
     # Parents come first. Rich's own tree truncates long lines, but folder names must be complete
     # for copying

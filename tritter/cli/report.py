@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from tritter.cli.options import RUNS_ARGUMENT, AsJson, ReportOverwrite, Runs, option, parse_path
-from tritter.cli.output import new_console, print_json, short
+from tritter.cli.output import CommandConsole, print_json, short
 from tritter.errors import Problem, RequestError, TritterError, raise_problems
 from tritter.storage.atomic import atomic_folder, refuse_existing
 from tritter.storage.reading import RUN_FILE, SUMMARY_FILE, read_object, read_text
@@ -78,7 +78,7 @@ def report(
         print_json({"output": str(target), "runs": names, "left_out": unfinished})
         return 0
     number = "one run" if len(runs) == 1 else f"{len(runs)} runs"
-    console = new_console()
+    console = CommandConsole()
     for line in (*found.notes, f"{number}: {target}"):
         console.print(line, soft_wrap=True)
     return 0
