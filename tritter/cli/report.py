@@ -220,7 +220,6 @@ def metric_rows(path: Path) -> list[dict[str, Any]]:
 def _history(checkpoint: Path) -> tuple[str, ...]:
     """Return the chain of a checkpoint, one line per link; empty if it was deleted."""
     from tritter.checkpoints.history import read_chain
-    from tritter.cli.history import describe_origin, steps_after
 
     try:
         chain = read_chain(checkpoint)
@@ -228,7 +227,7 @@ def _history(checkpoint: Path) -> tuple[str, ...]:
         return ()
     lines = []
     for link in chain:
-        steps = steps_after(link, chain[-1])
+        steps = link.steps_after(chain[-1])
         trained = "" if steps is None else f", then {steps} steps"
-        lines.append(f"{short(link.model_hash)}: {describe_origin(link)}{trained}")
+        lines.append(f"{short(link.model_hash)}: {link.origin()}{trained}")
     return tuple(lines)
