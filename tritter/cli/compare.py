@@ -50,13 +50,9 @@ def compare(
 
     file = None
     if output is not None:
-        from tritter.cli.report_file import FORMATS, ReportFile
+        from tritter.cli.report_file import ReportFile
 
-        format = FORMATS.get(output.suffix)
-        if format is None:
-            reason = f"the ending selects the format; must be one of {', '.join(FORMATS)}"
-            raise RequestError(Problem("--output", str(output), reason=reason))
-        file = ReportFile(output, format, overwrite=overwrite)
+        file = ReportFile.with_ending(output, overwrite=overwrite)
     run_folders = []
     for folder in folders:
         if (folder / LINEAGE_NAME).is_file() and not (folder / SUMMARY_FILE).exists():

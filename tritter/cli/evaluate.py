@@ -12,7 +12,6 @@ from tritter.cli.options import (
     AsJson,
     Checkpoint,
     ReportOverwrite,
-    completer,
     flag,
     option,
     parse_path,
@@ -119,7 +118,7 @@ _Tasks = Annotated[
         "--tasks",
         "NAME,..",
         "Benchmarks, or groups: base_capabilities, code, math, reasoning.",
-        completes=completer(_names),
+        completes=_names,
     ),
 ]
 

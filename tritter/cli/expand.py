@@ -21,7 +21,6 @@ from tritter.cli.options import (
     Overwrite,
     Seed,
     choice,
-    completer,
     flag,
     is_typed,
     option,
@@ -99,7 +98,7 @@ _Method = Annotated[
         "METHOD,..",
         "dus, stack, interpolate, llama-pro, layers, width, moe, moe-add, vocab or context; "
         "several are separated by commas and applied in order.",
-        completes=completer(lambda: map(with_dashes, method_bodies())),
+        completes=lambda: map(with_dashes, method_bodies()),
     ),
 ]
 _RecipeFile = Annotated[
@@ -213,9 +212,9 @@ def expand(
     tritter expand base --method width --hidden-size 512
     """
     with loading("torch"):
-        from tritter.cli.recipe import read_recipe
+        from tritter.cli.recipe import Recipe
 
-    file = None if recipe is None else read_recipe(recipe)
+    file = None if recipe is None else Recipe.read(recipe)
     settings = _settings(context, file)
     with use_names(_names(file)):
         if file is not None:

@@ -74,7 +74,7 @@ def option(
     least: float | None = None,
     most: float | None = None,
     shows_default: bool = True,
-    completes: Callable[[str], list[str]] | None = None,
+    completes: Callable[[], Iterable[str]] | None = None,
 ) -> Any:
     """Declare an option for Typer.
 
@@ -87,7 +87,7 @@ def option(
         least: smallest allowed value.
         most: largest allowed value.
         shows_default: show the default in the help.
-        completes: returns completions of an incomplete value.
+        completes: returns the names that complete the last one in a comma-separated list.
     """
     return typer.Option(
         *names.split(),
@@ -98,11 +98,11 @@ def option(
         min=least,
         max=most,
         show_default=shows_default,
-        autocompletion=completes,
+        autocompletion=None if completes is None else _completer(completes),
     )
 
 
-def completer(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+def _completer(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
     """Return a completion function for the last name in a comma-separated list."""
 
     def completes(incomplete: str) -> list[str]:

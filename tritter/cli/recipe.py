@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field
@@ -71,6 +71,18 @@ class Recipe:
     settings: Settings
     path: Path
 
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a recipe."""
+        raw = _content(path)
+        if not isinstance(raw, Mapping) or not raw.get(_STEPS):
+            reason = (
+                f"{path}: a recipe needs {_STEPS}, a list such as [width: {{hidden_size: 96}}, dus]"
+            )
+            raise RequestError(f"{reason}.")
+        with use_names(Names(lambda key: key.removeprefix(_GROUP))):
+            return cls(*_read(path, raw), path)
+
     def stated_settings(self) -> dict[str, Any]:
         """Return the settings in the file, without the steps."""
         values = {field.name: getattr(self.settings, field.name) for field in fields(Settings)}
@@ -100,18 +112,6 @@ class Recipe:
         return Names(name, origin)
 
 
-def read_recipe(path: Path) -> Recipe:
-    """Read a recipe."""
-    raw = _content(path)
-    if not isinstance(raw, Mapping) or not raw.get(_STEPS):
-        reason = (
-            f"{path}: a recipe needs {_STEPS}, a list such as [width: {{hidden_size: 96}}, dus]"
-        )
-        raise RequestError(f"{reason}.")
-    with use_names(Names(lambda key: key.removeprefix(_GROUP))):
-        return _read(path, raw)
-
-
 def _content(path: Path) -> Any:
     """Return the content of a YAML file; OmegaConf refuses a repeated key, which YAML accepts."""
     from omegaconf import OmegaConf
@@ -131,7 +131,8 @@ def _origin(path: Path, step: int) -> str:
     return f"{path}, step {step + 1}"
 
 
-def _read(path: Path, raw: Mapping[Any, Any]) -> Recipe:
+def _read(path: Path, raw: Mapping[Any, Any]) -> tuple[tuple[ExpansionSpec, ...], Settings]:
+    """Return the steps and the other settings of a recipe."""
     problems: list[Problem] = []
     for name in raw:
         if name not in _KEYS:
@@ -156,7 +157,7 @@ def _read(path: Path, raw: Mapping[Any, Any]) -> Recipe:
         problems.append(Problem("seed", settings.seed, reason, origin=str(path)))
     raise_problems(problems)
     assert settings is not None
-    return Recipe(steps, settings, path)
+    return steps, settings
 
 
 def _steps(path: Path, raw: object, problems: list[Problem]) -> tuple[ExpansionSpec, ...]:
