@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -10,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tritter.cli.domain_data import SHARD_BYTES, DomainRun, check_domain, domain_text, token_sources
-from tritter.cli.methods import method_bodies, option_names, specs_of
+from tritter.cli.methods import ExpansionMethods
 from tritter.cli.options import (
     WRITING,
     AsJson,
@@ -98,7 +98,7 @@ _Method = Annotated[
         "METHOD,..",
         "dus, stack, interpolate, llama-pro, layers, width, moe, moe-add, vocab or context; "
         "several are separated by commas and applied in order.",
-        completes=lambda: map(with_dashes, method_bodies()),
+        completes=lambda: map(with_dashes, ExpansionMethods.in_use().bodies),
     ),
 ]
 _RecipeFile = Annotated[
@@ -135,6 +135,10 @@ _Measure = Annotated[
 ]
 _DryRun = Annotated[bool, flag("--dry-run", "Print the result without writing it.", panel=WRITING)]
 
+_SHARD_BYTES = 5 * 10**9  # default of --max-shard-size
+_DEFAULT_STEPS = 200
+_DEFAULT_LEARNING_RATE = 1e-4
+_DEFAULT_DOMAIN = "new"
 _DOMAIN = "Data of a new domain (moe-add, vocab)"
 
 _Domain = Annotated[
@@ -201,7 +205,7 @@ def expand(
     learning_rate: _LearningRate = None,
     seed: Seed = 0,
     dtype: DType = None,
-    max_shard_size: MaxShardSize = SHARD_BYTES,
+    max_shard_size: MaxShardSize = _SHARD_BYTES,
     measure: _Measure = None,
     dry_run: _DryRun = False,
     overwrite: Overwrite = False,
@@ -220,16 +224,16 @@ def expand(
         if file is not None:
             specs = file.steps
         elif method:
-            specs = specs_of(method, context.obj)
+            specs = ExpansionMethods.in_use().specs(method, context.obj)
         else:
             raise RequestError(_NO_METHOD)
         of_domain = (domain, domain_data, old_data, steps, learning_rate)
         is_vocab = any(spec.name == "vocab" for spec in specs)
         is_trained = not is_vocab and any(value is not None for value in of_domain)
         # Data before the checkpoint, which may be on the hub
-        for_tokens = token_sources(specs, *of_domain) if is_vocab else {}
-        text = domain_text(specs, *of_domain) if is_trained else None
-        check_domain(specs, settings, text, is_measured=measure)
+        for_tokens = _token_sources(specs, *of_domain) if is_vocab else {}
+        text = _domain_text(specs, *of_domain) if is_trained else None
+        _check_domain(specs, settings, text, is_measured=measure)
         job = _resolve_job(checkpoint, specs, settings, file)
         if for_tokens:
             job = _with_tokens(job, for_tokens)
@@ -261,7 +265,9 @@ def expand(
 
 def _names(file: Recipe | None, step: int | None = None) -> Names:
     """Return the names of keys in errors: options, or the keys and steps of a recipe."""
-    return Names.of({**option_names(), **_NAMES}) if file is None else file.names(step)
+    if file is not None:
+        return file.names(step)
+    return Names.of({**ExpansionMethods.in_use().option_names(), **_NAMES})
 
 
 def _settings(context: typer.Context, file: Recipe | None) -> Settings:
@@ -383,6 +389,109 @@ def _with_tokens(job: _Job, sources: TextSources) -> _Job:
         }
         specs[place] = learned(spec, job.source, training_texts(read, rule=rule, names=read))
     return replace(job, specs=tuple(specs))
+
+
+# Data for new experts and new tokens
+
+
+@dataclass(frozen=True, slots=True)
+class _DomainRun:
+    """New and old data (domain → absolute paths) and settings of the training run."""
+
+    new: TextSources
+    old: TextSources
+    steps: int
+    learning_rate: float
+
+
+def _domain_text(
+    specs: Sequence[ExpansionSpec],
+    domain: str | None,
+    data: Sequence[str] | None,
+    old_data: Sequence[str] | None,
+    steps: int | None,
+    learning_rate: float | None,
+) -> _DomainRun:
+    """Return the data that the options name."""
+    from tritter.data.options import read_sources
+
+    if not any(getattr(spec, "is_append", False) for spec in specs):
+        methods = ",".join(with_dashes(spec.name) for spec in specs)
+        raise RequestError(
+            "--domain, --domain-data, --old-data, --steps, --learning-rate: --method "
+            f"{methods} appends no experts to train; moe-add does, with --addition append."
+        )
+    if not data:
+        raise RequestError("--domain-data is missing: the training data of the new experts.")
+    name = domain or _DEFAULT_DOMAIN
+    problems: list[Problem] = []
+    new = read_sources("--domain-data", list(data), default_name=name, problems=problems)
+    old = read_sources(
+        "--old-data", list(old_data or ()) or None, default_name="old", problems=problems
+    )
+    raise_problems(problems)
+    if name in old:
+        raise RequestError(f"--domain = {name}: the old data already has this name.")
+    rate = _DEFAULT_LEARNING_RATE if learning_rate is None else learning_rate
+    return _DomainRun(new, old, steps or _DEFAULT_STEPS, rate)
+
+
+def _check_domain(
+    specs: Sequence[ExpansionSpec],
+    settings: Settings,
+    text: _DomainRun | None,
+    *,
+    is_measured: bool | None,
+) -> None:
+    """Check a request to train experts on a domain. Writes nothing."""
+    from tritter.data.records import DEFAULT_FIELD
+    from tritter.data.sources import TextRequest, check_contents
+
+    if text is None:
+        if any(getattr(spec, "teacher", None) for spec in specs):
+            raise RequestError(
+                "--expert-init = distill: new experts learn from a teacher and need training "
+                "data, --domain-data PATH."
+            )
+        return
+    unsupported = (
+        ("dtype", settings.dtype, None),
+        ("measure", is_measured, None),
+        ("max-shard-size", settings.max_shard_size, _SHARD_BYTES),
+    )
+    for name, value, default in unsupported:
+        if value not in (None, default):
+            raise RequestError(
+                f"--{name} = {value}: not allowed with --domain-data, which trains and writes the "
+                "model in float32; `tritter export` converts it."
+            )
+    check_contents(
+        TextRequest(key, tuple(paths), DEFAULT_FIELD)
+        for key, sources in (("--domain-data", text.new), ("--old-data", text.old))
+        for paths in sources.values()
+    )
+
+
+def _token_sources(
+    specs: Sequence[ExpansionSpec], domain: str | None, data: Sequence[str] | None, *others: Any
+) -> TextSources:
+    """Return domain → paths of the data for new tokens; empty if the tokens are given."""
+    from tritter.core.expansions import Vocab
+    from tritter.data.options import read_sources
+
+    spec = next(each for each in specs if isinstance(each, Vocab))
+    if domain or any(others):
+        raise RequestError("--domain, --old-data, --steps, --learning-rate: vocab trains nothing.")
+    if data and any(getattr(each, "is_append", False) for each in specs):
+        raise RequestError("--domain-data: for vocab or for moe-add; use two commands.")
+    if data and not spec.is_learned:
+        raise RequestError("--domain-data is not needed: the new tokens are given.")
+    if not data and spec.is_learned:
+        raise RequestError("--domain-data is missing; or set --tokens, or --tokenizer.")
+    problems: list[Problem] = []
+    sources = read_sources("--domain-data", data or None, default_name="new", problems=problems)
+    raise_problems(problems)
+    return sources
 
 
 # Results
@@ -551,7 +660,7 @@ def _expand(job: _Job, *, measures: bool, overwrite: bool, is_quiet: bool) -> _R
             job.destination,
             plan,
             dtype=job.dtype,
-            max_shard_bytes=settings.max_shard_size or SHARD_BYTES,
+            max_shard_bytes=settings.max_shard_size or _SHARD_BYTES,
             overwrite=overwrite,
             progress=new_bar("tensors"),
             before_publish=measure_result if measures else None,
@@ -560,7 +669,7 @@ def _expand(job: _Job, *, measures: bool, overwrite: bool, is_quiet: bool) -> _R
     return _Result(job=job, plan=plan, lineage=made.lineage, measured=next(iter(measured), None))
 
 
-def _expand_and_train(job: _Job, text: DomainRun, *, overwrite: bool, is_quiet: bool) -> _Result:
+def _expand_and_train(job: _Job, text: _DomainRun, *, overwrite: bool, is_quiet: bool) -> _Result:
     """Add the experts and train them. After an error no output remains."""
     from tritter.evaluation.measure import Measurement
     from tritter.pipeline.domain import DomainTask, expand_for_domain

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tritter.cli.methods import method_words
+from tritter.cli.methods import ExpansionMethods
 from tritter.cli.options import AsJson, flag, flops_rate, option, parameter_count, with_dashes
 from tritter.cli.output import (
     CommandConsole,
@@ -231,7 +231,13 @@ def _expand_commands(plan: GrowthPlan, text: str, source: NamedShape) -> Iterato
         spec = step.spec
         size = count_text(step.target_parameters).replace(" ", "")  # 4.42B, 213k
         output = f"{name}-{size}"
-        words = ["tritter", "expand", "--checkpoint", checkpoint, *method_words(spec)]
+        words = [
+            "tritter",
+            "expand",
+            "--checkpoint",
+            checkpoint,
+            *ExpansionMethods.in_use().words(spec),
+        ]
         yield shlex.join([*words, "--output", output])
         checkpoint = output
 
