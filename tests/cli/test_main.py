@@ -168,7 +168,7 @@ def test_a_method_judges_its_values_before_a_model_is_opened(
 def test_the_options_offered_are_those_that_the_methods_have() -> None:
     taken = {
         (m, field)
-        for takers in ExpansionMethods.in_use().options.values()
+        for takers in ExpansionMethods.current().options.values()
         for m, field in takers.items()
     }
     fields = {
@@ -189,7 +189,7 @@ def test_help_names_every_method_and_choice(run: Run, monkeypatch: pytest.Monkey
         assert with_dashes(method) in text
     for word in (*get_args(Init), *get_args(Shares), *get_args(Strategy)):
         assert word in text
-    for option in ExpansionMethods.in_use().options:
+    for option in ExpansionMethods.current().options:
         assert f"--{with_dashes(option)} " in text
 
 

@@ -23,7 +23,7 @@ from tritter.cli.output import (
     progress_bars,
     refuse_damage,
 )
-from tritter.errors import Names, RequestError, raise_problems, use_names
+from tritter.errors import Names, RequestError, raise_problems
 from tritter.limits import MAX_COUNT
 from tritter.loading import loading
 from tritter.report.table import Table, number_text
@@ -165,7 +165,7 @@ def evaluate(
         is_chat=chat_template, num_fewshot=num_fewshot,
     )  # fmt: skip
     questions = _questions(chosen, tasks_path, harness)
-    with refuse_damage(), use_names(Names.of({FIELD_KEY: "--text-field"})):
+    with refuse_damage(), Names.of({FIELD_KEY: "--text-field"}).in_use():
         folder = locate(checkpoint, key="--checkpoint")
         whole, lineage = read_model(folder), read_lineage(folder)
         tokenizer = read_tokenizer(folder, vocab_size=whole.sizes.vocab_size)

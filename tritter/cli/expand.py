@@ -47,7 +47,6 @@ from tritter.errors import (
     TritterError,
     raise_problems,
     show,
-    use_names,
 )
 from tritter.limits import MAX_COUNT
 from tritter.loading import loading
@@ -98,7 +97,7 @@ _Method = Annotated[
         "METHOD,..",
         "dus, stack, interpolate, llama-pro, layers, width, moe, moe-add, vocab or context; "
         "several are separated by commas and applied in order.",
-        completes=lambda: map(with_dashes, ExpansionMethods.in_use().bodies),
+        completes=lambda: map(with_dashes, ExpansionMethods.current().bodies),
     ),
 ]
 _RecipeFile = Annotated[
@@ -220,11 +219,11 @@ def expand(
 
     file = None if recipe is None else Recipe.read(recipe)
     settings = _settings(context, file)
-    with use_names(_names(file)):
+    with _names(file).in_use():
         if file is not None:
             specs = file.steps
         elif method:
-            specs = ExpansionMethods.in_use().specs(method, context.obj)
+            specs = ExpansionMethods.current().specs(method, context.obj)
         else:
             raise RequestError(_NO_METHOD)
         of_domain = (domain, domain_data, old_data, steps, learning_rate)
@@ -267,7 +266,7 @@ def _names(file: Recipe | None, step: int | None = None) -> Names:
     """Return the names of keys in errors: options, or the keys and steps of a recipe."""
     if file is not None:
         return file.names(step)
-    return Names.of({**ExpansionMethods.in_use().option_names(), **_NAMES})
+    return Names.of({**ExpansionMethods.current().option_names(), **_NAMES})
 
 
 def _settings(context: typer.Context, file: Recipe | None) -> Settings:
@@ -353,7 +352,7 @@ def _resolve_job(
         specs = reach_parameters(source.model, specs, settings.target_params)
     target = source.model
     for number, spec in enumerate(specs):
-        with use_names(_names(recipe, number)):
+        with _names(recipe, number).in_use():
             target = target_model(target, [spec])
     near = Path(checkpoint.rstrip("/").rpartition("/")[2])  # a hub model: the current folder
     if Path(checkpoint).is_dir():

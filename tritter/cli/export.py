@@ -32,7 +32,7 @@ from tritter.cli.output import (
     refuse_damage,
     short,
 )
-from tritter.errors import Names, RequestError, use_names
+from tritter.errors import Names, RequestError
 from tritter.loading import loading
 from tritter.report.table import count_text, si_text
 from tritter.storage.hub import locate
@@ -200,7 +200,7 @@ def export(
         )
     layout = _LAYOUTS[choice("--expert-layout", expert_layout or "hub", list(_LAYOUTS))]
     with note_if_written(output):
-        with progress_bars(is_shown=not as_json) as new_bar, use_names(_NAMES):
+        with progress_bars(is_shown=not as_json) as new_bar, _NAMES.in_use():
             exported = export_model(
                 origin.weights,
                 output,

@@ -47,7 +47,7 @@ class MethodCommand(CheckpointCommand):
     """A command with the options of all methods; their values are stored in `ctx.obj`."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        options = ExpansionMethods.in_use().parameters
+        options = ExpansionMethods.current().parameters
         if (shown := ctx.meta.get(_SHOWN)) is not None:
             options = [each for each in options if each.name in shown]
         return [*super().get_params(ctx), *options]
@@ -57,7 +57,7 @@ class MethodCommand(CheckpointCommand):
         values = ctx.meta[_METHODS]
         if values is None:  # --help-all
             return super().format_help(ctx, formatter)
-        methods = ExpansionMethods.in_use()
+        methods = ExpansionMethods.current()
         takers = methods.options
         chosen = {name.strip().replace("-", "_") for word in values for name in word.split(",")}
         ctx.meta[_SHOWN] = {option for option in takers if chosen & takers[option].keys()}
@@ -82,7 +82,7 @@ class MethodCommand(CheckpointCommand):
             ctx.meta[_METHODS] = None
         ctx.with_resource(SearchPath.of(folders, None).in_use())
         rest = super().parse_args(ctx, args)
-        values = {name: ctx.params.pop(name) for name in ExpansionMethods.in_use().options}
+        values = {name: ctx.params.pop(name) for name in ExpansionMethods.current().options}
         ctx.obj = {name: value for name, value in values.items() if value is not None}
         return rest
 
@@ -109,7 +109,7 @@ class ExpansionMethods:
                     self.options.setdefault(option, {})[method] = key
 
     @classmethod
-    def in_use(cls) -> ExpansionMethods:
+    def current(cls) -> ExpansionMethods:
         """Return the methods of the search path of the current command."""
         return _methods_of(search_path())
 

@@ -19,7 +19,7 @@ from tritter.cli.output import (
     refuse_damage,
     shapes_of,
 )
-from tritter.errors import Names, Problem, RequestError, nearest, use_names
+from tritter.errors import Names, Problem, RequestError, nearest
 from tritter.report.table import Table, count_text, si_text
 from tritter.storage.hub import locate
 
@@ -159,7 +159,7 @@ def plan(
     from tritter.planning.serving import serving_notes
     from tritter.planning.upcycling import Upcycling
 
-    with use_names(_NAMES):
+    with _NAMES.in_use():
         start = _read_source(source)
         setup = TrainingSetup(
             precision=precision,
@@ -236,7 +236,7 @@ def _expand_commands(plan: GrowthPlan, text: str, source: NamedShape) -> Iterato
             "expand",
             "--checkpoint",
             checkpoint,
-            *ExpansionMethods.in_use().words(spec),
+            *ExpansionMethods.current().words(spec),
         ]
         yield shlex.join([*words, "--output", output])
         checkpoint = output

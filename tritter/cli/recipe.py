@@ -26,9 +26,8 @@ from tritter.errors import (
     TritterError,
     nearest,
     raise_problems,
-    use_names,
 )
-from tritter.limits import BYTE_UNITS, COUNT_UNITS, MAX_BYTES, MAX_PARAMETERS, parse_count
+from tritter.limits import MAX_BYTES, MAX_PARAMETERS, parse_count
 from tritter.options import options, read_options
 from tritter.storage.reading import named_path, read_text
 from tritter.storage.tensors import WEIGHT_DTYPES, TensorFolder
@@ -38,7 +37,7 @@ _MAX_BYTES = 2**20
 _STEPS = "steps"
 _MAX_SEED = 2**64 - 1  # the 64-bit seeds that runs derive for their expansions
 _GROUP = "expansion."  # prefix of a run's keys, which a recipe's methods do not have
-_COUNTS = {"max_shard_size": BYTE_UNITS, "target_params": COUNT_UNITS}
+_COUNTS = {"max_shard_size": True, "target_params": False}  # key → whether it counts bytes
 
 
 @options
@@ -80,7 +79,7 @@ class Recipe:
                 f"{path}: a recipe needs {_STEPS}, a list such as [width: {{hidden_size: 96}}, dus]"
             )
             raise RequestError(f"{reason}.")
-        with use_names(Names(lambda key: key.removeprefix(_GROUP))):
+        with Names(lambda key: key.removeprefix(_GROUP)).in_use():
             return cls(*_read(path, raw), path)
 
     def stated_settings(self) -> dict[str, Any]:
@@ -141,9 +140,9 @@ def _read(path: Path, raw: Mapping[Any, Any]) -> tuple[tuple[ExpansionSpec, ...]
                 Problem(str(name), raw[name], reason, nearest=nearest(str(name), _KEYS))
             )
     stated = {name: value for name, value in raw.items() if name in _KEYS[1:]}
-    for name, units in _COUNTS.items():
+    for name, is_bytes in _COUNTS.items():
         if isinstance(stated.get(name), str):
-            stated[name] = parse_count(stated[name], units) or stated[name]
+            stated[name] = parse_count(stated[name], is_bytes=is_bytes) or stated[name]
     settings = read_options(Settings, stated, prefix="", problems=problems)
     if settings is not None and settings.output is not None:
         try:

@@ -22,7 +22,7 @@ from tritter.cli.options import AsJson, flag, option, parse_path
 from tritter.cli.output import print_json
 from tritter.config.launch.command_line import HELP_FLAGS, takes_value
 from tritter.config.suggestions import flag_advice
-from tritter.errors import Names, Problem, RequestError, TritterError, did_you_mean, use_names
+from tritter.errors import Names, Problem, RequestError, TritterError, did_you_mean
 from tritter.loading import loading
 from tritter.stopping import Stopped
 from tritter.storage.atomic import refuse_existing
@@ -195,7 +195,7 @@ def train(
         checkpoint, data=data or (), old_data=old_data or (), settings=settings, arguments=arguments
     )
     keys = _typed_keys(context.args)
-    with use_names(Names.of({k: o for k, o in _OPTIONS.items() if not _is_typed(k, keys)})):
+    with Names.of({k: o for k, o in _OPTIONS.items() if not _is_typed(k, keys)}).in_use():
         return begin(arguments=arguments)
 
 

@@ -288,7 +288,7 @@ def expanded(base: Path, grown: Path, request: ExpansionSpec) -> bool:
         "expand",
         "--checkpoint",
         str(base),
-        *ExpansionMethods.in_use().words(request),
+        *ExpansionMethods.current().words(request),
         "--output",
         str(grown),
     ]
