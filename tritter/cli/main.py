@@ -5,7 +5,6 @@ Nothing here imports torch, so `tritter --help` and rejected requests return imm
 
 import re
 import shlex
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -29,11 +28,10 @@ from tritter.cli.push import push
 from tritter.cli.report import report
 from tritter.cli.train import TrainCommand, train
 from tritter.cli.validate import validate
-from tritter.config.launch.command_line import SYSTEM_ERRORS, check_encodable, one_line
+from tritter.config.launch.command_line import check_encodable
 from tritter.config.suggestions import Hint, flag_advice
-from tritter.errors import RequestError, TritterError, panics_as_errors
-from tritter.stopping import Stopped, stopping
-from tritter.terminal import close_pipe, say
+from tritter.stopping import Stopped
+from tritter.terminal import exit_code, say
 
 # In the order of the help
 _COMMANDS: tuple[tuple[Callable[..., int], type[TyperCommand]], ...] = (
@@ -104,47 +102,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     141 (broken pipe) and 143 (SIGTERM).
     """
     argv = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    return exit_code(partial(_run, argv), describe_stop=_describe_stop)
+
+
+def _run(argv: list[str]) -> int:
+    check_encodable(argv)
+    command = typer.main.get_command(app)
+    words = argv
+    if argv[0] != "train":  # train prints the help of train.py
+        words = ["--help" if argument == _HELP_ALL else argument for argument in argv]
     try:
-        check_encodable(argv)
-        with panics_as_errors(), stopping():
-            command = typer.main.get_command(app)
-            is_folded = _HELP_ALL not in argv
-            if argv[0] != "train":  # train prints the help of train.py
-                argv = ["--help" if argument == _HELP_ALL else argument for argument in argv]
-            run = partial(command.main, argv, prog_name="tritter", standalone_mode=False)
-            return run(obj=is_folded) or 0
-    except RequestError as error:
-        say(f"error: {error}\nNothing was written.", is_error=True)
-        return 2
-    except TritterError as error:  # its notes list files that were written
-        say("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), is_error=True)
-        return 1
-    # System errors (a full disk, a name that is too long, no memory) are not bugs and need no
-    # traceback
-    except SYSTEM_ERRORS as error:
-        say(f"error: {one_line(error)}", is_error=True)
-        return 1
-    except Stopped as stop:
-        if stop.signal_number == signal.SIGPIPE:  # the reader closed the pipe, as in `| head`
-            close_pipe()
-            return stop.exit_code
-        written = " ".join(getattr(stop, "__notes__", ())) or "Nothing was written."
-        say(f"\nStopped. {written}", is_error=True)
-        return stop.exit_code
+        run = partial(command.main, words, prog_name="tritter", standalone_mode=False)
+        return run(obj=_HELP_ALL not in argv) or 0
     except typer.TyperException as error:
         possibilities = getattr(error, "possibilities", None)
         context, flag = getattr(error, "ctx", None), getattr(error, "option_name", None)
         command_path = context.command_path if context is not None else "tritter"
         near = f". Did you mean {possibilities[0]}?" if possibilities else ""
-        advice = None if context is None else _setting_advice(context, error.message, argv)
+        advice = None if context is None else _setting_advice(context, error.message, words)
         if flag:
-            advice = flag_advice(flag, argv, command=command_path.rpartition(" ")[2])
+            advice = flag_advice(flag, words, command=command_path.rpartition(" ")[2])
         if advice:
             near, possibilities = f". {advice}", True
         message = error.message if possibilities else error.format_message()
         hint = f"`{command_path} --help` lists the options."
         say(f"error: {message}{near}\n{hint}", is_error=True)
         return error.exit_code
+
+
+def _describe_stop(stop: Stopped) -> str:
+    written = " ".join(getattr(stop, "__notes__", ())) or "Nothing was written."
+    return f"\nStopped. {written}"
 
 
 def _setting_advice(context: Any, message: str, words: Sequence[str]) -> str | None:

@@ -29,8 +29,6 @@ _VALUED = {
 }
 FLAGS = (*_SWITCHES, *_VALUED)
 HELP_FLAGS = frozenset({"-h", "--help", "--help-all"})
-# Errors of the operating system or interpreter
-SYSTEM_ERRORS = (OSError, MemoryError, RecursionError, OverflowError, UnicodeError)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -137,11 +135,6 @@ class CommandLine:
             is_full_help=known.help_all,
             is_version=known.version and not has_help,
         )
-
-
-def one_line(error: BaseException) -> str:
-    """Return the message of a system error in one line."""
-    return f"{' '.join(str(error).split()) or 'out of memory'} ({type(error).__name__})."
 
 
 def check_encodable(arguments: Sequence[str]) -> None:

@@ -38,7 +38,6 @@ from tritter.config.folders import (
     LADDERS,
     body_of,
     option_files,
-    option_folders,
     search_path,
 )
 from tritter.config.overrides import (
@@ -405,10 +404,10 @@ def _force_override(override: Override, options: Mapping[str, Sequence[str]]) ->
 class _OutsideFolders(SearchPathPlugin):
     """Adds option folders of installed packages and `--config-dir` to Hydra's search path."""
 
-    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        _, *outside = option_folders().items()
+    def manipulate_search_path(self, hydra_path: ConfigSearchPath) -> None:
+        _, *outside = search_path().option_folders.items()
         for provider, folder in outside:
-            search_path.append(provider, f"file://{folder}")
+            hydra_path.append(provider, f"file://{folder}")
 
 
 Plugins.instance().register(_OutsideFolders)

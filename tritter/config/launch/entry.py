@@ -7,11 +7,11 @@ callback `plan.RequestValidation` before they create a folder.
 
 import argparse
 import logging
-import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,14 +20,12 @@ from tritter import __version__
 from tritter.config.folders import search_path
 from tritter.config.launch.command_line import (
     FLAGS,
-    SYSTEM_ERRORS,
     CommandLine,
-    one_line,
 )
-from tritter.errors import RequestError, TritterError, panics_as_errors
+from tritter.errors import RequestError, TritterError
 from tritter.launched import Launch
-from tritter.stopping import Stopped, stopping
-from tritter.terminal import close_pipe, say
+from tritter.stopping import Stopped
+from tritter.terminal import exit_code, say
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
@@ -71,26 +69,12 @@ def main(pipeline: "Pipeline", *, arguments: Sequence[str] | None = None) -> int
 
 def _main(pipeline: "Pipeline", arguments: Sequence[str] | None) -> int:
     typed = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        with panics_as_errors(), stopping():
-            return _run(typed, pipeline)
-    except RequestError as error:
-        say(f"error: {error}\nNothing was written.", is_error=True)
-        return 2
-    except TritterError as error:
-        say(f"error: {error}", is_error=True)
-        return 1
-    # Errors of the system (disk full, file name too long, out of memory) need no traceback
-    except SYSTEM_ERRORS as error:
-        say(f"error: {one_line(error)}", is_error=True)
-        return 1
-    except Stopped as stop:
-        if stop.signal_number == signal.SIGPIPE:  # the reader has closed the pipe, as in `| head`
-            close_pipe()
-            return stop.exit_code
-        location = f" {stop.location}" if stop.location else ""
-        say("\n".join(["", f"Stopped{location}.", *stop.advice]), is_error=True)
-        return stop.exit_code
+    return exit_code(partial(_run, typed, pipeline), describe_stop=_describe_stop)
+
+
+def _describe_stop(stop: Stopped) -> str:
+    location = f" {stop.location}" if stop.location else ""
+    return "\n".join(["", f"Stopped{location}.", *stop.advice])
 
 
 def _run(typed: list[str], pipeline: "Pipeline") -> int:

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tritter.checkpoints.run_text import side_problems
 from tritter.config.fallbacks import locate_in_fallback
 from tritter.config.folders import SearchPath, search_path
-from tritter.config.launch.command_line import SYSTEM_ERRORS, CommandLine
+from tritter.config.launch.command_line import CommandLine
 from tritter.config.launch.composition import Composer
 from tritter.config.launch.jobs import Job, LaunchSettings, Task
 from tritter.config.overrides import (
@@ -52,7 +52,7 @@ from tritter.errors import (
 from tritter.planning.run_memory import memory_problems, side_by_side_problems
 from tritter.storage.lock import LOCK_NAME, check_unlocked, folder_lock
 from tritter.storage.reading import RUN_FILE, SUMMARY_FILE, named_path
-from tritter.terminal import say
+from tritter.terminal import SYSTEM_ERRORS, say
 from tritter.training.options import compiler_problems
 
 _SEQUENTIAL = LaunchSettings()
