@@ -151,7 +151,7 @@ def _leave_unfinished_run(command: CommandLine) -> None:
     value = resumed[0].partition("=")[2]
     rest = [word for word in command.overrides if word not in resumed]
     with Composer.opened() as composing:
-        config = composing.compose(rest).config
+        config = composing.compose(rest)
     folder = _RUNS / "earlier" if value == "latest" else Path(value)
     RunRecord.of(folder, config, status="running").write(folder)
 
@@ -188,7 +188,7 @@ def _leave_checkpoints(words: list[str]) -> None:
     """
     # What the documents call base: that of a first run, so that their sizes fit it
     with Composer.opened() as composing:
-        model = composing.compose([]).config.base_model()
+        model = composing.compose([]).base_model()
     base = saved(new_model(model, seed=0), Path("base"))
     tokenizer = train_tokenizer([TextDocument("d", "the class is one\n")], vocab_size=300)
     save_tokenizer(tokenizer, base, end_of_text=END_OF_TEXT)

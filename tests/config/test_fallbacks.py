@@ -25,7 +25,7 @@ def composed(folder: Path, text: str, *words: str) -> RunConfig:
     (folder / "ladder").mkdir(parents=True, exist_ok=True)
     (folder / "ladder/mine.yaml").write_text(text)
     with SearchPath.of([str(folder)], None).in_use(), Composer.opened() as composing:
-        return composing.compose(["gate.ladder=mine", *words]).config
+        return composing.compose(["gate.ladder=mine", *words])
 
 
 def refused(folder: Path, text: str, *words: str) -> str:

@@ -29,7 +29,7 @@ def composing() -> Iterator[None]:
 
 
 def load(*words: str) -> RunConfig:
-    return _composers[0].compose(["logger=csv", *words]).config
+    return _composers[0].compose(["logger=csv", *words])
 
 
 def refusal(*words: str) -> str:

@@ -216,14 +216,6 @@ class Loader(ConfigLoaderImpl):
 
 
 @dataclass(frozen=True, slots=True)
-class _Composition:
-    """A composed and validated job, and its Hydra settings."""
-
-    config: RunConfig
-    hydra: DictConfig
-
-
-@dataclass(frozen=True, slots=True)
 class Composer:
     """Composes jobs from the option files."""
 
@@ -252,21 +244,9 @@ class Composer:
         """Group → its options, without Hydra's own groups."""
         return self.loader.options
 
-    def compose(
-        self, overrides: Sequence[str], *, job_number: int | None = None, rules: Sequence[Rule] = ()
-    ) -> _Composition:
-        """Compose one job and validate it.
-
-        Args:
-            rules: rules in addition to those of every run.
-        """
-        composed = self.composed(overrides)
-        config = self.validated(composed, overrides, rules=rules)
-        if job_number is not None:
-            with open_dict(composed.hydra):
-                composed.hydra.job.num = job_number
-                composed.hydra.job.id = str(job_number)
-        return _Composition(config, composed.hydra)
+    def compose(self, overrides: Sequence[str]) -> RunConfig:
+        """Return the validated config of a job."""
+        return self.validated(self.composed(overrides), overrides)
 
     def composed(self, overrides: Sequence[str], *, mode: RunMode = RunMode.RUN) -> DictConfig:
         """Compose a job including Hydra's settings, without validation."""
@@ -416,7 +396,7 @@ Plugins.instance().register(_OutsideFolders)
 def load_config(overrides: Sequence[str] = ()) -> RunConfig:
     """Return the RunConfig of a command line, without running it."""
     with Composer.opened() as composing:
-        return composing.compose(overrides).config
+        return composing.compose(overrides)
 
 
 def plain_config(config: DictConfig) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def config_of_run(arguments: Sequence[str], *, purpose: str) -> "RunConfig":
         from tritter.config.launch.composition import Composer
 
         with Composer.opened() as composing:
-            return composing.compose(command.overrides).config
+            return composing.compose(command.overrides)
 
 
 def run_once(arguments: Sequence[str], pipeline: "Pipeline") -> Path:

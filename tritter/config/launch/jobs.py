@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -187,6 +188,7 @@ class Task:
         hydra = HydraConfig.get()
         folder = Path(hydra.runtime.output_dir)
         overrides = [str(override).removeprefix("++") for override in hydra.overrides.task]
+        own_status = partial(RunStatus, overrides=overrides)
         is_sweep = hydra.mode == RunMode.MULTIRUN
         if is_sweep:
             say(f"\njob {hydra.job.num}: {' '.join(overrides)}")
@@ -211,20 +213,15 @@ class Task:
                 folder, config, status="running", overrides=recorded_overrides(typed)
             )
             run.write(folder)
-            _write_status(folder, overrides, status="running", exit_code=_EXIT_FAILED)
+            own_status(status="running", exit_code=_EXIT_FAILED).write(folder)
             say(f"{'run':<11}{folder}")  # the libraries of a run take seconds to import
             with panics_as_errors():
                 outcome = self.pipeline(config, run_folder=folder)
         except Stopped as stop:
             location = None if stop.location is None else f"stopped {stop.location}"
             with suppress(TritterError):
-                _write_status(
-                    folder,
-                    overrides,
-                    status="interrupted",
-                    exit_code=stop.exit_code,
-                    error=location,
-                )
+                stopped = own_status(status="interrupted", exit_code=stop.exit_code, error=location)
+                stopped.write(folder)
             raise
         except TritterError as error:
             code = RunStatus.EXIT_REQUEST if isinstance(error, RequestError) else _EXIT_FAILED
@@ -241,16 +238,14 @@ class Task:
                 raise
             traceback.print_exc()
             return math.nan
-        _write_status(
-            folder,
-            overrides,
+        is_refused = config.gate.strict and outcome.status != "kept"
+        ended = own_status(
             status=outcome.status,
-            exit_code=_EXIT_NOT_KEPT
-            if config.gate.strict and outcome.status != "kept"
-            else _EXIT_DONE,
-            metric=outcome.metric,
+            exit_code=_EXIT_NOT_KEPT if is_refused else _EXIT_DONE,
+            metric=outcome.metric if math.isfinite(outcome.metric) else None,
             summary=str(folder / SUMMARY_FILE),
         )
+        ended.write(folder)
         RunRecord.of(folder, config, status="finished", leaves=outcome.leaves).write(folder)
         return outcome.metric
 
@@ -280,30 +275,12 @@ def _validate_proposed(cfg: DictConfig, overrides: Sequence[str]) -> RunConfig:
 def _write_failure(folder: Path, overrides: Sequence[str], error: str, *, exit_code: int) -> None:
     """Record why a job failed. If the disk is full, raise it instead."""
     try:
-        _write_status(folder, overrides, status="failed", exit_code=exit_code, error=error)
+        failed = RunStatus(
+            status="failed", exit_code=exit_code, overrides=list(overrides), error=error
+        )
+        failed.write(folder)
     except TritterError as unwritten:
         raise TritterError(f"{error}\n{unwritten}") from unwritten
-
-
-def _write_status(
-    folder: Path,
-    overrides: Sequence[str],
-    *,
-    status: str,
-    exit_code: int,
-    metric: float | None = None,
-    summary: str | None = None,
-    error: str | None = None,
-) -> None:
-    content = RunStatus(
-        status=status,
-        exit_code=exit_code,
-        overrides=list(overrides),
-        metric=metric if metric is not None and math.isfinite(metric) else None,
-        summary=summary,
-        error=error,
-    )
-    content.write(folder)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

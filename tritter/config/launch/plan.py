@@ -13,7 +13,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from tritter.checkpoints.run_text import side_problems
@@ -479,13 +479,15 @@ def _plan_jobs(
     found: dict[int, Sequence[Problem]] = dict.fromkeys(range(len(split)), ())
     for number, overrides in enumerate(split):
         try:
-            composed = composing.compose(
-                [*shared, *overrides], job_number=number, rules=_SWEEP_RULES
-            )
+            words = [*shared, *overrides]
+            composed = composing.composed(words)
+            config = composing.validated(composed, words, rules=_SWEEP_RULES)
+            with open_dict(composed.hydra):
+                composed.hydra.job.num, composed.hydra.job.id = number, str(number)
             sweep = composed.hydra.sweep
             folder = _job_folder(Path(sweep.dir).absolute(), str(sweep.subdir))
-            state = RunState.NEW if is_example else check_run_folder(folder, composed.config)
-            jobs.append(Job(tuple(overrides), composed.config, folder, state))
+            state = RunState.NEW if is_example else check_run_folder(folder, config)
+            jobs.append(Job(tuple(overrides), config, folder, state))
         except RequestError as error:
             found[number] = error.problems
         except TritterError as error:
