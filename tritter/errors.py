@@ -52,11 +52,6 @@ def key_name(key: str) -> str:
     return _NAMES.get().name(key) or key
 
 
-def setting(key: str, value: object) -> str:
-    """Return the `option=value` that sets a dotted key."""
-    return f"{key_name(key)}={show(value)}"
-
-
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One problem of a request; `str` gives one line.

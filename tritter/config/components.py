@@ -14,7 +14,6 @@ from tritter.config.folders import CHOSEN_BY, body_of, option_files, shipped_opt
 from tritter.config.schema import (
     SECTIONS,
     CheckpointModelConfig,
-    LoggerConfig,
     Model,
     RootValues,
     WandbConfig,
@@ -435,19 +434,6 @@ def _without_other_options(
     return values
 
 
-def _read_callbacks(
-    reader: Reader, bodies: Mapping[str, Any], classes: Mapping[str, Any]
-) -> tuple[Component, ...]:
-    """Return the callbacks of a run, in the order in which they were selected."""
-    owners: dict[str, str] = {}
-    for name, body in bodies.items():
-        key = f"callbacks.{name}"
-        if (kind := classes.get(key)) is not None:
-            made, problems = _try_build(key, kind, body)
-            reader.problems += problems or callback_problems(key, made, body, owners)
-    return _valid_components("callbacks", bodies, classes)
-
-
 def _valid_components(
     group: str, bodies: Mapping[str, Any], classes: Mapping[str, Any]
 ) -> tuple[Component, ...]:
@@ -460,21 +446,26 @@ def _valid_components(
     )
 
 
-def _read_parts(
+def _read_built(
     reader: Reader, bodies: Mapping[str, Any], classes: Mapping[str, Any], *, group: str
 ) -> tuple[Component, ...]:
-    """Return the own metrics or stages of a run; problems are recorded by the reader."""
+    """Return the callbacks, metrics or stages of a run, in order, after a trial build of each."""
+    owners: dict[str, str] = {}  # of the keys of callbacks
     for name, body in bodies.items():
         if (kind := classes.get(key := f"{group}.{name}")) is not None:
             made, problems = _try_build(key, kind, body)
-            reader.problems += problems or (made.problems(key) if group == "stages" else ())
+            reader.problems += problems
+            if group == "callbacks" and not problems:
+                reader.problems += callback_problems(key, made, body, owners)
+            elif group == "stages" and not problems:
+                reader.problems += made.problems(key)
     return _valid_components(group, bodies, classes)
 
 
 def _read_loggers(
     reader: Reader, bodies: Mapping[str, Any], classes: Mapping[str, Any]
-) -> LoggerConfig:
-    """Return the loggers of a run; problems are recorded by the reader."""
+) -> tuple[Component, ...]:
+    """Return the loggers of a run, W&B first; problems are recorded by the reader."""
     wandb: WandbConfig | None = None
     if isinstance(body := bodies.get("wandb"), Mapping):
         wandb = reader.read(WandbConfig, body, prefix="logger.wandb")
@@ -499,10 +490,10 @@ def _read_loggers(
                     reason += f"pip install 'tritter[{package}]'"
                     problem = Problem(problem.key, reason=reason)
             reader.problems.append(problem)
-    return LoggerConfig(
-        wandb=None if wandb is None or wandb.mode == "off" else wandb,
-        others=_valid_components("logger", others, classes),
-    )
+    found = _valid_components("logger", others, classes)
+    if wandb is None or wandb.mode == "off":
+        return found
+    return (Component(name="wandb", kind=WandbConfig, options=wandb), *found)
 
 
 def _named_class(group: str, name: str, bodies: Mapping[str, Any]) -> type:
@@ -556,10 +547,10 @@ _READERS: Mapping[str, Callable[[Reader, Mapping[str, Any], Mapping[str, Any]], 
     "evaluation": _read_evaluation,
     "optimizer": _read_optimizer,
     "trainer": _read_trainer,
-    "callbacks": _read_callbacks,
+    "callbacks": partial(_read_built, group="callbacks"),
     "logger": _read_loggers,
-    "metrics": partial(_read_parts, group="metrics"),
-    "stages": partial(_read_parts, group="stages"),
+    "metrics": partial(_read_built, group="metrics"),
+    "stages": partial(_read_built, group="stages"),
     "expansion": partial(Reader.read_methods, group="expansion"),
     "forgetting": partial(Reader.read_methods, group="forgetting"),
     "growth": partial(_read_chosen, group="growth"),

@@ -121,19 +121,6 @@ class WandbConfig:
     log_model: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoggerConfig:
-    """Loggers in addition to metrics.csv, which is always written.
-
-    Args:
-        wandb: Weights & Biases settings; None if it is off.
-        others: the other loggers.
-    """
-
-    wandb: WandbConfig | None
-    others: tuple[Component, ...]
-
-
 @options
 class RootValues:
     """The keys of the config root that belong to no group, as written in config.yaml."""
@@ -151,7 +138,8 @@ class RunConfig(RootValues, RunRequest):
     `text` is derived from `model`, `data` and the lineage of the checkpoint at `model.path`.
 
     `expansion` holds the typed options of the expansion methods. `fallbacks` are the retries after
-    a rollback, in order. `growth` and `experts` are None if they are not selected.
+    a rollback, in order. `growth` and `experts` are None if they are not selected, `wandb` if it is
+    off. `logger` has the loggers in addition to it and to metrics.csv, which is always written.
     """
 
     cache_dir: Path  # type: ignore[assignment] # resolved by validation
@@ -167,7 +155,7 @@ class RunConfig(RootValues, RunRequest):
     optimizer: OptimizerSettings
     trainer: TrainerSettings
     callbacks: tuple[Component, ...]
-    logger: LoggerConfig
+    logger: tuple[Component, ...]
     evaluation: EvaluationConfig
     metrics: tuple[Component, ...]
     stages: tuple[Component, ...]
@@ -175,6 +163,7 @@ class RunConfig(RootValues, RunRequest):
     adaptation: AdaptationOptions
     growth: Component | None = None
     experts: Component | None = None
+    wandb: WandbConfig | None = None
     fallbacks: "tuple[RunConfig, ...]" = ()
     fallback_overrides: tuple[str, ...] = ()  # set on a fallback: its own overrides
     rate_note: str = ""  # explains a default training.learning_rate

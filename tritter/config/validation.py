@@ -34,6 +34,7 @@ from tritter.config.schema import (
     ModelConfig,
     RootValues,
     RunConfig,
+    WandbConfig,
 )
 from tritter.core.expansions import target_model, vocab_place
 from tritter.core.families import Model, check_size
@@ -307,6 +308,9 @@ def _read_sections(
     values: dict[str, Any] = {}
     for name, body in bodies.items():
         values[name] = reader.read_section(name, body, classes)
+    loggers = values.get("logger", ())
+    values["wandb"] = next((one.options for one in loggers if one.kind is WandbConfig), None)
+    values["logger"] = tuple(one for one in loggers if one.kind is not WandbConfig)
     values["expansion"] = tuple(selected.options for selected in values.get("expansion", ()))
     root_values = {name: value for name, value in raw.items() if name not in _GROUPS}
     root: RootValues | None = reader.read(RootValues, root_values, prefix="")

@@ -61,7 +61,7 @@ def next_commands(
         inspection = tool_command("tritter", ["inspect", str(trained)])
         lines.append(f"{inspection}   # the trained model, which was not kept")
     lines.append(tool_command("tritter", ["history", checkpoint, "--verify"]))
-    if (wandb := config.logger.wandb) is not None and wandb.mode == "offline":
+    if (wandb := config.wandb) is not None and wandb.mode == "offline":
         runs = tool_command("wandb", ["sync", str(folder / "wandb")])
         lines.append(f"{runs}/offline-run-*   # upload to W&B")  # unquoted: the shell expands it
     return lines

@@ -202,9 +202,8 @@ class Task:
             )  # a job resumed alone
             sweep = Path(hydra.sweep.dir) if is_sweep else folder.parent
             group = sweep.name if is_of_sweep else hydra.runtime.choices.get("experiment")
-            if (wandb := config.logger.wandb) is not None and wandb.group is None:
-                loggers = replace(config.logger, wandb=replace(wandb, group=group))
-                config = replace(config, logger=loggers)
+            if (wandb := config.wandb) is not None and wandb.group is None:
+                config = replace(config, wandb=replace(wandb, group=group))
             is_finished = check_run_folder(folder, config) is RunState.FINISHED
             if is_finished and (ended := RunStatus.read(folder)).is_of_outcome:
                 return math.nan if ended.metric is None else float(ended.metric)
