@@ -474,7 +474,7 @@ def test_a_wrong_arrow_is_seen(name, source, word):
 
 
 def test_an_arrow_to_the_top_floor_is_seen():
-    plan = "from tritter.config.launch.plan import plan_of"
+    plan = "from tritter.config.launch.plan import Plan"
     assert floor_violations(Module("tritter.config.rules", plan))
     assert not floor_violations(Module("tritter.config.launch.sweep", plan))
     assert not floor_violations(Module("tritter.cli.train", plan))

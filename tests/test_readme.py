@@ -25,11 +25,12 @@ from tests.oracle.children import child
 from tests.report.conftest import SUMMARY
 from tritter.checkpoints.expert_files import AdapterShape
 from tritter.cli import main
-from tritter.config.launch.command_line import CommandLine, read_command_line
-from tritter.config.launch.composition import composer
+from tritter.config.components import known_keys
+from tritter.config.launch.command_line import CommandLine
+from tritter.config.launch.composition import Composer
 from tritter.config.launch.help import help_text
-from tritter.config.run_folder import _RUNS, write_run_file
-from tritter.config.validation import base_model, known_keys
+from tritter.config.launch.plan import _RUNS
+from tritter.config.run_folder import RunRecord
 from tritter.core.expansions import Width
 from tritter.core.models import new_model, save_tokenizer
 from tritter.data.documents import Document as TextDocument
@@ -133,7 +134,7 @@ def check_train(words: list[str]) -> None:
         return
     if "evaluation.tasks_path=benchmarks" in words:
         Path("benchmarks").mkdir()
-    command = read_command_line(words)
+    command = CommandLine.parse(words)
     if command.info_flag == "hydra_help":
         return
     _leave_unfinished_run(command)
@@ -149,11 +150,10 @@ def _leave_unfinished_run(command: CommandLine) -> None:
         return
     value = resumed[0].partition("=")[2]
     rest = [word for word in command.overrides if word not in resumed]
-    with composer() as composing:
-        config = composing.compose(rest).config
-    write_run_file(
-        _RUNS / "earlier" if value == "latest" else Path(value), config, status="running"
-    )
+    with Composer.opened() as composing:
+        config = composing.compose(rest)
+    folder = _RUNS / "earlier" if value == "latest" else Path(value)
+    RunRecord.of(folder, config, status="running").write(folder)
 
 
 def check_tritter(words: list[str]) -> None:
@@ -187,8 +187,8 @@ def _leave_checkpoints(words: list[str]) -> None:
     One called ….ckpt is a training's of the base, and one called skilled has LoRA experts.
     """
     # What the documents call base: that of a first run, so that their sizes fit it
-    with composer() as composing:
-        model = base_model(composing.compose([]).config)
+    with Composer.opened() as composing:
+        model = composing.compose([]).base_model()
     base = saved(new_model(model, seed=0), Path("base"))
     tokenizer = train_tokenizer([TextDocument("d", "the class is one\n")], vocab_size=300)
     save_tokenizer(tokenizer, base, end_of_text=END_OF_TEXT)
@@ -307,7 +307,7 @@ def check_eval(words: list[str]) -> None:
     (inner,) = words
     start, *rest = re.split(r" (?=-)", inner.removeprefix("$(").removesuffix(")"), maxsplit=1)
     assert start == "python train.py"
-    command = read_command_line(shlex.split(*rest))
+    command = CommandLine.parse(shlex.split(*rest))
     assert (command.info_flag, command.overrides) == ("shell_completion", ("install=bash",))
 
 

@@ -13,8 +13,8 @@ import yaml
 
 from tritter.cli.main import app
 from tritter.conf_folder import config_folder
+from tritter.config.components import known_keys
 from tritter.config.launch.help import comments, description
-from tritter.config.validation import known_keys
 
 REFERENCE = Path(__file__).parents[1] / "docs/reference.md"
 _WRITE = "`python -m tests.test_reference`"

@@ -169,7 +169,7 @@ def test_blanks_go_from_the_ends_of_lines_alone() -> None:
 def test_what_takes_long_says_so_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(terminal, "_FIRST_LINE_SECONDS", 0.05)
     text = io.StringIO()
-    with terminal.progress_bars(Console(file=text), mode="auto") as new_bar:
+    with Console(file=text).progress_bars("auto") as new_bar:
         show = new_bar("scoring old")
         time.sleep(0.1)  # nothing is reported yet
         assert show is not None
@@ -180,7 +180,7 @@ def test_what_takes_long_says_so_without_a_terminal(monkeypatch: pytest.MonkeyPa
     assert "scoring old: 0 s" in text.getvalue() and "scoring old: 1/4, about" in text.getvalue()
     assert "loading: " in text.getvalue()
     silent = io.StringIO()
-    with terminal.progress_bars(Console(file=silent), mode="off") as new_bar:
+    with Console(file=silent).progress_bars("off") as new_bar:
         assert new_bar("scoring old") is None
         with terminal.waiting(new_bar, "loading"):
             pass

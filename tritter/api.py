@@ -22,7 +22,6 @@ from tritter.errors import (
     nearest,
     raise_problems,
     refused,
-    use_names,
 )
 from tritter.loading import loading
 
@@ -164,7 +163,7 @@ def expand(
     if overwrite and output is None:
         raise refused("overwrite", overwrite, "needs output, the folder that is replaced")
     names = [method] if not isinstance(method, list | tuple) else list(method)
-    with use_names(_option_names("expansion", names)):
+    with _option_names("expansion", names).in_use():
         chosen = _expansions(names, options)
         if isinstance(source, str | PathLike):
             return _expand_checkpoint(source, chosen, output, seed=seed, overwrite=overwrite)
@@ -396,7 +395,7 @@ def add_experts(model: Model, rank: int = 8, **options: Any) -> PreTrainedModel:
 
     problems: list[Problem] = []
     key, values = "add_experts", {"rank": rank, **options}
-    with use_names(Names(lambda name: name.removeprefix(f"{key}."))):
+    with Names(lambda name: name.removeprefix(f"{key}.")).in_use():
         requested = read_options(AddedOptions, values, prefix=key, problems=problems)
         raise_problems(problems)
     assert requested is not None, "there would be a problem"
@@ -721,7 +720,7 @@ def protect(
 
     if sequence_length is not None and (type(sequence_length) is not int or sequence_length < 2):
         raise refused("sequence_length", sequence_length, "must be a whole number of at least 2")
-    with use_names(_option_names("forgetting", [method])):
+    with _option_names("forgetting", [method]).in_use():
         chosen = _penalty_method(method, options)
         with loading("transformers"):
             from tritter.core.models import refuse_wrapped

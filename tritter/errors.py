@@ -34,28 +34,22 @@ class Names:
         """Return the names from a mapping; keys missing from it keep their own name."""
         return cls(lambda key: names.get(key, key))
 
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Name keys in the errors of a block as the user typed them."""
+        token = _NAMES.set(self)
+        try:
+            yield
+        finally:
+            _NAMES.reset(token)
+
 
 _NAMES = ContextVar("names", default=Names())  # noqa: B039 # it is frozen
-
-
-@contextmanager
-def use_names(names: Names) -> Iterator[None]:
-    """Name keys in the errors of a block as the user typed them."""
-    token = _NAMES.set(names)
-    try:
-        yield
-    finally:
-        _NAMES.reset(token)
 
 
 def key_name(key: str) -> str:
     """Return the option that sets a dotted key."""
     return _NAMES.get().name(key) or key
-
-
-def setting(key: str, value: object) -> str:
-    """Return the `option=value` that sets a dotted key."""
-    return f"{key_name(key)}={show(value)}"
 
 
 @dataclass(frozen=True, slots=True)

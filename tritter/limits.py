@@ -6,7 +6,6 @@ module imports nothing slow, so invalid arguments fail fast.
 """
 
 import re
-from collections.abc import Mapping
 from decimal import Decimal
 
 MAX_LAYERS = 10**4
@@ -17,15 +16,13 @@ MAX_PARAMETERS = 10**14
 MAX_TENSORS = 2**18  # on disk: 10⁴ layers of 4096 experts each would be 10⁸ names
 MAX_LABELS = 2**16  # transformers writes a name for each
 MAX_POSITIONS = 2**31 - 1
-MAX_BATCH_TOKENS = 2**28
-MAX_NEW_TOKENS = 2**20
 MAX_COUNT = 10**9  # of everything without a limit of its own: steps, tokens, documents
 MAX_SEED = 2**32 - 1
 MAX_BYTES = 10**15  # of one file of tensors
 
 NO_EPOCHS = "epochs are not supported: set training.max_tokens or training.max_steps"
-COUNT_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
-BYTE_UNITS = {
+_COUNT_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+_BYTE_UNITS = {
     "": 1,
     "b": 1,
     **{f"{unit}b": 1000**power for power, unit in enumerate("kmgt", start=1)},
@@ -36,13 +33,14 @@ _NUMBER = re.compile(
 )
 
 
-def parse_count(text: str, units: Mapping[str, int] = COUNT_UNITS) -> int | None:
+def parse_count(text: str, *, is_bytes: bool = False) -> int | None:
     """Return the integer behind a number with a unit, or None if it is not a positive count.
 
     Args:
         text: such as `7B` or `5GB`.
-        units: lower-case unit → its factor.
+        is_bytes: the number has a unit of bytes, such as GB or GiB.
     """
+    units = _BYTE_UNITS if is_bytes else _COUNT_UNITS
     match = _NUMBER.fullmatch(text.strip())
     if match is None or match[2].lower() not in units:
         return None

@@ -399,14 +399,13 @@ class RunRequest:
         """Return a copy of the run with sections replaced."""
         return dataclasses.replace(self, **sections)  # type: ignore[type-var] # of a dataclass
 
-
-def methods_of(run: RunRequest) -> Iterator[tuple[str, Component]]:
-    """Yield group and component of everything that acts in the training of a run."""
-    for group in ("growth", "experts", "forgetting"):
-        chosen = getattr(run, group)
-        for one in chosen if isinstance(chosen, tuple) else (chosen,):
-            if one is not None:
-                yield group, one
+    def methods(self) -> Iterator[tuple[str, Component]]:
+        """Yield group and component of everything that acts in the training of the run."""
+        for group in ("growth", "experts", "forgetting"):
+            chosen = getattr(self, group)
+            for one in chosen if isinstance(chosen, tuple) else (chosen,):
+                if one is not None:
+                    yield group, one
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,8 +26,11 @@ from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from tritter.stopping import Stopped
+from tritter.errors import RequestError, TritterError, panics_as_errors
+from tritter.stopping import Stopped, stopping
 
+# Errors of the operating system or interpreter
+SYSTEM_ERRORS = (OSError, MemoryError, RecursionError, OverflowError, UnicodeError)
 _LAYOUT = "\n\t"
 _WITHOUT_LAYOUT = str.maketrans("", "", _LAYOUT)
 _FIRST_LINE_SECONDS = 5.0
@@ -64,6 +67,48 @@ def say(text: str, *, is_error: bool = False, end: str = "\n") -> None:
         raise Stopped(signal.SIGPIPE) from error
 
 
+def exit_code(program: Callable[[], int], *, describe_stop: Callable[[Stopped], str]) -> int:
+    """Run a program, print the error that ends it, and return its exit code.
+
+    It is 0 (done), 1 (failed), 2 (invalid request), 130 (Ctrl-C), 141 (broken pipe), 143 (SIGTERM)
+    or the one that the program returns.
+
+    Args:
+        program: returns an exit code.
+        describe_stop: returns the text to print after Ctrl-C or SIGTERM.
+    """
+    try:
+        with panics_as_errors(), stopping():
+            return program()
+    except RequestError as error:
+        say(f"error: {error}\nNothing was written.", is_error=True)
+        return 2
+    except TritterError as error:  # its notes list files that were written
+        say("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), is_error=True)
+        return 1
+    # Errors of the system (a full disk, a name that is too long, no memory) need no traceback
+    except SYSTEM_ERRORS as error:
+        message = " ".join(str(error).split()) or "out of memory"
+        say(f"error: {message} ({type(error).__name__}).", is_error=True)
+        return 1
+    except Stopped as stop:
+        if stop.signal_number == signal.SIGPIPE:  # the reader has closed the pipe, as in `| head`
+            _close_pipe()
+        else:
+            say(describe_stop(stop), is_error=True)
+        return stop.exit_code
+
+
+def _close_pipe() -> None:
+    """Redirect output to devnull if its reader is closed (`| head`): Python flushes on exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(nowhere, stream.fileno())
+
+
 @contextmanager
 def redirected(number: int, file: TextIO) -> Iterator[None]:
     """Send standard output (1) or standard error (2) to a file.
@@ -92,16 +137,6 @@ def _is_descriptor(stream: TextIO, number: int) -> bool:
         return stream.fileno() == number
     except (OSError, ValueError, AttributeError):  # closed, or not a file
         return False
-
-
-def close_pipe() -> None:
-    """Redirect output to devnull if its reader is closed (`| head`): Python flushes on exit."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except BrokenPipeError:
-            os.dup2(nowhere, stream.fileno())
 
 
 def _encodable(text: str, encoding: str) -> str:
@@ -134,6 +169,41 @@ class Console(RichConsole):
         segments = map(self._harmless, super().render(renderable, options))
         return segments if self.is_terminal else _without_trailing_blanks(segments)
 
+    def shows_bar(self, mode: str) -> bool:
+        """Return True if `trainer.progress` enables bars: `on`, or `auto` on a terminal."""
+        return mode == "on" or (mode == "auto" and self.is_terminal)
+
+    @contextmanager
+    def progress_bars(self, mode: str) -> Iterator[NewBar]:
+        """Yield a function that makes a progress bar from a label.
+
+        A bar shows the count and the remaining time. It appears below the other bars, and all
+        disappear at the end. Without a terminal, `auto` prints a line for what takes long.
+
+        Args:
+            mode: of `trainer.progress`: `on`, `off` or `auto`.
+        """
+        if not self.shows_bar(mode):
+            with _Lines(self) if mode == "auto" else nullcontext(no_bar) as new_line:
+                yield new_line
+            return
+        from rich import progress  # slow to import, and needed on a terminal only
+
+        columns = (
+            progress.TextColumn("{task.description}", markup=False),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TimeRemainingColumn(),
+        )
+        with progress.Progress(*columns, console=self, transient=True) as shown:
+
+            def new_bar(label: str) -> ShowProgress:
+                bar = shown.add_task(label, total=None)
+                return lambda done, total: shown.update(bar, completed=done, total=total)
+
+            yield new_bar
+
     def _harmless(self, segment: Segment) -> Segment:
         # Control codes are Rich's own: text never becomes one
         if segment.control or (segment.text.isascii() and segment.text.isprintable()):
@@ -159,48 +229,10 @@ def _without_trailing_blanks(segments: Iterable[Segment]) -> Iterator[Segment]:
     yield from blanks
 
 
-def shows_bar(mode: str, console: Console) -> bool:
-    """Return True if `trainer.progress` enables bars: `on`, or `auto` on a terminal."""
-    return mode == "on" or (mode == "auto" and console.is_terminal)
-
-
 def status(text: str) -> AbstractContextManager[object]:
     """Return a context that shows a line on standard error while it lasts, on a terminal only."""
     console = Console(stderr=True)
     return console.status(text) if console.is_terminal else nullcontext()
-
-
-@contextmanager
-def progress_bars(console: Console, *, mode: str) -> Iterator[NewBar]:
-    """Yield a function that makes a progress bar from a label.
-
-    A bar shows the count and the remaining time. It appears below the other bars, and all
-    disappear at the end. Without a terminal, `auto` prints a line for what takes long.
-
-    Args:
-        console: where to print.
-        mode: of `trainer.progress`: `on`, `off` or `auto`.
-    """
-    if not shows_bar(mode, console):
-        with _Lines(console) if mode == "auto" else nullcontext(no_bar) as new_line:
-            yield new_line
-        return
-    from rich import progress  # slow to import, and needed on a terminal only
-
-    columns = (
-        progress.TextColumn("{task.description}", markup=False),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=console, transient=True) as shown:
-
-        def new_bar(label: str) -> ShowProgress:
-            bar = shown.add_task(label, total=None)
-            return lambda done, total: shown.update(bar, completed=done, total=total)
-
-        yield new_bar
 
 
 @contextmanager

@@ -131,9 +131,8 @@ def _long_windows(options: Any, folder: Path, *, seed: int) -> dict[str, Any]:
 
 
 def _config(options: Any, seed: int) -> Any:
-    from tritter.config.validation import base_model
 
-    return base_model(load_config(_words(options, seed=seed, arm="short", steps=1)))
+    return load_config(_words(options, seed=seed, arm="short", steps=1)).base_model()
 
 
 def _flops(config: Any) -> Flops:

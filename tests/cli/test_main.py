@@ -16,7 +16,7 @@ import pytest
 import tritter
 from tests.cli.conftest import Run
 from tritter.cli import main
-from tritter.cli.methods import _method_options
+from tritter.cli.methods import ExpansionMethods
 from tritter.cli.options import with_dashes
 from tritter.core.expansions import EXPANSIONS
 from tritter.core.expansions.heads import Strategy
@@ -166,7 +166,11 @@ def test_a_method_judges_its_values_before_a_model_is_opened(
 
 
 def test_the_options_offered_are_those_that_the_methods_have() -> None:
-    taken = {(m, field) for takers in _method_options().values() for m, field in takers.items()}
+    taken = {
+        (m, field)
+        for takers in ExpansionMethods.current().options.values()
+        for m, field in takers.items()
+    }
     fields = {
         (method, field.name)
         for method, spec in EXPANSIONS.items()
@@ -185,7 +189,7 @@ def test_help_names_every_method_and_choice(run: Run, monkeypatch: pytest.Monkey
         assert with_dashes(method) in text
     for word in (*get_args(Init), *get_args(Shares), *get_args(Strategy)):
         assert word in text
-    for option in _method_options():
+    for option in ExpansionMethods.current().options:
         assert f"--{with_dashes(option)} " in text
 
 

@@ -231,7 +231,7 @@ def test_a_recipe_that_is_not_there(run: Run, place: Path) -> None:
 def test_an_error_names_a_step_only_if_no_other_has_its_method(tmp_path: Path) -> None:
     file = tmp_path / "grow.yaml"
     file.write_text("steps: [width, dus, width]\nseed: 1")
-    names = recipe.read_recipe(file).names
+    names = recipe.Recipe.read(file).names
     assert names().origin("expansion.dus.target_layers") == f"{file}, step 2"
     assert names().origin("expansion.width.hidden_size") == str(file)
     assert names(2).origin("expansion.width.hidden_size") == f"{file}, step 3"

@@ -28,7 +28,7 @@ from tritter.checkpoints.state import write_state
 from tritter.cli import main
 from tritter.cli import train as train_module
 from tritter.cli.train import continuation
-from tritter.config.launch.command_line import read_command_line
+from tritter.config.launch.command_line import CommandLine
 from tritter.config.launch.composition import load_config
 from tritter.config.launch.help import help_text
 from tritter.config.schema import CheckpointModelConfig, RunConfig
@@ -575,9 +575,9 @@ def test_documented_sweeps_are_planned(command: str) -> None:
     words = shlex.split(command)[2:]
     if "hydra/launcher=ray" in words and find_spec("ray") is None:
         with pytest.raises(RequestError, match=r"tritter\[ray\]"):
-            planned(read_command_line(words))
+            planned(CommandLine.parse(words))
     else:
-        plan = planned(read_command_line(words))
+        plan = planned(CommandLine.parse(words))
         assert plan.jobs or "hydra/sweeper=optuna" in words, "Optuna thinks of its own"
 
 

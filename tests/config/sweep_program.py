@@ -26,7 +26,7 @@ class Outcome:
 
 def pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
     threads = os.environ.get("OMP_NUM_THREADS")
-    line = f"{run_folder.name} {config.seed} {os.getpid()} {threads} {config.logger.wandb.group}\n"
+    line = f"{run_folder.name} {config.seed} {os.getpid()} {threads} {config.wandb.group}\n"
     with Path("begun.txt").open("a") as file:
         file.write(line)
     print("a line of the run")

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from tests.config.test_rates import DATA, checkpoint
-from tritter.config.derived import scored_counts, validation_period, validation_tokens
 from tritter.config.launch.composition import load_config
 from tritter.config.run_folder import fingerprint
 
@@ -103,10 +102,10 @@ def test_validation_costs_a_tenth_of_training(words: list[str]) -> None:
     config = load_config(words)
     data, steps = config.data, config.training.max_steps
     period, count = config.evaluation.every_n_steps, len(config.text.domains)
-    read = (1 + -(-steps // period)) * count * validation_tokens(config, num_domains=count)
+    read = (1 + -(-steps // period)) * count * config.validation_tokens(num_domains=count)
     # A forward pass costs a third of a training step
     assert read / 3 <= 0.1 * steps * data.batch_size * data.sequence_length
-    assert period == validation_period(config) >= steps // 10
+    assert period == config.validation_period >= steps // 10
     typed = load_config([*words, "evaluation.every_n_steps=1"])
     assert typed.evaluation.every_n_steps == 1
 
@@ -114,13 +113,13 @@ def test_validation_costs_a_tenth_of_training(words: list[str]) -> None:
 def test_scores_are_in_proportion_to_the_training_of_a_checkpoint(tmp_path: Path) -> None:
     sizes = {"old": [100] * 500, "new": [10] * 50}
     everything = {"old": 500, "new": 50}
-    assert scored_counts(load_config(["training.max_steps=1"]), sizes) == everything
+    assert load_config(["training.max_steps=1"]).scored_counts(sizes) == everything
     place = checkpoint(tmp_path / "base", None)
     words = [*DATA, f"model.path={place}", "data.new={x: stdlib:code}", "forgetting=none"]
     words += ["data.sequence_length=64", "data.batch_size=2"]
 
     def counts(*more: str) -> dict[str, int]:
-        return scored_counts(load_config([*words, *more]), sizes)
+        return load_config([*words, *more]).scored_counts(sizes)
 
     assert counts("training.max_steps=4") == {"old": 64, "new": 50}
     # Both domains together as many tokens as training

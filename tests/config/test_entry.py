@@ -18,7 +18,7 @@ import yaml
 from tests.config.conftest import FakeOutcome, FakePipeline, Result
 from tritter.checkpoints.record import LedgerRecord
 from tritter.config.launch.sweep import _print_sweep, _sweep_rows
-from tritter.config.run_folder import RunStatus, write_run_file
+from tritter.config.run_folder import RunRecord, RunStatus
 from tritter.config.schema import RunConfig
 from tritter.errors import TritterError
 from tritter.options import leaves
@@ -491,7 +491,7 @@ def test_a_metric_that_is_not_finite_is_stored_as_null(
 
 def test_run_file_is_written_whole(run: Run, pipeline: FakePipeline) -> None:
     run("hydra.run.dir=here")
-    write_run_file(Path("here"), pipeline.configs[0], status="running")
+    RunRecord.of(Path("here"), pipeline.configs[0], status="running").write(Path("here"))
     assert [p.name for p in Path("here").iterdir() if p.name.startswith(".run")] == []
 
 

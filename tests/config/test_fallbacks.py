@@ -8,7 +8,7 @@ import pytest
 from tests.config.conftest import FakePipeline, Result
 from tritter.config.fallbacks import with_fallback
 from tritter.config.folders import SearchPath
-from tritter.config.launch.composition import Composer, composer
+from tritter.config.launch.composition import Composer
 from tritter.config.run_folder import changes_between, fingerprint
 from tritter.config.schema import RunConfig
 from tritter.errors import RequestError
@@ -24,8 +24,8 @@ fallbacks:
 def composed(folder: Path, text: str, *words: str) -> RunConfig:
     (folder / "ladder").mkdir(parents=True, exist_ok=True)
     (folder / "ladder/mine.yaml").write_text(text)
-    with SearchPath.of([str(folder)], None).in_use(), composer() as composing:
-        return composing.compose(["gate.ladder=mine", *words]).config
+    with SearchPath.of([str(folder)], None).in_use(), Composer.opened() as composing:
+        return composing.compose(["gate.ladder=mine", *words])
 
 
 def refused(folder: Path, text: str, *words: str) -> str:

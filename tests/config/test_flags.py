@@ -10,7 +10,7 @@ import pytest
 from hydra._internal.utils import get_args_parser
 
 from tests.config.conftest import FakePipeline, Result
-from tritter.config.launch.command_line import read_command_line
+from tritter.config.launch.command_line import CommandLine
 
 Run = Callable[..., Result]
 # One run is what happens without a flag; our own options are always there; a pickle may run code
@@ -30,7 +30,7 @@ def test_every_other_flag_of_hydra_works() -> None:
         for name in action.option_strings:
             value = next(iter(action.choices or ["x"])) if action.nargs != 0 else None
             words = ["--cfg=job"] * (action.dest in ("package", "resolve"))
-            read_command_line([*words, name, *([value] if value else [])])
+            CommandLine.parse([*words, name, *([value] if value else [])])
 
 
 def test_hydra_prints_its_help(run: Run, pipeline: FakePipeline) -> None:
@@ -83,8 +83,8 @@ def test_what_hydra_shows(run: Run, pipeline: FakePipeline) -> None:
 
 
 def test_help_and_version_win() -> None:
-    assert read_command_line(["--help", "--cfg", "job"]).is_help
-    command = read_command_line(["--version", "--help"])
+    assert CommandLine.parse(["--help", "--cfg", "job"]).is_help
+    command = CommandLine.parse(["--version", "--help"])
     assert command.is_help and not command.is_version
 
 

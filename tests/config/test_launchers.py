@@ -182,5 +182,5 @@ def test_wandb_groups_by_the_sweep_or_the_experiment(run: Run, pipeline: FakePip
     assert run("-m", "seed=0,3", "logger.wandb.group=mine").code == 0
     assert run("hydra.run.dir=alone").code == 0
     assert run("hydra.run.dir=named", "experiment=small_deep_wide").code == 0
-    groups = [one.logger.wandb.group for one in pipeline.configs if one.logger.wandb is not None]
+    groups = [one.wandb.group for one in pipeline.configs if one.wandb is not None]
     assert groups == ["here", "here", "mine", "mine", None, "small_deep_wide"]

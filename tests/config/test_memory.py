@@ -13,7 +13,6 @@ import torch
 from tests.config.conftest import FakePipeline, Result
 from tritter.config.launch.composition import load_config
 from tritter.config.schema import RunConfig
-from tritter.config.validation import base_model
 from tritter.core.families import Model
 from tritter.core.models import new_model
 from tritter.data.tokens import TextBounds
@@ -35,7 +34,7 @@ def has(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 def held(*words: str) -> dict[str, _Need]:
     config = load_config([*words])
-    return {each.model: each for each in RunMemory(config, base_model(config)).needs()}
+    return {each.model: each for each in RunMemory(config, config.base_model()).needs()}
 
 
 @pytest.fixture
@@ -49,7 +48,7 @@ SHORT = ("data.batch_size=4", "data.sequence_length=8")
 
 
 def problems(config: RunConfig) -> str:
-    return " ".join(map(str, RunMemory(config, base_model(config)).problems()))
+    return " ".join(map(str, RunMemory(config, config.base_model()).problems()))
 
 
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_written(
@@ -127,7 +126,7 @@ def test_a_note_says_that_activations_computed_again_would_fit(
 ) -> None:
     words = ["model=small", "data.batch_size=512", "data.sequence_length=512"]
     config = load_config(words)
-    source = base_model(config)
+    source = config.base_model()
     needed = max(each.states + each.activations for each in RunMemory(config, source).needs())
     has(needed * 3 // 4)
     (note,) = RunMemory(config, source).notes()
@@ -155,7 +154,7 @@ def test_only_new_blocks_have_gradients_and_moments() -> None:
 def test_what_is_frozen_has_no_gradients_and_no_moments() -> None:
     words = ("model=tiny", "trainer=cpu", "expansion=llama_pro", "control=true")
     freeze = (*words, "forgetting=freeze")
-    base = base_model(load_config([*words]))
+    base = load_config([*words]).base_model()
     fewer = base.with_layers([0] * (base.sizes.num_hidden_layers - 1))
     layer = base.num_parameters - fewer.num_parameters
     found = held(*freeze, "forgetting.freeze.layers=1-2")
@@ -177,7 +176,7 @@ def test_of_experts_only_the_adapters_have_gradients_and_moments() -> None:
         asked = (*words, f"experts={experts}", "experts.rank=3")
         asked += ("experts.max_experts=4", "experts.top_k=2") if number > 1 else ()
         config = load_config([*asked])
-        source = base_model(config)
+        source = config.base_model()
         model = new_model(source, seed=0)
         assert config.experts is not None
         begun = config.experts.kind(**config.experts.arguments)
@@ -194,7 +193,7 @@ def test_of_experts_only_the_adapters_have_gradients_and_moments() -> None:
 def test_a_teacher_is_held_once_in_the_machines_memory(has: Callable[[int], None]) -> None:
     words = ["model=tiny", "expansion=llama_pro", "forgetting=[distill,replay]", *SHORT]
     config = load_config([*words, "trainer=ddp", "trainer.devices=4"])
-    base, grown = RunMemory(config, base_model(config)).needs()
+    base, grown = RunMemory(config, config.base_model()).needs()
     assert (base.teacher, grown.teacher) == (0, 4 * base.parameters)
     needed = 4 * grown.device + grown.start + grown.teacher
     has(needed)
@@ -219,7 +218,7 @@ def test_of_rounds_the_largest_counts() -> None:
 def test_each_process_holds_all(has: Callable[[int], None]) -> None:
     config = load_config(["model=tiny", "trainer=ddp", "trainer.devices=4", "expansion=none",
                           "forgetting=replay", *SHORT])  # fmt: skip
-    base, one = RunMemory(config, base_model(config)).needs()
+    base, one = RunMemory(config, config.base_model()).needs()
     assert (one.processes, one.start) == (4, base.start)
     needed = 4 * base.device + base.start
     has(needed)
@@ -232,7 +231,7 @@ def test_each_process_holds_all(has: Callable[[int], None]) -> None:
 def test_what_would_fit_is_tried_before_it_is_said(has: Callable[[int], None]) -> None:
     config = load_config(["model=tritter_350m", "expansion=none", "forgetting=[l2sp,replay]",
                           "trainer=cpu"])  # fmt: skip
-    base, model = RunMemory(config, base_model(config)).needs()
+    base, model = RunMemory(config, config.base_model()).needs()
     has(model.device + model.start)
     assert not problems(config)
     has(base.device + base.start - 10**6)
@@ -242,7 +241,7 @@ def test_what_would_fit_is_tried_before_it_is_said(has: Callable[[int], None]) -
     assert "it fits with model=tritter_125m" in message
     config = load_config(["model=tritter_350m", "expansion=width", "forgetting=[ewc,replay]",
                           "trainer=cpu"])  # fmt: skip
-    grown = list(RunMemory(config, base_model(config)).needs())[1]
+    grown = list(RunMemory(config, config.base_model()).needs())[1]
     has(grown.states + grown.start)
     assert "it fits with 'forgetting=[replay]'" in problems(config)
 
@@ -253,7 +252,7 @@ def test_an_estimate_of_twice_the_memory_is_refused(
     words = ["model=tiny", "expansion=none", "forgetting=none", "trainer=cpu"]
     words += ["data.batch_size=512", "data.sequence_length=512"]
     config = load_config(words)
-    _, need = RunMemory(config, base_model(config)).needs()
+    _, need = RunMemory(config, config.base_model()).needs()
     needed = need.device + need.start + need.activations
     has(needed // 2 - 1000)
     result = run(*words)
@@ -272,7 +271,7 @@ def test_a_context_that_needs_too_much_is_named(
     words += ["data.batch_size=4", "data.sequence_length=128"]
     words += ["model.max_position_embeddings=128", "expansion.context.target_length=8192"]
     config = load_config(words)
-    *_, need = RunMemory(config, base_model(config)).needs()
+    *_, need = RunMemory(config, config.base_model()).needs()
     needed = need.device + need.start + need.activations
     has(needed // 2 - 1000)
     result = run(*words)
@@ -281,14 +280,14 @@ def test_a_context_that_needs_too_much_is_named(
     advice = "; reduce data.batch_size or expansion.context.target_length"
     assert advice in result.err and "sequence_length" not in result.err
     has(needed - 1000)
-    (note,) = RunMemory(config, base_model(config)).notes()
+    (note,) = RunMemory(config, config.base_model()).notes()
     assert advice in note
 
 
 def test_one_line_says_what_training_needs(has: Callable[[int], None]) -> None:
     has(8 * GB)
     config = load_config(["model=tiny", "expansion=none", "forgetting=ewc"])
-    line = RunMemory(config, base_model(config)).line()
+    line = RunMemory(config, config.base_model()).line()
     need = held("model=tiny", "expansion=none", "forgetting=ewc")["the model"]
     needed = (need.device + need.start + need.activations + memory._LIBRARIES) / 1e6
     assert f"about {needed:.1f} MB of the 8.0 GB of this machine" in line
@@ -298,17 +297,17 @@ def test_one_line_says_what_training_needs(has: Callable[[int], None]) -> None:
 @pytest.mark.usefixtures("no_estimates")
 def test_activations_are_a_note(has: Callable[[int], None]) -> None:
     config = load_config(["model=tiny", "expansion=none", "forgetting=none", "trainer=cpu"])
-    base, model = RunMemory(config, base_model(config)).needs()
+    base, model = RunMemory(config, config.base_model()).needs()
     has(base.device + base.start)
     assert not problems(config)
-    (note,) = RunMemory(config, base_model(config)).notes()
+    (note,) = RunMemory(config, config.base_model()).notes()
     assert note.startswith("memory: training the base may require ")
     assert "with activations (estimated), but this machine has " in note
     has(base.device + base.start + max(base.activations, model.activations))
-    assert RunMemory(config, base_model(config)).notes() == ()
+    assert RunMemory(config, config.base_model()).notes() == ()
     has(0)
     assert RunMemory(replace(config, trainer=replace(config.trainer, check_memory=False)),
-                           base_model(config)).problems() == []  # fmt: skip
+                           config.base_model()).problems() == []  # fmt: skip
 
 
 def test_where_the_system_does_not_tell_nothing_is_refused(
@@ -316,8 +315,8 @@ def test_where_the_system_does_not_tell_nothing_is_refused(
 ) -> None:
     monkeypatch.setattr(memory, "machine_memory", lambda: None)
     config = load_config(["model=tritter_14b"])
-    assert RunMemory(config, base_model(config)).problems() == []
-    assert RunMemory(config, base_model(config)).notes() == ()
+    assert RunMemory(config, config.base_model()).problems() == []
+    assert RunMemory(config, config.base_model()).notes() == ()
 
 
 @pytest.mark.usefixtures("no_estimates")
@@ -325,7 +324,7 @@ def test_on_a_gpu_its_memory_counts(
     monkeypatch: pytest.MonkeyPatch, has: Callable[[int], None]
 ) -> None:
     config = load_config(["model=tiny", "expansion=none", "trainer=gpu"])
-    base, _ = RunMemory(config, base_model(config)).needs()
+    base, _ = RunMemory(config, config.base_model()).needs()
     size = SimpleNamespace(total_memory=base.device)
     # torch built for GPUs queries them at each step once it reports one
     kept = config.optimizer.kept_per_parameter()
@@ -348,7 +347,7 @@ def test_a_checkpoint_is_looked_at_too(
 ) -> None:
     place = tmp_path.parent / f"{tmp_path.name}-base"
     place.mkdir()
-    shapes: dict[str, Any] = base_model(load_config(["model=tritter_1b"])).config
+    shapes: dict[str, Any] = load_config(["model=tritter_1b"]).base_model().config
     (place / "config.json").write_text(json.dumps(shapes))
     for name in ("model.safetensors", "tokenizer.json"):
         (place / name).write_text("")

@@ -9,9 +9,8 @@ import pytest
 import torch
 from lightning import Trainer
 
-from tritter.config.launch.composition import Composer, composer
+from tritter.config.launch.composition import Composer
 from tritter.config.schema import RunConfig
-from tritter.config.validation import known_model
 from tritter.errors import RequestError
 from tritter.planning.run_memory import RunMemory
 from tritter.training.optimizer import OptimizerSettings
@@ -23,14 +22,14 @@ _composers: list[Composer] = []  # one for all: making it takes longer than comp
 
 @pytest.fixture(scope="module", autouse=True)
 def composing() -> Iterator[None]:
-    with composer() as made:
+    with Composer.opened() as made:
         _composers.append(made)
         yield
     _composers.clear()
 
 
 def load(*words: str) -> RunConfig:
-    return _composers[0].compose(["logger=csv", *words]).config
+    return _composers[0].compose(["logger=csv", *words])
 
 
 def refusal(*words: str) -> str:
@@ -209,7 +208,7 @@ def test_memory_counts_what_an_optimizer_keeps() -> None:
     for name, count in kept.items():
         config = load(f"optimizer={name}")
         assert config.optimizer.kept_per_parameter() == count
-        source = known_model(config)
+        source = config.known_model()
         assert source is not None
         need = next(RunMemory(config, source).needs())
         states[name], parameters = need.states, need.parameters

@@ -9,13 +9,12 @@ import pytest
 from omegaconf import OmegaConf
 
 from tritter.conf_folder import config_folder
-from tritter.config.components import BASES, CHOSEN_GROUPS, METHOD_GROUPS
+from tritter.config.components import BASES, CHOSEN_GROUPS, METHOD_GROUPS, known_keys
 from tritter.config.folders import LADDERS
 from tritter.config.launch.composition import Composer
 from tritter.config.launch.help import description, help_text
-from tritter.config.run_folder import _RUNS
+from tritter.config.launch.plan import _RUNS
 from tritter.config.schema import SECTIONS
-from tritter.config.validation import known_keys
 from tritter.core.expansions import EXPANSIONS
 from tritter.methods.forgetting.replay import Replay, ReplayOptions
 from tritter.methods.moe_routing.options import AdaptationOptions, RoutingOptions
@@ -103,14 +102,14 @@ def test_keys_are_the_frozen_interface() -> None:
 def test_option_files_state_the_defaults_of_the_records(composing: Composer, group: str) -> None:
     for path in (path for path in OPTION_FILES if path.parent.name == group):
         if path.stem != "none":
-            *_, one = getattr(composing.compose(words_for(f"{group}={path.stem}")).config, group)
+            *_, one = getattr(composing.compose(words_for(f"{group}={path.stem}")), group)
             record = one if group == "expansion" else one.options
             table = {"sources": (0, 1)} if path.stem == "layers" else {}  # it has no default
             assert (one.name, record) == (path.stem, type(record)(**table))
 
 
 def test_sections_of_one_option_state_the_defaults_of_the_records(composing: Composer) -> None:
-    config = composing.compose(["moe_routing=default", "adaptation=default"]).config
+    config = composing.compose(["moe_routing=default", "adaptation=default"])
     assert (config.moe_routing, config.adaptation) == (RoutingOptions(), AdaptationOptions())
 
 
@@ -124,7 +123,7 @@ def test_only_models_with_experts_list_the_keys_of_routers(composing: Composer) 
 
 
 def test_the_default_job(composing: Composer) -> None:
-    config = composing.compose([]).config
+    config = composing.compose([])
     assert config.expansion == (EXPANSIONS["width"](),)
     assert [(one.kind, one.options) for one in config.forgetting] == [(Replay, ReplayOptions())]
     assert (config.seed, config.control, config.resume) == (0, False, None)
@@ -133,7 +132,7 @@ def test_the_default_job(composing: Composer) -> None:
 
 
 def test_hydras_folders_are_those_that_resume_looks_in(composing: Composer) -> None:
-    hydra = composing.compose([]).hydra
+    hydra = composing.composed([]).hydra
     assert Path(hydra.run.dir).parent == _RUNS
     assert hydra.job.chdir is False
 
@@ -144,7 +143,7 @@ def test_hydras_folders_are_those_that_resume_looks_in(composing: Composer) -> N
     list(product(["none", "[]", "dus", "[width,llama_pro]"], ["none", "[l2sp,replay]", "replay"])),
 )
 def test_lists_compose_in_their_order(composing: Composer, expansion: str, forgetting: str) -> None:
-    config = composing.compose([f"expansion={expansion}", f"forgetting={forgetting}"]).config
+    config = composing.compose([f"expansion={expansion}", f"forgetting={forgetting}"])
     for text, methods in ((expansion, config.expansion), (forgetting, config.forgetting)):
         expected = [word for word in text.strip("[]").split(",") if word not in ("", "none")]
         assert [method.name for method in methods] == expected
@@ -152,19 +151,19 @@ def test_lists_compose_in_their_order(composing: Composer, expansion: str, forge
 
 def test_order_is_as_written(composing: Composer) -> None:
     for names in (["dus", "width"], ["width", "dus"]):
-        config = composing.compose([f"expansion=[{','.join(names)}]"]).config
+        config = composing.compose([f"expansion=[{','.join(names)}]"])
         assert [method.name for method in config.expansion] == names
 
 
 def test_records_are_frozen(composing: Composer) -> None:
-    config = composing.compose([]).config
+    config = composing.compose([])
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.seed = 3  # type: ignore[misc]
 
 
 def test_cache_folder(composing: Composer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TRITTER_CACHE", str(tmp_path))
-    assert composing.compose([]).config.cache_dir == tmp_path
-    assert composing.compose(["cache_dir=/x"]).config.cache_dir == Path("/x")
+    assert composing.compose([]).cache_dir == tmp_path
+    assert composing.compose(["cache_dir=/x"]).cache_dir == Path("/x")
     monkeypatch.delenv("TRITTER_CACHE")
-    assert composing.compose([]).config.cache_dir == Path.home() / ".cache/tritter"
+    assert composing.compose([]).cache_dir == Path.home() / ".cache/tritter"

@@ -499,7 +499,7 @@ def test_one_file_may_hold_several_callbacks_or_loggers(
     (config,) = pipeline.configs
     assert [one.name for one in config.callbacks] == ["lr_monitor", "rate", "log"]
     assert config.callbacks[2].arguments == {"path": "losses.txt", "every_n_steps": 3}
-    assert [one.name for one in config.logger.others] == ["one", "two"]
+    assert [one.name for one in config.logger] == ["one", "two"]
     for word, message in (
         ("callbacks=[both,again]", "both and again both define log; leave one out"),
         ("callbacks=both callbacks.both.path=x", "both defines rate, log; write the key below one"),

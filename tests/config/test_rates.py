@@ -13,7 +13,6 @@ from tritter.conf_folder import config_folder
 from tritter.config.launch.composition import load_config
 from tritter.config.run_folder import fingerprint
 from tritter.config.schema import CheckpointModelConfig
-from tritter.config.validation import base_model
 from tritter.core.families import Model
 from tritter.core.families.presets import PRESETS
 from tritter.errors import RequestError
@@ -38,7 +37,7 @@ def test_the_default_rate_on_a_large_checkpoint(
     preset: str | None, words: list[str], start: str | None
 ) -> None:
     config = load_config(words)
-    source = base_model(config) if preset is None else Model(PRESETS[preset].config())
+    source = config.base_model() if preset is None else Model(PRESETS[preset].config())
     notes = rate_notes(replace(config, model=GIVEN), source)
     assert rate_notes(config, source) == ()  # what is pretrained here has the rate of its own
     if start is None:
@@ -139,15 +138,15 @@ def test_a_base_needs_a_rate_of_its_own() -> None:
 
 def test_what_a_schedule_does_not_read_is_reported() -> None:
     config = load_config(["training.decay_ratio=0.3", "pretraining.minimum_ratio=0.1"])
-    (note,) = rate_notes(config, base_model(config))
+    (note,) = rate_notes(config, config.base_model())
     assert note == "training.decay_ratio = 0.3: schedule cosine ignores it."
     config = load_config(["training.schedule=wsd", "training.decay_ratio=0.3"])
-    assert not rate_notes(config, base_model(config))
+    assert not rate_notes(config, config.base_model())
 
 
 def test_a_ladder_that_raises_the_rate_is_reported() -> None:
     config = load_config(["training.learning_rate=1e-5", "gate.ladder=gentler"])
-    (note,) = rate_notes(config, base_model(config))
+    (note,) = rate_notes(config, config.base_model())
     assert "fallback 2 raises training.learning_rate from 1e-05 to 0.001" in note
     assert "gate.max_attempts=2" in note
-    assert not rate_notes(replace(config, fallbacks=config.fallbacks[:1]), base_model(config))
+    assert not rate_notes(replace(config, fallbacks=config.fallbacks[:1]), config.base_model())

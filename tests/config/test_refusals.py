@@ -438,7 +438,7 @@ def test_an_experiment_without_mistakes_composes(experiments: Path) -> None:
     text = "# @package _global_\ntraining: {max_steps: 3}\nlogger: {wandb: {mode: off}}\n"
     (experiments / "x.yaml").write_text(text)
     config = composition.load_config(["experiment=x"])
-    assert (config.training.max_steps, config.logger.wandb) == (3, None)
+    assert (config.training.max_steps, config.wandb) == (3, None)
 
 
 @pytest.mark.quick_cases(1)

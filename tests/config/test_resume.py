@@ -16,12 +16,12 @@ from tests.config.conftest import FakePipeline, Result
 from tritter.checkpoints.record import LedgerRecord
 from tritter.conf_folder import config_folder
 from tritter.config import components
+from tritter.config.components import known_keys
 from tritter.config.folders import body_of, shipped_options
 from tritter.config.launch import plan
 from tritter.config.overrides import unreplayed_overrides
 from tritter.config.run_folder import RunRecord, fingerprint
 from tritter.config.schema import TYPED_ONLY
-from tritter.config.validation import known_keys
 from tritter.data import options
 from tritter.options import leaves
 from tritter.storage import atomic

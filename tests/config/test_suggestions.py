@@ -7,11 +7,11 @@ import pytest
 
 from tests.config.conftest import FakePipeline, Result
 from tests.config.test_text_and_checkpoints import write_checkpoint
-from tritter.cli.main import _COMMANDS
+from tritter.cli.main import _COMMANDS, _SYNONYMS
 from tritter.cli.main import main as cli_main
 from tritter.conf_folder import config_folder
-from tritter.config.suggestions import _HINTS, COMMAND_SYNONYMS, hint_for
-from tritter.config.validation import known_keys
+from tritter.config.components import known_keys
+from tritter.config.suggestions import _HINTS, Hint
 
 # words of train.py → what the message has to contain
 HABITS = {
@@ -61,14 +61,14 @@ def test_a_habit_is_refused_with_what_to_type(
 
 def test_keys_that_exist_get_no_hint() -> None:
     with_a_source = ("data.new", "data.old", "data.tasks", "model.path")
-    hinted = {key for key in known_keys() if hint_for(key, "3") is not None}
+    hinted = {key for key in known_keys() if Hint.of(key, "3") is not None}
     assert hinted <= {*with_a_source}
-    assert hint_for("model", "tinny") is None  # a misspelled preset, not a folder
+    assert Hint.of("model", "tinny") is None  # a misspelled preset, not a folder
 
 
 def test_every_group_may_be_typed_as_an_option() -> None:
     groups = {path.name for path in config_folder().iterdir() if path.is_dir()}
-    shown = {group for group in groups if hint_for(f"--{group}", "x") is not None}
+    shown = {group for group in groups if Hint.of(f"--{group}", "x") is not None}
     assert shown >= groups - {"hydra", "schema", "ladder"}
 
 
@@ -103,12 +103,12 @@ def test_what_is_advised_exists() -> None:
     ],
 )
 def test_natural_words_of_other_tools(typed: str, value: str, command: str, advice: str) -> None:
-    hint = hint_for(typed, value, command=command)
+    hint = Hint.of(typed, value, command=command)
     assert hint is not None and hint.advice == advice
 
 
 def test_natural_commands(capsys: pytest.CaptureFixture[str]) -> None:
     names = {each.__name__ for each, _ in _COMMANDS}
-    assert set(COMMAND_SYNONYMS.values()) <= names and not set(COMMAND_SYNONYMS) & names
+    assert set(_SYNONYMS.values()) <= names and not set(_SYNONYMS) & names
     assert cli_main(["finetune", "base"]) == 2
     assert "Did you mean train?" in capsys.readouterr().err

@@ -18,7 +18,6 @@ from tritter.checkpoints.record import Lineage
 from tritter.checkpoints.run_text import RunText
 from tritter.checkpoints.state import KeptSequences
 from tritter.config.launch.composition import load_config
-from tritter.config.validation import base_model
 from tritter.core.families import Model, forward_flops
 from tritter.core.models import read_model
 from tritter.data.split import split_documents
@@ -144,7 +143,7 @@ def test_memory_is_counted_for_long_windows() -> None:
     for name, length in (("context", 4096), ("none", 0)):
         words = [f"expansion.context.target_length={length}"] if length else ["expansion=none"]
         config = load_config([*TINY, *WORDS, *words])
-        *_, need = RunMemory(config, base_model(config)).needs()
+        *_, need = RunMemory(config, config.base_model()).needs()
         activations[name] = need.activations
     assert activations["context"] > 2 * activations["none"]
 

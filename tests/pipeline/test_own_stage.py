@@ -15,7 +15,6 @@ from tests.config.test_outside import write_examples
 from tests.pipeline.plug import plug_pulled
 from tritter.checkpoints import Lineage
 from tritter.checkpoints.history import Link
-from tritter.cli.history import describe_origin
 from tritter.config.launch.composition import load_config
 from tritter.config.run_folder import changes_between, fingerprint
 from tritter.core.models import load_model
@@ -96,7 +95,7 @@ def test_training_starts_from_what_a_stage_wrote(whole: Path) -> None:
     assert start.parent_hash == Lineage.of(whole / "attempt_1/expanded").model_hash
     assert (whole / "checkpoint" / str(kept.parent_path)).resolve() == whole / "attempt_1/shrink"
     assert not any(link.differences() for link in Link.chain(whole / "checkpoint"))
-    assert [describe_origin(link) for link in Link.chain(whole / "checkpoint")][2] == "stage shrink"
+    assert [link.origin() for link in Link.chain(whole / "checkpoint")][2] == "stage shrink"
     # The control starts from the shrunk baseline
     assert (whole / "control/shrink").is_dir()
 

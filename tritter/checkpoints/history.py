@@ -92,6 +92,40 @@ class Link:
         """The adapters listed in the lineage."""
         return () if self.lineage is None else self.lineage.experts
 
+    def origin(self, *, max_experts: int | None = None) -> str:
+        """Return a short description of the checkpoint's origin.
+
+        More than `max_experts` experts are not listed by name.
+        """
+        lineage = self.lineage
+        if self.problem:
+            return "no readable tritter.json"
+        if lineage is None:
+            return "plain folder" if self.folder else "missing: not checked"
+        experts = f"LoRA experts {', '.join(self.experts)}" if self.experts else ""
+        if max_experts is not None and len(self.experts) > max_experts:
+            experts = f"{len(self.experts)} LoRA experts"
+        removed = "weights removed" if self.is_removed else ""
+        if self.expansion_records:
+            methods = (each.method.replace("_", "-") for each in self.expansion_records)
+            return ", ".join(filter(None, [*methods, experts, removed]))
+        if lineage.parent_hash is None:
+            origin = f"pretraining of {lineage.step} steps" if lineage.step else "start"
+        elif self.own_stage:
+            origin = f"stage {self.own_stage}"
+        else:  # a later task counts the steps of those before it
+            origin = f"training to step {lineage.step}" if lineage.step else "training"
+        return ", ".join(filter(None, [origin, experts, removed]))
+
+    def steps_after(self, newest: "Link") -> int | None:
+        """Return the training steps after its expansions, from its newest descendant."""
+        if self.lineage is None or not self.expansion_records:
+            return None
+        last = len(self.lineage.expansion_history) - 1
+        records = newest.lineage.expansion_history if newest.lineage else ()
+        record = records[last] if last < len(records) else self.expansion_records[-1]
+        return record.continued_training_steps
+
     @property
     def num_parameters(self) -> int | None:
         """The number of parameters without padding; None if the folder can't be read."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.text import Text
 
 from tritter.cli.options import RUNS_ARGUMENT, AsJson, ReportOverwrite, Runs, option, parse_path
-from tritter.cli.output import display_path, new_console, print_json, print_table
+from tritter.cli.output import CommandConsole, display_path, print_json
 from tritter.cli.report import FoundRuns, metric_rows
 from tritter.errors import Problem, RequestError, TritterError
 from tritter.storage.reading import LINEAGE_NAME, SUMMARY_FILE, read_object
@@ -50,13 +50,9 @@ def compare(
 
     file = None
     if output is not None:
-        from tritter.cli.report_file import FORMATS, ReportFile
+        from tritter.cli.report_file import ReportFile
 
-        format = FORMATS.get(output.suffix)
-        if format is None:
-            reason = f"the ending selects the format; must be one of {', '.join(FORMATS)}"
-            raise RequestError(Problem("--output", str(output), reason=reason))
-        file = ReportFile(output, format, overwrite=overwrite)
+        file = ReportFile.with_ending(output, overwrite=overwrite)
     run_folders = []
     for folder in folders:
         if (folder / LINEAGE_NAME).is_file() and not (folder / SUMMARY_FILE).exists():
@@ -146,7 +142,7 @@ def _content(comparison: Comparison, format: str, found: FoundRuns) -> str:
 def _print(comparison: Comparison, notes: Sequence[str], output: Path | None) -> None:
     from tritter.report.table import label
 
-    console, lettered = new_console(), comparison.with_letters()
+    console, lettered = CommandConsole(), comparison.with_letters()
     for each, short in zip(comparison.runs, lettered.runs, strict=True):
         console.print(Text(f"{short.name}  {console.printable(each.name)}"), soft_wrap=True)
     console.print()
@@ -161,7 +157,7 @@ def _print(comparison: Comparison, notes: Sequence[str], output: Path | None) ->
         names = enumerate(table.header)
         wrapped = [name for n, name in names if n not in table.numbers and name not in _WHOLE]
         console.print(Text(console.printable(title), style="bold"))
-        print_table(console, replace(table, rows=tuple(rows), caption=""), wrapped=wrapped)
+        console.print_table(replace(table, rows=tuple(rows), caption=""), wrapped=wrapped)
         if table.caption:
             console.print(Text(console.printable(table.caption), style="dim"))
         console.print()

@@ -12,20 +12,18 @@ from tritter.cli.options import (
     AsJson,
     Checkpoint,
     ReportOverwrite,
-    completer,
     flag,
     option,
     parse_path,
 )
 from tritter.cli.output import (
+    CommandConsole,
     display_path,
-    new_console,
     print_json,
-    print_table,
     progress_bars,
     refuse_damage,
 )
-from tritter.errors import Names, RequestError, raise_problems, use_names
+from tritter.errors import Names, RequestError, raise_problems
 from tritter.limits import MAX_COUNT
 from tritter.loading import loading
 from tritter.report.table import Table, number_text
@@ -120,7 +118,7 @@ _Tasks = Annotated[
         "--tasks",
         "NAME,..",
         "Benchmarks, or groups: base_capabilities, code, math, reasoning.",
-        completes=completer(_names),
+        completes=_names,
     ),
 ]
 
@@ -167,7 +165,7 @@ def evaluate(
         is_chat=chat_template, num_fewshot=num_fewshot,
     )  # fmt: skip
     questions = _questions(chosen, tasks_path, harness)
-    with refuse_damage(), use_names(Names.of({FIELD_KEY: "--text-field"})):
+    with refuse_damage(), Names.of({FIELD_KEY: "--text-field"}).in_use():
         folder = locate(checkpoint, key="--checkpoint")
         whole, lineage = read_model(folder), Lineage.read(folder)
         tokenizer = read_tokenizer(folder, vocab_size=whole.sizes.vocab_size)
@@ -358,7 +356,7 @@ def _print(
     notes: Sequence[str],
     output: Path | None,
 ) -> None:
-    console = new_console()
+    console = CommandConsole()
     say = partial(console.print, soft_wrap=True)
     for note in notes:
         say(note)
@@ -369,7 +367,7 @@ def _print(
         rows.append((name, *(number_text(size, ".3f") for size in sizes), str(record["n"])))
     if rows:
         header: tuple[str, ...] = ("loss", "nats per token", "±", "per byte", "documents")
-        print_table(console, Table(header, tuple(rows), numbers=(1, 2, 3, 4)))
+        console.print_table(Table(header, tuple(rows), numbers=(1, 2, 3, 4)))
     if losses and scores:
         say()
     rows = []
@@ -383,7 +381,7 @@ def _print(
     if rows:
         header = ("benchmark", "metric", "shots", "score", "±", "questions")
         header += ("uniform", "constant", "empty")
-        print_table(console, Table(header, tuple(rows), numbers=tuple(range(2, 9))))
+        console.print_table(Table(header, tuple(rows), numbers=tuple(range(2, 9))))
     limited = [f"{each.name}: {note}" for each in scores for note in each.notes]
     for line in ["", *limited] if limited else ():
         say(line)

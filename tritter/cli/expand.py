@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -10,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tritter.cli.domain_data import SHARD_BYTES, DomainRun, check_domain, domain_text, token_sources
-from tritter.cli.methods import method_bodies, option_names, specs_of
+from tritter.cli.methods import ExpansionMethods
 from tritter.cli.options import (
     WRITING,
     AsJson,
@@ -21,7 +21,6 @@ from tritter.cli.options import (
     Overwrite,
     Seed,
     choice,
-    completer,
     flag,
     is_typed,
     option,
@@ -32,13 +31,10 @@ from tritter.cli.options import (
 from tritter.cli.output import (
     EXIT_NO,
     SHAPES,
+    CommandConsole,
     display_path,
-    new_console,
     note_if_written,
-    print_command,
     print_json,
-    print_lines,
-    print_table,
     progress_bars,
     refuse_damage,
     shapes_of,
@@ -51,7 +47,6 @@ from tritter.errors import (
     TritterError,
     raise_problems,
     show,
-    use_names,
 )
 from tritter.limits import MAX_COUNT
 from tritter.loading import loading
@@ -102,7 +97,7 @@ _Method = Annotated[
         "METHOD,..",
         "dus, stack, interpolate, llama-pro, layers, width, moe, moe-add, vocab or context; "
         "several are separated by commas and applied in order.",
-        completes=completer(lambda: map(with_dashes, method_bodies())),
+        completes=lambda: map(with_dashes, ExpansionMethods.current().bodies),
     ),
 ]
 _RecipeFile = Annotated[
@@ -139,6 +134,10 @@ _Measure = Annotated[
 ]
 _DryRun = Annotated[bool, flag("--dry-run", "Print the result without writing it.", panel=WRITING)]
 
+_SHARD_BYTES = 5 * 10**9  # default of --max-shard-size
+_DEFAULT_STEPS = 200
+_DEFAULT_LEARNING_RATE = 1e-4
+_DEFAULT_DOMAIN = "new"
 _DOMAIN = "Data of a new domain (moe-add, vocab)"
 
 _Domain = Annotated[
@@ -205,7 +204,7 @@ def expand(
     learning_rate: _LearningRate = None,
     seed: Seed = 0,
     dtype: DType = None,
-    max_shard_size: MaxShardSize = SHARD_BYTES,
+    max_shard_size: MaxShardSize = _SHARD_BYTES,
     measure: _Measure = None,
     dry_run: _DryRun = False,
     overwrite: Overwrite = False,
@@ -216,24 +215,24 @@ def expand(
     tritter expand base --method width --hidden-size 512
     """
     with loading("torch"):
-        from tritter.cli.recipe import read_recipe
+        from tritter.cli.recipe import Recipe
 
-    file = None if recipe is None else read_recipe(recipe)
+    file = None if recipe is None else Recipe.read(recipe)
     settings = _settings(context, file)
-    with use_names(_names(file)):
+    with _names(file).in_use():
         if file is not None:
             specs = file.steps
         elif method:
-            specs = specs_of(method, context.obj)
+            specs = ExpansionMethods.current().specs(method, context.obj)
         else:
             raise RequestError(_NO_METHOD)
         of_domain = (domain, domain_data, old_data, steps, learning_rate)
         is_vocab = any(spec.name == "vocab" for spec in specs)
         is_trained = not is_vocab and any(value is not None for value in of_domain)
         # Data before the checkpoint, which may be on the hub
-        for_tokens = token_sources(specs, *of_domain) if is_vocab else {}
-        text = domain_text(specs, *of_domain) if is_trained else None
-        check_domain(specs, settings, text, is_measured=measure)
+        for_tokens = _token_sources(specs, *of_domain) if is_vocab else {}
+        text = _domain_text(specs, *of_domain) if is_trained else None
+        _check_domain(specs, settings, text, is_measured=measure)
         job = _resolve_job(checkpoint, specs, settings, file)
         if for_tokens:
             job = _with_tokens(job, for_tokens)
@@ -265,7 +264,9 @@ def expand(
 
 def _names(file: Recipe | None, step: int | None = None) -> Names:
     """Return the names of keys in errors: options, or the keys and steps of a recipe."""
-    return Names.of({**option_names(), **_NAMES}) if file is None else file.names(step)
+    if file is not None:
+        return file.names(step)
+    return Names.of({**ExpansionMethods.current().option_names(), **_NAMES})
 
 
 def _settings(context: typer.Context, file: Recipe | None) -> Settings:
@@ -351,7 +352,7 @@ def _resolve_job(
         specs = reach_parameters(source.model, specs, settings.target_params)
     target = source.model
     for number, spec in enumerate(specs):
-        with use_names(_names(recipe, number)):
+        with _names(recipe, number).in_use():
             target = target_model(target, [spec])
     near = Path(checkpoint.rstrip("/").rpartition("/")[2])  # a hub model: the current folder
     if Path(checkpoint).is_dir():
@@ -387,6 +388,109 @@ def _with_tokens(job: _Job, sources: TextSources) -> _Job:
         }
         specs[place] = learned(spec, job.source, training_texts(read, rule=rule, names=read))
     return replace(job, specs=tuple(specs))
+
+
+# Data for new experts and new tokens
+
+
+@dataclass(frozen=True, slots=True)
+class _DomainRun:
+    """New and old data (domain → absolute paths) and settings of the training run."""
+
+    new: TextSources
+    old: TextSources
+    steps: int
+    learning_rate: float
+
+
+def _domain_text(
+    specs: Sequence[ExpansionSpec],
+    domain: str | None,
+    data: Sequence[str] | None,
+    old_data: Sequence[str] | None,
+    steps: int | None,
+    learning_rate: float | None,
+) -> _DomainRun:
+    """Return the data that the options name."""
+    from tritter.data.options import read_sources
+
+    if not any(getattr(spec, "is_append", False) for spec in specs):
+        methods = ",".join(with_dashes(spec.name) for spec in specs)
+        raise RequestError(
+            "--domain, --domain-data, --old-data, --steps, --learning-rate: --method "
+            f"{methods} appends no experts to train; moe-add does, with --addition append."
+        )
+    if not data:
+        raise RequestError("--domain-data is missing: the training data of the new experts.")
+    name = domain or _DEFAULT_DOMAIN
+    problems: list[Problem] = []
+    new = read_sources("--domain-data", list(data), default_name=name, problems=problems)
+    old = read_sources(
+        "--old-data", list(old_data or ()) or None, default_name="old", problems=problems
+    )
+    raise_problems(problems)
+    if name in old:
+        raise RequestError(f"--domain = {name}: the old data already has this name.")
+    rate = _DEFAULT_LEARNING_RATE if learning_rate is None else learning_rate
+    return _DomainRun(new, old, steps or _DEFAULT_STEPS, rate)
+
+
+def _check_domain(
+    specs: Sequence[ExpansionSpec],
+    settings: Settings,
+    text: _DomainRun | None,
+    *,
+    is_measured: bool | None,
+) -> None:
+    """Check a request to train experts on a domain. Writes nothing."""
+    from tritter.data.records import DEFAULT_FIELD
+    from tritter.data.sources import TextRequest, check_contents
+
+    if text is None:
+        if any(getattr(spec, "teacher", None) for spec in specs):
+            raise RequestError(
+                "--expert-init = distill: new experts learn from a teacher and need training "
+                "data, --domain-data PATH."
+            )
+        return
+    unsupported = (
+        ("dtype", settings.dtype, None),
+        ("measure", is_measured, None),
+        ("max-shard-size", settings.max_shard_size, _SHARD_BYTES),
+    )
+    for name, value, default in unsupported:
+        if value not in (None, default):
+            raise RequestError(
+                f"--{name} = {value}: not allowed with --domain-data, which trains and writes the "
+                "model in float32; `tritter export` converts it."
+            )
+    check_contents(
+        TextRequest(key, tuple(paths), DEFAULT_FIELD)
+        for key, sources in (("--domain-data", text.new), ("--old-data", text.old))
+        for paths in sources.values()
+    )
+
+
+def _token_sources(
+    specs: Sequence[ExpansionSpec], domain: str | None, data: Sequence[str] | None, *others: Any
+) -> TextSources:
+    """Return domain → paths of the data for new tokens; empty if the tokens are given."""
+    from tritter.core.expansions import Vocab
+    from tritter.data.options import read_sources
+
+    spec = next(each for each in specs if isinstance(each, Vocab))
+    if domain or any(others):
+        raise RequestError("--domain, --old-data, --steps, --learning-rate: vocab trains nothing.")
+    if data and any(getattr(each, "is_append", False) for each in specs):
+        raise RequestError("--domain-data: for vocab or for moe-add; use two commands.")
+    if data and not spec.is_learned:
+        raise RequestError("--domain-data is not needed: the new tokens are given.")
+    if not data and spec.is_learned:
+        raise RequestError("--domain-data is missing; or set --tokens, or --tokenizer.")
+    problems: list[Problem] = []
+    sources = read_sources("--domain-data", data or None, default_name="new", problems=problems)
+    raise_problems(problems)
+    return sources
 
 
 # Results
@@ -473,7 +577,7 @@ class _Result:
         """Print a readable summary."""
         from tritter.checkpoints.record import layers_text
 
-        console, settings, destination = new_console(), self.job.settings, self.job.destination
+        console, settings, destination = CommandConsole(), self.job.settings, self.job.destination
         _print_shapes(console, self.plan)
         lines: list[tuple[str, str]] = []
         for step in self.plan.steps:
@@ -500,16 +604,16 @@ class _Result:
         if self.room is not None:
             lines += _disk_lines(self.room, destination)
         console.print()
-        print_lines(console, lines)
+        console.print_lines(lines)
         console.print()
         quoted = shlex.quote(display_path(destination))
         if self.lineage is not None:
-            print_command(console, "written", display_path(destination))
-            print_command(console, "next   ", f"tritter inspect {quoted}")
+            console.print_command("written", display_path(destination))
+            console.print_command("next   ", f"tritter inspect {quoted}")
         else:
-            print_command(console, "dry run", f"nothing was written; the output is {quoted}")
+            console.print_command("dry run", f"nothing was written; the output is {quoted}")
         for obstacle in self.obstacles:
-            print_command(console, "refused", obstacle)
+            console.print_command("refused", obstacle)
         if self.training is not None:
             _print_domain(console, self.training)
 
@@ -555,7 +659,7 @@ def _expand(job: _Job, *, measures: bool, overwrite: bool, is_quiet: bool) -> _R
             job.destination,
             plan,
             dtype=job.dtype,
-            max_shard_bytes=settings.max_shard_size or SHARD_BYTES,
+            max_shard_bytes=settings.max_shard_size or _SHARD_BYTES,
             overwrite=overwrite,
             progress=new_bar("tensors"),
             before_publish=measure_result if measures else None,
@@ -564,7 +668,7 @@ def _expand(job: _Job, *, measures: bool, overwrite: bool, is_quiet: bool) -> _R
     return _Result(job=job, plan=plan, lineage=made.lineage, measured=next(iter(measured), None))
 
 
-def _expand_and_train(job: _Job, text: DomainRun, *, overwrite: bool, is_quiet: bool) -> _Result:
+def _expand_and_train(job: _Job, text: _DomainRun, *, overwrite: bool, is_quiet: bool) -> _Result:
     """Add the experts and train them. After an error no output remains."""
     from tritter.evaluation.measure import Measurement
     from tritter.pipeline.domain import DomainTask, expand_for_domain
@@ -581,7 +685,7 @@ def _expand_and_train(job: _Job, text: DomainRun, *, overwrite: bool, is_quiet: 
         job.destination,
         job.specs,
         task,
-        console=Console(quiet=True) if is_quiet else new_console(),
+        console=Console(quiet=True) if is_quiet else CommandConsole(),
         overwrite=overwrite,
     )
     error = made.lineage.expansion_history[-1].step0_error
@@ -604,7 +708,7 @@ def _disk_lines(room: DiskNeeds, destination: Path) -> list[tuple[str, str]]:
     return [("disk", disk), ("memory", memory)]
 
 
-def _print_domain(console: Console, made: DomainExpansion) -> None:
+def _print_domain(console: CommandConsole, made: DomainExpansion) -> None:
     """Print the loss of each domain and the routing of its tokens."""
     from tritter.report.tables import moe_table
 
@@ -614,12 +718,12 @@ def _print_domain(console: Console, made: DomainExpansion) -> None:
         for domain in before
     )
     console.print()
-    print_table(console, Table(("loss", "before", "after"), rows, numbers=(1, 2)))
+    console.print_table(Table(("loss", "before", "after"), rows, numbers=(1, 2)))
     console.print()
     console.print(moe_table(made.experts).to_rich(console))
 
 
-def _print_shapes(console: Console, plan: PlannedExpansion) -> None:
+def _print_shapes(console: CommandConsole, plan: PlannedExpansion) -> None:
     before = shapes_of(plan.source)
     after = shapes_of(plan.target)
     rows, styles = list[tuple[str, ...]](), list[str]()
@@ -632,7 +736,7 @@ def _print_shapes(console: Console, plan: PlannedExpansion) -> None:
     rows.append(("parameters", *map(count_text, sizes), ratio_text(sizes[1] / sizes[0])))
     header, rules = ("", "before", "after", ""), (len(rows) - 1,)
     table = Table(header, tuple(rows), numbers=(1, 2), rules=rules, styles=(*styles, "bold"))
-    print_table(console, table)
+    console.print_table(table)
 
 
 def _exactness(result: _Result) -> str:

@@ -24,17 +24,15 @@ from tritter.cli.options import (
     with_dashes,
 )
 from tritter.cli.output import (
+    CommandConsole,
     display_path,
-    new_console,
     note_if_written,
-    print_command,
     print_json,
-    print_lines,
     progress_bars,
     refuse_damage,
     short,
 )
-from tritter.errors import Names, RequestError, use_names
+from tritter.errors import Names, RequestError
 from tritter.loading import loading
 from tritter.report.table import count_text, si_text
 from tritter.storage.hub import locate
@@ -201,7 +199,7 @@ def export(
         )
     layout = _LAYOUTS[choice("--expert-layout", expert_layout or "hub", list(_LAYOUTS))]
     with note_if_written(output):
-        with progress_bars(is_shown=not as_json) as new_bar, use_names(_NAMES):
+        with progress_bars(is_shown=not as_json) as new_bar, _NAMES.in_use():
             exported = origin.weights.export(
                 output,
                 dtype=origin.dtype if dtype is None else getattr(torch, dtype),
@@ -326,7 +324,7 @@ def _as_json(origin: _Origin, exported: Exported) -> dict[str, Any]:
 
 
 def _print(origin: _Origin, exported: Exported) -> None:
-    console = new_console()
+    console = CommandConsole()
     model = exported.model
     parameters = count_text(model.num_parameters)
     files = "1 file" if exported.num_files == 1 else f"{exported.num_files} files"
@@ -339,8 +337,8 @@ def _print(origin: _Origin, exported: Exported) -> None:
     if origin.merged is not None:
         lines += origin.merged.lines()
     lines += [("from", short(exported.origin_hash)), ("hash", short(exported.model_hash))]
-    print_lines(console, lines)
+    console.print_lines(lines)
     console.print()
-    print_command(console, "written", display_path(exported.folder))
+    console.print_command("written", display_path(exported.folder))
     quoted = shlex.quote(display_path(exported.folder))
-    print_command(console, "next   ", f"tritter inspect {quoted}")
+    console.print_command("next   ", f"tritter inspect {quoted}")

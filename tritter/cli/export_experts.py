@@ -25,13 +25,10 @@ from tritter.checkpoints.history import Link
 from tritter.checkpoints.location import check_output, is_within
 from tritter.checkpoints.run_text import recorded_chat
 from tritter.cli.output import (
+    CommandConsole,
     display_path,
-    new_console,
     note_if_written,
-    print_command,
     print_json,
-    print_lines,
-    print_table,
     refuse_damage,
 )
 from tritter.core.models import load_model, read_model, uninitialised_model
@@ -224,24 +221,24 @@ def export_adapters(
             return
         heads = [_untied_head(source, adapter) for adapter in adapters.values()]
         _print_adapters(records, base=base, is_head_stored=any(heads), merged=merged)
-        print_command(new_console(), "written", display_path(output))
+        CommandConsole().print_command("written", display_path(output))
 
 
 def _print_adapters(
     records: Sequence[Mapping[str, Any]], *, base: str, is_head_stored: bool, merged: Merge | None
 ) -> None:
-    console, rows = new_console(), []
+    console, rows = CommandConsole(), []
     for each in records:
         numbers = (str(each["rank"]), f"{each['alpha']:g}", count_text(each["parameters"]))
         rows.append((each["name"], *numbers, " ".join(each["targets"])))
     header = ("adapter", "rank", "alpha", "parameters", "on")
-    print_table(console, Table(header, tuple(rows), numbers=(1, 2, 3)), wrapped=("on",))
+    console.print_table(Table(header, tuple(rows), numbers=(1, 2, 3)), wrapped=("on",))
     console.print()
     lines = [("base", base)]
     if is_head_stored:
         reason = "stored whole: PEFT would merge its update into the embedding too"
         lines.append(("tied head", reason))
-    print_lines(console, lines + ([] if merged is None else merged.lines()))
+    console.print_lines(lines + ([] if merged is None else merged.lines()))
     console.print()
 
 

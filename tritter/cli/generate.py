@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tritter.cli.options import AsJson, Checkpoint, Seed, flag, option
 from tritter.cli.output import print_json, refuse_damage
 from tritter.errors import Problem, RequestError, TritterError
-from tritter.limits import MAX_NEW_TOKENS
 from tritter.loading import loading
 from tritter.storage.hub import locate
 from tritter.storage.tensors import WEIGHT_DTYPES
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _NEW_TOKENS, _ANSWER_TOKENS = 50, 512  # defaults without and with --chat
+_MAX_NEW_TOKENS = 2**20
 _STANDARD_INPUT = "-"
 
 
@@ -53,7 +53,7 @@ def generate(
             f"Maximum number of new tokens. Default: {_NEW_TOKENS}; with --chat: {_ANSWER_TOKENS}; "
             "less if the model has fewer positions left.",
             least=1,
-            most=MAX_NEW_TOKENS,
+            most=_MAX_NEW_TOKENS,
             shows_default=False,
         ),
     ] = None,

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.text import Text
 
-from tritter.cli.options import AsJson, Folder, flag, with_dashes
-from tritter.cli.output import EXIT_NO, display_path, new_console, print_json, print_table, short
+from tritter.cli.options import AsJson, Folder, flag
+from tritter.cli.output import EXIT_NO, CommandConsole, display_path, print_json, short
 from tritter.errors import RequestError
 from tritter.report.table import Table, count_text, number_text
 from tritter.storage.hub import locate
@@ -20,7 +20,6 @@ from tritter.terminal import say, status
 if TYPE_CHECKING:
     from tritter.checkpoints.history import Difference, Link
 
-_MISSING = "missing: not checked"
 _FEW_EXPERTS = 2  # named in the table; longer lists only in the tree
 
 
@@ -86,54 +85,18 @@ def history(
     return 0 if is_intact else EXIT_NO
 
 
-def describe_origin(link: Link, *, max_experts: int | None = None) -> str:
-    """Return a short description of a checkpoint's origin.
-
-    More than `max_experts` experts are not listed by name.
-    """
-    lineage = link.lineage
-    if link.problem:
-        return "no readable tritter.json"
-    if lineage is None:
-        return "plain folder" if link.folder else _MISSING
-    experts = f"LoRA experts {', '.join(link.experts)}" if link.experts else ""
-    if max_experts is not None and len(link.experts) > max_experts:
-        experts = f"{len(link.experts)} LoRA experts"
-    removed = "weights removed" if link.is_removed else ""
-    if link.expansion_records:
-        methods = (with_dashes(each.method) for each in link.expansion_records)
-        return ", ".join(filter(None, [*methods, experts, removed]))
-    if lineage.parent_hash is None:
-        origin = f"pretraining of {lineage.step} steps" if lineage.step else "start"
-    elif link.own_stage:
-        origin = f"stage {link.own_stage}"
-    else:  # a later task counts the steps of those before it
-        origin = f"training to step {lineage.step}" if lineage.step else "training"
-    return ", ".join(filter(None, [origin, experts, removed]))
-
-
-def steps_after(link: Link, newest: Link) -> int | None:
-    """Return the training steps after a checkpoint's expansions, from its newest descendant."""
-    if link.lineage is None or not link.expansion_records:
-        return None
-    last = len(link.lineage.expansion_history) - 1
-    records = newest.lineage.expansion_history if newest.lineage else ()
-    record = records[last] if last < len(records) else link.expansion_records[-1]
-    return record.continued_training_steps
-
-
 def _row_json(row: _Checked, newest: Link) -> dict[str, Any]:
     link = row.link
     return {
         "folder": str(link.folder) if link.folder else None,
         "model_hash": link.model_hash,
         "parent_hash": link.lineage.parent_hash if link.lineage else None,
-        "made_by": describe_origin(link),
+        "made_by": link.origin(),
         "methods": [record.method for record in link.expansion_records],
         "experts": list(link.experts),
         "parameters": link.num_parameters,
         "parameters_on_disk": link.num_parameters_on_disk,
-        "continued_training_steps": steps_after(link, newest),
+        "continued_training_steps": link.steps_after(newest),
         "timestamp": link.expansion_records[-1].timestamp if link.expansion_records else None,
         "state": row.state,
         "changes": [
@@ -144,15 +107,15 @@ def _row_json(row: _Checked, newest: Link) -> dict[str, Any]:
 
 
 def _print(rows: Sequence[_Checked], *, is_verified: bool) -> None:
-    console = new_console()
+    console = CommandConsole()
     header = ["checkpoint", "made by", "size", "steps after", "hash", "when"]
     cells = []
     for row in rows:
-        link, steps = row.link, steps_after(row.link, rows[-1].link)
+        link, steps = row.link, row.link.steps_after(rows[-1].link)
         cells.append(
             (
                 _name(link),
-                describe_origin(link, max_experts=_FEW_EXPERTS),
+                link.origin(max_experts=_FEW_EXPERTS),
                 count_text(link.num_parameters),
                 number_text(steps),
                 short(link.model_hash),
@@ -164,7 +127,7 @@ def _print(rows: Sequence[_Checked], *, is_verified: bool) -> None:
         )
     table = Table((*header, *["check"] * is_verified), tuple(cells), numbers=(2, 3))
     wrapped = ("checkpoint", "made by", "steps after")
-    print_table(console, table, wrapped=wrapped, breaks_words=False)
+    console.print_table(table, wrapped=wrapped, breaks_words=False)
     console.print()
     # Parents come first. Rich's own tree truncates long lines, but folder names must be complete
     # for copying
@@ -173,7 +136,7 @@ def _print(rows: Sequence[_Checked], *, is_verified: bool) -> None:
         link = row.link
         name = display_path(link.folder) if link.folder else _name(link)
         guide = "    " * (depth - 1) + corner if depth else ""
-        label = Text(guide + console.printable(f"{name}  ({describe_origin(link)})"))
+        label = Text(guide + console.printable(f"{name}  ({link.origin()})"))
         console.print(label, soft_wrap=True)
     if not is_verified:
         return

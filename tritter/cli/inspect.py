@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tritter.cli.options import AsJson, Folder, flag, with_dashes
 from tritter.cli.output import (
     SHAPES,
-    new_console,
+    CommandConsole,
     print_json,
-    print_lines,
-    print_table,
     refuse_damage,
     shapes_of,
     short,
@@ -24,7 +22,7 @@ from tritter.errors import RequestError, TritterError
 from tritter.loading import loading
 from tritter.report.table import ACCURACY, MISSING, Table, count_text
 from tritter.storage.hub import locate
-from tritter.terminal import Console, status
+from tritter.terminal import status
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -149,7 +147,7 @@ def inspect(folder: Folder, family: _ShowFamily = False, as_json: AsJson = False
         plain = {**_as_json(source, dtypes, last_map), "experts": experts_record}
         print_json({**plain, "growth": growth} if family else plain)
         return 0
-    console = new_console()
+    console = CommandConsole()
     if family:
         _print_family(console, source, growth)
         return 0
@@ -241,10 +239,10 @@ def _positions(source: Source) -> dict[str, str]:
     return {name: str(value) for name, value in found.items() if value}
 
 
-def _print_model(console: Console, source: Source, dtypes: Mapping[str, int]) -> None:
+def _print_model(console: CommandConsole, source: Source, dtypes: Mapping[str, int]) -> None:
     shapes = tuple((SHAPES[name], str(size)) for name, size in shapes_of(source.model).items())
     shapes += tuple(_positions(source).items())
-    print_table(console, Table(("shape", ""), shapes, numbers=(1,)))
+    console.print_table(Table(("shape", ""), shapes, numbers=(1,)))
     console.print()
     total = source.model.num_parameters
     rows = [
@@ -254,7 +252,7 @@ def _print_model(console: Console, source: Source, dtypes: Mapping[str, int]) ->
     rules = (len(rows),)
     rows.append(("all", count_text(total), f"{total:,}"))
     parts = Table(("parameters", "", " "), tuple(rows), numbers=(1, 2), rules=rules)
-    print_table(console, parts)
+    console.print_table(parts)
     console.print()
     words = sorted(dtypes)
     kinds = words if len(words) == 1 else [f"{w} ({dtypes[w]} tensors)" for w in words]
@@ -273,7 +271,7 @@ def _print_model(console: Console, source: Source, dtypes: Mapping[str, int]) ->
             ("FFN of each layer", " ".join(map(str, sizes))),
             ("padded", f"on disk to the widest: {padded} parameters"),
         ]
-    print_lines(console, lines)
+    console.print_lines(lines)
 
 
 def _growth(source: Source) -> dict[str, str]:
@@ -305,13 +303,13 @@ def _growth(source: Source) -> dict[str, str]:
     return found
 
 
-def _print_family(console: Console, source: Source, growth: Mapping[str, str]) -> None:
+def _print_family(console: CommandConsole, source: Source, growth: Mapping[str, str]) -> None:
     """Print what can grow, and the axes of the tensors outside the layers and of each kind."""
     model = source.model.widened
     family = model.family
     lines = [("family", f"{family.model_type} ({family.architecture})")]
     lines.append(("axes", "of a table" if family.has_table else "found on a tiny random model"))
-    print_lines(console, [*lines, *growth.items()])
+    console.print_lines([*lines, *growth.items()])
     console.print()
     kinds: dict[int, set[str]] = {}
     for tensor in model.tensors:
@@ -331,7 +329,7 @@ def _print_family(console: Console, source: Source, growth: Mapping[str, str]) -
         zero = "one" if family.zero_of(tensor) > 0 else "zero"
         zeroed = (f"{zero} in new layers",) if family.branch_output(tensor) else ()
         rows.append((tensor.disk_name, "; ".join([" x ".join(axes), *zeroed])))
-    print_lines(console, [("tensor", "axes"), *rows])
+    console.print_lines([("tensor", "axes"), *rows])
 
 
 def _new_layers(source: Source) -> str:
@@ -354,7 +352,7 @@ def _other_files(folder: Path) -> list[str]:
     return [*tokenizer_files(folder), *(path.name for path in licence_files(folder)), *state]
 
 
-def _print_lineage(console: Console, source: Source) -> None:
+def _print_lineage(console: CommandConsole, source: Source) -> None:
     lineage = source.lineage
     lines = []
     if lineage is None:
@@ -375,10 +373,10 @@ def _print_lineage(console: Console, source: Source) -> None:
                 label, text = f"loss {name}", f"{score:.4f} nats per token"
             lines.append((label, text))
     console.print()
-    print_lines(console, lines)
+    console.print_lines(lines)
 
 
-def _print_expansion(console: Console, record: ExpansionRecord, last: _RecordedMap) -> None:
+def _print_expansion(console: CommandConsole, record: ExpansionRecord, last: _RecordedMap) -> None:
     from tritter.checkpoints.record import layers_text
 
     error = record.step0_error
@@ -398,7 +396,7 @@ def _print_expansion(console: Console, record: ExpansionRecord, last: _RecordedM
     without = _without_map(record)
     lines.append(("map", without or last.problem or f"{short(last.digest)}, as recorded"))
     console.print()
-    print_lines(console, lines)
+    console.print_lines(lines)
     if not last.rows:
         return
     console.print()
@@ -408,7 +406,7 @@ def _print_expansion(console: Console, record: ExpansionRecord, last: _RecordedM
         shape = " → ".join(dict.fromkeys(shapes))
         rows.append((row.kind, row.layers, shape, row.weight, row.gradient, row.fill, row.state))
     header = ("tensor", "layers", "shape", "weight", "gradient", "fill", "state")
-    print_table(console, Table(header, tuple(rows)), wrapped=("layers", "shape", "fill"))
+    console.print_table(Table(header, tuple(rows)), wrapped=("layers", "shape", "fill"))
     console.print()
     console.print(
         "weight, gradient: factors of mapped entries; fill: value of new entries (random: "
@@ -416,7 +414,7 @@ def _print_expansion(console: Console, record: ExpansionRecord, last: _RecordedM
     )
 
 
-def _print_experts(console: Console, files: ExpertFiles) -> None:
+def _print_experts(console: CommandConsole, files: ExpertFiles) -> None:
     """Print a table of the experts and the settings of the router."""
     head = files.head
     rows = []
@@ -428,7 +426,7 @@ def _print_experts(console: Console, files: ExpertFiles) -> None:
             rows.append((name, str(shape.rank), f"{shape.alpha:g}", count, " ".join(shape.targets)))
     console.print()
     header = ("expert", "rank", "alpha", "parameters", "on")
-    print_table(console, Table(header, tuple(rows), numbers=(1, 2, 3)), wrapped=("on",))
+    console.print_table(Table(header, tuple(rows), numbers=(1, 2, 3)), wrapped=("on",))
     console.print()
     mixed = "all" if head.top_k is None else f"top {head.top_k}"
     learned = "one for all layers" if head.is_shared else "one per layer"
@@ -444,7 +442,7 @@ def _print_experts(console: Console, files: ExpertFiles) -> None:
     for number, (domain, gates) in enumerate(head.usage.items()):
         shown = ", ".join(f"{name} {gates.get(name, 0.0):.2f}" for name in head.names)
         lines.append(("" if number else "mean gates", f"{domain}: {shown}"))
-    print_lines(console, lines)
+    console.print_lines(lines)
 
 
 # The map of a recorded expansion

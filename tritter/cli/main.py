@@ -5,7 +5,6 @@ Nothing here imports torch, so `tritter --help` and rejected requests return imm
 
 import re
 import shlex
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -29,11 +28,10 @@ from tritter.cli.push import push
 from tritter.cli.report import report
 from tritter.cli.train import TrainCommand, train
 from tritter.cli.validate import validate
-from tritter.config.launch.command_line import SYSTEM_ERRORS, check_encodable, one_line
-from tritter.config.suggestions import COMMAND_SYNONYMS, flag_advice, setting_advice
-from tritter.errors import RequestError, TritterError, panics_as_errors
-from tritter.stopping import Stopped, stopping
-from tritter.terminal import close_pipe, say
+from tritter.config.launch.command_line import check_encodable
+from tritter.config.suggestions import Hint, flag_advice
+from tritter.stopping import Stopped
+from tritter.terminal import exit_code, say
 
 # In the order of the help
 _COMMANDS: tuple[tuple[Callable[..., int], type[TyperCommand]], ...] = (
@@ -51,8 +49,20 @@ _COMMANDS: tuple[tuple[Callable[..., int], type[TyperCommand]], ...] = (
     (train, TrainCommand),
 )
 
-
 _HELP_ALL = "--help-all"
+# Words of other tools → commands of `tritter`
+_SYNONYMS = {
+    **dict.fromkeys(("finetune", "fine-tune", "pretrain", "continue", "fit", "run"), "train"),
+    **dict.fromkeys(("grow", "merge", "upcycle", "stack", "widen", "deepen"), "expand"),
+    **dict.fromkeys(("chat", "sample", "infer", "inference", "predict"), "generate"),
+    **dict.fromkeys(("eval", "test", "benchmark", "score"), "evaluate"),
+    **dict.fromkeys(("show", "info", "describe"), "inspect"),
+    **dict.fromkeys(("convert", "save"), "export"),
+    **dict.fromkeys(("upload", "publish"), "push"),
+    **dict.fromkeys(("lineage", "log"), "history"),
+    **dict.fromkeys(("diff",), "compare"),
+    **dict.fromkeys(("check", "verify"), "validate"),
+}
 
 
 class _Commands(TyperGroup):
@@ -66,7 +76,7 @@ class _Commands(TyperGroup):
         return params
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args and (meant := COMMAND_SYNONYMS.get(args[0].lower())) is not None:
+        if args and (meant := _SYNONYMS.get(args[0].lower())) is not None:
             ctx.fail(f"No such command '{args[0]}'. Did you mean {meant}?")
         return super().resolve_command(ctx, args)
 
@@ -92,41 +102,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     141 (broken pipe) and 143 (SIGTERM).
     """
     argv = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    return exit_code(partial(_run, argv), describe_stop=_describe_stop)
+
+
+def _run(argv: list[str]) -> int:
+    check_encodable(argv)
+    command = typer.main.get_command(app)
+    words = argv
+    if argv[0] != "train":  # train prints the help of train.py
+        words = ["--help" if argument == _HELP_ALL else argument for argument in argv]
     try:
-        check_encodable(argv)
-        with panics_as_errors(), stopping():
-            command = typer.main.get_command(app)
-            is_folded = _HELP_ALL not in argv
-            if argv[0] != "train":  # train prints the help of train.py
-                argv = ["--help" if argument == _HELP_ALL else argument for argument in argv]
-            run = partial(command.main, argv, prog_name="tritter", standalone_mode=False)
-            return run(obj=is_folded) or 0
-    except RequestError as error:
-        say(f"error: {error}\nNothing was written.", is_error=True)
-        return 2
-    except TritterError as error:  # its notes list files that were written
-        say("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), is_error=True)
-        return 1
-    # System errors (a full disk, a name that is too long, no memory) are not bugs and need no
-    # traceback
-    except SYSTEM_ERRORS as error:
-        say(f"error: {one_line(error)}", is_error=True)
-        return 1
-    except Stopped as stop:
-        if stop.signal_number == signal.SIGPIPE:  # the reader closed the pipe, as in `| head`
-            close_pipe()
-            return stop.exit_code
-        written = " ".join(getattr(stop, "__notes__", ())) or "Nothing was written."
-        say(f"\nStopped. {written}", is_error=True)
-        return stop.exit_code
+        run = partial(command.main, words, prog_name="tritter", standalone_mode=False)
+        return run(obj=_HELP_ALL not in argv) or 0
     except typer.TyperException as error:
         possibilities = getattr(error, "possibilities", None)
         context, flag = getattr(error, "ctx", None), getattr(error, "option_name", None)
         command_path = context.command_path if context is not None else "tritter"
         near = f". Did you mean {possibilities[0]}?" if possibilities else ""
-        advice = None if context is None else _setting_advice(context, error.message, argv)
+        advice = None if context is None else _setting_advice(context, error.message, words)
         if flag:
-            advice = flag_advice(flag, argv, command=command_path.rpartition(" ")[2])
+            advice = flag_advice(flag, words, command=command_path.rpartition(" ")[2])
         if advice:
             near, possibilities = f". {advice}", True
         message = error.message if possibilities else error.format_message()
@@ -135,17 +130,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
 
 
+def _describe_stop(stop: Stopped) -> str:
+    written = " ".join(getattr(stop, "__notes__", ())) or "Nothing was written."
+    return f"\nStopped. {written}"
+
+
 def _setting_advice(context: Any, message: str, words: Sequence[str]) -> str | None:
     """Return the option for an extra argument: a `key=value`, or a second folder, the output."""
     _, is_extra, extra = message.partition("extra argument")
     listed = re.findall(r"\((\S.*)\)", extra.removeprefix("(s)"))
     extras = listed[0].split() if is_extra and listed else []
     settings = [word for word in extras if "=" in word]
-    options = [each for each in context.command.get_params(context) if each.opts[0][:2] == "--"]
-    flags = {each.opts[0]: bool(getattr(each, "is_flag", False)) for each in options}
     if not settings:
         return _output_advice(extras, words) if context.info_name in ("expand", "export") else None
-    return setting_advice(settings[0], flags, command=context.info_name)
+    key, _, value = settings[0].partition("=")
+    value = value.strip("[]")  # of an ordered list
+    if (hint := Hint.of(key, value, command=context.info_name)) and hint.advice.startswith("--"):
+        return f"Did you mean: {hint.advice}"
+    name = "--" + key.rpartition(".")[2].replace("_", "-")
+    options = {each.opts[0]: each for each in context.command.get_params(context)}
+    if name not in options:
+        return None
+    is_flag = getattr(options[name], "is_flag", False)
+    return f"Did you mean: {name if is_flag else f'{name} {value}'}"
 
 
 def _output_advice(extras: Sequence[str], words: Sequence[str]) -> str | None:

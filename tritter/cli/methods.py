@@ -10,7 +10,7 @@ from argparse import ArgumentError, ArgumentParser
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
-from functools import cache
+from functools import cache, cached_property
 from inspect import Parameter, Signature
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,7 +47,7 @@ class MethodCommand(CheckpointCommand):
     """A command with the options of all methods; their values are stored in `ctx.obj`."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        options = _parameters(search_path())
+        options = ExpansionMethods.current().parameters
         if (shown := ctx.meta.get(_SHOWN)) is not None:
             options = [each for each in options if each.name in shown]
         return [*super().get_params(ctx), *options]
@@ -57,11 +57,12 @@ class MethodCommand(CheckpointCommand):
         values = ctx.meta[_METHODS]
         if values is None:  # --help-all
             return super().format_help(ctx, formatter)
-        takers = _method_options()
+        methods = ExpansionMethods.current()
+        takers = methods.options
         chosen = {name.strip().replace("-", "_") for word in values for name in word.split(",")}
         ctx.meta[_SHOWN] = {option for option in takers if chosen & takers[option].keys()}
         lines = ["Options of the methods (--method METHOD --help or --help-all describes them):"]
-        for method in method_bodies():
+        for method in methods.bodies:
             own = [f"--{with_dashes(option)}" for option in takers if method in takers[option]]
             lines += [f"{with_dashes(method)}: {' '.join(own)}"] if method not in chosen else []
         self.epilog = "\n\n".join(lines) if len(lines) > 1 else None
@@ -81,145 +82,154 @@ class MethodCommand(CheckpointCommand):
             ctx.meta[_METHODS] = None
         ctx.with_resource(SearchPath.of(folders, None).in_use())
         rest = super().parse_args(ctx, args)
-        values = {name: ctx.params.pop(name) for name in _method_options()}
+        values = {name: ctx.params.pop(name) for name in ExpansionMethods.current().options}
         ctx.obj = {name: value for name, value in values.items() if value is not None}
         return rest
 
 
-def method_bodies() -> dict[str, dict[str, Any]]:
-    """Return method → key → default from the option files."""
-    return _bodies(search_path())
+class ExpansionMethods:
+    """The expansion methods of a search path, and the options of a command line for their keys.
+
+    Attributes:
+        bodies: method → key → default, from the option files.
+        options: option → method that has it → its key in that method.
+    """
+
+    def __init__(self) -> None:
+        files = option_files()["expansion"].items()
+        bodies = {name: body_of(path).get(name) for name, path in files if name != "none"}
+        self.bodies: dict[str, dict[str, Any]] = {
+            name: body for name, body in bodies.items() if isinstance(body, dict)
+        }
+        self.options: dict[str, dict[str, str]] = {}
+        for method, body in self.bodies.items():
+            for key in body:
+                if key not in _NO_OPTION:
+                    option = _OPTION_OF_KEY.get(f"{method}.{key}", key)
+                    self.options.setdefault(option, {})[method] = key
+
+    @classmethod
+    def current(cls) -> ExpansionMethods:
+        """Return the methods of the search path of the current command."""
+        return _methods_of(search_path())
+
+    @cached_property
+    def parameters(self) -> list[Any]:
+        """The options as Typer builds them from a function's parameters."""
+        bodies, parameters = self.bodies, []
+        notes = {method: comments(option_files()["expansion"][method]) for method in bodies}
+        for option, takers in self.options.items():
+            helps: dict[str, list[str]] = {}
+            for method, key in takers.items():
+                comment, default = notes[method].get(key, ""), bodies[method][key]
+                stated = (
+                    [] if default is None or isinstance(default, bool) else [f"default: {default}"]
+                )
+                line = "; ".join([*filter(None, [comment]), *stated])
+                line = line.replace("null = ", "default: ").replace("[", r"\[")  # no markup
+                helps.setdefault(line, []).append(method)
+            is_flag = all(isinstance(bodies[method][key], bool) for method, key in takers.items())
+            is_on = is_flag and all(bodies[method][key] for method, key in takers.items())
+            name = with_dashes(option)
+            declared = typer.Option(
+                f"--{name}/--no-{name}" if is_on else f"--{name}",
+                metavar=" " if is_flag else "VALUE",
+                help=" ".join(
+                    f"{with_dashes(', '.join(names))}: {text}." for text, names in helps.items()
+                ),
+                rich_help_panel="Methods",
+            )
+            kind: Any = bool if is_flag else str
+            annotation = Annotated[kind | None, declared]
+            parameters.append(
+                Parameter(option, Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            )
+
+        def carrier() -> None: ...
+
+        carrier.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        one = typer.Typer(add_completion=False, context_settings={"help_option_names": []})
+        one.command()(carrier)
+        return typer.main.get_command(one).params
+
+    def option_names(self) -> dict[str, str | None]:
+        """Return dotted key → option name for all methods."""
+        names: dict[str, str | None] = {"expansion": "--method"}
+        for method in self.bodies:
+            names[f"expansion.{method}"] = f"--method {with_dashes(method)}"
+        for option, takers in self.options.items():
+            names |= {
+                f"expansion.{m}.{key}": f"--{with_dashes(option)}" for m, key in takers.items()
+            }
+        return names
+
+    def words(self, spec: ExpansionSpec) -> list[str]:
+        """Return the words of a command line that request an expansion."""
+        takers = self.options
+        options = {keys[spec.name]: o for o, keys in takers.items() if spec.name in keys}
+        words = ["--method", with_dashes(spec.name)]
+        for field in fields(spec):  # type: ignore[arg-type] # each is a dataclass
+            value = getattr(spec, field.name)
+            if value == field.default:
+                continue
+            words.append(f"--{with_dashes(options[field.name])}")
+            if isinstance(value, tuple):
+                words.append(",".join(map(str, value)))
+            elif value is not True:
+                words.append(str(value))
+        return words
+
+    def specs(self, words: Sequence[str], typed: Mapping[str, Any]) -> tuple[ExpansionSpec, ...]:
+        """Return the expansions named by `--method`, in order, with option → typed value."""
+        from tritter.config.components import Reader, method_class
+        from tritter.options import parse_word
+
+        problems, methods = [], self._names(words)
+        fields: dict[str, dict[str, Any]] = {name: {} for name in methods}
+        for option, value in typed.items():
+            takers = self.options[option]
+            taking = [name for name in methods if name in takers]
+            if len(taking) == 1:
+                fields[taking[0]][takers[taking[0]]] = value
+                continue
+            if taking:
+                share = "both" if len(taking) == 2 else "all"
+                reason = f"{_join_names(taking)} {share} have this option; "
+                reason += "use a separate command for each method"
+            else:
+                reason = (
+                    f"--method {','.join(map(with_dashes, methods))} does not have this option; "
+                    f"{_join_names(takers)} {'does' if len(takers) == 1 else 'do'}"
+                )
+            problems.append(Problem(f"--{with_dashes(option)}", value, reason=reason))
+        raise_problems(problems)
+        reader, specs = Reader(tuple), []
+        for name in methods:  # options are read like those of a config file, with defaults
+            body = self.bodies[name]
+            record = method_class("expansion", name, {name: body})
+            values = {key: parse_word(record, key, word) for key, word in fields[name].items()}
+            bodies, classes = {name: {**body, **values}}, {f"expansion.{name}": record}
+            specs += [
+                one.options for one in reader.read_methods(bodies, classes, group="expansion")
+            ]
+        raise_problems(reader.problems)
+        return tuple(specs)
+
+    def _names(self, values: Sequence[str]) -> tuple[str, ...]:
+        """Return the methods named by `--method`, in order."""
+        names = [name.strip().replace("-", "_") for word in values for name in word.split(",")]
+        for name in names:
+            if name not in self.bodies:
+                shown, allowed = with_dashes(name), [*map(with_dashes, self.bodies)]
+                reason = f"must be one of {', '.join(allowed)}, or several joined by commas"
+                near = nearest(shown, allowed)
+                raise RequestError(Problem("expansion", shown, reason, nearest=near))
+        return tuple(names)
 
 
 @cache
-def _bodies(_of: SearchPath) -> dict[str, dict[str, Any]]:
-    files = option_files()["expansion"]
-    bodies = {name: body_of(path).get(name) for name, path in files.items() if name != "none"}
-    return {name: body for name, body in bodies.items() if isinstance(body, dict)}
-
-
-def _method_options() -> dict[str, dict[str, str]]:
-    """Return option → method that has it → its key in that method."""
-    options: dict[str, dict[str, str]] = {}
-    for method, body in method_bodies().items():
-        for key in body:
-            if key not in _NO_OPTION:
-                option = _OPTION_OF_KEY.get(f"{method}.{key}", key)
-                options.setdefault(option, {})[method] = key
-    return options
-
-
-def method_words(spec: ExpansionSpec) -> list[str]:
-    """Return the words of a command line that request an expansion."""
-    options = {keys[spec.name]: o for o, keys in _method_options().items() if spec.name in keys}
-    words = ["--method", with_dashes(spec.name)]
-    for field in fields(spec):  # type: ignore[arg-type] # each is a dataclass
-        value = getattr(spec, field.name)
-        if value == field.default:
-            continue
-        words.append(f"--{with_dashes(options[field.name])}")
-        if isinstance(value, tuple):
-            words.append(",".join(map(str, value)))
-        elif value is not True:
-            words.append(str(value))
-    return words
-
-
-@cache
-def _parameters(_of: SearchPath) -> list[Any]:
-    """Return the options as Typer builds them from a function's parameters."""
-
-    bodies, parameters = method_bodies(), []
-    notes = {method: comments(option_files()["expansion"][method]) for method in bodies}
-    for option, takers in _method_options().items():
-        helps: dict[str, list[str]] = {}
-        for method, key in takers.items():
-            comment, default = notes[method].get(key, ""), bodies[method][key]
-            stated = [] if default is None or isinstance(default, bool) else [f"default: {default}"]
-            line = "; ".join([*filter(None, [comment]), *stated])
-            line = line.replace("null = ", "default: ").replace("[", r"\[")  # no markup
-            helps.setdefault(line, []).append(method)
-        is_flag = all(isinstance(bodies[method][key], bool) for method, key in takers.items())
-        is_on = is_flag and all(bodies[method][key] for method, key in takers.items())
-        name = with_dashes(option)
-        declared = typer.Option(
-            f"--{name}/--no-{name}" if is_on else f"--{name}",
-            metavar=" " if is_flag else "VALUE",
-            help=" ".join(
-                f"{with_dashes(', '.join(names))}: {text}." for text, names in helps.items()
-            ),
-            rich_help_panel="Methods",
-        )
-        kind: Any = bool if is_flag else str
-        annotation = Annotated[kind | None, declared]
-        parameters.append(
-            Parameter(option, Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-        )
-
-    def carrier() -> None: ...
-
-    carrier.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
-    one = typer.Typer(add_completion=False, context_settings={"help_option_names": []})
-    one.command()(carrier)
-    return typer.main.get_command(one).params
-
-
-def option_names() -> dict[str, str | None]:
-    """Return dotted key → option name for all methods."""
-    names: dict[str, str | None] = {"expansion": "--method"}
-    for method in method_bodies():
-        names[f"expansion.{method}"] = f"--method {with_dashes(method)}"
-    for option, takers in _method_options().items():
-        names |= {f"expansion.{m}.{key}": f"--{with_dashes(option)}" for m, key in takers.items()}
-    return names
-
-
-def _method_names(values: Sequence[str]) -> tuple[str, ...]:
-    """Return the methods named by `--method`, in order."""
-    names = [name.strip().replace("-", "_") for word in values for name in word.split(",")]
-    for name in names:
-        if name not in method_bodies():
-            shown, allowed = with_dashes(name), [*map(with_dashes, method_bodies())]
-            reason = f"must be one of {', '.join(allowed)}, or several joined by commas"
-            near = nearest(shown, allowed)
-            raise RequestError(Problem("expansion", shown, reason, nearest=near))
-    return tuple(names)
-
-
-def specs_of(words: Sequence[str], typed: Mapping[str, Any]) -> tuple[ExpansionSpec, ...]:
-    """Return the expansions named by `--method`, in order, with option → typed value."""
-    from tritter.config.components import Reader, method_class, read_methods
-    from tritter.options import parse_word
-
-    problems, methods = [], _method_names(words)
-    fields: dict[str, dict[str, Any]] = {name: {} for name in methods}
-    for option, value in typed.items():
-        takers = _method_options()[option]
-        taking = [name for name in methods if name in takers]
-        if len(taking) == 1:
-            fields[taking[0]][takers[taking[0]]] = value
-            continue
-        if taking:
-            reason = (
-                f"{_join_names(taking)} {'both' if len(taking) == 2 else 'all'} have this option; "
-                "use a separate command for each method"
-            )
-        else:
-            reason = (
-                f"--method {','.join(map(with_dashes, methods))} does not have this option; "
-                f"{_join_names(takers)} {'does' if len(takers) == 1 else 'do'}"
-            )
-        problems.append(Problem(f"--{with_dashes(option)}", value, reason=reason))
-    raise_problems(problems)
-    reader, specs = Reader(tuple), []
-    for name in methods:  # options are read like those of a config file, with defaults
-        body = method_bodies()[name]
-        record = method_class("expansion", name, {name: body})
-        values = {key: parse_word(record, key, word) for key, word in fields[name].items()}
-        bodies, classes = {name: {**body, **values}}, {f"expansion.{name}": record}
-        specs += [one.options for one in read_methods(reader, bodies, classes, group="expansion")]
-    raise_problems(reader.problems)
-    return tuple(specs)
+def _methods_of(_search_path: SearchPath) -> ExpansionMethods:
+    return ExpansionMethods()
 
 
 def _join_names(names: Iterable[str]) -> str:

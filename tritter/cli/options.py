@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperArgument, TyperCommand
 
 from tritter.errors import Problem, RequestError, brief, nearest
-from tritter.limits import BYTE_UNITS, COUNT_UNITS, MAX_BYTES, MAX_PARAMETERS, MAX_SEED, parse_count
+from tritter.limits import MAX_BYTES, MAX_PARAMETERS, MAX_SEED, parse_count
 from tritter.storage.reading import named_path
 
 # Options that name a checkpoint, in the order of the positional arguments
@@ -74,7 +74,7 @@ def option(
     least: float | None = None,
     most: float | None = None,
     shows_default: bool = True,
-    completes: Callable[[str], list[str]] | None = None,
+    completes: Callable[[], Iterable[str]] | None = None,
 ) -> Any:
     """Declare an option for Typer.
 
@@ -87,7 +87,7 @@ def option(
         least: smallest allowed value.
         most: largest allowed value.
         shows_default: show the default in the help.
-        completes: returns completions of an incomplete value.
+        completes: returns the names that complete the last one in a comma-separated list.
     """
     return typer.Option(
         *names.split(),
@@ -98,11 +98,11 @@ def option(
         min=least,
         max=most,
         show_default=shows_default,
-        autocompletion=completes,
+        autocompletion=None if completes is None else _completer(completes),
     )
 
 
-def completer(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+def _completer(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
     """Return a completion function for the last name in a comma-separated list."""
 
     def completes(incomplete: str) -> list[str]:
@@ -137,19 +137,19 @@ def choice(option: str, word: str, allowed: Sequence[_Name]) -> _Name:
 def parameter_count(text: str) -> int:
     """Parse a count such as 7B, 1.5b, 350M, 7e9 or 7_000_000."""
     example = "a count above 0, such as 7B, 350M or 7e9"
-    return _parse_scaled(str(text), COUNT_UNITS, example=example, limit=MAX_PARAMETERS)
+    return _parse_scaled(str(text), example=example, limit=MAX_PARAMETERS)
 
 
 def flops_rate(text: str) -> int:
     """Parse FLOPs per second, such as 312T or 9.89e14."""
     example = "FLOPs per second above 0, such as 312T or 9.89e14"
-    return _parse_scaled(str(text), COUNT_UNITS, example=example, limit=_MAX_FLOPS)
+    return _parse_scaled(str(text), example=example, limit=_MAX_FLOPS)
 
 
 def _byte_count(text: str) -> int:
     """Parse a size such as 5GB, 500MB (powers of 1000) or 4GiB (powers of 1024)."""
     example = "a size above 0, such as 5GB, 500MB or 4GiB"
-    return _parse_scaled(str(text), BYTE_UNITS, example=example, limit=MAX_BYTES)
+    return _parse_scaled(str(text), example=example, limit=MAX_BYTES, is_bytes=True)
 
 
 def parse_path(text: str) -> Path:
@@ -160,8 +160,8 @@ def parse_path(text: str) -> Path:
         raise typer.BadParameter(str(error).removeprefix("path = ")) from error
 
 
-def _parse_scaled(text: str, units: dict[str, int], *, example: str, limit: int) -> int:
-    value = parse_count(text, units)
+def _parse_scaled(text: str, *, example: str, limit: int, is_bytes: bool = False) -> int:
+    value = parse_count(text, is_bytes=is_bytes)
     if value is None:
         raise typer.BadParameter(f"{brief(text)} is not {example}.")
     if value > limit:

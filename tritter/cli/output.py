@@ -17,7 +17,6 @@ from tritter.report.table import Table
 from tritter.stopping import Stopped
 from tritter.storage.atomic import published_here
 from tritter.terminal import Console, NewBar, say
-from tritter.terminal import progress_bars as bars_on
 
 if TYPE_CHECKING:
     from tritter.core.families import Model
@@ -56,49 +55,49 @@ def print_json(content: Mapping[str, Any]) -> None:
     say(json.dumps(content, indent=2, allow_nan=False))
 
 
-def new_console() -> Console:
-    """Return a console for standard output without highlighting, markup or emoji."""
-    return Console(highlight=False, markup=False, emoji=False)
+class CommandConsole(Console):
+    """The standard output of a command, without highlighting, markup or emoji."""
 
+    def __init__(self) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False)
 
-def print_table(
-    console: Console, table: Table, *, wrapped: Collection[str] = (), breaks_words: bool = True
-) -> None:
-    """Print a table.
+    def print_table(
+        self, table: Table, *, wrapped: Collection[str] = (), breaks_words: bool = True
+    ) -> None:
+        """Print a table.
 
-    Args:
-        console: where to print.
-        table: the table.
-        wrapped: headers of columns to wrap on a narrow terminal.
-        breaks_words: False allows a table wider than the terminal.
-    """
-    whole = [at for at, name in enumerate(table.header) if name not in wrapped]
-    shown = table.to_rich(console, whole=whole)
-    for column in () if breaks_words else shown.columns:
-        texts = map(str, (column.header, *column.cells))
-        words = [word for text in texts for word in ([text] if column.no_wrap else text.split())]
-        column.min_width = max(map(cell_len, words), default=0)
-    console.print(shown, crop=breaks_words)
+        Args:
+            table: the table.
+            wrapped: headers of columns to wrap on a narrow terminal.
+            breaks_words: False allows a table wider than the terminal.
+        """
+        whole = [at for at, name in enumerate(table.header) if name not in wrapped]
+        shown = table.to_rich(self, whole=whole)
+        for column in () if breaks_words else shown.columns:
+            texts = map(str, (column.header, *column.cells))
+            words = [
+                word for text in texts for word in ([text] if column.no_wrap else text.split())
+            ]
+            column.min_width = max(map(cell_len, words), default=0)
+        self.print(shown, crop=breaks_words)
 
+    def print_lines(self, lines: Sequence[tuple[str, str]]) -> None:
+        """Print labels and their texts in two columns; a label may be empty."""
+        grid = RichTable.grid(padding=(0, 2))
+        grid.add_column(no_wrap=True)
+        grid.add_column(overflow="fold")
+        for label, text in lines:
+            grid.add_row(Text(label, style="bold"), Text(self.printable(text)))
+        self.print(grid)
 
-def print_lines(console: Console, lines: Sequence[tuple[str, str]]) -> None:
-    """Print labels and their texts in two columns; a label may be empty."""
-    grid = RichTable.grid(padding=(0, 2))
-    grid.add_column(no_wrap=True)
-    grid.add_column(overflow="fold")
-    for label, text in lines:
-        grid.add_row(Text(label, style="bold"), Text(console.printable(text)))
-    console.print(grid)
-
-
-def print_command(console: Console, label: str, command: str) -> None:
-    """Print a label and a command to copy, without line breaks."""
-    console.print(Text(f"{label}  {console.printable(command)}"), soft_wrap=True)
+    def print_command(self, label: str, command: str) -> None:
+        """Print a label and a command to copy, without line breaks."""
+        self.print(Text(f"{label}  {self.printable(command)}"), soft_wrap=True)
 
 
 def progress_bars(*, is_shown: bool) -> AbstractContextManager[NewBar]:
     """Return progress bars on standard error; without a terminal, occasional lines."""
-    return bars_on(Console(stderr=True), mode="auto" if is_shown else "off")
+    return Console(stderr=True).progress_bars("auto" if is_shown else "off")
 
 
 @contextmanager

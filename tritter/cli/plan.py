@@ -10,19 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tritter.cli.methods import method_words
+from tritter.cli.methods import ExpansionMethods
 from tritter.cli.options import AsJson, flag, flops_rate, option, parameter_count, with_dashes
 from tritter.cli.output import (
+    CommandConsole,
     display_path,
-    new_console,
-    print_command,
     print_json,
-    print_lines,
-    print_table,
     refuse_damage,
     shapes_of,
 )
-from tritter.errors import Names, Problem, RequestError, nearest, use_names
+from tritter.errors import Names, Problem, RequestError, nearest
 from tritter.report.table import Table, count_text, si_text
 from tritter.storage.hub import locate
 
@@ -164,7 +161,7 @@ def plan(
     from tritter.planning.serving import serving_notes
     from tritter.planning.upcycling import Upcycling
 
-    with use_names(_NAMES):
+    with _NAMES.in_use():
         start = _read_source(source)
         setup = TrainingSetup(
             precision=precision,
@@ -236,7 +233,13 @@ def _expand_commands(plan: GrowthPlan, text: str, source: NamedShape) -> Iterato
         spec = step.spec
         size = count_text(step.target_parameters).replace(" ", "")  # 4.42B, 213k
         output = f"{name}-{size}"
-        words = ["tritter", "expand", "--checkpoint", checkpoint, *method_words(spec)]
+        words = [
+            "tritter",
+            "expand",
+            "--checkpoint",
+            checkpoint,
+            *ExpansionMethods.current().words(spec),
+        ]
         yield shlex.join([*words, "--output", output])
         checkpoint = output
 
@@ -306,7 +309,7 @@ def _print_guide(*, as_json: bool) -> int:
     if as_json:
         print_json({"rows": [asdict(row) for row in rows]})
         return 0
-    console = new_console()
+    console = CommandConsole()
     cells = [
         (
             f"{row.source} → {row.target}",
@@ -319,10 +322,10 @@ def _print_guide(*, as_json: bool) -> int:
         for row in rows
     ]
     header = ("", "method", "layers", "hidden size", "stated", "counted")
-    print_table(console, Table(header, tuple(cells), numbers=(5,)))
+    console.print_table(Table(header, tuple(cells), numbers=(5,)))
     console.print()
     lines = [(f"{row.source} → {row.target}", f"{row.shape}. {row.note}.") for row in rows]
-    print_lines(console, lines)
+    console.print_lines(lines)
     console.print("\ndocs/reference/planning.md explains the differences.")
     return 0
 
@@ -342,7 +345,7 @@ def _print(
     notes: list[str],
     assumptions: Assumptions,
 ) -> None:
-    console = new_console()
+    console = CommandConsole()
     size = f"{_size(shapes_of(plan.source))}, {count_text(source.parameters)} parameters"
     lines = [
         ("source", f"{source.name}: {size}"),
@@ -356,11 +359,11 @@ def _print(
             f"{assumptions.law.resolution:g} go to the best proportions"
         )
         lines.append(("", chosen))
-    print_lines(console, lines)
+    console.print_lines(lines)
     console.print()
-    print_table(console, _step_table(plan))
+    console.print_table(_step_table(plan))
     console.print()
-    print_table(console, _memory_table(plan))
+    console.print_table(_memory_table(plan))
     setup = assumptions.setup
     frozen = ", attention frozen" if setup.is_attention_frozen else ""
     checkpointing = ", gradient checkpointing" if setup.is_checkpointed else ""
@@ -369,11 +372,11 @@ def _print(
         f"{setup.sequence_length} tokens per micro-batch{checkpointing}"
     )
     console.print()
-    print_lines(console, _verdict(plan, assumptions))
+    console.print_lines(_verdict(plan, assumptions))
     console.print()
     console.print("Commands:")
     for number, command in enumerate(commands, start=1):
-        print_command(console, f"{number:<2}", command)
+        console.print_command(f"{number:<2}", command)
     for note in notes:
         console.print(note, soft_wrap=True)
 

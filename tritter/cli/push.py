@@ -10,11 +10,8 @@ import typer
 
 from tritter.cli.options import AsJson, flag
 from tritter.cli.output import (
-    new_console,
-    print_command,
+    CommandConsole,
     print_json,
-    print_lines,
-    print_table,
     refuse_damage,
 )
 from tritter.errors import RequestError
@@ -120,18 +117,18 @@ def _print(
     public: bool,
     address: str | None,
 ) -> None:
-    console = new_console()
+    console = CommandConsole()
     rows = tuple((name, f"{si_text(size)}B") for name, size in sizes.items())
-    print_table(console, Table(("file", "size"), rows, numbers=(1,)), breaks_words=False)
+    console.print_table(Table(("file", "size"), rows, numbers=(1,)), breaks_words=False)
     console.print()
     lines = [("total", f"{si_text(sum(sizes.values()))}B in {len(sizes)} files")]
     if left_out:
         lines.append(("left out", ", ".join(left_out)))
     lines += [("note", note) for note in notes]
-    print_lines(console, lines)
+    console.print_lines(lines)
     console.print()
     visibility = "public" if public else "private"
     if address is None:
-        print_command(console, "not pushed", f"--dry-run; {repository} would be {visibility}")
+        console.print_command("not pushed", f"--dry-run; {repository} would be {visibility}")
     else:
-        print_command(console, f"pushed ({visibility})", address)
+        console.print_command(f"pushed ({visibility})", address)

@@ -9,14 +9,14 @@ from dataclasses import dataclass, fields, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field
 
 from tritter.checkpoints.history import Link
 from tritter.checkpoints.record import ExpansionRecord
-from tritter.config.components import Reader, method_class, method_keys, method_names, read_methods
+from tritter.config.components import Reader, method_class, method_keys, method_names
 from tritter.config.folders import body_of, option_files
 from tritter.core.expansions import ExpansionSpec
 from tritter.errors import (
@@ -26,9 +26,8 @@ from tritter.errors import (
     TritterError,
     nearest,
     raise_problems,
-    use_names,
 )
-from tritter.limits import BYTE_UNITS, COUNT_UNITS, MAX_BYTES, MAX_PARAMETERS, parse_count
+from tritter.limits import MAX_BYTES, MAX_PARAMETERS, parse_count
 from tritter.options import options, read_options
 from tritter.storage.reading import named_path, read_text
 from tritter.storage.tensors import WEIGHT_DTYPES, TensorFolder
@@ -38,7 +37,7 @@ _MAX_BYTES = 2**20
 _STEPS = "steps"
 _MAX_SEED = 2**64 - 1  # the 64-bit seeds that runs derive for their expansions
 _GROUP = "expansion."  # prefix of a run's keys, which a recipe's methods do not have
-_COUNTS = {"max_shard_size": BYTE_UNITS, "target_params": COUNT_UNITS}
+_COUNTS = {"max_shard_size": True, "target_params": False}  # key → whether it counts bytes
 
 
 @options
@@ -71,6 +70,18 @@ class Recipe:
     settings: Settings
     path: Path
 
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a recipe."""
+        raw = _content(path)
+        if not isinstance(raw, Mapping) or not raw.get(_STEPS):
+            reason = (
+                f"{path}: a recipe needs {_STEPS}, a list such as [width: {{hidden_size: 96}}, dus]"
+            )
+            raise RequestError(f"{reason}.")
+        with Names(lambda key: key.removeprefix(_GROUP)).in_use():
+            return cls(*_read(path, raw), path)
+
     def stated_settings(self) -> dict[str, Any]:
         """Return the settings in the file, without the steps."""
         values = {field.name: getattr(self.settings, field.name) for field in fields(Settings)}
@@ -100,18 +111,6 @@ class Recipe:
         return Names(name, origin)
 
 
-def read_recipe(path: Path) -> Recipe:
-    """Read a recipe."""
-    raw = _content(path)
-    if not isinstance(raw, Mapping) or not raw.get(_STEPS):
-        reason = (
-            f"{path}: a recipe needs {_STEPS}, a list such as [width: {{hidden_size: 96}}, dus]"
-        )
-        raise RequestError(f"{reason}.")
-    with use_names(Names(lambda key: key.removeprefix(_GROUP))):
-        return _read(path, raw)
-
-
 def _content(path: Path) -> Any:
     """Return the content of a YAML file; OmegaConf refuses a repeated key, which YAML accepts."""
     from omegaconf import OmegaConf
@@ -131,7 +130,8 @@ def _origin(path: Path, step: int) -> str:
     return f"{path}, step {step + 1}"
 
 
-def _read(path: Path, raw: Mapping[Any, Any]) -> Recipe:
+def _read(path: Path, raw: Mapping[Any, Any]) -> tuple[tuple[ExpansionSpec, ...], Settings]:
+    """Return the steps and the other settings of a recipe."""
     problems: list[Problem] = []
     for name in raw:
         if name not in _KEYS:
@@ -140,9 +140,9 @@ def _read(path: Path, raw: Mapping[Any, Any]) -> Recipe:
                 Problem(str(name), raw[name], reason, nearest=nearest(str(name), _KEYS))
             )
     stated = {name: value for name, value in raw.items() if name in _KEYS[1:]}
-    for name, units in _COUNTS.items():
+    for name, is_bytes in _COUNTS.items():
         if isinstance(stated.get(name), str):
-            stated[name] = parse_count(stated[name], units) or stated[name]
+            stated[name] = parse_count(stated[name], is_bytes=is_bytes) or stated[name]
     settings = read_options(Settings, stated, prefix="", problems=problems)
     if settings is not None and settings.output is not None:
         try:
@@ -156,7 +156,7 @@ def _read(path: Path, raw: Mapping[Any, Any]) -> Recipe:
         problems.append(Problem("seed", settings.seed, reason, origin=str(path)))
     raise_problems(problems)
     assert settings is not None
-    return Recipe(steps, settings, path)
+    return steps, settings
 
 
 def _steps(path: Path, raw: object, problems: list[Problem]) -> tuple[ExpansionSpec, ...]:
@@ -217,7 +217,7 @@ def _step(item: object, problems: list[Problem], methods: _Methods) -> Expansion
         reader = Reader(methods.keys)
         classes = {} if kind is None else {f"expansion.{name}": kind}
         given = {str(key): value for key, value in stated.items()}
-        read = read_methods(reader, {name: {**body, **given}}, classes, group="expansion")
+        read = reader.read_methods({name: {**body, **given}}, classes, group="expansion")
         problems += (*unfit, *reader.problems)
         return read[0].options if read else None
     return None

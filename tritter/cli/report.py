@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from tritter.cli.options import RUNS_ARGUMENT, AsJson, ReportOverwrite, Runs, option, parse_path
-from tritter.cli.output import new_console, print_json, short
+from tritter.cli.output import CommandConsole, print_json, short
 from tritter.errors import Problem, RequestError, TritterError, raise_problems
-from tritter.storage.atomic import atomic_folder, refuse_existing
 from tritter.storage.reading import RUN_FILE, SUMMARY_FILE, read_object, read_text
 from tritter.terminal import status
 
@@ -51,15 +50,11 @@ def report(
     as_json: AsJson = False,
 ) -> int:
     """Write one HTML page that compares finished runs and sweeps."""
-    from tritter.cli.report_file import PAGE_NAME, ReportFile, check_report_path
+    from tritter.cli.report_file import ReportFile
     from tritter.report.page import page
 
     found = FoundRuns.below(folders)
-    target = output or (folders[0] if len(folders) == 1 else Path()) / PAGE_NAME
-    file = ReportFile(target, "html", overwrite=overwrite)
-    if figures is not None:
-        refuse_existing(figures, overwrite=False)
-        check_report_path(figures, key="--figures")
+    file = ReportFile.page(output, folders, overwrite=overwrite, figures=figures)
     runs = found.read()
     name = folders[0].resolve().name
     title = f"Runs in {name}" if len(folders) == 1 else f"{len(runs)} runs"
@@ -67,19 +62,15 @@ def report(
         title = f"Run {name}"
     with status("drawing the figures"):
         text, pictures = page(runs, title=title, notes=found.notes)
-    file.write(text)
-    if figures is not None:
-        with atomic_folder(figures) as temporary:
-            for name, picture in pictures.items():
-                (temporary / name).write_bytes(picture)
+    file.write(text, pictures)
     if as_json:
         unfinished = [str(path) for path in found.unfinished]
         names = [run.name for run in runs]
-        print_json({"output": str(target), "runs": names, "left_out": unfinished})
+        print_json({"output": str(file.path), "runs": names, "left_out": unfinished})
         return 0
     number = "one run" if len(runs) == 1 else f"{len(runs)} runs"
-    console = new_console()
-    for line in (*found.notes, f"{number}: {target}"):
+    console = CommandConsole()
+    for line in (*found.notes, f"{number}: {file.path}"):
         console.print(line, soft_wrap=True)
     return 0
 
@@ -220,7 +211,6 @@ def metric_rows(path: Path) -> list[dict[str, Any]]:
 def _history(checkpoint: Path) -> tuple[str, ...]:
     """Return the chain of a checkpoint, one line per link; empty if it was deleted."""
     from tritter.checkpoints.history import Link
-    from tritter.cli.history import describe_origin, steps_after
 
     try:
         chain = Link.chain(checkpoint)
@@ -228,7 +218,7 @@ def _history(checkpoint: Path) -> tuple[str, ...]:
         return ()
     lines = []
     for link in chain:
-        steps = steps_after(link, chain[-1])
+        steps = link.steps_after(chain[-1])
         trained = "" if steps is None else f", then {steps} steps"
-        lines.append(f"{short(link.model_hash)}: {describe_origin(link)}{trained}")
+        lines.append(f"{short(link.model_hash)}: {link.origin()}{trained}")
     return tuple(lines)

@@ -4,16 +4,16 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from tritter.checkpoints.expert_files import AdapterShape
 from tritter.checkpoints.location import is_within
 from tritter.errors import Problem, RequestError, TritterError
-from tritter.storage.atomic import write_text_atomic
+from tritter.storage.atomic import atomic_folder, refuse_existing, write_text_atomic
 from tritter.storage.reading import LINEAGE_NAME, RUN_FILE, SUMMARY_FILE, kind_of, read_object
 
 _KEY = "--output"
-PAGE_NAME = "report.html"  # the one report that a run folder may contain
+_PAGE_NAME = "report.html"  # the one report that a run folder may contain
 _FILES_OF = {
     "a checkpoint": (LINEAGE_NAME, *AdapterShape.FILES),
     "a dataset": ("dataset_info.json", "dataset_dict.json"),  # saved by `datasets`
@@ -21,18 +21,19 @@ _FILES_OF = {
 }
 
 _Format = Literal["json", "csv", "html"]
-FORMATS: Mapping[str, _Format] = {".html": "html", ".csv": "csv", ".json": "json"}
+_FORMATS: Mapping[str, _Format] = {".html": "html", ".csv": "csv", ".json": "json"}
 
 
 @dataclass(frozen=True, slots=True)
 class ReportFile:
-    """The output file of a report.
+    """The output file of a report, and the folder of its figures.
 
     Args:
         path: the file.
         format: its format.
         overwrite: replace a file whose ending is that of the format.
         sources: input files and folders, where nothing may be written.
+        figures: new folder for the figures as PNG files.
     """
 
     path: Path
@@ -40,16 +41,45 @@ class ReportFile:
     _: KW_ONLY
     overwrite: bool
     sources: Sequence[Path] = ()
+    figures: Path | None = None
+
+    @classmethod
+    def with_ending(cls, path: Path, *, overwrite: bool) -> Self:
+        """Return the file of a path whose ending selects the format."""
+        if (format := _FORMATS.get(path.suffix)) is None:
+            reason = f"the ending selects the format; must be one of {', '.join(_FORMATS)}"
+            raise RequestError(Problem(_KEY, str(path), reason=reason))
+        return cls(path, format, overwrite=overwrite)
+
+    @classmethod
+    def page(
+        cls, path: Path | None, folders: Sequence[Path], *, overwrite: bool, figures: Path | None
+    ) -> Self:
+        """Return the page of a report on folders; without a path, a file in the only folder."""
+        usual = (folders[0] if len(folders) == 1 else Path()) / _PAGE_NAME
+        return cls(path or usual, "html", overwrite=overwrite, figures=figures)
 
     def __post_init__(self) -> None:
-        check_report_path(self.path, key=_KEY, sources=self.sources)
+        _check_path(self.path, key=_KEY, sources=self.sources)
         if os.path.lexists(self.path):
             self._check_old(self.path)
+        if self.figures is not None:
+            refuse_existing(self.figures, overwrite=False)
+            _check_path(self.figures, key="--figures")
 
-    def write(self, text: str) -> None:
-        """Check the path again and write the report."""
+    def write(self, text: str, pictures: Mapping[str, bytes] | None = None) -> None:
+        """Check the paths again and write the report.
+
+        Args:
+            text: the report.
+            pictures: file name → figure as PNG.
+        """
         self.__post_init__()
         write_text_atomic(self.path, text, check=self._check_old)
+        if self.figures is not None:
+            with atomic_folder(self.figures) as temporary:
+                for name, picture in (pictures or {}).items():
+                    (temporary / name).write_bytes(picture)
 
     def _check_old(self, old: Path) -> None:
         """Check that the existing file may be replaced; `old` is its current path."""
@@ -59,12 +89,12 @@ class ReportFile:
         if not self.overwrite:
             advice = "choose another file, or replace it (--overwrite)"
             raise _refused(_KEY, self.path, "it exists already", advice)
-        if FORMATS.get(self.path.suffix) != self.format:
+        if _FORMATS.get(self.path.suffix) != self.format:
             advice = f"choose a file whose name ends in .{self.format}"
             raise _refused(_KEY, self.path, "--overwrite replaces no other kind of file", advice)
 
 
-def check_report_path(path: Path, *, key: str, sources: Sequence[Path] = ()) -> None:
+def _check_path(path: Path, *, key: str, sources: Sequence[Path] = ()) -> None:
     """Check that the path of a report or of its figures is in an allowed folder.
 
     Args:
@@ -78,7 +108,7 @@ def check_report_path(path: Path, *, key: str, sources: Sequence[Path] = ()) -> 
     folder = Path(os.path.realpath(path.absolute().parent))
     for above in (folder, *folder.parents):
         what = _kind_of_folder(above)
-        if what and not (what == "a run" and above == folder and path.name == PAGE_NAME):
+        if what and not (what == "a run" and above == folder and path.name == _PAGE_NAME):
             raise _refused(key, path, f"{above} is {what}, which may not contain reports")
     parent = next((above for above in path.absolute().parents if os.path.lexists(above)), path)
     if not parent.is_dir():

@@ -22,7 +22,7 @@ from tritter.cli.options import AsJson, flag, option, parse_path
 from tritter.cli.output import print_json
 from tritter.config.launch.command_line import HELP_FLAGS, takes_value
 from tritter.config.suggestions import flag_advice
-from tritter.errors import Names, Problem, RequestError, TritterError, did_you_mean, use_names
+from tritter.errors import Names, Problem, RequestError, TritterError, did_you_mean
 from tritter.loading import loading
 from tritter.stopping import Stopped
 from tritter.storage.atomic import refuse_existing
@@ -167,6 +167,8 @@ def train(
     typed = [each for each, value in context.params.items() if value and each not in needless]
     if not (typed or plain) or "--version" in arguments:
         return begin(arguments=arguments)
+    from tritter.config.overrides import nested_value
+
     checkpoint = _named_checkpoint(plain, checkpoint, typed)
     _check_flags(arguments)
     if mode not in (None, "continue"):
@@ -180,7 +182,7 @@ def train(
         output = near.parent / f"{near.name}-continued"
     settings: dict[str, str | None] = {
         "training.max_steps": steps,
-        "hydra.run.dir": None if find_lr else _word(str(output)),
+        "hydra.run.dir": None if find_lr else nested_value(str(output)),
     }
     if ewc_lambda is not None:
         settings |= {"forgetting": "ewc", "forgetting.ewc.ewc_lambda": ewc_lambda}
@@ -195,7 +197,7 @@ def train(
         checkpoint, data=data or (), old_data=old_data or (), settings=settings, arguments=arguments
     )
     keys = _typed_keys(context.args)
-    with use_names(Names.of({k: o for k, o in _OPTIONS.items() if not _is_typed(k, keys)})):
+    with Names.of({k: o for k, o in _OPTIONS.items() if not _is_typed(k, keys)}).in_use():
         return begin(arguments=arguments)
 
 
@@ -229,6 +231,7 @@ def continuation(
         arguments: flags, GROUP=OPTION and KEY=VALUE arguments, which take precedence.
     """
     from tritter.checkpoints.location import checkpoint_location
+    from tritter.config.overrides import nested_value
 
     folder = checkpoint_location(checkpoint, key="--checkpoint")
     keys = _typed_keys(arguments)
@@ -251,10 +254,10 @@ def continuation(
     defaults = {
         **groups,
         **({"data": "hf"} if is_of_hub else {}),
-        "model.path": _word(folder),
+        "model.path": nested_value(folder),
         **recorded,
-        "data.new": _value(new),
-        "data.old": _value(old),
+        "data.new": nested_value(new) if new else None,
+        "data.old": nested_value(old) if old else None,
         **settings,
     }
     stated = (f"{k}={v}" for k, v in defaults.items() if v is not None and not _is_typed(k, keys))
@@ -336,6 +339,7 @@ def _sources(
 def _recorded_settings(folder: Path, *, is_text: bool) -> dict[str, Any]:
     """Return key → value of settings that continued training reuses from the lineage."""
     from tritter.checkpoints import Lineage
+    from tritter.config.overrides import nested_value
 
     try:
         lineage = Lineage.read(folder)
@@ -353,7 +357,7 @@ def _recorded_settings(folder: Path, *, is_text: bool) -> dict[str, Any]:
             settings["data.packing"] = "documents"
     fields = {domain.text_field for domain in lineage.domains.values()}
     if len(fields) == 1 and is_text:
-        settings["data.text_field"] = _word(fields.pop())
+        settings["data.text_field"] = nested_value(fields.pop())
     return settings
 
 
@@ -386,20 +390,6 @@ def _typed_keys(arguments: Sequence[str]) -> set[str]:
 def _is_typed(key: str, keys: set[str]) -> bool:
     """Return True if a key or one of its subkeys was typed; for a group only its name counts."""
     return key in keys or ("." in key and any(each.startswith(f"{key}.") for each in keys))
-
-
-def _value(sources: TextSources) -> str | None:
-    """Return domains and paths in Hydra's override syntax."""
-    from tritter.config.overrides import nested_value
-
-    return nested_value(sources) if sources else None
-
-
-def _word(text: str) -> str:
-    """Return a string in Hydra's override syntax, quoted if necessary."""
-    from tritter.config.overrides import nested_value
-
-    return nested_value(text)
 
 
 def _pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:

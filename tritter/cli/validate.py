@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 from tritter.cli.options import AsJson, option
 from tritter.cli.output import (
     EXIT_NO,
-    new_console,
+    CommandConsole,
     print_json,
-    print_lines,
-    print_table,
     progress_bars,
     refuse_damage,
 )
@@ -87,11 +85,11 @@ def validate(
             )
             for check in checks
         ]
-        console, header = new_console(), ("test", "of", "number", "bound", "verdict")
-        print_table(console, Table(header, tuple(rows), numbers=(2, 3)))
+        console, header = CommandConsole(), ("test", "of", "number", "bound", "verdict")
+        console.print_table(Table(header, tuple(rows), numbers=(2, 3)))
         console.print()
         lines = [(f"{row[0]}, {row[1]}", c.detail) for row, c in zip(rows, checks, strict=True)]
-        print_lines(console, lines)
+        console.print_lines(lines)
     return EXIT_NO if is_failed else 0
 
 

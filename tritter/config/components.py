@@ -2,18 +2,23 @@
 
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
 from inspect import signature
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, cast, get_args
 
 from tritter.checkpoints.location import checkpoint_location
 from tritter.config.folders import CHOSEN_BY, body_of, option_files, shipped_options
-from tritter.config.schema import CheckpointModelConfig, LoggerConfig, Model, WandbConfig
-from tritter.config.suggestions import child_names, hint_for, nearest_key
+from tritter.config.schema import (
+    SECTIONS,
+    CheckpointModelConfig,
+    Model,
+    RootValues,
+    WandbConfig,
+)
+from tritter.config.suggestions import Hint, nearest_key
 from tritter.data.chat import template_location
 from tritter.data.options import DataConfig, NamedTextConfig
 from tritter.errors import Problem, RequestError, key_name, nearest, show
@@ -105,6 +110,49 @@ class Reader:
             return None
         return read_component(key, kind, body, problems=self.problems, unknown=self._unknown)
 
+    def find_classes(self, bodies: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Return key → class for all classes that exist; problems are recorded by the reader.
+
+        A key is the name of a group, or GROUP.NAME for an entry of a group with several options.
+        """
+        found: dict[str, Any] = {}
+        for group, body in bodies.items():
+            if group in _SINGLE_CLASS:
+                found[group] = self.call(_SINGLE_CLASS[group], body)
+            for name in body if group in _CLASS_PER_ENTRY else ():
+                if (key := f"{group}.{name}") != "logger.wandb":
+                    found[key] = self.call(_CLASS_PER_ENTRY[group], group, name, body)
+        return {key: kind for key, kind in found.items() if kind is not None}
+
+    def read_section(
+        self, name: str, body: Mapping[str, Any], classes: Mapping[str, Any]
+    ) -> object:
+        """Return the value of a section in a run, or None if there are problems (then recorded).
+
+        Args:
+            name: of the section.
+            body: as composed.
+            classes: from `find_classes`.
+        """
+        if name in _READERS:
+            return _READERS[name](self, body, classes)
+        return self.read(cast(type, SECTIONS[name]), body, prefix=name)
+
+    def read_methods(
+        self, bodies: Mapping[str, Any], classes: Mapping[str, type[Any]], *, group: str
+    ) -> tuple[Component, ...]:
+        """Return the valid methods of an ordered group."""
+        keys = {f"{group}.{name}": body for name, body in bodies.items()}
+        read = [self.component(key, classes.get(key), body) for key, body in keys.items()]
+        found = [each for each in read if each is not None]
+        for each in found if group == "expansion" else ():  # runs look expansions up
+            try:
+                hash(each.options)
+            except TypeError as error:
+                reason = f"{dotted(each.kind)}: {error}; annotate a list as tuple[…, ...]"
+                self.problems.append(Problem(f"{group}.{each.name}", reason=reason))
+        return tuple(found)
+
     def _unknown(self, key: str, value: object) -> Iterator[Problem]:
         if isinstance(value, Mapping) and value:
             for name in value:
@@ -115,32 +163,39 @@ class Reader:
         if section == "trainer":
             further = (f"trainer.{name}" for name in trainer_parameters() if name not in REFUSED)
             known = (*known, *further)
-        names = child_names(known, section)
+        names = _child_names(known, section)
         near = None
         if not section:
             names = sorted([*names, *_KEYLESS_GROUPS])
             near = nearest(leaf, names, cutoff=0.7)
         where = f"{key_name(section)} has" if section else "the root has"
         reason = f"there is no such key; {where} {', '.join(names)}" if names else "no such key"
-        if (hint := hint_for(key, value)) is not None:
+        if (hint := Hint.of(key, value)) is not None:
             yield Problem(key, value, reason=hint.reason or reason, nearest=hint.advice or None)
             return
         yield Problem(key, value, reason=reason, nearest=near or nearest_key(key, known))
 
 
+def known_keys() -> tuple[str, ...]:
+    """Return every dotted key of a config, including the options of all methods, sorted."""
+    keys = [*field_keys(RootValues, ""), "optimizer.name"]
+    for name, section in SECTIONS.items():
+        records = get_args(section) or (section,)
+        keys += dict.fromkeys(key for record in records for key in field_keys(record, name))
+    keys += {f"data.{key}" for own in _data_keys().values() for key in own} - {*keys}
+    keys += [*field_keys(OptimizerValues, "optimizer"), *field_keys(WandbConfig, "logger.wandb")]
+    return tuple(sorted([*keys, *method_keys()]))
+
+
+def _child_names(keys: Collection[str], section: str) -> list[str]:
+    """Return the keys directly below `section`, or the keys of the root if it is empty."""
+    start = f"{section}." if section else ""
+    return sorted({key[len(start) :].split(".")[0] for key in keys if key.startswith(start)})
+
+
 def method_names(group: str) -> list[str]:
     """Return the options of an ordered group, without `none`."""
     return [name for name in option_files().get(group, {}) if name != "none"]
-
-
-def weightless_methods() -> list[str]:
-    """Return the forgetting methods that use no weights; for messages."""
-    found = []
-    for name in method_names("forgetting"):
-        with suppress(RequestError):  # reported when it is selected
-            body = body_of(option_files()["forgetting"][name])
-            found += [] if method_class("forgetting", name, body).uses_weights else [name]
-    return found
 
 
 def method_keys() -> list[str]:
@@ -172,7 +227,7 @@ def method_class(group: str, name: str, bodies: Mapping[str, Any]) -> type[Any]:
             near = nearest_key(key, keys, first=chosen)
         raise RequestError(Problem(key, body, reason=reason, nearest=near))
     if not isinstance(body, Mapping):
-        names_below = ", ".join(f"{key}.{leaf}" for leaf in child_names(method_keys(), key))
+        names_below = ", ".join(f"{key}.{leaf}" for leaf in _child_names(method_keys(), key))
         raise RequestError(Problem(key, body, reason=f"a method has keys: {names_below or 'none'}"))
     target_key, target = f"{key}.{TARGET}", body.get(TARGET)
     if group == "expansion":
@@ -227,22 +282,6 @@ def _read_chosen(
     return reader.component(group, classes.get(group), found)
 
 
-def read_methods(
-    reader: Reader, bodies: Mapping[str, Any], classes: Mapping[str, type[Any]], *, group: str
-) -> tuple[Component, ...]:
-    """Return the valid methods of an ordered group."""
-    keys = {f"{group}.{name}": body for name, body in bodies.items()}
-    read = [reader.component(key, classes.get(key), body) for key, body in keys.items()]
-    found = [each for each in read if each is not None]
-    for each in found if group == "expansion" else ():  # runs look expansions up
-        try:
-            hash(each.options)
-        except TypeError as error:
-            reason = f"{dotted(each.kind)}: {error}; annotate a list as tuple[…, ...]"
-            reader.problems.append(Problem(f"{group}.{each.name}", reason=reason))
-    return tuple(found)
-
-
 def _model_class(raw: Mapping[str, Any]) -> type[Model]:
     """Return the record of a base model for `model.model_type`."""
     model_type = raw.get("model_type")
@@ -257,10 +296,10 @@ def _data_class(raw: Mapping[str, Any]) -> type[DataConfig]:
     kind = component_class("data", raw.get(TARGET), base=dotted(DataConfig))
     source = raw.get("source")
     if "source" in field_keys(kind, "") and source not in choices(kind, "source"):
-        reason = f"allowed: {', '.join(data_keys())}"
-        if isinstance(source, str) and source in data_keys():
+        reason = f"allowed: {', '.join(_data_keys())}"
+        if isinstance(source, str) and source in _data_keys():
             reason = f"{source} has different keys; select it with data={source}"
-        near = nearest(str(source), data_keys())
+        near = nearest(str(source), _data_keys())
         raise RequestError(Problem("data.source", source, reason=reason, nearest=near))
     return kind
 
@@ -296,7 +335,7 @@ def _read_data(
     own, choice = field_keys(kind, ""), f"data={raw.get('source')} (the current source)"
     if "source" not in own:
         choice = dotted(kind)
-    body = _without_other_options(reader, "data", data_keys(), raw, choice=choice, own=own)
+    body = _without_other_options(reader, "data", _data_keys(), raw, choice=choice, own=own)
     del body[TARGET]
     is_new, sources = classes.get("model") is not CheckpointModelConfig, dict[str, Any]()
     if issubclass(kind, NamedTextConfig):
@@ -354,7 +393,7 @@ def _read_trainer(
     return None if values is None else TrainerSettings(arguments=further, **asdict(values))
 
 
-def data_keys() -> dict[str, tuple[str, ...]]:
+def _data_keys() -> dict[str, tuple[str, ...]]:
     """Return the options of `data` and the keys of each."""
     files = option_files().get("data", {})
     return {n: tuple(key for key in body_of(p) if key != TARGET) for n, p in files.items()}
@@ -387,25 +426,12 @@ def _without_other_options(
         key, value = join(name, each), values.pop(each)
         option = "text" if "text" in others else others[0]
         near = f"{name}={option} {key}={show(value)}" if option in files else None
-        if (hint := hint_for(key, value)) is not None:
+        if (hint := Hint.of(key, value)) is not None:
             near = hint.advice
         is_only = len(others) == 1 and others[0] in files
         needed = f"requires {name}={others[0]}" if is_only else f"is not a key of {choice}"
         reader.problems.append(Problem(key, reason=f"{key} {needed}", nearest=near))
     return values
-
-
-def _read_callbacks(
-    reader: Reader, bodies: Mapping[str, Any], classes: Mapping[str, Any]
-) -> tuple[Component, ...]:
-    """Return the callbacks of a run, in the order in which they were selected."""
-    owners: dict[str, str] = {}
-    for name, body in bodies.items():
-        key = f"callbacks.{name}"
-        if (kind := classes.get(key)) is not None:
-            made, problems = _try_build(key, kind, body)
-            reader.problems += problems or callback_problems(key, made, body, owners)
-    return _valid_components("callbacks", bodies, classes)
 
 
 def _valid_components(
@@ -420,21 +446,26 @@ def _valid_components(
     )
 
 
-def _read_parts(
+def _read_built(
     reader: Reader, bodies: Mapping[str, Any], classes: Mapping[str, Any], *, group: str
 ) -> tuple[Component, ...]:
-    """Return the own metrics or stages of a run; problems are recorded by the reader."""
+    """Return the callbacks, metrics or stages of a run, in order, after a trial build of each."""
+    owners: dict[str, str] = {}  # of the keys of callbacks
     for name, body in bodies.items():
         if (kind := classes.get(key := f"{group}.{name}")) is not None:
             made, problems = _try_build(key, kind, body)
-            reader.problems += problems or (made.problems(key) if group == "stages" else ())
+            reader.problems += problems
+            if group == "callbacks" and not problems:
+                reader.problems += callback_problems(key, made, body, owners)
+            elif group == "stages" and not problems:
+                reader.problems += made.problems(key)
     return _valid_components(group, bodies, classes)
 
 
 def _read_loggers(
     reader: Reader, bodies: Mapping[str, Any], classes: Mapping[str, Any]
-) -> LoggerConfig:
-    """Return the loggers of a run; problems are recorded by the reader."""
+) -> tuple[Component, ...]:
+    """Return the loggers of a run, W&B first; problems are recorded by the reader."""
     wandb: WandbConfig | None = None
     if isinstance(body := bodies.get("wandb"), Mapping):
         wandb = reader.read(WandbConfig, body, prefix="logger.wandb")
@@ -459,10 +490,10 @@ def _read_loggers(
                     reason += f"pip install 'tritter[{package}]'"
                     problem = Problem(problem.key, reason=reason)
             reader.problems.append(problem)
-    return LoggerConfig(
-        wandb=None if wandb is None or wandb.mode == "off" else wandb,
-        others=_valid_components("logger", others, classes),
-    )
+    found = _valid_components("logger", others, classes)
+    if wandb is None or wandb.mode == "off":
+        return found
+    return (Component(name="wandb", kind=WandbConfig, options=wandb), *found)
 
 
 def _named_class(group: str, name: str, bodies: Mapping[str, Any]) -> type:
@@ -510,33 +541,18 @@ _CLASS_PER_ENTRY: Mapping[str, Callable[..., type]] = {
     **dict.fromkeys(BASES, _named_class),
 }
 # Group → function that reads its body
-READERS: Mapping[str, Callable[[Reader, Mapping[str, Any], Mapping[str, Any]], object]] = {
+_READERS: Mapping[str, Callable[[Reader, Mapping[str, Any], Mapping[str, Any]], object]] = {
     "model": _read_model,
     "data": _read_data,
     "evaluation": _read_evaluation,
     "optimizer": _read_optimizer,
     "trainer": _read_trainer,
-    "callbacks": _read_callbacks,
+    "callbacks": partial(_read_built, group="callbacks"),
     "logger": _read_loggers,
-    "metrics": partial(_read_parts, group="metrics"),
-    "stages": partial(_read_parts, group="stages"),
-    "expansion": partial(read_methods, group="expansion"),
-    "forgetting": partial(read_methods, group="forgetting"),
+    "metrics": partial(_read_built, group="metrics"),
+    "stages": partial(_read_built, group="stages"),
+    "expansion": partial(Reader.read_methods, group="expansion"),
+    "forgetting": partial(Reader.read_methods, group="forgetting"),
     "growth": partial(_read_chosen, group="growth"),
     "experts": partial(_read_chosen, group="experts"),
 }
-
-
-def find_classes(reader: Reader, bodies: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return key → class for all classes that exist; problems are recorded by the reader.
-
-    A key is the name of a group, or GROUP.NAME for an entry of a group with several options.
-    """
-    found: dict[str, Any] = {}
-    for group, body in bodies.items():
-        if group in _SINGLE_CLASS:
-            found[group] = reader.call(_SINGLE_CLASS[group], body)
-        for name in body if group in _CLASS_PER_ENTRY else ():
-            if (key := f"{group}.{name}") != "logger.wandb":
-                found[key] = reader.call(_CLASS_PER_ENTRY[group], group, name, body)
-    return {key: kind for key, kind in found.items() if kind is not None}

@@ -13,7 +13,7 @@ from tritter.training.options import STEPS, TOKENS
 
 FALLBACK_GROUPS = ("training", "forgetting", "expansion")  # groups that a retry may override
 _LADDER = "gate.ladder"
-RETRYING = (f"{_LADDER}=", "gate.max_attempts=")  # prefixes of overrides that request retries
+_RETRYING = (_LADDER, "gate.max_attempts")
 _BODY = "fallbacks"
 _ORDERED = ("forgetting", "expansion")
 _LENGTHS = {f"training.{STEPS}", f"training.{TOKENS}"}  # mutually exclusive
@@ -64,15 +64,24 @@ def ladder_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem(_LADDER, gate.ladder, reason=reason)
 
 
-def with_fallback(overrides: Sequence[str], fallback: Sequence[str]) -> list[str]:
+def with_fallback(
+    overrides: Sequence[str], fallback: Sequence[str], *, retries: bool = True
+) -> list[str]:
     """Return the overrides of a run with those of a fallback applied.
 
     A fallback replaces each key that it sets. If it selects methods, it also removes the options
     of methods that it does not select. If it sets the length of training, it removes the run's.
+
+    Args:
+        overrides: of the run.
+        fallback: overrides of the fallback.
+        retries: False removes the overrides that request retries.
     """
     replacing = {override_key(override): override.partition("=")[2] for override in fallback}
 
     def is_replaced(key: str) -> bool:
+        if not retries and key in _RETRYING:
+            return True
         if key in replacing or (key in _LENGTHS and _LENGTHS & replacing.keys()):
             return True
         group, _, inner = key.partition(".")

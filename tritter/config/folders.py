@@ -19,16 +19,16 @@ from tritter.errors import Problem, RequestError, nearest, raise_problems
 
 SEARCHPATH = "hydra.searchpath"
 CONFIG_NAME = "config"
-LADDERS, FAMILIES = "ladder", "family"
+LADDERS = "ladder"
 # Folder of option files that is not a config group → the key that selects one of its files
 CHOSEN_BY = {
     LADDERS: "gate.ladder",
     "trigger": "growth.trigger",
     "initialiser": "growth.initialiser",
-    FAMILIES: "the model_type of a config.json",
+    "family": "the model_type of a config.json",
 }
 
-Options = Mapping[str, Mapping[str, Path]]  # group → option → its file
+_Options = Mapping[str, Mapping[str, Path]]  # group → option → its file
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +69,17 @@ class SearchPath:
             result._check_name(config_name)
         return result
 
+    @property
+    def option_folders(self) -> dict[str, Path]:
+        """Provider → folder of option files, Tritter's own first."""
+        folders = {"tritter": config_folder(), **installed_folders()}
+        for folder in self.folders:
+            folders[f"--config-dir {folder}"] = folder
+        by_folder = {folder.resolve(): provider for provider, folder in reversed(folders.items())}
+        return {p: folder for p, folder in folders.items() if by_folder[folder.resolve()] == p}
+
     def _check_name(self, typed: str) -> None:
-        with self.in_use():
-            roots = option_folders().values()
+        roots = self.option_folders.values()
         names = sorted({path.stem for folder in roots for path in folder.glob("*.yaml")})
         if self.config_name not in names:
             reason = f"no config folder has {self.config_name}.yaml; available: "
@@ -98,32 +106,23 @@ def search_path() -> SearchPath:
     return _SEARCH_PATH.get() or SearchPath()
 
 
-def option_folders() -> dict[str, Path]:
-    """Return provider → folder, Tritter's own first."""
-    folders = {"tritter": config_folder(), **installed_folders()}
-    for folder in search_path().folders:
-        folders[f"--config-dir {folder}"] = folder
-    by_folder = {folder.resolve(): provider for provider, folder in reversed(folders.items())}
-    return {p: folder for p, folder in folders.items() if by_folder[folder.resolve()] == p}
-
-
-def option_files() -> Options:
+def option_files() -> _Options:
     """Return the option files of all config folders, sorted."""
-    folders = tuple(option_folders().values())
+    folders = tuple(search_path().option_folders.values())
     return shipped_options() if folders == (config_folder(),) else _options_in(folders)
 
 
-def shipped_options() -> Options:
+def shipped_options() -> _Options:
     """Return the options that are part of Tritter, sorted."""
     return _shipped_options(config_folder())
 
 
 @cache
-def _shipped_options(folder: Path) -> Options:
+def _shipped_options(folder: Path) -> _Options:
     return _options_in([folder])
 
 
-def _options_in(folders: Iterable[Path]) -> Options:
+def _options_in(folders: Iterable[Path]) -> _Options:
     found: dict[str, dict[str, Path]] = {}
     problems = []
     for folder in folders:

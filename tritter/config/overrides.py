@@ -4,12 +4,12 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString, ValueType
+from hydra.core.override_parser.types import Override, Quote, QuotedString, ValueType
 from hydra.errors import OverrideParseException
 
 from tritter.config.folders import (
@@ -21,8 +21,7 @@ from tritter.config.folders import (
     shipped_options,
 )
 from tritter.config.schema import TYPED_ONLY, RootValues
-from tritter.config.suggestions import hint_for
-from tritter.errors import Problem, RequestError, brief, nearest, raise_problems
+from tritter.errors import Problem, RequestError, brief, raise_problems
 from tritter.options import field_keys, leaves
 from tritter.training.options import REFUSED, trainer_parameters
 
@@ -33,14 +32,6 @@ _DATASET = re.compile(r"(?<![\w'\"/.-])hf:[^\s,{}\[\]'\"#]+(?:\[[^\]\s]*\](?:#[\
 _PLAIN = re.compile(r"[\w./+-]+")  # needs no quotes in an override, nor within a list of one
 _NOTHING = ("null", "none", "off")
 _OF_DOMAIN = re.compile(r"data\.(old|new|weights)\.[^._][^.]*")  # keys of a mapping
-# Group=option → the extra of Tritter that installs it
-_EXTRAS = {
-    "hydra/launcher=joblib": "sweeps",
-    "hydra/launcher=submitit_local": "sweeps",
-    "hydra/launcher=submitit_slurm": "sweeps",
-    "hydra/launcher=ray": "ray",
-    "hydra/sweeper=optuna": "sweeps",
-}
 
 
 def normalise(override: str, options: _Options) -> str:
@@ -138,69 +129,6 @@ def _parse_problem(override: str, message: str) -> Problem:
     return Problem(key, value, reason=f"the value can't be read ({reason}); {advice}")
 
 
-def check_command_line(overrides: Sequence[Override], options: _Options) -> None:
-    """Reject overrides that Hydra would accept with an unintended meaning."""
-    problems = []
-    for override in overrides:
-        group, known = override.key_or_group, options.get(override.key_or_group)
-        if override.is_hydra_override() and override.is_sweep_override():
-            reason = "Hydra's settings can't be swept; set one value"
-            problems.append(
-                Problem(group, (override.input_line or "=")[len(group) + 1 :], reason=reason)
-            )
-        if override.is_hydra_override() and "/" in group and override.value() is None:
-            reason = "it requires the name of an option; omit it for the default"
-            problems.append(Problem(group, None, reason=reason))
-        if known is None:
-            continue
-        if override.is_delete():
-            if (deleted := override.value()) is not None:
-                reason = f"~{group} takes no value; list the options to keep: {group}=[A,B]"
-                problems.append(Problem(f"~{group}", deleted, reason=reason))
-            continue
-        value = override.input_line.partition("=")[2] if override.input_line else ""
-        allowed = f"one of {', '.join(known)}"
-        if override.type in (OverrideType.ADD, OverrideType.FORCE_ADD):
-            reason = f"select a group without +; allowed: {allowed}"
-            problems.append(Problem(f"+{group}", value, reason=reason, nearest=f"{group}={value}"))
-        elif not override.is_sweep_override() and not isinstance(override.value(), str | list):
-            reason = (
-                f"{group} requires the name of an option, {allowed}; set single keys as {group}.KEY"
-            )
-            problems.append(Problem(group, value, reason=reason))
-    raise_problems(problems)
-
-
-def option_problems(overrides: Sequence[Override], options: _Options) -> Iterator[Problem]:
-    """Yield a problem for each selected option that its group does not have.
-
-    A fallback chain is an option file, but no option of a group.
-    """
-    for override in overrides:
-        if override.key_or_group == LADDERS:
-            chain, chains = str(override.value()), ", ".join(option_files().get(LADDERS, {}))
-            reason = f"select a fallback chain with gate.{LADDERS}=NAME; available: {chains}"
-            yield Problem(LADDERS, chain, reason=reason, nearest=f"gate.{LADDERS}={chain}")
-        known = options.get(override.key_or_group)
-        if known is None or override.is_delete() or override.is_sweep_override():
-            continue
-        value = override.value()
-        for name in value if isinstance(value, list) else [value]:
-            if isinstance(name, str) and name not in known and not {"/", "$"} & {*name}:
-                yield no_option(override.key_or_group, name, known)
-
-
-def no_option(group: str, name: str, options: Sequence[str]) -> Problem:
-    """Return the problem of a missing option, with the available options of its group."""
-    reason = f"there is no such option; allowed: {', '.join(options) or 'none'}"
-    if (extra := _EXTRAS.get(f"{group}={name}")) is not None:
-        advice = f"install the extra: pip install 'tritter[{extra}]'"
-        return Problem(group, name, reason=reason, advice=advice)
-    if (hint := hint_for(group, name)) is not None:
-        return Problem(group, name, reason=reason, nearest=hint.advice)
-    return Problem(group, name, reason=reason, nearest=nearest(name, options))
-
-
 def _replayed_keys() -> frozenset[str]:
     """Return the keys of shipped options that `resume` replays: all but `TYPED_ONLY`."""
     keys = {*field_keys(RootValues, "")}
@@ -272,15 +200,6 @@ def refuse_sweeps(overrides: Sequence[Override]) -> None:
     raise_problems(problems)
 
 
-def force_override(override: Override, options: _Options) -> str:
-    """Return the override in a form that lets Hydra set any key; Tritter's schema validates it."""
-    line = override.input_line or ""
-    is_ours = not override.is_hydra_override() and override.key_or_group not in options
-    if is_ours and not override.is_delete() and override.package is None:
-        return "++" + line.lstrip("+")
-    return line
-
-
 def program_command() -> tuple[str, ...]:
     """Return the command that started this program, or one like it; it works in the same folder."""
     called = Path(sys.argv[0] if sys.argv else "")
@@ -296,15 +215,10 @@ def command(arguments: Sequence[str]) -> str:
     return shlex.join([*program_command(), *search_path().flags, *arguments])
 
 
-def tritter_command(arguments: Sequence[str]) -> str:
-    """Return a command line of `tritter`, also if this program was started in another way."""
-    is_found = program_command()[0] == "tritter"
-    return shlex.join(["tritter", *arguments]) if is_found else tool_command("tritter", arguments)
-
-
 def tool_command(program: str, arguments: Sequence[str]) -> str:
-    """Return a command line of a program in the environment of this one."""
-    start = [program] if _is_in_environment(program) else [_python(), "-m", program]
+    """Return a command line of `tritter`, or of another program in the environment of this one."""
+    is_found = _is_in_environment(program) or (program, "train") == program_command()
+    start = [program] if is_found else [_python(), "-m", program]
     return shlex.join([*start, *arguments])
 
 

@@ -25,7 +25,6 @@ from tritter.errors import (
     Problem,
     RequestError,
     TritterError,
-    did_you_mean,
     key_name,
     refused,
     show,
@@ -38,12 +37,9 @@ from tritter.storage.reading import (
     SAVED_NAME,
     SUMMARY_FILE,
     check_tree,
-    named_path,
 )
 from tritter.storage.records import InnerName, read_record, record, record_text
 from tritter.targets import Component, identity
-
-_RUNS = Path("outputs/runs")  # hydra.run.dir of conf/config.yaml, without the timestamp
 
 STATUS_FILE = "status.json"
 OUTPUT_FILE = "output.txt"  # output of a job of a sweep
@@ -142,6 +138,53 @@ class RunRecord:
         except TritterError as error:
             raise RequestError(f"{error} {advice}") from error
 
+    @classmethod
+    def of(
+        cls,
+        folder: Path,
+        config: RunConfig,
+        *,
+        status: Literal["running", "finished"],
+        overrides: Sequence[str] = (),
+        leaves: Sequence[str] = (),
+    ) -> Self:
+        """Return the record of a run of this command.
+
+        Args:
+            folder: of the run.
+            config: its configuration.
+            status: "running" or "finished".
+            overrides: overrides of the command line.
+            leaves: outputs of a finished run, relative to its folder.
+        """
+        return cls(
+            fingerprint=fingerprint(config),
+            status=status,
+            program=" ".join(program_command()),
+            overrides=tuple(overrides),
+            left=digests_of(folder, leaves),
+            config_folders=tuple(map(str, search_path().folders)),
+            config_name=search_path().config_name,
+        )
+
+    def write(self, folder: Path) -> None:
+        """Write the run file of a folder, atomically.
+
+        A resumed run keeps the command that began it. A changed configuration replaces the record;
+        saved states of its unfinished training go.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        run = self
+        if (folder / RUN_FILE).exists():
+            recorded = type(self).read(folder)
+            if changes_between(recorded.fingerprint, self.fingerprint):
+                for saved in folder.glob(f"*/{SAVED_NAME}"):  # weights of the other configuration
+                    remove_folder(saved)
+            else:
+                kept = ("program", "overrides", "config_folders", "config_name")
+                run = replace(self, **{name: getattr(recorded, name) for name in kept})
+        write_text_atomic(folder / RUN_FILE, record_text(run))
+
     @property
     def search_path(self) -> SearchPath:
         """The search path of the run's options."""
@@ -165,6 +208,7 @@ class RunStatus:
     """
 
     FORMAT: ClassVar[str] = "run status"
+    EXIT_REQUEST: ClassVar[int] = 2  # the request was invalid
 
     status: str
     exit_code: int
@@ -183,6 +227,15 @@ class RunStatus:
             return read_record(path, cls)
         except TritterError as error:
             return cls(status="unknown", exit_code=1, error=str(error))
+
+    def write(self, folder: Path) -> None:
+        """Write the `status.json` of a job's folder, atomically."""
+        write_text_atomic(folder / STATUS_FILE, record_text(self))
+
+    @property
+    def is_of_outcome(self) -> bool:
+        """Whether the job ended with a result, which the gate may have rolled back."""
+        return self.status in ("kept", "rolled_back", "undecided", "ungated")
 
 
 def check_run_folder(folder: Path, config: RunConfig) -> RunState:
@@ -219,7 +272,9 @@ def check_run_folder(folder: Path, config: RunConfig) -> RunState:
         return RunState.NEW
     run = RunRecord.read(folder)
     changes = changes_between(run.fingerprint, fingerprint(config))
-    if changes and (RunStatus.read(folder).status != "failed" or has_finished_stage(folder)):
+    if changes and (
+        RunStatus.read(folder).status != "failed" or (folder / LedgerRecord.FILE_NAME).exists()
+    ):
         key = key_name("hydra.run.dir")
         raise RequestError(
             f"{key} = {folder}: the folder contains a run of another configuration "
@@ -231,11 +286,6 @@ def check_run_folder(folder: Path, config: RunConfig) -> RunState:
     if run.status != "finished":
         return RunState.STARTED
     return RunState.FINISHED if _is_complete(folder, run) else RunState.STARTED
-
-
-def has_finished_stage(folder: Path) -> bool:
-    """Return True if a run has written its ledger, which it does after each stage."""
-    return (folder / LedgerRecord.FILE_NAME).exists()
 
 
 def _is_complete(folder: Path, run: RunRecord) -> bool:
@@ -251,80 +301,6 @@ def _is_complete(folder: Path, run: RunRecord) -> bool:
             + run.resume_command(folder)
         )
     return not damages and SUMMARY_FILE in run.left
-
-
-def write_run_file(
-    folder: Path,
-    config: RunConfig,
-    *,
-    status: Literal["running", "finished"],
-    overrides: Sequence[str] = (),
-    leaves: Sequence[str] = (),
-) -> None:
-    """Record the identity of a run in `folder`, atomically.
-
-    A changed configuration replaces the record; saved states of its unfinished training go.
-
-    Args:
-        overrides: overrides of the command line; a resumed run keeps its first ones.
-        leaves: outputs of a finished run, relative to its folder.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    run = RunRecord(
-        fingerprint=fingerprint(config),
-        status=status,
-        program=" ".join(program_command()),
-        overrides=tuple(overrides),
-        left=digests_of(folder, leaves),
-        config_folders=tuple(map(str, search_path().folders)),
-        config_name=search_path().config_name,
-    )
-    if (folder / RUN_FILE).exists():
-        recorded = RunRecord.read(folder)
-        if changes_between(recorded.fingerprint, run.fingerprint):
-            for saved in folder.glob(f"*/{SAVED_NAME}"):  # weights of the other configuration
-                remove_folder(saved)
-        else:
-            kept = ("program", "overrides", "config_folders", "config_name")
-            run = replace(run, **{name: getattr(recorded, name) for name in kept})
-    write_text_atomic(folder / RUN_FILE, record_text(run))
-
-
-def require_writable(folder: Path, *, key: str) -> None:
-    """Create the folder before Hydra does, which would fail with a traceback."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        is_writable = os.access(folder, os.W_OK)
-    except OSError as error:
-        raise refused(key, folder, f"the folder can't be created ({error.strerror})") from error
-    if not is_writable:
-        raise refused(key, folder, "the folder is not writable")
-
-
-def find_run(resume: str) -> tuple[Path, tuple[str, ...]]:
-    """Return the folder that `resume` refers to (latest or a folder), and notes on skipped runs."""
-    found = _RUNS.glob(f"*/{RUN_FILE}")
-    runs = sorted(found, key=lambda path: (path.lstat().st_mtime_ns, str(path)), reverse=True)
-    folders = [path.parent.absolute() for path in runs]
-    if resume == "latest":
-        skipped: list[str] = []
-        for folder in folders:
-            try:
-                RunRecord.read(folder)
-                return folder, tuple(skipped)
-            except RequestError as error:
-                skipped.append(f"resume     skipped {folder}: {error}")
-        none = f"resume = latest: there is no run in {_RUNS.absolute()}; set the folder of a "
-        none += "run, or omit resume to start a new one."
-        raise RequestError("\n".join([none, *skipped]))
-    folder = named_path(resume, key="resume").absolute()
-    if not os.path.lexists(folder / RUN_FILE):
-        known = ["latest", *(str(path.relative_to(Path.cwd())) for path in folders)]
-        raise RequestError(
-            f"resume = {resume}: the folder contains no run ({RUN_FILE} is missing); allowed: "
-            f"latest, or the folder of a run.{did_you_mean(resume, known)}"
-        )
-    return folder, ()
 
 
 def _check_path(folder: Path, config: RunConfig) -> None:

@@ -3,14 +3,20 @@
 Defaults are in `conf/` only. The type of a field defines its allowed values.
 """
 
+import math
+from bisect import bisect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from tritter.checkpoints.location import checkpoint_model
 from tritter.checkpoints.run_text import RunText
+from tritter.core.families import Model as LanguageModel
 from tritter.core.families.presets import ModelConfig as ModelConfig
 from tritter.data.options import DataConfig as DataConfig  # the import path in the docs
 from tritter.evaluation.options import EvaluationConfig, GateConfig
@@ -19,7 +25,13 @@ from tritter.methods.moe_routing.options import AdaptationOptions, RoutingOption
 from tritter.options import PARSED_COUNT, Count, RunRequest, Text, options
 from tritter.targets import Component, identity
 from tritter.training.optimizer import OptimizerSettings
-from tritter.training.options import WITHOUT_EFFECT, TrainerSettings, TrainerValues, TrainingConfig
+from tritter.training.options import (
+    EVALUATIONS,
+    WITHOUT_EFFECT,
+    TrainerSettings,
+    TrainerValues,
+    TrainingConfig,
+)
 
 if TYPE_CHECKING:
     from tritter.core.expansions import ExpansionSpec
@@ -51,6 +63,12 @@ TYPED_ONLY = frozenset(
         "resume",
     }
 )
+
+# A token of a validation costs a third of one of training
+_VALIDATION_BUDGET = 0.1 * 3  # tokens of all validations, relative to those of training
+_VALIDATION_TOKENS = (1024, 4096)  # usual range per domain
+_FEWEST_SCORED = 64  # documents per domain, by which intervals are narrow enough
+_FEWEST_VALIDATED = 64  # per domain
 
 
 @options
@@ -103,19 +121,6 @@ class WandbConfig:
     log_model: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoggerConfig:
-    """Loggers in addition to metrics.csv, which is always written.
-
-    Args:
-        wandb: Weights & Biases settings; None if it is off.
-        others: the other loggers.
-    """
-
-    wandb: WandbConfig | None
-    others: tuple[Component, ...]
-
-
 @options
 class RootValues:
     """The keys of the config root that belong to no group, as written in config.yaml."""
@@ -133,7 +138,8 @@ class RunConfig(RootValues, RunRequest):
     `text` is derived from `model`, `data` and the lineage of the checkpoint at `model.path`.
 
     `expansion` holds the typed options of the expansion methods. `fallbacks` are the retries after
-    a rollback, in order. `growth` and `experts` are None if they are not selected.
+    a rollback, in order. `growth` and `experts` are None if they are not selected, `wandb` if it is
+    off. `logger` has the loggers in addition to it and to metrics.csv, which is always written.
     """
 
     cache_dir: Path  # type: ignore[assignment] # resolved by validation
@@ -149,7 +155,7 @@ class RunConfig(RootValues, RunRequest):
     optimizer: OptimizerSettings
     trainer: TrainerSettings
     callbacks: tuple[Component, ...]
-    logger: LoggerConfig
+    logger: tuple[Component, ...]
     evaluation: EvaluationConfig
     metrics: tuple[Component, ...]
     stages: tuple[Component, ...]
@@ -157,6 +163,7 @@ class RunConfig(RootValues, RunRequest):
     adaptation: AdaptationOptions
     growth: Component | None = None
     experts: Component | None = None
+    wandb: WandbConfig | None = None
     fallbacks: "tuple[RunConfig, ...]" = ()
     fallback_overrides: tuple[str, ...] = ()  # set on a fallback: its own overrides
     rate_note: str = ""  # explains a default training.learning_rate
@@ -180,6 +187,68 @@ class RunConfig(RootValues, RunRequest):
             **optimizer.arguments,
             **identity(optimizer.target),
         }
+
+    def base_model(self) -> LanguageModel:
+        """Return the base model that the run pretrains."""
+        assert isinstance(self.model, ModelConfig), "a checkpoint has its own config.json"
+        return LanguageModel(self.model.config(vocab_size=self.data.vocab_size))
+
+    def known_model(self) -> LanguageModel | None:
+        """Return the initial model of the run; None for a checkpoint on the Hub."""
+        if isinstance(self.model, CheckpointModelConfig):
+            return checkpoint_model(self.model.path, with_experts=True)
+        return self.base_model()
+
+    @property
+    def validation_period(self) -> int:
+        """Return the default of `evaluation.every_n_steps`, a tenth of the steps or more.
+
+        All validations together cost at most a tenth of training.
+        """
+        fewest, _ = _VALIDATION_TOKENS
+        count = int(self._validation_budget) // (fewest * max(1, len(self.text.domains)))
+        return max(1, self.training.max_steps // max(1, min(EVALUATIONS, count)))
+
+    def validation_tokens(self, *, num_domains: int) -> int:
+        """Return the number of tokens of each domain that a validation during training reads."""
+        _, most = _VALIDATION_TOKENS
+        period, steps = self.evaluation.every_n_steps, self.training.max_steps
+        if period != self.validation_period:  # chosen by the user
+            return most
+        count = 1 + math.ceil(steps / period)  # one before the first step
+        return max(
+            _FEWEST_VALIDATED, min(most, int(self._validation_budget) // (count * num_domains))
+        )
+
+    @property
+    def _validation_budget(self) -> float:
+        return _VALIDATION_BUDGET * self._trained_tokens
+
+    @property
+    def _trained_tokens(self) -> float:
+        data, trainer = self.data, self.trainer
+        of_step = data.batch_size * data.sequence_length * trainer.accumulate_grad_batches
+        return float(of_step * self.training.max_steps)
+
+    def scored_counts(self, sizes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """Return domain → number of its held-out documents that are scored, in their random order.
+
+        By default they are all documents of a run that trains its base. A run from a checkpoint
+        scores about as many tokens as it trains on, over all domains, but at least 64 documents of
+        each.
+
+        Args:
+            sizes: domain → tokens of each held-out document.
+        """
+        limit, is_base = (
+            self.evaluation.max_documents,
+            not isinstance(self.model, CheckpointModelConfig),
+        )
+        if limit is not None or is_base:
+            return {name: min(limit or len(each), len(each)) for name, each in sizes.items()}
+        budget = self._trained_tokens / max(1, len(sizes))
+        fitting = {name: bisect(list(accumulate(each)), budget) for name, each in sizes.items()}
+        return {name: min(len(sizes[name]), max(_FEWEST_SCORED, n)) for name, n in fitting.items()}
 
 
 SECTIONS: dict[str, type | UnionType] = {

@@ -1,7 +1,7 @@
 """Nearest matches for unknown keys, and replacements for options of other tools."""
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import pairwise
@@ -15,19 +15,6 @@ _PRESET = re.compile(r"tiny|small|tritter_\w+")
 _MODEL = (
     r"--(model|model[-_]path|model[-_]name[-_]or[-_]path|base[-_]model|ckpt|from[-_]pretrained)"
 )
-# Words of other tools → commands of `tritter`
-COMMAND_SYNONYMS = {
-    **dict.fromkeys(("finetune", "fine-tune", "pretrain", "continue", "fit", "run"), "train"),
-    **dict.fromkeys(("grow", "merge", "upcycle", "stack", "widen", "deepen"), "expand"),
-    **dict.fromkeys(("chat", "sample", "infer", "inference", "predict"), "generate"),
-    **dict.fromkeys(("eval", "test", "benchmark", "score"), "evaluate"),
-    **dict.fromkeys(("show", "info", "describe"), "inspect"),
-    **dict.fromkeys(("convert", "save"), "export"),
-    **dict.fromkeys(("upload", "publish"), "push"),
-    **dict.fromkeys(("lineage", "log"), "history"),
-    **dict.fromkeys(("diff",), "compare"),
-    **dict.fromkeys(("check", "verify"), "validate"),
-}
 
 
 def _is_path_or_hub_id(value: str) -> bool:
@@ -53,6 +40,26 @@ class Hint:
     reason: str = ""
     command: str = ""
     applies_to: Callable[[str], bool] = lambda value: True
+
+    @classmethod
+    def of(cls, typed: str, value: object = None, *, command: str = "train") -> "Hint | None":
+        """Return the advice for a typed word, with the value filled in; None if there is none.
+
+        Args:
+            typed: a key, a group or an option with its dashes.
+            value: the value typed after it; None for no value.
+            command: the subcommand that rejects it.
+        """
+        text = "" if value is None else show(value)
+        for hint in _HINTS:
+            found = re.fullmatch(hint.typed, typed)
+            if found is None or hint.command not in ("", command) or not hint.applies_to(text):
+                continue
+            advice = hint.advice.format(**found.groupdict())
+            if text:
+                advice = re.sub(r"\b[A-Z]+\b", lambda _: text, advice)
+            return replace(hint, advice=advice)
+        return None
 
 
 def _is_file(value: str) -> bool:
@@ -149,49 +156,6 @@ _HINTS = (
 )
 
 
-def hint_for(typed: str, value: object = None, *, command: str = "train") -> Hint | None:
-    """Return the advice for a typed word, with the value filled in; None if there is none.
-
-    Args:
-        typed: a key, a group or an option with its dashes.
-        value: the value typed after it; None for no value.
-        command: the subcommand that rejects it.
-    """
-    text = "" if value is None else show(value)
-    for hint in _HINTS:
-        found = re.fullmatch(hint.typed, typed)
-        if found is None or hint.command not in ("", command) or not hint.applies_to(text):
-            continue
-        advice = hint.advice.format(**found.groupdict())
-        if text:
-            advice = re.sub(r"\b[A-Z]+\b", lambda _: text, advice)
-        return replace(hint, advice=advice)
-    return None
-
-
-def setting_advice(setting: str, flags: Mapping[str, bool], *, command: str) -> str | None:
-    """Return a sentence with the option for a `key=value` of a command without keys, or None.
-
-    Args:
-        flags: the command's options → True for those without a value.
-    """
-    key, _, value = setting.partition("=")
-    value = value.strip("[]")  # of an ordered list
-    hint = hint_for(key, value, command=command)
-    option = "--" + key.rpartition(".")[2].replace("_", "-")
-    if hint is not None and hint.advice.startswith("--"):
-        return f"Did you mean: {hint.advice}"
-    if option not in flags:
-        return None
-    return f"Did you mean: {option if flags[option] else f'{option} {value}'}"
-
-
-def child_names(keys: Collection[str], section: str) -> list[str]:
-    """Return the keys directly below `section`, or the keys of the root if it is empty."""
-    start = f"{section}." if section else ""
-    return sorted({key[len(start) :].split(".")[0] for key in keys if key.startswith(start)})
-
-
 def nearest_key(key: str, known: Collection[str], *, first: Collection[str] = ()) -> str | None:
     """Return the known dotted key that is closest to `key`, or None.
 
@@ -240,7 +204,7 @@ def flag_advice(flag: str, arguments: Sequence[str], *, command: str) -> str | N
     name = flag.partition("=")[0]
     values = [word[len(name) + 1 :] for word in arguments if word.startswith(f"{name}=")]
     values += [after for word, after in pairwise(arguments) if word == name and after[:1] != "-"]
-    if (hint := hint_for(name.lower(), next(iter(values), None), command=command)) is None:
+    if (hint := Hint.of(name.lower(), next(iter(values), None), command=command)) is None:
         return None
     if not hint.advice:
         return f"{hint.reason[:1].upper()}{hint.reason[1:]}."

@@ -1,31 +1,31 @@
 """Validates a composed config: returns one RunConfig, or raises one error with all problems."""
 
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from difflib import get_close_matches
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any
 
-from tritter.checkpoints.location import checkpoint_model, require_plain
-from tritter.checkpoints.record import StateHead
+from tritter.checkpoints import Lineage
+from tritter.checkpoints.location import require_plain
+from tritter.checkpoints.record import StateHead, window_length
 from tritter.checkpoints.run_text import RunText
 from tritter.config.components import (
     BASES,
     CHOSEN_GROUPS,
     METHOD_GROUPS,
-    READERS,
     Origin,
     Reader,
-    data_keys,
-    find_classes,
-    method_keys,
-    weightless_methods,
+    known_keys,
+    method_class,
+    method_names,
 )
-from tritter.config.derived import validation_period, with_batches, with_samples
 from tritter.config.fallbacks import ladder_problems
 from tritter.config.folders import body_of, option_files
 from tritter.config.schema import (
@@ -38,14 +38,15 @@ from tritter.config.schema import (
 )
 from tritter.core.expansions import target_model, vocab_place
 from tritter.core.families import Model
+from tritter.core.families.config_file import read_model_file
 from tritter.core.families.presets import model_problems
 from tritter.core.parameter_map.carry import STATE_KINDS
 from tritter.data.options import RULES as DATA_RULES
 from tritter.data.options import NamedTextConfig
-from tritter.errors import Problem, RequestError, raise_problems
+from tritter.errors import Problem, RequestError, TritterError, raise_problems
 from tritter.evaluation.options import RULES as EVALUATION_RULES
 from tritter.methods.moe_routing.options import appends_experts, expert_problems
-from tritter.options import Start, field_keys, leaves, methods_of
+from tritter.options import Start, leaves, read_options
 from tritter.planning.strategy import pipeline_problems, planned_rounds
 from tritter.storage.reading import named_path
 from tritter.targets import TARGET
@@ -55,11 +56,12 @@ from tritter.training.forgetting_method import (
     replayed_share,
 )
 from tritter.training.method import Method
-from tritter.training.optimizer import OptimizerValues
 from tritter.training.options import (
     PRESET_RATE,
+    STEPS,
     callbacks_of,
     default_rate,
+    positive_count,
     trainer_start_problems,
     with_steps,
 )
@@ -71,6 +73,10 @@ _OF_ENTRIES = (*METHOD_GROUPS, *BASES)  # groups with several options
 _NOTHING = {"logger": "csv"}  # the option that selects nothing; `none` in other groups
 _OF_EXPERTS = ("moe_routing", "adaptation")  # not in the config unless an expansion selects them
 Rule = Callable[[RunConfig], Iterable[Problem]]
+_LENGTH, _BATCH, _SAMPLES = "sequence_length", "batch_size", "num_sequences"
+_SMALL_LENGTH, _MOST = 128, 16  # of a base that the run trains
+_FEWEST, _FEWEST_TOKENS = 8, 2048  # sequences, or fewer if they have as many tokens
+_UNMIXED_SHARE = 0.1  # of generated text that only other methods read
 _GROUPS = (*SECTIONS, "optimizer", *CHOSEN_GROUPS, *_OF_ENTRIES)
 
 
@@ -120,15 +126,80 @@ def _with_frozen_rows(bodies: _Bodies) -> _Bodies:
     return {**bodies, "forgetting": forgetting}
 
 
-def known_keys() -> tuple[str, ...]:
-    """Return every dotted key of a config, including the options of all methods, sorted."""
-    keys = [*field_keys(RootValues, ""), "optimizer.name"]
-    for name, section in SECTIONS.items():
-        records = get_args(section) or (section,)
-        keys += dict.fromkeys(key for record in records for key in field_keys(record, name))
-    keys += {f"data.{key}" for own in data_keys().values() for key in own} - {*keys}
-    keys += [*field_keys(OptimizerValues, "optimizer"), *field_keys(WandbConfig, "logger.wandb")]
-    return tuple(sorted([*keys, *method_keys()]))
+def _with_batches(bodies: _Bodies) -> dict[str, Mapping[str, Any]]:
+    """Return the bodies with `data.sequence_length` and `data.batch_size`.
+
+    A base that the run trains reads 16 sequences of 128 tokens. A checkpoint reads windows as in
+    its last training run, else up to 1024 tokens, and at most as many tokens per batch.
+    """
+    data = bodies.get("data", {})
+    length, size = data.get(_LENGTH, 0), data.get(_BATCH, 0)
+    if length is None:
+        length = _default_length(bodies.get("model", {}))
+    if size is None:
+        trainer = bodies.get("trainer", {})
+        processes = positive_count(trainer.get("devices")) or 1
+        if trainer.get("strategy", "auto") == "auto":
+            processes = 1
+        size = _MOST
+        if bodies.get("model", {}).get("model_type") == "hf":
+            fitting = _MOST * _SMALL_LENGTH // (positive_count(length) or _SMALL_LENGTH)
+            size = min(_MOST, max(1, fitting))
+        size = processes * max(1, size // processes)
+    chosen = {_LENGTH: length, _BATCH: size}
+    return {**bodies, "data": {**data, **{key: chosen[key] for key in chosen if key in data}}}
+
+
+def _default_length(model: Mapping[str, Any]) -> int:
+    if model.get("model_type") != "hf":
+        return _SMALL_LENGTH
+    lineage = positions = None
+    # A damaged checkpoint is reported elsewhere; that of the hub is not known yet
+    with suppress(TritterError):
+        folder = named_path(str(model.get("path")), key="model.path")
+        if Path(folder).is_dir():
+            positions = read_model_file(folder).position_limit
+            lineage = Lineage.read(folder)
+    return window_length(lineage, positions)
+
+
+def _with_samples(bodies: _Bodies, classes: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return the bodies with `num_sequences` of forgetting methods.
+
+    It is the default of the method. But a method reads no more in all than the sequences of
+    training, or the share that it replays. The fewest are 8, or 2,048 tokens if these are fewer
+    sequences, but at least 2. Generated text that only other methods read has a tenth of the
+    sequences that training reads, and at least 8 if it reads so many.
+    """
+    data, trainer = bodies.get("data", {}), bodies.get("trainer", {})
+    factors = (
+        bodies.get("training", {}).get(STEPS),
+        data.get(_BATCH),
+        trainer.get("accumulate_grad_batches", 1),
+    )
+    length = positive_count(data.get(_LENGTH)) or _SMALL_LENGTH
+    fewest = min(_FEWEST, max(2, _FEWEST_TOKENS // length))
+    num_read = math.prod(filter(None, map(positive_count, factors)))
+    steps = positive_count(factors[0]) or 1
+    methods = dict(bodies.get("forgetting", {}))
+    for name, body in methods.items():
+        kind = classes.get(f"forgetting.{name}")
+        if kind is None or not isinstance(body, Mapping) or body.get(_SAMPLES, 0) is not None:
+            continue
+        most, share = getattr(kind.Options(), _SAMPLES), body.get("fraction", 1)
+        if not isinstance(share, int | float) or not 0 <= share <= 1:
+            share = 1  # reported elsewhere
+        asked = {**body, _SAMPLES: most}
+        asked.pop(TARGET, None)
+        options = read_options(kind.Options, asked, prefix="", problems=[])  # reported elsewhere
+        times = 1
+        if options is not None:
+            times = bool(kind.needs(options).prepares) + kind.refreshes(options, steps)
+        least = fewest if share else max(fewest, min(_FEWEST, num_read))
+        at_once = -(-num_read // max(1, times))
+        count = min(most, max(least, math.ceil(at_once * (share or _UNMIXED_SHARE))))
+        methods[name] = {**body, _SAMPLES: count}
+    return {**bodies, "forgetting": methods} if "forgetting" in bodies else dict(bodies)
 
 
 def _start_checkpoint(model: ModelConfig | CheckpointModelConfig) -> str | None:
@@ -140,13 +211,14 @@ class _InvalidSection(Exception):
     """A rule reads a section that could not be read."""
 
 
-class _ValidSections:
+class _ValidSections(RunConfig):
     """The valid sections of a config; rules that read any other section get `_InvalidSection`."""
 
     def __init__(self, values: Mapping[str, Any], unread: set[str]) -> None:
-        self._values, self._unread = values, unread
+        object.__setattr__(self, "_values", values)  # the record is frozen
+        object.__setattr__(self, "_unread", unread)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Any:  # of every field, because none is set
         if name not in self._values or name in self._unread:
             raise _InvalidSection(name)
         return self._values[name]
@@ -176,13 +248,13 @@ def validate(
     """
     reader = Reader(known_keys)
     has_no_period = (raw.get("evaluation") or {}).get("every_n_steps", 0) is None
-    bodies = with_batches(_with_frozen_rows(_group_bodies(reader, raw)))
+    bodies = _with_batches(_with_frozen_rows(_group_bodies(reader, raw)))
     bodies = with_steps(bodies, reader.problems)
     has_no_rate = bodies.get("training", {}).get("learning_rate", 0) is None
     if has_no_rate:
         bodies["training"] = {**bodies["training"], "learning_rate": PRESET_RATE}
-    classes = find_classes(reader, bodies)
-    bodies = with_samples(bodies, classes)
+    classes = reader.find_classes(bodies)
+    bodies = _with_samples(bodies, classes)
     num_class_problems = len(reader.problems)
     values = _read_sections(reader, raw, bodies, classes)
     if has_no_rate and {"model", "training"} <= values.keys():
@@ -195,13 +267,13 @@ def validate(
         where = problem.origin or (origin and origin(problem.key))
         found_by = 1 if number < num_class_problems else 2
         problems.append(replace(problem, origin=where, found_by=found_by))
-    sound = cast(RunConfig, _ValidSections(values, unread))
+    sound = _ValidSections(values, unread)
 
     def read_text(config: RunConfig) -> Iterable[Problem]:
         values["text"] = RunText.of(_start_checkpoint(config.model), config.data, seed=config.seed)
         if has_no_period:
-            period = validation_period(config)
-            values["evaluation"] = replace(config.evaluation, every_n_steps=period)
+            every = config.validation_period
+            values["evaluation"] = replace(config.evaluation, every_n_steps=every)
         return ()
 
     chosen = (*values.get("forgetting", ()), values.get("growth"), values.get("experts"))
@@ -235,10 +307,10 @@ def _read_sections(
     """Return the values of a RunConfig without `text`; problems are recorded by the reader."""
     values: dict[str, Any] = {}
     for name, body in bodies.items():
-        if name in READERS:
-            values[name] = READERS[name](reader, body, classes)
-        else:
-            values[name] = reader.read(cast(type, SECTIONS[name]), body, prefix=name)
+        values[name] = reader.read_section(name, body, classes)
+    loggers = values.get("logger", ())
+    values["wandb"] = next((one.options for one in loggers if one.kind is WandbConfig), None)
+    values["logger"] = tuple(one for one in loggers if one.kind is not WandbConfig)
     values["expansion"] = tuple(selected.options for selected in values.get("expansion", ()))
     root_values = {name: value for name, value in raw.items() if name not in _GROUPS}
     root: RootValues | None = reader.read(RootValues, root_values, prefix="")
@@ -249,20 +321,6 @@ def _read_sections(
     # An empty selection is valid
     read |= {group: None for group in CHOSEN_GROUPS if not bodies.get(group, True)}
     return read if root is None else {**asdict(root), **read}
-
-
-def base_model(config: RunConfig) -> Model:
-    """Return the base model that a run pretrains."""
-    model = config.model
-    assert isinstance(model, ModelConfig), "a checkpoint has its own config.json"
-    return Model(model.config(vocab_size=config.data.vocab_size))
-
-
-def known_model(config: RunConfig) -> Model | None:
-    """Return the initial model of a run; None for a checkpoint on the Hub."""
-    if isinstance(config.model, CheckpointModelConfig):
-        return checkpoint_model(config.model.path, with_experts=True)
-    return base_model(config)
 
 
 def start_problems(
@@ -299,7 +357,7 @@ def start_problems(
         *expert_problems(config, source),
         *method_start_problems(config, source),
         *trainer_start_problems(config, source),
-        *chain(*(m.kind.start_problems(m.options, config, start) for _, m in methods_of(config))),
+        *chain(*(m.kind.start_problems(m.options, config, start) for _, m in config.methods())),
     ]
 
 
@@ -310,7 +368,7 @@ def cache_folder(value: str | None) -> Path:
 
 
 def _begin_problems(config: RunConfig) -> Iterator[Problem]:
-    if (source := known_model(config)) is not None:
+    if (source := config.known_model()) is not None:
         source.check_size()
         model = config.model
         path = Path(model.path) if isinstance(model, CheckpointModelConfig) else None
@@ -337,7 +395,7 @@ def _method_problems(config: RunConfig) -> Iterator[Problem]:
             reason = f"several of them {verb} {', '.join(twice)}; leave one out"
             yield Problem("forgetting", [one.name for one in config.forgetting], reason=reason)
     weighty = [one.name for one in config.forgetting if one.kind.uses_weights]
-    allowed = ", ".join(["none", *weightless_methods()])
+    allowed = ", ".join(["none", *_weightless_methods()])
     if config.trainer.strategy == "fsdp" and weighty:
         reason = "they read whole weights or gradients, but each process has a shard; "
         reason += f"use trainer=ddp, otherwise choose one of {allowed}"
@@ -346,7 +404,7 @@ def _method_problems(config: RunConfig) -> Iterator[Problem]:
     if config.experts is not None and weighty:
         reason = "they protect weights of the base, which is frozen; with experts, choose "
         yield Problem("forgetting", weighty, reason=f"{reason}{allowed} or self_replay")
-    loading = [each for each in methods_of(config) if each[1].kind.load is not Method.load]
+    loading = [each for each in config.methods() if each[1].kind.load is not Method.load]
     if len(loading) > 1:
         group, last = loading[-1]
         reason = "only one method of a run can load the model; leave one out"
@@ -355,6 +413,16 @@ def _method_problems(config: RunConfig) -> Iterator[Problem]:
         mixing = [one for one in config.forgetting if one.kind.needs(one.options).mixes]
         keys = [f"forgetting.{one.name}.fraction" for one in mixing]
         yield Problem(" + ".join(keys), float(share), reason="the sum must be below 1")
+
+
+def _weightless_methods() -> list[str]:
+    """Return the forgetting methods that use no weights; for messages."""
+    found = []
+    for name in method_names("forgetting"):
+        with suppress(RequestError):  # reported when it is selected
+            body = body_of(option_files()["forgetting"][name])
+            found += [] if method_class("forgetting", name, body).uses_weights else [name]
+    return found
 
 
 def _data_problems(config: RunConfig) -> Iterator[Problem]:

@@ -21,12 +21,13 @@ from tritter.data.skills import PREFIX as SKILL_PREFIX
 from tritter.data.skills import SKILLS
 from tritter.data.sources import TextRequest, find_texts
 from tritter.errors import Problem, RequestError, key_name, nearest, refused
-from tritter.limits import MAX_BATCH_TOKENS, MAX_COUNT
+from tritter.limits import MAX_COUNT
 from tritter.options import Count, RunRequest, Text, options
 
 # Domain → absolute paths (files, folders, globs) and built-in texts, in plain containers for the
 # JSON fingerprint
 TextSources = dict[str, list[str]]
+_MAX_BATCH_TOKENS = 2**28
 _PathResolver = Callable[[str, str], str]  # key and path as typed → resolved path
 
 
@@ -515,10 +516,10 @@ def _reading_problems(config: RunRequest) -> Iterator[Problem]:
 
 def _batch_problems(config: RunRequest) -> Iterator[Problem]:
     size, length = config.data.batch_size, config.data.sequence_length
-    if size * length > MAX_BATCH_TOKENS:
+    if size * length > _MAX_BATCH_TOKENS:
         reason = (
             f"with data.sequence_length = {length} a batch has {size * length:,} tokens; the "
-            f"limit is {MAX_BATCH_TOKENS:,}"
+            f"limit is {_MAX_BATCH_TOKENS:,}"
         )
         yield Problem("data.batch_size", size, reason=reason)
 

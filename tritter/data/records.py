@@ -16,7 +16,7 @@ from tritter.data.conversations import (
     exclusion,
     kind_of_value,
 )
-from tritter.errors import key_name, nearest, setting
+from tritter.errors import key_name, nearest, show
 
 DEFAULT_FIELD, FIELD_KEY = "text", "data.text_field"
 # Common names of the text field
@@ -70,7 +70,7 @@ def missing_field(field: str, found: Sequence[Any]) -> WrongRecordError:
     accepted = ""
     if field == DEFAULT_FIELD:
         accepted = f" Accepted: {field}, or a conversation: {ACCEPTED}"
-    advice = f". Did you mean {setting(FIELD_KEY, likely)}?" if likely else "."
+    advice = f". Did you mean {key_name(FIELD_KEY)}={show(likely)}?" if likely else "."
     if "rejected" in found:
         advice = f". Preference data: {PREFERENCES}."
     names = [shown(name) for name in found[:_MAX_NAMES]]

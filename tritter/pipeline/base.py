@@ -21,7 +21,7 @@ from tritter.checkpoints.history import Link
 from tritter.checkpoints.location import checkpoint_model
 from tritter.checkpoints.record import training_record
 from tritter.config.schema import CheckpointModelConfig
-from tritter.config.validation import base_model, old_data_problems, start_problems
+from tritter.config.validation import old_data_problems, start_problems
 from tritter.core.families import Model
 from tritter.core.models import new_model, read_model, save_tokenizer
 from tritter.data.cache import entry_lock, quarantine
@@ -65,7 +65,7 @@ _TRAINER_KEYS = ("accelerator", "precision", "gradient_clip_val", "devices", "co
 def _pretrained_model(run: Run) -> Model:
     """Return the run's base model, with the size of its tokenizer."""
     vocab_size = run.data.corpus.tokenizer.get_vocab_size()
-    return Model({**base_model(run.config).config, "vocab_size": vocab_size})
+    return Model({**run.config.base_model().config, "vocab_size": vocab_size})
 
 
 def obtain_base(run: Run) -> tuple[Path, float]:

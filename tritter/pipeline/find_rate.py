@@ -182,7 +182,7 @@ def find_rate(config: RunConfig, *, folder: Path) -> FoundRates:
 def _tested(config: RunConfig, schedule: Schedule, folder: Path, console: Console) -> FoundRates:
     """Run the stages up to the training, and the test, in a folder for what they write."""
     run = Run(
-        config=replace(config, logger=replace(config.logger, wandb=None, others=())),
+        config=replace(config, logger=(), wandb=None),
         folder=folder,
         console=console,
         ledger=Ledger(folder),

@@ -186,7 +186,7 @@ def log_result_to_wandb(run: Run, summary: Summary, plots: Sequence[Path], *, st
         media[_SAMPLES_KEY] = _samples_table(rows)
     logger.log_metrics(media, step=step)
     logger.experiment.summary.update(_wandb_summary(summary))
-    settings = run.config.logger.wandb
+    settings = run.config.wandb
     if settings is not None and settings.log_model and summary.status != "rolled_back":
         _log_model(logger, run.folder / "checkpoint", summary)
 
@@ -248,7 +248,7 @@ def _run_name(run: Run, part: str | None = None) -> str:
 
 def wandb_logger(run: Run, part: str | None = None) -> WandbLogger | None:
     """Return the logger of a W&B run, open until `wandb_finished` ends; None if W&B is off."""
-    if (settings := run.config.logger.wandb) is None:
+    if (settings := run.config.wandb) is None:
         return None
     if part in run.wandb_loggers:
         return run.wandb_loggers[part]
@@ -363,7 +363,7 @@ def open_loggers(
     with ExitStack() as opened:
         if (wandb := wandb_logger(run, part)) is not None:
             loggers.append(wandb)
-        for named in run.config.logger.others:
+        for named in run.config.logger:
             loggers.append(logger := _build_logger(named, run, part))
             opened.push(partial(_close, logger))
             if not first_step:

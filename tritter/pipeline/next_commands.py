@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tritter.checkpoints.run_text import RunText
 from tritter.config.launch.composition import SweepInConfig, load_config
-from tritter.config.overrides import command, tool_command, tritter_command
+from tritter.config.overrides import command, tool_command
 from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.core.expansions import EXPANSIONS, vocab_place
 from tritter.data.chat import TEMPLATE_FILE
@@ -56,12 +56,12 @@ def next_commands(
     if summary.status != "rolled_back":
         chat = ["--chat"] if Path(checkpoint, TEMPLATE_FILE).is_file() else []
         asking = ["generate", "--checkpoint", checkpoint, *chat, "--prompt", "TEXT"]
-        lines.append(tritter_command(asking))
+        lines.append(tool_command("tritter", asking))
     elif any(trained.glob("*.safetensors")):
-        inspection = tritter_command(["inspect", str(trained)])
+        inspection = tool_command("tritter", ["inspect", str(trained)])
         lines.append(f"{inspection}   # the trained model, which was not kept")
-    lines.append(tritter_command(["history", checkpoint, "--verify"]))
-    if (wandb := config.logger.wandb) is not None and wandb.mode == "offline":
+    lines.append(tool_command("tritter", ["history", checkpoint, "--verify"]))
+    if (wandb := config.wandb) is not None and wandb.mode == "offline":
         runs = tool_command("wandb", ["sync", str(folder / "wandb")])
         lines.append(f"{runs}/offline-run-*   # upload to W&B")  # unquoted: the shell expands it
     return lines

@@ -8,7 +8,7 @@ from functools import partial
 from itertools import dropwhile, takewhile
 from pathlib import Path
 
-from tritter.config.fallbacks import RETRYING, with_fallback
+from tritter.config.fallbacks import with_fallback
 from tritter.config.run_folder import RunStatus
 from tritter.config.schema import RunConfig
 from tritter.errors import RequestError
@@ -149,11 +149,7 @@ def _report(run: Run, candidates: Sequence[Candidate], control: Candidate) -> Ou
     run.say("summary", str(path))
     overrides = RunStatus.read(run.folder).overrides
     if retried := summary.last_attempt.overrides:
-        overrides = [
-            override
-            for override in with_fallback(overrides, retried)
-            if not override.lstrip("+").startswith(RETRYING)
-        ]
+        overrides = with_fallback(overrides, retried, retries=False)
     run.console.print("\nNext:", highlight=False)
     rate = peak_rate(last.run, last.branches[-1])
     for line in next_commands(

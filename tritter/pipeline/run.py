@@ -37,7 +37,7 @@ from tritter.stopping import Stopped
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.hub import locate
 from tritter.storage.reading import TOKENIZER_NAME
-from tritter.terminal import Console, NewBar, progress_bars, waiting
+from tritter.terminal import Console, NewBar, waiting
 from tritter.training.options import rate_notes
 from tritter.transform import PlannedExpansion, planned
 
@@ -253,7 +253,7 @@ class Run:
 
     def progress_bars(self) -> AbstractContextManager[NewBar]:
         """Return progress bars, shown under the same conditions as those of training."""
-        return progress_bars(self.console, mode=self.config.trainer.progress)
+        return self.console.progress_bars(self.config.trainer.progress)
 
     @contextmanager
     def waiting(self, label: str) -> Iterator[None]:

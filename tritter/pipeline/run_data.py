@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from tritter.checkpoints import Source
 from tritter.checkpoints.record import LearnedDomain
 from tritter.checkpoints.run_text import DomainText, RunText, recorded_chat
-from tritter.config.derived import scored_counts, validation_tokens
 from tritter.config.schema import RunConfig
-from tritter.config.validation import known_model
 from tritter.core.families import Model
 from tritter.core.models import load_tokenizer
 from tritter.data.batches import BatchStream, Sequences, SequenceStream, sample_equally
@@ -130,7 +128,7 @@ class RunData:
         """The model that the run starts from."""
         if self.initial_checkpoint is not None:
             return self.initial_checkpoint.model
-        model = known_model(self.config)
+        model = self.config.known_model()
         assert model is not None  # only that of a Hub id is unknown, which is a checkpoint
         return model
 
@@ -408,7 +406,7 @@ class RunData:
         options = self.config.evaluation
         if not options.every_n_steps:
             return None
-        max_tokens = validation_tokens(self.config, num_domains=len(self.domains))
+        max_tokens = self.config.validation_tokens(num_domains=len(self.domains))
         length = min(self.config.data.sequence_length, max_tokens)
         vocab_size = self.corpus.tokenizer.get_vocab_size()
         return ValidationSubset.of(
@@ -451,7 +449,7 @@ class RunData:
         origin = self.own or self
         held_out = {name: origin.corpus.domains[name].validation for name in self.domains}
         sizes = {name: each.offsets.diff().tolist() for name, each in held_out.items()}
-        counts = scored_counts(origin.config, sizes)
+        counts = origin.config.scored_counts(sizes)
         return {n: self.corpus.domains[n].validation.first(counts[n]) for n in self.domains}
 
     @cached_property

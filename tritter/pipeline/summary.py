@@ -5,7 +5,6 @@ from dataclasses import asdict
 from json import dumps, loads
 from typing import Any
 
-from tritter.options import methods_of
 from tritter.pipeline import disk, moe, windows
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import ExpansionFound
@@ -118,7 +117,7 @@ def _of_methods(run: Run, branches: Sequence[Branch]) -> dict[str, Any]:
         usage = run.ledger.found(f"{branch.name}.evaluate", EvaluationFound).experts or {}
         fits.append({"steps": fit.steps, "reports": fit.reports, "usage": usage})
     sections, others = dict[str, Any](), dict[str, Any]()
-    for group, one in methods_of(run.config):
+    for group, one in run.config.methods():
         method = one.kind(**one.arguments)
         if group in _SECTIONS:
             what = f"summary.json: {group}"

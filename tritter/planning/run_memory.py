@@ -17,7 +17,7 @@ from tritter.core.families import Model
 from tritter.core.families.presets import PRESETS
 from tritter.errors import Problem, RequestError
 from tritter.launched import Launch
-from tritter.options import RunRequest, methods_of
+from tritter.options import RunRequest
 from tritter.planning.memory import TrainingSetup, machine_memory, training_memory
 from tritter.planning.strategy import planned_rounds
 
@@ -362,7 +362,7 @@ def _training_need(
         copies = _PATH_COPIES * memory.parameters_bytes if "path_integral" in kinds else 0
     else:
         frozen = 0
-        for _, one in methods_of(config):
+        for _, one in config.methods():
             frozen = max(frozen, one.kind.num_frozen(one.options, model, before, config))
         if frozen:
             trained = max(0, (count if trained is None else trained) - frozen)

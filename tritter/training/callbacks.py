@@ -33,7 +33,7 @@ from tritter.seeds import derived_seed
 from tritter.stopping import Stopped
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.writer import TensorStream
-from tritter.terminal import Console, shows_bar
+from tritter.terminal import Console
 from tritter.training import surgery
 from tritter.training.checkpoint_io import random_state, restore_random_state
 from tritter.training.forgetting_method import ForgettingMethod, Task
@@ -389,7 +389,7 @@ class StepProgress(Callback):
         self._label = label
         self._mode = mode
         self._console = console
-        self._use_bar = shows_bar(mode, console)
+        self._use_bar = console.shows_bar(mode)
         self._use_lines = mode == "auto" and not console.is_terminal
         self._since = self._line_due = 0.0
         self._first = 0

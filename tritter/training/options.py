@@ -31,7 +31,6 @@ from tritter.options import (
     RunRequest,
     WholeNumber,
     leaves,
-    methods_of,
     nearest_multiples,
     options,
 )
@@ -378,7 +377,7 @@ def _of_whole_weights(config: RunRequest) -> Iterator[tuple[str, object, str]]:
     for one in callbacks_of("WeightAveraging", config):
         reason = "weight averaging requires whole weights, and each process only has a shard"
         yield f"callbacks.{one.name}.{TARGET}", one.options[TARGET], reason
-    for group, one in methods_of(config):
+    for group, one in config.methods():
         if one.kind.whole_weights:
             yield group, one.kind.__name__, one.kind.whole_weights
 
@@ -487,7 +486,7 @@ def _publish_problems(config: RunRequest) -> Iterator[Problem]:
     for other, is_set, reason in refused:
         if is_set:
             yield Problem(key, value, reason=f"not together with {other}: {reason}")
-    for group, one in methods_of(config):
+    for group, one in config.methods():
         if reason := one.kind.last_weights:
             yield Problem(key, value, reason=f"not together with {group}: {reason}")
 

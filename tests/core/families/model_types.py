@@ -25,7 +25,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tritter.cli import main as tritter
-from tritter.cli.methods import method_words
+from tritter.cli.methods import ExpansionMethods
 from tritter.cli.output import EXIT_NO
 from tritter.core import streamed
 from tritter.core.expansions import ExpansionSpec, LlamaPro, Stack, target_model
@@ -292,7 +292,14 @@ def expanded(base: Path, grown: Path, request: ExpansionSpec) -> bool:
     Raises:
         TritterError: it was refused, or failed.
     """
-    words = ["expand", "--checkpoint", str(base), *method_words(request), "--output", str(grown)]
+    words = [
+        "expand",
+        "--checkpoint",
+        str(base),
+        *ExpansionMethods.current().words(request),
+        "--output",
+        str(grown),
+    ]
     blocks = patch.object(streamed, "_BLOCK_BYTES", _BLOCK_BYTES)
     with blocks, redirect_stdout(StringIO()), redirect_stderr(StringIO()) as said:
         code = tritter([*words, "--overwrite"])

@@ -8,7 +8,6 @@ import yaml
 
 from tritter.conf_folder import config_folder
 from tritter.config.launch.composition import load_config
-from tritter.config.validation import base_model
 from tritter.core.families import Model
 from tritter.core.families.presets import PRESETS, Preset, aspect_ratio_at
 
@@ -42,7 +41,7 @@ def test_published_shapes_have_their_published_counts() -> None:
 @pytest.mark.parametrize("preset", ALL, ids=list(PRESETS))
 def test_an_option_file_composes_to_its_preset(preset: Preset, tmp_path: Path) -> None:
     config = load_config([f"model={preset.name}", f"cache_dir={tmp_path}"])
-    assert base_model(config).config == preset.config(vocab_size=config.data.vocab_size)
+    assert config.base_model().config == preset.config(vocab_size=config.data.vocab_size)
 
 
 @pytest.mark.parametrize("preset", ALL, ids=list(PRESETS))

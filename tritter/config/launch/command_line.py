@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 from tritter.config.folders import SEARCHPATH, SearchPath
 from tritter.config.suggestions import flag_advice
@@ -29,8 +29,11 @@ _VALUED = {
 }
 FLAGS = (*_SWITCHES, *_VALUED)
 HELP_FLAGS = frozenset({"-h", "--help", "--help-all"})
-# Errors of the operating system or interpreter
-SYSTEM_ERRORS = (OSError, MemoryError, RecursionError, OverflowError, UnicodeError)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise RequestError(f"{message} (see --help).")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +73,68 @@ class CommandLine:
         """The search path that the options name; a RequestError if a folder does not exist."""
         return SearchPath.of(self.config_folders, self.config_name, searchpath=self.searchpath)
 
-
-def one_line(error: BaseException) -> str:
-    """Return the message of a system error in one line."""
-    return f"{' '.join(str(error).split()) or 'out of memory'} ({type(error).__name__})."
+    @classmethod
+    def parse(cls, arguments: Sequence[str]) -> Self:
+        """Parse the arguments of a command line."""
+        check_encodable(arguments)
+        parser = _Parser(add_help=False, allow_abbrev=False)
+        for names in _SWITCHES:
+            parser.add_argument(*names, action="store_true")
+        for names, choices in _VALUED.items():
+            settings: dict[str, Any] = {"nargs": "?", "const": "all"} if "--info" in names else {}
+            if "--config-dir" in names:
+                settings = {"action": "append", "default": []}
+            parser.add_argument(*names, choices=choices or None, **settings)
+        parser.add_argument("overrides", nargs="*")
+        remaining = list(arguments)
+        for index, argument in enumerate(remaining[:-1]):  # KEY=VALUE is not the value of --info
+            if argument in ("-i", "--info") and "=" in remaining[index + 1]:
+                remaining[index] = "--info=all"
+        known, unknown = parser.parse_known_intermixed_args(remaining)
+        if unknown:
+            known_flags = {flag[-1].strip("-"): flag[-1] for flag in FLAGS}
+            typed = unknown[0].partition("=")[0].strip("-")
+            near = nearest(typed, known_flags) if len(unknown) == 1 else None
+            suggestion = f" Did you mean {known_flags[near]}?" if near else ""
+            if (advice := flag_advice(unknown[0], arguments, command="train")) is not None:
+                suggestion = f" {advice}"
+            raise RequestError(
+                f"unrecognized arguments: {' '.join(unknown)} (see --help).{suggestion}"
+            )
+        searchpath, overrides = _split_searchpath(known.overrides)
+        printing = {"cfg": known.cfg, "info": known.info}
+        printing |= {
+            name: "" for name in ("hydra_help", "shell_completion") if getattr(known, name)
+        }
+        info_flag = [name for name, value in printing.items() if value is not None]
+        has_help = known.help or known.help_all
+        is_help = has_help or known.version
+        if not is_help and len(info_flag) + known.multirun > 1:
+            flags = [
+                f"--{name.replace('_', '-')}"
+                for name in (*info_flag, *["multirun"] * known.multirun)
+            ]
+            raise RequestError(
+                f"{' and '.join(flags)}: these flags exclude each other; choose one."
+            )
+        if not is_help and (known.package or known.resolve) and known.cfg is None:
+            raise RequestError(
+                "--package and --resolve require --cfg job, --cfg hydra or --cfg all."
+            )
+        return cls(
+            overrides=overrides,
+            is_multirun=known.multirun,
+            info_flag=None if is_help or not info_flag else info_flag[0],
+            info_value=None if is_help or not info_flag else printing[info_flag[0]],
+            package=known.package,
+            is_resolved=known.resolve,
+            config_folders=tuple(known.config_dir),
+            config_name=known.config_name,
+            searchpath=searchpath,
+            is_help=has_help,
+            is_full_help=known.help_all,
+            is_version=known.version and not has_help,
+        )
 
 
 def check_encodable(arguments: Sequence[str]) -> None:
@@ -89,65 +150,6 @@ def check_encodable(arguments: Sequence[str]) -> None:
             raise RequestError(
                 f"argument {number} = {brief(argument)}: it contains bytes that are not UTF-8."
             ) from error
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise RequestError(f"{message} (see --help).")
-
-
-def read_command_line(arguments: Sequence[str]) -> CommandLine:
-    """Parse the arguments of a command line."""
-    check_encodable(arguments)
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    for names in _SWITCHES:
-        parser.add_argument(*names, action="store_true")
-    for names, choices in _VALUED.items():
-        settings: dict[str, Any] = {"nargs": "?", "const": "all"} if "--info" in names else {}
-        if "--config-dir" in names:
-            settings = {"action": "append", "default": []}
-        parser.add_argument(*names, choices=choices or None, **settings)
-    parser.add_argument("overrides", nargs="*")
-    remaining = list(arguments)
-    for index, argument in enumerate(remaining[:-1]):  # KEY=VALUE is not the value of --info
-        if argument in ("-i", "--info") and "=" in remaining[index + 1]:
-            remaining[index] = "--info=all"
-    known, unknown = parser.parse_known_intermixed_args(remaining)
-    if unknown:
-        known_flags = {flag[-1].strip("-"): flag[-1] for flag in FLAGS}
-        typed = unknown[0].partition("=")[0].strip("-")
-        near = nearest(typed, known_flags) if len(unknown) == 1 else None
-        suggestion = f" Did you mean {known_flags[near]}?" if near else ""
-        if (advice := flag_advice(unknown[0], arguments, command="train")) is not None:
-            suggestion = f" {advice}"
-        raise RequestError(f"unrecognized arguments: {' '.join(unknown)} (see --help).{suggestion}")
-    searchpath, overrides = _split_searchpath(known.overrides)
-    printing = {"cfg": known.cfg, "info": known.info}
-    printing |= {name: "" for name in ("hydra_help", "shell_completion") if getattr(known, name)}
-    info_flag = [name for name, value in printing.items() if value is not None]
-    has_help = known.help or known.help_all
-    is_help = has_help or known.version
-    if not is_help and len(info_flag) + known.multirun > 1:
-        flags = [
-            f"--{name.replace('_', '-')}" for name in (*info_flag, *["multirun"] * known.multirun)
-        ]
-        raise RequestError(f"{' and '.join(flags)}: these flags exclude each other; choose one.")
-    if not is_help and (known.package or known.resolve) and known.cfg is None:
-        raise RequestError("--package and --resolve require --cfg job, --cfg hydra or --cfg all.")
-    return CommandLine(
-        overrides=overrides,
-        is_multirun=known.multirun,
-        info_flag=None if is_help or not info_flag else info_flag[0],
-        info_value=None if is_help or not info_flag else printing[info_flag[0]],
-        package=known.package,
-        is_resolved=known.resolve,
-        config_folders=tuple(known.config_dir),
-        config_name=known.config_name,
-        searchpath=searchpath,
-        is_help=has_help,
-        is_full_help=known.help_all,
-        is_version=known.version and not has_help,
-    )
 
 
 def takes_value(flag: str, argument: str) -> bool:

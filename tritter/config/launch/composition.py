@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 from hydra import initialize_config_dir
@@ -33,20 +33,23 @@ from tritter.config.fallbacks import (
     locate_in_fallback,
     with_fallback,
 )
-from tritter.config.folders import CHOSEN_BY, body_of, option_files, option_folders, search_path
+from tritter.config.folders import (
+    CHOSEN_BY,
+    LADDERS,
+    body_of,
+    option_files,
+    search_path,
+)
 from tritter.config.overrides import (
-    force_override,
-    no_option,
     normalise,
-    option_problems,
     parse,
     refuse_sweeps,
 )
 from tritter.config.run_folder import check_overrides
 from tritter.config.schema import RunConfig
-from tritter.config.suggestions import nearest_key
+from tritter.config.suggestions import Hint, nearest_key
 from tritter.config.validation import Rule, validate
-from tritter.errors import Problem, RequestError, raise_problems, refusal, show
+from tritter.errors import Problem, RequestError, nearest, raise_problems, refusal, show
 from tritter.options import leaves
 from tritter.targets import dotted
 from tritter.training.options import resolve_training_limits
@@ -77,6 +80,15 @@ _READ_WITH = (
     ("growth.trigger", ("percentile",), "history_checks"),
     ("growth.enable_replacement", (), "dead_quantile"),
 )
+
+# Group=option → the extra of Tritter that installs it
+_EXTRAS = {
+    "hydra/launcher=joblib": "sweeps",
+    "hydra/launcher=submitit_local": "sweeps",
+    "hydra/launcher=submitit_slurm": "sweeps",
+    "hydra/launcher=ray": "ray",
+    "hydra/sweeper=optuna": "sweeps",
+}
 
 # Exceptions that Hydra raises for values of unexpected types
 _HYDRA_ERRORS = (
@@ -172,12 +184,12 @@ class Loader(ConfigLoaderImpl):
             return self.shown
         parsed = parse(overrides, loader=self)
         with self.search_path.in_use():  # a launcher's worker process does not have it
-            problems = list(option_problems(parsed, self.options))
+            problems = list(_option_problems(parsed, self.options))
         rejected = {problem.key for problem in problems}
         if "experiment" in rejected:  # an experiment selects options of all groups
             raise refusal(problems)
         sound = [o for o in parsed if o.key_or_group.partition(".")[0] not in rejected]
-        forced_overrides = [force_override(override, self.options) for override in sound]
+        forced_overrides = [_force_override(override, self.options) for override in sound]
         try:
             composed = super().load_configuration(
                 config_name, forced_overrides, run_mode, from_shell, validate_sweep_overrides
@@ -204,40 +216,37 @@ class Loader(ConfigLoaderImpl):
 
 
 @dataclass(frozen=True, slots=True)
-class _Composition:
-    """A composed and validated job, and its Hydra settings."""
-
-    config: RunConfig
-    hydra: DictConfig
-
-
-@dataclass(frozen=True, slots=True)
 class Composer:
-    """Composes jobs from the option files; created by `composer()`."""
+    """Composes jobs from the option files."""
 
     hydra: Hydra
     loader: Loader
+
+    @classmethod
+    @contextmanager
+    def opened(cls) -> Iterator[Self]:
+        """Yield a Composer for `conf/`; Hydra's global state is restored afterwards."""
+        raise_problems(_nesting_problems())
+        # This may be called from inside a Hydra app: suspend it
+        running, folder = GlobalHydra.instance().hydra, str(config_folder())
+        GlobalHydra.instance().clear()
+        try:
+            with initialize_config_dir(folder, job_name="train", version_base=_VERSION_BASE):
+                hydra = GlobalHydra.instance().hydra
+                assert hydra is not None
+                hydra.config_loader = loader = Loader(hydra.config_loader.get_search_path())
+                yield cls(hydra, loader)
+        finally:
+            GlobalHydra.instance().hydra = running
 
     @property
     def options(self) -> Mapping[str, Sequence[str]]:
         """Group → its options, without Hydra's own groups."""
         return self.loader.options
 
-    def compose(
-        self, overrides: Sequence[str], *, job_number: int | None = None, rules: Sequence[Rule] = ()
-    ) -> _Composition:
-        """Compose one job and validate it.
-
-        Args:
-            rules: rules in addition to those of every run.
-        """
-        composed = self.composed(overrides)
-        config = self.validated(composed, overrides, rules=rules)
-        if job_number is not None:
-            with open_dict(composed.hydra):
-                composed.hydra.job.num = job_number
-                composed.hydra.job.id = str(job_number)
-        return _Composition(config, composed.hydra)
+    def compose(self, overrides: Sequence[str]) -> RunConfig:
+        """Return the validated config of a job."""
+        return self.validated(self.composed(overrides), overrides)
 
     def composed(self, overrides: Sequence[str], *, mode: RunMode = RunMode.RUN) -> DictConfig:
         """Compose a job including Hydra's settings, without validation."""
@@ -311,7 +320,7 @@ def _explain(error: Exception, overrides: Sequence[Override], loader: Loader) ->
         is_typed = any(override.key_or_group == group for override in overrides)
         experiment = None if is_typed else _value_of("experiment", overrides)
         origin = f"experiment/{experiment}.yaml" if experiment else None
-        return replace(no_option(group, path[len(group) + 1 :], options), origin=origin)
+        return replace(_no_option(group, path[len(group) + 1 :], options), origin=origin)
     text = str(error).strip()
     if merged := re.search(r"Could not override '(hydra.+?)'", text):
         key = merged.group(1)
@@ -331,39 +340,63 @@ def _explain(error: Exception, overrides: Sequence[Override], loader: Loader) ->
     return Problem("", reason="composition failed: " + "; ".join(messages))
 
 
+def _option_problems(
+    overrides: Sequence[Override], options: Mapping[str, Sequence[str]]
+) -> Iterator[Problem]:
+    """Yield a problem for each selected option that its group does not have.
+
+    A fallback chain is an option file, but no option of a group.
+    """
+    for override in overrides:
+        if override.key_or_group == LADDERS:
+            chain, chains = str(override.value()), ", ".join(option_files().get(LADDERS, {}))
+            reason = f"select a fallback chain with gate.{LADDERS}=NAME; available: {chains}"
+            yield Problem(LADDERS, chain, reason=reason, nearest=f"gate.{LADDERS}={chain}")
+        known = options.get(override.key_or_group)
+        if known is None or override.is_delete() or override.is_sweep_override():
+            continue
+        value = override.value()
+        for name in value if isinstance(value, list) else [value]:
+            if isinstance(name, str) and name not in known and not {"/", "$"} & {*name}:
+                yield _no_option(override.key_or_group, name, known)
+
+
+def _no_option(group: str, name: str, options: Sequence[str]) -> Problem:
+    """Return the problem of a missing option, with the available options of its group."""
+    reason = f"there is no such option; allowed: {', '.join(options) or 'none'}"
+    if (extra := _EXTRAS.get(f"{group}={name}")) is not None:
+        advice = f"install the extra: pip install 'tritter[{extra}]'"
+        return Problem(group, name, reason=reason, advice=advice)
+    if (hint := Hint.of(group, name)) is not None:
+        return Problem(group, name, reason=reason, nearest=hint.advice)
+    return Problem(group, name, reason=reason, nearest=nearest(name, options))
+
+
+def _force_override(override: Override, options: Mapping[str, Sequence[str]]) -> str:
+    """Return the override in a form that lets Hydra set any key; Tritter's schema validates it."""
+    line = override.input_line or ""
+    is_ours = not override.is_hydra_override() and override.key_or_group not in options
+    if is_ours and not override.is_delete() and override.package is None:
+        return "++" + line.lstrip("+")
+    return line
+
+
 class _OutsideFolders(SearchPathPlugin):
     """Adds option folders of installed packages and `--config-dir` to Hydra's search path."""
 
-    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        _, *outside = option_folders().items()
+    def manipulate_search_path(self, hydra_path: ConfigSearchPath) -> None:
+        _, *outside = search_path().option_folders.items()
         for provider, folder in outside:
-            search_path.append(provider, f"file://{folder}")
+            hydra_path.append(provider, f"file://{folder}")
 
 
 Plugins.instance().register(_OutsideFolders)
 
 
-@contextmanager
-def composer() -> Iterator[Composer]:
-    """Yield a Composer for `conf/`; Hydra's global state is restored afterwards."""
-    raise_problems(_nesting_problems())
-    # This may be called from inside a Hydra app: suspend it
-    running, folder = GlobalHydra.instance().hydra, str(config_folder())
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(folder, job_name="train", version_base=_VERSION_BASE):
-            hydra = GlobalHydra.instance().hydra
-            assert hydra is not None
-            hydra.config_loader = loader = Loader(hydra.config_loader.get_search_path())
-            yield Composer(hydra, loader)
-    finally:
-        GlobalHydra.instance().hydra = running
-
-
 def load_config(overrides: Sequence[str] = ()) -> RunConfig:
     """Return the RunConfig of a command line, without running it."""
-    with composer() as composing:
-        return composing.compose(overrides).config
+    with Composer.opened() as composing:
+        return composing.compose(overrides)
 
 
 def plain_config(config: DictConfig) -> dict[str, Any]:

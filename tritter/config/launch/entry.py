@@ -7,11 +7,11 @@ callback `plan.RequestValidation` before they create a folder.
 
 import argparse
 import logging
-import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,15 +20,12 @@ from tritter import __version__
 from tritter.config.folders import search_path
 from tritter.config.launch.command_line import (
     FLAGS,
-    SYSTEM_ERRORS,
     CommandLine,
-    one_line,
-    read_command_line,
 )
-from tritter.errors import RequestError, TritterError, panics_as_errors
+from tritter.errors import RequestError, TritterError
 from tritter.launched import Launch
-from tritter.stopping import Stopped, stopping
-from tritter.terminal import close_pipe, say
+from tritter.stopping import Stopped
+from tritter.terminal import exit_code, say
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
@@ -72,30 +69,16 @@ def main(pipeline: "Pipeline", *, arguments: Sequence[str] | None = None) -> int
 
 def _main(pipeline: "Pipeline", arguments: Sequence[str] | None) -> int:
     typed = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        with panics_as_errors(), stopping():
-            return _run(typed, pipeline)
-    except RequestError as error:
-        say(f"error: {error}\nNothing was written.", is_error=True)
-        return 2
-    except TritterError as error:
-        say(f"error: {error}", is_error=True)
-        return 1
-    # Errors of the system (disk full, file name too long, out of memory) need no traceback
-    except SYSTEM_ERRORS as error:
-        say(f"error: {one_line(error)}", is_error=True)
-        return 1
-    except Stopped as stop:
-        if stop.signal_number == signal.SIGPIPE:  # the reader has closed the pipe, as in `| head`
-            close_pipe()
-            return stop.exit_code
-        location = f" {stop.location}" if stop.location else ""
-        say("\n".join(["", f"Stopped{location}.", *stop.advice]), is_error=True)
-        return stop.exit_code
+    return exit_code(partial(_run, typed, pipeline), describe_stop=_describe_stop)
+
+
+def _describe_stop(stop: Stopped) -> str:
+    location = f" {stop.location}" if stop.location else ""
+    return "\n".join(["", f"Stopped{location}.", *stop.advice])
 
 
 def _run(typed: list[str], pipeline: "Pipeline") -> int:
-    command = read_command_line(typed)
+    command = CommandLine.parse(typed)
     if command.is_version:
         say(f"tritter {__version__}")
         return 0
@@ -106,9 +89,9 @@ def _run(typed: list[str], pipeline: "Pipeline") -> int:
             say(help_text(command.overrides, is_full=command.is_full_help))
             return 0
         # Importing Hydra and the target checks takes half a second, which --help does not need
-        from tritter.config.launch.composition import composer
+        from tritter.config.launch.composition import Composer
 
-        with composer() as composing:
+        with Composer.opened() as composing:
             if command.info_flag in ("hydra_help", "shell_completion"):
                 return _print_hydra_answer(command, composing.hydra)
             return _execute(command, composing, pipeline, typed)
@@ -134,12 +117,12 @@ def _execute(
 ) -> int:
     from tritter.config.launch.composition import SweepInConfig
     from tritter.config.launch.jobs import Task
-    from tritter.config.launch.plan import plan_of, read_request
+    from tritter.config.launch.plan import Request
 
-    request = read_request(command, composing)
+    request = Request.of(command, composing)
     if command.info_flag is not None:
         composed = composing.composed(request.overrides)
-        plan_of(request, composed)
+        request.plan_of(composed)
         if command.info_value == "job":
             composing.loader.show(composed, is_resolved=command.is_resolved)
         else:
@@ -165,7 +148,7 @@ def config_of_run(arguments: Sequence[str], *, purpose: str) -> "RunConfig":
         arguments: as `main` takes them.
         purpose: what needs it, for error messages.
     """
-    command = read_command_line(arguments)
+    command = CommandLine.parse(arguments)
     keys = {override.lstrip("+~").partition("=")[0] for override in command.overrides}
     refused = [key for key in sorted(keys) if key == "resume" or key.startswith("hydra.")]
     if command.is_multirun or command.info_flag is not None or command.is_version:
@@ -175,10 +158,10 @@ def config_of_run(arguments: Sequence[str], *, purpose: str) -> "RunConfig":
     if Launch.of() is not None:
         raise RequestError(f"{purpose} starts its own processes: omit torchrun or srun.")
     with command.search_path.in_use():
-        from tritter.config.launch.composition import composer
+        from tritter.config.launch.composition import Composer
 
-        with composer() as composing:
-            return composing.compose(command.overrides).config
+        with Composer.opened() as composing:
+            return composing.compose(command.overrides)
 
 
 def run_once(arguments: Sequence[str], pipeline: "Pipeline") -> Path:
@@ -191,7 +174,7 @@ def run_once(arguments: Sequence[str], pipeline: "Pipeline") -> Path:
         arguments: overrides, and of the flags `--config-dir` and `--config-name`.
         pipeline: as `main` takes it.
     """
-    command = read_command_line(arguments)
+    command = CommandLine.parse(arguments)
     if Launch.of() is not None:
         raise RequestError("run starts its own processes; with torchrun or srun, use train.py.")
     if command.is_multirun:
@@ -199,13 +182,13 @@ def run_once(arguments: Sequence[str], pipeline: "Pipeline") -> Path:
     if command.info_flag is not None or command.is_help or command.is_version:
         raise RequestError("run takes overrides; use python train.py for help and --cfg.")
     with command.search_path.in_use():
-        from tritter.config.launch.composition import SweepInConfig, composer
+        from tritter.config.launch.composition import Composer, SweepInConfig
         from tritter.config.launch.jobs import Task
-        from tritter.config.launch.plan import read_request
+        from tritter.config.launch.plan import Request
         from tritter.config.run_folder import RunStatus
 
-        with composer() as composing:
-            request = read_request(command, composing)
+        with Composer.opened() as composing:
+            request = Request.of(command, composing)
             request.task = task = Task(pipeline=pipeline)
             composing.loader.is_sweep = False
 
@@ -228,7 +211,7 @@ def run_once(arguments: Sequence[str], pipeline: "Pipeline") -> Path:
     folder = request.plan.jobs[0].folder
     status = RunStatus.read(folder)
     if status.error is not None:
-        if status.exit_code == 2 and request.plan.jobs[0].undo():
+        if status.exit_code == status.EXIT_REQUEST and request.plan.jobs[0].undo():
             raise RequestError(status.error)
         raise TritterError(f"{status.error}\nRun folder: {folder}")
     return folder
@@ -266,9 +249,8 @@ def _show(command: CommandLine, request: "Request", hydra: "Hydra") -> int:
 
 def _run_one(request: "Request", task: "Task", hydra: "Hydra") -> int:
     """Run a single run, print its outcome and the command that resumes it; return the exit code."""
-    from tritter.config.launch.jobs import EXIT_FAILED, EXIT_REQUEST
     from tritter.config.overrides import resume_command
-    from tritter.config.run_folder import RunStatus, has_finished_stage
+    from tritter.config.run_folder import RunStatus
 
     request.composing.loader.is_sweep = False
     unwritten = ""
@@ -291,19 +273,19 @@ def _run_one(request: "Request", task: "Task", hydra: "Hydra") -> int:
     status = RunStatus.read(job.folder)
     if (failure := unwritten or status.error) is None:
         return status.exit_code
-    is_request = status.exit_code == EXIT_REQUEST
+    is_request = status.exit_code == status.EXIT_REQUEST
     if is_request and job.undo():
         raise RequestError(failure)
     say(f"error: {failure}", is_error=True)
     # The same request on the same data would be rejected again
     action = "Fix this, then resume with" if is_request else "Resume with"
-    if not has_finished_stage(job.folder):
+    if not job.has_finished_stage:
         action += " (keys may change, as no stage has finished)"
     elif is_request:
         action += " (most changed keys need a new run)"
     resuming = resume_command(job.folder, job.overrides)
     say(f"Run folder: {job.folder}\n{action}:\n  {resuming}", is_error=True)
-    return EXIT_FAILED if is_request else status.exit_code
+    return 1 if is_request else status.exit_code
 
 
 def completions(arguments: Sequence[str]) -> list[str]:
@@ -317,11 +299,11 @@ def completions(arguments: Sequence[str]) -> list[str]:
         return sorted(flag for names in FLAGS for flag in names if flag.startswith(incomplete))
     from hydra.plugins.completion_plugin import DefaultCompletionPlugin
 
-    from tritter.config.launch.composition import composer
+    from tritter.config.launch.composition import Composer
 
     try:
-        command = read_command_line(before)
-        with command.search_path.in_use(), composer() as composing:
+        command = CommandLine.parse(before)
+        with command.search_path.in_use(), Composer.opened() as composing:
             line = " ".join([*command.overrides, incomplete])
             plugin = DefaultCompletionPlugin(composing.loader)
             found: list[str] = plugin._query(search_path().config_name, line)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tritter.conf_folder import config_folder
-from tritter.config.folders import CHOSEN_BY, FAMILIES, Options, option_files
+from tritter.config.folders import CHOSEN_BY, option_files
 from tritter.errors import RequestError, did_you_mean
 
 _WIDTH = 99  # of a line; a page of help has at most 100 lines
@@ -80,7 +80,7 @@ def help_text(arguments: Sequence[str] = (), *, is_full: bool = False) -> str:
     lines = [line.partition(" #")[0] for line in text.splitlines() if line.startswith("  - ")]
     # In the order of the defaults list
     defaults = dict(line.strip("- ").split(": ") for line in lines if ": " in line)
-    groups = [g for g in dict.fromkeys([*defaults, *files]) if g != FAMILIES]
+    groups = [g for g in dict.fromkeys([*defaults, *files]) if g != "family"]
     groups.sort(key=lambda group: defaults.get(group) == "null")  # what few runs need comes last
     if not is_full:
         width = max(map(len, groups))
@@ -120,7 +120,7 @@ def _describe_options(group: str, options: Mapping[str, Path], default: str | No
     return "\n".join(lines)
 
 
-def _of_group(group: str, names: str, files: Options) -> str:
+def _of_group(group: str, names: str, files: Mapping[str, Mapping[str, Path]]) -> str:
     """Return the keys of options, as their files state and explain them."""
     group, blocks = group.replace("-", "_"), []
     for name in names.strip("[]").split(","):

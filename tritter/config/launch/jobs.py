@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -23,34 +24,29 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from tritter.checkpoints.record import LedgerRecord
 from tritter.config.folders import SearchPath, search_path
-from tritter.config.launch.composition import composer, plain_config
+from tritter.config.launch.composition import Composer, plain_config
 from tritter.config.overrides import recorded_overrides
 from tritter.config.run_folder import (
     OUTPUT_FILE,
-    STATUS_FILE,
+    RunRecord,
     RunState,
     RunStatus,
     check_run_folder,
-    has_finished_stage,
-    write_run_file,
 )
 from tritter.config.schema import RunConfig
 from tritter.config.validation import validate
 from tritter.errors import RequestError, TritterError, panics_as_errors
 from tritter.stopping import Stopped, stopping
-from tritter.storage.atomic import write_text_atomic
 from tritter.storage.lock import FolderLock
 from tritter.storage.reading import SUMMARY_FILE
-from tritter.storage.records import record_text
 from tritter.targets import TARGET
 from tritter.terminal import redirected, say
 
 _STOPPING_FILE = ".stopping"  # in a sweep's folder: no further job begins
 
-ENDS = ("kept", "rolled_back", "undecided", "ungated")
-
-_EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, _EXIT_NOT_KEPT = 0, 1, 2, 3
+_EXIT_DONE, _EXIT_FAILED, _EXIT_NOT_KEPT = 0, 1, 3
 _OF_CLASS = {
     "BasicLauncher": "basic",
     "JoblibLauncher": "joblib",
@@ -77,9 +73,14 @@ class Job:
     state: RunState
     missing: tuple[Path, ...] = ()
 
+    @property
+    def has_finished_stage(self) -> bool:
+        """Whether its run has written its ledger, which it does after each stage."""
+        return (self.folder / LedgerRecord.FILE_NAME).exists()
+
     def undo(self) -> bool:
         """Remove the folder of a new run, unless a stage has finished; return True if removed."""
-        if self.state is not RunState.NEW or has_finished_stage(self.folder):
+        if self.state is not RunState.NEW or self.has_finished_stage:
             return False
         for path in () if self.missing else self.folder.iterdir():  # an empty folder stays
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -96,7 +97,7 @@ class Outcome(Protocol):
 
     @property
     def status(self) -> str:
-        """One of `ENDS`."""
+        """kept, rolled_back, undecided or ungated."""
         ...
 
     @property
@@ -143,7 +144,7 @@ class Task:
         hydra = HydraConfig.get()
         with self.config_search_path.in_use():  # which other processes don't know
             if hydra.mode != RunMode.MULTIRUN:
-                return run_job(cfg, self.pipeline, jobs=self.jobs)
+                return self._run(cfg)
             if os.getpid() == self.process:
                 metric = self._run_alone(cfg)
             else:  # in a launcher's process, which may be stopped by itself
@@ -166,13 +167,87 @@ class Task:
                     return math.nan
                 try:
                     with _log_output(folder):
-                        return run_job(cfg, self.pipeline, jobs=self.jobs)
+                        return self._run(cfg)
                 finally:
                     if self.on_end is not None and os.getpid() == self.process:
                         self.on_end(folder, Path(hydra.sweep.dir), self.jobs)
         except TritterError as error:  # refused, or its status could not be written
             say(f"job {hydra.job.num} failed: {error}")
             return math.nan
+
+    def _run(self, cfg: DictConfig) -> float:
+        """Run a composed job in the folder that Hydra made for it; return the sweeper's metric.
+
+        A failure is written to the job's `status.json`. In a sweep the other jobs continue, and
+        the failed one counts as NaN; in a single run an unexpected error is raised again. A job
+        that the sweeper proposes later than the plan is validated here.
+
+        Raises:
+            Stopped: by a signal, after the status was written; in a sweep no other job follows.
+            TritterError: the status could not be written; the message includes the first error.
+        """
+        hydra = HydraConfig.get()
+        folder = Path(hydra.runtime.output_dir)
+        overrides = [str(override).removeprefix("++") for override in hydra.overrides.task]
+        own_status = partial(RunStatus, overrides=overrides)
+        is_sweep = hydra.mode == RunMode.MULTIRUN
+        if is_sweep:
+            say(f"\njob {hydra.job.num}: {' '.join(overrides)}")
+        try:
+            planned = {os.path.normpath(job.folder.absolute()): job for job in self.jobs}.get(
+                str(folder)
+            )
+            config = _validate_proposed(cfg, overrides) if planned is None else planned.config
+            is_of_sweep = (
+                is_sweep or (folder.parent / "multirun.yaml").is_file()
+            )  # a job resumed alone
+            sweep = Path(hydra.sweep.dir) if is_sweep else folder.parent
+            group = sweep.name if is_of_sweep else hydra.runtime.choices.get("experiment")
+            if (wandb := config.wandb) is not None and wandb.group is None:
+                config = replace(config, wandb=replace(wandb, group=group))
+            is_finished = check_run_folder(folder, config) is RunState.FINISHED
+            if is_finished and (ended := RunStatus.read(folder)).is_of_outcome:
+                return math.nan if ended.metric is None else float(ended.metric)
+            typed = overrides if planned is None or is_sweep else planned.overrides
+            run = RunRecord.of(
+                folder, config, status="running", overrides=recorded_overrides(typed)
+            )
+            run.write(folder)
+            own_status(status="running", exit_code=_EXIT_FAILED).write(folder)
+            say(f"{'run':<11}{folder}")  # the libraries of a run take seconds to import
+            with panics_as_errors():
+                outcome = self.pipeline(config, run_folder=folder)
+        except Stopped as stop:
+            location = None if stop.location is None else f"stopped {stop.location}"
+            with suppress(TritterError):
+                stopped = own_status(status="interrupted", exit_code=stop.exit_code, error=location)
+                stopped.write(folder)
+            raise
+        except TritterError as error:
+            code = RunStatus.EXIT_REQUEST if isinstance(error, RequestError) else _EXIT_FAILED
+            _write_failure(folder, overrides, str(error), exit_code=code)
+            if is_sweep:
+                say(f"job {hydra.job.num} failed: {error}")
+            return math.nan
+        except Exception as error:
+            # The job's border: any library may raise here, and the other jobs of a sweep continue
+            _write_failure(
+                folder, overrides, f"{type(error).__name__}: {error}", exit_code=_EXIT_FAILED
+            )
+            if not is_sweep:
+                raise
+            traceback.print_exc()
+            return math.nan
+        is_refused = config.gate.strict and outcome.status != "kept"
+        ended = own_status(
+            status=outcome.status,
+            exit_code=_EXIT_NOT_KEPT if is_refused else _EXIT_DONE,
+            metric=outcome.metric if math.isfinite(outcome.metric) else None,
+            summary=str(folder / SUMMARY_FILE),
+        )
+        ended.write(folder)
+        RunRecord.of(folder, config, status="finished", leaves=outcome.leaves).write(folder)
+        return outcome.metric
 
 
 @contextmanager
@@ -188,111 +263,24 @@ def _log_output(folder: Path) -> Iterator[None]:
         yield
 
 
-def run_job(cfg: DictConfig, pipeline: Pipeline, *, jobs: Sequence[Job]) -> float:
-    """Run one composed job in the folder that Hydra made for it and return the sweeper's metric.
-
-    A failure is written to the job's `status.json`. In a sweep the other jobs continue, and the
-    failed one counts as NaN; in a single run an unexpected error is raised again.
-
-    Args:
-        jobs: the planned jobs; a job that the sweeper proposes later is validated here.
-
-    Raises:
-        Stopped: by a signal, after the status was written; in a sweep no other job follows.
-        TritterError: the status could not be written; the message includes the first error.
-    """
-    hydra = HydraConfig.get()
-    folder = Path(hydra.runtime.output_dir)
-    overrides = [str(override).removeprefix("++") for override in hydra.overrides.task]
-    is_sweep = hydra.mode == RunMode.MULTIRUN
-    if is_sweep:
-        say(f"\njob {hydra.job.num}: {' '.join(overrides)}")
-    try:
-        planned = {os.path.normpath(job.folder.absolute()): job for job in jobs}.get(str(folder))
-        config = _validate_proposed(cfg, overrides) if planned is None else planned.config
-        is_of_sweep = is_sweep or (folder.parent / "multirun.yaml").is_file()  # a job resumed alone
-        sweep = Path(hydra.sweep.dir) if is_sweep else folder.parent
-        group = sweep.name if is_of_sweep else hydra.runtime.choices.get("experiment")
-        if (wandb := config.logger.wandb) is not None and wandb.group is None:
-            loggers = replace(config.logger, wandb=replace(wandb, group=group))
-            config = replace(config, logger=loggers)
-        is_finished = check_run_folder(folder, config) is RunState.FINISHED
-        if is_finished and (ended := RunStatus.read(folder)).status in ENDS:
-            return math.nan if ended.metric is None else float(ended.metric)
-        typed = overrides if planned is None or is_sweep else planned.overrides
-        write_run_file(folder, config, status="running", overrides=recorded_overrides(typed))
-        _write_status(folder, overrides, status="running", exit_code=EXIT_FAILED)
-        say(f"{'run':<11}{folder}")  # the libraries of a run take seconds to import
-        with panics_as_errors():
-            outcome = pipeline(config, run_folder=folder)
-    except Stopped as stop:
-        location = None if stop.location is None else f"stopped {stop.location}"
-        with suppress(TritterError):
-            _write_status(
-                folder, overrides, status="interrupted", exit_code=stop.exit_code, error=location
-            )
-        raise
-    except TritterError as error:
-        code = EXIT_REQUEST if isinstance(error, RequestError) else EXIT_FAILED
-        _write_failure(folder, overrides, str(error), exit_code=code)
-        if is_sweep:
-            say(f"job {hydra.job.num} failed: {error}")
-        return math.nan
-    except Exception as error:
-        # The job's border: any library may raise here, and the other jobs of a sweep continue
-        _write_failure(folder, overrides, f"{type(error).__name__}: {error}", exit_code=EXIT_FAILED)
-        if not is_sweep:
-            raise
-        traceback.print_exc()
-        return math.nan
-    _write_status(
-        folder,
-        overrides,
-        status=outcome.status,
-        exit_code=_EXIT_NOT_KEPT if config.gate.strict and outcome.status != "kept" else _EXIT_DONE,
-        metric=outcome.metric,
-        summary=str(folder / SUMMARY_FILE),
-    )
-    write_run_file(folder, config, status="finished", leaves=outcome.leaves)
-    return outcome.metric
-
-
 def _validate_proposed(cfg: DictConfig, overrides: Sequence[str]) -> RunConfig:
     """Validate a job that a sweeper proposed."""
     config = validate(plain_config(cfg))
     if config.gate.ladder is None:
         return config
-    with composer() as composing:
+    with Composer.opened() as composing:
         return composing.with_fallbacks(config, overrides)
 
 
 def _write_failure(folder: Path, overrides: Sequence[str], error: str, *, exit_code: int) -> None:
     """Record why a job failed. If the disk is full, raise it instead."""
     try:
-        _write_status(folder, overrides, status="failed", exit_code=exit_code, error=error)
+        failed = RunStatus(
+            status="failed", exit_code=exit_code, overrides=list(overrides), error=error
+        )
+        failed.write(folder)
     except TritterError as unwritten:
         raise TritterError(f"{error}\n{unwritten}") from unwritten
-
-
-def _write_status(
-    folder: Path,
-    overrides: Sequence[str],
-    *,
-    status: str,
-    exit_code: int,
-    metric: float | None = None,
-    summary: str | None = None,
-    error: str | None = None,
-) -> None:
-    content = RunStatus(
-        status=status,
-        exit_code=exit_code,
-        overrides=list(overrides),
-        metric=metric if metric is not None and math.isfinite(metric) else None,
-        summary=summary,
-        error=error,
-    )
-    write_text_atomic(folder / STATUS_FILE, record_text(content))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,22 +7,21 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from tritter.config.fallbacks import locate_in_fallback
 from tritter.config.folders import SearchPath, search_path
-from tritter.config.launch.command_line import SYSTEM_ERRORS, CommandLine
+from tritter.config.launch.command_line import CommandLine
 from tritter.config.launch.composition import Composer
 from tritter.config.launch.jobs import Job, LaunchSettings, Task
 from tritter.config.overrides import (
-    check_command_line,
     command,
     normalise,
     override_key,
@@ -37,20 +36,26 @@ from tritter.config.run_folder import (
     RunRecord,
     RunState,
     check_run_folder,
-    find_run,
-    require_writable,
 )
 from tritter.config.schema import RunConfig
-from tritter.config.validation import known_model
 from tritter.data.sources import check_contents
-from tritter.errors import Problem, RequestError, TritterError, brief, raise_problems
+from tritter.errors import (
+    Problem,
+    RequestError,
+    TritterError,
+    brief,
+    did_you_mean,
+    raise_problems,
+    refused,
+)
 from tritter.planning.run_memory import RunMemory, side_by_side_problems
 from tritter.storage.lock import FolderLock
-from tritter.storage.reading import RUN_FILE, SUMMARY_FILE
-from tritter.terminal import say
+from tritter.storage.reading import RUN_FILE, SUMMARY_FILE, named_path
+from tritter.terminal import SYSTEM_ERRORS, say
 from tritter.training.options import compiler_problems
 
 _SEQUENTIAL = LaunchSettings()
+_RUNS = Path("outputs/runs")  # hydra.run.dir of conf/config.yaml, without the timestamp
 _BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 _RESUME_IN_FILE = "it is set in an option file; set it on the command line"
 _RESUME_IN_SWEEP = (
@@ -108,6 +113,44 @@ class Request:
     plan: Plan | None = None
     exit_stack: ExitStack = field(default_factory=ExitStack)
 
+    @classmethod
+    def of(cls, typed: CommandLine, composing: Composer) -> Self:
+        """Return the request of a command line, before composition.
+
+        Overrides replayed from a resumed run are printed first, before data or weights are opened.
+        """
+        is_shown, folder = typed.info_flag is not None, None
+        overrides = [normalise(override, composing.options) for override in typed.overrides]
+        if not typed.is_multirun:
+            overrides, folder = _add_resumed(composing, overrides, is_shown=is_shown)
+        parsed = parse(overrides, loader=composing.loader)
+        _check_overrides(parsed, composing.options)
+        if not typed.is_multirun:
+            refuse_sweeps(parsed)
+        return cls(composing, tuple(overrides), folder, typed.is_multirun, is_shown)
+
+    def plan_of(self, composed: DictConfig) -> Plan:
+        """Return the validated plan (data, folders, devices) for a composed config."""
+        is_sweep = self.is_multirun or composed.hydra.mode == RunMode.MULTIRUN
+        try:
+            plan = _plan_sweep(self, composed) if is_sweep else _plan_run(self, composed)
+        except OmegaConfBaseException as error:  # interpolations are resolved when they are read
+            raise RequestError(f"{error.full_key}: {str(error).splitlines()[0]}.") from None
+        if not self.is_shown:
+            for job in plan.jobs:
+                FolderLock(job.folder).check(key="hydra.run.dir")
+            if (folder := plan.sweep_folder) is not None:
+                if os.path.lexists(folder / RUN_FILE):
+                    raise RequestError(
+                        f"hydra.sweep.dir = {folder}: it is the folder of a run; set a new folder "
+                        "for the sweep."
+                    )
+                FolderLock(folder).check(key="hydra.sweep.dir")
+                for lock in sorted(folder.rglob(FolderLock.NAME)):  # a job may still be running
+                    FolderLock(lock.parent).check(key="hydra.sweep.dir")
+            _check_resources(plan)
+        return plan
+
     @contextmanager
     def handled(self) -> Iterator[None]:
         """Run the request with Hydra inside this context.
@@ -159,7 +202,7 @@ class RequestValidation(Callback):
         """Validate a run or all jobs of a sweep; for an adaptive sweeper, an example."""
         request, hydra = _REQUEST.get(), config.hydra
         try:
-            request.plan = plan = plan_of(request, config)
+            request.plan = plan = request.plan_of(config)
             for note in plan.notes:
                 say(note)
             if plan.sweep_folder is None:
@@ -173,7 +216,7 @@ class RequestValidation(Callback):
                 hydra.sweep.dir = str(folder)
                 # A worker process would resolve the time to another folder
                 hydra.overrides.hydra.append(f"hydra.sweep.dir={quote(str(folder))}")
-            require_writable(folder, key=key)
+            _require_writable(folder, key=key)
             request.exit_stack.enter_context(FolderLock(folder).held(key=key))
             if plan.sweep_folder is not None:
                 request.exit_stack.enter_context(plan.launching.parallel_jobs(folder))
@@ -185,20 +228,37 @@ class RequestValidation(Callback):
     on_multirun_start = on_run_start
 
 
-def read_request(typed: CommandLine, composing: Composer) -> Request:
-    """Return the request of a command line, before composition.
-
-    Overrides replayed from a resumed run are printed first, before data or weights are opened.
-    """
-    is_shown, folder = typed.info_flag is not None, None
-    overrides = [normalise(override, composing.options) for override in typed.overrides]
-    if not typed.is_multirun:
-        overrides, folder = _add_resumed(composing, overrides, is_shown=is_shown)
-    parsed = parse(overrides, loader=composing.loader)
-    check_command_line(parsed, composing.options)
-    if not typed.is_multirun:
-        refuse_sweeps(parsed)
-    return Request(composing, tuple(overrides), folder, typed.is_multirun, is_shown)
+def _check_overrides(overrides: Sequence[Override], options: Mapping[str, Sequence[str]]) -> None:
+    """Reject overrides that Hydra would accept with an unintended meaning."""
+    problems = []
+    for override in overrides:
+        group, known = override.key_or_group, options.get(override.key_or_group)
+        if override.is_hydra_override() and override.is_sweep_override():
+            reason = "Hydra's settings can't be swept; set one value"
+            problems.append(
+                Problem(group, (override.input_line or "=")[len(group) + 1 :], reason=reason)
+            )
+        if override.is_hydra_override() and "/" in group and override.value() is None:
+            reason = "it requires the name of an option; omit it for the default"
+            problems.append(Problem(group, None, reason=reason))
+        if known is None:
+            continue
+        if override.is_delete():
+            if (deleted := override.value()) is not None:
+                reason = f"~{group} takes no value; list the options to keep: {group}=[A,B]"
+                problems.append(Problem(f"~{group}", deleted, reason=reason))
+            continue
+        value = override.input_line.partition("=")[2] if override.input_line else ""
+        allowed = f"one of {', '.join(known)}"
+        if override.type in (OverrideType.ADD, OverrideType.FORCE_ADD):
+            reason = f"select a group without +; allowed: {allowed}"
+            problems.append(Problem(f"+{group}", value, reason=reason, nearest=f"{group}={value}"))
+        elif not override.is_sweep_override() and not isinstance(override.value(), str | list):
+            reason = (
+                f"{group} requires the name of an option, {allowed}; set single keys as {group}.KEY"
+            )
+            problems.append(Problem(group, value, reason=reason))
+    raise_problems(problems)
 
 
 def _add_resumed(
@@ -218,7 +278,7 @@ def _add_resumed(
         raise RequestError(
             f"resume = {value}: it sets the folder, and so does hydra.run.dir; use one of them."
         )
-    folder, notes = find_run(str(value))
+    folder, notes = _find_run(str(value))
     run = RunRecord.read(folder)
 
     def is_overridden(text: str) -> bool:  # by the same key, or by its group
@@ -248,27 +308,41 @@ def _add_resumed(
     return [*combined, resumes[-1].input_line or ""], folder
 
 
-def plan_of(request: Request, composed: DictConfig) -> Plan:
-    """Return the validated plan (data, folders, devices) of a request with a composed config."""
-    is_sweep = request.is_multirun or composed.hydra.mode == RunMode.MULTIRUN
+def _find_run(resume: str) -> tuple[Path, tuple[str, ...]]:
+    """Return the folder that `resume` refers to (latest or a folder), and notes on skipped runs."""
+    found = _RUNS.glob(f"*/{RUN_FILE}")
+    runs = sorted(found, key=lambda path: (path.lstat().st_mtime_ns, str(path)), reverse=True)
+    folders = [path.parent.absolute() for path in runs]
+    if resume == "latest":
+        skipped: list[str] = []
+        for folder in folders:
+            try:
+                RunRecord.read(folder)
+                return folder, tuple(skipped)
+            except RequestError as error:
+                skipped.append(f"resume     skipped {folder}: {error}")
+        none = f"resume = latest: there is no run in {_RUNS.absolute()}; set the folder of a "
+        none += "run, or omit resume to start a new one."
+        raise RequestError("\n".join([none, *skipped]))
+    folder = named_path(resume, key="resume").absolute()
+    if not os.path.lexists(folder / RUN_FILE):
+        known = ["latest", *(str(path.relative_to(Path.cwd())) for path in folders)]
+        raise RequestError(
+            f"resume = {resume}: the folder contains no run ({RUN_FILE} is missing); allowed: "
+            f"latest, or the folder of a run.{did_you_mean(resume, known)}"
+        )
+    return folder, ()
+
+
+def _require_writable(folder: Path, *, key: str) -> None:
+    """Create the folder before Hydra does, which would fail with a traceback."""
     try:
-        plan = _plan_sweep(request, composed) if is_sweep else _plan_run(request, composed)
-    except OmegaConfBaseException as error:  # interpolations are resolved when they are read
-        raise RequestError(f"{error.full_key}: {str(error).splitlines()[0]}.") from None
-    if not request.is_shown:
-        for job in plan.jobs:
-            FolderLock(job.folder).check(key="hydra.run.dir")
-        if (folder := plan.sweep_folder) is not None:
-            if os.path.lexists(folder / RUN_FILE):
-                raise RequestError(
-                    f"hydra.sweep.dir = {folder}: it is the folder of a run; set a new folder "
-                    "for the sweep."
-                )
-            FolderLock(folder).check(key="hydra.sweep.dir")
-            for lock in sorted(folder.rglob(FolderLock.NAME)):  # a job may still be running
-                FolderLock(lock.parent).check(key="hydra.sweep.dir")
-        _check_resources(plan)
-    return plan
+        folder.mkdir(parents=True, exist_ok=True)
+        is_writable = os.access(folder, os.W_OK)
+    except OSError as error:
+        raise refused(key, folder, f"the folder can't be created ({error.strerror})") from error
+    if not is_writable:
+        raise refused(key, folder, "the folder is not writable")
 
 
 def _check_resources(plan: Plan) -> None:
@@ -276,7 +350,7 @@ def _check_resources(plan: Plan) -> None:
     jobs = plan.jobs or plan.examples
     todo = {n: job for n, job in enumerate(jobs) if job.state is not RunState.FINISHED}
     # The shape of a Hub model is known later
-    known = {n: model for n, job in todo.items() if (model := known_model(job.config)) is not None}
+    known = {n: model for n, job in todo.items() if (model := job.config.known_model()) is not None}
     found: dict[int, list[Problem]] = {n: [] for n in todo}
     for n, model in known.items():
         config = todo[n].config
@@ -404,13 +478,15 @@ def _plan_jobs(
     found: dict[int, Sequence[Problem]] = dict.fromkeys(range(len(split)), ())
     for number, overrides in enumerate(split):
         try:
-            composed = composing.compose(
-                [*shared, *overrides], job_number=number, rules=_SWEEP_RULES
-            )
+            words = [*shared, *overrides]
+            composed = composing.composed(words)
+            config = composing.validated(composed, words, rules=_SWEEP_RULES)
+            with open_dict(composed.hydra):
+                composed.hydra.job.num, composed.hydra.job.id = number, str(number)
             sweep = composed.hydra.sweep
             folder = _job_folder(Path(sweep.dir).absolute(), str(sweep.subdir))
-            state = RunState.NEW if is_example else check_run_folder(folder, composed.config)
-            jobs.append(Job(tuple(overrides), composed.config, folder, state))
+            state = RunState.NEW if is_example else check_run_folder(folder, config)
+            jobs.append(Job(tuple(overrides), config, folder, state))
         except RequestError as error:
             found[number] = error.problems
         except TritterError as error:

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tritter.config.folders import search_path
-from tritter.config.launch.jobs import ENDS, Job, Task
+from tritter.config.launch.jobs import Job, Task
 from tritter.config.launch.plan import Request
 from tritter.config.overrides import command, override_value
 from tritter.config.run_folder import OUTPUT_FILE, STATUS_FILE, RunStatus
@@ -175,9 +175,9 @@ class _JobLines:
         """Print the lines of jobs that have ended in other processes."""
         known = [job.folder for job in jobs]
         for job in known or sorted(path.parent for path in sweep.glob(f"*/{STATUS_FILE}")):
-            status = RunStatus.read(job).status
-            has_ended = status in ("failed", "interrupted") and not self.is_earlier(job)
-            if job not in self.printed and (has_ended or status in ENDS):
+            run = RunStatus.read(job)
+            has_ended = run.status in ("failed", "interrupted") and not self.is_earlier(job)
+            if job not in self.printed and (has_ended or run.is_of_outcome):
                 self(job, sweep, jobs)
 
 

@@ -26,7 +26,7 @@ from pydantic import Field
 
 from tritter.core.families import Config, Family, LogicalTensor, Model, find_family, logical_name
 from tritter.core.parameter_map import AxisFactor, Fill, ParameterMap, TensorMap
-from tritter.errors import Problem, RequestError, key_name, refused, setting
+from tritter.errors import Problem, RequestError, key_name, refused
 from tritter.limits import MAX_EXPERTS, MAX_LAYERS
 from tritter.options import Text, options
 from tritter.seeds import derived_seed
@@ -202,7 +202,7 @@ class Moe:
                     "expansion.moe",
                     reason="it makes a dense model sparse, and "
                     f"{family.model_type} has experts already; it supports {supported}. To add "
-                    f"experts use {setting('expansion', 'moe_add')}",
+                    f"experts use {key_name('expansion')}=moe_add",
                 )
             )
         reason = _REASONS.get(family.model_type, "transformers has none for it")
