@@ -15,7 +15,7 @@ from tests.oracle import chat as fixtures
 from tritter.data import stream
 from tritter.data.batches import BatchStream, Sequences, SequenceStream
 from tritter.data.chat import ANSWER, Chat
-from tritter.data.datasets import _LOCK, HEAD_ROWS, DatasetName
+from tritter.data.datasets import _LOCK, DatasetName
 from tritter.data.documents import text_key
 from tritter.data.local_files import Reading, TextFileError
 from tritter.data.packing import Packing, packed
@@ -154,13 +154,13 @@ def test_data_without_a_sequence_is_refused(tmp_path: Path, tokenizer: Tokenizer
 
 
 def test_statistics_read_the_first_rows_only(tmp_path: Path) -> None:
-    rows = (json.dumps({"text": f"row {n}"}) for n in range(HEAD_ROWS + 50))
+    rows = (json.dumps({"text": f"row {n}"}) for n in range(DatasetName.HEAD_ROWS + 50))
     (tmp_path / "long.jsonl").write_text("\n".join(rows))
     name = f"hf:{tmp_path}/long.jsonl"
     head = source_documents([name], key="data.new", text_field="text", is_head=True)
-    assert len(head) == HEAD_ROWS
+    assert len(head) == DatasetName.HEAD_ROWS
     (recorded,) = recorded_paths([name], key="data.new", is_head=True)
-    assert recorded == f"{name}:train[:{HEAD_ROWS}]#text"
+    assert recorded == f"{name}:train[:{DatasetName.HEAD_ROWS}]#text"
     again = source_documents([recorded], key="data.new", text_field="text")
     assert list(again.keys()) == list(head.keys())
 
@@ -168,7 +168,7 @@ def test_statistics_read_the_first_rows_only(tmp_path: Path) -> None:
 def test_conversations_that_are_refused_cut_or_unanswered_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "HEAD_ROWS", 20)
+    monkeypatch.setattr(DatasetName, "HEAD_ROWS", 20)
     turns = [fixtures.messages(number) for number in range(40)]
     system = [{"role": "system", "content": "Be kind."}, *turns[0]]
     asked = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}]
@@ -215,7 +215,7 @@ def test_rows_that_are_left_out_after_the_head_are_counted(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once, also over a resume and a second epoch."""
-    monkeypatch.setattr(stream, "HEAD_ROWS", 300)
+    monkeypatch.setattr(DatasetName, "HEAD_ROWS", 300)
     values: list[object] = [
         number if number % 100 == 99 else f"row {number}" for number in range(600)
     ]

@@ -16,7 +16,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from tritter.data.documents import Document, Documents, documents_of, pieces_of_chunks
-from tritter.data.skills import ORIGIN, PREFIX, Question, SkillText
+from tritter.data.skills import Question, SkillText
 from tritter.errors import RequestError, nearest, refused
 
 _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
@@ -222,7 +222,7 @@ def _append(documents: list[Document], identifier: str, text: str) -> None:
 
 def is_built_in(path: str) -> bool:
     """Return True if a path has the prefix of a built-in text."""
-    return path.startswith(("stdlib:", PREFIX))
+    return path.startswith(("stdlib:", SkillText.PREFIX))
 
 
 def built_in_path(key: str, path: str) -> str:
@@ -232,18 +232,18 @@ def built_in_path(key: str, path: str) -> str:
         key: the configuration key, for messages.
         path: the name as typed.
     """
-    if path.startswith(PREFIX):
+    if path.startswith(SkillText.PREFIX):
         return str(SkillText.named(key, path))
     if path in BUILT_IN_TEXTS:
         return path
-    reason = f"the built-in texts are {', '.join(BUILT_IN_TEXTS)} and {PREFIX}NAME"
+    reason = f"the built-in texts are {', '.join(BUILT_IN_TEXTS)} and {SkillText.PREFIX}NAME"
     raise refused(key, path, reason, near=nearest(path, BUILT_IN_TEXTS))
 
 
 @cache
 def built_in_documents(path: str) -> Documents:
     """Return the documents of a built-in text."""
-    if built_in_path("data", path).startswith(PREFIX):
+    if built_in_path("data", path).startswith(SkillText.PREFIX):
         return documents_of(SkillText.named("data", path).texts())
     return distinct(_library().prose if path == "stdlib:prose" else _library().code)
 
@@ -260,8 +260,8 @@ def distinct(documents: Iterable[Document]) -> Documents:
 
 def built_in_origin(paths: Iterable[str]) -> str:
     """Return the recorded origin of the built-in texts among some paths; empty without any."""
-    kinds = {path.startswith(PREFIX) for path in paths if is_built_in(path)}
-    origins = {False: stdlib_origin(), True: ORIGIN}
+    kinds = {path.startswith(SkillText.PREFIX) for path in paths if is_built_in(path)}
+    origins = {False: stdlib_origin(), True: SkillText.ORIGIN}
     return " and ".join(origins[is_skill] for is_skill in sorted(kinds))
 
 
@@ -270,7 +270,7 @@ def questions_of(paths: Iterable[str], number: int) -> tuple[Question, ...]:
 
     No question occurs in the texts of a skill.
     """
-    named = (SkillText.named("data", path) for path in paths if path.startswith(PREFIX))
+    named = (SkillText.named("data", path) for path in paths if path.startswith(SkillText.PREFIX))
     skills = list({(text.skill.name, text.is_chat): text for text in named}.values())
     parts = [number // len(skills) + (at < number % len(skills)) for at in range(len(skills))]
     drawn = (

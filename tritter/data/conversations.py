@@ -76,6 +76,13 @@ class Conversation:
     num_given: int = 0
     has_roles: bool = True
 
+    @classmethod
+    def of_question(cls, prompt: str, answer: str) -> Conversation:
+        """Return a message of the user, and one of the assistant."""
+        contents = {USER: prompt, ASSISTANT: answer}
+        messages = tuple({"role": role, "content": text} for role, text in contents.items())
+        return cls(messages, has_roles=False)
+
     def __str__(self) -> str:
         return "".join(text for text, _ in self._parts()).strip()
 

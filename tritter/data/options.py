@@ -13,12 +13,11 @@ from pydantic import Field
 
 from tritter.data.built_in import built_in_path, is_built_in
 from tritter.data.chat import LossOn
-from tritter.data.datasets import PREFIX, DatasetName, dataset_names
+from tritter.data.datasets import DatasetName, dataset_names
 from tritter.data.documents import PIECE_CHARACTERS
 from tritter.data.local_files import has_records
 from tritter.data.records import DEFAULT_FIELD
-from tritter.data.skills import PREFIX as SKILL_PREFIX
-from tritter.data.skills import SKILLS
+from tritter.data.skills import SKILLS, SkillText
 from tritter.data.sources import TextRequest, find_texts
 from tritter.errors import Problem, RequestError, key_name, nearest, refused
 from tritter.limits import MAX_BATCH_TOKENS, MAX_COUNT
@@ -311,7 +310,7 @@ class SkillsDataConfig(NamedTextConfig):
 
 def _text_location(key: str, path: str) -> str:
     """Return the absolute path of text files, or the name of a built-in text."""
-    if path.startswith(PREFIX):
+    if path.startswith(DatasetName.PREFIX):
         raise refused(key, path, "data sets require data=hf")
     if is_built_in(path):
         return built_in_path(key, path)
@@ -330,7 +329,7 @@ def _skill_location(key: str, word: str) -> str:
     """Return the full name of a skill, or `_text_location` of any other word."""
     name = word.partition(":")[0]
     if name in SKILLS:
-        return _text_location(key, f"{SKILL_PREFIX}{word}")
+        return _text_location(key, f"{SkillText.PREFIX}{word}")
     if word.isidentifier() and not Path(word).exists():
         reason = f"there is no such skill, file or folder; the skills are {', '.join(SKILLS)}"
         raise refused(key, word, reason, near=nearest(name, SKILLS))
@@ -469,7 +468,9 @@ def _read_tasks(
 def named_after(paths: Sequence[str]) -> str:
     """Return the name of an unnamed domain, derived from its first path."""
     first = next(iter(paths), "")
-    path = Path(DatasetName.named("", first).name if first.startswith(PREFIX) else first)
+    path = Path(
+        DatasetName.named("", first).name if first.startswith(DatasetName.PREFIX) else first
+    )
     word = first.split(":")[1] if is_built_in(first) else path.name
     if set(word) & set("*?["):
         word = path.parent.name

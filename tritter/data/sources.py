@@ -13,7 +13,7 @@ from itertools import chain, count, islice, takewhile
 from pathlib import Path
 
 from tritter.data.built_in import BUILT_IN_TEXTS, built_in_documents, is_built_in
-from tritter.data.datasets import PREFIX, DatasetName, dataset_names
+from tritter.data.datasets import DatasetName, dataset_names
 from tritter.data.documents import PIECE_CHARACTERS, Documents, is_blank, text_key
 from tritter.data.local_files import (
     SUPPORTED,
@@ -79,7 +79,7 @@ def find_texts(key: str, paths: Iterable[str], *, is_recorded: bool = False) -> 
     files: dict[Path, None] = {}
     skipped: Counter[str] = Counter()
     for path in paths:
-        if is_built_in(path) or path.startswith(PREFIX):
+        if is_built_in(path) or path.startswith(DatasetName.PREFIX):
             continue
         try:
             found = _found(key, path, limit)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tritter.data.answers import TrainingCounts, missing_answers, unanswered_text
 from tritter.data.chat import Chat
 from tritter.data.conversations import Conversation
-from tritter.data.datasets import HEAD_ROWS, DatasetName
+from tritter.data.datasets import DatasetName
 from tritter.data.documents import NAME_CHARACTERS, Document, is_blank, pieces, text_key
 from tritter.data.local_files import Reading, TextFileError
 from tritter.data.packing import Packing, packed
@@ -288,7 +288,7 @@ def _batches(
         num_rows = len(batch[0]) + reading.num_blank + reading.skipped.count - before
         counted.num_rows += num_rows
         counted.num_of_source += num_rows
-        counted.exceeds_head |= counted.num_of_source > HEAD_ROWS
+        counted.exceeds_head |= counted.num_of_source > DatasetName.HEAD_ROWS
         yield batch
 
 

@@ -20,7 +20,7 @@ from tritter.checkpoints.record import recorded_tokens
 from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.core.models import load_model, read_model
 from tritter.data.answers import TrainingCounts, scoring_note
-from tritter.data.datasets import HEAD_ROWS
+from tritter.data.datasets import DatasetName
 from tritter.data.packing import padding_fraction
 from tritter.data.sources import find_texts
 from tritter.errors import RequestError, TritterError, key_name
@@ -135,7 +135,7 @@ class Run:
         notes += [*data.text.notes, *data.corpus.notes]
         notes += [
             f"{name} is streamed: training reads all of it, everything else its first "
-            f"{HEAD_ROWS:,} rows."
+            f"{DatasetName.HEAD_ROWS:,} rows."
             for name in data.streams
         ]
         if data.packing == "documents":
