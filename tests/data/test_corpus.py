@@ -4,10 +4,9 @@ import shutil
 import pytest
 import torch
 
-from tritter.data import built_in
 from tritter.data import corpus as corpus_module
 from tritter.data.batches import SequenceStream
-from tritter.data.built_in import StdlibText
+from tritter.data.built_in import Stdlib
 from tritter.data.corpus import build_corpus, stdlib_corpus
 from tritter.data.documents import documents_of, text_key
 from tritter.data.sources import source_documents
@@ -223,12 +222,12 @@ def gathering(monkeypatch):
     """A small library with a counter of reads."""
     calls = []
 
-    def gather():
+    def gather(library):
         calls.append(1)
-        return StdlibText(prose=OLD, code=NEW, skipped=())
+        return {"prose": OLD, "code": NEW}
 
-    monkeypatch.setattr(built_in, "gather", gather)
-    monkeypatch.setattr(built_in, "stdlib_fingerprint", lambda: "one installation")
+    monkeypatch.setattr(Stdlib, "gather", gather)
+    monkeypatch.setattr(Stdlib, "fingerprint", "one installation")
     return calls
 
 
@@ -240,7 +239,7 @@ def test_the_library_is_read_once(tmp_path, gathering, monkeypatch):
     assert first.sources["code"].origin.startswith("python 3.")
     from_stdlib(tmp_path, seed=1)
     assert len(gathering) == 2
-    monkeypatch.setattr(built_in, "stdlib_fingerprint", lambda: "another installation")
+    monkeypatch.setattr(Stdlib, "fingerprint", "another installation")
     assert_same(from_stdlib(tmp_path), first)
     assert len(gathering) == 3
 

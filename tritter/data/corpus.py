@@ -17,8 +17,9 @@ from safetensors.torch import load, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from tritter.data import built_in, cache
+from tritter.data import cache
 from tritter.data.answers import endless_note, unanswered_note, unshown_note
+from tritter.data.built_in import Stdlib
 from tritter.data.chat import Chat
 from tritter.data.documents import Document, Documents, conversations_digest, documents_digest
 from tritter.data.split import Split, SplitRule, split_documents
@@ -230,9 +231,10 @@ def stdlib_corpus(
     A note in the cache maps these options and this Python installation to a corpus, so a second
     run does not read the library again.
     """
+    library = Stdlib()
     requested = {
         "format_version": _FORMAT_VERSION,
-        "library": built_in.stdlib_fingerprint(),
+        "library": library.fingerprint,
         "vocab_size": vocab_size,
         "validation_fraction": validation_fraction,
         "max_validation_tokens_per_document": max_validation_tokens_per_document,
@@ -250,10 +252,9 @@ def stdlib_corpus(
         cached = _load(cache_dir, known)
         if cached is not None:
             return cached
-    text = built_in.gather()
     corpus = build_corpus(
-        {"prose": built_in.distinct(text.prose), "code": built_in.distinct(text.code)},
-        origin=built_in.stdlib_origin(),
+        {name: library.documents(name) for name in ("prose", "code")},
+        origin=library.origin,
         vocab_size=vocab_size,
         validation_fraction=validation_fraction,
         max_validation_tokens_per_document=max_validation_tokens_per_document,

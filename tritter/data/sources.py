@@ -12,7 +12,7 @@ from hashlib import sha256
 from itertools import chain, count, islice, takewhile
 from pathlib import Path
 
-from tritter.data.built_in import BUILT_IN_TEXTS, built_in_documents, is_built_in
+from tritter.data.built_in import Stdlib, built_in_documents, is_built_in
 from tritter.data.datasets import DatasetName, dataset_names
 from tritter.data.documents import PIECE_CHARACTERS, Documents, is_blank, text_key
 from tritter.data.local_files import (
@@ -290,7 +290,7 @@ def quick_pieces(paths: Sequence[str], reading: Reading) -> Iterator[Text] | Non
     """
     key = reading.key
     sources = [DatasetName.named(key, name) for name in dataset_names(paths)]
-    if set(paths) & set(BUILT_IN_TEXTS) or not all(source.is_on_disk for source in sources):
+    if set(paths) & set(Stdlib.TEXTS) or not all(source.is_on_disk for source in sources):
         return None
     files = find_texts(key, paths).files
     read = reading.pieces_of(files) if files else iter(())
