@@ -25,7 +25,7 @@ from tritter.core.parameter_map import Fill, TensorMap, mapped
 from tritter.core.parameter_map.apply import new_rows
 from tritter.data.documents import Document
 from tritter.data.tokens import END_OF_TEXT, train_tokenizer, whole_texts
-from tritter.data.vocabulary import ExtendedTokenizer, require_bpe
+from tritter.data.vocabulary import BpeTokenizer, ExtendedTokenizer
 from tritter.errors import RequestError
 from tritter.evaluation.jump import folder_jump, logit_jump
 from tritter.storage.reading import LINEAGE_NAME
@@ -91,7 +91,7 @@ def extension(source: Path) -> ExtendedTokenizer:
     merges = lineage_of(source).expansion_history[-1].options["merges"]
     tokenizer = Tokenizer.from_file(str(source.parent / "base" / "tokenizer.json"))
     pairs = tuple(zip(merges[::2], merges[1::2], strict=True))
-    return ExtendedTokenizer(require_bpe(tokenizer), pairs)
+    return ExtendedTokenizer(BpeTokenizer(tokenizer).content, pairs)
 
 
 def test_new_rows_are_means_of_the_tokens_they_consist_of(llama: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from tritter.checkpoints import Source
 from tritter.core.expansions import Vocab, vocab_place
 from tritter.data.split import training_texts
 from tritter.data.tokens import read_tokenizer
-from tritter.data.vocabulary import require_bpe
+from tritter.data.vocabulary import BpeTokenizer
 from tritter.errors import Problem, RequestError
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import StageResult
@@ -102,6 +102,6 @@ def with_example(branch: Branch, source: Source) -> Branch:
     if not _is_learned(branch):
         return branch
     size = source.model.sizes.vocab_size
-    content = require_bpe(read_tokenizer(source.folder, vocab_size=size).tokenizer)
-    longest = max(content["model"]["vocab"].items(), key=lambda entry: len(entry[0]))[1]
+    tokenizer = BpeTokenizer(read_tokenizer(source.folder, vocab_size=size).tokenizer)
+    longest = max(tokenizer.content["model"]["vocab"].items(), key=lambda entry: len(entry[0]))[1]
     return _with_merges(branch, (longest, longest))  # no token is twice as long
