@@ -34,7 +34,7 @@ from experiments.jobs import rows_of
 from tests.methods.novelty.factories import centre_of, drawn
 from tritter.core.families import Model
 from tritter.data.corpus import Corpus, build_corpus
-from tritter.data.documents import documents_of
+from tritter.data.documents import Documents
 from tritter.methods.moe_routing.options import RoutingOptions
 
 FOLDER = Path(streaming.__file__).parent
@@ -267,7 +267,7 @@ def test_one_command_runs_them_all(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def _small_corpus(seed: int, cache: Path) -> Corpus:
     texts = [f"text number {number} of a small corpus, for one step\n" * 30 for number in range(9)]
-    documents = documents_of(texts)
+    documents = Documents.of(texts)
     return build_corpus(
         {"prose": documents, "code": documents},
         origin="a test",

@@ -35,7 +35,7 @@ from tritter.core.models import new_model  # noqa: E402
 from tritter.data.built_in import built_in_documents  # noqa: E402
 from tritter.data.corpus import build_corpus  # noqa: E402
 from tritter.data.skills import SKILLS  # noqa: E402
-from tritter.data.split import SplitRule, split_documents  # noqa: E402
+from tritter.data.split import SplitRule  # noqa: E402
 from tritter.data.tokens import (  # noqa: E402
     END_OF_TEXT,
     TextBounds,
@@ -156,7 +156,7 @@ def seen_by_a_base(
         name: "stdlib:code" if name == "code" else f"skills:{name}:12000" for name in skills
     }
     rule = SplitRule(seed=seed, validation_fraction=0.4)
-    parted = split_documents({PROSE: built_in_documents(names[PROSE])}, rule=rule)
+    parted = rule.split({PROSE: built_in_documents(names[PROSE])})
     corpus = build_corpus(
         {name: built_in_documents(path) for name, path in names.items()},
         origin="built in",

@@ -8,7 +8,7 @@ from tritter.data import corpus as corpus_module
 from tritter.data.batches import SequenceStream
 from tritter.data.built_in import Stdlib
 from tritter.data.corpus import build_corpus, stdlib_corpus
-from tritter.data.documents import documents_of, text_key
+from tritter.data.documents import Documents, text_key
 from tritter.data.sources import source_documents
 from tritter.data.split import SplitRule
 from tritter.data.tokens import TextBounds, concatenate, pack
@@ -16,7 +16,7 @@ from tritter.errors import RequestError
 from tritter.storage import spool
 
 OLD, NEW = (
-    documents_of(f"{name} has: " + str(index**9) * 9 for index in range(20))
+    Documents.of(f"{name} has: " + str(index**9) * 9 for index in range(20))
     for name in ("the old — é", "the new")
 )
 DOMAINS = {"prose": OLD, "code": NEW}
@@ -50,10 +50,10 @@ def assert_same(one, other):
 
 
 def test_what_lies_on_disk_is_what_would_be_held(tmp_path, monkeypatch):
-    domains = {name: documents_of(each.text for each in d) for name, d in DOMAINS.items()}
+    domains = {name: Documents.of(each.text for each in d) for name, d in DOMAINS.items()}
     held = build(tmp_path / "held", domains=domains)
     monkeypatch.setattr(spool, "_IN_MEMORY_BYTES", 0)
-    domains = {name: documents_of(each.text for each in d) for name, d in DOMAINS.items()}
+    domains = {name: Documents.of(each.text for each in d) for name, d in DOMAINS.items()}
     mapped = build(tmp_path / "mapped", domains=domains)
     assert_same(held, mapped)
     assert_same(held, build(tmp_path / "mapped", domains=domains))
@@ -102,7 +102,7 @@ def test_the_tokenizer_never_sees_validation(tmp_path):
     others = (f"zzzz {number}" * 50 for number in range(99))
     other = (text for text in others if rule.side(text_key(text)) == "validation")
     altered = (next(other) if each.identifier in held_out else each.text for each in OLD)
-    other = build(tmp_path, domains={"prose": documents_of(altered), "code": NEW})
+    other = build(tmp_path, domains={"prose": Documents.of(altered), "code": NEW})
     assert other.digest != corpus.digest
     assert other.tokenizer.to_str() == corpus.tokenizer.to_str()
 
@@ -305,11 +305,11 @@ def test_what_was_skipped_is_told_each_time(tmp_path):
 def test_documents_of_several_domains_are_counted(tmp_path):
     texts = [f"text {number}" for number in range(40)]
     domains = {"old": texts[:20], "other": texts[30:], "new": [*texts[:6], *texts[20:31]]}
-    of_domains = {name: documents_of(each) for name, each in domains.items()}
+    of_domains = {name: Documents.of(each) for name, each in domains.items()}
     for _ in range(2):  # also from the cache
         notes = build(tmp_path, domains=of_domains).notes
         assert [note for note in notes if "also occur" in note] == [
             "new: of 17 documents, 6 also occur in old, 1 also occur in other. Held-out ones are "
             "scored in each domain, and no domain trains on them."
         ]
-    assert not build(tmp_path, domains={"old": documents_of(texts)}).notes
+    assert not build(tmp_path, domains={"old": Documents.of(texts)}).notes

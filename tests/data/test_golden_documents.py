@@ -21,7 +21,6 @@ import pytest
 from pyarrow import parquet
 
 from tritter.data.corpus import Corpus, build_corpus
-from tritter.data.documents import documents_digest
 from tritter.data.sources import source_documents
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "documents.json"
@@ -158,7 +157,7 @@ _OF_DATASETS = (
 
 
 def _digest(*paths: str, field: str = "text") -> str:
-    return documents_digest(source_documents(paths, key="data.new", text_field=field))
+    return source_documents(paths, key="data.new", text_field=field).digest()
 
 
 def of_files() -> Digests:

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.oracle.chat import CHATML, INSTRUCT, MARKED
 from tests.oracle.chat import tokenizer as chat_tokenizer
 from tritter.data.chat import Chat
-from tritter.data.documents import documents_of
+from tritter.data.documents import Documents
 from tritter.data.packing import DocumentMask, document_mask_of, read_marks
 from tritter.data.skills import Question
 from tritter.data.tokens import END_OF_TEXT, TextBounds, train_tokenizer
@@ -31,7 +31,7 @@ QUESTIONS = tuple(
 
 @pytest.fixture(scope="module")
 def reader() -> Reader:
-    texts = documents_of(each.prompt + each.answer for each in QUESTIONS)
+    texts = Documents.of(each.prompt + each.answer for each in QUESTIONS)
     tokenizer: Tokenizer = train_tokenizer(texts, vocab_size=290)
     return Reader(tokenizer, TextBounds(tokenizer.token_to_id(END_OF_TEXT)), batch_size=5)
 

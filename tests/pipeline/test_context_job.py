@@ -21,7 +21,6 @@ from tritter.config.launch.composition import load_config
 from tritter.config.validation import base_model
 from tritter.core.families import Model, forward_flops
 from tritter.core.models import read_model
-from tritter.data.split import split_documents
 from tritter.data.tokens import TextBounds, read_tokenizer
 from tritter.errors import RequestError
 from tritter.evaluation.statistics import PairedScores
@@ -265,7 +264,7 @@ def test_all_that_reads_a_lineage_cuts_as_it_does(tmp_path: Path) -> None:
     tokenizer = read_tokenizer(checkpoint, vocab_size=read_model(checkpoint).sizes.vocab_size)
     scored = DomainsToScore.learned(checkpoint, lineage, tokenizer, length=SHORT).documents
     for name, domain in all_documents(later.domains).items():
-        held_out = split_documents({name: domain}, rule=lineage.split)[name].validation
+        held_out = lineage.split.split({name: domain})[name].validation
         assert list(scored[name].identifiers) == [each.identifier for each in held_out]
         assert max(len(each.text) for each in domain) > 40_000
         files = {name: [f"{tmp_path}/{'book' if name == 'old' else 'code'}.txt"]}

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from tritter.data.built_in import built_in_path, is_built_in
-from tritter.data.documents import PIECE_CHARACTERS, Documents, documents_digest
+from tritter.data.documents import PIECE_CHARACTERS, Documents
 from tritter.data.split import SplitRule
 from tritter.errors import TritterError
 from tritter.limits import MAX_LAYERS
@@ -132,7 +132,7 @@ class LearnedDomain:
             documents = self.documents(split, key="data", is_streamed=is_streamed)
         except TritterError as error:
             return str(error).removesuffix(".")
-        is_same = documents_digest(documents, is_exact=False) == self.sha256
+        is_same = documents.digest(is_exact=False) == self.sha256
         return None if is_same else f"{', '.join(self.paths)} has changed since"
 
 

@@ -16,7 +16,7 @@ from tritter.checkpoints.state import KeptSequences
 from tritter.data.built_in import built_in_origin, is_built_in
 from tritter.data.chat import NONE, ChatChoice
 from tritter.data.datasets import DatasetName, dataset_names
-from tritter.data.documents import PIECE_CHARACTERS, Documents, documents_digest
+from tritter.data.documents import PIECE_CHARACTERS, Documents
 from tritter.data.local_files import ByteLimitError, Reading, TextFileError
 from tritter.data.options import (
     DataConfig,
@@ -32,7 +32,7 @@ from tritter.data.sources import (
     recorded_paths,
     source_documents,
 )
-from tritter.data.split import SplitRule, split_problem
+from tritter.data.split import SplitRule
 from tritter.errors import Problem, RequestError, TritterError, refused
 
 DEFAULT_FRACTION = 0.2  # for a new split; a lineage keeps its own
@@ -184,7 +184,7 @@ def side_problems(text: RunText) -> Iterator[Problem]:
         reading, reason = _reading(domain), None
         with suppress(TextFileError, ByteLimitError):  # the run reports unreadable files
             if (found := quick_pieces(domain.paths, reading)) is not None:
-                reason = split_problem(found, rule=text.split, needs_answers=text.needs_answers)
+                reason = text.split.problem(found, needs_answers=text.needs_answers)
         if reason is not None:
             reason = " ".join([*reading.notes, reason])
         elif text.old and text.new:
@@ -306,7 +306,7 @@ class _Domains:
             return next((n for n, d in self._learned.items() if set(d.paths) == set(paths)), None)
         # Unreadable files are reported later, together with all other problems of the files
         with suppress(TextFileError):
-            digest = documents_digest(typed.documents(), is_exact=False)
+            digest = typed.documents().digest(is_exact=False)
             same_text = (n for n, domain in self._learned.items() if domain.sha256 == digest)
             if (known := next(same_text, None)) is not None:
                 return known

@@ -371,7 +371,7 @@ def _with_tokens(job: _Job, sources: TextSources) -> _Job:
     from tritter.checkpoints.run_text import DEFAULT_FRACTION
     from tritter.core.expansions import Vocab, vocab_place
     from tritter.data.sources import noted_documents
-    from tritter.data.split import SplitRule, training_texts
+    from tritter.data.split import SplitRule
     from tritter.transform.vocabulary import learned
 
     specs, place = list(job.specs), vocab_place(job.specs) or 0
@@ -385,7 +385,7 @@ def _with_tokens(job: _Job, sources: TextSources) -> _Job:
             name: noted_documents(each, key="--domain-data", piece_characters=size)
             for name, each in sources.items()
         }
-        specs[place] = learned(spec, job.source, training_texts(read, rule=rule, names=read))
+        specs[place] = learned(spec, job.source, rule.training_texts(read, read))
     return replace(job, specs=tuple(specs))
 
 

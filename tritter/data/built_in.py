@@ -15,7 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import ClassVar
 
-from tritter.data.documents import Document, Documents, documents_of, pieces_of_chunks
+from tritter.data.documents import Document, Documents, pieces_of_chunks
 from tritter.data.skills import Question, SkillText
 from tritter.errors import RequestError, nearest, refused
 
@@ -222,7 +222,7 @@ class Stdlib:
 
         Without the blanks, results of earlier versions stay comparable.
         """
-        return documents_of(
+        return Documents.of(
             part.strip()
             for each in self._gathered[name]
             for part in pieces_of_chunks([each.text.strip()])
@@ -253,7 +253,7 @@ def built_in_path(key: str, path: str) -> str:
 def built_in_documents(path: str) -> Documents:
     """Return the documents of a built-in text."""
     if built_in_path("data", path).startswith(SkillText.PREFIX):
-        return documents_of(SkillText.named("data", path).texts())
+        return Documents.of(SkillText.named("data", path).texts())
     return _library().documents(path.removeprefix("stdlib:"))
 
 

@@ -21,8 +21,8 @@ from tritter.data import cache
 from tritter.data.answers import endless_note, unanswered_note, unshown_note
 from tritter.data.built_in import Stdlib
 from tritter.data.chat import Chat
-from tritter.data.documents import Document, Documents, conversations_digest, documents_digest
-from tritter.data.split import Split, SplitRule, split_documents
+from tritter.data.documents import Document, Documents
+from tritter.data.split import Split, SplitRule
 from tritter.data.tokens import Names, TokenisedDocuments, tokenise, train_tokenizer, unencoded_note
 from tritter.errors import TritterError
 from tritter.storage.atomic import atomic_folder, write_text_atomic
@@ -134,12 +134,12 @@ def build_corpus(
             origin=origins[name],
             num_documents=len(documents),
             num_bytes=sum(len(document.text.encode()) for document in documents),
-            sha256=documents_digest(documents, is_exact=False),
+            sha256=documents.digest(is_exact=False),
         )
         for name, documents in domains.items()
     }
     rule = SplitRule(seed=seed, validation_fraction=validation_fraction)
-    parted = split_documents(domains, rule=rule)
+    parted = rule.split(domains)
     made_from = _inputs(options, sources, parted, chat) | _tokenizer_entry(tokenizer)
     if validation_bytes is not None:
         made_from["validation_bytes"] = _digest_of(validation_bytes)
@@ -209,9 +209,9 @@ def _inputs(
     sides = sha256()  # of the documents on each side of each domain
     for name, split in parted.items():
         for side in (split.train, split.validation):
-            sides.update(f"{name}\0{documents_digest(side)}".encode())
+            sides.update(f"{name}\0{side.digest()}".encode())
             if chat is not None:
-                sides.update(f"{chat.digest}\0{conversations_digest(side)}".encode())
+                sides.update(f"{chat.digest}\0{side.conversations_digest()}".encode())
     plain = {name: asdict(source) for name, source in sources.items()}
     return {"options": options, "sources": plain, "sides": sides.hexdigest()}
 

@@ -271,7 +271,7 @@ def noted_documents(
 
 def _documents(texts: Iterable[Text], reading: Reading) -> Documents:
     """Return distinct texts with notes on those that were skipped or dropped."""
-    documents = Documents.of(reading.filled(texts))
+    documents = Documents.of_pieces(reading.filled(texts))
     note = reading.dropped_note(len(documents), num_duplicates=documents.num_duplicates)
     documents.notes = (*reading.notes, *filter(None, [note]))
     return documents

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from tritter.data.answers import TrainingCounts, missing_answers, unanswered_text
 from tritter.data.chat import Chat
-from tritter.data.conversations import Conversation
 from tritter.data.datasets import DatasetName
-from tritter.data.documents import NAME_CHARACTERS, Document, is_blank, pieces, text_key
+from tritter.data.documents import Document, is_blank, pieces, text_key
 from tritter.data.local_files import Reading, TextFileError
 from tritter.data.packing import Packing, packed
 from tritter.data.records import Text
@@ -316,11 +315,7 @@ def _tokenised(
     parts = [piece for text in texts for piece in pieces(text, size)]
     counted.reading.num_blank += sum(map(is_blank, parts))
     documents = [
-        Document(
-            str(piece)[:NAME_CHARACTERS],
-            str(piece),
-            piece if isinstance(piece, Conversation) else None,
-        )
+        Document.of(piece)
         for piece in parts
         if not is_blank(piece) and options.rule.side(text_key(str(piece))) == "train"
     ]

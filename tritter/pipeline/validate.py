@@ -20,7 +20,6 @@ from tritter.data.chat import ChatChoice, ids_of
 from tritter.data.documents import PIECE_CHARACTERS, Document
 from tritter.data.options import TextSources
 from tritter.data.sources import noted_documents
-from tritter.data.split import split_documents
 from tritter.data.tokens import PretrainedTokenizer, pack, read_tokenizer, tokenise
 from tritter.errors import Problem, RequestError
 from tritter.evaluation.gate import (
@@ -76,7 +75,7 @@ def _load_recorded(kind: str, source: Lineage | None, result: Lineage | None) ->
         for name, domain in result.domains.items()
         if (name in new) == (kind == "target") and domain.paths
     }
-    parted = split_documents(documents, rule=result.split)
+    parted = result.split.split(documents)
     held_out = {name: split.validation for name, split in parted.items()}
     return _Domains(held_out, "the result records no such domain")
 

@@ -24,7 +24,6 @@ from tritter.core.families import forward_flops
 from tritter.core.families.config_file import read_model_file
 from tritter.core.parameter_map import rounded_weight
 from tritter.data.chat import ids_of
-from tritter.data.split import training_texts
 from tritter.data.tokens import read_tokenizer, tokenise_texts
 from tritter.errors import Problem, RequestError, TritterError, refused
 from tritter.storage.hashing import file_digest, merkle_hash
@@ -250,7 +249,7 @@ def _texts(child: OpenChild, name: str) -> Iterator[str]:
     domain, lineage = child.domains[name], child.source.own_lineage
     assert lineage.split is not None
     documents = domain.documents(lineage.split, key="data")
-    return training_texts({name: documents}, rule=lineage.split, names=[name])
+    return lineage.split.training_texts({name: documents}, [name])
 
 
 def _child_sequences(child: OpenChild, *, length: int, vocab_size: int) -> Tensor:

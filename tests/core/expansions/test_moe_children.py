@@ -25,7 +25,6 @@ from tritter.core.families import Model, forward_flops
 from tritter.core.models import load_model, read_model
 from tritter.core.parameter_map import rounded_weight
 from tritter.core.stock_routers import RouterControl
-from tritter.data.documents import documents_digest
 from tritter.data.sources import source_documents
 from tritter.data.split import SplitRule
 from tritter.errors import RequestError
@@ -57,7 +56,7 @@ def learned(place: Path, name: str, file: str, words: str) -> None:
     path = place / file
     path.write_text("\n".join(f'{{"text": "{n} {line}"}}' for n, line in enumerate(lines)))
     documents = source_documents((str(path),), key="data", text_field="text")
-    domain = LearnedDomain(paths=(str(path),), sha256=documents_digest(documents))
+    domain = LearnedDomain(paths=(str(path),), sha256=documents.digest())
     rule = SplitRule(seed=0, validation_fraction=0.1)
     seed = sum(map(ord, name))
     child(place / name, place / "base", seed=seed, domains={file: domain}, split=rule)

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 from tritter.checkpoints import Source
 from tritter.core.expansions import Vocab, vocab_place
-from tritter.data.split import training_texts
 from tritter.data.tokens import read_tokenizer
 from tritter.data.vocabulary import BpeTokenizer
 from tritter.errors import Problem, RequestError
@@ -65,7 +64,7 @@ class LearnTokens(Stage):
         names = run.data.new_domains_of(branch)
         run.say("vocabulary", f"{most}{number:,} new tokens from {', '.join(names)}")
         documents, rule = all_documents(run.data.text.domains), run.data.text.split
-        texts = training_texts(documents, rule=rule, names=names)
+        texts = rule.training_texts(documents, names)
         with run.progress_bars() as new_bar:
             total = sum(len(run.data.corpus.domains[name].train) for name in names)
             merges = learned(spec, source, _shown(texts, new_bar("vocabulary"), total)).merges
