@@ -649,7 +649,7 @@ def _scores(
 ) -> dict[str, PairedScores]:
     """Score a model on all documents. A model from a folder is released afterwards."""
     from tritter.core.models import model_of, refuse_wrapped
-    from tritter.data.tokens import tokenise_texts
+    from tritter.data.tokens import TokenisedDocuments
     from tritter.evaluation.losses import document_losses
 
     refuse_wrapped(model)
@@ -659,7 +659,7 @@ def _scores(
     return {
         name: document_losses(
             live,
-            tokenise_texts(texts, wrapped.tokenizer),
+            TokenisedDocuments.of_texts(texts, wrapped.tokenizer),
             sequence_length=min(sequence_length, limit),
             bounds=wrapped.bounds,
             batch_size=batch_size,
@@ -669,16 +669,16 @@ def _scores(
 
 
 def _tokenizer(tokenizer: Tokenizer, model: nn.Module) -> PretrainedTokenizer:
-    from tritter.data.tokens import ends_of, read_tokenizer, wrap_tokenizer
+    from tritter.data.tokens import PretrainedTokenizer, ends_of
     from tritter.storage.hub import locate
 
     config = cast(Any, model.config)
     ends = ends_of(config, generation=getattr(model, "generation_config", None))
     if not isinstance(tokenizer, str | PathLike):
-        return wrap_tokenizer(tokenizer, ends=ends)
+        return PretrainedTokenizer.of(tokenizer, ends=ends)
     folder = locate(tokenizer, key="tokenizer")
     vocab_size = config.get_text_config(decoder=True).vocab_size
-    return read_tokenizer(folder, vocab_size=vocab_size, ends=ends)
+    return PretrainedTokenizer.read(folder, vocab_size=vocab_size, ends=ends)
 
 
 # Forgetting mitigation

@@ -22,7 +22,7 @@ from tritter.core.models import model_of, new_model
 from tritter.data import built_in
 from tritter.data.batches import SequenceStream
 from tritter.data.corpus import Corpus, build_corpus, stdlib_corpus
-from tritter.data.tokens import END_OF_TEXT, TextBounds, pack
+from tritter.data.tokens import END_OF_TEXT, TextBounds
 from tritter.methods.moe_routing.objective import RoutingObjective
 from tritter.methods.moe_routing.options import RoutingOptions
 from tritter.seeds import derived_seed
@@ -262,7 +262,7 @@ def _packed(corpus: Corpus, *, side: str) -> Iterator[Tensor]:
     end = corpus.tokenizer.token_to_id(END_OF_TEXT)
     assert end is not None
     for domain in corpus.domains.values():
-        yield pack(getattr(domain, side), sequence_length=SEQUENCE_LENGTH, bounds=TextBounds(end))
+        yield getattr(domain, side).pack(sequence_length=SEQUENCE_LENGTH, bounds=TextBounds(end))
 
 
 def _spread(sequences: Tensor, count: int) -> Tensor:

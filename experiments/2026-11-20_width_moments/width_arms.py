@@ -29,7 +29,7 @@ from tritter.core.parameter_map.apply import carried_mask  # noqa: E402
 from tritter.data.batches import BatchStream, SequenceStream  # noqa: E402
 from tritter.data.corpus import Corpus, stdlib_corpus  # noqa: E402
 from tritter.data.replay import ReplayBuffer  # noqa: E402
-from tritter.data.tokens import END_OF_TEXT, TextBounds, pack  # noqa: E402
+from tritter.data.tokens import END_OF_TEXT, TextBounds  # noqa: E402
 from tritter.seeds import derived_seed  # noqa: E402
 from tritter.training.optimizer import OptimizerSettings, build_optimizer  # noqa: E402
 from tritter.training.surgery import carried_moments, put_moments  # noqa: E402
@@ -134,7 +134,7 @@ def sequences(domain: str, side: str, *, seed: int, sizes: Sizes) -> Tensor:
     corpus = corpus_of(seed, sizes.cache)
     documents = getattr(corpus.domains[domain], side)
     end = corpus.tokenizer.token_to_id(END_OF_TEXT)
-    return pack(documents, sequence_length=sizes.sequence_length, bounds=TextBounds(end))
+    return documents.pack(sequence_length=sizes.sequence_length, bounds=TextBounds(end))
 
 
 def prose_batches(seed: int, sizes: Sizes) -> BatchStream:

@@ -40,7 +40,6 @@ from tritter.data.tokens import (  # noqa: E402
     END_OF_TEXT,
     TextBounds,
     TokenisedDocuments,
-    pack,
     train_tokenizer,
 )
 from tritter.methods.novelty import (  # noqa: E402
@@ -170,7 +169,7 @@ def seen_by_a_base(
     end = corpus.tokenizer.token_to_id(END_OF_TEXT)
 
     def packed(documents: TokenisedDocuments) -> Tensor:
-        return pack(documents, sequence_length=LENGTH, bounds=TextBounds(end))
+        return documents.pack(sequence_length=LENGTH, bounds=TextBounds(end))
 
     base = trained_base(
         packed(corpus.domains[PROSE].train),

@@ -28,7 +28,7 @@ from tritter.data.datasets import DatasetName  # noqa: E402
 from tritter.data.documents import Document  # noqa: E402
 from tritter.data.split import SplitRule  # noqa: E402
 from tritter.data.stream import SequenceOptions, StreamedSequences  # noqa: E402
-from tritter.data.tokens import TextBounds, copy_backend, train_tokenizer  # noqa: E402
+from tritter.data.tokens import TextBounds, parsed_tokenizer, train_tokenizer  # noqa: E402
 
 LENGTH, BATCH = 512, 16
 MAP_MEGABYTES = 25
@@ -79,7 +79,7 @@ def measure(path: Path, *, seconds: float) -> Row:
     tokenizer = train_tokenizer([Document("", text) for text in texts], vocab_size=4096)
     options = SequenceOptions(
         rule=SplitRule(seed=0, validation_fraction=0.01),
-        tokenizer=copy_backend(tokenizer),
+        tokenizer=parsed_tokenizer(tokenizer.to_str()),
         chat=None,
         packing="stream",
         sequence_length=LENGTH,

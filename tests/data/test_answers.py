@@ -17,7 +17,7 @@ from tritter.data.chat import Chat
 from tritter.data.conversations import conversation_of
 from tritter.data.documents import Documents
 from tritter.data.packing import packed
-from tritter.data.tokens import TextBounds, TokenisedDocuments, tokenise
+from tritter.data.tokens import TextBounds, TokenisedDocuments
 
 END = "<|im_end|>\n"
 NEXT_ROLE = (
@@ -33,7 +33,7 @@ def documents_of(records: list[dict[str, Any]]) -> Documents:
 
 def tokenised(records: list[dict[str, Any]], chat: Chat, **limit: int) -> TokenisedDocuments:
     inner = tokenizer().backend_tokenizer
-    return tokenise(
+    return TokenisedDocuments.of(
         documents_of(records), inner, chat=chat, max_tokens_per_document=limit.get("limit")
     )
 

@@ -42,7 +42,7 @@ from tritter.data.packing import (
     windows_of,
 )
 from tritter.data.records import Text, text_of
-from tritter.data.tokens import TextBounds, TokenisedDocuments, tokenise
+from tritter.data.tokens import TextBounds, TokenisedDocuments
 from tritter.errors import RequestError
 from tritter.evaluation.losses import document_losses
 from tritter.training import BaseModule, OptimizerSettings, Schedule
@@ -61,7 +61,7 @@ def conversation(number: int, **options: Any) -> Conversation:
 
 def tokenised(conversations: Sequence[Text], chat: Chat) -> TokenisedDocuments:
     inner = tokenizer().backend_tokenizer
-    return tokenise(Documents.of(conversations), inner, chat=chat)
+    return TokenisedDocuments.of(Documents.of(conversations), inner, chat=chat)
 
 
 # Formats
@@ -438,12 +438,14 @@ def test_tokens_and_masks_are_those_of_trl(
 def test_without_a_template_a_conversation_is_its_plain_text() -> None:
     inner, each = tokenizer().backend_tokenizer, conversation(5, turns=2)
     documents = Documents.of([each])
-    plain = tokenise(documents, inner)
-    answers = tokenise(documents, inner, chat=Chat(None))
+    plain = TokenisedDocuments.of(documents, inner)
+    answers = TokenisedDocuments.of(documents, inner, chat=Chat(None))
     assert torch.equal(ids_of(answers.tokens), plain.tokens)
     assert not plain.has_marks
     assert answers.has_marks
-    assert torch.equal(tokenise(documents, inner, chat=Chat(None, "all")).tokens, plain.tokens)
+    assert torch.equal(
+        TokenisedDocuments.of(documents, inner, chat=Chat(None, "all")).tokens, plain.tokens
+    )
     contents = [each.messages[at]["content"] for at in each.answers]
     kept = answers.tokens[~is_unpredicted(answers.tokens)]
     assert inner.decode(ids_of(kept).tolist()).split() == " ".join(contents).split()
@@ -455,8 +457,8 @@ def test_long_conversations_keep_an_answer_and_the_end_of_its_prompt(limit: int)
     inner = tokenizer().backend_tokenizer
     for chat in (Chat(None), Chat(tokenizer())):
         each = Documents.of([conversation(7, turns=3)])
-        whole = tokenise(each, inner, chat=chat)
-        cut = tokenise(each, inner, chat=chat, max_tokens_per_document=limit)
+        whole = TokenisedDocuments.of(each, inner, chat=chat)
+        cut = TokenisedDocuments.of(each, inner, chat=chat, max_tokens_per_document=limit)
         assert cut.num_tokens == min(limit, whole.num_tokens)
         assert not cut.first(0).cut and cut.first(1).cut == cut.cut
         assert len(cut.cut) == (cut.num_tokens < whole.num_tokens)
@@ -515,13 +517,13 @@ def test_messages_without_weight_are_not_predicted() -> None:
         everything = Chat(own, "all").render(found, "x")
         assert own.decode(ids_of(everything[1:][is_unpredicted(everything[1:])])) == excluded
     inner = tokenizer().backend_tokenizer
-    plain = tokenise(Documents.of([found]), inner, chat=Chat(None)).tokens
+    plain = TokenisedDocuments.of(Documents.of([found]), inner, chat=Chat(None)).tokens
     kept = inner.decode(ids_of(plain[~is_unpredicted(plain)]).tolist())
     assert kept.split() == f"{turns[1]['content']} {turns[5]['content']}".split()
     with pytest.raises(
         RequestError, match=r"data\.loss_on = all: message 4 of .* not to be trained"
     ):
-        tokenise(Documents.of([found]), inner, chat=Chat(None, "all"))
+        TokenisedDocuments.of(Documents.of([found]), inner, chat=Chat(None, "all"))
 
 
 def test_calls_that_the_template_does_not_show_are_refused() -> None:

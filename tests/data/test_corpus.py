@@ -11,7 +11,7 @@ from tritter.data.corpus import build_corpus, stdlib_corpus
 from tritter.data.documents import Documents, text_key
 from tritter.data.sources import source_documents
 from tritter.data.split import SplitRule
-from tritter.data.tokens import TextBounds, concatenate, pack
+from tritter.data.tokens import TextBounds, concatenate
 from tritter.errors import RequestError
 from tritter.storage import spool
 
@@ -58,7 +58,7 @@ def test_what_lies_on_disk_is_what_would_be_held(tmp_path, monkeypatch):
     assert_same(held, mapped)
     assert_same(held, build(tmp_path / "mapped", domains=domains))
     options = {"sequence_length": 16, "bounds": TextBounds(0)}
-    packed = [[pack(d.train, **options) for d in c.domains.values()] for c in (held, mapped)]
+    packed = [[d.train.pack(**options) for d in c.domains.values()] for c in (held, mapped)]
     assert torch.equal(concatenate(packed[0]), concatenate(packed[1]))
     assert torch.equal(concatenate(packed[0]), torch.cat(packed[0]))
     streams = [SequenceStream(each[0], seed=1) for each in packed]

@@ -23,7 +23,7 @@ from tritter.data.replay import ReplayBuffer
 from tritter.data.sources import recorded_paths, source_documents
 from tritter.data.split import SplitRule
 from tritter.data.stream import SequenceOptions, StreamedSequences
-from tritter.data.tokens import TextBounds, copy_backend, tokenise_texts
+from tritter.data.tokens import TextBounds, TokenisedDocuments, parsed_tokenizer
 
 LENGTH, END = 16, 0
 RULE = SplitRule(seed=0, validation_fraction=0.2)
@@ -54,7 +54,7 @@ def streamed(
 ) -> StreamedSequences:
     options = SequenceOptions(
         rule=RULE,
-        tokenizer=copy_backend(tokenizer),
+        tokenizer=parsed_tokenizer(tokenizer.to_str()),
         chat=None,
         packing=packing,
         sequence_length=LENGTH,
@@ -72,7 +72,7 @@ def streamed(
 def in_order(tokenizer: Tokenizer) -> torch.Tensor:
     """The training sequences of an epoch, in the order of the texts."""
     kept = [text for text in TEXTS if RULE.side(text_key(text)) == "train"]
-    documents = tokenise_texts(kept, tokenizer)
+    documents = TokenisedDocuments.of_texts(kept, tokenizer)
     return packed(documents, packing="stream", sequence_length=LENGTH, bounds=TextBounds(END))
 
 

@@ -30,11 +30,8 @@ from tritter.data.packing import (
 from tritter.data.tokens import (
     PretrainedTokenizer,
     TextBounds,
-    pack,
-    read_tokenizer,
-    tokenise_texts,
+    TokenisedDocuments,
     train_tokenizer,
-    wrap_tokenizer,
 )
 from tritter.data.vocabulary import retokenised
 from tritter.errors import RequestError
@@ -79,7 +76,7 @@ def written(folder: Path, form: str, **settings: object) -> Path:
 TOKENIZER = tokenizer_of()
 BOUNDS = TextBounds.of(TOKENIZER, TOKENIZER.token_to_id(EOS))
 STOCK = PreTrainedTokenizerFast(tokenizer_object=tokenizer_of(), eos_token=EOS, bos_token=BOS)
-DOCUMENTS = tokenise_texts(TEXTS, TOKENIZER)
+DOCUMENTS = TokenisedDocuments.of_texts(TEXTS, TOKENIZER)
 START_ID, END = BOUNDS.start[0], BOUNDS.end
 
 
@@ -103,21 +100,21 @@ def test_the_start_is_what_transformers_puts_in_front(
     tmp_path: Path, settings: dict[str, object], form: str
 ) -> None:
     folder = written(tmp_path, form, **settings)
-    bounds = read_tokenizer(folder, vocab_size=300).bounds
+    bounds = PretrainedTokenizer.read(folder, vocab_size=300).bounds
     stock = AutoTokenizer.from_pretrained(folder)
     ids, bare = stock("model").input_ids, stock("model", add_special_tokens=False).input_ids
     in_front = tuple(ids[: len(ids) - len(bare) - (ids[-1] == stock.eos_token_id)])
     assert bounds.end == stock.eos_token_id
     assert bounds.start == (() if in_front == (bounds.end,) else in_front)
     assert bounds.prefix == (bounds.start or (bounds.end,))
-    assert wrap_tokenizer(stock).bounds == bounds
+    assert PretrainedTokenizer.of(stock).bounds == bounds
 
 
 def test_every_declared_end_ends_a_generated_text(tmp_path: Path) -> None:
     folder = written(tmp_path, "start")
     second = TOKENIZER.token_to_id(SECOND)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [second, END]}))
-    bounds = read_tokenizer(folder, vocab_size=300).bounds
+    bounds = PretrainedTokenizer.read(folder, vocab_size=300).bounds
     assert (bounds.end, bounds.stops) == (END, (second,)) and bounds.ends == (END, second)
 
 
@@ -126,9 +123,9 @@ def test_special_tokens_without_an_embedding_are_no_obstacle(tmp_path: Path) -> 
     written(tmp_path, "start")
     size, second = TOKENIZER.get_vocab_size(), TOKENIZER.token_to_id(SECOND)
     assert second == size - 1
-    assert read_tokenizer(tmp_path, vocab_size=size - 1).bounds == BOUNDS
+    assert PretrainedTokenizer.read(tmp_path, vocab_size=size - 1).bounds == BOUNDS
     with pytest.raises(RequestError, match="embeddings"):
-        read_tokenizer(tmp_path, vocab_size=100)
+        PretrainedTokenizer.read(tmp_path, vocab_size=100)
 
 
 def stock_stream() -> list[int]:
@@ -137,7 +134,7 @@ def stock_stream() -> list[int]:
 
 @pytest.mark.parametrize("length", [2, 7, 16, 50])
 def test_a_stream_is_that_of_the_stock_tokenizer(length: int) -> None:
-    rows = pack(DOCUMENTS, sequence_length=length, bounds=BOUNDS)
+    rows = DOCUMENTS.pack(sequence_length=length, bounds=BOUNDS)
     wanted = torch.tensor(stock_stream()[: rows.numel()]).view(-1, length)
     # Only the first token of a sequence within a document differs, and it is never predicted
     is_inner = (wanted[:, :2] != START_ID).all(dim=1)
@@ -256,7 +253,7 @@ def test_another_vocabulary_keeps_the_start(packing: str) -> None:
 
 
 def test_a_live_tokenizer_is_read_like_a_folder() -> None:
-    own = wrap_tokenizer(STOCK)
+    own = PretrainedTokenizer.of(STOCK)
     assert isinstance(own, PretrainedTokenizer) and own.bounds == BOUNDS
 
 
@@ -265,13 +262,13 @@ def test_the_model_says_the_end_if_the_tokenizer_does_not() -> None:
     silent = PreTrainedTokenizerFast(tokenizer_object=tokenizer_of())
     further = replace(BOUNDS, stops=(3,))
     for ends, bounds in (([END], BOUNDS), ([END, 3], further), ([10**6, END], BOUNDS)):
-        known = wrap_tokenizer(silent, ends=ends)
+        known = PretrainedTokenizer.of(silent, ends=ends)
         assert known.bounds == bounds and known.tokenizer.id_to_token(bounds.end) == EOS
-    assert wrap_tokenizer(STOCK, ends=[3, END]).bounds == further
+    assert PretrainedTokenizer.of(STOCK, ends=[3, END]).bounds == further
     unknown = PreTrainedTokenizerFast(tokenizer_object=tokenizer_of(), eos_token=EOS)
     unknown._special_tokens_map["eos_token"] = "no token"  # as after a vocabulary was cut
-    assert wrap_tokenizer(unknown, ends=[END]).bounds == BOUNDS
+    assert PretrainedTokenizer.of(unknown, ends=[END]).bounds == BOUNDS
     for ends in ([], [None], [10**6]):
         with pytest.raises(RequestError) as caught:
-            wrap_tokenizer(silent, ends=ends)
+            PretrainedTokenizer.of(silent, ends=ends)
         assert caught.value.problems[0].key == "tokenizer"

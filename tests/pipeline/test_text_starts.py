@@ -36,7 +36,7 @@ from tritter.data.packing import IGNORED, DocumentMask, MarkedText, packed, read
 from tritter.data.skills import Question
 from tritter.data.split import SplitRule
 from tritter.data.stream import SequenceOptions, StreamedSequences
-from tritter.data.tokens import TextBounds, copy_backend
+from tritter.data.tokens import TextBounds, parsed_tokenizer
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.statistics import PairedScores, relative_forgetting
 from tritter.evaluation.tasks import QuestionTask, Reader
@@ -118,7 +118,7 @@ def test_a_stream_of_data_has_the_same_sequences(tmp_path: Path, packing: Any) -
     (tmp_path / "all.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in WORDS))
     options = SequenceOptions(
         rule=SplitRule(seed=0, validation_fraction=0.2), chat=None, packing=packing,
-        tokenizer=copy_backend(TOKENIZER),
+        tokenizer=parsed_tokenizer(TOKENIZER.to_str()),
         sequence_length=16, bounds=BOUNDS,
     )  # fmt: skip
     sources = [DatasetName.named("data.new", str(tmp_path / "all.jsonl"))]

@@ -155,7 +155,7 @@ def evaluate(
         from tritter.checkpoints.record import window_length
         from tritter.core.models import read_model
         from tritter.data.records import FIELD_KEY
-        from tritter.data.tokens import read_tokenizer
+        from tritter.data.tokens import PretrainedTokenizer
         from tritter.evaluation.benchmarks.harness import EvalOptions
         from tritter.pipeline.evaluate import DomainsToScore
 
@@ -170,7 +170,7 @@ def evaluate(
     with refuse_damage(), use_names(Names.of({FIELD_KEY: "--text-field"})):
         folder = locate(checkpoint, key="--checkpoint")
         whole, lineage = read_model(folder), read_lineage(folder)
-        tokenizer = read_tokenizer(folder, vocab_size=whole.sizes.vocab_size)
+        tokenizer = PretrainedTokenizer.read(folder, vocab_size=whole.sizes.vocab_size)
         stock = _stock_tokenizer(folder, needs_template=chat_template) if chosen else None
         domains = DomainsToScore({}, ())
         length = window_length(lineage, whole.position_limit)

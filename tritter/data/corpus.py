@@ -23,7 +23,7 @@ from tritter.data.built_in import Stdlib
 from tritter.data.chat import Chat
 from tritter.data.documents import Document, Documents
 from tritter.data.split import Split, SplitRule
-from tritter.data.tokens import Names, TokenisedDocuments, tokenise, train_tokenizer, unencoded_note
+from tritter.data.tokens import Names, TokenisedDocuments, train_tokenizer, unencoded_note
 from tritter.errors import TritterError
 from tritter.storage.atomic import atomic_folder, write_text_atomic
 from tritter.storage.hashing import file_digest
@@ -301,8 +301,8 @@ def _make(
     domains = {
         name: Domain(
             name=name,
-            train=tokenise(split.train, tokenizer, chat=chat),
-            validation=tokenise(
+            train=TokenisedDocuments.of(split.train, tokenizer, chat=chat),
+            validation=TokenisedDocuments.of(
                 kept[name], tokenizer, max_tokens_per_document=max_tokens, chat=chat
             ),
             held_out_before=split.held_out_before,
@@ -391,7 +391,7 @@ def _save(corpus: Corpus, folder: Path) -> None:
             for part in _PARTS:
                 tensors[f"{name}.{side}.{part}"] = getattr(documents, part)
             names = documents.identifiers
-            assert isinstance(names, Names)  # set by `tokenise`
+            assert isinstance(names, Names)  # set by `TokenisedDocuments.of`
             tensors |= {f"{name}.{side}.names": names.text, f"{name}.{side}.name_ends": names.ends}
     metadata = {
         "format_version": _FORMAT_VERSION,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tritter.data.batches import this_rank
 from tritter.data.chat import ANSWER, CONTEXT, PADDING, START, ids_of, is_padding, is_unpredicted
-from tritter.data.tokens import TextBounds, TokenisedDocuments, check_packs, pack
+from tritter.data.tokens import TextBounds, TokenisedDocuments
 from tritter.errors import Problem, RequestError
 from tritter.storage.spool import Spool
 
@@ -178,7 +178,7 @@ def packed(
         RequestError: `sequence_length` is below 2, or the documents are empty.
     """
     if packing == "stream":
-        return pack(documents, sequence_length=sequence_length, bounds=bounds)
+        return documents.pack(sequence_length=sequence_length, bounds=bounds)
     _check_documents(documents, sequence_length, bounds)
     import numpy as np
 
@@ -210,7 +210,7 @@ def num_packed(
 ) -> int:
     """Return the number of sequences of packed documents without packing them."""
     if packing == "stream":
-        return check_packs(documents, sequence_length=sequence_length, bounds=bounds)
+        return documents.num_sequences(sequence_length=sequence_length, bounds=bounds)
     _check_documents(documents, sequence_length, bounds)
     if count := _pack_pieces(documents, sequence_length, bounds).num_sequences:
         return count

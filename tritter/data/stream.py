@@ -18,7 +18,7 @@ from tritter.data.packing import Packing, packed
 from tritter.data.records import Text
 from tritter.data.skipped import SkippedRecords
 from tritter.data.split import SplitRule
-from tritter.data.tokens import TextBounds, TokenisedDocuments, cut_rows, tokenise
+from tritter.data.tokens import TextBounds, TokenisedDocuments
 from tritter.errors import RequestError
 from tritter.seeds import derived_seed
 
@@ -37,7 +37,7 @@ class SequenceOptions:
     Args:
         rule: the split; documents held out for validation are left out.
         tokenizer: the tokenizer.
-        chat: see `tokenise`.
+        chat: see `TokenisedDocuments.of`.
         packing: see `packed`; with `documents`, each batch of rows is packed alone.
         sequence_length: tokens per sequence.
         bounds: start and end of a text.
@@ -299,7 +299,7 @@ def _sequences(
     tokens = _tokenised(texts, options, counted)
     if options.packing == "stream":
         closed = tokens.closed_tokens(options.bounds)
-        return cut_rows(tail, closed, sequence_length=length, bounds=options.bounds)
+        return options.bounds.cut_rows(tail, closed, sequence_length=length)
     limits: dict[str, Any] = {"sequence_length": length, "bounds": options.bounds}
     if not tokens.num_tokens:
         return tail.view(0, length), tail
@@ -322,15 +322,15 @@ def _tokenised(
     if options.chat is not None and options.chat.loss_on != "all":
         counted.unanswered += missing_answers(documents)
     try:
-        return tokenise(documents, options.tokenizer, chat=options.chat)
+        return TokenisedDocuments.of(documents, options.tokenizer, chat=options.chat)
     except RequestError:  # a chat template refuses some of the conversations
         kept = [each for each in documents if _is_tokenised(each, options, counted)]
-        return tokenise(kept, options.tokenizer, chat=options.chat)
+        return TokenisedDocuments.of(kept, options.tokenizer, chat=options.chat)
 
 
 def _is_tokenised(document: Document, options: SequenceOptions, counted: _LeftOut) -> bool:
     try:
-        tokenise([document], options.tokenizer, chat=options.chat)
+        TokenisedDocuments.of([document], options.tokenizer, chat=options.chat)
     except RequestError as error:
         counted.reading.skipped.add("a conversation is skipped:", str(error))
         return False

@@ -17,7 +17,7 @@ from itertools import count, islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 from tritter.data.chat import ANSWER, ids_of
-from tritter.data.tokens import TextBounds, encoded_texts, tokenise_texts, whole_texts
+from tritter.data.tokens import TextBounds, TokenisedDocuments, encoded_texts, parsed_tokenizer
 from tritter.errors import Problem, RequestError
 
 if TYPE_CHECKING:
@@ -119,9 +119,8 @@ class ExtendedTokenizer:
 
     def tokenizer(self) -> Tokenizer:
         """Return the extended tokenizer."""
-        from tokenizers import Tokenizer
 
-        return whole_texts(Tokenizer.from_str(self.text))
+        return parsed_tokenizer(self.text)
 
     def mean_rows(self) -> list[dict[int, float]]:
         """Return each new row as the mean of the old tokens that the token consists of."""
@@ -479,12 +478,12 @@ def retokenised(
     if not texts:
         return sequences.int()
     if packing == "documents":
-        documents = tokenise_texts(texts, new)
+        documents = TokenisedDocuments.of_texts(texts, new)
         if documents.num_tokens + len(documents) < length:  # a single short sequence
-            documents = tokenise_texts(texts * length, new)
+            documents = TokenisedDocuments.of_texts(texts * length, new)
         again = packed(documents, packing=packing, sequence_length=length, bounds=bounds)
         return torch.as_tensor(again).int()
-    ids, documents = list[int](), tokenise_texts([text for text, _ in pieces], new)
+    ids, documents = list[int](), TokenisedDocuments.of_texts([text for text, _ in pieces], new)
     for number, (text, is_ended) in enumerate(pieces):  # a row may end within a document
         ids += bounds.marked_start if text else ()
         ids += documents.document(number).tolist() + [bounds.end] * is_ended

@@ -15,7 +15,7 @@ from tritter.data.documents import PIECE_CHARACTERS
 from tritter.data.options import TextDataConfig
 from tritter.data.records import DEFAULT_FIELD
 from tritter.data.sources import find_texts, source_documents
-from tritter.data.tokens import PretrainedTokenizer, TokenisedDocuments, tokenise, unencoded_note
+from tritter.data.tokens import PretrainedTokenizer, TokenisedDocuments, unencoded_note
 from tritter.errors import RequestError
 from tritter.evaluation.statistics import PairedScores
 from tritter.evaluation.tasks import Reader
@@ -63,7 +63,7 @@ class DomainsToScore:
         count = sum(each.num_conversations() for each in found.values())
         chat = corpus_chat(count > 0, recorded_chat(lineage), folder)
         documents = {
-            name: tokenise(
+            name: TokenisedDocuments.of(
                 domain_documents,
                 tokenizer.tokenizer,
                 max_tokens_per_document=max(length, _MAX_TOKENS_PER_DOCUMENT),

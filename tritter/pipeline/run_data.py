@@ -45,8 +45,7 @@ from tritter.data.tokens import (
     TextBounds,
     TokenisedDocuments,
     concatenate,
-    copy_backend,
-    read_tokenizer,
+    parsed_tokenizer,
 )
 from tritter.errors import Problem, RequestError
 from tritter.evaluation.losses import batch_that_fits
@@ -172,11 +171,11 @@ class RunData:
     def source_tokenizer(self) -> PretrainedTokenizer | None:
         """The tokenizer of the initial checkpoint, if any, or after an expansion."""
         if self.tokenizer is not None:
-            return read_tokenizer(self.tokenizer.folder, vocab_size=MAX_VOCABULARY)
+            return PretrainedTokenizer.read(self.tokenizer.folder, vocab_size=MAX_VOCABULARY)
         if self.initial_checkpoint is None:
             return None
         vocab_size = self.initial_checkpoint.model.sizes.vocab_size
-        return read_tokenizer(self.initial_checkpoint.folder, vocab_size=vocab_size)
+        return PretrainedTokenizer.read(self.initial_checkpoint.folder, vocab_size=vocab_size)
 
     @property
     def bounds(self) -> TextBounds:
@@ -391,7 +390,7 @@ class RunData:
         (domain,) = (each for each in self.text.domains if each.name == name)
         options = SequenceOptions(
             rule=self.text.split,
-            tokenizer=copy_backend(self.corpus.tokenizer),  # for its thread
+            tokenizer=parsed_tokenizer(self.corpus.tokenizer.to_str()),  # for its thread
             chat=self.corpus.chat,
             packing=self.packing,
             sequence_length=self.config.data.sequence_length,

@@ -20,7 +20,7 @@ from tritter.data.chat import ChatChoice, ids_of
 from tritter.data.documents import PIECE_CHARACTERS, Document
 from tritter.data.options import TextSources
 from tritter.data.sources import noted_documents
-from tritter.data.tokens import PretrainedTokenizer, pack, read_tokenizer, tokenise
+from tritter.data.tokens import PretrainedTokenizer, TokenisedDocuments
 from tritter.errors import Problem, RequestError
 from tritter.evaluation.gate import (
     Check,
@@ -148,7 +148,7 @@ class Side:
         """
         model, tokenizer = read_model(folder), None
         if (folder / "tokenizer.json").is_file():
-            tokenizer = read_tokenizer(folder, vocab_size=model.sizes.vocab_size)
+            tokenizer = PretrainedTokenizer.read(folder, vocab_size=model.sizes.vocab_size)
         return cls(folder, model, read_lineage(folder), tokenizer, TensorFolder.open(folder).dtypes)
 
     def load(self) -> nn.Module:
@@ -289,7 +289,7 @@ def _evaluate_side(
             is_chat = any(each.conversation for each in documents)
             scores[kind][domain] = document_losses(
                 model,
-                tokenise(
+                TokenisedDocuments.of(
                     documents, tokenizer.tokenizer, chat=corpus_chat(is_chat, data, owner.folder)
                 ),
                 sequence_length=min(side.longest, other.longest),
@@ -417,9 +417,9 @@ def _sequences(source: Side, result: Side, documents: Sequence[Document]) -> Ten
         tokenizer = source.tokenizer
     length = min(_SEQUENCE_LENGTH, source.longest, result.longest)
     if tokenizer is not None and documents:
-        tokens = tokenise(documents, tokenizer.tokenizer)
+        tokens = TokenisedDocuments.of(documents, tokenizer.tokenizer)
         if tokens.num_closed_tokens(tokenizer.bounds) >= length:
-            packed = pack(tokens, sequence_length=length, bounds=tokenizer.bounds)
+            packed = tokens.pack(sequence_length=length, bounds=tokenizer.bounds)
             return ids_of(packed[:: max(1, len(packed) // _SEQUENCES)][:_SEQUENCES]).long()
     generator = torch.Generator().manual_seed(0)
     ids = _old_ids(source, result)

@@ -24,7 +24,7 @@ from tritter.core.families import forward_flops
 from tritter.core.families.config_file import read_model_file
 from tritter.core.parameter_map import rounded_weight
 from tritter.data.chat import ids_of
-from tritter.data.tokens import read_tokenizer, tokenise_texts
+from tritter.data.tokens import PretrainedTokenizer, TokenisedDocuments
 from tritter.errors import Problem, RequestError, TritterError, refused
 from tritter.storage.hashing import file_digest, merkle_hash
 from tritter.storage.hub import locate
@@ -257,13 +257,13 @@ def _child_sequences(child: OpenChild, *, length: int, vocab_size: int) -> Tenso
 
     Documents are cut, so that many of them are read.
     """
-    tokenizer = read_tokenizer(child.source.folder, vocab_size=vocab_size)
+    tokenizer = PretrainedTokenizer.read(child.source.folder, vocab_size=vocab_size)
     bounds = tokenizer.bounds
     wanted, tokens = _ROUTER_TOKENS // len(child.domains), list[int]()
     for name in child.domains:
         found: list[int] = []
         for text in islice(_texts(child, name), _ROUTER_TOKENS):
-            ids = tokenise_texts([text], tokenizer.tokenizer).tokens[:length].tolist()
+            ids = TokenisedDocuments.of_texts([text], tokenizer.tokenizer).tokens[:length].tolist()
             found += [*bounds.marked_start, *ids, bounds.end]
             if len(found) >= wanted:
                 break

@@ -10,7 +10,7 @@ from pathlib import Path
 from tritter.checkpoints import Source
 from tritter.checkpoints.state import KeptSequences
 from tritter.core.expansions import BoundVocab, ExpansionSpec, Vocab, vocab_place
-from tritter.data.tokens import read_tokenizer, whole_texts
+from tritter.data.tokens import PretrainedTokenizer, parsed_tokenizer
 from tritter.data.vocabulary import BpeTokenizer, ExtendedTokenizer, pursuit_rows, retokenised
 from tritter.errors import Problem, RequestError
 from tritter.storage.hub import locate
@@ -42,7 +42,7 @@ def learned(spec: Vocab, source: Source, texts: Iterable[str]) -> Vocab:
         RequestError: the source has no BPE tokenizer, or the texts have too few frequent pairs.
     """
     size = source.model.sizes.vocab_size
-    merges = BpeTokenizer(read_tokenizer(source.folder, vocab_size=size).tokenizer).learn(
+    merges = BpeTokenizer(PretrainedTokenizer.read(source.folder, vocab_size=size).tokenizer).learn(
         texts,
         num_tokens=spec.num_tokens(source.model),
         is_at_most=spec.new_tokens is None,
@@ -52,14 +52,16 @@ def learned(spec: Vocab, source: Source, texts: Iterable[str]) -> Vocab:
 
 def _bind(spec: Vocab, source: Source) -> BoundVocab:
     size = source.model.sizes.vocab_size
-    tokenizer = BpeTokenizer(read_tokenizer(source.folder, vocab_size=size).tokenizer)
+    tokenizer = BpeTokenizer(PretrainedTokenizer.read(source.folder, vocab_size=size).tokenizer)
     stored = read_object(source.folder / TOKENIZER_NAME)
     kept = {name: stored.get(name) for name in ("truncation", "padding")}
     content, donor = {**tokenizer.content, **kept}, None
     if spec.tokenizer is not None:
         key = f"{_KEY}.tokenizer"
         donor = locate(spec.tokenizer, key=key)
-        texts = BpeTokenizer(read_tokenizer(donor, vocab_size=2**31).tokenizer, key=key).texts()
+        texts = BpeTokenizer(
+            PretrainedTokenizer.read(donor, vocab_size=2**31).tokenizer, key=key
+        ).texts()
     if spec.pairs is not None:
         merges = spec.pairs
     elif spec.tokens is not None:
@@ -143,14 +145,13 @@ def kept_in(source: Source, spec: BoundVocab | None) -> KeptSequences:
     kept = source.kept_sequences
     if spec is None or not kept.sequences:
         return kept
-    from tokenizers import Tokenizer
 
-    old = read_tokenizer(source.folder, vocab_size=source.model.sizes.vocab_size)
+    old = PretrainedTokenizer.read(source.folder, vocab_size=source.model.sizes.vocab_size)
     return kept.mapped(
         lambda each, is_masked: retokenised(
             each,
             old.tokenizer,
-            whole_texts(Tokenizer.from_str(spec.tokenizer)),
+            parsed_tokenizer(spec.tokenizer),
             bounds=old.bounds,
             packing="documents" if is_masked else "stream",
         )

@@ -24,7 +24,7 @@ from tritter.core.models import load_tokenizer, model_of, read_model, save_token
 from tritter.core.parameter_map import Fill, TensorMap, mapped
 from tritter.core.parameter_map.apply import new_rows
 from tritter.data.documents import Document
-from tritter.data.tokens import END_OF_TEXT, train_tokenizer, whole_texts
+from tritter.data.tokens import END_OF_TEXT, parsed_tokenizer, train_tokenizer
 from tritter.data.vocabulary import BpeTokenizer, ExtendedTokenizer
 from tritter.errors import RequestError
 from tritter.evaluation.jump import folder_jump, logit_jump
@@ -227,7 +227,7 @@ def test_stored_sequences_get_the_new_tokens(
     assert "the dog jumps over boxes" in new.decode(again.sequences["old"].flatten().tolist())
     if has_settings:
         loaded, text = load_tokenizer(tmp_path / "grown"), "the lazy dog jumps over boxes"
-        expected = whole_texts(new).encode(text, add_special_tokens=False).ids
+        expected = parsed_tokenizer(new.to_str()).encode(text, add_special_tokens=False).ids
         assert loaded(text)["input_ids"] == loaded.backend_tokenizer.encode(text).ids == expected
 
 

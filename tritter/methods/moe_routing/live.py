@@ -24,7 +24,7 @@ from tritter.core.models import model_of
 from tritter.core.stock_routers import AddedExperts, RouterControl
 from tritter.data.packing import marks_read
 from tritter.data.sources import noted_documents
-from tritter.data.tokens import TextBounds, copy_backend, pack, tokenise
+from tritter.data.tokens import TextBounds, TokenisedDocuments, parsed_tokenizer
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.inference import device_of, preserve_modes
 from tritter.methods.moe_routing.objective import RoutingObjective
@@ -387,7 +387,7 @@ class ProgressiveMoE:
     def _bounds(self) -> TextBounds:
         if self.tokenizer is None:
             return TextBounds(self.end_of_text_id)
-        return TextBounds.of(copy_backend(self.tokenizer), self.end_of_text_id)
+        return TextBounds.of(parsed_tokenizer(self.tokenizer.to_str()), self.end_of_text_id)
 
     def _batches(self, model: nn.Module, path: str, bounds: TextBounds) -> list[dict[str, Tensor]]:
         if self.tokenizer is None:
@@ -398,8 +398,7 @@ class ProgressiveMoE:
         path = str(Path(path).expanduser().resolve())
         documents = noted_documents([path], key="domain_data_path")
         limit = model_of(model).position_limit
-        sequences = pack(
-            tokenise(documents, self.tokenizer),
+        sequences = TokenisedDocuments.of(documents, self.tokenizer).pack(
             sequence_length=min(_MAX_SEQUENCE_LENGTH, limit or _MAX_SEQUENCE_LENGTH),
             bounds=bounds,
         )

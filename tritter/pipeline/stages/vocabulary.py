@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from tritter.checkpoints import Source
 from tritter.core.expansions import Vocab, vocab_place
-from tritter.data.tokens import read_tokenizer
+from tritter.data.tokens import PretrainedTokenizer
 from tritter.data.vocabulary import BpeTokenizer
 from tritter.errors import Problem, RequestError
 from tritter.pipeline.branch import Branch
@@ -101,6 +101,6 @@ def with_example(branch: Branch, source: Source) -> Branch:
     if not _is_learned(branch):
         return branch
     size = source.model.sizes.vocab_size
-    tokenizer = BpeTokenizer(read_tokenizer(source.folder, vocab_size=size).tokenizer)
+    tokenizer = BpeTokenizer(PretrainedTokenizer.read(source.folder, vocab_size=size).tokenizer)
     longest = max(tokenizer.content["model"]["vocab"].items(), key=lambda entry: len(entry[0]))[1]
     return _with_merges(branch, (longest, longest))  # no token is twice as long
