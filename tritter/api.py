@@ -714,7 +714,7 @@ def protect(
             model is a PeftModel or sharded, or the method needs more than a penalty. The message
             names the alternative.
     """
-    from tritter.data.packing import marks_read
+    from tritter.data.packing import MarkedText
     from tritter.data.tokens import TextBounds
     from tritter.methods.forgetting.penalty import Penalty, old_sequences
 
@@ -738,7 +738,7 @@ def protect(
             if not batches:
                 reason = f"{chosen.name} needs data of the old domains, and there is none"
                 raise RequestError(Problem("old_data", reason=reason, advice="or choose l2sp"))
-        with marks_read(model, own.bounds if own else TextBounds(0)):
+        with MarkedText(own.bounds if own else TextBounds(0)).attached(model):
             importance = chosen.importance_on(model, batches)
         chosen.anchor_weights(model, importance)
     return Penalty(model, chosen)

@@ -32,14 +32,12 @@ from tritter.data.documents import Documents
 from tritter.data.packing import (
     IGNORED,
     DocumentMask,
+    Windows,
     inputs_for,
     labels_of,
     num_packed,
     packed,
     padding_fraction,
-    read_marks,
-    window_tensors,
-    windows_of,
 )
 from tritter.data.records import Text, text_of
 from tritter.data.tokens import TextBounds, TokenisedDocuments
@@ -550,7 +548,7 @@ def test_packed_conversations_keep_their_labels_and_positions(
     end = CHAT.tokenizer.eos_token_id
     rows = packed(documents, packing="documents", sequence_length=length, bounds=TextBounds(end))
     mask = DocumentMask(TextBounds(end))
-    model = read_marks(oracle.tiny_llama(vocab_size=330, max_position_embeddings=256), mask)
+    model = mask.attach(oracle.tiny_llama(vocab_size=330, max_position_embeddings=256))
     labels, positions = labels_of(model, rows.long()), mask.positions(rows)
     # Each piece begins at position 0, unpredicted, and all other labels are those of the answers
     pieces: list[tuple[list[int], list[int]]] = []
@@ -606,7 +604,7 @@ def test_scores_are_the_losses_of_answers(window: int, is_masked: bool) -> None:
     model = oracle.tiny_llama(vocab_size=330, max_position_embeddings=256)
     end = CHAT.tokenizer.eos_token_id
     if is_masked:
-        read_marks(model, DocumentMask(TextBounds(end)))
+        DocumentMask(TextBounds(end)).attach(model)
     turns = [messages(number, turns=1 + number % 2) for number in range(6)]
     found = [each for turn in turns if (each := conversation_of({"messages": turn})) is not None]
     documents = tokenised(found, CHAT)
@@ -624,8 +622,8 @@ def test_scores_are_the_losses_of_answers(window: int, is_masked: bool) -> None:
         torch.testing.assert_close(
             scores.values, torch.tensor([nats for nats, _ in stock]).double(), rtol=1e-5, atol=1e-5
         )
-    windows = windows_of(documents, sequence_length=window, bounds=TextBounds(end))
-    inputs, targets = window_tensors(windows[:1], documents.tokens, bounds=TextBounds(end))
+    windows = Windows(documents, sequence_length=window, bounds=TextBounds(end))
+    inputs, targets = windows.tensors(windows[:1])
     assert int(inputs_for(alone, inputs).max()) < 330
     assert (targets != IGNORED).any()
 
@@ -642,8 +640,9 @@ def test_windows_show_the_end_of_the_prompt_to_each_answer(chat: Chat, length: i
         prompt_end[at] = prompt_end[at - 1] if is_predicted[at - 1] else at - 1
     counts = torch.zeros(len(tokens), dtype=torch.int64)
     starts = documents.offsets.tolist()
-    for window in windows_of(documents, sequence_length=length, bounds=TextBounds(0)):
-        inputs, targets = window_tensors([window], documents.tokens, bounds=TextBounds(0))
+    windows = Windows(documents, sequence_length=length, bounds=TextBounds(0))
+    for window in windows:
+        inputs, targets = windows.tensors([window])
         assert inputs.shape == (1, window.length)
         assert window.length <= length
         own = (targets[0] != IGNORED).nonzero().flatten().tolist()
@@ -670,7 +669,7 @@ def test_an_answer_after_the_window_sees_its_whole_question_if_it_fits() -> None
     found = conversation_of({"messages": turns})
     assert found is not None
     documents = tokenised([found], CHAT)
-    (window,) = windows_of(documents, sequence_length=48, bounds=TextBounds(0))
+    (window,) = Windows(documents, sequence_length=48, bounds=TextBounds(0))
     scores = document_losses(
         model, documents, sequence_length=48, bounds=TextBounds(0), batch_size=1
     )
@@ -694,7 +693,7 @@ def test_a_training_batch_has_the_loss_of_answers_alone() -> None:
     rows = packed(
         tokenised(found, CHAT), packing="documents", sequence_length=200, bounds=TextBounds(end)
     ).long()
-    read_marks(model, DocumentMask(TextBounds(end)))
+    DocumentMask(TextBounds(end)).attach(model)
     with torch.no_grad():
         loss = model(input_ids=rows, labels=labels_of(model, rows), use_cache=False).loss
     wanted = sum(nats for nats, _ in stock) / sum(count for _, count in stock)
@@ -728,7 +727,7 @@ def test_an_optimizer_step_is_the_mean_over_the_answers_of_its_batches() -> None
     for window in (1, 4):
         model = oracle.tiny_llama(vocab_size=330, max_position_embeddings=256)
         module = BaseModule(
-            read_marks(model, DocumentMask(TextBounds(end))),
+            DocumentMask(TextBounds(end)).attach(model),
             schedule=Schedule(learning_rate=1e-3, max_steps=1),
             optimizer=OptimizerSettings(),
         )

@@ -10,7 +10,7 @@ from tritter.data.answers import TrainingCounts, endless_note, scored_text, scor
 from tritter.data.chat import Chat, ids_of, is_unpredicted
 from tritter.data.conversations import conversation_of
 from tritter.data.documents import Documents
-from tritter.data.packing import packed, windows_of
+from tritter.data.packing import Windows, packed
 from tritter.data.sources import source_documents
 from tritter.data.tokens import PretrainedTokenizer, TokenisedDocuments
 
@@ -50,7 +50,7 @@ def test_plain_instructions_on_smollm2() -> None:
     assert "Longer than 64 tokens and not read whole: 200." in scoring_note(
         "new", held_out, sequence_length=128, max_tokens=64
     )
-    assert {each.document for each in windows_of(tokens, sequence_length=128, bounds=bounds)} == {
+    assert {each.document for each in Windows(tokens, sequence_length=128, bounds=bounds)} == {
         *range(200)
     }
     assert not endless_note([tokens], chat)

@@ -20,12 +20,10 @@ from tritter.data.packing import (
     IGNORED,
     DocumentMask,
     MarkedText,
+    Windows,
     labels_of,
     packed,
     padding_fraction,
-    read_marks,
-    window_tensors,
-    windows_of,
 )
 from tritter.data.tokens import (
     PretrainedTokenizer,
@@ -142,7 +140,7 @@ def test_a_stream_is_that_of_the_stock_tokenizer(length: int) -> None:
     wanted[is_inner, 0] = START_ID
     assert torch.equal(ids_of(rows).long(), wanted)
     assert torch.equal(rows >= START, wanted == START_ID)
-    model = read_marks(tiny(), MarkedText(BOUNDS))
+    model = MarkedText(BOUNDS).attach(tiny())
     labels = labels_of(model, rows.long())
     assert torch.equal(labels, wanted.masked_fill(wanted == START_ID, IGNORED))
     with torch.no_grad():
@@ -155,7 +153,7 @@ def test_a_stream_is_that_of_the_stock_tokenizer(length: int) -> None:
 def test_documents_are_packed_with_their_starts(length: int) -> None:
     rows = packed(DOCUMENTS, packing="documents", sequence_length=length, bounds=BOUNDS).long()
     mask = DocumentMask(BOUNDS)
-    model = read_marks(tiny().double(), mask)
+    model = mask.attach(tiny().double())
     labels, found = labels_of(model, rows), []
     with torch.no_grad():
         logits, alone = model(rows).logits, tiny().double()
@@ -212,8 +210,8 @@ def test_losses_are_those_of_stock_transformers(form: str, length: int) -> None:
 
 
 def test_windows_of_validation_begin_with_the_start() -> None:
-    windows = windows_of(DOCUMENTS, sequence_length=8, bounds=BOUNDS)
-    inputs, targets = window_tensors(windows[:4], DOCUMENTS.tokens, bounds=BOUNDS)
+    windows = Windows(DOCUMENTS, sequence_length=8, bounds=BOUNDS)
+    inputs, targets = windows.tensors(windows[:4])
     assert (inputs[:, 0] == START_ID).all() and not (targets == START_ID).any()
 
 

@@ -32,7 +32,7 @@ from tritter.data.batches import read_sequences
 from tritter.data.chat import START, ids_of
 from tritter.data.datasets import DatasetName
 from tritter.data.mixed_rows import _FIELDS, PackedText
-from tritter.data.packing import IGNORED, DocumentMask, MarkedText, packed, read_marks
+from tritter.data.packing import IGNORED, DocumentMask, MarkedText, packed
 from tritter.data.skills import Question
 from tritter.data.split import SplitRule
 from tritter.data.stream import SequenceOptions, StreamedSequences
@@ -80,7 +80,7 @@ def test_a_model_writes_after_the_start(reading: type[MarkedText] | None) -> Non
     model = tiny(initializer_range=0.02)
     bounds = TextBounds(END, BOUNDS.start, (9,))
     if reading is not None:
-        read_marks(model, reading(bounds))
+        reading(bounds).attach(model)
     found = write_text(
         model, num_sequences=64, sequence_length=40, bounds=bounds, sequences_per_text=2, seed=3
     )

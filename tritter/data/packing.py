@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from tritter.data.batches import this_rank
 from tritter.data.chat import ANSWER, CONTEXT, PADDING, START, ids_of, is_padding, is_unpredicted
@@ -55,39 +55,6 @@ class Window:
         return max(1, num_before) + self.stop - self.start - 1
 
 
-def windows_of(
-    documents: TokenisedDocuments, *, sequence_length: int, bounds: TextBounds
-) -> list[Window]:
-    """Cut documents into windows that a model reads in `sequence_length` positions.
-
-    Nothing precedes a rendered conversation, so its first token is not predicted. Windows without
-    any predicted token are omitted. An answer that begins in a later window gets a window of its
-    own, see `_answer_windows`.
-    """
-    marks = documents.first_tokens.tolist()
-    windows, spans = list[Window](), pairwise(documents.offsets.tolist())
-    num_front, length = len(bounds.prefix), max(1, sequence_length + 1 - len(bounds.prefix))
-    for index, ((first, stop), mark) in enumerate(zip(spans, marks, strict=True)):
-        begin = first + (mark >= START)
-        if mark >= ANSWER and stop - begin > length:
-            is_predicted = ~is_unpredicted(documents.tokens[first:stop])
-            windows += _answer_windows(index, begin, is_predicted, first, length, num_front)
-        else:
-            windows += [
-                Window(
-                    index,
-                    start,
-                    min(start + length, stop),
-                    front=num_front * (start == first or (bool(bounds.start) and mark < START)),
-                )
-                for start in range(begin, stop, length)
-            ]
-    if not documents.has_marks:
-        return windows
-    is_predicted = ~is_unpredicted(documents.tokens)
-    return [window for window in windows if is_predicted[window.start : window.stop].any()]
-
-
 def _answer_windows(
     document: int, begin: int, is_predicted: Tensor, first: int, length: int, num_front: int
 ) -> Iterator[Window]:
@@ -119,40 +86,84 @@ def _answer_windows(
             yield window(at, stop, shown=(opening, prompt), predicted=predicted)
 
 
-def window_batches(windows: Sequence[Window], *, batch_size: int) -> Iterator[Sequence[Window]]:
-    """Yield batches of similar length, longest first: little padding, and memory peaks early."""
-    by_length = sorted(windows, key=lambda window: -window.length)
-    for start in range(0, len(by_length), batch_size):
-        yield by_length[start : start + batch_size]
+class Windows(list[Window]):
+    """Documents cut into windows that a model reads in `sequence_length` positions.
 
-
-def window_tensors(
-    batch: Sequence[Window], tokens: Tensor, *, bounds: TextBounds
-) -> tuple[Tensor, Tensor]:
-    """Return inputs with their marks, and targets, int64 [B, T], padded on the right.
-
-    Where a text has a start, every window begins with it, since a model that expects one predicts
-    badly without it; otherwise a later window begins with the preceding token. Causal attention
-    never sees right padding, so no attention mask is needed; targets of padding are ignored.
+    Nothing precedes a rendered conversation, so its first token is not predicted. Windows without
+    any predicted token are omitted. An answer that begins in a later window gets a window of its
+    own, see `_answer_windows`.
     """
-    import torch
 
-    shape = (len(batch), batch[0].length)
-    input_ids = torch.full(shape, bounds.end, dtype=torch.int64)
-    targets = torch.full(shape, IGNORED, dtype=torch.int64)
-    prefix = tokens.new_tensor(bounds.prefix)
-    for row, window in enumerate(batch):
-        piece = tokens[window.start : window.stop].long()
-        read = [prefix[: window.front], *(tokens[each.start : each.stop] for each in window.shown)]
-        if not any(map(len, read)):
-            read = [tokens[window.start - 1 : window.start]]
-        num_read = window.length - len(piece) + 1
-        input_ids[row, : window.length] = torch.cat([*read, piece[:-1]])
-        is_ignored = is_unpredicted(piece)
-        is_ignored[: max(0, window.predicted - window.start)] = True
-        own = ids_of(piece).masked_fill(is_ignored, IGNORED)
-        targets[row, num_read - 1 : window.length] = own
-    return input_ids, targets
+    def __init__(
+        self, documents: TokenisedDocuments, *, sequence_length: int, bounds: TextBounds
+    ) -> None:
+        self._tokens, self._bounds = documents.tokens, bounds
+        marks = documents.first_tokens.tolist()
+        windows, spans = list[Window](), pairwise(documents.offsets.tolist())
+        num_front, length = len(bounds.prefix), max(1, sequence_length + 1 - len(bounds.prefix))
+        for index, ((first, stop), mark) in enumerate(zip(spans, marks, strict=True)):
+            begin = first + (mark >= START)
+            if mark >= ANSWER and stop - begin > length:
+                is_predicted = ~is_unpredicted(documents.tokens[first:stop])
+                windows += _answer_windows(index, begin, is_predicted, first, length, num_front)
+            else:
+                windows += [
+                    Window(
+                        index,
+                        start,
+                        min(start + length, stop),
+                        front=num_front * (start == first or (bool(bounds.start) and mark < START)),
+                    )
+                    for start in range(begin, stop, length)
+                ]
+        if documents.has_marks:
+            is_predicted = ~is_unpredicted(documents.tokens)
+            windows = [each for each in windows if is_predicted[each.start : each.stop].any()]
+        super().__init__(windows)
+
+    def batches(
+        self, chosen: Sequence[Window] | None = None, *, batch_size: int
+    ) -> Iterator[Sequence[Window]]:
+        """Yield batches of similar length, longest first: little padding, and memory peaks early.
+
+        Args:
+            chosen: some of the windows; all by default.
+            batch_size: windows per batch.
+        """
+        by_length = sorted(self if chosen is None else chosen, key=lambda window: -window.length)
+        for start in range(0, len(by_length), batch_size):
+            yield by_length[start : start + batch_size]
+
+    def tensors(self, batch: Sequence[Window]) -> tuple[Tensor, Tensor]:
+        """Return inputs with their marks, and targets, int64 [B, T], padded on the right.
+
+        Where a text has a start, every window begins with it, since a model that expects one
+        predicts badly without it; otherwise a later window begins with the preceding token. Causal
+        attention never sees right padding, so no attention mask is needed; targets of padding are
+        ignored.
+        """
+        import torch
+
+        tokens, bounds = self._tokens, self._bounds
+        shape = (len(batch), batch[0].length)
+        input_ids = torch.full(shape, bounds.end, dtype=torch.int64)
+        targets = torch.full(shape, IGNORED, dtype=torch.int64)
+        prefix = tokens.new_tensor(bounds.prefix)
+        for row, window in enumerate(batch):
+            piece = tokens[window.start : window.stop].long()
+            read = [
+                prefix[: window.front],
+                *(tokens[each.start : each.stop] for each in window.shown),
+            ]
+            if not any(map(len, read)):
+                read = [tokens[window.start - 1 : window.start]]
+            num_read = window.length - len(piece) + 1
+            input_ids[row, : window.length] = torch.cat([*read, piece[:-1]])
+            is_ignored = is_unpredicted(piece)
+            is_ignored[: max(0, window.predicted - window.start)] = True
+            own = ids_of(piece).masked_fill(is_ignored, IGNORED)
+            targets[row, num_read - 1 : window.length] = own
+        return input_ids, targets
 
 
 def packed(
@@ -389,6 +400,35 @@ class MarkedText:
 
     bounds: TextBounds
 
+    @classmethod
+    def of(cls, model: nn.Module) -> Self | None:
+        """Return how a model reads marked tokens; None if it reads unmarked ones."""
+        hooks = _backbone(model)._forward_pre_hooks.values()
+        return next((hook for hook in hooks if isinstance(hook, cls)), None)
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        """Let a stock model read marked tokens, and mask documents if this does.
+
+        Copies of the model keep the hook; checkpoints do not include it. A document mask does not
+        change the output for marked sequences with a single document; see `reading_whole` for
+        others.
+        """
+        if MarkedText.of(model) is None:
+            _backbone(model).register_forward_pre_hook(self, with_kwargs=True)
+        return model
+
+    @contextmanager
+    def attached(self, model: nn.Module) -> Iterator[None]:
+        """Let a model of somebody else read marked tokens inside the block."""
+        if MarkedText.of(model) is not None:
+            yield
+            return
+        handle = _backbone(model).register_forward_pre_hook(self, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -485,36 +525,6 @@ class DocumentMask(MarkedText):
         return torch.bincount(lengths, minlength=input_ids.shape[1] + 1)
 
 
-def read_marks(model: nn.Module, reading: MarkedText) -> nn.Module:
-    """Let a stock model read marked tokens, and mask documents if that is what `reading` does.
-
-    Copies of the model keep the hook; checkpoints do not include it. A document mask does not
-    change the output for marked sequences with a single document; see `reading_whole` for others.
-    """
-    if _reading_of(model) is None:
-        _backbone(model).register_forward_pre_hook(reading, with_kwargs=True)
-    return model
-
-
-@contextmanager
-def marks_read(model: nn.Module, bounds: TextBounds) -> Iterator[None]:
-    """Let a model of somebody else read marked tokens inside the block."""
-    if _reading_of(model) is not None:
-        yield
-        return
-    handle = _backbone(model).register_forward_pre_hook(MarkedText(bounds), with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def document_mask_of(model: nn.Module) -> DocumentMask | None:
-    """Return a model's document mask; None if it reads a stream."""
-    reading = _reading_of(model)
-    return reading if isinstance(reading, DocumentMask) else None
-
-
 @contextmanager
 def reading_whole(model: nn.Module) -> Iterator[None]:
     """Let a model read unmarked tokens as one document inside the block, ends of text included."""
@@ -529,7 +539,7 @@ def reading_whole(model: nn.Module) -> Iterator[None]:
 
 def inputs_for(model: nn.Module, tokens: Tensor) -> Tensor:
     """Return tokens as a model reads them: a document mask needs their marks, others the ids."""
-    return tokens if document_mask_of(model) is not None else ids_of(tokens)
+    return tokens if DocumentMask.of(model) is not None else ids_of(tokens)
 
 
 def labels_of(model: nn.Module, input_ids: Tensor) -> Tensor:
@@ -537,24 +547,13 @@ def labels_of(model: nn.Module, input_ids: Tensor) -> Tensor:
 
     So is the start of a text.
     """
-    reading = _reading_of(model)
+    reading = MarkedText.of(model)
     if reading is None:
         return input_ids
     is_ignored = is_unpredicted(input_ids)
     if isinstance(reading, DocumentMask):
         is_ignored = is_ignored | reading.padding(input_ids)
     return ids_of(input_ids).masked_fill(is_ignored, IGNORED)
-
-
-def has_starts(model: nn.Module) -> bool:
-    """Return whether a model reads sequences in which each text has a start."""
-    reading = _reading_of(model)
-    return reading is not None and bool(reading.bounds.start)
-
-
-def _reading_of(model: nn.Module) -> MarkedText | None:
-    hooks = _backbone(model)._forward_pre_hooks.values()
-    return next((hook for hook in hooks if isinstance(hook, MarkedText)), None)
 
 
 def forward_options(batch: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
@@ -574,7 +573,7 @@ def kept_tokens(
     """
     if attention_mask is not None:
         return attention_mask.bool()
-    document_mask = document_mask_of(model)
+    document_mask = DocumentMask.of(model)
     return None if document_mask is None else ~document_mask.padding(input_ids)
 
 
@@ -609,7 +608,7 @@ def lengths_read(
         if this_rank().count > 1:
             distributed.all_gather_object(of_ranks, own)
         return {length: number for length, number in sum(of_ranks, Counter()).items() if length}
-    document_mask = document_mask_of(model)
+    document_mask = DocumentMask.of(model)
     if this_rank().count == 1:
         return lengths_of(document_mask, input_ids)
     counts = torch.zeros(input_ids.shape[1] + 1, dtype=torch.int64, device=input_ids.device)

@@ -36,7 +36,7 @@ from tritter.data.datasets import DatasetName, dataset_names, stream_identity
 from tritter.data.documents import Documents
 from tritter.data.local_files import TextFileError
 from tritter.data.options import NamedTextConfig
-from tritter.data.packing import DocumentMask, MarkedText, Packing, num_packed, packed, read_marks
+from tritter.data.packing import DocumentMask, MarkedText, Packing, num_packed, packed
 from tritter.data.replay import ReplayBuffer
 from tritter.data.stream import SequenceOptions, StreamedSequences
 from tritter.data.tokens import (
@@ -294,7 +294,7 @@ class RunData:
 
     def masked(self, model: nn.Module) -> nn.Module:
         """Return a model that reads the run's training sequences, with their document mask."""
-        return model if self.marks is None else read_marks(model, self.marks)
+        return model if self.marks is None else self.marks.attach(model)
 
     def sample_equally(self, domains: Sequence[str], count: int, *purpose: str) -> Tensor:
         """Return `count` random training sequences [N, T], equally many per domain.

@@ -22,7 +22,7 @@ from tritter.core.expansions import MoeAdd
 from tritter.core.families import LogicalTensor
 from tritter.core.models import model_of
 from tritter.core.stock_routers import AddedExperts, RouterControl
-from tritter.data.packing import marks_read
+from tritter.data.packing import MarkedText
 from tritter.data.sources import noted_documents
 from tritter.data.tokens import TextBounds, TokenisedDocuments, parsed_tokenizer
 from tritter.errors import RequestError, TritterError
@@ -379,7 +379,7 @@ class ProgressiveMoE:
         grown = ModelExpander([MoeAdd(num_experts=config.new_experts)], seed=seed).expand(model)
         if batches is not None:
             new = range(config.base_experts, config.base_experts + config.new_experts)
-            with marks_read(grown, bounds):
+            with MarkedText(bounds).attached(grown):
                 adapt_router(grown, new, batches, router_update=config.router_update, seed=seed)
                 train_new_experts(grown, new, batches, freeze_base=config.freeze_base, seed=seed)
         return grown
