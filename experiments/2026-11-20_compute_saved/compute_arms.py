@@ -21,7 +21,7 @@ from tritter.core.families import Config, Model, family_of, training_flops
 from tritter.core.models import model_of, new_model
 from tritter.data import built_in
 from tritter.data.batches import SequenceStream
-from tritter.data.corpus import Corpus, build_corpus, stdlib_corpus
+from tritter.data.corpus import Corpus
 from tritter.data.tokens import END_OF_TEXT, TextBounds
 from tritter.methods.moe_routing.objective import RoutingObjective
 from tritter.methods.moe_routing.options import RoutingOptions
@@ -250,12 +250,12 @@ def _corpus(seed: int, size: Size, *, cache_dir: Path) -> Corpus:
         "cache_dir": cache_dir,
     }
     if not size.library:
-        return stdlib_corpus(**options)
+        return Corpus.of_stdlib(**options)
     found = find_spec(size.library)
     assert found is not None and found.submodule_search_locations is not None
     text = built_in.gather(Path(found.submodule_search_locations[0]))
     domains = {"prose": built_in.distinct(text.prose), "code": built_in.distinct(text.code)}
-    return build_corpus(domains, origin=f"Python sources of {size.library}", **options)
+    return Corpus.build(domains, origin=f"Python sources of {size.library}", **options)
 
 
 def _packed(corpus: Corpus, *, side: str) -> Iterator[Tensor]:

@@ -27,7 +27,7 @@ from tritter.core.models import model_of, model_with_tensors, named_tensors, new
 from tritter.core.parameter_map import AxisFactor, ParameterMap, map_tensor  # noqa: E402
 from tritter.core.parameter_map.apply import carried_mask  # noqa: E402
 from tritter.data.batches import BatchStream, SequenceStream  # noqa: E402
-from tritter.data.corpus import Corpus, stdlib_corpus  # noqa: E402
+from tritter.data.corpus import Corpus  # noqa: E402
 from tritter.data.replay import ReplayBuffer  # noqa: E402
 from tritter.data.tokens import END_OF_TEXT, TextBounds  # noqa: E402
 from tritter.seeds import derived_seed  # noqa: E402
@@ -121,7 +121,7 @@ def base_config() -> dict[str, object]:
 
 @lru_cache(maxsize=1)
 def corpus_of(seed: int, cache: Path) -> Corpus:
-    return stdlib_corpus(
+    return Corpus.of_stdlib(
         vocab_size=1024,
         validation_fraction=0.2,
         max_validation_tokens_per_document=512,

@@ -33,7 +33,7 @@ from tritter.core.expansions.depth import repeated_layers  # noqa: E402
 from tritter.core.families import Model, training_flops  # noqa: E402
 from tritter.core.models import layers_of, model_of, new_model  # noqa: E402
 from tritter.data.batches import SequenceStream  # noqa: E402
-from tritter.data.corpus import Corpus, stdlib_corpus  # noqa: E402
+from tritter.data.corpus import Corpus  # noqa: E402
 from tritter.data.tokens import END_OF_TEXT, TextBounds  # noqa: E402
 from tritter.seeds import derived_seed  # noqa: E402
 from tritter.training.optimizer import (  # noqa: E402
@@ -89,7 +89,7 @@ class Arm:
 
 @cache
 def corpus_of(seed: int) -> Corpus:
-    return stdlib_corpus(
+    return Corpus.of_stdlib(
         vocab_size=1024,
         validation_fraction=0.2,
         max_validation_tokens_per_document=512,

@@ -30,7 +30,7 @@ from tritter.core.expansions import Moe  # noqa: E402
 from tritter.core.families import Model, training_flops  # noqa: E402
 from tritter.core.models import model_of, new_model  # noqa: E402
 from tritter.data.batches import BatchStream, SequenceStream  # noqa: E402
-from tritter.data.corpus import Corpus, stdlib_corpus  # noqa: E402
+from tritter.data.corpus import Corpus  # noqa: E402
 from tritter.data.tokens import END_OF_TEXT, TextBounds  # noqa: E402
 from tritter.methods.moe_routing.objective import RoutingObjective  # noqa: E402
 from tritter.methods.moe_routing.options import RoutingOptions  # noqa: E402
@@ -85,7 +85,7 @@ CACHE = Path("outputs/more_upcycling")
 
 @cache
 def corpus_of(seed: int) -> Corpus:
-    return stdlib_corpus(
+    return Corpus.of_stdlib(
         vocab_size=1024,
         validation_fraction=0.2,
         max_validation_tokens_per_document=512,

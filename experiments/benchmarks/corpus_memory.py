@@ -25,7 +25,7 @@ if __name__ == "__main__":
 
 from experiments.benchmarks.table import tell  # noqa: E402
 from tritter.data.batches import SequenceStream  # noqa: E402
-from tritter.data.corpus import build_corpus  # noqa: E402
+from tritter.data.corpus import Corpus  # noqa: E402
 from tritter.data.sources import source_documents  # noqa: E402
 from tritter.data.tokens import TextBounds  # noqa: E402
 
@@ -71,7 +71,7 @@ def measure(path: Path) -> Row:
         since = time.perf_counter()
         documents = source_documents([str(path)], key="text", text_field="text")
         read = peak.mb
-        corpus = build_corpus(
+        corpus = Corpus.build(
             {"text": documents},
             origin="made up",
             vocab_size=1024,

@@ -33,7 +33,7 @@ from tritter.core.families import Model  # noqa: E402
 from tritter.core.families.tables import llama_config  # noqa: E402
 from tritter.core.models import new_model  # noqa: E402
 from tritter.data.built_in import built_in_documents  # noqa: E402
-from tritter.data.corpus import build_corpus  # noqa: E402
+from tritter.data.corpus import Corpus  # noqa: E402
 from tritter.data.skills import SKILLS  # noqa: E402
 from tritter.data.split import SplitRule  # noqa: E402
 from tritter.data.tokens import (  # noqa: E402
@@ -156,7 +156,7 @@ def seen_by_a_base(
     }
     rule = SplitRule(seed=seed, validation_fraction=0.4)
     parted = rule.split({PROSE: built_in_documents(names[PROSE])})
-    corpus = build_corpus(
+    corpus = Corpus.build(
         {name: built_in_documents(path) for name, path in names.items()},
         origin="built in",
         vocab_size=1024,

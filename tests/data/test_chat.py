@@ -23,11 +23,9 @@ from tritter.data.chat import (
     Chat,
     ChatChoice,
     LossOn,
-    chat_of,
     ids_of,
     is_unpredicted,
 )
-from tritter.data.conversations import Conversation, WrongRecordError, conversation_of
 from tritter.data.documents import Documents
 from tritter.data.packing import (
     IGNORED,
@@ -39,7 +37,7 @@ from tritter.data.packing import (
     packed,
     padding_fraction,
 )
-from tritter.data.records import Text, text_of
+from tritter.data.records import Conversation, Text, WrongRecordError, text_of
 from tritter.data.tokens import TextBounds, TokenisedDocuments
 from tritter.errors import RequestError
 from tritter.evaluation.losses import document_losses
@@ -52,7 +50,7 @@ KIND = {"role": "system", "content": "Be kind."}
 
 
 def conversation(number: int, **options: Any) -> Conversation:
-    found = conversation_of({"messages": messages(number, **options)})
+    found = Conversation.of_record({"messages": messages(number, **options)})
     assert found is not None
     return found
 
@@ -131,7 +129,7 @@ REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
 
 @pytest.mark.parametrize(("record", "wanted", "num_given"), FORMS)
 def test_records_become_messages(record: Any, wanted: Any, num_given: int) -> None:
-    found = conversation_of(record)
+    found = Conversation.of_record(record)
     assert found is not None
     assert list(found.messages) == wanted
     assert found.num_given == num_given
@@ -143,7 +141,7 @@ def test_records_become_messages(record: Any, wanted: Any, num_given: int) -> No
 @pytest.mark.parametrize(("record", "message"), REFUSED)
 def test_refused_records_are_named(record: dict[str, Any], message: str) -> None:
     with pytest.raises(WrongRecordError, match=message):
-        conversation_of(record)
+        Conversation.of_record(record)
 
 
 def test_messages_without_weight_are_no_answers() -> None:
@@ -151,7 +149,7 @@ def test_messages_without_weight_are_no_answers() -> None:
     for at, field in ((1, {"weight": 0}), (3, {"train": False}), (5, {"loss": False})):
         turns[at] |= field  # type: ignore[arg-type]
     turns[0] |= {"weight": 1}  # type: ignore[arg-type]
-    found = conversation_of({"messages": turns})
+    found = Conversation.of_record({"messages": turns})
     assert found is not None
     assert found.answers == (7,)
     assert found.untrained == (1, 3, 5)
@@ -169,7 +167,7 @@ def test_messages_without_weight_are_no_answers() -> None:
         ({"messages": [PAIR[0], call]}, (1,)),
         ({"prompt": "Hi", "completion": ""}, ()),
     ):
-        found = conversation_of(record)
+        found = Conversation.of_record(record)
         assert found is not None
         assert found.answers == answers
 
@@ -180,12 +178,12 @@ def test_arguments_of_calls_and_schemas_may_be_json() -> None:
     for arguments in (CALL["arguments"], json.dumps(CALL["arguments"])):
         call = {"role": ASSISTANT, "tool_calls": [{"function": {**CALL, "arguments": arguments}}]}
         for tools in (schema, [json.dumps(schema)], json.dumps(schema), json.dumps([schema])):
-            found = conversation_of({"messages": [PAIR[0], call], "tools": tools})
+            found = Conversation.of_record({"messages": [PAIR[0], call], "tools": tools})
             assert found is not None
             assert found.tools == (schema,)
             assert found.messages[1]["tool_calls"] == [{"function": CALL}]
     earlier = {"role": ASSISTANT, "content": None, "function_call": CALL}
-    found = conversation_of({"messages": [PAIR[0], earlier]})
+    found = Conversation.of_record({"messages": [PAIR[0], earlier]})
     assert found is not None
     assert found.answers == (1,)
     assert found.messages[1]["tool_calls"] == [{"type": "function", "function": CALL}]
@@ -196,21 +194,23 @@ def test_null_in_arguments_and_tools_that_are_json_in_a_string_stays() -> None:
     of_call = {"function": {"name": "clock", "arguments": json.dumps(arguments)}, "id": None}
     tool = {"type": "function", "function": {"name": "clock", "zone": {"default": None}}}
     call = {"role": ASSISTANT, "content": None, "name": None, "tool_calls": [of_call]}
-    found = conversation_of({"messages": [PAIR[0], call], "tools": json.dumps([tool])})
+    found = Conversation.of_record({"messages": [PAIR[0], call], "tools": json.dumps([tool])})
     assert found is not None and found.tools == (tool,)
     expected = [{"function": {"name": "clock", "arguments": arguments}}]  # id: null is left out
     assert found.messages[1] == {"role": ASSISTANT, "content": "", "tool_calls": expected}
     deep = json.loads("[" * 900 + "]" * 900)
     for record in ({"messages": [{**PAIR[0], "more": deep}]}, {"messages": PAIR, "tools": deep}):
         with pytest.raises(WrongRecordError, match="is nested too deeply"):
-            conversation_of(record)
+            Conversation.of_record(record)
 
 
 def test_a_text_wins_over_messages_unless_they_are_named() -> None:
     both = {"text": "a text", "messages": PAIR}
     assert text_of(both, field="text") == "a text"
-    assert text_of({**both, "text": None}, field="text") == conversation_of({"messages": PAIR})
-    assert text_of(both, field="messages") == conversation_of({"messages": PAIR})
+    assert text_of({**both, "text": None}, field="text") == Conversation.of_record(
+        {"messages": PAIR}
+    )
+    assert text_of(both, field="messages") == Conversation.of_record({"messages": PAIR})
     for record, message in (
         ({"problem": "a", "solution": "b"}, "available: problem, solution. Accepted: text, or"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "Preference data: a rejected answer"),
@@ -223,38 +223,40 @@ def test_the_documented_records_are_conversations() -> None:
     page = Path(__file__).parents[2] / "docs/how-to/use_your_data.md"
     records = [json.loads(line) for line in page.read_text().splitlines() if line[:2] == '{"']
     assert len(records) == 4
-    assert all(conversation_of(record) for record in records)
+    assert all(Conversation.of_record(record) for record in records)
 
 
 def test_other_records_are_no_conversations() -> None:
-    assert conversation_of({"text": "a"}) is None
-    assert conversation_of({"system": "a", "tools": "[]"}) is None
+    assert Conversation.of_record({"text": "a"}) is None
+    assert Conversation.of_record({"system": "a", "tools": "[]"}) is None
 
 
 def test_tools_and_calls_are_kept() -> None:
     call = {"role": ASSISTANT, "content": None, "tool_calls": [{"function": {"name": "clock"}}]}
     tools = [{"type": "function", "function": {"name": "clock"}}]
-    found = conversation_of({"messages": [PAIR[0], call], "tools": json.dumps(tools)})
+    found = Conversation.of_record({"messages": [PAIR[0], call], "tools": json.dumps(tools)})
     assert found is not None
     assert found.tools == tuple(tools)
     assert found.messages[1]["tool_calls"] == call["tool_calls"]
     assert str(found) == 'user: Hi\n\nassistant: [{"function": {"name": "clock"}}]'
     with pytest.raises(WrongRecordError, match="tools: is a number; must be a list of JSON sch"):
-        conversation_of({"messages": PAIR, "tools": 3})
+        Conversation.of_record({"messages": PAIR, "tools": 3})
     for broken in ("{", "[" * 100_000):
         with pytest.raises(WrongRecordError, match="tools: is not valid JSON"):
-            conversation_of({"messages": PAIR, "tools": broken})
+            Conversation.of_record({"messages": PAIR, "tools": broken})
     with pytest.raises(WrongRecordError, match="has a message that is not JSON"):
-        conversation_of({"messages": [{**PAIR[0], "more": {b"x": 1}}]})
+        Conversation.of_record({"messages": [{**PAIR[0], "more": {b"x": 1}}]})
     # A table gives each call the arguments of all others; an Alpaca record may name its tools
     call["tool_calls"] = [{"function": {"name": "clock", "zone": None}}]
-    assert conversation_of({"messages": [PAIR[0], call], "tools": json.dumps(tools)}) == found
-    assert conversation_of({"instruction": "a", "output": "b", "tools": "calculator"})
+    assert (
+        Conversation.of_record({"messages": [PAIR[0], call], "tools": json.dumps(tools)}) == found
+    )
+    assert Conversation.of_record({"instruction": "a", "output": "b", "tools": "calculator"})
 
 
 def test_the_split_does_not_depend_on_format_or_template() -> None:
     documents = Documents.of(
-        found for record, *_ in FORMS[:2] if (found := conversation_of(record)) is not None
+        found for record, *_ in FORMS[:2] if (found := Conversation.of_record(record)) is not None
     )
     assert len(documents) == 1  # the same words under other names
     assert documents.num_conversations() == 1
@@ -267,7 +269,7 @@ def test_answer_spans_are_the_answers(contents: list[str]) -> None:
     turns = [
         {"role": (USER, ASSISTANT)[at % 2], "content": text} for at, text in enumerate(contents)
     ]
-    found = conversation_of({"messages": turns})
+    found = Conversation.of_record({"messages": turns})
     assert found is not None
     spans = [str(found)[start:end] for start, end in found.answer_spans]
     answers = [text.replace("\r\n", "\n") for text in contents[1::2] if text.strip()]
@@ -325,7 +327,7 @@ def test_the_assistants_first_words_and_given_answers_are_not_predicted() -> Non
     greeting = [{"role": ASSISTANT, "content": "Hello"}, *turns]
     given = {"prompt": turns[:3], "completion": turns[3:]}
     for record, answers in (({"messages": greeting}, turns[1::2]), (given, turns[3:])):
-        found = conversation_of(record)
+        found = Conversation.of_record(record)
         assert found is not None
         both = [Chat(tokenizer(way)).render(found, "") for way in (CHATML, MARKED)]
         assert np.array_equal(*both)
@@ -343,7 +345,7 @@ def test_a_template_has_the_same_date_on_all_days() -> None:
 def test_an_answer_may_begin_with_what_merges_with_its_header() -> None:
     own = tokenizer().train_new_from_iterator(["assistant\n    return\n\n"] * 9, 330)
     for content in ("    return x", "\n\nreturn"):
-        found = conversation_of({"prompt": "Write it.", "completion": content})
+        found = Conversation.of_record({"prompt": "Write it.", "completion": content})
         assert found is not None
         header = own.encode("assistant\n")
         assert own.encode(f"assistant\n{content}")[: len(header)] != header
@@ -357,7 +359,7 @@ def test_bytes_of_reasoning_count_where_a_template_shows_it() -> None:
     turns = messages(1, turns=2)
     turns[1] |= {"reasoning_content": "because 猫", "thinking": "because 猫"}
     turns[3] |= {"reasoning_content": "\n\n"}
-    found = conversation_of({"messages": turns})
+    found = Conversation.of_record({"messages": turns})
     assert found is not None
     thought = "<think>{{ message['reasoning_content'] }}</think>{{ message['content'] }}"
     shown = CHATML.replace("{{ message['content'] }}", thought)
@@ -422,7 +424,7 @@ def test_tokens_and_masks_are_those_of_trl(
         processing_class=tokenizer(template),
     )
     for row, theirs in zip(rows, trainer.train_dataset, strict=True):
-        ours = conversation_of(row)
+        ours = Conversation.of_record(row)
         assert ours is not None
         marked = Chat(tokenizer(template)).render(ours, "")
         assert ids_of(marked).tolist() == theirs["input_ids"]
@@ -480,7 +482,7 @@ def test_the_beginning_of_the_template_stays_before_the_end_of_a_long_prompt(sys
     own = tokenizer()
     turns = messages(3, system=system)
     turns[-2]["content"] = " ".join(f"word{n}" for n in range(300))
-    found = conversation_of({"messages": turns})
+    found = Conversation.of_record({"messages": turns})
     assert found is not None
     marked = Chat(own).render(found, "x")
     cut = Chat(own).fitted(marked, 120, found, "x")
@@ -501,7 +503,7 @@ def test_messages_without_weight_are_not_predicted() -> None:
     """With both ways to find answers, on answers and on all tokens, with and without a template."""
     turns = messages(3, turns=3)
     record = {"messages": [{**each, "weight": int(at != 3)} for at, each in enumerate(turns)]}
-    found = conversation_of(record)
+    found = Conversation.of_record(record)
     assert found is not None
     end, block = "<|im_end|>\n", "{% endgeneration %}"
     content_only = MARKED.replace(end + block, block + end)
@@ -526,7 +528,7 @@ def test_messages_without_weight_are_not_predicted() -> None:
 
 def test_calls_that_the_template_does_not_show_are_refused() -> None:
     call = {"role": ASSISTANT, "tool_calls": [{"function": CALL}]}
-    found = conversation_of({"messages": [PAIR[0], call]})
+    found = Conversation.of_record({"messages": [PAIR[0], call]})
     assert found is not None
     match = r"does not show the tool_calls of message 2 of 'x'.*data\.chat_template=none"
     with pytest.raises(RequestError, match=match):
@@ -606,7 +608,9 @@ def test_scores_are_the_losses_of_answers(window: int, is_masked: bool) -> None:
     if is_masked:
         DocumentMask(TextBounds(end)).attach(model)
     turns = [messages(number, turns=1 + number % 2) for number in range(6)]
-    found = [each for turn in turns if (each := conversation_of({"messages": turn})) is not None]
+    found = [
+        each for turn in turns if (each := Conversation.of_record({"messages": turn})) is not None
+    ]
     documents = tokenised(found, CHAT)
     scores = document_losses(
         model, documents, sequence_length=window, bounds=TextBounds(end), batch_size=3
@@ -666,7 +670,7 @@ def test_an_answer_after_the_window_sees_its_whole_question_if_it_fits() -> None
     model = oracle.tiny_llama(vocab_size=330, max_position_embeddings=256)
     turns = messages(5)
     turns[0]["content"] = " ".join(f"w{number}" for number in range(60))
-    found = conversation_of({"messages": turns})
+    found = Conversation.of_record({"messages": turns})
     assert found is not None
     documents = tokenised([found], CHAT)
     (window,) = Windows(documents, sequence_length=48, bounds=TextBounds(0))
@@ -688,7 +692,9 @@ def test_a_training_batch_has_the_loss_of_answers_alone() -> None:
     model = oracle.tiny_llama(vocab_size=330, max_position_embeddings=256)
     turns = [messages(number, turns=1 + number % 2) for number in range(6)]
     stock = [stock_nats(model, each) for each in turns]
-    found = [each for turn in turns if (each := conversation_of({"messages": turn})) is not None]
+    found = [
+        each for turn in turns if (each := Conversation.of_record({"messages": turn})) is not None
+    ]
     end = CHAT.tokenizer.eos_token_id
     rows = packed(
         tokenised(found, CHAT), packing="documents", sequence_length=200, bounds=TextBounds(end)
@@ -748,20 +754,20 @@ def test_an_optimizer_step_is_the_mean_over_the_answers_of_its_batches() -> None
 
 def test_the_default_is_the_template_of_the_tokenizer(tmp_path: Path) -> None:
     default = ChatChoice()
-    assert chat_of(default, tokenizer=tokenizer()).tokenizer is not None
-    assert chat_of(default, tokenizer=tokenizer(None)).tokenizer is None
-    assert chat_of(default, tokenizer=None).tokenizer is None
-    assert chat_of(ChatChoice("none", "all"), tokenizer=tokenizer()).is_marked is False
+    assert Chat.of(default, tokenizer=tokenizer()).tokenizer is not None
+    assert Chat.of(default, tokenizer=tokenizer(None)).tokenizer is None
+    assert Chat.of(default, tokenizer=None).tokenizer is None
+    assert Chat.of(ChatChoice("none", "all"), tokenizer=tokenizer()).is_marked is False
     file = tmp_path / "own.jinja"
     file.write_text(INSTRUCT)
-    own = chat_of(ChatChoice(str(file)), tokenizer=tokenizer())
+    own = Chat.of(ChatChoice(str(file)), tokenizer=tokenizer())
     assert own.tokenizer.chat_template == INSTRUCT
     with pytest.raises(RequestError, match=r"data\.chat_template = tokenizer: .* no chat template"):
-        chat_of(ChatChoice("tokenizer"), tokenizer=tokenizer(None))
+        Chat.of(ChatChoice("tokenizer"), tokenizer=tokenizer(None))
     with pytest.raises(RequestError, match=r"data\.chat_template = tokenizer: a new base model"):
-        chat_of(ChatChoice("tokenizer"), tokenizer=None)
+        Chat.of(ChatChoice("tokenizer"), tokenizer=None)
     digests = {
-        chat_of(ChatChoice(None, loss), tokenizer=tokenizer(way)).digest
+        Chat.of(ChatChoice(None, loss), tokenizer=tokenizer(way)).digest
         for loss in LOSSES
         for way in (CHATML, MARKED, None)
     }

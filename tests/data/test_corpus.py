@@ -7,7 +7,7 @@ import torch
 from tritter.data import corpus as corpus_module
 from tritter.data.batches import SequenceStream
 from tritter.data.built_in import Stdlib
-from tritter.data.corpus import build_corpus, stdlib_corpus
+from tritter.data.corpus import Corpus
 from tritter.data.documents import Documents, text_key
 from tritter.data.sources import source_documents
 from tritter.data.split import SplitRule
@@ -33,7 +33,7 @@ def build(cache_dir, **changes):
         "cache_dir": cache_dir,
     }
     domains = changes.pop("domains", DOMAINS)
-    return build_corpus(domains, **(options | changes))
+    return Corpus.build(domains, **(options | changes))
 
 
 def assert_same(one, other):
@@ -214,7 +214,7 @@ def test_a_cache_that_cannot_be_written_is_refused_before_any_work(tmp_path, mak
 def from_stdlib(cache_dir, **changes):
     options = {"vocab_size": 280, "validation_fraction": 0.2, "seed": 0}
     options |= {"max_validation_tokens_per_document": 50, "cache_dir": cache_dir}
-    return stdlib_corpus(**(options | changes))
+    return Corpus.of_stdlib(**(options | changes))
 
 
 @pytest.fixture
@@ -287,7 +287,7 @@ def test_what_was_skipped_is_told_each_time(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join([*lines, "{", "3", '{"text": "b', *lines]))
     for _ in range(2):  # made, and from the cache
         documents = source_documents([str(tmp_path / "a.jsonl")], key="data.new", text_field="text")
-        corpus = build_corpus(
+        corpus = Corpus.build(
             {"new": documents},
             origin="files",
             vocab_size=300,

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tritter.data.conversations import Conversation
 from tritter.data.documents import (
     PIECE_CHARACTERS,
     Documents,
@@ -16,6 +15,7 @@ from tritter.data.documents import (
     pieces_of_chunks,
     text_key,
 )
+from tritter.data.records import Conversation
 from tritter.data.sources import source_documents
 from tritter.storage import spool
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from tritter.data.corpus import Corpus, build_corpus
+from tritter.data.corpus import Corpus
 from tritter.data.sources import source_documents
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "documents.json"
@@ -198,7 +198,7 @@ def _sides(corpus: Corpus) -> dict[str, Any]:
 
 def of_a_corpus() -> dict[str, Any]:
     paths = {"old": ["many.jsonl"], "new": ["other.jsonl", "long.txt"]}
-    made = build_corpus(
+    made = Corpus.build(
         {n: source_documents(p, key="data.new", text_field="text") for n, p in paths.items()},
         origin="files",
         vocab_size=300,

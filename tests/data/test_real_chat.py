@@ -6,11 +6,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.real import real_checkpoint
-from tritter.data.answers import TrainingCounts, endless_note, scored_text, scoring_note
+from tritter.data.answers import TrainingCounts, scored_text, scoring_note
 from tritter.data.chat import Chat, ids_of, is_unpredicted
-from tritter.data.conversations import conversation_of
 from tritter.data.documents import Documents
 from tritter.data.packing import Windows, packed
+from tritter.data.records import Conversation
 from tritter.data.sources import source_documents
 from tritter.data.tokens import PretrainedTokenizer, TokenisedDocuments
 
@@ -53,7 +53,7 @@ def test_plain_instructions_on_smollm2() -> None:
     assert {each.document for each in Windows(tokens, sequence_length=128, bounds=bounds)} == {
         *range(200)
     }
-    assert not endless_note([tokens], chat)
+    assert not chat.endless_note([tokens.tokens])
 
 
 @pytest.mark.slow
@@ -70,7 +70,7 @@ def test_calls_of_tools_on_qwen_and_smollm2() -> None:
             {"role": "ChatGPT", "content": "Noon."},
         ],
     }
-    found = conversation_of(record)
+    found = Conversation.of_record(record)
     assert found is not None
     documents = Documents.of([found])
     folder = real_checkpoint("qwen")

@@ -17,8 +17,8 @@ from tests.pipeline.tiny import TINY
 from tritter.config.launch.composition import load_config
 from tritter.core.models import load_tokenizer
 from tritter.data.chat import START, Chat, ids_of
-from tritter.data.conversations import Conversation
 from tritter.data.documents import Documents
+from tritter.data.records import Conversation
 from tritter.data.tokens import TextBounds, TokenisedDocuments
 from tritter.errors import RequestError
 from tritter.evaluation.inference import generated_tokens

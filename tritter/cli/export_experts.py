@@ -155,7 +155,7 @@ def _texts(folder: Path, *, length: int, vocab_size: int) -> dict[str, Tensor]:
     if not (folder / "tokenizer.json").is_file():
         return found
     tokenizer = PretrainedTokenizer.read(folder, vocab_size=vocab_size)
-    bounds = tokenizer.bounds
+    inner, bounds = tokenizer.tokenizer, tokenizer.bounds
     lineage = read_lineage(folder)
     if lineage is None:
         return found
@@ -165,9 +165,7 @@ def _texts(folder: Path, *, length: int, vocab_size: int) -> dict[str, Tensor]:
             first = list(islice(documents, _DOCUMENTS))
             is_chat = any(each.conversation for each in first)
             chat = corpus_chat(is_chat, recorded_chat(lineage), folder)
-            tokens = TokenisedDocuments.of(
-                first, tokenizer.tokenizer, max_tokens_per_document=length, chat=chat
-            )
+            tokens = TokenisedDocuments.of(first, inner, max_tokens_per_document=length, chat=chat)
         except TritterError:  # its data is unavailable or refused
             continue
         if tokens.num_closed_tokens(bounds) >= length:

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from tritter.data import cache
-from tritter.data.answers import endless_note, unanswered_note, unshown_note
+from tritter.data.answers import unanswered_note
 from tritter.data.built_in import Stdlib
 from tritter.data.chat import Chat
 from tritter.data.documents import Document, Documents
@@ -89,80 +89,135 @@ class Corpus:
     notes: tuple[str, ...] = ()
     chat: Chat | None = None
 
+    @classmethod
+    def build(
+        cls,
+        domains: Mapping[str, Documents],
+        *,
+        origin: str | Mapping[str, str],
+        vocab_size: int,
+        validation_fraction: float,
+        max_validation_tokens_per_document: int,
+        seed: int,
+        cache_dir: Path,
+        tokenizer: Tokenizer | None = None,
+        chat: Chat | None = None,
+        validation_bytes: Mapping[str, Tensor] | None = None,
+    ) -> "Corpus":
+        """Split documents, train a tokenizer on the training side and tokenise; or load the result.
 
-def build_corpus(
-    domains: Mapping[str, Documents],
-    *,
-    origin: str | Mapping[str, str],
-    vocab_size: int,
-    validation_fraction: float,
-    max_validation_tokens_per_document: int,
-    seed: int,
-    cache_dir: Path,
-    tokenizer: Tokenizer | None = None,
-    chat: Chat | None = None,
-    validation_bytes: Mapping[str, Tensor] | None = None,
-) -> Corpus:
-    """Split documents, train a tokenizer on the training side and tokenise; or load from the cache.
+        The cache is in `cache_dir/corpora/1/<digest>`. A damaged entry is renamed with a warning
+        and rebuilt.
 
-    The cache is in `cache_dir/corpora/1/<digest>`. A damaged entry is renamed with a warning and
-    rebuilt.
-
-    Args:
-        domains: the documents of each domain, old domains first.
-        origin: recorded origin of the documents, for all domains or per domain.
-        vocab_size: size of the byte-level vocabulary.
-        validation_fraction: share of each domain's documents used for validation.
-        max_validation_tokens_per_document: longer validation documents are truncated.
-        seed: seed of the split.
-        cache_dir: root folder of all caches.
-        tokenizer: an existing tokenizer; then none is trained and `vocab_size` is ignored.
-        chat: how to tokenise conversations, if there are any; None tokenises their plain text.
-        validation_bytes: domain → int64 [n], bytes to keep of each validation document instead of
-            `max_validation_tokens_per_document`.
-    """
-    origins = dict.fromkeys(domains, origin) if isinstance(origin, str) else origin
-    options = {
-        "origin": "; ".join(dict.fromkeys(origins[name] for name in domains)),
-        "vocab_size": vocab_size if tokenizer is None else tokenizer.get_vocab_size(),
-        "max_validation_tokens_per_document": max_validation_tokens_per_document,
-        "tokenizer_domains": list(domains),
-    }
-    sources = {
-        name: _SourceSummary(
-            name=name,
-            origin=origins[name],
-            num_documents=len(documents),
-            num_bytes=sum(len(document.text.encode()) for document in documents),
-            sha256=documents.digest(is_exact=False),
+        Args:
+            domains: the documents of each domain, old domains first.
+            origin: recorded origin of the documents, for all domains or per domain.
+            vocab_size: size of the byte-level vocabulary.
+            validation_fraction: share of each domain's documents used for validation.
+            max_validation_tokens_per_document: longer validation documents are truncated.
+            seed: seed of the split.
+            cache_dir: root folder of all caches.
+            tokenizer: an existing tokenizer; then none is trained and `vocab_size` is ignored.
+            chat: how to tokenise conversations, if there are any; None tokenises their plain text.
+            validation_bytes: domain → int64 [n], bytes to keep of each validation document instead
+                of `max_validation_tokens_per_document`.
+        """
+        origins = dict.fromkeys(domains, origin) if isinstance(origin, str) else origin
+        options = {
+            "origin": "; ".join(dict.fromkeys(origins[name] for name in domains)),
+            "vocab_size": vocab_size if tokenizer is None else tokenizer.get_vocab_size(),
+            "max_validation_tokens_per_document": max_validation_tokens_per_document,
+            "tokenizer_domains": list(domains),
+        }
+        sources = {
+            name: _SourceSummary(
+                name=name,
+                origin=origins[name],
+                num_documents=len(documents),
+                num_bytes=sum(len(document.text.encode()) for document in documents),
+                sha256=documents.digest(is_exact=False),
+            )
+            for name, documents in domains.items()
+        }
+        rule = SplitRule(seed=seed, validation_fraction=validation_fraction)
+        parted = rule.split(domains)
+        made_from = _inputs(options, sources, parted, chat) | _tokenizer_entry(tokenizer)
+        if validation_bytes is not None:
+            made_from["validation_bytes"] = _digest_of(validation_bytes)
+        digest = _digest(made_from)
+        notes = tuple(note for domain in domains.values() for note in domain.notes)
+        notes += tuple(_shared_notes(domains, parted))
+        if (cached := _load(cache_dir, digest)) is not None:
+            return _with_notes(cached, notes, domains, chat)
+        folder = _corpora(cache_dir) / digest
+        cache.require_writable(folder.parent)
+        corpus = _make(
+            parted,
+            vocab_size=vocab_size,
+            max_tokens=None if validation_bytes else max_validation_tokens_per_document,
+            sources=sources,
+            digest=digest,
+            tokenizer=tokenizer,
+            chat=chat,
+            validation_bytes=validation_bytes,
         )
-        for name, documents in domains.items()
-    }
-    rule = SplitRule(seed=seed, validation_fraction=validation_fraction)
-    parted = rule.split(domains)
-    made_from = _inputs(options, sources, parted, chat) | _tokenizer_entry(tokenizer)
-    if validation_bytes is not None:
-        made_from["validation_bytes"] = _digest_of(validation_bytes)
-    digest = _digest(made_from)
-    notes = tuple(note for domain in domains.values() for note in domain.notes)
-    notes += tuple(_shared_notes(domains, parted))
-    if (cached := _load(cache_dir, digest)) is not None:
-        return _with_notes(cached, notes, domains, chat)
-    folder = _corpora(cache_dir) / digest
-    cache.require_writable(folder.parent)
-    corpus = _make(
-        parted,
-        vocab_size=vocab_size,
-        max_tokens=None if validation_bytes else max_validation_tokens_per_document,
-        sources=sources,
-        digest=digest,
-        tokenizer=tokenizer,
-        chat=chat,
-        validation_bytes=validation_bytes,
-    )
-    _save(corpus, folder)
-    # A corpus from the cache is memory-mapped
-    return _with_notes(_load(cache_dir, digest) or corpus, notes, domains, chat)
+        _save(corpus, folder)
+        # A corpus from the cache is memory-mapped
+        return _with_notes(_load(cache_dir, digest) or corpus, notes, domains, chat)
+
+    @classmethod
+    def of_stdlib(
+        cls,
+        *,
+        vocab_size: int,
+        validation_fraction: float,
+        max_validation_tokens_per_document: int,
+        seed: int,
+        cache_dir: Path,
+        tokenizer: Tokenizer | None = None,
+        validation_bytes: Mapping[str, Tensor] | None = None,
+    ) -> "Corpus":
+        """Return the embedded corpus: domains `prose` (documentation) and `code` (sources).
+
+        A note in the cache maps these options and this Python installation to a corpus, so a second
+        run does not read the library again.
+        """
+        library = Stdlib()
+        requested = {
+            "format_version": _FORMAT_VERSION,
+            "library": library.fingerprint,
+            "vocab_size": vocab_size,
+            "validation_fraction": validation_fraction,
+            "max_validation_tokens_per_document": max_validation_tokens_per_document,
+            "seed": seed,
+            **_tokenizer_entry(tokenizer),
+        }
+        if validation_bytes is not None:
+            requested["validation_bytes"] = _digest_of(validation_bytes)
+        note = _corpora(cache_dir) / "stdlib" / _digest(requested)
+        known = ""
+        with suppress(OSError, UnicodeDecodeError):
+            known = note.read_text(encoding="utf-8").strip()
+        # The note may be damaged: use its line only if it looks like a checksum.
+        if len(known) == 64 and known.isalnum():
+            cached = _load(cache_dir, known)
+            if cached is not None:
+                return cached
+        corpus = cls.build(
+            {name: library.documents(name) for name in ("prose", "code")},
+            origin=library.origin,
+            vocab_size=vocab_size,
+            validation_fraction=validation_fraction,
+            max_validation_tokens_per_document=max_validation_tokens_per_document,
+            seed=seed,
+            cache_dir=cache_dir,
+            tokenizer=tokenizer,
+            validation_bytes=validation_bytes,
+        )
+        with cache.write_errors(note.parent):
+            note.parent.mkdir(parents=True, exist_ok=True)
+            write_text_atomic(note, corpus.digest + "\n")
+        return corpus
 
 
 def _shared_notes(domains: Mapping[str, Documents], parted: Mapping[str, Split]) -> Iterator[str]:
@@ -193,9 +248,10 @@ def _with_notes(
     if chat is None:
         return replace(corpus, notes=notes)
     count = sum(each.num_conversations() for each in documents.values())
-    found = [chat.note(count), unshown_note(chain.from_iterable(documents.values()), chat)]
+    talks = (each.conversation for each in chain.from_iterable(documents.values()))
+    found = [chat.note(count), chat.unshown_note(talks)]
     found += [unanswered_note(name, each, documents[name]) for name, each in sides.items()]
-    found.append(endless_note((train for train, _ in sides.values()), chat))
+    found.append(chat.endless_note(train.tokens for train, _ in sides.values()))
     return replace(corpus, notes=(*notes, *filter(None, found)), chat=chat)
 
 
@@ -214,59 +270,6 @@ def _inputs(
                 sides.update(f"{chat.digest}\0{side.conversations_digest()}".encode())
     plain = {name: asdict(source) for name, source in sources.items()}
     return {"options": options, "sources": plain, "sides": sides.hexdigest()}
-
-
-def stdlib_corpus(
-    *,
-    vocab_size: int,
-    validation_fraction: float,
-    max_validation_tokens_per_document: int,
-    seed: int,
-    cache_dir: Path,
-    tokenizer: Tokenizer | None = None,
-    validation_bytes: Mapping[str, Tensor] | None = None,
-) -> Corpus:
-    """Return the embedded corpus: domains `prose` (documentation) and `code` (sources).
-
-    A note in the cache maps these options and this Python installation to a corpus, so a second
-    run does not read the library again.
-    """
-    library = Stdlib()
-    requested = {
-        "format_version": _FORMAT_VERSION,
-        "library": library.fingerprint,
-        "vocab_size": vocab_size,
-        "validation_fraction": validation_fraction,
-        "max_validation_tokens_per_document": max_validation_tokens_per_document,
-        "seed": seed,
-        **_tokenizer_entry(tokenizer),
-    }
-    if validation_bytes is not None:
-        requested["validation_bytes"] = _digest_of(validation_bytes)
-    note = _corpora(cache_dir) / "stdlib" / _digest(requested)
-    known = ""
-    with suppress(OSError, UnicodeDecodeError):
-        known = note.read_text(encoding="utf-8").strip()
-    # The note may be damaged: use its line only if it looks like a checksum.
-    if len(known) == 64 and known.isalnum():
-        cached = _load(cache_dir, known)
-        if cached is not None:
-            return cached
-    corpus = build_corpus(
-        {name: library.documents(name) for name in ("prose", "code")},
-        origin=library.origin,
-        vocab_size=vocab_size,
-        validation_fraction=validation_fraction,
-        max_validation_tokens_per_document=max_validation_tokens_per_document,
-        seed=seed,
-        cache_dir=cache_dir,
-        tokenizer=tokenizer,
-        validation_bytes=validation_bytes,
-    )
-    with cache.write_errors(note.parent):
-        note.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(note, corpus.digest + "\n")
-    return corpus
 
 
 def _corpora(cache_dir: Path) -> Path:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
-from tritter.data.conversations import PART_BREAK, WrongRecordError
-from tritter.data.records import DEFAULT_FIELD, text_of
+from tritter.data.records import DEFAULT_FIELD, PART_BREAK, WrongRecordError, text_of
 from tritter.errors import Problem, RequestError, TritterError, nearest
 from tritter.seeds import derived_seed
 

@@ -20,9 +20,17 @@ from pathlib import Path
 from threading import RLock
 from typing import Any, ClassVar
 
-from tritter.data.conversations import OF_RECORDS, TURNS, WrongRecordError, conversation_fields
 from tritter.data.local_files import Reading, TextFileError, check_sizes, separator_problem
-from tritter.data.records import DEFAULT_FIELD, Text, shown, text_of
+from tritter.data.records import (
+    DEFAULT_FIELD,
+    OF_RECORDS,
+    TURNS,
+    Text,
+    WrongRecordError,
+    conversation_fields,
+    shown,
+    text_of,
+)
 from tritter.errors import RequestError, TritterError, did_you_mean, nearest, refused
 from tritter.storage.hashing import file_digest
 from tritter.storage.hub import quiet_hub

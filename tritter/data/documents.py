@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, overload
 
-from tritter.data.conversations import REASONING, Conversation
-from tritter.data.records import Text
+from tritter.data.records import REASONING, Conversation, Text
 from tritter.storage.spool import Spool
 
 if TYPE_CHECKING:

@@ -13,8 +13,7 @@ from hashlib import sha256
 from itertools import count
 from typing import Any, ClassVar, TypeVar
 
-from tritter.data.conversations import Conversation
-from tritter.data.records import Text
+from tritter.data.records import Conversation, Text
 from tritter.errors import nearest, refused
 
 _Item = TypeVar("_Item")

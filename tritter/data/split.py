@@ -13,9 +13,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tritter.data.conversations import NO_ANSWERS, Conversation
 from tritter.data.documents import PIECE_CHARACTERS, Documents, text_key
-from tritter.data.records import Text
+from tritter.data.records import NO_ANSWERS, Conversation, Text
 from tritter.errors import RequestError
 from tritter.storage.records import Seed, record
 

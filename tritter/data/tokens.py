@@ -11,7 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
-from tritter.data.chat import ANSWER, CONTEXT, START, Chat, ids_of, is_unpredicted, marked_answers
+from tritter.data.chat import ANSWER, CONTEXT, START, Chat, ids_of, is_unpredicted
 from tritter.data.documents import Document
 from tritter.errors import RequestError, TritterError, panics_as_errors, refused
 from tritter.storage.reading import read_object, require_file
@@ -534,7 +534,7 @@ def _encoded(
             yield _truncated(document.text, next(encodings), limit)
             continue
         if chat.tokenizer is None:
-            marked = marked_answers(next(encodings), conversation.answer_spans)
+            marked = _marked_answers(next(encodings), conversation.answer_spans)
         else:
             marked = chat.render(conversation, name)
         size = chat.answer_bytes(conversation)
@@ -543,6 +543,24 @@ def _encoded(
             kept = ids_of(marked[~is_unpredicted(marked)]).tolist()
             size = min(size, len(tokenizer.decode(kept).encode()))
         yield _Encoded(marked, size, is_cut)
+
+
+def _marked_answers(encoding: Any, spans: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Return the tokens of a plain text, of which those of the answers are predicted, int32 [T].
+
+    Args:
+        encoding: a `tokenizers.Encoding` of the text, with offsets.
+        spans: start and end of each answer, in characters.
+    """
+    import numpy as np
+
+    offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+    is_answer = np.zeros(len(offsets), dtype=bool)
+    for start, end in spans:
+        # A token with the space before an answer belongs to the answer
+        is_answer |= (offsets[:, 1] > start) & (offsets[:, 0] < end)
+    ids = np.asarray(encoding.ids, dtype=np.int32)
+    return ids | np.where(is_answer, ANSWER, CONTEXT).astype(np.int32)
 
 
 def _truncated(text: str, encoding: Any, limit: int | None) -> _Encoded:

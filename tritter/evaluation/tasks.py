@@ -19,8 +19,8 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from tritter.data.chat import Chat, ids_of, is_unpredicted
-from tritter.data.conversations import PART_BREAK, Conversation
 from tritter.data.packing import IGNORED, reading_whole
+from tritter.data.records import PART_BREAK, Conversation
 from tritter.data.skills import Question
 from tritter.data.tokens import TextBounds
 from tritter.errors import TritterError

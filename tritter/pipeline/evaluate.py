@@ -10,7 +10,7 @@ from tritter.checkpoints import Lineage
 from tritter.checkpoints.run_text import recorded_chat, run_text
 from tritter.config.validation import cache_folder
 from tritter.data.answers import scoring_note, unanswered_note
-from tritter.data.corpus import build_corpus
+from tritter.data.corpus import Corpus
 from tritter.data.documents import PIECE_CHARACTERS
 from tritter.data.options import TextDataConfig
 from tritter.data.records import DEFAULT_FIELD
@@ -119,7 +119,7 @@ class DomainsToScore:
             )
         found = all_documents(text.domains)
         is_chat = any(each.num_conversations() for each in found.values())
-        corpus = build_corpus(
+        corpus = Corpus.build(
             found,
             origin="the domains in the lineage",
             vocab_size=tokenizer.tokenizer.get_vocab_size(),

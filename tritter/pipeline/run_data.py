@@ -20,23 +20,15 @@ from tritter.core.families import Model
 from tritter.core.models import load_tokenizer
 from tritter.data.batches import BatchStream, Sequences, SequenceStream, sample_equally
 from tritter.data.built_in import built_in_origin, is_built_in, questions_of
-from tritter.data.chat import (
-    LOSS_KEY,
-    NONE,
-    TEMPLATE_KEY,
-    Chat,
-    ChatChoice,
-    chat_of,
-    is_unpredicted,
-)
-from tritter.data.conversations import NO_ANSWERS
-from tritter.data.corpus import Corpus, build_corpus, stdlib_corpus
+from tritter.data.chat import NONE, Chat, ChatChoice, is_unpredicted
+from tritter.data.corpus import Corpus
 from tritter.data.datamodule import ValidationSubset
 from tritter.data.datasets import DatasetName, dataset_names, stream_identity
 from tritter.data.documents import Documents
 from tritter.data.local_files import TextFileError
 from tritter.data.options import NamedTextConfig
 from tritter.data.packing import DocumentMask, MarkedText, Packing, num_packed, packed
+from tritter.data.records import NO_ANSWERS
 from tritter.data.replay import ReplayBuffer
 from tritter.data.stream import SequenceOptions, StreamedSequences
 from tritter.data.tokens import (
@@ -209,13 +201,13 @@ class RunData:
         domains = self.text.domains
         # Only the embedded corpus has an index in the cache
         if [(domain.name, domain.paths) for domain in domains] == _STDLIB_DOMAINS:
-            return stdlib_corpus(**settings)
+            return Corpus.of_stdlib(**settings)
         origin = {domain.name: _origin(domain, config) for domain in domains}
         documents = all_documents(domains)
         folder = None if self.initial_checkpoint is None else self.initial_checkpoint.folder
         is_chat = any(each.num_conversations() for each in documents.values())
         chat = corpus_chat(is_chat, self.chat_choice, folder)
-        corpus = build_corpus(documents, origin=origin, chat=chat, **settings)
+        corpus = Corpus.build(documents, origin=origin, chat=chat, **settings)
         for domain in domains:
             found = corpus.domains[domain.name]
             for side in (found.train, found.validation):
@@ -548,14 +540,8 @@ def corpus_chat(is_chat: bool, data: ChatChoice, folder: Path | None) -> Chat | 
         folder: the checkpoint with the tokenizer; None for a new base model.
     """
     if is_chat:
-        return chat_of(data, tokenizer=None if folder is None else load_tokenizer(folder))
-    for key, value, is_used in (
-        (TEMPLATE_KEY, data.chat_template, data.chat_template not in (None, NONE)),
-        (LOSS_KEY, data.loss_on, data.loss_on == "answers"),
-    ):
-        if is_used:
-            reason = "the data has no conversations; remove the key"
-            raise RequestError(Problem(key, value, reason=reason))
+        return Chat.of(data, tokenizer=None if folder is None else load_tokenizer(folder))
+    data.check_unused()
     return None
 
 
