@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tritter.core.models import load_model  # noqa: E402
-from tritter.data.sources import source_documents  # noqa: E402
+from tritter.data.sources import TextRequest  # noqa: E402
 from tritter.methods.experts.adapters import AdapterShape  # noqa: E402
 from tritter.methods.experts.mixture import ExpertMixture  # noqa: E402
 
@@ -42,7 +42,7 @@ def sequences(checkpoint: Path) -> Sequences:
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     found = {}
     for domain in ("prose", "code"):
-        documents = source_documents([f"stdlib:{domain}"], key=domain, text_field="text")
+        documents = TextRequest([f"stdlib:{domain}"], key=domain, text_field="text").documents()
         texts = sorted(document.text for document in documents)
         random.Random(0).shuffle(texts)
         ids: list[list[int]] = []

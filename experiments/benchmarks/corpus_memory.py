@@ -26,7 +26,7 @@ if __name__ == "__main__":
 from experiments.benchmarks.table import tell  # noqa: E402
 from tritter.data.batches import SequenceStream  # noqa: E402
 from tritter.data.corpus import Corpus  # noqa: E402
-from tritter.data.sources import source_documents  # noqa: E402
+from tritter.data.sources import TextRequest  # noqa: E402
 from tritter.data.tokens import TextBounds  # noqa: E402
 
 MEGABYTE = 2**20
@@ -69,7 +69,7 @@ def measure(path: Path) -> Row:
     """Make a corpus of one text in this process."""
     with _Peak() as peak:
         since = time.perf_counter()
-        documents = source_documents([str(path)], key="text", text_field="text")
+        documents = TextRequest([str(path)], key="text", text_field="text").documents()
         read = peak.mb
         corpus = Corpus.build(
             {"text": documents},

@@ -9,7 +9,7 @@ from tritter.data.batches import SequenceStream
 from tritter.data.built_in import Stdlib
 from tritter.data.corpus import Corpus
 from tritter.data.documents import Documents, text_key
-from tritter.data.sources import source_documents
+from tritter.data.sources import TextRequest
 from tritter.data.split import SplitRule
 from tritter.data.tokens import TextBounds, concatenate
 from tritter.errors import RequestError
@@ -286,7 +286,9 @@ def test_what_was_skipped_is_told_each_time(tmp_path):
     lines = [f'{{"text": "a story of {number} words"}}' for number in range(40)]
     (tmp_path / "a.jsonl").write_text("\n".join([*lines, "{", "3", '{"text": "b', *lines]))
     for _ in range(2):  # made, and from the cache
-        documents = source_documents([str(tmp_path / "a.jsonl")], key="data.new", text_field="text")
+        documents = TextRequest(
+            [str(tmp_path / "a.jsonl")], key="data.new", text_field="text"
+        ).documents()
         corpus = Corpus.build(
             {"new": documents},
             origin="files",

@@ -16,7 +16,7 @@ from tritter.data.documents import (
     text_key,
 )
 from tritter.data.records import Conversation
-from tritter.data.sources import source_documents
+from tritter.data.sources import TextRequest
 from tritter.storage import spool
 
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=30)
@@ -64,13 +64,13 @@ def test_pieces_fill_long_windows(tmp_path, name):
     text, size = long_text(600_000), 60_000
     content = json.dumps({"text": text}) if name == "rows.jsonl" else text
     (tmp_path / name).write_text(content, "utf-8")
-    found = source_documents(
+    found = TextRequest(
         [] if name == "data" else [str(tmp_path / name)],
         key="data.new",
         text_field="text",
         texts=(lambda: [text]) if name == "data" else None,
         piece_characters=size,
-    )
+    ).documents()
     *whole, last = map(str, pieces(text, size))
     assert {document.text for document in found} == {*whole, last}
     assert len(whole) > 3 and all(size <= len(each) <= 2 * size for each in whole)
@@ -96,7 +96,7 @@ def test_line_ends_and_blanks_around_a_text_stay(tmp_path):
     (tmp_path / "code.txt").write_bytes(b"\xef\xbb\xbf" + code)
     (tmp_path / "long.md").write_bytes(b"\n# A\r\n\r\nword \r\n\n" * 9_000)
     (tmp_path / "rows.jsonl").write_text('{"text": "  a record\\r\\n"}\n')
-    found = source_documents([str(tmp_path)], key="data.new", text_field="text")
+    found = TextRequest([str(tmp_path)], key="data.new", text_field="text").documents()
     texts = {document.text for document in found}
     assert {code.decode(), "  a record\r\n"} < texts and len(texts) > 4
     whole = (tmp_path / "long.md").read_bytes().decode()
@@ -113,7 +113,7 @@ def test_empty_documents_and_duplicates_are_counted(tmp_path):
     (tmp_path / "blank.md").write_text(" \n")
     rows = ['{"text": "a row"}'] * 3 + ['{"text": ""}', '"another"', '"a  row\\n"']
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    found = source_documents([str(tmp_path)], key="data.new", text_field="text")
+    found = TextRequest([str(tmp_path)], key="data.new", text_field="text").documents()
     assert found.notes == ("data.new: dropped of 8 documents: 3 empty and 3 duplicate.",)
     assert [document.text for document in found] == ["a  row\n", "another"]
 

@@ -21,7 +21,7 @@ import pytest
 from pyarrow import parquet
 
 from tritter.data.corpus import Corpus
-from tritter.data.sources import source_documents
+from tritter.data.sources import TextRequest
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "documents.json"
 PYTHON = f"stdlib of Python {platform.python_version()}"
@@ -157,7 +157,7 @@ _OF_DATASETS = (
 
 
 def _digest(*paths: str, field: str = "text") -> str:
-    return source_documents(paths, key="data.new", text_field=field).digest()
+    return TextRequest(paths, key="data.new", text_field=field).documents().digest()
 
 
 def of_files() -> Digests:
@@ -199,7 +199,10 @@ def _sides(corpus: Corpus) -> dict[str, Any]:
 def of_a_corpus() -> dict[str, Any]:
     paths = {"old": ["many.jsonl"], "new": ["other.jsonl", "long.txt"]}
     made = Corpus.build(
-        {n: source_documents(p, key="data.new", text_field="text") for n, p in paths.items()},
+        {
+            n: TextRequest(p, key="data.new", text_field="text").documents()
+            for n, p in paths.items()
+        },
         origin="files",
         vocab_size=300,
         validation_fraction=0.25,

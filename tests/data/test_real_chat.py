@@ -11,7 +11,7 @@ from tritter.data.chat import Chat, ids_of, is_unpredicted
 from tritter.data.documents import Documents
 from tritter.data.packing import Windows, packed
 from tritter.data.records import Conversation
-from tritter.data.sources import source_documents
+from tritter.data.sources import TextRequest
 from tritter.data.tokens import PretrainedTokenizer, TokenisedDocuments
 
 DATA = Path(__file__).resolve().parents[3] / "shared/data/instruct/dolly_hhrlhf_1k.jsonl"
@@ -27,7 +27,7 @@ def test_plain_instructions_on_smollm2() -> None:
         AutoTokenizer.from_pretrained(folder),
         PretrainedTokenizer.read(folder, vocab_size=49_152),
     )
-    documents = source_documents([str(DATA)], key="data.new", text_field="text")[:200]
+    documents = TextRequest([str(DATA)], key="data.new", text_field="text").documents()[:200]
     chat, bounds = Chat(own), inner.bounds
     tokens = TokenisedDocuments.of(documents, inner.tokenizer, chat=chat)
     counts = TrainingCounts.of(tokens, sequence_length=128, bounds=bounds)

@@ -11,7 +11,7 @@ import pytest
 
 from tritter.data.built_in import built_in_documents, built_in_origin, questions_of
 from tritter.data.skills import SKILLS, Question, Skill, SkillText
-from tritter.data.sources import source_documents
+from tritter.data.sources import TextRequest
 from tritter.errors import RequestError
 
 NUMBER = 400
@@ -202,7 +202,7 @@ def test_exercises_as_conversations(skill: Skill) -> None:
     assert str(SkillText.named("data", name)) == name
     assert SkillText.named("data", f"skills:{skill.name}:chat") == SkillText(skill, is_chat=True)
     texts = set(skill.texts(20))
-    for document in source_documents([name], key="data.new", text_field="text"):
+    for document in TextRequest([name], key="data.new", text_field="text").documents():
         assert document.conversation is not None
         user, assistant = document.conversation.messages
         assert (user["role"], assistant["role"]) == ("user", "assistant")

@@ -20,7 +20,7 @@ from tritter.data.documents import text_key
 from tritter.data.local_files import Reading, TextFileError
 from tritter.data.packing import Packing, packed
 from tritter.data.replay import ReplayBuffer
-from tritter.data.sources import recorded_paths, source_documents
+from tritter.data.sources import TextRequest
 from tritter.data.split import SplitRule
 from tritter.data.stream import SequenceOptions, StreamedSequences
 from tritter.data.tokens import TextBounds, TokenisedDocuments, parsed_tokenizer
@@ -157,11 +157,11 @@ def test_statistics_read_the_first_rows_only(tmp_path: Path) -> None:
     rows = (json.dumps({"text": f"row {n}"}) for n in range(DatasetName.HEAD_ROWS + 50))
     (tmp_path / "long.jsonl").write_text("\n".join(rows))
     name = f"hf:{tmp_path}/long.jsonl"
-    head = source_documents([name], key="data.new", text_field="text", is_head=True)
+    head = TextRequest([name], key="data.new", text_field="text", is_head=True).documents()
     assert len(head) == DatasetName.HEAD_ROWS
-    (recorded,) = recorded_paths([name], key="data.new", is_head=True)
+    (recorded,) = TextRequest([name], key="data.new", is_head=True).recorded_paths
     assert recorded == f"{name}:train[:{DatasetName.HEAD_ROWS}]#text"
-    again = source_documents([recorded], key="data.new", text_field="text")
+    again = TextRequest([recorded], key="data.new", text_field="text").documents()
     assert list(again.keys()) == list(head.keys())
 
 

@@ -109,16 +109,16 @@ class LearnedDomain:
         self, split: SplitRule | None, *, key: str, is_streamed: bool = False
     ) -> Documents:
         """Read the documents again, cut as the split of the lineage does."""
-        from tritter.data.sources import source_documents
+        from tritter.data.sources import TextRequest
 
-        return source_documents(
+        return TextRequest(
             self.paths,
             key=key,
             text_field=self.text_field,
             is_streamed=is_streamed,
             is_recorded=True,
             piece_characters=PIECE_CHARACTERS if split is None else split.piece_characters,
-        )
+        ).documents()
 
     def problem(self, split: SplitRule, *, is_streamed: bool = False) -> str | None:
         """Return the reason why the documents are unavailable or changed, or None."""

@@ -70,7 +70,6 @@ def check_domain(
     is_measured: bool | None,
 ) -> None:
     """Check a request to train experts on a domain. Writes nothing."""
-    from tritter.data.records import DEFAULT_FIELD
     from tritter.data.sources import TextRequest, check_contents
 
     if text is None:
@@ -92,7 +91,7 @@ def check_domain(
                 "model in float32; `tritter export` converts it."
             )
     check_contents(
-        TextRequest(key, tuple(paths), DEFAULT_FIELD)
+        TextRequest(tuple(paths), key=key)
         for key, sources in (("--domain-data", text.new), ("--old-data", text.old))
         for paths in sources.values()
     )

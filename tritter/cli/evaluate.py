@@ -211,13 +211,13 @@ def _result_file(
     output: Path | None, inputs: Sequence[Path], data: Mapping[str, list[str]], *, overwrite: bool
 ) -> ReportFile | None:
     from tritter.cli.report_file import ReportFile
-    from tritter.data.sources import find_texts
+    from tritter.data.sources import FoundTexts
 
     if output is None:
         return None
     words = [word for each in data.values() for word in each]
     typed = (named_path(word, key="--data") for word in words)
-    sources = (*inputs, *typed, *find_texts("--data", words).files)
+    sources = (*inputs, *typed, *FoundTexts.of("--data", words).files)
     return ReportFile(output, "json", overwrite=overwrite, sources=sources)
 
 
@@ -227,7 +227,7 @@ def _domain_paths(arguments: Iterable[str]) -> dict[str, list[str]]:
     A plain path is a domain named after it.
     """
     from tritter.data.options import named_after, unused_name
-    from tritter.data.sources import find_texts
+    from tritter.data.sources import FoundTexts
 
     sources: dict[str, list[str]] = {}
     for argument in arguments:
@@ -239,7 +239,7 @@ def _domain_paths(arguments: Iterable[str]) -> dict[str, list[str]]:
                 f"--data = {argument}: use PATH or NAME=PATH, where NAME has letters, digits, - "
                 "and _."
             )
-        find_texts(f"--data {name}", [path])
+        FoundTexts.of(f"--data {name}", [path])
         sources.setdefault(name, []).append(path)
     return sources
 

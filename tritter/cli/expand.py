@@ -370,7 +370,7 @@ def _with_tokens(job: _Job, sources: TextSources) -> _Job:
     """Return the job with new tokens, from documents that no lineage holds out for validation."""
     from tritter.checkpoints.run_text import DEFAULT_FRACTION
     from tritter.core.expansions import Vocab, vocab_place
-    from tritter.data.sources import noted_documents
+    from tritter.data.sources import TextRequest
     from tritter.data.split import SplitRule
     from tritter.transform.vocabulary import learned
 
@@ -382,7 +382,7 @@ def _with_tokens(job: _Job, sources: TextSources) -> _Job:
     with status("learning tokens"):
         size = rule.piece_characters
         read = {
-            name: noted_documents(each, key="--domain-data", piece_characters=size)
+            name: TextRequest(each, key="--domain-data", piece_characters=size).noted_documents()
             for name, each in sources.items()
         }
         specs[place] = learned(spec, job.source, rule.training_texts(read, read))

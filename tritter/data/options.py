@@ -18,7 +18,7 @@ from tritter.data.documents import PIECE_CHARACTERS
 from tritter.data.local_files import has_records
 from tritter.data.records import DEFAULT_FIELD
 from tritter.data.skills import SKILLS, SkillText
-from tritter.data.sources import TextRequest, find_texts
+from tritter.data.sources import FoundTexts, TextRequest
 from tritter.errors import Problem, RequestError, key_name, nearest, refused
 from tritter.limits import MAX_BATCH_TOKENS, MAX_COUNT
 from tritter.options import Count, RunRequest, Text, options
@@ -168,7 +168,9 @@ class NamedTextConfig(DataConfig):
     @property
     def text_requests(self) -> tuple[TextRequest, ...]:
         return tuple(
-            TextRequest(key_name(self.domain_key(name)), tuple(paths), self.record_field)
+            TextRequest(
+                tuple(paths), key=key_name(self.domain_key(name)), text_field=self.record_field
+            )
             for sources in (self.old_sources, self.new_sources)  # these include all tasks
             for name, paths in sources.items()
         )
@@ -321,7 +323,7 @@ def _text_location(key: str, path: str) -> str:
         resolved = str(named.parent.resolve() / named.name if is_name else named.resolve())
     except (OSError, ValueError, RuntimeError) as error:
         raise refused(key, path, f"this is not a valid path ({error})") from error
-    find_texts(key, [resolved])
+    FoundTexts.of(key, [resolved])
     return resolved
 
 
@@ -500,7 +502,7 @@ def _reading_problems(config: RunRequest) -> Iterator[Problem]:
     """Yield options of reading that no file or data set of the run needs."""
     data, unused = config.data, dict[str, tuple[object, str]]()
     if data.record_field != DEFAULT_FIELD:
-        found = (find_texts(each.key, each.paths).files for each in data.text_requests)
+        found = (FoundTexts.of(each.key, each.paths).files for each in data.text_requests)
         if not any(map(has_records, chain.from_iterable(found))):
             unused["text_field"] = (data.record_field, "no file of the run has records")
     if isinstance(data, DatasetsConfig):

@@ -14,7 +14,7 @@ from tritter.data.corpus import Corpus
 from tritter.data.documents import PIECE_CHARACTERS
 from tritter.data.options import TextDataConfig
 from tritter.data.records import DEFAULT_FIELD
-from tritter.data.sources import find_texts, source_documents
+from tritter.data.sources import FoundTexts, TextRequest
 from tritter.data.tokens import PretrainedTokenizer, TokenisedDocuments, unencoded_note
 from tritter.errors import RequestError
 from tritter.evaluation.statistics import PairedScores
@@ -55,9 +55,9 @@ class DomainsToScore:
         """
         size = lineage.split.piece_characters if lineage and lineage.split else PIECE_CHARACTERS
         found = {
-            name: source_documents(
+            name: TextRequest(
                 paths, key=f"--data {name}", text_field=text_field, piece_characters=size
-            )
+            ).documents()
             for name, paths in sources.items()
         }
         count = sum(each.num_conversations() for each in found.values())
@@ -71,7 +71,7 @@ class DomainsToScore:
             )
             for name, domain_documents in found.items()
         }
-        files = (find_texts(f"--data {n}", paths).note(n) for n, paths in sources.items())
+        files = (FoundTexts.of(f"--data {n}", paths).note(n) for n, paths in sources.items())
         notes = list(filter(None, files))
         notes += [note for texts in found.values() for note in texts.notes]
         for n, each in documents.items():

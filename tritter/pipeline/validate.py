@@ -19,7 +19,7 @@ from tritter.core.models import load_model, read_model
 from tritter.data.chat import ChatChoice, ids_of
 from tritter.data.documents import PIECE_CHARACTERS, Document
 from tritter.data.options import TextSources
-from tritter.data.sources import noted_documents
+from tritter.data.sources import TextRequest
 from tritter.data.tokens import PretrainedTokenizer, TokenisedDocuments
 from tritter.errors import Problem, RequestError
 from tritter.evaluation.gate import (
@@ -93,7 +93,9 @@ def _read(
     if named is not None:
         size = result.split.piece_characters if result and result.split else PIECE_CHARACTERS
         whole = {
-            name: noted_documents(paths, key=f"{option} {name}", piece_characters=size)
+            name: TextRequest(
+                paths, key=f"{option} {name}", piece_characters=size
+            ).noted_documents()
             for name, paths in named.items()
         }
         found = _Domains(whole, f"{option} contains no documents")

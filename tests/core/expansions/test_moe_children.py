@@ -25,7 +25,7 @@ from tritter.core.families import Model, forward_flops
 from tritter.core.models import load_model, read_model
 from tritter.core.parameter_map import rounded_weight
 from tritter.core.stock_routers import RouterControl
-from tritter.data.sources import source_documents
+from tritter.data.sources import TextRequest
 from tritter.data.split import SplitRule
 from tritter.errors import RequestError
 from tritter.transform import DiskNeeds, expand, plan_expansion
@@ -55,7 +55,7 @@ def learned(place: Path, name: str, file: str, words: str) -> None:
     lines = (" ".join(words[n % len(words) :: 1 + n % 3]) for n in range(40))
     path = place / file
     path.write_text("\n".join(f'{{"text": "{n} {line}"}}' for n, line in enumerate(lines)))
-    documents = source_documents((str(path),), key="data", text_field="text")
+    documents = TextRequest((str(path),), key="data", text_field="text").documents()
     domain = LearnedDomain(paths=(str(path),), sha256=documents.digest())
     rule = SplitRule(seed=0, validation_fraction=0.1)
     seed = sum(map(ord, name))

@@ -23,7 +23,7 @@ from tritter.core.families import LogicalTensor
 from tritter.core.models import model_of
 from tritter.core.stock_routers import AddedExperts, RouterControl
 from tritter.data.packing import MarkedText
-from tritter.data.sources import noted_documents
+from tritter.data.sources import TextRequest
 from tritter.data.tokens import TextBounds, TokenisedDocuments, parsed_tokenizer
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.inference import device_of, preserve_modes
@@ -396,7 +396,7 @@ class ProgressiveMoE:
                 "ProgressiveMoE(tokenizer)."
             )
         path = str(Path(path).expanduser().resolve())
-        documents = noted_documents([path], key="domain_data_path")
+        documents = TextRequest([path], key="domain_data_path").noted_documents()
         limit = model_of(model).position_limit
         sequences = TokenisedDocuments.of(documents, self.tokenizer).pack(
             sequence_length=min(_MAX_SEQUENCE_LENGTH, limit or _MAX_SEQUENCE_LENGTH),
