@@ -22,7 +22,7 @@ from tritter.data.packing import Packing, packed
 from tritter.data.replay import ReplayBuffer
 from tritter.data.sources import TextRequest
 from tritter.data.split import SplitRule
-from tritter.data.stream import SequenceOptions, StreamedSequences
+from tritter.data.stream import StreamedSequences
 from tritter.data.tokens import TextBounds, TokenisedDocuments, parsed_tokenizer
 
 LENGTH, END = 16, 0
@@ -52,18 +52,18 @@ def streamed(
     seed: int = 0,
     buffer_sequences: int = 64,
 ) -> StreamedSequences:
-    options = SequenceOptions(
-        rule=RULE,
-        tokenizer=parsed_tokenizer(tokenizer.to_str()),
-        chat=None,
-        packing=packing,
-        sequence_length=LENGTH,
-        bounds=TextBounds(END),
-    )
+    options = {
+        "rule": RULE,
+        "tokenizer": parsed_tokenizer(tokenizer.to_str()),
+        "chat": None,
+        "packing": packing,
+        "sequence_length": LENGTH,
+        "bounds": TextBounds(END),
+    }
     return StreamedSequences(
         [DatasetName.named("data.new", str(name)) for name in names],
         key="data.new",
-        options=options,
+        **options,
         seed=seed,
         buffer_sequences=buffer_sequences,
     )
@@ -177,16 +177,16 @@ def test_conversations_that_are_refused_cut_or_unanswered_are_counted(
     rows = [json.dumps({"messages": each}) for each in talks]
     (tmp_path / "talks.jsonl").write_text("\n".join(rows))
     stock = fixtures.tokenizer(fixtures.INSTRUCT)  # refuses a system message
-    options = SequenceOptions(
-        rule=SplitRule(seed=3, validation_fraction=1e-9),
-        tokenizer=stock.backend_tokenizer,
-        chat=Chat(stock),
-        packing="documents",
-        sequence_length=64,
-        bounds=TextBounds(END),
-    )
+    options = {
+        "rule": SplitRule(seed=3, validation_fraction=1e-9),
+        "tokenizer": stock.backend_tokenizer,
+        "chat": Chat(stock),
+        "packing": "documents",
+        "sequence_length": 64,
+        "bounds": TextBounds(END),
+    }
     source = DatasetName.named("data.new", str(tmp_path / "talks.jsonl"))
-    sequences = StreamedSequences([source], key="data.new", options=options, seed=0)
+    sequences = StreamedSequences([source], key="data.new", **options, seed=0)
     found = sequences.next_sequences(30)
     assert (found >= ANSWER).any()
     skipped, cut, unanswered = sequences.notes
@@ -199,15 +199,17 @@ def test_texts_are_cut_as_the_lineage_does(tokenizer: Tokenizer) -> None:
     book = "\n\n".join(f"{number} " + "word " * 80 for number in range(170))
     for size, count in (20_000, 3), (40_000, 1):
         rule = SplitRule(seed=3, validation_fraction=1e-9, piece_characters=size)
-        options = SequenceOptions(
-            rule=rule,
-            tokenizer=tokenizer,
-            chat=None,
-            packing="documents",
-            sequence_length=LENGTH,
-            bounds=TextBounds(END),
+        options = {
+            "rule": rule,
+            "tokenizer": tokenizer,
+            "chat": None,
+            "packing": "documents",
+            "sequence_length": LENGTH,
+            "bounds": TextBounds(END),
+        }
+        tokens = StreamedSequences([], key="data.new", seed=0, **options)._tokenised(
+            [book], stream._LeftOut("data.new")
         )
-        tokens = stream._tokenised([book], options, stream._LeftOut("data.new"))
         assert len(tokens.identifiers) == count
 
 

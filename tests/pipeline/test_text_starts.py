@@ -35,7 +35,7 @@ from tritter.data.mixed_rows import _FIELDS, PackedText
 from tritter.data.packing import IGNORED, DocumentMask, MarkedText, packed
 from tritter.data.skills import Question
 from tritter.data.split import SplitRule
-from tritter.data.stream import SequenceOptions, StreamedSequences
+from tritter.data.stream import StreamedSequences
 from tritter.data.tokens import TextBounds, parsed_tokenizer
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.statistics import PairedScores, relative_forgetting
@@ -116,13 +116,13 @@ def test_questions_are_read_after_the_start() -> None:
 @pytest.mark.parametrize("packing", ["stream", "documents"])
 def test_a_stream_of_data_has_the_same_sequences(tmp_path: Path, packing: Any) -> None:
     (tmp_path / "all.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in WORDS))
-    options = SequenceOptions(
-        rule=SplitRule(seed=0, validation_fraction=0.2), chat=None, packing=packing,
-        tokenizer=parsed_tokenizer(TOKENIZER.to_str()),
-        sequence_length=16, bounds=BOUNDS,
-    )  # fmt: skip
+    options = {
+        "rule": SplitRule(seed=0, validation_fraction=0.2), "chat": None, "packing": packing,
+        "tokenizer": parsed_tokenizer(TOKENIZER.to_str()),
+        "sequence_length": 16, "bounds": BOUNDS,
+    }  # fmt: skip
     sources = [DatasetName.named("data.new", str(tmp_path / "all.jsonl"))]
-    stream = StreamedSequences(sources, key="data.new", options=options, seed=0)
+    stream = StreamedSequences(sources, key="data.new", **options, seed=0)
     rows = stream.next_sequences(20)
     assert rows.shape == (20, 16) and (rows[:, :2] >= START).any(dim=1).all()
 

@@ -23,7 +23,7 @@ from tritter.data.built_in import Stdlib
 from tritter.data.chat import Chat
 from tritter.data.documents import Document, Documents
 from tritter.data.split import Split, SplitRule
-from tritter.data.tokens import Names, TokenisedDocuments, train_tokenizer, unencoded_note
+from tritter.data.tokens import TokenisedDocuments, train_tokenizer, unencoded_note
 from tritter.errors import TritterError
 from tritter.storage.atomic import atomic_folder, write_text_atomic
 from tritter.storage.hashing import file_digest
@@ -33,7 +33,6 @@ from tritter.storage.spool import is_large, mapped, tensor_of
 _FORMAT_VERSION = 2  # 1 dropped blanks around documents
 _LAYOUT = "1"  # of the cache; folders with other names predate the release
 _SIDES = ("train", "validation")
-_PARTS = ("tokens", "offsets", "num_bytes")
 _TENSORS, _METADATA, _TOKENIZER = "tokens.safetensors", "corpus.json", "tokenizer.json"
 _FILES = (_TENSORS, _METADATA, _TOKENIZER)
 _CHECKSUMS = "checksums.json"
@@ -345,11 +344,9 @@ def _load(cache_dir: Path, digest: str) -> Corpus | None:
             former = range(metadata.get("cut", {}).get(name, 0))
             sides, cut = {}, tuple(metadata.get("cut_documents", {}).get(name, former))
             for side in _SIDES:
-                parts = (*_PARTS, "names", "name_ends")
-                own = {part: tensors[f"{name}.{side}.{part}"] for part in parts}
-                identifiers = Names(own.pop("names"), own.pop("name_ends"))
-                own_cut = cut if side == "validation" else ()
-                sides[side] = TokenisedDocuments(**own, identifiers=identifiers, cut=own_cut)
+                prefix, own_cut = f"{name}.{side}.", cut if side == "validation" else ()
+                own = {n.removeprefix(prefix): tensors[n] for n in tensors if n.startswith(prefix)}
+                sides[side] = TokenisedDocuments.of_tensors(own, cut=own_cut)
             domains[name] = Domain(
                 name=name, **sides, held_out_before=int(counts["held_out_before"])
             )
@@ -391,11 +388,8 @@ def _save(corpus: Corpus, folder: Path) -> None:
     for name, domain in corpus.domains.items():
         for side in _SIDES:
             documents: TokenisedDocuments = getattr(domain, side)
-            for part in _PARTS:
-                tensors[f"{name}.{side}.{part}"] = getattr(documents, part)
-            names = documents.identifiers
-            assert isinstance(names, Names)  # set by `TokenisedDocuments.of`
-            tensors |= {f"{name}.{side}.names": names.text, f"{name}.{side}.name_ends": names.ends}
+            parts = documents.to_tensors().items()
+            tensors |= {f"{name}.{side}.{part}": tensor for part, tensor in parts}
     metadata = {
         "format_version": _FORMAT_VERSION,
         "digest": corpus.digest,

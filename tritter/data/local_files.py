@@ -147,7 +147,7 @@ class Reading:
             has_words = True
             yield piece
         if self.problems or not has_words:
-            raise TextFileError(self.problems or [no_text(self.key, files)])
+            raise TextFileError(self.problems or [self.no_text(files)])
 
     def records(self, path: Path, *, columns: _Columns | None = None) -> Iterator[tuple[str, Any]]:
         """Yield location and content of each record of a file; invalid records are skipped.
@@ -225,6 +225,12 @@ class Reading:
         total = f"{sum(kinds.values()) + num_read:,}"
         return f"{self.key}: dropped of {total} documents: {dropped}." if dropped else ""
 
+    def no_text(self, files: Sequence[Path]) -> str:
+        """Return the message for files that contain no text."""
+        shown = ", ".join(map(str, files[:3]))
+        more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+        return f"{self.key}: {shown}{more} contain{'' if len(files) > 1 else 's'} no text."
+
     def note_unread(self, names: Collection[str], *, is_text: bool, option: str) -> None:
         """Add a note, once, if records have another content than the one that is read.
 
@@ -253,13 +259,6 @@ class Reading:
 
     def _line(self, problem: str) -> str:
         return f"{self.key}: {problem}{'' if problem.endswith(('?', '.')) else '.'}"
-
-
-def no_text(key: str, files: Sequence[Path]) -> str:
-    """Return the message for files that contain no text."""
-    shown = ", ".join(map(str, files[:3]))
-    more = f" and {len(files) - 3} more" if len(files) > 3 else ""
-    return f"{key}: {shown}{more} contain{'' if len(files) > 1 else 's'} no text."
 
 
 def text_suffix(path: Path) -> str:

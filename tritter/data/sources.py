@@ -20,7 +20,6 @@ from tritter.data.local_files import (
     ByteLimitError,
     Reading,
     TextFileError,
-    no_text,
     not_data,
     text_suffix,
 )
@@ -383,7 +382,7 @@ def check_contents(requests: Iterable[TextRequest], *, max_bytes: int = _CHECKED
         max_bytes -= reading.num_bytes
     found = [line for file in files for line in problems.get(file, ())]
     found += [
-        no_text(request.key, paths)
+        request.reading().no_text(paths)
         for request, paths in requested.items()
         if paths
         and not any(map(is_built_in, request.paths))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, overload
 
 from tritter.data.chat import ANSWER, CONTEXT, START, Chat, ids_of, is_unpredicted
 from tritter.data.documents import Document
@@ -316,7 +316,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Names(Sequence[str]):
+class _Names(Sequence[str]):
     """A sequence of names in two tensors, which may be memory-mapped.
 
     Attributes:
@@ -406,7 +406,7 @@ class TokenisedDocuments:
             tokens=tokens.tensor("i4"),
             offsets=_int64(ends),
             num_bytes=_int64(num_bytes),
-            identifiers=Names(names.tensor("u1"), _int64(name_ends)),
+            identifiers=_Names(names.tensor("u1"), _int64(name_ends)),
             cut=tuple(cut),
         )
 
@@ -414,6 +414,18 @@ class TokenisedDocuments:
     def of_texts(cls, texts: Iterable[str], tokenizer: Tokenizer) -> TokenisedDocuments:
         """Tokenise texts in memory; each is a document named by its number."""
         return cls.of([Document(str(number), text) for number, text in enumerate(texts)], tokenizer)
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor], *, cut: tuple[int, ...]) -> Self:
+        """Return the documents of a `to_tensors`."""
+        parts = {name: tensors[name] for name in ("tokens", "offsets", "num_bytes")}
+        return cls(**parts, identifiers=_Names(tensors["names"], tensors["name_ends"]), cut=cut)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return all but `cut` as tensors; the documents are those of `of` or `of_tensors`."""
+        assert isinstance(self.identifiers, _Names)
+        parts = {"tokens": self.tokens, "offsets": self.offsets, "num_bytes": self.num_bytes}
+        return {**parts, "names": self.identifiers.text, "name_ends": self.identifiers.ends}
 
     def __len__(self) -> int:
         return len(self.identifiers)

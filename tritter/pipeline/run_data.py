@@ -30,7 +30,7 @@ from tritter.data.options import NamedTextConfig
 from tritter.data.packing import DocumentMask, MarkedText, Packing, num_packed, packed
 from tritter.data.records import NO_ANSWERS
 from tritter.data.replay import ReplayBuffer
-from tritter.data.stream import SequenceOptions, StreamedSequences
+from tritter.data.stream import StreamedSequences
 from tritter.data.tokens import (
     END_OF_TEXT,
     PretrainedTokenizer,
@@ -380,16 +380,17 @@ class RunData:
     def _streamed(self, name: str, seed: int) -> StreamedSequences:
         """Return the training sequences of a streamed domain."""
         (domain,) = (each for each in self.text.domains if each.name == name)
-        options = SequenceOptions(
+        return StreamedSequences(
+            self.streams[name],
+            key=domain.key,
             rule=self.text.split,
             tokenizer=parsed_tokenizer(self.corpus.tokenizer.to_str()),  # for its thread
             chat=self.corpus.chat,
             packing=self.packing,
             sequence_length=self.config.data.sequence_length,
             bounds=self.bounds,
+            seed=derived_seed(seed, "domain", name),
         )
-        own = derived_seed(seed, "domain", name)
-        return StreamedSequences(self.streams[name], key=domain.key, options=options, seed=own)
 
     @cached_property
     def validation_subset(self) -> ValidationSubset | None:
