@@ -520,7 +520,7 @@ def _pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
 def _data_overrides(data: Mapping[str, Sources], overrides: Sequence[str]) -> list[str]:
     """Return the overrides for `data`."""
     from tritter.config.overrides import nested_value, override_key
-    from tritter.data.datasets import dataset_names
+    from tritter.data.datasets import DatasetName
 
     allowed, typed = ("old", "new", "tasks"), {override_key(each) for each in overrides}
     problems, found, paths = [], list[str](), list[str]()
@@ -537,7 +537,7 @@ def _data_overrides(data: Mapping[str, Sources], overrides: Sequence[str]) -> li
         found.append(f"data.{key}={nested_value(value)}")
     raise_problems(problems)
     if found and "data" not in typed:
-        found.insert(0, f"data={'hf' if dataset_names(paths) else 'text'}")
+        found.insert(0, f"data={'hf' if DatasetName.names_in(paths) else 'text'}")
     return found
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from tritter.data.documents import Document, Documents, pieces_of_chunks
-from tritter.data.skills import Question, SkillText
+from tritter.data.skills import SkillText
 from tritter.errors import RequestError, nearest, refused
 
 _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
@@ -262,21 +262,6 @@ def built_in_origin(paths: Iterable[str]) -> str:
     kinds = {path.startswith(SkillText.PREFIX) for path in paths if is_built_in(path)}
     origins = {False: _library().origin, True: SkillText.ORIGIN}
     return " and ".join(origins[is_skill] for is_skill in sorted(kinds))
-
-
-def questions_of(paths: Iterable[str], number: int) -> tuple[Question, ...]:
-    """Return up to `number` questions of the skills among some paths.
-
-    No question occurs in the texts of a skill.
-    """
-    named = (SkillText.named("data", path) for path in paths if path.startswith(SkillText.PREFIX))
-    skills = list({(text.skill.name, text.is_chat): text for text in named}.values())
-    parts = [number // len(skills) + (at < number % len(skills)) for at in range(len(skills))]
-    drawn = (
-        text.skill.questions(part, is_chat=text.is_chat)
-        for text, part in zip(skills, parts, strict=True)
-    )
-    return tuple(question for questions in drawn for question in questions)
 
 
 @cache

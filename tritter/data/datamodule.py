@@ -9,7 +9,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from tritter.data.batches import this_rank
-from tritter.data.packing import IGNORED, Window, Windows
+from tritter.data.packing import IGNORED, Windows
 from tritter.data.tokens import TextBounds, TokenisedDocuments
 from tritter.seeds import derived_seed
 
@@ -64,12 +64,7 @@ class ValidationSubset:
         for domain, each in documents.items():
             windows = Windows(each, sequence_length=sequence_length, bounds=bounds)
             generator = torch.Generator().manual_seed(derived_seed(seed, "evaluation", domain))
-            remaining, chosen = max_tokens, list[Window]()
-            for index in torch.randperm(len(windows), generator=generator).tolist():
-                remaining -= windows[index].length
-                if chosen and remaining < 0:
-                    break
-                chosen.append(windows[index])
+            chosen = windows.sample(max_tokens, generator=generator)
             lengths += [window.length for window in chosen]
             for batch in windows.batches(chosen, batch_size=batch_size):
                 input_ids, targets = windows.tensors(batch)

@@ -130,6 +130,11 @@ class DatasetName:
             column=found["column"],
         )
 
+    @classmethod
+    def names_in(cls, paths: Iterable[str]) -> tuple[str, ...]:
+        """Return the paths that name data sets."""
+        return tuple(path for path in paths if path.startswith(cls.PREFIX))
+
     def __str__(self) -> str:
         parts = (("@", self.revision), ("/", self.config), (":", self.split))
         tail = "".join(f"{sign}{word}" for sign, word in parts if word is not None)
@@ -258,11 +263,6 @@ class DatasetName:
                 except WrongRecordError as error:
                     reading.skipped.add(f"{self}, row {number - 1}", str(error))
             yield texts, after
-
-
-def dataset_names(paths: Iterable[str]) -> tuple[str, ...]:
-    """Return the paths that name data sets."""
-    return tuple(path for path in paths if path.startswith(DatasetName.PREFIX))
 
 
 def _file_ending(path: Path) -> str:

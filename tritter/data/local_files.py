@@ -25,6 +25,7 @@ from tritter.data.records import (
     FIELD_KEY,
     OF_RECORDS,
     TURNS,
+    SkippedRecords,
     Text,
     WrongRecordError,
     conversation_fields,
@@ -32,7 +33,6 @@ from tritter.data.records import (
     text_of,
     unread_formats,
 )
-from tritter.data.skipped import SkippedRecords
 from tritter.errors import TritterError, key_name
 from tritter.storage.reading import open_file
 

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from tritter.data.built_in import built_in_path, is_built_in
 from tritter.data.chat import LossOn
-from tritter.data.datasets import DatasetName, dataset_names
+from tritter.data.datasets import DatasetName
 from tritter.data.documents import PIECE_CHARACTERS
 from tritter.data.local_files import has_records
 from tritter.data.records import DEFAULT_FIELD
@@ -492,7 +492,7 @@ def _streaming_problems(config: RunRequest) -> Iterator[Problem]:
     if not isinstance(data, DatasetsConfig) or not data.streaming:
         return
     for domain in config.text.domains:
-        names = dataset_names(domain.paths) if domain.is_head else ()
+        names = DatasetName.names_in(domain.paths) if domain.is_head else ()
         if names and len(names) < len(domain.paths):
             reason = f"{domain.name} mixes data sets and built-in texts; make two domains of it"
             yield Problem("data.streaming", True, reason=reason)
@@ -506,7 +506,7 @@ def _reading_problems(config: RunRequest) -> Iterator[Problem]:
         if not any(map(has_records, chain.from_iterable(found))):
             unused["text_field"] = (data.record_field, "no file of the run has records")
     if isinstance(data, DatasetsConfig):
-        names = chain.from_iterable(dataset_names(each.paths) for each in data.text_requests)
+        names = chain.from_iterable(DatasetName.names_in(each.paths) for each in data.text_requests)
         sources = [DatasetName.named("data", name) for name in names]
         if data.max_rows and not any(each.rows == (0, data.max_rows) for each in sources):
             unused["max_rows"] = (data.max_rows, "each dataset has a range of its own")

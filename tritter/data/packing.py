@@ -21,7 +21,7 @@ from tritter.storage.spool import Spool
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor, nn
+    from torch import Generator, Tensor, nn
 
 IGNORED = -100  # target excluded from the loss
 Packing = Literal["stream", "documents"]
@@ -29,7 +29,7 @@ _PACKED_TOKENS = 2**20  # at a time
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class _Window:
     """Tokens [start, stop) of a document, in the flat token tensor, and what precedes them.
 
     Args:
@@ -57,7 +57,7 @@ class Window:
 
 def _answer_windows(
     document: int, begin: int, is_predicted: Tensor, first: int, length: int, num_front: int
-) -> Iterator[Window]:
+) -> Iterator[_Window]:
     """Yield windows that show each answer of a long conversation after the end of its prompt.
 
     Answers that end within `length` share the first window. Each other answer has a window with
@@ -70,7 +70,7 @@ def _answer_windows(
     edges = torch.diff(is_predicted.to(torch.int8), prepend=none, append=none)
     starts, ends = (((edges == sign).nonzero().flatten() + first).tolist() for sign in (1, -1))
     opening = range(first, begin)  # of a rendered conversation, nothing precedes its first token
-    window = partial(Window, document, front=0 if opening else num_front)
+    window = partial(_Window, document, front=0 if opening else num_front)
     within = [end for end in ends if end <= begin + length]
     if within:
         yield window(begin, within[-1], shown=(opening,))
@@ -86,7 +86,7 @@ def _answer_windows(
             yield window(at, stop, shown=(opening, prompt), predicted=predicted)
 
 
-class Windows(list[Window]):
+class Windows(list[_Window]):
     """Documents cut into windows that a model reads in `sequence_length` positions.
 
     Nothing precedes a rendered conversation, so its first token is not predicted. Windows without
@@ -99,7 +99,7 @@ class Windows(list[Window]):
     ) -> None:
         self._tokens, self._bounds = documents.tokens, bounds
         marks = documents.first_tokens.tolist()
-        windows, spans = list[Window](), pairwise(documents.offsets.tolist())
+        windows, spans = list[_Window](), pairwise(documents.offsets.tolist())
         num_front, length = len(bounds.prefix), max(1, sequence_length + 1 - len(bounds.prefix))
         for index, ((first, stop), mark) in enumerate(zip(spans, marks, strict=True)):
             begin = first + (mark >= START)
@@ -108,7 +108,7 @@ class Windows(list[Window]):
                 windows += _answer_windows(index, begin, is_predicted, first, length, num_front)
             else:
                 windows += [
-                    Window(
+                    _Window(
                         index,
                         start,
                         min(start + length, stop),
@@ -121,9 +121,21 @@ class Windows(list[Window]):
             windows = [each for each in windows if is_predicted[each.start : each.stop].any()]
         super().__init__(windows)
 
+    def sample(self, max_tokens: int, *, generator: Generator) -> list[_Window]:
+        """Return random windows of up to `max_tokens`; at least one, if there is any."""
+        import torch
+
+        chosen = list[_Window]()
+        for index in torch.randperm(len(self), generator=generator).tolist():
+            max_tokens -= self[index].length
+            if chosen and max_tokens < 0:
+                break
+            chosen.append(self[index])
+        return chosen
+
     def batches(
-        self, chosen: Sequence[Window] | None = None, *, batch_size: int
-    ) -> Iterator[Sequence[Window]]:
+        self, chosen: Sequence[_Window] | None = None, *, batch_size: int
+    ) -> Iterator[Sequence[_Window]]:
         """Yield batches of similar length, longest first: little padding, and memory peaks early.
 
         Args:
@@ -134,7 +146,7 @@ class Windows(list[Window]):
         for start in range(0, len(by_length), batch_size):
             yield by_length[start : start + batch_size]
 
-    def tensors(self, batch: Sequence[Window]) -> tuple[Tensor, Tensor]:
+    def tensors(self, batch: Sequence[_Window]) -> tuple[Tensor, Tensor]:
         """Return inputs with their marks, and targets, int64 [B, T], padded on the right.
 
         Where a text has a start, every window begins with it, since a model that expects one

@@ -1,4 +1,4 @@
-"""Records of data sets: texts, and conversations.
+"""Records of data sets: texts and conversations, and counts of those that are skipped.
 
 The formats of conversations are messages, prompts with completions, and instructions.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
@@ -64,6 +64,9 @@ DEFAULT_FIELD, FIELD_KEY = "text", "data.text_field"
 # Common names of the text field
 _COMMON_FIELDS = ("text", "content", "body", "document", "article", "raw_content", "completion")
 _MAX_NAMES, _MAX_NAME_LENGTH = 12, 40
+_MAX_PROBLEMS_OF_FILE = 10
+_MAX_REASONS = 8  # in a note
+_DIGITS = re.compile(r"\d+")  # of a message, line or byte
 _JSON_TURNS = re.compile(r"\s*\[\s*\{")
 
 
@@ -546,3 +549,53 @@ def _as_text(value: object, where: str) -> str:
     if not isinstance(value, str):
         raise WrongRecordError(f"{where} is {_kind_of_value(value)}, not a string")
     return value
+
+
+class SkippedRecords:
+    """The records of a source that are skipped.
+
+    Attributes:
+        count: number of skipped records.
+        first_lines: the problems of the first few, with their locations.
+        reasons: kind of problem → the line of its first record, and the number of records.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first_lines: list[str] = []
+        self.reasons: dict[str, tuple[str, int]] = {}
+
+    def add(self, where: str, problem: str) -> None:
+        """Count a record by the kind of its problem, which follows its location."""
+        self.count += 1
+        line = f"{where} {problem}"
+        if len(self.first_lines) < _MAX_PROBLEMS_OF_FILE:
+            self.first_lines.append(line)
+        kind = _DIGITS.sub("", problem)
+        if kind in self.reasons or len(self.reasons) < _MAX_REASONS:
+            first, number = self.reasons.get(kind, (line, 0))
+            self.reasons[kind] = (first, number + 1)
+
+    def note(self, num_read: int, as_sentence: Callable[[str], str] = str) -> str:
+        """Return a sentence with the number by reason and the first record; others were read."""
+        text = (
+            f"Skipped {self.count:,} of {num_read + self.count:,} records; the first: "
+            f"{as_sentence(self.first_lines[0])}"
+        )
+        if len(self.reasons) < 2:
+            return text
+        parts = [f"{number:,}: {as_sentence(line)}" for line, number in self.reasons.values()]
+        return f"{text} By reason: {' '.join(parts)}"
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return the counts as plain data, which `from_plain` reads."""
+        reasons = [[kind, line, number] for kind, (line, number) in self.reasons.items()]
+        return {"count": self.count, "first_lines": [*self.first_lines], "reasons": reasons}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> SkippedRecords:
+        """Return the counts of `to_plain`."""
+        skipped = cls()
+        skipped.count, skipped.first_lines = int(plain["count"]), [*plain["first_lines"]]
+        skipped.reasons = {kind: (line, int(number)) for kind, line, number in plain["reasons"]}
+        return skipped

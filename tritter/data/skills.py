@@ -6,7 +6,7 @@ training text. The seed of a run has no effect.
 
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
@@ -354,3 +354,18 @@ class SkillText:
     def texts(self) -> Iterator[Text]:
         """Yield the texts."""
         return self.skill.texts(self.count, is_chat=self.is_chat)
+
+    @classmethod
+    def questions_of(cls, paths: Iterable[str], number: int) -> tuple[Question, ...]:
+        """Return up to `number` questions of the skills among some paths.
+
+        No question occurs in the texts of a skill.
+        """
+        named = (cls.named("data", path) for path in paths if path.startswith(cls.PREFIX))
+        skills = list({(text.skill.name, text.is_chat): text for text in named}.values())
+        parts = [number // len(skills) + (at < number % len(skills)) for at in range(len(skills))]
+        drawn = (
+            text.skill.questions(part, is_chat=text.is_chat)
+            for text, part in zip(skills, parts, strict=True)
+        )
+        return tuple(question for questions in drawn for question in questions)

@@ -13,7 +13,7 @@ from itertools import chain, count, islice, takewhile
 from pathlib import Path
 
 from tritter.data.built_in import Stdlib, built_in_documents, is_built_in
-from tritter.data.datasets import DatasetName, dataset_names
+from tritter.data.datasets import DatasetName
 from tritter.data.documents import PIECE_CHARACTERS, Documents, is_blank, text_key
 from tritter.data.local_files import (
     SUPPORTED,
@@ -309,7 +309,7 @@ class TextRequest:
         """The paths of a lineage record: data sets with revision, split, rows and column."""
         sources = ((each.head if self.is_head else each) for each in self._datasets)
         resolved = (str(source.resolved(key=self.key)) for source in sources)
-        stated = dict(zip(dataset_names(self.paths), resolved, strict=True))
+        stated = dict(zip(DatasetName.names_in(self.paths), resolved, strict=True))
         return tuple(stated.get(path, path) for path in self.paths)
 
     @property
@@ -319,11 +319,11 @@ class TextRequest:
 
     @property
     def _datasets(self) -> list[DatasetName]:
-        return [DatasetName.named(self.key, name) for name in dataset_names(self.paths)]
+        return [DatasetName.named(self.key, name) for name in DatasetName.names_in(self.paths)]
 
     def _rows(self, reading: Reading) -> Iterator[Text]:
         """Yield the texts of the data sets."""
-        for name in dataset_names(self.paths):
+        for name in DatasetName.names_in(self.paths):
             has_words = False
             source = DatasetName.named(self.key, name)
             source = source.head if self.is_head else source
@@ -386,10 +386,12 @@ def check_contents(requests: Iterable[TextRequest], *, max_bytes: int = _CHECKED
         for request, paths in requested.items()
         if paths
         and not any(map(is_built_in, request.paths))
-        and not dataset_names(request.paths)
+        and not DatasetName.names_in(request.paths)
         and all((request, path) in blank and not problems[request, path] for path in paths)
     ]
-    named = ((request.key, name) for request in requests for name in dataset_names(request.paths))
+    named = (
+        (request.key, name) for request in requests for name in DatasetName.names_in(request.paths)
+    )
     for key, name in dict.fromkeys(named):
         try:
             DatasetName.named(key, name).resolved(key=key)

@@ -15,8 +15,7 @@ from tritter.data.datasets import DatasetName
 from tritter.data.documents import Document, is_blank, pieces, text_key
 from tritter.data.local_files import Reading, TextFileError
 from tritter.data.packing import Packing, packed
-from tritter.data.records import Text
-from tritter.data.skipped import SkippedRecords
+from tritter.data.records import SkippedRecords, Text
 from tritter.data.split import SplitRule
 from tritter.data.tokens import TextBounds, TokenisedDocuments
 from tritter.errors import RequestError

@@ -19,17 +19,18 @@ from tritter.config.validation import known_model
 from tritter.core.families import Model
 from tritter.core.models import load_tokenizer
 from tritter.data.batches import BatchStream, Sequences, SequenceStream, sample_equally
-from tritter.data.built_in import built_in_origin, is_built_in, questions_of
+from tritter.data.built_in import built_in_origin, is_built_in
 from tritter.data.chat import NONE, Chat, ChatChoice, is_unpredicted
 from tritter.data.corpus import Corpus
 from tritter.data.datamodule import ValidationSubset
-from tritter.data.datasets import DatasetName, dataset_names, stream_identity
+from tritter.data.datasets import DatasetName, stream_identity
 from tritter.data.documents import Documents
 from tritter.data.local_files import TextFileError
 from tritter.data.options import NamedTextConfig
 from tritter.data.packing import DocumentMask, MarkedText, Packing, num_packed, packed
 from tritter.data.records import NO_ANSWERS
 from tritter.data.replay import ReplayBuffer
+from tritter.data.skills import SkillText
 from tritter.data.stream import StreamedSequences
 from tritter.data.tokens import (
     END_OF_TEXT,
@@ -420,7 +421,7 @@ class RunData:
             return self.own.tasks
         options = self.config.evaluation
         number = options.task_questions
-        questions = {d.name: questions_of(d.paths, number) for d in self.text.domains}
+        questions = {d.name: SkillText.questions_of(d.paths, number) for d in self.text.domains}
         skills = (
             QuestionTask(name, name, asked, self.corpus.chat)
             for name, asked in questions.items()
@@ -549,7 +550,7 @@ def corpus_chat(is_chat: bool, data: ChatChoice, folder: Path | None) -> Chat | 
 def _origin(domain: DomainText, config: RunConfig) -> str:
     if domain.texts is not None:
         return dotted(type(config.data))
-    datasets = dataset_names(domain.paths)
+    datasets = DatasetName.names_in(domain.paths)
     has_files = any(not is_built_in(path) and path not in datasets for path in domain.paths)
     origins = (
         built_in_origin(domain.paths),
