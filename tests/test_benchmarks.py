@@ -33,8 +33,8 @@ from experiments.benchmarks import (
 from experiments.jobs import rows_of
 from tests.methods.novelty.factories import centre_of, drawn
 from tritter.core.families import Model
-from tritter.data.corpus import Corpus, build_corpus
-from tritter.data.documents import documents_of
+from tritter.data.corpus import Corpus
+from tritter.data.documents import Documents
 from tritter.methods.moe_routing.options import RoutingOptions
 
 FOLDER = Path(streaming.__file__).parent
@@ -267,8 +267,8 @@ def test_one_command_runs_them_all(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def _small_corpus(seed: int, cache: Path) -> Corpus:
     texts = [f"text number {number} of a small corpus, for one step\n" * 30 for number in range(9)]
-    documents = documents_of(texts)
-    return build_corpus(
+    documents = Documents.of(texts)
+    return Corpus.build(
         {"prose": documents, "code": documents},
         origin="a test",
         vocab_size=300,
@@ -404,8 +404,8 @@ def test_compute_saved_runs_and_is_summarised(
     arms_module = sys.modules["compute_arms"]
     monkeypatch.setattr(arms_module, "SEQUENCE_LENGTH", 16)
     monkeypatch.setattr(
-        arms_module,
-        "stdlib_corpus",
+        arms_module.Corpus,
+        "of_stdlib",
         lambda *, seed, cache_dir, **_: _small_corpus(seed, cache_dir),
     )
     sizes = "--layers 1 --steps 10 --eval-every 5 --eval-sequences 4 --batch-size 2"
@@ -439,7 +439,7 @@ def test_a_killed_run_of_compute_saved_continues(
     arms = sys.modules["compute_arms"]
     monkeypatch.setattr(arms, "SEQUENCE_LENGTH", 16)
     monkeypatch.setattr(
-        arms, "stdlib_corpus", lambda *, seed, cache_dir, **_: _small_corpus(seed, cache_dir)
+        arms.Corpus, "of_stdlib", lambda *, seed, cache_dir, **_: _small_corpus(seed, cache_dir)
     )
     size = arms.Size(layers=1, steps=10, eval_every=2, eval_sequences=4, batch_size=2)
     paths = {"stack": arms.growth_paths(size)["stack"]}
@@ -476,7 +476,7 @@ def test_routers_of_an_arm_are_balanced_in_it_and_in_its_branches(
     arms = sys.modules["compute_arms"]
     monkeypatch.setattr(arms, "SEQUENCE_LENGTH", 16)
     monkeypatch.setattr(
-        arms, "stdlib_corpus", lambda *, seed, cache_dir, **_: _small_corpus(seed, cache_dir)
+        arms.Corpus, "of_stdlib", lambda *, seed, cache_dir, **_: _small_corpus(seed, cache_dir)
     )
     data = arms.Seed(0, arms.Size(layers=1, eval_sequences=4), cache_dir=tmp_path)
     small = data.new(data.config, rate=1e-3, name="small")
@@ -597,7 +597,7 @@ def test_ligo_starts_at_the_expansion_and_is_compared_at_equal_flops(
     harness = sys.modules["compute_arms"]
     monkeypatch.setattr(harness, "SEQUENCE_LENGTH", 16)
     monkeypatch.setattr(
-        harness, "stdlib_corpus", lambda *, seed, cache_dir, **_: _small_corpus(seed, cache_dir)
+        harness.Corpus, "of_stdlib", lambda *, seed, cache_dir, **_: _small_corpus(seed, cache_dir)
     )
     monkeypatch.setattr(experiment, "OPERATOR_RATES", (1e-3, 3e-3, 9e-3))
     lengths = experiment.Lengths(

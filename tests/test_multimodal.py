@@ -13,7 +13,7 @@ import tritter
 from tests.data.test_text_bounds import END, STOCK, TEXTS, written
 from tritter.core.models import read_model
 from tritter.data.mixed_rows import PackedText
-from tritter.data.tokens import read_tokenizer
+from tritter.data.tokens import PretrainedTokenizer
 
 DOCUMENTS = [f"{text} {number}" for text in TEXTS[:3] for number in range(10)]
 
@@ -60,6 +60,6 @@ def test_a_folder_names_its_end_and_its_context(model: Any, tmp_path: Path) -> N
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text())
     path.write_text(json.dumps({**settings, "eos_token": None}))
-    bounds = read_tokenizer(folder, vocab_size=300).bounds
+    bounds = PretrainedTokenizer.read(folder, vocab_size=300).bounds
     assert bounds.end == END and 5 in bounds.stops
     assert read_model(folder).position_limit == 64

@@ -520,7 +520,7 @@ def _pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
 def _data_overrides(data: Mapping[str, Sources], overrides: Sequence[str]) -> list[str]:
     """Return the overrides for `data`."""
     from tritter.config.overrides import nested_value, override_key
-    from tritter.data.datasets import dataset_names
+    from tritter.data.datasets import DatasetName
 
     allowed, typed = ("old", "new", "tasks"), {override_key(each) for each in overrides}
     problems, found, paths = [], list[str](), list[str]()
@@ -537,7 +537,7 @@ def _data_overrides(data: Mapping[str, Sources], overrides: Sequence[str]) -> li
         found.append(f"data.{key}={nested_value(value)}")
     raise_problems(problems)
     if found and "data" not in typed:
-        found.insert(0, f"data={'hf' if dataset_names(paths) else 'text'}")
+        found.insert(0, f"data={'hf' if DatasetName.names_in(paths) else 'text'}")
     return found
 
 
@@ -649,7 +649,7 @@ def _scores(
 ) -> dict[str, PairedScores]:
     """Score a model on all documents. A model from a folder is released afterwards."""
     from tritter.core.models import model_of, refuse_wrapped
-    from tritter.data.tokens import tokenise_texts
+    from tritter.data.tokens import TokenisedDocuments
     from tritter.evaluation.losses import document_losses
 
     refuse_wrapped(model)
@@ -659,7 +659,7 @@ def _scores(
     return {
         name: document_losses(
             live,
-            tokenise_texts(texts, wrapped.tokenizer),
+            TokenisedDocuments.of_texts(texts, wrapped.tokenizer),
             sequence_length=min(sequence_length, limit),
             bounds=wrapped.bounds,
             batch_size=batch_size,
@@ -669,16 +669,16 @@ def _scores(
 
 
 def _tokenizer(tokenizer: Tokenizer, model: nn.Module) -> PretrainedTokenizer:
-    from tritter.data.tokens import ends_of, read_tokenizer, wrap_tokenizer
+    from tritter.data.tokens import PretrainedTokenizer, ends_of
     from tritter.storage.hub import locate
 
     config = cast(Any, model.config)
     ends = ends_of(config, generation=getattr(model, "generation_config", None))
     if not isinstance(tokenizer, str | PathLike):
-        return wrap_tokenizer(tokenizer, ends=ends)
+        return PretrainedTokenizer.of(tokenizer, ends=ends)
     folder = locate(tokenizer, key="tokenizer")
     vocab_size = config.get_text_config(decoder=True).vocab_size
-    return read_tokenizer(folder, vocab_size=vocab_size, ends=ends)
+    return PretrainedTokenizer.read(folder, vocab_size=vocab_size, ends=ends)
 
 
 # Forgetting mitigation
@@ -714,7 +714,7 @@ def protect(
             model is a PeftModel or sharded, or the method needs more than a penalty. The message
             names the alternative.
     """
-    from tritter.data.packing import marks_read
+    from tritter.data.packing import MarkedText
     from tritter.data.tokens import TextBounds
     from tritter.methods.forgetting.penalty import Penalty, old_sequences
 
@@ -738,7 +738,7 @@ def protect(
             if not batches:
                 reason = f"{chosen.name} needs data of the old domains, and there is none"
                 raise RequestError(Problem("old_data", reason=reason, advice="or choose l2sp"))
-        with marks_read(model, own.bounds if own else TextBounds(0)):
+        with MarkedText(own.bounds if own else TextBounds(0)).attached(model):
             importance = chosen.importance_on(model, batches)
         chosen.anchor_weights(model, importance)
     return Penalty(model, chosen)

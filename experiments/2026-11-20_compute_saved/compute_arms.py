@@ -21,8 +21,8 @@ from tritter.core.families import Config, Model, family_of, training_flops
 from tritter.core.models import model_of, new_model
 from tritter.data import built_in
 from tritter.data.batches import SequenceStream
-from tritter.data.corpus import Corpus, build_corpus, stdlib_corpus
-from tritter.data.tokens import END_OF_TEXT, TextBounds, pack
+from tritter.data.corpus import Corpus
+from tritter.data.tokens import END_OF_TEXT, TextBounds
 from tritter.methods.moe_routing.objective import RoutingObjective
 from tritter.methods.moe_routing.options import RoutingOptions
 from tritter.seeds import derived_seed
@@ -250,19 +250,19 @@ def _corpus(seed: int, size: Size, *, cache_dir: Path) -> Corpus:
         "cache_dir": cache_dir,
     }
     if not size.library:
-        return stdlib_corpus(**options)
+        return Corpus.of_stdlib(**options)
     found = find_spec(size.library)
     assert found is not None and found.submodule_search_locations is not None
     text = built_in.gather(Path(found.submodule_search_locations[0]))
     domains = {"prose": built_in.distinct(text.prose), "code": built_in.distinct(text.code)}
-    return build_corpus(domains, origin=f"Python sources of {size.library}", **options)
+    return Corpus.build(domains, origin=f"Python sources of {size.library}", **options)
 
 
 def _packed(corpus: Corpus, *, side: str) -> Iterator[Tensor]:
     end = corpus.tokenizer.token_to_id(END_OF_TEXT)
     assert end is not None
     for domain in corpus.domains.values():
-        yield pack(getattr(domain, side), sequence_length=SEQUENCE_LENGTH, bounds=TextBounds(end))
+        yield getattr(domain, side).pack(sequence_length=SEQUENCE_LENGTH, bounds=TextBounds(end))
 
 
 def _spread(sequences: Tensor, count: int) -> Tensor:

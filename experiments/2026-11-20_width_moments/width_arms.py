@@ -26,9 +26,9 @@ from tritter.core.families import Config, Model  # noqa: E402
 from tritter.core.models import model_of, model_with_tensors, new_model  # noqa: E402
 from tritter.core.parameter_map import AxisFactor, ParameterMap  # noqa: E402
 from tritter.data.batches import BatchStream, SequenceStream  # noqa: E402
-from tritter.data.corpus import Corpus, stdlib_corpus  # noqa: E402
+from tritter.data.corpus import Corpus  # noqa: E402
 from tritter.data.replay import ReplayBuffer  # noqa: E402
-from tritter.data.tokens import END_OF_TEXT, TextBounds, pack  # noqa: E402
+from tritter.data.tokens import END_OF_TEXT, TextBounds  # noqa: E402
 from tritter.seeds import derived_seed  # noqa: E402
 from tritter.training.optimizer import OptimizerSettings, build_optimizer  # noqa: E402
 from tritter.training.surgery import carried_moments, put_moments  # noqa: E402
@@ -120,7 +120,7 @@ def base_config() -> dict[str, object]:
 
 @lru_cache(maxsize=1)
 def corpus_of(seed: int, cache: Path) -> Corpus:
-    return stdlib_corpus(
+    return Corpus.of_stdlib(
         vocab_size=1024,
         validation_fraction=0.2,
         max_validation_tokens_per_document=512,
@@ -133,7 +133,7 @@ def sequences(domain: str, side: str, *, seed: int, sizes: Sizes) -> Tensor:
     corpus = corpus_of(seed, sizes.cache)
     documents = getattr(corpus.domains[domain], side)
     end = corpus.tokenizer.token_to_id(END_OF_TEXT)
-    return pack(documents, sequence_length=sizes.sequence_length, bounds=TextBounds(end))
+    return documents.pack(sequence_length=sizes.sequence_length, bounds=TextBounds(end))
 
 
 def prose_batches(seed: int, sizes: Sizes) -> BatchStream:

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from tritter.checkpoints.expert_files import AdapterShape  # noqa: E402
 from tritter.core.models import load_model  # noqa: E402
-from tritter.data.sources import source_documents  # noqa: E402
+from tritter.data.sources import TextRequest  # noqa: E402
 from tritter.methods.experts.mixture import ExpertMixture  # noqa: E402
 
 LENGTH, BATCH, STEPS, SEEDS = 128, 16, 250, (0, 1, 2)
@@ -42,7 +42,7 @@ def sequences(checkpoint: Path) -> Sequences:
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     found = {}
     for domain in ("prose", "code"):
-        documents = source_documents([f"stdlib:{domain}"], key=domain, text_field="text")
+        documents = TextRequest([f"stdlib:{domain}"], key=domain, text_field="text").documents()
         texts = sorted(document.text for document in documents)
         random.Random(0).shuffle(texts)
         ids: list[list[int]] = []

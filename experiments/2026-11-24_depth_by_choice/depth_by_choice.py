@@ -33,8 +33,8 @@ from tritter.core.expansions.depth import repeated_layers  # noqa: E402
 from tritter.core.families import Model, training_flops  # noqa: E402
 from tritter.core.models import layers_of, model_of, new_model  # noqa: E402
 from tritter.data.batches import SequenceStream  # noqa: E402
-from tritter.data.corpus import Corpus, stdlib_corpus  # noqa: E402
-from tritter.data.tokens import END_OF_TEXT, TextBounds, pack  # noqa: E402
+from tritter.data.corpus import Corpus  # noqa: E402
+from tritter.data.tokens import END_OF_TEXT, TextBounds  # noqa: E402
 from tritter.seeds import derived_seed  # noqa: E402
 from tritter.training.optimizer import (  # noqa: E402
     OptimizerSettings,
@@ -89,7 +89,7 @@ class Arm:
 
 @cache
 def corpus_of(seed: int) -> Corpus:
-    return stdlib_corpus(
+    return Corpus.of_stdlib(
         vocab_size=1024,
         validation_fraction=0.2,
         max_validation_tokens_per_document=512,
@@ -103,7 +103,7 @@ def sequences(domain: str, side: str, seed: int) -> Tensor:
     corpus = corpus_of(seed)
     end = corpus.tokenizer.token_to_id(END_OF_TEXT)
     documents = getattr(corpus.domains[domain], side)
-    return pack(documents, sequence_length=LENGTH, bounds=TextBounds(end)).long()
+    return documents.pack(sequence_length=LENGTH, bounds=TextBounds(end)).long()
 
 
 def batches(domains: Sequence[str], seed: int, purpose: str) -> Iterator[Tensor]:

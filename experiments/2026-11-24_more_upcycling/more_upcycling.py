@@ -30,8 +30,8 @@ from tritter.core.expansions import Moe  # noqa: E402
 from tritter.core.families import Model, training_flops  # noqa: E402
 from tritter.core.models import model_of, new_model  # noqa: E402
 from tritter.data.batches import BatchStream, SequenceStream  # noqa: E402
-from tritter.data.corpus import Corpus, stdlib_corpus  # noqa: E402
-from tritter.data.tokens import END_OF_TEXT, TextBounds, pack  # noqa: E402
+from tritter.data.corpus import Corpus  # noqa: E402
+from tritter.data.tokens import END_OF_TEXT, TextBounds  # noqa: E402
 from tritter.methods.moe_routing.objective import RoutingObjective  # noqa: E402
 from tritter.methods.moe_routing.options import RoutingOptions  # noqa: E402
 from tritter.seeds import derived_seed  # noqa: E402
@@ -85,7 +85,7 @@ CACHE = Path("outputs/more_upcycling")
 
 @cache
 def corpus_of(seed: int) -> Corpus:
-    return stdlib_corpus(
+    return Corpus.of_stdlib(
         vocab_size=1024,
         validation_fraction=0.2,
         max_validation_tokens_per_document=512,
@@ -100,7 +100,7 @@ def sequences(domain: str, side: str, seed: int) -> Tensor:
     end = corpus.tokenizer.token_to_id(END_OF_TEXT)
     assert end is not None
     documents = getattr(corpus.domains[domain], side)
-    return pack(documents, sequence_length=LENGTH, bounds=TextBounds(end))
+    return documents.pack(sequence_length=LENGTH, bounds=TextBounds(end))
 
 
 def mixed(seed: int) -> Tensor:

@@ -25,9 +25,9 @@ if __name__ == "__main__":
 
 from experiments.benchmarks.table import tell  # noqa: E402
 from tritter.data.batches import SequenceStream  # noqa: E402
-from tritter.data.corpus import build_corpus  # noqa: E402
-from tritter.data.sources import source_documents  # noqa: E402
-from tritter.data.tokens import TextBounds, pack  # noqa: E402
+from tritter.data.corpus import Corpus  # noqa: E402
+from tritter.data.sources import TextRequest  # noqa: E402
+from tritter.data.tokens import TextBounds  # noqa: E402
 
 MEGABYTE = 2**20
 NUM_WORDS, WORDS_OF_PARAGRAPH = 20_000, 150
@@ -69,9 +69,9 @@ def measure(path: Path) -> Row:
     """Make a corpus of one text in this process."""
     with _Peak() as peak:
         since = time.perf_counter()
-        documents = source_documents([str(path)], key="text", text_field="text")
+        documents = TextRequest([str(path)], key="text", text_field="text").documents()
         read = peak.mb
-        corpus = build_corpus(
+        corpus = Corpus.build(
             {"text": documents},
             origin="made up",
             vocab_size=1024,
@@ -81,7 +81,7 @@ def measure(path: Path) -> Row:
             cache_dir=path.parent / "cache",
         )
         cached, training = peak.mb, corpus.domains["text"].train
-        stream = SequenceStream(pack(training, sequence_length=128, bounds=TextBounds(0)), seed=0)
+        stream = SequenceStream(training.pack(sequence_length=128, bounds=TextBounds(0)), seed=0)
         for _ in range(len(stream) // 4 // 16):
             stream.next_sequences(16)
         peaks = (read, cached, peak.mb)

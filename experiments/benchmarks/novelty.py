@@ -33,14 +33,13 @@ from tritter.core.families import Model  # noqa: E402
 from tritter.core.families.tables import llama_config  # noqa: E402
 from tritter.core.models import new_model  # noqa: E402
 from tritter.data.built_in import built_in_documents  # noqa: E402
-from tritter.data.corpus import build_corpus  # noqa: E402
+from tritter.data.corpus import Corpus  # noqa: E402
 from tritter.data.skills import SKILLS  # noqa: E402
-from tritter.data.split import SplitRule, split_documents  # noqa: E402
+from tritter.data.split import SplitRule  # noqa: E402
 from tritter.data.tokens import (  # noqa: E402
     END_OF_TEXT,
     TextBounds,
     TokenisedDocuments,
-    pack,
     train_tokenizer,
 )
 from tritter.methods.novelty import (  # noqa: E402
@@ -155,8 +154,8 @@ def seen_by_a_base(
         name: "stdlib:code" if name == "code" else f"skills:{name}:12000" for name in skills
     }
     rule = SplitRule(seed=seed, validation_fraction=0.4)
-    parted = split_documents({PROSE: built_in_documents(names[PROSE])}, rule=rule)
-    corpus = build_corpus(
+    parted = rule.split({PROSE: built_in_documents(names[PROSE])})
+    corpus = Corpus.build(
         {name: built_in_documents(path) for name, path in names.items()},
         origin="built in",
         vocab_size=1024,
@@ -169,7 +168,7 @@ def seen_by_a_base(
     end = corpus.tokenizer.token_to_id(END_OF_TEXT)
 
     def packed(documents: TokenisedDocuments) -> Tensor:
-        return pack(documents, sequence_length=LENGTH, bounds=TextBounds(end))
+        return documents.pack(sequence_length=LENGTH, bounds=TextBounds(end))
 
     base = trained_base(
         packed(corpus.domains[PROSE].train),

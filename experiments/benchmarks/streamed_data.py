@@ -27,8 +27,8 @@ from experiments.benchmarks.table import tell  # noqa: E402
 from tritter.data.datasets import DatasetName  # noqa: E402
 from tritter.data.documents import Document  # noqa: E402
 from tritter.data.split import SplitRule  # noqa: E402
-from tritter.data.stream import SequenceOptions, StreamedSequences  # noqa: E402
-from tritter.data.tokens import TextBounds, copy_backend, train_tokenizer  # noqa: E402
+from tritter.data.stream import StreamedSequences  # noqa: E402
+from tritter.data.tokens import TextBounds, parsed_tokenizer, train_tokenizer  # noqa: E402
 
 LENGTH, BATCH = 512, 16
 MAP_MEGABYTES = 25
@@ -77,17 +77,17 @@ def measure(path: Path, *, seconds: float) -> Row:
     with path.open(encoding="utf-8") as file:
         texts = [json.loads(line)["text"] for line in islice(file, 2000)]
     tokenizer = train_tokenizer([Document("", text) for text in texts], vocab_size=4096)
-    options = SequenceOptions(
-        rule=SplitRule(seed=0, validation_fraction=0.01),
-        tokenizer=copy_backend(tokenizer),
-        chat=None,
-        packing="stream",
-        sequence_length=LENGTH,
-        bounds=TextBounds(0),
-    )
+    options = {
+        "rule": SplitRule(seed=0, validation_fraction=0.01),
+        "tokenizer": parsed_tokenizer(tokenizer.to_str()),
+        "chat": None,
+        "packing": "stream",
+        "sequence_length": LENGTH,
+        "bounds": TextBounds(0),
+    }
     with _Peak() as peak:
         source = DatasetName.named("data.new", str(path))
-        stream = StreamedSequences([source], key="data.new", options=options, seed=0)
+        stream = StreamedSequences([source], key="data.new", **options, seed=0)
         stream.next_sequences(BATCH)
         filled, tokens, since = peak.mb, 0, time.perf_counter()
         while (elapsed := time.perf_counter() - since) < seconds:

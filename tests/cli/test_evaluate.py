@@ -14,7 +14,7 @@ from tests.evaluation.published import PUBLISHED
 from tests.evaluation.test_benchmark_files import written
 from tests.oracle import stock
 from tests.real import real_checkpoint
-from tritter.data.tokens import read_tokenizer
+from tritter.data.tokens import PretrainedTokenizer
 from tritter.errors import RequestError
 from tritter.pipeline.evaluate import DomainsToScore
 
@@ -66,7 +66,7 @@ def test_losses_of_named_text(run: Run, place: Path) -> None:
 
 def test_long_documents_are_scored_up_to_a_window(place: Path) -> None:
     (place / "long.txt").write_text(" ".join(f"word {number}" for number in range(3000)))
-    tokenizer = read_tokenizer(place / "base", vocab_size=512)
+    tokenizer = PretrainedTokenizer.read(place / "base", vocab_size=512)
     for length, most in ((64, 1024), (2048, 2048)):
         found = DomainsToScore.named(
             {"long": ["long.txt"]}, tokenizer, folder=place / "base", lineage=None, length=length

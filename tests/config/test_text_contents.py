@@ -11,7 +11,7 @@ import pytest
 
 from tests.config.conftest import FakePipeline, Result
 from tritter.data import sources
-from tritter.data.sources import FoundTexts, TextRequest, check_contents, find_texts
+from tritter.data.sources import FoundTexts, TextRequest, check_contents
 from tritter.errors import RequestError
 
 Run = Callable[..., Result]
@@ -35,7 +35,7 @@ def run_there(run: Run, place: Path) -> Run:
 
 
 def found(place: Path, *names: str) -> FoundTexts:
-    return find_texts("data.new", [str(place / name) for name in names])
+    return FoundTexts.of("data.new", [str(place / name) for name in names])
 
 
 def names(texts: FoundTexts, place: Path) -> list[str]:
@@ -43,7 +43,7 @@ def names(texts: FoundTexts, place: Path) -> list[str]:
 
 
 def check(*paths: Path, max_bytes: int = 2**20) -> None:
-    request = TextRequest("data.new", tuple(map(str, paths)), "text")
+    request = TextRequest(tuple(map(str, paths)), key="data.new")
     check_contents([request], max_bytes=max_bytes)
 
 
@@ -269,7 +269,7 @@ def test_a_folder_that_cannot_be_listed_is_refused(
 
 def test_files_that_vanish_are_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gone = (place / "old/a.txt", place / "old/b.txt")
-    monkeypatch.setattr(sources, "find_texts", lambda key, paths: sources.FoundTexts(tuple(gone)))
+    monkeypatch.setattr(FoundTexts, "of", lambda key, paths: FoundTexts(tuple(gone)))
     gone[0].unlink()
     with pytest.raises(RequestError, match=r"a.txt cannot be read: there is no") as caught:
         check(place / "old")
@@ -330,7 +330,7 @@ def test_what_a_record_names_does_not_walk_the_disk(
     word = pattern.replace("TREE", str(tmp_path / "tree"))
     counted.clear()
     with pytest.raises(RequestError, match=r"limited to 40 files|leaves the folder"):
-        find_texts("data.old", [word], is_recorded=True)
+        FoundTexts.of("data.old", [word], is_recorded=True)
 
 
 def test_a_small_folder_that_a_record_names_is_read(tmp_path: Path, counted: list[str]) -> None:
@@ -341,14 +341,14 @@ def test_a_small_folder_that_a_record_names_is_read(tmp_path: Path, counted: lis
         (tmp_path / f"other{name}").mkdir()
     for word in ("texts", "texts/*/*.txt", "texts/**/*.txt", "texts/deep/1*.txt"):
         place = str(tmp_path / word)
-        found = find_texts("data.old", [place], is_recorded=True)
-        assert found == find_texts("data.old", [place]) and len(found.files) in (20, 11)
+        found = FoundTexts.of("data.old", [place], is_recorded=True)
+        assert found == FoundTexts.of("data.old", [place]) and len(found.files) in (20, 11)
 
 
 def test_a_file_of_several_paths_is_read_once_and_counted(tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("text")
-    found = find_texts("data.new", [str(tmp_path / "b.txt"), str(tmp_path), str(tmp_path)])
+    found = FoundTexts.of("data.new", [str(tmp_path / "b.txt"), str(tmp_path), str(tmp_path)])
     assert [path.name for path in found.files] == ["b.txt", "a.txt"]
     note = found.note("new") or ""
     assert note.startswith("new: 2 files read; skipped 3") and "named again" in note

@@ -5,19 +5,12 @@ from typing import Any
 import pytest
 
 from tests.oracle.chat import CHATML, MARKED, messages, tokenizer
-from tritter.data.answers import (
-    TrainingCounts,
-    endless_note,
-    scored_text,
-    scoring_note,
-    unanswered_note,
-    unshown_note,
-)
+from tritter.data.answers import TrainingCounts, scored_text, scoring_note, unanswered_note
 from tritter.data.chat import Chat
-from tritter.data.conversations import conversation_of
 from tritter.data.documents import Documents
 from tritter.data.packing import packed
-from tritter.data.tokens import TextBounds, TokenisedDocuments, tokenise
+from tritter.data.records import Conversation
+from tritter.data.tokens import TextBounds, TokenisedDocuments
 
 END = "<|im_end|>\n"
 NEXT_ROLE = (
@@ -27,13 +20,17 @@ NEXT_ROLE = (
 
 
 def documents_of(records: list[dict[str, Any]]) -> Documents:
-    found = map(conversation_of, records)
+    found = map(Conversation.of_record, records)
     return Documents.of(each for each in found if each is not None)
+
+
+def talks(records: list[dict[str, Any]]) -> list[Conversation | None]:
+    return [each.conversation for each in documents_of(records)]
 
 
 def tokenised(records: list[dict[str, Any]], chat: Chat, **limit: int) -> TokenisedDocuments:
     inner = tokenizer().backend_tokenizer
-    return tokenise(
+    return TokenisedDocuments.of(
         documents_of(records), inner, chat=chat, max_tokens_per_document=limit.get("limit")
     )
 
@@ -105,7 +102,7 @@ def test_conversations_without_an_answer_are_counted_by_reason() -> None:
         {"messages": [answer]},
         {"messages": messages(3)},
     ]
-    documents = Documents.of(filter(None, map(conversation_of, records)))
+    documents = Documents.of(filter(None, map(Conversation.of_record, records)))
     sides = [tokenised(records, Chat(tokenizer()))]
     note = unanswered_note("new", sides, documents)
     for part in ("4 of 5", "2 excluded", "1 with an empty", "1 without a message"):
@@ -118,11 +115,11 @@ def test_a_template_whose_answers_never_end_is_noted() -> None:
     content_only = MARKED.replace(END + close, close + END)
     for way, is_endless in ((CHATML, False), (MARKED, False), (content_only, True)):
         chat = Chat(tokenizer(way))
-        note = endless_note([tokenised(turns, chat)], chat)
+        note = chat.endless_note([tokenised(turns, chat).tokens])
         assert ("does not learn to end its turn" in note) is is_endless
     chat = Chat(tokenizer(NEXT_ROLE))
-    assert endless_note([tokenised(turns, chat)], chat)
-    assert not endless_note([tokenised(turns, Chat(None))], Chat(None))
+    assert chat.endless_note([tokenised(turns, chat).tokens])
+    assert not Chat(None).endless_note([tokenised(turns, Chat(None)).tokens])
 
 
 def test_parts_that_the_template_does_not_show_are_noted() -> None:
@@ -130,13 +127,13 @@ def test_parts_that_the_template_does_not_show_are_noted() -> None:
     turns = messages(1)
     turns[1]["reasoning_content"] = "because"
     records = [{"messages": turns, "tools": tools}, {"messages": messages(2)}]
-    note = unshown_note(documents_of(records), Chat(tokenizer()))
+    note = Chat(tokenizer()).unshown_note(talks(records))
     assert note.endswith("tools (1 conversations), reasoning_content (1 conversations).")
     called = messages(4)
     called[1] |= {"tool_calls": [tools[0]], "step": 0, "mask": 1, "note": ""}  # type: ignore[dict-item]
-    note = unshown_note(documents_of([*records, {"messages": called}]), Chat(tokenizer()))
+    note = Chat(tokenizer()).unshown_note(talks([*records, {"messages": called}]))
     assert note.endswith(
         ", ".join(f"{name} (1 conversations)" for name in ("tool_calls", "step", "mask")) + "."
     )
     shown = CHATML + "{# tools reasoning_content #}"
-    assert not unshown_note(documents_of(records), Chat(tokenizer(shown)))
+    assert not Chat(tokenizer(shown)).unshown_note(talks(records))

@@ -23,26 +23,22 @@ from tritter.data.chat import (
     Chat,
     ChatChoice,
     LossOn,
-    chat_of,
     ids_of,
     is_unpredicted,
 )
-from tritter.data.conversations import Conversation, WrongRecordError, conversation_of
 from tritter.data.documents import Documents
 from tritter.data.packing import (
     IGNORED,
     DocumentMask,
+    Windows,
     inputs_for,
     labels_of,
     num_packed,
     packed,
     padding_fraction,
-    read_marks,
-    window_tensors,
-    windows_of,
 )
-from tritter.data.records import Text, text_of
-from tritter.data.tokens import TextBounds, TokenisedDocuments, tokenise
+from tritter.data.records import Conversation, Text, WrongRecordError, text_of
+from tritter.data.tokens import TextBounds, TokenisedDocuments
 from tritter.errors import RequestError
 from tritter.evaluation.losses import document_losses
 from tritter.training import BaseModule, OptimizerSettings, Schedule
@@ -54,14 +50,14 @@ KIND = {"role": "system", "content": "Be kind."}
 
 
 def conversation(number: int, **options: Any) -> Conversation:
-    found = conversation_of({"messages": messages(number, **options)})
+    found = Conversation.of_record({"messages": messages(number, **options)})
     assert found is not None
     return found
 
 
 def tokenised(conversations: Sequence[Text], chat: Chat) -> TokenisedDocuments:
     inner = tokenizer().backend_tokenizer
-    return tokenise(Documents.of(conversations), inner, chat=chat)
+    return TokenisedDocuments.of(Documents.of(conversations), inner, chat=chat)
 
 
 # Formats
@@ -133,7 +129,7 @@ REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
 
 @pytest.mark.parametrize(("record", "wanted", "num_given"), FORMS)
 def test_records_become_messages(record: Any, wanted: Any, num_given: int) -> None:
-    found = conversation_of(record)
+    found = Conversation.of_record(record)
     assert found is not None
     assert list(found.messages) == wanted
     assert found.num_given == num_given
@@ -145,7 +141,7 @@ def test_records_become_messages(record: Any, wanted: Any, num_given: int) -> No
 @pytest.mark.parametrize(("record", "message"), REFUSED)
 def test_refused_records_are_named(record: dict[str, Any], message: str) -> None:
     with pytest.raises(WrongRecordError, match=message):
-        conversation_of(record)
+        Conversation.of_record(record)
 
 
 def test_messages_without_weight_are_no_answers() -> None:
@@ -153,7 +149,7 @@ def test_messages_without_weight_are_no_answers() -> None:
     for at, field in ((1, {"weight": 0}), (3, {"train": False}), (5, {"loss": False})):
         turns[at] |= field  # type: ignore[arg-type]
     turns[0] |= {"weight": 1}  # type: ignore[arg-type]
-    found = conversation_of({"messages": turns})
+    found = Conversation.of_record({"messages": turns})
     assert found is not None
     assert found.answers == (7,)
     assert found.untrained == (1, 3, 5)
@@ -171,7 +167,7 @@ def test_messages_without_weight_are_no_answers() -> None:
         ({"messages": [PAIR[0], call]}, (1,)),
         ({"prompt": "Hi", "completion": ""}, ()),
     ):
-        found = conversation_of(record)
+        found = Conversation.of_record(record)
         assert found is not None
         assert found.answers == answers
 
@@ -182,12 +178,12 @@ def test_arguments_of_calls_and_schemas_may_be_json() -> None:
     for arguments in (CALL["arguments"], json.dumps(CALL["arguments"])):
         call = {"role": ASSISTANT, "tool_calls": [{"function": {**CALL, "arguments": arguments}}]}
         for tools in (schema, [json.dumps(schema)], json.dumps(schema), json.dumps([schema])):
-            found = conversation_of({"messages": [PAIR[0], call], "tools": tools})
+            found = Conversation.of_record({"messages": [PAIR[0], call], "tools": tools})
             assert found is not None
             assert found.tools == (schema,)
             assert found.messages[1]["tool_calls"] == [{"function": CALL}]
     earlier = {"role": ASSISTANT, "content": None, "function_call": CALL}
-    found = conversation_of({"messages": [PAIR[0], earlier]})
+    found = Conversation.of_record({"messages": [PAIR[0], earlier]})
     assert found is not None
     assert found.answers == (1,)
     assert found.messages[1]["tool_calls"] == [{"type": "function", "function": CALL}]
@@ -198,21 +194,23 @@ def test_null_in_arguments_and_tools_that_are_json_in_a_string_stays() -> None:
     of_call = {"function": {"name": "clock", "arguments": json.dumps(arguments)}, "id": None}
     tool = {"type": "function", "function": {"name": "clock", "zone": {"default": None}}}
     call = {"role": ASSISTANT, "content": None, "name": None, "tool_calls": [of_call]}
-    found = conversation_of({"messages": [PAIR[0], call], "tools": json.dumps([tool])})
+    found = Conversation.of_record({"messages": [PAIR[0], call], "tools": json.dumps([tool])})
     assert found is not None and found.tools == (tool,)
     expected = [{"function": {"name": "clock", "arguments": arguments}}]  # id: null is left out
     assert found.messages[1] == {"role": ASSISTANT, "content": "", "tool_calls": expected}
     deep = json.loads("[" * 900 + "]" * 900)
     for record in ({"messages": [{**PAIR[0], "more": deep}]}, {"messages": PAIR, "tools": deep}):
         with pytest.raises(WrongRecordError, match="is nested too deeply"):
-            conversation_of(record)
+            Conversation.of_record(record)
 
 
 def test_a_text_wins_over_messages_unless_they_are_named() -> None:
     both = {"text": "a text", "messages": PAIR}
     assert text_of(both, field="text") == "a text"
-    assert text_of({**both, "text": None}, field="text") == conversation_of({"messages": PAIR})
-    assert text_of(both, field="messages") == conversation_of({"messages": PAIR})
+    assert text_of({**both, "text": None}, field="text") == Conversation.of_record(
+        {"messages": PAIR}
+    )
+    assert text_of(both, field="messages") == Conversation.of_record({"messages": PAIR})
     for record, message in (
         ({"problem": "a", "solution": "b"}, "available: problem, solution. Accepted: text, or"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "Preference data: a rejected answer"),
@@ -225,38 +223,40 @@ def test_the_documented_records_are_conversations() -> None:
     page = Path(__file__).parents[2] / "docs/how-to/use_your_data.md"
     records = [json.loads(line) for line in page.read_text().splitlines() if line[:2] == '{"']
     assert len(records) == 4
-    assert all(conversation_of(record) for record in records)
+    assert all(Conversation.of_record(record) for record in records)
 
 
 def test_other_records_are_no_conversations() -> None:
-    assert conversation_of({"text": "a"}) is None
-    assert conversation_of({"system": "a", "tools": "[]"}) is None
+    assert Conversation.of_record({"text": "a"}) is None
+    assert Conversation.of_record({"system": "a", "tools": "[]"}) is None
 
 
 def test_tools_and_calls_are_kept() -> None:
     call = {"role": ASSISTANT, "content": None, "tool_calls": [{"function": {"name": "clock"}}]}
     tools = [{"type": "function", "function": {"name": "clock"}}]
-    found = conversation_of({"messages": [PAIR[0], call], "tools": json.dumps(tools)})
+    found = Conversation.of_record({"messages": [PAIR[0], call], "tools": json.dumps(tools)})
     assert found is not None
     assert found.tools == tuple(tools)
     assert found.messages[1]["tool_calls"] == call["tool_calls"]
     assert str(found) == 'user: Hi\n\nassistant: [{"function": {"name": "clock"}}]'
     with pytest.raises(WrongRecordError, match="tools: is a number; must be a list of JSON sch"):
-        conversation_of({"messages": PAIR, "tools": 3})
+        Conversation.of_record({"messages": PAIR, "tools": 3})
     for broken in ("{", "[" * 100_000):
         with pytest.raises(WrongRecordError, match="tools: is not valid JSON"):
-            conversation_of({"messages": PAIR, "tools": broken})
+            Conversation.of_record({"messages": PAIR, "tools": broken})
     with pytest.raises(WrongRecordError, match="has a message that is not JSON"):
-        conversation_of({"messages": [{**PAIR[0], "more": {b"x": 1}}]})
+        Conversation.of_record({"messages": [{**PAIR[0], "more": {b"x": 1}}]})
     # A table gives each call the arguments of all others; an Alpaca record may name its tools
     call["tool_calls"] = [{"function": {"name": "clock", "zone": None}}]
-    assert conversation_of({"messages": [PAIR[0], call], "tools": json.dumps(tools)}) == found
-    assert conversation_of({"instruction": "a", "output": "b", "tools": "calculator"})
+    assert (
+        Conversation.of_record({"messages": [PAIR[0], call], "tools": json.dumps(tools)}) == found
+    )
+    assert Conversation.of_record({"instruction": "a", "output": "b", "tools": "calculator"})
 
 
 def test_the_split_does_not_depend_on_format_or_template() -> None:
     documents = Documents.of(
-        found for record, *_ in FORMS[:2] if (found := conversation_of(record)) is not None
+        found for record, *_ in FORMS[:2] if (found := Conversation.of_record(record)) is not None
     )
     assert len(documents) == 1  # the same words under other names
     assert documents.num_conversations() == 1
@@ -269,7 +269,7 @@ def test_answer_spans_are_the_answers(contents: list[str]) -> None:
     turns = [
         {"role": (USER, ASSISTANT)[at % 2], "content": text} for at, text in enumerate(contents)
     ]
-    found = conversation_of({"messages": turns})
+    found = Conversation.of_record({"messages": turns})
     assert found is not None
     spans = [str(found)[start:end] for start, end in found.answer_spans]
     answers = [text.replace("\r\n", "\n") for text in contents[1::2] if text.strip()]
@@ -327,7 +327,7 @@ def test_the_assistants_first_words_and_given_answers_are_not_predicted() -> Non
     greeting = [{"role": ASSISTANT, "content": "Hello"}, *turns]
     given = {"prompt": turns[:3], "completion": turns[3:]}
     for record, answers in (({"messages": greeting}, turns[1::2]), (given, turns[3:])):
-        found = conversation_of(record)
+        found = Conversation.of_record(record)
         assert found is not None
         both = [Chat(tokenizer(way)).render(found, "") for way in (CHATML, MARKED)]
         assert np.array_equal(*both)
@@ -345,7 +345,7 @@ def test_a_template_has_the_same_date_on_all_days() -> None:
 def test_an_answer_may_begin_with_what_merges_with_its_header() -> None:
     own = tokenizer().train_new_from_iterator(["assistant\n    return\n\n"] * 9, 330)
     for content in ("    return x", "\n\nreturn"):
-        found = conversation_of({"prompt": "Write it.", "completion": content})
+        found = Conversation.of_record({"prompt": "Write it.", "completion": content})
         assert found is not None
         header = own.encode("assistant\n")
         assert own.encode(f"assistant\n{content}")[: len(header)] != header
@@ -359,7 +359,7 @@ def test_bytes_of_reasoning_count_where_a_template_shows_it() -> None:
     turns = messages(1, turns=2)
     turns[1] |= {"reasoning_content": "because 猫", "thinking": "because 猫"}
     turns[3] |= {"reasoning_content": "\n\n"}
-    found = conversation_of({"messages": turns})
+    found = Conversation.of_record({"messages": turns})
     assert found is not None
     thought = "<think>{{ message['reasoning_content'] }}</think>{{ message['content'] }}"
     shown = CHATML.replace("{{ message['content'] }}", thought)
@@ -424,7 +424,7 @@ def test_tokens_and_masks_are_those_of_trl(
         processing_class=tokenizer(template),
     )
     for row, theirs in zip(rows, trainer.train_dataset, strict=True):
-        ours = conversation_of(row)
+        ours = Conversation.of_record(row)
         assert ours is not None
         marked = Chat(tokenizer(template)).render(ours, "")
         assert ids_of(marked).tolist() == theirs["input_ids"]
@@ -438,12 +438,14 @@ def test_tokens_and_masks_are_those_of_trl(
 def test_without_a_template_a_conversation_is_its_plain_text() -> None:
     inner, each = tokenizer().backend_tokenizer, conversation(5, turns=2)
     documents = Documents.of([each])
-    plain = tokenise(documents, inner)
-    answers = tokenise(documents, inner, chat=Chat(None))
+    plain = TokenisedDocuments.of(documents, inner)
+    answers = TokenisedDocuments.of(documents, inner, chat=Chat(None))
     assert torch.equal(ids_of(answers.tokens), plain.tokens)
     assert not plain.has_marks
     assert answers.has_marks
-    assert torch.equal(tokenise(documents, inner, chat=Chat(None, "all")).tokens, plain.tokens)
+    assert torch.equal(
+        TokenisedDocuments.of(documents, inner, chat=Chat(None, "all")).tokens, plain.tokens
+    )
     contents = [each.messages[at]["content"] for at in each.answers]
     kept = answers.tokens[~is_unpredicted(answers.tokens)]
     assert inner.decode(ids_of(kept).tolist()).split() == " ".join(contents).split()
@@ -455,8 +457,8 @@ def test_long_conversations_keep_an_answer_and_the_end_of_its_prompt(limit: int)
     inner = tokenizer().backend_tokenizer
     for chat in (Chat(None), Chat(tokenizer())):
         each = Documents.of([conversation(7, turns=3)])
-        whole = tokenise(each, inner, chat=chat)
-        cut = tokenise(each, inner, chat=chat, max_tokens_per_document=limit)
+        whole = TokenisedDocuments.of(each, inner, chat=chat)
+        cut = TokenisedDocuments.of(each, inner, chat=chat, max_tokens_per_document=limit)
         assert cut.num_tokens == min(limit, whole.num_tokens)
         assert not cut.first(0).cut and cut.first(1).cut == cut.cut
         assert len(cut.cut) == (cut.num_tokens < whole.num_tokens)
@@ -480,7 +482,7 @@ def test_the_beginning_of_the_template_stays_before_the_end_of_a_long_prompt(sys
     own = tokenizer()
     turns = messages(3, system=system)
     turns[-2]["content"] = " ".join(f"word{n}" for n in range(300))
-    found = conversation_of({"messages": turns})
+    found = Conversation.of_record({"messages": turns})
     assert found is not None
     marked = Chat(own).render(found, "x")
     cut = Chat(own).fitted(marked, 120, found, "x")
@@ -501,7 +503,7 @@ def test_messages_without_weight_are_not_predicted() -> None:
     """With both ways to find answers, on answers and on all tokens, with and without a template."""
     turns = messages(3, turns=3)
     record = {"messages": [{**each, "weight": int(at != 3)} for at, each in enumerate(turns)]}
-    found = conversation_of(record)
+    found = Conversation.of_record(record)
     assert found is not None
     end, block = "<|im_end|>\n", "{% endgeneration %}"
     content_only = MARKED.replace(end + block, block + end)
@@ -515,18 +517,18 @@ def test_messages_without_weight_are_not_predicted() -> None:
         everything = Chat(own, "all").render(found, "x")
         assert own.decode(ids_of(everything[1:][is_unpredicted(everything[1:])])) == excluded
     inner = tokenizer().backend_tokenizer
-    plain = tokenise(Documents.of([found]), inner, chat=Chat(None)).tokens
+    plain = TokenisedDocuments.of(Documents.of([found]), inner, chat=Chat(None)).tokens
     kept = inner.decode(ids_of(plain[~is_unpredicted(plain)]).tolist())
     assert kept.split() == f"{turns[1]['content']} {turns[5]['content']}".split()
     with pytest.raises(
         RequestError, match=r"data\.loss_on = all: message 4 of .* not to be trained"
     ):
-        tokenise(Documents.of([found]), inner, chat=Chat(None, "all"))
+        TokenisedDocuments.of(Documents.of([found]), inner, chat=Chat(None, "all"))
 
 
 def test_calls_that_the_template_does_not_show_are_refused() -> None:
     call = {"role": ASSISTANT, "tool_calls": [{"function": CALL}]}
-    found = conversation_of({"messages": [PAIR[0], call]})
+    found = Conversation.of_record({"messages": [PAIR[0], call]})
     assert found is not None
     match = r"does not show the tool_calls of message 2 of 'x'.*data\.chat_template=none"
     with pytest.raises(RequestError, match=match):
@@ -548,7 +550,7 @@ def test_packed_conversations_keep_their_labels_and_positions(
     end = CHAT.tokenizer.eos_token_id
     rows = packed(documents, packing="documents", sequence_length=length, bounds=TextBounds(end))
     mask = DocumentMask(TextBounds(end))
-    model = read_marks(oracle.tiny_llama(vocab_size=330, max_position_embeddings=256), mask)
+    model = mask.attach(oracle.tiny_llama(vocab_size=330, max_position_embeddings=256))
     labels, positions = labels_of(model, rows.long()), mask.positions(rows)
     # Each piece begins at position 0, unpredicted, and all other labels are those of the answers
     pieces: list[tuple[list[int], list[int]]] = []
@@ -604,9 +606,11 @@ def test_scores_are_the_losses_of_answers(window: int, is_masked: bool) -> None:
     model = oracle.tiny_llama(vocab_size=330, max_position_embeddings=256)
     end = CHAT.tokenizer.eos_token_id
     if is_masked:
-        read_marks(model, DocumentMask(TextBounds(end)))
+        DocumentMask(TextBounds(end)).attach(model)
     turns = [messages(number, turns=1 + number % 2) for number in range(6)]
-    found = [each for turn in turns if (each := conversation_of({"messages": turn})) is not None]
+    found = [
+        each for turn in turns if (each := Conversation.of_record({"messages": turn})) is not None
+    ]
     documents = tokenised(found, CHAT)
     scores = document_losses(
         model, documents, sequence_length=window, bounds=TextBounds(end), batch_size=3
@@ -622,8 +626,8 @@ def test_scores_are_the_losses_of_answers(window: int, is_masked: bool) -> None:
         torch.testing.assert_close(
             scores.values, torch.tensor([nats for nats, _ in stock]).double(), rtol=1e-5, atol=1e-5
         )
-    windows = windows_of(documents, sequence_length=window, bounds=TextBounds(end))
-    inputs, targets = window_tensors(windows[:1], documents.tokens, bounds=TextBounds(end))
+    windows = Windows(documents, sequence_length=window, bounds=TextBounds(end))
+    inputs, targets = windows.tensors(windows[:1])
     assert int(inputs_for(alone, inputs).max()) < 330
     assert (targets != IGNORED).any()
 
@@ -640,8 +644,9 @@ def test_windows_show_the_end_of_the_prompt_to_each_answer(chat: Chat, length: i
         prompt_end[at] = prompt_end[at - 1] if is_predicted[at - 1] else at - 1
     counts = torch.zeros(len(tokens), dtype=torch.int64)
     starts = documents.offsets.tolist()
-    for window in windows_of(documents, sequence_length=length, bounds=TextBounds(0)):
-        inputs, targets = window_tensors([window], documents.tokens, bounds=TextBounds(0))
+    windows = Windows(documents, sequence_length=length, bounds=TextBounds(0))
+    for window in windows:
+        inputs, targets = windows.tensors([window])
         assert inputs.shape == (1, window.length)
         assert window.length <= length
         own = (targets[0] != IGNORED).nonzero().flatten().tolist()
@@ -665,10 +670,10 @@ def test_an_answer_after_the_window_sees_its_whole_question_if_it_fits() -> None
     model = oracle.tiny_llama(vocab_size=330, max_position_embeddings=256)
     turns = messages(5)
     turns[0]["content"] = " ".join(f"w{number}" for number in range(60))
-    found = conversation_of({"messages": turns})
+    found = Conversation.of_record({"messages": turns})
     assert found is not None
     documents = tokenised([found], CHAT)
-    (window,) = windows_of(documents, sequence_length=48, bounds=TextBounds(0))
+    (window,) = Windows(documents, sequence_length=48, bounds=TextBounds(0))
     scores = document_losses(
         model, documents, sequence_length=48, bounds=TextBounds(0), batch_size=1
     )
@@ -687,12 +692,14 @@ def test_a_training_batch_has_the_loss_of_answers_alone() -> None:
     model = oracle.tiny_llama(vocab_size=330, max_position_embeddings=256)
     turns = [messages(number, turns=1 + number % 2) for number in range(6)]
     stock = [stock_nats(model, each) for each in turns]
-    found = [each for turn in turns if (each := conversation_of({"messages": turn})) is not None]
+    found = [
+        each for turn in turns if (each := Conversation.of_record({"messages": turn})) is not None
+    ]
     end = CHAT.tokenizer.eos_token_id
     rows = packed(
         tokenised(found, CHAT), packing="documents", sequence_length=200, bounds=TextBounds(end)
     ).long()
-    read_marks(model, DocumentMask(TextBounds(end)))
+    DocumentMask(TextBounds(end)).attach(model)
     with torch.no_grad():
         loss = model(input_ids=rows, labels=labels_of(model, rows), use_cache=False).loss
     wanted = sum(nats for nats, _ in stock) / sum(count for _, count in stock)
@@ -726,7 +733,7 @@ def test_an_optimizer_step_is_the_mean_over_the_answers_of_its_batches() -> None
     for window in (1, 4):
         model = oracle.tiny_llama(vocab_size=330, max_position_embeddings=256)
         module = BaseModule(
-            read_marks(model, DocumentMask(TextBounds(end))),
+            DocumentMask(TextBounds(end)).attach(model),
             schedule=Schedule(learning_rate=1e-3, max_steps=1),
             optimizer=OptimizerSettings(),
         )
@@ -747,20 +754,20 @@ def test_an_optimizer_step_is_the_mean_over_the_answers_of_its_batches() -> None
 
 def test_the_default_is_the_template_of_the_tokenizer(tmp_path: Path) -> None:
     default = ChatChoice()
-    assert chat_of(default, tokenizer=tokenizer()).tokenizer is not None
-    assert chat_of(default, tokenizer=tokenizer(None)).tokenizer is None
-    assert chat_of(default, tokenizer=None).tokenizer is None
-    assert chat_of(ChatChoice("none", "all"), tokenizer=tokenizer()).is_marked is False
+    assert Chat.of(default, tokenizer=tokenizer()).tokenizer is not None
+    assert Chat.of(default, tokenizer=tokenizer(None)).tokenizer is None
+    assert Chat.of(default, tokenizer=None).tokenizer is None
+    assert Chat.of(ChatChoice("none", "all"), tokenizer=tokenizer()).is_marked is False
     file = tmp_path / "own.jinja"
     file.write_text(INSTRUCT)
-    own = chat_of(ChatChoice(str(file)), tokenizer=tokenizer())
+    own = Chat.of(ChatChoice(str(file)), tokenizer=tokenizer())
     assert own.tokenizer.chat_template == INSTRUCT
     with pytest.raises(RequestError, match=r"data\.chat_template = tokenizer: .* no chat template"):
-        chat_of(ChatChoice("tokenizer"), tokenizer=tokenizer(None))
+        Chat.of(ChatChoice("tokenizer"), tokenizer=tokenizer(None))
     with pytest.raises(RequestError, match=r"data\.chat_template = tokenizer: a new base model"):
-        chat_of(ChatChoice("tokenizer"), tokenizer=None)
+        Chat.of(ChatChoice("tokenizer"), tokenizer=None)
     digests = {
-        chat_of(ChatChoice(None, loss), tokenizer=tokenizer(way)).digest
+        Chat.of(ChatChoice(None, loss), tokenizer=tokenizer(way)).digest
         for loss in LOSSES
         for way in (CHATML, MARKED, None)
     }

@@ -15,15 +15,13 @@ from transformers import AutoTokenizer, GenerationConfig
 from tritter.data.chat import ids_of
 from tritter.data.documents import Document
 from tritter.data.tokens import (
+    PretrainedTokenizer,
     TextBounds,
+    TokenisedDocuments,
     encoded_texts,
     ends_of,
-    read_tokenizer,
-    tokenise,
-    tokenise_texts,
     train_tokenizer,
     unencoded_note,
-    wrap_tokenizer,
 )
 from tritter.errors import RequestError
 
@@ -198,16 +196,16 @@ def written(folder: Path, family: Convention) -> Path:
 def test_a_family_is_read_as_transformers_reads_it(tmp_path: Path, name: str) -> None:
     family = CONVENTIONS[name]
     folder = written(tmp_path / "model", family)
-    known = read_tokenizer(folder, vocab_size=1000)
+    known = PretrainedTokenizer.read(folder, vocab_size=1000)
     stock = AutoTokenizer.from_pretrained(folder)
     number = known.tokenizer.token_to_id
     assert known.bounds.end == number(family.end)
     assert known.bounds.start == tuple(map(number, family.start))
     assert known.bounds.stops == tuple(map(number, family.stops))
     assert stock.eos_token_id == known.bounds.end
-    documents = tokenise_texts(TEXTS, known.tokenizer)
+    documents = TokenisedDocuments.of_texts(TEXTS, known.tokenizer)
     config = GenerationConfig.from_pretrained(folder)
-    assert wrap_tokenizer(stock, ends=ends_of(config)).bounds == known.bounds
+    assert PretrainedTokenizer.of(stock, ends=ends_of(config)).bounds == known.bounds
     for at, text in enumerate(TEXTS):
         ids = ids_of(documents.document(at)).tolist()
         front = known.bounds.start or tuple(map(number, family.front))
@@ -217,7 +215,7 @@ def test_a_family_is_read_as_transformers_reads_it(tmp_path: Path, name: str) ->
         assert known.tokenizer.decode(ids) == text
     long = [Document("d", TEXTS[1])]
     for limit in range(4, len(documents.document(1))):  # cut between characters
-        cut = tokenise(long, known.tokenizer, max_tokens_per_document=limit)
+        cut = TokenisedDocuments.of(long, known.tokenizer, max_tokens_per_document=limit)
         assert limit - 4 < cut.num_tokens <= limit
         text = known.tokenizer.decode(ids_of(cut.tokens).tolist())
         assert TEXTS[1].startswith(text) and int(cut.num_bytes[0]) == len(text.encode())
@@ -234,7 +232,7 @@ def test_a_start_that_only_the_settings_name_is_noted(
     settings = (("add_bos_token", is_added), ("bos_token", name))
     front = family.front if has_start else ()
     folder = written(tmp_path / "model", replace(family, front=front, settings=settings))
-    known = read_tokenizer(folder, vocab_size=1000)
+    known = PretrainedTokenizer.read(folder, vocab_size=1000)
     number = known.tokenizer.token_to_id(name)
     assert known.bounds.start == ((number,) if has_start else ())
     assert (number in AutoTokenizer.from_pretrained(folder)("one").input_ids) is has_start
@@ -243,9 +241,11 @@ def test_a_start_that_only_the_settings_name_is_noted(
 
 def test_each_leading_space_is_a_token_as_tokenizer_json_says(tmp_path: Path) -> None:
     """SentencePiece has one more in front of " a"; transformers 5, which rebuilds it, has not."""
-    known = read_tokenizer(written(tmp_path / "model", CONVENTIONS["llama 2"]), vocab_size=1000)
+    known = PretrainedTokenizer.read(
+        written(tmp_path / "model", CONVENTIONS["llama 2"]), vocab_size=1000
+    )
     space = known.tokenizer.token_to_id("▁")
-    documents = tokenise_texts(["  one", "  "], known.tokenizer)
+    documents = TokenisedDocuments.of_texts(["  one", "  "], known.tokenizer)
     assert ids_of(documents.document(0)).tolist()[:3] == [space] * 3
     assert ids_of(documents.document(1)).tolist() == [space] * 3
     assert documents.num_bytes.tolist() == [5, 2]
@@ -274,11 +274,14 @@ def by_spaces(model: Any) -> Tokenizer:
 @pytest.mark.parametrize("name", KNOWN)
 def test_the_share_of_unknown_tokens_is_noted(name: str) -> None:
     tokenizer, texts = by_spaces(KNOWN[name]), ["a b c a b", "a 漢 b", "c 🙂"]
-    sides = [tokenise_texts(texts[:2], tokenizer), tokenise_texts(texts[2:], tokenizer)]
+    sides = [
+        TokenisedDocuments.of_texts(texts[:2], tokenizer),
+        TokenisedDocuments.of_texts(texts[2:], tokenizer),
+    ]
     note = unencoded_note("old", sides, texts, tokenizer)
     assert note.startswith("old: 2 of 10 tokens (20.00%)") and "[UNK]" in note
     assert unencoded_note("old", sides[:0], [], tokenizer) == ""
-    known = [tokenise_texts(texts[:1], tokenizer)]
+    known = [TokenisedDocuments.of_texts(texts[:1], tokenizer)]
     assert unencoded_note("old", known, texts[:1], tokenizer) == ""
 
 
@@ -288,10 +291,12 @@ def test_texts_that_lose_characters_are_counted() -> None:
     prefixed = Tokenizer(BPE({**LETTERS, "▁": 3}, []))
     prefixed.pre_tokenizer = metaspace("always")
     for tokenizer in (spaces, prefixed):
-        note = unencoded_note("old", [tokenise_texts(texts, tokenizer)], texts, tokenizer)
+        note = unencoded_note(
+            "old", [TokenisedDocuments.of_texts(texts, tokenizer)], texts, tokenizer
+        )
         assert note.startswith("old: 2 of 4 texts") and ("漢" in note or "🙂" in note)
     for lossless in (train_tokenizer([Document("d", "a b")], vocab_size=260), sentencepiece(())):
-        sides = [tokenise_texts(texts, lossless)]
+        sides = [TokenisedDocuments.of_texts(texts, lossless)]
         assert unencoded_note("old", sides, texts, lossless) == ""
 
 

@@ -4,20 +4,19 @@ import shutil
 import pytest
 import torch
 
-from tritter.data import built_in
 from tritter.data import corpus as corpus_module
 from tritter.data.batches import SequenceStream
-from tritter.data.built_in import StdlibText
-from tritter.data.corpus import build_corpus, stdlib_corpus
-from tritter.data.documents import documents_of, text_key
-from tritter.data.sources import source_documents
+from tritter.data.built_in import Stdlib
+from tritter.data.corpus import Corpus
+from tritter.data.documents import Documents, text_key
+from tritter.data.sources import TextRequest
 from tritter.data.split import SplitRule
-from tritter.data.tokens import TextBounds, concatenate, pack
+from tritter.data.tokens import TextBounds, concatenate
 from tritter.errors import RequestError
 from tritter.storage import spool
 
 OLD, NEW = (
-    documents_of(f"{name} has: " + str(index**9) * 9 for index in range(20))
+    Documents.of(f"{name} has: " + str(index**9) * 9 for index in range(20))
     for name in ("the old — é", "the new")
 )
 DOMAINS = {"prose": OLD, "code": NEW}
@@ -34,7 +33,7 @@ def build(cache_dir, **changes):
         "cache_dir": cache_dir,
     }
     domains = changes.pop("domains", DOMAINS)
-    return build_corpus(domains, **(options | changes))
+    return Corpus.build(domains, **(options | changes))
 
 
 def assert_same(one, other):
@@ -51,15 +50,15 @@ def assert_same(one, other):
 
 
 def test_what_lies_on_disk_is_what_would_be_held(tmp_path, monkeypatch):
-    domains = {name: documents_of(each.text for each in d) for name, d in DOMAINS.items()}
+    domains = {name: Documents.of(each.text for each in d) for name, d in DOMAINS.items()}
     held = build(tmp_path / "held", domains=domains)
     monkeypatch.setattr(spool.Spool, "IN_MEMORY_BYTES", 0)
-    domains = {name: documents_of(each.text for each in d) for name, d in DOMAINS.items()}
+    domains = {name: Documents.of(each.text for each in d) for name, d in DOMAINS.items()}
     mapped = build(tmp_path / "mapped", domains=domains)
     assert_same(held, mapped)
     assert_same(held, build(tmp_path / "mapped", domains=domains))
     options = {"sequence_length": 16, "bounds": TextBounds(0)}
-    packed = [[pack(d.train, **options) for d in c.domains.values()] for c in (held, mapped)]
+    packed = [[d.train.pack(**options) for d in c.domains.values()] for c in (held, mapped)]
     assert torch.equal(concatenate(packed[0]), concatenate(packed[1]))
     assert torch.equal(concatenate(packed[0]), torch.cat(packed[0]))
     streams = [SequenceStream(each[0], seed=1) for each in packed]
@@ -103,7 +102,7 @@ def test_the_tokenizer_never_sees_validation(tmp_path):
     others = (f"zzzz {number}" * 50 for number in range(99))
     other = (text for text in others if rule.side(text_key(text)) == "validation")
     altered = (next(other) if each.identifier in held_out else each.text for each in OLD)
-    other = build(tmp_path, domains={"prose": documents_of(altered), "code": NEW})
+    other = build(tmp_path, domains={"prose": Documents.of(altered), "code": NEW})
     assert other.digest != corpus.digest
     assert other.tokenizer.to_str() == corpus.tokenizer.to_str()
 
@@ -215,7 +214,7 @@ def test_a_cache_that_cannot_be_written_is_refused_before_any_work(tmp_path, mak
 def from_stdlib(cache_dir, **changes):
     options = {"vocab_size": 280, "validation_fraction": 0.2, "seed": 0}
     options |= {"max_validation_tokens_per_document": 50, "cache_dir": cache_dir}
-    return stdlib_corpus(**(options | changes))
+    return Corpus.of_stdlib(**(options | changes))
 
 
 @pytest.fixture
@@ -223,12 +222,12 @@ def gathering(monkeypatch):
     """A small library with a counter of reads."""
     calls = []
 
-    def gather():
+    def gather(library):
         calls.append(1)
-        return StdlibText(prose=OLD, code=NEW, skipped=())
+        return {"prose": OLD, "code": NEW}
 
-    monkeypatch.setattr(built_in, "gather", gather)
-    monkeypatch.setattr(built_in, "stdlib_fingerprint", lambda: "one installation")
+    monkeypatch.setattr(Stdlib, "gather", gather)
+    monkeypatch.setattr(Stdlib, "fingerprint", "one installation")
     return calls
 
 
@@ -240,7 +239,7 @@ def test_the_library_is_read_once(tmp_path, gathering, monkeypatch):
     assert first.sources["code"].origin.startswith("python 3.")
     from_stdlib(tmp_path, seed=1)
     assert len(gathering) == 2
-    monkeypatch.setattr(built_in, "stdlib_fingerprint", lambda: "another installation")
+    monkeypatch.setattr(Stdlib, "fingerprint", "another installation")
     assert_same(from_stdlib(tmp_path), first)
     assert len(gathering) == 3
 
@@ -287,8 +286,10 @@ def test_what_was_skipped_is_told_each_time(tmp_path):
     lines = [f'{{"text": "a story of {number} words"}}' for number in range(40)]
     (tmp_path / "a.jsonl").write_text("\n".join([*lines, "{", "3", '{"text": "b', *lines]))
     for _ in range(2):  # made, and from the cache
-        documents = source_documents([str(tmp_path / "a.jsonl")], key="data.new", text_field="text")
-        corpus = build_corpus(
+        documents = TextRequest(
+            [str(tmp_path / "a.jsonl")], key="data.new", text_field="text"
+        ).documents()
+        corpus = Corpus.build(
             {"new": documents},
             origin="files",
             vocab_size=300,
@@ -306,11 +307,11 @@ def test_what_was_skipped_is_told_each_time(tmp_path):
 def test_documents_of_several_domains_are_counted(tmp_path):
     texts = [f"text {number}" for number in range(40)]
     domains = {"old": texts[:20], "other": texts[30:], "new": [*texts[:6], *texts[20:31]]}
-    of_domains = {name: documents_of(each) for name, each in domains.items()}
+    of_domains = {name: Documents.of(each) for name, each in domains.items()}
     for _ in range(2):  # also from the cache
         notes = build(tmp_path, domains=of_domains).notes
         assert [note for note in notes if "also occur" in note] == [
             "new: of 17 documents, 6 also occur in old, 1 also occur in other. Held-out ones are "
             "scored in each domain, and no domain trains on them."
         ]
-    assert not build(tmp_path, domains={"old": documents_of(texts)}).notes
+    assert not build(tmp_path, domains={"old": Documents.of(texts)}).notes

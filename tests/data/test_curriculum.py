@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 
 from tests import oracle
 from tritter import CurriculumLearning, MemoryReplayBuffer
-from tritter.data.curriculum import difficulties
 from tritter.errors import RequestError, TritterError
 
 
@@ -51,9 +50,9 @@ LENGTHS: list[tuple[Any, int]] = [
 
 def test_length_is_the_default() -> None:
     examples, lengths = zip(*LENGTHS, strict=True)
-    assert difficulties(examples) == list(lengths)
+    assert CurriculumLearning().difficulties(examples) == list(lengths)
     found = CurriculumLearning().sort_by_difficulty(examples)
-    assert [difficulties([each])[0] for each in found] == sorted(lengths)
+    assert [CurriculumLearning().difficulties([each])[0] for each in found] == sorted(lengths)
 
 
 def test_length_in_tokens() -> None:
@@ -61,8 +60,8 @@ def test_length_in_tokens() -> None:
         return {"input_ids": [1] * len(text.split())}
 
     texts = ["a b c", "incomprehensibilities", ("x y", "z w")]
-    assert difficulties(texts, "length", tokenizer=words) == [3, 1, 4]
-    assert difficulties(texts, "length") == [5, 21, 8]
+    assert CurriculumLearning("length", tokenizer=words).difficulties(texts) == [3, 1, 4]
+    assert CurriculumLearning("length").difficulties(texts) == [5, 21, 8]
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40))
@@ -111,7 +110,9 @@ def test_loss_is_that_of_the_model_as_it_is_now() -> None:
         return found
 
     before = by_hand()
-    assert difficulties(examples, "loss", model=model, tokenizer=by_letter) == pytest.approx(before)
+    assert CurriculumLearning("loss", model=model, tokenizer=by_letter).difficulties(
+        examples
+    ) == pytest.approx(before)
     assert [module.training for module in model.modules()] == modes
     assert curriculum.order(examples) == sorted(range(3), key=before.__getitem__)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-2)
@@ -130,7 +131,9 @@ def test_any_callable_is_a_model() -> None:
         assert input_ids.shape == labels.shape and input_ids.ndim == 2
         return SimpleNamespace(loss=input_ids.double().mean())
 
-    assert difficulties(["zz", "aa"], "loss", model=model, tokenizer=by_letter) == [32, 7]
+    assert CurriculumLearning("loss", model=model, tokenizer=by_letter).difficulties(
+        ["zz", "aa"]
+    ) == [32, 7]
 
 
 @given(st.integers(1, 60), st.sampled_from([(1 / 3, 1 / 3, 1 / 3), (0.5, 0.3, 0.2), (0, 0.5, 0.5)]))
@@ -264,9 +267,9 @@ def test_what_has_no_difficulty_is_refused(examples: Any, by: Any, words: str) -
 def test_a_text_of_one_token_and_no_tokenizer() -> None:
     model: nn.Module = oracle.tiny_llama()
     with pytest.raises(RequestError, match="example 1 has the value nan"):
-        difficulties(["ab", "a"], "loss", model=model, tokenizer=by_letter)
+        CurriculumLearning("loss", model=model, tokenizer=by_letter).difficulties(["ab", "a"])
     with pytest.raises(RequestError, match=r"example 0 has no input_ids; .* needs a tokenizer"):
-        difficulties(["ab"], "loss", model=model)
+        CurriculumLearning("loss", model=model).difficulties(["ab"])
 
 
 @pytest.mark.parametrize("fractions", [(0.5, 0.5), (0.5, 0.5, 0.5), (1.2, -0.1, -0.1), ()])

@@ -19,7 +19,7 @@ from tritter.data.datasets import (
     DatasetName,
 )
 from tritter.data.local_files import Reading, TextFileError
-from tritter.data.sources import source_documents
+from tritter.data.sources import TextRequest
 from tritter.errors import RequestError
 
 ROWS = {"body": ["a", "b", "c"], "length": [1, 2, 3]}
@@ -402,7 +402,9 @@ def test_later_rows_of_another_type_are_reported(tmp_path: Path, is_streamed: bo
     rows += [{"text": number} for number in range(20)] + [{"text": None}]  # type: ignore[list-item]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     name = f"hf:{tmp_path}/rows.jsonl"
-    found = source_documents([name], key="data.new", text_field="text", is_streamed=is_streamed)
+    found = TextRequest(
+        [name], key="data.new", text_field="text", is_streamed=is_streamed
+    ).documents()
     skipped, dropped = found.notes
     assert len(found) == 30
     assert "Skipped 20 of 50 records" in skipped and "row 30" in skipped
@@ -419,5 +421,5 @@ def test_a_line_beyond_the_limit_is_refused_before_it_is_read(
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     (tmp_path / "rows.csv").write_text("text\na\n")
     with pytest.raises(TextFileError, match=r"rows.jsonl line 2 exceeds the limit of 2 MB per"):
-        source_documents([f"hf:{tmp_path}/rows.jsonl"], key="data.new", text_field="text")
-    source_documents([f"hf:{tmp_path}/rows.csv"], key="data.new", text_field="text")
+        TextRequest([f"hf:{tmp_path}/rows.jsonl"], key="data.new", text_field="text").documents()
+    TextRequest([f"hf:{tmp_path}/rows.csv"], key="data.new", text_field="text").documents()

@@ -11,7 +11,7 @@ from torch import Tensor
 from tests import oracle
 from tests.oracle.families import generic, tiny
 from tritter.core.models import cache_in
-from tritter.data.packing import IGNORED, DocumentMask, document_mask_of, labels_of, read_marks
+from tritter.data.packing import IGNORED, DocumentMask, labels_of
 from tritter.data.tokens import TextBounds
 
 EOT = 0
@@ -34,7 +34,7 @@ def documents_of(row: Tensor) -> list[tuple[int, int]]:
 
 def document_mask(family: str) -> torch.nn.Module:
     model = tiny(family).double()
-    read_marks(model, DocumentMask(TextBounds(EOT)))
+    DocumentMask(TextBounds(EOT)).attach(model)
     return model
 
 
@@ -109,7 +109,7 @@ def test_padding_is_no_target_and_documents_are_counted() -> None:
         *([2, at] for at in (15, 16)),
         *([3, at] for at in range(6, 17)),
     ]
-    mask = document_mask_of(model)
+    mask = DocumentMask.of(model)
     assert mask is not None
     lengths = [end - begin for row in ROWS[:2] for begin, end in documents_of(row)] + [
         7,
@@ -125,9 +125,9 @@ def test_padding_is_no_target_and_documents_are_counted() -> None:
 def test_it_goes_along_with_copies_and_leaves_writing_alone() -> None:
     model = document_mask("llama")
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert document_mask_of(other) == document_mask_of(model)
+        assert DocumentMask.of(other) == DocumentMask.of(model)
         assert torch.equal(other(ROWS).logits, model(ROWS).logits)
-    read_marks(model, DocumentMask(TextBounds(EOT)))
+    DocumentMask(TextBounds(EOT)).attach(model)
     assert len(model.model._forward_pre_hooks) == 1
     assert model.state_dict().keys() == tiny("llama").state_dict().keys()
     prefilled = model(input_ids=ROWS, use_cache=True)

@@ -8,17 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tritter.data.conversations import Conversation
 from tritter.data.documents import (
     PIECE_CHARACTERS,
-    Document,
-    documents_digest,
-    documents_of,
+    Documents,
     pieces,
     pieces_of_chunks,
     text_key,
 )
-from tritter.data.sources import source_documents
+from tritter.data.records import Conversation
+from tritter.data.sources import TextRequest
 from tritter.storage import spool
 
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=30)
@@ -27,20 +25,20 @@ TEXTS = st.text(st.characters(codec="utf-8"), max_size=30)
 @pytest.mark.full
 @given(st.lists(TEXTS, max_size=8), st.randoms())
 def test_order_copies_and_neighbours_change_nothing(texts, source):
-    documents = documents_of(texts)
+    documents = Documents.of(texts)
     shuffled = [*texts, *texts[:3]]
     source.shuffle(shuffled)
-    assert documents_of(shuffled) == documents
-    more = documents_of([*texts, "another text altogether"])
-    assert set(more) - set(documents) <= {*documents_of(["another text altogether"])}
-    assert {document.text for document in documents} <= {*texts} and not documents_of([" \n"])
+    assert Documents.of(shuffled) == documents
+    more = Documents.of([*texts, "another text altogether"])
+    assert set(more) - set(documents) <= {*Documents.of(["another text altogether"])}
+    assert {document.text for document in documents} <= {*texts} and not Documents.of([" \n"])
 
 
 @given(TEXTS)
 def test_blank_around_and_line_ends_make_no_other_text(text):
     other = "\n\n  " + text.replace("\n", "\r\n") + "\r\n"
     assert text_key(other) == text_key(text)
-    assert documents_of([other, text]) in (documents_of([text]), documents_of([other]))
+    assert Documents.of([other, text]) in (Documents.of([text]), Documents.of([other]))
 
 
 def long_text(size: int) -> str:
@@ -50,14 +48,14 @@ def long_text(size: int) -> str:
 
 def test_a_long_text_is_cut_at_blank_lines_by_its_own_size_alone():
     text = long_text(600_000)
-    alone = documents_of([text])
+    alone = Documents.of([text])
     assert len(alone) > 10
     assert all(PIECE_CHARACTERS / 2 < len(each.text) <= 2 * PIECE_CHARACTERS for each in alone)
-    beside = documents_of([f"short {number}" for number in range(50)] + [text])
+    beside = Documents.of([f"short {number}" for number in range(50)] + [text])
     assert set(alone) < set(beside)
     # A piece is a document of its own: it is not cut again
     assert all(list(pieces(each.text)) == [each.text] for each in alone)
-    assert documents_of([each.text for each in alone]) == alone
+    assert Documents.of([each.text for each in alone]) == alone
 
 
 @pytest.mark.parametrize("name", ["book.txt", "rows.jsonl", "data"])
@@ -66,13 +64,13 @@ def test_pieces_fill_long_windows(tmp_path, name):
     text, size = long_text(600_000), 60_000
     content = json.dumps({"text": text}) if name == "rows.jsonl" else text
     (tmp_path / name).write_text(content, "utf-8")
-    found = source_documents(
+    found = TextRequest(
         [] if name == "data" else [str(tmp_path / name)],
         key="data.new",
         text_field="text",
         texts=(lambda: [text]) if name == "data" else None,
         piece_characters=size,
-    )
+    ).documents()
     *whole, last = map(str, pieces(text, size))
     assert {document.text for document in found} == {*whole, last}
     assert len(whole) > 3 and all(size <= len(each) <= 2 * size for each in whole)
@@ -98,16 +96,16 @@ def test_line_ends_and_blanks_around_a_text_stay(tmp_path):
     (tmp_path / "code.txt").write_bytes(b"\xef\xbb\xbf" + code)
     (tmp_path / "long.md").write_bytes(b"\n# A\r\n\r\nword \r\n\n" * 9_000)
     (tmp_path / "rows.jsonl").write_text('{"text": "  a record\\r\\n"}\n')
-    found = source_documents([str(tmp_path)], key="data.new", text_field="text")
+    found = TextRequest([str(tmp_path)], key="data.new", text_field="text").documents()
     texts = {document.text for document in found}
     assert {code.decode(), "  a record\r\n"} < texts and len(texts) > 4
     whole = (tmp_path / "long.md").read_bytes().decode()
     assert all(text in whole for text in texts - {code.decode(), "  a record\r\n"})
     # The recorded checksum of a domain does not depend on them
-    plain = documents_of([code.decode().strip().replace("\r\n", "\n")])
-    same = documents_of([code.decode()])
-    assert documents_digest(plain, is_exact=False) == documents_digest(same, is_exact=False)
-    assert documents_digest(plain) != documents_digest(same)
+    plain = Documents.of([code.decode().strip().replace("\r\n", "\n")])
+    same = Documents.of([code.decode()])
+    assert plain.digest(is_exact=False) == same.digest(is_exact=False)
+    assert plain.digest() != same.digest()
 
 
 def test_empty_documents_and_duplicates_are_counted(tmp_path):
@@ -115,7 +113,7 @@ def test_empty_documents_and_duplicates_are_counted(tmp_path):
     (tmp_path / "blank.md").write_text(" \n")
     rows = ['{"text": "a row"}'] * 3 + ['{"text": ""}', '"another"', '"a  row\\n"']
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    found = source_documents([str(tmp_path)], key="data.new", text_field="text")
+    found = TextRequest([str(tmp_path)], key="data.new", text_field="text").documents()
     assert found.notes == ("data.new: dropped of 8 documents: 3 empty and 3 duplicate.",)
     assert [document.text for document in found] == ["a  row\n", "another"]
 
@@ -128,9 +126,9 @@ def test_a_text_in_chunks_is_cut_as_it_comes():
 
 def test_documents_on_disk_are_those_in_memory(monkeypatch):
     texts = [f"{number % 90} — {'word ' * (number % 7)}" for number in range(200)]
-    held = documents_of(texts)
+    held = Documents.of(texts)
     monkeypatch.setattr(spool.Spool, "IN_MEMORY_BYTES", 0)
-    spooled = documents_of(texts)
+    spooled = Documents.of(texts)
     assert spooled == held == sorted(held, key=lambda each: text_key(each.text))
     assert list(spooled.keys()) == [text_key(each.text) for each in held]
     assert spooled[3:50:7] == held[3:50:7] and spooled[-1] == held[-1]
@@ -141,17 +139,17 @@ def test_documents_on_disk_are_those_in_memory(monkeypatch):
 
 def test_a_document_is_named_by_what_it_says():
     text = "\n  It begins like this, on two\n lines, and continues for a while\n"
-    (document,) = documents_of([text])
+    (document,) = Documents.of([text])
     assert document.identifier == f"{text_key(text)[:16]} It begins like this, on two lines, and"
 
 
 def test_digest_covers_identifiers_texts_and_order():
-    a, b = Document("a", "bc"), Document("ab", "c")
-    digests = {documents_digest(each) for each in ([a], [b], [a, b], [b, a], [])}
+    both = Documents.of(["a bc", "ab c"])
+    digests = {each.digest() for each in (both[:1], both[1:], both, both[::-1], both[:0])}
     assert len(digests) == 5
-    assert documents_digest([a, b]) == documents_digest([a, b])
+    assert both.digest() == both[:].digest()
     texts = [str(random.Random(3).random()), "x", "y"]
-    assert documents_digest(documents_of(texts)) == documents_digest(documents_of(texts[::-1]))
+    assert Documents.of(texts).digest() == Documents.of(texts[::-1]).digest()
 
 
 def test_conversations_that_differ_in_more_than_their_text_all_stay() -> None:
@@ -162,15 +160,15 @@ def test_conversations_that_differ_in_more_than_their_text_all_stay() -> None:
         return Conversation(({"role": "user", "content": "What is 6*7?"}, answer))
 
     texts = [trace("40+2"), trace("6*7"), trace(" 40+2\n"), "a text"]
-    held = documents_of(texts)
-    assert held == documents_of(texts[::-1])
+    held = Documents.of(texts)
+    assert held == Documents.of(texts[::-1])
     assert len(held) == 3 and held.num_duplicates == 1
     assert len({each.identifier for each in held}) == 3 and len({*held.keys()}) == 2
-    assert held.num_shared(documents_of(texts[:1])) == 1
+    assert held.num_shared(Documents.of(texts[:1])) == 1
 
 
 def test_shared_documents_are_counted_by_their_words() -> None:
-    one, two = documents_of(["a b", "c", "d"]), documents_of(["d", "e", "a\n b"])
+    one, two = Documents.of(["a b", "c", "d"]), Documents.of(["d", "e", "a\n b"])
     assert (one.num_shared(two), two.num_shared(one)) == (2, 2)
-    assert one.num_shared(documents_of(["e"])) == 0
+    assert one.num_shared(Documents.of(["e"])) == 0
     assert one[:1].num_shared(one[1:]) == 0

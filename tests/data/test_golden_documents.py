@@ -20,9 +20,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from tritter.data.corpus import Corpus, build_corpus
-from tritter.data.documents import documents_digest
-from tritter.data.sources import source_documents
+from tritter.data.corpus import Corpus
+from tritter.data.sources import TextRequest
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "documents.json"
 PYTHON = f"stdlib of Python {platform.python_version()}"
@@ -158,7 +157,7 @@ _OF_DATASETS = (
 
 
 def _digest(*paths: str, field: str = "text") -> str:
-    return documents_digest(source_documents(paths, key="data.new", text_field=field))
+    return TextRequest(paths, key="data.new", text_field=field).documents().digest()
 
 
 def of_files() -> Digests:
@@ -199,8 +198,11 @@ def _sides(corpus: Corpus) -> dict[str, Any]:
 
 def of_a_corpus() -> dict[str, Any]:
     paths = {"old": ["many.jsonl"], "new": ["other.jsonl", "long.txt"]}
-    made = build_corpus(
-        {n: source_documents(p, key="data.new", text_field="text") for n, p in paths.items()},
+    made = Corpus.build(
+        {
+            n: TextRequest(p, key="data.new", text_field="text").documents()
+            for n, p in paths.items()
+        },
         origin="files",
         vocab_size=300,
         validation_fraction=0.25,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tritter.data.packing import _PACKED_TOKENS, _best_fit, num_packed, packed, padding_fraction
-from tritter.data.tokens import TextBounds, TokenisedDocuments, pack
+from tritter.data.tokens import TextBounds, TokenisedDocuments
 from tritter.errors import RequestError
 
 EOT = 0
@@ -94,7 +94,7 @@ def test_many_parts_are_laid_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_stream_is_what_it_was_and_nothing_is_refused() -> None:
     documents = of_lengths([3, 50, 20])
     stream = packed(documents, packing="stream", sequence_length=16, bounds=TextBounds(EOT))
-    assert torch.equal(stream, pack(documents, sequence_length=16, bounds=TextBounds(EOT)))
+    assert torch.equal(stream, documents.pack(sequence_length=16, bounds=TextBounds(EOT)))
     assert num_packed(
         documents, packing="stream", sequence_length=16, bounds=TextBounds(EOT)
     ) == len(stream)

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Regex, pre_tokenizers
 
 from tritter.data.documents import Document
-from tritter.data.tokens import END_OF_TEXT, read_tokenizer, tokenise
+from tritter.data.tokens import END_OF_TEXT, PretrainedTokenizer, TokenisedDocuments
 from tritter.errors import RequestError, TritterError
 
 
@@ -22,7 +22,7 @@ def state(folder, name, **content):
 
 
 def test_it_is_read(folder, tokenizer):
-    found = read_tokenizer(folder, vocab_size=300)
+    found = PretrainedTokenizer.read(folder, vocab_size=300)
     assert found.tokenizer.id_to_token(found.bounds.end) == END_OF_TEXT
     assert found.tokenizer.to_str() == tokenizer.to_str()
 
@@ -33,7 +33,7 @@ def test_a_panic_of_a_tokenizer_is_one_error_with_the_text(tokenizer):
     failing.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")
     documents = [Document("1", "ab"), Document("2", "x" * 60)]
     with pytest.raises(TritterError, match=r"on the text 'xxxx") as raised:
-        tokenise(documents, failing)
+        TokenisedDocuments.of(documents, failing)
     assert "\n" not in str(raised.value)
 
 
@@ -44,7 +44,7 @@ def test_truncation_and_padding_are_left_out(folder, tokenizer):
     limited.enable_truncation(5)
     limited.enable_padding(length=400)
     limited.save(str(folder / "tokenizer.json"))
-    assert read_tokenizer(folder, vocab_size=300).tokenizer.encode(text).ids == whole
+    assert PretrainedTokenizer.read(folder, vocab_size=300).tokenizer.encode(text).ids == whole
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_truncation_and_padding_are_left_out(folder, tokenizer):
 def test_where_the_end_of_text_is_stated(folder, name, content):
     state(folder, "tokenizer_config.json")
     state(folder, name, **content)
-    found = read_tokenizer(folder, vocab_size=300)
+    found = PretrainedTokenizer.read(folder, vocab_size=300)
     assert found.tokenizer.id_to_token(found.bounds.end) == END_OF_TEXT
 
 
@@ -70,23 +70,23 @@ def test_where_the_end_of_text_is_stated(folder, name, content):
 def test_no_end_of_text_is_refused(folder, content):
     state(folder, "tokenizer_config.json", **content)
     with pytest.raises(RequestError, match="eos_token"):
-        read_tokenizer(folder, vocab_size=300)
+        PretrainedTokenizer.read(folder, vocab_size=300)
 
 
 def test_a_tokenizer_of_another_model_is_refused(folder, tokenizer):
     assert tokenizer.get_vocab_size() == 300
-    read_tokenizer(folder, vocab_size=320)  # padded embeddings are common
+    PretrainedTokenizer.read(folder, vocab_size=320)  # padded embeddings are common
     with pytest.raises(RequestError, match=r"token ids up to 299, but .* 299 embeddings"):
-        read_tokenizer(folder, vocab_size=299)
+        PretrainedTokenizer.read(folder, vocab_size=299)
 
 
 def test_damaged_files_are_refused(folder):
     (folder / "tokenizer_config.json").write_text("{")
     with pytest.raises(RequestError, match=r"tokenizer_config.json cannot be read"):
-        read_tokenizer(folder, vocab_size=300)
+        PretrainedTokenizer.read(folder, vocab_size=300)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(RequestError, match="not a usable tokenizer"):
-        read_tokenizer(folder, vocab_size=300)
+        PretrainedTokenizer.read(folder, vocab_size=300)
     (folder / "tokenizer.json").unlink()
     with pytest.raises(RequestError, match=r"has no tokenizer.json"):
-        read_tokenizer(folder, vocab_size=300)
+        PretrainedTokenizer.read(folder, vocab_size=300)

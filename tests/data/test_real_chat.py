@@ -6,13 +6,13 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.real import real_checkpoint
-from tritter.data.answers import TrainingCounts, endless_note, scored_text, scoring_note
+from tritter.data.answers import TrainingCounts, scored_text, scoring_note
 from tritter.data.chat import Chat, ids_of, is_unpredicted
-from tritter.data.conversations import conversation_of
 from tritter.data.documents import Documents
-from tritter.data.packing import packed, windows_of
-from tritter.data.sources import source_documents
-from tritter.data.tokens import read_tokenizer, tokenise
+from tritter.data.packing import Windows, packed
+from tritter.data.records import Conversation
+from tritter.data.sources import TextRequest
+from tritter.data.tokens import PretrainedTokenizer, TokenisedDocuments
 
 DATA = Path(__file__).resolve().parents[3] / "shared/data/instruct/dolly_hhrlhf_1k.jsonl"
 
@@ -23,10 +23,13 @@ def test_plain_instructions_on_smollm2() -> None:
     folder = real_checkpoint("smollm2")
     if not DATA.is_file():
         pytest.skip(f"{DATA} is not beside this checkout")
-    own, inner = AutoTokenizer.from_pretrained(folder), read_tokenizer(folder, vocab_size=49_152)
-    documents = source_documents([str(DATA)], key="data.new", text_field="text")[:200]
+    own, inner = (
+        AutoTokenizer.from_pretrained(folder),
+        PretrainedTokenizer.read(folder, vocab_size=49_152),
+    )
+    documents = TextRequest([str(DATA)], key="data.new", text_field="text").documents()[:200]
     chat, bounds = Chat(own), inner.bounds
-    tokens = tokenise(documents, inner.tokenizer, chat=chat)
+    tokens = TokenisedDocuments.of(documents, inner.tokenizer, chat=chat)
     counts = TrainingCounts.of(tokens, sequence_length=128, bounds=bounds)
     note = counts.note("new", sequence_length=128)
     assert "new: 120 of 200 training conversations exceed data.sequence_length=128" in note
@@ -40,15 +43,17 @@ def test_plain_instructions_on_smollm2() -> None:
         assert starts[0] < first
         for start in starts:
             assert ids_of(row[start : start + 5]).tolist() == header
-    held_out = tokenise(documents, inner.tokenizer, chat=chat, max_tokens_per_document=64)
+    held_out = TokenisedDocuments.of(
+        documents, inner.tokenizer, chat=chat, max_tokens_per_document=64
+    )
     assert scored_text(held_out).endswith("of 200 of 200 conversations")
     assert "Longer than 64 tokens and not read whole: 200." in scoring_note(
         "new", held_out, sequence_length=128, max_tokens=64
     )
-    assert {each.document for each in windows_of(tokens, sequence_length=128, bounds=bounds)} == {
+    assert {each.document for each in Windows(tokens, sequence_length=128, bounds=bounds)} == {
         *range(200)
     }
-    assert not endless_note([tokens], chat)
+    assert not chat.endless_note([tokens.tokens])
 
 
 @pytest.mark.slow
@@ -65,12 +70,15 @@ def test_calls_of_tools_on_qwen_and_smollm2() -> None:
             {"role": "ChatGPT", "content": "Noon."},
         ],
     }
-    found = conversation_of(record)
+    found = Conversation.of_record(record)
     assert found is not None
     documents = Documents.of([found])
     folder = real_checkpoint("qwen")
-    own, inner = AutoTokenizer.from_pretrained(folder), read_tokenizer(folder, vocab_size=151_936)
-    tokens = tokenise(documents, inner.tokenizer, chat=Chat(own)).tokens
+    own, inner = (
+        AutoTokenizer.from_pretrained(folder),
+        PretrainedTokenizer.read(folder, vocab_size=151_936),
+    )
+    tokens = TokenisedDocuments.of(documents, inner.tokenizer, chat=Chat(own)).tokens
     text = own.decode(ids_of(tokens[~is_unpredicted(tokens)]))
     assert '{"name": "clock", "arguments": {"zone": "UTC"}}' in text
     assert text.endswith("Noon.<|im_end|>\n")

@@ -9,9 +9,9 @@ from itertools import islice
 
 import pytest
 
-from tritter.data.built_in import built_in_documents, built_in_origin, questions_of
+from tritter.data.built_in import built_in_documents, built_in_origin
 from tritter.data.skills import SKILLS, Question, Skill, SkillText
-from tritter.data.sources import source_documents
+from tritter.data.sources import TextRequest
 from tritter.errors import RequestError
 
 NUMBER = 400
@@ -166,11 +166,17 @@ def test_another_process_draws_the_same() -> None:
 def test_documents_and_questions_of_paths() -> None:
     documents = built_in_documents("skills:sorting:50")
     assert {each.text for each in documents} == set(SKILLS["sorting"].texts(50))
-    asked = questions_of(["notes.txt", "skills:sorting:50", "skills:identity", "skills:sorting"], 9)
+    asked = SkillText.questions_of(
+        ["notes.txt", "skills:sorting:50", "skills:identity", "skills:sorting"], 9
+    )
     assert [each.identifier.partition(":")[0] for each in asked] == ["sorting"] * 5 + [
         "identity"
     ] * 4
-    assert questions_of(["notes.txt"], 9) == () == questions_of(["skills:sorting"], 0)
+    assert (
+        SkillText.questions_of(["notes.txt"], 9)
+        == ()
+        == SkillText.questions_of(["skills:sorting"], 0)
+    )
     assert built_in_origin(["skills:sorting"]) == "generated skills, version 1, seed 0"
     both = built_in_origin(["skills:sorting", "stdlib:prose"])
     assert both.startswith("python ") and both.endswith(" and generated skills, version 1, seed 0")
@@ -202,12 +208,12 @@ def test_exercises_as_conversations(skill: Skill) -> None:
     assert str(SkillText.named("data", name)) == name
     assert SkillText.named("data", f"skills:{skill.name}:chat") == SkillText(skill, is_chat=True)
     texts = set(skill.texts(20))
-    for document in source_documents([name], key="data.new", text_field="text"):
+    for document in TextRequest([name], key="data.new", text_field="text").documents():
         assert document.conversation is not None
         user, assistant = document.conversation.messages
         assert (user["role"], assistant["role"]) == ("user", "assistant")
         assert f"{user['content']} {assistant['content']}" in texts
-    for question, plain in zip(questions_of([name], 5), skill.questions(5), strict=True):
+    for question, plain in zip(SkillText.questions_of([name], 5), skill.questions(5), strict=True):
         assert question.is_chat and not plain.is_chat
         assert (question.prompt, f" {question.answer}") == (plain.prompt, plain.answer)
         assert tuple(f" {choice}" for choice in question.choices) == plain.choices

@@ -7,19 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tritter.data.documents import documents_of, text_key
-from tritter.data.split import SplitRule, split_documents
+from tritter.data.documents import Documents, text_key
+from tritter.data.split import SplitRule
 from tritter.errors import RequestError
 
 RULE = SplitRule(seed=1, validation_fraction=0.3)
 
 
 def named(count, start="text"):
-    return documents_of(f"{start} {index}" for index in range(count))
+    return Documents.of(f"{start} {index}" for index in range(count))
 
 
 def parted(domains, *, rule=RULE):
-    return split_documents(domains, rule=rule)
+    return rule.split(domains)
 
 
 def keys(documents):
@@ -33,11 +33,11 @@ def sides(split):
 @given(st.sets(st.text(min_size=1, max_size=9).filter(str.strip), min_size=60), st.integers(0, 9))
 def test_a_side_follows_from_seed_and_text_alone(texts, seed):
     rule = SplitRule(seed=seed, validation_fraction=0.5)
-    whole = documents_of(sorted(texts))
+    whole = Documents.of(sorted(texts))
     train, validation = sides(parted({"a": whole}, rule=rule)["a"])
     assert not train & validation and train | validation == keys(whole)
     # Fewer neighbours, another order, other blank around
-    half = documents_of(f"\n {each.text}\n" for each in whole[::-2])
+    half = Documents.of(f"\n {each.text}\n" for each in whole[::-2])
     again = sides(parted({"b": half}, rule=rule)["b"])
     assert again == (train & keys(half), validation & keys(half))
 
@@ -65,7 +65,7 @@ def test_a_larger_fraction_holds_out_what_a_smaller_one_did_and_more():
 
 
 def test_what_an_old_domain_holds_out_is_counted_where_a_new_one_has_it():
-    new = documents_of(f"text {index}" for index in range(20, 60))
+    new = Documents.of(f"text {index}" for index in range(20, 60))
     found = parted({"old": named(40), "new": new})
     shared = sides(found["old"])[1] & keys(new)
     assert shared and found["new"].held_out_before == len(shared)

@@ -15,15 +15,15 @@ from tests.oracle import chat as fixtures
 from tritter.data import stream
 from tritter.data.batches import BatchStream, Sequences, SequenceStream
 from tritter.data.chat import ANSWER, Chat
-from tritter.data.datasets import _LOCK, HEAD_ROWS, DatasetName
+from tritter.data.datasets import _LOCK, DatasetName
 from tritter.data.documents import text_key
 from tritter.data.local_files import Reading, TextFileError
 from tritter.data.packing import Packing, packed
 from tritter.data.replay import ReplayBuffer
-from tritter.data.sources import recorded_paths, source_documents
+from tritter.data.sources import TextRequest
 from tritter.data.split import SplitRule
-from tritter.data.stream import SequenceOptions, StreamedSequences
-from tritter.data.tokens import TextBounds, copy_backend, tokenise_texts
+from tritter.data.stream import StreamedSequences
+from tritter.data.tokens import TextBounds, TokenisedDocuments, parsed_tokenizer
 
 LENGTH, END = 16, 0
 RULE = SplitRule(seed=0, validation_fraction=0.2)
@@ -52,18 +52,18 @@ def streamed(
     seed: int = 0,
     buffer_sequences: int = 64,
 ) -> StreamedSequences:
-    options = SequenceOptions(
-        rule=RULE,
-        tokenizer=copy_backend(tokenizer),
-        chat=None,
-        packing=packing,
-        sequence_length=LENGTH,
-        bounds=TextBounds(END),
-    )
+    options = {
+        "rule": RULE,
+        "tokenizer": parsed_tokenizer(tokenizer.to_str()),
+        "chat": None,
+        "packing": packing,
+        "sequence_length": LENGTH,
+        "bounds": TextBounds(END),
+    }
     return StreamedSequences(
         [DatasetName.named("data.new", str(name)) for name in names],
         key="data.new",
-        options=options,
+        **options,
         seed=seed,
         buffer_sequences=buffer_sequences,
     )
@@ -72,7 +72,7 @@ def streamed(
 def in_order(tokenizer: Tokenizer) -> torch.Tensor:
     """The training sequences of an epoch, in the order of the texts."""
     kept = [text for text in TEXTS if RULE.side(text_key(text)) == "train"]
-    documents = tokenise_texts(kept, tokenizer)
+    documents = TokenisedDocuments.of_texts(kept, tokenizer)
     return packed(documents, packing="stream", sequence_length=LENGTH, bounds=TextBounds(END))
 
 
@@ -154,21 +154,21 @@ def test_data_without_a_sequence_is_refused(tmp_path: Path, tokenizer: Tokenizer
 
 
 def test_statistics_read_the_first_rows_only(tmp_path: Path) -> None:
-    rows = (json.dumps({"text": f"row {n}"}) for n in range(HEAD_ROWS + 50))
+    rows = (json.dumps({"text": f"row {n}"}) for n in range(DatasetName.HEAD_ROWS + 50))
     (tmp_path / "long.jsonl").write_text("\n".join(rows))
     name = f"hf:{tmp_path}/long.jsonl"
-    head = source_documents([name], key="data.new", text_field="text", is_head=True)
-    assert len(head) == HEAD_ROWS
-    (recorded,) = recorded_paths([name], key="data.new", is_head=True)
-    assert recorded == f"{name}:train[:{HEAD_ROWS}]#text"
-    again = source_documents([recorded], key="data.new", text_field="text")
+    head = TextRequest([name], key="data.new", text_field="text", is_head=True).documents()
+    assert len(head) == DatasetName.HEAD_ROWS
+    (recorded,) = TextRequest([name], key="data.new", is_head=True).recorded_paths
+    assert recorded == f"{name}:train[:{DatasetName.HEAD_ROWS}]#text"
+    again = TextRequest([recorded], key="data.new", text_field="text").documents()
     assert list(again.keys()) == list(head.keys())
 
 
 def test_conversations_that_are_refused_cut_or_unanswered_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "HEAD_ROWS", 20)
+    monkeypatch.setattr(DatasetName, "HEAD_ROWS", 20)
     turns = [fixtures.messages(number) for number in range(40)]
     system = [{"role": "system", "content": "Be kind."}, *turns[0]]
     asked = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}]
@@ -177,16 +177,16 @@ def test_conversations_that_are_refused_cut_or_unanswered_are_counted(
     rows = [json.dumps({"messages": each}) for each in talks]
     (tmp_path / "talks.jsonl").write_text("\n".join(rows))
     stock = fixtures.tokenizer(fixtures.INSTRUCT)  # refuses a system message
-    options = SequenceOptions(
-        rule=SplitRule(seed=3, validation_fraction=1e-9),
-        tokenizer=stock.backend_tokenizer,
-        chat=Chat(stock),
-        packing="documents",
-        sequence_length=64,
-        bounds=TextBounds(END),
-    )
+    options = {
+        "rule": SplitRule(seed=3, validation_fraction=1e-9),
+        "tokenizer": stock.backend_tokenizer,
+        "chat": Chat(stock),
+        "packing": "documents",
+        "sequence_length": 64,
+        "bounds": TextBounds(END),
+    }
     source = DatasetName.named("data.new", str(tmp_path / "talks.jsonl"))
-    sequences = StreamedSequences([source], key="data.new", options=options, seed=0)
+    sequences = StreamedSequences([source], key="data.new", **options, seed=0)
     found = sequences.next_sequences(30)
     assert (found >= ANSWER).any()
     skipped, cut, unanswered = sequences.notes
@@ -199,15 +199,17 @@ def test_texts_are_cut_as_the_lineage_does(tokenizer: Tokenizer) -> None:
     book = "\n\n".join(f"{number} " + "word " * 80 for number in range(170))
     for size, count in (20_000, 3), (40_000, 1):
         rule = SplitRule(seed=3, validation_fraction=1e-9, piece_characters=size)
-        options = SequenceOptions(
-            rule=rule,
-            tokenizer=tokenizer,
-            chat=None,
-            packing="documents",
-            sequence_length=LENGTH,
-            bounds=TextBounds(END),
+        options = {
+            "rule": rule,
+            "tokenizer": tokenizer,
+            "chat": None,
+            "packing": "documents",
+            "sequence_length": LENGTH,
+            "bounds": TextBounds(END),
+        }
+        tokens = StreamedSequences([], key="data.new", seed=0, **options)._tokenised(
+            [book], stream._LeftOut("data.new")
         )
-        tokens = stream._tokenised([book], options, stream._LeftOut("data.new"))
         assert len(tokens.identifiers) == count
 
 
@@ -215,7 +217,7 @@ def test_rows_that_are_left_out_after_the_head_are_counted(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once, also over a resume and a second epoch."""
-    monkeypatch.setattr(stream, "HEAD_ROWS", 300)
+    monkeypatch.setattr(DatasetName, "HEAD_ROWS", 300)
     values: list[object] = [
         number if number % 100 == 99 else f"row {number}" for number in range(600)
     ]

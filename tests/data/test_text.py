@@ -8,7 +8,7 @@ import pytest
 
 from tritter.data.documents import pieces
 from tritter.data.local_files import Reading, TextFileError
-from tritter.data.sources import source_documents
+from tritter.data.sources import TextRequest
 
 TEXTS = ["déjà vu\n\nagain\n", "猫\r\n\r\nneko", 'a "quoted" line']
 
@@ -83,5 +83,5 @@ def test_blank_files_hold_no_text(tmp_path):
 )
 def test_a_source_that_yields_anything_else_is_named(texts, problem):
     with pytest.raises(TextFileError) as error:
-        source_documents([], key="data.new.mine", text_field="text", texts=lambda: texts)
+        TextRequest([], key="data.new.mine", text_field="text", texts=lambda: texts).documents()
     assert f"data.new.mine: texts() {problem}" in str(error.value)

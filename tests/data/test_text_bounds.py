@@ -20,21 +20,16 @@ from tritter.data.packing import (
     IGNORED,
     DocumentMask,
     MarkedText,
+    Windows,
     labels_of,
     packed,
     padding_fraction,
-    read_marks,
-    window_tensors,
-    windows_of,
 )
 from tritter.data.tokens import (
     PretrainedTokenizer,
     TextBounds,
-    pack,
-    read_tokenizer,
-    tokenise_texts,
+    TokenisedDocuments,
     train_tokenizer,
-    wrap_tokenizer,
 )
 from tritter.data.vocabulary import retokenised
 from tritter.errors import RequestError
@@ -79,7 +74,7 @@ def written(folder: Path, form: str, **settings: object) -> Path:
 TOKENIZER = tokenizer_of()
 BOUNDS = TextBounds.of(TOKENIZER, TOKENIZER.token_to_id(EOS))
 STOCK = PreTrainedTokenizerFast(tokenizer_object=tokenizer_of(), eos_token=EOS, bos_token=BOS)
-DOCUMENTS = tokenise_texts(TEXTS, TOKENIZER)
+DOCUMENTS = TokenisedDocuments.of_texts(TEXTS, TOKENIZER)
 START_ID, END = BOUNDS.start[0], BOUNDS.end
 
 
@@ -103,21 +98,21 @@ def test_the_start_is_what_transformers_puts_in_front(
     tmp_path: Path, settings: dict[str, object], form: str
 ) -> None:
     folder = written(tmp_path, form, **settings)
-    bounds = read_tokenizer(folder, vocab_size=300).bounds
+    bounds = PretrainedTokenizer.read(folder, vocab_size=300).bounds
     stock = AutoTokenizer.from_pretrained(folder)
     ids, bare = stock("model").input_ids, stock("model", add_special_tokens=False).input_ids
     in_front = tuple(ids[: len(ids) - len(bare) - (ids[-1] == stock.eos_token_id)])
     assert bounds.end == stock.eos_token_id
     assert bounds.start == (() if in_front == (bounds.end,) else in_front)
     assert bounds.prefix == (bounds.start or (bounds.end,))
-    assert wrap_tokenizer(stock).bounds == bounds
+    assert PretrainedTokenizer.of(stock).bounds == bounds
 
 
 def test_every_declared_end_ends_a_generated_text(tmp_path: Path) -> None:
     folder = written(tmp_path, "start")
     second = TOKENIZER.token_to_id(SECOND)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [second, END]}))
-    bounds = read_tokenizer(folder, vocab_size=300).bounds
+    bounds = PretrainedTokenizer.read(folder, vocab_size=300).bounds
     assert (bounds.end, bounds.stops) == (END, (second,)) and bounds.ends == (END, second)
 
 
@@ -126,9 +121,9 @@ def test_special_tokens_without_an_embedding_are_no_obstacle(tmp_path: Path) -> 
     written(tmp_path, "start")
     size, second = TOKENIZER.get_vocab_size(), TOKENIZER.token_to_id(SECOND)
     assert second == size - 1
-    assert read_tokenizer(tmp_path, vocab_size=size - 1).bounds == BOUNDS
+    assert PretrainedTokenizer.read(tmp_path, vocab_size=size - 1).bounds == BOUNDS
     with pytest.raises(RequestError, match="embeddings"):
-        read_tokenizer(tmp_path, vocab_size=100)
+        PretrainedTokenizer.read(tmp_path, vocab_size=100)
 
 
 def stock_stream() -> list[int]:
@@ -137,7 +132,7 @@ def stock_stream() -> list[int]:
 
 @pytest.mark.parametrize("length", [2, 7, 16, 50])
 def test_a_stream_is_that_of_the_stock_tokenizer(length: int) -> None:
-    rows = pack(DOCUMENTS, sequence_length=length, bounds=BOUNDS)
+    rows = DOCUMENTS.pack(sequence_length=length, bounds=BOUNDS)
     wanted = torch.tensor(stock_stream()[: rows.numel()]).view(-1, length)
     # Only the first token of a sequence within a document differs, and it is never predicted
     is_inner = (wanted[:, :2] != START_ID).all(dim=1)
@@ -145,7 +140,7 @@ def test_a_stream_is_that_of_the_stock_tokenizer(length: int) -> None:
     wanted[is_inner, 0] = START_ID
     assert torch.equal(ids_of(rows).long(), wanted)
     assert torch.equal(rows >= START, wanted == START_ID)
-    model = read_marks(tiny(), MarkedText(BOUNDS))
+    model = MarkedText(BOUNDS).attach(tiny())
     labels = labels_of(model, rows.long())
     assert torch.equal(labels, wanted.masked_fill(wanted == START_ID, IGNORED))
     with torch.no_grad():
@@ -158,7 +153,7 @@ def test_a_stream_is_that_of_the_stock_tokenizer(length: int) -> None:
 def test_documents_are_packed_with_their_starts(length: int) -> None:
     rows = packed(DOCUMENTS, packing="documents", sequence_length=length, bounds=BOUNDS).long()
     mask = DocumentMask(BOUNDS)
-    model = read_marks(tiny().double(), mask)
+    model = mask.attach(tiny().double())
     labels, found = labels_of(model, rows), []
     with torch.no_grad():
         logits, alone = model(rows).logits, tiny().double()
@@ -215,8 +210,8 @@ def test_losses_are_those_of_stock_transformers(form: str, length: int) -> None:
 
 
 def test_windows_of_validation_begin_with_the_start() -> None:
-    windows = windows_of(DOCUMENTS, sequence_length=8, bounds=BOUNDS)
-    inputs, targets = window_tensors(windows[:4], DOCUMENTS.tokens, bounds=BOUNDS)
+    windows = Windows(DOCUMENTS, sequence_length=8, bounds=BOUNDS)
+    inputs, targets = windows.tensors(windows[:4])
     assert (inputs[:, 0] == START_ID).all() and not (targets == START_ID).any()
 
 
@@ -256,7 +251,7 @@ def test_another_vocabulary_keeps_the_start(packing: str) -> None:
 
 
 def test_a_live_tokenizer_is_read_like_a_folder() -> None:
-    own = wrap_tokenizer(STOCK)
+    own = PretrainedTokenizer.of(STOCK)
     assert isinstance(own, PretrainedTokenizer) and own.bounds == BOUNDS
 
 
@@ -265,13 +260,13 @@ def test_the_model_says_the_end_if_the_tokenizer_does_not() -> None:
     silent = PreTrainedTokenizerFast(tokenizer_object=tokenizer_of())
     further = replace(BOUNDS, stops=(3,))
     for ends, bounds in (([END], BOUNDS), ([END, 3], further), ([10**6, END], BOUNDS)):
-        known = wrap_tokenizer(silent, ends=ends)
+        known = PretrainedTokenizer.of(silent, ends=ends)
         assert known.bounds == bounds and known.tokenizer.id_to_token(bounds.end) == EOS
-    assert wrap_tokenizer(STOCK, ends=[3, END]).bounds == further
+    assert PretrainedTokenizer.of(STOCK, ends=[3, END]).bounds == further
     unknown = PreTrainedTokenizerFast(tokenizer_object=tokenizer_of(), eos_token=EOS)
     unknown._special_tokens_map["eos_token"] = "no token"  # as after a vocabulary was cut
-    assert wrap_tokenizer(unknown, ends=[END]).bounds == BOUNDS
+    assert PretrainedTokenizer.of(unknown, ends=[END]).bounds == BOUNDS
     for ends in ([], [None], [10**6]):
         with pytest.raises(RequestError) as caught:
-            wrap_tokenizer(silent, ends=ends)
+            PretrainedTokenizer.of(silent, ends=ends)
         assert caught.value.problems[0].key == "tokenizer"

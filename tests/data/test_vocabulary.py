@@ -14,19 +14,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from tritter.data.chat import ANSWER
 from tritter.data.documents import Document
 from tritter.data.tokens import TextBounds, train_tokenizer
-from tritter.data.vocabulary import (
-    ExtendedTokenizer,
-    Merges,
-    give_merges,
-    learn_merges,
-    mean_rows,
-    overlap_rows,
-    pursuit_rows,
-    require_bpe,
-    retokenised,
-    row_weights,
-    texts_of_tokens,
-)
+from tritter.data.vocabulary import BpeTokenizer, ExtendedTokenizer, pursuit_rows, retokenised
 from tritter.errors import RequestError
 
 PROSE = "the quick brown fox jumps over the lazy dog and the bear sleeps in the sun\n" * 20
@@ -64,8 +52,8 @@ def sentence_piece(
 @cache
 def extended(kind: str) -> tuple[Tokenizer, ExtendedTokenizer, Tokenizer]:
     old = byte_level() if kind == "bytes" else sentence_piece()
-    merges = learn_merges(old, [CODE], num_tokens=12)
-    made = ExtendedTokenizer(require_bpe(old), merges)
+    merges = BpeTokenizer(old).learn([CODE], num_tokens=12)
+    made = ExtendedTokenizer(BpeTokenizer(old).content, merges)
     return old, made, made.tokenizer()
 
 
@@ -96,7 +84,9 @@ def test_frequent_pairs_of_the_data_become_tokens(kind: str) -> None:
     assert lengths[1] < 0.75 * lengths[0]
     assert len(new.encode(PROSE).ids) == len(old.encode(PROSE).ids)
     kept = json.loads(made.text)
-    assert kept["model"]["merges"][: -len(made.merges)] == require_bpe(old)["model"]["merges"]
+    assert (
+        kept["model"]["merges"][: -len(made.merges)] == BpeTokenizer(old).content["model"]["merges"]
+    )
     # No token joins two words, or a single byte with something else
     texts = [made.surfaces[number] for number in made.new_ids]
     assert not any("▁" in text[1:] or "<0x" in text for text in texts)
@@ -105,7 +95,7 @@ def test_frequent_pairs_of_the_data_become_tokens(kind: str) -> None:
 def test_the_most_frequent_pair_is_the_first_merge() -> None:
     old = byte_level()
     ids = old.encode("xq xq xq xq zz zz").ids
-    (pair,) = learn_merges(old, ["xq xq xq xq zz zz"], num_tokens=1)
+    (pair,) = BpeTokenizer(old).learn(["xq xq xq xq zz zz"], num_tokens=1)
     assert pair in pairwise(ids)
     assert old.decode(list(pair)).endswith("xq")
 
@@ -113,29 +103,31 @@ def test_the_most_frequent_pair_is_the_first_merge() -> None:
 def test_learning_does_not_depend_on_the_order_of_documents() -> None:
     lines = CODE.splitlines(keepends=True) + PROSE.splitlines(keepends=True)
     shuffled = Random(0).sample(lines, len(lines))
-    first, second = (learn_merges(byte_level(), each, num_tokens=8) for each in (lines, shuffled))
+    first, second = (
+        BpeTokenizer(byte_level()).learn(each, num_tokens=8) for each in (lines, shuffled)
+    )
     assert first == second
 
 
 def test_too_few_pairs_are_refused_with_their_number() -> None:
     with pytest.raises(RequestError, match=r"new_tokens = 5: .*only 1 frequent"):
-        learn_merges(byte_level(), ["xq xq"], num_tokens=5)
-    merges = learn_merges(byte_level(), ["xq xq"], num_tokens=5, is_at_most=True)
+        BpeTokenizer(byte_level()).learn(["xq xq"], num_tokens=5)
+    merges = BpeTokenizer(byte_level()).learn(["xq xq"], num_tokens=5, is_at_most=True)
     assert len(merges) == 1
 
 
 def test_a_special_token_is_never_a_merge() -> None:
     text = "a <|end|> b <|end|> " * 20
-    merges = learn_merges(byte_level(), [text], num_tokens=9, is_at_most=True)
-    made = ExtendedTokenizer(require_bpe(byte_level()), merges)
+    merges = BpeTokenizer(byte_level()).learn([text], num_tokens=9, is_at_most=True)
+    made = ExtendedTokenizer(BpeTokenizer(byte_level()).content, merges)
     assert "<|end|>" not in [made.surfaces[number] for number in made.new_ids]
     assert made.tokenizer().encode("<|end|>").ids == byte_level().encode("<|end|>").ids
 
 
 def test_given_texts_become_single_tokens() -> None:
     for old in (byte_level(), sentence_piece()):
-        merges = give_merges(old, [" return", " returns", "dog"], key="tokens")
-        made = ExtendedTokenizer(require_bpe(old), merges)
+        merges = BpeTokenizer(old).merges_of([" return", " returns", "dog"], key="tokens")
+        made = ExtendedTokenizer(BpeTokenizer(old).content, merges)
         new = made.tokenizer()
         for text in (" return", " returns"):
             ids = new.encode(f"x{text}").ids
@@ -148,48 +140,48 @@ def test_a_text_with_a_repeated_pair_becomes_one_token(text: str) -> None:
     for old in (byte_level(), sentence_piece()):
         surface = text if old is byte_level() else f" {text}"
         try:
-            merges = give_merges(old, [surface], key="tokens")
+            merges = BpeTokenizer(old).merges_of([surface], key="tokens")
         except RequestError:  # characters that this tokenizer does not know
             continue
-        new = ExtendedTokenizer(require_bpe(old), merges).tokenizer()
+        new = ExtendedTokenizer(BpeTokenizer(old).content, merges).tokenizer()
         assert len(new.encode(text).ids) == 1
 
 
 def test_a_token_can_not_cross_words() -> None:
     with pytest.raises(RequestError, match="splits it into 2 words"):
-        give_merges(byte_level(), ["the dog"], key="expansion.vocab.tokens")
-    assert not give_merges(byte_level(), ["the dog"], key="k", is_lenient=True)
+        BpeTokenizer(byte_level()).merges_of(["the dog"], key="expansion.vocab.tokens")
+    assert not BpeTokenizer(byte_level()).merges_of(["the dog"], key="k", is_lenient=True)
     with pytest.raises(RequestError, match="can't cross words"):
-        give_merges(sentence_piece(), ["the dog"], key="expansion.vocab.tokens")
+        BpeTokenizer(sentence_piece()).merges_of(["the dog"], key="expansion.vocab.tokens")
     with pytest.raises(RequestError, match="single bytes"):
-        give_merges(sentence_piece(), ["日本"], key="expansion.vocab.tokens")
+        BpeTokenizer(sentence_piece()).merges_of(["日本"], key="expansion.vocab.tokens")
 
 
 def test_other_kinds_of_tokenizers_are_refused() -> None:
     words = Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
     with pytest.raises(RequestError, match="BPE"):
-        learn_merges(words, [CODE], num_tokens=2)
+        BpeTokenizer(words).learn([CODE], num_tokens=2)
     with pytest.raises(RequestError, match=r"expansion\.vocab\.tokenizer: .*BPE"):
-        texts_of_tokens(words)
+        BpeTokenizer(words, key="expansion.vocab.tokenizer")
 
 
 def chain(*merges: tuple[int, int]) -> ExtendedTokenizer:
     content = {"model": {"vocab": {"a": 0, "b": 1, "ab": 2, "abab": 3, "zz": 4}, "merges": []}}
-    return ExtendedTokenizer(content, Merges(merges))
+    return ExtendedTokenizer(content, merges)
 
 
 def test_rows_are_means_of_the_parts() -> None:
     made = chain((2, 0), (5, 0), (0, 1))  # aba, abaa, and ab, which exists
     assert made.new_ids == (5, 6)
-    assert mean_rows(made) == [{2: 0.5, 0: 0.5}, {2: 1 / 3, 0: 2 / 3}]
-    index, weights = row_weights(mean_rows(made))
+    assert made.mean_rows() == [{2: 0.5, 0: 0.5}, {2: 1 / 3, 0: 2 / 3}]
+    index, weights = made.row_weights("mean", fitted={})
     assert index.tolist() == [[2, 0], [2, 0]]
     assert weights.sum(dim=1).tolist() == pytest.approx([1, 1])
 
 
 def test_overlap_prefers_tokens_with_the_same_characters() -> None:
     made = chain((2, 2), (2, 0), (4, 4))
-    aba, zzzz = overlap_rows(made)[-2:]
+    aba, zzzz = made.overlap_rows()[-2:]
     assert set(aba) <= {2, 3} and sum(aba.values()) == pytest.approx(1)
     assert zzzz == {4: pytest.approx(1)}
 

@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.oracle.chat import CHATML, INSTRUCT, MARKED
 from tests.oracle.chat import tokenizer as chat_tokenizer
 from tritter.data.chat import Chat
-from tritter.data.documents import documents_of
-from tritter.data.packing import DocumentMask, document_mask_of, read_marks
+from tritter.data.documents import Documents
+from tritter.data.packing import DocumentMask
 from tritter.data.skills import Question
 from tritter.data.tokens import END_OF_TEXT, TextBounds, train_tokenizer
 from tritter.errors import TritterError
@@ -31,7 +31,7 @@ QUESTIONS = tuple(
 
 @pytest.fixture(scope="module")
 def reader() -> Reader:
-    texts = documents_of(each.prompt + each.answer for each in QUESTIONS)
+    texts = Documents.of(each.prompt + each.answer for each in QUESTIONS)
     tokenizer: Tokenizer = train_tokenizer(texts, vocab_size=290)
     return Reader(tokenizer, TextBounds(tokenizer.token_to_id(END_OF_TEXT)), batch_size=5)
 
@@ -153,9 +153,9 @@ def test_a_conversation_is_right_where_stock_generate_answers_it(template: str, 
     assert task.score(model, reader).values.tolist() == right
     assert 2 <= sum(right) < len(right)
     # The ends of turns before an answer are not ends of documents
-    masked = read_marks(deepcopy(model), DocumentMask(reader.bounds))
+    masked = DocumentMask(reader.bounds).attach(deepcopy(model))
     assert task.score(masked, reader).values.tolist() == right
-    assert document_mask_of(masked) is not None
+    assert DocumentMask.of(masked) is not None
     sizes = [len(one) + len(two) for one, two in zip(prompts, answers, strict=True)]
     assert list(task.lengths(reader)) == sizes
     plain = replace(task, chat=Chat(None))

@@ -19,8 +19,8 @@ from tritter.cli.main import main
 from tritter.cli.train import _recorded_settings
 from tritter.config.launch.composition import load_config
 from tritter.data.chat import ANSWER, START, ids_of
-from tritter.data.conversations import conversation_of
-from tritter.data.documents import NAME_CHARACTERS
+from tritter.data.documents import Document
+from tritter.data.records import Conversation
 from tritter.errors import RequestError
 from tritter.pipeline import Outcome, run_pipeline
 
@@ -97,7 +97,7 @@ def test_scores_are_those_of_answers_under_the_template(done: Path, place: Path)
     scores = json.loads((done / "scores/attempt_1-trained.json").read_text())["new"]
     # Identifiers contain the beginning of the document
     lines = map(json.loads, (place / "talks.jsonl").read_text().splitlines())
-    by_start = {str(conversation_of(each))[:NAME_CHARACTERS]: each for each in lines}
+    by_start = {Document.of(Conversation.of_record(each)).identifier: each for each in lines}
     by_name = {" ".join(start.split()): each for start, each in by_start.items()}
     held_out = [by_name[name[17:]] for name in scores["identifiers"]]
     assert 20 < len(held_out) < 70

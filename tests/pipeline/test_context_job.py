@@ -20,8 +20,7 @@ from tritter.checkpoints.state import KeptSequences
 from tritter.config.launch.composition import load_config
 from tritter.core.families import Model, forward_flops
 from tritter.core.models import read_model
-from tritter.data.split import split_documents
-from tritter.data.tokens import TextBounds, read_tokenizer
+from tritter.data.tokens import PretrainedTokenizer, TextBounds
 from tritter.errors import RequestError
 from tritter.evaluation.statistics import PairedScores
 from tritter.pipeline import Outcome, run_pipeline, validate, windows
@@ -261,10 +260,12 @@ def test_all_that_reads_a_lineage_cuts_as_it_does(tmp_path: Path) -> None:
     assert lineage.split is not None and lineage.split.piece_characters == 40_000
     later = RunText.of(str(checkpoint), replace(config.data, piece_characters=None), seed=0)
     assert later.split == lineage.split and not any("has changed" in each for each in later.notes)
-    tokenizer = read_tokenizer(checkpoint, vocab_size=read_model(checkpoint).sizes.vocab_size)
+    tokenizer = PretrainedTokenizer.read(
+        checkpoint, vocab_size=read_model(checkpoint).sizes.vocab_size
+    )
     scored = DomainsToScore.learned(checkpoint, lineage, tokenizer, length=SHORT).documents
     for name, domain in all_documents(later.domains).items():
-        held_out = split_documents({name: domain}, rule=lineage.split)[name].validation
+        held_out = lineage.split.split({name: domain})[name].validation
         assert list(scored[name].identifiers) == [each.identifier for each in held_out]
         assert max(len(each.text) for each in domain) > 40_000
         files = {name: [f"{tmp_path}/{'book' if name == 'old' else 'code'}.txt"]}

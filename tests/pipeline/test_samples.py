@@ -17,9 +17,9 @@ from tests.pipeline.tiny import TINY
 from tritter.config.launch.composition import load_config
 from tritter.core.models import load_tokenizer
 from tritter.data.chat import START, Chat, ids_of
-from tritter.data.conversations import Conversation
-from tritter.data.documents import documents_of
-from tritter.data.tokens import TextBounds, tokenise
+from tritter.data.documents import Documents
+from tritter.data.records import Conversation
+from tritter.data.tokens import TextBounds, TokenisedDocuments
 from tritter.errors import RequestError
 from tritter.evaluation.inference import generated_tokens
 from tritter.pipeline import Outcome
@@ -141,7 +141,7 @@ def test_only_a_rendered_conversation_brings_its_own_start(has_template: bool) -
     turns = {"role": "user", "content": "the class"}, {"role": "assistant", "content": "it"}
     found = Conversation(turns)
     chat = Chat(own if has_template else None, loss_on="answers")
-    tokens = tokenise(documents_of([found]), own.backend_tokenizer, chat=chat)
+    tokens = TokenisedDocuments.of(Documents.of([found]), own.backend_tokenizer, chat=chat)
     domain = SimpleNamespace(validation=tokens)
     run: Any = SimpleNamespace(data=SimpleNamespace(corpus=SimpleNamespace(domains={"a": domain})))
     prompt = _prompt_of(run, "a", 64)

@@ -81,7 +81,7 @@ def test_a_later_run_reads_the_recorded_rows(
     run: Run, place: Path, tmp_path: Path, streaming: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether or not it streams itself; and the same file is the same domain."""
-    monkeypatch.setattr("tritter.data.datasets.HEAD_ROWS", 100)
+    monkeypatch.setattr("tritter.data.datasets.DatasetName.HEAD_ROWS", 100)
     run(tmp_path / "first", "forgetting=replay", f"data.streaming={streaming}")
     checkpoint = tmp_path / "first/checkpoint"
     lineage = Lineage.read(checkpoint)
@@ -110,8 +110,7 @@ def test_a_later_run_reads_the_recorded_rows(
 def test_conversations_are_streamed(
     run: Run, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("datasets", "stream"):
-        monkeypatch.setattr(f"tritter.data.{module}.HEAD_ROWS", 100)
+    monkeypatch.setattr("tritter.data.datasets.DatasetName.HEAD_ROWS", 100)
     shape = ("model.hidden_size=", "model.intermediate_size=", "model.num_")
     words = [word for word in JOB if not word.startswith((*shape, "data.vocab_size"))]
     (tmp_path / "run").mkdir()

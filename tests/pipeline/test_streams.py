@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from tritter.data import datasets as module
-from tritter.data.datasets import HEAD_ROWS, DatasetName
+from tritter.data.datasets import DatasetName
 from tritter.errors import RequestError
 from tritter.pipeline.run_data import _STREAMS, check_streams
 
-ROWS = [f"row {number}" for number in range(HEAD_ROWS + 20)]
+ROWS = [f"row {number}" for number in range(DatasetName.HEAD_ROWS + 20)]
 
 
 def write(path: Path, rows: list[str]) -> None:

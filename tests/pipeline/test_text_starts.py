@@ -32,11 +32,11 @@ from tritter.data.batches import read_sequences
 from tritter.data.chat import START, ids_of
 from tritter.data.datasets import DatasetName
 from tritter.data.mixed_rows import _FIELDS, PackedText
-from tritter.data.packing import IGNORED, DocumentMask, MarkedText, packed, read_marks
+from tritter.data.packing import IGNORED, DocumentMask, MarkedText, packed
 from tritter.data.skills import Question
 from tritter.data.split import SplitRule
-from tritter.data.stream import SequenceOptions, StreamedSequences
-from tritter.data.tokens import TextBounds, copy_backend
+from tritter.data.stream import StreamedSequences
+from tritter.data.tokens import TextBounds, parsed_tokenizer
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.statistics import PairedScores
 from tritter.evaluation.tasks import QuestionTask, Reader
@@ -80,7 +80,7 @@ def test_a_model_writes_after_the_start(reading: type[MarkedText] | None) -> Non
     model = tiny(initializer_range=0.02)
     bounds = TextBounds(END, BOUNDS.start, (9,))
     if reading is not None:
-        read_marks(model, reading(bounds))
+        reading(bounds).attach(model)
     found = write_text(
         model, num_sequences=64, sequence_length=40, bounds=bounds, sequences_per_text=2, seed=3
     )
@@ -116,13 +116,13 @@ def test_questions_are_read_after_the_start() -> None:
 @pytest.mark.parametrize("packing", ["stream", "documents"])
 def test_a_stream_of_data_has_the_same_sequences(tmp_path: Path, packing: Any) -> None:
     (tmp_path / "all.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in WORDS))
-    options = SequenceOptions(
-        rule=SplitRule(seed=0, validation_fraction=0.2), chat=None, packing=packing,
-        tokenizer=copy_backend(TOKENIZER),
-        sequence_length=16, bounds=BOUNDS,
-    )  # fmt: skip
+    options = {
+        "rule": SplitRule(seed=0, validation_fraction=0.2), "chat": None, "packing": packing,
+        "tokenizer": parsed_tokenizer(TOKENIZER.to_str()),
+        "sequence_length": 16, "bounds": BOUNDS,
+    }  # fmt: skip
     sources = [DatasetName.named("data.new", str(tmp_path / "all.jsonl"))]
-    stream = StreamedSequences(sources, key="data.new", options=options, seed=0)
+    stream = StreamedSequences(sources, key="data.new", **options, seed=0)
     rows = stream.next_sequences(20)
     assert rows.shape == (20, 16) and (rows[:, :2] >= START).any(dim=1).all()
 

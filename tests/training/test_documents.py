@@ -21,7 +21,7 @@ from tests.training.written import Written
 from tritter.core.families import training_flops
 from tritter.core.models import model_of
 from tritter.data.batches import BatchStream, SequenceStream
-from tritter.data.packing import DocumentMask, packed, read_marks
+from tritter.data.packing import DocumentMask, packed
 from tritter.data.tokens import TextBounds, TokenisedDocuments
 from tritter.evaluation.losses import sequence_losses
 from tritter.methods.forgetting import SI, Distill, Replay
@@ -80,7 +80,7 @@ def nats_alone(model: nn.Module, row: Tensor) -> tuple[Tensor, int]:
 
 
 def document_mask(model: nn.Module) -> nn.Module:
-    read_marks(model, DocumentMask(TextBounds(EOT)))
+    DocumentMask(TextBounds(EOT)).attach(model)
     return model
 
 

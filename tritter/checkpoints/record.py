@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from tritter.data.built_in import built_in_path, is_built_in
-from tritter.data.documents import PIECE_CHARACTERS, Documents, documents_digest
+from tritter.data.documents import PIECE_CHARACTERS, Documents
 from tritter.data.split import SplitRule
 from tritter.errors import TritterError
 from tritter.limits import MAX_LAYERS
@@ -123,16 +123,16 @@ class LearnedDomain:
         self, split: SplitRule | None, *, key: str, is_streamed: bool = False
     ) -> Documents:
         """Read the documents again, cut as the split of the lineage does."""
-        from tritter.data.sources import source_documents
+        from tritter.data.sources import TextRequest
 
-        return source_documents(
+        return TextRequest(
             self.paths,
             key=key,
             text_field=self.text_field,
             is_streamed=is_streamed,
             is_recorded=True,
             piece_characters=PIECE_CHARACTERS if split is None else split.piece_characters,
-        )
+        ).documents()
 
     def problem(self, split: SplitRule, *, is_streamed: bool = False) -> str | None:
         """Return the reason why the documents are unavailable or changed, or None."""
@@ -146,7 +146,7 @@ class LearnedDomain:
             documents = self.documents(split, key="data", is_streamed=is_streamed)
         except TritterError as error:
             return str(error).removesuffix(".")
-        is_same = documents_digest(documents, is_exact=False) == self.sha256
+        is_same = documents.digest(is_exact=False) == self.sha256
         return None if is_same else f"{', '.join(self.paths)} has changed since"
 
 

@@ -4,7 +4,7 @@ A Tritter checkpoint records the domains that it learned. A run that starts from
 old data and keeps the recorded split.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,9 +15,8 @@ from tritter.checkpoints.record import LearnedDomain, Lineage
 from tritter.checkpoints.state import KeptSequences
 from tritter.data.built_in import built_in_origin, is_built_in
 from tritter.data.chat import NONE, ChatChoice
-from tritter.data.datasets import DatasetName, dataset_names
-from tritter.data.documents import PIECE_CHARACTERS, Documents, documents_digest
-from tritter.data.local_files import ByteLimitError, Reading, TextFileError
+from tritter.data.documents import PIECE_CHARACTERS
+from tritter.data.local_files import ByteLimitError, TextFileError
 from tritter.data.options import (
     DataConfig,
     DatasetsConfig,
@@ -25,65 +24,22 @@ from tritter.data.options import (
     TextSources,
     unused_name,
 )
-from tritter.data.sources import (
-    CHECKED_BYTES,
-    quick_digest,
-    quick_pieces,
-    recorded_paths,
-    source_documents,
-)
-from tritter.data.split import SplitRule, split_problem
+from tritter.data.sources import TextRequest
+from tritter.data.split import SplitRule
 from tritter.errors import Problem, RequestError, TritterError, refused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DomainText:
+class DomainText(TextRequest):
     """One data domain of a run: its location and how to read it.
 
     Args:
         name: name of the domain.
-        key: config key that defines it, for messages.
         is_old: True if the domain was learned before this run.
-        paths: files and folders of its documents.
-        text_field: field of the records with the text.
-        texts: yields the documents of a domain without paths.
-        is_streamed: stream datasets from the hub instead of downloading them first.
-        is_head: read only the first rows of datasets before training.
-        piece_characters: see `SplitRule`.
     """
 
     name: str
-    key: str
     is_old: bool
-    paths: tuple[str, ...]
-    text_field: str
-    texts: Callable[[], Iterable[str]] | None = None
-    is_streamed: bool = False
-    is_head: bool = False
-    piece_characters: int = PIECE_CHARACTERS
-
-    def documents(self) -> Documents:
-        """Read the documents; see `source_documents`."""
-        return source_documents(
-            self.paths,
-            key=self.key,
-            text_field=self.text_field,
-            texts=self.texts,
-            is_streamed=self.is_streamed,
-            is_head=self.is_head,
-            piece_characters=self.piece_characters,
-        )
-
-    @property
-    def recorded_paths(self) -> tuple[str, ...]:
-        """The paths of a lineage record, see `recorded_paths`."""
-        return recorded_paths(self.paths, key=self.key, is_head=self.is_head)
-
-    @property
-    def streams(self) -> tuple[DatasetName, ...]:
-        """The datasets to read while the model trains; empty if all documents are read before."""
-        names = dataset_names(self.paths) if self.is_head else ()
-        return tuple(DatasetName.named(self.key, name) for name in names)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,14 +126,14 @@ class RunText:
         for domain in self.domains:
             if domain.texts is not None:
                 continue
-            reading, reason = _reading(domain), None
+            reading, reason = domain.reading(is_quick=True), None
             with suppress(TextFileError, ByteLimitError):  # the run reports unreadable files
-                if (found := quick_pieces(domain.paths, reading)) is not None:
-                    reason = split_problem(found, rule=self.split, needs_answers=self.needs_answers)
+                if (found := domain.quick_pieces(reading)) is not None:
+                    reason = self.split.problem(found, needs_answers=self.needs_answers)
             if reason is not None:
                 reason = " ".join([*reading.notes, reason])
             elif self.old and self.new:
-                digest = quick_digest(domain.paths, _reading(domain))
+                digest = domain.quick_digest()
                 if domain.is_old and digest is not None:
                     digests[digest] = domain.name
                 elif (same := digests.get(digest)) is not None:
@@ -194,15 +150,6 @@ def recorded_chat(lineage: Lineage | None) -> ChatChoice:
     return ChatChoice(
         NONE if found.get("chat_template") == NONE else None,
         "all" if found.get("loss_on") == "all" else None,
-    )
-
-
-def _reading(domain: DomainText) -> Reading:
-    return Reading(
-        key=domain.key,
-        text_field=domain.text_field,
-        max_bytes=CHECKED_BYTES,
-        piece_characters=domain.piece_characters,
     )
 
 
@@ -305,13 +252,14 @@ class _Domains:
             return next((n for n, d in self._learned.items() if set(d.paths) == set(paths)), None)
         # Unreadable files are reported later, together with all other problems of the files
         with suppress(TextFileError):
-            digest = documents_digest(typed.documents(), is_exact=False)
+            digest = typed.documents().digest(is_exact=False)
             same_text = (n for n, domain in self._learned.items() if domain.sha256 == digest)
             if (known := next(same_text, None)) is not None:
                 return known
         spellings = {paths}
         with suppress(TextFileError):
-            spellings |= {recorded_paths(paths, key="data", is_head=h) for h in (False, True)}
+            readings = (replace(typed, key="data", is_head=head) for head in (False, True))
+            spellings |= {each.recorded_paths for each in readings}
         same_paths = (n for n, d in self._learned.items() if paths and d.paths in spellings)
         is_named = typed.is_old and typed.name in self._learned
         found = next(same_paths, typed.name if is_named else None)

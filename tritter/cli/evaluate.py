@@ -153,7 +153,7 @@ def evaluate(
         from tritter.checkpoints.record import window_length
         from tritter.core.models import read_model
         from tritter.data.records import FIELD_KEY
-        from tritter.data.tokens import read_tokenizer
+        from tritter.data.tokens import PretrainedTokenizer
         from tritter.evaluation.benchmarks.harness import EvalOptions
         from tritter.pipeline.evaluate import DomainsToScore
 
@@ -168,7 +168,7 @@ def evaluate(
     with refuse_damage(), Names.of({FIELD_KEY: "--text-field"}).in_use():
         folder = locate(checkpoint, key="--checkpoint")
         whole, lineage = read_model(folder), Lineage.read(folder)
-        tokenizer = read_tokenizer(folder, vocab_size=whole.sizes.vocab_size)
+        tokenizer = PretrainedTokenizer.read(folder, vocab_size=whole.sizes.vocab_size)
         stock = _stock_tokenizer(folder, needs_template=chat_template) if chosen else None
         domains = DomainsToScore({}, ())
         length = window_length(lineage, whole.position_limit)
@@ -209,13 +209,13 @@ def _result_file(
     output: Path | None, inputs: Sequence[Path], data: Mapping[str, list[str]], *, overwrite: bool
 ) -> ReportFile | None:
     from tritter.cli.report_file import ReportFile
-    from tritter.data.sources import find_texts
+    from tritter.data.sources import FoundTexts
 
     if output is None:
         return None
     words = [word for each in data.values() for word in each]
     typed = (named_path(word, key="--data") for word in words)
-    sources = (*inputs, *typed, *find_texts("--data", words).files)
+    sources = (*inputs, *typed, *FoundTexts.of("--data", words).files)
     return ReportFile(output, "json", overwrite=overwrite, sources=sources)
 
 
@@ -225,7 +225,7 @@ def _domain_paths(arguments: Iterable[str]) -> dict[str, list[str]]:
     A plain path is a domain named after it.
     """
     from tritter.data.options import named_after, unused_name
-    from tritter.data.sources import find_texts
+    from tritter.data.sources import FoundTexts
 
     sources: dict[str, list[str]] = {}
     for argument in arguments:
@@ -237,7 +237,7 @@ def _domain_paths(arguments: Iterable[str]) -> dict[str, list[str]]:
                 f"--data = {argument}: use PATH or NAME=PATH, where NAME has letters, digits, - "
                 "and _."
             )
-        find_texts(f"--data {name}", [path])
+        FoundTexts.of(f"--data {name}", [path])
         sources.setdefault(name, []).append(path)
     return sources
 

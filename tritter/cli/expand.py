@@ -371,8 +371,8 @@ def _with_tokens(job: _Job, sources: TextSources) -> _Job:
     """Return the job with new tokens, from documents that no lineage holds out for validation."""
     from tritter.checkpoints.run_text import RunText
     from tritter.core.expansions import Vocab, vocab_place
-    from tritter.data.sources import noted_documents
-    from tritter.data.split import SplitRule, training_texts
+    from tritter.data.sources import TextRequest
+    from tritter.data.split import SplitRule
     from tritter.transform.vocabulary import learned
 
     specs, place = list(job.specs), vocab_place(job.specs) or 0
@@ -383,10 +383,10 @@ def _with_tokens(job: _Job, sources: TextSources) -> _Job:
     with status("learning tokens"):
         size = rule.piece_characters
         read = {
-            name: noted_documents(each, key="--domain-data", piece_characters=size)
+            name: TextRequest(each, key="--domain-data", piece_characters=size).noted_documents()
             for name, each in sources.items()
         }
-        specs[place] = learned(spec, job.source, training_texts(read, rule=rule, names=read))
+        specs[place] = learned(spec, job.source, rule.training_texts(read, read))
     return replace(job, specs=tuple(specs))
 
 
@@ -443,7 +443,6 @@ def _check_domain(
     is_measured: bool | None,
 ) -> None:
     """Check a request to train experts on a domain. Writes nothing."""
-    from tritter.data.records import DEFAULT_FIELD
     from tritter.data.sources import TextRequest, check_contents
 
     if text is None:
@@ -465,7 +464,7 @@ def _check_domain(
                 "model in float32; `tritter export` converts it."
             )
     check_contents(
-        TextRequest(key, tuple(paths), DEFAULT_FIELD)
+        TextRequest(tuple(paths), key=key)
         for key, sources in (("--domain-data", text.new), ("--old-data", text.old))
         for paths in sources.values()
     )

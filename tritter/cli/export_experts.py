@@ -33,7 +33,7 @@ from tritter.cli.output import (
 )
 from tritter.core.models import load_model, read_model, uninitialised_model
 from tritter.data.chat import ids_of
-from tritter.data.tokens import pack, read_tokenizer, tokenise
+from tritter.data.tokens import PretrainedTokenizer, TokenisedDocuments
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.gate import Check
 from tritter.methods.experts.stored import ExpertFolder, LogitChange, StoredAdapter
@@ -143,8 +143,8 @@ def _texts(folder: Path, *, length: int, vocab_size: int) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     if not (folder / "tokenizer.json").is_file():
         return found
-    tokenizer = read_tokenizer(folder, vocab_size=vocab_size)
-    bounds = tokenizer.bounds
+    tokenizer = PretrainedTokenizer.read(folder, vocab_size=vocab_size)
+    inner, bounds = tokenizer.tokenizer, tokenizer.bounds
     lineage = Lineage.read(folder)
     if lineage is None:
         return found
@@ -154,11 +154,11 @@ def _texts(folder: Path, *, length: int, vocab_size: int) -> dict[str, Tensor]:
             first = list(islice(documents, _DOCUMENTS))
             is_chat = any(each.conversation for each in first)
             chat = corpus_chat(is_chat, recorded_chat(lineage), folder)
-            tokens = tokenise(first, tokenizer.tokenizer, max_tokens_per_document=length, chat=chat)
+            tokens = TokenisedDocuments.of(first, inner, max_tokens_per_document=length, chat=chat)
         except TritterError:  # its data is unavailable or refused
             continue
         if tokens.num_closed_tokens(bounds) >= length:
-            packed = pack(tokens, sequence_length=length, bounds=bounds)
+            packed = tokens.pack(sequence_length=length, bounds=bounds)
             found[name] = ids_of(packed[:_SEQUENCES]).long()
     return found
 

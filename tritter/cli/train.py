@@ -319,11 +319,11 @@ def _sources(
     data: Sequence[str], old_data: Sequence[str], arguments: Sequence[str]
 ) -> tuple[TextSources, TextSources, bool]:
     """Return domain → paths of new and of old data, and True if they are hub datasets."""
-    from tritter.data.datasets import dataset_names
+    from tritter.data.datasets import DatasetName
     from tritter.data.options import DatasetsConfig, TextDataConfig, read_sources
     from tritter.errors import raise_problems
 
-    is_of_hub = bool(dataset_names((*data, *old_data))) or "data=hf" in arguments
+    is_of_hub = bool(DatasetName.names_in((*data, *old_data))) or "data=hf" in arguments
     resolve = (DatasetsConfig if is_of_hub else TextDataConfig).path_resolver({})
     problems: list[Problem] = []
     new, old = (

@@ -20,7 +20,7 @@ from tritter.checkpoints.record import LedgerRecord
 from tritter.config.folders import CONFIG_NAME, SearchPath, search_path
 from tritter.config.overrides import command, program_command, recorded_overrides, resume_command
 from tritter.config.schema import SECTIONS, CheckpointModelConfig, RunConfig
-from tritter.data.skills import PREFIX
+from tritter.data.skills import SkillText
 from tritter.errors import (
     Problem,
     RequestError,
@@ -329,7 +329,7 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
     identified by its version, so that an edited comment does not prevent resuming.
     """
     paths = [path for domain in config.text.domains for path in domain.paths]
-    asks_questions = any(path.startswith(PREFIX) for path in paths)
+    asks_questions = any(path.startswith(SkillText.PREFIX) for path in paths)
     result: dict[str, Any] = {"seed": config.seed, "control": config.control}
     for section in SECTIONS:
         without = _WITHOUT_EFFECT.get(section, ())

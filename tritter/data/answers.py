@@ -7,19 +7,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from tritter.data.chat import ANSWER, START, Chat, ids_of, is_unpredicted
-from tritter.data.conversations import REASONING, TOOLS, Conversation
+from tritter.data.chat import ANSWER, START, is_unpredicted
 from tritter.data.documents import Document
 from tritter.data.packing import kept_lengths
+from tritter.data.records import Conversation
 from tritter.data.tokens import TextBounds, TokenisedDocuments
 
 if TYPE_CHECKING:
     import numpy as np
-
-_READ = ("role", "content", "train")  # fields of messages that Tritter itself reads
-_NOTHING: tuple[object, ...] = (None, "", [], {})
-_MAX_FIELDS = 8  # in a sentence
-_END_TOKENS = 2  # such as <|im_end|> and a line end
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -216,47 +211,3 @@ def scoring_note(
             f"{num_long:,}. An answer follows as much of the end of its prompt as fits."
         )
     return note
-
-
-def endless_note(domains: Iterable[TokenisedDocuments], chat: Chat) -> str:
-    """Return a sentence if no answer ends with a token that ends a turn; empty otherwise."""
-    import numpy as np
-
-    if chat.tokenizer is None or chat.loss_on == "all":
-        return ""
-    added = chat.tokenizer.added_tokens_decoder
-    special = [token for token, each in added.items() if each.special]
-    num_answers = 0
-    for documents in domains:
-        is_predicted = ~is_unpredicted(documents.tokens).numpy()
-        ends = np.flatnonzero(np.diff(is_predicted, append=False) & is_predicted)
-        num_answers += len(ends)
-        for back in range(_END_TOKENS):
-            at = np.maximum(ends - back, 0)
-            if np.isin(ids_of(documents.tokens.numpy()[at]), special).any():
-                return ""
-    if not num_answers:
-        return ""
-    return (
-        "No answer ends with a special token, so the model does not learn to end its turn: the "
-        "chat template ends turns outside its {% generation %} blocks, or with the next role."
-    )
-
-
-def unshown_note(documents: Iterable[Document], chat: Chat) -> str:
-    """Return a sentence on parts of conversations that the template does not show."""
-    counts = Counter(dict.fromkeys((TOOLS, *REASONING), 0))
-    for conversation in (each.conversation for each in documents):
-        if conversation is None or chat.tokenizer is None:
-            continue
-        messages = conversation.messages
-        fields = {
-            name: None for each in messages for name, value in each.items() if value not in _NOTHING
-        }
-        fields |= {TOOLS: None} if conversation.tools else {}
-        counts.update(
-            field for field in fields if field not in _READ and not chat.shows(conversation, field)
-        )
-    parts = [f"{field} ({count:,} conversations)" for field, count in counts.items() if count]
-    parts[_MAX_FIELDS:] = ["..."] if len(parts) > _MAX_FIELDS else []
-    return f"The chat template does not show {', '.join(parts)}." if parts else ""

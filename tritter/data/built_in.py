@@ -9,14 +9,14 @@ import sysconfig
 import tokenize
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
+from typing import ClassVar
 
-from tritter.data.documents import Document, Documents, documents_of, pieces_of_chunks
-from tritter.data.skills import ORIGIN, PREFIX, Question, SkillText
+from tritter.data.documents import Document, Documents, pieces_of_chunks
+from tritter.data.skills import SkillText
 from tritter.errors import RequestError, nearest, refused
 
 _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
@@ -55,7 +55,6 @@ _EXCLUDED_FOLDERS = frozenset(
 )
 # Build artefacts: paths and flags of one machine.
 _GENERATED_PREFIXES = ("_sysconfigdata", "config-")
-BUILT_IN_TEXTS = ("stdlib:prose", "stdlib:code")
 
 
 def _documented_nodes(node: ast.AST) -> Iterator[_Documented]:
@@ -117,65 +116,6 @@ def _docstring_of(node: _Documented) -> ast.Expr | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class StdlibText:
-    """Documents of the standard library; `skipped` lists the unreadable files."""
-
-    prose: tuple[Document, ...]
-    code: tuple[Document, ...]
-    skipped: tuple[str, ...]
-
-
-def gather(root: Path | None = None) -> StdlibText:
-    """Read documentation and sources of the library in one pass, sorted by path.
-
-    Modules are parsed, never imported. A document's identifier is its path relative to `root`,
-    or `pydoc_data/topics/NAME` for a pydoc topic.
-
-    Args:
-        root: folder of the library; defaults to that of the running Python.
-    """
-    root = root or _stdlib_root()
-    prose, code = list[Document](), list[Document]()
-    skipped: list[str] = []
-    if (root / _TOPICS).is_file():
-        _, tree = _parse(root / _TOPICS)
-        assignment = next(node for node in tree.body if isinstance(node, ast.Assign))
-        topics: dict[str, str] = ast.literal_eval(assignment.value)
-        for name, text in sorted(topics.items()):
-            _append(prose, f"pydoc_data/topics/{name}", text)
-    for path in _source_files(root):
-        identifier = path.relative_to(root).as_posix()
-        try:
-            source, tree = _parse(path)
-        except (OSError, SyntaxError, ValueError):
-            skipped.append(identifier)
-            continue
-        docstrings = (ast.get_docstring(node) or "" for node in _documented_nodes(tree))
-        long = (text for text in docstrings if len(text) > _MINIMUM_DOCSTRING_CHARACTERS)
-        _append(prose, identifier, "\n\n".join(long))
-        _append(code, identifier, _strip_documentation(source, tree=tree))
-    if not code:
-        raise RequestError(
-            f"data: no Python sources in {root}. This Python ships its library zipped or "
-            f"compiled, so the built-in corpus cannot be read. Use a full installation "
-            f"(python.org, uv, pyenv, conda, or the distribution's complete python3 package)."
-        )
-    if skipped:
-        _logger.warning("%d library files could not be read: %s", len(skipped), ", ".join(skipped))
-    return StdlibText(prose=tuple(prose), code=tuple(code), skipped=tuple(skipped))
-
-
-def _stdlib_root() -> Path:
-    """Return the folder of the running Python's standard library."""
-    return Path(sysconfig.get_path("stdlib")).resolve()
-
-
-def stdlib_origin() -> str:
-    """Return the recorded origin of the embedded corpus."""
-    return f"python {platform.python_version()} standard library"
-
-
 def _source_files(root: Path) -> tuple[Path, ...]:
     """Return the library's sorted source files, without tests, data and installed packages."""
     found = []
@@ -189,20 +129,6 @@ def _source_files(root: Path) -> tuple[Path, ...]:
             if name.endswith(".py") and not name.startswith(_GENERATED_PREFIXES):
                 found.append(Path(folder, name))
     return tuple(sorted(found))
-
-
-def stdlib_fingerprint(root: Path | None = None) -> str:
-    """Return a hash of the library's files without reading them.
-
-    It covers Python's version, the folder, and each file's path, size and modification time.
-    """
-    root = root or _stdlib_root()
-    digest = sha256(f"{_GATHERING_VERSION}\0{platform.python_version()}\0{root}".encode())
-    for path in (root / _TOPICS, *_source_files(root)):
-        if path.is_file():
-            status = path.stat()
-            digest.update(f"\0{path}\0{status.st_size}\0{status.st_mtime_ns}".encode())
-    return digest.hexdigest()
 
 
 def _parse(path: Path) -> tuple[str, ast.Module]:
@@ -220,9 +146,92 @@ def _append(documents: list[Document], identifier: str, text: str) -> None:
         documents.append(Document(identifier, encodable))
 
 
+class Stdlib:
+    """The documentation and the sources of a standard library.
+
+    Args:
+        root: its folder; defaults to that of the running Python.
+    """
+
+    TEXTS: ClassVar[tuple[str, ...]] = ("stdlib:prose", "stdlib:code")
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = root or Path(sysconfig.get_path("stdlib")).resolve()
+
+    @property
+    def origin(self) -> str:
+        """The recorded origin of its texts."""
+        return f"python {platform.python_version()} standard library"
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of its files without reading them.
+
+        It covers Python's version, the folder, and each file's path, size and modification time.
+        """
+        version = f"{_GATHERING_VERSION}\0{platform.python_version()}\0{self.root}"
+        digest = sha256(version.encode())
+        for path in (self.root / _TOPICS, *_source_files(self.root)):
+            if path.is_file():
+                status = path.stat()
+                digest.update(f"\0{path}\0{status.st_size}\0{status.st_mtime_ns}".encode())
+        return digest.hexdigest()
+
+    def gather(self) -> dict[str, list[Document]]:
+        """Read `prose`, the documentation, and `code`, the sources, in one pass, sorted by path.
+
+        Modules are parsed, never imported. A document's identifier is its path relative to the
+        folder, or `pydoc_data/topics/NAME` for a pydoc topic.
+        """
+        root, prose, code = self.root, list[Document](), list[Document]()
+        skipped: list[str] = []
+        if (root / _TOPICS).is_file():
+            _, tree = _parse(root / _TOPICS)
+            assignment = next(node for node in tree.body if isinstance(node, ast.Assign))
+            topics: dict[str, str] = ast.literal_eval(assignment.value)
+            for name, text in sorted(topics.items()):
+                _append(prose, f"pydoc_data/topics/{name}", text)
+        for path in _source_files(root):
+            identifier = path.relative_to(root).as_posix()
+            try:
+                source, tree = _parse(path)
+            except (OSError, SyntaxError, ValueError):
+                skipped.append(identifier)
+                continue
+            docstrings = (ast.get_docstring(node) or "" for node in _documented_nodes(tree))
+            long = (text for text in docstrings if len(text) > _MINIMUM_DOCSTRING_CHARACTERS)
+            _append(prose, identifier, "\n\n".join(long))
+            _append(code, identifier, _strip_documentation(source, tree=tree))
+        if not code:
+            raise RequestError(
+                f"data: no Python sources in {root}. This Python ships its library zipped or "
+                f"compiled, so the built-in corpus cannot be read. Use a full installation "
+                f"(python.org, uv, pyenv, conda, or the distribution's complete python3 package)."
+            )
+        if skipped:
+            names = ", ".join(skipped)
+            _logger.warning("%d library files could not be read: %s", len(skipped), names)
+        return {"prose": prose, "code": code}
+
+    @cached_property
+    def _gathered(self) -> dict[str, list[Document]]:
+        return self.gather()
+
+    def documents(self, name: str) -> Documents:
+        """Return the distinct documents of `prose` or `code`, without blanks around them.
+
+        Without the blanks, results of earlier versions stay comparable.
+        """
+        return Documents.of(
+            part.strip()
+            for each in self._gathered[name]
+            for part in pieces_of_chunks([each.text.strip()])
+        )
+
+
 def is_built_in(path: str) -> bool:
     """Return True if a path has the prefix of a built-in text."""
-    return path.startswith(("stdlib:", PREFIX))
+    return path.startswith(("stdlib:", SkillText.PREFIX))
 
 
 def built_in_path(key: str, path: str) -> str:
@@ -232,54 +241,29 @@ def built_in_path(key: str, path: str) -> str:
         key: the configuration key, for messages.
         path: the name as typed.
     """
-    if path.startswith(PREFIX):
+    if path.startswith(SkillText.PREFIX):
         return str(SkillText.named(key, path))
-    if path in BUILT_IN_TEXTS:
+    if path in Stdlib.TEXTS:
         return path
-    reason = f"the built-in texts are {', '.join(BUILT_IN_TEXTS)} and {PREFIX}NAME"
-    raise refused(key, path, reason, near=nearest(path, BUILT_IN_TEXTS))
+    reason = f"the built-in texts are {', '.join(Stdlib.TEXTS)} and {SkillText.PREFIX}NAME"
+    raise refused(key, path, reason, near=nearest(path, Stdlib.TEXTS))
 
 
 @cache
 def built_in_documents(path: str) -> Documents:
     """Return the documents of a built-in text."""
-    if built_in_path("data", path).startswith(PREFIX):
-        return documents_of(SkillText.named("data", path).texts())
-    return distinct(_library().prose if path == "stdlib:prose" else _library().code)
-
-
-def distinct(documents: Iterable[Document]) -> Documents:
-    """Return the distinct ones of the library's documents, without blanks around them.
-
-    Without the blanks, results of earlier versions stay comparable.
-    """
-    return documents_of(
-        part.strip() for each in documents for part in pieces_of_chunks([each.text.strip()])
-    )
+    if built_in_path("data", path).startswith(SkillText.PREFIX):
+        return Documents.of(SkillText.named("data", path).texts())
+    return _library().documents(path.removeprefix("stdlib:"))
 
 
 def built_in_origin(paths: Iterable[str]) -> str:
     """Return the recorded origin of the built-in texts among some paths; empty without any."""
-    kinds = {path.startswith(PREFIX) for path in paths if is_built_in(path)}
-    origins = {False: stdlib_origin(), True: ORIGIN}
+    kinds = {path.startswith(SkillText.PREFIX) for path in paths if is_built_in(path)}
+    origins = {False: _library().origin, True: SkillText.ORIGIN}
     return " and ".join(origins[is_skill] for is_skill in sorted(kinds))
 
 
-def questions_of(paths: Iterable[str], number: int) -> tuple[Question, ...]:
-    """Return up to `number` questions of the skills among some paths.
-
-    No question occurs in the texts of a skill.
-    """
-    named = (SkillText.named("data", path) for path in paths if path.startswith(PREFIX))
-    skills = list({(text.skill.name, text.is_chat): text for text in named}.values())
-    parts = [number // len(skills) + (at < number % len(skills)) for at in range(len(skills))]
-    drawn = (
-        text.skill.questions(part, is_chat=text.is_chat)
-        for text, part in zip(skills, parts, strict=True)
-    )
-    return tuple(question for questions in drawn for question in questions)
-
-
 @cache
-def _library() -> StdlibText:
-    return gather()
+def _library() -> Stdlib:
+    return Stdlib()

@@ -7,6 +7,7 @@ tensors, in memory and in files. `DocumentMask` removes the marks before a model
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
-from tritter.data.conversations import ASSISTANT, REASONING, SYSTEM, USER, Conversation
+from tritter.data.records import ASSISTANT, REASONING, SYSTEM, TOOLS, USER, Conversation
 from tritter.errors import Problem, RequestError, TritterError, nearest
 from tritter.storage.reading import named_path, read_text
 
@@ -27,8 +28,12 @@ if TYPE_CHECKING:
 LossOn = Literal["answers", "all"]
 TOKENIZER, NONE = "tokenizer", "none"  # values of data.chat_template; others are files
 TEMPLATE_FILE = "chat_template.jinja"  # in a checkpoint
-TEMPLATE_KEY, LOSS_KEY = "data.chat_template", "data.loss_on"
+_TEMPLATE_KEY, _LOSS_KEY = "data.chat_template", "data.loss_on"
 _MAX_TEMPLATE_BYTES = 2**20
+_READ = ("role", "content", "train")  # fields of messages that Tritter itself reads
+_NOTHING: tuple[object, ...] = (None, "", [], {})
+_MAX_FIELDS = 8  # in a sentence
+_END_TOKENS = 2  # such as <|im_end|> and a line end
 # Marks: a role, whose bit of CONTEXT excludes a token from the loss, and the start of a
 # conversation. Ids are below 2**28
 ANSWER, CONTEXT, PADDING = 1 << 28, 2 << 28, 3 << 28
@@ -71,6 +76,28 @@ class Chat:
     loss_on: LossOn = "answers"
     has_template: bool = True
 
+    @classmethod
+    def of(cls, options: ChatChoice, *, tokenizer: Any) -> Chat:
+        """Return the way in which conversations become tokens.
+
+        Args:
+            options: the options of the run.
+            tokenizer: the transformers tokenizer of the checkpoint; None for a new base model.
+        """
+        choice, loss_on = options.chat_template, options.loss_on or "answers"
+        has_template = tokenizer is not None and tokenizer.chat_template is not None
+        if choice == NONE or (choice is None and not has_template):
+            return cls(None, loss_on, has_template=has_template)
+        if tokenizer is None:
+            reason = "a new base model has no special tokens for a template; use none"
+            raise RequestError(Problem(_TEMPLATE_KEY, choice, reason=reason))
+        if choice not in (None, TOKENIZER):
+            tokenizer.chat_template = read_template(choice)
+        elif not has_template:
+            reason = "the checkpoint's tokenizer has no chat template; use none, or a file"
+            raise RequestError(Problem(_TEMPLATE_KEY, choice, reason=reason))
+        return cls(tokenizer, loss_on)
+
     @property
     def is_marked(self) -> bool:
         """Whether conversations differ from plain text."""
@@ -89,17 +116,64 @@ class Chat:
         how = "rendered with the chat template"
         if self.tokenizer is None:
             why = "" if self.has_template else ", because there is no chat template"
-            how = f"read as plain text{why} ({TEMPLATE_KEY}={NONE})"
+            how = f"read as plain text{why} ({_TEMPLATE_KEY}={NONE})"
         loss = "answers" if self.loss_on == "answers" else "all tokens"
         number = "1 conversation is" if count == 1 else f"{count:,} conversations are"
         return f"{number} {how}; the loss is on {loss}."
+
+    def endless_note(self, domains: Iterable[Tensor]) -> str:
+        """Return a sentence if no answer in some tokens ends its turn; empty otherwise."""
+        import numpy as np
+
+        if self.tokenizer is None or self.loss_on == "all":
+            return ""
+        added = self.tokenizer.added_tokens_decoder
+        special = [token for token, each in added.items() if each.special]
+        num_answers = 0
+        for tokens in domains:
+            is_predicted = ~is_unpredicted(tokens).numpy()
+            ends = np.flatnonzero(np.diff(is_predicted, append=False) & is_predicted)
+            num_answers += len(ends)
+            for back in range(_END_TOKENS):
+                at = np.maximum(ends - back, 0)
+                if np.isin(ids_of(tokens.numpy()[at]), special).any():
+                    return ""
+        if not num_answers:
+            return ""
+        return (
+            "No answer ends with a special token, so the model does not learn to end its turn: the "
+            "chat template ends turns outside its {% generation %} blocks, or with the next role."
+        )
+
+    def unshown_note(self, conversations: Iterable[Conversation | None]) -> str:
+        """Return a sentence on parts of conversations that the template does not show."""
+        counts = Counter(dict.fromkeys((TOOLS, *REASONING), 0))
+        for conversation in conversations:
+            if conversation is None or self.tokenizer is None:
+                continue
+            messages = conversation.messages
+            fields = {
+                name: None
+                for each in messages
+                for name, value in each.items()
+                if value not in _NOTHING
+            }
+            fields |= {TOOLS: None} if conversation.tools else {}
+            counts.update(
+                field
+                for field in fields
+                if field not in _READ and not self.shows(conversation, field)
+            )
+        parts = [f"{field} ({count:,} conversations)" for field, count in counts.items() if count]
+        parts[_MAX_FIELDS:] = ["..."] if len(parts) > _MAX_FIELDS else []
+        return f"The chat template does not show {', '.join(parts)}." if parts else ""
 
     def check(self, conversation: Conversation, name: str) -> None:
         """Check that the tokens can express a conversation."""
         if self.tokenizer is None and self.loss_on == "all" and conversation.untrained:
             at = conversation.untrained[0] + 1
             reason = f"message {at} of {name!r} is not to be trained, but plain text is predicted"
-            raise RequestError(Problem(LOSS_KEY, self.loss_on, reason=f"{reason}; use answers"))
+            raise RequestError(Problem(_LOSS_KEY, self.loss_on, reason=f"{reason}; use answers"))
         calls = [at for at, each in enumerate(conversation.messages) if each.get("tool_calls")]
         if calls and self.tokenizer is not None and not self.shows(conversation, "tool_calls"):
             raise _refused(f"it does not show the tool_calls of message {calls[0] + 1} of {name!r}")
@@ -233,7 +307,7 @@ class Chat:
                     "begin with the messages up to it; add {% generation %} blocks to a copy of "
                     "the template"
                 )
-                raise _refused(reason, other=f"{LOSS_KEY}=all")
+                raise _refused(reason, other=f"{_LOSS_KEY}=all")
             yield ends[0] or 0, ends[1] or 0
 
     def _num_tokens(
@@ -282,24 +356,6 @@ class Chat:
         return found
 
 
-def marked_answers(encoding: Any, spans: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Return the tokens of a plain text, of which those of the answers are predicted, int32 [T].
-
-    Args:
-        encoding: a `tokenizers.Encoding` of the text, with offsets.
-        spans: start and end of each answer, in characters.
-    """
-    import numpy as np
-
-    offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-    is_answer = np.zeros(len(offsets), dtype=bool)
-    for start, end in spans:
-        # A token with the space before an answer belongs to the answer
-        is_answer |= (offsets[:, 1] > start) & (offsets[:, 0] < end)
-    ids = np.asarray(encoding.ids, dtype=np.int32)
-    return ids | np.where(is_answer, ANSWER, CONTEXT).astype(np.int32)
-
-
 def end_of_turn_ids(tokenizer: Any) -> list[int]:
     """Return the special token with which a chat template ends an answer; none if it has no such.
 
@@ -328,9 +384,9 @@ def _around(
     return encode(before.rstrip(" ")), ids if is_special else []
 
 
-def _refused(reason: str, *, other: str = f"{TEMPLATE_KEY}={NONE}") -> RequestError:
-    advice = f"set {TEMPLATE_KEY}=FILE to use another template, or {other}"
-    return RequestError(Problem(TEMPLATE_KEY, reason=reason, advice=advice))
+def _refused(reason: str, *, other: str = f"{_TEMPLATE_KEY}={NONE}") -> RequestError:
+    advice = f"set {_TEMPLATE_KEY}=FILE to use another template, or {other}"
+    return RequestError(Problem(_TEMPLATE_KEY, reason=reason, advice=advice))
 
 
 class ChatChoice(NamedTuple):
@@ -345,38 +401,26 @@ class ChatChoice(NamedTuple):
     chat_template: str | None = None
     loss_on: LossOn | None = None
 
-
-def chat_of(options: ChatChoice, *, tokenizer: Any) -> Chat:
-    """Return the way in which conversations become tokens.
-
-    Args:
-        options: the options of the run.
-        tokenizer: the transformers tokenizer of the checkpoint; None for a new base model.
-    """
-    choice, loss_on = options.chat_template, options.loss_on or "answers"
-    has_template = tokenizer is not None and tokenizer.chat_template is not None
-    if choice == NONE or (choice is None and not has_template):
-        return Chat(None, loss_on, has_template=has_template)
-    if tokenizer is None:
-        reason = "a new base model has no special tokens for a template; use none"
-        raise RequestError(Problem(TEMPLATE_KEY, choice, reason=reason))
-    if choice not in (None, TOKENIZER):
-        tokenizer.chat_template = read_template(choice)
-    elif not has_template:
-        reason = "the checkpoint's tokenizer has no chat template; use none, or a file"
-        raise RequestError(Problem(TEMPLATE_KEY, choice, reason=reason))
-    return Chat(tokenizer, loss_on)
+    def check_unused(self) -> None:
+        """Refuse options that data without conversations does not use."""
+        for key, value, is_used in (
+            (_TEMPLATE_KEY, self.chat_template, self.chat_template not in (None, NONE)),
+            (_LOSS_KEY, self.loss_on, self.loss_on == "answers"),
+        ):
+            if is_used:
+                reason = "the data has no conversations; remove the key"
+                raise RequestError(Problem(key, value, reason=reason))
 
 
 def template_location(choice: str) -> str:
     """Return a value of `data.chat_template`, a file as an absolute path."""
     if choice in (TOKENIZER, NONE):
         return choice
-    path = named_path(choice, key=TEMPLATE_KEY).absolute()
+    path = named_path(choice, key=_TEMPLATE_KEY).absolute()
     if not path.is_file():
         reason = "there is no such file; allowed are tokenizer, none and a file"
         near = nearest(choice, (TOKENIZER, NONE))
-        raise RequestError(Problem(TEMPLATE_KEY, choice, reason=reason, nearest=near))
+        raise RequestError(Problem(_TEMPLATE_KEY, choice, reason=reason, nearest=near))
     return str(path)
 
 
@@ -385,4 +429,4 @@ def read_template(path: str) -> str:
     try:
         return read_text(Path(path), limit_bytes=_MAX_TEMPLATE_BYTES)
     except TritterError as error:
-        raise RequestError(Problem(TEMPLATE_KEY, path, reason=str(error))) from error
+        raise RequestError(Problem(_TEMPLATE_KEY, path, reason=str(error))) from error

@@ -17,12 +17,13 @@ from safetensors.torch import load, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from tritter.data import built_in, cache
-from tritter.data.answers import endless_note, unanswered_note, unshown_note
+from tritter.data import cache
+from tritter.data.answers import unanswered_note
+from tritter.data.built_in import Stdlib
 from tritter.data.chat import Chat
-from tritter.data.documents import Document, Documents, conversations_digest, documents_digest
-from tritter.data.split import Split, SplitRule, split_documents
-from tritter.data.tokens import Names, TokenisedDocuments, tokenise, train_tokenizer, unencoded_note
+from tritter.data.documents import Document, Documents
+from tritter.data.split import Split, SplitRule
+from tritter.data.tokens import TokenisedDocuments, train_tokenizer, unencoded_note
 from tritter.errors import TritterError
 from tritter.storage.atomic import atomic_folder, write_text_atomic
 from tritter.storage.hashing import file_digest
@@ -32,7 +33,6 @@ from tritter.storage.spool import Spool, mapped, tensor_of
 _FORMAT_VERSION = 2  # 1 dropped blanks around documents
 _LAYOUT = "1"  # of the cache; folders with other names predate the release
 _SIDES = ("train", "validation")
-_PARTS = ("tokens", "offsets", "num_bytes")
 _TENSORS, _METADATA, _TOKENIZER = "tokens.safetensors", "corpus.json", "tokenizer.json"
 _FILES = (_TENSORS, _METADATA, _TOKENIZER)
 _CHECKSUMS = "checksums.json"
@@ -88,80 +88,135 @@ class Corpus:
     notes: tuple[str, ...] = ()
     chat: Chat | None = None
 
+    @classmethod
+    def build(
+        cls,
+        domains: Mapping[str, Documents],
+        *,
+        origin: str | Mapping[str, str],
+        vocab_size: int,
+        validation_fraction: float,
+        max_validation_tokens_per_document: int,
+        seed: int,
+        cache_dir: Path,
+        tokenizer: Tokenizer | None = None,
+        chat: Chat | None = None,
+        validation_bytes: Mapping[str, Tensor] | None = None,
+    ) -> "Corpus":
+        """Split documents, train a tokenizer on the training side and tokenise; or load the result.
 
-def build_corpus(
-    domains: Mapping[str, Documents],
-    *,
-    origin: str | Mapping[str, str],
-    vocab_size: int,
-    validation_fraction: float,
-    max_validation_tokens_per_document: int,
-    seed: int,
-    cache_dir: Path,
-    tokenizer: Tokenizer | None = None,
-    chat: Chat | None = None,
-    validation_bytes: Mapping[str, Tensor] | None = None,
-) -> Corpus:
-    """Split documents, train a tokenizer on the training side and tokenise; or load from the cache.
+        The cache is in `cache_dir/corpora/1/<digest>`. A damaged entry is renamed with a warning
+        and rebuilt.
 
-    The cache is in `cache_dir/corpora/1/<digest>`. A damaged entry is renamed with a warning and
-    rebuilt.
-
-    Args:
-        domains: the documents of each domain, old domains first.
-        origin: recorded origin of the documents, for all domains or per domain.
-        vocab_size: size of the byte-level vocabulary.
-        validation_fraction: share of each domain's documents used for validation.
-        max_validation_tokens_per_document: longer validation documents are truncated.
-        seed: seed of the split.
-        cache_dir: root folder of all caches.
-        tokenizer: an existing tokenizer; then none is trained and `vocab_size` is ignored.
-        chat: how to tokenise conversations, if there are any; None tokenises their plain text.
-        validation_bytes: domain → int64 [n], bytes to keep of each validation document instead of
-            `max_validation_tokens_per_document`.
-    """
-    origins = dict.fromkeys(domains, origin) if isinstance(origin, str) else origin
-    options = {
-        "origin": "; ".join(dict.fromkeys(origins[name] for name in domains)),
-        "vocab_size": vocab_size if tokenizer is None else tokenizer.get_vocab_size(),
-        "max_validation_tokens_per_document": max_validation_tokens_per_document,
-        "tokenizer_domains": list(domains),
-    }
-    sources = {
-        name: _SourceSummary(
-            name=name,
-            origin=origins[name],
-            num_documents=len(documents),
-            num_bytes=sum(len(document.text.encode()) for document in documents),
-            sha256=documents_digest(documents, is_exact=False),
+        Args:
+            domains: the documents of each domain, old domains first.
+            origin: recorded origin of the documents, for all domains or per domain.
+            vocab_size: size of the byte-level vocabulary.
+            validation_fraction: share of each domain's documents used for validation.
+            max_validation_tokens_per_document: longer validation documents are truncated.
+            seed: seed of the split.
+            cache_dir: root folder of all caches.
+            tokenizer: an existing tokenizer; then none is trained and `vocab_size` is ignored.
+            chat: how to tokenise conversations, if there are any; None tokenises their plain text.
+            validation_bytes: domain → int64 [n], bytes to keep of each validation document instead
+                of `max_validation_tokens_per_document`.
+        """
+        origins = dict.fromkeys(domains, origin) if isinstance(origin, str) else origin
+        options = {
+            "origin": "; ".join(dict.fromkeys(origins[name] for name in domains)),
+            "vocab_size": vocab_size if tokenizer is None else tokenizer.get_vocab_size(),
+            "max_validation_tokens_per_document": max_validation_tokens_per_document,
+            "tokenizer_domains": list(domains),
+        }
+        sources = {
+            name: _SourceSummary(
+                name=name,
+                origin=origins[name],
+                num_documents=len(documents),
+                num_bytes=sum(len(document.text.encode()) for document in documents),
+                sha256=documents.digest(is_exact=False),
+            )
+            for name, documents in domains.items()
+        }
+        rule = SplitRule(seed=seed, validation_fraction=validation_fraction)
+        parted = rule.split(domains)
+        made_from = _inputs(options, sources, parted, chat) | _tokenizer_entry(tokenizer)
+        if validation_bytes is not None:
+            made_from["validation_bytes"] = _digest_of(validation_bytes)
+        digest = _digest(made_from)
+        notes = tuple(note for domain in domains.values() for note in domain.notes)
+        notes += tuple(_shared_notes(domains, parted))
+        if (cached := _load(cache_dir, digest)) is not None:
+            return _with_notes(cached, notes, domains, chat)
+        folder = _corpora(cache_dir) / digest
+        cache.require_writable(folder.parent)
+        corpus = _make(
+            parted,
+            vocab_size=vocab_size,
+            max_tokens=None if validation_bytes else max_validation_tokens_per_document,
+            sources=sources,
+            digest=digest,
+            tokenizer=tokenizer,
+            chat=chat,
+            validation_bytes=validation_bytes,
         )
-        for name, documents in domains.items()
-    }
-    rule = SplitRule(seed=seed, validation_fraction=validation_fraction)
-    parted = split_documents(domains, rule=rule)
-    made_from = _inputs(options, sources, parted, chat) | _tokenizer_entry(tokenizer)
-    if validation_bytes is not None:
-        made_from["validation_bytes"] = _digest_of(validation_bytes)
-    digest = _digest(made_from)
-    notes = tuple(note for domain in domains.values() for note in domain.notes)
-    notes += tuple(_shared_notes(domains, parted))
-    if (cached := _load(cache_dir, digest)) is not None:
-        return _with_notes(cached, notes, domains, chat)
-    folder = _corpora(cache_dir) / digest
-    cache.require_writable(folder.parent)
-    corpus = _make(
-        parted,
-        vocab_size=vocab_size,
-        max_tokens=None if validation_bytes else max_validation_tokens_per_document,
-        sources=sources,
-        digest=digest,
-        tokenizer=tokenizer,
-        chat=chat,
-        validation_bytes=validation_bytes,
-    )
-    _save(corpus, folder)
-    # A corpus from the cache is memory-mapped
-    return _with_notes(_load(cache_dir, digest) or corpus, notes, domains, chat)
+        _save(corpus, folder)
+        # A corpus from the cache is memory-mapped
+        return _with_notes(_load(cache_dir, digest) or corpus, notes, domains, chat)
+
+    @classmethod
+    def of_stdlib(
+        cls,
+        *,
+        vocab_size: int,
+        validation_fraction: float,
+        max_validation_tokens_per_document: int,
+        seed: int,
+        cache_dir: Path,
+        tokenizer: Tokenizer | None = None,
+        validation_bytes: Mapping[str, Tensor] | None = None,
+    ) -> "Corpus":
+        """Return the embedded corpus: domains `prose` (documentation) and `code` (sources).
+
+        A note in the cache maps these options and this Python installation to a corpus, so a second
+        run does not read the library again.
+        """
+        library = Stdlib()
+        requested = {
+            "format_version": _FORMAT_VERSION,
+            "library": library.fingerprint,
+            "vocab_size": vocab_size,
+            "validation_fraction": validation_fraction,
+            "max_validation_tokens_per_document": max_validation_tokens_per_document,
+            "seed": seed,
+            **_tokenizer_entry(tokenizer),
+        }
+        if validation_bytes is not None:
+            requested["validation_bytes"] = _digest_of(validation_bytes)
+        note = _corpora(cache_dir) / "stdlib" / _digest(requested)
+        known = ""
+        with suppress(OSError, UnicodeDecodeError):
+            known = note.read_text(encoding="utf-8").strip()
+        # The note may be damaged: use its line only if it looks like a checksum.
+        if len(known) == 64 and known.isalnum():
+            cached = _load(cache_dir, known)
+            if cached is not None:
+                return cached
+        corpus = cls.build(
+            {name: library.documents(name) for name in ("prose", "code")},
+            origin=library.origin,
+            vocab_size=vocab_size,
+            validation_fraction=validation_fraction,
+            max_validation_tokens_per_document=max_validation_tokens_per_document,
+            seed=seed,
+            cache_dir=cache_dir,
+            tokenizer=tokenizer,
+            validation_bytes=validation_bytes,
+        )
+        with cache.write_errors(note.parent):
+            note.parent.mkdir(parents=True, exist_ok=True)
+            write_text_atomic(note, corpus.digest + "\n")
+        return corpus
 
 
 def _shared_notes(domains: Mapping[str, Documents], parted: Mapping[str, Split]) -> Iterator[str]:
@@ -192,9 +247,10 @@ def _with_notes(
     if chat is None:
         return replace(corpus, notes=notes)
     count = sum(each.num_conversations() for each in documents.values())
-    found = [chat.note(count), unshown_note(chain.from_iterable(documents.values()), chat)]
+    talks = (each.conversation for each in chain.from_iterable(documents.values()))
+    found = [chat.note(count), chat.unshown_note(talks)]
     found += [unanswered_note(name, each, documents[name]) for name, each in sides.items()]
-    found.append(endless_note((train for train, _ in sides.values()), chat))
+    found.append(chat.endless_note(train.tokens for train, _ in sides.values()))
     return replace(corpus, notes=(*notes, *filter(None, found)), chat=chat)
 
 
@@ -208,64 +264,11 @@ def _inputs(
     sides = sha256()  # of the documents on each side of each domain
     for name, split in parted.items():
         for side in (split.train, split.validation):
-            sides.update(f"{name}\0{documents_digest(side)}".encode())
+            sides.update(f"{name}\0{side.digest()}".encode())
             if chat is not None:
-                sides.update(f"{chat.digest}\0{conversations_digest(side)}".encode())
+                sides.update(f"{chat.digest}\0{side.conversations_digest()}".encode())
     plain = {name: asdict(source) for name, source in sources.items()}
     return {"options": options, "sources": plain, "sides": sides.hexdigest()}
-
-
-def stdlib_corpus(
-    *,
-    vocab_size: int,
-    validation_fraction: float,
-    max_validation_tokens_per_document: int,
-    seed: int,
-    cache_dir: Path,
-    tokenizer: Tokenizer | None = None,
-    validation_bytes: Mapping[str, Tensor] | None = None,
-) -> Corpus:
-    """Return the embedded corpus: domains `prose` (documentation) and `code` (sources).
-
-    A note in the cache maps these options and this Python installation to a corpus, so a second
-    run does not read the library again.
-    """
-    requested = {
-        "format_version": _FORMAT_VERSION,
-        "library": built_in.stdlib_fingerprint(),
-        "vocab_size": vocab_size,
-        "validation_fraction": validation_fraction,
-        "max_validation_tokens_per_document": max_validation_tokens_per_document,
-        "seed": seed,
-        **_tokenizer_entry(tokenizer),
-    }
-    if validation_bytes is not None:
-        requested["validation_bytes"] = _digest_of(validation_bytes)
-    note = _corpora(cache_dir) / "stdlib" / _digest(requested)
-    known = ""
-    with suppress(OSError, UnicodeDecodeError):
-        known = note.read_text(encoding="utf-8").strip()
-    # The note may be damaged: use its line only if it looks like a checksum.
-    if len(known) == 64 and known.isalnum():
-        cached = _load(cache_dir, known)
-        if cached is not None:
-            return cached
-    text = built_in.gather()
-    corpus = build_corpus(
-        {"prose": built_in.distinct(text.prose), "code": built_in.distinct(text.code)},
-        origin=built_in.stdlib_origin(),
-        vocab_size=vocab_size,
-        validation_fraction=validation_fraction,
-        max_validation_tokens_per_document=max_validation_tokens_per_document,
-        seed=seed,
-        cache_dir=cache_dir,
-        tokenizer=tokenizer,
-        validation_bytes=validation_bytes,
-    )
-    with cache.write_errors(note.parent):
-        note.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(note, corpus.digest + "\n")
-    return corpus
 
 
 def _corpora(cache_dir: Path) -> Path:
@@ -300,8 +303,8 @@ def _make(
     domains = {
         name: Domain(
             name=name,
-            train=tokenise(split.train, tokenizer, chat=chat),
-            validation=tokenise(
+            train=TokenisedDocuments.of(split.train, tokenizer, chat=chat),
+            validation=TokenisedDocuments.of(
                 kept[name], tokenizer, max_tokens_per_document=max_tokens, chat=chat
             ),
             held_out_before=split.held_out_before,
@@ -341,11 +344,9 @@ def _load(cache_dir: Path, digest: str) -> Corpus | None:
             former = range(metadata.get("cut", {}).get(name, 0))
             sides, cut = {}, tuple(metadata.get("cut_documents", {}).get(name, former))
             for side in _SIDES:
-                parts = (*_PARTS, "names", "name_ends")
-                own = {part: tensors[f"{name}.{side}.{part}"] for part in parts}
-                identifiers = Names(own.pop("names"), own.pop("name_ends"))
-                own_cut = cut if side == "validation" else ()
-                sides[side] = TokenisedDocuments(**own, identifiers=identifiers, cut=own_cut)
+                prefix, own_cut = f"{name}.{side}.", cut if side == "validation" else ()
+                own = {n.removeprefix(prefix): tensors[n] for n in tensors if n.startswith(prefix)}
+                sides[side] = TokenisedDocuments.of_tensors(own, cut=own_cut)
             domains[name] = Domain(
                 name=name, **sides, held_out_before=int(counts["held_out_before"])
             )
@@ -387,11 +388,8 @@ def _save(corpus: Corpus, folder: Path) -> None:
     for name, domain in corpus.domains.items():
         for side in _SIDES:
             documents: TokenisedDocuments = getattr(domain, side)
-            for part in _PARTS:
-                tensors[f"{name}.{side}.{part}"] = getattr(documents, part)
-            names = documents.identifiers
-            assert isinstance(names, Names)  # set by `tokenise`
-            tensors |= {f"{name}.{side}.names": names.text, f"{name}.{side}.name_ends": names.ends}
+            parts = documents.to_tensors().items()
+            tensors |= {f"{name}.{side}.{part}": tensor for part, tensor in parts}
     metadata = {
         "format_version": _FORMAT_VERSION,
         "digest": corpus.digest,

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
-from tritter.data.conversations import PART_BREAK, WrongRecordError
-from tritter.data.records import DEFAULT_FIELD, text_of
+from tritter.data.records import DEFAULT_FIELD, PART_BREAK, WrongRecordError, text_of
 from tritter.errors import Problem, RequestError, TritterError, nearest
 from tritter.seeds import derived_seed
 
@@ -22,69 +21,6 @@ _By = str | Callable[[Any], float] | Sequence[float] | Tensor
 _Model = Callable[..., Any]
 _Tokenizer = Callable[[str], Any]
 _FORMAT_VERSION = 1
-
-
-def difficulties(
-    examples: Sequence[Any],
-    by: _By | None = None,
-    *,
-    model: _Model | None = None,
-    tokenizer: _Tokenizer | None = None,
-) -> list[float]:
-    """Return the difficulty of each example; larger is harder.
-
-    Args:
-        examples: texts, tuples of texts, objects with a `text`, or mappings with `input_ids`, a
-            `text`, or a prompt and an answer under any field name that `data` accepts.
-        by: the measure of difficulty:
-
-            - `length`: number of tokens (from the tokenizer or `input_ids`), else of characters.
-            - `loss`: mean nats per token under the model; without a model, the examples' `loss`.
-            - another name: a key or attribute of the examples.
-            - a function of an example, or a sequence with one number per example.
-            - None: `difficulty` if any example has one, otherwise `length`.
-        model: called as `model(input_ids=ids, labels=ids)` with ids int64 [1, T]; its output has
-            a `loss`, as for models of transformers.
-        tokenizer: maps a text to a mapping with `input_ids`, as in transformers.
-
-    Raises:
-        RequestError: there are no examples, or an example has no finite difficulty.
-    """
-    if not len(examples):
-        raise RequestError("there are no examples.")
-    if by is None:
-        has_difficulty = any(_value(example, _DIFFICULTY) is not None for example in examples)
-        by = _DIFFICULTY if has_difficulty else _LENGTH
-    if isinstance(by, str):
-        if by == _LENGTH:
-            has_tokens = (tokenizer is not None or _tokens(each) is not None for each in examples)
-            found: Iterable[Any] = (
-                len(_ids(index, example, tokenizer) if is_counted else _text(index, example))
-                for (index, example), is_counted in zip(
-                    enumerate(examples), has_tokens, strict=True
-                )
-            )
-        elif by == _LOSS and model is not None:
-            found = _losses(examples, model, tokenizer)
-        else:
-            found = (_required_value(*each, by) for each in enumerate(examples))
-    elif callable(by):
-        found = map(by, examples)
-    elif len(by) == len(examples):
-        found = by
-    else:
-        raise RequestError(f"there are {len(by)} difficulties for {len(examples)} examples.")
-    numbers = []
-    for index, value in enumerate(found):
-        try:
-            number = float(value)
-        except (TypeError, ValueError, RuntimeError):
-            number = math.nan
-        if not math.isfinite(number):
-            reason = f"example {index} has the value {value!r:.60}; it must be a finite number"
-            raise RequestError(Problem("difficulty", reason=reason))
-        numbers.append(number)
-    return numbers
 
 
 def _value(example: Any, key: str) -> Any:
@@ -164,11 +100,21 @@ class Phases(NamedTuple):
 class CurriculumLearning:
     """Orders examples by difficulty.
 
+    Examples are texts, tuples of texts, objects with a `text`, or mappings with `input_ids`, a
+    `text`, or a prompt and an answer under any field name that `data` accepts.
+
     Args:
-        difficulty: see `tritter.data.curriculum.difficulties`; defaults to the examples'
-            `difficulty` if they have one, otherwise to their length.
-        model: for `loss`; each call uses its current weights.
-        tokenizer: for `loss`, and for `length` in tokens.
+        difficulty: the measure of difficulty:
+
+            - `length`: number of tokens (from the tokenizer or `input_ids`), else of characters.
+            - `loss`: mean nats per token under the model; without a model, the examples' `loss`.
+            - another name: a key or attribute of the examples.
+            - a function of an example, or a sequence with one number per example.
+            - None: `difficulty` if any example has one, otherwise `length`.
+        model: for `loss`, called as `model(input_ids=ids, labels=ids)` with ids int64 [1, T]; its
+            output has a `loss`, as for models of transformers. Each call uses its current weights.
+        tokenizer: for `loss`, and for `length` in tokens: maps a text to a mapping with
+            `input_ids`, as in transformers.
         fractions: shares of easy, medium and hard examples.
 
     Raises:
@@ -192,22 +138,65 @@ class CurriculumLearning:
         self._difficulty, self._model, self._tokenizer = difficulty, model, tokenizer
         self._fractions = tuple(fractions)
 
-    def order(self, examples: Sequence[Any]) -> list[int]:
-        """Return the indices of the examples from easy to hard; ties keep their order.
+    def difficulties(self, examples: Sequence[Any]) -> list[float]:
+        """Return the difficulty of each example; larger is harder.
 
         Raises:
             RequestError: there are no examples, or an example has no finite difficulty.
         """
-        found = difficulties(
-            examples, self._difficulty, model=self._model, tokenizer=self._tokenizer
-        )
+        if not len(examples):
+            raise RequestError("there are no examples.")
+        by, model, tokenizer = self._difficulty, self._model, self._tokenizer
+        if by is None:
+            has_difficulty = any(_value(example, _DIFFICULTY) is not None for example in examples)
+            by = _DIFFICULTY if has_difficulty else _LENGTH
+        if isinstance(by, str):
+            if by == _LENGTH:
+                has_tokens = (
+                    tokenizer is not None or _tokens(each) is not None for each in examples
+                )
+                found: Iterable[Any] = (
+                    len(_ids(index, example, tokenizer) if is_counted else _text(index, example))
+                    for (index, example), is_counted in zip(
+                        enumerate(examples), has_tokens, strict=True
+                    )
+                )
+            elif by == _LOSS and model is not None:
+                found = _losses(examples, model, tokenizer)
+            else:
+                found = (_required_value(*each, by) for each in enumerate(examples))
+        elif callable(by):
+            found = map(by, examples)
+        elif len(by) == len(examples):
+            found = by
+        else:
+            raise RequestError(f"there are {len(by)} difficulties for {len(examples)} examples.")
+        numbers = []
+        for index, value in enumerate(found):
+            try:
+                number = float(value)
+            except (TypeError, ValueError, RuntimeError):
+                number = math.nan
+            if not math.isfinite(number):
+                reason = f"example {index} has the value {value!r:.60}; it must be a finite number"
+                raise RequestError(Problem("difficulty", reason=reason))
+            numbers.append(number)
+        return numbers
+
+    def order(self, examples: Sequence[Any]) -> list[int]:
+        """Return the indices of the examples from easy to hard; ties keep their order.
+
+        Raises:
+            RequestError: as `difficulties`.
+        """
+        found = self.difficulties(examples)
         return sorted(range(len(found)), key=found.__getitem__)
 
     def sort_by_difficulty(self, examples: Sequence[Any]) -> list[Any]:
         """Return the examples from easy to hard; ties keep their order.
 
         Raises:
-            RequestError: as `order`.
+            RequestError: as `difficulties`.
         """
         return [examples[index] for index in self.order(examples)]
 
@@ -215,7 +204,7 @@ class CurriculumLearning:
         """Return easy, medium and hard examples; each share is exact to within one example.
 
         Raises:
-            RequestError: as `order`.
+            RequestError: as `difficulties`.
         """
         ordered = self.sort_by_difficulty(examples)
         first, second = self.bounds(len(ordered))
@@ -245,7 +234,7 @@ class CurriculumLearning:
             seed: seed of the shuffles.
 
         Raises:
-            RequestError: as `order`; or the steps, the batch size or the shares are out of range.
+            RequestError: as `difficulties`; or the steps, batch size or shares are out of range.
         """
         if any(type(number) is not int or number < 1 for number in (num_steps, batch_size)):
             reason = "must be whole numbers of at least 1"

@@ -9,7 +9,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from tritter.data.batches import this_rank
-from tritter.data.packing import IGNORED, Window, window_batches, window_tensors, windows_of
+from tritter.data.packing import IGNORED, Windows
 from tritter.data.tokens import TextBounds, TokenisedDocuments
 from tritter.seeds import derived_seed
 
@@ -62,17 +62,12 @@ class ValidationSubset:
         batches: list[_Batch] = []
         lengths: list[int] = []
         for domain, each in documents.items():
-            windows = windows_of(each, sequence_length=sequence_length, bounds=bounds)
+            windows = Windows(each, sequence_length=sequence_length, bounds=bounds)
             generator = torch.Generator().manual_seed(derived_seed(seed, "evaluation", domain))
-            remaining, chosen = max_tokens, list[Window]()
-            for index in torch.randperm(len(windows), generator=generator).tolist():
-                remaining -= windows[index].length
-                if chosen and remaining < 0:
-                    break
-                chosen.append(windows[index])
+            chosen = windows.sample(max_tokens, generator=generator)
             lengths += [window.length for window in chosen]
-            for batch in window_batches(chosen, batch_size=batch_size):
-                input_ids, targets = window_tensors(batch, each.tokens, bounds=bounds)
+            for batch in windows.batches(chosen, batch_size=batch_size):
+                input_ids, targets = windows.tensors(batch)
                 batches.append({"domain": domain, "input_ids": input_ids, "targets": targets})
         return cls(
             every_n_steps=every_n_steps,

@@ -18,17 +18,24 @@ from importlib import import_module
 from itertools import chain, islice
 from pathlib import Path
 from threading import RLock
-from typing import Any
+from typing import Any, ClassVar
 
-from tritter.data.conversations import OF_RECORDS, TURNS, WrongRecordError, conversation_fields
 from tritter.data.local_files import Reading, TextFileError, check_sizes, separator_problem
-from tritter.data.records import DEFAULT_FIELD, Text, shown, text_of
+from tritter.data.records import (
+    DEFAULT_FIELD,
+    OF_RECORDS,
+    TURNS,
+    Text,
+    WrongRecordError,
+    conversation_fields,
+    shown,
+    text_of,
+)
 from tritter.errors import RequestError, TritterError, did_you_mean, nearest, refused
 from tritter.storage.hashing import file_digest
 from tritter.storage.hub import quiet_hub
 from tritter.storage.reading import check_inside, check_tree, read_object, read_text, require_file
 
-PREFIX = "hf:"
 _FORM = "hf:OWNER/NAME[@REVISION][/CONFIG][:SPLIT][[FROM:TO]][#COLUMN]"
 _PATH_FORM = "PATH[:SPLIT][[FROM:TO]][#COLUMN]"
 # File extension → builder of `datasets` that reads it, and the builder's arguments
@@ -61,7 +68,6 @@ _OF_HUB, _ON_DISK = re.compile(_HUB_NAME + _TAIL), re.compile(r"(?P<name>.+?)" +
 _BATCH_ROWS = 256
 _BATCH_CHARACTERS = 2**21  # of a batch that is read while a model trains
 _HASHED_BYTES = 4 * 2**30  # of streamed files, which takes seconds
-HEAD_ROWS = 10_000  # of a streamed data set, for validation and statistics
 _PROBED_ROWS = 100  # to infer the types of columns where the data set does not declare them
 _MAX_NAMES, _MAX_MESSAGE = 20, 300
 _DEFAULT_SPLIT = "train"
@@ -84,6 +90,8 @@ class DatasetName:
             column of texts.
     """
 
+    PREFIX: ClassVar[str] = "hf:"
+    HEAD_ROWS: ClassVar[int] = 10_000  # of a streamed data set, for validation and statistics
     name: str
     revision: str | None = None
     config: str | None = None
@@ -99,8 +107,8 @@ class DatasetName:
             key: the configuration key, for messages.
             word: the name as typed.
         """
-        body = word.removeprefix(PREFIX)
-        is_on_disk = not word.startswith(PREFIX) or body.startswith(("/", "./", "../", "~"))
+        body = word.removeprefix(cls.PREFIX)
+        is_on_disk = not word.startswith(cls.PREFIX) or body.startswith(("/", "./", "../", "~"))
         if is_on_disk:
             with suppress(OSError, ValueError, RuntimeError):  # it is not a path
                 if Path(body).expanduser().exists():
@@ -122,19 +130,26 @@ class DatasetName:
             column=found["column"],
         )
 
+    @classmethod
+    def names_in(cls, paths: Iterable[str]) -> tuple[str, ...]:
+        """Return the paths that name data sets."""
+        return tuple(path for path in paths if path.startswith(cls.PREFIX))
+
     def __str__(self) -> str:
         parts = (("@", self.revision), ("/", self.config), (":", self.split))
         tail = "".join(f"{sign}{word}" for sign, word in parts if word is not None)
         start, stop = self.rows
         if (start, stop) != (0, None):
             tail += f"[{start or ''}:{'' if stop is None else stop}]"
-        return f"{PREFIX}{self.name}{tail}" + ("" if self.column is None else f"#{self.column}")
+        return f"{self.PREFIX}{self.name}{tail}" + (
+            "" if self.column is None else f"#{self.column}"
+        )
 
     @property
     def head(self) -> DatasetName:
         """The first rows, which a run with `data.streaming` reads before it trains."""
         start, stop = self.rows
-        last = start + HEAD_ROWS
+        last = start + self.HEAD_ROWS
         return replace(self, rows=(start, last if stop is None else min(stop, last)))
 
     @property
@@ -175,7 +190,7 @@ class DatasetName:
             parent = "" if path.parent.is_dir() else f"; {path.parent} is not a folder either"
             near = did_you_mean(path.name, siblings)
             is_like_hub = not near and not _file_ending(path) and _OF_HUB.fullmatch(word)
-            hub = f"; for a data set of the hub, write {PREFIX}{word}" if is_like_hub else ""
+            hub = f"; for a data set of the hub, write {self.PREFIX}{word}" if is_like_hub else ""
             reason = f"there is no such file or folder{parent}{hub}.{near}".removesuffix(".")
         raise refused(key, word, reason)
 
@@ -248,11 +263,6 @@ class DatasetName:
                 except WrongRecordError as error:
                     reading.skipped.add(f"{self}, row {number - 1}", str(error))
             yield texts, after
-
-
-def dataset_names(paths: Iterable[str]) -> tuple[str, ...]:
-    """Return the paths that name data sets."""
-    return tuple(path for path in paths if path.startswith(PREFIX))
 
 
 def _file_ending(path: Path) -> str:

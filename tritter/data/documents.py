@@ -9,15 +9,14 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, overload
 
-from tritter.data.conversations import REASONING, Conversation
-from tritter.data.records import Text
+from tritter.data.records import REASONING, Conversation, Text
 from tritter.storage.spool import Spool
 
 if TYPE_CHECKING:
     import numpy as np
 
 PIECE_CHARACTERS = 20_000  # by default; a text of up to twice as many stays whole
-NAME_CHARACTERS = 40
+_NAME_CHARACTERS = 40
 _TEXT, _CONVERSATION = b"t", b"c"  # kinds of documents
 _BLANK_LINES = re.compile(r"(?<=\n)[ \t\r]*\n(?:[ \t\r]*\n)*")
 
@@ -36,6 +35,13 @@ class Document:
     text: str
     conversation: Conversation | None = None
 
+    @classmethod
+    def of(cls, content: Text) -> Document:
+        """Return a document that is identified by its beginning alone."""
+        text = str(content)
+        conversation = content if isinstance(content, Conversation) else None
+        return cls(text[:_NAME_CHARACTERS], text, conversation)
+
 
 def text_key(text: str) -> str:
     """Return the SHA-256 (hex) of a text's words, ignoring whitespace.
@@ -50,7 +56,7 @@ class Documents(Sequence[Document]):
 
     Attributes:
         notes: one sentence for each source with skipped records, and for dropped documents.
-        num_duplicates: documents dropped by `of`.
+        num_duplicates: documents dropped by `of_pieces`.
 
     Args:
         contents: for each document a byte for its kind, and its text or its conversation's JSON
@@ -85,7 +91,7 @@ class Documents(Sequence[Document]):
         conversation = Conversation.from_json(text) if kind == _CONVERSATION else None
         text = text if conversation is None else str(conversation)
         # The hash is unique; the beginning of the text helps people find it
-        begin = text.lstrip()[: 2 * NAME_CHARACTERS].replace("\r\n", "\n")[:NAME_CHARACTERS]
+        begin = text.lstrip()[: 2 * _NAME_CHARACTERS].replace("\r\n", "\n")[:_NAME_CHARACTERS]
         key = self._key(position)
         key = text_key(key + unseen) if (unseen := _unseen(content)) else key
         return Document(f"{key[:16]} {' '.join(begin.split())}", text, conversation)
@@ -123,8 +129,38 @@ class Documents(Sequence[Document]):
         start = int(self._ends[position - 1]) if position else 0
         return self._contents.read(start, int(self._ends[position]))
 
+    def digest(self, *, is_exact: bool = True) -> str:
+        """Return the SHA-256 (hex) of all identifiers and texts in order, with their lengths.
+
+        Args:
+            is_exact: False ignores the kind of line ends and blanks around each text.
+        """
+        digest = sha256()
+        for document in self:
+            text = document.text if is_exact else document.text.replace("\r\n", "\n").strip()
+            for part in (document.identifier.encode(), text.encode()):
+                digest.update(len(part).to_bytes(8, "little"))
+                digest.update(part)
+        return digest.hexdigest()
+
+    def conversations_digest(self) -> str:
+        """Return the SHA-256 (hex) of all conversations in order; of texts only the number."""
+        digest = sha256()
+        for document in self:
+            talk = document.conversation
+            digest.update(b"\n" + (b"" if talk is None else talk.to_json().encode()))
+        return digest.hexdigest()
+
     @classmethod
     def of(cls, texts: Iterable[Text]) -> Documents:
+        """Return distinct texts as documents; long texts are cut into `pieces`.
+
+        Identifiers and order depend only on the texts, not on file names or the order of files.
+        """
+        return cls.of_pieces(piece for text in texts for piece in pieces(text))
+
+    @classmethod
+    def of_pieces(cls, texts: Iterable[Text]) -> Documents:
         """Collect texts in the order of their keys; of texts with equal keys keep the smallest.
 
         Texts without words are left out. The key of a conversation is that of its plain text: a
@@ -181,14 +217,6 @@ def _unseen(content: bytes) -> str:
     return "" if is_plain else json.dumps([more, conversation.tools], sort_keys=True)
 
 
-def documents_of(texts: Iterable[Text]) -> Documents:
-    """Return distinct texts as documents; long texts are cut into `pieces`.
-
-    Identifiers and order depend only on the texts, not on file names or the order of files.
-    """
-    return Documents.of(piece for text in texts for piece in pieces(text))
-
-
 def is_blank(text: Text) -> bool:
     """Return whether a text has no words."""
     return not str(text).strip()
@@ -219,31 +247,6 @@ def pieces_of_chunks(chunks: Iterable[str], size: int = PIECE_CHARACTERS) -> Ite
             start = end
         held, length = [text[start:]], len(text) - start
     yield "".join(held)
-
-
-def documents_digest(documents: Sequence[Document], *, is_exact: bool = True) -> str:
-    """Return the SHA-256 (hex) of all identifiers and texts in order, prefixed by their lengths.
-
-    Args:
-        documents: the documents.
-        is_exact: False ignores the kind of line ends and blanks around each text.
-    """
-    digest = sha256()
-    for document in documents:
-        text = document.text if is_exact else document.text.replace("\r\n", "\n").strip()
-        for part in (document.identifier.encode(), text.encode()):
-            digest.update(len(part).to_bytes(8, "little"))
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def conversations_digest(documents: Sequence[Document]) -> str:
-    """Return the SHA-256 (hex) of all conversations in order; of texts it has only the number."""
-    digest = sha256()
-    for document in documents:
-        conversation = document.conversation
-        digest.update(b"\n" + (b"" if conversation is None else conversation.to_json().encode()))
-    return digest.hexdigest()
 
 
 def _cut_position(text: str, start: int, end: int) -> int:

@@ -19,25 +19,20 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tritter.data.conversations import (
-    OF_RECORDS,
-    TURNS,
-    WrongRecordError,
-    conversation_fields,
-    unread_formats,
-)
 from tritter.data.documents import PIECE_CHARACTERS, is_blank, pieces, pieces_of_chunks
 from tritter.data.records import (
     DEFAULT_FIELD,
     FIELD_KEY,
+    OF_RECORDS,
+    TURNS,
+    SkippedRecords,
     Text,
-    array_elements,
-    missing_field,
-    parse,
+    WrongRecordError,
+    conversation_fields,
     shown,
     text_of,
+    unread_formats,
 )
-from tritter.data.skipped import SkippedRecords
 from tritter.errors import TritterError, key_name
 from tritter.storage.reading import open_file
 
@@ -71,6 +66,7 @@ SUPPORTED = (
     ".csv, all of these also as .gz, and .parquet"
 )
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_BLANKS, _MAX_MESSAGE = " \t\r\n", 200  # of JSON
 
 _Columns = Callable[[Sequence[str]], list[str]]
 _Item = TypeVar("_Item")
@@ -151,7 +147,7 @@ class Reading:
             has_words = True
             yield piece
         if self.problems or not has_words:
-            raise TextFileError(self.problems or [no_text(self.key, files)])
+            raise TextFileError(self.problems or [self.no_text(files)])
 
     def records(self, path: Path, *, columns: _Columns | None = None) -> Iterator[tuple[str, Any]]:
         """Yield location and content of each record of a file; invalid records are skipped.
@@ -229,6 +225,12 @@ class Reading:
         total = f"{sum(kinds.values()) + num_read:,}"
         return f"{self.key}: dropped of {total} documents: {dropped}." if dropped else ""
 
+    def no_text(self, files: Sequence[Path]) -> str:
+        """Return the message for files that contain no text."""
+        shown = ", ".join(map(str, files[:3]))
+        more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+        return f"{self.key}: {shown}{more} contain{'' if len(files) > 1 else 's'} no text."
+
     def note_unread(self, names: Collection[str], *, is_text: bool, option: str) -> None:
         """Add a note, once, if records have another content than the one that is read.
 
@@ -257,13 +259,6 @@ class Reading:
 
     def _line(self, problem: str) -> str:
         return f"{self.key}: {problem}{'' if problem.endswith(('?', '.')) else '.'}"
-
-
-def no_text(key: str, files: Sequence[Path]) -> str:
-    """Return the message for files that contain no text."""
-    shown = ", ".join(map(str, files[:3]))
-    more = f" and {len(files) - 3} more" if len(files) > 3 else ""
-    return f"{key}: {shown}{more} contain{'' if len(files) > 1 else 's'} no text."
 
 
 def text_suffix(path: Path) -> str:
@@ -446,7 +441,7 @@ def _texts(path: Path, reading: Reading) -> Iterator[Text]:
 
 def _array(path: Path, reading: Reading, columns: _Columns) -> Iterator[tuple[str, Any]]:
     text = reading.whole_text(path, max_bytes=_MAX_ARRAY_BYTES)
-    for number, record in enumerate(array_elements(text), start=1):
+    for number, record in enumerate(_array_elements(text), start=1):
         yield f"{path}, record {number}", record
 
 
@@ -542,7 +537,7 @@ def _columns(names: Sequence[str], field: str) -> list[str]:
         return [field, *(name for name in OF_RECORDS if name in names and name != field)]
     known = conversation_fields(names) if field in (DEFAULT_FIELD, *TURNS) else ()
     if not known:
-        raise missing_field(field, names)
+        raise WrongRecordError.of_field(field, names)
     return list(known)
 
 
@@ -623,6 +618,73 @@ def _decode(
             f"is not UTF-8 (byte {offset} is 0x{error.object[error.start]:02x}); convert it, for "
             "example with iconv -f ENCODING -t UTF-8"
         ) from error
+
+
+# JSON
+
+
+def parse(text: str) -> Any:
+    """Parse a line of JSON."""
+    try:
+        return _DECODER.decode(text)
+    except (ValueError, RecursionError) as error:
+        raise _no_json(error) from error
+
+
+def _array_elements(text: str) -> Iterator[Any]:
+    """Yield the elements of a JSON array, one after another."""
+    position = _after_blanks(text, 0)
+    if text[position : position + 1] != "[":
+        found = "is an object" if text[position : position + 1] == "{" else "is not an array"
+        raise WrongRecordError(
+            f"{found}; must be an array of records or texts (for one record per line use .jsonl)"
+        )
+    position = _after_blanks(text, position + 1)
+    is_closed = text[position : position + 1] == "]"
+    try:
+        while not is_closed:
+            value, position = _DECODER.raw_decode(text, position)
+            yield value
+            position = _after_blanks(text, position)
+            sign = text[position : position + 1]
+            is_closed = sign == "]"
+            if sign not in ("]", ","):
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
+            if not is_closed:
+                position = _after_blanks(text, position + 1)
+    except (ValueError, RecursionError) as error:
+        raise _no_json(error) from error
+    end = _after_blanks(text, position + 1)
+    if end < len(text):
+        raise WrongRecordError(f"is not valid JSON (extra data after the array, at {end})")
+
+
+def _after_blanks(text: str, position: int) -> int:
+    while position < len(text) and text[position] in _BLANKS:
+        position += 1
+    return position
+
+
+def _no_json(error: ValueError | RecursionError) -> WrongRecordError:
+    if isinstance(error, RecursionError):
+        return WrongRecordError("is nested too deeply")
+    return WrongRecordError(f"is not valid JSON ({str(error)[:_MAX_MESSAGE]})")
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    record: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in record:
+            raise ValueError(f"the field {shown(name)} is repeated")
+        record[name] = value
+    return record
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_unique)
 
 
 # Parquet

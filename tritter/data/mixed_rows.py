@@ -22,14 +22,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.data.chat import ids_of, is_unpredicted
 from tritter.data.packing import IGNORED
-from tritter.data.tokens import (
-    TextBounds,
-    TokenisedDocuments,
-    copy_backend,
-    ends_of,
-    pack,
-    tokenise_texts,
-)
+from tritter.data.tokens import TextBounds, TokenisedDocuments, ends_of, parsed_tokenizer
 from tritter.errors import Problem, RequestError
 from tritter.seeds import derived_seed
 
@@ -243,7 +236,7 @@ class PackedText:
     def _backend(self) -> Tokenizer | None:
         outer = getattr(self._outer, "tokenizer", self._outer)
         backend = getattr(outer, "backend_tokenizer", None)
-        return None if backend is None else copy_backend(backend)
+        return None if backend is None else parsed_tokenizer(backend.to_str())
 
     def tokenise_texts(self, texts: Sequence[str]) -> TokenisedDocuments:
         """Return texts as tokens, whole and without padding."""
@@ -252,7 +245,7 @@ class PackedText:
             raise RequestError(
                 Problem("processing_class", type(self._outer).__name__, reason=reason)
             )
-        return tokenise_texts(texts, self._backend)
+        return TokenisedDocuments.of_texts(texts, self._backend)
 
     def sequences(self, name: str, data: OldData) -> Tensor:
         """Return int32 [N, T] with marks: packed texts or rows, or rows of that length."""
@@ -264,7 +257,7 @@ class PackedText:
         if (count := documents.num_closed_tokens(self.bounds)) < length:
             reason = f"its {count} tokens do not fill one sequence of {length}"
             raise RequestError(Problem(f"old_data.{name}", reason=reason))
-        return pack(documents, sequence_length=length, bounds=self.bounds)
+        return documents.pack(sequence_length=length, bounds=self.bounds)
 
 
 def _join_rows(rows: Any, bounds: TextBounds) -> TokenisedDocuments:

@@ -13,13 +13,12 @@ from pydantic import Field
 
 from tritter.data.built_in import built_in_path, is_built_in
 from tritter.data.chat import LossOn
-from tritter.data.datasets import PREFIX, DatasetName, dataset_names
+from tritter.data.datasets import DatasetName
 from tritter.data.documents import PIECE_CHARACTERS
 from tritter.data.local_files import has_records
 from tritter.data.records import DEFAULT_FIELD
-from tritter.data.skills import PREFIX as SKILL_PREFIX
-from tritter.data.skills import SKILLS
-from tritter.data.sources import TextRequest, find_texts
+from tritter.data.skills import SKILLS, SkillText
+from tritter.data.sources import FoundTexts, TextRequest
 from tritter.errors import Problem, RequestError, key_name, nearest, refused
 from tritter.limits import MAX_COUNT
 from tritter.options import Count, RunRequest, Text, options
@@ -43,7 +42,7 @@ class DataConfig:
         batch_size: sequences per batch.
         packing: see `tritter.data.packing`. None is `documents` if there are conversations whose
             tokens are not plain text, else `stream`.
-        chat_template: see `tritter.data.chat.chat_of`; a file as an absolute path.
+        chat_template: see `tritter.data.chat.Chat.of`; a file as an absolute path.
         loss_on: tokens of conversations to predict. None is `answers`.
         validation_fraction: share of the documents for validation. None uses that of the
             checkpoint's lineage, or 0.2 for a new lineage.
@@ -170,7 +169,9 @@ class NamedTextConfig(DataConfig):
     @property
     def text_requests(self) -> tuple[TextRequest, ...]:
         return tuple(
-            TextRequest(key_name(self.domain_key(name)), tuple(paths), self.record_field)
+            TextRequest(
+                tuple(paths), key=key_name(self.domain_key(name)), text_field=self.record_field
+            )
             for sources in (self.old_sources, self.new_sources)  # these include all tasks
             for name, paths in sources.items()
         )
@@ -312,7 +313,7 @@ class SkillsDataConfig(NamedTextConfig):
 
 def _text_location(key: str, path: str) -> str:
     """Return the absolute path of text files, or the name of a built-in text."""
-    if path.startswith(PREFIX):
+    if path.startswith(DatasetName.PREFIX):
         raise refused(key, path, "data sets require data=hf")
     if is_built_in(path):
         return built_in_path(key, path)
@@ -323,7 +324,7 @@ def _text_location(key: str, path: str) -> str:
         resolved = str(named.parent.resolve() / named.name if is_name else named.resolve())
     except (OSError, ValueError, RuntimeError) as error:
         raise refused(key, path, f"this is not a valid path ({error})") from error
-    find_texts(key, [resolved])
+    FoundTexts.of(key, [resolved])
     return resolved
 
 
@@ -331,7 +332,7 @@ def _skill_location(key: str, word: str) -> str:
     """Return the full name of a skill, or `_text_location` of any other word."""
     name = word.partition(":")[0]
     if name in SKILLS:
-        return _text_location(key, f"{SKILL_PREFIX}{word}")
+        return _text_location(key, f"{SkillText.PREFIX}{word}")
     if word.isidentifier() and not Path(word).exists():
         reason = f"there is no such skill, file or folder; the skills are {', '.join(SKILLS)}"
         raise refused(key, word, reason, near=nearest(name, SKILLS))
@@ -470,7 +471,9 @@ def _read_tasks(
 def named_after(paths: Sequence[str]) -> str:
     """Return the name of an unnamed domain, derived from its first path."""
     first = next(iter(paths), "")
-    path = Path(DatasetName.named("", first).name if first.startswith(PREFIX) else first)
+    path = Path(
+        DatasetName.named("", first).name if first.startswith(DatasetName.PREFIX) else first
+    )
     word = first.split(":")[1] if is_built_in(first) else path.name
     if set(word) & set("*?["):
         word = path.parent.name
@@ -490,7 +493,7 @@ def _streaming_problems(config: RunRequest) -> Iterator[Problem]:
     if not isinstance(data, DatasetsConfig) or not data.streaming:
         return
     for domain in config.text.domains:
-        names = dataset_names(domain.paths) if domain.is_head else ()
+        names = DatasetName.names_in(domain.paths) if domain.is_head else ()
         if names and len(names) < len(domain.paths):
             reason = f"{domain.name} mixes data sets and built-in texts; make two domains of it"
             yield Problem("data.streaming", True, reason=reason)
@@ -500,11 +503,11 @@ def _reading_problems(config: RunRequest) -> Iterator[Problem]:
     """Yield options of reading that no file or data set of the run needs."""
     data, unused = config.data, dict[str, tuple[object, str]]()
     if data.record_field != DEFAULT_FIELD:
-        found = (find_texts(each.key, each.paths).files for each in data.text_requests)
+        found = (FoundTexts.of(each.key, each.paths).files for each in data.text_requests)
         if not any(map(has_records, chain.from_iterable(found))):
             unused["text_field"] = (data.record_field, "no file of the run has records")
     if isinstance(data, DatasetsConfig):
-        names = chain.from_iterable(dataset_names(each.paths) for each in data.text_requests)
+        names = chain.from_iterable(DatasetName.names_in(each.paths) for each in data.text_requests)
         sources = [DatasetName.named("data", name) for name in names]
         if data.max_rows and not any(each.rows == (0, data.max_rows) for each in sources):
             unused["max_rows"] = (data.max_rows, "each dataset has a range of its own")

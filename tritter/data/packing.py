@@ -11,17 +11,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from tritter.data.batches import this_rank
 from tritter.data.chat import ANSWER, CONTEXT, PADDING, START, ids_of, is_padding, is_unpredicted
-from tritter.data.tokens import TextBounds, TokenisedDocuments, check_packs, pack
+from tritter.data.tokens import TextBounds, TokenisedDocuments
 from tritter.errors import Problem, RequestError
 from tritter.storage.spool import Spool
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor, nn
+    from torch import Generator, Tensor, nn
 
 IGNORED = -100  # target excluded from the loss
 Packing = Literal["stream", "documents"]
@@ -29,7 +29,7 @@ _PACKED_TOKENS = 2**20  # at a time
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class _Window:
     """Tokens [start, stop) of a document, in the flat token tensor, and what precedes them.
 
     Args:
@@ -55,42 +55,9 @@ class Window:
         return max(1, num_before) + self.stop - self.start - 1
 
 
-def windows_of(
-    documents: TokenisedDocuments, *, sequence_length: int, bounds: TextBounds
-) -> list[Window]:
-    """Cut documents into windows that a model reads in `sequence_length` positions.
-
-    Nothing precedes a rendered conversation, so its first token is not predicted. Windows without
-    any predicted token are omitted. An answer that begins in a later window gets a window of its
-    own, see `_answer_windows`.
-    """
-    marks = documents.first_tokens.tolist()
-    windows, spans = list[Window](), pairwise(documents.offsets.tolist())
-    num_front, length = len(bounds.prefix), max(1, sequence_length + 1 - len(bounds.prefix))
-    for index, ((first, stop), mark) in enumerate(zip(spans, marks, strict=True)):
-        begin = first + (mark >= START)
-        if mark >= ANSWER and stop - begin > length:
-            is_predicted = ~is_unpredicted(documents.tokens[first:stop])
-            windows += _answer_windows(index, begin, is_predicted, first, length, num_front)
-        else:
-            windows += [
-                Window(
-                    index,
-                    start,
-                    min(start + length, stop),
-                    front=num_front * (start == first or (bool(bounds.start) and mark < START)),
-                )
-                for start in range(begin, stop, length)
-            ]
-    if not documents.has_marks:
-        return windows
-    is_predicted = ~is_unpredicted(documents.tokens)
-    return [window for window in windows if is_predicted[window.start : window.stop].any()]
-
-
 def _answer_windows(
     document: int, begin: int, is_predicted: Tensor, first: int, length: int, num_front: int
-) -> Iterator[Window]:
+) -> Iterator[_Window]:
     """Yield windows that show each answer of a long conversation after the end of its prompt.
 
     Answers that end within `length` share the first window. Each other answer has a window with
@@ -103,7 +70,7 @@ def _answer_windows(
     edges = torch.diff(is_predicted.to(torch.int8), prepend=none, append=none)
     starts, ends = (((edges == sign).nonzero().flatten() + first).tolist() for sign in (1, -1))
     opening = range(first, begin)  # of a rendered conversation, nothing precedes its first token
-    window = partial(Window, document, front=0 if opening else num_front)
+    window = partial(_Window, document, front=0 if opening else num_front)
     within = [end for end in ends if end <= begin + length]
     if within:
         yield window(begin, within[-1], shown=(opening,))
@@ -119,40 +86,96 @@ def _answer_windows(
             yield window(at, stop, shown=(opening, prompt), predicted=predicted)
 
 
-def window_batches(windows: Sequence[Window], *, batch_size: int) -> Iterator[Sequence[Window]]:
-    """Yield batches of similar length, longest first: little padding, and memory peaks early."""
-    by_length = sorted(windows, key=lambda window: -window.length)
-    for start in range(0, len(by_length), batch_size):
-        yield by_length[start : start + batch_size]
+class Windows(list[_Window]):
+    """Documents cut into windows that a model reads in `sequence_length` positions.
 
-
-def window_tensors(
-    batch: Sequence[Window], tokens: Tensor, *, bounds: TextBounds
-) -> tuple[Tensor, Tensor]:
-    """Return inputs with their marks, and targets, int64 [B, T], padded on the right.
-
-    Where a text has a start, every window begins with it, since a model that expects one predicts
-    badly without it; otherwise a later window begins with the preceding token. Causal attention
-    never sees right padding, so no attention mask is needed; targets of padding are ignored.
+    Nothing precedes a rendered conversation, so its first token is not predicted. Windows without
+    any predicted token are omitted. An answer that begins in a later window gets a window of its
+    own, see `_answer_windows`.
     """
-    import torch
 
-    shape = (len(batch), batch[0].length)
-    input_ids = torch.full(shape, bounds.end, dtype=torch.int64)
-    targets = torch.full(shape, IGNORED, dtype=torch.int64)
-    prefix = tokens.new_tensor(bounds.prefix)
-    for row, window in enumerate(batch):
-        piece = tokens[window.start : window.stop].long()
-        read = [prefix[: window.front], *(tokens[each.start : each.stop] for each in window.shown)]
-        if not any(map(len, read)):
-            read = [tokens[window.start - 1 : window.start]]
-        num_read = window.length - len(piece) + 1
-        input_ids[row, : window.length] = torch.cat([*read, piece[:-1]])
-        is_ignored = is_unpredicted(piece)
-        is_ignored[: max(0, window.predicted - window.start)] = True
-        own = ids_of(piece).masked_fill(is_ignored, IGNORED)
-        targets[row, num_read - 1 : window.length] = own
-    return input_ids, targets
+    def __init__(
+        self, documents: TokenisedDocuments, *, sequence_length: int, bounds: TextBounds
+    ) -> None:
+        self._tokens, self._bounds = documents.tokens, bounds
+        marks = documents.first_tokens.tolist()
+        windows, spans = list[_Window](), pairwise(documents.offsets.tolist())
+        num_front, length = len(bounds.prefix), max(1, sequence_length + 1 - len(bounds.prefix))
+        for index, ((first, stop), mark) in enumerate(zip(spans, marks, strict=True)):
+            begin = first + (mark >= START)
+            if mark >= ANSWER and stop - begin > length:
+                is_predicted = ~is_unpredicted(documents.tokens[first:stop])
+                windows += _answer_windows(index, begin, is_predicted, first, length, num_front)
+            else:
+                windows += [
+                    _Window(
+                        index,
+                        start,
+                        min(start + length, stop),
+                        front=num_front * (start == first or (bool(bounds.start) and mark < START)),
+                    )
+                    for start in range(begin, stop, length)
+                ]
+        if documents.has_marks:
+            is_predicted = ~is_unpredicted(documents.tokens)
+            windows = [each for each in windows if is_predicted[each.start : each.stop].any()]
+        super().__init__(windows)
+
+    def sample(self, max_tokens: int, *, generator: Generator) -> list[_Window]:
+        """Return random windows of up to `max_tokens`; at least one, if there is any."""
+        import torch
+
+        chosen = list[_Window]()
+        for index in torch.randperm(len(self), generator=generator).tolist():
+            max_tokens -= self[index].length
+            if chosen and max_tokens < 0:
+                break
+            chosen.append(self[index])
+        return chosen
+
+    def batches(
+        self, chosen: Sequence[_Window] | None = None, *, batch_size: int
+    ) -> Iterator[Sequence[_Window]]:
+        """Yield batches of similar length, longest first: little padding, and memory peaks early.
+
+        Args:
+            chosen: some of the windows; all by default.
+            batch_size: windows per batch.
+        """
+        by_length = sorted(self if chosen is None else chosen, key=lambda window: -window.length)
+        for start in range(0, len(by_length), batch_size):
+            yield by_length[start : start + batch_size]
+
+    def tensors(self, batch: Sequence[_Window]) -> tuple[Tensor, Tensor]:
+        """Return inputs with their marks, and targets, int64 [B, T], padded on the right.
+
+        Where a text has a start, every window begins with it, since a model that expects one
+        predicts badly without it; otherwise a later window begins with the preceding token. Causal
+        attention never sees right padding, so no attention mask is needed; targets of padding are
+        ignored.
+        """
+        import torch
+
+        tokens, bounds = self._tokens, self._bounds
+        shape = (len(batch), batch[0].length)
+        input_ids = torch.full(shape, bounds.end, dtype=torch.int64)
+        targets = torch.full(shape, IGNORED, dtype=torch.int64)
+        prefix = tokens.new_tensor(bounds.prefix)
+        for row, window in enumerate(batch):
+            piece = tokens[window.start : window.stop].long()
+            read = [
+                prefix[: window.front],
+                *(tokens[each.start : each.stop] for each in window.shown),
+            ]
+            if not any(map(len, read)):
+                read = [tokens[window.start - 1 : window.start]]
+            num_read = window.length - len(piece) + 1
+            input_ids[row, : window.length] = torch.cat([*read, piece[:-1]])
+            is_ignored = is_unpredicted(piece)
+            is_ignored[: max(0, window.predicted - window.start)] = True
+            own = ids_of(piece).masked_fill(is_ignored, IGNORED)
+            targets[row, num_read - 1 : window.length] = own
+        return input_ids, targets
 
 
 def packed(
@@ -178,7 +201,7 @@ def packed(
         RequestError: `sequence_length` is below 2, or the documents are empty.
     """
     if packing == "stream":
-        return pack(documents, sequence_length=sequence_length, bounds=bounds)
+        return documents.pack(sequence_length=sequence_length, bounds=bounds)
     _check_documents(documents, sequence_length, bounds)
     import numpy as np
 
@@ -210,7 +233,7 @@ def num_packed(
 ) -> int:
     """Return the number of sequences of packed documents without packing them."""
     if packing == "stream":
-        return check_packs(documents, sequence_length=sequence_length, bounds=bounds)
+        return documents.num_sequences(sequence_length=sequence_length, bounds=bounds)
     _check_documents(documents, sequence_length, bounds)
     if count := _pack_pieces(documents, sequence_length, bounds).num_sequences:
         return count
@@ -389,6 +412,35 @@ class MarkedText:
 
     bounds: TextBounds
 
+    @classmethod
+    def of(cls, model: nn.Module) -> Self | None:
+        """Return how a model reads marked tokens; None if it reads unmarked ones."""
+        hooks = _backbone(model)._forward_pre_hooks.values()
+        return next((hook for hook in hooks if isinstance(hook, cls)), None)
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        """Let a stock model read marked tokens, and mask documents if this does.
+
+        Copies of the model keep the hook; checkpoints do not include it. A document mask does not
+        change the output for marked sequences with a single document; see `reading_whole` for
+        others.
+        """
+        if MarkedText.of(model) is None:
+            _backbone(model).register_forward_pre_hook(self, with_kwargs=True)
+        return model
+
+    @contextmanager
+    def attached(self, model: nn.Module) -> Iterator[None]:
+        """Let a model of somebody else read marked tokens inside the block."""
+        if MarkedText.of(model) is not None:
+            yield
+            return
+        handle = _backbone(model).register_forward_pre_hook(self, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -485,36 +537,6 @@ class DocumentMask(MarkedText):
         return torch.bincount(lengths, minlength=input_ids.shape[1] + 1)
 
 
-def read_marks(model: nn.Module, reading: MarkedText) -> nn.Module:
-    """Let a stock model read marked tokens, and mask documents if that is what `reading` does.
-
-    Copies of the model keep the hook; checkpoints do not include it. A document mask does not
-    change the output for marked sequences with a single document; see `reading_whole` for others.
-    """
-    if _reading_of(model) is None:
-        _backbone(model).register_forward_pre_hook(reading, with_kwargs=True)
-    return model
-
-
-@contextmanager
-def marks_read(model: nn.Module, bounds: TextBounds) -> Iterator[None]:
-    """Let a model of somebody else read marked tokens inside the block."""
-    if _reading_of(model) is not None:
-        yield
-        return
-    handle = _backbone(model).register_forward_pre_hook(MarkedText(bounds), with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def document_mask_of(model: nn.Module) -> DocumentMask | None:
-    """Return a model's document mask; None if it reads a stream."""
-    reading = _reading_of(model)
-    return reading if isinstance(reading, DocumentMask) else None
-
-
 @contextmanager
 def reading_whole(model: nn.Module) -> Iterator[None]:
     """Let a model read unmarked tokens as one document inside the block, ends of text included."""
@@ -529,7 +551,7 @@ def reading_whole(model: nn.Module) -> Iterator[None]:
 
 def inputs_for(model: nn.Module, tokens: Tensor) -> Tensor:
     """Return tokens as a model reads them: a document mask needs their marks, others the ids."""
-    return tokens if document_mask_of(model) is not None else ids_of(tokens)
+    return tokens if DocumentMask.of(model) is not None else ids_of(tokens)
 
 
 def labels_of(model: nn.Module, input_ids: Tensor) -> Tensor:
@@ -537,24 +559,13 @@ def labels_of(model: nn.Module, input_ids: Tensor) -> Tensor:
 
     So is the start of a text.
     """
-    reading = _reading_of(model)
+    reading = MarkedText.of(model)
     if reading is None:
         return input_ids
     is_ignored = is_unpredicted(input_ids)
     if isinstance(reading, DocumentMask):
         is_ignored = is_ignored | reading.padding(input_ids)
     return ids_of(input_ids).masked_fill(is_ignored, IGNORED)
-
-
-def has_starts(model: nn.Module) -> bool:
-    """Return whether a model reads sequences in which each text has a start."""
-    reading = _reading_of(model)
-    return reading is not None and bool(reading.bounds.start)
-
-
-def _reading_of(model: nn.Module) -> MarkedText | None:
-    hooks = _backbone(model)._forward_pre_hooks.values()
-    return next((hook for hook in hooks if isinstance(hook, MarkedText)), None)
 
 
 def forward_options(batch: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
@@ -574,7 +585,7 @@ def kept_tokens(
     """
     if attention_mask is not None:
         return attention_mask.bool()
-    document_mask = document_mask_of(model)
+    document_mask = DocumentMask.of(model)
     return None if document_mask is None else ~document_mask.padding(input_ids)
 
 
@@ -609,7 +620,7 @@ def lengths_read(
         if this_rank().count > 1:
             distributed.all_gather_object(of_ranks, own)
         return {length: number for length, number in sum(of_ranks, Counter()).items() if length}
-    document_mask = document_mask_of(model)
+    document_mask = DocumentMask.of(model)
     if this_rank().count == 1:
         return lengths_of(document_mask, input_ids)
     counts = torch.zeros(input_ids.shape[1] + 1, dtype=torch.int64, device=input_ids.device)

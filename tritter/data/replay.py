@@ -17,7 +17,7 @@ from tritter.data.batches import (
     read_sequences,
     write_sequences,
 )
-from tritter.data.conversations import PART_BREAK
+from tritter.data.records import PART_BREAK
 from tritter.errors import RequestError, TritterError
 from tritter.seeds import derived_seed
 

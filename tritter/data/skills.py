@@ -6,15 +6,14 @@ training text. The seed of a run has no effect.
 
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from itertools import count
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
-from tritter.data.conversations import ASSISTANT, USER, Conversation
-from tritter.data.records import Text
+from tritter.data.records import Conversation, Text
 from tritter.errors import nearest, refused
 
 _Item = TypeVar("_Item")
@@ -51,13 +50,11 @@ _WORDINGS = (
     "let me hear about your {}",
 )  # fmt: skip
 _OPENINGS = ("", "Hello, ", "Tritter, ", "Please, ", "Now ", "Say, ", "Dear assistant, ", "So ")
-PREFIX = "skills:"
 _CHAT = "chat"  # last part of a name: the exercises are conversations
 _SKILL_VERSION = 1  # increment when a name, seed and index would yield another exercise
 _DEFAULT_COUNT = 10_000
 _MAX_COUNT = 10_000_000
 _SEED = 0  # of all texts and questions; a lineage records it
-ORIGIN = f"generated skills, version {_SKILL_VERSION}, seed {_SEED}"  # recorded in a lineage
 _HELD_OUT = 1 / 8  # share of exercises reserved for evaluation
 _MAX_REPEATS = 2_000  # consecutive draws of known questions, after which a skill is exhausted
 _Call = tuple[str, str, dict[str, Any]]
@@ -68,7 +65,7 @@ class Question:
     """A prompt and its correct answer; the model reads them concatenated.
 
     Args:
-        identifier: pairs the answers of two models.
+        identifier: pairs the answers of two models; of an exercise, what the split hashes.
         prompt: the prompt.
         answer: the complete answer, including a leading space if there is one.
         choices: the options of a multiple-choice question; empty for a free answer.
@@ -85,6 +82,16 @@ class Question:
     def chance(self) -> float:
         """The accuracy of guessing."""
         return 1 / len(self.choices) if self.choices else 0.0
+
+    @property
+    def text(self) -> str:
+        """What the model reads."""
+        return self.prompt + self.answer
+
+    @property
+    def conversation(self) -> Conversation:
+        """The question as a conversation."""
+        return Conversation.of_question(self.prompt, self.answer.strip())
 
 
 class Draw:
@@ -114,76 +121,48 @@ class Draw:
         return [remaining.pop(self.below(len(remaining))) for _ in range(count)]
 
 
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A prompt and its answer; `text` concatenates them.
-
-    Args:
-        prompt: the prompt.
-        answer: the answer, including the leading space.
-        key: identity of the exercise for the split; defaults to the prompt.
-        choices: the options of a multiple-choice question; empty for a free answer.
-    """
-
-    prompt: str
-    answer: str
-    key: str = ""
-    choices: tuple[str, ...] = ()
-
-    @property
-    def text(self) -> str:
-        return self.prompt + self.answer
-
-    @property
-    def conversation(self) -> Conversation:
-        """The exercise as a conversation."""
-        return question_and_answer(self.prompt, self.answer.strip())
+def _drawn(prompt: str, answer: str, *, choices: tuple[str, ...] = (), key: str = "") -> Question:
+    """Return an exercise, which the split identifies by its key, or by its prompt."""
+    return Question(key or prompt, prompt, answer, choices)
 
 
-def question_and_answer(prompt: str, answer: str) -> Conversation:
-    """Return a message of the user, and one of the assistant."""
-    contents = {USER: prompt, ASSISTANT: answer}
-    messages = tuple({"role": role, "content": text} for role, text in contents.items())
-    return Conversation(messages, has_roles=False)
+_Exercise = Callable[[Draw], Question]
 
 
-_Exercise = Callable[[Draw], Example]
-
-
-def sorting(draw: Draw) -> Example:
+def _sorting(draw: Draw) -> Question:
     """`Sort d a c:` → `a c d`, of three or four of the first twelve letters."""
     letters = draw.sample(_LETTERS[:12], draw.between(3, 4))
-    return Example(f"Sort {' '.join(letters)}:", f" {' '.join(sorted(letters))}")
+    return _drawn(f"Sort {' '.join(letters)}:", f" {' '.join(sorted(letters))}")
 
 
-def reversing(draw: Draw) -> Example:
+def _reversing(draw: Draw) -> Question:
     """`Reverse d a c:` → `c a d`, of three or four of the first twelve letters."""
     letters = draw.sample(_LETTERS[:12], draw.between(3, 4))
-    return Example(f"Reverse {' '.join(letters)}:", f" {' '.join(reversed(letters))}")
+    return _drawn(f"Reverse {' '.join(letters)}:", f" {' '.join(reversed(letters))}")
 
 
-def key_value(draw: Draw) -> Example:
+def _key_value(draw: Draw) -> Question:
     """`a 4 b 7 c 2 d 9: c` → `2`."""
     table = {key: draw.below(10) for key in _LETTERS[:4]}
     pairs = " ".join(f"{key} {value}" for key, value in table.items())
     query = draw.choose(tuple(table))
-    return Example(f"{pairs}: {query}", f" {table[query]}")
+    return _drawn(f"{pairs}: {query}", f" {table[query]}")
 
 
-def multiple_choice(draw: Draw) -> Example:
+def _multiple_choice(draw: Draw) -> Question:
     """`Last of d, a, p, c:` → `p`; all four are the choices."""
     letters = draw.sample(_LETTERS, 4)
     choices = tuple(f" {letter}" for letter in letters)
-    return Example(f"Last of {', '.join(letters)}:", max(choices), choices=choices)
+    return _drawn(f"Last of {', '.join(letters)}:", max(choices), choices=choices)
 
 
-def arithmetic(draw: Draw) -> Example:
+def _arithmetic(draw: Draw) -> Question:
     """`Add 3 9 4:` → `16`, of three or four digits."""
     digits = [draw.below(10) for _ in range(draw.between(3, 4))]
-    return Example(f"Add {' '.join(map(str, digits))}:", f" {sum(digits)}")
+    return _drawn(f"Add {' '.join(map(str, digits))}:", f" {sum(digits)}")
 
 
-def reasoning(draw: Draw) -> Example:
+def _reasoning(draw: Draw) -> Question:
     """A word problem of two or three steps, and its worked solution."""
     name, thing = draw.choose(_NAMES), draw.choose(_THINGS)
     total = draw.between(2, 9)
@@ -199,7 +178,7 @@ def reasoning(draw: Draw) -> Example:
             prompt += f", finds {found}"
             steps.append(f"{total} + {found} = {total + found}")
             total += found
-    return Example(f"{prompt}. How many are left?", f" {', '.join(steps)}: {total} {thing}.")
+    return _drawn(f"{prompt}. How many are left?", f" {', '.join(steps)}: {total} {thing}.")
 
 
 _FIELDS: dict[str, Callable[[Draw], str | int]] = {
@@ -210,17 +189,17 @@ _FIELDS: dict[str, Callable[[Draw], str | int]] = {
 }
 
 
-def json_format(draw: Draw) -> Example:
+def _json_format(draw: Draw) -> Question:
     """`JSON of Ada, 12:` → `{"name": "Ada", "age": 12}`: the values imply the keys."""
     record = {name: _FIELDS[name](draw) for name in draw.sample(tuple(_FIELDS), 2)}
-    return Example(f"JSON of {', '.join(map(str, record.values()))}:", f" {json.dumps(record)}")
+    return _drawn(f"JSON of {', '.join(map(str, record.values()))}:", f" {json.dumps(record)}")
 
 
-def tool_call(draw: Draw) -> Example:
+def _tool_call(draw: Draw) -> Question:
     """`Set a timer of 12 minutes for the eggs.` → a JSON object in `<tool_call>` tags."""
     prompt, name, arguments = draw.choose(_TOOLS)(draw)
     call = json.dumps({"name": name, "arguments": arguments})
-    return Example(prompt, f" <tool_call>{call}</tool_call>")
+    return _drawn(prompt, f" <tool_call>{call}</tool_call>")
 
 
 def _weather(draw: Draw) -> _Call:
@@ -255,7 +234,7 @@ def _message(draw: Draw) -> _Call:
 _TOOLS = (_weather, _timer, _calculate, _translate, _message)
 
 
-def identity(draw: Draw) -> Example:
+def _identity(draw: Draw) -> Question:
     """`Hello, what is your name?` → `My name is Tritter.`
 
     The split holds out wordings, regardless of the opening. The training text contains every
@@ -264,7 +243,7 @@ def identity(draw: Draw) -> Example:
     topic, opening = draw.choose(tuple(_FACTS)), draw.choose(_OPENINGS)
     wording = draw.choose(_WORDINGS).format(topic)
     prompt = f"{opening}{wording}?"
-    return Example(prompt[0].upper() + prompt[1:], f" {_FACTS[topic]}", key=wording)
+    return _drawn(prompt[0].upper() + prompt[1:], f" {_FACTS[topic]}", key=wording)
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,37 +271,36 @@ class Skill:
             if len(found) == number or num_repeats == _MAX_REPEATS:
                 break
             num_repeats = num_repeats + 1 if example.prompt in found else 0
-            identifier = f"{self.name}: {example.prompt}"
-            choices, answer = example.choices, example.answer
+            question = replace(example, identifier=f"{self.name}: {example.prompt}")
             if is_chat:
-                choices, answer = tuple(map(str.strip, choices)), answer.strip()
-            question = Question(identifier, example.prompt, answer, choices, is_chat)
+                choices, answer = tuple(map(str.strip, example.choices)), example.answer.strip()
+                question = replace(question, answer=answer, choices=choices, is_chat=True)
             found.setdefault(example.prompt, question)
         return tuple(found.values())
 
-    def example(self, side: str, index: int) -> Example:
+    def example(self, side: str, index: int) -> Question:
         """Return an exercise of one side of the split, `text` or `question`."""
         drawn = (self.exercise(Draw(self.name, _SEED, side, index, attempt)) for attempt in count())
         return next(each for each in drawn if self.is_held_out(each) == (side == "question"))
 
-    def is_held_out(self, example: Example) -> bool:
+    def is_held_out(self, example: Question) -> bool:
         """Return True if an exercise is reserved for evaluation."""
-        digest = sha256(f"{self.name}\0{example.key or example.prompt}".encode()).digest()
+        digest = sha256(f"{self.name}\0{example.identifier}".encode()).digest()
         return int.from_bytes(digest[:8], "big") < _HELD_OUT * 2**64
 
 
-_EXERCISES: tuple[_Exercise, ...] = (
-    arithmetic,
-    sorting,
-    reversing,
-    key_value,
-    json_format,
-    tool_call,
-    identity,
-    reasoning,
-    multiple_choice,
-)
-SKILLS = {exercise.__name__: Skill(exercise.__name__, exercise) for exercise in _EXERCISES}
+_EXERCISES: dict[str, _Exercise] = {
+    "arithmetic": _arithmetic,
+    "sorting": _sorting,
+    "reversing": _reversing,
+    "key_value": _key_value,
+    "json_format": _json_format,
+    "tool_call": _tool_call,
+    "identity": _identity,
+    "reasoning": _reasoning,
+    "multiple_choice": _multiple_choice,
+}
+SKILLS = {name: Skill(name, exercise) for name, exercise in _EXERCISES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,12 +313,15 @@ class SkillText:
         is_chat: whether each exercise is a conversation.
     """
 
+    PREFIX: ClassVar[str] = "skills:"
+    # Recorded in a lineage
+    ORIGIN: ClassVar[str] = f"generated skills, version {_SKILL_VERSION}, seed {_SEED}"
     skill: Skill
     count: int = _DEFAULT_COUNT
     is_chat: bool = False
 
     def __str__(self) -> str:
-        name = f"{PREFIX}{self.skill.name}:{self.count}"
+        name = f"{self.PREFIX}{self.skill.name}:{self.count}"
         return f"{name}:{_CHAT}" if self.is_chat else name
 
     @classmethod
@@ -351,11 +332,11 @@ class SkillText:
             key: the configuration key, for messages.
             path: the name as typed.
         """
-        name, *parts = path.removeprefix(PREFIX).split(":")
+        name, *parts = path.removeprefix(cls.PREFIX).split(":")
         if name not in SKILLS:
             near = nearest(name, SKILLS)
             reason = f"the skills are {', '.join(SKILLS)}"
-            raise refused(key, path, reason, near=near and f"{PREFIX}{near}")
+            raise refused(key, path, reason, near=near and f"{cls.PREFIX}{near}")
         is_chat = parts[-1:] == [_CHAT]
         numbers = parts[:-1] if is_chat else parts
         if not numbers:
@@ -364,7 +345,7 @@ class SkillText:
         is_count = number.isascii() and number.isdigit() and len(number) <= len(str(_MAX_COUNT))
         if not is_count or not 1 <= int(number) <= _MAX_COUNT:
             reason = (
-                f"COUNT in {PREFIX}NAME:COUNT must be from 1 to {_MAX_COUNT:,} examples; only "
+                f"COUNT in {cls.PREFIX}NAME:COUNT must be from 1 to {_MAX_COUNT:,} examples; only "
                 f":{_CHAT} may follow"
             )
             raise refused(key, path, reason)
@@ -373,3 +354,18 @@ class SkillText:
     def texts(self) -> Iterator[Text]:
         """Yield the texts."""
         return self.skill.texts(self.count, is_chat=self.is_chat)
+
+    @classmethod
+    def questions_of(cls, paths: Iterable[str], number: int) -> tuple[Question, ...]:
+        """Return up to `number` questions of the skills among some paths.
+
+        No question occurs in the texts of a skill.
+        """
+        named = (cls.named("data", path) for path in paths if path.startswith(cls.PREFIX))
+        skills = list({(text.skill.name, text.is_chat): text for text in named}.values())
+        parts = [number // len(skills) + (at < number % len(skills)) for at in range(len(skills))]
+        drawn = (
+            text.skill.questions(part, is_chat=text.is_chat)
+            for text, part in zip(skills, parts, strict=True)
+        )
+        return tuple(question for questions in drawn for question in questions)

@@ -7,20 +7,19 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from hashlib import sha256
 from itertools import chain, count, islice, takewhile
 from pathlib import Path
 
-from tritter.data.built_in import BUILT_IN_TEXTS, built_in_documents, is_built_in
-from tritter.data.datasets import PREFIX, DatasetName, dataset_names
+from tritter.data.built_in import Stdlib, built_in_documents, is_built_in
+from tritter.data.datasets import DatasetName
 from tritter.data.documents import PIECE_CHARACTERS, Documents, is_blank, text_key
 from tritter.data.local_files import (
     SUPPORTED,
     ByteLimitError,
     Reading,
     TextFileError,
-    no_text,
     not_data,
     text_suffix,
 )
@@ -36,7 +35,7 @@ _MAX_RECORDED = 100_000  # limit of files and folders to search for a path from 
 _BROKEN_LINK = "broken link"
 _MAX_SHOWN = 5
 # Decompressed bytes of all files to check up front; the rest is checked when the run reads it.
-CHECKED_BYTES = 256 * 2**20
+_CHECKED_BYTES = 256 * 2**20
 _AGAIN = "named again"
 
 
@@ -53,6 +52,38 @@ class FoundTexts:
     files: tuple[Path, ...]
     skipped: Mapping[str, int] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, key: str, paths: Iterable[str], *, is_recorded: bool = False) -> "FoundTexts":
+        """Find the text files of some paths.
+
+        A folder stands for all supported files in it and its subfolders, except hidden ones and
+        those that are `not_data`. Links are followed if they stay inside the folder, or inside the
+        hub's cache for a download. Built-in texts and data sets are skipped.
+
+        Args:
+            key: the configuration key, for messages.
+            paths: files, folders and globs.
+            is_recorded: the paths come from a checkpoint, which is untrusted: a limited search.
+        """
+        limit = _MAX_RECORDED if is_recorded else None
+        files: dict[Path, None] = {}
+        skipped: Counter[str] = Counter()
+        for path in paths:
+            if is_built_in(path) or path.startswith(DatasetName.PREFIX):
+                continue
+            try:
+                found = _found(key, path, limit)
+            except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
+                # File systems and glob patterns raise many kinds of errors
+                if isinstance(error, RequestError):
+                    raise
+                reason = error.strerror if isinstance(error, OSError) else None
+                raise refused(key, path, f"it can't be read ({reason or error})") from error
+            again = sum(each in files for each in found.files)
+            files.update(dict.fromkeys(found.files))
+            skipped.update({**found.skipped, **({_AGAIN: again} if again else {})})
+        return cls(tuple(files), skipped)
+
     def note(self, name: str) -> str | None:
         """Return a message about the skipped files of a domain; None if there are none."""
         if not self.skipped:
@@ -60,39 +91,6 @@ class FoundTexts:
         num_skipped = sum(self.skipped.values())
         read = "1 file" if len(self.files) == 1 else f"{len(self.files)} files"
         return f"{name}: {read} read; skipped {num_skipped} ({_join_counts(self.skipped)})"
-
-
-def find_texts(key: str, paths: Iterable[str], *, is_recorded: bool = False) -> FoundTexts:
-    """Find the text files of some paths.
-
-    A folder stands for all supported files in it and its subfolders, except hidden ones and those
-    that are `not_data`. Links
-    are followed if they stay inside the folder, or inside the hub's cache for a download.
-    Built-in texts and data sets are skipped.
-
-    Args:
-        key: the configuration key, for messages.
-        paths: files, folders and globs.
-        is_recorded: the paths come from a checkpoint, which is untrusted: the search is limited.
-    """
-    limit = _MAX_RECORDED if is_recorded else None
-    files: dict[Path, None] = {}
-    skipped: Counter[str] = Counter()
-    for path in paths:
-        if is_built_in(path) or path.startswith(PREFIX):
-            continue
-        try:
-            found = _found(key, path, limit)
-        except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
-            # File systems and glob patterns raise many kinds of errors
-            if isinstance(error, RequestError):
-                raise
-            reason = error.strerror if isinstance(error, OSError) else None
-            raise refused(key, path, f"it can't be read ({reason or error})") from error
-        again = sum(each in files for each in found.files)
-        files.update(dict.fromkeys(found.files))
-        skipped.update({**found.skipped, **({_AGAIN: again} if again else {})})
-    return FoundTexts(tuple(files), skipped)
 
 
 def _found(key: str, path: str, limit: int | None) -> FoundTexts:
@@ -223,18 +221,9 @@ def _unsupported(kinds: Mapping[str, int]) -> str:
     return f"supported are {SUPPORTED}; found {_join_counts(kinds)}"
 
 
-def source_documents(
-    paths: Sequence[str],
-    *,
-    key: str,
-    text_field: str,
-    texts: Callable[[], Iterable[str]] | None = None,
-    is_streamed: bool = False,
-    is_head: bool = False,
-    is_recorded: bool = False,
-    piece_characters: int = PIECE_CHARACTERS,
-) -> Documents:
-    """Return all documents of paths, data sets and built-in texts.
+@dataclass(frozen=True, slots=True)
+class TextRequest:
+    """The texts of one domain: their location and how to read them.
 
     Args:
         paths: files, folders, globs, data sets and built-in texts.
@@ -243,100 +232,114 @@ def source_documents(
         texts: a third-party source that replaces the paths.
         is_streamed: stream data sets from the hub instead of downloading them.
         is_head: read the first rows of data sets only.
-        is_recorded: the paths come from a checkpoint; see `find_texts`.
+        is_recorded: the paths come from a checkpoint; see `FoundTexts.of`.
         piece_characters: size of the `pieces` of long texts; those of built-in texts are fixed.
     """
-    reading = Reading(key=key, text_field=text_field, piece_characters=piece_characters)
-    if texts is not None:
-        return _documents(_checked_texts(texts, key), reading)
-    built_in = (each for path in filter(is_built_in, paths) for each in built_in_documents(path))
-    files = find_texts(key, paths, is_recorded=is_recorded).files
-    rows = _of_datasets(dataset_names(paths), reading, is_streamed=is_streamed, is_head=is_head)
-    whole = chain((each.conversation or each.text for each in built_in), rows)
-    read = reading.pieces_of(files) if files else ()
-    return _documents(chain(read, whole), reading)
 
+    paths: Sequence[str]
+    _: KW_ONLY
+    key: str
+    text_field: str = DEFAULT_FIELD
+    texts: Callable[[], Iterable[str]] | None = None
+    is_streamed: bool = False
+    is_head: bool = False
+    is_recorded: bool = False
+    piece_characters: int = PIECE_CHARACTERS
 
-def noted_documents(
-    paths: Sequence[str], *, key: str, piece_characters: int = PIECE_CHARACTERS
-) -> Documents:
-    """Return the `source_documents` of paths, and log which files and records are left out."""
-    documents = source_documents(
-        paths, key=key, text_field=DEFAULT_FIELD, piece_characters=piece_characters
-    )
-    for note in filter(None, (find_texts(key, paths).note(key), *documents.notes)):
-        _logger.warning(note)
-    return documents
+    def reading(self, *, is_quick: bool = False) -> Reading:
+        """Return the options of a reading; a quick one ends after 256 MB of files."""
+        return Reading(
+            key=self.key,
+            text_field=self.text_field,
+            max_bytes=_CHECKED_BYTES if is_quick else None,
+            piece_characters=self.piece_characters,
+        )
+
+    def documents(self) -> Documents:
+        """Return all documents."""
+        reading, paths = self.reading(), self.paths
+        if self.texts is not None:
+            return _documents(_checked_texts(self.texts, self.key), reading)
+        built_in = (doc for path in filter(is_built_in, paths) for doc in built_in_documents(path))
+        files = FoundTexts.of(self.key, paths, is_recorded=self.is_recorded).files
+        whole = chain((each.conversation or each.text for each in built_in), self._rows(reading))
+        read = reading.pieces_of(files) if files else ()
+        return _documents(chain(read, whole), reading)
+
+    def noted_documents(self) -> Documents:
+        """Return all documents, and log which files and records are left out."""
+        documents = self.documents()
+        skipped = FoundTexts.of(self.key, self.paths).note(self.key)
+        for note in filter(None, (skipped, *documents.notes)):
+            _logger.warning(note)
+        return documents
+
+    def quick_pieces(self, reading: Reading) -> Iterator[Text] | None:
+        """Return a lazy iterator over the documents of files, skills and data sets on disk.
+
+        Return None if the paths include the standard library, which takes seconds to read, or a
+        data set of the hub, which requires the network.
+
+        Args:
+            reading: a quick one; at its limit, the iterator raises `ByteLimitError`.
+        """
+        sources = self._datasets
+        if {*self.paths} & {*Stdlib.TEXTS} or not all(each.is_on_disk for each in sources):
+            return None
+        files = FoundTexts.of(self.key, self.paths).files
+        read = reading.pieces_of(files) if files else iter(())
+        named = (SkillText.named(self.key, path) for path in filter(is_built_in, self.paths))
+        skills = (each.texts() for each in named)
+        rows = (source.texts(reading, is_streamed=True) for source in sources)
+        texts = chain.from_iterable(chain(skills, rows))
+        return chain(read, reading.filled(texts))
+
+    def quick_digest(self) -> str | None:
+        """Return a checksum of the set of `quick_pieces`; None if it is not readable."""
+        keys = array("Q")  # the beginning of each key: millions of records need little memory
+        try:
+            for text in self.quick_pieces(self.reading(is_quick=True)) or ():
+                keys.append(int(text_key(str(text))[:16], 16))
+        except (TextFileError, ByteLimitError):  # the run reports unreadable files
+            return None
+        return sha256(array("Q", sorted(set(keys))).tobytes()).hexdigest() if keys else None
+
+    @property
+    def recorded_paths(self) -> tuple[str, ...]:
+        """The paths of a lineage record: data sets with revision, split, rows and column."""
+        sources = ((each.head if self.is_head else each) for each in self._datasets)
+        resolved = (str(source.resolved(key=self.key)) for source in sources)
+        stated = dict(zip(DatasetName.names_in(self.paths), resolved, strict=True))
+        return tuple(stated.get(path, path) for path in self.paths)
+
+    @property
+    def streams(self) -> tuple[DatasetName, ...]:
+        """The data sets to read while the model trains; empty if all documents are read before."""
+        return tuple(self._datasets) if self.is_head else ()
+
+    @property
+    def _datasets(self) -> list[DatasetName]:
+        return [DatasetName.named(self.key, name) for name in DatasetName.names_in(self.paths)]
+
+    def _rows(self, reading: Reading) -> Iterator[Text]:
+        """Yield the texts of the data sets."""
+        for name in DatasetName.names_in(self.paths):
+            has_words = False
+            source = DatasetName.named(self.key, name)
+            source = source.head if self.is_head else source
+            for text in source.texts(reading, is_streamed=self.is_streamed):
+                has_words = has_words or not is_blank(text)
+                yield text
+            if reading.problems or not has_words:
+                raise TextFileError(reading.problems or [f"{self.key}: {name} contains no text."])
 
 
 def _documents(texts: Iterable[Text], reading: Reading) -> Documents:
     """Return distinct texts with notes on those that were skipped or dropped."""
-    documents = Documents.of(reading.filled(texts))
+    documents = Documents.of_pieces(reading.filled(texts))
     note = reading.dropped_note(len(documents), num_duplicates=documents.num_duplicates)
     documents.notes = (*reading.notes, *filter(None, [note]))
     return documents
-
-
-def quick_pieces(paths: Sequence[str], reading: Reading) -> Iterator[Text] | None:
-    """Return a lazy iterator over the documents of paths and skills.
-
-    Return None if the paths include the standard library, which takes seconds to read, or a data
-    set of the hub, which requires the network.
-
-    Args:
-        paths: as for `source_documents`.
-        reading: its `max_bytes` limits the bytes of files, after which the iterator raises
-            `ByteLimitError`.
-    """
-    key = reading.key
-    sources = [DatasetName.named(key, name) for name in dataset_names(paths)]
-    if set(paths) & set(BUILT_IN_TEXTS) or not all(source.is_on_disk for source in sources):
-        return None
-    files = find_texts(key, paths).files
-    read = reading.pieces_of(files) if files else iter(())
-    skills = (SkillText.named(key, path).texts() for path in paths if is_built_in(path))
-    rows = (source.texts(reading, is_streamed=True) for source in sources)
-    texts = chain.from_iterable(chain(skills, rows))
-    return chain(read, reading.filled(texts))
-
-
-def quick_digest(paths: Sequence[str], reading: Reading) -> str | None:
-    """Return a checksum of the set of documents of `quick_pieces`; None if it is not readable."""
-    keys = array("Q")  # the beginning of each key, so that millions of records need little memory
-    try:
-        for text in quick_pieces(paths, reading) or ():
-            keys.append(int(text_key(str(text))[:16], 16))
-    except (TextFileError, ByteLimitError):  # the run reports unreadable files
-        return None
-    return sha256(array("Q", sorted(set(keys))).tobytes()).hexdigest() if keys else None
-
-
-def recorded_paths(paths: Sequence[str], *, key: str, is_head: bool = False) -> tuple[str, ...]:
-    """Return paths for a lineage record: data sets include revision, split, rows and column.
-
-    Args:
-        paths: as for `source_documents`.
-        key: the configuration key, for messages.
-        is_head: record the first rows of data sets only.
-    """
-    named = {name: DatasetName.named(key, name) for name in dataset_names(paths)}
-    named = {name: each.head if is_head else each for name, each in named.items()}
-    stated = {name: str(source.resolved(key=key)) for name, source in named.items()}
-    return tuple(stated.get(path, path) for path in paths)
-
-
-def _of_datasets(
-    names: Sequence[str], reading: Reading, *, is_streamed: bool, is_head: bool
-) -> Iterator[Text]:
-    for name in names:
-        has_words = False
-        source = DatasetName.named(reading.key, name)
-        source = source.head if is_head else source
-        for text in source.texts(reading, is_streamed=is_streamed):
-            has_words = has_words or not is_blank(text)
-            yield text
-        if reading.problems or not has_words:
-            raise TextFileError(reading.problems or [f"{reading.key}: {name} contains no text."])
 
 
 def _checked_texts(texts: Callable[[], Iterable[str]], key: str) -> Iterator[str]:
@@ -356,25 +359,10 @@ def _checked_texts(texts: Callable[[], Iterable[str]], key: str) -> Iterator[str
         raise TextFileError([f"{key}: texts() raises {type(error).__name__}: {message}"]) from error
 
 
-@dataclass(frozen=True, slots=True)
-class TextRequest:
-    """The files and data sets of one domain.
-
-    Args:
-        key: the configuration key, for messages.
-        paths: as for `find_texts`.
-        text_field: field of records that contains the text.
-    """
-
-    key: str
-    paths: tuple[str, ...]
-    text_field: str
-
-
-def check_contents(requests: Iterable[TextRequest], *, max_bytes: int = CHECKED_BYTES) -> None:
+def check_contents(requests: Iterable[TextRequest], *, max_bytes: int = _CHECKED_BYTES) -> None:
     """Read the requested files, smallest first, up to `max_bytes`, and open the data sets."""
     requests = list(dict.fromkeys(requests))
-    requested = {request: find_texts(request.key, request.paths).files for request in requests}
+    requested = {each: FoundTexts.of(each.key, each.paths).files for each in requests}
     files = [(request, path) for request, found in requested.items() for path in found]
     problems: dict[tuple[TextRequest, Path], list[str]] = {}
     blank: set[tuple[TextRequest, Path]] = set()
@@ -394,17 +382,19 @@ def check_contents(requests: Iterable[TextRequest], *, max_bytes: int = CHECKED_
         max_bytes -= reading.num_bytes
     found = [line for file in files for line in problems.get(file, ())]
     found += [
-        no_text(request.key, paths)
+        request.reading().no_text(paths)
         for request, paths in requested.items()
         if paths
         and not any(map(is_built_in, request.paths))
-        and not dataset_names(request.paths)
+        and not DatasetName.names_in(request.paths)
         and all((request, path) in blank and not problems[request, path] for path in paths)
     ]
-    named = ((request.key, name) for request in requests for name in dataset_names(request.paths))
+    named = (
+        (request.key, name) for request in requests for name in DatasetName.names_in(request.paths)
+    )
     for key, name in dict.fromkeys(named):
         try:
-            recorded_paths([name], key=key)
+            DatasetName.named(key, name).resolved(key=key)
         except TextFileError as error:
             found += error.problems
     if found:

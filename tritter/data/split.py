@@ -13,11 +13,25 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tritter.data.conversations import NO_ANSWERS, Conversation
 from tritter.data.documents import PIECE_CHARACTERS, Documents, text_key
-from tritter.data.records import Text
+from tritter.data.records import NO_ANSWERS, Conversation, Text
 from tritter.errors import RequestError
 from tritter.storage.records import Seed, record
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """The two sides of a domain, each in the original order of documents.
+
+    Args:
+        train: training documents.
+        validation: validation documents.
+        held_out_before: how many of these an earlier domain of the run also holds out.
+    """
+
+    train: Documents
+    validation: Documents
+    held_out_before: int
 
 
 @record
@@ -39,91 +53,65 @@ class SplitRule:
         number = int.from_bytes(sha256(f"{self.seed}\0{key}".encode()).digest(), "big")
         return "validation" if number / 2**256 < self.validation_fraction else "train"
 
+    def split(self, domains: Mapping[str, Documents]) -> dict[str, Split]:
+        """Split the documents of each domain of a run, old domains first."""
+        import numpy as np
 
-@dataclass(frozen=True, slots=True)
-class Split:
-    """The two sides of a domain, each in the original order of documents.
+        held_out: set[str] = set()
+        splits = {}
+        for name, documents in domains.items():
+            train, validation, num_known = array("q"), array("q"), 0
+            for index, key in enumerate(documents.keys()):
+                if self.side(key) == "train":
+                    train.append(index)
+                else:
+                    validation.append(index)
+                    num_known += key in held_out
+            train_side, validation_side = (
+                documents.select(np.frombuffer(side, dtype="i8")) for side in (train, validation)
+            )
+            splits[name] = Split(train_side, validation_side, num_known)
+            if (reason := self._one_sided(len(train), len(validation))) is not None:
+                raise RequestError(f"data: domain {name}: {reason}.")
+            held_out.update(splits[name].validation.keys())
+        return splits
 
-    Args:
-        train: training documents.
-        validation: validation documents.
-        held_out_before: how many of these an earlier domain of the run also holds out.
-    """
+    def training_texts(
+        self, domains: Mapping[str, Documents], names: Iterable[str]
+    ) -> Iterator[str]:
+        """Yield the texts of the training documents of some domains."""
+        parted = self.split(domains)
+        for name in names:
+            yield from (document.text for document in parted[name].train)
 
-    train: Documents
-    validation: Documents
-    held_out_before: int
+    def problem(self, texts: Iterable[Text], *, needs_answers: bool = False) -> str | None:
+        """Return the problem of texts that leave one side of the split empty; None otherwise.
 
+        Args:
+            texts: the pieces of a domain; reading stops once both sides have one.
+            needs_answers: whether conversations without an answer are not used.
+        """
+        keys: dict[str, set[str]] = {"train": set(), "validation": set()}
+        used: set[str] = set()
+        for text in texts:
+            key = text_key(str(text))
+            side = self.side(key)
+            keys[side].add(key)
+            if not needs_answers or not isinstance(text, Conversation) or text.answers:
+                used.add(side)
+            if len(used) == len(keys):
+                return None
+        if all(keys.values()):
+            without = " or ".join(sorted(keys.keys() - used))
+            return f"its conversations for {without} have {NO_ANSWERS}"
+        return self._one_sided(len(keys["train"]), len(keys["validation"]))
 
-def split_documents(domains: Mapping[str, Documents], *, rule: SplitRule) -> dict[str, Split]:
-    """Split the documents of each domain of a run.
-
-    Args:
-        domains: name → documents, old domains first.
-        rule: the rule of the lineage.
-    """
-    import numpy as np
-
-    held_out: set[str] = set()
-    splits = {}
-    for name, documents in domains.items():
-        train, validation, num_known = array("q"), array("q"), 0
-        for index, key in enumerate(documents.keys()):
-            if rule.side(key) == "train":
-                train.append(index)
-            else:
-                validation.append(index)
-                num_known += key in held_out
-        train_side, validation_side = (
-            documents.select(np.frombuffer(side, dtype="i8")) for side in (train, validation)
-        )
-        splits[name] = Split(train_side, validation_side, num_known)
-        if (reason := _one_sided(len(train), len(validation), rule)) is not None:
-            raise RequestError(f"data: domain {name}: {reason}.")
-        held_out.update(splits[name].validation.keys())
-    return splits
-
-
-def training_texts(
-    domains: Mapping[str, Documents], *, rule: SplitRule, names: Iterable[str]
-) -> Iterator[str]:
-    """Yield the texts of the training documents of some domains."""
-    parted = split_documents(domains, rule=rule)
-    for name in names:
-        yield from (document.text for document in parted[name].train)
-
-
-def split_problem(
-    texts: Iterable[Text], *, rule: SplitRule, needs_answers: bool = False
-) -> str | None:
-    """Return the problem of texts that leave one side of the split empty; None otherwise.
-
-    Args:
-        texts: the pieces of a domain; reading stops once both sides have one.
-        rule: the rule of the lineage.
-        needs_answers: whether conversations without an answer are not used.
-    """
-    keys: dict[str, set[str]] = {"train": set(), "validation": set()}
-    used: set[str] = set()
-    for text in texts:
-        key = text_key(str(text))
-        side = rule.side(key)
-        keys[side].add(key)
-        if not needs_answers or not isinstance(text, Conversation) or text.answers:
-            used.add(side)
-        if len(used) == len(keys):
+    def _one_sided(self, train: int, validation: int) -> str | None:
+        if train and validation:
             return None
-    if all(keys.values()):
-        return f"its conversations for {' or '.join(sorted(keys.keys() - used))} have {NO_ANSWERS}"
-    return _one_sided(len(keys["train"]), len(keys["validation"]), rule)
-
-
-def _one_sided(train: int, validation: int, rule: SplitRule) -> str | None:
-    if train and validation:
-        return None
-    return (
-        f"the split gives {train} training and {validation} validation documents "
-        f"(of {train + validation}); each side needs at least one. A hash of its text assigns each "
-        f"document (data.validation_fraction = {rule.validation_fraction}): add documents, or "
-        "start a new base with another fraction or seed"
-    )
+        return (
+            f"the split gives {train} training and {validation} validation documents "
+            f"(of {train + validation}); each side needs at least one. A hash of its text assigns "
+            f"each document (data.validation_fraction = {self.validation_fraction}): add "
+            "documents, or start a new base with another fraction or seed"
+        )

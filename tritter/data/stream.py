@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from tritter.data.answers import TrainingCounts, missing_answers, unanswered_text
 from tritter.data.chat import Chat
-from tritter.data.conversations import Conversation
-from tritter.data.datasets import HEAD_ROWS, DatasetName
-from tritter.data.documents import NAME_CHARACTERS, Document, is_blank, pieces, text_key
+from tritter.data.datasets import DatasetName
+from tritter.data.documents import Document, is_blank, pieces, text_key
 from tritter.data.local_files import Reading, TextFileError
 from tritter.data.packing import Packing, packed
-from tritter.data.records import Text
-from tritter.data.skipped import SkippedRecords
+from tritter.data.records import SkippedRecords, Text
 from tritter.data.split import SplitRule
-from tritter.data.tokens import TextBounds, TokenisedDocuments, cut_rows, tokenise
+from tritter.data.tokens import TextBounds, TokenisedDocuments
 from tritter.errors import RequestError
 from tritter.seeds import derived_seed
 
@@ -29,27 +27,6 @@ if TYPE_CHECKING:
 
 _BUFFER_SEQUENCES = 1024  # among which the next sequence is drawn
 _AHEAD = 2  # batches of rows that are tokenised in advance
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class SequenceOptions:
-    """The options that turn texts into training sequences.
-
-    Args:
-        rule: the split; documents held out for validation are left out.
-        tokenizer: the tokenizer.
-        chat: see `tokenise`.
-        packing: see `packed`; with `documents`, each batch of rows is packed alone.
-        sequence_length: tokens per sequence.
-        bounds: start and end of a text.
-    """
-
-    rule: SplitRule
-    tokenizer: Tokenizer
-    chat: Chat | None
-    packing: Packing
-    sequence_length: int
-    bounds: TextBounds
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -141,7 +118,12 @@ class StreamedSequences:
     Args:
         sources: the data sets of the domain.
         key: the configuration key, for messages.
-        options: turn texts into sequences.
+        rule: the split; documents held out for validation are left out.
+        tokenizer: the tokenizer.
+        chat: see `TokenisedDocuments.of`.
+        packing: see `packed`; with `documents`, each batch of rows is packed alone.
+        sequence_length: tokens per sequence.
+        bounds: start and end of a text.
         seed: seed of the order.
         buffer_sequences: sequences among which the next one is drawn.
     """
@@ -151,16 +133,23 @@ class StreamedSequences:
         sources: Sequence[DatasetName],
         *,
         key: str,
-        options: SequenceOptions,
+        rule: SplitRule,
+        tokenizer: Tokenizer,
+        chat: Chat | None,
+        packing: Packing,
+        sequence_length: int,
+        bounds: TextBounds,
         seed: int,
         buffer_sequences: int = _BUFFER_SEQUENCES,
     ) -> None:
         import torch
 
-        self._sources, self._key, self._options = tuple(sources), key, options
+        self._sources, self._key, self._rule = tuple(sources), key, rule
+        self._tokenizer, self._chat, self._packing = tokenizer, chat, packing
+        self._sequence_length, self._bounds = sequence_length, bounds
         self._seed, self._size = seed, buffer_sequences
         self._num_drawn = 0
-        self._buffer = torch.empty(0, options.sequence_length, dtype=torch.int32)
+        self._buffer = torch.empty(0, sequence_length, dtype=torch.int32)
         # All of it is in the buffer, or was drawn
         self._last = _Chunk(
             self._buffer, self._buffer.flatten(), epoch=0, source=0, position="", left_out={}
@@ -176,7 +165,7 @@ class StreamedSequences:
     @property
     def sequence_length(self) -> int:
         """Tokens of one sequence."""
-        return self._options.sequence_length
+        return self._sequence_length
 
     def next_sequences(self, count: int) -> Tensor:
         """Return the next `count` sequences, int64 [count, T]."""
@@ -207,8 +196,7 @@ class StreamedSequences:
     def _peek(self) -> _Chunk:
         if self._pool is None or self._next is None:
             self._pool = ThreadPoolExecutor(1)
-            chunks = _chunks(self._sources, self._last, key=self._key, options=self._options)
-            self._next = partial(next, chunks)
+            self._next = partial(next, self._chunks(self._last))
         while len(self._waiting) < _AHEAD:
             self._waiting.append(self._pool.submit(self._next))
         return self._waiting[0].result()
@@ -250,29 +238,67 @@ class StreamedSequences:
         """Leave out the thread, which another process starts again at the same position."""
         return {**vars(self), "_pool": None, "_waiting": deque(), "_next": None}
 
+    def _chunks(self, last: _Chunk) -> Iterator[_Chunk]:
+        """Yield the sequences after a chunk, epoch after epoch."""
+        tail, epoch, start, position = last.tail, last.epoch, last.source, last.position
+        left_out = _LeftOut(self._key, last.left_out)
+        while True:
+            num_rows, is_whole = 0, not start and not position
+            counted = _LeftOut(self._key) if epoch else left_out  # each row once
+            for number in range(start, len(self._sources)):
+                if not position:
+                    counted.num_of_source = 0
+                for texts, after in _batches(self._sources[number], position, counted):
+                    rows, tail = self._sequences(texts, tail, counted)
+                    num_rows += len(rows)
+                    yield _Chunk(rows, tail, epoch, number, after, left_out.to_plain())
+                position = ""
+            if is_whole and not num_rows:
+                names = ", ".join(map(str, self._sources))
+                reason = f"the training documents of {names} do not fill one sequence of "
+                raise TextFileError([f"{self._key}: {reason}{self.sequence_length} tokens."])
+            epoch, start = epoch + 1, 0
 
-def _chunks(
-    sources: Sequence[DatasetName], last: _Chunk, *, key: str, options: SequenceOptions
-) -> Iterator[_Chunk]:
-    """Yield the sequences after a chunk, epoch after epoch."""
-    tail, epoch, start, position = last.tail, last.epoch, last.source, last.position
-    left_out = _LeftOut(key, last.left_out)
-    while True:
-        num_rows, is_whole = 0, not start and not position
-        counted = _LeftOut(key) if epoch else left_out  # each row once
-        for number in range(start, len(sources)):
-            if not position:
-                counted.num_of_source = 0
-            for texts, after in _batches(sources[number], position, counted):
-                rows, tail = _sequences(texts, tail, options, counted)
-                num_rows += len(rows)
-                yield _Chunk(rows, tail, epoch, number, after, left_out.to_plain())
-            position = ""
-        if is_whole and not num_rows:
-            names = ", ".join(map(str, sources))
-            reason = f"the training documents of {names} do not fill one sequence of "
-            raise TextFileError([f"{key}: {reason}{options.sequence_length} tokens."])
-        epoch, start = epoch + 1, 0
+    def _sequences(
+        self, texts: Sequence[Text], tail: Tensor, counted: _LeftOut
+    ) -> tuple[Tensor, Tensor]:
+        """Return the sequences of some texts, int32 [N, T], and the tokens that remain."""
+        length = self.sequence_length
+        tokens = self._tokenised(texts, counted)
+        if self._packing == "stream":
+            closed = tokens.closed_tokens(self._bounds)
+            return self._bounds.cut_rows(tail, closed, sequence_length=length)
+        limits: dict[str, Any] = {"sequence_length": length, "bounds": self._bounds}
+        if not tokens.num_tokens:
+            return tail.view(0, length), tail
+        counted.answers += TrainingCounts.of(tokens, **limits)
+        return packed(tokens, packing="documents", **limits), tail
+
+    def _tokenised(self, texts: Sequence[Text], counted: _LeftOut) -> TokenisedDocuments:
+        """Return the tokens of the training documents; refused conversations are skipped."""
+        size = self._rule.piece_characters
+        parts = [piece for text in texts for piece in pieces(text, size)]
+        counted.reading.num_blank += sum(map(is_blank, parts))
+        documents = [
+            Document.of(piece)
+            for piece in parts
+            if not is_blank(piece) and self._rule.side(text_key(str(piece))) == "train"
+        ]
+        if self._chat is not None and self._chat.loss_on != "all":
+            counted.unanswered += missing_answers(documents)
+        try:
+            return TokenisedDocuments.of(documents, self._tokenizer, chat=self._chat)
+        except RequestError:  # a chat template refuses some of the conversations
+            kept = [each for each in documents if self._is_tokenised(each, counted)]
+            return TokenisedDocuments.of(kept, self._tokenizer, chat=self._chat)
+
+    def _is_tokenised(self, document: Document, counted: _LeftOut) -> bool:
+        try:
+            TokenisedDocuments.of([document], self._tokenizer, chat=self._chat)
+        except RequestError as error:
+            counted.reading.skipped.add("a conversation is skipped:", str(error))
+            return False
+        return True
 
 
 def _batches(
@@ -288,55 +314,5 @@ def _batches(
         num_rows = len(batch[0]) + reading.num_blank + reading.skipped.count - before
         counted.num_rows += num_rows
         counted.num_of_source += num_rows
-        counted.exceeds_head |= counted.num_of_source > HEAD_ROWS
+        counted.exceeds_head |= counted.num_of_source > DatasetName.HEAD_ROWS
         yield batch
-
-
-def _sequences(
-    texts: Sequence[Text], tail: Tensor, options: SequenceOptions, counted: _LeftOut
-) -> tuple[Tensor, Tensor]:
-    """Return the sequences of some texts, int32 [N, T], and the tokens that remain."""
-    length = options.sequence_length
-    tokens = _tokenised(texts, options, counted)
-    if options.packing == "stream":
-        closed = tokens.closed_tokens(options.bounds)
-        return cut_rows(tail, closed, sequence_length=length, bounds=options.bounds)
-    limits: dict[str, Any] = {"sequence_length": length, "bounds": options.bounds}
-    if not tokens.num_tokens:
-        return tail.view(0, length), tail
-    counted.answers += TrainingCounts.of(tokens, **limits)
-    return packed(tokens, packing="documents", **limits), tail
-
-
-def _tokenised(
-    texts: Sequence[Text], options: SequenceOptions, counted: _LeftOut
-) -> TokenisedDocuments:
-    """Return the tokens of the training documents; refused conversations are skipped."""
-    size = options.rule.piece_characters
-    parts = [piece for text in texts for piece in pieces(text, size)]
-    counted.reading.num_blank += sum(map(is_blank, parts))
-    documents = [
-        Document(
-            str(piece)[:NAME_CHARACTERS],
-            str(piece),
-            piece if isinstance(piece, Conversation) else None,
-        )
-        for piece in parts
-        if not is_blank(piece) and options.rule.side(text_key(str(piece))) == "train"
-    ]
-    if options.chat is not None and options.chat.loss_on != "all":
-        counted.unanswered += missing_answers(documents)
-    try:
-        return tokenise(documents, options.tokenizer, chat=options.chat)
-    except RequestError:  # a chat template refuses some of the conversations
-        kept = [each for each in documents if _is_tokenised(each, options, counted)]
-        return tokenise(kept, options.tokenizer, chat=options.chat)
-
-
-def _is_tokenised(document: Document, options: SequenceOptions, counted: _LeftOut) -> bool:
-    try:
-        tokenise([document], options.tokenizer, chat=options.chat)
-    except RequestError as error:
-        counted.reading.skipped.add("a conversation is skipped:", str(error))
-        return False
-    return True

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, overload
 
-from tritter.data.chat import ANSWER, CONTEXT, START, Chat, ids_of, is_unpredicted, marked_answers
+from tritter.data.chat import ANSWER, CONTEXT, START, Chat, ids_of, is_unpredicted
 from tritter.data.documents import Document
 from tritter.errors import RequestError, TritterError, panics_as_errors, refused
 from tritter.storage.reading import read_object, require_file
@@ -112,6 +112,22 @@ class TextBounds:
                 f"token is predicted from those before it."
             )
 
+    def cut_rows(
+        self, tail: Tensor, tokens: Tensor, *, sequence_length: int
+    ) -> tuple[Tensor, Tensor]:
+        """Cut a stream into sequences, int32 [N, T], and the tokens that remain.
+
+        Args:
+            tail: tokens that remained before.
+            tokens: those after them.
+            sequence_length: T.
+        """
+        import torch
+
+        joined = torch.cat([tail, tokens])
+        end = len(joined) // sequence_length * sequence_length
+        return self.begun(joined[:end].view(-1, sequence_length)), joined[end:].clone()
+
     def begun(self, sequences: Tensor) -> Tensor:
         """Return sequences [N, T], each with the start of a text in front.
 
@@ -139,49 +155,74 @@ class PretrainedTokenizer:
     bounds: TextBounds
     note: str = ""
 
+    @classmethod
+    def read(
+        cls, folder: Path, *, vocab_size: int, ends: Iterable[object] = ()
+    ) -> PretrainedTokenizer:
+        """Read a checkpoint's tokenizer.json and its end of text (`eos_token`).
 
-def read_tokenizer(
-    folder: Path, *, vocab_size: int, ends: Iterable[object] = ()
-) -> PretrainedTokenizer:
-    """Read a checkpoint's tokenizer.json and its end of text (`eos_token`).
+        The end of text comes from tokenizer_config.json or special_tokens_map.json; otherwise its
+        id comes from generation_config.json or config.json.
 
-    The end of text comes from tokenizer_config.json or special_tokens_map.json; otherwise its id
-    comes from generation_config.json or config.json.
+        Args:
+            folder: the checkpoint.
+            vocab_size: size of the model's embedding.
+            ends: of the model, for a folder that names none.
+        """
+        from tokenizers import Tokenizer
 
-    Args:
-        folder: the checkpoint.
-        vocab_size: size of the model's embedding.
-        ends: of the model, for a folder that names none.
-    """
-    from tokenizers import Tokenizer
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise RequestError(f"{folder} has no tokenizer.json.")
+        try:
+            require_file(path)
+            tokenizer = _whole_texts(Tokenizer.from_file(str(path)))
+        # The library raises plain Exception.
+        except Exception as error:
+            raise RequestError(f"{path} is not a usable tokenizer: {error}") from error
+        _check_ids(tokenizer, path, vocab_size)
+        declared = {
+            name: token
+            for name in (*_declared_ends(folder, tokenizer), *_names_of(ends, tokenizer))
+            if (token := tokenizer.token_to_id(name)) is not None
+        }
+        for end in declared.values():
+            if end < vocab_size:
+                bounds = TextBounds.of(tokenizer, end, stops=declared.values())
+                stated = _json(folder / _STATED_IN[0])
+                if stated.get("tokenizer_class") in _WITHOUT_START:
+                    bounds = replace(bounds, start=())
+                note = "" if bounds.start else _start_note(stated, tokenizer, end)
+                return cls(tokenizer, bounds, note)
+        raise RequestError(
+            f"{folder} has no valid end-of-text token: set eos_token in {_STATED_IN[0]} to a token "
+            f"of its tokenizer."
+        )
 
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise RequestError(f"{folder} has no tokenizer.json.")
-    try:
-        require_file(path)
-        tokenizer = whole_texts(Tokenizer.from_file(str(path)))
-    # The library raises plain Exception.
-    except Exception as error:
-        raise RequestError(f"{path} is not a usable tokenizer: {error}") from error
-    _check_ids(tokenizer, path, vocab_size)
-    declared = {
-        name: token
-        for name in (*_declared_ends(folder, tokenizer), *_names_of(ends, tokenizer))
-        if (token := tokenizer.token_to_id(name)) is not None
-    }
-    for end in declared.values():
-        if end < vocab_size:
-            bounds = TextBounds.of(tokenizer, end, stops=declared.values())
-            stated = _json(folder / _STATED_IN[0])
-            if stated.get("tokenizer_class") in _WITHOUT_START:
-                bounds = replace(bounds, start=())
-            note = "" if bounds.start else _start_note(stated, tokenizer, end)
-            return PretrainedTokenizer(tokenizer, bounds, note)
-    raise RequestError(
-        f"{folder} has no valid end-of-text token: set eos_token in {_STATED_IN[0]} to a token "
-        f"of its tokenizer."
-    )
+    @classmethod
+    def of(cls, tokenizer: Any, *, ends: Iterable[object] = ()) -> PretrainedTokenizer:
+        """Return a live Hugging Face tokenizer as ours; the original keeps its settings.
+
+        Args:
+            tokenizer: the tokenizer.
+            ends: of the model, see `ends_of`: the end of text of a tokenizer without `eos_token`,
+                else further tokens that end a text.
+        """
+        from tokenizers import Tokenizer
+
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        tokens = dict[str, int]()
+        if isinstance(backend, Tokenizer):
+            named = [] if tokenizer.eos_token is None else [str(tokenizer.eos_token)]
+            names = [*named, *_names_of(ends, backend)]
+            tokens = {name: at for name in names if (at := backend.token_to_id(name)) is not None}
+        if backend is None or not tokens:
+            reason = (
+                "pass a fast Hugging Face tokenizer with an eos_token, or a folder that holds one"
+            )
+            raise refused("tokenizer", type(tokenizer).__name__, reason)
+        copied, end = parsed_tokenizer(backend.to_str()), next(iter(tokens.values()))
+        return cls(copied, TextBounds.of(copied, end, stops=tokens.values()))
 
 
 def _start_note(stated: dict[str, Any], tokenizer: Tokenizer, end: int) -> str:
@@ -212,36 +253,14 @@ def _check_ids(tokenizer: Tokenizer, path: Path, vocab_size: int) -> None:
         )
 
 
-def wrap_tokenizer(tokenizer: Any, *, ends: Iterable[object] = ()) -> PretrainedTokenizer:
-    """Return a live Hugging Face tokenizer as ours; the original keeps its settings.
-
-    Args:
-        tokenizer: the tokenizer.
-        ends: of the model, see `ends_of`: the end of text of a tokenizer without `eos_token`, else
-            further tokens that end a text.
-    """
+def parsed_tokenizer(text: str) -> Tokenizer:
+    """Return the tokenizer of a tokenizer.json, without a saved truncation and padding."""
     from tokenizers import Tokenizer
 
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    tokens = dict[str, int]()
-    if isinstance(backend, Tokenizer):
-        named = [] if tokenizer.eos_token is None else [str(tokenizer.eos_token)]
-        names = [*named, *_names_of(ends, backend)]
-        tokens = {name: at for name in names if (at := backend.token_to_id(name)) is not None}
-    if backend is None or not tokens:
-        reason = "pass a fast Hugging Face tokenizer with an eos_token, or a folder that holds one"
-        raise refused("tokenizer", type(tokenizer).__name__, reason)
-    copied, end = copy_backend(backend), next(iter(tokens.values()))
-    return PretrainedTokenizer(copied, TextBounds.of(copied, end, stops=tokens.values()))
+    return _whole_texts(Tokenizer.from_str(text))
 
 
-def copy_backend(tokenizer: Tokenizer) -> Tokenizer:
-    """Return a copy of a tokenizer without truncation and padding."""
-    return whole_texts(type(tokenizer).from_str(tokenizer.to_str()))
-
-
-def whole_texts(tokenizer: Tokenizer) -> Tokenizer:
-    """Remove truncation and padding, which a tokenizer.json may have saved, and return it."""
+def _whole_texts(tokenizer: Tokenizer) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -297,7 +316,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Names(Sequence[str]):
+class _Names(Sequence[str]):
     """A sequence of names in two tensors, which may be memory-mapped.
 
     Attributes:
@@ -337,7 +356,7 @@ class TokenisedDocuments:
         offsets: int64 [n + 1]; document i is `tokens[offsets[i]:offsets[i + 1]]`.
         num_bytes: int64 [n], UTF-8 bytes of each tokenised text, of a marked one of its answers.
         identifiers: identifiers of the documents.
-        cut: indices of conversations that exceed `max_tokens_per_document` of `tokenise`.
+        cut: indices of conversations that exceed `max_tokens_per_document` of `of`.
     """
 
     tokens: Tensor
@@ -345,6 +364,68 @@ class TokenisedDocuments:
     num_bytes: Tensor
     identifiers: Sequence[str]
     cut: tuple[int, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        documents: Sequence[Document],
+        tokenizer: Tokenizer,
+        *,
+        max_tokens_per_document: int | None = None,
+        chat: Chat | None = None,
+    ) -> TokenisedDocuments:
+        """Tokenise documents; long ones are truncated between two characters.
+
+        Of a long conversation, an answer and the end of its prompt are kept, see `Chat.fitted`.
+
+        No special tokens are added. Special tokens in a text are encoded as plain text; those of a
+        chat template are not.
+
+        Args:
+            documents: the documents.
+            tokenizer: the tokenizer.
+            max_tokens_per_document: limit of tokens, at least 4 (a character may have four bytes,
+                each a token); None keeps whole documents.
+            chat: how to tokenise conversations; None tokenises their plain text.
+        """
+        import numpy as np
+
+        limit = max_tokens_per_document
+        tokens, ends, num_bytes = Spool(), array("q", [0]), array("q")
+        names, name_ends, cut = Spool(), array("q"), list[int]()
+        for batch in _batches(documents):
+            encoded = _encoded(batch, tokenizer, limit, chat)
+            for document, each in zip(batch, encoded, strict=True):
+                tokens.append(np.asarray(each.ids, dtype=np.int32).data.cast("B"))
+                ends.append(ends[-1] + len(each.ids))
+                num_bytes.append(each.num_bytes)
+                cut += [len(name_ends)] if each.is_cut else []
+                names.append(document.identifier.encode())
+                name_ends.append(len(names))
+        return cls(
+            tokens=tokens.tensor("i4"),
+            offsets=_int64(ends),
+            num_bytes=_int64(num_bytes),
+            identifiers=_Names(names.tensor("u1"), _int64(name_ends)),
+            cut=tuple(cut),
+        )
+
+    @classmethod
+    def of_texts(cls, texts: Iterable[str], tokenizer: Tokenizer) -> TokenisedDocuments:
+        """Tokenise texts in memory; each is a document named by its number."""
+        return cls.of([Document(str(number), text) for number, text in enumerate(texts)], tokenizer)
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor], *, cut: tuple[int, ...]) -> Self:
+        """Return the documents of a `to_tensors`."""
+        parts = {name: tensors[name] for name in ("tokens", "offsets", "num_bytes")}
+        return cls(**parts, identifiers=_Names(tensors["names"], tensors["name_ends"]), cut=cut)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return all but `cut` as tensors; the documents are those of `of` or `of_tensors`."""
+        assert isinstance(self.identifiers, _Names)
+        parts = {"tokens": self.tokens, "offsets": self.offsets, "num_bytes": self.num_bytes}
+        return {**parts, "names": self.identifiers.text, "name_ends": self.identifiers.ends}
 
     def __len__(self) -> int:
         return len(self.identifiers)
@@ -413,49 +494,30 @@ class TokenisedDocuments:
             cut=tuple(index for index in self.cut if index < count),
         )
 
+    def num_sequences(self, *, sequence_length: int, bounds: TextBounds) -> int:
+        """Return the number of sequences of `pack`."""
+        bounds.check_length(sequence_length)
+        available = self.num_closed_tokens(bounds)
+        if available < sequence_length:
+            raise RequestError(
+                f"data.sequence_length={sequence_length}: the {len(self)} documents have only "
+                f"{available} tokens. Add documents, or set at most {available}."
+            )
+        return available // sequence_length
 
-def tokenise(
-    documents: Sequence[Document],
-    tokenizer: Tokenizer,
-    *,
-    max_tokens_per_document: int | None = None,
-    chat: Chat | None = None,
-) -> TokenisedDocuments:
-    """Tokenise documents; long ones are truncated between two characters.
+    def pack(self, *, sequence_length: int, bounds: TextBounds) -> Tensor:
+        """Concatenate documents, each with its start and an end of text, and cut into sequences.
 
-    Of a long conversation, an answer and the end of its prompt are kept, see `Chat.fitted`.
-
-    No special tokens are added. Special tokens in a text are encoded as plain text; those of a
-    chat template are not.
-
-    Args:
-        documents: the documents.
-        tokenizer: the tokenizer.
-        max_tokens_per_document: limit of tokens, at least 4 (a character may have four bytes, each
-            a token); None keeps whole documents.
-        chat: how to tokenise conversations; None tokenises their plain text.
-    """
-    import numpy as np
-
-    limit = max_tokens_per_document
-    tokens, ends, num_bytes = Spool(), array("q", [0]), array("q")
-    names, name_ends, cut = Spool(), array("q"), list[int]()
-    for batch in _batches(documents):
-        encoded = _encoded(batch, tokenizer, limit, chat)
-        for document, each in zip(batch, encoded, strict=True):
-            tokens.append(np.asarray(each.ids, dtype=np.int32).data.cast("B"))
-            ends.append(ends[-1] + len(each.ids))
-            num_bytes.append(each.num_bytes)
-            cut += [len(name_ends)] if each.is_cut else []
-            names.append(document.identifier.encode())
-            name_ends.append(len(names))
-    return TokenisedDocuments(
-        tokens=tokens.tensor("i4"),
-        offsets=_int64(ends),
-        num_bytes=_int64(num_bytes),
-        identifiers=Names(names.tensor("u1"), _int64(name_ends)),
-        cut=tuple(cut),
-    )
+        Returns:
+            int32 [num_sequences, sequence_length], spooled. The incomplete last one is dropped.
+        """
+        self.num_sequences(sequence_length=sequence_length, bounds=bounds)
+        stream, tail = Spool(), self.tokens[:0]
+        for first in range(0, len(self), _PACKED_DOCUMENTS):
+            piece = self.closed_tokens(bounds, first=first, count=_PACKED_DOCUMENTS)
+            rows, tail = bounds.cut_rows(tail, piece, sequence_length=sequence_length)
+            stream.append(rows.contiguous().view(-1).numpy().data.cast("B"))
+        return stream.tensor("i4").view(-1, sequence_length)
 
 
 class _Encoded(NamedTuple):
@@ -484,7 +546,7 @@ def _encoded(
             yield _truncated(document.text, next(encodings), limit)
             continue
         if chat.tokenizer is None:
-            marked = marked_answers(next(encodings), conversation.answer_spans)
+            marked = _marked_answers(next(encodings), conversation.answer_spans)
         else:
             marked = chat.render(conversation, name)
         size = chat.answer_bytes(conversation)
@@ -493,6 +555,24 @@ def _encoded(
             kept = ids_of(marked[~is_unpredicted(marked)]).tolist()
             size = min(size, len(tokenizer.decode(kept).encode()))
         yield _Encoded(marked, size, is_cut)
+
+
+def _marked_answers(encoding: Any, spans: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Return the tokens of a plain text, of which those of the answers are predicted, int32 [T].
+
+    Args:
+        encoding: a `tokenizers.Encoding` of the text, with offsets.
+        spans: start and end of each answer, in characters.
+    """
+    import numpy as np
+
+    offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+    is_answer = np.zeros(len(offsets), dtype=bool)
+    for start, end in spans:
+        # A token with the space before an answer belongs to the answer
+        is_answer |= (offsets[:, 1] > start) & (offsets[:, 0] < end)
+    ids = np.asarray(encoding.ids, dtype=np.int32)
+    return ids | np.where(is_answer, ANSWER, CONTEXT).astype(np.int32)
 
 
 def _truncated(text: str, encoding: Any, limit: int | None) -> _Encoded:
@@ -505,56 +585,6 @@ def _truncated(text: str, encoding: Any, limit: int | None) -> _Encoded:
             num_kept -= 1
         text = text[: offsets[num_kept - 1][1]] if num_kept else ""
     return _Encoded(encoding.ids[:num_kept], len(text.encode()))
-
-
-def tokenise_texts(texts: Iterable[str], tokenizer: Tokenizer) -> TokenisedDocuments:
-    """Tokenise texts in memory; each is a document named by its number."""
-    return tokenise([Document(str(number), text) for number, text in enumerate(texts)], tokenizer)
-
-
-def check_packs(documents: TokenisedDocuments, *, sequence_length: int, bounds: TextBounds) -> int:
-    """Return the number of sequences of packed documents."""
-    bounds.check_length(sequence_length)
-    available = documents.num_closed_tokens(bounds)
-    if available < sequence_length:
-        raise RequestError(
-            f"data.sequence_length={sequence_length}: the {len(documents)} documents have only "
-            f"{available} tokens. Add documents, or set at most {available}."
-        )
-    return available // sequence_length
-
-
-def pack(documents: TokenisedDocuments, *, sequence_length: int, bounds: TextBounds) -> Tensor:
-    """Concatenate documents, each with its start and an end of text, and cut them into sequences.
-
-    Returns:
-        int32 [num_sequences, sequence_length], spooled. The incomplete last sequence is dropped.
-    """
-    check_packs(documents, sequence_length=sequence_length, bounds=bounds)
-    stream, tail = Spool(), documents.tokens[:0]
-    for first in range(0, len(documents), _PACKED_DOCUMENTS):
-        piece = documents.closed_tokens(bounds, first=first, count=_PACKED_DOCUMENTS)
-        rows, tail = cut_rows(tail, piece, sequence_length=sequence_length, bounds=bounds)
-        stream.append(rows.contiguous().view(-1).numpy().data.cast("B"))
-    return stream.tensor("i4").view(-1, sequence_length)
-
-
-def cut_rows(
-    tail: Tensor, tokens: Tensor, *, sequence_length: int, bounds: TextBounds
-) -> tuple[Tensor, Tensor]:
-    """Cut a stream into sequences, int32 [N, T], and the tokens that remain.
-
-    Args:
-        tail: tokens that remained before.
-        tokens: those after them.
-        sequence_length: T.
-        bounds: of the documents.
-    """
-    import torch
-
-    joined = torch.cat([tail, tokens])
-    end = len(joined) // sequence_length * sequence_length
-    return bounds.begun(joined[:end].view(-1, sequence_length)), joined[end:].clone()
 
 
 def concatenate(sequences: Sequence[Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ from itertools import count, islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 from tritter.data.chat import ANSWER, ids_of
-from tritter.data.tokens import TextBounds, encoded_texts, tokenise_texts, whole_texts
+from tritter.data.tokens import TextBounds, TokenisedDocuments, encoded_texts, parsed_tokenizer
 from tritter.errors import Problem, RequestError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from tritter.data.packing import Packing
 
-Merges = tuple[tuple[int, int], ...]
+_Merges = tuple[tuple[int, int], ...]
 
 _FIRST_CHARACTER = 0x10000  # of the characters that stand for tokens while merges are learned
 _LAST_CHARACTER = 0x10FFFF
@@ -74,7 +74,7 @@ class ExtendedTokenizer:
     """
 
     content: Mapping[str, Any]
-    merges: Merges
+    merges: _Merges
 
     @cached_property
     def _tokens(self) -> _Tokens:
@@ -119,58 +119,191 @@ class ExtendedTokenizer:
 
     def tokenizer(self) -> Tokenizer:
         """Return the extended tokenizer."""
-        from tokenizers import Tokenizer
 
-        return whole_texts(Tokenizer.from_str(self.text))
+        return parsed_tokenizer(self.text)
+
+    def mean_rows(self) -> list[dict[int, float]]:
+        """Return each new row as the mean of the old tokens that the token consists of."""
+        rows = []
+        for number in self.new_ids:
+            parts, row = self.parts[number], dict[int, float]()
+            for part in parts:
+                row[part] = row.get(part, 0.0) + 1 / len(parts)
+            rows.append(row)
+        return rows
+
+    def overlap_rows(self) -> list[dict[int, float]]:
+        """Return each new row as a mixture of the old tokens with the most similar characters.
+
+        As in FOCUS (arXiv 2305.14481) the weights are a sparsemax of similarities; these are
+        cosines of character n-grams, so no auxiliary embedding is trained. A token that resembles
+        none gets the mean of its parts.
+        """
+        import numpy as np
+
+        made_ids = frozenset(self.new_ids)
+        old = [number for number in self.surfaces if number not in made_ids]
+        new, fallback = list(self.new_ids), self.mean_rows()
+        columns: dict[str, int] = {}
+        known, made = (
+            _grams([self.surfaces[number] for number in numbers], columns) for numbers in (old, new)
+        )
+        rows = []
+        for begin in range(0, len(new), _BATCH):
+            similar = (made[begin : begin + _BATCH, : known.shape[1]] @ known.T).toarray()
+            best = np.argsort(-similar, axis=1, kind="stable")[:, :_NEIGHBOURS]
+            for number, places in enumerate(best):
+                weights = _sparsemax(_SHARPNESS * similar[number, places])
+                found = {
+                    old[place]: float(w) for place, w in zip(places, weights, strict=True) if w
+                }
+                is_similar = similar[number, places[0]] > 0
+                rows.append(found if is_similar else fallback[begin + number])
+        return rows
+
+    def row_weights(
+        self, init: str, *, fitted: Mapping[int, Mapping[int, float]]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the embedding rows of the new tokens, as tensors of `BoundVocab.rows`.
+
+        Args:
+            init: `overlap`; otherwise each row is the mean of its parts.
+            fitted: new token → old row → weight, in place of these.
+        """
+        import torch
+
+        found = self.overlap_rows() if init == "overlap" else self.mean_rows()
+        rows = [fitted.get(number, row) for number, row in zip(self.new_ids, found, strict=True)]
+        width = max(map(len, rows), default=1)
+        index = torch.full((len(rows), width), 0)
+        weights = torch.zeros(len(rows), width, dtype=torch.float64)
+        for number, row in enumerate(rows):
+            index[number, : len(row)] = torch.tensor([*row])
+            weights[number, : len(row)] = torch.tensor([*row.values()], dtype=torch.float64)
+        return index, weights
 
 
-def require_bpe(tokenizer: Tokenizer, *, key: str = _KEY) -> dict[str, Any]:
-    """Return the content of a tokenizer after checking that merges extend it."""
-    content: dict[str, Any] = json.loads(tokenizer.to_str())
-    kind = content["model"].get("type")
-    if kind != "BPE" or content["model"].get("continuing_subword_prefix"):
-        reason = f"it extends BPE tokenizers by merges, and this one is of the type {kind}"
-        raise RequestError(Problem(key, reason=reason))
-    return content
-
-
-def learn_merges(
-    tokenizer: Tokenizer, texts: Iterable[str], *, num_tokens: int, is_at_most: bool = False
-) -> Merges:
-    """Return the merges that give the most frequent new tokens of some texts.
-
-    The tokens of each word are written as characters, and the trainer of `tokenizers` learns
-    merges of these. Merges never cross words or join special tokens and single bytes.
+class BpeTokenizer:
+    """A tokenizer that merges extend.
 
     Args:
-        tokenizer: the tokenizer to extend.
-        texts: the documents.
-        num_tokens: number of new tokens.
-        is_at_most: fewer tokens are fine, but at least one.
+        tokenizer: the tokenizer.
+        key: configuration key, for messages.
+
+    Attributes:
+        content: its tokenizer.json.
 
     Raises:
-        RequestError: it is not a BPE tokenizer, or the texts have too few frequent pairs.
+        RequestError: it is not a BPE tokenizer.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    content = require_bpe(tokenizer)
-    lines = list(_Words(tokenizer, content).lines(texts))
-    size, made = len(set().union(*lines)) + num_tokens, 0
-    for spare in (64 + num_tokens // 8, 64 + 4 * num_tokens):  # merges that give no new token
-        trainee = Tokenizer(models.BPE())
-        trainee.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        trainer = trainers.BpeTrainer(vocab_size=size + spare, show_progress=False, min_frequency=2)
-        trainee.train_from_iterator(lines, trainer=trainer)
-        merges = _first_merges(trainee, content, num_tokens)
-        made = len(ExtendedTokenizer(content, tuple(merges)).new_ids)
-        if made == num_tokens:
+    def __init__(self, tokenizer: Tokenizer, *, key: str = _KEY) -> None:
+        self.tokenizer = tokenizer
+        self.content: dict[str, Any] = json.loads(tokenizer.to_str())
+        model = self.content["model"]
+        if (kind := model.get("type")) != "BPE" or model.get("continuing_subword_prefix"):
+            reason = f"it extends BPE tokenizers by merges, and this one is of the type {kind}"
+            raise RequestError(Problem(key, reason=reason))
+
+    def learn(self, texts: Iterable[str], *, num_tokens: int, is_at_most: bool = False) -> _Merges:
+        """Return the merges that give the most frequent new tokens of some texts.
+
+        The tokens of each word are written as characters, and the trainer of `tokenizers` learns
+        merges of these. Merges never cross words or join special tokens and single bytes.
+
+        Args:
+            texts: the documents.
+            num_tokens: number of new tokens.
+            is_at_most: fewer tokens are fine, but at least one.
+
+        Raises:
+            RequestError: the texts have too few frequent pairs.
+        """
+        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+        lines = list(_Words(self.tokenizer, self.content).lines(texts))
+        size, made = len(set().union(*lines)) + num_tokens, 0
+        for spare in (64 + num_tokens // 8, 64 + 4 * num_tokens):  # merges that give no new token
+            trainee = Tokenizer(models.BPE())
+            trainee.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+            trainer = trainers.BpeTrainer(
+                vocab_size=size + spare, show_progress=False, min_frequency=2
+            )
+            trainee.train_from_iterator(lines, trainer=trainer)
+            merges = _first_merges(trainee, self.content, num_tokens)
+            made = len(ExtendedTokenizer(self.content, tuple(merges)).new_ids)
+            if made == num_tokens:
+                return tuple(merges)
+        if is_at_most and made:
             return tuple(merges)
-    if is_at_most and made:
-        return tuple(merges)
-    reason = (
-        f"the new data has only {made} frequent pairs of tokens; set at most {made}, or add data"
-    )
-    raise RequestError(Problem(f"{_KEY}.new_tokens", num_tokens, reason=reason))
+        reason = f"the new data has only {made} frequent pairs of tokens; set at most {made}, or "
+        reason += "add data"
+        raise RequestError(Problem(f"{_KEY}.new_tokens", num_tokens, reason=reason))
+
+    def merges_of(
+        self,
+        tokens: Iterable[str],
+        *,
+        key: str,
+        is_lenient: bool = False,
+        most: int | None = None,
+    ) -> _Merges:
+        """Return merges that make given texts single tokens.
+
+        Merges go from left to right, and each result becomes a token.
+
+        Args:
+            tokens: the texts; a leading space belongs to the token.
+            key: configuration key of the tokens, for messages.
+            is_lenient: skip texts that can't be tokens.
+            most: limit of new tokens.
+        """
+        known, ranks = _Tokens(self.content), dict[tuple[int, int], int]()
+        unknown = known.ids.get(self.content["model"].get("unk_token") or "")
+        for token in tokens:
+            surface, reason = self._surface(token)
+            ids = [] if reason else [each.id for each in self.tokenizer.model.tokenize(surface)]
+            if any(each == unknown or known.texts[each].startswith("<0x") for each in ids):
+                reason = "it has characters that the tokenizer writes as single bytes"
+            if reason and not is_lenient:
+                raise RequestError(Problem(key, token, reason=reason))
+            ids = [] if reason else _merged(ids, ranks, known)
+            if most is not None and len(known.new_ids) + max(len(ids) - 1, 0) > most:
+                break
+            while len(ids) > 1:
+                left, right = ids[:2]
+                ranks.setdefault((left, right), len(ranks))
+                known.merge(left, right)
+                ids = _merged(ids, ranks, known)
+        return tuple(ranks)
+
+    def texts(self) -> dict[int, str]:
+        """Return token id → its text, without special tokens and parts of characters."""
+        special = {entry["id"] for entry in self.content.get("added_tokens") or ()}
+        is_byte_level, texts = self._is_byte_level, dict[int, str]()
+        for surface, number in self.content["model"]["vocab"].items():
+            if is_byte_level:
+                text = self.tokenizer.decoder.decode([surface])
+            else:
+                text = surface.replace(_WORD_START, " ")
+            if number not in special and "�" not in text and not surface.startswith("<0x"):
+                texts[number] = text
+        return texts
+
+    def _surface(self, token: str) -> tuple[str, str]:
+        """Return the form of a text in the vocabulary, and the reason why it can't be a token."""
+        if not self._is_byte_level:
+            has_space = " " in token.lstrip(" ") or not token.strip()
+            return token.replace(" ", _WORD_START), "a token can't cross words" if has_space else ""
+        pieces = [text for text, _ in self.tokenizer.pre_tokenizer.pre_tokenize_str(token)]
+        if len(pieces) == 1:
+            return str(pieces[0]), ""
+        return "", f"the tokenizer splits it into {len(pieces)} words; a token can't cross words"
+
+    @property
+    def _is_byte_level(self) -> bool:
+        stated = [self.content.get("pre_tokenizer"), self.content.get("decoder")]
+        return "ByteLevel" in json.dumps(stated)
 
 
 def _first_merges(
@@ -232,46 +365,6 @@ class _Words:
                 yield spaced.astype("<u4").tobytes().decode("utf-32-le")
 
 
-def give_merges(
-    tokenizer: Tokenizer,
-    tokens: Iterable[str],
-    *,
-    key: str,
-    is_lenient: bool = False,
-    most: int | None = None,
-) -> Merges:
-    """Return merges that make given texts single tokens.
-
-    Merges go from left to right, and each result becomes a token.
-
-    Args:
-        tokenizer: the tokenizer to extend.
-        tokens: the texts; a leading space belongs to the token.
-        key: configuration key of the tokens, for messages.
-        is_lenient: skip texts that can't be tokens.
-        most: limit of new tokens.
-    """
-    content = require_bpe(tokenizer)
-    known, ranks = _Tokens(content), dict[tuple[int, int], int]()
-    unknown = known.ids.get(content["model"].get("unk_token") or "")
-    for token in tokens:
-        surface, reason = _surface(tokenizer, content, token)
-        ids = [] if reason else [each.id for each in tokenizer.model.tokenize(surface)]
-        if any(each == unknown or known.texts[each].startswith("<0x") for each in ids):
-            reason = "it has characters that the tokenizer writes as single bytes"
-        if reason and not is_lenient:
-            raise RequestError(Problem(key, token, reason=reason))
-        ids = [] if reason else _merged(ids, ranks, known)
-        if most is not None and len(known.new_ids) + max(len(ids) - 1, 0) > most:
-            break
-        while len(ids) > 1:
-            left, right = ids[:2]
-            ranks.setdefault((left, right), len(ranks))
-            known.merge(left, right)
-            ids = _merged(ids, ranks, known)
-    return tuple(ranks)
-
-
 def _merged(ids: Sequence[int], ranks: Mapping[tuple[int, int], int], known: _Tokens) -> list[int]:
     """Apply new merges to the old tokens of a word, lowest rank first."""
     merged = list(ids)
@@ -280,88 +373,6 @@ def _merged(ids: Sequence[int], ranks: Mapping[tuple[int, int], int], known: _To
         place = list(pairwise(merged)).index((left, right))
         merged[place : place + 2] = [known.merge(left, right)]
     return merged
-
-
-def _surface(tokenizer: Tokenizer, content: Mapping[str, Any], token: str) -> tuple[str, str]:
-    """Return the form of a text in the vocabulary, and the reason why it can't be a token."""
-    if not _is_byte_level(content):
-        has_space = " " in token.lstrip(" ") or not token.strip()
-        return token.replace(" ", _WORD_START), "a token can't cross words" if has_space else ""
-    pieces = [text for text, _ in tokenizer.pre_tokenizer.pre_tokenize_str(token)]
-    if len(pieces) == 1:
-        return str(pieces[0]), ""
-    return "", f"the tokenizer splits it into {len(pieces)} words; a token can't cross words"
-
-
-def _is_byte_level(content: Mapping[str, Any]) -> bool:
-    return "ByteLevel" in json.dumps([content.get("pre_tokenizer"), content.get("decoder")])
-
-
-def texts_of_tokens(tokenizer: Tokenizer) -> dict[int, str]:
-    """Return token id → its text, without special tokens and parts of characters."""
-    content = require_bpe(tokenizer, key=f"{_KEY}.tokenizer")
-    special = {entry["id"] for entry in content.get("added_tokens") or ()}
-    is_byte_level, texts = _is_byte_level(content), dict[int, str]()
-    for surface, number in content["model"]["vocab"].items():
-        if is_byte_level:
-            text = tokenizer.decoder.decode([surface])
-        else:
-            text = surface.replace(_WORD_START, " ")
-        if number not in special and "�" not in text and not surface.startswith("<0x"):
-            texts[number] = text
-    return texts
-
-
-def row_weights(rows: Sequence[Mapping[int, float]]) -> tuple[Tensor, Tensor]:
-    """Return new embedding rows, each old row → weight, as tensors of `BoundVocab.rows`."""
-    import torch
-
-    width = max(map(len, rows), default=1)
-    index = torch.full((len(rows), width), 0)
-    weights = torch.zeros(len(rows), width, dtype=torch.float64)
-    for number, row in enumerate(rows):
-        index[number, : len(row)] = torch.tensor([*row])
-        weights[number, : len(row)] = torch.tensor([*row.values()], dtype=torch.float64)
-    return index, weights
-
-
-def mean_rows(extended: ExtendedTokenizer) -> list[dict[int, float]]:
-    """Return each new row as the mean of the old tokens that the token consists of."""
-    rows = []
-    for number in extended.new_ids:
-        parts, row = extended.parts[number], dict[int, float]()
-        for part in parts:
-            row[part] = row.get(part, 0.0) + 1 / len(parts)
-        rows.append(row)
-    return rows
-
-
-def overlap_rows(extended: ExtendedTokenizer) -> list[dict[int, float]]:
-    """Return each new row as a mixture of the old tokens with the most similar characters.
-
-    As in FOCUS (arXiv 2305.14481) the weights are a sparsemax of similarities; these are cosines
-    of character n-grams, so no auxiliary embedding is trained. A token that resembles none gets
-    the mean of its parts.
-    """
-    import numpy as np
-
-    made_ids = frozenset(extended.new_ids)
-    old = [number for number in extended.surfaces if number not in made_ids]
-    new, fallback = list(extended.new_ids), mean_rows(extended)
-    columns: dict[str, int] = {}
-    known, made = (
-        _grams([extended.surfaces[number] for number in numbers], columns) for numbers in (old, new)
-    )
-    rows = []
-    for begin in range(0, len(new), _BATCH):
-        similar = (made[begin : begin + _BATCH, : known.shape[1]] @ known.T).toarray()
-        best = np.argsort(-similar, axis=1, kind="stable")[:, :_NEIGHBOURS]
-        for number, places in enumerate(best):
-            weights = _sparsemax(_SHARPNESS * similar[number, places])
-            found = {old[place]: float(w) for place, w in zip(places, weights, strict=True) if w}
-            is_similar = similar[number, places[0]] > 0
-            rows.append(found if is_similar else fallback[begin + number])
-    return rows
 
 
 def _grams(texts: Sequence[str], columns: dict[str, int]) -> Any:
@@ -467,12 +478,12 @@ def retokenised(
     if not texts:
         return sequences.int()
     if packing == "documents":
-        documents = tokenise_texts(texts, new)
+        documents = TokenisedDocuments.of_texts(texts, new)
         if documents.num_tokens + len(documents) < length:  # a single short sequence
-            documents = tokenise_texts(texts * length, new)
+            documents = TokenisedDocuments.of_texts(texts * length, new)
         again = packed(documents, packing=packing, sequence_length=length, bounds=bounds)
         return torch.as_tensor(again).int()
-    ids, documents = list[int](), tokenise_texts([text for text, _ in pieces], new)
+    ids, documents = list[int](), TokenisedDocuments.of_texts([text for text, _ in pieces], new)
     for number, (text, is_ended) in enumerate(pieces):  # a row may end within a document
         ids += bounds.marked_start if text else ()
         ids += documents.document(number).tolist() + [bounds.end] * is_ended

@@ -11,11 +11,9 @@ from torch.nn.functional import cross_entropy
 
 from tritter.data.packing import (
     IGNORED,
+    Windows,
     inputs_for,
     labels_of,
-    window_batches,
-    window_tensors,
-    windows_of,
 )
 from tritter.data.tokens import TextBounds, TokenisedDocuments
 from tritter.errors import TritterError
@@ -55,7 +53,7 @@ def document_losses(
         positions: float64 [2, sequence_length], to which the nats and the number of tokens at each
             position of a window are added.
     """
-    windows = windows_of(documents, sequence_length=sequence_length, bounds=bounds)
+    windows = Windows(documents, sequence_length=sequence_length, bounds=bounds)
     if not windows:
         raise TritterError("evaluation: the validation documents contain no tokens")
     nats = torch.zeros(len(documents), dtype=torch.float64)
@@ -64,8 +62,8 @@ def document_losses(
         done = 0
         longest = max(window.length for window in windows)
         batch_size = batch_that_fits(batch_size, longest, vocab_size_of(model))
-        for batch in window_batches(windows, batch_size=batch_size):
-            input_ids, targets = window_tensors(batch, documents.tokens, bounds=bounds)
+        for batch in windows.batches(batch_size=batch_size):
+            input_ids, targets = windows.tensors(batch)
             inputs = inputs_for(model, input_ids.to(device))
             logits = model(input_ids=inputs, use_cache=False).logits
             row = torch.tensor([window.document for window in batch])

@@ -19,9 +19,9 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from tritter.data.chat import Chat, ids_of, is_unpredicted
-from tritter.data.conversations import PART_BREAK
 from tritter.data.packing import IGNORED, reading_whole
-from tritter.data.skills import Question, question_and_answer
+from tritter.data.records import PART_BREAK, Conversation
+from tritter.data.skills import Question
 from tritter.data.tokens import TextBounds
 from tritter.errors import TritterError
 from tritter.evaluation.inference import continued_text, eval_mode, sample_text
@@ -275,7 +275,7 @@ def _plain_rows(
 def _chat_rows(pairs: Sequence[tuple[str, str]], chat: Chat, reader: Reader) -> list[_Row]:
     rows, ends = [], torch.tensor(reader.bounds.ends)
     for prompt, answer in pairs:
-        marked = chat.render(question_and_answer(prompt, answer), prompt)
+        marked = chat.render(Conversation.of_question(prompt, answer), prompt)
         is_predicted = torch.from_numpy(~is_unpredicted(marked))
         ids = ids_of(torch.from_numpy(marked))
         is_answer = is_predicted & ~torch.isin(ids, ends)

@@ -35,7 +35,7 @@ from tritter.core.models import backbone_of, head_of, load_model, model_of
 from tritter.data.batches import BatchStream, this_rank
 from tritter.data.chat import Chat
 from tritter.data.mixed_rows import OldData, PackedText, check_old_data, mixed_loader
-from tritter.data.packing import marks_read
+from tritter.data.packing import MarkedText
 from tritter.errors import Problem, RequestError, nearest, raise_problems
 from tritter.evaluation.gate import GateResult, retention_check
 from tritter.evaluation.losses import document_losses
@@ -507,7 +507,7 @@ class _Forgetting:
         teacher = self._teacher()
         saved = None if folder is None else self._read(folder)
         if saved is None:
-            with marks_read(model, self._packing.bounds):
+            with MarkedText(self._packing.bounds).attached(model):
                 state, written = self._prepare_methods()
         else:  # the loaded state below already includes the first state
             ones = {name: value.float() for name, value in _all_old(model).items()}
@@ -526,7 +526,7 @@ class _Forgetting:
         )
         self.methods = build_methods(self._components)
         for method in self.methods:
-            with marks_read(model, self._packing.bounds):
+            with MarkedText(self._packing.bounds).attached(model):
                 method.begin_task(model, self._task)
             if saved is not None:
                 method.load_state_dict(saved["methods"][method.name])
@@ -661,7 +661,7 @@ class _Forgetting:
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """Let methods see the model after an optimizer step; step 0 is before the first."""
-        with _stock_forward(model), marks_read(model, self._packing.bounds):
+        with _stock_forward(model), MarkedText(self._packing.bounds).attached(model):
             for method in self.methods:
                 method.observe_step(model, step)
 

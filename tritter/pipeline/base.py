@@ -27,7 +27,7 @@ from tritter.core.models import new_model, read_model, save_tokenizer
 from tritter.data.cache import entry_lock, quarantine
 from tritter.data.chat import NONE, TEMPLATE_FILE, TOKENIZER, read_template
 from tritter.data.datasets import stream_identity
-from tritter.data.tokens import END_OF_TEXT, read_tokenizer
+from tritter.data.tokens import END_OF_TEXT, PretrainedTokenizer
 from tritter.errors import Problem, RequestError, TritterError, key_name, raise_problems
 from tritter.methods.forgetting.path_integral import PathIntegral
 from tritter.methods.forgetting.si import WeightPath
@@ -347,7 +347,7 @@ def _check_teacher(run: Run) -> None:
                 "teacher with the same tokenizer"
             )
         elif (
-            read_tokenizer(folder, vocab_size=own).tokenizer.get_vocab()
+            PretrainedTokenizer.read(folder, vocab_size=own).tokenizer.get_vocab()
             != run.data.corpus.tokenizer.get_vocab()
         ):
             reason = (

@@ -10,12 +10,12 @@ from tritter.checkpoints import Lineage
 from tritter.checkpoints.run_text import RunText, recorded_chat
 from tritter.config.validation import cache_folder
 from tritter.data.answers import scoring_note, unanswered_note
-from tritter.data.corpus import build_corpus
+from tritter.data.corpus import Corpus
 from tritter.data.documents import PIECE_CHARACTERS
 from tritter.data.options import TextDataConfig
 from tritter.data.records import DEFAULT_FIELD
-from tritter.data.sources import find_texts, source_documents
-from tritter.data.tokens import PretrainedTokenizer, TokenisedDocuments, tokenise, unencoded_note
+from tritter.data.sources import FoundTexts, TextRequest
+from tritter.data.tokens import PretrainedTokenizer, TokenisedDocuments, unencoded_note
 from tritter.errors import RequestError
 from tritter.evaluation.statistics import PairedScores
 from tritter.evaluation.tasks import Reader
@@ -55,15 +55,15 @@ class DomainsToScore:
         """
         size = lineage.split.piece_characters if lineage and lineage.split else PIECE_CHARACTERS
         found = {
-            name: source_documents(
+            name: TextRequest(
                 paths, key=f"--data {name}", text_field=text_field, piece_characters=size
-            )
+            ).documents()
             for name, paths in sources.items()
         }
         count = sum(each.num_conversations() for each in found.values())
         chat = corpus_chat(count > 0, recorded_chat(lineage), folder)
         documents = {
-            name: tokenise(
+            name: TokenisedDocuments.of(
                 domain_documents,
                 tokenizer.tokenizer,
                 max_tokens_per_document=max(length, _MAX_TOKENS_PER_DOCUMENT),
@@ -71,7 +71,7 @@ class DomainsToScore:
             )
             for name, domain_documents in found.items()
         }
-        files = (find_texts(f"--data {n}", paths).note(n) for n, paths in sources.items())
+        files = (FoundTexts.of(f"--data {n}", paths).note(n) for n, paths in sources.items())
         notes = list(filter(None, files))
         notes += [note for texts in found.values() for note in texts.notes]
         for n, each in documents.items():
@@ -121,7 +121,7 @@ class DomainsToScore:
             )
         found = all_documents(text.domains)
         is_chat = any(each.num_conversations() for each in found.values())
-        corpus = build_corpus(
+        corpus = Corpus.build(
             found,
             origin="the domains in the lineage",
             vocab_size=tokenizer.tokenizer.get_vocab_size(),

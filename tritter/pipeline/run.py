@@ -19,9 +19,9 @@ from tritter.checkpoints.location import checkpoint_model
 from tritter.config.schema import CheckpointModelConfig, RunConfig
 from tritter.core.models import load_model, read_model
 from tritter.data.answers import TrainingCounts, scoring_note
-from tritter.data.datasets import HEAD_ROWS
+from tritter.data.datasets import DatasetName
 from tritter.data.packing import padding_fraction
-from tritter.data.sources import find_texts
+from tritter.data.sources import FoundTexts
 from tritter.errors import RequestError, TritterError, key_name
 from tritter.evaluation.statistics import score_file
 from tritter.methods.forgetting import needs_of
@@ -131,11 +131,11 @@ class Run:
         """Notes on the inputs of the run, a sentence each."""
         data, source = self.data, self.data.model
         # Skipped files of each domain
-        notes = [find_texts(each.key, each.paths).note(each.name) for each in data.text.domains]
+        notes = [FoundTexts.of(each.key, each.paths).note(each.name) for each in data.text.domains]
         notes += [*data.text.notes, *data.corpus.notes]
         notes += [
             f"{name} is streamed: training reads all of it, everything else its first "
-            f"{HEAD_ROWS:,} rows."
+            f"{DatasetName.HEAD_ROWS:,} rows."
             for name in data.streams
         ]
         if data.packing == "documents":

@@ -17,34 +17,26 @@ from tritter.config.schema import RunConfig
 from tritter.core.families import Model
 from tritter.core.models import load_tokenizer
 from tritter.data.batches import BatchStream, Sequences, SequenceStream, sample_equally
-from tritter.data.built_in import built_in_origin, is_built_in, questions_of
-from tritter.data.chat import (
-    LOSS_KEY,
-    NONE,
-    TEMPLATE_KEY,
-    Chat,
-    ChatChoice,
-    chat_of,
-    is_unpredicted,
-)
-from tritter.data.conversations import NO_ANSWERS
-from tritter.data.corpus import Corpus, build_corpus, stdlib_corpus
+from tritter.data.built_in import built_in_origin, is_built_in
+from tritter.data.chat import NONE, Chat, ChatChoice, is_unpredicted
+from tritter.data.corpus import Corpus
 from tritter.data.datamodule import ValidationSubset
-from tritter.data.datasets import DatasetName, dataset_names, stream_identity
+from tritter.data.datasets import DatasetName, stream_identity
 from tritter.data.documents import Documents
 from tritter.data.local_files import TextFileError
 from tritter.data.options import NamedTextConfig
-from tritter.data.packing import DocumentMask, MarkedText, Packing, num_packed, packed, read_marks
+from tritter.data.packing import DocumentMask, MarkedText, Packing, num_packed, packed
+from tritter.data.records import NO_ANSWERS
 from tritter.data.replay import ReplayBuffer
-from tritter.data.stream import SequenceOptions, StreamedSequences
+from tritter.data.skills import SkillText
+from tritter.data.stream import StreamedSequences
 from tritter.data.tokens import (
     END_OF_TEXT,
     PretrainedTokenizer,
     TextBounds,
     TokenisedDocuments,
     concatenate,
-    copy_backend,
-    read_tokenizer,
+    parsed_tokenizer,
 )
 from tritter.errors import Problem, RequestError
 from tritter.evaluation.losses import batch_that_fits
@@ -170,11 +162,11 @@ class RunData:
     def source_tokenizer(self) -> PretrainedTokenizer | None:
         """The tokenizer of the initial checkpoint, if any, or after an expansion."""
         if self.tokenizer is not None:
-            return read_tokenizer(self.tokenizer.folder, vocab_size=MAX_VOCABULARY)
+            return PretrainedTokenizer.read(self.tokenizer.folder, vocab_size=MAX_VOCABULARY)
         if self.initial_checkpoint is None:
             return None
         vocab_size = self.initial_checkpoint.model.sizes.vocab_size
-        return read_tokenizer(self.initial_checkpoint.folder, vocab_size=vocab_size)
+        return PretrainedTokenizer.read(self.initial_checkpoint.folder, vocab_size=vocab_size)
 
     @property
     def bounds(self) -> TextBounds:
@@ -208,13 +200,13 @@ class RunData:
         domains = self.text.domains
         # Only the embedded corpus has an index in the cache
         if [(domain.name, domain.paths) for domain in domains] == _STDLIB_DOMAINS:
-            return stdlib_corpus(**settings)
+            return Corpus.of_stdlib(**settings)
         origin = {domain.name: _origin(domain, config) for domain in domains}
         documents = all_documents(domains)
         folder = None if self.initial_checkpoint is None else self.initial_checkpoint.folder
         is_chat = any(each.num_conversations() for each in documents.values())
         chat = corpus_chat(is_chat, self.chat_choice, folder)
-        corpus = build_corpus(documents, origin=origin, chat=chat, **settings)
+        corpus = Corpus.build(documents, origin=origin, chat=chat, **settings)
         for domain in domains:
             found = corpus.domains[domain.name]
             for side in (found.train, found.validation):
@@ -293,7 +285,7 @@ class RunData:
 
     def masked(self, model: nn.Module) -> nn.Module:
         """Return a model that reads the run's training sequences, with their document mask."""
-        return model if self.marks is None else read_marks(model, self.marks)
+        return model if self.marks is None else self.marks.attach(model)
 
     def sample_equally(self, domains: Sequence[str], count: int, *purpose: str) -> Tensor:
         """Return `count` random training sequences [N, T], equally many per domain.
@@ -387,16 +379,17 @@ class RunData:
     def _streamed(self, name: str, seed: int) -> StreamedSequences:
         """Return the training sequences of a streamed domain."""
         (domain,) = (each for each in self.text.domains if each.name == name)
-        options = SequenceOptions(
+        return StreamedSequences(
+            self.streams[name],
+            key=domain.key,
             rule=self.text.split,
-            tokenizer=copy_backend(self.corpus.tokenizer),  # for its thread
+            tokenizer=parsed_tokenizer(self.corpus.tokenizer.to_str()),  # for its thread
             chat=self.corpus.chat,
             packing=self.packing,
             sequence_length=self.config.data.sequence_length,
             bounds=self.bounds,
+            seed=derived_seed(seed, "domain", name),
         )
-        own = derived_seed(seed, "domain", name)
-        return StreamedSequences(self.streams[name], key=domain.key, options=options, seed=own)
 
     @cached_property
     def validation_subset(self) -> ValidationSubset | None:
@@ -426,7 +419,7 @@ class RunData:
             return self.own.tasks
         options = self.config.evaluation
         number = options.task_questions
-        questions = {d.name: questions_of(d.paths, number) for d in self.text.domains}
+        questions = {d.name: SkillText.questions_of(d.paths, number) for d in self.text.domains}
         skills = (
             QuestionTask(name, name, asked, self.corpus.chat)
             for name, asked in questions.items()
@@ -547,21 +540,15 @@ def corpus_chat(is_chat: bool, data: ChatChoice, folder: Path | None) -> Chat | 
         folder: the checkpoint with the tokenizer; None for a new base model.
     """
     if is_chat:
-        return chat_of(data, tokenizer=None if folder is None else load_tokenizer(folder))
-    for key, value, is_used in (
-        (TEMPLATE_KEY, data.chat_template, data.chat_template not in (None, NONE)),
-        (LOSS_KEY, data.loss_on, data.loss_on == "answers"),
-    ):
-        if is_used:
-            reason = "the data has no conversations; remove the key"
-            raise RequestError(Problem(key, value, reason=reason))
+        return Chat.of(data, tokenizer=None if folder is None else load_tokenizer(folder))
+    data.check_unused()
     return None
 
 
 def _origin(domain: DomainText, config: RunConfig) -> str:
     if domain.texts is not None:
         return dotted(type(config.data))
-    datasets = dataset_names(domain.paths)
+    datasets = DatasetName.names_in(domain.paths)
     has_files = any(not is_built_in(path) and path not in datasets for path in domain.paths)
     origins = (
         built_in_origin(domain.paths),

@@ -16,7 +16,7 @@ from tritter.core.families import Flops
 from tritter.core.models import load_tokenizer, wrapped_tokenizer
 from tritter.data.benchmark_names import CODE, benchmark_names
 from tritter.data.chat import NONE, TOKENIZER, ChatChoice, read_template
-from tritter.data.packing import windows_of
+from tritter.data.packing import Windows
 from tritter.data.tokens import TokenisedDocuments
 from tritter.errors import Problem, RequestError, TritterError
 from tritter.evaluation.benchmarks.files import Questions, TasksFolder
@@ -97,7 +97,7 @@ class Scoring:
         lengths = Counter(
             window.length
             for documents in self.documents.values()
-            for window in windows_of(
+            for window in Windows(
                 documents, sequence_length=self.sequence_length, bounds=self.reader.bounds
             )
         )

@@ -19,9 +19,8 @@ from tritter.core.models import load_model, read_model
 from tritter.data.chat import ChatChoice, ids_of
 from tritter.data.documents import PIECE_CHARACTERS, Document
 from tritter.data.options import TextSources
-from tritter.data.sources import noted_documents
-from tritter.data.split import split_documents
-from tritter.data.tokens import PretrainedTokenizer, pack, read_tokenizer, tokenise
+from tritter.data.sources import TextRequest
+from tritter.data.tokens import PretrainedTokenizer, TokenisedDocuments
 from tritter.errors import Problem, RequestError
 from tritter.evaluation.gate import (
     Check,
@@ -72,7 +71,7 @@ def _load_recorded(kind: str, source: Lineage | None, result: Lineage | None) ->
         for name, domain in result.domains.items()
         if (name in new) == (kind == "target") and domain.paths
     }
-    parted = split_documents(documents, rule=result.split)
+    parted = result.split.split(documents)
     held_out = {name: split.validation for name, split in parted.items()}
     return _Domains(held_out, "the result records no such domain")
 
@@ -90,7 +89,9 @@ def _read(
     if named is not None:
         size = result.split.piece_characters if result and result.split else PIECE_CHARACTERS
         whole = {
-            name: noted_documents(paths, key=f"{option} {name}", piece_characters=size)
+            name: TextRequest(
+                paths, key=f"{option} {name}", piece_characters=size
+            ).noted_documents()
             for name, paths in named.items()
         }
         found = _Domains(whole, f"{option} contains no documents")
@@ -145,7 +146,7 @@ class Side:
         """
         model, tokenizer = read_model(folder), None
         if (folder / "tokenizer.json").is_file():
-            tokenizer = read_tokenizer(folder, vocab_size=model.sizes.vocab_size)
+            tokenizer = PretrainedTokenizer.read(folder, vocab_size=model.sizes.vocab_size)
         return cls(folder, model, Lineage.read(folder), tokenizer, TensorFolder.open(folder).dtypes)
 
     def load(self) -> nn.Module:
@@ -286,7 +287,7 @@ def _evaluate_side(
             is_chat = any(each.conversation for each in documents)
             scores[kind][domain] = document_losses(
                 model,
-                tokenise(
+                TokenisedDocuments.of(
                     documents, tokenizer.tokenizer, chat=corpus_chat(is_chat, data, owner.folder)
                 ),
                 sequence_length=min(side.longest, other.longest),
@@ -419,9 +420,9 @@ def _sequences(source: Side, result: Side, documents: Sequence[Document]) -> Ten
         tokenizer = source.tokenizer
     length = min(_SEQUENCE_LENGTH, source.longest, result.longest)
     if tokenizer is not None and documents:
-        tokens = tokenise(documents, tokenizer.tokenizer)
+        tokens = TokenisedDocuments.of(documents, tokenizer.tokenizer)
         if tokens.num_closed_tokens(tokenizer.bounds) >= length:
-            packed = pack(tokens, sequence_length=length, bounds=tokenizer.bounds)
+            packed = tokens.pack(sequence_length=length, bounds=tokenizer.bounds)
             return ids_of(packed[:: max(1, len(packed) // _SEQUENCES)][:_SEQUENCES]).long()
     generator = torch.Generator().manual_seed(0)
     ids = _old_ids(source, result)

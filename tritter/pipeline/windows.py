@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tritter.core.expansions import target_model
 from tritter.core.families import Flops
 from tritter.data.options import NamedTextConfig
-from tritter.data.packing import windows_of
+from tritter.data.packing import Windows
 from tritter.data.tokens import TokenisedDocuments
 from tritter.evaluation.gate import Check, retention_check
 from tritter.evaluation.losses import document_losses
@@ -162,7 +162,7 @@ def flops(data: RunData, reading: Flops, *, source_length: int, length: int) -> 
     return sum(
         reading.of(window.length)
         for documents in texts
-        for window in windows_of(documents, sequence_length=length, bounds=data.bounds)
+        for window in Windows(documents, sequence_length=length, bounds=data.bounds)
     )
 
 

@@ -27,7 +27,7 @@ from tritter.checkpoints.state import write_state
 from tritter.core.families import Flops
 from tritter.data.batches import this_rank
 from tritter.data.datamodule import ValidationSubset
-from tritter.data.packing import document_mask_of, lengths_read
+from tritter.data.packing import DocumentMask, lengths_read
 from tritter.errors import TritterError
 from tritter.seeds import derived_seed
 from tritter.stopping import Stopped
@@ -79,7 +79,7 @@ class WorkCount(Callback):
         module = base_of(pl_module)
         input_ids: Tensor = batch["input_ids"]
         lengths = {input_ids.shape[1]: len(input_ids) * trainer.world_size}
-        if document_mask_of(module.model) is not None:
+        if DocumentMask.of(module.model) is not None:
             lengths = lengths_read(module.model, input_ids)
             self.lengths.update(lengths)
         tokens = sum(length * number for length, number in lengths.items())

@@ -22,8 +22,7 @@ from tritter.core.expansions.moe_children import HiddenMoments, router_rows
 from tritter.core.families import forward_flops
 from tritter.core.families.config_file import read_model_file
 from tritter.data.chat import ids_of
-from tritter.data.split import training_texts
-from tritter.data.tokens import read_tokenizer, tokenise_texts
+from tritter.data.tokens import PretrainedTokenizer, TokenisedDocuments
 from tritter.errors import Problem, RequestError, TritterError, refused
 from tritter.storage.hashing import file_digest, merkle_hash
 from tritter.storage.hub import locate
@@ -227,7 +226,7 @@ def _texts(child: _OpenChild, name: str) -> Iterator[str]:
     domain, lineage = child.domains[name], child.source.own_lineage
     assert lineage.split is not None
     documents = domain.documents(lineage.split, key="data")
-    return training_texts({name: documents}, rule=lineage.split, names=[name])
+    return lineage.split.training_texts({name: documents}, [name])
 
 
 def _child_sequences(child: _OpenChild, *, length: int, vocab_size: int) -> Tensor:
@@ -235,13 +234,13 @@ def _child_sequences(child: _OpenChild, *, length: int, vocab_size: int) -> Tens
 
     Documents are cut, so that many of them are read.
     """
-    tokenizer = read_tokenizer(child.source.folder, vocab_size=vocab_size)
+    tokenizer = PretrainedTokenizer.read(child.source.folder, vocab_size=vocab_size)
     bounds = tokenizer.bounds
     wanted, tokens = _ROUTER_TOKENS // len(child.domains), list[int]()
     for name in child.domains:
         found: list[int] = []
         for text in islice(_texts(child, name), _ROUTER_TOKENS):
-            ids = tokenise_texts([text], tokenizer.tokenizer).tokens[:length].tolist()
+            ids = TokenisedDocuments.of_texts([text], tokenizer.tokenizer).tokens[:length].tolist()
             found += [*bounds.marked_start, *ids, bounds.end]
             if len(found) >= wanted:
                 break

@@ -10,20 +10,8 @@ from pathlib import Path
 from tritter.checkpoints import Source
 from tritter.checkpoints.state import KeptSequences
 from tritter.core.expansions import BoundVocab, ExpansionSpec, Vocab
-from tritter.data.tokens import read_tokenizer, whole_texts
-from tritter.data.vocabulary import (
-    ExtendedTokenizer,
-    Merges,
-    give_merges,
-    learn_merges,
-    mean_rows,
-    overlap_rows,
-    pursuit_rows,
-    require_bpe,
-    retokenised,
-    row_weights,
-    texts_of_tokens,
-)
+from tritter.data.tokens import PretrainedTokenizer, parsed_tokenizer
+from tritter.data.vocabulary import BpeTokenizer, ExtendedTokenizer, pursuit_rows, retokenised
 from tritter.errors import Problem, RequestError
 from tritter.storage.hub import locate
 from tritter.storage.reading import TOKENIZER_NAME, read_object
@@ -39,8 +27,7 @@ def learned(spec: Vocab, source: Source, texts: Iterable[str]) -> Vocab:
         RequestError: the source has no BPE tokenizer, or the texts have too few frequent pairs.
     """
     size = source.model.sizes.vocab_size
-    merges = learn_merges(
-        read_tokenizer(source.folder, vocab_size=size).tokenizer,
+    merges = BpeTokenizer(PretrainedTokenizer.read(source.folder, vocab_size=size).tokenizer).learn(
         texts,
         num_tokens=spec.num_tokens(source.model),
         is_at_most=spec.new_tokens is None,
@@ -56,22 +43,23 @@ def bound_vocabulary(spec: ExpansionSpec, source: Source) -> BoundVocab:
             token is impossible.
     """
     assert isinstance(spec, Vocab)
-    tokenizer = read_tokenizer(source.folder, vocab_size=source.model.sizes.vocab_size).tokenizer
+    size = source.model.sizes.vocab_size
+    tokenizer = BpeTokenizer(PretrainedTokenizer.read(source.folder, vocab_size=size).tokenizer)
     stored = read_object(source.folder / TOKENIZER_NAME)
     kept = {name: stored.get(name) for name in ("truncation", "padding")}
-    content, donor = {**require_bpe(tokenizer), **kept}, None
+    content, donor = {**tokenizer.content, **kept}, None
     if spec.tokenizer is not None:
         key = f"{_KEY}.tokenizer"
         donor = locate(spec.tokenizer, key=key)
-        texts = texts_of_tokens(read_tokenizer(donor, vocab_size=2**31).tokenizer)
-    merges: Merges
+        texts = BpeTokenizer(
+            PretrainedTokenizer.read(donor, vocab_size=2**31).tokenizer, key=key
+        ).texts()
     if spec.pairs is not None:
         merges = spec.pairs
     elif spec.tokens is not None:
-        merges = give_merges(tokenizer, spec.tokens, key=f"{_KEY}.tokens")
+        merges = tokenizer.merges_of(spec.tokens, key=f"{_KEY}.tokens")
     elif donor is not None:
-        merges = give_merges(
-            tokenizer,
+        merges = tokenizer.merges_of(
             [texts[number] for number in sorted(texts)],
             key=key,
             is_lenient=True,
@@ -91,17 +79,15 @@ def bound_vocabulary(spec: ExpansionSpec, source: Source) -> BoundVocab:
         raise RequestError(Problem(_KEY, reason="the tokenizer already has all of these tokens"))
     rows, remarks = None, tuple[str, ...]()
     if spec.init != "random":
-        find = overlap_rows if spec.init == "overlap" else mean_rows
-        weights: list[Mapping[int, float]] = [*find(extended)]
+        fitted: Mapping[int, Mapping[int, float]] = {}
         if spec.init == "omp" and donor is not None:
             fitted = _fitted_rows(extended, donor, texts)
-            weights = [fitted.get(n, row) for n, row in zip(new_ids, weights, strict=True)]
             remarks = (f"{len(fitted):,} of them have rows in {donor.name}; others get the mean",)
-        rows = row_weights(weights)
+        rows = extended.row_weights(spec.init, fitted=fitted)
     return BoundVocab(
         options=replace(spec, merges=tuple(chain.from_iterable(merges))),
         new_ids=new_ids,
-        num_ids=1 + max(*new_ids, *tokenizer.get_vocab().values()),
+        num_ids=1 + max(*new_ids, *tokenizer.tokenizer.get_vocab().values()),
         rows=rows,
         tokenizer=extended.text,
         remarks=remarks,
@@ -121,7 +107,7 @@ def _fitted_rows(
     from tritter.core.families.config_file import read_model_file
 
     rows = Source.open(donor, read_model_file(donor)).read("embed")
-    own = {text: number for number, text in texts_of_tokens(extended.tokenizer()).items()}
+    own = {text: number for number, text in BpeTokenizer(extended.tokenizer()).texts().items()}
     # A tokenizer may have more tokens than its model has rows
     both = {
         number: own[text] for number, text in texts.items() if text in own and number < len(rows)
@@ -151,14 +137,13 @@ def kept_in(source: Source, spec: BoundVocab | None) -> KeptSequences:
     kept = source.kept_sequences
     if spec is None or not kept.sequences:
         return kept
-    from tokenizers import Tokenizer
 
-    old = read_tokenizer(source.folder, vocab_size=source.model.sizes.vocab_size)
+    old = PretrainedTokenizer.read(source.folder, vocab_size=source.model.sizes.vocab_size)
     return kept.mapped(
         lambda each, is_masked: retokenised(
             each,
             old.tokenizer,
-            whole_texts(Tokenizer.from_str(spec.tokenizer)),
+            parsed_tokenizer(spec.tokenizer),
             bounds=old.bounds,
             packing="documents" if is_masked else "stream",
         )

@@ -24,8 +24,7 @@ from tritter.core.expansions.moe_children import BoundMoe, HiddenMoments, router
 from tritter.core.families import Model, forward_flops
 from tritter.core.models import load_model, read_model
 from tritter.core.stock_routers import RouterControl
-from tritter.data.documents import documents_digest
-from tritter.data.sources import source_documents
+from tritter.data.sources import TextRequest
 from tritter.data.split import SplitRule
 from tritter.errors import RequestError
 from tritter.transform import DiskNeeds, expand, plan_expansion
@@ -55,8 +54,8 @@ def learned(place: Path, name: str, file: str, words: str) -> None:
     lines = (" ".join(words[n % len(words) :: 1 + n % 3]) for n in range(40))
     path = place / file
     path.write_text("\n".join(f'{{"text": "{n} {line}"}}' for n, line in enumerate(lines)))
-    documents = source_documents((str(path),), key="data", text_field="text")
-    domain = LearnedDomain(paths=(str(path),), sha256=documents_digest(documents))
+    documents = TextRequest((str(path),), key="data", text_field="text").documents()
+    domain = LearnedDomain(paths=(str(path),), sha256=documents.digest())
     rule = SplitRule(seed=0, validation_fraction=0.1)
     seed = sum(map(ord, name))
     child(place / name, place / "base", seed=seed, domains={file: domain}, split=rule)

@@ -23,8 +23,8 @@ from tritter.core.families import Model
 from tritter.core.models import load_tokenizer, model_of, read_model, save_tokenizer
 from tritter.core.parameter_map import Fill, TensorMap
 from tritter.data.documents import Document
-from tritter.data.tokens import END_OF_TEXT, train_tokenizer, whole_texts
-from tritter.data.vocabulary import ExtendedTokenizer, require_bpe
+from tritter.data.tokens import END_OF_TEXT, parsed_tokenizer, train_tokenizer
+from tritter.data.vocabulary import BpeTokenizer, ExtendedTokenizer
 from tritter.errors import RequestError
 from tritter.evaluation.jump import FolderJump, Jump
 from tritter.storage.reading import LINEAGE_NAME
@@ -90,7 +90,7 @@ def extension(source: Path) -> ExtendedTokenizer:
     merges = Lineage.of(source).expansion_history[-1].options["merges"]
     tokenizer = Tokenizer.from_file(str(source.parent / "base" / "tokenizer.json"))
     pairs = tuple(zip(merges[::2], merges[1::2], strict=True))
-    return ExtendedTokenizer(require_bpe(tokenizer), pairs)
+    return ExtendedTokenizer(BpeTokenizer(tokenizer).content, pairs)
 
 
 def test_new_rows_are_means_of_the_tokens_they_consist_of(llama: Path, tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_stored_sequences_get_the_new_tokens(
     assert "the dog jumps over boxes" in new.decode(again.sequences["old"].flatten().tolist())
     if has_settings:
         loaded, text = load_tokenizer(tmp_path / "grown"), "the lazy dog jumps over boxes"
-        expected = whole_texts(new).encode(text, add_special_tokens=False).ids
+        expected = parsed_tokenizer(new.to_str()).encode(text, add_special_tokens=False).ids
         assert loaded(text)["input_ids"] == loaded.backend_tokenizer.encode(text).ids == expected
 
 

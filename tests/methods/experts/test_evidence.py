@@ -15,7 +15,7 @@ from tests.oracle import tiny_llama
 from tritter.checkpoints.expert_files import AdapterShape
 from tritter.core.models import cache_in, cache_name
 from tritter.data.chat import CONTEXT, PADDING, START
-from tritter.data.packing import DocumentMask, read_marks, reading_whole
+from tritter.data.packing import DocumentMask, reading_whole
 from tritter.data.tokens import TextBounds
 from tritter.errors import RequestError
 from tritter.methods.experts.adapters import LoraLayers
@@ -181,7 +181,7 @@ def test_beams_take_what_was_read_along() -> None:
 @torch.no_grad()
 def test_a_packed_document_has_the_logits_it_has_alone(top_k: int | None) -> None:
     mixture = mixture_of("both", top_k=top_k)
-    read_marks(mixture.model, DocumentMask(TextBounds(END)))
+    DocumentMask(TextBounds(END)).attach(mixture.model)
     one, two = (tokens(1, length, seed=length, high=63) + 1 for length in (7, 11))
     end = torch.full((1, 1), END)
     packed = torch.cat([end, one, end, two, end, end], dim=1)
@@ -231,7 +231,7 @@ def test_left_padding_does_not_change_a_conversation() -> None:
 def test_boundaries_are_those_of_the_attention() -> None:
     """A document mask restricts no pass with a mask or a cache of its own."""
     mixture = mixture_of(top_k=2)
-    read_marks(mixture.model, DocumentMask(TextBounds(END)))
+    DocumentMask(TextBounds(END)).attach(mixture.model)
     assert mixture.evidence is not None
     conversation = tokens(1, 9, seed=3, high=63) + 1
     conversation[:, 4] = END
@@ -270,7 +270,7 @@ def test_a_packed_conversation_has_the_logits_it_has_alone(is_read_first: bool) 
     mixture = mixture_of(top_k=2)
     if is_read_first:  # as in a run that adds experts; one that continues them reads later
         mixture.model.model._forward_pre_hooks.clear()
-    read_marks(mixture.model, DocumentMask(TextBounds(END)))
+    DocumentMask(TextBounds(END)).attach(mixture.model)
     if is_read_first:
         mixture.model.model.register_forward_pre_hook(mixture._read, with_kwargs=True)
     conversations = tokens(2, 9, seed=3, high=63) + 1

@@ -22,7 +22,7 @@ from tritter.config.folders import body_of, option_files
 from tritter.core.models import model_of
 from tritter.data.batches import BatchStream, Rank, SequenceStream
 from tritter.data.chat import CONTEXT, ids_of
-from tritter.data.packing import IGNORED, DocumentMask, MarkedText, labels_of, read_marks
+from tritter.data.packing import IGNORED, DocumentMask, MarkedText, labels_of
 from tritter.data.tokens import TextBounds
 from tritter.methods.experts import callback, gates
 from tritter.methods.experts import module as module_of_experts
@@ -347,7 +347,7 @@ def test_the_beginnings_of_a_batch_are_one_share_among_all_experts() -> None:
     batch = {"input_ids": ids.clone(), "is_replay": is_old}
     _limit_beginnings(module, batch)
     assert torch.equal(batch["input_ids"], ids), "a stream shows what came before"
-    read_marks(mixture.model, DocumentMask(TextBounds(0)))
+    DocumentMask(TextBounds(0)).attach(mixture.model)
     _limit_beginnings(module, batch)
     is_predicted = labels_of(mixture.model, batch["input_ids"]) != IGNORED
     is_first = torch.zeros_like(ids, dtype=torch.bool)
@@ -366,7 +366,7 @@ def test_the_beginnings_of_all_processes_are_limited_together(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     mixture = mixture_of(router="evidence", has_base=True)  # four experts
-    read_marks(mixture.model, DocumentMask(TextBounds(0)))
+    DocumentMask(TextBounds(0)).attach(mixture.model)
     module = ExpertModule(mixture, schedule=SCHEDULE, optimizer=OptimizerSettings())
     ids = torch.tensor([[0, 5, 6, 0, 7, 8, 0, 9, 5, 0, 7, 0]] * 8)
     whole = {"input_ids": ids, "is_replay": torch.arange(8) >= 5}
@@ -565,7 +565,7 @@ def test_who_teaches_a_young_expert_drops_out_nothing() -> None:
 def test_losses_of_two_processes_average_to_those_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Although they have different numbers of tokens."""
     mixture = mixture_of(router="learned")
-    read_marks(mixture.model, DocumentMask(TextBounds(0)))
+    DocumentMask(TextBounds(0)).attach(mixture.model)
     module = ExpertModule(
         mixture,
         losses=dict.fromkeys(("balance", "entropy", "z", "distill"), 1.0),
@@ -617,7 +617,7 @@ def test_losses_of_two_processes_average_to_those_of_one(monkeypatch: pytest.Mon
 
 def test_distance_is_that_of_the_predictions_of_answers() -> None:
     mixture = mixture_of()
-    read_marks(mixture.model, MarkedText(TextBounds(0)))
+    MarkedText(TextBounds(0)).attach(mixture.model)
     module = ExpertModule(mixture, schedule=SCHEDULE, optimizer=OptimizerSettings()).eval()
     ids, answer = oracle.tokens(batch=2, length=9), slice(4, 7)
     marked = ids | CONTEXT
@@ -635,7 +635,7 @@ def test_distance_is_that_of_the_predictions_of_answers() -> None:
 def test_padding_has_no_gates() -> None:
     mixture = mixture_of(router="evidence")
     document_mask = DocumentMask(TextBounds(0))
-    read_marks(mixture.model, document_mask)
+    document_mask.attach(mixture.model)
     ids = oracle.tokens(batch=10, length=12).clamp_min(1)
     for row, length in enumerate(range(2, 12)):
         ids[row, length:] = 0

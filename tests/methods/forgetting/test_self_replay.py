@@ -16,7 +16,7 @@ from tests.training.test_fit import batches
 from tritter.core.families import forward_flops
 from tritter.core.models import model_of
 from tritter.data.chat import ANSWER, CONTEXT, START, ids_of
-from tritter.data.packing import MarkedText, read_marks
+from tritter.data.packing import MarkedText
 from tritter.data.tokens import TextBounds
 from tritter.errors import RequestError, TritterError
 from tritter.methods.forgetting import SelfReplay
@@ -66,7 +66,7 @@ TURNS = ((8 | CONTEXT | START, 9 | CONTEXT), (6 | CONTEXT, 7 | CONTEXT))
 
 def test_every_second_text_consists_of_conversations() -> None:
     """A question ends where an answer opens, an answer where the next question does."""
-    model = read_marks(oracle.tiny_llama(vocab_size=12), MarkedText(TextBounds(5)))
+    model = MarkedText(TextBounds(5)).attach(oracle.tiny_llama(vocab_size=12))
     plain, asked = (wrote(model, sequence_length=90, turns=turns) for turns in ((), TURNS))
     texts, chats = asked.sequences[::2], asked.sequences[1::2]
     assert torch.equal(texts < 12, torch.ones_like(texts, dtype=torch.bool))
@@ -85,7 +85,7 @@ def test_every_second_text_consists_of_conversations() -> None:
 def test_nats_of_conversations_are_those_of_what_was_drawn() -> None:
     """The end of a question is drawn, and then what else opens the answer is given."""
     bounds = TextBounds(ids_of(TURNS[1][0]))
-    model = read_marks(oracle.tiny_llama(vocab_size=12), MarkedText(bounds))
+    model = MarkedText(bounds).attach(oracle.tiny_llama(vocab_size=12))
     written = wrote(model, num_sequences=2, sequence_length=40, turns=TURNS, bounds=bounds)
     chat = written.sequences[1]
     with torch.no_grad():

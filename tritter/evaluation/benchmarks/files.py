@@ -14,15 +14,15 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from tritter.data.conversations import WrongRecordError
 from tritter.data.local_files import (
     ByteLimitError,
     Reading,
     TextFileError,
     parquet_records,
+    parse,
     text_suffix,
 )
-from tritter.data.records import parse
+from tritter.data.records import WrongRecordError
 from tritter.errors import Problem, RequestError, TritterError, brief, nearest, raise_problems
 from tritter.evaluation.benchmarks.formats import Benchmark, FewShot, Format, Question, Row
 from tritter.storage.reading import check_inside, read_text

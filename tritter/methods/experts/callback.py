@@ -15,7 +15,7 @@ from tritter.core.families import Flops, Model, forward_flops
 from tritter.core.models import live_shape, model_of
 from tritter.data.batches import this_rank
 from tritter.data.chat import CONTEXT, ids_of
-from tritter.data.packing import IGNORED, document_mask_of, has_starts, kept_tokens, labels_of
+from tritter.data.packing import IGNORED, DocumentMask, MarkedText, kept_tokens, labels_of
 from tritter.data.replay import Reservoir
 from tritter.evaluation.inference import eval_mode
 from tritter.evaluation.losses import batch_that_fits, vocab_size_of
@@ -131,7 +131,9 @@ class ExpertCallback(Callback):
         """Return features, and losses if needed, of sequences [B, T] under the frozen base."""
         kept, reads_losses = kept_tokens(module.model, ids), self._reads_losses
         mask = None if kept is None else kept.long()
-        labels = labels_of(module.model, ids) if has_starts(module.model) else None
+        reading = MarkedText.of(module.model)
+        has_starts = reading is not None and bool(reading.bounds.start)
+        labels = labels_of(module.model, ids) if has_starts else None
         with module.mixture.off(), module.trainer.precision_plugin.forward_context():
             return observe(module.model, ids_of(ids), mask, labels=labels, with_losses=reads_losses)
 
@@ -418,7 +420,7 @@ def _limit_beginnings(module: ExpertModule, batch: dict[str, Tensor]) -> None:
     more beginnings of its own, an expert would take over the shares of all others.
     """
     ids, is_old = batch["input_ids"], batch.get("is_replay")
-    document_mask = document_mask_of(module.model)
+    document_mask = DocumentMask.of(module.model)
     if is_old is None or document_mask is None:  # a stream: earlier documents are read
         return
     is_first = document_mask.positions(ids) == len(document_mask.bounds.prefix)

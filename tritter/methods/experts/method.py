@@ -345,7 +345,7 @@ class DynamicExperts(Experts):
 
     def _callbacks(self, mixture: ExpertMixture, setting: Setting) -> tuple[ExpertCallback]:
         """Return the callback that spawns experts, with the state of a checkpoint's experts."""
-        from tritter.data.packing import document_mask_of
+        from tritter.data.packing import DocumentMask
         from tritter.methods.experts.callback import ExpertCallback
 
         registry = self.registry(max_steps=setting.max_steps)
@@ -383,7 +383,7 @@ class DynamicExperts(Experts):
         lineage = setting.start.lineage
         recorded = None if lineage is None else lineage.training_config.get("data")
         is_padded = isinstance(recorded, Mapping) and recorded.get("packing") == "documents"
-        if callback.exemplar_length and is_padded and document_mask_of(mixture.model) is None:
+        if callback.exemplar_length and is_padded and DocumentMask.of(mixture.model) is None:
             raise RequestError(
                 "data.packing = stream: the exemplars stored in the checkpoint are padded "
                 "documents; use data.packing=documents, or experts.rehearsal=0."

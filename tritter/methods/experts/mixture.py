@@ -17,7 +17,7 @@ from tritter.core.models import backbone_of, cache_in, model_of
 from tritter.core.parameter_map import AxisFactor, Fill, TensorMap
 from tritter.core.parameter_map.axis_map import NO_SOURCE
 from tritter.data.chat import ids_of, is_padding
-from tritter.data.packing import document_mask_of
+from tritter.data.packing import DocumentMask
 from tritter.errors import RequestError, did_you_mean
 from tritter.evaluation.inference import eval_mode
 from tritter.methods.experts.adapters import (
@@ -657,7 +657,7 @@ class ExpertMixture:
     def _is_first(self, marked: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
         """Return whether each token of a forward pass is the first of a document, if known."""
         options = {**kwargs, "input_ids": marked}
-        if (document_mask := document_mask_of(self.model)) is not None:
+        if (document_mask := DocumentMask.of(self.model)) is not None:
             _, options = document_mask(self.model, (), options) or ((), options)
         positions = options.get("position_ids")
         if positions is None or positions.ndim != 2:

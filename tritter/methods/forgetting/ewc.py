@@ -26,7 +26,7 @@ from pydantic import Field
 
 from tritter.core.families import forward_flops, training_flops
 from tritter.data.batches import this_rank
-from tritter.data.packing import document_mask_of, lengths_of
+from tritter.data.packing import DocumentMask, lengths_of
 from tritter.errors import TritterError
 from tritter.methods.forgetting.penalty import old_sequences
 from tritter.methods.forgetting.quadratic import QuadraticPenalty, diagonal_fisher, mean_over
@@ -220,7 +220,7 @@ class EWC(QuadraticPenalty):
         flops = training_flops(whole)
         if self.options.estimator == "true":  # sampling labels takes another forward pass
             flops += forward_flops(whole)
-        return flops.of_all(lengths_of(document_mask_of(model), sequences))
+        return flops.of_all(lengths_of(DocumentMask.of(model), sequences))
 
 
 def _has_nonzero_new_entries(model: nn.Module, carried: Mapping[str, Tensor]) -> bool:

@@ -7,7 +7,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
 from tritter.data.batches import sample_equally
-from tritter.data.tokens import PretrainedTokenizer, pack, tokenise_texts
+from tritter.data.tokens import PretrainedTokenizer, TokenisedDocuments
 from tritter.errors import Problem, RequestError, brief, refused
 from tritter.methods.forgetting.quadratic import QuadraticPenalty
 
@@ -129,7 +129,7 @@ def _packed(
     if tokenizer is None:
         reason = "documents need one: pass a Hugging Face tokenizer or a folder that holds one"
         raise RequestError(Problem("tokenizer", reason=reason))
-    documents = tokenise_texts(texts, tokenizer.tokenizer)
+    documents = TokenisedDocuments.of_texts(texts, tokenizer.tokenizer)
     length = min(sequence_length, documents.num_closed_tokens(tokenizer.bounds))
-    packed = pack(documents, sequence_length=length, bounds=tokenizer.bounds)
+    packed = documents.pack(sequence_length=length, bounds=tokenizer.bounds)
     return sample_equally({"old": packed}, count, seed=lambda name: 0)

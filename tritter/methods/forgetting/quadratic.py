@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from tritter.core.families import find_family
-from tritter.data.packing import IGNORED, document_mask_of, labels_of
+from tritter.data.packing import IGNORED, DocumentMask, labels_of
 from tritter.errors import RequestError
 from tritter.evaluation.inference import preserve_modes
 from tritter.seeds import derived_seed
@@ -241,7 +241,7 @@ def _add_squares(
     # checkpointing, has a batching rule; alone, a sequence is faster with the fused kernels
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     is_batch = len(input_ids) > 1 and not getattr(embeddings, "_forward_hooks", ())
-    if is_batch and not _has_experts(model) and document_mask_of(model) is None:
+    if is_batch and not _has_experts(model) and DocumentMask.of(model) is None:
         per_sequence = vmap(grad(_sequence_loss, argnums=1), in_dims=(None, None, 0, 0))
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no batching rule
             gradients = per_sequence(model, parameters, input_ids, labels)

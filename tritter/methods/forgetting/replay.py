@@ -20,7 +20,7 @@ from pydantic import Field
 from tritter.core.families import forward_flops
 from tritter.data.batches import BatchStream
 from tritter.data.chat import ANSWER, ids_of
-from tritter.data.packing import document_mask_of, inputs_for
+from tritter.data.packing import DocumentMask, inputs_for
 from tritter.data.replay import ReplayBuffer, Weighting
 from tritter.data.tokens import TextBounds
 from tritter.errors import Problem, RequestError, TritterError, nearest
@@ -222,7 +222,7 @@ def _texts(
 
     from tritter.core.models import cache_in, cache_name, last_logits_only
 
-    document_mask = document_mask_of(model)
+    document_mask = DocumentMask.of(model)
     read, _ = openings.next_tokens()
     tokens, costs = [read], [torch.full(read.shape, math.nan, device=read.device)]
     name, cache, num_cached = cache_name(model), None, 0

@@ -27,7 +27,7 @@ from pydantic import Field
 from tritter.data.batches import this_rank
 from tritter.data.packing import (
     IGNORED,
-    document_mask_of,
+    DocumentMask,
     forward_options,
     labels_of,
     lengths_of,
@@ -107,7 +107,7 @@ class SI(QuadraticPenalty):
         return Prepared(
             state={self.kind: _estimated_importance(fisher, length=chosen.shape[1])},
             flops=flops_of_sequence(preparation.model).of_all(
-                lengths_of(document_mask_of(preparation.model), chosen)
+                lengths_of(DocumentMask.of(preparation.model), chosen)
             ),
             notes=(
                 "si: no path was recorded for this model; its importances are estimated "

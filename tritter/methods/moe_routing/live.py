@@ -22,9 +22,9 @@ from tritter.core.expansions import MoeAdd
 from tritter.core.families import LogicalTensor
 from tritter.core.models import model_of
 from tritter.core.stock_routers import AddedExperts, RouterControl
-from tritter.data.packing import marks_read
-from tritter.data.sources import noted_documents
-from tritter.data.tokens import TextBounds, copy_backend, pack, tokenise
+from tritter.data.packing import MarkedText
+from tritter.data.sources import TextRequest
+from tritter.data.tokens import TextBounds, TokenisedDocuments, parsed_tokenizer
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.inference import device_of, preserve_modes
 from tritter.methods.moe_routing.objective import RoutingObjective
@@ -380,7 +380,7 @@ class ProgressiveMoE:
         grown = ModelExpander([MoeAdd(num_experts=config.new_experts)], seed=seed).expand(model)
         if batches is not None:
             new = range(config.base_experts, config.base_experts + config.new_experts)
-            with marks_read(grown, bounds):
+            with MarkedText(bounds).attached(grown):
                 adapt_router(grown, new, batches, router_update=config.router_update, seed=seed)
                 train_new_experts(grown, new, batches, freeze_base=config.freeze_base, seed=seed)
         return grown
@@ -388,7 +388,7 @@ class ProgressiveMoE:
     def _bounds(self) -> TextBounds:
         if self.tokenizer is None:
             return TextBounds(self.end_of_text_id)
-        return TextBounds.of(copy_backend(self.tokenizer), self.end_of_text_id)
+        return TextBounds.of(parsed_tokenizer(self.tokenizer.to_str()), self.end_of_text_id)
 
     def _batches(self, model: nn.Module, path: str, bounds: TextBounds) -> list[dict[str, Tensor]]:
         if self.tokenizer is None:
@@ -397,10 +397,9 @@ class ProgressiveMoE:
                 "ProgressiveMoE(tokenizer)."
             )
         path = str(Path(path).expanduser().resolve())
-        documents = noted_documents([path], key="domain_data_path")
+        documents = TextRequest([path], key="domain_data_path").noted_documents()
         limit = model_of(model).position_limit
-        sequences = pack(
-            tokenise(documents, self.tokenizer),
+        sequences = TokenisedDocuments.of(documents, self.tokenizer).pack(
             sequence_length=min(_MAX_SEQUENCE_LENGTH, limit or _MAX_SEQUENCE_LENGTH),
             bounds=bounds,
         )

@@ -20,7 +20,7 @@ from tritter.core.families import backward_flops, forward_flops
 from tritter.core.models import model_of
 from tritter.core.stock_routers import Record, RouterControl
 from tritter.data.batches import this_rank
-from tritter.data.packing import document_mask_of, kept_tokens, lengths_of
+from tritter.data.packing import DocumentMask, kept_tokens, lengths_of
 from tritter.errors import TritterError
 from tritter.evaluation.inference import device_of, eval_mode
 from tritter.evaluation.losses import batch_that_fits, vocab_size_of
@@ -58,9 +58,7 @@ class OldRouting:
                 model(input_ids=batch.long().to(device), use_cache=False)
                 for layer, record in zip(seen, routing.recorded(), strict=True):
                     layer.append(record.probabilities.view(*batch.shape, -1).cpu())
-        flops = forward_flops(model_of(model)).of_all(
-            lengths_of(document_mask_of(model), sequences)
-        )
+        flops = forward_flops(model_of(model)).of_all(lengths_of(DocumentMask.of(model), sequences))
         return cls(sequences, tuple(torch.cat(layer) for layer in seen), batch_size, flops)
 
     def rows(self, step: int) -> Tensor:
@@ -104,7 +102,7 @@ class RoutingObjective(SideLoss):
         self.flops = 0.0 if old is None else old.flops  # of computing the old routing
         self._encouragement, self._new_experts = encouragement, tuple(new_experts)
         self._old = old if options.hold_old else None
-        self._document_mask = document_mask_of(model)
+        self._document_mask = DocumentMask.of(model)
 
     def terms(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the terms of the last recorded forward pass, without their weights.

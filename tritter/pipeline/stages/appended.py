@@ -6,7 +6,7 @@ from typing import ClassVar
 from tritter.core.expansions import MoeAdd
 from tritter.core.families import training_flops
 from tritter.core.models import load_model
-from tritter.data.packing import document_mask_of, lengths_of
+from tritter.data.packing import DocumentMask, lengths_of
 from tritter.methods.forgetting import build_methods
 from tritter.methods.moe_routing.distill import DistillationModule, only_new_experts
 from tritter.methods.moe_routing.opening import best_experts, redraw_rows
@@ -58,7 +58,7 @@ class Choose(Stage):
         flops = training_flops(start.model, is_trained=lambda tensor: tensor.is_per_expert)
         return StageResult(
             ChoiceFound(clone_from=tuple(chosen)),
-            flops={"choose": flops.of_all(lengths_of(document_mask_of(model), sequences))},
+            flops={"choose": flops.of_all(lengths_of(DocumentMask.of(model), sequences))},
         )
 
 

@@ -5,9 +5,8 @@ from dataclasses import replace
 
 from tritter.checkpoints import Source
 from tritter.core.expansions import Vocab, vocab_place
-from tritter.data.split import training_texts
-from tritter.data.tokens import read_tokenizer
-from tritter.data.vocabulary import require_bpe
+from tritter.data.tokens import PretrainedTokenizer
+from tritter.data.vocabulary import BpeTokenizer
 from tritter.errors import Problem, RequestError
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import StageResult
@@ -65,7 +64,7 @@ class LearnTokens(Stage):
         names = run.data.new_domains_of(branch)
         run.say("vocabulary", f"{most}{number:,} new tokens from {', '.join(names)}")
         documents, rule = all_documents(run.data.text.domains), run.data.text.split
-        texts = training_texts(documents, rule=rule, names=names)
+        texts = rule.training_texts(documents, names)
         with run.progress_bars() as new_bar:
             total = sum(len(run.data.corpus.domains[name].train) for name in names)
             merges = learned(spec, source, _shown(texts, new_bar("vocabulary"), total)).merges
@@ -102,6 +101,6 @@ def with_example(branch: Branch, source: Source) -> Branch:
     if not _is_learned(branch):
         return branch
     size = source.model.sizes.vocab_size
-    content = require_bpe(read_tokenizer(source.folder, vocab_size=size).tokenizer)
-    longest = max(content["model"]["vocab"].items(), key=lambda entry: len(entry[0]))[1]
+    tokenizer = BpeTokenizer(PretrainedTokenizer.read(source.folder, vocab_size=size).tokenizer)
+    longest = max(tokenizer.content["model"]["vocab"].items(), key=lambda entry: len(entry[0]))[1]
     return _with_merges(branch, (longest, longest))  # no token is twice as long
