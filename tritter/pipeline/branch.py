@@ -48,6 +48,11 @@ class Branch:
         return f"{self.name}/expanded" if self.specs else self.start
 
     @property
+    def expanded_again(self) -> str:
+        """The folder of a second expansion, if a killed training run has released the first."""
+        return f"{self.name}/expanded_again"
+
+    @property
     def location(self) -> str:
         """The folder of the checkpoint from which its next stage, or its training, starts."""
         return self.reached or self.start

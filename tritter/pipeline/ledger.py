@@ -192,7 +192,7 @@ class Ledger:
 
     def watch_disk(self) -> None:
         """Record the current size of the run folder, which may be its peak."""
-        self._watched |= disk_bytes(self._folder)
+        self._watched |= _disk_bytes(self._folder)
 
     def mark_removed(self, location: str) -> None:
         """Record that a folder's weights are removed; its checksums stay in the ledger.
@@ -300,9 +300,19 @@ class Ledger:
         """Return seconds per stage and in total."""
         return _with_total(result.seconds for result in self._stages.values())
 
-    def peak(self, kind: str) -> int:
-        """Return the peak number of bytes of `weights` or `state` in the run folder so far."""
-        return max((each.disk.get(kind, 0) for each in self._stages.values()), default=0)
+    def disk_use(self) -> dict[str, dict[str, int]]:
+        """Return the bytes of weights and training state in the run folder, for summary.json.
+
+        `peak` and `end` cover the whole folder; `source` and `result` are two checkpoints in it.
+        """
+        end, stages = _disk_bytes(self._folder), self._stages.values()
+        use = {}
+        for kind in ("weights", "state"):
+            peak = max((each.disk.get(kind, 0) for each in stages), default=0)
+            use[kind] = {"peak": peak, "end": end[kind]}
+        for name, location in (("source", "baseline"), ("result", "checkpoint")):
+            use["weights"][name] = _disk_bytes(self._folder / location)["weights"]
+        return use
 
 
 def _outcome(result: StageResult) -> str:
@@ -321,7 +331,7 @@ def _with_total(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
     return {**merged, "total": sum(merged.values())}
 
 
-def disk_bytes(folder: Path) -> Counter[str]:
+def _disk_bytes(folder: Path) -> Counter[str]:
     """Return the number of bytes of `weights` and training `state` in a folder.
 
     Weights are the safetensors files next to a config.json and those of LoRA experts. Hard links

@@ -1,7 +1,7 @@
 """Runs a pipeline from its config to a summary, a table and a published checkpoint."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +13,7 @@ from tritter.config.run_folder import RunStatus
 from tritter.config.schema import RunConfig
 from tritter.errors import RequestError
 from tritter.evaluation.gate import Status
-from tritter.pipeline import costs, disk, verdict, windows
+from tritter.pipeline import costs, verdict, windows
 from tritter.pipeline.base import check_source
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import Ledger
@@ -50,6 +50,7 @@ from tritter.storage.atomic import clear_leftovers, write_text_atomic
 from tritter.targets import instantiate
 from tritter.terminal import Console
 from tritter.training import metrics_files
+from tritter.transform import size_text
 
 _SUMMARY_NAME = "summary.json"
 _STAGES: tuple[Stage, ...] = (
@@ -110,9 +111,9 @@ def run_pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
                 lambda: verdict.publish(last.run, last.branches, keep=is_kept),
                 label="publish",
             )
-        disk.remove_unneeded(
-            run, *(branch for each in (*candidates, control) for branch in each.branches)
-        )
+        for branch in (branch for each in (*candidates, control) for branch in each.branches):
+            run.remove_before_fit(branch)
+            run.remove(branch.trained, branch.preparation)
         return _report(run, candidates, control)
 
 
@@ -142,7 +143,7 @@ def _report(run: Run, candidates: Sequence[Candidate], control: Candidate) -> Ou
     steps = sum(run.ledger.training(name).steps for name in own)
     log_result_to_wandb(run, summary, plots, step=steps)
     print_summary(summary, console=run.console, folder=run.folder)
-    run.say("disk", disk.report(summary.disk))
+    run.say("disk", _disk_text(summary.disk))
     run.console.print()
     for plot in plots:
         run.say("plot", str(plot))
@@ -172,6 +173,16 @@ def _report(run: Run, candidates: Sequence[Candidate], control: Candidate) -> Ou
     )
 
 
+def _disk_text(use: Mapping[str, Mapping[str, int]]) -> str:
+    """Return one line about the disk use of a run."""
+    weights, state = use["weights"], use["state"]
+    return (
+        f"weights {size_text(weights['end'])} (peak {size_text(weights['peak'])}; source "
+        f"{size_text(weights['source'])}, result {size_text(weights['result'])}), training state "
+        f"{size_text(state['end'])} (peak {size_text(state['peak'])})"
+    )
+
+
 def _run_candidates(run: Run) -> list[Candidate]:
     """Run rounds until one is rolled back, or attempts until one is not rolled back.
 
@@ -196,9 +207,9 @@ def _run_candidates(run: Run) -> list[Candidate]:
         if first.is_round and not is_last:
             run.stage(first.key("keep"), partial(verdict.complete, run, first), label="publish")
             if first.follows:
-                disk.remove(run, first.start)
+                run.remove(first.start)
         elif not is_last:
-            disk.remove(run, candidate.branches[-1].trained)
+            run.remove(candidate.branches[-1].trained)
     return tried
 
 
@@ -261,7 +272,7 @@ def _run_control(last: Candidate, *, num_rounds: int) -> Candidate:
     prepared = last.branches[0].prepared_by
     first = Branch("control", (), is_control=True, num_trainings=num_rounds, prepared_by=prepared)
     branches = _run_tasks(run, first.for_tasks(len(run.data.text.tasks)))
-    disk.remove(run, branches[-1].trained)
+    run.remove(branches[-1].trained)
     return replace(last, branches=branches)
 
 
@@ -319,7 +330,7 @@ def run_branch(run: Run, branch: Branch, *, first_step: int = 0) -> Branch:
     with _logged(run, branch, first_step=first_step):
         for stage in dropwhile(lambda each: not isinstance(each, Fit), stages_of(run.config)):
             branch = stage(run, branch)
-    disk.remove_before_fit(run, branch)
+    run.remove_before_fit(branch)
     return branch
 
 

@@ -1,5 +1,6 @@
 """The run that every stage gets: config, run folder, checkpoints, data and console."""
 
+import shutil
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -35,15 +36,19 @@ from tritter.planning.run_memory import memory_notes
 from tritter.planning.upcycling import upcycling_notes
 from tritter.seeds import derived_seed
 from tritter.stopping import Stopped
-from tritter.storage.atomic import write_text_atomic
+from tritter.storage.atomic import remove_folder, write_text_atomic
 from tritter.storage.hub import locate
-from tritter.storage.reading import TOKENIZER_NAME
+from tritter.storage.reading import LINEAGE_NAME, TOKENIZER_NAME
 from tritter.terminal import Console, NewBar, progress_bars, waiting
 from tritter.training.options import rate_notes
-from tritter.transform import PlannedExpansion, planned
+from tritter.transform import Expanded, PlannedExpansion, expand, planned
 
 _PUBLISHED_DTYPES = ("float32", "bfloat16", "float16")
 _MUCH_PADDING, _SMALL_SHARE = 0.1, 0.05
+# Later stages read them: shapes, lineage, and the tokenizer of an expanded vocabulary
+_RECORDS = {"config.json", LINEAGE_NAME, "router.json", "tokenizer.json", "tokenizer_config.json"}
+_RECORDS |= {"special_tokens_map.json", "generation_config.json"}
+_BEFORE_FIT = ("expanded", "distilled", "adapted")
 
 
 @dataclass(frozen=True)
@@ -247,6 +252,45 @@ class Run:
             self._planned[key] = planned(self.source(branch.start), branch.specs, seed=seed)
         return self._planned[key]
 
+    def write_expanded(self, branch: Branch, folder: Path) -> Expanded:
+        """Expand the initial checkpoint of a branch into a folder."""
+        # In float32 for any source dtype: rounding would break function preservation
+        with self.progress_bars() as new_bar:
+            return expand(
+                self.source(branch.start),
+                folder,
+                self.planned(branch),
+                dtype=torch.float32,
+                overwrite=True,
+                progress=new_bar("writing tensors of the grown model"),
+            )
+
+    def remove(self, *locations: str) -> None:
+        """Remove stage folders that no later stage needs, unless `pipeline.keep_stages` is set.
+
+        A checkpoint loses its weights, state and tokenizer; its records stay, because `history` and
+        later stages read them. The ledger is marked first: after a kill the removal is repeated.
+        """
+        if self.config.pipeline.keep_stages:
+            return
+        for location in locations:
+            if (folder := self.folder / location).is_dir():
+                self.ledger.mark_removed(location)
+                _strip(folder)
+
+    @property
+    def keeps_start(self) -> bool:
+        """Whether stages from outside may read the start of a training after it."""
+        return any(one.kind.after in ("fit", "evaluate") for one in self.config.stages)
+
+    def remove_before_fit(self, branch: Branch) -> None:
+        """Remove the start of a branch's training, once the trained model is verified."""
+        remove_folder(self.folder / branch.expanded_again)
+        own = (one.name for one in self.config.stages if one.kind.writes)
+        self.remove(*(f"{branch.name}/{name}" for name in (*_BEFORE_FIT, *own)))
+        if branch.task:
+            self.remove(branch.start)
+
     def say(self, label: str, text: str) -> None:
         """Print one line of progress."""
         self.console.print(f"{label:<10} {text}", highlight=False, markup=False, soft_wrap=True)
@@ -274,6 +318,18 @@ class Run:
     def read_scores(self, name: str) -> Scores:
         """Return the scores that `score` stored under a name."""
         return self.data.scoring.read(self.folder / score_file(name))
+
+
+def _strip(folder: Path) -> None:
+    """Remove everything except a checkpoint's records; remove other folders completely."""
+    if not (folder / LINEAGE_NAME).is_file():
+        shutil.rmtree(folder)
+        return
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if not path.is_dir() and path.name not in _RECORDS:
+            path.unlink()
+        elif path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
 
 
 def _packing_notes(data: RunData) -> Iterator[str]:

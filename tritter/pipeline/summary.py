@@ -7,7 +7,7 @@ from typing import Any
 
 from tritter.evaluation.statistics import transfer_matrix
 from tritter.options import methods_of
-from tritter.pipeline import disk, moe, windows
+from tritter.pipeline import moe, windows
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import ExpansionFound
 from tritter.pipeline.run import Run
@@ -86,7 +86,7 @@ def summary_record(
         seconds=run.ledger.seconds(),
         parameters={name: model.num_parameters for name, model in models.items()},
         parameters_on_disk={name: m.on_disk.num_parameters for name, m in models.items()},
-        disk=disk.record(run),
+        disk=run.ledger.disk_use(),
         checkpoint="checkpoint",
         lineage=asdict(run.ledger.found("publish", PublishedFound)),
         samples=[Sample(**each) for each in evaluated.samples],

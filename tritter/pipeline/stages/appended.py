@@ -10,7 +10,7 @@ from tritter.data.packing import document_mask_of, lengths_of
 from tritter.methods.forgetting import build_methods
 from tritter.methods.moe_routing.distill import DistillationModule, only_new_experts
 from tritter.methods.moe_routing.opening import best_experts, redraw_rows
-from tritter.pipeline import disk, moe
+from tritter.pipeline import moe
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import StageResult, TrainingFound
 from tritter.pipeline.run import Run
@@ -83,7 +83,7 @@ class _Training(Stage):
         # Old routing and own stages read the expanded model; the start of the branch is not ours
         is_read = run.config.moe_routing.hold_old or run.config.stages
         if branch.location != branch.start and not is_read:
-            disk.remove(run, branch.location)
+            run.remove(branch.location)
         return super().finish(run, branch)
 
 

@@ -17,7 +17,6 @@ from tritter.evaluation.statistics import score_file
 from tritter.methods.whole import reading_flops
 from tritter.pipeline import windows
 from tritter.pipeline.branch import Branch
-from tritter.pipeline.disk import write_expanded
 from tritter.pipeline.ledger import ExpansionFound, StageResult
 from tritter.pipeline.run import Run
 from tritter.pipeline.stage import Stage
@@ -41,7 +40,7 @@ class Expand(Stage):
         if not branch.specs:
             return StageResult(ExpansionFound(parameters=source.model.num_parameters))
         plan = run.planned(branch)
-        made = write_expanded(run, branch, run.folder / location)
+        made = run.write_expanded(branch, run.folder / location)
         grown = run.register(location, made.lineage)
         notes = _announce(run, plan)
         texts = run.data.training_sequences(run.data.domains).values()

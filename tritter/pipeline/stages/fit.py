@@ -19,7 +19,7 @@ from tritter.data.packing import lengths_of
 from tritter.errors import RequestError
 from tritter.methods.forgetting import build_methods
 from tritter.methods.whole import reading_flops_of
-from tritter.pipeline import disk, moe
+from tritter.pipeline import moe
 from tritter.pipeline.base import last_rate, schedule_of
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import StageResult, TrainingFound
@@ -29,6 +29,7 @@ from tritter.pipeline.stage import Stage
 from tritter.pipeline.stages import importance
 from tritter.pipeline.trained import TrainedWriter
 from tritter.report.table import count_text
+from tritter.storage.atomic import remove_folder
 from tritter.training import (
     BaseModule,
     FitResult,
@@ -87,8 +88,8 @@ class Fit(Stage):
     def finish(self, run: Run, branch: Branch) -> Branch:
         """Remove the saved state, and checkpoints before the training that no stage reads."""
         discard_saved(run.folder / branch.name)  # only now: the ledger has the result
-        if not disk.keeps_start(run):
-            disk.remove_before_fit(run, branch)
+        if not run.keeps_start:
+            run.remove_before_fit(branch)
         return branch
 
 
@@ -167,7 +168,7 @@ def _train(
         observer: callback of a test.
     """
     is_test, start, options = schedule is not None, run.source(branch.location), run.config.training
-    frees_start = disk.may_release_start(run, branch)
+    frees_start = _may_release_start(run, branch)
     max_steps, rate = options.max_steps * branch.num_trainings, peak_rate(run, branch)
     settings = replace(options, max_steps=max_steps, learning_rate=rate)
     others, methods = _methods_of(run, branch)
@@ -213,6 +214,30 @@ def _train(
             evaluation=None if is_test else text,
         )
     return result, write
+
+
+def _may_release_start(run: Run, branch: Branch) -> bool:
+    """Return True if the weights at the start of training may be removed before it ends.
+
+    This holds for an expanded checkpoint: if the run is killed, the next call repeats the expansion
+    from the same source and seed.
+    """
+    location = branch.expanded
+    if not branch.specs or branch.location != location:
+        return False
+    folder = run.folder / location
+    if run.ledger.is_incomplete(location):
+        run.say("expand", f"the weights of {folder} were removed; expanding again")
+        again = run.folder / branch.expanded_again
+        run.write_expanded(branch, again)
+        for path in sorted(again.glob("*.safetensors")):
+            path.replace(folder / path.name)
+        remove_folder(again)
+        run.ledger.check_complete(location)
+    if run.config.pipeline.keep_stages or run.config.experts is not None or run.keeps_start:
+        return False
+    run.ledger.mark_released(location)
+    return True
 
 
 def _attach(
