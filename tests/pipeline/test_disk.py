@@ -30,7 +30,8 @@ from tritter.core.models import load_model, save_tokenizer
 from tritter.data.documents import Document
 from tritter.data.tokens import train_tokenizer
 from tritter.evaluation.gate import Check
-from tritter.pipeline import disk, run_pipeline, trained, verdict
+from tritter.pipeline import run as run_module
+from tritter.pipeline import run_pipeline, trained, verdict
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.run import Run
 from tritter.storage import atomic
@@ -355,8 +356,8 @@ def end_after(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch, *, is_befo
     [
         pytest.param(trained, "_unlink_weights", False, id="start removed, result not written"),
         pytest.param(Run, "accept", True, id="result written, not verified"),
-        pytest.param(disk, "_strip", True, id="marked, not removed"),
-        pytest.param(disk, "_strip", False, id="one removed"),
+        pytest.param(run_module, "_strip", True, id="marked, not removed"),
+        pytest.param(run_module, "_strip", False, id="one removed"),
     ],
 )
 def test_a_run_that_ends_around_a_removal_goes_on_to_the_same_files(
