@@ -31,7 +31,6 @@ from tritter.data.tokens import END_OF_TEXT, read_tokenizer
 from tritter.errors import Problem, RequestError, TritterError, key_name, raise_problems
 from tritter.methods.forgetting.path_integral import PathIntegral
 from tritter.methods.forgetting.si import RECORDED
-from tritter.pipeline import moe
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import content_key
 from tritter.pipeline.metrics import open_loggers, wandb_finished, write_rows
@@ -264,7 +263,7 @@ def check_source(run: Run) -> None:
     for expansion in dict.fromkeys(each.config.expansion for each in attempts):
         if expansion and run.config.pipeline.target_params is None:
             # The expert to clone may be selected by data later; any expert will do for this check
-            branch = moe.with_choice(Branch("given", expansion), [0])
+            branch = Branch("given", expansion).with_choice([0])
             plan_expansion(source, vocabulary.with_example(branch, source).specs)
 
 

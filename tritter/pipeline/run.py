@@ -19,6 +19,8 @@ from tritter.checkpoints.history import checkpoint_changes
 from tritter.checkpoints.location import checkpoint_model
 from tritter.checkpoints.record import recorded_tokens
 from tritter.config.schema import CheckpointModelConfig, RunConfig
+from tritter.core.expansions import target_model
+from tritter.core.families import SIGMOID_ROUTERS
 from tritter.core.models import load_model, read_model
 from tritter.data.answers import TrainingCounts, scoring_note
 from tritter.data.datasets import HEAD_ROWS
@@ -165,6 +167,14 @@ class Run:
             return "float32" if dtype == "source" else dtype
         found = self.source("baseline").tensors.main_dtype
         return found if found in _PUBLISHED_DTYPES else "float32"
+
+    @property
+    def has_unsaved_bias(self) -> bool:
+        """Whether training moves a selection bias of routers that checkpoints lack."""
+        config = self.config
+        if not config.moe_routing.bias_update_rate:
+            return False
+        return target_model(self.data.model, config.expansion).model_type not in SIGMOID_ROUTERS
 
     @cached_property
     def device(self) -> torch.device:

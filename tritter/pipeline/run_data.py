@@ -8,6 +8,7 @@ from json import dumps
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tritter.checkpoints import Source
@@ -306,6 +307,12 @@ class RunData:
         return sample_equally(
             sequences, count, seed=lambda name: derived_seed(self.config.seed, *purpose, name)
         )
+
+    def spaced_sequences(self, domains: Sequence[str], count: int) -> Tensor:
+        """Return up to `count` training sequences [N, T], evenly spaced over some domains."""
+        sequences = concatenate(list(self.training_sequences(domains).values()))
+        chosen = min(count, len(sequences))
+        return sequences[torch.arange(chosen) * len(sequences) // max(1, chosen)]
 
     def check_text(self) -> None:
         """Reject a domain that is too small, before any training."""

@@ -7,9 +7,10 @@ from typing import Any
 
 from tritter.evaluation.statistics import transfer_matrix
 from tritter.options import methods_of
-from tritter.pipeline import moe, windows
+from tritter.pipeline import windows
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import ExpansionFound
+from tritter.pipeline.moe import NewExperts
 from tritter.pipeline.run import Run
 from tritter.pipeline.scoring import score_records
 from tritter.pipeline.stages import importance
@@ -155,17 +156,14 @@ def moe_record(run: Run, branches: Sequence[Branch]) -> MoeRecord | None:
     if found.moe is None:
         return None
     record = dict(found.moe)
-    added = moe.pending_experts(run, first)
-    if added is not None:
-        steps = moe.router_steps(run, first)
+    new = NewExperts(run, first)
+    if new.added is not None:
         fits = (run.ledger.training(branch.name) for branch in branches)
         trained = sum(fit.steps if fit.best_step is None else fit.best_step for fit in fits)
-        opened_in = moe.anneal_steps(run, first, added)
-        now = added.at(added.step + steps + trained, anneal_steps=opened_in)
-        record["new"] = list(added.experts)
-        record["router_steps"] = steps
-        record["is_open"] = now.is_settled
-    if moe.has_unsaved_bias(run):
+        record["new"] = list(new.added.experts)
+        record["router_steps"] = new.router_steps
+        record["is_open"] = new.after(trained).is_settled
+    if run.has_unsaved_bias:
         biased, stock = (
             score_records(run.read_scores(f"{last.name}-{kind}")) for kind in ("biased", "trained")
         )

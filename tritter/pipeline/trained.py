@@ -20,8 +20,8 @@ from tritter.evaluation.losses import sequence_losses
 from tritter.methods.experts.adapters import is_of_adapter
 from tritter.methods.experts.mixture import ROUTER, mixture_on
 from tritter.methods.experts.stored import ExpertFolder
-from tritter.pipeline import moe
 from tritter.pipeline.branch import Branch
+from tritter.pipeline.moe import NewExperts
 from tritter.pipeline.run import Run
 from tritter.pipeline.stages.importance import kept_sequences_of
 from tritter.storage.tensors import is_finite
@@ -134,19 +134,19 @@ class TrainedWriter:
     ) -> "TrainedWriter":
         """Return the writer for the trained model of a branch."""
         start, folder = run.source(branch.location), run.folder / branch.name
-        location, added = branch.trained, moe.pending_experts(run, branch)
-        has_bias = is_routed and moe.has_unsaved_bias(run)
+        location, new = branch.trained, NewExperts(run, branch)
+        has_bias = is_routed and run.has_unsaved_bias
         has_frozen_base = run.config.experts is not None and not branch.is_control
         dtype = run.published_dtype
         if not branch.is_final:  # later training runs start from float32
             dtype = start.tensors.main_dtype if has_frozen_base else "float32"
         return replace(
-            cls.of_stage(run, branch, start, location, stage="continued training", added=added),
+            cls.of_stage(run, branch, start, location, stage="continued training", added=new.added),
             dtype=dtype,
             frees_start=frees_start,
-            steps_before=moe.router_steps(run, branch),
+            steps_before=new.router_steps,
             earlier_steps=start.own_lineage.step if branch.task else 0,
-            anneal_steps=None if added is None else moe.anneal_steps(run, branch, added),
+            anneal_steps=new.anneal_steps,
             work=folder,
             routing_state=folder / "routing" if has_bias else None,
             kept_sequences=kept_sequences_of(run, branch),

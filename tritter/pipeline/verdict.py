@@ -25,9 +25,10 @@ from tritter.evaluation.gate import (
 )
 from tritter.evaluation.jump import Jump
 from tritter.evaluation.statistics import PairedScores, finite_or_none, performance_delta
-from tritter.pipeline import moe, windows
+from tritter.pipeline import windows
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import ExpansionFound, StageResult
+from tritter.pipeline.moe import NewExperts
 from tritter.pipeline.run import Run
 from tritter.pipeline.trained import fitting_dtype
 from tritter.planning.memory import TrainingSetup, states_bytes
@@ -241,7 +242,7 @@ def _training_checks(run: Run, branches: Sequence[Branch]) -> Iterator[Check]:
     the task with the largest deviation from the estimate.
     """
     fits = [run.ledger.training(branch.name) for branch in branches]
-    added = moe.pending_experts(run, branches[0])
+    added = NewExperts(run, branches[0]).added
     watched = [fit.flow for fit in fits if fit.flow]
     flow: dict[str, Any] = {}  # parameters without gradient in all training runs
     if watched:

@@ -13,7 +13,7 @@ from tritter.methods.experts.mixture import mixture_on
 from tritter.methods.experts.summary import expert_usage
 from tritter.methods.moe_routing.objective import moe_usage
 from tritter.methods.whole import reading_flops
-from tritter.pipeline import moe, windows
+from tritter.pipeline import windows
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import StageResult
 from tritter.pipeline.metrics import score_metrics
@@ -75,7 +75,7 @@ class Evaluate(Stage):
         read, used, lora_used = list[Tensor](), None, None
         if RouterControl.of(trained) is not None:
             of_routers = {
-                name: moe.spaced_sequences(run, [name], _USAGE_OF_ROUTERS)
+                name: run.data.spaced_sequences([name], _USAGE_OF_ROUTERS)
                 for name in run.data.domains
             }
             with run.progress_bars() as new_bar:

@@ -19,10 +19,10 @@ from tritter.data.packing import lengths_of
 from tritter.errors import RequestError
 from tritter.methods.forgetting import build_methods
 from tritter.methods.whole import reading_flops_of
-from tritter.pipeline import moe
 from tritter.pipeline.base import last_rate, schedule_of
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import StageResult, TrainingFound
+from tritter.pipeline.moe import NewExperts
 from tritter.pipeline.run import Run
 from tritter.pipeline.samples import sample_log
 from tritter.pipeline.stage import Stage
@@ -179,7 +179,7 @@ def _train(
         for name, parameter in model.named_parameters():
             parameter.requires_grad &= not bool(mapped[name].any())
     _announce(run, branch, schedule.max_steps if schedule else max_steps, rate)
-    with moe.training_of_routers(run, branch, trainee):
+    with NewExperts(run, branch).training_of_routers(trainee):
         is_routed = bool(trainee.side_losses)
         task = importance.task(run, branch, follow=trainee.follow)
         for one in run.config.forgetting if task.old_sequences else ():
