@@ -50,7 +50,6 @@ def trained(run: Path, *, is_grown: bool, rank: float, rate: float, steps: int) 
     from tritter.config.launch.composition import load_config
     from tritter.core.models import load_model
     from tritter.evaluation.statistics import relative_forgetting
-    from tritter.pipeline.base import schedule_of
     from tritter.pipeline.ledger import Ledger
     from tritter.pipeline.run import Run
     from tritter.storage.reading import read_object
@@ -67,7 +66,7 @@ def trained(run: Path, *, is_grown: bool, rank: float, rate: float, steps: int) 
         model, OSFConfig(target_modules="all-linear", effective_rank=rank, task_type="CAUSAL_LM")
     )
     trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-    train(wrapped, context, schedule_of(config.training))
+    train(wrapped, context, config.training.rate_schedule())
     before = context.read_scores("baseline")
     merged = wrapped.merge_and_unload()
     after = {domain: scored(context, merged, domain) for domain in before}

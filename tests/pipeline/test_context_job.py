@@ -26,11 +26,11 @@ from tritter.data.tokens import TextBounds, read_tokenizer
 from tritter.errors import RequestError
 from tritter.evaluation.statistics import PairedScores
 from tritter.pipeline import Outcome, run_pipeline, validate, windows
-from tritter.pipeline.base import _made_from
 from tritter.pipeline.evaluate import DomainsToScore
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.run import Run
 from tritter.pipeline.run_data import all_documents
+from tritter.pipeline.stages.baseline import _base_made_from
 from tritter.planning.run_memory import batch_size_at, tokens_note, training_needs
 from tritter.terminal import Console
 from tritter.training.trainer import start_method
@@ -280,7 +280,7 @@ def test_all_that_reads_a_lineage_cuts_as_it_does(tmp_path: Path) -> None:
     for own in ("data.piece_characters=null", "data.piece_characters=40000"):
         config = load_config([*words, own])
         run = Run(config=config, folder=tmp_path, console=Console(), ledger=Ledger(tmp_path))
-        made.append(_made_from(run)["data"])
+        made.append(_base_made_from(run)["data"])
     assert "piece_characters" not in made[0] and made[1] == made[0] | {"piece_characters": 40_000}
 
 

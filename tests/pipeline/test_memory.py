@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from tritter.config.launch.composition import load_config
 from tritter.pipeline import run_pipeline
-from tritter.pipeline.base import _pretrained_model
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.run import Run
+from tritter.pipeline.stages.baseline import _pretrained_model
 from tritter.planning.run_memory import training_needs
 from tritter.training import fitting
 from tritter.training.callbacks import FiniteGuard

@@ -21,12 +21,12 @@ from tritter.core.expansions import ExpansionSpec, MoeAdd
 from tritter.core.models import read_model
 from tritter.data.options import TextSources
 from tritter.pipeline import verdict
-from tritter.pipeline.base import check_source
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import Ledger
-from tritter.pipeline.pipeline import run_baseline, run_branch
+from tritter.pipeline.pipeline import run_branch
 from tritter.pipeline.run import Run
 from tritter.pipeline.scoring import score_records
+from tritter.pipeline.stages.baseline import check_source, run_baseline
 from tritter.pipeline.summary import moe_record
 from tritter.report.summary import MoeRecord
 from tritter.storage.atomic import atomic_folder

@@ -14,10 +14,10 @@ from lightning import Callback, LightningModule, Trainer
 
 from tritter.config.schema import RunConfig
 from tritter.errors import TritterError
-from tritter.pipeline.base import check_source
 from tritter.pipeline.ledger import Ledger
-from tritter.pipeline.pipeline import planned_candidates, prepare_branch, run_baseline
+from tritter.pipeline.pipeline import planned_candidates, prepare_branch
 from tritter.pipeline.run import Run
+from tritter.pipeline.stages.baseline import check_source, run_baseline
 from tritter.pipeline.stages.fit import peak_rate, rate_test
 from tritter.report.drawing import BLUE, GREY, ORANGE, new_figure
 from tritter.report.table import Table

@@ -1,6 +1,5 @@
 """The ledger of a run: finished stages with their results, costs and outputs."""
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -346,8 +345,3 @@ def _disk_bytes(folder: Path) -> Counter[str]:
             is_weights = (path.parent / "config.json").exists() or EXPERTS_FOLDER in parts
             counts["weights" if is_weights else "state"] += found.st_size
     return counts
-
-
-def content_key(content: Mapping[str, object]) -> str:
-    """Return the SHA-256 of plain data, used as the name of a cache entry."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -14,7 +14,6 @@ from tritter.config.schema import RunConfig
 from tritter.errors import RequestError
 from tritter.evaluation.gate import Status
 from tritter.pipeline import costs, verdict, windows
-from tritter.pipeline.base import check_source
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.metrics import (
@@ -34,7 +33,7 @@ from tritter.pipeline.scoring import BenchmarkTask
 from tritter.pipeline.stage import Stage
 from tritter.pipeline.stages import vocabulary
 from tritter.pipeline.stages.appended import Adapt, Choose, Distill
-from tritter.pipeline.stages.baseline import BaselineFound, baseline
+from tritter.pipeline.stages.baseline import BaselineFound, check_source, run_baseline
 from tritter.pipeline.stages.evaluate import Evaluate
 from tritter.pipeline.stages.expand import Expand
 from tritter.pipeline.stages.fit import Fit, peak_rate
@@ -274,24 +273,6 @@ def _run_control(last: Candidate, *, num_rounds: int) -> Candidate:
     branches = _run_tasks(run, first.for_tasks(len(run.data.text.tasks)))
     run.remove(branches[-1].trained)
     return replace(last, branches=branches)
-
-
-def run_baseline(run: Run) -> None:
-    """Create the initial model of the run."""
-    is_finished = run.ledger.get("baseline") is not None
-    run.stage("baseline", lambda: baseline(run), label="baseline")
-    if is_finished:
-        _check_start(run)
-
-
-def _check_start(run: Run) -> None:
-    """Refuse a run of an earlier version of Tritter, which began texts in another way."""
-    for scores in run.read_scores("baseline").values():
-        if scores.unit == "nats" and scores.start != run.data.bounds.start:
-            raise RequestError(
-                f"resume = {run.folder}: an earlier version scored texts that begin with the "
-                "end of text; this one begins them as the tokenizer does. Start in another folder."
-            )
 
 
 def stages_of(config: RunConfig) -> Iterator[Stage]:

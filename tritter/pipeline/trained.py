@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tritter.checkpoints import Lineage, Source, write_checkpoint
 from tritter.checkpoints.folder import LinkedTensors, copy_small_files
-from tritter.checkpoints.state import KeptSequences, State, read_state
+from tritter.checkpoints.state import KeptSequences, read_state
 from tritter.core.families import Config, Model
 from tritter.core.models import model_of, stored_tensors, uninitialised_model
 from tritter.core.stock_routers import AddedExperts, RouterControl
@@ -31,8 +31,6 @@ from tritter.training import FitResult, Method
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 from tritter.training.fitting import LEFTOVERS_NAME
 from tritter.training.parameters import whole_state
-
-PATH = "path"  # file with the path integral of pretraining
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,7 +257,5 @@ def _config_after(config: Config, model: nn.Module) -> Config:
 
 def write_states(work: Path, folder: Path) -> None:
     """Write the state of methods that a training run left in its folder next to its model."""
-    paths = (work / name for name in (PATH, LEFTOVERS_NAME))
-    states = [state for path in paths if (state := read_state(path)) is not None]
-    if states:
-        State.merged(states).write(folder)
+    if (state := read_state(work / LEFTOVERS_NAME)) is not None:
+        state.write(folder)

@@ -148,6 +148,22 @@ class TrainingConfig:
     minimum_ratio: Annotated[float, Field(ge=0, le=1)]
     max_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT), PARSED_COUNT] | None = None
 
+    def rate_schedule(self, *, start_rate: float = 0.0) -> Schedule:
+        """Return the learning rates of the steps.
+
+        Args:
+            start_rate: Final learning rate of the previous training run.
+        """
+        return Schedule(
+            learning_rate=self.learning_rate,
+            max_steps=self.max_steps,
+            warmup_ratio=self.warmup_ratio,
+            shape=self.schedule,
+            decay_ratio=self.decay_ratio,
+            minimum_ratio=self.minimum_ratio,
+            start_rate=start_rate,
+        )
+
 
 @options
 class TrainerValues:

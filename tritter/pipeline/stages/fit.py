@@ -1,15 +1,18 @@
 """The training of a branch."""
 
+import math
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from lightning import Callback
 from torch import nn
 
 from tritter.checkpoints import Source
+from tritter.checkpoints.record import training_record
 from tritter.config.schema import RunConfig
 from tritter.core.families import forward_flops
 from tritter.core.models import load_model
@@ -19,7 +22,6 @@ from tritter.data.packing import lengths_of
 from tritter.errors import RequestError
 from tritter.methods.forgetting import build_methods
 from tritter.methods.whole import reading_flops_of
-from tritter.pipeline.base import last_rate, schedule_of
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import StageResult, TrainingFound
 from tritter.pipeline.moe import NewExperts
@@ -190,7 +192,7 @@ def _train(
         _freeze(model, methods, task, max_steps=settings.max_steps)
         module = BaseModule.of(
             trainee,
-            schedule=schedule or schedule_of(settings, start_rate=last_rate(run, branch)),
+            schedule=schedule or settings.rate_schedule(start_rate=_last_rate(run, branch)),
             optimizer=run.config.optimizer,
             methods=methods,
         )
@@ -303,6 +305,34 @@ def _freeze(
             f"forgetting = {names}: the whole model is frozen, so there is nothing to train; "
             "the expansion only copies layers and adds no new weights."
         )
+
+
+def _last_rate(run: Run, branch: Branch) -> float:
+    """Return the final learning rate of a branch's initial model; 0 if it is not recorded."""
+    return _recorded_rate(run.source(branch.start).own_lineage.training_config)
+
+
+def _recorded_rate(config: Mapping[str, Any]) -> float:
+    """Return the final learning rate recorded in a lineage.
+
+    Older records lack it; then it is computed from the recorded schedule.
+    """
+    rate = config.get("last_rate")
+    if isinstance(rate, int | float) and 0 <= rate < math.inf:
+        return float(rate)
+    try:
+        training = training_record(config)
+        schedule = Schedule(
+            learning_rate=float(training["learning_rate"]),
+            max_steps=int(training["max_steps"]),
+            warmup_ratio=float(training["warmup_ratio"]),
+            shape=str(training["schedule"]),
+            decay_ratio=float(training["decay_ratio"]),
+            minimum_ratio=float(training["minimum_ratio"]),
+        )
+        return schedule.last_rate
+    except (KeyError, TypeError, ValueError):  # a model of another tool, or a damaged record
+        return 0.0
 
 
 def fit_branch(

@@ -19,7 +19,6 @@ from tritter.data.batches import lengthened, read_sequences, sample_equally, wri
 from tritter.data.vocabulary import retokenised
 from tritter.errors import RequestError
 from tritter.methods.forgetting import build_methods, needs_of
-from tritter.methods.forgetting.si import RECORDED
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import StageResult
 from tritter.pipeline.run import Run
@@ -123,12 +122,6 @@ class Importance(Stage):
             seconds=seconds,
             leaves=(branch.preparation,),
         )
-
-
-def is_recorded(run: Run) -> bool:
-    """Return True if a method of any attempt needs the path integral of pretraining."""
-    needed = (needs for config in run.config.attempts for needs in needs_of(config.forgetting))
-    return any(kind in needs.state for needs in needed for kind in RECORDED)
 
 
 def notes_of(run: Run, branch: Branch) -> tuple[str, ...]:
