@@ -20,7 +20,6 @@ from tritter.config.schema import RunConfig
 from tritter.core.expansions import ExpansionSpec, MoeAdd
 from tritter.core.models import read_model
 from tritter.data.options import TextSources
-from tritter.pipeline import verdict
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.pipeline import run_branch
@@ -28,6 +27,7 @@ from tritter.pipeline.run import Run
 from tritter.pipeline.scoring import score_records
 from tritter.pipeline.stages.baseline import check_source, run_baseline
 from tritter.pipeline.summary import moe_record
+from tritter.pipeline.verdict import Candidate
 from tritter.report.summary import MoeRecord
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.reading import named_path
@@ -107,7 +107,7 @@ def expand_for_domain(
         # Refuses a changed source: not after training, whose result would be lost
         of_source = child_lineage(initial_checkpoint, destination, ())
         branch = run_branch(run, branch)
-        verdict.publish(run, (branch,), keep=True)
+        Candidate(run, (branch,)).publish(keep=True)
         used = moe_record(run, (branch,))
         assert used is not None
         plan = run.planned(branch)

@@ -13,7 +13,7 @@ from tritter.config.run_folder import RunStatus
 from tritter.config.schema import RunConfig
 from tritter.errors import RequestError
 from tritter.evaluation.gate import Status
-from tritter.pipeline import costs, verdict, windows
+from tritter.pipeline import costs, windows
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.metrics import (
@@ -41,7 +41,6 @@ from tritter.pipeline.stages.importance import Importance
 from tritter.pipeline.stages.vocabulary import LearnTokens
 from tritter.pipeline.summary import summary_record
 from tritter.pipeline.verdict import Candidate, GateFound, KeptFound, PublishedFound
-from tritter.planning.strategy import planned_rounds
 from tritter.report.figures import plot_run
 from tritter.report.runs import curves_of
 from tritter.report.tables import print_summary
@@ -107,7 +106,7 @@ def run_pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
         with run.waiting("writing the published model"):
             run.stage(
                 "publish",
-                lambda: verdict.publish(last.run, last.branches, keep=is_kept),
+                partial(last.publish, keep=is_kept),
                 label="publish",
             )
         for branch in (branch for each in (*candidates, control) for branch in each.branches):
@@ -188,7 +187,7 @@ def _run_candidates(run: Run) -> list[Candidate]:
     Returns:
         The rounds or attempts that ran.
     """
-    planned = planned_candidates(run)
+    planned = Candidate.planned(run)
     tried: list[Candidate] = []
     for number, each in enumerate(planned, start=1):
         first, is_last = each.branches[0], number == len(planned)
@@ -204,50 +203,12 @@ def _run_candidates(run: Run) -> list[Candidate]:
         if (candidate.status == "rolled_back") == first.is_round:
             break
         if first.is_round and not is_last:
-            run.stage(first.key("keep"), partial(verdict.complete, run, first), label="publish")
+            run.stage(first.key("keep"), candidate.complete, label="publish")
             if first.follows:
                 run.remove(first.start)
         elif not is_last:
             run.remove(candidate.branches[-1].trained)
     return tried
-
-
-def planned_candidates(run: Run) -> list[Candidate]:
-    """Return the attempts of the run (each is the next fallback), or its rounds.
-
-    The baseline stage must be finished.
-
-    Raises:
-        RequestError: the target size can't be reached from the baseline's shape.
-    """
-    config, candidates = run.config, []
-    if config.pipeline.target_params is None:
-        methods, trainings = list[object](), list[object]()
-        for number, own in enumerate(config.attempts, start=1):
-            methods.append(own.forgetting)
-            trainings.append((own.forgetting, own.expansion, own.training))
-            if trainings[-1] in trainings[:-1]:
-                run.say("", f"attempt {number} would repeat an earlier one, and is left out")
-                continue
-            prepared_by = 1 + methods.index(own.forgetting)
-            name = f"attempt_{number}"
-            first = Branch(name, own.expansion, attempt=number, prepared_by=prepared_by)
-            branches = first.for_tasks(len(run.data.text.tasks))
-            candidates.append(Candidate(run.of_attempt(number), branches, own.fallback_overrides))
-        return candidates
-    shapes = planned_rounds(config, run.source("baseline").model)
-    counts = " → ".join(f"{shape.parameters:,}" for shape in shapes)
-    run.say("plan", f"{len(shapes)} rounds to {counts} parameters")
-    for number, shape in enumerate(shapes, start=1):
-        branch = Branch(
-            f"round_{number}",
-            (shape.spec,),
-            follows=f"round_{number - 1}" if number > 1 else None,
-            is_round=True,
-            is_final=number == len(shapes),
-        )
-        candidates.append(Candidate(run, (branch,)))
-    return candidates
 
 
 def _run_tasks(
