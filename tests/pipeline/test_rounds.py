@@ -18,8 +18,7 @@ from tritter.config.launch.composition import load_config
 from tritter.errors import RequestError
 from tritter.evaluation.gate import Check
 from tritter.pipeline import Outcome
-from tritter.pipeline.metrics import BEFORE
-from tritter.pipeline.pipeline import _logged
+from tritter.pipeline.metrics import _BEFORE, log_branch
 from tritter.pipeline.verdict import Candidate
 from tritter.training import read_metrics
 
@@ -107,14 +106,14 @@ def test_a_later_round_logs_no_step_before_its_first(
     """The previous round's last step already has the same scores."""
     logged = list[int]()
     logger = SimpleNamespace(log_metrics=lambda _, step: logged.append(step))
-    module = "tritter.pipeline.pipeline"
+    module = "tritter.pipeline.metrics"
     monkeypatch.setattr(f"{module}.open_loggers", lambda *_, **__: nullcontext([logger]))
-    monkeypatch.setattr(f"{module}.before_metrics", lambda *_: {"eval/prose/loss": 3.0})
+    monkeypatch.setattr(f"{module}._before_metrics", lambda *_: {"eval/prose/loss": 3.0})
     run: Any = SimpleNamespace(ledger={}, reading=str, folder=tmp_path, loggers=[])
     branch: Any = SimpleNamespace(name="round", location="round", part=None)
     for first_step in (0, 10):
-        with _logged(run, branch, first_step=first_step):
-            assert logged == [BEFORE]
+        with log_branch(run, branch, first_step=first_step):
+            assert logged == [_BEFORE]
 
 
 @pytest.mark.full

@@ -30,7 +30,19 @@ _IN_FIT = ("pretraining (unless cached)", "routers", "training", "validation")  
 _LABELS = {"importance": "importance of each parameter"}
 
 
-def cost_lines(run: Run) -> Iterator[str]:
+def announce(run: Run) -> None:
+    """Print what the run will cost, before its first stage."""
+    first, *others = _cost_lines(run)
+    run.say("cost", first)
+    for line in others:
+        run.say("", line)
+    with run.waiting("timing a batch"):
+        line = _time_line(run)
+    if line:
+        run.say("", line)
+
+
+def _cost_lines(run: Run) -> Iterator[str]:
     """Yield a line each on parameters, memory and the tokens that are read."""
     config, source = run.config, run.data.model
     grown = grown_model(config, source)
@@ -46,7 +58,7 @@ def cost_lines(run: Run) -> Iterator[str]:
     yield f"{steps:,} steps of {of_step}"
 
 
-def time_line(run: Run) -> str:
+def _time_line(run: Run) -> str:
     """Time one batch and return the estimated seconds of each stage.
 
     Empty if they are few, or differ for each process or with a quantised base.

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from tritter.checkpoints.history import digests_of, find_damage
 from tritter.checkpoints.record import EXPERTS_FOLDER, LedgerRecord, Lineage, StageRecord
 from tritter.errors import TritterError, brief
+from tritter.pipeline.branch import Branch
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.reading import LEDGER_NAME
 from tritter.storage.records import read_record, record, record_text, validate_record
@@ -161,6 +162,10 @@ class Ledger:
     def training(self, branch: str) -> TrainingFound:
         """Return the result of a branch's main training run."""
         return self.found(f"{branch}.fit", TrainingFound)
+
+    def steps(self, branches: Iterable[Branch]) -> int:
+        """Return the number of steps of the main training runs of branches."""
+        return sum(self.training(branch.name).steps for branch in branches)
 
     def record(
         self, stage: str, result: StageResult, *, lineages: Mapping[str, Lineage] | None = None

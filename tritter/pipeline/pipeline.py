@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import dropwhile, takewhile
@@ -17,18 +16,14 @@ from tritter.pipeline import costs, windows
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.metrics import (
-    BEFORE,
-    before_metrics,
-    first_step,
+    log_branch,
     log_result_to_wandb,
-    open_loggers,
     wandb_finished,
     wandb_logger,
     write_metrics,
 )
 from tritter.pipeline.next_commands import next_commands
 from tritter.pipeline.run import Run
-from tritter.pipeline.run_data import check_streams
 from tritter.pipeline.scoring import BenchmarkTask
 from tritter.pipeline.stage import Stage
 from tritter.pipeline.stages import vocabulary
@@ -47,7 +42,6 @@ from tritter.report.tables import print_summary
 from tritter.storage.atomic import clear_leftovers, write_text_atomic
 from tritter.targets import instantiate
 from tritter.terminal import Console
-from tritter.training import metrics_files
 from tritter.transform import size_text
 
 _SUMMARY_NAME = "summary.json"
@@ -132,13 +126,8 @@ def _report(run: Run, candidates: Sequence[Candidate], control: Candidate) -> Ou
     plots = plot_run(
         summary, curves_of(rows), run.folder / "plots", control=curves_of(control_rows)
     )
-    own = [
-        branch.name
-        for candidate in candidates
-        for branch in candidate.branches
-        if branch.part is None
-    ]
-    steps = sum(run.ledger.training(name).steps for name in own)
+    branches = [branch for candidate in candidates for branch in candidate.branches]
+    steps = run.ledger.steps(branch for branch in branches if branch.part is None)
     log_result_to_wandb(run, summary, plots, step=steps)
     print_summary(summary, console=run.console, folder=run.folder)
     run.say("disk", _disk_text(summary.disk))
@@ -215,9 +204,10 @@ def _run_tasks(
     run: Run, branches: Sequence[Branch], *, so_far: Sequence[Branch] = ()
 ) -> tuple[Branch, ...]:
     """Return the branches trained until one stops early; loggers count those `so_far` first."""
-    row, trained = [*so_far, *branches], list[Branch]()
+    trained = list[Branch]()
     for branch in branches:
-        trained.append(run_branch(run, branch, first_step=first_step(run, row, branch)))
+        first_step = run.ledger.steps([*so_far, *trained])
+        trained.append(run_branch(run, branch, first_step=first_step))
         if run.ledger.training(branch.name).stopped_because is not None:
             break
     return tuple(trained)
@@ -269,39 +259,11 @@ def run_branch(run: Run, branch: Branch, *, first_step: int = 0) -> Branch:
         first_step: number of earlier steps in loggers.
     """
     branch = prepare_branch(run, branch)
-    with _logged(run, branch, first_step=first_step):
+    with log_branch(run, branch, first_step=first_step):
         for stage in dropwhile(lambda each: not isinstance(each, Fit), stages_of(run.config)):
             branch = stage(run, branch)
     run.remove_before_fit(branch)
     return branch
-
-
-@contextmanager
-def _logged(run: Run, branch: Branch, *, first_step: int) -> Iterator[None]:
-    """Open the loggers of a branch's training, and log its metrics before the expansion."""
-    if run.ledger.get(f"{branch.name}.evaluate") is not None:
-        yield
-        return
-    with open_loggers(run.reading(branch.location), branch.part, first_step=first_step) as loggers:
-        before = before_metrics(run, branch.name)
-        if before and not first_step and not metrics_files(run.folder / branch.name):
-            for logger in loggers:
-                logger.log_metrics(before, step=BEFORE)
-        run.loggers[:] = loggers
-        yield
-        run.loggers.clear()
-
-
-def _announce_costs(run: Run) -> None:
-    """Print what the run will cost, before its first stage."""
-    first, *others = costs.cost_lines(run)
-    run.say("cost", first)
-    for line in others:
-        run.say("", line)
-    with run.waiting("timing a batch"):
-        line = costs.time_line(run)
-    if line:
-        run.say("", line)
 
 
 def _announce(run: Run) -> None:
@@ -338,9 +300,9 @@ def _announce(run: Run) -> None:
     if run.data.tasks:
         names = (t.label if isinstance(t, BenchmarkTask) else t.name for t in run.data.tasks)
         run.say("answers", f"accuracy is measured on {', '.join(names)}")
-    check_streams(run.data, run.folder)
+    run.data.check_streams(run.folder)
     if run.ledger.get("baseline") is None:
-        _announce_costs(run)
+        costs.announce(run)
         return
     if run.ledger.found("baseline", BaselineFound).corpus != run.data.corpus.digest:
         raise RequestError(

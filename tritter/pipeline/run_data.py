@@ -6,7 +6,7 @@ from functools import cached_property
 from itertools import chain
 from json import dumps
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,12 @@ from tritter.data.chat import (
     LOSS_KEY,
     NONE,
     TEMPLATE_KEY,
+    TOKENIZER,
     Chat,
     ChatChoice,
     chat_of,
     is_unpredicted,
+    read_template,
 )
 from tritter.data.conversations import NO_ANSWERS
 from tritter.data.corpus import Corpus, build_corpus, stdlib_corpus
@@ -50,18 +52,18 @@ from tritter.data.tokens import (
     read_tokenizer,
 )
 from tritter.errors import Problem, RequestError
+from tritter.evaluation.benchmarks.harness import Tokenizer as StockTokenizer
 from tritter.evaluation.losses import batch_that_fits
 from tritter.evaluation.tasks import MetricTask, QuestionTask, Reader, ScoredTask, subject_of
 from tritter.limits import MAX_VOCABULARY
 from tritter.pipeline.branch import Branch
-from tritter.pipeline.scoring import Scoring, benchmark_tasks, stock_tokenizer
+from tritter.pipeline.scoring import BenchmarkTask, Scoring
 from tritter.planning.run_memory import batch_size_at
 from tritter.seeds import derived_seed
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.reading import TOKENIZER_NAME, read_object
 from tritter.targets import dotted, instantiate
 
-MAX_POSITIONS = 2048  # for a model without position limit
 _START = "start_of_text"  # of a lineage: the ids in front of each training text
 _STREAMS = "streams.json"  # domain → file → its contents when the run began
 _FILES_ORIGIN, _DATASETS_ORIGIN = "text files", "data sets"
@@ -80,6 +82,8 @@ class RunData:
     Attributes:
         short: of longer windows: these tokens in the run's own windows, in which models are scored.
     """
+
+    max_positions: ClassVar[int] = 2048  # of a model without position limit
 
     def __init__(
         self,
@@ -236,6 +240,21 @@ class RunData:
         )
 
     @cached_property
+    def stock_tokenizer(self) -> StockTokenizer | None:
+        """The tokenizer of the initial checkpoint, if any, with the chat template of the run."""
+        if self.own is not None:
+            return self.own.stock_tokenizer
+        if self.initial_checkpoint is None:
+            return None
+        tokenizer: StockTokenizer = load_tokenizer(self.initial_checkpoint.folder)
+        template = self.chat_choice.chat_template
+        if template == NONE:
+            tokenizer.chat_template = None
+        elif template not in (None, TOKENIZER):
+            tokenizer.chat_template = read_template(template)
+        return tokenizer
+
+    @cached_property
     def packing(self) -> Packing:
         """The packing of the run's sequences.
 
@@ -318,6 +337,36 @@ class RunData:
         """Reject a domain that is too small, before any training."""
         for name in self.domains:
             self.num_sequences(name)
+
+    def check_streams(self, folder: Path) -> None:
+        """Record the streamed files of a run that begins; compare them when it resumes.
+
+        Args:
+            folder: of the run.
+        """
+        path = folder / _STREAMS
+        current = {
+            name: stream_identity(*sources, key=name) for name, sources in self.streams.items()
+        }
+        if not current:
+            return
+        if not path.exists():
+            write_text_atomic(path, dumps(current, indent=1) + "\n")
+            return
+        keys = {domain.name: domain.key for domain in self.text.domains}
+        for name, recorded in read_object(path).items():
+            contents = current.get(name, {})
+            changed = sorted(
+                file for file in recorded | contents if recorded.get(file) != contents.get(file)
+            )
+            if changed:
+                file = changed[0]
+                before, now = recorded.get(file, "not there"), contents.get(file, "not there")
+                reason = (
+                    f"the streamed data has changed since the run in {folder} began "
+                    f"(then {before}; now {now}); restore it, or start another run"
+                )
+                raise RequestError(Problem(keys.get(name, name), file, reason=reason))
 
     def source_records(self, domains: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Return the records of some domains in a checkpoint's lineage: hash and paths."""
@@ -441,16 +490,13 @@ class RunData:
             for name, asked in questions.items()
             if asked
         )
-        length = self.model.position_limit or MAX_POSITIONS
+        length = self.model.position_limit or self.max_positions
         own = (
             MetricTask(one.name, instantiate(one.options), one.plain())
             for one in self.config.metrics
         )
-        start = self.initial_checkpoint
-        stock = None
-        if options.tasks and start is not None:
-            stock = stock_tokenizer(start.folder, self.chat_choice)
-        return (*skills, *benchmark_tasks(options, positions=length, stock=stock), *own)
+        stock = self.stock_tokenizer if options.tasks else None
+        return (*skills, *BenchmarkTask.chosen(options, positions=length, stock=stock), *own)
 
     @cached_property
     def scored(self) -> dict[str, TokenisedDocuments]:
@@ -487,36 +533,6 @@ class RunData:
                 *(subject_of(task) for task in self.tasks if task.domain == domain),
             )
         ]
-
-
-def check_streams(data: RunData, folder: Path) -> None:
-    """Record the streamed files of a run that begins; compare them with the record if it resumes.
-
-    Args:
-        data: of the run.
-        folder: of the run.
-    """
-    path = folder / _STREAMS
-    current = {name: stream_identity(*sources, key=name) for name, sources in data.streams.items()}
-    if not current:
-        return
-    if not path.exists():
-        write_text_atomic(path, dumps(current, indent=1) + "\n")
-        return
-    keys = {domain.name: domain.key for domain in data.text.domains}
-    for name, recorded in read_object(path).items():
-        contents = current.get(name, {})
-        changed = sorted(
-            file for file in recorded | contents if recorded.get(file) != contents.get(file)
-        )
-        if changed:
-            file = changed[0]
-            before, now = recorded.get(file, "not there"), contents.get(file, "not there")
-            reason = (
-                f"the streamed data has changed since the run in {folder} began "
-                f"(then {before}; now {now}); restore it, or start another run"
-            )
-            raise RequestError(Problem(keys.get(name, name), file, reason=reason))
 
 
 def _in_windows(config: RunConfig, length: int) -> RunConfig:

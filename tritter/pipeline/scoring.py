@@ -13,9 +13,8 @@ from typing import Any
 from torch import nn
 
 from tritter.core.families import Flops
-from tritter.core.models import load_tokenizer, wrapped_tokenizer
+from tritter.core.models import wrapped_tokenizer
 from tritter.data.benchmark_names import CODE, benchmark_names
-from tritter.data.chat import NONE, TOKENIZER, ChatChoice, read_template
 from tritter.data.tokens import TokenisedDocuments
 from tritter.errors import Problem, RequestError, TritterError
 from tritter.evaluation.benchmarks.files import Questions, TasksFolder, load
@@ -171,6 +170,51 @@ class BenchmarkTask:
     stock: StockTokenizer | None = None
     domain: str | None = None
 
+    @classmethod
+    def chosen(
+        cls, options: EvaluationConfig, *, positions: int, stock: StockTokenizer | None = None
+    ) -> "tuple[BenchmarkTask, ...]":
+        """Return the benchmarks of a run, after checking their files, lm-eval and the sandbox.
+
+        Args:
+            options: the options of the run.
+            positions: maximum number of tokens of the run's models.
+            stock: tokenizer of the run's checkpoint; None for a new base model.
+        """
+        names = benchmark_names(options.tasks, key=TASKS_KEY)
+        if not names:
+            return ()
+        if options.chat_template and (stock is None or stock.chat_template is None):
+            reason = "the checkpoint has no chat template"
+            raise RequestError(Problem("evaluation.chat_template", True, reason=reason))
+        benchmarks = [BENCHMARKS[name] for name in names]
+        questions: Mapping[str, Questions] = {}
+        if options.tasks_path is not None:
+            loaded = load(
+                benchmarks,
+                TasksFolder(Path(options.tasks_path), key="evaluation.tasks_path"),
+                limit=options.task_limit,
+                num_fewshot=options.num_fewshot,
+                fewshot_key="evaluation.num_fewshot",
+            )
+            questions = {each.benchmark.name: each for each in loaded}
+        require_harness()
+        sandbox: Sandbox | None = None
+        if set(names) & set(CODE):
+            command = options.code_sandbox_command if options.code_sandbox == "external" else None
+            sandbox = Sandbox.checked(command, key="evaluation.code_sandbox_command")
+        harness = EvalOptions(
+            limit=options.task_limit,
+            sandbox=sandbox,
+            is_null_run=False,
+            is_chat=options.chat_template,
+            num_fewshot=options.num_fewshot,
+            keys=(TASKS_KEY, "evaluation.tasks_path"),
+        )
+        return tuple(
+            cls(each, questions.get(each.name), harness, positions, stock) for each in benchmarks
+        )
+
     @property
     def name(self) -> str:
         """The name of the benchmark."""
@@ -235,61 +279,6 @@ class BenchmarkTask:
             length=self.positions,
             is_chat=self.harness.is_chat,
         )
-
-
-def benchmark_tasks(
-    options: EvaluationConfig, *, positions: int, stock: StockTokenizer | None = None
-) -> tuple[BenchmarkTask, ...]:
-    """Return the benchmarks of a run, after checking their files, lm-eval and the sandbox.
-
-    Args:
-        options: the options of the run.
-        positions: maximum number of tokens of the run's models.
-        stock: tokenizer of the run's checkpoint; None for a new base model.
-    """
-    names = benchmark_names(options.tasks, key=TASKS_KEY)
-    if not names:
-        return ()
-    if options.chat_template and (stock is None or stock.chat_template is None):
-        reason = "the checkpoint has no chat template"
-        raise RequestError(Problem("evaluation.chat_template", True, reason=reason))
-    chosen = [BENCHMARKS[name] for name in names]
-    questions: Mapping[str, Questions] = {}
-    if options.tasks_path is not None:
-        loaded = load(
-            chosen,
-            TasksFolder(Path(options.tasks_path), key="evaluation.tasks_path"),
-            limit=options.task_limit,
-            num_fewshot=options.num_fewshot,
-            fewshot_key="evaluation.num_fewshot",
-        )
-        questions = {each.benchmark.name: each for each in loaded}
-    require_harness()
-    sandbox: Sandbox | None = None
-    if set(names) & set(CODE):
-        command = options.code_sandbox_command if options.code_sandbox == "external" else None
-        sandbox = Sandbox.checked(command, key="evaluation.code_sandbox_command")
-    harness = EvalOptions(
-        limit=options.task_limit,
-        sandbox=sandbox,
-        is_null_run=False,
-        is_chat=options.chat_template,
-        num_fewshot=options.num_fewshot,
-        keys=(TASKS_KEY, "evaluation.tasks_path"),
-    )
-    return tuple(
-        BenchmarkTask(each, questions.get(each.name), harness, positions, stock) for each in chosen
-    )
-
-
-def stock_tokenizer(folder: Path, choice: ChatChoice) -> StockTokenizer:
-    """Return a checkpoint's tokenizer with the chat template of a run."""
-    tokenizer: StockTokenizer = load_tokenizer(folder)
-    if choice.chat_template == NONE:
-        tokenizer.chat_template = None
-    elif choice.chat_template not in (None, TOKENIZER):
-        tokenizer.chat_template = read_template(choice.chat_template)
-    return tokenizer
 
 
 def _tokenizer(reader: Reader, stock: StockTokenizer | None) -> StockTokenizer:

@@ -32,7 +32,7 @@ from tritter.storage.records import validate_record
 
 _NUM_BUCKETS = 16  # of positions
 _CHARACTERS_PER_TOKEN = 5  # an upper estimate for prose
-SOURCE, _SOURCE_LONG = "source-windows", "source-long"  # names of the source's scores
+_SOURCE, _SOURCE_LONG = "source-windows", "source-long"  # names of the source's scores
 _NAMES = ("source", "source_long", "expanded", "final")
 
 
@@ -47,6 +47,30 @@ class LongScores:
 
     scores: Mapping[str, PairedScores]
     positions: Mapping[str, Mapping[str, list[float]]]
+
+    @classmethod
+    def of(
+        cls, run: Run, data: RunData, model: nn.Module, *, source_length: int, length: int
+    ) -> "LongScores":
+        """Score a model on the long documents, in windows of `length`, and move it to the CPU."""
+        scores, positions, reader = {}, {}, data.scoring.reader
+        factor = max(1, length // data.scoring.sequence_length)
+        model.to(run.device)
+        with run.progress_bars() as new_bar:
+            for name, documents in _long_documents(data, source_length).items():
+                sums = torch.zeros(2, length, dtype=torch.float64)
+                scores[name] = document_losses(
+                    model,
+                    documents,
+                    sequence_length=length,
+                    bounds=reader.bounds,
+                    batch_size=max(1, reader.batch_size // factor),
+                    progress=new_bar(f"scoring {name} in windows of {length:,}"),
+                    positions=sums,
+                )
+                positions[name] = _buckets(sums)
+        model.to("cpu")
+        return cls(scores, positions)
 
     def write(self, run: Run, name: str) -> str:
         """Write the scores and return their file, relative to the run folder."""
@@ -119,30 +143,6 @@ def _long_documents(data: RunData, length: int) -> dict[str, TokenisedDocuments]
     return found
 
 
-def score(
-    run: Run, data: RunData, model: nn.Module, *, source_length: int, length: int
-) -> LongScores:
-    """Score a model on the long documents, in windows of `length`, and move it to the CPU."""
-    scores, positions, reader = {}, {}, data.scoring.reader
-    factor = max(1, length // data.scoring.sequence_length)
-    model.to(run.device)
-    with run.progress_bars() as new_bar:
-        for name, documents in _long_documents(data, source_length).items():
-            sums = torch.zeros(2, length, dtype=torch.float64)
-            scores[name] = document_losses(
-                model,
-                documents,
-                sequence_length=length,
-                bounds=reader.bounds,
-                batch_size=max(1, reader.batch_size // factor),
-                progress=new_bar(f"scoring {name} in windows of {length:,}"),
-                positions=sums,
-            )
-            positions[name] = _buckets(sums)
-    model.to("cpu")
-    return LongScores(scores, positions)
-
-
 def _buckets(sums: Tensor) -> dict[str, list[float]]:
     """Return the mean loss of consecutive positions, without buckets that have no tokens."""
     ends = torch.linspace(0, sums.shape[1], _NUM_BUCKETS + 1).round().long().unique().tolist()
@@ -184,11 +184,11 @@ def score_start(
     )  # the same documents in the tokens of the source
     spent, files = 0.0, []
     for where, model, reading, length, name in (
-        (own, before, readings[0], old, SOURCE),
+        (own, before, readings[0], old, _SOURCE),
         (own, before, readings[0], new, _SOURCE_LONG),
         (longer, after, readings[1], new, "expanded-long"),
     ):
-        found = score(run, where, model, source_length=old, length=length)
+        found = LongScores.of(run, where, model, source_length=old, length=length)
         files.append(found.write(run, f"{branch.name}-{name}"))
         spent += flops(where, reading, source_length=old, length=length)
     counts = {name: len(each) for name, each in _long_documents(own, old).items()}
@@ -215,7 +215,7 @@ def score_trained(
     """
     old, new = run.source("baseline").model.position_limit, run.data.sequence_length
     assert old is not None
-    found = score(run, run.data, model, source_length=old, length=new)
+    found = LongScores.of(run, run.data, model, source_length=old, length=new)
     spent = flops(run.data, reading, source_length=old, length=new)
     return [found.write(run, f"{branch.name}-trained-long")], spent
 
@@ -236,7 +236,7 @@ def checks(run: Run, branches: Sequence[Branch]) -> Iterator[Check]:
     if not is_longer(run, branches[0]):
         return
     gate = run.config.gate
-    before = LongScores.read(run, f"{branches[0].name}-{SOURCE}").scores
+    before = LongScores.read(run, f"{branches[0].name}-{_SOURCE}").scores
     after = LongScores.read(run, f"{branches[-1].name}-trained-long").scores
     for name in before:
         check = retention_check(
@@ -256,7 +256,7 @@ def summary_record(run: Run, branches: Sequence[Branch]) -> WindowsRecord | None
     if not is_longer(run, first):
         return None
     old, new = _lengths(run, first)
-    files = (SOURCE, _SOURCE_LONG, "expanded-long")
+    files = (_SOURCE, _SOURCE_LONG, "expanded-long")
     names = [*(f"{first.name}-{each}" for each in files), f"{last.name}-trained-long"]
     models = dict(zip(_NAMES, (LongScores.read(run, each) for each in names), strict=True))
     record: dict[str, Any] = {

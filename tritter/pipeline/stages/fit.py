@@ -26,7 +26,7 @@ from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import StageResult, TrainingFound
 from tritter.pipeline.moe import NewExperts
 from tritter.pipeline.run import Run
-from tritter.pipeline.samples import sample_log
+from tritter.pipeline.samples import SampleLog
 from tritter.pipeline.stage import Stage
 from tritter.pipeline.stages import importance
 from tritter.pipeline.trained import TrainedWriter
@@ -200,7 +200,7 @@ def _train(
         if observer is not None:
             trainee.observers += (observer,)
         elif text is not None:
-            trainee.observers += tuple(sample_log(run, model, folder))
+            trainee.observers += SampleLog.of(run, model, folder)
         write = TrainedWriter.of_branch(
             run, branch, is_routed=is_routed, frees_start=frees_start, methods=(*others, *methods)
         )
