@@ -33,7 +33,7 @@ from tritter.pipeline.run_data import all_documents
 from tritter.pipeline.stages.baseline import _base_made_from
 from tritter.planning.run_memory import batch_size_at, tokens_note, training_needs
 from tritter.terminal import Console
-from tritter.training.trainer import start_method
+from tritter.training.fitting import start_method
 
 SHORT, LONG = 32, 128
 WORDS = ("expansion=context", f"model.max_position_embeddings={SHORT}")

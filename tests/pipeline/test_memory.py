@@ -65,7 +65,7 @@ def test_no_trainer_outlives_its_stage(
 ) -> None:
     """Weights, gradients and moments would be there while the next stage loads two models."""
     made, alive = weakref.WeakSet[Trainer](), list[int]()
-    build, load = fitting.build_trainer, AutoModelForCausalLM.from_pretrained
+    build, load = fitting._build_trainer, AutoModelForCausalLM.from_pretrained
 
     def building(*args: Any, **options: Any) -> Trainer:
         made.add(trainer := build(*args, **options))
@@ -75,7 +75,7 @@ def test_no_trainer_outlives_its_stage(
         alive.append(len(made))
         return load(*args, **options)
 
-    monkeypatch.setattr(fitting, "build_trainer", building)
+    monkeypatch.setattr(fitting, "_build_trainer", building)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loading)
     run_tiny(tmp_path, "expansion=llama_pro", "forgetting=ewc", cache_dir=tmp_path / "cache")
     assert len(alive) >= 4 and not any(alive)

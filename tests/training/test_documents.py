@@ -236,14 +236,14 @@ def train(
         state={"si_importance": ones},
         teacher=document_mask(oracle.tiny_llama()),
     )
-    whole, written = fitting.build_trainer, Written(folder.with_name(f"{folder.name}-written"))
+    whole, written = fitting._build_trainer, Written(folder.with_name(f"{folder.name}-written"))
 
     def watched(settings, callbacks, max_steps, *, loggers):  # type: ignore[no-untyped-def]
         return whole(settings, [*watching, *callbacks], max_steps, loggers=loggers)
 
     new = SequenceStream(sequences_of(30, 5), seed=0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fitting, "build_trainer", watched)
+        patch.setattr(fitting, "_build_trainer", watched)
         result = fit(
             module,
             BatchStream(new, batch_size=4, num_batches=STEPS),

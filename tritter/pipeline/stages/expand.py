@@ -21,7 +21,7 @@ from tritter.pipeline.ledger import ExpansionFound, StageResult
 from tritter.pipeline.run import Run
 from tritter.pipeline.stage import Stage
 from tritter.training.callbacks import evaluation_flops
-from tritter.training.trainer import validation_metrics
+from tritter.training.fitting import validation_metrics
 from tritter.transform import PlannedExpansion
 from tritter.transform.children import router_flops
 
