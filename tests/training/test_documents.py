@@ -39,7 +39,6 @@ from tritter.training import (
     fit,
     fitting,
     read_metrics,
-    trainer,
 )
 
 EOT = 0
@@ -318,7 +317,7 @@ def test_the_logged_loss_is_that_of_all_batches_of_a_step(tmp_path: Path) -> Non
 
 
 @pytest.mark.full
-@pytest.mark.skipif(trainer.start_method("cpu") != "fork", reason="spawning takes seconds")
+@pytest.mark.skipif(fitting.start_method("cpu") != "fork", reason="spawning takes seconds")
 def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
     one, expected = train(tmp_path / "one", ONE)
     two, result = train(tmp_path / "two", TWO)
