@@ -87,10 +87,8 @@ def train(model, context, schedule):  # type: ignore[no-untyped-def]
     """Train as `fit` does: its batches, optimizer, clipping and rates; OSF projects by hooks."""
     import torch
 
-    from tritter.training.optimizer import build_optimizer
-
-    optimizer = build_optimizer(
-        model.named_parameters(), context.config.optimizer, learning_rate=schedule.learning_rate
+    optimizer = context.config.optimizer.build(
+        model.named_parameters(), learning_rate=schedule.learning_rate
     )
     held = [p for group in optimizer.param_groups for p in group["params"]]
     batches = context.data.batches(

@@ -1,4 +1,4 @@
-"""The parameters of a live model: their layout, sharding and reshaping.
+"""The parameters of a live model: their layout and reshaping.
 
 Separate parameters for appended experts are included in the layout of the model's family.
 """
@@ -9,9 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.checkpoint.state_dict import StateDictOptions
 from torch.distributed.tensor import DTensor
 
 from tritter.core.families import (
@@ -25,7 +23,6 @@ from tritter.core.families import (
 )
 from tritter.core.families.layout import Part
 from tritter.core.models import (
-    layers_of,
     model_of,
     set_parameter,
     uninitialised_model,
@@ -36,7 +33,7 @@ from tritter.transform import Change
 
 BASE, NEW = "_base", "_new"  # suffixes of a parameter split into old and appended experts
 WRAPPED = ".base_layer"  # PEFT's name of a linear layer with adapters
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of a sharded model (FSDP2)
 Entry = dict[str, Any]
 
 
@@ -117,43 +114,6 @@ def trained_tensors(model: nn.Module) -> frozenset[str]:
         if model.get_parameter(stored.name).requires_grad
         for part in stored.parts
     )
-
-
-# Sharding over several processes (FSDP2).
-#
-# Each decoder layer is gathered before it computes and freed afterwards, so a process holds its
-# shards of all layers and one whole layer.
-
-
-def shard(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Shard every parameter over the processes of a mesh, decoder layer by decoder layer.
-
-    Parameters outside of the layers, such as tied embeddings, are gathered together.
-    """
-    for layer in layers_of(model):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-
-
-def gather_shards(model: nn.Module, *, is_kept: bool) -> None:
-    """Gather the whole weights of a sharded model on the CPU, after training.
-
-    All processes must call it.
-
-    Args:
-        model: Sharded model.
-        is_kept: Whether this process receives the weights.
-    """
-    names = [name for name, _ in model.named_parameters()]
-    full_tensor: Mapping[str, Any] = get_model_state_dict(model, options=WHOLE)
-    if not is_kept:
-        return
-    for name in names:
-        set_parameter(model, name, full_tensor[name])
-    model.tie_weights()  # type: ignore[operator]
-    for module in model.modules():  # `to` would move the old shards
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.cpu())
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

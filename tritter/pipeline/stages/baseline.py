@@ -289,7 +289,7 @@ def _base_made_from(run: Run) -> dict[str, Any]:
         # Several processes sum in another order, and sharding changes rounding
         "trainer": {key: trainer[key] for key in _TRAINER_KEYS}
         | {"is_sharded": trainer["strategy"] == "fsdp"}
-        | config.effective_arguments(),
+        | config.trainer.effective_arguments(),
         "seed": config.seed,
     }
 
