@@ -298,13 +298,13 @@ def test_few_long_documents_do_not_decide(
         return PairedScores(tuple(map(str, range(num))), values, weights, "nats")
 
     found = {"first-source-windows": scores(1.0), "last-trained-long": scores(after)}
-    monkeypatch.setattr(windows, "is_longer", lambda *_: True)
+    monkeypatch.setattr(windows.LongWindows, "is_longer", True)
     read = lambda _, name: SimpleNamespace(scores={"old": found[name]})  # noqa: E731
     monkeypatch.setattr(windows.LongScores, "read", read)
     gate = SimpleNamespace(retention=0.05, confidence=0.95)
     context: Any = SimpleNamespace(config=SimpleNamespace(gate=gate))
     branches: Any = [SimpleNamespace(name="first"), SimpleNamespace(name="last")]
-    (check,) = windows.checks(context, branches)
+    (check,) = windows.LongWindows(context, branches[0]).checks(branches[-1])
     assert (check.name, check.verdict, check.documents_needed) == ("long_windows", verdict, None)
     assert check.bound == (None if verdict == "reported" else 0.05)
 

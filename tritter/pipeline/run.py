@@ -33,7 +33,7 @@ from tritter.methods.whole import load_whole
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import Ledger, StageResult
 from tritter.pipeline.run_data import RunData
-from tritter.pipeline.scoring import Scores, scores_text
+from tritter.pipeline.scoring import Scores
 from tritter.planning.run_memory import memory_notes
 from tritter.planning.upcycling import upcycling_notes
 from tritter.seeds import derived_seed
@@ -320,9 +320,8 @@ class Run:
         with self.progress_bars() as new_bar:
             scores = self.data.scoring.score(model.to(self.device), new_bar=new_bar)
         model.to("cpu")
-        content = dumps({subject: each.to_dict() for subject, each in scores.items()})
-        write_text_atomic(self.folder / score_file(name), content)
-        self.say("", scores_text(scores))
+        write_text_atomic(self.folder / score_file(name), dumps(scores.plain()))
+        self.say("", scores.text())
         return scores
 
     def read_scores(self, name: str) -> Scores:

@@ -35,7 +35,52 @@ from tritter.evaluation.tasks import Reader, ScoredTask, subject_of
 from tritter.storage.reading import read_object
 from tritter.terminal import NewBar, no_bar
 
-Scores = dict[str, PairedScores]  # domain name or task subject → scores
+
+class Scores(dict[str, PairedScores]):
+    """Domain or subject of a task → scores of one model."""
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> "Scores":
+        """Return scores from the plain values of `plain`."""
+        return cls({subject: PairedScores.from_dict(plain[subject]) for subject in plain})
+
+    def plain(self) -> dict[str, Any]:
+        """Return the scores as plain values."""
+        return {subject: each.to_dict() for subject, each in self.items()}
+
+    def text(self) -> str:
+        """Return the scores as one line: losses, then accuracies."""
+        losses = [f"{n} {score.mean():.3f}" for n, score in self.items() if score.unit == "nats"]
+        parts = [
+            f"{n.removesuffix('/accuracy')} {score.mean():.1%}"
+            for n, score in self.items()
+            if score.unit == "accuracy"
+        ]
+        text = f"loss [nats/token]: {', '.join(losses)}"
+        return f"{text}; accuracy: {', '.join(parts)}" if parts else text
+
+    def records(self, tasks: Iterable[ScoredTask] = ()) -> dict[str, dict[str, Any]]:
+        """Return domain or task → record, as in summary.json; a domain may also have an accuracy.
+
+        Args:
+            tasks: the tasks; records of benchmarks get their settings.
+        """
+        records: dict[str, dict[str, Any]] = {}
+        for subject, score in self.items():
+            record, name = score.record(), subject.removesuffix("/accuracy")
+            if score.unit == "accuracy" and name in records:
+                records[name] |= {
+                    "accuracy": record["accuracy"],
+                    "accuracy_standard_error": record["standard_error"],
+                    "num_questions": record["n"],
+                    "chance": score.chance,
+                }
+            else:
+                records[name] = record
+        for task in tasks:
+            if isinstance(task, BenchmarkTask) and task.name in records:
+                records[task.name] |= task.settings
+        return records
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,13 +122,13 @@ class Scoring:
             for domain, documents in self.documents.items()
         }
         scores |= {subject_of(task): task.score(model, self.reader) for task in self.tasks}
-        return scores
+        return Scores(scores)
 
     def read(self, path: Path) -> Scores:
         """Return the scores in a file."""
         plain = read_object(path, limit_bytes=MAX_SCORE_BYTES)
         try:
-            return {subject: PairedScores.from_dict(plain[subject]) for subject in self.subjects}
+            return Scores.of({subject: plain[subject] for subject in self.subjects})
         except (KeyError, TritterError) as error:
             raise TritterError(
                 f"{path} does not contain the scores of this run: {error}."
@@ -105,45 +150,6 @@ class Scoring:
         for task in self.tasks:
             lengths.update(task.lengths(self.reader))
         return reading.of_all(lengths)
-
-
-def scores_text(scores: Mapping[str, PairedScores]) -> str:
-    """Return scores as one line: losses, then accuracies."""
-    losses = [f"{n} {score.mean():.3f}" for n, score in scores.items() if score.unit == "nats"]
-    parts = [
-        f"{n.removesuffix('/accuracy')} {score.mean():.1%}"
-        for n, score in scores.items()
-        if score.unit == "accuracy"
-    ]
-    text = f"loss [nats/token]: {', '.join(losses)}"
-    return f"{text}; accuracy: {', '.join(parts)}" if parts else text
-
-
-def score_records(
-    scores: Mapping[str, PairedScores], tasks: Iterable[ScoredTask] = ()
-) -> dict[str, dict[str, Any]]:
-    """Return domain or task → record, as in summary.json; a domain may also have an accuracy.
-
-    Args:
-        scores: domain or subject of a task → scores.
-        tasks: the tasks; records of benchmarks get their settings.
-    """
-    records: dict[str, dict[str, Any]] = {}
-    for subject, score in scores.items():
-        record, name = score.record(), subject.removesuffix("/accuracy")
-        if score.unit == "accuracy" and name in records:
-            records[name] |= {
-                "accuracy": record["accuracy"],
-                "accuracy_standard_error": record["standard_error"],
-                "num_questions": record["n"],
-                "chance": score.chance,
-            }
-        else:
-            records[name] = record
-    for task in tasks:
-        if isinstance(task, BenchmarkTask) and task.name in records:
-            records[task.name] |= task.settings
-    return records
 
 
 # Benchmarks

@@ -7,16 +7,15 @@ from typing import Any
 
 from tritter.evaluation.statistics import transfer_matrix
 from tritter.options import methods_of
-from tritter.pipeline import windows
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import ExpansionFound
 from tritter.pipeline.moe import NewExperts
 from tritter.pipeline.run import Run
-from tritter.pipeline.scoring import score_records
-from tritter.pipeline.stages import importance
 from tritter.pipeline.stages.baseline import BaselineFound
 from tritter.pipeline.stages.evaluate import EvaluationFound
+from tritter.pipeline.stages.importance import Importance
 from tritter.pipeline.verdict import Candidate, GateFound, PublishedFound
+from tritter.pipeline.windows import LongWindows
 from tritter.planning.strategy import TOLERANCE, planned_rounds
 from tritter.report.summary import (
     Attempt,
@@ -64,7 +63,7 @@ def summary_record(
         for each in (*candidates, control)
         for branch in each.branches
         for note in (
-            *importance.notes_of(each.run, branch),
+            *Importance().notes(each.run, branch),
             *each.run.ledger.training(branch.name).notes,
         )
     )
@@ -95,7 +94,7 @@ def summary_record(
         **_known(
             matrix=attempt.matrix,
             moe=moe_record(own, branches),
-            windows=windows.summary_record(own, branches),
+            windows=LongWindows(own, first).record(last),
             **_of_methods(own, branches),
             stages=attempt.stages or None,
             rounds=records if last.is_round else None,
@@ -165,7 +164,7 @@ def moe_record(run: Run, branches: Sequence[Branch]) -> MoeRecord | None:
         record["is_open"] = new.after(trained).is_settled
     if run.has_unsaved_bias:
         biased, stock = (
-            score_records(run.read_scores(f"{last.name}-{kind}")) for kind in ("biased", "trained")
+            run.read_scores(f"{last.name}-{kind}").records() for kind in ("biased", "trained")
         )
         record["selection_bias"] = {
             domain: {"with": biased[domain]["loss"], "without": stock[domain]["loss"]}
@@ -258,7 +257,7 @@ def _task_record(run: Run, branch: Branch) -> TaskRecord:
 
 
 def _scores(run: Run, name: str) -> Scores:
-    records = score_records(run.read_scores(name), run.data.tasks)
+    records = run.read_scores(name).records(run.data.tasks)
     return {subject: Score.model_construct(**record) for subject, record in records.items()}
 
 

@@ -25,12 +25,12 @@ from tritter.evaluation.gate import (
 )
 from tritter.evaluation.jump import Jump
 from tritter.evaluation.statistics import PairedScores, finite_or_none, performance_delta
-from tritter.pipeline import windows
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import ExpansionFound, StageResult
 from tritter.pipeline.moe import NewExperts
 from tritter.pipeline.run import Run
 from tritter.pipeline.trained import fitting_dtype
+from tritter.pipeline.windows import LongWindows
 from tritter.planning.memory import TrainingSetup, states_bytes
 from tritter.planning.strategy import planned_rounds
 from tritter.storage.atomic import atomic_folder, copy_tree
@@ -183,7 +183,7 @@ class Candidate:
             )
         scored = {n: scored_text(each) for n, each in run.data.scored.items()}
         results = [replace(each, scored=scored.get(each.subject) or None) for each in results]
-        results += windows.checks(run, branches)
+        results += LongWindows(run, first).checks(branches[-1])
         return results if gate.enabled else [each.reported() for each in results]
 
     def complete(self) -> StageResult:

@@ -75,7 +75,7 @@ from tritter.training.module import BaseModule, CompiledModel
 from tritter.training.optimizer import OptimizerSettings, Schedule
 from tritter.training.options import TrainerSettings
 from tritter.training.parameters import WHOLE
-from tritter.training.ranks import leading
+from tritter.training.ranks import Ranks
 from tritter.training.result import BestWeights, Conclusion, FitResult, MemoryMeter, WriteResult
 
 _CHECKPOINTS_NAME = "checkpoints"  # folder of a ModelCheckpoint, inside that of the training run
@@ -384,7 +384,7 @@ class _JoinLauncher(_Launcher):
     def launch(
         self, function: Callable[..., Any], *args: Any, trainer: Any = None, **options: Any
     ) -> Any:
-        ranks = leading()
+        ranks = Ranks.leading()
         assert ranks is not None
         return ranks.call(function, *args, **options)
 
@@ -393,7 +393,11 @@ class _JoinLauncher(_Launcher):
 
 
 def _new_launcher(strategy: Any, method: Literal["fork", "spawn"]) -> _Launcher:
-    return _WorkerLauncher(strategy, start_method=method) if leading() is None else _JoinLauncher()
+    return (
+        _WorkerLauncher(strategy, start_method=method)
+        if Ranks.leading() is None
+        else _JoinLauncher()
+    )
 
 
 def _conclusion(trainer: Trainer) -> Conclusion:
@@ -438,7 +442,7 @@ def _build_trainer(
     if isinstance(name := arguments.get("profiler"), str):
         arguments["profiler"] = _PROFILERS[name](filename="profile")  # next to the metrics
     strategy: Strategy | str = "auto"
-    plugins, ranks = list[Any]([SafetensorsCheckpointIO()]), leading()
+    plugins, ranks = list[Any]([SafetensorsCheckpointIO()]), Ranks.leading()
     num_nodes = ranks.launch.num_nodes if ranks is not None and settings.has_workers else 1
     if settings.precision == "bf16-true":
         plugins.append(_HalfPrecision(settings.precision))

@@ -27,7 +27,7 @@ _UTILITY_SEQUENCES = 64  # of the new domains, to select the expert to clone
 
 
 @record
-class ChoiceFound:
+class _ChoiceFound:
     """For each layer, the expert from which new experts are cloned."""
 
     clone_from: tuple[int, ...]
@@ -37,7 +37,7 @@ class Choose(Stage):
     """Select the expert of each layer that the new domains' data affects most."""
 
     name = "choose"
-    found = ChoiceFound
+    found = _ChoiceFound
 
     def is_needed(self, run: Run, branch: Branch) -> bool:
         """Return True if data selects the experts that the branch clones."""
@@ -45,7 +45,7 @@ class Choose(Stage):
 
     def finish(self, run: Run, branch: Branch) -> Branch:
         """Return the branch with the selected experts to clone."""
-        return branch.with_choice(run.ledger.found(self.key(branch), ChoiceFound).clone_from)
+        return branch.with_choice(run.ledger.found(self.key(branch), _ChoiceFound).clone_from)
 
     def work(self, run: Run, branch: Branch) -> StageResult:
         """Measure the gradients of the experts on the new domains."""
@@ -57,7 +57,7 @@ class Choose(Stage):
         run.say("choose", f"experts to clone, layer by layer: {' '.join(map(str, chosen))}")
         flops = training_flops(start.model, is_trained=lambda tensor: tensor.is_per_expert)
         return StageResult(
-            ChoiceFound(clone_from=tuple(chosen)),
+            _ChoiceFound(clone_from=tuple(chosen)),
             flops={"choose": flops.of_all(lengths_of(document_mask_of(model), sequences))},
         )
 

@@ -31,7 +31,7 @@ from tritter.data.chat import NONE, TEMPLATE_FILE, TOKENIZER, read_template
 from tritter.data.datasets import stream_identity
 from tritter.data.tokens import END_OF_TEXT, read_tokenizer
 from tritter.errors import Problem, RequestError, TritterError, key_name, raise_problems
-from tritter.evaluation.statistics import MAX_SCORE_BYTES, PairedScores, score_file
+from tritter.evaluation.statistics import MAX_SCORE_BYTES, score_file
 from tritter.methods.forgetting import needs_of
 from tritter.methods.forgetting.path_integral import PathIntegral
 from tritter.methods.forgetting.si import RECORDED
@@ -40,7 +40,7 @@ from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import StageResult
 from tritter.pipeline.metrics import open_loggers, wandb_finished, write_rows
 from tritter.pipeline.run import Run
-from tritter.pipeline.scoring import scores_text
+from tritter.pipeline.scoring import Scores
 from tritter.pipeline.stages import importance, vocabulary
 from tritter.pipeline.trained import write_states
 from tritter.planning.run_memory import memory_problems
@@ -154,8 +154,7 @@ def _score_baseline(run: Run, source: Source) -> None:
                 write_text_atomic(location, json.dumps(content))
                 return
     write_text_atomic(target, json.dumps(scores))
-    known = {name: PairedScores.from_dict(record) for name, record in scores.items()}
-    run.say("", f"{scores_text(known)} (cached)")
+    run.say("", f"{Scores.of(scores).text()} (cached)")
 
 
 def _scores_made_from(run: Run, source: Source) -> dict[str, Any]:

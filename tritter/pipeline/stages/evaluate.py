@@ -61,7 +61,7 @@ class Evaluate(Stage):
         samples, files = list[dict[str, str]](), list[str]()
         flops = run.data.scoring.flops(reading)
         if run.data.short is not None:
-            files, spent = windows.score_trained(run, branch, trained, reading)
+            files, spent = windows.LongWindows(run, branch).score_trained(trained, reading)
             flops += spent
         is_last = branch.task == len(run.data.text.tasks) - 1
         if is_last and not branch.is_control and run.config.evaluation.sample_tokens != 0:

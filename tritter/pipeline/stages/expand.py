@@ -67,9 +67,9 @@ class Expand(Stage):
         passes = [forward_flops(each.model).of(tokens.shape[1]) for each in (source, source, grown)]
         flops["expand"] += len(tokens) * sum(passes) + router_flops(made.plan)
         files = list[str]()
-        if windows.is_longer(run, branch):
+        if (long_windows := windows.LongWindows(run, branch)).is_longer:
             readings = reading_flops(before), forward_flops(grown.model)
-            files, spent = windows.score_start(run, branch, before, after, readings)
+            files, spent = long_windows.score_start(before, after, readings)
             flops["expand"] += spent
         return StageResult(
             ExpansionFound(

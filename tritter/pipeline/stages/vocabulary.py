@@ -38,7 +38,7 @@ def check(run: Run) -> None:
 
 
 @record
-class VocabularyFound:
+class _VocabularyFound:
     """The ids of the two parts of each new token, one pair after the other."""
 
     merges: tuple[int, ...]
@@ -48,7 +48,7 @@ class LearnTokens(Stage):
     """Learn new tokens from the training documents of a branch's new domains."""
 
     name = "vocabulary"
-    found = VocabularyFound
+    found = _VocabularyFound
 
     def is_needed(self, run: Run, branch: Branch) -> bool:
         """Return True if the data of the run gives the new tokens."""
@@ -70,11 +70,11 @@ class LearnTokens(Stage):
             total = sum(len(run.data.corpus.domains[name].train) for name in names)
             merges = learned(spec, source, _shown(texts, new_bar("vocabulary"), total)).merges
         assert merges is not None
-        return StageResult(VocabularyFound(merges=merges))
+        return StageResult(_VocabularyFound(merges=merges))
 
     def finish(self, run: Run, branch: Branch) -> Branch:
         """Return the branch with the learned tokens."""
-        return _with_merges(branch, run.ledger.found(self.key(branch), VocabularyFound).merges)
+        return _with_merges(branch, run.ledger.found(self.key(branch), _VocabularyFound).merges)
 
 
 def _shown(texts: Iterable[str], bar: ShowProgress | None, total: int) -> Iterator[str]:
