@@ -29,7 +29,6 @@ from tritter.pipeline import Outcome, run_pipeline, validate, windows
 from tritter.pipeline.evaluate import DomainsToScore
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.run import Run
-from tritter.pipeline.run_data import all_documents
 from tritter.pipeline.stages.baseline import _base_made_from
 from tritter.planning.run_memory import batch_size_at, tokens_note, training_needs
 from tritter.terminal import Console
@@ -230,7 +229,7 @@ def test_the_size_of_pieces_is_part_of_the_split(
         config = load_config([*words, *own, f"cache_dir={tmp_path}"])
         config = replace(config, fallbacks=(config, config))  # the notes are the same for all
         run = Run(config=config, folder=tmp_path, console=Console(), ledger=Ledger(tmp_path))
-        sizes = sorted(len(each.text) for each in all_documents(run.data.text.domains)["new"])
+        sizes = sorted(len(each.text) for each in run.data.text.documents()["new"])
         assert size <= sizes[1] and sizes[-1] <= 2 * size
         windows.check(run)
         said = capsys.readouterr().out
@@ -264,7 +263,7 @@ def test_all_that_reads_a_lineage_cuts_as_it_does(tmp_path: Path) -> None:
     assert later.split == lineage.split and not any("has changed" in each for each in later.notes)
     tokenizer = read_tokenizer(checkpoint, vocab_size=read_model(checkpoint).sizes.vocab_size)
     scored = DomainsToScore.learned(checkpoint, lineage, tokenizer, length=SHORT).documents
-    for name, domain in all_documents(later.domains).items():
+    for name, domain in later.documents().items():
         held_out = split_documents({name: domain}, rule=lineage.split)[name].validation
         assert list(scored[name].identifiers) == [each.identifier for each in held_out]
         assert max(len(each.text) for each in domain) > 40_000

@@ -119,6 +119,19 @@ class RunText:
     def new(self) -> tuple[str, ...]:
         return tuple(domain.name for domain in self.domains if not domain.is_old)
 
+    def documents(self) -> dict[str, Documents]:
+        """Read the documents of all domains; files that can't be parsed are reported together."""
+        documents: dict[str, Documents] = {}
+        problems: list[str] = []
+        for domain in self.domains:
+            try:
+                documents[domain.name] = domain.documents()
+            except TextFileError as error:
+                problems += error.problems
+        if problems:
+            raise TextFileError(problems)
+        return documents
+
 
 def run_text(checkpoint: str | None, data: DataConfig, *, seed: int) -> RunText:
     """Resolve the data of a run that starts from a checkpoint.

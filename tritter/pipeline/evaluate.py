@@ -19,7 +19,7 @@ from tritter.data.tokens import PretrainedTokenizer, TokenisedDocuments, tokenis
 from tritter.errors import RequestError
 from tritter.evaluation.statistics import PairedScores
 from tritter.evaluation.tasks import Reader
-from tritter.pipeline.run_data import all_documents, corpus_chat
+from tritter.pipeline.run_data import corpus_chat
 from tritter.pipeline.scoring import Scoring
 from tritter.terminal import NewBar, no_bar
 
@@ -117,7 +117,7 @@ class DomainsToScore:
                 f"--checkpoint = {folder}: its lineage records no training data; pass data with "
                 "--data PATH, or benchmarks with --tasks NAMES."
             )
-        found = all_documents(text.domains)
+        found = text.documents()
         is_chat = any(each.num_conversations() for each in found.values())
         corpus = build_corpus(
             found,

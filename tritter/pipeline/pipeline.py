@@ -31,7 +31,7 @@ from tritter.pipeline.stages.appended import Adapt, Choose, Distill
 from tritter.pipeline.stages.baseline import BaselineFound, check_source, run_baseline
 from tritter.pipeline.stages.evaluate import Evaluate
 from tritter.pipeline.stages.expand import Expand
-from tritter.pipeline.stages.fit import Fit, peak_rate
+from tritter.pipeline.stages.fit import BranchTraining, Fit
 from tritter.pipeline.stages.importance import Importance
 from tritter.pipeline.stages.vocabulary import LearnTokens
 from tritter.pipeline.summary import summary_record
@@ -143,7 +143,7 @@ def _report(run: Run, candidates: Sequence[Candidate], control: Candidate) -> Ou
             if not override.lstrip("+").startswith(RETRYING)
         ]
     run.console.print("\nNext:", highlight=False)
-    rate = peak_rate(last.run, last.branches[-1])
+    rate = BranchTraining(last.run, last.branches[-1]).peak_rate
     for line in next_commands(
         last.run.config, summary, overrides=overrides, folder=run.folder, rate=rate
     ):

@@ -1,6 +1,6 @@
 """The data of a run: its domains, their tokens, training sequences and scored documents."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from itertools import chain
@@ -36,8 +36,6 @@ from tritter.data.conversations import NO_ANSWERS
 from tritter.data.corpus import Corpus, build_corpus, stdlib_corpus
 from tritter.data.datamodule import ValidationSubset
 from tritter.data.datasets import DatasetName, dataset_names, stream_identity
-from tritter.data.documents import Documents
-from tritter.data.local_files import TextFileError
 from tritter.data.options import NamedTextConfig
 from tritter.data.packing import DocumentMask, MarkedText, Packing, num_packed, packed, read_marks
 from tritter.data.replay import ReplayBuffer
@@ -217,7 +215,7 @@ class RunData:
         if [(domain.name, domain.paths) for domain in domains] == _STDLIB_DOMAINS:
             return stdlib_corpus(**settings)
         origin = {domain.name: _origin(domain, config) for domain in domains}
-        documents = all_documents(domains)
+        documents = self.text.documents()
         folder = None if self.initial_checkpoint is None else self.initial_checkpoint.folder
         is_chat = any(each.num_conversations() for each in documents.values())
         chat = corpus_chat(is_chat, self.chat_choice, folder)
@@ -547,20 +545,6 @@ def _in_windows(config: RunConfig, length: int) -> RunConfig:
         max_tokens_per_document=max(length, evaluation.max_tokens_per_document),
     )
     return replace(config, data=data, evaluation=evaluation)
-
-
-def all_documents(domains: Iterable[DomainText]) -> dict[str, Documents]:
-    """Return the documents of all domains."""
-    documents: dict[str, Documents] = {}
-    problems: list[str] = []
-    for domain in domains:
-        try:
-            documents[domain.name] = domain.documents()
-        except TextFileError as error:
-            problems += error.problems
-    if problems:
-        raise TextFileError(problems)
-    return documents
 
 
 def corpus_chat(is_chat: bool, data: ChatChoice, folder: Path | None) -> Chat | None:

@@ -62,12 +62,9 @@ from tritter.training.callbacks import (
     StopRequest,
     Validation,
     WorkCount,
+    same_random_state,
 )
-from tritter.training.checkpoint_io import (
-    SafetensorsCheckpointIO,
-    random_state,
-    restore_random_state,
-)
+from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 from tritter.training.forgetting_method import Task
 from tritter.training.gradient_flow import GradientFlow
 from tritter.training.metrics import metrics_files, rotate_metrics
@@ -537,11 +534,9 @@ def validation_metrics(
     alone = replace(settings, strategy="auto", devices=1, arguments=arguments)
     never = Schedule.constant(0.0, max_steps=1)
     module = BaseModule(model, schedule=never, optimizer=OptimizerSettings())
-    random = random_state()
-    with _preserve_process_settings():
+    with same_random_state(), _preserve_process_settings():
         trainer = _build_trainer(alone, [], never.max_steps, loggers=[])
         trainer.validate(module, datamodule=TextDataModule((), text), verbose=False)
-    restore_random_state(random)
     model.to("cpu")
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return {

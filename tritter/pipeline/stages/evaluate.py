@@ -20,7 +20,7 @@ from tritter.pipeline.metrics import score_metrics
 from tritter.pipeline.run import Run
 from tritter.pipeline.samples import generate_samples
 from tritter.pipeline.stage import Stage
-from tritter.pipeline.stages.fit import load_trained
+from tritter.pipeline.stages.fit import BranchTraining
 from tritter.pipeline.trained import round_weights
 from tritter.storage.records import record
 
@@ -51,7 +51,8 @@ class Evaluate(Stage):
 
     def work(self, run: Run, branch: Branch) -> StageResult:
         """Score the trained model, log it, write samples, and measure the usage of experts."""
-        trained = load_trained(run, branch, run.source(branch.trained))
+        training = BranchTraining(run, branch)
+        trained = training.load(run.source(branch.trained))
         if not branch.is_final:
             round_weights(trained, run.published_dtype)
         subject = "control" if branch.is_control else "trained model"
@@ -66,7 +67,7 @@ class Evaluate(Stage):
         is_last = branch.task == len(run.data.text.tasks) - 1
         if is_last and not branch.is_control and run.config.evaluation.sample_tokens != 0:
             start = "baseline" if branch.task else branch.start
-            before = load_trained(run, branch, run.source(start))
+            before = training.load(run.source(start))
             with run.progress_bars() as new_bar:
                 samples, spent = generate_samples(
                     run.reading(start), before, run, trained, progress=new_bar("writing samples")

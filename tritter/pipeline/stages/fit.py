@@ -2,9 +2,8 @@
 
 import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,7 @@ class Fit(Stage):
         """Train the model, write it to `branch.trained`, and report what happened."""
         start, text = run.source(branch.location), run.data.validation_subset
         folder, location = run.folder / branch.name, branch.trained
-        result, write = _train(run, branch)
+        result, write = BranchTraining(run, branch).fit()
         run.accept(location)
         run.ledger.watch_disk()
         flops = result.flops + _measuring_flops(run, write, location)
@@ -95,35 +94,103 @@ class Fit(Stage):
         return branch
 
 
-def _methods_of(
-    run: Run, branch: Branch
-) -> tuple[tuple[Method, ...], tuple[ForgettingMethod, ...]]:
-    """Build what acts in a branch's training: growth or experts, and forgetting methods.
+class BranchTraining:
+    """The training of a branch, with what acts in it: growth or experts, and forgetting methods.
 
     The control only has the latter. They come last: they unfreeze only weights that they froze.
+
+    Args:
+        run: the run, with the data as the branch reads it.
+        branch: the branch.
+
+    Attributes:
+        forgetting: its forgetting methods.
+        methods: all that acts in it.
     """
-    one = None if branch.is_control else run.config.growth or run.config.experts
-    others = () if one is None else (one.kind(**one.arguments),)
-    return others, build_methods(run.config.forgetting)
 
+    def __init__(self, run: Run, branch: Branch) -> None:
+        self._run, self._branch = run, branch
+        one = None if branch.is_control else run.config.growth or run.config.experts
+        others: tuple[Method, ...] = () if one is None else (one.kind(**one.arguments),)
+        self.forgetting = build_methods(run.config.forgetting)
+        self.methods = (*others, *self.forgetting)
 
-def peak_rate(run: Run, branch: Branch) -> float:
-    """Return the peak learning rate of a branch, which its methods may change."""
-    rate = run.config.training.learning_rate
-    for method in chain(*_methods_of(run, branch)):
-        rate = method.peak_rate(rate, run.data.model)
-    return rate
+    @property
+    def peak_rate(self) -> float:
+        """The peak learning rate, which the methods may change."""
+        rate = self._run.config.training.learning_rate
+        for method in self.methods:
+            rate = method.peak_rate(rate, self._run.data.model)
+        return rate
 
+    def load(self, source: Source) -> nn.Module:
+        """Load a checkpoint of the branch as the methods load what they train."""
+        loading = (m for m in self.methods if type(m).load is not Method.load)
+        with self._run.waiting("loading the model"):
+            return self._run.data.masked(next(loading, Method()).load(source))
 
-def load_trained(run: Run, branch: Branch, source: Source) -> nn.Module:
-    """Load a checkpoint of a branch as its methods load what they train."""
-    return _loaded(run, source, _methods_of(run, branch))
+    def fit(
+        self, *, schedule: Schedule | None = None, observer: Callback | None = None
+    ) -> tuple[FitResult, TrainedWriter]:
+        """Train the branch; return the result and what wrote it.
 
-
-def _loaded(run: Run, source: Source, methods: Iterable[Sequence[Method]]) -> nn.Module:
-    loading = (m for m in chain(*methods) if type(m).load is not Method.load)
-    with run.waiting("loading the model"):
-        return run.data.masked(next(loading, Method()).load(source))
+        Args:
+            schedule: of a test: nothing is validated or written, without callbacks of the user.
+            observer: callback of a test.
+        """
+        run, branch, methods = self._run, self._branch, self.forgetting
+        is_test, start, options = (
+            schedule is not None,
+            run.source(branch.location),
+            run.config.training,
+        )
+        frees_start = _may_release_start(run, branch)
+        max_steps, rate = options.max_steps * branch.num_trainings, self.peak_rate
+        settings = replace(options, max_steps=max_steps, learning_rate=rate)
+        trainee = Trainee(self.load(start))
+        model = trainee.model
+        if any(spec.new_blocks_only for spec in branch.specs):
+            mapped = run.planned(branch).change.masks()
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad &= not bool(mapped[name].any())
+        _announce(run, branch, schedule.max_steps if schedule else max_steps, rate)
+        with NewExperts(run, branch).training_of_routers(trainee):
+            is_routed = bool(trainee.side_losses)
+            task = importance.task(run, branch, follow=trainee.follow)
+            for one in run.config.forgetting if task.old_sequences else ():
+                if times := one.kind.refreshes(one.options, max_steps):
+                    much = (
+                        f"{times} times, each from at most {one.options.num_sequences:,} sequences"
+                    )
+                    run.say("", f"{one.name} estimates the importances again up to {much}")
+            _attach(run, branch, start, trainee, task, self.methods, max_steps=max_steps)
+            _freeze(model, methods, task, max_steps=settings.max_steps)
+            module = BaseModule.of(
+                trainee,
+                schedule=schedule or settings.rate_schedule(start_rate=_last_rate(run, branch)),
+                optimizer=run.config.optimizer,
+                methods=methods,
+            )
+            folder, text = run.folder / branch.name, run.data.validation_subset
+            if observer is not None:
+                trainee.observers += (observer,)
+            elif text is not None:
+                trainee.observers += SampleLog.of(run, model, folder)
+            write = TrainedWriter.of_branch(
+                run, branch, is_routed=is_routed, frees_start=frees_start, methods=self.methods
+            )
+            result = fit_branch(
+                run,
+                branch,
+                module,
+                trainee=trainee,
+                task=task,
+                folder=folder,
+                label="range test" if is_test else "training",
+                write_result=None if is_test else write,
+                evaluation=None if is_test else text,
+            )
+        return result, write
 
 
 def _report(run: Run, branch: Branch, result: FitResult) -> list[str]:
@@ -153,69 +220,6 @@ def _with_earlier(run: Run, branch: Branch, found: TrainingFound) -> TrainingFou
                 stopped_because=earlier.stopped_because or found.stopped_because,
             )
     return found
-
-
-def rate_test(run: Run, branch: Branch, schedule: Schedule, observer: Callback) -> None:
-    """Train a branch with another schedule and without a result."""
-    _train(run, branch, schedule=schedule, observer=observer)
-
-
-def _train(
-    run: Run, branch: Branch, *, schedule: Schedule | None = None, observer: Callback | None = None
-) -> tuple[FitResult, TrainedWriter]:
-    """Train a branch; return the result and what wrote it.
-
-    Args:
-        schedule: of a test: nothing is validated or written, and callbacks of the user do not run.
-        observer: callback of a test.
-    """
-    is_test, start, options = schedule is not None, run.source(branch.location), run.config.training
-    frees_start = _may_release_start(run, branch)
-    max_steps, rate = options.max_steps * branch.num_trainings, peak_rate(run, branch)
-    settings = replace(options, max_steps=max_steps, learning_rate=rate)
-    others, methods = _methods_of(run, branch)
-    trainee = Trainee(_loaded(run, start, (others, methods)))
-    model = trainee.model
-    if any(spec.new_blocks_only for spec in branch.specs):
-        mapped = run.planned(branch).change.masks()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad &= not bool(mapped[name].any())
-    _announce(run, branch, schedule.max_steps if schedule else max_steps, rate)
-    with NewExperts(run, branch).training_of_routers(trainee):
-        is_routed = bool(trainee.side_losses)
-        task = importance.task(run, branch, follow=trainee.follow)
-        for one in run.config.forgetting if task.old_sequences else ():
-            if times := one.kind.refreshes(one.options, max_steps):
-                much = f"{times} times, each from at most {one.options.num_sequences:,} sequences"
-                run.say("", f"{one.name} estimates the importances again up to {much}")
-        _attach(run, branch, start, trainee, task, (*others, *methods), max_steps=max_steps)
-        _freeze(model, methods, task, max_steps=settings.max_steps)
-        module = BaseModule.of(
-            trainee,
-            schedule=schedule or settings.rate_schedule(start_rate=_last_rate(run, branch)),
-            optimizer=run.config.optimizer,
-            methods=methods,
-        )
-        folder, text = run.folder / branch.name, run.data.validation_subset
-        if observer is not None:
-            trainee.observers += (observer,)
-        elif text is not None:
-            trainee.observers += SampleLog.of(run, model, folder)
-        write = TrainedWriter.of_branch(
-            run, branch, is_routed=is_routed, frees_start=frees_start, methods=(*others, *methods)
-        )
-        result = fit_branch(
-            run,
-            branch,
-            module,
-            trainee=trainee,
-            task=task,
-            folder=folder,
-            label="range test" if is_test else "training",
-            write_result=None if is_test else write,
-            evaluation=None if is_test else text,
-        )
-    return result, write
 
 
 def _may_release_start(run: Run, branch: Branch) -> bool:

@@ -12,7 +12,6 @@ from tritter.errors import Problem, RequestError
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import StageResult
 from tritter.pipeline.run import Run
-from tritter.pipeline.run_data import all_documents
 from tritter.pipeline.stage import Stage
 from tritter.storage.records import record
 from tritter.terminal import ShowProgress
@@ -64,7 +63,7 @@ class LearnTokens(Stage):
         most = "" if spec.new_tokens else "up to "
         names = run.data.new_domains_of(branch)
         run.say("vocabulary", f"{most}{number:,} new tokens from {', '.join(names)}")
-        documents, rule = all_documents(run.data.text.domains), run.data.text.split
+        documents, rule = run.data.text.documents(), run.data.text.split
         texts = training_texts(documents, rule=rule, names=names)
         with run.progress_bars() as new_bar:
             total = sum(len(run.data.corpus.domains[name].train) for name in names)
