@@ -36,7 +36,7 @@ from tritter.cli.output import (
     print_table,
     refuse_damage,
 )
-from tritter.core.models import load_model, read_model, uninitialised_model
+from tritter.core.models import load_model, load_tokenizer, read_model, uninitialised_model
 from tritter.data.chat import ids_of
 from tritter.data.tokens import pack, read_tokenizer, tokenise
 from tritter.errors import RequestError, TritterError
@@ -48,7 +48,6 @@ from tritter.methods.experts.merged_mixture import (
     merged_adapter,
 )
 from tritter.methods.experts.stored import ExpertFolder, StoredAdapter
-from tritter.pipeline.run_data import corpus_chat
 from tritter.report.table import Table, count_text
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.hub import locate
@@ -164,7 +163,8 @@ def _texts(folder: Path, *, length: int, vocab_size: int) -> dict[str, Tensor]:
             documents = domain.documents(lineage.split, key="domains") if domain.paths else ()
             first = list(islice(documents, _DOCUMENTS))
             is_chat = any(each.conversation for each in first)
-            chat = corpus_chat(is_chat, recorded_chat(lineage), folder)
+            load = partial(load_tokenizer, folder)
+            chat = recorded_chat(lineage).of_corpus(load, is_chat=is_chat)
             tokens = tokenise(first, tokenizer.tokenizer, max_tokens_per_document=length, chat=chat)
         except TritterError:  # its data is unavailable or refused
             continue

@@ -7,7 +7,7 @@ tensors, in memory and in files. `DocumentMask` removes the marks before a model
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 LossOn = Literal["answers", "all"]
 TOKENIZER, NONE = "tokenizer", "none"  # values of data.chat_template; others are files
 TEMPLATE_FILE = "chat_template.jinja"  # in a checkpoint
-TEMPLATE_KEY, LOSS_KEY = "data.chat_template", "data.loss_on"
+_TEMPLATE_KEY, _LOSS_KEY = "data.chat_template", "data.loss_on"
 _MAX_TEMPLATE_BYTES = 2**20
 # Marks: a role, whose bit of CONTEXT excludes a token from the loss, and the start of a
 # conversation. Ids are below 2**28
@@ -89,7 +89,7 @@ class Chat:
         how = "rendered with the chat template"
         if self.tokenizer is None:
             why = "" if self.has_template else ", because there is no chat template"
-            how = f"read as plain text{why} ({TEMPLATE_KEY}={NONE})"
+            how = f"read as plain text{why} ({_TEMPLATE_KEY}={NONE})"
         loss = "answers" if self.loss_on == "answers" else "all tokens"
         number = "1 conversation is" if count == 1 else f"{count:,} conversations are"
         return f"{number} {how}; the loss is on {loss}."
@@ -99,7 +99,7 @@ class Chat:
         if self.tokenizer is None and self.loss_on == "all" and conversation.untrained:
             at = conversation.untrained[0] + 1
             reason = f"message {at} of {name!r} is not to be trained, but plain text is predicted"
-            raise RequestError(Problem(LOSS_KEY, self.loss_on, reason=f"{reason}; use answers"))
+            raise RequestError(Problem(_LOSS_KEY, self.loss_on, reason=f"{reason}; use answers"))
         calls = [at for at, each in enumerate(conversation.messages) if each.get("tool_calls")]
         if calls and self.tokenizer is not None and not self.shows(conversation, "tool_calls"):
             raise _refused(f"it does not show the tool_calls of message {calls[0] + 1} of {name!r}")
@@ -233,7 +233,7 @@ class Chat:
                     "begin with the messages up to it; add {% generation %} blocks to a copy of "
                     "the template"
                 )
-                raise _refused(reason, other=f"{LOSS_KEY}=all")
+                raise _refused(reason, other=f"{_LOSS_KEY}=all")
             yield ends[0] or 0, ends[1] or 0
 
     def _num_tokens(
@@ -328,9 +328,9 @@ def _around(
     return encode(before.rstrip(" ")), ids if is_special else []
 
 
-def _refused(reason: str, *, other: str = f"{TEMPLATE_KEY}={NONE}") -> RequestError:
-    advice = f"set {TEMPLATE_KEY}=FILE to use another template, or {other}"
-    return RequestError(Problem(TEMPLATE_KEY, reason=reason, advice=advice))
+def _refused(reason: str, *, other: str = f"{_TEMPLATE_KEY}={NONE}") -> RequestError:
+    advice = f"set {_TEMPLATE_KEY}=FILE to use another template, or {other}"
+    return RequestError(Problem(_TEMPLATE_KEY, reason=reason, advice=advice))
 
 
 class ChatChoice(NamedTuple):
@@ -345,38 +345,54 @@ class ChatChoice(NamedTuple):
     chat_template: str | None = None
     loss_on: LossOn | None = None
 
+    def chat(self, tokenizer: Any) -> Chat:
+        """Return the way in which conversations become tokens.
 
-def chat_of(options: ChatChoice, *, tokenizer: Any) -> Chat:
-    """Return the way in which conversations become tokens.
+        Args:
+            tokenizer: the transformers tokenizer of the checkpoint; None for a new base model.
+        """
+        choice, loss_on = self.chat_template, self.loss_on or "answers"
+        has_template = tokenizer is not None and tokenizer.chat_template is not None
+        if choice == NONE or (choice is None and not has_template):
+            return Chat(None, loss_on, has_template=has_template)
+        if tokenizer is None:
+            reason = "a new base model has no special tokens for a template; use none"
+            raise RequestError(Problem(_TEMPLATE_KEY, choice, reason=reason))
+        if choice not in (None, TOKENIZER):
+            tokenizer.chat_template = read_template(choice)
+        elif not has_template:
+            reason = "the checkpoint's tokenizer has no chat template; use none, or a file"
+            raise RequestError(Problem(_TEMPLATE_KEY, choice, reason=reason))
+        return Chat(tokenizer, loss_on)
 
-    Args:
-        options: the options of the run.
-        tokenizer: the transformers tokenizer of the checkpoint; None for a new base model.
-    """
-    choice, loss_on = options.chat_template, options.loss_on or "answers"
-    has_template = tokenizer is not None and tokenizer.chat_template is not None
-    if choice == NONE or (choice is None and not has_template):
-        return Chat(None, loss_on, has_template=has_template)
-    if tokenizer is None:
-        reason = "a new base model has no special tokens for a template; use none"
-        raise RequestError(Problem(TEMPLATE_KEY, choice, reason=reason))
-    if choice not in (None, TOKENIZER):
-        tokenizer.chat_template = read_template(choice)
-    elif not has_template:
-        reason = "the checkpoint's tokenizer has no chat template; use none, or a file"
-        raise RequestError(Problem(TEMPLATE_KEY, choice, reason=reason))
-    return Chat(tokenizer, loss_on)
+    def of_corpus(self, load_tokenizer: Callable[[], Any], *, is_chat: bool) -> Chat | None:
+        """Return the way in which the conversations of a corpus become tokens; None without any.
+
+        Args:
+            load_tokenizer: loads the tokenizer for `chat`.
+            is_chat: whether the corpus has conversations.
+        """
+        if is_chat:
+            return self.chat(load_tokenizer())
+        for key, value, is_used in (
+            (_TEMPLATE_KEY, self.chat_template, self.chat_template not in (None, NONE)),
+            (_LOSS_KEY, self.loss_on, self.loss_on == "answers"),
+        ):
+            if is_used:
+                reason = "the data has no conversations; remove the key"
+                raise RequestError(Problem(key, value, reason=reason))
+        return None
 
 
 def template_location(choice: str) -> str:
     """Return a value of `data.chat_template`, a file as an absolute path."""
     if choice in (TOKENIZER, NONE):
         return choice
-    path = named_path(choice, key=TEMPLATE_KEY).absolute()
+    path = named_path(choice, key=_TEMPLATE_KEY).absolute()
     if not path.is_file():
         reason = "there is no such file; allowed are tokenizer, none and a file"
         near = nearest(choice, (TOKENIZER, NONE))
-        raise RequestError(Problem(TEMPLATE_KEY, choice, reason=reason, nearest=near))
+        raise RequestError(Problem(_TEMPLATE_KEY, choice, reason=reason, nearest=near))
     return str(path)
 
 
@@ -385,4 +401,4 @@ def read_template(path: str) -> str:
     try:
         return read_text(Path(path), limit_bytes=_MAX_TEMPLATE_BYTES)
     except TritterError as error:
-        raise RequestError(Problem(TEMPLATE_KEY, path, reason=str(error))) from error
+        raise RequestError(Problem(_TEMPLATE_KEY, path, reason=str(error))) from error

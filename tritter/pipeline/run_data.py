@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from json import dumps
 from pathlib import Path
@@ -22,13 +22,9 @@ from tritter.core.models import load_tokenizer
 from tritter.data.batches import BatchStream, Sequences, SequenceStream, sample_equally
 from tritter.data.built_in import built_in_origin, is_built_in, questions_of
 from tritter.data.chat import (
-    LOSS_KEY,
     NONE,
-    TEMPLATE_KEY,
     TOKENIZER,
-    Chat,
     ChatChoice,
-    chat_of,
     is_unpredicted,
     read_template,
 )
@@ -216,9 +212,10 @@ class RunData:
             return stdlib_corpus(**settings)
         origin = {domain.name: _origin(domain, config) for domain in domains}
         documents = self.text.documents()
-        folder = None if self.initial_checkpoint is None else self.initial_checkpoint.folder
+        start = self.initial_checkpoint
         is_chat = any(each.num_conversations() for each in documents.values())
-        chat = corpus_chat(is_chat, self.chat_choice, folder)
+        load = partial(load_tokenizer, start.folder) if start else lambda: None
+        chat = self.chat_choice.of_corpus(load, is_chat=is_chat)
         corpus = build_corpus(documents, origin=origin, chat=chat, **settings)
         for domain in domains:
             found = corpus.domains[domain.name]
@@ -545,26 +542,6 @@ def _in_windows(config: RunConfig, length: int) -> RunConfig:
         max_tokens_per_document=max(length, evaluation.max_tokens_per_document),
     )
     return replace(config, data=data, evaluation=evaluation)
-
-
-def corpus_chat(is_chat: bool, data: ChatChoice, folder: Path | None) -> Chat | None:
-    """Return the chat options of a corpus; None if it has no conversations.
-
-    Args:
-        is_chat: whether there are conversations.
-        data: the chat options.
-        folder: the checkpoint with the tokenizer; None for a new base model.
-    """
-    if is_chat:
-        return chat_of(data, tokenizer=None if folder is None else load_tokenizer(folder))
-    for key, value, is_used in (
-        (TEMPLATE_KEY, data.chat_template, data.chat_template not in (None, NONE)),
-        (LOSS_KEY, data.loss_on, data.loss_on == "answers"),
-    ):
-        if is_used:
-            reason = "the data has no conversations; remove the key"
-            raise RequestError(Problem(key, value, reason=reason))
-    return None
 
 
 def _origin(domain: DomainText, config: RunConfig) -> str:
