@@ -374,13 +374,11 @@ class ChatChoice(NamedTuple):
         """
         if is_chat:
             return self.chat(load_tokenizer())
-        for key, value, is_used in (
-            (_TEMPLATE_KEY, self.chat_template, self.chat_template not in (None, NONE)),
-            (_LOSS_KEY, self.loss_on, self.loss_on == "answers"),
-        ):
-            if is_used:
-                reason = "the data has no conversations; remove the key"
-                raise RequestError(Problem(key, value, reason=reason))
+        reason = "the data has no conversations; remove the key"
+        if self.chat_template not in (None, NONE):
+            raise RequestError(Problem(_TEMPLATE_KEY, self.chat_template, reason=reason))
+        if self.loss_on == "answers":
+            raise RequestError(Problem(_LOSS_KEY, self.loss_on, reason=reason))
         return None
 
 

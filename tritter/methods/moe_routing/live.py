@@ -83,6 +83,7 @@ class _OldDataLoss(SideLoss):
         return loss, {"train/old_loss": loss}
 
 
+@same_random_state()
 def _fit_live(
     module: BaseModule, batches: LoaderBatches, *, seed: int, controls: Sequence[Callback] = ()
 ) -> None:
@@ -95,11 +96,7 @@ def _fit_live(
     model = module.model
     home = device_of(model)
     try:
-        with (
-            same_random_state(),
-            preserve_modes(model),
-            TemporaryDirectory(prefix="tritter-") as folder,
-        ):
+        with preserve_modes(model), TemporaryDirectory(prefix="tritter-") as folder:
             result = fit(
                 module,
                 batches,
