@@ -22,7 +22,6 @@ from tritter.pipeline.stages.evaluate import Evaluate
 from tritter.pipeline.stages.expand import Expand
 from tritter.planning.run_memory import batch_size_at, grown_model, memory_line
 from tritter.planning.strategy import planned_rounds
-from tritter.training.callbacks import evaluation_flops
 
 _LONG = 30.0  # seconds; shorter runs have no estimate
 _MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -156,7 +155,7 @@ def _flops(run: Run, source: Model) -> Mapping[str, float]:
         flops["training"] += (steps * times * rows + num_refreshed) * learning
         if text is not None:
             validations = 1 - -steps * times // text.every_n_steps
-            flops["validation"] += validations * evaluation_flops(reading, text)
+            flops["validation"] += validations * sum(map(reading.of, text.lengths))
         flops["evaluate"] += Evaluate.flops(run, after, window, has_lora=has_lora)
     return flops
 

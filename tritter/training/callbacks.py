@@ -723,20 +723,10 @@ class Validation(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last = trainer.global_step
-        self.flops += evaluation_flops(base_of(pl_module).reading_flops(), self._text)
+        self.flops += sum(map(base_of(pl_module).reading_flops().of, self._text.lengths))
 
     def state_dict(self) -> dict[str, Any]:
         return {"last": self._last, "flops": self.flops}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._last, self.flops = state_dict["last"], float(state_dict["flops"])
-
-
-def evaluation_flops(reading: Flops, text: ValidationSubset) -> float:
-    """Return the FLOPs of one validation without padding.
-
-    Args:
-        reading: FLOPs of a forward pass.
-        text: Validation subset.
-    """
-    return sum(reading.of(length) for length in text.lengths)

@@ -22,7 +22,7 @@ from tritter.evaluation.losses import nats_per_row
 from tritter.training.forgetting_method import ForgettingMethod
 from tritter.training.method import SideLoss, Trainee
 from tritter.training.optimizer import OptimizerSettings, Schedule
-from tritter.training.parameters import WHOLE, Entry, flops_of_sequence, replay
+from tritter.training.parameters import WHOLE, Journal, flops_of_sequence
 
 _SUMMED = ("nats", "right", "tokens")  # per domain, over the windows of a validation
 _BACKEND = "inductor"
@@ -67,7 +67,7 @@ class BaseModule(LightningModule):
         self.optimizer_settings = optimizer
         self.methods = tuple(methods)
         self.side_losses = tuple(side_losses)
-        self.journal: list[Entry] = []
+        self.journal = Journal()
         self.module_callbacks: Callable[[], list[Callback]] = list  # set during a fit
         self.compiled: CompiledModel | None = None  # set during a fit
         self._step_losses: dict[str, list[Tensor]] = {}  # of the batches of a step so far
@@ -234,9 +234,9 @@ class BaseModule(LightningModule):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Replay a journal to restore parameter shapes; torch calls this before loading weights."""
-        journal = [dict(entry) for entry in state["journal"]]
+        journal = Journal.of(state["journal"])
         if len(journal) > len(self.journal):
-            replay(self.model, journal)
+            journal.replay(self.model)
             self.journal = journal
 
     def new_optimizer(self) -> torch.optim.Optimizer:

@@ -3,8 +3,9 @@
 Separate parameters for appended experts are included in the layout of the model's family.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -34,7 +35,6 @@ from tritter.transform import Change
 BASE, NEW = "_base", "_new"  # suffixes of a parameter split into old and appended experts
 WRAPPED = ".base_layer"  # PEFT's name of a linear layer with adapters
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of a sharded model (FSDP2)
-Entry = dict[str, Any]
 
 
 def live_layout(model: nn.Module) -> tuple[StoredTensor, ...]:
@@ -121,13 +121,6 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-# Reshaping a live model, and replaying the changes from a journal.
-#
-# The journal records changes of a model as plain data. Weights of a changed model are loaded into
-# an unchanged one when a run is resumed and when worker processes return them. The journal is
-# replayed first to restore the shapes.
-
-
 def reshape(
     model: nn.Module, config: Config, values: Mapping[str, Tensor], *, removed: Sequence[str] = ()
 ) -> None:
@@ -165,36 +158,53 @@ def reshape(
         update_linear_sizes(module)
 
 
-def entry_of(change: Change, *, step: int, reason: str) -> Entry:
-    """Return the journal entry of a change, as plain data."""
-    config = change.model.config if change.model else {}
-    known = {s.name for s in change.model.layout("live")} if change.model else ()
-    return {
-        "step": step,
-        "reason": reason,
-        "config": dict(config),
-        "map_digest": change.digest(),
-        "others": {s.name: list(s.shape) for s in change.after if s.name not in known},
-        "removed": list(change.removed),
-    }
+class Journal(list[dict[str, Any]]):
+    """Changes of a live model, an entry each, as plain data.
 
+    Weights of a changed model are loaded into an unchanged one when a run is resumed and when
+    worker processes return them. The journal is replayed first to restore the shapes.
+    """
 
-def replay(model: nn.Module, entries: Sequence[Entry]) -> None:
-    """Give a model the parameter shapes after all journal entries, with arbitrary values."""
-    config: Config = entries[-1]["config"]
-    layout = Model(config).layout("live") if config else ()
-    shapes = {stored.name: stored.shape for stored in layout}
-    removed: set[str] = set()
-    for entry in entries:
-        shapes |= {name: tuple(shape) for name, shape in entry["others"].items()}
-        removed = (removed | set(entry["removed"])) - set(entry["others"])
-    old = dict(model.named_parameters())
-    values = {
-        name: torch.zeros(shape)
-        for name, shape in shapes.items()
-        if name not in removed and (name not in old or tuple(old[name].shape) != tuple(shape))
-    }
-    reshape(model, config, values, removed=[name for name in removed if name in old])
+    @classmethod
+    def of(cls, entries: Iterable[Mapping[str, Any]]) -> "Journal":
+        """Return a copy of a journal, such as that of a saved state."""
+        return cls(dict(entry) for entry in entries)
+
+    def record(self, change: Change, *, step: int, reason: str) -> None:
+        """Add the entry of a change."""
+        config = change.model.config if change.model else {}
+        known = {s.name for s in change.model.layout("live")} if change.model else ()
+        entry = {
+            "step": step,
+            "reason": reason,
+            "config": dict(config),
+            "map_digest": change.digest(),
+            "others": {s.name: list(s.shape) for s in change.after if s.name not in known},
+            "removed": list(change.removed),
+        }
+        self.append(entry)
+
+    def digest(self, reason: str) -> str:
+        """Return the SHA-256 over the maps of all changes with a reason."""
+        maps = (entry["map_digest"] for entry in self if entry["reason"] == reason)
+        return sha256("".join(maps).encode()).hexdigest()
+
+    def replay(self, model: nn.Module) -> None:
+        """Give a model the parameter shapes after all entries, with arbitrary values."""
+        config: Config = self[-1]["config"]
+        layout = Model(config).layout("live") if config else ()
+        shapes = {stored.name: stored.shape for stored in layout}
+        removed: set[str] = set()
+        for entry in self:
+            shapes |= {name: tuple(shape) for name, shape in entry["others"].items()}
+            removed = (removed | set(entry["removed"])) - set(entry["others"])
+        old = dict(model.named_parameters())
+        values = {
+            name: torch.zeros(shape)
+            for name, shape in shapes.items()
+            if name not in removed and (name not in old or tuple(old[name].shape) != tuple(shape))
+        }
+        reshape(model, config, values, removed=[name for name in removed if name in old])
 
 
 def _parent_module(model: nn.Module, name: str) -> tuple[nn.Module, str]:

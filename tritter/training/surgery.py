@@ -21,7 +21,7 @@ from tritter.core.parameter_map.carry import MOMENTS, STATE_KINDS, Policy
 from tritter.errors import RequestError, TritterError
 from tritter.storage.tensors import is_finite
 from tritter.training.module import BaseModule
-from tritter.training.parameters import entry_of, reshape
+from tritter.training.parameters import reshape
 from tritter.transform import Change
 
 _BLOCK = 256  # values per scale, in all blockwise optimizers of bitsandbytes
@@ -68,11 +68,10 @@ def apply(
     moments = carried_moments(
         optimizer, model, change, stored_tensors=change.altered, policy=policy
     )
-    entry = entry_of(change, step=trainer.global_step, reason=reason)
     old = dict(model.named_parameters())
     before = {new: optimizer.state.get(old[stem]) for new, stem in change.stems.items()}
     _change_parameters(model, change)
-    module.journal.append(entry)
+    module.journal.record(change, step=trainer.global_step, reason=reason)
     _follow_groups(optimizer, module, old, moments, before)
     _wrap(trainer, module)
     for method in module.methods:
@@ -82,7 +81,7 @@ def apply(
             average = callback._average_model.module
             assert isinstance(average, BaseModule)
             _change_parameters(average.model, change)
-            average.journal.append(entry)
+            average.journal.append(module.journal[-1])
         elif hasattr(callback, "parameters_changed"):
             callback.parameters_changed(change)
     slots = [id(p) for group in optimizer.param_groups for p in group["params"]]

@@ -25,7 +25,7 @@ from tritter.methods.experts.gates import Gates, Routing, balance_loss, entropy_
 from tritter.methods.experts.mixture import ROUTER, ExpertMixture
 from tritter.training import BaseModule
 from tritter.training.module import TaskLoss
-from tritter.training.parameters import WRAPPED, flops_of_sequence, live_layout
+from tritter.training.parameters import WRAPPED, Journal, flops_of_sequence, live_layout
 
 
 class ExpertModule(BaseModule):
@@ -132,7 +132,7 @@ class ExpertModule(BaseModule):
                 setattr(router, key, torch.nn.Parameter(old.new_zeros((size, *old.shape[1:]))))
         top_k, temperature, capacity = saved["routing"]
         mixture.routing = Routing(top_k=top_k, temperature=temperature, capacity_factor=capacity)
-        self.journal = [dict(entry) for entry in state["journal"]]
+        self.journal = Journal.of(state["journal"])
         self.young = saved["young"]
         trained = set(saved["trained"])
         for name, parameter in self.model.named_parameters():

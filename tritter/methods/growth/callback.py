@@ -19,7 +19,7 @@ from tritter.methods.growth.blocks import (
     ActivationRecorder,
     ffn_blocks,
 )
-from tritter.methods.growth.grower import GROWTH, Grower, Growth, map_digest
+from tritter.methods.growth.grower import GROWTH, Grower, Growth
 from tritter.training import surgery
 from tritter.training.callbacks import WorkCount, ends_step
 from tritter.training.gradient_flow import NewUnits
@@ -155,7 +155,7 @@ class NeuronGrowthCallback(Callback):
             "neurons": [block.width(module.model) for block in self.grower.blocks],
             "parameters": sum(parameter.numel() for parameter in module.model.parameters()),
             "flops": WorkCount.of(trainer).flops,
-            "map_digest": map_digest(module.journal),
+            "map_digest": module.journal.digest(GROWTH),
         }
 
     def report(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from tritter.checkpoints.location import check_output, require_plain
 from tritter.core.models import load_model, model_of, read_model, refuse_wrapped
 from tritter.errors import Problem, RequestError, nearest, raise_problems
 from tritter.methods.growth.blocks import FfnBlock, freeze_all_but_ffns
-from tritter.methods.growth.grower import Grower, Growth, growth_record, map_digest
+from tritter.methods.growth.grower import GROWTH, Grower, Growth, growth_record
 from tritter.methods.growth.initialisers import GradMax, Initialiser
 from tritter.methods.growth.plain_loop import PlainLoop
 from tritter.methods.growth.triggers import (
@@ -491,7 +491,7 @@ class GrowableCausalLM(_Growable, nn.Module):
         records: tuple[ExpansionRecord, ...] = ()
         if journal:
             options, seed = plain(values_of(grower.options)), grower.seed
-            digest, is_exact = map_digest(journal), grower.is_exact
+            digest, is_exact = journal.digest(GROWTH), grower.is_exact
             record = growth_record(
                 self._start, known, options=options, seed=seed, digest=digest, is_exact=is_exact
             )

@@ -5,10 +5,9 @@ itself, but returns the change for `tritter.training.surgery`.
 """
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from hashlib import sha256
 from math import isfinite
 from typing import Any
 
@@ -26,7 +25,6 @@ from tritter.methods.growth.blocks import FFN, ActivationProbe, FfnBlock, ffn_bl
 from tritter.methods.growth.initialisers import Layer, NewNeurons
 from tritter.methods.growth.triggers import GrowthOptions, Timing, View
 from tritter.seeds import derived_seed
-from tritter.training.parameters import Entry
 from tritter.transform import Change
 from tritter.transform.change import declared
 
@@ -706,12 +704,6 @@ class _Maturity:
         self._latest = max(int(born.max()) for born in self._born.values())
         self.update_norms = dict(state["update_norms"])
         self._sums = {name: list(each) for name, each in state["sums"].items()}
-
-
-def map_digest(journal: Iterable[Entry]) -> str:
-    """Return the SHA-256 over the maps of all growth events in a journal."""
-    maps = (entry["map_digest"] for entry in journal if entry["reason"] == GROWTH)
-    return sha256("".join(maps).encode()).hexdigest()
 
 
 def growth_record(

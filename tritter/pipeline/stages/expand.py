@@ -20,7 +20,6 @@ from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import ExpansionFound, StageResult
 from tritter.pipeline.run import Run
 from tritter.pipeline.stage import Stage
-from tritter.training.callbacks import evaluation_flops
 from tritter.training.fitting import validation_metrics
 from tritter.transform import PlannedExpansion
 from tritter.transform.children import router_flops
@@ -61,7 +60,7 @@ class Expand(Stage):
         evaluated, flops = dict[str, float](), dict[str, float]()
         if (text := run.data.validation_subset) is not None:
             evaluated = validation_metrics(before, text, run.config.trainer)
-            flops["validation"] = evaluation_flops(reading_flops(before), text)
+            flops["validation"] = sum(map(reading_flops(before).of, text.lengths))
         flops["expand"] = run.data.scoring.flops(forward_flops(grown.model))
         # The source is read in bfloat16 too
         passes = [forward_flops(each.model).of(tokens.shape[1]) for each in (source, source, grown)]
