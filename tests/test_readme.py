@@ -38,7 +38,7 @@ from tritter.data.tokens import END_OF_TEXT, train_tokenizer
 from tritter.launched import Launch
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.methods.experts.stored import ExpertFolder
-from tritter.training.options import trainer_parameters
+from tritter.training.options import _trainer_parameters
 from tritter.transform import expand
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -544,7 +544,7 @@ def test_config_keys_exist():
     ]  # hints
     loggers = [yaml.safe_load(f.read_text("utf-8")) for f in (ROOT / "conf/logger").glob("*.yaml")]
     of_loggers = [f"logger.{n}.{key}" for file in loggers for n in file or () for key in file[n]]
-    further = (*trainer_parameters(), "optimizer.betas", *of_loggers)
+    further = (*_trainer_parameters(), "optimizer.betas", *of_loggers)
     keys = (*known_keys(), *(name if "." in name else f"trainer.{name}" for name in further))
     assert len(codes) >= 20
     assert not [

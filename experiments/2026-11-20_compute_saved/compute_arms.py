@@ -26,7 +26,7 @@ from tritter.data.tokens import END_OF_TEXT, TextBounds
 from tritter.methods.moe_routing.objective import RoutingObjective
 from tritter.methods.moe_routing.options import RoutingOptions
 from tritter.seeds import derived_seed
-from tritter.training.optimizer import OptimizerSettings, Schedule, build_optimizer
+from tritter.training.optimizer import OptimizerSettings, Schedule
 from tritter.transform.live import ModelExpander
 
 SEQUENCE_LENGTH = 128
@@ -130,9 +130,7 @@ class Training:
             self.routers = RoutingObjective(model, RoutingOptions())
             self.routers.routing.start_recording()
         self.own_flops = 0.0
-        self.optimizer = build_optimizer(
-            model.named_parameters(), OptimizerSettings(), learning_rate=rate
-        )
+        self.optimizer = OptimizerSettings().build(model.named_parameters(), learning_rate=rate)
 
     @property
     def flops(self) -> float:

@@ -40,7 +40,7 @@ from tritter.core.expansions import ExpansionSpec, LlamaPro, Stack, Width  # noq
 from tritter.core.families import Model  # noqa: E402
 from tritter.core.models import new_model  # noqa: E402
 from tritter.seeds import derived_seed  # noqa: E402
-from tritter.training.optimizer import OptimizerSettings, build_optimizer  # noqa: E402
+from tritter.training.optimizer import OptimizerSettings  # noqa: E402
 
 RATE = 3e-3
 OPERATOR_RATES = (1e-3, 3e-3, 1e-2)
@@ -193,10 +193,8 @@ def train_operators(operators: Operators, batches: Iterable[Tensor], *, rate: fl
     Warm-up, then a linear decay to zero: what counts is where the operators end.
     """
     parameters = operators.parameters()
-    optimizer = build_optimizer(
-        ((str(index), parameter) for index, parameter in enumerate(parameters)),
-        OptimizerSettings(weight_decay=0.0),
-        learning_rate=rate,
+    optimizer = OptimizerSettings(weight_decay=0.0).build(
+        ((str(index), parameter) for index, parameter in enumerate(parameters)), learning_rate=rate
     )
     shell = new_model(Model(operators.target_config), seed=0).train().requires_grad_(False)
     batches, losses = list(batches), []

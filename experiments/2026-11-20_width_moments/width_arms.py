@@ -30,7 +30,7 @@ from tritter.data.corpus import Corpus  # noqa: E402
 from tritter.data.replay import ReplayBuffer  # noqa: E402
 from tritter.data.tokens import END_OF_TEXT, TextBounds  # noqa: E402
 from tritter.seeds import derived_seed  # noqa: E402
-from tritter.training.optimizer import OptimizerSettings, build_optimizer  # noqa: E402
+from tritter.training.optimizer import OptimizerSettings  # noqa: E402
 from tritter.training.surgery import carried_moments, put_moments  # noqa: E402
 from tritter.transform import Change  # noqa: E402
 from tritter.transform.live import ModelExpander  # noqa: E402
@@ -157,7 +157,7 @@ def batches_of(arm: Arm, base: Base, sizes: Sizes) -> BatchStream:
 
 def optimizer_of(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
     settings = OptimizerSettings()
-    return build_optimizer(model.named_parameters(), settings, learning_rate=learning_rate)
+    return settings.build(model.named_parameters(), learning_rate=learning_rate)
 
 
 def base_of(seed: int, sizes: Sizes) -> Base:

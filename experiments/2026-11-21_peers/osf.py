@@ -49,7 +49,6 @@ def trained(run: Path, *, is_grown: bool, rank: float, rate: float, steps: int) 
 
     from tritter.config.launch.composition import load_config
     from tritter.core.models import load_model
-    from tritter.pipeline.base import schedule_of
     from tritter.pipeline.ledger import Ledger
     from tritter.pipeline.run import Run
     from tritter.storage.reading import read_object
@@ -66,7 +65,7 @@ def trained(run: Path, *, is_grown: bool, rank: float, rate: float, steps: int) 
         model, OSFConfig(target_modules="all-linear", effective_rank=rank, task_type="CAUSAL_LM")
     )
     trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-    train(wrapped, context, schedule_of(config.training))
+    train(wrapped, context, config.training.rate_schedule())
     before = context.read_scores("baseline")
     merged = wrapped.merge_and_unload()
     after = {domain: scored(context, merged, domain) for domain in before}
@@ -87,10 +86,8 @@ def train(model, context, schedule):  # type: ignore[no-untyped-def]
     """Train as `fit` does: its batches, optimizer, clipping and rates; OSF projects by hooks."""
     import torch
 
-    from tritter.training.optimizer import build_optimizer
-
-    optimizer = build_optimizer(
-        model.named_parameters(), context.config.optimizer, learning_rate=schedule.learning_rate
+    optimizer = context.config.optimizer.build(
+        model.named_parameters(), learning_rate=schedule.learning_rate
     )
     held = [p for group in optimizer.param_groups for p in group["params"]]
     batches = context.data.batches(

@@ -115,7 +115,7 @@ def _long_windows(options: Any, folder: Path, *, seed: int) -> dict[str, Any]:
     longer = context.data.reading(4 * options.length)
     model, lengths = load_model(folder / "checkpoint"), {"final": 4, "own": 1}  # of the source
     found = {
-        name: windows.score(
+        name: windows.LongScores.of(
             context, longer, model, source_length=options.length, length=factor * options.length
         )
         for name, factor in lengths.items()

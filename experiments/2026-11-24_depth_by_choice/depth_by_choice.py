@@ -39,7 +39,6 @@ from tritter.seeds import derived_seed  # noqa: E402
 from tritter.training.optimizer import (  # noqa: E402
     OptimizerSettings,
     Schedule,
-    build_optimizer,
 )
 from tritter.transform.live import ModelExpander  # noqa: E402
 
@@ -124,8 +123,8 @@ def train(
     at: Mapping[int, Callable[[], None]],
 ) -> None:
     """Train a model; `at` maps numbers of finished steps to what happens then."""
-    optimizer = build_optimizer(
-        model.named_parameters(), OptimizerSettings(weight_decay=0.01), learning_rate=RATE
+    optimizer = OptimizerSettings(weight_decay=0.01).build(
+        model.named_parameters(), learning_rate=RATE
     )
     model.train()
     for step in range(schedule.max_steps + 1):

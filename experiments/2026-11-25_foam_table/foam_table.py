@@ -39,7 +39,6 @@ from tritter.core.models import load_model, load_tokenizer  # noqa: E402
 from tritter.data.packing import labels_of  # noqa: E402
 from tritter.evaluation.statistics import PairedScores  # noqa: E402
 from tritter.methods.whole import load_whole  # noqa: E402
-from tritter.pipeline.base import schedule_of  # noqa: E402
 from tritter.pipeline.ledger import Ledger  # noqa: E402
 from tritter.pipeline.run import Run  # noqa: E402
 from tritter.storage.atomic import write_text_atomic  # noqa: E402
@@ -216,7 +215,7 @@ def with_peft(options: Any, seed: int, folder: Path) -> dict[str, Any]:
     torch.manual_seed(seed)
     wrapped = get_peft_model(base, adapter).to(DEVICE)
     trainable = [each for each in wrapped.parameters() if each.requires_grad]
-    schedule = replace(schedule_of(config.training), learning_rate=rate)
+    schedule = replace(config.training.rate_schedule(), learning_rate=rate)
     optimizer = torch.optim.AdamW(trainable, lr=rate)
     batches = context.data.batches(
         context.data.new_domains, purpose="training", max_steps=schedule.max_steps

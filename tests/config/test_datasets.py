@@ -129,7 +129,7 @@ def test_names_need_no_quotes(typed: str, read: str) -> None:
 
 
 def test_how_a_data_set_is_read_makes_no_other_base(place: Path) -> None:
-    from tritter.pipeline.base import _WHICH_TEXT
+    from tritter.pipeline.stages.baseline import _WHICH_TEXT
 
     words = ["data=hf", f"data.old={place}/saved", f"data.new={{a:{place}/saved,b:stdlib:code}}"]
     further = ["data.max_rows=1", "data.streaming=true", "data.weights={a:2}"]

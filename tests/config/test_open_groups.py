@@ -14,7 +14,7 @@ from tritter.config.schema import RunConfig
 from tritter.errors import RequestError
 from tritter.planning.run_memory import RunMemory
 from tritter.training.optimizer import OptimizerSettings
-from tritter.training.options import REFUSED, trainer_parameters
+from tritter.training.options import _REFUSED, _trainer_parameters
 
 CONF = Path(__file__).parents[2] / "conf"
 _composers: list[Composer] = []  # one for all: making it takes longer than composing
@@ -39,8 +39,8 @@ def refusal(*words: str) -> str:
 
 
 def test_the_arguments_that_are_read_from_source_are_those_of_the_signature() -> None:
-    assert trainer_parameters() == tuple(inspect.signature(Trainer).parameters)
-    assert set(REFUSED) <= set(trainer_parameters())
+    assert _trainer_parameters() == tuple(inspect.signature(Trainer).parameters)
+    assert set(_REFUSED) <= set(_trainer_parameters())
 
 
 def test_further_arguments_of_the_trainer_come_with_the_run() -> None:
@@ -54,9 +54,9 @@ def test_further_arguments_of_the_trainer_come_with_the_run() -> None:
 
 
 @pytest.mark.quick_cases(2)
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", _REFUSED)
 def test_what_resume_can_not_bear_is_refused_with_the_reason(name: str) -> None:
-    assert REFUSED[name] in refusal(f"trainer.{name}=1")
+    assert _REFUSED[name] in refusal(f"trainer.{name}=1")
 
 
 @pytest.mark.quick_cases(3)

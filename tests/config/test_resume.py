@@ -26,7 +26,7 @@ from tritter.data import options
 from tritter.options import leaves
 from tritter.storage import atomic
 from tritter.storage.records import signed_text
-from tritter.training.options import REFUSED, trainer_parameters
+from tritter.training.options import _REFUSED, _trainer_parameters
 
 Run = Callable[..., Result]
 ROOT = config_folder().parent
@@ -375,7 +375,7 @@ PLAIN = {
 @pytest.mark.full
 def test_every_key_but_some_is_replayed() -> None:
     keys = {*known_keys(), *PLAIN, *NEVER_REPLAYED, "optimizer.betas"}
-    keys |= {f"trainer.{name}" for name in trainer_parameters() if name not in REFUSED}
+    keys |= {f"trainer.{name}" for name in _trainer_parameters() if name not in _REFUSED}
     for group in shipped_options().keys() - {"experiment", "ladder"}:
         for path in shipped_options()[group].values():
             keys |= {key for key, value in leaves(body_of(path), group).items() if value != {}}

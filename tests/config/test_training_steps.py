@@ -10,7 +10,7 @@ from tritter import ContinuedPretrainingConfig
 from tritter.config.launch.composition import load_config
 from tritter.config.run_folder import fingerprint
 from tritter.errors import RequestError
-from tritter.pipeline.base import _recorded_rate
+from tritter.pipeline.stages.fit import _recorded_rate
 
 
 @pytest.mark.quick_cases(1)

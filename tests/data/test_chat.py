@@ -754,20 +754,20 @@ def test_an_optimizer_step_is_the_mean_over_the_answers_of_its_batches() -> None
 
 def test_the_default_is_the_template_of_the_tokenizer(tmp_path: Path) -> None:
     default = ChatChoice()
-    assert Chat.of(default, tokenizer=tokenizer()).tokenizer is not None
-    assert Chat.of(default, tokenizer=tokenizer(None)).tokenizer is None
-    assert Chat.of(default, tokenizer=None).tokenizer is None
-    assert Chat.of(ChatChoice("none", "all"), tokenizer=tokenizer()).is_marked is False
+    assert default.chat(tokenizer()).tokenizer is not None
+    assert default.chat(tokenizer(None)).tokenizer is None
+    assert default.chat(None).tokenizer is None
+    assert ChatChoice("none", "all").chat(tokenizer()).is_marked is False
     file = tmp_path / "own.jinja"
     file.write_text(INSTRUCT)
-    own = Chat.of(ChatChoice(str(file)), tokenizer=tokenizer())
+    own = ChatChoice(str(file)).chat(tokenizer())
     assert own.tokenizer.chat_template == INSTRUCT
     with pytest.raises(RequestError, match=r"data\.chat_template = tokenizer: .* no chat template"):
-        Chat.of(ChatChoice("tokenizer"), tokenizer=tokenizer(None))
+        ChatChoice("tokenizer").chat(tokenizer(None))
     with pytest.raises(RequestError, match=r"data\.chat_template = tokenizer: a new base model"):
-        Chat.of(ChatChoice("tokenizer"), tokenizer=None)
+        ChatChoice("tokenizer").chat(None)
     digests = {
-        Chat.of(ChatChoice(None, loss), tokenizer=tokenizer(way)).digest
+        ChatChoice(None, loss).chat(tokenizer(way)).digest
         for loss in LOSSES
         for way in (CHATML, MARKED, None)
     }

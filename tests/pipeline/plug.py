@@ -2,27 +2,29 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import pytest
 
-from tritter.pipeline import pipeline, verdict
 from tritter.pipeline.branch import Branch
+from tritter.pipeline.stages import baseline
 from tritter.pipeline.stages.appended import Adapt
 from tritter.pipeline.stages.evaluate import Evaluate
 from tritter.pipeline.stages.expand import Expand
 from tritter.pipeline.stages.fit import Fit
+from tritter.pipeline.verdict import Candidate
 
 # Stage → where its work is, for `monkeypatch.setattr`
 WORK: dict[str, tuple[Any, str]] = {
-    "baseline": (pipeline, "baseline"),
+    "baseline": (baseline, "_baseline"),
     "expand": (Expand, "work"),
     "adapt": (Adapt, "work"),
     "fit": (Fit, "work"),
     "evaluate": (Evaluate, "work"),
-    "gate": (verdict, "checks"),
-    "keep": (verdict, "complete"),
-    "publish": (verdict, "publish"),
+    "gate": (Candidate, "checks"),
+    "keep": (Candidate, "complete"),
+    "publish": (Candidate, "publish"),
 }
 
 
@@ -41,7 +43,9 @@ def plug_pulled(stage: str, *, of: str) -> Iterator[None]:
     original = getattr(owner, name)
 
     def pulled(*arguments: Any) -> Any:
-        if any(isinstance(each, Branch) and each.name == of for each in arguments):
+        candidates = (each for each in arguments if isinstance(each, Candidate))
+        branches = [*arguments, *chain.from_iterable(each.branches for each in candidates)]
+        if any(isinstance(each, Branch) and each.name == of for each in branches):
             raise _Pulled
         return original(*arguments)
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from tests.pipeline.conftest import SMALL
 from tritter.config.launch.composition import load_config
 from tritter.pipeline.ledger import Ledger
-from tritter.pipeline.pipeline import run_baseline
 from tritter.pipeline.run import Run
+from tritter.pipeline.stages.baseline import run_baseline
 
 
 @pytest.fixture

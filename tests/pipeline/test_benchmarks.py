@@ -19,7 +19,7 @@ from tritter.errors import RequestError
 from tritter.evaluation.benchmarks.harness import EvalOptions
 from tritter.evaluation.tasks import Reader
 from tritter.pipeline import Outcome
-from tritter.pipeline.scoring import BenchmarkTask, _tokenizer, benchmark_tasks
+from tritter.pipeline.scoring import BenchmarkTask, _tokenizer
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_a_run_asks_them_before_and_after(
     assert check["check"] == "retention" and check["n"] == 20
     # The same scores as those of the command
     config = load_config([*words, "evaluation.task_limit=20"])
-    (task,) = benchmark_tasks(config.evaluation, positions=512)
+    (task,) = BenchmarkTask.chosen(config.evaluation, positions=512)
     assert task.questions is not None
     folder = tmp_path / "run/checkpoint"
     model, tokenizer = load_model(folder), load_tokenizer(folder)
@@ -59,7 +59,7 @@ def test_what_a_task_is_made_of_is_its_digest(files: Path) -> None:
         config = load_config(
             ["evaluation.tasks=[arc_easy]", f"evaluation.tasks_path={files}", *words]
         )
-        (task,) = benchmark_tasks(config.evaluation, positions=512)
+        (task,) = BenchmarkTask.chosen(config.evaluation, positions=512)
         assert isinstance(task, BenchmarkTask) and task.domain is None
         return task.digest
 
@@ -77,7 +77,7 @@ def test_the_template_and_the_examples_are_part_of_it(files: Path) -> None:
 
     def task(template: str, *words: str) -> BenchmarkTask:
         options = load_config([*basic, *words]).evaluation
-        (found,) = benchmark_tasks(options, positions=512, stock=chat.tokenizer(template))
+        (found,) = BenchmarkTask.chosen(options, positions=512, stock=chat.tokenizer(template))
         return found
 
     is_chat = "evaluation.chat_template=true"
@@ -94,7 +94,7 @@ def test_the_template_and_the_examples_are_part_of_it(files: Path) -> None:
     reader = Reader(chat.tokenizer().backend_tokenizer, TextBounds(0), batch_size=4)
     assert sum(tasks[3].lengths(reader)) > sum(tasks[1].lengths(reader)) > 0
     with pytest.raises(RequestError, match=r"evaluation\.chat_template.*no chat template"):
-        benchmark_tasks(load_config([*basic, is_chat]).evaluation, positions=512)
+        BenchmarkTask.chosen(load_config([*basic, is_chat]).evaluation, positions=512)
 
 
 def test_lm_eval_reads_with_the_special_tokens_of_the_checkpoint() -> None:
@@ -142,7 +142,7 @@ def test_an_external_sandbox_needs_its_command(files: Path) -> None:
     pytest.importorskip("lm_eval")
     config = load_config([*words, "evaluation.code_sandbox_command=cat"])
     with pytest.raises(RequestError, match="cat"):
-        benchmark_tasks(config.evaluation, positions=512)
+        BenchmarkTask.chosen(config.evaluation, positions=512)
 
 
 def test_a_relative_folder_is_that_of_the_place_where_the_run_began(

@@ -24,14 +24,13 @@ from tritter.data.tokens import PretrainedTokenizer, TextBounds
 from tritter.errors import RequestError
 from tritter.evaluation.statistics import PairedScores
 from tritter.pipeline import Outcome, run_pipeline, validate, windows
-from tritter.pipeline.base import _made_from
 from tritter.pipeline.evaluate import DomainsToScore
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.run import Run
-from tritter.pipeline.run_data import all_documents
+from tritter.pipeline.stages.baseline import _base_made_from
 from tritter.planning.run_memory import RunMemory, batch_size_at, tokens_note
 from tritter.terminal import Console
-from tritter.training.trainer import start_method
+from tritter.training.fitting import start_method
 
 SHORT, LONG = 32, 128
 WORDS = ("expansion=context", f"model.max_position_embeddings={SHORT}")
@@ -228,7 +227,7 @@ def test_the_size_of_pieces_is_part_of_the_split(
         config = load_config([*words, *own, f"cache_dir={tmp_path}"])
         config = replace(config, fallbacks=(config, config))  # the notes are the same for all
         run = Run(config=config, folder=tmp_path, console=Console(), ledger=Ledger(tmp_path))
-        sizes = sorted(len(each.text) for each in all_documents(run.data.text.domains)["new"])
+        sizes = sorted(len(each.text) for each in run.data.text.documents()["new"])
         assert size <= sizes[1] and sizes[-1] <= 2 * size
         windows.check(run)
         said = capsys.readouterr().out
@@ -264,7 +263,7 @@ def test_all_that_reads_a_lineage_cuts_as_it_does(tmp_path: Path) -> None:
         checkpoint, vocab_size=read_model(checkpoint).sizes.vocab_size
     )
     scored = DomainsToScore.learned(checkpoint, lineage, tokenizer, length=SHORT).documents
-    for name, domain in all_documents(later.domains).items():
+    for name, domain in later.documents().items():
         held_out = lineage.split.split({name: domain})[name].validation
         assert list(scored[name].identifiers) == [each.identifier for each in held_out]
         assert max(len(each.text) for each in domain) > 40_000
@@ -280,7 +279,7 @@ def test_all_that_reads_a_lineage_cuts_as_it_does(tmp_path: Path) -> None:
     for own in ("data.piece_characters=null", "data.piece_characters=40000"):
         config = load_config([*words, own])
         run = Run(config=config, folder=tmp_path, console=Console(), ledger=Ledger(tmp_path))
-        made.append(_made_from(run)["data"])
+        made.append(_base_made_from(run)["data"])
     assert "piece_characters" not in made[0] and made[1] == made[0] | {"piece_characters": 40_000}
 
 
@@ -298,13 +297,13 @@ def test_few_long_documents_do_not_decide(
         return PairedScores(tuple(map(str, range(num))), values, weights, "nats")
 
     found = {"first-source-windows": scores(1.0), "last-trained-long": scores(after)}
-    monkeypatch.setattr(windows, "is_longer", lambda *_: True)
+    monkeypatch.setattr(windows.LongWindows, "is_longer", True)
     read = lambda _, name: SimpleNamespace(scores={"old": found[name]})  # noqa: E731
     monkeypatch.setattr(windows.LongScores, "read", read)
     gate = SimpleNamespace(retention=0.05, confidence=0.95)
     context: Any = SimpleNamespace(config=SimpleNamespace(gate=gate))
     branches: Any = [SimpleNamespace(name="first"), SimpleNamespace(name="last")]
-    (check,) = windows.checks(context, branches)
+    (check,) = windows.LongWindows(context, branches[0]).checks(branches[-1])
     assert (check.name, check.verdict, check.documents_needed) == ("long_windows", verdict, None)
     assert check.bound == (None if verdict == "reported" else 0.05)
 

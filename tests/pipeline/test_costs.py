@@ -65,7 +65,7 @@ def as_computed(monkeypatch: pytest.MonkeyPatch) -> None:
             return studentised_errors(*sums)
 
     # Its batch estimates the run before any stage begins: it is part of no stage, and of no total
-    monkeypatch.setattr(costs, "time_line", lambda _: "")
+    monkeypatch.setattr(costs, "_time_line", lambda _: "")
     monkeypatch.setattr(models, "_configure_model", eager)
     monkeypatch.setattr(statistics, "studentised_errors", uncounted)
     monkeypatch.setattr(counting, "_num_keys", lambda length, window=None: length**2)
@@ -297,7 +297,7 @@ def test_training_is_timed_in_its_precision(
         words = ("training.max_steps=1000", f"trainer.precision={precision}")
         config = load_config([*TINY, *words, f"cache_dir={tmp_path}/cache"])
         run = Run(config=config, folder=tmp_path, console=Console(), ledger=Ledger(tmp_path))
-        lines.append(costs.time_line(run))
+        lines.append(costs._time_line(run))
     times = [dict(re.findall(r"(training|evaluate) (\d+) s", line)) for line in lines]
     assert int(times[1]["training"]) == pytest.approx(4 * int(times[0]["training"]), rel=0.05)
     assert times[1]["evaluate"] == times[0]["evaluate"]

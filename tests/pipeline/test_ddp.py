@@ -9,7 +9,7 @@ import pytest
 
 from tritter.core.models import load_model
 from tritter.pipeline import Outcome
-from tritter.training.trainer import start_method
+from tritter.training.fitting import start_method
 
 Run = Callable[..., Outcome]
 DOMAINS = ("prose", "code")

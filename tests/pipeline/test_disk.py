@@ -30,9 +30,11 @@ from tritter.core.models import load_model, save_tokenizer
 from tritter.data.documents import Document
 from tritter.data.tokens import train_tokenizer
 from tritter.evaluation.gate import Check
-from tritter.pipeline import disk, run_pipeline, trained, verdict
+from tritter.pipeline import run as run_module
+from tritter.pipeline import run_pipeline, trained
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.run import Run
+from tritter.pipeline.verdict import Candidate
 from tritter.storage import atomic
 from tritter.terminal import Console
 
@@ -191,12 +193,12 @@ def test_a_run_that_is_rolled_back_ends_with_its_baseline_alone(
     run: RunJob, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each retry starts from the baseline."""
-    original, folder = verdict.checks, tmp_path / "run"
+    original, folder = Candidate.checks, tmp_path / "run"
 
     def failed(*arguments: Any) -> list[Check]:
         return [replace(check, verdict="failed") for check in original(*arguments)]
 
-    monkeypatch.setattr(verdict, "checks", failed)
+    monkeypatch.setattr(Candidate, "checks", failed)
     with metered(folder) as meter:
         summary = run(*LADDER, model=source)
     assert summary["status"] == "rolled_back" and len(summary["attempts"]) > 1
@@ -315,13 +317,13 @@ def test_later_tasks_start_from_unrounded_weights_and_each_is_scored_as_rounded(
 def test_a_round_that_is_rolled_back_publishes_the_rounded_one_before(
     run: RunJob, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = verdict.checks
+    original = Candidate.checks
 
-    def checks(context: Run, branches: Any) -> list[Check]:
-        answer = "failed" if branches[0].name == "round_2" else "passed"
-        return [replace(check, verdict=answer) for check in original(context, branches)]
+    def checks(candidate: Candidate) -> list[Check]:
+        answer = "failed" if candidate.branches[0].name == "round_2" else "passed"
+        return [replace(check, verdict=answer) for check in original(candidate)]
 
-    monkeypatch.setattr(verdict, "checks", checks)
+    monkeypatch.setattr(Candidate, "checks", checks)
     words = ("pipeline.target_params=120k", "gate=default", "pipeline.keep_stages=true")
     summary = run(*words, model=source)
     kept, first = tmp_path / "run/checkpoint", tmp_path / "run/round_1/trained"
@@ -355,8 +357,8 @@ def end_after(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch, *, is_befo
     [
         pytest.param(trained, "_unlink_weights", False, id="start removed, result not written"),
         pytest.param(Run, "accept", True, id="result written, not verified"),
-        pytest.param(disk, "_strip", True, id="marked, not removed"),
-        pytest.param(disk, "_strip", False, id="one removed"),
+        pytest.param(run_module, "_strip", True, id="marked, not removed"),
+        pytest.param(run_module, "_strip", False, id="one removed"),
     ],
 )
 def test_a_run_that_ends_around_a_removal_goes_on_to_the_same_files(

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,11 +16,11 @@ from tritter.config.folders import SearchPath
 from tritter.config.launch.composition import load_config
 from tritter.errors import TritterError
 from tritter.evaluation.gate import Check
-from tritter.pipeline import Outcome, verdict
+from tritter.pipeline import Outcome
 from tritter.pipeline.branch import Branch
-from tritter.pipeline.pipeline import planned_candidates
 from tritter.pipeline.run import Run
 from tritter.pipeline.stages.evaluate import Evaluate
+from tritter.pipeline.verdict import Candidate
 from tritter.report.summary import Summary
 from tritter.report.tables import _summary_lines
 
@@ -50,7 +50,7 @@ def test_a_fallback_that_repeats_an_attempt_is_left_out() -> None:
             of_attempt=lambda number: number,
             say=lambda _, text: said.append(text),
         )
-        found[forgetting] = [each.branches[0].name for each in planned_candidates(run)]
+        found[forgetting] = [each.branches[0].name for each in Candidate.planned(run)]
     assert found == {
         "[replay]": ["attempt_1", "attempt_3"],
         "none": ["attempt_1", "attempt_2", "attempt_3"],
@@ -70,13 +70,13 @@ def ladder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
     """Roll back attempts by name."""
-    names, original = set[str](), verdict.checks
+    names, original = set[str](), Candidate.checks
 
-    def checks(context: Run, branches: Sequence[Branch]) -> list[Check]:
-        answer = "failed" if branches[0].name in names else "passed"
-        return [replace(check, verdict=answer) for check in original(context, branches)]
+    def checks(candidate: Candidate) -> list[Check]:
+        answer = "failed" if candidate.branches[0].name in names else "passed"
+        return [replace(check, verdict=answer) for check in original(candidate)]
 
-    monkeypatch.setattr(verdict, "checks", checks)
+    monkeypatch.setattr(Candidate, "checks", checks)
     yield names
 
 

@@ -24,8 +24,8 @@ from tritter.pipeline.find_rate import _NUM_STEPS, FoundRates, RateTest, find_ra
 from tritter.stopping import Stopped, stopping
 from tritter.terminal import Console
 from tritter.training import fit
+from tritter.training.fitting import start_method
 from tritter.training.optimizer import Schedule
-from tritter.training.trainer import start_method
 
 __all__ = ["run"]
 RATES = [1e-7 * 10 ** (7 * step / (_NUM_STEPS - 1)) for step in range(_NUM_STEPS)]

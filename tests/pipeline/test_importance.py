@@ -89,7 +89,7 @@ def test_what_one_training_leaves_the_next_takes_up(
     assert re.search(r"Fisher information of \d+ sequences of old\n", capsys.readouterr().out)
     path = state_of(tmp_path / "first/attempt_1/expanded")
     assert set(path) == {"path_integral", "displacement"}
-    assert not (tmp_path / "first/pretraining/path").exists()  # the cache has it
+    assert not (tmp_path / "first/pretraining/left").exists()  # the cache has it
     assert set(left) == {*path, "si_importance", "online_fisher"}
     for name, omega in path["path_integral"].items():
         importance = omega.clamp(min=0) / (path["displacement"][name].square() + 0.1)

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from tritter.checkpoints import Lineage
-from tritter.pipeline import Outcome, base
+from tritter.pipeline import Outcome
 from tritter.pipeline.ledger import Ledger
+from tritter.pipeline.stages import baseline
 
 Run = Callable[..., Outcome]
 
@@ -51,7 +52,7 @@ def test_a_base_that_was_cached_and_not_logged_keeps_its_curve(
 
     words = ("expansion=none", "forgetting=none", "training.max_steps=2")
     with monkeypatch.context() as patch, pytest.raises(KeyError, match="killed"):
-        patch.setattr(base, "write_rows", end)
+        patch.setattr(baseline, "write_rows", end)
         run_tiny(tmp_path / "run", *words, cache_dir=tmp_path / "cache")
     for name in ("run", "later"):
         run_tiny(tmp_path / name, *words, cache_dir=tmp_path / "cache")

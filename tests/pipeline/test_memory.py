@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from tritter.config.launch.composition import load_config
 from tritter.pipeline import run_pipeline
-from tritter.pipeline.base import _pretrained_model
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.run import Run
+from tritter.pipeline.stages.baseline import _pretrained_model
 from tritter.planning.run_memory import RunMemory
 from tritter.training import fitting
 from tritter.training.callbacks import FiniteGuard
@@ -65,7 +65,7 @@ def test_no_trainer_outlives_its_stage(
 ) -> None:
     """Weights, gradients and moments would be there while the next stage loads two models."""
     made, alive = weakref.WeakSet[Trainer](), list[int]()
-    build, load = fitting.build_trainer, AutoModelForCausalLM.from_pretrained
+    build, load = fitting._build_trainer, AutoModelForCausalLM.from_pretrained
 
     def building(*args: Any, **options: Any) -> Trainer:
         made.add(trainer := build(*args, **options))
@@ -75,7 +75,7 @@ def test_no_trainer_outlives_its_stage(
         alive.append(len(made))
         return load(*args, **options)
 
-    monkeypatch.setattr(fitting, "build_trainer", building)
+    monkeypatch.setattr(fitting, "_build_trainer", building)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loading)
     run_tiny(tmp_path, "expansion=llama_pro", "forgetting=ewc", cache_dir=tmp_path / "cache")
     assert len(alive) >= 4 and not any(alive)

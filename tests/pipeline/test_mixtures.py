@@ -10,9 +10,9 @@ import pytest
 from tests.pipeline.tiny import TINY
 from tritter.config.launch.composition import load_config
 from tritter.pipeline.ledger import Ledger
-from tritter.pipeline.pipeline import planned_candidates
 from tritter.pipeline.run import Run, _share_notes
 from tritter.pipeline.stages.fit import _announce
+from tritter.pipeline.verdict import Candidate
 from tritter.report.table import count_text
 from tritter.terminal import Console
 
@@ -64,16 +64,16 @@ def test_the_line_on_a_training_says_how_often_it_reads_the_new_text(
     words += ["forgetting=[replay,self_replay]", "trainer.accumulate_grad_batches=2"]
     config = load_config([*words, f"cache_dir={tmp_path / 'cache'}"])
     context = Run(config=config, folder=tmp_path, console=Console(), ledger=Ledger(tmp_path))
-    _announce(context, planned_candidates(context)[0].branches[0], 30, 0.1)
+    _announce(context, Candidate.planned(context)[0].branches[0], 30, 0.1)
     ((name, rows),) = context.data.training_sequences(config.text.new).items()
     read = 30 * 2 * config.data.batch_size * (1 - 0.4 - 0.25)
     said = f"30 steps on {name}, {count_text(read / len(rows))} epochs; learning rate 0.1"
     assert said in capsys.readouterr().out
     context.data.batch_size = 1  # as for the long windows of expansion=context
-    _announce(context, planned_candidates(context)[0].branches[0], 30, 0.1)
+    _announce(context, Candidate.planned(context)[0].branches[0], 30, 0.1)
     read /= config.data.batch_size
     assert f"{name}, {count_text(read / len(rows))} epochs;" in capsys.readouterr().out
-    _announce(context, planned_candidates(context)[0].branches[0], 30_000, 0.1)
+    _announce(context, Candidate.planned(context)[0].branches[0], 30_000, 0.1)
     assert f"{name}, {count_text(1000 * read / len(rows))} epochs;" in capsys.readouterr().out
     assert "e+" not in count_text(1000 * read / len(rows))
 
@@ -89,5 +89,5 @@ def test_experts_that_rehearse_read_each_sequence_at_most_so_often(
         own = [*words, f"experts.rehearsal={rehearsal}", f"cache_dir={tmp_path / 'cache'}"]
         config = load_config(own)
         context = Run(config=config, folder=tmp_path, console=Console(), ledger=Ledger(tmp_path))
-        _announce(context, planned_candidates(context)[0].branches[0], 30, 0.1)
+        _announce(context, Candidate.planned(context)[0].branches[0], 30, 0.1)
         assert (", at most " in capsys.readouterr().out) == bool(rehearsal)

@@ -24,7 +24,9 @@ from tritter.core.stock_routers import AddedExperts, RouterControl
 from tritter.errors import RequestError
 from tritter.methods.moe_routing.distill import DistillationModule
 from tritter.methods.moe_routing.options import AdaptationOptions
-from tritter.pipeline import Outcome, moe, run_pipeline
+from tritter.pipeline import Outcome, run_pipeline
+from tritter.pipeline.moe import NewExperts
+from tritter.pipeline.run_data import RunData
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 from tritter.training.module import TaskLoss
 from tritter.training.result import BestWeights
@@ -341,15 +343,16 @@ def of_sequences(*sizes: int, **trainer: int) -> Any:
 
 
 def test_sequences_that_choose_experts_are_spread_over_all_domains() -> None:
-    chosen = moe.spaced_sequences(of_sequences(7, 4), ["0", "1"], 8).flatten().tolist()
+    chosen = RunData.spaced_sequences(of_sequences(7, 4).data, ["0", "1"], 8).flatten().tolist()
     assert chosen == [0] * 6 + [1] * 2
-    assert len(moe.spaced_sequences(of_sequences(3), ["0"], 8)) == 3
+    assert len(RunData.spaced_sequences(of_sequences(3).data, ["0"], 8)) == 3
 
 
 @pytest.mark.parametrize(("gathered", "steps"), [(1, 6), (3, 2)])
 def test_router_epochs_are_passes_whatever_a_step_accumulates(gathered: int, steps: int) -> None:
     branch: Any = SimpleNamespace(expanded="")
-    assert moe.router_steps(of_sequences(12, accumulate_grad_batches=gathered), branch) == steps
+    run = of_sequences(12, accumulate_grad_batches=gathered)
+    assert NewExperts(run, branch).router_steps == steps
 
 
 REFUSED = {

@@ -11,7 +11,7 @@ from tests.pipeline.tiny import TINY
 from tritter.checkpoints import Lineage
 from tritter.config.launch.composition import load_config
 from tritter.pipeline import Outcome, run_pipeline
-from tritter.pipeline.base import _recorded_rate, schedule_of
+from tritter.pipeline.stages.fit import _recorded_rate
 from tritter.training.options import _metric_names
 
 
@@ -44,7 +44,8 @@ def test_a_job_with_all_of_them(run_job: Callable[..., Outcome], tmp_path: Path)
     # What warms up from here begins at the rate that the training had when it was ended
     lineage = Lineage.read(tmp_path / "run/attempt_1/trained")
     assert lineage is not None
-    schedule = schedule_of(load_config(["training.max_steps=30", "optimizer=sgd"]).training)
+    training = load_config(["training.max_steps=30", "optimizer=sgd"]).training
+    schedule = training.rate_schedule()
     assert _recorded_rate(lineage.training_config) == schedule.rate(20) > 2 * schedule.last_rate
 
 

@@ -33,9 +33,9 @@ from tritter.training import (
     Trainee,
     read_metrics,
 )
+from tritter.training.fitting import start_method
 from tritter.training.options import RULES
 from tritter.training.parameters import disk_values
-from tritter.training.trainer import start_method
 from tritter.transform import Change, PlannedExpansion
 
 ROOT = Path(__file__).parents[2]

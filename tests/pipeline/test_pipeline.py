@@ -201,7 +201,7 @@ def test_shuffled_labels_are_rolled_back(
         message = self.model(input_ids=ids, labels=ids[:, order], use_cache=False)
         return TaskLoss(message.loss, message.logits)
 
-    from tritter.pipeline import base
+    from tritter.pipeline.stages import baseline as base
 
     context_free = base.fit  # the base itself must be trained on true labels
 

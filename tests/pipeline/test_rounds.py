@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +17,9 @@ from tritter.checkpoints import Lineage
 from tritter.config.launch.composition import load_config
 from tritter.errors import RequestError
 from tritter.evaluation.gate import Check
-from tritter.pipeline import Outcome, verdict
-from tritter.pipeline.branch import Branch
-from tritter.pipeline.metrics import BEFORE
-from tritter.pipeline.pipeline import _logged
-from tritter.pipeline.run import Run
+from tritter.pipeline import Outcome
+from tritter.pipeline.metrics import _BEFORE, log_branch
+from tritter.pipeline.verdict import Candidate
 from tritter.training import read_metrics
 
 RunJob = Callable[..., Outcome]
@@ -108,14 +106,14 @@ def test_a_later_round_logs_no_step_before_its_first(
     """The previous round's last step already has the same scores."""
     logged = list[int]()
     logger = SimpleNamespace(log_metrics=lambda _, step: logged.append(step))
-    module = "tritter.pipeline.pipeline"
+    module = "tritter.pipeline.metrics"
     monkeypatch.setattr(f"{module}.open_loggers", lambda *_, **__: nullcontext([logger]))
-    monkeypatch.setattr(f"{module}.before_metrics", lambda *_: {"eval/prose/loss": 3.0})
+    monkeypatch.setattr(f"{module}._before_metrics", lambda *_: {"eval/prose/loss": 3.0})
     run: Any = SimpleNamespace(ledger={}, reading=str, folder=tmp_path, loggers=[])
     branch: Any = SimpleNamespace(name="round", location="round", part=None)
     for first_step in (0, 10):
-        with _logged(run, branch, first_step=first_step):
-            assert logged == [BEFORE]
+        with log_branch(run, branch, first_step=first_step):
+            assert logged == [_BEFORE]
 
 
 @pytest.mark.full
@@ -186,17 +184,17 @@ def test_max_rounds_stops_before_the_target(run_job: RunJob, tmp_path: Path) -> 
 
 
 def fail_round(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    original = verdict.checks
+    original = Candidate.checks
 
-    def checks(context: Run, branches: Sequence[Branch]) -> list[Check]:
-        made = original(context, branches)
-        if branches[0].name != name:
+    def checks(candidate: Candidate) -> list[Check]:
+        made = original(candidate)
+        if candidate.branches[0].name != name:
             return made
         training = next(check for check in made if check.name == "training")
         failed = replace(training, verdict="failed")
         return [failed if check is training else check for check in made]
 
-    monkeypatch.setattr(verdict, "checks", checks)
+    monkeypatch.setattr(Candidate, "checks", checks)
 
 
 @pytest.mark.full

@@ -50,7 +50,7 @@ def test_no_more_is_read_than_a_model_has_learned_positions_for(positions: int) 
         data=SimpleNamespace(
             corpus=corpus,
             domains=("old",),
-            initial_checkpoint=None,
+            stock_tokenizer=None,
             bounds=TextBounds(0),
             has_tokens_of=lambda _: True,
         ),

@@ -22,7 +22,7 @@ from tests.pipeline.tiny import TINY
 from tritter.config.launch.entry import main
 from tritter.pipeline import Outcome, run_pipeline
 from tritter.training import fitting
-from tritter.training.trainer import start_method
+from tritter.training.fitting import start_method
 
 ROOT = Path(__file__).parents[2]
 BOTH = pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def whole_by_two(run_tiny: Callable[..., Outcome], whole: Path) -> Path:
 @pytest.fixture
 def signal_at(monkeypatch: pytest.MonkeyPatch) -> During:
     """Put a callback first in every training run inside this context."""
-    whole = fitting.build_trainer
+    whole = fitting._build_trainer
 
     @contextlib.contextmanager
     def put(callback: Callback) -> Iterator[None]:
@@ -88,7 +88,7 @@ def signal_at(monkeypatch: pytest.MonkeyPatch) -> During:
             return whole(settings, [callback, *callbacks], max_steps, loggers=loggers)
 
         with monkeypatch.context() as patch:
-            patch.setattr(fitting, "build_trainer", trainer)
+            patch.setattr(fitting, "_build_trainer", trainer)
             yield
 
     return put

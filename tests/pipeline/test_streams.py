@@ -11,7 +11,7 @@ import pytest
 from tritter.data import datasets as module
 from tritter.data.datasets import DatasetName
 from tritter.errors import RequestError
-from tritter.pipeline.run_data import _STREAMS, check_streams
+from tritter.pipeline.run_data import _STREAMS, RunData
 
 ROWS = [f"row {number}" for number in range(DatasetName.HEAD_ROWS + 20)]
 
@@ -30,7 +30,7 @@ def data(tmp_path: Path) -> Any:
         streams={"code": (DatasetName.named("data.new", f"hf:{tmp_path}/data"),)},
         text=SimpleNamespace(domains=[SimpleNamespace(name="code", key="data.new.code")]),
     )
-    check_streams(found, tmp_path / "run")  # type: ignore[arg-type]
+    RunData.check_streams(found, tmp_path / "run")  # type: ignore[arg-type]
     return found
 
 
@@ -38,7 +38,7 @@ def test_unchanged_files_are_accepted(data: Any, tmp_path: Path) -> None:
     """Also with another time, as after a copy; other files do not count."""
     os.utime(tmp_path / "data/first.jsonl", (1, 1))
     (tmp_path / "data/notes.log").write_text("other")
-    check_streams(data, tmp_path / "run")
+    RunData.check_streams(data, tmp_path / "run")
 
 
 @pytest.mark.parametrize("change", ["same size", "cut", "added", "removed"])
@@ -51,7 +51,7 @@ def test_a_change_after_the_first_rows_is_refused(data: Any, tmp_path: Path, cha
     if change == "removed":
         (tmp_path / "data/second.jsonl").unlink()
     with pytest.raises(RequestError, match="has changed since the run in") as raised:
-        check_streams(data, tmp_path / "run")
+        RunData.check_streams(data, tmp_path / "run")
     assert raised.value.problems[0].key == "data.new.code"
     name = "second" if change == "removed" else "first"
     assert raised.value.problems[0].value == str(tmp_path / f"data/{name}.jsonl")
@@ -62,8 +62,8 @@ def test_large_files_are_compared_by_size_and_time(
 ) -> None:
     monkeypatch.setattr(module, "_HASHED_BYTES", 1000)
     (tmp_path / "run" / _STREAMS).unlink()
-    check_streams(data, tmp_path / "run")
-    check_streams(data, tmp_path / "run")
+    RunData.check_streams(data, tmp_path / "run")
+    RunData.check_streams(data, tmp_path / "run")
     os.utime(tmp_path / "data/first.jsonl", (1, 1))
     with pytest.raises(RequestError, match="modified 1970"):
-        check_streams(data, tmp_path / "run")
+        RunData.check_streams(data, tmp_path / "run")

@@ -18,7 +18,7 @@ from tritter.evaluation.statistics import PairedScores
 from tritter.pipeline import Outcome, pipeline, run_pipeline
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import StageResult, TrainingFound
-from tritter.pipeline.metrics import steps_after
+from tritter.pipeline.metrics import _steps_after
 from tritter.pipeline.run import Run
 from tritter.pipeline.stages.fit import Fit
 
@@ -191,7 +191,7 @@ def test_what_came_in_a_later_task_was_trained_from_there_on(
 @pytest.mark.full
 def test_a_logger_of_a_later_task_counts_on(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, name="", version="")
-    with steps_after(40, logger):
+    with _steps_after(40, logger):
         logger.log_metrics({"loss": 1.0}, step=2)
         logger.log_metrics({"loss": 0.5})
     logger.log_metrics({"loss": 0.25}, step=2)

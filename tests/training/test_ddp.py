@@ -48,7 +48,7 @@ from tritter.training import (
 )
 from tritter.training.callbacks import StepProgress
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
-from tritter.training.trainer import _Failure, start_method
+from tritter.training.fitting import _Failure, start_method
 
 STEPS = 20  # of 4 sequences out of 40: an epoch of the data ends at step 10
 TWO = replace(SETTINGS, devices=2, strategy="ddp", save_every_n_steps=5)
@@ -160,14 +160,14 @@ def train(
     )
     for method in module.methods:
         method.freeze(model, told, max_steps=STEPS)
-    whole = fitting.build_trainer
+    whole = fitting._build_trainer
 
     def watched(settings, callbacks, max_steps, *, loggers):  # type: ignore[no-untyped-def]
         return whole(settings, [*watching, *callbacks], max_steps, loggers=loggers)
 
     written = Written(folder.with_name(f"{folder.name}-written"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fitting, "build_trainer", watched)
+        patch.setattr(fitting, "_build_trainer", watched)
         result = fit(
             module,
             BatchStream(SequenceStream(sequences, seed=0), batch_size=4, num_batches=STEPS),
@@ -384,7 +384,7 @@ def test_spawned_processes_give_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forked, expected = train(tmp_path / "fork", TWO, dropout=0.2)
-    monkeypatch.setattr("tritter.training.trainer.start_method", lambda accelerator: "spawn")
+    monkeypatch.setattr("tritter.training.fitting.start_method", lambda accelerator: "spawn")
     spawned, result = train(tmp_path / "spawn", TWO, dropout=0.2)
     assert weights(spawned) == weights(forked)
     assert replace(result, seconds=0.0) == replace(expected, seconds=0.0)

@@ -39,7 +39,6 @@ from tritter.training import (
     fit,
     fitting,
     read_metrics,
-    trainer,
 )
 
 EOT = 0
@@ -236,14 +235,14 @@ def train(
         state={"si_importance": ones},
         teacher=document_mask(oracle.tiny_llama()),
     )
-    whole, written = fitting.build_trainer, Written(folder.with_name(f"{folder.name}-written"))
+    whole, written = fitting._build_trainer, Written(folder.with_name(f"{folder.name}-written"))
 
     def watched(settings, callbacks, max_steps, *, loggers):  # type: ignore[no-untyped-def]
         return whole(settings, [*watching, *callbacks], max_steps, loggers=loggers)
 
     new = SequenceStream(sequences_of(30, 5), seed=0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fitting, "build_trainer", watched)
+        patch.setattr(fitting, "_build_trainer", watched)
         result = fit(
             module,
             BatchStream(new, batch_size=4, num_batches=STEPS),
@@ -318,7 +317,7 @@ def test_the_logged_loss_is_that_of_all_batches_of_a_step(tmp_path: Path) -> Non
 
 
 @pytest.mark.full
-@pytest.mark.skipif(trainer.start_method("cpu") != "fork", reason="spawning takes seconds")
+@pytest.mark.skipif(fitting.start_method("cpu") != "fork", reason="spawning takes seconds")
 def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
     one, expected = train(tmp_path / "one", ONE)
     two, result = train(tmp_path / "two", TWO)

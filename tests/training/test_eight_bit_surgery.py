@@ -25,9 +25,15 @@ from tests.training.test_surgery import (
 )
 from tritter.core.expansions import Dus
 from tritter.errors import TritterError
-from tritter.training import OptimizerSettings, eight_bit
+from tritter.training import OptimizerSettings
 from tritter.training.parameters import live_layout
-from tritter.training.surgery import _moments_by_name, carried_moments, put_moments
+from tritter.training.surgery import (
+    _moments_by_name,
+    _read_eight_bit,
+    _write_eight_bit,
+    carried_moments,
+    put_moments,
+)
 from tritter.transform.live import ModelExpander
 
 # FFN matrices have 960 numbers before and 1,440 after: coded in both, in neither, in the second
@@ -161,7 +167,7 @@ def test_codes_are_the_nearest_and_scales_the_largest() -> None:
     optimizer = bitsandbytes.optim.Adam8bit([parameter], min_8bit_size=CODED)
     first = torch.randn(30, 50, generator=torch.Generator().manual_seed(1)) ** 3
     values = {"exp_avg": first, "exp_avg_sq": first.square(), "step": torch.tensor(7.0)}
-    eight_bit.write(optimizer, parameter, values)
+    _write_eight_bit(optimizer, parameter, values)
     state = optimizer.state[parameter]
     for kind, suffix in (("exp_avg", "1"), ("exp_avg_sq", "2")):
         blocks = values[kind].view(-1).split(BLOCK)
@@ -171,7 +177,7 @@ def test_codes_are_the_nearest_and_scales_the_largest() -> None:
         found = distances.gather(1, state[f"state{suffix}"].view(-1, 1).long())
         # bitsandbytes looks codes up on a grid of its own, on the CPU
         assert float((found - distances.amin(1, keepdim=True)).max()) < 2e-4
-    read = eight_bit.read(state, parameter.device)
+    read = _read_eight_bit(state, parameter.device)
     assert torch.equal(read["exp_avg"], numbers(state, "1")) and int(read["step"]) == 7
     fresh = bitsandbytes.optim.Adam8bit([parameter], min_8bit_size=CODED)
     parameter.grad = torch.ones_like(parameter)
@@ -305,4 +311,4 @@ def test_blocks_of_another_size_are_told() -> None:
     with pytest.raises(
         TritterError, match="1 scales for 1500 values; Tritter supports blocks of 256 values"
     ):
-        eight_bit.read(state, parameter.device)
+        _read_eight_bit(state, parameter.device)

@@ -22,7 +22,7 @@ from tritter.data.batches import BatchStream, SequenceStream
 from tritter.targets import Component, import_object
 from tritter.training import BaseModule, FitResult, OptimizerSettings, Schedule, fit, read_metrics
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
-from tritter.training.trainer import start_method
+from tritter.training.fitting import start_method
 
 STEPS, GATHERED = 12, 3
 ADAMW = OptimizerSettings()

@@ -17,7 +17,7 @@ from torch import distributed
 from tests.pipeline.tiny import TINY
 from tritter.errors import RequestError
 from tritter.launched import Launch
-from tritter.training.ranks import Ranks, leading
+from tritter.training.ranks import Ranks
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
@@ -91,7 +91,7 @@ if __name__ == "__main__":
     from tests.training.test_ranks import fails_in_one as _task  # the others import it by name
 
     with Ranks(_launch).lead():
-        Ranks.call(leading(), _task)  # type: ignore[arg-type]
+        Ranks.call(Ranks.leading(), _task)  # type: ignore[arg-type]
 
 
 @pytest.mark.full

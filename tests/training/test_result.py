@@ -14,7 +14,7 @@ from torch import nn
 from tests.training.test_ddp import ONE, TWO, Written, train, weights
 from tritter.errors import RequestError, TritterError
 from tritter.training import FitResult, TrainerSettings
-from tritter.training.trainer import start_method
+from tritter.training.fitting import start_method
 
 pytestmark = pytest.mark.skipif(
     start_method("cpu") != "fork", reason="the tests' callbacks come by fork"

@@ -82,12 +82,12 @@ def train(
         methods=methods(),
     )
     if kill_at is not None:
-        whole = fitting.build_trainer
+        whole = fitting._build_trainer
 
         def with_killer(settings, callbacks, max_steps, *, loggers):  # type: ignore[no-untyped-def]
             return whole(settings, [KillAt(kill_at), *callbacks], max_steps, loggers=loggers)
 
-        monkeypatch.setattr(fitting, "build_trainer", with_killer)
+        monkeypatch.setattr(fitting, "_build_trainer", with_killer)
     told = Task(
         carried=plain.carried,
         old_sequences=plain.old_sequences,

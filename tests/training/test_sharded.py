@@ -29,7 +29,7 @@ from tritter.training import (
     fit,
     read_metrics,
 )
-from tritter.training.trainer import start_method
+from tritter.training.fitting import start_method
 
 STEPS = 8
 ONE = replace(SETTINGS, save_every_n_steps=3)

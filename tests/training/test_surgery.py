@@ -41,8 +41,8 @@ from tritter.training import (
     surgery,
 )
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
+from tritter.training.fitting import start_method
 from tritter.training.parameters import reshape
-from tritter.training.trainer import start_method
 from tritter.transform import Change, declared, expand
 from tritter.transform.live import ModelExpander
 

@@ -18,7 +18,7 @@ from tritter.data.tokens import TextBounds, TokenisedDocuments
 from tritter.evaluation.losses import document_losses
 from tritter.targets import Component, import_object
 from tritter.training import TrainerSettings, module, read_metrics
-from tritter.training.trainer import start_method, validation_metrics
+from tritter.training.fitting import start_method, validation_metrics
 
 pytestmark = pytest.mark.skipif(
     start_method("cpu") != "fork", reason="the tests' callbacks come by fork"

@@ -15,7 +15,7 @@ from tritter.checkpoints.record import LearnedDomain, Lineage
 from tritter.checkpoints.state import KeptSequences
 from tritter.data.built_in import built_in_origin, is_built_in
 from tritter.data.chat import NONE, ChatChoice
-from tritter.data.documents import PIECE_CHARACTERS
+from tritter.data.documents import PIECE_CHARACTERS, Documents
 from tritter.data.local_files import ByteLimitError, TextFileError
 from tritter.data.options import (
     DataConfig,
@@ -74,6 +74,19 @@ class RunText:
     @property
     def new(self) -> tuple[str, ...]:
         return tuple(domain.name for domain in self.domains if not domain.is_old)
+
+    def documents(self) -> dict[str, Documents]:
+        """Read the documents of all domains; files that can't be parsed are reported together."""
+        documents: dict[str, Documents] = {}
+        problems: list[str] = []
+        for domain in self.domains:
+            try:
+                documents[domain.name] = domain.documents()
+            except TextFileError as error:
+                problems += error.problems
+        if problems:
+            raise TextFileError(problems)
+        return documents
 
     @classmethod
     def of(cls, checkpoint: str | None, data: DataConfig, *, seed: int) -> Self:

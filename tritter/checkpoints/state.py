@@ -8,7 +8,7 @@ command can expand it without the code that registered it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -57,13 +57,6 @@ class State:
             )
             streams[kind] = TensorStream(entries, iter(tensors.items()))
         write_state(folder, streams, step=self.step, rules=self.rules)
-
-    @classmethod
-    def merged(cls, states: Sequence[State]) -> State:
-        """Return states of different kinds as one, with the step of the last."""
-        kinds = {kind: tensors for state in states for kind, tensors in state.kinds.items()}
-        rules = {kind: rule for state in states for kind, rule in state.rules.items()}
-        return cls(states[-1].step, kinds, rules)
 
     @classmethod
     def read(cls, folder: Path) -> State | None:

@@ -670,7 +670,7 @@ def _expand(job: _Job, *, measures: bool, overwrite: bool, is_quiet: bool) -> _R
 def _expand_and_train(job: _Job, text: _DomainRun, *, overwrite: bool, is_quiet: bool) -> _Result:
     """Add the experts and train them. After an error no output remains."""
     from tritter.evaluation.measure import Measurement
-    from tritter.pipeline.domain import DomainTask, expand_for_domain
+    from tritter.pipeline.domain import DomainTask
 
     task = DomainTask(
         new=text.new,
@@ -679,11 +679,10 @@ def _expand_and_train(job: _Job, text: _DomainRun, *, overwrite: bool, is_quiet:
         learning_rate=text.learning_rate,
         seed=job.settings.seed or 0,
     )
-    made = expand_for_domain(
+    made = task.expand(
         job.source.folder,
         job.destination,
         job.specs,
-        task,
         console=Console(quiet=True) if is_quiet else CommandConsole(),
         overwrite=overwrite,
     )

@@ -31,13 +31,12 @@ from tritter.cli.output import (
     print_json,
     refuse_damage,
 )
-from tritter.core.models import load_model, read_model, uninitialised_model
+from tritter.core.models import load_model, load_tokenizer, read_model, uninitialised_model
 from tritter.data.chat import ids_of
 from tritter.data.tokens import PretrainedTokenizer, TokenisedDocuments
 from tritter.errors import RequestError, TritterError
 from tritter.evaluation.gate import Check
 from tritter.methods.experts.stored import ExpertFolder, LogitChange, StoredAdapter
-from tritter.pipeline.run_data import corpus_chat
 from tritter.report.table import Table, count_text
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.hub import locate
@@ -153,7 +152,8 @@ def _texts(folder: Path, *, length: int, vocab_size: int) -> dict[str, Tensor]:
             documents = domain.documents(lineage.split, key="domains") if domain.paths else ()
             first = list(islice(documents, _DOCUMENTS))
             is_chat = any(each.conversation for each in first)
-            chat = corpus_chat(is_chat, recorded_chat(lineage), folder)
+            load = partial(load_tokenizer, folder)
+            chat = recorded_chat(lineage).of_corpus(load, is_chat=is_chat)
             tokens = TokenisedDocuments.of(first, inner, max_tokens_per_document=length, chat=chat)
         except TritterError:  # its data is unavailable or refused
             continue

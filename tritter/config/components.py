@@ -30,15 +30,13 @@ from tritter.training.optimizer import (
     OptimizerSettings,
     OptimizerValues,
     optimizer_class,
-    optimizer_problems,
 )
 from tritter.training.options import (
-    REFUSED,
     TrainerSettings,
     TrainerValues,
     callback_problems,
-    trainer_argument_problems,
-    trainer_parameters,
+    further_trainer_keys,
+    trainer_arguments,
 )
 
 Origin = Callable[[str], str | None]
@@ -161,8 +159,7 @@ class Reader:
         section, _, leaf = key.rpartition(".")
         known = self._known_keys()
         if section == "trainer":
-            further = (f"trainer.{name}" for name in trainer_parameters() if name not in REFUSED)
-            known = (*known, *further)
+            known = (*known, *further_trainer_keys())
         names = _child_names(known, section)
         near = None
         if not section:
@@ -375,19 +372,16 @@ def _read_optimizer(
     if values is None or kind is None:
         return None
     shipped = map(body_of, shipped_options()["optimizer"].values())
-    reader.problems += optimizer_problems(kind, arguments, values.weight_decay, shipped=shipped)
-    return OptimizerSettings(target=dotted(kind), arguments=arguments, **asdict(values))
+    settings = OptimizerSettings(target=dotted(kind), arguments=arguments, **asdict(values))
+    reader.problems += settings.problems(kind, shipped=shipped)
+    return settings
 
 
 def _read_trainer(
     reader: Reader, raw: Mapping[str, Any], classes: Mapping[str, Any]
 ) -> TrainerSettings | None:
     """Return the arguments of Lightning's Trainer, or None if there are problems."""
-    own = field_keys(TrainerValues, "")
-    names = () if set(raw) <= set(own) else trainer_parameters()
-    further = {n: value for n, value in raw.items() if n in names and n not in own}
-    for name, value in further.items():
-        reader.problems += trainer_argument_problems(name, value)
+    further = trainer_arguments(raw, reader.problems)
     body = {name: value for name, value in raw.items() if name not in further}
     values = reader.read(TrainerValues, body, prefix="trainer")
     return None if values is None else TrainerSettings(arguments=further, **asdict(values))

@@ -23,7 +23,7 @@ from tritter.config.folders import (
 from tritter.config.schema import TYPED_ONLY, RootValues
 from tritter.errors import Problem, RequestError, brief, raise_problems
 from tritter.options import field_keys, leaves
-from tritter.training.options import REFUSED, trainer_parameters
+from tritter.training.options import further_trainer_keys
 
 _Options = Mapping[str, Sequence[str]]
 
@@ -131,8 +131,7 @@ def _parse_problem(override: str, message: str) -> Problem:
 
 def _replayed_keys() -> frozenset[str]:
     """Return the keys of shipped options that `resume` replays: all but `TYPED_ONLY`."""
-    keys = {*field_keys(RootValues, "")}
-    keys |= {f"trainer.{name}" for name in trainer_parameters() if name not in REFUSED}
+    keys = {*field_keys(RootValues, ""), *further_trainer_keys()}
     for group, options in shipped_options().items():
         if group in ("experiment", LADDERS):
             continue

@@ -351,7 +351,7 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
             for fallback in config.fallbacks
         ]
     result["data"] |= identity(type(config.data))
-    result["trainer"] |= config.effective_arguments()
+    result["trainer"] |= config.trainer.effective_arguments()
     result["optimizer"] = config.optimizer_record()
     if config.callbacks:
         result["callbacks"] = {one.name: one.plain() for one in config.callbacks}

@@ -25,13 +25,7 @@ from tritter.methods.moe_routing.options import AdaptationOptions, RoutingOption
 from tritter.options import PARSED_COUNT, Count, RunRequest, Text, options
 from tritter.targets import Component, identity
 from tritter.training.optimizer import OptimizerSettings
-from tritter.training.options import (
-    EVALUATIONS,
-    WITHOUT_EFFECT,
-    TrainerSettings,
-    TrainerValues,
-    TrainingConfig,
-)
+from tritter.training.options import EVALUATIONS, TrainerSettings, TrainerValues, TrainingConfig
 
 if TYPE_CHECKING:
     from tritter.core.expansions import ExpansionSpec
@@ -172,11 +166,6 @@ class RunConfig(RootValues, RunRequest):
     def attempts(self) -> "tuple[RunConfig, ...]":
         """The configuration of each attempt: the run itself, then its fallbacks."""
         return (self, *self.fallbacks)
-
-    def effective_arguments(self) -> dict[str, Any]:
-        """Return the additional Trainer arguments that affect the trained weights."""
-        arguments = self.trainer.arguments
-        return {name: arguments[name] for name in arguments if name not in WITHOUT_EFFECT}
 
     def optimizer_record(self) -> dict[str, Any]:
         """Return the optimizer's class and all options that apply to a base."""

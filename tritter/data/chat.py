@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
@@ -401,15 +401,41 @@ class ChatChoice(NamedTuple):
     chat_template: str | None = None
     loss_on: LossOn | None = None
 
-    def check_unused(self) -> None:
-        """Refuse options that data without conversations does not use."""
-        for key, value, is_used in (
-            (_TEMPLATE_KEY, self.chat_template, self.chat_template not in (None, NONE)),
-            (_LOSS_KEY, self.loss_on, self.loss_on == "answers"),
-        ):
-            if is_used:
-                reason = "the data has no conversations; remove the key"
-                raise RequestError(Problem(key, value, reason=reason))
+    def chat(self, tokenizer: Any) -> Chat:
+        """Return the way in which conversations become tokens.
+
+        Args:
+            tokenizer: the transformers tokenizer of the checkpoint; None for a new base model.
+        """
+        choice, loss_on = self.chat_template, self.loss_on or "answers"
+        has_template = tokenizer is not None and tokenizer.chat_template is not None
+        if choice == NONE or (choice is None and not has_template):
+            return Chat(None, loss_on, has_template=has_template)
+        if tokenizer is None:
+            reason = "a new base model has no special tokens for a template; use none"
+            raise RequestError(Problem(_TEMPLATE_KEY, choice, reason=reason))
+        if choice not in (None, TOKENIZER):
+            tokenizer.chat_template = read_template(choice)
+        elif not has_template:
+            reason = "the checkpoint's tokenizer has no chat template; use none, or a file"
+            raise RequestError(Problem(_TEMPLATE_KEY, choice, reason=reason))
+        return Chat(tokenizer, loss_on)
+
+    def of_corpus(self, load_tokenizer: Callable[[], Any], *, is_chat: bool) -> Chat | None:
+        """Return the way in which the conversations of a corpus become tokens; None without any.
+
+        Args:
+            load_tokenizer: loads the tokenizer for `chat`.
+            is_chat: whether the corpus has conversations.
+        """
+        if is_chat:
+            return self.chat(load_tokenizer())
+        reason = "the data has no conversations; remove the key"
+        if self.chat_template not in (None, NONE):
+            raise RequestError(Problem(_TEMPLATE_KEY, self.chat_template, reason=reason))
+        if self.loss_on == "answers":
+            raise RequestError(Problem(_LOSS_KEY, self.loss_on, reason=reason))
+        return None
 
 
 def template_location(choice: str) -> str:

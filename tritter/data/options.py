@@ -42,7 +42,7 @@ class DataConfig:
         batch_size: sequences per batch.
         packing: see `tritter.data.packing`. None is `documents` if there are conversations whose
             tokens are not plain text, else `stream`.
-        chat_template: see `tritter.data.chat.Chat.of`; a file as an absolute path.
+        chat_template: see `tritter.data.chat.ChatChoice`; a file as an absolute path.
         loss_on: tokens of conversations to predict. None is `answers`.
         validation_fraction: share of the documents for validation. None uses that of the
             checkpoint's lineage, or 0.2 for a new lineage.

@@ -1,8 +1,9 @@
 """A branch of a run: one way to continue from the baseline or from a kept round."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tritter.core.expansions import ExpansionSpec
+from tritter.core.expansions import ExpansionSpec, MoeAdd
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,11 @@ class Branch:
         return f"{self.name}/expanded" if self.specs else self.start
 
     @property
+    def expanded_again(self) -> str:
+        """The folder of a second expansion, if a killed training run has released the first."""
+        return f"{self.name}/expanded_again"
+
+    @property
     def location(self) -> str:
         """The folder of the checkpoint from which its next stage, or its training, starts."""
         return self.reached or self.start
@@ -88,6 +94,17 @@ class Branch:
     def label(self, stage: str) -> str:
         """Return the report label of a stage; the control has a single label."""
         return "control" if self.is_control else stage
+
+    def with_choice(self, clone_from: Sequence[int]) -> "Branch":
+        """Return the branch with the selected experts to clone."""
+        chosen = tuple(clone_from)
+        specs = tuple(
+            replace(spec, clone_from=chosen)
+            if isinstance(spec, MoeAdd) and spec.is_chosen_by_data
+            else spec
+            for spec in self.specs
+        )
+        return replace(self, specs=specs)
 
     def for_tasks(self, count: int) -> tuple["Branch", ...]:
         """Return a branch per task; later ones continue from the previous without expansion."""

@@ -22,7 +22,6 @@ from tritter.pipeline.stages.evaluate import Evaluate
 from tritter.pipeline.stages.expand import Expand
 from tritter.planning.run_memory import RunMemory, batch_size_at, grown_model
 from tritter.planning.strategy import planned_rounds
-from tritter.training.callbacks import evaluation_flops
 
 _LONG = 30.0  # seconds; shorter runs have no estimate
 _MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -30,7 +29,19 @@ _IN_FIT = ("pretraining (unless cached)", "routers", "training", "validation")  
 _LABELS = {"importance": "importance of each parameter"}
 
 
-def cost_lines(run: Run) -> Iterator[str]:
+def announce(run: Run) -> None:
+    """Print what the run will cost, before its first stage."""
+    first, *others = _cost_lines(run)
+    run.say("cost", first)
+    for line in others:
+        run.say("", line)
+    with run.waiting("timing a batch"):
+        line = _time_line(run)
+    if line:
+        run.say("", line)
+
+
+def _cost_lines(run: Run) -> Iterator[str]:
     """Yield a line each on parameters, memory and the tokens that are read."""
     config, source = run.config, run.data.model
     grown = grown_model(config, source)
@@ -46,7 +57,7 @@ def cost_lines(run: Run) -> Iterator[str]:
     yield f"{steps:,} steps of {of_step}"
 
 
-def time_line(run: Run) -> str:
+def _time_line(run: Run) -> str:
     """Time one batch and return the estimated seconds of each stage.
 
     Empty if they are few, or differ for each process or with a quantised base.
@@ -144,7 +155,7 @@ def _flops(run: Run, source: Model) -> Mapping[str, float]:
         flops["training"] += (steps * times * rows + num_refreshed) * learning
         if text is not None:
             validations = 1 - -steps * times // text.every_n_steps
-            flops["validation"] += validations * evaluation_flops(reading, text)
+            flops["validation"] += validations * sum(map(reading.of, text.lengths))
         flops["evaluate"] += Evaluate.flops(run, after, window, has_lora=has_lora)
     return flops
 

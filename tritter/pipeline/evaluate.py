@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from tritter.checkpoints import Lineage
 from tritter.checkpoints.run_text import RunText, recorded_chat
 from tritter.config.validation import cache_folder
+from tritter.core.models import load_tokenizer
 from tritter.data.answers import scoring_note, unanswered_note
 from tritter.data.corpus import Corpus
 from tritter.data.documents import PIECE_CHARACTERS
@@ -19,7 +21,6 @@ from tritter.data.tokens import PretrainedTokenizer, TokenisedDocuments, unencod
 from tritter.errors import RequestError
 from tritter.evaluation.statistics import PairedScores
 from tritter.evaluation.tasks import Reader
-from tritter.pipeline.run_data import all_documents, corpus_chat
 from tritter.pipeline.scoring import Scoring
 from tritter.terminal import NewBar, no_bar
 
@@ -61,7 +62,8 @@ class DomainsToScore:
             for name, paths in sources.items()
         }
         count = sum(each.num_conversations() for each in found.values())
-        chat = corpus_chat(count > 0, recorded_chat(lineage), folder)
+        load = partial(load_tokenizer, folder)
+        chat = recorded_chat(lineage).of_corpus(load, is_chat=count > 0)
         documents = {
             name: TokenisedDocuments.of(
                 domain_documents,
@@ -119,7 +121,7 @@ class DomainsToScore:
                 f"--checkpoint = {folder}: its lineage records no training data; pass data with "
                 "--data PATH, or benchmarks with --tasks NAMES."
             )
-        found = all_documents(text.domains)
+        found = text.documents()
         is_chat = any(each.num_conversations() for each in found.values())
         corpus = Corpus.build(
             found,
@@ -130,7 +132,7 @@ class DomainsToScore:
             seed=text.split.seed,
             cache_dir=cache_folder(None),
             tokenizer=tokenizer.tokenizer,
-            chat=corpus_chat(is_chat, recorded_chat(lineage), folder),
+            chat=recorded_chat(lineage).of_corpus(partial(load_tokenizer, folder), is_chat=is_chat),
         )
         documents = {name: domain.validation for name, domain in corpus.domains.items()}
         held_out = (

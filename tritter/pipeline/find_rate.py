@@ -14,11 +14,12 @@ from lightning import Callback, LightningModule, Trainer
 
 from tritter.config.schema import RunConfig
 from tritter.errors import TritterError
-from tritter.pipeline.base import check_source
 from tritter.pipeline.ledger import Ledger
-from tritter.pipeline.pipeline import planned_candidates, prepare_branch, run_baseline
+from tritter.pipeline.pipeline import prepare_branch
 from tritter.pipeline.run import Run
-from tritter.pipeline.stages.fit import peak_rate, rate_test
+from tritter.pipeline.stages.baseline import check_source, run_baseline
+from tritter.pipeline.stages.fit import BranchTraining
+from tritter.pipeline.verdict import Candidate
 from tritter.report.drawing import BLUE, GREY, ORANGE, new_figure
 from tritter.report.table import Table
 from tritter.storage.atomic import parents_of, write_text_atomic
@@ -191,9 +192,10 @@ def _tested(config: RunConfig, schedule: Schedule, folder: Path, console: Consol
     check_source(run)
     run.data.check_text()
     run_baseline(run)
-    candidate = planned_candidates(run)[0]
+    candidate = Candidate.planned(run)[0]
     run, branch = candidate.run, candidate.branches[0]
     branch, points = prepare_branch(run, branch), folder / "points.json"
     run = run.reading(branch.location)
-    rate_test(run, branch, schedule, RateTest(schedule, points))
-    return FoundRates.of(json.loads(read_text(points)), configured=peak_rate(run, branch))
+    training = BranchTraining(run, branch)
+    training.fit(schedule=schedule, observer=RateTest(schedule, points))
+    return FoundRates.of(json.loads(read_text(points)), configured=training.peak_rate)

@@ -1,6 +1,5 @@
 """The ledger of a run: finished stages with their results, costs and outputs."""
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -11,6 +10,7 @@ from typing import Any, TypeVar
 from tritter.checkpoints.history import Damage, digests_of
 from tritter.checkpoints.record import EXPERTS_FOLDER, LedgerRecord, Lineage, StageRecord
 from tritter.errors import TritterError, brief
+from tritter.pipeline.branch import Branch
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.records import read_record, record, record_text, validate_record
 from tritter.training import FitResult
@@ -162,6 +162,10 @@ class Ledger:
         """Return the result of a branch's main training run."""
         return self.found(f"{branch}.fit", TrainingFound)
 
+    def steps(self, branches: Iterable[Branch]) -> int:
+        """Return the number of steps of the main training runs of branches."""
+        return sum(self.training(branch.name).steps for branch in branches)
+
     def record(
         self, stage: str, result: StageResult, *, lineages: Mapping[str, Lineage] | None = None
     ) -> None:
@@ -191,7 +195,7 @@ class Ledger:
 
     def watch_disk(self) -> None:
         """Record the current size of the run folder, which may be its peak."""
-        self._watched |= disk_bytes(self._folder)
+        self._watched |= _disk_bytes(self._folder)
 
     def mark_removed(self, location: str) -> None:
         """Record that a folder's weights are removed; its checksums stay in the ledger.
@@ -299,9 +303,19 @@ class Ledger:
         """Return seconds per stage and in total."""
         return _with_total(result.seconds for result in self._stages.values())
 
-    def peak(self, kind: str) -> int:
-        """Return the peak number of bytes of `weights` or `state` in the run folder so far."""
-        return max((each.disk.get(kind, 0) for each in self._stages.values()), default=0)
+    def disk_use(self) -> dict[str, dict[str, int]]:
+        """Return the bytes of weights and training state in the run folder, for summary.json.
+
+        `peak` and `end` cover the whole folder; `source` and `result` are two checkpoints in it.
+        """
+        end, stages = _disk_bytes(self._folder), self._stages.values()
+        use = {}
+        for kind in ("weights", "state"):
+            peak = max((each.disk.get(kind, 0) for each in stages), default=0)
+            use[kind] = {"peak": peak, "end": end[kind]}
+        for name, location in (("source", "baseline"), ("result", "checkpoint")):
+            use["weights"][name] = _disk_bytes(self._folder / location)["weights"]
+        return use
 
 
 def _outcome(result: StageResult) -> str:
@@ -320,7 +334,7 @@ def _with_total(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
     return {**merged, "total": sum(merged.values())}
 
 
-def disk_bytes(folder: Path) -> Counter[str]:
+def _disk_bytes(folder: Path) -> Counter[str]:
     """Return the number of bytes of `weights` and training `state` in a folder.
 
     Weights are the safetensors files next to a config.json and those of LoRA experts. Hard links
@@ -335,8 +349,3 @@ def disk_bytes(folder: Path) -> Counter[str]:
             is_weights = (path.parent / "config.json").exists() or EXPERTS_FOLDER in parts
             counts["weights" if is_weights else "state"] += found.st_size
     return counts
-
-
-def content_key(content: Mapping[str, object]) -> str:
-    """Return the SHA-256 of plain data, used as the name of a cache entry."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -30,13 +29,13 @@ from tritter.report.table import ACCURACY
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.reading import read_text
 from tritter.targets import Component, instantiate
-from tritter.training import read_metrics
+from tritter.training import metrics_files, read_metrics
 
 _WANDB_STEP = "trainer/global_step"  # name used by Lightning's logger
-SAMPLES_NAME = "samples.jsonl"  # in the folder of a training run
+_SAMPLES_NAME = "samples.jsonl"  # in the folder of a training run
 _SAMPLES_KEY = "samples/training"  # of the table in W&B
-SAMPLE_COLUMNS = ("step", "prompt", "continuation")
-BEFORE = -1  # step of the model before its expansion
+_SAMPLE_COLUMNS = ("step", "prompt", "continuation")
+_BEFORE = -1  # step of the model before its expansion
 
 
 def score_metrics(run: Run, branch_name: str) -> dict[str, float]:
@@ -53,17 +52,11 @@ def score_metrics(run: Run, branch_name: str) -> dict[str, float]:
     return found
 
 
-def before_metrics(run: Run, branch_name: str) -> dict[str, float]:
+def _before_metrics(run: Run, branch_name: str) -> dict[str, float]:
     """Return `eval/<domain>/…` before a branch's expansion; empty if it did not expand."""
     stage = f"{branch_name}.expand"
     did_expand = run.ledger.get(stage) is not None
     return dict(run.ledger.found(stage, ExpansionFound).before) if did_expand else {}
-
-
-def first_step(run: Run, branches: Sequence[Branch], branch: Branch) -> int:
-    """Return the number of steps before a branch in a sequence of branches."""
-    before = takewhile(lambda each: each.name != branch.name, branches)
-    return sum(run.ledger.training(each.name).steps for each in before)
 
 
 def _join_rows(run: Run, branches: Sequence[Branch]) -> list[dict[str, str]]:
@@ -73,11 +66,11 @@ def _join_rows(run: Run, branches: Sequence[Branch]) -> list[dict[str, str]]:
     A later round begins with a row at the step of the previous end: the score after its expansion.
     """
     rows: list[dict[str, str]] = []
-    for branch in branches:
-        first = first_step(run, branches, branch)
+    for number, branch in enumerate(branches):
+        first = run.ledger.steps(branches[:number])
         logged = read_metrics(run.folder / branch.name)
-        if before := before_metrics(run, branch.name):
-            logged.insert(0, {"step": str(BEFORE)} | {k: str(v) for k, v in before.items()})
+        if before := _before_metrics(run, branch.name):
+            logged.insert(0, {"step": str(_BEFORE)} | {k: str(v) for k, v in before.items()})
         last: dict[str, object] = {"step": run.ledger.training(branch.name).steps}
         logged.append({k: str(v) for k, v in (last | score_metrics(run, branch.name)).items()})
         earliest = 0 if branch.is_round and not branch.task else 1  # of a later branch
@@ -191,13 +184,19 @@ def log_result_to_wandb(run: Run, summary: Summary, plots: Sequence[Path], *, st
         _log_model(logger, run.folder / "checkpoint", summary)
 
 
-def log_samples(loggers: Sequence[Logger], rows: Sequence[Sequence[Any]], *, step: int) -> None:
-    """Log samples of a training run as a table to W&B, if it is among the loggers.
+def log_samples(
+    folder: Path, loggers: Sequence[Logger], rows: Sequence[Sequence[Any]], *, step: int
+) -> None:
+    """Write samples of a training run to `samples.jsonl`, and log them to W&B as a table.
 
     Args:
-        rows: values of `SAMPLE_COLUMNS`.
+        folder: folder of the training run.
+        loggers: its loggers; W&B is among them if it is open in this process.
+        rows: step, prompt and continuation of each sample.
         step: step of the training run.
     """
+    lines = [json.dumps(dict(zip(_SAMPLE_COLUMNS, row, strict=True))) for row in rows]
+    write_text_atomic(folder / _SAMPLES_NAME, "\n".join([*lines, ""]))
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.log_metrics({_SAMPLES_KEY: _samples_table(rows)}, step=step)
@@ -206,13 +205,13 @@ def log_samples(loggers: Sequence[Logger], rows: Sequence[Sequence[Any]], *, ste
 def _samples_table(rows: Sequence[Sequence[Any]]) -> Any:
     import wandb
 
-    return wandb.Table(columns=list(SAMPLE_COLUMNS), data=[list(row) for row in rows])
+    return wandb.Table(columns=list(_SAMPLE_COLUMNS), data=[list(row) for row in rows])
 
 
 def _training_samples(run_folder: Path) -> list[list[Any]]:
     """Return the rows of the last training of a run, except the control."""
-    logged = [*run_folder.glob(f"attempt_*/{SAMPLES_NAME}")]
-    logged += run_folder.glob(f"round_*/{SAMPLES_NAME}")
+    logged = [*run_folder.glob(f"attempt_*/{_SAMPLES_NAME}")]
+    logged += run_folder.glob(f"round_*/{_SAMPLES_NAME}")
     newest = max(logged, key=lambda path: path.stat().st_mtime_ns, default=None)
     lines = [] if newest is None else read_text(newest).splitlines()
     return [list(json.loads(line).values()) for line in lines]
@@ -332,7 +331,7 @@ def _names(options: Sequence[Any]) -> list[str]:
 
 
 @contextmanager
-def steps_after(first_step: int, logger: Logger) -> Iterator[None]:
+def _steps_after(first_step: int, logger: Logger) -> Iterator[None]:
     """Let a logger add an offset to all steps until the block ends."""
     log = logger.log_metrics
 
@@ -369,8 +368,28 @@ def open_loggers(
             if not first_step:
                 logger.log_hyperparams(fingerprint(run.config))
         for logger in loggers if first_step else ():
-            opened.enter_context(steps_after(first_step, logger))
+            opened.enter_context(_steps_after(first_step, logger))
         yield loggers
+
+
+@contextmanager
+def log_branch(run: Run, branch: Branch, *, first_step: int) -> Iterator[None]:
+    """Open the loggers of a branch's training, and log its metrics before the expansion.
+
+    Args:
+        first_step: number of steps of earlier branches.
+    """
+    if run.ledger.get(f"{branch.name}.evaluate") is not None:
+        yield
+        return
+    with open_loggers(run.reading(branch.location), branch.part, first_step=first_step) as loggers:
+        before = _before_metrics(run, branch.name)
+        if before and not first_step and not metrics_files(run.folder / branch.name):
+            for logger in loggers:
+                logger.log_metrics(before, step=_BEFORE)
+        run.loggers[:] = loggers
+        yield
+        run.loggers.clear()
 
 
 def _close(logger: Logger, error: type[BaseException] | None, *_: object) -> None:

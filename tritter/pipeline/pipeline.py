@@ -1,8 +1,7 @@
 """Runs a pipeline from its config to a summary, a table and a published checkpoint."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import dropwhile, takewhile
@@ -13,43 +12,37 @@ from tritter.config.run_folder import RunStatus
 from tritter.config.schema import RunConfig
 from tritter.errors import RequestError
 from tritter.evaluation.gate import Status
-from tritter.pipeline import costs, disk, verdict, windows
-from tritter.pipeline.base import check_source
+from tritter.pipeline import costs, windows
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.metrics import (
-    BEFORE,
-    before_metrics,
-    first_step,
+    log_branch,
     log_result_to_wandb,
-    open_loggers,
     wandb_finished,
     wandb_logger,
     write_metrics,
 )
 from tritter.pipeline.next_commands import next_commands
 from tritter.pipeline.run import Run
-from tritter.pipeline.run_data import check_streams
 from tritter.pipeline.scoring import BenchmarkTask
 from tritter.pipeline.stage import Stage
 from tritter.pipeline.stages import vocabulary
 from tritter.pipeline.stages.appended import Adapt, Choose, Distill
-from tritter.pipeline.stages.baseline import BaselineFound, baseline
+from tritter.pipeline.stages.baseline import BaselineFound, check_source, run_baseline
 from tritter.pipeline.stages.evaluate import Evaluate
 from tritter.pipeline.stages.expand import Expand
-from tritter.pipeline.stages.fit import Fit, peak_rate
+from tritter.pipeline.stages.fit import BranchTraining, Fit
 from tritter.pipeline.stages.importance import Importance
 from tritter.pipeline.stages.vocabulary import LearnTokens
 from tritter.pipeline.summary import summary_record
 from tritter.pipeline.verdict import Candidate, GateFound, KeptFound, PublishedFound
-from tritter.planning.strategy import planned_rounds
 from tritter.report.figures import plot_run
 from tritter.report.runs import Curve
 from tritter.report.tables import SummaryTables
 from tritter.storage.atomic import clear_leftovers, write_text_atomic
 from tritter.targets import instantiate
 from tritter.terminal import Console
-from tritter.training import metrics_files
+from tritter.transform import size_text
 
 _SUMMARY_NAME = "summary.json"
 _STAGES: tuple[Stage, ...] = (
@@ -107,12 +100,12 @@ def run_pipeline(config: RunConfig, *, run_folder: Path) -> Outcome:
         with run.waiting("writing the published model"):
             run.stage(
                 "publish",
-                lambda: verdict.publish(last.run, last.branches, keep=is_kept),
+                partial(last.publish, keep=is_kept),
                 label="publish",
             )
-        disk.remove_unneeded(
-            run, *(branch for each in (*candidates, control) for branch in each.branches)
-        )
+        for branch in (branch for each in (*candidates, control) for branch in each.branches):
+            run.remove_before_fit(branch)
+            run.remove(branch.trained, branch.preparation)
         return _report(run, candidates, control)
 
 
@@ -133,16 +126,11 @@ def _report(run: Run, candidates: Sequence[Candidate], control: Candidate) -> Ou
     plots = plot_run(
         summary, Curve.of_rows(rows), run.folder / "plots", control=Curve.of_rows(control_rows)
     )
-    own = [
-        branch.name
-        for candidate in candidates
-        for branch in candidate.branches
-        if branch.part is None
-    ]
-    steps = sum(run.ledger.training(name).steps for name in own)
+    branches = [branch for candidate in candidates for branch in candidate.branches]
+    steps = run.ledger.steps(branch for branch in branches if branch.part is None)
     log_result_to_wandb(run, summary, plots, step=steps)
     SummaryTables(summary).print(console=run.console, folder=run.folder)
-    run.say("disk", disk.report(summary.disk))
+    run.say("disk", _disk_text(summary.disk))
     run.console.print()
     for plot in plots:
         run.say("plot", str(plot))
@@ -151,7 +139,7 @@ def _report(run: Run, candidates: Sequence[Candidate], control: Candidate) -> Ou
     if retried := summary.last_attempt.overrides:
         overrides = with_fallback(overrides, retried, retries=False)
     run.console.print("\nNext:", highlight=False)
-    rate = peak_rate(last.run, last.branches[-1])
+    rate = BranchTraining(last.run, last.branches[-1]).peak_rate
     for line in next_commands(
         last.run.config, summary, overrides=overrides, folder=run.folder, rate=rate
     ):
@@ -168,13 +156,23 @@ def _report(run: Run, candidates: Sequence[Candidate], control: Candidate) -> Ou
     )
 
 
+def _disk_text(use: Mapping[str, Mapping[str, int]]) -> str:
+    """Return one line about the disk use of a run."""
+    weights, state = use["weights"], use["state"]
+    return (
+        f"weights {size_text(weights['end'])} (peak {size_text(weights['peak'])}; source "
+        f"{size_text(weights['source'])}, result {size_text(weights['result'])}), training state "
+        f"{size_text(state['end'])} (peak {size_text(state['peak'])})"
+    )
+
+
 def _run_candidates(run: Run) -> list[Candidate]:
     """Run rounds until one is rolled back, or attempts until one is not rolled back.
 
     Returns:
         The rounds or attempts that ran.
     """
-    planned = planned_candidates(run)
+    planned = Candidate.planned(run)
     tried: list[Candidate] = []
     for number, each in enumerate(planned, start=1):
         first, is_last = each.branches[0], number == len(planned)
@@ -190,59 +188,22 @@ def _run_candidates(run: Run) -> list[Candidate]:
         if (candidate.status == "rolled_back") == first.is_round:
             break
         if first.is_round and not is_last:
-            run.stage(first.key("keep"), partial(verdict.complete, run, first), label="publish")
+            run.stage(first.key("keep"), candidate.complete, label="publish")
             if first.follows:
-                disk.remove(run, first.start)
+                run.remove(first.start)
         elif not is_last:
-            disk.remove(run, candidate.branches[-1].trained)
+            run.remove(candidate.branches[-1].trained)
     return tried
-
-
-def planned_candidates(run: Run) -> list[Candidate]:
-    """Return the attempts of the run (each is the next fallback), or its rounds.
-
-    The baseline stage must be finished.
-
-    Raises:
-        RequestError: the target size can't be reached from the baseline's shape.
-    """
-    config, candidates = run.config, []
-    if config.pipeline.target_params is None:
-        methods, trainings = list[object](), list[object]()
-        for number, own in enumerate(config.attempts, start=1):
-            methods.append(own.forgetting)
-            trainings.append((own.forgetting, own.expansion, own.training))
-            if trainings[-1] in trainings[:-1]:
-                run.say("", f"attempt {number} would repeat an earlier one, and is left out")
-                continue
-            prepared_by = 1 + methods.index(own.forgetting)
-            name = f"attempt_{number}"
-            first = Branch(name, own.expansion, attempt=number, prepared_by=prepared_by)
-            branches = first.for_tasks(len(run.data.text.tasks))
-            candidates.append(Candidate(run.of_attempt(number), branches, own.fallback_overrides))
-        return candidates
-    shapes = planned_rounds(config, run.source("baseline").model)
-    counts = " → ".join(f"{shape.parameters:,}" for shape in shapes)
-    run.say("plan", f"{len(shapes)} rounds to {counts} parameters")
-    for number, shape in enumerate(shapes, start=1):
-        branch = Branch(
-            f"round_{number}",
-            (shape.spec,),
-            follows=f"round_{number - 1}" if number > 1 else None,
-            is_round=True,
-            is_final=number == len(shapes),
-        )
-        candidates.append(Candidate(run, (branch,)))
-    return candidates
 
 
 def _run_tasks(
     run: Run, branches: Sequence[Branch], *, so_far: Sequence[Branch] = ()
 ) -> tuple[Branch, ...]:
     """Return the branches trained until one stops early; loggers count those `so_far` first."""
-    row, trained = [*so_far, *branches], list[Branch]()
+    trained = list[Branch]()
     for branch in branches:
-        trained.append(run_branch(run, branch, first_step=first_step(run, row, branch)))
+        first_step = run.ledger.steps([*so_far, *trained])
+        trained.append(run_branch(run, branch, first_step=first_step))
         if run.ledger.training(branch.name).stopped_because is not None:
             break
     return tuple(trained)
@@ -257,26 +218,8 @@ def _run_control(last: Candidate, *, num_rounds: int) -> Candidate:
     prepared = last.branches[0].prepared_by
     first = Branch("control", (), is_control=True, num_trainings=num_rounds, prepared_by=prepared)
     branches = _run_tasks(run, first.for_tasks(len(run.data.text.tasks)))
-    disk.remove(run, branches[-1].trained)
+    run.remove(branches[-1].trained)
     return replace(last, branches=branches)
-
-
-def run_baseline(run: Run) -> None:
-    """Create the initial model of the run."""
-    is_finished = run.ledger.get("baseline") is not None
-    run.stage("baseline", lambda: baseline(run), label="baseline")
-    if is_finished:
-        _check_start(run)
-
-
-def _check_start(run: Run) -> None:
-    """Refuse a run of an earlier version of Tritter, which began texts in another way."""
-    for scores in run.read_scores("baseline").values():
-        if scores.unit == "nats" and scores.start != run.data.bounds.start:
-            raise RequestError(
-                f"resume = {run.folder}: an earlier version scored texts that begin with the "
-                "end of text; this one begins them as the tokenizer does. Start in another folder."
-            )
 
 
 def stages_of(config: RunConfig) -> Iterator[Stage]:
@@ -312,39 +255,11 @@ def run_branch(run: Run, branch: Branch, *, first_step: int = 0) -> Branch:
         first_step: number of earlier steps in loggers.
     """
     branch = prepare_branch(run, branch)
-    with _logged(run, branch, first_step=first_step):
+    with log_branch(run, branch, first_step=first_step):
         for stage in dropwhile(lambda each: not isinstance(each, Fit), stages_of(run.config)):
             branch = stage(run, branch)
-    disk.remove_before_fit(run, branch)
+    run.remove_before_fit(branch)
     return branch
-
-
-@contextmanager
-def _logged(run: Run, branch: Branch, *, first_step: int) -> Iterator[None]:
-    """Open the loggers of a branch's training, and log its metrics before the expansion."""
-    if run.ledger.get(f"{branch.name}.evaluate") is not None:
-        yield
-        return
-    with open_loggers(run.reading(branch.location), branch.part, first_step=first_step) as loggers:
-        before = before_metrics(run, branch.name)
-        if before and not first_step and not metrics_files(run.folder / branch.name):
-            for logger in loggers:
-                logger.log_metrics(before, step=BEFORE)
-        run.loggers[:] = loggers
-        yield
-        run.loggers.clear()
-
-
-def _announce_costs(run: Run) -> None:
-    """Print what the run will cost, before its first stage."""
-    first, *others = costs.cost_lines(run)
-    run.say("cost", first)
-    for line in others:
-        run.say("", line)
-    with run.waiting("timing a batch"):
-        line = costs.time_line(run)
-    if line:
-        run.say("", line)
 
 
 def _announce(run: Run) -> None:
@@ -381,9 +296,9 @@ def _announce(run: Run) -> None:
     if run.data.tasks:
         names = (t.label if isinstance(t, BenchmarkTask) else t.name for t in run.data.tasks)
         run.say("answers", f"accuracy is measured on {', '.join(names)}")
-    check_streams(run.data, run.folder)
+    run.data.check_streams(run.folder)
     if run.ledger.get("baseline") is None:
-        _announce_costs(run)
+        costs.announce(run)
         return
     if run.ledger.found("baseline", BaselineFound).corpus != run.data.corpus.digest:
         raise RequestError(

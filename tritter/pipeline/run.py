@@ -1,5 +1,6 @@
 """The run that every stage gets: config, run folder, checkpoints, data and console."""
 
+import shutil
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -17,6 +18,8 @@ from tritter.checkpoints import Lineage, Source
 from tritter.checkpoints.history import Link
 from tritter.checkpoints.location import checkpoint_model
 from tritter.config.schema import CheckpointModelConfig, RunConfig
+from tritter.core.expansions import target_model
+from tritter.core.families import SIGMOID_ROUTERS
 from tritter.core.models import load_model, read_model
 from tritter.data.answers import TrainingCounts, scoring_note
 from tritter.data.datasets import DatasetName
@@ -29,20 +32,24 @@ from tritter.methods.whole import load_whole
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import Ledger, StageResult
 from tritter.pipeline.run_data import RunData
-from tritter.pipeline.scoring import Scores, scores_text
+from tritter.pipeline.scoring import Scores
 from tritter.planning.run_memory import RunMemory
 from tritter.planning.upcycling import upcycling_notes
 from tritter.seeds import derived_seed
 from tritter.stopping import Stopped
-from tritter.storage.atomic import write_text_atomic
+from tritter.storage.atomic import remove_folder, write_text_atomic
 from tritter.storage.hub import locate
-from tritter.storage.reading import TOKENIZER_NAME
+from tritter.storage.reading import LINEAGE_NAME, TOKENIZER_NAME
 from tritter.terminal import Console, NewBar, waiting
 from tritter.training.options import rate_notes
-from tritter.transform import PlannedExpansion, planned
+from tritter.transform import Expanded, PlannedExpansion, expand, planned
 
 _PUBLISHED_DTYPES = ("float32", "bfloat16", "float16")
 _MUCH_PADDING, _SMALL_SHARE = 0.1, 0.05
+# Later stages read them: shapes, lineage, and the tokenizer of an expanded vocabulary
+_RECORDS = {"config.json", LINEAGE_NAME, "router.json", "tokenizer.json", "tokenizer_config.json"}
+_RECORDS |= {"special_tokens_map.json", "generation_config.json"}
+_BEFORE_FIT = ("expanded", "distilled", "adapted")
 
 
 @dataclass(frozen=True)
@@ -161,6 +168,14 @@ class Run:
         found = self.source("baseline").tensors.main_dtype
         return found if found in _PUBLISHED_DTYPES else "float32"
 
+    @property
+    def has_unsaved_bias(self) -> bool:
+        """Whether training moves a selection bias of routers that checkpoints lack."""
+        config = self.config
+        if not config.moe_routing.bias_update_rate:
+            return False
+        return target_model(self.data.model, config.expansion).model_type not in SIGMOID_ROUTERS
+
     @cached_property
     def device(self) -> torch.device:
         """The device for evaluation."""
@@ -247,6 +262,45 @@ class Run:
             self._planned[key] = planned(self.source(branch.start), branch.specs, seed=seed)
         return self._planned[key]
 
+    def write_expanded(self, branch: Branch, folder: Path) -> Expanded:
+        """Expand the initial checkpoint of a branch into a folder."""
+        # In float32 for any source dtype: rounding would break function preservation
+        with self.progress_bars() as new_bar:
+            return expand(
+                self.source(branch.start),
+                folder,
+                self.planned(branch),
+                dtype=torch.float32,
+                overwrite=True,
+                progress=new_bar("writing tensors of the grown model"),
+            )
+
+    def remove(self, *locations: str) -> None:
+        """Remove stage folders that no later stage needs, unless `pipeline.keep_stages` is set.
+
+        A checkpoint loses its weights, state and tokenizer; its records stay, because `history` and
+        later stages read them. The ledger is marked first: after a kill the removal is repeated.
+        """
+        if self.config.pipeline.keep_stages:
+            return
+        for location in locations:
+            if (folder := self.folder / location).is_dir():
+                self.ledger.mark_removed(location)
+                _strip(folder)
+
+    @property
+    def keeps_start(self) -> bool:
+        """Whether stages from outside may read the start of a training after it."""
+        return any(one.kind.after in ("fit", "evaluate") for one in self.config.stages)
+
+    def remove_before_fit(self, branch: Branch) -> None:
+        """Remove the start of a branch's training, once the trained model is verified."""
+        remove_folder(self.folder / branch.expanded_again)
+        own = (one.name for one in self.config.stages if one.kind.writes)
+        self.remove(*(f"{branch.name}/{name}" for name in (*_BEFORE_FIT, *own)))
+        if branch.task:
+            self.remove(branch.start)
+
     def say(self, label: str, text: str) -> None:
         """Print one line of progress."""
         self.console.print(f"{label:<10} {text}", highlight=False, markup=False, soft_wrap=True)
@@ -266,14 +320,25 @@ class Run:
         with self.progress_bars() as new_bar:
             scores = self.data.scoring.score(model.to(self.device), new_bar=new_bar)
         model.to("cpu")
-        content = dumps({subject: each.to_dict() for subject, each in scores.items()})
-        write_text_atomic(self.folder / score_file(name), content)
-        self.say("", scores_text(scores))
+        write_text_atomic(self.folder / score_file(name), dumps(scores.plain()))
+        self.say("", scores.text())
         return scores
 
     def read_scores(self, name: str) -> Scores:
         """Return the scores that `score` stored under a name."""
         return self.data.scoring.read(self.folder / score_file(name))
+
+
+def _strip(folder: Path) -> None:
+    """Remove everything except a checkpoint's records; remove other folders completely."""
+    if not (folder / LINEAGE_NAME).is_file():
+        shutil.rmtree(folder)
+        return
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if not path.is_dir() and path.name not in _RECORDS:
+            path.unlink()
+        elif path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
 
 
 def _packing_notes(data: RunData) -> Iterator[str]:

@@ -1,13 +1,14 @@
 """The data of a run: its domains, their tokens, training sequences and scored documents."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from json import dumps
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from tritter.checkpoints import Source
@@ -18,12 +19,10 @@ from tritter.core.families import Model
 from tritter.core.models import load_tokenizer
 from tritter.data.batches import BatchStream, Sequences, SequenceStream, sample_equally
 from tritter.data.built_in import built_in_origin, is_built_in
-from tritter.data.chat import NONE, Chat, ChatChoice, is_unpredicted
+from tritter.data.chat import NONE, TOKENIZER, ChatChoice, is_unpredicted, read_template
 from tritter.data.corpus import Corpus
 from tritter.data.datamodule import ValidationSubset
 from tritter.data.datasets import DatasetName, stream_identity
-from tritter.data.documents import Documents
-from tritter.data.local_files import TextFileError
 from tritter.data.options import NamedTextConfig
 from tritter.data.packing import DocumentMask, MarkedText, Packing, num_packed, packed
 from tritter.data.records import NO_ANSWERS
@@ -39,18 +38,18 @@ from tritter.data.tokens import (
     parsed_tokenizer,
 )
 from tritter.errors import Problem, RequestError
+from tritter.evaluation.benchmarks.harness import Tokenizer as StockTokenizer
 from tritter.evaluation.losses import batch_that_fits
 from tritter.evaluation.tasks import MetricTask, QuestionTask, Reader, ScoredTask, subject_of
 from tritter.limits import MAX_VOCABULARY
 from tritter.pipeline.branch import Branch
-from tritter.pipeline.scoring import Scoring, benchmark_tasks, stock_tokenizer
+from tritter.pipeline.scoring import BenchmarkTask, Scoring
 from tritter.planning.run_memory import batch_size_at
 from tritter.seeds import derived_seed
 from tritter.storage.atomic import write_text_atomic
 from tritter.storage.reading import TOKENIZER_NAME, read_object
 from tritter.targets import dotted, instantiate
 
-MAX_POSITIONS = 2048  # for a model without position limit
 _START = "start_of_text"  # of a lineage: the ids in front of each training text
 _STREAMS = "streams.json"  # domain → file → its contents when the run began
 _FILES_ORIGIN, _DATASETS_ORIGIN = "text files", "data sets"
@@ -69,6 +68,8 @@ class RunData:
     Attributes:
         short: of longer windows: these tokens in the run's own windows, in which models are scored.
     """
+
+    max_positions: ClassVar[int] = 2048  # of a model without position limit
 
     def __init__(
         self,
@@ -202,10 +203,11 @@ class RunData:
         if [(domain.name, domain.paths) for domain in domains] == _STDLIB_DOMAINS:
             return Corpus.of_stdlib(**settings)
         origin = {domain.name: _origin(domain, config) for domain in domains}
-        documents = all_documents(domains)
-        folder = None if self.initial_checkpoint is None else self.initial_checkpoint.folder
+        documents = self.text.documents()
+        start = self.initial_checkpoint
         is_chat = any(each.num_conversations() for each in documents.values())
-        chat = corpus_chat(is_chat, self.chat_choice, folder)
+        load = partial(load_tokenizer, start.folder) if start else lambda: None
+        chat = self.chat_choice.of_corpus(load, is_chat=is_chat)
         corpus = Corpus.build(documents, origin=origin, chat=chat, **settings)
         for domain in domains:
             found = corpus.domains[domain.name]
@@ -223,6 +225,21 @@ class RunData:
         return ChatChoice(
             data.chat_template or recorded.chat_template, data.loss_on or recorded.loss_on
         )
+
+    @cached_property
+    def stock_tokenizer(self) -> StockTokenizer | None:
+        """The tokenizer of the initial checkpoint, if any, with the chat template of the run."""
+        if self.own is not None:
+            return self.own.stock_tokenizer
+        if self.initial_checkpoint is None:
+            return None
+        tokenizer: StockTokenizer = load_tokenizer(self.initial_checkpoint.folder)
+        template = self.chat_choice.chat_template
+        if template == NONE:
+            tokenizer.chat_template = None
+        elif template not in (None, TOKENIZER):
+            tokenizer.chat_template = read_template(template)
+        return tokenizer
 
     @cached_property
     def packing(self) -> Packing:
@@ -297,10 +314,46 @@ class RunData:
             sequences, count, seed=lambda name: derived_seed(self.config.seed, *purpose, name)
         )
 
+    def spaced_sequences(self, domains: Sequence[str], count: int) -> Tensor:
+        """Return up to `count` training sequences [N, T], evenly spaced over some domains."""
+        sequences = concatenate(list(self.training_sequences(domains).values()))
+        chosen = min(count, len(sequences))
+        return sequences[torch.arange(chosen) * len(sequences) // max(1, chosen)]
+
     def check_text(self) -> None:
         """Reject a domain that is too small, before any training."""
         for name in self.domains:
             self.num_sequences(name)
+
+    def check_streams(self, folder: Path) -> None:
+        """Record the streamed files of a run that begins; compare them when it resumes.
+
+        Args:
+            folder: of the run.
+        """
+        path = folder / _STREAMS
+        current = {
+            name: stream_identity(*sources, key=name) for name, sources in self.streams.items()
+        }
+        if not current:
+            return
+        if not path.exists():
+            write_text_atomic(path, dumps(current, indent=1) + "\n")
+            return
+        keys = {domain.name: domain.key for domain in self.text.domains}
+        for name, recorded in read_object(path).items():
+            contents = current.get(name, {})
+            changed = sorted(
+                file for file in recorded | contents if recorded.get(file) != contents.get(file)
+            )
+            if changed:
+                file = changed[0]
+                before, now = recorded.get(file, "not there"), contents.get(file, "not there")
+                reason = (
+                    f"the streamed data has changed since the run in {folder} began "
+                    f"(then {before}; now {now}); restore it, or start another run"
+                )
+                raise RequestError(Problem(keys.get(name, name), file, reason=reason))
 
     def source_records(self, domains: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Return the records of some domains in a checkpoint's lineage: hash and paths."""
@@ -425,16 +478,13 @@ class RunData:
             for name, asked in questions.items()
             if asked
         )
-        length = self.model.position_limit or MAX_POSITIONS
+        length = self.model.position_limit or self.max_positions
         own = (
             MetricTask(one.name, instantiate(one.options), one.plain())
             for one in self.config.metrics
         )
-        start = self.initial_checkpoint
-        stock = None
-        if options.tasks and start is not None:
-            stock = stock_tokenizer(start.folder, self.chat_choice)
-        return (*skills, *benchmark_tasks(options, positions=length, stock=stock), *own)
+        stock = self.stock_tokenizer if options.tasks else None
+        return (*skills, *BenchmarkTask.chosen(options, positions=length, stock=stock), *own)
 
     @cached_property
     def scored(self) -> dict[str, TokenisedDocuments]:
@@ -473,36 +523,6 @@ class RunData:
         ]
 
 
-def check_streams(data: RunData, folder: Path) -> None:
-    """Record the streamed files of a run that begins; compare them with the record if it resumes.
-
-    Args:
-        data: of the run.
-        folder: of the run.
-    """
-    path = folder / _STREAMS
-    current = {name: stream_identity(*sources, key=name) for name, sources in data.streams.items()}
-    if not current:
-        return
-    if not path.exists():
-        write_text_atomic(path, dumps(current, indent=1) + "\n")
-        return
-    keys = {domain.name: domain.key for domain in data.text.domains}
-    for name, recorded in read_object(path).items():
-        contents = current.get(name, {})
-        changed = sorted(
-            file for file in recorded | contents if recorded.get(file) != contents.get(file)
-        )
-        if changed:
-            file = changed[0]
-            before, now = recorded.get(file, "not there"), contents.get(file, "not there")
-            reason = (
-                f"the streamed data has changed since the run in {folder} began "
-                f"(then {before}; now {now}); restore it, or start another run"
-            )
-            raise RequestError(Problem(keys.get(name, name), file, reason=reason))
-
-
 def _in_windows(config: RunConfig, length: int) -> RunConfig:
     """Return a configuration with sequences of another length."""
     if length == config.data.sequence_length:
@@ -515,34 +535,6 @@ def _in_windows(config: RunConfig, length: int) -> RunConfig:
         max_tokens_per_document=max(length, evaluation.max_tokens_per_document),
     )
     return replace(config, data=data, evaluation=evaluation)
-
-
-def all_documents(domains: Iterable[DomainText]) -> dict[str, Documents]:
-    """Return the documents of all domains."""
-    documents: dict[str, Documents] = {}
-    problems: list[str] = []
-    for domain in domains:
-        try:
-            documents[domain.name] = domain.documents()
-        except TextFileError as error:
-            problems += error.problems
-    if problems:
-        raise TextFileError(problems)
-    return documents
-
-
-def corpus_chat(is_chat: bool, data: ChatChoice, folder: Path | None) -> Chat | None:
-    """Return the chat options of a corpus; None if it has no conversations.
-
-    Args:
-        is_chat: whether there are conversations.
-        data: the chat options.
-        folder: the checkpoint with the tokenizer; None for a new base model.
-    """
-    if is_chat:
-        return Chat.of(data, tokenizer=None if folder is None else load_tokenizer(folder))
-    data.check_unused()
-    return None
 
 
 def _origin(domain: DomainText, config: RunConfig) -> str:

@@ -1,9 +1,7 @@
 """Text samples: continuations of prompts before, during and after training."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ from tritter.data.chat import (
     ANSWER,
     START,
     Chat,
-    ChatChoice,
     end_of_turn_ids,
     ids_of,
     is_unpredicted,
@@ -30,11 +27,9 @@ from tritter.evaluation.inference import (
     whole_word_prompt,
 )
 from tritter.methods.whole import reading_flops
-from tritter.pipeline.metrics import SAMPLE_COLUMNS, SAMPLES_NAME, log_samples
+from tritter.pipeline.metrics import log_samples
 from tritter.pipeline.run import Run
-from tritter.pipeline.run_data import MAX_POSITIONS
-from tritter.pipeline.scoring import stock_tokenizer
-from tritter.storage.atomic import write_text_atomic
+from tritter.pipeline.run_data import RunData
 from tritter.training.callbacks import Validation
 from tritter.training.module import base_of
 
@@ -100,15 +95,9 @@ def _chat(run: Run) -> Chat | None:
     """Return the chat template and options of a run; None if it has no chat template."""
     chat = run.data.corpus.chat
     if chat is None and run.config.evaluation.prompts:
-        start = run.data.initial_checkpoint
-        chat = None if start is None else _template(start.folder, run.data.chat_choice)
+        stock = run.data.stock_tokenizer
+        chat = None if stock is None or stock.chat_template is None else Chat(stock)
     return None if chat is None or chat.tokenizer is None else chat
-
-
-@lru_cache(maxsize=1)
-def _template(folder: Path, choice: ChatChoice) -> Chat:
-    tokenizer = stock_tokenizer(folder, choice)
-    return Chat(None if tokenizer.chat_template is None else tokenizer)
 
 
 def _end_of(conversation: list[int], most: int) -> list[int]:
@@ -119,7 +108,7 @@ def _end_of(conversation: list[int], most: int) -> list[int]:
 
 def _positions(model: nn.Module) -> int:
     # Learned positions are limited; the last generated token is not read
-    return model_of(model).position_limit or MAX_POSITIONS
+    return model_of(model).position_limit or RunData.max_positions
 
 
 def _prompt_of(run: Run, domain: str, positions: int) -> list[int]:
@@ -230,12 +219,18 @@ class SampleLog(Callback):
     Args:
         prompts: text → tokens.
         sampler: continues them.
-        path: file to write.
+        folder: folder of the training run.
     """
 
-    def __init__(self, prompts: Mapping[str, list[int]], sampler: _Sampler, path: Path) -> None:
-        self._prompts, self._sampler, self._path = dict(prompts), sampler, path
+    def __init__(self, prompts: Mapping[str, list[int]], sampler: _Sampler, folder: Path) -> None:
+        self._prompts, self._sampler, self._folder = dict(prompts), sampler, folder
         self._rows: list[list[Any]] = []
+
+    @classmethod
+    def of(cls, run: Run, model: nn.Module, folder: Path) -> "tuple[SampleLog, ...]":
+        """Return the callback for a training run with own prompts; none without."""
+        prompts = _own_prompts(run, model)
+        return (cls(prompts, _Sampler.of(run), folder),) if prompts else ()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # All processes generate: the layers of a sharded model are gathered by all of them
@@ -247,20 +242,11 @@ class SampleLog(Callback):
             shown = self._sampler.shown(ids) if _is_chat(ids) else text
             self._rows.append([step, shown, continuation])
             validation.flops += reading.of(num_read)
-        if not trainer.is_global_zero:
-            return
-        lines = [json.dumps(dict(zip(SAMPLE_COLUMNS, row, strict=True))) for row in self._rows]
-        write_text_atomic(self._path, "\n".join([*lines, ""]))
-        log_samples(trainer.loggers, self._rows, step=step)
+        if trainer.is_global_zero:
+            log_samples(self._folder, trainer.loggers, self._rows, step=step)
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": [list(row) for row in self._rows]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._rows = [list(row) for row in state_dict["rows"]]
-
-
-def sample_log(run: Run, model: nn.Module, folder: Path) -> tuple[SampleLog, ...]:
-    """Return the callback for a training run with own prompts; none without."""
-    prompts = _own_prompts(run, model)
-    return (SampleLog(prompts, _Sampler.of(run), folder / SAMPLES_NAME),) if prompts else ()

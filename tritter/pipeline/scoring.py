@@ -13,9 +13,8 @@ from typing import Any
 from torch import nn
 
 from tritter.core.families import Flops
-from tritter.core.models import load_tokenizer, wrapped_tokenizer
+from tritter.core.models import wrapped_tokenizer
 from tritter.data.benchmark_names import CODE, benchmark_names
-from tritter.data.chat import NONE, TOKENIZER, ChatChoice, read_template
 from tritter.data.packing import Windows
 from tritter.data.tokens import TokenisedDocuments
 from tritter.errors import Problem, RequestError, TritterError
@@ -34,7 +33,52 @@ from tritter.evaluation.tasks import Reader, ScoredTask, subject_of
 from tritter.storage.reading import read_object
 from tritter.terminal import NewBar, no_bar
 
-Scores = dict[str, PairedScores]  # domain name or task subject → scores
+
+class Scores(dict[str, PairedScores]):
+    """Domain or subject of a task → scores of one model."""
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> "Scores":
+        """Return scores from the plain values of `plain`."""
+        return cls({subject: PairedScores.from_dict(plain[subject]) for subject in plain})
+
+    def plain(self) -> dict[str, Any]:
+        """Return the scores as plain values."""
+        return {subject: each.to_dict() for subject, each in self.items()}
+
+    def text(self) -> str:
+        """Return the scores as one line: losses, then accuracies."""
+        losses = [f"{n} {score.mean():.3f}" for n, score in self.items() if score.unit == "nats"]
+        parts = [
+            f"{n.removesuffix('/accuracy')} {score.mean():.1%}"
+            for n, score in self.items()
+            if score.unit == "accuracy"
+        ]
+        text = f"loss [nats/token]: {', '.join(losses)}"
+        return f"{text}; accuracy: {', '.join(parts)}" if parts else text
+
+    def records(self, tasks: Iterable[ScoredTask] = ()) -> dict[str, dict[str, Any]]:
+        """Return domain or task → record, as in summary.json; a domain may also have an accuracy.
+
+        Args:
+            tasks: the tasks; records of benchmarks get their settings.
+        """
+        records: dict[str, dict[str, Any]] = {}
+        for subject, score in self.items():
+            record, name = score.record(), subject.removesuffix("/accuracy")
+            if score.unit == "accuracy" and name in records:
+                records[name] |= {
+                    "accuracy": record["accuracy"],
+                    "accuracy_standard_error": record["standard_error"],
+                    "num_questions": record["n"],
+                    "chance": score.chance,
+                }
+            else:
+                records[name] = record
+        for task in tasks:
+            if isinstance(task, BenchmarkTask) and task.name in records:
+                records[task.name] |= task.settings
+        return records
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,13 +120,13 @@ class Scoring:
             for domain, documents in self.documents.items()
         }
         scores |= {subject_of(task): task.score(model, self.reader) for task in self.tasks}
-        return scores
+        return Scores(scores)
 
     def read(self, path: Path) -> Scores:
         """Return the scores in a file."""
         plain = read_object(path, limit_bytes=PairedScores.MAX_FILE_BYTES)
         try:
-            return {subject: PairedScores.from_dict(plain[subject]) for subject in self.subjects}
+            return Scores.of({subject: plain[subject] for subject in self.subjects})
         except (KeyError, TritterError) as error:
             raise TritterError(
                 f"{path} does not contain the scores of this run: {error}."
@@ -104,45 +148,6 @@ class Scoring:
         for task in self.tasks:
             lengths.update(task.lengths(self.reader))
         return reading.of_all(lengths)
-
-
-def scores_text(scores: Mapping[str, PairedScores]) -> str:
-    """Return scores as one line: losses, then accuracies."""
-    losses = [f"{n} {score.mean():.3f}" for n, score in scores.items() if score.unit == "nats"]
-    parts = [
-        f"{n.removesuffix('/accuracy')} {score.mean():.1%}"
-        for n, score in scores.items()
-        if score.unit == "accuracy"
-    ]
-    text = f"loss [nats/token]: {', '.join(losses)}"
-    return f"{text}; accuracy: {', '.join(parts)}" if parts else text
-
-
-def score_records(
-    scores: Mapping[str, PairedScores], tasks: Iterable[ScoredTask] = ()
-) -> dict[str, dict[str, Any]]:
-    """Return domain or task → record, as in summary.json; a domain may also have an accuracy.
-
-    Args:
-        scores: domain or subject of a task → scores.
-        tasks: the tasks; records of benchmarks get their settings.
-    """
-    records: dict[str, dict[str, Any]] = {}
-    for subject, score in scores.items():
-        record, name = score.record(), subject.removesuffix("/accuracy")
-        if score.unit == "accuracy" and name in records:
-            records[name] |= {
-                "accuracy": record["accuracy"],
-                "accuracy_standard_error": record["standard_error"],
-                "num_questions": record["n"],
-                "chance": score.chance,
-            }
-        else:
-            records[name] = record
-    for task in tasks:
-        if isinstance(task, BenchmarkTask) and task.name in records:
-            records[task.name] |= task.settings
-    return records
 
 
 # Benchmarks
@@ -168,6 +173,51 @@ class BenchmarkTask:
     positions: int
     stock: StockTokenizer | None = None
     domain: str | None = None
+
+    @classmethod
+    def chosen(
+        cls, options: EvaluationConfig, *, positions: int, stock: StockTokenizer | None = None
+    ) -> "tuple[BenchmarkTask, ...]":
+        """Return the benchmarks of a run, after checking their files, lm-eval and the sandbox.
+
+        Args:
+            options: the options of the run.
+            positions: maximum number of tokens of the run's models.
+            stock: tokenizer of the run's checkpoint; None for a new base model.
+        """
+        names = benchmark_names(options.tasks, key=TASKS_KEY)
+        if not names:
+            return ()
+        if options.chat_template and (stock is None or stock.chat_template is None):
+            reason = "the checkpoint has no chat template"
+            raise RequestError(Problem("evaluation.chat_template", True, reason=reason))
+        benchmarks = [BENCHMARKS[name] for name in names]
+        questions: Mapping[str, Questions] = {}
+        if options.tasks_path is not None:
+            folder = TasksFolder(Path(options.tasks_path), key="evaluation.tasks_path")
+            loaded = folder.load(
+                benchmarks,
+                limit=options.task_limit,
+                num_fewshot=options.num_fewshot,
+                fewshot_key="evaluation.num_fewshot",
+            )
+            questions = {each.benchmark.name: each for each in loaded}
+        require_harness()
+        sandbox: Sandbox | None = None
+        if set(names) & set(CODE):
+            command = options.code_sandbox_command if options.code_sandbox == "external" else None
+            sandbox = Sandbox.checked(command, key="evaluation.code_sandbox_command")
+        harness = EvalOptions(
+            limit=options.task_limit,
+            sandbox=sandbox,
+            is_null_run=False,
+            is_chat=options.chat_template,
+            num_fewshot=options.num_fewshot,
+            keys=(TASKS_KEY, "evaluation.tasks_path"),
+        )
+        return tuple(
+            cls(each, questions.get(each.name), harness, positions, stock) for each in benchmarks
+        )
 
     @property
     def name(self) -> str:
@@ -232,61 +282,6 @@ class BenchmarkTask:
             self.questions.limited(self.harness.limit),
             length=self.positions,
         )
-
-
-def benchmark_tasks(
-    options: EvaluationConfig, *, positions: int, stock: StockTokenizer | None = None
-) -> tuple[BenchmarkTask, ...]:
-    """Return the benchmarks of a run, after checking their files, lm-eval and the sandbox.
-
-    Args:
-        options: the options of the run.
-        positions: maximum number of tokens of the run's models.
-        stock: tokenizer of the run's checkpoint; None for a new base model.
-    """
-    names = benchmark_names(options.tasks, key=TASKS_KEY)
-    if not names:
-        return ()
-    if options.chat_template and (stock is None or stock.chat_template is None):
-        reason = "the checkpoint has no chat template"
-        raise RequestError(Problem("evaluation.chat_template", True, reason=reason))
-    chosen = [BENCHMARKS[name] for name in names]
-    questions: Mapping[str, Questions] = {}
-    if options.tasks_path is not None:
-        folder = TasksFolder(Path(options.tasks_path), key="evaluation.tasks_path")
-        loaded = folder.load(
-            chosen,
-            limit=options.task_limit,
-            num_fewshot=options.num_fewshot,
-            fewshot_key="evaluation.num_fewshot",
-        )
-        questions = {each.benchmark.name: each for each in loaded}
-    require_harness()
-    sandbox: Sandbox | None = None
-    if set(names) & set(CODE):
-        command = options.code_sandbox_command if options.code_sandbox == "external" else None
-        sandbox = Sandbox.checked(command, key="evaluation.code_sandbox_command")
-    harness = EvalOptions(
-        limit=options.task_limit,
-        sandbox=sandbox,
-        is_null_run=False,
-        is_chat=options.chat_template,
-        num_fewshot=options.num_fewshot,
-        keys=(TASKS_KEY, "evaluation.tasks_path"),
-    )
-    return tuple(
-        BenchmarkTask(each, questions.get(each.name), harness, positions, stock) for each in chosen
-    )
-
-
-def stock_tokenizer(folder: Path, choice: ChatChoice) -> StockTokenizer:
-    """Return a checkpoint's tokenizer with the chat template of a run."""
-    tokenizer: StockTokenizer = load_tokenizer(folder)
-    if choice.chat_template == NONE:
-        tokenizer.chat_template = None
-    elif choice.chat_template not in (None, TOKENIZER):
-        tokenizer.chat_template = read_template(choice.chat_template)
-    return tokenizer
 
 
 def _tokenizer(reader: Reader, stock: StockTokenizer | None) -> StockTokenizer:

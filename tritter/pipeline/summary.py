@@ -5,15 +5,15 @@ from dataclasses import asdict
 from json import dumps, loads
 from typing import Any
 
-from tritter.pipeline import disk, moe, windows
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import ExpansionFound
+from tritter.pipeline.moe import NewExperts
 from tritter.pipeline.run import Run
-from tritter.pipeline.scoring import score_records
-from tritter.pipeline.stages import importance
 from tritter.pipeline.stages.baseline import BaselineFound
 from tritter.pipeline.stages.evaluate import EvaluationFound
+from tritter.pipeline.stages.importance import Importance
 from tritter.pipeline.verdict import Candidate, GateFound, PublishedFound
+from tritter.pipeline.windows import LongWindows
 from tritter.planning.strategy import TOLERANCE, planned_rounds
 from tritter.report.summary import (
     Attempt,
@@ -61,7 +61,7 @@ def summary_record(
         for each in (*candidates, control)
         for branch in each.branches
         for note in (
-            *importance.notes_of(each.run, branch),
+            *Importance().notes(each.run, branch),
             *each.run.ledger.training(branch.name).notes,
         )
     )
@@ -84,7 +84,7 @@ def summary_record(
         seconds=run.ledger.seconds(),
         parameters={name: model.num_parameters for name, model in models.items()},
         parameters_on_disk={name: m.on_disk.num_parameters for name, m in models.items()},
-        disk=disk.record(run),
+        disk=run.ledger.disk_use(),
         checkpoint="checkpoint",
         lineage=asdict(run.ledger.found("publish", PublishedFound)),
         samples=[Sample(**each) for each in evaluated.samples],
@@ -92,7 +92,7 @@ def summary_record(
         **_known(
             matrix=attempt.matrix,
             moe=moe_record(own, branches),
-            windows=windows.summary_record(own, branches),
+            windows=LongWindows(own, first).record(last),
             **_of_methods(own, branches),
             stages=attempt.stages or None,
             rounds=records if last.is_round else None,
@@ -153,19 +153,16 @@ def moe_record(run: Run, branches: Sequence[Branch]) -> MoeRecord | None:
     if found.moe is None:
         return None
     record = dict(found.moe)
-    added = moe.pending_experts(run, first)
-    if added is not None:
-        steps = moe.router_steps(run, first)
+    new = NewExperts(run, first)
+    if new.added is not None:
         fits = (run.ledger.training(branch.name) for branch in branches)
         trained = sum(fit.steps if fit.best_step is None else fit.best_step for fit in fits)
-        opened_in = moe.anneal_steps(run, first, added)
-        now = added.at(added.step + steps + trained, anneal_steps=opened_in)
-        record["new"] = list(added.experts)
-        record["router_steps"] = steps
-        record["is_open"] = now.is_settled
-    if moe.has_unsaved_bias(run):
+        record["new"] = list(new.added.experts)
+        record["router_steps"] = new.router_steps
+        record["is_open"] = new.after(trained).is_settled
+    if run.has_unsaved_bias:
         biased, stock = (
-            score_records(run.read_scores(f"{last.name}-{kind}")) for kind in ("biased", "trained")
+            run.read_scores(f"{last.name}-{kind}").records() for kind in ("biased", "trained")
         )
         record["selection_bias"] = {
             domain: {"with": biased[domain]["loss"], "without": stock[domain]["loss"]}
@@ -256,5 +253,5 @@ def _task_record(run: Run, branch: Branch) -> TaskRecord:
 
 
 def _scores(run: Run, name: str) -> Scores:
-    records = score_records(run.read_scores(name), run.data.tasks)
+    records = run.read_scores(name).records(run.data.tasks)
     return {subject: Score.model_construct(**record) for subject, record in records.items()}

@@ -20,8 +20,8 @@ from tritter.evaluation.losses import sequence_losses
 from tritter.methods.experts.adapters import is_of_adapter
 from tritter.methods.experts.mixture import ROUTER, mixture_on
 from tritter.methods.experts.stored import ExpertFolder
-from tritter.pipeline import moe
 from tritter.pipeline.branch import Branch
+from tritter.pipeline.moe import NewExperts
 from tritter.pipeline.run import Run
 from tritter.pipeline.stages.importance import kept_sequences_of
 from tritter.storage.tensors import is_finite
@@ -31,8 +31,6 @@ from tritter.training import FitResult, Method
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 from tritter.training.fitting import LEFTOVERS_NAME
 from tritter.training.parameters import whole_state
-
-PATH = "path"  # file with the path integral of pretraining
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,19 +132,19 @@ class TrainedWriter:
     ) -> "TrainedWriter":
         """Return the writer for the trained model of a branch."""
         start, folder = run.source(branch.location), run.folder / branch.name
-        location, added = branch.trained, moe.pending_experts(run, branch)
-        has_bias = is_routed and moe.has_unsaved_bias(run)
+        location, new = branch.trained, NewExperts(run, branch)
+        has_bias = is_routed and run.has_unsaved_bias
         has_frozen_base = run.config.experts is not None and not branch.is_control
         dtype = run.published_dtype
         if not branch.is_final:  # later training runs start from float32
             dtype = start.tensors.main_dtype if has_frozen_base else "float32"
         return replace(
-            cls.of_stage(run, branch, start, location, stage="continued training", added=added),
+            cls.of_stage(run, branch, start, location, stage="continued training", added=new.added),
             dtype=dtype,
             frees_start=frees_start,
-            steps_before=moe.router_steps(run, branch),
+            steps_before=new.router_steps,
             earlier_steps=start.own_lineage.step if branch.task else 0,
-            anneal_steps=None if added is None else moe.anneal_steps(run, branch, added),
+            anneal_steps=new.anneal_steps,
             work=folder,
             routing_state=folder / "routing" if has_bias else None,
             kept_sequences=kept_sequences_of(run, branch),
@@ -259,7 +257,5 @@ def _config_after(config: Config, model: nn.Module) -> Config:
 
 def write_states(work: Path, folder: Path) -> None:
     """Write the state of methods that a training run left in its folder next to its model."""
-    paths = (work / name for name in (PATH, LEFTOVERS_NAME))
-    states = [state for path in paths if (state := State.read(path)) is not None]
-    if states:
-        State.merged(states).write(folder)
+    if (state := State.read(work / LEFTOVERS_NAME)) is not None:
+        state.write(folder)

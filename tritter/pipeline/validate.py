@@ -6,6 +6,7 @@ Only one model is in memory at a time: the source is released before the result 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from tritter.checkpoints import Lineage
 from tritter.checkpoints.record import window_length
 from tritter.checkpoints.run_text import recorded_chat
 from tritter.core.families import Model
-from tritter.core.models import load_model, read_model
+from tritter.core.models import load_model, load_tokenizer, read_model
 from tritter.data.chat import ChatChoice, ids_of
 from tritter.data.documents import PIECE_CHARACTERS, Document
 from tritter.data.options import TextSources
@@ -31,7 +32,6 @@ from tritter.evaluation.gate import (
 from tritter.evaluation.jump import Jump, logits_of, rounded_logits_of
 from tritter.evaluation.losses import document_losses
 from tritter.evaluation.statistics import PairedScores
-from tritter.pipeline.run_data import corpus_chat
 from tritter.planning.memory import machine_memory
 from tritter.report.table import mean_shift_text
 from tritter.storage.hashing import merkle_hash, tensor_digest
@@ -278,6 +278,7 @@ def _evaluate_side(
     tokenizer, owner = side.tokenizer, side
     if tokenizer is None and side.vocab_size == other.vocab_size:
         tokenizer, owner = other.tokenizer, other
+    load = partial(load_tokenizer, owner.folder)
     scores: dict[str, dict[str, PairedScores | None]] = {}
     for kind, text in texts.items():
         scores[kind] = dict.fromkeys(text.documents)
@@ -288,7 +289,7 @@ def _evaluate_side(
             scores[kind][domain] = document_losses(
                 model,
                 TokenisedDocuments.of(
-                    documents, tokenizer.tokenizer, chat=corpus_chat(is_chat, data, owner.folder)
+                    documents, tokenizer.tokenizer, chat=data.of_corpus(load, is_chat=is_chat)
                 ),
                 sequence_length=min(side.longest, other.longest),
                 bounds=tokenizer.bounds,

@@ -5,7 +5,7 @@ source. The source reads them in windows of its own length, and also in long win
 loss by position. The grown model reads them in long windows.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from json import dumps
@@ -33,7 +33,7 @@ from tritter.storage.records import validate_record
 
 _NUM_BUCKETS = 16  # of positions
 _CHARACTERS_PER_TOKEN = 5  # an upper estimate for prose
-SOURCE, _SOURCE_LONG = "source-windows", "source-long"  # names of the source's scores
+_SOURCE, _SOURCE_LONG = "source-windows", "source-long"  # names of the source's scores
 _NAMES = ("source", "source_long", "expanded", "final")
 
 
@@ -48,6 +48,30 @@ class LongScores:
 
     scores: Mapping[str, PairedScores]
     positions: Mapping[str, Mapping[str, list[float]]]
+
+    @classmethod
+    def of(
+        cls, run: Run, data: RunData, model: nn.Module, *, source_length: int, length: int
+    ) -> "LongScores":
+        """Score a model on the long documents, in windows of `length`, and move it to the CPU."""
+        scores, positions, reader = {}, {}, data.scoring.reader
+        factor = max(1, length // data.scoring.sequence_length)
+        model.to(run.device)
+        with run.progress_bars() as new_bar:
+            for name, documents in _long_documents(data, source_length).items():
+                sums = torch.zeros(2, length, dtype=torch.float64)
+                scores[name] = document_losses(
+                    model,
+                    documents,
+                    sequence_length=length,
+                    bounds=reader.bounds,
+                    batch_size=max(1, reader.batch_size // factor),
+                    progress=new_bar(f"scoring {name} in windows of {length:,}"),
+                    positions=sums,
+                )
+                positions[name] = _buckets(sums)
+        model.to("cpu")
+        return cls(scores, positions)
 
     def write(self, run: Run, name: str) -> str:
         """Write the scores and return their file, relative to the run folder."""
@@ -93,14 +117,6 @@ def check(run: Run) -> None:
         run.say("", note)
 
 
-def is_longer(run: Run, branch: Branch) -> bool:
-    """Return True if the expansion of a branch gives its model a longer context."""
-    if not branch.specs:
-        return False
-    plan = run.planned(branch)
-    return plan.source.position_limit != plan.target.position_limit
-
-
 def _long_documents(data: RunData, length: int) -> dict[str, TokenisedDocuments]:
     """Return domain → its scored documents of more than `length` tokens, if there are any.
 
@@ -118,30 +134,6 @@ def _long_documents(data: RunData, length: int) -> dict[str, TokenisedDocuments]
                 identifiers=[documents.identifiers[index] for index in chosen],
             )
     return found
-
-
-def score(
-    run: Run, data: RunData, model: nn.Module, *, source_length: int, length: int
-) -> LongScores:
-    """Score a model on the long documents, in windows of `length`, and move it to the CPU."""
-    scores, positions, reader = {}, {}, data.scoring.reader
-    factor = max(1, length // data.scoring.sequence_length)
-    model.to(run.device)
-    with run.progress_bars() as new_bar:
-        for name, documents in _long_documents(data, source_length).items():
-            sums = torch.zeros(2, length, dtype=torch.float64)
-            scores[name] = document_losses(
-                model,
-                documents,
-                sequence_length=length,
-                bounds=reader.bounds,
-                batch_size=max(1, reader.batch_size // factor),
-                progress=new_bar(f"scoring {name} in windows of {length:,}"),
-                positions=sums,
-            )
-            positions[name] = _buckets(sums)
-    model.to("cpu")
-    return LongScores(scores, positions)
 
 
 def _buckets(sums: Tensor) -> dict[str, list[float]]:
@@ -166,114 +158,130 @@ def flops(data: RunData, reading: Flops, *, source_length: int, length: int) -> 
     )
 
 
-def score_start(
-    run: Run, branch: Branch, before: nn.Module, after: nn.Module, readings: tuple[Flops, Flops]
-) -> tuple[list[str], float]:
-    """Score source and result of an expansion; return the files and the FLOPs.
+class LongWindows:
+    """Long windows of a branch: what they tell of an expansion that makes the context longer.
 
     Args:
-        run: with the data as the source reads it.
-        branch: the branch.
-        before: the source.
-        after: the result.
-        readings: FLOPs of reading a sequence, of both models.
+        run: the run, with the data as the model to score reads it.
+        branch: the branch; of several tasks, the first one, which has the expansion.
     """
-    longer = run.reading(f"{branch.name}/expanded").data
-    old, new = _lengths(run, branch)
-    own = run.data.reading(
-        new, tokenizer=run.data.tokenizer
-    )  # the same documents in the tokens of the source
-    spent, files = 0.0, []
-    for where, model, reading, length, name in (
-        (own, before, readings[0], old, SOURCE),
-        (own, before, readings[0], new, _SOURCE_LONG),
-        (longer, after, readings[1], new, "expanded-long"),
-    ):
-        found = score(run, where, model, source_length=old, length=length)
-        files.append(found.write(run, f"{branch.name}-{name}"))
-        spent += flops(where, reading, source_length=old, length=length)
-    counts = {name: len(each) for name, each in _long_documents(own, old).items()}
-    listed = ", ".join(f"{count} of {name}" for name, count in counts.items())
-    listed = listed or "none, so nothing checks the longer context"
-    run.say(
-        "",
-        f"training windows of {new:,} tokens, {longer.batch_size} per batch; "
-        f"scored documents of more than {old:,} tokens: {listed}",
-    )
-    return files, spent
 
+    def __init__(self, run: Run, branch: Branch) -> None:
+        self._run, self._branch = run, branch
 
-def score_trained(
-    run: Run, branch: Branch, model: nn.Module, reading: Flops
-) -> tuple[list[str], float]:
-    """Score a trained model on the long documents; return the files and the FLOPs.
+    @property
+    def is_longer(self) -> bool:
+        """Whether the expansion of the branch gives its model a longer context."""
+        if not self._branch.specs:
+            return False
+        plan = self._run.planned(self._branch)
+        return plan.source.position_limit != plan.target.position_limit
 
-    Args:
-        run: with the data as the trained model reads it.
-        branch: its branch.
-        model: the model.
-        reading: FLOPs of reading a sequence.
-    """
-    old, new = run.source("baseline").model.position_limit, run.data.sequence_length
-    assert old is not None
-    found = score(run, run.data, model, source_length=old, length=new)
-    spent = flops(run.data, reading, source_length=old, length=new)
-    return [found.write(run, f"{branch.name}-trained-long")], spent
+    def _lengths(self) -> tuple[int, int]:
+        plan = self._run.planned(self._branch)
+        old, new = plan.source.position_limit, plan.target.position_limit
+        assert old is not None and new is not None
+        return old, new
 
+    def score_start(
+        self, before: nn.Module, after: nn.Module, readings: tuple[Flops, Flops]
+    ) -> tuple[list[str], float]:
+        """Score source and result of an expansion; return the files and the FLOPs.
 
-def _lengths(run: Run, branch: Branch) -> tuple[int, int]:
-    plan = run.planned(branch)
-    old, new = plan.source.position_limit, plan.target.position_limit
-    assert old is not None and new is not None
-    return old, new
-
-
-def checks(run: Run, branches: Sequence[Branch]) -> Iterator[Check]:
-    """Yield the checks of the long windows of an attempt, one per domain with long documents.
-
-    The trained model in long windows is compared with the source in windows of its own length.
-    With few long documents the numbers are only reported, so that they do not decide on the run.
-    """
-    if not is_longer(run, branches[0]):
-        return
-    gate = run.config.gate
-    before = LongScores.read(run, f"{branches[0].name}-{SOURCE}").scores
-    after = LongScores.read(run, f"{branches[-1].name}-trained-long").scores
-    for name in before:
-        check = retention_check(
-            name, before[name], after[name], bound=gate.retention, confidence=gate.confidence
+        Args:
+            before: the source.
+            after: the result.
+            readings: FLOPs of reading a sequence, of both models.
+        """
+        run, branch, (old, new) = self._run, self._branch, self._lengths()
+        longer = run.reading(f"{branch.name}/expanded").data
+        # The same documents in the tokens of the source
+        own = run.data.reading(new, tokenizer=run.data.tokenizer)
+        spent, files = 0.0, []
+        for where, model, reading, length, name in (
+            (own, before, readings[0], old, _SOURCE),
+            (own, before, readings[0], new, _SOURCE_LONG),
+            (longer, after, readings[1], new, "expanded-long"),
+        ):
+            found = LongScores.of(run, where, model, source_length=old, length=length)
+            files.append(found.write(run, f"{branch.name}-{name}"))
+            spent += flops(where, reading, source_length=old, length=length)
+        counts = {name: len(each) for name, each in _long_documents(own, old).items()}
+        listed = ", ".join(f"{count} of {name}" for name, count in counts.items())
+        listed = listed or "none, so nothing checks the longer context"
+        run.say(
+            "",
+            f"training windows of {new:,} tokens, {longer.batch_size} per batch; "
+            f"scored documents of more than {old:,} tokens: {listed}",
         )
-        if check.verdict == "undecided" and len(before[name]) < Check.MIN_DOCUMENTS:
-            detail = f"{check.detail.partition(';')[0]}; only reported"
-            check = replace(
-                check, verdict="reported", detail=detail, bound=None, documents_needed=None
+        return files, spent
+
+    def score_trained(self, model: nn.Module, reading: Flops) -> tuple[list[str], float]:
+        """Score a trained model on the long documents; return the files and the FLOPs.
+
+        Args:
+            model: the model.
+            reading: FLOPs of reading a sequence.
+        """
+        run = self._run
+        old, new = run.source("baseline").model.position_limit, run.data.sequence_length
+        assert old is not None
+        found = LongScores.of(run, run.data, model, source_length=old, length=new)
+        spent = flops(run.data, reading, source_length=old, length=new)
+        return [found.write(run, f"{self._branch.name}-trained-long")], spent
+
+    def checks(self, last: Branch) -> Iterator[Check]:
+        """Yield the checks of the long windows of an attempt, one per domain with long documents.
+
+        The trained model in long windows is compared with the source in windows of its own length.
+        With few long documents the numbers are only reported: they do not decide on the run.
+
+        Args:
+            last: the branch of the last task.
+        """
+        run = self._run
+        if not self.is_longer:
+            return
+        gate = run.config.gate
+        before = LongScores.read(run, f"{self._branch.name}-{_SOURCE}").scores
+        after = LongScores.read(run, f"{last.name}-trained-long").scores
+        for name in before:
+            check = retention_check(
+                name, before[name], after[name], bound=gate.retention, confidence=gate.confidence
             )
-        yield replace(check, name="long_windows")
+            if check.verdict == "undecided" and len(before[name]) < Check.MIN_DOCUMENTS:
+                detail = f"{check.detail.partition(';')[0]}; only reported"
+                check = replace(
+                    check, verdict="reported", detail=detail, bound=None, documents_needed=None
+                )
+            yield replace(check, name="long_windows")
 
+    def record(self, last: Branch) -> WindowsRecord | None:
+        """Return the part of the summary, or None if no expansion made the context longer.
 
-def summary_record(run: Run, branches: Sequence[Branch]) -> WindowsRecord | None:
-    """Return the part of the summary, or None if no expansion made the context longer."""
-    first, last = branches[0], branches[-1]
-    if not is_longer(run, first):
-        return None
-    old, new = _lengths(run, first)
-    files = (SOURCE, _SOURCE_LONG, "expanded-long")
-    names = [*(f"{first.name}-{each}" for each in files), f"{last.name}-trained-long"]
-    models = dict(zip(_NAMES, (LongScores.read(run, each) for each in names), strict=True))
-    record: dict[str, Any] = {
-        "source_length": old,
-        "length": new,
-        "scores": {
-            domain: {name: each.scores[domain].record() for name, each in models.items()}
-            for domain in models[_NAMES[0]].scores
-        },
-        "positions": {
-            domain: {
-                name: dict(each.positions[domain])
-                for name, each in models.items()
-                if name != _NAMES[0]
-            }
-            for domain in models[_NAMES[0]].scores
-        },
-    }
-    return validate_record(record, WindowsRecord, what="summary.json: windows")
+        Args:
+            last: the branch of the last task.
+        """
+        if not self.is_longer:
+            return None
+        run, first, (old, new) = self._run, self._branch, self._lengths()
+        files = (_SOURCE, _SOURCE_LONG, "expanded-long")
+        names = [*(f"{first.name}-{each}" for each in files), f"{last.name}-trained-long"]
+        models = dict(zip(_NAMES, (LongScores.read(run, each) for each in names), strict=True))
+        record: dict[str, Any] = {
+            "source_length": old,
+            "length": new,
+            "scores": {
+                domain: {name: each.scores[domain].record() for name, each in models.items()}
+                for domain in models[_NAMES[0]].scores
+            },
+            "positions": {
+                domain: {
+                    name: dict(each.positions[domain])
+                    for name, each in models.items()
+                    if name != _NAMES[0]
+                }
+                for domain in models[_NAMES[0]].scores
+            },
+        }
+        return validate_record(record, WindowsRecord, what="summary.json: windows")

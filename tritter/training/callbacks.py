@@ -35,7 +35,6 @@ from tritter.storage.atomic import atomic_folder
 from tritter.storage.writer import TensorStream
 from tritter.terminal import Console
 from tritter.training import surgery
-from tritter.training.checkpoint_io import random_state, restore_random_state
 from tritter.training.forgetting_method import ForgettingMethod, Task
 from tritter.training.module import BaseModule, base_of
 from tritter.training.parameters import disk_values, full_tensor
@@ -327,6 +326,31 @@ class FiniteGuard(Callback):
         self.stopped_because = state_dict["stopped_because"]
 
 
+def _random_state() -> dict[str, Any]:
+    """Return the state of torch's global generators, including the current GPU."""
+    state: dict[str, Any] = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _restore_random_state(state: Mapping[str, Any]) -> None:
+    """Set torch's global generators to a state from `_random_state`."""
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextmanager
+def same_random_state() -> Iterator[None]:
+    """Restore torch's global generators, including the current GPU, after the block."""
+    state = _random_state()
+    try:
+        yield
+    finally:
+        _restore_random_state(state)
+
+
 class RandomState(Callback):
     """Save the global random state of every process in checkpoints, and restore it on resume.
 
@@ -350,7 +374,7 @@ class RandomState(Callback):
             return
         self._has_begun = True
         if self._restored is not None:
-            restore_random_state(self._restored)
+            _restore_random_state(self._restored)
             self._restored = None
         elif self._seed is not None or trainer.global_rank:
             start = torch.initial_seed() if self._seed is None else self._seed
@@ -358,7 +382,7 @@ class RandomState(Callback):
             torch.manual_seed(derived_seed(start, "rank", trainer.global_rank))
 
     def state_dict(self) -> dict[str, Any]:
-        rank, own = this_rank(), random_state()
+        rank, own = this_rank(), _random_state()
         states = [own] * rank.count
         if rank.count > 1:
             distributed.all_gather_object(states, own)
@@ -688,31 +712,21 @@ class Validation(Callback):
         """Run the validation loop as the training loop does, without side effects on training."""
         since = time.perf_counter()
         loop, connector = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
-        random, is_first = random_state(), connector._first_loop_iter
+        is_first = connector._first_loop_iter
         loop.restarting = False  # otherwise a resumed run would skip batches
-        trainer.validating = True
-        loop.run()
-        trainer.training = True
+        with same_random_state():
+            trainer.validating = True
+            loop.run()
+            trainer.training = True
         connector._first_loop_iter = is_first
-        restore_random_state(random)
         self.seconds += time.perf_counter() - since
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last = trainer.global_step
-        self.flops += evaluation_flops(base_of(pl_module).reading_flops(), self._text)
+        self.flops += sum(map(base_of(pl_module).reading_flops().of, self._text.lengths))
 
     def state_dict(self) -> dict[str, Any]:
         return {"last": self._last, "flops": self.flops}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._last, self.flops = state_dict["last"], float(state_dict["flops"])
-
-
-def evaluation_flops(reading: Flops, text: ValidationSubset) -> float:
-    """Return the FLOPs of one validation without padding.
-
-    Args:
-        reading: FLOPs of a forward pass.
-        text: Validation subset.
-    """
-    return sum(reading.of(length) for length in text.lengths)

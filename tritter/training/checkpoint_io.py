@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from lightning.pytorch.plugins import CheckpointIO
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -121,18 +120,3 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 def _child(value: Any, tensors: dict[str, Tensor], key_path: str, name: Any) -> Any:
     return encode(value, tensors, key_path=f"{key_path}.{name}")
-
-
-def random_state() -> dict[str, Any]:
-    """Return the state of torch's global generators, including the current GPU."""
-    state: dict[str, Any] = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def restore_random_state(state: Mapping[str, Any]) -> None:
-    """Set torch's global generators to a state from `random_state`."""
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

@@ -81,7 +81,7 @@ class Trainee:
 
 
 @options
-class NoOptions:
+class _NoOptions:
     """Options of a method without options."""
 
 
@@ -127,7 +127,7 @@ class Method:
     """
 
     name = ""
-    Options: ClassVar[type[Any]] = NoOptions
+    Options: ClassVar[type[Any]] = _NoOptions
     whole_weights: ClassVar[str] = ""  # the reason to refuse trainer=fsdp, if there is one
     last_weights: ClassVar[str] = ""  # the reason to refuse pipeline.publish=best
 

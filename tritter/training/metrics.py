@@ -8,14 +8,14 @@ from pathlib import Path
 from tritter.errors import TritterError
 from tritter.storage.reading import read_text
 
-METRICS_NAME = "metrics.csv"
+_METRICS_NAME = "metrics.csv"
 MAX_METRICS_BYTES = 2**30
 
 
 def rotate_metrics(folder: Path) -> None:
     """Rename the metrics of an interrupted part to `metrics.0.csv`, `metrics.1.csv`, …"""
     read_metrics(folder)  # raises now, rather than after the training, if a part is damaged
-    current = folder / METRICS_NAME
+    current = folder / _METRICS_NAME
     if current.exists():
         numbers = [int(path.name.split(".")[1]) for path in metrics_files(folder)[:-1]]
         current.rename(folder / f"metrics.{max(numbers, default=-1) + 1}.csv")
@@ -25,7 +25,7 @@ def metrics_files(folder: Path) -> tuple[Path, ...]:
     """Return the metrics files of all parts of a training run, in order."""
     parts = {path.name.split(".")[1]: path for path in folder.glob("metrics.*.csv")}
     numbered = sorted((int(number), path) for number, path in parts.items() if number.isdecimal())
-    last = folder / METRICS_NAME
+    last = folder / _METRICS_NAME
     return (*(path for _, path in numbered), *([last] if last.exists() else []))
 
 

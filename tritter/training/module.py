@@ -9,19 +9,20 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule
 from torch import Tensor, distributed, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import SumMetric
 
 from tritter.core.families import Flops, forward_flops
-from tritter.core.models import model_of
+from tritter.core.models import layers_of, model_of, set_parameter
 from tritter.data.batches import this_rank
 from tritter.data.packing import IGNORED, inputs_for, labels_of
 from tritter.evaluation.losses import nats_per_row
 from tritter.training.forgetting_method import ForgettingMethod
 from tritter.training.method import SideLoss, Trainee
-from tritter.training.optimizer import OptimizerSettings, Schedule, build_optimizer
-from tritter.training.parameters import Entry, flops_of_sequence, replay, shard
+from tritter.training.optimizer import OptimizerSettings, Schedule
+from tritter.training.parameters import WHOLE, Journal, flops_of_sequence
 
 _SUMMED = ("nats", "right", "tokens")  # per domain, over the windows of a validation
 _BACKEND = "inductor"
@@ -66,7 +67,7 @@ class BaseModule(LightningModule):
         self.optimizer_settings = optimizer
         self.methods = tuple(methods)
         self.side_losses = tuple(side_losses)
-        self.journal: list[Entry] = []
+        self.journal = Journal()
         self.module_callbacks: Callable[[], list[Callback]] = list  # set during a fit
         self.compiled: CompiledModel | None = None  # set during a fit
         self._step_losses: dict[str, list[Tensor]] = {}  # of the batches of a step so far
@@ -78,9 +79,40 @@ class BaseModule(LightningModule):
         return make(side_losses=trainee.side_losses, **options)
 
     def configure_model(self) -> None:
-        """Shard the weights if several processes share them."""
+        """Shard the weights if several processes share them, decoder layer by decoder layer.
+
+        A layer is gathered before it computes and freed afterwards, so a process holds its shards
+        of all layers and one whole layer. Parameters outside of the layers, such as tied
+        embeddings, are gathered together.
+        """
         if self.device_mesh is not None and not isinstance(self.model, FSDPModule):
-            shard(self.model, self.device_mesh["data_parallel"])
+            mesh = self.device_mesh["data_parallel"]
+            for part in (*layers_of(self.model), self.model):
+                fully_shard(part, mesh=mesh)
+
+    def gather(self, *, is_kept: bool) -> None:
+        """Move the weights to the CPU after training, whole ones if they were sharded.
+
+        All processes must call it.
+
+        Args:
+            is_kept: Whether this process receives the weights.
+        """
+        model = self.model
+        if not isinstance(model, FSDPModule):
+            if is_kept:
+                model.to("cpu")
+            return
+        names = [name for name, _ in model.named_parameters()]
+        whole: Mapping[str, Any] = get_model_state_dict(model, options=WHOLE)
+        if not is_kept:
+            return
+        for name in names:
+            set_parameter(model, name, whole[name])
+        model.tie_weights()  # type: ignore[operator]
+        for module in model.modules():  # `to` would move the old shards
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.cpu())
 
     def configure_callbacks(self) -> list[Callback]:
         """Build the callbacks that run after Tritter's own, in the process that trains."""
@@ -202,17 +234,15 @@ class BaseModule(LightningModule):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Replay a journal to restore parameter shapes; torch calls this before loading weights."""
-        journal = [dict(entry) for entry in state["journal"]]
+        journal = Journal.of(state["journal"])
         if len(journal) > len(self.journal):
-            replay(self.model, journal)
+            journal.replay(self.model)
             self.journal = journal
 
     def new_optimizer(self) -> torch.optim.Optimizer:
         """Return a new optimizer for the current trainable parameters."""
-        return build_optimizer(
-            self.named_parameters(),
-            self.optimizer_settings,
-            learning_rate=self.schedule.learning_rate,
+        return self.optimizer_settings.build(
+            self.named_parameters(), learning_rate=self.schedule.learning_rate
         )
 
     def configure_optimizers(self) -> Any:

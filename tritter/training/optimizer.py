@@ -101,38 +101,69 @@ class OptimizerSettings(OptimizerValues):
             )
             yield Problem("optimizer", name, reason=reason)
 
+    def build(
+        self, parameters: Iterable[tuple[str, nn.Parameter]], *, learning_rate: float
+    ) -> torch.optim.Optimizer:
+        """Return an optimizer for the parameters that require a gradient.
 
-def build_optimizer(
-    parameters: Iterable[tuple[str, nn.Parameter]],
-    settings: OptimizerSettings,
-    *,
-    learning_rate: float,
-) -> torch.optim.Optimizer:
-    """Return an optimizer for the parameters that require a gradient.
+        Frozen parameters are excluded: weight decay and momentum would change them. There are
+        always two groups (matrices, vectors) in the order of `parameters`, because saved state is
+        matched by position.
 
-    Frozen parameters are excluded: weight decay and momentum would change them. There are always
-    two groups (matrices, vectors) in the order of `parameters`, because saved state is matched by
-    position.
+        Args:
+            parameters: (name, parameter) of the model.
+            learning_rate: Peak learning rate.
+        """
+        kind = import_object(self.target)
+        groups: list[dict[str, Any]] = [{"params": []}, {"params": []}]
+        for name, parameter in parameters:
+            if parameter.requires_grad:  # biases of experts are stacked
+                groups[parameter.ndim < 2 or name.endswith("bias")]["params"].append(parameter)
+        if "weight_decay" in inspect.signature(kind).parameters:
+            groups[1]["weight_decay"] = 0.0
+            if self.weight_decay is not None:
+                groups[0]["weight_decay"] = self.weight_decay
+        arguments = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in self.arguments.items()
+        }
+        return kind(groups, lr=learning_rate, **arguments)
 
-    Args:
-        parameters: (name, parameter) of the model.
-        settings: Class and arguments of the optimizer.
-        learning_rate: Peak learning rate.
-    """
-    kind = import_object(settings.target)
-    groups: list[dict[str, Any]] = [{"params": []}, {"params": []}]
-    for name, parameter in parameters:
-        if parameter.requires_grad:  # biases of experts are stacked
-            groups[parameter.ndim < 2 or name.endswith("bias")]["params"].append(parameter)
-    if "weight_decay" in inspect.signature(kind).parameters:
-        groups[1]["weight_decay"] = 0.0
-        if settings.weight_decay is not None:
-            groups[0]["weight_decay"] = settings.weight_decay
-    arguments = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in settings.arguments.items()
-    }
-    return kind(groups, lr=learning_rate, **arguments)
+    def problems(self, kind: type | str, *, shipped: Iterable[Mapping[str, Any]]) -> list[Problem]:
+        """Return the problems of the arguments, found by a trial step.
+
+        Args:
+            kind: The class, or the dotted name of a class of torch.
+            shipped: Bodies of the shipped options. The tests run these, so that torch need not be
+                imported here.
+        """
+        arguments = self.arguments
+        if "lr" in arguments:
+            reason = "the schedule sets it; use training.learning_rate"
+            return [Problem("optimizer.lr", arguments["lr"], reason=reason)]
+        if self.weight_decay is not None and "weight_decay" not in parameters_of(kind):
+            reason = (
+                f"{dotted(kind).rpartition('.')[2]} has no weight decay; set "
+                "optimizer.weight_decay=null"
+            )
+            return [Problem("optimizer.weight_decay", self.weight_decay, reason=reason)]
+        if found := list(argument_problems(kind, arguments, key="optimizer", reserved=_OWN)):
+            return found
+        own = (*field_keys(OptimizerValues, ""), "name")
+        named = _spelling(dotted(kind).rpartition(".")[2])
+        same_class = [body for body in shipped if _spelling(str(body["name"])) == named]
+        if any({k: body[k] for k in body if k not in own} == arguments for body in same_class):
+            return []
+        made: Any = import_object(kind) if isinstance(kind, str) else kind
+        failure = _failure(made, arguments)
+        if failure is None:
+            return []
+        # Report the first argument that fails on its own
+        single = ((name, _failure(made, {name: value})) for name, value in arguments.items())
+        name, reason = next(((n, found) for n, found in single if found), (None, failure))
+        key = "optimizer" if name is None else f"optimizer.{name}"
+        value = f"{made.__module__}.{made.__name__}" if name is None else arguments[name]
+        return [Problem(key, value, reason=reason or failure)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,50 +284,6 @@ def _classes() -> dict[str, str]:
 
 def _spelling(name: str) -> str:
     return name.replace("_", "").replace("-", "").casefold()
-
-
-def optimizer_problems(
-    kind: type | str,
-    arguments: Mapping[str, Any],
-    weight_decay: float | None,
-    *,
-    shipped: Iterable[Mapping[str, Any]],
-) -> list[Problem]:
-    """Return the problems of an optimizer's arguments, found by a trial step.
-
-    Args:
-        kind: The class, or the dotted name of a class of torch.
-        arguments: Arguments of the class.
-        weight_decay: Weight decay of matrices, if set.
-        shipped: Bodies of the shipped options. The tests run these, so that torch need not be
-            imported here.
-    """
-    if "lr" in arguments:
-        reason = "the schedule sets it; use training.learning_rate"
-        return [Problem("optimizer.lr", arguments["lr"], reason=reason)]
-    if weight_decay is not None and "weight_decay" not in parameters_of(kind):
-        reason = (
-            f"{dotted(kind).rpartition('.')[2]} has no weight decay; set "
-            "optimizer.weight_decay=null"
-        )
-        return [Problem("optimizer.weight_decay", weight_decay, reason=reason)]
-    if found := list(argument_problems(kind, arguments, key="optimizer", reserved=_OWN)):
-        return found
-    own = (*field_keys(OptimizerValues, ""), "name")
-    named = _spelling(dotted(kind).rpartition(".")[2])
-    same_class = [body for body in shipped if _spelling(str(body["name"])) == named]
-    if any({k: body[k] for k in body if k not in own} == arguments for body in same_class):
-        return []
-    made: Any = import_object(kind) if isinstance(kind, str) else kind
-    failure = _failure(made, arguments)
-    if failure is None:
-        return []
-    # Report the first argument that fails on its own
-    single = ((name, _failure(made, {name: value})) for name, value in arguments.items())
-    name, reason = next(((n, found) for n, found in single if found), (None, failure))
-    key = "optimizer" if name is None else f"optimizer.{name}"
-    value = f"{made.__module__}.{made.__name__}" if name is None else arguments[name]
-    return [Problem(key, value, reason=reason or failure)]
 
 
 def _failure(kind: Any, arguments: Mapping[str, Any]) -> str | None:

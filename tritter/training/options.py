@@ -30,6 +30,7 @@ from tritter.options import (
     Count,
     RunRequest,
     WholeNumber,
+    field_keys,
     leaves,
     nearest_multiples,
     options,
@@ -47,7 +48,7 @@ from tritter.training.optimizer import Schedule
 _TRAINER = "lightning.pytorch.Trainer"
 _PROFILERS = ("simple", "advanced", "pytorch")
 # Options that do not affect the weights, so that a resumed run may change them
-WITHOUT_EFFECT = ("profiler", "enable_model_summary", "detect_anomaly", "enable_autolog_hparams")
+_WITHOUT_EFFECT = ("profiler", "enable_model_summary", "detect_anomaly", "enable_autolog_hparams")
 _ENDS = "set training.max_steps and pretraining.max_steps"
 _STOPS = "a run that is stopped by a signal or a callback always finishes its step"
 _DATA = "Tritter distributes the batches and saves its position in the data"
@@ -97,7 +98,7 @@ _LARGE, _HIGH = 10_000_000, 1e-3
 _STARTS = ((1_000_000_000, "1e-4"), (None, "2e-5"))
 _SAVED = "the state to resume from is always saved; set trainer.save_every_n_steps, and use "
 _SAVED += "callbacks=model_checkpoint for further checkpoints"
-REFUSED = {
+_REFUSED = {
     "max_epochs": NO_EPOCHS,
     "min_epochs": NO_EPOCHS,
     "max_time": f"a resumed run could not reproduce it; {_ENDS}",
@@ -146,6 +147,22 @@ class TrainingConfig:
     decay_ratio: Annotated[float, Field(gt=0, le=1)]
     minimum_ratio: Annotated[float, Field(ge=0, le=1)]
     max_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT), PARSED_COUNT] | None = None
+
+    def rate_schedule(self, *, start_rate: float = 0.0) -> Schedule:
+        """Return the learning rates of the steps.
+
+        Args:
+            start_rate: Final learning rate of the previous training run.
+        """
+        return Schedule(
+            learning_rate=self.learning_rate,
+            max_steps=self.max_steps,
+            warmup_ratio=self.warmup_ratio,
+            shape=self.schedule,
+            decay_ratio=self.decay_ratio,
+            minimum_ratio=self.minimum_ratio,
+            start_rate=start_rate,
+        )
 
 
 @options
@@ -206,17 +223,41 @@ class TrainerSettings(TrainerValues):
         """Number of batches per optimizer step."""
         return int(self.arguments.get("accumulate_grad_batches", 1))
 
+    def effective_arguments(self) -> dict[str, Any]:
+        """Return the further arguments that affect the trained weights."""
+        return {n: value for n, value in self.arguments.items() if n not in _WITHOUT_EFFECT}
 
-def trainer_parameters() -> tuple[str, ...]:
+
+def _trainer_parameters() -> tuple[str, ...]:
     """Return the arguments of Lightning's Trainer, read from its source without importing it."""
     return tuple(parameters_of("lightning.pytorch.trainer.trainer.Trainer"))
 
 
-def trainer_argument_problems(name: str, value: object) -> Iterator[Problem]:
+def further_trainer_keys() -> tuple[str, ...]:
+    """Return the keys of `trainer` for the arguments of Lightning's Trainer that a run may set."""
+    return tuple(f"trainer.{name}" for name in _trainer_parameters() if name not in _REFUSED)
+
+
+def trainer_arguments(raw: Mapping[str, Any], problems: list[Problem]) -> dict[str, Any]:
+    """Return the further arguments of Lightning's Trainer in a section `trainer`.
+
+    Args:
+        raw: The section as composed.
+        problems: Receives the problems.
+    """
+    own = field_keys(TrainerValues, "")
+    names = () if set(raw) <= set(own) else _trainer_parameters()
+    further = {name: raw[name] for name in raw if name in names and name not in own}
+    for name, value in further.items():
+        problems += _argument_problems(name, value)
+    return further
+
+
+def _argument_problems(name: str, value: object) -> Iterator[Problem]:
     """Yield the problems of one argument of Lightning's Trainer."""
     key = f"trainer.{name}"
-    if name in REFUSED:
-        yield Problem(key, value, reason=REFUSED[name])
+    if name in _REFUSED:
+        yield Problem(key, value, reason=_REFUSED[name])
         return
     if name == "profiler" and value is not None and value not in _PROFILERS:
         reason = f"must be one of {', '.join(_PROFILERS)}, or null"

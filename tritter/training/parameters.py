@@ -1,17 +1,16 @@
-"""The parameters of a live model: their layout, sharding and reshaping.
+"""The parameters of a live model: their layout and reshaping.
 
 Separate parameters for appended experts are included in the layout of the model's family.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.checkpoint.state_dict import StateDictOptions
 from torch.distributed.tensor import DTensor
 
 from tritter.core.families import (
@@ -25,7 +24,6 @@ from tritter.core.families import (
 )
 from tritter.core.families.layout import Part
 from tritter.core.models import (
-    layers_of,
     model_of,
     set_parameter,
     uninitialised_model,
@@ -36,8 +34,7 @@ from tritter.transform import Change
 
 BASE, NEW = "_base", "_new"  # suffixes of a parameter split into old and appended experts
 WRAPPED = ".base_layer"  # PEFT's name of a linear layer with adapters
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-Entry = dict[str, Any]
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of a sharded model (FSDP2)
 
 
 def live_layout(model: nn.Module) -> tuple[StoredTensor, ...]:
@@ -119,53 +116,9 @@ def trained_tensors(model: nn.Module) -> frozenset[str]:
     )
 
 
-# Sharding over several processes (FSDP2).
-#
-# Each decoder layer is gathered before it computes and freed afterwards, so a process holds its
-# shards of all layers and one whole layer.
-
-
-def shard(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Shard every parameter over the processes of a mesh, decoder layer by decoder layer.
-
-    Parameters outside of the layers, such as tied embeddings, are gathered together.
-    """
-    for layer in layers_of(model):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-
-
-def gather_shards(model: nn.Module, *, is_kept: bool) -> None:
-    """Gather the whole weights of a sharded model on the CPU, after training.
-
-    All processes must call it.
-
-    Args:
-        model: Sharded model.
-        is_kept: Whether this process receives the weights.
-    """
-    names = [name for name, _ in model.named_parameters()]
-    full_tensor: Mapping[str, Any] = get_model_state_dict(model, options=WHOLE)
-    if not is_kept:
-        return
-    for name in names:
-        set_parameter(model, name, full_tensor[name])
-    model.tie_weights()  # type: ignore[operator]
-    for module in model.modules():  # `to` would move the old shards
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.cpu())
-
-
 def full_tensor(tensor: Tensor) -> Tensor:
     """Return the whole tensor of a sharded one; all processes must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-# Reshaping a live model, and replaying the changes from a journal.
-#
-# The journal records changes of a model as plain data. Weights of a changed model are loaded into
-# an unchanged one when a run is resumed and when worker processes return them. The journal is
-# replayed first to restore the shapes.
 
 
 def reshape(
@@ -205,36 +158,53 @@ def reshape(
         update_linear_sizes(module)
 
 
-def entry_of(change: Change, *, step: int, reason: str) -> Entry:
-    """Return the journal entry of a change, as plain data."""
-    config = change.model.config if change.model else {}
-    known = {s.name for s in change.model.layout("live")} if change.model else ()
-    return {
-        "step": step,
-        "reason": reason,
-        "config": dict(config),
-        "map_digest": change.digest(),
-        "others": {s.name: list(s.shape) for s in change.after if s.name not in known},
-        "removed": list(change.removed),
-    }
+class Journal(list[dict[str, Any]]):
+    """Changes of a live model, an entry each, as plain data.
 
+    Weights of a changed model are loaded into an unchanged one when a run is resumed and when
+    worker processes return them. The journal is replayed first to restore the shapes.
+    """
 
-def replay(model: nn.Module, entries: Sequence[Entry]) -> None:
-    """Give a model the parameter shapes after all journal entries, with arbitrary values."""
-    config: Config = entries[-1]["config"]
-    layout = Model(config).layout("live") if config else ()
-    shapes = {stored.name: stored.shape for stored in layout}
-    removed: set[str] = set()
-    for entry in entries:
-        shapes |= {name: tuple(shape) for name, shape in entry["others"].items()}
-        removed = (removed | set(entry["removed"])) - set(entry["others"])
-    old = dict(model.named_parameters())
-    values = {
-        name: torch.zeros(shape)
-        for name, shape in shapes.items()
-        if name not in removed and (name not in old or tuple(old[name].shape) != tuple(shape))
-    }
-    reshape(model, config, values, removed=[name for name in removed if name in old])
+    @classmethod
+    def of(cls, entries: Iterable[Mapping[str, Any]]) -> "Journal":
+        """Return a copy of a journal, such as that of a saved state."""
+        return cls(dict(entry) for entry in entries)
+
+    def record(self, change: Change, *, step: int, reason: str) -> None:
+        """Add the entry of a change."""
+        config = change.model.config if change.model else {}
+        known = {s.name for s in change.model.layout("live")} if change.model else ()
+        entry = {
+            "step": step,
+            "reason": reason,
+            "config": dict(config),
+            "map_digest": change.digest(),
+            "others": {s.name: list(s.shape) for s in change.after if s.name not in known},
+            "removed": list(change.removed),
+        }
+        self.append(entry)
+
+    def digest(self, reason: str) -> str:
+        """Return the SHA-256 over the maps of all changes with a reason."""
+        maps = (entry["map_digest"] for entry in self if entry["reason"] == reason)
+        return sha256("".join(maps).encode()).hexdigest()
+
+    def replay(self, model: nn.Module) -> None:
+        """Give a model the parameter shapes after all entries, with arbitrary values."""
+        config: Config = self[-1]["config"]
+        layout = Model(config).layout("live") if config else ()
+        shapes = {stored.name: stored.shape for stored in layout}
+        removed: set[str] = set()
+        for entry in self:
+            shapes |= {name: tuple(shape) for name, shape in entry["others"].items()}
+            removed = (removed | set(entry["removed"])) - set(entry["others"])
+        old = dict(model.named_parameters())
+        values = {
+            name: torch.zeros(shape)
+            for name, shape in shapes.items()
+            if name not in removed and (name not in old or tuple(old[name].shape) != tuple(shape))
+        }
+        reshape(model, config, values, removed=[name for name in removed if name in old])
 
 
 def _parent_module(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -42,6 +42,11 @@ class Ranks:
         self._store = _join(launch)
         self._numbers = itertools.count()
 
+    @classmethod
+    def leading(cls) -> "Ranks | None":
+        """Return the channel to the processes that join the fits of this one, if there are any."""
+        return _leading.get()
+
     @contextmanager
     def lead(self) -> Iterator[None]:
         """Lead the other processes in the fits inside the block, and end them after it."""
@@ -143,11 +148,6 @@ def _join(launch: Launch) -> "Store":
 
 
 _leading: ContextVar[Ranks | None] = ContextVar("leading", default=None)
-
-
-def leading() -> Ranks | None:
-    """Return the channel to the processes that join the fits of this one, if there are any."""
-    return _leading.get()
 
 
 def _set_slurm_variables(launch: Launch) -> None:

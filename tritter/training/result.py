@@ -11,7 +11,6 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from tritter.core.stock_routers import RouterControl
@@ -29,7 +28,7 @@ from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 from tritter.training.forgetting_method import ForgettingMethod
 from tritter.training.gradient_flow import GradientFlow
 from tritter.training.module import BaseModule, base_of
-from tritter.training.parameters import gather_shards, live_layout
+from tritter.training.parameters import live_layout
 
 _ROUTING = "RoutingCallback"  # saves the routers' offsets and biases
 
@@ -256,10 +255,7 @@ class Conclusion(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         error: TritterError | None = None
         module = base_of(pl_module)
-        if isinstance(module.model, FSDPModule):
-            gather_shards(module.model, is_kept=trainer.is_global_zero)
-        elif trainer.is_global_zero:
-            module.model.to("cpu")
+        module.gather(is_kept=trainer.is_global_zero)
         if trainer.is_global_zero:
             self.result = self._build_result(trainer, module)
             self._before = {}  # the writer may need the memory

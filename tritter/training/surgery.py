@@ -7,23 +7,28 @@ contain a journal of the changes, which a resumed run replays.
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import prod
+from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from tritter.core.families import StoredTensor
 from tritter.core.parameter_map.carry import MOMENTS, STATE_KINDS, Policy
 from tritter.errors import RequestError, TritterError
 from tritter.storage.tensors import is_finite
-from tritter.training import eight_bit
 from tritter.training.module import BaseModule
-from tritter.training.parameters import entry_of, reshape
+from tritter.training.parameters import reshape
 from tritter.transform import Change
 
-Moments = dict[str, Tensor]  # of one parameter, by kind, and its step count
+_BLOCK = 256  # values per scale, in all blockwise optimizers of bitsandbytes
+_SUFFIXES = dict(zip(MOMENTS, "12", strict=True))  # of state, absmax (scales), qmap (code → value)
+
+_Moments = dict[str, Tensor]  # of one parameter, by kind, and its step count
+_State = Mapping[str, Any]  # of one parameter, in an optimizer
 
 
 def apply(
@@ -63,11 +68,10 @@ def apply(
     moments = carried_moments(
         optimizer, model, change, stored_tensors=change.altered, policy=policy
     )
-    entry = entry_of(change, step=trainer.global_step, reason=reason)
     old = dict(model.named_parameters())
     before = {new: optimizer.state.get(old[stem]) for new, stem in change.stems.items()}
     _change_parameters(model, change)
-    module.journal.append(entry)
+    module.journal.record(change, step=trainer.global_step, reason=reason)
     _follow_groups(optimizer, module, old, moments, before)
     _wrap(trainer, module)
     for method in module.methods:
@@ -77,7 +81,7 @@ def apply(
             average = callback._average_model.module
             assert isinstance(average, BaseModule)
             _change_parameters(average.model, change)
-            average.journal.append(entry)
+            average.journal.append(module.journal[-1])
         elif hasattr(callback, "parameters_changed"):
             callback.parameters_changed(change)
     slots = [id(p) for group in optimizer.param_groups for p in group["params"]]
@@ -210,8 +214,8 @@ def _follow_groups(
     optimizer: torch.optim.Optimizer,
     module: BaseModule,
     old: Mapping[str, nn.Parameter],
-    moments: Mapping[str, Moments],
-    before: Mapping[str, eight_bit.State | None],
+    moments: Mapping[str, _Moments],
+    before: Mapping[str, _State | None],
 ) -> None:
     """Update groups and state of the optimizer to those of a new one.
 
@@ -289,9 +293,9 @@ def _check_model(
 def put_moments(
     optimizer: torch.optim.Optimizer,
     parameter: nn.Parameter,
-    moments: Moments,
+    moments: _Moments,
     *,
-    before: eight_bit.State | None = None,
+    before: _State | None = None,
 ) -> None:
     """Set an Adam's moments of a parameter in its groups.
 
@@ -302,8 +306,8 @@ def put_moments(
         before: Optimizer state of the parameter that this one replaces, if known. An 8-bit
             optimizer uses it to keep the exact codes of unchanged blocks.
     """
-    if eight_bit.is_of_bitsandbytes(optimizer):
-        eight_bit.write(optimizer, parameter, moments, before=before)
+    if _is_of_bitsandbytes(optimizer):
+        _write_eight_bit(optimizer, parameter, moments, before=before)
         return
     # A copy: the optimizer changes it in place
     optimizer.state[parameter] = {
@@ -314,7 +318,7 @@ def put_moments(
 
 def _moments_by_name(
     optimizer: torch.optim.Optimizer, model: nn.Module, stored_tensors: Iterable[StoredTensor]
-) -> dict[str, Moments]:
+) -> dict[str, _Moments]:
     """Return an Adam's moments by logical name.
 
     Args:
@@ -325,14 +329,14 @@ def _moments_by_name(
     Returns:
         Logical name → moments; tensors without moments are absent.
     """
-    found: dict[str, Moments] = {}
+    found: dict[str, _Moments] = {}
     for stored in stored_tensors:
         parameter = model.get_parameter(stored.name)
         state = optimizer.state.get(parameter)
         if not state:
             continue
-        if eight_bit.is_of_bitsandbytes(optimizer):
-            state = eight_bit.read(state, parameter.device)
+        if _is_of_bitsandbytes(optimizer):
+            state = _read_eight_bit(state, parameter.device)
         known, has = {*MOMENTS, "step"}, set(state)
         if has != known:  # amsgrad and NAdam have more
             which = sorted(known - has or has - known)
@@ -354,7 +358,7 @@ def carried_moments(
     *,
     stored_tensors: Sequence[StoredTensor],
     policy: Policy = "carry",
-) -> dict[str, Moments]:
+) -> dict[str, _Moments]:
     """Return an Adam's moments after a change, by the names of the new parameters.
 
     A parameter whose state is reset has no moments: the optimizer creates them at its first step,
@@ -371,7 +375,7 @@ def carried_moments(
     # Only these: reading 8-bit moments needs eight bytes per parameter
     read = [s for s in change.before if any(part.tensor.name in origins for part in s.parts)]
     old = _moments_by_name(optimizer, model, read)
-    moved: dict[str, Moments] = {}
+    moved: dict[str, _Moments] = {}
 
     def moved_kind(name: str, kind: str) -> Tensor:
         return STATE_KINDS[kind].mapped(change.tensors[name], lambda n: old[n][kind], policy=policy)
@@ -389,7 +393,7 @@ def carried_moments(
     return found
 
 
-def _packed_moments(stored: StoredTensor, state: Mapping[str, Moments]) -> Moments:
+def _packed_moments(stored: StoredTensor, state: Mapping[str, _Moments]) -> _Moments:
     """Return the moments of one parameter from those of its parts by logical name.
 
     Parts without moments get a zero first moment and the mean second moment of the other parts.
@@ -406,3 +410,122 @@ def _packed_moments(stored: StoredTensor, state: Mapping[str, Moments]) -> Momen
 
     step = torch.stack([state[name]["step"] for name in names]).max()
     return {first: moment(first), second: moment(second), "step": step}
+
+
+# The moments of bitsandbytes' Adam: dequantise them, and quantise them again.
+#
+# bitsandbytes stores moments as 8-bit codes with one scale per block of the flattened tensor, which
+# axis maps cannot transform. Small parameters have float32 moments. Only these functions know the
+# internals of bitsandbytes.
+
+
+def _is_of_bitsandbytes(optimizer: torch.optim.Optimizer) -> bool:
+    """Return True for any Adam of bitsandbytes, also paged, but not for AdEMAMix or LAMB."""
+    has_its_hooks = hasattr(optimizer, "init_state") and hasattr(optimizer, "update_step")
+    return has_its_hooks and getattr(optimizer, "optimizer_name", None) == "adam"
+
+
+def _read_eight_bit(state: _State, device: torch.device) -> dict[str, Tensor]:
+    """Return the moments and the step count of one parameter in the format of torch's Adam.
+
+    Args:
+        state: Optimizer state of the parameter.
+        device: Device of the parameter; paged state can be on another one.
+    """
+    moments = {kind: _eight_bit_values(state, suffix, device) for kind, suffix in _SUFFIXES.items()}
+    return moments | {"step": torch.tensor(float(state["step"]))}
+
+
+def _write_eight_bit(
+    optimizer: torch.optim.Optimizer,
+    parameter: Tensor,
+    moments: Mapping[str, Tensor],
+    *,
+    before: _State | None = None,
+) -> None:
+    """Set the moments of a parameter in the optimizer's groups.
+
+    The optimizer creates the state, so its own rule chooses between 8 bits and float32. It never
+    frees GPU pages, including those of a replaced parameter.
+
+    Args:
+        optimizer: An Adam of bitsandbytes.
+        parameter: Parameter in one of its groups.
+        moments: Moments and step count in the format of torch's Adam.
+        before: _State of the parameter that this one replaces. Blocks with unchanged values keep
+            their exact codes and scales. Quantising again would shrink the largest value of a
+            block by 0.7 % if it is negative, because there is no code for −1.
+
+    Raises:
+        TritterError: A moment to quantise is not finite.
+    """
+    from bitsandbytes.functional import quantize_blockwise
+
+    (slot,) = (
+        (group, group_index, index)
+        for group_index, group in enumerate(optimizer.param_groups)
+        for index, candidate in enumerate(group["params"])
+        if candidate is parameter
+    )
+    optimizer.state.pop(parameter, None)
+    optimizer.init_state(slot[0], parameter, *slot[1:])  # type: ignore[attr-defined]
+    state = optimizer.state[parameter]
+    state["step"] = int(moments["step"])
+    for kind, suffix in _SUFFIXES.items():
+        values = moments[kind].to(parameter.device, torch.float32).contiguous()
+        if not _is_coded(state, suffix):
+            state[f"state{suffix}"].copy_(values)
+            continue
+        if not is_finite(values):  # there are no codes for inf and NaN
+            raise TritterError(f"{kind} is not finite; 8-bit optimizers cannot store such values.")
+        code = state[f"qmap{suffix}"]
+        codes, rest = quantize_blockwise(values, code=code, blocksize=_BLOCK)
+        # On the CPU, bitsandbytes quantises zero to the smallest positive number
+        codes.masked_fill_(values == 0, int(code.abs().argmin()))
+        scales = rest.absmax
+        if before is not None and _is_coded(before, suffix):
+            _keep_blocks(codes.view(-1), scales, values.view(-1), before, suffix)
+        state[f"state{suffix}"].copy_(codes)
+        state[f"absmax{suffix}"].copy_(scales)
+
+
+def _is_coded(state: _State, suffix: str) -> bool:
+    return state[f"state{suffix}"].dtype == torch.uint8
+
+
+def _eight_bit_values(state: _State, suffix: str, device: torch.device) -> Tensor:
+    """Return one moment in float32."""
+    stored = state[f"state{suffix}"].to(device)
+    if not _is_coded(state, suffix):
+        return stored
+    from bitsandbytes.functional import dequantize_blockwise
+
+    scales, code = state[f"absmax{suffix}"], state[f"qmap{suffix}"]
+    if scales.numel() != -(stored.numel() // -_BLOCK):
+        raise TritterError(
+            f"this version of bitsandbytes has {scales.numel()} scales for {stored.numel()} "
+            f"values; Tritter supports blocks of {_BLOCK} values."
+        )
+    return dequantize_blockwise(
+        stored, absmax=scales.to(device), code=code.to(device), blocksize=_BLOCK
+    )
+
+
+def _keep_blocks(
+    codes: Tensor, scales: Tensor, values: Tensor, before: _State, suffix: str
+) -> None:
+    """Copy the old codes and scales of all blocks [256] with unchanged values.
+
+    A last block that was partial and has grown counts as changed.
+    """
+    old_codes = before[f"state{suffix}"].to(codes.device).view(-1)
+    old_values = _eight_bit_values(before, suffix, codes.device).view(-1)
+    length = min(len(values), len(old_values))
+    if len(values) != len(old_values):
+        length -= length % _BLOCK
+    is_same = values[:length] == old_values[:length]
+    is_kept = pad(is_same, (0, -length % _BLOCK), value=True).view(-1, _BLOCK).all(dim=1)
+    kept = is_kept.repeat_interleave(_BLOCK)[:length]
+    codes[:length][kept] = old_codes[:length][kept]
+    old_scales = before[f"absmax{suffix}"].to(scales.device)
+    scales[: len(is_kept)][is_kept] = old_scales[: len(is_kept)][is_kept]

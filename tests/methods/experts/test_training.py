@@ -36,7 +36,7 @@ from tritter.methods.novelty.observation import Observation
 from tritter.targets import values_of
 from tritter.training import FitResult, OptimizerSettings, Schedule, TrainerSettings, fit
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
-from tritter.training.trainer import start_method
+from tritter.training.fitting import start_method
 
 FIRST = DynamicOptions.first
 BATCH, LENGTH = 8, 12

@@ -25,7 +25,7 @@ from tritter.methods.experts.gates import Dispatch, Routing
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.methods.experts.stored import _TENSORS_NAME, StoredAdapter
 from tritter.training import surgery
-from tritter.training.parameters import disk_values, replay
+from tritter.training.parameters import Journal, disk_values
 
 TARGETS = ("q_proj", "embed_tokens", "lm_head")
 MODELS = [(family, tied) for family in ("llama", "gemma3_text") for tied in (False, True)]
@@ -283,7 +283,7 @@ def test_experts_on_the_vocabulary_come_grow_and_go(tmp_path: Path, tied: bool) 
     again = ExpertMixture(oracle.tiny_llama(tie_word_embeddings=tied), router="both")
     again.add("first", AdapterShape(2, 4.0, TARGETS), seed=0)
     again.add("new", AdapterShape(3, 6.0, TARGETS), seed=0)
-    replay(again.model, life.journal)  # as in a resumed run
+    Journal(life.journal).replay(again.model)  # as in a resumed run
     again.close("first")
     LoraLayers(again.model).set_rank("new", 5)
     again.model.load_state_dict(mixture.model.state_dict())

@@ -32,7 +32,7 @@ from tritter.training import (
     fit,
 )
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
-from tritter.training.trainer import start_method
+from tritter.training.fitting import start_method
 
 STEPS = 14
 ONE = replace(SETTINGS, save_every_n_steps=3)

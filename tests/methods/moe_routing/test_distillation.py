@@ -18,7 +18,7 @@ from tritter.core.stock_routers import AddedExperts
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.methods.moe_routing.distill import DistillationModule, only_new_experts
 from tritter.terminal import Console
-from tritter.training import FitResult, OptimizerSettings, Schedule, TrainerSettings, fit, trainer
+from tritter.training import FitResult, OptimizerSettings, Schedule, TrainerSettings, fit, fitting
 
 SEQUENCES = oracle.tokens(vocab_size=97, batch=24, length=16, seed=5).int()
 SETTINGS = trainer_settings(log_every_n_steps=1, save_every_n_steps=2)
@@ -118,7 +118,7 @@ def test_precision_is_that_of_the_run(
 
 
 @pytest.mark.full
-@pytest.mark.skipif(trainer.start_method("cpu") != "fork", reason="spawning takes seconds")
+@pytest.mark.skipif(fitting.start_method("cpu") != "fork", reason="spawning takes seconds")
 def test_two_processes_give_the_weights_of_one(
     whole: tuple[Path, dict[str, Tensor], FitResult], tmp_path: Path
 ) -> None:

@@ -34,7 +34,7 @@ from tritter.training import (
     fitting,
     read_metrics,
 )
-from tritter.training.trainer import start_method
+from tritter.training.fitting import start_method
 
 SEQUENCES = oracle.tokens(vocab_size=97, batch=40, length=16, seed=5).int()
 UNHELD = RoutingOptions(auxiliary_loss=0.0, z_loss=0.0)
@@ -321,12 +321,12 @@ def test_bitwise_as_if_never_killed(
 
 
 def _kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole: Callable[..., object] = fitting.build_trainer
+    whole: Callable[..., object] = fitting._build_trainer
 
     def with_killer(settings, callbacks, max_steps, *, loggers):  # type: ignore[no-untyped-def]
         return whole(settings, [KillAt(step), *callbacks], max_steps, loggers=loggers)
 
-    monkeypatch.setattr(fitting, "build_trainer", with_killer)
+    monkeypatch.setattr(fitting, "_build_trainer", with_killer)
 
 
 @pytest.mark.full

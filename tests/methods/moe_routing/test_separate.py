@@ -12,7 +12,6 @@ from tritter.errors import RequestError
 from tritter.methods.forgetting.quadratic import diagonal_fisher
 from tritter.methods.moe_routing.separate import SeparateExperts, only_trainable
 from tritter.training import OptimizerSettings
-from tritter.training.optimizer import build_optimizer
 
 TOKENS = oracle.tokens()
 
@@ -65,8 +64,8 @@ def test_frozen_experts_stay_bit_for_bit_and_out_of_the_optimizer(family: str) -
     first_new = num_experts(model) - 1
     before = values(model)
     with SeparateExperts(model, first_new) as parts:
-        optimizer = build_optimizer(
-            model.named_parameters(), OptimizerSettings(weight_decay=0.5), learning_rate=1e-2
+        optimizer = OptimizerSettings(weight_decay=0.5).build(
+            model.named_parameters(), learning_rate=1e-2
         )
         for _ in range(3):
             model(input_ids=TOKENS, labels=TOKENS).loss.backward()
@@ -86,7 +85,7 @@ def test_frozen_experts_stay_bit_for_bit_and_out_of_the_optimizer(family: str) -
 def test_biases_do_not_decay_whatever_their_shape() -> None:
     named = [("experts.down_proj_bias", [4, 8]), ("experts.down_proj", [4, 8, 8]), ("norm", [8])]
     parameters = [(name, nn.Parameter(torch.ones(shape))) for name, shape in named]
-    optimizer = build_optimizer(parameters, OptimizerSettings(), learning_rate=1e-2)
+    optimizer = OptimizerSettings().build(parameters, learning_rate=1e-2)
     matrices, vectors = (group["params"] for group in optimizer.param_groups)
     assert list(map(id, matrices)) == [id(parameters[1][1])]
     assert list(map(id, vectors)) == [id(parameters[0][1]), id(parameters[2][1])]
@@ -96,8 +95,8 @@ def test_biases_do_not_decay_whatever_their_shape() -> None:
 def test_masked_gradients_would_not_freeze() -> None:
     model = tiny_moe("mixtral")
     before = values(model)
-    optimizer = build_optimizer(
-        model.named_parameters(), OptimizerSettings(weight_decay=0.5), learning_rate=1e-2
+    optimizer = OptimizerSettings(weight_decay=0.5).build(
+        model.named_parameters(), learning_rate=1e-2
     )
     model(input_ids=TOKENS, labels=TOKENS).loss.backward()
     for name in shared_names(model):

@@ -16,6 +16,7 @@ from tritter.methods.experts.gates import Gates, Routing
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.training import BaseModule
 from tritter.training.module import TaskLoss
+from tritter.training.parameters import Journal
 
 
 class ExpertModule(BaseModule):
@@ -123,7 +124,7 @@ class ExpertModule(BaseModule):
                 setattr(router, key, torch.nn.Parameter(old.new_zeros((size, *old.shape[1:]))))
         top_k, temperature, capacity = saved["routing"]
         mixture.routing = Routing(top_k=top_k, temperature=temperature, capacity_factor=capacity)
-        self.journal = [dict(entry) for entry in state["journal"]]
+        self.journal = Journal.of(state["journal"])
         self.young = saved["young"]
         trained = set(saved["trained"])
         for name, parameter in self.model.named_parameters():

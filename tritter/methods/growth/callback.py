@@ -150,7 +150,7 @@ class NeuronGrowthCallback(Callback):
             "neurons": [block.width(module.model) for block in self.grower.blocks],
             "parameters": sum(parameter.numel() for parameter in module.model.parameters()),
             "flops": WorkCount.of(trainer).flops,
-            "map_digest": self.grower.map_digest(module.journal),
+            "map_digest": module.journal.digest(self.grower.reason),
         }
 
     def report(self) -> dict[str, Any]:

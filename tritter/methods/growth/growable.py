@@ -495,7 +495,7 @@ class GrowableCausalLM(_Growable, nn.Module):
                 known,
                 options=plain(values_of(grower.options)),
                 seed=grower.seed,
-                digest=grower.map_digest(journal),
+                digest=journal.digest(grower.reason),
                 is_exact=grower.is_exact,
             )
             records = (record,)

@@ -5,10 +5,9 @@ itself, but returns the change for `tritter.training.surgery`.
 """
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from hashlib import sha256
 from math import isfinite
 from typing import Any
 
@@ -26,7 +25,6 @@ from tritter.methods.growth.blocks import ActivationProbe, FfnBlock
 from tritter.methods.growth.initialisers import Layer, NewNeurons
 from tritter.methods.growth.triggers import GrowthOptions, Timing, View
 from tritter.seeds import derived_seed
-from tritter.training.parameters import Entry
 from tritter.transform import Change
 from tritter.transform.change import declared
 
@@ -442,11 +440,6 @@ class Grower:
             "map": asdict(self.map),
             "start": list(self.start),
         }
-
-    def map_digest(self, journal: Iterable[Entry]) -> str:
-        """Return the SHA-256 over the maps of all growth events in a journal."""
-        maps = (entry["map_digest"] for entry in journal if entry["reason"] == self.reason)
-        return sha256("".join(maps).encode()).hexdigest()
 
     @classmethod
     def lineage_record(

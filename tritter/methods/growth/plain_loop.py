@@ -23,7 +23,7 @@ from tritter.data.batches import this_rank
 from tritter.errors import RequestError
 from tritter.methods.growth.blocks import ActivationProbe, FfnBlock, FfnObserver, sample_rows
 from tritter.methods.growth.grower import Grower, Growth
-from tritter.training.parameters import Entry, entry_of, replay, reshape
+from tritter.training.parameters import Journal, reshape
 from tritter.training.surgery import apply_plain
 
 _FORMAT_VERSION = 1
@@ -49,7 +49,7 @@ class PlainLoop:
     ) -> None:
         grower.begin(module, blocks=blocks)
         self.module, self.grower, self.tokens = module, grower, _LastTokens()
-        self.journal: list[Entry] = []
+        self.journal = Journal()
         self._blocks, self._is_watched = blocks, is_watched
         self._check_every = grower.options.check_every or 1  # minimum steps between checks
         self._num_steps, self._num_losses = 0, 0
@@ -186,7 +186,7 @@ class PlainLoop:
         for each in [o for o in self._optimizers if self._is_rebuilt or not self._holds(o)]:
             self._optimizers.discard(each)
         if growth.change.model is not None:
-            self.journal.append(entry_of(growth.change, step=step, reason=grower.reason))
+            self.journal.record(growth.change, step=step, reason=grower.reason)
         grower.record_event(self.module, growth, step=step)
         self.tokens.clear()
         self._decided = {}
@@ -228,13 +228,15 @@ class PlainLoop:
                 f"this state of a growable module has format {state['format_version']}; this "
                 f"version of Tritter reads formats up to {_FORMAT_VERSION}."
             )
-        self.reshape({name: tuple(shape) for name, shape in state["shapes"].items()},
-                     state["journal"])  # fmt: skip
-        self.journal = [dict(entry) for entry in state["journal"]]
+        journal = Journal.of(state["journal"])
+        self.reshape({name: tuple(each) for name, each in state["shapes"].items()}, journal)
+        self.journal = journal
         self.grower.begin(self.module, blocks=self._blocks, restored=state["growth"])
         self._num_steps, self._num_losses, self._checked = state["steps"]
 
-    def reshape(self, shapes: Mapping[str, tuple[int, ...]], journal: Sequence[Entry] = ()) -> None:
+    def reshape(
+        self, shapes: Mapping[str, tuple[int, ...]], journal: Journal | None = None
+    ) -> None:
         """Resize parameters before values are loaded into them; overlapping values are kept.
 
         They stay the same objects, to which an optimizer without any step yet may refer. The state
@@ -250,7 +252,7 @@ class PlainLoop:
             )
         old = {name: self.module.get_parameter(name) for name in present}
         if journal:
-            replay(self.module, journal)
+            journal.replay(self.module)
         else:
             values = {}
             for name, shape in shapes.items():  # overlapping old values, else zeros

@@ -35,7 +35,7 @@ from tritter.seeds import derived_seed
 from tritter.stopping import Stopped
 from tritter.terminal import Console
 from tritter.training import BaseModule, OptimizerSettings, Schedule, SideLoss, TrainerSettings, fit
-from tritter.training.checkpoint_io import random_state, restore_random_state
+from tritter.training.callbacks import same_random_state
 from tritter.transform.live import ModelExpander
 
 _Batch = Mapping[str, Tensor]
@@ -83,6 +83,7 @@ class _OldDataLoss(SideLoss):
         return loss, {"train/old_loss": loss}
 
 
+@same_random_state()
 def _fit_live(
     module: BaseModule, batches: _LoaderBatches, *, seed: int, controls: Sequence[Callback] = ()
 ) -> None:
@@ -93,7 +94,7 @@ def _fit_live(
     if not len(batches):
         return
     model = module.model
-    home, random = device_of(model), random_state()
+    home = device_of(model)
     try:
         with preserve_modes(model), TemporaryDirectory(prefix="tritter-") as folder:
             result = fit(
@@ -126,7 +127,6 @@ def _fit_live(
             raise KeyboardInterrupt from stopped  # as in any other call
         raise
     finally:
-        restore_random_state(random)
         model.to(home)
         for parameter in model.parameters():
             if parameter.requires_grad:

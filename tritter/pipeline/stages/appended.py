@@ -10,9 +10,9 @@ from tritter.data.packing import DocumentMask, lengths_of
 from tritter.methods.forgetting import build_methods
 from tritter.methods.moe_routing.distill import DistillationModule, only_new_experts
 from tritter.methods.moe_routing.opening import best_experts, redraw_rows
-from tritter.pipeline import disk, moe
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import StageResult, TrainingFound
+from tritter.pipeline.moe import NewExperts
 from tritter.pipeline.run import Run
 from tritter.pipeline.stage import Stage
 from tritter.pipeline.stages import importance
@@ -27,7 +27,7 @@ _UTILITY_SEQUENCES = 64  # of the new domains, to select the expert to clone
 
 
 @record
-class ChoiceFound:
+class _ChoiceFound:
     """For each layer, the expert from which new experts are cloned."""
 
     clone_from: tuple[int, ...]
@@ -37,7 +37,7 @@ class Choose(Stage):
     """Select the expert of each layer that the new domains' data affects most."""
 
     name = "choose"
-    found = ChoiceFound
+    found = _ChoiceFound
 
     def is_needed(self, run: Run, branch: Branch) -> bool:
         """Return True if data selects the experts that the branch clones."""
@@ -45,19 +45,19 @@ class Choose(Stage):
 
     def finish(self, run: Run, branch: Branch) -> Branch:
         """Return the branch with the selected experts to clone."""
-        return moe.with_choice(branch, run.ledger.found(self.key(branch), ChoiceFound).clone_from)
+        return branch.with_choice(run.ledger.found(self.key(branch), _ChoiceFound).clone_from)
 
     def work(self, run: Run, branch: Branch) -> StageResult:
         """Measure the gradients of the experts on the new domains."""
         start = run.source(branch.start)
-        sequences = moe.spaced_sequences(run, run.data.new_domains_of(branch), _UTILITY_SEQUENCES)
+        sequences = run.data.spaced_sequences(run.data.new_domains_of(branch), _UTILITY_SEQUENCES)
         with run.waiting("affected experts"):
             model = run.load(branch.start).to(run.device)
             chosen = best_experts(model, sequences)
         run.say("choose", f"experts to clone, layer by layer: {' '.join(map(str, chosen))}")
         flops = training_flops(start.model, is_trained=lambda tensor: tensor.is_per_expert)
         return StageResult(
-            ChoiceFound(clone_from=tuple(chosen)),
+            _ChoiceFound(clone_from=tuple(chosen)),
             flops={"choose": flops.of_all(lengths_of(DocumentMask.of(model), sequences))},
         )
 
@@ -83,7 +83,7 @@ class _Training(Stage):
         # Old routing and own stages read the expanded model; the start of the branch is not ours
         is_read = run.config.moe_routing.hold_old or run.config.stages
         if branch.location != branch.start and not is_read:
-            disk.remove(run, branch.location)
+            run.remove(branch.location)
         return super().finish(run, branch)
 
 
@@ -104,7 +104,7 @@ class Distill(_Training):
         """Train the new experts alone."""
         options, teacher = run.config.adaptation, _teacher_of(branch)
         start = run.source(branch.location)
-        added = moe.pending_experts(run, branch)
+        added = NewExperts(run, branch).added
         assert teacher is not None and added is not None
         model = run.load(branch.location)
         folder, steps = run.folder / branch.name / self.working, options.distill_steps
@@ -142,13 +142,13 @@ class Adapt(_Training):
 
     def is_needed(self, run: Run, branch: Branch) -> bool:
         """Return True if routers are trained before the other weights."""
-        return bool(moe.router_steps(run, branch))
+        return bool(NewExperts(run, branch).router_steps)
 
     def work(self, run: Run, branch: Branch) -> StageResult:
         """Train the routers, which the options encourage to use the new experts."""
         start, folder = run.source(branch.location), run.folder / branch.name / self.working
-        options, steps = run.config.adaptation, moe.router_steps(run, branch)
-        added = moe.pending_experts(run, branch)
+        options, new = run.config.adaptation, NewExperts(run, branch)
+        added, steps = new.added, new.router_steps
         assert added is not None
         model = run.load(branch.location)
         if options.router_update == "retrain":
@@ -158,10 +158,10 @@ class Adapt(_Training):
             TrainedWriter.of_stage(
                 run, branch, start, location, stage="router adaptation", added=added
             ),
-            anneal_steps=moe.anneal_steps(run, branch, added),
+            anneal_steps=new.anneal_steps,
         )
         run.say("adapt", f"{steps} router steps on {', '.join(run.data.new_domains_of(branch))}")
-        with moe.router_trainee(run, branch, model) as trainee:
+        with new.router_trainee(model) as trainee:
             module = BaseModule.of(
                 trainee,
                 schedule=Schedule(

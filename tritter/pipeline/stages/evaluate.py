@@ -13,14 +13,14 @@ from tritter.methods.experts.callback import expert_usage
 from tritter.methods.experts.mixture import mixture_on
 from tritter.methods.moe_routing.objective import moe_usage
 from tritter.methods.whole import reading_flops
-from tritter.pipeline import moe, windows
+from tritter.pipeline import windows
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import StageResult
 from tritter.pipeline.metrics import score_metrics
 from tritter.pipeline.run import Run
 from tritter.pipeline.samples import generate_samples
 from tritter.pipeline.stage import Stage
-from tritter.pipeline.stages.fit import load_trained
+from tritter.pipeline.stages.fit import BranchTraining
 from tritter.pipeline.trained import round_weights
 from tritter.storage.records import record
 
@@ -51,7 +51,8 @@ class Evaluate(Stage):
 
     def work(self, run: Run, branch: Branch) -> StageResult:
         """Score the trained model, log it, write samples, and measure the usage of experts."""
-        trained = load_trained(run, branch, run.source(branch.trained))
+        training = BranchTraining(run, branch)
+        trained = training.load(run.source(branch.trained))
         if not branch.is_final:
             round_weights(trained, run.published_dtype)
         subject = "control" if branch.is_control else "trained model"
@@ -61,12 +62,12 @@ class Evaluate(Stage):
         samples, files = list[dict[str, str]](), list[str]()
         flops = run.data.scoring.flops(reading)
         if run.data.short is not None:
-            files, spent = windows.score_trained(run, branch, trained, reading)
+            files, spent = windows.LongWindows(run, branch).score_trained(trained, reading)
             flops += spent
         is_last = branch.task == len(run.data.text.tasks) - 1
         if is_last and not branch.is_control and run.config.evaluation.sample_tokens != 0:
             start = "baseline" if branch.task else branch.start
-            before = load_trained(run, branch, run.source(start))
+            before = training.load(run.source(start))
             with run.progress_bars() as new_bar:
                 samples, spent = generate_samples(
                     run.reading(start), before, run, trained, progress=new_bar("writing samples")
@@ -75,7 +76,7 @@ class Evaluate(Stage):
         read, used, lora_used = list[Tensor](), None, None
         if RouterControl.of(trained) is not None:
             of_routers = {
-                name: moe.spaced_sequences(run, [name], _USAGE_OF_ROUTERS)
+                name: run.data.spaced_sequences([name], _USAGE_OF_ROUTERS)
                 for name in run.data.domains
             }
             with run.progress_bars() as new_bar:

@@ -17,12 +17,10 @@ from tritter.evaluation.statistics import score_file
 from tritter.methods.whole import reading_flops
 from tritter.pipeline import windows
 from tritter.pipeline.branch import Branch
-from tritter.pipeline.disk import write_expanded
 from tritter.pipeline.ledger import ExpansionFound, StageResult
 from tritter.pipeline.run import Run
 from tritter.pipeline.stage import Stage
-from tritter.training.callbacks import evaluation_flops
-from tritter.training.trainer import validation_metrics
+from tritter.training.fitting import validation_metrics
 from tritter.transform import PlannedExpansion
 from tritter.transform.children import router_flops
 
@@ -41,7 +39,7 @@ class Expand(Stage):
         if not branch.specs:
             return StageResult(ExpansionFound(parameters=source.model.num_parameters))
         plan = run.planned(branch)
-        made = write_expanded(run, branch, run.folder / location)
+        made = run.write_expanded(branch, run.folder / location)
         grown = run.register(location, made.lineage)
         notes = _announce(run, plan)
         texts = run.data.training_sequences(run.data.domains).values()
@@ -62,15 +60,15 @@ class Expand(Stage):
         evaluated, flops = dict[str, float](), dict[str, float]()
         if (text := run.data.validation_subset) is not None:
             evaluated = validation_metrics(before, text, run.config.trainer)
-            flops["validation"] = evaluation_flops(reading_flops(before), text)
+            flops["validation"] = sum(map(reading_flops(before).of, text.lengths))
         flops["expand"] = run.data.scoring.flops(forward_flops(grown.model))
         # The source is read in bfloat16 too
         passes = [forward_flops(each.model).of(tokens.shape[1]) for each in (source, source, grown)]
         flops["expand"] += len(tokens) * sum(passes) + router_flops(made.plan)
         files = list[str]()
-        if windows.is_longer(run, branch):
+        if (long_windows := windows.LongWindows(run, branch)).is_longer:
             readings = reading_flops(before), forward_flops(grown.model)
-            files, spent = windows.score_start(run, branch, before, after, readings)
+            files, spent = long_windows.score_start(before, after, readings)
             flops["expand"] += spent
         return StageResult(
             ExpansionFound(

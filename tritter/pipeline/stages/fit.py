@@ -1,15 +1,17 @@
 """The training of a branch."""
 
+import math
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from lightning import Callback
 from torch import nn
 
 from tritter.checkpoints import Source
+from tritter.checkpoints.record import training_record
 from tritter.config.schema import RunConfig
 from tritter.core.families import forward_flops
 from tritter.core.models import load_model
@@ -19,16 +21,16 @@ from tritter.data.packing import lengths_of
 from tritter.errors import RequestError
 from tritter.methods.forgetting import build_methods
 from tritter.methods.whole import reading_flops_of
-from tritter.pipeline import disk, moe
-from tritter.pipeline.base import last_rate, schedule_of
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import StageResult, TrainingFound
+from tritter.pipeline.moe import NewExperts
 from tritter.pipeline.run import Run
-from tritter.pipeline.samples import sample_log
+from tritter.pipeline.samples import SampleLog
 from tritter.pipeline.stage import Stage
 from tritter.pipeline.stages import importance
 from tritter.pipeline.trained import TrainedWriter
 from tritter.report.table import count_text
+from tritter.storage.atomic import remove_folder
 from tritter.training import (
     BaseModule,
     FitResult,
@@ -61,7 +63,7 @@ class Fit(Stage):
         """Train the model, write it to `branch.trained`, and report what happened."""
         start, text = run.source(branch.location), run.data.validation_subset
         folder, location = run.folder / branch.name, branch.trained
-        result, write = _train(run, branch)
+        result, write = BranchTraining(run, branch).fit()
         run.accept(location)
         run.ledger.watch_disk()
         flops = result.flops + _measuring_flops(run, write, location)
@@ -87,40 +89,108 @@ class Fit(Stage):
     def finish(self, run: Run, branch: Branch) -> Branch:
         """Remove the saved state, and checkpoints before the training that no stage reads."""
         discard_saved(run.folder / branch.name)  # only now: the ledger has the result
-        if not disk.keeps_start(run):
-            disk.remove_before_fit(run, branch)
+        if not run.keeps_start:
+            run.remove_before_fit(branch)
         return branch
 
 
-def _methods_of(
-    run: Run, branch: Branch
-) -> tuple[tuple[Method, ...], tuple[ForgettingMethod, ...]]:
-    """Build what acts in a branch's training: growth or experts, and forgetting methods.
+class BranchTraining:
+    """The training of a branch, with what acts in it: growth or experts, and forgetting methods.
 
     The control only has the latter. They come last: they unfreeze only weights that they froze.
+
+    Args:
+        run: the run, with the data as the branch reads it.
+        branch: the branch.
+
+    Attributes:
+        forgetting: its forgetting methods.
+        methods: all that acts in it.
     """
-    one = None if branch.is_control else run.config.growth or run.config.experts
-    others = () if one is None else (one.kind(**one.arguments),)
-    return others, build_methods(run.config.forgetting)
 
+    def __init__(self, run: Run, branch: Branch) -> None:
+        self._run, self._branch = run, branch
+        one = None if branch.is_control else run.config.growth or run.config.experts
+        others: tuple[Method, ...] = () if one is None else (one.kind(**one.arguments),)
+        self.forgetting = build_methods(run.config.forgetting)
+        self.methods = (*others, *self.forgetting)
 
-def peak_rate(run: Run, branch: Branch) -> float:
-    """Return the peak learning rate of a branch, which its methods may change."""
-    rate = run.config.training.learning_rate
-    for method in chain(*_methods_of(run, branch)):
-        rate = method.peak_rate(rate, run.data.model)
-    return rate
+    @property
+    def peak_rate(self) -> float:
+        """The peak learning rate, which the methods may change."""
+        rate = self._run.config.training.learning_rate
+        for method in self.methods:
+            rate = method.peak_rate(rate, self._run.data.model)
+        return rate
 
+    def load(self, source: Source) -> nn.Module:
+        """Load a checkpoint of the branch as the methods load what they train."""
+        loading = (m for m in self.methods if type(m).load is not Method.load)
+        with self._run.waiting("loading the model"):
+            return self._run.data.masked(next(loading, Method()).load(source))
 
-def load_trained(run: Run, branch: Branch, source: Source) -> nn.Module:
-    """Load a checkpoint of a branch as its methods load what they train."""
-    return _loaded(run, source, _methods_of(run, branch))
+    def fit(
+        self, *, schedule: Schedule | None = None, observer: Callback | None = None
+    ) -> tuple[FitResult, TrainedWriter]:
+        """Train the branch; return the result and what wrote it.
 
-
-def _loaded(run: Run, source: Source, methods: Iterable[Sequence[Method]]) -> nn.Module:
-    loading = (m for m in chain(*methods) if type(m).load is not Method.load)
-    with run.waiting("loading the model"):
-        return run.data.masked(next(loading, Method()).load(source))
+        Args:
+            schedule: of a test: nothing is validated or written, without callbacks of the user.
+            observer: callback of a test.
+        """
+        run, branch, methods = self._run, self._branch, self.forgetting
+        is_test, start, options = (
+            schedule is not None,
+            run.source(branch.location),
+            run.config.training,
+        )
+        frees_start = _may_release_start(run, branch)
+        max_steps, rate = options.max_steps * branch.num_trainings, self.peak_rate
+        settings = replace(options, max_steps=max_steps, learning_rate=rate)
+        trainee = Trainee(self.load(start))
+        model = trainee.model
+        if any(spec.new_blocks_only for spec in branch.specs):
+            mapped = run.planned(branch).change.masks()
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad &= not bool(mapped[name].any())
+        _announce(run, branch, schedule.max_steps if schedule else max_steps, rate)
+        with NewExperts(run, branch).training_of_routers(trainee):
+            is_routed = bool(trainee.side_losses)
+            task = importance.task(run, branch, follow=trainee.follow)
+            for one in run.config.forgetting if task.old_sequences else ():
+                if times := one.kind.refreshes(one.options, max_steps):
+                    much = (
+                        f"{times} times, each from at most {one.options.num_sequences:,} sequences"
+                    )
+                    run.say("", f"{one.name} estimates the importances again up to {much}")
+            _attach(run, branch, start, trainee, task, self.methods, max_steps=max_steps)
+            _freeze(model, methods, task, max_steps=settings.max_steps)
+            module = BaseModule.of(
+                trainee,
+                schedule=schedule or settings.rate_schedule(start_rate=_last_rate(run, branch)),
+                optimizer=run.config.optimizer,
+                methods=methods,
+            )
+            folder, text = run.folder / branch.name, run.data.validation_subset
+            if observer is not None:
+                trainee.observers += (observer,)
+            elif text is not None:
+                trainee.observers += SampleLog.of(run, model, folder)
+            write = TrainedWriter.of_branch(
+                run, branch, is_routed=is_routed, frees_start=frees_start, methods=self.methods
+            )
+            result = fit_branch(
+                run,
+                branch,
+                module,
+                trainee=trainee,
+                task=task,
+                folder=folder,
+                label="range test" if is_test else "training",
+                write_result=None if is_test else write,
+                evaluation=None if is_test else text,
+            )
+        return result, write
 
 
 def _report(run: Run, branch: Branch, result: FitResult) -> list[str]:
@@ -152,67 +222,28 @@ def _with_earlier(run: Run, branch: Branch, found: TrainingFound) -> TrainingFou
     return found
 
 
-def rate_test(run: Run, branch: Branch, schedule: Schedule, observer: Callback) -> None:
-    """Train a branch with another schedule and without a result."""
-    _train(run, branch, schedule=schedule, observer=observer)
+def _may_release_start(run: Run, branch: Branch) -> bool:
+    """Return True if the weights at the start of training may be removed before it ends.
 
-
-def _train(
-    run: Run, branch: Branch, *, schedule: Schedule | None = None, observer: Callback | None = None
-) -> tuple[FitResult, TrainedWriter]:
-    """Train a branch; return the result and what wrote it.
-
-    Args:
-        schedule: of a test: nothing is validated or written, and callbacks of the user do not run.
-        observer: callback of a test.
+    This holds for an expanded checkpoint: if the run is killed, the next call repeats the expansion
+    from the same source and seed.
     """
-    is_test, start, options = schedule is not None, run.source(branch.location), run.config.training
-    frees_start = disk.may_release_start(run, branch)
-    max_steps, rate = options.max_steps * branch.num_trainings, peak_rate(run, branch)
-    settings = replace(options, max_steps=max_steps, learning_rate=rate)
-    others, methods = _methods_of(run, branch)
-    trainee = Trainee(_loaded(run, start, (others, methods)))
-    model = trainee.model
-    if any(spec.new_blocks_only for spec in branch.specs):
-        mapped = run.planned(branch).change.masks()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad &= not bool(mapped[name].any())
-    _announce(run, branch, schedule.max_steps if schedule else max_steps, rate)
-    with moe.training_of_routers(run, branch, trainee):
-        is_routed = bool(trainee.side_losses)
-        task = importance.task(run, branch, follow=trainee.follow)
-        for one in run.config.forgetting if task.old_sequences else ():
-            if times := one.kind.refreshes(one.options, max_steps):
-                much = f"{times} times, each from at most {one.options.num_sequences:,} sequences"
-                run.say("", f"{one.name} estimates the importances again up to {much}")
-        _attach(run, branch, start, trainee, task, (*others, *methods), max_steps=max_steps)
-        _freeze(model, methods, task, max_steps=settings.max_steps)
-        module = BaseModule.of(
-            trainee,
-            schedule=schedule or schedule_of(settings, start_rate=last_rate(run, branch)),
-            optimizer=run.config.optimizer,
-            methods=methods,
-        )
-        folder, text = run.folder / branch.name, run.data.validation_subset
-        if observer is not None:
-            trainee.observers += (observer,)
-        elif text is not None:
-            trainee.observers += tuple(sample_log(run, model, folder))
-        write = TrainedWriter.of_branch(
-            run, branch, is_routed=is_routed, frees_start=frees_start, methods=(*others, *methods)
-        )
-        result = fit_branch(
-            run,
-            branch,
-            module,
-            trainee=trainee,
-            task=task,
-            folder=folder,
-            label="range test" if is_test else "training",
-            write_result=None if is_test else write,
-            evaluation=None if is_test else text,
-        )
-    return result, write
+    location = branch.expanded
+    if not branch.specs or branch.location != location:
+        return False
+    folder = run.folder / location
+    if run.ledger.is_incomplete(location):
+        run.say("expand", f"the weights of {folder} were removed; expanding again")
+        again = run.folder / branch.expanded_again
+        run.write_expanded(branch, again)
+        for path in sorted(again.glob("*.safetensors")):
+            path.replace(folder / path.name)
+        remove_folder(again)
+        run.ledger.check_complete(location)
+    if run.config.pipeline.keep_stages or run.config.experts is not None or run.keeps_start:
+        return False
+    run.ledger.mark_released(location)
+    return True
 
 
 def _attach(
@@ -278,6 +309,34 @@ def _freeze(
             f"forgetting = {names}: the whole model is frozen, so there is nothing to train; "
             "the expansion only copies layers and adds no new weights."
         )
+
+
+def _last_rate(run: Run, branch: Branch) -> float:
+    """Return the final learning rate of a branch's initial model; 0 if it is not recorded."""
+    return _recorded_rate(run.source(branch.start).own_lineage.training_config)
+
+
+def _recorded_rate(config: Mapping[str, Any]) -> float:
+    """Return the final learning rate recorded in a lineage.
+
+    Older records lack it; then it is computed from the recorded schedule.
+    """
+    rate = config.get("last_rate")
+    if isinstance(rate, int | float) and 0 <= rate < math.inf:
+        return float(rate)
+    try:
+        training = training_record(config)
+        schedule = Schedule(
+            learning_rate=float(training["learning_rate"]),
+            max_steps=int(training["max_steps"]),
+            warmup_ratio=float(training["warmup_ratio"]),
+            shape=str(training["schedule"]),
+            decay_ratio=float(training["decay_ratio"]),
+            minimum_ratio=float(training["minimum_ratio"]),
+        )
+        return schedule.last_rate
+    except (KeyError, TypeError, ValueError):  # a model of another tool, or a damaged record
+        return 0.0
 
 
 def fit_branch(

@@ -19,7 +19,6 @@ from tritter.data.batches import lengthened, read_sequences, sample_equally, wri
 from tritter.data.vocabulary import retokenised
 from tritter.errors import RequestError
 from tritter.methods.forgetting import build_methods, needs_of
-from tritter.methods.forgetting.si import WeightPath
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import StageResult
 from tritter.pipeline.run import Run
@@ -37,7 +36,7 @@ _WRITTEN_FILE = "written.safetensors"
 
 
 @record
-class ImportanceFound:
+class _ImportanceFound:
     """Results of preparing the forgetting methods.
 
     Args:
@@ -53,7 +52,7 @@ class Importance(Stage):
     """Prepare the forgetting methods at the initial weights of a branch, before its expansion."""
 
     name = "importance"
-    found = ImportanceFound
+    found = _ImportanceFound
 
     def is_needed(self, run: Run, branch: Branch) -> bool:
         """Return True if a method prepares anything; the control starts as the attempt did."""
@@ -63,6 +62,11 @@ class Importance(Stage):
     def key(self, branch: Branch) -> str:
         """Return its name in the ledger; attempts share what the same methods prepare."""
         return f"{branch.follows}.importance" if branch.follows else branch.preparation
+
+    def notes(self, run: Run, branch: Branch) -> tuple[str, ...]:
+        """Return the notes of a branch's preparation, a sentence each."""
+        key = self.key(branch)
+        return () if run.ledger.get(key) is None else run.ledger.found(key, _ImportanceFound).notes
 
     def work(self, run: Run, branch: Branch) -> StageResult:
         """Prepare each method that needs it, and store the results."""
@@ -118,23 +122,11 @@ class Importance(Stage):
             if written is not None:
                 write_sequences(temporary / _WRITTEN_FILE, {WRITTEN: written})
         return StageResult(
-            ImportanceFound(notes=tuple(notes), methods=found),
+            _ImportanceFound(notes=tuple(notes), methods=found),
             flops=flops,
             seconds=seconds,
             leaves=(branch.preparation,),
         )
-
-
-def is_recorded(run: Run) -> bool:
-    """Return True if a method of any attempt needs the path integral of pretraining."""
-    needed = (needs for config in run.config.attempts for needs in needs_of(config.forgetting))
-    return any(kind in needs.state for needs in needed for kind in WeightPath.kinds)
-
-
-def notes_of(run: Run, branch: Branch) -> tuple[str, ...]:
-    """Return the notes of a branch's preparation, a sentence each."""
-    key = Importance().key(branch)
-    return () if run.ledger.get(key) is None else run.ledger.found(key, ImportanceFound).notes
 
 
 def _preparation(

@@ -11,7 +11,6 @@ from tritter.errors import Problem, RequestError
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import StageResult
 from tritter.pipeline.run import Run
-from tritter.pipeline.run_data import all_documents
 from tritter.pipeline.stage import Stage
 from tritter.storage.records import record
 from tritter.terminal import ShowProgress
@@ -37,7 +36,7 @@ def check(run: Run) -> None:
 
 
 @record
-class VocabularyFound:
+class _VocabularyFound:
     """The ids of the two parts of each new token, one pair after the other."""
 
     merges: tuple[int, ...]
@@ -47,7 +46,7 @@ class LearnTokens(Stage):
     """Learn new tokens from the training documents of a branch's new domains."""
 
     name = "vocabulary"
-    found = VocabularyFound
+    found = _VocabularyFound
 
     def is_needed(self, run: Run, branch: Branch) -> bool:
         """Return True if the data of the run gives the new tokens."""
@@ -63,17 +62,17 @@ class LearnTokens(Stage):
         most = "" if spec.new_tokens else "up to "
         names = run.data.new_domains_of(branch)
         run.say("vocabulary", f"{most}{number:,} new tokens from {', '.join(names)}")
-        documents, rule = all_documents(run.data.text.domains), run.data.text.split
+        documents, rule = run.data.text.documents(), run.data.text.split
         texts = rule.training_texts(documents, names)
         with run.progress_bars() as new_bar:
             total = sum(len(run.data.corpus.domains[name].train) for name in names)
             merges = learned(spec, source, _shown(texts, new_bar("vocabulary"), total)).merges
         assert merges is not None
-        return StageResult(VocabularyFound(merges=merges))
+        return StageResult(_VocabularyFound(merges=merges))
 
     def finish(self, run: Run, branch: Branch) -> Branch:
         """Return the branch with the learned tokens."""
-        return _with_merges(branch, run.ledger.found(self.key(branch), VocabularyFound).merges)
+        return _with_merges(branch, run.ledger.found(self.key(branch), _VocabularyFound).merges)
 
 
 def _shown(texts: Iterable[str], bar: ShowProgress | None, total: int) -> Iterator[str]:
