@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from tritter.core.expansions import Dus, ExpansionSpec, LlamaPro, Moe, Width
 from tritter.core.families import Config, Model, family_of, training_flops
 from tritter.core.models import model_of, new_model
-from tritter.data import built_in
 from tritter.data.batches import SequenceStream
+from tritter.data.built_in import Stdlib
 from tritter.data.corpus import Corpus
 from tritter.data.tokens import END_OF_TEXT, TextBounds
 from tritter.methods.moe_routing.objective import RoutingObjective
@@ -251,8 +251,8 @@ def _corpus(seed: int, size: Size, *, cache_dir: Path) -> Corpus:
         return Corpus.of_stdlib(**options)
     found = find_spec(size.library)
     assert found is not None and found.submodule_search_locations is not None
-    text = built_in.gather(Path(found.submodule_search_locations[0]))
-    domains = {"prose": built_in.distinct(text.prose), "code": built_in.distinct(text.code)}
+    library = Stdlib(Path(found.submodule_search_locations[0]))
+    domains = {name: library.documents(name) for name in ("prose", "code")}
     return Corpus.build(domains, origin=f"Python sources of {size.library}", **options)
 
 

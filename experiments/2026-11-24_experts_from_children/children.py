@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from experiments.jobs import ROOT, append, done, loss_rows, train  # noqa: E402
 from tritter.core.expansions import Moe, target_model  # noqa: E402
 from tritter.core.families import Model, training_flops  # noqa: E402
-from tritter.data.built_in import gather  # noqa: E402
+from tritter.data.built_in import Stdlib  # noqa: E402
 
 SEQUENCE_LENGTH, DOMAIN_BYTES, STORY_BYTES = 128, 800_000, 1_500
 DOMAINS = ("code", "stories", "maths")
@@ -60,13 +60,13 @@ def main() -> None:
 
 def _texts(options: Any) -> dict[str, Path]:
     """Write about as many bytes of each domain to a file; return its path."""
-    found = gather()
+    found = Stdlib().gather()
     stories = gzip.decompress(options.stories.read_bytes()).decode("utf-8").split("\n")
     rows = gzip.decompress(options.maths.read_bytes()).decode("utf-8").splitlines()
     maths = (f"{row['question']}\n{row['answer']}" for row in map(json.loads, rows))
     texts = {
-        "prose": (document.text for document in found.prose),
-        "code": (document.text for document in found.code),
+        "prose": (document.text for document in found["prose"]),
+        "code": (document.text for document in found["code"]),
         "stories": _joined(stories),
         "maths": _joined(maths),
     }

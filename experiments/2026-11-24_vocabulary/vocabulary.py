@@ -14,7 +14,7 @@ sys.path.append(str(FOLDER.parents[1]))
 
 from experiments.jobs import ROOT, append, done, loss_rows, train  # noqa: E402
 from tritter.core.families import Model, training_flops  # noqa: E402
-from tritter.data.built_in import gather  # noqa: E402
+from tritter.data.built_in import Stdlib  # noqa: E402
 
 SEQUENCE_LENGTH = 128
 # Arm → overrides of the run; `none` is the control with the old vocabulary
@@ -56,7 +56,7 @@ def main() -> None:
 
 def _prose(work: Path) -> tuple[str, str]:
     """Write the prose of this Python to two files; the second is a twentieth."""
-    texts = [document.text for document in gather().prose]
+    texts = [document.text for document in Stdlib().gather()["prose"]]
     files = {"prose.jsonl": texts[1:], "rest.jsonl": texts[::20]}
     for name, part in files.items():
         lines = "".join(json.dumps({"text": text}) + "\n" for text in part)

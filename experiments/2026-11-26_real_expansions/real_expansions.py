@@ -32,7 +32,7 @@ from experiments.scores import (  # noqa: E402
 )
 from tritter.core.expansions import Dus, LlamaPro, Moe, Width, target_model  # noqa: E402
 from tritter.core.families import Model, training_flops  # noqa: E402
-from tritter.data.built_in import gather  # noqa: E402
+from tritter.data.built_in import Stdlib  # noqa: E402
 from tritter.evaluation.gate import Check  # noqa: E402
 from tritter.evaluation.statistics import PairedScores  # noqa: E402
 from tritter.storage.atomic import write_text_atomic  # noqa: E402
@@ -95,7 +95,7 @@ def write_texts(options: Any) -> None:
     wiki = gzip.decompress((options.data / "wikitext2" / "valid.txt.gz").read_bytes()).decode()
     articles = re.split(r"(?m)^(?= = [^=].*[^=] = $)", wiki)
     code, size = [], 0
-    for document in gather().code:
+    for document in Stdlib().gather()["code"]:
         if size < CODE_BYTES:
             size += len(document.text.encode())
             code.append({"text": document.text})

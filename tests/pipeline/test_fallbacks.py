@@ -22,7 +22,7 @@ from tritter.pipeline.run import Run
 from tritter.pipeline.stages.evaluate import Evaluate
 from tritter.pipeline.verdict import Candidate
 from tritter.report.summary import Summary
-from tritter.report.tables import _summary_lines
+from tritter.report.tables import SummaryTables
 
 RunJob = Callable[..., Outcome]
 LADDER = """\
@@ -120,7 +120,7 @@ def test_attempts_are_what_runs_of_their_own_would_be(
     assert summary["control"]["steps"] == 4  # trained as the last attempt was
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
     assert rows[-1]["step"] == "4"
-    lines = [line.text for line in _summary_lines(Summary.of(summary))]
+    lines = [line.text for line in SummaryTables(Summary.of(summary))._lines()]
     assert any("2: training.learning_rate=1e-3: " in line for line in lines)
 
     kept = Lineage.of(folder / "checkpoint")

@@ -20,6 +20,7 @@ from tritter.config.launch.composition import load_config
 from tritter.core.expansions import Width
 from tritter.data.documents import text_key
 from tritter.errors import RequestError
+from tritter.evaluation.gate import GateResult
 from tritter.pipeline import run_pipeline
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.run import Run
@@ -219,7 +220,8 @@ def test_a_run_that_is_rolled_back_has_learned_nothing(
 ) -> None:
     _, checkpoint, _ = base
     write_files(tmp_path / "third", texts("third"))
-    monkeypatch.setattr("tritter.pipeline.verdict.decide", lambda *_, **__: "rolled_back")
+    rolled_back = GateResult("rolled_back", ())
+    monkeypatch.setattr(GateResult, "of", lambda checks: rolled_back)
     words = continued(checkpoint, f"data.new={tmp_path}/third")
     kept, _, summary = run(tmp_path, "back", *words, "gate=default")
     assert summary["status"] == "rolled_back"

@@ -338,7 +338,7 @@ def test_without_old_text_the_model_writes_it_once(
     words += ["forgetting.ewc.num_sequences=8", "trainer.save_every_n_steps=2"]
     reported: list[Task] = []
     times: list[int] = []
-    begin, write = EWC.begin_task, replay.write_text
+    begin, write = EWC.begin_task, replay._write_text
 
     def telling(self: EWC, model: torch.nn.Module, task: Task) -> None:
         reported.append(task)
@@ -349,7 +349,7 @@ def test_without_old_text_the_model_writes_it_once(
         return write(*args, **kwargs)
 
     monkeypatch.setattr(EWC, "begin_task", telling)
-    monkeypatch.setattr(replay, "write_text", counting)
+    monkeypatch.setattr(replay, "_write_text", counting)
     whole = run(*words)
     with monkeypatch.context() as patch:
         patch.setattr(BaseModule, "training_step", _dies_at(3, BaseModule.training_step))

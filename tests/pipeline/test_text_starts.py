@@ -41,7 +41,7 @@ from tritter.errors import RequestError, TritterError
 from tritter.evaluation.statistics import PairedScores
 from tritter.evaluation.tasks import QuestionTask, Reader
 from tritter.methods.experts.mixture import Evidence
-from tritter.methods.forgetting.replay import write_text
+from tritter.methods.forgetting.replay import _write_text
 from tritter.pipeline import run_pipeline
 
 WORDS = [f"{text} {number}" for number in range(12) for text in TEXTS]
@@ -81,7 +81,7 @@ def test_a_model_writes_after_the_start(reading: type[MarkedText] | None) -> Non
     bounds = TextBounds(END, BOUNDS.start, (9,))
     if reading is not None:
         reading(bounds).attach(model)
-    found = write_text(
+    found = _write_text(
         model, num_sequences=64, sequence_length=40, bounds=bounds, sequences_per_text=2, seed=3
     )
     rows, starts = found.sequences, found.sequences >= START
