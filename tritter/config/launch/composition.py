@@ -27,12 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tritter.conf_folder import config_folder
 from tritter.config.components import BASES, CHOSEN_GROUPS, METHOD_GROUPS, Origin, method_names
-from tritter.config.fallbacks import (
-    FALLBACK_GROUPS,
-    fallbacks_of,
-    locate_in_fallback,
-    with_fallback,
-)
+from tritter.config.fallbacks import FallbackChain, with_fallback
 from tritter.config.folders import (
     CHOSEN_BY,
     LADDERS,
@@ -275,19 +270,17 @@ class Composer:
         Args:
             overrides: overrides of `config`.
         """
-        fallbacks, problems = list[RunConfig](), list[Problem]()
-        for number, typed in enumerate(fallbacks_of(config.gate), start=1):
+        chain, fallbacks, problems = FallbackChain(config.gate), list[RunConfig](), list[Problem]()
+        for number, typed in enumerate(chain.overrides(), start=1):
             try:
                 own_overrides = tuple(normalise(override, self.options) for override in typed)
                 refuse_sweeps(parse(own_overrides))
                 all_overrides = with_fallback(overrides, own_overrides)
                 attempt = self._validated(self.composed(all_overrides), all_overrides, rules=rules)
-                values = {group: getattr(attempt, group) for group in FALLBACK_GROUPS}
+                values = {group: getattr(attempt, group) for group in chain.GROUPS}
                 fallbacks.append(replace(config, **values, fallback_overrides=own_overrides))
             except RequestError as error:
-                problems += (
-                    locate_in_fallback(each, config.gate, number) for each in error.problems
-                )
+                problems += (chain.locate(each, number) for each in error.problems)
         raise_problems(problems)
         return replace(config, fallbacks=tuple(fallbacks))
 

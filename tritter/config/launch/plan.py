@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from tritter.checkpoints.run_text import side_problems
-from tritter.config.fallbacks import locate_in_fallback
+from tritter.config.fallbacks import FallbackChain
 from tritter.config.folders import SearchPath, search_path
 from tritter.config.launch.command_line import CommandLine
 from tritter.config.launch.composition import Composer
@@ -358,9 +358,8 @@ def _check_resources(plan: Plan) -> None:
         found[n] += memory_problems(config, model)
         for number, fallback in enumerate(() if found[n] else config.fallbacks, start=1):
             attempt_problems = memory_problems(fallback, model)
-            found[n] += (
-                locate_in_fallback(problem, config.gate, number) for problem in attempt_problems
-            )
+            chain = FallbackChain(config.gate)
+            found[n] += (chain.locate(problem, number) for problem in attempt_problems)
     _raise_job_problems(found, [job.overrides for job in jobs])
     raise_problems(
         side_by_side_problems(
