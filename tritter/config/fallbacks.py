@@ -11,7 +11,6 @@ from tritter.errors import Problem, brief, nearest
 from tritter.evaluation.options import GateConfig
 from tritter.training.options import STEPS, TOKENS
 
-FALLBACK_GROUPS = ("training", "forgetting", "expansion")  # groups that a retry may override
 _LADDER = "gate.ladder"
 _RETRYING = (_LADDER, "gate.max_attempts")
 _BODY = "fallbacks"
@@ -21,20 +20,38 @@ _LENGTHS = {f"training.{STEPS}", f"training.{TOKENS}"}  # mutually exclusive
 _Overrides = tuple[str, ...]
 
 
+class FallbackChain:
+    """The retries of a gate after a rollback; fallbacks are numbered from 1.
+
+    Args:
+        gate: options of the gate.
+    """
+
+    GROUPS = ("training", "forgetting", "expansion")  # groups that a retry may override
+
+    def __init__(self, gate: GateConfig) -> None:
+        self._gate = gate
+
+    def overrides(self) -> tuple[_Overrides, ...]:
+        """Return the overrides of each retry, limited by `gate.max_attempts`.
+
+        An invalid chain has no retries; `ladder_problems` reports it.
+        """
+        name, most = self._gate.ladder, self._gate.max_attempts
+        if name is None or any(_file_problems(name)):
+            return ()
+        fallbacks = tuple(tuple(overrides) for overrides in _fallbacks(name))
+        return fallbacks if most is None else fallbacks[: most - 1]
+
+    def locate(self, problem: Problem, number: int) -> Problem:
+        """Return a problem of a retry with its location."""
+        where = f"{LADDERS}/{self._gate.ladder}.yaml, fallback {number}"
+        return replace(problem, origin=where) if problem.key else replace(problem, job=where)
+
+
 def _ladder_names() -> list[str]:
     """Return the names of all fallback chains."""
     return list(option_files().get(LADDERS, {}))
-
-
-def fallbacks_of(gate: GateConfig) -> tuple[_Overrides, ...]:
-    """Return the overrides of each retry, limited by `gate.max_attempts`.
-
-    An invalid chain has no retries; `ladder_problems` reports it.
-    """
-    if gate.ladder is None or any(_file_problems(gate.ladder)):
-        return ()
-    fallbacks = tuple(tuple(overrides) for overrides in _fallbacks(gate.ladder))
-    return fallbacks if gate.max_attempts is None else fallbacks[: gate.max_attempts - 1]
 
 
 def ladder_problems(config: RunConfig) -> Iterator[Problem]:
@@ -95,12 +112,6 @@ def with_fallback(
     ]
 
 
-def locate_in_fallback(problem: Problem, gate: GateConfig, number: int) -> Problem:
-    """Return a problem of a retry with its location; fallbacks are numbered from 1."""
-    where = f"{LADDERS}/{gate.ladder}.yaml, fallback {number}"
-    return replace(problem, origin=where) if problem.key else replace(problem, job=where)
-
-
 def _fallbacks(name: str) -> list[list[str]]:
     fallbacks: list[list[str]] = body_of(option_files()[LADDERS][name])[_BODY]  # type: ignore[assignment]
     return fallbacks
@@ -129,14 +140,14 @@ def _file_problems(name: str) -> Iterator[Problem]:
         where = f"{LADDERS}/{name}.yaml, fallback {number}"
         if not isinstance(fallback, list) or not fallback:
             reason = "a fallback is a list of overrides, such as "
-            reason += f"[{FALLBACK_GROUPS[0]}.learning_rate=1e-3]"
+            reason += f"[{FallbackChain.GROUPS[0]}.learning_rate=1e-3]"
             yield Problem(_LADDER, brief(fallback), reason=reason, origin=where)
             continue
         for override in fallback:
             if not isinstance(override, str) or "=" not in override:
                 reason = "write an override as KEY=VALUE, in quotes if it contains a list"
-            elif override_key(override).partition(".")[0] not in FALLBACK_GROUPS:
-                reason = f"a fallback may override {', '.join(FALLBACK_GROUPS)}; "
+            elif override_key(override).partition(".")[0] not in FallbackChain.GROUPS:
+                reason = f"a fallback may override {', '.join(FallbackChain.GROUPS)}; "
                 reason += "all other keys belong to the run"
             else:
                 continue

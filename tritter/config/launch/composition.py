@@ -27,12 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tritter.conf_folder import config_folder
 from tritter.config.components import BASES, CHOSEN_GROUPS, METHOD_GROUPS, Origin, method_names
-from tritter.config.fallbacks import (
-    FALLBACK_GROUPS,
-    fallbacks_of,
-    locate_in_fallback,
-    with_fallback,
-)
+from tritter.config.fallbacks import FallbackChain, with_fallback
 from tritter.config.folders import (
     CHOSEN_BY,
     LADDERS,
@@ -239,6 +234,15 @@ class Composer:
         finally:
             GlobalHydra.instance().hydra = running
 
+    @classmethod
+    def proposed(cls, composed: DictConfig, overrides: Sequence[str]) -> RunConfig:
+        """Return the validated config of a job that a sweeper proposed."""
+        config = validate(_plain_config(composed))
+        if config.gate.ladder is None:
+            return config
+        with cls.opened() as composing:
+            return composing._with_fallbacks(config, overrides)
+
     @property
     def options(self) -> Mapping[str, Sequence[str]]:
         """Group → its options, without Hydra's own groups."""
@@ -265,9 +269,9 @@ class Composer:
         """
         check_overrides(overrides)
         config = self._validated(composed, overrides, rules=rules)
-        return self.with_fallbacks(config, overrides, rules=rules)
+        return self._with_fallbacks(config, overrides, rules=rules)
 
-    def with_fallbacks(
+    def _with_fallbacks(
         self, config: RunConfig, overrides: Sequence[str], *, rules: Sequence[Rule] = ()
     ) -> RunConfig:
         """Return a run's config with its fallbacks, composed and validated.
@@ -275,19 +279,17 @@ class Composer:
         Args:
             overrides: overrides of `config`.
         """
-        fallbacks, problems = list[RunConfig](), list[Problem]()
-        for number, typed in enumerate(fallbacks_of(config.gate), start=1):
+        chain, fallbacks, problems = FallbackChain(config.gate), list[RunConfig](), list[Problem]()
+        for number, typed in enumerate(chain.overrides(), start=1):
             try:
                 own_overrides = tuple(normalise(override, self.options) for override in typed)
                 refuse_sweeps(parse(own_overrides))
                 all_overrides = with_fallback(overrides, own_overrides)
                 attempt = self._validated(self.composed(all_overrides), all_overrides, rules=rules)
-                values = {group: getattr(attempt, group) for group in FALLBACK_GROUPS}
+                values = {group: getattr(attempt, group) for group in chain.GROUPS}
                 fallbacks.append(replace(config, **values, fallback_overrides=own_overrides))
             except RequestError as error:
-                problems += (
-                    locate_in_fallback(each, config.gate, number) for each in error.problems
-                )
+                problems += (chain.locate(each, number) for each in error.problems)
         raise_problems(problems)
         return replace(config, fallbacks=tuple(fallbacks))
 
@@ -298,7 +300,7 @@ class Composer:
         origins = _Origins(parsed, files, composed.hydra.runtime.config_sources)
         try:
             own = [str(key) for key in composed if key != "hydra"]
-            raw = plain_config(OmegaConf.masked_copy(composed, own))
+            raw = _plain_config(OmegaConf.masked_copy(composed, own))
         except _HYDRA_ERRORS as error:
             raise refusal([*problems, _explain(error, parsed, self.loader)]) from error
         # The options selected by the defaults lists for each ordered group
@@ -399,7 +401,7 @@ def load_config(overrides: Sequence[str] = ()) -> RunConfig:
         return composing.compose(overrides)
 
 
-def plain_config(config: DictConfig) -> dict[str, Any]:
+def _plain_config(config: DictConfig) -> dict[str, Any]:
     """Return a job's config as plain values with interpolations resolved."""
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tritter.checkpoints.record import LedgerRecord
 from tritter.config.folders import SearchPath, search_path
-from tritter.config.launch.composition import Composer, plain_config
+from tritter.config.launch.composition import Composer
 from tritter.config.overrides import recorded_overrides
 from tritter.config.run_folder import (
     OUTPUT_FILE,
@@ -36,7 +36,6 @@ from tritter.config.run_folder import (
     check_run_folder,
 )
 from tritter.config.schema import RunConfig
-from tritter.config.validation import validate
 from tritter.errors import RequestError, TritterError, panics_as_errors
 from tritter.stopping import Stopped, stopping
 from tritter.storage.lock import FolderLock
@@ -197,10 +196,9 @@ class Task:
             planned = {os.path.normpath(job.folder.absolute()): job for job in self.jobs}.get(
                 str(folder)
             )
-            config = _validate_proposed(cfg, overrides) if planned is None else planned.config
-            is_of_sweep = (
-                is_sweep or (folder.parent / "multirun.yaml").is_file()
-            )  # a job resumed alone
+            config = Composer.proposed(cfg, overrides) if planned is None else planned.config
+            # A job of a sweep may be resumed alone
+            is_of_sweep = is_sweep or (folder.parent / "multirun.yaml").is_file()
             sweep = Path(hydra.sweep.dir) if is_sweep else folder.parent
             group = sweep.name if is_of_sweep else hydra.runtime.choices.get("experiment")
             if (wandb := config.wandb) is not None and wandb.group is None:
@@ -261,15 +259,6 @@ def _log_output(folder: Path) -> Iterator[None]:
         for number in (1, 2):
             inside.enter_context(redirected(number, file))
         yield
-
-
-def _validate_proposed(cfg: DictConfig, overrides: Sequence[str]) -> RunConfig:
-    """Validate a job that a sweeper proposed."""
-    config = validate(plain_config(cfg))
-    if config.gate.ladder is None:
-        return config
-    with Composer.opened() as composing:
-        return composing.with_fallbacks(config, overrides)
 
 
 def _write_failure(folder: Path, overrides: Sequence[str], error: str, *, exit_code: int) -> None:

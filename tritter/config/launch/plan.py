@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from tritter.config.fallbacks import locate_in_fallback
+from tritter.config.fallbacks import FallbackChain
 from tritter.config.folders import SearchPath, search_path
 from tritter.config.launch.command_line import CommandLine
 from tritter.config.launch.composition import Composer
@@ -357,9 +357,8 @@ def _check_resources(plan: Plan) -> None:
         found[n] += RunMemory(config, model).problems()
         for number, fallback in enumerate(() if found[n] else config.fallbacks, start=1):
             attempt_problems = RunMemory(fallback, model).problems()
-            found[n] += (
-                locate_in_fallback(problem, config.gate, number) for problem in attempt_problems
-            )
+            chain = FallbackChain(config.gate)
+            found[n] += (chain.locate(problem, number) for problem in attempt_problems)
     _raise_job_problems(found, [job.overrides for job in jobs])
     raise_problems(
         side_by_side_problems(

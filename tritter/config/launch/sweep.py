@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hydra._internal.hydra import Hydra
@@ -32,19 +32,16 @@ class _SweepRow:
     """The result of one job.
 
     Args:
+        name: Its folder in that of the sweep.
+        ended: How it ended; its overrides are those of the plan, if any.
         changes: Domain or task → change from the base to the last training, as text.
         experts: Number of LoRA experts at the end, and the trained share of the parameters.
-        error: Why the job failed, or where it stopped.
     """
 
     name: str
-    overrides: tuple[str, ...]
-    status: str
+    ended: RunStatus
     changes: dict[str, str]
     experts: tuple[int, float] | None
-    metric: float | None
-    exit_code: int
-    error: str | None = None
 
 
 def run_sweep(request: Request, task: Task, hydra: Hydra, *, typed: Sequence[str]) -> int:
@@ -79,12 +76,12 @@ def run_sweep(request: Request, task: Task, hydra: Hydra, *, typed: Sequence[str
     assert plan is not None and plan.sweep_folder is not None, "Hydra called the callback"
     rows = _sweep_rows(plan.jobs, plan.sweep_folder)
     _print_sweep(rows, plan.sweep_folder)
-    known = [row for row in rows if row.metric is not None]
+    known = [row for row in rows if row.ended.metric is not None]
     if plan.is_adaptive and known:
-        say(f"Lowest metric: job {min(known, key=lambda row: row.metric or 0.0).name}")
+        say(f"Lowest metric: job {min(known, key=lambda row: row.ended.metric or 0.0).name}")
     if failure is not None:
         say(f"error: {failure}\n{_resume_advice(request, typed)}", is_error=True)
-    codes = {row.exit_code for row in rows}
+    codes = {row.ended.exit_code for row in rows}
     if failure is not None or codes & {1, 2, 130, 143}:
         return 1
     return 3 if 3 in codes else 0
@@ -110,17 +107,13 @@ def _sweep_rows(jobs: Sequence[Job], folder: Path) -> tuple[_SweepRow, ...]:
 
 
 def _row(job: Path, *, sweep: Path, overrides: tuple[str, ...] | None) -> _SweepRow:
-    status, lock = RunStatus.read(job), FolderLock(job)
-    return _SweepRow(
-        name=os.path.relpath(job, sweep),
-        overrides=tuple(status.overrides) if overrides is None else overrides,
-        status="killed" if status.status == "running" and not lock.is_held else status.status,
-        changes=_changes(job / SUMMARY_FILE),
-        experts=_experts(job / SUMMARY_FILE),
-        metric=status.metric,
-        exit_code=status.exit_code,
-        error=status.error,
-    )
+    ended, summary = RunStatus.read(job), job / SUMMARY_FILE
+    if ended.status == "running" and not FolderLock(job).is_held:
+        ended = replace(ended, status="killed")
+    if overrides is not None:
+        ended = replace(ended, overrides=list(overrides))
+    name = os.path.relpath(job, sweep)
+    return _SweepRow(name, ended, _changes(summary), _experts(summary))
 
 
 def _shared(overrides: Sequence[Sequence[str]]) -> set[str]:
@@ -153,15 +146,18 @@ class _JobLines:
         self.printed.add(job)
         row = _row(job, sweep=sweep, overrides=None)
         shared = _shared([each.overrides for each in jobs])
-        own = " ".join(override for override in row.overrides if override not in shared)
+        own = " ".join(override for override in row.ended.overrides if override not in shared)
         number = f"[{len(self.printed)}/{len(jobs)}] " if jobs else ""
-        parts = [row.status]
-        if row.error is not None:
-            parts = [f"{row.status}: {_first_line(row.error)}", f"log: {job / OUTPUT_FILE}"]
+        parts = [row.ended.status]
+        if row.ended.error is not None:
+            parts = [
+                f"{row.ended.status}: {_first_line(row.ended.error)}",
+                f"log: {job / OUTPUT_FILE}",
+            ]
         if row.changes:
             parts.append(", ".join(f"{name} {change}" for name, change in row.changes.items()))
-        if row.metric is not None:
-            parts.append(f"metric {row.metric:.4f}")
+        if row.ended.metric is not None:
+            parts.append(f"metric {row.ended.metric:.4f}")
         if self.is_earlier(job):
             parts.append("finished earlier")
         say(f"{number}job {row.name}{f' ({own})' if own else ''}: {'; '.join(parts)}")
@@ -208,7 +204,7 @@ def _print_finished_jobs(request: Request, lines: _JobLines) -> Iterator[None]:
 
 def _print_sweep(rows: Sequence[_SweepRow], folder: Path) -> None:
     """Print the table of all jobs; its title has the overrides that they share."""
-    shared = _shared([row.overrides for row in rows])
+    shared = _shared([row.ended.overrides for row in rows])
     table = Table(title=Text(" ".join(sorted(shared))) if shared else None)  # [A,B] is no markup
     for name in ("job", "overrides", "status"):
         table.add_column(name, overflow="fold")
@@ -217,15 +213,15 @@ def _print_sweep(rows: Sequence[_SweepRow], folder: Path) -> None:
     for name in (*domains, *(("experts", "trainable") if has_experts else ()), "metric"):
         table.add_column(name, justify="right", overflow="fold")
     for row in rows:
-        own = Text(" ".join(override for override in row.overrides if override not in shared))
-        cells: list[str | Text] = [row.name, own, row.status]
+        own = Text(" ".join(override for override in row.ended.overrides if override not in shared))
+        cells: list[str | Text] = [row.name, own, row.ended.status]
         cells += (row.changes.get(name, "-") for name in domains)
         if has_experts and row.experts is not None:
             number, share = row.experts
             cells += [str(number), f"{share:.2%}"]
         elif has_experts:
             cells += ["-", "-"]
-        table.add_row(*cells, "-" if row.metric is None else f"{row.metric:.4f}")
+        table.add_row(*cells, "-" if row.ended.metric is None else f"{row.ended.metric:.4f}")
     console = Console()
     console.print(table, markup=False)
     if domains:
@@ -235,8 +231,8 @@ def _print_sweep(rows: Sequence[_SweepRow], folder: Path) -> None:
             highlight=False,
         )
     for row in rows:
-        if row.error is not None and row.status != "not run":
-            line = f"job {row.name}: {_first_line(row.error)}"
+        if row.ended.error is not None and row.ended.status != "not run":
+            line = f"job {row.name}: {_first_line(row.ended.error)}"
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     files = f"{STATUS_FILE}, {SUMMARY_FILE} and {OUTPUT_FILE}"
     console.print(f"{files} of each job: {folder}/JOB/", markup=False, soft_wrap=True)
