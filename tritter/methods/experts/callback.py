@@ -1,4 +1,4 @@
-"""The callback of dynamic experts: every new skill gets its own expert. Their usage on data."""
+"""The callback of dynamic experts: every new skill gets its own expert; their usage on data."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
