@@ -1,12 +1,15 @@
 """`max_tokens` and `max_steps`: the number of steps, and precedence between the two."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.config.conftest import FakePipeline, Result
+from tests.pipeline.tiny import FIXTURES
 from tritter import ContinuedPretrainingConfig
+from tritter.checkpoints import Lineage
 from tritter.config.launch.composition import load_config
 from tritter.config.run_folder import fingerprint
 from tritter.errors import RequestError
@@ -99,14 +102,19 @@ def test_the_last_rate_is_that_of_the_record() -> None:
         "learning_rate": 2e-3, "warmup_ratio": 0.0, "max_steps": 10, "schedule": "constant",
         "decay_ratio": 0.2, "minimum_ratio": 0.0,
     }  # fmt: skip
-    assert _recorded_rate({"made_from": {"pretraining": training}}) == 2e-3
+
+    def recorded(config: dict[str, object]) -> float:
+        return _recorded_rate(replace(lineage, training_config=config))
+
+    lineage = Lineage.of(FIXTURES / "finished/baseline")
+    assert recorded({"made_from": {"pretraining": training}}) == 2e-3
     ended = {**training, "schedule": "wsd", "minimum_ratio": 0.5}
-    assert _recorded_rate({"training": ended}) == pytest.approx(2e-3 * 0.75)
-    assert _recorded_rate({"training": ended, "last_rate": 1e-3}) == 1e-3  # it ended early
+    assert recorded({"training": ended}) == pytest.approx(2e-3 * 0.75)
+    assert recorded({"training": ended, "last_rate": 1e-3}) == 1e-3  # it ended early
     for damaged in (-1.0, float("nan"), float("inf"), "1e-3", None):
-        assert _recorded_rate({"training": training, "last_rate": damaged}) == 2e-3
+        assert recorded({"training": training, "last_rate": damaged}) == 2e-3
     for elsewhere in ({}, {"stage": "given", "path": "x"}, {"training": 3}, {"made_from": {}}):
-        assert _recorded_rate(elsewhere) == 0.0
+        assert recorded(elsewhere) == 0.0
 
 
 def test_the_specifications_record_yields_a_run() -> None:

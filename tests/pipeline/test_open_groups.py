@@ -46,7 +46,7 @@ def test_a_job_with_all_of_them(run_job: Callable[..., Outcome], tmp_path: Path)
     assert lineage is not None
     training = load_config(["training.max_steps=30", "optimizer=sgd"]).training
     schedule = training.rate_schedule()
-    assert _recorded_rate(lineage.training_config) == schedule.rate(20) > 2 * schedule.last_rate
+    assert _recorded_rate(lineage) == schedule.rate(20) > 2 * schedule.last_rate
 
 
 class Logged(Callback):

@@ -211,6 +211,14 @@ class Lineage:
         return tuple(match["name"] for match in names if match is not None)
 
     @property
+    def training(self) -> Mapping[str, Any]:
+        """The section `training` of its config, or a base's `pretraining`; empty without both."""
+        made_from = self.training_config.get("made_from")
+        base = made_from.get("pretraining") if isinstance(made_from, Mapping) else None
+        found = self.training_config.get("training", base)
+        return found if isinstance(found, Mapping) else {}
+
+    @property
     def pretraining_tokens(self) -> float | None:
         """The tokens of the training that made the base model; None if they are not recorded."""
         made_from = self.training_config.get("made_from")
@@ -328,14 +336,6 @@ class LedgerRecord:
     stages: Mapping[str, StageRecord]
     removed: tuple[InnerName, ...] = ()
     released: tuple[InnerName, ...] = ()
-
-
-def training_record(training_config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the `training` section of a lineage, or a base's `pretraining`; empty without both."""
-    made_from = training_config.get("made_from")
-    base = made_from.get("pretraining") if isinstance(made_from, Mapping) else None
-    found = training_config.get("training", base)
-    return found if isinstance(found, Mapping) else {}
 
 
 def window_length(lineage: Lineage | None, positions: int | None) -> int:

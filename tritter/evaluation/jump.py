@@ -15,13 +15,13 @@ from tritter.errors import TritterError
 from tritter.evaluation.inference import eval_mode
 from tritter.evaluation.losses import batch_that_fits, vocab_size_of
 from tritter.evaluation.statistics import finite_or_none
+from tritter.terminal import ShowProgress
 
 _logger = logging.getLogger(__name__)
 _CONSTANT = 1e-5  # of their size: logits that vary less are equal but for rounding in float32
 _ROWS = 8192  # of the vocabulary that are compared at once, in float64
 _OLD, _NEW, _UNUSED = range(3)  # kinds of rows; rows of no token that were there are old
 _ROUNDING = 1e-4  # relative to the largest hidden state, far above float32 rounding
-_Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +271,7 @@ class FolderJump:
         *,
         new_tokens: Sequence[int] | None = None,
         has_yardstick: bool = False,
-        progress: _Progress | None = None,
+        progress: ShowProgress | None = None,
     ) -> "FolderJump":
         """Compare the models of two folders on the same tokens, in float32.
 

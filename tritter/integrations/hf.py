@@ -119,7 +119,7 @@ def _method_problems(components: Sequence[Component]) -> Iterator[Problem]:
         if one.kind.freezes:
             yield Problem("methods", one.name, reason=f"{reason}call requires_grad_(False) instead")
         for hook in ("peak_rate", "load", "attach"):
-            if getattr(one.kind, hook) is not getattr(ForgettingMethod, hook):
+            if _overrides(one.kind, hook):
                 yield Problem("methods", one.name, reason=f"{reason}its hook {hook} needs train.py")
         if isinstance(one.options, Distill.Options) and one.options.rows == "old" and not mixing:
             yield Problem("methods.distill.rows", "old", reason="no method replays old rows")

@@ -19,7 +19,6 @@ from typing import Annotated, Any, Literal, get_type_hints
 from pydantic import ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError
 
 from tritter.checkpoints import Lineage
-from tritter.checkpoints.record import training_record
 from tritter.core.expansions import target_model
 from tritter.core.families import Model
 from tritter.errors import Problem, TritterError, nearest
@@ -737,7 +736,7 @@ def default_rate(model: Any) -> tuple[float, str]:
         return _CHECKPOINT_RATE, "the default for a checkpoint from the hub"
     with suppress(TritterError):  # a damaged record is reported elsewhere
         lineage = Lineage.read(folder)
-        rate = training_record(lineage.training_config if lineage else {}).get("learning_rate")
+        rate = (lineage.training if lineage else {}).get("learning_rate")
         if isinstance(rate, float) and 0 < rate < math.inf:
             return rate, "the peak of the newest training run that the checkpoint records"
     return _CHECKPOINT_RATE, "the default for a checkpoint that records no training run"

@@ -2,16 +2,14 @@
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from lightning import Callback
 from torch import nn
 
-from tritter.checkpoints import Source
-from tritter.checkpoints.record import training_record
+from tritter.checkpoints import Lineage, Source
 from tritter.config.schema import RunConfig
 from tritter.core.families import forward_flops
 from tritter.core.models import load_model
@@ -313,19 +311,19 @@ def _freeze(
 
 def _last_rate(run: Run, branch: Branch) -> float:
     """Return the final learning rate of a branch's initial model; 0 if it is not recorded."""
-    return _recorded_rate(run.source(branch.start).own_lineage.training_config)
+    return _recorded_rate(run.source(branch.start).own_lineage)
 
 
-def _recorded_rate(config: Mapping[str, Any]) -> float:
+def _recorded_rate(lineage: Lineage) -> float:
     """Return the final learning rate recorded in a lineage.
 
     Older records lack it; then it is computed from the recorded schedule.
     """
-    rate = config.get("last_rate")
+    rate = lineage.training_config.get("last_rate")
     if isinstance(rate, int | float) and 0 <= rate < math.inf:
         return float(rate)
     try:
-        training = training_record(config)
+        training = lineage.training
         schedule = Schedule(
             learning_rate=float(training["learning_rate"]),
             max_steps=int(training["max_steps"]),
