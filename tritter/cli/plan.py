@@ -287,7 +287,7 @@ def _preset(text: str) -> NamedShape | None:
     from tritter.planning.shapes import NamedShape
 
     name = text.lower().replace("-", "_")
-    return NamedShape.of(PRESETS[name]) if name in PRESETS else None
+    return NamedShape.of(name) if name in PRESETS else None
 
 
 def _count(key: str, text: str, *, near: Sequence[str] = ()) -> int:

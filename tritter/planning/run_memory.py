@@ -227,13 +227,13 @@ class RunMemory:
                 yield f"it fits with {overrides}"
         if config.model.model_type == "hf":
             return
-        for preset in sorted(PRESETS.values(), key=lambda each: -each.nominal_parameters):
+        for name, preset in reversed(PRESETS.items()):
             smaller = Model(preset.config(vocab_size=config.data.vocab_size))
             if smaller.num_parameters >= source.num_parameters:
                 continue
             with suppress(RequestError):  # this model can't reach the requested sizes
                 if RunMemory(config, smaller)._worst() is None:
-                    yield f"it fits with model={preset.name}"
+                    yield f"it fits with model={name}"
                     return
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self, get_args
 
 from tritter.core.expansions import Dus, ExpansionSpec, Layers, Width, target_model
 from tritter.core.families import Dimensions, Model
-from tritter.core.families.presets import PRESETS, Preset, aspect_ratio_at
+from tritter.core.families.presets import PRESETS, aspect_ratio_at
 from tritter.errors import RequestError, refused
 from tritter.limits import MAX_LAYERS, MAX_WIDTH
 
@@ -279,16 +279,16 @@ class NamedShape:
     model: Model
 
     @classmethod
-    def of(cls, preset: Preset) -> "NamedShape":
-        """Return a preset's shape."""
-        return cls(preset.name, Model(preset.config()))
+    def of(cls, preset: str) -> "NamedShape":
+        """Return the shape of a preset, by its name."""
+        return cls(preset, Model(PRESETS[preset].config()))
 
     @classmethod
     def near(cls, parameters: int) -> "NamedShape":
         """Return the preset with about this many parameters, or a preset with another depth."""
-        whole = [cls.of(preset) for preset in PRESETS.values()]
+        whole = [cls.of(preset) for preset in PRESETS]
         near = [shape for shape in whole if _miss(shape, parameters) <= _TOLERANCE]
-        shapes = near or [_with_other_depth(preset, parameters) for preset in PRESETS.values()]
+        shapes = near or [_with_other_depth(shape, parameters) for shape in whole]
         best = min(shapes, key=lambda shape: _miss(shape, parameters))
         if _miss(best, parameters) > _TOLERANCE:
             raise refused(
@@ -304,11 +304,12 @@ class NamedShape:
         return self.model.num_parameters
 
 
-def _with_other_depth(preset: Preset, parameters: int) -> NamedShape:
+def _with_other_depth(preset: NamedShape, parameters: int) -> NamedShape:
     """Return a preset with the nearest number of layers, at most twice its own."""
-    whole = Model(preset.config())
+    whole = preset.model
     one, two = (whole.with_layers([0] * n).num_parameters for n in (1, 2))
-    layers = min(max(1 + round((parameters - one) / (two - one)), 1), 2 * preset.num_hidden_layers)
+    most = 2 * whole.sizes.num_hidden_layers
+    layers = min(max(1 + round((parameters - one) / (two - one)), 1), most)
     return NamedShape(f"{preset.name} with {layers} layers", whole.with_layers([0] * layers))
 
 

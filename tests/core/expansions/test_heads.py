@@ -10,7 +10,7 @@ from tests import oracle
 from tests.oracle import growth as oracle_growth
 from tests.oracle.families import DENSE, LAYER_NORM, OWN, RMS, STACKED, generic, tiny
 from tritter.core.expansions import ExpansionSpec, LlamaPro, Width, build_steps
-from tritter.core.expansions.heads import HeadMaps, _copy_heads, _split_heads, check_heads
+from tritter.core.expansions.heads import HeadGrowth, _copy_heads, _split_heads
 from tritter.core.families import FAMILIES, Config, Dimensions, Model
 from tritter.core.parameter_map import Quantity
 from tritter.errors import RequestError
@@ -90,7 +90,7 @@ def test_every_query_meets_a_copy_of_its_key_value_head(data: st.DataObject) -> 
     new_kv, new_group = data.draw(st.integers(kv_heads, 12)), data.draw(st.integers(1, 9))
     old, new = _dimensions(kv_heads * group, kv_heads), _dimensions(new_kv * new_group, new_kv)
     try:
-        check_heads(FAMILIES["llama"], old, new, strategy="gqa")
+        HeadGrowth(old, new, "gqa").check(FAMILIES["llama"])
     except RequestError:
         assert new_group * (new_kv // kv_heads) < group
         return
@@ -392,6 +392,6 @@ def test_head_maps_are_those_of_the_strategy() -> None:
         ("copy", [0, 1, 2, 3, 0, 1, 2, 3]),
         ("gqa", [0, 1, 2, 3, 0, 1, 2, 3]),
     ):
-        maps = HeadMaps.of(old, new, strategy=strategy, equal_shares=True)
+        maps = HeadGrowth(old, new, strategy).maps(equal_shares=True)
         assert (maps.query.source[::2].div(2, rounding_mode="floor")).tolist() == sources
         assert maps.per_head is None

@@ -22,162 +22,194 @@ Strategy = Literal["fresh", "copy", "gqa", "split"]
 _UNEQUAL_RATIO = 9.0  # shares .9/.1 for two copies; copies of equal share never diverge
 
 
-def head_targets(
-    old: Dimensions,
-    *,
-    hidden_size: int,
-    strategy: Strategy,
-    heads: int | None,
-    kv_heads: int | None,
-) -> Dimensions:
-    """Return `old` with the head counts and the head size of a strategy.
+class HeadGrowth:
+    """The growth of attention heads.
 
     Args:
         old: sizes of the source.
-        hidden_size: of the target. Head counts that are not set are scaled with it if the result
-            is an integer; under `gqa` key/value heads stay.
+        new: sizes of the target.
         strategy: see the module.
-        heads: number of query heads, if set.
-        kv_heads: number of key/value heads, if set.
     """
-    if strategy == "split":
-        return replace(
-            old,
-            num_attention_heads=heads or 2 * old.num_attention_heads,
-            num_key_value_heads=kv_heads or 2 * old.num_key_value_heads,
-            head_dim=old.head_dim // 2,
+
+    def __init__(self, old: Dimensions, new: Dimensions, strategy: Strategy) -> None:
+        self.old, self.new, self.strategy = old, new, strategy
+
+    @classmethod
+    def of(
+        cls,
+        old: Dimensions,
+        *,
+        hidden_size: int,
+        strategy: Strategy,
+        heads: int | None,
+        kv_heads: int | None,
+    ) -> HeadGrowth:
+        """Return the growth to the head counts and the head size of a strategy.
+
+        Args:
+            old: sizes of the source.
+            hidden_size: of the target. Head counts that are not set are scaled with it if the
+                result is an integer; under `gqa` key/value heads stay.
+            strategy: see the module.
+            heads: number of query heads, if set.
+            kv_heads: number of key/value heads, if set.
+        """
+        if strategy == "split":
+            split = replace(
+                old,
+                num_attention_heads=heads or 2 * old.num_attention_heads,
+                num_key_value_heads=kv_heads or 2 * old.num_key_value_heads,
+                head_dim=old.head_dim // 2,
+            )
+            return cls(old, split, strategy)
+        count = _scaled(old.num_attention_heads, old.hidden_size, hidden_size)
+        kv_count = old.num_key_value_heads
+        if strategy == "gqa":
+            count = count if count and count % (kv_heads or kv_count) == 0 else None
+        else:
+            kv_count = _scaled(kv_count, old.hidden_size, hidden_size) or 0
+        if not (count and kv_count):
+            count, kv_count = old.num_attention_heads, old.num_key_value_heads
+        new = replace(
+            old, num_attention_heads=heads or count, num_key_value_heads=kv_heads or kv_count
         )
-    count = _scaled(old.num_attention_heads, old.hidden_size, hidden_size)
-    kv_count = old.num_key_value_heads
-    if strategy == "gqa":
-        count = count if count and count % (kv_heads or kv_count) == 0 else None
-    else:
-        kv_count = _scaled(kv_count, old.hidden_size, hidden_size) or 0
-    if not (count and kv_count):
-        count, kv_count = old.num_attention_heads, old.num_key_value_heads
-    return replace(
-        old, num_attention_heads=heads or count, num_key_value_heads=kv_heads or kv_count
-    )
+        return cls(old, new, strategy)
 
+    def check(self, family: Family) -> None:
+        """Check head counts that are not smaller than the old ones."""
+        if family.heads_fill_hidden and family.has_table:
+            self._check_filling(family.model_type)
+        self._check_groups()
+        if family.norms_all_heads:
+            self._check_normed(family.model_type)
 
-def check_heads(family: Family, old: Dimensions, new: Dimensions, *, strategy: Strategy) -> None:
-    """Check head counts that are not smaller than the old ones."""
-    if family.heads_fill_hidden and family.has_table:
-        _check_filling_heads(family.model_type, old, new, strategy=strategy)
-    _check_groups(old, new, strategy=strategy)
-    if family.norms_all_heads:
-        _check_normed_heads(family.model_type, old, new, strategy=strategy)
+    @property
+    def has_equal_copies(self) -> bool:
+        """All query heads, and all key heads, have the same number of copies."""
+        old, new = self.old, self.new
+        counts = (new.num_attention_heads, new.num_key_value_heads)
+        if counts == (old.num_attention_heads, old.num_key_value_heads):
+            return True
+        if new.num_attention_heads % old.num_attention_heads:
+            return False
+        if self.strategy == "fresh" or new.num_key_value_heads % old.num_key_value_heads:
+            return False
+        return new.group_size < old.group_size or new.group_size % old.group_size == 0
 
+    def maps(self, *, equal_shares: bool) -> HeadMaps:
+        """Return the maps from the old heads to the new ones, after `check`."""
+        import torch
 
-def _check_groups(old: Dimensions, new: Dimensions, *, strategy: Strategy) -> None:
-    """Check that the query heads form groups that the strategy can make."""
-    if strategy == "split":
-        if old.head_dim % 4:
+        old, new = self.old, self.new
+        if self.strategy == "split":
+            return _split_heads(old)
+        if self.strategy != "fresh":
+            return _copy_heads(old, new, equal_shares=equal_shares)
+        # Each old head keeps its position in its key/value group; the other heads are new
+        old_group, new_group = old.group_size, new.group_size
+        query = torch.full((new.num_attention_heads,), -1)
+        for head in range(old.num_key_value_heads):
+            start = head * new_group
+            query[start : start + old_group] = torch.arange(old_group) + head * old_group
+        query_map = AxisMap.copied(old.num_attention_heads, query, torch.ones(len(query)))
+        key_value = AxisMap.padded(old.num_key_value_heads, new.num_key_value_heads)
+        return _of_heads(query_map, key_value, head_dim=old.head_dim)
+
+    def _check_groups(self) -> None:
+        """Check that the query heads form groups that the strategy can make."""
+        old, new, strategy = self.old, self.new, self.strategy
+        if strategy == "split":
+            if old.head_dim % 4:
+                raise refused(
+                    "expansion.width.head_strategy",
+                    "split",
+                    "it halves the head size, and rotary embeddings need an even size: "
+                    f"head_dim {old.head_dim} is not a multiple of 4. fresh, copy and gqa "
+                    "keep the size",
+                )
+            for name in ("num_attention_heads", "num_key_value_heads"):
+                count, doubled = getattr(new, name), 2 * getattr(old, name)
+                if count != doubled:
+                    raise refused(
+                        f"expansion.width.{name}",
+                        count,
+                        f"{key_name('expansion.width.head_strategy')}=split makes two heads of "
+                        f"each, so it must be {doubled}; omit it",
+                    )
+            return
+        heads, kv_heads = new.num_attention_heads, new.num_key_value_heads
+        heads_key, kv_key, strategy_key = _keys()
+        if heads % kv_heads:
+            multiples = (heads // kv_heads * kv_heads, -(-heads // kv_heads) * kv_heads)
+            possible = [
+                count
+                for count in multiples
+                if count >= old.num_attention_heads
+                and replace(new, num_attention_heads=count) != old
+            ]
+            raise refused(
+                "expansion.width.num_attention_heads",
+                heads,
+                f"it is not a multiple of {kv_key} = {kv_heads}; nearest: "
+                f"{' or '.join(map(str, possible))}",
+            )
+        if strategy == "copy" and new.group_size != old.group_size:
+            raise refused(
+                "expansion.width.num_attention_heads",
+                f"{heads} with {kv_key} = {kv_heads}",
+                f"{strategy_key}=copy clones whole groups of {old.group_size} query heads, so it "
+                f"must be {old.group_size * kv_heads} (or use {strategy_key}=gqa, which copies "
+                "within a group, or fresh)",
+            )
+        copies = kv_heads // old.num_key_value_heads if strategy == "gqa" else 1
+        least = -(-old.group_size // copies)
+        if new.group_size < least:
+            raise refused(
+                "expansion.width.num_key_value_heads",
+                f"{kv_heads} with {heads_key} = {heads}",
+                f"it leaves groups of {new.group_size} query heads, and the model has groups of "
+                f"{old.group_size}; {heads_key} must be at least {least * kv_heads}",
+            )
+
+    def _check_normed(self, model_type: str) -> None:
+        """Check head counts of a model that normalises queries and keys over all heads.
+
+        The mean square over all heads is preserved if all heads have the same number of copies.
+        """
+        if self.strategy == "split" or self.has_equal_copies:
+            return
+        old, new = self.old, self.new
+        heads, kv_heads = old.num_attention_heads, old.num_key_value_heads
+        _, kv_key, strategy_key = _keys()
+        raise refused(
+            "expansion.width.num_attention_heads",
+            f"{new.num_attention_heads} with {kv_key} = {new.num_key_value_heads}",
+            f"{model_type} normalises queries and keys over all heads, so each head needs the same "
+            f"number of copies; use {strategy_key}=copy with a multiple of {heads} and {kv_heads}, "
+            f"{strategy_key}=gqa with a multiple of {heads}, or the current counts",
+        )
+
+    def _check_filling(self, model_type: str) -> None:
+        """Check heads of a model without `head_dim` and without grouped queries."""
+        old, new = self.old, self.new
+        if self.strategy in ("gqa", "split"):
             raise refused(
                 "expansion.width.head_strategy",
-                "split",
-                "it halves the head size, and rotary embeddings need an even size: "
-                f"head_dim {old.head_dim} is not a multiple of 4. fresh, copy and gqa "
-                "keep the size",
+                self.strategy,
+                f"{model_type} has a key and a value for each query head and stores all "
+                "three in one tensor; use copy or fresh",
             )
+        allowed = new.hidden_size // old.head_dim
         for name in ("num_attention_heads", "num_key_value_heads"):
-            count, doubled = getattr(new, name), 2 * getattr(old, name)
-            if count != doubled:
+            if getattr(new, name) != allowed:
+                hidden_size = key_name("expansion.width.hidden_size")
                 raise refused(
                     f"expansion.width.{name}",
-                    count,
-                    f"{key_name('expansion.width.head_strategy')}=split makes two heads of "
-                    f"each, so it must be {doubled}; omit it",
+                    getattr(new, name),
+                    f"the heads of {model_type} fill the hidden size and keep their size of "
+                    f"{old.head_dim}, so with {hidden_size} = {new.hidden_size} it must be "
+                    f"{allowed}; omit it",
                 )
-        return
-    heads, kv_heads = new.num_attention_heads, new.num_key_value_heads
-    heads_key, kv_key, strategy_key = _keys()
-    if heads % kv_heads:
-        multiples = (heads // kv_heads * kv_heads, -(-heads // kv_heads) * kv_heads)
-        possible = [
-            count
-            for count in multiples
-            if count >= old.num_attention_heads and replace(new, num_attention_heads=count) != old
-        ]
-        raise refused(
-            "expansion.width.num_attention_heads",
-            heads,
-            f"it is not a multiple of {kv_key} = {kv_heads}; nearest: "
-            f"{' or '.join(map(str, possible))}",
-        )
-    if strategy == "copy" and new.group_size != old.group_size:
-        raise refused(
-            "expansion.width.num_attention_heads",
-            f"{heads} with {kv_key} = {kv_heads}",
-            f"{strategy_key}=copy clones whole groups of {old.group_size} query heads, so it must "
-            f"be {old.group_size * kv_heads} (or use {strategy_key}=gqa, which copies within a "
-            "group, or fresh)",
-        )
-    copies = kv_heads // old.num_key_value_heads if strategy == "gqa" else 1
-    least = -(-old.group_size // copies)
-    if new.group_size < least:
-        raise refused(
-            "expansion.width.num_key_value_heads",
-            f"{kv_heads} with {heads_key} = {heads}",
-            f"it leaves groups of {new.group_size} query heads, and the model has groups of "
-            f"{old.group_size}; {heads_key} must be at least {least * kv_heads}",
-        )
-
-
-def _check_normed_heads(
-    model_type: str, old: Dimensions, new: Dimensions, *, strategy: Strategy
-) -> None:
-    """Check head counts of a model that normalises queries and keys over all heads.
-
-    The mean square over all heads is preserved if all heads have the same number of copies.
-    """
-    if strategy == "split" or have_equal_copies(old, new, strategy=strategy):
-        return
-    heads, kv_heads = old.num_attention_heads, old.num_key_value_heads
-    _, kv_key, strategy_key = _keys()
-    raise refused(
-        "expansion.width.num_attention_heads",
-        f"{new.num_attention_heads} with {kv_key} = {new.num_key_value_heads}",
-        f"{model_type} normalises queries and keys over all heads, so each head needs the same "
-        f"number of copies; use {strategy_key}=copy with a multiple of {heads} and {kv_heads}, "
-        f"{strategy_key}=gqa with a multiple of {heads}, or the current counts",
-    )
-
-
-def _check_filling_heads(
-    model_type: str, old: Dimensions, new: Dimensions, *, strategy: Strategy
-) -> None:
-    """Check heads of a model without `head_dim` and without grouped queries."""
-    if strategy in ("gqa", "split"):
-        raise refused(
-            "expansion.width.head_strategy",
-            strategy,
-            f"{model_type} has a key and a value for each query head and stores all "
-            "three in one tensor; use copy or fresh",
-        )
-    allowed = new.hidden_size // old.head_dim
-    for name in ("num_attention_heads", "num_key_value_heads"):
-        if getattr(new, name) != allowed:
-            hidden_size = key_name("expansion.width.hidden_size")
-            raise refused(
-                f"expansion.width.{name}",
-                getattr(new, name),
-                f"the heads of {model_type} fill the hidden size and keep their size of "
-                f"{old.head_dim}, so with {hidden_size} = {new.hidden_size} it must be "
-                f"{allowed}; omit it",
-            )
-
-
-def have_equal_copies(old: Dimensions, new: Dimensions, *, strategy: Strategy) -> bool:
-    """Return True if all query heads, and all key heads, have the same number of copies."""
-    counts = (new.num_attention_heads, new.num_key_value_heads)
-    if counts == (old.num_attention_heads, old.num_key_value_heads):
-        return True
-    if new.num_attention_heads % old.num_attention_heads:
-        return False
-    if strategy == "fresh" or new.num_key_value_heads % old.num_key_value_heads:
-        return False
-    return new.group_size < old.group_size or new.group_size % old.group_size == 0
 
 
 def _keys() -> tuple[str, str, str]:
@@ -211,27 +243,6 @@ class HeadMaps:
     head_dim: int
     interleaved: AxisMap | None = None
     per_head: AxisFactor | None = None
-
-    @classmethod
-    def of(
-        cls, old: Dimensions, new: Dimensions, *, strategy: Strategy, equal_shares: bool
-    ) -> HeadMaps:
-        """Return the maps from the old heads to the new ones, after `check_heads`."""
-        import torch
-
-        if strategy == "split":
-            return _split_heads(old)
-        if strategy != "fresh":
-            return _copy_heads(old, new, equal_shares=equal_shares)
-        # Each old head keeps its position in its key/value group; the other heads are new
-        old_group, new_group = old.group_size, new.group_size
-        query = torch.full((new.num_attention_heads,), -1)
-        for head in range(old.num_key_value_heads):
-            start = head * new_group
-            query[start : start + old_group] = torch.arange(old_group) + head * old_group
-        query_map = AxisMap.copied(old.num_attention_heads, query, torch.ones(len(query)))
-        key_value = AxisMap.padded(old.num_key_value_heads, new.num_key_value_heads)
-        return _of_heads(query_map, key_value, head_dim=old.head_dim)
 
 
 def _copy_heads(old: Dimensions, new: Dimensions, *, equal_shares: bool) -> HeadMaps:

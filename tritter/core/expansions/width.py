@@ -23,12 +23,10 @@ from typing import Annotated, ClassVar, Literal, cast
 from pydantic import Field
 
 from tritter.core.expansions.heads import (
+    HeadGrowth,
     HeadMaps,
     Strategy,
-    check_heads,
     copied_axis,
-    have_equal_copies,
-    head_targets,
 )
 from tritter.core.families import (
     Axis,
@@ -284,7 +282,7 @@ class Width:
         self._check_mean(family, old, new)
         if not family.has_table:
             self._check_discovered(family, old, new)
-        check_heads(family, old, new, strategy=self.strategy)
+        HeadGrowth(old, new, self.strategy).check(family)
         _check_rotary(source, new, is_split=self.strategy == "split")
         self._check_hidden_size(family, old, new)
         target = family.with_dimensions(source.config, new)
@@ -308,11 +306,8 @@ class Width:
             rms_ratio=self._rms_ratio(old, new),
             # A norm over all heads mixes their gradients: with unequal shares the moments could
             # not be mapped
-            heads=HeadMaps.of(
-                old,
-                new,
-                strategy=self.strategy,
-                equal_shares=equal_shares or family.norms_all_heads,
+            heads=HeadGrowth(old, new, self.strategy).maps(
+                equal_shares=equal_shares or family.norms_all_heads
             ),
             is_tied=source.is_tied,
             embedding_scale=(old.hidden_size / new.hidden_size) ** 0.5 if is_scaled else 1.0,
@@ -469,7 +464,7 @@ class Width:
         grown, base = hidden_size, old.hidden_size
         if self.intermediate_size is not None:
             grown, base = self.intermediate_size, old.ffn_size
-        with_heads = head_targets(
+        heads = HeadGrowth.of(
             old,
             hidden_size=hidden_size,
             strategy=self.strategy,
@@ -477,13 +472,11 @@ class Width:
             kv_heads=self.num_key_value_heads,
         )
         is_set = self.num_attention_heads is not None or self.num_key_value_heads is not None
-        if family.keeps_heads and not is_set:
-            with_heads = old
+        are_kept = family.keeps_heads and not is_set
         if family.norms_all_heads and self.strategy != "split" and not is_set:
-            are_kept = not have_equal_copies(old, with_heads, strategy=self.strategy)
-            with_heads = old if are_kept else with_heads
+            are_kept |= not heads.has_equal_copies
         return replace(
-            with_heads,
+            old if are_kept else heads.new,
             hidden_size=hidden_size,
             intermediate_size=self._scaled(old.intermediate_size, grown, base),
             expert_size=self._scaled(old.expert_size, grown, base),

@@ -5,7 +5,7 @@ The presets are the options `conf/model/tritter_*.yaml`, whose first lines name 
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from itertools import pairwise
 from typing import Annotated, Literal
 
@@ -51,36 +51,22 @@ class ModelConfig:
         return llama_config(vocab_size=vocab_size, **sizes)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Preset(ModelConfig):
-    """One size preset.
-
-    Args:
-        name: `tritter_` and the rounded parameter count.
-        nominal_parameters: the parameter count in the name, within 10 % of the true one.
-    """
-
-    name: str
-    nominal_parameters: int
+def _nominal_parameters(name: str) -> int:
+    """Return the parameter count in the name of a preset, within 10 % of the true one."""
+    size = name.removeprefix("tritter_")
+    return int(size[:-1]) * _UNITS[size[-1]]
 
 
-def _read_all() -> dict[str, Preset]:
-    presets = []
+def _read_all() -> dict[str, ModelConfig]:
+    presets = {}
     for path in (config_folder() / "model").glob("tritter_*.yaml"):
-        size = path.stem.removeprefix("tritter_")
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        names = [field.name for field in fields(Preset) if field.name in values]
-        preset = Preset(
-            name=path.stem,
-            nominal_parameters=int(size[:-1]) * _UNITS[size[-1]],
-            **{name: values[name] for name in names},
-        )
-        presets.append(preset)
-    by_size = sorted(presets, key=lambda preset: preset.nominal_parameters)
-    return {preset.name: preset for preset in by_size}
+        names = [field.name for field in fields(ModelConfig) if field.name in values]
+        presets[path.stem] = ModelConfig(**{name: values[name] for name in names})
+    return {name: presets[name] for name in sorted(presets, key=_nominal_parameters)}
 
 
-PRESETS = _read_all()
+PRESETS = _read_all()  # by size
 
 
 def aspect_ratio_at(parameters: float) -> float:
@@ -88,14 +74,14 @@ def aspect_ratio_at(parameters: float) -> float:
 
     Outside the range of the presets it is constant.
     """
-    presets = list(PRESETS.values())
     position = math.log(max(parameters, 1))
-    for left, right in pairwise(presets):
-        start, end = math.log(left.nominal_parameters), math.log(right.nominal_parameters)
+    for smaller, larger in pairwise(PRESETS):
+        left, right = PRESETS[smaller], PRESETS[larger]
+        start, end = (math.log(_nominal_parameters(name)) for name in (smaller, larger))
         if position <= end:
             share = min(max((position - start) / (end - start), 0.0), 1.0)
             return left.aspect_ratio ** (1 - share) * right.aspect_ratio**share
-    return presets[-1].aspect_ratio
+    return right.aspect_ratio
 
 
 def model_problems(config: RunRequest) -> Iterator[Problem]:
