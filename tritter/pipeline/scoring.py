@@ -15,7 +15,7 @@ from torch import nn
 from tritter.core.families import Flops
 from tritter.core.models import load_tokenizer, wrapped_tokenizer
 from tritter.data.benchmark_names import CODE, benchmark_names
-from tritter.data.chat import NONE, TOKENIZER, ChatChoice, read_template
+from tritter.data.chat import ChatChoice
 from tritter.data.tokens import TokenisedDocuments
 from tritter.errors import Problem, RequestError, TritterError
 from tritter.evaluation.benchmarks.files import Questions, TasksFolder, load
@@ -285,10 +285,7 @@ def benchmark_tasks(
 def stock_tokenizer(folder: Path, choice: ChatChoice) -> StockTokenizer:
     """Return a checkpoint's tokenizer with the chat template of a run."""
     tokenizer: StockTokenizer = load_tokenizer(folder)
-    if choice.chat_template == NONE:
-        tokenizer.chat_template = None
-    elif choice.chat_template not in (None, TOKENIZER):
-        tokenizer.chat_template = read_template(choice.chat_template)
+    choice.set_template(tokenizer)
     return tokenizer
 
 
