@@ -14,7 +14,7 @@ from typing import ClassVar, Self
 from tritter.checkpoints.record import LearnedDomain, Lineage
 from tritter.checkpoints.state import KeptSequences
 from tritter.data.built_in import built_in_origin, is_built_in
-from tritter.data.chat import NONE, ChatChoice
+from tritter.data.chat import ChatChoice
 from tritter.data.documents import PIECE_CHARACTERS, Documents
 from tritter.data.local_files import ByteLimitError, TextFileError
 from tritter.data.options import (
@@ -159,11 +159,7 @@ class RunText:
 def recorded_chat(lineage: Lineage | None) -> ChatChoice:
     """Return the chat options of the last training run; a template file is in the checkpoint."""
     recorded = lineage.training_config.get("data") if lineage is not None else None
-    found = recorded if isinstance(recorded, Mapping) else {}
-    return ChatChoice(
-        NONE if found.get("chat_template") == NONE else None,
-        "all" if found.get("loss_on") == "all" else None,
-    )
+    return ChatChoice.of_record(recorded if isinstance(recorded, Mapping) else {})
 
 
 def _learned(checkpoint: str | None) -> tuple[Lineage | None, KeptSequences]:

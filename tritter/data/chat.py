@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     _Tokens = TypeVar("_Tokens", Tensor, np.ndarray)
 
 LossOn = Literal["answers", "all"]
-TOKENIZER, NONE = "tokenizer", "none"  # values of data.chat_template; others are files
+_TOKENIZER, _NONE = "tokenizer", "none"  # values of data.chat_template; others are files
 TEMPLATE_FILE = "chat_template.jinja"  # in a checkpoint
 _TEMPLATE_KEY, _LOSS_KEY = "data.chat_template", "data.loss_on"
 _MAX_TEMPLATE_BYTES = 2**20
@@ -86,16 +86,15 @@ class Chat:
         """
         choice, loss_on = options.chat_template, options.loss_on or "answers"
         has_template = tokenizer is not None and tokenizer.chat_template is not None
-        if choice == NONE or (choice is None and not has_template):
+        if choice == _NONE or (choice is None and not has_template):
             return cls(None, loss_on, has_template=has_template)
         if tokenizer is None:
             reason = "a new base model has no special tokens for a template; use none"
             raise RequestError(Problem(_TEMPLATE_KEY, choice, reason=reason))
-        if choice not in (None, TOKENIZER):
-            tokenizer.chat_template = read_template(choice)
-        elif not has_template:
+        if choice in (None, _TOKENIZER) and not has_template:
             reason = "the checkpoint's tokenizer has no chat template; use none, or a file"
             raise RequestError(Problem(_TEMPLATE_KEY, choice, reason=reason))
+        options.set_template(tokenizer)
         return cls(tokenizer, loss_on)
 
     @property
@@ -116,7 +115,7 @@ class Chat:
         how = "rendered with the chat template"
         if self.tokenizer is None:
             why = "" if self.has_template else ", because there is no chat template"
-            how = f"read as plain text{why} ({_TEMPLATE_KEY}={NONE})"
+            how = f"read as plain text{why} ({_TEMPLATE_KEY}={_NONE})"
         loss = "answers" if self.loss_on == "answers" else "all tokens"
         number = "1 conversation is" if count == 1 else f"{count:,} conversations are"
         return f"{number} {how}; the loss is on {loss}."
@@ -384,7 +383,7 @@ def _around(
     return encode(before.rstrip(" ")), ids if is_special else []
 
 
-def _refused(reason: str, *, other: str = f"{_TEMPLATE_KEY}={NONE}") -> RequestError:
+def _refused(reason: str, *, other: str = f"{_TEMPLATE_KEY}={_NONE}") -> RequestError:
     advice = f"set {_TEMPLATE_KEY}=FILE to use another template, or {other}"
     return RequestError(Problem(_TEMPLATE_KEY, reason=reason, advice=advice))
 
@@ -401,6 +400,35 @@ class ChatChoice(NamedTuple):
     chat_template: str | None = None
     loss_on: LossOn | None = None
 
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> ChatChoice:
+        """Return the options of a `to_record`; other values are None."""
+        return cls(
+            _NONE if record.get("chat_template") == _NONE else None,
+            "all" if record.get("loss_on") == "all" else None,
+        )
+
+    def to_record(self) -> dict[str, str]:
+        """Return the options that a lineage keeps; a template file is in the checkpoint."""
+        chat = {"chat_template": _NONE} if self.chat_template == _NONE else {}
+        return chat | ({"loss_on": "all"} if self.loss_on == "all" else {})
+
+    def read_template(self) -> str | None:
+        """Return the content of the template file; None if the options name none."""
+        if (path := self.chat_template) in (None, _TOKENIZER, _NONE):
+            return None
+        try:
+            return read_text(Path(path), limit_bytes=_MAX_TEMPLATE_BYTES)
+        except TritterError as error:
+            raise RequestError(Problem(_TEMPLATE_KEY, path, reason=str(error))) from error
+
+    def set_template(self, tokenizer: Any) -> None:
+        """Give a transformers tokenizer the template of the options."""
+        if self.chat_template == _NONE:
+            tokenizer.chat_template = None
+        elif (template := self.read_template()) is not None:
+            tokenizer.chat_template = template
+
     def chat(self, tokenizer: Any) -> Chat:
         """Return the way in which conversations become tokens.
 
@@ -409,16 +437,15 @@ class ChatChoice(NamedTuple):
         """
         choice, loss_on = self.chat_template, self.loss_on or "answers"
         has_template = tokenizer is not None and tokenizer.chat_template is not None
-        if choice == NONE or (choice is None and not has_template):
+        if choice == _NONE or (choice is None and not has_template):
             return Chat(None, loss_on, has_template=has_template)
         if tokenizer is None:
             reason = "a new base model has no special tokens for a template; use none"
             raise RequestError(Problem(_TEMPLATE_KEY, choice, reason=reason))
-        if choice not in (None, TOKENIZER):
-            tokenizer.chat_template = read_template(choice)
-        elif not has_template:
+        if choice in (None, _TOKENIZER) and not has_template:
             reason = "the checkpoint's tokenizer has no chat template; use none, or a file"
             raise RequestError(Problem(_TEMPLATE_KEY, choice, reason=reason))
+        self.set_template(tokenizer)
         return Chat(tokenizer, loss_on)
 
     def of_corpus(self, load_tokenizer: Callable[[], Any], *, is_chat: bool) -> Chat | None:
@@ -431,7 +458,7 @@ class ChatChoice(NamedTuple):
         if is_chat:
             return self.chat(load_tokenizer())
         reason = "the data has no conversations; remove the key"
-        if self.chat_template not in (None, NONE):
+        if self.chat_template not in (None, _NONE):
             raise RequestError(Problem(_TEMPLATE_KEY, self.chat_template, reason=reason))
         if self.loss_on == "answers":
             raise RequestError(Problem(_LOSS_KEY, self.loss_on, reason=reason))
@@ -440,19 +467,11 @@ class ChatChoice(NamedTuple):
 
 def template_location(choice: str) -> str:
     """Return a value of `data.chat_template`, a file as an absolute path."""
-    if choice in (TOKENIZER, NONE):
+    if choice in (_TOKENIZER, _NONE):
         return choice
     path = named_path(choice, key=_TEMPLATE_KEY).absolute()
     if not path.is_file():
         reason = "there is no such file; allowed are tokenizer, none and a file"
-        near = nearest(choice, (TOKENIZER, NONE))
+        near = nearest(choice, (_TOKENIZER, _NONE))
         raise RequestError(Problem(_TEMPLATE_KEY, choice, reason=reason, nearest=near))
     return str(path)
-
-
-def read_template(path: str) -> str:
-    """Return the content of a template file."""
-    try:
-        return read_text(Path(path), limit_bytes=_MAX_TEMPLATE_BYTES)
-    except TritterError as error:
-        raise RequestError(Problem(_TEMPLATE_KEY, path, reason=str(error))) from error

@@ -19,7 +19,7 @@ from tritter.core.families import Model
 from tritter.core.models import load_tokenizer
 from tritter.data.batches import BatchStream, Sequences, SequenceStream, sample_equally
 from tritter.data.built_in import built_in_origin, is_built_in
-from tritter.data.chat import NONE, TOKENIZER, ChatChoice, is_unpredicted, read_template
+from tritter.data.chat import ChatChoice, is_unpredicted
 from tritter.data.corpus import Corpus
 from tritter.data.datamodule import ValidationSubset
 from tritter.data.datasets import DatasetName, stream_identity
@@ -234,11 +234,7 @@ class RunData:
         if self.initial_checkpoint is None:
             return None
         tokenizer: StockTokenizer = load_tokenizer(self.initial_checkpoint.folder)
-        template = self.chat_choice.chat_template
-        if template == NONE:
-            tokenizer.chat_template = None
-        elif template not in (None, TOKENIZER):
-            tokenizer.chat_template = read_template(template)
+        self.chat_choice.set_template(tokenizer)
         return tokenizer
 
     @cached_property
@@ -371,10 +367,7 @@ class RunData:
         """Return the settings that a later training run adopts, except the split."""
         data = self.config.data
         packing = {} if self.packing == "stream" else {"packing": self.packing}
-        # A template file is part of the checkpoint
-        choice = self.chat_choice
-        chat = {"chat_template": NONE} if choice.chat_template == NONE else {}
-        chat |= {"loss_on": "all"} if choice.loss_on == "all" else {}
+        chat = self.chat_choice.to_record()
         start = {_START: list(self.bounds.start)} if self.bounds.start else {}
         return {
             "data": {"sequence_length": data.sequence_length, **packing, **chat, **start},

@@ -27,7 +27,7 @@ from tritter.config.validation import old_data_problems, start_problems
 from tritter.core.families import Model
 from tritter.core.models import new_model, read_model, save_tokenizer
 from tritter.data.cache import entry_lock, quarantine
-from tritter.data.chat import NONE, TEMPLATE_FILE, TOKENIZER, read_template
+from tritter.data.chat import TEMPLATE_FILE, ChatChoice
 from tritter.data.datasets import stream_identity
 from tritter.data.tokens import END_OF_TEXT, PretrainedTokenizer
 from tritter.errors import Problem, RequestError, TritterError, key_name, raise_problems
@@ -477,8 +477,9 @@ def _copy_source(run: Run, target: Path) -> Lineage:
 
 def _write_template(run: Run, folder: Path) -> None:
     """Write the chat template of a run, which replaces that of the tokenizer, if it has one."""
-    if (choice := run.config.data.chat_template) not in (None, TOKENIZER, NONE):
-        (folder / TEMPLATE_FILE).write_text(read_template(choice), encoding="utf-8")
+    template = ChatChoice(run.config.data.chat_template).read_template()
+    if template is not None:
+        (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
 
 
 def _check_teacher(run: Run) -> None:
