@@ -96,12 +96,11 @@ class ExpansionMethods:
     """
 
     def __init__(self) -> None:
-        files = option_files()["expansion"].items()
-        bodies = {name: body_of(path).get(name) for name, path in files if name != "none"}
-        self.bodies: dict[str, dict[str, Any]] = {
-            name: body for name, body in bodies.items() if isinstance(body, dict)
-        }
+        self.bodies: dict[str, dict[str, Any]] = {}
         self.options: dict[str, dict[str, str]] = {}
+        for method, path in option_files()["expansion"].items():
+            if method != "none" and isinstance(body := body_of(path).get(method), dict):
+                self.bodies[method] = body
         for method, body in self.bodies.items():
             for key in body:
                 if key not in _NO_OPTION:
@@ -158,9 +157,8 @@ class ExpansionMethods:
         for method in self.bodies:
             names[f"expansion.{method}"] = f"--method {with_dashes(method)}"
         for option, takers in self.options.items():
-            names |= {
-                f"expansion.{m}.{key}": f"--{with_dashes(option)}" for m, key in takers.items()
-            }
+            for method, key in takers.items():
+                names[f"expansion.{method}.{key}"] = f"--{with_dashes(option)}"
         return names
 
     def words(self, spec: ExpansionSpec) -> list[str]:

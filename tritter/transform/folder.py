@@ -423,8 +423,9 @@ def _stream(
 
 
 def _expanded_lineage(source: Source, plan: PlannedExpansion, destination: Path) -> Lineage:
-    for child in (each for step in plan.steps for each in getattr(step.spec, "experts", ())):
-        child.source.read_digests()  # compares its tensors with its lineage
+    for step in plan.steps:
+        for child in getattr(step.spec, "experts", ()):
+            child.source.read_digests()  # compares its tensors with its lineage
     lineage = child_lineage(source, destination, plan.records)
     is_open = plan.added_experts is None
     return lineage if is_open else replace(lineage, stock_loadable="after adaptation")
