@@ -8,6 +8,7 @@ rewritten as `Problem`s.
 
 import dataclasses
 import json
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache
@@ -120,6 +121,12 @@ def component_class(key: str, target: object, *, base: str | None = None) -> typ
     if not is_options(getattr(kind, "Options", kind)):
         where = "its Options are" if hasattr(kind, "Options") else "it is"
         reason = f"{where} not a record of options (see tritter.options.options)"
+        raise RequestError(Problem(key, target, reason=reason))
+    record = getattr(kind, "Options", kind)
+    inherited = ChainMap(*(dict(vars(parent)) for parent in record.__mro__[1:]))
+    members = {field.name: inherited.get(field.name) for field in dataclasses.fields(record)}
+    if clashes := [name for name, m in members.items() if isinstance(m, property) or callable(m)]:
+        reason = f"its base class has a member {', '.join(clashes)}; rename the option"
         raise RequestError(Problem(key, target, reason=reason))
     return kind
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.cli.conftest import VOCABULARY, Run, snapshot
 from tests.cli.test_train import write_texts
@@ -14,6 +15,7 @@ from tritter.checkpoints import Lineage
 from tritter.core.models import load_model, save_tokenizer
 from tritter.data.documents import Document
 from tritter.data.tokens import END_OF_TEXT, train_tokenizer
+from tritter.pipeline import domain
 
 ADD = "expand --checkpoint base --method moe-add --num-experts 2"
 TRAIN = f"{ADD} --domain code --domain-data data/code --steps 3 --learning-rate 1e-3"
@@ -193,3 +195,23 @@ def test_what_the_source_learned_is_old_and_its_split_goes_on(run: Run, base: Pa
     told = after.training_config
     assert (list(told["old"]), list(told["new"])) == (["code"], ["code_2"])
     assert [method["name"] for method in told["forgetting"]] == ["replay"]
+
+
+@pytest.mark.full
+def test_a_source_that_changes_is_refused_before_the_training(
+    run: Run, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the training would be lost, because its result could not name its parent."""
+    assert run(TRAIN).code == 0
+    weights = base.with_name("base-moe-add") / "model.safetensors"
+
+    def change(pipeline_run: object) -> None:
+        tensors = load_file(weights)
+        save_file({name: tensor + 1 for name, tensor in tensors.items()}, weights)
+
+    monkeypatch.setattr(domain, "run_baseline", change)
+    monkeypatch.setattr(domain, "run_branch", lambda *arguments: pytest.fail("it was trained"))
+    again = TRAIN.replace("base ", "base-moe-add ").replace("data/code", "old")
+    result = run(f"{again} --output twice")
+    assert result.code == 2 and "--ignore-lineage" in result.err, result
+    assert not Path("twice").exists()

@@ -270,21 +270,22 @@ def test_its_options_are_judged_like_ours(
 
 
 @pytest.mark.parametrize(
-    ("domain", "part"),
+    ("body", "part"),
     [
-        ("a/b", "its domain 'a/b' must be"),
-        ("a", "error: Own.old_domains = null: the base"),
+        ("new_domains = ('a/b',)", "its domain 'a/b' must be"),
+        ("new_domains = ('a',)", "error: Own.old_domains = null: the base"),
+        ("record_field: str", "its base class has a member record_field; rename the option"),
     ],
 )
-def test_domains_of_an_own_source_are_judged(
-    domain: str,
+def test_an_own_source_is_judged(
+    body: str,
     part: str,
     tmp_path: Path,
     run: Callable[..., Result],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     text = "from tritter.data.options import DataConfig\nfrom tritter.options import options\n"
-    text += f"@options\nclass Own(DataConfig):\n    new_domains = ({domain!r},)\n"
+    text += f"@options\nclass Own(DataConfig):\n    {body}\n"
     (tmp_path / "own_source.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "own_source", raising=False)

@@ -10,6 +10,7 @@ over twice the experts, or a renormalised top-k). That is exact in stock classes
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -42,8 +43,8 @@ class MoeAdd:
         clone_from: the expert to clone: one index, or one for each layer with experts. Default: 0;
             under `best` the experts that the data selects.
         teacher: folder or hub id of a model with the same vocabulary, for `distill`.
-        noise: relative standard deviation of the noise on new copies of experts; without it copies
-            stay equal.
+        noise: relative standard deviation of the noise on new copies of experts, and on the router
+            rows of appended ones; without it copies stay equal.
     """
 
     name: ClassVar[str] = "moe_add"
@@ -206,19 +207,22 @@ class MoeAdd:
         )
 
     def _router(self, name: str, source: int, num_old: int, num_new: int, seed: int) -> TensorMap:
+        """Return the map of a router; without noise, top-k would choose among equal scores."""
         import torch
 
         routes = AxisMap.padded(num_old, num_new)
-        match self.init:
-            case "clone" | "best" | "distill":
-                index = torch.where(routes.source >= 0, routes.source, source)
-                ones = torch.ones(num_new, dtype=torch.float64)
-                fill = Fill("copy", donor=TensorMap(name, (AxisFactor(index, ones, ones), None)))
-            case "mean":
-                fill = Fill("row_mean")
-            case _:
-                fill = Fill("matched", seed=derived_seed(seed, "fill", name))
-        return TensorMap(name, (AxisFactor.writes_nonlinear(routes), None), fill=fill)
+        axes = (AxisFactor.writes_nonlinear(routes), None)
+        if self.init == "random":
+            fill = Fill("matched", seed=derived_seed(seed, "fill", name))
+            return TensorMap(name, axes, fill=fill)
+        if self.init == "mean":
+            made = TensorMap(TensorMap(name, axes, fill=Fill("row_mean")), is_copy=True)
+        else:
+            index = torch.where(routes.source >= 0, routes.source, source)
+            ones = torch.ones(num_new, dtype=torch.float64)
+            made = TensorMap(name, (AxisFactor(index, ones, ones), None))
+        made = replace(made, noise=self.noise, noise_seed=derived_seed(seed, "noise", name))
+        return TensorMap(name, axes, fill=Fill("copy", donor=made))
 
     def notes(self, source: Model, target: Model) -> tuple[str, ...]:
         old, new = source.sizes, target.sizes
