@@ -8,7 +8,6 @@ rewritten as `Problem`s.
 
 import dataclasses
 import json
-from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache
@@ -122,12 +121,10 @@ def component_class(key: str, target: object, *, base: str | None = None) -> typ
         where = "its Options are" if hasattr(kind, "Options") else "it is"
         reason = f"{where} not a record of options (see tritter.options.options)"
         raise RequestError(Problem(key, target, reason=reason))
-    record = getattr(kind, "Options", kind)
-    inherited = ChainMap(*(dict(vars(parent)) for parent in record.__mro__[1:]))
-    members = {field.name: inherited.get(field.name) for field in dataclasses.fields(record)}
-    if clashes := [name for name, m in members.items() if isinstance(m, property) or callable(m)]:
-        reason = f"its base class has a member {', '.join(clashes)}; rename the option"
-        raise RequestError(Problem(key, target, reason=reason))
+    for field in dataclasses.fields(getattr(kind, "Options", kind)):
+        if isinstance(field.default, property) or callable(field.default):
+            reason = f"its base class has a member {field.name}; rename the option"
+            raise RequestError(Problem(key, target, reason=reason))
     return kind
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
@@ -42,6 +41,7 @@ from tritter.methods.forgetting import EWC, L2SP, SI, Distill, Freeze, OnlineEWC
 from tritter.methods.forgetting.quadratic import diagonal_fisher
 from tritter.methods.forgetting.si import _estimated_importance
 from tritter.seeds import derived_seed
+from tritter.terminal import Console
 from tritter.training import BaseModule, ForgettingMethod, OptimizerSettings, Schedule, Task, fit
 
 LENGTH, RATE, CLIP = 16, 0.2, 0.5

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from tests.pipeline.conftest import SMALL
 from tritter.config.launch.composition import load_config
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.run import Run
 from tritter.pipeline.stages.baseline import run_baseline
+from tritter.terminal import Console
 
 
 @pytest.fixture

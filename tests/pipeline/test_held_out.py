@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from tests.pipeline.conftest import SMALL
 from tritter.checkpoints import Lineage
@@ -24,6 +23,7 @@ from tritter.evaluation.gate import GateResult
 from tritter.pipeline import run_pipeline
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.run import Run
+from tritter.terminal import Console
 from tritter.transform import expand
 
 QUICK = [

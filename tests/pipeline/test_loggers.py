@@ -8,7 +8,6 @@ import pytest
 import wandb
 import yaml
 from lightning import Callback
-from rich.console import Console
 
 from tests.oracle import saved, tiny_llama
 from tests.pipeline.offline_wandb import OfflineRun, offline_runs
@@ -23,6 +22,7 @@ from tritter.pipeline import run_pipeline
 from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.metrics import wandb_logger
 from tritter.pipeline.run import Run
+from tritter.terminal import Console
 
 
 class FailOnce(Callback):

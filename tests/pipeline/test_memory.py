@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from lightning import Trainer
-from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from tritter.config.launch.composition import load_config
@@ -19,6 +18,7 @@ from tritter.pipeline.ledger import Ledger
 from tritter.pipeline.run import Run
 from tritter.pipeline.stages.baseline import _pretrained_model
 from tritter.planning.run_memory import RunMemory
+from tritter.terminal import Console
 from tritter.training import fitting
 from tritter.training.callbacks import FiniteGuard
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import wandb
 from lightning.pytorch.loggers import WandbLogger
-from rich.console import Console
 
 from tests.pipeline.outside_method import Options, Outside
 from tests.report.spawning import experts
@@ -19,6 +18,7 @@ from tritter.pipeline.metrics import _wandb_summary, log_result_to_wandb, wandb_
 from tritter.pipeline.run import Run
 from tritter.report.summary import Summary
 from tritter.targets import Component
+from tritter.terminal import Console
 
 OUTSIDE = Component(name=Outside.name, kind=Outside, options=Options())
 

@@ -19,7 +19,6 @@ import torch
 from lightning import Callback
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies.launchers import multiprocessing as multiprocessing_launcher
-from rich.console import Console
 from torch import Tensor, distributed, nn
 
 from tests import oracle
@@ -34,6 +33,7 @@ from tritter.errors import Problem, RequestError, TritterError
 from tritter.methods.forgetting import EWC, L2SP, SI, Distill, Freeze, Replay
 from tritter.methods.forgetting.quadratic import diagonal_fisher
 from tritter.targets import Component
+from tritter.terminal import Console
 from tritter.training import (
     BaseModule,
     FitResult,

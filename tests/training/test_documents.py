@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from lightning import Callback
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -29,6 +28,7 @@ from tritter.methods.forgetting.quadratic import diagonal_fisher
 from tritter.methods.forgetting.replay import _draw, _Openings, _texts
 from tritter.methods.moe_routing.objective import OldRouting, RoutingObjective
 from tritter.methods.moe_routing.options import RoutingOptions
+from tritter.terminal import Console
 from tritter.training import (
     BaseModule,
     FitResult,

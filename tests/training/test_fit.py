@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from tests import oracle
 from tests.training.shipped import trainer_settings
 from tritter.data.batches import BatchStream, SequenceStream
+from tritter.terminal import Console
 from tritter.training import (
     BaseModule,
     FitResult,

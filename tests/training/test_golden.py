@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from tests import oracle
 from tests.training.test_fit import SETTINGS, task
@@ -21,6 +20,7 @@ from tritter.core.expansions import Width
 from tritter.core.models import load_model
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.methods.forgetting import L2SP, Replay
+from tritter.terminal import Console
 from tritter.training import BaseModule, OptimizerSettings, Schedule, fit, read_metrics
 from tritter.transform import expand
 

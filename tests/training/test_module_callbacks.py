@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -20,6 +19,7 @@ from tests import oracle
 from tests.training.test_fit import SETTINGS
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.targets import Component, import_object
+from tritter.terminal import Console
 from tritter.training import BaseModule, FitResult, OptimizerSettings, Schedule, fit, read_metrics
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 from tritter.training.fitting import start_method

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from torch import nn
 
 from tests import oracle
@@ -20,6 +19,7 @@ from tritter.data.batches import BatchStream, SequenceStream
 from tritter.errors import TritterError
 from tritter.methods.forgetting import EWC, L2SP, SI, Distill, Freeze, OnlineEWC, Replay
 from tritter.methods.forgetting.quadratic import diagonal_fisher
+from tritter.terminal import Console
 from tritter.training import (
     BaseModule,
     FitResult,

@@ -12,7 +12,6 @@ import pytest
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.data import DataLoader
@@ -31,6 +30,7 @@ from tritter.data.batches import BatchStream, SequenceStream
 from tritter.errors import RequestError, TritterError
 from tritter.methods.forgetting.path_integral import PathIntegral
 from tritter.storage.writer import TensorStream
+from tritter.terminal import Console
 from tritter.training import (
     BaseModule,
     ForgettingMethod,

@@ -414,7 +414,7 @@ class MarkedText:
 
     @classmethod
     def of(cls, model: nn.Module) -> Self | None:
-        """Return how a model reads marked tokens; None if it reads unmarked ones."""
+        """Return the way in which a model reads marked tokens; None if it reads unmarked ones."""
         hooks = _backbone(model)._forward_pre_hooks.values()
         return next((hook for hook in hooks if isinstance(hook, cls)), None)
 

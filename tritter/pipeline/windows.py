@@ -159,7 +159,7 @@ def flops(data: RunData, reading: Flops, *, source_length: int, length: int) -> 
 
 
 class LongWindows:
-    """Long windows of a branch: what they tell of an expansion that makes the context longer.
+    """The scores of a branch in long windows, for an expansion that makes the context longer.
 
     Args:
         run: the run, with the data as the model to score reads it.

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback
-from rich.console import Console
 from torch import Tensor, nn
 
 from tests import oracle
@@ -34,6 +33,7 @@ from tritter.methods.experts.registry import ExpertRegistry
 from tritter.methods.novelty import observe
 from tritter.methods.novelty.observation import Observation
 from tritter.targets import values_of
+from tritter.terminal import Console
 from tritter.training import FitResult, OptimizerSettings, Schedule, TrainerSettings, fit
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 from tritter.training.fitting import start_method

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback
-from rich.console import Console
 from torch import Tensor, nn
 
 from tests import oracle
@@ -19,6 +18,7 @@ from tritter.core.models import model_of
 from tritter.errors import RequestError
 from tritter.methods.forgetting import Freeze
 from tritter.methods.forgetting.freeze import FreezeOptions
+from tritter.terminal import Console
 from tritter.training import BaseModule, FitResult, OptimizerSettings, Task, fit
 
 UP = "model.layers.1.mlp.up_proj.weight"

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from torch import nn
 
 from tests import oracle
@@ -16,6 +15,7 @@ from tritter.checkpoints.state import State
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.methods.forgetting.path_integral import PathIntegral
 from tritter.methods.forgetting.si import WeightPath
+from tritter.terminal import Console
 from tritter.training import BaseModule, OptimizerSettings, Schedule, fit
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from tests import oracle
@@ -16,6 +15,7 @@ from tritter.core.models import model_of
 from tritter.methods.forgetting import EWC
 from tritter.methods.forgetting.ewc import EWCOptions, _has_nonzero_new_entries
 from tritter.methods.forgetting.quadratic import diagonal_fisher
+from tritter.terminal import Console
 from tritter.training import ForgettingMethod, Task, fit
 from tritter.transform.live import ModelExpander
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from tests import oracle
@@ -19,6 +18,7 @@ from tritter.errors import RequestError
 from tritter.methods.forgetting import SI, Replay
 from tritter.methods.forgetting.quadratic import diagonal_fisher
 from tritter.methods.forgetting.si import _recorded_importance
+from tritter.terminal import Console
 from tritter.training import ForgettingMethod, Preparation, SideLoss, Task, fit
 from tritter.transform.live import ModelExpander
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback
-from rich.console import Console
 from torch import Tensor, nn
 
 from tests import oracle
@@ -21,6 +20,7 @@ from tests.training.test_surgery import assert_same
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.methods.growth.callback import GradientPressure, NeuronGrowthCallback
 from tritter.methods.growth.triggers import GrowthOptions
+from tritter.terminal import Console
 from tritter.training import (
     BaseModule,
     FitResult,

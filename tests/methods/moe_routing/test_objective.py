@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from lightning import Callback
-from rich.console import Console
 from torch import Tensor, nn
 
 from tests import oracle
@@ -23,6 +22,7 @@ from tritter.errors import TritterError
 from tritter.methods.moe_routing.objective import OldRouting, RoutingObjective, _routing_divergence
 from tritter.methods.moe_routing.opening import ExpertOpening, Unfreezing
 from tritter.methods.moe_routing.options import RoutingOptions
+from tritter.terminal import Console
 from tritter.training import (
     BaseModule,
     FitResult,
