@@ -60,7 +60,7 @@ def main() -> None:
 
 def _texts(options: Any) -> dict[str, Path]:
     """Write about as many bytes of each domain to a file; return its path."""
-    found = Stdlib().gather()
+    found = Stdlib().texts
     stories = gzip.decompress(options.stories.read_bytes()).decode("utf-8").split("\n")
     rows = gzip.decompress(options.maths.read_bytes()).decode("utf-8").splitlines()
     maths = (f"{row['question']}\n{row['answer']}" for row in map(json.loads, rows))

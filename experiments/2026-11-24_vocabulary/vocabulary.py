@@ -56,7 +56,7 @@ def main() -> None:
 
 def _prose(work: Path) -> tuple[str, str]:
     """Write the prose of this Python to two files; the second is a twentieth."""
-    texts = [document.text for document in Stdlib().gather()["prose"]]
+    texts = [document.text for document in Stdlib().texts["prose"]]
     files = {"prose.jsonl": texts[1:], "rest.jsonl": texts[::20]}
     for name, part in files.items():
         lines = "".join(json.dumps({"text": text}) + "\n" for text in part)

@@ -95,7 +95,7 @@ def write_texts(options: Any) -> None:
     wiki = gzip.decompress((options.data / "wikitext2" / "valid.txt.gz").read_bytes()).decode()
     articles = re.split(r"(?m)^(?= = [^=].*[^=] = $)", wiki)
     code, size = [], 0
-    for document in Stdlib().gather()["code"]:
+    for document in Stdlib().texts["code"]:
         if size < CODE_BYTES:
             size += len(document.text.encode())
             code.append({"text": document.text})

@@ -1,5 +1,6 @@
 import logging
 import shutil
+from functools import cached_property
 
 import pytest
 import torch
@@ -222,11 +223,13 @@ def gathering(monkeypatch):
     """A small library with a counter of reads."""
     calls = []
 
-    def gather(library):
+    def texts(library):
         calls.append(1)
         return {"prose": OLD, "code": NEW}
 
-    monkeypatch.setattr(Stdlib, "gather", gather)
+    once = cached_property(texts)
+    once.__set_name__(Stdlib, "texts")
+    monkeypatch.setattr(Stdlib, "texts", once)
     monkeypatch.setattr(Stdlib, "fingerprint", "one installation")
     return calls
 

@@ -32,7 +32,7 @@ def library(tmp_path):
 
 def test_gathering_a_small_library(library, caplog):
     with caplog.at_level(logging.WARNING):
-        text = Stdlib(library).gather()
+        text = Stdlib(library).texts
     assert {each.identifier: each.text for each in text["prose"]} == {
         "pydoc_data/topics/a": "about a",
         "pydoc_data/topics/b": "about b",
@@ -58,12 +58,12 @@ def test_the_fingerprint_sees_a_changed_and_a_new_file(library):
 
 def test_a_library_without_sources_is_refused(tmp_path):
     with pytest.raises(RequestError, match=r"no Python sources.*full installation"):
-        Stdlib(tmp_path).gather()
+        Stdlib(tmp_path).documents("code")
 
 
 @pytest.mark.full
 def test_the_real_library(caplog):
-    text = Stdlib().gather()
+    text = Stdlib().texts
     prose, code = text["prose"], text["code"]
     assert 300 < len(prose) < 900 and 300 < len(code) < 900
     assert 1.2e6 < sum(len(each.text) for each in prose) < 5e6

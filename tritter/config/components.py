@@ -140,9 +140,11 @@ class Reader:
         self, bodies: Mapping[str, Any], classes: Mapping[str, type[Any]], *, group: str
     ) -> tuple[Component, ...]:
         """Return the valid methods of an ordered group."""
-        keys = {f"{group}.{name}": body for name, body in bodies.items()}
-        read = [self.component(key, classes.get(key), body) for key, body in keys.items()]
-        found = [each for each in read if each is not None]
+        found: list[Component] = []
+        for name, body in bodies.items():
+            key = f"{group}.{name}"
+            if (method := self.component(key, classes.get(key), body)) is not None:
+                found.append(method)
         for each in found if group == "expansion" else ():  # runs look expansions up
             try:
                 hash(each.options)

@@ -177,8 +177,9 @@ class Stdlib:
                 digest.update(f"\0{path}\0{status.st_size}\0{status.st_mtime_ns}".encode())
         return digest.hexdigest()
 
-    def gather(self) -> dict[str, list[Document]]:
-        """Read `prose`, the documentation, and `code`, the sources, in one pass, sorted by path.
+    @cached_property
+    def texts(self) -> dict[str, list[Document]]:
+        """`prose`, the documentation, and `code`, the sources, read in one pass, sorted by path.
 
         Modules are parsed, never imported. A document's identifier is its path relative to the
         folder, or `pydoc_data/topics/NAME` for a pydoc topic.
@@ -213,10 +214,6 @@ class Stdlib:
             _logger.warning("%d library files could not be read: %s", len(skipped), names)
         return {"prose": prose, "code": code}
 
-    @cached_property
-    def _gathered(self) -> dict[str, list[Document]]:
-        return self.gather()
-
     def documents(self, name: str) -> Documents:
         """Return the distinct documents of `prose` or `code`, without blanks around them.
 
@@ -224,7 +221,7 @@ class Stdlib:
         """
         return Documents.of(
             part.strip()
-            for each in self._gathered[name]
+            for each in self.texts[name]
             for part in pieces_of_chunks([each.text.strip()])
         )
 

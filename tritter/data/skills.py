@@ -361,11 +361,12 @@ class SkillText:
 
         No question occurs in the texts of a skill.
         """
-        named = (cls.named("data", path) for path in paths if path.startswith(cls.PREFIX))
-        skills = list({(text.skill.name, text.is_chat): text for text in named}.values())
-        parts = [number // len(skills) + (at < number % len(skills)) for at in range(len(skills))]
-        drawn = (
-            text.skill.questions(part, is_chat=text.is_chat)
-            for text, part in zip(skills, parts, strict=True)
-        )
-        return tuple(question for questions in drawn for question in questions)
+        skills, questions = dict[tuple[str, bool], SkillText](), list[Question]()
+        for path in paths:
+            if path.startswith(cls.PREFIX):
+                text = cls.named("data", path)
+                skills[text.skill.name, text.is_chat] = text
+        for position, text in enumerate(skills.values()):
+            part = number // len(skills) + (position < number % len(skills))
+            questions += text.skill.questions(part, is_chat=text.is_chat)
+        return tuple(questions)

@@ -178,8 +178,8 @@ class Family:
 
     def with_dimensions(self, config: Config, sizes: Dimensions) -> Config:
         """Return the config of a model with other sizes of FFNs, heads and residual stream."""
-        grown = {name: key for name, key in self.sizes.items() if name in Dimensions.GROWING}
-        changed = {key: getattr(sizes, name) for name, key in grown.items()}
+        grown = Dimensions.GROWING
+        changed = {k: getattr(sizes, name) for name, k in self.sizes.items() if name in grown}
         return {**config, **changed}
 
     def decoder(self, config: Config) -> Config:
@@ -201,9 +201,11 @@ class Family:
 
     def with_rms(self, config: Config, ratio: float) -> Config:
         """Return the config of a model whose residual stream has `ratio` times the RMS."""
-        scaled = {key: float(config[key]) * ratio**2 for key in self._eps_keys(config)}  # type: ignore[arg-type]
-        # 8e-07, not 7.999999e-07
-        return {**config, **{key: float(f"{eps:.15g}") for key, eps in scaled.items()}}
+        changed: dict[str, float] = {}
+        for key in self._eps_keys(config):
+            eps = float(config[key]) * ratio**2  # type: ignore[arg-type]
+            changed[key] = float(f"{eps:.15g}")  # 8e-07, not 7.999999e-07
+        return {**config, **changed}
 
     def _eps_keys(self, config: Config) -> Collection[str]:
         """Return the keys of the eps of norms over the residual stream."""

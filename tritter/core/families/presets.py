@@ -61,8 +61,8 @@ def _read_all() -> dict[str, ModelConfig]:
     presets = {}
     for path in (config_folder() / "model").glob("tritter_*.yaml"):
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        names = [field.name for field in fields(ModelConfig) if field.name in values]
-        presets[path.stem] = ModelConfig(**{name: values[name] for name in names})
+        stated = {f.name: values[f.name] for f in fields(ModelConfig) if f.name in values}
+        presets[path.stem] = ModelConfig(**stated)
     return {name: presets[name] for name in sorted(presets, key=_nominal_parameters)}
 
 

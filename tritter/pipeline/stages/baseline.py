@@ -271,7 +271,8 @@ def _base_made_from(run: Run) -> dict[str, Any]:
         for name, sources in run.data.streams.items()
         if name in run.data.old_domains
     }
-    pretraining = {k: v for k, v in asdict(config.pretraining).items() if k != "max_tokens"}
+    pretraining = asdict(config.pretraining)
+    del pretraining["max_tokens"]
     return {
         "format": "base",
         "format_version": _BASE_VERSION,
