@@ -154,8 +154,7 @@ class Weights:
         Args:
             destination: the folder to write.
             dtype: of the tensors, except those that the stock class keeps in float32; None means
-            the
-                most common dtype of the origin.
+                the most common dtype of the origin.
             expert_layout: `hub` for one tensor per matrix of each expert, or `live` for one tensor
                 with all experts of a layer, as in transformers' modules.
             artifacts: other files to write next to the model, such as the tokenizer.

@@ -76,27 +76,6 @@ class Chat:
     loss_on: LossOn = "answers"
     has_template: bool = True
 
-    @classmethod
-    def of(cls, options: ChatChoice, *, tokenizer: Any) -> Chat:
-        """Return the way in which conversations become tokens.
-
-        Args:
-            options: the options of the run.
-            tokenizer: the transformers tokenizer of the checkpoint; None for a new base model.
-        """
-        choice, loss_on = options.chat_template, options.loss_on or "answers"
-        has_template = tokenizer is not None and tokenizer.chat_template is not None
-        if choice == _NONE or (choice is None and not has_template):
-            return cls(None, loss_on, has_template=has_template)
-        if tokenizer is None:
-            reason = "a new base model has no special tokens for a template; use none"
-            raise RequestError(Problem(_TEMPLATE_KEY, choice, reason=reason))
-        if choice in (None, _TOKENIZER) and not has_template:
-            reason = "the checkpoint's tokenizer has no chat template; use none, or a file"
-            raise RequestError(Problem(_TEMPLATE_KEY, choice, reason=reason))
-        options.set_template(tokenizer)
-        return cls(tokenizer, loss_on)
-
     @property
     def is_marked(self) -> bool:
         """Whether conversations differ from plain text."""
