@@ -452,7 +452,7 @@ def _write_eight_bit(
         optimizer: An Adam of bitsandbytes.
         parameter: Parameter in one of its groups.
         moments: Moments and step count in the format of torch's Adam.
-        before: _State of the parameter that this one replaces. Blocks with unchanged values keep
+        before: State of the parameter that this one replaces. Blocks with unchanged values keep
             their exact codes and scales. Quantising again would shrink the largest value of a
             block by 0.7 % if it is negative, because there is no code for −1.
 
