@@ -122,7 +122,8 @@ class DomainTask:
                 "before": run.read_scores("baseline").records(),
                 "after": run.read_scores(f"{_BRANCH}-trained").records(),
             }
-                with atomic_folder(destination, overwrite=overwrite, check=check_replaceable) as temporary:
+            check = check_replaceable
+            with atomic_folder(destination, overwrite=overwrite, check=check) as temporary:
                 shutil.copytree(folder / "checkpoint", temporary, dirs_exist_ok=True)
                 # The parent is the source, because the stage folders are temporary
                 made = run.source("checkpoint")
