@@ -45,13 +45,13 @@ def trained(run: Path, *, is_grown: bool, rank: float, rate: float, steps: int) 
     """Train what a finished run started from under OSF, and score it as the run was scored."""
     import torch
     from peft import OSFConfig, get_peft_model
-    from rich.console import Console
 
     from tritter.config.launch.composition import load_config
     from tritter.core.models import load_model
     from tritter.pipeline.ledger import Ledger
     from tritter.pipeline.run import Run
     from tritter.storage.reading import read_object
+    from tritter.terminal import Console
 
     torch.set_num_threads(1)
     seed = read_object(run / "summary.json")["seed"]

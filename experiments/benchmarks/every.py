@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
+from tritter.terminal import Console
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

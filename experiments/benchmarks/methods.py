@@ -81,11 +81,10 @@ class Measured:
 
 def measure(way: str, *, hidden_size: int, layers: int, steps: int) -> Measured:
     """Train a few steps; for a process of its own."""
-    from rich.console import Console
-
     from tritter.config.launch.composition import load_config
     from tritter.data.batches import BatchStream, SequenceStream
     from tritter.methods import forgetting
+    from tritter.terminal import Console
     from tritter.training import BaseModule, OptimizerSettings, Schedule, Task, fit
 
     words = ("trainer=cpu", "trainer.progress=off", "trainer.save_every_n_steps=0")

@@ -539,6 +539,8 @@ def validation_metrics(
         trainer.validate(module, datamodule=TextDataModule((), text), verbose=False)
     model.to("cpu")
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    del trainer, module
+    gc.collect()  # they are a reference cycle with the model, and the next one is loaded soon
     return {
         name: value
         for name, value in logged.items()

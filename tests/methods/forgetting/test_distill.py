@@ -162,7 +162,7 @@ def test_the_softcap_of_logits_is_the_teachers_own() -> None:
 
 
 def trained(folder: Path, teacher: nn.Module, *methods: Any) -> BaseModule:
-    from rich.console import Console
+    from tritter.terminal import Console
 
     module = module_of(*methods)
     fit(
@@ -200,7 +200,7 @@ def test_the_teacher_is_not_trained_not_saved_and_let_go(tmp_path: Path) -> None
 def test_replayed_rows_count_the_same_in_accumulated_batches(tmp_path: Path, count: int) -> None:
     """Two of eight rows are old; most of the accumulated batches have none."""
     new, old = (oracle.tokens(batch=40, length=16, seed=seed).int() for seed in (1, 2))
-    from rich.console import Console
+    from tritter.terminal import Console
 
     found, logged = [], []
     for parts in (1, count):

@@ -202,9 +202,8 @@ def test_it_holds_what_matters(tmp_path: Path) -> None:
         module = module_of(EWC(ewc_lambda=strength))
         fisher = diagonal_fisher(module.model, oracle.tokens(batch=8))
         start = {name: p.detach().clone() for name, p in module.model.named_parameters()}
-        from rich.console import Console
-
         from tests.training.test_fit import SETTINGS, batches
+        from tritter.terminal import Console
         from tritter.training import fit
 
         fit(

@@ -149,7 +149,7 @@ def teach(
 
 
 def test_new_experts_are_taught_as_by_hand() -> None:
-    model, other, teacher = grown(noise=0.5), grown(noise=0.5), oracle.tiny_llama()
+    model, other, teacher = grown(noise=0.1), grown(noise=0.1), oracle.tiny_llama()
 
     def loss_of(step: int, ids: Tensor) -> Tensor:
         offset(other, old=-torch.inf, new=0.0)
