@@ -12,7 +12,8 @@ A low-rank adapter adds two matrices: at rank r it costs r · (in + out) multipl
 that are routed to it; on an embedding r · out, since the lookup is free.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Literal
@@ -20,7 +21,9 @@ from typing import Literal
 from tritter.core.families.logical import LogicalTensor
 from tritter.core.families.model import Model
 
-_Loss = Literal["head", "routers"]
+_Loss = Literal["head", "routers"]  # of a backward pass
+_Pass = Literal["forward"] | _Loss
+_PASSES = ("forward", "head", "routers")
 _IsTrained = Callable[[LogicalTensor], bool]
 
 
@@ -114,7 +117,7 @@ def forward_flops(
         routed_to: the experts that share the tokens evenly. Default: all.
         adapters: of the model.
     """
-    return _Walk(model, _everything, routed_to, adapters).sum(lambda product: product.forward)
+    return _Walk(model, _everything, routed_to, adapters).flops("forward")
 
 
 def backward_flops(
@@ -135,10 +138,7 @@ def backward_flops(
         routed_to: see `forward_flops`.
         adapters: of the model.
     """
-    walk = _Walk(model, is_trained, routed_to, adapters)
-    if loss_at == "head":
-        return walk.sum(lambda product: product.backward)
-    return walk.sum(lambda product: product.backward * product.is_below_router)
+    return _Walk(model, is_trained, routed_to, adapters).flops(loss_at)
 
 
 def training_flops(
@@ -149,35 +149,8 @@ def training_flops(
     adapters: Adapters | None = None,
 ) -> Flops:
     """Return the FLOPs of a forward and a backward pass; arguments as in `backward_flops`."""
-    forward = forward_flops(model, routed_to=routed_to, adapters=adapters)
-    return forward + backward_flops(
-        model, is_trained=is_trained, routed_to=routed_to, adapters=adapters
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Product:
-    """A matrix product of the forward pass, with the products of its gradients.
-
-    Args:
-        size: multiply-adds per token; for attention, per token and key.
-        forward: number of products in the forward pass.
-        backward: number of products in the backward pass.
-        is_below_router: a router depends on its output.
-        is_routed: it belongs to a routed expert.
-        share: fraction of the tokens that it processes.
-        is_attention: its size counts per key.
-        window: sliding window of its keys.
-    """
-
-    size: int
-    forward: int = 1
-    backward: int
-    is_below_router: bool
-    is_routed: bool = False
-    share: float = 1
-    is_attention: bool = False
-    window: int | None = None
+    walk = _Walk(model, is_trained, routed_to, adapters)
+    return walk.flops("forward") + walk.flops("head")
 
 
 class _Walk:
@@ -201,7 +174,11 @@ class _Walk:
         sparse = [layer for layer, kind in enumerate(kinds) if kind == "sparse"]
         self._last_sparse = f"layers.{sparse[-1]}." if sparse else ""
         self._is_below_router = bool(sparse)
-        self._products: list[_Product] = []
+        # Pass → FLOPs per token outside routed experts, and of all routed experts together
+        self._whole: dict[str, float] = dict.fromkeys(_PASSES, 0)
+        self._routed: dict[str, float] = dict.fromkeys(_PASSES, 0)
+        # Pass → sliding window → FLOPs per token and key
+        self._of_keys: dict[str, Counter[int | None]] = {name: Counter() for name in _PASSES}
         self._adapters = adapters or Adapters()
         self._gates = False  # whether the gates of adapters need a gradient
         vocabulary, hidden = self._shapes["embed"]
@@ -225,21 +202,10 @@ class _Walk:
         self._matrix("head" if "head" in self._shapes else "embed", read)
         self._low_rank("head", vocabulary, hidden, read)
 
-    def sum(self, times: Callable[[_Product], int]) -> Flops:
-        """Return the sum of all products, each multiplied by `times`."""
-        whole: float = 0
-        routed: float = 0
-        attention: dict[int | None, int] = {}
-        for product in self._products:
-            flops = 2 * product.size * times(product)
-            if product.is_attention:
-                attention[product.window] = attention.get(product.window, 0) + flops
-            elif product.is_routed:
-                routed += flops * product.share
-            else:
-                whole += flops * product.share
-        share = self._sizes.experts_per_token * routed / max(1, len(self._experts))
-        return Flops(whole + share, attention)
+    def flops(self, name: _Pass) -> Flops:
+        """Return the FLOPs of a pass: `forward`, or the backward pass of a loss."""
+        share = self._sizes.experts_per_token * self._routed[name] / max(1, len(self._experts))
+        return Flops(self._whole[name] + share, dict(self._of_keys[name]))
 
     def _attention(self, layer: str, stream: bool, window: int | None) -> bool:
         """Add the products of a layer's attention; return True if the stream needs one."""
@@ -251,16 +217,7 @@ class _Walk:
         ]
         query, key, value = found * (3 // len(found))
         weights = query or key
-        self._products.append(
-            _Product(
-                size=self._sizes.query_size,
-                forward=2,  # queries and keys, weights and values
-                backward=query + key + weights + value,
-                is_below_router=self._is_below_router,
-                is_attention=True,
-                window=window,
-            )
-        )
+        self._add_keys(window, query + key + weights + value)
         added = self._matrix(
             part + "o", weights or value, part + "o_bias", layer + "attention_output_norm"
         )
@@ -290,16 +247,7 @@ class _Walk:
                 self._add(prod(shape) * (len(shape) > 2), read + (tensor in trained))
             read |= tensor in trained
         if any(tensor.is_attention for tensor in tensors):
-            self._products.append(
-                _Product(
-                    size=self._sizes.query_size,
-                    forward=2,
-                    backward=4 * read,
-                    is_below_router=self._is_below_router,
-                    is_attention=True,
-                    window=window,
-                )
-            )
+            self._add_keys(window, 4 * read)
         return stream or bool(trained)
 
     def _ffn(self, layer: str, stream: bool) -> bool:
@@ -366,15 +314,26 @@ class _Walk:
         return needs
 
     def _add(self, size: int, backward: int, *, is_routed: bool = False, share: float = 1) -> None:
-        self._products.append(
-            _Product(
-                size=size,
-                backward=backward,
-                is_below_router=self._is_below_router,
-                is_routed=is_routed,
-                share=share,
-            )
-        )
+        """Add a matrix product.
+
+        Args:
+            size: multiply-adds per token.
+            backward: number of products in the backward pass.
+            is_routed: it belongs to a routed expert.
+            share: fraction of the tokens that it processes.
+        """
+        total = self._routed if is_routed else self._whole
+        for name, times in self._passes(1, backward):
+            total[name] += 2 * size * times * share
+
+    def _add_keys(self, window: int | None, backward: int) -> None:
+        """Add the products of queries and keys, and of weights and values."""
+        for name, times in self._passes(2, backward):
+            self._of_keys[name][window] += 2 * self._sizes.query_size * times
+
+    def _passes(self, forward: int, backward: int) -> Iterable[tuple[str, int]]:
+        """Return pass → number of products; the loss of routers skips what is above the last."""
+        return zip(_PASSES, (forward, backward, backward * self._is_below_router), strict=True)
 
     def _normed(self, stream: bool, norm: str) -> bool:
         return self._needs(stream, norm, norm + "_bias")
