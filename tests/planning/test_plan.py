@@ -22,7 +22,7 @@ from tritter.planning.plan import (
     plan_expansion_path,
     plan_growth,
 )
-from tritter.planning.shapes import GrowthMethods, NamedShape
+from tritter.planning.shapes import GrowthMethods, nearest_preset
 
 SMALL: Config = tiny_llama().config.to_dict()
 STRATEGIES = ("depth_first", "width_first", "balanced", "auto")
@@ -31,8 +31,8 @@ PATHS = [(3, 7), (7, 10), (3, 10), (7, 14), (0.125, 14)]
 
 
 def planned(source: float, target: float, strategy: str, *, hours: float = 1e9) -> GrowthPlan:
-    shape = NamedShape.near(int(source * 1e9))
-    return plan_growth(shape.model, int(target * 1e9), gpu_hours=hours, strategy=strategy)
+    _, model = nearest_preset(int(source * 1e9))
+    return plan_growth(model, int(target * 1e9), gpu_hours=hours, strategy=strategy)
 
 
 @pytest.mark.quick_cases(2)
@@ -308,7 +308,7 @@ def test_a_target_just_above_the_source_still_takes_a_step() -> None:
 
 
 def test_a_count_without_a_preset_is_one_with_other_layers() -> None:
-    assert NamedShape.near(3_000_000_000).name == "tritter_3b"
-    other = NamedShape.near(5_000_000_000)
-    assert other.name != "tritter_3b" and "layers" in other.name
-    assert other.parameters == pytest.approx(5e9, rel=0.02)
+    assert nearest_preset(3_000_000_000)[0] == "tritter_3b"
+    name, other = nearest_preset(5_000_000_000)
+    assert name != "tritter_3b" and "layers" in name
+    assert other.num_parameters == pytest.approx(5e9, rel=0.02)

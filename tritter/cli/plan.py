@@ -24,9 +24,9 @@ from tritter.report.table import Table, count_text, si_text
 from tritter.storage.hub import locate
 
 if TYPE_CHECKING:
+    from tritter.core.families import Model
     from tritter.planning.memory import TrainingMemory
     from tritter.planning.plan import Assumptions, ExpansionStep, GrowthPlan
-    from tritter.planning.shapes import NamedShape
 
 # Tokens per target parameter; experiments/2026-11-22_one_layer
 _SMALL_MODEL_BEATEN_FROM = 10.0
@@ -162,13 +162,13 @@ def plan(
     from tritter.planning.upcycling import Upcycling
 
     with _NAMES.in_use():
-        start = _read_source(source)
+        name, start = _read_source(source)
         setup = TrainingSetup(
             precision=precision,
             optimizer=optimizer,
             is_attention_frozen=freeze_attention,
             batch_size=batch_size,
-            sequence_length=_sequence_length(sequence_length, start),
+            sequence_length=_sequence_length(sequence_length, name, start),
             is_checkpointed=gradient_checkpointing,
         )
         assumptions = Assumptions(
@@ -180,54 +180,53 @@ def plan(
         )
         preset = _preset(target)
         made = plan_growth(
-            start.model,
-            _count("target", target) if preset is None else preset.parameters,
+            start,
+            _count("target", target) if preset is None else preset.num_parameters,
             gpu_hours=gpu_hours,
             strategy=strategy.replace("-", "_"),
             assumptions=assumptions,
         )
-    commands = list(_expand_commands(made, source, start))
+    commands = list(_expand_commands(made, source, name))
     notes = list(_command_notes(commands))
     found = serving_notes(made.steps[-1].target, made.source)
     notes += [f"Shape of the result: {note}." for note in found]
     upcycling = Upcycling.of_budget(
-        start.model,
-        dense_tokens=float(source_tokens or tokens_per_parameter * start.parameters),
+        start,
+        dense_tokens=float(source_tokens or tokens_per_parameter * start.num_parameters),
         gpu_flops=assumptions.flops(gpu_hours),
         sequence_length=setup.sequence_length,
     )
     if upcycling is not None:
         notes.append(f"Upcycling the source instead (expansion moe): {upcycling.text}.")
     if as_json:
-        print_json(_as_json(made, start, commands, assumptions) | {"notes": notes})
+        print_json(_as_json(made, name, commands, assumptions) | {"notes": notes})
     else:
-        _print(made, start, commands, notes, assumptions)
+        _print(made, name, commands, notes, assumptions)
     return 0
 
 
-def _sequence_length(requested: int | None, source: NamedShape) -> int:
+def _sequence_length(requested: int | None, name: str, model: Model) -> int:
     """Return the sequence length, limited by the model's positions."""
     from tritter.planning.memory import TrainingSetup
 
-    model = source.model
     limit = model.position_limit or 0
     if requested is not None and 0 < limit < requested:
         key = model.positions_key
-        reason = f"{source.name} has {key} = {limit} positions; must be at most that"
+        reason = f"{name} has {key} = {limit} positions; must be at most that"
         raise RequestError(Problem("sequence_length", requested, reason))
     default = TrainingSetup().sequence_length
     return requested or min(default, limit or default)
 
 
-def _expand_commands(plan: GrowthPlan, text: str, source: NamedShape) -> Iterator[str]:
+def _expand_commands(plan: GrowthPlan, text: str, name: str) -> Iterator[str]:
     """Yield the `tritter expand` command of each step; each reads the output of the last one.
 
     Args:
         plan: the plan.
         text: the typed value of --source.
-        source: its shape. Without a checkpoint, the first command reads a folder of that name.
+        name: of its shape. Without a checkpoint, the first command reads a folder of that name.
     """
-    name = Path(source.name).resolve().name.replace(" ", "-")
+    name = Path(name).resolve().name.replace(" ", "-")
     checkpoint = text if _is_checkpoint(text) else name
     for step in plan.steps:
         spec = step.spec
@@ -265,29 +264,33 @@ def _is_checkpoint(source: str) -> bool:
     return Path(source).is_dir() or "/" in source
 
 
-def _read_source(text: str) -> NamedShape:
-    """Return the shape of `--source`."""
+def _read_source(text: str) -> tuple[str, Model]:
+    """Return name and model of `--source`."""
     from tritter.checkpoints.location import require_plain
     from tritter.core.families.config_file import read_model_file
-    from tritter.planning.shapes import NamedShape
+    from tritter.planning.shapes import nearest_preset
 
     if _is_checkpoint(text):
         with refuse_damage():
             folder = locate(text, key="--source")
             require_plain(folder, doing="an expansion", key="--source")
-            return NamedShape(display_path(folder), read_model_file(folder))
+            return display_path(folder), read_model_file(folder)
     if (preset := _preset(text)) is not None:
-        return preset
+        return _preset_name(text), preset
     folders = [entry.name for entry in Path.cwd().iterdir() if entry.is_dir()]
-    return NamedShape.near(_count("source", text, near=folders))
+    return nearest_preset(_count("source", text, near=folders))
 
 
-def _preset(text: str) -> NamedShape | None:
+def _preset_name(text: str) -> str:
+    return text.lower().replace("-", "_")
+
+
+def _preset(text: str) -> Model | None:
+    from tritter.core.families import Model
     from tritter.core.families.presets import PRESETS
-    from tritter.planning.shapes import NamedShape
 
-    name = text.lower().replace("-", "_")
-    return NamedShape.of(name) if name in PRESETS else None
+    preset = PRESETS.get(_preset_name(text))
+    return None if preset is None else Model(preset.config())
 
 
 def _count(key: str, text: str, *, near: Sequence[str] = ()) -> int:
@@ -298,7 +301,7 @@ def _count(key: str, text: str, *, near: Sequence[str] = ()) -> int:
     except typer.BadParameter as error:
         folder = ", a checkpoint folder" if key == "source" else ""
         reason = f"give a count of parameters such as 3B{folder} or a preset: {', '.join(PRESETS)}"
-        close = nearest(text.lower().replace("-", "_"), [*PRESETS, *near])
+        close = nearest(_preset_name(text), [*PRESETS, *near])
         raise RequestError(Problem(key, text, reason, nearest=close)) from error
 
 
@@ -340,15 +343,15 @@ def _size(shapes: Mapping[str, int]) -> str:
 
 def _print(
     plan: GrowthPlan,
-    source: NamedShape,
+    name: str,
     commands: list[str],
     notes: list[str],
     assumptions: Assumptions,
 ) -> None:
     console = CommandConsole()
-    size = f"{_size(shapes_of(plan.source))}, {count_text(source.parameters)} parameters"
+    size = f"{_size(shapes_of(plan.source))}, {count_text(plan.source_parameters)} parameters"
     lines = [
-        ("source", f"{source.name}: {size}"),
+        ("source", f"{name}: {size}"),
         ("target", f"{count_text(plan.target_parameters)} parameters"),
         ("strategy", plan.strategy),
     ]
@@ -497,13 +500,13 @@ def _advice(tokens_per_parameter: float) -> str:
 
 
 def _as_json(
-    plan: GrowthPlan, source: NamedShape, commands: list[str], assumptions: Assumptions
+    plan: GrowthPlan, name: str, commands: list[str], assumptions: Assumptions
 ) -> dict[str, Any]:
     return {
         "source": {
-            "name": source.name,
-            "parameters": source.parameters,
-            "shapes": shapes_of(source.model),
+            "name": name,
+            "parameters": plan.source_parameters,
+            "shapes": shapes_of(plan.source),
             "memory_bytes": _memory_json(plan.source_memory),
         },
         "target_parameters": plan.target_parameters,

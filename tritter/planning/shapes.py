@@ -271,47 +271,29 @@ def _rounding(old: int, exact: float, *, most: int) -> int:
     return multiple
 
 
-@dataclass(frozen=True, slots=True)
-class NamedShape:
-    """A shape and its name."""
+def nearest_preset(parameters: int) -> tuple[str, Model]:
+    """Return name and model of the nearest preset, if need be with another number of layers."""
 
-    name: str
-    model: Model
+    def miss(model: Model) -> float:
+        return abs(model.num_parameters / parameters - 1)
 
-    @classmethod
-    def of(cls, preset: str) -> "NamedShape":
-        """Return the shape of a preset, by its name."""
-        return cls(preset, Model(PRESETS[preset].config()))
-
-    @classmethod
-    def near(cls, parameters: int) -> "NamedShape":
-        """Return the preset with about this many parameters, or a preset with another depth."""
-        whole = [cls.of(preset) for preset in PRESETS]
-        near = [shape for shape in whole if _miss(shape, parameters) <= _TOLERANCE]
-        shapes = near or [_with_other_depth(shape, parameters) for shape in whole]
-        best = min(shapes, key=lambda shape: _miss(shape, parameters))
-        if _miss(best, parameters) > _TOLERANCE:
-            raise refused(
-                "source",
-                f"{parameters:,} parameters",
-                "the nearest preset, with up to twice its layers or fewer, has "
-                f"{best.parameters:,}; use a checkpoint folder",
-            )
-        return best
-
-    @property
-    def parameters(self) -> int:
-        return self.model.num_parameters
+    models = {name: Model(preset.config()) for name, preset in PRESETS.items()}
+    if not any(miss(model) <= _TOLERANCE for model in models.values()):
+        models = dict(_with_other_depth(name, each, parameters) for name, each in models.items())
+    name, best = min(models.items(), key=lambda item: miss(item[1]))
+    if miss(best) > _TOLERANCE:
+        raise refused(
+            "source",
+            f"{parameters:,} parameters",
+            "the nearest preset, with up to twice its layers or fewer, has "
+            f"{best.num_parameters:,}; use a checkpoint folder",
+        )
+    return name, best
 
 
-def _with_other_depth(preset: NamedShape, parameters: int) -> NamedShape:
+def _with_other_depth(name: str, whole: Model, parameters: int) -> tuple[str, Model]:
     """Return a preset with the nearest number of layers, at most twice its own."""
-    whole = preset.model
     one, two = (whole.with_layers([0] * n).num_parameters for n in (1, 2))
     most = 2 * whole.sizes.num_hidden_layers
     layers = min(max(1 + round((parameters - one) / (two - one)), 1), most)
-    return NamedShape(f"{preset.name} with {layers} layers", whole.with_layers([0] * layers))
-
-
-def _miss(shape: NamedShape, parameters: int) -> float:
-    return abs(shape.parameters / parameters - 1)
+    return f"{name} with {layers} layers", whole.with_layers([0] * layers)
