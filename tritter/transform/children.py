@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property, partial
 from itertools import combinations, islice
 from threading import Lock
 from typing import TYPE_CHECKING, cast
@@ -18,7 +18,7 @@ from tritter.checkpoints.history import Link
 from tritter.checkpoints.location import require_plain
 from tritter.checkpoints.record import LearnedDomain
 from tritter.core.expansions import BoundMoe, ExpansionSpec, Moe
-from tritter.core.expansions.moe_children import HiddenMoments, router_rows
+from tritter.core.expansions.moe_children import router_rows
 from tritter.core.families import forward_flops
 from tritter.core.families.config_file import read_model_file
 from tritter.data.chat import ids_of
@@ -31,29 +31,12 @@ from tritter.storage.reading import TOKENIZER_NAME, named_path
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from tritter.core.parameter_map.tensor_map import OtherTensor
     from tritter.transform.change import PlannedExpansion
 
 _FROM = "expansion.moe.experts_from"
 # Keys of config.json that do not change the function
 _FREE = {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache"}
 _ROUTER_TOKENS, _ROUTER_LENGTH, _BATCH = 8192, 256, 8  # of each child's data
-
-
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """A tensor of another checkpoint."""
-
-    source: Source
-    model_hash: str
-    name: str
-
-    @property
-    def digest(self) -> str:
-        return f"{self.model_hash}:{self.name}"
-
-    def read(self) -> Tensor:
-        return self.source.read(self.name)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,8 +55,8 @@ class _OpenChild:
     model_hash: str
     domains: Mapping[str, LearnedDomain]
 
-    def tensor(self, name: str) -> OtherTensor:
-        return _Stored(self.source, self.model_hash, name)
+    def read(self, name: str) -> Tensor:
+        return self.source.read(name)
 
 
 def bound_children(spec: ExpansionSpec, source: Source) -> BoundMoe:
@@ -109,12 +92,9 @@ def bound_children(spec: ExpansionSpec, source: Source) -> BoundMoe:
         return replace(made, remarks=("router: random rows",))
     problem = _data_problem(children) or _same_data(children)
     if problem is None:
-        rows = _Rows(source, made)
-        layers = range(source.model.sizes.num_hidden_layers)
         names = "; ".join(f"{child.name}: {', '.join(child.domains)}" for child in children)
         remark = f"router rows from training documents of each model ({names})"
-        routers = {layer: _RowsOfLayer(rows, layer) for layer in layers}
-        return replace(made, routers=routers, remarks=(remark,))
+        return replace(made, routers=_Rows(source, made), remarks=(remark,))
     if spec.router == "data":
         raise RequestError(Problem("expansion.moe.router", "data", reason=f"{problem}; use random"))
     return replace(made, remarks=(f"router: random rows, because {problem}",))
@@ -249,7 +229,7 @@ def _child_sequences(child: _OpenChild, *, length: int, vocab_size: int) -> Tens
     return ids_of(bounds.begun(torch.tensor(tokens).view(-1, min(length, len(tokens)))))
 
 
-@dataclass(slots=True)
+@dataclass
 class _Rows:
     """The router rows of all layers, computed once, when the first is read.
 
@@ -268,7 +248,7 @@ class _Rows:
     _lock: Lock = field(default_factory=Lock)
     _found: tuple[Tensor, ...] = ()
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """What determines the rows: the models, and the data of each."""
         parts = [_hash_of(self.source), str(_ROUTER_TOKENS), str(_ROUTER_LENGTH)]
@@ -299,12 +279,12 @@ class _Rows:
         for child in children:
             tokens = _child_sequences(child, length=length, vocab_size=size)
             self.lengths[tokens.shape[1]] += len(tokens)
-            moments = _ffn_moments(model, self._gates(), tokens)
-            means.append([each.mean for each in moments])
-            if not within:
-                within = [torch.zeros_like(each.products) for each in moments]
-            for total, each in zip(within, moments, strict=True):  # all children would not fit
-                total += each.covariance / len(children)
+            means.append([])
+            for layer, (mean, covariance) in enumerate(_ffn_moments(model, self._gates(), tokens)):
+                means[-1].append(mean)
+                if layer == len(within):
+                    within.append(torch.zeros_like(covariance))
+                within[layer] += covariance / len(children)  # all children would not fit
         of_layers = zip(zip(*means, strict=True), within, strict=True)
         return tuple(router_rows(torch.stack(each), total).float() for each, total in of_layers)
 
@@ -328,30 +308,43 @@ class _Rows:
         return model.eval()
 
 
-def _ffn_moments(model: nn.Module, modules: Sequence[str], tokens: Tensor) -> list[HiddenMoments]:
-    """Return the moments of the inputs of some modules, over all tokens [N, T]."""
-    sums: dict[str, HiddenMoments] = {}
-    hooks = []
-    for name in modules:
+def _ffn_moments(
+    model: nn.Module, modules: Sequence[str], tokens: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield mean [H] and covariance [H, H], float64, of the inputs of each module.
 
-        def add(_module: object, inputs: tuple[Tensor, ...], name: str = name) -> None:
-            moments = HiddenMoments.of(inputs[0].flatten(0, -2))
-            sums[name] = sums[name] + moments if name in sums else moments
+    Args:
+        model: the model.
+        modules: names of modules that read all tokens.
+        tokens: int64 [N, T].
+    """
+    totals: dict[str, Tensor] = {}
+    products: dict[str, Tensor] = {}
 
-        hooks.append(model.get_submodule(name).register_forward_pre_hook(add))
+    def add(name: str, _module: object, inputs: tuple[Tensor, ...]) -> None:
+        wide = inputs[0].flatten(0, -2).double()
+        total, product = wide.sum(dim=0), wide.T @ wide
+        totals[name] = totals[name] + total if name in totals else total
+        products[name] = products[name] + product if name in products else product
+
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(partial(add, name)) for name in modules
+    ]
     for batch in tokens.split(_BATCH):
         model(batch)
     for hook in hooks:
         hook.remove()
-    return [sums[name] for name in modules]
+    for name in modules:
+        mean = totals[name] / tokens.numel()
+        yield mean, products[name] / tokens.numel() - mean.outer(mean)
 
 
 def _router_data(plan: PlannedExpansion) -> Iterator[_Rows]:
     """Return the sources of router rows that a plan computes from data."""
     for step in plan.steps:
-        rows = next(iter((getattr(step.spec, "routers", None) or {}).values()), None)
-        if isinstance(rows, _RowsOfLayer):
-            yield rows.of
+        rows = getattr(step.spec, "routers", None)
+        if isinstance(rows, _Rows):
+            yield rows
 
 
 def router_bytes(plan: PlannedExpansion) -> int:
@@ -367,18 +360,3 @@ def router_bytes(plan: PlannedExpansion) -> int:
 def router_flops(plan: PlannedExpansion) -> float:
     """Return the FLOPs of the router rows that were computed from data."""
     return sum(forward_flops(plan.source).of_all(each.lengths) for each in _router_data(plan))
-
-
-@dataclass(frozen=True, slots=True)
-class _RowsOfLayer:
-    """The router rows of one layer."""
-
-    of: _Rows
-    layer: int
-
-    @property
-    def digest(self) -> str:
-        return f"{self.of.digest}:{self.layer}"
-
-    def read(self) -> Tensor:
-        return self.of.rows(self.layer)

@@ -20,7 +20,7 @@ from tritter.checkpoints import Lineage, Source
 from tritter.checkpoints.record import ExpansionRecord, LearnedDomain
 from tritter.checkpoints.state import State, write_state
 from tritter.core.expansions import Moe, MoeAdd, Width
-from tritter.core.expansions.moe_children import BoundMoe, HiddenMoments, router_rows
+from tritter.core.expansions.moe_children import BoundMoe, router_rows
 from tritter.core.families import Model, forward_flops
 from tritter.core.models import load_model, read_model
 from tritter.core.stock_routers import RouterControl
@@ -28,7 +28,7 @@ from tritter.data.sources import TextRequest
 from tritter.data.split import SplitRule
 from tritter.errors import RequestError
 from tritter.transform import DiskNeeds, expand, plan_expansion
-from tritter.transform.children import _child_sequences, _OpenChild, router_flops
+from tritter.transform.children import _child_sequences, _ffn_moments, _OpenChild, router_flops
 
 SIZE, NAMES = 300, ("a", "b", "c")
 TOKENS = oracle.tokens(SIZE)
@@ -397,9 +397,8 @@ def test_the_place_among_expansions_and_a_live_model(base: Path) -> None:
 
 
 def rows_of(samples: list[Tensor]) -> Tensor:
-    moments = [HiddenMoments.of(each) for each in samples]
-    within = torch.stack([each.covariance for each in moments]).mean(dim=0)
-    return router_rows(torch.stack([each.mean for each in moments]), within)
+    within = torch.stack([each.T.cov(correction=0) for each in samples]).mean(dim=0)
+    return router_rows(torch.stack([each.mean(dim=0) for each in samples]), within)
 
 
 def test_rows_are_a_linear_discriminant() -> None:
@@ -427,14 +426,13 @@ def test_rows_are_a_linear_discriminant() -> None:
     assert plain < hits  # rows that are not centred: the longest mean wins
 
 
-def test_moments_add_up() -> None:
-    hidden = torch.randn(10, 4)
-    whole, parts = (
-        HiddenMoments.of(hidden),
-        HiddenMoments.of(hidden[:3]) + HiddenMoments.of(hidden[3:]),
-    )
-    assert whole.count == parts.count == 10
-    assert torch.allclose(whole.products, parts.products)
+def test_moments_add_up_over_batches() -> None:
+    model = nn.Sequential(nn.Embedding(50, 4), nn.Linear(4, 2))
+    tokens = torch.randint(50, (20, 7))
+    ((mean, covariance),) = _ffn_moments(model, ["1"], tokens)
+    hidden = model[0](tokens).detach().flatten(0, 1).double()
+    assert torch.allclose(mean, hidden.mean(dim=0))
+    assert torch.allclose(covariance, hidden.T.cov(correction=0))
 
 
 def test_children_of_the_same_data_get_random_rows(base: Path, tmp_path: Path) -> None:
@@ -479,7 +477,7 @@ def test_rows_of_three_children_are_those_of_their_moments(base: Path, tmp_path:
     random = plan_expansion(source, [moe(*texts, router="random")])
     spec = with_data.steps[0].spec
     assert isinstance(spec, BoundMoe) and spec.routers is not None
-    rows = spec.routers[1].read()
+    rows = spec.routers.rows(1)
     found, number = [], 0
     model = load_model(base)
     maps = spec.dense_map(source.model).tensors

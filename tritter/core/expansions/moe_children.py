@@ -7,8 +7,9 @@ the children, or those of one model. In Qwen2-MoE the shared expert starts with 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from tritter.core.expansions.moe import Moe
@@ -19,8 +20,6 @@ from tritter.seeds import derived_seed
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from tritter.core.parameter_map.tensor_map import OtherTensor
 
 _SHRINKAGE = 0.1  # of the covariance within the data of a child, towards a multiple of one
 _SAME_ROWS = 1e-6  # distance of two rows, as a share of the longest, with that of the mean state
@@ -34,8 +33,24 @@ class _Child(Protocol):
         """Short name for notes."""
         ...
 
-    def tensor(self, name: str) -> OtherTensor:
-        """Return a tensor by its logical name; it is read when it is needed."""
+    @property
+    def model_hash(self) -> str: ...
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor by its logical name."""
+        ...
+
+
+class _RouterRows(Protocol):
+    """Router rows that are computed when the first is read."""
+
+    @property
+    def digest(self) -> str:
+        """What determines the rows, as a checksum."""
+        ...
+
+    def rows(self, layer: int) -> Tensor:
+        """Return the rows of a layer [experts, hidden]."""
         ...
 
 
@@ -48,7 +63,7 @@ class BoundMoe:
         experts: the models whose FFNs become experts.
         shared: the models whose mean gives all other tensors; empty for the source.
         kept: the model whose function the result has if all tokens go to its expert, if any.
-        routers: layer → router rows [experts, hidden]; None for random rows.
+        routers: the router rows; None for random rows.
         remarks: notes for people.
     """
 
@@ -56,7 +71,7 @@ class BoundMoe:
     experts: tuple[_Child, ...]
     shared: tuple[_Child, ...]
     kept: _Child | None
-    routers: Mapping[int, OtherTensor] | None
+    routers: _RouterRows | None
     remarks: tuple[str, ...]
     name: ClassVar[str] = "moe"
     expansion_type: ClassVar[str] = "moe"
@@ -85,7 +100,8 @@ class BoundMoe:
         if kind == "router":
             assert layer is not None
             if self.routers is not None:
-                return TensorMap.created(shape, Fill("others", others=(self.routers[layer],)))
+                digest, rows = f"{self.routers.digest}:{layer}", partial(self.routers.rows, layer)
+                return TensorMap.created(shape, Fill("others", others={digest: rows}))
             std = 1 / math.sqrt(shape[1])  # as for copies
             drawn = Fill("random", std=std, seed=derived_seed(seed, "fill", tensor.name))
             return TensorMap.created(shape, drawn)
@@ -130,7 +146,7 @@ class BoundMoe:
 
 def _other_map(shape: tuple[int, ...], children: tuple[_Child, ...], name: str) -> TensorMap:
     """Return the map of a tensor that is the mean of the same tensor of some models."""
-    others = tuple(child.tensor(name) for child in children)
+    others = {f"{child.model_hash}:{name}": partial(child.read, name) for child in children}
     return TensorMap.created(shape, Fill("others", others=others))
 
 
@@ -142,41 +158,6 @@ def children_place(specs: Sequence[object]) -> int | None:
         reason = "the models have the shapes of the source, so moe must be the first expansion"
         raise RequestError(Problem("expansion.moe.experts_from", listed[place], reason=reason))
     return place
-
-
-@dataclass(slots=True)
-class HiddenMoments:
-    """Sums over the hidden states of one child's data.
-
-    Args:
-        count: number of tokens.
-        total: float64 [H], their sum.
-        products: float64 [H, H], the sum of their outer products.
-    """
-
-    count: int
-    total: Tensor
-    products: Tensor
-
-    @classmethod
-    def of(cls, hidden_ND: Tensor) -> HiddenMoments:
-        wide = hidden_ND.double()
-        return cls(len(wide), wide.sum(dim=0), wide.T @ wide)
-
-    @property
-    def mean(self) -> Tensor:
-        """float64 [H]."""
-        return self.total / self.count
-
-    @property
-    def covariance(self) -> Tensor:
-        """float64 [H, H]."""
-        return self.products / self.count - self.mean.outer(self.mean)
-
-    def __add__(self, other: HiddenMoments) -> HiddenMoments:
-        return HiddenMoments(
-            self.count + other.count, self.total + other.total, self.products + other.products
-        )
 
 
 def router_rows(means: Tensor, within: Tensor) -> Tensor:

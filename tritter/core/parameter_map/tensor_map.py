@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from tritter.core.parameter_map.axis_map import AxisFactor, Quantity
 
@@ -18,19 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Read = Callable[[str], "Tensor"]
-
-
-class OtherTensor(Protocol):
-    """A tensor that is not of the source model: of another checkpoint, or derived from data."""
-
-    @property
-    def digest(self) -> str:
-        """What determines the values, as a checksum."""
-        ...
-
-    def read(self) -> Tensor:
-        """Return the values; they may be computed here."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +40,8 @@ class Fill:
             float64 [n, k], the weights of `index`.
         index: of `rows`: int64 [n, k], the summed rows of each of the n new rows; −1 is the
             row of `quiet`, and −2 at the start a random row as in `matched`.
-        others: of `others`: tensors in the shape of a target without a source.
+        others: of `others`: checksum of what determines a tensor → function that returns it, in
+            the shape of a target without a source.
     """
 
     kind: Literal[
@@ -66,7 +54,7 @@ class Fill:
     donor: TensorMap | None = None
     values: Tensor | None = field(default=None, compare=False)
     index: Tensor | None = field(default=None, compare=False)
-    others: tuple[OtherTensor, ...] = field(default=(), compare=False)
+    others: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict, compare=False)
 
     def new_rows(self, source: Tensor) -> Callable[[int, int], Tensor]:
         """Return a function that computes new rows from one number to another, float64.
@@ -106,7 +94,7 @@ class Fill:
         if self.values is not None:
             index = () if self.index is None else (self.index,)
             plain.append(_tensor_digest(self.values, *index))
-        plain += [other.digest for other in self.others]
+        plain += self.others
         return plain if self.donor is None else [*plain, self.donor.description()]
 
 
@@ -504,12 +492,12 @@ def _filled(
 
 def _mean_of(fill: Fill) -> Tensor:
     """Return the mean of the tensors of other models; a single one keeps its bits."""
-    first, *rest = fill.others
-    mean = first.read()
+    first, *rest = fill.others.values()
+    mean = first()
     if rest:
         dtype, mean = compute_dtype(mean), mean.double()  # the mean of equal tensors is exact
         for other in rest:
-            mean = mean + other.read()
+            mean = mean + other()
         mean = (mean / len(fill.others)).to(dtype)
     return mean
 
