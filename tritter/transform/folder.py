@@ -104,18 +104,18 @@ class DiskNeeds:
         # from rows. State tensors are read and mapped whole while the two before them are written.
         usual, rare = [], 0
         for target in plan.target.layout("hub"):
-            parts = [peak_bytes(maps[part.tensor.name], shape_of) for part in target.parts]
+            peaks = [peak_bytes(maps[part.tensor.name], shape_of) for part in target.parts]
             origins = {maps[part.tensor.name].origin for part in target.parts}
             copied = [
                 o for o in origins if o and opened.stored_parts[o][0].name in opened.live_shapes
             ]
             is_whole = target.name in shapes or target.is_transposed
             usual.append(
-                max(part.usual for part in parts)
+                max(of_thread for of_thread, _ in peaks)
                 + is_whole * _AT_ONCE_PADDED * _WIDE * prod(target.shape)
                 + _WIDE * max((prod(shape_of(name)) for name in copied), default=0)
             )
-            rare = max(rare, *(part.rare for part in parts))
+            rare = max(rare, *(more for _, more in peaks))
         of_weights = sum(sorted(usual)[-num_threads() :]) + rare
         of_state = (TensorStream.MAX_PENDING + _AT_ONCE_OF_STATE) * max(others, default=0)
         kept_sequences = opened.folder / State.FOLDER / KeptSequences.FILE_NAME

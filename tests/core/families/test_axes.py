@@ -1,6 +1,7 @@
 """Axes found by permutations: against the tables, the stock classes and gradients."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from tests.core.families.test_discovery import (
 )
 from tests.oracle.families import OWN, tiny
 from tritter.core.expansions import MoeAdd, Width
-from tritter.core.expansions.on_twin import _grown_twin
+from tritter.core.expansions.on_twin import _sizes
 from tritter.core.families import FAMILIES, Config, Family, Model, family_of, pack_all, unpack_all
 from tritter.core.families.discovery import DiscoveredFamily
 from tritter.core.families.discovery.axes import _arrangements, _residual_axes
@@ -158,11 +159,20 @@ def test_gradients_obey_the_map(
     model_type: str, init: Literal["fresh", "net2net"], factors: tuple[tuple[str, float], ...]
 ) -> None:
     key = Key.of(Twin.of(shallow(example(model_type))).config.to_dict())
-    grown = _grown_twin(Width(init=init), key, factors)
-    before, after = (gradients(model) for model in (grown.twin.model, grown.model))
-    old, new = grown.source.layout("live"), grown.target.layout("live")
-    known, found = unpack_all(old, before), unpack_all(new, after)
-    for name, each in grown.parameter_map.tensors.items():
+    twin = Twin.of(shallow(key.config))
+    source = Model(twin.config.to_dict()).widened
+    sizes = _sizes(source.sizes)
+    sizes |= {name: math.ceil(sizes[name] * factor) for name, factor in factors}
+    spec = Width(init=init, **sizes)
+    target = source.changed(spec.target_config(source))
+    maps = spec.parameter_map(source, target, seed=0).tensors
+    old, new = source.layout("live"), target.layout("live")
+    values = unpack_all(old, twin.model.state_dict())
+    weights = {name: each.mapped(values.__getitem__) for name, each in maps.items()}
+    model = twin.sibling(target.config)
+    model.load_state_dict(pack_all(new, weights), strict=False)
+    known, found = unpack_all(old, gradients(twin.model)), unpack_all(new, gradients(model))
+    for name, each in maps.items():
         if name not in known:  # no token of this batch reached it
             continue
         expected = each.apply(known[name], quantity=Quantity.GRADIENT)

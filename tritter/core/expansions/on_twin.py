@@ -1,23 +1,19 @@
 """Verification of growth in width and of experts on a twin of a model type without a table."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import nn
 
 from tritter.core.families import Config, Dimensions, Model, pack_all, unpack_all
 from tritter.core.families.config_file import errors_as
 from tritter.core.families.discovery.configs import Key, reason_of
 from tritter.core.families.discovery.family import shallow
-from tritter.core.families.discovery.twin import (
-    TOLERANCE,
-    Twin,
-    one_thread,
-)
+from tritter.core.families.discovery.twin import TOLERANCE, Twin, one_thread
 from tritter.core.parameter_map import AxisFactor, Fill, ParameterMap, TensorMap
 from tritter.errors import Problem, RequestError, TritterError, key_name
 
@@ -90,65 +86,15 @@ def _sizes(sizes: Dimensions) -> dict[str, int]:
     return {"intermediate_size": sizes.ffn_size, **{name: getattr(sizes, name) for name in names}}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _GrownTwin:
-    """A twin and the model that growth in width makes of it.
-
-    Args:
-        twin: before the growth.
-        source: its shapes.
-        target: the shapes of the grown model.
-        parameter_map: of the growth.
-        model: stock model of the target, with the mapped weights.
-    """
-
-    twin: Twin
-    source: Model
-    target: Model
-    parameter_map: ParameterMap
-    model: nn.Module
-
-    def load(self, maps: Mapping[str, TensorMap]) -> None:
-        """Load the weights that some maps make of the twin's."""
-        values = unpack_all(self.source.layout("live"), self.twin.model.state_dict())
-        grown = {name: each.mapped(values.__getitem__) for name, each in maps.items()}
-        self.model.load_state_dict(pack_all(self.target.layout("live"), grown), strict=False)
-
-    def change(self) -> float:
-        """Return the largest change of the logits."""
-        return float((self.twin.logits(self.model) - self.twin.logits()).abs().max())
-
-
-def _grown_twin(spec: Any, key: Key, factors: tuple[tuple[str, float], ...]) -> _GrownTwin:
-    """Return a twin that grows in width.
-
-    Args:
-        spec: of the growth; its sizes are replaced.
-        key: config of the model.
-        factors: size → factor by which it grows; empty for experts.
-    """
-    twin = Twin.of(shallow(key.config))
-    source = Model(twin.config.to_dict()).widened
-    small = spec
-    if factors:
-        sizes = _sizes(source.sizes)
-        sizes |= {name: math.ceil(sizes[name] * factor) for name, factor in factors}
-        small = replace(spec, **sizes)
-    target = source.changed(small.target_config(source))
+@contextmanager
+def _other_sizes() -> Iterator[None]:
+    """Refuse sizes with which a config or model class fails."""
     try:
-        model = twin.sibling(target.config)
+        yield
     except Exception as error:  # config and model classes may raise anything
         raise RequestError(
             f"config.json: its class refuses other sizes: {reason_of(error)}"
         ) from error
-    exact = small.parameter_map(source, target, seed=0)
-    grown = _GrownTwin(twin, source, target, exact, model)
-    try:
-        grown.load(exact.tensors)
-    except (RuntimeError, IndexError, KeyError) as error:
-        reason = f"grown weights do not fit the shapes of a small {source.model_type}"
-        raise RequestError(f"config.json: {reason}") from error
-    return grown
 
 
 @lru_cache(maxsize=64)
@@ -158,18 +104,43 @@ def _logit_changes(
 ) -> tuple[float, float]:
     """Return the largest change of a twin's float64 logits by growth in width.
 
+    Args:
+        spec: of the growth; its sizes are replaced.
+        key: config of the model.
+        factors: size → factor by which it grows; empty for experts.
+
     Returns:
         The change by the growth, and by the growth without shares and zeros (the control).
     """
-    grown = _grown_twin(spec, key, factors)
+    twin = Twin.of(shallow(key.config))
+    source = Model(twin.config.to_dict()).widened
+    if factors:
+        sizes = _sizes(source.sizes)
+        sizes |= {name: math.ceil(sizes[name] * factor) for name, factor in factors}
+        spec = replace(spec, **sizes)
+    target = source.changed(spec.target_config(source))
+    before = twin.logits()
+    with _other_sizes():
+        model = twin.sibling(target.config)
+    exact = spec.parameter_map(source, target, seed=0)
+
+    def load(maps: Mapping[str, TensorMap]) -> None:
+        values = unpack_all(source.layout("live"), twin.model.state_dict())
+        grown = {name: each.mapped(values.__getitem__) for name, each in maps.items()}
+        model.load_state_dict(pack_all(target.layout("live"), grown), strict=False)
+
+    def change() -> float:
+        return float((twin.logits(model) - before).abs().max())
+
     try:
-        change = grown.change()
-    except RuntimeError as error:
-        raise RequestError(
-            f"config.json: its class refuses other sizes: {reason_of(error)}"
-        ) from error
-    grown.load(_without_zeros(grown.parameter_map))
-    return change, grown.change()
+        load(exact.tensors)
+    except (RuntimeError, IndexError, KeyError) as error:
+        reason = f"grown weights do not fit the shapes of a small {source.model_type}"
+        raise RequestError(f"config.json: {reason}") from error
+    with _other_sizes():
+        by_growth = change()
+    load(_without_zeros(exact))
+    return by_growth, change()
 
 
 def _without_zeros(exact: ParameterMap) -> Mapping[str, TensorMap]:

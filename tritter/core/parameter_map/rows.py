@@ -32,14 +32,7 @@ _SUMMATION_ERROR = 1e-10  # relative error of sums in another order, with a wide
 _WIDE, _DOUBLE = 4, 8  # bytes of a number in computations, and in sums
 _AT_A_TIME = 6  # copies of a block or target: taken, drawn, added, chosen, rounded, written
 _Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Spread:
-    """Mean and standard deviation of a source, up to the error of another order of summation."""
-
-    mean: float
-    std: float
+_Spread = tuple[float, float]  # mean and standard deviation
 
 
 def _last_change(tensor_map: TensorMap) -> TensorMap:
@@ -62,7 +55,7 @@ class WeightReader:
 
     Args:
         read: returns a stored source tensor by logical name.
-        spreads: cache of source statistics by name, shared by all targets.
+        spreads: name of a source → its mean and standard deviation, shared by all targets.
     """
 
     read: Read
@@ -103,7 +96,10 @@ class WeightReader:
         return name, self.read(name)
 
     def _spread(self, name: str, source: Tensor) -> _Spread:
-        """Sum in blocks; small tensors and sums with cancellation are computed exactly."""
+        """Return mean and standard deviation, up to the error of another order of summation.
+
+        Large tensors are summed in blocks, unless sums cancel.
+        """
         if name in self.spreads:
             return self.spreads[name]
         count, total, squares = source.numel(), 0.0, 0.0
@@ -115,9 +111,9 @@ class WeightReader:
         mean = total / max(count, 1)
         if count <= _BLOCK_ENTRIES or count * mean**2 > 0.5 * squares:
             wide = source.double()
-            found = _Spread(float(wide.mean()), float(wide.std()))
+            found = float(wide.mean()), float(wide.std())
         else:
-            found = _Spread(mean, ((squares - count * mean**2) / (count - 1)) ** 0.5)
+            found = mean, ((squares - count * mean**2) / (count - 1)) ** 0.5
         if name:
             self.spreads[name] = found
         return found
@@ -204,7 +200,7 @@ class _Rows:
         rows, columns = self._flags(lambda axis: axis.is_duplicate)
         if not (step.is_copy or bool(rows.any()) or bool(columns.any())):
             return None
-        std = step.noise * self._spread().std
+        std = step.noise * self._spread()[1]
         std = _as_float32(
             std, std * _SUMMATION_ERROR, lambda: step.noise * float(self._source.double().std())
         )
@@ -227,8 +223,8 @@ class _Rows:
             case "random":
                 draw = normal_numbers(fill.seed, std=fill.std)
             case "matched":
-                spread, scale = self._spread(), fill.scale
-                std, mean = abs(scale) * spread.std, scale * spread.mean
+                (mean, std), scale = self._spread(), fill.scale
+                mean, std = scale * mean, abs(scale) * std
                 error = std * _SUMMATION_ERROR
                 draw = normal_numbers(
                     fill.seed,
@@ -284,32 +280,22 @@ def _as_float32(value: float, error: float, exact: Callable[[], float]) -> float
     return value if bool(low == high) else exact()
 
 
-@dataclass(frozen=True, slots=True)
-class _PeakBytes:
-    """Peak memory of computing one target, in bytes; memory-mapped files do not count.
-
-    Args:
-        usual: per thread.
-        rare: in addition, if sums in another order may round differently and are recomputed over a
-            whole tensor.
-    """
-
-    usual: int
-    rare: int
-
-
-def peak_bytes(tensor_map: TensorMap, shape_of: Callable[[str], _Shape]) -> _PeakBytes:
-    """Return the peak memory of `WeightReader.blocks`.
+def peak_bytes(tensor_map: TensorMap, shape_of: Callable[[str], _Shape]) -> tuple[int, int]:
+    """Return the peak memory of `WeightReader.blocks`; memory-mapped files do not count.
 
     Args:
         tensor_map: map of the target.
         shape_of: returns the shape of a source tensor by logical name.
+
+    Returns:
+        The bytes of each thread, and those in addition if sums in another order may round
+        differently and are recomputed over a whole tensor, which is rare.
     """
     step = _last_change(tensor_map)
     if step.is_verbatim:
-        return _PeakBytes(_BLOCK_ENTRIES * _DOUBLE, 0)
+        return _BLOCK_ENTRIES * _DOUBLE, 0
     if not _makes_rows(step) or len(_shape(step, shape_of)) != 2:
-        return _PeakBytes(_whole(step, shape_of), 0)
+        return _whole(step, shape_of), 0
     assert step.source is not None
     before, donor = step.source, step.fill.donor
     entries = prod(_source_shape(step, shape_of))
@@ -320,7 +306,7 @@ def peak_bytes(tensor_map: TensorMap, shape_of: Callable[[str], _Shape]) -> _Pea
     if step.fill.kind in ("row_mean", "rows", "quiet"):
         usual += _DOUBLE * entries
     needs_spread = bool(step.noise) or step.fill.kind == "matched"
-    return _PeakBytes(usual, 2 * _DOUBLE * entries if needs_spread else 0)
+    return usual, 2 * _DOUBLE * entries if needs_spread else 0
 
 
 def _whole(step: TensorMap, shape_of: Callable[[str], _Shape]) -> int:
