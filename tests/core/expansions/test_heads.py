@@ -40,44 +40,45 @@ def _heads(coordinates: Tensor, size: int = 2) -> list[int]:
 def test_gqa_copies_query_heads_within_their_group() -> None:
     """4 heads in 2 groups become 10 in 2: of each group the first head 3 times, the other twice."""
     maps = _copy_heads(_dimensions(4, 2), _dimensions(10, 2), equal_shares=False)
-    assert _heads(maps.query.source) == [0, 1, 0, 1, 0, 2, 3, 2, 3, 2]
-    assert maps.key_value.is_identity
+    assert _heads(maps["query"].source) == [0, 1, 0, 1, 0, 2, 3, 2, 3, 2]
+    assert maps["key_value"].is_identity
     group = [81 / 91, 0.9, 9 / 91, 0.1, 1 / 91]
     expected = torch.tensor(2 * group, dtype=torch.float64)
-    torch.testing.assert_close(maps.query.share[::2], expected)
+    torch.testing.assert_close(maps["query"].share[::2], expected)
 
 
 def test_gqa_with_more_groups_multiplies_the_shares() -> None:
     maps = _copy_heads(_dimensions(2, 1), _dimensions(8, 2), equal_shares=False)
-    assert _heads(maps.query.source) == [0, 1, 0, 1, 0, 1, 0, 1]
-    assert _heads(maps.key_value.source) == [0, 0]
+    assert _heads(maps["query"].source) == [0, 1, 0, 1, 0, 1, 0, 1]
+    assert _heads(maps["key_value"].source) == [0, 0]
     expected = torch.tensor([0.81, 0.81, 0.09, 0.09, 0.09, 0.09, 0.01, 0.01])
-    torch.testing.assert_close(maps.query.share[::2], expected.double())
-    torch.testing.assert_close(maps.key_value.share[::2], torch.tensor([0.9, 0.1]).double())
+    torch.testing.assert_close(maps["query"].share[::2], expected.double())
+    torch.testing.assert_close(maps["key_value"].share[::2], torch.tensor([0.9, 0.1]).double())
 
 
 def test_gqa_spreads_the_queries_of_a_group_over_copies_of_its_key_value_head() -> None:
     """4 heads in 2 groups become 4 in 4: only keys and values are copied."""
     maps = _copy_heads(_dimensions(4, 2), _dimensions(4, 4), equal_shares=False)
-    assert _heads(maps.query.source) == [0, 2, 1, 3]
-    assert _heads(maps.key_value.source) == [0, 1, 0, 1]
-    assert maps.query.share.tolist() == [1.0] * 8
-    assert maps.key_value.share.tolist() == [0.5] * 8
+    assert _heads(maps["query"].source) == [0, 2, 1, 3]
+    assert _heads(maps["key_value"].source) == [0, 1, 0, 1]
+    assert maps["query"].share.tolist() == [1.0] * 8
+    assert maps["key_value"].share.tolist() == [0.5] * 8
 
 
 def test_split_keeps_rotary_pairs_together_and_every_other_frequency() -> None:
     """In 8 coordinates i and i + 4 rotate by θ^(−2i/8); in 4, i and i + 2 by θ^(−2i/4)."""
-    maps = _split_heads(_dimensions(2, 1, head_dim=8))
+    sizes = _dimensions(2, 1, head_dim=8)
+    maps = _split_heads(sizes)
     even, odd = [0, 2, 4, 6], [1, 3, 5, 7]
-    assert maps.key_value.source.tolist() == even + odd
-    assert maps.query.source.tolist() == [
+    assert maps["key_value"].source.tolist() == even + odd
+    assert maps["query"].source.tolist() == [
         *even,
         *(8 + i for i in even),
         *odd,
         *(8 + i for i in odd),
     ]
-    assert maps.per_head is not None
-    assert maps.per_head.index.tolist() == even
+    within_head = HeadGrowth(sizes, sizes, "split").within_head
+    assert within_head is not None and within_head.index.tolist() == even
     old = [8.0 ** (-2 * i / 8) for i in range(4)]
     new = [8.0 ** (-2 * i / 4) for i in range(2)]
     assert [old[i] for i in even[:2]] == pytest.approx(new)
@@ -95,11 +96,11 @@ def test_every_query_meets_a_copy_of_its_key_value_head(data: st.DataObject) -> 
         assert new_group * (new_kv // kv_heads) < group
         return
     maps = _copy_heads(old, new, equal_shares=data.draw(st.booleans()))
-    query, key_value = torch.tensor(_heads(maps.query.source)), _heads(maps.key_value.source)
+    query, key_value = torch.tensor(_heads(maps["query"].source)), _heads(maps["key_value"].source)
     assert (query // group).view(new_kv, new_group).T.tolist() == [key_value] * new_group
     assert set(query.tolist()) == set(range(kv_heads * group))
     total = torch.zeros(kv_heads * group, dtype=torch.float64)
-    total.index_add_(0, query, maps.query.share[::2])
+    total.index_add_(0, query, maps["query"].share[::2])
     torch.testing.assert_close(total, torch.ones_like(total))
 
 
@@ -392,6 +393,7 @@ def test_head_maps_are_those_of_the_strategy() -> None:
         ("copy", [0, 1, 2, 3, 0, 1, 2, 3]),
         ("gqa", [0, 1, 2, 3, 0, 1, 2, 3]),
     ):
-        maps = HeadGrowth(old, new, strategy).maps(equal_shares=True)
-        assert (maps.query.source[::2].div(2, rounding_mode="floor")).tolist() == sources
-        assert maps.per_head is None
+        growth = HeadGrowth(old, new, strategy)
+        maps = growth.maps(equal_shares=True)
+        assert (maps["query"].source[::2].div(2, rounding_mode="floor")).tolist() == sources
+        assert growth.within_head is None

@@ -8,7 +8,7 @@ size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from tritter.core.families import Dimensions, Family
@@ -96,8 +96,19 @@ class HeadGrowth:
             return False
         return new.group_size < old.group_size or new.group_size % old.group_size == 0
 
-    def maps(self, *, equal_shares: bool) -> HeadMaps:
-        """Return the maps from the old heads to the new ones, after `check`."""
+    @property
+    def within_head(self) -> AxisFactor | None:
+        """The factor of the gains that all heads share (norms of q and k); None keeps them."""
+        import torch
+
+        if self.strategy != "split":
+            return None
+        even = _even_pairs(self.old.head_dim)
+        ones = torch.ones(len(even), dtype=torch.float64)
+        return AxisFactor(even, ones, ones)
+
+    def maps(self, *, equal_shares: bool) -> dict[str, AxisMap]:
+        """Return space → its map from the old heads to the new ones, after `check`."""
         import torch
 
         old, new = self.old, self.new
@@ -224,28 +235,7 @@ def _scaled(count: int, old_size: int, new_size: int) -> int | None:
     return count * new_size // old_size if count * new_size % old_size == 0 else None
 
 
-@dataclass(frozen=True, slots=True)
-class HeadMaps:
-    """The maps of the spaces of attention.
-
-    Args:
-        query: of the output of q, which o reads.
-        key_value: of the outputs of k and v.
-        interleaved: of the stacked outputs of q, k and v, head by head.
-        per_head: factor of the gains that all heads share (norms of q and k); None keeps them.
-        groups: of whole key/value groups.
-        head_dim: size of a head.
-    """
-
-    query: AxisMap
-    key_value: AxisMap
-    groups: AxisMap
-    head_dim: int
-    interleaved: AxisMap | None = None
-    per_head: AxisFactor | None = None
-
-
-def _copy_heads(old: Dimensions, new: Dimensions, *, equal_shares: bool) -> HeadMaps:
+def _copy_heads(old: Dimensions, new: Dimensions, *, equal_shares: bool) -> dict[str, AxisMap]:
     """Copy query heads into groups whose key/value head is a copy of their own.
 
     If a new group contains all query heads of its source, they have equal total shares, and the
@@ -275,8 +265,8 @@ def _copy_heads(old: Dimensions, new: Dimensions, *, equal_shares: bool) -> Head
     return _of_heads(query_map, kv_map, head_dim=old.head_dim)
 
 
-def _split_heads(old: Dimensions) -> HeadMaps:
-    """Split each head into two, with alternating rotary pairs; gains come from the first.
+def _split_heads(old: Dimensions) -> dict[str, AxisMap]:
+    """Split each head into two, with alternating rotary pairs.
 
     RoPE rotates coordinates i and i + head_dim/2 together, with a frequency that falls with i. In
     heads of half the size, pair i rotates as pair 2i did: even pairs keep their frequency, odd
@@ -284,29 +274,37 @@ def _split_heads(old: Dimensions) -> HeadMaps:
     """
     import torch
 
-    size = old.head_dim
-    even = torch.cat([torch.arange(0, size // 2, 2), torch.arange(size // 2, size, 2)])
+    size, even = old.head_dim, _even_pairs(old.head_dim)
     halves = torch.stack([even, even + 1])  # [2, size/2]
     key_values = torch.arange(old.num_key_value_heads) * size
     queries = torch.arange(old.num_attention_heads).view(old.num_key_value_heads, -1) * size
     key_value = key_values[:, None, None] + halves  # [kv_head, half, coordinate]
     query = queries[:, None, :, None] + halves[:, None, :]  # [kv_head, half, group, coordinate]
-    ones = torch.ones(len(even), dtype=torch.float64)
-    return HeadMaps(
-        AxisMap.copied(old.query_size, query.flatten(), torch.ones(query.numel())),
-        AxisMap.copied(old.key_value_size, key_value.flatten(), torch.ones(key_value.numel())),
-        AxisMap.identity(old.num_key_value_heads),
-        size,
-        per_head=AxisFactor(even, ones, ones),
-    )
+    return {
+        "query": AxisMap.copied(old.query_size, query.flatten(), torch.ones(query.numel())),
+        "key_value": AxisMap.copied(
+            old.key_value_size, key_value.flatten(), torch.ones(key_value.numel())
+        ),
+        "heads": AxisMap.identity(old.num_key_value_heads),
+    }
 
 
-def _of_heads(query: AxisMap, key_value: AxisMap, *, head_dim: int) -> HeadMaps:
-    """Return the maps of coordinates for maps of whole heads."""
-    interleaved = key_value.repeated(3 * head_dim)
-    return HeadMaps(
-        query.repeated(head_dim), key_value.repeated(head_dim), key_value, head_dim, interleaved
-    )
+def _even_pairs(head_dim: int) -> Tensor:
+    """Return the coordinates of a head's even rotary pairs: those of its first half."""
+    import torch
+
+    half = head_dim // 2
+    return torch.cat([torch.arange(0, half, 2), torch.arange(half, head_dim, 2)])
+
+
+def _of_heads(query: AxisMap, key_value: AxisMap, *, head_dim: int) -> dict[str, AxisMap]:
+    """Return the maps of coordinates for maps of whole heads; `qkv` has all three by head."""
+    return {
+        "query": query.repeated(head_dim),
+        "key_value": key_value.repeated(head_dim),
+        "heads": key_value,
+        "qkv": key_value.repeated(3 * head_dim),
+    }
 
 
 def copied_axis(old_size: int, new_size: int, *, seed: int, equal: bool) -> AxisMap:

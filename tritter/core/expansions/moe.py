@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import Field
@@ -276,14 +275,7 @@ class Moe:
         if self.experts_from is not None:
             reason = "it reads other checkpoints, so it needs a folder to compare them with"
             raise RequestError(Problem("expansion.moe.experts_from", reason=reason))
-        copies = _Copies(
-            self,
-            target.family,
-            target.shapes,
-            seed,
-            width=source.sizes.intermediate_size,
-            names={tensor.disk_name: tensor.name for tensor in source.tensors},
-        )
+        copies = _Copies(self, source, target, seed)
         return ParameterMap(
             tensors={t.name: copies.tensor_map(t) for t in target.tensors},
             layer_sources=tuple(range(target.sizes.num_hidden_layers)),
@@ -355,26 +347,22 @@ def _check_count(name: str, value: int, *, at_least: int, multiple_of: int) -> N
     )
 
 
-@dataclass(frozen=True, slots=True)
 class _Copies:
     """The tensor maps of one upcycling.
 
     Args:
         spec: its options.
-        partner: the family with experts.
-        shapes: of the result's tensors, by logical name.
+        source: the dense model.
+        target: the model with experts.
         seed: of fills, noise and reinitialised neurons.
-        width: of the FFN.
-        names: name on disk of each tensor of the dense model → its logical name.
     """
 
-    spec: Moe
-    partner: Family
-    shapes: Mapping[str, tuple[int, ...]]
-    seed: int
-    width: int
-    names: Mapping[str, str]
-    _factors: dict[tuple[int, bool], AxisFactor] = field(default_factory=dict, repr=False)
+    def __init__(self, spec: Moe, source: Model, target: Model, seed: int) -> None:
+        self._spec, self._target, self._seed = spec, target, seed
+        self._expert_size = source.sizes.intermediate_size // spec.granularity
+        # Discovery has other logical names than the tables, but names on disk are the same
+        self._names = {tensor.disk_name: tensor.name for tensor in source.tensors}
+        self._factors: dict[tuple[int, bool], AxisFactor] = {}  # those that all copies share
 
     def tensor_map(self, tensor: LogicalTensor) -> TensorMap:
         """Return the map of a tensor of the partner."""
@@ -382,39 +370,39 @@ class _Copies:
 
         if tensor.expert is not None:
             return self._expert(tensor, tensor.expert)
-        shape, kind = self.shapes[tensor.name], _kind_of(tensor)
+        shape, kind = self._target.shapes[tensor.name], _kind_of(tensor)
         if kind == "router":
             fill = Fill(
                 kind="random",
                 std=1 / math.sqrt(shape[1]),  # logits of about unit scale for any hidden size
-                seed=derived_seed(self.seed, "fill", tensor.name),
-                repeat=self.spec.granularity,
+                seed=derived_seed(self._seed, "fill", tensor.name),
+                repeat=self._spec.granularity,
             )
             return TensorMap.created(shape, fill)
         if kind in ("shared_expert_gate", "router_bias"):
             return TensorMap.created(shape, Fill())  # a sigmoid of zero: one half
         if not kind.startswith("shared_expert."):
-            return TensorMap(source=self.names[tensor.disk_name])
+            return TensorMap(source=self._names[tensor.disk_name])
         source = logical_name(kind.replace("shared_expert.", "ffn."), layer=tensor.layer)
-        if kind == "shared_expert.down" and self.partner.model_type == "qwen2_moe":
+        if kind == "shared_expert.down" and self._target.model_type == "qwen2_moe":
             one = torch.ones(shape[0], dtype=torch.float64)
             doubled = AxisFactor(torch.arange(shape[0]), weight=2 * one, gradient=one / 2)
             return TensorMap(source=source, axes=(doubled, None))
         return TensorMap(source=source)
 
     def _expert(self, tensor: LogicalTensor, expert: int) -> TensorMap:
-        spec, kind = self.spec, _kind_of(tensor)
+        spec, kind = self._spec, _kind_of(tensor)
         copy, piece = divmod(expert, spec.granularity)
-        is_down, is_silent = kind == "experts.down", self.partner.model_type in SHARED
+        is_down, is_silent = kind == "experts.down", self._target.model_type in SHARED
         scale = spec.output_scale if is_down else 1.0
         factor = self._factors.get((piece, is_down))
         if factor is None:
             stem = f"layers.{tensor.layer}.experts.{expert}"
-            factor = self._factor(piece, self.width // spec.granularity, scale, stem)
+            factor = self._factor(piece, scale, stem)
         if not spec.reinit_fraction:
             # Shared by all copies: one per copy would need more memory than the largest tensor
             self._factors[piece, is_down] = factor
-        fill = Fill("matched", scale=scale, seed=derived_seed(self.seed, "fill", tensor.name))
+        fill = Fill("matched", scale=scale, seed=derived_seed(self._seed, "fill", tensor.name))
         return TensorMap(
             source=logical_name(kind.replace("experts.", "ffn."), layer=tensor.layer),
             axes=(None, factor) if is_down else (factor, None),
@@ -423,23 +411,22 @@ class _Copies:
             # Zero outputs have no gradient, so dense moments do not apply
             state="fresh" if is_silent else "carry",
             noise=scale * spec.noise if copy else 0.0,
-            noise_seed=derived_seed(self.seed, "noise", tensor.name),
+            noise_seed=derived_seed(self._seed, "noise", tensor.name),
             is_copy=copy > 0,
         )
 
-    def _factor(self, piece: int, size: int, scale: float, stem: str) -> AxisFactor:
+    def _factor(self, piece: int, scale: float, stem: str) -> AxisFactor:
         """Return the factors along an expert's neurons.
 
         Args:
-            size: neurons of one expert.
             scale: factor of the weights.
             stem: name of the expert; all its tensors reinitialise the same neurons.
         """
         import torch
 
-        spec = self.spec
+        spec, size = self._spec, self._expert_size
         index = torch.arange(piece * size, (piece + 1) * size)
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, "redrawn", stem))
+        generator = torch.Generator().manual_seed(derived_seed(self._seed, "redrawn", stem))
         index[torch.randperm(size, generator=generator)[: round(spec.reinit_fraction * size)]] = -1
         kept = (index >= 0).double()
         share = spec.granularity / spec.total_experts  # of the dense gradient, if balanced

@@ -17,17 +17,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal, cast
 
 from pydantic import Field
 
-from tritter.core.expansions.heads import (
-    HeadGrowth,
-    HeadMaps,
-    Strategy,
-    copied_axis,
-)
+from tritter.core.expansions.heads import HeadGrowth, Strategy, copied_axis
 from tritter.core.families import (
     Axis,
     Config,
@@ -57,31 +52,34 @@ _REPEATING = ("net2net", "aki")  # methods that repeat the residual stream as a 
 _FACTORS = ("short_factor", "long_factor")  # of LongRoPE, one per rotary pair
 
 
-@dataclass(frozen=True, slots=True)
 class _Spaces:
     """The maps of all spaces under one width expansion.
 
     Args:
-        residual: of the residual stream, and of the inputs and outputs of its norms.
-        rms_ratio: RMS of the expanded stream divided by RMS of the old one.
-        heads: of attention.
-        is_tied: the embedding is also the head.
-        embedding_scale: factor of the embedding that compensates a scaling by the root of the
-            hidden size in the model; 1 without such a scaling.
-        units_are_copied: new neurons of an FFN copy old ones.
-        equal_shares: copies have equal shares.
+        spec: the expansion.
+        source: the model.
+        target: the grown model.
         seed: of the choice of copied neurons.
     """
 
-    residual: AxisMap
-    rms_ratio: float
-    heads: HeadMaps
-    is_tied: bool
-    embedding_scale: float
-    units_are_copied: bool
-    equal_shares: bool
-    seed: int
-    _units: dict[Space, AxisMap] = field(default_factory=dict, repr=False)
+    def __init__(self, spec: Width, source: Model, target: Model, seed: int) -> None:
+        old, new = source.sizes, target.sizes
+        residual = AxisMap.tiled if spec.init in _REPEATING else AxisMap.padded
+        self._residual = residual(old.hidden_size, new.hidden_size)
+        self._rms_ratio = spec.rms_ratio(old, new)
+        self._head_dim, self._is_tied = old.head_dim, source.is_tied
+        heads, self._equal_shares = HeadGrowth(old, new, spec.strategy), spec.shares == "equal"
+        self._within_head = heads.within_head
+        # A norm over all heads mixes their gradients: with unequal shares the moments could not be
+        # mapped
+        equal = self._equal_shares or source.family.norms_all_heads
+        self._of_heads = heads.maps(equal_shares=equal)
+        # Of the embedding, if the model multiplies it by the root of the hidden size
+        ports = [axis.port for tensor in source.tensors for axis in tensor.axes]
+        is_scaled = Port.WRITE_SCALED in ports
+        self._embedding_scale = (old.hidden_size / new.hidden_size) ** 0.5 if is_scaled else 1.0
+        self._are_units_copied, self._seed = spec.init != "fresh", seed
+        self._units: dict[Space, AxisMap] = {}
 
     def factors(
         self,
@@ -102,7 +100,7 @@ class _Spaces:
         sizes = list(zip(old_shape, new_shape, strict=True))
         for number, (axis, (old_size, new_size)) in enumerate(zip(tensor.axes, sizes, strict=True)):
             if axis.space.kind in (*_KEPT, "head_dim"):
-                factors.append(self.heads.per_head if axis.space.kind == "head_dim" else None)
+                factors.append(self._within_head if axis.space.kind == "head_dim" else None)
                 continue
             is_scaled = axis.port in (Port.GAIN, Port.ABSORBED)
             if grown is not None and old_size == new_size and not is_scaled:
@@ -116,17 +114,17 @@ class _Spaces:
                 case Port.WRITE:
                     factor = AxisFactor.writes(axis_map)
                 case Port.WRITE_SCALED:
-                    factor = AxisFactor.writes(axis_map.rebalanced(scale=self.embedding_scale))
+                    factor = AxisFactor.writes(axis_map.rebalanced(scale=self._embedding_scale))
                 case Port.WRITE_NONLINEAR:
                     factor = AxisFactor.writes_nonlinear(axis_map)
                 case Port.ABSORBED:
-                    factor = AxisFactor.writes_into_norm(axis_map, scale=self.rms_ratio)
+                    factor = AxisFactor.writes_into_norm(axis_map, scale=self._rms_ratio)
                 case Port.READ:
                     factor = AxisFactor.reads(axis_map)
                 case Port.GAIN:
                     # q and k are already scaled for the new eps; copies keep the mean square
                     is_of_heads = axis.space.kind in ("query", "key_value", "heads", "ffn")
-                    ratio = 1.0 if is_of_heads else self.rms_ratio
+                    ratio = 1.0 if is_of_heads else self._rms_ratio
                     factor = AxisFactor.gain(axis_map, rms_ratio=ratio)
             is_kept = factor.is_identity and axis_map.is_identity
             factors.append(None if is_kept else factor)
@@ -138,7 +136,7 @@ class _Spaces:
         if old.length == new.length and (old.length or before == after):
             return AxisMap.identity(old.length or before)
         entries, part = divmod(new.length - old.length, after - before or 1)
-        widths = segments(old.arrangement, entries, self.heads.head_dim)
+        widths = segments(old.arrangement, entries, self._head_dim)
         rest = old.length - entries * before
         if not old.length or before == after or part or widths is None or rest < 0:
             raise RequestError(f"the axes of {old.space.name} do not follow the size")
@@ -146,33 +144,27 @@ class _Spaces:
 
     def _axis_map(self, space: Space, old_size: int, new_size: int) -> AxisMap:
         match space.kind:
-            case "heads":
-                return self.heads.groups
-            case "query":
-                return self.heads.query
-            case "key_value":
-                return self.heads.key_value
-            case "qkv":
-                assert self.heads.interleaved is not None, "such heads are never split"
-                return self.heads.interleaved
-            case "head_input" if self.is_tied:
+            case "heads" | "query" | "key_value" | "qkv":
+                return self._of_heads[space.kind]
+            case "head_input" if self._is_tied:
                 # A tied embedding has the same weights as the head, so the gain of the final norm
                 # absorbs the shares of the copies and the scale of the embedding
-                scale = 1 / (self.residual.num_copies * self.embedding_scale)
-                return self.residual.rebalanced(scale=scale)
+                scale = 1 / (self._residual.num_copies * self._embedding_scale)
+                return self._residual.rebalanced(scale=scale)
             case "ffn" | "shared_ffn":
-                if not self.units_are_copied:
+                if not self._are_units_copied:
                     return AxisMap.padded(old_size, new_size)
                 if space not in self._units:
-                    seed = derived_seed(self.seed, "copies", space.name)
-                    equal = self.equal_shares
-                    self._units[space] = copied_axis(old_size, new_size, seed=seed, equal=equal)
+                    seed = derived_seed(self._seed, "copies", space.name)
+                    self._units[space] = copied_axis(
+                        old_size, new_size, seed=seed, equal=self._equal_shares
+                    )
                 return self._units[space]
             case "attention_input" | "ffn_input" | "head_input":
-                return self.residual
+                return self._residual
             case _:
                 assert space.is_stream, f"width does not know the space {space.name}"
-                return self.residual
+                return self._residual
 
 
 def _width_fill(
@@ -287,7 +279,7 @@ class Width:
         self._check_hidden_size(family, old, new)
         target = family.with_dimensions(source.config, new)
         if not family.subtracts_mean:
-            target = family.with_rms(target, self._rms_ratio(old, new))
+            target = family.with_rms(target, self.rms_ratio(old, new))
         widest, grown = old.intermediate_size, new.intermediate_size
         sizes = [min(self._scaled(size, grown, widest), grown) for size in ffns]
         return family.with_ffn_sizes(target, sizes) if sizes else target
@@ -295,26 +287,9 @@ class Width:
     def parameter_map(self, source: Model, target: Model, *, seed: int) -> ParameterMap:
         import torch
 
-        family, old, new = source.family, source.sizes, target.sizes
-        logical = source.tensors
-        is_scaled = any(a.port is Port.WRITE_SCALED for tensor in logical for a in tensor.axes)
+        family, logical = source.family, source.tensors
         grown = {} if family.has_table else {t.name: t for t in target.tensors}
-        residual = AxisMap.tiled if self.init in _REPEATING else AxisMap.padded
-        equal_shares = self.shares == "equal"
-        spaces = _Spaces(
-            residual=residual(old.hidden_size, new.hidden_size),
-            rms_ratio=self._rms_ratio(old, new),
-            # A norm over all heads mixes their gradients: with unequal shares the moments could
-            # not be mapped
-            heads=HeadGrowth(old, new, self.strategy).maps(
-                equal_shares=equal_shares or family.norms_all_heads
-            ),
-            is_tied=source.is_tied,
-            embedding_scale=(old.hidden_size / new.hidden_size) ** 0.5 if is_scaled else 1.0,
-            units_are_copied=self.init != "fresh",
-            equal_shares=equal_shares,
-            seed=seed,
-        )
+        spaces = _Spaces(self, source, target, seed)
         shapes, grown_shapes = source.shapes, target.shapes
         maps = dict[str, TensorMap]()
         for tensor in logical:
@@ -346,7 +321,9 @@ class Width:
                 )
                 fill = Fill(kind="copy", donor=replace(maps[name], source=donor))
                 maps[name] = replace(maps[name], axes=(first, *inputs), fill=fill)
-        return ParameterMap(tensors=maps, layer_sources=tuple(range(old.num_hidden_layers)))
+        return ParameterMap(
+            tensors=maps, layer_sources=tuple(range(source.sizes.num_hidden_layers))
+        )
 
     def notes(self, source: Model, target: Model) -> tuple[str, ...]:
         old, new, keys = source.sizes, target.sizes, source.family.sizes
@@ -370,7 +347,7 @@ class Width:
             return (sizes,)
         return sizes, "fewer queries per key/value head: moments of k and v are averaged"
 
-    def _rms_ratio(self, old: Dimensions, new: Dimensions) -> float:
+    def rms_ratio(self, old: Dimensions, new: Dimensions) -> float:
         """Return the RMS of the expanded stream divided by that of the old one: √(k·d/D)."""
         copies = new.hidden_size // old.hidden_size if self.init in _REPEATING else 1
         return math.sqrt(copies * old.hidden_size / new.hidden_size)
