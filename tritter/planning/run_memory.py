@@ -8,6 +8,7 @@ refusal only if the run would exceed the memory twice.
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate, count
 from typing import Literal
 
@@ -22,7 +23,7 @@ from tritter.planning.memory import TrainingSetup, machine_memory, training_memo
 from tritter.planning.strategy import planned_rounds
 
 _FLOAT32 = 4
-_MACHINE = "this machine"
+_GPU, _MACHINE = "the GPU", "this machine"
 _LIBRARIES = 540_000_000  # resident bytes of torch, transformers and Lightning, measured
 _TOO_MUCH = 2  # times the memory, by estimate
 _MANY_TOKENS = 0.1  # per batch, relative
@@ -63,15 +64,6 @@ class _Need:
         return self.states + self.copies
 
 
-@dataclass(frozen=True, slots=True)
-class _Use:
-    """A memory: its name, its size, and the required bytes."""
-
-    name: str
-    limit: int
-    needed: int
-
-
 class RunMemory:
     """The memory check of a run.
 
@@ -82,6 +74,28 @@ class RunMemory:
 
     def __init__(self, config: RunRequest, source: Model) -> None:
         self.config, self.source = config, source
+
+    @cached_property
+    def limits(self) -> dict[str, int]:
+        """The bytes of the GPU and of the machine, where they are known."""
+        import torch
+
+        limits, trainer = dict[str, int](), self.config.trainer
+        if trainer.accelerator != "cpu" and torch.cuda.is_available():
+            devices = range(min(trainer.devices, torch.cuda.device_count()))
+            sizes = (torch.cuda.get_device_properties(n).total_memory for n in devices)
+            limits[_GPU] = min(map(int, sizes))
+        if (machine := machine_memory()) is not None:
+            limits[_MACHINE] = machine
+        return limits
+
+    def needed(self, need: _Need, name: str, *, with_activations: bool = False) -> int:
+        """Return the bytes that a training run requires of a memory, by its name in `limits`."""
+        of_process = need.device + with_activations * need.activations
+        if name == _GPU:
+            return of_process + need.teacher
+        of_model = 0 if _GPU in self.limits else need.processes * of_process + need.teacher
+        return of_model + need.start
 
     def needs(self) -> Iterator[_Need]:
         """Yield the memory requirements of training the base, the grown model and the control."""
@@ -112,16 +126,17 @@ class RunMemory:
         worst = self._worst()
         if worst is None:
             return self._estimate_problems()
-        need, use = worst
-        fitting = need.parameters * use.limit // use.needed
+        need, name = worst
+        limit, needed = self.limits[name], self.needed(need, name)
+        fitting = need.parameters * limit // needed
         copied = need.copies + need.start + need.teacher
         advice = [*self._smaller_runs(), "trainer.check_memory=false disables this check"]
         each = f"; for each of {need.processes} processes" if need.processes > 1 else ""
         reason = (
             f"training {need.model} with {_count(need.parameters)} parameters requires "
-            f"{_size(use.needed)} without activations (weights, gradients and optimizer "
+            f"{_size(needed)} without activations (weights, gradients and optimizer "
             f"{_size(need.states)}, copies {_size(copied)}{each}), but "
-            f"{use.name} has {_size(use.limit)}; at most about {_count(fitting)} parameters fit"
+            f"{name} has {_size(limit)}; at most about {_count(fitting)} parameters fit"
         )
         return [Problem("trainer.check_memory", True, reason, "; ".join(advice))]
 
@@ -129,14 +144,17 @@ class RunMemory:
         """Return the problem of a run that exceeds the memory twice by estimated activations."""
         config = self.config
         worst = self._worst(with_activations=True)
-        if worst is None or worst[1].needed <= _TOO_MUCH * worst[1].limit:
+        if worst is None:
             return []
-        need, use = worst
+        need, name = worst
+        limit, needed = self.limits[name], self.needed(need, name, with_activations=True)
+        if needed <= _TOO_MUCH * limit:
+            return []
         length, advice = need.sequence_length, self._smaller_batches(need)
         reason = (
             f"training {need.model} on {batch_size_at(length, config):,} sequences of {length:,} "
-            f"tokens requires about {_size(use.needed)}, {_size(need.activations)} of it for "
-            f"activations, but {use.name} has {_size(use.limit)}"
+            f"tokens requires about {_size(needed)}, {_size(need.activations)} of it for "
+            f"activations, but {name} has {_size(limit)}"
         )
         advice += "; trainer.check_memory=false disables this check"
         return [Problem("data.batch_size", config.data.batch_size, reason, advice)]
@@ -145,16 +163,16 @@ class RunMemory:
         """Return one line on the memory of the largest training run and that of the machine."""
         need = max(self.needs(), key=lambda each: each.device + each.activations)
         activations, copies = need.activations, need.copies + need.teacher
-        uses = [*_memory_uses(self.config, need, activations)]
-        use = max(uses, key=lambda each: each.needed / each.limit, default=None)
-        total = need.processes * (need.device + activations) + need.teacher + need.start
+        limits = self.limits
+        uses = {name: self.needed(need, name, with_activations=True) for name in limits}
+        name = max(uses, key=lambda each: uses[each] / limits[each], default=_MACHINE)
+        needed = self.needed(need, name, with_activations=True)
+        where = f" of the {_size(limits[name])} of {name}" if limits else ""
         parts = [f"weights, gradients and optimizer {_size(need.states)}"]
         parts += [f"copies {_size(copies)}"] if copies else []
         parts += [f"activations {_size(activations)}", f"start {_size(need.start)}"]
         each = f"; for each of {need.processes} processes" if need.processes > 1 else ""
-        where = "" if use is None else f" of the {_size(use.limit)} of {use.name}"
-        needed = total if use is None else use.needed
-        if use is None or use.name == _MACHINE:
+        if name != _GPU:
             needed += _LIBRARIES
             parts.append(f"libraries {_size(_LIBRARIES)}")
         return f"training {need.model}: about {_size(needed)}{where} ({', '.join(parts)}{each})"
@@ -164,10 +182,11 @@ class RunMemory:
         worst = self._worst(with_activations=True)
         if worst is None:
             return ()
-        need, use = worst
+        need, name = worst
+        needed = self.needed(need, name, with_activations=True)
         return (
-            f"memory: training {need.model} may require {_size(use.needed)} with activations "
-            f"(estimated), but {use.name} has {_size(use.limit)}; "
+            f"memory: training {need.model} may require {_size(needed)} with activations "
+            f"(estimated), but {name} has {_size(self.limits[name])}; "
             f"{self._smaller_batches(need)}",
         )
 
@@ -196,15 +215,19 @@ class RunMemory:
         without = grown.with_layers(range(layers[-1] - new))
         return grown.num_parameters - without.num_parameters
 
-    def _worst(self, *, with_activations: bool = False) -> tuple[_Need, _Use] | None:
+    def _worst(self, *, with_activations: bool = False) -> tuple[_Need, str] | None:
         """Return the training run with the largest excess and the memory; None if all fit."""
+
+        def needed(each: tuple[_Need, str]) -> int:
+            return self.needed(*each, with_activations=with_activations)
+
         over = [
-            (need, use)
+            (need, name)
             for need in self.needs()
-            for use in _memory_uses(self.config, need, need.activations if with_activations else 0)
-            if use.needed > use.limit
+            for name, limit in self.limits.items()
+            if needed((need, name)) > limit
         ]
-        return max(over, key=lambda each: each[1].needed, default=None)
+        return max(over, key=needed, default=None)
 
     def _smaller_runs(self) -> Iterator[str]:
         """Yield single changes with which the run fits."""
@@ -254,10 +277,10 @@ def side_by_side_problems(
     limits: dict[str, int] = {}
     for job in checked:
         most: dict[str, int] = {}
+        limits |= job.limits
         for need in job.needs():
-            for use in _memory_uses(job.config, need, 0):
-                limits[use.name] = use.limit
-                most[use.name] = max(most.get(use.name, 0), use.needed)
+            for name in job.limits:
+                most[name] = max(most.get(name, 0), job.needed(need, name))
         for name, each in most.items():
             needed.setdefault(name, []).append(each)
     for name, of_jobs in needed.items():
@@ -389,21 +412,6 @@ def _training_need(
         teacher=teacher,
         processes=processes,
     )
-
-
-def _memory_uses(config: RunRequest, need: _Need, activations: int) -> Iterator[_Use]:
-    """Yield the use of GPU and host memory, if their sizes are known."""
-    import torch
-
-    machine, gpu, each = machine_memory(), None, need.device + activations
-    if config.trainer.accelerator != "cpu" and torch.cuda.is_available():
-        devices = range(min(config.trainer.devices, torch.cuda.device_count()))
-        gpu = min(int(torch.cuda.get_device_properties(n).total_memory) for n in devices)
-    if gpu is not None:
-        yield _Use("the GPU", gpu, each + need.teacher)
-    if machine is not None:
-        of_machine = need.processes * each + need.teacher if gpu is None else 0
-        yield _Use(_MACHINE, machine, of_machine + need.start)
 
 
 def _size(num_bytes: int) -> str:
