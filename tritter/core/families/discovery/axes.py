@@ -85,22 +85,6 @@ class Role:
     offset: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Neurons:
-    """The matrices of a dense FFN whose neurons can grow in single layers.
-
-    Args:
-        parts: `gate`, `up` and `down` → name in memory within a layer; an FFN that computes
-            down(σ(up(x))) has no gate.
-        activation: name within a layer of the module that computes σ.
-        key: config key of their number.
-    """
-
-    parts: Mapping[str, str] = field(default_factory=dict)
-    activation: str = ""
-    key: str = ""
-
-
 @dataclass(frozen=True)
 class Axes:
     """The roles of all axes that follow a size.
@@ -112,7 +96,9 @@ class Axes:
         has_head_dim: `head_dim` can be set, so heads keep their size.
         heads_fill_hidden: the number of heads grows with the hidden size alone.
         subtracts_mean: norms subtract the mean over the residual stream.
-        neurons: of FFNs that can grow in single layers.
+        ffn_parts: of FFNs that can grow in single layers: `gate`, `up` and `down` → name in memory
+            within a layer; an FFN that computes down(σ(up(x))) has no gate.
+        activation: name within a layer of the module that computes σ of these FFNs.
         refused: `ffn`, `neurons`, `heads`, `hidden` or `experts` → why this size can't grow.
     """
 
@@ -122,7 +108,8 @@ class Axes:
     has_head_dim: bool = True
     heads_fill_hidden: bool = False
     subtracts_mean: bool = False
-    neurons: _Neurons = _Neurons()
+    ffn_parts: Mapping[str, str] = field(default_factory=dict)
+    activation: str = ""
     refused: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -154,9 +141,16 @@ class Axes:
             has_head_dim=search.has_head_dim,
             heads_fill_hidden=search.fills_hidden,
             subtracts_mean=search.subtracts_mean,
-            neurons=search.neurons,
+            ffn_parts=search.ffn_parts,
+            activation=search.activation,
             refused=search.refused,
         )
+
+    @property
+    def width_key(self) -> str:
+        """The config key of the number of neurons in `ffn_parts`."""
+        roles = self.roles[self.ffn_parts["up"]].values()
+        return next(role.key for role in roles if role.space == "ffn")
 
     @property
     def all_roles(self) -> tuple[Role, ...]:
@@ -187,7 +181,8 @@ class _Search:
         self.ffn_keys: tuple[str, ...] = ()
         self.hidden_keys: tuple[str, ...] = ()
         self.has_head_dim = self.subtracts_mean = self.fills_hidden = False
-        self.neurons = _Neurons()
+        self.ffn_parts: Mapping[str, str] = {}
+        self.activation = ""
 
     def add_ffns(self) -> None:
         """Find the axes of neurons, of FFNs and of experts."""
@@ -214,7 +209,7 @@ class _Search:
         tensors = model.state_dict().keys() - set(tied)
         if others := tensors - dict(model.named_parameters()).keys():
             raise RequestError(f"its files have tensors that are not parameters ({min(others)})")
-        self.neurons = found[0]
+        self.ffn_parts, self.activation = found[0]
 
     def add_heads(self) -> None:
         """Find the axes of attention heads, at a constant size of each head."""
@@ -501,8 +496,10 @@ def _unit_port(block: Block, name: str, axis: int) -> Port:
     return Port.READ if any(block.is_output(name, other) for other in others) else Port.WRITE
 
 
-def _neurons_of(block: Block, roles: Mapping[str, Mapping[int, Role]]) -> _Neurons:
-    """Return the neurons of a layer's FFN."""
+def _neurons_of(
+    block: Block, roles: Mapping[str, Mapping[int, Role]]
+) -> tuple[Mapping[str, str], str]:
+    """Return the matrices of a layer's FFN and the name of its σ; see `Axes`."""
     other = "an FFN is not down(σ(gate(x)) · up(x)) with matrices of their own"
     names = {name for name in block.values if name in roles}
     uses = [
@@ -530,7 +527,7 @@ def _neurons_of(block: Block, roles: Mapping[str, Mapping[int, Role]]) -> _Neuro
         up = next((name for name in rows if name != gate), "")
         if activation := block.activation(gate, up, columns[0]):
             parts = {"gate": gate, "up": up} if up else {"up": gate}
-            return _Neurons({**parts, "down": columns[0]}, activation, keys.pop())
+            return {**parts, "down": columns[0]}, activation
     raise RequestError(other)
 
 

@@ -183,7 +183,7 @@ class DiscoveredFamily(Family):
         return reason and f"{self.model_type}: {reason}{hint}"
 
     def ffn_part(self, tensor: LogicalTensor) -> str:
-        parts = {} if self.axes is None else self.axes.neurons.parts
+        parts = {} if self.axes is None else self.axes.ffn_parts
         live = tensor.live_name or tensor.disk_name
         return next(
             (n for n, name in parts.items() if live.endswith(f".{tensor.layer}.{name}")), ""
@@ -191,13 +191,12 @@ class DiscoveredFamily(Family):
 
     def activation_name(self, up: str) -> str:
         assert self.axes is not None
-        neurons = self.axes.neurons
-        return up.removesuffix(neurons.parts["up"]) + neurons.activation
+        return up.removesuffix(self.axes.ffn_parts["up"]) + self.axes.activation
 
     def with_widest_ffn(self, config: Config, size: int) -> Config:
         axes = self.widened(config).axes
         assert axes is not None
-        return StockConfig(config).with_decoder({axes.neurons.key: size})
+        return StockConfig(config).with_decoder({axes.width_key: size})
 
     def check_growth(self, old: Dimensions, new: Dimensions) -> None:
         refused = {} if self.axes is None else self.axes.refused
@@ -425,7 +424,7 @@ class DiscoveredFamily(Family):
         live = place.name.replace("{layer}", str(layer)).replace("{expert}", str(expert))
         roles = self._roles(place)
         if widths and layer is not None and self.axes is not None:
-            key = self.axes.neurons.key
+            key = self.axes.width_key
             counts = {**counts, key: widths[layer]}
             grown = {axis: widths[layer] for axis, role in roles.items() if role.key == key}
             shape = tuple(grown.get(axis, length) for axis, length in enumerate(shape))
