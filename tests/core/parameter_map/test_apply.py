@@ -84,11 +84,6 @@ def test_a_gain_takes_the_ratio_and_its_gradient_the_inverse() -> None:
     assert gain.gradient.tolist() == [0.625] * 4
 
 
-def test_the_number_of_axes_must_fit() -> None:
-    with pytest.raises(ValueError, match=r"2 axes does not match a tensor of shape \(2,\)"):
-        UP.apply(torch.zeros(2))
-
-
 def test_a_map_without_axes_copies_and_does_not_alias() -> None:
     source = torch.randn(2, 3)
     result = TensorMap("x").apply(source)

@@ -127,8 +127,5 @@ def test_shrinking_is_refused(build: type[AxisMap]) -> None:
         build(4, 3)  # type: ignore[call-arg,arg-type]
 
 
-def test_unequal_counts_have_no_number_of_copies() -> None:
-    axis_map = AxisMap.copied(2, [0, 1, 0], torch.tensor([0.5, 1.0, 0.5]))
-    with pytest.raises(ValueError, match="same number of copies"):
-        _ = axis_map.num_copies
+def test_coordinates_in_any_order_have_a_number_of_copies() -> None:
     assert AxisMap.copied(2, [0, 1, 1, 0], torch.full((4,), 0.5)).num_copies == 2

@@ -355,14 +355,22 @@ def _linear(
     return weight, bias
 
 
-_SMOLLM3 = Family(
-    model_type="smollm3",
-    architecture="SmolLM3ForCausalLM",
+_LLAMA = Family(
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    heads_divide_hidden=True,
     tensors=decoder_tensors(
         *attention(biases="qkvo", bias_key="attention_bias"),
         ffn_norm(),
         *dense_ffn(bias_key="mlp_bias"),
     ),
+)
+
+
+_SMOLLM3 = Family(
+    model_type="smollm3",
+    architecture="SmolLM3ForCausalLM",
+    tensors=_LLAMA.tensors,
     per_layer_config_keys=("layer_types", "no_rope_layers"),
     windows="layer_types",
 )
@@ -482,18 +490,6 @@ _MIXTRAL = Family(
 )
 
 
-_LLAMA = Family(
-    model_type="llama",
-    architecture="LlamaForCausalLM",
-    heads_divide_hidden=True,
-    tensors=decoder_tensors(
-        *attention(biases="qkvo", bias_key="attention_bias"),
-        ffn_norm(),
-        *dense_ffn(bias_key="mlp_bias"),
-    ),
-)
-
-
 def llama_config(
     *,
     vocab_size: int,
@@ -544,11 +540,7 @@ def llama_config(
 _GRANITE = Family(
     model_type="granite",
     architecture="GraniteForCausalLM",
-    tensors=decoder_tensors(
-        *attention(biases="qkvo", bias_key="attention_bias"),
-        ffn_norm(),
-        *dense_ffn(bias_key="mlp_bias"),
-    ),
+    tensors=_LLAMA.tensors,
 )
 
 

@@ -72,16 +72,11 @@ class AxisMap:
 
     @property
     def num_copies(self) -> int:
-        """Number of copies of each old coordinate.
-
-        Raises:
-            ValueError: the coordinates do not all have the same number of copies.
-        """
+        """Number of copies of each old coordinate, of which all have as many."""
         import torch
 
         counts = torch.bincount(self.source[self.source >= 0], minlength=self.old_size)
-        if int(counts.min()) != int(counts.max()):
-            raise ValueError("the coordinates do not all have the same number of copies")
+        assert int(counts.min()) == int(counts.max())
         return int(counts[0])
 
     @classmethod

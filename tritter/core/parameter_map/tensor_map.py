@@ -242,10 +242,7 @@ class TensorMap:
             is_filled = quantity is Quantity.WEIGHT
             return _filled(created, nowhere, self.fill) if is_filled else created
         axes = self.axes or (None,) * source.ndim
-        if len(axes) != source.ndim:
-            raise ValueError(
-                f"a map of {len(axes)} axes does not match a tensor of shape {tuple(source.shape)}"
-            )
+        assert len(axes) == source.ndim
         if quantity is not Quantity.WEIGHT:
             gathered = _gather(source, axes, quantity)
             return torch.zeros_like(gathered) if self.state == "fresh" else gathered
