@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.methods.moe_routing.test_objective import SEQUENCES, UNHELD, run
 from tests.oracle.families import SPARSE, generic, tiny
-from tritter.core.families import Flops, Model, backward_flops, forward_flops, training_flops
+from tritter.core.families import Flops, Model, forward_flops, training_flops
 from tritter.methods.moe_routing.objective import OldRouting, RoutingObjective
 from tritter.methods.moe_routing.opening import Unfreezing
 from tritter.methods.moe_routing.options import RoutingOptions
@@ -43,7 +43,7 @@ def test_holding_old_routing_costs_a_second_pass_in_every_step(family: str) -> N
         module.training_step({"input_ids": SEQUENCES[:3].long()}, 0).backward()
     config = model.config.to_dict()
     of_batch = training_flops(Model(config))
-    of_routing = forward_flops(Model(config)) + backward_flops(Model(config), loss_at="routers")
+    of_routing = training_flops(Model(config), loss_at="routers")
     assert counter.get_total_flops() == 3 * square(of_batch) + 2 * square(of_routing)
     ours = 3 * module.step_flops().of(LENGTH) + routing.step_flops(model)
     assert ours == 3 * of_batch.of(LENGTH) + 2 * of_routing.of(LENGTH)
@@ -60,7 +60,7 @@ def test_the_look_at_old_routing_and_what_is_held_are_in_the_cost_of_a_fit(tmp_p
     held = run(model, tmp_path / "held", settings=HELD, old=old, steps=3)
     plain = run(tiny("mixtral"), tmp_path / "plain", steps=3)
     assert plain.flops == 3 * 4 * 3 * forward.of(LENGTH)
-    again = forward + backward_flops(Model(config), loss_at="routers")
+    again = training_flops(Model(config), loss_at="routers")
     assert held.flops == plain.flops + old.flops + 3 * 2 * again.of(LENGTH)
 
 

@@ -7,7 +7,6 @@ from tritter.core.families.flops import (
     Adapters,
     Flops,
     LowRank,
-    backward_flops,
     forward_flops,
     training_flops,
 )
@@ -45,7 +44,6 @@ __all__ = [
     "Port",
     "Space",
     "StoredTensor",
-    "backward_flops",
     "check_config",
     "family_of",
     "ffn_sizes",

@@ -107,20 +107,17 @@ def _everything(tensor: LogicalTensor) -> bool:
     return True
 
 
-def forward_flops(
-    model: Model, *, routed_to: Collection[int] | None = None, adapters: Adapters | None = None
-) -> Flops:
+def forward_flops(model: Model, *, adapters: Adapters | None = None) -> Flops:
     """Return the FLOPs of a forward pass, output head included.
 
     Args:
         model: the model.
-        routed_to: the experts that share the tokens evenly. Default: all.
         adapters: of the model.
     """
-    return _Walk(model, _everything, routed_to, adapters).flops("forward")
+    return _Walk(model, _everything, None, adapters).flops("forward")
 
 
-def backward_flops(
+def training_flops(
     model: Model,
     *,
     is_trained: _IsTrained = _everything,
@@ -128,29 +125,18 @@ def backward_flops(
     routed_to: Collection[int] | None = None,
     adapters: Adapters | None = None,
 ) -> Flops:
-    """Return the FLOPs of the backward pass of a loss.
+    """Return the FLOPs of a forward and a backward pass.
 
     Args:
         model: the model.
         is_trained: returns True for a trained tensor.
         loss_at: `head` for a loss of the logits, or `routers` for a loss of the router outputs,
             whose gradient skips everything above the last router.
-        routed_to: see `forward_flops`.
+        routed_to: the experts that share the tokens evenly. Default: all.
         adapters: of the model.
     """
-    return _Walk(model, is_trained, routed_to, adapters).flops(loss_at)
-
-
-def training_flops(
-    model: Model,
-    *,
-    is_trained: _IsTrained = _everything,
-    routed_to: Collection[int] | None = None,
-    adapters: Adapters | None = None,
-) -> Flops:
-    """Return the FLOPs of a forward and a backward pass; arguments as in `backward_flops`."""
     walk = _Walk(model, is_trained, routed_to, adapters)
-    return walk.flops("forward") + walk.flops("head")
+    return walk.flops("forward") + walk.flops(loss_at)
 
 
 class _Walk:

@@ -16,7 +16,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from tritter.core.families import backward_flops, forward_flops
+from tritter.core.families import forward_flops, training_flops
 from tritter.core.models import model_of
 from tritter.core.stock_routers import Record, RouterControl
 from tritter.data.batches import this_rank
@@ -170,7 +170,7 @@ class RoutingObjective(SideLoss):
         if self._old is None:
             return 0.0
         whole, trained = model_of(model), trained_tensors(model)
-        flops = forward_flops(whole) + backward_flops(
+        flops = training_flops(
             whole, is_trained=lambda tensor: tensor.name in trained, loss_at="routers"
         )
         # Each process reads the same old data, which is counted once; the mean over all of it
