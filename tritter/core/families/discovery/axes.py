@@ -28,6 +28,7 @@ from tritter.core.families.discovery.twin import (
     first_tensor,
     in_float64,
     is_equal,
+    owner_of,
     restored,
 )
 from tritter.core.families.logical import Arrangement, Port, segments
@@ -336,7 +337,7 @@ class _Search:
         )
 
     def _stream_role(self, block: Block, name: str, axis: int, key: str) -> Role:
-        owner, value = block.owner_of(name)
+        owner, value = owner_of(block.module, name)
         if value.ndim > 1:
             return Role("residual", key, Port.WRITE if block.is_output(name, axis) else Port.READ)
         return self._norm_role(owner, name, key, "residual")
@@ -357,7 +358,7 @@ class _Search:
         first = self._blocks[min(self._blocks)]
         reached = {call.name for call in self._twin.calls()}  # by text
         for name, axis in axes:
-            owner, value = self._twin.owner_of(name)
+            owner, value = owner_of(self._twin.model, name)
             if value.ndim == 1:
                 space = "head_input" if owner is last else "residual"
                 self._add(name, axis, self._norm_role(owner, name, key, space))
@@ -489,7 +490,7 @@ def _arrangements(
 
 def _unit_port(block: Block, name: str, axis: int) -> Port:
     """Return the port of an axis of units: READ if another axis has the outputs of the module."""
-    owner, value = block.owner_of(name)
+    owner, value = owner_of(block.module, name)
     if "norm" in type(owner).__name__.lower() and not name.endswith("bias"):
         return Port.GAIN
     others = [other for other in range(value.ndim) if other != axis]
@@ -510,7 +511,7 @@ def _neurons_of(
     ]
     rows, columns, biases = list[str](), list[str](), set[str]()
     for name, axis, role in uses:
-        owner, value = block.owner_of(name)
+        owner, value = owner_of(block.module, name)
         outputs = int(isinstance(owner, Conv1D))  # the axis of its outputs
         if value.ndim == 1 and name.endswith(".bias"):
             biases.add(name.removesuffix("bias") + "weight")

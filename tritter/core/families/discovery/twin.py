@@ -141,10 +141,6 @@ class Twin:
         """
         return _calls_in(self.model, self.logits, names)
 
-    def owner_of(self, name: str) -> tuple[nn.Module, Tensor]:
-        """Return the module that a tensor belongs to, and the tensor."""
-        return _owner_of(self.model, name)
-
     def scales_embedding(self, embedding: nn.Module, block: "Block") -> bool:
         """Return True if the model multiplies the embedding by √hidden_size.
 
@@ -425,10 +421,6 @@ class Block:
         """Its parameters and buffers, by name within the layer."""
         return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
 
-    def owner_of(self, name: str) -> tuple[nn.Module, Tensor]:
-        """Return the module that a tensor belongs to, and the tensor."""
-        return _owner_of(self.module, name)
-
     def calls(self, names: Collection[str] | None = None) -> "list[_Call]":
         """Return the calls of its modules, in the order in which they end.
 
@@ -467,7 +459,7 @@ class Block:
 
     def is_output(self, name: str, axis: int) -> bool:
         """Return True if an axis of a tensor has the outputs of the tensor's module."""
-        _, value = self.owner_of(name)
+        _, value = owner_of(self.module, name)
         path, size = name.rpartition(".")[0], value.shape[axis]
         before = self.calls([path])
         if not before or before[-1].made.shape[-1] != size or size <= _COORDINATE:
@@ -664,7 +656,8 @@ def _calls_in(
     return calls
 
 
-def _owner_of(module: nn.Module, name: str) -> tuple[nn.Module, Tensor]:
+def owner_of(module: nn.Module, name: str) -> tuple[nn.Module, Tensor]:
+    """Return the module that a tensor belongs to, and the tensor."""
     path, _, attribute = name.rpartition(".")
     owner = module.get_submodule(path)
     return owner, getattr(owner, attribute)
