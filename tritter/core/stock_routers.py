@@ -219,11 +219,7 @@ class RouterControl:
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Load offsets and selection biases from a `state_dict`.
-
-        Raises:
-            RequestError: it is from a model with other layers or another number of experts.
-        """
+        """Load offsets and selection biases from a `state_dict`."""
         sizes = {int(layer): offset.numel() for layer, offset in state["offset"].items()}
         if sizes != dict.fromkeys(self.layers, self.num_experts):
             raise RequestError(

@@ -20,17 +20,14 @@ _MAX_TOKENS_PER_PARAMETER = 1e6  # beyond, predicted losses equal their limit
 _TOKENS_PER_PARAMETER = 20.0  # compute-optimal according to Hoffmann et al. 2022, table 3
 
 
-# A published scaling law for the loss of a model with N parameters after D tokens.
-#
-# Chinchilla's parametric law L(N, D) = E + A/N^α + B/D^β (Hoffmann et al. 2022, arXiv 2203.15556,
-# equation 2) with the constants of the corrected fit to its data (Besiroglu et al. 2024, arXiv
-# 2404.10102). The constants are specific to that study's data and tokenizer, so differences
-# between plans are more reliable than absolute values. The law ignores a model's shape.
-
-
 @dataclass(frozen=True, slots=True)
 class ScalingLaw:
-    """L(N, D) = E + A/N^α + B/D^β, in nats per token; by default with Chinchilla's constants.
+    """Chinchilla's law for the loss of N parameters after D tokens: L(N, D) = E + A/N^α + B/D^β.
+
+    In nats per token (Hoffmann et al. 2022, arXiv 2203.15556, equation 2), by default with the
+    constants of the corrected fit to its data (Besiroglu et al. 2024, arXiv 2404.10102). They are
+    specific to that study's data and tokenizer, so differences between plans are more reliable
+    than absolute values. The law ignores a model's shape.
 
     Args:
         irreducible: E, the irreducible loss.
@@ -301,9 +298,6 @@ def plan_expansion_path(
         available_compute: the budget in GPU-hours; steps beyond it have `is_affordable=False`.
         strategy: as in `plan_growth`.
         assumptions: assumptions of the plan.
-
-    Raises:
-        RequestError: as in `plan_growth`.
     """
     source = Model(source_params) if isinstance(source_params, dict) else source_params
     if not isinstance(source, Model):

@@ -168,9 +168,6 @@ def write_model(
         lineage: called after the tensors are written.
         artifacts: files next to the model; None entries are left out.
         overwrite: replace a checkpoint at `folder`.
-
-    Raises:
-        RequestError: something is at `folder` and may not be replaced.
     """
     known = _model_of(model)
     tensors = [(name, tensor.cpu()) for name, tensor in known.disk_tensors(model.state_dict())]

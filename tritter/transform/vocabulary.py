@@ -21,11 +21,7 @@ _OTHER_FORMS = ("vocab.json", "merges.txt", "tokenizer.model", "tekken.json")
 
 
 def learned(spec: Vocab, source: Source, texts: Iterable[str]) -> Vocab:
-    """Return options with the merges that some texts give.
-
-    Raises:
-        RequestError: the source has no BPE tokenizer, or the texts have too few frequent pairs.
-    """
+    """Return options with the merges that some texts give."""
     size = source.model.sizes.vocab_size
     merges = BpeTokenizer(PretrainedTokenizer.read(source.folder, vocab_size=size).tokenizer).learn(
         texts,
@@ -36,12 +32,7 @@ def learned(spec: Vocab, source: Source, texts: Iterable[str]) -> Vocab:
 
 
 def bound_vocabulary(spec: ExpansionSpec, source: Source) -> BoundVocab:
-    """Return `vocab` bound to the tokenizer of the source.
-
-    Raises:
-        RequestError: the source has no BPE tokenizer, data must give the new tokens, or a given
-            token is impossible.
-    """
+    """Return `vocab` bound to the tokenizer of the source."""
     assert isinstance(spec, Vocab)
     size = source.model.sizes.vocab_size
     tokenizer = BpeTokenizer(PretrainedTokenizer.read(source.folder, vocab_size=size).tokenizer)

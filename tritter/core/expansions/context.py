@@ -47,12 +47,7 @@ class Context:
     method: Literal["base", "yarn"] = "yarn"
 
     def target_config(self, source: Model) -> Config:
-        """Return the config with more positions.
-
-        Raises:
-            RequestError: the model has no rotary embeddings of a known kind, or the target is not
-                longer than its context.
-        """
+        """Return the config with more positions."""
         source = _with_rotations(source)
         family, config, old = source.family, source.config, source.position_limit
         assert old is not None

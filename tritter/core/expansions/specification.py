@@ -76,11 +76,7 @@ class ResolvedExpansion:
 
 
 def target_model(source: Model, specs: Sequence[ExpansionSpec]) -> Model:
-    """Return the model after all `specs` in order, without building any map.
-
-    Raises:
-        RequestError: unknown family, or impossible targets.
-    """
+    """Return the model after all `specs` in order, without building any map."""
     for spec in specs:
         source = _checked_target(spec, _as_needed(spec, source))
     return source

@@ -41,11 +41,7 @@ class Model:
 
     @cached_property
     def family(self) -> Family:
-        """The family of its `model_type`.
-
-        Raises:
-            RequestError: the `model_type` is not supported; gives the reason.
-        """
+        """The family of its `model_type`."""
         return self.known_family or family_of(self.config)
 
     @property
