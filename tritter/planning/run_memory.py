@@ -311,7 +311,7 @@ def _num_processes(config: RunRequest) -> int:
     return processes if launch is None else processes * launch.num_nodes
 
 
-def batch_size_at(length: int, config: RunRequest) -> int:
+def batch_size_at(length: int, config: RunRequest, batch_size: int | None = None) -> int:
     """Return the sequences per batch for sequences of another length: about as many tokens.
 
     It is a multiple of the number of processes: at least one for each.
@@ -319,12 +319,9 @@ def batch_size_at(length: int, config: RunRequest) -> int:
     Args:
         length: tokens per sequence.
         config: the run.
+        batch_size: sequences of the usual length. Default: those of the run.
     """
-    return _batch_at(length, config, config.data.batch_size)
-
-
-def _batch_at(length: int, config: RunRequest, batch_size: int) -> int:
-    processes = _num_processes(config)
+    processes, batch_size = _num_processes(config), batch_size or config.data.batch_size
     of_each = batch_size * config.data.sequence_length / (length * processes)
     return processes * max(1, round(of_each))
 
@@ -339,7 +336,7 @@ def tokens_note(length: int, config: RunRequest) -> str:
     data, step = config.data, _num_processes(config)
 
     def change(batch_size: int) -> float:
-        now = _batch_at(length, config, batch_size) * length
+        now = batch_size_at(length, config, batch_size) * length
         return now / (batch_size * data.sequence_length) - 1
 
     if abs(found := change(data.batch_size)) <= _MANY_TOKENS:

@@ -1,7 +1,7 @@
 """Strategies that choose the shapes between a source and a target size: depth, width or both."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
@@ -44,7 +44,12 @@ class PathRequest:
         _check_strategy(self.strategy, self.methods)
         paths: dict[str, tuple[Shape, ...]] = {}
         refusals: list[RequestError] = []
-        for name in _strategies_of(self.strategy, self.methods):
+        strategies: tuple[str, ...] = (self.strategy,)
+        if self.strategy == AUTO and self.methods.depth and self.methods.width:
+            strategies = ("balanced", "depth_first", "width_first")
+        elif self.strategy == AUTO:
+            strategies = ("depth_first" if self.methods.depth else "width_first",)
+        for name in strategies:
             try:
                 paths[name] = _find_path(replace(self, strategy=name))
             except RequestError as error:
@@ -88,14 +93,6 @@ def _check_strategy(strategy: str, methods: GrowthMethods) -> None:
             example = "dus" if direction == "depth" else "width"
             reason = f"requires a method that grows {direction}; add one, such as {example}"
             raise RequestError(Problem("strategy", strategy, reason=reason))
-
-
-def _strategies_of(strategy: str, methods: GrowthMethods) -> Sequence[str]:
-    if strategy != AUTO:
-        return (strategy,)
-    if methods.depth is None:
-        return ("width_first",)
-    return ("depth_first",) if methods.width is None else ("balanced", "depth_first", "width_first")
 
 
 def _next_shape(

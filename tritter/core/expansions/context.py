@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from tritter.core.families import Config, Family, Model
+from tritter.core.families import Config, Model
 from tritter.errors import Problem, RequestError, brief, refused
 from tritter.limits import MAX_POSITIONS
 from tritter.options import options
@@ -171,7 +171,8 @@ def _rotary_dimensions(config: Config, parameters: Mapping[str, Any]) -> int:
 def _with_rotations(source: Model) -> Model:
     """Return a model with its rotary parameters, by default as its class sets them."""
     config, family = source.config, source.family
-    if not isinstance(config.get("rope_parameters"), Mapping) and not _has_positions(family):
+    learns_positions = any(tensor.kind == "embed_positions" for tensor in family.tensors)
+    if not isinstance(config.get("rope_parameters"), Mapping) and not learns_positions:
         from tritter.core.families.discovery.configs import StockConfig  # imports transformers
 
         # Keys of earlier releases (rope_theta, rope_scaling) become rope_parameters
@@ -190,11 +191,6 @@ def _with_rotations(source: Model) -> Model:
     if reason:
         raise RequestError(Problem(_KEY, reason=reason))
     return source
-
-
-def _has_positions(family: Family) -> bool:
-    """Return True if a tabulated family learns its positions."""
-    return family.has_table and any(tensor.kind == "embed_positions" for tensor in family.tensors)
 
 
 def _parameters(config: Config) -> Mapping[str, Any]:

@@ -114,11 +114,6 @@ class Family:
         """FFNs or experts are gated."""
         return any(tensor.kind in ("ffn.gate", "experts.gate") for tensor in self.tensors)
 
-    @property
-    def has_stacked_ffn(self) -> bool:
-        """Gate and up of an FFN are one tensor."""
-        return any(tensor.within and tensor.kind == "ffn.up" for tensor in self.tensors)
-
     def fixed_neurons(self, config: Config) -> str:
         """Return the reason if single layers can't get neurons; empty if they can."""
         if self.has_experts:
@@ -126,7 +121,7 @@ class Family:
                 f"{self.model_type} has experts, and neurons grow only in dense FFNs; add experts "
                 "(expansion=moe_add)"
             )
-        if self.has_stacked_ffn:
+        if any(tensor.within and tensor.kind == "ffn.up" for tensor in self.tensors):
             return (
                 f"{self.model_type} stores gate and up as one tensor, and growth requires two; use "
                 "expansion=width"
@@ -359,12 +354,12 @@ def _for_layers(
     first = templates.index(per_layer[0])
     tensors = list(templates[:first])
     for layer, kind in enumerate(layers):
-        filled = [t.for_layer(layer) for t in per_layer if t.layers in ("all", kind)]
+        filled = [t.filled(layer=layer) for t in per_layer if t.layers in ("all", kind)]
         per_expert = [tensor for tensor in filled if tensor.is_per_expert]
         for tensor in filled:
             if not tensor.is_per_expert:
                 tensors.append(tensor)
             elif tensor is per_expert[0]:  # the first template stands for all of them
                 for expert in range(num_experts):
-                    tensors += [each.for_expert(expert) for each in per_expert]
+                    tensors += [each.filled(layer=layer, expert=expert) for each in per_expert]
     return (*tensors, *templates[first + len(per_layer) :])

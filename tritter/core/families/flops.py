@@ -182,8 +182,9 @@ class _Walk:
             stream = added | self._ffn(f"layers.{layer}.", stream if is_parallel else added)
         self._gates = False
         read = self._normed(stream, "final_norm")
-        for tensor in tensors if not family.has_table else ():
-            if tensor.layer is None and _is_projection(tensor, self._shapes[tensor.name]):
+        for tensor in tensors if not family.has_table else ():  # but lookups and the head
+            is_product = tensor.kind != "head" and not tensor.kind.startswith("embed")
+            if tensor.layer is None and is_product and len(self._shapes[tensor.name]) == 2:
                 self._matrix(tensor.name, read)
         self._matrix("head" if "head" in self._shapes else "embed", read)
         self._low_rank("head", vocabulary, hidden, read)
@@ -326,8 +327,3 @@ class _Walk:
 
     def _needs(self, stream: bool, *names: str) -> bool:
         return stream or not self._trained.isdisjoint(names)
-
-
-def _is_projection(tensor: LogicalTensor, shape: tuple[int, ...]) -> bool:
-    """Return True for a matrix outside the layers that is no lookup and not the head."""
-    return len(shape) == 2 and tensor.kind != "head" and not tensor.kind.startswith("embed")

@@ -171,20 +171,14 @@ class LogicalTensor:
             return self.is_norm
         return self.axes[0].port is Port.WRITE and self.axes[0].space.is_norm_output
 
-    def for_layer(self, layer: int) -> "LogicalTensor":
-        return self._filled("{layer}", layer=layer)
-
-    def for_expert(self, expert: int) -> "LogicalTensor":
-        return self._filled("{expert}", layer=self.layer, expert=expert)
-
     def exists(self, config: Config) -> bool:
         is_enabled = not self.only_if or bool(config.get(self.only_if))
         return is_enabled and not (self.unless and bool(config.get(self.unless)))
 
-    def _filled(
-        self, mark: str, *, layer: int | None, expert: int | None = None
-    ) -> "LogicalTensor":
-        text, fused, axes = str(layer if expert is None else expert), self.fused, list[Axis]()
+    def filled(self, *, layer: int, expert: int | None = None) -> "LogicalTensor":
+        """Return the tensor of a layer, or of an expert of that layer, from a template."""
+        mark, text = ("{layer}", str(layer)) if expert is None else ("{expert}", str(expert))
+        fused, axes = self.fused, list[Axis]()
         for axis in self.axes:
             own = expert if axis.space.scope == "expert" else None
             space = axis.space

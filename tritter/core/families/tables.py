@@ -236,12 +236,6 @@ def _embedding(name: str, port: Port = Port.WRITE) -> LogicalTensor:
     return LogicalTensor(kind="embed", disk_name=f"{name}.weight", axes=axes)
 
 
-def _learned_positions(name: str) -> LogicalTensor:
-    """Return the learned position embedding with this name on disk."""
-    axes = (Axis(_POSITIONS, Port.READ), _RESIDUAL)
-    return LogicalTensor(kind="embed_positions", disk_name=f"{name}.weight", axes=axes)
-
-
 def _layer_norm_attention(
     *,
     norm: str,
@@ -588,7 +582,11 @@ _GPT2 = Family(
     heads_divide_hidden=True,
     tensors=(
         _embedding(_MODEL + "wte"),
-        _learned_positions(_MODEL + "wpe"),
+        LogicalTensor(
+            kind="embed_positions",
+            disk_name=_MODEL + "wpe.weight",
+            axes=(Axis(_POSITIONS, Port.READ), _RESIDUAL),
+        ),
         *_layer_norm_attention(
             norm=_GPT2_LAYER + "ln_1",
             qkv=_GPT2_LAYER + "attn.c_attn",
