@@ -462,8 +462,6 @@ def _partner_config(
         dense_layers: layers that keep their FFN.
     """
     config, dimensions = source.config, source.sizes
-    if config.get("rms_norm_eps") is None:
-        raise RequestError(f"config.json: rms_norm_eps is missing, but {partner} needs it.")
     if config.get("rope_parameters") is None:
         from tritter.core.families.discovery.configs import StockConfig  # imports transformers
 

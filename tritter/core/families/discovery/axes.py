@@ -25,6 +25,7 @@ from tritter.core.families.discovery.skeleton import Shape, in_layer, layer_list
 from tritter.core.families.discovery.twin import (
     Block,
     Twin,
+    calls_in,
     first_tensor,
     in_float64,
     is_equal,
@@ -356,7 +357,7 @@ class _Search:
         embedding = model.get_input_embeddings()  # type: ignore[operator]
         last = _module_before(self._twin, head)
         first = self._blocks[min(self._blocks)]
-        reached = {call.name for call in self._twin.calls()}  # by text
+        reached = {call.name for call in calls_in(self._twin.model, self._twin.logits)}  # by text
         for name, axis in axes:
             owner, value = owner_of(self._twin.model, name)
             if value.ndim == 1:
@@ -599,7 +600,7 @@ def _eps(module: nn.Module) -> float | None:
 
 def _normed(block: Block, norms: frozenset[str]) -> list[str]:
     """Return the matrices, and their biases, whose whole output is normalised at once."""
-    calls = block.calls()
+    calls = calls_in(block.module, block.change)
     normed = [call.given.flatten().sort().values for call in calls if call.name in norms]
     found = []
     for call in calls:
@@ -649,7 +650,9 @@ def _module_before(twin: Twin, head: nn.Module | None) -> nn.Module | None:
     """Return the module whose output is the input of the head."""
     if head is None:
         return None
-    calls = [(twin.model.get_submodule(call.name), call) for call in twin.calls()]
+    calls = [
+        (twin.model.get_submodule(call.name), call) for call in calls_in(twin.model, twin.logits)
+    ]
     given = [call.given for module, call in calls if module is head]
     same = [
         module

@@ -133,14 +133,6 @@ class Twin:
         """Return the stock model, in float64, of another config of the same class."""
         return _stock_model(type(self.config).from_dict(config))
 
-    def calls(self, names: Collection[str] | None = None) -> "list[_Call]":
-        """Return the calls of its modules, in the order in which they end.
-
-        Args:
-            names: of the modules. Default: all.
-        """
-        return _calls_in(self.model, self.logits, names)
-
     def scales_embedding(self, embedding: nn.Module, block: "Block") -> bool:
         """Return True if the model multiplies the embedding by √hidden_size.
 
@@ -156,7 +148,7 @@ class Twin:
         with restored(weight):
             for change in (0.0, _CHANGE):
                 weight.data[:, _COORDINATE] += change
-                (call,) = self.calls([name])
+                (call,) = calls_in(self.model, self.logits, [name])
                 streams.append(call.given)
         scale = (streams[1] - streams[0])[..., _COORDINATE] / _CHANGE
         return is_equal(scale, torch.full_like(scale, math.sqrt(weight.shape[-1])))
@@ -421,14 +413,6 @@ class Block:
         """Its parameters and buffers, by name within the layer."""
         return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
 
-    def calls(self, names: Collection[str] | None = None) -> "list[_Call]":
-        """Return the calls of its modules, in the order in which they end.
-
-        Args:
-            names: of the modules. Default: all.
-        """
-        return _calls_in(self.module, self.change, names)
-
     def activation(self, gate: str, up: str, down: str) -> str:
         """Return the name of the module σ if down reads σ(gate(x)) · up(x); empty: there is none.
 
@@ -437,7 +421,7 @@ class Block:
             up: name of a weight; empty if down reads σ(gate(x)).
             down: name of a weight.
         """
-        calls = {call.name: call for call in self.calls()}
+        calls = {call.name: call for call in calls_in(self.module, self.change)}
         matrices = [name.removesuffix(".weight") for name in (gate, up, down) if name]
         if not calls.keys() >= set(matrices):
             return ""
@@ -461,12 +445,12 @@ class Block:
         """Return True if an axis of a tensor has the outputs of the tensor's module."""
         _, value = owner_of(self.module, name)
         path, size = name.rpartition(".")[0], value.shape[axis]
-        before = self.calls([path])
+        before = calls_in(self.module, self.change, [path])
         if not before or before[-1].made.shape[-1] != size or size <= _COORDINATE:
             return False
         with restored(value):
             value.data.select(axis, _COORDINATE).add_(_CHANGE)
-            after = self.calls([path])
+            after = calls_in(self.module, self.change, [path])
         return _is_at_coordinate(after[-1].made - before[-1].made)
 
 
@@ -624,7 +608,7 @@ class _Call:
     made: Tensor
 
 
-def _calls_in(
+def calls_in(
     module: nn.Module, run: Callable[[], object], names: Collection[str] | None = None
 ) -> list[_Call]:
     """Return the calls of modules within a module, in the order in which they end.
