@@ -121,9 +121,7 @@ class Moe:
                 reason = (
                     f"it is an option of {key_name('expansion.moe.experts_from')}, which is not set"
                 )
-                raise RequestError(
-                    Problem(f"expansion.moe.{key}", getattr(self, key), reason=reason)
-                )
+                raise refused(f"expansion.moe.{key}", getattr(self, key), reason)
             return
         names, experts_from = (_AVERAGE, _SOURCE, *listed), key_name("expansion.moe.experts_from")
         problems = {
@@ -159,9 +157,7 @@ class Moe:
         }
         for key, (is_wrong, reason) in problems.items():
             if is_wrong:
-                raise RequestError(
-                    Problem(f"expansion.moe.{key}", getattr(self, key), reason=reason)
-                )
+                raise refused(f"expansion.moe.{key}", getattr(self, key), reason)
 
     @property
     def is_exact(self) -> bool:
@@ -195,23 +191,13 @@ class Moe:
                 raise refused("expansion.moe.target", self.target, reason)
             return self.target or partners[0]
         supported = ", ".join(f"{dense} ({sparse[0]})" for dense, sparse in _PARTNERS.items())
+        cause = _REASONS.get(family.model_type, "transformers has none for it")
+        reason = f"{family.model_type} has no MoE partner ({cause}); families that have one: "
+        reason += supported
         if family.has_experts:
-            raise RequestError(
-                Problem(
-                    "expansion.moe",
-                    reason="it makes a dense model sparse, and "
-                    f"{family.model_type} has experts already; it supports {supported}. To add "
-                    f"experts use {key_name('expansion')}=moe_add",
-                )
-            )
-        reason = _REASONS.get(family.model_type, "transformers has none for it")
-        raise RequestError(
-            Problem(
-                "expansion.moe",
-                reason=f"{family.model_type} has no MoE partner ({reason}); families that have "
-                f"one: {supported}",
-            )
-        )
+            reason = f"it makes a dense model sparse, and {family.model_type} has experts already; "
+            reason += f"it supports {supported}. To add experts use {key_name('expansion')}=moe_add"
+        raise RequestError(Problem("expansion.moe", reason=reason))
 
     def shared_models(self, children: Sequence[_Child]) -> tuple[_Child, ...]:
         """Return the models whose mean gives all tensors but the FFNs; empty for the source.
@@ -229,14 +215,9 @@ class Moe:
     def target_config(self, source: Model) -> Config:
         partner, dimensions = self.partner(source.family), source.sizes
         if widths := source.ffn_sizes:
-            raise RequestError(
-                Problem(
-                    "expansion.moe",
-                    reason=f"the FFNs of this model are {min(widths)} to {max(widths)} wide, but "
-                    "experts have one width in all layers; pad the FFNs with export --format hf, "
-                    "then expand the result",
-                )
-            )
+            reason = f"the FFNs of this model are {min(widths)} to {max(widths)} wide, but experts "
+            reason += "have one width in all layers; pad the FFNs with export --format hf, then "
+            raise RequestError(Problem("expansion.moe", reason=f"{reason}expand the result"))
         total, chosen, pieces = self.total_experts, self.chosen_experts, self.granularity
         _check_count("num_experts", total, at_least=2 * pieces, multiple_of=pieces)
         _check_count("experts_per_token", chosen, at_least=pieces, multiple_of=pieces)

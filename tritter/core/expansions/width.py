@@ -493,14 +493,10 @@ def _check_grows(old: Dimensions, new: Dimensions) -> None:
                 f"it is smaller than the model's {before}; must be at least {before}",
             )
     if old == new:
-        raise RequestError(
-            Problem(
-                "expansion.width",
-                reason="every target equals the current size (hidden_size "
-                f"{old.hidden_size}, intermediate_size {old.ffn_size}, num_attention_heads "
-                f"{old.num_attention_heads}); set a larger one",
-            )
-        )
+        reason = f"every target equals the current size (hidden_size {old.hidden_size}, "
+        reason += f"intermediate_size {old.ffn_size}, num_attention_heads "
+        reason += f"{old.num_attention_heads}); set a larger one"
+        raise RequestError(Problem("expansion.width", reason=reason))
 
 
 def _check_rotary(source: Model, new: Dimensions, *, is_split: bool) -> None:
