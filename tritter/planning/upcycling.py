@@ -101,21 +101,19 @@ class Upcycling:
     @property
     def pays_from(self) -> float:
         """Tokens from which it beats the dense model, trained on for as many FLOPs."""
-
-        def gap(tokens: float) -> float:
+        for tokens in _GRID:
             dense = _dense_loss(self.parameters, self.dense_tokens + self.cost * tokens)
-            return dense - self._upcycled(tokens)
-
-        return next((tokens for tokens in _GRID if gap(tokens) > 0), inf)
+            if dense > self._upcycled(tokens):
+                return tokens
+        return inf
 
     @property
     def pays_until(self) -> float:
         """Tokens from which the same experts, trained from scratch on them, are better."""
-
-        def gap(tokens: float) -> float:
-            return _scratch_loss(self.parameters, tokens) - self._upcycled(tokens)
-
-        return next((tokens for tokens in _GRID if gap(tokens) < 0), inf)
+        for tokens in _GRID:
+            if _scratch_loss(self.parameters, tokens) < self._upcycled(tokens):
+                return tokens
+        return inf
 
     @property
     def pays(self) -> bool:
