@@ -181,7 +181,7 @@ def plan(
         preset = _preset(target)
         made = plan_growth(
             start,
-            _count("target", target) if preset is None else preset.num_parameters,
+            _count("target", target) if preset is None else preset[1].num_parameters,
             gpu_hours=gpu_hours,
             strategy=strategy.replace("-", "_"),
             assumptions=assumptions,
@@ -276,21 +276,18 @@ def _read_source(text: str) -> tuple[str, Model]:
             require_plain(folder, doing="an expansion", key="--source")
             return display_path(folder), read_model_file(folder)
     if (preset := _preset(text)) is not None:
-        return _preset_name(text), preset
+        return preset
     folders = [entry.name for entry in Path.cwd().iterdir() if entry.is_dir()]
     return nearest_preset(_count("source", text, near=folders))
 
 
-def _preset_name(text: str) -> str:
-    return text.lower().replace("-", "_")
-
-
-def _preset(text: str) -> Model | None:
+def _preset(text: str) -> tuple[str, Model] | None:
+    """Return name and model of a preset."""
     from tritter.core.families import Model
     from tritter.core.families.presets import PRESETS
 
-    preset = PRESETS.get(_preset_name(text))
-    return None if preset is None else Model(preset.config())
+    name = text.lower().replace("-", "_")
+    return (name, Model(PRESETS[name].config())) if name in PRESETS else None
 
 
 def _count(key: str, text: str, *, near: Sequence[str] = ()) -> int:
@@ -301,7 +298,7 @@ def _count(key: str, text: str, *, near: Sequence[str] = ()) -> int:
     except typer.BadParameter as error:
         folder = ", a checkpoint folder" if key == "source" else ""
         reason = f"give a count of parameters such as 3B{folder} or a preset: {', '.join(PRESETS)}"
-        close = nearest(_preset_name(text), [*PRESETS, *near])
+        close = nearest(text.lower().replace("-", "_"), [*PRESETS, *near])
         raise RequestError(Problem(key, text, reason, nearest=close)) from error
 
 
