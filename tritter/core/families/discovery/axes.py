@@ -107,15 +107,15 @@ class Axes:
     roles: Mapping[str, Mapping[int, Role]] = field(default_factory=dict)
     ffn_keys: tuple[str, ...] = ()
     hidden_keys: tuple[str, ...] = ()
-    has_head_dim: bool = True
+    has_head_dim: bool = False
     heads_fill_hidden: bool = False
     subtracts_mean: bool = False
     ffn_parts: Mapping[str, str] = field(default_factory=dict)
     activation: str = ""
     refused: Mapping[str, str] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, twin: Twin, layers: Sequence[int], writers: Iterable[str]) -> "Axes":
+    @staticmethod
+    def of(twin: Twin, layers: Sequence[int], writers: Iterable[str]) -> "Axes":
         """Return the axes of a model.
 
         Args:
@@ -136,17 +136,7 @@ class Axes:
                 step()
             except RequestError as error:
                 search.refused[name], search.roles = str(error), before
-        return cls(
-            roles=search.roles,
-            ffn_keys=search.ffn_keys,
-            hidden_keys=search.hidden_keys,
-            has_head_dim=search.has_head_dim,
-            heads_fill_hidden=search.fills_hidden,
-            subtracts_mean=search.subtracts_mean,
-            ffn_parts=search.ffn_parts,
-            activation=search.activation,
-            refused=search.refused,
-        )
+        return replace(search.axes, roles=search.roles, refused=search.refused)
 
     @property
     def width_key(self) -> str:
@@ -180,11 +170,7 @@ class _Search:
         self._head_dim = self._size_of_heads()
         self.roles: dict[str, dict[int, Role]] = {}
         self.refused: dict[str, str] = {}
-        self.ffn_keys: tuple[str, ...] = ()
-        self.hidden_keys: tuple[str, ...] = ()
-        self.has_head_dim = self.subtracts_mean = self.fills_hidden = False
-        self.ffn_parts: Mapping[str, str] = {}
-        self.activation = ""
+        self.axes = Axes()  # without roles
 
     def add_ffns(self) -> None:
         """Find the axes of neurons, of FFNs and of experts."""
@@ -199,7 +185,7 @@ class _Search:
             raise RequestError("no config key is the width of an FFN")
         for key, following in found.items():
             self._add_units("ffn", key, following)
-        self.ffn_keys = tuple(found)
+        self.axes = replace(self.axes, ffn_keys=tuple(found))
 
     def add_neurons(self) -> None:
         """Find the FFN of the layers: down(σ(gate(x)) · up(x)), or down(σ(up(x)))."""
@@ -211,7 +197,8 @@ class _Search:
         tensors = model.state_dict().keys() - set(tied)
         if others := tensors - dict(model.named_parameters()).keys():
             raise RequestError(f"its files have tensors that are not parameters ({min(others)})")
-        self.ffn_parts, self.activation = found[0]
+        ffn_parts, activation = found[0]
+        self.axes = replace(self.axes, ffn_parts=ffn_parts, activation=activation)
 
     def add_heads(self) -> None:
         """Find the axes of attention heads, at a constant size of each head."""
@@ -229,7 +216,7 @@ class _Search:
             following = {}  # the size of a head can't be set
         if not following or any(new < old for old, new in following.values()):
             raise RequestError(_WITH_HIDDEN)
-        self.has_head_dim = True
+        self.axes = replace(self.axes, has_head_dim=True)
         self._add_units("heads", groups, following)
 
     def add_experts(self) -> None:
@@ -252,7 +239,7 @@ class _Search:
         before = {tensor: dict(axes) for tensor, axes in self.roles.items()}
         reasons: list[RequestError] = []
         attempts: list[tuple[str, ...]] = [(heads, groups)] if groups else []
-        if self.has_head_dim or not heads:
+        if self.axes.has_head_dim or not heads:
             attempts.insert(0, ())
         if not attempts:
             raise RequestError("it has one key/value head, whose size follows from the hidden size")
@@ -270,7 +257,7 @@ class _Search:
                 reasons.append(error)
                 self.roles = {tensor: dict(axes) for tensor, axes in before.items()}
             else:
-                self.fills_hidden, self.hidden_keys = bool(of_heads), others
+                self.axes = replace(self.axes, heads_fill_hidden=bool(of_heads), hidden_keys=others)
                 if of_heads:
                     self.refused["heads"] = _WITH_HIDDEN
                 return
@@ -279,7 +266,7 @@ class _Search:
     def _add_stream(
         self, key: str, of_heads: Sequence[str], groups: str, others: Sequence[str]
     ) -> None:
-        fixed: Config = {"head_dim": self._head_dim} if self.has_head_dim else {}
+        fixed: Config = {"head_dim": self._head_dim} if self.axes.has_head_dim else {}
         following = self._following([key, *of_heads, *others], fixed)
         units, space = (groups, "heads") if of_heads else (key, "ffn")
         self._add_outside(key, [axis for axis in following if self._layer_of(axis) is None])
@@ -347,7 +334,8 @@ class _Search:
         """Return the role of a vector: the gain of a norm, or a bias."""
         if name.endswith("bias") or any(value.ndim > 1 for value in owner.parameters()):
             return Role(space, key, Port.WRITE)
-        self.subtracts_mean |= _subtracts_mean(owner)
+        if _subtracts_mean(owner):
+            self.axes = replace(self.axes, subtracts_mean=True)
         return Role(space, key, Port.GAIN, offset=_offset_of(owner, name))
 
     def _add_outside(self, key: str, axes: Iterable[_AxisOf]) -> None:
