@@ -108,10 +108,8 @@ def _checked_target(spec: ExpansionSpec, source: Model) -> Model:
         target = source.changed(config)
         target.check_size()
     except RequestError as error:
-        reason = str(error).removeprefix("config.json: ")
-        raise RequestError(
-            Problem(f"expansion.{spec.name}", reason=f"of the result, {reason}")
-        ) from error
+        reason = "of the result, " + str(error).removeprefix("config.json: ")
+        raise RequestError(Problem(f"expansion.{spec.name}", reason=reason)) from error
     return target
 
 

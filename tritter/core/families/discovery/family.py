@@ -211,9 +211,8 @@ class DiscoveredFamily(Family):
                 continue
             if part == "heads" and is_wider and self.heads_fill_hidden:
                 continue  # they grow with the hidden size
-            raise RequestError(
-                Problem(f"expansion.width.{name}", reason=f"{self.model_type}: {refused[part]}")
-            )
+            reason = f"{self.model_type}: {refused[part]}"
+            raise RequestError(Problem(f"expansion.width.{name}", reason=reason))
 
     def with_dimensions(self, config: Config, sizes: Dimensions) -> Config:
         old, inner = self.dimensions(config), StockConfig(config).full_decoder
@@ -373,7 +372,9 @@ class DiscoveredFamily(Family):
         layers = _kinds_of_layers(Skeleton.of(few))
         twin = Twin.of(few)
         axes = Axes.of(twin, layers, self.live_writers)
-        if _has_groups(self.dimensions(config)) > _has_groups(self.dimensions(_plain(twin))):
+        both = self.dimensions(config), self.dimensions(twin.config.to_dict())
+        has_groups, of_twin = (s.num_key_value_heads < s.num_attention_heads for s in both)
+        if has_groups and not of_twin:
             axes = axes.without_heads("no small model of it has groups of heads")
         sizes = {name: key for name, key in self.sizes.items() if name != "intermediate_size"}
         keys = list(axes.ffn_keys)
@@ -445,16 +446,6 @@ class DiscoveredFamily(Family):
             layer=layer,
             expert=expert,
         )
-
-
-def _plain(twin: Twin) -> Config:
-    """Return the config of a twin as it is in a file."""
-    plain: Config = twin.config.to_dict()
-    return plain
-
-
-def _has_groups(sizes: Dimensions) -> bool:
-    return sizes.num_key_value_heads < sizes.num_attention_heads
 
 
 def _default_size(value: object, sizes: Dimensions) -> int:
