@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tritter.errors import TritterError
-from tritter.storage.hashing import RawTensor
 from tritter.storage.reading import check_links, open_file, read_object, require_file
 
 if TYPE_CHECKING:
@@ -50,15 +49,17 @@ _RANK_FILE = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors
 
 
 @dataclass(frozen=True, slots=True)
-class _Header:
+class TensorHeader:
     """The header of one tensor in a safetensors file.
 
     Args:
+        name: Name of the tensor.
         file: Name of the file in its folder.
         dtype: Name of the torch dtype without "torch.".
         shape: Shape of the tensor.
     """
 
+    name: str
     file: str
     dtype: str
     shape: tuple[int, ...]
@@ -74,7 +75,7 @@ class TensorFolder(Mapping[str, "Tensor"]):
     """
 
     folder: Path
-    headers: Mapping[str, _Header]
+    headers: Mapping[str, TensorHeader]
 
     @classmethod
     def open(cls, folder: Path) -> TensorFolder:
@@ -110,7 +111,7 @@ class TensorFolder(Mapping[str, "Tensor"]):
         for file in files.values():
             if not isinstance(file, str) or Path(file).name != file:
                 raise TritterError(f"{index} points outside its folder: '{file}'.")
-        headers: dict[str, _Header] = {}
+        headers: dict[str, TensorHeader] = {}
         for file in sorted(set(files.values())):
             for name, header in _headers_in(folder, file).items():
                 if name in headers:
@@ -158,8 +159,8 @@ class TensorFolder(Mapping[str, "Tensor"]):
     def __len__(self) -> int:
         return len(self.headers)
 
-    def raw(self) -> Iterator[RawTensor]:
-        """Yield the memory-mapped bytes of every tensor, without importing torch."""
+    def raw(self) -> Iterator[tuple[TensorHeader, memoryview]]:
+        """Yield the header and the memory-mapped bytes of every tensor, without importing torch."""
         for path in sorted(self.paths):
             with open_file(path) as file:
                 start = 8 + int.from_bytes(file.read(8), "little")
@@ -168,9 +169,7 @@ class TensorFolder(Mapping[str, "Tensor"]):
             names = (name for name, header in self.headers.items() if header.file == path.name)
             spans = {name: entries[name]["data_offsets"] for name in names}
             for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
-                header = self.headers[name]
-                values = content[start + begin : start + end]
-                yield RawTensor(name, header.dtype, header.shape, values)
+                yield self.headers[name], content[start + begin : start + end]
 
     def torch_dtype(self, name: str) -> torch.dtype:
         import torch  # reading headers does not need it
@@ -232,7 +231,7 @@ def is_finite(tensor: Tensor) -> bool:
     return isfinite(low) and isfinite(high)
 
 
-def _headers_in(folder: Path, file_name: str) -> dict[str, _Header]:
+def _headers_in(folder: Path, file_name: str) -> dict[str, TensorHeader]:
     from safetensors import SafetensorError, safe_open
 
     path = folder / file_name
@@ -252,7 +251,7 @@ def _headers_in(folder: Path, file_name: str) -> dict[str, _Header]:
                         f"{path}: {name} has dtype {written}; allowed for weights are {allowed}."
                     )
                 shape = tuple(part.get_shape())
-                headers[name] = _Header(file_name, _READ_DTYPES[written], shape)
+                headers[name] = TensorHeader(name, file_name, _READ_DTYPES[written], shape)
     except (SafetensorError, OSError, MemoryError) as error:
         raise TritterError(f"{path} cannot be read ({error}).") from error
     return headers
