@@ -12,7 +12,7 @@ from tritter.core.families import Model
 from tritter.core.models import read_model
 from tritter.errors import TritterError
 from tritter.evaluation.gate import Check, rounded_jump
-from tritter.evaluation.jump import FolderJump, Jump
+from tritter.evaluation.jump import Jump, first_difference
 from tritter.storage.tensors import TensorFolder
 from tritter.targets import dotted
 from tritter.transform import Expanded
@@ -69,7 +69,7 @@ class Measurement:
             added = result.plan.vocabulary
             new_tokens = None if added is None else added.new_ids
             tokens = random_tokens(source.model, unlike=new_tokens or ())
-            found = FolderJump.between(
+            jump, states = Jump.of_folders(
                 source.folder,
                 result.folder,
                 tokens,
@@ -86,7 +86,6 @@ class Measurement:
                 "--no-measure, or three positional arguments in Python, expand it without "
                 "measuring."
             ) from raised
-        jump = found.jump
         error = jump.to_dict()["relative_to_std"]
         new = len(result.steps)
         lineage = result.lineage.with_step0_error(error, num_new=new)
@@ -96,7 +95,7 @@ class Measurement:
         text = f"logit shift at most {jump.relative_to_std:.1e} σ on random tokens{note}"
         fault = ""
         if result.plan.is_exact and not jump.relative_to_std < bound:
-            place = found.first_difference(result.plan.parameter_map.layer_sources)
+            place = first_difference(states, result.plan.parameter_map.layer_sources)
             fault = "the method is function-preserving, but the result differs from the source at "
             fault += f"{place}; {wrong_part([step.spec for step in result.steps])}"
         return cls(lineage, error, text, jump, fault)
