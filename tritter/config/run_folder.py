@@ -328,7 +328,7 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
     fingerprint includes the dotted name and the SHA-256 of the file. Tritter's own classes are
     identified by its version, so that an edited comment does not prevent resuming.
     """
-    paths = [path for domain in config.text.domains for path in domain.paths]
+    paths = [path for domain in config.text.domains.values() for path in domain.paths]
     asks_questions = any(path.startswith(SkillText.PREFIX) for path in paths)
     result: dict[str, Any] = {"seed": config.seed, "control": config.control}
     for section in SECTIONS:
