@@ -209,8 +209,6 @@ class QuestionTask:
             model: `model(input_ids=[B, T], use_cache=False).logits` is [B, T, V], causal.
             reader: options of reading text.
         """
-        if not self.questions:
-            raise TritterError(f"evaluation: the task {self.name} has no questions")
         read = iter(_read(model, self._rows(reader), reader))
         values = []
         for question in self.questions:
