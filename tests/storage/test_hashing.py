@@ -94,10 +94,7 @@ def test_a_file_that_was_blown_up_is_refused_and_not_hashed(tmp_path: Path, name
 
 
 HELD = {f"t{number}": torch.full((3, 5), float(number)).bfloat16() for number in range(6)}
-RAW = [
-    (TensorHeader(name, "model.safetensors", "bfloat16", (3, 5)), bytes_of(held))
-    for name, held in HELD.items()
-]
+RAW = [(TensorHeader(name, "bfloat16", (3, 5)), bytes_of(held)) for name, held in HELD.items()]
 DIGESTS = {name: tensor_digest(name, tensor) for name, tensor in HELD.items()}
 
 

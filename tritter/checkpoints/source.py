@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ from tritter.storage.hashing import DigestQueue, bounded_digest
 from tritter.storage.reading import LINEAGE_NAME, check_inside
 from tritter.storage.records import is_unchanged
 from tritter.storage.tensors import INDEX_NAME, TensorFolder
-from tritter.storage.writer import Pieces, TensorEntry, TensorStream, stripped
+from tritter.storage.writer import Pieces, TensorStream, stripped
 
 if TYPE_CHECKING:
     import torch
@@ -198,10 +198,8 @@ class Source:
 
     def stream(self) -> TensorStream:
         """Return a stream of all tensors, unchanged."""
-        entries = tuple(
-            TensorEntry(stored.name, self.tensors.torch_dtype(stored.name), stored.shape)
-            for stored in self.stored
-        )
+        headers = self.tensors.headers
+        entries = tuple(replace(headers[each.name], shape=each.shape) for each in self.stored)
         return TensorStream(entries, ((e.name, self._deferred(e.name)) for e in entries))
 
     def link_into(self, folder: Path) -> dict[str, str]:

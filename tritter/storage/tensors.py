@@ -54,15 +54,31 @@ class TensorHeader:
 
     Args:
         name: Name of the tensor.
-        file: Name of the file in its folder.
         dtype: Name of the torch dtype without "torch.".
         shape: Shape of the tensor.
+        file: Name of the file in its folder; empty if it is not written yet.
     """
 
     name: str
-    file: str
     dtype: str
     shape: tuple[int, ...]
+    file: str = ""
+
+    @classmethod
+    def of(cls, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> TensorHeader:
+        """Return the header of a tensor to write."""
+        return cls(name, str(dtype).removeprefix("torch."), shape)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        import torch  # reading headers does not need it
+
+        found: torch.dtype = getattr(torch, self.dtype)
+        return found
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * self.torch_dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,10 +188,7 @@ class TensorFolder(Mapping[str, "Tensor"]):
                 yield self.headers[name], content[start + begin : start + end]
 
     def torch_dtype(self, name: str) -> torch.dtype:
-        import torch  # reading headers does not need it
-
-        found: torch.dtype = getattr(torch, self.headers[name].dtype)
-        return found
+        return self.headers[name].torch_dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.headers[name].shape
@@ -251,7 +264,7 @@ def _headers_in(folder: Path, file_name: str) -> dict[str, TensorHeader]:
                         f"{path}: {name} has dtype {written}; allowed for weights are {allowed}."
                     )
                 shape = tuple(part.get_shape())
-                headers[name] = TensorHeader(name, file_name, _READ_DTYPES[written], shape)
+                headers[name] = TensorHeader(name, _READ_DTYPES[written], shape, file_name)
     except (SafetensorError, OSError, MemoryError) as error:
         raise TritterError(f"{path} cannot be read ({error}).") from error
     return headers
