@@ -27,8 +27,8 @@ class Measurement:
     """The measured step-0 error.
 
     Args:
-        lineage: lineage of the result, with the error.
-        error: max |Δ logits| / std(logits) on random tokens; None if not finite.
+        lineage: lineage of the result, with the error: max |Δ logits| / std(logits) on random
+            tokens; None if not finite.
         text: readable description.
         jump: all figures of the difference, if there are more.
         fault: what is wrong if a function-preserving method differs by more than rounding, else
@@ -36,7 +36,6 @@ class Measurement:
     """
 
     lineage: Lineage
-    error: float | None
     text: str
     jump: Jump | None = None
     fault: str = ""
@@ -87,8 +86,7 @@ class Measurement:
                 "measuring."
             ) from raised
         error = jump.to_dict()["relative_to_std"]
-        new = len(result.steps)
-        lineage = result.lineage.with_step0_error(error, num_new=new)
+        lineage = result.lineage.with_step0_error(error, num_new=len(result.steps))
         lineage = write_lineage(result.folder, lineage, model.config)
         bound = rounded_jump(has_experts=model.family.has_experts) if rounded else Check.EXACT_JUMP
         note = f", including rounding to {' and '.join(rounded)}" if rounded else ""
@@ -98,7 +96,7 @@ class Measurement:
             place = first_difference(states, result.plan.parameter_map.layer_sources)
             fault = "the method is function-preserving, but the result differs from the source at "
             fault += f"{place}; {wrong_part([step.spec for step in result.steps])}"
-        return cls(lineage, error, text, jump, fault)
+        return cls(lineage, text, jump, fault)
 
 
 def wrong_part(specs: Sequence[ExpansionSpec]) -> str:
