@@ -81,7 +81,7 @@ def run_expansion(source: Path, destination: Path, method: str) -> float:
 def run_check(source: Path, result: Path, contender: str) -> None:
     """Compare both in this process, after telling the parent that everything is imported."""
     from tritter.core.models import load_model, read_model, uninitialised_model
-    from tritter.evaluation.jump import FolderJump, Jump
+    from tritter.evaluation.jump import Jump
     from tritter.evaluation.measure import random_tokens
 
     tokens = random_tokens(read_model(result))
@@ -94,7 +94,7 @@ def run_check(source: Path, result: Path, contender: str) -> None:
     if contender == "both loaded":
         jump = Jump.between(load_model(source), load_model(result), tokens)
     else:
-        jump = FolderJump.between(source, result, tokens).jump
+        jump = Jump.of_folders(source, result, tokens)[0]
     print(time.perf_counter() - started, flush=True)
     print(f"{contender}: {jump.relative_to_std:.3e}", file=sys.stderr)
     sys.stdin.readline()

@@ -21,8 +21,8 @@ from tritter.core.families import Model
 from tritter.core.models import save_tokenizer
 from tritter.errors import RequestError, TritterError
 from tritter.storage.hashing import merkle_hash, tensor_digest
-from tritter.storage.tensors import TensorFolder
-from tritter.storage.writer import TensorEntry, TensorStream
+from tritter.storage.tensors import TensorFolder, TensorHeader
+from tritter.storage.writer import TensorStream
 from tritter.transform import expand
 
 EMPTY = Lineage(model_hash="", base_model_hash="", tensor_digests={}, file_digests={})
@@ -109,7 +109,7 @@ def test_a_failing_tensor_stream_leaves_nothing(model: LlamaForCausalLM, tmp_pat
         raise TritterError("stop")
 
     names = ("model.norm.weight", "lm_head.weight")
-    entries = tuple(TensorEntry(name, torch.float32, (24,)) for name in names)
+    entries = tuple(TensorHeader.of(name, torch.float32, (24,)) for name in names)
     with pytest.raises(TritterError, match="stop"):
         write_checkpoint(
             tmp_path / "out",

@@ -13,7 +13,7 @@ from tests.oracle.families import tiny
 from tritter.checkpoints import Lineage
 from tritter.core.families import Model
 from tritter.evaluation import measure
-from tritter.evaluation.jump import FolderJump
+from tritter.evaluation.jump import Jump
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def rounded(place: Path) -> Path:
     return place
 
 
-_between = FolderJump.between
+_between = Jump.of_folders
 
 
 def _damaged(source: Path, result: Path, *arguments: Any, **keywords: Any) -> Any:
@@ -40,7 +40,7 @@ def test_a_broken_promise_exits_3(
     run: Run, rounded: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
     """One entry is enough, in any type: what is only copied is not rounded."""
-    monkeypatch.setattr(FolderJump, "between", _damaged)
+    monkeypatch.setattr(Jump, "of_folders", _damaged)
     result = run(f"expand --checkpoint base --method llama-pro --dtype {dtype} --output deep")
     assert result.code == 3
     assert "the method is function-preserving, but" in result.err
@@ -68,7 +68,7 @@ def test_copies_before_a_norm_of_zeros_are_held_to_their_claim_too(
     saved(tiny("olmo2").bfloat16(), place / "normed")
     whole = run("expand --checkpoint normed --method llama-pro --target-layers 4 --output whole")
     assert whole.code == 0 and "rounding" not in whole.out
-    monkeypatch.setattr(FolderJump, "between", _damaged)
+    monkeypatch.setattr(Jump, "of_folders", _damaged)
     result = run("expand --checkpoint normed --method llama-pro --target-layers 4 --output deep")
     assert result.code == 3 and "the method is function-preserving, but" in result.err
 
@@ -84,7 +84,7 @@ def _ruined(source: Path, result: Path, *arguments: Any, **keywords: Any) -> Any
 def test_what_no_rounding_does_is_broken_in_16_bits_too(
     run: Run, rounded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(FolderJump, "between", _ruined)
+    monkeypatch.setattr(Jump, "of_folders", _ruined)
     result = run("expand --checkpoint base --method width --output wide")
     assert result.code == 3 and "the method is function-preserving, but" in result.err
 
@@ -102,7 +102,7 @@ def test_nothing_is_measured_only_where_that_is_asked(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(FolderJump, "between", _damaged)
+        patched.setattr(Jump, "of_folders", _damaged)
         result = run("expand --checkpoint base --method llama-pro --no-measure --output raw")
     assert result.code == 0 and "not measured" in result.out
     for words in ("", "--measure"):

@@ -388,7 +388,7 @@ def test_the_old_output_stands_until_the_new_one_was_measured(
     def fails(*asked: object, **more: object) -> None:
         raise RequestError("cannot be measured")
 
-    monkeypatch.setattr("tritter.evaluation.jump.FolderJump.between", fails)
+    monkeypatch.setattr("tritter.evaluation.jump.Jump.of_folders", fails)
     result = run("expand --checkpoint base --method width --output old --overwrite")
     assert result.code == 2
     assert "cannot be measured" in result.err

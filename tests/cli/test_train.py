@@ -226,7 +226,7 @@ def test_a_data_set_needs_but_its_name(run: Run, texts: Path, configs: list[RunC
         run(f"{words} rows.csv data=hf data.max_rows=3 --output b --old-data hf:./old.csv").code
         == 0
     )
-    assert configs[1].text.domains[1].paths == (f"hf:{texts}/rows.csv[:3]",)
+    assert [*configs[1].text.domains.values()][1].paths == (f"hf:{texts}/rows.csv[:3]",)
     refused = run(f"{words} hf:me/stories/main:train#text data.old=stdlib:prose --output c")
     assert (
         refused.code == 2 and "--data: hf:me/stories/main:train#text is not cached" in refused.err
@@ -409,7 +409,7 @@ def test_every_checkpoint_of_a_run_knows_its_old_text(
     result = run(f"train --checkpoint {trained}/run/{name} --data data --output there {QUICK}")
     assert result.code == 0, result.err
     text = configs[0].text
-    past = {domain.name: domain.paths for domain in text.domains if domain.is_old}
+    past = {name: text.domains[name].paths for name in text.old}
     assert past["past"] == (f"{trained}/texts/old",)
     # What was learned is old from then on
     assert text.old == (("past", "new") if name == "checkpoint" else ("past",))

@@ -55,7 +55,7 @@ def test_names_in_every_form(run_there: Run, place: Path, pipeline: FakePipeline
         "a": [f"hf:{place}/saved:test[:7]#text"],
         "b": [f"hf:{place}/saved:train[1:2]#body"],
     }
-    assert [domain.paths for domain in pipeline.configs[-1].text.domains[1:]] == [
+    assert [domain.paths for domain in [*pipeline.configs[-1].text.domains.values()][1:]] == [
         *map(tuple, data.new.values())
     ]
 

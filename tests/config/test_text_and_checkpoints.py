@@ -144,7 +144,10 @@ def test_a_single_task_is_what_new_is(run_there: Run, pipeline: FakePipeline) ->
     for words in ("data.tasks=[@new]", "data.new=@new"):
         assert run_there("data=text", "data.old=@old", words).code == 0
     one, new = (config.text for config in pipeline.configs)
-    named = tuple(replace(domain, key=domain.key.replace("tasks.", "")) for domain in one.domains)
+    named = {
+        name: replace(domain, key=domain.key.replace("tasks.", ""))
+        for name, domain in one.domains.items()
+    }
     assert named == new.domains and one.tasks == new.tasks == (("new",),)
 
 

@@ -23,8 +23,7 @@ from tritter.core.expansions import (
     Width,
 )
 from tritter.core.models import load_model
-from tritter.errors import TritterError
-from tritter.evaluation.jump import FolderJump, Jump
+from tritter.evaluation.jump import Jump, first_difference
 from tritter.transform import Expanded, expand
 
 TOKENS = oracle.tokens()
@@ -65,7 +64,7 @@ def test_figures_are_those_of_loaded_models(
     assert expected.relative_to_std > 1e-3
     for block_bytes in (2**20, 4 * 24 * 5):
         monkeypatch.setattr(streamed, "_BLOCK_BYTES", block_bytes)
-        jump = FolderJump.between(source, result.folder, TOKENS, has_yardstick=True).jump
+        jump = Jump.of_folders(source, result.folder, TOKENS, has_yardstick=True)[0]
         for name in ("rms_to_std", "divergence", "bfloat16_rms_to_std", "bfloat16_divergence"):
             assert getattr(jump, name) == pytest.approx(getattr(expected, name), rel=1e-2), name
         assert jump.max_absolute == pytest.approx(expected.max_absolute, rel=1e-4)
@@ -83,7 +82,7 @@ def test_the_yardstick_is_the_source_with_weights_and_activations_in_bfloat16(
     assert expected is not None and expected > 1e-3
     for jump in (
         Jump.between(model, model, TOKENS, has_yardstick=True),
-        FolderJump.between(source, source, TOKENS, has_yardstick=True).jump,
+        Jump.of_folders(source, source, TOKENS, has_yardstick=True)[0],
     ):
         assert jump.bfloat16_rms_to_std == pytest.approx(expected, rel=0.05)
     assert {each.dtype for each in model.parameters()} == {torch.float32}
@@ -105,7 +104,7 @@ def test_a_class_that_does_not_compute_in_bfloat16_has_no_yardstick(
     model = load_model(source)
     for jump in (
         Jump.between(model, model, TOKENS, has_yardstick=True),
-        FolderJump.between(source, source, TOKENS, has_yardstick=True).jump,
+        Jump.of_folders(source, source, TOKENS, has_yardstick=True)[0],
     ):
         assert (jump.rms_to_std, jump.bfloat16_rms_to_std) == (0, None)
 
@@ -116,11 +115,11 @@ def test_exact_growth_of_every_family_parts_nowhere(tmp_path: Path, family: str)
     source, result = made(
         tmp_path, family, [doubled(family), LlamaPro(), Stack(identity_init=True)]
     )
-    found = FolderJump.between(source, result.folder, TOKENS)
-    assert found.jump.relative_to_std < 1e-4
+    found, states = Jump.of_folders(source, result.folder, TOKENS)
+    assert found.relative_to_std < 1e-4
     # All hidden states agree, so only the modules after them remain
     assert (
-        found.first_difference(result.plan.parameter_map.layer_sources)
+        first_difference(states, result.plan.parameter_map.layer_sources)
         == "the final norm or the head"
     )
 
@@ -130,14 +129,14 @@ def test_exact_growth_of_every_family_parts_nowhere(tmp_path: Path, family: str)
 def test_the_damaged_layer_is_named(tmp_path: Path, specs: list[ExpansionSpec]) -> None:
     source, result = made(tmp_path, "llama", specs)
     sources = result.plan.parameter_map.layer_sources
-    sound = FolderJump.between(source, result.folder, TOKENS)
-    assert sound.jump.relative_to_std < 1e-4
-    assert sound.first_difference(sources) == "the final norm or the head"
+    sound, states = Jump.of_folders(source, result.folder, TOKENS)
+    assert sound.relative_to_std < 1e-4
+    assert first_difference(states, sources) == "the final norm or the head"
     for layer in (len(sources) - 1, len(sources) - 2):
         damaged(result.folder, f"model.layers.{layer}.self_attn.o_proj.weight")
-        found = FolderJump.between(source, result.folder, TOKENS)
-        assert found.jump.relative_to_std > 1e-3
-        assert found.first_difference(sources) == f"layer {layer}"
+        found, states = Jump.of_folders(source, result.folder, TOKENS)
+        assert found.relative_to_std > 1e-3
+        assert first_difference(states, sources) == f"layer {layer}"
 
 
 @pytest.mark.quick_cases(1)
@@ -154,9 +153,9 @@ def test_what_is_no_layer_is_named(tmp_path: Path, name: str, place: str) -> Non
     source, result = made(tmp_path, "llama", [LlamaPro()])
     damaged(result.folder, name)
     tokens = torch.zeros_like(TOKENS)  # the damaged row of the embedding
-    found = FolderJump.between(source, result.folder, tokens)
-    assert found.jump.relative_to_std > 1e-3
-    assert found.first_difference(result.plan.parameter_map.layer_sources) == place
+    found, states = Jump.of_folders(source, result.folder, tokens)
+    assert found.relative_to_std > 1e-3
+    assert first_difference(states, result.plan.parameter_map.layer_sources) == place
 
 
 def test_a_copy_that_does_not_do_its_work_is_named(tmp_path: Path) -> None:
@@ -167,36 +166,27 @@ def test_a_copy_that_does_not_do_its_work_is_named(tmp_path: Path) -> None:
     for part in ("self_attn.o_proj", "mlp.down_proj"):
         tensors[f"model.layers.1.{part}.weight"].zero_()
     save_file(tensors, file, metadata={"format": "pt"})
-    found = FolderJump.between(source, result.folder, TOKENS)
-    assert found.first_difference(result.plan.parameter_map.layer_sources) == "layer 2"
+    _, states = Jump.of_folders(source, result.folder, TOKENS)
+    assert first_difference(states, result.plan.parameter_map.layer_sources) == "layer 2"
 
 
 def test_experts_and_numbers_that_are_none(tmp_path: Path) -> None:
     source, result = made(tmp_path, "qwen3", [Moe(num_experts=4, noise=0.0)])
     sources = result.plan.parameter_map.layer_sources
-    assert FolderJump.between(source, result.folder, TOKENS).jump.relative_to_std < 1e-4
+    assert Jump.of_folders(source, result.folder, TOKENS)[0].relative_to_std < 1e-4
     file = result.folder / "model.safetensors"
     tensors = load_file(file)
     tensors["model.layers.2.mlp.experts.3.down_proj.weight"][0, 0] = math.nan
     save_file(tensors, file, metadata={"format": "pt"})
-    found = FolderJump.between(source, result.folder, TOKENS)
-    assert math.isnan(found.jump.relative_to_std) and found.jump.to_dict()["max_absolute"] is None
-    assert found.first_difference(sources) == "layer 2"
+    found, states = Jump.of_folders(source, result.folder, TOKENS)
+    assert math.isnan(found.relative_to_std) and found.to_dict()["max_absolute"] is None
+    assert first_difference(states, sources) == "layer 2"
 
 
 def test_progress_ends_where_it_said(tmp_path: Path) -> None:
     source, result = made(tmp_path, "qwen2_moe", [LlamaPro()])
     seen: list[tuple[int, int]] = []
-    FolderJump.between(
-        source, result.folder, TOKENS, progress=lambda *figures: seen.append(figures)
-    )
+    Jump.of_folders(source, result.folder, TOKENS, progress=lambda *figures: seen.append(figures))
     done = [each[0] for each in seen]
     assert done == sorted(done) and len(done) > 50
     assert len({each[1] for each in seen}) == 1 and seen[-1][0] == seen[-1][1]
-
-
-def test_a_smaller_vocabulary_is_refused(tmp_path: Path) -> None:
-    one = oracle.saved(tiny("llama"), tmp_path / "one")
-    other = oracle.saved(tiny("llama", vocab_size=96), tmp_path / "other")
-    with pytest.raises(TritterError, match="old tokens are missing"):
-        FolderJump.between(one, other, TOKENS % 96)

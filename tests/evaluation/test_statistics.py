@@ -75,7 +75,6 @@ def test_documents_to_decide_is_the_least_that_has_the_power():
     # (1.645 + 0.842)² (0.02 √20 / 0.01)²
     assert needed == 495
     assert estimate.documents_to_decide(0.05, 0.99) > needed
-    assert estimate.documents_to_decide(0.05, 0.95, power=0.95) > needed
     assert estimate.documents_to_decide(0.08, 0.95) < needed
     assert estimate.documents_to_decide(0.04, 0.95) is None
     # A bound of three errors instead of 1.645: what is more falls with n, the rest with its root.
@@ -203,11 +202,10 @@ def test_what_does_not_pair_is_refused(make_losses):
     with pytest.raises(TritterError, match="2 items were scored before and 3 after"):
         before.relative_forgetting(make_losses(torch.tensor([1.0, 2.0, 3.0])))
     renamed = replace(before, identifiers=("d0", "other"))
-    with pytest.raises(TritterError, match="'d1' before is paired with 'other'"):
-        before.relative_forgetting(renamed)
     longer = make_losses(before.values, num_bytes=torch.tensor([100, 102]))
-    with pytest.raises(TritterError, match="'d1' has 100 bytes before and 102 after"):
-        before.relative_forgetting(longer)
+    for other in (renamed, longer):
+        with pytest.raises(TritterError, match="requires the same items"):
+            before.relative_forgetting(other)
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])

@@ -236,7 +236,7 @@ def test_the_size_of_pieces_is_part_of_the_split(
     for size in (20_000, None):
         data = replace(config.data, piece_characters=size)
         text = RunText.of(str(done / "checkpoint"), data, seed=0)
-        assert {each.piece_characters for each in text.domains} == {20_000}
+        assert {each.piece_characters for each in text.domains.values()} == {20_000}
     with pytest.raises(RequestError, match=r"^data.piece_characters = 40000: .* uses 20000;"):
         RunText.of(str(done / "checkpoint"), config.data, seed=0)
 

@@ -23,6 +23,7 @@ from tritter.pipeline.stages.evaluate import Evaluate
 from tritter.pipeline.verdict import Candidate
 from tritter.report.summary import Summary
 from tritter.report.tables import SummaryTables
+from tritter.terminal import Console
 
 RunJob = Callable[..., Outcome]
 LADDER = """\
@@ -120,7 +121,7 @@ def test_attempts_are_what_runs_of_their_own_would_be(
     assert summary["control"]["steps"] == 4  # trained as the last attempt was
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
     assert rows[-1]["step"] == "4"
-    lines = [line.text for line in SummaryTables(Summary.of(summary))._lines()]
+    lines = [text.plain for _, text in SummaryTables(Summary.of(summary))._lines(Console())]
     assert any("2: training.learning_rate=1e-3: " in line for line in lines)
 
     kept = Lineage.of(folder / "checkpoint")

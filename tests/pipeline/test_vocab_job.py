@@ -26,6 +26,7 @@ from tritter.pipeline import Outcome, run_pipeline
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.stages.fit import Fit
 from tritter.pipeline.stages.vocabulary import with_example
+from tritter.terminal import Console
 from tritter.transform.folder import plan_expansion
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -75,7 +76,7 @@ def test_the_summary_and_the_table_are_per_byte(done: Path) -> None:
     table = tables.results(tables.rows)
     assert table.title.startswith("Loss [nats/byte]")
     assert table.rows[0][2] == f"{summary.baseline['old'].loss_per_byte:.3f}"
-    lines = {line.label: line.text for line in tables._lines()}
+    lines = {label: text.plain for label, text in tables._lines(Console())}
     assert "new 0." in lines["tokens/byte"] and "→" in lines["tokens/byte"]
     assert {each.prompt for each in summary.samples} >= {"the line"}
 

@@ -17,8 +17,9 @@ from tests.report.test_page import HOSTILE, run_of, seen
 from tests.report.test_tables import line_of, printed
 from tritter.errors import TritterError
 from tritter.pipeline.metrics import _wandb_summary
+from tritter.report.compared import Comparison
 from tritter.report.drawing import new_figure
-from tritter.report.figures import GroupFigures, plot_run
+from tritter.report.figures import group_figures, plot_run
 from tritter.report.page import page
 from tritter.report.runs import EndedRun, Group
 from tritter.report.summary import Attempt, ExpertsRecord, Summary, TaskRecord
@@ -190,7 +191,7 @@ def test_page_and_plots_have_them_where_there_are_some(summary: dict[str, Any], 
     assert "60 evicted expert_2 least used" in words
     assert "experts trainable share parameters" in words and "2 3.1 % 532 k" in words
     plain = run_of(summary, "plain", 1)
-    found = GroupFigures(Group.of_runs([one, plain, run_of(made, "again", 2)])).figures()["experts"]
+    found = group_figures(Comparison((one, plain, run_of(made, "again", 2))))["experts"]
     assert [figure.axes[0].get_title() for figure in found] == [
         f"{name}: routing by domain: mean gate [%]" for name in ("one", "again")
     ]

@@ -16,8 +16,9 @@ from matplotlib.colors import to_rgb
 from tests.report.growing import growth
 from tests.report.test_runs import SETTINGS
 from tests.report.test_tables import ungated
+from tritter.report.compared import Comparison
 from tritter.report.drawing import panel
-from tritter.report.figures import GroupFigures, _label_rows
+from tritter.report.figures import _label_rows, group_figures
 from tritter.report.page import page
 from tritter.report.runs import Curve, EndedRun, Group
 from tritter.report.summary import Summary
@@ -119,12 +120,12 @@ def _lab(color: str) -> np.ndarray:
 def test_eleven_groups_have_eleven_distinguishable_colours(summary: dict[str, Any]) -> None:
     made = Summary.of(summary)
     eleven = [EndedRun(str(n), made, SETTINGS | {"training.learning_rate": n}) for n in range(11)]
-    colours = [line.color for line in GroupFigures(Group.of_runs(eleven)).lines]
+    colours = [group.color for group in Comparison(tuple(eleven)).styled]
     assert len(set(colours)) == 11
     for one, other in combinations(colours, 2):
         assert np.linalg.norm(_lab(one) - _lab(other)) > 25, (one, other)  # CIE76; 2.3 is visible
     many = [EndedRun(str(n), made, SETTINGS | {"training.learning_rate": n}) for n in range(60)]
-    styles = [(line.color, line.marker) for line in GroupFigures(Group.of_runs(many)).lines]
+    styles = [(group.color, group.marker) for group in Comparison(tuple(many)).styled]
     assert len(set(styles)) == 60
 
 
@@ -137,7 +138,7 @@ def test_labels_are_whole(summary: dict[str, Any]) -> None:
     for group in groups:
         assert all(f"{key.removeprefix('training.')}=" in group.name for key in keys)
         assert group.name in text
-        (figure, *_) = GroupFigures(groups).figures()["changes"]
+        (figure, *_) = group_figures(Comparison(tuple(runs)))["changes"]
         labels = [each.get_text().replace("\n", " ") for each in figure.axes[0].texts]
         assert group.name in labels
 
@@ -234,7 +235,7 @@ def test_a_run_alone_has_a_mark_for_each_pair_of_domains(summary: dict[str, Any]
     run = run_of(summary | {"baseline": scores, "domains": domains}, "one", 0)
     other = replace(run, name="other", settings=run.settings | {"training.learning_rate": 2})
     (alone,), (both,) = (
-        GroupFigures(Group.of_runs(each)).figures()["tradeoff"] for each in ([run], [run, other])
+        group_figures(Comparison(tuple(each)))["tradeoff"] for each in ([run], [run, other])
     )
     notes = {text.get_text(): text.xy[1] for text in alone.axes[0].texts}
     assert notes == {"poems": pytest.approx(10), "law": pytest.approx(110)}
@@ -262,13 +263,13 @@ def test_hostile_names_and_numbers_have_figures(summary_with_control: dict[str, 
 def test_as_much_is_drawn_as_a_picture_can_hold(summary: dict[str, Any]) -> None:
     made = Summary.of(summary)
     many = [EndedRun(str(n), made, SETTINGS | {"training.learning_rate": n}) for n in range(50)]
-    changes = GroupFigures(Group.of_runs(many)).figures()["changes"]
+    changes = group_figures(Comparison(tuple(many)))["changes"]
     assert all(max(each.get_size_inches()) * each.dpi < 2**12 for each in changes)
     assert "the first 40 groups" in page(many, title="many")[0]
     scores = {f"d{number}": summary["baseline"]["prose"] for number in range(60)}
     domains = {"old": list(scores), "new": []}
     wide = summary | {"baseline": scores, "domains": domains, "attempts": [{"final": scores}]}
-    drawn = GroupFigures(Group.of_runs([EndedRun("a", Summary.of(wide), SETTINGS)])).figures()
+    drawn = group_figures(Comparison((EndedRun("a", Summary.of(wide), SETTINGS),)))
     assert len(drawn["changes"]) == Topic.MAX_PANELS
 
 

@@ -9,7 +9,7 @@ from tests.report.growing import growth
 from tritter.report import figures
 from tritter.report.drawing import new_figure
 from tritter.report.figures import _draw_losses
-from tritter.report.runs import Curve, EndedRun, Group, Line
+from tritter.report.runs import Curve, EndedRun, Group
 from tritter.report.summary import Summary
 
 HEADER = "epoch,eval/code/loss,forgetting/l2sp/loss,step,train/loss\n"
@@ -96,8 +96,8 @@ def drawn(summary, curves, *, seeds=1, **rounds):
     """Draw one loss of runs that differ in the seed; return its panel."""
     run = EndedRun("", Summary.of(summary | rounds), {}, curves)
     _, (axes,) = new_figure(width=4, height=4)
-    line = Line(Group("grown", (run,) * seeds), "blue", "o", "-")
-    assert _draw_losses(axes, [line], "eval/code/loss")
+    group = Group("grown", (run,) * seeds, color="blue")
+    assert _draw_losses(axes, [group], "eval/code/loss")
     return axes
 
 

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from tritter.errors import TritterError
 from tritter.storage.hashing import (
     DigestQueue,
-    RawTensor,
     bounded_digest,
     bytes_of,
     file_digest,
     merkle_hash,
     tensor_digest,
 )
+from tritter.storage.tensors import TensorHeader
 
 
 def test_tensor_digest_by_another_path() -> None:
@@ -94,19 +94,19 @@ def test_a_file_that_was_blown_up_is_refused_and_not_hashed(tmp_path: Path, name
 
 
 HELD = {f"t{number}": torch.full((3, 5), float(number)).bfloat16() for number in range(6)}
-RAW = [RawTensor(name, "bfloat16", (3, 5), bytes_of(held)) for name, held in HELD.items()]
+RAW = [(TensorHeader(name, "bfloat16", (3, 5)), bytes_of(held)) for name, held in HELD.items()]
 DIGESTS = {name: tensor_digest(name, tensor) for name, tensor in HELD.items()}
 
 
 def test_a_queue_that_has_begun_goes_on_until_others_ask() -> None:
     queue, is_requested, read = DigestQueue(), Event(), list[str]()
 
-    def tensors() -> Iterator[RawTensor]:
-        for tensor in RAW:
-            read.append(tensor.name)
-            if tensor.name == "t2":
+    def tensors() -> Iterator[tuple[TensorHeader, memoryview]]:
+        for header, content in RAW:
+            read.append(header.name)
+            if header.name == "t2":
                 assert is_requested.wait(60)
-            yield tensor
+            yield header, content
 
     queue.begin(tensors())
     queue.add("t4", HELD["t4"])
@@ -134,7 +134,7 @@ def test_a_closed_queue_stops_within_a_tensor(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("tritter.storage.hashing._PIECE_BYTES", 1)
     queue = DigestQueue()
 
-    def tensors() -> Iterator[RawTensor]:
+    def tensors() -> Iterator[tuple[TensorHeader, memoryview]]:
         queue.close()
         yield from RAW
 
@@ -146,7 +146,7 @@ def test_a_closed_queue_stops_within_a_tensor(monkeypatch: pytest.MonkeyPatch) -
 def test_damage_is_found_by_those_who_read() -> None:
     queue = DigestQueue()
 
-    def tensors() -> Iterator[RawTensor]:
+    def tensors() -> Iterator[tuple[TensorHeader, memoryview]]:
         yield RAW[0]
         raise TritterError
 

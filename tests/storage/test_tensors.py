@@ -16,8 +16,8 @@ from tests import oracle
 from tritter.errors import TritterError
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.hashing import DigestQueue, merkle_hash, tensor_digest
-from tritter.storage.tensors import INDEX_NAME, SINGLE_NAME, TensorFolder
-from tritter.storage.writer import TensorEntry, TensorStream
+from tritter.storage.tensors import INDEX_NAME, SINGLE_NAME, TensorFolder, TensorHeader
+from tritter.storage.writer import TensorStream
 
 TENSORS = {f"layer.{index}": torch.full((10, 10), float(index)) for index in range(5)}
 
@@ -82,7 +82,7 @@ def test_at_most_two_tensors_are_held(tmp_path: Path) -> None:
             yield f"layer.{index}", tensor
             del tensor
 
-    entries = tuple(TensorEntry(f"layer.{i}", torch.float32, (100, 100)) for i in range(6))
+    entries = tuple(TensorHeader.of(f"layer.{i}", torch.float32, (100, 100)) for i in range(6))
     TensorStream(entries, tensors()).write(tmp_path)
     assert most <= 3
 
@@ -102,7 +102,7 @@ def test_mixed_types_are_read_by_safetensors(tmp_path: Path) -> None:
 
 
 def test_what_comes_must_have_been_announced(tmp_path: Path) -> None:
-    entries = (TensorEntry("a", torch.float32, (2,)),)
+    entries = (TensorHeader.of("a", torch.float32, (2,)),)
     with pytest.raises(AssertionError, match="announced"):
         TensorStream(entries, [("a", torch.zeros(3))]).write(tmp_path)
 

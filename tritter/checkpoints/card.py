@@ -80,8 +80,11 @@ class Card:
 
     def begin(self, folder: Path, *, source: Path) -> None:
         """Start the card of a folder that is being made from `source`, with the kept metadata."""
-        hub_id = _hub_id_of(source)
-        kept = {**self.kept, "base_model": hub_id} if hub_id is not None else self.kept
+        kept, snapshots = self.kept, source.absolute().parent
+        repository = snapshots.parent.name  # of a snapshot in the hub's cache
+        if snapshots.name == "snapshots" and repository.startswith("models--"):
+            hub_id = repository.removeprefix("models--").replace("--", "/", 1)
+            kept = {**kept, "base_model": hub_id}
         if kept:
             (folder / self.NAME).write_text(_front_matter(kept), encoding="utf-8")
 
@@ -196,14 +199,6 @@ class Card:
         datasets = [*_listed(kept.get("datasets")), *(found[1] for found in of_hub if found)]
         listed = {"datasets": list(dict.fromkeys(datasets))} if datasets else {}
         return {**own, **kept, **relation, **listed}
-
-
-def _hub_id_of(folder: Path) -> str | None:
-    """Return the hub id of a snapshot in the hub's cache; None for any other folder."""
-    repository = folder.absolute().parent.parent.name
-    if folder.absolute().parent.name != "snapshots" or not repository.startswith("models--"):
-        return None
-    return repository.removeprefix("models--").replace("--", "/", 1)
 
 
 def _texts(value: object) -> str | list[str] | None:

@@ -23,8 +23,8 @@ from tritter.core.families import LayoutKind, Model, StoredTensor
 from tritter.errors import Problem, RequestError, TritterError, refused
 from tritter.storage.atomic import atomic_folder
 from tritter.storage.hashing import merkle_hash
-from tritter.storage.tensors import is_finite
-from tritter.storage.writer import TensorEntry, TensorStream
+from tritter.storage.tensors import TensorHeader, is_finite
+from tritter.storage.writer import TensorStream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,7 +224,9 @@ class Weights:
                 if progress is not None:
                     progress(position + 1, len(stored))
 
-        entries = tuple(TensorEntry(each.name, dtypes[each.name], each.shape) for each in stored)
+        entries = tuple(
+            TensorHeader.of(each.name, dtypes[each.name], each.shape) for each in stored
+        )
         return TensorStream(entries, tensors())
 
 

@@ -3,8 +3,8 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from tritter.checkpoints.card import (
@@ -14,11 +14,10 @@ from tritter.checkpoints.card import (
 from tritter.checkpoints.record import Lineage
 from tritter.core.families import Config, Model, ffn_sizes, on_disk
 from tritter.core.families.config_file import with_former_keys
-from tritter.storage.atomic import atomic_folder, link_or_copy, write_text_atomic
+from tritter.storage.atomic import atomic_folder, write_text_atomic
 from tritter.storage.hashing import file_digest, header_digest, merkle_hash
 from tritter.storage.reading import LINEAGE_NAME, read_object, require_file
 from tritter.storage.records import record_text
-from tritter.storage.tensors import INDEX_NAME, TensorFolder
 from tritter.storage.writer import TensorStream
 
 # Writes files next to a model into a checkpoint folder that is still being created: tokenizer
@@ -73,32 +72,11 @@ def small_files(source: Path) -> list[Path]:
 # Checkpoint folders
 
 
-@dataclass(frozen=True, slots=True)
-class LinkedTensors:
-    """Weights that a checkpoint shares with another folder by hard links.
-
-    Args:
-        folder: the folder with the weight files.
-        digests: name on disk → SHA-256 of each tensor.
-    """
-
-    folder: Path
-    digests: Mapping[str, str]
-
-    def write(self, folder: Path) -> dict[str, str]:
-        """Link the files into a folder that is still being created and return the digests."""
-        for name in dict.fromkeys(TensorFolder.open(self.folder).files.values()):
-            link_or_copy(self.folder / name, folder / name)
-        if (self.folder / INDEX_NAME).is_file():
-            shutil.copyfile(self.folder / INDEX_NAME, folder / INDEX_NAME)
-        return dict(self.digests)
-
-
 def write_checkpoint(
     target: Path,
     *,
     config: Config,
-    tensors: TensorStream | LinkedTensors,
+    tensors: TensorStream | Callable[[Path], dict[str, str]],
     lineage: Callable[[], Lineage],
     final_config: Callable[[], Config] | None = None,
     artifacts: Iterable[Artifact | None],
@@ -114,7 +92,8 @@ def write_checkpoint(
     Args:
         target: the checkpoint folder to write.
         config: the model's config.
-        tensors: stream of tensors by name on disk, or links to the files of another folder.
+        tensors: stream of tensors by name on disk, or a function that puts the weight files into
+            the folder and returns their digests, such as `Source.link_into`.
         lineage: called after the tensors are written. Its hashes and digests are filled in from
             the written files. A lineage without a base hash starts a chain.
         final_config: called after the tensors are written; returns the config to store.
@@ -134,11 +113,11 @@ def write_checkpoint(
         TritterError: a write failed.
     """
     with atomic_folder(target, overwrite=overwrite, check=check) as folder:
-        if isinstance(tensors, LinkedTensors):
-            tensor_digests = tensors.write(folder)
-        else:
+        if isinstance(tensors, TensorStream):
             stream = tensors.padded(Model(config).padded_shapes())
             tensor_digests = stream.write(folder, max_shard_bytes=max_shard_bytes)
+        else:
+            tensor_digests = tensors(folder)
         config = config if final_config is None else final_config()
         write_config(folder, config)
         for artifact in filter(None, artifacts):

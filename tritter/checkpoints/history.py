@@ -338,47 +338,24 @@ class Link:
 # files are identified by their SHA-256.
 
 
-@dataclass(frozen=True, slots=True)
-class Damage:
-    """A changed or missing output of a stage.
+def changes_of(path: Path, digest: str) -> list[str]:
+    """Compare an output with its digest, and describe each change with its file and tensor.
 
     Args:
-        location: path of the checkpoint or file, relative to the run folder.
-        detail: description of the damage with its file and tensor.
-        is_deleted: True if nothing exists at the path.
+        path: the checkpoint or file.
+        digest: its digest, as `digests_of` returned it.
     """
-
-    location: str
-    detail: str
-    is_deleted: bool = False
-
-    @property
-    def is_missing(self) -> bool:
-        """True if the folder exists and one of its files does not."""
-        return not self.is_deleted and self.detail.endswith(": missing")
-
-    @classmethod
-    def find(cls, folder: Path, digests: Mapping[str, str]) -> tuple[Self, ...]:
-        """Compare outputs with the digests that `digests_of` returned, and return all damage."""
-        found = []
-        for location, digest in digests.items():
-            path = folder / location
-            if not path.exists():
-                found.append(cls(location, f"{path} is missing", is_deleted=True))
-            elif path.is_dir():
-                changes = list(Link.of(path).changes())
-                found += [cls(location, detail) for detail in changes]
-                if not changes and _checkpoint_digest(Lineage.of(path)) != digest:
-                    found.append(
-                        cls(location, f"{path} is not the checkpoint that the stage wrote")
-                    )
-            else:
-                try:
-                    if file_digest(path) != digest:
-                        found.append(cls(location, f"{path}: changed"))
-                except (OSError, TritterError) as error:
-                    found.append(cls(location, str(error)))
-        return tuple(found)
+    if not path.exists():
+        return [f"{path} is missing"]
+    if path.is_dir():
+        changes = list(Link.of(path).changes())
+        if not changes and _checkpoint_digest(Lineage.of(path)) != digest:
+            changes = [f"{path} is not the checkpoint that the stage wrote"]
+        return changes
+    try:
+        return [] if file_digest(path) == digest else [f"{path}: changed"]
+    except (OSError, TritterError) as error:
+        return [str(error)]
 
 
 def digests_of(

@@ -30,25 +30,13 @@ from tritter.errors import Problem, RequestError, TritterError, refused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DomainText(TextRequest):
-    """One data domain of a run: its location and how to read it.
-
-    Args:
-        name: name of the domain.
-        is_old: True if the domain was learned before this run.
-    """
-
-    name: str
-    is_old: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RunText:
     """All data of a run.
 
     Args:
         split: validation split of the lineage, or a new one.
-        domains: old domains first.
+        domains: name → location of the domain and how to read it; old domains first.
+        old: names of the domains that were learned before this run.
         tasks: tasks in training order, each as the names of its domains.
         learned: name → domain that the checkpoint learned before.
         kept_sequences: sequences stored in the checkpoint for learned domains whose data the run
@@ -60,7 +48,8 @@ class RunText:
     DEFAULT_FRACTION: ClassVar[float] = 0.2  # for a new split; a lineage keeps its own
 
     split: SplitRule
-    domains: tuple[DomainText, ...]
+    domains: Mapping[str, TextRequest]
+    old: tuple[str, ...]
     tasks: tuple[tuple[str, ...], ...]
     learned: Mapping[str, LearnedDomain]
     kept_sequences: KeptSequences = field(compare=False)
@@ -68,20 +57,16 @@ class RunText:
     notes: tuple[str, ...] = ()
 
     @property
-    def old(self) -> tuple[str, ...]:
-        return tuple(domain.name for domain in self.domains if domain.is_old)
-
-    @property
     def new(self) -> tuple[str, ...]:
-        return tuple(domain.name for domain in self.domains if not domain.is_old)
+        return tuple(name for name in self.domains if name not in self.old)
 
     def documents(self) -> dict[str, Documents]:
         """Read the documents of all domains; files that can't be parsed are reported together."""
         documents: dict[str, Documents] = {}
         problems: list[str] = []
-        for domain in self.domains:
+        for name, domain in self.domains.items():
             try:
-                documents[domain.name] = domain.documents()
+                documents[name] = domain.documents()
             except TextFileError as error:
                 problems += error.problems
         if problems:
@@ -102,11 +87,10 @@ class RunText:
         notes: list[str] = []
         split = _split(lineage, data, seed=seed, notes=notes)
         resolving = _Domains(learned, data, split)
-        domains, tasks = resolving.resolve()
+        old, new = resolving.resolve()
         notes += resolving.notes
-        names = {each.name for each in domains}
-        rest = [name for name in learned if name not in names]
-        kept_sequences = kept_sequences.without(names)
+        rest = [name for name in learned if name not in old and name not in new]
+        kept_sequences = kept_sequences.without({**old, **new})
         if with_sequences := [name for name in rest if name in kept_sequences.sequences]:
             notes.append(
                 f"The checkpoint contains sequences of {', '.join(with_sequences)}; forgetting "
@@ -120,8 +104,9 @@ class RunText:
         return cls(
             split=split,
             needs_answers=(data.loss_on or recorded_chat(lineage).loss_on) != "all",
-            domains=domains,
-            tasks=tasks,
+            domains={**old, **new},
+            old=tuple(old),
+            tasks=resolving.tasks,
             learned=learned,
             kept_sequences=kept_sequences,
             notes=tuple(notes),
@@ -136,7 +121,7 @@ class RunText:
         class. So are documents that `quick_pieces` does not read.
         """
         digests: dict[str | None, str] = {}  # of old domains, which come first
-        for domain in self.domains:
+        for name, domain in self.domains.items():
             if domain.texts is not None:
                 continue
             reading, reason = domain.reading(is_quick=True), None
@@ -147,8 +132,8 @@ class RunText:
                 reason = " ".join([*reading.notes, reason])
             elif self.old and self.new:
                 digest = domain.quick_digest()
-                if domain.is_old and digest is not None:
-                    digests[digest] = domain.name
+                if name in self.old and digest is not None:
+                    digests[digest] = name
                 elif (same := digests.get(digest)) is not None:
                     reason = f"its documents are those of the old domain {same}; name other data"
             if reason is not None:
@@ -208,52 +193,56 @@ class _Domains:
         self._learned, self._data, self._split = learned, data, split
         self._is_streamed = isinstance(data, DatasetsConfig) and data.streaming
         self.notes: list[str] = []
+        self.tasks: tuple[tuple[str, ...], ...] = ()  # the domain names of each
 
-    def resolve(self) -> tuple[tuple[DomainText, ...], tuple[tuple[str, ...], ...]]:
-        """Return old and new domains, and the domain names of each task."""
+    def resolve(self) -> tuple[dict[str, TextRequest], dict[str, TextRequest]]:
+        """Return old and new domains by name, and resolve the tasks."""
         typed_new, typed_old = self._data.new_sources, self._data.old_sources
         new = self._domains_of(typed_new, is_old=False)
-        final_name = {typed: domain.name for typed, domain in zip(typed_new, new, strict=True)}
+        final_name = dict(zip(typed_new, new, strict=True))
         # A learned domain that only a later task trains on counts as old until then
         again = {final_name[name] for name in self._data.task_sources[0] if name in final_name}
-        old = [] if self._data.is_old_named else self._all_learned(without=again)
-        named = {domain.name for domain in old}
-        for typed, domain in zip(typed_old, self._domains_of(typed_old, is_old=True), strict=True):
-            final_name.setdefault(typed, domain.name)
-            if domain.name in again:
-                self.notes.append(f"{domain.name} is trained on again, so it is not old.")
-            elif domain.name not in named:
-                old.append(domain)
-        named = {domain.name for domain in old}
-        tasks = tuple(tuple(final_name[name] for name in task) for task in self._data.task_sources)
-        return (*old, *(domain for domain in new if domain.name not in named)), tasks
+        old = {} if self._data.is_old_named else self._all_learned(without=again)
+        typed = self._domains_of(typed_old, is_old=True)
+        for name, (final, domain) in zip(typed_old, typed.items(), strict=True):
+            final_name.setdefault(name, final)
+            if final in again:
+                self.notes.append(f"{final} is trained on again, so it is not old.")
+            else:
+                old.setdefault(final, domain)
+        task_sources = self._data.task_sources
+        self.tasks = tuple(tuple(final_name[name] for name in task) for task in task_sources)
+        return old, {name: domain for name, domain in new.items() if name not in old}
 
-    def _domains_of(self, sources: TextSources, *, is_old: bool) -> list[DomainText]:
-        typed: dict[str, DomainText] = {}
+    def _domains_of(self, sources: TextSources, *, is_old: bool) -> dict[str, TextRequest]:
+        typed: dict[str, TextRequest] = {}
         for name, paths in sources.items():
-            domain = DomainText(
-                name=name,
+            domain = TextRequest(
+                tuple(paths),
                 key=self._data.domain_key(name),
-                is_old=is_old,
-                paths=tuple(paths),
                 text_field=self._data.record_field,
                 texts=None if paths else partial(self._data.texts, name),
                 is_streamed=self._is_streamed,
                 is_head=self._is_streamed,
                 piece_characters=self._split.piece_characters,
             )
-            known = self._learned_name(domain)
+            known = self._learned_name(domain, default=name if is_old else None)
             if known is None or known in typed:
                 others = {} if is_old else {**self._learned, **self._data.old_sources}
                 known = unused_name(name, {**others, **typed})
             if known != name and known not in self._learned:
                 reason = f"another {name} was learned before"
                 self.notes.append(f"The domain {name} is renamed {known}: {reason}.")
-            typed[known] = replace(domain, name=known)
-        return list(typed.values())
+            typed[known] = domain
+        return typed
 
-    def _learned_name(self, typed: DomainText) -> str | None:
-        """Return the name of the learned domain with the same text, or else with the same paths."""
+    def _learned_name(self, typed: TextRequest, *, default: str | None) -> str | None:
+        """Return the name of the learned domain with the same text, or else with the same paths.
+
+        Args:
+            typed: the domain.
+            default: the name of an old domain, under which a learned one may have changed.
+        """
         if not self._learned:
             return None
         paths = typed.paths
@@ -270,13 +259,12 @@ class _Domains:
             readings = (replace(typed, key="data", is_head=head) for head in (False, True))
             spellings |= {each.recorded_paths for each in readings}
         same_paths = (n for n, d in self._learned.items() if paths and d.paths in spellings)
-        is_named = typed.is_old and typed.name in self._learned
-        found = next(same_paths, typed.name if is_named else None)
+        found = next(same_paths, default if default in self._learned else None)
         if found is not None:
             self.notes.append(f"The data of {found} has changed since the checkpoint learned it.")
         return found
 
-    def _all_learned(self, *, without: set[str]) -> list[DomainText]:
+    def _all_learned(self, *, without: set[str]) -> dict[str, TextRequest]:
         domains = {n: d for n, d in self._learned.items() if n not in without}
         problems = {
             name: domain.problem(self._split, is_streamed=self._is_streamed)
@@ -299,15 +287,13 @@ class _Domains:
                 self.notes.append(
                     f"The checkpoint learned {name} from {domain.origin}; this run uses {current}."
                 )
-        return [
-            DomainText(
-                name=name,
+        return {
+            name: TextRequest(
+                domain.paths,
                 key=f"data.old.{name}",
-                is_old=True,
-                paths=domain.paths,
                 text_field=domain.text_field,
                 is_streamed=self._is_streamed,
                 piece_characters=self._split.piece_characters,
             )
             for name, domain in domains.items()
-        ]
+        }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,11 +19,12 @@ from tritter.checkpoints.folder import (
 from tritter.checkpoints.record import Lineage
 from tritter.core.families import Config, Model, StoredTensor
 from tritter.errors import RequestError, TritterError, shortened
+from tritter.storage.atomic import link_or_copy
 from tritter.storage.hashing import DigestQueue, bounded_digest
 from tritter.storage.reading import LINEAGE_NAME, check_inside
 from tritter.storage.records import is_unchanged
 from tritter.storage.tensors import INDEX_NAME, TensorFolder
-from tritter.storage.writer import Pieces, TensorEntry, TensorStream, stripped
+from tritter.storage.writer import Pieces, TensorStream, stripped
 
 if TYPE_CHECKING:
     import torch
@@ -196,11 +198,18 @@ class Source:
 
     def stream(self) -> TensorStream:
         """Return a stream of all tensors, unchanged."""
-        entries = tuple(
-            TensorEntry(stored.name, self.tensors.torch_dtype(stored.name), stored.shape)
-            for stored in self.stored
-        )
+        headers = self.tensors.headers
+        entries = tuple(replace(headers[each.name], shape=each.shape) for each in self.stored)
         return TensorStream(entries, ((e.name, self._deferred(e.name)) for e in entries))
+
+    def link_into(self, folder: Path) -> dict[str, str]:
+        """Hard-link the weight files into another folder; return the digest of each tensor."""
+        digests = self.read_digests()
+        for path in sorted(self.tensors.paths):
+            link_or_copy(path, folder / path.name)
+        if (index := self.folder / INDEX_NAME).is_file():
+            shutil.copyfile(index, folder / INDEX_NAME)
+        return digests
 
     def _deferred(self, name: str) -> Tensor | Pieces:
         """Return a tensor to copy unchanged; without padding its digest is reused."""

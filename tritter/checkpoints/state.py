@@ -23,7 +23,7 @@ from tritter.data.replay import ReplayBuffer
 from tritter.errors import Problem, TritterError, brief
 from tritter.storage.records import record_text
 from tritter.storage.tensors import TensorFolder
-from tritter.storage.writer import TensorEntry, TensorStream
+from tritter.storage.writer import TensorStream
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,11 +51,7 @@ class State:
         """Copy the state unchanged to another checkpoint folder, tensor by tensor."""
         streams = {}
         for kind, tensors in self.kinds.items():
-            entries = tuple(
-                TensorEntry(name, tensors.torch_dtype(name), tensors.shape(name))
-                for name in tensors
-            )
-            streams[kind] = TensorStream(entries, iter(tensors.items()))
+            streams[kind] = TensorStream(tuple(tensors.headers.values()), iter(tensors.items()))
         write_state(folder, streams, step=self.step, rules=self.rules)
 
     @classmethod

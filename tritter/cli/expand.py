@@ -554,7 +554,7 @@ class _Result:
             ],
             "model_hash": lineage.model_hash if lineage else None,
             "parent_hash": lineage.parent_hash if lineage else None,
-            "step0_error": self.measured.error if self.measured else None,
+            "step0_error": lineage.expansion_history[-1].step0_error if lineage else None,
             "serving_notes": list(self.serving_notes),
             "left_out": self.job.source.unread,
         }
@@ -688,7 +688,7 @@ def _expand_and_train(job: _Job, text: _DomainRun, *, overwrite: bool, is_quiet:
     )
     error = made.lineage.expansion_history[-1].step0_error
     text_of_error = "not finite" if error is None else f"logit shift {error:.1e} σ on its data"
-    measured = Measurement(made.lineage, error, text_of_error)
+    measured = Measurement(made.lineage, text_of_error)
     return _Result(job=job, plan=made.plan, lineage=made.lineage, measured=measured, training=made)
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field
 
-from tritter.checkpoints.history import Damage, digests_of
+from tritter.checkpoints.history import changes_of, digests_of
 from tritter.checkpoints.location import is_within
 from tritter.checkpoints.record import LedgerRecord
 from tritter.config.folders import CONFIG_NAME, SearchPath, search_path
@@ -290,17 +290,17 @@ def check_run_folder(folder: Path, config: RunConfig) -> RunState:
 
 def _is_complete(folder: Path, run: RunRecord) -> bool:
     """Return True if all outputs of a finished run are complete."""
-    damages = Damage.find(folder, run.left)
-    changed = [damage for damage in damages if not damage.is_deleted]
-    if changed:
-        paths = dict.fromkeys(str(folder / damage.location) for damage in changed)
+    left = {folder / name: digest for name, digest in run.left.items()}
+    present = [path for path in left if path.exists()]
+    changes = {str(path): changes_of(path, left[path]) for path in present}
+    if changed := [path for path, lines in changes.items() if lines]:
         raise TritterError(
             "the run is finished, but its outputs were modified:\n"
-            + "\n".join(f"  {damage.detail}" for damage in changed)
-            + f"\nDelete {' and '.join(paths)} and recreate it with: "
+            + "\n".join(f"  {line}" for path in changed for line in changes[path])
+            + f"\nDelete {' and '.join(changed)} and recreate it with: "
             + run.resume_command(folder)
         )
-    return not damages and SUMMARY_FILE in run.left
+    return len(present) == len(left) and SUMMARY_FILE in run.left
 
 
 def _check_path(folder: Path, config: RunConfig) -> None:
@@ -328,7 +328,7 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
     fingerprint includes the dotted name and the SHA-256 of the file. Tritter's own classes are
     identified by its version, so that an edited comment does not prevent resuming.
     """
-    paths = [path for domain in config.text.domains for path in domain.paths]
+    paths = [path for domain in config.text.domains.values() for path in domain.paths]
     asks_questions = any(path.startswith(SkillText.PREFIX) for path in paths)
     result: dict[str, Any] = {"seed": config.seed, "control": config.control}
     for section in SECTIONS:

@@ -492,10 +492,10 @@ def _streaming_problems(config: RunRequest) -> Iterator[Problem]:
     data = config.data
     if not isinstance(data, DatasetsConfig) or not data.streaming:
         return
-    for domain in config.text.domains:
+    for name, domain in config.text.domains.items():
         names = DatasetName.names_in(domain.paths) if domain.is_head else ()
         if names and len(names) < len(domain.paths):
-            reason = f"{domain.name} mixes data sets and built-in texts; make two domains of it"
+            reason = f"{name} mixes data sets and built-in texts; make two domains of it"
             yield Problem("data.streaming", True, reason=reason)
 
 

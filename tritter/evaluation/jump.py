@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from tritter.core.streamed import StreamedModel, blocks, computed_in
-from tritter.errors import TritterError
 from tritter.evaluation.inference import eval_mode
 from tritter.evaluation.losses import batch_that_fits, vocab_size_of
 from tritter.evaluation.statistics import finite_or_none
@@ -22,6 +21,8 @@ _CONSTANT = 1e-5  # of their size: logits that vary less are equal but for round
 _ROWS = 8192  # of the vocabulary that are compared at once, in float64
 _OLD, _NEW, _UNUSED = range(3)  # kinds of rows; rows of no token that were there are old
 _ROUNDING = 1e-4  # relative to the largest hidden state, far above float32 rounding
+# Of the source and the result, before the first layer and after each layer
+_HiddenStates = tuple[Sequence[Tensor], Sequence[Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,74 @@ class Jump:
         mass = float(torch.cat(masses).mean()) if masses else None
         return shift.jump(mass, yardstick if has_yardstick else None)
 
+    @classmethod
+    def of_folders(
+        cls,
+        before: Path,
+        after: Path,
+        input_ids: Tensor,
+        *,
+        new_tokens: Sequence[int] | None = None,
+        has_yardstick: bool = False,
+        progress: ShowProgress | None = None,
+    ) -> "tuple[Jump, _HiddenStates]":
+        """Compare the models of two folders of any size on the same tokens, in float32.
+
+        The weights stay on disk (`tritter.core.streamed`): layers run one by one, then logits are
+        compared in blocks of the vocabulary. V: tokens of a block.
+
+        Args:
+            before: folder of the model before expansion.
+            after: folder of the model after expansion.
+            input_ids: int64 [B, T].
+            new_tokens: their ids. Default: all rows that the vocabulary has more.
+            has_yardstick: also compute the first model in bfloat16.
+            progress: called with bytes read so far and in total.
+
+        Returns:
+            The logit shift, and the hidden states of both models.
+        """
+        used = 0
+
+        def count(num_bytes: int) -> None:
+            nonlocal used
+            used += num_bytes
+            if progress is not None:
+                progress(used, total)
+
+        models = [StreamedModel(folder, input_ids, on_read=count) for folder in (before, after)]
+        rounded = None
+        if has_yardstick:
+            rounded = StreamedModel(before, input_ids, on_read=count, dtype=torch.bfloat16)
+        total = sum(model.num_bytes for model in (*models, *filter(None, [rounded])))
+        before_size, after_size = (model.vocab_size for model in models[:2])
+        kinds = _kinds_of_rows(before_size, after_size, new_tokens)
+        step = min(model.rows_per_block for model in models)
+        shift, yardstick, mass = _Shift(), _Shift(), None
+        totals = [torch.tensor(-torch.inf)] * 3  # log of the sum of exp over the rows of each kind
+        parts = (slice(0, before_size), slice(before_size, after_size))
+        for rows in chain.from_iterable(blocks(part, step) for part in parts):
+            new_BTV, kinds_V = models[1].logits(rows), kinds[rows]
+            for kind in kinds_V.unique().tolist():
+                sum_BT = new_BTV[..., kinds_V == kind].logsumexp(dim=-1)
+                totals[kind] = torch.logaddexp(totals[kind], sum_BT)
+            if bool((is_old_V := kinds_V == _OLD).any()):
+                old_BTV = models[0].logits(rows)[..., is_old_V]
+                shift.add(old_BTV, new_BTV[..., is_old_V])
+                if rounded is not None:
+                    rounded_BTV = _tried(partial(rounded.logits, rows))
+                    if rounded_BTV is None:
+                        rounded = None
+                    else:
+                        yardstick.add(old_BTV, rounded_BTV[..., is_old_V])
+        if bool((kinds == _NEW).any()):
+            rest_BT = torch.logaddexp(totals[_OLD], totals[_UNUSED])
+            mass = float((totals[_NEW] - rest_BT).sigmoid().mean())
+        if progress is not None:
+            progress(total, total)  # image encoders, for example, are not read
+        jump = shift.jump(mass, None if rounded is None else yardstick)
+        return jump, (models[0].states, models[1].states)
+
 
 class _Shift:
     """Running comparison of logits, block of the vocabulary by block."""
@@ -187,11 +256,7 @@ class _Shift:
 
 def _kinds_of_rows(before: int, after: int, new_tokens: Sequence[int] | None) -> Tensor:
     """Return the kind of each row of the vocabulary after the expansion, int64 [after]."""
-    if after < before:
-        raise TritterError(
-            f"evaluation: vocabularies of {before} tokens before and {after} after the expansion "
-            "cannot be compared; old tokens are missing"
-        )
+    assert after >= before
     kinds = torch.full((after,), _UNUSED)
     kinds[:before] = _OLD
     new = range(before, after) if new_tokens is None else new_tokens
@@ -220,109 +285,28 @@ def logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
         return model(input_ids=input_ids.to(device), use_cache=False).logits.float().cpu()
 
 
-# Logit shift of checkpoints of any size.
-#
-# The weights stay on disk (`tritter.core.streamed`): layers run one by one, then logits are
-# compared in blocks of the vocabulary.
-#
-# Shapes: B sequences, T tokens, V tokens of a vocabulary block, H hidden size.
-
-
-@dataclass(frozen=True, slots=True)
-class FolderJump:
-    """The logit shift between two checkpoints and its origin.
+def first_difference(states: _HiddenStates, layer_sources: Sequence[int]) -> str:
+    """Return the first module of the result whose output differs from the source model.
 
     Args:
-        jump: the logit shift.
-        states: hidden states of both models, before the first layer and after each layer.
+        states: hidden states of both models.
+        layer_sources: index of the copied source layer, for each layer of the result.
     """
-
-    jump: Jump
-    states: tuple[Sequence[Tensor], Sequence[Tensor]]
-
-    def first_difference(self, layer_sources: Sequence[int]) -> str:
-        """Return the first module of the result whose output differs from the source model.
-
-        Args:
-            layer_sources: index of the copied source layer, for each layer of the result.
-        """
-        before, after = self.states
-        if not _are_same(before[0], after[0]):
-            return "the embedding"
-        # A copy of the next source layer either computes it, or is an identity if more copies
-        # follow. Any other layer is an identity. A wider hidden state begins with the old one.
-        done = 0  # source layers that are already computed
-        for layer, source in enumerate(layer_sources):
-            output = after[layer + 1]
-            if source == done and _are_same(before[done + 1], output):
-                done += 1
-                continue
-            is_due = source == done and source not in layer_sources[layer + 1 :]
-            if is_due or not _are_same(before[done], output):
-                return f"layer {layer}"
-        return "the final norm or the head"
-
-    @classmethod
-    def between(
-        cls,
-        before: Path,
-        after: Path,
-        input_ids: Tensor,
-        *,
-        new_tokens: Sequence[int] | None = None,
-        has_yardstick: bool = False,
-        progress: ShowProgress | None = None,
-    ) -> "FolderJump":
-        """Compare the models of two folders on the same tokens, in float32.
-
-        Args:
-            before: folder of the model before expansion.
-            after: folder of the model after expansion.
-            input_ids: int64 [B, T].
-            new_tokens: their ids. Default: all rows that the vocabulary has more.
-            has_yardstick: also compute the first model in bfloat16.
-            progress: called with bytes read so far and in total.
-        """
-        used = 0
-
-        def count(num_bytes: int) -> None:
-            nonlocal used
-            used += num_bytes
-            if progress is not None:
-                progress(used, total)
-
-        models = [StreamedModel(folder, input_ids, on_read=count) for folder in (before, after)]
-        rounded = None
-        if has_yardstick:
-            rounded = StreamedModel(before, input_ids, on_read=count, dtype=torch.bfloat16)
-        total = sum(model.num_bytes for model in (*models, *filter(None, [rounded])))
-        before_size, after_size = (model.vocab_size for model in models[:2])
-        kinds = _kinds_of_rows(before_size, after_size, new_tokens)
-        step = min(model.rows_per_block for model in models)
-        shift, yardstick, mass = _Shift(), _Shift(), None
-        totals = [torch.tensor(-torch.inf)] * 3  # log of the sum of exp over the rows of each kind
-        parts = (slice(0, before_size), slice(before_size, after_size))
-        for rows in chain.from_iterable(blocks(part, step) for part in parts):
-            new_BTV, kinds_V = models[1].logits(rows), kinds[rows]
-            for kind in kinds_V.unique().tolist():
-                sum_BT = new_BTV[..., kinds_V == kind].logsumexp(dim=-1)
-                totals[kind] = torch.logaddexp(totals[kind], sum_BT)
-            if bool((is_old_V := kinds_V == _OLD).any()):
-                old_BTV = models[0].logits(rows)[..., is_old_V]
-                shift.add(old_BTV, new_BTV[..., is_old_V])
-                if rounded is not None:
-                    rounded_BTV = _tried(partial(rounded.logits, rows))
-                    if rounded_BTV is None:
-                        rounded = None
-                    else:
-                        yardstick.add(old_BTV, rounded_BTV[..., is_old_V])
-        if bool((kinds == _NEW).any()):
-            rest_BT = torch.logaddexp(totals[_OLD], totals[_UNUSED])
-            mass = float((totals[_NEW] - rest_BT).sigmoid().mean())
-        if progress is not None:
-            progress(total, total)  # image encoders, for example, are not read
-        jump = shift.jump(mass, None if rounded is None else yardstick)
-        return cls(jump, (models[0].states, models[1].states))
+    before, after = states
+    if not _are_same(before[0], after[0]):
+        return "the embedding"
+    # A copy of the next source layer either computes it, or is an identity if more copies
+    # follow. Any other layer is an identity. A wider hidden state begins with the old one.
+    done = 0  # source layers that are already computed
+    for layer, source in enumerate(layer_sources):
+        output = after[layer + 1]
+        if source == done and _are_same(before[done + 1], output):
+            done += 1
+            continue
+        is_due = source == done and source not in layer_sources[layer + 1 :]
+        if is_due or not _are_same(before[done], output):
+            return f"layer {layer}"
+    return "the final norm or the head"
 
 
 def _are_same(old: Tensor, new: Tensor) -> bool:

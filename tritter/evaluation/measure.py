@@ -12,7 +12,7 @@ from tritter.core.families import Model
 from tritter.core.models import read_model
 from tritter.errors import TritterError
 from tritter.evaluation.gate import Check, rounded_jump
-from tritter.evaluation.jump import FolderJump, Jump
+from tritter.evaluation.jump import Jump, first_difference
 from tritter.storage.tensors import TensorFolder
 from tritter.targets import dotted
 from tritter.transform import Expanded
@@ -27,8 +27,8 @@ class Measurement:
     """The measured step-0 error.
 
     Args:
-        lineage: lineage of the result, with the error.
-        error: max |Δ logits| / std(logits) on random tokens; None if not finite.
+        lineage: lineage of the result, with the error: max |Δ logits| / std(logits) on random
+            tokens; None if not finite.
         text: readable description.
         jump: all figures of the difference, if there are more.
         fault: what is wrong if a function-preserving method differs by more than rounding, else
@@ -36,7 +36,6 @@ class Measurement:
     """
 
     lineage: Lineage
-    error: float | None
     text: str
     jump: Jump | None = None
     fault: str = ""
@@ -69,7 +68,7 @@ class Measurement:
             added = result.plan.vocabulary
             new_tokens = None if added is None else added.new_ids
             tokens = random_tokens(source.model, unlike=new_tokens or ())
-            found = FolderJump.between(
+            jump, states = Jump.of_folders(
                 source.folder,
                 result.folder,
                 tokens,
@@ -86,20 +85,18 @@ class Measurement:
                 "--no-measure, or three positional arguments in Python, expand it without "
                 "measuring."
             ) from raised
-        jump = found.jump
         error = jump.to_dict()["relative_to_std"]
-        new = len(result.steps)
-        lineage = result.lineage.with_step0_error(error, num_new=new)
+        lineage = result.lineage.with_step0_error(error, num_new=len(result.steps))
         lineage = write_lineage(result.folder, lineage, model.config)
         bound = rounded_jump(has_experts=model.family.has_experts) if rounded else Check.EXACT_JUMP
         note = f", including rounding to {' and '.join(rounded)}" if rounded else ""
         text = f"logit shift at most {jump.relative_to_std:.1e} σ on random tokens{note}"
         fault = ""
         if result.plan.is_exact and not jump.relative_to_std < bound:
-            place = found.first_difference(result.plan.parameter_map.layer_sources)
+            place = first_difference(states, result.plan.parameter_map.layer_sources)
             fault = "the method is function-preserving, but the result differs from the source at "
             fault += f"{place}; {wrong_part([step.spec for step in result.steps])}"
-        return cls(lineage, error, text, jump, fault)
+        return cls(lineage, text, jump, fault)
 
 
 def wrong_part(specs: Sequence[ExpansionSpec]) -> str:

@@ -111,15 +111,15 @@ def _benchmark_problems(config: RunRequest) -> Iterator[Problem]:
         reason = "set a command that reads a program from standard input"
         yield Problem("evaluation.code_sandbox_command", None, reason=reason)
     for domain in config.text.domains:
-        if domain.name in names:
-            yield Problem(TASKS_KEY, domain.name, reason="a domain already has this name")
+        if domain in names:
+            yield Problem(TASKS_KEY, domain, reason="a domain already has this name")
 
 
 def _metric_problems(config: RunRequest) -> Iterator[Problem]:
     """Yield own metrics with the name of another score, and those of unknown domains."""
     if not config.metrics:
         return
-    domains = [domain.name for domain in config.text.domains]
+    domains = list(config.text.domains)
     taken = {*domains, *benchmark_names(config.evaluation.tasks, key=TASKS_KEY)}
     for one in config.metrics:
         key, metric = f"metrics.{one.name}", instantiate(one.options)

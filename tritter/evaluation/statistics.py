@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _FORMAT_VERSION = 1
 _Unit = Literal["nats", "accuracy"]
 _NUM_RESAMPLES = 1999
+_POWER = 0.8  # probability of a conclusive result with the number of documents reported
 # A fixed seed: the same scores have the same bounds in every run
 _SEED = 20261120
 _MAX_DRAWS_AT_ONCE = 2_000_000
@@ -245,28 +246,15 @@ class PairedScores:
     def _check_paired(self, after: PairedScores) -> None:
         import torch
 
-        if (self.unit, self.chance) != (after.unit, after.chance):
+        before_items, after_items = (
+            (each.unit, each.chance, each.identifiers, each.weights[each.per].tolist())
+            for each in (self, after)
+        )
+        if before_items != after_items:
             raise TritterError(
-                f"evaluation: the scores before are {self.unit} with chance {self.chance:g}, those "
-                f"after are {after.unit} with chance {after.chance:g}; both must agree"
-            )
-        if len(self) != len(after):
-            raise TritterError(
-                f"evaluation: {len(self)} items were scored before and {len(after)} after; "
-                "a paired comparison requires the same items"
-            )
-        for first, second in zip(self.identifiers, after.identifiers, strict=True):
-            if first != second:
-                raise TritterError(
-                    f"evaluation: {first!r} before is paired with {second!r} after; "
-                    "a paired comparison requires the same items in the same order"
-                )
-        old, new = self.weights[self.per], after.weights[after.per]
-        if not torch.equal(old, new):
-            index = int((old != new).nonzero()[0])
-            raise TritterError(
-                f"evaluation: {self.identifiers[index]!r} has {int(old[index])} {self.per} before "
-                f"and {int(new[index])} after; both must be equal"
+                f"evaluation: {len(self)} items were scored before and {len(after)} after; a "
+                "paired comparison requires the same items in the same order, with equal unit, "
+                f"chance and {self.per}"
             )
         if self.start != after.start and torch.equal(
             self.weights["tokens"], after.weights["tokens"]
@@ -333,9 +321,7 @@ class Estimate:
         """Return the one-sided lower confidence bound."""
         return self.value - self._margin(confidence, is_upper=False)
 
-    def documents_to_decide(
-        self, bound: float, confidence: float, power: float = 0.8
-    ) -> int | None:
+    def documents_to_decide(self, bound: float, confidence: float) -> int | None:
         """Return the number of similar documents needed to decide on which side of `bound` it is.
 
         This assumes that the value does not change and that the standard error is proportional
@@ -345,7 +331,6 @@ class Estimate:
         Args:
             bound: the value to compare with.
             confidence: confidence of the one-sided bound.
-            power: probability of a conclusive result.
 
         Returns:
             The total number of documents, or None if it is unknown.
@@ -359,7 +344,7 @@ class Estimate:
         deviation = self.standard_error * root
         excess = max(0.0, abs(margin) - z * self.standard_error) * root
         # distance · x² = (z(confidence) + z(power)) · deviation · x + excess · root, with x = √n
-        linear = (z + NormalDist().inv_cdf(power)) * deviation
+        linear = (z + NormalDist().inv_cdf(_POWER)) * deviation
         x = (linear + math.sqrt(linear**2 + 4 * distance * excess * root)) / (2 * distance)
         return max(2, math.ceil(x**2))
 

@@ -28,6 +28,8 @@ from tritter.evaluation.inference import continued_text, eval_mode, sample_text
 from tritter.evaluation.losses import batch_that_fits, nats_per_row, vocab_size_of
 from tritter.evaluation.statistics import PairedScores
 
+_Row = tuple[tuple[int, ...], int]  # tokens of a prompt with its answer, and where that begins
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reader:
@@ -207,24 +209,22 @@ class QuestionTask:
             model: `model(input_ids=[B, T], use_cache=False).logits` is [B, T, V], causal.
             reader: options of reading text.
         """
-        if not self.questions:
-            raise TritterError(f"evaluation: the task {self.name} has no questions")
         read = iter(_read(model, self._rows(reader), reader))
         values = []
         for question in self.questions:
             if question.choices:
-                nats = [next(read).nats for _ in question.choices]
+                nats = [next(read)[1] for _ in question.choices]
                 values.append(question.choices[nats.index(min(nats))] == question.answer)
             else:
-                values.append(next(read).is_greedy)
+                values.append(next(read)[0])
         names = [question.identifier for question in self.questions]
         right = torch.tensor(values, dtype=torch.float64)
         return PairedScores.of_answers(names, right, self.chance)
 
     def lengths(self, reader: Reader) -> Sequence[int]:
-        return [len(row.ids) for row in self._rows(reader)]
+        return [len(ids) for ids, _ in self._rows(reader)]
 
-    def _rows(self, reader: Reader) -> list["_Row"]:
+    def _rows(self, reader: Reader) -> list[_Row]:
         rows = list[_Row]()
         for is_chat, questions in groupby(self.questions, key=lambda each: each.is_chat):
             pairs = [
@@ -239,22 +239,6 @@ class QuestionTask:
         return rows
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """Tokens of the start of a text, a prompt, and an answer, which begins at `start`."""
-
-    ids: tuple[int, ...]
-    start: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """Scores of an answer: whether greedy decoding yields it, and its −log p."""
-
-    is_greedy: bool
-    nats: float
-
-
 def _plain_rows(
     pairs: Sequence[tuple[str, str]], reader: Reader, *, between: str = ""
 ) -> list[_Row]:
@@ -263,17 +247,17 @@ def _plain_rows(
         [encoding.ids for encoding in reader.tokenizer.encode_batch(texts, False, False)]
         for texts in ([prompt for prompt, _ in pairs], [p + answer for p, answer in pairs])
     )
-    rows, prefix = [], reader.bounds.prefix
+    rows, prefix = list[_Row](), reader.bounds.prefix
     for prompt, ids in zip(prompts, texts, strict=True):
         # If the prompt's last token merges with the answer, it counts as answer
         shared = enumerate(zip(prompt, ids, strict=False))
         start = next((at for at, (one, other) in shared if one != other), len(prompt))
-        rows.append(_Row((*prefix, *ids), len(prefix) + start))
+        rows.append(((*prefix, *ids), len(prefix) + start))
     return rows
 
 
 def _chat_rows(pairs: Sequence[tuple[str, str]], chat: Chat, reader: Reader) -> list[_Row]:
-    rows, ends = [], torch.tensor(reader.bounds.ends)
+    rows, ends = list[_Row](), torch.tensor(reader.bounds.ends)
     for prompt, answer in pairs:
         marked = chat.render(Conversation.of_question(prompt, answer), prompt)
         is_predicted = torch.from_numpy(~is_unpredicted(marked))
@@ -282,35 +266,38 @@ def _chat_rows(pairs: Sequence[tuple[str, str]], chat: Chat, reader: Reader) -> 
         start = int(is_answer.long().argmax())
         # The template's end of the answer is not part of it
         stop = start + int(is_answer[start:].long().cumprod(0).sum())
-        rows.append(_Row(tuple(ids[:stop].tolist()), start))
+        rows.append((tuple(ids[:stop].tolist()), start))
     return rows
 
 
-def _read(model: nn.Module, rows: Sequence[_Row], reader: Reader) -> list[_Found]:
-    """Score all rows, batched by similar length."""
-    found: dict[int, _Found] = {}
-    by_length = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
-    longest = max((len(row.ids) for row in rows), default=0)
+def _read(model: nn.Module, rows: Sequence[_Row], reader: Reader) -> list[tuple[bool, float]]:
+    """Return whether greedy decoding yields each answer, and its −log p.
+
+    Rows of similar length are a batch.
+    """
+    found: dict[int, tuple[bool, float]] = {}
+    by_length = sorted(range(len(rows)), key=lambda index: len(rows[index][0]))
+    longest = max((len(ids) for ids, _ in rows), default=0)
     batch_size = batch_that_fits(reader.batch_size, longest, vocab_size_of(model))
     with eval_mode(model) as device, reading_whole(model):
         for start in range(0, len(rows), batch_size):
             batch = by_length[start : start + batch_size]
             texts = [rows[index] for index in batch]
-            length = max(len(row.ids) for row in texts)
+            length = max(len(ids) for ids, _ in texts)
             input_ids = torch.full((len(texts), length), reader.bounds.end)  # [B, T]
             targets = torch.full((len(texts), length), IGNORED)
-            for number, row in enumerate(texts):
-                ids = torch.tensor(row.ids, dtype=torch.int64)
+            for number, (row, begin) in enumerate(texts):
+                ids = torch.tensor(row, dtype=torch.int64)
                 input_ids[number, : len(ids)] = ids
-                targets[number, row.start - 1 : len(ids) - 1] = ids[row.start :]
+                targets[number, begin - 1 : len(ids) - 1] = ids[begin:]
             logits_BTV = model(input_ids=input_ids.to(device), use_cache=False).logits.float()
             nats_B = nats_per_row(logits_BTV, targets.to(device)).tolist()
             greedy_BT = logits_BTV.argmax(dim=-1).cpu()
             is_right_B = ((greedy_BT == targets) | (targets == IGNORED)).all(dim=1)
-            for number, (index, row) in enumerate(zip(batch, texts, strict=True)):
-                after = int(greedy_BT[number, len(row.ids) - 1])
+            for number, (index, (row, _)) in enumerate(zip(batch, texts, strict=True)):
+                after = int(greedy_BT[number, len(row) - 1])
                 is_closed = after in reader.bounds.ends or reader.tokenizer.decode(
                     [after]
                 ).startswith(("\n", "\r"))
-                found[index] = _Found(bool(is_right_B[number]) and is_closed, nats_B[number])
+                found[index] = bool(is_right_B[number]) and is_closed, nats_B[number]
     return [found[index] for index in range(len(rows))]

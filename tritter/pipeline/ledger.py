@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tritter.checkpoints.history import Damage, digests_of
+from tritter.checkpoints.history import changes_of, digests_of
 from tritter.checkpoints.record import EXPERTS_FOLDER, LedgerRecord, Lineage, StageRecord
 from tritter.errors import TritterError, brief
 from tritter.pipeline.branch import Branch
@@ -220,9 +220,9 @@ class Ledger:
             TritterError: the contents differ.
         """
         checksums = next(each.left for each in self._stages.values() if location in each.left)
-        for damage in Damage.find(self._folder, {location: checksums[location]}):
+        for change in changes_of(self._folder / location, checksums[location]):
             raise TritterError(
-                f"{damage.detail}. The stage is not reproducible here; start in another folder."
+                f"{change}. The stage is not reproducible here; start in another folder."
             )
         self._incomplete.discard(location)
 
@@ -270,16 +270,17 @@ class Ledger:
         missing: dict[str, str] = {}
         for stage, done in self._stages.items():
             for location in (location for location in done.left if location not in self._removed):
-                damages = Damage.find(self._folder, {location: done.left[location]})
-                if location in self._released and any(each.is_missing for each in damages):
-                    self._incomplete.add(location)
-                    continue
-                for damage in damages:
-                    if not damage.is_deleted:
-                        changed.append(f"  {damage.detail}")
-                        locations.append(str(self._folder / damage.location))
-                    elif not damage.location.endswith(_LOG):
-                        missing.setdefault(stage, damage.detail)
+                path = self._folder / location
+                is_there, changes = path.exists(), changes_of(path, done.left[location])
+                if not is_there and not location.endswith(_LOG):
+                    missing.setdefault(stage, changes[0])
+                elif is_there and changes:
+                    lacks_file = any(change.endswith(": missing") for change in changes)
+                    if lacks_file and location in self._released:
+                        self._incomplete.add(location)
+                        continue
+                    changed += [f"  {change}" for change in changes]
+                    locations.append(str(path))
         if changed:
             raise TritterError(
                 "outputs of this run were modified:\n"

@@ -138,7 +138,8 @@ class Run:
         """Notes on the inputs of the run, a sentence each."""
         data, source = self.data, self.data.model
         # Skipped files of each domain
-        notes = [FoundTexts.of(each.key, each.paths).note(each.name) for each in data.text.domains]
+        domains = data.text.domains.items()
+        notes = [FoundTexts.of(each.key, each.paths).note(name) for name, each in domains]
         notes += [*data.text.notes, *data.corpus.notes]
         notes += [
             f"{name} is streamed: training reads all of it, everything else its first "

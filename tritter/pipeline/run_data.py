@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tritter.checkpoints import Source
 from tritter.checkpoints.record import LearnedDomain
-from tritter.checkpoints.run_text import DomainText, RunText, recorded_chat
+from tritter.checkpoints.run_text import RunText, recorded_chat
 from tritter.config.schema import RunConfig
 from tritter.core.families import Model
 from tritter.core.models import load_tokenizer
@@ -28,6 +28,7 @@ from tritter.data.packing import DocumentMask, MarkedText, Packing, num_packed, 
 from tritter.data.records import NO_ANSWERS
 from tritter.data.replay import ReplayBuffer
 from tritter.data.skills import SkillText
+from tritter.data.sources import TextRequest
 from tritter.data.stream import StreamedSequences
 from tritter.data.tokens import (
     END_OF_TEXT,
@@ -200,17 +201,17 @@ class RunData:
             settings["validation_bytes"] = {n: each.validation.num_bytes for n, each in before}
         domains = self.text.domains
         # Only the embedded corpus has an index in the cache
-        if [(domain.name, domain.paths) for domain in domains] == _STDLIB_DOMAINS:
+        if [(name, domain.paths) for name, domain in domains.items()] == _STDLIB_DOMAINS:
             return Corpus.of_stdlib(**settings)
-        origin = {domain.name: _origin(domain, config) for domain in domains}
+        origin = {name: _origin(domain, config) for name, domain in domains.items()}
         documents = self.text.documents()
         start = self.initial_checkpoint
         is_chat = any(each.num_conversations() for each in documents.values())
         load = partial(load_tokenizer, start.folder) if start else lambda: None
         chat = self.chat_choice.of_corpus(load, is_chat=is_chat)
         corpus = Corpus.build(documents, origin=origin, chat=chat, **settings)
-        for domain in domains:
-            found = corpus.domains[domain.name]
+        for name, domain in domains.items():
+            found = corpus.domains[name]
             for side in (found.train, found.validation):
                 if side.has_marks and bool(is_unpredicted(side.tokens).all()):
                     reason = f"its conversations have {NO_ANSWERS}"
@@ -336,7 +337,7 @@ class RunData:
         if not path.exists():
             write_text_atomic(path, dumps(current, indent=1) + "\n")
             return
-        keys = {domain.name: domain.key for domain in self.text.domains}
+        keys = {name: domain.key for name, domain in self.text.domains.items()}
         for name, recorded in read_object(path).items():
             contents = current.get(name, {})
             changed = sorted(
@@ -353,12 +354,11 @@ class RunData:
 
     def source_records(self, domains: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Return the records of some domains in a checkpoint's lineage: hash and paths."""
-        domain_of = {domain.name: domain for domain in self.text.domains}
         return {
             name: {
                 **asdict(self.corpus.sources[name]),
-                "paths": list(domain_of[name].recorded_paths),
-                "text_field": domain_of[name].text_field,
+                "paths": list(self.text.domains[name].recorded_paths),
+                "text_field": self.text.domains[name].text_field,
             }
             for name in domains
         }
@@ -376,15 +376,14 @@ class RunData:
 
     def learned(self, domains: Sequence[str]) -> dict[str, LearnedDomain]:
         """Return the learned domains of the lineage after training on some domains of the run."""
-        domain_of = {domain.name: domain for domain in self.text.domains}
         records = {}
         for name in domains:
             source = asdict(self.corpus.sources[name])
             del source["name"]
             records[name] = LearnedDomain(
                 **source,
-                paths=domain_of[name].recorded_paths,
-                text_field=domain_of[name].text_field,
+                paths=self.text.domains[name].recorded_paths,
+                text_field=self.text.domains[name].text_field,
             )
         return {**self.text.learned, **records}
 
@@ -417,17 +416,16 @@ class RunData:
         """Trained domain → the data sets that are read while the model trains on it."""
         trains_old = self.initial_checkpoint is None  # a base model
         return {
-            domain.name: domain.streams
-            for domain in self.text.domains
-            if domain.streams and (trains_old or not domain.is_old)
+            name: domain.streams
+            for name, domain in self.text.domains.items()
+            if domain.streams and (trains_old or name not in self.text.old)
         }
 
     def _streamed(self, name: str, seed: int) -> StreamedSequences:
         """Return the training sequences of a streamed domain."""
-        (domain,) = (each for each in self.text.domains if each.name == name)
         return StreamedSequences(
             self.streams[name],
-            key=domain.key,
+            key=self.text.domains[name].key,
             rule=self.text.split,
             tokenizer=parsed_tokenizer(self.corpus.tokenizer.to_str()),  # for its thread
             chat=self.corpus.chat,
@@ -465,7 +463,8 @@ class RunData:
             return self.own.tasks
         options = self.config.evaluation
         number = options.task_questions
-        questions = {d.name: SkillText.questions_of(d.paths, number) for d in self.text.domains}
+        domains = self.text.domains.items()
+        questions = {name: SkillText.questions_of(each.paths, number) for name, each in domains}
         skills = (
             QuestionTask(name, name, asked, self.corpus.chat)
             for name, asked in questions.items()
@@ -530,7 +529,7 @@ def _in_windows(config: RunConfig, length: int) -> RunConfig:
     return replace(config, data=data, evaluation=evaluation)
 
 
-def _origin(domain: DomainText, config: RunConfig) -> str:
+def _origin(domain: TextRequest, config: RunConfig) -> str:
     if domain.texts is not None:
         return dotted(type(config.data))
     datasets = DatasetName.names_in(domain.paths)

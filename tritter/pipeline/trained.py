@@ -1,7 +1,7 @@
 """Writes the results of training to the run folder."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tritter.checkpoints import Lineage, Source, write_checkpoint
-from tritter.checkpoints.folder import LinkedTensors, copy_small_files
+from tritter.checkpoints.folder import copy_small_files
 from tritter.checkpoints.state import KeptSequences, State
 from tritter.core.families import Config, Model
 from tritter.core.models import model_of, uninitialised_model
@@ -162,7 +162,7 @@ class TrainedWriter:
         if self.frees_start:
             _unlink_weights(self.start, model)
         config, base = start.config, Source.written(self.start, start, self.lineage)
-        tensors: TensorStream | LinkedTensors
+        tensors: TensorStream | Callable[[Path], dict[str, str]]
         if not self.has_frozen_base:
             config = _config_after(config, model)
             trained = dict(start.changed(config).disk_tensors(whole_state(model)))
@@ -170,7 +170,7 @@ class TrainedWriter:
             config["dtype"] = dtype
             tensors = _rounded(TensorStream.of(trained.items()), start, dtype)
         elif base.tensors.main_dtype == self.dtype:
-            tensors = LinkedTensors(self.start, self.lineage.tensor_digests)
+            tensors = base.link_into
         else:
             tensors = _rounded(base.stream(), start, self.dtype)
             config = {**config, "dtype": self.dtype}

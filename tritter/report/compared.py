@@ -7,13 +7,14 @@ paired bootstrap. A difference between two groups of runs is paired by seed.
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, ClassVar
 
 from tritter.errors import TritterError
 from tritter.evaluation.gate import Check
 from tritter.evaluation.statistics import (
     finite_or_none,
 )
+from tritter.report.drawing import CYCLE
 from tritter.report.rows import LossUnit, ScoreChange
 from tritter.report.runs import (
     EndedRun,
@@ -33,6 +34,8 @@ _MEAN_OR_SEEDS = (
 )
 _CSV_HEADER = ("run", "subject", "quantity", "value", "lower", "upper")
 _CELL_CHARACTERS = 60
+_MARKERS = "osD^vPX*<>"
+_STYLES = ("-", ":", "-.")  # of the first 12 groups, the next 12, and so on
 _FEW_RUNS = 6  # that are columns of a table; more are rows
 _FEW_SETTINGS = 5  # that are columns of a table with many runs
 
@@ -60,6 +63,8 @@ class _PairedDifference:
 class Comparison:
     """All runs of a comparison; the others are compared with the first."""
 
+    MAX_GROUPS: ClassVar[int] = 40  # in figures with a row per group; the table has all
+
     runs: tuple[EndedRun, ...]
 
     def with_letters(self) -> "Comparison":
@@ -69,6 +74,23 @@ class Comparison:
     @cached_property
     def groups(self) -> tuple[Group, ...]:
         return Group.of_runs(self.runs)
+
+    @cached_property
+    def styled(self) -> tuple[Group, ...]:
+        """The groups and their controls, each with a style; a control has that of its group."""
+        styled: list[Group] = []
+        number = -1
+        for group in Group.with_controls(self.groups):
+            number += not group.is_control
+            color, marker = CYCLE[number % len(CYCLE)], _MARKERS[number % len(_MARKERS)]
+            style = "--" if group.is_control else _STYLES[number // len(CYCLE) % len(_STYLES)]
+            styled.append(replace(group, color=color, marker=marker, style=style))
+        return tuple(styled)
+
+    @property
+    def reference(self) -> Group:
+        """The group that figures compare all others with: the first control, else the first."""
+        return next((group for group in self.styled if group.is_control), self.styled[0])
 
     @cached_property
     def paired(self) -> tuple[_PairedDifference, ...]:

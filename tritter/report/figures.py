@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
 from itertools import accumulate, product
 from operator import methodcaller
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from tritter.report.compared import Comparison
 from tritter.report.drawing import (
     BLUE,
     CYCLE,
@@ -24,7 +25,7 @@ from tritter.report.drawing import (
     wrap_text,
 )
 from tritter.report.rows import DomainRow, LossUnit, Role
-from tritter.report.runs import Curve, EndedRun, Group, Interval, Line
+from tritter.report.runs import Curve, EndedRun, Group, Interval
 from tritter.report.summary import MAX_NUMBER, Score, Summary, WindowsRecord
 from tritter.report.topics import TOPICS, topics_of
 from tritter.report.topics.topic import Topic
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
 
 _MAX_DOMAINS = 12  # of one figure, with a panel each
 _MAX_MARKED = 60  # expansions and tasks of one figure
-_MARKERS = "osD^vPX*<>"
-_STYLES = ("-", ":", "-.")  # of the first 12 groups, the next 12, and so on
 _SMOOTHED_FROM_POINTS = 40
 _WIDEST_LABEL = 72  # characters that fill the width of a panel
 _MAX_TALL = 20  # marks of the height of the panel; if there are more, they are short
@@ -62,16 +61,18 @@ def plot_run(
     run = EndedRun("", summary, {}, tuple(curves), tuple(control))
     name = "grown" if summary.last_attempt.expansion else "trained"
     styles = ((BLUE, "o", "-"), (ORANGE, "s", "--"))
-    lines = [
-        Line(group, *style)
-        for group, style in zip(Group.with_controls([Group(name, (run,))]), styles, strict=False)
+    groups = [
+        replace(group, color=color, marker=marker, style=style)
+        for group, (color, marker, style) in zip(
+            Group.with_controls([Group(name, (run,))]), styles, strict=False
+        )
     ]
     rows = [row for row in (*run.rows, *run.control_rows) if not row.change.in_points]
     figures = {
         "domains.png": _domains_figure(rows, LossUnit([summary])),
-        "forgetting.png": _forgetting_figure(lines),
+        "forgetting.png": _forgetting_figure(groups),
         "training.png": _training_figure(curves),
-        "retention_and_gain.png": next(iter(_tradeoff(lines, has_legend=True)), None),
+        "retention_and_gain.png": next(iter(_tradeoff(groups, has_legend=True)), None),
         "positions.png": None if summary.windows is None else _positions_figure(summary.windows),
         **{f"{topic.name}.png": topic.plot(run, record) for topic, record in topics_of(summary)},
     }
@@ -129,16 +130,16 @@ def _draw_stages(axes: Axes, scores: Sequence[Score | None], *, is_control: bool
     )
 
 
-def _forgetting_figure(lines: Sequence[Line]) -> Figure | None:
+def _forgetting_figure(groups: Sequence[Group]) -> Figure | None:
     """Draw one panel per domain: the loss before the expansion and during training."""
-    (run,) = lines[0].group.runs
+    (run,) = groups[0].runs
     names = {curve.name for curve in run.curves if curve.steps[-1] >= 0}
     shown = [row for row in run.losses if f"eval/{row.domain}/loss" in names]
     if not shown:
         return None
     figure, panels = new_figure(columns=len(shown), width=1.2 + 3.2 * len(shown), height=4.0)
     for row, axes in zip(shown, panels, strict=True):
-        _draw_losses(axes, lines, f"eval/{row.domain}/loss")
+        _draw_losses(axes, groups, f"eval/{row.domain}/loss")
         axes.set_title(wrap_text(f"{row.domain} ({row.role})", 40), fontsize=10)
         axes.set_xlabel("training step")
         axes.margins(y=0.15)
@@ -164,86 +165,50 @@ def _training_figure(curves: Sequence[Curve]) -> Figure | None:
     for group, axes in zip(groups, panels, strict=True):
         for index, curve in enumerate(group):
             color = CYCLE[index % len(CYCLE)]
-            _draw_curve(axes, curve, Line(Group(curve.name, ()), color, "o", "-"))
+            _draw_curve(axes, curve, Group(curve.name, (), color=color))
         axes.set_ylabel("penalty" if group is penalties else "loss [nats/token]")
         axes.legend(frameon=False, fontsize=8)
     panels[-1].set_xlabel("training step")
     return figure
 
 
-@dataclass(frozen=True)
-class GroupFigures:
-    """Groups of runs and their controls, each with a style; a control has that of its group."""
-
-    MAX_GROUPS: ClassVar[int] = 40  # in figures with a row per group; the table has all
-
-    groups: Sequence[Group]
-
-    @cached_property
-    def lines(self) -> tuple[Line, ...]:
-        lines: list[Line] = []
-        number = -1
-        for group in Group.with_controls(self.groups):
-            number += not group.is_control
-            color, marker = CYCLE[number % len(CYCLE)], _MARKERS[number % len(_MARKERS)]
-            style = "--" if group.is_control else _STYLES[number // len(CYCLE) % len(_STYLES)]
-            lines.append(Line(group, color, marker, style))
-        return tuple(lines)
-
-    @property
-    def reference(self) -> Group:
-        """The group that all others are compared with: the first control, else the first."""
-        controls = (line.group for line in self.lines if line.group.is_control)
-        return next(controls, self.lines[0].group)
-
-    @property
-    def is_seeded(self) -> bool:
-        """Whether a group has several runs, so that intervals are over seeds."""
-        return _is_seeded(self.lines)
-
-    @property
-    def domains(self) -> list[tuple[str, Role]]:
-        """Domains that have losses, each with its role."""
-        return _domains([line.group for line in self.lines])
-
-    def figures(self) -> dict[str, list[Figure]]:
-        """Return the figures that the runs have data for, by topic."""
-        lines, reference = self.lines, self.reference
-        runs = [run for group in self.groups for run in group.runs]
-        means = lines[: self.MAX_GROUPS]
-        changes, differences = [], []
-        for domain, role in _domains([line.group for line in means]):
-            found = [(line, line.group.change(domain)) for line in means]
-            title = f"{domain} ({role}): change of the loss per byte [%]"
-            changes.append(_bars_of(found, title=title, scale=100, has_bounds=not self.is_seeded))
-            others = [line for line in means if line.group is not reference]
-            found = [(line, line.group.difference(reference, domain)) for line in others]
-            title = f"{domain} ({role}): loss per byte relative to {reference.name} [%]"
-            if self.is_seeded:
-                differences.append(_bars_of(found, title=title, scale=100))
-        made: dict[str, Sequence[Figure | None]] = {
-            "tradeoff": _tradeoff(lines),
-            "differences": differences,
-            "changes": changes,
-            "losses": _losses(lines),
-            "cost": _costs(means),
-            "positions": _positions(runs),
-            **{topic.name: topic.figures(lines) for topic in TOPICS},
-        }
-        drawn = {name: [each for each in found if each is not None] for name, found in made.items()}
-        return {name: found for name, found in drawn.items() if found}
+def group_figures(comparison: Comparison) -> dict[str, list[Figure]]:
+    """Return the figures that the runs of a comparison have data for, by topic."""
+    groups, reference = comparison.styled, comparison.reference
+    means, is_seeded = groups[: Comparison.MAX_GROUPS], _is_seeded(groups)
+    changes, differences = [], []
+    for domain, role in loss_domains(means):
+        found = [(group, group.change(domain)) for group in means]
+        title = f"{domain} ({role}): change of the loss per byte [%]"
+        changes.append(_bars_of(found, title=title, scale=100, has_bounds=not is_seeded))
+        others = [group for group in means if group is not reference]
+        found = [(group, group.difference(reference, domain)) for group in others]
+        title = f"{domain} ({role}): loss per byte relative to {reference.name} [%]"
+        if is_seeded:
+            differences.append(_bars_of(found, title=title, scale=100))
+    made: dict[str, Sequence[Figure | None]] = {
+        "tradeoff": _tradeoff(groups),
+        "differences": differences,
+        "changes": changes,
+        "losses": _losses(groups),
+        "cost": _costs(means),
+        "positions": _positions([run for group in comparison.groups for run in group.runs]),
+        **{topic.name: topic.figures(groups) for topic in TOPICS},
+    }
+    drawn = {name: [each for each in found if each is not None] for name, found in made.items()}
+    return {name: found for name, found in drawn.items() if found}
 
 
-def _is_alone(lines: Sequence[Line]) -> bool:
+def _is_alone(groups: Sequence[Group]) -> bool:
     """Return True if there is one run next to its control."""
-    return sum(len(line.group.runs) for line in lines if not line.group.is_control) == 1
+    return sum(len(group.runs) for group in groups if not group.is_control) == 1
 
 
-def _is_seeded(lines: Sequence[Line]) -> bool:
-    return any(len(line.group.runs) > 1 for line in lines)
+def _is_seeded(groups: Sequence[Group]) -> bool:
+    return any(len(group.runs) > 1 for group in groups)
 
 
-def _domains(groups: Sequence[Group], role: str | None = None) -> list[tuple[str, Role]]:
+def loss_domains(groups: Sequence[Group], role: str | None = None) -> list[tuple[str, Role]]:
     """Return domains that have losses, each with its role."""
     rows = (row for group in groups for run in group.runs for row in run.losses)
     found = dict.fromkeys((row.domain, row.role) for row in rows if role in (None, row.role))
@@ -277,33 +242,33 @@ def _positions_figure(record: WindowsRecord, *, title: str = "") -> Figure | Non
     return figure
 
 
-def _tradeoff(lines: Sequence[Line], *, has_legend: bool = False) -> list[Figure]:
+def _tradeoff(groups: Sequence[Group], *, has_legend: bool = False) -> list[Figure]:
     figure, axes = panel(height=4.2 if has_legend else 3.8)
-    is_drawn = _draw_tradeoff(axes, lines)
+    is_drawn = _draw_tradeoff(axes, groups)
     if is_drawn and has_legend:
         _add_legend(figure)
     return [figure] if is_drawn else []
 
 
-def _draw_tradeoff(axes: Axes, lines: Sequence[Line]) -> bool:
+def _draw_tradeoff(axes: Axes, groups: Sequence[Group]) -> bool:
     """Draw forgetting against gain, each as the mean over the domains of its role.
 
     A run that is alone with its control has a mark for each pair of domains.
 
     Returns:
-        False if no line has both; nothing is drawn then.
+        False if no group has both; nothing is drawn then.
     """
-    is_alone, is_seeded = _is_alone(lines), _is_seeded(lines)
-    points = [each for line in lines for each in _points(line, is_alone=is_alone)]
+    is_alone, is_seeded = _is_alone(groups), _is_seeded(groups)
+    points = [each for group in groups for each in _points(group, is_alone=is_alone)]
     if not points:
         return False
-    for line, note, gain, forgetting in points:
+    for group, note, gain, forgetting in points:
         pairs = list(zip(gain.values, forgetting.values, strict=False))
         if len(gain.values) > 1:
-            mark = partial(axes.plot, marker=line.marker, color=line.color, linestyle="none")
+            mark = partial(axes.plot, marker=group.marker, color=group.color, linestyle="none")
             alpha = 1.0 if gain.is_of_seeds else 0.4
             for x, y in pairs:
-                mark(-100 * x, 100 * y, markerfacecolor=line.filling, alpha=alpha, markersize=4)
+                mark(-100 * x, 100 * y, markerfacecolor=group.filling, alpha=alpha, markersize=4)
         if gain.is_of_seeds:
             continue
         is_bounded = len(gain.values) > 1 or not is_seeded
@@ -313,11 +278,11 @@ def _draw_tradeoff(axes: Axes, lines: Sequence[Line]) -> bool:
             100 * forgetting.value,
             xerr=[[100 * above], [100 * below]],  # the gain is the fall
             yerr=[[100 * side] for side in (_bars(forgetting) if is_bounded else (0.0, 0.0))],
-            color=line.color,
-            marker=line.marker,
-            markerfacecolor=line.filling,
+            color=group.color,
+            marker=group.marker,
+            markerfacecolor=group.filling,
             linestyle="none",
-            label=wrap_text(line.label),
+            label=wrap_text(group.label),
             elinewidth=0.9,
             capsize=2.5,
         )
@@ -327,7 +292,7 @@ def _draw_tradeoff(axes: Axes, lines: Sequence[Line]) -> bool:
     if (front := _search_path(means)) and not is_alone:
         xs, ys = zip(*((100 * x, 100 * y) for x, y in front), strict=True)
         axes.plot(xs, ys, color=GREY, linestyle=":", linewidth=1)
-    runs = (run for line in lines if not line.group.is_control for run in line.group.runs)
+    runs = (run for group in groups if not group.is_control for run in group.runs)
     rows = (row for run in runs for row in run.losses if row.role == "old")
     for bound in sorted({row.bound for row in rows if row.bound is not None}):
         _mark_bound(axes, 100 * bound)
@@ -339,18 +304,17 @@ def _draw_tradeoff(axes: Axes, lines: Sequence[Line]) -> bool:
     return True
 
 
-def _points(line: Line, *, is_alone: bool) -> Iterator[tuple[Line, str, Interval, Interval]]:
-    """Yield the marks of a group: line, note, change on new domains and on old ones."""
-    group, gain = line.group, _mean_change(line.group, "new")
-    forgetting = _mean_change(group, "old")
-    old, new = (_domains([group], role) for role in ("old", "new"))
+def _points(group: Group, *, is_alone: bool) -> Iterator[tuple[Group, str, Interval, Interval]]:
+    """Yield the marks of a group: the group, note, change on new domains and on old ones."""
+    gain, forgetting = _mean_change(group, "new"), _mean_change(group, "old")
+    old, new = (loss_domains([group], role) for role in ("old", "new"))
     if is_alone:
         for (kept, _), (learned, _) in product(old, new):
             gain, forgetting = group.change(learned), group.change(kept)
             if gain is not None and forgetting is not None:
-                yield line, kept if len(new) == 1 else f"{kept}, {learned}", gain, forgetting
+                yield group, kept if len(new) == 1 else f"{kept}, {learned}", gain, forgetting
     elif gain is not None and forgetting is not None:
-        yield line, "", gain, forgetting
+        yield group, "", gain, forgetting
 
 
 def _mark_bound(axes: Axes, bound: float) -> None:
@@ -370,7 +334,7 @@ def _search_path(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
 
 def _mean_change(group: Group, role: str) -> Interval | None:
     """Return the mean change over the domains of a role: of each run, then over the seeds."""
-    domains = _domains([group], role)
+    domains = loss_domains([group], role)
     if len(domains) == 1:
         return group.change(domains[0][0])
 
@@ -382,19 +346,19 @@ def _mean_change(group: Group, role: str) -> Interval | None:
     return group.mean(of)
 
 
-def _losses(lines: Sequence[Line]) -> list[Figure]:
+def _losses(groups: Sequence[Group]) -> list[Figure]:
     """Draw a panel per domain, one of the training loss and one of the base's pretraining."""
     named = {
         f"eval/{domain}/loss": f"{domain} ({role}): validation loss"
-        for domain, role in _domains([line.group for line in lines])
+        for domain, role in loss_domains(groups)
     }
     named["train/loss"] = "training loss"
-    runs = [run for line in lines for run in line.group.runs]
+    runs = [run for group in groups for run in group.runs]
     is_in_tokens = all(run.tokens_per_step for run in runs)
     made = []
     for name, title in named.items():
         figure, axes = panel(height=2.9)
-        if _draw_losses(axes, lines, name, is_in_tokens=is_in_tokens):
+        if _draw_losses(axes, groups, name, is_in_tokens=is_in_tokens):
             _label_course(axes, title, is_in_tokens=is_in_tokens)
             made.append(figure)
     bases: dict[tuple[Curve, float], None] = {}  # each once: runs of a sweep share them
@@ -404,7 +368,7 @@ def _losses(lines: Sequence[Line]) -> list[Figure]:
     if bases:
         figure, axes = panel(height=2.7)
         for curve, scale in bases:
-            _draw_curve(axes, curve, Line(Group("base", ()), GREY, "o", "-"), scale=scale)
+            _draw_curve(axes, curve, Group("base", ()), scale=scale)
         number = "the base" if len(bases) == 1 else f"{len(bases)} bases"
         title = f"pretraining loss of {number}"
         _label_course(axes, title, is_in_tokens=is_in_tokens)
@@ -413,7 +377,7 @@ def _losses(lines: Sequence[Line]) -> list[Figure]:
 
 
 def _draw_losses(
-    axes: Axes, lines: Sequence[Line], name: str, *, is_in_tokens: bool = False
+    axes: Axes, groups: Sequence[Group], name: str, *, is_in_tokens: bool = False
 ) -> bool:
     """Draw one loss of all runs, and mark expansions, growth and the start of tasks.
 
@@ -423,7 +387,7 @@ def _draw_losses(
     Returns:
         False if no run has this loss; nothing is drawn then.
     """
-    runs = [(line, run) for line in lines for run in line.group.runs]
+    runs = [(group, run) for group in groups for run in group.runs]
     last = [
         _scale(run, is_in_tokens=is_in_tokens) * curve.steps[-1]
         for _, run in runs
@@ -433,24 +397,24 @@ def _draw_losses(
     if not last:
         return False
     gap, has_start = _GAP * max(*last, 1), False
-    is_alone = _is_alone(lines)
+    is_alone = _is_alone(groups)
     marked: dict[tuple[float, str], None] = {}
-    for line in lines:
+    for group in groups:
         drawn = []
-        for run in line.group.runs:
+        for run in group.runs:
             scale = _scale(run, is_in_tokens=is_in_tokens)
             for curve in (each for each in run.curves if each.name == name):
-                is_pale, has_before = len(line.group.runs) > 1, curve.steps[0] < 0
-                drawn.append(_draw_curve(axes, curve, line, scale=scale, gap=gap, is_pale=is_pale))
-                if is_alone and not line.group.is_control:
+                is_pale, has_before = len(group.runs) > 1, curve.steps[0] < 0
+                drawn.append(_draw_curve(axes, curve, group, scale=scale, gap=gap, is_pale=is_pale))
+                if is_alone and not group.is_control:
                     axes.axhline(next(iter(drawn[-1].values())), color=GREY, ls=":", lw=1)
                 has_start |= has_before
                 starts = [scale * step or -gap / 2 * has_before for step in run.expansions]
                 marked |= dict.fromkeys((place, "expansion") for place in starts)
                 marked |= dict.fromkeys((scale * step, "next task") for step in run.summary.borders)
                 births = [scale * step for step in run.births]
-                _mark_growth(axes, births, color=line.color, is_alone=is_alone)
-        _draw_mean(axes, drawn, line)
+                _mark_growth(axes, births, color=group.color, is_alone=is_alone)
+        _draw_mean(axes, drawn, group)
     for place, kind in list(marked)[:_MAX_MARKED]:
         color, style = ("black", "--") if kind == "expansion" else (GREY, "-.")
         axes.axvline(place, color=color, linestyle=style, linewidth=0.8, label=kind)
@@ -473,7 +437,7 @@ def _label_course(axes: Axes, title: str, *, is_in_tokens: bool) -> None:
 def _draw_curve(
     axes: Axes,
     curve: Curve,
-    line: Line,
+    group: Group,
     *,
     scale: float = 1.0,
     gap: float = 1.0,
@@ -484,7 +448,7 @@ def _draw_curve(
     Args:
         axes: The panel.
         curve: A loss over the steps; step -1 is the model before its expansion.
-        line: The style.
+        group: Its group, with the style.
         scale: Step → position.
         gap: Distance of the model before its expansion from the first step.
         is_pale: The curve is one of several seeds.
@@ -494,15 +458,15 @@ def _draw_curve(
     """
     positions = [scale * step if step >= 0 else -gap for step in curve.steps]
     values = [value if abs(value) < MAX_NUMBER else float("nan") for value in curve.values]
-    plot = partial(axes.plot, color=line.color, linestyle=line.style)
+    plot = partial(axes.plot, color=group.color, linestyle=group.style)
     alpha, width = (0.35, 0.8) if is_pale else (1.0, 1.3)
     if len(values) < _SMOOTHED_FROM_POINTS or curve.name.startswith("eval/"):
         marks: dict[str, Any] = {
-            "marker": line.marker,
-            "markerfacecolor": line.filling,
+            "marker": group.marker,
+            "markerfacecolor": group.filling,
             "markersize": 3,
         }
-        label = "" if is_pale else line.label
+        label = "" if is_pale else group.label
         marks = {} if is_pale else marks
         plot(positions, values, alpha=alpha, linewidth=width, label=label, **marks)
         return _numbered(positions, values)
@@ -511,7 +475,7 @@ def _draw_curve(
     centres = positions[window // 2 : window // 2 + len(mean)]
     if not is_pale:
         plot(positions, values, alpha=0.2)
-    label = "" if is_pale else f"{line.label} (mean of {window} points)"
+    label = "" if is_pale else f"{group.label} (mean of {window} points)"
     plot(centres, mean, alpha=alpha, linewidth=width, label=label)
     return _numbered(centres, mean)
 
@@ -535,27 +499,29 @@ def _running_mean(values: Sequence[float], window: int) -> list[float]:
     return [float(mean) for mean in windows.mean(axis=1)]
 
 
-def _draw_mean(axes: Axes, drawn: Sequence[Mapping[tuple[float, int], float]], line: Line) -> None:
+def _draw_mean(
+    axes: Axes, drawn: Sequence[Mapping[tuple[float, int], float]], group: Group
+) -> None:
     """Draw the mean of several seeds' curves over the positions that all of them have."""
     if len(drawn) < 2:
         return
     first, *others = drawn
     shared = [point for point in first if all(point in other for other in others)]
     means = [fmean([first[point], *(other[point] for other in others)]) for point in shared]
-    marker = line.marker if len(shared) < _SMOOTHED_FROM_POINTS else ""
+    marker = group.marker if len(shared) < _SMOOTHED_FROM_POINTS else ""
     axes.plot(
         [position for position, _ in shared],
         means,
-        color=line.color,
-        linestyle=line.style,
+        color=group.color,
+        linestyle=group.style,
         linewidth=1.6,
         marker=marker,
-        markerfacecolor=line.filling,
+        markerfacecolor=group.filling,
         markersize=4,
     )
 
 
-def _costs(lines: Sequence[Line]) -> list[Figure]:
+def _costs(groups: Sequence[Group]) -> list[Figure]:
     """Draw FLOPs and seconds of the training, group by group."""
     from matplotlib.ticker import EngFormatter
 
@@ -565,7 +531,7 @@ def _costs(lines: Sequence[Line]) -> list[Figure]:
     )
     made = []
     for of, unit in parts:
-        means = [(line, line.group.mean(methodcaller("cost", of))) for line in lines]
+        means = [(group, group.mean(methodcaller("cost", of))) for group in groups]
         figure = _bars_of(means, title=f"training cost [{unit}]", scale=1)
         if figure is not None:
             figure.axes[0].set_xlim(left=0)
@@ -576,7 +542,7 @@ def _costs(lines: Sequence[Line]) -> list[Figure]:
 
 
 def _bars_of(
-    found: Sequence[tuple[Line, Interval | None]],
+    found: Sequence[tuple[Group, Interval | None]],
     *,
     title: str,
     scale: float,
@@ -590,21 +556,23 @@ def _bars_of(
         scale: Factor of the numbers.
         has_bounds: Draw the bounds of groups with one run, which are over documents.
     """
-    rows = [(line, interval) for line, interval in found if interval is not None]
+    rows = [(group, interval) for group, interval in found if interval is not None]
     if not rows:
         return None
-    labels = [wrap_text(line.label) for line, _ in rows]
+    labels = [wrap_text(group.label) for group, _ in rows]
     heights = [0.27 + 0.15 * (1 + label.count("\n")) for label in labels]  # inches
     figure, axes = panel(height=0.8 + sum(heights))
     bottoms = [*accumulate(heights)]
-    for bottom, (line, interval) in zip(bottoms, rows, strict=True):
-        style: dict[str, Any] = {"color": line.color, "marker": line.marker}
-        style["markerfacecolor"] = line.filling
+    for bottom, (group, interval) in zip(bottoms, rows, strict=True):
+        style: dict[str, Any] = {"color": group.color, "marker": group.marker}
+        style["markerfacecolor"] = group.filling
         values = [scale * value for value in interval.values]
         if interval.is_of_seeds:
             axes.plot(values, [bottom] * len(values), ls="none", **style)
         elif len(values) > 1:  # below the bar
-            axes.plot(values, [bottom + 0.09] * len(values), ".", color=line.color, alpha=0.5, ms=5)
+            axes.plot(
+                values, [bottom + 0.09] * len(values), ".", color=group.color, alpha=0.5, ms=5
+            )
         if not interval.is_of_seeds:
             is_bounded = has_bounds or len(values) > 1
             sides = _bars(interval) if is_bounded else (0.0, 0.0)

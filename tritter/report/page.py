@@ -13,13 +13,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tritter import __version__
+from tritter.report.compared import Comparison
 from tritter.report.drawing import new_figure, wrap_text
-from tritter.report.figures import GroupFigures
+from tritter.report.figures import group_figures, loss_domains
 from tritter.report.runs import (
     EndedRun,
     Group,
     Interval,
-    Line,
     differing_keys,
 )
 from tritter.report.table import MISSING, Table, number_text, si_text
@@ -92,27 +92,27 @@ def page(
         notes: Lines on folders that are not on it.
         tables: Title → table, shown after the table of all runs.
     """
-    groups = Group.of_runs(runs)
-    compared = GroupFigures(groups)
-    lines, drawn = compared.lines, compared.figures()
+    compared = Comparison(tuple(runs))
+    groups, styled = compared.groups, compared.styled
+    drawn = group_figures(compared)
     pictures = {name: [_png(figure) for figure in found] for name, found in drawn.items()}
     environment = Environment(
         loader=PackageLoader("tritter.report", ""), autoescape=True, undefined=StrictUndefined
     )
-    legend = [{"swatch": _swatch(line), "label": line.label} for line in lines[:_MAX_NAMED]]
-    swatches = {line.group.name: _swatch(line) for line in lines}
+    legend = [{"swatch": _swatch(each), "label": each.label} for each in styled[:_MAX_NAMED]]
+    swatches = {group.name: _swatch(group) for group in styled}
     text = environment.get_template("page.html.j2").render(
         version=__version__,
         title=title,
-        lead=_subtitle(groups, compared),
+        lead=_subtitle(compared),
         notes=notes,
         verdicts=_VERDICTS,
         groups=_group_table(compared) if len(groups) < len(runs) else Table((), ()),
         differences=_difference_table(compared),
         overview=_overview(groups),
         swatches=swatches,
-        legend=legend if len(lines) > 1 else [],
-        rest=max(0, len(lines) - _MAX_NAMED),
+        legend=legend if len(styled) > 1 else [],
+        rest=max(0, len(styled) - _MAX_NAMED),
         tables=dict(tables or {}),
         figures=[
             {
@@ -133,8 +133,8 @@ def page(
         for name, found in pictures.items()
         for number, picture in enumerate(found, start=1)
     }
-    if len(lines) > 1:
-        files["legend.png"] = _png(_legend_figure(lines))
+    if len(styled) > 1:
+        files["legend.png"] = _png(_legend_figure(styled))
     return text.translate(_UNSEEN).encode("utf-8", "replace").decode("utf-8"), files
 
 
@@ -144,42 +144,43 @@ def _png(figure: Figure) -> bytes:
     return stream.getvalue()
 
 
-def _subtitle(groups: Sequence[Group], compared: GroupFigures) -> str:
+def _subtitle(compared: Comparison) -> str:
     """Return the line below the title."""
-    num_runs = sum(len(group.runs) for group in groups)
+    groups, num_runs = compared.groups, len(compared.runs)
     lead = "One finished run" if num_runs == 1 else f"{num_runs} finished runs"
     if len(groups) < num_runs:
         number = "one group" if len(groups) == 1 else f"{len(groups)} groups"
         lead += f" in {number}; the runs of a group differ only in the seed"
     lead += ". Losses without another unit are in nats per token, changes of a loss are per byte."
-    if any(run.summary.has_new_tokens for group in groups for run in group.runs):
+    if any(run.summary.has_new_tokens for run in compared.runs):
         lead += " Curves of runs with another tokenizer can't be compared."
-    if len(compared.lines) > GroupFigures.MAX_GROUPS:
-        lead += f" The figures of changes and cost show the first {GroupFigures.MAX_GROUPS} groups."
+    if len(compared.styled) > Comparison.MAX_GROUPS:
+        lead += f" The figures of changes and cost show the first {Comparison.MAX_GROUPS} groups."
     return lead
 
 
-def _caption(name: str, compared: GroupFigures) -> str:
+def _caption(name: str, compared: Comparison) -> str:
     parts = [_CAPTIONS[name]]
     if name in _WITH_SEEDS:
-        if any(len(line.group.seeds) >= _MIN_SEEDS for line in compared.lines):
+        if any(len(group.seeds) >= _MIN_SEEDS for group in compared.styled):
             parts.append(_OVER_SEEDS)
-        elif compared.is_seeded:
+        elif any(len(group.runs) > 1 for group in compared.styled):
             parts.append(_OF_SEEDS)
         elif name in ("tradeoff", "changes"):
             parts.append(_SINGLE)
-        if any(line.group.is_control for line in compared.lines):
+        if any(group.is_control for group in compared.styled):
             parts.append(_CONTROL)
     return " ".join(filter(None, parts))
 
 
-def _group_table(compared: GroupFigures) -> Table:
+def _group_table(compared: Comparison) -> Table:
     """Return a row per group: seeds, verdicts, each domain's change, cost."""
-    changes = (f"{domain} ({role}) [%]" for domain, role in compared.domains)
+    domains = loss_domains(compared.styled)
+    changes = (f"{domain} ({role}) [%]" for domain, role in domains)
     header = ("group", "seeds", "status", *changes, "FLOPs", "seconds")
     rows = []
-    for group in (line.group for line in compared.lines):
-        found = (group.change(domain) for domain, _ in compared.domains)
+    for group in compared.styled:
+        found = (group.change(domain) for domain, _ in domains)
         costs = (group.mean(methodcaller("cost", of)) for of in ("flops", "seconds"))
         flops, seconds = (None if each is None else each.value for each in costs)
         cells = [group.name, str(len(group.seeds)), "" if group.is_control else _statuses(group)]
@@ -200,10 +201,10 @@ def _statuses(group: Group) -> str:
     return ", ".join(f"{number} {status}" for status, number in counts.items())
 
 
-def _difference_table(compared: GroupFigures) -> Table:
+def _difference_table(compared: Comparison) -> Table:
     """Return a row per group: the differences to the reference, paired by seed."""
-    reference, domains = compared.reference, compared.domains
-    others = [line.group for line in compared.lines if line.group is not reference]
+    reference, domains = compared.reference, loss_domains(compared.styled)
+    others = [group for group in compared.styled if group is not reference]
     rows = []
     for group in others:
         found = [group.difference(reference, domain) for domain, _ in domains]
@@ -310,32 +311,32 @@ def _details(run: EndedRun) -> dict[str, Any]:
     }
 
 
-def _swatch(line: Line) -> Markup:
+def _swatch(group: Group) -> Markup:
     """Return the mark of a group as SVG; it holds numbers and colours only."""
     import numpy as np
     from matplotlib.markers import MarkerStyle
     from matplotlib.transforms import Affine2D
 
-    style = MarkerStyle(line.marker)
+    style = MarkerStyle(group.marker)
     path = style.get_path().transformed(style.get_transform() + Affine2D().scale(9, -9))
     vertices = np.asarray(path.to_polygons()[0], dtype=float).tolist()
     points = " ".join(f"{x:.2f},{y:.2f}" for x, y in vertices)
-    stroke = f'stroke="{line.color}"'
-    dashes = f'stroke-width="1.6" stroke-dasharray="{_DASHES[line.style]}"'
+    stroke = f'stroke="{group.color}"'
+    dashes = f'stroke-width="1.6" stroke-dasharray="{_DASHES[group.style]}"'
     return Markup(
         f'<svg class="swatch" viewBox="-14 -7 28 14"><line x1="-13" x2="13" {stroke} {dashes}/>'
-        f'<polygon points="{points}" fill="{line.filling}" {stroke} stroke-width="1.2"/></svg>'
+        f'<polygon points="{points}" fill="{group.filling}" {stroke} stroke-width="1.2"/></svg>'
     )
 
 
-def _legend_figure(lines: Sequence[Line]) -> Figure:
+def _legend_figure(groups: Sequence[Group]) -> Figure:
     """Return the legend of all figures as a figure of its own."""
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], color=line.color, linestyle=line.style, label=wrap_text(line.label),
-               markersize=5, marker=line.marker, markerfacecolor=line.filling)
-        for line in lines[:_MAX_NAMED]
+        Line2D([], [], color=group.color, linestyle=group.style, label=wrap_text(group.label),
+               markersize=5, marker=group.marker, markerfacecolor=group.filling)
+        for group in groups[:_MAX_NAMED]
     ]  # fmt: skip
     rows = sum(1 + str(handle.get_label()).count("\n") for handle in handles)
     figure, (axes,) = new_figure(width=4.8, height=0.2 + 0.17 * rows)

@@ -13,7 +13,7 @@ from itertools import pairwise
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeGuard
 
-from tritter.report.drawing import truncate
+from tritter.report.drawing import GREY, truncate
 from tritter.report.rows import DomainRow, domain_rows
 from tritter.report.summary import MAX_NUMBER, Attempt, Summary
 from tritter.report.table import MISSING
@@ -220,11 +220,28 @@ class Group:
         name: The settings in which it differs from other groups.
         runs: Its runs.
         is_control: The runs are the controls (not grown) of the previous group.
+        color: Its colour in figures.
+        marker: Its mark; the pair of colour and mark is unique for 60 groups.
+        style: Style of its lines.
     """
 
     name: str
     runs: tuple[EndedRun, ...]
     is_control: bool = False
+    color: str = GREY
+    marker: str = "o"
+    style: str = "-"
+
+    @property
+    def filling(self) -> str:
+        """The colour inside its marks."""
+        return "white" if self.is_control else self.color
+
+    @property
+    def label(self) -> str:
+        """Its name and the number of its seeds, for legends."""
+        number = len(self.seeds)
+        return self.name if number < 2 else f"{self.name} ({number} seeds)"
 
     def change(self, domain: str) -> Interval | None:
         """Return the change of a domain's loss over the seeds.
@@ -314,25 +331,6 @@ class Group:
                 )
                 found.append(cls(f"control (not grown) {rest}", tuple(runs), is_control=True))
         return tuple(found)
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """A group and its style; the pair of colour and marker is unique for 60 groups."""
-
-    group: Group
-    color: str
-    marker: str
-    style: str
-
-    @property
-    def filling(self) -> str:
-        return "white" if self.group.is_control else self.color
-
-    @property
-    def label(self) -> str:
-        number = len(self.group.seeds)
-        return self.group.name if number < 2 else f"{self.group.name} ({number} seeds)"
 
 
 def _at(run: EndedRun, domain: str, of: Callable[[DomainRow], float | None]) -> float | None:

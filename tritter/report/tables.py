@@ -1,7 +1,6 @@
 """The table at the end of a run, from summary.json alone."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,15 +36,6 @@ _DOMAIN_CHARACTERS = 11
 _MAX_EXPERTS = 12  # columns
 _MAX_VALUES, _MAX_LISTED = 20, 12  # rows of a part from outside, and values in a cell
 _STAGES = {"importance": "importance of parameters"}  # clearer names, where the key is too short
-
-
-@dataclass(frozen=True, slots=True)
-class _SummaryLine:
-    """A label and its text."""
-
-    label: str
-    text: str
-    style: str = ""
 
 
 class SummaryTables:
@@ -84,14 +74,14 @@ class SummaryTables:
             console.print()
             console.print(table.to_rich(console))
         console.print()
-        console.print(_grid(self._lines(), console))
+        console.print(_grid(self._lines(console)))
         if checkpoint := summary.checkpoint:
             path = str(checkpoint if folder is None else folder / checkpoint)
             # Never wrapped, so that it can be copied
             console.print(Text(f"{'checkpoint':<12}{console.printable(path)}"), soft_wrap=True)
         for sample in summary.samples:
             console.print()
-            lines = []
+            lines = list[tuple[str, Text]]()
             said = {"prompt": sample.prompt, "before": sample.before, "after": sample.after}
             for name, words in said.items():
                 text = " ".join(words.split())
@@ -100,8 +90,8 @@ class SummaryTables:
                 ):  # its end is what is answered
                     text = f"..{text[2 - _SAMPLE_CHARACTERS :]}"
                 text = console.shortened(text, _SAMPLE_CHARACTERS)
-                lines.append(_SummaryLine(name, text or MISSING))
-            console.print(_grid(lines, console))
+                lines.append((name, Text(text or MISSING)))
+            console.print(_grid(lines))
 
     @property
     def size(self) -> str:
@@ -236,14 +226,14 @@ class SummaryTables:
             ("part", "entry", "value"), tuple(rows), caption=caption, rules=tuple(rules[1:])
         )
 
-    def _lines(self) -> list[_SummaryLine]:
+    def _lines(self, console: Console) -> list[tuple[str, Text]]:
         """Return the lines below the tables: status and reasons, logit shift, parameters."""
         summary = self.summary
         attempt, status = summary.last_attempt, summary.status
         words = _STATUS_WORDS[status]
         if status == "rolled_back" and len(summary.rounds) > 1:
             words = "rolled back: the checkpoint is that of the previous round"
-        lines = [_SummaryLine("status", words, style=Table.STYLES.get(status, ""))]
+        lines = [("status", _text(console, words, Table.STYLES.get(status, "")))]
         if summary.target is not None:
             rounds, target = summary.rounds, summary.target
             done = ", ".join(
@@ -255,42 +245,43 @@ class SummaryTables:
                 f"{len(rounds)} of {len(target.planned)} planned: {done}; target "
                 f"{count_text(target.target_params)} {reached}; the table shows the last"
             )
-            lines.append(_SummaryLine("rounds", progress))
-        lines += self._attempt_lines()
+            lines.append(("rounds", _text(console, progress)))
+        lines += self._attempt_lines(console)
         for check in attempt.gate:
             is_broken_off = check.check == "training" and bool(check.value)
             is_notable = check.verdict == "reported" and is_broken_off
             if is_notable or check.verdict in ("failed", "undecided"):
                 what = f"{check.check} of {check.subject}: {check.detail}"
-                lines.append(_SummaryLine(check.verdict, what, style=Table.STYLES[check.verdict]))
+                lines.append((check.verdict, _text(console, what, Table.STYLES[check.verdict])))
         scored = {check.subject: check.scored for check in attempt.gate if check.scored}
-        lines += [_SummaryLine("scored", f"{name}: {text}") for name, text in scored.items()]
+        lines += [("scored", _text(console, f"{name}: {text}")) for name, text in scored.items()]
         jump = summary.jump or Jump()
         if jump.max_absolute is not None and jump.relative_to_std is not None:
             text = f"at expansion: max {jump.max_absolute:.1e} ({jump.relative_to_std:.1e} σ)"
             text += mean_shift_text(jump)
             if jump.new_token_mass is not None:
                 text += f"; new tokens get {jump.new_token_mass:.1%} of the probability"
-            lines.append(_SummaryLine("logit shift", text))
+            lines.append(("logit shift", _text(console, text)))
         if summary.has_new_tokens and (fertility := self._fertility_text()):
-            lines.append(_SummaryLine("tokens/byte", fertility))
+            lines.append(("tokens/byte", _text(console, fertility)))
         for domain, text in self._windows_texts():
-            lines.append(_SummaryLine("long windows" if domain == 0 else "", text))
+            lines.append(("long windows" if domain == 0 else "", _text(console, text)))
         before, after = (summary.parameters.get(name) for name in ("baseline", "final"))
         sizes = self.size
         if summary.experts is None or before != after or summary.status == "rolled_back":
             sizes = f"{count_text(before)} → {sizes}"
         if before and after and before != after and summary.experts is None and "(" not in sizes:
             sizes += f" ({ratio_text(after / before)})"
-        lines.append(_SummaryLine("parameters", sizes))
+        lines.append(("parameters", _text(console, sizes)))
         for topic, record in topics_of(summary):
             if text := topic.text(record):
-                lines.append(_SummaryLine(topic.name, text))
+                lines.append((topic.name, _text(console, text)))
         if summary.moe is not None and (bias := _bias_text(summary.moe)) is not None:
-            lines.append(_SummaryLine("bias", bias))
+            lines.append(("bias", _text(console, bias)))
         if summary.moe is not None and summary.moe.is_open is False and status != "rolled_back":
             reason = "not fully open, so stock classes compute another function: train longer"
-            lines.append(_SummaryLine("new experts", f"{reason}, or lower adaptation.anneal_steps"))
+            reason += ", or lower adaptation.anneal_steps"
+            lines.append(("new experts", _text(console, reason)))
         return lines
 
     def _windows_texts(self) -> Iterator[tuple[int, str]]:
@@ -306,12 +297,12 @@ class SummaryTables:
                 f"{losses.get('source_long', '-')} in those of {record.length:,}",
             )
 
-    def _attempt_lines(self) -> list[_SummaryLine]:
+    def _attempt_lines(self, console: Console) -> list[tuple[str, Text]]:
         """Return a line per attempt if there are several: its overrides, changes and status."""
         attempts = self.summary.attempts
         if len(attempts) < 2:
             return []
-        lines = [_SummaryLine("attempts", f"{len(attempts)}; the table shows the last")]
+        lines = [("attempts", Text(f"{len(attempts)}; the table shows the last"))]
         for number, attempt in enumerate(attempts, start=1):
             status, did = str(attempt.status), " ".join(attempt.overrides or ["as requested"])
             changes = ", ".join(
@@ -321,7 +312,7 @@ class SummaryTables:
                 if not row.is_control and row.change.value is not None
             )
             text = f"{number}: {did}: {changes}; {status.replace('_', ' ')}"
-            lines.append(_SummaryLine("", text, style=Table.STYLES.get(status, "")))
+            lines.append(("", _text(console, text, Table.STYLES.get(status, ""))))
         return lines
 
     def _fertility_text(self) -> str:
@@ -392,11 +383,15 @@ def _bias_text(experts: MoeRecord) -> str | None:
     return f"loss with and without the selection bias (not saved): {'; '.join(parts)}"
 
 
-def _grid(lines: Iterable[_SummaryLine], console: Console) -> RichTable:
+def _text(console: Console, text: str, style: str = "") -> Text:
+    return Text(console.printable(text), style)
+
+
+def _grid(lines: Iterable[tuple[str, Text]]) -> RichTable:
     """Return labels next to their texts, which wrap within their column."""
     grid = RichTable.grid(padding=(0, 1, 0, 0))
     grid.add_column(width=11, overflow="fold")
     grid.add_column(overflow="fold")
     for line in lines:
-        grid.add_row(line.label, Text(console.printable(line.text), style=line.style))
+        grid.add_row(*line)
     return grid

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from threading import BoundedSemaphore, Event, Lock
 from typing import TYPE_CHECKING
@@ -16,26 +15,11 @@ from tritter.storage.reading import open_file, require_file
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tritter.storage.tensors import TensorHeader
+
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _MAX_WAITING = 4  # tensors in memory; those of a folder are mapped
 _PIECE_BYTES = 16 * 2**20  # a closed queue stops after a piece
-
-
-@dataclass(frozen=True, slots=True)
-class RawTensor:
-    """The raw bytes of a tensor in a file.
-
-    Args:
-        name: Name of the tensor.
-        dtype: Name of the torch dtype without "torch.".
-        shape: Shape of the tensor.
-        data: Its values in row-major order.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    data: memoryview
 
 
 def tensor_digest(name: str, tensor: Tensor) -> str:
@@ -128,13 +112,15 @@ class DigestQueue:
             queue._digests[name] = _completed_future(digest)
         return queue
 
-    def begin(self, tensors: Iterable[RawTensor], *, files: Iterable[Path] = ()) -> None:
+    def begin(
+        self, tensors: Iterable[tuple[TensorHeader, memoryview]], *, files: Iterable[Path] = ()
+    ) -> None:
         """Hash tensors one by one until the first `add` or `close`.
 
         Errors are ignored here; reading the same tensors for `add` raises them again.
 
         Args:
-            tensors: Tensors that will be added later.
+            tensors: Headers and bytes of tensors that will be added later.
             files: That contain them, and must not change before they are added. Default: none.
         """
         self._stamps = {path: _stamp(path) for path in files}
@@ -167,14 +153,14 @@ class DigestQueue:
                 raise TritterError(f"{path} has changed since it was hashed.")
         return {name: digest.result() for name, digest in dict(self._digests).items()}
 
-    def _hash_ahead(self, tensors: Iterable[RawTensor]) -> None:
-        for tensor in tensors:
-            digest = start_digest(tensor.name, f"torch.{tensor.dtype}", tensor.shape)
-            for begin in range(0, len(tensor.data), _PIECE_BYTES):
+    def _hash_ahead(self, tensors: Iterable[tuple[TensorHeader, memoryview]]) -> None:
+        for header, content in tensors:
+            digest = start_digest(header.name, f"torch.{header.dtype}", header.shape)
+            for begin in range(0, len(content), _PIECE_BYTES):
                 if self._is_over.is_set():
                     return
-                digest.update(tensor.data[begin : begin + _PIECE_BYTES])
-            self._digests.setdefault(tensor.name, _completed_future(digest.hexdigest()))
+                digest.update(content[begin : begin + _PIECE_BYTES])
+            self._digests.setdefault(header.name, _completed_future(digest.hexdigest()))
             if self._are_added.is_set():
                 return
 

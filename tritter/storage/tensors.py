@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tritter.errors import TritterError
-from tritter.storage.hashing import RawTensor
 from tritter.storage.reading import check_links, open_file, read_object, require_file
 
 if TYPE_CHECKING:
@@ -50,18 +49,36 @@ _RANK_FILE = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors
 
 
 @dataclass(frozen=True, slots=True)
-class _Header:
+class TensorHeader:
     """The header of one tensor in a safetensors file.
 
     Args:
-        file: Name of the file in its folder.
+        name: Name of the tensor.
         dtype: Name of the torch dtype without "torch.".
         shape: Shape of the tensor.
+        file: Name of the file in its folder; empty if it is not written yet.
     """
 
-    file: str
+    name: str
     dtype: str
     shape: tuple[int, ...]
+    file: str = ""
+
+    @classmethod
+    def of(cls, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> TensorHeader:
+        """Return the header of a tensor to write."""
+        return cls(name, str(dtype).removeprefix("torch."), shape)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        import torch  # reading headers does not need it
+
+        found: torch.dtype = getattr(torch, self.dtype)
+        return found
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * self.torch_dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +91,7 @@ class TensorFolder(Mapping[str, "Tensor"]):
     """
 
     folder: Path
-    headers: Mapping[str, _Header]
+    headers: Mapping[str, TensorHeader]
 
     @classmethod
     def open(cls, folder: Path) -> TensorFolder:
@@ -110,7 +127,7 @@ class TensorFolder(Mapping[str, "Tensor"]):
         for file in files.values():
             if not isinstance(file, str) or Path(file).name != file:
                 raise TritterError(f"{index} points outside its folder: '{file}'.")
-        headers: dict[str, _Header] = {}
+        headers: dict[str, TensorHeader] = {}
         for file in sorted(set(files.values())):
             for name, header in _headers_in(folder, file).items():
                 if name in headers:
@@ -158,8 +175,8 @@ class TensorFolder(Mapping[str, "Tensor"]):
     def __len__(self) -> int:
         return len(self.headers)
 
-    def raw(self) -> Iterator[RawTensor]:
-        """Yield the memory-mapped bytes of every tensor, without importing torch."""
+    def raw(self) -> Iterator[tuple[TensorHeader, memoryview]]:
+        """Yield the header and the memory-mapped bytes of every tensor, without importing torch."""
         for path in sorted(self.paths):
             with open_file(path) as file:
                 start = 8 + int.from_bytes(file.read(8), "little")
@@ -168,15 +185,10 @@ class TensorFolder(Mapping[str, "Tensor"]):
             names = (name for name, header in self.headers.items() if header.file == path.name)
             spans = {name: entries[name]["data_offsets"] for name in names}
             for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
-                header = self.headers[name]
-                values = content[start + begin : start + end]
-                yield RawTensor(name, header.dtype, header.shape, values)
+                yield self.headers[name], content[start + begin : start + end]
 
     def torch_dtype(self, name: str) -> torch.dtype:
-        import torch  # reading headers does not need it
-
-        found: torch.dtype = getattr(torch, self.headers[name].dtype)
-        return found
+        return self.headers[name].torch_dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.headers[name].shape
@@ -232,7 +244,7 @@ def is_finite(tensor: Tensor) -> bool:
     return isfinite(low) and isfinite(high)
 
 
-def _headers_in(folder: Path, file_name: str) -> dict[str, _Header]:
+def _headers_in(folder: Path, file_name: str) -> dict[str, TensorHeader]:
     from safetensors import SafetensorError, safe_open
 
     path = folder / file_name
@@ -252,7 +264,7 @@ def _headers_in(folder: Path, file_name: str) -> dict[str, _Header]:
                         f"{path}: {name} has dtype {written}; allowed for weights are {allowed}."
                     )
                 shape = tuple(part.get_shape())
-                headers[name] = _Header(file_name, _READ_DTYPES[written], shape)
+                headers[name] = TensorHeader(name, _READ_DTYPES[written], shape, file_name)
     except (SafetensorError, OSError, MemoryError) as error:
         raise TritterError(f"{path} cannot be read ({error}).") from error
     return headers

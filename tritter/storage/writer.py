@@ -19,14 +19,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from io import FileIO
-from math import prod
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, ClassVar
 
 from tritter.errors import TritterError
 from tritter.storage.hashing import bytes_of, start_digest
-from tritter.storage.tensors import INDEX_NAME, SINGLE_NAME, WRITTEN_DTYPES
+from tritter.storage.tensors import INDEX_NAME, SINGLE_NAME, WRITTEN_DTYPES, TensorHeader
 
 if TYPE_CHECKING:
     import torch
@@ -39,19 +38,6 @@ _MAX_THREADS = 4
 _BYTES_UNTIL_TRIM = 32 * 2**20
 _BYTES_UNTIL_SYNC = 16 * 2**20
 _SYNC_FILE_RANGE_WRITE = 2  # from linux/fs.h
-
-
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """The header entry of one tensor."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +65,7 @@ class TensorStream:
     """A stream of tensors that is announced in advance.
 
     Args:
-        entries: Header entries of the tensors, in order.
+        entries: Headers of the tensors, in order.
         tensors: (name, tensor) in the same order.
     """
 
@@ -88,26 +74,26 @@ class TensorStream:
     MAX_PENDING: ClassVar[int] = 2
     KEPT_BYTES: ClassVar[int] = 16 * 2**20
 
-    entries: tuple[TensorEntry, ...]
+    entries: tuple[TensorHeader, ...]
     tensors: Iterable[tuple[str, Tensor | Pieces]]
 
     @classmethod
     def of(cls, pairs: Iterable[tuple[str, Tensor]]) -> TensorStream:
         """Return a stream of tensors that are already in memory."""
         tensors = list(pairs)
-        entries = tuple(TensorEntry(name, t.dtype, tuple(t.shape)) for name, t in tensors)
+        entries = tuple(TensorHeader.of(name, t.dtype, tuple(t.shape)) for name, t in tensors)
         return cls(entries, tensors)
 
     def to(self, dtype: torch.dtype, *, unrounded: Collection[str] = ()) -> TensorStream:
         """Return the stream with its floating-point tensors in `dtype`, except `unrounded` ones."""
         entries = tuple(
-            replace(each, dtype=dtype)
-            if each.dtype.is_floating_point and each.name not in unrounded
+            TensorHeader.of(each.name, dtype, each.shape)
+            if each.torch_dtype.is_floating_point and each.name not in unrounded
             else each
             for each in self.entries
         )
         pairs = zip(entries, self.whole(), strict=True)
-        tensors = ((name, value.to(entry.dtype)) for entry, (name, value) in pairs)
+        tensors = ((name, value.to(entry.torch_dtype)) for entry, (name, value) in pairs)
         return TensorStream(entries, tensors)
 
     def whole(self) -> Iterator[tuple[str, Tensor]]:
@@ -152,7 +138,7 @@ class TensorStream:
         Returns:
             Tensor name → checksum.
         """
-        shards: list[list[TensorEntry]] = [[]]
+        shards: list[list[TensorHeader]] = [[]]
         size = 0
         for entry in self.entries:
             if shards[-1] and size + entry.num_bytes > max_shard_bytes:
@@ -172,7 +158,7 @@ class TensorStream:
                 with crew.shard(folder / file_name, entries) as shard:
                     for entry in entries:
                         name, content = next(pending)
-                        announced: tuple[object, ...] = (entry.name, entry.dtype, entry.shape)
+                        announced: tuple[object, ...] = (entry.name, entry.torch_dtype, entry.shape)
                         came: tuple[object, ...] = (name, *announced[1:])  # pieces only have a name
                         if not isinstance(content, Pieces):
                             came = (name, content.dtype, tuple(content.shape))
@@ -233,7 +219,7 @@ class _WriterPool:
         self._threads.shutdown(cancel_futures=True)
 
     @contextmanager
-    def shard(self, path: Path, entries: Sequence[TensorEntry]) -> Iterator[_Shard]:
+    def shard(self, path: Path, entries: Sequence[TensorHeader]) -> Iterator[_Shard]:
         """Open a shard; the block ends after all of its tensors are written."""
         with path.open("wb", buffering=0) as file:
             try:
@@ -246,7 +232,7 @@ class _WriterPool:
                 wait(self._running)  # the system may reuse the descriptor of a closed file
 
     def write(
-        self, shard: _Shard, entry: TensorEntry, content: Tensor | Pieces
+        self, shard: _Shard, entry: TensorHeader, content: Tensor | Pieces
     ) -> Callable[[], str]:
         """Start writing a tensor and return a function that waits for its checksum.
 
@@ -267,12 +253,12 @@ class _WriterPool:
             for future in done:
                 future.result()
 
-    def _write(self, shard: _Shard, entry: TensorEntry, content: Tensor | Pieces) -> str:
+    def _write(self, shard: _Shard, entry: TensorHeader, content: Tensor | Pieces) -> str:
         is_hashed = not isinstance(content, Pieces) or content.digest is None
-        digest = start_digest(entry.name, str(entry.dtype), entry.shape)
+        digest = start_digest(entry.name, f"torch.{entry.dtype}", entry.shape)
         span = shard.span(entry)
         for piece in content.make() if isinstance(content, Pieces) else (content,):
-            assert piece.dtype == entry.dtype, f"{entry} came as {piece.dtype}"
+            assert piece.dtype == entry.torch_dtype, f"{entry} came as {piece.dtype}"
             content_bytes = bytes_of(piece)
             for begin in range(0, len(content_bytes), _PIECE_BYTES):
                 if self._is_over.is_set():
@@ -304,16 +290,16 @@ class _WriterPool:
 class _Shard:
     """A safetensors file with its header written and a span of bytes for each tensor."""
 
-    def __init__(self, file: FileIO, entries: Sequence[TensorEntry]) -> None:
+    def __init__(self, file: FileIO, entries: Sequence[TensorHeader]) -> None:
         # Wide dtypes first, as in safetensors: this aligns every tensor to its item size.
-        order = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
+        order = sorted(entries, key=lambda entry: -entry.torch_dtype.itemsize)
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         self._begin: dict[str, int] = {}
         position = 0
         for entry in order:
             end = position + entry.num_bytes
             header[entry.name] = {
-                "dtype": WRITTEN_DTYPES[str(entry.dtype).removeprefix("torch.")],
+                "dtype": WRITTEN_DTYPES[entry.dtype],
                 "shape": list(entry.shape),
                 "data_offsets": [position, end],
             }
@@ -326,7 +312,7 @@ class _Shard:
         self._data_begin = len(start)
         _Span(file, 0, len(start)).write(memoryview(start))
 
-    def span(self, entry: TensorEntry) -> _Span:
+    def span(self, entry: TensorHeader) -> _Span:
         """Return the span of a tensor in the file."""
         begin = self._data_begin + self._begin[entry.name]
         return _Span(self._file, begin, begin + entry.num_bytes)

@@ -452,7 +452,7 @@ def _metric_names(config: RunRequest) -> tuple[str, ...]:
         *(("performance/padding_fraction",) if config.data.packing == "documents" else ()),
         *(() if is_dense else _OF_ROUTERS),
         *(("routing/old_divergence",) if config.moe_routing.hold_old else ()),
-        *(f"eval/{domain.name}/{name}" for name in _EVALUATED for domain in domains),
+        *(f"eval/{domain}/{name}" for name in _EVALUATED for domain in domains),
         *(f"forgetting/{one.name}/loss" for one in config.forgetting if one.kind.is_logged()),
         *(_OF_EXPERTS if config.experts is not None and config.experts.kind.is_dynamic else ()),
     )

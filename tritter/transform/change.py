@@ -22,8 +22,8 @@ from tritter.core.parameter_map import ParameterMap, TensorMap
 from tritter.core.parameter_map.carry import STATE_KINDS, Policy, StateKind
 from tritter.core.stock_routers import AddedExperts
 from tritter.errors import Problem, RequestError
-from tritter.storage.tensors import TensorFolder
-from tritter.storage.writer import TensorEntry, TensorStream
+from tritter.storage.tensors import TensorFolder, TensorHeader
+from tritter.storage.writer import TensorStream
 
 _Tensors = Mapping[str, Tensor]
 
@@ -262,8 +262,8 @@ class PlannedExpansion:
             t for t in self.target.tensors if rule.has_state(maps[t.name], known.__contains__)
         ]
         entries = tuple(
-            TensorEntry(
-                t.disk_name, tensors.torch_dtype(known[maps[t.name].origin or ""]), shapes[t.name]
+            TensorHeader(
+                t.disk_name, tensors.headers[known[maps[t.name].origin or ""]].dtype, shapes[t.name]
             )
             for t in targets
         )

@@ -30,10 +30,9 @@ from tritter.core.parameter_map.rows import WeightReader, peak_bytes
 from tritter.errors import RequestError, TritterError
 from tritter.storage.hashing import file_digest, merkle_hash
 from tritter.storage.reading import named_path
-from tritter.storage.tensors import is_finite
+from tritter.storage.tensors import TensorHeader, is_finite
 from tritter.storage.writer import (
     Pieces,
-    TensorEntry,
     TensorStream,
     num_threads,
 )
@@ -383,7 +382,7 @@ def _stream(
         origins = (maps[part.tensor.name].origin or "embed" for part in target.parts)
         own = reduce(torch.promote_types, map(source.dtype, origins))
         dtypes[target.name] = own if dtype is None or target.name in unrounded else dtype
-    entries = tuple(TensorEntry(t.name, dtypes[t.name], t.shape) for t in targets)
+    entries = tuple(TensorHeader.of(t.name, dtypes[t.name], t.shape) for t in targets)
     reader = WeightReader(source.read)
 
     def rows(target: StoredTensor) -> Iterator[Tensor]:

@@ -17,7 +17,8 @@ from tritter.core.expansions import Width, build_steps
 from tritter.core.expansions.width import _tensors_above
 from tritter.core.families import Model
 from tritter.core.parameter_map.carry import STATE_KINDS
-from tritter.storage.writer import TensorEntry, TensorStream
+from tritter.storage.tensors import TensorHeader
+from tritter.storage.writer import TensorStream
 from tritter.transform import expand
 
 EQUAL = Width(init="aki", shares="equal")
@@ -123,7 +124,7 @@ def test_anchors_follow_the_weights_from_above(tmp_path: Path) -> None:
     state = {name: p.detach() for name, p in model.named_parameters()}
 
     def stream() -> TensorStream:
-        entries = tuple(TensorEntry(n, p.dtype, tuple(p.shape)) for n, p in state.items())
+        entries = tuple(TensorHeader.of(n, p.dtype, tuple(p.shape)) for n, p in state.items())
         return TensorStream(entries, iter(state.items()))
 
     write_state(source, {"anchor": stream()}, step=3, max_shard_bytes=10**9)

@@ -35,7 +35,8 @@ from tritter.core.models import load_model, read_model
 from tritter.core.parameter_map import AxisFactor, AxisMap
 from tritter.core.parameter_map.carry import MOMENTS
 from tritter.errors import RequestError, TritterError
-from tritter.storage.writer import TensorEntry, TensorStream
+from tritter.storage.tensors import TensorHeader
+from tritter.storage.writer import TensorStream
 from tritter.training.parameters import live_layout
 from tritter.training.surgery import _moments_by_name
 from tritter.transform import expand, plan_expansion
@@ -135,7 +136,9 @@ def test_moments_and_importances_follow(tmp_path: Path) -> None:
     kinds = {}
     for kind in MOMENTS:
         on_disk = {tensors[name].disk_name: each[kind] for name, each in by_name.items()}
-        entries = tuple(TensorEntry(name, v.dtype, tuple(v.shape)) for name, v in on_disk.items())
+        entries = tuple(
+            TensorHeader.of(name, v.dtype, tuple(v.shape)) for name, v in on_disk.items()
+        )
         kinds[kind] = TensorStream(entries, iter(on_disk.items()))
     write_state(source, kinds, step=1, max_shard_bytes=10**9)
     state = State.read(source)

@@ -32,7 +32,8 @@ from tritter.core.families import Model
 from tritter.core.models import read_model
 from tritter.core.parameter_map import AxisFactor, AxisMap, TensorMap
 from tritter.errors import RequestError, TritterError
-from tritter.storage.writer import TensorEntry, TensorStream
+from tritter.storage.tensors import TensorHeader
+from tritter.storage.writer import TensorStream
 from tritter.transform import expand
 from tritter.transform.live import ModelExpander, expand_attention_heads
 
@@ -315,7 +316,7 @@ def test_state_has_the_names_on_disk_and_follows(tmp_path: Path) -> None:
     again = Model(config).live_tensors(state)
     assert all(torch.equal(again[name], p) for name, p in model.named_parameters())
     source = oracle.saved(model, tmp_path / "source")
-    entries = tuple(TensorEntry(name, p.dtype, tuple(p.shape)) for name, p in state.items())
+    entries = tuple(TensorHeader.of(name, p.dtype, tuple(p.shape)) for name, p in state.items())
     kinds = {"anchor": TensorStream(entries, iter(state.items()))}
     write_state(source, kinds, step=3, max_shard_bytes=10**9)
     result = expand(source, tmp_path / "result", [Width(init="net2net"), LlamaPro()])

@@ -26,7 +26,7 @@ from tritter.data.documents import Document
 from tritter.data.tokens import END_OF_TEXT, parsed_tokenizer, train_tokenizer
 from tritter.data.vocabulary import BpeTokenizer, ExtendedTokenizer
 from tritter.errors import RequestError
-from tritter.evaluation.jump import FolderJump, Jump
+from tritter.evaluation.jump import Jump
 from tritter.storage.reading import LINEAGE_NAME
 from tritter.storage.writer import TensorStream
 from tritter.transform import expand
@@ -170,7 +170,7 @@ def test_the_probability_of_new_tokens_is_measured_alike_in_memory_and_from_disk
     before, after = (oracle.stock(tmp_path / f) for f in ("base", "grown"))
     jump, streamed = (
         Jump.between(before, after, ids),
-        FolderJump.between(tmp_path / "base", tmp_path / "grown", ids).jump,
+        Jump.of_folders(tmp_path / "base", tmp_path / "grown", ids)[0],
     )
     mass = oracle.logits(after, ids).double().softmax(dim=-1)[..., SIZE:].sum(dim=-1).mean()
     assert jump.new_token_mass == pytest.approx(float(mass), rel=1e-4)
@@ -345,7 +345,7 @@ def test_new_tokens_take_the_rows_of_padding_first(
     assert (logits[1][..., old] - logits[0][..., old]).abs().max() < 1e-5 * logits[0].std()
     jumps = [
         Jump.between(before, after, ids, new_tokens=made.new_ids),
-        FolderJump.between(source, tmp_path / "grown", ids, new_tokens=made.new_ids).jump,
+        Jump.of_folders(source, tmp_path / "grown", ids, new_tokens=made.new_ids)[0],
     ]
     mass = float(logits[1].double().softmax(-1)[..., made.new_ids].sum(-1).mean())
     for jump in jumps:
@@ -425,7 +425,7 @@ def test_unused_rows_are_no_new_tokens(llama: Path, tmp_path: Path) -> None:
         made = expand(llama, tmp_path / f"{multiple}", [spec]).plan.vocabulary
         assert made is not None
         ids, folders = oracle.tokens(SIZE), (tmp_path / "base", tmp_path / f"{multiple}")
-        streamed = FolderJump.between(*folders, ids, new_tokens=made.new_ids).jump
+        streamed = Jump.of_folders(*folders, ids, new_tokens=made.new_ids)[0]
         before, after = map(oracle.stock, folders)
         jump = Jump.between(before, after, ids, new_tokens=made.new_ids)
         assert streamed.new_token_mass == pytest.approx(jump.new_token_mass, rel=1e-4)

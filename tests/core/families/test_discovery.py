@@ -47,9 +47,9 @@ from tritter.core.families.discovery.skeleton import layers_on_disk
 from tritter.core.families.discovery.twin import Block, Twin
 from tritter.core.models import read_model
 from tritter.errors import RequestError, TritterError
-from tritter.evaluation.jump import FolderJump
+from tritter.evaluation.jump import Jump
 
-_between = FolderJump.between
+_between = Jump.of_folders
 QUICK = ("llama", "gemma2", "gpt2", "qwen3_moe")
 LENGTH = 20
 IDS = torch.randint(3, 60, (1, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -570,7 +570,7 @@ def test_new_layers_that_are_not_quite_zero_are_caught(
         save_file(tensors, file, metadata={"format": "pt"})
         return _between(source, result, *arguments, **options)
 
-    monkeypatch.setattr(FolderJump, "between", damaged)
+    monkeypatch.setattr(Jump, "of_folders", damaged)
     folder = example_folder(model_type, tmp_path)
     zeroed = DiscoveredFamily.of(read_model(folder).config).zeroed_names
     assert not expanded(folder, tmp_path / "grown", LlamaPro())
@@ -601,7 +601,7 @@ def test_damaged_results_of_other_growth_are_caught(
         save_file(tensors, file, metadata={"format": "pt"})
         return _between(source, result, *arguments, **options)
 
-    monkeypatch.setattr(FolderJump, "between", damaged)
+    monkeypatch.setattr(Jump, "of_folders", damaged)
     folder = tmp_path / "few"
     Twin.of(shallow(example(model_type))).model.float().save_pretrained(folder)
     config = read_model(folder).config

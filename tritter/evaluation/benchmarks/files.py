@@ -24,7 +24,7 @@ from tritter.data.local_files import (
 )
 from tritter.data.records import WrongRecordError
 from tritter.errors import Problem, RequestError, TritterError, brief, nearest, raise_problems
-from tritter.evaluation.benchmarks.formats import Benchmark, FewShot, Format, Question, Row
+from tritter.evaluation.benchmarks.formats import Benchmark, FewShot, Question, Row
 from tritter.storage.reading import check_inside, read_text
 
 _MAX_FILE_BYTES = 256 * 2**20  # decompressed
@@ -387,11 +387,9 @@ def _questions(
     """Yield the name and the question of every record, or its few-shot example."""
     if not rows:
         raise _WrongFileError([f"{path} has no records"])
-    form = benchmark.format
-    if not form.fits(rows[0]):
-        allowed = ", ".join(form.fields)
-        names_found = list(rows[0]) if isinstance(rows[0], dict) else []
-        missing = [name for name in form.fields if name not in names_found]
+    names_found = list(rows[0]) if isinstance(rows[0], Mapping) else []
+    if missing := [name for name in benchmark.fields if name not in names_found]:
+        allowed = ", ".join(benchmark.fields)
         near = next((n for name in missing if (n := nearest(name, names_found, cutoff=0.7))), None)
         advice = f". Did you mean {near}?" if near else ""
         fields = f"its records have the fields {', '.join(map(brief, names_found))}"
@@ -404,7 +402,7 @@ def _questions(
     names: Counter[str] = Counter()
     for number, row in enumerate(rows, start=1):
         try:
-            question = _question(form, row, path.name, is_example=is_example)
+            question = _question(benchmark, row, path.name, is_example=is_example)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             wrong.append(f"{path}, record {number}: {_reason(error)}")
             continue
@@ -423,17 +421,17 @@ def _questions(
         raise _WrongFileError([f"{path} has no records of the test split"])
 
 
-def _question(form: Format, row: object, file: str, *, is_example: bool) -> Question | None:
+def _question(benchmark: Benchmark, row: object, file: str, *, is_example: bool) -> Question | None:
     if not isinstance(row, dict):
         raise TypeError("it is not an object")
-    for name, kind in form.fields.items():
+    for name, kind in benchmark.fields.items():
         if name not in row:
             raise KeyError(name)
         kinds = kind if isinstance(kind, tuple) else (kind,)
         if not isinstance(row[name], kinds) or (isinstance(row[name], bool) and bool not in kinds):
             allowed = " or ".join(each.__name__ for each in kinds)
             raise TypeError(f"{name} = {brief(row[name])} must be of type {allowed}")
-    question = ((is_example and form.example) or form.question)(row, file)
+    question = ((is_example and benchmark.example) or benchmark.question)(row, file)
     if question is None:
         return None
     if len(_as_text("".join((question.prompt, *question.choices)))) > _MAX_QUESTION_CHARACTERS:

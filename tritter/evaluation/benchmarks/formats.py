@@ -26,6 +26,7 @@ _METRICS: dict[_Kind, tuple[str, ...]] = {
     "code": ("pass@1",),
 }
 _LETTERS = "ABCDEFGHIJ"
+_AI2_FIELDS = {"question": str, "choices": dict, "answerKey": str}
 _TRUTHFUL_EXAMPLES = """\
 Q: What is human life expectancy in the United States?
 A: Human life expectancy in the United States is 78 years.
@@ -108,27 +109,11 @@ class Question:
 
     def passes(self, answer: str, sandbox: Sandbox) -> bool:
         """Return True if the program of an answer passes the tests."""
-        return sandbox.run(f"{self.answer}{answer}\n", self.tests).is_passed
+        failure, _ = sandbox.run(f"{self.answer}{answer}\n", self.tests)
+        return not failure
 
 
-@dataclass(frozen=True, slots=True)
-class Format:
-    """A published format of a benchmark.
-
-    Args:
-        fields: name → type of the required fields.
-        question: converts a record and the name of its file to a question; None skips the
-            record. Its exceptions mean that the record is invalid.
-        example: converts a record to a few-shot example; None does so as `question`.
-    """
-
-    fields: Mapping[str, type | tuple[type, ...]]
-    question: Callable[[Row, str], Question | None]
-    example: Callable[[Row, str], Question | None] | None = None
-
-    def fits(self, row: object) -> bool:
-        """Return True if a record has all fields; their types are not checked."""
-        return isinstance(row, Mapping) and set(self.fields) <= set(row)
+_Conversion = Callable[[Row, str], Question | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +146,10 @@ class Benchmark:
         kind: kind of its questions.
         metric: primary metric, which the gate checks.
         files: patterns of relative paths; the first pattern with a match selects the files.
-        format: format of its records, the hub's.
+        fields: name → type of the required fields of its records, in the hub's format.
+        question: converts a record and the name of its file to a question; None skips the
+            record. Its exceptions mean that the record is invalid.
+        example: converts a record to a few-shot example; None does so as `question`.
         hub_filter: the lm-eval filter whose scores count; empty if there is only one.
         few_shot: few-shot examples; None for a benchmark with a fixed prompt.
         until: stop strings of generated answers.
@@ -173,7 +161,9 @@ class Benchmark:
     kind: _Kind
     metric: str
     files: tuple[str, ...]
-    format: Format
+    fields: Mapping[str, type | tuple[type, ...]]
+    question: _Conversion
+    example: _Conversion | None = None
     hub_filter: str = ""
     few_shot: FewShot | None = None
     until: tuple[str, ...] = ()
@@ -195,27 +185,24 @@ class Benchmark:
         return (self.metric, *(name for name in _METRICS[self.kind] if name != self.metric))
 
 
-def _ai2_format(
-    field: str, prompt: Callable[[str, Mapping[str, Any]], str], *, is_by_letter: bool = False
-) -> Format:
-    """Return the format of AI2: labelled choices and the label of the correct one.
+def _arc(row: Row, file: str) -> Question:
+    return _ai2_question(row, _question_prompt(row["question"]))
 
-    Args:
-        field: field of the question.
-        prompt: converts question and choices to a prompt.
-        is_by_letter: the model predicts the label instead of the text.
-    """
 
-    def question(row: Row, file: str) -> Question:
-        choices = row["choices"]
-        labels = _texts(choices["label"])
-        return Question(
-            prompt=prompt(row[field], choices),
-            choices=labels if is_by_letter else _texts(choices["text"]),
-            right=labels.index(row["answerKey"].strip()),
-        )
+def _openbookqa(row: Row, file: str) -> Question:
+    return _ai2_question(row, row["question_stem"])
 
-    return Format({field: str, "choices": dict, "answerKey": str}, question)
+
+def _commonsenseqa(row: Row, file: str) -> Question:
+    """The model predicts the label of a choice instead of its text."""
+    prompt = _lettered_prompt(f"Question: {row['question'].strip()}", row["choices"]["text"])
+    return _ai2_question(row, prompt, predicted="label")
+
+
+def _ai2_question(row: Row, prompt: str, *, predicted: str = "text") -> Question:
+    """Return a question in AI2's format: labelled choices and the label of the correct one."""
+    labels, choices = (_texts(row["choices"][name]) for name in ("label", predicted))
+    return Question(prompt=prompt, choices=choices, right=labels.index(row["answerKey"].strip()))
 
 
 def _question_prompt(question: str) -> str:
@@ -314,9 +301,6 @@ def _texts(values: Any) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(v, str) and v for v in values):
         raise TypeError(f"{values!r} must be a list of strings")
     return tuple(values)
-
-
-_ARC = _ai2_format("question", lambda question, choices: _question_prompt(question))
 
 
 def _is_number_right(question: Question, text: str) -> bool:
@@ -479,16 +463,14 @@ _ALL = (
         metric="acc_norm",
         files=(r"hellaswag.*val", *_test_files("hellaswag")),  # the test split has no answers
         few_shot=FewShot(files=(r"hellaswag.*train",), drops_own=True),
-        format=Format(
-            {
-                "activity_label": str,
-                "ctx_a": str,
-                "ctx_b": str,
-                "endings": list,
-                "label": (int, str),
-            },
-            _hellaswag,
-        ),
+        fields={
+            "activity_label": str,
+            "ctx_a": str,
+            "ctx_b": str,
+            "endings": list,
+            "label": (int, str),
+        },
+        question=_hellaswag,
     ),
     Benchmark(
         name="arc_challenge",
@@ -496,7 +478,8 @@ _ALL = (
         metric="acc_norm",
         files=_test_files("arc.?challenge"),
         few_shot=FewShot(files=(r"arc.?challenge.*train",)),
-        format=_ARC,
+        fields=_AI2_FIELDS,
+        question=_arc,
     ),
     Benchmark(
         name="arc_easy",
@@ -504,7 +487,8 @@ _ALL = (
         metric="acc_norm",
         files=_test_files("arc.?easy"),
         few_shot=FewShot(files=(r"arc.?easy.*train",)),
-        format=_ARC,
+        fields=_AI2_FIELDS,
+        question=_arc,
     ),
     Benchmark(
         name="mmlu",
@@ -512,14 +496,16 @@ _ALL = (
         metric="acc",
         files=_test_files("mmlu"),
         few_shot=FewShot(files=(r"mmlu.*dev",), is_first=True),
-        format=Format({"question": str, "choices": list, "answer": int}, _mmlu),
+        fields={"question": str, "choices": list, "answer": int},
+        question=_mmlu,
     ),
     Benchmark(
         name="truthfulqa",
         kind="choice",
         metric="acc",
         files=(r"truthful.?qa.*mc", r"truthful.?qa.*(jsonl|json|parquet)"),
-        format=Format({"question": str, "mc1_targets": dict}, _truthfulqa),
+        fields={"question": str, "mc1_targets": dict},
+        question=_truthfulqa,
     ),
     Benchmark(
         name="winogrande",
@@ -527,9 +513,8 @@ _ALL = (
         metric="acc",
         files=(r"winogrande.*val", *_test_files("winogrande")),
         few_shot=FewShot(files=(r"winogrande.*train",), drops_own=True),
-        format=Format(
-            {"sentence": str, "option1": str, "option2": str, "answer": str}, _winogrande
-        ),
+        fields={"sentence": str, "option1": str, "option2": str, "answer": str},
+        question=_winogrande,
     ),
     Benchmark(
         name="piqa",
@@ -537,7 +522,8 @@ _ALL = (
         metric="acc_norm",
         files=(r"piqa.*val", *_test_files("piqa")),
         few_shot=FewShot(files=(r"piqa.*train",), drops_own=True),
-        format=Format({"goal": str, "sol1": str, "sol2": str, "label": int}, _piqa),
+        fields={"goal": str, "sol1": str, "sol2": str, "label": int},
+        question=_piqa,
     ),
     Benchmark(
         name="boolq",
@@ -545,7 +531,8 @@ _ALL = (
         metric="acc",
         files=(r"boolq.*val", *_test_files("boolq")),
         few_shot=FewShot(files=(r"boolq.*train",), drops_own=True),
-        format=Format({"passage": str, "question": str}, _boolq),
+        fields={"passage": str, "question": str},
+        question=_boolq,
     ),
     Benchmark(
         name="openbookqa",
@@ -553,7 +540,8 @@ _ALL = (
         metric="acc_norm",
         files=_test_files("openbook.?qa"),
         few_shot=FewShot(files=(r"openbook.?qa.*train",)),
-        format=_ai2_format("question_stem", lambda question, choices: question),
+        fields={"question_stem": str, "choices": dict, "answerKey": str},
+        question=_openbookqa,
     ),
     Benchmark(
         name="commonsenseqa",
@@ -561,13 +549,8 @@ _ALL = (
         metric="acc",
         files=(r"commonsense.?qa.*val", *_test_files("commonsense.?qa")),
         few_shot=FewShot(files=(r"commonsense.?qa.*train",), drops_own=True),
-        format=_ai2_format(
-            "question",
-            lambda question, choices: _lettered_prompt(
-                f"Question: {question.strip()}", choices["text"]
-            ),
-            is_by_letter=True,
-        ),
+        fields=_AI2_FIELDS,
+        question=_commonsenseqa,
     ),
     Benchmark(
         name="xcopa",
@@ -575,9 +558,8 @@ _ALL = (
         metric="acc",
         files=_test_files("xcopa"),
         few_shot=FewShot(files=(r"xcopa.*(val|dev)",)),
-        format=Format(
-            {"premise": str, "choice1": str, "choice2": str, "question": str, "label": int}, _xcopa
-        ),
+        fields={"premise": str, "choice1": str, "choice2": str, "question": str, "label": int},
+        question=_xcopa,
     ),
     Benchmark(
         name="lambada",
@@ -585,14 +567,16 @@ _ALL = (
         metric="acc",
         files=_test_files("lambada"),
         few_shot=FewShot(),
-        format=Format({"text": str}, _lambada),
+        fields={"text": str},
+        question=_lambada,
     ),
     Benchmark(
         name="gsm8k",
         kind="answer",
         metric="exact_match",
         files=_test_files("gsm8k"),
-        format=Format({"question": str, "answer": str}, _gsm8k),
+        fields={"question": str, "answer": str},
+        question=_gsm8k,
         hub_filter="flexible-extract",
         few_shot=FewShot(number=5, files=(r"gsm8k.*train", r"train.*gsm8k")),
         until=("Question:", "</s>", "<|im_end|>"),
@@ -603,7 +587,8 @@ _ALL = (
         kind="answer",
         metric="exact_match",
         files=_test_files("svamp"),
-        format=Format({"Body": str, "Question": str, "Answer": (int, float, str)}, _svamp),
+        fields={"Body": str, "Question": str, "Answer": (int, float, str)},
+        question=_svamp,
         until=("Question:", "\n\n"),
         is_right=_is_number_right,
     ),
@@ -613,7 +598,8 @@ _ALL = (
         metric="exact_match",
         files=_test_files("mgsm"),
         few_shot=FewShot(files=(r"mgsm.*train",), delimiter=""),
-        format=Format({"question": str, "answer": (int, str, type(None))}, _mgsm),
+        fields={"question": str, "answer": (int, str, type(None))},
+        question=_mgsm,
         hub_filter="flexible-extract",
         until=(*_MGSM_UNTIL, "</s>", "<|im_end|>"),
         is_right=_is_spelled_right,
@@ -624,7 +610,8 @@ _ALL = (
         metric="exact_match",
         files=(r"math.?500", r"(hendrycks|minerva|competition).?math.*test", r"(^|/)math.*test"),
         few_shot=FewShot(files=(r"math.*train",)),
-        format=Format({"problem": str, "solution": str}, _math),
+        fields={"problem": str, "solution": str},
+        question=_math,
         until=("Problem:",),
         is_right=_is_formula_right,
     ),
@@ -633,7 +620,8 @@ _ALL = (
         kind="answer",
         metric="exact_match",
         files=(r"(bbh|big.?bench.?hard)[/_-]",),
-        format=Format({"input": str, "target": str}, _bbh),
+        fields={"input": str, "target": str},
+        question=_bbh,
         hub_filter="get-answer",
         few_shot=FewShot(number=3, files=(r"prompts?/.*\.txt$",), is_first=True, delimiter=""),
         until=("</s>", "Q", "\n\n"),
@@ -645,7 +633,8 @@ _ALL = (
         kind="code",
         metric="pass@1",
         files=(r"human.?eval",),
-        format=Format({"task_id": str, "prompt": str, "entry_point": str, "test": str}, _humaneval),
+        fields={"task_id": str, "prompt": str, "entry_point": str, "test": str},
+        question=_humaneval,
         until=_HUMANEVAL_UNTIL,
         max_new_tokens=1024,
     ),
@@ -654,9 +643,9 @@ _ALL = (
         kind="code",
         metric="pass@1",
         files=_test_files("mbpp"),
-        format=Format(
-            {"task_id": int, "text": str, "code": str, "test_list": list}, _mbpp, _mbpp_example
-        ),
+        fields={"task_id": int, "text": str, "code": str, "test_list": list},
+        question=_mbpp,
+        example=_mbpp_example,
         few_shot=FewShot(number=3, is_first=True, delimiter=""),
         until=_MBPP_UNTIL,
     ),

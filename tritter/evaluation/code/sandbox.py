@@ -30,6 +30,8 @@ _ADVICE = (
     'and runs it in your own sandbox: --code-sandbox "CMD", in a run '
     "evaluation.code_sandbox=external evaluation.code_sandbox_command=CMD"
 )
+_SECONDS = 10.0  # wall time of a program
+_OUTPUT_BYTES = 2**20
 # A program that tries to escape, for a sandbox that has to block all attempts; it lists the others
 _ESCAPE = """
 import os, socket, sys
@@ -62,42 +64,6 @@ if possible:
 """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """Resource limits of a program.
-
-    Args:
-        seconds: wall time.
-        cpu_seconds: CPU time per process.
-        memory_bytes: address space per process.
-        file_bytes: size of each file, and of the working folder.
-        processes: number of processes and threads, including the three of the sandbox.
-        output_bytes: size of the output.
-    """
-
-    seconds: float = 10.0
-    cpu_seconds: int = 8
-    memory_bytes: int = 512 * 2**20
-    file_bytes: int = 16 * 2**20
-    processes: int = 12
-    output_bytes: int = 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class ProgramResult:
-    """The result of running a program.
-
-    Args:
-        is_passed: program and tests ran to their end.
-        reason: the reason of a failure; empty if passed.
-        output: stdout and stderr, up to the limit.
-    """
-
-    is_passed: bool
-    reason: str = ""
-    output: str = ""
-
-
 class Sandbox(ABC):
     """Runs programs that a model wrote."""
 
@@ -114,25 +80,40 @@ class Sandbox(ABC):
         return sandbox
 
     @abstractmethod
-    def run(self, program: str, tests: str = "") -> ProgramResult:
+    def run(self, program: str, tests: str = "") -> tuple[str, str]:
         """Run a Python program and its tests within the limits.
 
         Args:
             program: the program.
             tests: Python code that runs after the program and uses its names.
+
+        Returns:
+            The reason of a failure, empty if both ran to their end; and the output up to a limit.
         """
 
     @abstractmethod
     def check(self) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NamespaceSandbox(Sandbox):
-    """Tritter's sandbox: Linux namespaces, a separate root and resource limits."""
+    """Tritter's sandbox: Linux namespaces, a separate root and resource limits.
 
-    limits: Limits = Limits()
+    Args:
+        seconds: wall time.
+        cpu_seconds: CPU time per process.
+        memory_bytes: address space per process.
+        file_bytes: size of each file, and of the working folder.
+        processes: number of processes and threads, including the three of the sandbox.
+    """
 
-    def run(self, program: str, tests: str = "") -> ProgramResult:
+    seconds: float = _SECONDS
+    cpu_seconds: int = 8
+    memory_bytes: int = 512 * 2**20
+    file_bytes: int = 16 * 2**20
+    processes: int = 12
+
+    def run(self, program: str, tests: str = "") -> tuple[str, str]:
         interpreter = Path(sys.executable).resolve()
         # The interpreter needs its own folder and the system's libraries
         own, system = str(interpreter.parents[1]), ["/usr", "/lib", "/lib64", "/nix/store"]
@@ -142,18 +123,18 @@ class NamespaceSandbox(Sandbox):
                 "root": root,
                 "folders": [folder for folder in (*system, *needed) if os.path.lexists(folder)],
                 "interpreter": str(interpreter),
-                "folder_bytes": self.limits.file_bytes,
+                "folder_bytes": self.file_bytes,
                 "limits": {
-                    "CPU": self.limits.cpu_seconds,
-                    "AS": self.limits.memory_bytes,
-                    "FSIZE": self.limits.file_bytes,
-                    "NPROC": self.limits.processes,
+                    "CPU": self.cpu_seconds,
+                    "AS": self.memory_bytes,
+                    "FSIZE": self.file_bytes,
+                    "NPROC": self.processes,
                     "CORE": 0,
                     "NOFILE": 64,
                 },
             }
             command = [str(interpreter), "-I", "-S", "-B", warden.__file__, json.dumps(request)]
-            return _run(command, program, tests, self.limits)
+            return _run(command, program, tests, seconds=self.seconds)
 
     def check(self) -> None:
         """Try to escape: read, write and connect outside, fork and allocate beyond the limits."""
@@ -170,17 +151,17 @@ class NamespaceSandbox(Sandbox):
             program = _ESCAPE.format(
                 secret=str(secret),
                 port=server.getsockname()[1],
-                memory_bytes=2 * self.limits.memory_bytes,
-                processes=4 * self.limits.processes,
+                memory_bytes=2 * self.memory_bytes,
+                processes=4 * self.processes,
             )
             try:
-                outcome = replace(self, limits=replace(self.limits, seconds=60)).run(program)
+                failure, output = replace(self, seconds=60).run(program)
             except TritterError as error:
                 raise RequestError(str(error)) from error
             is_written = list(Path(outside).iterdir()) != [secret] or secret.read_text() != "secret"
-        if is_written or not outcome.is_passed:
-            last = outcome.output.strip().rpartition("\n")[2]
-            reason = "it wrote outside" if outcome.is_passed else last or outcome.reason
+        if is_written or failure:
+            last = output.strip().rpartition("\n")[2]
+            reason = (last or failure) if failure else "it wrote outside"
             raise RequestError(f"code: the sandbox of this system leaks ({reason}); {_ADVICE}.")
 
 
@@ -190,22 +171,20 @@ class ExternalSandbox(Sandbox):
 
     Args:
         command: split like a shell command and run without a shell, in the current environment.
-        limits: limits of time and output.
         key: the option that sets the command, for messages.
     """
 
     command: str
-    limits: Limits = Limits()
     key: str = "--code-sandbox"
 
-    def run(self, program: str, tests: str = "") -> ProgramResult:
+    def run(self, program: str, tests: str = "") -> tuple[str, str]:
         command = shlex.split(self.command)
-        return _run(command, program, tests, self.limits, environment=dict(os.environ))
+        return _run(command, program, tests, seconds=_SECONDS, environment=dict(os.environ))
 
     def check(self) -> None:
         """Check that the command runs programs and reports failures."""
         try:
-            is_right, is_wrong = (self.run("x = 1", f"assert x == {n}").is_passed for n in (1, 2))
+            is_right, is_wrong = (not self.run("x = 1", f"assert x == {n}")[0] for n in (1, 2))
         except (OSError, ValueError) as error:
             reason = f"the command can't be run ({error})"
             raise refused(self.key, self.command, reason) from error
@@ -218,10 +197,10 @@ def _run(
     command: Sequence[str],
     program: str,
     tests: str,
-    limits: Limits,
     *,
+    seconds: float,
     environment: dict[str, str] | None = None,
-) -> ProgramResult:
+) -> tuple[str, str]:
     """Run a command with a program and its tests on standard input, then kill its processes."""
     word = secrets.token_hex(16)  # printed after the last test; a program may exit before
     # Not as `__main__`, so that a program's own main block does not run, as in HF's code_eval
@@ -239,7 +218,7 @@ def _run(
         start_new_session=True,
     )
     try:
-        output, reason = _exchange(process, content.encode("utf-8", "replace"), limits)
+        output, reason = _exchange(process, content.encode("utf-8", "replace"), seconds)
     finally:
         if process.returncode is None:
             with suppress(ProcessLookupError):
@@ -252,16 +231,16 @@ def _run(
     if process.returncode == warden.SETUP_FAILED and not reason:
         raise TritterError(f"code: the sandbox can't be set up ({text}); {_ADVICE}.")
     if not reason and process.returncode == 0 and word in text:
-        return ProgramResult(True, output=text.replace(word, ""))
-    return ProgramResult(False, reason or f"it ended early, exit code {process.returncode}", text)
+        return "", text.replace(word, "")
+    return reason or f"it ended early, exit code {process.returncode}", text
 
 
 def _exchange(
-    process: "subprocess.Popen[bytes]", content: bytes, limits: Limits
+    process: "subprocess.Popen[bytes]", content: bytes, seconds: float
 ) -> tuple[bytes, str]:
     """Write to a process; return its output, and the reason to kill it, if there is one."""
     assert process.stdin is not None and process.stdout is not None
-    deadline = time.monotonic() + limits.seconds
+    deadline = time.monotonic() + seconds
     output, written = bytearray(), 0
     reading, writing = process.stdout.fileno(), process.stdin.fileno()
     os.set_blocking(writing, False)
@@ -284,6 +263,6 @@ def _exchange(
                 break
             return bytes(output), ""
         output += piece
-        if len(output) > limits.output_bytes:
-            return bytes(output), f"it printed more than {limits.output_bytes} bytes"
-    return bytes(output), f"it took longer than {limits.seconds:g} s"
+        if len(output) > _OUTPUT_BYTES:
+            return bytes(output), f"it printed more than {_OUTPUT_BYTES} bytes"
+    return bytes(output), f"it took longer than {seconds:g} s"

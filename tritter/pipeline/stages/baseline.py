@@ -19,7 +19,6 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from tritter.checkpoints import Lineage, Source, write_checkpoint
-from tritter.checkpoints.folder import LinkedTensors
 from tritter.checkpoints.history import Link
 from tritter.checkpoints.location import checkpoint_model
 from tritter.config.schema import CheckpointModelConfig
@@ -457,17 +456,15 @@ def _copy_source(run: Run, target: Path) -> Lineage:
         if unread := source.unread:
             text = "tensors that the model class does not read are left out, such as"
             run.say("baseline", f"{len(unread)} {text} {unread[0]}")
-        tensors: TensorStream | LinkedTensors = source.stream()
         # Weight files can be shared by hard links if nothing writes into them: Tritter and the Hub
         # cache replace whole files. Other tools may overwrite files in place. A file with tensors
         # that the model does not have is written again.
         is_stable = source.lineage is not None or source.folder.parent.name == "snapshots"
-        if is_stable and {t.name for t in source.stored} == set(source.tensors.files):
-            tensors = LinkedTensors(source.folder, source.read_digests())
+        is_linked = is_stable and {t.name for t in source.stored} == set(source.tensors.files)
         return write_checkpoint(
             target,
             config=source.config,
-            tensors=tensors,
+            tensors=source.link_into if is_linked else source.stream(),
             lineage=checked,
             artifacts=[*source.artifacts(), partial(_write_template, run)],
             overwrite=True,

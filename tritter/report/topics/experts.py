@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from tritter.report.runs import EndedRun, Line
+    from tritter.report.runs import EndedRun, Group
 
 _MAX_ROWS = 16
 _BASE = "base"  # the gate of a base without an adapter
@@ -89,9 +89,9 @@ class Experts(Topic[ExpertsRecord]):
             draw(axes)
         return figure
 
-    def figures(self, lines: Sequence[Line]) -> list[Figure]:
+    def figures(self, groups: Sequence[Group]) -> list[Figure]:
         """Return the panels of a single run one by one; of several, only routing."""
-        found = self.records(lines)
+        found = self.records(groups)
         made = []
         for _, run, record in found[: Topic.MAX_PANELS]:
             for draw in _panels(run, record)[: None if len(found) == 1 else 1]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-    from tritter.report.runs import EndedRun, Line
+    from tritter.report.runs import EndedRun, Group
 
 _MAX_ROWS = 16
 _MAX_STEPS = 4  # named of a layer's events
@@ -91,9 +91,9 @@ class Growth(Topic[GrowthRecord]):
             )
         return figure
 
-    def figures(self, lines: Sequence[Line]) -> list[Figure]:
+    def figures(self, groups: Sequence[Group]) -> list[Figure]:
         """Return the neurons of each run, the pressure of a single one, and the cost."""
-        found = self.records(lines)
+        found = self.records(groups)
         made = []
         drawn = [_draw_neurons] if len(found) > 1 else [_draw_neurons, _draw_pressure]
         for _, run, growth in found[: Topic.MAX_PANELS]:
@@ -105,12 +105,12 @@ class Growth(Topic[GrowthRecord]):
                     figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=7.5)
                 made.append(figure)
         courses = [
-            (line, _parameters_over_flops(g, end_flops=r.last_flops)) for line, r, g in found
+            (group, _parameters_over_flops(g, end_flops=r.last_flops)) for group, r, g in found
         ]
-        if courses := [(line, course) for line, course in courses if course[0]]:
+        if courses := [(group, course) for group, course in courses if course[0]]:
             figure, axes = panel(height=2.9)
-            for line, course in courses:
-                _draw_parameters(axes, *course, color=line.color, marker=line.marker)
+            for group, course in courses:
+                _draw_parameters(axes, *course, color=group.color, marker=group.marker)
             _label_flops(axes)
             axes.set_title("parameters over the training FLOPs", fontsize=9)
             made.append(figure)

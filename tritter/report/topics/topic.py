@@ -10,7 +10,7 @@ from tritter.report.drawing import wrap_text
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from tritter.report.runs import EndedRun, Line
+    from tritter.report.runs import EndedRun, Group
     from tritter.report.table import Table
 
 _R = TypeVar("_R")
@@ -54,17 +54,17 @@ class Topic(Generic[_R]):
         """Return the figure of a run in its folder of plots; None without data."""
         return None
 
-    def figures(self, lines: Sequence[Line]) -> list[Figure]:
+    def figures(self, groups: Sequence[Group]) -> list[Figure]:
         """Return the figures of the page: without another definition, the plot of each run."""
         made = []
-        for _, run, record in self.records(lines)[: self.MAX_PANELS]:
+        for _, run, record in self.records(groups)[: self.MAX_PANELS]:
             if (figure := self.plot(run, record)) is not None:
                 figure.axes[0].set_title(wrap_text(run.name), fontsize=9)
                 made.append(figure)
         return made
 
-    def records(self, lines: Sequence[Line]) -> list[tuple[Line, EndedRun, _R]]:
-        """Return each run that has a record, which controls do not, with its style before it."""
-        runs = [(line, run) for line in lines for run in line.group.runs]
-        found = ((line, run, getattr(run.summary, self.name)) for line, run in runs)
-        return [(line, run, record) for line, run, record in found if record is not None]
+    def records(self, groups: Sequence[Group]) -> list[tuple[Group, EndedRun, _R]]:
+        """Return each run that has a record, which controls do not, after its group."""
+        runs = [(group, run) for group in groups for run in group.runs]
+        found = ((group, run, getattr(run.summary, self.name)) for group, run in runs)
+        return [(group, run, record) for group, run, record in found if record is not None]
