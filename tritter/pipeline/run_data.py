@@ -1,7 +1,7 @@
 """The data of a run: its domains, their tokens, training sequences and scored documents."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import chain
 from json import dumps
@@ -356,7 +356,7 @@ class RunData:
         domain_of = {domain.name: domain for domain in self.text.domains}
         return {
             name: {
-                **asdict(self.corpus.sources[name]),
+                **self.corpus.domains[name].source,
                 "paths": list(domain_of[name].recorded_paths),
                 "text_field": domain_of[name].text_field,
             }
@@ -379,7 +379,7 @@ class RunData:
         domain_of = {domain.name: domain for domain in self.text.domains}
         records = {}
         for name in domains:
-            source = asdict(self.corpus.sources[name])
+            source = self.corpus.domains[name].source
             del source["name"]
             records[name] = LearnedDomain(
                 **source,
