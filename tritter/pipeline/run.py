@@ -24,7 +24,7 @@ from tritter.core.models import load_model, read_model
 from tritter.data.answers import TrainingCounts, scoring_note
 from tritter.data.datasets import DatasetName
 from tritter.data.packing import padding_fraction
-from tritter.data.sources import FoundTexts
+from tritter.data.sources import skipped_note
 from tritter.errors import RequestError, TritterError, key_name
 from tritter.evaluation.statistics import score_file
 from tritter.methods.forgetting import needs_of
@@ -138,7 +138,7 @@ class Run:
         """Notes on the inputs of the run, a sentence each."""
         data, source = self.data, self.data.model
         # Skipped files of each domain
-        notes = [FoundTexts.of(each.key, each.paths).note(each.name) for each in data.text.domains]
+        notes = [skipped_note(each.name, each.paths, key=each.key) for each in data.text.domains]
         notes += [*data.text.notes, *data.corpus.notes]
         notes += [
             f"{name} is streamed: training reads all of it, everything else its first "
