@@ -448,7 +448,7 @@ class RunData:
         max_tokens = self.config.validation_tokens(num_domains=len(self.domains))
         length = min(self.config.data.sequence_length, max_tokens)
         vocab_size = self.corpus.tokenizer.get_vocab_size()
-        return ValidationSubset.of(
+        return ValidationSubset(
             {name: self.corpus.domains[name].validation for name in self.domains},
             every_n_steps=options.every_n_steps,
             max_tokens=max_tokens,
