@@ -215,9 +215,3 @@ def test_ranks_share_the_rows_of_one_and_are_at_its_place(monkeypatch, fraction)
         for name, rows_of_all in batch.items():
             assert torch.equal(torch.stack([h[name] for h in halves], 1).flatten(0, 1), rows_of_all)
         assert parts[0].state_dict() == parts[1].state_dict() == whole.state_dict()
-
-
-def test_a_batch_that_ranks_cannot_share_is_refused(monkeypatch):
-    monkeypatch.setattr("tritter.data.batches.this_rank", lambda: Rank(0, 3))
-    with pytest.raises(RequestError, match=r"data\.batch_size=4: .*trainer\.devices=3"):
-        next(iter(batches()))

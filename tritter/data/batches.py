@@ -188,9 +188,6 @@ class BatchStream:
             window: batches of an optimizer step to draw together. Above 1, each of them has the
                 list of all as `window`, so that losses can be averaged over the tokens of the
                 step. The position is then that after the window.
-
-        Raises:
-            RequestError: the batch is empty.
         """
         self.new = new
         self._batch_size = batch_size
@@ -215,11 +212,7 @@ class BatchStream:
         import torch
 
         rank = this_rank()
-        if self._batch_size % rank.count:
-            raise RequestError(
-                f"data.batch_size={self._batch_size}: must be a multiple of trainer.devices="
-                f"{rank.count}."
-            )
+        assert self._batch_size % rank.count == 0
         num_replayed = _num_replayed(self.share, self._batch_index, self._batch_size)
         num_new = self._batch_size - num_replayed
         sequences = [self.new.next_sequences(num_new)]
@@ -245,11 +238,7 @@ class BatchStream:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a saved position.
-
-        Raises:
-            TritterError: it was saved in another format, with other data or other replay settings.
-        """
+        """Restore a saved position."""
         if state["format_version"] != _FORMAT_VERSION:
             raise TritterError(
                 f"data position has format_version={state['format_version']}; "

@@ -499,8 +499,6 @@ class TokenisedDocuments:
 
     def document(self, index: int) -> Tensor:
         """Return the tokens of one document, int32 [number of tokens]."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"document {index} of {len(self)}")
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
     def first(self, count: int) -> TokenisedDocuments:
