@@ -155,9 +155,6 @@ class Reading:
         Args:
             path: the file.
             columns: maps the columns of a table to those to read; None reads all.
-
-        Raises:
-            WrongRecordError: the content does not match the file's extension.
         """
         yield from _RECORDS[_kind(path)](path, self, columns or list)
 

@@ -196,9 +196,6 @@ def packed(
         packing: `stream` or `documents`.
         sequence_length: tokens per sequence.
         bounds: start and end of a text.
-
-    Raises:
-        RequestError: `sequence_length` is below 2, or the documents are empty.
     """
     if packing == "stream":
         return documents.pack(sequence_length=sequence_length, bounds=bounds)

@@ -169,9 +169,6 @@ class BpeTokenizer:
 
     Attributes:
         content: its tokenizer.json.
-
-    Raises:
-        RequestError: it is not a BPE tokenizer.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, key: str = _KEY) -> None:
@@ -192,9 +189,6 @@ class BpeTokenizer:
             texts: the documents.
             num_tokens: number of new tokens.
             is_at_most: fewer tokens are fine, but at least one.
-
-        Raises:
-            RequestError: the texts have too few frequent pairs.
         """
         from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
