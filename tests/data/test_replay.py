@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tritter.data.batches import SequenceStream
 from tritter.data.replay import MemoryReplayBuffer, ReplayBuffer, Reservoir
 from tritter.errors import RequestError, TritterError
+from tritter.seeds import derived_seed
 
 OLD = torch.arange(9)[:, None].repeat(1, 2)
 
@@ -126,7 +127,11 @@ def of_reservoirs():
 
 def of_new_domains():
     sequences = {"a": numbered(0, 9), "b": numbered(100, 4)}
-    held = ReplayBuffer.of_domains(sequences, weights={"b": 2.5}, seed=8, purpose="domain")
+    streams = {
+        name: SequenceStream(each, seed=derived_seed(8, "domain", name))
+        for name, each in sequences.items()
+    }
+    held = ReplayBuffer(streams, weights={"b": 2.5})
     return held.next_sequences(50)[:, 0].tolist(), held
 
 
