@@ -48,7 +48,7 @@ def assert_same(one, other):
     for name in one.domains:
         for side in ("train", "validation"):
             left, right = getattr(one.domains[name], side), getattr(other.domains[name], side)
-            assert left.identifiers == right.identifiers
+            assert list(left.identifiers) == list(right.identifiers)
             for part in ("tokens", "offsets", "num_bytes"):
                 a, b = getattr(left, part), getattr(right, part)
                 assert a.dtype == b.dtype and torch.equal(a, b)

@@ -244,11 +244,6 @@ class BatchStream:
                 f"data position has format_version={state['format_version']}; "
                 f"this version of Tritter reads {_FORMAT_VERSION}."
             )
-        if (state["replay"] is None) != (self.replayed is None):
-            raise TritterError(
-                "data position was saved with other replay settings (one run replays, the other "
-                "does not); resume with the forgetting methods of that run."
-            )
         self.new.load_state_dict(state["new"])
         if self.replayed is not None:
             self.replayed.load_state_dict(state["replay"])

@@ -341,11 +341,6 @@ class _Names(Sequence[str]):
         start = int(self.ends[at - 1]) if at else 0
         return self.text[start : int(self.ends[at])].numpy().tobytes().decode()
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenisedDocuments:
