@@ -7,7 +7,7 @@ import torch
 from lightning import LightningDataModule
 from torch import Tensor
 
-from tritter.data.batches import this_rank
+from tritter.data.batches import num_ranks, this_rank
 from tritter.data.packing import IGNORED, Windows
 from tritter.data.tokens import TextBounds, TokenisedDocuments
 from tritter.seeds import derived_seed
@@ -62,13 +62,13 @@ class ValidationSubset:
                 self.batches.append({"domain": domain, "input_ids": input_ids, "targets": targets})
 
     def __len__(self) -> int:
-        return -(-len(self.batches) // this_rank().count)
+        return -(-len(self.batches) // num_ranks())
 
     def __iter__(self) -> Iterator[_Batch]:
         rank = this_rank()
-        for first in range(0, len(self.batches), rank.count):
-            if first + rank.index < len(self.batches):
-                yield self.batches[first + rank.index]
+        for first in range(0, len(self.batches), num_ranks()):
+            if first + rank < len(self.batches):
+                yield self.batches[first + rank]
             else:
                 batch = self.batches[first]
                 yield {**batch, "targets": torch.full_like(batch["targets"], IGNORED)}
