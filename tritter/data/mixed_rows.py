@@ -127,21 +127,15 @@ class _MixedBatches(Sampler[list[int]]):
         return int(self._stream.state_dict()["batch_index"])
 
 
-class _MixedRows(Dataset[tuple[Any, bool]]):
+class _MixedRows(ConcatDataset[Any]):
     """New rows, then the old ones of each domain, with the fields of the new and their kind."""
 
     def __init__(self, new: Any, old: Mapping[str, Any]) -> None:
-        self._new, sample = new, new[0]
-        domains = [_OldRows(name, rows, sample=sample) for name, rows in old.items()]
-        self._old: Dataset[dict[str, Any]] = ConcatDataset(domains)
-        self._num_old = sum(map(len, domains))
-
-    def __len__(self) -> int:
-        return len(self._new) + self._num_old
+        sample = new[0]
+        super().__init__([new, *(_OldRows(n, rows, sample=sample) for n, rows in old.items())])
 
     def __getitem__(self, number: int) -> tuple[Any, bool]:
-        old = number - len(self._new)
-        return (self._new[number], False) if old < 0 else (self._old[old], True)
+        return super().__getitem__(number), number >= self.cumulative_sizes[0]
 
 
 class _OldRows(Dataset[dict[str, Any]]):
