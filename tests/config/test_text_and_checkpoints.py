@@ -16,7 +16,7 @@ from tritter.checkpoints.record import StateHead
 from tritter.config.run_folder import changes_between, fingerprint
 from tritter.config.schema import CheckpointModelConfig
 from tritter.data.options import TextDataConfig
-from tritter.data.sources import FoundTexts
+from tritter.data.sources import text_files
 from tritter.storage.records import record_text
 
 Run = Callable[..., Result]
@@ -153,7 +153,7 @@ def test_a_single_task_is_what_new_is(run_there: Run, pipeline: FakePipeline) ->
 
 def test_a_folder_means_what_is_below_it_and_not_hidden(place: Path) -> None:
     paths = [f"{place}/old", f"{place}/old/b.jsonl", "stdlib:prose"]
-    found = FoundTexts.of("data.old", paths).files
+    found = text_files("data.old", paths)
     assert [str(path.relative_to(place)) for path in found] == ["old/b.jsonl", "old/deep/a.txt"]
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.config.conftest import FakePipeline, Result
 from tritter.data import sources
-from tritter.data.sources import FoundTexts, TextRequest, check_contents
+from tritter.data.sources import TextRequest, check_contents, skipped_note, text_files
 from tritter.errors import RequestError
 
 Run = Callable[..., Result]
@@ -34,12 +34,16 @@ def run_there(run: Run, place: Path) -> Run:
     return lambda *words: run("data=text", *(word.replace("@", f"{place}/") for word in words))
 
 
-def found(place: Path, *names: str) -> FoundTexts:
-    return FoundTexts.of("data.new", [str(place / name) for name in names])
+def found(place: Path, *names: str) -> tuple[Path, ...]:
+    return text_files("data.new", [str(place / name) for name in names])
 
 
-def names(texts: FoundTexts, place: Path) -> list[str]:
-    return [str(path.relative_to(place)) for path in texts.files]
+def note_on(place: Path, *names: str) -> str | None:
+    return skipped_note("x", [str(place / name) for name in names], key="data.new")
+
+
+def names(texts: tuple[Path, ...], place: Path) -> list[str]:
+    return [str(path.relative_to(place)) for path in texts]
 
 
 def check(*paths: Path, max_bytes: int = 2**20) -> None:
@@ -141,7 +145,7 @@ def test_files_of_a_project_that_are_no_data_are_skipped_unless_they_are_named(p
         texts = found(place, *paths)
         assert names(texts, place) == ["old/a.txt", "old/texts.json"]
         kinds = ".c not in UTF-8 1, .json of one object 1, .ts not in UTF-8 1"
-        assert texts.note("old") == f"old: 2 files read; skipped 3 ({kinds})"
+        assert note_on(place, *paths) == f"x: 2 files read; skipped 3 ({kinds})"
     for name, reason in (("package.json", "is an object"), ("latin.c", "is not UTF-8")):
         with pytest.raises(RequestError, match=reason):
             check(place / "old" / name)
@@ -160,13 +164,13 @@ def test_a_folder_of_mixed_files_says_what_it_skipped(place: Path) -> None:
     os.mkfifo(place / "old/pipe.txt")
     (place / "old/away").symlink_to("nowhere")
     texts = found(place, "old")
-    assert len(texts.files) == 61
+    assert len(texts) == 61
     kinds = ".pdf 2, .tsv 1, broken link 1, no extension 1, pipe 1"
-    assert texts.note("articles") == f"articles: 61 files read; skipped 6 ({kinds})"
-    assert found(place, "old/a.txt").note("articles") is None
+    assert note_on(place, "old") == f"x: 61 files read; skipped 6 ({kinds})"
+    assert note_on(place, "old/a.txt") is None
     (place / "old/zoo").mkdir()
     (place / "old/zoo.txt").touch()
-    note = found(place, "old/a*", "old/zo*", "old/[5-9].*").note("x")
+    note = note_on(place, "old/a*", "old/zo*", "old/[5-9].*")
     assert note == "x: 12 files read; skipped 2 (broken link 1, folder 1)"
 
 
@@ -203,7 +207,7 @@ def test_links_out_of_a_folder_are_refused(run_there: Run, place: Path, word: st
     for link, end in (("b.txt", "../../blobs/c.txt"), ("deep", "../../blobs")):
         (snapshot / link).unlink()
         (snapshot / link).symlink_to(end)
-    assert len(found(place, "hub/datasets--a--b/snapshots/0123").files) == 3
+    assert len(found(place, "hub/datasets--a--b/snapshots/0123")) == 3
 
 
 def test_a_link_may_be_named_by_its_own_name(
@@ -220,7 +224,7 @@ def test_a_loop_of_links_ends(place: Path, target: str) -> None:
     (place / "old/deep").mkdir()
     (place / "old/deep/folder").symlink_to(target)
     if target == "folder":  # a link to itself is no folder
-        assert found(place, "old").note("x") == "x: 1 file read; skipped 1 (broken link 1)"
+        assert note_on(place, "old") == "x: 1 file read; skipped 1 (broken link 1)"
         return
     assert names(found(place, "old"), place) == ["old/a.txt"]
 
@@ -269,7 +273,7 @@ def test_a_folder_that_cannot_be_listed_is_refused(
 
 def test_files_that_vanish_are_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gone = (place / "old/a.txt", place / "old/b.txt")
-    monkeypatch.setattr(FoundTexts, "of", lambda key, paths: FoundTexts(tuple(gone)))
+    monkeypatch.setattr(sources, "text_files", lambda *_, **__: gone)
     gone[0].unlink()
     with pytest.raises(RequestError, match=r"a.txt cannot be read: there is no") as caught:
         check(place / "old")
@@ -280,7 +284,7 @@ def test_a_deep_folder_and_a_long_name(place: Path) -> None:
     deep = place / "old" / "/".join("d" * 200 for _ in range(10))
     deep.mkdir(parents=True)
     (deep / f"{'n' * 250}.txt").write_text("text")
-    assert len(found(place, "old").files) == 2
+    assert len(found(place, "old")) == 2
     check(place / "old")
 
 
@@ -330,7 +334,7 @@ def test_what_a_record_names_does_not_walk_the_disk(
     word = pattern.replace("TREE", str(tmp_path / "tree"))
     counted.clear()
     with pytest.raises(RequestError, match=r"limited to 40 files|leaves the folder"):
-        FoundTexts.of("data.old", [word], is_recorded=True)
+        text_files("data.old", [word], is_recorded=True)
 
 
 def test_a_small_folder_that_a_record_names_is_read(tmp_path: Path, counted: list[str]) -> None:
@@ -341,14 +345,14 @@ def test_a_small_folder_that_a_record_names_is_read(tmp_path: Path, counted: lis
         (tmp_path / f"other{name}").mkdir()
     for word in ("texts", "texts/*/*.txt", "texts/**/*.txt", "texts/deep/1*.txt"):
         place = str(tmp_path / word)
-        found = FoundTexts.of("data.old", [place], is_recorded=True)
-        assert found == FoundTexts.of("data.old", [place]) and len(found.files) in (20, 11)
+        found = text_files("data.old", [place], is_recorded=True)
+        assert found == text_files("data.old", [place]) and len(found) in (20, 11)
 
 
 def test_a_file_of_several_paths_is_read_once_and_counted(tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("text")
-    found = FoundTexts.of("data.new", [str(tmp_path / "b.txt"), str(tmp_path), str(tmp_path)])
-    assert [path.name for path in found.files] == ["b.txt", "a.txt"]
-    note = found.note("new") or ""
+    paths = [str(tmp_path / "b.txt"), str(tmp_path), str(tmp_path)]
+    assert [path.name for path in text_files("data.new", paths)] == ["b.txt", "a.txt"]
+    note = skipped_note("new", paths, key="data.new") or ""
     assert note.startswith("new: 2 files read; skipped 3") and "named again" in note

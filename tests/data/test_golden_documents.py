@@ -187,7 +187,7 @@ def of_the_library() -> Digests:
 def _sides(corpus: Corpus) -> dict[str, Any]:
     return {
         name: {
-            "sha256": corpus.sources[name].sha256,
+            "sha256": domain.sha256,
             "counts": corpus.domains[name].counts,
             "validation": sorted(domain.validation.identifiers)[:3],
             "tokens": domain.train.num_tokens,

@@ -98,10 +98,8 @@ def test_what_does_not_fit_is_refused(rows, losses, words):
     assert reservoir.num_seen == 4
 
 
-def test_empty_and_no_capacity():
-    with pytest.raises(RequestError, match="capacity = 0"):
-        Reservoir(0, seed=0)
-    buffer = ReplayBuffer.of_reservoirs(3, seed=0)
+def test_empty_and_too_small():
+    buffer = ReplayBuffer.of_reservoirs({"seen": 3}, seed=0)
     assert len(buffer) == 0 and buffer.sample(0).shape == (0, 0)
     with pytest.raises(RequestError, match="empty"):
         buffer.sample(1)

@@ -5,17 +5,16 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from itertools import islice
 
 import pytest
 
 from tritter.data.built_in import built_in_documents, built_in_origin
-from tritter.data.skills import SKILLS, Question, Skill, SkillText
+from tritter.data.skills import SKILLS, Draw, Question, SkillText
 from tritter.data.sources import TextRequest
 from tritter.errors import RequestError
 
 NUMBER = 400
-ALL = pytest.mark.parametrize("skill", SKILLS.values(), ids=list(SKILLS))
+ALL = pytest.mark.parametrize("name", SKILLS)
 
 
 def _arithmetic(prompt: str) -> str:
@@ -67,12 +66,12 @@ ORACLES: dict[str, Callable[[str], str]] = {
 @pytest.mark.parametrize("name", ORACLES)
 def test_answers_are_right(name: str) -> None:
     """Compare with answers that Python computes from the prompt."""
-    for question in SKILLS[name].questions(NUMBER):
+    for question in SkillText(name).questions(NUMBER):
         assert ORACLES[name](question.prompt) == question.answer, question
 
 
 def test_a_trace_leads_where_the_story_ends() -> None:
-    for question in SKILLS["reasoning"].questions(NUMBER):
+    for question in SkillText("reasoning").questions(NUMBER):
         steps, _, end = question.answer.rpartition(": ")
         assert end == _reasoning(question.prompt)
         for sides in (step.split(" = ") for step in steps.strip().split(", ")):
@@ -83,7 +82,7 @@ def test_a_trace_leads_where_the_story_ends() -> None:
 @pytest.mark.full
 def test_a_call_is_json_between_its_signs_and_says_what_was_asked() -> None:
     names = set()
-    for question in SKILLS["tool_call"].questions(NUMBER):
+    for question in SkillText("tool_call").questions(NUMBER):
         body = re.fullmatch(r" <tool_call>(.*)</tool_call>", question.answer)
         assert body is not None
         call = json.loads(body[1])
@@ -97,8 +96,8 @@ def test_a_call_is_json_between_its_signs_and_says_what_was_asked() -> None:
 
 def test_facts_are_asked_in_wordings_that_no_text_has() -> None:
     """The training texts contain all facts."""
-    skill = SKILLS["identity"]
-    texts, questions = "\n".join(skill.texts(5000)).lower(), skill.questions(NUMBER)
+    skill = SkillText("identity", 5000)
+    texts, questions = "\n".join(skill.texts()).lower(), skill.questions(NUMBER)
     for question in questions:
         wording = re.sub(r"^(hello|tritter|please|say|dear assistant),? |^(now|so) ", "",
                          question.prompt.lower())  # fmt: skip
@@ -108,37 +107,33 @@ def test_facts_are_asked_in_wordings_that_no_text_has() -> None:
 
 @pytest.mark.quick_cases(1)
 @ALL
-def test_no_question_occurs_in_a_text_of_any_skill(skill: Skill) -> None:
+def test_no_question_occurs_in_a_text_of_any_skill(name: str) -> None:
     """No text contains the prompt and answer of a question."""
-    every = [text for each in SKILLS.values() for text in each.texts(1500)]
-    joined = "\n".join([*every, *skill.texts(6000)])
+    skill = SkillText(name, 6000)
+    every = [text for each in SKILLS for text in SkillText(each, 1500).texts()]
+    joined = "\n".join([*every, *skill.texts()])
     assert not [each for each in skill.questions(NUMBER) if each.prompt in joined]
 
 
 @pytest.mark.quick_cases(4)
 @ALL
-def test_the_pool_holds_an_eighth(skill: Skill) -> None:
-    drawn = [skill.is_held_out(example) for example in islice(_drawn(skill), 1500)]
-    assert 0.08 < sum(drawn) / len(drawn) < 0.17
-
-
-def _drawn(skill: Skill):
-    from tritter.data.skills import Draw
-
-    return (skill.exercise(Draw("test", index)) for index in range(10_000))
+def test_the_pool_holds_an_eighth(name: str) -> None:
+    exercises = (SKILLS[name](Draw("test", index)) for index in range(1500))
+    assert 0.08 < sum(map(SkillText(name).is_held_out, exercises)) / 1500 < 0.17
 
 
 @pytest.mark.quick_cases(1)
 @ALL
-def test_texts_go_on_from_texts_and_questions_from_questions(skill: Skill) -> None:
-    assert list(skill.texts(40)) == list(skill.texts(90))[:40]
+def test_texts_go_on_from_texts_and_questions_from_questions(name: str) -> None:
+    skill = SkillText(name)
+    assert list(SkillText(name, 40).texts()) == list(SkillText(name, 90).texts())[:40]
     assert skill.questions(40) == skill.questions(90)[:40]
     identifiers = [each.identifier for each in skill.questions(NUMBER)]
     assert len(set(identifiers)) == len(identifiers)
 
 
 def test_there_are_two_thousand_choices_of_four() -> None:
-    questions = SKILLS["multiple_choice"].questions(2_000)
+    questions = SkillText("multiple_choice").questions(2_000)
     assert len(questions) == 2_000 and {each.chance for each in questions} == {0.25}
     assert all(each.answer in each.choices for each in questions)
     places = [each.choices.index(each.answer) for each in questions]
@@ -148,24 +143,24 @@ def test_there_are_two_thousand_choices_of_four() -> None:
 def test_another_process_draws_the_same() -> None:
     """The texts depend neither on Python's hashes nor on its random generators."""
     program = (
-        "from tritter.data.skills import SKILLS\n"
-        "for skill in SKILLS.values():\n"
-        "    print(*skill.texts(3), *(q.identifier for q in skill.questions(2)), sep='|')"
+        "from tritter.data.skills import SKILLS, SkillText\n"
+        "for skill in (SkillText(name, 3) for name in SKILLS):\n"
+        "    print(*skill.texts(), *(q.identifier for q in skill.questions(2)), sep='|')"
     )
     found = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True,
         env={"PYTHONHASHSEED": "7", "PYTHONPATH": ":".join(sys.path)},
     ).stdout  # fmt: skip
     here = [
-        "|".join([*skill.texts(3), *(each.identifier for each in skill.questions(2))])
-        for skill in SKILLS.values()
+        "|".join([*skill.texts(), *(each.identifier for each in skill.questions(2))])
+        for skill in (SkillText(name, 3) for name in SKILLS)
     ]
     assert found.splitlines() == here
 
 
 def test_documents_and_questions_of_paths() -> None:
     documents = built_in_documents("skills:sorting:50")
-    assert {each.text for each in documents} == set(SKILLS["sorting"].texts(50))
+    assert {each.text for each in documents} == set(SkillText("sorting", 50).texts())
     asked = SkillText.questions_of(
         ["notes.txt", "skills:sorting:50", "skills:identity", "skills:sorting"], 9
     )
@@ -202,18 +197,18 @@ def test_a_question_has_the_chance_of_its_choices() -> None:
 
 
 @ALL
-def test_exercises_as_conversations(skill: Skill) -> None:
+def test_exercises_as_conversations(name: str) -> None:
     """The user asks, the assistant answers; the words are those of the text."""
-    name = f"skills:{skill.name}:20:chat"
-    assert str(SkillText.named("data", name)) == name
-    assert SkillText.named("data", f"skills:{skill.name}:chat") == SkillText(skill, is_chat=True)
-    texts = set(skill.texts(20))
-    for document in TextRequest([name], key="data.new", text_field="text").documents():
+    skill, path = SkillText(name, 20), f"skills:{name}:20:chat"
+    assert str(SkillText.named("data", path)) == path
+    assert SkillText.named("data", f"skills:{name}:chat") == SkillText(name, is_chat=True)
+    texts = set(skill.texts())
+    for document in TextRequest([path], key="data.new", text_field="text").documents():
         assert document.conversation is not None
         user, assistant = document.conversation.messages
         assert (user["role"], assistant["role"]) == ("user", "assistant")
         assert f"{user['content']} {assistant['content']}" in texts
-    for question, plain in zip(SkillText.questions_of([name], 5), skill.questions(5), strict=True):
+    for question, plain in zip(SkillText.questions_of([path], 5), skill.questions(5), strict=True):
         assert question.is_chat and not plain.is_chat
         assert (question.prompt, f" {question.answer}") == (plain.prompt, plain.answer)
         assert tuple(f" {choice}" for choice in question.choices) == plain.choices

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tritter.data.corpus import held_out_before
 from tritter.data.documents import Documents, text_key
 from tritter.data.split import SplitRule
 from tritter.errors import RequestError
@@ -27,7 +28,8 @@ def keys(documents):
 
 
 def sides(split):
-    return keys(split.train), keys(split.validation)
+    train, validation = split
+    return keys(train), keys(validation)
 
 
 @given(st.sets(st.text(min_size=1, max_size=9).filter(str.strip), min_size=60), st.integers(0, 9))
@@ -48,18 +50,16 @@ def test_the_threshold_by_hand():
         key = sha256(f"text {number}".encode()).hexdigest()
         drawn = int(sha256(f"1\0{key}".encode()).hexdigest(), 16) / 2**256
         found[f"text {number}"] = drawn < 0.3
-    split = parted({"a": named(400)})["a"]
-    assert {each.text for each in split.validation} == {
-        text for text, held in found.items() if held
-    }
-    assert abs(len(split.validation) / 400 - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 400)
-    assert (len(split.train) + len(split.validation), split.held_out_before) == (400, 0)
+    train, validation = parted({"a": named(400)})["a"]
+    assert {each.text for each in validation} == {text for text, held in found.items() if held}
+    assert abs(len(validation) / 400 - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 400)
+    assert len(train) + len(validation) == 400
 
 
 def test_a_larger_fraction_holds_out_what_a_smaller_one_did_and_more():
     def held(fraction):
         rule = SplitRule(seed=1, validation_fraction=fraction)
-        return keys(parted({"a": named(99)}, rule=rule)["a"].validation)
+        return sides(parted({"a": named(99)}, rule=rule)["a"])[1]
 
     assert held(0.1) < held(0.3) < held(0.6)
 
@@ -68,7 +68,7 @@ def test_what_an_old_domain_holds_out_is_counted_where_a_new_one_has_it():
     new = Documents.of(f"text {index}" for index in range(20, 60))
     found = parted({"old": named(40), "new": new})
     shared = sides(found["old"])[1] & keys(new)
-    assert shared and found["new"].held_out_before == len(shared)
+    assert shared and held_out_before(found) == {"old": 0, "new": len(shared)}
     assert not shared & sides(found["new"])[0]
 
 

@@ -79,7 +79,7 @@ def test_new_tokens_consist_of_the_old_tokens_of_the_same_text(kind: str, text: 
 def test_frequent_pairs_of_the_data_become_tokens(kind: str) -> None:
     old, made, new = extended(kind)
     size = old.get_vocab_size()  # no id is left out
-    assert made.new_ids == tuple(range(size, size + 12))
+    assert made.new_ids == [*range(size, size + 12)]
     lengths = [len(each.encode(CODE).ids) for each in (old, new)]
     assert lengths[1] < 0.75 * lengths[0]
     assert len(new.encode(PROSE).ids) == len(old.encode(PROSE).ids)
@@ -172,7 +172,7 @@ def chain(*merges: tuple[int, int]) -> ExtendedTokenizer:
 
 def test_rows_are_means_of_the_parts() -> None:
     made = chain((2, 0), (5, 0), (0, 1))  # aba, abaa, and ab, which exists
-    assert made.new_ids == (5, 6)
+    assert made.new_ids == [5, 6]
     assert made.mean_rows() == [{2: 0.5, 0: 0.5}, {2: 1 / 3, 0: 2 / 3}]
     index, weights = made.row_weights("mean", fitted={})
     assert index.tolist() == [[2, 0], [2, 0]]

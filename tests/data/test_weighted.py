@@ -13,7 +13,7 @@ SEQUENCES = {
 
 
 def stream(**weights: float) -> ReplayBuffer:
-    return ReplayBuffer.of_domains(SEQUENCES, weights=weights, seed=3, purpose="domain")
+    return ReplayBuffer.of_domains(SEQUENCES, weights=weights, seed=3)
 
 
 def test_shares_are_exact_whatever_there_is_of_each() -> None:

@@ -30,7 +30,7 @@ def train(folder: Path) -> None:
     )
     trainer.train()
     weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    save_file(weights, folder / f"rank_{this_rank().index}")
+    save_file(weights, folder / f"rank_{this_rank()}")
 
 
 if __name__ == "__main__":

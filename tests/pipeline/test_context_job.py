@@ -264,7 +264,7 @@ def test_all_that_reads_a_lineage_cuts_as_it_does(tmp_path: Path) -> None:
     )
     scored = DomainsToScore.learned(checkpoint, lineage, tokenizer, length=SHORT).documents
     for name, domain in later.documents().items():
-        held_out = lineage.split.split({name: domain})[name].validation
+        _, held_out = lineage.split.split({name: domain})[name]
         assert list(scored[name].identifiers) == [each.identifier for each in held_out]
         assert max(len(each.text) for each in domain) > 40_000
         files = {name: [f"{tmp_path}/{'book' if name == 'old' else 'code'}.txt"]}

@@ -12,7 +12,7 @@ from tests.pipeline.plug import plug_pulled
 from tests.pipeline.tiny import TINY
 from tritter.checkpoints import Lineage
 from tritter.config.launch.composition import load_config
-from tritter.data.skills import SKILLS
+from tritter.data.skills import SkillText
 from tritter.evaluation.statistics import PairedScores
 from tritter.pipeline import Outcome, pipeline, run_pipeline
 
@@ -71,7 +71,7 @@ def test_a_skill_has_its_accuracy_beside_its_loss_wherever_it_is_scored(trained:
             assert record["loss"] > 0 and record["standard_error"] > 0
     held = scores_of(trained, "attempt_1_task_3-trained")
     assert held["sorting/accuracy"].mean() == summary["final"]["sorting"]["accuracy"]
-    asked = {question.identifier for question in SKILLS["sorting"].questions(40)}
+    asked = {question.identifier for question in SkillText("sorting").questions(40)}
     assert set(held["sorting/accuracy"].identifiers) == asked
     lineage = Lineage.read(trained / "checkpoint")
     assert lineage is not None and "sorting/accuracy" in lineage.benchmark_scores

@@ -40,7 +40,7 @@ DOMAINS = {"old": documents(1), "new": documents(2)}
 
 
 def text(max_tokens: int = 10**6, *, batch_size: int = 4, seed: int = 0) -> ValidationSubset:
-    return ValidationSubset.of(
+    return ValidationSubset(
         DOMAINS,
         every_n_steps=EVERY,
         max_tokens=max_tokens,

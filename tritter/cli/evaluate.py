@@ -209,13 +209,13 @@ def _result_file(
     output: Path | None, inputs: Sequence[Path], data: Mapping[str, list[str]], *, overwrite: bool
 ) -> ReportFile | None:
     from tritter.cli.report_file import ReportFile
-    from tritter.data.sources import FoundTexts
+    from tritter.data.sources import text_files
 
     if output is None:
         return None
     words = [word for each in data.values() for word in each]
     typed = (named_path(word, key="--data") for word in words)
-    sources = (*inputs, *typed, *FoundTexts.of("--data", words).files)
+    sources = (*inputs, *typed, *text_files("--data", words))
     return ReportFile(output, "json", overwrite=overwrite, sources=sources)
 
 
@@ -225,7 +225,7 @@ def _domain_paths(arguments: Iterable[str]) -> dict[str, list[str]]:
     A plain path is a domain named after it.
     """
     from tritter.data.options import named_after, unused_name
-    from tritter.data.sources import FoundTexts
+    from tritter.data.sources import text_files
 
     sources: dict[str, list[str]] = {}
     for argument in arguments:
@@ -237,7 +237,7 @@ def _domain_paths(arguments: Iterable[str]) -> dict[str, list[str]]:
                 f"--data = {argument}: use PATH or NAME=PATH, where NAME has letters, digits, - "
                 "and _."
             )
-        FoundTexts.of(f"--data {name}", [path])
+        text_files(f"--data {name}", [path])
         sources.setdefault(name, []).append(path)
     return sources
 

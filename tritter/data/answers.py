@@ -17,44 +17,6 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Answers:
-    """Counts of the conversations among documents, int64 [n] each.
-
-    Attributes:
-        sizes: tokens.
-        targets: tokens that follow another one.
-        kept: tokens within a sequence.
-        predicted: tokens of answers.
-        predicted_kept: tokens of answers within a sequence.
-    """
-
-    sizes: np.ndarray
-    targets: np.ndarray
-    kept: np.ndarray
-    predicted: np.ndarray
-    predicted_kept: np.ndarray
-
-    @classmethod
-    def of(cls, documents: TokenisedDocuments, kept: np.ndarray | None = None) -> _Answers:
-        import numpy as np
-
-        first_tokens = documents.first_tokens.numpy()
-        chosen = np.flatnonzero(first_tokens >= ANSWER)
-        offsets = documents.offsets.numpy()
-        begins, ends = offsets[:-1][chosen], offsets[1:][chosen]
-        kept = ends - begins if kept is None else kept[chosen]
-        until = np.concatenate([[0], np.cumsum(~is_unpredicted(documents.tokens).numpy())])
-        starts = begins + (first_tokens[chosen] >= START)  # nothing precedes the first token
-        counts = (until[np.maximum(end, starts)] - until[starts] for end in (ends, begins + kept))
-        return cls(ends - begins, ends - starts, kept, *counts)
-
-    @property
-    def are_all(self) -> bool:
-        """Whether all tokens are predicted (`data.loss_on=all`)."""
-        return bool((self.predicted == self.targets).all())
-
-
 @dataclass(frozen=True, slots=True)
 class TrainingCounts:
     """Counts of the conversations of a domain that are trained; they can be added.
@@ -83,15 +45,16 @@ class TrainingCounts:
     ) -> TrainingCounts:
         """Return the counts of tokenised documents."""
         kept = kept_lengths(documents, sequence_length=sequence_length, bounds=bounds)
-        found = _Answers.of(documents, kept)
+        (sizes, targets), predicted = _sizes(documents), _num_predicted(documents)
+        predicted_kept = _num_predicted(documents, kept)
         return cls(
-            total=len(found.sizes),
-            cut=int((found.sizes > found.kept).sum()),
-            lost=int(((found.predicted > 0) & (found.predicted_kept == 0)).sum()),
-            predicted=int(found.predicted.sum()),
-            predicted_kept=int(found.predicted_kept.sum()),
-            targets=int(found.targets.sum()),
-            longest=int(found.sizes.max(initial=0)),
+            total=len(sizes),
+            cut=int((documents.offsets.diff().numpy() > kept).sum()),  # texts are not cut
+            lost=int(((predicted > 0) & (predicted_kept == 0)).sum()),
+            predicted=int(predicted.sum()),
+            predicted_kept=int(predicted_kept.sum()),
+            targets=int(targets.sum()),
+            longest=int(sizes.max(initial=0)),
         )
 
     def __add__(self, other: TrainingCounts) -> TrainingCounts:
@@ -121,6 +84,30 @@ class TrainingCounts:
         )
 
 
+def _sizes(documents: TokenisedDocuments) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens of each conversation, and those that follow another one, int64 [n]."""
+    first_tokens, sizes = documents.first_tokens.numpy(), documents.offsets.diff().numpy()
+    is_conversation = first_tokens >= ANSWER
+    return sizes[is_conversation], (sizes - (first_tokens >= START))[is_conversation]
+
+
+def _num_predicted(documents: TokenisedDocuments, kept: np.ndarray | None = None) -> np.ndarray:
+    """Return the predicted tokens of each conversation, int64 [n].
+
+    Args:
+        documents: the tokens.
+        kept: int64, tokens of each document that count, from its beginning; None counts all.
+    """
+    import numpy as np
+
+    first_tokens, offsets = documents.first_tokens.numpy(), documents.offsets.numpy()
+    until = np.concatenate([[0], np.cumsum(~is_unpredicted(documents.tokens).numpy())])
+    begins, ends = offsets[:-1], offsets[1:] if kept is None else offsets[:-1] + kept
+    starts = begins + (first_tokens >= START)  # nothing precedes the first token
+    counts: np.ndarray = until[np.maximum(ends, starts)] - until[starts]
+    return counts[first_tokens >= ANSWER]
+
+
 def unanswered_note(
     name: str, sides: Iterable[TokenisedDocuments], documents: Iterable[Document] = ()
 ) -> str:
@@ -131,9 +118,9 @@ def unanswered_note(
         sides: its tokens.
         documents: its documents, to state the reasons.
     """
-    found = [_Answers.of(side) for side in sides if side.has_marks]
-    count = sum(int((each.predicted == 0).sum()) for each in found)
-    total = sum(len(each.sizes) for each in found)
+    predicted = [_num_predicted(side) for side in sides if side.has_marks]
+    count = sum(int((each == 0).sum()) for each in predicted)
+    total = sum(map(len, predicted))
     return unanswered_text(name, missing_answers(documents), count=count, total=total)
 
 
@@ -177,15 +164,14 @@ def scored_text(documents: TokenisedDocuments) -> str:
     """Return the scored part of the documents of a domain; empty without conversations."""
     if not documents.has_marks:
         return ""
-    found = _Answers.of(documents)
-    num_texts = len(documents) - len(found.sizes)
-    num_scored, predicted = int((found.predicted > 0).sum()), int(found.predicted.sum())
-    share = predicted / max(1, int(found.sizes.sum()))
+    (sizes, targets), predicted = _sizes(documents), _num_predicted(documents)
+    num_texts, num_predicted = len(documents) - len(sizes), int(predicted.sum())
+    share = num_predicted / max(1, int(sizes.sum()))
     texts = f", and {num_texts:,} texts" if num_texts else ""
-    what = "all tokens" if found.are_all else "answers only"
+    what = "all tokens" if (predicted == targets).all() else "answers only"
     return (
-        f"{what}, {predicted:,} tokens ({share:.0%}) of {num_scored:,} of "
-        f"{len(found.sizes):,} conversations{texts}"
+        f"{what}, {num_predicted:,} tokens ({share:.0%}) of {int((predicted > 0).sum()):,} of "
+        f"{len(sizes):,} conversations{texts}"
     )
 
 
@@ -202,8 +188,8 @@ def scoring_note(
     """
     if not documents.has_marks:
         return ""
-    found = _Answers.of(documents)
-    num_long = max(len(documents.cut), int((found.targets > sequence_length).sum()))
+    _, targets = _sizes(documents)
+    num_long = max(len(documents.cut), int((targets > sequence_length).sum()))
     note = f"{name}: scores count {scored_text(documents)}."
     if num_long:
         note += (

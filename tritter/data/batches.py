@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,21 +19,20 @@ _FORMAT_VERSION = 1
 _ENDLESS = 2**40  # batches: more than any run draws
 
 
-@dataclass(frozen=True, slots=True)
-class Rank:
-    """Rank and world size of a process; 0 of 1 without distributed training."""
-
-    index: int
-    count: int
-
-
-def this_rank() -> Rank:
-    """Return the rank of this process from torch.distributed."""
+def this_rank() -> int:
+    """Return the rank of this process; 0 without distributed training."""
     from torch import distributed
 
-    if distributed.is_available() and distributed.is_initialized():
-        return Rank(distributed.get_rank(), distributed.get_world_size())
-    return Rank(0, 1)
+    is_distributed = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_rank() if is_distributed else 0
+
+
+def num_ranks() -> int:
+    """Return the number of processes that train together; 1 without distributed training."""
+    from torch import distributed
+
+    is_distributed = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if is_distributed else 1
 
 
 class Sequences(Protocol):
@@ -188,9 +186,6 @@ class BatchStream:
             window: batches of an optimizer step to draw together. Above 1, each of them has the
                 list of all as `window`, so that losses can be averaged over the tokens of the
                 step. The position is then that after the window.
-
-        Raises:
-            RequestError: the batch is empty.
         """
         self.new = new
         self._batch_size = batch_size
@@ -214,12 +209,8 @@ class BatchStream:
         """Return the next batch of this process."""
         import torch
 
-        rank = this_rank()
-        if self._batch_size % rank.count:
-            raise RequestError(
-                f"data.batch_size={self._batch_size}: must be a multiple of trainer.devices="
-                f"{rank.count}."
-            )
+        rank, count = this_rank(), num_ranks()
+        assert self._batch_size % count == 0
         num_replayed = _num_replayed(self.share, self._batch_index, self._batch_size)
         num_new = self._batch_size - num_replayed
         sequences = [self.new.next_sequences(num_new)]
@@ -228,7 +219,7 @@ class BatchStream:
         self._batch_index += 1
         is_replay = torch.arange(self._batch_size) >= num_new
         whole = {"input_ids": torch.cat(sequences), "is_replay": is_replay}
-        return {name: rows[rank.index :: rank.count] for name, rows in whole.items()}
+        return {name: rows[rank::count] for name, rows in whole.items()}
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -245,20 +236,11 @@ class BatchStream:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a saved position.
-
-        Raises:
-            TritterError: it was saved in another format, with other data or other replay settings.
-        """
+        """Restore a saved position."""
         if state["format_version"] != _FORMAT_VERSION:
             raise TritterError(
                 f"data position has format_version={state['format_version']}; "
                 f"this version of Tritter reads {_FORMAT_VERSION}."
-            )
-        if (state["replay"] is None) != (self.replayed is None):
-            raise TritterError(
-                "data position was saved with other replay settings (one run replays, the other "
-                "does not); resume with the forgetting methods of that run."
             )
         self.new.load_state_dict(state["new"])
         if self.replayed is not None:

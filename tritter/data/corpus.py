@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import chain
 from math import prod
@@ -22,7 +22,7 @@ from tritter.data.answers import unanswered_note
 from tritter.data.built_in import Stdlib
 from tritter.data.chat import Chat
 from tritter.data.documents import Document, Documents
-from tritter.data.split import Split, SplitRule
+from tritter.data.split import SplitRule
 from tritter.data.tokens import TokenisedDocuments, train_tokenizer, unencoded_note
 from tritter.errors import TritterError
 from tritter.storage.atomic import atomic_folder, write_text_atomic
@@ -37,38 +37,47 @@ _TENSORS, _METADATA, _TOKENIZER = "tokens.safetensors", "corpus.json", "tokenize
 _FILES = (_TENSORS, _METADATA, _TOKENIZER)
 _CHECKSUMS = "checksums.json"
 _DTYPES = {"I32": "<i4", "I64": "<i8", "U8": "u1"}  # of cached tensors
-
-
-@dataclass(frozen=True, slots=True)
-class _SourceSummary:
-    """Origin and size of a domain's documents.
-
-    Args:
-        sha256: of all texts in order; ignores the kind of line ends and blanks around a text.
-    """
-
-    name: str
-    origin: str
-    num_documents: int
-    num_bytes: int
-    sha256: str
+_Sides = Mapping[str, tuple[Documents, Documents]]  # domain → for training, for validation
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Domain:
-    """A named part of the data, split by document; `held_out_before` as in `Split`."""
+    """A named part of the data, split by document.
+
+    Args:
+        name: the domain.
+        train: training documents.
+        validation: validation documents.
+        held_out_before: how many of these an earlier domain of the run also holds out.
+        origin: recorded origin of the documents.
+        num_bytes: size of all texts.
+        sha256: of all texts in order; ignores the kind of line ends and blanks around a text.
+    """
 
     name: str
     train: TokenisedDocuments
     validation: TokenisedDocuments
     held_out_before: int
+    origin: str
+    num_bytes: int
+    sha256: str
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.train) + len(self.validation)
 
     @property
     def counts(self) -> dict[str, int]:
         """The number of documents: all, of each side, and `held_out_before`."""
-        train, validation = len(self.train), len(self.validation)
-        sides = {"documents": train + validation, "train": train, "validation": validation}
-        return {**sides, "held_out_before": self.held_out_before}
+        sides = {"train": len(self.train), "validation": len(self.validation)}
+        known = {"held_out_before": self.held_out_before}
+        return {"documents": self.num_documents, **sides, **known}
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Origin, size and checksum of the documents, for a lineage."""
+        names = ("name", "origin", "num_documents", "num_bytes", "sha256")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,7 +93,6 @@ class Corpus:
     tokenizer: Tokenizer
     domains: Mapping[str, Domain]
     digest: str
-    sources: Mapping[str, _SourceSummary]
     notes: tuple[str, ...] = ()
     chat: Chat | None = None
 
@@ -129,13 +137,13 @@ class Corpus:
             "tokenizer_domains": list(domains),
         }
         sources = {
-            name: _SourceSummary(
-                name=name,
-                origin=origins[name],
-                num_documents=len(documents),
-                num_bytes=sum(len(document.text.encode()) for document in documents),
-                sha256=documents.digest(is_exact=False),
-            )
+            name: {
+                "name": name,
+                "origin": origins[name],
+                "num_documents": len(documents),
+                "num_bytes": sum(len(document.text.encode()) for document in documents),
+                "sha256": documents.digest(is_exact=False),
+            }
             for name, documents in domains.items()
         }
         rule = SplitRule(seed=seed, validation_fraction=validation_fraction)
@@ -145,7 +153,7 @@ class Corpus:
             made_from["validation_bytes"] = _digest_of(validation_bytes)
         digest = _digest(made_from)
         notes = tuple(note for domain in domains.values() for note in domain.notes)
-        notes += tuple(_shared_notes(domains, parted))
+        notes += tuple(_shared_notes(domains, held_out_before(parted)))
         if (cached := _load(cache_dir, digest)) is not None:
             return _with_notes(cached, notes, domains, chat)
         folder = _corpora(cache_dir) / digest
@@ -219,17 +227,26 @@ class Corpus:
         return corpus
 
 
-def _shared_notes(domains: Mapping[str, Documents], parted: Mapping[str, Split]) -> Iterator[str]:
+def held_out_before(parted: _Sides) -> dict[str, int]:
+    """Return domain → number of its validation documents that an earlier domain also has there."""
+    numbers, known = dict[str, int](), set[str]()
+    for name, (_, validation) in parted.items():
+        keys = list(validation.keys())
+        numbers[name] = sum(key in known for key in keys)
+        known.update(keys)
+    return numbers
+
+
+def _shared_notes(domains: Mapping[str, Documents], held_out: Mapping[str, int]) -> Iterator[str]:
     """Yield a sentence on each domain with documents of earlier ones."""
     for at, (name, documents) in enumerate(domains.items()):
         shared = {each: documents.num_shared(domains[each]) for each in list(domains)[:at]}
         parts = [f"{count:,} also occur in {each}" for each, count in shared.items() if count]
         if parts:
-            is_held_out = parted[name].held_out_before
             rest = " Held-out ones are scored in each domain, and no domain trains on them."
             yield (
                 f"{name}: of {len(documents):,} documents, {', '.join(parts)}."
-                f"{rest if is_held_out else ''}"
+                f"{rest if held_out[name] else ''}"
             )
 
 
@@ -256,19 +273,18 @@ def _with_notes(
 
 def _inputs(
     options: Mapping[str, Any],
-    sources: Mapping[str, _SourceSummary],
-    parted: Mapping[str, Split],
+    sources: Mapping[str, Any],
+    parted: _Sides,
     chat: Chat | None,
 ) -> dict[str, Any]:
     """Return the inputs of a corpus, without its tokenizer, as plain data."""
     sides = sha256()  # of the documents on each side of each domain
     for name, split in parted.items():
-        for side in (split.train, split.validation):
+        for side in split:
             sides.update(f"{name}\0{side.digest()}".encode())
             if chat is not None:
                 sides.update(f"{chat.digest}\0{side.conversations_digest()}".encode())
-    plain = {name: asdict(source) for name, source in sources.items()}
-    return {"options": options, "sources": plain, "sides": sides.hexdigest()}
+    return {"options": options, "sources": sources, "sides": sides.hexdigest()}
 
 
 def _corpora(cache_dir: Path) -> Path:
@@ -281,37 +297,44 @@ def _digest(made_from: Mapping[str, Any]) -> str:
 
 
 def _make(
-    splits: Mapping[str, Split],
+    splits: _Sides,
     *,
     vocab_size: int,
     max_tokens: int | None,
-    sources: Mapping[str, _SourceSummary],
+    sources: Mapping[str, Any],
     digest: str,
     tokenizer: Tokenizer | None,
     chat: Chat | None,
     validation_bytes: Mapping[str, Tensor] | None,
 ) -> Corpus:
     if tokenizer is None:
-        training = (each for split in splits.values() for each in split.train)
+        training = (each for train, _ in splits.values() for each in train)
         tokenizer = train_tokenizer(training, vocab_size=vocab_size)
-    kept: dict[str, Sequence[Document]] = {n: split.validation for n, split in splits.items()}
+    kept: dict[str, Sequence[Document]] = {n: validation for n, (_, validation) in splits.items()}
     for name, sizes in (validation_bytes or {}).items():
         kept[name] = [
             Document(each.identifier, each.text.encode()[:size].decode())
             for each, size in zip(kept[name], sizes.tolist(), strict=True)
         ]
+    shared = held_out_before(splits)
     domains = {
         name: Domain(
             name=name,
-            train=TokenisedDocuments.of(split.train, tokenizer, chat=chat),
+            train=TokenisedDocuments.of(train, tokenizer, chat=chat),
             validation=TokenisedDocuments.of(
                 kept[name], tokenizer, max_tokens_per_document=max_tokens, chat=chat
             ),
-            held_out_before=split.held_out_before,
+            held_out_before=shared[name],
+            **_read_source(sources[name]),
         )
-        for name, split in splits.items()
+        for name, (train, _) in splits.items()
     }
-    return Corpus(tokenizer=tokenizer, domains=domains, digest=digest, sources=dict(sources))
+    return Corpus(tokenizer=tokenizer, domains=domains, digest=digest)
+
+
+def _read_source(source: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `Domain` that its `source` states."""
+    return {name: source[name] for name in ("origin", "num_bytes", "sha256")}
 
 
 def _digest_of(sizes: Mapping[str, Tensor]) -> str:
@@ -342,19 +365,22 @@ def _load(cache_dir: Path, digest: str) -> Corpus | None:
         for name, counts in metadata["counts"].items():
             # Former entries have only the number
             former = range(metadata.get("cut", {}).get(name, 0))
-            sides, cut = {}, tuple(metadata.get("cut_documents", {}).get(name, former))
+            cut = tuple(metadata.get("cut_documents", {}).get(name, former))
+            sides: dict[str, Any] = {}
             for side in _SIDES:
                 prefix, own_cut = f"{name}.{side}.", cut if side == "validation" else ()
                 own = {n.removeprefix(prefix): tensors[n] for n in tensors if n.startswith(prefix)}
                 sides[side] = TokenisedDocuments.of_tensors(own, cut=own_cut)
             domains[name] = Domain(
-                name=name, **sides, held_out_before=int(counts["held_out_before"])
+                name=name,
+                **sides,
+                held_out_before=int(counts["held_out_before"]),
+                **_read_source(metadata["sources"][name]),
             )
         return Corpus(
             tokenizer=Tokenizer.from_file(str(folder / _TOKENIZER)),
             domains=domains,
             digest=digest,
-            sources={n: _SourceSummary(**source) for n, source in metadata["sources"].items()},
         )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         cache.quarantine(folder, reason=f"{type(error).__name__}: {error}")
@@ -393,7 +419,7 @@ def _save(corpus: Corpus, folder: Path) -> None:
     metadata = {
         "format_version": _FORMAT_VERSION,
         "digest": corpus.digest,
-        "sources": {name: asdict(source) for name, source in corpus.sources.items()},
+        "sources": {name: domain.source for name, domain in corpus.domains.items()},
         "counts": {name: domain.counts for name, domain in corpus.domains.items()},
         "cut_documents": {name: domain.validation.cut for name, domain in corpus.domains.items()},
     }

@@ -1,14 +1,13 @@
 """Data of a training run: endless training batches and a validation subset."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
 
-from tritter.data.batches import this_rank
+from tritter.data.batches import num_ranks, this_rank
 from tritter.data.packing import IGNORED, Windows
 from tritter.data.tokens import TextBounds, TokenisedDocuments
 from tritter.seeds import derived_seed
@@ -17,28 +16,29 @@ _Batch = dict[str, Any]
 Batches = Iterable[Mapping[str, Tensor]]  # with a length
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ValidationSubset:
     """A fixed subset of every domain's validation data for evaluation during training.
 
-    With several processes, each reads every n-th batch. All read the same number of batches,
-    because they synchronise at each one.
+    It contains windows of each domain's documents. With several processes, each reads every n-th
+    batch. All read the same number of batches, because they synchronise at each one.
 
     Args:
+        documents: domain → its validation documents.
         every_n_steps: optimizer steps between two evaluations.
+        max_tokens: limit per domain; at least one window is used.
+        sequence_length: tokens per window.
+        bounds: start and end of a text.
+        batch_size: windows per batch.
+        seed: seed of the sample; the sample of a domain does not depend on other domains.
+
+    Attributes:
         domains: names of the domains.
         batches: {"domain": name, "input_ids": int64 [B, T], "targets": int64 [B, T]} each.
         lengths: tokens of each window, without padding.
     """
 
-    every_n_steps: int
-    domains: tuple[str, ...]
-    batches: tuple[_Batch, ...]
-    lengths: tuple[int, ...]
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         documents: Mapping[str, TokenisedDocuments],
         *,
         every_n_steps: int,
@@ -47,43 +47,28 @@ class ValidationSubset:
         bounds: TextBounds,
         batch_size: int,
         seed: int,
-    ) -> "ValidationSubset":
-        """Sample windows from each domain's documents.
-
-        Args:
-            documents: domain → its validation documents.
-            every_n_steps: optimizer steps between two evaluations.
-            max_tokens: limit per domain; at least one window is used.
-            sequence_length: tokens per window.
-            bounds: start and end of a text.
-            batch_size: windows per batch.
-            seed: seed of the sample; the sample of a domain does not depend on other domains.
-        """
-        batches: list[_Batch] = []
-        lengths: list[int] = []
+    ) -> None:
+        self.every_n_steps = every_n_steps
+        self.domains = tuple(documents)
+        self.batches: list[_Batch] = []
+        self.lengths: list[int] = []
         for domain, each in documents.items():
             windows = Windows(each, sequence_length=sequence_length, bounds=bounds)
             generator = torch.Generator().manual_seed(derived_seed(seed, "evaluation", domain))
             chosen = windows.sample(max_tokens, generator=generator)
-            lengths += [window.length for window in chosen]
+            self.lengths += [window.length for window in chosen]
             for batch in windows.batches(chosen, batch_size=batch_size):
                 input_ids, targets = windows.tensors(batch)
-                batches.append({"domain": domain, "input_ids": input_ids, "targets": targets})
-        return cls(
-            every_n_steps=every_n_steps,
-            domains=tuple(documents),
-            batches=tuple(batches),
-            lengths=tuple(lengths),
-        )
+                self.batches.append({"domain": domain, "input_ids": input_ids, "targets": targets})
 
     def __len__(self) -> int:
-        return -(-len(self.batches) // this_rank().count)
+        return -(-len(self.batches) // num_ranks())
 
     def __iter__(self) -> Iterator[_Batch]:
         rank = this_rank()
-        for first in range(0, len(self.batches), rank.count):
-            if first + rank.index < len(self.batches):
-                yield self.batches[first + rank.index]
+        for first in range(0, len(self.batches), num_ranks()):
+            if first + rank < len(self.batches):
+                yield self.batches[first + rank]
             else:
                 batch = self.batches[first]
                 yield {**batch, "targets": torch.full_like(batch["targets"], IGNORED)}

@@ -161,13 +161,6 @@ class DatasetName:
         """Whether it is a folder written by `save_to_disk`."""
         return any(all((Path(self.name) / name).is_file() for name in names) for names in _SAVED)
 
-    @property
-    def builder(self) -> tuple[str, dict[str, str]] | None:
-        """The builder of a single data file and its arguments; None if it is not such a file."""
-        path = Path(self.name)
-        ending = _file_ending(path) if self.is_on_disk and path.is_file() else ""
-        return _BUILDERS[ending] if ending else None
-
     def check_on_disk(self, key: str, word: str) -> None:
         """Check that a data set on disk, typed as `word`, exists and is supported."""
         path = Path(self.name)
@@ -379,40 +372,31 @@ def _dataset_errors(source: DatasetName, key: str) -> Iterator[None]:
 
     One thread at a time: each restores the settings that it found.
     """
-    with _LOCK, _named_errors(source, key):
-        yield
-
-
-@contextmanager
-def _named_errors(source: DatasetName, key: str) -> Iterator[None]:
-    library = _library()
-    log, was_shown = library.utils.logging, library.is_progress_bar_enabled()
-    verbosity = log.get_verbosity()
-    library.disable_progress_bars()
-    log.set_verbosity(log.CRITICAL)
-    try:
-        with quiet_hub():
-            yield
-    except (TritterError, GeneratorExit):
-        raise
-    except _Unreadable as error:
-        raise TextFileError([f"{key}: {source} {_with_full_stop(str(error))}"]) from error
-    # Format and hub libraries raise exceptions of their own.
-    except Exception as error:
-        raise TextFileError(
-            [f"{key}: {source} {_with_full_stop(_reason(source, error))}"]
-        ) from error
-    finally:
-        log.set_verbosity(verbosity)
-        if was_shown:
-            library.enable_progress_bars()
-
-
-def _with_full_stop(sentence: str) -> str:
-    return sentence if sentence.endswith((".", "?")) else f"{sentence}."
+    with _LOCK:
+        library = _library()
+        log, was_shown = library.utils.logging, library.is_progress_bar_enabled()
+        verbosity = log.get_verbosity()
+        library.disable_progress_bars()
+        log.set_verbosity(log.CRITICAL)
+        try:
+            with quiet_hub():
+                yield
+        except (TritterError, GeneratorExit):
+            raise
+        # Format and hub libraries raise exceptions of their own.
+        except Exception as error:
+            reason = _reason(source, error)
+            stop = "" if reason.endswith((".", "?")) else "."
+            raise TextFileError([f"{key}: {source} {reason}{stop}"]) from error
+        finally:
+            log.set_verbosity(verbosity)
+            if was_shown:
+                library.enable_progress_bars()
 
 
 def _reason(source: DatasetName, error: Exception) -> str:
+    if isinstance(error, _Unreadable):
+        return str(error)
     library = _library()
     message = " ".join(str(error).split())[:_MAX_MESSAGE]
     if isinstance(error, ConnectionError) and not source.is_on_disk:
@@ -459,7 +443,7 @@ def _open(source: DatasetName, *, is_streamed: bool) -> Mapping[str | None, Any]
     library = _library()
     location, is_saved = Path(source.name), source.is_on_disk and source.is_saved
     found: Mapping[str, Any] = {}
-    if source.is_on_disk and location.is_file():
+    if is_file := source.is_on_disk and location.is_file():
         found = {_DEFAULT_SPLIT: [location]}
     if source.is_on_disk and location.is_dir():
         try:
@@ -485,8 +469,8 @@ def _open(source: DatasetName, *, is_streamed: bool) -> Mapping[str | None, Any]
     if is_saved:
         saved = library.load_from_disk(source.name)
         return saved if isinstance(saved, Mapping) else {None: saved}
-    if source.builder is not None:
-        path, own = source.builder
+    if is_file:
+        path, own = _BUILDERS[_file_ending(location)]
         arguments = {"path": path, "data_files": source.name, **own}
         is_plain_text = path == "text"
     else:

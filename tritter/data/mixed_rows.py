@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, compress
 from typing import Any
 
@@ -77,7 +76,7 @@ def mixed_loader(
     return _MixedLoader(
         _MixedRows(new, old),
         batch_sampler=_MixedBatches(batches, count),
-        collate_fn=_Marked(loader.collate_fn),
+        collate_fn=partial(_collated, collate=loader.collate_fn),
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory,
         prefetch_factor=loader.prefetch_factor,
@@ -128,21 +127,15 @@ class _MixedBatches(Sampler[list[int]]):
         return int(self._stream.state_dict()["batch_index"])
 
 
-class _MixedRows(Dataset[tuple[Any, bool]]):
+class _MixedRows(ConcatDataset[Any]):
     """New rows, then the old ones of each domain, with the fields of the new and their kind."""
 
     def __init__(self, new: Any, old: Mapping[str, Any]) -> None:
-        self._new, sample = new, new[0]
-        domains = [_OldRows(name, rows, sample=sample) for name, rows in old.items()]
-        self._old: Dataset[dict[str, Any]] = ConcatDataset(domains)
-        self._num_old = sum(map(len, domains))
-
-    def __len__(self) -> int:
-        return len(self._new) + self._num_old
+        sample = new[0]
+        super().__init__([new, *(_OldRows(n, rows, sample=sample) for n, rows in old.items())])
 
     def __getitem__(self, number: int) -> tuple[Any, bool]:
-        old = number - len(self._new)
-        return (self._new[number], False) if old < 0 else (self._old[old], True)
+        return super().__getitem__(number), number >= self.cumulative_sizes[0]
 
 
 class _OldRows(Dataset[dict[str, Any]]):
@@ -173,15 +166,12 @@ class _OldRows(Dataset[dict[str, Any]]):
         }
 
 
-@dataclass(frozen=True, slots=True)
-class _Marked:
-    """A collator that also marks the replayed rows of a batch, as bool [B] `is_replay`."""
-
-    collate: Callable[[list[Any]], Any]
-
-    def __call__(self, rows: list[tuple[Any, bool]]) -> dict[str, Any]:
-        batch = dict(self.collate([row for row, _ in rows]))
-        return {**batch, "is_replay": torch.tensor([is_old for _, is_old in rows])}
+def _collated(
+    rows: list[tuple[Any, bool]], *, collate: Callable[[list[Any]], Any]
+) -> dict[str, Any]:
+    """Return a batch of rows that marks the replayed ones, as bool [B] `is_replay`."""
+    batch = dict(collate([row for row, _ in rows]))
+    return {**batch, "is_replay": torch.tensor([is_old for _, is_old in rows])}
 
 
 class PackedText:

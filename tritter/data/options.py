@@ -18,7 +18,7 @@ from tritter.data.documents import PIECE_CHARACTERS
 from tritter.data.local_files import has_records
 from tritter.data.records import DEFAULT_FIELD
 from tritter.data.skills import SKILLS, SkillText
-from tritter.data.sources import FoundTexts, TextRequest
+from tritter.data.sources import TextRequest, text_files
 from tritter.errors import Problem, RequestError, key_name, nearest, refused
 from tritter.limits import MAX_COUNT
 from tritter.options import Count, RunRequest, Text, options
@@ -324,7 +324,7 @@ def _text_location(key: str, path: str) -> str:
         resolved = str(named.parent.resolve() / named.name if is_name else named.resolve())
     except (OSError, ValueError, RuntimeError) as error:
         raise refused(key, path, f"this is not a valid path ({error})") from error
-    FoundTexts.of(key, [resolved])
+    text_files(key, [resolved])
     return resolved
 
 
@@ -503,8 +503,8 @@ def _reading_problems(config: RunRequest) -> Iterator[Problem]:
     """Yield options of reading that no file or data set of the run needs."""
     data, unused = config.data, dict[str, tuple[object, str]]()
     if data.record_field != DEFAULT_FIELD:
-        found = (FoundTexts.of(each.key, each.paths).files for each in data.text_requests)
-        if not any(map(has_records, chain.from_iterable(found))):
+        files = chain.from_iterable(each.files for each in data.text_requests)
+        if not any(map(has_records, files)):
             unused["text_field"] = (data.record_field, "no file of the run has records")
     if isinstance(data, DatasetsConfig):
         names = chain.from_iterable(DatasetName.names_in(each.paths) for each in data.text_requests)

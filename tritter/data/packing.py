@@ -13,7 +13,7 @@ from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from tritter.data.batches import this_rank
+from tritter.data.batches import num_ranks
 from tritter.data.chat import ANSWER, CONTEXT, PADDING, START, ids_of, is_padding, is_unpredicted
 from tritter.data.tokens import TextBounds, TokenisedDocuments
 from tritter.errors import Problem, RequestError
@@ -196,9 +196,6 @@ def packed(
         packing: `stream` or `documents`.
         sequence_length: tokens per sequence.
         bounds: start and end of a text.
-
-    Raises:
-        RequestError: `sequence_length` is below 2, or the documents are empty.
     """
     if packing == "stream":
         return documents.pack(sequence_length=sequence_length, bounds=bounds)
@@ -616,12 +613,12 @@ def lengths_read(
 
     if attention_mask is not None:
         own = Counter(attention_mask.sum(dim=1).tolist())
-        of_ranks = [own] * this_rank().count
-        if this_rank().count > 1:
+        of_ranks = [own] * num_ranks()
+        if num_ranks() > 1:
             distributed.all_gather_object(of_ranks, own)
         return {length: number for length, number in sum(of_ranks, Counter()).items() if length}
     document_mask = DocumentMask.of(model)
-    if this_rank().count == 1:
+    if num_ranks() == 1:
         return lengths_of(document_mask, input_ids)
     counts = torch.zeros(input_ids.shape[1] + 1, dtype=torch.int64, device=input_ids.device)
     counts[-1] = len(input_ids)

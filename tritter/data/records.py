@@ -527,15 +527,12 @@ def _content(value: object, where: str) -> str:
         fields = part if isinstance(part, Mapping) else {"text": part}
         kind, text = fields.get("type", "text"), fields.get("text", fields.get("value"))
         if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
+            found = f"of the type {kind!r}"[:60]
             raise WrongRecordError(
-                f"{where} part {at} is {_short(kind)}; only parts of the type text are read"
+                f"{where} part {at} is {found}; only parts of the type text are read"
             )
         texts.append(text)
     return "".join(texts)
-
-
-def _short(kind: object) -> str:
-    return f"of the type {kind!r}"[:60]
 
 
 def _plain(message: Mapping[str, Any]) -> str:

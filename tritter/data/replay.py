@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Weighting = Literal["uniform", "loss"]
-_SEEN = "seen"  # default domain of added sequences
 _FORMAT_VERSION = 1
 _PROMPTS = ("prompt", "instruction", "question")
 _ANSWERS = ("answer", "completion", "response", "output")
@@ -136,8 +135,6 @@ class Reservoir(Sampler):
     def __init__(self, capacity: int, *, seed: int, weighting: Weighting = "uniform") -> None:
         import torch
 
-        if capacity < 1:
-            raise RequestError(f"capacity = {capacity}: must be at least 1 sequence.")
         super().__init__(capacity, seed=seed, weighting=weighting)
         self.sequences = torch.empty(0, 0, dtype=torch.int32)  # [N, T]
 
@@ -170,8 +167,7 @@ class Reservoir(Sampler):
 
     def next_sequences(self, count: int) -> Tensor:
         """Draw `count` sequences, int64 [count, T]."""
-        if count and not len(self):
-            raise RequestError("the replay buffer is empty.")
+        assert len(self) or not count
         return self.sequences[self.draw(count)].long()
 
     def state_dict(self) -> dict[str, Any]:
@@ -208,9 +204,6 @@ class ReplayBuffer:
         Args:
             streams: domain → its sequences.
             weights: domain → sampling weight; defaults to 1.
-
-        Raises:
-            RequestError: there is no domain with a weight above 0.
         """
         decimals = {name: (weights or {}).get(name, 1.0) for name in streams}
         # The decimals that the user typed, so that no rounding accumulates
@@ -230,7 +223,6 @@ class ReplayBuffer:
         seed: int,
         weights: Mapping[str, float] | None = None,
         losses: Mapping[str, Tensor] | None = None,
-        purpose: str = "replay",
     ) -> ReplayBuffer:
         """Create a buffer of full data sets.
 
@@ -239,14 +231,10 @@ class ReplayBuffer:
             seed: seed of all orders.
             weights: domain → sampling weight; defaults to 1.
             losses: domain → losses [N]; sequences are drawn in proportion to them.
-            purpose: derives the seeds; different purposes have different orders.
-
-        Raises:
-            RequestError: a domain has no sequences, or no weight is above 0.
         """
         streams: dict[str, Sequences] = {}
         for name, each in sequences.items():
-            own = derived_seed(seed, purpose, name)
+            own = derived_seed(seed, "replay", name)
             if losses is not None and name in losses:
                 streams[name] = weighted = Reservoir(len(each), seed=own, weighting="loss")
                 weighted.add(each, losses[name])
@@ -257,68 +245,45 @@ class ReplayBuffer:
     @classmethod
     def of_reservoirs(
         cls,
-        capacities: Mapping[str, int] | int,
+        capacities: Mapping[str, int],
         *,
         seed: int,
         weighting: Weighting = "uniform",
-        weights: Mapping[str, float] | None = None,
     ) -> ReplayBuffer:
         """Create an empty buffer of reservoir samples.
 
         Args:
-            capacities: domain → capacity in sequences; a number means a single domain.
+            capacities: domain → capacity in sequences.
             seed: seed of all reservoirs.
             weighting: weighting within a domain, see `Sampler`.
-            weights: domain → sampling weight; defaults to 1.
-
-        Raises:
-            RequestError: a capacity is below 1, or no weight is above 0.
         """
-        by_domain = {_SEEN: capacities} if isinstance(capacities, int) else capacities
-        streams = {
-            name: Reservoir(each, seed=derived_seed(seed, "replay", name), weighting=weighting)
-            for name, each in by_domain.items()
-        }
-        return cls(streams, weights=weights)
+        return cls(
+            {
+                name: Reservoir(each, seed=derived_seed(seed, "replay", name), weighting=weighting)
+                for name, each in capacities.items()
+            }
+        )
 
     @classmethod
-    def load(
-        cls,
-        path: Path,
-        *,
-        seed: int,
-        weighting: Weighting = "uniform",
-        weights: Mapping[str, float] | None = None,
-    ) -> ReplayBuffer:
-        """Load the reservoirs that `save` wrote; draws start from the beginning.
-
-        Raises:
-            TritterError: the file does not exist or is damaged.
-            RequestError: no weight is above 0.
-        """
+    def load(cls, path: Path, *, seed: int) -> ReplayBuffer:
+        """Load the reservoirs that `save` wrote; draws start from the beginning."""
         tensors = read_sequences(path)
         names = [key.partition("/")[2] for key in tensors if key.startswith("sequences/")]
         try:
             counts = {name: tensors[f"counts/{name}"].tolist() for name in names}
             capacities = {name: capacity for name, (capacity, _) in counts.items()}
-            buffer = cls.of_reservoirs(capacities, seed=seed, weighting=weighting, weights=weights)
+            buffer = cls.of_reservoirs(capacities, seed=seed)
             for name, stream in buffer._streams.items():
                 assert isinstance(stream, Reservoir)
                 sequences, losses = tensors[f"sequences/{name}"], tensors[f"losses/{name}"]
                 stream.add(sequences, losses)
                 stream.num_seen = counts[name][1]
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
-            if isinstance(error, RequestError):
-                raise
             raise TritterError(f"{path} is not a replay buffer ({error!r}).") from error
         return buffer
 
     def save(self, path: Path, *, extra: Mapping[str, Tensor] | None = None) -> None:
-        """Write the reservoirs, and tensors that `load` ignores, as safetensors.
-
-        Raises:
-            RequestError: a domain is a full data set.
-        """
+        """Write the reservoirs, and tensors that `load` ignores, as safetensors."""
         import torch
 
         tensors = dict(extra or {})
@@ -343,12 +308,8 @@ class ReplayBuffer:
         """Tokens of one sequence."""
         return max(stream.sequence_length for stream in self._streams.values())
 
-    def add(self, sequences: Tensor, losses: Tensor | None = None, *, domain: str = _SEEN) -> None:
-        """Offer sequences [n, T] to a domain's reservoir, with the loss of each, [n].
-
-        Raises:
-            RequestError: the domain has no reservoir, or `Reservoir.add` refuses the sequences.
-        """
+    def add(self, sequences: Tensor, losses: Tensor | None = None, *, domain: str) -> None:
+        """Offer sequences [n, T] to a domain's reservoir, with the loss of each, [n]."""
         stream = self._streams.get(domain)
         if not isinstance(stream, Reservoir):
             raise RequestError(
@@ -361,9 +322,6 @@ class ReplayBuffer:
         """Return a loader that draws `fraction` of each batch from this buffer.
 
         An earlier buffer of the loader keeps its share; the two take turns.
-
-        Raises:
-            RequestError: the shares together are not in [0, 1), or lengths differ.
         """
         if self.sequence_length != batches.new.sequence_length:
             raise RequestError(
@@ -380,11 +338,7 @@ class ReplayBuffer:
         return mixed
 
     def next_sequences(self, count: int) -> Tensor:
-        """Return `count` sequences, int64 [count, T], in the domains' shares.
-
-        Raises:
-            RequestError: the buffer is empty.
-        """
+        """Return `count` sequences, int64 [count, T], in the domains' shares."""
         import torch
 
         sequences = [torch.empty(0, self.sequence_length, dtype=torch.int64)]
@@ -416,11 +370,6 @@ class ReplayBuffer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a saved position."""
-        if state.keys() != self._streams.keys():
-            raise TritterError(
-                f"data position was saved with replay of {', '.join(state)}; this run replays "
-                f"{', '.join(self._streams)}."
-            )
         for name, stream in self._streams.items():
             self._drawn[name] = int(state[name]["drawn"])
             stream.load_state_dict(state[name]["place"])

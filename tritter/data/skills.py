@@ -126,9 +126,6 @@ def _drawn(prompt: str, answer: str, *, choices: tuple[str, ...] = (), key: str 
     return Question(key or prompt, prompt, answer, choices)
 
 
-_Exercise = Callable[[Draw], Question]
-
-
 def _sorting(draw: Draw) -> Question:
     """`Sort d a c:` → `a c d`, of three or four of the first twelve letters."""
     letters = draw.sample(_LETTERS[:12], draw.between(3, 4))
@@ -246,50 +243,7 @@ def _identity(draw: Draw) -> Question:
     return _drawn(prompt[0].upper() + prompt[1:], f" {_FACTS[topic]}", key=wording)
 
 
-@dataclass(frozen=True, slots=True)
-class Skill:
-    """A named kind of exercise.
-
-    Args:
-        name: name of the skill.
-        exercise: draws an example.
-    """
-
-    name: str
-    exercise: _Exercise
-
-    def texts(self, number: int, *, is_chat: bool = False) -> Iterator[Text]:
-        """Yield `number` exercises with answers; a small skill repeats some."""
-        examples = (self.example("text", index) for index in range(number))
-        return (each.conversation if is_chat else each.text for each in examples)
-
-    def questions(self, number: int, *, is_chat: bool = False) -> tuple[Question, ...]:
-        """Return up to `number` distinct questions, none of which occurs in a training text."""
-        found: dict[str, Question] = {}
-        num_repeats = 0
-        for example in map(partial(self.example, "question"), count()):
-            if len(found) == number or num_repeats == _MAX_REPEATS:
-                break
-            num_repeats = num_repeats + 1 if example.prompt in found else 0
-            question = replace(example, identifier=f"{self.name}: {example.prompt}")
-            if is_chat:
-                choices, answer = tuple(map(str.strip, example.choices)), example.answer.strip()
-                question = replace(question, answer=answer, choices=choices, is_chat=True)
-            found.setdefault(example.prompt, question)
-        return tuple(found.values())
-
-    def example(self, side: str, index: int) -> Question:
-        """Return an exercise of one side of the split, `text` or `question`."""
-        drawn = (self.exercise(Draw(self.name, _SEED, side, index, attempt)) for attempt in count())
-        return next(each for each in drawn if self.is_held_out(each) == (side == "question"))
-
-    def is_held_out(self, example: Question) -> bool:
-        """Return True if an exercise is reserved for evaluation."""
-        digest = sha256(f"{self.name}\0{example.identifier}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") < _HELD_OUT * 2**64
-
-
-_EXERCISES: dict[str, _Exercise] = {
+SKILLS: dict[str, Callable[[Draw], Question]] = {
     "arithmetic": _arithmetic,
     "sorting": _sorting,
     "reversing": _reversing,
@@ -300,7 +254,6 @@ _EXERCISES: dict[str, _Exercise] = {
     "reasoning": _reasoning,
     "multiple_choice": _multiple_choice,
 }
-SKILLS = {name: Skill(name, exercise) for name, exercise in _EXERCISES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,7 +261,7 @@ class SkillText:
     """The data named by `skills:NAME:COUNT`, or by `skills:NAME:COUNT:chat` as conversations.
 
     Args:
-        skill: the skill.
+        name: name of the skill.
         count: number of exercises.
         is_chat: whether each exercise is a conversation.
     """
@@ -316,12 +269,12 @@ class SkillText:
     PREFIX: ClassVar[str] = "skills:"
     # Recorded in a lineage
     ORIGIN: ClassVar[str] = f"generated skills, version {_SKILL_VERSION}, seed {_SEED}"
-    skill: Skill
+    name: str
     count: int = _DEFAULT_COUNT
     is_chat: bool = False
 
     def __str__(self) -> str:
-        name = f"{self.PREFIX}{self.skill.name}:{self.count}"
+        name = f"{self.PREFIX}{self.name}:{self.count}"
         return f"{name}:{_CHAT}" if self.is_chat else name
 
     @classmethod
@@ -340,7 +293,7 @@ class SkillText:
         is_chat = parts[-1:] == [_CHAT]
         numbers = parts[:-1] if is_chat else parts
         if not numbers:
-            return cls(SKILLS[name], is_chat=is_chat)
+            return cls(name, is_chat=is_chat)
         number = ":".join(numbers)
         is_count = number.isascii() and number.isdigit() and len(number) <= len(str(_MAX_COUNT))
         if not is_count or not 1 <= int(number) <= _MAX_COUNT:
@@ -349,11 +302,38 @@ class SkillText:
                 f":{_CHAT} may follow"
             )
             raise refused(key, path, reason)
-        return cls(SKILLS[name], int(number), is_chat)
+        return cls(name, int(number), is_chat)
 
     def texts(self) -> Iterator[Text]:
-        """Yield the texts."""
-        return self.skill.texts(self.count, is_chat=self.is_chat)
+        """Yield the exercises with answers; a small skill repeats some."""
+        examples = (self._example("text", index) for index in range(self.count))
+        return (each.conversation if self.is_chat else each.text for each in examples)
+
+    def questions(self, number: int) -> tuple[Question, ...]:
+        """Return up to `number` distinct questions, none of which occurs in a training text."""
+        found: dict[str, Question] = {}
+        num_repeats = 0
+        for example in map(partial(self._example, "question"), count()):
+            if len(found) == number or num_repeats == _MAX_REPEATS:
+                break
+            num_repeats = num_repeats + 1 if example.prompt in found else 0
+            question = replace(example, identifier=f"{self.name}: {example.prompt}")
+            if self.is_chat:
+                choices, answer = tuple(map(str.strip, example.choices)), example.answer.strip()
+                question = replace(question, answer=answer, choices=choices, is_chat=True)
+            found.setdefault(example.prompt, question)
+        return tuple(found.values())
+
+    def _example(self, side: str, index: int) -> Question:
+        """Return an exercise of one side of the split, `text` or `question`."""
+        draw = SKILLS[self.name]
+        drawn = (draw(Draw(self.name, _SEED, side, index, attempt)) for attempt in count())
+        return next(each for each in drawn if self.is_held_out(each) == (side == "question"))
+
+    def is_held_out(self, example: Question) -> bool:
+        """Return True if an exercise is reserved for evaluation."""
+        digest = sha256(f"{self.name}\0{example.identifier}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") < _HELD_OUT * 2**64
 
     @classmethod
     def questions_of(cls, paths: Iterable[str], number: int) -> tuple[Question, ...]:
@@ -365,8 +345,8 @@ class SkillText:
         for path in paths:
             if path.startswith(cls.PREFIX):
                 text = cls.named("data", path)
-                skills[text.skill.name, text.is_chat] = text
+                skills[text.name, text.is_chat] = text
         for position, text in enumerate(skills.values()):
             part = number // len(skills) + (position < number % len(skills))
-            questions += text.skill.questions(part, is_chat=text.is_chat)
+            questions += text.questions(part)
         return tuple(questions)

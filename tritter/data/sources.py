@@ -7,7 +7,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from hashlib import sha256
 from itertools import chain, count, islice, takewhile
 from pathlib import Path
@@ -39,68 +39,65 @@ _CHECKED_BYTES = 256 * 2**20
 _AGAIN = "named again"
 
 
-@dataclass(frozen=True, slots=True)
-class FoundTexts:
-    """The text files of some paths, and counts of skipped files.
+def text_files(
+    key: str,
+    paths: Iterable[str],
+    *,
+    is_recorded: bool = False,
+    skipped: Counter[str] | None = None,
+) -> tuple[Path, ...]:
+    """Return the text files of some paths: each once, in the order of the paths, then sorted.
+
+    A folder stands for all supported files in it and its subfolders, except hidden ones and those
+    that are `not_data`. Links are followed if they stay inside the folder, or inside the hub's
+    cache for a download. Built-in texts and data sets are skipped.
 
     Args:
-        files: each file once, in the order of the paths, then sorted.
-        skipped: file extension, kind of other entries, or why the content is no text → number
-            skipped; also files of several paths, which are read once. Hidden files are not counted.
+        key: the configuration key, for messages.
+        paths: files, folders and globs.
+        is_recorded: the paths come from a checkpoint, which is untrusted: a limited search.
+        skipped: counts other entries by file extension, kind, or why the content is no text, and
+            files of several paths, which are read once. Hidden files are not counted.
     """
-
-    files: tuple[Path, ...]
-    skipped: Mapping[str, int] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, key: str, paths: Iterable[str], *, is_recorded: bool = False) -> "FoundTexts":
-        """Find the text files of some paths.
-
-        A folder stands for all supported files in it and its subfolders, except hidden ones and
-        those that are `not_data`. Links are followed if they stay inside the folder, or inside the
-        hub's cache for a download. Built-in texts and data sets are skipped.
-
-        Args:
-            key: the configuration key, for messages.
-            paths: files, folders and globs.
-            is_recorded: the paths come from a checkpoint, which is untrusted: a limited search.
-        """
-        limit = _MAX_RECORDED if is_recorded else None
-        files: dict[Path, None] = {}
-        skipped: Counter[str] = Counter()
-        for path in paths:
-            if is_built_in(path) or path.startswith(DatasetName.PREFIX):
-                continue
-            try:
-                found = _found(key, path, limit)
-            except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
-                # File systems and glob patterns raise many kinds of errors
-                if isinstance(error, RequestError):
-                    raise
-                reason = error.strerror if isinstance(error, OSError) else None
-                raise refused(key, path, f"it can't be read ({reason or error})") from error
-            again = sum(each in files for each in found.files)
-            files.update(dict.fromkeys(found.files))
-            skipped.update({**found.skipped, **({_AGAIN: again} if again else {})})
-        return cls(tuple(files), skipped)
-
-    def note(self, name: str) -> str | None:
-        """Return a message about the skipped files of a domain; None if there are none."""
-        if not self.skipped:
-            return None
-        num_skipped = sum(self.skipped.values())
-        read = "1 file" if len(self.files) == 1 else f"{len(self.files)} files"
-        return f"{name}: {read} read; skipped {num_skipped} ({_join_counts(self.skipped)})"
+    limit = _MAX_RECORDED if is_recorded else None
+    skipped = Counter() if skipped is None else skipped
+    files: dict[Path, None] = {}
+    for path in paths:
+        if is_built_in(path) or path.startswith(DatasetName.PREFIX):
+            continue
+        try:
+            found = _found(key, path, limit, skipped)
+        except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
+            # File systems and glob patterns raise many kinds of errors
+            if isinstance(error, RequestError):
+                raise
+            reason = error.strerror if isinstance(error, OSError) else None
+            raise refused(key, path, f"it can't be read ({reason or error})") from error
+        if again := sum(each in files for each in found):
+            skipped[_AGAIN] += again
+        files.update(dict.fromkeys(found))
+    return tuple(files)
 
 
-def _found(key: str, path: str, limit: int | None) -> FoundTexts:
+def skipped_note(name: str, paths: Iterable[str], *, key: str) -> str | None:
+    """Return a message about the skipped files of a domain's paths; None if there are none."""
+    skipped = Counter[str]()
+    count = len(text_files(key, paths, skipped=skipped))
+    if not skipped:
+        return None
+    read = "1 file" if count == 1 else f"{count} files"
+    return f"{name}: {read} read; skipped {skipped.total()} ({_join_counts(skipped)})"
+
+
+def _found(key: str, path: str, limit: int | None, skipped: Counter[str]) -> Sequence[Path]:
     location = Path(path)
     parent = location.parent
     if location.is_dir():
-        return _known(key, path, _below(key, location, limit), where="the folder")
+        below = _below(key, location, limit)
+        return _known(key, path, below, skipped, where="the folder")
     if os.path.lexists(location):
         if _kind(location) is None and text_suffix(location):
-            return FoundTexts((location,))
+            return [location]
         raise refused(key, path, _unsupported(_kinds([location])))
     if _GLOB_SIGNS & set(path):
         if limit is not None:
@@ -109,26 +106,30 @@ def _found(key: str, path: str, limit: int | None) -> FoundTexts:
         folder = Path(*takewhile(lambda part: not _GLOB_SIGNS & set(part), location.parts))
         for match in matches:
             _check_link(key, folder, match)
-        return _known(key, path, matches, where="the glob")
+        return _known(key, path, matches, skipped, where="the glob")
     siblings = [each.name for each in parent.glob("*") if each.is_dir() or text_suffix(each)]
     where = "" if parent.is_dir() else f"; {parent} is not a folder either"
     reason = f"there is no such file or folder{where}.{did_you_mean(location.name, siblings)}"
     raise refused(key, path, reason.removesuffix("."))
 
 
-def _known(key: str, path: str, found: Sequence[Path], *, where: str) -> FoundTexts:
+def _known(
+    key: str, path: str, found: Sequence[Path], skipped: Counter[str], *, where: str
+) -> list[Path]:
+    """Return the text files among some entries, and count the others."""
     named = [each for each in found if text_suffix(each)]
     broken = [each for each in named if _kind(each) == _BROKEN_LINK]
     if broken:
         raise refused(key, str(broken[0]), "the link is broken")
     reasons = {each: not_data(each) for each in named if _kind(each) is None}
     known = [each for each, reason in reasons.items() if reason is None]
-    skipped = _kinds(each for each in found if each not in reasons)
-    skipped.update(filter(None, reasons.values()))
-    if known:
-        return FoundTexts(tuple(known), skipped)
-    nothing = f"{where} is empty" if where == "the folder" else f"{where} matches no file"
-    raise refused(key, path, _unsupported(skipped) if found else nothing)
+    others = _kinds(each for each in found if each not in reasons)
+    others.update(filter(None, reasons.values()))
+    if not known:
+        nothing = f"{where} is empty" if where == "the folder" else f"{where} matches no file"
+        raise refused(key, path, _unsupported(others) if found else nothing)
+    skipped.update(others)
+    return known
 
 
 def _check_glob(key: str, pattern: Path, limit: int) -> None:
@@ -232,7 +233,7 @@ class TextRequest:
         texts: a third-party source that replaces the paths.
         is_streamed: stream data sets from the hub instead of downloading them.
         is_head: read the first rows of data sets only.
-        is_recorded: the paths come from a checkpoint; see `FoundTexts.of`.
+        is_recorded: the paths come from a checkpoint; see `text_files`.
         piece_characters: size of the `pieces` of long texts; those of built-in texts are fixed.
     """
 
@@ -245,6 +246,11 @@ class TextRequest:
     is_head: bool = False
     is_recorded: bool = False
     piece_characters: int = PIECE_CHARACTERS
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The text files of the paths."""
+        return text_files(self.key, self.paths, is_recorded=self.is_recorded)
 
     def reading(self, *, is_quick: bool = False) -> Reading:
         """Return the options of a reading; a quick one ends after 256 MB of files."""
@@ -261,15 +267,15 @@ class TextRequest:
         if self.texts is not None:
             return _documents(_checked_texts(self.texts, self.key), reading)
         built_in = (doc for path in filter(is_built_in, paths) for doc in built_in_documents(path))
-        files = FoundTexts.of(self.key, paths, is_recorded=self.is_recorded).files
         whole = chain((each.conversation or each.text for each in built_in), self._rows(reading))
+        files = self.files
         read = reading.pieces_of(files) if files else ()
         return _documents(chain(read, whole), reading)
 
     def noted_documents(self) -> Documents:
         """Return all documents, and log which files and records are left out."""
         documents = self.documents()
-        skipped = FoundTexts.of(self.key, self.paths).note(self.key)
+        skipped = skipped_note(self.key, self.paths, key=self.key)
         for note in filter(None, (skipped, *documents.notes)):
             _logger.warning(note)
         return documents
@@ -286,7 +292,7 @@ class TextRequest:
         sources = self._datasets
         if {*self.paths} & {*Stdlib.TEXTS} or not all(each.is_on_disk for each in sources):
             return None
-        files = FoundTexts.of(self.key, self.paths).files
+        files = self.files
         read = reading.pieces_of(files) if files else iter(())
         named = (SkillText.named(self.key, path) for path in filter(is_built_in, self.paths))
         skills = (each.texts() for each in named)
@@ -362,7 +368,7 @@ def _checked_texts(texts: Callable[[], Iterable[str]], key: str) -> Iterator[str
 def check_contents(requests: Iterable[TextRequest], *, max_bytes: int = _CHECKED_BYTES) -> None:
     """Read the requested files, smallest first, up to `max_bytes`, and open the data sets."""
     requests = list(dict.fromkeys(requests))
-    requested = {each: FoundTexts.of(each.key, each.paths).files for each in requests}
+    requested = {each: each.files for each in requests}
     files = [(request, path) for request, found in requested.items() for path in found]
     problems: dict[tuple[TextRequest, Path], list[str]] = {}
     blank: set[tuple[TextRequest, Path]] = set()

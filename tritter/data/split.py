@@ -7,7 +7,6 @@ every training run of the lineage: runs never train on each other's validation d
 
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from hashlib import sha256
 from typing import Annotated, Literal
 
@@ -17,21 +16,6 @@ from tritter.data.documents import PIECE_CHARACTERS, Documents, text_key
 from tritter.data.records import NO_ANSWERS, Conversation, Text
 from tritter.errors import RequestError
 from tritter.storage.records import Seed, record
-
-
-@dataclass(frozen=True, slots=True)
-class Split:
-    """The two sides of a domain, each in the original order of documents.
-
-    Args:
-        train: training documents.
-        validation: validation documents.
-        held_out_before: how many of these an earlier domain of the run also holds out.
-    """
-
-    train: Documents
-    validation: Documents
-    held_out_before: int
 
 
 @record
@@ -53,27 +37,21 @@ class SplitRule:
         number = int.from_bytes(sha256(f"{self.seed}\0{key}".encode()).digest(), "big")
         return "validation" if number / 2**256 < self.validation_fraction else "train"
 
-    def split(self, domains: Mapping[str, Documents]) -> dict[str, Split]:
-        """Split the documents of each domain of a run, old domains first."""
+    def split(self, domains: Mapping[str, Documents]) -> dict[str, tuple[Documents, Documents]]:
+        """Return domain → its training and its validation documents, in their order."""
         import numpy as np
 
-        held_out: set[str] = set()
         splits = {}
         for name, documents in domains.items():
-            train, validation, num_known = array("q"), array("q"), 0
+            sides = {"train": array("q"), "validation": array("q")}
             for index, key in enumerate(documents.keys()):
-                if self.side(key) == "train":
-                    train.append(index)
-                else:
-                    validation.append(index)
-                    num_known += key in held_out
-            train_side, validation_side = (
-                documents.select(np.frombuffer(side, dtype="i8")) for side in (train, validation)
+                sides[self.side(key)].append(index)
+            train, validation = (
+                documents.select(np.frombuffer(side, dtype="i8")) for side in sides.values()
             )
-            splits[name] = Split(train_side, validation_side, num_known)
             if (reason := self._one_sided(len(train), len(validation))) is not None:
                 raise RequestError(f"data: domain {name}: {reason}.")
-            held_out.update(splits[name].validation.keys())
+            splits[name] = (train, validation)
         return splits
 
     def training_texts(
@@ -82,7 +60,8 @@ class SplitRule:
         """Yield the texts of the training documents of some domains."""
         parted = self.split(domains)
         for name in names:
-            yield from (document.text for document in parted[name].train)
+            train, _ = parted[name]
+            yield from (document.text for document in train)
 
     def problem(self, texts: Iterable[Text], *, needs_answers: bool = False) -> str | None:
         """Return the problem of texts that leave one side of the split empty; None otherwise.

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, overload
+from typing import TYPE_CHECKING, Any, Self, overload
 
 from tritter.data.chat import ANSWER, CONTEXT, START, Chat, ids_of, is_unpredicted
 from tritter.data.documents import Document
@@ -341,11 +341,6 @@ class _Names(Sequence[str]):
         start = int(self.ends[at - 1]) if at else 0
         return self.text[start : int(self.ends[at])].numpy().tobytes().decode()
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenisedDocuments:
@@ -393,14 +388,35 @@ class TokenisedDocuments:
         limit = max_tokens_per_document
         tokens, ends, num_bytes = Spool(), array("q", [0]), array("q")
         names, name_ends, cut = Spool(), array("q"), list[int]()
+        # The fast version omits offsets, which only truncation and answers need
+        is_fast = limit is None and not (chat is not None and chat.is_marked)
+        is_rendered = chat is not None and chat.tokenizer is not None
         for batch in _batches(documents):
-            encoded = _encoded(batch, tokenizer, limit, chat)
-            for document, each in zip(batch, encoded, strict=True):
-                tokens.append(np.asarray(each.ids, dtype=np.int32).data.cast("B"))
-                ends.append(ends[-1] + len(each.ids))
-                num_bytes.append(each.num_bytes)
-                cut += [len(name_ends)] if each.is_cut else []
-                names.append(document.identifier.encode())
+            texts = [each.text for each in batch if not (is_rendered and each.conversation)]
+            encodings = iter(encoded_texts(texts, tokenizer, is_fast=is_fast))
+            for document in batch:
+                conversation, name = document.conversation, document.identifier
+                ids: Sequence[int] | np.ndarray
+                if conversation is not None and chat is not None:
+                    chat.check(conversation, name)
+                if conversation is None or chat is None or not chat.is_marked:
+                    ids, size = _truncated(document.text, next(encodings), limit)
+                else:
+                    if is_rendered:
+                        marked = chat.render(conversation, name)
+                    else:
+                        marked = _marked_answers(next(encodings), conversation.answer_spans)
+                    size = chat.answer_bytes(conversation)
+                    if limit is not None and len(marked) > limit:
+                        cut.append(len(name_ends))
+                        marked = chat.fitted(marked, limit, conversation, name)
+                        kept = ids_of(marked[~is_unpredicted(marked)]).tolist()
+                        size = min(size, len(tokenizer.decode(kept).encode()))
+                    ids = marked
+                tokens.append(np.asarray(ids, dtype=np.int32).data.cast("B"))
+                ends.append(ends[-1] + len(ids))
+                num_bytes.append(size)
+                names.append(name.encode())
                 name_ends.append(len(names))
         return cls(
             tokens=tokens.tensor("i4"),
@@ -478,8 +494,6 @@ class TokenisedDocuments:
 
     def document(self, index: int) -> Tensor:
         """Return the tokens of one document, int32 [number of tokens]."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"document {index} of {len(self)}")
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
     def first(self, count: int) -> TokenisedDocuments:
@@ -520,43 +534,6 @@ class TokenisedDocuments:
         return stream.tensor("i4").view(-1, sequence_length)
 
 
-class _Encoded(NamedTuple):
-    """The tokens of a document, the bytes of its text or answers, and whether it was cut."""
-
-    ids: Sequence[int] | np.ndarray
-    num_bytes: int
-    is_cut: bool = False  # a conversation
-
-
-def _encoded(
-    documents: Sequence[Document], tokenizer: Tokenizer, limit: int | None, chat: Chat | None
-) -> Iterator[_Encoded]:
-    """Yield the tokens of each document and the bytes of its text or answers."""
-    is_marked = chat is not None and chat.is_marked
-    is_rendered = is_marked and chat is not None and chat.tokenizer is not None
-    texts = [each.text for each in documents if not (is_rendered and each.conversation)]
-    # The fast version omits offsets, which only truncation and answers need
-    is_fast = limit is None and not is_marked
-    encodings = iter(encoded_texts(texts, tokenizer, is_fast=is_fast))
-    for document in documents:
-        conversation, name = document.conversation, document.identifier
-        if conversation is not None and chat is not None:
-            chat.check(conversation, name)
-        if conversation is None or chat is None or not chat.is_marked:
-            yield _truncated(document.text, next(encodings), limit)
-            continue
-        if chat.tokenizer is None:
-            marked = _marked_answers(next(encodings), conversation.answer_spans)
-        else:
-            marked = chat.render(conversation, name)
-        size = chat.answer_bytes(conversation)
-        if is_cut := limit is not None and len(marked) > limit:
-            marked = chat.fitted(marked, limit, conversation, name)
-            kept = ids_of(marked[~is_unpredicted(marked)]).tolist()
-            size = min(size, len(tokenizer.decode(kept).encode()))
-        yield _Encoded(marked, size, is_cut)
-
-
 def _marked_answers(encoding: Any, spans: Sequence[tuple[int, int]]) -> np.ndarray:
     """Return the tokens of a plain text, of which those of the answers are predicted, int32 [T].
 
@@ -575,7 +552,7 @@ def _marked_answers(encoding: Any, spans: Sequence[tuple[int, int]]) -> np.ndarr
     return ids | np.where(is_answer, ANSWER, CONTEXT).astype(np.int32)
 
 
-def _truncated(text: str, encoding: Any, limit: int | None) -> _Encoded:
+def _truncated(text: str, encoding: Any, limit: int | None) -> tuple[list[int], int]:
     """Return the ids of a text up to a limit, and the bytes of the text that they encode."""
     num_kept = len(encoding)
     if limit is not None and num_kept > limit:
@@ -584,7 +561,7 @@ def _truncated(text: str, encoding: Any, limit: int | None) -> _Encoded:
         while num_kept and offsets[num_kept][0] < offsets[num_kept - 1][1]:
             num_kept -= 1
         text = text[: offsets[num_kept - 1][1]] if num_kept else ""
-    return _Encoded(encoding.ids[:num_kept], len(text.encode()))
+    return encoding.ids[:num_kept], len(text.encode())
 
 
 def concatenate(sequences: Sequence[Tensor]) -> Tensor:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import count, islice, pairwise
 from typing import TYPE_CHECKING, Any
@@ -37,66 +36,45 @@ _GRAMS = (2, 3)
 _KEY = "expansion.vocab"
 
 
-class _Tokens:
-    """Texts and ids of the tokens of a vocabulary; a new text gets the first id without a token.
+class ExtendedTokenizer:
+    """A tokenizer with further merges; a new token gets the first id without a token.
 
     Args:
-        content: tokenizer.json.
+        content: tokenizer.json before the extension.
+        merges: pairs of token ids, in order; a new token may be part of a later pair.
+
+    Attributes:
+        surfaces: token id → its text in the vocabulary; old tokens, then new ones.
+        ids: the reverse.
+        new_ids: ids of the new tokens; fewer than merges if a merge gives a token that exists.
     """
 
-    def __init__(self, content: Mapping[str, Any]) -> None:
+    def __init__(self, content: Mapping[str, Any], merges: _Merges = ()) -> None:
+        self.content, self.merges = content, merges
         self.ids: dict[str, int] = dict(content["model"]["vocab"])
-        self.texts = {number: text for text, number in self.ids.items()}
+        self.surfaces = {number: text for text, number in self.ids.items()}
         self.new_ids: list[int] = []
-        taken = {*self.texts, *(each["id"] for each in content.get("added_tokens") or ())}
+        taken = {*self.surfaces, *(each["id"] for each in content.get("added_tokens") or ())}
         self._free_ids = (number for number in count() if number not in taken)
+        for left, right in merges:
+            self.merge(left, right)
 
     def add(self, text: str) -> int:
         """Return the id of a text, as a new token if it is none."""
         if text not in self.ids:
             number = next(self._free_ids)
-            self.ids[text], self.texts[number] = number, text
+            self.ids[text], self.surfaces[number] = number, text
             self.new_ids.append(number)
         return self.ids[text]
 
     def merge(self, left: int, right: int) -> int:
         """Return the id of two tokens joined, as a new token if it is none."""
-        return self.add(self.texts[left] + self.texts[right])
-
-
-@dataclass(frozen=True)
-class ExtendedTokenizer:
-    """A tokenizer with further merges.
-
-    Args:
-        content: tokenizer.json before the extension.
-        merges: pairs of token ids, in order; a new token may be part of a later pair.
-    """
-
-    content: Mapping[str, Any]
-    merges: _Merges
-
-    @cached_property
-    def _tokens(self) -> _Tokens:
-        tokens = _Tokens(self.content)
-        for left, right in self.merges:
-            tokens.merge(left, right)
-        return tokens
-
-    @property
-    def surfaces(self) -> dict[int, str]:
-        """Token id → its text in the vocabulary; old tokens, then new ones."""
-        return self._tokens.texts
-
-    @cached_property
-    def new_ids(self) -> tuple[int, ...]:
-        """Ids of the new tokens; fewer than merges if a merge gives a token that exists."""
-        return tuple(self._tokens.new_ids)
+        return self.add(self.surfaces[left] + self.surfaces[right])
 
     @cached_property
     def parts(self) -> dict[int, tuple[int, ...]]:
         """New token → the old tokens that it consists of."""
-        ids, new = self._tokens.ids, frozenset(self.new_ids)
+        ids, new = self.ids, frozenset(self.new_ids)
         parts: dict[int, tuple[int, ...]] = {}
         for left, right in self.merges:
             made = ids[self.surfaces[left] + self.surfaces[right]]
@@ -119,7 +97,6 @@ class ExtendedTokenizer:
 
     def tokenizer(self) -> Tokenizer:
         """Return the extended tokenizer."""
-
         return parsed_tokenizer(self.text)
 
     def mean_rows(self) -> list[dict[int, float]]:
@@ -143,7 +120,7 @@ class ExtendedTokenizer:
 
         made_ids = frozenset(self.new_ids)
         old = [number for number in self.surfaces if number not in made_ids]
-        new, fallback = list(self.new_ids), self.mean_rows()
+        new, fallback = self.new_ids, self.mean_rows()
         columns: dict[str, int] = {}
         known, made = (
             _grams([self.surfaces[number] for number in numbers], columns) for numbers in (old, new)
@@ -192,9 +169,6 @@ class BpeTokenizer:
 
     Attributes:
         content: its tokenizer.json.
-
-    Raises:
-        RequestError: it is not a BPE tokenizer.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, key: str = _KEY) -> None:
@@ -215,9 +189,6 @@ class BpeTokenizer:
             texts: the documents.
             num_tokens: number of new tokens.
             is_at_most: fewer tokens are fine, but at least one.
-
-        Raises:
-            RequestError: the texts have too few frequent pairs.
         """
         from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -258,12 +229,12 @@ class BpeTokenizer:
             is_lenient: skip texts that can't be tokens.
             most: limit of new tokens.
         """
-        known, ranks = _Tokens(self.content), dict[tuple[int, int], int]()
+        known, ranks = ExtendedTokenizer(self.content), dict[tuple[int, int], int]()
         unknown = known.ids.get(self.content["model"].get("unk_token") or "")
         for token in tokens:
             surface, reason = self._surface(token)
             ids = [] if reason else [each.id for each in self.tokenizer.model.tokenize(surface)]
-            if any(each == unknown or known.texts[each].startswith("<0x") for each in ids):
+            if any(each == unknown or known.surfaces[each].startswith("<0x") for each in ids):
                 reason = "it has characters that the tokenizer writes as single bytes"
             if reason and not is_lenient:
                 raise RequestError(Problem(key, token, reason=reason))
@@ -310,10 +281,10 @@ def _first_merges(
     trainee: Tokenizer, content: Mapping[str, Any], num_tokens: int
 ) -> list[tuple[int, int]]:
     """Return learned merges up to `num_tokens` new tokens, as pairs of token ids."""
-    tokens, merges = _Tokens(content), list[tuple[int, int]]()
+    tokens, merges = ExtendedTokenizer(content), list[tuple[int, int]]()
     special = {entry["content"] for entry in content.get("added_tokens") or ()}
     # What is learned → its text; a character stands for a token
-    surfaces = {chr(number + _FIRST_CHARACTER): text for number, text in tokens.texts.items()}
+    surfaces = {chr(number + _FIRST_CHARACTER): text for number, text in tokens.surfaces.items()}
     for left, right in json.loads(trainee.to_str())["model"]["merges"]:
         if left not in surfaces or right not in surfaces:
             continue  # part of a special token
@@ -365,7 +336,9 @@ class _Words:
                 yield spaced.astype("<u4").tobytes().decode("utf-32-le")
 
 
-def _merged(ids: Sequence[int], ranks: Mapping[tuple[int, int], int], known: _Tokens) -> list[int]:
+def _merged(
+    ids: Sequence[int], ranks: Mapping[tuple[int, int], int], known: ExtendedTokenizer
+) -> list[int]:
     """Apply new merges to the old tokens of a word, lowest rank first."""
     merged = list(ids)
     while pairs := [pair for pair in pairwise(merged) if pair in ranks]:

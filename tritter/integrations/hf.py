@@ -32,7 +32,7 @@ from transformers.utils import logging
 
 from tritter.checkpoints.state import State, write_state
 from tritter.core.models import backbone_of, head_of, load_model, model_of
-from tritter.data.batches import BatchStream, this_rank
+from tritter.data.batches import BatchStream, num_ranks
 from tritter.data.chat import Chat
 from tritter.data.mixed_rows import OldData, PackedText, check_old_data, mixed_loader
 from tritter.data.packing import MarkedText
@@ -570,7 +570,7 @@ class _Forgetting:
             )
             written = prepared.written if needs.writes else written
             state |= {kind: dict(prepared.state[kind]) for kind in needs.prepares}
-        if this_rank().count > 1:  # bitwise identical in every process
+        if num_ranks() > 1:  # bitwise identical in every process
             tensors = chain.from_iterable(values.values() for values in state.values())
             for tensor in (*tensors, *([] if written is None else [written])):
                 sent = tensor.to(self._trainer.args.device)

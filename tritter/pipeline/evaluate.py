@@ -16,7 +16,7 @@ from tritter.data.corpus import Corpus
 from tritter.data.documents import PIECE_CHARACTERS
 from tritter.data.options import TextDataConfig
 from tritter.data.records import DEFAULT_FIELD
-from tritter.data.sources import FoundTexts, TextRequest
+from tritter.data.sources import TextRequest, skipped_note
 from tritter.data.tokens import PretrainedTokenizer, TokenisedDocuments, unencoded_note
 from tritter.errors import RequestError
 from tritter.evaluation.statistics import PairedScores
@@ -73,7 +73,7 @@ class DomainsToScore:
             )
             for name, domain_documents in found.items()
         }
-        files = (FoundTexts.of(f"--data {n}", paths).note(n) for n, paths in sources.items())
+        files = (skipped_note(n, paths, key=f"--data {n}") for n, paths in sources.items())
         notes = list(filter(None, files))
         notes += [note for texts in found.values() for note in texts.notes]
         for n, each in documents.items():

@@ -276,10 +276,10 @@ def _announce(run: Run) -> None:
     choices = "  ".join(f"{key}={value}" for key, value in chosen.items())
     run.say("tritter", f"{choices}  seed={config.seed}")
     parts = [
-        f"{source.name} ({source.num_documents:,} documents, {source.num_bytes / 1e6:.2g} MB)"
-        for source in run.data.corpus.sources.values()
+        f"{domain.name} ({domain.num_documents:,} documents, {domain.num_bytes / 1e6:.2g} MB)"
+        for domain in run.data.corpus.domains.values()
     ]
-    origins = dict.fromkeys(source.origin for source in run.data.corpus.sources.values())
+    origins = dict.fromkeys(domain.origin for domain in run.data.corpus.domains.values())
     run.say("data", f"{', '.join(parts)}; {', '.join(origins)}")
     for note in run.notes:
         run.say("", note)

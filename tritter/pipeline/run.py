@@ -24,7 +24,7 @@ from tritter.core.models import load_model, read_model
 from tritter.data.answers import TrainingCounts, scoring_note
 from tritter.data.datasets import DatasetName
 from tritter.data.packing import padding_fraction
-from tritter.data.sources import FoundTexts
+from tritter.data.sources import skipped_note
 from tritter.errors import RequestError, TritterError, key_name
 from tritter.evaluation.statistics import score_file
 from tritter.methods.forgetting import needs_of
@@ -139,7 +139,7 @@ class Run:
         data, source = self.data, self.data.model
         # Skipped files of each domain
         domains = data.text.domains.items()
-        notes = [FoundTexts.of(each.key, each.paths).note(name) for name, each in domains]
+        notes = [skipped_note(name, each.paths, key=each.key) for name, each in domains]
         notes += [*data.text.notes, *data.corpus.notes]
         notes += [
             f"{name} is streamed: training reads all of it, everything else its first "

@@ -1,7 +1,7 @@
 """The data of a run: its domains, their tokens, training sequences and scored documents."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import chain
 from json import dumps
@@ -356,7 +356,7 @@ class RunData:
         """Return the records of some domains in a checkpoint's lineage: hash and paths."""
         return {
             name: {
-                **asdict(self.corpus.sources[name]),
+                **self.corpus.domains[name].source,
                 "paths": list(self.text.domains[name].recorded_paths),
                 "text_field": self.text.domains[name].text_field,
             }
@@ -378,7 +378,7 @@ class RunData:
         """Return the learned domains of the lineage after training on some domains of the run."""
         records = {}
         for name in domains:
-            source = asdict(self.corpus.sources[name])
+            source = self.corpus.domains[name].source
             del source["name"]
             records[name] = LearnedDomain(
                 **source,
@@ -446,7 +446,7 @@ class RunData:
         max_tokens = self.config.validation_tokens(num_domains=len(self.domains))
         length = min(self.config.data.sequence_length, max_tokens)
         vocab_size = self.corpus.tokenizer.get_vocab_size()
-        return ValidationSubset.of(
+        return ValidationSubset(
             {name: self.corpus.domains[name].validation for name in self.domains},
             every_n_steps=options.every_n_steps,
             max_tokens=max_tokens,

@@ -72,7 +72,7 @@ def _load_recorded(kind: str, source: Lineage | None, result: Lineage | None) ->
         if (name in new) == (kind == "target") and domain.paths
     }
     parted = result.split.split(documents)
-    held_out = {name: split.validation for name, split in parted.items()}
+    held_out = {name: validation for name, (_, validation) in parted.items()}
     return _Domains(held_out, "the result records no such domain")
 
 

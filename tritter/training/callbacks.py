@@ -25,7 +25,7 @@ from torch import Tensor, distributed
 
 from tritter.checkpoints.state import write_state
 from tritter.core.families import Flops
-from tritter.data.batches import this_rank
+from tritter.data.batches import num_ranks, this_rank
 from tritter.data.datamodule import ValidationSubset
 from tritter.data.packing import DocumentMask, lengths_read
 from tritter.errors import TritterError
@@ -382,20 +382,20 @@ class RandomState(Callback):
             torch.manual_seed(derived_seed(start, "rank", trainer.global_rank))
 
     def state_dict(self) -> dict[str, Any]:
-        rank, own = this_rank(), _random_state()
-        states = [own] * rank.count
-        if rank.count > 1:
+        own = _random_state()
+        states = [own] * num_ranks()
+        if len(states) > 1:
             distributed.all_gather_object(states, own)
         return {"ranks": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        rank, states = this_rank(), state_dict["ranks"]
-        if len(states) != rank.count:
+        states = state_dict["ranks"]
+        if len(states) != num_ranks():
             raise TritterError(
-                f"trainer.devices = {rank.count}: the saved state has {len(states)} processes; "
+                f"trainer.devices = {num_ranks()}: the saved state has {len(states)} processes; "
                 f"resume with trainer.devices={len(states)}."
             )
-        self._restored = states[rank.index]
+        self._restored = states[this_rank()]
 
 
 class StepProgress(Callback):

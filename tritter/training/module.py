@@ -16,7 +16,7 @@ from torchmetrics import SumMetric
 
 from tritter.core.families import Flops, forward_flops
 from tritter.core.models import layers_of, model_of, set_parameter
-from tritter.data.batches import this_rank
+from tritter.data.batches import num_ranks
 from tritter.data.packing import IGNORED, inputs_for, labels_of
 from tritter.evaluation.losses import nats_per_row
 from tritter.training.forgetting_method import ForgettingMethod
@@ -163,7 +163,7 @@ class BaseModule(LightningModule):
         labels = labels_of(self.model, input_ids)
         if labels is not input_ids:
             # Mean number of predicted tokens per batch and process, with at least one in a step
-            window, ranks = batch.get("window", [batch]), this_rank().count
+            window, ranks = batch.get("window", [batch]), num_ranks()
             ids = torch.cat([each["input_ids"] for each in window])
             count = (labels_of(self.model, ids)[:, 1:] != IGNORED).sum()
             if ranks > 1:

@@ -60,13 +60,12 @@ def bound_vocabulary(spec: ExpansionSpec, source: Source) -> BoundVocab:
         reason = "data must give the new tokens: --domain-data in `tritter expand`, data.new in a"
         reason += f" run; or list them in {_KEY}.tokens"
         raise RequestError(Problem(_KEY, reason=reason))
-    extended = ExtendedTokenizer(content, merges)
     try:
-        new_ids = extended.new_ids
+        extended = ExtendedTokenizer(content, merges)
     except KeyError as error:
         reason = f"the tokenizer has no token {error}; the merges are of another tokenizer"
         raise RequestError(Problem(f"{_KEY}.merges", reason=reason)) from error
-    if not new_ids:
+    if not (new_ids := tuple(extended.new_ids)):
         raise RequestError(Problem(_KEY, reason="the tokenizer already has all of these tokens"))
     rows, remarks = None, tuple[str, ...]()
     if spec.init != "random":

@@ -260,7 +260,7 @@ def test_omp_fits_rows_in_the_embedding_of_another_model(llama: Path, tmp_path: 
     spec = Vocab(tokenizer=str(tmp_path / "donor"), init="omp", multiple_of=1)
     made_of = expand(llama, tmp_path / "grown", [spec])
     assert made_of.plan.vocabulary is not None
-    assert made_of.plan.vocabulary.new_ids == made.new_ids
+    assert made_of.plan.vocabulary.new_ids == tuple(made.new_ids)
     old, new = (load_file(tmp_path / f / "model.safetensors") for f in ("base", "grown"))
     text = made.surfaces[number]
     mine = Tokenizer.from_file(str(tmp_path / "grown" / "tokenizer.json")).token_to_id(text)
@@ -272,7 +272,7 @@ def test_omp_fits_rows_in_the_embedding_of_another_model(llama: Path, tmp_path: 
     donor.resize_token_embeddings(max(made.new_ids))
     oracle.saved(donor, tmp_path / "donor")
     fewer = expand(llama, tmp_path / "fewer", [spec]).plan.vocabulary
-    assert fewer is not None and fewer.new_ids == made.new_ids
+    assert fewer is not None and fewer.new_ids == tuple(made.new_ids)
     (said,) = fewer.remarks
     assert said.startswith(f"{len(made.new_ids) - 1:,} of them")
 

@@ -19,7 +19,7 @@ from tests.training.test_fit import SCHEDULE, SETTINGS
 from tests.training.test_surgery import assert_same
 from tritter.config.folders import body_of, option_files
 from tritter.core.models import model_of
-from tritter.data.batches import BatchStream, Rank, SequenceStream
+from tritter.data.batches import BatchStream, SequenceStream
 from tritter.data.chat import CONTEXT, ids_of
 from tritter.data.packing import IGNORED, DocumentMask, MarkedText, labels_of
 from tritter.data.tokens import TextBounds
@@ -373,10 +373,11 @@ def test_the_beginnings_of_all_processes_are_limited_together(
     alone = dict(whole)
     _limit_beginnings(module, alone)
     is_first = torch.isin(torch.arange(12), torch.tensor([1, 4, 7, 10])).expand(8, 12)
-    for rank in (Rank(0, 2), Rank(1, 2)):
-        gathered, index = [is_first, whole["is_replay"]], rank.index
+    for index in range(2):
+        gathered = [is_first, whole["is_replay"]]
         monkeypatch.setattr(callback, "_gather_rows", lambda own, rows=gathered: rows.pop(0))
-        monkeypatch.setattr(callback, "this_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(callback, "num_ranks", lambda: 2)
+        monkeypatch.setattr(callback, "this_rank", lambda index=index: index)
         batch = {name: rows[index::2] for name, rows in whole.items()}
         _limit_beginnings(module, batch)
         assert torch.equal(batch["input_ids"], alone["input_ids"][index::2])
@@ -600,7 +601,7 @@ def test_losses_of_two_processes_average_to_those_of_one(monkeypatch: pytest.Mon
 
     expected, halves = losses(ids), (ids[0::2], ids[1::2])
     for each in (module_of_experts, gates):
-        monkeypatch.setattr(each, "this_rank", lambda: Rank(0, 2))
+        monkeypatch.setattr(each, "num_ranks", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_reduce", reduce)
     for rows in halves:
         calls: list[Tensor] = []

@@ -21,7 +21,6 @@ from tritter.core.families import ffn_sizes
 from tritter.core.families.discovery.family import shallow
 from tritter.core.families.discovery.twin import Twin
 from tritter.core.models import load_model, read_model
-from tritter.data.batches import Rank
 from tritter.errors import RequestError, TritterError
 from tritter.methods.growth import plain_loop
 from tritter.methods.growth.triggers import Trigger, View
@@ -280,7 +279,7 @@ def test_several_processes_are_refused_at_the_first_check(monkeypatch: pytest.Mo
     model = GrowableCausalLM(tiny("llama"), **GROWING)
     train(model, adam(model), oracle.tokens(), 1)
     assert model.check_and_grow() == NOTHING
-    monkeypatch.setattr(plain_loop, "this_rank", lambda: Rank(0, 2))
+    monkeypatch.setattr(plain_loop, "num_ranks", lambda: 2)
     with pytest.raises(RequestError, match="several processes"):
         model.check_and_grow()
 

@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 from tritter.checkpoints.expert_files import AdapterShape
 from tritter.core.families import Flops, Model, forward_flops
 from tritter.core.models import live_shape, model_of
-from tritter.data.batches import this_rank
+from tritter.data.batches import num_ranks, this_rank
 from tritter.data.chat import CONTEXT, ids_of
 from tritter.data.packing import IGNORED, DocumentMask, MarkedText, kept_tokens, labels_of
 from tritter.data.replay import Reservoir
@@ -109,7 +109,7 @@ class ExpertCallback(Callback):
             local = None if is_old.all() else self._observe(module, ids[~is_old])
             seen = Observation.concatenated([each for each in _gather_ranks(local) if each])
             # In the order of `everywhere`: a new skill is measured on the halves of its batch
-            ranks = (~is_old_everywhere).nonzero()[:, 0] % this_rank().count
+            ranks = (~is_old_everywhere).nonzero()[:, 0] % num_ranks()
             order = ranks.argsort(stable=True).argsort()
             expert = self.registry.observe(seen.rows(order), everywhere)
             WorkCount.of(trainer).flops += self._flops_of(everywhere)
@@ -154,7 +154,7 @@ class ExpertCallback(Callback):
     ) -> None:
         """Replace the last new rows of the batch of all processes by exemplars of other experts."""
         assert self._exemplars is not None and self.registry.active is not None
-        rank, ids, exemplars = this_rank(), batch["input_ids"], self._exemplars
+        ids, exemplars = batch["input_ids"], self._exemplars
         size = len(is_old_everywhere)
         exemplars.owed = min(exemplars.owed + self.registry.options.rehearsal * size, float(size))
         count = int(exemplars.owed)
@@ -164,8 +164,8 @@ class ExpertCallback(Callback):
         positions = positions[len(positions) - most :]
         exemplars.owed -= count if len(rows) else 0  # equal in every process
         if len(rows) and len(positions):
-            is_own = positions % rank.count == rank.index
-            positions = positions[is_own] // rank.count
+            is_own = positions % num_ranks() == this_rank()
+            positions = positions[is_own] // num_ranks()
             ids, is_old = ids.clone(), is_old.clone()
             ids[positions] = rows[: len(is_own)][is_own].to(ids)
             is_old[positions] = True
@@ -425,16 +425,16 @@ def _limit_beginnings(module: ExpertModule, batch: dict[str, Tensor]) -> None:
         return
     is_first = document_mask.positions(ids) == len(document_mask.bounds.prefix)
     is_first &= labels_of(module.model, ids) != IGNORED
-    rank, everywhere = this_rank(), _gather_rows(is_first)
+    everywhere = _gather_rows(is_first)
     new = (everywhere & ~_gather_rows(is_old).unsqueeze(1)).nonzero()  # [N, 2]
     num_new, num_old = len(new), int(everywhere.sum()) - len(new)
     kept = max(1, round(num_old / max(1, len(module.mixture.names) - 1)))
     if num_old and kept < num_new:
-        is_own = new[:, 0] % rank.count == rank.index
+        is_own = new[:, 0] % num_ranks() == this_rank()
         is_own[torch.arange(kept) * num_new // kept] = False
         rows, columns = new[is_own].T
         batch["input_ids"] = ids.clone()
-        batch["input_ids"][rows // rank.count, columns] |= CONTEXT
+        batch["input_ids"][rows // num_ranks(), columns] |= CONTEXT
 
 
 def _observation_flops(model: Model, *, with_losses: bool) -> Flops:
@@ -447,9 +447,8 @@ def _observation_flops(model: Model, *, with_losses: bool) -> Flops:
 
 def _gather_ranks(own: Any) -> list[Any]:
     """Return the values of all processes, in rank order."""
-    rank = this_rank()
-    gathered = [own] * rank.count
-    if rank.count > 1:
+    gathered = [own] * num_ranks()
+    if len(gathered) > 1:
         distributed.all_gather_object(gathered, own)
     return gathered
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, distributed
 from torch.nn.functional import linear, softmax
 
-from tritter.data.batches import this_rank
+from tritter.data.batches import num_ranks
 from tritter.methods.experts.adapters import Factors
 
 
@@ -102,7 +102,7 @@ class Gates:
         else:
             chosen = self.chosen.flatten(0, -2)
         counts = chosen.sum(0).to(probabilities.dtype)
-        if this_rank().count > 1:
+        if num_ranks() > 1:
             distributed.all_reduce(counts)
         return number * (counts / counts.sum().clamp_min(1) * probabilities.mean(0)).sum()
 

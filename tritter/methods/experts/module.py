@@ -9,7 +9,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from tritter.checkpoints.expert_files import AdapterShape
 from tritter.core.families import Flops
-from tritter.data.batches import this_rank
+from tritter.data.batches import num_ranks
 from tritter.data.packing import IGNORED, kept_tokens, labels_of
 from tritter.evaluation.inference import preserve_modes
 from tritter.methods.experts.gates import Gates, Routing
@@ -150,9 +150,9 @@ class ExpertModule(BaseModule):
 
 def _share(kept: Tensor) -> float:
     """Return the number of tokens that are kept, relative to the mean over all processes."""
-    rank, own = this_rank(), kept.sum().float()
-    if rank.count == 1:
+    own = kept.sum().float()
+    if num_ranks() == 1:
         return 1.0
     total = own.clone()
     distributed.all_reduce(total)
-    return rank.count * float(own) / max(1.0, float(total))
+    return num_ranks() * float(own) / max(1.0, float(total))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from tritter.core.families import forward_flops
-from tritter.data.batches import this_rank
+from tritter.data.batches import num_ranks
 from tritter.data.chat import ids_of
 from tritter.data.packing import forward_options, kept_tokens, lengths_read
 from tritter.errors import Problem
@@ -231,7 +231,7 @@ class Distill(ForgettingMethod):
         window = batch.get("window")
         all_lengths = [lengths] if window is None else [self._lengths(model, w) for w in window]
         count = sum(at * number for each in all_lengths for at, number in each.items())
-        return self.options.weight * total * len(all_lengths) * this_rank().count / max(1, count)
+        return self.options.weight * total * len(all_lengths) * num_ranks() / max(1, count)
 
     def _rows(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the numbers of the chosen rows of a batch, [n]."""

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from tritter.core.families import forward_flops, training_flops
-from tritter.data.batches import this_rank
+from tritter.data.batches import num_ranks, this_rank
 from tritter.data.packing import DocumentMask, lengths_of
 from tritter.errors import TritterError
 from tritter.methods.forgetting.penalty import old_sequences
@@ -188,13 +188,14 @@ class EWC(QuadraticPenalty):
         import torch
         from torch import distributed
 
-        rank, estimate = this_rank(), partial(diagonal_fisher, estimator=self.options.estimator)
-        if rank.count == 1:
+        estimate = partial(diagonal_fisher, estimator=self.options.estimator)
+        rank, count = this_rank(), num_ranks()
+        if count == 1:
             return estimate(model, sequences)
-        own = sequences[rank.index :: rank.count]
+        own = sequences[rank::count]
         total = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in model.named_parameters()}
         if len(own):
-            numbers = range(rank.index, len(sequences), rank.count)
+            numbers = range(rank, len(sequences), count)
             total = estimate(model, own, numbers=numbers)
         for value in total.values():
             value.mul_(len(own) / len(sequences))

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from tritter.data.batches import this_rank
+from tritter.data.batches import num_ranks
 from tritter.data.packing import (
     IGNORED,
     DocumentMask,
@@ -170,7 +170,7 @@ class SI(QuadraticPenalty):
             self.path.before_step(model)
             return
         tokens = self._own_tokens
-        if this_rank().count > 1:
+        if num_ranks() > 1:
             device = next(iter(self._own.values())).device
             summed = torch.tensor(tokens, dtype=torch.float32, device=device)
             for value in (summed, *self._own.values()):

@@ -19,7 +19,7 @@ from torch.optim.optimizer import (
 )
 
 from tritter.core.models import refuse_wrapped
-from tritter.data.batches import this_rank
+from tritter.data.batches import num_ranks
 from tritter.errors import RequestError
 from tritter.methods.growth.blocks import ActivationProbe, FfnBlock, FfnObserver, sample_rows
 from tritter.methods.growth.grower import Grower, Growth
@@ -193,7 +193,7 @@ class PlainLoop:
         return growth
 
     def _refuse_processes(self) -> None:
-        if this_rank().count > 1:
+        if num_ranks() > 1:
             raise RequestError(
                 "growth: with several processes in your own loop, each would grow differently, "
                 "and DDP would keep the old parameters; train with python train.py "

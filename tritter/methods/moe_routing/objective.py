@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from tritter.core.families import forward_flops, training_flops
 from tritter.core.models import model_of
 from tritter.core.stock_routers import Record, RouterControl
-from tritter.data.batches import this_rank
+from tritter.data.batches import num_ranks
 from tritter.data.packing import DocumentMask, kept_tokens, lengths_of
 from tritter.errors import TritterError
 from tritter.evaluation.inference import device_of, eval_mode
@@ -120,7 +120,7 @@ class RoutingObjective(SideLoss):
         )
         counts = [_expert_counts(r.selected, self.routing.num_experts) for r in records]
         self.counts = tuple(_sum_ranks(torch.stack(counts)))
-        ranks = this_rank().count
+        ranks = num_ranks()
         factor: Tensor | float = 1.0
         if ranks > 1:  # with padding, processes have different numbers of tokens
             factor = ranks * records[0].selected.numel() / self.counts[0].sum()
@@ -139,7 +139,7 @@ class RoutingObjective(SideLoss):
             # may have none
             weights, window = self._new_tokens(batch), batch.get("window", [batch])
             total = torch.stack([self._new_tokens(each).sum() for each in window]).sum()
-            mean = _sum_ranks(total) / (len(window) * this_rank().count)
+            mean = _sum_ranks(total) / (len(window) * num_ranks())
             weights = weights / mean.clamp(min=1e-6)
             masses = [
                 new_expert_mass(r.logits, self._new_experts, weights=weights) for r in records
@@ -281,7 +281,7 @@ class RoutingCallback(Callback):
 
 def _sum_ranks(counts: Tensor) -> Tensor:
     """Return counts summed over all processes, in place."""
-    if this_rank().count > 1:
+    if num_ranks() > 1:
         distributed.all_reduce(counts)
     return counts
 
