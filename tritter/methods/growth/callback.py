@@ -14,7 +14,8 @@ from tritter.core.models import model_of
 from tritter.data.packing import lengths_read
 from tritter.evaluation.jump import logits_of
 from tritter.methods.growth.blocks import ActivationProbe, ActivationRecorder, FfnBlock
-from tritter.methods.growth.grower import Grower, Growth
+from tritter.methods.growth.grower import Grower
+from tritter.methods.growth.initialisers import NewNeurons
 from tritter.training import surgery
 from tritter.training.callbacks import WorkCount, ends_step
 from tritter.training.gradient_flow import NewUnits
@@ -97,8 +98,7 @@ class NeuronGrowthCallback(Callback):
         if self.grower.needs_losses:
             self.grower.note_loss(float(trainer.callback_metrics["train/loss"]))
         module, grower, step = base_of(pl_module), self.grower, trainer.global_step
-        model, growth = module.model, None
-        decided = {}
+        model, decided = module.model, dict[int, int]()
         if grower.is_check(step):
             decided = trainer.strategy.broadcast(grower.decide(model, step))
         if decided:
@@ -108,9 +108,8 @@ class NeuronGrowthCallback(Callback):
                     own = (probe.inputs, probe.output_gradients)
                     gathered = (torch.as_tensor(module.all_gather(each)) for each in own)
                     probes[layer] = ActivationProbe(*(each.flatten(0, 1) for each in gathered))
-            growth = grower.growth(model, decided, probes, step=step)
-        if growth is not None:
-            self._grow(trainer, module, growth, batch["input_ids"][:_PROBE_SEQUENCES])
+            if growths := grower.growth(model, decided, probes, step=step):
+                self._grow(trainer, module, growths, batch["input_ids"][:_PROBE_SEQUENCES])
         self._clear_probes(pl_module)
         if step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
@@ -192,19 +191,26 @@ class NeuronGrowthCallback(Callback):
         # Lightning loads callbacks before on_fit_start, which restores the shapes of the model
         self._restored = state_dict
 
-    def _grow(self, trainer: Trainer, module: BaseModule, growth: Growth, tokens: Tensor) -> None:
+    def _grow(
+        self,
+        trainer: Trainer,
+        module: BaseModule,
+        growths: Mapping[int, NewNeurons],
+        tokens: Tensor,
+    ) -> None:
         """Change the model, and record the relative change of its logits on tokens [B, T]."""
         model, work = module.model, WorkCount.of(trainer)
         before, flops = logits_of(model, tokens), _reading_flops(model, tokens)
-        surgery.apply(trainer, module, growth.change, reason=Grower.reason)
+        change = self.grower.change(model, growths)
+        surgery.apply(trainer, module, change, reason=Grower.reason)
         work.flops += flops + _reading_flops(model, tokens)
         largest = (logits_of(model, tokens) - before).abs().max()
-        change = (largest / before.std().clamp_min(1e-30)).to(module.device)
+        moved = (largest / before.std().clamp_min(1e-30)).to(module.device)
         self.grower.record_event(
             model,
-            growth,
+            growths,
             step=trainer.global_step,
-            function_change=float(trainer.strategy.reduce(change, reduce_op="max")),
+            function_change=float(trainer.strategy.reduce(moved, reduce_op="max")),
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             flops=work.flops,
         )
