@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from math import sqrt
 from typing import Any
@@ -40,7 +40,9 @@ from tritter.transform.change import declared
 
 _NO_TOKEN = -1  # marks padding
 _STRENGTH = 1000.0  # pseudo-counts of the mean skill that smooth each skill
-_SEEN = "seen_by_experts"  # attribute of a key-value cache
+# Attributes of a key-value cache: the latest tokens that it covers, int64 [B, ≤ window], and the
+# number of all
+_SEEN, _NUM_SEEN = "seen_by_experts", "num_seen_by_experts"
 _LEAST = -8.0  # minimum of a logit relative to the largest, so that no gate vanishes
 ROUTER, _EVIDENCE = "expert_router", "expert_evidence"
 _BASE_EXPERT = "base"
@@ -172,14 +174,6 @@ class Evidence(nn.Module):
         self.counts[number] += torch.bincount(found, minlength=self.counts.shape[1]).to(self.counts)
 
 
-@dataclass(slots=True)
-class _Seen:
-    """All tokens that a key-value cache covers, and the latest of them: int64 [B, ≤ window]."""
-
-    tail: Tensor
-    number: int
-
-
 def _num_tokens(cache: Any) -> int:
     """Return the number of tokens of a cache; without attention, 1 if it has a state, else 0."""
     try:
@@ -191,8 +185,8 @@ def _num_tokens(cache: Any) -> int:
 def _reordered(cache: Any, reorder: Callable[[Tensor], None], beams: Tensor) -> None:
     """Reorder the tokens of a cache with its beams."""
     reorder(beams)
-    seen: _Seen = getattr(cache, _SEEN)
-    seen.tail = seen.tail.index_select(0, beams.to(seen.tail.device))
+    seen: Tensor = getattr(cache, _SEEN)
+    setattr(cache, _SEEN, seen.index_select(0, beams.to(seen.device)))
 
 
 class ExpertRouter(nn.Module):
@@ -633,14 +627,15 @@ class ExpertMixture:
         if mask is not None and mask.ndim == 2:
             seen = ids.masked_fill(mask[:, -ids.shape[1] :] == 0, _NO_TOKEN)
         if cache is not None and (number := _num_tokens(cache)):
-            earlier: _Seen | None = getattr(cache, _SEEN, None)
-            if earlier is None or earlier.number != number or len(earlier.tail) != len(ids):
+            earlier: Tensor | None = getattr(cache, _SEEN, None)
+            is_whole = getattr(cache, _NUM_SEEN, None) == number
+            if earlier is None or not is_whole or len(earlier) != len(ids):
                 raise RequestError(
                     "experts.router=evidence: the key-value cache covers tokens that were not read "
                     "with these experts, or was cropped, as in assisted generation; set "
                     "use_cache=False."
                 )
-            seen = torch.cat([earlier.tail.to(ids.device), seen], dim=1)
+            seen = torch.cat([earlier.to(ids.device), seen], dim=1)
         self._seen = seen
         assert self.evidence is not None
         is_asked = self.evidence._ends_turns and seen.shape == ids.shape  # no earlier tokens
@@ -674,7 +669,8 @@ class ExpertMixture:
         if not hasattr(cache, _SEEN):
             cache.reorder_cache = partial(_reordered, cache, cache.reorder_cache)
         # Later tokens depend only on these
-        setattr(cache, _SEEN, _Seen(self._seen[:, -self.evidence.window :], _num_tokens(cache)))
+        setattr(cache, _SEEN, self._seen[:, -self.evidence.window :])
+        setattr(cache, _NUM_SEEN, _num_tokens(cache))
 
     def _route(
         self, mix: _Mix, layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
