@@ -26,7 +26,7 @@ from tritter.methods.experts.adapters import (
     is_of_adapter,
     layer_number,
 )
-from tritter.methods.experts.gates import Dispatch, Gates, Routing, usage
+from tritter.methods.experts.gates import Gates, Routing, usage
 from tritter.training.parameters import WRAPPED, flops_of_sequence, live_layout
 from tritter.transform import Change
 from tritter.transform.change import declared
@@ -222,17 +222,10 @@ class _Mix:
     def __init__(self, router: ExpertRouter | None = None) -> None:
         self.router = router
         self.gates: Gates | None = None
-        self.dispatch: Dispatch | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy starts without gates, which may belong to a graph
-        return {"router": self.router, "gates": None, "dispatch": None}
-
-    def forget(self) -> None:
-        self.gates = self.dispatch = None
-
-    def set(self, gates: Gates) -> None:
-        self.gates, self.dispatch = gates, Dispatch.of(gates)
+        return {"router": self.router, "gates": None}
 
 
 def _keep_gates(mix: _Mix, layer: nn.Module, args: Sequence[Any]) -> None:
@@ -249,21 +242,20 @@ def _keep_gates(mix: _Mix, layer: nn.Module, args: Sequence[Any]) -> None:
 def _checkpointed(
     mix: _Mix, checkpoint: Callable[..., Any], run: Callable[..., Any], *args: Any
 ) -> Any:
-    own = mix.gates, mix.dispatch
+    own = mix.gates
     is_reentrant = getattr(checkpoint, "keywords", {}).get("use_reentrant")
-    if is_reentrant and mix.gates is not None and mix.gates.weights.requires_grad:
+    if is_reentrant and own is not None and own.weights.requires_grad:
         raise RequestError(
             "use_reentrant = True: reentrant checkpointing can't differentiate a router that "
             "learns; set use_reentrant=False."
         )
 
     def run_again(*inputs: Any) -> Any:
-        latest = mix.gates, mix.dispatch
-        mix.gates, mix.dispatch = own
+        latest, mix.gates = mix.gates, own
         try:
             return run(*inputs)
         finally:
-            mix.gates, mix.dispatch = latest
+            mix.gates = latest
 
     return checkpoint(run_again, *args)
 
@@ -612,8 +604,7 @@ class ExpertMixture:
 
     def _read(self, backbone: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Compute evidence from the tokens of a forward pass, and earlier tokens in the cache."""
-        self._whole.forget()
-        self._seen = None
+        self._whole.gates = self._seen = None
         if self._is_off or not self.names:
             return
         marked = args[0] if args else kwargs.get("input_ids")
@@ -621,7 +612,7 @@ class ExpertMixture:
             raise RequestError("experts.router=evidence needs token ids (input_ids).")
         ids = ids_of(marked)
         if self._only_expert is not None:
-            self._whole.dispatch = self._only(ids, self._only_expert)
+            self._whole.gates = self._only(ids, self._only_expert)
             return
         seen, mask, cache = ids, kwargs.get("attention_mask"), cache_in(kwargs)
         if mask is not None and mask.ndim == 2:
@@ -644,10 +635,9 @@ class ExpertMixture:
         logits = self.evidence(seen, is_first)
         is_dense = self.evidence.is_between(seen, is_first)
         own = slice(-ids.shape[1], None)
-        gates = self._gates_of(
+        self._whole.gates = self._gates_of(
             logits[:, own], is_training=backbone.training, is_dense=is_dense[:, own]
         )
-        self._whole.set(gates)
 
     def _is_first(self, marked: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
         """Return whether each token of a forward pass is the first of a document, if known."""
@@ -675,18 +665,18 @@ class ExpertMixture:
     def _route(
         self, mix: _Mix, layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> None:
-        mix.forget()
+        mix.gates = None
         if self._is_off or not self.names:
             return
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         if self._only_expert is not None:
-            mix.dispatch = self._only(hidden[..., 0], self._only_expert)
+            mix.gates = self._only(hidden[..., 0], self._only_expert)
             return
         assert mix.router is not None
         logits = mix.router(hidden)
         if self._whole.gates is not None:
             logits = logits + self._whole.gates.logits.to(logits)
-        mix.set(self._gates_of(logits, is_training=layer.training))
+        mix.gates = self._gates_of(logits, is_training=layer.training)
 
     def _gates_of(
         self, logits: Tensor, *, is_training: bool, is_dense: Tensor | None = None
@@ -696,22 +686,19 @@ class ExpertMixture:
             logits = logits.masked_fill(indices == self.names.index(self._excluded), -torch.inf)
         return self.routing.gates(logits, is_training=is_training, is_dense=is_dense)
 
-    def _only(self, tokens: Tensor, expert: str) -> Dispatch:
-        """Return the dispatch if one expert processes every token of [B, T]."""
-        every = torch.arange(tokens.numel(), device=tokens.device)
-        weights = torch.zeros(len(every), len(self.names), device=tokens.device)
-        weights[:, self.names.index(expert)] = 1.0
-        own = (every if name == expert else every[:0] for name in self.names)
-        return Dispatch(weights, tuple(own))
+    def _only(self, tokens: Tensor, expert: str) -> Gates:
+        """Return the gates if one expert processes every token of [B, T]."""
+        weights = torch.zeros(*tokens.shape, len(self.names), device=tokens.device)
+        weights[..., self.names.index(expert)] = 1.0
+        return Gates(weights, weights.bool(), weights, weights)
 
     def _add(self, mix: _Mix, layer: Any, args: Sequence[Any], output: Tensor) -> Tensor:
-        dispatch = mix.dispatch
-        if dispatch is None:
+        if mix.gates is None:
             return output
         found = {n: each for n, name in enumerate(self.names) if (each := Factors.of(layer, name))}
         if not found:
             return output
-        return output + dispatch.output(args[0], found).to(output.dtype)
+        return output + mix.gates.output(args[0], found).to(output.dtype)
 
 
 def mixture_on(model: nn.Module) -> ExpertMixture | None:
