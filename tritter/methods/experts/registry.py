@@ -18,7 +18,7 @@ from tritter.methods.experts.options import DynamicOptions
 from tritter.methods.novelty import NoveltyDetector, Observation
 from tritter.methods.novelty.detectors import Decision
 from tritter.methods.novelty.library import Versioned
-from tritter.methods.novelty.statistics import Calibration, t_interval
+from tritter.methods.novelty.statistics import Calibration, t_bounds
 
 _USAGE_DECAY = 0.98
 
@@ -178,9 +178,11 @@ class ExpertRegistry(Versioned):
         if len(before) != len(member.before) or member.is_frozen:
             return ""
         falls = torch.tensor(before) - torch.tensor(member.before)
-        is_widest, fall = 2 * rank > self.options.max_rank, t_interval(falls, confidence=0.95)
+        is_widest, fall = 2 * rank > self.options.max_rank, float(falls.double().mean())
         # A frozen expert never learns again, so noise alone should not freeze it
-        if (fall.upper if is_widest else fall.value) >= self.options.stall_gain:
+        if is_widest:
+            _, fall = t_bounds(falls, confidence=0.95)
+        if fall >= self.options.stall_gain:
             return ""
         if is_widest:
             return "freeze" if self.options.freeze_converged else ""
