@@ -159,7 +159,7 @@ def load_options() -> Any:
 def is_created(registry: ExpertRegistry, seen: Observation) -> bool:
     """Show a batch to the registry; return True if an expert is created for it."""
     registry.observe(seen, torch.zeros(1, 2, dtype=torch.int64))
-    if registry.novel is None:
+    if registry.new_sequences is None:
         return False
     name = registry.next_name()
     registry.assign(name, name)
