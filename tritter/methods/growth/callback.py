@@ -113,13 +113,11 @@ class NeuronGrowthCallback(Callback):
         self._clear_probes(pl_module)
         if step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
-        counts, ages = grower.counts, grower.maturity.ages(step)
+        ages = grower.maturity.ages(step)
         widths = [block.width(model) for block in grower.blocks]
         metrics = {
             "growth/neurons": sum(widths),
-            "growth/born": counts.born,
-            "growth/replaced": counts.replaced,
-            "growth/died": counts.died,
+            **{f"growth/{kind}": grower.total(kind) for kind in ("born", "replaced", "died")},
             "growth/young": len(ages),
             "growth/parameters": sum(parameter.numel() for parameter in model.parameters()),
             "growth/flops": WorkCount.of(trainer).flops,
@@ -154,9 +152,8 @@ class NeuronGrowthCallback(Callback):
 
     def report(self) -> dict[str, Any]:
         """Return the report of growth, in the format of summary.json."""
-        grower, counts = self.grower, self.grower.counts
+        grower, timing = self.grower, self.grower.timing
         changes = [event["function_change"] for event in grower.events]
-        timing = grower.timing
         return {
             "timing": {
                 "check_every": timing.check_every,
@@ -165,16 +162,14 @@ class NeuronGrowthCallback(Callback):
                 "maturation_age": timing.maturation_age,
             },
             "events": grower.events,
-            "born": counts.born,
-            "replaced": counts.replaced,
-            "died": counts.died,
-            "checks": counts.checks,
+            **{kind: grower.total(kind) for kind in ("born", "replaced", "died")},
+            "checks": grower.num_checks,
             "neurons": {"before": grower.start, "after": self._after["neurons"]},
             "parameters": {
-                "before": self._after["parameters"] - counts.new_parameters,
+                "before": self._after["parameters"] - grower.new_parameters,
                 "after": self._after["parameters"],
             },
-            "extra_flops": counts.extra_flops,
+            "extra_flops": grower.extra_flops,
             "flops": self._after["flops"],
             "young": len(grower.maturity.ages(self._last_step)),
             "map": asdict(grower.map),

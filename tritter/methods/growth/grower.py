@@ -117,19 +117,6 @@ def _initial_values(neurons: NewNeurons, part: str) -> Fill:
 
 
 @dataclass(slots=True)
-class _Counts:
-    """Totals of growth so far."""
-
-    born: int = 0
-    replaced: int = 0
-    died: int = 0
-    checks: int = 0
-    new_parameters: int = 0
-    extra_flops: float = 0.0
-    last_step: int = 0
-
-
-@dataclass(slots=True)
 class _GrowthMap:
     """Data of the growth map: one row per check, thinned to `_MAX_ROWS`."""
 
@@ -166,8 +153,9 @@ class Grower:
         self.trigger, self.initialiser = options.trigger, options.initialiser
         self.pressure = _Pressure(options.pressure_decay)
         self.maturity = _Maturity(age=timing.maturation_age, factor=options.maturation_factor)
-        self.counts, self.map = _Counts(), _GrowthMap()
+        self.map = _GrowthMap()
         self.events: list[dict[str, Any]] = []
+        self.num_checks, self.new_parameters, self.extra_flops = 0, 0, 0.0
         self.start: list[int] = []
         self.blocks: tuple[FfnBlock, ...] = ()
         self._new: dict[int, Tensor] = {}
@@ -210,8 +198,19 @@ class Grower:
         self._losses.clear()
         self._losses.extend(restored["losses"])
         self.events = [dict(each) for each in restored["events"]]
-        self.counts, self.map = _Counts(**restored["counts"]), _GrowthMap(**restored["map"])
+        self.map, counts = _GrowthMap(**restored["map"]), restored["counts"]
+        self.num_checks, self.new_parameters = counts["checks"], counts["new_parameters"]
+        self.extra_flops = counts["extra_flops"]
         self.start = list(restored["start"])
+
+    def total(self, kind: str) -> int:
+        """Return the number of neurons that were `born`, `replaced` or `died` so far."""
+        return sum(event[kind] for event in self.events)
+
+    @property
+    def last_step(self) -> int:
+        """The step of the last event; 0 before the first."""
+        return self.events[-1]["step"] if self.events else 0
 
     @property
     def is_exact(self) -> bool:
@@ -233,9 +232,7 @@ class Grower:
     def may_grow_after(self, step: int) -> bool:
         """Return True if the model may grow after step `step`, so that activations are needed."""
         is_last = step == self.timing.max_steps  # new neurons would never be trained
-        is_cool = (
-            step - self.counts.last_step >= self.timing.cooldown or not self.trigger.has_cooldown()
-        )
+        is_cool = step - self.last_step >= self.timing.cooldown or not self.trigger.has_cooldown()
         return self.trigger.is_due(step, self.timing) and is_cool and not is_last
 
     def is_check(self, step: int) -> bool:
@@ -262,8 +259,8 @@ class Grower:
             losses=list(self._losses),
             neuron_parameters=parameters,
             neuron_flops=[each * flops_left for each in parameters],
-            new_parameters=self.counts.new_parameters,
-            extra_flops=self.counts.extra_flops,
+            new_parameters=self.new_parameters,
+            extra_flops=self.extra_flops,
             num_events=len({event["step"] for event in self.events}),
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             options=self.options,
@@ -277,7 +274,7 @@ class Grower:
         threshold = self.options.plateau_threshold
         if threshold is not None and decided and not view.is_plateau(threshold):
             decided = {}
-        self.counts.checks += 1
+        self.num_checks += 1
         now = [each if n in trained else _UNTRAINED for n, each in enumerate(pressures)]
         self._history = [*self._history, now][-self.options.history_checks :]
         self.map.add(step, [block.width(model) for block in self.blocks], pressures)
@@ -382,13 +379,9 @@ class Grower:
                 "pressure": pressure,
             }
             self.events.append(record | extra)
-            self.counts.born += each.born
-            self.counts.replaced += len(each.recycled)
-            self.counts.died += each.died
             added = each.born * self._neuron_parameters(model, block)
-            self.counts.new_parameters += added
-            self.counts.extra_flops += added * self._flops_left(step)
-        self.counts.last_step = step
+            self.new_parameters += added
+            self.extra_flops += added * self._flops_left(step)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a resumed run needs, in plain containers and tensors."""
@@ -398,7 +391,13 @@ class Grower:
             "history": [list(each) for each in self._history],
             "losses": list(self._losses),
             "events": [dict(each) for each in self.events],
-            "counts": asdict(self.counts),
+            "counts": {
+                **{kind: self.total(kind) for kind in ("born", "replaced", "died")},
+                "checks": self.num_checks,
+                "new_parameters": self.new_parameters,
+                "extra_flops": self.extra_flops,
+                "last_step": self.last_step,
+            },
             "map": asdict(self.map),
             "start": list(self.start),
         }
