@@ -556,9 +556,6 @@ def adopt(mixture: ExpertMixture, name: str, folder: Path) -> None:
 def _check_tensors(experts: ExpertFolder) -> None:
     """Refuse tensors that are not finite or don't match each other."""
     head, number = experts.head, len(experts.head.names)
-    for name in head.adapters:  # PEFT stores adapters in these containers
-        if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
-            raise TritterError(f"{name} can't be the name of an expert: torch reserves it.")
     if (head.router == "evidence") != (not experts.routers):
         raise TritterError(
             f"router = {head.router}, but there are {len(experts.routers)} learned routers."
@@ -566,7 +563,6 @@ def _check_tensors(experts: ExpertFolder) -> None:
     if (head.router == "learned") != (experts.counts is None):
         state = "missing" if experts.counts is None else "present"
         raise TritterError(f"router = {head.router}, but token counts are {state}.")
-    sizes = set()
     for weight, bias in experts.routers:
         if weight.ndim != 2 or bias.shape != weight.shape[:1] or len(weight) != number:
             raise TritterError(
@@ -575,9 +571,6 @@ def _check_tensors(experts: ExpertFolder) -> None:
             )
         if not all(value.is_floating_point() and is_finite(value) for value in (weight, bias)):
             raise TritterError("a router has values that are not finite.")
-        sizes.add(weight.shape[1])
-    if len(sizes) > 1:
-        raise TritterError(f"the routers have different input sizes: {sorted(sizes)}.")
     counts = experts.counts
     if counts is not None:
         if counts.dtype != torch.int64 or counts.ndim != 2 or len(counts) != number:
@@ -587,16 +580,6 @@ def _check_tensors(experts: ExpertFolder) -> None:
             )
         if not counts.numel() or int(counts.min()) < 0:
             raise TritterError("token counts are negative or empty.")
-    layers: dict[str, tuple[str, tuple[int, int]]] = {}
-    for name, adapter in experts.adapters.items():
-        for layer, (down, up) in adapter.factors.items():
-            size = down.shape[1], up.shape[0]
-            other, known = layers.setdefault(layer, (name, size))
-            if known != size:
-                raise TritterError(
-                    f"{name} and {other} don't fit one model: {layer} is {size[0]} → "
-                    f"{size[1]} in the first and {known[0]} → {known[1]} in the second."
-                )
 
 
 def _whole_rank(parts: list[Factors]) -> int:
