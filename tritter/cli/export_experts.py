@@ -195,8 +195,9 @@ def export_adapters(
     if dtype is not None:
         to = getattr(torch, dtype)
         for name, adapter in adapters.items():
-            factors = {key: (a.to(to), b.to(to)) for key, (a, b) in adapter.factors.items()}
-            adapters[name] = replace(adapter, factors=factors)
+            factors = adapter.factors.items()
+            rounded = {n: replace(f, down=f.down.to(to), up=f.up.to(to)) for n, f in factors}
+            adapters[name] = replace(adapter, factors=rounded)
     records = [_record(name, adapter, output) for name, adapter in adapters.items()]
     with note_if_written(output):
         with atomic_folder(output, overwrite=overwrite, check=check) as temporary:
@@ -259,7 +260,7 @@ def _untied_head(source: Source, adapter: StoredAdapter) -> dict[str, Tensor]:
         return {}
     weight = source.read("embed")
     if head in adapter.factors:
-        down, up = adapter.factors[head]
+        down, up = adapter.factors[head].down, adapter.factors[head].up
         # Not rounded to the base's dtype, so that the head is as exact as the other factors
         dtype = torch.promote_types(weight.dtype, up.dtype)
         delta = adapter.shape.scaling * (up.float() @ down.float())
@@ -268,7 +269,7 @@ def _untied_head(source: Source, adapter: StoredAdapter) -> dict[str, Tensor]:
 
 
 def _record(name: str, adapter: StoredAdapter, output: Path) -> dict[str, Any]:
-    tensors = [tensor for pair in adapter.factors.values() for tensor in pair]
+    tensors = [tensor for each in adapter.factors.values() for tensor in (each.down, each.up)]
     return {
         "name": name or "merged",
         "folder": str(output / name),

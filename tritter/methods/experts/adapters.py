@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -121,7 +121,7 @@ class Factors:
         example, scaling = parts[0].down, alpha / rank
         new_up = pad((q @ left[:, :number]) * root / scaling, (0, rank - number))
         new_down = pad((root[:, None] * right[:number]) @ p.T, (0, 0, 0, rank - number))
-        return cls(new_down.to(example), new_up.to(example), scaling, parts[0].gain)
+        return replace(parts[0], down=new_down.to(example), up=new_up.to(example), scaling=scaling)
 
     def lost_share(self, parts: Sequence[Factors], weights: Sequence[float]) -> float:
         """Return ‖sum − merged‖ / ‖sum‖ (Frobenius), the loss of a merge; 0 for a sum of zeros."""
