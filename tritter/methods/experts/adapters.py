@@ -177,8 +177,6 @@ class LoraLayers:
         if _NAME.fullmatch(name) is None or is_taken:
             why = "torch reserves this name" if is_taken else "use only letters, digits, _ and -"
             raise RequestError(f"{name!r} is not a valid adapter name: {why}.")
-        if name in self.adapters:
-            raise RequestError(f"the model already has an adapter {name}.")
         known = self.adaptable()
         if unknown := [target for target in shape.targets if target not in known]:
             raise RequestError(
@@ -213,7 +211,6 @@ class LoraLayers:
 
     def remove(self, name: str) -> None:
         """Remove an adapter and its weights."""
-        self._check_known(name)
         frozen = {key for key, p in self.model.named_parameters() if not p.requires_grad}
         for _, layer in self:
             if name in layer.r:
@@ -234,7 +231,10 @@ class LoraLayers:
 
     def shape(self, name: str) -> AdapterShape:
         """Return the size of an adapter."""
-        self._check_known(name)
+        if name not in (known := self.adapters):
+            raise RequestError(
+                f"no adapter {name}; the model has {_join_names(known)}.{did_you_mean(name, known)}"
+            )
         config = self._configs[name]
         targets = tuple(sorted(config.target_modules))
         return AdapterShape(config.r, float(config.lora_alpha), targets)
@@ -298,12 +298,6 @@ class LoraLayers:
         """PEFT's configs of the adapters."""
         configs: dict[str, Any] = getattr(self.model, "peft_config", {})
         return configs
-
-    def _check_known(self, name: str) -> None:
-        if name not in (known := self.adapters):
-            raise RequestError(
-                f"no adapter {name}; the model has {_join_names(known)}.{did_you_mean(name, known)}"
-            )
 
 
 def layer_number(name: str) -> int | None:
