@@ -92,7 +92,7 @@ def observations(options: Any) -> Iterator[tuple[str, Observation]]:
             seen = observe_all(model, rows[order[: options.sequences]])
             torch.save(seen.state_dict(), path)
             print(name, len(seen), float(seen.losses.mean()), flush=True)
-        yield name, Observation.of_state(torch.load(path, weights_only=True))
+        yield name, Observation(**torch.load(path, weights_only=True))
 
 
 def observe_all(model: torch.nn.Module, rows: torch.Tensor) -> Observation:

@@ -319,7 +319,7 @@ class ExpertRegistry(Versioned):
         self.batches = dict(state["batches"])
         self._sequences = list(state["sequences"])
         self._young = {
-            skill: [Observation.of_state(each) for each in batches]
+            skill: [Observation(**each) for each in batches]
             for skill, batches in state["young"].items()
         }
         if self.detector is not None and state["detector"] is not None:

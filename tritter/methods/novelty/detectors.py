@@ -157,7 +157,7 @@ class NovelSamples(Versioned):
         self._count = state["count"]
         self._groups = [
             _Group(
-                seen=[Observation.of_state(one) for one in each["seen"]],
+                seen=[Observation(**one) for one in each["seen"]],
                 rows=list(each["rows"]),
                 directions=list(each["directions"]),
                 at=list(each["at"]),
@@ -359,7 +359,7 @@ class NoveltyDetector(Versioned):
         if self.detector.reads_losses:
             self.library.check_losses()
         self._run = state["run"]
-        self._seen = [Observation.of_state(each) for each in state["seen"]]
+        self._seen = [Observation(**each) for each in state["seen"]]
         self._values = list(state["values"])
         self._average, self._cooldown = state["average"], state["cooldown"]
 
