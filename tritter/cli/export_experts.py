@@ -259,11 +259,10 @@ def _untied_head(source: Source, adapter: StoredAdapter) -> dict[str, Tensor]:
     if not adapter.factors.keys() & {embedding, head}:
         return {}
     weight = source.read("embed")
-    if head in adapter.factors:
-        down, up = adapter.factors[head].down, adapter.factors[head].up
+    if (own := adapter.factors.get(head)) is not None:
         # Not rounded to the base's dtype, so that the head is as exact as the other factors
-        dtype = torch.promote_types(weight.dtype, up.dtype)
-        delta = adapter.shape.scaling * (up.float() @ down.float())
+        dtype = torch.promote_types(weight.dtype, own.up.dtype)
+        delta = own.scaling * (own.up.float() @ own.down.float())
         weight = (weight + delta).to(dtype)
     return {head: weight.contiguous()}
 

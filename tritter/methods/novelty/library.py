@@ -117,7 +117,8 @@ class Projection(nn.Module):
         generator = torch.Generator().manual_seed(options.seed + 1)
         head = cls.initialised(torch.cat([*skills, others]), options).requires_grad_()
         skills, others = [head.standardised(each) for each in skills], head.standardised(others)
-        optimizer = torch.optim.Adam(head.parameters(), lr=options.learning_rate)
+        weights = list(head.parameters())
+        optimizer = torch.optim.Adam(weights, lr=options.learning_rate)
         for _ in range(options.steps):
             # Half of the pairs, at least one, come from the mix
             rows = torch.randint(len(others), (max(1, options.pairs // 2),), generator=generator)
@@ -135,8 +136,8 @@ class Projection(nn.Module):
                 viewed = head.of_standardised(samples * kept / (1 - options.view_dropout))
                 views.append(normalize(viewed, dim=-1))
             loss = _contrast(views[0], views[1], groups, temperature=options.temperature)
-            optimizer.zero_grad()
-            loss.backward()
+            for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
+                weight.grad = gradient
             optimizer.step()
         optimizer.zero_grad()
         return head.requires_grad_(False)
