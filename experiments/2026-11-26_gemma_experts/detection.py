@@ -92,7 +92,7 @@ def observations(options: Any) -> Iterator[tuple[str, Observation]]:
             seen = observe_all(model, rows[order[: options.sequences]])
             torch.save(seen.state_dict(), path)
             print(name, len(seen), float(seen.losses.mean()), flush=True)
-        yield name, Observation.of_state(torch.load(path, weights_only=True))
+        yield name, Observation(**torch.load(path, weights_only=True))
 
 
 def observe_all(model: torch.nn.Module, rows: torch.Tensor) -> Observation:
@@ -159,7 +159,7 @@ def load_options() -> Any:
 def is_created(registry: ExpertRegistry, seen: Observation) -> bool:
     """Show a batch to the registry; return True if an expert is created for it."""
     registry.observe(seen, torch.zeros(1, 2, dtype=torch.int64))
-    if registry.novel is None:
+    if registry.new_sequences is None:
         return False
     name = registry.next_name()
     registry.assign(name, name)

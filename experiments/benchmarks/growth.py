@@ -112,10 +112,9 @@ def event(
     for handle in handles:
         handle.remove()
     grower.pressure.observe(model, grower.blocks)
-    growth = grower.growth(model, dict.fromkeys(range(6), 10), seen.probes(), step=10**6)
-    assert growth is not None
-    apply_plain(model, growth.change, optimizer=optimizer)
-    grower.record_event(model, growth, step=10**6)
+    growths = grower.growth(model, dict.fromkeys(range(6), 10), seen.probes(), step=10**6)
+    apply_plain(model, grower.change(model, growths), optimizer=optimizer)
+    grower.record_event(model, growths, step=10**6)
     return time.process_time() - since
 
 

@@ -81,14 +81,14 @@ def test_a_model_writes_after_the_start(reading: type[MarkedText] | None) -> Non
     bounds = TextBounds(END, BOUNDS.start, (9,))
     if reading is not None:
         reading(bounds).attach(model)
-    found = _write_text(
+    rows, nats = _write_text(
         model, num_sequences=64, sequence_length=40, bounds=bounds, sequences_per_text=2, seed=3
     )
-    rows, starts = found.sequences, found.sequences >= START
+    starts = rows >= START
     assert starts[:, 0].all() and (rows[starts] == BOUNDS.marked_start[0]).all()
     ends = (rows == END)[:, :-1]
     assert ends.any() and starts[:, 1:][ends].all()  # each end of text is followed by a start
-    assert not (rows == 9).any() and found.nats.isfinite().all()
+    assert not (rows == 9).any() and nats.isfinite().all()
 
 
 def test_questions_are_read_after_the_start() -> None:

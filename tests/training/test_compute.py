@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.methods.moe_routing.test_objective import SEQUENCES, UNHELD, run
 from tests.oracle.families import SPARSE, generic, tiny
 from tritter.core.families import Flops, Model, forward_flops, training_flops
-from tritter.methods.moe_routing.objective import OldRouting, RoutingObjective
+from tritter.methods.moe_routing.objective import RoutingObjective
 from tritter.methods.moe_routing.opening import Unfreezing
 from tritter.methods.moe_routing.options import RoutingOptions
 from tritter.methods.moe_routing.separate import SeparateExperts, only_trainable
@@ -30,8 +30,8 @@ def square(flops: Flops) -> float:
 @pytest.mark.parametrize("family", SPARSE)
 def test_holding_old_routing_costs_a_second_pass_in_every_step(family: str) -> None:
     model = tiny(family, attn_implementation="eager")
-    old = OldRouting.of(model, SEQUENCES[:10], batch_size=2)
-    routing = RoutingObjective(model, HELD, old=old)
+    routing = RoutingObjective(model, HELD)
+    routing.hold(model, SEQUENCES[:10], batch_size=2)
     module = BaseModule(
         model,
         schedule=Schedule(learning_rate=1e-3, max_steps=4),
@@ -55,13 +55,11 @@ def test_the_look_at_old_routing_and_what_is_held_are_in_the_cost_of_a_fit(tmp_p
     model = tiny("mixtral")
     config = model.config.to_dict()
     forward = forward_flops(Model(config))
-    old = OldRouting.of(model, SEQUENCES[:10], batch_size=2)
-    assert old.flops == 10 * forward.of(LENGTH)
-    held = run(model, tmp_path / "held", settings=HELD, old=old, steps=3)
+    held = run(model, tmp_path / "held", settings=HELD, old=(SEQUENCES[:10], 2), steps=3)
     plain = run(tiny("mixtral"), tmp_path / "plain", steps=3)
     assert plain.flops == 3 * 4 * 3 * forward.of(LENGTH)
     again = training_flops(Model(config), loss_at="routers")
-    assert held.flops == plain.flops + old.flops + 3 * 2 * again.of(LENGTH)
+    assert held.flops == plain.flops + 10 * forward.of(LENGTH) + 3 * 2 * again.of(LENGTH)
 
 
 @pytest.mark.parametrize("family", generic())

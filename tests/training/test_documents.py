@@ -26,7 +26,7 @@ from tritter.evaluation.losses import sequence_losses
 from tritter.methods.forgetting import SI, Distill, Replay
 from tritter.methods.forgetting.quadratic import diagonal_fisher
 from tritter.methods.forgetting.replay import _draw, _Openings, _texts
-from tritter.methods.moe_routing.objective import OldRouting, RoutingObjective
+from tritter.methods.moe_routing.objective import RoutingObjective
 from tritter.methods.moe_routing.options import RoutingOptions
 from tritter.terminal import Console
 from tritter.training import (
@@ -185,8 +185,9 @@ def test_routers_answer_for_tokens_alone() -> None:
     wide[1, 10:12] = torch.tensor([10, 11])  # so that both rows end in padding
     found = []
     for ids in (wide[:1], rows[:1], wide):
-        old = OldRouting.of(tiny("qwen3_moe", initializer_range=0.2), ids, batch_size=len(ids))
-        objective = RoutingObjective(model, options, encouragement=1.0, new_experts=(2, 3), old=old)
+        objective = RoutingObjective(model, options, encouragement=1.0, new_experts=(2, 3))
+        before = tiny("qwen3_moe", initializer_range=0.2)
+        objective.hold(before, ids, batch_size=len(ids))
         with objective.routing.recording():
             model(input_ids=ids, use_cache=False)
             terms = objective.terms(batch_of(ids))

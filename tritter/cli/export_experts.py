@@ -195,8 +195,9 @@ def export_adapters(
     if dtype is not None:
         to = getattr(torch, dtype)
         for name, adapter in adapters.items():
-            factors = {key: (a.to(to), b.to(to)) for key, (a, b) in adapter.factors.items()}
-            adapters[name] = replace(adapter, factors=factors)
+            factors = adapter.factors.items()
+            rounded = {n: replace(f, down=f.down.to(to), up=f.up.to(to)) for n, f in factors}
+            adapters[name] = replace(adapter, factors=rounded)
     records = [_record(name, adapter, output) for name, adapter in adapters.items()]
     with note_if_written(output):
         with atomic_folder(output, overwrite=overwrite, check=check) as temporary:
@@ -258,17 +259,16 @@ def _untied_head(source: Source, adapter: StoredAdapter) -> dict[str, Tensor]:
     if not adapter.factors.keys() & {embedding, head}:
         return {}
     weight = source.read("embed")
-    if head in adapter.factors:
-        down, up = adapter.factors[head]
+    if (own := adapter.factors.get(head)) is not None:
         # Not rounded to the base's dtype, so that the head is as exact as the other factors
-        dtype = torch.promote_types(weight.dtype, up.dtype)
-        delta = adapter.shape.scaling * (up.float() @ down.float())
+        dtype = torch.promote_types(weight.dtype, own.up.dtype)
+        delta = own.scaling * (own.up.float() @ own.down.float())
         weight = (weight + delta).to(dtype)
     return {head: weight.contiguous()}
 
 
 def _record(name: str, adapter: StoredAdapter, output: Path) -> dict[str, Any]:
-    tensors = [tensor for pair in adapter.factors.values() for tensor in pair]
+    tensors = [tensor for each in adapter.factors.values() for tensor in (each.down, each.up)]
     return {
         "name": name or "merged",
         "folder": str(output / name),

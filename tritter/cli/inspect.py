@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tritter.checkpoints import ExpansionRecord, Source
-    from tritter.checkpoints.expert_files import ExpertFiles
     from tritter.core.families import Model
     from tritter.core.parameter_map import ParameterMap, TensorMap
 
@@ -137,8 +136,7 @@ def inspect(folder: Folder, family: _ShowFamily = False, as_json: AsJson = False
         located = locate(folder, key="checkpoint")
         source = Source.open(located, read_model_file(located))
         dtypes = Counter(source.tensors.headers[t.name].dtype for t in source.stored)
-        experts = source.experts
-        experts_record = None if experts is None else _experts_json(experts)
+        experts_record = _experts_json(source)
     lineage = source.lineage
     last = lineage.expansion_history[-1] if lineage and lineage.expansion_history else None
     last_map = _RecordedMap.of(last) if last else None
@@ -155,8 +153,7 @@ def inspect(folder: Folder, family: _ShowFamily = False, as_json: AsJson = False
     _print_lineage(console, source)
     if last is not None and last_map is not None:
         _print_expansion(console, last, last_map)
-    if experts is not None:
-        _print_experts(console, experts)
+    _print_experts(console, source)
     return 0
 
 
@@ -204,8 +201,10 @@ def _as_json(
     }
 
 
-def _experts_json(files: ExpertFiles) -> dict[str, Any]:
-    """Return the experts' records without opening a tensor."""
+def _experts_json(source: Source) -> dict[str, Any] | None:
+    """Return the experts' records without opening a tensor; None: there are no experts."""
+    if (files := source.experts) is None:
+        return None
     head = files.head
     return {
         "names": list(head.names),
@@ -414,8 +413,10 @@ def _print_expansion(console: CommandConsole, record: ExpansionRecord, last: _Re
     )
 
 
-def _print_experts(console: CommandConsole, files: ExpertFiles) -> None:
-    """Print a table of the experts and the settings of the router."""
+def _print_experts(console: CommandConsole, source: Source) -> None:
+    """Print a table of the experts, if there are any, and the settings of the router."""
+    if (files := source.experts) is None:
+        return
     head = files.head
     rows = []
     for name in head.names:

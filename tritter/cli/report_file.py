@@ -6,7 +6,6 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Literal, Self
 
-from tritter.checkpoints.expert_files import AdapterShape
 from tritter.checkpoints.location import is_within
 from tritter.errors import Problem, RequestError, TritterError
 from tritter.storage.atomic import atomic_folder, refuse_existing, write_text_atomic
@@ -15,7 +14,7 @@ from tritter.storage.reading import LINEAGE_NAME, RUN_FILE, SUMMARY_FILE, kind_o
 _KEY = "--output"
 _PAGE_NAME = "report.html"  # the one report that a run folder may contain
 _FILES_OF = {
-    "a checkpoint": (LINEAGE_NAME, *AdapterShape.FILES),
+    "a checkpoint": (LINEAGE_NAME, "adapter_config.json", "adapter_model.safetensors"),  # of PEFT
     "a dataset": ("dataset_info.json", "dataset_dict.json"),  # saved by `datasets`
     "a run": (SUMMARY_FILE,),
 }

@@ -15,10 +15,10 @@ clipping. Only public methods of the Trainer are overridden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -229,7 +229,7 @@ class ForgettingMixin(Trainer):  # in front of the trainer class
             batch["window"] = window
         with self.accelerator.autocast():
             running.observe_batch(self.model, batch)
-        with _capture_logits(self.model, should_capture=running.adds_losses) as captured:
+        with _capture_logits(self.model, should_capture=running.adds_losses) as logits:
             result = super().compute_loss(model, inputs, **arguments)
         if not running.adds_losses:
             return result
@@ -237,7 +237,7 @@ class ForgettingMixin(Trainer):  # in front of the trainer class
         if self._is_loss_averaged(num_items_in_batch):
             scale = 1 / self.current_gradient_accumulation_steps
         with self.accelerator.autocast():
-            extra = running.extra_loss(self.model, batch, captured.of(self.model), scale=scale)
+            extra = running.extra_loss(self.model, batch, logits(), scale=scale)
         return (result[0] + extra, result[1]) if return_outputs else result + extra
 
     def _is_loss_averaged(self, num_items_in_batch: Any) -> bool:
@@ -351,41 +351,36 @@ def _method_batch(inputs: Mapping[str, Any], is_replay: Tensor | None) -> dict[s
     return {**inputs, "is_replay": is_replay}
 
 
-@dataclass(slots=True)
-class _CapturedOutputs:
-    """Outputs of a forward pass with their graph."""
+@contextmanager
+def _capture_logits(model: nn.Module, *, should_capture: bool) -> Iterator[Callable[[], Tensor]]:
+    """Yield a function that returns the logits [B, T, V] of the task's forward pass.
 
-    logits: Tensor | None = None
-    hidden: Tensor | None = None
+    They are computed from the last hidden states if TRL's fused head skipped them.
+    """
+    captured: dict[str, Tensor] = {}
+    handles = []
 
-    def of(self, model: nn.Module) -> Tensor:
-        """Return the logits [B, T, V], computed here if TRL's fused head skipped them."""
-        if self.logits is not None:
-            return self.logits
-        if self.hidden is None:
+    def capture(module: nn.Module, arguments: Any, output: Any) -> None:
+        for name in ("logits", "last_hidden_state"):
+            value = getattr(output, name, None)
+            if isinstance(value, Tensor) and value.requires_grad:
+                captured[name] = value
+
+    def logits() -> Tensor:
+        if "logits" in captured:
+            return captured["logits"]
+        if not captured:
             raise RequestError("methods: the model's forward pass returned no logits to distill.")
         head = head_of(model)
         if head is None:
             reason = "the fused loss gives no logits of this model type; use transformers.Trainer"
             raise RequestError(f"methods: {reason}.")
-        return head(self.hidden)
-
-
-@contextmanager
-def _capture_logits(model: nn.Module, *, should_capture: bool) -> Iterator[_CapturedOutputs]:
-    """Capture the logits, or else the last hidden states, of the task's forward pass."""
-    captured, handles = _CapturedOutputs(), []
-
-    def capture(module: nn.Module, arguments: Any, output: Any) -> None:
-        for name, key in (("logits", "logits"), ("hidden", "last_hidden_state")):
-            value = getattr(output, key, None)
-            if isinstance(value, Tensor) and value.requires_grad:
-                setattr(captured, name, value)
+        return head(captured["last_hidden_state"])
 
     if should_capture:
         handles = [each.register_forward_hook(capture) for each in (model, backbone_of(model))]
     try:
-        yield captured
+        yield logits
     finally:
         for handle in handles:
             handle.remove()

@@ -1,9 +1,11 @@
-"""A checkpoint's model together with its LoRA experts, if it has any: loading, and FLOPs."""
+"""A model together with its LoRA experts, if it has any: loading, writing, FLOPs and usage."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tritter.checkpoints.expert_files import ExpertFiles
 from tritter.checkpoints.source import Source
@@ -41,3 +43,38 @@ def reading_flops_of(source: Source) -> Flops:
     if source.experts is None:
         return forward_flops(source.model)
     return reading_flops(load_whole(source.folder, model=source.model))
+
+
+def experts_writer(model: nn.Module) -> Callable[[Path], None] | None:
+    """Return a function that writes a live model's LoRA experts to the folder of its base.
+
+    None: there are none. What they are now is written, with the state that training left.
+    """
+    from tritter.methods.experts.mixture import mixture_on  # slow to import
+    from tritter.methods.experts.stored import ExpertFolder
+
+    if (mixture := mixture_on(model)) is None:
+        return None
+    usage = mixture.extra.get("usage")
+    by_stage = None if usage is None else {"training": usage}
+    return ExpertFolder.of(mixture, usage=by_stage, extra=mixture.extra).write
+
+
+def is_of_experts(name: str) -> bool:
+    """Return True if a parameter of this name belongs to LoRA experts or their routers."""
+    from tritter.methods.experts.adapters import is_of_adapter
+    from tritter.methods.experts.mixture import ROUTER
+
+    return is_of_adapter(name) or ROUTER in name
+
+
+def expert_usage(
+    model: nn.Module,
+    sequences: Mapping[str, Tensor],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Return the usage of a model's LoRA experts; see `callback.expert_usage`."""
+    from tritter.methods.experts import callback  # slow to import
+
+    return callback.expert_usage(model, sequences, progress=progress)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from tritter.core.stock_routers import AddedExperts, RouterControl
-from tritter.methods.moe_routing.objective import OldRouting, RoutingObjective
+from tritter.methods.moe_routing.objective import RoutingObjective
 from tritter.methods.moe_routing.opening import ExpertOpening, Unfreezing
 from tritter.methods.moe_routing.separate import SeparateExperts, only_trainable
 from tritter.pipeline.branch import Branch
@@ -98,15 +98,15 @@ class NewExperts:
         self, model: nn.Module, *, encouragement: float = 0.0, new_experts: Sequence[int] = ()
     ) -> RoutingObjective:
         run, branch = self._run, self._branch
-        options, old = run.config.moe_routing, None
-        if options.hold_old:  # routing of old data before any training of the branch
+        objective = RoutingObjective(
+            model, run.config.moe_routing, encouragement=encouragement, new_experts=new_experts
+        )
+        if objective.options.hold_old:  # routing of old data before any training of the branch
             sequences = run.data.sample_equally(
                 run.data.old_domains_of(branch), _HOLD_OLD_SEQUENCES, "hold_old", *branch.purpose
             )
             batch_size = max(1, run.data.batch_size // 4)
             with run.waiting("routing of old data"):
                 before = run.load(branch.expanded)
-                old = OldRouting.of(before.to(run.device), sequences, batch_size=batch_size)
-        return RoutingObjective(
-            model, options, encouragement=encouragement, new_experts=new_experts, old=old
-        )
+                objective.hold(before.to(run.device), sequences, batch_size=batch_size)
+        return objective

@@ -17,9 +17,7 @@ from tritter.core.families import Config, Model
 from tritter.core.models import model_of, uninitialised_model
 from tritter.core.stock_routers import AddedExperts, RouterControl
 from tritter.evaluation.losses import sequence_losses
-from tritter.methods.experts.adapters import is_of_adapter
-from tritter.methods.experts.mixture import ROUTER, mixture_on
-from tritter.methods.experts.stored import ExpertFolder
+from tritter.methods.whole import experts_writer, is_of_experts
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.moe import NewExperts
 from tritter.pipeline.run import Run
@@ -183,13 +181,9 @@ class TrainedWriter:
             expansion_history=(*self.lineage.expansion_history, *chain(*records)),
             training_config={**self.lineage.training_config, "last_rate": result.last_rate},
         )
-        losses, experts = dict(self.kept_sequences.losses), None
+        losses = dict(self.kept_sequences.losses)
         for name in self.kept_sequences.sequences.keys() - losses.keys():
             losses[name] = sequence_losses(model, self.kept_sequences.sequences[name])
-        if (mixture := mixture_on(model)) is not None:
-            usage = mixture.extra.get("usage")
-            by_stage = None if usage is None else {"training": usage}
-            experts = ExpertFolder.of(mixture, usage=by_stage, extra=mixture.extra)
         write_checkpoint(
             self.target,
             config=config,
@@ -200,7 +194,7 @@ class TrainedWriter:
                 None if is_settled or added is None else added.write,
                 None if self.work is None else partial(write_states, self.work),
                 replace(self.kept_sequences, losses=losses).write,
-                None if experts is None else experts.write,
+                experts_writer(model),
             ),
             overwrite=True,
         )
@@ -231,7 +225,7 @@ def round_weights(model: nn.Module, dtype: str) -> None:
     rounded, whole = getattr(torch, fitting_dtype(model.parameters(), dtype)), model_of(model)
     unrounded = whole.family.unrounded(whole.config, rounded)
     for name, parameter in model.named_parameters():
-        is_kept = is_of_adapter(name) or ROUTER in name or name in unrounded
+        is_kept = is_of_experts(name) or name in unrounded
         if not is_kept and parameter.is_floating_point():
             parameter.copy_(parameter.to(rounded))
 

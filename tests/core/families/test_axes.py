@@ -31,7 +31,7 @@ from tritter.core.families.discovery.twin import Block, Twin, in_float64
 from tritter.core.parameter_map import Fill, Quantity
 from tritter.errors import RequestError
 from tritter.methods.growth.blocks import FfnBlock
-from tritter.methods.growth.grower import LayerGrowth, _growth_change
+from tritter.methods.growth.grower import _growth_change
 from tritter.methods.growth.initialisers import NewNeurons
 
 # Against the tables
@@ -129,13 +129,12 @@ def test_its_neurons_are_those_of_the_table(
     assert all(torch.equal(again[name], value) for name, value in weights.items())
 
 
-def layer_growth(model: nn.Module, block: FfnBlock) -> LayerGrowth:
+def layer_growth(model: nn.Module, block: FfnBlock) -> NewNeurons:
     """Return the growth of an FFN by two random neurons."""
     gate, up, _ = block.weights(model)
     draws = torch.Generator().manual_seed(block.layer)
     first, second, last = torch.randn(3, 2, gate.shape[1], generator=draws)
-    neurons = NewNeurons(gate=first, up=None if up is None else second, down=last.T)
-    return LayerGrowth(neurons=neurons, recycled=torch.empty(0, dtype=torch.int64))
+    return NewNeurons(gate=first, up=None if up is None else second, down=last.T)
 
 
 # Gradients of a grown twin

@@ -21,7 +21,7 @@ from tests.training.test_surgery import train
 from tritter.checkpoints.expert_files import AdapterShape
 from tritter.errors import RequestError, TritterError
 from tritter.methods.experts.adapters import Factors, LoraLayers, layer_number
-from tritter.methods.experts.gates import Dispatch, Routing
+from tritter.methods.experts.gates import Gates, Routing
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.methods.experts.stored import _TENSORS_NAME, StoredAdapter
 from tritter.training import surgery
@@ -176,12 +176,12 @@ def test_a_lookup_is_the_product_with_a_one_hot_vector(
         for n in standing
     }
     ids = torch.randint(0, 11, (2, 7), generator=generator)
-    dispatch = Dispatch.of(routing.gates(random(2, 7, 3)))
+    gates = routing.gates(random(2, 7, 3))
     leaves = [leaf.requires_grad_() for each in experts.values() for leaf in (each.down, each.up)]
     target = random(2, 7, 5)
     found = []
     for inputs in (ids, nn.functional.one_hot(ids, 11).double()):
-        out = dispatch.output(inputs, experts)
+        out = gates.output(inputs, experts)
         found.append((out, torch.autograd.grad((out * target).sum(), leaves)))
     (one, gradients), (other, expected) = found
     assert one.shape == (2, 7, 5)
@@ -199,10 +199,14 @@ def test_embeddings_merged_are_the_sum_of_what_they_add() -> None:
     one = Factors.merged(parts, [0.3, 0.7], rank=4, alpha=8.0)
     assert one.lost_share(parts, [0.3, 0.7]) < 1e-12
     ids = torch.arange(9)[None]
-    whole = Dispatch(torch.ones(9, 1), None)
-    gates = torch.tensor([[0.3, 0.7]], dtype=torch.float64).expand(9, 2)
-    summed = Dispatch(gates, None).output(ids, dict(enumerate(parts)))
-    assert (whole.output(ids, {0: one}) - summed).abs().max() < 1e-12 < summed.abs().max()
+    ones = torch.ones(1, 9, 1)
+    shares = torch.tensor([0.3, 0.7], dtype=torch.float64).expand(1, 9, 2)
+    summed = Gates(shares, None, shares, shares).output(ids, dict(enumerate(parts)))
+    assert (
+        (Gates(ones, None, ones, ones).output(ids, {0: one}) - summed).abs().max()
+        < 1e-12
+        < summed.abs().max()
+    )
 
 
 class Life(Callback):
@@ -322,7 +326,8 @@ def test_stock_peft_loads_our_folder_and_we_load_theirs(
     expected = oracle.logits(theirs(tmp_path / "theirs", family, tied=tied), ids)
     stored = StoredAdapter.read(tmp_path / "theirs")
     assert stored.shape == AdapterShape(3, 5.0, tuple(sorted(TARGETS)))
-    assert stored.embeddings == {"model.embed_tokens"}
+    embeddings = {name for name, each in stored.factors.items() if each.is_embedding}
+    assert embeddings == {"model.embed_tokens"}
     assert stored.base.keys() == {"model.embed_tokens", "lm_head"}
     LoraLayers(model).add("theirs", stored.shape, seed=0)
     stored.load_into(model, "theirs")

@@ -19,18 +19,17 @@ from tritter.data.chat import ANSWER, CONTEXT, START, ids_of
 from tritter.data.packing import MarkedText
 from tritter.data.tokens import TextBounds
 from tritter.errors import RequestError, TritterError
-from tritter.methods.forgetting import SelfReplay
+from tritter.methods.forgetting import SelfReplay, replay
 from tritter.methods.forgetting.replay import (
     _distinct_share,
     _draw,
-    _GeneratedSequences,
     _stretch_lengths,
     _write_text,
 )
 from tritter.training import Preparation, Task
 
 
-def wrote(model: nn.Module, **changes: Any) -> _GeneratedSequences:
+def wrote(model: nn.Module, **changes: Any) -> tuple[Tensor, Tensor]:
     asked = {"num_sequences": 6, "sequence_length": 10, "bounds": TextBounds(5), **changes}
     return _write_text(model, **asked)
 
@@ -51,14 +50,15 @@ def nats_by_hand(model: nn.Module, text: list[int], *, window: int) -> list[floa
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral"])
 def test_nats_are_those_of_passes_without_a_cache(family: str) -> None:
     model = tiny(family)
-    written = wrote(model, num_sequences=4, sequences_per_text=2, batch_size=1, temperature=0.8)
-    assert written.sequences.shape == (4, 10) and written.sequences.dtype == torch.int32
+    made = {"num_sequences": 4, "sequences_per_text": 2, "batch_size": 1, "temperature": 0.8}
+    sequences, mean = wrote(model, **made)
+    assert sequences.shape == (4, 10) and sequences.dtype == torch.int32
     for number in range(2):
-        text = written.sequences[2 * number : 2 * number + 2].flatten().tolist()
+        text = sequences[2 * number : 2 * number + 2].flatten().tolist()
         assert text[0] == 5
         nats = nats_by_hand(model, text, window=10)
-        assert float(written.nats[2 * number]) == pytest.approx(sum(nats[:9]) / 9, rel=1e-4)
-        assert float(written.nats[2 * number + 1]) == pytest.approx(sum(nats[9:]) / 10, rel=1e-4)
+        assert float(mean[2 * number]) == pytest.approx(sum(nats[:9]) / 9, rel=1e-4)
+        assert float(mean[2 * number + 1]) == pytest.approx(sum(nats[9:]) / 10, rel=1e-4)
 
 
 TURNS = ((8 | CONTEXT | START, 9 | CONTEXT), (6 | CONTEXT, 7 | CONTEXT))
@@ -67,10 +67,10 @@ TURNS = ((8 | CONTEXT | START, 9 | CONTEXT), (6 | CONTEXT, 7 | CONTEXT))
 def test_every_second_text_consists_of_conversations() -> None:
     """A question ends where an answer opens, an answer where the next question does."""
     model = MarkedText(TextBounds(5)).attach(oracle.tiny_llama(vocab_size=12))
-    plain, asked = (wrote(model, sequence_length=90, turns=turns) for turns in ((), TURNS))
-    texts, chats = asked.sequences[::2], asked.sequences[1::2]
+    plain, asked = (wrote(model, sequence_length=90, turns=turns)[0] for turns in ((), TURNS))
+    texts, chats = asked[::2], asked[1::2]
     assert torch.equal(texts < 12, torch.ones_like(texts, dtype=torch.bool))
-    assert texts[:, 0].tolist() == plain.sequences[::2, 0].tolist() == [5, 5, 5]
+    assert texts[:, 0].tolist() == plain[::2, 0].tolist() == [5, 5, 5]
     for chat in chats.tolist():
         text = "".join("?" if token >= ANSWER and not token & CONTEXT else {
             TURNS[0][0]: "<", TURNS[0][1]: "u", TURNS[1][0]: ">", TURNS[1][1]: "a",
@@ -86,14 +86,14 @@ def test_nats_of_conversations_are_those_of_what_was_drawn() -> None:
     """The end of a question is drawn, and then what else opens the answer is given."""
     bounds = TextBounds(ids_of(TURNS[1][0]))
     model = MarkedText(bounds).attach(oracle.tiny_llama(vocab_size=12))
-    written = wrote(model, num_sequences=2, sequence_length=40, turns=TURNS, bounds=bounds)
-    chat = written.sequences[1]
+    sequences, mean = wrote(model, num_sequences=2, sequence_length=40, turns=TURNS, bounds=bounds)
+    chat = sequences[1]
     with torch.no_grad():
         logits = model(ids_of(chat)[None].long()).logits[0, :-1].double()
     nats = -logits.log_softmax(-1).gather(1, ids_of(chat)[1:, None].long()).squeeze(1)
     was_drawn = ((chat & CONTEXT) == 0) | (chat == TURNS[1][0])
     assert 0 < was_drawn.sum() < 39
-    assert float(written.nats[1]) == pytest.approx(float(nats[was_drawn[1:]].mean()), rel=1e-4)
+    assert float(mean[1]) == pytest.approx(float(nats[was_drawn[1:]].mean()), rel=1e-4)
 
 
 @pytest.mark.quick_cases(2)
@@ -122,13 +122,13 @@ def test_seeded_and_left_as_it_was() -> None:
     model = oracle.tiny_llama().train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     state = torch.get_rng_state()
-    first, again, other = wrote(model), wrote(model), wrote(model, seed=1)
-    assert torch.equal(first.sequences, again.sequences)
-    assert not torch.equal(first.sequences, other.sequences)
+    first, again, other = wrote(model)[0], wrote(model)[0], wrote(model, seed=1)[0]
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
     assert torch.equal(state, torch.get_rng_state()) and model.training
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
-    assert not first.sequences.is_inference(), "gradients are taken on it later"
-    assert len(wrote(model, num_sequences=5, sequences_per_text=3).sequences) == 5
+    assert not first.is_inference(), "gradients are taken on it later"
+    assert len(wrote(model, num_sequences=5, sequences_per_text=3)[0]) == 5
 
 
 @pytest.mark.parametrize(
@@ -168,32 +168,31 @@ def test_a_model_that_is_broken_writes_nothing() -> None:
         wrote(model)
 
 
-def written_of(nats: list[float], *, loops: tuple[int, ...] = ()) -> _GeneratedSequences:
+def written_of(nats: list[float], *, loops: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
     sequences = oracle.tokens(batch=len(nats), length=12).int()
     sequences[list(loops)] = 3
-    return _GeneratedSequences(sequences=sequences, nats=torch.tensor(nats, dtype=torch.float64))
+    return sequences, torch.tensor(nats, dtype=torch.float64)
 
 
-def test_dropped_sequences_are_reported_by_reason() -> None:
-    method = SelfReplay(fraction=0.25)
+def test_dropped_sequences_are_reported_by_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     written = written_of([3.0, 0.1, 2.0, 0.1, 9.0], loops=(0, 1))
-    found = method.filter_sequences(written, vocab_size=97)
-    assert torch.equal(found.sequences, written.sequences[2:3])
-    assert list(found.dropped.values()) == [2, 1, 1]
-    assert found.note(5, 12) == (
+    monkeypatch.setattr(replay, "_write_text", lambda *_, **__: written)
+    method = SelfReplay(num_sequences=5, sequences_per_text=1)
+    found = prepared_by(method, oracle.tiny_llama(), length=12)
+    assert torch.equal(found.written, written[0][2:3])
+    assert list(found.found["written"].values()) == [2, 1, 1, 1]
+    assert found.notes == (
         "self_replay: the model generated 5 sequences of 12 tokens at perplexity 7.39, 1 are "
         "used; dropped: 2 repetitive, 1 with too low a perplexity, 1 with too high a "
-        "perplexity."
+        "perplexity.",
     )
     anything = SelfReplay(fraction=0.25, min_distinct=0, min_perplexity=1.0, max_perplexity=1e9)
-    assert len(anything.filter_sequences(written, vocab_size=97).sequences) == 5
+    assert anything.suitable(*written, vocab_size=97)[0].all()
 
 
 def test_no_suitable_sequence_is_refused() -> None:
     with pytest.raises(RequestError, match="1 repetitive, 1 with too high"):
-        SelfReplay(fraction=0.25).filter_sequences(
-            written_of([1.0, 8.0], loops=(0,)), vocab_size=97
-        )
+        SelfReplay(fraction=0.25).suitable(*written_of([1.0, 8.0], loops=(0,)), vocab_size=97)
 
 
 def prepared_by(method: SelfReplay, model: nn.Module, *, length: int = 16) -> Any:

@@ -14,7 +14,6 @@ from tritter.checkpoints.state import State
 from tritter.core.expansions import Dus, Width
 from tritter.core.parameter_map.carry import STATE_KINDS
 from tritter.data.tokens import TextBounds
-from tritter.errors import RequestError
 from tritter.methods.forgetting import SI, Replay
 from tritter.methods.forgetting.quadratic import diagonal_fisher
 from tritter.methods.forgetting.si import _recorded_importance
@@ -257,8 +256,6 @@ def test_without_a_path_it_is_estimated_on_old_data_with_a_note() -> None:
     fisher = diagonal_fisher(model, oracle.tokens(batch=5))
     for name, value in prepared.state["si_importance"].items():
         torch.testing.assert_close(value, 8 * fisher[name])
-    with pytest.raises(RequestError, match=r"data\.old.*no path was recorded.*l2sp"):
-        SI(si_lambda=1.0).prepare(preparation(model, {}, ()))
 
 
 def test_with_a_path_no_text_is_looked_at() -> None:

@@ -10,7 +10,7 @@ from tests import oracle
 from tests.methods.growth.factories import layer_of, probes_of
 from tests.oracle.families import GROWABLE, generic, key_of, tiny
 from tritter.methods.growth.blocks import FfnBlock
-from tritter.methods.growth.grower import LayerGrowth, _growth_change
+from tritter.methods.growth.grower import _growth_change
 from tritter.methods.growth.initialisers import (
     GradMax,
     Initialiser,
@@ -24,8 +24,6 @@ from tritter.methods.growth.initialisers import (
 )
 from tritter.training.surgery import apply_plain
 
-NONE = torch.empty(0, dtype=torch.int64)
-
 
 def grow(
     model: nn.Module, initialiser: Initialiser, ids: Tensor, *, layer: int = 0, count: int = 4
@@ -34,9 +32,7 @@ def grow(
     block = FfnBlock.all_of(model)[layer]
     probe = probes_of(model, ids)[block.layer]
     neurons = initialiser.neurons(layer_of(model, block, probe, count=count))
-    apply_plain(
-        model, _growth_change(model, {block.layer: LayerGrowth(neurons=neurons, recycled=NONE)})
-    )
+    apply_plain(model, _growth_change(model, {block.layer: neurons}))
     return neurons
 
 

@@ -31,10 +31,9 @@ def event(
     engine.pressure.observe(model, engine.blocks)
     state = optimizer.state[model.get_parameter(engine.blocks[1].up)]
     before = {k: v.clone() for k, v in state.items()} if state else {}
-    growth = engine.growth(model, {1: count}, probes, step=step)
-    assert growth is not None
-    apply_plain(model, growth.change, optimizer=optimizer)
-    engine.record_event(model, growth, step=step)
+    growths = engine.growth(model, {1: count}, probes, step=step)
+    apply_plain(model, engine.change(model, growths), optimizer=optimizer)
+    engine.record_event(model, growths, step=step)
     return before
 
 
@@ -133,14 +132,13 @@ def test_what_is_replaced_is_free_of_importances() -> None:
     engine.begin(model)
     probes = probes_of(model, oracle.tokens(batch=8, length=24, seed=3))
     engine.pressure.observe(model, engine.blocks)
-    growth = engine.growth(model, {1: 3}, probes, step=50)
-    assert growth is not None
+    change = engine.change(model, engine.growth(model, {1: 3}, probes, step=50))
     name = engine.blocks[1].up
     fisher = {n: torch.ones_like(p) for n, p in model.named_parameters()}
-    followed = growth.change.state("fisher", fisher)[name]
+    followed = change.state("fisher", fisher)[name]
     free = [*DEAD, 40]
     assert not followed[free].any() and int(followed.sum()) == 38 * 24
-    assert not growth.change.masks()[name][free].any()
+    assert not change.masks()[name][free].any()
 
 
 def test_what_an_expansion_just_made_is_not_dead_yet() -> None:
@@ -150,6 +148,5 @@ def test_what_an_expansion_just_made_is_not_dead_yet() -> None:
     probes = probes_of(model, oracle.tokens(batch=8, length=24, seed=3))
     engine.pressure.observe(model, engine.blocks)
     for step, replaced in ((99, 0), (100, 2)):
-        growth = engine.growth(model, {1: 3}, probes, step=step)
-        assert growth is not None
-        assert len(set(growth.layers[1].recycled.tolist()) & set(DEAD)) == replaced
+        growths = engine.growth(model, {1: 3}, probes, step=step)
+        assert len(set(growths[1].recycled) & set(DEAD)) == replaced

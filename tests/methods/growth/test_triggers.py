@@ -104,8 +104,8 @@ def stepped(engine: Grower, model: nn.Module, steps: int, *, seed: int = 0) -> l
         engine.pressure.observe(model, engine.blocks)
         if decided := engine.decide(model, step):
             found.append(step)
-            engine.counts.last_step = step
-            engine.counts.new_parameters += sum(decided.values()) * 3 * HIDDEN_SIZE
+            engine.events.append({"step": step})
+            engine.new_parameters += sum(decided.values()) * 3 * HIDDEN_SIZE
     return found
 
 
@@ -143,7 +143,7 @@ def test_budgets_hold(trigger: str) -> None:
     )  # fmt: skip
     engine = grower(options, max_steps=101)
     found = stepped(engine, model, 100)
-    spent = engine.counts.new_parameters
+    spent = engine.new_parameters
     assert spent == 3 * HIDDEN_SIZE * 25 <= budget
     if trigger == "budget":  # evenly, not all at once
         assert len(found) > 10 and max(found) > 80

@@ -186,7 +186,7 @@ def test_an_error_amid_the_steps_leaves_the_model_as_it_stands() -> None:
 def test_a_loader_without_a_length_is_read_once() -> None:
     model, other = grown(), grown()
     for each, loader in ((model, iter(DOMAIN)), (other, DOMAIN)):
-        adapt_router(each, [4, 5], loader, 1, anneal_steps=6)
+        adapt_router(each, [4, 5], loader, 1)
         train_new_experts(each, [4, 5], (batch for batch in DOMAIN))
     alike(model, other)
     before = values(model)

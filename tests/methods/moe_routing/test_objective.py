@@ -18,8 +18,7 @@ from tests.training.written import Written
 from tritter.core.stock_routers import AddedExperts, RouterControl
 from tritter.data.batches import BatchStream, SequenceStream
 from tritter.data.replay import ReplayBuffer
-from tritter.errors import TritterError
-from tritter.methods.moe_routing.objective import OldRouting, RoutingObjective, _routing_divergence
+from tritter.methods.moe_routing.objective import RoutingObjective, _routing_divergence
 from tritter.methods.moe_routing.opening import ExpertOpening, Unfreezing
 from tritter.methods.moe_routing.options import RoutingOptions
 from tritter.terminal import Console
@@ -59,7 +58,7 @@ def run(
     settings: RoutingOptions = UNHELD,
     encouragement: float = 0.0,
     new_experts: Sequence[int] = (),
-    old: OldRouting | None = None,
+    old: tuple[Tensor, int] | None = None,
     steps: int = 20,
     learning_rate: float = 1e-2,
     controls: Sequence[Callback] = (),
@@ -68,15 +67,16 @@ def run(
     replayed: float = 0.0,
     write_result: WriteResult | None = None,
 ) -> FitResult:
+    objective = RoutingObjective(
+        model, settings, encouragement=encouragement, new_experts=new_experts
+    )
+    if old is not None:
+        objective.hold(model, old[0], batch_size=old[1])
     module = BaseModule(
         model,
         schedule=Schedule(learning_rate=learning_rate, max_steps=steps, shape="constant"),
         optimizer=OptimizerSettings(),
-        side_losses=[
-            RoutingObjective(
-                model, settings, encouragement=encouragement, new_experts=new_experts, old=old
-            )
-        ],
+        side_losses=[objective],
     )
     gathered = trainer.arguments.get("accumulate_grad_batches", 1)
     stream = SequenceStream(SEQUENCES, seed=0)
@@ -145,7 +145,7 @@ def test_terms_and_statistics_are_logged(tmp_path: Path) -> None:
         settings=RoutingOptions(hold_old=0.1),
         encouragement=0.1,
         new_experts=(3,),
-        old=OldRouting.of(model, SEQUENCES, batch_size=2),
+        old=(SEQUENCES, 2),
     )
     row = next(csv.DictReader((tmp_path / "metrics.csv").open()))
     logged = {name.removeprefix("routing/") for name in row if name.startswith("routing/")}
@@ -209,12 +209,18 @@ def test_a_batch_that_is_all_replayed_encourages_nothing() -> None:
     assert terms["new_expert_mass"] == 0 and objective.weighted(terms).isfinite()
 
 
-def divergence(model: nn.Module, old: OldRouting) -> Tensor:
+def routing_of(model: nn.Module, sequences: Tensor, *, batch_size: int) -> RoutingObjective:
+    objective = RoutingObjective(model, UNHELD)
+    objective.hold(model, sequences, batch_size=batch_size)
+    return objective
+
+
+def divergence(model: nn.Module, old: RoutingObjective, sequences: Tensor) -> Tensor:
     routing = RouterControl.of(model)
     assert routing is not None
     with routing.recording(), torch.no_grad():
-        model(input_ids=old.sequences.long())
-        pairs = zip(old.probabilities, routing.recorded(), strict=True)
+        model(input_ids=sequences.long())
+        pairs = zip(old.old_probabilities, routing.recorded(), strict=True)
         return torch.stack(
             [_routing_divergence(p.flatten(0, 1), r.logits) for p, r in pairs]
         ).mean()
@@ -226,25 +232,18 @@ def test_old_routing_is_held(tmp_path: Path) -> None:
     moved = {}
     for weight in (0.0, 1.0):
         model = tiny_moe("mixtral")
-        old = OldRouting.of(model, text, batch_size=4)
-        assert float(divergence(model, old)) == pytest.approx(0, abs=1e-6)
-        settings = replace(UNHELD, hold_old=weight)
-        run(model, tmp_path / str(weight), settings=settings, old=old, steps=40)
-        moved[weight] = float(divergence(model, old))
+        old = routing_of(model, text, batch_size=4)
+        assert float(divergence(model, old, text)) == pytest.approx(0, abs=1e-6)
+        settings, held = replace(UNHELD, hold_old=weight), (text, 4) if weight else None
+        run(model, tmp_path / str(weight), settings=settings, old=held, steps=40)
+        moved[weight] = float(divergence(model, old, text))
     assert moved[0.0] > 0.02 and moved[1.0] < moved[0.0] / 4
 
 
 def test_old_text_is_gone_through_in_turn() -> None:
-    old = OldRouting.of(tiny_moe("mixtral"), SEQUENCES[:5], batch_size=2)
-    assert [old.rows(step).tolist() for step in range(3)] == [[0, 1], [2, 3], [4, 0]]
-    assert [p.shape for p in old.probabilities] == [(5, 16, 4)] * 3
-
-
-def test_a_dense_model_has_no_objective() -> None:
-    with pytest.raises(TritterError, match="no experts"):
-        RoutingObjective(oracle.tiny_llama(), UNHELD)
-    with pytest.raises(TritterError, match="old data"):
-        OldRouting.of(tiny_moe("mixtral"), SEQUENCES[:0], batch_size=2)
+    old = routing_of(tiny_moe("mixtral"), SEQUENCES[:5], batch_size=2)
+    assert [old.old_rows(step).tolist() for step in range(3)] == [[0, 1], [2, 3], [4, 0]]
+    assert [p.shape for p in old.old_probabilities] == [(5, 16, 4)] * 3
 
 
 class Watch(Callback):
@@ -297,7 +296,7 @@ def test_bitwise_as_if_never_killed(
                 model,
                 folder,
                 settings=settings,
-                old=OldRouting.of(model, SEQUENCES[:6], batch_size=2),
+                old=(SEQUENCES[:6], 2),
                 steps=14,
                 controls=controls,
                 save_every_n_steps=5,

@@ -8,7 +8,6 @@ from torch import nn
 
 from tests import oracle
 from tests.core.stock_routers.models import FAMILIES, num_experts, shared_names, tiny_moe
-from tritter.errors import RequestError
 from tritter.methods.forgetting.quadratic import diagonal_fisher
 from tritter.methods.moe_routing.separate import SeparateExperts, only_trainable
 from tritter.training import OptimizerSettings
@@ -138,17 +137,6 @@ def test_values_by_name_follow() -> None:
         assert set(followed) == {f"{name}_base", f"{name}_new", "other"}
         assert followed[f"{name}_base"].all() and not followed[f"{name}_new"].any()
         assert {n for n, _ in model.named_parameters()} >= {f"{name}_base", f"{name}_new"}
-
-
-@pytest.mark.parametrize("first_new", [0, 4, -1])
-def test_there_are_experts_on_both_sides(first_new: int) -> None:
-    with (
-        pytest.raises(RequestError, match="between 1 and 3"),
-        SeparateExperts(tiny_moe("mixtral"), first_new),
-    ):
-        pass
-    with pytest.raises(RequestError, match="no experts"), SeparateExperts(oracle.tiny_llama(), 1):
-        pass
 
 
 def test_what_needed_a_gradient_needs_it_again() -> None:

@@ -1,9 +1,12 @@
 """Random observations: Gaussian features around a centre, losses around a level."""
 
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor
 
 from tritter.methods.novelty import Observation, SkillLibrary
+from tritter.methods.novelty.options import Detector
 
 SIZE, BATCH = 6, 16
 
@@ -36,3 +39,15 @@ def library(generator: torch.Generator, *, batches: int = 40) -> SkillLibrary:
     made.add("prose", [drawn(generator=generator) for _ in range(batches)], is_base=True)
     made.add("sorting", [drawn(centre_of(2), generator=generator, loss=6) for _ in range(batches)])
     return made
+
+
+def scores_of(detector: Detector, seen: Observation, known: SkillLibrary) -> SimpleNamespace:
+    """Return the novelty of a batch and of its samples, as detectors and bursts use it."""
+    against = detector.checked(seen, known)
+    by_skill = {name: float(values.mean()) for name, values in against.items()}
+    return SimpleNamespace(
+        values=detector.values(against),
+        samples=detector.samples(seen, known),
+        by_skill=by_skill,
+        nearest=min(by_skill, key=by_skill.__getitem__),
+    )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from experiments.benchmarks.novelty import levels
-from tests.methods.novelty.factories import centre_of, drawn, library
+from tests.methods.novelty.factories import centre_of, drawn, library, scores_of
 from tritter import NoveltyDetector, SkillLibrary
 from tritter.errors import RequestError, TritterError
 from tritter.methods.novelty import NoveltyOptions, Observation
@@ -244,8 +244,8 @@ def _equal(one: object, two: object) -> bool:
 def test_decisions_do_not_depend_on_how_samples_lie_in_a_batch(generator: torch.Generator) -> None:
     novelty = NoveltyDetector(library(generator))
     parts = [drawn(centre_of(4), generator=generator, batch=8) for _ in range(2)]
-    one = novelty.detector.score(Observation.concatenated(parts), novelty.library)
-    other = novelty.detector.score(Observation.concatenated(parts[::-1]), novelty.library)
+    one = scores_of(novelty.detector, Observation.concatenated(parts), novelty.library)
+    other = scores_of(novelty.detector, Observation.concatenated(parts[::-1]), novelty.library)
     assert float(one.values.mean()) == pytest.approx(float(other.values.mean()))
 
 

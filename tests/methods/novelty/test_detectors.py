@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.methods.novelty.factories import BATCH, SIZE, centre_of, drawn, library
+from tests.methods.novelty.factories import BATCH, SIZE, centre_of, drawn, library, scores_of
 from tritter.errors import RequestError, TritterError
 from tritter.methods.novelty import NoveltyDetector, Observation, SkillLibrary
 from tritter.methods.novelty.library import (
@@ -47,7 +47,7 @@ def test_the_loss_alone_is_a_z_score_of_held_out_batch_means(generator: torch.Ge
     known.add("prose", held, is_base=True)
     means = [float(each.losses.mean()) for each in held]
     seen = drawn(generator=generator, loss=5)
-    scores = LossNovelty(with_features=False).score(seen, known)
+    scores = scores_of(LossNovelty(with_features=False), seen, known)
     expected = (float(seen.losses.mean()) - np.mean(means)) / np.std(means, ddof=1)
     assert float(scores.values.mean()) == pytest.approx(expected, rel=1e-6)
     assert scores.by_skill == {"prose": pytest.approx(expected)}
@@ -70,7 +70,7 @@ def test_a_distance_is_held_against_batches_that_its_statistics_never_saw(
     assert skill.centre.mean == pytest.approx(np.mean(found), rel=1e-6)
     assert skill.centre.own_deviation == pytest.approx(np.std(found, ddof=1), rel=1e-5)
     seen = drawn(centre_of(1), generator=generator)
-    values = MahalanobisNovelty().score(seen, known).values
+    values = scores_of(MahalanobisNovelty(), seen, known).values
     gaussian = known.gaussian("prose")
     distance = float(gaussian.centre_distance(seen.features).mean())
     expected = (distance - np.mean(found)) / np.std(found, ddof=1)
@@ -81,9 +81,9 @@ def test_a_distance_is_held_against_batches_that_its_statistics_never_saw(
 def test_the_nearest_skill_is_named(name: str, generator: torch.Generator) -> None:
     known, detector = library(generator), DETECTORS[name]()
     for centre, loss, expected in ((0.0, 4.0, "prose"), (centre_of(2), 6.0, "sorting")):
-        scores = detector.score(drawn(centre, generator=generator, loss=loss), known)
+        scores = scores_of(detector, drawn(centre, generator=generator, loss=loss), known)
         assert scores.nearest == expected and float(scores.values.mean()) < 6
-    other = detector.score(drawn(centre_of(4), generator=generator, loss=6), known)
+    other = scores_of(detector, drawn(centre_of(4), generator=generator, loss=6), known)
     assert min(other.by_skill.values()) > 6
 
 
@@ -95,11 +95,11 @@ def test_equal_losses_are_told_apart_by_features_and_equal_features_by_losses(
     harder = drawn(centre_of(2), generator=generator, loss=9)
     easier = drawn(centre_of(2), generator=generator, loss=5)
     loss, alone = LossNovelty(), LossNovelty(with_features=False)
-    assert min(loss.score(elsewhere, known).by_skill.values()) > 6
-    assert alone.score(elsewhere, known).nearest == "sorting"
-    assert min(alone.score(elsewhere, known).by_skill.values()) < 6
-    assert min(loss.score(harder, known).by_skill.values()) > 6
-    assert loss.score(easier, known).by_skill["sorting"] < 6
+    assert min(scores_of(loss, elsewhere, known).by_skill.values()) > 6
+    assert scores_of(alone, elsewhere, known).nearest == "sorting"
+    assert min(scores_of(alone, elsewhere, known).by_skill.values()) < 6
+    assert min(scores_of(loss, harder, known).by_skill.values()) > 6
+    assert scores_of(loss, easier, known).by_skill["sorting"] < 6
 
 
 def test_values_of_a_cosine_average_to_it_and_spread_as_jackknifed_ones(
@@ -131,11 +131,13 @@ def test_similarity_is_taken_over_the_features(generator: torch.Generator) -> No
     known = SkillLibrary()
     known.add("prose", [seen] * 30, is_base=True)
     cosine = CosineNovelty()
-    assert float(cosine.score(seen, known).values.mean()) == pytest.approx(0, abs=1e-6)
-    assert float(cosine.score(opposite, known).values.mean()) == pytest.approx(2, abs=1e-6)
+    assert float(scores_of(cosine, seen, known).values.mean()) == pytest.approx(0, abs=1e-6)
+    assert float(scores_of(cosine, opposite, known).values.mean()) == pytest.approx(2, abs=1e-6)
     assert np.allclose(SkillLibrary().embed(batch), _normed(batch.double().numpy()), atol=1e-6)
-    mixed = cosine.score(
-        Observation(losses=torch.ones(2), features=torch.stack([batch[0], -batch[0]])), known
+    mixed = scores_of(
+        cosine,
+        Observation(losses=torch.ones(2), features=torch.stack([batch[0], -batch[0]])),
+        known,
     )
     assert float(mixed.samples[1]) > 1 > float(mixed.samples[0])  # each separately
 
@@ -158,7 +160,7 @@ def test_reductions_are_those_of_numpy(
         mean @ rows.mean(axis=0) / np.linalg.norm(mean) / np.linalg.norm(rows.mean(axis=0))
         for rows in prototypes
     ]
-    scores = CosineNovelty(reduction=reduction).score(seen, known)
+    scores = scores_of(CosineNovelty(reduction=reduction), seen, known)
     expected = {"max": np.max, "mean": np.mean, "median": np.median}[reduction](cosines)
     assert float(scores.values.mean()) == pytest.approx(1 - expected, abs=1e-5)
     assert scores.samples.shape == (16,)
@@ -250,7 +252,7 @@ def test_scores_follow_their_samples(batch: int, size: int, num_skills: int, see
     order = torch.randperm(batch, generator=generator)
     for name in DETECTORS:
         detector = DETECTORS[name]()
-        scores, shuffled = (detector.score(x, known) for x in (seen, seen.rows(order)))
+        scores, shuffled = (scores_of(detector, x, known) for x in (seen, seen.rows(order)))
         assert scores.values.shape == scores.samples.shape == (batch,)
         assert scores.by_skill.keys() == {f"skill {number}" for number in range(num_skills)}
         mean = float(scores.values.mean())

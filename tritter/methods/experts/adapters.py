@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -121,7 +121,7 @@ class Factors:
         example, scaling = parts[0].down, alpha / rank
         new_up = pad((q @ left[:, :number]) * root / scaling, (0, rank - number))
         new_down = pad((root[:, None] * right[:number]) @ p.T, (0, 0, 0, rank - number))
-        return cls(new_down.to(example), new_up.to(example), scaling, parts[0].gain)
+        return replace(parts[0], down=new_down.to(example), up=new_up.to(example), scaling=scaling)
 
     def lost_share(self, parts: Sequence[Factors], weights: Sequence[float]) -> float:
         """Return ‖sum − merged‖ / ‖sum‖ (Frobenius), the loss of a merge; 0 for a sum of zeros."""
@@ -177,8 +177,6 @@ class LoraLayers:
         if _NAME.fullmatch(name) is None or is_taken:
             why = "torch reserves this name" if is_taken else "use only letters, digits, _ and -"
             raise RequestError(f"{name!r} is not a valid adapter name: {why}.")
-        if name in self.adapters:
-            raise RequestError(f"the model already has an adapter {name}.")
         known = self.adaptable()
         if unknown := [target for target in shape.targets if target not in known]:
             raise RequestError(
@@ -213,7 +211,6 @@ class LoraLayers:
 
     def remove(self, name: str) -> None:
         """Remove an adapter and its weights."""
-        self._check_known(name)
         frozen = {key for key, p in self.model.named_parameters() if not p.requires_grad}
         for _, layer in self:
             if name in layer.r:
@@ -234,7 +231,10 @@ class LoraLayers:
 
     def shape(self, name: str) -> AdapterShape:
         """Return the size of an adapter."""
-        self._check_known(name)
+        if name not in (known := self.adapters):
+            raise RequestError(
+                f"no adapter {name}; the model has {_join_names(known)}.{did_you_mean(name, known)}"
+            )
         config = self._configs[name]
         targets = tuple(sorted(config.target_modules))
         return AdapterShape(config.r, float(config.lora_alpha), targets)
@@ -298,12 +298,6 @@ class LoraLayers:
         """PEFT's configs of the adapters."""
         configs: dict[str, Any] = getattr(self.model, "peft_config", {})
         return configs
-
-    def _check_known(self, name: str) -> None:
-        if name not in (known := self.adapters):
-            raise RequestError(
-                f"no adapter {name}; the model has {_join_names(known)}.{did_you_mean(name, known)}"
-            )
 
 
 def layer_number(name: str) -> int | None:

@@ -220,8 +220,8 @@ class ExpertCallback(Callback):
         for name in registry.matured():
             why = f"trained for {registry.members[name].steps} steps"
             self._record_event(trainer, "mature", name, why)
-        if registry.novel is not None:
-            self._assign_expert(trainer, module)
+        if registry.new_sequences is not None:
+            self._assign_expert(trainer, module, registry.new_sequences)
         elif registry.active is not None and registry.active in mixture.adapters:
             self._grow(trainer, module, registry.active)
         if registry.routing != mixture.routing:
@@ -279,11 +279,10 @@ class ExpertCallback(Callback):
         # Lightning loads callbacks before on_fit_start, which restores the experts of the model
         self._restored = state_dict
 
-    def _assign_expert(self, trainer: Trainer, module: ExpertModule) -> None:
+    def _assign_expert(self, trainer: Trainer, module: ExpertModule, sequences: Tensor) -> None:
         """Assign an expert to a new skill: a new expert if there is room, else the nearest."""
         registry, mixture, lora = self.registry, module.mixture, module.mixture.lora
-        options, novel = registry.options, registry.novel
-        assert novel is not None
+        options, decision = registry.options, registry.decision
         skill = self._skill or f"skill_{len(registry.expert_of)}_{trainer.global_step}"
         limit, first = options.max_trainable_parameters, mixture.adapters[0]
         new = lora.num_parameters(first) // lora.shape(first).rank * self._shape.rank
@@ -301,10 +300,10 @@ class ExpertCallback(Callback):
         while (why := obstacle()) and is_of_use and len(mixture.adapters) > 1:
             self._make_room(trainer, module)
         if why:
-            successor = registry.nearest(novel)
+            successor = registry.nearest()
             self._thaw(trainer, module, successor)
             registry.assign(skill, successor)
-            self._add_sequences(module, successor, novel.sequences)
+            self._add_sequences(module, successor, sequences)
             why = f"{why}; it also learns the new skill"
             self._record_event(trainer, "refused", successor, why)
             return
@@ -314,9 +313,9 @@ class ExpertCallback(Callback):
         skill = self._skill or name
         registry.assign(skill, name)
         registry.members[name].domain = domain = ", ".join(self._domains)
-        self._add_sequences(module, name, novel.sequences)
+        self._add_sequences(module, name, sequences)
         found: dict[str, Any] = {"skill": skill, "domain": domain}
-        if (decision := novel.decision) is not None and registry.detector is not None:
+        if decision is not None and registry.detector is not None:
             found |= {
                 "similarity": dict(registry.detector.library[skill].similarity_at_creation),
                 "score": decision.score,

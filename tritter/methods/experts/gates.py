@@ -6,6 +6,7 @@ experts chosen by earlier tokens of its sequence; never on later ones.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil
 
 import torch
@@ -64,7 +65,7 @@ class Routing:
         return Gates(weights * kept, kept, probabilities, logits, dropped)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Gates:
     """The gates of one layer for the tokens of a batch.
 
@@ -82,11 +83,68 @@ class Gates:
     logits: Tensor
     dropped: float = 0.0
 
-    def of(self, kept: Tensor) -> "Gates":
-        """Return the gates of some tokens, [N, n]; kept is bool [B, T]."""
+    def of(self, kept: Tensor | tuple[slice, slice]) -> "Gates":
+        """Return the gates of some tokens; for a mask kept, bool [B, T], as [N, n]."""
         chosen = None if self.chosen is None else self.chosen[kept]
         parts = self.weights[kept], chosen, self.probabilities[kept], self.logits[kept]
         return Gates(*parts, self.dropped)
+
+    # Adding the adapters' outputs to a layer's output, with gates per token.
+    #
+    # N tokens of a batch, n experts, r the rank of one and R the sum of all.
+
+    @cached_property
+    def _weights(self) -> Tensor:
+        """The weights of all tokens, [N, n]."""
+        return self.weights.flatten(0, -2)
+
+    @cached_property
+    def _tokens(self) -> tuple[Tensor, ...] | None:
+        """For each expert, the flat indices of its tokens, int64; None: all process every token.
+
+        Computed once for all linear layers of a decoder layer.
+        """
+        if self.chosen is None:
+            return None
+        experts, tokens = self.chosen.flatten(0, -2).T.nonzero(as_tuple=True)
+        return tokens.split(experts.bincount(minlength=self.chosen.shape[-1]).tolist())
+
+    def output(self, inputs: Tensor, factors: Mapping[int, Factors]) -> Tensor:
+        """Return Σₑ gₑ · (α/r)ₑ · Bₑ Aₑ x for every token, times the gain of the layer.
+
+        Args:
+            inputs: [..., in_features], N tokens in total; or integers [...], which denote one-hot
+                vectors, so that A x is a column of A. With fewer tokens than gates,
+                [B, t, in_features], they are the last ones of each sequence, as at the head.
+            factors: adapters of the layer, by index of the expert.
+
+        Returns:
+            [..., out_features], in the dtype of the factors.
+        """
+        example, gates = next(iter(factors.values())), self
+        if inputs.is_floating_point():
+            shape, tokens = inputs.shape[:-1], inputs.flatten(0, -2).to(example.down.dtype)
+        else:
+            shape, tokens = inputs.shape, inputs.flatten()  # [N]; above [N, in]
+        if len(tokens) < len(self._weights):
+            gates = self.of((slice(None), slice(-shape[1], None)))
+        weights = gates._weights.to(example.down.dtype)  # [N, n]
+        if gates._tokens is None:  # all experts as one product of rank R
+            up = torch.cat([each.up for each in factors.values()], dim=1)  # [out, R]
+            scales = [
+                (weights[:, number] * each.scaling).unsqueeze(-1).expand(-1, each.rank)
+                for number, each in factors.items()
+            ]
+            if tokens.is_floating_point():
+                low = linear(tokens, torch.cat([each.down for each in factors.values()]))  # [N, R]
+            else:  # separate look-ups, so that no [R, V] copy is made
+                low = torch.cat([each.low(tokens) for each in factors.values()], dim=1)
+            added = linear(low * torch.cat(scales, dim=1), up)
+        else:
+            added = _chosen_output(tokens, factors, weights, gates._tokens)
+        if example.gain is not None:  # the gain belongs to the layer
+            added = added * example.gain.to(added.dtype)
+        return added.unflatten(0, shape)
 
     def balance_loss(self) -> Tensor:
         """Return n · Σₑ fₑ · Pₑ, the load balancing loss of Switch (arXiv 2101.03961, equation 4).
@@ -119,88 +177,6 @@ class Gates:
 def usage(gates: Sequence[Gates]) -> Tensor:
     """Return the mean gate of each expert over layers and tokens, float32 [n]."""
     return torch.stack([each.weights.detach().flatten(0, -2).mean(0) for each in gates]).mean(0)
-
-
-# Adding the adapters' outputs to a layer's output, with gates per token.
-#
-# N tokens of a batch, n experts, r the rank of one and R the sum of all.
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Dispatch:
-    """Assignment of tokens to experts, shared by all linear layers of a decoder layer.
-
-    Args:
-        weights: [N, n], gates.
-        tokens: for each expert, the flat indices of its tokens, int64; None: every expert
-            processes every token.
-    """
-
-    weights: Tensor
-    tokens: tuple[Tensor, ...] | None
-
-    @classmethod
-    def of(cls, gates: Gates) -> "Dispatch":
-        """Return the dispatch of a layer's gates."""
-        weights = gates.weights.flatten(0, -2)
-        if gates.chosen is None:
-            return cls(weights, None)
-        experts, tokens = gates.chosen.flatten(0, -2).T.nonzero(as_tuple=True)
-        return cls(weights, tokens.split(experts.bincount(minlength=weights.shape[1]).tolist()))
-
-    def last(self, batch: int, length: int) -> "Dispatch":
-        """Return the dispatch of the last tokens of each sequence, as needed by the head.
-
-        Args:
-            batch: B, number of sequences.
-            length: number of tokens per sequence.
-        """
-        own = len(self.weights) // batch
-        weights = self.weights.unflatten(0, (batch, own))[:, own - length :].flatten(0, 1)
-        if self.tokens is None:
-            return Dispatch(weights, None)
-        kept = []
-        for tokens in self.tokens:
-            sequence, position = tokens // own, tokens % own - (own - length)
-            kept.append((sequence * length + position)[position >= 0])
-        return Dispatch(weights, tuple(kept))
-
-    def output(self, inputs: Tensor, factors: Mapping[int, Factors]) -> Tensor:
-        """Return Σₑ gₑ · (α/r)ₑ · Bₑ Aₑ x for every token, times the gain of the layer.
-
-        Args:
-            inputs: [..., in_features], N tokens in total; or integers [...], which denote one-hot
-                vectors, so that A x is a column of A. With fewer tokens than gates,
-                [B, t, in_features], they are the last ones of each sequence.
-            factors: adapters of the layer, by index of the expert.
-
-        Returns:
-            [..., out_features], in the dtype of the factors.
-        """
-        example, dispatch = next(iter(factors.values())), self
-        if inputs.is_floating_point():
-            shape, tokens = inputs.shape[:-1], inputs.flatten(0, -2).to(example.down.dtype)
-        else:
-            shape, tokens = inputs.shape, inputs.flatten()  # [N]; above [N, in]
-        if len(tokens) < len(self.weights):
-            dispatch = self.last(*shape)
-        weights = dispatch.weights.to(example.down.dtype)  # [N, n]
-        if dispatch.tokens is None:  # all experts as one product of rank R
-            up = torch.cat([each.up for each in factors.values()], dim=1)  # [out, R]
-            gates = [
-                (weights[:, number] * each.scaling).unsqueeze(-1).expand(-1, each.rank)
-                for number, each in factors.items()
-            ]
-            if tokens.is_floating_point():
-                low = linear(tokens, torch.cat([each.down for each in factors.values()]))  # [N, R]
-            else:  # separate look-ups, so that no [R, V] copy is made
-                low = torch.cat([each.low(tokens) for each in factors.values()], dim=1)
-            added = linear(low * torch.cat(gates, dim=1), up)
-        else:
-            added = _chosen_output(tokens, factors, weights, dispatch.tokens)
-        if example.gain is not None:  # the gain belongs to the layer
-            added = added * example.gain.to(added.dtype)
-        return added.unflatten(0, shape)
 
 
 def _chosen_output(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from math import sqrt
 from typing import Any
@@ -26,7 +26,7 @@ from tritter.methods.experts.adapters import (
     is_of_adapter,
     layer_number,
 )
-from tritter.methods.experts.gates import Dispatch, Gates, Routing, usage
+from tritter.methods.experts.gates import Gates, Routing, usage
 from tritter.training.parameters import WRAPPED, flops_of_sequence, live_layout
 from tritter.transform import Change
 from tritter.transform.change import declared
@@ -40,7 +40,9 @@ from tritter.transform.change import declared
 
 _NO_TOKEN = -1  # marks padding
 _STRENGTH = 1000.0  # pseudo-counts of the mean skill that smooth each skill
-_SEEN = "seen_by_experts"  # attribute of a key-value cache
+# Attributes of a key-value cache: the latest tokens that it covers, int64 [B, ≤ window], and the
+# number of all
+_SEEN, _NUM_SEEN = "seen_by_experts", "num_seen_by_experts"
 _LEAST = -8.0  # minimum of a logit relative to the largest, so that no gate vanishes
 ROUTER, _EVIDENCE = "expert_router", "expert_evidence"
 _BASE_EXPERT = "base"
@@ -172,14 +174,6 @@ class Evidence(nn.Module):
         self.counts[number] += torch.bincount(found, minlength=self.counts.shape[1]).to(self.counts)
 
 
-@dataclass(slots=True)
-class _Seen:
-    """All tokens that a key-value cache covers, and the latest of them: int64 [B, ≤ window]."""
-
-    tail: Tensor
-    number: int
-
-
 def _num_tokens(cache: Any) -> int:
     """Return the number of tokens of a cache; without attention, 1 if it has a state, else 0."""
     try:
@@ -191,8 +185,8 @@ def _num_tokens(cache: Any) -> int:
 def _reordered(cache: Any, reorder: Callable[[Tensor], None], beams: Tensor) -> None:
     """Reorder the tokens of a cache with its beams."""
     reorder(beams)
-    seen: _Seen = getattr(cache, _SEEN)
-    seen.tail = seen.tail.index_select(0, beams.to(seen.tail.device))
+    seen: Tensor = getattr(cache, _SEEN)
+    setattr(cache, _SEEN, seen.index_select(0, beams.to(seen.device)))
 
 
 class ExpertRouter(nn.Module):
@@ -228,17 +222,10 @@ class _Mix:
     def __init__(self, router: ExpertRouter | None = None) -> None:
         self.router = router
         self.gates: Gates | None = None
-        self.dispatch: Dispatch | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy starts without gates, which may belong to a graph
-        return {"router": self.router, "gates": None, "dispatch": None}
-
-    def forget(self) -> None:
-        self.gates = self.dispatch = None
-
-    def set(self, gates: Gates) -> None:
-        self.gates, self.dispatch = gates, Dispatch.of(gates)
+        return {"router": self.router, "gates": None}
 
 
 def _keep_gates(mix: _Mix, layer: nn.Module, args: Sequence[Any]) -> None:
@@ -255,21 +242,20 @@ def _keep_gates(mix: _Mix, layer: nn.Module, args: Sequence[Any]) -> None:
 def _checkpointed(
     mix: _Mix, checkpoint: Callable[..., Any], run: Callable[..., Any], *args: Any
 ) -> Any:
-    own = mix.gates, mix.dispatch
+    own = mix.gates
     is_reentrant = getattr(checkpoint, "keywords", {}).get("use_reentrant")
-    if is_reentrant and mix.gates is not None and mix.gates.weights.requires_grad:
+    if is_reentrant and own is not None and own.weights.requires_grad:
         raise RequestError(
             "use_reentrant = True: reentrant checkpointing can't differentiate a router that "
             "learns; set use_reentrant=False."
         )
 
     def run_again(*inputs: Any) -> Any:
-        latest = mix.gates, mix.dispatch
-        mix.gates, mix.dispatch = own
+        latest, mix.gates = mix.gates, own
         try:
             return run(*inputs)
         finally:
-            mix.gates, mix.dispatch = latest
+            mix.gates = latest
 
     return checkpoint(run_again, *args)
 
@@ -455,15 +441,9 @@ class ExpertMixture:
 
         New rows of A are random and new columns of B are zero (reversed in an embedding), as PEFT
         initialises them. α / r is kept; call `lora.set_rank` afterwards.
-
-        Raises:
-            RequestError: the rank is not larger than the current one.
         """
         own = self.lora.shape(name).rank
-        if rank <= own:
-            raise RequestError(
-                f"{name} already has rank {own}; the new rank {rank} must be larger."
-            )
+        assert rank > own
         source = torch.cat([torch.arange(own), torch.full((rank - own,), NO_SOURCE)])
         axis, parts = _plain_factor(source), _Parts()
         generator = torch.Generator().manual_seed(seed)
@@ -591,9 +571,6 @@ class ExpertMixture:
     @contextmanager
     def without(self, name: str) -> Iterator[None]:
         """Context manager that excludes an expert, which must not be the only one."""
-        self._check_known(name)
-        if len(self.names) == 1:
-            raise RequestError(f"{name} is the only expert, so it can't be excluded.")
         before, self._excluded = self._excluded, name
         try:
             yield
@@ -618,8 +595,7 @@ class ExpertMixture:
 
     def _read(self, backbone: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Compute evidence from the tokens of a forward pass, and earlier tokens in the cache."""
-        self._whole.forget()
-        self._seen = None
+        self._whole.gates = self._seen = None
         if self._is_off or not self.names:
             return
         marked = args[0] if args else kwargs.get("input_ids")
@@ -627,20 +603,21 @@ class ExpertMixture:
             raise RequestError("experts.router=evidence needs token ids (input_ids).")
         ids = ids_of(marked)
         if self._only_expert is not None:
-            self._whole.dispatch = self._only(ids, self._only_expert)
+            self._whole.gates = self._only(ids, self._only_expert)
             return
         seen, mask, cache = ids, kwargs.get("attention_mask"), cache_in(kwargs)
         if mask is not None and mask.ndim == 2:
             seen = ids.masked_fill(mask[:, -ids.shape[1] :] == 0, _NO_TOKEN)
         if cache is not None and (number := _num_tokens(cache)):
-            earlier: _Seen | None = getattr(cache, _SEEN, None)
-            if earlier is None or earlier.number != number or len(earlier.tail) != len(ids):
+            earlier: Tensor | None = getattr(cache, _SEEN, None)
+            is_whole = getattr(cache, _NUM_SEEN, None) == number
+            if earlier is None or not is_whole or len(earlier) != len(ids):
                 raise RequestError(
                     "experts.router=evidence: the key-value cache covers tokens that were not read "
                     "with these experts, or was cropped, as in assisted generation; set "
                     "use_cache=False."
                 )
-            seen = torch.cat([earlier.tail.to(ids.device), seen], dim=1)
+            seen = torch.cat([earlier.to(ids.device), seen], dim=1)
         self._seen = seen
         assert self.evidence is not None
         is_asked = self.evidence._ends_turns and seen.shape == ids.shape  # no earlier tokens
@@ -649,10 +626,9 @@ class ExpertMixture:
         logits = self.evidence(seen, is_first)
         is_dense = self.evidence.is_between(seen, is_first)
         own = slice(-ids.shape[1], None)
-        gates = self._gates_of(
+        self._whole.gates = self._gates_of(
             logits[:, own], is_training=backbone.training, is_dense=is_dense[:, own]
         )
-        self._whole.set(gates)
 
     def _is_first(self, marked: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
         """Return whether each token of a forward pass is the first of a document, if known."""
@@ -674,23 +650,24 @@ class ExpertMixture:
         if not hasattr(cache, _SEEN):
             cache.reorder_cache = partial(_reordered, cache, cache.reorder_cache)
         # Later tokens depend only on these
-        setattr(cache, _SEEN, _Seen(self._seen[:, -self.evidence.window :], _num_tokens(cache)))
+        setattr(cache, _SEEN, self._seen[:, -self.evidence.window :])
+        setattr(cache, _NUM_SEEN, _num_tokens(cache))
 
     def _route(
         self, mix: _Mix, layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> None:
-        mix.forget()
+        mix.gates = None
         if self._is_off or not self.names:
             return
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         if self._only_expert is not None:
-            mix.dispatch = self._only(hidden[..., 0], self._only_expert)
+            mix.gates = self._only(hidden[..., 0], self._only_expert)
             return
         assert mix.router is not None
         logits = mix.router(hidden)
         if self._whole.gates is not None:
             logits = logits + self._whole.gates.logits.to(logits)
-        mix.set(self._gates_of(logits, is_training=layer.training))
+        mix.gates = self._gates_of(logits, is_training=layer.training)
 
     def _gates_of(
         self, logits: Tensor, *, is_training: bool, is_dense: Tensor | None = None
@@ -700,22 +677,19 @@ class ExpertMixture:
             logits = logits.masked_fill(indices == self.names.index(self._excluded), -torch.inf)
         return self.routing.gates(logits, is_training=is_training, is_dense=is_dense)
 
-    def _only(self, tokens: Tensor, expert: str) -> Dispatch:
-        """Return the dispatch if one expert processes every token of [B, T]."""
-        every = torch.arange(tokens.numel(), device=tokens.device)
-        weights = torch.zeros(len(every), len(self.names), device=tokens.device)
-        weights[:, self.names.index(expert)] = 1.0
-        own = (every if name == expert else every[:0] for name in self.names)
-        return Dispatch(weights, tuple(own))
+    def _only(self, tokens: Tensor, expert: str) -> Gates:
+        """Return the gates if one expert processes every token of [B, T]."""
+        weights = torch.zeros(*tokens.shape, len(self.names), device=tokens.device)
+        weights[..., self.names.index(expert)] = 1.0
+        return Gates(weights, weights.bool(), weights, weights)
 
     def _add(self, mix: _Mix, layer: Any, args: Sequence[Any], output: Tensor) -> Tensor:
-        dispatch = mix.dispatch
-        if dispatch is None:
+        if mix.gates is None:
             return output
         found = {n: each for n, name in enumerate(self.names) if (each := Factors.of(layer, name))}
         if not found:
             return output
-        return output + dispatch.output(args[0], found).to(output.dtype)
+        return output + mix.gates.output(args[0], found).to(output.dtype)
 
 
 def mixture_on(model: nn.Module) -> ExpertMixture | None:

@@ -18,7 +18,7 @@ from tritter.methods.experts.options import DynamicOptions
 from tritter.methods.novelty import NoveltyDetector, Observation
 from tritter.methods.novelty.detectors import Decision
 from tritter.methods.novelty.library import Versioned
-from tritter.methods.novelty.statistics import Calibration, t_interval
+from tritter.methods.novelty.statistics import Calibration, t_bounds
 
 _USAGE_DECAY = 0.98
 
@@ -54,21 +54,6 @@ class _Member:
         return "frozen" if self.is_frozen else "mature" if self.is_mature else "young"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Novel:
-    """A skill that was detected as new.
-
-    Args:
-        decision: the decision; None if the skill was given by name.
-        sequences: int64 [N, T], its data so far.
-        batches: the batches that the decision is based on.
-    """
-
-    decision: Decision | None
-    sequences: Tensor
-    batches: tuple[Observation, ...] = ()
-
-
 class ExpertRegistry(Versioned):
     """Skills, experts, and the expert that the current batch is for.
 
@@ -76,6 +61,10 @@ class ExpertRegistry(Versioned):
         options: the options of experts.
         max_steps: of the training run; schedules without a setting are shares of it.
         detector: with the skills known so far; None: boundaries are given.
+
+    Attributes:
+        new_sequences: int64 [N, T], the data so far of a skill to `assign`; None: there is none.
+        decision: the decision that it is new; None if it was given by name.
     """
 
     state_name = "experts: a state"
@@ -95,7 +84,9 @@ class ExpertRegistry(Versioned):
         self.batches = dict.fromkeys(("known", "new", "unsure", "idle"), 0)
         self.active: str | None = None
         self.score: float | None = None  # novelty of the latest batch
-        self.novel: _Novel | None = None
+        self.new_sequences: Tensor | None = None
+        self.decision: Decision | None = None
+        self._new_batches: tuple[Observation, ...] = ()  # that the decision is based on
         self._sequences: list[Tensor] = []  # of the batches of the detector's run
         self._young: dict[str, list[Observation]] = {}  # skill → batches to recalibrate it
 
@@ -116,9 +107,8 @@ class ExpertRegistry(Versioned):
         self.score = decision.score
         expert = self.expert_of.get(decision.skill, self.options.first)
         if decision.kind == "new":
-            self.novel = _Novel(
-                decision=decision, sequences=torch.cat(self._sequences), batches=self.detector.run
-            )
+            self.decision, self._new_batches = decision, self.detector.run
+            self.new_sequences = torch.cat(self._sequences)
         self.activate(None if self.detector.is_run_new else expert)
         if decision.kind != "known":
             return None
@@ -136,7 +126,7 @@ class ExpertRegistry(Versioned):
         """Choose the expert of a batch whose skill is known by name; see `observe`."""
         expert = self.expert_of.get(skill)
         if expert is None:
-            self.novel = _Novel(decision=None, sequences=sequences)
+            self.new_sequences = sequences
         self.batches["new" if expert is None else "known"] += 1
         self.activate(expert)
         return expert
@@ -178,9 +168,11 @@ class ExpertRegistry(Versioned):
         if len(before) != len(member.before) or member.is_frozen:
             return ""
         falls = torch.tensor(before) - torch.tensor(member.before)
-        is_widest, fall = 2 * rank > self.options.max_rank, t_interval(falls, confidence=0.95)
+        is_widest, fall = 2 * rank > self.options.max_rank, float(falls.double().mean())
         # A frozen expert never learns again, so noise alone should not freeze it
-        if (fall.upper if is_widest else fall.value) >= self.options.stall_gain:
+        if is_widest:
+            _, fall = t_bounds(falls, confidence=0.95)
+        if fall >= self.options.stall_gain:
             return ""
         if is_widest:
             return "freeze" if self.options.freeze_converged else ""
@@ -213,15 +205,14 @@ class ExpertRegistry(Versioned):
 
     def assign(self, skill: str, expert: str) -> None:
         """Assign a skill to an expert, which may be new; the skill is known afterwards."""
-        assert self.novel is not None
         if expert not in self.members:
             self.members[expert] = _Member(is_mature=not self._maturity)
             self.settled_steps = 0
         self.expert_of[skill] = expert
         if self.detector is not None:
-            self.detector.add(skill, self.novel.batches)
+            self.detector.add(skill, self._new_batches)
             self._young[skill] = []
-        self.novel = None
+        self.new_sequences, self.decision = None, None
 
     def remove(self, expert: str, *, successor: str | None = None) -> None:
         """Remove an expert, and its skills unless an heir takes them."""
@@ -258,12 +249,12 @@ class ExpertRegistry(Versioned):
         first, second = sorted((self.expert_of[one], self.expert_of[two]), key=order.index)
         return first, second
 
-    def nearest(self, novel: _Novel) -> str:
-        """Return the expert that should learn a new skill: that of the most similar known skill.
+    def nearest(self) -> str:
+        """Return the expert that should learn the new skill: that of the most similar known skill.
 
         Frozen experts come after all others, and the expert of the base comes last.
         """
-        by_skill = {} if novel.decision is None else novel.decision.by_skill
+        by_skill = {} if self.decision is None else self.decision.by_skill
         distances = {
             self.expert_of[skill]: -by_skill[skill] for skill in by_skill if skill in self.expert_of
         }
@@ -328,7 +319,7 @@ class ExpertRegistry(Versioned):
         self.batches = dict(state["batches"])
         self._sequences = list(state["sequences"])
         self._young = {
-            skill: [Observation.of_state(each) for each in batches]
+            skill: [Observation(**each) for each in batches]
             for skill, batches in state["young"].items()
         }
         if self.detector is not None and state["detector"] is not None:

@@ -82,34 +82,27 @@ class StoredAdapter:
 
     Args:
         shape: its size; the targets are the last names of the layers below.
-        factors: layer of the stock model → A [r, in_features] and B [out_features, r].
-        embeddings: those of the layers that are embeddings.
+        factors: layer of the stock model → its A and B.
         base: layer → the base's weight, if the folder contains it.
     """
 
     shape: AdapterShape
-    factors: Mapping[str, tuple[Tensor, Tensor]]
-    embeddings: frozenset[str] = frozenset()
+    factors: Mapping[str, Factors]
     base: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, name: str) -> "StoredAdapter":
         """Return a copy of a live model's adapter on the CPU."""
         lora = LoraLayers(model)
-        shape, found, embeddings = lora.shape(name), {}, set()
+        found = {}
         for layer_name, layer in lora:
-            found_factors = Factors.of(layer, name)
-            if found_factors is None:
+            if (live := Factors.of(layer, name)) is None:
                 continue
-            found[layer_name] = (
-                found_factors.down.detach().cpu().clone(),
-                found_factors.up.detach().cpu().clone(),
-            )
-            if not all(map(is_finite, found[layer_name])):
+            down, up = (each.detach().cpu().clone() for each in (live.down, live.up))
+            if not (is_finite(down) and is_finite(up)):
                 raise TritterError(f"the adapter {name} of {layer_name} is not finite.")
-            if found_factors.is_embedding:
-                embeddings.add(layer_name)
-        return cls(shape, found, frozenset(embeddings))
+            found[layer_name] = replace(live, down=down, up=up, gain=None)
+        return cls(lora.shape(name), found)
 
     @classmethod
     def read(cls, folder: Path) -> "StoredAdapter":
@@ -145,14 +138,18 @@ class StoredAdapter:
                     f"{path}: {layer} has factors of shapes {[list(down), list(up)]}; its config "
                     f"has r = {config.rank}."
                 )
-            found[layer] = tensors[own["A"]], tensors[own["B"]]
-            if not all(map(is_finite, found[layer])):
+            found[layer] = one = Factors(
+                tensors[own["A"]],
+                tensors[own["B"]],
+                config.scaling,
+                is_embedding=True in embeddings[layer],
+            )
+            if not (is_finite(one.down) and is_finite(one.up)):
                 raise TritterError(f"{path}: {layer} has values that are not finite.")
         targets = tuple(sorted({layer.rpartition(".")[2] for layer in found}))
         return cls(
             AdapterShape(config.rank, config.alpha, targets),
             found,
-            frozenset(layer for layer, kinds in embeddings.items() if True in kinds),
             {layer: tensors[own["base"]] for layer, own in layers.items() if "base" in own},
         )
 
@@ -176,11 +173,11 @@ class StoredAdapter:
 
         shape, whole = self.shape, whole or {}
         tensors = {f"{_PREFIX}{layer}.weight": weight for layer, weight in whole.items()}
-        adapted = {layer: pair for layer, pair in self.factors.items() if layer not in whole}
-        for layer, (down, up) in adapted.items():
-            part = "lora_embedding_{}" if layer in self.embeddings else "lora_{}.weight"
-            tensors[f"{_PREFIX}{layer}.{part.format('A')}"] = down.contiguous()
-            tensors[f"{_PREFIX}{layer}.{part.format('B')}"] = up.contiguous()
+        adapted = {layer: one for layer, one in self.factors.items() if layer not in whole}
+        for layer, one in adapted.items():
+            part = "lora_embedding_{}" if one.is_embedding else "lora_{}.weight"
+            tensors[f"{_PREFIX}{layer}.{part.format('A')}"] = one.down.contiguous()
+            tensors[f"{_PREFIX}{layer}.{part.format('B')}"] = one.up.contiguous()
         alpha = int(shape.alpha) if shape.alpha == int(shape.alpha) else shape.alpha
         config = LoraConfig(
             r=shape.rank,
@@ -209,11 +206,11 @@ class StoredAdapter:
             first = sorted(own.keys() ^ self.factors.keys())[0]
             where = "the folder" if first in self.factors else "the model"
             raise TritterError(f"the adapter does not fit the model: {first} is only in {where}.")
-        for layer, (down, up) in self.factors.items():
-            if own[layer].is_embedding != (layer in self.embeddings):
+        for layer, stored in self.factors.items():
+            if own[layer].is_embedding != stored.is_embedding:
                 raise TritterError(
                     f"the adapter does not fit the model: {layer} is an embedding only in the "
-                    f"{'folder' if layer in self.embeddings else 'model'}."
+                    f"{'folder' if stored.is_embedding else 'model'}."
                 )
             base = layers[layer].get_base_layer().get_parameter("weight").detach()
             stored_base = self.base.get(layer, base)
@@ -225,7 +222,7 @@ class StoredAdapter:
                     "the adapter does not fit the model: the folder contains other base weights "
                     f"of {layer}."
                 )
-            for parameter, value in ((own[layer].down, down), (own[layer].up, up)):
+            for parameter, value in ((own[layer].down, stored.down), (own[layer].up, stored.up)):
                 if parameter.shape != value.shape:
                     raise TritterError(
                         f"the adapter does not fit the model: {layer} has shape "
@@ -233,9 +230,9 @@ class StoredAdapter:
                         "model."
                     )
         with torch.no_grad():
-            for layer, (down, up) in self.factors.items():
-                own[layer].down.copy_(down)
-                own[layer].up.copy_(up)
+            for layer, stored in self.factors.items():
+                own[layer].down.copy_(stored.down)
+                own[layer].up.copy_(stored.up)
 
     def logit_change(self, mixture: ExpertMixture, input_ids: Tensor) -> LogitChange:
         """Measure the change of the logits if the adapter replaces a mixture, in the model's dtype.
@@ -275,9 +272,8 @@ class StoredAdapter:
 
     def deltas(self) -> dict[str, Tensor]:
         """Return layer → change of its weight; for an embedding [V, H]."""
-        scaling = self.shape.scaling
-        found = {n: Factors(down, up, scaling).delta() for n, (down, up) in self.factors.items()}
-        return {n: delta.T if n in self.embeddings else delta for n, delta in found.items()}
+        found = ((n, one.delta(), one.is_embedding) for n, one in self.factors.items())
+        return {n: delta.T if is_embedding else delta for n, delta, is_embedding in found}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -435,13 +431,11 @@ class ExpertFolder:
             ‖sum − adapter‖ / ‖sum‖, maximum over layers; 0 if the rank suffices.
         """
         layers: dict[str, list[tuple[str, Factors]]] = {}
-        embeddings: set[str] = set()
         for name, stored in self.adapters.items():
-            embeddings |= stored.embeddings
-            for layer, (down, up) in stored.factors.items():
-                wide = torch.promote_types(down.dtype, torch.float32)
-                own = Factors(down.to(wide), up.to(wide), stored.shape.scaling)
-                layers.setdefault(layer, []).append((name, own))
+            for layer, one in stored.factors.items():
+                wide = torch.promote_types(one.down.dtype, torch.float32)
+                one = replace(one, down=one.down.to(wide), up=one.up.to(wide))
+                layers.setdefault(layer, []).append((name, one))
         if not layers:
             raise RequestError(
                 "there is no expert to merge: the mixture consists of its base only."
@@ -450,13 +444,12 @@ class ExpertFolder:
         size, lost, found = rank or whole, 0.0, {}
         for layer, parts in layers.items():
             factors, weights = [part for _, part in parts], [gates[name] for name, _ in parts]
-            one = Factors.merged(factors, weights, rank=size, alpha=float(size))
-            found[layer] = one.down, one.up
+            found[layer] = Factors.merged(factors, weights, rank=size, alpha=float(size))
             if size < _whole_rank(factors):
-                lost = max(lost, one.lost_share(factors, weights))
+                lost = max(lost, found[layer].lost_share(factors, weights))
         targets = tuple(sorted({layer.rpartition(".")[2] for layer in layers}))
         shape = AdapterShape(size, float(size), targets)
-        return StoredAdapter(shape, found, frozenset(embeddings)), lost
+        return StoredAdapter(shape, found), lost
 
     def apply(self, model: nn.Module) -> ExpertMixture:
         """Add the mixture to a model that was just loaded.
@@ -556,9 +549,6 @@ def adopt(mixture: ExpertMixture, name: str, folder: Path) -> None:
 def _check_tensors(experts: ExpertFolder) -> None:
     """Refuse tensors that are not finite or don't match each other."""
     head, number = experts.head, len(experts.head.names)
-    for name in head.adapters:  # PEFT stores adapters in these containers
-        if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
-            raise TritterError(f"{name} can't be the name of an expert: torch reserves it.")
     if (head.router == "evidence") != (not experts.routers):
         raise TritterError(
             f"router = {head.router}, but there are {len(experts.routers)} learned routers."
@@ -566,7 +556,6 @@ def _check_tensors(experts: ExpertFolder) -> None:
     if (head.router == "learned") != (experts.counts is None):
         state = "missing" if experts.counts is None else "present"
         raise TritterError(f"router = {head.router}, but token counts are {state}.")
-    sizes = set()
     for weight, bias in experts.routers:
         if weight.ndim != 2 or bias.shape != weight.shape[:1] or len(weight) != number:
             raise TritterError(
@@ -575,9 +564,6 @@ def _check_tensors(experts: ExpertFolder) -> None:
             )
         if not all(value.is_floating_point() and is_finite(value) for value in (weight, bias)):
             raise TritterError("a router has values that are not finite.")
-        sizes.add(weight.shape[1])
-    if len(sizes) > 1:
-        raise TritterError(f"the routers have different input sizes: {sorted(sizes)}.")
     counts = experts.counts
     if counts is not None:
         if counts.dtype != torch.int64 or counts.ndim != 2 or len(counts) != number:
@@ -587,16 +573,6 @@ def _check_tensors(experts: ExpertFolder) -> None:
             )
         if not counts.numel() or int(counts.min()) < 0:
             raise TritterError("token counts are negative or empty.")
-    layers: dict[str, tuple[str, tuple[int, int]]] = {}
-    for name, adapter in experts.adapters.items():
-        for layer, (down, up) in adapter.factors.items():
-            size = down.shape[1], up.shape[0]
-            other, known = layers.setdefault(layer, (name, size))
-            if known != size:
-                raise TritterError(
-                    f"{name} and {other} don't fit one model: {layer} is {size[0]} → "
-                    f"{size[1]} in the first and {known[0]} → {known[1]} in the second."
-                )
 
 
 def _whole_rank(parts: list[Factors]) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any
@@ -50,31 +49,6 @@ _WORDS = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _GeneratedSequences:
-    """Sequences that a model generated.
-
-    Attributes:
-        sequences: int32 [N, T].
-        nats: float64 [N], mean −log p of a sequence's tokens at temperature 1, under the model that
-            generated it. Tokens in front of a text are not counted.
-        dropped: number of further sequences that were dropped, for each reason.
-    """
-
-    sequences: Tensor
-    nats: Tensor
-    dropped: Mapping[str, int] = field(default_factory=dict)
-
-    def note(self, count: int, length: int, *, has_turns: bool = False) -> str:
-        """Return a sentence with the numbers of generated, replayed and dropped sequences."""
-        dropped = f"; dropped: {reasons}" if (reasons := _reasons(self.dropped)) else ""
-        return (
-            f"self_replay: the model generated {count} sequences of {length} tokens"
-            f"{', half of them conversations,' if has_turns else ''} at perplexity "
-            f"{math.exp(float(self.nats.mean())):.3g}, {len(self.sequences)} are used{dropped}."
-        )
-
-
 def _reasons(dropped: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {_WORDS[why]}" for why, count in dropped.items() if count)
 
@@ -92,8 +66,11 @@ def _write_text(
     batch_size: int = _AT_ONCE,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
-) -> _GeneratedSequences:
-    """Generate sequences with a causal language model.
+) -> tuple[Tensor, Tensor]:
+    """Generate sequences with a causal language model, int32 [N, T].
+
+    Also returns the mean −log p of each sequence's tokens at temperature 1, float64 [N], without
+    tokens in front of a text.
 
     Args:
         turns: `Chat.turns`: every second text then consists of conversations.
@@ -125,7 +102,7 @@ def _write_text(
     costs_NT = torch.cat(nats)[:num_sequences].double()
     counted = costs_NT.isfinite()
     mean = costs_NT.nan_to_num().sum(dim=1) / counted.sum(dim=1).clamp(min=1)
-    return _GeneratedSequences(sequences=torch.cat(pieces)[:num_sequences], nats=mean)
+    return torch.cat(pieces)[:num_sequences], mean
 
 
 def _distinct_share(sequences: Tensor) -> Tensor:
@@ -409,7 +386,7 @@ class SelfReplay(ForgettingMethod):
         length, vocab_size = preparation.sequence_length, model.sizes.vocab_size
         count, (per_text, parts) = options.num_sequences, _text_lengths(options, length)
         preparation.log(f"the model generates {count} sequences of {length} tokens")
-        written = _write_text(
+        sequences, nats = _write_text(
             preparation.model,
             num_sequences=count * parts,
             sequence_length=length // parts,
@@ -421,30 +398,34 @@ class SelfReplay(ForgettingMethod):
             seed=preparation.seed("self_replay"),
             progress=preparation.progress,
         )
-        written = _GeneratedSequences(
-            sequences=written.sequences.view(count, length),
-            nats=written.nats.view(count, parts).mean(dim=1),
-        )
-        kept = self.filter_sequences(written, vocab_size=vocab_size)
+        sequences, nats = sequences.view(count, length), nats.view(count, parts).mean(dim=1)
+        is_kept, dropped = self.suitable(sequences, nats, vocab_size=vocab_size)
+        sequences, perplexity = sequences[is_kept], math.exp(float(nats[is_kept].mean()))
+        chats = ", half of them conversations," if preparation.turns else ""
+        reasons = f"; dropped: {_reasons(dropped)}" if any(dropped.values()) else ""
         flops = forward_flops(model)
         return Prepared(
-            written=kept.sequences,
+            written=sequences,
             flops=-(-count * parts // per_text)
             * sum(map(flops.of, _stretch_lengths(per_text, length // parts))),
-            found={"written": {**kept.dropped, "kept": len(kept.sequences)}},
-            notes=(kept.note(count, length, has_turns=bool(preparation.turns)),),
+            found={"written": {**dropped, "kept": len(sequences)}},
+            notes=(
+                f"self_replay: the model generated {count} sequences of {length} tokens{chats} "
+                f"at perplexity {perplexity:.3g}, {len(sequences)} are used{reasons}.",
+            ),
         )
 
-    def filter_sequences(
-        self, written: _GeneratedSequences, *, vocab_size: int
-    ) -> _GeneratedSequences:
-        """Drop repetitive sequences, and those whose perplexity is too low or too high."""
-        import torch
+    def suitable(
+        self, sequences: Tensor, nats: Tensor, *, vocab_size: int
+    ) -> tuple[Tensor, dict[str, int]]:
+        """Return which sequences are used, bool [N], and the number of others for each reason.
 
+        Repetitive ones are dropped, and those whose perplexity is too low or too high.
+        """
         highest = self.options.max_perplexity or float(vocab_size)
-        repeats = _distinct_share(written.sequences) < self.options.min_distinct
-        too_low = ~repeats & (written.nats < math.log(self.options.min_perplexity))
-        too_high = ~repeats & (written.nats > math.log(highest))
+        repeats = _distinct_share(sequences) < self.options.min_distinct
+        too_low = ~repeats & (nats < math.log(self.options.min_perplexity))
+        too_high = ~repeats & (nats > math.log(highest))
         kept = ~(repeats | too_low | too_high)
         dropped = {
             "repeat_themselves": int(repeats.sum()),
@@ -455,15 +436,11 @@ class SelfReplay(ForgettingMethod):
             raise RequestError(
                 f"forgetting.self_replay: none of the {len(kept)} generated sequences is "
                 f"suitable for replay ({_reasons(dropped)}; mean perplexity "
-                f"{float(written.nats.mean().exp()):.4g}). Set data.old, try another "
+                f"{float(nats.mean().exp()):.4g}). Set data.old, try another "
                 "forgetting.self_replay.temperature, or relax min_distinct, min_perplexity and "
                 "max_perplexity."
             )
-        return _GeneratedSequences(
-            sequences=written.sequences[torch.where(kept)[0]],
-            nats=written.nats[kept],
-            dropped=dropped,
-        )
+        return kept, dropped
 
     def mix(self, batches: BatchStream, task: Task) -> BatchStream:
         assert task.written is not None

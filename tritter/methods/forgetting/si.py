@@ -33,7 +33,6 @@ from tritter.data.packing import (
     lengths_of,
     lengths_read,
 )
-from tritter.errors import RequestError
 from tritter.methods.forgetting.quadratic import QuadraticPenalty, diagonal_fisher, mean_over
 from tritter.options import Count, options
 from tritter.training import Needs, Preparation, Prepared, Task, Values
@@ -95,11 +94,6 @@ class SI(QuadraticPenalty):
             flops_of_sequence,
         )  # imports transformers, so not at the top
 
-        if not preparation.domains:
-            raise RequestError(
-                "data.old = null: no path was recorded for this model's training, so si must "
-                "estimate it on old data; set data.old, or choose forgetting=l2sp."
-            )
         chosen = preparation.draw(self.options.num_sequences, "si")
         fisher = diagonal_fisher(
             preparation.model, chosen, seed=preparation.seed("si"), progress=preparation.progress

@@ -14,7 +14,8 @@ from tritter.core.models import model_of
 from tritter.data.packing import lengths_read
 from tritter.evaluation.jump import logits_of
 from tritter.methods.growth.blocks import ActivationProbe, ActivationRecorder, FfnBlock
-from tritter.methods.growth.grower import Grower, Growth
+from tritter.methods.growth.grower import Grower
+from tritter.methods.growth.initialisers import NewNeurons
 from tritter.training import surgery
 from tritter.training.callbacks import WorkCount, ends_step
 from tritter.training.gradient_flow import NewUnits
@@ -97,8 +98,7 @@ class NeuronGrowthCallback(Callback):
         if self.grower.needs_losses:
             self.grower.note_loss(float(trainer.callback_metrics["train/loss"]))
         module, grower, step = base_of(pl_module), self.grower, trainer.global_step
-        model, growth = module.model, None
-        decided = {}
+        model, decided = module.model, dict[int, int]()
         if grower.is_check(step):
             decided = trainer.strategy.broadcast(grower.decide(model, step))
         if decided:
@@ -108,19 +108,16 @@ class NeuronGrowthCallback(Callback):
                     own = (probe.inputs, probe.output_gradients)
                     gathered = (torch.as_tensor(module.all_gather(each)) for each in own)
                     probes[layer] = ActivationProbe(*(each.flatten(0, 1) for each in gathered))
-            growth = grower.growth(model, decided, probes, step=step)
-        if growth is not None:
-            self._grow(trainer, module, growth, batch["input_ids"][:_PROBE_SEQUENCES])
+            if growths := grower.growth(model, decided, probes, step=step):
+                self._grow(trainer, module, growths, batch["input_ids"][:_PROBE_SEQUENCES])
         self._clear_probes(pl_module)
         if step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
-        counts, ages = grower.counts, grower.maturity.ages(step)
+        ages = grower.maturity.ages(step)
         widths = [block.width(model) for block in grower.blocks]
         metrics = {
             "growth/neurons": sum(widths),
-            "growth/born": counts.born,
-            "growth/replaced": counts.replaced,
-            "growth/died": counts.died,
+            **{f"growth/{kind}": grower.total(kind) for kind in ("born", "replaced", "died")},
             "growth/young": len(ages),
             "growth/parameters": sum(parameter.numel() for parameter in model.parameters()),
             "growth/flops": WorkCount.of(trainer).flops,
@@ -155,9 +152,8 @@ class NeuronGrowthCallback(Callback):
 
     def report(self) -> dict[str, Any]:
         """Return the report of growth, in the format of summary.json."""
-        grower, counts = self.grower, self.grower.counts
+        grower, timing = self.grower, self.grower.timing
         changes = [event["function_change"] for event in grower.events]
-        timing = grower.timing
         return {
             "timing": {
                 "check_every": timing.check_every,
@@ -166,16 +162,14 @@ class NeuronGrowthCallback(Callback):
                 "maturation_age": timing.maturation_age,
             },
             "events": grower.events,
-            "born": counts.born,
-            "replaced": counts.replaced,
-            "died": counts.died,
-            "checks": counts.checks,
+            **{kind: grower.total(kind) for kind in ("born", "replaced", "died")},
+            "checks": grower.num_checks,
             "neurons": {"before": grower.start, "after": self._after["neurons"]},
             "parameters": {
-                "before": self._after["parameters"] - counts.new_parameters,
+                "before": self._after["parameters"] - grower.new_parameters,
                 "after": self._after["parameters"],
             },
-            "extra_flops": counts.extra_flops,
+            "extra_flops": grower.extra_flops,
             "flops": self._after["flops"],
             "young": len(grower.maturity.ages(self._last_step)),
             "map": asdict(grower.map),
@@ -192,19 +186,26 @@ class NeuronGrowthCallback(Callback):
         # Lightning loads callbacks before on_fit_start, which restores the shapes of the model
         self._restored = state_dict
 
-    def _grow(self, trainer: Trainer, module: BaseModule, growth: Growth, tokens: Tensor) -> None:
+    def _grow(
+        self,
+        trainer: Trainer,
+        module: BaseModule,
+        growths: Mapping[int, NewNeurons],
+        tokens: Tensor,
+    ) -> None:
         """Change the model, and record the relative change of its logits on tokens [B, T]."""
         model, work = module.model, WorkCount.of(trainer)
         before, flops = logits_of(model, tokens), _reading_flops(model, tokens)
-        surgery.apply(trainer, module, growth.change, reason=Grower.reason)
+        change = self.grower.change(model, growths)
+        surgery.apply(trainer, module, change, reason=Grower.reason)
         work.flops += flops + _reading_flops(model, tokens)
         largest = (logits_of(model, tokens) - before).abs().max()
-        change = (largest / before.std().clamp_min(1e-30)).to(module.device)
+        moved = (largest / before.std().clamp_min(1e-30)).to(module.device)
         self.grower.record_event(
             model,
-            growth,
+            growths,
             step=trainer.global_step,
-            function_change=float(trainer.strategy.reduce(change, reduce_op="max")),
+            function_change=float(trainer.strategy.reduce(moved, reduce_op="max")),
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             flops=work.flops,
         )

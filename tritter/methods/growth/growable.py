@@ -21,8 +21,8 @@ from tritter.checkpoints.location import check_output, require_plain
 from tritter.core.models import load_model, model_of, read_model, refuse_wrapped
 from tritter.errors import Problem, RequestError, nearest, raise_problems
 from tritter.methods.growth.blocks import FfnBlock, freeze_all_but_ffns
-from tritter.methods.growth.grower import Grower, Growth
-from tritter.methods.growth.initialisers import GradMax, Initialiser
+from tritter.methods.growth.grower import Grower
+from tritter.methods.growth.initialisers import GradMax, Initialiser, NewNeurons
 from tritter.methods.growth.plain_loop import PlainLoop
 from tritter.methods.growth.triggers import (
     INITIALISERS,
@@ -94,12 +94,12 @@ class _Growable:
             RequestError: growth is due, and the optimizer is not known.
         """
         if not self._is_enabled:
-            return _num_changed(None)
+            return _num_changed({})
         if optimizer is not None:
             self.attach(optimizer)
         decided = self._loop.decide()
         if not decided:
-            return _num_changed(None)
+            return _num_changed({})
         self._check_growth_is_safe()
         return _num_changed(self._loop.grow(decided))
 
@@ -156,7 +156,7 @@ class _GrowableLayer(_Growable):
         (block,), module = self._loop.grower.blocks, self._loop.module
         width = block.width(module)
         if not sources:
-            return {**_num_changed(None), "indices": []}
+            return {**_num_changed({}), "indices": []}
         if wrong := [index for index in sources if not 0 <= index < width]:
             reason = f"indices must be between 0 and {width - 1}"
             raise RequestError(Problem("source_indices", wrong, reason=reason))
@@ -165,25 +165,24 @@ class _GrowableLayer(_Growable):
                 "growth: a growing weight is frozen; all weights of neurons must be trainable."
             )
         self._check_growth_is_safe()
-        growth = None
+        growths = {}
         if self._loop.grower.pressure.neurons:
-            growth = self._loop.grow({0: len(sources)}, sources={block.layer: sources})
-        if growth is None:
+            growths = self._loop.grow({0: len(sources)}, sources={block.layer: sources})
+        if not growths:
             raise RequestError(
                 "growth: no training step was observed since the layer has its current size; take "
                 "a training step first."
             )
-        indices = growth.layers[block.layer].new_indices(width)
-        return {**_num_changed(growth), "indices": indices.tolist()}
+        indices = growths[block.layer].indices(width)
+        return {**_num_changed(growths), "indices": indices.tolist()}
 
 
-def _num_changed(growth: Growth | None) -> _Counts:
+def _num_changed(growths: Mapping[int, NewNeurons]) -> _Counts:
     """Return the numbers of neurons that were born, replaced, and died."""
-    layers = () if growth is None else growth.layers.values()
     return {
-        "born": sum(each.born for each in layers),
-        "replaced": sum(len(each.recycled) for each in layers),
-        "died": sum(each.died for each in layers),
+        "born": sum(each.born for each in growths.values()),
+        "replaced": sum(len(each.recycled) for each in growths.values()),
+        "died": sum(each.died for each in growths.values()),
     }
 
 
@@ -250,11 +249,6 @@ class GrowableLinear(_GrowableLayer, nn.Linear):
         self._reader = () if consumer is None else (consumer,)  # not registered as a submodule
         modules: dict[str, nn.Module] = {"layer": self}
         if consumer is not None:
-            if hasattr(consumer, "base_layer"):
-                raise RequestError(
-                    f"consumer = {type(consumer).__name__}: a layer inside LoRA adapters can't be "
-                    "widened; merge the adapters first."
-                )
             if not isinstance(consumer, nn.Linear):
                 raise RequestError(
                     f"consumer = {type(consumer).__name__}: must be an nn.Linear whose columns "

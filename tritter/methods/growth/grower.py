@@ -36,39 +36,14 @@ _TRAINING_FLOPS = 6  # per parameter and token
 _OLD = -(2**31)  # birth step of neurons that the model started with
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class LayerGrowth:
-    """The growth of one FFN in one event.
-
-    Args:
-        neurons: k new neurons.
-        recycled: int64 [r], r ≤ k: indices of the dead neurons that the first r replace; the others
-            are appended.
-        died: number of dead neurons that remain unchanged.
-    """
-
-    neurons: NewNeurons
-    recycled: Tensor
-    died: int = 0
-
-    @property
-    def born(self) -> int:
-        """The number of appended neurons."""
-        return self.neurons.gate.shape[0] - len(self.recycled)
-
-    def new_indices(self, width: int) -> Tensor:
-        """Return the indices of the new neurons, int64 [k], in an FFN that had `width` neurons."""
-        return torch.cat([self.recycled, torch.arange(width, width + self.born)])
-
-
-def _growth_change(model: nn.Module, growths: Mapping[int, LayerGrowth]) -> Change:
+def _growth_change(model: nn.Module, growths: Mapping[int, NewNeurons]) -> Change:
     """Return the change of a live model whose FFNs get new neurons."""
     source = model_of(model).widened
     family, logical, layers = source.family, source.tensors, source.sizes.num_hidden_layers
     widths = [*(source.ffn_sizes or [source.sizes.intermediate_size] * layers)]
     maps = dict(ParameterMap.identity([t.name for t in logical], num_layers=len(widths)).tensors)
-    for layer, growth in growths.items():
-        factors = _neuron_factors(growth, widths[layer])
+    for layer, neurons in growths.items():
+        factors = _neuron_factors(neurons, widths[layer])
         for tensor in logical:
             spaces = [axis.space.kind for axis in tensor.axes]
             if tensor.layer != layer or _FFN not in spaces:
@@ -77,55 +52,53 @@ def _growth_change(model: nn.Module, growths: Mapping[int, LayerGrowth]) -> Chan
                 factors[axis.port] if axis.space.kind == _FFN else None for axis in tensor.axes
             )
             part = family.ffn_part(tensor)
-            fill = _initial_values(growth, part)
+            fill = _initial_values(neurons, part)
             if fill.values is not None and family.neuron_axis(tensor) != (part == "down"):
                 fill = replace(fill, values=fill.values.T.contiguous())  # inputs first
             maps[tensor.name] = TensorMap(source=tensor.name, axes=axes, fill=fill)
-        widths[layer] += growth.born
+        widths[layer] += neurons.born
     parameter_map = ParameterMap(maps, tuple(range(len(widths))))
     return Change.of(parameter_map, source, source.with_ffn_sizes(widths))
 
 
 def _module_change(
-    model: nn.Module, blocks: Mapping[int, FfnBlock], growths: Mapping[int, LayerGrowth]
+    model: nn.Module, blocks: Mapping[int, FfnBlock], growths: Mapping[int, NewNeurons]
 ) -> Change:
     """Return the change of a module that is not a model of a known family."""
     before, after, maps = [], [], {}
-    for layer, growth in growths.items():
+    for layer, neurons in growths.items():
         block = blocks[layer]
-        factors = _neuron_factors(growth, block.width(model))
+        factors = _neuron_factors(neurons, block.width(model))
         parts = {block.gate: "gate", block.up: "up", block.down: "down"}
         for name, dim in block.axes(model):
             shape = list(model.get_parameter(name).shape)
             before.append(declared(name, tuple(shape)))
-            shape[dim] += growth.born
+            shape[dim] += neurons.born
             after.append(declared(name, tuple(shape)))
             axes: list[AxisFactor | None] = [None] * len(shape)
             axes[dim] = factors[Port.WRITE if dim == 0 else Port.READ]
-            fill = _initial_values(growth, parts.get(name, ""))
+            fill = _initial_values(neurons, parts.get(name, ""))
             source = before[-1].parts[0].tensor.name
             maps[source] = TensorMap(source=source, axes=tuple(axes), fill=fill)
     return Change(model=None, before=tuple(before), after=tuple(after), tensors=maps)
 
 
-def _neuron_factors(growth: LayerGrowth, width: int) -> dict[Port, AxisFactor]:
+def _neuron_factors(neurons: NewNeurons, width: int) -> dict[Port, AxisFactor]:
     """Return the factors of axes of neurons, in an FFN that had `width` neurons, by their port.
 
     Recycled neurons have no source. Without them it is a valid AxisMap: the shares of copies and
     source sum to one.
     """
-    source = torch.cat([torch.arange(width), torch.full((growth.born,), NO_SOURCE)])
-    share = torch.ones(len(source), dtype=torch.float64)
-    source[growth.recycled] = NO_SOURCE
-    indices = growth.new_indices(width)
-    share[indices] = 0.0
-    if growth.neurons.source is not None:
-        source[indices] = growth.neurons.source
-        for index, copied in zip(indices.tolist(), growth.neurons.source.tolist(), strict=True):
-            copied_share = growth.neurons.share * float(share[copied])
+    indices = neurons.indices(width)
+    source, share = torch.arange(width + neurons.born), torch.ones(width + neurons.born).double()
+    source[indices], share[indices] = NO_SOURCE, 0.0
+    if neurons.source is not None:
+        source[indices] = neurons.source
+        for index, copied in zip(indices.tolist(), neurons.source.tolist(), strict=True):
+            copied_share = neurons.share * float(share[copied])
             share[index] = copied_share
             share[copied] -= copied_share
-    if not len(growth.recycled):
+    if not neurons.recycled:
         AxisMap.copied(width, source, share)  # raises if the function would change
     kept = (source != NO_SOURCE).double()
     # WRITE_NONLINEAR has p = 1, so gradients are scaled by the share, too
@@ -133,40 +106,14 @@ def _neuron_factors(growth: LayerGrowth, width: int) -> dict[Port, AxisFactor]:
     return dict.fromkeys(Port, written) | {Port.READ: AxisFactor(source, share, kept)}
 
 
-def _initial_values(growth: LayerGrowth, part: str) -> Fill:
+def _initial_values(neurons: NewNeurons, part: str) -> Fill:
     """Return the initial values of one part of new neurons; biases, without a part, are zero."""
-    if growth.neurons.source is not None or not part:
+    if neurons.source is not None or not part:
         return Fill()
-    if part == "up" and growth.neurons.up is None:
+    if part == "up" and neurons.up is None:
         part = "gate"  # without a gate, `gate` stores the weights of up
-    values: Tensor = getattr(growth.neurons, part)
+    values: Tensor = getattr(neurons, part)
     return Fill(kind="given", values=values.contiguous())
-
-
-@dataclass(slots=True)
-class _Counts:
-    """Totals of growth so far."""
-
-    born: int = 0
-    replaced: int = 0
-    died: int = 0
-    checks: int = 0
-    new_parameters: int = 0
-    extra_flops: float = 0.0
-    last_step: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Growth:
-    """One growth event of a model.
-
-    Args:
-        change: the change for `tritter.training.surgery`.
-        layers: layer → growth of its FFN.
-    """
-
-    change: Change
-    layers: Mapping[int, LayerGrowth]
 
 
 @dataclass(slots=True)
@@ -206,8 +153,9 @@ class Grower:
         self.trigger, self.initialiser = options.trigger, options.initialiser
         self.pressure = _Pressure(options.pressure_decay)
         self.maturity = _Maturity(age=timing.maturation_age, factor=options.maturation_factor)
-        self.counts, self.map = _Counts(), _GrowthMap()
+        self.map = _GrowthMap()
         self.events: list[dict[str, Any]] = []
+        self.num_checks, self.new_parameters, self.extra_flops = 0, 0, 0.0
         self.start: list[int] = []
         self.blocks: tuple[FfnBlock, ...] = ()
         self._new: dict[int, Tensor] = {}
@@ -250,8 +198,19 @@ class Grower:
         self._losses.clear()
         self._losses.extend(restored["losses"])
         self.events = [dict(each) for each in restored["events"]]
-        self.counts, self.map = _Counts(**restored["counts"]), _GrowthMap(**restored["map"])
+        self.map, counts = _GrowthMap(**restored["map"]), restored["counts"]
+        self.num_checks, self.new_parameters = counts["checks"], counts["new_parameters"]
+        self.extra_flops = counts["extra_flops"]
         self.start = list(restored["start"])
+
+    def total(self, kind: str) -> int:
+        """Return the number of neurons that were `born`, `replaced` or `died` so far."""
+        return sum(event[kind] for event in self.events)
+
+    @property
+    def last_step(self) -> int:
+        """The step of the last event; 0 before the first."""
+        return self.events[-1]["step"] if self.events else 0
 
     @property
     def is_exact(self) -> bool:
@@ -273,9 +232,7 @@ class Grower:
     def may_grow_after(self, step: int) -> bool:
         """Return True if the model may grow after step `step`, so that activations are needed."""
         is_last = step == self.timing.max_steps  # new neurons would never be trained
-        is_cool = (
-            step - self.counts.last_step >= self.timing.cooldown or not self.trigger.has_cooldown()
-        )
+        is_cool = step - self.last_step >= self.timing.cooldown or not self.trigger.has_cooldown()
         return self.trigger.is_due(step, self.timing) and is_cool and not is_last
 
     def is_check(self, step: int) -> bool:
@@ -302,8 +259,8 @@ class Grower:
             losses=list(self._losses),
             neuron_parameters=parameters,
             neuron_flops=[each * flops_left for each in parameters],
-            new_parameters=self.counts.new_parameters,
-            extra_flops=self.counts.extra_flops,
+            new_parameters=self.new_parameters,
+            extra_flops=self.extra_flops,
             num_events=len({event["step"] for event in self.events}),
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             options=self.options,
@@ -317,7 +274,7 @@ class Grower:
         threshold = self.options.plateau_threshold
         if threshold is not None and decided and not view.is_plateau(threshold):
             decided = {}
-        self.counts.checks += 1
+        self.num_checks += 1
         now = [each if n in trained else _UNTRAINED for n, each in enumerate(pressures)]
         self._history = [*self._history, now][-self.options.history_checks :]
         self.map.add(step, [block.width(model) for block in self.blocks], pressures)
@@ -342,8 +299,8 @@ class Grower:
         *,
         step: int,
         sources: Mapping[int, Sequence[int]] | None = None,
-    ) -> Growth | None:
-        """Return the growth of the model; None if no finite activations were recorded.
+    ) -> dict[int, NewNeurons]:
+        """Return layer → its new neurons; empty if no finite activations were recorded.
 
         Args:
             decided: index of an FFN → number of new neurons.
@@ -351,9 +308,7 @@ class Grower:
             sources: layer → preferred source neurons; by default those with the highest pressure.
         """
         if not all(probe.is_finite for probe in probes.values()):
-            return None  # the step was skipped
-        blocks = {self.blocks[n].layer: self.blocks[n] for n in decided}
-        counts = {self.blocks[n].layer: count for n, count in decided.items()}
+            return {}  # the step was skipped
         dead: dict[int, Tensor] = {}
         if self.options.enable_replacement:
             scores = {
@@ -366,12 +321,13 @@ class Grower:
                 for layer in young.keys() & self._new.keys():
                     young[layer] = torch.cat([young[layer], self._new[layer]]).unique()
             dead = _dead_neurons(scores, young, quantile=self.options.dead_quantile)
-        layers = {}
-        for layer, block in blocks.items():
-            if layer not in probes:
+        growths = {}
+        for n, count in decided.items():
+            block = self.blocks[n]
+            if (layer := block.layer) not in probes:
                 continue
             found = dead.get(layer, torch.empty(0, dtype=torch.int64))
-            recycled = found[: min(counts[layer], block.width(model) - 1)]
+            recycled = found[: min(count, block.width(model) - 1)]
             gate, up, down = block.weights(model)
             preferred = (sources or {}).get(layer, ())
             neurons = self.initialiser.neurons(
@@ -382,31 +338,34 @@ class Grower:
                     gate_bias=block.bias(model, block.gate),
                     activation=block.activation(model),
                     probe=probes[layer],
-                    sources=self._sources(
-                        layer, recycled, count=counts[layer], preferred=preferred
-                    ),
+                    sources=self._sources(layer, recycled, count=count, preferred=preferred),
                     seed=derived_seed(self.seed, "growth", layer, step),
                 )
             )
-            died = len(found) - len(recycled)
-            layers[layer] = LayerGrowth(neurons=neurons, recycled=recycled, died=died)
-        if not layers:
-            return None
-        if self._is_whole_model:
-            return Growth(change=_growth_change(model, layers), layers=layers)
-        return Growth(change=_module_change(model, blocks, layers), layers=layers)
+            growths[layer] = replace(
+                neurons, recycled=tuple(recycled.tolist()), died=len(found) - len(recycled)
+            )
+        return growths
 
-    def record_event(self, model: nn.Module, growth: Growth, *, step: int, **extra: Any) -> None:
+    def change(self, model: nn.Module, growths: Mapping[int, NewNeurons]) -> Change:
+        """Return the change that adds new neurons, for `tritter.training.surgery`."""
+        if self._is_whole_model:
+            return _growth_change(model, growths)
+        return _module_change(model, {block.layer: block for block in self.blocks}, growths)
+
+    def record_event(
+        self, model: nn.Module, growths: Mapping[int, NewNeurons], *, step: int, **extra: Any
+    ) -> None:
         """Record an event after the model has changed.
 
         Args:
             extra: further fields of its records.
         """
         of_layer = {block.layer: n for n, block in enumerate(self.blocks)}
-        for layer, each in growth.layers.items():
+        for layer, each in growths.items():
             block = self.blocks[of_layer[layer]]
             width = block.width(model)
-            indices = each.new_indices(width - each.born)
+            indices = each.indices(width - each.born)
             pressure = self.map.pressure[-1][of_layer[layer]] if self.map.pressure else 0.0
             self.pressure.grow(layer, indices, width)
             self.maturity.grow(layer, indices, width, step=step)
@@ -420,13 +379,9 @@ class Grower:
                 "pressure": pressure,
             }
             self.events.append(record | extra)
-            self.counts.born += each.born
-            self.counts.replaced += len(each.recycled)
-            self.counts.died += each.died
             added = each.born * self._neuron_parameters(model, block)
-            self.counts.new_parameters += added
-            self.counts.extra_flops += added * self._flops_left(step)
-        self.counts.last_step = step
+            self.new_parameters += added
+            self.extra_flops += added * self._flops_left(step)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a resumed run needs, in plain containers and tensors."""
@@ -436,7 +391,13 @@ class Grower:
             "history": [list(each) for each in self._history],
             "losses": list(self._losses),
             "events": [dict(each) for each in self.events],
-            "counts": asdict(self.counts),
+            "counts": {
+                **{kind: self.total(kind) for kind in ("born", "replaced", "died")},
+                "checks": self.num_checks,
+                "new_parameters": self.new_parameters,
+                "extra_flops": self.extra_flops,
+                "last_step": self.last_step,
+            },
             "map": asdict(self.map),
             "start": list(self.start),
         }

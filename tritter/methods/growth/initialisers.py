@@ -122,7 +122,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class NewNeurons:
-    """k new neurons.
+    """k new neurons of one layer. An initialiser leaves the last two to their defaults.
 
     gate: [k, H].
     up: [k, H]; None as in the layer.
@@ -130,6 +130,9 @@ class NewNeurons:
     source: int64 [k], the neurons whose output the new ones share as copies; None: the new
         neurons consist of the three weights alone.
     share: share of the source's output that a copy takes over, 0 to 1.
+    recycled: indices of the r ≤ k dead neurons that the first new ones replace; the others are
+        appended.
+    died: number of dead neurons that remain unchanged.
     """
 
     gate: Tensor
@@ -137,6 +140,20 @@ class NewNeurons:
     down: Tensor | None
     source: Tensor | None = None
     share: float = 0.0
+    recycled: tuple[int, ...] = ()
+    died: int = 0
+
+    @property
+    def born(self) -> int:
+        """The number of appended neurons."""
+        return len(self.gate) - len(self.recycled)
+
+    def indices(self, width: int) -> Tensor:
+        """Return the indices of the new neurons, int64 [k], in an FFN that had `width` neurons."""
+        import torch
+
+        rows = [*self.recycled, *range(width, width + self.born)]
+        return torch.tensor(rows, dtype=torch.int64)
 
 
 @options

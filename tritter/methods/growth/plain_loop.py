@@ -22,7 +22,8 @@ from tritter.core.models import refuse_wrapped
 from tritter.data.batches import num_ranks
 from tritter.errors import RequestError
 from tritter.methods.growth.blocks import ActivationProbe, FfnBlock, FfnObserver, sample_rows
-from tritter.methods.growth.grower import Grower, Growth
+from tritter.methods.growth.grower import Grower
+from tritter.methods.growth.initialisers import NewNeurons
 from tritter.training.parameters import Journal, reshape
 from tritter.training.surgery import apply_plain
 
@@ -146,8 +147,10 @@ class PlainLoop:
 
     def grow(
         self, decided: Mapping[int, int], *, sources: Mapping[int, Sequence[int]] | None = None
-    ) -> Growth | None:
-        """Grow blocks; return None if no batch was observed at their current sizes.
+    ) -> dict[int, NewNeurons]:
+        """Grow blocks; return layer → its new neurons.
+
+        Nothing grows if no batch was observed at the blocks' current sizes.
 
         Args:
             decided: block index → number of new neurons.
@@ -172,11 +175,12 @@ class PlainLoop:
                 "create yours again from parameters() after each event."
             )
         probes = self.tokens.probes(self.module, grower.blocks)
-        growth = grower.growth(self.module, decided, probes, step=step, sources=sources)
-        if growth is None:
-            return None
+        growths = grower.growth(self.module, decided, probes, step=step, sources=sources)
+        if not growths:
+            return {}
+        change = grower.change(self.module, growths)
         old = {name: self.module.get_parameter(name) for name in self._shapes()}
-        apply_plain(self.module, growth.change, optimizer=tracked[0] if tracked else None)
+        apply_plain(self.module, change, optimizer=tracked[0] if tracked else None)
         # Remember replaced parameters while other objects refer to them
         self._replaced = {n: r for n, r in self._replaced.items() if r() is not None}
         for name, parameter in old.items():
@@ -185,12 +189,12 @@ class PlainLoop:
         self._unrelated.clear()
         for each in [o for o in self._optimizers if self._is_rebuilt or not self._holds(o)]:
             self._optimizers.discard(each)
-        if growth.change.model is not None:
-            self.journal.record(growth.change, step=step, reason=grower.reason)
-        grower.record_event(self.module, growth, step=step)
+        if change.model is not None:
+            self.journal.record(change, step=step, reason=grower.reason)
+        grower.record_event(self.module, growths, step=step)
         self.tokens.clear()
         self._decided = {}
-        return growth
+        return growths
 
     def _refuse_processes(self) -> None:
         if num_ranks() > 1:

@@ -169,33 +169,22 @@ def adapt_router(
         router_update: `fine_tune` from the current rows, `retrain` from random new rows, or
             `frozen`: routers are not trained, and only an offset is raised.
         learning_rate: constant learning rate.
-        anneal_steps: steps after which the offset is 0. Default: all steps, for which the loader
-            needs a length.
+        anneal_steps: steps after which the offset is 0. Default: all steps.
         seed: seed of random rows, and of random layers in training, such as dropout.
 
     Raises:
-        RequestError: the model has no experts or not these, `router_update` is unknown, or the
-            loader lacks a length that is needed.
+        RequestError: the model has no experts or not these, or `router_update` is unknown.
     """
     _check_router_update(router_update)
     experts = _check_experts(model, new_expert_indices)
     added = AddedExperts.of(model)
-    controls: list[Callback] = []
+    batches = _LoaderBatches(domain_dataloader, epochs, replay=replay)
+    steps, controls = anneal_steps or len(batches), list[Callback]()
     if added is not None:
-        if anneal_steps:
-            steps = anneal_steps
-        elif isinstance(domain_dataloader, Sized):
-            steps = epochs * len(domain_dataloader)
-        else:
-            raise RequestError(
-                "anneal_steps: required because the loader has no length; it is the number of "
-                "steps after which the router offset is 0."
-            )
         controls = [ExpertOpening(added, anneal_steps=steps)]
     if router_update == "retrain":
         redraw_rows(model, experts, seed=seed)
     if router_update != "frozen":
-        batches = _LoaderBatches(domain_dataloader, epochs, replay=replay)
         objective = RoutingObjective(
             model,
             RoutingOptions(auxiliary_loss=auxiliary_loss, z_loss=z_loss),

@@ -8,7 +8,7 @@ Shapes: N sequences of T tokens, E experts.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,51 +21,12 @@ from tritter.core.models import model_of
 from tritter.core.stock_routers import Record, RouterControl
 from tritter.data.batches import num_ranks
 from tritter.data.packing import DocumentMask, kept_tokens, lengths_of
-from tritter.errors import TritterError
 from tritter.evaluation.inference import device_of, eval_mode
 from tritter.evaluation.losses import batch_that_fits, vocab_size_of
 from tritter.methods.moe_routing.options import RoutingOptions
 from tritter.training import SideLoss
 from tritter.training.callbacks import ends_step
 from tritter.training.parameters import trained_tensors
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class OldRouting:
-    """The routing of old data before training.
-
-    Args:
-        sequences: int [N, T].
-        probabilities: one [N, T, E] for each layer with experts.
-        batch_size: sequences that are compared in each step.
-        flops: FLOPs of computing it.
-    """
-
-    sequences: Tensor
-    probabilities: tuple[Tensor, ...]
-    batch_size: int
-    flops: float
-
-    @classmethod
-    def of(cls, model: nn.Module, sequences: Tensor, *, batch_size: int) -> "OldRouting":
-        """Compute the routing of a model before it is trained, in evaluation mode."""
-        routing = RouterControl.of(model)
-        if routing is None or not len(sequences):
-            raise TritterError("moe_routing.hold_old needs a model with experts, and old data.")
-        seen: list[list[Tensor]] = [[] for _ in routing.layers]
-        with routing.recording(), eval_mode(model) as device:
-            for batch in sequences.split(max(1, batch_size)):
-                model(input_ids=batch.long().to(device), use_cache=False)
-                for layer, record in zip(seen, routing.recorded(), strict=True):
-                    layer.append(record.probabilities.view(*batch.shape, -1).cpu())
-        flops = forward_flops(model_of(model)).of_all(lengths_of(DocumentMask.of(model), sequences))
-        return cls(sequences, tuple(torch.cat(layer) for layer in seen), batch_size, flops)
-
-    def rows(self, step: int) -> Tensor:
-        """Return the indices of the sequences compared in a step: all in turn."""
-        return torch.arange(step * self.batch_size, (step + 1) * self.batch_size) % len(
-            self.sequences
-        )
 
 
 class RoutingObjective(SideLoss):
@@ -77,7 +38,9 @@ class RoutingObjective(SideLoss):
         options: weights of the terms.
         encouragement: weight of the probability of `new_experts`, subtracted from the loss.
         new_experts: indices of the new experts.
-        old: reference for `hold_old`.
+
+    Attributes:
+        old_probabilities: routing that `hold` preserves: [N, T, E] for each layer with experts.
     """
 
     # With router logits in the output, a stock model adds its own balance loss
@@ -90,19 +53,44 @@ class RoutingObjective(SideLoss):
         *,
         encouragement: float = 0.0,
         new_experts: Sequence[int] = (),
-        old: OldRouting | None = None,
     ) -> None:
         routing = RouterControl.of(model)
-        if routing is None:
-            raise TritterError("routing: the model has no experts.")
+        assert routing is not None
         self.routing = routing
         self.options = options
         self.records: tuple[Record, ...] = ()
         self.counts: tuple[Tensor, ...] = ()  # [E] of each layer, of all processes together
-        self.flops = 0.0 if old is None else old.flops  # of computing the old routing
+        self.flops = 0.0  # of computing the old routing
+        self.old_probabilities: tuple[Tensor, ...] = ()
         self._encouragement, self._new_experts = encouragement, tuple(new_experts)
-        self._old = old if options.hold_old else None
+        self._old_sequences, self._old_batch_size = torch.empty(0, 0), 0
         self._document_mask = DocumentMask.of(model)
+
+    def hold(self, before: nn.Module, sequences: Tensor, *, batch_size: int) -> None:
+        """Preserve the routing that a model has before training, in evaluation mode.
+
+        Args:
+            before: the model.
+            sequences: int [N, T] of old data.
+            batch_size: sequences that are compared in each step.
+        """
+        routing = RouterControl.of(before)
+        assert routing is not None
+        seen: list[list[Tensor]] = [[] for _ in routing.layers]
+        with routing.recording(), eval_mode(before) as device:
+            for batch in sequences.split(batch_size):
+                before(input_ids=batch.long().to(device), use_cache=False)
+                for layer, record in zip(seen, routing.recorded(), strict=True):
+                    layer.append(record.probabilities.view(*batch.shape, -1).cpu())
+        self.old_probabilities = tuple(torch.cat(layer) for layer in seen)
+        self._old_sequences, self._old_batch_size = sequences, batch_size
+        lengths = lengths_of(DocumentMask.of(before), sequences)
+        self.flops = forward_flops(model_of(before)).of_all(lengths)
+
+    def old_rows(self, step: int) -> Tensor:
+        """Return the indices of the old sequences compared in a step: all in turn."""
+        first = step * self._old_batch_size
+        return torch.arange(first, first + self._old_batch_size) % len(self._old_sequences)
 
     def terms(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the terms of the last recorded forward pass, without their weights.
@@ -167,16 +155,16 @@ class RoutingObjective(SideLoss):
         return loss, {f"routing/{name}": value for name, value in terms.items()}
 
     def step_flops(self, model: nn.Module) -> float:
-        if self._old is None:
+        if not self.old_probabilities:
             return 0.0
         whole, trained = model_of(model), trained_tensors(model)
         flops = training_flops(
             whole, is_trained=lambda tensor: tensor.name in trained, loss_at="routers"
         )
         # Each process reads the same old data, which is counted once; the mean over all of it
-        sequences = self._old.sequences
+        sequences = self._old_sequences
         mean = flops.of_all(lengths_of(self._document_mask, sequences)) / len(sequences)
-        return len(self._old.rows(0)) * mean
+        return self._old_batch_size * mean
 
     def callbacks(self) -> tuple[Callback, ...]:
         return (RoutingCallback(self),)
@@ -186,14 +174,14 @@ class RoutingObjective(SideLoss):
 
         It costs a forward and a backward pass over some old sequences.
         """
-        if self._old is None:
+        if not self.old_probabilities:
             return None
-        rows = self._old.rows(step)
-        input_ids = self._old.sequences[rows].long().to(device_of(model))
+        rows = self.old_rows(step)
+        input_ids = self._old_sequences[rows].long().to(device_of(model))
         model(input_ids=input_ids, use_cache=False)
         kept, terms = self._select_tokens(input_ids), list[Tensor]()
         for probabilities, record in zip(
-            self._old.probabilities, self._record_routing(input_ids), strict=True
+            self.old_probabilities, self._record_routing(input_ids), strict=True
         ):
             old = probabilities[rows].flatten(0, 1).to(input_ids.device)
             terms.append(_routing_divergence(old if kept is None else old[kept], record.logits))

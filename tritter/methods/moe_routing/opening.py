@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from tritter.core.stock_routers import AddedExperts, RouterControl
 from tritter.data.packing import labels_of
-from tritter.errors import RequestError
 from tritter.evaluation.inference import preserve_modes
 from tritter.seeds import derived_seed
 from tritter.training.module import base_of
@@ -87,8 +86,7 @@ class Unfreezing(Callback):
 def _expert_utility(model: nn.Module, sequences: Tensor, *, batch_size: int = 8) -> Tensor:
     """Return the utility of every expert for sequences [N, T]: [layers with experts, E]."""
     routing = RouterControl.of(model)
-    if routing is None or not len(sequences):
-        raise RequestError("expert utility needs a model with experts, and sequences.")
+    assert routing is not None
     shared = [stored for stored in live_layout(model) if stored.is_of_experts]
     weights = [model.get_parameter(stored.name) for stored in shared]
     rows: dict[int | None, int] = {layer: row for row, layer in enumerate(routing.layers)}

@@ -26,7 +26,8 @@ class RoutingOptions:
         z_loss: of the router z-loss (arXiv 2202.08906, eq. 5).
         bias_update_rate: step of the selection bias in loss-free balancing (arXiv 2408.15664), in
             units of probability; only sigmoid routers save it with the model.
-        hold_old: of the divergence from the original routing of old data, see `OldRouting`.
+        hold_old: of the divergence from the original routing of old data, see
+            `RoutingObjective.hold`.
         capacity_factor: for the logged dropped fraction; no token is dropped.
     """
 

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from tritter.core.families import LogicalTensor
 from tritter.core.models import model_of
-from tritter.core.stock_routers import RouterControl
-from tritter.errors import RequestError
 from tritter.training.parameters import BASE, NEW, live_layout
 from tritter.transform import declared
 
@@ -56,14 +54,6 @@ class SeparateExperts(AbstractContextManager["SeparateExperts"]):
     """
 
     def __init__(self, model: nn.Module, first_new: int) -> None:
-        routing = RouterControl.of(model)
-        if routing is None:
-            raise RequestError("adaptation: the model has no experts.")
-        if not 0 < first_new < routing.num_experts:
-            raise RequestError(
-                f"adaptation: the first new expert is {first_new}; with {routing.num_experts} "
-                f"experts it must be between 1 and {routing.num_experts - 1}."
-            )
         self.first_new = first_new
         # Of the parameters that all experts of a layer share
         self.names = tuple(p.name for p in model_of(model).layout("live") if p.is_of_experts)

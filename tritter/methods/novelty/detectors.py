@@ -3,6 +3,7 @@
 B samples of a batch
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from tritter.errors import RequestError, raise_problems
 from tritter.methods.novelty.library import Skill, SkillLibrary, Versioned
 from tritter.methods.novelty.observation import Observation
 from tritter.methods.novelty.options import DETECTORS, BurstOptions, Detector, NoveltyOptions
-from tritter.methods.novelty.statistics import share_bound, t_interval
+from tritter.methods.novelty.statistics import share_bound, t_bounds
 from tritter.options import checked, read_part
 
 _NEW = ""  # label of batches that match no skill
@@ -81,7 +82,7 @@ class NovelSamples(Versioned):
 
         The batches must not be those that the library was computed from.
         """
-        samples = torch.cat([self.detector.score(each, self.library).samples for each in batches])
+        samples = torch.cat([self.detector.samples(each, self.library) for each in batches])
         share = self.options.usual_share
         if len(samples) * share < 1:
             raise RequestError(
@@ -99,7 +100,7 @@ class NovelSamples(Versioned):
         """Return a mask of novel samples, bool [B]; `calibrate` must have been called."""
         if self._threshold != self._threshold:
             raise RequestError("novelty: calibrate the bursts on held-out batches first.")
-        return self.detector.score(seen, self.library).samples > self._threshold
+        return self.detector.samples(seen, self.library) > self._threshold
 
     def add(self, seen: Observation, rows: Sequence[Tensor]) -> Burst | None:
         """Add a batch; if that completes a burst, return it and drop its samples.
@@ -156,7 +157,7 @@ class NovelSamples(Versioned):
         self._count = state["count"]
         self._groups = [
             _Group(
-                seen=[Observation.of_state(one) for one in each["seen"]],
+                seen=[Observation(**one) for one in each["seen"]],
                 rows=list(each["rows"]),
                 directions=list(each["directions"]),
                 at=list(each["at"]),
@@ -255,12 +256,16 @@ class NoveltyDetector(Versioned):
         """
         options = self.options
         assert self.library.reference.is_base, "the first skill is that of the base"
-        scores = self.detector.score(seen, self.library)
-        mean = float(scores.values.mean())
+        against = self.detector.checked(seen, self.library)
+        by_skill = {name: float(values.mean()) for name, values in against.items()}
+        nearest, values = min(by_skill, key=by_skill.__getitem__), self.detector.values(against)
+        # Means of few samples deviate more
+        share = max(0.5, min(1.0, math.sqrt(len(seen) / self.detector.full_batch)))
+        threshold, mean = share * self.detector.limit(self.library), float(values.mean())
         old = mean if self._average is None else self._average
         self._average = options.moving_average * old + (1 - options.moving_average) * mean
-        values = scores.values + (self._average - mean)
-        like = _NEW if float(values.mean()) > scores.threshold else scores.nearest
+        values = values + (self._average - mean)
+        like = _NEW if float(values.mean()) > threshold else nearest
         if like != self._run:
             self._seen, self._values = [], []
         self._run = like
@@ -272,32 +277,32 @@ class NoveltyDetector(Versioned):
                 break
             del self._seen[0], self._values[0]
         num_batches, gathered = len(self._values), torch.cat(self._values)
-        found = t_interval(gathered, confidence=options.confidence)
+        lower, upper = t_bounds(gathered, confidence=options.confidence)
         kind: _Kind = "unsure"
         reason = ""
         if len(gathered) < options.min_samples:
             reason = f"{len(gathered)} of {options.min_samples} samples"
         elif like != _NEW:
-            kind = "known" if found.upper <= scores.threshold else "unsure"
+            kind = "known" if upper <= threshold else "unsure"
         elif num_batches < options.in_a_row:
             reason = f"{num_batches} of {options.in_a_row} batches in a row"
         elif self._cooldown:
             reason = f"cooldown for {self._cooldown} more batches"
-        elif found.lower > scores.threshold:
+        elif lower > threshold:
             kind = "new"
         if kind == "unsure" and not reason:
             reason = "the interval contains the threshold"
         self._cooldown = options.cooldown if kind == "new" else max(0, self._cooldown - 1)
         return Decision(
             kind=kind,
-            skill=scores.nearest,
-            score=found.value,
-            lower=found.lower,
-            upper=found.upper,
-            threshold=scores.threshold,
+            skill=nearest,
+            score=float(gathered.double().mean()),
+            lower=lower,
+            upper=upper,
+            threshold=threshold,
             num_samples=len(gathered),
             num_batches=num_batches,
-            by_skill=scores.by_skill,
+            by_skill=by_skill,
             reason=reason,
         )
 
@@ -354,7 +359,7 @@ class NoveltyDetector(Versioned):
         if self.detector.reads_losses:
             self.library.check_losses()
         self._run = state["run"]
-        self._seen = [Observation.of_state(each) for each in state["seen"]]
+        self._seen = [Observation(**each) for each in state["seen"]]
         self._values = list(state["values"])
         self._average, self._cooldown = state["average"], state["cooldown"]
 

@@ -20,7 +20,6 @@ from tritter.options import Count, WholeNumber, options
 #
 # n samples · H hidden size · E size of the embedding
 
-_TRAINED = ("first", "first_bias", "second", "second_bias")
 _MAX_FOLDS = 5
 _Measure = Literal["loss", "centre", "distance"]
 
@@ -50,15 +49,14 @@ class ProjectionOptions:
     seed: WholeNumber = 0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Projection:
+class Projection(nn.Module):
     """A head of two layers over standardised features.
 
     Args:
         centre: [H], mean of the training features; without it, what all data shares would dominate.
         scale: [H], standard deviation of the training features.
-        first: weight [hidden, H]; `first_bias`: [hidden].
-        second: weight [E, hidden]; `second_bias`: [E].
+        weights: `first` [hidden, H], `first_bias` [hidden], `second` [E, hidden] and `second_bias`
+            [E].
     """
 
     centre: Tensor
@@ -67,6 +65,13 @@ class Projection:
     first_bias: Tensor
     second: Tensor
     second_bias: Tensor
+
+    def __init__(self, centre: Tensor, scale: Tensor, **weights: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("centre", centre)
+        self.register_buffer("scale", scale)
+        for name, weight in weights.items():
+            self.register_parameter(name, nn.Parameter(weight, requires_grad=False))
 
     @classmethod
     def initialised(cls, normed: Tensor, options: ProjectionOptions) -> "Projection":
@@ -82,10 +87,10 @@ class Projection:
         return cls(
             normed.mean(dim=0),
             normed.std(dim=0, correction=0) + 1e-6,
-            weight(options.hidden_size, normed.shape[1]),
-            torch.zeros(options.hidden_size),
-            weight(options.size, options.hidden_size),
-            torch.zeros(options.size),
+            first=weight(options.hidden_size, normed.shape[1]),
+            first_bias=torch.zeros(options.hidden_size),
+            second=weight(options.size, options.hidden_size),
+            second_bias=torch.zeros(options.size),
         )
 
     @classmethod
@@ -110,12 +115,9 @@ class Projection:
         skills = [layer_norm(samples.float(), samples.shape[-1:]) for samples in features.values()]
         others = layer_norm(mix.float(), mix.shape[-1:])
         generator = torch.Generator().manual_seed(options.seed + 1)
-        initial = cls.initialised(torch.cat([*skills, others]), options)
-        skills, others = (
-            [initial.standardised(each) for each in skills],
-            initial.standardised(others),
-        )
-        weights = [nn.Parameter(getattr(initial, name)) for name in _TRAINED]
+        head = cls.initialised(torch.cat([*skills, others]), options).requires_grad_()
+        skills, others = [head.standardised(each) for each in skills], head.standardised(others)
+        weights = list(head.parameters())
         optimizer = torch.optim.Adam(weights, lr=options.learning_rate)
         for _ in range(options.steps):
             # Half of the pairs, at least one, come from the mix
@@ -128,7 +130,6 @@ class Projection:
                 one.append(samples[pair[:1]])
                 two.append(samples[pair[1:]])
             groups = torch.cat([len(skills) + rows, which])
-            head = cls(initial.centre, initial.scale, *weights)
             views = []
             for samples in (torch.cat(one), torch.cat(two)):
                 kept = torch.rand(samples.shape, generator=generator) >= options.view_dropout
@@ -138,7 +139,8 @@ class Projection:
             for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
                 weight.grad = gradient
             optimizer.step()
-        return cls(initial.centre, initial.scale, *(weight.detach() for weight in weights))
+        optimizer.zero_grad()
+        return head.requires_grad_(False)
 
     def standardised(self, normed: Tensor) -> Tensor:
         return (normed - self.centre) / self.scale
@@ -148,11 +150,8 @@ class Projection:
         hidden = torch.relu(features @ self.first.T + self.first_bias)
         return hidden @ self.second.T + self.second_bias
 
-    def __call__(self, normed: Tensor) -> Tensor:
+    def forward(self, normed: Tensor) -> Tensor:
         return self.of_standardised(self.standardised(normed))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__slots__}
 
 
 def _contrast(one_nE: Tensor, two_nE: Tensor, groups: Tensor, *, temperature: float) -> Tensor:

@@ -57,10 +57,6 @@ class Observation:
         return {"losses": self.losses, "features": self.features}
 
     @classmethod
-    def of_state(cls, state: dict[str, Any]) -> "Observation":
-        return cls(losses=state["losses"], features=state["features"])
-
-    @classmethod
     def concatenated(cls, observations: Sequence["Observation"]) -> "Observation":
         """Return several batches as one."""
         losses = [each.losses for each in observations if each.losses is not None]

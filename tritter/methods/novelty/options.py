@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -68,25 +67,6 @@ class BurstOptions:
     similarity: Annotated[float, Field(ge=-1, le=1)] = 0.3
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Scores:
-    """The novelty of a batch.
-
-    Args:
-        values: float64 [B], whose mean is the novelty of the batch.
-        samples: float64 [B], novelty of each sample relative to its nearest skill.
-        threshold: a batch with a higher novelty is unusual.
-        nearest: the skill that the batch is most similar to.
-        by_skill: skill → novelty relative to this skill alone.
-    """
-
-    values: Tensor
-    samples: Tensor
-    threshold: float
-    nearest: str
-    by_skill: Mapping[str, float]
-
-
 @options
 class Detector(ABC):
     """Base class of detectors; subclass it as a record of options to add your own."""
@@ -110,27 +90,29 @@ class Detector(ABC):
         """Return skill → novelty of each sample, independent of the rest of its batch."""
         return self.against(seen, library)
 
-    def score(self, seen: Observation, library: SkillLibrary) -> _Scores:
-        """Return the novelty of a batch relative to the most similar skill."""
-        import torch
-
+    def checked(self, seen: Observation, library: SkillLibrary) -> Mapping[str, Tensor]:
+        """Return `against`, which a detector from outside may get wrong."""
         against = self.against(seen, library)
-        for name, values in against.items():  # a detector from outside may get them wrong
+        for name, values in against.items():
             if name not in library or values.shape != (len(seen),) or not values.isfinite().all():
                 reason = f"known skill → finite novelty of each of the {len(seen)} sequences"
                 found = f"{brief(values.tolist())} of {name}"
                 raise TritterError(f"{type(self).__name__} must return {reason}, not {found}.")
-        by_skill = {name: float(values.mean()) for name, values in against.items()}
-        nearest = min(by_skill, key=by_skill.__getitem__)
-        samples = self.samples_against(seen, library)
-        share = max(0.5, min(1.0, math.sqrt(len(seen) / self.full_batch)))
-        return _Scores(
-            values=against[nearest],
-            samples=torch.stack(list(samples.values())).amin(dim=0),
-            threshold=share * self.limit(library),
-            nearest=nearest,
-            by_skill=by_skill,
-        )
+        return against
+
+    def values(self, against: Mapping[str, Tensor]) -> Tensor:
+        """Return float64 [B], whose mean is the novelty of a batch; by default, its lowest.
+
+        Args:
+            against: skill → novelty of each sample of the batch.
+        """
+        return min(against.values(), key=lambda values: float(values.mean()))
+
+    def samples(self, seen: Observation, library: SkillLibrary) -> Tensor:
+        """Return the novelty of each sample relative to its nearest skill, float64 [B]."""
+        import torch
+
+        return torch.stack(list(self.samples_against(seen, library).values())).amin(dim=0)
 
 
 @options
@@ -238,14 +220,10 @@ class CosineNovelty(Detector):
         values_KB = _mean_cosines(library.embed(seen.features), skills)
         return {skill.name: 1 - each for skill, each in zip(library, values_KB, strict=True)}
 
-    def score(self, seen: Observation, library: SkillLibrary) -> _Scores:
+    def values(self, against: Mapping[str, Tensor]) -> Tensor:
         import torch
 
-        against = self.against(seen, library)
-        by_skill = {name: float(values.mean()) for name, values in against.items()}
         values_KB = torch.stack(list(against.values()))
-        skills_KE = torch.stack([skill.embedding for skill in library])
-        samples_KB = 1 - _unit(skills_KE) @ library.embed(seen.features).T
         order, count = values_KB.mean(dim=1).argsort(), len(values_KB)
         # The median uses the batch's one or two middle skills for all its samples
         chosen = {
@@ -253,14 +231,15 @@ class CosineNovelty(Detector):
             "mean": order,
             "median": order[(count - 1) // 2 : count // 2 + 1],
         }[self.reduction]
+        return values_KB[chosen].mean(dim=0)
+
+    def samples(self, seen: Observation, library: SkillLibrary) -> Tensor:
+        import torch
+
+        skills_KE = torch.stack([skill.embedding for skill in library])
+        samples_KB = 1 - _unit(skills_KE) @ library.embed(seen.features).T
         reduced = {"max": samples_KB.amin(0), "mean": samples_KB.mean(0)}
-        return _Scores(
-            values=values_KB[chosen].mean(dim=0),
-            samples=reduced.get(self.reduction, samples_KB.quantile(0.5, dim=0)),
-            threshold=self.limit(library),
-            nearest=min(by_skill, key=by_skill.__getitem__),
-            by_skill=by_skill,
-        )
+        return reduced.get(self.reduction, samples_KB.quantile(0.5, dim=0))
 
 
 def _mean_cosines(samples_BE: Tensor, skills_KE: Tensor) -> Tensor:

@@ -179,28 +179,19 @@ class Gaussian:
         return scale * (whitened @ mean) / mean.norm().clamp_min(1e-12)
 
 
-@dataclass(frozen=True, slots=True)
-class _Interval:
-    """A mean with one-sided bounds, each at the given confidence."""
+def t_bounds(values: Tensor, *, confidence: float) -> tuple[float, float]:
+    """Return one-sided Student bounds of the mean of independent samples [n].
 
-    value: float
-    lower: float
-    upper: float
-
-
-def t_interval(values: Tensor, *, confidence: float) -> _Interval:
-    """Return the mean of independent samples [n] with Student bounds; infinite for one sample.
-
-    For losses, which have a long upper tail, the lower bound is conservative: an outlier raises the
-    mean but widens the interval by more.
+    They are infinite for one sample. For losses, which have a long upper tail, the lower bound is
+    conservative: an outlier raises the mean but widens the interval by more.
     """
     from scipy.special import stdtrit  # takes half a second to import
 
     n, value = len(values), float(values.double().mean())
     if n < 2:
-        return _Interval(value, -math.inf, math.inf)
+        return -math.inf, math.inf
     margin = float(stdtrit(n - 1, confidence)) * float(values.double().std()) / math.sqrt(n)
-    return _Interval(value, value - margin, value + margin)
+    return value - margin, value + margin
 
 
 def share_bound(count: int, n: int, *, confidence: float, is_lower: bool) -> float:

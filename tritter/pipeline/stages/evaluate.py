@@ -9,10 +9,8 @@ from tritter.core.families import Model, forward_flops
 from tritter.core.stock_routers import RouterControl
 from tritter.data.packing import lengths_of
 from tritter.evaluation.statistics import score_file
-from tritter.methods.experts.callback import expert_usage
-from tritter.methods.experts.mixture import mixture_on
 from tritter.methods.moe_routing.objective import moe_usage
-from tritter.methods.whole import reading_flops
+from tritter.methods.whole import expert_usage, reading_flops
 from tritter.pipeline import windows
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import StageResult
@@ -83,7 +81,7 @@ class Evaluate(Stage):
                 bar = new_bar("measuring routers")
                 used = moe_usage(trained.to(run.device), of_routers, progress=bar)
             read += of_routers.values()
-        if mixture_on(trained) is not None:
+        if run.source(branch.trained).experts is not None:
             of_experts = {
                 domain: run.data.sample_equally([domain], _USAGE_SEQUENCES, "usage").long()
                 for domain in run.data.domains
