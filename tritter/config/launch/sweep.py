@@ -9,7 +9,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from hydra._internal.hydra import Hydra
 from rich.table import Table
 from rich.text import Text
 
@@ -44,7 +43,7 @@ class _SweepRow:
     experts: tuple[int, float] | None
 
 
-def run_sweep(request: Request, task: Task, hydra: Hydra, *, typed: Sequence[str]) -> int:
+def run_sweep(request: Request, task: Task, *, typed: Sequence[str]) -> int:
     """Let Hydra run the jobs of a sweep, print a line per job and their table.
 
     Args:
@@ -59,7 +58,7 @@ def run_sweep(request: Request, task: Task, hydra: Hydra, *, typed: Sequence[str
         # First, so that a mode that is typed wins, and is refused
         words = ["hydra.mode=MULTIRUN", *request.overrides]
         with _print_finished_jobs(request, lines):
-            hydra.multirun(search_path().config_name, task, words)
+            request.loader.hydra.multirun(search_path().config_name, task, words)
     except Stopped as stop:
         if (plan := request.plan) is not None and plan.sweep_folder is not None:
             stop.advice = (_resume_advice(request, typed),)
