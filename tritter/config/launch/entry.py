@@ -141,22 +141,21 @@ def _execute(
     return 0  # it was finished before
 
 
-def config_of_run(arguments: Sequence[str], *, purpose: str) -> "RunConfig":
-    """Return the configuration of a single run that is not started.
+def config_of_run(arguments: Sequence[str]) -> "RunConfig":
+    """Return the configuration of a single run that is not started, for `--find-lr`.
 
     Args:
         arguments: as `main` takes them.
-        purpose: what needs it, for error messages.
     """
     command = CommandLine.parse(arguments)
     keys = {override.lstrip("+~").partition("=")[0] for override in command.overrides}
     refused = [key for key in sorted(keys) if key == "resume" or key.startswith("hydra.")]
     if command.is_multirun or command.info_flag is not None or command.is_version:
-        raise RequestError(f"{purpose} takes the arguments of one run: not -m, --cfg, --version.")
+        raise RequestError("--find-lr takes the arguments of one run: not -m, --cfg, --version.")
     if refused:
-        raise RequestError(f"{refused[0]}: not with {purpose}; name its folder with --output.")
+        raise RequestError(f"{refused[0]}: not with --find-lr; name its folder with --output.")
     if Launch.of() is not None:
-        raise RequestError(f"{purpose} starts its own processes: omit torchrun or srun.")
+        raise RequestError("--find-lr starts its own processes: omit torchrun or srun.")
     with command.search_path.in_use():
         from tritter.config.launch.composition import Loader
 
