@@ -422,18 +422,6 @@ def _plan_sweep(request: Request, composed: DictConfig) -> Plan:
             notes += ("sweep      hydra.sweeper.sampler.seed=0, so that the sweep can resume",)
         return Plan((), folder, launcher, example, notes)
     split = _split_sweep(task)
-    numbers: dict[tuple[str, ...], list[int]] = {}
-    for number, job_overrides in enumerate(split):
-        numbers.setdefault(tuple(job_overrides), []).append(number)
-    raise_problems(
-        [
-            Problem(
-                "", reason=f"jobs {listed} are identical ({' '.join(job_overrides)}): remove one."
-            )
-            for job_overrides, equal in numbers.items()
-            if len(equal) > 1 and (listed := f"{', '.join(map(str, equal[:-1]))} and {equal[-1]}")
-        ]
-    )
     jobs = _plan_jobs(loader, split, shared)
     if len({job.folder for job in jobs}) < len(jobs):
         raise RequestError(
