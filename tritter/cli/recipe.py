@@ -16,6 +16,7 @@ from pydantic import Field
 
 from tritter.checkpoints.history import Link
 from tritter.checkpoints.record import ExpansionRecord
+from tritter.cli.output import refuse_damage
 from tritter.config.components import Reader, method_class, method_keys, method_names
 from tritter.config.folders import body_of, option_files
 from tritter.core.expansions import ExpansionSpec
@@ -23,7 +24,6 @@ from tritter.errors import (
     Names,
     Problem,
     RequestError,
-    TritterError,
     nearest,
     raise_problems,
 )
@@ -145,11 +145,10 @@ def _content(path: Path) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    try:
+    with refuse_damage():
         text = read_text(path, limit_bytes=_MAX_BYTES)
+    try:
         return OmegaConf.to_container(OmegaConf.create(text))
-    except TritterError as error:
-        raise RequestError(str(error)) from error
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise RequestError(f"{path} is not a recipe: {reason}.") from error
@@ -288,10 +287,8 @@ def _check_steps(folder: Path, records: Sequence[ExpansionRecord]) -> None:
 
 
 def _dtypes(folder: Path) -> set[str]:
-    try:
+    with refuse_damage():
         return {header.dtype for header in TensorFolder.open(folder).headers.values()}
-    except TritterError as error:
-        raise RequestError(str(error)) from error
 
 
 def _word(folder: Path) -> str:

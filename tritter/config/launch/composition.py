@@ -267,12 +267,7 @@ class Loader(ConfigLoaderImpl):
         from_shell: bool = True,
         validate_sweep_overrides: bool = True,
     ) -> DictConfig:
-        """Compose a job like Hydra.
-
-        Raises:
-            RequestError: composition failed.
-            SweepInConfig: the config of a single run selects a sweep.
-        """
+        """Compose a job like Hydra; `SweepInConfig` if that of a single run selects a sweep."""
         if self.shown is not None:
             return self.shown
         parsed = parse(overrides, loader=self)
