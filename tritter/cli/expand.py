@@ -272,7 +272,7 @@ def _names(file: Recipe | None, step: int | None = None) -> Names:
 
 
 def _request(context: typer.Context, file: Recipe | None) -> Recipe:
-    """Return what is requested: by the recipe and options, or by options alone."""
+    """Return the request: the recipe with options, or options alone."""
     from tritter.cli.recipe import Recipe
 
     typed, stated = context.params, {} if file is None else file.stated_settings()

@@ -94,7 +94,7 @@ def _ends_of(jobs: Sequence[Job], folder: Path) -> dict[Path, RunStatus]:
 
 
 def _end_of(job: Path) -> RunStatus:
-    """Return how the job in a folder ended."""
+    """Return the status of the job in a folder, `killed` if its process is gone."""
     ended = RunStatus.read(job)
     is_killed = ended.status == "running" and not FolderLock(job).is_held
     return replace(ended, status="killed") if is_killed else ended
