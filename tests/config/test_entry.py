@@ -325,6 +325,11 @@ def test_the_table_of_a_sweep_compares_the_base_with_the_last_training(
     assert "+50.0" in capsys.readouterr().out
 
 
+def test_equal_jobs_run_each_in_its_folder(run: Run, pipeline: FakePipeline) -> None:
+    assert run("-m", "seed=4,4").code == 0
+    assert len({*pipeline.folders}) == len(pipeline.configs) == 2
+
+
 @pytest.mark.full
 def test_a_sweep_over_keys_of_swept_methods(run: Run, pipeline: FakePipeline) -> None:
     words = ("forgetting=l2sp,[replay,l2sp]", "forgetting.l2sp.l2sp-lambda=1,3")

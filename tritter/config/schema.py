@@ -228,10 +228,7 @@ class RunConfig(RootValues, RunRequest):
         Args:
             sizes: domain → tokens of each held-out document.
         """
-        limit, is_base = (
-            self.evaluation.max_documents,
-            not isinstance(self.model, CheckpointModelConfig),
-        )
+        limit, is_base = self.evaluation.max_documents, isinstance(self.model, ModelConfig)
         if limit is not None or is_base:
             return {name: min(limit or len(each), len(each)) for name, each in sizes.items()}
         budget = self._trained_tokens / max(1, len(sizes))
