@@ -536,8 +536,19 @@ def test_a_name_with_an_unbroken_space_is_recorded(
     assert run("resume=here").code == 1 and len(pipeline.configs) == 2
 
 
-def test_a_folder_with_a_circular_link_is_refused(run: Run, tmp_path: Path) -> None:
+@pytest.mark.quick_cases(2)
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda place: (place / ".hydra" / "hydra.yaml").mkdir(parents=True), "hydra.yaml is a f"),
+        (lambda place: (place / ".hydra").write_text("x"), ".hydra is a file, but Hydra needs"),
+        (lambda place: (place / "train.log").symlink_to("train.log"), "is a circular link"),
+    ],
+)
+def test_what_hydra_would_fail_over_is_refused(
+    run: Run, tmp_path: Path, make: Callable[[Path], object], message: str
+) -> None:
     (tmp_path / "here").mkdir()
-    (tmp_path / "here" / "train.log").symlink_to("train.log")
+    make(tmp_path / "here")
     result = run("hydra.run.dir=here")
-    assert result.code == 2 and "is a circular link" in result.err
+    assert result.code == 2 and message in result.err

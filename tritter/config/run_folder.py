@@ -264,6 +264,13 @@ def check_run_folder(folder: Path, config: RunConfig) -> RunState:
         check_tree(folder, skipped=_LOGGER_FOLDERS)
     except TritterError as error:
         raise refused("hydra.run.dir", folder, f"{error}") from error
+    # Hydra writes its settings first
+    settings = folder / ".hydra"
+    wrong = [settings] if settings.is_file() else [p for p in settings.glob("*") if p.is_dir()]
+    for path in wrong:
+        is_, expected = ("a file", "folder") if path == settings else ("a folder", "file")
+        reason = f"{path} is {is_}, but Hydra needs a {expected} there"
+        raise refused("hydra.run.dir", folder, reason)
     if not is_run:
         return RunState.NEW
     run = RunRecord.read(folder)
