@@ -253,6 +253,8 @@ def check_run_folder(folder: Path, config: RunConfig) -> RunState:
     if isinstance(model, CheckpointModelConfig) and is_within(folder, Path(model.path)):
         reason = f"it is inside the initial checkpoint, {model.path}; choose a folder next to it"
         raise refused("hydra.run.dir", folder, reason)
+    if folder.is_file():
+        raise refused("hydra.run.dir", folder, "it is a file, not a folder")
     is_run = os.path.lexists(folder / RUN_FILE)
     strays = {path.name for path in folder.glob("*")} - _BEFORE_RUN_FILE
     if not is_run and not all(name.startswith(f".{RUN_FILE}.") for name in strays):  # half written
