@@ -27,7 +27,7 @@ from tritter.checkpoints.expert_files import AdapterShape
 from tritter.cli import main
 from tritter.config.components import known_keys
 from tritter.config.launch.command_line import CommandLine
-from tritter.config.launch.composition import Composer
+from tritter.config.launch.composition import Loader
 from tritter.config.launch.help import help_text
 from tritter.config.launch.plan import _RUNS
 from tritter.config.run_folder import RunRecord
@@ -150,7 +150,7 @@ def _leave_unfinished_run(command: CommandLine) -> None:
         return
     value = resumed[0].partition("=")[2]
     rest = [word for word in command.overrides if word not in resumed]
-    with Composer.opened() as composing:
+    with Loader.opened() as composing:
         config = composing.compose(rest)
     folder = _RUNS / "earlier" if value == "latest" else Path(value)
     RunRecord.of(folder, config, status="running").write(folder)
@@ -187,7 +187,7 @@ def _leave_checkpoints(words: list[str]) -> None:
     One called ….ckpt is a training's of the base, and one called skilled has LoRA experts.
     """
     # What the documents call base: that of a first run, so that their sizes fit it
-    with Composer.opened() as composing:
+    with Loader.opened() as composing:
         model = composing.compose([]).base_model()
     base = saved(new_model(model, seed=0), Path("base"))
     tokenizer = train_tokenizer([TextDocument("d", "the class is one\n")], vocab_size=300)

@@ -30,10 +30,10 @@ SENTENCE = "the model grows a layer where data asks for one and keeps what it kn
 COMPOSE_ALL = """
 import tritter
 from tritter.conf_folder import config_folder
-from tritter.config.launch.composition import Composer
+from tritter.config.launch.composition import Loader
 from tritter.config.folders import CHOSEN_BY, option_files
 from tritter.errors import RequestError
-with Composer.opened() as composing:
+with Loader.opened() as composing:
     for group, options in option_files().items():
         for name in options if group not in CHOSEN_BY else ():
             try:

@@ -168,8 +168,12 @@ def expand(
         if isinstance(source, str | PathLike):
             return _expand_checkpoint(source, chosen, output, seed=seed, overwrite=overwrite)
         with loading("transformers"):
+            from tritter.methods.experts.mixture import mixture_on
             from tritter.transform.live import ModelExpander
-        model, expander = _expandable(source), ModelExpander(chosen, seed=seed)
+        model, expander = _unwrap(source, "source"), ModelExpander(chosen, seed=seed)
+        if mixture_on(model) is not None:
+            reason = "the model has LoRA experts, which can't be expanded; merge them first."
+            raise RequestError(reason)
         if output is None:
             return cast("PreTrainedModel", expander.expand(model))
         from tritter.storage.reading import named_path
@@ -293,16 +297,6 @@ def _unwrap(model: object, key: str) -> Any:
     inner = cast("nn.Module", getattr(model, "_orig_mod", model))  # without torch.compile
     inner = inner.model if isinstance(inner, GrowableCausalLM) else inner
     model_of(inner, is_whole=True)
-    return inner
-
-
-def _expandable(model: object) -> nn.Module:
-    """Return an unwrapped live model; LoRA experts on it are refused."""
-    from tritter.methods.experts.mixture import mixture_on
-
-    inner = _unwrap(model, "source")
-    if mixture_on(inner) is not None:
-        raise RequestError("the model has LoRA experts, which can't be expanded; merge them first.")
     return inner
 
 

@@ -11,7 +11,7 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
-from tritter.errors import Problem, RequestError, TritterError
+from tritter.errors import Problem, RequestError
 
 _ENTRY_POINTS = "tritter.config"
 
@@ -19,10 +19,8 @@ _ENTRY_POINTS = "tritter.config"
 def config_folder() -> Path:
     """Return the folder `conf`."""
     package = Path(__file__).resolve().parent
-    for folder in (package.parent / "conf", package / "conf"):
-        if (folder / "config.yaml").is_file():
-            return folder
-    raise TritterError(f"no conf/config.yaml next to {package} or inside it: reinstall tritter")
+    is_checkout = (package.parent / "conf" / "config.yaml").is_file()
+    return (package.parent if is_checkout else package) / "conf"
 
 
 def installed_folders() -> dict[str, Path]:

@@ -168,10 +168,10 @@ def brief(value: object) -> str:
     return text if len(text) <= _BRIEF_CHARACTERS else f"{text[:_BRIEF_CHARACTERS]}…"
 
 
-def shortened(names: Sequence[str], limit: int = 5) -> str:
-    """Return names in one line, only the first of them if there are many."""
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown}, … ({len(names) - limit} more)"
+def shortened(names: Sequence[str]) -> str:
+    """Return names in one line, only the first five of them if there are more."""
+    shown, num_hidden = ", ".join(names[:5]), len(names) - 5
+    return f"{shown}, … ({num_hidden} more)" if num_hidden > 0 else shown
 
 
 def nearest(value: str, allowed: Iterable[str], *, cutoff: float = 0.5) -> str | None:
@@ -200,9 +200,6 @@ def panics_as_errors(what: str = "a library") -> Iterator[None]:
 
     Args:
         what: its cause, for the message.
-
-    Raises:
-        TritterError: there was a panic.
     """
     try:
         yield

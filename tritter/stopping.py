@@ -43,9 +43,6 @@ def stopping() -> Iterator[None]:
 
     Signals that the process already ignores (`nohup`, a background job) stay ignored. Handlers
     belong to the main thread; in other threads this does nothing.
-
-    Raises:
-        Stopped: a signal arrived.
     """
     process, is_stopped = os.getpid(), False
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from tests.cli.conftest import Run
 from tests.oracle import chat as chat_oracle
 from tests.oracle import stock
-from tritter.cli.generate import _Shown
+from tritter.cli.generate import _Answer
 from tritter.evaluation.inference import continued_text
 
 
@@ -288,7 +288,7 @@ def test_a_conversation_needs_a_template(run: Run, place: Path, chat: Path) -> N
 def test_a_part_of_a_character_waits_for_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = chat_oracle.tokenizer()
     ids = tokenizer.encode("a 猫<|im_end|>", add_special_tokens=False)
-    shown = _Shown(lambda new: continued_text(tokenizer.decode, [], new), {ids[-1]})
+    shown = _Answer(lambda new: continued_text(tokenizer.decode, [], new), {ids[-1]}, is_shown=True)
     shown.put(torch.tensor([[1, 2]]))  # the prompt
     seen = []
     for token in ids:

@@ -10,7 +10,7 @@ from hydra.types import RunMode
 from tritter.checkpoints.run_text import RunText
 from tritter.config.launch import plan
 from tritter.config.launch.command_line import CommandLine
-from tritter.config.launch.composition import Composer
+from tritter.config.launch.composition import Loader
 from tritter.config.launch.entry import main
 from tritter.config.schema import RunConfig
 from tritter.errors import TritterError
@@ -86,14 +86,14 @@ def run(
 
 
 @pytest.fixture(scope="session")
-def composing() -> Iterator[Composer]:
-    with Composer.opened() as one:
+def composing() -> Iterator[Loader]:
+    with Loader.opened() as one:
         yield one
 
 
 def planned(typed: CommandLine) -> plan.Plan:
     """Return the validated jobs of a command line; writes nothing."""
-    with Composer.opened() as one:
+    with Loader.opened() as one:
         request = plan.Request.of(typed, one)
         mode = RunMode.MULTIRUN if typed.is_multirun else RunMode.RUN
         return request.plan_of(one.composed(request.overrides, mode=mode))

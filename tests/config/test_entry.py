@@ -17,7 +17,7 @@ import yaml
 
 from tests.config.conftest import FakeOutcome, FakePipeline, Result
 from tritter.checkpoints.record import LedgerRecord
-from tritter.config.launch.sweep import _print_sweep, _sweep_rows
+from tritter.config.launch.sweep import _changes, _ends_of, _experts, _print_sweep
 from tritter.config.run_folder import RunRecord, RunStatus
 from tritter.config.schema import RunConfig
 from tritter.errors import TritterError
@@ -300,12 +300,13 @@ def test_the_table_of_a_sweep_has_experts_where_some_job_has_them(
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "summary.json").write_text(json.dumps(summary))
         (tmp_path / str(number) / "status.json").write_text("{}")
-    rows = _sweep_rows((), tmp_path)
-    assert [row.experts for row in rows] == [(3, 0.0312), None, None, None]
-    _print_sweep(rows, tmp_path)
+    ends = _ends_of((), tmp_path)
+    assert [*map(_experts, ends)] == [("3", "3.12%"), None, None, None]
+    _print_sweep(ends, tmp_path)
     message = capsys.readouterr().out
     assert "experts" in message and "3.12%" in message
-    _print_sweep(rows[1:], tmp_path)
+    del ends[tmp_path / "0"]
+    _print_sweep(ends, tmp_path)
     assert "experts" not in capsys.readouterr().out
 
 
@@ -319,10 +320,14 @@ def test_the_table_of_a_sweep_compares_the_base_with_the_last_training(
     summary = {"baseline": {"old": old, "arc": base}, "attempts": [last], "rounds": [{}, last]}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     (tmp_path / "status.json").write_text("{}")
-    (row,) = _sweep_rows((), tmp_path)
-    assert row.changes == {"old": "-25.0%", "arc/accuracy": "+50.0 points"}
-    _print_sweep([row], tmp_path)
+    assert _changes(tmp_path) == {"old": "-25.0%", "arc/accuracy": "+50.0 points"}
+    _print_sweep(_ends_of((), tmp_path), tmp_path)
     assert "+50.0" in capsys.readouterr().out
+
+
+def test_equal_jobs_run_each_in_its_folder(run: Run, pipeline: FakePipeline) -> None:
+    assert run("-m", "seed=4,4").code == 0
+    assert len({*pipeline.folders}) == len(pipeline.configs) == 2
 
 
 @pytest.mark.full

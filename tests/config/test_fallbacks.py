@@ -8,7 +8,7 @@ import pytest
 from tests.config.conftest import FakePipeline, Result
 from tritter.config.fallbacks import with_fallback
 from tritter.config.folders import SearchPath
-from tritter.config.launch.composition import Composer
+from tritter.config.launch.composition import Loader
 from tritter.config.run_folder import changes_between, fingerprint
 from tritter.config.schema import RunConfig
 from tritter.errors import RequestError
@@ -24,7 +24,7 @@ fallbacks:
 def composed(folder: Path, text: str, *words: str) -> RunConfig:
     (folder / "ladder").mkdir(parents=True, exist_ok=True)
     (folder / "ladder/mine.yaml").write_text(text)
-    with SearchPath.of([str(folder)], None).in_use(), Composer.opened() as composing:
+    with SearchPath.of([str(folder)], None).in_use(), Loader.opened() as composing:
         return composing.compose(["gate.ladder=mine", *words])
 
 
@@ -105,9 +105,7 @@ def test_all_problems_of_all_fallbacks_are_reported_together(tmp_path: Path) -> 
         (["ladder=gentler"], "gate.ladder"),
     ],
 )
-def test_conflicting_keys_are_rejected(
-    composing: Composer, words: list[str], reported: str
-) -> None:
+def test_conflicting_keys_are_rejected(composing: Loader, words: list[str], reported: str) -> None:
     with pytest.raises(RequestError, match=r".") as caught:
         composing.compose(words)
     assert reported in str(caught.value)

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from tritter.config.launch.composition import Composer
+from tritter.config.launch.composition import Loader
 from tritter.config.run_folder import changes_between, fingerprint
 
 WITHOUT_EFFECT = [
@@ -37,7 +37,7 @@ WITH_EFFECT = {
 
 @pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("override", WITHOUT_EFFECT)
-def test_keys_that_do_not_count(composing: Composer, override: str) -> None:
+def test_keys_that_do_not_count(composing: Loader, override: str) -> None:
     base, other = (composing.compose(words) for words in ([], [override]))
     assert base != other
     assert fingerprint(base) == fingerprint(other)
@@ -45,12 +45,12 @@ def test_keys_that_do_not_count(composing: Composer, override: str) -> None:
 
 @pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("override", WITH_EFFECT)
-def test_keys_that_count(composing: Composer, override: str) -> None:
+def test_keys_that_count(composing: Loader, override: str) -> None:
     base, other = (fingerprint(composing.compose(words)) for words in ([], [override]))
     assert list(changes_between(base, other)) == WITH_EFFECT[override]
 
 
-def test_order_of_methods_counts(composing: Composer) -> None:
+def test_order_of_methods_counts(composing: Loader) -> None:
     one, two = (
         fingerprint(composing.compose([f"expansion=[{names}]"]))
         for names in ("dus,width", "width,dus")
@@ -67,7 +67,7 @@ def test_a_key_that_an_earlier_version_lacked_is_no_change_while_it_is_null() ->
     assert list(changes_between(now, earlier)) == ["data.new"]
 
 
-def test_it_survives_json(composing: Composer) -> None:
+def test_it_survives_json(composing: Loader) -> None:
     words = ["expansion=llama_pro", "expansion.llama_pro.positions=[0,2]", "logger.wandb.tags=[a]"]
     print_of_run = fingerprint(composing.compose(words))
     assert json.loads(json.dumps(print_of_run)) == print_of_run

@@ -43,8 +43,6 @@ def test_hydra_prints_its_help(run: Run, pipeline: FakePipeline) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("-m seed=0,0", "jobs 0 and 1 are identical (seed=0): remove one."),
-        ("-m seed=0,1 gate=off,off", "jobs 2 and 3 are identical (seed=1 gate=off)"),
         ("--package model", "--package and --resolve require --cfg job"),
         ("--resolve seed=1", "--package and --resolve require --cfg job"),
         ("--cfg job --info", "--cfg and --info: these flags exclude each other"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning import Trainer
 
-from tritter.config.launch.composition import Composer
+from tritter.config.launch.composition import Loader
 from tritter.config.schema import RunConfig
 from tritter.errors import RequestError
 from tritter.planning.run_memory import RunMemory
@@ -17,19 +17,19 @@ from tritter.training.optimizer import OptimizerSettings
 from tritter.training.options import _REFUSED, _trainer_parameters
 
 CONF = Path(__file__).parents[2] / "conf"
-_composers: list[Composer] = []  # one for all: making it takes longer than composing
+_loaders: list[Loader] = []  # one for all: making it takes longer than composing
 
 
 @pytest.fixture(scope="module", autouse=True)
 def composing() -> Iterator[None]:
-    with Composer.opened() as made:
-        _composers.append(made)
+    with Loader.opened() as made:
+        _loaders.append(made)
         yield
-    _composers.clear()
+    _loaders.clear()
 
 
 def load(*words: str) -> RunConfig:
-    return _composers[0].compose(["logger=csv", *words])
+    return _loaders[0].compose(["logger=csv", *words])
 
 
 def refusal(*words: str) -> str:

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from tritter.conf_folder import config_folder
 from tritter.config.components import BASES, CHOSEN_GROUPS, METHOD_GROUPS, known_keys
 from tritter.config.folders import LADDERS
-from tritter.config.launch.composition import Composer
+from tritter.config.launch.composition import Loader
 from tritter.config.launch.help import description, help_text
 from tritter.config.launch.plan import _RUNS
 from tritter.config.schema import SECTIONS
@@ -65,7 +65,7 @@ PACKAGES = {
 
 @pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("name", NAMES)
-def test_every_option_composes(composing: Composer, name: str) -> None:
+def test_every_option_composes(composing: Loader, name: str) -> None:
     if name in PACKAGES:
         pytest.importorskip(PACKAGES[name])
     composing.compose(words_for(name))
@@ -99,7 +99,7 @@ def test_keys_are_the_frozen_interface() -> None:
 
 @pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("group", METHOD_GROUPS)
-def test_option_files_state_the_defaults_of_the_records(composing: Composer, group: str) -> None:
+def test_option_files_state_the_defaults_of_the_records(composing: Loader, group: str) -> None:
     for path in (path for path in OPTION_FILES if path.parent.name == group):
         if path.stem != "none":
             *_, one = getattr(composing.compose(words_for(f"{group}={path.stem}")), group)
@@ -108,12 +108,12 @@ def test_option_files_state_the_defaults_of_the_records(composing: Composer, gro
             assert (one.name, record) == (path.stem, type(record)(**table))
 
 
-def test_sections_of_one_option_state_the_defaults_of_the_records(composing: Composer) -> None:
+def test_sections_of_one_option_state_the_defaults_of_the_records(composing: Loader) -> None:
     config = composing.compose(["moe_routing=default", "adaptation=default"])
     assert (config.moe_routing, config.adaptation) == (RoutingOptions(), AdaptationOptions())
 
 
-def test_only_models_with_experts_list_the_keys_of_routers(composing: Composer) -> None:
+def test_only_models_with_experts_list_the_keys_of_routers(composing: Loader) -> None:
     listed = {words: composing.composed(words.split()) for words in ("", *_WITH_ROUTERS)}
     default = OmegaConf.masked_copy(listed[""], [str(key) for key in listed[""] if key != "hydra"])
     assert len(leaves(OmegaConf.to_container(default))) <= MAX_LISTED_KEYS
@@ -122,7 +122,7 @@ def test_only_models_with_experts_list_the_keys_of_routers(composing: Composer) 
         assert present == list(sections), words
 
 
-def test_the_default_job(composing: Composer) -> None:
+def test_the_default_job(composing: Loader) -> None:
     config = composing.compose([])
     assert config.expansion == (EXPANSIONS["width"](),)
     assert [(one.kind, one.options) for one in config.forgetting] == [(Replay, ReplayOptions())]
@@ -131,7 +131,7 @@ def test_the_default_job(composing: Composer) -> None:
     assert (config.pretraining.max_steps, config.training.max_steps) == (600, 250)
 
 
-def test_hydras_folders_are_those_that_resume_looks_in(composing: Composer) -> None:
+def test_hydras_folders_are_those_that_resume_looks_in(composing: Loader) -> None:
     hydra = composing.composed([]).hydra
     assert Path(hydra.run.dir).parent == _RUNS
     assert hydra.job.chdir is False
@@ -142,26 +142,26 @@ def test_hydras_folders_are_those_that_resume_looks_in(composing: Composer) -> N
     ("expansion", "forgetting"),
     list(product(["none", "[]", "dus", "[width,llama_pro]"], ["none", "[l2sp,replay]", "replay"])),
 )
-def test_lists_compose_in_their_order(composing: Composer, expansion: str, forgetting: str) -> None:
+def test_lists_compose_in_their_order(composing: Loader, expansion: str, forgetting: str) -> None:
     config = composing.compose([f"expansion={expansion}", f"forgetting={forgetting}"])
     for text, methods in ((expansion, config.expansion), (forgetting, config.forgetting)):
         expected = [word for word in text.strip("[]").split(",") if word not in ("", "none")]
         assert [method.name for method in methods] == expected
 
 
-def test_order_is_as_written(composing: Composer) -> None:
+def test_order_is_as_written(composing: Loader) -> None:
     for names in (["dus", "width"], ["width", "dus"]):
         config = composing.compose([f"expansion=[{','.join(names)}]"])
         assert [method.name for method in config.expansion] == names
 
 
-def test_records_are_frozen(composing: Composer) -> None:
+def test_records_are_frozen(composing: Loader) -> None:
     config = composing.compose([])
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.seed = 3  # type: ignore[misc]
 
 
-def test_cache_folder(composing: Composer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_cache_folder(composing: Loader, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TRITTER_CACHE", str(tmp_path))
     assert composing.compose([]).cache_dir == tmp_path
     assert composing.compose(["cache_dir=/x"]).cache_dir == Path("/x")

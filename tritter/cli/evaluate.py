@@ -13,12 +13,14 @@ from tritter.cli.options import (
     Checkpoint,
     ReportOverwrite,
     flag,
+    named_paths,
     option,
     parse_path,
 )
 from tritter.cli.output import (
     CommandConsole,
     display_path,
+    model_on_device,
     print_json,
     progress_bars,
     refuse_damage,
@@ -180,7 +182,7 @@ def evaluate(
         elif not chosen:
             domains = DomainsToScore.learned(folder, lineage, tokenizer, length=length)
         with status("loading the model"):
-            model = _read_model(folder)
+            model = model_on_device(folder)
     domains = domains.limited(limit).noted(length)
     with progress_bars(is_shown=not as_json) as new_bar:
         losses = domains.losses(
@@ -219,40 +221,14 @@ def _result_file(
     return ReportFile(output, "json", overwrite=overwrite, sources=sources)
 
 
-def _domain_paths(arguments: Iterable[str]) -> dict[str, list[str]]:
-    """Return domain → paths for NAME=PATH or PATH arguments; a name may occur several times.
-
-    A plain path is a domain named after it.
-    """
-    from tritter.data.options import named_after, unused_name
+def _domain_paths(words: Sequence[str]) -> dict[str, list[str]]:
+    """Return domain → paths of data that can be read."""
     from tritter.data.sources import text_files
 
-    sources: dict[str, list[str]] = {}
-    for argument in arguments:
-        name, sign, path = argument.partition("=")
-        if not sign or Path(argument).exists():
-            name, path = unused_name(named_after([argument]), sources), argument
-        if not path or not name.replace("-", "_").isidentifier():
-            raise RequestError(
-                f"--data = {argument}: use PATH or NAME=PATH, where NAME has letters, digits, - "
-                "and _."
-            )
-        text_files(f"--data {name}", [path])
-        sources.setdefault(name, []).append(path)
+    sources = named_paths("--data", words)
+    for name, paths in sources.items():
+        text_files(f"--data {name}", paths)
     return sources
-
-
-def _read_model(folder: Path) -> nn.Module:
-    """Return a checkpoint's model on its device."""
-    import torch
-
-    from tritter.core.models import non_finite_tensors
-    from tritter.methods.whole import load_whole
-
-    model = load_whole(folder)
-    if broken := non_finite_tensors(model):
-        raise RequestError(f"{folder}: {broken[0]} has values that are not finite.")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _split_names(words: Sequence[str] | None) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,14 +57,12 @@ from tritter.storage.tensors import WEIGHT_DTYPES
 from tritter.terminal import Console, say, status
 
 if TYPE_CHECKING:
-    import torch
-
     from tritter.checkpoints import Lineage, Source
-    from tritter.cli.recipe import Recipe, Settings
+    from tritter.cli.recipe import Recipe
     from tritter.core.expansions import ExpansionSpec
     from tritter.data.options import TextSources
     from tritter.evaluation.measure import Measurement
-    from tritter.pipeline.domain import DomainExpansion
+    from tritter.pipeline.domain import DomainExpansion, DomainTask
     from tritter.transform import DiskNeeds, Expanded, PlannedExpansion
 
 # Field, its function-preserving value, and the option that sets it.
@@ -218,40 +216,44 @@ def expand(
         from tritter.cli.recipe import Recipe
 
     file = None if recipe is None else Recipe.read(recipe)
-    settings = _settings(context, file)
     with _names(file).in_use():
-        if file is not None:
-            specs = file.steps
-        elif method:
-            specs = ExpansionMethods.current().specs(method, context.obj)
-        else:
-            raise RequestError(_NO_METHOD)
+        request = _request(context, file)
         of_domain = (domain, domain_data, old_data, steps, learning_rate)
-        is_vocab = any(spec.name == "vocab" for spec in specs)
+        is_vocab = any(spec.name == "vocab" for spec in request.steps)
         is_trained = not is_vocab and any(value is not None for value in of_domain)
         # Data before the checkpoint, which may be on the hub
-        for_tokens = _token_sources(specs, *of_domain) if is_vocab else {}
-        text = _domain_text(specs, *of_domain) if is_trained else None
-        _check_domain(specs, settings, text, is_measured=measure)
-        job = _resolve_job(checkpoint, specs, settings, file)
+        for_tokens = _token_sources(request.steps, *of_domain) if is_vocab else {}
+        for_experts = _expert_sources(request.steps, *of_domain[:3]) if is_trained else None
+        _check_domain(request, for_experts, is_measured=measure)
+        source = _open_source(checkpoint)
+        request = _sized(request, file, source)
+        destination = _destination(request, source, checkpoint)
         if for_tokens:
-            job = _with_tokens(job, for_tokens)
-        if not dry_run and job.obstacle(overwrite=overwrite):
-            raise RequestError(job.obstacle(overwrite=overwrite))
-        with closing(job.source.digests) as digests:
+            request = _with_tokens(request, source, for_tokens)
+        obstacle = _obstacle(source, destination, overwrite=overwrite)
+        if obstacle and not dry_run:
+            raise RequestError(obstacle)
+        with closing(source.digests) as digests:
             if not (dry_run or is_trained):
-                digests.begin(job.source.tensors.raw(), files=job.source.tensors.paths)
+                digests.begin(source.tensors.raw(), files=source.tensors.paths)
             with loading("torch"):
                 import tritter.transform  # noqa: F401 # while digests are computed
-            with note_if_written(job.destination):
+            with note_if_written(destination):
+                measures = measure is not False
+                of_run = {"overwrite": overwrite, "is_quiet": as_json}
                 if dry_run:
-                    result = _dry_run(job, measures=measure is not False, overwrite=overwrite)
-                elif text is not None:
-                    result = _expand_and_train(job, text, overwrite=overwrite, is_quiet=as_json)
-                else:
-                    result = _expand(
-                        job, measures=measure is not False, overwrite=overwrite, is_quiet=as_json
+                    result = _dry_run(request, source, destination, obstacle, measures=measures)
+                elif for_experts is not None:
+                    from tritter.pipeline.domain import DomainTask
+
+                    (new, old), count = for_experts, steps or _DEFAULT_STEPS
+                    rate = _DEFAULT_LEARNING_RATE if learning_rate is None else learning_rate
+                    task = DomainTask(
+                        new=new, old=old, steps=count, learning_rate=rate, seed=request.seed or 0
                     )
+                    result = _expand_and_train(request, source, destination, task, **of_run)
+                else:
+                    result = _expand(request, source, destination, measures=measures, **of_run)
                 if as_json:
                     print_json(result.to_dict())
                 else:
@@ -269,9 +271,9 @@ def _names(file: Recipe | None, step: int | None = None) -> Names:
     return Names.of({**ExpansionMethods.current().option_names(), **_NAMES})
 
 
-def _settings(context: typer.Context, file: Recipe | None) -> Settings:
-    """Return all other settings, from the command line or from the recipe."""
-    from tritter.cli.recipe import Settings
+def _request(context: typer.Context, file: Recipe | None) -> Recipe:
+    """Return the request: the recipe with options, or options alone."""
+    from tritter.cli.recipe import Recipe
 
     typed, stated = context.params, {} if file is None else file.stated_settings()
     if "output" in stated:
@@ -293,47 +295,32 @@ def _settings(context: typer.Context, file: Recipe | None) -> Settings:
             if is_typed(context, name) and typed[name] != value
         ]
         raise_problems(problems)
-    values = {each.name: typed[each.name] for each in fields(Settings)} | stated
+    values = {name: typed[name] for name in Recipe.SETTINGS} | stated
     if values["dtype"] is not None:
         values["dtype"] = choice("--dtype", values["dtype"], WEIGHT_DTYPES)
-    return Settings(**values)
+    if file is not None:
+        return replace(file, **values)
+    if not typed["method"]:
+        raise RequestError(_NO_METHOD)
+    specs = ExpansionMethods.current().specs(typed["method"], context.obj)
+    return Recipe(steps=specs, **values)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Job:
-    """An expansion that is valid according to the configs; without a recipe, options set it."""
+def _obstacle(source: Source, destination: Path, *, overwrite: bool) -> str:
+    """Return the reason why the result can't be written; empty if it can."""
+    from tritter.checkpoints.location import check_output
 
-    source: Source
-    destination: Path
-    specs: tuple[ExpansionSpec, ...]
-    settings: Settings
-    recipe: Recipe | None
-
-    def obstacle(self, *, overwrite: bool) -> str:
-        """Return the reason why the result can't be written; empty if it can."""
-        from tritter.checkpoints.location import check_output
-
-        try:
-            check_output(self.destination, sources=[self.source.folder], overwrite=overwrite)
-        except RequestError as error:
-            return str(error)
-        return ""
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        import torch
-
-        return None if self.settings.dtype is None else getattr(torch, self.settings.dtype)
+    try:
+        check_output(destination, sources=[source.folder], overwrite=overwrite)
+    except RequestError as error:
+        return str(error)
+    return ""
 
 
-def _resolve_job(
-    checkpoint: str, specs: tuple[ExpansionSpec, ...], settings: Settings, recipe: Recipe | None
-) -> _Job:
-    """Locate source and destination and resolve the sizes of expansions. Writes nothing."""
+def _open_source(checkpoint: str) -> Source:
+    """Return the checkpoint to expand."""
     from tritter.checkpoints import Source
     from tritter.checkpoints.location import require_plain
-    from tritter.core.expansions.specification import target_model
-    from tritter.core.expansions.targets import reach_parameters
     from tritter.core.families.config_file import read_model_file
 
     with refuse_damage():
@@ -348,70 +335,67 @@ def _resolve_job(
             model = read_model(folder)
         source = Source.open(folder, model)
         require_plain(folder, doing="an expansion", key="--checkpoint")
-    if settings.target_params is not None:
-        specs = reach_parameters(source.model, specs, settings.target_params)
+    return source
+
+
+def _sized(request: Recipe, file: Recipe | None, source: Source) -> Recipe:
+    """Return the request with sizes that reach its number of parameters, and check its steps."""
+    from tritter.core.expansions.specification import target_model
+    from tritter.core.expansions.targets import reach_parameters
+
+    if request.target_params is not None:
+        steps = reach_parameters(source.model, request.steps, request.target_params)
+        request = replace(request, steps=steps)
     target = source.model
-    for number, spec in enumerate(specs):
-        with _names(recipe, number).in_use():
+    for number, spec in enumerate(request.steps):
+        with _names(file, number).in_use():
             target = target_model(target, [spec])
+    return request
+
+
+def _destination(request: Recipe, source: Source, checkpoint: str) -> Path:
+    """Return the folder of the result, by default next to the source."""
     near = Path(checkpoint.rstrip("/").rpartition("/")[2])  # a hub model: the current folder
     if Path(checkpoint).is_dir():
+        folder = source.folder
         near = folder if folder.name not in ("", "..") else folder.resolve()
-    ending = "-".join(with_dashes(spec.name) for spec in specs)
-    return _Job(
-        source=source,
-        destination=Path(settings.output or near.with_name(f"{near.name}-{ending}")),
-        specs=specs,
-        settings=settings,
-        recipe=recipe,
-    )
+    ending = "-".join(with_dashes(spec.name) for spec in request.steps)
+    return Path(request.output or near.with_name(f"{near.name}-{ending}"))
 
 
-def _with_tokens(job: _Job, sources: TextSources) -> _Job:
-    """Return the job with new tokens, from documents that no lineage holds out for validation."""
+def _with_tokens(request: Recipe, source: Source, texts: TextSources) -> Recipe:
+    """Return the request with new tokens, from documents that no lineage holds out."""
     from tritter.checkpoints.run_text import RunText
     from tritter.core.expansions import Vocab, vocab_place
     from tritter.data.sources import TextRequest
     from tritter.data.split import SplitRule
     from tritter.transform.vocabulary import learned
 
-    specs, place = list(job.specs), vocab_place(job.specs) or 0
-    spec = specs[place]
+    steps, place = list(request.steps), vocab_place(request.steps) or 0
+    spec = steps[place]
     assert isinstance(spec, Vocab)
-    default = SplitRule(seed=job.settings.seed or 0, validation_fraction=RunText.DEFAULT_FRACTION)
-    rule = (job.source.lineage and job.source.lineage.split) or default
+    default = SplitRule(seed=request.seed or 0, validation_fraction=RunText.DEFAULT_FRACTION)
+    rule = (source.lineage and source.lineage.split) or default
     with status("learning tokens"):
         size = rule.piece_characters
         read = {
             name: TextRequest(each, key="--domain-data", piece_characters=size).noted_documents()
-            for name, each in sources.items()
+            for name, each in texts.items()
         }
-        specs[place] = learned(spec, job.source, rule.training_texts(read, read))
-    return replace(job, specs=tuple(specs))
+        steps[place] = learned(spec, source, rule.training_texts(read, read))
+    return replace(request, steps=tuple(steps))
 
 
 # Data for new experts and new tokens
 
 
-@dataclass(frozen=True, slots=True)
-class _DomainRun:
-    """New and old data (domain → absolute paths) and settings of the training run."""
-
-    new: TextSources
-    old: TextSources
-    steps: int
-    learning_rate: float
-
-
-def _domain_text(
+def _expert_sources(
     specs: Sequence[ExpansionSpec],
     domain: str | None,
     data: Sequence[str] | None,
     old_data: Sequence[str] | None,
-    steps: int | None,
-    learning_rate: float | None,
-) -> _DomainRun:
-    """Return the data that the options name."""
+) -> tuple[TextSources, TextSources]:
+    """Return domain → paths of new and of old data for new experts."""
     from tritter.data.options import read_sources
 
     if not any(getattr(spec, "is_append", False) for spec in specs):
@@ -431,31 +415,29 @@ def _domain_text(
     raise_problems(problems)
     if name in old:
         raise RequestError(f"--domain = {name}: the old data already has this name.")
-    rate = _DEFAULT_LEARNING_RATE if learning_rate is None else learning_rate
-    return _DomainRun(new, old, steps or _DEFAULT_STEPS, rate)
+    return new, old
 
 
 def _check_domain(
-    specs: Sequence[ExpansionSpec],
-    settings: Settings,
-    text: _DomainRun | None,
+    request: Recipe,
+    texts: tuple[TextSources, TextSources] | None,
     *,
     is_measured: bool | None,
 ) -> None:
-    """Check a request to train experts on a domain. Writes nothing."""
+    """Check a request to train experts on new and old data. Writes nothing."""
     from tritter.data.sources import TextRequest, check_contents
 
-    if text is None:
-        if any(getattr(spec, "teacher", None) for spec in specs):
+    if texts is None:
+        if any(getattr(spec, "teacher", None) for spec in request.steps):
             raise RequestError(
                 "--expert-init = distill: new experts learn from a teacher and need training "
                 "data, --domain-data PATH."
             )
         return
     unsupported = (
-        ("dtype", settings.dtype, None),
+        ("dtype", request.dtype, None),
         ("measure", is_measured, None),
-        ("max-shard-size", settings.max_shard_size, _SHARD_BYTES),
+        ("max-shard-size", request.max_shard_size, _SHARD_BYTES),
     )
     for name, value, default in unsupported:
         if value not in (None, default):
@@ -465,7 +447,7 @@ def _check_domain(
             )
     check_contents(
         TextRequest(tuple(paths), key=key)
-        for key, sources in (("--domain-data", text.new), ("--old-data", text.old))
+        for key, sources in zip(("--domain-data", "--old-data"), texts, strict=True)
         for paths in sources.values()
     )
 
@@ -495,21 +477,25 @@ def _token_sources(
 # Results
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class _Result:
-    """The result of a job or of its dry run.
+    """The result of an expansion or of its dry run.
 
     Args:
-        job: the job.
+        request: the expansions and settings.
+        source: the checkpoint.
+        destination: the folder of the result.
         plan: the planned expansion.
         lineage: lineage of the written checkpoint; None after a dry run.
         measured: step-0 error, if measured.
         room: disk and memory requirements, from a dry run.
         training: result of training experts on a domain.
-        obstacles: from a dry run, the reasons why the job would be rejected.
+        obstacles: from a dry run, the reasons why the request would be rejected.
     """
 
-    job: _Job
+    request: Recipe
+    source: Source
+    destination: Path
     plan: PlannedExpansion
     lineage: Lineage | None = None
     measured: Measurement | None = None
@@ -526,11 +512,11 @@ class _Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON output."""
-        plan, lineage, destination = self.plan, self.lineage, self.job.destination
+        plan, lineage = self.plan, self.lineage
         first, last = plan.source, plan.target
         plain = {
-            "source": str(self.job.source.folder),
-            "destination": str(destination),
+            "source": str(self.source.folder),
+            "destination": str(self.destination),
             "written": lineage is not None,
             "shapes": {"before": shapes_of(first), "after": shapes_of(last)},
             "parameters": {"before": first.num_parameters, "after": last.num_parameters},
@@ -538,8 +524,8 @@ class _Result:
                 "before": first.on_disk.num_parameters,
                 "after": last.on_disk.num_parameters,
             },
-            "dtype": self.job.settings.dtype,
-            "seed": self.job.settings.seed,
+            "dtype": self.request.dtype,
+            "seed": self.request.seed,
             "steps": [
                 {
                     "method": step.spec.name,
@@ -556,7 +542,7 @@ class _Result:
             "parent_hash": lineage.parent_hash if lineage else None,
             "step0_error": lineage.expansion_history[-1].step0_error if lineage else None,
             "serving_notes": list(self.serving_notes),
-            "left_out": self.job.source.unread,
+            "left_out": self.source.unread,
         }
         if self.training is not None:
             plain |= {"experts": self.training.experts.plain(), "scores": self.training.scores}
@@ -567,7 +553,7 @@ class _Result:
                 "needed_bytes": self.room.disk,
                 "weights_bytes": self.room.weights,
                 "state_bytes": self.room.state,
-                "free_bytes": free_bytes(destination),
+                "free_bytes": free_bytes(self.destination),
             }
             plain |= {"disk": disk, "memory_bytes": self.room.memory}
         return plain
@@ -576,7 +562,7 @@ class _Result:
         """Print a readable summary."""
         from tritter.checkpoints.record import layers_text
 
-        console, settings, destination = CommandConsole(), self.job.settings, self.job.destination
+        console, dtype, destination = CommandConsole(), self.request.dtype, self.destination
         _print_shapes(console, self.plan)
         lines: list[tuple[str, str]] = []
         for step in self.plan.steps:
@@ -592,12 +578,12 @@ class _Result:
         lines.append(("exact", exactness))
         if self.lineage is not None:
             lines.append(("step 0", self.measured.text if self.measured else "not measured"))
-        if settings.dtype is not None:
-            lines.append(("dtype", with_dashes(settings.dtype)))
+        if dtype is not None:
+            lines.append(("dtype", with_dashes(dtype)))
         if self.lineage is not None:
             lines.append(("hash", short(self.lineage.model_hash)))
         lines += [("serving", note) for note in self.serving_notes]
-        if unread := self.job.source.unread:
+        if unread := self.source.unread:
             text = f"{len(unread)} tensors that the model class does not read, such as {unread[0]}"
             lines.append(("left out", text))
         if self.room is not None:
@@ -617,27 +603,37 @@ class _Result:
             _print_domain(console, self.training)
 
 
-def _dry_run(job: _Job, *, measures: bool, overwrite: bool) -> _Result:
+def _dry_run(
+    request: Recipe, source: Source, destination: Path, obstacle: str, *, measures: bool
+) -> _Result:
     """Return the result of a dry run. Writes nothing."""
     from tritter.transform import DiskNeeds, plan_by_tables
 
-    plan = plan_by_tables(job.source, job.specs, seed=job.settings.seed or 0)
-    room = DiskNeeds.of(job.source, plan, dtype=job.dtype, is_checked=measures)
-    obstacles = [job.obstacle(overwrite=overwrite)]
+    plan = plan_by_tables(source, request.steps, seed=request.seed or 0)
+    room = DiskNeeds.of(source, plan, dtype=request.torch_dtype, is_checked=measures)
+    obstacles = [obstacle]
     try:
-        room.check_space(job.destination)
+        room.check_space(destination)
     except RequestError as error:
         obstacles.append(str(error))
-    return _Result(job=job, plan=plan, room=room, obstacles=tuple(filter(None, obstacles)))
+    found = tuple(filter(None, obstacles))
+    return _Result(request, source, destination, plan, room=room, obstacles=found)
 
 
-def _expand(job: _Job, *, measures: bool, overwrite: bool, is_quiet: bool) -> _Result:
+def _expand(
+    request: Recipe,
+    source: Source,
+    destination: Path,
+    *,
+    measures: bool,
+    overwrite: bool,
+    is_quiet: bool,
+) -> _Result:
     """Expand the checkpoint and measure the result before it replaces the destination."""
     from tritter.transform import expand, plan_by_tables
 
-    settings = job.settings
     measured: list[Measurement] = []
-    plan = plan_by_tables(job.source, job.specs, seed=settings.seed or 0)
+    plan = plan_by_tables(source, request.steps, seed=request.seed or 0)
     with progress_bars(is_shown=not is_quiet) as new_bar:
 
         def measure_result(made: Expanded) -> Lineage:
@@ -645,7 +641,7 @@ def _expand(job: _Job, *, measures: bool, overwrite: bool, is_quiet: bool) -> _R
             from tritter.report.table import mean_shift_text
 
             with refuse_damage():
-                found = Measurement.of(job.source, made, progress=new_bar("MB checked"))
+                found = Measurement.of(source, made, progress=new_bar("MB checked"))
             assert found.jump is not None
             text = found.text + mean_shift_text(found.jump)
             if (mass := found.jump.new_token_mass) is not None:
@@ -654,42 +650,43 @@ def _expand(job: _Job, *, measures: bool, overwrite: bool, is_quiet: bool) -> _R
             return found.lineage
 
         made = expand(
-            job.source,
-            job.destination,
+            source,
+            destination,
             plan,
-            dtype=job.dtype,
-            max_shard_bytes=settings.max_shard_size or _SHARD_BYTES,
+            dtype=request.torch_dtype,
+            max_shard_bytes=request.max_shard_size or _SHARD_BYTES,
             overwrite=overwrite,
             progress=new_bar("tensors"),
             before_publish=measure_result if measures else None,
             confirms=measures,
         )
-    return _Result(job=job, plan=plan, lineage=made.lineage, measured=next(iter(measured), None))
+    found = next(iter(measured), None)
+    return _Result(request, source, destination, plan, lineage=made.lineage, measured=found)
 
 
-def _expand_and_train(job: _Job, text: _DomainRun, *, overwrite: bool, is_quiet: bool) -> _Result:
+def _expand_and_train(
+    request: Recipe,
+    source: Source,
+    destination: Path,
+    task: DomainTask,
+    *,
+    overwrite: bool,
+    is_quiet: bool,
+) -> _Result:
     """Add the experts and train them. After an error no output remains."""
     from tritter.evaluation.measure import Measurement
-    from tritter.pipeline.domain import DomainTask
 
-    task = DomainTask(
-        new=text.new,
-        old=text.old,
-        steps=text.steps,
-        learning_rate=text.learning_rate,
-        seed=job.settings.seed or 0,
-    )
     made = task.expand(
-        job.source.folder,
-        job.destination,
-        job.specs,
+        source.folder,
+        destination,
+        request.steps,
         console=Console(quiet=True) if is_quiet else CommandConsole(),
         overwrite=overwrite,
     )
     error = made.lineage.expansion_history[-1].step0_error
     text_of_error = "not finite" if error is None else f"logit shift {error:.1e} σ on its data"
     measured = Measurement(made.lineage, text_of_error)
-    return _Result(job=job, plan=made.plan, lineage=made.lineage, measured=measured, training=made)
+    return _Result(request, source, destination, made.plan, made.lineage, measured, training=made)
 
 
 def _disk_lines(room: DiskNeeds, destination: Path) -> list[tuple[str, str]]:
@@ -740,7 +737,7 @@ def _print_shapes(console: CommandConsole, plan: PlannedExpansion) -> None:
 def _exactness(result: _Result) -> str:
     """Return a sentence on function preservation, with the option that would ensure it."""
     lossy: list[str] = []
-    is_recipe = result.job.recipe is not None
+    is_recipe = result.request.path is not None
     for step in (step for step in result.plan.steps if not step.is_exact):
         spec: Any = step.spec
         ways = (

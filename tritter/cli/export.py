@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -40,10 +39,8 @@ from tritter.storage.reading import named_path
 from tritter.storage.tensors import WEIGHT_DTYPES
 
 if TYPE_CHECKING:
-    import torch
-
+    from tritter.checkpoints import Source
     from tritter.checkpoints.export import Exported, Weights
-    from tritter.checkpoints.folder import Artifact
     from tritter.cli.export_experts import Merge
     from tritter.core.families import LayoutKind
 
@@ -130,17 +127,6 @@ _MergedRank = Annotated[
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class _Origin:
-    """The weights and artifacts to export, with notes on the conversion."""
-
-    weights: Weights
-    artifacts: Sequence[Artifact]
-    notes: tuple[str, ...] = ()
-    merged: Merge | None = None
-    dtype: torch.dtype | None = None
-
-
 def export(
     context: typer.Context,
     checkpoint: _ExportSource,
@@ -168,8 +154,10 @@ def export(
     with loading("transformers"):
         import torch
 
+        from tritter.checkpoints import Source
+        from tritter.checkpoints.folder import copy_small_files
         from tritter.checkpoints.location import check_output
-        from tritter.core.models import check_loadable
+        from tritter.core.models import check_loadable, read_model
 
     if format == "peft":
         from tritter.cli.export_experts import export_adapters
@@ -182,37 +170,41 @@ def export(
     sources = [named_path(name, key="--checkpoint") for name in (checkpoint, config) if name]
     check_output(output, sources=sources, overwrite=overwrite)
     with refuse_damage():
+        merged = None
         if is_file:
-            origin = _of_file(checkpoint, config, prefix=prefix)
+            weights, note = _of_file(checkpoint, config, prefix=prefix)
         else:
-            origin = _of_folder(
-                checkpoint,
-                is_without_new=drop_new_experts,
-                is_merged=merge,
-                has_lineage=not ignore_lineage,
-            )
-        model = origin.weights.model
-        check_loadable(model, folder=origin.weights.source_paths[-1])
+            folder = locate(checkpoint, key="--checkpoint")
+            source = Source.open(folder, read_model(folder), has_lineage=not ignore_lineage)
+            weights, note = _of_folder(source, is_without_new=drop_new_experts)
+            if not named_path(checkpoint, key="--checkpoint").exists():
+                weights = replace(weights, name=checkpoint)  # a download is named by its commit
+            if (merged := _merge(source, is_requested=merge, is_plain=ignore_lineage)) is not None:
+                weights = merged.added_to(weights)
+        model, folder = weights.model, weights.source_paths[-1]
+        check_loadable(model, folder=folder)
     if expert_layout is not None and not model.family.has_experts:
         raise RequestError(
             f"--expert-layout = {expert_layout}: a {model.model_type} model has no experts."
         )
+    has_others = not is_file or not named_path(str(config), key="--config").is_file()
+    to = getattr(torch, dtype) if dtype else (weights.widest_dtype if is_file else None)
     layout = _LAYOUTS[choice("--expert-layout", expert_layout or "hub", list(_LAYOUTS))]
     with note_if_written(output):
         with progress_bars(is_shown=not as_json) as new_bar, _NAMES.in_use():
-            exported = origin.weights.export(
+            exported = weights.export(
                 output,
-                dtype=origin.dtype if dtype is None else getattr(torch, dtype),
+                dtype=to,
                 expert_layout=layout,
-                artifacts=origin.artifacts,
+                artifacts=[partial(copy_small_files, folder)] if has_others else [],
                 max_shard_bytes=max_shard_size,
                 overwrite=overwrite,
                 progress=new_bar("tensors"),
             )
         if as_json:
-            print_json({"source": checkpoint, **_as_json(origin, exported)})
+            print_json({"source": checkpoint, **_as_json(exported, note, merged)})
         else:
-            _print(origin, exported)
+            _print(exported, note, merged)
     return 0
 
 
@@ -240,54 +232,50 @@ def _check_options(context: typer.Context) -> bool:
     return is_file
 
 
-def _of_folder(
-    checkpoint: str, *, is_without_new: bool, is_merged: bool, has_lineage: bool
-) -> _Origin:
-    from tritter.checkpoints import Source
-    from tritter.checkpoints.expert_files import ExpertsHead
+def _of_folder(source: Source, *, is_without_new: bool) -> tuple[Weights, str]:
+    """Return the weights of a checkpoint, and a note on the experts that are dropped."""
     from tritter.checkpoints.export import Weights
-    from tritter.checkpoints.folder import copy_small_files
-    from tritter.core.models import read_model
 
-    folder = locate(checkpoint, key="--checkpoint")
-    source = Source.open(folder, read_model(folder), has_lineage=has_lineage)
-    weights = Weights.of(source)
-    if not named_path(checkpoint, key="--checkpoint").exists():
-        weights = replace(weights, name=checkpoint)  # the folder of a download is named by commit
-    added, notes = source.added, tuple[str, ...]()
+    weights, added = Weights.of(source), source.added
     if is_without_new:
         if added is None or added.is_settled:
             raise RequestError(
                 f"--drop-new-experts: {source.folder} has no appended experts that are not "
                 "fully open."
             )
-        weights = weights.without_experts(added.num_settled_experts)
-        notes = (f"without the {len(added.experts)} appended experts of each layer",)
-    elif added is not None and not added.is_settled:
+        note = f"without the {len(added.experts)} appended experts of each layer"
+        return weights.without_experts(added.num_settled_experts), note
+    if added is not None and not added.is_settled:
         raise RequestError(
-            f"{folder}: {added.stock_obstacle}. Train the model until the offset is 0, or drop "
-            "them with --drop-new-experts."
+            f"{source.folder}: {added.stock_obstacle}. Train the model until the offset is 0, or "
+            "drop them with --drop-new-experts."
         )
-    experts = source.experts if has_lineage or (folder / ExpertsHead.PATH).exists() else None
-    if experts is None and is_merged:
-        raise RequestError(f"--merge: {folder} has no LoRA experts.")
-    merged = None
-    if experts is not None:
-        if not is_merged:
-            raise RequestError(
-                f"{folder} contains LoRA experts ({', '.join(experts.head.names)}), which a plain "
-                "folder can't mix: --format peft writes each as an adapter, --merge merges them "
-                "into the base (lossy; the loss is reported)."
-            )
-        from tritter.cli.export_experts import Merge
-
-        merged = Merge.of(experts)
-        weights = merged.added_to(weights)
-    return _Origin(weights, [partial(copy_small_files, folder)], notes, merged)
+    return weights, ""
 
 
-def _of_file(checkpoint: str, config: str | None, *, prefix: str | None) -> _Origin:
-    from tritter.checkpoints.folder import copy_small_files
+def _merge(source: Source, *, is_requested: bool, is_plain: bool) -> Merge | None:
+    """Return the merged LoRA experts of a checkpoint; None if it has none."""
+    from tritter.checkpoints.expert_files import ExpertsHead
+
+    has_experts = not is_plain or (source.folder / ExpertsHead.PATH).exists()
+    experts = source.experts if has_experts else None
+    if experts is None and is_requested:
+        raise RequestError(f"--merge: {source.folder} has no LoRA experts.")
+    if experts is None:
+        return None
+    if not is_requested:
+        raise RequestError(
+            f"{source.folder} contains LoRA experts ({', '.join(experts.head.names)}), which a "
+            "plain folder can't mix: --format peft writes each as an adapter, --merge merges them "
+            "into the base (lossy; the loss is reported)."
+        )
+    from tritter.cli.export_experts import Merge
+
+    return Merge.of(experts)
+
+
+def _of_file(checkpoint: str, config: str | None, *, prefix: str | None) -> tuple[Weights, str]:
+    """Return the weights of a .ckpt, and a note on what is skipped."""
     from tritter.checkpoints.lightning_file import read_lightning_file
     from tritter.core.models import read_model
 
@@ -300,15 +288,12 @@ def _of_file(checkpoint: str, config: str | None, *, prefix: str | None) -> _Ori
     config_path = named_path(config, key="--config")
     if config_path.is_file() and config_path.name != "config.json":
         raise RequestError(f"--config = {config}: must be a config.json, or a folder with one.")
-    has_tokenizer = not config_path.is_file()
-    folder = locate(config, key="--config") if has_tokenizer else config_path.parent
+    folder = config_path.parent if config_path.is_file() else locate(config, key="--config")
     weights, skipped = read_lightning_file(path, read_model(folder), prefix=prefix)
-    weights = replace(weights, source_paths=(path, folder))
-    artifacts = [partial(copy_small_files, folder)] if has_tokenizer else []
-    return _Origin(weights, artifacts, (skipped,) if skipped else (), dtype=weights.widest_dtype)
+    return replace(weights, source_paths=(path, folder)), skipped
 
 
-def _as_json(origin: _Origin, exported: Exported) -> dict[str, Any]:
+def _as_json(exported: Exported, note: str, merged: Merge | None) -> dict[str, Any]:
     return {
         "destination": str(exported.folder),
         "format": "hf",
@@ -318,12 +303,12 @@ def _as_json(origin: _Origin, exported: Exported) -> dict[str, Any]:
         "files": exported.num_files,
         "source_hash": exported.origin_hash,
         "model_hash": exported.model_hash,
-        "notes": list(origin.notes),
-        "merged": None if origin.merged is None else origin.merged.to_dict(),
+        "notes": [note] if note else [],
+        "merged": None if merged is None else merged.to_dict(),
     }
 
 
-def _print(origin: _Origin, exported: Exported) -> None:
+def _print(exported: Exported, note: str, merged: Merge | None) -> None:
     console = CommandConsole()
     model = exported.model
     parameters = count_text(model.num_parameters)
@@ -333,9 +318,10 @@ def _print(origin: _Origin, exported: Exported) -> None:
         ("dtype", str(exported.model.config["dtype"])),
         ("size", f"{si_text(exported.num_bytes)}B in {files}"),
     ]
-    lines += [("note", note) for note in origin.notes]
-    if origin.merged is not None:
-        lines += origin.merged.lines()
+    if note:
+        lines.append(("note", note))
+    if merged is not None:
+        lines += merged.lines()
     lines += [("from", short(exported.origin_hash)), ("hash", short(exported.model_hash))]
     console.print_lines(lines)
     console.print()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tritter.cli.options import AsJson, Checkpoint, Seed, flag, option
-from tritter.cli.output import print_json, refuse_damage
+from tritter.cli.output import model_on_device, print_json, refuse_damage
 from tritter.errors import Problem, RequestError, TritterError
 from tritter.loading import loading
 from tritter.storage.hub import locate
@@ -18,8 +18,6 @@ from tritter.terminal import say, status
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from tritter.core.families import Model
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _NEW_TOKENS, _ANSWER_TOKENS = 50, 512  # defaults without and with --chat
@@ -95,7 +93,8 @@ def generate(
         if tokenizer.chat_template is not None and not chat:
             say(f"note: {folder} has a chat template; --chat sends a message.", is_error=True)
         with status("loading the model"):
-            model = _read_model(folder, whole)
+            stated = whole.config.get("dtype")
+            model = model_on_device(folder, str(stated if stated in WEIGHT_DTYPES else "float32"))
     if first is None:
         _converse(writer, model, system)
         return 0
@@ -115,9 +114,7 @@ def _prompt_text(prompt: str | None) -> str:
             prompt.encode()  # with a C locale, Python reads other bytes as surrogates
         except UnicodeError as error:
             raise RequestError(f"--prompt: standard input is not text ({error}).") from error
-    if not prompt:
-        raise RequestError("--prompt = (empty): the prompt must have at least one token.")
-    return prompt
+    return str(prompt)
 
 
 def _messages(system: str | None, text: str) -> list[dict[str, str]]:
@@ -140,25 +137,6 @@ def _read_tokenizer(folder: Path, *, needs_template: bool) -> Any:
             "model; leave --chat out to continue a text."
         )
     return tokenizer
-
-
-def _read_model(folder: Path, whole: Model) -> nn.Module:
-    """Return a checkpoint's model with its experts."""
-    import torch
-
-    from tritter.core.models import non_finite_tensors
-    from tritter.methods.whole import load_whole
-
-    is_known = whole.config.get("dtype") in WEIGHT_DTYPES
-    dtype = getattr(torch, str(whole.config["dtype"])) if is_known else torch.float32
-    model = load_whole(folder, dtype=dtype)
-    if broken := non_finite_tensors(model):
-        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
-        raise RequestError(
-            f"{folder}: {broken[0]}{more} has values that are not finite (NaN or infinity). "
-            "Use an earlier checkpoint."
-        )
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def _converse(writer: _Writer, model: nn.Module, system: str | None) -> None:
@@ -186,19 +164,6 @@ def _read_line() -> str:
     except EOFError:
         say("")
         return ""
-
-
-@dataclass(frozen=True, slots=True)
-class _Written:
-    """New text, and whether the model ended it, rather than the limit of tokens."""
-
-    text: str
-    num_tokens: int
-    is_complete: bool
-
-    def record(self) -> dict[str, Any]:
-        reason = "stop" if self.is_complete else "length"
-        return {"text": self.text, "num_new_tokens": self.num_tokens, "finish_reason": reason}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,7 +229,7 @@ class _Writer:
 
     def write(
         self, model: nn.Module, ids: Tensor, *, is_chat: bool, is_shown: bool, start: str = ""
-    ) -> _Written:
+    ) -> _Answer:
         """Continue a prompt, and print the text token by token.
 
         Args:
@@ -295,7 +260,8 @@ class _Writer:
 
         ends = {self.tokenizer.eos_token_id, *_ends_of(model)} - {None}
         ends |= set(end_of_turn_ids(self.tokenizer)) if is_chat else set()
-        own: dict[str, Any] = {"streamer": _Shown(text_of, ends)} if is_shown else {}
+        answer = _Answer(text_of, ends, is_shown=is_shown)
+        own: dict[str, Any] = {"streamer": answer}
         if is_shown:
             say("" if is_chat else start, end="")
         with errors_as(f"transformers can't generate from {self.folder}"):
@@ -304,19 +270,17 @@ class _Writer:
                 own |= {"do_sample": True, "temperature": self.temperature}
             with torch.random.fork_rng():
                 torch.manual_seed(self.seed)
-                new = generated_tokens(
+                generated_tokens(
                     model, ids[0].tolist(), max_new_tokens=limit, end_ids=sorted(ends), **own
                 )
-        is_complete = bool(new) and new[-1] in ends
-        text = text_of(new[:-1] if is_complete else new).rstrip("\ufffd")
         if is_shown:
             say("")
-        if is_shown and is_chat and not is_complete:
+        if is_shown and is_chat and not answer.is_complete:
             is_full = self.positions == ids.shape[-1] + limit
             limits = f"the model has {self.positions} positions"
             where = limits if is_full else "see --max-new-tokens"
             say(f"(cut after {limit} tokens: {where})", is_error=True)
-        return _Written(text, len(new), is_complete)
+        return answer
 
 
 def _ends_of(model: nn.Module) -> Iterator[int]:
@@ -325,23 +289,44 @@ def _ends_of(model: nn.Module) -> Iterator[int]:
     yield from ends if isinstance(ends, list) else [] if ends is None else [ends]
 
 
-class _Shown:
-    """Streamer of transformers that prints text once later tokens can't change it."""
+class _Answer:
+    """Streamer of transformers that keeps new text; prints it once later tokens can't change it.
 
-    def __init__(self, text_of: Callable[[list[int]], str], ends: set[int]) -> None:
-        self._text_of, self._ends = text_of, ends
+    Attributes:
+        num_tokens: number of new tokens.
+        is_complete: the model ended the text, rather than the limit of tokens.
+    """
+
+    def __init__(
+        self, text_of: Callable[[list[int]], str], ends: set[int], *, is_shown: bool
+    ) -> None:
+        self.num_tokens, self.is_complete = 0, False
+        self._text_of, self._ends, self._is_shown = text_of, ends, is_shown
         self._ids: list[int] | None = None  # until the prompt was received
         self._num_printed = 0
+
+    @property
+    def text(self) -> str:
+        """The new text, without a part of a character at its end."""
+        return self._text_of(self._ids or []).rstrip("\ufffd")
+
+    def record(self) -> dict[str, Any]:
+        reason = "stop" if self.is_complete else "length"
+        return {"text": self.text, "num_new_tokens": self.num_tokens, "finish_reason": reason}
 
     def put(self, value: Tensor) -> None:
         """Receive the prompt, then the new tokens."""
         if self._ids is None:
             self._ids = []
             return
-        self._ids += [int(token) for token in value.flatten() if int(token) not in self._ends]
-        text = self._text_of(self._ids).rstrip("\ufffd")  # a part of a character
-        say(text[self._num_printed :], end="")
-        self._num_printed = max(self._num_printed, len(text))
+        for token in map(int, value.flatten()):
+            self.num_tokens, self.is_complete = self.num_tokens + 1, token in self._ends
+            if not self.is_complete:
+                self._ids.append(token)
+        if self._is_shown:
+            text = self.text
+            say(text[self._num_printed :], end="")
+            self._num_printed = max(self._num_printed, len(text))
 
     def end(self) -> None:
         """Do nothing: the line is ended by the caller."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from rich.text import Text
 
@@ -20,23 +19,9 @@ from tritter.terminal import say, status
 if TYPE_CHECKING:
     from tritter.checkpoints.history import Difference, Link
 
+    _Changes: TypeAlias = tuple[Difference, ...] | None  # None: not checked
+
 _FEW_EXPERTS = 2  # named in the table; longer lists only in the tree
-
-
-@dataclass(frozen=True, slots=True)
-class _Checked:
-    """A checkpoint of the chain and its differences; None if it was not checked."""
-
-    link: Link
-    changes: tuple[Difference, ...] | None
-
-    @property
-    def state(self) -> str:
-        if self.link.is_removed:
-            return "removed"
-        if self.changes is None:
-            return "not checked"
-        return "changed" if self.changes else "intact"
 
 
 def history(
@@ -66,27 +51,33 @@ def history(
     if not verify and chain[-1].problem:
         raise RequestError(chain[-1].problem)
     with status("hashing") if verify and not as_json else nullcontext():
-        rows = [
-            _Checked(link, link.differences() if verify and link.can_be_checked else None)
-            for link in chain
-        ]
-    is_intact = not any(row.changes for row in rows)
+        changes = [link.differences() if verify and link.can_be_checked else None for link in chain]
+    is_intact = not any(changes)
     if as_json:
         print_json(
             {
                 "folder": str(located),
                 "verified": verify,
                 "intact": is_intact if verify else None,
-                "chain": [_row_json(row, chain[-1]) for row in rows],
+                "chain": [
+                    _link_json(*pair, chain[-1]) for pair in zip(chain, changes, strict=True)
+                ],
             }
         )
     else:
-        _print(rows, is_verified=verify)
+        _print(chain, changes, is_verified=verify)
     return 0 if is_intact else EXIT_NO
 
 
-def _row_json(row: _Checked, newest: Link) -> dict[str, Any]:
-    link = row.link
+def _state(link: Link, changes: _Changes) -> str:
+    if link.is_removed:
+        return "removed"
+    if changes is None:
+        return "not checked"
+    return "changed" if changes else "intact"
+
+
+def _link_json(link: Link, changes: _Changes, newest: Link) -> dict[str, Any]:
     return {
         "folder": str(link.folder) if link.folder else None,
         "model_hash": link.model_hash,
@@ -98,31 +89,30 @@ def _row_json(row: _Checked, newest: Link) -> dict[str, Any]:
         "parameters_on_disk": link.num_parameters_on_disk,
         "continued_training_steps": link.steps_after(newest),
         "timestamp": link.expansion_records[-1].timestamp if link.expansion_records else None,
-        "state": row.state,
+        "state": _state(link, changes),
         "changes": [
             {"file": change.file or None, "tensor": change.tensor, "what": change.detail}
-            for change in row.changes or ()
+            for change in changes or ()
         ],
     }
 
 
-def _print(rows: Sequence[_Checked], *, is_verified: bool) -> None:
-    console = CommandConsole()
+def _print(chain: Sequence[Link], changes: Sequence[_Changes], *, is_verified: bool) -> None:
+    console, states = CommandConsole(), list(map(_state, chain, changes))
     header = ["checkpoint", "made by", "size", "steps after", "hash", "when"]
     cells = []
-    for row in rows:
-        link, steps = row.link, row.link.steps_after(rows[-1].link)
+    for link, state in zip(chain, states, strict=True):
         cells.append(
             (
                 _name(link),
                 link.origin(max_experts=_FEW_EXPERTS),
                 count_text(link.num_parameters),
-                number_text(steps),
+                number_text(link.steps_after(chain[-1])),
                 short(link.model_hash),
                 link.expansion_records[-1].timestamp.partition("T")[0]
                 if link.expansion_records
                 else "",
-                *([row.state] if is_verified else []),
+                *([state] if is_verified else []),
             )
         )
     table = Table((*header, *["check"] * is_verified), tuple(cells), numbers=(2, 3))
@@ -132,8 +122,7 @@ def _print(rows: Sequence[_Checked], *, is_verified: bool) -> None:
     # Parents come first. Rich's own tree truncates long lines, but folder names must be complete
     # for copying
     corner = "+-- " if console.options.ascii_only else "└── "
-    for depth, row in enumerate(rows):
-        link = row.link
+    for depth, link in enumerate(chain):
         name = display_path(link.folder) if link.folder else _name(link)
         guide = "    " * (depth - 1) + corner if depth else ""
         label = Text(guide + console.printable(f"{name}  ({link.origin()})"))
@@ -141,17 +130,17 @@ def _print(rows: Sequence[_Checked], *, is_verified: bool) -> None:
     if not is_verified:
         return
     console.print()
-    for row in rows:
-        for change in row.changes or ():
-            folder = display_path(row.link.folder) if row.link.folder else ""
+    for link, found in zip(chain, changes, strict=True):
+        for change in found or ():
+            folder = display_path(link.folder) if link.folder else ""
             names = [f"{folder}/{change.file}" if change.file else folder, change.tensor or ""]
             text = f"{' '.join(filter(None, names))}: {change.detail}"
             console.print(Text(console.printable(text), style="red"), soft_wrap=True)
-    states = Counter(row.state for row in rows)
-    parts = [f"{states[state]} {state}" for state in ("intact", "changed", "not checked")]
-    if states["removed"]:
-        parts.append(f"{states['removed']} removed by their run and not checked")
-    number = "1 checkpoint" if len(rows) == 1 else f"{len(rows)} checkpoints"
+    counts = Counter(states)
+    parts = [f"{counts[state]} {state}" for state in ("intact", "changed", "not checked")]
+    if counts["removed"]:
+        parts.append(f"{counts['removed']} removed by their run and not checked")
+    number = "1 checkpoint" if len(chain) == 1 else f"{len(chain)} checkpoints"
     console.print(f"{number}: {', '.join(parts)}")
 
 

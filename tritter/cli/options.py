@@ -160,6 +160,28 @@ def parse_path(text: str) -> Path:
         raise typer.BadParameter(str(error).removeprefix("path = ")) from error
 
 
+def named_paths(key: str, words: Iterable[str]) -> dict[str, list[str]]:
+    """Return domain → paths for NAME=PATH or PATH words; a name may occur several times.
+
+    A plain path is a domain named after it.
+
+    Args:
+        key: the option of the words, for messages.
+        words: as typed.
+    """
+    from tritter.data.options import named_after, unused_name
+
+    found: dict[str, list[str]] = {}
+    for word in words:
+        name, _, path = word.partition("=")
+        is_named = bool(path) and name.replace("-", "_").isidentifier()
+        if not named_path(word, key=key).exists() and is_named:
+            found.setdefault(name, []).append(path)
+        else:
+            found[unused_name(named_after([word]), found)] = [word]
+    return found
+
+
 def _parse_scaled(text: str, *, example: str, limit: int, is_bytes: bool = False) -> int:
     value = parse_count(text, is_bytes=is_bytes)
     if value is None:

@@ -19,6 +19,8 @@ from tritter.storage.atomic import published_here
 from tritter.terminal import Console, NewBar, say
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from tritter.core.families import Model
 
 _HASH_CHARACTERS = 12
@@ -48,6 +50,23 @@ def shapes_of(model: Model) -> dict[str, int]:
 def short(digest: str | None) -> str:
     """Return the first characters of a hash, enough to identify a checkpoint."""
     return digest[:_HASH_CHARACTERS] if digest else "-"
+
+
+def model_on_device(folder: Path, dtype: str = "float32") -> nn.Module:
+    """Return a checkpoint's model with its experts, on a GPU if there is one."""
+    import torch
+
+    from tritter.core.models import non_finite_tensors
+    from tritter.methods.whole import load_whole
+
+    model = load_whole(folder, dtype=getattr(torch, dtype))
+    if broken := non_finite_tensors(model):
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise RequestError(
+            f"{folder}: {broken[0]}{more} has values that are not finite (NaN or infinity). "
+            "Use an earlier checkpoint."
+        )
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def print_json(content: Mapping[str, Any]) -> None:

@@ -74,7 +74,10 @@ def push(
             is_public=public,
             overwrite=overwrite,
         )
-    sizes = {name: _size(content) for name, content in sorted(files.items())}
+    sizes = {
+        name: content.stat().st_size if isinstance(content, Path) else len(content)
+        for name, content in sorted(files.items())
+    }
     if as_json:
         print_json(
             {
@@ -89,10 +92,6 @@ def push(
     else:
         _print(repository, sizes, sorted(left_out), notes, public=public, address=address)
     return 0
-
-
-def _size(content: Path | bytes) -> int:
-    return content.stat().st_size if isinstance(content, Path) else len(content)
 
 
 def _notes(source: Source, has_licence: bool) -> list[str]:

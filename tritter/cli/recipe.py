@@ -5,17 +5,18 @@ two methods.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import Field
 
 from tritter.checkpoints.history import Link
 from tritter.checkpoints.record import ExpansionRecord
+from tritter.cli.output import refuse_damage
 from tritter.config.components import Reader, method_class, method_keys, method_names
 from tritter.config.folders import body_of, option_files
 from tritter.core.expansions import ExpansionSpec
@@ -23,7 +24,6 @@ from tritter.errors import (
     Names,
     Problem,
     RequestError,
-    TritterError,
     nearest,
     raise_problems,
 )
@@ -33,6 +33,9 @@ from tritter.storage.reading import named_path, read_text
 from tritter.storage.tensors import WEIGHT_DTYPES, TensorFolder
 from tritter.targets import TARGET
 
+if TYPE_CHECKING:
+    import torch
+
 _MAX_BYTES = 2**20
 _STEPS = "steps"
 _MAX_SEED = 2**64 - 1  # the 64-bit seeds that runs derive for their expansions
@@ -41,34 +44,30 @@ _COUNTS = {"max_shard_size": True, "target_params": False}  # key → whether it
 
 
 @options
-class Settings:
-    """The settings of a recipe other than its steps. None leaves one to the command line.
+class Recipe:
+    """Steps, and settings of which None leaves one to the command line.
+
+    Checks that need the model are done later.
 
     Args:
+        steps: the expansions in order.
         seed: random seed.
         dtype: dtype of the result.
         max_shard_size: maximum size of a file in bytes.
         target_params: target number of parameters for a recipe with one step.
         output: the folder to write.
+        path: the file; None if options of the command line request the steps.
     """
 
+    SETTINGS: ClassVar = ("seed", "dtype", "max_shard_size", "target_params", "output")
+
+    steps: tuple[Any, ...] = ()
     seed: Annotated[int, Field(ge=0, le=_MAX_SEED)] | None = None
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
     max_shard_size: Annotated[int, Field(ge=1, le=MAX_BYTES)] | None = None
     target_params: Annotated[int, Field(ge=1, le=MAX_PARAMETERS)] | None = None
     output: Annotated[str, Field(min_length=1)] | None = None
-
-
-_KEYS = (_STEPS, *(field.name for field in fields(Settings)))
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """A validated recipe. Checks that need the model are done later."""
-
-    steps: tuple[ExpansionSpec, ...]
-    settings: Settings
-    path: Path
+    path: Path | None = None
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -79,12 +78,42 @@ class Recipe:
                 f"{path}: a recipe needs {_STEPS}, a list such as [width: {{hidden_size: 96}}, dus]"
             )
             raise RequestError(f"{reason}.")
+        problems, keys = list[Problem](), (_STEPS, *cls.SETTINGS)
         with Names(lambda key: key.removeprefix(_GROUP)).in_use():
-            return cls(*_read(path, raw), path)
+            for name in raw:
+                if name not in keys:
+                    reason = f"unknown key; must be one of {', '.join(keys)}"
+                    near = nearest(str(name), keys)
+                    problems.append(Problem(str(name), raw[name], reason, nearest=near))
+            stated = {name: value for name, value in raw.items() if name in cls.SETTINGS}
+            for name, is_bytes in _COUNTS.items():
+                if isinstance(stated.get(name), str):
+                    stated[name] = parse_count(stated[name], is_bytes=is_bytes) or stated[name]
+            settings = read_options(cls, stated, prefix="", problems=problems)
+            if settings is not None and settings.output is not None:
+                try:
+                    named_path(settings.output, key="output")
+                except RequestError as error:
+                    problems += error.problems
+            problems = [replace(each, origin=str(path)) for each in problems]
+            steps = _steps(path, raw[_STEPS], problems)
+            if settings is not None and (settings.seed or 0) + len(steps) - 1 > _MAX_SEED:
+                reason = f"each step uses the next seed, and all {len(steps)} must be below 2⁶⁴"
+                problems.append(Problem("seed", settings.seed, reason, origin=str(path)))
+            raise_problems(problems)
+        assert settings is not None
+        return replace(settings, steps=steps, path=path)
+
+    @property
+    def torch_dtype(self) -> "torch.dtype | None":
+        """The dtype of the result; None for that of the source."""
+        import torch
+
+        return None if self.dtype is None else getattr(torch, self.dtype)
 
     def stated_settings(self) -> dict[str, Any]:
         """Return the settings in the file, without the steps."""
-        values = {field.name: getattr(self.settings, field.name) for field in fields(Settings)}
+        values = {name: getattr(self, name) for name in self.SETTINGS}
         return {name: value for name, value in values.items() if value is not None}
 
     def names(self, step: int | None = None) -> Names:
@@ -105,7 +134,7 @@ class Recipe:
             method = key.removeprefix(_GROUP).partition(".")[0] if key.startswith(_GROUP) else ""
             named = (n for n, each in enumerate(self.steps) if each.name == method)
             if len(found := [n for n in named if step in (None, n)]) == 1:
-                return _origin(self.path, *found)
+                return f"{self.path}, step {found[0] + 1}"
             return str(self.path) if found or key in self.stated_settings() else None
 
         return Names(name, origin)
@@ -116,47 +145,13 @@ def _content(path: Path) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    try:
+    with refuse_damage():
         text = read_text(path, limit_bytes=_MAX_BYTES)
+    try:
         return OmegaConf.to_container(OmegaConf.create(text))
-    except TritterError as error:
-        raise RequestError(str(error)) from error
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise RequestError(f"{path} is not a recipe: {reason}.") from error
-
-
-def _origin(path: Path, step: int) -> str:
-    return f"{path}, step {step + 1}"
-
-
-def _read(path: Path, raw: Mapping[Any, Any]) -> tuple[tuple[ExpansionSpec, ...], Settings]:
-    """Return the steps and the other settings of a recipe."""
-    problems: list[Problem] = []
-    for name in raw:
-        if name not in _KEYS:
-            reason = f"unknown key; must be one of {', '.join(_KEYS)}"
-            problems.append(
-                Problem(str(name), raw[name], reason, nearest=nearest(str(name), _KEYS))
-            )
-    stated = {name: value for name, value in raw.items() if name in _KEYS[1:]}
-    for name, is_bytes in _COUNTS.items():
-        if isinstance(stated.get(name), str):
-            stated[name] = parse_count(stated[name], is_bytes=is_bytes) or stated[name]
-    settings = read_options(Settings, stated, prefix="", problems=problems)
-    if settings is not None and settings.output is not None:
-        try:
-            named_path(settings.output, key="output")
-        except RequestError as error:
-            problems += error.problems
-    problems = [replace(each, origin=str(path)) for each in problems]
-    steps = _steps(path, raw[_STEPS], problems)
-    if settings is not None and (settings.seed or 0) + len(steps) - 1 > _MAX_SEED:
-        reason = f"each step uses the next seed, and all {len(steps)} must be below 2⁶⁴"
-        problems.append(Problem("seed", settings.seed, reason, origin=str(path)))
-    raise_problems(problems)
-    assert settings is not None
-    return steps, settings
 
 
 def _steps(path: Path, raw: object, problems: list[Problem]) -> tuple[ExpansionSpec, ...]:
@@ -170,7 +165,7 @@ def _steps(path: Path, raw: object, problems: list[Problem]) -> tuple[ExpansionS
         found: list[Problem] = []
         step = _step(item, found, methods)
         steps += [] if step is None else [step]
-        problems += [replace(each, origin=_origin(path, number)) for each in found]
+        problems += [replace(each, origin=f"{path}, step {number + 1}") for each in found]
     return tuple(steps)
 
 
@@ -292,10 +287,8 @@ def _check_steps(folder: Path, records: Sequence[ExpansionRecord]) -> None:
 
 
 def _dtypes(folder: Path) -> set[str]:
-    try:
+    with refuse_damage():
         return {header.dtype for header in TensorFolder.open(folder).headers.values()}
-    except TritterError as error:
-        raise RequestError(str(error)) from error
 
 
 def _word(folder: Path) -> str:

@@ -423,7 +423,7 @@ def _find_rate(output: Path | None, as_json: bool, *, arguments: Sequence[str]) 
     """Run the range test of a run that is not started."""
     from tritter.config.launch.entry import config_of_run
 
-    config = config_of_run(arguments, purpose="--find-lr")
+    config = config_of_run(arguments)
     folder = output or Path("outputs/find_lr", f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}")
     refuse_existing(folder, overwrite=False)
     with loading("lightning"):

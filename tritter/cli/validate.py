@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from tritter.cli.options import AsJson, option
+from tritter.cli.options import AsJson, named_paths, option
 from tritter.cli.output import (
     EXIT_NO,
     CommandConsole,
@@ -19,7 +19,6 @@ from tritter.errors import Problem, RequestError, raise_problems
 from tritter.loading import loading
 from tritter.report.table import MISSING, Table
 from tritter.storage.hub import locate
-from tritter.storage.reading import named_path
 
 if TYPE_CHECKING:
     from tritter.data.options import TextSources
@@ -112,19 +111,11 @@ def _sources(
     option: str, values: Sequence[str] | None, problems: list[Problem]
 ) -> TextSources | None:
     """Parse [NAME=]PATH values into domain → paths; None without any value."""
-    from tritter.data.options import named_after, read_sources, unused_name
+    from tritter.data.options import read_sources
 
     if not values:
         return None
-    named: dict[str, list[str]] = {}
-    for value in values:
-        name, sign, path = value.partition("=")
-        is_named = bool(sign) and name.replace("-", "_").isidentifier()
-        if not named_path(value, key=option).exists() and is_named:
-            named.setdefault(name, []).append(path)
-        else:
-            named[unused_name(named_after([value]), named)] = [value]
-    return read_sources(option, named, default_name="text", problems=problems)
+    return read_sources(option, named_paths(option, values), default_name="text", problems=problems)
 
 
 def _number(check: Check, value: float | None) -> str:

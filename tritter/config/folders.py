@@ -66,7 +66,12 @@ class SearchPath:
         paths = tuple(folder for _, folder in found)
         result = cls(paths, (config_name or CONFIG_NAME).removesuffix(".yaml"))
         if config_name is not None:
-            result._check_name(config_name)
+            roots = result.option_folders.values()
+            names = sorted({path.stem for folder in roots for path in folder.glob("*.yaml")})
+            if result.config_name not in names:
+                reason = f"no config folder has {result.config_name}.yaml; available: "
+                reason, near = reason + ", ".join(names), nearest(result.config_name, names)
+                raise RequestError(Problem("--config-name", config_name, reason, nearest=near))
         return result
 
     @property
@@ -77,16 +82,6 @@ class SearchPath:
             folders[f"--config-dir {folder}"] = folder
         by_folder = {folder.resolve(): provider for provider, folder in reversed(folders.items())}
         return {p: folder for p, folder in folders.items() if by_folder[folder.resolve()] == p}
-
-    def _check_name(self, typed: str) -> None:
-        roots = self.option_folders.values()
-        names = sorted({path.stem for folder in roots for path in folder.glob("*.yaml")})
-        if self.config_name not in names:
-            reason = f"no config folder has {self.config_name}.yaml; available: "
-            near = nearest(self.config_name, names)
-            raise RequestError(
-                Problem("--config-name", typed, reason + ", ".join(names), nearest=near)
-            )
 
     @contextmanager
     def in_use(self) -> Iterator[None]:

@@ -245,11 +245,16 @@ def check_run_folder(folder: Path, config: RunConfig) -> RunState:
     configuration that failed before a stage finished: the user corrects a key and resumes.
 
     Raises:
-        RequestError: the folder contains other files, contains a run of another configuration
-            (lists the keys that changed), or can't be created.
+        RequestError: the folder contains other files, or a run of another configuration (lists the
+            keys that changed).
         TritterError: outputs of a finished run were modified; names files and tensors.
     """
-    _check_path(folder, config)
+    model = config.model
+    if isinstance(model, CheckpointModelConfig) and is_within(folder, Path(model.path)):
+        reason = f"it is inside the initial checkpoint, {model.path}; choose a folder next to it"
+        raise refused("hydra.run.dir", folder, reason)
+    if folder.is_file():
+        raise refused("hydra.run.dir", folder, "it is a file, not a folder")
     is_run = os.path.lexists(folder / RUN_FILE)
     strays = {path.name for path in folder.glob("*")} - _BEFORE_RUN_FILE
     if not is_run and not all(name.startswith(f".{RUN_FILE}.") for name in strays):  # half written
@@ -301,21 +306,6 @@ def _is_complete(folder: Path, run: RunRecord) -> bool:
             + run.resume_command(folder)
         )
     return len(present) == len(left) and SUMMARY_FILE in run.left
-
-
-def _check_path(folder: Path, config: RunConfig) -> None:
-    """Reject a path that can't become a folder or is inside the initial checkpoint."""
-    model = config.model
-    if isinstance(model, CheckpointModelConfig) and is_within(folder, Path(model.path)):
-        reason = f"it is inside the initial checkpoint, {model.path}; choose a folder"
-        raise refused("hydra.run.dir", folder, f"{reason} next to it")
-    parent = folder
-    while not parent.exists() and parent != parent.parent:
-        parent = parent.parent
-    if not parent.is_dir():
-        raise refused("hydra.run.dir", folder, f"{parent} is a file, not a folder")
-    if not os.access(parent, os.W_OK):
-        raise refused("hydra.run.dir", folder, f"{parent} is not writable")
 
 
 def fingerprint(config: RunConfig) -> dict[str, Any]:

@@ -195,7 +195,9 @@ class RunConfig(RootValues, RunRequest):
         All validations together cost at most a tenth of training.
         """
         fewest, _ = _VALIDATION_TOKENS
-        count = int(self._validation_budget) // (fewest * max(1, len(self.text.domains)))
+        count = int(_VALIDATION_BUDGET * self._trained_tokens) // (
+            fewest * max(1, len(self.text.domains))
+        )
         return max(1, self.training.max_steps // max(1, min(EVALUATIONS, count)))
 
     def validation_tokens(self, *, num_domains: int) -> int:
@@ -206,12 +208,9 @@ class RunConfig(RootValues, RunRequest):
             return most
         count = 1 + math.ceil(steps / period)  # one before the first step
         return max(
-            _FEWEST_VALIDATED, min(most, int(self._validation_budget) // (count * num_domains))
+            _FEWEST_VALIDATED,
+            min(most, int(_VALIDATION_BUDGET * self._trained_tokens) // (count * num_domains)),
         )
-
-    @property
-    def _validation_budget(self) -> float:
-        return _VALIDATION_BUDGET * self._trained_tokens
 
     @property
     def _trained_tokens(self) -> float:
@@ -229,10 +228,7 @@ class RunConfig(RootValues, RunRequest):
         Args:
             sizes: domain → tokens of each held-out document.
         """
-        limit, is_base = (
-            self.evaluation.max_documents,
-            not isinstance(self.model, CheckpointModelConfig),
-        )
+        limit, is_base = self.evaluation.max_documents, isinstance(self.model, ModelConfig)
         if limit is not None or is_base:
             return {name: min(limit or len(each), len(each)) for name, each in sizes.items()}
         budget = self._trained_tokens / max(1, len(sizes))

@@ -242,9 +242,6 @@ def validate(
         origin: function that returns the file in which a dotted key is set, for messages.
         found: problems found earlier.
         rules: additional rules of the caller.
-
-    Raises:
-        RequestError: lists every problem with key, value, allowed values and nearest match.
     """
     reader = Reader(known_keys)
     has_no_period = (raw.get("evaluation") or {}).get("every_n_steps", 0) is None

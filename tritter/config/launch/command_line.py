@@ -2,24 +2,24 @@
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NoReturn, Self
 
 from tritter.config.folders import SEARCHPATH, SearchPath
 from tritter.config.suggestions import flag_advice
 from tritter.errors import Problem, RequestError, brief, nearest
 
-# The flags of Hydra's own parser; flags with a value → allowed values
+# The flags of Hydra's own parser, and attribute → its flags
 _WHAT = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
-_SWITCHES = (
-    ("-h", "--help"),
-    ("--help-all",),
-    ("--hydra-help",),
-    ("--version",),
-    ("-m", "--multirun"),
-    ("--resolve",),
-    ("-sc", "--shell-completion"),
-)
+_SWITCHES = {
+    "is_help": ("-h", "--help"),
+    "is_full_help": ("--help-all",),
+    "hydra_help": ("--hydra-help",),
+    "is_version": ("--version",),
+    "is_multirun": ("-m", "--multirun"),
+    "is_resolved": ("--resolve",),
+    "shell_completion": ("-sc", "--shell-completion"),
+}
+# Flags with a value → allowed values
 _VALUED = {
     ("-c", "--cfg"): ("job", "hydra", "all"),
     ("-p", "--package"): (),
@@ -27,7 +27,8 @@ _VALUED = {
     ("-cd", "--config-dir"): (),
     ("-i", "--info"): _WHAT,
 }
-FLAGS = (*_SWITCHES, *_VALUED)
+_OF_HYDRA = ("hydra_help", "shell_completion")
+FLAGS = (*_SWITCHES.values(), *_VALUED)
 HELP_FLAGS = frozenset({"-h", "--help", "--help-all"})
 
 
@@ -36,18 +37,17 @@ class _Parser(argparse.ArgumentParser):
         raise RequestError(f"{message} (see --help).")
 
 
-@dataclass(frozen=True, slots=True)
-class CommandLine:
+class CommandLine(argparse.Namespace):
     """The parsed arguments of `python train.py`.
 
-    Args:
+    Attributes:
         overrides: GROUP=OPTION and KEY=VALUE arguments, as typed.
         is_multirun: True with -m.
         info_flag: flag that only prints: cfg, info, hydra_help or shell_completion.
         info_value: value of that flag.
         package: value of --package, which requires --cfg.
         is_resolved: True with --resolve, which requires --cfg.
-        config_folders: values of --config-dir, as typed.
+        config_dir: values of --config-dir, as typed.
         config_name: value of --config-name.
         searchpath: entries of hydra.searchpath, as typed.
         is_help: True with -h or --help-all.
@@ -55,31 +55,31 @@ class CommandLine:
         is_version: True with --version.
     """
 
-    overrides: tuple[str, ...]
-    is_multirun: bool = False
-    info_flag: str | None = None
-    info_value: str | None = None
-    package: str | None = None
-    is_resolved: bool = False
-    config_folders: tuple[str, ...] = ()
-    config_name: str | None = None
-    searchpath: tuple[str, ...] = ()
-    is_help: bool = False
-    is_full_help: bool = False
-    is_version: bool = False
+    overrides: Sequence[str]
+    is_multirun: bool
+    info_flag: str | None
+    info_value: str | None
+    package: str | None
+    is_resolved: bool
+    config_dir: Sequence[str]
+    config_name: str | None
+    searchpath: Sequence[str]
+    is_help: bool
+    is_full_help: bool
+    is_version: bool
 
     @property
     def search_path(self) -> SearchPath:
         """The search path that the options name; a RequestError if a folder does not exist."""
-        return SearchPath.of(self.config_folders, self.config_name, searchpath=self.searchpath)
+        return SearchPath.of(self.config_dir, self.config_name, searchpath=self.searchpath)
 
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> Self:
         """Parse the arguments of a command line."""
         check_encodable(arguments)
         parser = _Parser(add_help=False, allow_abbrev=False)
-        for names in _SWITCHES:
-            parser.add_argument(*names, action="store_true")
+        for attribute, names in _SWITCHES.items():
+            parser.add_argument(*names, action="store_true", dest=attribute)
         for names, choices in _VALUED.items():
             settings: dict[str, Any] = {"nargs": "?", "const": "all"} if "--info" in names else {}
             if "--config-dir" in names:
@@ -90,7 +90,7 @@ class CommandLine:
         for index, argument in enumerate(remaining[:-1]):  # KEY=VALUE is not the value of --info
             if argument in ("-i", "--info") and "=" in remaining[index + 1]:
                 remaining[index] = "--info=all"
-        known, unknown = parser.parse_known_intermixed_args(remaining)
+        parsed, unknown = parser.parse_known_intermixed_args(remaining, cls())
         if unknown:
             known_flags = {flag[-1].strip("-"): flag[-1] for flag in FLAGS}
             typed = unknown[0].partition("=")[0].strip("-")
@@ -101,40 +101,26 @@ class CommandLine:
             raise RequestError(
                 f"unrecognized arguments: {' '.join(unknown)} (see --help).{suggestion}"
             )
-        searchpath, overrides = _split_searchpath(known.overrides)
-        printing = {"cfg": known.cfg, "info": known.info}
-        printing |= {
-            name: "" for name in ("hydra_help", "shell_completion") if getattr(known, name)
-        }
-        info_flag = [name for name, value in printing.items() if value is not None]
-        has_help = known.help or known.help_all
-        is_help = has_help or known.version
-        if not is_help and len(info_flag) + known.multirun > 1:
-            flags = [
-                f"--{name.replace('_', '-')}"
-                for name in (*info_flag, *["multirun"] * known.multirun)
-            ]
-            raise RequestError(
-                f"{' and '.join(flags)}: these flags exclude each other; choose one."
-            )
-        if not is_help and (known.package or known.resolve) and known.cfg is None:
+        parsed.searchpath, parsed.overrides = _split_searchpath(parsed.overrides)
+        parsed.is_help |= parsed.is_full_help
+        parsed.is_version &= not parsed.is_help
+        parsed.info_flag = parsed.info_value = None
+        if parsed.is_help or parsed.is_version:
+            return parsed
+        printing = {name: getattr(parsed, name) for name in ("cfg", "info")}
+        printing |= {name: "" if getattr(parsed, name) else None for name in _OF_HYDRA}
+        flags = [name for name, value in printing.items() if value is not None]
+        if len(flags) + parsed.is_multirun > 1:
+            names = (*flags, *["multirun"] * parsed.is_multirun)
+            shown = " and ".join(f"--{name.replace('_', '-')}" for name in names)
+            raise RequestError(f"{shown}: these flags exclude each other; choose one.")
+        if (parsed.package or parsed.is_resolved) and parsed.cfg is None:
             raise RequestError(
                 "--package and --resolve require --cfg job, --cfg hydra or --cfg all."
             )
-        return cls(
-            overrides=overrides,
-            is_multirun=known.multirun,
-            info_flag=None if is_help or not info_flag else info_flag[0],
-            info_value=None if is_help or not info_flag else printing[info_flag[0]],
-            package=known.package,
-            is_resolved=known.resolve,
-            config_folders=tuple(known.config_dir),
-            config_name=known.config_name,
-            searchpath=searchpath,
-            is_help=has_help,
-            is_full_help=known.help_all,
-            is_version=known.version and not has_help,
-        )
+        if flags:
+            parsed.info_flag, parsed.info_value = flags[0], printing[flags[0]]
+        return parsed
 
 
 def check_encodable(arguments: Sequence[str]) -> None:
@@ -154,7 +140,7 @@ def check_encodable(arguments: Sequence[str]) -> None:
 
 def takes_value(flag: str, argument: str) -> bool:
     """Return True if the next argument is, or may be, the value of a flag (known or unknown)."""
-    if any(flag in names for names in _SWITCHES):
+    if any(flag in names for names in _SWITCHES.values()):
         return False
     return flag not in ("-i", "--info") or argument in _WHAT
 

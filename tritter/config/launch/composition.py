@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -98,7 +98,7 @@ class SweepInConfig(Exception):
 
 
 class Loader(ConfigLoaderImpl):
-    """Hydra's config loader with Tritter's errors; accepts any key, for the schema to validate.
+    """Composes jobs: Hydra's loader with Tritter's errors; any key is left to the validation.
 
     Selections of missing options are reported and skipped, so that everything else is validated
     too. A launcher sends the loader to its worker processes, so it stores the search path.
@@ -121,6 +121,104 @@ class Loader(ConfigLoaderImpl):
         self.problems: tuple[Problem, ...] = ()
         self.is_sweep = True
         self.shown: DictConfig | None = None
+
+    @classmethod
+    @contextmanager
+    def opened(cls) -> Iterator[Self]:
+        """Yield the loader of `conf/`; Hydra's global state is restored afterwards."""
+        raise_problems(_nesting_problems())
+        # This may be called from inside a Hydra app: suspend it
+        running, folder = GlobalHydra.instance().hydra, str(config_folder())
+        GlobalHydra.instance().clear()
+        try:
+            with initialize_config_dir(folder, job_name="train", version_base=_VERSION_BASE):
+                hydra = GlobalHydra.instance().hydra
+                assert hydra is not None
+                hydra.config_loader = loader = cls(hydra.config_loader.get_search_path())
+                yield loader
+        finally:
+            GlobalHydra.instance().hydra = running
+
+    @classmethod
+    def proposed(cls, composed: DictConfig, overrides: Sequence[str]) -> RunConfig:
+        """Return the validated config of a job that a sweeper proposed."""
+        config = validate(_plain_config(composed))
+        if config.gate.ladder is None:
+            return config
+        with cls.opened() as loader:
+            return loader._with_fallbacks(config, overrides)
+
+    @property
+    def hydra(self) -> Hydra:
+        """The Hydra that composes with this loader."""
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
+        return hydra
+
+    def compose(self, overrides: Sequence[str]) -> RunConfig:
+        """Return the validated config of a job."""
+        return self.validated(self.composed(overrides), overrides)
+
+    def composed(self, overrides: Sequence[str], *, mode: RunMode = RunMode.RUN) -> DictConfig:
+        """Compose a job including Hydra's settings, without validation."""
+        return self.load_configuration(
+            search_path().config_name, list(overrides), mode, from_shell=False
+        )
+
+    def validated(
+        self, composed: DictConfig, overrides: Sequence[str], *, rules: Sequence[Rule] = ()
+    ) -> RunConfig:
+        """Return the validated config of the last composed job.
+
+        Args:
+            overrides: overrides of the job.
+            rules: rules in addition to those of every run.
+        """
+        check_overrides(overrides)
+        config = self._validated(composed, overrides, rules=rules)
+        return self._with_fallbacks(config, overrides, rules=rules)
+
+    def _with_fallbacks(
+        self, config: RunConfig, overrides: Sequence[str], *, rules: Sequence[Rule] = ()
+    ) -> RunConfig:
+        """Return a run's config with its fallbacks, composed and validated.
+
+        Args:
+            overrides: overrides of `config`.
+        """
+        chain, fallbacks, problems = FallbackChain(config.gate), list[RunConfig](), list[Problem]()
+        for number, typed in enumerate(chain.overrides(), start=1):
+            try:
+                own_overrides = tuple(normalise(override, self.options) for override in typed)
+                refuse_sweeps(parse(own_overrides))
+                all_overrides = with_fallback(overrides, own_overrides)
+                attempt = self._validated(self.composed(all_overrides), all_overrides, rules=rules)
+                values = {group: getattr(attempt, group) for group in chain.GROUPS}
+                fallbacks.append(replace(config, **values, fallback_overrides=own_overrides))
+            except RequestError as error:
+                problems += (chain.locate(each, number) for each in error.problems)
+        raise_problems(problems)
+        return replace(config, fallbacks=tuple(fallbacks))
+
+    def _validated(
+        self, composed: DictConfig, overrides: Sequence[str], *, rules: Sequence[Rule]
+    ) -> RunConfig:
+        files, problems, parsed = self.files, [*self.problems], parse(overrides)
+        origins = _Origins(parsed, files, composed.hydra.runtime.config_sources)
+        try:
+            own = [str(key) for key in composed if key != "hydra"]
+            raw = _plain_config(OmegaConf.masked_copy(composed, own))
+        except _HYDRA_ERRORS as error:
+            raise refusal([*problems, _explain(error, parsed, self)]) from error
+        # The options selected by the defaults lists for each ordered group
+        paths = [(file.config_path or "").partition("/") for file in files]
+        selected = {
+            group: [option for first, _, option in paths if first == group]
+            for group in (*METHOD_GROUPS, "optimizer", *BASES, *CHOSEN_GROUPS)
+        }
+        problems += _selection_problems(raw, selected, origins)
+        raw = resolve_training_limits(raw, origins.file_of_key)
+        return validate(raw, origin=origins, found=problems, rules=rules)
 
     def show(self, config: DictConfig, *, is_resolved: bool) -> None:
         """Let Hydra print a validated config, without the keys that its run does not read."""
@@ -169,12 +267,7 @@ class Loader(ConfigLoaderImpl):
         from_shell: bool = True,
         validate_sweep_overrides: bool = True,
     ) -> DictConfig:
-        """Compose a job like Hydra.
-
-        Raises:
-            RequestError: composition failed.
-            SweepInConfig: the config of a single run selects a sweep.
-        """
+        """Compose a job like Hydra; `SweepInConfig` if that of a single run selects a sweep."""
         if self.shown is not None:
             return self.shown
         parsed = parse(overrides, loader=self)
@@ -208,110 +301,6 @@ class Loader(ConfigLoaderImpl):
     ) -> DictConfig:
         self.files = defaults
         return super()._compose_config_from_defaults_list(defaults, repo)
-
-
-@dataclass(frozen=True, slots=True)
-class Composer:
-    """Composes jobs from the option files."""
-
-    hydra: Hydra
-    loader: Loader
-
-    @classmethod
-    @contextmanager
-    def opened(cls) -> Iterator[Self]:
-        """Yield a Composer for `conf/`; Hydra's global state is restored afterwards."""
-        raise_problems(_nesting_problems())
-        # This may be called from inside a Hydra app: suspend it
-        running, folder = GlobalHydra.instance().hydra, str(config_folder())
-        GlobalHydra.instance().clear()
-        try:
-            with initialize_config_dir(folder, job_name="train", version_base=_VERSION_BASE):
-                hydra = GlobalHydra.instance().hydra
-                assert hydra is not None
-                hydra.config_loader = loader = Loader(hydra.config_loader.get_search_path())
-                yield cls(hydra, loader)
-        finally:
-            GlobalHydra.instance().hydra = running
-
-    @classmethod
-    def proposed(cls, composed: DictConfig, overrides: Sequence[str]) -> RunConfig:
-        """Return the validated config of a job that a sweeper proposed."""
-        config = validate(_plain_config(composed))
-        if config.gate.ladder is None:
-            return config
-        with cls.opened() as composing:
-            return composing._with_fallbacks(config, overrides)
-
-    @property
-    def options(self) -> Mapping[str, Sequence[str]]:
-        """Group → its options, without Hydra's own groups."""
-        return self.loader.options
-
-    def compose(self, overrides: Sequence[str]) -> RunConfig:
-        """Return the validated config of a job."""
-        return self.validated(self.composed(overrides), overrides)
-
-    def composed(self, overrides: Sequence[str], *, mode: RunMode = RunMode.RUN) -> DictConfig:
-        """Compose a job including Hydra's settings, without validation."""
-        return self.loader.load_configuration(
-            search_path().config_name, list(overrides), mode, from_shell=False
-        )
-
-    def validated(
-        self, composed: DictConfig, overrides: Sequence[str], *, rules: Sequence[Rule] = ()
-    ) -> RunConfig:
-        """Return the validated config of the last composed job.
-
-        Args:
-            overrides: overrides of the job.
-            rules: rules in addition to those of every run.
-        """
-        check_overrides(overrides)
-        config = self._validated(composed, overrides, rules=rules)
-        return self._with_fallbacks(config, overrides, rules=rules)
-
-    def _with_fallbacks(
-        self, config: RunConfig, overrides: Sequence[str], *, rules: Sequence[Rule] = ()
-    ) -> RunConfig:
-        """Return a run's config with its fallbacks, composed and validated.
-
-        Args:
-            overrides: overrides of `config`.
-        """
-        chain, fallbacks, problems = FallbackChain(config.gate), list[RunConfig](), list[Problem]()
-        for number, typed in enumerate(chain.overrides(), start=1):
-            try:
-                own_overrides = tuple(normalise(override, self.options) for override in typed)
-                refuse_sweeps(parse(own_overrides))
-                all_overrides = with_fallback(overrides, own_overrides)
-                attempt = self._validated(self.composed(all_overrides), all_overrides, rules=rules)
-                values = {group: getattr(attempt, group) for group in chain.GROUPS}
-                fallbacks.append(replace(config, **values, fallback_overrides=own_overrides))
-            except RequestError as error:
-                problems += (chain.locate(each, number) for each in error.problems)
-        raise_problems(problems)
-        return replace(config, fallbacks=tuple(fallbacks))
-
-    def _validated(
-        self, composed: DictConfig, overrides: Sequence[str], *, rules: Sequence[Rule]
-    ) -> RunConfig:
-        files, problems, parsed = self.loader.files, [*self.loader.problems], parse(overrides)
-        origins = _Origins(parsed, files, composed.hydra.runtime.config_sources)
-        try:
-            own = [str(key) for key in composed if key != "hydra"]
-            raw = _plain_config(OmegaConf.masked_copy(composed, own))
-        except _HYDRA_ERRORS as error:
-            raise refusal([*problems, _explain(error, parsed, self.loader)]) from error
-        # The options selected by the defaults lists for each ordered group
-        paths = [(file.config_path or "").partition("/") for file in files]
-        selected = {
-            group: [option for first, _, option in paths if first == group]
-            for group in (*METHOD_GROUPS, "optimizer", *BASES, *CHOSEN_GROUPS)
-        }
-        problems += _selection_problems(raw, selected, origins)
-        raw = resolve_training_limits(raw, origins.file_of_key)
-        return validate(raw, origin=origins, found=problems, rules=rules)
 
 
 def _explain(error: Exception, overrides: Sequence[Override], loader: Loader) -> Problem:
@@ -397,8 +386,8 @@ Plugins.instance().register(_OutsideFolders)
 
 def load_config(overrides: Sequence[str] = ()) -> RunConfig:
     """Return the RunConfig of a command line, without running it."""
-    with Composer.opened() as composing:
-        return composing.compose(overrides)
+    with Loader.opened() as loader:
+        return loader.compose(overrides)
 
 
 def _plain_config(config: DictConfig) -> dict[str, Any]:

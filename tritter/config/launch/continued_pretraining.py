@@ -42,8 +42,6 @@ class ContinuedPretrainingConfig:
         Args:
             overrides: further overrides, such as `expansion=dus`; they take precedence.
         """
-        from tritter.config.launch.composition import (
-            load_config,  # imports Hydra, which is slow
-        )
+        from tritter.config.launch.composition import load_config  # imports Hydra, which is slow
 
         return load_config([*self.overrides(), *overrides])

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
     from omegaconf import DictConfig
 
-    from tritter.config.launch.composition import Composer
+    from tritter.config.launch.composition import Loader
     from tritter.config.launch.jobs import Pipeline, Task
     from tritter.config.launch.plan import Request
     from tritter.config.schema import RunConfig
@@ -89,12 +89,12 @@ def _run(typed: list[str], pipeline: "Pipeline") -> int:
             say(help_text(command.overrides, is_full=command.is_full_help))
             return 0
         # Importing Hydra and the target checks takes half a second, which --help does not need
-        from tritter.config.launch.composition import Composer
+        from tritter.config.launch.composition import Loader
 
-        with Composer.opened() as composing:
+        with Loader.opened() as loader:
             if command.info_flag in ("hydra_help", "shell_completion"):
-                return _print_hydra_answer(command, composing.hydra)
-            return _execute(command, composing, pipeline, typed)
+                return _print_hydra_answer(command, loader.hydra)
+            return _execute(command, loader, pipeline, typed)
 
 
 def _print_hydra_answer(command: CommandLine, hydra: "Hydra") -> int:
@@ -113,55 +113,54 @@ def _print_hydra_answer(command: CommandLine, hydra: "Hydra") -> int:
 
 
 def _execute(
-    command: CommandLine, composing: "Composer", pipeline: "Pipeline", arguments: list[str]
+    command: CommandLine, loader: "Loader", pipeline: "Pipeline", arguments: list[str]
 ) -> int:
     from tritter.config.launch.composition import SweepInConfig
     from tritter.config.launch.jobs import Task
     from tritter.config.launch.plan import Request
 
-    request = Request.of(command, composing)
+    request = Request.of(command, loader)
     if command.info_flag is not None:
-        composed = composing.composed(request.overrides)
+        composed = loader.composed(request.overrides)
         request.plan_of(composed)
         if command.info_value == "job":
-            composing.loader.show(composed, is_resolved=command.is_resolved)
+            loader.show(composed, is_resolved=command.is_resolved)
         else:
-            composing.loader.shown = composed
-        return _show(command, request, composing.hydra)
+            loader.shown = composed
+        return _show(command, request)
     request.task = task = Task(pipeline=pipeline)
     with request.handled():
         if not request.is_multirun:
             try:
-                return _run_one(request, task, composing.hydra)
+                return _run_one(request, task)
             except SweepInConfig:
-                request.is_multirun = composing.loader.is_sweep = True
+                request.is_multirun = loader.is_sweep = True
         from tritter.config.launch.sweep import run_sweep
 
-        return run_sweep(request, task, composing.hydra, typed=arguments)
+        return run_sweep(request, task, typed=arguments)
     return 0  # it was finished before
 
 
-def config_of_run(arguments: Sequence[str], *, purpose: str) -> "RunConfig":
-    """Return the configuration of a single run that is not started.
+def config_of_run(arguments: Sequence[str]) -> "RunConfig":
+    """Return the configuration of a single run that is not started, for `--find-lr`.
 
     Args:
         arguments: as `main` takes them.
-        purpose: what needs it, for error messages.
     """
     command = CommandLine.parse(arguments)
     keys = {override.lstrip("+~").partition("=")[0] for override in command.overrides}
     refused = [key for key in sorted(keys) if key == "resume" or key.startswith("hydra.")]
     if command.is_multirun or command.info_flag is not None or command.is_version:
-        raise RequestError(f"{purpose} takes the arguments of one run: not -m, --cfg, --version.")
+        raise RequestError("--find-lr takes the arguments of one run: not -m, --cfg, --version.")
     if refused:
-        raise RequestError(f"{refused[0]}: not with {purpose}; name its folder with --output.")
+        raise RequestError(f"{refused[0]}: not with --find-lr; name its folder with --output.")
     if Launch.of() is not None:
-        raise RequestError(f"{purpose} starts its own processes: omit torchrun or srun.")
+        raise RequestError("--find-lr starts its own processes: omit torchrun or srun.")
     with command.search_path.in_use():
-        from tritter.config.launch.composition import Composer
+        from tritter.config.launch.composition import Loader
 
-        with Composer.opened() as composing:
-            return composing.compose(command.overrides)
+        with Loader.opened() as loader:
+            return loader.compose(command.overrides)
 
 
 def run_once(arguments: Sequence[str], pipeline: "Pipeline") -> Path:
@@ -182,15 +181,15 @@ def run_once(arguments: Sequence[str], pipeline: "Pipeline") -> Path:
     if command.info_flag is not None or command.is_help or command.is_version:
         raise RequestError("run takes overrides; use python train.py for help and --cfg.")
     with command.search_path.in_use():
-        from tritter.config.launch.composition import Composer, SweepInConfig
+        from tritter.config.launch.composition import Loader, SweepInConfig
         from tritter.config.launch.jobs import Task
         from tritter.config.launch.plan import Request
         from tritter.config.run_folder import RunStatus
 
-        with Composer.opened() as composing:
-            request = Request.of(command, composing)
+        with Loader.opened() as loader:
+            request = Request.of(command, loader)
             request.task = task = Task(pipeline=pipeline)
-            composing.loader.is_sweep = False
+            loader.is_sweep = False
 
             def run_logged(config: "DictConfig") -> float | None:
                 with _log_file(task.jobs[0].folder / "train.log"):
@@ -200,7 +199,7 @@ def run_once(arguments: Sequence[str], pipeline: "Pipeline") -> Path:
             with request.handled():
                 try:
                     name = search_path().config_name
-                    composing.hydra.run(name, run_logged, overrides, with_log_configuration=False)
+                    loader.hydra.run(name, run_logged, overrides, with_log_configuration=False)
                 except SweepInConfig as error:
                     raise RequestError(_NO_SWEEP) from error
                 except Stopped as stop:
@@ -230,9 +229,9 @@ def _log_file(path: Path) -> Iterator[None]:
         handler.close()
 
 
-def _show(command: CommandLine, request: "Request", hydra: "Hydra") -> int:
+def _show(command: CommandLine, request: "Request") -> int:
     """Print the output of --cfg or --info for a valid command line."""
-    overrides, errors = list(request.overrides), StringIO()
+    overrides, errors, hydra = list(request.overrides), StringIO(), request.loader.hydra
     name, info_value = search_path().config_name, command.info_value or "all"
     if command.info_flag == "info":
         hydra.show_info(info_value, name, overrides)
@@ -247,15 +246,15 @@ def _show(command: CommandLine, request: "Request", hydra: "Hydra") -> int:
     return 0
 
 
-def _run_one(request: "Request", task: "Task", hydra: "Hydra") -> int:
+def _run_one(request: "Request", task: "Task") -> int:
     """Run a single run, print its outcome and the command that resumes it; return the exit code."""
     from tritter.config.overrides import resume_command
     from tritter.config.run_folder import RunStatus
 
-    request.composing.loader.is_sweep = False
+    request.loader.is_sweep = False
     unwritten = ""
     try:
-        hydra.run(search_path().config_name, task, list(request.overrides))
+        request.loader.hydra.run(search_path().config_name, task, list(request.overrides))
     except Stopped as stop:
         if request.plan is not None:
             (job,) = request.plan.jobs
@@ -299,13 +298,13 @@ def completions(arguments: Sequence[str]) -> list[str]:
         return sorted(flag for names in FLAGS for flag in names if flag.startswith(incomplete))
     from hydra.plugins.completion_plugin import DefaultCompletionPlugin
 
-    from tritter.config.launch.composition import Composer
+    from tritter.config.launch.composition import Loader
 
     try:
         command = CommandLine.parse(before)
-        with command.search_path.in_use(), Composer.opened() as composing:
+        with command.search_path.in_use(), Loader.opened() as loader:
             line = " ".join([*command.overrides, incomplete])
-            plugin = DefaultCompletionPlugin(composing.loader)
+            plugin = DefaultCompletionPlugin(loader)
             found: list[str] = plugin._query(search_path().config_name, line)
     except RequestError:
         return []

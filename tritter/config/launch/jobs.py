@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tritter.checkpoints.record import LedgerRecord
 from tritter.config.folders import SearchPath, search_path
-from tritter.config.launch.composition import Composer
+from tritter.config.launch.composition import Loader
 from tritter.config.overrides import recorded_overrides
 from tritter.config.run_folder import (
     OUTPUT_FILE,
@@ -196,7 +196,7 @@ class Task:
             planned = {os.path.normpath(job.folder.absolute()): job for job in self.jobs}.get(
                 str(folder)
             )
-            config = Composer.proposed(cfg, overrides) if planned is None else planned.config
+            config = Loader.proposed(cfg, overrides) if planned is None else planned.config
             # A job of a sweep may be resumed alone
             is_of_sweep = is_sweep or (folder.parent / "multirun.yaml").is_file()
             sweep = Path(hydra.sweep.dir) if is_sweep else folder.parent

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tritter.config.fallbacks import FallbackChain
 from tritter.config.folders import SearchPath, search_path
 from tritter.config.launch.command_line import CommandLine
-from tritter.config.launch.composition import Composer
+from tritter.config.launch.composition import Loader
 from tritter.config.launch.jobs import Job, LaunchSettings, Task
 from tritter.config.overrides import (
     command,
@@ -92,7 +92,7 @@ class Request:
     """A command for Hydra.
 
     Args:
-        composing: composes the jobs.
+        loader: composes the jobs.
         overrides: overrides of the command line and of the resumed run.
         resumed: folder of the resumed run, if any.
         is_multirun: True with -m.
@@ -104,7 +104,7 @@ class Request:
         exit_stack: holds the folder lock until the command ends.
     """
 
-    composing: Composer
+    loader: Loader
     overrides: tuple[str, ...]
     resumed: Path | None
     is_multirun: bool
@@ -114,20 +114,20 @@ class Request:
     exit_stack: ExitStack = field(default_factory=ExitStack)
 
     @classmethod
-    def of(cls, typed: CommandLine, composing: Composer) -> Self:
+    def of(cls, typed: CommandLine, loader: Loader) -> Self:
         """Return the request of a command line, before composition.
 
         Overrides replayed from a resumed run are printed first, before data or weights are opened.
         """
         is_shown, folder = typed.info_flag is not None, None
-        overrides = [normalise(override, composing.options) for override in typed.overrides]
+        overrides = [normalise(override, loader.options) for override in typed.overrides]
         if not typed.is_multirun:
-            overrides, folder = _add_resumed(composing, overrides, is_shown=is_shown)
-        parsed = parse(overrides, loader=composing.loader)
-        _check_overrides(parsed, composing.options)
+            overrides, folder = _add_resumed(loader, overrides, is_shown=is_shown)
+        parsed = parse(overrides, loader=loader)
+        _check_overrides(parsed, loader.options)
         if not typed.is_multirun:
             refuse_sweeps(parsed)
-        return cls(composing, tuple(overrides), folder, typed.is_multirun, is_shown)
+        return cls(loader, tuple(overrides), folder, typed.is_multirun, is_shown)
 
     def plan_of(self, composed: DictConfig) -> Plan:
         """Return the validated plan (data, folders, devices) for a composed config."""
@@ -262,14 +262,14 @@ def _check_overrides(overrides: Sequence[Override], options: Mapping[str, Sequen
 
 
 def _add_resumed(
-    composing: Composer, overrides: list[str], *, is_shown: bool
+    loader: Loader, overrides: list[str], *, is_shown: bool
 ) -> tuple[list[str], Path | None]:
     """Return the overrides with those of the resumed run, and its folder.
 
     A run folder may be untrusted: only Tritter's own options and plain values are
     replayed, without `TYPED_ONLY`.
     """
-    typed = parse(overrides, loader=composing.loader)
+    typed = parse(overrides, loader=loader)
     resumes = [o for o in typed if o.key_or_group == "resume" and not o.is_delete()]
     value = resumes[-1].value() if resumes and not resumes[-1].is_sweep_override() else None
     if value is None:
@@ -377,7 +377,7 @@ def _check_resources(plan: Plan) -> None:
 def _plan_run(request: Request, composed: DictConfig) -> Plan:
     resumed, hydra = request.resumed, composed.hydra
     rules = _RUN_RULES[:1] if resumed else _RUN_RULES
-    config = request.composing.validated(composed, request.overrides, rules=rules)
+    config = request.loader.validated(composed, request.overrides, rules=rules)
     is_single = not request.is_shown and resumed is None  # jobs of a sweep resume as single runs
     if is_single and (swept := hydra.sweeper.get("params")):
         raise RequestError(
@@ -389,7 +389,7 @@ def _plan_run(request: Request, composed: DictConfig) -> Plan:
     folder = resumed or Path(hydra.run.dir).absolute()
     missing = tuple(path for path in (folder, *folder.parents) if not path.exists())
     state = check_run_folder(folder, config)
-    job, loader = Job(request.overrides, config, folder, state, missing), request.composing.loader
+    job, loader = Job(request.overrides, config, folder, state, missing), request.loader
     text, notes = OmegaConf.to_yaml(composed), list[str]()
     for override in () if config.fallbacks else parse(request.overrides, loader=loader):
         for key, need in loader.unread_keys(composed).items():
@@ -400,19 +400,19 @@ def _plan_run(request: Request, composed: DictConfig) -> Plan:
 
 
 def _plan_sweep(request: Request, composed: DictConfig) -> Plan:
-    composing, hydra = request.composing, composed.hydra
+    loader, hydra = request.loader, composed.hydra
     if hydra.mode == RunMode.RUN:
         raise RequestError("hydra.mode = RUN: -m starts a sweep; use one of them.")
     folder = Path(hydra.sweep.dir).absolute()
     parameters = [f"{key}={value}" for key, value in (hydra.sweeper.get("params") or {}).items()]
-    typed = parse([*parameters, *request.overrides], loader=composing.loader)
+    typed = parse([*parameters, *request.overrides], loader=loader)
     shared = [o.input_line or "" for o in typed if o.is_hydra_override()]
     # Hydra's time resolver would give each job a different sweep folder
     shared.append(f"hydra.sweep.dir={quote(str(folder))}")
     task = [override for override in typed if not override.is_hydra_override()]
     if hydra.sweeper.get("_target_") != _BASIC_SWEEPER:
         # An adaptive sweeper: each job is validated when it starts
-        example = _plan_jobs(composing, [[*map(_first_value, task)]], shared, is_example=True)
+        example = _plan_jobs(loader, [[*map(_first_value, task)]], shared, is_example=True)
         launcher = LaunchSettings.of(hydra, num_jobs=int(hydra.sweeper.get("n_jobs") or 1))
         notes = _notes(launcher, folder)
         sampler = hydra.sweeper.get("sampler") if hydra.sweeper.get("storage") is None else None
@@ -422,19 +422,7 @@ def _plan_sweep(request: Request, composed: DictConfig) -> Plan:
             notes += ("sweep      hydra.sweeper.sampler.seed=0, so that the sweep can resume",)
         return Plan((), folder, launcher, example, notes)
     split = _split_sweep(task)
-    numbers: dict[tuple[str, ...], list[int]] = {}
-    for number, job_overrides in enumerate(split):
-        numbers.setdefault(tuple(job_overrides), []).append(number)
-    raise_problems(
-        [
-            Problem(
-                "", reason=f"jobs {listed} are identical ({' '.join(job_overrides)}): remove one."
-            )
-            for job_overrides, equal in numbers.items()
-            if len(equal) > 1 and (listed := f"{', '.join(map(str, equal[:-1]))} and {equal[-1]}")
-        ]
-    )
-    jobs = _plan_jobs(composing, split, shared)
+    jobs = _plan_jobs(loader, split, shared)
     if len({job.folder for job in jobs}) < len(jobs):
         raise RequestError(
             f"hydra.sweep.subdir = {jobs[0].folder.name}: several jobs would share this folder; "
@@ -461,7 +449,7 @@ def _notes(
 
 
 def _plan_jobs(
-    composing: Composer,
+    loader: Loader,
     split: Sequence[list[str]],
     shared: Sequence[str],
     *,
@@ -478,8 +466,8 @@ def _plan_jobs(
     for number, overrides in enumerate(split):
         try:
             words = [*shared, *overrides]
-            composed = composing.composed(words)
-            config = composing.validated(composed, words, rules=_SWEEP_RULES)
+            composed = loader.composed(words)
+            config = loader.validated(composed, words, rules=_SWEEP_RULES)
             with open_dict(composed.hydra):
                 composed.hydra.job.num, composed.hydra.job.id = number, str(number)
             sweep = composed.hydra.sweep

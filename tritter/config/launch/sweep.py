@@ -4,12 +4,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from hydra._internal.hydra import Hydra
 from rich.table import Table
 from rich.text import Text
 
@@ -27,24 +26,7 @@ from tritter.terminal import Console, say
 _SECONDS_BETWEEN_LINES = 0.5
 
 
-@dataclass(frozen=True, slots=True)
-class _SweepRow:
-    """The result of one job.
-
-    Args:
-        name: Its folder in that of the sweep.
-        ended: How it ended; its overrides are those of the plan, if any.
-        changes: Domain or task → change from the base to the last training, as text.
-        experts: Number of LoRA experts at the end, and the trained share of the parameters.
-    """
-
-    name: str
-    ended: RunStatus
-    changes: dict[str, str]
-    experts: tuple[int, float] | None
-
-
-def run_sweep(request: Request, task: Task, hydra: Hydra, *, typed: Sequence[str]) -> int:
+def run_sweep(request: Request, task: Task, *, typed: Sequence[str]) -> int:
     """Let Hydra run the jobs of a sweep, print a line per job and their table.
 
     Args:
@@ -59,12 +41,12 @@ def run_sweep(request: Request, task: Task, hydra: Hydra, *, typed: Sequence[str
         # First, so that a mode that is typed wins, and is refused
         words = ["hydra.mode=MULTIRUN", *request.overrides]
         with _print_finished_jobs(request, lines):
-            hydra.multirun(search_path().config_name, task, words)
+            request.loader.hydra.multirun(search_path().config_name, task, words)
     except Stopped as stop:
         if (plan := request.plan) is not None and plan.sweep_folder is not None:
             stop.advice = (_resume_advice(request, typed),)
             if stop.signal_number != signal.SIGPIPE:
-                _print_sweep(_sweep_rows(plan.jobs, plan.sweep_folder), plan.sweep_folder)
+                _print_sweep(_ends_of(plan.jobs, plan.sweep_folder), plan.sweep_folder)
         raise
     except Exception as error:  # the launcher and the sweeper may raise anything
         if request.plan is None:
@@ -74,14 +56,15 @@ def run_sweep(request: Request, task: Task, hydra: Hydra, *, typed: Sequence[str
             failure = str(error)
     plan = request.plan
     assert plan is not None and plan.sweep_folder is not None, "Hydra called the callback"
-    rows = _sweep_rows(plan.jobs, plan.sweep_folder)
-    _print_sweep(rows, plan.sweep_folder)
-    known = [row for row in rows if row.ended.metric is not None]
-    if plan.is_adaptive and known:
-        say(f"Lowest metric: job {min(known, key=lambda row: row.ended.metric or 0.0).name}")
+    ends = _ends_of(plan.jobs, plan.sweep_folder)
+    _print_sweep(ends, plan.sweep_folder)
+    metrics = {job: ended.metric for job, ended in ends.items() if ended.metric is not None}
+    if plan.is_adaptive and metrics:
+        lowest = min(metrics, key=metrics.__getitem__)
+        say(f"Lowest metric: job {os.path.relpath(lowest, plan.sweep_folder)}")
     if failure is not None:
         say(f"error: {failure}\n{_resume_advice(request, typed)}", is_error=True)
-    codes = {row.ended.exit_code for row in rows}
+    codes = {ended.exit_code for ended in ends.values()}
     if failure is not None or codes & {1, 2, 130, 143}:
         return 1
     return 3 if 3 in codes else 0
@@ -96,24 +79,25 @@ def _resume_advice(request: Request, typed: Sequence[str]) -> str:
     return f"Resume the sweep with:\n  {command([*own, f'hydra.sweep.dir={folder}'])}"
 
 
-def _sweep_rows(jobs: Sequence[Job], folder: Path) -> tuple[_SweepRow, ...]:
-    """Read the result of every planned job, or of all jobs below `folder` if none is planned."""
+def _ends_of(jobs: Sequence[Job], folder: Path) -> dict[Path, RunStatus]:
+    """Return job folder → how it ended, of all planned jobs, or of all in `folder` if none is."""
     folders = [job.folder for job in jobs] or sorted(
         (path.parent for path in folder.rglob(STATUS_FILE)),
         key=lambda path: (int(path.name) if path.name.isdigit() else -1, str(path)),
     )
     planned = {job.folder: job.overrides for job in jobs}
-    return tuple(_row(each, sweep=folder, overrides=planned.get(each)) for each in folders)
+    ends = {job: _end_of(job) for job in folders}
+    return {
+        job: replace(ended, overrides=list(planned.get(job, ended.overrides)))
+        for job, ended in ends.items()
+    }
 
 
-def _row(job: Path, *, sweep: Path, overrides: tuple[str, ...] | None) -> _SweepRow:
-    ended, summary = RunStatus.read(job), job / SUMMARY_FILE
-    if ended.status == "running" and not FolderLock(job).is_held:
-        ended = replace(ended, status="killed")
-    if overrides is not None:
-        ended = replace(ended, overrides=list(overrides))
-    name = os.path.relpath(job, sweep)
-    return _SweepRow(name, ended, _changes(summary), _experts(summary))
+def _end_of(job: Path) -> RunStatus:
+    """Return the status of the job in a folder, `killed` if its process is gone."""
+    ended = RunStatus.read(job)
+    is_killed = ended.status == "running" and not FolderLock(job).is_held
+    return replace(ended, status="killed") if is_killed else ended
 
 
 def _shared(overrides: Sequence[Sequence[str]]) -> set[str]:
@@ -144,23 +128,21 @@ class _JobLines:
             jobs: All planned jobs; empty if the sweeper chooses them one by one.
         """
         self.printed.add(job)
-        row = _row(job, sweep=sweep, overrides=None)
+        ended, changes = _end_of(job), _changes(job)
         shared = _shared([each.overrides for each in jobs])
-        own = " ".join(override for override in row.ended.overrides if override not in shared)
+        own = " ".join(override for override in ended.overrides if override not in shared)
         number = f"[{len(self.printed)}/{len(jobs)}] " if jobs else ""
-        parts = [row.ended.status]
-        if row.ended.error is not None:
-            parts = [
-                f"{row.ended.status}: {_first_line(row.ended.error)}",
-                f"log: {job / OUTPUT_FILE}",
-            ]
-        if row.changes:
-            parts.append(", ".join(f"{name} {change}" for name, change in row.changes.items()))
-        if row.ended.metric is not None:
-            parts.append(f"metric {row.ended.metric:.4f}")
+        parts = [ended.status]
+        if ended.error is not None:
+            parts = [f"{ended.status}: {_first_line(ended.error)}", f"log: {job / OUTPUT_FILE}"]
+        if changes:
+            parts.append(", ".join(f"{name} {change}" for name, change in changes.items()))
+        if ended.metric is not None:
+            parts.append(f"metric {ended.metric:.4f}")
         if self.is_earlier(job):
             parts.append("finished earlier")
-        say(f"{number}job {row.name}{f' ({own})' if own else ''}: {'; '.join(parts)}")
+        name = os.path.relpath(job, sweep)
+        say(f"{number}job {name}{f' ({own})' if own else ''}: {'; '.join(parts)}")
 
     def is_earlier(self, job: Path) -> bool:
         """Return whether a job ended before this sweep started."""
@@ -202,26 +184,24 @@ def _print_finished_jobs(request: Request, lines: _JobLines) -> Iterator[None]:
         print_new()
 
 
-def _print_sweep(rows: Sequence[_SweepRow], folder: Path) -> None:
+def _print_sweep(ends: Mapping[Path, RunStatus], folder: Path) -> None:
     """Print the table of all jobs; its title has the overrides that they share."""
-    shared = _shared([row.ended.overrides for row in rows])
+    shared = _shared([ended.overrides for ended in ends.values()])
     table = Table(title=Text(" ".join(sorted(shared))) if shared else None)  # [A,B] is no markup
     for name in ("job", "overrides", "status"):
         table.add_column(name, overflow="fold")
-    domains = list(dict.fromkeys(domain for row in rows for domain in row.changes))
-    has_experts = any(row.experts is not None for row in rows)
+    changes, experts = {job: _changes(job) for job in ends}, {job: _experts(job) for job in ends}
+    domains = list(dict.fromkeys(domain for job in ends for domain in changes[job]))
+    has_experts = any(experts.values())
     for name in (*domains, *(("experts", "trainable") if has_experts else ()), "metric"):
         table.add_column(name, justify="right", overflow="fold")
-    for row in rows:
-        own = Text(" ".join(override for override in row.ended.overrides if override not in shared))
-        cells: list[str | Text] = [row.name, own, row.ended.status]
-        cells += (row.changes.get(name, "-") for name in domains)
-        if has_experts and row.experts is not None:
-            number, share = row.experts
-            cells += [str(number), f"{share:.2%}"]
-        elif has_experts:
-            cells += ["-", "-"]
-        table.add_row(*cells, "-" if row.ended.metric is None else f"{row.ended.metric:.4f}")
+    for job, ended in ends.items():
+        own = Text(" ".join(override for override in ended.overrides if override not in shared))
+        cells: list[str | Text] = [os.path.relpath(job, folder), own, ended.status]
+        cells += (changes[job].get(name, "-") for name in domains)
+        if has_experts:
+            cells += experts[job] or ("-", "-")
+        table.add_row(*cells, "-" if ended.metric is None else f"{ended.metric:.4f}")
     console = Console()
     console.print(table, markup=False)
     if domains:
@@ -230,9 +210,9 @@ def _print_sweep(rows: Sequence[_SweepRow], folder: Path) -> None:
             "byte, which a sweeper minimises. Both describe the trained model, kept or not.",
             highlight=False,
         )
-    for row in rows:
-        if row.ended.error is not None and row.ended.status != "not run":
-            line = f"job {row.name}: {_first_line(row.ended.error)}"
+    for job, ended in ends.items():
+        if ended.error is not None and ended.status != "not run":
+            line = f"job {os.path.relpath(job, folder)}: {_first_line(ended.error)}"
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     files = f"{STATUS_FILE}, {SUMMARY_FILE} and {OUTPUT_FILE}"
     console.print(f"{files} of each job: {folder}/JOB/", markup=False, soft_wrap=True)
@@ -244,11 +224,11 @@ def _first_line(text: str) -> str:
     return f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first
 
 
-def _changes(summary: Path) -> dict[str, str]:
-    """Return `_SweepRow.changes` from a summary."""
+def _changes(job: Path) -> dict[str, str]:
+    """Return domain or task → change from the base to the last training of a job, as text."""
     found = dict[str, str]()
     with suppress(ValueError, LookupError, TypeError, AttributeError):  # none, or another's
-        record, loss = read_object(summary), "loss_per_byte"
+        record, loss = read_object(job / SUMMARY_FILE), "loss_per_byte"
         for name, before in record["baseline"].items():
             after = record["attempts"][-1]["final"][name]
             if before.get(loss) and after[loss] is not None:
@@ -258,12 +238,10 @@ def _changes(summary: Path) -> dict[str, str]:
     return found
 
 
-def _experts(summary: Path) -> tuple[int, float] | None:
-    """Return `_SweepRow.experts` from a summary; None for a job without LoRA experts."""
+def _experts(job: Path) -> tuple[str, str] | None:
+    """Return the final number of a job's LoRA experts and their share; None without experts."""
     try:
-        record = read_object(summary)["experts"]
-        number, share = record["number"], record["parameters"]["share"]
+        record = read_object(job / SUMMARY_FILE)["experts"]
+        return f"{record['number']:d}", f"{record['parameters']['share']:.2%}"
     except (ValueError, LookupError, TypeError):
         return None
-    is_known = type(number) is int and isinstance(share, int | float)
-    return (number, float(share)) if is_known else None
