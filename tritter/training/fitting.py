@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -79,7 +79,6 @@ _CHECKPOINTS_NAME = "checkpoints"  # folder of a ModelCheckpoint, inside that of
 LEFTOVERS_NAME = "left"  # state of continual-learning methods for the next training run
 _PORT = "MASTER_PORT"
 _NO_VALUES = "The ``compute`` method of metric"  # a process may have no replayed sequences
-_KINDS = (RequestError, TritterError, OSError)
 _PROFILERS: dict[str, Any] = {
     "simple": SimpleProfiler,
     "advanced": AdvancedProfiler,
@@ -307,32 +306,14 @@ def start_method(accelerator: str) -> Literal["fork", "spawn"]:
     return "fork" if accelerator == "cpu" and is_safe else "spawn"
 
 
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    """An error of a worker process as plain data for the main process.
-
-    Args:
-        kind: Name of its class: OSError or an error class of Tritter.
-        key: Config key that caused it, or empty.
-        text: Error message.
-    """
-
-    kind: str
-    key: str
-    text: str
-
-    @classmethod
-    def of(cls, error: TritterError | OSError) -> "_Failure":
-        kinds = (kind.__name__ for kind in type(error).__mro__ if kind in _KINDS)
-        key = error.problems[0].key if isinstance(error, RequestError) else ""
-        return cls(next(kinds), key, str(error))
-
-    def error(self) -> TritterError:
-        if self.kind == OSError.__name__:
-            return TritterError(f"the training run failed with a system error: {self.text}.")
-        if self.kind == RequestError.__name__:
-            return RequestError(self.text, problems=[Problem(self.key, reason=self.text)])
-        return TritterError(self.text)
+def _for_main_process(error: TritterError | OSError) -> TritterError:
+    """Return an error of a worker process without what can't be pickled."""
+    if isinstance(error, OSError):
+        return TritterError(f"the training run failed with a system error: {error}.")
+    if isinstance(error, RequestError):
+        text, key = str(error), error.problems[0].key
+        return RequestError(text, problems=[Problem(key, reason=text)])
+    return TritterError(str(error))
 
 
 class _WorkerLauncher(_MultiProcessingLauncher):
@@ -349,13 +330,13 @@ class _WorkerLauncher(_MultiProcessingLauncher):
         except (ProcessRaisedException, ProcessExitedException) as error:
             if self._failures.empty():
                 raise
-            raise self._failures.get().error() from error
+            raise self._failures.get() from error
 
     def _wrapping_function(self, process_idx: int, *args: Any) -> None:
         try:
             super()._wrapping_function(process_idx, *args)
         except (TritterError, OSError) as error:
-            self._failures.put(_Failure.of(error))
+            self._failures.put(_for_main_process(error))
             raise
 
     def _collect_rank_zero_results(self, trainer: Trainer, results: Any) -> _WorkerOutput | None:
