@@ -152,7 +152,8 @@ class FitResult:
 class WriteResult(Protocol):
     """Writes a trained model; called once, on rank 0, in the process that trained.
 
-    It must be picklable for spawned processes: a module-level function or a frozen record.
+    It must be picklable for spawned processes: a module-level function, a partial of one, or a
+    frozen record.
     """
 
     def __call__(self, model: nn.Module, result: FitResult) -> None:
