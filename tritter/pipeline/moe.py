@@ -51,12 +51,6 @@ class NewExperts:
         steps = self.router_steps or max(1, config.training.max_steps // 2)
         return config.adaptation.anneal_steps or saved or steps
 
-    def after(self, steps: int) -> AddedExperts:
-        """Return the experts after the router stage and `steps` steps of training."""
-        added, opened_in = self.added, self.anneal_steps
-        assert added is not None and opened_in is not None
-        return added.at(added.step + self.router_steps + steps, anneal_steps=opened_in)
-
     @contextmanager
     def router_trainee(self, model: nn.Module) -> Iterator[Trainee]:
         """Prepare a model for the router stage: train only routers, encourage new experts."""
@@ -80,7 +74,8 @@ class NewExperts:
         if added is None or opened_in is None:
             yield
             return
-        trainee.controls = (ExpertOpening(self.after(0), anneal_steps=opened_in),)
+        begun = added.at(added.step + self.router_steps, anneal_steps=opened_in)
+        trainee.controls = (ExpertOpening(begun, anneal_steps=opened_in),)
         if not options.freeze_base:
             yield
             return

@@ -13,7 +13,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from tritter.core.stock_routers import RouterControl
 from tritter.errors import TritterError
 from tritter.training.callbacks import (
     FiniteGuard,
@@ -29,8 +28,6 @@ from tritter.training.forgetting_method import ForgettingMethod
 from tritter.training.gradient_flow import GradientFlow
 from tritter.training.module import BaseModule, base_of
 from tritter.training.parameters import live_layout
-
-_ROUTING = "RoutingCallback"  # saves the routers' offsets and biases
 
 
 class MemoryMeter(Callback):
@@ -163,8 +160,8 @@ class WriteResult(Protocol):
 class BestWeights(Callback):
     """At the end of a fit, load the weights that the run's ModelCheckpoint saved as its best.
 
-    The states of forgetting methods and routers of that step are loaded with them. It must precede
-    all callbacks that write at the end of a fit.
+    The states of forgetting methods of that step are loaded with them, and those of callbacks with
+    `is_of_weights`. It must precede all callbacks that write at the end of a fit.
 
     Args:
         methods: Forgetting methods of the run.
@@ -195,9 +192,10 @@ class BestWeights(Callback):
         states = saved["callbacks"].get(ForgettingCallback.__qualname__, {})
         for method in self._methods:
             method.load_state_dict(states[method.name])
-        routing = RouterControl.attached(base_of(pl_module).model)
-        if routing is not None and (state := saved["callbacks"].get(_ROUTING)):
-            routing.load_state_dict(state["routing"])  # offsets are not among the weights
+        for callback in callbacks:
+            state = saved["callbacks"].get(callback.state_key)
+            if state and getattr(callback, "is_of_weights", False):
+                callback.load_state_dict(state)
         self.step = int(saved["global_step"])
 
 
