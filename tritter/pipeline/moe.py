@@ -139,25 +139,25 @@ class NewExperts:
             used = moe_usage(model.to(run.device), sequences, progress=bar)
         return used, [*sequences.values()]
 
+    @staticmethod
+    def save_routing(model: nn.Module, *, folder: Path) -> None:
+        """Save the biases of a model's routers, which a checkpoint does not store."""
+        routing = RouterControl.attached(model)
+        assert routing is not None
+        SafetensorsCheckpointIO().save_checkpoint(routing.state_dict(), folder)
+
+    @staticmethod
+    def load_with_routing(source: Source, folder: Path) -> nn.Module:
+        """Load a trained model with the biases that `save_routing` saved."""
+        model = load_model(source.folder, model=source.model)
+        routing = RouterControl.of(model)
+        assert routing is not None
+        routing.load_state_dict(SafetensorsCheckpointIO().load_checkpoint(folder))
+        return model
+
 
 def _offset_after(added: AddedExperts, anneal_steps: int | None, steps: int) -> Artifact | None:
     """Return what writes the router offset of experts after some steps; None once it is 0."""
     if anneal_steps is not None:
         added = added.at(added.step + steps, anneal_steps=anneal_steps)
     return None if added.is_settled else added.write
-
-
-def save_routing(model: nn.Module, *, folder: Path) -> None:
-    """Save the biases of a model's routers, which a checkpoint does not store."""
-    routing = RouterControl.attached(model)
-    assert routing is not None
-    SafetensorsCheckpointIO().save_checkpoint(routing.state_dict(), folder)
-
-
-def load_with_routing(source: Source, folder: Path) -> nn.Module:
-    """Load a trained model with the biases of its routers, which `save_routing` saved."""
-    model = load_model(source.folder, model=source.model)
-    routing = RouterControl.of(model)
-    assert routing is not None
-    routing.load_state_dict(SafetensorsCheckpointIO().load_checkpoint(folder))
-    return model

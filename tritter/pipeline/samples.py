@@ -30,7 +30,7 @@ from tritter.methods.whole import reading_flops
 from tritter.pipeline.metrics import log_samples
 from tritter.pipeline.run import Run
 from tritter.pipeline.run_data import RunData
-from tritter.training.callbacks import Validation
+from tritter.training.callbacks import Validation, find_callback
 from tritter.training.module import base_of
 
 _SAMPLE_PROMPT_TOKENS = 24
@@ -235,7 +235,8 @@ class SampleLog(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # All processes generate: the layers of a sharded model are gathered by all of them
         module, step = base_of(pl_module), trainer.global_step
-        validation = next(each for each in trainer.callbacks if isinstance(each, Validation))  # type: ignore[attr-defined]
+        validation = find_callback(trainer, Validation)
+        assert validation is not None
         reading = module.reading_flops()
         for text, ids in self._prompts.items():
             continuation, num_read = self._sampler.continued(module.model, ids)

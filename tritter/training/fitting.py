@@ -62,6 +62,7 @@ from tritter.training.callbacks import (
     StopRequest,
     Validation,
     WorkCount,
+    find_callback,
     same_random_state,
 )
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
@@ -134,20 +135,10 @@ def fit(
     bar = StepProgress(label=label, max_steps=max_steps, mode=settings.progress, console=console)
     saving = SaveState(saved, every_n_steps=settings.save_every_n_steps, stop=stop, guard=guard)
     validation = None if evaluation is None else Validation(evaluation, stop=stop)
-    flow, memory = GradientFlow({} if task is None else task.new_units), MemoryMeter()
+    flow = GradientFlow({} if task is None else task.new_units)
     best = BestWeights(module.methods, stop=stop) if publishes_best else None
-    conclusion = Conclusion(
-        guard=guard,
-        work=work,
-        flow=flow,
-        memory_meter=memory,
-        validation=validation,
-        saving=saving,
-        stop=stop,
-        best=best,
-        write=write_result,
-    )
-    callbacks = [flow, *observers, *controls, work, memory, Performance(work)]
+    conclusion = Conclusion(stop=stop, write=write_result)
+    callbacks = [flow, *observers, *controls, work, MemoryMeter(), Performance(work)]
     ours = [guard, bar, RandomState(settings.seed, label=label), *surgery_callbacks]
     callbacks += [callback for side in module.side_losses for callback in side.callbacks()]
     if task is not None:
@@ -379,7 +370,9 @@ def _new_launcher(strategy: Any, method: Literal["fork", "spawn"]) -> _Launcher:
 
 
 def _conclusion(trainer: Trainer) -> Conclusion:
-    return next(one for one in trainer.callbacks if isinstance(one, Conclusion))  # type: ignore[attr-defined]
+    found = find_callback(trainer, Conclusion)
+    assert found is not None
+    return found
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from tritter.methods.forgetting import build_methods
 from tritter.methods.whole import reading_flops_of
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import StageResult, TrainingFound
-from tritter.pipeline.moe import NewExperts, load_with_routing, save_routing
+from tritter.pipeline.moe import NewExperts
 from tritter.pipeline.run import Run
 from tritter.pipeline.samples import SampleLog
 from tritter.pipeline.stage import Stage
@@ -67,7 +67,7 @@ class Fit(Stage):
         ending = _report(run, branch, result)
         if write.after_write is not None:
             run.say("", "scores with the selection bias, which is not saved:")
-            biased = load_with_routing(run.source(location), folder / _ROUTING)
+            biased = NewExperts.load_with_routing(run.source(location), folder / _ROUTING)
             run.score(biased, f"{branch.name}-biased")
             flops += run.data.scoring.flops(forward_flops(start.model))
             shutil.rmtree(folder / _ROUTING)
@@ -179,12 +179,13 @@ class BranchTraining:
                 trainee.observers += (observer,)
             elif text is not None:
                 trainee.observers += SampleLog.of(run, model, folder)
+            save = partial(new.save_routing, folder=folder / _ROUTING)
             write = replace(
                 TrainedWriter.of_branch(run, branch, offset_after=new.offset_after()),
                 frees_start=frees_start,
                 methods=self.methods,
                 steps_before=new.router_steps,
-                after_write=partial(save_routing, folder=folder / _ROUTING) if has_bias else None,
+                after_write=save if has_bias else None,
             )
             result = fit_branch(
                 run,
