@@ -376,17 +376,12 @@ class RunData:
 
     def learned(self, domains: Sequence[str]) -> dict[str, LearnedDomain]:
         """Return the learned domains of the lineage after training on some domains of the run."""
-        domain_of = {domain.name: domain for domain in self.text.domains}
-        records = {}
-        for name in domains:
-            source = asdict(self.corpus.sources[name])
-            del source["name"]
-            records[name] = LearnedDomain(
-                **source,
-                paths=domain_of[name].recorded_paths,
-                text_field=domain_of[name].text_field,
-            )
-        return {**self.text.learned, **records}
+        records = self.source_records(domains)
+        for each in records.values():
+            del each["name"]
+            each["paths"] = tuple(each["paths"])
+        learned = {name: LearnedDomain(**each) for name, each in records.items()}
+        return {**self.text.learned, **learned}
 
     def batches(self, domains: Sequence[str], *, purpose: str, max_steps: int) -> BatchStream:
         """Return endless batches of some domains in a random order."""

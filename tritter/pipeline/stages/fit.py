@@ -168,9 +168,10 @@ class BranchTraining:
                     run.say("", f"{one.name} estimates the importances again up to {much}")
             _attach(run, branch, start, trainee, task, self.methods, max_steps=max_steps)
             _freeze(model, methods, task, max_steps=settings.max_steps)
+            start_rate = _recorded_rate(run.source(branch.start).own_lineage)
             module = BaseModule.of(
                 trainee,
-                schedule=schedule or settings.rate_schedule(start_rate=_last_rate(run, branch)),
+                schedule=schedule or settings.rate_schedule(start_rate=start_rate),
                 optimizer=run.config.optimizer,
                 methods=methods,
             )
@@ -319,13 +320,8 @@ def _freeze(
         )
 
 
-def _last_rate(run: Run, branch: Branch) -> float:
-    """Return the final learning rate of a branch's initial model; 0 if it is not recorded."""
-    return _recorded_rate(run.source(branch.start).own_lineage)
-
-
 def _recorded_rate(lineage: Lineage) -> float:
-    """Return the final learning rate recorded in a lineage.
+    """Return the final learning rate recorded in a lineage; 0 if it is not recorded.
 
     Older records lack it; then it is computed from the recorded schedule.
     """
