@@ -231,7 +231,7 @@ class ForgettingCallback(Callback):
             self._observe_step(trainer, pl_module)
             module = base_of(pl_module)
             if names := self._still_frozen(module, trainer.global_step):
-                surgery.thaw(trainer, module, names)
+                surgery.set_trained(trainer, module, names, is_trained=True)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

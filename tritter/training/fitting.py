@@ -27,7 +27,12 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    ModelParallelStrategy,
+    ParallelStrategy,
+    Strategy,
+)
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
 from lightning.pytorch.strategies.launchers.multiprocessing import (
     _MultiProcessingLauncher,
@@ -253,20 +258,27 @@ def _run(
 # writes the trained model. The main process receives the result and errors as plain data.
 
 
-class _WorkerStrategy(DDPStrategy):
-    """DDP with worker processes that the main process starts and that die with it."""
+class _OwnWorkers(ParallelStrategy):
+    """Worker processes that the main process starts and that die with it."""
 
-    def __init__(self, accelerator: str) -> None:
-        self.method = start_method(accelerator)
-        # Explicit: a cluster environment would run the stages around the fit in every process
-        super().__init__(cluster_environment=LightningEnvironment(), start_method=self.method)
+    method: Literal["fork", "spawn"]
 
     def setup_environment(self) -> None:
         _begin_worker(self.method)
         super().setup_environment()
 
     def _configure_launcher(self) -> None:
-        self._launcher = _new_launcher(self, self.method)
+        alone = _WorkerLauncher(self, start_method=self.method)
+        self._launcher = alone if Ranks.leading() is None else _JoinLauncher()
+
+
+class _WorkerStrategy(_OwnWorkers, DDPStrategy):
+    """DDP with worker processes of ours."""
+
+    def __init__(self, accelerator: str) -> None:
+        self.method = start_method(accelerator)
+        # Explicit: a cluster environment would run the stages around the fit in every process
+        super().__init__(cluster_environment=LightningEnvironment(), start_method=self.method)
 
 
 def _begin_worker(method: str) -> None:
@@ -359,14 +371,6 @@ class _JoinLauncher(_Launcher):
 
     def kill(self, signum: Any) -> None:
         """Leave them to the program that started them."""
-
-
-def _new_launcher(strategy: Any, method: Literal["fork", "spawn"]) -> _Launcher:
-    return (
-        _WorkerLauncher(strategy, start_method=method)
-        if Ranks.leading() is None
-        else _JoinLauncher()
-    )
 
 
 def _conclusion(trainer: Trainer) -> Conclusion:
@@ -527,8 +531,8 @@ def validation_metrics(
 # Saved states and trained models contain whole tensors, as with one process.
 
 
-class _ShardedStrategy(ModelParallelStrategy):
-    """FSDP2 with worker processes that the main process starts and that die with it.
+class _ShardedStrategy(_OwnWorkers, ModelParallelStrategy):
+    """FSDP2 with worker processes of ours.
 
     Rank 0 writes states with whole tensors; every rank reads them when a run is resumed.
 
@@ -543,13 +547,6 @@ class _ShardedStrategy(ModelParallelStrategy):
             data_parallel_size=devices, tensor_parallel_size=1, save_distributed_checkpoint=False
         )
         self.cluster_environment = LightningEnvironment()
-
-    def setup_environment(self) -> None:
-        _begin_worker(self.method)
-        super().setup_environment()
-
-    def _configure_launcher(self) -> None:
-        self._launcher = _new_launcher(self, self.method)
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Return the whole state by parameter name on rank 0, and nothing on other ranks."""
