@@ -133,7 +133,7 @@ def _of_methods(run: Run, branches: Sequence[Branch]) -> dict[str, Any]:
 def _of_stages(run: Run, branches: Sequence[Branch]) -> dict[str, Any] | None:
     """Return the result of each stage from outside, of the last branch that has it."""
     results = {
-        stage.name: done.plain()
+        stage.name: done.found
         for stage in run.config.stages
         for branch in branches
         if (done := run.ledger.get(f"{branch.name}.{stage.name}")) is not None
