@@ -120,13 +120,12 @@ def _report(run: Run, candidates: Sequence[Candidate], control: Candidate) -> Ou
     path = run.folder / _SUMMARY_NAME
     write_text_atomic(path, summary.text())
     rows = write_metrics(run, last.branches)
+    branches = [branch for candidate in candidates for branch in candidate.branches]
     if last.branches[0].is_round and len(candidates) > 1:
-        every = [branch for each in candidates for branch in each.branches]
-        rows = write_metrics(run, every, of="rounds")
+        rows = write_metrics(run, branches, of="rounds")
     plots = plot_run(
         summary, Curve.of_rows(rows), run.folder / "plots", control=Curve.of_rows(control_rows)
     )
-    branches = [branch for candidate in candidates for branch in candidate.branches]
     steps = run.ledger.steps(branch for branch in branches if branch.part is None)
     log_result_to_wandb(run, summary, plots, step=steps)
     SummaryTables(summary).print(console=run.console, folder=run.folder)

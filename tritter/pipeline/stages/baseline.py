@@ -91,13 +91,8 @@ def run_baseline(run: Run) -> None:
     """Create the initial model of the run."""
     is_finished = run.ledger.get("baseline") is not None
     run.stage("baseline", lambda: _baseline(run), label="baseline")
-    if is_finished:
-        _check_start(run)
-
-
-def _check_start(run: Run) -> None:
-    """Refuse a run of an earlier version of Tritter, which began texts in another way."""
-    for scores in run.read_scores("baseline").values():
+    for scores in run.read_scores("baseline").values() if is_finished else ():
+        # An earlier version began texts in another way
         if scores.unit == "nats" and scores.start != run.data.bounds.start:
             raise RequestError(
                 f"resume = {run.folder}: an earlier version scored texts that begin with the "

@@ -141,13 +141,10 @@ class BranchTraining:
             observer: callback of a test.
         """
         run, branch, methods = self._run, self._branch, self.forgetting
-        is_test, start, options = (
-            schedule is not None,
-            run.source(branch.location),
-            run.config.training,
-        )
+        is_test, start = schedule is not None, run.source(branch.location)
         frees_start = _may_release_start(run, branch)
-        max_steps, rate = options.max_steps * branch.num_trainings, self.peak_rate
+        options, rate = run.config.training, self.peak_rate
+        max_steps = options.max_steps * branch.num_trainings
         settings = replace(options, max_steps=max_steps, learning_rate=rate)
         trainee = Trainee(self.load(start))
         model = trainee.model
@@ -162,10 +159,10 @@ class BranchTraining:
             task = importance.task(run, branch, follow=trainee.follow)
             for one in run.config.forgetting if task.old_sequences else ():
                 if times := one.kind.refreshes(one.options, max_steps):
-                    much = (
-                        f"{times} times, each from at most {one.options.num_sequences:,} sequences"
+                    much = f"{times} times, each from at most {one.options.num_sequences:,}"
+                    run.say(
+                        "", f"{one.name} estimates the importances again up to {much} sequences"
                     )
-                    run.say("", f"{one.name} estimates the importances again up to {much}")
             _attach(run, branch, start, trainee, task, self.methods, max_steps=max_steps)
             _freeze(model, methods, task, max_steps=settings.max_steps)
             start_rate = _recorded_rate(run.source(branch.start).own_lineage)
