@@ -112,9 +112,6 @@ class Ledger:
 
         Args:
             kinds: last part of a stage's name, without its number → record of its result.
-
-        Raises:
-            TritterError: a stage is unknown, or its result is invalid.
         """
         for stage in self._stages:
             name = stage.rpartition(".")[2]
@@ -135,12 +132,7 @@ class Ledger:
         return done
 
     def found(self, stage: str, kind: type[_F]) -> _F:
-        """Return the typed result of a finished stage.
-
-        Raises:
-            KeyError: the stage is not finished.
-            TritterError: the ledger on disk has another result.
-        """
+        """Return the typed result of a finished stage."""
         done = self[stage]
         found = self._found.get(stage, done.found)
         if stage not in self._found and kind is not dict:
@@ -216,11 +208,7 @@ class Ledger:
         return location in self._incomplete
 
     def check_complete(self, location: str) -> None:
-        """Compare a recreated folder with its checksums.
-
-        Raises:
-            TritterError: the contents differ.
-        """
+        """Compare a recreated folder with its checksums."""
         checksums = next(each.left for each in self._stages.values() if location in each.left)
         for damage in Damage.find(self._folder, {location: checksums[location]}):
             raise TritterError(
@@ -253,9 +241,6 @@ class Ledger:
 
         Returns:
             A message for each stage to repeat.
-
-        Raises:
-            TritterError: an output was modified; names files and tensors.
         """
         changed: list[str] = []
         locations: list[str] = []

@@ -180,12 +180,7 @@ class RunData:
 
     @cached_property
     def corpus(self) -> Corpus:
-        """The tokenised domains; without a checkpoint, a tokenizer is trained on them.
-
-        Raises:
-            TextFileError: files can't be parsed.
-            RequestError: a domain is too small, or the cache is not writable.
-        """
+        """The tokenised domains; without a checkpoint, a tokenizer is trained on them."""
         config, split, tokenizer = self.config, self.text.split, self.source_tokenizer
         settings: dict[str, Any] = {
             "vocab_size": config.data.vocab_size,
@@ -239,11 +234,7 @@ class RunData:
 
     @cached_property
     def packing(self) -> Packing:
-        """The packing of the run's sequences.
-
-        Raises:
-            RequestError: conversations need `documents`, which the model or the user rules out.
-        """
+        """The packing of the run's sequences."""
         if self.own is not None:
             return self.own.packing
         domains, choice = self.corpus.domains.values(), self.config.data.packing
@@ -273,11 +264,7 @@ class RunData:
         return {name: self._packed[name] for name in domains}
 
     def num_sequences(self, domain: str) -> int:
-        """Return the number of training sequences of a domain, without packing them.
-
-        Raises:
-            RequestError: the domain is too small for one sequence.
-        """
+        """Return the number of training sequences of a domain, without packing them."""
         length, own = self.config.data.sequence_length, self.corpus.domains[domain].train
         try:
             return num_packed(own, packing=self.packing, sequence_length=length, bounds=self.bounds)

@@ -83,9 +83,6 @@ class Candidate:
         """Return the attempts of the run (each is the next fallback), or its rounds.
 
         The baseline stage must be finished.
-
-        Raises:
-            RequestError: the target size can't be reached from the baseline's shape.
         """
         config, candidates = run.config, list[Candidate]()
         if config.pipeline.target_params is None:

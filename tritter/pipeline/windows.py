@@ -88,11 +88,7 @@ class LongScores:
 
 
 def check(run: Run) -> None:
-    """Reject data that is too small for the windows after an expansion, before any training.
-
-    Raises:
-        RequestError: names the domain.
-    """
+    """Reject data that is too small for the windows after an expansion, before any training."""
     size, needed, notes = run.data.text.split.piece_characters, 0, list[str]()
     for config in run.config.attempts:
         if not any(spec.expansion_type == "context" for spec in config.expansion):

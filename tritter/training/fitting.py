@@ -381,11 +381,7 @@ def _conclusion(trainer: Trainer) -> Conclusion:
 
 @contextmanager
 def _worker_processes() -> Iterator[None]:
-    """Prepare for starting worker processes inside the block, and report killed ones.
-
-    Raises:
-        TritterError: A worker process was killed.
-    """
+    """Prepare for starting worker processes inside the block, and report killed ones."""
     port, sharing = os.environ.get(_PORT), get_sharing_strategy()
     set_sharing_strategy("file_system")  # the other one opens a file for every tensor
     try:

@@ -441,9 +441,6 @@ def _write_eight_bit(
         before: State of the parameter that this one replaces. Blocks with unchanged values keep
             their exact codes and scales. Quantising again would shrink the largest value of a
             block by 0.7 % if it is negative, because there is no code for −1.
-
-    Raises:
-        TritterError: A moment to quantise is not finite.
     """
     from bitsandbytes.functional import quantize_blockwise
 

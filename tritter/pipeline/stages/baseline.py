@@ -224,10 +224,6 @@ def _obtain_base(run: Run) -> tuple[Path, float]:
 
     Returns:
         Its folder in the cache, and the seconds that this run spent training it.
-
-    Raises:
-        RequestError: the cache is not writable.
-        TritterError: pretraining failed.
     """
     made_from = _base_made_from(run)
     folder = run.config.cache_dir / "bases" / _content_key(made_from)
