@@ -38,7 +38,7 @@ from tritter.storage.writer import (
     num_threads,
 )
 from tritter.transform.change import PlannedExpansion
-from tritter.transform.children import bound_children, router_bytes, router_flops
+from tritter.transform.children import bound_children, router_bytes
 from tritter.transform.vocabulary import bound_vocabulary, kept_in, write_tokenizer_file
 
 # Disk and memory requirements
@@ -198,11 +198,6 @@ class Expanded:
     def parameters_after(self) -> int:
         """Parameters of the result, counted from shapes, ties once."""
         return self.plan.target.num_parameters
-
-    @property
-    def flops(self) -> float:
-        """FLOPs of the weights that were computed from data."""
-        return router_flops(self.plan)
 
 
 def plan_expansion(

@@ -22,6 +22,7 @@ from tritter.pipeline.run import Run
 from tritter.pipeline.stage import Stage
 from tritter.training.fitting import validation_metrics
 from tritter.transform import PlannedExpansion
+from tritter.transform.children import router_flops
 
 _JUMP_SEQUENCES, _JUMP_TOKENS = 8, 128  # of each domain
 
@@ -63,7 +64,7 @@ class Expand(Stage):
         flops["expand"] = run.data.scoring.flops(forward_flops(grown.model))
         # The source is read in bfloat16 too
         passes = [forward_flops(each.model).of(tokens.shape[1]) for each in (source, source, grown)]
-        flops["expand"] += len(tokens) * sum(passes) + made.flops
+        flops["expand"] += len(tokens) * sum(passes) + router_flops(made.plan)
         files = list[str]()
         if (long_windows := windows.LongWindows(run, branch)).is_longer:
             readings = reading_flops(before), forward_flops(grown.model)
