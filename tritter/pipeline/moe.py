@@ -157,7 +157,7 @@ class NewExperts:
 
 
 def _offset_after(added: AddedExperts, anneal_steps: int | None, steps: int) -> Artifact | None:
-    """Return what writes the router offset of experts after some steps; None once it is 0."""
+    """Return the writer of the router offset of experts after some steps; None once it is 0."""
     if anneal_steps is not None:
         added = added.at(added.step + steps, anneal_steps=anneal_steps)
     return None if added.is_settled else added.write

@@ -46,7 +46,7 @@ class TrainedWriter:
         frees_start: delete the initial weights before writing, because they can be recreated.
         steps_before: optimizer steps of the branch before this training run.
         earlier_steps: optimizer steps of earlier tasks since the last expansion.
-        offset_after: number of steps of the branch → what writes the router offset of appended
+        offset_after: number of steps of the branch → writer of the router offset of appended
             experts, or None once they are fully open; None without them.
         work: folder of the training run, if it leaves state of methods.
         after_write: called with the model after it is written.
