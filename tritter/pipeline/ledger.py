@@ -125,11 +125,11 @@ class Ledger:
         """Return the result of a stage, or None if it has to run."""
         return None if stage in self._again else self._stages.get(stage)
 
-    def __getitem__(self, stage: str) -> StageRecord:
+    def __getitem__(self, stage: str) -> StageResult:
         """Return the result of a finished stage; a KeyError is raised for any other."""
         if (done := self.get(stage)) is None:
             raise KeyError(stage)
-        return done
+        return StageResult(done.found, done.flops, done.seconds, tuple(done.left))
 
     def found(self, stage: str, kind: type[_F]) -> _F:
         """Return the typed result of a finished stage."""
