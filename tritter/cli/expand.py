@@ -670,17 +670,19 @@ def _expand(job: _Job, *, measures: bool, overwrite: bool, is_quiet: bool) -> _R
 def _expand_and_train(job: _Job, text: _DomainRun, *, overwrite: bool, is_quiet: bool) -> _Result:
     """Add the experts and train them. After an error no output remains."""
     from tritter.evaluation.measure import Measurement
-    from tritter.pipeline.domain import expand_domain
+    from tritter.pipeline.domain import DomainTask
 
-    made = expand_domain(
-        job.source.folder,
-        job.destination,
-        job.specs,
+    task = DomainTask(
         new=text.new,
         old=text.old,
         steps=text.steps,
         learning_rate=text.learning_rate,
         seed=job.settings.seed or 0,
+    )
+    made = task.expand(
+        job.source.folder,
+        job.destination,
+        job.specs,
         console=Console(quiet=True) if is_quiet else CommandConsole(),
         overwrite=overwrite,
     )

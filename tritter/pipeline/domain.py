@@ -6,7 +6,7 @@ checkpoint whose parent is the source.
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,117 +55,113 @@ class DomainExpansion:
     experts: MoeRecord
 
 
-def expand_domain(
-    source: Path,
-    destination: Path,
-    specs: Sequence[ExpansionSpec],
-    *,
-    new: TextSources,
-    old: TextSources,
-    steps: int,
-    learning_rate: float,
-    seed: int,
-    console: Console,
-    overwrite: bool = False,
-) -> DomainExpansion:
-    """Add experts to a checkpoint and train them; nothing is written if that fails.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DomainTask:
+    """The training task of new experts for a domain.
 
     Args:
-        source: the checkpoint.
-        destination: folder of the result.
-        specs: the expansions in order.
         new: domain → paths of its data.
         old: domain → paths of old data for `replay`. If empty, replay uses the data recorded in the
             checkpoint's lineage, if any.
         steps: training steps of the new experts; the routers have their own.
         learning_rate: peak learning rate.
         seed: random seed.
-        console: for the output.
-        overwrite: replace an earlier checkpoint in `destination`.
     """
-    settings = {
-        "training.max_steps": steps,
-        "training.learning_rate": learning_rate,
-        "data.new": nested_value(new),
-        "data.old": nested_value(old) if old else "null",
-        "seed": seed,
-    }
-    teachers = [spec.teacher for spec in specs if isinstance(spec, MoeAdd) and spec.teacher]
-    key = "expansion.moe_add.teacher"
-    sources = [source, *(named_path(teacher, key=key) for teacher in teachers)]
-    check_output(destination, sources=sources, overwrite=overwrite)
-    parent = next(folder for folder in destination.absolute().parents if folder.is_dir())
-    with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=parent) as name:
-        folder = Path(name)
-        config = replace(_config(source, folder, settings), expansion=tuple(specs))
-        run = Run(config=config, folder=folder, console=console, ledger=Ledger(folder))
-        branch = Branch(_BRANCH, config.expansion)
-        check_source(run)
-        initial_checkpoint = run.data.initial_checkpoint
-        assert initial_checkpoint is not None
-        run.data.check_text()
-        for note in run.notes:
-            run.say("data", note)
-        run_baseline(run)
-        # Refuses a changed source: not after training, whose result would be lost
-        of_source = child_lineage(initial_checkpoint, destination, ())
-        branch = run_branch(run, branch)
-        Candidate(run, (branch,)).publish(keep=True)
-        used = moe_record(run, (branch,))
-        assert used is not None
-        plan = run.planned(branch)
-        domains = " and ".join(run.data.new_domains_of(branch))  # those in the run may differ
-        trained = f"on {domains}: {used.router_steps} router steps, {steps} steps of the "
-        trained += "new experts; open to all tokens"
-        named = [  # replace the planned steps in the notes by the result
-            replace(step, notes=(step.notes[0], trained)) if isinstance(step.spec, MoeAdd) else step
-            for step in plan.steps
-        ]
-        plan = replace(plan, steps=tuple(named))
-        scores = {
-            "before": run.read_scores("baseline").records(),
-            "after": run.read_scores(f"{_BRANCH}-trained").records(),
+
+    new: TextSources
+    old: TextSources
+    steps: int
+    learning_rate: float
+    seed: int
+
+    def expand(
+        self,
+        source: Path,
+        destination: Path,
+        specs: Sequence[ExpansionSpec],
+        *,
+        console: Console,
+        overwrite: bool = False,
+    ) -> DomainExpansion:
+        """Add experts to a checkpoint and train them; nothing is written if that fails."""
+        teachers = [spec.teacher for spec in specs if isinstance(spec, MoeAdd) and spec.teacher]
+        key = "expansion.moe_add.teacher"
+        sources = [source, *(named_path(teacher, key=key) for teacher in teachers)]
+        check_output(destination, sources=sources, overwrite=overwrite)
+        parent = next(folder for folder in destination.absolute().parents if folder.is_dir())
+        with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=parent) as name:
+            folder = Path(name)
+            config = replace(self._config(source, folder), expansion=tuple(specs))
+            run = Run(config=config, folder=folder, console=console, ledger=Ledger(folder))
+            branch = Branch(_BRANCH, config.expansion)
+            check_source(run)
+            initial_checkpoint = run.data.initial_checkpoint
+            assert initial_checkpoint is not None
+            run.data.check_text()
+            for note in run.notes:
+                run.say("data", note)
+            run_baseline(run)
+            # Refuses a changed source: not after training, whose result would be lost
+            of_source = child_lineage(initial_checkpoint, destination, ())
+            branch = run_branch(run, branch)
+            Candidate(run, (branch,)).publish(keep=True)
+            used = moe_record(run, (branch,))
+            assert used is not None
+            plan = run.planned(branch)
+            domains = " and ".join(run.data.new_domains_of(branch))  # those in the run may differ
+            trained = f"on {domains}: {used.router_steps} router steps, {self.steps} steps of the "
+            trained += "new experts; open to all tokens"
+            steps = [  # replace the planned steps in the notes by the result
+                replace(step, notes=(step.notes[0], trained))
+                if isinstance(step.spec, MoeAdd)
+                else step
+                for step in plan.steps
+            ]
+            plan = replace(plan, steps=tuple(steps))
+            scores = {
+                "before": run.read_scores("baseline").records(),
+                "after": run.read_scores(f"{_BRANCH}-trained").records(),
+            }
+            check = check_replaceable
+            with atomic_folder(destination, overwrite=overwrite, check=check) as temporary:
+                shutil.copytree(folder / "checkpoint", temporary, dirs_exist_ok=True)
+                # The parent is the source, because the stage folders are temporary
+                made = run.source("checkpoint")
+                adopted = replace(
+                    made.own_lineage,
+                    parent_hash=of_source.parent_hash,
+                    parent_path=of_source.parent_path,
+                    parent_tensor_digests=of_source.parent_tensor_digests,
+                    parent_file_digests=of_source.parent_file_digests,
+                )
+                lineage = write_lineage(temporary, adopted, made.config)
+            return DomainExpansion(plan=plan, lineage=lineage, scores=scores, experts=used)
+
+    def _config(self, source: Path, folder: Path) -> RunConfig:
+        """Return the run configuration of the task; its caches are in `folder`."""
+        limit = read_model(source).position_limit or _MAX_SEQUENCE_LENGTH
+        settings = {
+            "model": "hf",
+            "model.path": quote(str(source.resolve())),
+            "expansion": "none",
+            "data": "text",
+            "data.new": nested_value(self.new),
+            "data.old": nested_value(self.old) if self.old else "null",
+            "data.sequence_length": min(limit, _MAX_SEQUENCE_LENGTH),
+            "data.batch_size": _BATCH_SIZE,
+            "forgetting": "none",
+            "gate": "'off'",
+            "logger": "csv",
+            "training.max_steps": self.steps,
+            "training.learning_rate": self.learning_rate,
+            "evaluation.sample_tokens": 0,
+            "evaluation.every_n_steps": 0,
+            "seed": self.seed,
+            "cache_dir": quote(str(folder / "cache")),
         }
-        lineage = _publish(run, destination, of_source, overwrite=overwrite)
-        return DomainExpansion(plan=plan, lineage=lineage, scores=scores, experts=used)
-
-
-def _publish(run: Run, destination: Path, of_source: Lineage, *, overwrite: bool) -> Lineage:
-    """Write the checkpoint of a run as a child of its source; the stage folders are temporary."""
-    with atomic_folder(destination, overwrite=overwrite, check=check_replaceable) as temporary:
-        shutil.copytree(run.folder / "checkpoint", temporary, dirs_exist_ok=True)
-        made = run.source("checkpoint")
-        adopted = replace(
-            made.own_lineage,
-            parent_hash=of_source.parent_hash,
-            parent_path=of_source.parent_path,
-            parent_tensor_digests=of_source.parent_tensor_digests,
-            parent_file_digests=of_source.parent_file_digests,
-        )
-        return write_lineage(temporary, adopted, made.config)
-
-
-def _config(source: Path, folder: Path, settings: Mapping[str, object]) -> RunConfig:
-    """Return the run configuration of a task; its caches are in `folder`."""
-    limit = read_model(source).position_limit or _MAX_SEQUENCE_LENGTH
-    values = {
-        "model": "hf",
-        "model.path": quote(str(source.resolve())),
-        "expansion": "none",
-        "data": "text",
-        "data.sequence_length": min(limit, _MAX_SEQUENCE_LENGTH),
-        "data.batch_size": _BATCH_SIZE,
-        "forgetting": "none",
-        "gate": "'off'",
-        "logger": "csv",
-        "evaluation.sample_tokens": 0,
-        "evaluation.every_n_steps": 0,
-        "cache_dir": quote(str(folder / "cache")),
-        **settings,
-    }
-    config = load_config([f"{key}={value}" for key, value in values.items()])
-    # Replay old data if there is any
-    if not config.text.old:
-        return config
-    values["forgetting"] = "replay"
-    return load_config([f"{key}={value}" for key, value in values.items()])
+        config = load_config([f"{key}={value}" for key, value in settings.items()])
+        # Replay old data if there is any
+        if not config.text.old:
+            return config
+        settings["forgetting"] = "replay"
+        return load_config([f"{key}={value}" for key, value in settings.items()])
