@@ -70,7 +70,7 @@ def test_long_documents_are_scored_up_to_a_window(place: Path) -> None:
     for length, most in ((64, 1024), (2048, 2048)):
         found = DomainsToScore.named(
             {"long": ["long.txt"]}, tokenizer, folder=place / "base", lineage=None, length=length
-        ).noted(length)
+        ).first(None, length=length)
         assert found.documents["long"].num_tokens == most
         said = f"long: only the first {most:,} tokens of 1 documents are scored."
         assert found.notes[-1] == said

@@ -263,7 +263,7 @@ def test_a_word_that_no_file_can_be_called_is_told_in_short(run: Run, place: Pat
 
 def test_each_part_has_a_progress_bar(run: Run, place: Path, text: Path) -> None:
     assert run("expand --checkpoint base --output wide --method width").code == 0
-    sides = [validation.Side.open(place / name) for name in ("base", "wide")]
+    sides = [validation.Side.of(place / name) for name in ("base", "wide")]
     kept = read_sources("--data", {"kept": [str(text)]}, default_name="text", problems=[])
     labels: list[str] = []
     validation.validate(*sides, kept=kept, target=None, limit=30, new_bar=labels.append)

@@ -23,7 +23,7 @@ from tritter.conf_folder import config_folder
 from tritter.config.folders import SearchPath
 from tritter.config.launch.entry import completions
 from tritter.config.overrides import unreplayed_overrides
-from tritter.pipeline.next_commands import next_commands
+from tritter.pipeline.pipeline import next_commands
 from tritter.report.summary import Summary
 from tritter.storage.reading import read_object
 

@@ -741,7 +741,7 @@ def test_an_optimizer_step_is_the_mean_over_the_answers_of_its_batches() -> None
             SequenceStream(rows, seed=0), batch_size=len(rows) // window, window=window
         )
         batches = [batch for batch, _ in zip(stream, range(window), strict=False)]
-        own = [module.task_loss(batch).value / window for batch in batches]
+        own = [module.task_loss(batch)[0] / window for batch in batches]
         torch.stack(own).sum().backward()
         losses.append((sum(map(float, own)), model.model.layers[0].mlp.up_proj.weight.grad))
     (whole, gradient), (parts, accumulated) = losses

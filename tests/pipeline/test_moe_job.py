@@ -28,7 +28,6 @@ from tritter.pipeline import Outcome, run_pipeline
 from tritter.pipeline.moe import NewExperts
 from tritter.pipeline.run_data import RunData
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
-from tritter.training.module import TaskLoss
 from tritter.training.result import BestWeights
 
 Run = Callable[..., Outcome]
@@ -204,8 +203,10 @@ def test_a_run_killed_while_a_teacher_teaches_goes_on_amid_the_stage(
     )  # fmt: skip
     taught, steps = DistillationModule.task_loss, []
 
-    def until(step: int | None) -> Callable[..., TaskLoss]:
-        def task_loss(module: DistillationModule, batch: dict[str, Tensor]) -> TaskLoss:
+    def until(step: int | None) -> Callable[..., tuple[Tensor, Tensor]]:
+        def task_loss(
+            module: DistillationModule, batch: dict[str, Tensor]
+        ) -> tuple[Tensor, Tensor]:
             steps.append(module.global_step)
             if module.global_step == step:
                 raise Stopped

@@ -20,6 +20,7 @@ from tritter.config.run_folder import changes_between, fingerprint
 from tritter.core.models import load_model
 from tritter.errors import RequestError, TritterError
 from tritter.pipeline import Branch, Outcome, Run, Stage, StageResult, verdict
+from tritter.pipeline.ledger import ExpansionFound, Ledger
 from tritter.pipeline.pipeline import stages_of
 from tritter.pipeline.stage import ORDER
 
@@ -204,6 +205,15 @@ def test_a_rolled_back_round_names_the_stage_in_its_lineage(
         "checkpoint",
     ]
     assert not any(link.differences() for link in links)
+
+
+def test_a_stage_reads_earlier_results_as_plain_values(tmp_path: Path) -> None:
+    ledger, found = Ledger(tmp_path), ExpansionFound(parameters=3, notes=("wider",))
+    ledger.record("attempt_1.expand", StageResult(found, flops={"expand": 2.0}))
+    written, again = ledger["attempt_1.expand"], Ledger(tmp_path)["attempt_1.expand"]
+    assert json.loads(json.dumps(written.plain())) == again.plain()
+    assert again.plain()["notes"] == ["wider"] and again.flops == {"expand": 2.0}
+    assert Ledger(tmp_path).found("attempt_1.expand", ExpansionFound) == found
 
 
 @pytest.mark.full

@@ -11,7 +11,7 @@ import pytest
 from tests.pipeline.tiny import FIXTURES
 from tritter.config.launch.composition import load_config
 from tritter.config.overrides import program_command
-from tritter.pipeline.next_commands import next_commands
+from tritter.pipeline.pipeline import next_commands
 from tritter.report.summary import Summary
 
 FOLDER = Path("outputs/runs/a b")

@@ -48,7 +48,7 @@ from tritter.training import (
 )
 from tritter.training.callbacks import StepProgress
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
-from tritter.training.fitting import _Failure, start_method
+from tritter.training.fitting import _for_main_process, start_method
 
 STEPS = 20  # of 4 sequences out of 40: an epoch of the data ends at step 10
 TWO = replace(SETTINGS, devices=2, strategy="ddp", save_every_n_steps=5)
@@ -392,8 +392,8 @@ def test_spawned_processes_give_the_same_bits(
 
 def test_a_refusal_keeps_what_it_speaks_of_on_its_way_out_of_a_process() -> None:
     refusal = RequestError(Problem("data.batch_size", 3, reason="must be even"))
-    sent = pickle.loads(pickle.dumps(_Failure.of(refusal))).error()
+    sent = pickle.loads(pickle.dumps(_for_main_process(refusal)))
     assert isinstance(sent, RequestError) and str(sent) == str(refusal)
     assert [problem.key for problem in sent.problems] == ["data.batch_size"]
-    told = str(_Failure.of(OSError("full")).error())
+    told = str(_for_main_process(OSError("full")))
     assert told == "the training run failed with a system error: full."

@@ -92,11 +92,11 @@ def test_the_loss_is_the_mean_over_what_is_to_be_predicted() -> None:
     document_mask(module.model)
     told = [nats_alone(alone, row) for row in ROWS]
     expected = sum(nats for nats, _ in told) / sum(count for _, count in told)
-    torch.testing.assert_close(module.task_loss(batch_of(ROWS)).value, expected)
+    torch.testing.assert_close(module.task_loss(batch_of(ROWS))[0], expected)
     rows = torch.stack([(nats / count).detach() for nats, count in told])
     torch.testing.assert_close(sequence_losses(module.model, ROWS), rows)
     nothing = torch.zeros(2, 16, dtype=torch.int64)
-    assert module.task_loss(batch_of(nothing)).value == 0
+    assert module.task_loss(batch_of(nothing))[0] == 0
 
 
 def test_the_fisher_is_of_documents_alone() -> None:
@@ -144,7 +144,7 @@ def test_si_sees_the_gradient_of_the_loss_that_is_trained() -> None:
     method = SI(si_lambda=1.0)
     ones = {name: torch.ones_like(p) for name, p in model.named_parameters()}
     method.begin_task(model, Task(seed=0, state={"si_importance": ones}))
-    module.task_loss(batch_of(ROWS)).value.backward()
+    module.task_loss(batch_of(ROWS))[0].backward()
     for rows in (ROWS[:1], ROWS[1:]):  # two batches of a step, weighted by predicted tokens
         method.observe_batch(model, batch_of(rows))
     assert method._own is not None

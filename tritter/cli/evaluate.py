@@ -183,7 +183,7 @@ def evaluate(
             domains = DomainsToScore.learned(folder, lineage, tokenizer, length=length)
         with status("loading the model"):
             model = model_on_device(folder)
-    domains = domains.limited(limit).noted(length)
+    domains = domains.first(limit, length=length)
     with progress_bars(is_shown=not as_json) as new_bar:
         losses = domains.losses(
             model, tokenizer, length=length, batch_size=batch_size,

@@ -65,7 +65,7 @@ def validate(
     raise_problems(problems)
     folders = [_folder(source, "--source"), _folder(result, "--result")]
     with refuse_damage():
-        before, after = map(Side.open, folders)
+        before, after = map(Side.of, folders)
         with progress_bars(is_shown=not as_json) as new_bar:
             checks = validate(before, after, kept=kept, target=target, limit=limit, new_bar=new_bar)
     is_failed = any(check.verdict == "failed" for check in checks)

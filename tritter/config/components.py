@@ -26,11 +26,7 @@ from tritter.evaluation.options import EvaluationConfig
 from tritter.options import choices, component_class, field_keys, join, read_component, read_options
 from tritter.storage.reading import named_path
 from tritter.targets import TARGET, Component, argument_problems, building_problem, dotted, resolve
-from tritter.training.optimizer import (
-    OptimizerSettings,
-    OptimizerValues,
-    optimizer_class,
-)
+from tritter.training.optimizer import OptimizerSettings, optimizer_class
 from tritter.training.options import (
     TrainerSettings,
     TrainerValues,
@@ -182,7 +178,8 @@ def known_keys() -> tuple[str, ...]:
         records = get_args(section) or (section,)
         keys += dict.fromkeys(key for record in records for key in field_keys(record, name))
     keys += {f"data.{key}" for own in _data_keys().values() for key in own} - {*keys}
-    keys += [*field_keys(OptimizerValues, "optimizer"), *field_keys(WandbConfig, "logger.wandb")]
+    keys += [f"optimizer.{key}" for key in OptimizerSettings.KEYS]
+    keys += field_keys(WandbConfig, "logger.wandb")
     return tuple(sorted([*keys, *method_keys()]))
 
 
@@ -367,14 +364,14 @@ def _read_optimizer(
     reader: Reader, raw: Mapping[str, Any], classes: Mapping[str, Any]
 ) -> OptimizerSettings | None:
     """Return the optimizer of a run, or None if there are problems (then recorded)."""
-    kind, own = classes.get("optimizer"), field_keys(OptimizerValues, "")
+    kind, own = classes.get("optimizer"), OptimizerSettings.KEYS
     body = {name: value for name, value in raw.items() if name in own}
-    values = reader.read(OptimizerValues, body, prefix="optimizer")
+    values: OptimizerSettings | None = reader.read(OptimizerSettings, body, prefix="optimizer")
     arguments = {n: value for n, value in raw.items() if n not in (*own, "name", TARGET)}
     if values is None or kind is None:
         return None
     shipped = map(body_of, shipped_options()["optimizer"].values())
-    settings = OptimizerSettings(target=dotted(kind), arguments=arguments, **asdict(values))
+    settings = replace(values, target=dotted(kind), arguments=arguments)
     reader.problems += settings.problems(kind, shipped=shipped)
     return settings
 

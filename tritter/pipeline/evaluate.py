@@ -141,24 +141,25 @@ class DomainsToScore:
         others = (note for note in text.notes if not note.startswith("Old text as"))
         return cls(documents, (held_out, *corpus.notes, *others))
 
-    def noted(self, length: int) -> "DomainsToScore":
-        """Return the domains with notes on what is scored of long documents in windows."""
-        most, notes = max(length, _MAX_TOKENS_PER_DOCUMENT), list(self.notes)
+    def first(self, limit: int | None, *, length: int) -> "DomainsToScore":
+        """Return the first documents of each domain, with notes on what is not scored.
+
+        Args:
+            limit: maximum number of documents per domain.
+            length: length of the windows into which documents are cut.
+        """
+        documents, notes = dict(self.documents), list(self.notes)
         for name, each in self.documents.items():
+            if limit and len(each) > limit:
+                documents[name] = each.first(limit)
+                notes.append(f"{name}: {limit:,} of {len(each):,} documents are scored.")
+        most = max(length, _MAX_TOKENS_PER_DOCUMENT)
+        for name, each in documents.items():
             cut = int((each.offsets.diff() > most - 4).sum())  # a cut ends with a character
             begin = f"{name}: only the first {most:,} tokens of {cut:,} documents are scored."
             note = scoring_note(name, each, sequence_length=length, max_tokens=most)
             notes += filter(None, [note or (begin if cut else "")])
-        return replace(self, notes=tuple(notes))
-
-    def limited(self, limit: int | None) -> "DomainsToScore":
-        """Return the first documents of each domain, and a note if there are more."""
-        cut = {n: each for n, each in self.documents.items() if limit and len(each) > limit}
-        first = {name: each.first(limit or 0) for name, each in cut.items()}
-        notes = [
-            f"{n}: {limit:,} of {len(each):,} documents are scored." for n, each in cut.items()
-        ]
-        return DomainsToScore({**self.documents, **first}, (*self.notes, *notes))
+        return DomainsToScore(documents, tuple(notes))
 
     def losses(
         self,

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,16 +71,12 @@ class StageResult:
         seconds: report label of the stage → wall time.
         leaves: outputs for later stages: checkpoints, folders and files, relative to the run
             folder.
-        left: output → checksum; set by the ledger.
-        disk: kind → peak number of bytes in the run folder during the stage; set by the ledger.
     """
 
     found: Any
     flops: Mapping[str, float] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     leaves: tuple[str, ...] = ()
-    left: Mapping[str, str] = field(default_factory=dict)
-    disk: Mapping[str, int] = field(default_factory=dict)
 
     def plain(self) -> Mapping[str, Any]:
         """Return its result as plain values."""
@@ -94,7 +90,8 @@ class Ledger:
         """Open the ledger of a run folder, or create a new one."""
         self._folder = folder
         self._path = folder / LedgerRecord.FILE_NAME
-        self._stages: dict[str, StageResult] = {}
+        self._stages: dict[str, StageRecord] = {}
+        self._found: dict[str, object] = {}  # typed results
         self._watched: Counter[str] = Counter()  # peak bytes per kind during this stage
         self._again: set[str] = set()  # finished stages with missing outputs
         self._removed: set[str] = set()  # folders whose weights no later stage needs
@@ -104,12 +101,9 @@ class Ledger:
             return
         try:
             content = read_record(self._path, LedgerRecord)
-            for stage, each in content.stages.items():
-                self._stages[stage] = StageResult(
-                    each.found, each.flops, each.seconds, tuple(each.left), each.left, each.disk
-                )
         except TritterError as error:
             raise TritterError(f"{error} {_UNCHANGED}") from error
+        self._stages |= content.stages
         self._removed |= set(content.removed)
         self._released |= set(content.released)
 
@@ -118,9 +112,6 @@ class Ledger:
 
         Args:
             kinds: last part of a stage's name, without its number → record of its result.
-
-        Raises:
-            TritterError: a stage is unknown, or its result is invalid.
         """
         for stage in self._stages:
             name = stage.rpartition(".")[2]
@@ -130,7 +121,7 @@ class Ledger:
                 raise TritterError(f"{self._path} {reason} {_UNCHANGED}")
             self.found(stage, kind)
 
-    def get(self, stage: str) -> StageResult | None:
+    def get(self, stage: str) -> StageRecord | None:
         """Return the result of a stage, or None if it has to run."""
         return None if stage in self._again else self._stages.get(stage)
 
@@ -138,25 +129,20 @@ class Ledger:
         """Return the result of a finished stage; a KeyError is raised for any other."""
         if (done := self.get(stage)) is None:
             raise KeyError(stage)
-        return done
+        return StageResult(done.found, done.flops, done.seconds, tuple(done.left))
 
     def found(self, stage: str, kind: type[_F]) -> _F:
-        """Return the typed result of a finished stage.
-
-        Raises:
-            KeyError: the stage is not finished.
-            TritterError: the ledger on disk has another result.
-        """
+        """Return the typed result of a finished stage."""
         done = self[stage]
-        if isinstance(done.found, Mapping) and kind is not dict:
+        found = self._found.get(stage, done.found)
+        if stage not in self._found and kind is not dict:
             what = f"{self._path} is not a ledger: {stage}"
             try:
-                found = validate_record(done.found, kind, what=what)
+                self._found[stage] = found = validate_record(done.found, kind, what=what)
             except TritterError as error:
                 raise TritterError(f"{error} {_UNCHANGED}") from error
-            self._stages[stage] = done = replace(done, found=found)
-        assert isinstance(done.found, kind), f"{stage} found {type(done.found).__name__}"
-        return done.found
+        assert isinstance(found, kind), f"{stage} found {type(found).__name__}"
+        return found
 
     def training(self, branch: str) -> TrainingFound:
         """Return the result of a branch's main training run."""
@@ -179,16 +165,24 @@ class Ledger:
         """
         checksums = digests_of(self._folder, result.leaves, lineages=lineages)
         self.watch_disk()
-        result = replace(result, left=checksums, disk=dict(self._watched))
+        done = StageRecord(
+            found=result.plain(),
+            flops=result.flops,
+            seconds=result.seconds,
+            left=checksums,
+            disk=dict(self._watched),
+        )
         if stage in self._again:
             self._again.remove(stage)
-            self.found(stage, type(result.found))
-            if _outcome(self._stages[stage]) != _outcome(result):
+            before = StageResult(self.found(stage, type(result.found))).plain()
+            if _outcome(before, self._stages[stage].left) != _outcome(done.found, checksums):
                 names = list(self._stages)
                 for name in names[names.index(stage) + 1 :]:
                     del self._stages[name]
+                    self._found.pop(name, None)
                     self._again.discard(name)
-        self._stages[stage], self._watched = result, Counter()
+        self._stages[stage], self._found[stage] = done, result.found
+        self._watched = Counter()
         for marked in (self._removed, self._released, self._incomplete):
             marked.difference_update(checksums)
         self._write()
@@ -214,11 +208,7 @@ class Ledger:
         return location in self._incomplete
 
     def check_complete(self, location: str) -> None:
-        """Compare a recreated folder with its checksums.
-
-        Raises:
-            TritterError: the contents differ.
-        """
+        """Compare a recreated folder with its checksums."""
         checksums = next(each.left for each in self._stages.values() if location in each.left)
         for change in changes_of(self._folder / location, checksums[location]):
             raise TritterError(
@@ -236,18 +226,8 @@ class Ledger:
             self._write()
 
     def _write(self) -> None:
-        stages = {
-            name: StageRecord(
-                found=result.plain(),
-                flops=result.flops,
-                seconds=result.seconds,
-                left=result.left,
-                disk=result.disk,
-            )
-            for name, result in self._stages.items()
-        }
         content = LedgerRecord(
-            stages=stages,
+            stages=self._stages,
             removed=tuple(sorted(self._removed)),
             released=tuple(sorted(self._released)),
         )
@@ -261,9 +241,6 @@ class Ledger:
 
         Returns:
             A message for each stage to repeat.
-
-        Raises:
-            TritterError: an output was modified; names files and tensors.
         """
         changed: list[str] = []
         locations: list[str] = []
@@ -319,12 +296,10 @@ class Ledger:
         return use
 
 
-def _outcome(result: StageResult) -> str:
+def _outcome(found: Mapping[str, Any], left: Mapping[str, str]) -> str:
     """Return the result of a stage as text, for comparing two results."""
-    kept = {
-        location: digest for location, digest in result.left.items() if not location.endswith(_LOG)
-    }
-    return json.dumps([result.plain(), kept], sort_keys=True)
+    kept = {location: digest for location, digest in left.items() if not location.endswith(_LOG)}
+    return json.dumps([found, kept], sort_keys=True)
 
 
 def _with_total(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:

@@ -1,17 +1,24 @@
-"""Experts that a run appends: training of their routers, and their opening."""
+"""Experts of a run's model: training of routers, opening of appended experts, and usage."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from tritter.checkpoints import Source
+from tritter.checkpoints.folder import Artifact
+from tritter.core.models import load_model
 from tritter.core.stock_routers import AddedExperts, RouterControl
-from tritter.methods.moe_routing.objective import RoutingObjective
+from tritter.methods.moe_routing.objective import RoutingObjective, moe_usage
 from tritter.methods.moe_routing.opening import ExpertOpening, Unfreezing
 from tritter.methods.moe_routing.separate import SeparateExperts, only_trainable
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.run import Run
 from tritter.training import Trainee
+from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 
 _HOLD_OLD_SEQUENCES = 256  # old sequences whose routing is preserved
 
@@ -51,11 +58,15 @@ class NewExperts:
         steps = self.router_steps or max(1, config.training.max_steps // 2)
         return config.adaptation.anneal_steps or saved or steps
 
-    def after(self, steps: int) -> AddedExperts:
-        """Return the experts after the router stage and `steps` steps of training."""
-        added, opened_in = self.added, self.anneal_steps
-        assert added is not None and opened_in is not None
-        return added.at(added.step + self.router_steps + steps, anneal_steps=opened_in)
+    def offset_after(self, *, opens: bool = True) -> Callable[[int], Artifact | None] | None:
+        """Return the `offset_after` of a `TrainedWriter`; None without appended experts.
+
+        Args:
+            opens: False for a training run that does not open the experts.
+        """
+        if self.added is None:
+            return None
+        return partial(_offset_after, self.added, self.anneal_steps if opens else None)
 
     @contextmanager
     def router_trainee(self, model: nn.Module) -> Iterator[Trainee]:
@@ -80,7 +91,8 @@ class NewExperts:
         if added is None or opened_in is None:
             yield
             return
-        trainee.controls = (ExpertOpening(self.after(0), anneal_steps=opened_in),)
+        begun = added.at(added.step + self.router_steps, anneal_steps=opened_in)
+        trainee.controls = (ExpertOpening(begun, anneal_steps=opened_in),)
         if not options.freeze_base:
             yield
             return
@@ -110,3 +122,42 @@ class NewExperts:
                 before = run.load(branch.expanded)
                 objective.hold(before.to(run.device), sequences, batch_size=batch_size)
         return objective
+
+    def usage(self, model: nn.Module, count: int) -> tuple[dict[str, Any] | None, list[Tensor]]:
+        """Return the use of a model's experts by domain, and the sequences that it read.
+
+        Args:
+            model: the trained model; without routers, the use is None.
+            count: number of sequences per domain.
+        """
+        run = self._run
+        if RouterControl.of(model) is None:
+            return None, []
+        sequences = {name: run.data.spaced_sequences([name], count) for name in run.data.domains}
+        with run.progress_bars() as new_bar:
+            bar = new_bar("measuring routers")
+            used = moe_usage(model.to(run.device), sequences, progress=bar)
+        return used, [*sequences.values()]
+
+    @staticmethod
+    def save_routing(model: nn.Module, *, folder: Path) -> None:
+        """Save the biases of a model's routers, which a checkpoint does not store."""
+        routing = RouterControl.attached(model)
+        assert routing is not None
+        SafetensorsCheckpointIO().save_checkpoint(routing.state_dict(), folder)
+
+    @staticmethod
+    def load_with_routing(source: Source, folder: Path) -> nn.Module:
+        """Load a trained model with the biases that `save_routing` saved."""
+        model = load_model(source.folder, model=source.model)
+        routing = RouterControl.of(model)
+        assert routing is not None
+        routing.load_state_dict(SafetensorsCheckpointIO().load_checkpoint(folder))
+        return model
+
+
+def _offset_after(added: AddedExperts, anneal_steps: int | None, steps: int) -> Artifact | None:
+    """Return the writer of the router offset of experts after some steps; None once it is 0."""
+    if anneal_steps is not None:
+        added = added.at(added.step + steps, anneal_steps=anneal_steps)
+    return None if added.is_settled else added.write

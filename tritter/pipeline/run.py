@@ -99,11 +99,7 @@ class Run:
 
     @cached_property
     def data(self) -> RunData:
-        """The data of the run.
-
-        Raises:
-            RequestError: the initial checkpoint can't be opened.
-        """
+        """The data of the run."""
         model, start = self.config.model, None
         if self.other_data is not None:
             return self.other_data
@@ -226,11 +222,7 @@ class Run:
         return self.sources[location]
 
     def accept(self, location: str) -> None:
-        """Verify and register the checkpoint that a training run wrote.
-
-        Raises:
-            TritterError: several processes wrote it, and its checksums differ from its lineage.
-        """
+        """Verify and register the checkpoint that a training run wrote."""
         self.check_trained(self.folder / location)
         self.register(location, Lineage.of(self.folder / location))
 

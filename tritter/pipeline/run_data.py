@@ -181,12 +181,7 @@ class RunData:
 
     @cached_property
     def corpus(self) -> Corpus:
-        """The tokenised domains; without a checkpoint, a tokenizer is trained on them.
-
-        Raises:
-            TextFileError: files can't be parsed.
-            RequestError: a domain is too small, or the cache is not writable.
-        """
+        """The tokenised domains; without a checkpoint, a tokenizer is trained on them."""
         config, split, tokenizer = self.config, self.text.split, self.source_tokenizer
         settings: dict[str, Any] = {
             "vocab_size": config.data.vocab_size,
@@ -240,11 +235,7 @@ class RunData:
 
     @cached_property
     def packing(self) -> Packing:
-        """The packing of the run's sequences.
-
-        Raises:
-            RequestError: conversations need `documents`, which the model or the user rules out.
-        """
+        """The packing of the run's sequences."""
         if self.own is not None:
             return self.own.packing
         domains, choice = self.corpus.domains.values(), self.config.data.packing
@@ -274,11 +265,7 @@ class RunData:
         return {name: self._packed[name] for name in domains}
 
     def num_sequences(self, domain: str) -> int:
-        """Return the number of training sequences of a domain, without packing them.
-
-        Raises:
-            RequestError: the domain is too small for one sequence.
-        """
+        """Return the number of training sequences of a domain, without packing them."""
         length, own = self.config.data.sequence_length, self.corpus.domains[domain].train
         try:
             return num_packed(own, packing=self.packing, sequence_length=length, bounds=self.bounds)
@@ -376,16 +363,12 @@ class RunData:
 
     def learned(self, domains: Sequence[str]) -> dict[str, LearnedDomain]:
         """Return the learned domains of the lineage after training on some domains of the run."""
-        records = {}
-        for name in domains:
-            source = self.corpus.domains[name].source
-            del source["name"]
-            records[name] = LearnedDomain(
-                **source,
-                paths=self.text.domains[name].recorded_paths,
-                text_field=self.text.domains[name].text_field,
-            )
-        return {**self.text.learned, **records}
+        records = self.source_records(domains)
+        for each in records.values():
+            del each["name"]
+            each["paths"] = tuple(each["paths"])
+        learned = {name: LearnedDomain(**each) for name, each in records.items()}
+        return {**self.text.learned, **learned}
 
     def batches(self, domains: Sequence[str], *, purpose: str, max_steps: int) -> BatchStream:
         """Return endless batches of some domains in a random order."""

@@ -1,6 +1,6 @@
 """Text samples: continuations of prompts before, during and after training."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from tritter.methods.whole import reading_flops
 from tritter.pipeline.metrics import log_samples
 from tritter.pipeline.run import Run
 from tritter.pipeline.run_data import RunData
-from tritter.training.callbacks import Validation
+from tritter.training.callbacks import Validation, find_callback
 from tritter.training.module import base_of
 
 _SAMPLE_PROMPT_TOKENS = 24
@@ -59,14 +59,19 @@ def generate_samples(
     positions = _positions(before)
     prompts = [(domain, _prompt_of(start, domain, positions)) for domain in start.data.domains]
     prompts += [("", ids) for ids in _own_prompts(start, before).values()]
-    models = ((start, before), (run, after))
+    own, other = _Sampler.of(start), _Sampler.of(run)
+    is_same = run.data.has_tokens_of(start.data)
     samples, flops = list[dict[str, str]](), 0.0
     for domain, ids in prompts:
         if progress is not None:
             progress(len(samples), len(prompts))
-        texts, spent = _continued(models, domain, ids)
-        samples.append(texts)
-        flops += spent
+        shown, again = own.shown(ids), ids
+        if not is_same:  # another tokenizer
+            again = other.encoded(shown, is_chat=_is_chat(ids)) if ids else []
+        first, num_before = own.continued(before, ids)
+        second, num_after = other.continued(after, again)
+        flops += reading_flops(before).of(num_before) + reading_flops(after).of(num_after)
+        samples.append({"domain": domain, "prompt": shown, "before": first, "after": second})
     return samples, flops
 
 
@@ -196,20 +201,6 @@ def _is_chat(prompt: list[int]) -> bool:
     return bool(prompt) and prompt[0] >= START
 
 
-def _continued(
-    models: Sequence[tuple[Run, nn.Module]], domain: str, prompt: list[int]
-) -> tuple[dict[str, str], float]:
-    """Return the continuations of a prompt in the tokens of the first model, and their FLOPs."""
-    texts, flops, shown = dict[str, str](), 0.0, _Sampler.of(models[0][0]).shown(prompt)
-    for name, (run, model) in zip(("before", "after"), models, strict=True):
-        sampler, own = _Sampler.of(run), prompt
-        if not run.data.has_tokens_of(models[0][0].data):  # another tokenizer
-            own = sampler.encoded(shown, is_chat=_is_chat(prompt)) if prompt else []
-        texts[name], num_read = sampler.continued(model, own)
-        flops += reading_flops(model).of(num_read)
-    return {"domain": domain, "prompt": shown, **texts}, flops
-
-
 class SampleLog(Callback):
     """Continue own prompts at every evaluation during training.
 
@@ -235,7 +226,8 @@ class SampleLog(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # All processes generate: the layers of a sharded model are gathered by all of them
         module, step = base_of(pl_module), trainer.global_step
-        validation = next(each for each in trainer.callbacks if isinstance(each, Validation))  # type: ignore[attr-defined]
+        validation = find_callback(trainer, Validation)
+        assert validation is not None
         reading = module.reading_flops()
         for text, ids in self._prompts.items():
             continuation, num_read = self._sampler.continued(module.model, ids)

@@ -103,11 +103,7 @@ class Scoring:
         return (*self.documents, *map(subject_of, self.tasks))
 
     def score(self, model: nn.Module, *, new_bar: NewBar = no_bar) -> Scores:
-        """Score a model on its current device.
-
-        Raises:
-            TritterError: a domain has no tokens.
-        """
+        """Score a model on its current device."""
         scores = {
             domain: document_losses(
                 model,

@@ -6,8 +6,7 @@ from json import dumps, loads
 from typing import Any
 
 from tritter.pipeline.branch import Branch
-from tritter.pipeline.ledger import ExpansionFound
-from tritter.pipeline.moe import NewExperts
+from tritter.pipeline.ledger import ExpansionFound, TrainingFound
 from tritter.pipeline.run import Run
 from tritter.pipeline.stages.baseline import BaselineFound
 from tritter.pipeline.stages.evaluate import EvaluationFound
@@ -134,7 +133,7 @@ def _of_methods(run: Run, branches: Sequence[Branch]) -> dict[str, Any]:
 def _of_stages(run: Run, branches: Sequence[Branch]) -> dict[str, Any] | None:
     """Return the result of each stage from outside, of the last branch that has it."""
     results = {
-        stage.name: done.plain()
+        stage.name: done.found
         for stage in run.config.stages
         for branch in branches
         if (done := run.ledger.get(f"{branch.name}.{stage.name}")) is not None
@@ -153,13 +152,12 @@ def moe_record(run: Run, branches: Sequence[Branch]) -> MoeRecord | None:
     if found.moe is None:
         return None
     record = dict(found.moe)
-    new = NewExperts(run, first)
-    if new.added is not None:
-        fits = (run.ledger.training(branch.name) for branch in branches)
-        trained = sum(fit.steps if fit.best_step is None else fit.best_step for fit in fits)
-        record["new"] = list(new.added.experts)
-        record["router_steps"] = new.router_steps
-        record["is_open"] = new.after(trained).is_settled
+    added, key = run.source(first.expanded).added, f"{first.name}.adapt"
+    if added is not None:
+        has_stage = run.ledger.get(key) is not None
+        record["new"] = list(added.experts)
+        record["router_steps"] = run.ledger.found(key, TrainingFound).steps if has_stage else 0
+        record["is_open"] = run.source(last.trained).added is None
     if run.has_unsaved_bias:
         biased, stock = (
             run.read_scores(f"{last.name}-{kind}").records() for kind in ("biased", "trained")

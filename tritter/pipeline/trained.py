@@ -11,22 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from tritter.checkpoints import Lineage, Source, write_checkpoint
-from tritter.checkpoints.folder import copy_small_files
+from tritter.checkpoints.folder import Artifact, copy_small_files
 from tritter.checkpoints.state import KeptSequences, State
 from tritter.core.families import Config, Model
 from tritter.core.models import model_of, uninitialised_model
-from tritter.core.stock_routers import AddedExperts, RouterControl
 from tritter.evaluation.losses import sequence_losses
 from tritter.methods.whole import experts_writer, is_of_experts
 from tritter.pipeline.branch import Branch
-from tritter.pipeline.moe import NewExperts
 from tritter.pipeline.run import Run
 from tritter.pipeline.stages.importance import kept_sequences_of
 from tritter.storage.tensors import is_finite
 from tritter.storage.writer import TensorStream
 from tritter.targets import plain
 from tritter.training import FitResult, Method
-from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 from tritter.training.fitting import LEFTOVERS_NAME
 from tritter.training.parameters import whole_state
 
@@ -47,10 +44,10 @@ class TrainedWriter:
         frees_start: delete the initial weights before writing, because they can be recreated.
         steps_before: optimizer steps of the branch before this training run.
         earlier_steps: optimizer steps of earlier tasks since the last expansion.
-        added: appended experts after the expansion; fully open experts are dropped.
-        anneal_steps: steps until they are open; None if this training run does not open them.
+        offset_after: number of steps of the branch → writer of the router offset of appended
+            experts, or None once they are fully open; None without them.
         work: folder of the training run, if it leaves state of methods.
-        routing_state: folder for the routers' biases, which a checkpoint does not store.
+        after_write: called with the model after it is written.
         kept_sequences: sequences to store with the model.
         methods: what acted in the training run, for the lineage.
         has_frozen_base: only LoRA experts were trained, so the base is written unchanged.
@@ -64,10 +61,9 @@ class TrainedWriter:
     frees_start: bool = False
     steps_before: int = 0
     earlier_steps: int = 0
-    added: AddedExperts | None = None
-    anneal_steps: int | None = None
+    offset_after: Callable[[int], Artifact | None] | None = None
     work: Path | None = None
-    routing_state: Path | None = None
+    after_write: Callable[[nn.Module], None] | None = None
     kept_sequences: KeptSequences = field(default_factory=KeptSequences)
     methods: tuple[Method, ...] = ()
     has_frozen_base: bool = False
@@ -81,19 +77,19 @@ class TrainedWriter:
         location: str,
         *,
         stage: str,
-        added: AddedExperts | None,
+        offset_after: Callable[[int], Artifact | None] | None,
     ) -> "TrainedWriter":
         """Return the writer for the result of one training run of a branch.
 
         Args:
             location: folder of the result, relative to the run folder.
             stage: name of the training run in the lineage.
-            added: appended experts, which open during training.
+            offset_after: see the class.
         """
         config, parent, target = run.config, start.own_lineage, run.folder / location
         sections: tuple[str, ...] = ()
         if start.model.family.has_experts:
-            sections = ("moe_routing",) if added is None else ("moe_routing", "adaptation")
+            sections = ("moe_routing",) if offset_after is None else ("moe_routing", "adaptation")
         lineage = replace(
             parent,
             parent_hash=parent.model_hash,
@@ -115,7 +111,11 @@ class TrainedWriter:
             ),
         )
         return cls(
-            start=start.folder, start_model=start.model, target=target, lineage=lineage, added=added
+            start=start.folder,
+            start_model=start.model,
+            target=target,
+            lineage=lineage,
+            offset_after=offset_after,
         )
 
     @classmethod
@@ -124,39 +124,29 @@ class TrainedWriter:
         run: Run,
         branch: Branch,
         *,
-        is_routed: bool,
-        frees_start: bool,
-        methods: tuple[Method, ...],
+        offset_after: Callable[[int], Artifact | None] | None,
     ) -> "TrainedWriter":
         """Return the writer for the trained model of a branch."""
-        start, folder = run.source(branch.location), run.folder / branch.name
-        location, new = branch.trained, NewExperts(run, branch)
-        has_bias = is_routed and run.has_unsaved_bias
+        start, stage = run.source(branch.location), "continued training"
         has_frozen_base = run.config.experts is not None and not branch.is_control
         dtype = run.published_dtype
         if not branch.is_final:  # later training runs start from float32
             dtype = start.tensors.main_dtype if has_frozen_base else "float32"
         return replace(
-            cls.of_stage(run, branch, start, location, stage="continued training", added=new.added),
+            cls.of_stage(
+                run, branch, start, branch.trained, stage=stage, offset_after=offset_after
+            ),
             dtype=dtype,
-            frees_start=frees_start,
-            steps_before=new.router_steps,
             earlier_steps=start.own_lineage.step if branch.task else 0,
-            anneal_steps=new.anneal_steps,
-            work=folder,
-            routing_state=folder / "routing" if has_bias else None,
+            work=run.folder / branch.name,
             kept_sequences=kept_sequences_of(run, branch),
-            methods=methods,
             has_frozen_base=has_frozen_base,
         )
 
     def __call__(self, model: nn.Module, result: FitResult) -> None:
         """Write `model` after this training run."""
-        steps, added = self.steps_before + result.weights_step, self.added
-        if added is not None and self.anneal_steps is not None:
-            added = added.at(added.step + steps, anneal_steps=self.anneal_steps)
-        is_settled = added is None or added.is_settled
-        start = self.start_model
+        steps, start = self.steps_before + result.weights_step, self.start_model
+        offset = None if self.offset_after is None else self.offset_after(steps)
         if self.frees_start:
             _unlink_weights(self.start, model)
         config, base = start.config, Source.written(self.start, start, self.lineage)
@@ -177,7 +167,7 @@ class TrainedWriter:
         lineage = replace(
             self.lineage,
             step=self.earlier_steps + steps,
-            stock_loadable="yes" if is_settled else "after adaptation",
+            stock_loadable="yes" if offset is None else "after adaptation",
             expansion_history=(*self.lineage.expansion_history, *chain(*records)),
             training_config={**self.lineage.training_config, "last_rate": result.last_rate},
         )
@@ -191,17 +181,15 @@ class TrainedWriter:
             lineage=lambda: lineage,
             artifacts=(
                 partial(copy_small_files, self.start),
-                None if is_settled or added is None else added.write,
+                offset,
                 None if self.work is None else partial(write_states, self.work),
                 replace(self.kept_sequences, losses=losses).write,
                 experts_writer(model),
             ),
             overwrite=True,
         )
-        if self.routing_state is not None:
-            state = RouterControl.attached(model)
-            assert state is not None
-            SafetensorsCheckpointIO().save_checkpoint(state.state_dict(), self.routing_state)
+        if self.after_write is not None:
+            self.after_write(model)
 
 
 def _rounded(stream: TensorStream, model: Model, dtype: str) -> TensorStream:

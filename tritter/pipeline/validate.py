@@ -6,13 +6,13 @@ Only one model is in memory at a time: the source is released before the result 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from tritter.checkpoints import Lineage
+from tritter.checkpoints import Lineage, Source
 from tritter.checkpoints.record import window_length
 from tritter.checkpoints.run_text import recorded_chat
 from tritter.core.families import Model
@@ -35,7 +35,7 @@ from tritter.evaluation.statistics import PairedScores
 from tritter.planning.memory import machine_memory
 from tritter.report.table import mean_shift_text
 from tritter.storage.hashing import merkle_hash, tensor_digest
-from tritter.storage.tensors import TensorFolder
+from tritter.storage.reading import TOKENIZER_NAME
 from tritter.terminal import NewBar, no_bar, waiting
 from tritter.training.gradient_flow import NewUnits, run_trial_steps
 
@@ -48,23 +48,18 @@ _SEQUENCE_LENGTH = 128
 _SEQUENCES, _BATCH_SIZE = 8, 16
 _FLOAT32 = 4  # bytes
 _ROUNDED = ("bfloat16", "float16")
+_Documents = Mapping[str, Sequence[Document]]  # by domain
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Domains:
-    """Domain → its documents, with the reason if there are none."""
-
-    documents: Mapping[str, Sequence[Document]]
-    missing_reason: str
-
-
-def _load_recorded(kind: str, source: Lineage | None, result: Lineage | None) -> _Domains:
-    """Return the held-out documents of the domains in the result's lineage."""
+def _load_recorded(
+    kind: str, source: Lineage | None, result: Lineage | None
+) -> tuple[_Documents, str]:
+    """Return the held-out documents of the domains in the result's lineage, as `_read`."""
     if result is None or result.split is None or not result.domains:
-        return _Domains({}, "the result's lineage records no data")
+        return {}, "the result's lineage records no data"
     trained = _is_trained(source, result)
     if kind == "target" and not trained:
-        return _Domains({}, "the result was not trained after the source")
+        return {}, "the result was not trained after the source"
     new = set(result.training_config.get("new") or ()) if trained else set()
     documents = {
         name: domain.documents(result.split, key=name)
@@ -73,7 +68,7 @@ def _load_recorded(kind: str, source: Lineage | None, result: Lineage | None) ->
     }
     parted = result.split.split(documents)
     held_out = {name: validation for name, (_, validation) in parted.items()}
-    return _Domains(held_out, "the result records no such domain")
+    return held_out, "the result records no such domain"
 
 
 def _read(
@@ -83,26 +78,26 @@ def _read(
     *,
     named: TextSources | None,
     limit: int,
-) -> _Domains:
-    """Return the documents of the `kept` or `target` domains, up to the limit."""
+) -> tuple[_Documents, str]:
+    """Return the documents of the `kept` or `target` domains, and the reason if there are none."""
     option = "--data" if kind == "kept" else "--target-data"
     if named is not None:
         size = result.split.piece_characters if result and result.split else PIECE_CHARACTERS
-        whole = {
+        found: _Documents = {
             name: TextRequest(
                 paths, key=f"{option} {name}", piece_characters=size
             ).noted_documents()
             for name, paths in named.items()
         }
-        found = _Domains(whole, f"{option} contains no documents")
+        missing_reason = f"{option} contains no documents"
     else:
         try:
-            found = _load_recorded(kind, source, result)
+            found, missing_reason = _load_recorded(kind, source, result)
         except RequestError as error:
-            found = _Domains({}, f"the recorded data can't be read: {str(error).rstrip('.')}")
-        if not found.documents:
-            found = replace(found, missing_reason=f"{found.missing_reason}; pass {option}")
-    for name, documents in found.documents.items():
+            found, missing_reason = {}, f"the recorded data can't be read: {str(error).rstrip('.')}"
+        if not found:
+            missing_reason += f"; pass {option}"
+    for name, documents in found.items():
         if (number := len(documents)) > limit:
             _logger.warning("%s: %s", name, f"{limit:,} of {number:,} documents are scored.")
     limited = {
@@ -110,9 +105,9 @@ def _read(
             each if each.conversation else replace(each, text=each.text[:_DOCUMENT_CHARACTERS])
             for each in documents[:limit]
         ]
-        for name, documents in found.documents.items()
+        for name, documents in found.items()
     }
-    return replace(found, documents=limited)
+    return limited, missing_reason
 
 
 def _is_trained(source: Lineage | None, result: Lineage) -> bool:
@@ -120,34 +115,20 @@ def _is_trained(source: Lineage | None, result: Lineage) -> bool:
     return dict(result.training_config) != dict(source.training_config if source else {})
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Side:
-    """One of the two checkpoints on disk.
-
-    Args:
-        folder: checkpoint folder.
-        model: the model.
-        lineage: lineage, if any.
-        tokenizer: tokenizer, if any.
-        dtypes: names of the tensor dtypes in torch.
-    """
-
-    folder: Path
-    model: Model
-    lineage: Lineage | None
-    tokenizer: PretrainedTokenizer | None
-    dtypes: frozenset[str]
+class Side(Source):
+    """One of the two checkpoints on disk."""
 
     @classmethod
-    def open(cls, folder: Path) -> "Side":
-        """Open a checkpoint of a supported family; reads everything except the weights.
+    def of(cls, folder: Path) -> "Side":
+        """Open a checkpoint of a supported family; its lineage and tokenizer are optional."""
+        return cls(folder, read_model(folder), Lineage.read(folder))
 
-        The lineage and the tokenizer are optional.
-        """
-        model, tokenizer = read_model(folder), None
-        if (folder / "tokenizer.json").is_file():
-            tokenizer = PretrainedTokenizer.read(folder, vocab_size=model.sizes.vocab_size)
-        return cls(folder, model, Lineage.read(folder), tokenizer, TensorFolder.open(folder).dtypes)
+    @cached_property
+    def tokenizer(self) -> PretrainedTokenizer | None:
+        """The tokenizer, if there is one."""
+        if not (self.folder / TOKENIZER_NAME).is_file():
+            return None
+        return PretrainedTokenizer.read(self.folder, vocab_size=self.vocab_size)
 
     def load(self) -> nn.Module:
         """Return the model in float32, on the GPU if available."""
@@ -211,7 +192,7 @@ def validate(
         kind: _read(kind, source.lineage, result.lineage, named=named, limit=limit)
         for kind, named in (("kept", kept), ("target", target))
     }
-    documents = [one for kind in texts.values() for each in kind.documents.values() for one in each]
+    documents = [one for kind, _ in texts.values() for each in kind.values() for one in each]
     ids = _sequences(source, result, documents)
     data = recorded_chat(result.lineage)
     with waiting(new_bar, "loading the source"):
@@ -237,8 +218,8 @@ def validate(
         _equivalence(source, result, before, after),
         flow,
         Check.of_scaling((before.num_bytes, after.num_bytes), counted),
-        *_compare("kept", before, after, missing_reason=texts["kept"].missing_reason),
-        *_compare("target", before, after, missing_reason=texts["target"].missing_reason),
+        *_compare("kept", before, after, missing_reason=texts["kept"][1]),
+        *_compare("target", before, after, missing_reason=texts["target"][1]),
     ]
 
 
@@ -262,7 +243,7 @@ def _evaluate_side(
     side: Side,
     other: Side,
     ids: Tensor | None,
-    texts: Mapping[str, _Domains],
+    texts: Mapping[str, tuple[_Documents, str]],
     data: ChatChoice,
     new_bar: NewBar,
     *,
@@ -273,16 +254,16 @@ def _evaluate_side(
     Conversations are rendered with the chat template of that tokenizer and the options `data`.
     """
     logits, num_bytes = None if ids is None else logits_of(model, ids), _parameter_bytes(model)
-    has_yardstick = has_yardstick and not other.dtypes.isdisjoint(_ROUNDED)
+    has_yardstick = has_yardstick and not other.tensors.dtypes.isdisjoint(_ROUNDED)
     rounded = None if ids is None or not has_yardstick else rounded_logits_of(model, ids)
     tokenizer, owner = side.tokenizer, side
     if tokenizer is None and side.vocab_size == other.vocab_size:
         tokenizer, owner = other.tokenizer, other
     load = partial(load_tokenizer, owner.folder)
     scores: dict[str, dict[str, PairedScores | None]] = {}
-    for kind, text in texts.items():
-        scores[kind] = dict.fromkeys(text.documents)
-        for domain, documents in text.documents.items():
+    for kind, (of_kind, _) in texts.items():
+        scores[kind] = dict.fromkeys(of_kind)
+        for domain, documents in of_kind.items():
             if tokenizer is None:
                 continue
             is_chat = any(each.conversation for each in documents)
@@ -317,9 +298,10 @@ def _equivalence(source: Side, result: Side, before: _Outputs, after: _Outputs) 
             "logits are not comparable",
         )
     else:
+        dtypes = result.tensors.dtypes
         # Low-precision dtypes to which new weights were rounded
-        rounded = [name for name in _ROUNDED if name in result.dtypes]
-        is_one_type = len(result.dtypes) == 1 and source.dtypes == result.dtypes
+        rounded = [name for name in _ROUNDED if name in dtypes]
+        is_one_type = len(dtypes) == 1 and source.tensors.dtypes == dtypes
         if result.lineage is not None and is_one_type:
             known = len(source.lineage.expansion_history) if source.lineage else 0
             made = result.lineage.expansion_history[known:]
@@ -359,8 +341,7 @@ def _unrelated_reason(source: Side, result: Side) -> str | None:
     if after is None:
         return "the result has no lineage that links it to the source"
     if before is None:
-        tensors = TensorFolder.open(source.folder)
-        found = merkle_hash({n: tensor_digest(n, each) for n, each in tensors.items()})
+        found = merkle_hash({n: tensor_digest(n, each) for n, each in source.tensors.items()})
         is_root = found == after.base_model_hash
         return None if is_root else "unrelated checkpoints: the result starts from another model"
     if before.base_model_hash != after.base_model_hash:

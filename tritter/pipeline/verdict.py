@@ -23,7 +23,6 @@ from tritter.evaluation.jump import Jump
 from tritter.evaluation.statistics import PairedScores, finite_or_none
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.ledger import ExpansionFound, StageResult
-from tritter.pipeline.moe import NewExperts
 from tritter.pipeline.run import Run
 from tritter.pipeline.trained import fitting_dtype
 from tritter.pipeline.windows import LongWindows
@@ -84,9 +83,6 @@ class Candidate:
         """Return the attempts of the run (each is the next fallback), or its rounds.
 
         The baseline stage must be finished.
-
-        Raises:
-            RequestError: the target size can't be reached from the baseline's shape.
         """
         config, candidates = run.config, list[Candidate]()
         if config.pipeline.target_params is None:
@@ -280,7 +276,7 @@ def _training_checks(run: Run, branches: Sequence[Branch]) -> Iterator[Check]:
     the task with the largest deviation from the estimate.
     """
     fits = [run.ledger.training(branch.name) for branch in branches]
-    added = NewExperts(run, branches[0]).added
+    added = run.source(branches[0].expanded).added
     watched = [fit.flow for fit in fits if fit.flow]
     flow: dict[str, Any] = {}  # parameters without gradient in all training runs
     if watched:

@@ -25,6 +25,7 @@ from tritter.evaluation.statistics import PairedScores, score_file
 from tritter.pipeline.branch import Branch
 from tritter.pipeline.run import Run
 from tritter.pipeline.run_data import RunData
+from tritter.pipeline.scoring import Scores
 from tritter.planning.run_memory import tokens_note
 from tritter.report.summary import WindowsRecord
 from tritter.storage.atomic import write_text_atomic
@@ -75,10 +76,7 @@ class LongScores:
 
     def write(self, run: Run, name: str) -> str:
         """Write the scores and return their file, relative to the run folder."""
-        plain = {
-            "scores": {domain: each.to_dict() for domain, each in self.scores.items()},
-            "positions": self.positions,
-        }
+        plain = {"scores": Scores(self.scores).plain(), "positions": self.positions}
         write_text_atomic(run.folder / score_file(name), dumps(plain))
         return score_file(name)
 
@@ -86,16 +84,11 @@ class LongScores:
     def read(cls, run: Run, name: str) -> "LongScores":
         """Return scores that were written under a name."""
         plain = read_object(run.folder / score_file(name), limit_bytes=PairedScores.MAX_FILE_BYTES)
-        scores = {name: PairedScores.from_dict(each) for name, each in plain["scores"].items()}
-        return cls(scores, plain["positions"])
+        return cls(Scores.of(plain["scores"]), plain["positions"])
 
 
 def check(run: Run) -> None:
-    """Reject data that is too small for the windows after an expansion, before any training.
-
-    Raises:
-        RequestError: names the domain.
-    """
+    """Reject data that is too small for the windows after an expansion, before any training."""
     size, needed, notes = run.data.text.split.piece_characters, 0, list[str]()
     for config in run.config.attempts:
         if not any(spec.expansion_type == "context" for spec in config.expansion):

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -43,6 +43,13 @@ from tritter.transform import Change
 _LINE_SECONDS = 10.0  # until the first line of a slow training run
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SECONDS_TO_DIE = 10.0
+_Kind = TypeVar("_Kind", bound=Callback)
+
+
+def find_callback(trainer: Trainer, kind: type[_Kind]) -> _Kind | None:
+    """Return the first callback of a class in a training run, or None."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next((each for each in callbacks if isinstance(each, kind)), None)
 
 
 def ends_step(trainer: Trainer, batch_idx: int) -> bool:
@@ -224,7 +231,7 @@ class ForgettingCallback(Callback):
             self._observe_step(trainer, pl_module)
             module = base_of(pl_module)
             if names := self._still_frozen(module, trainer.global_step):
-                surgery.thaw(trainer, module, names)
+                surgery.set_trained(trainer, module, names, is_trained=True)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

@@ -89,13 +89,16 @@ def encode(value: Any, tensors: dict[str, Tensor], *, key_path: str) -> Any:
         pairs = [
             [
                 encode(key, tensors, key_path=f"{key_path}.key"),
-                _child(value[key], tensors, key_path, key),
+                encode(value[key], tensors, key_path=f"{key_path}.{key}"),
             ]
             for key in value
         ]
         return {"pairs": pairs}
     if isinstance(value, (list, tuple)):
-        items = [_child(item, tensors, key_path, index) for index, item in enumerate(value)]
+        items = [
+            encode(item, tensors, key_path=f"{key_path}.{index}")
+            for index, item in enumerate(value)
+        ]
         return items if isinstance(value, list) else {"tuple": items}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -116,7 +119,3 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if "tuple" in value:
         return tuple(decode(item, tensors) for item in value["tuple"])
     return {decode(key, tensors): decode(item, tensors) for key, item in value["pairs"]}
-
-
-def _child(value: Any, tensors: dict[str, Tensor], key_path: str, name: Any) -> Any:
-    return encode(value, tensors, key_path=f"{key_path}.{name}")

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,12 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    ModelParallelStrategy,
+    ParallelStrategy,
+    Strategy,
+)
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
 from lightning.pytorch.strategies.launchers.multiprocessing import (
     _MultiProcessingLauncher,
@@ -62,6 +67,7 @@ from tritter.training.callbacks import (
     StopRequest,
     Validation,
     WorkCount,
+    find_callback,
     same_random_state,
 )
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
@@ -79,7 +85,6 @@ _CHECKPOINTS_NAME = "checkpoints"  # folder of a ModelCheckpoint, inside that of
 LEFTOVERS_NAME = "left"  # state of continual-learning methods for the next training run
 _PORT = "MASTER_PORT"
 _NO_VALUES = "The ``compute`` method of metric"  # a process may have no replayed sequences
-_KINDS = (RequestError, TritterError, OSError)
 _PROFILERS: dict[str, Any] = {
     "simple": SimpleProfiler,
     "advanced": AdvancedProfiler,
@@ -135,20 +140,10 @@ def fit(
     bar = StepProgress(label=label, max_steps=max_steps, mode=settings.progress, console=console)
     saving = SaveState(saved, every_n_steps=settings.save_every_n_steps, stop=stop, guard=guard)
     validation = None if evaluation is None else Validation(evaluation, stop=stop)
-    flow, memory = GradientFlow({} if task is None else task.new_units), MemoryMeter()
+    flow = GradientFlow({} if task is None else task.new_units)
     best = BestWeights(module.methods, stop=stop) if publishes_best else None
-    conclusion = Conclusion(
-        guard=guard,
-        work=work,
-        flow=flow,
-        memory_meter=memory,
-        validation=validation,
-        saving=saving,
-        stop=stop,
-        best=best,
-        write=write_result,
-    )
-    callbacks = [flow, *observers, *controls, work, memory, Performance(work)]
+    conclusion = Conclusion(stop=stop, write=write_result)
+    callbacks = [flow, *observers, *controls, work, MemoryMeter(), Performance(work)]
     ours = [guard, bar, RandomState(settings.seed, label=label), *surgery_callbacks]
     callbacks += [callback for side in module.side_losses for callback in side.callbacks()]
     if task is not None:
@@ -263,20 +258,27 @@ def _run(
 # writes the trained model. The main process receives the result and errors as plain data.
 
 
-class _WorkerStrategy(DDPStrategy):
-    """DDP with worker processes that the main process starts and that die with it."""
+class _OwnWorkers(ParallelStrategy):
+    """Worker processes that the main process starts and that die with it."""
 
-    def __init__(self, accelerator: str) -> None:
-        self.method = start_method(accelerator)
-        # Explicit: a cluster environment would run the stages around the fit in every process
-        super().__init__(cluster_environment=LightningEnvironment(), start_method=self.method)
+    method: Literal["fork", "spawn"]
 
     def setup_environment(self) -> None:
         _begin_worker(self.method)
         super().setup_environment()
 
     def _configure_launcher(self) -> None:
-        self._launcher = _new_launcher(self, self.method)
+        alone = _WorkerLauncher(self, start_method=self.method)
+        self._launcher = alone if Ranks.leading() is None else _JoinLauncher()
+
+
+class _WorkerStrategy(_OwnWorkers, DDPStrategy):
+    """DDP with worker processes of ours."""
+
+    def __init__(self, accelerator: str) -> None:
+        self.method = start_method(accelerator)
+        # Explicit: a cluster environment would run the stages around the fit in every process
+        super().__init__(cluster_environment=LightningEnvironment(), start_method=self.method)
 
 
 def _begin_worker(method: str) -> None:
@@ -307,32 +309,14 @@ def start_method(accelerator: str) -> Literal["fork", "spawn"]:
     return "fork" if accelerator == "cpu" and is_safe else "spawn"
 
 
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    """An error of a worker process as plain data for the main process.
-
-    Args:
-        kind: Name of its class: OSError or an error class of Tritter.
-        key: Config key that caused it, or empty.
-        text: Error message.
-    """
-
-    kind: str
-    key: str
-    text: str
-
-    @classmethod
-    def of(cls, error: TritterError | OSError) -> "_Failure":
-        kinds = (kind.__name__ for kind in type(error).__mro__ if kind in _KINDS)
-        key = error.problems[0].key if isinstance(error, RequestError) else ""
-        return cls(next(kinds), key, str(error))
-
-    def error(self) -> TritterError:
-        if self.kind == OSError.__name__:
-            return TritterError(f"the training run failed with a system error: {self.text}.")
-        if self.kind == RequestError.__name__:
-            return RequestError(self.text, problems=[Problem(self.key, reason=self.text)])
-        return TritterError(self.text)
+def _for_main_process(error: TritterError | OSError) -> TritterError:
+    """Return an error of a worker process without what can't be pickled."""
+    if isinstance(error, OSError):
+        return TritterError(f"the training run failed with a system error: {error}.")
+    if isinstance(error, RequestError):
+        text, key = str(error), error.problems[0].key
+        return RequestError(text, problems=[Problem(key, reason=text)])
+    return TritterError(str(error))
 
 
 class _WorkerLauncher(_MultiProcessingLauncher):
@@ -349,13 +333,13 @@ class _WorkerLauncher(_MultiProcessingLauncher):
         except (ProcessRaisedException, ProcessExitedException) as error:
             if self._failures.empty():
                 raise
-            raise self._failures.get().error() from error
+            raise self._failures.get() from error
 
     def _wrapping_function(self, process_idx: int, *args: Any) -> None:
         try:
             super()._wrapping_function(process_idx, *args)
         except (TritterError, OSError) as error:
-            self._failures.put(_Failure.of(error))
+            self._failures.put(_for_main_process(error))
             raise
 
     def _collect_rank_zero_results(self, trainer: Trainer, results: Any) -> _WorkerOutput | None:
@@ -389,25 +373,15 @@ class _JoinLauncher(_Launcher):
         """Leave them to the program that started them."""
 
 
-def _new_launcher(strategy: Any, method: Literal["fork", "spawn"]) -> _Launcher:
-    return (
-        _WorkerLauncher(strategy, start_method=method)
-        if Ranks.leading() is None
-        else _JoinLauncher()
-    )
-
-
 def _conclusion(trainer: Trainer) -> Conclusion:
-    return next(one for one in trainer.callbacks if isinstance(one, Conclusion))  # type: ignore[attr-defined]
+    found = find_callback(trainer, Conclusion)
+    assert found is not None
+    return found
 
 
 @contextmanager
 def _worker_processes() -> Iterator[None]:
-    """Prepare for starting worker processes inside the block, and report killed ones.
-
-    Raises:
-        TritterError: A worker process was killed.
-    """
+    """Prepare for starting worker processes inside the block, and report killed ones."""
     port, sharing = os.environ.get(_PORT), get_sharing_strategy()
     set_sharing_strategy("file_system")  # the other one opens a file for every tensor
     try:
@@ -553,8 +527,8 @@ def validation_metrics(
 # Saved states and trained models contain whole tensors, as with one process.
 
 
-class _ShardedStrategy(ModelParallelStrategy):
-    """FSDP2 with worker processes that the main process starts and that die with it.
+class _ShardedStrategy(_OwnWorkers, ModelParallelStrategy):
+    """FSDP2 with worker processes of ours.
 
     Rank 0 writes states with whole tensors; every rank reads them when a run is resumed.
 
@@ -569,13 +543,6 @@ class _ShardedStrategy(ModelParallelStrategy):
             data_parallel_size=devices, tensor_parallel_size=1, save_distributed_checkpoint=False
         )
         self.cluster_environment = LightningEnvironment()
-
-    def setup_environment(self) -> None:
-        _begin_worker(self.method)
-        super().setup_environment()
-
-    def _configure_launcher(self) -> None:
-        self._launcher = _new_launcher(self, self.method)
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Return the whole state by parameter name on rank 0, and nothing on other ranks."""

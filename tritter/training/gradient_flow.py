@@ -51,8 +51,10 @@ class _Waiting:
         self.is_done &= bool(self.dims) or bool(found.any())
 
 
-class _Flow:
+class GradientFlow(Callback):
     """Record of parameters, experts and new coordinates of a model without a gradient so far.
+
+    In a training run, it must precede callbacks that change the gradients.
 
     Args:
         new: Coordinates that the expansion has added.
@@ -65,6 +67,27 @@ class _Flow:
         self._restored: dict[str, Any] = {}
         self._step = 0
         self._closely_until = _CLOSELY
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
+    ) -> None:
+        step = trainer.global_step
+        is_logged = (step + 1) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        is_checked = step < self._closely_until or is_logged
+        self.check(base_of(pl_module).model, step=step, is_checked=is_checked)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = base_of(pl_module)
+        if not trainer.optimizers:
+            return
+        (optimizer,) = trainer.optimizers
+        experts = {stored.name for stored in live_layout(module.model) if stored.is_of_experts}
+        for name in experts & self._waiting.keys():
+            parameter = module.model.get_parameter(name)
+            for value in optimizer.state.get(parameter, {}).values():
+                is_like = isinstance(value, Tensor) and value.shape == parameter.shape
+                if is_like and not self._waiting[name].is_done:
+                    self._waiting[name].observe(value)  # tokens of steps that were not checked
 
     def check(self, model: nn.Module, *, step: int, is_checked: bool = True) -> None:
         """Check the gradients of a step.
@@ -157,35 +180,10 @@ class _Flow:
             self._waiting[stored.name] = entered
 
 
-class GradientFlow(_Flow, Callback):
-    """Check the gradients of a training run; must precede callbacks that change them."""
-
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
-    ) -> None:
-        step = trainer.global_step
-        is_logged = (step + 1) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        is_checked = step < self._closely_until or is_logged
-        self.check(base_of(pl_module).model, step=step, is_checked=is_checked)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        module = base_of(pl_module)
-        if not trainer.optimizers:
-            return
-        (optimizer,) = trainer.optimizers
-        experts = {stored.name for stored in live_layout(module.model) if stored.is_of_experts}
-        for name in experts & self._waiting.keys():
-            parameter = module.model.get_parameter(name)
-            for value in optimizer.state.get(parameter, {}).values():
-                is_like = isinstance(value, Tensor) and value.shape == parameter.shape
-                if is_like and not self._waiting[name].is_done:
-                    self._waiting[name].observe(value)  # tokens of steps that were not checked
-
-
 def run_trial_steps(
     model: nn.Module, input_ids: Tensor, new: NewUnits, *, steps: int
 ) -> dict[str, Any]:
-    """Train a model for a few trial steps and return the result of `_Flow.report`.
+    """Train a model for a few trial steps and return the result of `GradientFlow.report`.
 
     A step moves each parameter against the sign of its gradient, like Adam's first step, but
     without storing moments.
@@ -197,7 +195,7 @@ def run_trial_steps(
         steps: Number of steps.
     """
     parameters = list(model.parameters())
-    flow = _Flow(new)
+    flow = GradientFlow(new)
     model.train()
     with torch.random.fork_rng():
         torch.manual_seed(0)  # the same dropout in each call

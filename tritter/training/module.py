@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,14 +27,6 @@ _SUMMED = ("nats", "right", "tokens")  # per domain, over the windows of a valid
 _BACKEND = "inductor"
 # It propagates NaN. MeanMetric would lose its weights with this setting (torchmetrics 1.9).
 _sum = partial(SumMetric, nan_strategy="disable")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TaskLoss:
-    """The task loss, and the logits [B, T, V] of its forward pass."""
-
-    value: Tensor
-    logits: Tensor
 
 
 class BaseModule(LightningModule):
@@ -123,8 +114,7 @@ class BaseModule(LightningModule):
         if not self.is_task_alone:
             for method in self.methods:
                 method.observe_batch(self.model, batch)
-        task = self.task_loss(batch)
-        loss = task.value
+        loss, logits = self.task_loss(batch)
         self.log_step_mean("train/loss", loss)
         for side in self.side_losses:
             extra, terms = side.loss(self.model, batch, step=self.global_step)
@@ -132,7 +122,7 @@ class BaseModule(LightningModule):
                 self.log_step_mean(name, term)
             loss = loss + extra
         for method in self.methods:
-            added = method.extra_loss(self.model, batch, task.logits)
+            added = method.extra_loss(self.model, batch, logits)
             if added is not None:
                 self.log_step_mean(f"forgetting/{method.name}/loss", added)
                 loss = loss + added
@@ -149,8 +139,8 @@ class BaseModule(LightningModule):
         """Whether the loss is the next-token loss of new data only."""
         return not self.side_losses and not any(one.is_in_gradients() for one in self.methods)
 
-    def task_loss(self, batch: Mapping[str, Any]) -> TaskLoss:
-        """Return the mean next-token loss of a batch in nats per predicted token.
+    def task_loss(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return the mean next-token loss of a batch in nats per predicted token, and its logits.
 
         With padding or prompts, batches have different numbers of predicted tokens. The loss is
         scaled so that the averaged gradients of a step are those of the mean over the predicted
@@ -171,7 +161,7 @@ class BaseModule(LightningModule):
             options["num_items_in_batch"] = count.clamp(min=1) / (ranks * len(window))
         model = self.compiled or self.model
         output = model(input_ids=input_ids, labels=labels, use_cache=False, **options)
-        return TaskLoss(output.loss, output.logits)
+        return output.loss, output.logits
 
     def on_validation_epoch_start(self) -> None:
         domains = self.trainer.datamodule.evaluation.domains  # type: ignore[attr-defined]

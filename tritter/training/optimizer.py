@@ -7,12 +7,12 @@ import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
 from tritter.errors import Problem, RequestError, nearest
-from tritter.options import field_keys, options
+from tritter.options import options
 from tritter.targets import (
     TARGET,
     argument_problems,
@@ -54,26 +54,19 @@ _OWN = ("params", "lr")  # set by Tritter
 
 
 @options
-class OptimizerValues:
-    """The keys of `optimizer` that are not arguments of its class.
+class OptimizerSettings:
+    """An optimizer without its learning rate, which the schedule sets.
 
     Args:
         weight_decay: Weight decay of matrices; vectors (norm gains, biases) have none. None: the
             default of the class.
-    """
-
-    weight_decay: Annotated[float, Field(ge=0)] | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OptimizerSettings(OptimizerValues):
-    """An optimizer without its learning rate, which the schedule sets.
-
-    Args:
         target: Dotted name of the class.
         arguments: Arguments of the class except `weight_decay`.
     """
 
+    KEYS: ClassVar = ("weight_decay",)  # of `optimizer` that are not arguments of its class
+
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
     target: str = "torch.optim.AdamW"  # arXiv 1711.05101
     arguments: Mapping[str, Any] = field(default_factory=lambda: {"betas": (0.9, 0.95)})
 
@@ -149,7 +142,7 @@ class OptimizerSettings(OptimizerValues):
             return [Problem("optimizer.weight_decay", self.weight_decay, reason=reason)]
         if found := list(argument_problems(kind, arguments, key="optimizer", reserved=_OWN)):
             return found
-        own = (*field_keys(OptimizerValues, ""), "name")
+        own = (*self.KEYS, "name")
         named = _spelling(dotted(kind).rpartition(".")[2])
         same_class = [body for body in shipped if _spelling(str(body["name"])) == named]
         if any({k: body[k] for k in body if k not in own} == arguments for body in same_class):

@@ -13,7 +13,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from tritter.core.stock_routers import RouterControl
 from tritter.errors import TritterError
 from tritter.training.callbacks import (
     FiniteGuard,
@@ -23,14 +22,13 @@ from tritter.training.callbacks import (
     Validation,
     WorkCount,
     ends_step,
+    find_callback,
 )
 from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 from tritter.training.forgetting_method import ForgettingMethod
 from tritter.training.gradient_flow import GradientFlow
 from tritter.training.module import BaseModule, base_of
 from tritter.training.parameters import live_layout
-
-_ROUTING = "RoutingCallback"  # saves the routers' offsets and biases
 
 
 class MemoryMeter(Callback):
@@ -152,7 +150,8 @@ class FitResult:
 class WriteResult(Protocol):
     """Writes a trained model; called once, on rank 0, in the process that trained.
 
-    It must be picklable for spawned processes: a module-level function or a frozen record.
+    It must be picklable for spawned processes: a module-level function, a partial of one, or a
+    frozen record.
     """
 
     def __call__(self, model: nn.Module, result: FitResult) -> None:
@@ -162,8 +161,8 @@ class WriteResult(Protocol):
 class BestWeights(Callback):
     """At the end of a fit, load the weights that the run's ModelCheckpoint saved as its best.
 
-    The states of forgetting methods and routers of that step are loaded with them. It must precede
-    all callbacks that write at the end of a fit.
+    The states of forgetting methods of that step are loaded with them, and those of callbacks with
+    `is_of_weights`. It must precede all callbacks that write at the end of a fit.
 
     Args:
         methods: Forgetting methods of the run.
@@ -180,8 +179,8 @@ class BestWeights(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._stop.is_requested:
             return
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        saver = next(each for each in callbacks if isinstance(each, ModelCheckpoint))
+        saver = find_callback(trainer, ModelCheckpoint)
+        assert saver is not None
         path = Path(saver.best_model_path)
         if not saver.best_model_path or not path.is_dir():
             raise TritterError(
@@ -194,9 +193,10 @@ class BestWeights(Callback):
         states = saved["callbacks"].get(ForgettingCallback.__qualname__, {})
         for method in self._methods:
             method.load_state_dict(states[method.name])
-        routing = RouterControl.attached(base_of(pl_module).model)
-        if routing is not None and (state := saved["callbacks"].get(_ROUTING)):
-            routing.load_state_dict(state["routing"])  # offsets are not among the weights
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            state = saved["callbacks"].get(callback.state_key)
+            if state and getattr(callback, "is_of_weights", False):
+                callback.load_state_dict(state)
         self.step = int(saved["global_step"])
 
 
@@ -207,14 +207,7 @@ class Conclusion(Callback):
     write has succeeded or failed. Nothing is written for a stopped run.
 
     Args:
-        guard: Counter of skipped steps.
-        work: Counter of tokens and FLOPs.
-        flow: Record of parameters without a gradient.
-        memory_meter: Memory measurement.
-        validation: Counter of FLOPs and seconds of validation, if any.
-        saving: Record of an early end.
         stop: Stop request by a signal.
-        best: Loader of the best weights, if they replace the last ones.
         write: Writer of the trained model, if any.
 
     Attributes:
@@ -222,23 +215,8 @@ class Conclusion(Callback):
             in the main process.
     """
 
-    def __init__(
-        self,
-        *,
-        guard: FiniteGuard,
-        work: WorkCount,
-        flow: GradientFlow,
-        memory_meter: MemoryMeter,
-        validation: Validation | None,
-        saving: SaveState,
-        stop: StopRequest,
-        best: BestWeights | None,
-        write: WriteResult | None,
-    ) -> None:
-        self._guard, self._work, self._flow = guard, work, flow
-        self._memory_meter = memory_meter
-        self._validation, self._saving, self._stop = validation, saving, stop
-        self._best, self._write = best, write
+    def __init__(self, *, stop: StopRequest, write: WriteResult | None) -> None:
+        self._stop, self._write = stop, write
         self._before: dict[str, Tensor] = {}
         self.result: FitResult | None = None
 
@@ -282,22 +260,27 @@ class Conclusion(Callback):
             self._stop.note(exported["stopped_by"])
 
     def _build_result(self, trainer: Trainer, module: BaseModule) -> FitResult:
-        validation, callbacks = self._validation, trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        work, guard = find_callback(trainer, WorkCount), find_callback(trainer, FiniteGuard)
+        flow, memory = find_callback(trainer, GradientFlow), find_callback(trainer, MemoryMeter)
+        saving, best = find_callback(trainer, SaveState), find_callback(trainer, BestWeights)
+        validation = find_callback(trainer, Validation)
+        assert work and guard and flow and memory and saving
         return FitResult(
             steps=trainer.global_step,
-            num_tokens=self._work.tokens,
-            flops=self._work.flops + sum(side.flops for side in module.side_losses),
+            num_tokens=work.tokens,
+            flops=work.flops + sum(side.flops for side in module.side_losses),
             evaluation_flops=0.0 if validation is None else validation.flops,
             evaluation_seconds=0.0 if validation is None else validation.seconds,
-            refused_steps=self._guard.refused_steps,
-            stopped_because=self._guard.stopped_because,
-            ended_early=self._saving.ended_early,
-            best_step=None if self._best is None else self._best.step,
+            refused_steps=guard.refused_steps,
+            stopped_because=guard.stopped_because,
+            ended_early=saving.ended_early,
+            best_step=None if best is None else best.step,
             last_rate=module.schedule.rate(trainer.global_step - 1) if trainer.global_step else 0.0,
             update_norms=_update_norms(self._before, module.model),
-            flow=self._flow.report(module.model),
-            memory=self._memory_meter.memory,
-            packing=self._work.packing(),
+            flow=flow.report(module.model),
+            memory=memory.memory,
+            packing=work.packing(),
             reports={c.report_name: c.report() for c in callbacks if hasattr(c, "report_name")},
             notes=tuple(getattr(trainer.train_dataloader, "notes", ())),
         )

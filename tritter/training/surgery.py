@@ -109,8 +109,7 @@ def apply_plain(
     _check_shapes(model, change)
     ties, others = _ties(model), _count_others(model, change)
     old = dict(model.named_parameters())
-    if change.removed or any(stored.name not in old for stored in change.after):
-        raise RequestError("in a plain training loop, a change cannot add or remove parameters.")
+    assert not change.removed and all(stored.name in old for stored in change.after)
     moments, before = {}, {}
     if optimizer is not None:
         moments = carried_moments(optimizer, model, change, stored_tensors=change.altered)
@@ -131,28 +130,14 @@ def apply_plain(
     _check_model(optimizer, model, change, ties=ties, num_others=others)
 
 
-def thaw(trainer: Trainer, module: BaseModule, names: Collection[str]) -> None:
-    """Unfreeze parameters of a running training from its next step.
+def set_trained(
+    trainer: Trainer, module: BaseModule, names: Collection[str], *, is_trained: bool
+) -> None:
+    """Unfreeze or freeze parameters of a running training from its next step.
 
-    They take the positions that they would have in a new optimizer, without moments.
-
-    Raises:
-        RequestError: The call is not between two optimizer steps, or the strategy is not
-            supported.
-    """
-    _check_moment(trainer, module)
-    (optimizer,), parameters = trainer.optimizers, dict(module.model.named_parameters())
-    for name in names:
-        parameters[name].requires_grad_(True)
-    _follow_groups(optimizer, module, parameters, {}, {})
-    _wrap(trainer, module)
-
-
-def freeze(trainer: Trainer, module: BaseModule, names: Collection[str]) -> None:
-    """Freeze parameters of a running training from its next step.
-
-    They are removed from the optimizer with their moments, so neither weight decay nor momentum
-    changes them.
+    Unfrozen parameters take the positions that they would have in a new optimizer, without moments.
+    Frozen ones are removed from the optimizer with their moments, so neither weight decay nor
+    momentum changes them.
 
     Raises:
         RequestError: The call is not between two optimizer steps, or the strategy is not
@@ -160,10 +145,11 @@ def freeze(trainer: Trainer, module: BaseModule, names: Collection[str]) -> None
     """
     _check_moment(trainer, module)
     (optimizer,), parameters = trainer.optimizers, dict(module.model.named_parameters())
-    for name in names:
-        parameters[name].requires_grad_(False)
-        parameters[name].grad = None
-        optimizer.state.pop(parameters[name], None)
+    for parameter in map(parameters.__getitem__, names):
+        parameter.requires_grad_(is_trained)
+        if not is_trained:
+            parameter.grad = None
+            optimizer.state.pop(parameter, None)
     _follow_groups(optimizer, module, parameters, {}, {})
     _wrap(trainer, module)
 
@@ -455,9 +441,6 @@ def _write_eight_bit(
         before: State of the parameter that this one replaces. Blocks with unchanged values keep
             their exact codes and scales. Quantising again would shrink the largest value of a
             block by 0.7 % if it is negative, because there is no code for −1.
-
-    Raises:
-        TritterError: A moment to quantise is not finite.
     """
     from bitsandbytes.functional import quantize_blockwise
 

@@ -362,7 +362,8 @@ class ExpertCallback(Callback):
     def _thaw(self, trainer: Trainer, module: ExpertModule, name: str) -> None:
         if self.registry.members[name].is_frozen:
             own = module.mixture.lora.parameters(name)
-            surgery.thaw(trainer, module, [key for key in own if not own[key].requires_grad])
+            frozen = [key for key in own if not own[key].requires_grad]
+            surgery.set_trained(trainer, module, frozen, is_trained=True)
             self.registry.thaw(name)
 
     def _evict(
@@ -395,7 +396,7 @@ class ExpertCallback(Callback):
             chosen = [
                 key for key in own if parts is None or any(f".{each}." in key for each in parts)
             ]
-            surgery.freeze(trainer, module, chosen)
+            surgery.set_trained(trainer, module, chosen, is_trained=False)
             member.is_frozen, member.is_whole = True, len(chosen) == len(own)
             what = "it" if member.is_whole else " and ".join(parts or ())
             self._record_event(trainer, "frozen", name, f"stalled at rank {rank}; {what} is frozen")

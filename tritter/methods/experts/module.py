@@ -15,7 +15,6 @@ from tritter.evaluation.inference import preserve_modes
 from tritter.methods.experts.gates import Gates, Routing
 from tritter.methods.experts.mixture import ExpertMixture
 from tritter.training import BaseModule
-from tritter.training.module import TaskLoss
 from tritter.training.parameters import Journal
 
 
@@ -45,15 +44,15 @@ class ExpertModule(BaseModule):
         self.young: str | None = None
         self.gates: list[Gates] = []
         self.share = 1.0
-        self._task: TaskLoss | None = None
+        self._logits: Tensor | None = None  # of the task's forward pass
 
-    def task_loss(self, batch: Mapping[str, Tensor]) -> TaskLoss:
-        """Return the loss of the task, and store its forward pass for the additional losses."""
-        self._task = super().task_loss(batch)
+    def task_loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return loss and logits of the task, and store what the additional losses need."""
+        loss, self._logits = super().task_loss(batch)
         kept = kept_tokens(self.model, batch["input_ids"])
         self.gates = self.mixture.gates(kept)  # a teacher's pass overwrites them
         self.share = 1.0 if kept is None else _share(kept)
-        return self._task
+        return loss, self._logits
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
         """Return the loss of the task plus the additional losses, each of which is logged."""
@@ -69,7 +68,7 @@ class ExpertModule(BaseModule):
         for name, value in found.items():
             self.log_step_mean(f"experts/{name}_loss", value)
             loss = loss + self.losses[name] * value.to(loss.dtype)
-        self._task = None
+        self._logits = None
         return loss
 
     @property
@@ -135,15 +134,14 @@ class ExpertModule(BaseModule):
 
         The average over the processes is the mean over the predictions of all.
         """
-        assert self._task is not None
+        assert self._logits is not None
         input_ids = batch["input_ids"]
         with torch.no_grad(), self.mixture.without(young), preserve_modes(self.model):
             self.model.eval()  # no dropout in either pass
             teacher = self.model(input_ids=input_ids, use_cache=False).logits
         kept = labels_of(self.model, input_ids)[:, 1:] != IGNORED  # what is predicted, [B, T - 1]
         own, target = (
-            log_softmax(logits[:, :-1][kept].float(), dim=-1)
-            for logits in (self._task.logits, teacher)
+            log_softmax(logits[:, :-1][kept].float(), dim=-1) for logits in (self._logits, teacher)
         )
         return _share(kept) * kl_div(own, target, reduction="batchmean", log_target=True)
 

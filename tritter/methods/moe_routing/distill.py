@@ -21,7 +21,6 @@ from tritter.methods.moe_routing.objective import RoutingObjective
 from tritter.methods.moe_routing.options import RoutingOptions
 from tritter.methods.moe_routing.separate import SeparateExperts, only_trainable
 from tritter.training import BaseModule, OptimizerSettings, Schedule
-from tritter.training.module import TaskLoss
 from tritter.training.parameters import flops_of_sequence
 
 
@@ -63,8 +62,8 @@ class DistillationModule(BaseModule):
     def on_fit_start(self) -> None:
         self._teacher[0].to(self.device)
 
-    def task_loss(self, batch: Mapping[str, Tensor]) -> TaskLoss:
-        """Return the divergence from the teacher in nats per token."""
+    def task_loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the divergence from the teacher in nats per token, and the student's logits."""
         (teacher,), input_ids = self._teacher, batch["input_ids"]
         with torch.no_grad():
             teacher_logits = teacher(input_ids=input_ids, use_cache=False).logits
@@ -73,7 +72,7 @@ class DistillationModule(BaseModule):
         both = (
             each if kept is None else each[kept][None] for each in (teacher_logits, student_logits)
         )
-        return TaskLoss(_soft_divergence(*both, temperature=self.temperature), student_logits)
+        return _soft_divergence(*both, temperature=self.temperature), student_logits
 
     def step_flops(self) -> Flops:
         flops = forward_flops(model_of(self._teacher[0]))

@@ -222,6 +222,8 @@ class RoutingCallback(Callback):
         objective: the objective of the trained module.
     """
 
+    is_of_weights = True  # offsets and biases, which are not among the saved weights
+
     def __init__(self, objective: RoutingObjective) -> None:
         self._objective = objective
         self._counts: list[tuple[Tensor, ...]] = []  # of the step's batches so far

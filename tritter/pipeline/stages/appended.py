@@ -103,13 +103,16 @@ class Distill(_Training):
     def work(self, run: Run, branch: Branch) -> StageResult:
         """Train the new experts alone."""
         options, teacher = run.config.adaptation, _teacher_of(branch)
-        start = run.source(branch.location)
-        added = NewExperts(run, branch).added
+        start, new = run.source(branch.location), NewExperts(run, branch)
+        added = new.added
         assert teacher is not None and added is not None
         model = run.load(branch.location)
         folder, steps = run.folder / branch.name / self.working, options.distill_steps
         location, stage = self.folder(branch), "distillation of new experts"
-        write = TrainedWriter.of_stage(run, branch, start, location, stage=stage, added=added)
+        offset_after = new.offset_after(opens=False)
+        write = TrainedWriter.of_stage(
+            run, branch, start, location, stage=stage, offset_after=offset_after
+        )
         run.say("distill", f"{steps} steps of the new experts; teacher: {teacher}")
         with only_new_experts(model, added.experts):
             module = DistillationModule(
@@ -153,12 +156,9 @@ class Adapt(_Training):
         model = run.load(branch.location)
         if options.router_update == "retrain":
             redraw_rows(model, added.experts, seed=run.seed("router", *branch.purpose))
-        location = self.folder(branch)
-        write = replace(
-            TrainedWriter.of_stage(
-                run, branch, start, location, stage="router adaptation", added=added
-            ),
-            anneal_steps=new.anneal_steps,
+        location, stage = self.folder(branch), "router adaptation"
+        write = TrainedWriter.of_stage(
+            run, branch, start, location, stage=stage, offset_after=new.offset_after()
         )
         run.say("adapt", f"{steps} router steps on {', '.join(run.data.new_domains_of(branch))}")
         with new.router_trainee(model) as trainee:

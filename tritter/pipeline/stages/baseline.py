@@ -9,7 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,13 +90,8 @@ def run_baseline(run: Run) -> None:
     """Create the initial model of the run."""
     is_finished = run.ledger.get("baseline") is not None
     run.stage("baseline", lambda: _baseline(run), label="baseline")
-    if is_finished:
-        _check_start(run)
-
-
-def _check_start(run: Run) -> None:
-    """Refuse a run of an earlier version of Tritter, which began texts in another way."""
-    for scores in run.read_scores("baseline").values():
+    for scores in run.read_scores("baseline").values() if is_finished else ():
+        # An earlier version began texts in another way
         if scores.unit == "nats" and scores.start != run.data.bounds.start:
             raise RequestError(
                 f"resume = {run.folder}: an earlier version scored texts that begin with the "
@@ -228,10 +223,6 @@ def _obtain_base(run: Run) -> tuple[Path, float]:
 
     Returns:
         Its folder in the cache, and the seconds that this run spent training it.
-
-    Raises:
-        RequestError: the cache is not writable.
-        TritterError: pretraining failed.
     """
     made_from = _base_made_from(run)
     folder = run.config.cache_dir / "bases" / _content_key(made_from)
@@ -325,7 +316,8 @@ def _train_base(run: Run, folder: Path, made_from: Mapping[str, Any]) -> float:
         split=run.data.text.split,
         domains=run.data.learned(run.data.old_domains),
     )
-    write = _BaseWriter(
+    write = partial(
+        _write_base,
         folder=folder,
         base=model,
         lineage=lineage,
@@ -356,41 +348,43 @@ def _train_base(run: Run, folder: Path, made_from: Mapping[str, Any]) -> float:
     return result.seconds
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _BaseWriter:
-    """Writes a base model into the cache, unless its training stopped early.
+def _write_base(
+    model: nn.Module,
+    result: FitResult,
+    *,
+    folder: Path,
+    base: Model,
+    lineage: Lineage,
+    tokenizer: Tokenizer,
+    work: Path,
+) -> None:
+    """Write a base model into the cache, unless its training stopped early.
 
     The caller holds the lock of the cache entry.
 
     Args:
+        model: the trained model.
+        result: the result of its training.
         folder: cache entry.
         base: the base model.
         lineage: lineage without the steps and FLOPs.
         tokenizer: tokenizer of the base model.
         work: folder of the training run, which leaves state of methods.
     """
-
-    folder: Path
-    base: Model
-    lineage: Lineage
-    tokenizer: Tokenizer
-    work: Path
-
-    def __call__(self, model: nn.Module, result: FitResult) -> None:
-        if result.stopped_because is not None or self.folder.exists():
-            return
-        training = {"stage": "pretraining", "flops": result.flops, **self.lineage.training_config}
-        lineage = replace(self.lineage, step=result.steps, training_config=training)
-        write_checkpoint(
-            self.folder,
-            config=self.base.config,
-            tensors=TensorStream.of(self.base.disk_tensors(model.state_dict())).to(torch.float32),
-            lineage=lambda: lineage,
-            artifacts=[
-                partial(save_tokenizer, self.tokenizer, end_of_text=END_OF_TEXT),
-                partial(write_states, self.work),
-            ],
-        )
+    if result.stopped_because is not None or folder.exists():
+        return
+    training = {"stage": "pretraining", "flops": result.flops, **lineage.training_config}
+    whole = replace(lineage, step=result.steps, training_config=training)
+    write_checkpoint(
+        folder,
+        config=base.config,
+        tensors=TensorStream.of(base.disk_tensors(model.state_dict())).to(torch.float32),
+        lineage=lambda: whole,
+        artifacts=[
+            partial(save_tokenizer, tokenizer, end_of_text=END_OF_TEXT),
+            partial(write_states, work),
+        ],
+    )
 
 
 def _is_intact(folder: Path) -> bool:

@@ -3,13 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from tritter.core.families import Model, forward_flops
-from tritter.core.stock_routers import RouterControl
 from tritter.data.packing import lengths_of
 from tritter.evaluation.statistics import score_file
-from tritter.methods.moe_routing.objective import moe_usage
 from tritter.methods.whole import expert_usage, reading_flops
 from tritter.pipeline import windows
 from tritter.pipeline.branch import Branch
@@ -71,16 +67,7 @@ class Evaluate(Stage):
                     run.reading(start), before, run, trained, progress=new_bar("writing samples")
                 )
             flops += spent
-        read, used, lora_used = list[Tensor](), None, None
-        if RouterControl.of(trained) is not None:
-            of_routers = {
-                name: run.data.spaced_sequences([name], _USAGE_OF_ROUTERS)
-                for name in run.data.domains
-            }
-            with run.progress_bars() as new_bar:
-                bar = new_bar("measuring routers")
-                used = moe_usage(trained.to(run.device), of_routers, progress=bar)
-            read += of_routers.values()
+        lora_used, (used, read) = None, training.new_experts.usage(trained, _USAGE_OF_ROUTERS)
         if run.source(branch.trained).experts is not None:
             of_experts = {
                 domain: run.data.sample_equally([domain], _USAGE_SEQUENCES, "usage").long()

@@ -4,6 +4,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 
 from lightning import Callback
@@ -12,8 +13,6 @@ from torch import nn
 from tritter.checkpoints import Lineage, Source
 from tritter.config.schema import RunConfig
 from tritter.core.families import forward_flops
-from tritter.core.models import load_model
-from tritter.core.stock_routers import RouterControl
 from tritter.data.datamodule import ValidationSubset
 from tritter.data.packing import lengths_of
 from tritter.errors import RequestError
@@ -44,10 +43,10 @@ from tritter.training import (
     metrics_files,
     read_metrics,
 )
-from tritter.training.checkpoint_io import SafetensorsCheckpointIO
 from tritter.training.forgetting_method import replayed_share
 from tritter.training.options import callbacks_of
 
+_ROUTING = "routing"  # folder of the routers' biases, while they are measured
 _EARLIER = ("adapt", "distill")  # stages that train a branch before its main training run
 
 
@@ -66,12 +65,12 @@ class Fit(Stage):
         run.ledger.watch_disk()
         flops = result.flops + _measuring_flops(run, write, location)
         ending = _report(run, branch, result)
-        if write.routing_state is not None:
+        if write.after_write is not None:
             run.say("", "scores with the selection bias, which is not saved:")
-            biased = _with_routing(run.source(location), write.routing_state)
+            biased = NewExperts.load_with_routing(run.source(location), folder / _ROUTING)
             run.score(biased, f"{branch.name}-biased")
             flops += run.data.scoring.flops(forward_flops(start.model))
-            shutil.rmtree(write.routing_state)
+            shutil.rmtree(folder / _ROUTING)
         found = TrainingFound.of(result)
         spent, eval_mode = {branch.label("fit"): flops}, branch.label("validation")
         if result.evaluation_flops:  # the control has a single entry
@@ -113,6 +112,11 @@ class BranchTraining:
         self.forgetting = build_methods(run.config.forgetting)
         self.methods = (*others, *self.forgetting)
 
+    @cached_property
+    def new_experts(self) -> NewExperts:
+        """The experts that its expansion has appended, and the routers of its model."""
+        return NewExperts(self._run, self._branch)
+
     @property
     def peak_rate(self) -> float:
         """The peak learning rate, which the methods may change."""
@@ -137,13 +141,10 @@ class BranchTraining:
             observer: callback of a test.
         """
         run, branch, methods = self._run, self._branch, self.forgetting
-        is_test, start, options = (
-            schedule is not None,
-            run.source(branch.location),
-            run.config.training,
-        )
+        is_test, start = schedule is not None, run.source(branch.location)
         frees_start = _may_release_start(run, branch)
-        max_steps, rate = options.max_steps * branch.num_trainings, self.peak_rate
+        options, rate = run.config.training, self.peak_rate
+        max_steps = options.max_steps * branch.num_trainings
         settings = replace(options, max_steps=max_steps, learning_rate=rate)
         trainee = Trainee(self.load(start))
         model = trainee.model
@@ -152,30 +153,37 @@ class BranchTraining:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad &= not bool(mapped[name].any())
         _announce(run, branch, schedule.max_steps if schedule else max_steps, rate)
-        with NewExperts(run, branch).training_of_routers(trainee):
-            is_routed = bool(trainee.side_losses)
+        new, folder = self.new_experts, run.folder / branch.name
+        with new.training_of_routers(trainee):
+            has_bias = bool(trainee.side_losses) and run.has_unsaved_bias
             task = importance.task(run, branch, follow=trainee.follow)
             for one in run.config.forgetting if task.old_sequences else ():
                 if times := one.kind.refreshes(one.options, max_steps):
-                    much = (
-                        f"{times} times, each from at most {one.options.num_sequences:,} sequences"
+                    much = f"{times} times, each from at most {one.options.num_sequences:,}"
+                    run.say(
+                        "", f"{one.name} estimates the importances again up to {much} sequences"
                     )
-                    run.say("", f"{one.name} estimates the importances again up to {much}")
             _attach(run, branch, start, trainee, task, self.methods, max_steps=max_steps)
             _freeze(model, methods, task, max_steps=settings.max_steps)
+            start_rate = _recorded_rate(run.source(branch.start).own_lineage)
             module = BaseModule.of(
                 trainee,
-                schedule=schedule or settings.rate_schedule(start_rate=_last_rate(run, branch)),
+                schedule=schedule or settings.rate_schedule(start_rate=start_rate),
                 optimizer=run.config.optimizer,
                 methods=methods,
             )
-            folder, text = run.folder / branch.name, run.data.validation_subset
+            text = run.data.validation_subset
             if observer is not None:
                 trainee.observers += (observer,)
             elif text is not None:
                 trainee.observers += SampleLog.of(run, model, folder)
-            write = TrainedWriter.of_branch(
-                run, branch, is_routed=is_routed, frees_start=frees_start, methods=self.methods
+            save = partial(new.save_routing, folder=folder / _ROUTING)
+            write = replace(
+                TrainedWriter.of_branch(run, branch, offset_after=new.offset_after()),
+                frees_start=frees_start,
+                methods=self.methods,
+                steps_before=new.router_steps,
+                after_write=save if has_bias else None,
             )
             result = fit_branch(
                 run,
@@ -309,13 +317,8 @@ def _freeze(
         )
 
 
-def _last_rate(run: Run, branch: Branch) -> float:
-    """Return the final learning rate of a branch's initial model; 0 if it is not recorded."""
-    return _recorded_rate(run.source(branch.start).own_lineage)
-
-
 def _recorded_rate(lineage: Lineage) -> float:
-    """Return the final learning rate recorded in a lineage.
+    """Return the final learning rate recorded in a lineage; 0 if it is not recorded.
 
     Older records lack it; then it is computed from the recorded schedule.
     """
@@ -393,15 +396,6 @@ def _best_weights(config: RunConfig, folder: Path, result: FitResult) -> str:
     if sign * start < sign * best:  # not for a metric that the start does not have
         line += f"; {metric} was better before the first step: {start:.4g}, now {best:.4g}"
     return line
-
-
-def _with_routing(source: Source, routing_state: Path) -> nn.Module:
-    """Load a trained model with the biases of its routers."""
-    model = load_model(source.folder, model=source.model)
-    routing = RouterControl.of(model)
-    assert routing is not None
-    routing.load_state_dict(SafetensorsCheckpointIO().load_checkpoint(routing_state))
-    return model
 
 
 def _measuring_flops(run: Run, written: TrainedWriter, location: str) -> float:

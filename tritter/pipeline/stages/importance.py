@@ -139,7 +139,7 @@ def _preparation(
 
     def draw(count: int, *purpose: str, domains: Iterable[str] | None = None) -> Tensor:
         sequences = _old_sequences(run, branch, written)
-        drawing = Task(seed=_task_seed(run, branch), old_sequences=sequences)
+        drawing = Task(seed=run.seed("forgetting", *branch.purpose), old_sequences=sequences)
         return drawing.draw(count, *purpose, domains=domains)
 
     # Conversations can't be tokenised again for an extended vocabulary
@@ -200,7 +200,7 @@ def task(run: Run, branch: Branch, *, follow: Callable[[Values], Values]) -> Tas
                 model = load_model(locate(folder, key="forgetting.distill.teacher"))
         teacher = run.data.masked(model).eval().requires_grad_(False)
     return Task(
-        seed=_task_seed(run, branch),
+        seed=run.seed("forgetting", *branch.purpose),
         old_sequences=_old_sequences(run, branch, written) if has_old else {},
         old_losses=_kept_text(run, branch).losses,
         written=written,
@@ -222,10 +222,6 @@ def teacher_folder(run: Run) -> str | None:
         )
         raise RequestError(f"forgetting: only one teacher is supported, but {teachers} are set.")
     return next(iter(folders), None)
-
-
-def _task_seed(run: Run, branch: Branch) -> int:
-    return run.seed("forgetting", *branch.purpose)
 
 
 def _needs(run: Run) -> tuple[Needs, ...]:

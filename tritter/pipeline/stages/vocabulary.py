@@ -20,11 +20,7 @@ _KEY = "expansion.vocab"
 
 
 def check(run: Run) -> None:
-    """Reject data that a larger vocabulary can't have.
-
-    Raises:
-        RequestError: the data has conversations, whose answers are marked by token.
-    """
+    """Reject conversations, whose answers are marked by token, for a larger vocabulary."""
     specs = (spec for config in run.config.attempts for spec in config.expansion)
     if not any(isinstance(spec, Vocab) for spec in specs):
         return
