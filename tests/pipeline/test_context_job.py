@@ -273,8 +273,8 @@ def test_all_that_reads_a_lineage_cuts_as_it_does(tmp_path: Path) -> None:
             files, tokenizer, folder=checkpoint, lineage=lineage, length=SHORT
         )
         assert list(found.documents[name].identifiers) == names
-        checked = validate._read("kept", None, lineage, named=files, limit=1000)
-        assert [each.identifier for each in checked.documents[name]] == names
+        checked, _ = validate._read("kept", None, lineage, named=files, limit=1000)
+        assert [each.identifier for each in checked[name]] == names
     made = []
     for own in ("data.piece_characters=null", "data.piece_characters=40000"):
         config = load_config([*words, own])
