@@ -219,7 +219,7 @@ class Source:
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of a tensor by its logical name."""
-        return self.tensors.torch_dtype(self.stored_parts[name][0].name)
+        return self.tensors.headers[self.stored_parts[name][0].name].torch_dtype
 
     def holds(self, target: StoredTensor, name: str, dtype: torch.dtype) -> bool:
         """Return True if the target is the tensor `name` and a file contains its exact bytes.

@@ -277,7 +277,7 @@ class _Weights:
         }  # with the same layout on disk as in memory
 
     def bytes_of(self, name: str) -> int:
-        itemsize = self._files.torch_dtype(self._on_disk[name].name).itemsize
+        itemsize = self._files.headers[self._on_disk[name].name].torch_dtype.itemsize
         return itemsize * torch.Size(self.live[name].shape).numel()
 
     def has_experts(self, name: str) -> bool:

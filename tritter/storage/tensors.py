@@ -187,9 +187,6 @@ class TensorFolder(Mapping[str, "Tensor"]):
             for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
                 yield self.headers[name], content[start + begin : start + end]
 
-    def torch_dtype(self, name: str) -> torch.dtype:
-        return self.headers[name].torch_dtype
-
     def shape(self, name: str) -> tuple[int, ...]:
         return self.headers[name].shape
 

@@ -141,11 +141,12 @@ class TensorStream:
         shards: list[list[TensorHeader]] = [[]]
         size = 0
         for entry in self.entries:
-            if shards[-1] and size + entry.num_bytes > max_shard_bytes:
+            num_bytes = entry.num_bytes
+            if shards[-1] and size + num_bytes > max_shard_bytes:
                 shards.append([])
                 size = 0
             shards[-1].append(entry)
-            size += entry.num_bytes
+            size += num_bytes
         names = [
             f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)
         ]
@@ -158,10 +159,9 @@ class TensorStream:
                 with crew.shard(folder / file_name, entries) as shard:
                     for entry in entries:
                         name, content = next(pending)
-                        announced: tuple[object, ...] = (entry.name, entry.torch_dtype, entry.shape)
-                        came: tuple[object, ...] = (name, *announced[1:])  # pieces only have a name
-                        if not isinstance(content, Pieces):
-                            came = (name, content.dtype, tuple(content.shape))
+                        announced, came = (entry.name, entry.shape), (name, entry.shape)
+                        if not isinstance(content, Pieces):  # of pieces, the shape is unknown
+                            came = (name, tuple(content.shape))
                         assert announced == came, f"announced {announced}, came {came}"
                         digests[name] = crew.write(shard, entry, content)
                         del content
@@ -294,7 +294,7 @@ class _Shard:
         # Wide dtypes first, as in safetensors: this aligns every tensor to its item size.
         order = sorted(entries, key=lambda entry: -entry.torch_dtype.itemsize)
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        self._begin: dict[str, int] = {}
+        self._spans: dict[str, tuple[int, int]] = {}
         position = 0
         for entry in order:
             end = position + entry.num_bytes
@@ -303,7 +303,7 @@ class _Shard:
                 "shape": list(entry.shape),
                 "data_offsets": [position, end],
             }
-            self._begin[entry.name] = position
+            self._spans[entry.name] = (position, end)
             position = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % _HEADER_ALIGNMENT)
@@ -314,8 +314,8 @@ class _Shard:
 
     def span(self, entry: TensorHeader) -> _Span:
         """Return the span of a tensor in the file."""
-        begin = self._data_begin + self._begin[entry.name]
-        return _Span(self._file, begin, begin + entry.num_bytes)
+        begin, end = self._spans[entry.name]
+        return _Span(self._file, self._data_begin + begin, self._data_begin + end)
 
 
 class _Span:
