@@ -28,7 +28,7 @@ def data(tmp_path: Path) -> Any:
     write(tmp_path / "data/second.jsonl", ROWS[:10])
     found = SimpleNamespace(
         streams={"code": (DatasetName.named("data.new", f"hf:{tmp_path}/data"),)},
-        text=SimpleNamespace(domains=[SimpleNamespace(name="code", key="data.new.code")]),
+        text=SimpleNamespace(domains={"code": SimpleNamespace(key="data.new.code")}),
     )
     RunData.check_streams(found, tmp_path / "run")  # type: ignore[arg-type]
     return found
