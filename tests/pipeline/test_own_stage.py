@@ -213,7 +213,10 @@ def test_a_stage_reads_earlier_results_as_plain_values(tmp_path: Path) -> None:
     written, again = ledger["attempt_1.expand"], Ledger(tmp_path)["attempt_1.expand"]
     assert json.loads(json.dumps(written.plain())) == again.plain()
     assert again.plain()["notes"] == ["wider"] and again.flops == {"expand": 2.0}
-    assert Ledger(tmp_path).found("attempt_1.expand", ExpansionFound) == found
+    resumed = Ledger(tmp_path)
+    resumed.check({"expand": ExpansionFound})  # as a run that is resumed
+    assert resumed.found("attempt_1.expand", ExpansionFound) == found
+    assert resumed["attempt_1.expand"].plain() == written.plain()
 
 
 @pytest.mark.full

@@ -129,16 +129,16 @@ class Ledger:
         """Return the result of a finished stage; a KeyError is raised for any other."""
         if (done := self.get(stage)) is None:
             raise KeyError(stage)
-        return StageResult(done.found, done.flops, done.seconds, tuple(done.left))
+        found = self._found.get(stage, done.found)
+        return StageResult(found, done.flops, done.seconds, tuple(done.left))
 
     def found(self, stage: str, kind: type[_F]) -> _F:
         """Return the typed result of a finished stage."""
-        done = self[stage]
-        found = self._found.get(stage, done.found)
+        found = self[stage].found
         if stage not in self._found and kind is not dict:
             what = f"{self._path} is not a ledger: {stage}"
             try:
-                self._found[stage] = found = validate_record(done.found, kind, what=what)
+                self._found[stage] = found = validate_record(found, kind, what=what)
             except TritterError as error:
                 raise TritterError(f"{error} {_UNCHANGED}") from error
         assert isinstance(found, kind), f"{stage} found {type(found).__name__}"

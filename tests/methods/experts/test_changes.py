@@ -140,3 +140,5 @@ def test_a_doubled_rank_keeps_function_moments_and_scale(tmp_path: Path) -> None
                 moments = event.after[f"{key} {kind}"].narrow(dim, 0, 4)
                 assert torch.equal(moments, event.before[f"{key} {kind}"])
             assert (end[key].narrow(dim, 4, 4) != new).any()
+    with pytest.raises(RequestError, match="already has rank 8; the new rank 8 must be larger"):
+        event.mixture.widen_change("e1", 8, seed=0)

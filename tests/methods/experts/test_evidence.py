@@ -317,6 +317,8 @@ def test_padding_on_the_left_is_no_evidence() -> None:
 @torch.no_grad()
 def test_an_expert_is_left_out_and_a_copy_has_gates_of_its_own() -> None:
     mixture, ids = mixture_of(), tokens(2, 9, seed=7, high=64)
+    with pytest.raises(RequestError, match="no expert e9"), mixture.without("e9"):
+        pass
     with mixture.without("e1"):
         mixture.model(input_ids=ids, use_cache=False)
     (gates,) = mixture.gates()

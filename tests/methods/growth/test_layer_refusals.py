@@ -101,6 +101,7 @@ class Adapter(nn.Module):
     ("make", "message"),
     [
         (lambda: GrowableLinear(8, 12, consumer=nn.Linear(11, 3)), "in_features = 11.*12"),
+        (lambda: GrowableLinear(8, 12, consumer=Adapter(nn.Linear(12, 3))), "LoRA"),
         (lambda: GrowableLinear(8, 12, consumer=nn.LayerNorm(12)), r"must be an nn\.Linear"),
         (lambda: GrowableLinear(8, 12, initialiser="gradmx"), "Did you mean gradmax"),
         (lambda: GrowableLinear(8, 12, trigger="percentil"), "Did you mean percentile"),

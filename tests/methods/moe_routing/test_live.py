@@ -192,6 +192,9 @@ def test_a_loader_without_a_length_is_read_once() -> None:
     before = values(model)
     train_new_experts(model, [4, 5], [])
     assert not moved(model, before)
+    unread = iter(DOMAIN)
+    adapt_router(grown(), [4, 5], unread, router_update="frozen", anneal_steps=3)
+    assert len(list(unread)) == len(DOMAIN)
 
 
 def spoil(out: dict[str, Tensor]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.methods.novelty.factories import BATCH, SIZE, centre_of, drawn, library, scores_of
 from tritter.errors import RequestError, TritterError
 from tritter.methods.novelty import NoveltyDetector, Observation, SkillLibrary
+from tritter.methods.novelty.detectors import NovelSamples
 from tritter.methods.novelty.library import (
     Projection,
     ProjectionOptions,
@@ -304,6 +305,8 @@ def test_a_detector_from_outside_with_a_mistake_is_refused(
     monkeypatch.setattr(LongNovelty, "against", lambda *_: found)
     with pytest.raises(TritterError, match=message):
         NoveltyDetector(known, detector=LongNovelty()).observe(drawn(generator=generator))
+    with pytest.raises(TritterError, match=message):
+        NovelSamples(LongNovelty(), known).calibrate([drawn(generator=generator)])
 
 
 def read_detector(value: object) -> Detector:

@@ -441,9 +441,15 @@ class ExpertMixture:
 
         New rows of A are random and new columns of B are zero (reversed in an embedding), as PEFT
         initialises them. α / r is kept; call `lora.set_rank` afterwards.
+
+        Raises:
+            RequestError: the rank is not larger than the current one.
         """
         own = self.lora.shape(name).rank
-        assert rank > own
+        if rank <= own:
+            raise RequestError(
+                f"{name} already has rank {own}; the new rank {rank} must be larger."
+            )
         source = torch.cat([torch.arange(own), torch.full((rank - own,), NO_SOURCE)])
         axis, parts = _plain_factor(source), _Parts()
         generator = torch.Generator().manual_seed(seed)
@@ -571,6 +577,9 @@ class ExpertMixture:
     @contextmanager
     def without(self, name: str) -> Iterator[None]:
         """Context manager that excludes an expert, which must not be the only one."""
+        self._check_known(name)
+        if len(self.names) == 1:
+            raise RequestError(f"{name} is the only expert, so it can't be excluded.")
         before, self._excluded = self._excluded, name
         try:
             yield

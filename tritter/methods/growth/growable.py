@@ -249,6 +249,11 @@ class GrowableLinear(_GrowableLayer, nn.Linear):
         self._reader = () if consumer is None else (consumer,)  # not registered as a submodule
         modules: dict[str, nn.Module] = {"layer": self}
         if consumer is not None:
+            if hasattr(consumer, "base_layer"):
+                raise RequestError(
+                    f"consumer = {type(consumer).__name__}: a layer inside LoRA adapters can't be "
+                    "widened; merge the adapters first."
+                )
             if not isinstance(consumer, nn.Linear):
                 raise RequestError(
                     f"consumer = {type(consumer).__name__}: must be an nn.Linear whose columns "

@@ -178,7 +178,8 @@ def adapt_router(
     _check_router_update(router_update)
     experts = _check_experts(model, new_expert_indices)
     added = AddedExperts.of(model)
-    batches = _LoaderBatches(domain_dataloader, epochs, replay=replay)
+    is_read = router_update != "frozen" or (added is not None and not anneal_steps)
+    batches = _LoaderBatches(domain_dataloader if is_read else [], epochs, replay=replay)
     steps, controls = anneal_steps or len(batches), list[Callback]()
     if added is not None:
         controls = [ExpertOpening(added, anneal_steps=steps)]

@@ -112,6 +112,7 @@ class Detector(ABC):
         """Return the novelty of each sample relative to its nearest skill, float64 [B]."""
         import torch
 
+        self.checked(seen, library)
         return torch.stack(list(self.samples_against(seen, library).values())).amin(dim=0)
 
 
