@@ -235,10 +235,10 @@ def test_a_wrong_record_is_skipped_and_a_file_of_them_refused(
         ("[3]", "a.json, record 1 is a number; must be a JSON object"),
         ('{"text": "a"}', "is an object; must be an array of records or texts"),
         ("", "is not an array"),
-        ('["a"', "is not valid JSON (Expecting ',' delimiter"),
+        ('["a"', "is not valid JSON (Expecting ',' or ']'"),
         ('["a",]', "is not valid JSON (Expecting value"),
-        ('["a" "b"]', "is not valid JSON (Expecting ',' delimiter"),
-        ('["a"] x', "is not valid JSON (Extra data: line 1 column 7"),
+        ('["a" "b"]', "is not valid JSON (Expecting ',' or ']'"),
+        ('["a"] x', "extra data after the array, at 6"),
         ("[" * 100_000, "nested too deeply"),
     ],
 )
