@@ -23,6 +23,7 @@ from tritter.data.local_files import (
     parquet_records,
     text_suffix,
 )
+from tritter.data.records import WrongRecordError
 
 ALPACA = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello\n"}]
@@ -235,15 +236,23 @@ def test_a_wrong_record_is_skipped_and_a_file_of_them_refused(
         ("[3]", "a.json, record 1 is a number; must be a JSON object"),
         ('{"text": "a"}', "is an object; must be an array of records or texts"),
         ("", "is not an array"),
-        ('["a"', "is not valid JSON (Expecting ',' delimiter"),
+        ('["a"', "is not valid JSON (Expecting ',' or ']'"),
         ('["a",]', "is not valid JSON (Expecting value"),
-        ('["a" "b"]', "is not valid JSON (Expecting ',' delimiter"),
-        ('["a"] x', "is not valid JSON (Extra data: line 1 column 7"),
+        ('["a" "b"]', "is not valid JSON (Expecting ',' or ']'"),
+        ('["a"] x', "extra data after the array, at 6"),
         ("[" * 100_000, "nested too deeply"),
     ],
 )
 def test_a_wrong_array(tmp_path: Path, content: str, expected: str) -> None:
     assert expected in problem(packed(tmp_path / "a.json", content.encode()))
+
+
+def test_an_array_is_parsed_record_by_record(tmp_path: Path) -> None:
+    """All records at once would need several times the memory of their text."""
+    records = Reading(key="").records(packed(tmp_path / "a.json", b'[{"text": "a"}, }'))
+    assert next(records)[1] == {"text": "a"}
+    with pytest.raises(WrongRecordError, match="Expecting value"):
+        next(records)
 
 
 def test_an_empty_array_holds_no_text(tmp_path: Path) -> None:

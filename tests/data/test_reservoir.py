@@ -105,6 +105,8 @@ def test_empty_and_too_small():
         buffer.sample(1)
     with pytest.raises(RequestError, match="no such reservoir; available: seen"):
         buffer.add(numbered(0, 1), domain="other")
+    with pytest.raises(RequestError, match="capacity = 0"):
+        ReplayBuffer.of_reservoirs({"seen": 0}, seed=0)
     with pytest.raises(TritterError, match="capacity of 1"):
         Reservoir(1, seed=0).load_state_dict(filled(2, capacity=2, seed=0).state_dict())
 

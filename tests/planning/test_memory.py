@@ -198,6 +198,8 @@ def test_checkpointing_and_less_text_take_less() -> None:
     [
         ({"precision": "bf16"}, r"precision = bf16: must be one of 32-true.*Did you mean"),
         ({"optimizer": "adam8bit"}, r"optimizer = adam8bit.*Did you mean adamw8bit\?"),
+        ({"batch_size": 0}, "batch_size = 0"),
+        ({"sequence_length": -1}, "sequence_length = -1"),
     ],
 )
 def test_a_setup_that_is_none_is_refused(options: dict[str, Any], message: str) -> None:

@@ -438,12 +438,7 @@ def _texts(path: Path, reading: Reading) -> Iterator[Text]:
 
 def _array(path: Path, reading: Reading, columns: _Columns) -> Iterator[tuple[str, Any]]:
     text = reading.whole_text(path, max_bytes=_MAX_ARRAY_BYTES)
-    if (sign := text.lstrip(_BLANKS)[:1]) != "[":
-        found = "is an object" if sign == "{" else "is not an array"
-        raise WrongRecordError(
-            f"{found}; must be an array of records or texts (for one record per line use .jsonl)"
-        )
-    for number, record in enumerate(parse(text), start=1):
+    for number, record in enumerate(_array_elements(text), start=1):
         yield f"{path}, record {number}", record
 
 
@@ -626,13 +621,51 @@ def _decode(
 
 
 def parse(text: str) -> Any:
-    """Parse a line of JSON, or a whole array."""
+    """Parse a line of JSON."""
     try:
         return _DECODER.decode(text)
-    except RecursionError as error:
-        raise WrongRecordError("is nested too deeply") from error
-    except ValueError as error:
-        raise WrongRecordError(f"is not valid JSON ({str(error)[:_MAX_MESSAGE]})") from error
+    except (ValueError, RecursionError) as error:
+        raise _no_json(error) from error
+
+
+def _array_elements(text: str) -> Iterator[Any]:
+    """Yield the elements of a JSON array, one after another."""
+    position = _after_blanks(text, 0)
+    if text[position : position + 1] != "[":
+        found = "is an object" if text[position : position + 1] == "{" else "is not an array"
+        raise WrongRecordError(
+            f"{found}; must be an array of records or texts (for one record per line use .jsonl)"
+        )
+    position = _after_blanks(text, position + 1)
+    is_closed = text[position : position + 1] == "]"
+    try:
+        while not is_closed:
+            value, position = _DECODER.raw_decode(text, position)
+            yield value
+            position = _after_blanks(text, position)
+            sign = text[position : position + 1]
+            is_closed = sign == "]"
+            if sign not in ("]", ","):
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
+            if not is_closed:
+                position = _after_blanks(text, position + 1)
+    except (ValueError, RecursionError) as error:
+        raise _no_json(error) from error
+    end = _after_blanks(text, position + 1)
+    if end < len(text):
+        raise WrongRecordError(f"is not valid JSON (extra data after the array, at {end})")
+
+
+def _after_blanks(text: str, position: int) -> int:
+    while position < len(text) and text[position] in _BLANKS:
+        position += 1
+    return position
+
+
+def _no_json(error: ValueError | RecursionError) -> WrongRecordError:
+    if isinstance(error, RecursionError):
+        return WrongRecordError("is nested too deeply")
+    return WrongRecordError(f"is not valid JSON ({str(error)[:_MAX_MESSAGE]})")
 
 
 def _refuse_constant(name: str) -> float:

@@ -135,6 +135,8 @@ class Reservoir(Sampler):
     def __init__(self, capacity: int, *, seed: int, weighting: Weighting = "uniform") -> None:
         import torch
 
+        if capacity < 1:
+            raise RequestError(f"capacity = {capacity}: must be at least 1 sequence.")
         super().__init__(capacity, seed=seed, weighting=weighting)
         self.sequences = torch.empty(0, 0, dtype=torch.int32)  # [N, T]
 

@@ -71,6 +71,12 @@ class TrainingSetup:
             if value not in allowed:
                 reason = f"must be one of {', '.join(allowed)}"
                 raise refused(key, value, reason, near=nearest(value, allowed))
+        for key, count in (
+            ("batch_size", self.batch_size),
+            ("sequence_length", self.sequence_length),
+        ):
+            if count < 1:
+                raise refused(key, count, "must be at least 1")
 
     @property
     def num_tokens(self) -> int:
