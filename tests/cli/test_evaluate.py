@@ -138,6 +138,8 @@ def test_without_a_sandbox_no_program_is_run(
         ("", "--data PATH, or benchmarks with --tasks NAMES"),
         ("--data notes", "--data notes = notes: "),
         ("--data a=nowhere.txt", "nowhere.txt"),
+        ("--data 1a=notes.txt", "--data = 1a=notes.txt: use PATH or NAME=PATH"),
+        ("--data a=", "--data = a=: use PATH or NAME=PATH"),
         ("--tasks arc_eazy", "Did you mean arc_easy?"),
         (
             "--tasks arc_easy --tasks-path nowhere",

@@ -115,6 +115,7 @@ def test_a_ckpt_for_others_to_load(run: Run, ckpt: Path) -> None:
         ("--checkpoint run.ckpt --output out --config empty", "holds no config.json"),
         ("--checkpoint run.ckpt --output out --config base --prefix a.", "--prefix = a.: "),
         ("--checkpoint trap.ckpt --output out --config base", "Nothing was executed"),
+        ("--checkpoint list.ckpt --output out --config base", "it contains a list"),
         ("--checkpoint wide --output out --dtype float16", "--dtype = float16: the largest value"),
     ],
 )
@@ -125,6 +126,7 @@ def test_a_wrong_request_is_told_and_nothing_is_written(
     model = tiny_llama(vocab_size=VOCABULARY)
     torch.save({"state_dict": model.state_dict()}, place / "run.ckpt")
     torch.save({"state_dict": Trap(place / "sprung")}, place / "trap.ckpt")
+    torch.save([1], place / "list.ckpt")
     model.model.norm.weight.data.fill_(1e5)
     saved(model, place / "wide")
     before = snapshot(place)

@@ -23,6 +23,7 @@ from tritter.core.expansions import (
     Width,
 )
 from tritter.core.models import load_model
+from tritter.errors import TritterError
 from tritter.evaluation.jump import Jump, first_difference
 from tritter.transform import Expanded, expand
 
@@ -190,3 +191,10 @@ def test_progress_ends_where_it_said(tmp_path: Path) -> None:
     done = [each[0] for each in seen]
     assert done == sorted(done) and len(done) > 50
     assert len({each[1] for each in seen}) == 1 and seen[-1][0] == seen[-1][1]
+
+
+def test_a_smaller_vocabulary_is_refused(tmp_path: Path) -> None:
+    one = oracle.saved(tiny("llama"), tmp_path / "one")
+    other = oracle.saved(tiny("llama", vocab_size=96), tmp_path / "other")
+    with pytest.raises(TritterError, match="old tokens are missing"):
+        Jump.of_folders(one, other, TOKENS % 96)

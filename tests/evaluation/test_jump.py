@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tritter.errors import TritterError
 from tritter.evaluation.jump import Jump
 
 INPUT_IDS = torch.tensor([[0, 1, 2], [3, 4, 5]])
@@ -81,3 +82,8 @@ def test_autocast_around_it_does_not_blur_the_comparison(table):
     with torch.autocast("cpu", torch.bfloat16):
         jump = Jump.between(head, moved, INPUT_IDS)
     assert 0 < jump.max_absolute < 1e-4
+
+
+def test_a_smaller_vocabulary_is_refused(bigram, table):
+    with pytest.raises(TritterError, match="old tokens are missing"):
+        Jump.between(bigram(torch.zeros(7, 8)), bigram(table), INPUT_IDS)

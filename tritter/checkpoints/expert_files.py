@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from tritter.checkpoints.record import EXPERTS_FOLDER
+from tritter.checkpoints.record import EXPERTS_FOLDER, Lineage
 from tritter.errors import TritterError, brief, refused, show
 from tritter.limits import MAX_COUNT
 from tritter.options import Count, WholeNumber
@@ -185,6 +185,10 @@ class ExpertFiles:
         check_links(folder)
         path = folder / ExpertsHead.PATH
         if not path.exists():
+            if (
+                lineage := Lineage.read(folder)
+            ) is not None and ExpertsHead.PATH in lineage.file_digests:
+                raise TritterError(f"{path} is missing; the experts in {folder} can't be read.")
             patterns = (
                 *(f"{EXPERTS_FOLDER}/*/{file}" for file in AdapterShape.FILES),
                 ExpertsHead.TENSORS,

@@ -71,7 +71,7 @@ def read_lightning_file(
     return weights, skipped
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path) -> Mapping[str, Any]:
     require_file(path, is_read_whole=False)
     # torch.save never compresses, and a compressed archive could be a zip bomb
     if is_zipfile(path):  # other files are from torch before 1.6, or torch.load rejects them
@@ -84,9 +84,11 @@ def _load(path: Path) -> Any:
                     )
     try:
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # files from torch before 1.6 cannot be memory-mapped
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise TritterError(f"{path} cannot be read ({error.strerror or error}).") from error
     # A malicious or truncated pickle can make the unpickler raise any exception
     except Exception as error:
         try:
@@ -106,11 +108,14 @@ def _load(path: Path) -> Any:
         raise TritterError(
             f"{path} is not a checkpoint, or is damaged ({reason or 'it is empty'})."
         ) from error
+    if not isinstance(content, Mapping):
+        raise TritterError(f"{path} is not a checkpoint: it contains a {type(content).__name__}.")
+    return content
 
 
-def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
+def _state_dict(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the tensors of a model by name, from Lightning's `state_dict` or the whole content."""
-    found = content.get("state_dict", content) if isinstance(content, Mapping) else None
+    found = content.get("state_dict", content)
     if not isinstance(found, Mapping) or not found:
         raise TritterError(f"{path} contains no state_dict.")
     # `Module.get_extra_state` is not a tensor of the model

@@ -227,6 +227,12 @@ def _domain_paths(words: Sequence[str]) -> dict[str, list[str]]:
 
     sources = named_paths("--data", words)
     for name, paths in sources.items():
+        for path in paths:
+            if not path or ("=" in path and path in words and not Path(path).exists()):
+                raise RequestError(
+                    f"--data = {path or f'{name}='}: use PATH or NAME=PATH, where NAME has "
+                    "letters, digits, - and _."
+                )
         text_files(f"--data {name}", paths)
     return sources
 

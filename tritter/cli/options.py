@@ -173,8 +173,8 @@ def named_paths(key: str, words: Iterable[str]) -> dict[str, list[str]]:
 
     found: dict[str, list[str]] = {}
     for word in words:
-        name, _, path = word.partition("=")
-        is_named = bool(path) and name.replace("-", "_").isidentifier()
+        name, sign, path = word.partition("=")
+        is_named = bool(sign) and name.replace("-", "_").isidentifier()
         if not named_path(word, key=key).exists() and is_named:
             found.setdefault(name, []).append(path)
         else:

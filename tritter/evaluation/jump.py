@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tritter.core.streamed import StreamedModel, blocks, computed_in
+from tritter.errors import TritterError
 from tritter.evaluation.inference import eval_mode
 from tritter.evaluation.losses import batch_that_fits, vocab_size_of
 from tritter.evaluation.statistics import finite_or_none
@@ -256,7 +257,11 @@ class _Shift:
 
 def _kinds_of_rows(before: int, after: int, new_tokens: Sequence[int] | None) -> Tensor:
     """Return the kind of each row of the vocabulary after the expansion, int64 [after]."""
-    assert after >= before
+    if after < before:
+        raise TritterError(
+            f"evaluation: vocabularies of {before} tokens before and {after} after the expansion "
+            "cannot be compared; old tokens are missing"
+        )
     kinds = torch.full((after,), _UNUSED)
     kinds[:before] = _OLD
     new = range(before, after) if new_tokens is None else new_tokens
