@@ -45,8 +45,8 @@ class TrainingCounts:
     ) -> TrainingCounts:
         """Return the counts of tokenised documents."""
         kept = kept_lengths(documents, sequence_length=sequence_length, bounds=bounds)
-        (sizes, targets), predicted = _sizes(documents), _num_predicted(documents)
-        predicted_kept = _num_predicted(documents, kept)
+        sizes, targets = _sizes(documents)
+        predicted, predicted_kept = _num_predicted(documents, kept)
         return cls(
             total=len(sizes),
             cut=int((documents.offsets.diff().numpy() > kept).sum()),  # texts are not cut
@@ -91,21 +91,22 @@ def _sizes(documents: TokenisedDocuments) -> tuple[np.ndarray, np.ndarray]:
     return sizes[is_conversation], (sizes - (first_tokens >= START))[is_conversation]
 
 
-def _num_predicted(documents: TokenisedDocuments, kept: np.ndarray | None = None) -> np.ndarray:
-    """Return the predicted tokens of each conversation, int64 [n].
+def _num_predicted(documents: TokenisedDocuments, *kept: np.ndarray) -> list[np.ndarray]:
+    """Return the predicted tokens of each conversation, int64 [n]: all, then those in each `kept`.
 
     Args:
-        documents: the tokens.
-        kept: int64, tokens of each document that count, from its beginning; None counts all.
+        documents: the tokens, which are read once.
+        kept: int64, tokens of each document that count, from its beginning.
     """
     import numpy as np
 
     first_tokens, offsets = documents.first_tokens.numpy(), documents.offsets.numpy()
     until = np.concatenate([[0], np.cumsum(~is_unpredicted(documents.tokens).numpy())])
-    begins, ends = offsets[:-1], offsets[1:] if kept is None else offsets[:-1] + kept
+    begins, is_conversation = offsets[:-1], first_tokens >= ANSWER
     starts = begins + (first_tokens >= START)  # nothing precedes the first token
-    counts: np.ndarray = until[np.maximum(ends, starts)] - until[starts]
-    return counts[first_tokens >= ANSWER]
+    all_ends = (offsets[1:], *(begins + each for each in kept))
+    counts = (until[np.maximum(ends, starts)] - until[starts] for ends in all_ends)
+    return [each[is_conversation] for each in counts]
 
 
 def unanswered_note(
@@ -118,7 +119,7 @@ def unanswered_note(
         sides: its tokens.
         documents: its documents, to state the reasons.
     """
-    predicted = [_num_predicted(side) for side in sides if side.has_marks]
+    predicted = [each for side in sides if side.has_marks for each in _num_predicted(side)]
     count = sum(int((each == 0).sum()) for each in predicted)
     total = sum(map(len, predicted))
     return unanswered_text(name, missing_answers(documents), count=count, total=total)
@@ -164,7 +165,7 @@ def scored_text(documents: TokenisedDocuments) -> str:
     """Return the scored part of the documents of a domain; empty without conversations."""
     if not documents.has_marks:
         return ""
-    (sizes, targets), predicted = _sizes(documents), _num_predicted(documents)
+    (sizes, targets), (predicted,) = _sizes(documents), _num_predicted(documents)
     num_texts, num_predicted = len(documents) - len(sizes), int(predicted.sum())
     share = num_predicted / max(1, int(sizes.sum()))
     texts = f", and {num_texts:,} texts" if num_texts else ""
