@@ -131,6 +131,14 @@ def test_a_buffer_of_reservoirs_is_saved_and_loaded(tmp_path: Path):
         ReplayBuffer.of_domains({"a": numbered(0, 3)}, seed=0).save(tmp_path / "x")
 
 
+def test_a_loaded_buffer_can_draw_by_loss(tmp_path: Path):
+    buffer = ReplayBuffer.of_reservoirs({"a": 2}, seed=0)
+    buffer.add(numbered(0, 2), torch.tensor([0.0, 1.0]), domain="a")
+    buffer.save(tmp_path / "replay.safetensors")
+    loaded = ReplayBuffer.load(tmp_path / "replay.safetensors", seed=0, weighting="loss")
+    assert set(loaded.sample(20)[:, 0].tolist()) == {1}
+
+
 @pytest.mark.full
 @settings(max_examples=40)
 @given(st.decimals("0.01", "0.9", places=2).map(float), st.integers(1, 8), st.integers(0, 999))

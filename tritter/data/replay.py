@@ -267,14 +267,14 @@ class ReplayBuffer:
         )
 
     @classmethod
-    def load(cls, path: Path, *, seed: int) -> ReplayBuffer:
+    def load(cls, path: Path, *, seed: int, weighting: Weighting = "uniform") -> ReplayBuffer:
         """Load the reservoirs that `save` wrote; draws start from the beginning."""
         tensors = read_sequences(path)
         names = [key.partition("/")[2] for key in tensors if key.startswith("sequences/")]
         try:
             counts = {name: tensors[f"counts/{name}"].tolist() for name in names}
             capacities = {name: capacity for name, (capacity, _) in counts.items()}
-            buffer = cls.of_reservoirs(capacities, seed=seed)
+            buffer = cls.of_reservoirs(capacities, seed=seed, weighting=weighting)
             for name, stream in buffer._streams.items():
                 assert isinstance(stream, Reservoir)
                 sequences, losses = tensors[f"sequences/{name}"], tensors[f"losses/{name}"]
