@@ -82,32 +82,32 @@ TORCH_ONLY_ROOMS = {"core.parameter_map", "core.stock_routers"}  # the standard 
 
 # Room → most files and lines: both may only fall, until the redesign of issue 25 ends
 RATCHET = {
-    "(top)": (13, 2_358),
-    "checkpoints": (12, 3_042),
-    "cli": (20, 5_724),
-    "config": (18, 5_047),
-    "core": (37, 11_832),
-    "data": (24, 8_926),
-    "evaluation": (16, 4_319),
-    "integrations": (2, 801),
-    "methods": (45, 12_210),
-    "pipeline": (29, 7_178),
-    "planning": (9, 2_073),
-    "report": (15, 4_286),
-    "storage": (10, 2_018),
-    "training": (15, 5_042),
-    "transform": (6, 1_792),
+    "(top)": (13, 2_344),
+    "checkpoints": (12, 2_986),
+    "cli": (20, 5_687),
+    "config": (18, 4_960),
+    "core": (37, 11_538),
+    "data": (24, 8_737),
+    "evaluation": (16, 4_243),
+    "integrations": (2, 796),
+    "methods": (45, 12_057),
+    "pipeline": (28, 7_074),
+    "planning": (9, 2_042),
+    "report": (15, 4_270),
+    "storage": (10, 1_999),
+    "training": (15, 4_962),
+    "transform": (6, 1_756),
 }
 # What there is to know; both may only fall: names of modules without an underscore, and classes
 # that only hold values
-MAX_PUBLIC_NAMES, MAX_RECORDS = 1_158, 312
+MAX_PUBLIC_NAMES, MAX_RECORDS = 1_147, 247
 # Capability → its modules, and most other modules that import them; the figures may only fall
 CAPABILITIES: dict[str, tuple[int, tuple[str, ...]]] = {
-    "LoRA experts": (10, (
+    "LoRA experts": (6, (
         "methods.experts", "checkpoints.expert_files", "cli.export_experts",
         "report.topics.experts",
     )),
-    "mixture of experts": (20, (
+    "mixture of experts": (15, (
         "methods.moe_routing", "core.expansions.moe", "core.expansions.moe_add",
         "core.expansions.moe_children", "core.stock_routers",
         "pipeline.moe", "pipeline.stages.appended", "planning.upcycling", "transform.children",
@@ -120,7 +120,7 @@ CAPABILITIES: dict[str, tuple[int, tuple[str, ...]]] = {
     "discovery": (6, ("core.expansions.on_twin", "core.families.discovery")),
     "context": (6, ("core.expansions.context", "pipeline.windows")),
 }  # fmt: skip
-MAX_LONELY_MODULES = 21  # with a single caller, which is in their own room
+MAX_LONELY_MODULES = 20  # with a single caller, which is in their own room
 
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}
 MAX_FILE_LINES = 800

@@ -67,7 +67,8 @@ class Evaluate(Stage):
                     run.reading(start), before, run, trained, progress=new_bar("writing samples")
                 )
             flops += spent
-        lora_used, (used, read) = None, training.new_experts.usage(trained, _USAGE_OF_ROUTERS)
+        used, read = training.new_experts.usage(trained, _USAGE_OF_ROUTERS)
+        lora_used = None
         if run.source(branch.trained).experts is not None:
             of_experts = {
                 domain: run.data.sample_equally([domain], _USAGE_SEQUENCES, "usage").long()
