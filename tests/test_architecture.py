@@ -88,7 +88,7 @@ RATCHET = {
     "config": (18, 4_960),
     "core": (37, 11_538),
     "data": (24, 8_737),
-    "evaluation": (16, 4_243),
+    "evaluation": (16, 4_244),
     "integrations": (2, 796),
     "methods": (45, 12_057),
     "pipeline": (28, 7_074),

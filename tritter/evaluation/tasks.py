@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from hashlib import sha256
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any, Protocol
 
 import torch
@@ -209,14 +209,15 @@ class QuestionTask:
             model: `model(input_ids=[B, T], use_cache=False).logits` is [B, T, V], causal.
             reader: options of reading text.
         """
-        read = iter(_read(model, self._rows(reader), reader))
+        answers = iter(_read(model, self._rows(reader), reader))
         values = []
         for question in self.questions:
             if question.choices:
-                nats = [next(read)[1] for _ in question.choices]
+                nats = [cost for _, cost in islice(answers, len(question.choices))]
                 values.append(question.choices[nats.index(min(nats))] == question.answer)
             else:
-                values.append(next(read)[0])
+                is_greedy, _ = next(answers)
+                values.append(is_greedy)
         names = [question.identifier for question in self.questions]
         right = torch.tensor(values, dtype=torch.float64)
         return PairedScores.of_answers(names, right, self.chance)
