@@ -181,6 +181,16 @@ class ExpansionStep:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Point:
+    """The start of a plan, with the fields of later steps."""
+
+    target: Model
+    total_gpu_hours: float
+    predicted_loss: float
+    memory: TrainingMemory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GrowthPlan:
     """A plan to grow a model to a target size.
 
@@ -316,86 +326,84 @@ def _price_plan(
     request: PathRequest, shapes: Sequence[Shape], gpu_hours: float, assumptions: Assumptions
 ) -> GrowthPlan:
     """Return the plan of a path: costs and affordable steps."""
-    source, law = request.source, assumptions.law
-    due = assumptions.source_tokens or assumptions.tokens_per_parameter * source.num_parameters
-    source_loss = law.loss(source.num_parameters, due)
+    parameters = request.source.num_parameters
+    due = assumptions.source_tokens or assumptions.tokens_per_parameter * parameters
+    start = _Point(
+        target=request.source,
+        total_gpu_hours=0.0,
+        predicted_loss=assumptions.law.loss(parameters, due),
+        memory=training_memory(request.source, assumptions.setup),
+    )
     steps: list[ExpansionStep] = []
-    before, loss, spent = source, source_loss, 0.0
     for shape in shapes:
-        steps.append(_step(before, loss, spent, shape, gpu_hours, assumptions))
-        before, loss, spent = shape.model, steps[-1].predicted_loss, steps[-1].total_gpu_hours
-    last, loss, spent = source, source_loss, 0.0
-    missing = [step for step in steps if not step.is_affordable]
-    if affordable := steps[: len(steps) - len(missing)]:
-        end = affordable[-1]
-        last, loss, spent = end.target, end.predicted_loss, end.total_gpu_hours
-    reached = None
-    if missing:  # the largest affordable step in the direction of the first that is missing
-
-        def hours(spec: ExpansionSpec) -> float:
-            model = Shape.of(last, spec).model
-            return _hours_for(model, _due_tokens(last, model, assumptions), assumptions)
-
-        specs = sorted(request.methods.specs_like(last, missing[0].spec), key=hours)
-        if index := bisect_right(specs, gpu_hours - spent, key=hours):
-            shape = Shape.of(last, specs[index - 1])
-            reached = _step(last, loss, spent, shape, gpu_hours, assumptions)
-    control = _loss_over_hours(source_loss, source, assumptions)
+        steps.append(_step(steps[-1] if steps else start, shape, gpu_hours, assumptions))
+    num_affordable = sum(step.is_affordable for step in steps)
+    last = steps[num_affordable - 1] if num_affordable else start
+    spare = gpu_hours - last.total_gpu_hours
+    missing = steps[num_affordable:]
     end = steps[-1]
+    control = _loss_over_hours(start.predicted_loss, start.target, assumptions)
     from_scratch = assumptions.tokens_per_parameter * end.target_parameters
     if assumptions.source_tokens is not None:  # as many as lead to the same loss
-        from_scratch = law.tokens_for(end.target_parameters, end.predicted_loss)
+        from_scratch = assumptions.law.tokens_for(end.target_parameters, end.predicted_loss)
     return GrowthPlan(
         strategy=request.strategy,
-        source=source,
+        source=request.source,
         target_parameters=request.target_parameters,
         steps=tuple(steps),
         gpu_hours=gpu_hours,
-        spare_gpu_hours=gpu_hours - spent,
-        reached=reached,
-        predicted_loss=_loss_over_hours(loss, last, assumptions)(gpu_hours - spent),
+        spare_gpu_hours=spare,
+        reached=_reached(last, missing[0], request, gpu_hours, assumptions) if missing else None,
+        predicted_loss=_loss_over_hours(last.predicted_loss, last.target, assumptions)(spare),
         from_scratch_gpu_hours=_hours_for(end.target, from_scratch, assumptions),
-        source_gpu_hours=_hours_for(source, due, assumptions),
+        source_gpu_hours=_hours_for(request.source, due, assumptions),
         control_loss=control(gpu_hours),
-        pays_from_gpu_hours=_pays_from(source_loss, control, steps[0], assumptions),
-        source_memory=training_memory(source, assumptions.setup),
+        pays_from_gpu_hours=_pays_from(start, control, steps[0], assumptions),
+        source_memory=start.memory,
         alternatives={},
     )
 
 
 def _step(
-    source: Model,
-    loss: float,
-    spent: float,
-    shape: Shape,
-    gpu_hours: float,
-    assumptions: Assumptions,
+    before: _Point | ExpansionStep, shape: Shape, gpu_hours: float, assumptions: Assumptions
 ) -> ExpansionStep:
-    """Return the next step of a plan.
-
-    Args:
-        source: the model before it.
-        loss: predicted loss of that model.
-        spent: GPU-hours of all earlier steps.
-        shape: the model after it.
-        gpu_hours: the budget.
-        assumptions: assumptions of the plan.
-    """
-    num_tokens = _due_tokens(source, shape.model, assumptions)
+    num_tokens = _due_tokens(before, shape, assumptions)
     hours = _hours_for(shape.model, num_tokens, assumptions)
+    total = before.total_gpu_hours + hours
     return ExpansionStep(
         spec=shape.spec,
-        source=source,
+        source=before.target,
         target=shape.model,
         num_tokens=num_tokens,
         gpu_hours=hours,
-        total_gpu_hours=spent + hours,
-        is_affordable=spent + hours <= gpu_hours,
+        total_gpu_hours=total,
+        is_affordable=total <= gpu_hours,
         predicted_loss=assumptions.law.loss_after_growth(
-            loss, parameters=shape.parameters, tokens=num_tokens
+            before.predicted_loss, parameters=shape.parameters, tokens=num_tokens
         ),
         memory=training_memory(shape.model, assumptions.setup),
     )
+
+
+def _reached(
+    before: _Point | ExpansionStep,
+    missed: ExpansionStep,
+    request: PathRequest,
+    gpu_hours: float,
+    assumptions: Assumptions,
+) -> ExpansionStep | None:
+    """Return the largest affordable step in the direction of an unaffordable one."""
+
+    def hours(spec: ExpansionSpec) -> float:
+        shape = Shape.of(before.target, spec)
+        return _hours_for(shape.model, _due_tokens(before, shape, assumptions), assumptions)
+
+    specs = sorted(request.methods.specs_like(before.target, missed.spec), key=hours)
+    index = bisect_right(specs, gpu_hours - before.total_gpu_hours, key=hours)
+    if not index:
+        return None
+    shape = Shape.of(before.target, specs[index - 1])
+    return _step(before, shape, gpu_hours, assumptions)
 
 
 def _loss_over_hours(
@@ -414,14 +422,14 @@ def _loss_over_hours(
 
 
 def _pays_from(
-    loss: float, control: Callable[[float], float], first: ExpansionStep, assumptions: Assumptions
+    start: _Point, control: Callable[[float], float], first: ExpansionStep, assumptions: Assumptions
 ) -> float | None:
     """Return the GPU-hours at which the grown model's predicted loss falls below the control's.
 
     Both start at the source's loss. The control may improve faster at first, because its tokens
     are cheaper. The grown model has a lower limit, so the curves cross at most once.
     """
-    grown = _loss_over_hours(loss, first.target, assumptions)
+    grown = _loss_over_hours(start.predicted_loss, first.target, assumptions)
     low, high = first.gpu_hours * 1e-9, first.gpu_hours
     if grown(low) < control(low):
         return 0.0
@@ -435,8 +443,8 @@ def _pays_from(
     return high
 
 
-def _due_tokens(source: Model, target: Model, assumptions: Assumptions) -> float:
-    return assumptions.tokens_per_parameter * (target.num_parameters - source.num_parameters)
+def _due_tokens(before: _Point | ExpansionStep, shape: Shape, assumptions: Assumptions) -> float:
+    return assumptions.tokens_per_parameter * (shape.parameters - before.target.num_parameters)
 
 
 def _hours_for(model: Model, num_tokens: float, assumptions: Assumptions) -> float:
