@@ -230,7 +230,8 @@ def expand(
         destination = _destination(request, source, checkpoint)
         if for_tokens:
             request = _with_tokens(request, source, for_tokens)
-        obstacle = _obstacle(source, destination, overwrite=overwrite)
+        job = _Job(request, source, destination)
+        obstacle = job.obstacle(overwrite=overwrite)
         if obstacle and not dry_run:
             raise RequestError(obstacle)
         with closing(source.digests) as digests:
@@ -240,9 +241,8 @@ def expand(
                 import tritter.transform  # noqa: F401 # while digests are computed
             with note_if_written(destination):
                 measures = measure is not False
-                of_run = {"overwrite": overwrite, "is_quiet": as_json}
                 if dry_run:
-                    result = _dry_run(request, source, destination, obstacle, measures=measures)
+                    result = _dry_run(job, obstacle, measures=measures)
                 elif for_experts is not None:
                     from tritter.pipeline.domain import DomainTask
 
@@ -251,9 +251,9 @@ def expand(
                     task = DomainTask(
                         new=new, old=old, steps=count, learning_rate=rate, seed=request.seed or 0
                     )
-                    result = _expand_and_train(request, source, destination, task, **of_run)
+                    result = _expand_and_train(job, task, overwrite=overwrite, is_quiet=as_json)
                 else:
-                    result = _expand(request, source, destination, measures=measures, **of_run)
+                    result = _expand(job, measures=measures, overwrite=overwrite, is_quiet=as_json)
                 if as_json:
                     print_json(result.to_dict())
                 else:
@@ -306,15 +306,23 @@ def _request(context: typer.Context, file: Recipe | None) -> Recipe:
     return Recipe(steps=specs, **values)
 
 
-def _obstacle(source: Source, destination: Path, *, overwrite: bool) -> str:
-    """Return the reason why the result can't be written; empty if it can."""
-    from tritter.checkpoints.location import check_output
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A request with the checkpoint that it expands and the folder of the result."""
 
-    try:
-        check_output(destination, sources=[source.folder], overwrite=overwrite)
-    except RequestError as error:
-        return str(error)
-    return ""
+    request: Recipe
+    source: Source
+    destination: Path
+
+    def obstacle(self, *, overwrite: bool) -> str:
+        """Return the reason why the result can't be written; empty if it can."""
+        from tritter.checkpoints.location import check_output
+
+        try:
+            check_output(self.destination, sources=[self.source.folder], overwrite=overwrite)
+        except RequestError as error:
+            return str(error)
+        return ""
 
 
 def _open_source(checkpoint: str) -> Source:
@@ -482,9 +490,7 @@ class _Result:
     """The result of an expansion or of its dry run.
 
     Args:
-        request: the expansions and settings.
-        source: the checkpoint.
-        destination: the folder of the result.
+        job: the request, its checkpoint and the folder of the result.
         plan: the planned expansion.
         lineage: lineage of the written checkpoint; None after a dry run.
         measured: step-0 error, if measured.
@@ -493,9 +499,7 @@ class _Result:
         obstacles: from a dry run, the reasons why the request would be rejected.
     """
 
-    request: Recipe
-    source: Source
-    destination: Path
+    job: _Job
     plan: PlannedExpansion
     lineage: Lineage | None = None
     measured: Measurement | None = None
@@ -515,8 +519,8 @@ class _Result:
         plan, lineage = self.plan, self.lineage
         first, last = plan.source, plan.target
         plain = {
-            "source": str(self.source.folder),
-            "destination": str(self.destination),
+            "source": str(self.job.source.folder),
+            "destination": str(self.job.destination),
             "written": lineage is not None,
             "shapes": {"before": shapes_of(first), "after": shapes_of(last)},
             "parameters": {"before": first.num_parameters, "after": last.num_parameters},
@@ -524,8 +528,8 @@ class _Result:
                 "before": first.on_disk.num_parameters,
                 "after": last.on_disk.num_parameters,
             },
-            "dtype": self.request.dtype,
-            "seed": self.request.seed,
+            "dtype": self.job.request.dtype,
+            "seed": self.job.request.seed,
             "steps": [
                 {
                     "method": step.spec.name,
@@ -542,7 +546,7 @@ class _Result:
             "parent_hash": lineage.parent_hash if lineage else None,
             "step0_error": lineage.expansion_history[-1].step0_error if lineage else None,
             "serving_notes": list(self.serving_notes),
-            "left_out": self.source.unread,
+            "left_out": self.job.source.unread,
         }
         if self.training is not None:
             plain |= {"experts": self.training.experts.plain(), "scores": self.training.scores}
@@ -553,7 +557,7 @@ class _Result:
                 "needed_bytes": self.room.disk,
                 "weights_bytes": self.room.weights,
                 "state_bytes": self.room.state,
-                "free_bytes": free_bytes(self.destination),
+                "free_bytes": free_bytes(self.job.destination),
             }
             plain |= {"disk": disk, "memory_bytes": self.room.memory}
         return plain
@@ -562,7 +566,7 @@ class _Result:
         """Print a readable summary."""
         from tritter.checkpoints.record import layers_text
 
-        console, dtype, destination = CommandConsole(), self.request.dtype, self.destination
+        console, dtype, destination = CommandConsole(), self.job.request.dtype, self.job.destination
         _print_shapes(console, self.plan)
         lines: list[tuple[str, str]] = []
         for step in self.plan.steps:
@@ -583,7 +587,7 @@ class _Result:
         if self.lineage is not None:
             lines.append(("hash", short(self.lineage.model_hash)))
         lines += [("serving", note) for note in self.serving_notes]
-        if unread := self.source.unread:
+        if unread := self.job.source.unread:
             text = f"{len(unread)} tensors that the model class does not read, such as {unread[0]}"
             lines.append(("left out", text))
         if self.room is not None:
@@ -603,36 +607,28 @@ class _Result:
             _print_domain(console, self.training)
 
 
-def _dry_run(
-    request: Recipe, source: Source, destination: Path, obstacle: str, *, measures: bool
-) -> _Result:
+def _dry_run(job: _Job, obstacle: str, *, measures: bool) -> _Result:
     """Return the result of a dry run. Writes nothing."""
     from tritter.transform import DiskNeeds, plan_by_tables
 
+    request, source = job.request, job.source
     plan = plan_by_tables(source, request.steps, seed=request.seed or 0)
     room = DiskNeeds.of(source, plan, dtype=request.torch_dtype, is_checked=measures)
     obstacles = [obstacle]
     try:
-        room.check_space(destination)
+        room.check_space(job.destination)
     except RequestError as error:
         obstacles.append(str(error))
     found = tuple(filter(None, obstacles))
-    return _Result(request, source, destination, plan, room=room, obstacles=found)
+    return _Result(job, plan, room=room, obstacles=found)
 
 
-def _expand(
-    request: Recipe,
-    source: Source,
-    destination: Path,
-    *,
-    measures: bool,
-    overwrite: bool,
-    is_quiet: bool,
-) -> _Result:
+def _expand(job: _Job, *, measures: bool, overwrite: bool, is_quiet: bool) -> _Result:
     """Expand the checkpoint and measure the result before it replaces the destination."""
     from tritter.transform import expand, plan_by_tables
 
     measured: list[Measurement] = []
+    request, source = job.request, job.source
     plan = plan_by_tables(source, request.steps, seed=request.seed or 0)
     with progress_bars(is_shown=not is_quiet) as new_bar:
 
@@ -651,7 +647,7 @@ def _expand(
 
         made = expand(
             source,
-            destination,
+            job.destination,
             plan,
             dtype=request.torch_dtype,
             max_shard_bytes=request.max_shard_size or _SHARD_BYTES,
@@ -661,32 +657,24 @@ def _expand(
             confirms=measures,
         )
     found = next(iter(measured), None)
-    return _Result(request, source, destination, plan, lineage=made.lineage, measured=found)
+    return _Result(job, plan, lineage=made.lineage, measured=found)
 
 
-def _expand_and_train(
-    request: Recipe,
-    source: Source,
-    destination: Path,
-    task: DomainTask,
-    *,
-    overwrite: bool,
-    is_quiet: bool,
-) -> _Result:
+def _expand_and_train(job: _Job, task: DomainTask, *, overwrite: bool, is_quiet: bool) -> _Result:
     """Add the experts and train them. After an error no output remains."""
     from tritter.evaluation.measure import Measurement
 
     made = task.expand(
-        source.folder,
-        destination,
-        request.steps,
+        job.source.folder,
+        job.destination,
+        job.request.steps,
         console=Console(quiet=True) if is_quiet else CommandConsole(),
         overwrite=overwrite,
     )
     error = made.lineage.expansion_history[-1].step0_error
     text_of_error = "not finite" if error is None else f"logit shift {error:.1e} σ on its data"
     measured = Measurement(made.lineage, text_of_error)
-    return _Result(request, source, destination, made.plan, made.lineage, measured, training=made)
+    return _Result(job, made.plan, lineage=made.lineage, measured=measured, training=made)
 
 
 def _disk_lines(room: DiskNeeds, destination: Path) -> list[tuple[str, str]]:
@@ -737,7 +725,7 @@ def _print_shapes(console: CommandConsole, plan: PlannedExpansion) -> None:
 def _exactness(result: _Result) -> str:
     """Return a sentence on function preservation, with the option that would ensure it."""
     lossy: list[str] = []
-    is_recipe = result.request.path is not None
+    is_recipe = result.job.request.path is not None
     for step in (step for step in result.plan.steps if not step.is_exact):
         spec: Any = step.spec
         ways = (
